@@ -1,0 +1,56 @@
+"""The package's metadata; pyproject.toml holds only the tools' tables."""
+
+import pathlib
+
+import setuptools
+
+TEXT = ['tokenizers>=0.19']  # reads the tokenizer.json beside a checkpoint
+
+setuptools.setup(
+  name='rotbits_jax',
+  version='0.1.0',
+  description='Makes SliceGPT checkpoints smaller by what their symmetries allow.',
+  long_description=pathlib.Path(__file__).with_name('README.md').read_text('utf-8'),
+  long_description_content_type='text/markdown',
+  license='Apache-2.0',
+  license_files=['LICENSE'],
+  python_requires='>=3.11',
+  packages=setuptools.find_packages(include=['rotbits_jax', 'rotbits_jax.*']),
+  package_data={'rotbits_jax': ['py.typed', 'data/*']},
+  entry_points={'console_scripts': ['rotbits = rotbits_jax.cli.main:main']},
+  install_requires=[
+    'absl-py>=2.1',  # the commands' flags
+    'chex>=0.1.88',
+    'flax>=0.10.2',  # forward passes and PyTree dataclasses
+    'jax>=0.5',
+    'jaxlib>=0.5',
+    'ml_collections>=1.0',  # config files of the presets
+    'numpy>=2.0',
+    'optax>=0.2.4',  # the cross entropy of perplexity
+    'safetensors>=0.4.5',  # the files
+    'tqdm>=4.66',  # progress bars
+  ],
+  extras_require={
+    # Perplexity of a text; everything else works without.
+    'text': TEXT,
+    # The coder that benchmarks/coder.py times ours beside.
+    'benchmark': ['constriction>=0.4'],
+    # What test.sh runs; pre-commit runs the same linters before each commit.
+    'test': [
+      *TEXT,
+      'ipykernel>=6.29',  # runs the notebooks
+      'mypy>=1.13',
+      'nbclient>=0.10',  # runs the notebooks
+      'nbformat>=5.10',  # reads the notebooks
+      'pre-commit>=4.0',
+      'pytest>=8.3',
+      'pytest-xdist>=3.6',  # the suite on two cores
+      'ruff>=0.8',
+    ],
+  },
+  classifiers=[
+    'Intended Audience :: Science/Research',
+    'Programming Language :: Python :: 3',
+    'Topic :: Scientific/Engineering :: Artificial Intelligence',
+  ],
+)

@@ -1,0 +1,17 @@
+#!/usr/bin/env bash
+# Lints, type-checks and tests, in a virtual environment that it makes.
+#   bash test.sh            the suite of every day, minutes
+#   bash test.sh --slow     the slow tests too
+#   bash test.sh ARGS       other arguments go to pytest
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")"
+source scripts/venv.sh
+use_venv test
+if [[ "${1:-}" == --slow ]]; then
+  set -- -m '' "${@:2}"
+fi
+bin=.venv/bin
+"$bin/ruff" check .
+"$bin/ruff" format --check .
+"$bin/mypy"
+exec "$bin/python" -m pytest "$@"
