@@ -1,0 +1,27 @@
+"""Flax forward passes of dense and sliced transformers, and their parameters."""
+
+from rotbits_jax.models.config import ModelConfig
+from rotbits_jax.models.config import count_numbers
+from rotbits_jax.models.config import layer_shapes
+from rotbits_jax.models.config import outer_shapes
+from rotbits_jax.models.model import Params
+from rotbits_jax.models.model import SlicedModel
+from rotbits_jax.models.model import from_layers
+from rotbits_jax.models.model import stack_layers
+from rotbits_jax.models.model import unstack_layer
+from rotbits_jax.models.transformer import Transformer
+from rotbits_jax.models.transformer import logits
+
+__all__ = [
+  'ModelConfig',
+  'Params',
+  'SlicedModel',
+  'Transformer',
+  'count_numbers',
+  'from_layers',
+  'layer_shapes',
+  'logits',
+  'outer_shapes',
+  'stack_layers',
+  'unstack_layer',
+]

@@ -1,0 +1,136 @@
+"""The in-memory form of a model: parameters as a Flax PyTree, layers stacked."""
+
+from collections.abc import Iterable, Iterator
+import dataclasses
+import itertools
+from typing import Any
+
+from flax import struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rotbits_jax import structured
+from rotbits_jax.models import config as config_lib
+
+Params = dict[str, Any]
+
+
+@struct.dataclass
+class SlicedModel:
+  """A dense or sliced transformer.
+
+  `params` is what `Transformer(config, group_sizes)` takes: `embed`, `head`
+  (unless tied), `final_norm` (dense models), and `blocks_0`, `blocks_1`, ...:
+  runs of consecutive layers whose parameters have the same shapes, dtypes and
+  kinds, stacked along a leading axis. Kernels are `[N, in, out]`. A leaf is an array
+  or a structured leaf.
+
+  Attributes:
+    params: the parameters.
+    buffers: tensors of the checkpoint that take no part in the mathematics, by
+      their name there.
+    config: sizes and switches.
+  """
+
+  params: Params
+  buffers: dict[str, Any]
+  config: config_lib.ModelConfig = struct.field(pytree_node=False)
+
+  @property
+  def group_sizes(self) -> tuple[int, ...]:
+    """How many layers each `blocks_i` stacks."""
+    sizes: list[int] = []
+    while f'blocks_{len(sizes)}' in self.params:
+      leaves = jax.tree.leaves(self.params[f'blocks_{len(sizes)}'])
+      sizes.append(leaves[0].shape[0])
+    return tuple(sizes)
+
+  def outer(self) -> Params:
+    """The parameters outside the layers."""
+    return {k: v for k, v in self.params.items() if not k.startswith('blocks_')}
+
+  def layers(self) -> Iterator[Params]:
+    """The layers' parameters in order, unstacked."""
+    for group, size in enumerate(self.group_sizes):
+      for index in range(size):
+        yield unstack_layer(self.params[f'blocks_{group}'], index)
+
+  def materialize(self) -> 'SlicedModel':
+    """The model with every structured leaf replaced by the array it stands for."""
+    return dataclasses.replace(self, params=structured.materialize(self.params))
+
+
+def unstack_layer(block: Params, index: int) -> Params:
+  """One layer of a stacked block."""
+  return jax.tree.map(
+    lambda x: x.layer(index) if structured.is_structured(x) else x[index],
+    block,
+    is_leaf=structured.is_structured,
+  )
+
+
+def from_layers(
+  config: config_lib.ModelConfig,
+  outer: Params,
+  layers: list[Params],
+  buffers: dict[str, Any] | None = None,
+) -> SlicedModel:
+  """Stacks runs of alike layers: the inverse of `outer` and `layers`.
+
+  Args:
+    config: sizes and switches.
+    outer: the parameters outside the layers.
+    layers: the L layers' parameters in order.
+    buffers: see `SlicedModel.buffers`.
+
+  Returns:
+    The model.
+  """
+  params = dict(outer)
+  runs = [list(run) for _, run in itertools.groupby(layers, _kind)]
+  for i, run in enumerate(runs):
+    params[f'blocks_{i}'] = stack_layers(run, len(run))
+  return SlicedModel(params=params, buffers=buffers or {}, config=config)
+
+
+def stack_layers(layers: Iterable[Params], count: int) -> Params:
+  """Stacks alike layers: the inverse of `unstack_layer`.
+
+  Args:
+    layers: `count` layers whose leaves have the same shapes, dtypes and kinds. Arrays
+      are copied as they come, so an iterator need not hold more than one layer.
+    count: how many.
+
+  Returns:
+    The block; NumPy arrays where the layers' are, else JAX arrays.
+  """
+  stacks: list[Any] = []
+  treedef = None
+  for index, layer in enumerate(layers):
+    leaves, treedef = jax.tree.flatten(layer, is_leaf=structured.is_structured)
+    if not stacks:
+      # NumPy arrays are copied into place; the others are few or on a device.
+      stacks = [
+        np.empty((count, *x.shape), x.dtype) if isinstance(x, np.ndarray) else []
+        for x in leaves
+      ]
+    for stack, leaf in zip(stacks, leaves, strict=True):
+      if isinstance(stack, list):
+        stack.append(leaf)
+      else:
+        stack[index] = leaf
+  joined = [_join(x) if isinstance(x, list) else x for x in stacks]
+  return jax.tree.unflatten(treedef, joined)
+
+
+def _join(leaves: list[Any]) -> Any:
+  if structured.is_structured(leaves[0]):
+    return type(leaves[0]).stack(leaves)
+  return jnp.stack(leaves)
+
+
+def _kind(layer: Params) -> Any:
+  """Hashable; equal for layers that can share a stack."""
+  leaves, treedef = jax.tree.flatten(layer, is_leaf=structured.is_structured)
+  return treedef, tuple((type(x), x.shape, str(x.dtype)) for x in leaves)

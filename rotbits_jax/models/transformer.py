@@ -1,0 +1,320 @@
+"""The forward pass of a dense or sliced decoder-only transformer.
+
+Shape letters are those of `models.config`; activations have `B` sequences of `T`
+tokens. Everything is computed in float32, whatever the parameters are stored in.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from flax import linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rotbits_jax import structured
+from rotbits_jax.models import config as config_lib
+from rotbits_jax.models import model as model_lib
+
+ACTIVATIONS: dict[config_lib.Activation, Callable[[jax.Array], jax.Array]] = {
+  'relu': nn.relu,
+  'gelu_new': lambda x: nn.gelu(x, approximate=True),
+  'silu': nn.silu,
+}
+
+POSITION_OFFSET = 2  # OPT's table begins with two rows that no token uses
+
+
+def logits(model: model_lib.SlicedModel, tokens: jax.Array) -> jax.Array:
+  """Next-token logits of a model.
+
+  Args:
+    model: dense or sliced, materialized or not.
+    tokens: `[B, T]` integers.
+
+  Returns:
+    `[B, T, V]` float32.
+  """
+  transformer = Transformer(model.config, model.group_sizes)
+  return jnp.asarray(transformer.apply({'params': model.params}, tokens))
+
+
+class Transformer(nn.Module):
+  """Embedding, layers, norm and head.
+
+      x_0     = embed[tokens] (+ positions)
+      x_{s+1} = x_s @ M_s + sublayer_s(norm(x_s))
+      logits  = norm(x_S) @ head
+
+  `M_s` is the segment's shortcut in a sliced model and the identity in a dense one.
+
+  Attributes:
+    config: sizes and switches.
+    group_sizes: how many layers each `blocks_i` stacks; they sum to L.
+    precision: of the matrix products, see `jax.lax.Precision`.
+  """
+
+  config: config_lib.ModelConfig
+  group_sizes: tuple[int, ...]
+  precision: str = 'highest'
+
+  @nn.compact
+  def __call__(self, tokens: jax.Array) -> jax.Array:
+    """Maps `[B, T]` tokens to `[B, T, V]` float32 logits."""
+    config = self.config
+    if sum(self.group_sizes) != config.num_layers:
+      raise ValueError(
+        f'the groups must hold {config.num_layers} layers, got {self.group_sizes=}'
+      )
+    with jax.default_matmul_precision(self.precision):
+      embed = Embedding(config, name='embed')
+      x, layer = embed(tokens), 0
+      for group, size in enumerate(self.group_sizes):
+        block = Block(config, config.layer_widths(layer), name=f'blocks_{group}')
+        x = _apply_stacked(block, size, x)
+        layer += size
+      x = _norm(config, 'final_norm')(x)
+      if config.tied_head:
+        return embed.attend(x)
+      return Linear(config.vocab_size, config.head_bias, name='head')(x)
+
+
+class Embedding(nn.Module):
+  """Rows for tokens, plus rows for positions where these are learned."""
+
+  config: config_lib.ModelConfig
+
+  def setup(self) -> None:
+    shapes = config_lib.outer_shapes(self.config)['embed']
+    init = nn.initializers.normal(0.02)
+    self.tokens = _parameter(self, 'tokens', shapes['tokens'], init)
+    if self.config.learned_positions:
+      self.positions = _parameter(self, 'positions', shapes['positions'], init)
+
+  def __call__(self, tokens: jax.Array) -> jax.Array:
+    x = _take(self.tokens, tokens)
+    rows = self.config.learned_positions
+    if not rows:
+      return x
+    length = tokens.shape[-1]
+    if length > rows - POSITION_OFFSET:
+      raise ValueError(
+        f'the model has {rows - POSITION_OFFSET} positions, got {tokens.shape=}'
+      )
+    return x + _take(self.positions, jnp.arange(length) + POSITION_OFFSET)
+
+  def attend(self, x: jax.Array) -> jax.Array:
+    """The tied head: `x @ tokens.T`."""
+    return x @ _float32(self.tokens).T
+
+
+class Block(nn.Module):
+  """One layer: attention and MLP, one after the other or side by side.
+
+  Attributes:
+    config: sizes and switches.
+    widths: of the residual segments it touches, see `ModelConfig.layer_widths`.
+  """
+
+  config: config_lib.ModelConfig
+  widths: tuple[int, ...]
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    attention = Attention(self.config, self.widths[1], name='attention')
+    mlp = Mlp(self.config, self.widths[-1], name='mlp')
+    if self.config.parallel_block:
+      normed = _norm(self.config, 'attention_norm')(x)
+      return self._shortcut('attention', x) + attention(normed) + mlp(normed)
+    normed = _norm(self.config, 'attention_norm')(x)
+    x = self._shortcut('attention', x) + attention(normed)
+    normed = _norm(self.config, 'mlp_norm')(x)
+    return self._shortcut('mlp', x) + mlp(normed)
+
+  def _shortcut(self, sublayer: str, x: jax.Array) -> jax.Array:
+    if not self.config.sliced:
+      return x
+    width = self.widths[1] if sublayer == 'attention' else self.widths[-1]
+    return Linear(width, name=f'{sublayer}_shortcut')(x)
+
+
+class Attention(nn.Module):
+  """Causal grouped-query attention.
+
+  Attributes:
+    config: sizes and switches.
+    features: width of the output.
+  """
+
+  config: config_lib.ModelConfig
+  features: int
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    config, h = self.config, self.config.head_dim
+
+    def heads(name: str, count: int) -> jax.Array:
+      projected = Linear(count * h, config.qkv_bias, name=name)(x)
+      return projected.reshape(*x.shape[:-1], count, h)
+
+    query = heads('query', config.num_heads)  # [B, T, H, h]
+    key = heads('key', config.num_kv_heads)  # [B, T, K, h]
+    value = heads('value', config.num_kv_heads)
+    if config.rotary_dim:
+      query = rope(query, rotary_dim=config.rotary_dim, theta=config.rope_theta)
+      key = rope(key, rotary_dim=config.rotary_dim, theta=config.rope_theta)
+    window = config.sliding_window
+    mixed = jax.nn.dot_product_attention(
+      query,
+      key,
+      value,
+      is_causal=True,
+      local_window_size=None if window is None else (window - 1, 0),
+      implementation='xla',
+    )
+    return Linear(self.features, config.out_bias, name='out')(
+      mixed.reshape(*x.shape[:-1], config.num_heads * h)
+    )
+
+
+class Mlp(nn.Module):
+  """`down(act(up(x)))`, or `down(act(gate(x)) * up(x))`.
+
+  Attributes:
+    config: sizes and switches.
+    features: width of the output.
+  """
+
+  config: config_lib.ModelConfig
+  features: int
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    config, activation = self.config, ACTIVATIONS[self.config.activation]
+    hidden = Linear(config.intermediate_size, config.mlp_bias, name='up')(x)
+    if config.gated_mlp:
+      gate = Linear(config.intermediate_size, config.mlp_bias, name='gate')(x)
+      hidden = activation(gate) * hidden
+    else:
+      hidden = activation(hidden)
+    return Linear(self.features, config.mlp_bias, name='down')(hidden)
+
+
+class Linear(nn.Module):
+  """`x @ kernel + bias`; the kernel may be structured.
+
+  Attributes:
+    features: width of the output.
+    use_bias: whether there is a bias.
+  """
+
+  features: int
+  use_bias: bool = False
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    shape = (x.shape[-1], self.features)
+    kernel = _parameter(self, 'kernel', shape, nn.initializers.lecun_normal())
+    if isinstance(kernel, structured.IdentityMinusGram) and _is_thin(kernel):
+      y = kernel.apply(x)
+    else:
+      y = x @ _float32(kernel)
+    if not self.use_bias:
+      return y
+    bias = _parameter(self, 'bias', shape[1:], nn.initializers.zeros_init())
+    return y + _float32(bias)
+
+
+def rmsn(x: jax.Array, *, hidden_size: int, eps: float) -> jax.Array:
+  """SliceGPT's norm: `x / sqrt(sum(x^2) / D + eps)`, whatever the width of x."""
+  square = jnp.sum(jnp.square(x), axis=-1, keepdims=True)
+  return x * jax.lax.rsqrt(square / hidden_size + eps)
+
+
+def rope(x: jax.Array, *, rotary_dim: int, theta: float) -> jax.Array:
+  """Rotary position embedding, in Hugging Face's order of the numbers.
+
+  At position t the pair `(x_i, x_{i + r/2})` turns by the angle `t theta^(-2i/r)`,
+  for `i < r/2` where r is `rotary_dim`; numbers from r on stay.
+
+  Args:
+    x: `[B, T, H, h]`.
+    rotary_dim: leading numbers of a head that turn; even.
+    theta: base of the wavelengths.
+
+  Returns:
+    `[B, T, H, h]`.
+  """
+  half = rotary_dim // 2
+  frequencies = jnp.asarray(theta ** (-np.arange(half) / half), jnp.float32)
+  positions = jnp.arange(x.shape[1], dtype=jnp.float32)
+  angles = (positions[:, None] * frequencies)[None, :, None]  # [1, T, 1, r/2]
+  cos, sin = jnp.cos(angles), jnp.sin(angles)
+  first, second, rest = jnp.split(x, (half, rotary_dim), axis=-1)
+  turned = (first * cos - second * sin, second * cos + first * sin, rest)
+  return jnp.concatenate(turned, axis=-1)
+
+
+def _norm(config: config_lib.ModelConfig, name: str) -> Callable[[Any], jax.Array]:
+  eps = config.norm_eps
+  if config.norm == 'rmsn':
+    return lambda x: rmsn(x, hidden_size=config.hidden_size, eps=eps)
+  if config.norm == 'rmsnorm':
+    return nn.RMSNorm(eps, dtype=jnp.float32, name=name)
+  return nn.LayerNorm(eps, dtype=jnp.float32, use_fast_variance=False, name=name)
+
+
+def _apply_stacked(block: Block, size: int, x: jax.Array) -> jax.Array:
+  """Applies layers whose parameters are stacked along a leading axis, in turn."""
+  stacked: dict[str, Any] = {
+    'variable_axes': {'params': 0},
+    'split_rngs': {'params': True},
+  }
+  if size > 1:
+    scan = nn.scan(lambda block, x: (block(x), None), length=size, **stacked)
+    return scan(block, x)[0]
+  # What a scan carries keeps its shape, so a layer that changes the width is alone.
+  vmap = nn.vmap(lambda block, x: block(x), in_axes=None, axis_size=1, **stacked)
+  return vmap(block, x)[0]
+
+
+def _parameter(
+  module: nn.Module, name: str, shape: tuple[int, ...], init: Callable[..., Any]
+) -> Any:
+  """A parameter as it is stored: an array of any float dtype or a structured leaf.
+
+  `module.param` alone would take a structured leaf's arrays for the parameter.
+  """
+  if not module.has_variable('params', name):
+    return module.param(name, init, shape)
+  leaf: Any = module.get_variable('params', name)
+  if leaf.shape != shape:
+    path = '/'.join((*module.path, name))
+    raise ValueError(f'{path} must have shape {shape}, got {leaf.shape=}')
+  return leaf
+
+
+def _float32(leaf: Any) -> jax.Array:
+  """The array that a parameter stands for, expanded in float32, not rounded again."""
+  if not structured.is_structured(leaf):
+    return jnp.asarray(leaf, jnp.float32)
+  return jax.tree.map(_upcast, leaf).materialize()
+
+
+def _upcast(array: Any) -> jax.Array:
+  array = jnp.asarray(array)
+  floating = jnp.issubdtype(array.dtype, jnp.floating)
+  return array.astype(jnp.float32) if floating else array
+
+
+def _take(table: Any, rows: jax.Array) -> jax.Array:
+  """Rows of a table in float32, NaN for rows that it does not have."""
+  if structured.is_structured(table):
+    table = _float32(table)
+  taken = jnp.asarray(table).at[rows].get(mode='fill', fill_value=jnp.nan)
+  return taken.astype(jnp.float32)
+
+
+def _is_thin(kernel: structured.IdentityMinusGram) -> bool:
+  """Whether `apply` takes fewer products than the materialized matrix."""
+  return 2 * (kernel.b.shape[-1] + kernel.c.shape[-1]) < kernel.columns

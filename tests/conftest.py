@@ -1,0 +1,7 @@
+"""Tests compile many small programs once: less optimisation is faster in all."""
+
+import os
+
+os.environ['XLA_FLAGS'] = (
+  os.environ.get('XLA_FLAGS', '') + ' --xla_llvm_disable_expensive_passes=true'
+)
