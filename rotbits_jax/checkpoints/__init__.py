@@ -1,0 +1,27 @@
+"""Files to and from models: Hugging Face's and SliceGPT's, without PyTorch."""
+
+from rotbits_jax.checkpoints.checkpoint import Checkpoint
+from rotbits_jax.checkpoints.checkpoint import load_checkpoint
+from rotbits_jax.checkpoints.checkpoint import save_checkpoint
+from rotbits_jax.checkpoints.configs import parse_config
+from rotbits_jax.checkpoints.configs import slicing_json
+from rotbits_jax.checkpoints.errors import CheckpointError
+from rotbits_jax.checkpoints.families import FAMILIES
+from rotbits_jax.checkpoints.families import Family
+from rotbits_jax.checkpoints.families import TensorRow
+from rotbits_jax.checkpoints.tensors import from_tensors
+from rotbits_jax.checkpoints.tensors import to_tensors
+
+__all__ = [
+  'FAMILIES',
+  'Checkpoint',
+  'CheckpointError',
+  'Family',
+  'TensorRow',
+  'from_tensors',
+  'load_checkpoint',
+  'parse_config',
+  'save_checkpoint',
+  'slicing_json',
+  'to_tensors',
+]

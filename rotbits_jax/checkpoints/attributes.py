@@ -1,0 +1,81 @@
+"""Strict reading of a JSON object: every attribute is used, checked or refused."""
+
+import math
+from typing import Any
+
+from rotbits_jax.checkpoints import errors
+
+_MISSING: Any = object()
+
+
+class Attributes:
+  """A JSON object whose attributes are taken one by one, and none forgotten.
+
+  Attributes:
+    where: what the object is, for error messages.
+  """
+
+  def __init__(self, values: Any, where: str):
+    if not isinstance(values, dict):
+      raise errors.CheckpointError(f'{where}: expected an object, got {values!r}')
+    self._values, self._left, self.where = values, set(values), where
+
+  def __contains__(self, name: str) -> bool:
+    return name in self._values
+
+  def take(self, name: str, default: Any = _MISSING) -> Any:
+    """The attribute's value; the default if it is absent."""
+    self._left.discard(name)
+    value = self._values.get(name, default)
+    if value is _MISSING:
+      raise errors.CheckpointError(f'{self.where}: {name} is missing')
+    return value
+
+  def size(self, name: str, default: Any = _MISSING) -> int:
+    """A positive integer; null stands for the default, if there is one."""
+    value = self.take(name, default)
+    if value is None and default is not _MISSING:
+      value = default
+    if type(value) is not int or not 0 < value < 2**31:
+      self.refuse(name, value, 'a positive integer')
+    return value
+
+  def number(self, name: str, default: Any = _MISSING) -> float:
+    """A positive finite number."""
+    value = self.take(name, default)
+    if type(value) not in (int, float) or not 0 < value < math.inf:
+      self.refuse(name, value, 'a positive number')
+    return float(value)
+
+  def boolean(self, name: str, default: Any = _MISSING) -> bool:
+    value = self.take(name, default)
+    if not isinstance(value, bool):
+      self.refuse(name, value, 'true or false')
+    return value
+
+  def choice(self, name: str, choices: tuple[Any, ...], default: Any = _MISSING) -> Any:
+    """One of some strings."""
+    value = self.take(name, default)
+    if not isinstance(value, str) or value not in choices:
+      self.refuse(name, value, f'one of {", ".join(map(str, choices))}')
+    return value
+
+  def require(self, **values: Any) -> None:
+    """Refuses attributes that are there and have another value."""
+    for name, expected in values.items():
+      value = self.take(name, expected)
+      if value != expected or isinstance(value, bool) != isinstance(expected, bool):
+        self.refuse(name, value, repr(expected))
+
+  def finish(self, ignored: frozenset[str] = frozenset()) -> None:
+    """Refuses the attributes that nobody took and that are not to be ignored."""
+    for name in sorted(self._left - ignored):
+      self.refuse(name, self._values[name], 'no such attribute')
+
+  def refuse(self, name: str, value: Any, expected: str) -> None:
+    """Raises the error for an attribute."""
+    shown = repr(value)
+    shown = shown if len(shown) <= 80 else f'{shown[:77]}...'
+    raise errors.CheckpointError(
+      f'{self.where}: {name} is {shown}; supported: {expected}'
+    )

@@ -1,0 +1,360 @@
+"""The model families: how each names its tensors and its config attributes.
+
+To add a family, add a row to `FAMILIES`: the names of its tensors beside the
+parameters that they hold, and a function that reads its `config.json`.
+"""
+
+from collections.abc import Callable
+import dataclasses
+import re
+from typing import Any, NamedTuple
+
+from rotbits_jax import models
+from rotbits_jax.checkpoints import attributes
+from rotbits_jax.checkpoints import errors
+
+SHORTCUT_NAME = 'attn_shortcut_Q'  # every sliced layer has one
+
+# Constants that old versions of transformers stored as tensors.
+_BUFFERS = re.compile(
+  r'.*\.(rotary_emb\.(inv_freq|cos_cached|sin_cached)|(self_attn|attn)\.(masked_)?bias)'
+)
+
+
+class TensorRow(NamedTuple):
+  """One tensor of a checkpoint.
+
+  Attributes:
+    name: of the tensor; of a layer's tensor, what follows the layer's prefix.
+    paths: the parameters that the tensor holds, stacked along its first axis.
+    transposed: the tensor is `[out, in]`, the parameters are `[in, out]`.
+  """
+
+  name: str
+  paths: tuple[str, ...]
+  transposed: bool = False
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Family:
+  """How a model family is stored.
+
+  The rows name all that any model of the family has; `models.outer_shapes` and
+  `models.layer_shapes` say which of them a config calls for.
+
+  Attributes:
+    layer_prefix: what the names of a layer's tensors begin with.
+    outer: the tensors outside the layers.
+    layer: the tensors of a layer.
+    parse: makes the dense model's config from the attributes of `config.json`.
+  """
+
+  layer_prefix: str
+  outer: tuple[TensorRow, ...]
+  layer: tuple[TensorRow, ...]
+  parse: Callable[[attributes.Attributes], models.ModelConfig]
+
+
+def _table(name: str, path: str) -> tuple[TensorRow, ...]:
+  return (TensorRow(f'{name}.weight', (path,)),)
+
+
+def _norm(name: str, path: str) -> tuple[TensorRow, ...]:
+  return (
+    TensorRow(f'{name}.weight', (f'{path}.scale',)),
+    TensorRow(f'{name}.bias', (f'{path}.bias',)),
+  )
+
+
+def _linear(name: str, *paths: str) -> tuple[TensorRow, ...]:
+  return (
+    TensorRow(f'{name}.weight', tuple(f'{p}.kernel' for p in paths), transposed=True),
+    TensorRow(f'{name}.bias', tuple(f'{p}.bias' for p in paths)),
+  )
+
+
+_SHORTCUTS = (
+  TensorRow('mlp_shortcut_Q', ('mlp_shortcut.kernel',)),
+  TensorRow(SHORTCUT_NAME, ('attention_shortcut.kernel',)),
+)
+
+
+def _opt(config: attributes.Attributes) -> models.ModelConfig:
+  hidden = config.size('hidden_size')
+  heads = config.size('num_attention_heads')
+  layers = config.size('num_hidden_layers')
+  positions = config.size('max_position_embeddings')
+  config.require(
+    do_layer_norm_before=True,
+    enable_bias=True,
+    layer_norm_elementwise_affine=True,
+    _remove_final_layer_norm=False,
+    word_embed_proj_dim=hidden,
+  )
+  return models.ModelConfig(
+    family='opt',
+    hidden_size=hidden,
+    intermediate_size=config.size('ffn_dim'),
+    num_layers=layers,
+    num_heads=heads,
+    num_kv_heads=heads,
+    head_dim=_head_dim(config, hidden, heads),
+    vocab_size=config.size('vocab_size'),
+    activation=_activation(config, 'activation_function', 'relu'),
+    gated_mlp=False,
+    parallel_block=False,
+    qkv_bias=True,
+    out_bias=True,
+    mlp_bias=True,
+    head_bias=False,
+    norm='layernorm',
+    norm_eps=1e-5,
+    max_positions=positions,
+    learned_positions=positions + 2,
+    rotary_dim=0,
+    rope_theta=10000.0,
+    sliding_window=None,
+    tied_head=config.boolean('tie_word_embeddings', True),
+    segment_widths=(hidden,) * (2 * layers + 1),
+  )
+
+
+def _llama(config: attributes.Attributes) -> models.ModelConfig:
+  config.require(rope_interleaved=False, partial_rotary_factor=1.0)
+  attention_bias = config.boolean('attention_bias', False)
+  return _rotary_gated(
+    config,
+    family='llama',
+    qkv_bias=attention_bias,
+    out_bias=attention_bias,
+    mlp_bias=config.boolean('mlp_bias', False),
+    sliding_window=None,
+  )
+
+
+def _phi3(config: attributes.Attributes) -> models.ModelConfig:
+  config.require(attention_bias=False)
+  window = None
+  if config.take('sliding_window', None) is not None:
+    window = config.size('sliding_window')
+  return _rotary_gated(
+    config,
+    family='phi3',
+    qkv_bias=False,
+    out_bias=False,
+    mlp_bias=False,
+    sliding_window=window,
+  )
+
+
+def _rotary_gated(config: attributes.Attributes, **switches: Any) -> models.ModelConfig:
+  """What Llama and Phi-3 share."""
+  hidden = config.size('hidden_size')
+  heads = config.size('num_attention_heads')
+  layers = config.size('num_hidden_layers')
+  head_dim = _head_dim(config, hidden, heads)
+  theta, rotary_dim = _rope(config, head_dim, factor=1.0)
+  return models.ModelConfig(
+    hidden_size=hidden,
+    intermediate_size=config.size('intermediate_size'),
+    num_layers=layers,
+    num_heads=heads,
+    num_kv_heads=config.size('num_key_value_heads', heads),
+    head_dim=head_dim,
+    vocab_size=config.size('vocab_size'),
+    activation=_activation(config, 'hidden_act', 'silu'),
+    gated_mlp=True,
+    parallel_block=False,
+    head_bias=False,
+    norm='rmsnorm',
+    norm_eps=config.number('rms_norm_eps', 1e-6),
+    max_positions=config.size('max_position_embeddings', 2048),
+    learned_positions=0,
+    rotary_dim=rotary_dim,
+    rope_theta=theta,
+    tied_head=config.boolean('tie_word_embeddings', False),
+    segment_widths=(hidden,) * (2 * layers + 1),
+    **switches,
+  )
+
+
+def _phi(config: attributes.Attributes) -> models.ModelConfig:
+  hidden = config.size('hidden_size')
+  heads = config.size('num_attention_heads')
+  layers = config.size('num_hidden_layers')
+  head_dim = _head_dim(config, hidden, heads)
+  theta, rotary_dim = _rope(config, head_dim, factor=0.5)
+  config.require(qk_layernorm=False, tie_word_embeddings=False)
+  return models.ModelConfig(
+    family='phi',
+    hidden_size=hidden,
+    intermediate_size=config.size('intermediate_size'),
+    num_layers=layers,
+    num_heads=heads,
+    num_kv_heads=config.size('num_key_value_heads', heads),
+    head_dim=head_dim,
+    vocab_size=config.size('vocab_size'),
+    activation=_activation(config, 'hidden_act', 'gelu_new'),
+    gated_mlp=False,
+    parallel_block=True,
+    qkv_bias=True,
+    out_bias=True,
+    mlp_bias=True,
+    head_bias=True,
+    norm='layernorm',
+    norm_eps=config.number('layer_norm_eps', 1e-5),
+    max_positions=config.size('max_position_embeddings', 2048),
+    learned_positions=0,
+    rotary_dim=rotary_dim,
+    rope_theta=theta,
+    sliding_window=None,
+    tied_head=False,
+    segment_widths=(hidden,) * (layers + 1),
+  )
+
+
+def _activation(config: attributes.Attributes, name: str, default: str) -> Any:
+  return config.choice(name, ('relu', 'gelu_new', 'silu'), default)
+
+
+def _head_dim(config: attributes.Attributes, hidden: int, heads: int) -> int:
+  if config.take('head_dim', None) is not None:
+    return config.size('head_dim')
+  if hidden % heads:
+    raise errors.CheckpointError(
+      f'{config.where}: num_attention_heads {heads} does not divide '
+      f'hidden_size {hidden}'
+    )
+  return hidden // heads
+
+
+def _rope(
+  config: attributes.Attributes, head_dim: int, factor: float
+) -> tuple[float, int]:
+  """RoPE's base and how many numbers of a head it turns.
+
+  transformers 5 gathers the settings in `rope_parameters`, earlier versions have
+  them side by side; frequencies that are scaled are refused in both.
+  """
+  config.require(rope_scaling=None)
+  settings = config
+  if config.take('rope_parameters', None) is not None:
+    settings = attributes.Attributes(
+      config.take('rope_parameters'), f'{config.where}: rope_parameters'
+    )
+    settings.require(rope_type='default', type='default')
+  theta = settings.number('rope_theta', config.take('rope_theta', 10000.0))
+  factor = settings.number(
+    'partial_rotary_factor', config.take('partial_rotary_factor', factor)
+  )
+  if settings is not config:
+    settings.finish()
+  rotary_dim = int(head_dim * factor)
+  if factor > 1 or rotary_dim % 2 or rotary_dim == 0:
+    settings.refuse(
+      'partial_rotary_factor', factor, 'a part of the head of even, positive width'
+    )
+  return theta, rotary_dim
+
+
+FAMILIES: dict[str, Family] = {
+  'opt': Family(
+    layer_prefix='model.decoder.layers.',
+    outer=(
+      *_table('model.decoder.embed_tokens', 'embed.tokens'),
+      *_table('model.decoder.embed_positions', 'embed.positions'),
+      *_norm('model.decoder.final_layer_norm', 'final_norm'),
+      *_linear('lm_head', 'head'),
+    ),
+    layer=(
+      *_SHORTCUTS,
+      *_linear('self_attn.k_proj', 'attention.key'),
+      *_linear('self_attn.v_proj', 'attention.value'),
+      *_linear('self_attn.q_proj', 'attention.query'),
+      *_linear('self_attn.out_proj', 'attention.out'),
+      *_norm('self_attn_layer_norm', 'attention_norm'),
+      *_linear('fc1', 'mlp.up'),
+      *_linear('fc2', 'mlp.down'),
+      *_norm('final_layer_norm', 'mlp_norm'),
+    ),
+    parse=_opt,
+  ),
+  'llama': Family(
+    layer_prefix='model.layers.',
+    outer=(
+      *_table('model.embed_tokens', 'embed.tokens'),
+      *_norm('model.norm', 'final_norm'),
+      *_linear('lm_head', 'head'),
+    ),
+    layer=(
+      *_SHORTCUTS,
+      *_linear('self_attn.q_proj', 'attention.query'),
+      *_linear('self_attn.k_proj', 'attention.key'),
+      *_linear('self_attn.v_proj', 'attention.value'),
+      *_linear('self_attn.o_proj', 'attention.out'),
+      *_linear('mlp.gate_proj', 'mlp.gate'),
+      *_linear('mlp.up_proj', 'mlp.up'),
+      *_linear('mlp.down_proj', 'mlp.down'),
+      *_norm('input_layernorm', 'attention_norm'),
+      *_norm('post_attention_layernorm', 'mlp_norm'),
+    ),
+    parse=_llama,
+  ),
+  'phi': Family(
+    layer_prefix='model.layers.',
+    outer=(
+      *_table('model.embed_tokens', 'embed.tokens'),
+      *_norm('model.final_layernorm', 'final_norm'),
+      *_linear('lm_head', 'head'),
+    ),
+    layer=(
+      *_SHORTCUTS,
+      *_linear('self_attn.q_proj', 'attention.query'),
+      *_linear('self_attn.k_proj', 'attention.key'),
+      *_linear('self_attn.v_proj', 'attention.value'),
+      *_linear('self_attn.dense', 'attention.out'),
+      *_linear('mlp.fc1', 'mlp.up'),
+      *_linear('mlp.fc2', 'mlp.down'),
+      *_norm('input_layernorm', 'attention_norm'),
+    ),
+    parse=_phi,
+  ),
+  'phi3': Family(
+    layer_prefix='model.layers.',
+    outer=(
+      *_table('model.embed_tokens', 'embed.tokens'),
+      *_norm('model.norm', 'final_norm'),
+      *_linear('lm_head', 'head'),
+    ),
+    layer=(
+      *_SHORTCUTS,
+      *_linear('self_attn.o_proj', 'attention.out'),
+      *_linear(
+        'self_attn.qkv_proj', 'attention.query', 'attention.key', 'attention.value'
+      ),
+      *_linear('mlp.gate_up_proj', 'mlp.gate', 'mlp.up'),
+      *_linear('mlp.down_proj', 'mlp.down'),
+      *_norm('input_layernorm', 'attention_norm'),
+      *_norm('post_attention_layernorm', 'mlp_norm'),
+    ),
+    parse=_phi3,
+  ),
+}
+
+
+def family(name: str) -> Family:
+  """The row of `FAMILIES`.
+
+  Raises:
+    CheckpointError: if there is none, naming those that there are.
+  """
+  if name not in FAMILIES:
+    raise errors.CheckpointError(
+      f'unknown model family {name!r}; known: {", ".join(FAMILIES)}'
+    )
+  return FAMILIES[name]
+
+
+def is_buffer(name: str) -> bool:
+  """Whether a tensor of this name is a constant that the mathematics needs not."""
+  return _BUFFERS.fullmatch(name) is not None

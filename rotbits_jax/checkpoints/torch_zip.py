@@ -1,0 +1,386 @@
+"""PyTorch's zip files of tensors, read and written without PyTorch.
+
+`torch.save` writes an uncompressed zip: `<stem>/data.pkl`, a pickle of the state
+dict in which each tensor is a view (offset, shape, strides) of a numbered storage,
+and `<stem>/data/<number>`, the storages. A pickle is a program; here it is run by a
+small interpreter that knows tensors and dicts, and refuses every other name.
+"""
+
+from collections.abc import Iterator
+import math
+import mmap
+import pathlib
+import pickle
+import pickletools
+import struct
+from typing import Any, NamedTuple
+import zipfile
+import zlib
+
+import ml_dtypes
+import numpy as np
+
+from rotbits_jax.checkpoints import errors
+
+STORAGE_DTYPES: dict[str, np.dtype] = {
+  'HalfStorage': np.dtype(np.float16),
+  'BFloat16Storage': np.dtype(ml_dtypes.bfloat16),
+  'FloatStorage': np.dtype(np.float32),
+  'DoubleStorage': np.dtype(np.float64),
+  'LongStorage': np.dtype(np.int64),
+  'IntStorage': np.dtype(np.int32),
+  'ShortStorage': np.dtype(np.int16),
+  'CharStorage': np.dtype(np.int8),
+  'ByteStorage': np.dtype(np.uint8),
+  'BoolStorage': np.dtype(np.bool_),
+}
+
+_ALIGNMENT = 64
+_CHUNK = 1 << 24  # bytes written at a time
+_ZIP64_FROM = 1 << 30  # member size from which the 64-bit form is written
+
+
+def read(path: str | pathlib.Path) -> dict[str, np.ndarray]:
+  """Reads the tensors of a file that `torch.save(state_dict)` wrote.
+
+  The arrays are read-only views of the memory-mapped file, with the strides that
+  they have there; nothing is copied. Checksums are verified where the file has them.
+
+  Args:
+    path: the file.
+
+  Returns:
+    The tensors by name, in the order of the file.
+
+  Raises:
+    CheckpointError: if the file is damaged or holds anything but tensors, or if a
+      tensor reaches outside its storage.
+  """
+  try:
+    with open(path, 'rb') as file, zipfile.ZipFile(file) as archive:
+      members = _Members(archive, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+      return _read_state_dict(members)
+  except errors.CheckpointError as e:
+    raise errors.CheckpointError(f'{path}: {e}') from e
+  except (
+    zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError,
+    ValueError, struct.error,
+  ) as e:  # fmt: skip
+    raise errors.CheckpointError(f'{path}: not a readable PyTorch zip: {e}') from e
+
+
+def _read_state_dict(members: '_Members') -> dict[str, np.ndarray]:
+  if members.get('byteorder', b'little').strip() != b'little':
+    raise errors.CheckpointError('big-endian tensors are not supported')
+  state = _unpickle(members['data.pkl'])
+  if not isinstance(state, dict):
+    raise errors.CheckpointError(
+      f'expected a state dict of tensors, got {type(state).__name__}'
+    )
+  storages: dict[str, memoryview] = {}
+  tensors = {}
+  for name, view in state.items():
+    if not isinstance(view, _View):
+      raise errors.CheckpointError(
+        f'{name}: expected a tensor, got {type(view).__name__}'
+      )
+    key = view.storage.key
+    if key not in storages:
+      storages[key] = members[f'data/{key}']
+    tensors[name] = _array(name, view, storages[key])
+  return tensors
+
+
+class _Members:
+  """The members of a zip file, looked up below its one top folder."""
+
+  def __init__(self, archive: zipfile.ZipFile, data: mmap.mmap):
+    roots = [
+      i.filename[: -len('data.pkl')]
+      for i in archive.infolist()
+      if i.filename.endswith('/data.pkl')
+    ]
+    if len(roots) != 1:
+      raise errors.CheckpointError(f'expected one data.pkl, got {len(roots)}')
+    self._archive, self._data, self._root = archive, memoryview(data), roots[0]
+
+  def get(self, name: str, default: bytes) -> bytes:
+    found = self._root + name in self._archive.NameToInfo
+    return bytes(self[name]) if found else default
+
+  def __getitem__(self, name: str) -> memoryview:
+    try:
+      info = self._archive.getinfo(self._root + name)
+    except KeyError:
+      raise errors.CheckpointError(f'the member {name} is missing') from None
+    if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1:
+      return memoryview(self._archive.read(info))
+    # The local header's lengths may differ from the central directory's.
+    header = self._data[info.header_offset : info.header_offset + 30]
+    signature, name_length, extra_length = struct.unpack('<4s22xHH', header)
+    start = info.header_offset + 30 + name_length + extra_length
+    content = self._data[start : start + info.file_size]
+    if signature != b'PK\3\4' or len(content) != info.file_size:
+      raise errors.CheckpointError(f'the member {name} is truncated')
+    # torch.serialization.set_crc32_options(False) leaves zeros.
+    if info.CRC and zlib.crc32(content) != info.CRC:
+      raise errors.CheckpointError(f'the member {name} has a wrong checksum')
+    return content
+
+
+class _Global(NamedTuple):
+  name: str
+
+
+class _Storage(NamedTuple):
+  dtype: np.dtype
+  key: str
+  size: int  # in elements
+
+
+class _View(NamedTuple):
+  storage: _Storage
+  offset: int
+  shape: tuple[int, ...]
+  strides: tuple[int, ...]
+
+
+_GLOBALS = {
+  'collections.OrderedDict',
+  'torch._utils._rebuild_tensor_v2',
+  'torch._utils._rebuild_parameter',
+  *(f'torch.{storage}' for storage in STORAGE_DTYPES),
+}
+
+
+def _unpickle(program: memoryview) -> Any:
+  """Runs the subset of pickle's opcodes that a state dict needs."""
+  try:
+    return _run(bytes(program))
+  except (IndexError, KeyError, TypeError, AttributeError) as e:
+    raise errors.CheckpointError(f'data.pkl is malformed: {e!r}') from e
+
+
+def _run(program: bytes) -> Any:
+  stack: list[Any] = []
+  marks: list[int] = []
+  memo: dict[int, Any] = {}
+
+  def pop_to_mark() -> list[Any]:
+    start = marks.pop()
+    items = stack[start:]
+    del stack[start:]
+    return items
+
+  arg: Any
+  for opcode, arg, _ in pickletools.genops(program):
+    match opcode.name:
+      case 'PROTO':
+        pass
+      case 'MARK':
+        marks.append(len(stack))
+      case 'BINPUT' | 'LONG_BINPUT':
+        memo[arg] = stack[-1]
+      case 'BINGET' | 'LONG_BINGET':
+        stack.append(memo[arg])
+      case 'BINUNICODE' | 'BININT' | 'BININT1' | 'BININT2' | 'LONG1':
+        stack.append(arg)
+      case 'NONE':
+        stack.append(None)
+      case 'NEWTRUE' | 'NEWFALSE':
+        stack.append(opcode.name == 'NEWTRUE')
+      case 'EMPTY_DICT':
+        stack.append({})
+      case 'EMPTY_TUPLE':
+        stack.append(())
+      case 'TUPLE':
+        stack.append(tuple(pop_to_mark()))
+      case 'TUPLE1' | 'TUPLE2' | 'TUPLE3':
+        size = int(opcode.name[-1])
+        stack[-size:] = [tuple(stack[-size:])]
+      case 'SETITEM':
+        value, key = stack.pop(), stack.pop()
+        _set_items(stack[-1], [key], [value])
+      case 'SETITEMS':
+        items = pop_to_mark()
+        _set_items(stack[-1], items[::2], items[1::2])
+      case 'GLOBAL':
+        name = arg.replace(' ', '.')
+        if name not in _GLOBALS:
+          raise errors.CheckpointError(f'the pickle asks for {name}: refused')
+        stack.append(_Global(name))
+      case 'BINPERSID':
+        stack.append(_storage(stack.pop()))
+      case 'REDUCE':
+        args, function = stack.pop(), stack.pop()
+        stack.append(_call(function, args))
+      case 'BUILD':
+        # Module versions, PyTorch's own business, are all that is built.
+        if set(_dict(stack.pop())) != {'_metadata'}:
+          raise errors.CheckpointError('a dict has state other than _metadata')
+        _dict(stack[-1])
+      case 'STOP':
+        return stack.pop()
+      case _:
+        raise errors.CheckpointError(f'unexpected pickle opcode {opcode.name}')
+  raise errors.CheckpointError('data.pkl does not end')
+
+
+def _dict(value: Any) -> dict[Any, Any]:
+  if not isinstance(value, dict):
+    raise errors.CheckpointError(f'expected a dict, got {type(value).__name__}')
+  return value
+
+
+def _set_items(target: Any, keys: list[Any], values: list[Any]) -> None:
+  if not all(isinstance(key, str) for key in keys):
+    raise errors.CheckpointError('the keys of a state dict must be strings')
+  _dict(target).update(zip(keys, values, strict=True))
+
+
+def _call(function: Any, args: tuple[Any, ...]) -> Any:
+  match (function, *args):
+    case (_Global('collections.OrderedDict'),):
+      return {}
+    case (_Global('torch._utils._rebuild_parameter'), _View() as view, bool(), dict()):
+      return view
+    case (
+      _Global('torch._utils._rebuild_tensor_v2'),
+      _Storage() as storage, int(offset), tuple(shape), tuple(strides), bool(), dict(),
+      *flags,  # bits that negate or conjugate the tensor
+    ) if not any(flags):  # fmt: skip
+      return _View(storage, offset, shape, strides)
+  raise errors.CheckpointError(
+    f'unexpected arguments of {getattr(function, "name", None)}'
+  )
+
+
+def _storage(persistent_id: Any) -> _Storage:
+  match persistent_id:
+    case ('storage', _Global(name=name), str(key), str(), int(size)):
+      dtype = STORAGE_DTYPES.get(name.removeprefix('torch.'))
+      if dtype is not None:
+        return _Storage(dtype, key, size)
+  raise errors.CheckpointError('a persistent id is not a storage')
+
+
+def _array(name: str, view: _View, content: memoryview) -> np.ndarray:
+  """The view as an array, after checking that it lies inside its storage."""
+  dtype, key, size = view.storage
+  if size < 0 or size * dtype.itemsize > len(content):
+    raise errors.CheckpointError(
+      f'{name}: storage {key} should hold {size} numbers of {dtype}, '
+      f'got {len(content)} bytes'
+    )
+  shape, strides = view.shape, view.strides
+  numbers = (view.offset, *shape, *strides)
+  if len(shape) != len(strides) or not all(
+    type(n) is int and 0 <= n < 2**63 for n in numbers
+  ):
+    raise errors.CheckpointError(f'{name}: got {view.offset=}, {shape=}, {strides=}')
+  if math.prod(shape) * dtype.itemsize >= 2**63:
+    raise errors.CheckpointError(f'{name}: {shape=} is too large')
+  if math.prod(shape) == 0:
+    return np.zeros(shape, dtype)
+  last = view.offset + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
+  if last >= size:
+    raise errors.CheckpointError(
+      f'{name}: got {view.offset=}, {shape=}, {strides=}, '
+      f'which reach outside storage {key} of {size} numbers'
+    )
+  return np.ndarray(
+    shape,
+    dtype,
+    content,
+    view.offset * dtype.itemsize,
+    tuple(s * dtype.itemsize for s in strides),
+  )
+
+
+def write(path: str | pathlib.Path, tensors: dict[str, np.ndarray], stem: str) -> None:
+  """Writes tensors as `torch.save(OrderedDict(tensors))` would.
+
+  `torch.load(path, weights_only=True)` reads the file. Each tensor becomes
+  contiguous and has its own storage; the bytes depend on the arguments only.
+
+  Args:
+    path: the file.
+    tensors: the tensors by name.
+    stem: name of the archive's top folder; PyTorch takes the file's.
+
+  Raises:
+    CheckpointError: if PyTorch has no such dtype.
+  """
+  names = {dtype: name for name, dtype in STORAGE_DTYPES.items()}
+  for name, tensor in tensors.items():
+    if tensor.dtype not in names:
+      raise errors.CheckpointError(f'{name}: PyTorch files have no {tensor.dtype}')
+  with zipfile.ZipFile(path, 'w', allowZip64=True) as archive:
+
+    def add(name: str, content: np.ndarray) -> None:
+      _add_member(archive, f'{stem}/{name}', content)
+
+    def add_text(name: str, content: bytes) -> None:
+      add(name, np.frombuffer(content, np.uint8))
+
+    add_text('data.pkl', b''.join(_pickle(tensors, names)))
+    add_text('.format_version', b'1')
+    add_text('.storage_alignment', str(_ALIGNMENT).encode())
+    add_text('byteorder', b'little')
+    for index, tensor in enumerate(tensors.values()):
+      add(f'data/{index}', np.ascontiguousarray(tensor).reshape(-1).view(np.uint8))
+    add_text('version', b'3\n')
+
+
+def _add_member(archive: zipfile.ZipFile, name: str, content: np.ndarray) -> None:
+  """Appends a member whose content is aligned, with a fixed date."""
+  info = zipfile.ZipInfo(name, date_time=(1980, 1, 1, 0, 0, 0))
+  info.file_size = content.size
+  zip64 = content.size >= _ZIP64_FROM
+  assert archive.fp is not None
+  start = archive.fp.tell() + 30 + len(name.encode()) + 4 + (20 if zip64 else 0)
+  padding = -start % _ALIGNMENT
+  info.extra = struct.pack('<2sH', b'FB', padding) + b'Z' * padding
+  with archive.open(info, 'w', force_zip64=zip64) as member:
+    for begin in range(0, content.size, _CHUNK):
+      member.write(content[begin : begin + _CHUNK].data)
+
+
+def _pickle(
+  tensors: dict[str, np.ndarray], names: dict[np.dtype, str]
+) -> Iterator[bytes]:
+  """The pickle of the state dict, protocol 2, piece by piece."""
+  empty_dict = _global('collections OrderedDict') + b')R'
+  yield pickle.PROTO + b'\2' + empty_dict + pickle.MARK
+  for index, (name, tensor) in enumerate(tensors.items()):
+    strides, step = [], 1
+    for n in reversed(tensor.shape):
+      strides.append(step)
+      step *= max(n, 1)
+    yield _unicode(name) + _global('torch._utils _rebuild_tensor_v2') + pickle.MARK
+    yield pickle.MARK + _unicode('storage') + _global(f'torch {names[tensor.dtype]}')
+    yield _unicode(str(index)) + _unicode('cpu') + _integer(tensor.size)
+    yield pickle.TUPLE + pickle.BINPERSID + _integer(0)
+    yield _integers(tensor.shape) + _integers(strides[::-1])
+    yield pickle.NEWFALSE + empty_dict + pickle.TUPLE + pickle.REDUCE
+  yield pickle.SETITEMS + pickle.STOP
+
+
+def _global(name: str) -> bytes:
+  return pickle.GLOBAL + name.replace(' ', '\n').encode() + b'\n'
+
+
+def _unicode(text: str) -> bytes:
+  data = text.encode()
+  return pickle.BINUNICODE + struct.pack('<I', len(data)) + data
+
+
+def _integer(value: int) -> bytes:
+  if value < 2**31:
+    return pickle.BININT + struct.pack('<i', value)
+  data = pickle.encode_long(value)
+  return pickle.LONG1 + bytes([len(data)]) + data
+
+
+def _integers(values: Any) -> bytes:
+  return pickle.MARK + b''.join(map(_integer, values)) + pickle.TUPLE

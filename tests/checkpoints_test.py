@@ -1,0 +1,869 @@
+"""Tests of checkpoints: files, configs and tensor names to and from models."""
+
+import dataclasses
+import json
+import pathlib
+import shutil
+
+import chex
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+import safetensors
+import safetensors.numpy
+
+from rotbits_jax import checkpoints
+from rotbits_jax import models
+from rotbits_jax import structured
+from rotbits_jax.checkpoints import CheckpointError
+from rotbits_jax.checkpoints import safetensors_files
+from rotbits_jax.checkpoints import torch_zip
+
+TESTDATA = pathlib.Path(__file__).parent / 'testdata'
+FIXTURES = sorted(path.parent.name for path in TESTDATA.glob('*/config.json'))
+SLICED = [name for name in FIXTURES if 'sliced' in name]
+DENSE = [name for name in FIXTURES if 'dense' in name]
+
+OPT = {
+  '_name_or_path': 'facebook/opt-1.3b',
+  'activation_dropout': 0.0,
+  'activation_function': 'relu',
+  'architectures': ['OPTForCausalLM'],
+  'attention_dropout': 0.0,
+  'bos_token_id': 2,
+  'do_layer_norm_before': True,
+  'dropout': 0.1,
+  'eos_token_id': 2,
+  'ffn_dim': 8192,
+  'hidden_size': 2048,
+  'init_std': 0.02,
+  'layerdrop': 0.0,
+  'max_position_embeddings': 2048,
+  'model_type': 'opt',
+  'num_attention_heads': 32,
+  'num_hidden_layers': 24,
+  'pad_token_id': 1,
+  'prefix': '</s>',
+  'torch_dtype': 'float16',
+  'transformers_version': '4.21.0.dev0',
+  'use_cache': True,
+  'vocab_size': 50272,
+  'word_embed_proj_dim': 2048,
+}
+SMOLLM2 = {
+  'architectures': ['LlamaForCausalLM'],
+  'attention_bias': False,
+  'attention_dropout': 0.0,
+  'bos_token_id': 1,
+  'eos_token_id': 2,
+  'hidden_act': 'silu',
+  'hidden_size': 576,
+  'initializer_range': 0.041666666666666664,
+  'intermediate_size': 1536,
+  'is_llama_config': True,
+  'max_position_embeddings': 8192,
+  'mlp_bias': False,
+  'model_type': 'llama',
+  'num_attention_heads': 9,
+  'num_hidden_layers': 30,
+  'num_key_value_heads': 3,
+  'pad_token_id': 2,
+  'pretraining_tp': 1,
+  'rms_norm_eps': 1e-05,
+  'rope_interleaved': False,
+  'rope_scaling': None,
+  'rope_theta': 100000,
+  'tie_word_embeddings': True,
+  'torch_dtype': 'bfloat16',
+  'transformers.js_config': {'kv_cache_dtype': {'q4f16': 'float16'}},
+  'transformers_version': '4.42.3',
+  'use_cache': True,
+  'vocab_size': 49152,
+}
+LLAMA1 = {
+  'architectures': ['LlamaForCausalLM'],
+  'bos_token_id': 0,
+  'eos_token_id': 1,
+  'hidden_act': 'silu',
+  'hidden_size': 4096,
+  'initializer_range': 0.02,
+  'intermediate_size': 11008,
+  'max_sequence_length': 2048,
+  'model_type': 'llama',
+  'num_attention_heads': 32,
+  'num_hidden_layers': 32,
+  'pad_token_id': -1,
+  'rms_norm_eps': 1e-06,
+  'torch_dtype': 'float16',
+  'transformers_version': '4.27.0.dev0',
+  'use_cache': True,
+  'vocab_size': 32000,
+}
+PHI2 = {
+  '_name_or_path': 'microsoft/phi-2',
+  'architectures': ['PhiForCausalLM'],
+  'attention_dropout': 0.0,
+  'bos_token_id': 50256,
+  'embd_pdrop': 0.0,
+  'eos_token_id': 50256,
+  'hidden_act': 'gelu_new',
+  'hidden_size': 2560,
+  'initializer_range': 0.02,
+  'intermediate_size': 10240,
+  'layer_norm_eps': 1e-05,
+  'max_position_embeddings': 2048,
+  'model_type': 'phi',
+  'num_attention_heads': 32,
+  'num_hidden_layers': 32,
+  'num_key_value_heads': None,
+  'partial_rotary_factor': 0.4,
+  'qk_layernorm': False,
+  'resid_pdrop': 0.1,
+  'rope_scaling': None,
+  'rope_theta': 10000.0,
+  'tie_word_embeddings': False,
+  'torch_dtype': 'float16',
+  'transformers_version': '4.37.0',
+  'use_cache': True,
+  'vocab_size': 51200,
+}
+PHI3 = {
+  '_name_or_path': 'Phi-3-mini-4k-instruct',
+  'architectures': ['Phi3ForCausalLM'],
+  'attention_bias': False,
+  'attention_dropout': 0.0,
+  'auto_map': {'AutoConfig': 'configuration_phi3.Phi3Config'},
+  'bos_token_id': 1,
+  'embd_pdrop': 0.0,
+  'eos_token_id': 32000,
+  'hidden_act': 'silu',
+  'hidden_size': 3072,
+  'initializer_range': 0.02,
+  'intermediate_size': 8192,
+  'max_position_embeddings': 4096,
+  'model_type': 'phi3',
+  'num_attention_heads': 32,
+  'num_hidden_layers': 32,
+  'num_key_value_heads': 32,
+  'original_max_position_embeddings': 4096,
+  'pad_token_id': 32000,
+  'resid_pdrop': 0.0,
+  'rms_norm_eps': 1e-05,
+  'rope_scaling': None,
+  'rope_theta': 10000.0,
+  'sliding_window': 2047,
+  'tie_word_embeddings': False,
+  'torch_dtype': 'bfloat16',
+  'transformers_version': '4.40.2',
+  'use_cache': True,
+  'vocab_size': 32064,
+}
+CONFIGS = {'opt': OPT, 'llama': SMOLLM2, 'llama1': LLAMA1, 'phi': PHI2, 'phi3': PHI3}
+
+# Two Llama layers in which every segment has a width of its own.
+TINY = {
+  'model_type': 'llama',
+  'hidden_size': 8,
+  'intermediate_size': 6,
+  'num_attention_heads': 2,
+  'num_key_value_heads': 1,
+  'num_hidden_layers': 2,
+  'vocab_size': 10,
+  'tie_word_embeddings': True,
+}
+TINY_SLICING = {
+  'hidden_size': 8,
+  'layers_num': 2,
+  'do_slice_head': False,
+  'parallel_blocks': False,
+  'embedding_dimensions': {'0': 3},
+  'attention_input_dimensions': {'0': 3, '1': 5},
+  'attention_output_dimensions': {'0': 4, '1': 6},
+  'mlp_input_dimensions': {'0': 4, '1': 6},
+  'mlp_output_dimensions': {'0': 5, '1': 8},
+  'head_dimension': 8,
+  'const_dimension': None,
+}
+
+
+def tiny_shapes():
+  """Shapes of the sliced tiny model's tensors, written out."""
+  shapes = {'model.embed_tokens.weight': (10, 3), 'lm_head.weight': (10, 8)}
+  for layer, (a, b, c) in enumerate([(3, 4, 5), (5, 6, 8)]):
+    shapes |= {
+      f'model.layers.{layer}.{name}': shape
+      for name, shape in {
+        'mlp_shortcut_Q': (b, c),
+        'attn_shortcut_Q': (a, b),
+        'self_attn.q_proj.weight': (8, a),
+        'self_attn.k_proj.weight': (4, a),
+        'self_attn.v_proj.weight': (4, a),
+        'self_attn.o_proj.weight': (b, 8),
+        'mlp.gate_proj.weight': (6, b),
+        'mlp.up_proj.weight': (6, b),
+        'mlp.down_proj.weight': (c, 6),
+      }.items()
+    }
+  return shapes
+
+
+def tiny_tied_tensors():
+  """The dense tiny model's tensors; its head is not stored."""
+  shapes = {'model.embed_tokens.weight': (10, 8), 'model.norm.weight': (8,)}
+  for layer in range(2):
+    shapes |= {
+      f'model.layers.{layer}.{name}.weight': shape
+      for name, shape in {
+        'self_attn.q_proj': (8, 8),
+        'self_attn.k_proj': (4, 8),
+        'self_attn.v_proj': (4, 8),
+        'self_attn.o_proj': (8, 8),
+        'mlp.gate_proj': (6, 8),
+        'mlp.up_proj': (6, 8),
+        'mlp.down_proj': (8, 6),
+        'input_layernorm': (8,),
+        'post_attention_layernorm': (8,),
+      }.items()
+    }
+  return random_tensors(shapes)
+
+
+def random_tensors(shapes, dtype=np.float16):
+  rng = np.random.default_rng(0)
+  return {name: rng.normal(size=shape).astype(dtype) for name, shape in shapes.items()}
+
+
+def file_tensors(directory):
+  """The tensors as they are in the file."""
+  (path,) = [*directory.glob('*.pt'), *directory.glob('*.safetensors')]
+  if path.suffix == '.pt':
+    return torch_zip.read(path)
+  return safetensors.numpy.load_file(path)
+
+
+def assert_same_tensors(got, expected):
+  assert set(got) == set(expected)
+  for name, x in expected.items():
+    assert (got[name].dtype, got[name].shape) == (x.dtype, x.shape), name
+    assert got[name].tobytes() == x.tobytes(), name
+
+
+def write_directory(directory, config, tensors):
+  directory.mkdir(exist_ok=True)
+  (directory / 'config.json').write_text(json.dumps(config))
+  safetensors_files.write(directory / 'model.safetensors', tensors)
+  return directory
+
+
+class TestRoundTrip:
+  def test_fixtures_are_there(self):
+    assert len(SLICED) == 4
+    assert len(DENSE) == 3
+
+  @pytest.mark.parametrize('name', FIXTURES)
+  def test_tensors(self, name):
+    checkpoint = checkpoints.load_checkpoint(TESTDATA / name)
+    assert checkpoint.model.config.sliced == ('sliced' in name)
+    got = checkpoints.to_tensors(checkpoint.model)
+    assert_same_tensors(got, file_tensors(TESTDATA / name))
+
+  @pytest.mark.parametrize('format', ['safetensors', 'slicegpt'])
+  @pytest.mark.parametrize('name', SLICED)
+  def test_saved_sliced_model(self, tmp_path, name, format):
+    checkpoint = checkpoints.load_checkpoint(TESTDATA / name)
+    checkpoints.save_checkpoint(checkpoint, tmp_path / 'new' / 'x', format)
+    assert_same_tensors(
+      file_tensors(tmp_path / 'new' / 'x'), file_tensors(TESTDATA / name)
+    )
+    again = checkpoints.load_checkpoint(tmp_path / 'new' / 'x')
+    assert again.files == checkpoint.files
+    assert again.stem == checkpoint.stem
+    assert again.model.config == checkpoint.model.config
+    chex.assert_trees_all_equal(again.model.params, checkpoint.model.params)
+
+  @pytest.mark.parametrize('name', DENSE)
+  def test_saved_dense_model_is_the_same_file(self, tmp_path, name):
+    checkpoint = checkpoints.load_checkpoint(TESTDATA / name)
+    assert checkpoint.stem is None
+    checkpoints.save_checkpoint(checkpoint, tmp_path)
+    for file in ('model.safetensors', 'config.json', 'generation_config.json'):
+      assert (tmp_path / file).read_bytes() == (TESTDATA / name / file).read_bytes()
+
+  def test_memory_layout(self):
+    name = 'phi3-tiny-sliced-0.25'
+    raw = file_tensors(TESTDATA / name)
+    model = checkpoints.load_checkpoint(TESTDATA / name).model
+    assert model.group_sizes == (2, 1)
+    block = model.params['blocks_0']
+    prefix = 'model.layers.1.'
+    qkv = raw[f'{prefix}self_attn.qkv_proj.weight']  # [128 + 64 + 64, 96]
+    attention = block['attention']
+    np.testing.assert_array_equal(attention['query']['kernel'][1], qkv[:128].T)
+    np.testing.assert_array_equal(attention['key']['kernel'][1], qkv[128:192].T)
+    np.testing.assert_array_equal(attention['value']['kernel'][1], qkv[192:].T)
+    gate_up = raw[f'{prefix}mlp.gate_up_proj.weight']
+    np.testing.assert_array_equal(block['mlp']['gate']['kernel'][1], gate_up[:256].T)
+    np.testing.assert_array_equal(block['mlp']['up']['kernel'][1], gate_up[256:].T)
+    np.testing.assert_array_equal(
+      block['attention_shortcut']['kernel'][1], raw[f'{prefix}attn_shortcut_Q']
+    )
+    np.testing.assert_array_equal(
+      model.params['embed']['tokens'], raw['model.embed_tokens.weight']
+    )
+    np.testing.assert_array_equal(
+      model.params['head']['kernel'], raw['lm_head.weight'].T
+    )
+
+  @pytest.mark.parametrize('dtype', [np.float16, ml_dtypes.bfloat16, np.float32])
+  def test_widths_of_each_layer(self, tmp_path, dtype):
+    tensors = random_tensors(tiny_shapes(), dtype)
+    config = checkpoints.parse_config(TINY, TINY_SLICING)
+    model = checkpoints.from_tensors(tensors, config)
+    assert model.group_sizes == (1, 1)
+    assert_same_tensors(checkpoints.to_tensors(model), tensors)
+    files = {
+      'config.json': json.dumps(TINY).encode(),
+      'tiny_0.5.json': json.dumps(TINY_SLICING).encode(),
+    }
+    checkpoint = checkpoints.Checkpoint(model, files, 'tiny_0.5')
+    checkpoints.save_checkpoint(checkpoint, tmp_path, 'slicegpt')
+    again = checkpoints.load_checkpoint(tmp_path)
+    assert_same_tensors(checkpoints.to_tensors(again.model), tensors)
+
+  def test_mixed_dtypes(self):
+    tensors = random_tensors(tiny_shapes())
+    name = 'model.layers.1.attn_shortcut_Q'
+    tensors[name] = tensors[name].astype(np.float32)
+    model = checkpoints.from_tensors(
+      tensors, checkpoints.parse_config(TINY, TINY_SLICING)
+    )
+    assert_same_tensors(checkpoints.to_tensors(model), tensors)
+
+  def test_structured_leaves_are_materialized(self, tmp_path):
+    name = 'llama-tiny-sliced-head-0.25'
+    checkpoint = checkpoints.load_checkpoint(TESTDATA / name)
+    rng = np.random.default_rng(0)
+    b = (0.1 * np.tril(rng.normal(size=(3, 96, 4)))).astype(np.float16)
+    leaf = structured.IdentityMinusGram(
+      b=jnp.asarray(b), c=jnp.zeros((3, 96, 0), jnp.float16), columns=96,
+      ranks=((4, 0),) * 3,
+    )  # fmt: skip
+    params = dict(checkpoint.model.params)
+    params['blocks_0'] = params['blocks_0'] | {'mlp_shortcut': {'kernel': leaf}}
+    model = checkpoint.model.replace(params=params)
+    checkpoints.save_checkpoint(checkpoint._replace(model=model), tmp_path)
+    got = file_tensors(tmp_path)['model.layers.2.mlp_shortcut_Q']
+    b = b[2].astype(np.float64)
+    assert got.dtype == np.float16
+    np.testing.assert_allclose(got, np.eye(96) - b @ b.T, atol=2e-3)
+
+
+class TestTensors:
+  def from_tensors(self, tensors):
+    return checkpoints.from_tensors(
+      tensors, checkpoints.parse_config(TINY, TINY_SLICING)
+    )
+
+  def test_missing_and_unknown_names_are_listed(self):
+    tensors = random_tensors(tiny_shapes())
+    tensors = {n: x for n, x in tensors.items() if 'layers.1' not in n}
+    tensors['model.norm.weight'] = np.zeros(8, np.float16)
+    with pytest.raises(CheckpointError) as e:
+      self.from_tensors(tensors)
+    message = str(e.value)
+    assert 'missing: model.layers.1.attn_shortcut_Q, ' in message
+    assert 'and 1 more' in message
+    assert 'unknown: model.norm.weight' in message
+
+  def test_wrong_shape(self):
+    tensors = random_tensors(tiny_shapes())
+    name = 'model.layers.1.self_attn.k_proj.weight'
+    tensors[name] = tensors[name].T
+    match = rf'{name}: expected shape \(4, 5\), got \(5, 4\)'
+    with pytest.raises(CheckpointError, match=match):
+      self.from_tensors(tensors)
+
+  @pytest.mark.parametrize('dtype', [np.float64, np.int8, np.bool_])
+  def test_wrong_dtype(self, dtype):
+    tensors = random_tensors(tiny_shapes())
+    tensors['lm_head.weight'] = tensors['lm_head.weight'].astype(dtype)
+    match = f'lm_head.weight: .* got {np.dtype(dtype)}'
+    with pytest.raises(CheckpointError, match=match):
+      self.from_tensors(tensors)
+
+  def test_buffers_come_back(self):
+    tensors = random_tensors(tiny_shapes()) | {
+      'model.layers.0.self_attn.rotary_emb.inv_freq': np.arange(2, dtype=np.float32),
+      'model.layers.1.self_attn.masked_bias': np.array(-1e4, np.float16),
+    }
+    model = self.from_tensors(tensors)
+    assert len(model.buffers) == 2
+    assert_same_tensors(checkpoints.to_tensors(model), tensors)
+
+  def test_tied_head(self):
+    config = checkpoints.parse_config(TINY)
+    tensors = tiny_tied_tensors()
+    model = checkpoints.from_tensors(tensors, config)
+    assert model.config.tied_head
+    assert_same_tensors(checkpoints.to_tensors(model), tensors)
+
+  def test_tied_head_that_is_stored(self):
+    config = checkpoints.parse_config(TINY)
+    tensors = tiny_tied_tensors()
+    tensors['lm_head.weight'] = tensors['model.embed_tokens.weight']
+    model = checkpoints.from_tensors(tensors, config)
+    assert not model.config.tied_head
+    assert_same_tensors(checkpoints.to_tensors(model), tensors)
+
+  def test_tied_head_that_differs(self):
+    config = checkpoints.parse_config(TINY)
+    tensors = tiny_tied_tensors()
+    tensors['lm_head.weight'] = -tensors['model.embed_tokens.weight']
+    with pytest.raises(CheckpointError, match=r'lm_head.weight differs from .*embed'):
+      checkpoints.from_tensors(tensors, config)
+
+  def test_unknown_family(self):
+    config = dataclasses.replace(checkpoints.parse_config(TINY), family='gpt')
+    with pytest.raises(CheckpointError, match="family 'gpt'; known: opt, llama, phi"):
+      checkpoints.from_tensors({}, config)
+
+  def test_llama_biases(self):
+    shapes = {n: x.shape for n, x in tiny_tied_tensors().items()}
+    shapes |= {
+      n.replace('weight', 'bias'): shape[:1]
+      for n, shape in shapes.items()
+      if '_proj' in n
+    }
+    config = checkpoints.parse_config(TINY | {'attention_bias': True, 'mlp_bias': True})
+    tensors = random_tensors(shapes)
+    model = checkpoints.from_tensors(tensors, config)
+    assert_same_tensors(checkpoints.to_tensors(model), tensors)
+
+
+class TestConfig:
+  def test_opt(self):
+    config = checkpoints.parse_config(OPT)
+    assert config == models.ModelConfig(
+      family='opt', hidden_size=2048, intermediate_size=8192, num_layers=24,
+      num_heads=32, num_kv_heads=32, head_dim=64, vocab_size=50272, activation='relu',
+      gated_mlp=False, parallel_block=False, qkv_bias=True, out_bias=True,
+      mlp_bias=True, head_bias=False, norm='layernorm', norm_eps=1e-5,
+      max_positions=2048, learned_positions=2050, rotary_dim=0, rope_theta=10000.0,
+      sliding_window=None, tied_head=True, segment_widths=(2048,) * 49,
+    )  # fmt: skip
+
+  def test_smollm2(self):
+    config = checkpoints.parse_config(SMOLLM2)
+    assert config == models.ModelConfig(
+      family='llama', hidden_size=576, intermediate_size=1536, num_layers=30,
+      num_heads=9, num_kv_heads=3, head_dim=64, vocab_size=49152, activation='silu',
+      gated_mlp=True, parallel_block=False, qkv_bias=False, out_bias=False,
+      mlp_bias=False, head_bias=False, norm='rmsnorm', norm_eps=1e-5,
+      max_positions=8192, learned_positions=0, rotary_dim=64, rope_theta=100000.0,
+      sliding_window=None, tied_head=True, segment_widths=(576,) * 61,
+    )  # fmt: skip
+    # 134,515,008 as published
+    assert models.count_numbers(config) == 134515008
+
+  def test_llama1_defaults(self):
+    config = checkpoints.parse_config(LLAMA1)
+    assert (config.num_kv_heads, config.rope_theta, config.norm_eps) == (32, 1e4, 1e-6)
+    assert not config.tied_head
+    assert models.count_numbers(config) == 6738415616
+
+  def test_phi2(self):
+    config = checkpoints.parse_config(PHI2)
+    assert (config.rotary_dim, config.head_dim, config.num_kv_heads) == (32, 80, 32)
+    assert config.parallel_block
+    assert config.head_bias
+    assert models.count_numbers(config) == 2779683840
+
+  def test_phi3(self):
+    config = checkpoints.parse_config(PHI3)
+    assert (config.sliding_window, config.rotary_dim) == (2047, 96)
+    assert models.count_numbers(config) == 3821079552
+
+  def test_rope_parameters(self):
+    values = {k: v for k, v in SMOLLM2.items() if not k.startswith('rope')}
+    rope = {'rope_theta': 5e5, 'rope_type': 'default'}
+    config = checkpoints.parse_config(values | {'rope_parameters': rope})
+    assert config.rope_theta == 5e5
+    values = {k: v for k, v in PHI2.items() if k != 'partial_rotary_factor'}
+    rope = rope | {'partial_rotary_factor': 0.4}
+    config = checkpoints.parse_config(values | {'rope_parameters': rope})
+    assert config.rotary_dim == 32
+
+  def test_head_dim(self):
+    assert checkpoints.parse_config(SMOLLM2 | {'head_dim': 32}).head_dim == 32
+    assert checkpoints.parse_config(SMOLLM2 | {'head_dim': None}).head_dim == 64
+
+  @pytest.mark.parametrize(
+    ('family', 'name', 'value'),
+    [
+      ('opt', 'do_layer_norm_before', False),
+      ('opt', 'enable_bias', False),
+      ('opt', 'layer_norm_elementwise_affine', False),
+      ('opt', '_remove_final_layer_norm', True),
+      ('opt', 'word_embed_proj_dim', 512),
+      ('opt', 'activation_function', 'gelu'),
+      ('opt', 'do_layer_norm_before', 1),
+      ('llama', 'rope_scaling', {'rope_type': 'llama3', 'factor': 8.0}),
+      ('llama', 'rope_interleaved', True),
+      ('llama', 'hidden_act', ['silu']),
+      ('llama', 'attention_bias', 0),
+      ('llama', 'partial_rotary_factor', 0.5),
+      ('llama', 'quantization_config', {'bits': 4}),
+      ('llama', 'layer_frobnication', 3),
+      ('llama', 'pruned_heads', {'0': [1]}),
+      ('llama', 'hidden_size', '576'),
+      ('llama', 'hidden_size', 576.0),
+      ('llama', 'hidden_size', True),
+      ('llama', 'hidden_size', -576),
+      ('llama', 'num_hidden_layers', 2**40),
+      ('llama', 'rms_norm_eps', None),
+      ('llama', 'rms_norm_eps', float('nan')),
+      ('llama', 'rope_theta', 0),
+      ('llama', 'tie_word_embeddings', 'false'),
+      ('llama', 'model_type', 'mistral'),
+      ('llama', 'model_type', None),
+      ('llama', 'model_type', ['llama']),
+      ('phi', 'qk_layernorm', True),
+      ('phi', 'partial_rotary_factor', 1.5),
+      ('phi', 'partial_rotary_factor', 0.01),
+      ('phi', 'tie_word_embeddings', True),
+      ('phi3', 'sliding_window', 0),
+      ('phi3', 'attention_bias', True),
+      ('phi3', 'rope_scaling', {'type': 'longrope'}),
+    ],
+  )
+  def test_refused_by_name_and_value(self, family, name, value):
+    with pytest.raises(CheckpointError) as e:
+      checkpoints.parse_config(CONFIGS[family] | {name: value})
+    assert f'config.json: {name} is {value!r}' in str(e.value)
+
+  @pytest.mark.parametrize(
+    ('name', 'value', 'match'),
+    [
+      ('rope_parameters', 'default', "rope_parameters: expected an object, got 'def"),
+      (
+        'rope_parameters',
+        {'rope_type': 'yarn'},
+        "rope_parameters: rope_type is 'yarn'",
+      ),
+      ('rope_parameters', {'factor': 2.0}, 'rope_parameters: factor is 2.0'),
+      ('num_attention_heads', 7, 'num_attention_heads 7 does not divide hidden_size'),
+      ('num_key_value_heads', 2, 'num_heads must be a multiple of num_kv_heads'),
+    ],
+  )
+  def test_refused_otherwise(self, name, value, match):
+    with pytest.raises(CheckpointError, match=match):
+      checkpoints.parse_config(SMOLLM2 | {name: value})
+
+  def test_known_families_are_named(self):
+    with pytest.raises(CheckpointError, match='supported: opt, llama, phi, phi3'):
+      checkpoints.parse_config({'model_type': 'mistral'})
+
+  @pytest.mark.parametrize('family', CONFIGS)
+  def test_missing(self, family):
+    for name in ('model_type', 'hidden_size', 'num_hidden_layers', 'vocab_size'):
+      values = {k: v for k, v in CONFIGS[family].items() if k != name}
+      with pytest.raises(CheckpointError, match=f'config.json: {name} is missing'):
+        checkpoints.parse_config(values)
+
+  @pytest.mark.parametrize('value', [None, [], 'x', 3])
+  def test_not_an_object(self, value):
+    with pytest.raises(CheckpointError, match=r'config\.json: expected an object'):
+      checkpoints.parse_config(value)
+
+
+class TestSlicing:
+  def test_sliced_config(self):
+    config = checkpoints.parse_config(TINY, TINY_SLICING)
+    assert config.segment_widths == (3, 4, 5, 6, 8)
+    assert (config.norm, config.norm_eps) == ('rmsn', 1e-5)
+    assert not config.tied_head
+    assert not config.head_bias
+
+  def test_layer_norm_gives_the_head_a_bias(self):
+    sliced = checkpoints.load_checkpoint(TESTDATA / 'opt-small-sliced-0.2').model
+    assert sliced.config.head_bias
+    assert sliced.params['head']['bias'].shape == (4096,)
+
+  @pytest.mark.parametrize('name', SLICED)
+  def test_slicing_json_is_what_slicegpt_writes(self, name):
+    checkpoint = checkpoints.load_checkpoint(TESTDATA / name)
+    got = json.dumps(checkpoints.slicing_json(checkpoint.model.config)).encode()
+    assert got == checkpoint.files[f'{checkpoint.stem}.json']
+
+  def test_slicing_json_of_different_widths(self):
+    config = checkpoints.parse_config(TINY, TINY_SLICING)
+    assert checkpoints.slicing_json(config) == TINY_SLICING
+
+  def test_slicing_json_of_a_dense_model(self):
+    with pytest.raises(ValueError, match='only a sliced model'):
+      checkpoints.slicing_json(checkpoints.parse_config(TINY))
+
+  @pytest.mark.parametrize(
+    ('change', 'match'),
+    [
+      ({'hidden_size': 16}, 'hidden_size is 16; supported: 8'),
+      ({'layers_num': 3}, 'layers_num is 3; supported: 2'),
+      ({'parallel_blocks': True}, 'parallel_blocks is True; supported: False'),
+      ({'const_dimension': 8}, 'const_dimension is 8'),
+      ({'do_slice_head': None}, 'do_slice_head is None'),
+      ({'bonus': 1}, 'bonus is 1'),
+      ({'embedding_dimensions': {'0': 4}}, 'embedding_dimensions is 4; supported: 3'),
+      ({'embedding_dimensions': {}}, 'embedding_dimensions: 0 is missing'),
+      ({'embedding_dimensions': {'0': 3, '1': 3}}, 'embedding_dimensions: 1 is 3'),
+      ({'embedding_dimensions': 3}, 'embedding_dimensions: expected an object'),
+      (
+        {'attention_input_dimensions': {'0': 3, '1': 4}},
+        r'mlp_output_dimensions.0 is 5',
+      ),
+      (
+        {'mlp_input_dimensions': {'0': 4, '1': 7}},
+        r'attention_output_dimensions.1 is 6',
+      ),
+      ({'mlp_input_dimensions': {'0': 4, '1': '6'}}, "mlp_input_dimensions: 1 is '6'"),
+      ({'head_dimension': 7}, r'mlp_output_dimensions.1 is 8; supported: 7'),
+      (
+        {'mlp_output_dimensions': {'0': 5, '1': 9}, 'head_dimension': 9},
+        'the width 9 exceeds hidden_size 8',
+      ),
+    ],
+  )
+  def test_refused(self, change, match):
+    with pytest.raises(CheckpointError, match=f'slicing JSON.*{match}'):
+      checkpoints.parse_config(TINY, TINY_SLICING | change)
+
+  @pytest.mark.parametrize(
+    'name', [n for n in TINY_SLICING if 'dimension' in n and n != 'const_dimension']
+  )
+  def test_missing(self, name):
+    values = {k: v for k, v in TINY_SLICING.items() if k != name}
+    with pytest.raises(CheckpointError, match=f'{name} is missing'):
+      checkpoints.parse_config(TINY, values)
+
+
+class TestDirectory:
+  def test_weights_file_in_place_of_the_directory(self):
+    directory = TESTDATA / 'phi2-tiny-sliced-0.25'
+    checkpoint = checkpoints.load_checkpoint(directory / 'phi-2_0.25.pt')
+    assert checkpoint.stem == 'phi-2_0.25'
+    checkpoint = checkpoints.load_checkpoint(
+      TESTDATA / 'phi2-tiny-dense' / 'model.safetensors'
+    )
+    assert checkpoint.stem is None
+
+  def test_sidecars_are_verbatim(self, tmp_path):
+    shutil.copytree(TESTDATA / 'llama-tiny-dense', tmp_path, dirs_exist_ok=True)
+    (tmp_path / 'merges.txt').write_bytes(b'a\r\nb')
+    (tmp_path / 'tokenizer.model').write_bytes(b'\0\xff')
+    (tmp_path / 'README.md').write_bytes(b'not kept')
+    files = checkpoints.load_checkpoint(tmp_path).files
+    assert sorted(files) == [
+      'config.json',
+      'generation_config.json',
+      'merges.txt',
+      'tokenizer.model',
+    ]
+    assert files['merges.txt'] == b'a\r\nb'
+    assert files['tokenizer.model'] == b'\0\xff'
+
+  def test_several_weights(self, tmp_path):
+    shutil.copytree(TESTDATA / 'llama-tiny-sliced-head-0.25', tmp_path / 'x')
+    for suffix in ('.pt', '.json'):
+      shutil.copyfile(
+        tmp_path / 'x' / f'Llama-2-tiny_0.25{suffix}', tmp_path / 'x' / f'other{suffix}'
+      )
+    with pytest.raises(CheckpointError, match=r'one of .* Llama.*\.pt, other\.pt'):
+      checkpoints.load_checkpoint(tmp_path / 'x')
+    checkpoint = checkpoints.load_checkpoint(tmp_path / 'x' / 'other.pt')
+    assert checkpoint.stem == 'other'
+    assert sorted(checkpoint.files) == [
+      'config.json',
+      'generation_config.json',
+      'other.json',
+    ]
+
+  def test_dense_weights_beside_a_sliced_model(self, tmp_path):
+    shutil.copytree(TESTDATA / 'llama-tiny-sliced-head-0.25', tmp_path / 'x')
+    shutil.copy(TESTDATA / 'llama-tiny-dense' / 'model.safetensors', tmp_path / 'x')
+    checkpoint = checkpoints.load_checkpoint(tmp_path / 'x' / 'model.safetensors')
+    assert not checkpoint.model.config.sliced
+    assert checkpoint.stem is None
+    assert 'Llama-2-tiny_0.25.json' not in checkpoint.files
+
+  @pytest.mark.parametrize(
+    ('removed', 'match'),
+    [
+      ('config.json', 'there is no config.json'),
+      ('Llama-2-tiny_0.25.json', 'slicing JSON Llama-2-tiny_0.25.json must be beside'),
+      ('Llama-2-tiny_0.25.pt', 'there are no .pt or .safetensors files'),
+    ],
+  )
+  def test_missing_file(self, tmp_path, removed, match):
+    shutil.copytree(TESTDATA / 'llama-tiny-sliced-head-0.25', tmp_path / 'x')
+    (tmp_path / 'x' / removed).unlink()
+    with pytest.raises(CheckpointError, match=match):
+      checkpoints.load_checkpoint(tmp_path / 'x')
+
+  def test_sliced_safetensors_without_slicing_json(self, tmp_path):
+    checkpoint = checkpoints.load_checkpoint(TESTDATA / 'phi2-tiny-sliced-0.25')
+    checkpoints.save_checkpoint(checkpoint, tmp_path)
+    (tmp_path / 'phi-2_0.25.json').unlink()
+    with pytest.raises(CheckpointError, match=r'one slicing JSON .*, got none'):
+      checkpoints.load_checkpoint(tmp_path)
+
+  def test_errors_name_the_file(self, tmp_path):
+    write_directory(tmp_path, TINY | {'rope_scaling': {'factor': 2}}, {})
+    with pytest.raises(CheckpointError, match=f'{tmp_path}.*rope_scaling'):
+      checkpoints.load_checkpoint(tmp_path)
+    (tmp_path / 'config.json').write_text('{')
+    with pytest.raises(CheckpointError, match=f'{tmp_path}/config.json: not JSON'):
+      checkpoints.load_checkpoint(tmp_path)
+    with pytest.raises(CheckpointError, match='nothing: there is no such file'):
+      checkpoints.load_checkpoint(tmp_path / 'nothing')
+    with pytest.raises(CheckpointError, match=r'config\.json: weights are \.pt or'):
+      checkpoints.load_checkpoint(tmp_path / 'config.json')
+
+  def test_truncated_weights(self, tmp_path):
+    shutil.copytree(TESTDATA / 'phi2-tiny-sliced-0.25', tmp_path / 'x')
+    path = tmp_path / 'x' / 'phi-2_0.25.pt'
+    path.write_bytes(path.read_bytes()[:-1000])
+    with pytest.raises(CheckpointError, match=str(path)):
+      checkpoints.load_checkpoint(tmp_path / 'x')
+
+  def test_save_keeps_other_files_and_replaces_its_own(self, tmp_path):
+    checkpoint = checkpoints.load_checkpoint(TESTDATA / 'llama-tiny-dense')
+    (tmp_path / 'mine.py').write_text('mine')
+    (tmp_path / 'config.json').write_text('old')
+    checkpoints.save_checkpoint(checkpoint, tmp_path)
+    assert (tmp_path / 'mine.py').read_text() == 'mine'
+    assert (tmp_path / 'config.json').read_bytes() == checkpoint.files['config.json']
+
+  def test_save_that_fails_leaves_nothing(self, tmp_path):
+    checkpoint = checkpoints.load_checkpoint(TESTDATA / 'llama-tiny-dense')
+    buffers = {'model.rotary_emb.inv_freq': np.zeros(2, np.complex64)}
+    broken = checkpoint._replace(model=checkpoint.model.replace(buffers=buffers))
+    with pytest.raises(CheckpointError, match=r'inv_freq: .* complex64'):
+      checkpoints.save_checkpoint(broken, tmp_path / 'x')
+    assert not list(tmp_path.iterdir())
+
+  @pytest.mark.parametrize(
+    ('name', 'match'),
+    [
+      ('../x', 'not the name of a file'),
+      ('a\\b', 'not the name of a file'),
+      ('..', 'not the name of a file'),
+      ('', 'not the name of a file'),
+      ('model.safetensors', 'the weights and of another file'),
+    ],
+  )
+  def test_save_refuses_file_name(self, tmp_path, name, match):
+    checkpoint = checkpoints.load_checkpoint(TESTDATA / 'llama-tiny-dense')
+    checkpoint.files[name] = b''
+    with pytest.raises(ValueError, match=match):
+      checkpoints.save_checkpoint(checkpoint, tmp_path / 'x')
+    assert not list(tmp_path.iterdir())
+
+  def test_save_refuses(self, tmp_path):
+    dense = checkpoints.load_checkpoint(TESTDATA / 'llama-tiny-dense')
+    sliced = checkpoints.load_checkpoint(TESTDATA / 'llama-tiny-sliced-head-0.25')
+    with pytest.raises(ValueError, match='only a sliced model'):
+      checkpoints.save_checkpoint(dense, tmp_path / 'x', 'slicegpt')
+    with pytest.raises(ValueError, match="got 'npz'"):
+      checkpoints.save_checkpoint(dense, tmp_path / 'x', 'npz')
+    with pytest.raises(ValueError, match='needs a stem'):
+      checkpoints.save_checkpoint(sliced._replace(stem=None), tmp_path / 'x')
+    with pytest.raises(ValueError, match=r'the file other\.json is missing'):
+      checkpoints.save_checkpoint(sliced._replace(stem='other'), tmp_path / 'x')
+
+
+class TestSafetensors:
+  def tensors(self):
+    rng = np.random.default_rng(0)
+    matrix = rng.normal(size=(5, 3)).astype(np.float32)
+    return {
+      'bf16': matrix.astype(ml_dtypes.bfloat16),
+      'a.transposed': matrix.T,
+      'f16': matrix.astype(np.float16)[::2],
+      'empty': np.zeros((0, 3), np.float16),
+      'scalar': np.array(True),
+      'long': np.arange(3),
+    }
+
+  def test_library_reads_what_is_written(self, tmp_path):
+    path = tmp_path / 'x.safetensors'
+    safetensors_files.write(path, self.tensors())
+    with safetensors.safe_open(path, framework='np') as file:
+      assert file.metadata() == {'format': 'pt'}
+      got = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    assert_same_tensors(got, self.tensors())
+
+  def test_reads_what_the_library_writes(self, tmp_path):
+    path = tmp_path / 'x.safetensors'
+    tensors = {n: np.ascontiguousarray(x) for n, x in self.tensors().items()}
+    tensors['scalar'] = np.array(True)  # ascontiguousarray makes it 1-D
+    safetensors.numpy.save_file(tensors, path)
+    got = safetensors_files.read(path)
+    assert_same_tensors(got, tensors)
+    assert not got['bf16'].flags.writeable
+
+  def test_truncated(self, tmp_path):
+    path = tmp_path / 'x.safetensors'
+    safetensors_files.write(path, self.tensors())
+    content = path.read_bytes()
+    for size in (0, 4, 20, len(content) - 1):
+      path.write_bytes(content[:size])
+      with pytest.raises(CheckpointError, match=str(path)):
+        safetensors_files.read(path)
+
+  def test_dtypes_that_are_refused(self, tmp_path):
+    path = tmp_path / 'x.safetensors'
+    with pytest.raises(CheckpointError, match='w: safetensors files have no uint64'):
+      safetensors_files.write(path, {'w': np.zeros(2, np.uint64)})
+    tensors = {'w': np.zeros(2, ml_dtypes.float8_e4m3fn)}
+    safetensors.numpy.save_file(tensors, path)
+    with pytest.raises(CheckpointError, match='w has dtype F8_E4M3'):
+      safetensors_files.read(path)
+
+  def shard(self, directory):
+    name = 'llama-tiny-dense'
+    shutil.copyfile(TESTDATA / name / 'config.json', directory / 'config.json')
+    tensors = file_tensors(TESTDATA / name)
+    names = sorted(tensors)
+    weight_map = {}
+    for index, part in enumerate((names[::2], names[1::2]), 1):
+      shard = f'model-{index:05}-of-00002.safetensors'
+      safetensors_files.write(directory / shard, {n: tensors[n] for n in part})
+      weight_map |= dict.fromkeys(part, shard)
+    index = {'metadata': {'total_size': 0}, 'weight_map': weight_map}
+    (directory / 'model.safetensors.index.json').write_text(json.dumps(index))
+    return index, tensors
+
+  def test_sharded(self, tmp_path):
+    _, tensors = self.shard(tmp_path)
+    checkpoint = checkpoints.load_checkpoint(tmp_path)
+    assert_same_tensors(checkpoints.to_tensors(checkpoint.model), tensors)
+    assert sorted(checkpoint.files) == ['config.json']
+
+  def test_bad_index(self, tmp_path):
+    index, _ = self.shard(tmp_path)
+    path = tmp_path / 'model.safetensors.index.json'
+    weight_map = index['weight_map']
+    name = 'model.norm.weight'
+    rest = {n: shard for n, shard in weight_map.items() if n != name}
+    for content, match in (
+      ('[', 'not JSON'),
+      ('[]', 'weight_map must map'),
+      ('{"weight_map": {"a": 1}}', 'weight_map must map'),
+      (json.dumps({'weight_map': rest}), f'index differ in {name}'),
+      (json.dumps({'weight_map': weight_map | {'x': weight_map[name]}}), 'differ in x'),
+      (json.dumps({'weight_map': {'x': '../x.safetensors'}}), 'is elsewhere'),
+      (json.dumps({'weight_map': {'x': 'y.safetensors'}}), 'y.safetensors is missing'),
+    ):
+      path.write_text(content)
+      with pytest.raises(CheckpointError, match=match):
+        checkpoints.load_checkpoint(tmp_path)

@@ -1,0 +1,406 @@
+"""Tests of reading and writing PyTorch's zip files without PyTorch."""
+
+import collections
+import io
+import os
+import pathlib
+import pickle
+import re
+import struct
+import sys
+import types
+from unittest import mock
+import warnings
+import zipfile
+import zlib
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from rotbits_jax.checkpoints import CheckpointError
+from rotbits_jax.checkpoints import torch_zip
+
+TESTDATA = pathlib.Path(__file__).parent / 'testdata'
+STORAGE_NAMES = {dtype: name for name, dtype in torch_zip.STORAGE_DTYPES.items()}
+
+
+class Tensor:
+  """What Python's own pickler turns into a tensor of a PyTorch file."""
+
+  def __init__(
+    self, storage, shape, strides, offset=0, key='0', numel=None, flags=(), dtype=None
+  ):
+    self.storage = storage
+    numel = storage.size if numel is None else numel
+    self.storage_id = (dtype or STORAGE_NAMES[storage.dtype], key, numel)
+    self.view = (offset, tuple(shape), tuple(strides))
+    self.flags = flags
+
+  def __reduce__(self):
+    rebuild = sys.modules['torch._utils']._rebuild_tensor_v2
+    hooks = collections.OrderedDict()
+    return rebuild, (StorageId(self.storage_id), *self.view, False, hooks, *self.flags)
+
+
+class StorageId(tuple):
+  __slots__ = ()
+
+
+class Parameter:
+  def __init__(self, tensor):
+    self.tensor = tensor
+
+  def __reduce__(self):
+    rebuild = sys.modules['torch._utils']._rebuild_parameter
+    return rebuild, (self.tensor, True, collections.OrderedDict())
+
+
+class Pickler(pickle.Pickler):
+  def persistent_id(self, obj):
+    if isinstance(obj, StorageId):
+      name, key, numel = obj
+      return ('storage', getattr(sys.modules['torch'], name), key, 'cpu', numel)
+    return None
+
+
+def dump(state):
+  """Pickles a state dict with stand-ins for PyTorch's globals."""
+
+  def named(module, name):
+    return type(name, (), {'__module__': module, '__qualname__': name})
+
+  torch, utils = types.ModuleType('torch'), types.ModuleType('torch._utils')
+  for name in (*STORAGE_NAMES.values(), 'ComplexFloatStorage'):
+    setattr(torch, name, named('torch', name))
+  for name in ('_rebuild_tensor_v2', '_rebuild_parameter'):
+    setattr(utils, name, named('torch._utils', name))
+  torch._utils = utils
+  stream = io.BytesIO()
+  with mock.patch.dict(sys.modules, {'torch': torch, 'torch._utils': utils}):
+    Pickler(stream, protocol=2).dump(state)
+  return stream.getvalue()
+
+
+def make_zip(path, program, storages=(), extra=None, compression=zipfile.ZIP_STORED):
+  with zipfile.ZipFile(path, 'w', compression) as archive:
+    archive.writestr('a.b/data.pkl', program)
+    archive.writestr('a.b/byteorder', 'little')
+    for key, storage in enumerate(storages):
+      archive.writestr(f'a.b/data/{key}', storage.tobytes())
+    for name, content in (extra or {}).items():
+      archive.writestr(name, content)
+  return path
+
+
+def bits(x):
+  return x.dtype, x.shape, np.ascontiguousarray(x).tobytes()
+
+
+def numbers(size, dtype, seed=0):
+  raw = np.random.default_rng(seed).integers(0, 256, size * dtype.itemsize, np.uint8)
+  return (raw & 1 if dtype == np.bool_ else raw).view(dtype)
+
+
+class TestRead:
+  @pytest.mark.parametrize('dtype', torch_zip.STORAGE_DTYPES.values(), ids=str)
+  def test_strided_views_of_a_shared_storage(self, tmp_path, dtype):
+    rng = np.random.default_rng(1)
+    storage = numbers(500, dtype)
+    state, expected = collections.OrderedDict(), {}
+    for index in range(30):
+      shape = rng.integers(1, 5, rng.integers(0, 4))
+      strides = rng.integers(0, 25, len(shape))
+      reach = int(((shape - 1) * strides).sum())
+      offset = int(rng.integers(0, storage.size - reach))
+      state[f't{index}'] = Tensor(storage, map(int, shape), map(int, strides), offset)
+      expected[f't{index}'] = np.lib.stride_tricks.as_strided(
+        storage[offset:], shape, strides * dtype.itemsize
+      )
+    got = torch_zip.read(make_zip(tmp_path / 'x.pt', dump(state), [storage]))
+    assert list(got) == list(expected)
+    for name in expected:
+      assert bits(got[name]) == bits(expected[name]), name
+
+  def test_nothing_is_copied(self, tmp_path):
+    storage = numbers(12, np.dtype(np.float32))
+    state = {'a': Tensor(storage, (3, 2), (4, 1)), 'b': Tensor(storage, (2,), (1,), 4)}
+    got = torch_zip.read(make_zip(tmp_path / 'x.pt', dump(state), [storage]))
+    assert got['a'].strides == (16, 4)
+    assert np.shares_memory(got['a'], got['b'])
+    assert not got['a'].flags.writeable
+
+  def test_last_element_of_the_storage_is_inside(self, tmp_path):
+    storage = numbers(10, np.dtype(np.float16))
+    state = {'a': Tensor(storage, (2, 2), (6, 2), offset=1)}
+    got = torch_zip.read(make_zip(tmp_path / 'x.pt', dump(state), [storage]))['a']
+    assert bits(got[1, 1]) == bits(storage[9])
+
+  @pytest.mark.parametrize('shape', [(0,), (3, 0), (0, 2**40)])
+  def test_empty_tensor(self, tmp_path, shape):
+    storage = numbers(0, np.dtype(np.float32))
+    state = {'a': Tensor(storage, shape, (1,) * len(shape))}
+    got = torch_zip.read(make_zip(tmp_path / 'x.pt', dump(state), [storage]))['a']
+    assert got.shape == shape
+
+  def test_parameters_and_metadata(self, tmp_path):
+    storage = numbers(4, np.dtype(np.float32))
+    state = collections.OrderedDict(a=Parameter(Tensor(storage, (4,), (1,))))
+    state._metadata = collections.OrderedDict({'': {'version': 1}})
+    got = torch_zip.read(make_zip(tmp_path / 'x.pt', dump(state), [storage]))
+    assert bits(got['a']) == bits(storage)
+
+  def test_compressed_members(self, tmp_path):
+    storage = numbers(4, np.dtype(np.float32))
+    program = dump({'a': Tensor(storage, (4,), (1,))})
+    path = make_zip(
+      tmp_path / 'x.pt', program, [storage], compression=zipfile.ZIP_DEFLATED
+    )
+    assert bits(torch_zip.read(path)['a']) == bits(storage)
+
+  def test_checksums_of_zero_are_not_verified(self, tmp_path):
+    storage = numbers(4, np.dtype(np.float32))
+    program = dump({'a': Tensor(storage, (4,), (1,))})
+    path = make_zip(tmp_path / 'x.pt', program, [storage])
+    checksum = struct.pack('<I', zlib.crc32(storage.tobytes()))
+    path.write_bytes(path.read_bytes().replace(checksum, bytes(4)))
+    assert bits(torch_zip.read(path)['a']) == bits(storage)
+
+
+class TestRefusals:
+  def refuse(self, tmp_path, state, match, storages=(), **kwargs):
+    program = state if isinstance(state, bytes) else dump(state)
+    path = make_zip(tmp_path / 'x.pt', program, storages, **kwargs)
+    with pytest.raises(CheckpointError, match=match) as e:
+      torch_zip.read(path)
+    assert str(path) in str(e.value)
+
+  @pytest.mark.parametrize(
+    ('kwargs', 'match'),
+    [
+      ({'shape': (10,), 'strides': (1,), 'offset': 1}, 'reach outside storage 0 of 10'),
+      ({'shape': (2, 3), 'strides': (8, 1)}, 'reach outside'),
+      ({'shape': (1,), 'strides': (1,), 'offset': 10}, 'reach outside'),
+      ({'shape': (2,), 'strides': (2**62,)}, 'reach outside'),
+      ({'shape': (2,), 'strides': (-1,), 'offset': 1}, r'strides=\(-1,\)'),
+      ({'shape': (2,), 'strides': (1,), 'offset': -1}, 'view.offset=-1'),
+      ({'shape': (-2,), 'strides': (1,)}, r'shape=\(-2,\)'),
+      ({'shape': (True,), 'strides': (1,)}, r'shape=\(True,\)'),
+      ({'shape': (2**40, 2**40), 'strides': (0, 0)}, 'too large'),
+      ({'shape': (2, 2), 'strides': (1,)}, r'strides=\(1,\)'),
+      ({'shape': (2,), 'strides': (1,), 'numel': 11}, 'should hold 11 numbers'),
+      ({'shape': (2,), 'strides': (1,), 'numel': -1}, 'should hold -1 numbers'),
+      ({'shape': (2,), 'strides': (1,), 'key': '7'}, 'data/7 is missing'),
+      ({'shape': (2,), 'strides': (1,), 'key': '../byteorder'}, 'is missing'),
+      ({'shape': (2,), 'strides': (1,), 'flags': ({'neg': True},)}, 'arguments'),
+      (
+        {'shape': (2,), 'strides': (1,), 'dtype': 'ComplexFloatStorage'},
+        'torch.ComplexFloatStorage: refused',
+      ),
+    ],
+  )
+  def test_view(self, tmp_path, kwargs, match):
+    storage = numbers(10, np.dtype(np.float32))
+    self.refuse(tmp_path, {'w': Tensor(storage, **kwargs)}, match, [storage])
+
+  @pytest.mark.parametrize(
+    ('function', 'args', 'match'),
+    [
+      (os.system, ('exit 1',), 'posix.system: refused'),
+      (eval, ('1',), '__builtin__.eval: refused'),
+      (getattr, ('a', 'upper'), '__builtin__.getattr: refused'),
+      (pickle.loads, (b'',), 'pickle.loads: refused'),
+    ],
+  )
+  def test_global(self, tmp_path, function, args, match):
+    class Call:
+      def __reduce__(self):
+        return function, args
+
+    self.refuse(tmp_path, {'w': Call()}, match)
+
+  def test_refused_call_is_not_made(self, tmp_path):
+    class Call:
+      def __reduce__(self):
+        return os.mkdir, (str(tmp_path / 'made'),)
+
+    self.refuse(tmp_path, {'w': Call()}, 'posix.mkdir: refused')
+    assert not (tmp_path / 'made').exists()
+
+  def test_state_of_a_dict(self, tmp_path):
+    state = collections.OrderedDict()
+    state.copy = 'shadowed'
+    self.refuse(tmp_path, state, 'state other than _metadata')
+
+  @pytest.mark.parametrize(
+    ('program', 'match'),
+    [
+      (b'', 'exhausted'),
+      (b'\x80\x02.', 'malformed'),
+      (b'\x80\x02}', 'exhausted'),
+      (b'\x80\x02h\x07.', 'malformed'),
+      (b'\x80\x02t.', 'malformed'),
+      (b'\x80\x02}K\x01K\x01s.', 'must be strings'),
+      (b'\x80\x02(K\x01u.', 'malformed'),
+      (b'\x80\x02K\x01K\x02R.', 'malformed'),
+      (b'\x80\x02K\x01.', 'expected a state dict'),
+      (b'\x80\x02}X\x01\x00\x00\x00aK\x01s.', 'a: expected a tensor, got int'),
+      (b'\x80\x02ccollections\nOrderedDict\n(K\x01tR.', 'arguments of coll'),
+      (b'\x80\x02K\x01Q.', 'persistent id'),
+      (b"cos\nsystem\n(S'ls'\ntR.", 'os.system: refused'),
+      (b'\x80\x02c__main__\nx\n.', '__main__.x: refused'),
+      (b'\x80\x04\x8c\x02os\x8c\x06system\x93.', 'opcode SHORT_BINUNICODE'),
+      (b'\x80\x02X\x02\x00\x00\x00osX\x01\x00\x00\x00x\x93.', 'opcode STACK_GLOBAL'),
+    ],
+  )
+  def test_program(self, tmp_path, program, match):
+    self.refuse(tmp_path, program, match)
+
+  def test_big_endian(self, tmp_path):
+    path = make_zip(tmp_path / 'x.pt', dump({}))
+    content = path.read_bytes().replace(b'little', b'big   ')
+    content = content.replace(
+      struct.pack('<I', zlib.crc32(b'little')), struct.pack('<I', zlib.crc32(b'big   '))
+    )
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match='big-endian'):
+      torch_zip.read(path)
+
+  def test_two_archives_in_one(self, tmp_path):
+    extra = {'c/data.pkl': dump({})}
+    self.refuse(tmp_path, {}, 'expected one data.pkl, got 2', extra=extra)
+
+  @pytest.mark.parametrize('content', [b'', b'\x80\x02}.', b'PK\3\4' * 10])
+  def test_not_a_zip(self, tmp_path, content):
+    path = tmp_path / 'x.pt'
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=re.escape(str(path))):
+      torch_zip.read(path)
+
+  def test_truncated_and_corrupt_files(self, tmp_path):
+    """Any damage is an error, or (in dates and the like) does no harm."""
+    path = tmp_path / 'x.pt'
+    tensors = {'a': numbers(40, np.dtype(np.float16)), 'b': np.zeros((0, 2), np.int8)}
+    torch_zip.write(path, tensors, 'x')
+    content = path.read_bytes()
+    rng = np.random.default_rng(3)
+    refused = 0
+    for trial in range(400):
+      if trial < 100:
+        damaged = content[: rng.integers(0, len(content))]
+      else:
+        damaged = bytearray(content)
+        damaged[rng.integers(0, len(content))] ^= 1 << rng.integers(0, 8)
+      path.write_bytes(damaged)
+      try:
+        with warnings.catch_warnings():
+          warnings.simplefilter('ignore')
+          got = torch_zip.read(path)
+      except CheckpointError:
+        refused += 1
+      else:
+        assert {n: bits(x) for n, x in got.items()} == {
+          n: bits(x) for n, x in tensors.items()
+        }
+    assert refused >= 200
+
+  def test_corrupt_programs(self, tmp_path):
+    """A wrong program is an error or gives some tensors; nothing else happens."""
+    storage = numbers(6, np.dtype(np.float32))
+    state = collections.OrderedDict(
+      a=Tensor(storage, (2, 3), (3, 1)), b=Parameter(Tensor(storage, (2,), (2,)))
+    )
+    program = dump(state)
+    rng = np.random.default_rng(4)
+    for _ in range(400):
+      damaged = bytearray(program)
+      for _ in range(rng.integers(1, 4)):
+        damaged[rng.integers(0, len(program))] = rng.integers(0, 256)
+      path = make_zip(tmp_path / 'x.pt', bytes(damaged), [storage])
+      try:
+        got = torch_zip.read(path)
+      except CheckpointError:
+        continue
+      assert all(isinstance(x, np.ndarray) for x in got.values())
+
+
+class TestWrite:
+  def tensors(self):
+    rng = np.random.default_rng(0)
+    matrix = rng.normal(size=(7, 5)).astype(np.float32)
+    return {
+      'f32': matrix,
+      'transposed': matrix.T,
+      'sliced': matrix[::2, 1:4],
+      'f16': matrix.astype(np.float16),
+      'bf16': matrix.astype(ml_dtypes.bfloat16),
+      'scalar': np.array(3, np.int64),
+      'empty': np.zeros((3, 0, 2), np.float32),
+      'flags': matrix > 0,
+      'ümlaut': np.arange(70000, dtype=np.int32),
+    }
+
+  def test_read_returns_what_was_written(self, tmp_path):
+    torch_zip.write(tmp_path / 'x.pt', self.tensors(), 'x')
+    got = torch_zip.read(tmp_path / 'x.pt')
+    expected = self.tensors()
+    assert list(got) == list(expected)
+    for name in expected:
+      assert bits(got[name]) == bits(expected[name]), name
+
+  def test_layout(self, tmp_path):
+    path = tmp_path / 'x.pt'
+    torch_zip.write(path, self.tensors(), 'a_0.2')
+    fixture = TESTDATA / 'phi2-tiny-sliced-0.25' / 'phi-2_0.25.pt'
+    layouts = []
+    for file, stem in ((path, 'a_0.2'), (fixture, 'phi-2_0.25')):
+      with zipfile.ZipFile(file) as archive:
+        assert archive.testzip() is None
+        for info in archive.infolist():
+          assert info.compress_type == zipfile.ZIP_STORED
+          header = file.read_bytes()[info.header_offset :][:30]
+          start = info.header_offset + 30 + sum(struct.unpack('<HH', header[26:]))
+          assert start % 64 == 0
+        layouts.append(
+          {
+            name.removeprefix(f'{stem}/'): archive.read(name)
+            for name in archive.namelist()
+            if '/data' not in name and 'serialization_id' not in name
+          }
+        )
+    assert layouts[0] == layouts[1]
+
+  def test_bytes_depend_on_the_arguments_only(self, tmp_path):
+    for name in 'ab':
+      with mock.patch('time.time', return_value=1e9 + 1e6 * ord(name)):
+        torch_zip.write(tmp_path / f'{name}.pt', self.tensors(), 'x')
+    assert (tmp_path / 'a.pt').read_bytes() == (tmp_path / 'b.pt').read_bytes()
+
+  def test_members_of_64_bit_size(self, tmp_path):
+    with mock.patch.object(torch_zip, '_ZIP64_FROM', 100):
+      torch_zip.write(tmp_path / 'x.pt', self.tensors(), 'x')
+    got = torch_zip.read(tmp_path / 'x.pt')
+    assert bits(got['ümlaut']) == bits(self.tensors()['ümlaut'])
+    assert got['ümlaut'].ctypes.data % 64 == 0
+
+  def test_long_integers(self):
+    for value in (0, 2**31 - 1, 2**31, 2**40, 2**62):
+      program = b'\x80\x02' + torch_zip._integer(value) + b'.'
+      assert pickle.loads(program) == value
+
+  def test_unknown_dtype(self, tmp_path):
+    with pytest.raises(CheckpointError, match='w: PyTorch files have no complex64'):
+      torch_zip.write(tmp_path / 'x.pt', {'w': np.zeros(2, np.complex64)}, 'x')
+
+  @pytest.mark.parametrize('zip64_from', [100, 1 << 30])
+  def test_pytorch_reads_it(self, tmp_path, zip64_from):
+    torch = pytest.importorskip('torch')
+    with mock.patch.object(torch_zip, '_ZIP64_FROM', zip64_from):
+      torch_zip.write(tmp_path / 'x.pt', self.tensors(), 'x')
+    got = torch.load(tmp_path / 'x.pt', weights_only=True)
+    for name, expected in self.tensors().items():
+      tensor = got[name].contiguous()
+      assert tensor.is_contiguous()
+      raw = tensor.reshape(-1).view(torch.uint8).numpy().tobytes()
+      assert tuple(tensor.shape) == expected.shape
+      assert raw == np.ascontiguousarray(expected).tobytes(), name
