@@ -1,0 +1,129 @@
+"""Integer frequency tables: what the entropy coder knows about a symbol.
+
+A table gives every symbol of an alphabet an integer frequency; they add up to 2^14.
+Tables are made from counts by the encoder and stored; the decoder never recomputes
+one. Host code, NumPy integers only.
+
+Finer tables are closer to the counts, but rANS loses more the nearer 2^precision comes
+to its smallest state: on real weights 2^12 costs 0.1% (tables) + 0.00% (rANS) of the
+entropy, 2^14 costs 0.01% + 0.01%, 2^16 costs 0.00% + 0.09%.
+
+Shape letters: K tables, A symbols of the alphabet.
+"""
+
+import zlib
+
+import numpy as np
+
+PRECISION = 14
+TOTAL = 1 << PRECISION
+
+
+def quantize(counts: np.ndarray) -> np.ndarray:
+  """Frequencies in proportion to counts.
+
+  Args:
+    counts: integers `[A]`, not all 0; at most 2^14 of them positive.
+
+  Returns:
+    int64 `[A]` with sum 2^14, at least 1 where the count is positive and 0 elsewhere.
+
+  Raises:
+    ValueError: if no count or more than 2^14 counts are positive.
+  """
+  counts = np.asarray(counts, np.int64)
+  present = counts > 0
+  if not 0 < present.sum() <= TOTAL:
+    raise ValueError(f'got {present.sum()} symbols for a table of {TOTAL}')
+  exact = counts * (TOTAL / counts.sum())
+  frequencies = np.where(present, np.maximum(np.floor(exact).astype(np.int64), 1), 0)
+  missing = TOTAL - int(frequencies.sum())
+  if missing < 0:
+    # Symbols raised to 1 took more than there is: the others give it back in
+    # proportion, each keeping 1.
+    spare = np.maximum(frequencies - 1, 0)
+    frequencies -= spare * -missing // max(int(spare.sum()), 1)
+    missing = TOTAL - int(frequencies.sum())
+    order = np.argsort(-frequencies, kind='stable')
+    frequencies[order[:-missing]] -= 1
+  else:
+    order = np.argsort(np.where(present, frequencies - exact, np.inf), kind='stable')
+    order = order[: present.sum()]
+    frequencies[order] += missing // order.size
+    frequencies[order[: missing % order.size]] += 1
+  return frequencies
+
+
+def entropy_bits(counts: np.ndarray) -> float:
+  """The order-0 entropy of all symbols counted, in bits."""
+  counts = counts[counts > 0].astype(np.float64)
+  return float(-(counts * np.log2(counts / counts.sum())).sum())
+
+
+def cost_bits(counts: np.ndarray, frequencies: np.ndarray) -> float:
+  """What coding the symbols counted with these frequencies takes, in bits."""
+  present = counts > 0
+  bits = PRECISION - np.log2(frequencies[present])
+  return float((counts[present] * bits).sum())
+
+
+def pack_intervals(frequencies: np.ndarray) -> np.ndarray:
+  """Each symbol's interval as one uint32: `(frequency - 1) << 16 | start`, `[K, A]`.
+
+  Symbols of frequency 0 get a meaningless entry.
+  """
+  starts = np.cumsum(frequencies, axis=-1) - frequencies
+  return ((frequencies - 1) << 16 | starts).astype(np.uint32)
+
+
+def slots(frequencies: np.ndarray) -> np.ndarray:
+  """The symbol that owns each of the 2^14 slots: uint16 `[K, 2^14]`."""
+  tables, symbols = np.nonzero(frequencies)
+  owners = np.repeat(symbols.astype(np.uint16), frequencies[tables, symbols])
+  return owners.reshape(frequencies.shape[0], TOTAL)
+
+
+def to_bytes(frequencies: np.ndarray) -> bytes:
+  """Tables `[K, A]` in a compact form: see `from_bytes`."""
+  parts = []
+  for table in frequencies:
+    (present,) = np.nonzero(table)
+    first, last = int(present[0]), int(present[-1])
+    span = table[first : last + 1].astype('<u2')
+    parts.append(np.array([first, last], '<u2').tobytes() + span.tobytes())
+  return zlib.compress(b''.join(parts), 9)
+
+
+def from_bytes(data: bytes, count: int, alphabet: int) -> np.ndarray:
+  """The inverse of `to_bytes`.
+
+  Args:
+    data: a zlib stream of, for each table, the first and the last symbol of positive
+      frequency and the frequencies from one to the other, as little-endian uint16.
+    count: K.
+    alphabet: A.
+
+  Returns:
+    int64 `[K, A]`.
+
+  Raises:
+    ValueError: if the bytes are not that many valid tables.
+  """
+  try:
+    values = np.frombuffer(zlib.decompress(data), '<u2').astype(np.int64)
+  except (zlib.error, ValueError) as error:
+    raise ValueError(f'not a frequency table: {error}') from error
+  tables = np.zeros((count, alphabet), np.int64)
+  position = 0
+  for table in tables:
+    first, last = values[position : position + 2].tolist() or (0, -1)
+    span = values[position + 2 : position + 3 + last - first]
+    if not first <= last < alphabet or span.size != last - first + 1:
+      raise ValueError('a frequency table is cut short')
+    table[first : last + 1] = span
+    if table.sum() != TOTAL:
+      raise ValueError(f'frequencies add up to {table.sum()}, not {TOTAL}')
+    position += 2 + span.size
+  if position != values.size:
+    raise ValueError('bytes are left behind the last frequency table')
+  return tables
