@@ -1,0 +1,112 @@
+"""What a file holds and what each step of the encoder saved, to the byte."""
+
+from typing import Any, NamedTuple
+
+from rotbits_jax import container
+
+
+class Source(NamedTuple):
+  """One line of the report; lines add up to the whole saving."""
+
+  name: str
+  numbers_saved: int
+  bytes_saved: int
+
+
+class Report(NamedTuple):
+  """What is in a file.
+
+  Attributes:
+    preset: that it was encoded with.
+    family: of the model; None for a PyTree of arrays.
+    input_numbers: numbers of the input's tensors.
+    stored_numbers: numbers that the file keeps.
+    input_bytes: bytes of the input's tensors.
+    file_bytes: size of the file.
+    sources: where the difference comes from.
+    notes: what each transform did where, by the transform's name.
+  """
+
+  preset: str
+  family: str | None
+  input_numbers: int
+  stored_numbers: int
+  input_bytes: int
+  file_bytes: int
+  sources: list[Source]
+  notes: dict[str, list[dict[str, Any]]]
+
+  def to_json(self) -> dict[str, Any]:
+    """The report as JSON values."""
+    return {
+      'preset': self.preset,
+      'family': self.family,
+      'numbers': {'input': self.input_numbers, 'stored': self.stored_numbers},
+      'bytes': {'input': self.input_bytes, 'file': self.file_bytes},
+      'sources': [source._asdict() for source in self.sources],
+    }
+
+  def to_text(self) -> str:
+    """The report as a table for people."""
+    share = lambda n, whole: f'{100 * n / whole:7.2f}%' if whole else ''
+    lines = [
+      f'preset {self.preset}' + (f', family {self.family}' if self.family else ''),
+      f'{"":24}{"numbers":>14}{"bytes":>14}',
+      f'{"tensors":24}{self.input_numbers:14,}{self.input_bytes:14,}',
+    ]
+    lines += [
+      f'- {s.name:22}{-s.numbers_saved:14,}{-s.bytes_saved:14,}'
+      f'{share(-s.bytes_saved, self.input_bytes)}'
+      for s in self.sources
+    ]
+    lines.append(
+      f'{"file":24}{self.stored_numbers:14,}{self.file_bytes:14,}'
+      f'{share(self.file_bytes, self.input_bytes)}'
+    )
+    for name, notes in self.notes.items():
+      lines += ['', *_table(name, notes)]
+    return '\n'.join(lines)
+
+
+def from_container(opened: container.Container) -> Report:
+  """The report of an opened file."""
+  manifest = opened.manifest
+  savings = manifest['savings']
+  files = [f'files/{name}' for name, _ in manifest['files']]
+  file_bytes = sum(opened.nbytes(name) for name in files)
+  coded_bytes = opened.stream_bytes() - file_bytes
+  uncoded_bytes = manifest['input_bytes'] - sum(s['bytes'] for s in savings)
+  sources = [Source(s['name'], s['numbers'], s['bytes']) for s in savings]
+  sources += [
+    Source('entropy coding', 0, uncoded_bytes - coded_bytes),
+    Source('tokenizer and settings', 0, -file_bytes),
+    Source('file overhead', 0, opened.stream_bytes() - opened.size),
+  ]
+  return Report(
+    preset=manifest['preset'],
+    family=manifest['config']['family'] if 'config' in manifest else None,
+    input_numbers=manifest['numbers']['input'],
+    stored_numbers=manifest['numbers']['stored'],
+    input_bytes=manifest['input_bytes'],
+    file_bytes=opened.size,
+    sources=sources,
+    notes={s['name']: s['notes'] for s in savings if s['notes']},
+  )
+
+
+def _table(name: str, notes: list[dict[str, Any]]) -> list[str]:
+  """Notes with the same keys as columns."""
+  header = list(notes[0])
+  rows = [header] + [[_cell(note.get(key)) for key in header] for note in notes]
+  widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
+  lines = [
+    '  '.join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+    for row in rows
+  ]
+  return [f'{name}:', *(f'  {line.rstrip()}' for line in lines)]
+
+
+def _cell(value: Any) -> str:
+  if isinstance(value, list):
+    return ' x '.join(str(v) for v in value)
+  return '' if value is None else str(value)

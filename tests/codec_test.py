@@ -1,0 +1,260 @@
+"""Models to bytes and back: the contract."""
+
+import functools
+import pathlib
+import tempfile
+from typing import Any, ClassVar
+from unittest import mock
+
+from absl.testing import absltest
+from absl.testing import parameterized
+import chex
+from flax import struct
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+
+import rotbits_jax
+from rotbits_jax import checkpoints
+from rotbits_jax import container
+from rotbits_jax import structured
+from rotbits_jax import symmetries
+
+TESTDATA = pathlib.Path(__file__).parent / 'testdata'
+CHECKPOINTS = tuple(
+  sorted(path.name for path in TESTDATA.iterdir() if (path / 'config.json').exists())
+)
+TINY = 'llama-tiny-sliced-head-0.25'
+
+
+@functools.cache
+def _load(name):
+  return checkpoints.load_checkpoint(TESTDATA / name)
+
+
+@functools.cache
+def _encoded(name, preset):
+  checkpoint = _load(name)
+  return rotbits_jax.encode(
+    checkpoint.model, preset=preset, files=checkpoint.files, stem=checkpoint.stem
+  )
+
+
+def _cast(model, dtype):
+  return jax.tree.map(lambda x: np.asarray(x).astype(dtype), model)
+
+
+def _assert_same_bits(actual, expected):
+  chex.assert_trees_all_equal_shapes_and_dtypes(actual, expected)
+  for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+    assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+
+
+@structured.register
+@struct.dataclass
+class Int8(structured.Structured):
+  """A third party's leaf: int8 numbers with one float32 scale a column."""
+
+  kind: ClassVar[str] = 'test.int8'
+  values: Any
+  scale: Any
+
+  shape = property(lambda self: self.values.shape)
+  dtype = property(lambda self: np.dtype(np.float32))
+
+  def materialize(self):
+    return jnp.float32(self.values) * self.scale
+
+  def layer(self, index):
+    return Int8(self.values[index], self.scale[index])
+
+  @classmethod
+  def stack(cls, leaves):
+    return jax.tree.map(lambda *x: jnp.stack(x), *leaves)
+
+  def stored(self):
+    return {}, {'values': np.asarray(self.values), 'scale': np.asarray(self.scale)}
+
+  @classmethod
+  def from_stored(cls, settings, arrays):
+    return cls(arrays['values'], arrays['scale'])
+
+
+def _quantize(model):
+  def leaf(path, x):
+    if 'mlp' not in jax.tree_util.keystr(path) or x.ndim != 3:
+      return x
+    scale = jnp.abs(jnp.float32(x)).max(axis=1, keepdims=True) / 127
+    return Int8(jnp.round(jnp.float32(x) / scale).astype(jnp.int8), scale)
+
+  params = jax.tree_util.tree_map_with_path(
+    lambda p, x: x if structured.is_structured(x) else leaf(p, x),
+    model.params,
+    is_leaf=structured.is_structured,
+  )
+  return model.replace(params=params), []
+
+
+class RoundTripTest(parameterized.TestCase):
+  @parameterized.parameters(*CHECKPOINTS)
+  def test_exact_gives_every_tensor_back(self, name):
+    decoded = rotbits_jax.decode_checkpoint(_encoded(name, 'exact'))
+    _assert_same_bits(decoded.model, _load(name).model)
+    self.assertEqual(decoded.files, _load(name).files)
+    self.assertEqual(decoded.stem, _load(name).stem)
+    given = checkpoints.to_tensors(_load(name).model)
+    back = checkpoints.to_tensors(decoded.model)
+    self.assertEqual(list(back), list(given))
+
+  @parameterized.parameters(*CHECKPOINTS)
+  def test_free_gives_the_canonical_model_back(self, name):
+    canonical, _ = symmetries.run_chain((symmetries.remove_gauge(),), _load(name).model)
+    decoded = rotbits_jax.decode(_encoded(name, 'free'))
+    self.assertEqual(decoded.config, canonical.config)
+    _assert_same_bits(decoded.params, canonical.params)
+
+  @parameterized.parameters(ml_dtypes.bfloat16, np.float32)
+  def test_other_formats(self, dtype):
+    model = _cast(_load(TINY).model, dtype)
+    for preset in ('exact', 'free'):
+      data = rotbits_jax.encode(model, preset=preset)
+      decoded = rotbits_jax.decode(data)
+      self.assertEqual(decoded.params['embed']['tokens'].dtype, np.dtype(dtype))
+      if preset == 'exact':
+        _assert_same_bits(decoded, model)
+
+  @parameterized.parameters('exact', 'free')
+  def test_encoding_twice_gives_the_same_bytes(self, preset):
+    model = _load(TINY).model
+    self.assertEqual(
+      rotbits_jax.encode(model, preset=preset), rotbits_jax.encode(model, preset=preset)
+    )
+
+  def test_from_disk_as_jax_arrays(self):
+    path = pathlib.Path(self.enterContext(tempfile.TemporaryDirectory())) / 'x.rotbits'
+    rotbits_jax.write_file(path, _encoded(TINY, 'free'))
+    model = rotbits_jax.load(path)
+    for leaf in jax.tree.leaves(model):
+      self.assertIsInstance(leaf, jax.Array)
+    _assert_same_bits(model, rotbits_jax.decode(_encoded(TINY, 'free')))
+    logits = rotbits_jax.models.logits(model, jnp.arange(5)[None])
+    self.assertTrue(bool(jnp.isfinite(logits).all()))
+
+  def test_layers_decode_on_their_own(self):
+    data = bytearray(_encoded(TINY, 'free'))
+    layers = list(rotbits_jax.decode(bytes(data)).layers())
+    opened = container.Container(data)
+    opened.stream('layers.1/raw').setflags(write=True)
+    opened.stream('layers.1/raw')[5] ^= 1
+    for i in (0, 2):
+      _assert_same_bits(rotbits_jax.decode_unit(bytes(data), f'layers.{i}'), layers[i])
+    with self.assertRaisesRegex(rotbits_jax.ContainerError, 'layers.1/raw'):
+      rotbits_jax.decode_unit(bytes(data), 'layers.1')
+    with self.assertRaisesRegex(rotbits_jax.ContainerError, 'layers.9'):
+      rotbits_jax.decode_unit(bytes(data), 'layers.9')
+
+  def test_a_pytree_of_arrays(self):
+    tree = {
+      'a': {'kernel': jnp.ones((30, 40)) * jnp.arange(40), 'count': np.int32([3])},
+      'b': np.zeros((0, 2), np.float16),
+    }
+    decoded = rotbits_jax.decode(rotbits_jax.encode(tree, preset='exact'))
+    _assert_same_bits(decoded, tree)
+    report = rotbits_jax.inspect(rotbits_jax.encode(tree, preset='exact'))
+    self.assertIsNone(report.family)
+
+  def test_a_third_partys_transform_stands_in_the_chain(self):
+    quantizer = symmetries.Transform('int8', _quantize)
+    data = rotbits_jax.encode(_load(TINY).model, transforms=(quantizer,))
+    report = rotbits_jax.inspect(data)
+    self.assertEqual(
+      [source.name for source in report.sources[:2]], ['residual gauge', 'int8']
+    )
+    model = rotbits_jax.decode(data)
+    kernel = model.params['blocks_0']['mlp']['up']['kernel']
+    self.assertIsInstance(kernel, Int8)
+    expected = rotbits_jax.decode(_encoded(TINY, 'free'))
+    original = np.float32(expected.params['blocks_0']['mlp']['up']['kernel'])
+    error = np.abs(np.asarray(kernel.materialize()) - original).max()
+    self.assertLess(error, np.abs(original).max() / 127)
+
+
+class SizeTest(parameterized.TestCase):
+  @parameterized.product(name=CHECKPOINTS, preset=['exact', 'free'])
+  def test_report_adds_up_to_the_byte(self, name, preset):
+    data = _encoded(name, preset)
+    report = rotbits_jax.inspect(data)
+    tensors = checkpoints.to_tensors(_load(name).model)
+    self.assertEqual(report.file_bytes, len(data))
+    self.assertEqual(report.input_bytes, sum(t.nbytes for t in tensors.values()))
+    self.assertEqual(report.input_numbers, sum(t.size for t in tensors.values()))
+    saved = sum(source.bytes_saved for source in report.sources)
+    self.assertEqual(saved, report.input_bytes - report.file_bytes)
+    numbers = sum(source.numbers_saved for source in report.sources)
+    self.assertEqual(numbers, report.input_numbers - report.stored_numbers)
+
+  def test_trained_checkpoint_shrinks_as_promised(self):
+    name = 'opt-small-sliced-0.2'
+    size = rotbits_jax.inspect(_encoded(name, 'exact')).input_bytes
+    self.assertLess(len(_encoded(name, 'exact')), 0.851 * size)
+    self.assertLess(len(_encoded(name, 'free')), 0.804 * size)
+
+  def test_noise_is_no_larger_than_plain_storage_and_a_small_header(self):
+    rng = np.random.default_rng(0)
+    noise = rng.integers(0, 1 << 16, (300, 1000)).astype(np.uint16).view(np.float16)
+    data = rotbits_jax.encode({'x': noise}, preset='exact')
+    self.assertLess(len(data), noise.nbytes + 1000)
+
+
+class ErrorsTest(parameterized.TestCase):
+  def test_flipped_bits_never_give_wrong_weights(self):
+    data = _encoded(TINY, 'free')
+    for position in np.linspace(0, len(data) - 1, 120).astype(int):
+      damaged = bytearray(data)
+      damaged[position] ^= 1 << position % 8
+      with self.assertRaises(rotbits_jax.ContainerError):
+        rotbits_jax.decode_checkpoint(bytes(damaged))
+
+  def test_truncated_files_are_named(self):
+    path = (
+      pathlib.Path(self.enterContext(tempfile.TemporaryDirectory())) / 'cut.rotbits'
+    )
+    for size in (0, 7, 1000, 500_000):
+      path.write_bytes(_encoded(TINY, 'free')[:size])
+      for read in (
+        rotbits_jax.load,
+        rotbits_jax.decode_checkpoint,
+        rotbits_jax.inspect,
+      ):
+        with self.assertRaisesRegex(rotbits_jax.ContainerError, 'cut.rotbits'):
+          read(path)
+
+  def test_settings_are_checked(self):
+    for wrong in ({'tolerance': -1.0}, {'tolerance': np.nan}, {'numbers_per_lane': 0}):
+      with self.assertRaises(ValueError):
+        rotbits_jax.Settings(**wrong)
+
+  def test_presets_are_checked(self):
+    model = _load(TINY).model
+    with self.assertRaisesRegex(ValueError, 'free, exact'):
+      rotbits_jax.encode(model, preset='best')
+    with self.assertRaisesRegex(ValueError, 'needs a SlicedModel'):
+      rotbits_jax.encode({'x': np.zeros(3)}, preset='free')
+
+  def test_leaves_that_are_no_arrays_are_named(self):
+    for tree in ({'a': {'b': 'text'}}, {'a': {'b': [np.zeros(3)]}}):
+      with self.assertRaisesRegex(ValueError, 'a/b'):
+        rotbits_jax.encode(tree, preset='exact')
+
+  def test_unknown_kinds_of_leaves_are_named(self):
+    quantizer = symmetries.Transform('int8', _quantize)
+    data = rotbits_jax.encode(_load(TINY).model, transforms=(quantizer,))
+    kinds = {k: v for k, v in structured.KINDS.items() if k != Int8.kind}
+    self.enterContext(mock.patch.object(structured, 'KINDS', kinds))
+    with self.assertRaisesRegex(rotbits_jax.ContainerError, 'test.int8'):
+      rotbits_jax.decode(data)
+
+
+if __name__ == '__main__':
+  absltest.main()
