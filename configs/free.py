@@ -1,0 +1,16 @@
+"""The residual gauge removed, the rest entropy-coded: the same function, fewer bytes.
+
+  rotbits encode --config=configs/free.py --checkpoint=DIR --output=FILE
+
+`tolerance`, in units of the storage format's roundoff, says how far from 1 a
+shortcut's singular value may be and still count as 1. A field is overridden by
+`--config.tolerance=1.0`.
+"""
+
+import ml_collections
+
+
+def get_config() -> ml_collections.ConfigDict:
+  return ml_collections.ConfigDict(
+    {'preset': 'free', 'tolerance': 1.5, 'numbers_per_lane': 2048}
+  )

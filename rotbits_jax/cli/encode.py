@@ -1,0 +1,88 @@
+r"""Encodes a checkpoint as one smaller file.
+
+  rotbits encode --checkpoint=DIR --output=FILE [--preset=free|exact] [--json]
+
+The preset `free` keeps the function that the model computes and changes its
+coordinates; `exact` keeps every bit. A config file sets the preset and its details:
+
+  rotbits encode --checkpoint=DIR --output=FILE \
+    --config=configs/free.py --config.tolerance=1.0
+"""
+
+import sys
+
+from absl import flags
+from ml_collections import config_flags
+
+import rotbits_jax
+from rotbits_jax.cli import program
+
+FLAGS = flags.FlagValues()
+_CHECKPOINT = flags.DEFINE_string(
+  'checkpoint',
+  None,
+  'A directory with weights and their config.json, or the weights file in it.',
+  required=True,
+  flag_values=FLAGS,
+)
+_OUTPUT = flags.DEFINE_string(
+  'output', None, 'The file to write.', required=True, flag_values=FLAGS
+)
+_PRESET = flags.DEFINE_enum(
+  'preset',
+  None,
+  rotbits_jax.PRESETS,
+  'What to remove; free unless said otherwise.',
+  flag_values=FLAGS,
+)
+_CONFIG = config_flags.DEFINE_config_file(
+  'config', None, 'A file such as configs/free.py.', flag_values=FLAGS
+)
+_JSON = flags.DEFINE_bool(
+  'json', False, 'Print one JSON object in place of the table.', flag_values=FLAGS
+)
+
+
+def read_config() -> tuple[str, rotbits_jax.Settings]:
+  """The preset and its settings, from --preset or --config.
+
+  Raises:
+    ValueError: if both are given, or the config has a field that is no setting.
+  """
+  if _CONFIG.value is None:
+    return _PRESET.value or rotbits_jax.PRESETS[0], rotbits_jax.Settings()
+  if _PRESET.value is not None:
+    raise ValueError('--preset and --config exclude each other')
+  fields = _CONFIG.value.to_dict()
+  try:
+    return fields.pop('preset'), rotbits_jax.Settings(**fields)
+  except (KeyError, TypeError) as error:
+    raise ValueError(f'--config has not a preset and its settings: {error}') from error
+
+
+def main() -> None:
+  preset, settings = read_config()
+  program.check_output_file(_OUTPUT.value)
+  checkpoint = rotbits_jax.load_checkpoint(_CHECKPOINT.value)
+  data = rotbits_jax.encode(
+    checkpoint.model,
+    preset=preset,
+    files=checkpoint.files,
+    stem=checkpoint.stem,
+    settings=settings,
+    progress=True,
+  )
+  rotbits_jax.write_file(_OUTPUT.value, data)
+  report = rotbits_jax.inspect(data)
+  if _JSON.value:
+    program.print_json(report.to_json())
+  else:
+    print(report.to_text())
+
+
+def run() -> int:
+  return program.run(main, FLAGS)
+
+
+if __name__ == '__main__':
+  sys.exit(run())

@@ -1,0 +1,37 @@
+"""Shows what a file holds, what made it small, and how each shortcut was stored.
+
+  rotbits inspect --input=FILE [--json]
+
+The bytes saved by each source add up to the difference between the sizes exactly.
+"""
+
+import sys
+
+from absl import flags
+
+import rotbits_jax
+from rotbits_jax.cli import program
+
+FLAGS = flags.FlagValues()
+_INPUT = flags.DEFINE_string(
+  'input', None, 'The file to inspect.', required=True, flag_values=FLAGS
+)
+_JSON = flags.DEFINE_bool(
+  'json', False, 'Print one JSON object in place of the table.', flag_values=FLAGS
+)
+
+
+def main() -> None:
+  report = rotbits_jax.inspect(_INPUT.value)
+  if _JSON.value:
+    program.print_json(report.to_json())
+  else:
+    print(report.to_text())
+
+
+def run() -> int:
+  return program.run(main, FLAGS)
+
+
+if __name__ == '__main__':
+  sys.exit(run())

@@ -1,0 +1,120 @@
+"""What the commands share: running one, its errors, and reading a model."""
+
+from collections.abc import Callable
+import inspect
+import json
+import logging
+import os
+import pathlib
+import sys
+from typing import Any
+
+from absl import flags
+import safetensors
+
+import rotbits_jax
+from rotbits_jax import container
+
+BAD_INPUT = 2
+INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+
+
+def run(command: Callable[[], None], flag_values: flags.FlagValues) -> int:
+  """Parses `sys.argv` and runs a command.
+
+  Bad input ends with one line on stderr; any other exception is a fault of this
+  program and keeps its traceback.
+
+  Args:
+    command: what to run; the docstring of its module is the help text.
+    flag_values: the command's flags.
+
+  Returns:
+    The exit code.
+  """
+  module = sys.modules[command.__module__]
+  name = f'rotbits {pathlib.Path(str(module.__file__)).stem}'
+  arguments = sys.argv[1:]
+  if '--help' in arguments or '-h' in arguments:
+    print(f'{inspect.getdoc(module)}\n\nflags:{_flags_help(flag_values)}')
+    return 0
+  logging.getLogger('jax').setLevel(logging.ERROR)  # not "no GPU found" and the like
+  try:
+    _parse(flag_values)
+    command()
+    sys.stdout.flush()
+  except KeyboardInterrupt:
+    return INTERRUPTED
+  except BrokenPipeError:  # the reader of a pipe, such as `head`, has seen enough
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
+  except (ValueError, OSError, flags.Error) as error:
+    print(f'{name}: {one_line(error)}', file=sys.stderr)
+    return BAD_INPUT
+  return 0
+
+
+def one_line(error: BaseException) -> str:
+  """An error's message on one line."""
+  if isinstance(error, OSError) and error.strerror and error.filename is not None:
+    return f'{error.filename}: {error.strerror}'
+  return ' '.join(str(error).split()) or type(error).__name__
+
+
+def print_json(value: dict[str, Any]) -> None:
+  """Prints a JSON object on one line."""
+  print(json.dumps(value, allow_nan=False))
+
+
+def check_output_file(path: str) -> None:
+  """Refuses a file that cannot be written, before the work rather than after.
+
+  Raises:
+    OSError: if the path is a directory or its parent is none.
+  """
+  if os.path.isdir(path):
+    raise IsADirectoryError(f'{path}: is a directory, not a file to write')
+  parent = pathlib.Path(path).parent
+  if not parent.is_dir():
+    raise NotADirectoryError(f'{path}: no such directory: {parent}')
+
+
+def check_output_directory(path: str) -> None:
+  """Refuses a directory that cannot be made, before the work rather than after.
+
+  Raises:
+    OSError: if the path is a file.
+  """
+  if os.path.exists(path) and not os.path.isdir(path):
+    raise NotADirectoryError(f'{path}: is a file, not a directory to write to')
+
+
+def read_model(path: str) -> rotbits_jax.Checkpoint:
+  """Reads a checkpoint's directory, its weights file, or a rotbits file."""
+  if os.path.isfile(path) and _is_container(path):
+    return rotbits_jax.decode_checkpoint(path, progress=True)
+  return rotbits_jax.load_checkpoint(path)
+
+
+def _is_container(path: str) -> bool:
+  try:
+    with safetensors.safe_open(path, 'numpy') as file:
+      return (file.metadata() or {}).get('format') == container.FORMAT
+  except safetensors.SafetensorError:  # damaged, or no safetensors file at all
+    return pathlib.Path(path).suffix not in ('.bin', '.json', '.pt', '.safetensors')
+
+
+def _parse(flag_values: flags.FlagValues) -> None:
+  try:
+    unused = flag_values(sys.argv)[1:]
+  except flags.Error:
+    raise
+  except Exception as error:  # what a config file raises: it is Python
+    name = type(error).__name__
+    raise ValueError(f'the config cannot be used: {name}: {error}') from error
+  if unused:
+    raise ValueError(f'unexpected argument {unused[0]!r}')
+
+
+def _flags_help(flag_values: flags.FlagValues) -> str:
+  return flag_values.get_help(prefix='', include_special_flags=False).partition(':')[2]

@@ -1,0 +1,477 @@
+"""The commands, as a user types them."""
+
+import importlib.metadata
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import safetensors.numpy
+import word_checkpoints
+
+import rotbits_jax
+from rotbits_jax import checkpoints
+from rotbits_jax.cli import main
+from rotbits_jax.cli import program
+
+ROOT = pathlib.Path(__file__).parents[1]
+LICENSE = ROOT / 'LICENSE'
+TESTDATA = pathlib.Path(__file__).parent / 'testdata'
+DENSE = TESTDATA / 'llama-tiny-dense'
+SLICED = TESTDATA / 'llama-tiny-sliced-head-0.25'
+
+# ml_collections loads config files the old way.
+pytestmark = pytest.mark.filterwarnings('ignore:.*load_module:DeprecationWarning')
+
+REPORT_KEYS = {'preset', 'family', 'numbers', 'bytes', 'sources'}
+EVALUATION_KEYS = {'perplexity', 'tokens', 'kl', 'kl_rerounded'}
+
+
+@pytest.fixture(name='rotbits')
+def _rotbits(monkeypatch, capsys):
+  """Runs `rotbits ARGS` in this process: exit code, stdout and stderr."""
+
+  def run(*args):
+    # A module holds its flags' values; a command begins with none.
+    for name in main.COMMANDS:
+      monkeypatch.delitem(sys.modules, f'rotbits_jax.cli.{name}', raising=False)
+    monkeypatch.setattr(sys, 'argv', ['rotbits', *map(str, args)])
+    capsys.readouterr()
+    code = main.main()
+    return code, *capsys.readouterr()
+
+  return run
+
+
+@pytest.fixture(scope='module', name='encoded')
+def _encoded(tmp_path_factory):
+  """The sliced checkpoint under each preset."""
+  directory = tmp_path_factory.mktemp('encoded')
+  checkpoint = rotbits_jax.load_checkpoint(SLICED)
+  for preset in rotbits_jax.PRESETS:
+    data = rotbits_jax.encode(
+      checkpoint.model, preset=preset, files=checkpoint.files, stem=checkpoint.stem
+    )
+    rotbits_jax.write_file(directory / preset, data)
+  return directory
+
+
+@pytest.fixture(scope='module', name='readable')
+def _readable(tmp_path_factory):
+  """Both checkpoints with a tokenizer, and a text."""
+  directory = tmp_path_factory.mktemp('readable')
+  for source in (DENSE, SLICED):
+    word_checkpoints.copy_with_tokenizer(source.name, directory)
+  (directory / 'text').write_text(word_checkpoints.random_text(40))
+  return directory
+
+
+def tensors_of(model):
+  return {
+    name: np.asarray(tensor) for name, tensor in checkpoints.to_tensors(model).items()
+  }
+
+
+def assert_same_tensors(actual, expected):
+  assert sorted(actual) == sorted(expected)
+  for name, tensor in expected.items():
+    assert actual[name].dtype == tensor.dtype, name
+    np.testing.assert_array_equal(actual[name], tensor, name)
+
+
+class TestEncode:
+  @pytest.mark.parametrize('preset', rotbits_jax.PRESETS)
+  def test_sources_add_up_to_what_was_saved(self, rotbits, tmp_path, preset):
+    output = tmp_path / 'model.rotbits'
+    code, out, err = rotbits(
+      'encode',
+      f'--checkpoint={SLICED}',
+      f'--output={output}',
+      f'--preset={preset}',
+      '--json',
+    )
+    assert (code, err) == (0, '')
+    report = json.loads(out.splitlines()[-1])
+    assert set(report) == REPORT_KEYS
+    assert report['preset'] == preset
+    assert report['family'] == 'llama'
+    tensors = tensors_of(rotbits_jax.load_checkpoint(SLICED).model)
+    assert report['numbers']['input'] == sum(t.size for t in tensors.values())
+    assert report['bytes']['input'] == sum(t.nbytes for t in tensors.values())
+    assert report['bytes']['file'] == output.stat().st_size
+    for source in report['sources']:
+      assert set(source) == {'name', 'numbers_saved', 'bytes_saved'}
+    for key, numbers in (('bytes_saved', 'bytes'), ('numbers_saved', 'numbers')):
+      whole, part = report[numbers].values()
+      assert sum(source[key] for source in report['sources']) == whole - part
+    assert min(source['bytes_saved'] for source in report['sources']) < 0
+
+  def test_free_is_the_default(self, rotbits, tmp_path, encoded):
+    output = tmp_path / 'model.rotbits'
+    code, out, _ = rotbits('encode', f'--checkpoint={SLICED}', f'--output={output}')
+    assert code == 0
+    assert output.read_bytes() == (encoded / 'free').read_bytes()
+    assert 'residual gauge' in out
+
+  def test_config_file(self, rotbits, tmp_path, encoded):
+    reports = []
+    for override in ([], ['--config.tolerance=0.0']):
+      code, out, _ = rotbits(
+        'encode',
+        f'--checkpoint={SLICED}',
+        f'--output={tmp_path / "out"}',
+        f'--config={ROOT / "configs" / "free.py"}',
+        *override,
+        '--json',
+      )
+      assert code == 0
+      reports.append(json.loads(out))
+    assert reports[0]['bytes']['file'] == (encoded / 'free').stat().st_size
+    # With no tolerance no singular value counts as 1, and less is saved.
+    assert reports[1]['numbers']['stored'] > reports[0]['numbers']['stored']
+
+  @pytest.mark.parametrize('preset', rotbits_jax.PRESETS)
+  def test_config_files_are_the_presets(self, rotbits, tmp_path, encoded, preset):
+    output = tmp_path / 'out'
+    config = ROOT / 'configs' / f'{preset}.py'
+    code, _, _ = rotbits(
+      'encode', f'--checkpoint={SLICED}', f'--output={output}', f'--config={config}'
+    )
+    assert code == 0
+    assert output.read_bytes() == (encoded / preset).read_bytes()
+
+
+class TestDecode:
+  def test_safetensors_of_exact_are_the_input(self, rotbits, tmp_path, encoded):
+    output = tmp_path / 'out'
+    code, _, err = rotbits(
+      'decode', f'--input={encoded / "exact"}', f'--output={output}'
+    )
+    assert (code, err) == (0, '')
+    expected = rotbits_jax.load_checkpoint(SLICED)
+    actual = safetensors.numpy.load_file(output / 'model.safetensors')
+    assert_same_tensors(actual, tensors_of(expected.model))
+    for name, content in expected.files.items():
+      assert (output / name).read_bytes() == content
+
+  def test_slicegpt_of_exact_is_the_input(self, rotbits, tmp_path, encoded):
+    output = tmp_path / 'out'
+    code, _, err = rotbits(
+      'decode',
+      f'--input={encoded / "exact"}',
+      f'--output={output}',
+      '--format=slicegpt',
+    )
+    assert (code, err) == (0, '')
+    (weights,) = SLICED.glob('*.pt')
+    actual = rotbits_jax.load_checkpoint(output / weights.name)
+    expected = rotbits_jax.load_checkpoint(weights)
+    assert_same_tensors(tensors_of(actual.model), tensors_of(expected.model))
+    assert actual.files == expected.files
+
+  def test_free_has_the_names_and_shapes_of_the_input(self, rotbits, tmp_path, encoded):
+    output = tmp_path / 'out'
+    code, _, _ = rotbits('decode', f'--input={encoded / "free"}', f'--output={output}')
+    assert code == 0
+    actual = safetensors.numpy.load_file(output / 'model.safetensors')
+    expected = tensors_of(rotbits_jax.load_checkpoint(SLICED).model)
+    form = lambda tensors: {n: (t.shape, t.dtype) for n, t in tensors.items()}
+    assert form(actual) == form(expected)
+
+
+class TestInspect:
+  def test_json_is_that_of_encode(self, rotbits, encoded):
+    code, out, err = rotbits('inspect', f'--input={encoded / "free"}', '--json')
+    assert (code, err) == (0, '')
+    assert json.loads(out) == rotbits_jax.inspect(encoded / 'free').to_json()
+
+  def test_text_reports_every_shortcut(self, rotbits, encoded):
+    code, out, _ = rotbits('inspect', f'--input={encoded / "free"}')
+    assert code == 0
+    config = rotbits_jax.load(encoded / 'free').config
+    for layer in range(config.num_layers):
+      assert f'layers.{layer}/attention_shortcut' in out
+      assert f'layers.{layer}/mlp_shortcut' in out
+
+
+class TestEvaluate:
+  def evaluate(self, rotbits, readable, model, *flags):
+    code, out, err = rotbits(
+      'evaluate',
+      f'--model={model}',
+      f'--text={readable / "text"}',
+      '--json',
+      *flags,
+    )
+    assert (code, err) == (0, '')
+    result = json.loads(out.splitlines()[-1])
+    assert set(result) == EVALUATION_KEYS
+    return result
+
+  def test_alone(self, rotbits, readable):
+    result = self.evaluate(rotbits, readable, readable / DENSE.name, '--max_tokens=17')
+    assert result['tokens'] == 16
+    assert result['perplexity'] > 1
+    assert (result['kl'], result['kl_rerounded']) == (None, None)
+
+  def test_a_file_beside_its_checkpoint(self, rotbits, readable, tmp_path):
+    reference = readable / SLICED.name
+    file = tmp_path / 'model.safetensors'  # told by its content, not by its name
+    rotbits('encode', f'--checkpoint={reference}', f'--output={file}')
+    result = self.evaluate(rotbits, readable, file, f'--reference={reference}')
+    assert result['tokens'] == 39
+    assert 0 < result['kl'] < 1e-4
+    assert 0 < result['kl_rerounded'] < 1e-4
+
+  def test_a_dense_reference_has_no_noise_floor(self, rotbits, readable):
+    result = self.evaluate(
+      rotbits,
+      readable,
+      next((readable / SLICED.name).glob('*.pt')),
+      f'--reference={readable / DENSE.name}',
+    )
+    assert result['kl'] > 0
+    assert result['kl_rerounded'] is None
+
+  def test_lines_for_people(self, rotbits, readable):
+    code, out, _ = rotbits(
+      'evaluate',
+      f'--model={readable / SLICED.name}',
+      f'--reference={readable / SLICED.name}',
+      f'--text={readable / "text"}',
+    )
+    assert code == 0
+    heads = [line.split('  ')[0] for line in out.splitlines()]
+    assert heads == ['perplexity', 'KL', 'noise floor']
+
+
+def truncated(tmp_path):
+  (weights,) = SLICED.glob('*.pt')
+  copy = tmp_path / 'truncated'
+  copy.mkdir()
+  for file in SLICED.iterdir():
+    (copy / file.name).write_bytes(file.read_bytes())
+  (copy / weights.name).write_bytes(weights.read_bytes()[:-5000])
+  return copy
+
+
+def with_config(tmp_path, text):
+  copy = tmp_path / 'copy'
+  copy.mkdir()
+  for file in DENSE.iterdir():
+    (copy / file.name).write_bytes(file.read_bytes())
+  (copy / 'config.json').write_text(text)
+  return copy
+
+
+class TestBadInput:
+  """One line on stderr, exit code 2, and nothing written."""
+
+  def check(self, rotbits, tmp_path, args, words):
+    before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob('*')}
+    code, out, err = rotbits(*args)
+    assert (code, out) == (2, '')
+    assert err.startswith(f'rotbits {args[0]}: ')
+    assert err.endswith('\n')
+    assert len(err.splitlines()) == 1
+    assert words in err
+    assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob('*')} == before
+
+  @pytest.mark.parametrize(
+    ('flags', 'words'),
+    [
+      ([], '--output'),
+      (['--output=OUT', '--chekpoint=x'], "'chekpoint'"),
+      (['--output=OUT', 'more'], "'more'"),
+      (['--output=OUT', '--preset=none'], 'free|exact'),
+      (['--output=OUT', '--json=perhaps'], '--json'),
+      (['--output=OUT/missing/file'], 'no such directory'),
+      (['--output=.'], 'directory'),
+      (['--output=OUT', '--preset=free', '--config=CONFIG'], 'exclude'),
+      (['--output=OUT', '--config=no_such.py'], 'no_such.py'),
+      (['--output=OUT', f'--config={LICENSE}'], 'config'),
+      (['--output=OUT', '--config=CONFIG', '--config.nothing=1'], 'nothing'),
+      (['--output=OUT', '--config=CONFIG', '--config.tolerance=x'], 'tolerance'),
+      (['--output=OUT', '--config=CONFIG', '--config.tolerance=-1'], 'tolerance'),
+      (['--output=OUT', '--config=CONFIG', '--config.preset=none'], 'none'),
+    ],
+  )
+  def test_flags(self, rotbits, tmp_path, flags, words):
+    config = str(ROOT / 'configs' / 'free.py')
+    flags = [f.replace('OUT', f'{tmp_path}/out') for f in flags]
+    flags = [f.replace('CONFIG', config) for f in flags]
+    args = ['encode', f'--checkpoint={SLICED}', *flags]
+    self.check(rotbits, tmp_path, args, words)
+
+  @pytest.mark.parametrize(
+    ('make', 'words'),
+    [
+      (lambda tmp_path: tmp_path / 'missing', 'missing'),
+      (lambda tmp_path: tmp_path, 'no .pt'),
+      (lambda tmp_path: SLICED / 'config.json', 'config.json'),
+      (truncated, '.pt'),
+      (lambda tmp_path: with_config(tmp_path, '{"model_type": '), 'config.json'),
+      (lambda tmp_path: with_config(tmp_path, '{"model_type": "bert"}'), 'bert'),
+    ],
+    ids=['missing', 'empty', 'no weights', 'truncated', 'no JSON', 'family'],
+  )
+  def test_checkpoint(self, rotbits, tmp_path, make, words):
+    (tmp_path / 'output').write_text('the old file stays')
+    args = [
+      'encode',
+      f'--checkpoint={make(tmp_path)}',
+      f'--output={tmp_path / "output"}',
+    ]
+    self.check(rotbits, tmp_path, args, words)
+
+  @pytest.mark.parametrize('command', ['decode', 'inspect'])
+  @pytest.mark.parametrize(
+    ('damage', 'words'),
+    [
+      (lambda data: None, 'No such file'),
+      (lambda data: b'', 'empty'),
+      (lambda data: b'not a file of ours, at all', 'not a rotbits file'),
+      (lambda data: data[:100], 'cut short'),
+      (lambda data: data[:-1], 'cut short'),
+    ],
+    ids=['missing', 'empty', 'other', 'header', 'streams'],
+  )
+  def test_file(self, rotbits, tmp_path, encoded, command, damage, words):
+    data = damage((encoded / 'free').read_bytes())
+    if data is not None:
+      (tmp_path / 'damaged').write_bytes(data)
+    args = [command, f'--input={tmp_path / "damaged"}']
+    args += [f'--output={tmp_path / "out"}'] if command == 'decode' else []
+    self.check(rotbits, tmp_path, args, words)
+
+  def test_flipped_bit(self, rotbits, tmp_path, encoded):
+    data = bytearray((encoded / 'free').read_bytes())
+    data[-1000] ^= 4
+    (tmp_path / 'damaged').write_bytes(data)
+    args = ['decode', f'--input={tmp_path / "damaged"}', f'--output={tmp_path / "out"}']
+    self.check(rotbits, tmp_path, args, 'damaged')
+
+  def test_decoding_over_a_file(self, rotbits, tmp_path, encoded):
+    (tmp_path / 'out').write_text('the old file stays')
+    args = ['decode', f'--input={encoded / "free"}', f'--output={tmp_path / "out"}']
+    self.check(rotbits, tmp_path, args, 'is a file')
+
+  @pytest.mark.parametrize(
+    ('content', 'words'),
+    [(None, 'No such file'), (b'', 'no words'), (b' \n', 'no words'), (b'\xff', 'UTF')],
+  )
+  def test_text(self, rotbits, tmp_path, content, words):
+    if content is not None:
+      (tmp_path / 'text').write_bytes(content)
+    args = ['evaluate', f'--model={SLICED}', f'--text={tmp_path / "text"}']
+    self.check(rotbits, tmp_path, args, words)
+
+  def test_model_without_tokenizer(self, rotbits, tmp_path):
+    args = ['evaluate', f'--model={SLICED}', f'--text={__file__}']
+    self.check(rotbits, tmp_path, args, 'tokenizer.json')
+
+  def test_damaged_file_to_evaluate(self, rotbits, tmp_path, encoded):
+    (tmp_path / 'damaged').write_bytes((encoded / 'free').read_bytes()[:-1])
+    args = ['evaluate', f'--model={tmp_path / "damaged"}', f'--text={__file__}']
+    self.check(rotbits, tmp_path, args, 'cut short')
+
+
+class TestProgram:
+  @pytest.mark.parametrize('args', [[], ['help'], ['--help'], ['-h']])
+  def test_usage(self, rotbits, args):
+    code, out, err = rotbits(*args)
+    assert (code, err) == (0, '')
+    assert 'usage: rotbits' in out
+    for name in main.COMMANDS:
+      assert f'\n  {name} ' in out
+
+  def test_unknown_command(self, rotbits):
+    code, out, err = rotbits('enkode')
+    assert (code, out) == (2, '')
+    assert err.startswith("rotbits: no command 'enkode'")
+    assert len(err.splitlines()) == 1
+
+  @pytest.mark.parametrize('command', main.COMMANDS)
+  def test_help(self, rotbits, command):
+    code, out, err = rotbits(command, '--help')
+    assert (code, err) == (0, '')
+    assert f'rotbits {command} --' in out
+    assert '\nflags:\n' in out
+
+  def test_interrupted(self, rotbits, monkeypatch, encoded):
+    monkeypatch.setattr(rotbits_jax, 'inspect', interrupt)
+    code, out, err = rotbits('inspect', f'--input={encoded / "free"}')
+    assert (code, out, err) == (program.INTERRUPTED, '', '')
+
+  def test_faults_keep_their_traceback(self, rotbits, monkeypatch, encoded):
+    monkeypatch.setattr(rotbits_jax, 'inspect', lambda path: None)
+    with pytest.raises(AttributeError):
+      rotbits('inspect', f'--input={encoded / "free"}')
+
+  def test_one_line_of_many(self):
+    assert program.one_line(ValueError('first\n  second')) == 'first second'
+    assert program.one_line(ValueError()) == 'ValueError'
+    error = FileNotFoundError(2, 'No such file or directory', 'a file')
+    assert program.one_line(error) == 'a file: No such file or directory'
+
+
+def interrupt(*args):
+  raise KeyboardInterrupt
+
+
+class TestProcess:
+  """What only a process of its own shows."""
+
+  def run(self, *args):
+    return subprocess.run(
+      [sys.executable, '-m', *map(str, args)],
+      capture_output=True,
+      text=True,
+      cwd=ROOT,
+      stdin=subprocess.DEVNULL,
+      check=False,
+    )
+
+  def test_module_in_a_pipe(self, tmp_path):
+    done = self.run(
+      'rotbits_jax.cli.encode',
+      f'--checkpoint={SLICED}',
+      f'--output={tmp_path / "out"}',
+      '--preset=exact',
+      '--json',
+    )
+    assert (done.returncode, done.stderr) == (0, '')
+    (line,) = done.stdout.splitlines()
+    assert json.loads(line)['bytes']['file'] == (tmp_path / 'out').stat().st_size
+    assert [p.name for p in tmp_path.iterdir()] == ['out']
+
+  def test_error(self):
+    done = self.run('rotbits_jax.cli.main', 'inspect', '--input=missing')
+    assert (done.returncode, done.stdout) == (2, '')
+    assert done.stderr == 'rotbits inspect: missing: No such file or directory\n'
+
+  def test_reader_that_stops(self, encoded):
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(
+      [
+        *(sys.executable, '-m', 'rotbits_jax.cli.inspect'),
+        f'--input={encoded / "free"}',
+      ],
+      stdout=writer,
+      stderr=subprocess.PIPE,
+      cwd=ROOT,
+      check=False,
+    )
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (0, b'')
+
+  def test_console_script(self):
+    scripts = importlib.metadata.entry_points(group='console_scripts', name='rotbits')
+    if not scripts:
+      pytest.skip('the package is not installed')
+    (script,) = scripts
+    assert script.load() is main.main
