@@ -54,11 +54,11 @@ def rotbits(symbols: np.ndarray, lanes: int, runs: int) -> tuple[float, float, f
   intervals = jnp.asarray(tables.pack_intervals(table))
   slots = jnp.asarray(tables.slots(table))
   steps = -(-symbols.size // lanes)
-  contexts = np.ones(steps * lanes, np.uint8)  # 1: a place that holds no symbol
-  contexts[: symbols.size] = 0
-  grid = np.zeros(steps * lanes, np.uint16)
-  grid[: symbols.size] = symbols
-  grid, contexts = (jnp.asarray(x.reshape(steps, lanes)) for x in (grid, contexts))
+  # Places left over have context 1: they hold no symbol.
+  deal = lambda x, fill: jnp.asarray(
+    np.pad(x, (0, steps * lanes - x.size), constant_values=fill).reshape(steps, lanes)
+  )
+  grid, contexts = deal(symbols, 0), deal(np.zeros(symbols.size, np.uint8), 1)
   capacity = int(tables.cost_bits(counts, table[0]) / 16 / lanes * 1.1) + 64
   empty = rans.empty(lanes, capacity)
   push, pop = jax.jit(categorical.push), jax.jit(categorical.pop)

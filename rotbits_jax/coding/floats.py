@@ -83,7 +83,7 @@ def join(symbols: jax.Array, rests: jax.Array, dtype: np.dtype) -> jax.Array:
 
 def trailing_zeros(rests: np.ndarray, width: int) -> int:
   """How many low bits are zero in every rest; `width` if all rests are 0."""
-  union = int(np.bitwise_or.reduce(rests, axis=None, initial=0))
+  union = int(np.bitwise_or.reduce(rests.reshape(-1))) if rests.size else 0
   return (union & -union).bit_length() - 1 if union else width
 
 

@@ -335,9 +335,9 @@ def from_words(words: np.ndarray, lanes: int, capacity: int | None = None) -> Me
   low, high = words[3:start].astype(np.uint32).reshape(2, lanes)
   size = words[start:stop].view(f'<u{width}')[:lanes].astype(np.int64) + base
   stacks = words[stop:]
-  if stacks.size != size.sum() or high.min(initial=1) == 0:
+  if stacks.size != size.sum() or not high.all():
     raise MessageError('the words are not a message')
-  depth = int(size.max(initial=0))
+  depth = int(np.max(size, initial=0))
   capacity = depth if capacity is None else capacity
   if depth > capacity:
     raise MessageError(f'{depth} words a lane do not fit a capacity of {capacity}')
