@@ -83,8 +83,8 @@ def join(symbols: jax.Array, rests: jax.Array, dtype: np.dtype) -> jax.Array:
 
 def trailing_zeros(rests: np.ndarray, width: int) -> int:
   """How many low bits are zero in every rest; `width` if all rests are 0."""
-  union = int(np.bitwise_or.reduce(rests.reshape(-1))) if rests.size else 0
-  return (union & -union).bit_length() - 1 if union else width
+  used = (bit for bit in range(width) if np.any(rests >> rests.dtype.type(bit) & 1))
+  return next(used, width)
 
 
 def pack_bits(values: np.ndarray, width: int) -> np.ndarray:
