@@ -134,11 +134,10 @@ def _is_identity(rotation: jax.Array) -> jax.Array:
 def rotate_layer(
   layer: models.Params, rotations: tuple[jax.Array, ...]
 ) -> models.Params:
-  """Rotates the segments that one layer, or one of its sublayers, touches.
+  """Rotates the segments that one layer touches.
 
   Args:
-    layer: parameters of a layer, arrays; or only those of the attention or the MLP with
-      its shortcut.
+    layer: parameters of a layer, arrays.
     rotations: float32 `[d, d]` for each of its segments: the input, the one between
       attention and MLP unless blocks are parallel, and the output.
 
@@ -150,12 +149,14 @@ def rotate_layer(
   writes = {'attention': rotations[1], 'mlp': rotations[-1]}
   rotated = dict(layer)
   for name, last in (('attention', 'out'), ('mlp', 'down')):
-    for linear, params in layer.get(name, {}).items():
-      if linear == last:
-        turned = {k: turn(v, columns=writes[name]) for k, v in params.items()}
-      else:
-        turned = params | {'kernel': turn(params['kernel'], rows=reads[name])}
-      rotated[name] = rotated[name] | {linear: turned}
+    rotated[name] = {
+      linear: params | {'kernel': turn(params['kernel'], rows=reads[name])}
+      for linear, params in layer[name].items()
+      if linear != last
+    }
+    rotated[name][last] = {
+      key: turn(value, columns=writes[name]) for key, value in layer[name][last].items()
+    }
     if f'{name}_shortcut' in layer:
       kernel = layer[f'{name}_shortcut']['kernel']
       kernel = turn(kernel, rows=reads[name], columns=writes[name])
