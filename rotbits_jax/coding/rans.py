@@ -65,13 +65,14 @@ def seeded(payload: jax.Array, capacity: int) -> Message:
   An empty state has room for them, so they cost nothing; when all that was pushed has
   been popped again, `payload` reads them back.
   """
-  size = jnp.zeros(payload.shape, jnp.int32)
+  # Three arrays, not one thrice: a caller may donate the message's buffers.
+  size, lowest, highest = (jnp.zeros(payload.shape, jnp.int32) for _ in range(3))
   return Message(
     state=payload.astype(jnp.uint32) | jnp.uint32(1 << 16),
     words=jnp.zeros((capacity + 1, *payload.shape), jnp.uint16),
     size=size,
-    lowest=size,
-    highest=size,
+    lowest=lowest,
+    highest=highest,
   )
 
 

@@ -1,0 +1,100 @@
+"""Canonicalisers split off a rotation, and find it again in what was rotated."""
+
+from absl.testing import absltest
+from absl.testing import parameterized
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rotbits_jax.symmetries import canonical
+
+NAMES = tuple(canonical.CANONICALISERS)
+
+
+def _orthogonal(n: int, seed: int) -> np.ndarray:
+  key = jax.random.key(seed)
+  return np.asarray(jax.random.orthogonal(key, n), np.float64)
+
+
+def _spread(n: int, m: int, seed: int = 0) -> np.ndarray:
+  """A matrix whose singular values are well apart: 1, 2, ..., n."""
+  left, right = _orthogonal(n, seed + 1), _orthogonal(m, seed + 2)
+  return (left * np.arange(n, 0, -1.0)) @ right[:n]
+
+
+class CanonicalTest(parameterized.TestCase):
+  @parameterized.product(name=NAMES, shape=[(1, 1), (6, 6), (6, 11)])
+  def test_rotation_of_the_reference_is_found(self, name, shape):
+    canonicalise = jax.jit(canonical.CANONICALISERS[name])
+    w = _spread(*shape)
+    reference, q = canonicalise(w)
+    np.testing.assert_allclose(q @ reference, w, atol=1e-5)
+    np.testing.assert_allclose(q.T @ q, np.eye(shape[0]), atol=2e-6)
+    for seed in range(3):
+      turn = _orthogonal(shape[0], seed)
+      again, found = canonicalise(turn @ np.asarray(reference, np.float64))
+      np.testing.assert_allclose(found, turn, atol=2e-5)
+      np.testing.assert_allclose(again, reference, atol=1e-4)
+
+  def test_svd_reference_has_orthogonal_rows_of_falling_norm(self):
+    reference = np.asarray(canonical.svd(_spread(5, 8))[0])
+    gram = np.diag(np.arange(5, 0, -1.0) ** 2)
+    np.testing.assert_allclose(reference @ reference.T, gram, atol=1e-4)
+    self.assertTrue((reference.sum(axis=1) > 0).all())
+
+  def test_qr_reference_is_upper_triangular_with_positive_diagonal(self):
+    reference = np.asarray(canonical.qr(_spread(5, 8))[0])
+    np.testing.assert_allclose(np.tril(reference[:, :5], -1), 0, atol=1e-5)
+    self.assertTrue((np.diag(reference) > 0).all())
+
+  def test_polar_reference_is_symmetric_and_positive(self):
+    reference = np.asarray(canonical.polar_shortcut(_spread(5, 8))[0], np.float64)
+    block = reference[:, :5]
+    np.testing.assert_allclose(block, block.T, atol=1e-5)
+    self.assertTrue((np.linalg.eigvalsh(block) > 0).all())
+
+  @parameterized.product(
+    name=NAMES, case=['zero', 'identity', 'equal', 'zero rows', 'low rank', 'narrow']
+  )
+  def test_degenerate_matrices_give_orthogonal_rotations(self, name, case):
+    w = {
+      'zero': np.zeros((6, 8)),
+      'identity': np.eye(6, 8),
+      'equal': _orthogonal(8, 0)[:6],
+      'zero rows': _spread(6, 8) * (np.arange(6) % 2)[:, None],
+      'low rank': _spread(2, 8)[[0, 1, 0, 1, 0, 1]],
+      'narrow': _spread(4, 4)[[0, 1, 2, 3, 0, 1]],
+    }[case]
+    reference, q = canonical.CANONICALISERS[name](w)
+    self.assertEqual((reference.dtype, q.dtype), (jnp.float32, jnp.float32))
+    np.testing.assert_allclose(q.T @ q, np.eye(6), atol=1e-5)
+    np.testing.assert_allclose(q @ reference, w, atol=1e-5)
+
+  @parameterized.parameters(*NAMES)
+  def test_stacks(self, name):
+    canonicalise = canonical.CANONICALISERS[name]
+    stack = jnp.asarray([_spread(6, 11, seed) for seed in range(3)], jnp.float32)
+    references, rotations = jax.jit(jax.vmap(canonicalise))(stack)
+    for w, reference, q in zip(stack, references, rotations, strict=True):
+      alone = canonicalise(w)
+      np.testing.assert_allclose(reference, alone[0], atol=2e-5)
+      np.testing.assert_allclose(q, alone[1], atol=2e-5)
+
+  def test_polar_is_the_steadiest(self):
+    n = 60
+    rng = np.random.default_rng(0)
+    noise = 1e-3 * rng.standard_normal((n, 2 * n))
+    w = rng.standard_normal((n, 2 * n))
+    w[:, :n] = _orthogonal(n, 0) * np.sort(rng.uniform(0.2, 1, n))
+    errors = {}
+    for name, canonicalise in canonical.CANONICALISERS.items():
+      reference, _ = canonicalise(w)
+      _, found = canonicalise(np.asarray(reference) + noise)
+      found *= np.sign(np.diag(found))
+      errors[name] = np.linalg.norm(found - np.eye(n))
+    self.assertLess(errors['polar_shortcut'], errors['qr'])
+    self.assertLess(errors['polar_shortcut'], errors['svd'])
+
+
+if __name__ == '__main__':
+  absltest.main()

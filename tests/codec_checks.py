@@ -1,0 +1,73 @@
+"""What every codec must do, checked in one way for all of them."""
+
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rotbits_jax.coding import codecs
+from rotbits_jax.coding import rans
+
+
+def random_message(seed: int, lanes: int, depth: int) -> rans.Message:
+  """A message of arbitrary states and words, with room for twice as many."""
+  rng = np.random.default_rng(seed)
+  size = jnp.asarray(rng.integers(depth - depth // 8, depth + 1, lanes), jnp.int32)
+  return rans.Message(
+    state=jnp.asarray(rng.integers(1 << 16, 1 << 32, lanes), jnp.uint32),
+    words=jnp.asarray(rng.integers(0, 1 << 16, (2 * depth + 1, lanes)), jnp.uint16),
+    size=size,
+    lowest=size,
+    highest=size,
+  )
+
+
+def assert_same_message(a: rans.Message, b: rans.Message) -> None:
+  """The same content; how deep and high a message has been does not count."""
+  np.testing.assert_array_equal(a.state, b.state)
+  np.testing.assert_array_equal(a.size, b.size)
+  used = np.arange(a.words.shape[0])[:, None] < np.asarray(a.size)
+  np.testing.assert_array_equal(
+    np.asarray(a.words)[used], np.asarray(b.words)[: used.shape[0]][used]
+  )
+
+
+def check_codec(
+  codec: codecs.Codec,
+  symbol: Any,
+  message: rans.Message,
+  *,
+  jit: bool = True,
+  eager: bool = False,
+) -> Any:
+  """Push and pop invert each other, with strict promotion of types.
+
+  Args:
+    codec: the codec.
+    symbol: any symbol of it.
+    message: any message with enough content and room for a symbol.
+    jit: False for codecs that work on the host.
+    eager: True to check that `jit` makes no difference, which takes its time.
+
+  Returns:
+    The symbol that the message holds.
+  """
+  compiled = jax.jit if jit else (lambda function: function)
+  push, pop = compiled(codec.push), compiled(codec.pop)
+  with jax.numpy_dtype_promotion('strict'):
+    pushed = rans.check(push(message, symbol))
+    restored, popped = pop(pushed)
+    assert_same_message(restored, message)
+    chex.assert_trees_all_equal(popped, symbol)
+
+    rest, sampled = pop(message)
+    rans.check(rest)
+    assert_same_message(rans.check(push(rest, sampled)), message)
+    if jit and eager:
+      assert_same_message(codec.push(message, symbol), pushed)
+      eager, resampled = codec.pop(message)
+      assert_same_message(eager, rest)
+      chex.assert_trees_all_equal(resampled, sampled)
+  return sampled

@@ -1,0 +1,81 @@
+"""A correction gives the exact integer from any position within the margin."""
+
+from absl.testing import absltest
+from absl.testing import parameterized
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rotbits_jax.coding import correction as correction_lib
+from rotbits_jax.coding import tables
+from tests import codec_checks
+
+correct = jax.jit(correction_lib.correct, static_argnums=4)
+nearest = jax.jit(correction_lib.nearest)
+levels = jax.jit(correction_lib.levels)
+
+SIZE, GROUPS = 4096, 8
+
+
+def _case(scale: float):
+  rng = np.random.default_rng(0)
+  integers = rng.integers(0, 65536, SIZE)
+  integers[:4] = [0, 65535, 0, 65535]
+  groups = np.arange(SIZE) % GROUPS
+  noise = rng.standard_t(2, SIZE) * scale * (1 + groups)
+  return (
+    jnp.asarray(integers + noise, jnp.float32),
+    jnp.asarray(integers, jnp.uint16),
+    jnp.asarray(groups, jnp.int32),
+  )
+
+
+class CorrectionTest(parameterized.TestCase):
+  @parameterized.product(scale=[0.0, 0.1, 3.0, 300.0], margin=[0.125, 0.5])
+  def test_no_shift_within_the_margin_changes_an_integer(self, scale, margin):
+    positions, integers, groups = _case(scale)
+    with jax.numpy_dtype_promotion('strict'):
+      correction = correct(positions, integers, margin, groups, GROUPS)
+      level = levels(correction, groups)
+      for shift in (-0.9, 0, 0.9):
+        # Positions wrap around: 0 is next to 65535.
+        for turn in (0, 65536):
+          moved = positions + (shift * margin + turn)
+          exact = nearest(moved, level, correction.residue)
+          np.testing.assert_array_equal(exact, integers)
+
+  def test_levels_suit_the_errors(self):
+    positions, integers, groups = _case(1.0)
+    correction = correct(positions, integers, 0.125, groups, GROUPS)
+    base = np.asarray(correction.base)
+    self.assertEqual(base[0], 2)
+    self.assertEqual(base[7], 5)
+    exact, _, _ = _case(0.0)
+    correction = correct(exact, integers, 0.125, groups, GROUPS)
+    self.assertEqual(np.asarray(levels(correction, groups)).max(), 0)
+    self.assertEqual(np.asarray(correction.residue).max(), 0)
+
+  def test_a_position_that_is_no_number_gets_the_integer_itself(self):
+    integers = jnp.asarray([7, 65535, 12], jnp.uint16)
+    positions = jnp.asarray([jnp.nan, jnp.inf, -jnp.inf], jnp.float32)
+    groups = jnp.zeros(3, jnp.int32)
+    correction = correct(positions, integers, 0.125, groups, 1)
+    level = levels(correction, groups)
+    np.testing.assert_array_equal(
+      nearest(positions, level, correction.residue), integers
+    )
+
+  def test_codec_is_exact(self):
+    positions, integers, groups = _case(2.0)
+    each = lambda x: correct(x, integers, 0.125, groups, GROUPS)
+    correction = jax.vmap(each)(jnp.stack([positions, positions + 2]))
+    message = codec_checks.random_message(1, 64, 200)
+    # Fitted tables, and one that makes a message hold any level.
+    anything = np.stack([tables.quantize(1 << np.arange(17)[::-1])] * 2)
+    for frequencies in (correction_lib.fit(correction), anything):
+      codec = correction_lib.codec(groups, (2,), GROUPS, jnp.asarray(frequencies))
+      codec_checks.check_codec(codec, correction, message)
+
+
+if __name__ == '__main__':
+  absltest.main()

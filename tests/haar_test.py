@@ -1,0 +1,312 @@
+"""The Haar codec is exact, uniform over the group, and indifferent to rounding."""
+
+import functools
+import math
+import zlib
+
+from absl.testing import absltest
+from absl.testing import parameterized
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rotbits_jax.coding import correction as correction_lib
+from rotbits_jax.coding import haar
+from rotbits_jax.coding import rans
+from rotbits_jax.coding import tables
+from tests import codec_checks
+
+rotate = jax.jit(haar.rotation, static_argnums=(1, 2))
+correct = jax.jit(haar.correct)
+recover = jax.jit(haar.recover)
+places = jax.jit(haar._places, static_argnums=(0, 1))
+
+
+def _sample(n: int, k: int, batch: tuple[int, ...] = ()) -> jax.Array:
+  """Cells with the distribution of a random frame's, drawn without the codec."""
+  rng = np.random.default_rng(0)
+  row = np.asarray(places(n, k)[0])
+  slots = rng.integers(0, tables.TOTAL, (*batch, row.size))
+  bins = np.zeros(slots.shape, int)
+  for i, v in enumerate(n - row):
+    if v >= 2:
+      ends = np.cumsum(haar.bin_tables(n)[v - 2])
+      bins[..., i] = np.searchsorted(ends, slots[..., i], side='right')
+  fine = rng.integers(0, np.where(row < n - 1, 1 << 10, 2), slots.shape)
+  return jnp.asarray(bins << 10 | fine, jnp.uint16)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _rotate_all(cells: jax.Array, n: int, k: int) -> jax.Array:
+  return jax.vmap(lambda x: haar.rotation(x, n, k))(cells)
+
+
+def _noisy(q: jax.Array, noise: float, seed: int = 1) -> np.ndarray:
+  """An orthogonal matrix, or a frame, at relative distance `noise` from q."""
+  q = np.asarray(q, np.float64)
+  error = np.random.default_rng(seed).standard_normal((q.shape[0],) * 2)
+  error = (error - error.T) * (noise / np.sqrt(2 * q.shape[0]))
+  return (q + error @ (q + error @ q / 2)).astype(np.float32)
+
+
+def _ulps(q: np.ndarray, seed: int) -> np.ndarray:
+  """Every entry off by one to four units in the last place."""
+  rng = np.random.default_rng(seed)
+  steps = rng.choice(np.array([-4, -3, -2, -1, 1, 2, 3, 4], np.float32), q.shape)
+  return q + steps * np.spacing(q)
+
+
+def _distribution(v: int, points: np.ndarray) -> np.ndarray:
+  """The distribution function of the ratio t when v coordinates are left."""
+  angle = np.linspace(-np.pi / 2, np.pi / 2, 200001)
+  density = np.cos(angle) ** (v - 2)
+  mass = np.concatenate([[0.0], np.cumsum((density[1:] + density[:-1]) / 2)])
+  return np.interp(np.arcsin(np.clip(points, -1, 1)), angle, mass / mass[-1])
+
+
+def _ks_distance(a: np.ndarray, b: np.ndarray) -> float:
+  """Kolmogorov and Smirnov's distance of two samples of one size.
+
+  In units of the value that is exceeded once in 1000 cases.
+  """
+  both = np.concatenate([a, b])
+  cdfs = [np.searchsorted(np.sort(x), both, side='right') / x.size for x in (a, b)]
+  return float(abs(cdfs[0] - cdfs[1]).max() / (1.95 * math.sqrt(2 / a.size)))
+
+
+class CodecTest(parameterized.TestCase):
+  @parameterized.parameters(
+    (0, 0, (), 1), (1, 1, (), 1), (3, 1, (2, 2), 3), (9, 9, (3,), 8)
+  )  # fmt: skip
+  def test_is_exact(self, n, k, batch, lanes):
+    shape = (*batch, haar.num_cells(n, k))
+    cells = _sample(n, k, batch)
+    message = codec_checks.random_message(n, lanes, 2 * cells.size // lanes + 40)
+    sampled = codec_checks.check_codec(haar.codec(n, k, batch), cells, message)
+    chex.assert_shape(sampled, shape)
+    chex.assert_type(sampled, jnp.uint16)
+
+  @parameterized.parameters(2, 3, 4, 5, 8, 16, 17, 40, 300)
+  def test_bins_have_the_probability_of_a_ratio(self, v):
+    frequencies = haar.bin_tables(300)[v - 2]
+    if v == 2:  # uniform on the circle
+      np.testing.assert_array_equal(frequencies, tables.TOTAL // 64)
+      return
+    edges = np.linspace(-1, 1, 65) * min(1, 4 / math.sqrt(v))
+    expected = np.diff(_distribution(v, edges)) * tables.TOTAL
+    self.assertLess(abs(frequencies - expected).max(), 2)
+
+  def test_bins_follow_a_normal_distribution_in_many_dimensions(self):
+    edges = np.linspace(-4, 4, 65)
+    normal = np.array([math.erf(z / math.sqrt(2)) / 2 for z in edges])
+    expected = np.diff(normal) * tables.TOTAL
+    self.assertLess(abs(haar.bin_tables(4096)[-1] - expected).max(), 2)
+
+  def test_tables_are_the_same_on_every_machine(self):
+    # What files were written with: a change makes them unreadable.
+    data = haar.bin_tables(100).astype('<u4').tobytes()
+    self.assertEqual(zlib.crc32(data), 0x2228131B)
+
+  def test_refuses_what_is_no_frame(self):
+    with self.assertRaisesRegex(ValueError, 'no 3 orthonormal vectors'):
+      haar.num_cells(2, 3)
+    with self.assertRaisesRegex(ValueError, 'has 4 cells, got'):
+      haar.rotation(jnp.zeros(5, jnp.uint16), 3, 3)
+    with self.assertRaisesRegex(ValueError, 'has 4 cells, got'):
+      haar.correct(jnp.eye(3), jnp.zeros(5, jnp.uint16))
+
+
+class RotationTest(parameterized.TestCase):
+  @parameterized.parameters((1, 1), (2, 2), (40, 40), (40, 32))
+  def test_is_orthogonal(self, n, k):
+    q = np.asarray(rotate(_sample(n, k), n, k), np.float64)
+    np.testing.assert_allclose(q.T @ q, np.eye(k), atol=2e-6)
+
+  def test_is_a_product_of_reflections(self):
+    n = 40
+    cells = _sample(n, n)
+    reflectors = lambda x: haar._reflectors(haar._unpack(x, n, n), jnp.arange(n))
+    vectors, signs = jax.jit(reflectors)(cells)
+    vectors, signs = np.asarray(vectors, np.float64), np.asarray(signs)
+    expected = np.diag(-signs).astype(np.float64)
+    for v in vectors.T[::-1]:
+      expected -= np.outer(v, v @ expected) * (2 / (v @ v))
+    np.testing.assert_allclose(rotate(cells, n, n), expected, atol=2e-6)
+
+  def test_a_frame_is_the_start_of_a_rotation(self):
+    n, k = 40, 32
+    cells = _sample(n, n)
+    frame = jax.jit(lambda x: haar._pack(haar._unpack(x, n, n), n, k))(cells)
+    np.testing.assert_allclose(
+      rotate(frame, n, k), rotate(cells, n, n)[:, :k], atol=2e-6
+    )
+
+  def test_the_last_cell_is_the_sign_of_the_determinant(self):
+    cells = _sample(2, 2)
+    a, b = (rotate(cells.at[-1].set(i), 2, 2) for i in (0, 1))
+    self.assertAlmostEqual(float(jnp.linalg.det(a) * jnp.linalg.det(b)), -1, places=5)
+
+
+class UniformityTest(parameterized.TestCase):
+  N, COUNT = 5, 20000
+
+  @classmethod
+  def setUpClass(cls):
+    super().setUpClass()
+    message = codec_checks.random_message(0, 64, 4000)
+    codec = haar.codec(cls.N, cls.N, (cls.COUNT,))
+    message, cells = jax.jit(codec.pop)(message)
+    rans.check(message)
+    cls.q = np.asarray(_rotate_all(cells, cls.N, cls.N))
+    key = jax.random.key(0)
+    cls.reference = np.asarray(jax.random.orthogonal(key, cls.N, (cls.COUNT,)))
+
+  def test_moments(self):
+    n, q = self.N, self.q
+    tolerance = 5 / math.sqrt(self.COUNT)
+    np.testing.assert_allclose(q.mean(axis=0), 0, atol=tolerance / math.sqrt(n))
+    np.testing.assert_allclose((q**2).mean(axis=0), 1 / n, atol=tolerance * 0.3)
+    fourth = 3 / (n * (n + 2))
+    np.testing.assert_allclose((q**4).mean(axis=0), fourth, atol=tolerance * 0.2)
+    # E[Q_11^2 Q_22^2] and E[Q_11 Q_22 Q_12 Q_21] (Collins and Sniady 2006).
+    norm = (n - 1) * n * (n + 2)
+    paired = (q[:, 0, 0] * q[:, 1, 1]) ** 2
+    self.assertAlmostEqual(paired.mean(), (n + 1) / norm, delta=tolerance * 0.1)
+    crossed = q[:, 0, 0] * q[:, 1, 1] * q[:, 0, 1] * q[:, 1, 0]
+    self.assertAlmostEqual(crossed.mean(), -1 / norm, delta=tolerance * 0.1)
+    determinant = np.linalg.det(q.astype(np.float64))
+    self.assertAlmostEqual(determinant.mean(), 0, delta=tolerance)
+
+  def test_marginals(self):
+    uniforms = (np.arange(self.COUNT) + 0.5) / self.COUNT
+    for i in range(self.N):
+      for j in (0, self.N - 1):
+        ranks = _distribution(self.N, self.q[:, i, j])
+        self.assertLess(_ks_distance(ranks, uniforms), 1)
+
+  @parameterized.named_parameters(
+    ('trace', lambda q: np.trace(q, axis1=1, axis2=2)),
+    ('entry', lambda q: q[:, 3, 4]),
+    ('minor', lambda q: q[:, 0, 0] * q[:, 1, 1] - q[:, 0, 1] * q[:, 1, 0]),
+    ('turned', lambda q: np.einsum('i,bij,j', [1, 2, -3, 0.5, 1], q, [0, 1, 1, -1, 2])),
+    ('square', lambda q: np.trace(q @ q, axis1=1, axis2=2)),
+  )
+  def test_is_distributed_as_jax_random_orthogonal(self, statistic):
+    ours, theirs = statistic(self.q), statistic(self.reference)
+    self.assertLess(_ks_distance(ours, theirs), 1)
+
+
+class RecoveryTest(parameterized.TestCase):
+  @parameterized.product(
+    shape=[(1, 1), (2, 2), (40, 40), (40, 32)],
+    noise=[0.0, 1e-4, 1e-3, 1e-2],
+  )
+  def test_a_few_ulps_change_nothing(self, shape, noise):
+    cells = _sample(*shape)
+    recovered = _noisy(rotate(cells, *shape), noise)
+    correction = correct(recovered, cells)
+    np.testing.assert_array_equal(recover(recovered, correction), cells)
+    for seed in range(3):
+      moved = _ulps(recovered, seed)
+      self.assertTrue((moved != recovered).any())
+      np.testing.assert_array_equal(recover(moved, correction), cells)
+
+  def test_no_dimensions(self):
+    nothing = jnp.zeros((0, 0))
+    correction = haar.correct(nothing, jnp.zeros(0, jnp.uint16))
+    chex.assert_shape(haar.recover(nothing, correction), (0,))
+    chex.assert_shape(haar.rotation(jnp.zeros(0, jnp.uint16), 3, 0), (3, 0))
+
+  def test_columns_of_the_other_sign_are_turned(self):
+    cells = _sample(40, 40)
+    signs = np.where(np.arange(40) % 3 == 0, -1, 1).astype(np.float32)
+    recovered = _noisy(rotate(cells, 40, 40), 1e-4)
+    turned = correct(recovered * signs, cells)
+    np.testing.assert_array_equal(turned.flips, signs < 0)
+    np.testing.assert_array_equal(recover(recovered * signs, turned), cells)
+    straight = correct(recovered, cells)
+    chex.assert_trees_all_equal(turned.cells, straight.cells)
+
+  @parameterized.parameters(0.0, 1.0, np.nan)
+  def test_any_matrix_gives_the_cells_back(self, value):
+    cells = _sample(40, 40)
+    recovered = np.full((40, 40), value, np.float32)
+    np.testing.assert_array_equal(recover(recovered, correct(recovered, cells)), cells)
+
+  def test_noise_in_one_column_costs_only_there(self):
+    cells = _sample(40, 40)
+    q = rotate(cells, 40, 40)
+    recovered = np.where(np.arange(40) == 10, _noisy(q, 3e-2), _noisy(q, 1e-4))
+    correction = correct(recovered, cells)
+    base = np.asarray(correction.cells.base)
+    self.assertGreater(base[10], 6)
+    self.assertLess(np.delete(base, 10).max(), 3)
+    np.testing.assert_array_equal(recover(recovered, correction), cells)
+
+  def test_traces_under_strict_promotion(self):
+    def round_trip(cells: jax.Array) -> jax.Array:
+      q = haar.rotation(cells, 5, 3)
+      return haar.recover(q, haar.correct(q, cells))
+
+    with jax.numpy_dtype_promotion('strict'):
+      out = jax.eval_shape(round_trip, _sample(5, 3))
+    self.assertEqual((out.shape, out.dtype), ((haar.num_cells(5, 3),), jnp.uint16))
+
+  def test_message_comes_back_with_nearly_all_bits(self):
+    n = 40
+    codec = haar.codec(n, n)
+    message = codec_checks.random_message(0, 16, 150)
+    rest, cells = jax.jit(codec.pop)(message)
+    columns = np.arange(n, 1, -1)
+    mean_share = np.average(np.log2(columns / n) / 2, weights=columns)
+    corrections = lambda frequencies: haar.correction_codec(n, n, frequencies)
+    push = jax.jit(lambda m, x, frequencies: corrections(frequencies).push(m, x))
+    pop = jax.jit(lambda m, frequencies: corrections(frequencies).pop(m))
+    for noise, loss in ((2e-4, 0.9), (1e-3, 0.7), (1e-2, 0.7)):
+      recovered = _noisy(rotate(cells, n, n), noise)
+      correction = correct(recovered, cells)
+      frequencies = jnp.asarray(haar.fit(correction))
+      sent = rans.check(push(rest, correction, frequencies))
+
+      read, decoded = pop(sent, frequencies)
+      chex.assert_trees_all_equal(decoded, correction)
+      restored = jax.jit(codec.push)(read, recover(_ulps(recovered, 3), decoded))
+      codec_checks.assert_same_message(restored, message)
+
+      # What numbers of unit variance are worth, known up to normal errors.
+      ideal = -math.log2(noise) - mean_share
+      net = rans.content_bits(message) - rans.content_bits(sent)
+      self.assertBetween(net / (n * (n - 1) / 2), ideal - loss, ideal)
+
+  def test_codec_of_a_stack_s_corrections_is_exact(self):
+    rng = np.random.default_rng(0)
+    shape = (3, haar.num_cells(4, 3))
+    extra = rng.integers(0, 3, shape)
+    correction = haar.Correction(
+      flips=jnp.asarray(rng.integers(0, 2, (3, 3)), bool),
+      cells=correction_lib.Correction(
+        base=jnp.ones((3, 3), jnp.uint8),
+        extra=jnp.asarray(extra, jnp.uint8),
+        residue=jnp.asarray(rng.integers(0, 2 << extra), jnp.uint16),
+      ),
+    )
+    codec = haar.correction_codec(4, 3, jnp.asarray(haar.fit(correction)), (3,))
+    message = codec_checks.random_message(0, 4, 40)
+    codec_checks.check_codec(codec, correction, message)
+
+  @pytest.mark.slow
+  def test_large(self):
+    n = 1000
+    cells = _sample(n, n)
+    recovered = _noisy(rotate(cells, n, n), 3e-4)
+    correction = correct(recovered, cells)
+    level = correction_lib.levels(correction.cells, places(n, n)[1])
+    self.assertLess(float(level.mean()), 4)
+    for moved in (recovered, _ulps(recovered, 0), _ulps(recovered, 1)):
+      np.testing.assert_array_equal(recover(moved, correction), cells)
+
+
+if __name__ == '__main__':
+  absltest.main()
