@@ -8,12 +8,13 @@ COMMANDS = {
   'decode': 'the file becomes a checkpoint again',
   'inspect': 'what a file holds and what made it small',
   'evaluate': 'perplexity of a model, and KL divergence from another',
+  'accounting': 'what a model would come to, from its sizes alone',
 }
 
 
 def usage() -> str:
   """The commands, a line each."""
-  lines = [f'  {name:<10}{what}' for name, what in COMMANDS.items()]
+  lines = [f'  {name:<12}{what}' for name, what in COMMANDS.items()]
   return '\n'.join(
     [
       'usage: rotbits <command> [--flag=value ...]',

@@ -1,0 +1,114 @@
+"""What a model comes to, sliced and stored in each way, from its sizes alone.
+
+  rotbits accounting --model=NAME|PATH --slicing=SPARSITY [--json]
+
+NAME is opt-1.3b, opt-2.7b, opt-6.7b, opt-13b, llama-2-7b or llama-2-13b; PATH is a
+dense model's config.json or a directory that has one. No weights are read. Reductions
+are against the dense model with an untied head, at 16 bits a number, without entropy
+coding; the published ones are those of arXiv 2410.01309.
+"""
+
+import json
+import os
+import pathlib
+import sys
+from typing import Any
+
+from absl import flags
+
+from rotbits_jax import checkpoints
+from rotbits_jax import models
+from rotbits_jax.cli import program
+from rotbits_jax.evaluation import accounting
+from rotbits_jax.evaluation import published
+
+FLAGS = flags.FlagValues()
+_MODEL = flags.DEFINE_string(
+  'model', None, 'The name, or the config.json.', required=True, flag_values=FLAGS
+)
+_SLICING = flags.DEFINE_float(
+  'slicing',
+  None,
+  'The part of the hidden size that slicing removes: at least 0, less than 1.',
+  required=True,
+  flag_values=FLAGS,
+)
+_JSON = flags.DEFINE_bool(
+  'json', False, 'Print one JSON object in place of the table.', flag_values=FLAGS
+)
+
+_LABELS = {
+  'dense': 'dense',
+  'slicegpt': 'SliceGPT',
+  'bits_back_ideal': 'bits-back, ideal',
+  'bits_back_published': 'bits-back, published',
+  'gauge_fixed': 'gauge-fixed',
+  'gauge_fixed_heads': '  and heads',
+  'gauge_fixed_heads_retied': '  and retied embedding',
+}
+
+
+def read_config(path: str) -> models.ModelConfig:
+  """Reads a `config.json`, or the one in a directory.
+
+  Raises:
+    ValueError: if it is not the config of a known family.
+  """
+  file = (
+    pathlib.Path(path, 'config.json') if os.path.isdir(path) else pathlib.Path(path)
+  )
+  if file.suffix != '.json':  # weights, perhaps, and too large to try
+    raise ValueError(f'{file}: is neither a config.json nor a directory that has one')
+  try:
+    return checkpoints.parse_config(json.loads(file.read_bytes()))
+  except checkpoints.CheckpointError as error:
+    raise checkpoints.CheckpointError(f'{file}: {error}') from error
+  except (ValueError, RecursionError) as error:
+    raise ValueError(f'{file}: not JSON: {error}') from error
+
+
+def to_text(result: dict[str, Any]) -> str:
+  """The same as a table for people; what there is none of is left out."""
+  lines = [f'{result["model"]} sliced by {result["slicing"]:g} to {result["width"]}']
+  lines.append(f'{"":24}{"numbers":>16}{"reduction":>12}')
+  for name, label in _LABELS.items():
+    numbers = result['numbers'].get(name)
+    reduction = result['reduction'].get(name)
+    if numbers is None and reduction is None:
+      continue
+    cells = ['' if numbers is None else f'{numbers:,}']
+    cells.append('' if reduction is None else f'{reduction:.2f}%')
+    lines.append(f'{label:24}{cells[0]:>16}{cells[1]:>12}'.rstrip())
+  return '\n'.join(lines)
+
+
+def main() -> None:
+  model, slicing = _MODEL.value, _SLICING.value
+  if model.lower() in published.MODELS:
+    model = model.lower()
+    config, bits_back = published.MODELS[model]
+  elif os.path.exists(model):
+    config, bits_back = read_config(model), {}
+  else:
+    names = ', '.join(published.MODELS)
+    raise ValueError(f'unknown model {model!r}: neither a path nor one of {names}')
+  counts = accounting.accounting(config, slicing)
+  result = {
+    'model': model,
+    'slicing': slicing,
+    'width': counts.width,
+    'numbers': counts.numbers(),
+    'reduction': counts.reduction() | {'bits_back_published': bits_back.get(slicing)},
+  }
+  if _JSON.value:
+    program.print_json(result)
+  else:
+    print(to_text(result))
+
+
+def run() -> int:
+  return program.run(main, FLAGS)
+
+
+if __name__ == '__main__':
+  sys.exit(run())

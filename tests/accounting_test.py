@@ -1,0 +1,344 @@
+"""Sizes from shapes: the paper's table, the fixtures' files, and the command."""
+
+import dataclasses
+import json
+import math
+import pathlib
+import sys
+
+import pytest
+
+from rotbits_jax import checkpoints
+from rotbits_jax import models
+from rotbits_jax.cli import main
+from rotbits_jax.evaluation import accounting
+from rotbits_jax.evaluation import published
+
+TESTDATA = pathlib.Path(__file__).parent / 'testdata'
+SLICINGS = (0.2, 0.25, 0.3)
+
+# Reductions in percent at 20, 25 and 30%. SliceGPT's and the published ones are those
+# of arXiv 2410.01309, which has no Llama-2-13B. Heads and the retied embedding are what
+# they add; the latter is a rougher estimate, hence the tolerance of its test.
+TABLE = {
+  'opt-1.3b': {
+    'slicegpt': (9.53, 14.84, 20.53),
+    'bits_back_published': (13.77, 18.61, 23.81),
+    'bits_back_ideal': (14.04, 18.83, 24.00),
+    'gauge_fixed': (16.72, 20.79, 25.31),
+    'heads': 0.44,
+    'retied': (5.7, 5.3, 4.9),
+  },
+  'opt-2.7b': {
+    'slicegpt': (9.19, 15.07, 20.88),
+    'bits_back_published': (13.84, 19.09, 24.43),
+    'bits_back_ideal': (14.01, 19.31, 24.57),
+    'gauge_fixed': (16.88, 21.35, 25.93),
+    'heads': 0.47,
+    'retied': (3.6, 3.4, 3.2),
+  },
+  'opt-6.7b': {
+    'slicegpt': (9.29, 15.16, 21.18),
+    'bits_back_published': (14.07, 19.29, 24.84),
+    'bits_back_ideal': (14.28, 19.56, 25.00),
+    'gauge_fixed': (17.23, 21.66, 26.39),
+    'heads': 0.49,
+    'retied': (2.3, 2.2, 2.0),
+  },
+  'opt-13b': {
+    'slicegpt': (9.18, 15.27, 21.29),
+    'bits_back_published': (14.01, 19.51, 24.97),
+    'bits_back_ideal': (14.29, 19.77, 25.21),
+    'gauge_fixed': (17.30, 21.89, 26.61),
+    'heads': 0.40,
+    'retied': (1.5, 1.4, 1.3),
+  },
+  'llama-2-7b': {
+    'slicegpt': (9.38, 15.34, 21.45),
+    'bits_back_published': (14.13, 19.53, 25.09),
+    'bits_back_ideal': (14.47, 19.82, 25.34),
+    'gauge_fixed': (17.47, 21.96, 26.76),
+    'heads': 0.25,
+    'retied': None,
+  },
+  'llama-2-13b': {
+    'slicegpt': (9.30, 15.45, 21.52),
+    'bits_back_published': None,
+    'bits_back_ideal': (14.45, 19.98, 25.47),
+    'gauge_fixed': (17.48, 22.12, 26.88),
+    'heads': 0.20,
+    'retied': None,
+  },
+}
+ROWS = [(name, i) for name in TABLE for i in range(len(SLICINGS))]
+
+
+def read_config(name):
+  return checkpoints.parse_config(
+    json.loads((TESTDATA / name / 'config.json').read_text())
+  )
+
+
+class TestTable:
+  def test_every_model_is_there(self):
+    assert set(published.MODELS) == set(TABLE)
+
+  @pytest.mark.parametrize(('name', 'i'), ROWS)
+  @pytest.mark.parametrize('scheme', ['slicegpt', 'bits_back_ideal', 'gauge_fixed'])
+  def test_reduction_to_the_last_digit(self, name, i, scheme):
+    counts = accounting.accounting(published.MODELS[name].config, SLICINGS[i])
+    expected = TABLE[name][scheme][i]
+    assert counts.reduction()[scheme] == pytest.approx(expected, abs=0.005)
+
+  @pytest.mark.parametrize(('name', 'i'), ROWS)
+  def test_heads(self, name, i):
+    counts = accounting.accounting(published.MODELS[name].config, SLICINGS[i])
+    reduction = counts.reduction()
+    gain = reduction['gauge_fixed_heads'] - reduction['gauge_fixed']
+    assert gain == pytest.approx(TABLE[name]['heads'], abs=0.005)
+
+  @pytest.mark.parametrize(('name', 'i'), ROWS)
+  def test_retied_embedding(self, name, i):
+    counts = accounting.accounting(published.MODELS[name].config, SLICINGS[i])
+    reduction = counts.reduction()
+    if TABLE[name]['retied'] is None:
+      assert counts.gauge_fixed_heads_retied is None
+      assert reduction['gauge_fixed_heads_retied'] is None
+    else:
+      gain = reduction['gauge_fixed_heads_retied'] - reduction['gauge_fixed_heads']
+      assert gain == pytest.approx(TABLE[name]['retied'][i], abs=0.16)
+
+  @pytest.mark.parametrize('name', TABLE)
+  def test_published_figures(self, name):
+    expected = TABLE[name]['bits_back_published']
+    assert published.MODELS[name].bits_back == (
+      {} if expected is None else dict(zip(SLICINGS, expected, strict=True))
+    )
+
+  # What is published with the models themselves, norms and tied heads as they are.
+  @pytest.mark.parametrize(
+    ('name', 'numbers'),
+    [
+      ('opt-1.3b', 1_315_758_080),
+      ('opt-6.7b', 6_658_473_984),
+      ('llama-2-7b', 6_738_415_616),
+      ('llama-2-13b', 13_015_864_320),
+    ],
+  )
+  def test_sizes_of_the_models(self, name, numbers):
+    assert models.count_numbers(published.MODELS[name].config) == numbers
+
+
+class TestAccounting:
+  @pytest.mark.parametrize(
+    ('sliced', 'sparsity'),
+    [
+      ('opt-small-sliced-0.2', 0.2),
+      ('phi2-tiny-sliced-0.25', 0.25),
+      ('phi3-tiny-sliced-0.25', 0.25),
+    ],
+  )
+  def test_slicegpt_is_what_slicegpt_wrote(self, sliced, sparsity):
+    model = checkpoints.load_checkpoint(TESTDATA / sliced).model
+    counts = accounting.accounting(read_config(sliced), sparsity)
+    assert counts.width == model.config.segment_widths[0]
+    tensors = checkpoints.to_tensors(model)
+    assert counts.slicegpt == sum(tensor.size for tensor in tensors.values())
+
+  def test_grouped_queries_by_hand(self):
+    config = dataclasses.replace(
+      read_config('llama-tiny-dense'),
+      hidden_size=32,
+      intermediate_size=40,
+      num_layers=1,
+      num_heads=4,
+      num_kv_heads=2,
+      head_dim=8,
+      vocab_size=100,
+      rotary_dim=8,
+      tied_head=True,
+      segment_widths=(32, 32, 32),
+    )
+    counts = accounting.accounting(config, 0.25)
+    d, m = 24, 8
+    layer = lambda width, end: (
+      width * (32 + 16 + 16) + 32 * width + 2 * width * 40 + 40 * end
+    )
+    slicegpt = 100 * d + 100 * 32 + layer(d, 32) + d * d + d * 32
+    gauge_fixed = 100 * d + 100 * 32 + layer(d, 32) + (d * m - 28) - d * (d - 1) // 2
+    heads = gauge_fixed - 2 * (8 * 8 + 8)
+    assert counts == accounting.Accounting(
+      width=d,
+      dense=2 * 100 * 32 + layer(32, 32),
+      slicegpt=slicegpt,
+      bits_back_ideal=slicegpt - 2 * (d * (d - 1) // 2),
+      gauge_fixed=gauge_fixed,
+      gauge_fixed_heads=heads,
+      gauge_fixed_heads_retied=heads - 100 * d + 32 * d,
+    )
+
+  def test_parallel_blocks_have_one_shortcut_a_layer(self):
+    config = read_config('phi2-tiny-dense')
+    counts = accounting.accounting(config, 0.25)
+    rotation = counts.width * (counts.width - 1) // 2
+    saved = counts.slicegpt - counts.bits_back_ideal
+    assert saved == config.num_layers * rotation
+
+  def test_partial_rotary_heads(self):
+    config = read_config('phi2-tiny-dense')
+    r, h = config.rotary_dim, config.head_dim
+    assert 0 < r < h
+    counts = accounting.accounting(config, 0.25)
+    saved = counts.gauge_fixed - counts.gauge_fixed_heads
+    heads = config.num_layers * config.num_kv_heads
+    assert saved == heads * (h * h + r + (h - r) ** 2)
+
+  def test_below_half_the_width_shortcuts_are_symmetric_triangles(self):
+    config = published.MODELS['llama-2-7b'].config
+    counts = accounting.accounting(config, 0.75)
+    d, segments = 1024, 64
+    assert counts.width == d
+    removed = (segments - 1) * (d * d - d * (d + 1) // 2) + d * 4096 + d * (d - 1) // 2
+    assert counts.slicegpt - counts.gauge_fixed == removed
+
+  def test_sparsity_zero_leaves_the_dense_model_and_its_global_gauge(self):
+    config = published.MODELS['llama-2-7b'].config
+    counts = accounting.accounting(config, 0.0)
+    assert counts.slicegpt == counts.dense + 64 * 4096 * 4096
+    assert counts.gauge_fixed == counts.dense - 4096 * 4095 // 2
+
+  @pytest.mark.parametrize(('interval', 'width'), [(1, 1638), (8, 1632), (128, 1536)])
+  def test_round_interval(self, interval, width):
+    config = published.MODELS['opt-1.3b'].config
+    counts = accounting.accounting(config, 0.2, round_interval=interval)
+    assert counts.width == width
+
+  @pytest.mark.parametrize('sparsity', [-0.1, 1.0, 1.5, math.nan, math.inf])
+  def test_sparsity_out_of_range(self, sparsity):
+    with pytest.raises(ValueError, match=rf'\[0, 1\), got {sparsity}'):
+      accounting.accounting(published.MODELS['opt-1.3b'].config, sparsity)
+
+  def test_nothing_left(self):
+    with pytest.raises(ValueError, match='leaves nothing of the hidden size 2048'):
+      accounting.accounting(published.MODELS['opt-1.3b'].config, 0.999)
+
+  def test_round_interval_out_of_range(self):
+    with pytest.raises(ValueError, match='round_interval must be positive, got 0'):
+      accounting.accounting(published.MODELS['opt-1.3b'].config, 0.2, round_interval=0)
+
+  def test_sliced_config(self):
+    config = checkpoints.load_checkpoint(TESTDATA / 'opt-small-sliced-0.2').model.config
+    with pytest.raises(ValueError, match=r'dense model, got config\.norm='):
+      accounting.accounting(config, 0.2)
+
+
+@pytest.fixture(name='rotbits')
+def _rotbits(monkeypatch, capsys):
+  """Runs `rotbits accounting ARGS` in this process: exit code, stdout and stderr."""
+
+  def run(*args):
+    # A module holds its flags' values; a command begins with none.
+    monkeypatch.delitem(sys.modules, 'rotbits_jax.cli.accounting', raising=False)
+    monkeypatch.setattr(sys, 'argv', ['rotbits', 'accounting', *map(str, args)])
+    capsys.readouterr()
+    code = main.main()
+    return code, *capsys.readouterr()
+
+  return run
+
+
+class TestCommand:
+  @pytest.mark.parametrize(
+    ('model', 'slicing', 'bits_back'),
+    [
+      ('opt-6.7b', '0.25', 19.29),
+      ('OPT-6.7B', '0.20', 14.07),
+      ('opt-6.7b', '0.1', None),
+      ('Llama-2-13B', '0.25', None),
+    ],
+  )
+  def test_json(self, rotbits, model, slicing, bits_back):
+    code, out, err = rotbits(f'--model={model}', f'--slicing={slicing}', '--json')
+    assert (code, err) == (0, '')
+    config = published.MODELS[model.lower()].config
+    counts = accounting.accounting(config, float(slicing))
+    assert json.loads(out.splitlines()[-1]) == {
+      'model': model.lower(),
+      'slicing': float(slicing),
+      'width': counts.width,
+      'numbers': counts.numbers(),
+      'reduction': {**counts.reduction(), 'bits_back_published': bits_back},
+    }
+
+  @pytest.mark.parametrize('file', ['', 'config.json'])
+  @pytest.mark.parametrize('name', ['phi2-tiny-dense', 'opt-small-sliced-0.2'])
+  def test_path(self, rotbits, name, file):
+    path = TESTDATA / name / file
+    code, out, err = rotbits(f'--model={path}', '--slicing=0.25', '--json')
+    assert (code, err) == (0, '')
+    result = json.loads(out)
+    counts = accounting.accounting(read_config(name), 0.25)
+    assert result['model'] == str(path)
+    assert result['numbers'] == counts.numbers()
+    assert result['reduction']['bits_back_published'] is None
+
+  @pytest.mark.parametrize(
+    ('model', 'left_out'),
+    [
+      ('opt-1.3b', set()),
+      ('llama-2-7b', {'retied'}),
+      ('llama-2-13b', {'retied', 'published'}),
+    ],
+  )
+  def test_table_shows_what_there_is(self, rotbits, model, left_out):
+    code, out, err = rotbits(f'--model={model}', '--slicing=0.25')
+    assert (code, err) == (0, '')
+    for column in ('slicegpt', 'bits_back_ideal', 'gauge_fixed'):
+      assert f'{TABLE[model][column][1]:.2f}%' in out
+    shown = {word for word in ('retied', 'published') if word in out}
+    assert shown == {'retied', 'published'} - left_out
+
+  @pytest.mark.parametrize(
+    ('args', 'words'),
+    [
+      (['--model=opt-1.3b'], '--slicing'),
+      (['--slicing=0.2'], '--model'),
+      (['--model=opt-6.6b', '--slicing=0.2'], ', '.join(published.MODELS)),
+      (['--model=opt-6.7b', '--slicing=1'], '[0, 1), got 1.0'),
+      (['--model=opt-6.7b', '--slicing=-0.1'], '[0, 1), got -0.1'),
+      (['--model=opt-6.7b', '--slicing=nan'], '[0, 1), got nan'),
+      (['--model=opt-6.7b', '--slicing=some'], '--slicing'),
+      (['--model=opt-6.7b', '--slicing=0.9999'], 'leaves nothing'),
+      ([f'--model={TESTDATA}', '--slicing=0.2'], 'config.json: No such file'),
+      ([f'--model={__file__}', '--slicing=0.2'], 'accounting_test.py: is neither'),
+    ],
+  )
+  def test_bad_input(self, rotbits, args, words):
+    self.check(rotbits, args, words)
+
+  @pytest.mark.parametrize(
+    ('content', 'words'),
+    [
+      (b'{"model_type": ', 'not JSON'),
+      (b'\xff', 'not JSON'),
+      (b'[' * 100_000, 'not JSON'),
+      (b'[]', 'expected an object'),
+      (b'{"model_type": "bert"}', 'bert'),
+      (b'{"model_type": "llama"}', 'hidden_size is missing'),
+    ],
+    ids=['cut', 'bytes', 'deep', 'list', 'family', 'missing'],
+  )
+  def test_bad_config(self, rotbits, tmp_path, content, words):
+    path = tmp_path / 'config.json'
+    path.write_bytes(content)
+    for model in (path, tmp_path):
+      err = self.check(rotbits, [f'--model={model}', '--slicing=0.2'], words)
+      assert str(path) in err
+
+  def check(self, rotbits, args, words):
+    code, out, err = rotbits(*args)
+    assert (code, out) == (2, '')
+    assert err.startswith('rotbits accounting: ')
+    assert len(err.splitlines()) == 1
+    assert words in err
+    return err
