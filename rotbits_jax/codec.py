@@ -4,6 +4,8 @@
             -> coding.arrays -> container
     decode: container -> one unit at a time -> model
 
+The preset 'paper' codes the whole model on one message instead, see `paper`.
+
 Every stream has a checksum and every array a digest, so that what is decoded is bit for
 bit what was encoded, or an error.
 """
@@ -27,6 +29,7 @@ import tqdm
 from rotbits_jax import checkpoints
 from rotbits_jax import container
 from rotbits_jax import models
+from rotbits_jax import paper
 from rotbits_jax import structured
 from rotbits_jax import symmetries
 from rotbits_jax.coding import arrays as coding
@@ -34,6 +37,14 @@ from rotbits_jax.container import ContainerError
 from rotbits_jax.evaluation import report
 
 Tree = dict[str, Any]
+
+
+CHOICES = {
+  'canonicaliser': ('polar_shortcut', 'qr', 'svd'),
+  'rotation_codec': ('haar', 'symmetric_eig'),
+  'correction': ('exact', 'threshold'),
+}
+"""The settings of the preset 'paper' that are names."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,10 +55,21 @@ class Settings:
     tolerance: see `symmetries.remove_gauge`.
     numbers_per_lane: least count of numbers that the coder opens a lane for; see
       `coding.arrays.encode`.
+    canonicaliser: of the preset 'paper': 'polar_shortcut', 'qr' or 'svd' (published).
+    rotation_codec: likewise: 'haar' or 'symmetric_eig' (published).
+    correction: likewise: 'exact', or 'threshold' (published), which leaves errors of up
+      to `threshold` in numbers that rotations were sampled from.
+    threshold: see `correction`.
+    entropy: whether the preset 'paper' entropy codes its numbers.
   """
 
   tolerance: float = 1.5
   numbers_per_lane: int = 2048
+  canonicaliser: str = 'polar_shortcut'
+  rotation_codec: str = 'haar'
+  correction: str = 'exact'
+  threshold: float = 1e-3
+  entropy: bool = False
 
   def __post_init__(self) -> None:
     if not 0 <= self.tolerance < float('inf'):
@@ -58,11 +80,26 @@ class Settings:
       raise ValueError(
         f'numbers_per_lane must be at least 256, got {self.numbers_per_lane}'
       )
+    for name, known in CHOICES.items():
+      if getattr(self, name) not in known:
+        raise ValueError(
+          f'{name} is one of {", ".join(known)}; got {getattr(self, name)!r}'
+        )
+    if not 0 < self.threshold < float('inf'):
+      raise ValueError(f'threshold must be finite and positive, got {self.threshold}')
+    if self.correction == 'threshold' and (
+      self.rotation_codec != 'symmetric_eig' or self.entropy
+    ):
+      raise ValueError(
+        "correction='threshold' needs rotation_codec='symmetric_eig' and no entropy "
+        'coding: it leaves errors in what the message holds'
+      )
 
 
 _CHAINS: dict[str, Callable[[Settings], tuple[symmetries.Transform, ...]]] = {
   'free': lambda s: (symmetries.remove_gauge(tolerance=s.tolerance),),
   'exact': lambda s: (),
+  'paper': lambda s: (),
 }
 
 PRESETS = tuple(_CHAINS)
@@ -84,7 +121,7 @@ def encode(
     model: a `SlicedModel`, or nested dicts with string keys and array leaves; the
       latter only with the preset 'exact', since its symmetries are not known.
     preset: 'free' removes what the function does not depend on; 'exact' keeps every bit
-      of the input.
+      of the input; 'paper' gets the rotations' bits back as published.
     transforms: further transforms, applied after the preset's own.
     settings: see `Settings`.
     files: the checkpoint's other files, kept as they are.
@@ -106,11 +143,15 @@ def encode(
     'settings': dataclasses.asdict(settings),
     'stem': stem,
   }
+  streams: dict[str, np.ndarray] = {}
   if isinstance(model, models.SlicedModel):
     numbers, size = symmetries.count(model)
     model, savings = symmetries.run_chain(chain, model)
     manifest['config'] = dataclasses.asdict(model.config)
-  elif chain:
+    if preset == 'paper':
+      savings += [_encode_bits_back(model, settings, manifest, streams, progress)]
+      model = dataclasses.replace(model, params={})
+  elif preset != 'exact' or chain:
     raise ValueError(
       f'the preset {preset!r} needs a SlicedModel; a PyTree of other arrays can be '
       f"encoded with 'exact', got {type(model).__name__}"
@@ -126,7 +167,6 @@ def encode(
     'files': [],
     'units': [],
   }
-  streams: dict[str, np.ndarray] = {}
   units = list(_units(model))
   bar = tqdm.tqdm(units, desc='encode', unit='unit', disable=None if progress else True)
   for name, tree in bar:
@@ -249,6 +289,61 @@ def _errors_name(source: str | os.PathLike[str] | bytes) -> Iterator[None]:
     raise ContainerError(f'{os.fspath(source)}: {error}') from error
 
 
+# ---- the preset 'paper' --------------------------------------------------------------
+
+
+def _encode_bits_back(
+  model: models.SlicedModel,
+  settings: Settings,
+  manifest: container.Manifest,
+  streams: dict[str, np.ndarray],
+  progress: bool,
+) -> symmetries.Saving:
+  """Adds the model's parameters to a manifest and streams; says what that saved."""
+  lossy = settings.correction == 'threshold'
+  options = paper.Options(
+    canonicaliser=settings.canonicaliser,
+    rotation_codec=settings.rotation_codec,
+    threshold=settings.threshold if lossy else None,
+    entropy=settings.entropy,
+  )
+  encoded = paper.encode(model, options, progress=progress)
+  arrays = encoded.arrays
+  if lossy:
+    # Only decoding tells which errors were left in.
+    widths = model.config.segment_widths
+    arrays = paper.decode(encoded.layout, encoded.streams, widths)
+  digests = {path: _digest(array) for path, array in arrays.items()}
+  manifest['bits_back'] = {'layout': encoded.layout, 'digests': digests}
+  streams |= {f'bits_back/{k}': v for k, v in encoded.streams.items() if v.size}
+  return symmetries.Saving('rotations', 0, int(encoded.net_bits // 8), encoded.notes)
+
+
+def _decode_bits_back(
+  opened: container.Container, config: models.ModelConfig, progress: bool
+) -> models.Params:
+  """The inverse of `_encode_bits_back`: the parameters."""
+  entry = opened.manifest['bits_back']
+  streams = {
+    name: opened.stream(f'bits_back/{name}')
+    for name in paper.STREAMS
+    if f'bits_back/{name}' in opened
+  }
+  try:
+    arrays = paper.decode(
+      entry['layout'], streams, config.segment_widths, progress=progress
+    )
+  except (KeyError, ValueError) as error:
+    raise ContainerError(f'bits_back: {error}') from error
+  tree: Tree = {}
+  for path, digest in entry['digests'].items():
+    if _digest(arrays[path]) != digest:
+      raise ContainerError(f'{path}: decoded numbers differ from the encoded')
+    _insert(tree, path, arrays[path])
+  layers = [tree.pop(f'layers.{i}') for i in range(config.num_layers)]
+  return models.from_layers(config, tree, layers).params
+
+
 # ---- units ---------------------------------------------------------------------------
 
 
@@ -319,11 +414,7 @@ def _decode_unit(entry: dict[str, Any], opened: container.Container) -> Tree:
           f'{path}: leaves of kind {leaf["kind"]!r} are unknown; import their module'
         )
       value = structured.KINDS[leaf['kind']].from_stored(leaf['settings'], parts)
-    *parents, last = leaf['path'].split('/')
-    node = tree
-    for parent in parents:
-      node = node.setdefault(parent, {})
-    node[last] = value
+    _insert(tree, leaf['path'], value)
   return tree
 
 
@@ -343,21 +434,24 @@ def _decode(opened: container.Container, progress: bool) -> models.SlicedModel |
 
   with bar:
     by_name = {entry['name']: entry for entry in manifest['units']}
-    layers = [e for name, e in by_name.items() if name.startswith('layers.')]
     if 'config' not in manifest:
       return {k: v for tree in decoded(manifest['units']) for k, v in tree.items()}
-    outer = [e for name, e in by_name.items() if e not in layers and name != 'buffers']
+    fields = dict(manifest['config'])
+    fields['segment_widths'] = tuple(fields['segment_widths'])
+    config = models.ModelConfig(**fields)
+    buffers = by_name.pop('buffers', None)
+    layers = [e for name, e in by_name.items() if name.startswith('layers.')]
+    outer = [e for e in by_name.values() if e not in layers]
     params = {k: v for tree in decoded(outer) for k, v in tree.items()}
-    buffers = [by_name['buffers']] if 'buffers' in by_name else []
     runs = [list(run) for _, run in itertools.groupby(layers, _signature)]
     for i, run in enumerate(runs):
       params[f'blocks_{i}'] = models.stack_layers(decoded(run), len(run))
-    config = manifest['config']
-    config['segment_widths'] = tuple(config['segment_widths'])
+    if 'bits_back' in manifest:
+      params = _decode_bits_back(opened, config, progress)
     return models.SlicedModel(
       params=params,
-      buffers=next(decoded(buffers), {}),
-      config=models.ModelConfig(**config),
+      buffers=next(decoded([buffers])) if buffers else {},
+      config=config,
     )
 
 
@@ -382,6 +476,14 @@ def _flatten(tree: Tree, prefix: str = '') -> Iterator[tuple[str, Any]]:
       yield prefix + key, value
     else:
       raise ValueError(f'{prefix}{key}: not an array, got {type(value).__name__}')
+
+
+def _insert(tree: Tree, path: str, value: Any) -> None:
+  """The inverse of `_flatten`, a leaf at a time."""
+  *parents, last = path.split('/')
+  for parent in parents:
+    tree = tree.setdefault(parent, {})
+  tree[last] = value
 
 
 def _digest(data: Any) -> str:

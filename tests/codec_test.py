@@ -237,7 +237,7 @@ class ErrorsTest(parameterized.TestCase):
 
   def test_presets_are_checked(self):
     model = _load(TINY).model
-    with self.assertRaisesRegex(ValueError, 'free, exact'):
+    with self.assertRaisesRegex(ValueError, 'free, exact, paper'):
       rotbits_jax.encode(model, preset='best')
     with self.assertRaisesRegex(ValueError, 'needs a SlicedModel'):
       rotbits_jax.encode({'x': np.zeros(3)}, preset='free')

@@ -7,6 +7,7 @@ from absl.testing import parameterized
 import jax
 import jax.numpy as jnp
 import numpy as np
+import random_models
 
 from rotbits_jax import checkpoints
 from rotbits_jax import models
@@ -21,49 +22,6 @@ SLICED = (
   'phi2-tiny-sliced-0.25',
   'phi3-tiny-sliced-0.25',
 )
-BASE = {
-  'model_type': 'llama',
-  'hidden_size': 24,
-  'intermediate_size': 32,
-  'num_attention_heads': 2,
-  'num_key_value_heads': 1,
-  'vocab_size': 40,
-  'max_position_embeddings': 64,
-}
-
-
-def _orthogonal(rng, n):
-  q, r = np.linalg.qr(rng.standard_normal((n, n)))
-  return q * np.sign(np.diag(r))
-
-
-def _sliced_llama(widths, dtype=np.float32, seed=0, shortcut=None):
-  """A random sliced Llama with the given segment widths, hidden size 24."""
-  rng = np.random.default_rng(seed)
-  layers = (len(widths) - 1) // 2
-  dense = checkpoints.parse_config(BASE | {'num_hidden_layers': layers}, None)
-  config = models.ModelConfig(
-    **{
-      **{f: getattr(dense, f) for f in dense.__dataclass_fields__},
-      'norm': 'rmsn',
-      'tied_head': False,
-      'segment_widths': tuple(widths),
-    }
-  )
-  bases = [_orthogonal(rng, 24)[:, :w] for w in widths]
-  filled = iter(bases[i].T @ bases[i + 1] for i in range(len(widths) - 1))
-
-  def leaf(path, shape):
-    if 'shortcut' in path[0].key:
-      matrix = next(filled)
-      return (matrix if shortcut is None else shortcut(rng, matrix)).astype(dtype)
-    return (rng.standard_normal(shape) / np.sqrt(shape[0])).astype(dtype)
-
-  is_shape = lambda x: isinstance(x, tuple)
-  fill = lambda shapes: jax.tree_util.tree_map_with_path(leaf, shapes, is_leaf=is_shape)
-  outer = fill(models.outer_shapes(config))
-  stack = [fill(models.layer_shapes(config, i)) for i in range(layers)]
-  return models.from_layers(config, outer, stack)
 
 
 def _logits(model, tokens=None):
@@ -93,8 +51,8 @@ class PureFunctionsTest(parameterized.TestCase):
 
   def test_cumulative_rotations_are_the_products_in_order(self):
     rng = np.random.default_rng(0)
-    steps = np.stack([_orthogonal(rng, 6) for _ in range(9)])
-    first = _orthogonal(rng, 6)
+    steps = np.stack([random_models.orthogonal(rng, 6) for _ in range(9)])
+    first = random_models.orthogonal(rng, 6)
     got = jax.jit(residual.cumulative_rotations)(jnp.float32(steps), jnp.float32(first))
     expected = first
     np.testing.assert_allclose(np.asarray(got[0]), expected, atol=1e-6)
@@ -104,7 +62,8 @@ class PureFunctionsTest(parameterized.TestCase):
 
   def test_many_products_stay_orthogonal(self):
     rng = np.random.default_rng(0)
-    steps = np.stack([_orthogonal(rng, 16) for _ in range(200)]).astype(np.float32)
+    steps = np.stack([random_models.orthogonal(rng, 16) for _ in range(200)])
+    steps = steps.astype(np.float32)
     got = np.float64(residual.cumulative_rotations(jnp.asarray(steps), jnp.eye(16)))
     error = np.abs(np.swapaxes(got, 1, 2) @ got - np.eye(16)).max()
     self.assertLess(error, 2e-6)
@@ -118,7 +77,8 @@ class PureFunctionsTest(parameterized.TestCase):
 
   def test_gram_factor_is_trapezoidal_and_right(self):
     rng = np.random.default_rng(0)
-    rotation, u = _orthogonal(rng, 6), _orthogonal(rng, 6)[:, :3]
+    rotation = random_models.orthogonal(rng, 6)
+    u = random_models.orthogonal(rng, 6)[:, :3]
     weights = np.array([0.0, 0.4, 0.9])
     got = residual.gram_factor(*(jnp.float32(x) for x in (rotation, u, weights)))
     expected = rotation.T @ (u * weights) @ u.T @ rotation
@@ -145,7 +105,7 @@ class GaugeTest(parameterized.TestCase):
 
   def test_exact_numbers_of_a_float32_model(self):
     """The rank is D - d, and the function the same to float32's rounding."""
-    model = _sliced_llama([18] * 5)
+    model = random_models.sliced_llama([18] * 5)
     gauged, notes = _gauge(model)
     self.assertEqual([n['rank'] for n in notes], [6] * 4)
     self.assertEqual([n['numbers'] for n in notes], [18 * 6 - 15] * 4)
@@ -159,21 +119,21 @@ class GaugeTest(parameterized.TestCase):
     ('single_layer', [18, 18, 24]),
   )
   def test_widths_may_vary(self, widths):
-    model = _sliced_llama(widths)
+    model = random_models.sliced_llama(widths)
     gauged, notes = _gauge(model)
     np.testing.assert_allclose(_logits(gauged), _logits(model), atol=3e-4)
     for note, d, e in zip(notes, widths, widths[1:], strict=False):
       self.assertEqual(note['form'] == 'trapezoidal', d > e, note)
 
   def test_unsliced_end_stores_nothing(self):
-    gauged, notes = _gauge(_sliced_llama([18, 18, 18, 18, 24]))
+    gauged, notes = _gauge(random_models.sliced_llama([18, 18, 18, 18, 24]))
     self.assertEqual(notes[-1]['numbers'], 0)
     last = list(gauged.layers())[-1]['mlp_shortcut']['kernel'].materialize()
     np.testing.assert_array_equal(np.asarray(last), np.eye(18, 24))
 
   def test_singular_values_above_one_take_a_second_factor(self):
     grow = lambda rng, m: m + 0.5 * np.outer(rng.standard_normal(18), m[0]) / 18
-    model = _sliced_llama([18] * 5, shortcut=grow)
+    model = random_models.sliced_llama([18] * 5, shortcut=grow)
     gauged, _ = _gauge(model)
     kernel = gauged.params['blocks_0']['attention_shortcut']['kernel']
     self.assertGreater(kernel.c.shape[-1], 0)
@@ -181,7 +141,7 @@ class GaugeTest(parameterized.TestCase):
 
   def test_shortcuts_far_from_the_identity_become_triangles(self):
     tiny = lambda rng, m: 1e-3 * rng.standard_normal(m.shape)
-    model = _sliced_llama([18] * 5, np.float16, shortcut=tiny)
+    model = random_models.sliced_llama([18] * 5, np.float16, shortcut=tiny)
     gauged, notes = _gauge(model)
     self.assertEqual({n['form'] for n in notes}, {'symmetric_triangle'})
     self.assertEqual(notes[0]['numbers'], 18 * 19 // 2)
@@ -191,7 +151,7 @@ class GaugeTest(parameterized.TestCase):
   @parameterized.parameters(0, 5)
   def test_rank_deficient_shortcuts(self, rank):
     project = lambda rng, m: m[:, :rank] @ m[:rank, :] if rank else 0 * m
-    model = _sliced_llama([18] * 5, shortcut=project)
+    model = random_models.sliced_llama([18] * 5, shortcut=project)
     gauged, _ = _gauge(model)
     np.testing.assert_allclose(_logits(gauged), _logits(model), atol=3e-4)
 
@@ -201,7 +161,7 @@ class GaugeTest(parameterized.TestCase):
     ('down', ('mlp', 'down', 'kernel'), {3, 4}),
   )
   def test_non_finite_numbers_stay_where_they_are(self, path, segments):
-    model = _sliced_llama([18] * 5, np.float16)
+    model = random_models.sliced_llama([18] * 5, np.float16)
     layers = list(model.layers())
     array = layers[1]
     for key in path:
@@ -223,7 +183,7 @@ class GaugeTest(parameterized.TestCase):
     self.assertLess(len(kept), 4)
 
   def test_overflow_in_a_rotation_is_avoided(self):
-    model = _sliced_llama([18] * 5, np.float16)
+    model = random_models.sliced_llama([18] * 5, np.float16)
     layers = list(model.layers())
     layers[1]['mlp']['down']['kernel'][0] = 60_000
     large = models.from_layers(model.config, model.outer(), layers)
@@ -242,14 +202,14 @@ class GaugeTest(parameterized.TestCase):
       symmetries.randomly_rotated(model, key=jax.random.key(0))
 
   def test_a_rotated_model_has_the_same_function(self):
-    model = _sliced_llama([18, 18, 20, 20, 24])
+    model = random_models.sliced_llama([18, 18, 20, 20, 24])
     rotated = symmetries.randomly_rotated(model, key=jax.random.key(1))
     np.testing.assert_allclose(_logits(rotated), _logits(model), atol=3e-4)
     moved = jnp.abs(rotated.params['embed']['tokens'] - model.params['embed']['tokens'])
     self.assertGreater(float(moved.mean()), 0.1)
 
   def test_a_structured_model_can_be_fixed_again(self):
-    model, _ = _gauge(_sliced_llama([18] * 5))
+    model, _ = _gauge(random_models.sliced_llama([18] * 5))
     again, notes = _gauge(model)
     self.assertTrue(
       structured.is_structured(again.params['blocks_0']['mlp_shortcut']['kernel'])

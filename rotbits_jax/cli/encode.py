@@ -1,15 +1,21 @@
 r"""Encodes a checkpoint as one smaller file.
 
-  rotbits encode --checkpoint=DIR --output=FILE [--preset=free|exact] [--json]
+  rotbits encode --checkpoint=DIR --output=FILE [--preset=free|exact|paper] [--json]
+    [--canonicaliser=polar_shortcut|qr|svd] [--rotation_codec=haar|symmetric_eig]
+    [--correction=exact|threshold] [--entropy]
 
 The preset `free` keeps the function that the model computes and changes its
-coordinates; `exact` keeps every bit. A config file sets the preset and its details:
+coordinates; `exact` keeps every bit; `paper` gets rotations' bits back as in arXiv
+2410.01309, and takes the flags of the second line: `svd`, `symmetric_eig` and
+`threshold` together are what was published. A config file sets the preset and its
+details:
 
   rotbits encode --checkpoint=DIR --output=FILE \
     --config=configs/free.py --config.tolerance=1.0
 """
 
 import sys
+from typing import Any
 
 from absl import flags
 from ml_collections import config_flags
@@ -35,6 +41,19 @@ _PRESET = flags.DEFINE_enum(
   'What to remove; free unless said otherwise.',
   flag_values=FLAGS,
 )
+_PAPER = {
+  name: flags.DEFINE_enum(
+    name,
+    None,
+    known,
+    f'With --preset=paper; {known[0]} unless said otherwise.',
+    flag_values=FLAGS,
+  )
+  for name, known in rotbits_jax.codec.CHOICES.items()
+}
+_ENTROPY = flags.DEFINE_bool(
+  'entropy', None, 'With --preset=paper: code the numbers too.', flag_values=FLAGS
+)
 _CONFIG = config_flags.DEFINE_config_file(
   'config', None, 'A file such as configs/free.py.', flag_values=FLAGS
 )
@@ -47,12 +66,21 @@ def read_config() -> tuple[str, rotbits_jax.Settings]:
   """The preset and its settings, from --preset or --config.
 
   Raises:
-    ValueError: if both are given, or the config has a field that is no setting.
+    ValueError: if both are given, if the config has a field that is no setting, or if
+      a flag is not for the preset.
   """
+  parts: dict[str, Any] = {
+    name: flag.value
+    for name, flag in (*_PAPER.items(), ('entropy', _ENTROPY))
+    if flag.value is not None
+  }
   if _CONFIG.value is None:
-    return _PRESET.value or rotbits_jax.PRESETS[0], rotbits_jax.Settings()
-  if _PRESET.value is not None:
-    raise ValueError('--preset and --config exclude each other')
+    preset = _PRESET.value or rotbits_jax.PRESETS[0]
+    if parts and preset != 'paper':
+      raise ValueError(f'--{next(iter(parts))} is for --preset=paper, not {preset}')
+    return preset, rotbits_jax.Settings(**parts)
+  if _PRESET.value is not None or parts:
+    raise ValueError('--config and flags of the preset exclude each other')
   fields = _CONFIG.value.to_dict()
   try:
     return fields.pop('preset'), rotbits_jax.Settings(**fields)

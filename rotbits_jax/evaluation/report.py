@@ -78,7 +78,7 @@ def from_container(opened: container.Container) -> Report:
   uncoded_bytes = manifest['input_bytes'] - sum(s['bytes'] for s in savings)
   sources = [Source(s['name'], s['numbers'], s['bytes']) for s in savings]
   sources += [
-    Source('entropy coding', 0, uncoded_bytes - coded_bytes),
+    Source('coding', 0, uncoded_bytes - coded_bytes),
     Source('tokenizer and settings', 0, -file_bytes),
     Source('file overhead', 0, opened.stream_bytes() - opened.size),
   ]

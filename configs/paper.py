@@ -1,0 +1,22 @@
+"""Rotations by bits-back coding: the published scheme, made exact.
+
+  rotbits encode --config=configs/paper.py --checkpoint=DIR --output=FILE
+
+As published: `--config.canonicaliser=svd --config.rotation_codec=symmetric_eig
+--config.correction=threshold`, with `threshold` the error left in.
+"""
+
+import ml_collections
+
+
+def get_config() -> ml_collections.ConfigDict:
+  return ml_collections.ConfigDict(
+    {
+      'preset': 'paper',
+      'canonicaliser': 'polar_shortcut',
+      'rotation_codec': 'haar',
+      'correction': 'exact',
+      'threshold': 1e-3,
+      'entropy': False,
+    }
+  )

@@ -1,0 +1,51 @@
+"""Random sliced models for tests."""
+
+import jax
+import numpy as np
+
+from rotbits_jax import checkpoints
+from rotbits_jax import models
+
+BASE = {
+  'model_type': 'llama',
+  'hidden_size': 24,
+  'intermediate_size': 32,
+  'num_attention_heads': 2,
+  'num_key_value_heads': 1,
+  'vocab_size': 40,
+  'max_position_embeddings': 64,
+}
+
+
+def orthogonal(rng, n):
+  q, r = np.linalg.qr(rng.standard_normal((n, n)))
+  return q * np.sign(np.diag(r))
+
+
+def sliced_llama(widths, dtype=np.float32, seed=0, shortcut=None):
+  """A random sliced Llama with the given segment widths, hidden size 24."""
+  rng = np.random.default_rng(seed)
+  layers = (len(widths) - 1) // 2
+  dense = checkpoints.parse_config(BASE | {'num_hidden_layers': layers}, None)
+  config = models.ModelConfig(
+    **{
+      **{f: getattr(dense, f) for f in dense.__dataclass_fields__},
+      'norm': 'rmsn',
+      'tied_head': False,
+      'segment_widths': tuple(widths),
+    }
+  )
+  bases = [orthogonal(rng, 24)[:, :w] for w in widths]
+  filled = iter(bases[i].T @ bases[i + 1] for i in range(len(widths) - 1))
+
+  def leaf(path, shape):
+    if 'shortcut' in path[0].key:
+      matrix = next(filled)
+      return (matrix if shortcut is None else shortcut(rng, matrix)).astype(dtype)
+    return (rng.standard_normal(shape) / np.sqrt(shape[0])).astype(dtype)
+
+  is_shape = lambda x: isinstance(x, tuple)
+  fill = lambda shapes: jax.tree_util.tree_map_with_path(leaf, shapes, is_leaf=is_shape)
+  outer = fill(models.outer_shapes(config))
+  stack = [fill(models.layer_shapes(config, i)) for i in range(layers)]
+  return models.from_layers(config, outer, stack)
