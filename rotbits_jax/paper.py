@@ -146,14 +146,9 @@ def _complete(frame: jax.Array) -> jax.Array:
   return jnp.concatenate([frame, q[:, frame.shape[1] :]], axis=1)
 
 
-@jax.jit
-def _orthogonal(matrix: jax.Array) -> jax.Array:
-  """One Newton-Schulz step: takes back the orthogonality that products lost."""
-  return 1.5 * matrix - 0.5 * _matmul(matrix, _matmul(matrix.T, matrix))
-
-
 _turn = jax.jit(residual.turn)
 _polar = jax.jit(residual.polar)
+_reorthogonalize = jax.jit(canonical.reorthogonalize)
 _canonicalisers = {k: jax.jit(f) for k, f in canonical.CANONICALISERS.items()}
 
 
@@ -437,10 +432,12 @@ def _sampled_turn(
   """T of a segment whose sampled frame is q."""
   if frame.from_shortcut and segment.shortcut is not None:
     step = _polar(segment.shortcut[1]).rotation
-    chained = _matmul(step.T, _beside(before, frame.n))
-    return np.asarray(_orthogonal(_matmul(chained, _complete(q).T)))
+    chained = _matmul(step.T, residual.embed(before, frame.n))
+    return np.asarray(_reorthogonalize(_matmul(chained, _complete(q).T)))
   whole = jnp.eye(frame.fixed + frame.n).at[frame.fixed :, frame.fixed :].set(q)
-  return np.asarray(_orthogonal(_matmul(_neutral(segment, frame, options), whole.T)))
+  return np.asarray(
+    _reorthogonalize(_matmul(_neutral(segment, frame, options), whole.T))
+  )
 
 
 def _turned(segment: Segment, before: np.ndarray, turn: np.ndarray) -> _Turned:
@@ -493,13 +490,6 @@ def _first_columns(segment: Segment, options: Options, lanes: int) -> int:
     if fixed * numbers * bits >= 8 * n * (n + 1) + 64 * lanes:
       return fixed
   return segment.width
-
-
-def _beside(rotation: np.ndarray, width: int) -> np.ndarray:
-  """A rotation of the first dimensions of a wider space."""
-  whole = np.eye(width, dtype=np.float32)
-  whole[: len(rotation), : len(rotation)] = rotation
-  return whole
 
 
 def _push_correction(

@@ -1,6 +1,5 @@
 """`config.json` and SliceGPT's slicing JSON to and from a `ModelConfig`."""
 
-import dataclasses
 from typing import Any
 
 from rotbits_jax import models
@@ -10,7 +9,6 @@ from rotbits_jax.checkpoints import families
 
 SLICING_KEY = 'embedding_dimensions'  # tells a slicing JSON from other files
 
-_SLICED_NORM_EPS = 1e-5  # RMSN's, whatever config.json says
 
 # Attributes that do not change what a trained model computes.
 _IGNORED = frozenset([
@@ -150,15 +148,7 @@ def _sliced(dense: models.ModelConfig, values: Any) -> models.ModelConfig:
     raise errors.CheckpointError(
       f'slicing JSON: the width {max(widths)} exceeds hidden_size {dense.hidden_size}'
     )
-  return dataclasses.replace(
-    dense,
-    norm='rmsn',
-    norm_eps=_SLICED_NORM_EPS,
-    # What LayerNorm's bias adds to the logits.
-    head_bias=dense.head_bias or dense.norm == 'layernorm',
-    tied_head=False,
-    segment_widths=tuple(widths),
-  )
+  return dense.sliced_to(tuple(widths))
 
 
 def _widths(slicing: attributes.Attributes, key: str, count: int) -> list[int]:

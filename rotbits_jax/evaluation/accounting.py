@@ -25,7 +25,6 @@ With S shortcuts, and `m = D - d`, the schemes store, in numbers:
                    model's head was tied to it
 """
 
-import dataclasses
 import itertools
 from typing import NamedTuple
 
@@ -96,8 +95,8 @@ def accounting(
     )
 
   segments = len(config.segment_widths) - 1
-  unsliced = _fused(config, (hidden,) * (segments + 1))
-  sliced = _fused(config, (width,) * segments + (hidden,))
+  unsliced = config.sliced_to((hidden,) * (segments + 1))
+  sliced = config.sliced_to((width,) * segments + (hidden,))
   rotation = width * (width - 1) // 2
   slicegpt = models.count_numbers(sliced)
 
@@ -117,17 +116,6 @@ def accounting(
     gauge_fixed=gauge_fixed,
     gauge_fixed_heads=heads,
     gauge_fixed_heads_retied=retied if config.tied_head else None,
-  )
-
-
-def _fused(config: models.ModelConfig, widths: tuple[int, ...]) -> models.ModelConfig:
-  """The model after SliceGPT fused its norms, with segments of these widths."""
-  return dataclasses.replace(
-    config,
-    norm='rmsn',
-    head_bias=config.head_bias or config.norm == 'layernorm',
-    tied_head=False,
-    segment_widths=widths,
   )
 
 

@@ -15,6 +15,8 @@ import jax
 Activation = Literal['relu', 'gelu_new', 'silu']
 Norm = Literal['layernorm', 'rmsnorm', 'rmsn']
 
+SLICED_NORM_EPS = 1e-5  # SliceGPT's RMSN, whatever the dense config says
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
@@ -99,6 +101,18 @@ class ModelConfig:
   @property
   def segments_per_layer(self) -> int:
     return 1 if self.parallel_block else 2
+
+  def sliced_to(self, widths: tuple[int, ...]) -> 'ModelConfig':
+    """The model after SliceGPT fused its norms, with segments of these widths."""
+    return dataclasses.replace(
+      self,
+      norm='rmsn',
+      norm_eps=SLICED_NORM_EPS,
+      # What LayerNorm's bias adds to the logits.
+      head_bias=self.head_bias or self.norm == 'layernorm',
+      tied_head=False,
+      segment_widths=widths,
+    )
 
   def layer_widths(self, layer: int) -> tuple[int, ...]:
     """Widths a layer touches: `(in, out)` if parallel, else `(in, middle, out)`."""

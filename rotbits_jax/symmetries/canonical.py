@@ -72,9 +72,21 @@ def polar_shortcut(w: jax.Array) -> tuple[jax.Array, jax.Array]:
   block = jnp.pad(w[:, :n], ((0, 0), (0, max(n - m, 0))))
   u, _, vt = jnp.linalg.svd(block)
   q = _matmul(u, vt)
-  # One Newton-Schulz step halves the rounding errors of the SVD.
-  q = 1.5 * q - 0.5 * _matmul(q, _matmul(q.T, q))
+  q = reorthogonalize(q)  # halves the rounding errors of the SVD
   return _matmul(q.T, w), q
+
+
+def reorthogonalize(q: jax.Array) -> jax.Array:
+  """One Newton-Schulz step, which takes back orthogonality lost to rounding.
+
+  Args:
+    q: float32 `[..., n, n]`, orthogonal but for rounding errors.
+
+  Returns:
+    The same, nearer to orthogonal.
+  """
+  gram = _matmul(jnp.matrix_transpose(q), q)
+  return 1.5 * q - 0.5 * _matmul(q, gram)
 
 
 CANONICALISERS: dict[str, Canonicaliser] = {

@@ -38,6 +38,7 @@ import numpy as np
 
 from rotbits_jax import models
 from rotbits_jax import structured
+from rotbits_jax.symmetries import canonical
 from rotbits_jax.symmetries import transform
 
 Rotations = list[np.ndarray]  # float32 [d, d], one a segment
@@ -84,9 +85,7 @@ def cumulative_rotations(steps: jax.Array, first: jax.Array) -> jax.Array:
   """
   factors = jnp.concatenate([first[None], jnp.matrix_transpose(steps)])
   rotations = jax.lax.associative_scan(lambda a, b: _matmul(b, a), factors)
-  # One Newton-Schulz step takes back the orthogonality that the products lost.
-  gram = _matmul(jnp.matrix_transpose(rotations), rotations)
-  return 1.5 * rotations - 0.5 * _matmul(rotations, gram)
+  return canonical.reorthogonalize(rotations)
 
 
 def lower_factor(matrix: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -346,9 +345,9 @@ def _find_gauge(
   while True:
     stop = next((s for s in range(start, count) if s not in polars), count)
     widest = widths[stop]
-    steps = [_embed(polars[s].rotation, widest) for s in range(start, stop)]
+    steps = [embed(polars[s].rotation, widest) for s in range(start, stop)]
     stack = np.array(steps, np.float32).reshape(-1, widest, widest)
-    turns = np.asarray(_cumulative_rotations(stack, _embed(first, widest)))
+    turns = np.asarray(_cumulative_rotations(stack, embed(first, widest)))
     rotations += [
       turns[s - start, : widths[s], : widths[s]] for s in range(start, stop + 1)
     ]
@@ -462,7 +461,7 @@ _polar_stack = jax.jit(jax.vmap(polar))
 _cumulative_rotations = jax.jit(cumulative_rotations)
 
 
-def _embed(rotation: Any, width: int) -> np.ndarray:
+def embed(rotation: Any, width: int) -> np.ndarray:
   """A rotation of the first dimensions of a wider space."""
   d = rotation.shape[0]
   embedded = np.eye(width, dtype=np.float32)
