@@ -12,5 +12,5 @@ import ml_collections
 
 def get_config() -> ml_collections.ConfigDict:
   return ml_collections.ConfigDict(
-    {'preset': 'free', 'tolerance': 1.5, 'numbers_per_lane': 2048}
+    {'preset': 'free', 'tolerance': 0.7, 'numbers_per_lane': 2048}
   )

@@ -49,6 +49,7 @@ from rotbits_jax.coding import rotation_codes
 from rotbits_jax.coding import tables
 from rotbits_jax.symmetries import canonical
 from rotbits_jax.symmetries import residual
+from rotbits_jax.symmetries import rotations as rotations_lib
 from rotbits_jax.symmetries import transform
 
 Arrays = dict[str, np.ndarray]  # by path, as in 'layers.3/attention/query/kernel'
@@ -146,7 +147,7 @@ def _complete(frame: jax.Array) -> jax.Array:
   return jnp.concatenate([frame, q[:, frame.shape[1] :]], axis=1)
 
 
-_turn = jax.jit(residual.turn)
+_turn = jax.jit(rotations_lib.turn)
 _polar = jax.jit(residual.polar)
 _reorthogonalize = jax.jit(canonical.reorthogonalize)
 _canonicalisers = {k: jax.jit(f) for k, f in canonical.CANONICALISERS.items()}
@@ -432,7 +433,7 @@ def _sampled_turn(
   """T of a segment whose sampled frame is q."""
   if frame.from_shortcut and segment.shortcut is not None:
     step = _polar(segment.shortcut[1]).rotation
-    chained = _matmul(step.T, residual.embed(before, frame.n))
+    chained = _matmul(step.T, rotations_lib.embed(before, frame.n))
     return np.asarray(_reorthogonalize(_matmul(chained, _complete(q).T)))
   whole = jnp.eye(frame.fixed + frame.n).at[frame.fixed :, frame.fixed :].set(q)
   return np.asarray(

@@ -92,7 +92,9 @@ class GaugeTest(parameterized.TestCase):
   def test_numbers_fall_as_the_shapes_say(self, name):
     checkpoint = checkpoints.load_checkpoint(TESTDATA / name)
     config = checkpoint.model.config
-    _, (saving,) = symmetries.run_chain((symmetries.remove_gauge(),), checkpoint.model)
+    _, (saving,) = symmetries.run_chain(
+      (symmetries.remove_gauge(tolerance=1.5),), checkpoint.model
+    )
     cut = [config.hidden_size - d for d in config.segment_widths]
     ideal = 0
     for d, e, k, j in zip(
@@ -198,8 +200,6 @@ class GaugeTest(parameterized.TestCase):
     gauged, notes = _gauge(model)
     self.assertIs(gauged, model)
     self.assertEmpty(notes)
-    with self.assertRaisesRegex(ValueError, 'dense'):
-      symmetries.randomly_rotated(model, key=jax.random.key(0))
 
   def test_a_rotated_model_has_the_same_function(self):
     model = random_models.sliced_llama([18, 18, 20, 20, 24])

@@ -15,6 +15,10 @@ def _lower(seed, rows, columns, dtype=np.float16, scale=0.1):
   return np.tril(rng.standard_normal((rows, columns)) * scale).astype(dtype)
 
 
+def _normal(seed, *shape):
+  return np.random.default_rng(seed).standard_normal(shape).astype(np.float16)
+
+
 LEAVES = {
   'gram': lambda seed: structured.IdentityMinusGram(
     b=_lower(seed, 6, 2 + seed), c=_lower(seed, 6, 1), columns=6
@@ -27,6 +31,19 @@ LEAVES = {
   ),
   'triangle': lambda seed: structured.SymmetricTriangle(_lower(seed, 5, 5), columns=7),
   'trapezoidal': lambda seed: structured.Trapezoidal(_lower(seed, 7, 4)),
+  'row_trapezoids': lambda seed: structured.RowTrapezoids(
+    np.concatenate([_lower(seed, 8, 5).T, _lower(seed + 9, 8, 3).T]), blocks=(5, 3)
+  ),
+  'head_columns': lambda seed: structured.HeadColumns(
+    turned=_normal(seed, 7, 8), rest=_normal(seed + 9, 4, 6), heads=2
+  ),
+  'head_planes': lambda seed: structured.HeadPlanes(
+    below=_normal(seed, 4, 36), top=_normal(seed + 9, 2, 14), head_dim=6
+  ),
+  'head_rows': lambda seed: structured.HeadRows(
+    first=_normal(seed, 6, 2), others=_normal(seed + 9, 12, 5), groups=2
+  ),
+  'constant': lambda seed: structured.Constant.like(_lower(seed, 3, 4), 1.5),
 }
 """Every kind of leaf; a new one joins all tests by a row here."""
 
@@ -85,8 +102,35 @@ class StructuredTest(parameterized.TestCase):
     self.assertEqual(
       structured.pack_lower(matrix).tolist(), [1, 4, 5, 7, 8, 9, 10, 11, 12]
     )
-    with self.assertRaisesRegex(ValueError, 'trapezoid'):
+    with self.assertRaisesRegex(ValueError, 'holds 9 numbers'):
       structured.unpack_lower(np.zeros(8), (4, 3))
+
+  def test_row_trapezoids_keep_nothing_below_a_blocks_diagonal(self):
+    matrix = np.arange(1, 13).reshape(4, 3)
+    _, arrays = structured.RowTrapezoids(matrix, (3, 1)).stored()
+    self.assertEqual(arrays['upper'].tolist(), [1, 2, 3, 5, 6, 9, 10, 11, 12])
+    _, arrays = structured.RowTrapezoids(matrix, (2,), full=2).stored()
+    self.assertEqual(arrays['upper'].tolist(), [1, 2, 3, 4, 5, 6, 7, 8, 9, 11, 12])
+
+  def test_a_tied_embedding_is_the_heads_image(self):
+    rng = np.random.default_rng(0)
+    head, matrix = rng.standard_normal((5, 9)), rng.standard_normal((5, 3))
+    tied = structured.Tied(np.float32(matrix), tokens=9)
+    self.assertEqual(tied.shape, (9, 3))
+    np.testing.assert_allclose(
+      tied.expand(np.float32(head)), head.T @ matrix, atol=1e-5
+    )
+    rows = np.asarray(tied.rows(np.float32(head), jnp.asarray([[2, 8], [0, 12]])))
+    np.testing.assert_allclose(rows[0], (head.T @ matrix)[[2, 8]], atol=1e-5)
+    self.assertTrue(np.isnan(rows[1, 1]).all())
+    with self.assertRaisesRegex(ValueError, 'with the whole model'):
+      tied.materialize()
+
+  @parameterized.parameters(*LEAVES)
+  def test_rounds_its_numbers(self, name):
+    leaf = LEAVES[name](0).astype(np.float32)
+    self.assertEqual(leaf.dtype, np.float32)
+    chex.assert_trees_all_equal(leaf.astype(np.float16), LEAVES[name](0))
 
   def test_kinds_are_unique(self):
     with self.assertRaisesRegex(ValueError, 'trapezoidal'):

@@ -1,6 +1,8 @@
 """Flax forward passes of dense and sliced transformers, and their parameters."""
 
+from rotbits_jax.models import generation
 from rotbits_jax.models.config import ModelConfig
+from rotbits_jax.models.config import RopeScaling
 from rotbits_jax.models.config import count_numbers
 from rotbits_jax.models.config import layer_shapes
 from rotbits_jax.models.config import outer_shapes
@@ -15,10 +17,12 @@ from rotbits_jax.models.transformer import logits
 __all__ = [
   'ModelConfig',
   'Params',
+  'RopeScaling',
   'SlicedModel',
   'Transformer',
   'count_numbers',
   'from_layers',
+  'generation',
   'layer_shapes',
   'logits',
   'outer_shapes',

@@ -7,6 +7,7 @@ Shape letters used throughout the package:
   H  query heads, K key-value heads      h  width of one head
 """
 
+from collections.abc import Mapping
 import dataclasses
 from typing import Any, Literal
 
@@ -16,6 +17,37 @@ Activation = Literal['relu', 'gelu_new', 'silu']
 Norm = Literal['layernorm', 'rmsnorm', 'rmsn']
 
 SLICED_NORM_EPS = 1e-5  # SliceGPT's RMSN, whatever the dense config says
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RopeScaling:
+  """How RoPE's frequencies are lowered to reach beyond the trained positions.
+
+  'linear' divides every frequency by `factor` (arXiv 2306.15595). 'llama3' (Llama
+  3.1) divides those that make fewer than `low_freq_factor` turns within
+  `original_positions` tokens and keeps those that make more than `high_freq_factor`;
+  in between it goes over from one to the other linearly in the turns.
+
+  Attributes:
+    kind: 'linear' or 'llama3'.
+    factor: divisor of the frequencies.
+    low_freq_factor: turns, of 'llama3'.
+    high_freq_factor: turns, of 'llama3'; more than `low_freq_factor`.
+    original_positions: tokens, of 'llama3'.
+  """
+
+  kind: Literal['linear', 'llama3']
+  factor: float
+  low_freq_factor: float = 0.0
+  high_freq_factor: float = 0.0
+  original_positions: int = 0
+
+  def __post_init__(self) -> None:
+    if self.kind == 'llama3' and not self.low_freq_factor < self.high_freq_factor:
+      raise ValueError(
+        'low_freq_factor must be less than high_freq_factor, '
+        f'got {self.low_freq_factor} and {self.high_freq_factor}'
+      )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,6 +77,7 @@ class ModelConfig:
       where positions are rotary.
     rotary_dim: leading numbers of a head that RoPE turns; 0 for no RoPE.
     rope_theta: base of RoPE's wavelengths.
+    rope_scaling: how its frequencies are lowered; None for not at all.
     sliding_window: tokens that attention sees, itself included; None for all.
     tied_head: the head is the transposed embedding and is not stored.
     segment_widths: width of each residual segment, `[S + 1]`; S is 2L, or L
@@ -72,6 +105,7 @@ class ModelConfig:
   learned_positions: int
   rotary_dim: int
   rope_theta: float
+  rope_scaling: RopeScaling | None = None
   sliding_window: int | None
   tied_head: bool
   segment_widths: tuple[int, ...]
@@ -92,6 +126,16 @@ class ModelConfig:
       raise ValueError(
         f'only a model with norm="rmsn" has sliced segments, got {self.norm=}'
       )
+
+  @classmethod
+  def from_json(cls, fields: Mapping[str, Any]) -> 'ModelConfig':
+    """The inverse of `dataclasses.asdict`, also after a way through JSON."""
+    scaling = fields.get('rope_scaling')
+    nested = {
+      'segment_widths': tuple(fields['segment_widths']),
+      'rope_scaling': None if scaling is None else RopeScaling(**scaling),
+    }
+    return cls(**{**fields, **nested})
 
   @property
   def sliced(self) -> bool:

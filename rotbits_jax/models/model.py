@@ -31,11 +31,14 @@ class SlicedModel:
     buffers: tensors of the checkpoint that take no part in the mathematics, by
       their name there.
     config: sizes and switches.
+    stored_as: name of the format that float32 parameters will be rounded to, while a
+      chain of transforms works on the model; None where they are what is stored.
   """
 
   params: Params
   buffers: dict[str, Any]
   config: config_lib.ModelConfig = struct.field(pytree_node=False)
+  stored_as: str | None = struct.field(pytree_node=False, default=None)
 
   @property
   def group_sizes(self) -> tuple[int, ...]:
@@ -56,9 +59,28 @@ class SlicedModel:
       for index in range(size):
         yield unstack_layer(self.params[f'blocks_{group}'], index)
 
-  def materialize(self) -> 'SlicedModel':
-    """The model with every structured leaf replaced by the array it stands for."""
-    return dataclasses.replace(self, params=structured.materialize(self.params))
+  def materialize(
+    self, *, but: tuple[type[structured.Structured], ...] = ()
+  ) -> 'SlicedModel':
+    """The model with structured leaves replaced by the arrays they stand for.
+
+    Args:
+      but: kinds of leaves that stay.
+
+    Returns:
+      The model.
+    """
+    params = dict(self.params)
+    embed = params['embed']
+    if isinstance(embed['tokens'], structured.TiedToHead):
+      head = structured.materialize(params['head'])
+      params['embed'] = embed | {'tokens': embed['tokens'].expand(head['kernel'])}
+    params = jax.tree.map(
+      lambda x: x if isinstance(x, but) else structured.materialize(x),
+      params,
+      is_leaf=structured.is_structured,
+    )
+    return dataclasses.replace(self, params=params)
 
 
 def unstack_layer(block: Params, index: int) -> Params:
@@ -75,6 +97,7 @@ def from_layers(
   outer: Params,
   layers: list[Params],
   buffers: dict[str, Any] | None = None,
+  stored_as: str | None = None,
 ) -> SlicedModel:
   """Stacks runs of alike layers: the inverse of `outer` and `layers`.
 
@@ -83,6 +106,7 @@ def from_layers(
     outer: the parameters outside the layers.
     layers: the L layers' parameters in order.
     buffers: see `SlicedModel.buffers`.
+    stored_as: see `SlicedModel.stored_as`.
 
   Returns:
     The model.
@@ -91,7 +115,7 @@ def from_layers(
   runs = [list(run) for _, run in itertools.groupby(layers, _kind)]
   for i, run in enumerate(runs):
     params[f'blocks_{i}'] = stack_layers(run, len(run))
-  return SlicedModel(params=params, buffers=buffers or {}, config=config)
+  return SlicedModel(params, buffers or {}, config, stored_as)
 
 
 def stack_layers(layers: Iterable[Params], count: int) -> Params:

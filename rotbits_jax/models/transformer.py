@@ -59,8 +59,17 @@ class Transformer(nn.Module):
   precision: str = 'highest'
 
   @nn.compact
-  def __call__(self, tokens: jax.Array) -> jax.Array:
-    """Maps `[B, T]` tokens to `[B, T, V]` float32 logits."""
+  def __call__(self, tokens: jax.Array, start: jax.Array | int = 0) -> jax.Array:
+    """Maps `[B, T]` tokens to `[B, T, V]` float32 logits.
+
+    Args:
+      tokens: `[B, T]` integers.
+      start: how many tokens came before and have keys and values in the collection
+        `cache`, see `Attention`.
+
+    Returns:
+      `[B, T, V]`.
+    """
     config = self.config
     if sum(self.group_sizes) != config.num_layers:
       raise ValueError(
@@ -68,10 +77,11 @@ class Transformer(nn.Module):
       )
     with jax.default_matmul_precision(self.precision):
       embed = Embedding(config, name='embed')
-      x, layer = embed(tokens), 0
+      head = self.variables.get('params', {}).get('head', {}).get('kernel')
+      x, layer = embed(tokens, head, start), 0
       for group, size in enumerate(self.group_sizes):
         block = Block(config, config.layer_widths(layer), name=f'blocks_{group}')
-        x = _apply_stacked(block, size, x)
+        x = _apply_stacked(block, size, x, start)
         layer += size
       x = _norm(config, 'final_norm')(x)
       if config.tied_head:
@@ -91,8 +101,14 @@ class Embedding(nn.Module):
     if self.config.learned_positions:
       self.positions = _parameter(self, 'positions', shapes['positions'], init)
 
-  def __call__(self, tokens: jax.Array) -> jax.Array:
-    x = _take(self.tokens, tokens)
+  def __call__(
+    self, tokens: jax.Array, head: Any = None, start: jax.Array | int = 0
+  ) -> jax.Array:
+    """Rows of `[B, T]` tokens; a table that is tied to the head needs the head."""
+    if isinstance(self.tokens, structured.Tied):
+      x = jax.tree.map(_upcast, self.tokens).rows(_float32(head), tokens)
+    else:
+      x = _take(self.tokens, tokens)
     rows = self.config.learned_positions
     if not rows:
       return x
@@ -101,7 +117,7 @@ class Embedding(nn.Module):
       raise ValueError(
         f'the model has {rows - POSITION_OFFSET} positions, got {tokens.shape=}'
       )
-    return x + _take(self.positions, jnp.arange(length) + POSITION_OFFSET)
+    return x + _take(self.positions, start + jnp.arange(length) + POSITION_OFFSET)
 
   def attend(self, x: jax.Array) -> jax.Array:
     """The tied head: `x @ tokens.T`."""
@@ -120,14 +136,14 @@ class Block(nn.Module):
   widths: tuple[int, ...]
 
   @nn.compact
-  def __call__(self, x: jax.Array) -> jax.Array:
+  def __call__(self, x: jax.Array, start: jax.Array | int = 0) -> jax.Array:
     attention = Attention(self.config, self.widths[1], name='attention')
     mlp = Mlp(self.config, self.widths[-1], name='mlp')
     if self.config.parallel_block:
       normed = _norm(self.config, 'attention_norm')(x)
-      return self._shortcut('attention', x) + attention(normed) + mlp(normed)
+      return self._shortcut('attention', x) + attention(normed, start) + mlp(normed)
     normed = _norm(self.config, 'attention_norm')(x)
-    x = self._shortcut('attention', x) + attention(normed)
+    x = self._shortcut('attention', x) + attention(normed, start)
     normed = _norm(self.config, 'mlp_norm')(x)
     return self._shortcut('mlp', x) + mlp(normed)
 
@@ -141,6 +157,10 @@ class Block(nn.Module):
 class Attention(nn.Module):
   """Causal grouped-query attention.
 
+  Where the variables have a collection `cache` with a `key` and a `value`, both
+  `[B, C, K, h]`, those of the tokens are written into it from row `start` on, and the
+  tokens attend to the rows before, too.
+
   Attributes:
     config: sizes and switches.
     features: width of the output.
@@ -150,8 +170,9 @@ class Attention(nn.Module):
   features: int
 
   @nn.compact
-  def __call__(self, x: jax.Array) -> jax.Array:
+  def __call__(self, x: jax.Array, start: jax.Array | int = 0) -> jax.Array:
     config, h = self.config, self.config.head_dim
+    positions = start + jnp.arange(x.shape[1])
 
     def heads(name: str, count: int) -> jax.Array:
       projected = Linear(count * h, config.qkv_bias, name=name)(x)
@@ -161,20 +182,30 @@ class Attention(nn.Module):
     key = heads('key', config.num_kv_heads)  # [B, T, K, h]
     value = heads('value', config.num_kv_heads)
     if config.rotary_dim:
-      query = rope(query, rotary_dim=config.rotary_dim, theta=config.rope_theta)
-      key = rope(key, rotary_dim=config.rotary_dim, theta=config.rope_theta)
-    window = config.sliding_window
+      frequencies = rope_frequencies(config)
+      query = rope(query, positions, frequencies)
+      key = rope(key, positions, frequencies)
+    key = self._through_cache('key', key, start)  # [B, C, K, h]
+    value = self._through_cache('value', value, start)
+    distance = positions[:, None] - jnp.arange(key.shape[1])  # [T, C]
+    seen = distance >= 0
+    if config.sliding_window is not None:
+      seen &= distance < config.sliding_window
     mixed = jax.nn.dot_product_attention(
-      query,
-      key,
-      value,
-      is_causal=True,
-      local_window_size=None if window is None else (window - 1, 0),
-      implementation='xla',
+      query, key, value, mask=seen[None, None], implementation='xla'
     )
     return Linear(self.features, config.out_bias, name='out')(
       mixed.reshape(*x.shape[:-1], config.num_heads * h)
     )
+
+  def _through_cache(self, name: str, new: jax.Array, start: jax.Array | int) -> Any:
+    """What the cache holds after the new rows are written into it; without, these."""
+    if not self.has_variable('cache', name):
+      return new
+    cached: Any = self.get_variable('cache', name)
+    cached = jax.lax.dynamic_update_slice_in_dim(cached, new, start, axis=1)
+    self.put_variable('cache', name, cached)
+    return cached
 
 
 class Mlp(nn.Module):
@@ -231,51 +262,103 @@ def rmsn(x: jax.Array, *, hidden_size: int, eps: float) -> jax.Array:
   return x * jax.lax.rsqrt(square / hidden_size + eps)
 
 
-def rope(x: jax.Array, *, rotary_dim: int, theta: float) -> jax.Array:
+def rope(x: jax.Array, positions: jax.Array, frequencies: np.ndarray) -> jax.Array:
   """Rotary position embedding, in Hugging Face's order of the numbers.
 
-  At position t the pair `(x_i, x_{i + r/2})` turns by the angle `t theta^(-2i/r)`,
-  for `i < r/2` where r is `rotary_dim`; numbers from r on stay.
+  The pair `(x_i, x_{i + r/2})` at position t turns by the angle `t frequencies_i`,
+  for `i < r/2`; numbers from r on stay.
 
   Args:
     x: `[B, T, H, h]`.
-    rotary_dim: leading numbers of a head that turn; even.
-    theta: base of the wavelengths.
+    positions: `[T]` integers.
+    frequencies: `[r/2]`, see `rope_frequencies`.
 
   Returns:
     `[B, T, H, h]`.
+
+  References:
+    Su et al., arXiv 2104.09864, section 3.2.
   """
-  half = rotary_dim // 2
-  frequencies = jnp.asarray(theta ** (-np.arange(half) / half), jnp.float32)
-  positions = jnp.arange(x.shape[1], dtype=jnp.float32)
-  angles = (positions[:, None] * frequencies)[None, :, None]  # [1, T, 1, r/2]
+  half = frequencies.size
+  turns = jnp.asarray(frequencies, jnp.float32)
+  angles = positions.astype(jnp.float32)[:, None] * turns
+  angles = angles[None, :, None]  # [1, T, 1, r/2]
   cos, sin = jnp.cos(angles), jnp.sin(angles)
-  first, second, rest = jnp.split(x, (half, rotary_dim), axis=-1)
+  first, second, rest = jnp.split(x, (half, 2 * half), axis=-1)
   turned = (first * cos - second * sin, second * cos + first * sin, rest)
   return jnp.concatenate(turned, axis=-1)
 
 
+def rope_frequencies(config: config_lib.ModelConfig) -> np.ndarray:
+  """`theta^(-2i/r)` for `i < r/2` where r is `rotary_dim`, scaled as the config says.
+
+  Returns:
+    `[r/2]` float64, radians a token.
+  """
+  half = config.rotary_dim // 2
+  frequencies = config.rope_theta ** (-np.arange(half) / half)
+  scaling = config.rope_scaling
+  if scaling is None:
+    return frequencies
+  lowered = frequencies / scaling.factor
+  if scaling.kind == 'linear':
+    return lowered
+  turns = scaling.original_positions * frequencies / (2 * np.pi)
+  low, high = scaling.low_freq_factor, scaling.high_freq_factor
+  kept = np.clip((turns - low) / (high - low), 0, 1)
+  return kept * frequencies + (1 - kept) * lowered
+
+
+class DenseNorm(nn.Module):
+  """A dense model's RMSNorm or LayerNorm; scale and bias may be structured.
+
+  Attributes:
+    config: sizes and switches.
+  """
+
+  config: config_lib.ModelConfig
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    eps, width = self.config.norm_eps, (self.config.hidden_size,)
+    scale = _parameter(self, 'scale', width, nn.initializers.ones_init())
+    if self.config.norm == 'rmsnorm':
+      normed = nn.RMSNorm(eps, dtype=jnp.float32, use_scale=False)(x)
+      return normed * _float32(scale)
+    bias = _parameter(self, 'bias', width, nn.initializers.zeros_init())
+    normed = nn.LayerNorm(
+      eps, dtype=jnp.float32, use_scale=False, use_bias=False, use_fast_variance=False
+    )(x)
+    return normed * _float32(scale) + _float32(bias)
+
+
 def _norm(config: config_lib.ModelConfig, name: str) -> Callable[[Any], jax.Array]:
-  eps = config.norm_eps
   if config.norm == 'rmsn':
-    return lambda x: rmsn(x, hidden_size=config.hidden_size, eps=eps)
-  if config.norm == 'rmsnorm':
-    return nn.RMSNorm(eps, dtype=jnp.float32, name=name)
-  return nn.LayerNorm(eps, dtype=jnp.float32, use_fast_variance=False, name=name)
+    return lambda x: rmsn(x, hidden_size=config.hidden_size, eps=config.norm_eps)
+  return DenseNorm(config, name=name)
 
 
-def _apply_stacked(block: Block, size: int, x: jax.Array) -> jax.Array:
+def _apply_stacked(
+  block: Block, size: int, x: jax.Array, start: jax.Array | int
+) -> jax.Array:
   """Applies layers whose parameters are stacked along a leading axis, in turn."""
   stacked: dict[str, Any] = {
-    'variable_axes': {'params': 0},
+    'variable_axes': {'params': 0, 'cache': 0},
     'split_rngs': {'params': True},
   }
   if size > 1:
-    scan = nn.scan(lambda block, x: (block(x), None), length=size, **stacked)
-    return scan(block, x)[0]
+    scan = nn.scan(
+      lambda block, x, start: (block(x, start), None),
+      length=size,
+      in_axes=nn.broadcast,
+      **stacked,
+    )
+    return scan(block, x, start)[0]
   # What a scan carries keeps its shape, so a layer that changes the width is alone.
-  vmap = nn.vmap(lambda block, x: block(x), in_axes=None, axis_size=1, **stacked)
-  return vmap(block, x)[0]
+  vmap = nn.vmap(
+    lambda block, x, start: block(x, start), in_axes=None, axis_size=1, **stacked
+  )
+  return vmap(block, x, start)[0]
 
 
 def _parameter(

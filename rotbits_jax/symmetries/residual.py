@@ -16,7 +16,7 @@ L = R_s^T M_s R_{s+1} (an LQ factor); a P_s whose low-rank form is not accurate 
 is stored as its lower triangle; a segment that touches non-finite numbers is not
 rotated, and the shortcut that leads into it stays an array.
 
-R_0 = I: the last, global rotation is left to another transform.
+R_0 = I: the last, global rotation is left to `symmetries.remove_global_gauge`.
 
 Shape letters: d, e widths of a shortcut's two segments, W the widest of a run, N layers
 of a block.
@@ -28,7 +28,6 @@ References:
 """
 
 from collections.abc import Iterator
-import dataclasses
 import functools
 from typing import Any, NamedTuple
 
@@ -39,9 +38,10 @@ import numpy as np
 from rotbits_jax import models
 from rotbits_jax import structured
 from rotbits_jax.symmetries import canonical
+from rotbits_jax.symmetries import rotations as rotations_lib
 from rotbits_jax.symmetries import transform
-
-Rotations = list[np.ndarray]  # float32 [d, d], one a segment
+from rotbits_jax.symmetries.rotations import Rotations
+from rotbits_jax.symmetries.rotations import embed
 
 _matmul = functools.partial(jnp.matmul, precision='highest')
 
@@ -105,141 +105,22 @@ def gram_factor(rotation: jax.Array, u: jax.Array, weights: jax.Array) -> jax.Ar
   Returns:
     float32 `[d, k]`.
   """
-  factor = _matmul(rotation.T, u * jnp.sqrt(weights))
-  # Reduced QR of B^T: its R is upper trapezoidal.
-  lower = jnp.linalg.qr(factor.T, mode='r').T
-  return jnp.tril(jnp.pad(lower, ((0, 0), (0, u.shape[1] - lower.shape[1]))))
-
-
-def turn(
-  array: jax.Array, *, rows: jax.Array | None = None, columns: jax.Array | None = None
-) -> jax.Array:
-  """`rows^T @ array @ columns` in float32, rounded to the array's dtype.
-
-  An identity leaves the array as it is, even where its numbers are not finite.
-  """
-  product = array.astype(jnp.float32)
-  if rows is not None:
-    product = jnp.where(_is_identity(rows), product, _matmul(rows.T, product))
-  if columns is not None:
-    product = jnp.where(_is_identity(columns), product, _matmul(product, columns))
-  return product.astype(array.dtype)
-
-
-def _is_identity(rotation: jax.Array) -> jax.Array:
-  return jnp.all(rotation == jnp.eye(rotation.shape[0], dtype=rotation.dtype))
-
-
-def rotate_layer(
-  layer: models.Params, rotations: tuple[jax.Array, ...]
-) -> models.Params:
-  """Rotates the segments that one layer touches.
-
-  Args:
-    layer: parameters of a layer, arrays.
-    rotations: float32 `[d, d]` for each of its segments: the input, the one between
-      attention and MLP unless blocks are parallel, and the output.
-
-  Returns:
-    The parameters, in the dtypes they had.
-  """
-  # With parallel blocks both sublayers read the first segment and write the last.
-  reads = {'attention': rotations[0], 'mlp': rotations[-2]}
-  writes = {'attention': rotations[1], 'mlp': rotations[-1]}
-  rotated = dict(layer)
-  for name, last in (('attention', 'out'), ('mlp', 'down')):
-    rotated[name] = {
-      linear: params | {'kernel': turn(params['kernel'], rows=reads[name])}
-      for linear, params in layer[name].items()
-      if linear != last
-    }
-    rotated[name][last] = {
-      key: turn(value, columns=writes[name]) for key, value in layer[name][last].items()
-    }
-    if f'{name}_shortcut' in layer:
-      kernel = layer[f'{name}_shortcut']['kernel']
-      kernel = turn(kernel, rows=reads[name], columns=writes[name])
-      rotated[f'{name}_shortcut'] = {'kernel': kernel}
-  return rotated
-
-
-def rotate_outer(
-  outer: models.Params, first: jax.Array, last: jax.Array
-) -> models.Params:
-  """Rotates the embeddings into the first segment and the head out of the last."""
-  head = outer['head']
-  return outer | {
-    'embed': {k: turn(table, columns=first) for k, table in outer['embed'].items()},
-    'head': head | {'kernel': turn(head['kernel'], rows=last)},
-  }
+  return rotations_lib.lower(_matmul(rotation.T, u * jnp.sqrt(weights)))
 
 
 # ---- a whole model: shapes are known, ranks are chosen from the spectra --------------
 
 
-def rotate(model: models.SlicedModel, rotations: Rotations) -> models.SlicedModel:
-  """Rotates every residual segment of a sliced model.
-
-  Args:
-    model: the model; structured leaves are materialized.
-    rotations: R_s, float32 `[d_s, d_s]`, one a segment.
-
-  Returns:
-    A model of the same function, rounded to the dtypes it had, with NumPy arrays.
-
-  Raises:
-    ValueError: if the model has no shortcuts, so that its segments are not free.
-  """
-  if not model.config.sliced:
-    raise ValueError('a dense model has no shortcuts: its segments cannot be rotated')
-  model = model.materialize()
-  step = model.config.segments_per_layer
-  params, layer = dict(model.params), 0
-  for group, size in enumerate(model.group_sizes):
-    start = layer * step
-    stacks = tuple(
-      np.stack(rotations[start + i : start + i + (size - 1) * step + 1 : step])
-      for i in range(step + 1)
-    )
-    name = f'blocks_{group}'
-    # Fetched block by block: a device need not hold the whole model.
-    params[name] = jax.device_get(_rotate_layers(params[name], stacks))
-    layer += size
-  outer = _rotate_outer(model.outer(), rotations[0], rotations[-1])
-  return dataclasses.replace(model, params=params | jax.device_get(outer))
-
-
-def randomly_rotated(
-  model: models.SlicedModel, *, key: jax.Array
-) -> models.SlicedModel:
-  """A model whose every segment is rotated by a Haar rotation and rounded again.
-
-  It has the same function up to rounding: the yardstick for what rounding alone does.
-
-  Args:
-    model: a sliced model.
-    key: from `jax.random.key`.
-
-  Returns:
-    The rotated model, in the dtypes it had.
-
-  Raises:
-    ValueError: if the model has no shortcuts.
-  """
-  widths = model.config.segment_widths
-  keys = jax.random.split(key, len(widths))
-  rotations = map(jax.random.orthogonal, keys, widths)
-  return rotate(model, jax.device_get(list(rotations)))
-
-
-def remove_gauge(*, tolerance: float = 1.5) -> transform.Transform:
+def remove_gauge(*, tolerance: float = 0.7) -> transform.Transform:
   """The transform that fixes the residual gauge.
 
   Args:
     tolerance: how far from 1 a singular value may be and still count as 1, in units of
       the storage format's roundoff (2^-11 for float16, 2^-8 for bfloat16, and what
       float32 arithmetic can tell, 2^-19, for float32). Those of SliceGPT's shortcuts
-      that should be 1 spread by 0.9 of it.
+      that should be 1 spread by 0.9 of it. At 1.5 all of them count, which takes
+      SliceGPT's own rounding errors out of the shortcuts and moves the model by as much
+      as storing it in other coordinates does; 0.7 keeps the larger ones.
 
   Returns:
     A transform. Its notes tell, for each shortcut, the form taken, its rank, the
@@ -256,17 +137,21 @@ def _remove_gauge(
   if not model.config.sliced:
     return model, []
   model = model.materialize()
+  form = transform.storage_format(model)
+  limit = transform.limit(model)
   shortcuts = [np.asarray(kernel) for _, kernel in _shortcuts(model)]
-  fixed = _non_finite_segments(model)
+  fixed = _overflowing_segments(model, limit)
   while True:
     gauge = _find_gauge(shortcuts, model.config.segment_widths, fixed)
-    rotated = rotate(model, gauge.rotations)
+    rotated = rotations_lib.rotate(model, gauge.rotations)
     # A rotation can carry a large number past the format's greatest.
-    overflowed = _non_finite_segments(rotated) - fixed
+    overflowed = _overflowing_segments(rotated, limit) - fixed
     if not overflowed:
       break
     fixed |= overflowed
-  forms = _structured_shortcuts(gauge, shortcuts, tolerance)
+  forms = _structured_shortcuts(
+    gauge, shortcuts, form, unit=transform.roundoff(model), tolerance=tolerance
+  )
   kernels, notes = [], []
   for s, (name, kernel) in enumerate(_shortcuts(rotated)):
     leaf, error = forms.get(s, (kernel, 0.0))
@@ -286,7 +171,9 @@ def _remove_gauge(
   for layer in rotated.layers():
     own = {name: {'kernel': kernels.pop(0)} for name in _shortcut_names(layer)}
     layers.append(layer | own)
-  rewritten = models.from_layers(model.config, rotated.outer(), layers, model.buffers)
+  rewritten = models.from_layers(
+    model.config, rotated.outer(), layers, model.buffers, model.stored_as
+  )
   return rewritten, notes
 
 
@@ -298,12 +185,12 @@ def _shortcuts(model: models.SlicedModel) -> Iterator[tuple[str, Any]]:
   """Names and kernels of the shortcuts M_0 .. M_{S-1}."""
   for i, layer in enumerate(model.layers()):
     for name in _shortcut_names(layer):
-      yield f'layers.{i}/{name}', layer[name]['kernel']
+      yield f'layers.{i}/{name}/kernel', layer[name]['kernel']
 
 
-def _non_finite_segments(model: models.SlicedModel) -> set[int]:
-  """The segments that a tensor with an infinite or undefined number touches."""
-  bad = lambda tree: not all(np.isfinite(x).all() for x in jax.tree.leaves(tree))
+def _overflowing_segments(model: models.SlicedModel, limit: float) -> set[int]:
+  """The segments that a tensor with a number beyond the limit, or none, touches."""
+  bad = lambda tree: not transform.is_within(tree, limit)
   step, last = model.config.segments_per_layer, len(model.config.segment_widths) - 1
   outer = model.outer()
   segments = {0} if bad(outer['embed']) else set()
@@ -360,25 +247,38 @@ def _find_gauge(
 
 
 def _structured_shortcuts(
-  gauge: _Gauge, shortcuts: list[np.ndarray], tolerance: float
+  gauge: _Gauge,
+  shortcuts: list[np.ndarray],
+  form: np.dtype,
+  *,
+  unit: float,
+  tolerance: float,
 ) -> dict[int, tuple[structured.Structured, float]]:
-  """The shortcuts' leaves in this gauge and their relative errors (Frobenius)."""
+  """The shortcuts' leaves in this gauge and their relative errors (Frobenius).
+
+  Args:
+    gauge: the gauge.
+    shortcuts: M_s.
+    form: the format that the leaves will be rounded to.
+    unit: its roundoff.
+    tolerance: see `remove_gauge`.
+  """
   leaves: dict[int, tuple[structured.Structured, float]] = {}
   for s, lower in gauge.lowers.items():
-    rounded = np.tril(lower).astype(shortcuts[s].dtype)
-    error = np.linalg.norm(rounded.astype(np.float32) - lower)
+    rounded = np.tril(lower).astype(form).astype(np.float32)
+    error = float(np.linalg.norm(rounded - lower))
     norm = max(float(np.linalg.norm(lower)), _TINY)
-    leaves[s] = structured.Trapezoidal(rounded), float(error) / norm
+    leaf = structured.Trapezoidal(np.tril(lower))
+    leaves[s] = leaf.astype(shortcuts[s].dtype), error / norm
   for group in _same_shape(list(gauge.polars), shortcuts):
     dtype, columns = shortcuts[group[0]].dtype, shortcuts[group[0]].shape[1]
-    unit = max(float(jnp.finfo(dtype).eps) / 2, 16 * float(jnp.finfo(jnp.float32).eps))
     stacked = jax.tree.map(lambda *x: np.stack(x), *(gauge.polars[s] for s in group))
     less = np.sum(stacked.values < 1 - tolerance * unit, axis=1)
     more = np.sum(stacked.values > 1 + tolerance * unit, axis=1)
     turns = np.stack([gauge.rotations[s] for s in group])
     forms = jax.device_get(
       _symmetric_forms(
-        turns, stacked, less, more, k=int(less.max()), j=int(more.max()), dtype=dtype
+        turns, stacked, less, more, k=int(less.max()), j=int(more.max()), form=form
       )
     )
     for i, s in enumerate(group):
@@ -388,14 +288,14 @@ def _structured_shortcuts(
       triangle = structured.SymmetricTriangle(forms.lower[i], columns)
       smaller = structured.count_numbers(gram) < structured.count_numbers(triangle)
       if smaller and forms.gram_error[i] <= _ERROR_BOUND * unit:
-        leaves[s] = gram, forms.gram_error[i]
+        leaves[s] = gram.astype(dtype), forms.gram_error[i]
       else:
-        leaves[s] = triangle, forms.lower_error[i]
+        leaves[s] = triangle.astype(dtype), forms.lower_error[i]
   return leaves
 
 
 class _SymmetricForms(NamedTuple):
-  """R^T P R in two forms, rounded, and the relative errors of the rounding."""
+  """R^T P R in two forms, and the relative errors that rounding them makes."""
 
   b: jax.Array  # [d, k]
   c: jax.Array  # [d, j]
@@ -412,7 +312,7 @@ def _symmetric_form(
   *,
   k: int,
   j: int,
-  dtype: Any,
+  form: Any,
 ) -> _SymmetricForms:
   """Both forms of one shortcut, `less` of whose values are below 1 and `more` above.
 
@@ -426,11 +326,11 @@ def _symmetric_form(
   c = gram_factor(rotation, u[:, :j], jnp.where(jnp.arange(j) < more, first, 0))
   turned = _matmul(rotation.T, u)
   symmetric = _matmul(turned * values, turned.T)
-  b, c, lower = (x.astype(dtype) for x in (b, c, jnp.tril(symmetric)))
+  lower = jnp.tril(symmetric)
   norm = jnp.maximum(jnp.linalg.norm(symmetric), _TINY)
   width = symmetric.shape[0]
   error = lambda leaf: jnp.linalg.norm(leaf.materialize() - symmetric) / norm
-  b32, c32, lower32 = (x.astype(jnp.float32) for x in (b, c, lower))
+  b32, c32, lower32 = (x.astype(form).astype(jnp.float32) for x in (b, c, lower))
   return _SymmetricForms(
     b=b,
     c=c,
@@ -443,7 +343,7 @@ def _symmetric_form(
 _TINY = float(jnp.finfo(jnp.float32).tiny)
 
 
-@functools.partial(jax.jit, static_argnames=('k', 'j', 'dtype'))
+@functools.partial(jax.jit, static_argnames=('k', 'j', 'form'))
 def _symmetric_forms(*stacks: Any, **static: Any) -> _SymmetricForms:
   return jax.vmap(functools.partial(_symmetric_form, **static))(*stacks)
 
@@ -455,18 +355,8 @@ def _turned_lower_factor(
   return lower_factor(_matmul(rotation.T, shortcut.astype(jnp.float32)))
 
 
-_rotate_layers = jax.jit(jax.vmap(rotate_layer))
-_rotate_outer = jax.jit(rotate_outer)
 _polar_stack = jax.jit(jax.vmap(polar))
 _cumulative_rotations = jax.jit(cumulative_rotations)
-
-
-def embed(rotation: Any, width: int) -> np.ndarray:
-  """A rotation of the first dimensions of a wider space."""
-  d = rotation.shape[0]
-  embedded = np.eye(width, dtype=np.float32)
-  embedded[:d, :d] = rotation
-  return embedded
 
 
 def _same_shape(indices: list[int], arrays: list[np.ndarray]) -> list[list[int]]:

@@ -3,15 +3,25 @@
 A transform keeps the function that the model computes (or states how it changes it) and
 puts structured leaves where arrays were. Transforms are chained like Optax's; any
 NamedTuple of this form, a quantiser for instance, can stand in a chain.
+
+Numbers are rounded once, when the chain ends: in between they are float32, and
+`SlicedModel.stored_as` says what they will be rounded to.
 """
 
-from collections.abc import Callable
+import collections
+from collections.abc import Callable, Iterator
+import dataclasses
 from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
 
 from rotbits_jax import models
 from rotbits_jax import structured
 
 Note = dict[str, Any]  # JSON values
+Formats = dict[str, np.dtype]  # of each leaf, by its path
 
 
 class Transform(NamedTuple):
@@ -20,7 +30,9 @@ class Transform(NamedTuple):
   Attributes:
     name: what the report calls the saving.
     apply: takes a model and returns the rewritten model and notes on what was done
-      where, one for each tensor or group concerned; the report shows them.
+      where, one for each tensor or group concerned; the report shows them. In a chain
+      it gets and returns float32 numbers; numbers of a leaf that are not to be rounded
+      are kept by the leaf's `astype`.
   """
 
   name: str
@@ -37,27 +49,36 @@ class Saving(NamedTuple):
 
 
 def run_chain(
-  transforms: tuple[Transform, ...], model: models.SlicedModel
+  transforms: tuple[Transform, ...], model: models.SlicedModel, *, widen: bool = True
 ) -> tuple[models.SlicedModel, list[Saving]]:
   """Applies transforms in order and counts what each saves.
 
   Args:
     transforms: the chain.
     model: the model.
+    widen: whether numbers are float32 between the transforms. Without, transforms get
+      the numbers as they are stored, to keep them bit for bit.
 
   Returns:
-    The rewritten model and one saving a transform.
+    The rewritten model, in the formats that it had and with NumPy arrays, and one
+    saving a transform.
   """
+  if not transforms:
+    return model, []
   savings = []
   numbers, size = count(model)
+  others: Formats = {}
+  if widen:
+    model, others = _widened(model)
   for transform in transforms:
     model, notes = transform.apply(model)
-    fewer_numbers, fewer_bytes = count(model)
+    rounded = _rounded(model, others) if widen else model
+    fewer_numbers, fewer_bytes = count(rounded)
     savings.append(
       Saving(transform.name, numbers - fewer_numbers, size - fewer_bytes, notes)
     )
     numbers, size = fewer_numbers, fewer_bytes
-  return model, savings
+  return rounded, savings
 
 
 def count(model: models.SlicedModel) -> tuple[int, int]:
@@ -66,4 +87,84 @@ def count(model: models.SlicedModel) -> tuple[int, int]:
   return (
     sum(structured.count_numbers(tree) for tree in trees),
     sum(structured.count_bytes(tree) for tree in trees),
+  )
+
+
+def roundoff(model: models.SlicedModel) -> float:
+  """Unit roundoff of the format that a model's numbers are stored in.
+
+  That of float32 is taken as what float32 arithmetic can tell, 2^-19.
+  """
+  least = 16 * float(jnp.finfo(jnp.float32).eps)
+  return max(float(jnp.finfo(storage_format(model)).eps) / 2, least)
+
+
+def storage_format(model: models.SlicedModel) -> np.dtype:
+  """The format that a model's numbers are stored in: that of most of them."""
+  if model.stored_as is not None:
+    return np.dtype(jnp.dtype(model.stored_as))
+  return _main_format(model)
+
+
+def limit(model: models.SlicedModel) -> float:
+  """The greatest finite number of the format that a model is stored in."""
+  return float(jnp.finfo(storage_format(model)).max)
+
+
+def is_within(tree: Any, greatest: float) -> bool:
+  """Whether all numbers are finite and none exceeds the greatest."""
+  return all(bool(np.all(np.abs(x) <= greatest)) for x in jax.tree.leaves(tree))
+
+
+def leaves(model: models.SlicedModel) -> Iterator[tuple[str, Any]]:
+  """The unstacked leaves with their paths, like 'layers.0/attention/query/kernel'."""
+  trees = [('', model.outer())]
+  trees += [(f'layers.{i}/', layer) for i, layer in enumerate(model.layers())]
+  for prefix, tree in trees:
+    found, _ = jax.tree_util.tree_flatten_with_path(
+      tree, is_leaf=structured.is_structured
+    )
+    for path, leaf in found:
+      yield prefix + _joined(path), leaf
+
+
+def _joined(path: tuple[Any, ...]) -> str:
+  return '/'.join(part.key for part in path)
+
+
+def _main_format(model: models.SlicedModel) -> np.dtype:
+  """The floating-point format of most numbers."""
+  sizes = collections.Counter[np.dtype]()
+  for leaf in jax.tree.leaves(model.params):
+    if jnp.issubdtype(leaf.dtype, jnp.floating):
+      sizes[np.dtype(leaf.dtype)] += leaf.size
+  return sizes.most_common(1)[0][0]
+
+
+def _widened(model: models.SlicedModel) -> tuple[models.SlicedModel, Formats]:
+  """The model in float32, and the formats of those leaves that were not in the main."""
+  main = _main_format(model)
+  others = {p: np.dtype(x.dtype) for p, x in leaves(model) if x.dtype != main}
+  params = structured.astype(jax.device_get(model.params), np.float32)
+  return dataclasses.replace(model, params=params, stored_as=main.name), others
+
+
+def _rounded(model: models.SlicedModel, others: Formats) -> models.SlicedModel:
+  """The inverse of `_widened`, up to rounding."""
+  main = storage_format(model)
+
+  def rounded(tree: models.Params, prefix: str) -> Any:
+    return jax.tree_util.tree_map_with_path(
+      lambda path, x: structured.astype(x, others.get(prefix + _joined(path), main)),
+      tree,
+      is_leaf=structured.is_structured,
+    )
+
+  if not others:
+    params = structured.astype(jax.device_get(model.params), main)
+    return dataclasses.replace(model, params=params, stored_as=None)
+  model = jax.device_get(model)
+  layers = [rounded(x, f'layers.{i}/') for i, x in enumerate(model.layers())]
+  return models.from_layers(
+    model.config, rounded(model.outer(), ''), layers, model.buffers
   )

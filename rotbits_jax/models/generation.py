@@ -1,0 +1,215 @@
+"""Text generation: one token after another, with a cache of keys and values.
+
+`extend` is the pure step, for `jit`, `lax.scan` and `lax.while_loop`; `generate` loops
+over it on the host and yields tokens as they come.
+
+Shape letters are those of `models.config` and `models.transformer`; a cache has room
+for `C` tokens.
+"""
+
+from collections.abc import Collection, Iterator
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rotbits_jax.models import model as model_lib
+from rotbits_jax.models import transformer
+
+PREFILL = 64  # tokens of a prompt that are taken at a time
+
+
+class Cache(NamedTuple):
+  """Keys and values of the tokens so far.
+
+  Attributes:
+    layers: for each `blocks_i` of a model, `attention/key` and `attention/value`.
+    length: how many of the C rows are filled.
+  """
+
+  layers: dict[str, Any]  # leaves [N, B, C, K, h] float32
+  length: jax.Array  # [] int32
+
+
+def empty_cache(model: model_lib.SlicedModel, batch: int, room: int) -> Cache:
+  """A cache for `batch` sequences of up to `room` tokens."""
+  config = model.config
+  shape = (batch, room, config.num_kv_heads, config.head_dim)
+  zeros = lambda size: jnp.zeros((size, *shape), jnp.float32)
+  layers = {
+    f'blocks_{i}': {'attention': {'key': zeros(size), 'value': zeros(size)}}
+    for i, size in enumerate(model.group_sizes)
+  }
+  return Cache(layers, jnp.zeros((), jnp.int32))
+
+
+def extend(
+  model: model_lib.SlicedModel, cache: Cache, tokens: jax.Array
+) -> tuple[jax.Array, Cache]:
+  """Next-token logits of tokens that follow those in a cache.
+
+  Row by row they are what `transformer.logits` gives for the whole sequence.
+
+  Args:
+    model: dense or sliced, materialized or not.
+    cache: of B sequences, with room for T more tokens; beyond, the result is undefined.
+    tokens: `[B, T]` integers.
+
+  Returns:
+    `[B, T, V]` float32 logits, and the cache with the tokens added.
+  """
+  logits, updated = transformer.Transformer(model.config, model.group_sizes).apply(
+    {'params': model.params, 'cache': cache.layers},
+    tokens,
+    cache.length,
+    mutable=['cache'],
+  )
+  return logits, Cache(updated['cache'], cache.length + tokens.shape[1])
+
+
+def sample(
+  logits: jax.Array,
+  key: jax.Array,
+  *,
+  temperature: jax.Array | float,
+  top_k: int | None = None,
+) -> jax.Array:
+  """Draws tokens from `softmax(logits / temperature)`, or the likeliest at 0.
+
+  With Gumbel noise g the draw is `argmax(logits + temperature g)`.
+
+  Args:
+    logits: `[..., V]`.
+    key: of `jax.random`.
+    temperature: not negative.
+    top_k: how many of the likeliest tokens to draw from; None for all.
+
+  Returns:
+    `[...]` int32.
+  """
+  if top_k is not None:
+    least = jax.lax.top_k(logits, top_k)[0][..., -1:]
+    logits = jnp.where(logits < least, -jnp.inf, logits)
+  noise = jax.random.gumbel(key, logits.shape, logits.dtype)
+  return jnp.argmax(logits + temperature * noise, axis=-1).astype(jnp.int32)
+
+
+def generate(
+  model: model_lib.SlicedModel,
+  tokens: np.ndarray,
+  *,
+  max_tokens: int,
+  temperature: float = 0.0,
+  top_k: int | None = None,
+  key: jax.Array | None = None,
+  stop_tokens: Collection[int] = (),
+) -> Iterator[int]:
+  """Continues a sequence of tokens.
+
+  Compiles once for the prompt and once for the tokens after it, for each size of the
+  cache; the sizes are powers of two.
+
+  Args:
+    model: dense or sliced, materialized or not.
+    tokens: `[T]` integers, the prompt.
+    max_tokens: how many tokens to add at most.
+    temperature: 0 takes the likeliest token, see `sample`.
+    top_k: see `sample`.
+    key: of `jax.random`; needed unless the temperature is 0.
+    stop_tokens: tokens that end the sequence; none of them is yielded.
+
+  Yields:
+    The tokens that follow, as they come.
+
+  Raises:
+    ValueError: if an argument is out of range, if the prompt and `max_tokens` together
+      are more than the model's positions, or if the predictions are not finite.
+  """
+  config = model.config
+  tokens = np.asarray(tokens)
+  if tokens.ndim != 1 or not np.issubdtype(tokens.dtype, np.integer):
+    raise ValueError(
+      f'tokens must be [T] integers, got {tokens.shape=} {tokens.dtype=}'
+    )
+  if not tokens.size:
+    raise ValueError('the prompt has no tokens')
+  outside = tokens[(tokens < 0) | (tokens >= config.vocab_size)]
+  if outside.size:
+    raise ValueError(
+      f"token {outside[0]} is outside the model's vocabulary of {config.vocab_size}"
+    )
+  if max_tokens < 1:
+    raise ValueError(f'max_tokens must be positive, got {max_tokens}')
+  if tokens.size + max_tokens > config.max_positions:
+    raise ValueError(
+      f'the model has {config.max_positions} positions, '
+      f'got {tokens.size} tokens and {max_tokens=}'
+    )
+  if not 0 <= temperature < float('inf'):
+    raise ValueError(f'temperature must be finite and not negative, got {temperature}')
+  if top_k is not None and not 1 <= top_k <= config.vocab_size:
+    raise ValueError(f'top_k must be from 1 to {config.vocab_size}, got {top_k}')
+  if key is None:
+    if temperature:
+      raise ValueError(f'a temperature of {temperature} needs a key')
+    key = jax.random.key(0)
+  options = {'key': key, 'temperature': temperature, 'top_k': top_k}
+  return _stream(model, tokens, max_tokens, frozenset(stop_tokens), options)
+
+
+def _stream(
+  model: model_lib.SlicedModel,
+  prompt: np.ndarray,
+  max_tokens: int,
+  stop_tokens: frozenset[int],
+  options: dict[str, Any],
+) -> Iterator[int]:
+  # Once to the device, and without the buffers, which may be of any dtype.
+  model = jax.device_put(dataclasses.replace(model, buffers={}))
+  step = min(PREFILL, model.config.max_positions)
+  room = max(PREFILL, 1 << (prompt.size + max_tokens - 1).bit_length())
+  cache = empty_cache(model, 1, room)
+  for begin in range(0, prompt.size, step):
+    piece = prompt[begin : begin + step].astype(np.int32)
+    padded = np.pad(piece, (0, step - piece.size))[None]
+    token, cache = _next_token(model, cache, padded, piece.size, **options)
+  for count in range(max_tokens):
+    if count:
+      token, cache = _next_token(model, cache, token[None, None], 1, **options)
+    value = int(token)
+    if value < 0:
+      raise ValueError('the predictions of the model are not finite')
+    if value in stop_tokens:
+      return
+    yield value
+
+
+@functools.partial(jax.jit, static_argnames='top_k', donate_argnames='cache')
+def _next_token(
+  model: model_lib.SlicedModel,
+  cache: Cache,
+  tokens: jax.Array,
+  count: jax.Array | int,
+  *,
+  key: jax.Array,
+  temperature: jax.Array | float,
+  top_k: int | None,
+) -> tuple[jax.Array, Cache]:
+  """The token after the first `count` of `[1, T]` tokens; the rest are padding.
+
+  Later tokens overwrite what the padding left in the cache, and see none of it.
+
+  Returns:
+    The token, `[]` int32, -1 if the logits are not finite; and the cache.
+  """
+  logits, extended = extend(model, cache, tokens)
+  length = cache.length + count
+  last = logits[0, count - 1]
+  token = sample(
+    last, jax.random.fold_in(key, length), temperature=temperature, top_k=top_k
+  )
+  token = jnp.where(jnp.isfinite(last).all(), token, -1)
+  return token, extended._replace(length=length)

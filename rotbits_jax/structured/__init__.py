@@ -1,0 +1,64 @@
+"""Structured leaves: parameters that store fewer numbers than they have entries.
+
+A structured leaf stands in a PyTree where an array stood. It is a small
+`flax.struct` dataclass whose arrays are ordinary PyTree leaves, so `jit`, `vmap`
+and `scan` pass through it. It knows the array it stands for (`materialize`), the
+numbers it stores (`stored`), and how to get itself back from them
+(`from_stored`); coding, accounting and the forward passes need no more.
+
+A leaf may be stacked: its arrays then have a leading layer axis `[N, ...]`.
+"""
+
+from rotbits_jax.structured.base import KINDS
+from rotbits_jax.structured.base import Structured
+from rotbits_jax.structured.base import astype
+from rotbits_jax.structured.base import count_bytes
+from rotbits_jax.structured.base import count_numbers
+from rotbits_jax.structured.base import is_structured
+from rotbits_jax.structured.base import materialize
+from rotbits_jax.structured.base import register
+from rotbits_jax.structured.constant import Constant
+from rotbits_jax.structured.heads import HeadColumns
+from rotbits_jax.structured.heads import HeadPlanes
+from rotbits_jax.structured.heads import HeadRows
+from rotbits_jax.structured.low_rank import FactorPair
+from rotbits_jax.structured.low_rank import LowRank
+from rotbits_jax.structured.low_rank import ReducedLowRank
+from rotbits_jax.structured.shortcuts import IdentityMinusGram
+from rotbits_jax.structured.shortcuts import SymmetricTriangle
+from rotbits_jax.structured.tied import Tied
+from rotbits_jax.structured.tied import TiedExactly
+from rotbits_jax.structured.tied import TiedToHead
+from rotbits_jax.structured.triangles import RowTrapezoids
+from rotbits_jax.structured.triangles import Trapezoidal
+from rotbits_jax.structured.triangles import pack_lower
+from rotbits_jax.structured.triangles import unpack
+from rotbits_jax.structured.triangles import unpack_lower
+
+__all__ = [
+  'KINDS',
+  'Constant',
+  'FactorPair',
+  'HeadColumns',
+  'HeadPlanes',
+  'HeadRows',
+  'IdentityMinusGram',
+  'LowRank',
+  'ReducedLowRank',
+  'RowTrapezoids',
+  'Structured',
+  'SymmetricTriangle',
+  'Tied',
+  'TiedExactly',
+  'TiedToHead',
+  'Trapezoidal',
+  'astype',
+  'count_bytes',
+  'count_numbers',
+  'is_structured',
+  'materialize',
+  'pack_lower',
+  'register',
+  'unpack',
+  'unpack_lower',
+]

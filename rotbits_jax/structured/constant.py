@@ -1,0 +1,55 @@
+"""Arrays whose entries are all the same."""
+
+from typing import Any, ClassVar
+
+from flax import struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rotbits_jax.structured.base import Arrays
+from rotbits_jax.structured.base import Settings
+from rotbits_jax.structured.base import Structured
+from rotbits_jax.structured.base import register
+
+
+@register
+@struct.dataclass
+class Constant(Structured):
+  """An array whose entries all have one value; it stores no numbers.
+
+  Attributes:
+    empty: `[..., *tail, 0]`: an array of no numbers that says what dtype the entries
+      have and how the leaf is stacked.
+    value: what every entry is.
+  """
+
+  kind: ClassVar[str] = 'constant'
+
+  empty: Any
+  value: float = struct.field(pytree_node=False)
+
+  @classmethod
+  def like(cls, array: Any, value: float) -> 'Constant':
+    """A constant of an array's shape and dtype."""
+    return cls(np.zeros((*array.shape, 0), array.dtype), value)
+
+  @property
+  def shape(self) -> tuple[int, ...]:
+    return self.empty.shape[:-1]
+
+  @property
+  def dtype(self) -> Any:
+    return self.empty.dtype
+
+  def materialize(self) -> jax.Array:
+    return jnp.full(self.shape, self.value, self.dtype)
+
+  def stored(self) -> tuple[Settings, Arrays]:
+    settings = {'value': self.value, 'shape': list(self.shape)}
+    return settings, {'empty': np.asarray(self.empty).reshape(-1)}
+
+  @classmethod
+  def from_stored(cls, settings: Settings, arrays: Arrays) -> 'Constant':
+    empty = arrays['empty'].reshape(*settings['shape'], 0)
+    return cls(empty, settings['value'])

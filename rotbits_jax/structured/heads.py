@@ -1,0 +1,216 @@
+r"""Kernels of attention heads, of which only the column space matters.
+
+Where a change of basis within a head can be undone by another kernel, a head's matrix
+`[n, h]` stands for its column space, and any basis of it will do. The one taken is
+
+    [I - B^T B / 4]        B = 2 tan(T / 2) in a suitable basis, `[n - h, h]`,
+    [      B      ]
+
+T being the angles between the column space and the first h coordinates. Every subspace
+has such a B, no singular value of it exceeds 2, and the condition of the basis is at
+most 2; an identity in place of `I - B^T B / 4` would take `tan(T)`, which is unbounded.
+h^2 numbers of a head need not be stored.
+
+Shape letters are those of `models.config`, and G = H / K query heads share a key-value
+head.
+
+Reference:
+  Jauch, Hoff and Dunson, Random orthogonal matrices and the Cayley transform, arXiv
+  1810.02881, section 3.2: the Grassmann manifold by matrices with a symmetric positive
+  definite top block. The basis here is theirs times (I + B^T B / 4), which saves the
+  inverse.
+"""
+
+from typing import Any, ClassVar
+
+from flax import struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rotbits_jax.structured.base import Arrays
+from rotbits_jax.structured.base import Settings
+from rotbits_jax.structured.base import Structured
+from rotbits_jax.structured.base import register
+
+
+@register
+@struct.dataclass
+class HeadColumns(Structured):
+  """A kernel `[d, K h]` of keys: of each head, the last m columns are a basis.
+
+  Attributes:
+    turned: `[..., d, K (h - m)]`: the columns that RoPE turns, as they are.
+    rest: `[..., d - m, K m]`: the B side by side.
+    heads: K.
+  """
+
+  kind: ClassVar[str] = 'head_columns'
+
+  turned: Any
+  rest: Any
+  heads: int = struct.field(pytree_node=False)
+
+  @property
+  def shape(self) -> tuple[int, ...]:
+    columns = self.turned.shape[-1] + self.rest.shape[-1]
+    return (*self.turned.shape[:-1], columns)
+
+  @property
+  def dtype(self) -> Any:
+    return self.turned.dtype
+
+  def materialize(self) -> jax.Array:
+    turned, rest = (_split(x, self.heads) for x in (self.turned, self.rest))
+    gram = jnp.einsum('...nki,...nkj->...ikj', rest, rest, precision='highest')
+    top = jnp.eye(rest.shape[-1], dtype=jnp.float32)[:, None] - gram / 4
+    basis = jnp.concatenate([top, rest], axis=-3)
+    heads = jnp.concatenate([turned, basis], axis=-1)
+    return heads.reshape(self.shape).astype(self.dtype)
+
+  def stored(self) -> tuple[Settings, Arrays]:
+    arrays = {'turned': np.asarray(self.turned), 'rest': np.asarray(self.rest)}
+    return {'heads': self.heads}, arrays
+
+  @classmethod
+  def from_stored(cls, settings: Settings, arrays: Arrays) -> 'HeadColumns':
+    heads, turned, rest = settings['heads'], arrays['turned'], arrays['rest']
+    whole = heads > 0 and not turned.shape[1] % heads and not rest.shape[1] % heads
+    if not whole or turned.shape[0] != rest.shape[0] + rest.shape[1] // heads:
+      raise ValueError(
+        f'no kernel of {heads} heads is made of {turned.shape=} and {rest.shape=}'
+      )
+    return cls(turned, rest, heads)
+
+
+@register
+@struct.dataclass
+class HeadPlanes(Structured):
+  """A kernel `[d, H h]` of queries, whose planes are bases.
+
+  The first r columns of a head are r/2 planes (i, i + r/2), of which RoPE leaves only a
+  complex factor free. One below the other, the same planes of the G heads of a group
+  are a complex column `[1 - |b|^2 / 4; b]`, so that the first row of the first head is
+  known. The other columns are as they are.
+
+  Attributes:
+    below: `[..., d - 1, H h]`: all rows but the first.
+    top: `[..., K, G h - r]`: what is not known of the first row.
+    head_dim: h.
+  """
+
+  kind: ClassVar[str] = 'head_planes'
+
+  below: Any
+  top: Any
+  head_dim: int = struct.field(pytree_node=False)
+
+  @property
+  def shape(self) -> tuple[int, ...]:
+    *stack, rows, columns = self.below.shape
+    return (*stack, rows + 1, columns)
+
+  @property
+  def dtype(self) -> Any:
+    return self.below.dtype
+
+  def materialize(self) -> jax.Array:
+    *stack, rows, columns = self.shape
+    groups, known = self.top.shape[-2:]
+    rotary = columns // groups - known
+    below = jnp.asarray(self.below, jnp.float32)
+    top = jnp.asarray(self.top, jnp.float32)
+    top = jnp.concatenate([jnp.zeros((*stack, groups, rotary)), top], axis=-1)
+    heads = jnp.concatenate([top.reshape(*stack, 1, columns), below], axis=-2)
+    heads = heads.reshape(*stack, rows, groups, -1, self.head_dim)
+    squares = jnp.sum(jnp.square(heads[..., :rotary]), axis=(-4, -2))  # [..., K, r]
+    real, imaginary = jnp.split(squares, 2, axis=-1)
+    first = 1 - (real + imaginary) / 4
+    heads = heads.at[..., 0, :, 0, : rotary // 2].set(first)
+    return heads.reshape(self.shape).astype(self.dtype)
+
+  def stored(self) -> tuple[Settings, Arrays]:
+    arrays = {'below': np.asarray(self.below), 'top': np.asarray(self.top)}
+    return {'head_dim': self.head_dim}, arrays
+
+  @classmethod
+  def from_stored(cls, settings: Settings, arrays: Arrays) -> 'HeadPlanes':
+    h, below, top = settings['head_dim'], arrays['below'], arrays['top']
+    groups, known = top.shape
+    whole = h > 0 and groups > 0 and not below.shape[1] % (groups * h)
+    rotary = below.shape[1] // groups - known if whole else 0
+    if not 0 < rotary <= h or rotary % 2:
+      raise ValueError(
+        f'no kernel of heads of {h} is made of {below.shape=} and {top.shape=}'
+      )
+    return cls(below, top, h)
+
+
+@register
+@struct.dataclass
+class HeadRows(Structured):
+  """A kernel `[H h, d]` whose heads are row blocks: of the output projection.
+
+  The G heads that read one key-value head have one basis, transposed: side by side they
+  are `[I - B^T B / 4, B^T]`, `[h, G d]`.
+
+  Attributes:
+    first: `[..., K h, d - h]`: of the first head of each group, what is not known.
+    others: `[..., K (G - 1) h, d]`: the other heads.
+    groups: K.
+  """
+
+  kind: ClassVar[str] = 'head_rows'
+
+  first: Any
+  others: Any
+  groups: int = struct.field(pytree_node=False)
+
+  @property
+  def shape(self) -> tuple[int, ...]:
+    rows = self.first.shape[-2] + self.others.shape[-2]
+    return (*self.first.shape[:-2], rows, self.others.shape[-1])
+
+  @property
+  def dtype(self) -> Any:
+    return self.first.dtype
+
+  def materialize(self) -> jax.Array:
+    *stack, _, width = self.shape
+    h = width - self.first.shape[-1]
+    first = jnp.asarray(self.first, jnp.float32)
+    first = first.reshape(*stack, self.groups, 1, h, width - h)
+    others = jnp.asarray(self.others, jnp.float32)
+    others = others.reshape(*stack, self.groups, -1, h, width)
+    gram = sum(
+      jnp.einsum('...gin,...gjn->...ij', x, x, precision='highest')
+      for x in (first, others)
+    )
+    top = (jnp.eye(h, dtype=jnp.float32) - gram / 4)[..., None, :, :]
+    first = jnp.concatenate([top, first], axis=-1)
+    heads = jnp.concatenate([first, others], axis=-3)
+    return heads.reshape(self.shape).astype(self.dtype)
+
+  def stored(self) -> tuple[Settings, Arrays]:
+    arrays = {'first': np.asarray(self.first), 'others': np.asarray(self.others)}
+    return {'groups': self.groups}, arrays
+
+  @classmethod
+  def from_stored(cls, settings: Settings, arrays: Arrays) -> 'HeadRows':
+    groups, first, others = settings['groups'], arrays['first'], arrays['others']
+    h = others.shape[1] - first.shape[1]
+    if (
+      h < 1 or not 0 < first.shape[0] == groups * h or others.shape[0] % first.shape[0]
+    ):
+      raise ValueError(
+        f'no kernel of {groups} groups of heads is made of {first.shape=} and '
+        f'{others.shape=}'
+      )
+    return cls(first, others, groups)
+
+
+def _split(columns: Any, heads: int) -> jax.Array:
+  """`[..., n, K c]` to float32 `[..., n, K, c]`."""
+  *stack, n, width = columns.shape
+  columns = jnp.asarray(columns, jnp.float32)
+  return columns.reshape(*stack, n, heads, width // heads)

@@ -1,0 +1,148 @@
+"""Shortcuts of the residual stream: symmetric, and nearly the identity."""
+
+import dataclasses
+from typing import Any, ClassVar
+
+from flax import struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rotbits_jax.structured.base import Arrays
+from rotbits_jax.structured.base import Settings
+from rotbits_jax.structured.base import Structured
+from rotbits_jax.structured.base import register
+from rotbits_jax.structured.triangles import pack_lower
+from rotbits_jax.structured.triangles import unpack_lower
+
+
+@register
+@struct.dataclass
+class IdentityMinusGram(Structured):
+  """`[I - B B^T + C C^T, 0]`, an orthogonal shortcut less what slicing cut off.
+
+  A block of an orthogonal matrix, brought to symmetric form by the residual gauge,
+  is the identity but for a few singular values below 1 (`B`). `C` is for singular
+  values above 1, which only a fine-tuned shortcut has. Both are lower trapezoidal:
+  `B[i, j] = 0` for `j > i`, since a rotation of B's columns changes nothing.
+
+  Attributes:
+    b: `[..., d, k]`.
+    c: `[..., d, j]`.
+    columns: width of the matrix; the columns beyond d are zero.
+    ranks: for a stacked leaf, each layer's own `(k, j)`; columns beyond them are
+      zero. None for an unstacked leaf.
+  """
+
+  kind: ClassVar[str] = 'identity_minus_gram'
+
+  b: Any
+  c: Any
+  columns: int = struct.field(pytree_node=False)
+  ranks: tuple[tuple[int, int], ...] | None = struct.field(
+    pytree_node=False, default=None
+  )
+
+  @property
+  def shape(self) -> tuple[int, ...]:
+    return (*self.b.shape[:-1], self.columns)
+
+  @property
+  def dtype(self) -> Any:
+    return self.b.dtype
+
+  def materialize(self) -> jax.Array:
+    b, c = jnp.asarray(self.b, jnp.float32), jnp.asarray(self.c, jnp.float32)
+    gram = lambda x: jnp.matmul(x, jnp.matrix_transpose(x), precision='highest')
+    matrix = jnp.eye(b.shape[-2], dtype=jnp.float32) - gram(b) + gram(c)
+    return _pad_columns(matrix, self.columns).astype(self.dtype)
+
+  def apply(self, x: jax.Array) -> jax.Array:
+    """`x @ materialize()` without materializing: `[..., d]` to `[..., columns]`."""
+    y = x
+    for factor, sign in ((self.b, -1), (self.c, 1)):
+      if factor.shape[-1]:
+        factor = jnp.asarray(factor, x.dtype)
+        coordinates = jnp.matmul(x, factor, precision='highest')
+        y = y + sign * jnp.matmul(coordinates, factor.T, precision='highest')
+    return _pad_columns(y, self.columns)
+
+  def layer(self, index: int) -> 'IdentityMinusGram':
+    if self.ranks is None:
+      raise ValueError('the leaf is not stacked')
+    k, j = self.ranks[index]
+    return dataclasses.replace(
+      self, b=self.b[index, :, :k], c=self.c[index, :, :j], ranks=None
+    )
+
+  @classmethod
+  def stack(cls, leaves: list['IdentityMinusGram']) -> 'IdentityMinusGram':
+    def padded(factors: list[Any]) -> Any:
+      width = max(f.shape[-1] for f in factors)
+      xp = np if isinstance(factors[0], np.ndarray) else jnp
+      return xp.stack([xp.pad(f, ((0, 0), (0, width - f.shape[-1]))) for f in factors])
+
+    return cls(
+      b=padded([leaf.b for leaf in leaves]),
+      c=padded([leaf.c for leaf in leaves]),
+      columns=leaves[0].columns,
+      ranks=tuple((x.b.shape[-1], x.c.shape[-1]) for x in leaves),
+    )
+
+  def stored(self) -> tuple[Settings, Arrays]:
+    settings = {
+      'columns': self.columns,
+      'b': list(self.b.shape),
+      'c': list(self.c.shape),
+    }
+    return settings, {'b': pack_lower(self.b), 'c': pack_lower(self.c)}
+
+  @classmethod
+  def from_stored(cls, settings: Settings, arrays: Arrays) -> 'IdentityMinusGram':
+    return cls(
+      b=unpack_lower(arrays['b'], settings['b']),
+      c=unpack_lower(arrays['c'], settings['c']),
+      columns=settings['columns'],
+    )
+
+
+@register
+@struct.dataclass
+class SymmetricTriangle(Structured):
+  """`[P, 0]` with P symmetric, kept as its lower triangle.
+
+  Attributes:
+    lower: `[..., d, d]`, zero above the diagonal.
+    columns: width of the matrix; the columns beyond d are zero.
+  """
+
+  kind: ClassVar[str] = 'symmetric_triangle'
+
+  lower: Any
+  columns: int = struct.field(pytree_node=False)
+
+  @property
+  def shape(self) -> tuple[int, ...]:
+    return (*self.lower.shape[:-1], self.columns)
+
+  @property
+  def dtype(self) -> Any:
+    return self.lower.dtype
+
+  def materialize(self) -> jax.Array:
+    lower = jnp.asarray(self.lower)
+    symmetric = lower + jnp.matrix_transpose(jnp.tril(lower, -1))
+    return _pad_columns(symmetric, self.columns)
+
+  def stored(self) -> tuple[Settings, Arrays]:
+    settings = {'columns': self.columns, 'lower': list(self.lower.shape)}
+    return settings, {'lower': pack_lower(self.lower)}
+
+  @classmethod
+  def from_stored(cls, settings: Settings, arrays: Arrays) -> 'SymmetricTriangle':
+    return cls(unpack_lower(arrays['lower'], settings['lower']), settings['columns'])
+
+
+def _pad_columns(matrix: jax.Array, columns: int) -> jax.Array:
+  widths = [(0, 0)] * (matrix.ndim - 1) + [(0, columns - matrix.shape[-1])]
+  return jnp.pad(matrix, widths)

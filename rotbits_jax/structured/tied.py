@@ -1,0 +1,320 @@
+"""Embeddings that are linear images of the head.
+
+Leaves of this file are no arrays of their own: `expand` takes the head.
+"""
+
+import abc
+from collections.abc import Iterator
+import math
+from typing import Any, ClassVar
+
+from flax import struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rotbits_jax.structured.base import Arrays
+from rotbits_jax.structured.base import Settings
+from rotbits_jax.structured.base import Structured
+from rotbits_jax.structured.base import register
+
+
+class TiedToHead(Structured):
+  """A token embedding `[V, d]` that is kept in terms of the head, `[D, V]`."""
+
+  @abc.abstractmethod
+  def expand(self, head: Any) -> Any:
+    """The embedding `[V, d]`, given the head `[D, V]`."""
+
+  def materialize(self) -> jax.Array:
+    raise ValueError(
+      'an embedding that is tied to the head is materialized with the whole model'
+    )
+
+
+@register
+@struct.dataclass
+class Tied(TiedToHead):
+  """`head^T @ map`.
+
+  Attributes:
+    map: `[D, d]`.
+    tokens: V.
+  """
+
+  kind: ClassVar[str] = 'tied'
+
+  map: Any
+  tokens: int = struct.field(pytree_node=False)
+
+  @property
+  def shape(self) -> tuple[int, ...]:
+    return self.tokens, self.map.shape[-1]
+
+  @property
+  def dtype(self) -> Any:
+    return self.map.dtype
+
+  def expand(self, head: Any) -> jax.Array:
+    return self.rows(head, jnp.arange(self.tokens)).astype(self.dtype)
+
+  def rows(self, head: Any, tokens: jax.Array) -> jax.Array:
+    """The rows of some tokens, float32 `[..., d]`, without the other rows.
+
+    Args:
+      head: `[D, V]`.
+      tokens: `[...]` integers; rows of tokens that there are not are NaN.
+    """
+    columns = jnp.asarray(head).at[:, tokens].get(mode='fill', fill_value=jnp.nan)
+    columns = jnp.moveaxis(columns.astype(jnp.float32), 0, -1)
+    return jnp.matmul(columns, self.map.astype(jnp.float32), precision='highest')
+
+  def stored(self) -> tuple[Settings, Arrays]:
+    return {'tokens': self.tokens}, {'map': np.asarray(self.map)}
+
+  @classmethod
+  def from_stored(cls, settings: Settings, arrays: Arrays) -> 'Tied':
+    return cls(arrays['map'], settings['tokens'])
+
+
+@register
+@struct.dataclass
+class TiedExactly(TiedToHead):
+  """`head^T @ T` and what that is off by: every bit of the embedding.
+
+  With the head in fixed point, T is a matrix of integers and the product P a sum of
+  integers, small enough for float64 to add them exactly in whatever order:
+
+      2^scale P[i, j] = sum_k round(2^shifts[k] head[k, i]) map[k, j]
+
+  P, rounded to the embedding's format, and the embedding become ordinals: integers that
+  count the format's numbers upwards. Residuals are the differences. How large they are
+  depends on how far the format's numbers are apart, so that those of each exponent of P
+  are an array of their own.
+
+  Attributes:
+    map: int32 `[D, d]`, below 2^23 in absolute value.
+    shifts: int16 `[D]`.
+    residuals: int8 `[n]` for each class of exponents, ordered by token; -128 stands for
+      an exception.
+    exceptions: `[n]`, the entries of the embedding that are further off, by token.
+    tokens: V.
+    scale: see above.
+    first: the exponent, as the format's bits have it, of the first class. Each class
+      has one; lower exponents join the first, higher ones the last.
+  """
+
+  kind: ClassVar[str] = 'tied_exactly'
+
+  map: Any
+  shifts: Any
+  residuals: tuple[Any, ...]
+  exceptions: Any
+  tokens: int = struct.field(pytree_node=False)
+  scale: int = struct.field(pytree_node=False)
+  first: int = struct.field(pytree_node=False)
+
+  @classmethod
+  def from_table(
+    cls, table: np.ndarray, head: np.ndarray, map: np.ndarray, exponents: np.ndarray
+  ) -> 'TiedExactly':
+    """What an embedding is in terms of a head.
+
+    Args:
+      table: the embedding `[V, d]`, float16 or bfloat16.
+      head: `[D, V]`, finite.
+      map: int32 `[D, d]`, below 2^23 in absolute value.
+      exponents: integers `[D]`: T is `2^-exponents[k] map[k]`.
+
+    Returns:
+      The leaf.
+    """
+    # As fine a fixed point as keeps the sums below 2^52, and below 2^53 when rounded.
+    weights = np.ldexp(_greatest(map), -exponents)
+    bound = max(
+      float(np.max(weights @ np.abs(np.float64(head[:, block]))))
+      for block in token_blocks(head)
+    )
+    scale = 52 - math.frexp(bound)[1]
+    shifts = (scale - exponents).astype(np.int16)
+    predicted = _predict(head, map, shifts, scale, table.dtype)
+    off = np.subtract(_ordinals(table), predicted, dtype=np.int32)
+    off = np.where(np.abs(off) < -_EXCEPTION, off, _EXCEPTION).astype(np.int8)
+    classes = _exponents(predicted, table.dtype)
+    first, last = _common(np.bincount(classes.reshape(-1)))
+    classes = np.clip(classes, first, last)
+    return cls(
+      map=map,
+      shifts=shifts,
+      residuals=tuple(off[classes == c] for c in range(first, last + 1)),
+      exceptions=table[off == _EXCEPTION],
+      tokens=len(table),
+      scale=scale,
+      first=first,
+    )
+
+  @property
+  def shape(self) -> tuple[int, ...]:
+    return self.tokens, self.map.shape[-1]
+
+  @property
+  def dtype(self) -> Any:
+    return self.exceptions.dtype
+
+  def astype(self, dtype: Any) -> 'TiedExactly':
+    """The leaf as it is: it stands for bits, which have one format."""
+    return self
+
+  def expand(self, head: Any) -> np.ndarray:
+    """The embedding `[V, d]`, bit for bit, given the head `[D, V]`.
+
+    Raises:
+      ValueError: if it cannot be that head.
+    """
+    head = np.asarray(head)
+    if head.shape != (len(self.map), self.tokens):
+      raise ValueError(
+        f'the embedding is tied to a head of shape {(len(self.map), self.tokens)}, '
+        f'got {head.shape=}'
+      )
+    ordinals = _predict(head, self.map, self.shifts, self.scale, self.dtype)
+    classes = _exponents(ordinals, self.dtype)
+    last = self.first + len(self.residuals) - 1
+    classes = np.clip(classes, self.first, last)
+    off = np.empty(self.shape, np.int8)
+    for c, residuals in enumerate(self.residuals, self.first):
+      _fill(off, classes == c, residuals)
+    ordinals += off
+    table = _numbers(ordinals, self.dtype)
+    _fill(table, off == _EXCEPTION, self.exceptions)
+    return table
+
+  def stored(self) -> tuple[Settings, Arrays]:
+    map = np.asarray(self.map)
+    # Bits that int16 has no room for.
+    low = max(int(np.abs(map).max(initial=0)).bit_length() - 15, 0)
+    settings = {
+      'tokens': self.tokens,
+      'scale': self.scale,
+      'first': self.first,
+      'low': low,
+    }
+    arrays = {
+      'map': (map >> low).astype(np.int16),
+      'shifts': np.asarray(self.shifts),
+      'exceptions': np.asarray(self.exceptions),
+    }
+    if low:
+      arrays['low'] = (map & (1 << low) - 1).astype(np.uint8)
+    for i, residuals in enumerate(self.residuals):
+      arrays[f'residuals_{i}'] = np.asarray(residuals)
+    return settings, arrays
+
+  @classmethod
+  def from_stored(cls, settings: Settings, arrays: Arrays) -> 'TiedExactly':
+    map, tokens = arrays['map'].astype(np.int32), settings['tokens']
+    low = arrays['low'] if settings['low'] else np.zeros(map.shape, np.uint8)
+    residuals: list[np.ndarray] = []
+    while f'residuals_{len(residuals)}' in arrays:
+      residuals.append(arrays[f'residuals_{len(residuals)}'])
+    count = sum(x.size for x in residuals)
+    fits = map.ndim == 2 and count == tokens * map.shape[1]
+    if not fits or low.shape != map.shape or arrays['shifts'].shape != map.shape[:1]:
+      raise ValueError(
+        f'no embedding of {tokens} tokens is made of {count} residuals, {map.shape=}, '
+        f'{low.shape=} and shifts {arrays["shifts"].shape}'
+      )
+    return cls(
+      map=map << settings['low'] | low,
+      shifts=arrays['shifts'],
+      residuals=tuple(residuals),
+      exceptions=arrays['exceptions'],
+      tokens=tokens,
+      scale=settings['scale'],
+      first=settings['first'],
+    )
+
+
+_EXCEPTION = -128
+
+
+def token_blocks(head: Any, numbers: int = 1 << 23) -> Iterator[slice]:
+  """Ranges of the tokens of a head `[D, V]`, of so many numbers each."""
+  step = max(numbers // head.shape[0], 1)
+  return (slice(i, i + step) for i in range(0, head.shape[1], step))
+
+
+def _predict(
+  head: np.ndarray, map: Any, shifts: Any, scale: int, dtype: Any
+) -> np.ndarray:
+  """Ordinals of P, see `TiedExactly`: int16 `[V, d]`, the same on every machine.
+
+  Raises:
+    ValueError: if the sums could be inexact.
+  """
+  map = np.asarray(map, np.float64)
+  greatest = _greatest(map)
+  units = np.ldexp(1.0, np.asarray(shifts, np.int32))[:, None]
+  ordinals = np.empty((head.shape[1], map.shape[1]), np.int16)
+  for block in token_blocks(head, 1 << 20):  # such as stay in a cache
+    integers = np.rint(np.float64(head[:, block]) * units)
+    # No partial sum of a product below exceeds this in absolute value. If a sum of
+    # these, none of which is negative, is below 2^53, it is exact itself.
+    if not np.max(greatest @ np.abs(integers)) < 2.0**53:
+      raise ValueError('the head is too large for the embedding that is tied to it')
+    product = integers.T @ map
+    ordinals[block] = _rounded(product * 2.0**-scale, dtype)
+  return ordinals
+
+
+def _greatest(map: Any) -> np.ndarray:
+  """The greatest absolute value of each row, float64."""
+  return np.abs(np.asarray(map, np.float64)).max(axis=1, initial=0)
+
+
+def _rounded(numbers: np.ndarray, dtype: Any) -> np.ndarray:
+  """The ordinals of float64 numbers, rounded to a format of 16 bits."""
+  info = jnp.finfo(dtype)
+  low = 52 - info.nmant
+  least = np.float64(info.smallest_normal)
+  size = np.abs(numbers)
+  # The ordinal of a normal number is its bits, without those that float64 adds.
+  bits = np.maximum(size, least).view(np.int64)
+  normal = ((bits + (1 << (low - 1))) >> low) - (least.view(np.int64) >> low)
+  subnormal = np.rint(np.minimum(size, least) * (2.0**info.nmant / least))
+  ordinals = np.minimum(normal + subnormal.astype(np.int64), 0x7FFF).astype(np.int16)
+  return ordinals ^ -(numbers < 0).astype(np.int16)
+
+
+def _ordinals(numbers: np.ndarray) -> np.ndarray:
+  """Integers that count a format's numbers upwards: 0 is 0, -0 is -1; int16."""
+  bits = np.ascontiguousarray(numbers).view(np.int16)
+  return bits ^ (bits >> 15 & 0x7FFF)
+
+
+def _numbers(ordinals: np.ndarray, dtype: Any) -> np.ndarray:
+  """The inverse of `_ordinals`."""
+  return (ordinals ^ (ordinals >> 15 & 0x7FFF)).view(dtype)
+
+
+def _exponents(ordinals: np.ndarray, dtype: Any) -> np.ndarray:
+  """The exponents in the bits of the numbers, uint8."""
+  return ((ordinals ^ ordinals >> 15) >> jnp.finfo(dtype).nmant).astype(np.uint8)
+
+
+def _common(counts: np.ndarray) -> tuple[int, int]:
+  """The first and the last class that, with all beyond it, is worth a table."""
+  least = min(max(counts.sum() // 512, 1024), counts.sum())
+  first = int(np.searchsorted(np.cumsum(counts), least))
+  last = counts.size - 1 - int(np.searchsorted(np.cumsum(counts[::-1]), least))
+  return first, max(first, last)
+
+
+def _fill(array: np.ndarray, places: np.ndarray, values: Any) -> None:
+  """Puts values where a mask is true."""
+  count = np.count_nonzero(places)
+  if values.shape != (count,):
+    raise ValueError(
+      f'the embedding has {count} entries of a class here, got {values.shape=}'
+    )
+  array[places] = values

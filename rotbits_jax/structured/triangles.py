@@ -1,0 +1,127 @@
+"""Matrices with a triangle of zeros, and how a triangle is packed."""
+
+from typing import Any, ClassVar
+
+from flax import struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rotbits_jax.structured.base import Arrays
+from rotbits_jax.structured.base import Settings
+from rotbits_jax.structured.base import Structured
+from rotbits_jax.structured.base import register
+
+
+@register
+@struct.dataclass
+class Trapezoidal(Structured):
+  """A matrix whose entries above the diagonal are zero.
+
+  Attributes:
+    lower: `[..., rows, columns]`.
+  """
+
+  kind: ClassVar[str] = 'trapezoidal'
+
+  lower: Any
+
+  @property
+  def shape(self) -> tuple[int, ...]:
+    return self.lower.shape
+
+  @property
+  def dtype(self) -> Any:
+    return self.lower.dtype
+
+  def materialize(self) -> jax.Array:
+    return jnp.asarray(self.lower)
+
+  def stored(self) -> tuple[Settings, Arrays]:
+    return {'lower': list(self.lower.shape)}, {'lower': pack_lower(self.lower)}
+
+  @classmethod
+  def from_stored(cls, settings: Settings, arrays: Arrays) -> 'Trapezoidal':
+    return cls(unpack_lower(arrays['lower'], settings['lower']))
+
+
+@register
+@struct.dataclass
+class RowTrapezoids(Structured):
+  """A matrix of full rows, then of row blocks that are zero below their own diagonal.
+
+  Attributes:
+    upper: `[..., full + sum(blocks), columns]`.
+    blocks: how many rows each block has.
+    full: how many rows before the blocks may have no zeros.
+  """
+
+  kind: ClassVar[str] = 'row_trapezoids'
+
+  upper: Any
+  blocks: tuple[int, ...] = struct.field(pytree_node=False)
+  full: int = struct.field(pytree_node=False, default=0)
+
+  @property
+  def shape(self) -> tuple[int, ...]:
+    return self.upper.shape
+
+  @property
+  def dtype(self) -> Any:
+    return self.upper.dtype
+
+  def materialize(self) -> jax.Array:
+    return jnp.asarray(self.upper)
+
+  def stored(self) -> tuple[Settings, Arrays]:
+    upper = np.asarray(self.upper)
+    settings = {
+      'blocks': list(self.blocks),
+      'full': self.full,
+      'columns': upper.shape[1],
+    }
+    return settings, {'upper': upper[_upper_mask(**settings)]}
+
+  @classmethod
+  def from_stored(cls, settings: Settings, arrays: Arrays) -> 'RowTrapezoids':
+    upper = unpack(arrays['upper'], _upper_mask(**settings))
+    return cls(upper, tuple(settings['blocks']), settings['full'])
+
+
+def _upper_mask(blocks: list[int], full: int, columns: int) -> np.ndarray:
+  ones = lambda rows: np.ones((rows, columns), bool)
+  return np.concatenate([ones(full), *(np.triu(ones(rows)) for rows in blocks)])
+
+
+def pack_lower(matrix: Any) -> np.ndarray:
+  """The entries on and below the diagonal of `[rows, columns]`, row by row."""
+  matrix = np.asarray(matrix)
+  return matrix[np.tril(np.ones(matrix.shape, bool))]
+
+
+def unpack_lower(values: np.ndarray, shape: Any) -> np.ndarray:
+  """The inverse of `pack_lower`, see `unpack`."""
+  return unpack(values, np.tril(np.ones(tuple(shape), bool)))
+
+
+def unpack(values: np.ndarray, mask: np.ndarray) -> np.ndarray:
+  """A matrix with values, row by row, where a mask is true, and zeros elsewhere.
+
+  Args:
+    values: `[n]`.
+    mask: bool, of any shape.
+
+  Returns:
+    An array of the mask's shape.
+
+  Raises:
+    ValueError: if the mask is not true n times.
+  """
+  if values.shape != (mask.sum(),):
+    raise ValueError(
+      f'a {mask.shape} matrix of this form holds {mask.sum()} numbers, '
+      f'got {values.shape=}'
+    )
+  matrix = np.zeros(mask.shape, values.dtype)
+  matrix[mask] = values
+  return matrix

@@ -1,0 +1,300 @@
+r"""Embeddings that slicing untied from the head.
+
+A model whose head is its embedding, transposed, has two matrices after slicing: the
+first and the last segment of the residual stream have coordinates of their own. As long
+as the last keeps all D dimensions, the embedding still is an image of the head,
+
+    embed = head^T @ T,    T [D, d],
+
+up to the rounding of both. T is found by least squares, in float64 on the host: from a
+sample of the tokens first, which tells embeddings that never were tied. Rounding makes
+errors in proportion to the norm of a token's row, so that rows are weighted by its
+inverse; a few that do not fit then do not bend T much.
+
+Shape letters are those of `models.config`; D is the width of the last segment, and d
+that of the first.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+
+from rotbits_jax import models
+from rotbits_jax import structured
+from rotbits_jax.structured import tied
+from rotbits_jax.symmetries import transform
+
+# Relative error of an embedding that is no image of the head; it is about 1.
+_UNTIED = 0.1
+# Tokens that decide how fine a T of integers is.
+_SAMPLE = 4096
+
+
+def retie_embedding(*, tolerance: float = 1.5) -> transform.Transform:
+  """The transform that stores T in place of the embedding.
+
+  Args:
+    tolerance: the greatest relative error (Frobenius) of `head^T @ T`, both rounded to
+      the storage format, in units of `transform.roundoff`; a token may be off by four
+      times as much. SliceGPT's own embeddings are off by 0.6 to 1, tokens by up to 1.6.
+
+  Returns:
+    A transform. Its note tells whether the embedding is tied now, the error, and that
+    of the worst token.
+  """
+  return transform.Transform(
+    'tied embedding', functools.partial(_retie_embedding, tolerance=tolerance)
+  )
+
+
+def retie_exactly() -> transform.Transform:
+  """The transform that stores T and the embedding's residuals, and loses no bit.
+
+  It takes numbers as they are stored, float16 or bfloat16, and leaves others alone: see
+  `widen` of `transform.run_chain`.
+
+  Returns:
+    A transform. Its note tells whether the embedding is tied now, which it is where
+    that takes fewer bits, and how many entries are exceptions.
+  """
+  return transform.Transform('exactly tied embedding', _retie_exactly)
+
+
+def least_squares(gram: np.ndarray, moments: np.ndarray) -> np.ndarray:
+  """The X with `gram @ X = moments`, as far as the matrix has full rank.
+
+  Args:
+    gram: float64 `[D, D]`, symmetric and positive semidefinite.
+    moments: float64 `[D, d]`.
+
+  Returns:
+    float64 `[D, d]`; nearly zero where the matrix is.
+  """
+  diagonal = np.diag(gram)
+  units = 1 / np.sqrt(np.where(diagonal > 0, diagonal, 1))[:, None]
+  # Of rank D for what float64 can tell; a step of refinement takes the bias back.
+  regular = gram * units * units.T + 1e-10 * np.eye(len(gram))
+  first = units * np.linalg.solve(regular, units * moments)
+  rest = moments - gram @ first
+  return first + units * np.linalg.solve(regular, units * rest)
+
+
+def _retie_embedding(
+  model: models.SlicedModel, *, tolerance: float
+) -> tuple[models.SlicedModel, list[transform.Note]]:
+  form, unit = transform.storage_format(model), transform.roundoff(model)
+  found = _table_and_head(model, form)
+  if found is None:
+    return model, []
+  table, head = found
+  error = _error_of_unseen_tokens(table, head)
+  if error > _UNTIED:
+    return _with_embedding(model, table, error)
+  norms = _row_norms(table)
+  matrix = least_squares(*_normal_equations(table, head, _weights(norms)))
+  rounded = structured.astype(matrix, form)
+  if not np.isfinite(rounded).all():
+    return _with_embedding(model, table, error)
+  off = _deviations(table, head, rounded)
+  error = float(np.linalg.norm(off)) / max(float(np.linalg.norm(norms)), _TINY)
+  # Below the least normal number, roundoffs get no smaller.
+  least = float(jnp.finfo(form).smallest_normal) * np.sqrt(table.shape[1])
+  worst = float(np.max(off / np.maximum(norms, least)))
+  fits = error <= tolerance * unit and worst <= 4 * tolerance * unit
+  leaf = structured.Tied(matrix.astype(table.dtype), len(table)) if fits else table
+  model, (note,) = _with_embedding(model, leaf, error)
+  return model, [note | {'worst': float(f'{worst:.3g}')}]
+
+
+def _retie_exactly(
+  model: models.SlicedModel,
+) -> tuple[models.SlicedModel, list[transform.Note]]:
+  found = _table_and_head(model, None)
+  if found is None or found[0].dtype not in (np.float16, ml_dtypes.bfloat16):
+    return model, []
+  table, head = found
+  if _error_of_unseen_tokens(table, head) > _UNTIED:
+    return _with_embedding(model, table, 0.0)
+  leaf = _exact_leaf(table, head)
+  if _coded_bits(leaf, len(table)) >= _float_bits(table):
+    return _with_embedding(model, table, 0.0)
+  model, (note,) = _with_embedding(model, leaf, 0.0)
+  return model, [note | {'exceptions': leaf.exceptions.size}]
+
+
+def _table_and_head(
+  model: models.SlicedModel, form: np.dtype | None
+) -> tuple[np.ndarray, np.ndarray] | None:
+  """The embedding and the head, where T can be found and is the smaller.
+
+  Args:
+    model: the model.
+    form: the format that the head will be rounded to; None for a head that is to be an
+      array and to stay as it is.
+
+  Returns:
+    `[V, d]` and `[D, V]`, floating-point and finite, or None.
+  """
+  table, head = model.params['embed']['tokens'], model.params.get('head')
+  if head is None or structured.is_structured(table):
+    return None
+  kernel = head['kernel']
+  if form is not None:
+    kernel = structured.materialize(structured.astype(kernel, form))
+  elif structured.is_structured(kernel):
+    return None
+  table, kernel = np.asarray(table), np.asarray(kernel)
+  if len(kernel) >= len(table):
+    return None
+  with np.errstate(invalid='ignore'):  # of a signalling NaN
+    for array in (table, kernel):
+      if not jnp.issubdtype(array.dtype, jnp.floating) or not np.isfinite(array).all():
+        return None
+  return table, kernel
+
+
+def _with_embedding(
+  model: models.SlicedModel, leaf: Any, error: float
+) -> tuple[models.SlicedModel, list[transform.Note]]:
+  note = {
+    'tensor': 'embed/tokens',
+    'form': leaf.kind if structured.is_structured(leaf) else 'array',
+    'shape': list(leaf.shape),
+    'numbers': structured.count_numbers(leaf),
+    'error': float(f'{error:.3g}'),
+  }
+  params = model.params | {'embed': model.params['embed'] | {'tokens': leaf}}
+  return dataclasses.replace(model, params=params), [note]
+
+
+def _error_of_unseen_tokens(table: np.ndarray, head: np.ndarray) -> float:
+  """Median relative error of tokens, in some columns, with the T of other tokens.
+
+  It is 0 if there are too few tokens, or too few that are used, to try that.
+  """
+  rank = len(head)
+  few = table[:, :: -(-table.shape[1] // 16)]
+  norms = _row_norms(few)
+  used = np.flatnonzero(norms)
+  if used.size < 4 * rank:
+    return 0.0
+  chosen = np.random.default_rng(0).permutation(used)[: 3 * rank]
+  seen, unseen = np.sort(chosen[: 2 * rank]), np.sort(chosen[2 * rank :])
+  weights = _weights(norms)
+  equations = _normal_equations(few[seen], head[:, seen], weights[seen])
+  off = _deviations(few[unseen], head[:, unseen], least_squares(*equations))
+  return float(np.median(off * weights[unseen]))
+
+
+def _normal_equations(
+  table: np.ndarray, head: np.ndarray, weights: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+  """What `least_squares` takes.
+
+  Args:
+    table: `[V, d]`.
+    head: `[D, V]`.
+    weights: `[V]`, of the tokens' rows.
+
+  Returns:
+    `head @ W @ head^T` and `head @ W @ table`, W being the squared weights.
+  """
+  gram = np.zeros((len(head), len(head)))
+  moments = np.zeros((len(head), table.shape[1]))
+  for block in tied.token_blocks(head):
+    columns = head[:, block].astype(np.float64) * weights[block]
+    gram += columns @ columns.T
+    moments += columns @ (table[block].astype(np.float64) * weights[block, None])
+  return gram, moments
+
+
+def _row_norms(table: np.ndarray) -> np.ndarray:
+  norms = np.zeros(len(table))
+  for block in tied.token_blocks(table.T):
+    norms[block] = np.linalg.norm(table[block].astype(np.float64), axis=1)
+  return norms
+
+
+def _weights(norms: np.ndarray) -> np.ndarray:
+  """Of rows with these norms: the inverses, but as if none were below the median."""
+  used = norms[norms > 0]
+  return 1 / np.maximum(norms, np.median(used) if used.size else 1)
+
+
+def _deviations(table: np.ndarray, head: np.ndarray, matrix: np.ndarray) -> np.ndarray:
+  """Norms of the rows of `table - head^T @ matrix`."""
+  off = np.zeros(len(table))
+  matrix = matrix.astype(np.float64)
+  for block in tied.token_blocks(head):
+    product = head[:, block].astype(np.float64).T @ matrix
+    off[block] = np.linalg.norm(table[block].astype(np.float64) - product, axis=1)
+  return off
+
+
+def _exact_leaf(table: np.ndarray, head: np.ndarray) -> structured.TiedExactly:
+  """The leaf, with a T as fine as pays."""
+  rank, tokens = head.shape
+  weights = _weights(_row_norms(table))
+  gram, moments = _normal_equations(table, head, weights)
+  matrix = least_squares(gram, moments)
+  errors = _deviations(table, head, matrix) * weights
+  unit = float(jnp.finfo(table.dtype).eps) / 2
+  odd = errors > 8 * max(float(np.median(errors)), unit)
+  if odd.any():
+    # Tokens that were added later, say, are exceptions and are not to bend T.
+    others = _normal_equations(table[odd], head[:, odd], weights[odd])
+    gram, moments = gram - others[0], moments - others[1]
+    matrix = least_squares(gram, moments)
+    errors = _deviations(table, head, matrix) * weights
+  # Rounding row k of T to multiples of s_k adds sum_k mean_i(head[k, i]^2) s_k^2 / 12
+  # to the variance v of what is off. Terms of one size are best, and finer steps cost
+  # the D d integers what they save the V d residuals if the sum is v D / (V - D).
+  variance = (np.mean(errors[~odd] ** 2) + unit**2 / 12) / table.shape[1]
+  squares = np.maximum(np.diag(gram) / tokens, 0)
+  squares = np.where(squares > 0, squares, 1)
+  levels = 0.5 * np.log2(squares * (tokens - rank) / (12 * variance))
+  sample = np.sort(np.random.default_rng(0).permutation(tokens)[:_SAMPLE])
+  few = table[sample], head[:, sample]
+
+  def with_map(
+    table: np.ndarray, head: np.ndarray, exponents: np.ndarray
+  ) -> structured.TiedExactly:
+    integers = np.rint(np.ldexp(matrix, exponents[:, None]))
+    limit = (1 << 23) - 1
+    integers = np.clip(integers, -limit, limit).astype(np.int32)
+    return structured.TiedExactly.from_table(table, head, integers, exponents)
+
+  steps = [np.rint(levels + more).astype(np.int32) for more in (-1, 0, 1)]
+  best = min(steps, key=lambda e: _coded_bits(with_map(*few, e), tokens))
+  return with_map(table, head, best)
+
+
+def _coded_bits(leaf: structured.TiedExactly, tokens: int) -> float:
+  """About what a leaf takes when it is coded, if it has more tokens of its kind."""
+  _, arrays = leaf.stored()
+  high = arrays['map'] >> 8
+  bits = sum(_entropy(x.view(np.uint8)) for x in leaf.residuals)
+  bits = (bits + 16 * leaf.exceptions.size) * tokens / leaf.tokens
+  bits += _entropy(high.view(np.uint16) & 0xFF) + 8 * high.size
+  return bits + (_entropy(arrays['low']) if 'low' in arrays else 0)
+
+
+def _float_bits(table: np.ndarray) -> float:
+  """About what 16-bit floats take: the exponent and 3 further bits are coded."""
+  low = max(jnp.finfo(table.dtype).nmant - 3, 0)
+  bits = np.ascontiguousarray(table).view(np.uint16)
+  return _entropy((bits & 0x7FFF) >> low) + (1 + low) * table.size
+
+
+def _entropy(symbols: np.ndarray) -> float:
+  """Of all symbols together, in bits, with the table that a decoder needs."""
+  counts = np.bincount(symbols.reshape(-1))
+  counts = counts[counts > 0]
+  return float(counts @ np.log2(counts.sum() / counts)) + 8 * counts.size
+
+
+_TINY = float(np.finfo(np.float32).tiny)

@@ -1,0 +1,457 @@
+"""The gauges of attention heads: the function stays, h^2 numbers a head go."""
+
+import functools
+
+from absl.testing import absltest
+from absl.testing import parameterized
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import reference_forward
+
+from rotbits_jax import checkpoints
+from rotbits_jax import models
+from rotbits_jax import structured
+from rotbits_jax import symmetries
+from rotbits_jax.symmetries import heads
+
+LLAMA = {
+  'model_type': 'llama',
+  'hidden_size': 12,
+  'intermediate_size': 8,
+  'num_hidden_layers': 2,
+  'num_attention_heads': 4,
+  'num_key_value_heads': 2,
+  'head_dim': 6,
+  'vocab_size': 31,
+  'max_position_embeddings': 32,
+  'rope_theta': 50.0,
+  'rms_norm_eps': 1e-3,
+}
+OPT = {
+  'model_type': 'opt',
+  'hidden_size': 12,
+  'ffn_dim': 8,
+  'num_hidden_layers': 2,
+  'num_attention_heads': 2,
+  'vocab_size': 31,
+  'max_position_embeddings': 20,
+  'word_embed_proj_dim': 12,
+}
+PHI = LLAMA | {
+  'model_type': 'phi',
+  'hidden_size': 24,
+  'partial_rotary_factor': 2 / 3,
+}
+PHI = {k: v for k, v in PHI.items() if k not in ('head_dim', 'rms_norm_eps')}
+QWEN2 = LLAMA | {'model_type': 'qwen2'}
+
+# Name, config.json, h and r: numbers saved are K h^2, and K ((h - r)^2 + r).
+FAMILIES = (
+  ('opt', OPT, 6, 0),
+  ('llama_with_groups', LLAMA, 6, 6),
+  ('phi_with_partial_rope_and_biases', PHI, 6, 4),
+  ('qwen2_with_biases_and_rope', QWEN2, 6, 6),
+)
+_basis = jax.jit(heads.basis)
+_fix_values = jax.jit(functools.partial(heads.fix_values, kv_heads=2))
+
+CHAIN = (symmetries.remove_value_gauge(), symmetries.remove_query_key_gauge())
+
+
+def _random(shape, seed=0, scale=1.0):
+  values = np.random.default_rng(seed).standard_normal(shape)
+  return (scale * values).astype(np.float32)
+
+
+@functools.cache
+def _model(family, dtype=np.float32):
+  """A model whose every parameter is random, norms and biases too."""
+  config_json = {name: config for name, config, *_ in FAMILIES}[family]
+  config = checkpoints.parse_config(config_json, None)
+  rng = np.random.default_rng(0)
+  draw = lambda shape: (rng.standard_normal(shape) / 3).astype(dtype)
+  random = lambda shapes: jax.tree.map(
+    draw, shapes, is_leaf=lambda x: isinstance(x, tuple)
+  )
+  layers = [random(models.layer_shapes(config, i)) for i in range(config.num_layers)]
+  return models.from_layers(config, random(models.outer_shapes(config)), layers)
+
+
+def _reference_logits(config_json, model):
+  tokens = np.random.default_rng(1).integers(31, size=9)
+  tensors = checkpoints.to_tensors(model)
+  return reference_forward.forward(tensors, config_json, tokens)
+
+
+def _with_first(model, name, change):
+  """The model with a kernel of the first layer's attention changed."""
+  first, *others = (jax.tree.map(np.array, layer) for layer in model.layers())
+  kernel = first['attention'][name]['kernel']
+  first['attention'][name]['kernel'] = change(kernel)
+  return models.from_layers(model.config, model.outer(), [first, *others])
+
+
+def _spanned(below):
+  """`[I - B^H B / 4; B]` in float64."""
+  below = np.asarray(below)
+  below = below.astype(np.result_type(below, np.float64))
+  return np.concatenate([np.eye(below.shape[1]) - below.conj().T @ below / 4, below])
+
+
+MATRICES = {
+  'random': _random((9, 4)),
+  'square': _random((4, 4)),
+  'complex': _random((7, 1)) + 1j * _random((7, 1), 1),
+  'of_rank_1': np.outer(_random(9), _random(4, 1)),
+  'zero': np.zeros((9, 4), np.float32),
+  'opposite_to_the_first_rows': np.eye(9, 4, dtype=np.float32) * -3,
+  'orthogonal_to_the_first_rows': np.eye(9, 4, -4, dtype=np.float32),
+  'of_equal_rows': np.ones((9, 4), np.float32),
+  'ill_conditioned': _random((9, 4)) * np.float32([1e4, 1, 1e-3, 1e-6]),
+}
+
+
+class BasisTest(parameterized.TestCase):
+  @parameterized.parameters(*MATRICES)
+  def test_spans_a_matrix_of_any_rank_and_is_well_conditioned(self, name):
+    matrix = MATRICES[name]
+    below, factor = _basis(matrix)
+    self.assertEqual(below.dtype, matrix.dtype)
+    spanned = _spanned(below)
+    wide = np.asarray(factor, spanned.dtype)
+    tolerance = 2e-6 * max(np.linalg.norm(matrix), 1e-30)
+    np.testing.assert_allclose(spanned @ wide, matrix, rtol=0, atol=tolerance)
+    self.assertLess(np.linalg.cond(spanned), 2 + 1e-5)
+    if below.size:
+      self.assertLess(np.linalg.norm(below, 2), 2 + 1e-5)
+
+  def test_a_change_of_basis_changes_nothing(self):
+    matrix = MATRICES['random']
+    mixed = matrix @ _random((4, 4), 5)
+    below, again = (_basis(x).below for x in (matrix, mixed))
+    np.testing.assert_allclose(np.asarray(below), again, rtol=0, atol=1e-4)
+
+  def test_passes_through_vmap(self):
+    stack = np.stack([_random((9, 4), seed) for seed in range(3)])
+    batched = jax.jit(jax.vmap(heads.basis))(stack)
+    for i, matrix in enumerate(stack):
+      chex.assert_trees_all_close(
+        jax.tree.map(lambda x, i=i: x[i], batched), _basis(matrix), atol=1e-5
+      )
+
+
+class LeavesTest(parameterized.TestCase):
+  @parameterized.parameters(0, 4)
+  def test_columns_of_a_head_are_a_basis_beside_those_that_rope_turns(self, rotary):
+    d, count, m = 7, 2, 3
+    turned = _random((d, count * rotary), 1)
+    rest = _random((d - m, count * m), 2)
+    leaf = structured.HeadColumns(turned, rest, heads=count)
+    kernel = np.asarray(leaf.materialize())
+    self.assertEqual(kernel.shape, leaf.shape)
+    for i in range(count):
+      head = kernel[:, i * (rotary + m) : (i + 1) * (rotary + m)]
+      known = turned[:, i * rotary : (i + 1) * rotary]
+      np.testing.assert_array_equal(head[:, :rotary], known)
+      expected = _spanned(rest[:, i * m : (i + 1) * m])
+      np.testing.assert_allclose(head[:, rotary:], expected, atol=1e-5)
+
+  @parameterized.parameters((1, 4, 0), (3, 4, 3))
+  def test_planes_of_a_group_are_one_complex_basis(self, group, rotary, m):
+    d, groups, h = 5, 2, rotary + m
+    below = _random((d - 1, groups * group * h), 1)
+    top = _random((groups, group * h - rotary), 2)
+    leaf = structured.HeadPlanes(below, top, head_dim=h)
+    kernel = np.asarray(leaf.materialize())
+    self.assertEqual(kernel.shape, leaf.shape)
+    np.testing.assert_array_equal(kernel[1:], below)
+    known = kernel[0].reshape(groups, group * h)[:, rotary:]
+    np.testing.assert_array_equal(known, top)
+    columns = kernel.reshape(d, groups, group, h)
+    for i in range(groups):
+      for j in range(rotary // 2):
+        plane = columns[:, i, :, j] + 1j * columns[:, i, :, j + rotary // 2]
+        basis = plane.T.reshape(-1, 1)
+        np.testing.assert_allclose(basis, _spanned(basis[1:]), atol=1e-5)
+
+  @parameterized.parameters((1, 3), (2, 5), (3, 4))
+  def test_rows_of_a_group_are_one_basis(self, group, width):
+    h, groups = 3, 2
+    first = _random((groups * h, width - h), 1)
+    others = _random((groups * (group - 1) * h, width), 2)
+    leaf = structured.HeadRows(first, others, groups=groups)
+    kernel = np.asarray(leaf.materialize())
+    self.assertEqual(kernel.shape, leaf.shape)
+    for i in range(groups):
+      block = kernel[i * group * h : (i + 1) * group * h]
+      basis = np.concatenate(np.split(block, group), axis=1).T
+      np.testing.assert_allclose(basis, _spanned(basis[h:]), atol=1e-5)
+      known = others.reshape(groups, -1, width)[i]
+      np.testing.assert_array_equal(block[h:], known)
+      np.testing.assert_array_equal(block[:h, h:], first.reshape(groups, h, -1)[i])
+
+  def test_sizes_that_do_not_fit_are_an_error(self):
+    columns = {'turned': np.zeros((7, 8)), 'rest': np.zeros((4, 6))}
+    structured.HeadColumns.from_stored({'heads': 2}, columns)
+    for count, name, shape in (
+      (2, 'turned', (5, 8)),
+      (2, 'turned', (7, 5)),
+      (2, 'rest', (4, 5)),
+      (4, 'rest', (4, 6)),
+      (0, 'rest', (4, 6)),
+    ):
+      with self.assertRaisesRegex(ValueError, 'no kernel of'):
+        structured.HeadColumns.from_stored(
+          {'heads': count}, columns | {name: np.zeros(shape)}
+        )
+    planes = {'below': np.zeros((4, 36)), 'top': np.zeros((2, 14))}
+    structured.HeadPlanes.from_stored({'head_dim': 6}, planes)
+    for h, name, shape in (
+      (6, 'below', (4, 35)),
+      (6, 'top', (2, 13)),
+      (6, 'top', (2, 18)),
+      (6, 'top', (2, 10)),
+      (6, 'top', (0, 14)),
+      (0, 'top', (2, 14)),
+    ):
+      with self.assertRaisesRegex(ValueError, 'no kernel of'):
+        structured.HeadPlanes.from_stored(
+          {'head_dim': h}, planes | {name: np.zeros(shape)}
+        )
+    rows = {'first': np.zeros((6, 2)), 'others': np.zeros((12, 5))}
+    structured.HeadRows.from_stored({'groups': 2}, rows)
+    for groups, name, shape in (
+      (3, 'first', (6, 2)),
+      (0, 'first', (0, 2)),
+      (2, 'first', (6, 5)),
+      (2, 'others', (10, 5)),
+    ):
+      with self.assertRaisesRegex(ValueError, 'no kernel of'):
+        structured.HeadRows.from_stored(
+          {'groups': groups}, rows | {name: np.zeros(shape)}
+        )
+
+
+class PairsTest(parameterized.TestCase):
+  def test_values_and_outputs_keep_their_products(self):
+    h = 3
+    pair = {
+      'value': {'kernel': _random((7, 2 * h)), 'bias': _random(2 * h, 1)},
+      'out': {'kernel': _random((4 * h, 5), 2)},
+    }
+    fixed = structured.materialize(_fix_values(pair))
+    for j in range(4):
+      at = slice(j // 2 * h, j // 2 * h + h)
+
+      def product(pair, j=j, at=at):
+        wide = jax.tree.map(np.float64, pair)
+        rows = np.concatenate([wide['value']['kernel'], wide['value']['bias'][None]])
+        return rows[:, at] @ wide['out']['kernel'][j * h : j * h + h]
+
+      np.testing.assert_allclose(product(fixed), product(pair), atol=1e-5)
+
+  def test_queries_and_keys_keep_the_products_that_rope_turns(self):
+    d, groups, rotary, m = 7, 2, 4, 3
+    h = rotary + m
+    pair = {
+      'query': {
+        'kernel': _random((d, 2 * groups * h)),
+        'bias': _random(2 * groups * h, 1),
+      },
+      'key': {'kernel': _random((d, groups * h), 2), 'bias': _random(groups * h, 3)},
+    }
+    fix = functools.partial(heads.fix_keys, kv_heads=groups, rotary=rotary)
+    fixed = structured.materialize(jax.jit(fix)(pair))
+
+    def products(pair, j):
+      """Of one query head with its key: of each plane, and of what is not turned."""
+      sides = []
+      for name, i in (('query', j), ('key', j // 2)):
+        wide = jax.tree.map(np.float64, pair[name])
+        rows = np.concatenate([wide['kernel'], wide['bias'][None]])
+        sides.append(rows[:, i * h : (i + 1) * h])
+      planes = [x[:, :2] + 1j * x[:, 2:rotary] for x in sides]
+      planes = np.einsum('ai,bi->iab', planes[0], planes[1].conj())
+      # The key's bias is the last row; here it adds the same to a query's scores.
+      return planes, sides[0][:, rotary:] @ sides[1][:-1, rotary:].T
+
+    for j in range(2 * groups):
+      chex.assert_trees_all_close(products(fixed, j), products(pair, j), atol=1e-4)
+    kept = np.asarray(fixed['key']['bias']).reshape(groups, h)
+    self.assertTrue((kept[:, rotary:] == 0).all())
+    self.assertTrue((kept[:, :rotary] != 0).all())
+
+  def test_layers_pass_through_vmap(self):
+    pair = {
+      'value': {'kernel': _random((3, 7, 6)), 'bias': _random((3, 6), 1)},
+      'out': {'kernel': _random((3, 12, 5), 2)},
+    }
+    stacked = jax.jit(jax.vmap(_fix_values))(pair)
+    for i in range(3):
+      alone = _fix_values(jax.tree.map(lambda x, i=i: x[i], pair))
+      layer = models.unstack_layer(stacked, i)
+      chex.assert_trees_all_close(layer, alone, atol=1e-5)
+
+  def test_errors_of_products_are_those_of_numpy(self):
+    left, right = _random((2, 9, 3)), _random((2, 7, 3), 1)
+    near = left + _random(left.shape, 2, 1e-3), right + _random(right.shape, 3, 1e-3)
+    wide = lambda a, b: np.float64(a) @ np.float64(b).transpose(0, 2, 1)
+    expected = np.linalg.norm(wide(left, right) - wide(*near))
+    got = jax.jit(heads.product_error)(left, right, *near)
+    np.testing.assert_allclose(got, expected, rtol=1e-4)
+
+  def test_rotations_of_values_and_keys_keep_the_function(self):
+    model = _model('opt')
+    rotations = np.linalg.qr(_random((2, 2, 6, 6)))[0]
+    layers = model.params['blocks_0']
+    both = lambda x, r: heads.rotate_keys(heads.rotate_values(x, r), r)
+    rotated = jax.jit(jax.vmap(both))(layers, rotations)
+    params = model.params | {'blocks_0': rotated}
+    moved = rotated['attention']['out']['kernel'] - layers['attention']['out']['kernel']
+    self.assertGreater(np.abs(moved).mean(), 0.1)
+    np.testing.assert_allclose(
+      _reference_logits(OPT, model.replace(params=params)),
+      _reference_logits(OPT, model),
+      atol=1e-4,
+    )
+
+
+class TransformsTest(parameterized.TestCase):
+  @parameterized.named_parameters(*FAMILIES)
+  def test_function_is_kept_and_numbers_are_saved(self, config_json, h, rotary):
+    model = _model({id(c): n for n, c, *_ in FAMILIES}[id(config_json)])
+    fixed, savings = symmetries.run_chain(CHAIN, model)
+    expected = _reference_logits(config_json, model)
+    np.testing.assert_allclose(
+      _reference_logits(config_json, fixed), expected, rtol=0, atol=1e-4
+    )
+    layers, groups, m = 2, model.config.num_kv_heads, h - rotary
+    self.assertEqual(
+      [s.numbers for s in savings],
+      [layers * groups * h**2, layers * groups * (m**2 + rotary)],
+    )
+
+  def test_leaves_run_in_the_forward_pass(self):
+    model = _model('phi_with_partial_rope_and_biases')
+    fixed, _ = symmetries.run_chain(CHAIN, model)
+    attention = fixed.params['blocks_0']['attention']
+    self.assertIsInstance(attention['out']['kernel'], structured.HeadRows)
+    self.assertIsInstance(attention['key']['kernel'], structured.HeadColumns)
+    self.assertIsInstance(attention['query']['kernel'], structured.HeadPlanes)
+    tokens = np.random.default_rng(1).integers(31, size=(1, 9))
+    np.testing.assert_allclose(
+      jax.jit(models.logits)(fixed, tokens)[0],
+      _reference_logits(PHI, model),
+      rtol=0,
+      atol=1e-4,
+    )
+
+  def test_notes_tell_the_form_the_numbers_and_the_errors(self):
+    model = _model('llama_with_groups', np.float16)
+    fixed, (values, keys) = symmetries.run_chain(CHAIN, model)
+    for note, name in ((values.notes[1], 'out'), (keys.notes[1], 'query')):
+      leaf = list(fixed.layers())[1]['attention'][name]['kernel']
+      self.assertEqual(note['tensor'], f'layers.1/attention/{name}/kernel')
+      self.assertEqual(note['form'], leaf.kind)
+      self.assertEqual(note['shape'], list(leaf.shape))
+      self.assertEqual(note['numbers'], structured.count_numbers(leaf))
+      self.assertEqual(leaf.dtype, np.float16)
+      # Both kernels' rounding errors, of 0.42 roundoffs each.
+      for error in ('error', 'plain_error'):
+        self.assertBetween(note[error] * 2**11, 0.3, 0.8)
+
+  def test_error_in_the_notes_is_that_of_the_rounded_product(self):
+    model = _model('llama_with_groups', np.float16)
+    fixed, (values, _) = symmetries.run_chain(CHAIN, model)
+
+    def product(model):
+      attention = next(model.layers())['attention']
+      value, out = (np.float64(attention[n]['kernel']) for n in ('value', 'out'))
+      value = value.reshape(12, 2, 1, 6).transpose(1, 2, 0, 3)
+      return value @ out.reshape(2, 2, 6, 12)
+
+    expected = product(model)
+    # Materialized in float32, as the forward pass does.
+    wide = fixed.replace(params=structured.astype(fixed.params, np.float32))
+    error = np.linalg.norm(product(wide.materialize()) - expected)
+    error /= np.linalg.norm(expected)
+    self.assertAlmostEqual(values.notes[0]['error'] / error, 1, delta=0.01)
+
+  def test_a_layer_that_rounding_would_harm_stays_as_it_is(self):
+    model = _model('llama_with_groups', np.float16)
+    for factory in (symmetries.remove_value_gauge, symmetries.remove_query_key_gauge):
+      same, notes = factory(tolerance=0.5).apply(model)
+      chex.assert_trees_all_equal(same, model)
+      self.assertEqual([(n['form'], n['error']) for n in notes], [('array', 0.0)] * 2)
+
+  @parameterized.named_parameters(
+    ('too_large_products', lambda x: x * np.float16(3e4)),
+    ('infinities', lambda x: x * np.float16(np.inf)),
+    ('a_nan', lambda x: np.where(np.arange(x.size).reshape(x.shape) == 5, np.nan, x)),
+  )
+  def test_a_layer_whose_numbers_do_not_fit_stays_as_it_is(self, change):
+    model = _model('llama_with_groups', np.float16)
+    with np.errstate(invalid='ignore', over='ignore'):
+      broken = _with_first(model, 'out', lambda x: change(x).astype(np.float16))
+      broken = _with_first(broken, 'value', lambda x: x * np.float16(8))
+    fixed, _ = symmetries.run_chain(CHAIN[:1], broken)
+    first, second = fixed.layers()
+    self.assertNotIsInstance(first['attention']['out']['kernel'], structured.HeadRows)
+    self.assertIsInstance(second['attention']['out']['kernel'], structured.HeadRows)
+    before = next(broken.layers())['attention']
+    chex.assert_trees_all_equal(first['attention'], before)
+
+  @parameterized.named_parameters(
+    ('a_zero_head', lambda x: x * (np.arange(x.shape[-1]) >= 6)),
+    ('no_rank', lambda x: x * 0),
+    ('rank_1', lambda x: np.outer(x[:, 0], x[0])),
+    ('equal_rows', lambda x: np.broadcast_to(x[:1], x.shape)),
+  )
+  def test_degenerate_kernels_are_fixed_all_the_same(self, change):
+    model = _model('llama_with_groups')
+    for name in ('value', 'out', 'query', 'key'):
+      model = _with_first(model, name, change)
+    fixed, savings = symmetries.run_chain(CHAIN, model)
+    self.assertEqual([s.numbers for s in savings], [144, 24])
+    np.testing.assert_allclose(
+      _reference_logits(LLAMA, fixed), _reference_logits(LLAMA, model), atol=1e-4
+    )
+
+  def test_a_dead_plane_with_a_bias_stays_as_it_is(self):
+    # The basis has no factor 0 to give a bias back with.
+    model = _model('qwen2_with_biases_and_rope')
+    dead = lambda x: x * (np.arange(x.shape[-1]) % 3 != 1)
+    fixed, notes = CHAIN[1].apply(_with_first(model, 'query', dead))
+    self.assertEqual([n['form'] for n in notes], ['array', 'head_planes'])
+    self.assertTrue(all(np.isfinite(x).all() for x in jax.tree.leaves(fixed)))
+
+  def test_what_is_not_known_is_left_alone(self):
+    model = _model('llama_with_groups')
+    kernel = model.params['blocks_0']['attention']['out']['kernel']
+    attention = model.params['blocks_0']['attention'] | {
+      'out': {'kernel': structured.Constant.like(kernel, 0.5)},
+      'key': {'kernel': np.zeros((2, 12, 12), np.int8)},
+    }
+    layers = model.params['blocks_0'] | {'attention': attention}
+    strange = model.replace(params=model.params | {'blocks_0': layers})
+    for transform in CHAIN:
+      same, notes = transform.apply(strange)
+      chex.assert_trees_all_equal(same, strange)
+      self.assertEmpty(notes)
+
+  def test_a_segment_narrower_than_a_head_is_left_alone(self):
+    config_json = LLAMA | {'hidden_size': 4}
+    config = checkpoints.parse_config(config_json, None)
+    zeros = functools.partial(
+      jax.tree.map, jnp.zeros, is_leaf=lambda x: isinstance(x, tuple)
+    )
+    layers = [zeros(models.layer_shapes(config, i)) for i in range(2)]
+    model = models.from_layers(config, zeros(models.outer_shapes(config)), layers)
+    for transform in CHAIN:
+      chex.assert_trees_all_equal(transform.apply(model), (model, []))
+
+
+if __name__ == '__main__':
+  absltest.main()

@@ -1,0 +1,469 @@
+"""Low-rank pairs: leaves, the gauge between two factors, and checkpoints of them."""
+
+import functools
+import json
+import pathlib
+import tempfile
+
+from absl.testing import absltest
+from absl.testing import parameterized
+import chex
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+import reference_forward
+
+import rotbits_jax
+from rotbits_jax import checkpoints
+from rotbits_jax import models
+from rotbits_jax import structured
+from rotbits_jax import symmetries
+from rotbits_jax.checkpoints import factors
+from rotbits_jax.checkpoints import safetensors_files
+from rotbits_jax.symmetries import low_rank
+
+DENSE = pathlib.Path(__file__).parent / 'testdata' / 'llama-tiny-dense'
+LLAMA = {
+  'model_type': 'llama',
+  'hidden_size': 12,
+  'intermediate_size': 20,
+  'num_hidden_layers': 2,
+  'num_attention_heads': 2,
+  'num_key_value_heads': 1,
+  'vocab_size': 31,
+  'max_position_embeddings': 32,
+  'rope_theta': 50.0,
+  'rms_norm_eps': 1e-3,
+}
+OPT = {
+  'model_type': 'opt',
+  'hidden_size': 12,
+  'ffn_dim': 20,
+  'num_hidden_layers': 2,
+  'num_attention_heads': 2,
+  'vocab_size': 31,
+  'max_position_embeddings': 20,
+  'word_embed_proj_dim': 12,
+}
+LOW_RANK = (
+  ('attention', 'query'),
+  ('attention', 'out'),
+  ('mlp', 'gate'),
+  ('mlp', 'down'),
+)
+# The linear layers of each, and what the factors of one are called.
+NAMINGS = (
+  ('svd_llm', LLAMA, 'mlp.up_proj', 'mlp.up_u_proj.weight', 'mlp.up_v_proj.weight'),
+  ('svd_llm_with_biases', OPT, 'fc1', 'fc1_u_proj.weight', 'fc1_v_proj.weight'),
+  ('asvd', OPT, 'fc2', 'fc2.ALinear.weight', 'fc2.BLinear.weight'),
+  ('linears', LLAMA, 'mlp.up_proj', 'mlp.up_proj.U.weight', 'mlp.up_proj.V.weight'),
+  ('factors', OPT, 'fc1', 'fc1.U', 'fc1.V'),
+)
+
+_fix_pair = jax.jit(low_rank.fix_pair)
+_logits = jax.jit(models.logits)
+
+
+def _pair(m, n, rank, dtype=np.float16, seed=0):
+  rng = np.random.default_rng(seed)
+  u, v = rng.standard_normal((m, rank)), rng.standard_normal((rank, n))
+  return structured.LowRank(u.astype(dtype), v.astype(dtype), names='asvd')
+
+
+def _product(leaf):
+  """In float64, of a `LowRank`."""
+  return np.float64(leaf.u) @ np.float64(leaf.v)
+
+
+def _reduced(m, n, rank, seed=0):
+  pair = _pair(m, n, rank, np.float32, seed)
+  fixed = jax.device_get(_fix_pair(pair.u, pair.v))
+  return fixed.replace(names='linears').astype(np.float16)
+
+
+def _definition(leaf):
+  """What a `ReducedLowRank` stands for, in float64."""
+  below, other = np.float64(leaf.below), np.float64(leaf.other)
+  square = np.eye(leaf.rank) - below.T @ below / 4
+  matrix = np.concatenate([below, square]) @ other
+  return matrix.T if leaf.transposed else matrix
+
+
+def _relative(array, expected):
+  return np.linalg.norm(np.float64(array) - expected) / np.linalg.norm(expected)
+
+
+# Unstacked leaves of one shape by a seed, of the same rank and of different ranks.
+LEAVES = {
+  'low_rank': lambda seed: _pair(7, 9, 3, seed=seed),
+  'low_rank_of_ranks': lambda seed: _pair(7, 9, 2 + seed, seed=seed),
+  'reduced': lambda seed: _reduced(7, 9, 3, seed=seed),
+  'reduced_transposed': lambda seed: _reduced(9, 7, 3, seed=seed),
+  'reduced_of_ranks': lambda seed: _reduced(7, 9, (2, 7, 3)[seed], seed=seed),
+  'reduced_transposed_of_ranks': lambda seed: _reduced(
+    9, 7, (4, 1, 7)[seed], seed=seed
+  ),
+}
+
+
+class LeavesTest(parameterized.TestCase):
+  @parameterized.parameters(*LEAVES)
+  def test_stored_numbers_give_the_leaf_back(self, name):
+    leaf = LEAVES[name](0)
+    settings, arrays = leaf.stored()
+    again = structured.KINDS[leaf.kind].from_stored(
+      json.loads(json.dumps(settings)), arrays
+    )
+    chex.assert_trees_all_equal(again, leaf)
+    self.assertEqual((again.shape, again.names), (leaf.shape, leaf.names))
+    self.assertEqual(again.dtype, np.float16)
+
+  @parameterized.parameters(*LEAVES)
+  def test_stands_for_the_product_of_its_definition(self, name):
+    leaf = LEAVES[name](1).astype(np.float32)
+    expected = _product(leaf) if 'low_rank' in name else _definition(leaf)
+    self.assertEqual(leaf.shape, expected.shape)
+    np.testing.assert_allclose(leaf.materialize(), expected, atol=1e-5)
+    np.testing.assert_allclose(leaf.T.materialize(), expected.T, atol=1e-5)
+    x = np.random.default_rng(0).standard_normal((2, 3, leaf.shape[0]))
+    np.testing.assert_allclose(leaf.apply(np.float32(x)), x @ expected, atol=1e-4)
+
+  @parameterized.parameters(*LEAVES)
+  def test_a_stack_of_leaves_of_any_rank_is_applied_and_comes_apart(self, name):
+    leaves = [LEAVES[name](seed) for seed in range(3)]
+    stack = type(leaves[0]).stack(leaves)
+    self.assertEqual(stack.shape, (3, *leaves[0].shape))
+    x = np.random.default_rng(0).standard_normal((4, leaves[0].shape[0]))
+    x = x.astype(np.float32)
+    wide = stack.astype(np.float32)
+    applied = jax.jit(jax.vmap(lambda leaf: leaf.apply(x)))(wide)
+    matrices = jax.jit(jax.vmap(lambda leaf: leaf.materialize()))(wide)
+    for i, leaf in enumerate(leaves):
+      chex.assert_trees_all_equal(stack.layer(i), leaf)
+      expected = leaf.astype(np.float32).materialize()
+      np.testing.assert_allclose(matrices[i], expected, atol=1e-5)
+      np.testing.assert_allclose(applied[i], x @ np.asarray(expected), atol=1e-4)
+
+  def test_reduced_leaf_stores_the_square_of_the_rank_fewer(self):
+    for m, n, r in ((7, 9, 3), (9, 7, 3), (7, 9, 7), (7, 9, 1)):
+      self.assertEqual(structured.count_numbers(_reduced(m, n, r)), r * (m + n) - r * r)
+
+  def test_plain_pair_has_the_same_product_and_names(self):
+    leaf = _reduced(9, 7, 3).astype(np.float32)
+    plain = leaf.plain()
+    self.assertEqual(plain.names, 'linears')
+    np.testing.assert_allclose(_product(plain), _definition(leaf), atol=1e-5)
+
+  def test_is_thin_where_two_products_are_cheaper(self):
+    self.assertTrue(_pair(8, 8, 3).is_thin)
+    self.assertFalse(_pair(8, 8, 4).is_thin)
+
+  @parameterized.parameters(
+    ('low_rank', {'u': np.zeros((7, 3)), 'v': np.zeros((2, 9))}),
+    ('low_rank', {'u': np.zeros(7), 'v': np.zeros((7, 9))}),
+    ('reduced_low_rank', {'below': np.zeros((4, 3)), 'other': np.zeros((4, 9))}),
+    ('reduced_low_rank', {'below': np.zeros((4, 3)), 'other': np.zeros((3, 6))}),
+    ('reduced_low_rank', {'below': np.zeros(3), 'other': np.zeros((3, 6))}),
+  )
+  def test_arrays_of_wrong_shapes_are_refused(self, kind, arrays):
+    with self.assertRaisesRegex(ValueError, r'\(.*\)'):
+      structured.KINDS[kind].from_stored({'transposed': False, 'names': 'asvd'}, arrays)
+
+
+class FixPairTest(parameterized.TestCase):
+  @parameterized.parameters((24, 16, 8), (16, 24, 8), (16, 16, 16), (16, 24, 1))
+  def test_product_is_kept_and_no_number_is_large(self, m, n, rank):
+    pair = _pair(m, n, rank, np.float32)
+    fixed = _fix_pair(pair.u, pair.v)
+    self.assertLess(_relative(_definition(fixed), _product(pair)), 2e-6)
+    self.assertLessEqual(np.linalg.norm(fixed.below, 2), 2 + 1e-5)
+    self.assertEqual(fixed.shape, (m, n))
+    self.assertEqual(fixed.transposed, m > n)
+
+  def test_factors_of_any_rank_and_scale_are_kept(self):
+    pair = _pair(24, 16, 8, np.float32)
+    u, v = np.array(pair.u), np.array(pair.v)
+    u[:, 3] = u[:, 5] - u[:, 6]  # of rank 6 together
+    v[7] = 0
+    scales = np.float32(10.0) ** np.arange(-4, 4)
+    u, v = u * scales, v / scales[:, None]
+    fixed = _fix_pair(u, v)
+    expected = np.float64(u) @ np.float64(v)
+    self.assertLess(_relative(_definition(fixed), expected), 1e-5)
+
+  def test_zeros_are_kept(self):
+    fixed = _fix_pair(np.zeros((24, 8), np.float32), np.ones((8, 16), np.float32))
+    np.testing.assert_array_equal(_definition(fixed), np.zeros((24, 16)))
+
+
+class FixPairsTest(parameterized.TestCase):
+  @parameterized.parameters(np.float16, ml_dtypes.bfloat16)
+  def test_rounding_does_as_much_harm_as_to_the_plain_pair(self, dtype):
+    tree = {'a': _pair(64, 48, 24, dtype), 'b': {'c': _pair(48, 64, 24, dtype, 1)}}
+    fixed, notes = low_rank.fix_pairs(tree)
+    unit = float(jnp.finfo(dtype).eps) / 2
+    for note, pair, leaf in (
+      (notes[0], tree['a'], fixed['a']),
+      (notes[1], tree['b']['c'], fixed['b']['c']),
+    ):
+      self.assertEqual(leaf.kind, 'reduced_low_rank')
+      self.assertEqual((leaf.dtype, leaf.names), (np.dtype(dtype), 'asvd'))
+      error = _relative(_definition(leaf), _product(pair))
+      self.assertLess(error, 0.8 * unit)
+      np.testing.assert_allclose(note['error'], error, rtol=0.02)
+      np.testing.assert_allclose(note['plain_error'], 0.58 * unit, rtol=0.1)
+      self.assertEqual(note['numbers'], 24 * (64 + 48 - 24))
+      self.assertEqual(note['rank'], 24)
+      self.assertEqual(tuple(note['shape']), pair.shape)
+    self.assertEqual([note['tensor'] for note in notes], ['a', 'b/c'])
+
+  def test_float32_is_kept_to_what_float32_arithmetic_can_tell(self):
+    pair = _pair(24, 16, 8, np.float32)
+    fixed, _ = low_rank.fix_pairs({'a': pair})
+    self.assertEqual(fixed['a'].kind, 'reduced_low_rank')
+    self.assertLess(_relative(_definition(fixed['a']), _product(pair)), 2e-6)
+
+  def test_a_pair_that_rounding_would_harm_more_than_the_tolerance_stays(self):
+    pair = _pair(24, 16, 8)
+    fixed, notes = low_rank.fix_pairs({'a': pair}, tolerance=0)
+    self.assertIs(fixed['a'], pair)
+    self.assertEqual(notes[0]['form'], 'low_rank')
+    self.assertEqual(notes[0]['numbers'], 8 * 40)
+
+  def test_what_overflows_or_is_not_finite_or_no_pair_stays(self):
+    huge = structured.LowRank(
+      np.full((8, 2), 4e4, np.float16), np.full((2, 8), 4e4, np.float16)
+    )
+    broken = _pair(24, 16, 8)
+    broken = broken.replace(v=np.where(broken.v > 2, np.nan, broken.v))
+    tree = {
+      'array': np.ones((4, 4), np.float16),
+      'broken': broken,
+      'huge': huge,
+      'wide': _pair(4, 8, 6),  # r > m
+      'triangle': structured.Trapezoidal(np.tril(np.ones((4, 4)))),
+    }
+    fixed, notes = low_rank.fix_pairs(tree)
+    for name, leaf in tree.items():
+      self.assertIs(fixed[name], leaf)
+    self.assertEqual([note['form'] for note in notes], ['low_rank'])
+
+
+@functools.cache
+def _compressed():
+  """The dense Llama with kernels of half their rank, and less in one."""
+  model = checkpoints.load_checkpoint(DENSE).model
+
+  def truncated(kernel, rank):
+    u, values, vt = np.linalg.svd(np.float64(kernel), full_matrices=False)
+    roots = np.sqrt(values[:rank])
+    u, v = u[:, :rank] * roots, roots[:, None] * vt[:rank]
+    return structured.LowRank(
+      u.astype(kernel.dtype), v.astype(kernel.dtype), names='asvd'
+    )
+
+  layers = []
+  for i, layer in enumerate(model.layers()):
+    for part, name in LOW_RANK:
+      rank = 40 if (i, name) == (2, 'down') else 64
+      kernel = layer[part][name]['kernel']
+      layer[part][name] = {'kernel': truncated(kernel, rank)}
+    layers.append(layer)
+  return models.from_layers(model.config, model.outer(), layers)
+
+
+@functools.cache
+def _rewritten():
+  """That model with its pairs reduced, and the notes."""
+  chain = (low_rank.remove_low_rank_gauge(),)
+  model, (saving,) = symmetries.run_chain(chain, _compressed())
+  return model, saving
+
+
+class RemoveLowRankGaugeTest(parameterized.TestCase):
+  def test_stores_the_squares_of_the_ranks_fewer_and_keeps_the_products(self):
+    model = _compressed()
+    self.assertEqual(model.group_sizes, (3,))  # ranks do not split the layers
+    rewritten, saving = _rewritten()
+    self.assertLen(saving.notes, 3 * len(LOW_RANK))
+    self.assertEqual(saving.numbers, sum(n['rank'] ** 2 for n in saving.notes))
+    self.assertEqual(rewritten.group_sizes, (3,))
+    leaf = rewritten.params['blocks_0']['mlp']['down']['kernel']
+    self.assertEqual((leaf.dtype, leaf.ranks), (np.float16, (64, 64, 40)))
+    rng = np.random.default_rng(0)
+    for before, after in zip(model.layers(), rewritten.layers(), strict=True):
+      for part, name in LOW_RANK:
+        pair, leaf = (x[part][name]['kernel'] for x in (before, after))
+        q, _ = np.linalg.qr(rng.standard_normal((pair.rank, pair.rank)))
+        u, v = np.float64(pair.u) @ q, q.T @ np.float64(pair.v)
+        noise = _relative(
+          _product(structured.LowRank(np.float16(u), np.float16(v))), u @ v
+        )
+        self.assertLess(_relative(_definition(leaf), u @ v), 1.2 * noise)
+
+  @pytest.mark.slow
+  def test_free_keeps_pairs_and_stores_fewer_numbers(self):
+    decoded = rotbits_jax.decode(rotbits_jax.encode(_compressed()))
+    layer = next(decoded.layers())
+    for part, name in LOW_RANK:
+      kernel = layer[part][name]['kernel']
+      self.assertIsInstance(kernel, structured.ReducedLowRank, name)
+    tokens = np.load(DENSE / 'ref_logits.npz')['input_ids'][:, :12]
+    expected = _logits(_compressed(), tokens)
+    self.assertLess(np.abs(_logits(decoded, tokens) - expected).mean(), 0.01)
+
+  def test_a_model_without_pairs_stays(self):
+    model = checkpoints.load_checkpoint(DENSE).model
+    rewritten, notes = low_rank.remove_low_rank_gauge().apply(model)
+    self.assertIs(rewritten, model)
+    self.assertEmpty(notes)
+
+
+def _random_tensors(config_json, seed=0):
+  """A checkpoint's tensors, by name, for a dense config."""
+  config = checkpoints.parse_config(config_json)
+  rng = np.random.default_rng(seed)
+  fill = lambda shape: np.float32(rng.standard_normal(shape) / np.sqrt(shape[0]))
+  is_shape = lambda x: isinstance(x, tuple)
+  layers = [
+    jax.tree.map(fill, models.layer_shapes(config, i), is_leaf=is_shape)
+    for i in range(config.num_layers)
+  ]
+  outer = jax.tree.map(fill, models.outer_shapes(config), is_leaf=is_shape)
+  return config, checkpoints.to_tensors(models.from_layers(config, outer, layers))
+
+
+def _factorize(tensors, linear, left, right):
+  """Replaces a linear layer's weights by factors; returns products and factors."""
+  products, stored = dict(tensors), dict(tensors)
+  for name, weight in tensors.items():
+    if name.endswith(f'.{linear}.weight'):
+      prefix = name.removesuffix(f'{linear}.weight')
+      rank = 5 - ('layers.1' in prefix)
+      rng = np.random.default_rng(rank)
+      a = np.float32(rng.standard_normal((weight.shape[0], rank)))
+      b = np.float32(rng.standard_normal((rank, weight.shape[1])) / rank)
+      del stored[name]
+      stored |= {prefix + left: a, prefix + right: b}
+      products[name] = np.float64(a) @ np.float64(b)
+      bias = name.removesuffix('weight') + 'bias'
+      if bias in stored and left.endswith('.weight'):
+        stored[prefix + left.removesuffix('weight') + 'bias'] = stored.pop(bias)
+  return products, stored
+
+
+class FactorCheckpointsTest(parameterized.TestCase):
+  @parameterized.named_parameters(*NAMINGS)
+  def test_factors_become_a_leaf_and_go_back_by_the_same_names(
+    self, config_json, linear, left, right
+  ):
+    config, tensors = _random_tensors(config_json)
+    products, stored = _factorize(tensors, linear, left, right)
+    model = checkpoints.from_tensors(stored, config)
+    pairs = [
+      x
+      for x in jax.tree.leaves(model.params, is_leaf=structured.is_structured)
+      if structured.is_structured(x)
+    ]
+    self.assertLen(pairs, 1)
+    self.assertEqual(pairs[0].ranks, (5, 4))
+    tokens = np.arange(6)
+    np.testing.assert_allclose(
+      _logits(model, tokens[None])[0],
+      reference_forward.forward(products, config_json, tokens),
+      atol=2e-3,
+    )
+    chex.assert_trees_all_equal(checkpoints.to_tensors(model), stored)
+
+  def test_reduced_pairs_go_through_a_file_and_are_saved_as_factors(self):
+    config, tensors = _random_tensors(OPT)
+    products, stored = _factorize(
+      tensors, 'fc1', 'fc1.ALinear.weight', 'fc1.BLinear.weight'
+    )
+    model = checkpoints.from_tensors(stored, config)
+    model, _ = low_rank.remove_low_rank_gauge().apply(model)
+    decoded = rotbits_jax.decode(rotbits_jax.encode(model, preset='exact'))
+    chex.assert_trees_all_equal(decoded.params, model.params)
+    np.testing.assert_allclose(
+      _logits(decoded, np.arange(6)[None])[0],
+      reference_forward.forward(products, OPT, np.arange(6)),
+      atol=2e-3,
+    )
+    saved = checkpoints.to_tensors(decoded)
+    chex.assert_trees_all_equal_shapes_and_dtypes(saved, stored)
+    for name in stored:
+      if name.endswith('ALinear.weight'):
+        other = name.replace('ALinear', 'BLinear')
+        product = np.float64(stored[name]) @ np.float64(stored[other])
+        self.assertLess(
+          _relative(np.float64(saved[name]) @ np.float64(saved[other]), product), 4e-6
+        )
+      elif 'BLinear' not in name:
+        np.testing.assert_array_equal(saved[name], stored[name])
+
+  def test_a_directory_is_loaded_encoded_and_saved_again(self):
+    config, tensors = _random_tensors(LLAMA)
+    _, stored = _factorize(
+      tensors, 'mlp.down_proj', 'mlp.down_u_proj.weight', 'mlp.down_v_proj.weight'
+    )
+    scratch = pathlib.Path(self.enterContext(tempfile.TemporaryDirectory()))
+    directory = scratch / 'model'
+    directory.mkdir()
+    (directory / 'config.json').write_text(json.dumps(LLAMA))
+    safetensors_files.write(directory / 'model.safetensors', stored)
+    checkpoint = rotbits_jax.load_checkpoint(directory)
+    self.assertEqual(checkpoint.model.config, config)
+    data = rotbits_jax.encode(checkpoint.model, preset='exact', files=checkpoint.files)
+    again = scratch / 'again'
+    rotbits_jax.save_checkpoint(rotbits_jax.decode_checkpoint(data), again)
+    saved = safetensors_files.read(again / 'model.safetensors')
+    chex.assert_trees_all_equal(saved, stored)
+
+  def test_factors_that_do_not_fit_are_refused_by_name(self):
+    config, tensors = _random_tensors(OPT)
+    _, stored = _factorize(tensors, 'fc1', 'fc1.U', 'fc1.V')
+    left = 'model.decoder.layers.1.fc1.U'
+    for change, message in (
+      (lambda x: x[:, 1:], r'layers\.1\.fc1\.U and .*fc1\.V must be .*\(20, 3\)'),
+      (lambda x: x[1:], r'layers\.1\.fc1\.weight: expected shape \(20, 12\)'),
+      (lambda x: x.astype(np.float16), r'fc1\.V must be float16 like .*float32'),
+      (lambda x: x.ravel(), r'must be \[out, r\] and \[r, in\]'),
+    ):
+      with self.assertRaisesRegex(checkpoints.CheckpointError, message):
+        checkpoints.from_tensors(stored | {left: change(stored[left])}, config)
+    del stored[left]
+    with self.assertRaisesRegex(checkpoints.CheckpointError, r'missing: .*fc1\.weight'):
+      checkpoints.from_tensors(stored, config)
+
+  def test_an_adapter_is_not_taken_for_a_weight(self):
+    config, tensors = _random_tensors(OPT)
+    _, stored = _factorize(tensors, 'fc1', 'fc1.lora_B.weight', 'fc1.lora_A.weight')
+    with self.assertRaisesRegex(checkpoints.CheckpointError, r'unknown: .*lora_A'):
+      checkpoints.from_tensors(stored, config)
+
+
+class AdapterTest(absltest.TestCase):
+  def test_an_adapter_goes_through_a_file_with_fewer_numbers(self):
+    rng = np.random.default_rng(0)
+    prefix = 'base_model.model.model.layers.0.self_attn.q_proj'
+    tensors = {
+      f'{prefix}.lora_A.weight': rng.standard_normal((4, 24)).astype(np.float16),
+      f'{prefix}.lora_B.weight': rng.standard_normal((16, 4)).astype(np.float16),
+      'base_model.model.score.weight': np.ones((2, 3), np.float16),
+    }
+    tree, notes = low_rank.fix_pairs(factors.join_adapter(tensors))
+    self.assertEqual(notes[0]['numbers'], 4 * (16 + 24 - 4))
+    data = rotbits_jax.encode({'adapter': tree}, preset='exact')
+    saved = factors.split(rotbits_jax.decode(data)['adapter'])
+    chex.assert_trees_all_equal_shapes_and_dtypes(saved, tensors)
+    update = lambda x: (
+      np.float64(x[f'{prefix}.lora_B.weight'])
+      @ np.float64(x[f'{prefix}.lora_A.weight'])
+    )
+    self.assertLess(_relative(update(saved), update(tensors)), 2**-11)
+
+
+if __name__ == '__main__':
+  absltest.main()
