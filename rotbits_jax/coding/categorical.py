@@ -46,10 +46,11 @@ def pop(
     message: the message, N lanes.
     contexts: as in `push`.
     intervals: as in `push`.
-    slots: uint16 `[K, 2^14]`, from `tables.slots`.
+    slots: uint8 or uint16 `[K, 2^14]`, from `tables.slots`.
 
   Returns:
-    The message and the symbols, uint16 `[T, N]`; 0 where a place holds none.
+    The message and the symbols, `[T, N]`, of the slots' dtype; anything where a place
+    holds none.
   """
   entries = _with_void(intervals).reshape(-1)
   owners = jnp.concatenate([slots, jnp.zeros_like(slots[:1])]).reshape(-1)

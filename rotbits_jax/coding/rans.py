@@ -76,6 +76,18 @@ def seeded(payload: jax.Array, capacity: int) -> Message:
   )
 
 
+def stacked(words: jax.Array, capacity: int) -> Message:
+  """A message that holds words: uint16 `[W, N]`, W from 1 to capacity + 1.
+
+  The last row is the payload of the states, see `seeded`, and the others are the
+  stacks. What pops symbols from it may take almost 16 (W - 1) bits of every lane.
+  """
+  message, depth = seeded(words[-1], capacity), words.shape[0] - 1
+  size, lowest, highest = (x + depth for x in message[2:])
+  stacks = message.words.at[:depth].set(words[:-1])
+  return Message(message.state, stacks, size, lowest, highest)
+
+
 def payload(message: Message) -> jax.Array:
   """What `seeded` put under the content: uint16 `[N]`."""
   return message.state.astype(jnp.uint16)

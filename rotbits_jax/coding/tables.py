@@ -23,35 +23,27 @@ def quantize(counts: np.ndarray) -> np.ndarray:
   """Frequencies in proportion to counts.
 
   Args:
-    counts: integers `[A]`, not all 0; at most 2^14 of them positive.
+    counts: integers `[..., A]`, not all 0; at most 2^14 of them positive. They add up
+      to less than 2^48.
 
   Returns:
-    int64 `[A]` with sum 2^14, at least 1 where the count is positive and 0 elsewhere.
+    int64 `[..., A]` with sums 2^14, at least 1 where the count is positive and 0
+    elsewhere.
 
   Raises:
     ValueError: if no count or more than 2^14 counts are positive.
   """
   counts = np.asarray(counts, np.int64)
-  present = counts > 0
-  if not 0 < present.sum() <= TOTAL:
-    raise ValueError(f'got {present.sum()} symbols for a table of {TOTAL}')
-  exact = counts * (TOTAL / counts.sum())
-  frequencies = np.where(present, np.maximum(np.floor(exact).astype(np.int64), 1), 0)
-  missing = TOTAL - int(frequencies.sum())
-  if missing < 0:
-    # Symbols raised to 1 took more than there is: the others give it back in
-    # proportion, each keeping 1.
-    spare = np.maximum(frequencies - 1, 0)
-    frequencies -= spare * -missing // max(int(spare.sum()), 1)
-    missing = TOTAL - int(frequencies.sum())
-    order = np.argsort(-frequencies, kind='stable')
-    frequencies[order[:-missing]] -= 1
-  else:
-    order = np.argsort(np.where(present, frequencies - exact, np.inf), kind='stable')
-    order = order[: present.sum()]
-    frequencies[order] += missing // order.size
-    frequencies[order[: missing % order.size]] += 1
-  return frequencies
+  present = (counts > 0).sum(axis=-1, keepdims=True)
+  if not np.all((present > 0) & (present <= TOTAL)):
+    raise ValueError(
+      f'got {present.min()} to {present.max()} symbols for {TOTAL} slots'
+    )
+  # A count raised to this one gets a slot, even if all are raised.
+  least = counts.sum(axis=-1, keepdims=True) // np.maximum(TOTAL - present, 1) + 1
+  ends = np.cumsum(np.where(counts > 0, np.maximum(counts, least), 0), axis=-1)
+  whole = ends[..., -1:]
+  return np.diff((ends * TOTAL + whole // 2) // whole, prepend=0, axis=-1)
 
 
 def entropy_bits(counts: np.ndarray) -> float:
@@ -60,11 +52,10 @@ def entropy_bits(counts: np.ndarray) -> float:
   return float(-(counts * np.log2(counts / counts.sum())).sum())
 
 
-def cost_bits(counts: np.ndarray, frequencies: np.ndarray) -> float:
-  """What coding the symbols counted with these frequencies takes, in bits."""
-  present = counts > 0
-  bits = PRECISION - np.log2(frequencies[present])
-  return float((counts[present] * bits).sum())
+def cost_bits(counts: np.ndarray, frequencies: np.ndarray) -> np.ndarray:
+  """What coding the symbols counted with these frequencies takes: bits `[...]`."""
+  bits = PRECISION - np.log2(np.maximum(frequencies, 1))
+  return (counts * bits).sum(axis=-1)
 
 
 def pack_intervals(frequencies: np.ndarray) -> np.ndarray:
@@ -77,21 +68,22 @@ def pack_intervals(frequencies: np.ndarray) -> np.ndarray:
 
 
 def slots(frequencies: np.ndarray) -> np.ndarray:
-  """The symbol that owns each of the 2^14 slots: uint16 `[K, 2^14]`."""
+  """The symbol that owns each of the 2^14 slots: `[K, 2^14]`, uint8 if A <= 256."""
   tables, symbols = np.nonzero(frequencies)
-  owners = np.repeat(symbols.astype(np.uint16), frequencies[tables, symbols])
+  kind = np.uint8 if frequencies.shape[1] <= 256 else np.uint16
+  owners = np.repeat(symbols.astype(kind), frequencies[tables, symbols])
   return owners.reshape(frequencies.shape[0], TOTAL)
 
 
 def to_bytes(frequencies: np.ndarray) -> bytes:
   """Tables `[K, A]` in a compact form: see `from_bytes`."""
-  parts = []
+  parts = [np.zeros(0, np.int64)]
   for table in frequencies:
     (present,) = np.nonzero(table)
     first, last = int(present[0]), int(present[-1])
-    span = table[first : last + 1].astype('<u2')
-    parts.append(np.array([first, last], '<u2').tobytes() + span.tobytes())
-  return zlib.compress(b''.join(parts), 9)
+    parts += [np.array([first, last]), table[first : last + 1]]
+  values = np.concatenate(parts).astype('<u2')
+  return zlib.compress(values.view(np.uint8).reshape(-1, 2).T.tobytes(), 9)
 
 
 def from_bytes(data: bytes, count: int, alphabet: int) -> np.ndarray:
@@ -99,7 +91,8 @@ def from_bytes(data: bytes, count: int, alphabet: int) -> np.ndarray:
 
   Args:
     data: a zlib stream of, for each table, the first and the last symbol of positive
-      frequency and the frequencies from one to the other, as little-endian uint16.
+      frequency and the frequencies from one to the other, as uint16: first the low
+      bytes of all, then the high bytes.
     count: K.
     alphabet: A.
 
@@ -110,9 +103,10 @@ def from_bytes(data: bytes, count: int, alphabet: int) -> np.ndarray:
     ValueError: if the bytes are not that many valid tables.
   """
   try:
-    values = np.frombuffer(zlib.decompress(data), '<u2').astype(np.int64)
+    halves = np.frombuffer(zlib.decompress(data), np.uint8).reshape(2, -1)
   except (zlib.error, ValueError) as error:
     raise ValueError(f'not a frequency table: {error}') from error
+  values = halves[0].astype(np.int64) | halves[1].astype(np.int64) << 8
   tables = np.zeros((count, alphabet), np.int64)
   position = 0
   for table in tables:
