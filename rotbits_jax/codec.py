@@ -63,7 +63,7 @@ class Settings:
     entropy: whether the preset 'paper' entropy codes its numbers.
   """
 
-  tolerance: float = 1.5
+  tolerance: float = 0.7
   numbers_per_lane: int = 2048
   canonicaliser: str = 'polar_shortcut'
   rotation_codec: str = 'haar'
@@ -97,12 +97,29 @@ class Settings:
 
 
 _CHAINS: dict[str, Callable[[Settings], tuple[symmetries.Transform, ...]]] = {
-  'free': lambda s: (symmetries.remove_gauge(tolerance=s.tolerance),),
-  'exact': lambda s: (),
+  'free': lambda s: (
+    # Rotations first: what follows finds its structure in their coordinates.
+    symmetries.remove_gauge(tolerance=s.tolerance),
+    symmetries.remove_global_gauge(),
+    symmetries.retie_embedding(),
+    symmetries.remove_biases(),
+    symmetries.remove_value_gauge(),
+    symmetries.remove_query_key_gauge(),
+    symmetries.remove_low_rank_gauge(),
+    symmetries.scale_neurons(),
+  ),
+  'exact': lambda s: (symmetries.retie_exactly(),),
   'paper': lambda s: (),
 }
 
 PRESETS = tuple(_CHAINS)
+
+
+def chain(
+  preset: str, settings: Settings | None = None
+) -> tuple[symmetries.Transform, ...]:
+  """The transforms of a preset, in order."""
+  return _CHAINS[preset](settings or Settings())
 
 
 def encode(
@@ -137,7 +154,6 @@ def encode(
   if preset not in PRESETS:
     raise ValueError(f'the presets are {", ".join(PRESETS)}; got {preset!r}')
   settings = settings or Settings()
-  chain = (*_CHAINS[preset](settings), *transforms)
   manifest: container.Manifest = {
     'preset': preset,
     'settings': dataclasses.asdict(settings),
@@ -146,12 +162,22 @@ def encode(
   streams: dict[str, np.ndarray] = {}
   if isinstance(model, models.SlicedModel):
     numbers, size = symmetries.count(model)
-    model, savings = symmetries.run_chain(chain, model)
+    own = chain(preset, settings)
+    if preset == 'exact':
+      # Bit for bit, so not widened on the way; the embedding in terms of what the head
+      # is in the end.
+      model, savings = symmetries.run_chain((*transforms, *own), model, widen=False)
+    else:
+      model, savings = symmetries.run_chain((*own, *transforms), model)
     manifest['config'] = dataclasses.asdict(model.config)
+    tied = model.params['embed']['tokens']
+    if isinstance(tied, structured.TiedExactly):
+      head = model.params['head']['kernel']
+      manifest['expanded'] = _digest(tied.expand(head))
     if preset == 'paper':
       savings += [_encode_bits_back(model, settings, manifest, streams, progress)]
       model = dataclasses.replace(model, params={})
-  elif preset != 'exact' or chain:
+  elif preset != 'exact' or transforms:
     raise ValueError(
       f'the preset {preset!r} needs a SlicedModel; a PyTree of other arrays can be '
       f"encoded with 'exact', got {type(model).__name__}"
@@ -166,11 +192,14 @@ def encode(
     'savings': [s._asdict() for s in savings],
     'files': [],
     'units': [],
+    'order_bits': 0.0,
   }
   units = list(_units(model))
   bar = tqdm.tqdm(units, desc='encode', unit='unit', disable=None if progress else True)
   for name, tree in bar:
-    entry, unit_streams = _encode_unit(tree, settings)
+    neurons = _NEURONS if preset == 'free' and name.startswith('layers.') else {}
+    entry, unit_streams, order_bits = _encode_unit(tree, settings, neurons)
+    manifest['order_bits'] += order_bits
     manifest['units'].append({'name': name, **entry})
     streams |= {f'{name}/{key}': value for key, value in unit_streams.items()}
   for name, data in (files or {}).items():
@@ -214,10 +243,13 @@ def decode_unit(source: str | os.PathLike[str] | bytes, name: str) -> Tree:
   """
   with _errors_name(source):
     opened = container.Container(_buffer(source))
-    for entry in opened.manifest['units']:
-      if entry['name'] == name:
-        return _decode_unit(entry, opened)
-    raise ContainerError(f'{name}: no such unit')
+    entries = {entry['name']: entry for entry in opened.manifest['units']}
+    if name not in entries:
+      raise ContainerError(f'{name}: no such unit')
+    tree = _decode_unit(entries[name], opened)
+    if name == 'embed' and 'expanded' in opened.manifest:
+      return _expanded(tree | _decode_unit(entries['head'], opened), opened, name)
+    return tree
 
 
 def decode_checkpoint(
@@ -359,12 +391,35 @@ def _units(model: models.SlicedModel | Tree) -> Iterator[tuple[str, Tree]]:
     yield 'buffers', dict(model.buffers)
 
 
+_NEURONS = {
+  'mlp/up/kernel': 1,
+  'mlp/up/bias': 0,
+  'mlp/gate/kernel': 1,
+  'mlp/gate/bias': 0,
+  'mlp/down/kernel': 0,
+}
+"""The axes along which a layer's parameters have neurons."""
+
+
 def _encode_unit(
-  tree: Tree, settings: Settings
-) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-  """A unit's entry in the manifest, and its streams."""
-  leaves, stored = [], []
+  tree: Tree, settings: Settings, neurons: Mapping[str, int]
+) -> tuple[dict[str, Any], dict[str, np.ndarray], float]:
+  """A unit's entry in the manifest, its streams, and what the order of neurons saved.
+
+  Args:
+    tree: the unit.
+    settings: of the coder.
+    neurons: the axes of the leaves that have neurons, in any order, by path.
+  """
+  leaves: list[dict[str, Any]] = []
+  stored: list[np.ndarray] = []
+  exchangeable: dict[int, int] = {}
   for path, leaf in _flatten(tree):
+    if path in neurons:
+      if structured.is_structured(leaf):
+        neurons, exchangeable = {}, {}  # its neurons have their places
+      else:
+        exchangeable[len(stored)] = neurons[path]
     entry: dict[str, Any] = {'path': path}
     parts: dict[str, Any] = {'': leaf}
     if structured.is_structured(leaf):
@@ -373,31 +428,28 @@ def _encode_unit(
     entry['arrays'] = list(parts)
     stored += [np.asarray(array) for array in parts.values()]
     leaves.append(entry)
-  unit, streams = coding.encode(stored, numbers_per_lane=settings.numbers_per_lane)
+  encoded = coding.encode(
+    stored, numbers_per_lane=settings.numbers_per_lane, exchangeable=exchangeable
+  )
   specs = iter(
-    [spec.dtype, spec.shape, spec.shift, _digest(array)]
-    for spec, array in zip(unit.arrays, stored, strict=True)
+    [*spec.to_json(), _digest(array)]
+    for spec, array in zip(encoded.unit.arrays, encoded.arrays, strict=True)
   )
   for entry in leaves:
     entry['arrays'] = {key: next(specs) for key in entry['arrays']}
-  return {'lanes': unit.lanes, 'leaves': leaves}, streams
+  entry = {**encoded.unit.to_json(), 'leaves': leaves}
+  return entry, encoded.streams, encoded.order_bits
 
 
 def _decode_unit(entry: dict[str, Any], opened: container.Container) -> Tree:
   """The inverse of `_encode_unit`."""
   name = entry['name']
   specs = [spec for leaf in entry['leaves'] for spec in leaf['arrays'].values()]
-  unit = coding.UnitSpec(
-    arrays=tuple(
-      coding.ArraySpec(dtype=dtype, shape=tuple(shape), shift=shift)
-      for dtype, shape, shift, _ in specs
-    ),
-    lanes=entry['lanes'],
-  )
   keys = [key for key in coding.STREAMS if f'{name}/{key}' in opened]
   streams = {key: opened.stream(f'{name}/{key}') for key in keys}
   try:
-    decoded = iter(coding.decode(unit, streams))
+    arrays = [coding.ArraySpec.from_json(spec) for *spec, _ in specs]
+    decoded = iter(coding.decode(coding.UnitSpec.from_json(entry, arrays), streams))
   except (KeyError, ValueError) as error:
     raise ContainerError(f'{name}: {error}') from error
   tree: Tree = {}
@@ -413,9 +465,26 @@ def _decode_unit(entry: dict[str, Any], opened: container.Container) -> Tree:
         raise ContainerError(
           f'{path}: leaves of kind {leaf["kind"]!r} are unknown; import their module'
         )
-      value = structured.KINDS[leaf['kind']].from_stored(leaf['settings'], parts)
+      kind = structured.KINDS[leaf['kind']]
+      try:
+        value = kind.from_stored(leaf['settings'], parts)
+      except (KeyError, TypeError, ValueError) as error:
+        raise ContainerError(f'{path}: {error}') from error
     _insert(tree, leaf['path'], value)
   return tree
+
+
+def _expanded(params: Tree, opened: container.Container, *names: str) -> Tree:
+  """The parameters, or some, with the embedding that was tied to the head exactly."""
+  embed, head = params['embed'], params['head']
+  try:
+    table = embed['tokens'].expand(head['kernel'])
+  except ValueError as error:
+    raise ContainerError(f'embed/tokens: {error}') from error
+  if _digest(table) != opened.manifest['expanded']:
+    raise ContainerError('embed/tokens: decoded numbers differ from the encoded')
+  params = params | {'embed': embed | {'tokens': table}}
+  return {name: params[name] for name in names or params}
 
 
 def _decode(opened: container.Container, progress: bool) -> models.SlicedModel | Tree:
@@ -436,9 +505,7 @@ def _decode(opened: container.Container, progress: bool) -> models.SlicedModel |
     by_name = {entry['name']: entry for entry in manifest['units']}
     if 'config' not in manifest:
       return {k: v for tree in decoded(manifest['units']) for k, v in tree.items()}
-    fields = dict(manifest['config'])
-    fields['segment_widths'] = tuple(fields['segment_widths'])
-    config = models.ModelConfig(**fields)
+    config = models.ModelConfig.from_json(manifest['config'])
     buffers = by_name.pop('buffers', None)
     layers = [e for name, e in by_name.items() if name.startswith('layers.')]
     outer = [e for e in by_name.values() if e not in layers]
@@ -446,6 +513,8 @@ def _decode(opened: container.Container, progress: bool) -> models.SlicedModel |
     runs = [list(run) for _, run in itertools.groupby(layers, _signature)]
     for i, run in enumerate(runs):
       params[f'blocks_{i}'] = models.stack_layers(decoded(run), len(run))
+    if 'expanded' in manifest:
+      params = _expanded(params, opened)
     if 'bits_back' in manifest:
       params = _decode_bits_back(opened, config, progress)
     return models.SlicedModel(

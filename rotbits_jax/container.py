@@ -23,7 +23,7 @@ import zlib
 import numpy as np
 
 FORMAT = 'rotbits'
-VERSION = 1
+VERSION = 2
 Manifest = dict[str, Any]
 
 _DTYPES: dict[str, np.dtype[Any]] = {'U8': np.dtype('<u1'), 'U16': np.dtype('<u2')}

@@ -1,8 +1,17 @@
 """What a model predicts of a text: perplexity and KL divergence."""
 
+from rotbits_jax.evaluation.perplexity import Comparison
 from rotbits_jax.evaluation.perplexity import Evaluation
+from rotbits_jax.evaluation.perplexity import compare
 from rotbits_jax.evaluation.perplexity import evaluate
 from rotbits_jax.evaluation.perplexity import kl_divergence
 from rotbits_jax.evaluation.text import encode_text
 
-__all__ = ['Evaluation', 'encode_text', 'evaluate', 'kl_divergence']
+__all__ = [
+  'Comparison',
+  'Evaluation',
+  'compare',
+  'encode_text',
+  'evaluate',
+  'kl_divergence',
+]

@@ -1,6 +1,6 @@
 """Perplexity of a model, and how far its predictions are from another model's."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 import dataclasses
 from typing import NamedTuple
 
@@ -29,6 +29,18 @@ class Evaluation(NamedTuple):
   tokens: int
   kl: float | None
   kl_rerounded: float | None
+
+
+class Comparison(NamedTuple):
+  """What `compare` measured of one model.
+
+  Attributes:
+    perplexity: `exp` of the mean negative log-likelihood of a token.
+    kl: mean of KL(reference || model) in nats, by the reference's name.
+  """
+
+  perplexity: float
+  kl: dict[str, float]
 
 
 def evaluate(
@@ -65,39 +77,101 @@ def evaluate(
   """
   if rerounded is not None and reference is None:
     raise ValueError('rerounded is compared with the reference, which is missing')
-  vocab_size = model.config.vocab_size
-  for name, other in (('reference', reference), ('rerounded model', rerounded)):
-    if other is not None and other.config.vocab_size != vocab_size:
+  others = {} if rerounded is None else {'rerounded model': rerounded}
+  measured, count = _compare(
+    {'model': model} | others,
+    tokens,
+    {} if reference is None else {'reference': reference},
+    max_tokens=max_tokens,
+    window=window,
+    progress=progress,
+  )
+  kl = lambda name: measured[name].kl['reference']
+  return Evaluation(
+    perplexity=measured['model'].perplexity,
+    tokens=count,
+    kl=None if reference is None else kl('model'),
+    kl_rerounded=None if rerounded is None else kl('rerounded model'),
+  )
+
+
+def compare(
+  compared: Mapping[str, models.SlicedModel],
+  tokens: np.ndarray,
+  references: Mapping[str, models.SlicedModel],
+  *,
+  max_tokens: int | None = None,
+  progress: bool = False,
+) -> dict[str, Comparison]:
+  """Perplexity of several models, and the divergence of each from each reference.
+
+  Args:
+    compared: the models to measure, by name.
+    tokens: `[N]` token ids, cut into windows as in `evaluate`.
+    references: models of the same vocabulary to compare predictions with, by name.
+    max_tokens: how many of the tokens to use; None for all.
+    progress: whether to show a bar on stderr, if that is a terminal.
+
+  Returns:
+    A `Comparison` for each model.
+
+  Raises:
+    ValueError: as for `evaluate`.
+  """
+  return _compare(
+    compared, tokens, references, max_tokens=max_tokens, window=None, progress=progress
+  )[0]
+
+
+def _compare(
+  compared: Mapping[str, models.SlicedModel],
+  tokens: np.ndarray,
+  references: Mapping[str, models.SlicedModel],
+  *,
+  max_tokens: int | None,
+  window: int | None,
+  progress: bool,
+) -> tuple[dict[str, Comparison], int]:
+  """What `compare` returns, and how many tokens were predicted."""
+  config = next(iter(compared.values())).config
+  for name, model in (*compared.items(), *references.items()):
+    if model.config.vocab_size != config.vocab_size:
       raise ValueError(
-        f'the {name} must have the vocabulary of {vocab_size} that the model has, '
-        f'got {other.config.vocab_size}'
+        f'the {name} must have the vocabulary of {config.vocab_size} that the model '
+        f'has, got {model.config.vocab_size}'
       )
   if window is None:
-    window = min(model.config.max_positions, DEFAULT_WINDOW)
-  tokens = _checked(tokens, max_tokens, window, vocab_size)
+    window = min(config.max_positions, DEFAULT_WINDOW)
+  tokens = _checked(tokens, max_tokens, window, config.vocab_size)
 
-  # Once to the device, and without the buffers, which may be of any dtype.
-  compared = jax.device_put(
-    [
-      None if m is None else dataclasses.replace(m, buffers={})
-      for m in (model, reference, rerounded)
-    ]
-  )
-  totals, count = np.zeros(3), 0
+  # Each once to the device, without the buffers, which may be of any dtype.
+  by_id = {id(m): m for m in (*compared.values(), *references.values())}
+  by_id = {
+    key: jax.device_put(dataclasses.replace(m, buffers={})) for key, m in by_id.items()
+  }
+  totals = {name: np.zeros(1 + len(references)) for name in compared}
+  count = 0
   windows = list(_windows(tokens, min(window, len(tokens))))
   for padded, length in tqdm.tqdm(
     windows, desc='evaluating', unit='window', disable=None if progress else True
   ):
-    measured = np.asarray(_measure(*compared, padded), np.float64)
-    totals += measured[:, : length - 1].sum(axis=1)
+    expected = {id(m): _predictions(by_id[id(m)], padded) for m in references.values()}
+    for name, model in compared.items():
+      # A model that is its own reference need not predict twice.
+      predicted = expected.get(id(model))
+      if predicted is None:
+        predicted = _predictions(by_id[id(model)], padded)
+      stacked = [expected[id(m)] for m in references.values()]
+      measured = np.asarray(_measure(predicted, stacked, padded), np.float64)
+      totals[name] += measured[:, : length - 1].sum(axis=1)
     count += length - 1
-  nll, kl, kl_rerounded = (float(total) for total in totals / count)
-  return Evaluation(
-    perplexity=float(np.exp(nll)),
-    tokens=count,
-    kl=None if reference is None else kl,
-    kl_rerounded=None if rerounded is None else kl_rerounded,
-  )
+  return {
+    name: Comparison(
+      perplexity=float(np.exp(total[0] / count)),
+      kl=dict(zip(references, (total[1:] / count).tolist(), strict=True)),
+    )
+    for name, total in totals.items()
+  }, count
 
 
 def _checked(
@@ -130,26 +204,18 @@ def _windows(tokens: np.ndarray, window: int) -> Iterator[tuple[np.ndarray, int]
 
 
 @jax.jit
+def _predictions(model: models.SlicedModel, tokens: jax.Array) -> jax.Array:
+  """Logits `[T - 1, V]` of all tokens `[1, T]` but the first."""
+  return models.logits(model, tokens)[0, :-1]
+
+
+@jax.jit
 def _measure(
-  model: models.SlicedModel,
-  reference: models.SlicedModel | None,
-  rerounded: models.SlicedModel | None,
-  tokens: jax.Array,
+  predicted: jax.Array, expected: list[jax.Array], tokens: jax.Array
 ) -> jax.Array:
-  """`[3, T - 1]`: the loss and the two divergences at each position of `[1, T]`."""
-
-  def predictions(m: models.SlicedModel) -> jax.Array:
-    return models.logits(m, tokens)[0, :-1]
-
-  def divergence(m: models.SlicedModel | None) -> jax.Array:
-    if m is None or reference is None:
-      return jnp.zeros_like(nll)
-    return kl_divergence(predictions(reference), predictions(m))
-
-  nll = optax.softmax_cross_entropy_with_integer_labels(
-    predictions(model), tokens[0, 1:]
-  )
-  return jnp.stack([nll, divergence(model), divergence(rerounded)])
+  """`[1 + R, T - 1]`: the loss and the divergence from each of R references."""
+  loss = optax.softmax_cross_entropy_with_integer_labels(predicted, tokens[0, 1:])
+  return jnp.stack([loss, *(kl_divergence(e, predicted) for e in expected)])
 
 
 def kl_divergence(reference: jax.Array, model: jax.Array) -> jax.Array:

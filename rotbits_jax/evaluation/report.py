@@ -77,8 +77,11 @@ def from_container(opened: container.Container) -> Report:
   coded_bytes = opened.stream_bytes() - file_bytes
   uncoded_bytes = manifest['input_bytes'] - sum(s['bytes'] for s in savings)
   sources = [Source(s['name'], s['numbers'], s['bytes']) for s in savings]
+  order_bytes = int(manifest['order_bits'] // 8)
+  if order_bytes:
+    sources.append(Source('neuron order', 0, order_bytes))
   sources += [
-    Source('coding', 0, uncoded_bytes - coded_bytes),
+    Source('coding', 0, uncoded_bytes - coded_bytes - order_bytes),
     Source('tokenizer and settings', 0, -file_bytes),
     Source('file overhead', 0, opened.stream_bytes() - opened.size),
   ]
