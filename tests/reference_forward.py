@@ -130,3 +130,38 @@ def forward(tensors, config, tokens, slicing=None):
   if 'lm_head.weight' not in tensors:
     return x @ tensors[prefix + 'embed_tokens.weight'].T
   return linear('lm_head', x)
+
+
+NAMES['mistral'] = NAMES['qwen2'] = NAMES['llama']
+
+
+class ScaledBase:
+  """Stands for `rope_theta` in `forward`: its powers are Llama 3.1's frequencies.
+
+  As published, by wavelength: short ones stay, long ones grow by the factor, and the
+  frequencies between are interpolated.
+  """
+
+  def __init__(self, theta, factor, low_freq_factor, high_freq_factor, positions):
+    self.theta, self.factor, self.positions = theta, factor, positions
+    self.low, self.high = low_freq_factor, high_freq_factor
+
+  def __pow__(self, exponent):
+    frequency = self.theta**exponent
+    wavelength = 2 * np.pi / frequency
+    if wavelength < self.positions / self.high:
+      return frequency
+    if wavelength > self.positions / self.low:
+      return frequency / self.factor
+    smooth = (self.positions / wavelength - self.low) / (self.high - self.low)
+    return (1 - smooth) * frequency / self.factor + smooth * frequency
+
+
+class DividedBase:
+  """Stands for `rope_theta` in `forward`: its powers are divided by a factor."""
+
+  def __init__(self, theta, factor):
+    self.theta, self.factor = theta, factor
+
+  def __pow__(self, exponent):
+    return self.theta**exponent / self.factor

@@ -9,6 +9,8 @@ from rotbits_jax.checkpoints.errors import CheckpointError
 from rotbits_jax.checkpoints.families import FAMILIES
 from rotbits_jax.checkpoints.families import Family
 from rotbits_jax.checkpoints.families import TensorRow
+from rotbits_jax.checkpoints.gguf_files import packaged_smollm2
+from rotbits_jax.checkpoints.gguf_files import read_gguf
 from rotbits_jax.checkpoints.tensors import from_tensors
 from rotbits_jax.checkpoints.tensors import to_tensors
 
@@ -20,7 +22,9 @@ __all__ = [
   'TensorRow',
   'from_tensors',
   'load_checkpoint',
+  'packaged_smollm2',
   'parse_config',
+  'read_gguf',
   'save_checkpoint',
   'slicing_json',
   'to_tensors',

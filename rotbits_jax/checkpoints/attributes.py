@@ -31,6 +31,11 @@ class Attributes:
       raise errors.CheckpointError(f'{self.where}: {name} is missing')
     return value
 
+  def demand(self, *names: str) -> None:
+    """Refuses an object without one of these attributes."""
+    for name in names:
+      self.take(name)
+
   def size(self, name: str, default: Any = _MISSING) -> int:
     """A positive integer; null stands for the default, if there is one."""
     value = self.take(name, default)

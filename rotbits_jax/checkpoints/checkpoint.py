@@ -41,10 +41,12 @@ def load_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
 
   Known are Hugging Face directories (`model.safetensors`, or shards and their
   index), what SliceGPT writes (`<name>_<sparsity>.pt` and `.json`), and what
-  `save_checkpoint` writes. Weights with shortcuts are a sliced model's.
+  `save_checkpoint` writes. Weights with shortcuts are a sliced model's. A `.gguf`
+  file is read as `gguf_files.read_gguf` does.
 
   Args:
-    path: the directory, or the weights file (or index) in it where it has several.
+    path: the directory, or the weights file (or index) in it where it has several, or
+      a `.gguf` file.
 
   Returns:
     The checkpoint; the model's leaves are NumPy arrays.
@@ -52,6 +54,10 @@ def load_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
   Raises:
     CheckpointError: if the files are not a checkpoint of a known family.
   """
+  if pathlib.Path(path).suffix == '.gguf':
+    from rotbits_jax.checkpoints import gguf_files  # which needs this module
+
+    return gguf_files.read_gguf(path)
   weights = _find_weights(pathlib.Path(path))
   if weights.suffix == '.pt':
     tensors = torch_zip.read(weights)

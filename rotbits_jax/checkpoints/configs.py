@@ -1,5 +1,7 @@
 """`config.json` and SliceGPT's slicing JSON to and from a `ModelConfig`."""
 
+from collections.abc import Mapping
+import json
 from typing import Any
 
 from rotbits_jax import models
@@ -104,6 +106,35 @@ def slicing_json(config: models.ModelConfig) -> dict[str, Any]:
     'head_dimension': last,
     'const_dimension': None,
   }
+
+
+def stop_tokens(files: Mapping[str, bytes]) -> tuple[int, ...]:
+  """The tokens that end a text.
+
+  Args:
+    files: the checkpoint's sidecar files by name.
+
+  Returns:
+    `eos_token_id` of `generation_config.json`, else of `config.json`; empty if neither
+    has one.
+
+  Raises:
+    CheckpointError: if it is neither a token nor a list of tokens.
+  """
+  for name in ('generation_config.json', 'config.json'):
+    try:
+      parsed = json.loads(files.get(name, b'{}'))
+    except ValueError as e:
+      raise errors.CheckpointError(f'{name}: not JSON: {e}') from e
+    values = attributes.Attributes(parsed, name)
+    stops = values.take('eos_token_id', None)
+    if stops is None:
+      continue
+    stops = stops if isinstance(stops, list) else [stops]
+    if not all(type(stop) is int for stop in stops):
+      values.refuse('eos_token_id', stops, 'a token, or a list of tokens')
+    return tuple(stops)
+  return ()
 
 
 def _num_embeddings(config: models.ModelConfig) -> int:

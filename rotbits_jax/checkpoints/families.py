@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from rotbits_jax import models
 from rotbits_jax.checkpoints import attributes
 from rotbits_jax.checkpoints import errors
+from rotbits_jax.models import config as models_config
 
 SHORTCUT_NAME = 'attn_shortcut_Q'  # every sliced layer has one
 
@@ -132,28 +133,64 @@ def _llama(config: attributes.Attributes) -> models.ModelConfig:
   )
 
 
+def _mistral(config: attributes.Attributes) -> models.ModelConfig:
+  # Absent, they would not be what they are for Llama.
+  config.demand('max_position_embeddings', 'num_key_value_heads', 'sliding_window')
+  config.require(partial_rotary_factor=1.0)
+  return _rotary_gated(
+    config,
+    family='mistral',
+    qkv_bias=False,
+    out_bias=False,
+    mlp_bias=False,
+    sliding_window=_sliding_window(config),
+  )
+
+
+def _qwen2(config: attributes.Attributes) -> models.ModelConfig:
+  config.demand('max_position_embeddings', 'num_key_value_heads')
+  config.require(use_sliding_window=False, partial_rotary_factor=1.0)
+  for unused in ('sliding_window', 'max_window_layers'):
+    config.take(unused, None)
+  kinds = config.take('layer_types', None)
+  if kinds is not None and kinds != ['full_attention'] * len(kinds):
+    config.refuse('layer_types', kinds, "'full_attention' for every layer")
+  return _rotary_gated(
+    config,
+    family='qwen2',
+    qkv_bias=True,
+    out_bias=False,
+    mlp_bias=False,
+    sliding_window=None,
+  )
+
+
 def _phi3(config: attributes.Attributes) -> models.ModelConfig:
-  config.require(attention_bias=False)
-  window = None
-  if config.take('sliding_window', None) is not None:
-    window = config.size('sliding_window')
+  config.demand('max_position_embeddings', 'rms_norm_eps')
+  config.require(attention_bias=False, rope_scaling=None)
   return _rotary_gated(
     config,
     family='phi3',
     qkv_bias=False,
     out_bias=False,
     mlp_bias=False,
-    sliding_window=window,
+    sliding_window=_sliding_window(config),
   )
 
 
+def _sliding_window(config: attributes.Attributes) -> int | None:
+  if config.take('sliding_window', None) is None:
+    return None
+  return config.size('sliding_window')
+
+
 def _rotary_gated(config: attributes.Attributes, **switches: Any) -> models.ModelConfig:
-  """What Llama and Phi-3 share."""
+  """What Llama and its like share."""
   hidden = config.size('hidden_size')
   heads = config.size('num_attention_heads')
   layers = config.size('num_hidden_layers')
   head_dim = _head_dim(config, hidden, heads)
-  theta, rotary_dim = _rope(config, head_dim, factor=1.0)
+  theta, rotary_dim, scaling = _rope(config, head_dim, factor=1.0)
   return models.ModelConfig(
     hidden_size=hidden,
     intermediate_size=config.size('intermediate_size'),
@@ -172,6 +209,7 @@ def _rotary_gated(config: attributes.Attributes, **switches: Any) -> models.Mode
     learned_positions=0,
     rotary_dim=rotary_dim,
     rope_theta=theta,
+    rope_scaling=scaling,
     tied_head=config.boolean('tie_word_embeddings', False),
     segment_widths=(hidden,) * (2 * layers + 1),
     **switches,
@@ -183,8 +221,8 @@ def _phi(config: attributes.Attributes) -> models.ModelConfig:
   heads = config.size('num_attention_heads')
   layers = config.size('num_hidden_layers')
   head_dim = _head_dim(config, hidden, heads)
-  theta, rotary_dim = _rope(config, head_dim, factor=0.5)
   config.require(qk_layernorm=False, tie_word_embeddings=False)
+  theta, rotary_dim, scaling = _rope(config, head_dim, factor=0.5)
   return models.ModelConfig(
     family='phi',
     hidden_size=hidden,
@@ -207,6 +245,7 @@ def _phi(config: attributes.Attributes) -> models.ModelConfig:
     learned_positions=0,
     rotary_dim=rotary_dim,
     rope_theta=theta,
+    rope_scaling=scaling,
     sliding_window=None,
     tied_head=False,
     segment_widths=(hidden,) * (layers + 1),
@@ -230,19 +269,20 @@ def _head_dim(config: attributes.Attributes, hidden: int, heads: int) -> int:
 
 def _rope(
   config: attributes.Attributes, head_dim: int, factor: float
-) -> tuple[float, int]:
-  """RoPE's base and how many numbers of a head it turns.
+) -> tuple[float, int, models_config.RopeScaling | None]:
+  """RoPE's base, how many numbers of a head it turns, and its scaling.
 
-  transformers 5 gathers the settings in `rope_parameters`, earlier versions have
-  them side by side; frequencies that are scaled are refused in both.
+  transformers 5 gathers the settings in `rope_parameters`; earlier versions have them
+  side by side, and those of the scaling in `rope_scaling`.
   """
-  config.require(rope_scaling=None)
-  settings = config
-  if config.take('rope_parameters', None) is not None:
-    settings = attributes.Attributes(
-      config.take('rope_parameters'), f'{config.where}: rope_parameters'
-    )
-    settings.require(rope_type='default', type='default')
+  settings, scaling = config, None
+  gathered = config.take('rope_parameters', None) is not None
+  if gathered:
+    config.require(rope_scaling=None)
+  if gathered or config.take('rope_scaling', None) is not None:
+    name = 'rope_parameters' if gathered else 'rope_scaling'
+    settings = attributes.Attributes(config.take(name), f'{config.where}: {name}')
+    scaling = _rope_scaling(settings)
   theta = settings.number('rope_theta', config.take('rope_theta', 10000.0))
   factor = settings.number(
     'partial_rotary_factor', config.take('partial_rotary_factor', factor)
@@ -254,8 +294,49 @@ def _rope(
     settings.refuse(
       'partial_rotary_factor', factor, 'a part of the head of even, positive width'
     )
-  return theta, rotary_dim
+  return theta, rotary_dim, scaling
 
+
+def _rope_scaling(
+  settings: attributes.Attributes,
+) -> models_config.RopeScaling | None:
+  older = settings.take('type', 'default')
+  kind = settings.choice('rope_type', ('default', 'linear', 'llama3'), older)
+  if kind == 'default':
+    return None
+  factor = settings.number('factor')
+  if kind == 'linear':
+    return models_config.RopeScaling(kind='linear', factor=factor)
+  return models_config.RopeScaling(
+    kind='llama3',
+    factor=factor,
+    low_freq_factor=settings.number('low_freq_factor'),
+    high_freq_factor=settings.number('high_freq_factor'),
+    original_positions=settings.size('original_max_position_embeddings'),
+  )
+
+
+_LLAMA = Family(
+  layer_prefix='model.layers.',
+  outer=(
+    *_table('model.embed_tokens', 'embed.tokens'),
+    *_norm('model.norm', 'final_norm'),
+    *_linear('lm_head', 'head'),
+  ),
+  layer=(
+    *_SHORTCUTS,
+    *_linear('self_attn.q_proj', 'attention.query'),
+    *_linear('self_attn.k_proj', 'attention.key'),
+    *_linear('self_attn.v_proj', 'attention.value'),
+    *_linear('self_attn.o_proj', 'attention.out'),
+    *_linear('mlp.gate_proj', 'mlp.gate'),
+    *_linear('mlp.up_proj', 'mlp.up'),
+    *_linear('mlp.down_proj', 'mlp.down'),
+    *_norm('input_layernorm', 'attention_norm'),
+    *_norm('post_attention_layernorm', 'mlp_norm'),
+  ),
+  parse=_llama,
+)
 
 FAMILIES: dict[str, Family] = {
   'opt': Family(
@@ -279,27 +360,7 @@ FAMILIES: dict[str, Family] = {
     ),
     parse=_opt,
   ),
-  'llama': Family(
-    layer_prefix='model.layers.',
-    outer=(
-      *_table('model.embed_tokens', 'embed.tokens'),
-      *_norm('model.norm', 'final_norm'),
-      *_linear('lm_head', 'head'),
-    ),
-    layer=(
-      *_SHORTCUTS,
-      *_linear('self_attn.q_proj', 'attention.query'),
-      *_linear('self_attn.k_proj', 'attention.key'),
-      *_linear('self_attn.v_proj', 'attention.value'),
-      *_linear('self_attn.o_proj', 'attention.out'),
-      *_linear('mlp.gate_proj', 'mlp.gate'),
-      *_linear('mlp.up_proj', 'mlp.up'),
-      *_linear('mlp.down_proj', 'mlp.down'),
-      *_norm('input_layernorm', 'attention_norm'),
-      *_norm('post_attention_layernorm', 'mlp_norm'),
-    ),
-    parse=_llama,
-  ),
+  'llama': _LLAMA,
   'phi': Family(
     layer_prefix='model.layers.',
     outer=(
@@ -339,6 +400,8 @@ FAMILIES: dict[str, Family] = {
     ),
     parse=_phi3,
   ),
+  'mistral': dataclasses.replace(_LLAMA, parse=_mistral),
+  'qwen2': dataclasses.replace(_LLAMA, parse=_qwen2),
 }
 
 

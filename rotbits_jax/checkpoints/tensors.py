@@ -5,11 +5,14 @@ import dataclasses
 from typing import Any, NamedTuple
 
 from flax import traverse_util
+import jax
 import ml_dtypes
 import numpy as np
 
 from rotbits_jax import models
+from rotbits_jax import structured
 from rotbits_jax.checkpoints import errors
+from rotbits_jax.checkpoints import factors
 from rotbits_jax.checkpoints import families
 
 _DTYPES = (np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16), np.dtype(np.float32))
@@ -33,7 +36,8 @@ def from_tensors(
   """Builds a model from the tensors of a checkpoint.
 
   A head that is stored though the config says it is tied is kept if it equals the
-  embedding: the model's config then says that it is not tied.
+  embedding: the model's config then says that it is not tied. Two factors of a weight,
+  see `factors`, become a `structured.LowRank`.
 
   Args:
     tensors: the tensors by the names that they have in the checkpoint.
@@ -47,6 +51,7 @@ def from_tensors(
   """
   config = _untied(tensors, config)
   entries = list(_entries(config))
+  tensors = factors.join(tensors, [x.name for x in entries if len(x.paths) == 1])
   buffers = {n: np.array(t) for n, t in tensors.items() if families.is_buffer(n)}
   _check_names(tensors.keys() - buffers.keys(), {entry.name for entry in entries})
   outer: dict[str, Any] = {}
@@ -62,13 +67,15 @@ def from_tensors(
         f'{entry.name}: expected float16, bfloat16 or float32, got {tensor.dtype}'
       )
     target = outer if entry.layer is None else layers[entry.layer]
-    parts = np.split(tensor, np.cumsum(entry.lengths)[:-1])
+    parts = [tensor]
+    if len(entry.paths) > 1:
+      parts = np.split(tensor, np.cumsum(entry.lengths)[:-1])
     for path, part in zip(entry.paths, parts, strict=True):
       target[path] = part.T if entry.transposed else part
   # Copied like the layers, which get stacked: nothing hangs on the files any more.
   return models.from_layers(
     config,
-    _nested({path: np.array(leaf) for path, leaf in outer.items()}),
+    _nested(jax.tree.map(np.array, outer)),
     [_nested(layer) for layer in layers],
     buffers,
   )
@@ -78,22 +85,25 @@ def to_tensors(model: models.SlicedModel) -> dict[str, np.ndarray]:
   """The tensors of a model's checkpoint: the inverse of `from_tensors`.
 
   Args:
-    model: the model; structured leaves are materialized.
+    model: the model; structured leaves are materialized, but for pairs of factors.
 
   Returns:
     The tensors by the names that they have in the checkpoint.
   """
-  model = model.materialize()
+  model = model.materialize(but=(structured.FactorPair,))
   outer = _flat(model.outer())
   layers = [_flat(layer) for layer in model.layers()]
   tensors = {}
   for entry in _entries(model.config):
     source = outer if entry.layer is None else layers[entry.layer]
-    parts = [np.asarray(source[path]) for path in entry.paths]
+    parts = [source[path] for path in entry.paths]
+    if len(parts) > 1:
+      parts = structured.materialize(parts)
     if entry.transposed:
       parts = [part.T for part in parts]
     tensors[entry.name] = np.concatenate(parts) if len(parts) > 1 else parts[0]
-  return tensors | {name: np.asarray(x) for name, x in model.buffers.items()}
+  tensors = factors.split(tensors) | model.buffers
+  return {name: np.asarray(x) for name, x in tensors.items()}
 
 
 def is_sliced(tensors: Mapping[str, np.ndarray]) -> bool:

@@ -4,10 +4,12 @@ import importlib
 import sys
 
 COMMANDS = {
+  'slice': 'a dense checkpoint becomes a narrower one, by SliceGPT',
   'encode': 'a checkpoint becomes a smaller file',
   'decode': 'the file becomes a checkpoint again',
   'inspect': 'what a file holds and what made it small',
   'evaluate': 'perplexity of a model, and KL divergence from another',
+  'generate': 'the text that a model writes after a prompt',
   'accounting': 'what a model would come to, from its sizes alone',
 }
 

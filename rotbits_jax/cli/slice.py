@@ -1,0 +1,124 @@
+r"""Slices a dense checkpoint with SliceGPT: fewer numbers, nearly the same predictions.
+
+  rotbits slice --model=DIR|FILE --output=DIR --sparsity=0.25 --calibration=FILE
+    [--dtype=same|float16|bfloat16|float32] [--final_orientation=random|pca]
+    [--round_interval=8] [--slice_head] [--sequences=128] [--sequence_length=N]
+    [--seed=42]
+
+Every width of the residual stream shrinks by the sparsity, rounded down to a multiple
+of the interval; which directions stay is learned from the calibration text. Written is
+what Microsoft's run_slicegpt.py writes: <name>_<sparsity>.pt, its .json, and the dense
+model's configs and tokenizer. The name is that of the model's directory or file.
+"""
+
+import pathlib
+import sys
+
+from absl import flags
+
+import rotbits_jax
+from rotbits_jax import evaluation
+from rotbits_jax import slicing
+from rotbits_jax.cli import evaluate
+from rotbits_jax.cli import program
+
+MAX_SEQUENCE_LENGTH = 2048  # SliceGPT's default; fewer if the model has fewer positions
+
+FLAGS = flags.FlagValues()
+_MODEL = flags.DEFINE_string(
+  'model', None, 'The dense model to slice.', required=True, flag_values=FLAGS
+)
+_OUTPUT = flags.DEFINE_string(
+  'output', None, 'The directory to write to.', required=True, flag_values=FLAGS
+)
+_SPARSITY = flags.DEFINE_float(
+  'sparsity',
+  None,
+  'The part of the hidden size to remove, from 0 to below 1.',
+  required=True,
+  flag_values=FLAGS,
+)
+_CALIBRATION = flags.DEFINE_string(
+  'calibration', None, 'A text file in UTF-8.', required=True, flag_values=FLAGS
+)
+_DTYPE = flags.DEFINE_enum(
+  'dtype',
+  'same',
+  ['same', 'float16', 'bfloat16', 'float32'],
+  'What to round to; the same as the dense model unless said otherwise.',
+  flag_values=FLAGS,
+)
+_FINAL_ORIENTATION = flags.DEFINE_enum(
+  'final_orientation',
+  slicing.ORIENTATIONS[0],
+  slicing.ORIENTATIONS,
+  'Whether what is left of a segment is rotated at random.',
+  flag_values=FLAGS,
+)
+_ROUND_INTERVAL = flags.DEFINE_integer(
+  'round_interval', 8, 'Widths are multiples of it.', lower_bound=1, flag_values=FLAGS
+)
+_SLICE_HEAD = flags.DEFINE_bool(
+  'slice_head', False, 'Slice what the head reads, too.', flag_values=FLAGS
+)
+_SEQUENCES = flags.DEFINE_integer(
+  'sequences',
+  128,
+  'Sequences of the text to calibrate with, drawn at random.',
+  lower_bound=1,
+  flag_values=FLAGS,
+)
+_SEQUENCE_LENGTH = flags.DEFINE_integer(
+  'sequence_length',
+  None,
+  f'Tokens in a sequence; at most {MAX_SEQUENCE_LENGTH} unless said otherwise.',
+  lower_bound=1,
+  flag_values=FLAGS,
+)
+_SEED = flags.DEFINE_integer(
+  'seed', 42, 'Of all that is random.', lower_bound=0, flag_values=FLAGS
+)
+
+
+def main() -> None:
+  program.check_output_directory(_OUTPUT.value)
+  text = evaluate.read_text(_CALIBRATION.value)
+  dense = program.read_model(_MODEL.value)
+  config = dense.model.config
+  length = _SEQUENCE_LENGTH.value or min(config.max_positions, MAX_SEQUENCE_LENGTH)
+  tokens = slicing.sample_sequences(
+    evaluation.encode_text(dense.files, text),
+    sequences=_SEQUENCES.value,
+    length=length,
+    seed=_SEED.value,
+  )
+  same = dense.model.params['embed']['tokens'].dtype
+  model = slicing.slice_model(
+    dense.model,
+    tokens,
+    sparsity=_SPARSITY.value,
+    round_interval=_ROUND_INTERVAL.value,
+    slice_head=_SLICE_HEAD.value,
+    final_orientation=_FINAL_ORIENTATION.value,
+    seed=_SEED.value,
+    dtype=same if _DTYPE.value == 'same' else _DTYPE.value,
+    progress=True,
+  )
+  path = pathlib.Path(_MODEL.value).resolve()
+  stem = f'{path.name if path.is_dir() else path.stem}_{_SPARSITY.value}'
+  checkpoint = slicing.sliced_checkpoint(dense, model, stem)
+  rotbits_jax.save_checkpoint(checkpoint, _OUTPUT.value, format='slicegpt')
+  weights = pathlib.Path(_OUTPUT.value, f'{stem}.pt')
+  width = model.config.segment_widths[0]
+  print(
+    f'wrote {weights}: width {width} of {config.hidden_size}, '
+    f'calibrated on {tokens.size:,} tokens'
+  )
+
+
+def run() -> int:
+  return program.run(main, FLAGS)
+
+
+if __name__ == '__main__':
+  sys.exit(run())

@@ -1,0 +1,316 @@
+"""Generation: the cache against whole forward passes, sampling, and the command."""
+
+import dataclasses
+import functools
+import json
+import pathlib
+import sys
+from unittest import mock
+
+from absl.testing import parameterized
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import random_models
+import tokenizers
+import word_checkpoints
+
+import rotbits_jax
+from rotbits_jax import checkpoints
+from rotbits_jax import models
+from rotbits_jax import structured
+from rotbits_jax.checkpoints import configs
+from rotbits_jax.cli import generate as generate_command
+from rotbits_jax.cli import main
+from rotbits_jax.models import generation
+
+TESTDATA = pathlib.Path(__file__).parent / 'testdata'
+FIXTURES = sorted(path.parent.name for path in TESTDATA.glob('*/ref_logits.npz'))
+
+# Compiles in half the time; there is little to compute.
+fast_jit = functools.partial(
+  jax.jit, compiler_options={'xla_backend_optimization_level': 0}
+)
+
+
+@fast_jit
+def incremental_logits(model, first, rest):
+  """Logits of `[B, T]` tokens at once and `[N, B]` tokens one by one."""
+  batch, length = first.shape
+  cache = generation.empty_cache(model, batch, length + len(rest) + 3)
+  begin, cache = generation.extend(model, cache, first)
+
+  def step(cache, tokens):
+    logits, cache = generation.extend(model, cache, tokens[:, None])
+    return cache, logits[:, 0]
+
+  cache, end = jax.lax.scan(step, cache, rest)
+  return jnp.concatenate([begin, end.swapaxes(0, 1)], axis=1), cache.length
+
+
+def mixed_model():
+  """A sliced Llama with a sliding window, a stack, a layer alone, thin shortcuts."""
+  model = random_models.sliced_llama((20, 20, 20, 20, 20, 14, 24))
+  layers = list(model.layers())
+  rng = np.random.default_rng(0)
+  for layer in layers[:2]:
+    thin = np.tril(0.2 * rng.standard_normal((20, 3))).astype(np.float16)
+    shortcut = structured.IdentityMinusGram(thin, np.zeros((20, 0), np.float16), 20)
+    layer['attention_shortcut'] = {'kernel': shortcut}
+  config = dataclasses.replace(model.config, sliding_window=3)
+  return models.from_layers(config, model.outer(), layers)
+
+
+class CacheTest(chex.TestCase):
+  @parameterized.parameters(FIXTURES)
+  def test_logits_are_those_of_pytorch(self, name):
+    model = checkpoints.load_checkpoint(TESTDATA / name).model
+    expected = np.load(TESTDATA / name / 'ref_logits.npz')
+    tokens = expected['input_ids']
+    logits, length = incremental_logits(model, tokens[:, :41], tokens[:, 41:].T)
+    np.testing.assert_allclose(logits, expected['logits'], rtol=0, atol=1e-4)
+    assert length == tokens.shape[1]
+
+  def test_logits_are_those_of_the_whole_sequence(self):
+    model = mixed_model()
+    assert model.group_sizes == (2, 1)
+    tokens = np.random.default_rng(1).integers(40, size=(2, 12))
+    logits, _ = incremental_logits(model, tokens[:, :5], tokens[:, 5:].T)
+    expected = fast_jit(models.logits)(model, tokens)
+    np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-5)
+
+
+class SampleTest(chex.TestCase):
+  def draw(self, logits, count, **options):
+    keys = jax.random.split(jax.random.key(0), count)
+    sample = lambda key: generation.sample(jnp.asarray(logits), key, **options)
+    return np.asarray(jax.vmap(sample)(keys))
+
+  @parameterized.parameters((1.0, None), (0.5, None), (2.0, 3))
+  def test_frequencies_are_the_softmax(self, temperature, top_k):
+    logits = np.array([0.0, 1.0, -1.0, 0.5, -3.0])
+    draws = self.draw(logits, 20000, temperature=temperature, top_k=top_k)
+    weights = np.exp(logits / temperature)
+    if top_k is not None:
+      weights[np.argsort(logits)[:-top_k]] = 0
+    expected = weights / weights.sum()
+    got = np.bincount(draws, minlength=5) / draws.size
+    # Five standard deviations.
+    assert (abs(got - expected) <= 5 * np.sqrt(expected / draws.size)).all(), got
+
+  def test_without_temperature_it_is_the_likeliest(self):
+    draws = self.draw([0.0, 3.0, 2.999], 50, temperature=0.0)
+    assert (draws == 1).all()
+
+
+class GenerateTest(chex.TestCase):
+  @classmethod
+  def setUpClass(cls):
+    super().setUpClass()
+    cls.opt = checkpoints.load_checkpoint(TESTDATA / 'opt-small-sliced-0.2').model
+    cls.llama = checkpoints.load_checkpoint(TESTDATA / 'llama-tiny-dense').model
+    # One piece of the prompt is full, the other is not.
+    cls.prompt = np.random.default_rng(0).integers(60, size=generation.PREFILL + 9)
+
+  def generate(self, **options):
+    return list(generation.generate(self.llama, self.prompt, **options))
+
+  @parameterized.parameters('opt', 'llama')
+  def test_greedy_tokens_are_those_of_whole_forward_passes(self, name):
+    model = getattr(self, name)
+    tokens = list(self.prompt)
+    logits_of = fast_jit(models.logits)
+    for _ in range(6):
+      padded = np.pad(tokens, (0, 80 - len(tokens)))[None]
+      tokens.append(int(jnp.argmax(logits_of(model, padded)[0, len(tokens) - 1])))
+    got = list(generation.generate(model, self.prompt, max_tokens=6))
+    assert got == tokens[len(self.prompt) :]
+
+  def test_draws_depend_on_the_key_alone(self):
+    draw = lambda seed: self.generate(
+      max_tokens=10, temperature=1.0, key=jax.random.key(seed)
+    )
+    assert draw(0) == draw(0)
+    assert draw(0) != draw(1)
+    assert len(set(draw(0))) > 2
+
+  def test_a_stop_token_ends_it_and_is_left_out(self):
+    whole = self.generate(max_tokens=6)
+    stop = whole[3]
+    got = self.generate(max_tokens=6, stop_tokens=[stop])
+    assert got == whole[: whole.index(stop)]
+
+  def test_it_compiles_for_the_prompt_and_for_a_token(self):
+    model = random_models.sliced_llama((24, 24, 24))
+    with mock.patch.object(generation, 'extend', wraps=generation.extend) as extend:
+      for length, max_tokens in ((3, 4), (17, 30), (40, 2)):
+        tokens = np.zeros(length, np.int32)
+        list(generation.generate(model, tokens, max_tokens=max_tokens))
+    assert extend.call_count == 2  # traces
+
+  def test_predictions_that_are_not_finite_are_refused(self):
+    scale = np.full_like(self.llama.params['final_norm']['scale'], np.nan)
+    params = self.llama.params | {'final_norm': {'scale': scale}}
+    model = dataclasses.replace(self.llama, params=params)
+    with pytest.raises(ValueError, match='not finite'):
+      next(generation.generate(model, self.prompt, max_tokens=6))
+
+  @parameterized.parameters(
+    ({'tokens': np.zeros((1, 3), int)}, r'tokens must be \[T\] integers.*\(1, 3\)'),
+    ({'tokens': np.zeros(3)}, 'tokens must be .*float64'),
+    ({'tokens': np.zeros(0, int)}, 'the prompt has no tokens'),
+    ({'tokens': np.array([3, 69])}, 'token 69 is outside .* vocabulary of 69'),
+    ({'tokens': np.array([-1])}, 'token -1 is outside'),
+    ({'max_tokens': 0}, 'max_tokens must be positive, got 0'),
+    ({'max_tokens': 10**6}, 'positions, got 3 tokens and max_tokens=1000000'),
+    ({'temperature': -0.5}, 'temperature must be finite and not negative, got -0.5'),
+    ({'temperature': float('nan')}, 'temperature must be finite'),
+    ({'temperature': 0.5}, 'a temperature of 0.5 needs a key'),
+    ({'top_k': 0}, 'top_k must be from 1 to 69, got 0'),
+    ({'top_k': 70}, 'top_k must be from 1 to 69, got 70'),
+  )
+  def test_refused_before_the_first_token(self, options, match):
+    arguments = {'tokens': np.zeros(3, int), 'max_tokens': 4} | options
+    with pytest.raises(ValueError, match=match):
+      generation.generate(self.llama, **arguments)
+
+
+class TestStopTokens:
+  @pytest.mark.parametrize(
+    ('files', 'expected'),
+    [
+      ({}, ()),
+      ({'config.json': {'eos_token_id': 2}}, (2,)),
+      ({'config.json': {'eos_token_id': None}}, ()),
+      ({'generation_config.json': {'eos_token_id': [7, 0]}}, (7, 0)),
+      (
+        {
+          'config.json': {'eos_token_id': 2},
+          'generation_config.json': {'eos_token_id': 3},
+        },
+        (3,),
+      ),
+      ({'config.json': {'eos_token_id': 2}, 'generation_config.json': {}}, (2,)),
+    ],
+  )
+  def test_stop_tokens(self, files, expected):
+    files = {name: json.dumps(content).encode() for name, content in files.items()}
+    assert configs.stop_tokens(files) == expected
+
+  @pytest.mark.parametrize(
+    ('content', 'match'),
+    [
+      (b'{"eos_token_id": "x"}', r"config\.json: eos_token_id is \['x'\]"),
+      (b'[]', r'config\.json: expected an object'),
+      (b'{', r'config\.json: not JSON'),
+    ],
+  )
+  def test_refused(self, content, match):
+    with pytest.raises(checkpoints.CheckpointError, match=match):
+      configs.stop_tokens({'config.json': content})
+
+
+def byte_tokenizer():
+  """A tokenizer.json with a token for each byte, and one special token."""
+  alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+  tokenizer = tokenizers.Tokenizer(
+    tokenizers.models.BPE({c: i for i, c in enumerate(alphabet)}, [])
+  )
+  tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+  tokenizer.decoder = tokenizers.decoders.ByteLevel()
+  tokenizer.add_special_tokens(['<end>'])
+  return tokenizer
+
+
+class TestStreamText:
+  def test_pieces_are_whole_characters(self):
+    tokenizer = byte_tokenizer()
+    files = {'tokenizer.json': tokenizer.to_str().encode()}
+    encode = lambda text: tokenizer.encode(text).ids
+    tokens = encode('aé 漢<end>!')
+    pieces = list(generate_command.stream_text(files, encode('before'), tokens))
+    assert pieces == ['a', 'é', ' ', '漢', '!']
+
+  def test_the_prompt_may_end_within_a_character(self):
+    tokenizer = byte_tokenizer()
+    files = {'tokenizer.json': tokenizer.to_str().encode()}
+    tokens = tokenizer.encode('漢b').ids
+    pieces = list(generate_command.stream_text(files, tokens[:1], tokens[1:]))
+    assert pieces == ['漢', 'b']
+
+
+@pytest.fixture(scope='module', name='directory')
+def _directory(tmp_path_factory):
+  directory = tmp_path_factory.mktemp('readable')
+  return word_checkpoints.copy_with_tokenizer('llama-tiny-dense', directory)
+
+
+@pytest.fixture(name='run')
+def _run(monkeypatch, capsys):
+  """Runs `rotbits generate ARGS` in this process: exit code, stdout and stderr."""
+
+  def run(*args):
+    # A module holds its flags' values; a command begins with none.
+    monkeypatch.delitem(sys.modules, 'rotbits_jax.cli.generate', raising=False)
+    monkeypatch.setattr(sys, 'argv', ['rotbits', 'generate', *map(str, args)])
+    capsys.readouterr()
+    code = main.main()
+    return code, *capsys.readouterr()
+
+  return run
+
+
+class TestCommand:
+  @pytest.mark.parametrize('kind', ['directory', 'file'])
+  def test_it_prints_the_words_that_follow(self, run, directory, tmp_path, kind):
+    checkpoint = rotbits_jax.load_checkpoint(directory)
+    path = directory
+    if kind == 'file':
+      path = tmp_path / 'model.rotbits'
+      data = rotbits_jax.encode(
+        checkpoint.model, preset='exact', files=checkpoint.files
+      )
+      rotbits_jax.write_file(path, data)
+    code, out, err = run(f'--model={path}', '--prompt=w3 w5', '--max_tokens=80')
+    tokens = list(
+      generation.generate(
+        checkpoint.model,
+        np.array([3, 5]),
+        max_tokens=80,
+        stop_tokens=configs.stop_tokens(checkpoint.files),
+      )
+    )
+    assert (code, err) == (0, '')
+    assert out.split() == [f'w{token}' for token in tokens]
+
+  def test_the_seed_decides_the_draws(self, run, directory):
+    arguments = [f'--model={directory}', '--prompt=w3 w5', '--temperature=2.0']
+    draw = lambda seed: run(*arguments, '--max_tokens=80', f'--seed={seed}')
+    assert draw(1) == draw(1)
+    assert draw(1) != draw(2)
+
+  @pytest.mark.parametrize(
+    ('arguments', 'match'),
+    [
+      (['--prompt= '], 'the text has no words'),
+      (['--prompt=w1', '--max_tokens=100000'], 'positions, got 1 tokens'),
+      (['--prompt=w1', '--temperature=-1'], 'temperature'),
+      (['--prompt=w1', '--top_k=0'], 'top_k must be from 1 to 69'),
+      ([], 'prompt'),
+    ],
+  )
+  def test_bad_input_is_one_line_and_exit_code_2(
+    self, run, directory, arguments, match
+  ):
+    code, out, err = run(f'--model={directory}', *arguments)
+    assert (code, out) == (2, '')
+    assert err.startswith('rotbits generate: ')
+    assert err.count('\n') == 1
+    assert match in err
+
+  def test_a_checkpoint_without_tokenizer(self, run):
+    code, _, err = run(f'--model={TESTDATA / "llama-tiny-dense"}', '--prompt=x')
+    assert code == 2
+    assert 'no tokenizer.json' in err

