@@ -9,14 +9,16 @@ In a Python session:
     logits = rotbits_jax.models.logits(model, tokens)
 
 Data flows one way: `checkpoints` (files to PyTrees), `models` (Flax forward passes),
-`symmetries` (transforms that leave fewer numbers), `coding` (numbers to bits), `codec`
-(the chain and its inverse), `container` (the file), `evaluation`.
+`slicing` (dense to sliced), `symmetries` (transforms that leave fewer numbers), `coding`
+(numbers to bits), `codec` (the chain and its inverse), `container` (the file),
+`evaluation`.
 """
 
 from rotbits_jax import checkpoints
 from rotbits_jax import coding
 from rotbits_jax import evaluation
 from rotbits_jax import models
+from rotbits_jax import slicing
 from rotbits_jax import structured
 from rotbits_jax import symmetries
 from rotbits_jax.checkpoints import Checkpoint
@@ -56,6 +58,7 @@ __all__ = [
   'load_checkpoint',
   'models',
   'save_checkpoint',
+  'slicing',
   'structured',
   'symmetries',
   'write_file',

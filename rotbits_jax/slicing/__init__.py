@@ -1,0 +1,17 @@
+"""SliceGPT itself: a dense model becomes a sliced one."""
+
+from rotbits_jax.slicing.calibration import sample_sequences
+from rotbits_jax.slicing.norm_fusion import fuse_norms
+from rotbits_jax.slicing.slicegpt import ORIENTATIONS
+from rotbits_jax.slicing.slicegpt import slice_model
+from rotbits_jax.slicing.slicegpt import sliced_checkpoint
+from rotbits_jax.slicing.slicegpt import sliced_width
+
+__all__ = [
+  'ORIENTATIONS',
+  'fuse_norms',
+  'sample_sequences',
+  'slice_model',
+  'sliced_checkpoint',
+  'sliced_width',
+]

@@ -1,0 +1,464 @@
+"""SliceGPT: what fusing keeps, what slicing cuts off, and what is written."""
+
+import functools
+import json
+import pathlib
+import sys
+
+from absl.testing import absltest
+from absl.testing import parameterized
+import chex
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+import word_checkpoints
+
+from rotbits_jax import checkpoints
+from rotbits_jax import evaluation
+from rotbits_jax import models
+from rotbits_jax import slicing
+from rotbits_jax.cli import main
+from rotbits_jax.models import transformer
+from rotbits_jax.slicing import calibration
+from rotbits_jax.slicing import slicegpt
+
+TESTDATA = pathlib.Path(__file__).parent / 'testdata'
+OPT = {
+  'model_type': 'opt',
+  'hidden_size': 32,
+  'ffn_dim': 48,
+  'num_hidden_layers': 2,
+  'num_attention_heads': 4,
+  'vocab_size': 69,
+  'max_position_embeddings': 48,
+  'word_embed_proj_dim': 32,
+}
+LLAMA = {
+  'model_type': 'llama',
+  'hidden_size': 32,
+  'intermediate_size': 48,
+  'num_hidden_layers': 2,
+  'num_attention_heads': 4,
+  'num_key_value_heads': 2,
+  'vocab_size': 69,
+  'rms_norm_eps': 1e-5,
+  'tie_word_embeddings': True,
+}
+# The names of dense models: a fixture's, or of a random one, which has biases and
+# norms of every size, and whose head is tied.
+RANDOM = {'opt-random': OPT, 'llama-random': LLAMA}
+# Dense, what Microsoft's SliceGPT made of it, and whether the head is sliced.
+FIXTURES = (
+  ('llama-tiny-dense', 'llama-tiny-sliced-head-0.25', True),
+  ('phi2-tiny-dense', 'phi2-tiny-sliced-0.25', False),
+  ('phi3-tiny-dense', 'phi3-tiny-sliced-0.25', False),
+)
+DENSE = (*RANDOM, *(name for name, _, _ in FIXTURES))
+SLICED_HEADS = {name for name, _, head in FIXTURES if head}
+
+# Compiles in half the time; there is little to compute.
+logits_of = jax.jit(
+  models.logits, compiler_options={'xla_backend_optimization_level': 0}
+)
+
+
+def random_tokens(seed, shape):
+  return np.random.default_rng(seed).integers(69, size=shape)
+
+
+CALIBRATION = random_tokens(0, (12, 48))
+EVALUATION = random_tokens(1, (4, 48))
+
+
+def random_model(config_json):
+  rng = np.random.default_rng(2)
+  config = checkpoints.parse_config(config_json)
+
+  def draw(path, shape):
+    name = path[-1].key
+    if name == 'tokens':  # unequal directions, so that some are worth more
+      return rng.standard_normal(shape) * np.linspace(1, 0.1, shape[-1]) + 0.1
+    scale = shape[0] ** -0.5 if name == 'kernel' else 0.3
+    return (name == 'scale') + scale * rng.standard_normal(shape)
+
+  random = lambda shapes: jax.tree_util.tree_map_with_path(
+    lambda *args: np.float32(draw(*args)), shapes, is_leaf=lambda x: type(x) is tuple
+  )
+  layers = [random(models.layer_shapes(config, i)) for i in range(config.num_layers)]
+  return models.from_layers(config, random(models.outer_shapes(config)), layers)
+
+
+@functools.cache
+def dense(name):
+  if name in RANDOM:
+    return random_model(RANDOM[name])
+  model = checkpoints.load_checkpoint(TESTDATA / name).model
+  return jax.tree.map(lambda x: x.astype(np.float32), model)
+
+
+@functools.cache
+def sliced(name, **settings):
+  settings = {'sparsity': 0.25, 'slice_head': name in SLICED_HEADS} | settings
+  return slicing.slice_model(dense(name), CALIBRATION, **settings)
+
+
+@functools.cache
+def dense_logits(name):
+  return np.asarray(logits_of(dense(name), EVALUATION))
+
+
+def assert_same_logits(actual, expected, tolerance=1e-5):
+  error = np.linalg.norm(actual - expected) / np.linalg.norm(expected)
+  assert error < tolerance, error
+
+
+@jax.jit
+def segments(model, tokens):
+  return list(_segments(model, tokens))
+
+
+def _segments(model, tokens):
+  """The residual stream `[B, T, d]` at every segment, by the forward pass's modules."""
+  config = model.config
+  apply = lambda module, params, *args: module.apply({'params': params}, *args)
+  norm = functools.partial(
+    transformer.rmsn, hidden_size=config.hidden_size, eps=config.norm_eps
+  )
+  with jax.default_matmul_precision('highest'):
+    x = apply(transformer.Embedding(config), model.params['embed'], tokens)
+    yield x
+    for i, layer in enumerate(model.layers()):
+      widths = config.layer_widths(i)
+      if not config.parallel_block:
+        attention = transformer.Attention(config, widths[1])
+        shortcut = layer['attention_shortcut']['kernel']
+        yield x @ shortcut + apply(attention, layer['attention'], norm(x))
+      x = apply(transformer.Block(config, widths), layer, x)
+      yield x
+
+
+class NormFusionTest(parameterized.TestCase):
+  @parameterized.parameters(*DENSE)
+  def test_keeps_the_function(self, name):
+    fused = slicing.fuse_norms(dense(name))
+    self.assertTrue(fused.config.sliced)
+    self.assertNotIn('final_norm', fused.params)
+    assert_same_logits(logits_of(fused, EVALUATION), dense_logits(name))
+
+  def test_layer_norm_leaves_a_stream_without_mean(self):
+    fused = slicing.fuse_norms(dense('opt-random'))
+    for x in segments(fused, EVALUATION):
+      self.assertLess(np.abs(x.mean(-1)).max(), 1e-5 * np.abs(x).max())
+
+  def test_embeddings_of_rms_norm_models_stay(self):
+    fused = slicing.fuse_norms(dense('llama-random'))
+    chex.assert_trees_all_equal(
+      fused.params['embed'], dense('llama-random').params['embed']
+    )
+
+  def test_refuses_sliced_models(self):
+    with self.assertRaisesRegex(ValueError, 'only a dense model'):
+      slicing.fuse_norms(slicing.fuse_norms(dense('opt-random')))
+
+
+class PrincipalComponentsTest(parameterized.TestCase):
+  def test_same_as_singular_vectors(self):
+    rng = np.random.default_rng(3)
+    x = (rng.standard_normal((3, 50, 20)) * np.geomspace(1, 1e-3, 20)).astype(
+      np.float32
+    )
+    _, values, vt = np.linalg.svd(x.reshape(-1, 20).astype(np.float64))
+    basis = calibration.principal_components(x, 12)
+    np.testing.assert_allclose(
+      basis.kept @ basis.kept.T, vt[:12].T @ vt[:12], atol=1e-9
+    )
+    np.testing.assert_allclose(basis.cut @ basis.cut.T, vt[12:].T @ vt[12:], atol=1e-9)
+    energies = np.square(x.reshape(-1, 20).astype(np.float64) @ basis.kept).sum(axis=0)
+    np.testing.assert_allclose(energies, values[:12] ** 2, rtol=1e-9)
+
+  def test_float64_sums(self):
+    # In float32 the large direction would drown the order of the small ones.
+    rng = np.random.default_rng(4)
+    x = rng.standard_normal((4, 64, 8)) * [3e4, 1.1, 1, 0.9, 0.8, 0.7, 0.6, 0.5]
+    x = (x @ slicegpt._haar(8, rng)).astype(np.float32)
+    _, _, vt = np.linalg.svd(x.reshape(-1, 8).astype(np.float64))
+    kept = calibration.principal_components(x, 5).kept
+    np.testing.assert_allclose(kept @ kept.T, vt[:5].T @ vt[:5], atol=1e-4)
+
+  def test_non_finite_activations(self):
+    x = np.full((1, 9, 4), np.inf, np.float32)
+    with (
+      np.errstate(invalid='ignore'),
+      self.assertRaisesRegex(ValueError, 'not finite'),
+    ):
+      calibration.principal_components(x, 2)
+
+
+class SliceModelTest(parameterized.TestCase):
+  @parameterized.parameters(
+    ('llama-random', 0.0, 8, 32),
+    ('phi2-tiny-dense', 0.0, 8, 128),
+    ('opt-random', 1 / 32, 31, 31),  # LayerNorm's mean is the direction that is lost
+  )
+  def test_keeps_the_function_where_nothing_is_lost(
+    self, name, sparsity, interval, width
+  ):
+    model = sliced(name, sparsity=sparsity, round_interval=interval)
+    self.assertEqual(model.config.segment_widths[0], width)
+    assert_same_logits(logits_of(model, EVALUATION), dense_logits(name))
+
+  @parameterized.parameters('opt-random', 'phi2-tiny-dense')
+  def test_orientations_have_the_same_function(self, name):
+    random, pca = sliced(name), sliced(name, final_orientation='pca')
+    assert_same_logits(logits_of(random, EVALUATION), logits_of(pca, EVALUATION))
+    head = lambda model: np.asarray(model.params['head']['kernel'])
+    self.assertGreater(np.abs(head(random) - head(pca)).max(), 0.1)
+
+  @parameterized.parameters('llama-random', 'phi2-tiny-dense')
+  def test_segments_of_the_sliced_model_are_in_principal_components(self, name):
+    # So they are if each was calibrated with all before it sliced already.
+    model = sliced(name, final_orientation='pca')
+    for x in segments(model, CALIBRATION):
+      x = np.asarray(x, np.float64).reshape(-1, x.shape[-1])
+      gram = x.T @ x
+      energies = np.diag(gram)
+      tolerance = 1e-5 * energies.max()
+      self.assertLess(np.diff(energies).max(), tolerance)
+      np.testing.assert_allclose(gram, np.diag(energies), atol=tolerance)
+
+  @parameterized.parameters(*FIXTURES)
+  def test_no_worse_than_microsofts(self, name, theirs, slice_head):
+    del slice_head
+    reference = checkpoints.load_checkpoint(TESTDATA / theirs).model
+    ours = sliced(name)
+    self.assertEqual(ours.config, reference.config)
+    chex.assert_trees_all_equal_shapes(ours, reference)
+    reference = jax.tree.map(lambda x: x.astype(np.float32), reference)
+    ours, theirs = (
+      np.mean(evaluation.kl_divergence(dense_logits(name), logits_of(m, EVALUATION)))
+      for m in (ours, reference)
+    )
+    self.assertLess(ours, 1.05 * theirs)
+
+  @parameterized.parameters(*DENSE)
+  def test_shortcuts_are_blocks_of_orthogonal_matrices(self, name):
+    for layer in sliced(name).layers():
+      for key in layer.keys() & {'attention_shortcut', 'mlp_shortcut'}:
+        values = np.linalg.svd(layer[key]['kernel'], compute_uv=False)
+        d, hidden = len(values), dense(name).config.hidden_size
+        self.assertLess(values.max(), 1 + 1e-6)
+        self.assertGreater(np.sort(values)[::-1][2 * d - hidden - 1], 1 - 1e-6)
+
+  def test_rounds_to_the_dtype_once(self):
+    exact = sliced('opt-random')
+    for dtype in (np.float16, ml_dtypes.bfloat16):
+      rounded = sliced('opt-random', dtype=dtype)
+      self.assertEqual({x.dtype for x in jax.tree.leaves(rounded)}, {np.dtype(dtype)})
+      half_ulp = float(jnp.finfo(dtype).eps) / 2
+      as_float32 = jax.tree.map(lambda x: x.astype(np.float32), rounded)
+      chex.assert_trees_all_close(as_float32, exact, rtol=1.01 * half_ulp, atol=1e-7)
+
+  def test_random_rotations_have_the_haar_measure(self):
+    rng = np.random.default_rng(5)
+    drawn = np.stack([slicegpt._haar(4, rng) for _ in range(2000)])
+    np.testing.assert_allclose(
+      drawn @ drawn.mT, np.eye(4) + np.zeros_like(drawn), atol=1e-12
+    )
+    # The first two moments: entries have no mean, variance 1/4, no correlations.
+    entries = drawn.reshape(-1, 16)
+    np.testing.assert_allclose(entries.mean(axis=0), 0, atol=0.05)
+    np.testing.assert_allclose(entries.T @ entries / 2000, np.eye(16) / 4, atol=0.05)
+
+  def test_seed_decides(self):
+    tokens = lambda model: model.params['embed']['tokens']
+    again = slicing.slice_model(dense('opt-random'), CALIBRATION, sparsity=0.25)
+    np.testing.assert_array_equal(tokens(sliced('opt-random')), tokens(again))
+    self.assertGreater(
+      np.abs(tokens(sliced('opt-random', seed=1)) - tokens(again)).max(), 0.1
+    )
+
+  def test_numbers_too_large_for_the_dtype(self):
+    model = jax.tree.map(np.copy, dense('llama-random'))
+    model.params['blocks_0']['mlp']['down']['kernel'] *= 1e6
+    with self.assertRaisesRegex(ValueError, 'layers.0/mlp/down/kernel has .* float16'):
+      slicing.slice_model(model, CALIBRATION, sparsity=0.25, dtype=np.float16)
+
+  @parameterized.parameters(
+    ({}, CALIBRATION[0], r'tokens must be \[S, T\] integers'),
+    ({}, CALIBRATION + 0.5, r'tokens must be \[S, T\] integers'),
+    ({}, CALIBRATION + 1, 'token 69 is outside'),
+    ({}, CALIBRATION - 1, 'token -1 is outside'),
+    ({}, CALIBRATION.reshape(6, 96), '48 positions, got sequences of 96'),
+    ({}, CALIBRATION[:1, :31], 'hidden size 32, got 31'),
+    ({'sparsity': 1.0}, CALIBRATION, r'sparsity must be in \[0, 1\), got 1.0'),
+    ({'sparsity': -0.1}, CALIBRATION, r'sparsity must be in \[0, 1\)'),
+    ({'sparsity': 0.9}, CALIBRATION, 'leaves nothing of the hidden size 32'),
+    ({'round_interval': 0}, CALIBRATION, 'round_interval must be positive, got 0'),
+    ({'final_orientation': 'qr'}, CALIBRATION, "final_orientation .* got 'qr'"),
+  )
+  def test_refuses(self, settings, tokens, message):
+    with self.assertRaisesRegex(ValueError, message):
+      slicing.slice_model(
+        dense('opt-random'), tokens, **({'sparsity': 0.25} | settings)
+      )
+
+
+class WidthTest(parameterized.TestCase):
+  @parameterized.parameters(
+    (256, 0.2, 8, 200),
+    (256, 0.25, 8, 192),
+    (576, 0.3, 8, 400),
+    (4096, 0.25, 8, 3072),
+    (4096, 0.3, 1, 2867),
+    (768, 0.0, 8, 768),
+  )
+  def test_as_slicegpt_rounds(self, hidden, sparsity, interval, width):
+    self.assertEqual(slicing.sliced_width(hidden, sparsity, interval), width)
+
+  @parameterized.parameters(('opt-random', False), ('llama-tiny-dense', True))
+  def test_the_last_segment_is_sliced_with_the_head_only(self, name, slice_head):
+    hidden = dense(name).config.hidden_size
+    width = hidden * 3 // 4
+    *widths, last = sliced(name).config.segment_widths
+    self.assertEqual(set(widths), {width})
+    self.assertEqual(last, width if slice_head else hidden)
+
+
+class SampleSequencesTest(absltest.TestCase):
+  def test_one_in_each_part_of_the_text(self):
+    drawn = slicing.sample_sequences(np.arange(1000), sequences=20, length=30, seed=0)
+    self.assertEqual(drawn.shape, (20, 30))
+    np.testing.assert_array_equal(
+      drawn // 50, np.arange(20)[:, None] + np.zeros((1, 30))
+    )
+    np.testing.assert_array_equal(np.diff(drawn), 1)
+    self.assertGreater(len(np.unique(drawn[:, 0] % 50)), 5)
+    other = slicing.sample_sequences(np.arange(1000), sequences=20, length=30, seed=1)
+    self.assertFalse(np.array_equal(drawn, other))
+
+  def test_short_texts(self):
+    few = slicing.sample_sequences(np.arange(61), sequences=20, length=30, seed=0)
+    np.testing.assert_array_equal(few, np.arange(60).reshape(2, 30))
+    one = slicing.sample_sequences(np.arange(7), sequences=20, length=30, seed=0)
+    np.testing.assert_array_equal(one, np.arange(7)[None])
+
+  def test_refuses_nothing(self):
+    for tokens, length in ((np.arange(0), 3), (np.arange(9), 0)):
+      with self.assertRaisesRegex(ValueError, 'at least 1'):
+        slicing.sample_sequences(tokens, sequences=1, length=length, seed=0)
+
+
+class TestSlice:
+  """The command, as a user types it."""
+
+  @pytest.fixture(name='paths')
+  def _paths(self, tmp_path):
+    """A dense checkpoint with a tokenizer, a text, and where to write."""
+    source = word_checkpoints.copy_with_tokenizer('phi2-tiny-dense', tmp_path)
+    (tmp_path / 'text').write_text(word_checkpoints.random_text(600))
+    return source, tmp_path / 'text', tmp_path / 'sliced'
+
+  @pytest.fixture(name='rotbits')
+  def _rotbits(self, monkeypatch, capsys):
+    def run(*args):
+      monkeypatch.delitem(sys.modules, 'rotbits_jax.cli.slice', raising=False)
+      monkeypatch.setattr(sys, 'argv', ['rotbits', 'slice', *map(str, args)])
+      capsys.readouterr()
+      code = main.main()
+      return code, *capsys.readouterr()
+
+    return run
+
+  def test_writes_what_microsofts_writes(self, rotbits, paths):
+    source, text, output = paths
+    code, out, err = rotbits(
+      f'--model={source}',
+      f'--output={output}',
+      f'--calibration={text}',
+      '--sparsity=0.25',
+      '--sequence_length=48',
+    )
+    assert (code, err) == (0, '')
+    stem = 'phi2-tiny-dense_0.25'
+    assert f'{stem}.pt: width 96 of 128, calibrated on 576 tokens' in out
+    names = {f'{stem}.pt', f'{stem}.json', 'tokenizer.json', 'config.json'}
+    assert {file.name for file in output.iterdir()} == names | {
+      'generation_config.json'
+    }
+    loaded = checkpoints.load_checkpoint(output)
+    theirs = json.loads(
+      (TESTDATA / 'phi2-tiny-sliced-0.25/phi-2_0.25.json').read_text()
+    )
+    assert json.loads((output / f'{stem}.json').read_text()) == theirs
+    assert loaded.model.params['embed']['tokens'].dtype == np.float16  # as dense
+    tokens = slicing.sample_sequences(
+      evaluation.encode_text(loaded.files, text.read_text()),
+      sequences=128,
+      length=48,
+      seed=42,
+    )
+    expected = slicing.slice_model(
+      checkpoints.load_checkpoint(source).model, tokens, sparsity=0.25, dtype=np.float16
+    )
+    chex.assert_trees_all_equal(loaded.model, expected)
+
+  def test_flags(self, rotbits, paths):
+    source, text, output = paths
+    code, _, err = rotbits(
+      f'--model={source}/model.safetensors',
+      f'--output={output}',
+      f'--calibration={text}',
+      '--sparsity=0.30',
+      '--sequence_length=48',
+      '--sequences=5',
+      '--round_interval=16',
+      '--slice_head',
+      '--final_orientation=pca',
+      '--dtype=bfloat16',
+    )
+    assert (code, err) == (0, '')
+    loaded = checkpoints.load_checkpoint(output / 'model_0.3.pt')
+    assert loaded.model.config.segment_widths == (80, 80, 80, 80)
+    assert loaded.model.params['embed']['tokens'].dtype == ml_dtypes.bfloat16
+
+  @pytest.mark.parametrize(
+    ('changed', 'message'),
+    [
+      ({'model': 'missing'}, 'there is no such file or directory'),
+      ({'model': str(TESTDATA / FIXTURES[1][1])}, 'has no tokenizer.json'),
+      ({'calibration': 'missing'}, 'No such file'),
+      ({'sparsity': 1.0}, 'sparsity must be in [0, 1)'),
+      ({'sparsity': 'x'}, 'flag --sparsity=x'),
+      ({'sequence_length': 4096}, 'got sequences of'),
+      ({'sequence_length': 0}, 'sequence_length'),
+      ({'sequences': 1}, 'as many tokens as the hidden size 128, got 48'),
+      ({'dtype': 'int8'}, 'dtype'),
+      ({'final_orientation': 'qr'}, 'final_orientation'),
+      ({'output': str(pathlib.Path(__file__))}, 'is a file, not a directory'),
+    ],
+  )
+  def test_bad_input_writes_nothing(self, rotbits, paths, changed, message):
+    source, text, output = paths
+    text.write_text(word_checkpoints.random_text(3000))
+    flags = {
+      'model': source,
+      'output': output,
+      'calibration': text,
+      'sparsity': 0.25,
+      'sequence_length': 48,
+    }
+    code, out, err = rotbits(*(f'--{k}={v}' for k, v in (flags | changed).items()))
+    assert (code, out) == (2, '')
+    assert message in err
+    assert len(err.splitlines()) == 1
+    assert not output.exists()
+    assert sorted(file.name for file in output.parent.iterdir()) == [
+      source.name,
+      'text',
+    ]
+
+
+if __name__ == '__main__':
+  absltest.main()
