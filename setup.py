@@ -5,6 +5,7 @@ import pathlib
 import setuptools
 
 TEXT = ['tokenizers>=0.21']  # reads the tokenizer.json beside a checkpoint
+INT8 = ['qwix>=0.1.8']  # quantises in benchmarks/int8.py
 GGUF = ['gguf>=0.16']  # reads llama.cpp's files
 
 setuptools.setup(
@@ -39,10 +40,13 @@ setuptools.setup(
     'demo': [*TEXT, *GGUF],
     # The coder that benchmarks/coder.py times ours beside.
     'benchmark': ['constriction>=0.4'],
+    # The quantiser that benchmarks/int8.py puts in the chain.
+    'int8': INT8,
     # What test.sh runs; pre-commit runs the same linters before each commit.
     'test': [
       *TEXT,
       *GGUF,
+      *INT8,
       'ipykernel>=6.29',  # runs the notebooks
       'mypy>=1.13',
       'nbclient>=0.10',  # runs the notebooks

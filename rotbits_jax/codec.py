@@ -98,6 +98,8 @@ class Settings:
 
 _CHAINS: dict[str, Callable[[Settings], tuple[symmetries.Transform, ...]]] = {
   'free': lambda s: (
+    # Of numbers as they are stored, small ones can be scaled without loss, too.
+    symmetries.scale_neurons(),
     # Rotations first: what follows finds its structure in their coordinates.
     symmetries.remove_gauge(tolerance=s.tolerance),
     symmetries.remove_global_gauge(),
@@ -106,7 +108,6 @@ _CHAINS: dict[str, Callable[[Settings], tuple[symmetries.Transform, ...]]] = {
     symmetries.remove_value_gauge(),
     symmetries.remove_query_key_gauge(),
     symmetries.remove_low_rank_gauge(),
-    symmetries.scale_neurons(),
   ),
   'exact': lambda s: (symmetries.retie_exactly(),),
   'paper': lambda s: (),
@@ -529,8 +530,11 @@ def _signature(entry: dict[str, Any]) -> Any:
   signature = []
   for leaf in entry['leaves']:
     dtype, shape, *_ = next(iter(leaf['arrays'].values()))
-    # Structured leaves of different ranks can be stacked: their own shape decides.
-    signature.append((leaf['path'], leaf.get('kind'), dtype, leaf.get('shape', shape)))
+    # Structured leaves of different ranks can be stacked: their own shape decides, and
+    # the settings that are names, like the kind of a leaf within a leaf.
+    names = [v for v in leaf.get('settings', {}).values() if isinstance(v, str)]
+    shape = leaf.get('shape', shape)
+    signature.append((leaf['path'], leaf.get('kind'), dtype, shape, names))
   return signature
 
 

@@ -6,6 +6,8 @@ from rotbits_jax.checkpoints.checkpoint import save_checkpoint
 from rotbits_jax.checkpoints.configs import parse_config
 from rotbits_jax.checkpoints.configs import slicing_json
 from rotbits_jax.checkpoints.errors import CheckpointError
+from rotbits_jax.checkpoints.factors import FACTORS
+from rotbits_jax.checkpoints.factors import FactorNames
 from rotbits_jax.checkpoints.families import FAMILIES
 from rotbits_jax.checkpoints.families import Family
 from rotbits_jax.checkpoints.families import TensorRow
@@ -15,9 +17,11 @@ from rotbits_jax.checkpoints.tensors import from_tensors
 from rotbits_jax.checkpoints.tensors import to_tensors
 
 __all__ = [
+  'FACTORS',
   'FAMILIES',
   'Checkpoint',
   'CheckpointError',
+  'FactorNames',
   'Family',
   'TensorRow',
   'from_tensors',

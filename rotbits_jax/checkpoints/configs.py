@@ -32,6 +32,7 @@ _IGNORED = frozenset([
   'sep_token_id', 'suppress_tokens', 'task_specific_params', 'temperature',
   'tf_legacy_loss', 'tie_encoder_decoder', 'tokenizer_class', 'top_k', 'top_p',
   'torch_dtype', 'torchscript', 'transformers.js_config', 'transformers_version',
+  'truncation_ranks',
   'typical_p', 'unsloth_version', 'use_bfloat16', 'use_cache',
 ])  # fmt: skip
 

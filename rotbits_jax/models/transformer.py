@@ -246,7 +246,7 @@ class Linear(nn.Module):
   def __call__(self, x: jax.Array) -> jax.Array:
     shape = (x.shape[-1], self.features)
     kernel = _parameter(self, 'kernel', shape, nn.initializers.lecun_normal())
-    if isinstance(kernel, structured.IdentityMinusGram) and _is_thin(kernel):
+    if isinstance(kernel, _FACTORED) and kernel.is_thin:
       y = kernel.apply(x)
     else:
       y = x @ _float32(kernel)
@@ -398,6 +398,4 @@ def _take(table: Any, rows: jax.Array) -> jax.Array:
   return taken.astype(jnp.float32)
 
 
-def _is_thin(kernel: structured.IdentityMinusGram) -> bool:
-  """Whether `apply` takes fewer products than the materialized matrix."""
-  return 2 * (kernel.b.shape[-1] + kernel.c.shape[-1]) < kernel.columns
+_FACTORED = (structured.IdentityMinusGram, structured.FactorPair)

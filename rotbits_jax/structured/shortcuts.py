@@ -51,6 +51,11 @@ class IdentityMinusGram(Structured):
   def dtype(self) -> Any:
     return self.b.dtype
 
+  @property
+  def is_thin(self) -> bool:
+    """Whether `apply` takes fewer products than the materialized matrix."""
+    return 2 * (self.b.shape[-1] + self.c.shape[-1]) < self.columns
+
   def materialize(self) -> jax.Array:
     b, c = jnp.asarray(self.b, jnp.float32), jnp.asarray(self.c, jnp.float32)
     gram = lambda x: jnp.matmul(x, jnp.matrix_transpose(x), precision='highest')

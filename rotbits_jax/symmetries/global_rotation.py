@@ -79,8 +79,11 @@ def fold_norm_scales(layer: models.Params) -> models.Params:
   return folded
 
 
-def scaled(kernel: jax.Array, scale: jax.Array) -> jax.Array:
+def scaled(kernel: Any, scale: jax.Array) -> Any:
   """`diag(scale) @ kernel` in float32, rounded to the kernel's dtype."""
+  if isinstance(kernel, structured.FactorPair):
+    pair = kernel.plain()
+    return dataclasses.replace(pair, u=scaled(pair.u, scale))
   product = kernel.astype(jnp.float32) * scale.astype(jnp.float32)[:, None]
   return product.astype(kernel.dtype)
 
@@ -90,7 +93,7 @@ def _remove_global_gauge(
 ) -> tuple[models.SlicedModel, list[transform.Note]]:
   widths = model.config.segment_widths
   if model.config.sliced:
-    free, start = model.materialize(but=rotations_lib.SYMMETRIC), _first_free(model)
+    free, start = model.materialize(but=rotations_lib.KEPT), _first_free(model)
   elif model.config.norm == 'rmsnorm' and not model.config.tied_head:
     free, start = without_norm_scales(model), 0
   else:
@@ -102,7 +105,9 @@ def _remove_global_gauge(
   rotation = np.zeros((edges[-1], edges[-1]), np.float32)
   blocks: dict[str, list[int]] = {name: [] for name in kernels}
   for a, b in itertools.pairwise(edges):
-    name = next(n for n, kernel in kernels.items() if b <= kernel.shape[0])
+    name = next((n for n, kernel in kernels.items() if b <= kernel.shape[0]), None)
+    if name is None:
+      return model, []
     blocks[name].append(b - a)
     rotation[a:b, a:b] = _upper_rotation(kernels[name][a:b])
   turns = [np.eye(d, dtype=np.float32) for d in widths[:start]]
@@ -141,9 +146,12 @@ def _readers(model: models.SlicedModel, start: int) -> tuple[int, dict[str, Any]
   """
   config, step = model.config, model.config.segments_per_layer
   kernels = {HEAD: model.params['head']['kernel']}
+  if isinstance(kernels[HEAD], structured.FactorPair):
+    kernels = {}
   for i, layer in enumerate(model.layers()):
-    if i * step + step - 1 >= start:
-      return i, {f'layers.{i}/mlp/up/kernel': layer['mlp']['up']['kernel']} | kernels
+    kernel = layer['mlp']['up']['kernel']
+    if i * step + step - 1 >= start and not isinstance(kernel, structured.FactorPair):
+      return i, {f'layers.{i}/mlp/up/kernel': kernel} | kernels
   return config.num_layers, kernels
 
 
@@ -184,12 +192,12 @@ def _first_free(model: models.SlicedModel) -> int | None:
 
 def without_norm_scales(model: models.SlicedModel) -> models.SlicedModel:
   """A dense RMSNorm model with scales of 1, folded into the kernels that read them."""
-  params = model.materialize().params
+  params = model.materialize(but=(structured.FactorPair,)).params
   for name in params:
     if name.startswith('blocks_'):
       params[name] = jax.device_get(_fold_norm_scales(params[name]))
   scale, head = params['final_norm']['scale'], params['head']
-  kernel = jax.device_get(scaled(jnp.asarray(head['kernel']), jnp.asarray(scale)))
+  kernel = jax.device_get(scaled(jax.tree.map(jnp.asarray, head['kernel']), scale))
   params['head'] = head | {'kernel': kernel}
   params['final_norm'] = {'scale': np.ones_like(scale)}
   return dataclasses.replace(model, params=params)

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 
 from rotbits_jax import models
+from rotbits_jax import structured
 from rotbits_jax.symmetries import global_rotation
 from rotbits_jax.symmetries import heads
 from rotbits_jax.symmetries import rotations as rotations_lib
@@ -37,7 +38,8 @@ def randomly_rotated(
 def _rotated(
   model: models.SlicedModel, *, key: jax.Array
 ) -> tuple[models.SlicedModel, list[transform.Note]]:
-  model, config = model.materialize(), model.config
+  whole, config = model.materialize(), model.config
+  model = model.materialize(but=(structured.FactorPair,))
   if config.sliced:
     widths = config.segment_widths
     keys = jax.random.split(key, len(widths))
@@ -47,7 +49,7 @@ def _rotated(
     model = global_rotation.without_norm_scales(model)
     rotation = np.asarray(jax.random.orthogonal(key, config.hidden_size))
     return rotations_lib.rotate(model, [rotation] * len(config.segment_widths)), []
-  params = dict(model.params)
+  params = dict(whole.params)
   for group, size in enumerate(model.group_sizes):
     name, shape = f'blocks_{group}', (size, config.num_kv_heads)
     for kind, rotate in _HEADS.items():

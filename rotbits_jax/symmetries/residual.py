@@ -136,7 +136,7 @@ def _remove_gauge(
 ) -> tuple[models.SlicedModel, list[transform.Note]]:
   if not model.config.sliced:
     return model, []
-  model = model.materialize()
+  model = model.materialize(but=(structured.FactorPair,))
   form = transform.storage_format(model)
   limit = transform.limit(model)
   shortcuts = [np.asarray(kernel) for _, kernel in _shortcuts(model)]

@@ -23,18 +23,27 @@ from rotbits_jax import structured
 
 Rotations = list[np.ndarray]  # float32 [d, d], one a segment
 
-SYMMETRIC = (structured.IdentityMinusGram, structured.SymmetricTriangle)
+KEPT = (
+  structured.IdentityMinusGram,
+  structured.SymmetricTriangle,
+  structured.FactorPair,
+)
 
 _matmul = functools.partial(jnp.matmul, precision='highest')
 
 
 def turn(
-  array: jax.Array, *, rows: jax.Array | None = None, columns: jax.Array | None = None
-) -> jax.Array:
+  array: Any, *, rows: jax.Array | None = None, columns: jax.Array | None = None
+) -> Any:
   """`rows^T @ array @ columns` in float32, rounded to the array's dtype.
 
-  An identity leaves the array as it is, even where its numbers are not finite.
+  An identity leaves the array as it is, even where its numbers are not finite. Of a
+  pair of factors each is turned by itself.
   """
+  if isinstance(array, structured.FactorPair):
+    pair = array.plain()
+    u, v = turn(pair.u, rows=rows), turn(pair.v, columns=columns)
+    return dataclasses.replace(pair, u=u, v=v)
   product = array.astype(jnp.float32)
   if rows is not None:
     product = jnp.where(_is_identity(rows), product, _matmul(rows.T, product))
@@ -125,15 +134,16 @@ def rotate(model: models.SlicedModel, rotations: Rotations) -> models.SlicedMode
   """Rotates every residual segment of a model.
 
   Args:
-    model: the model; structured leaves are materialized, but for symmetric shortcuts,
-      which ask something of the rotations, see `turn_shortcut`.
+    model: the model; structured leaves are materialized, but for pairs of factors, and
+      for symmetric shortcuts, which ask something of the rotations, see
+      `turn_shortcut`.
     rotations: R_s, float32 `[d_s, d_s]`, one a segment. Without shortcuts, in a dense
       model, all are one, and its norms have no scales.
 
   Returns:
     A model of the same function, rounded to the dtypes it had, with NumPy arrays.
   """
-  params = model.materialize(but=SYMMETRIC).params
+  params = model.materialize(but=KEPT).params
   step, layer = model.config.segments_per_layer, 0
   for group, size in enumerate(model.group_sizes):
     start = layer * step

@@ -1,0 +1,218 @@
+"""Quantisation by another library in the chain: int8 weights by Qwix.
+
+  pip install '.[int8]'
+  python -m benchmarks.int8 [--max_tokens=N]
+
+An example of a leaf and of a transform that the package does not have. The transform
+stands behind those that remove what is redundant, so that structural zeros and whatever
+a gauge fixes stay free: only the numbers that are left get 8 bits each. The table sets
+beside it the same quantisation of the model as it is, both entropy coded.
+"""
+
+import dataclasses
+import importlib.resources
+import pathlib
+import sys
+from typing import Any, ClassVar
+
+from absl import flags
+from flax import struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+import qwix
+
+import rotbits_jax
+from rotbits_jax import evaluation
+from rotbits_jax import models
+from rotbits_jax import structured
+from rotbits_jax import symmetries
+from rotbits_jax.cli import program
+from rotbits_jax.symmetries import transform
+
+CHECKPOINT = (
+  pathlib.Path(__file__).parents[1] / 'tests' / 'testdata' / 'opt-small-sliced-0.2'
+)
+
+FLAGS = flags.FlagValues()
+_MAX_TOKENS = flags.DEFINE_integer(
+  'max_tokens', None, 'Tokens of the text to use.', flag_values=FLAGS
+)
+
+
+# ---- the leaf ------------------------------------------------------------------------
+
+
+@structured.register
+@struct.dataclass
+class Int8(structured.Structured):
+  """A kernel whose numbers have 8 bits each, and a scale for each column.
+
+  Attributes:
+    values: an int8 array, or a leaf of any kind that holds int8 arrays.
+    scales: the same with the scales, `[..., 1, n]` for an array `[..., m, n]`.
+  """
+
+  kind: ClassVar[str] = 'int8'
+
+  values: Any
+  scales: Any
+
+  @property
+  def shape(self) -> tuple[int, ...]:
+    return self.values.shape
+
+  @property
+  def dtype(self) -> Any:
+    return self.scales.dtype
+
+  def materialize(self) -> jax.Array:
+    dequantized = jax.tree.map(_dequantize_array, self.values, self.scales)
+    return structured.materialize(dequantized)
+
+  def layer(self, index: int) -> 'Int8':
+    return Int8(**models.unstack_layer(self._parts(), index))
+
+  @classmethod
+  def stack(cls, leaves: list['Int8']) -> 'Int8':
+    return cls(**models.stack_layers([leaf._parts() for leaf in leaves], len(leaves)))
+
+  def _parts(self) -> dict[str, Any]:
+    return {'values': self.values, 'scales': self.scales}
+
+  def astype(self, dtype: Any) -> 'Int8':
+    return self  # what is quantised is not rounded again
+
+  def stored(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    settings, arrays = {}, {'': np.asarray(self.values)}
+    if structured.is_structured(self.values):
+      inner, arrays = self.values.stored()
+      settings = {'kind': self.values.kind, 'settings': inner}
+    for i, scale in enumerate(jax.tree.leaves(self.scales)):
+      arrays[f'scale_{i}'] = np.asarray(scale)
+    return settings, arrays
+
+  @classmethod
+  def from_stored(
+    cls, settings: dict[str, Any], arrays: dict[str, np.ndarray]
+  ) -> 'Int8':
+    scales = [x for name, x in arrays.items() if name.startswith('scale_')]
+    values = {k: x for k, x in arrays.items() if not k.startswith('scale_')}
+    leaf: Any = values.get('')
+    if settings:
+      kind = structured.KINDS[settings['kind']]
+      leaf = kind.from_stored(settings['settings'], values)
+    return cls(leaf, jax.tree.unflatten(jax.tree.structure(leaf), scales))
+
+
+# ---- the transform -------------------------------------------------------------------
+
+
+def quantize_kernels() -> symmetries.Transform:
+  """The transform that rounds the numbers of every kernel to int8.
+
+  Returns:
+    A transform. Its notes tell for each kernel the relative error that this makes.
+  """
+  return symmetries.Transform('int8', _quantize_kernels)
+
+
+def quantize(leaf: Any, form: Any) -> Int8:
+  """Quantises a kernel, stacked or not, by absolute maxima of columns.
+
+  Args:
+    leaf: an array `[..., m, n]`, or a leaf that holds such arrays.
+    form: the format of the scales.
+  """
+  arrays, treedef = jax.tree.flatten(leaf)
+  quantized = [_quantize_array(jnp.asarray(x, jnp.float32), form) for x in arrays]
+  values, scales = zip(*quantized, strict=True)
+  return Int8(jax.tree.unflatten(treedef, values), jax.tree.unflatten(treedef, scales))
+
+
+def _quantize_array(array: jax.Array, form: Any) -> tuple[jax.Array, jax.Array]:
+  if not array.size:  # of which Qwix cannot take the maximum
+    scale = jnp.ones((*array.shape[:-2], 1, array.shape[-1]), form)
+    return array.astype(jnp.int8), scale
+  axes = [axis for axis in range(array.ndim) if axis != array.ndim - 2]
+  quantized = qwix.quantize(array, jnp.int8, channelwise_axes=axes, scale_dtype=form)
+  return quantized.qvalue, quantized.scale
+
+
+def _dequantize_array(value: Any, scale: Any) -> jax.Array:
+  value, scale = jnp.asarray(value), jnp.asarray(scale)
+  if not value.size:
+    return value.astype(scale.dtype)
+  return qwix.dequantize(qwix.QArray(value, scale))
+
+
+def _quantize_kernels(
+  model: models.SlicedModel,
+) -> tuple[models.SlicedModel, list[transform.Note]]:
+  form = transform.storage_format(model)
+  params = jax.tree_util.tree_map_with_path(
+    lambda path, x: quantize(x, form) if path[-1].key == 'kernel' else x,
+    model.params,
+    is_leaf=structured.is_structured,
+  )
+  rewritten = dataclasses.replace(model, params=jax.device_get(params))
+  before, after = (dict(transform.leaves(x)) for x in (model, rewritten))
+  notes = [
+    {
+      'tensor': path,
+      'form': leaf.kind,
+      'shape': list(leaf.shape),
+      'numbers': structured.count_numbers(leaf),
+      'error': float(f'{_relative_error(leaf, before[path]):.3g}'),
+    }
+    for path, leaf in after.items()
+    if isinstance(leaf, Int8)
+  ]
+  return rewritten, notes
+
+
+def _relative_error(leaf: Int8, original: Any) -> float:
+  a, b = (np.asarray(structured.materialize(x), np.float32) for x in (leaf, original))
+  norm = float(np.linalg.norm(b))
+  return float(np.linalg.norm(a - b)) / norm if norm else 0.0
+
+
+# ---- the table -----------------------------------------------------------------------
+
+
+def measure(
+  model: models.SlicedModel, tokens: np.ndarray, max_tokens: int | None = None
+) -> str:
+  """The table: bytes, perplexity, and KL divergence to the model."""
+  int8 = (quantize_kernels(),)
+  quantized, _ = symmetries.run_chain(int8, model)
+  free, both = rotbits_jax.encode(model), rotbits_jax.encode(model, transforms=int8)
+  rows = [
+    ('exact', rotbits_jax.encode(model, preset='exact'), model),
+    ('free', free, rotbits_jax.decode_checkpoint(free).model),
+    ('int8', rotbits_jax.encode(quantized, preset='exact'), quantized),
+    ('free, int8', both, rotbits_jax.decode_checkpoint(both).model),
+  ]
+  lines = [f'{"":12}{"bytes":>12}{"":>8}{"perplexity":>12}{"KL":>10}']
+  for name, data, decoded in rows:
+    result = evaluation.evaluate(
+      decoded, tokens, reference=model, max_tokens=max_tokens
+    )
+    lines.append(
+      f'{name:12}{len(data):12,}{len(data) / len(rows[0][1]):8.1%}'
+      f'{result.perplexity:12.3f}{result.kl:10.2g}'
+    )
+  return '\n'.join(lines)
+
+
+def main() -> None:
+  text = (
+    importlib.resources.files('rotbits_jax') / 'data' / 'evaluation.txt'
+  ).read_text('utf-8')
+  checkpoint = rotbits_jax.load_checkpoint(CHECKPOINT)
+  tokens = evaluation.encode_text(checkpoint.files, text)
+  print(measure(checkpoint.model, tokens, _MAX_TOKENS.value))
+
+
+if __name__ == '__main__':
+  sys.exit(program.run(main, FLAGS))
