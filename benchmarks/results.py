@@ -1,15 +1,19 @@
 """Measures checkpoints and writes RESULTS.md.
 
-  python -m benchmarks.results --checkpoints=DIR,DIR --text=FILE [--max_tokens=N]
-    [--output=RESULTS.md]
+  python -m benchmarks.results --checkpoints=DIR,DIR [--smollm2=0.2,0.25,0.3]
+    --text=FILE [--max_tokens=N] [--output=RESULTS.md]
 
 Each sliced checkpoint is encoded with every preset, decoded and evaluated, as in the
-demo; then with the parts of the preset `paper`; the encoder's report follows.
+demo; the encoder's report follows; and the parts of the preset `paper` are compared on
+the first checkpoint.
 """
 
 import datetime
+import functools
+import math
 import pathlib
 import platform
+import re
 import sys
 import tempfile
 import time
@@ -23,6 +27,7 @@ import rotbits_jax
 from rotbits_jax import evaluation
 from rotbits_jax.cli import evaluate
 from rotbits_jax.cli import program
+from rotbits_jax.evaluation import report as report_lib
 
 FLAGS = flags.FlagValues()
 _CHECKPOINTS = flags.DEFINE_list(
@@ -30,6 +35,12 @@ _CHECKPOINTS = flags.DEFINE_list(
   None,
   'Directories of sliced checkpoints.',
   required=True,
+  flag_values=FLAGS,
+)
+_SMOLLM2 = flags.DEFINE_list(
+  'smollm2',
+  [],
+  'Sparsities to slice SmolLM2-135M with; it needs the extra `demo`.',
   flag_values=FLAGS,
 )
 _TEXT = flags.DEFINE_string(
@@ -95,18 +106,76 @@ def bits_back_table(
   return '\n'.join(lines)
 
 
+def groups_table(report: report_lib.Report) -> str:
+  """Where each transform saved numbers; layers of one kind are one line."""
+  size = report.input_bytes / report.input_numbers
+  lines = [
+    f'{"group":18}{"where":38}{"form":20}{"numbers":>11}{"bytes":>11}{"error":>9}'
+  ]
+  for source in report.sources:
+    places: dict[tuple[str, str], list[float]] = {}
+    for note in report.notes.get(source.name, []):
+      if 'shape' in note:
+        place = re.sub(r'layers\.\d+', 'layers.*', note['tensor'])
+        total = places.setdefault((place, note['form']), [0, 0.0])
+        total[0] += math.prod(note['shape']) - note['numbers']
+        total[1] = max(total[1], note['error'])
+    for (where, form), (numbers, error) in places.items():
+      lines.append(
+        f'{source.name:18}{where:38}{form:20}{numbers:11,.0f}{numbers * size:11,.0f}'
+        f'{error:9.2g}'
+      )
+    if not places and (source.numbers_saved or source.bytes_saved):
+      lines.append(
+        f'{source.name:76}{source.numbers_saved:11,}{source.bytes_saved:11,}'
+      )
+  return '\n'.join(lines)
+
+
 def section(path: pathlib.Path, text: str, max_tokens: int | None) -> str:
   """One checkpoint's tables and its report."""
   with tempfile.TemporaryDirectory() as directory:
     output = pathlib.Path(directory)
-    rows = list(demo.measure(path, text, output, max_tokens=max_tokens))
-    report = rotbits_jax.inspect(output / 'free.rotbits').to_text()
-    schemes = bits_back_table(path, text, output, max_tokens)
+    sliced = demo.Sliced(rotbits_jax.load_checkpoint(path), path)
+    rows = demo.measure(sliced, text, output, max_tokens=max_tokens)
+    report = rotbits_jax.inspect(output / 'free.rotbits')
   return (
     f'## {path.parent.name}\n\n```\n{demo.to_text(rows)}\n```\n\n'
-    'The preset `paper`; bits back are net, a parameter of a rotation:\n\n'
-    f'```\n{schemes}\n```\n\n'
-    f'What `free` saves, and where:\n\n```\n{report}\n```\n'
+    'What `free` saves in numbers and uncoded bytes, and where; the error is the\n'
+    'greatest relative one of a tensor or a product that stays:\n\n'
+    f'```\n{groups_table(report)}\n```\n\n```\n{totals(report)}\n```\n'
+  )
+
+
+def schemes_section(path: pathlib.Path, text: str, max_tokens: int | None) -> str:
+  """The parts of the preset `paper` on one checkpoint."""
+  with tempfile.TemporaryDirectory() as directory:
+    schemes = bits_back_table(path, text, pathlib.Path(directory), max_tokens)
+  return (
+    f'## The preset `paper` on {path.parent.name}\n\n'
+    'Bits back are net, a parameter of a rotation.\n\n'
+    f'```\n{schemes}\n```\n'
+  )
+
+
+def totals(report: report_lib.Report) -> str:
+  """The report without its notes."""
+  return report._replace(notes={}).to_text()
+
+
+def smollm2_section(sparsity: float, text: str) -> str:
+  """SmolLM2-135M, sliced here: the demo's table."""
+  with tempfile.TemporaryDirectory() as directory:
+    output = pathlib.Path(directory)
+    sliced = demo.slice_smollm2(sparsity, output)
+    tokens = demo.EVALUATION_TOKENS
+    rows = demo.measure(sliced, text, output, max_tokens=tokens)
+    report = rotbits_jax.inspect(output / 'free.rotbits')
+  return (
+    f'## SmolLM2-135M-Instruct, sliced by {sparsity:.0%}\n\n'
+    f'Sliced by `rotbits_jax.slicing` in {sliced.seconds:.0f} s; {tokens:,} tokens.\n'
+    'The truth is the sliced model before it was rounded to float16.\n\n'
+    f'```\n{demo.to_text(rows)}\n```\n\n```\n{totals(report)}\n```\n'
   )
 
 
@@ -123,20 +192,30 @@ def weights_file(path: pathlib.Path) -> pathlib.Path:
 def main() -> None:
   paths = [weights_file(pathlib.Path(path)) for path in _CHECKPOINTS.value]
   text = evaluate.read_text(_TEXT.value)
-  sections = [section(path, text, _MAX_TOKENS.value) for path in paths]
   tokens = f', its first {_MAX_TOKENS.value} tokens' if _MAX_TOKENS.value else ''
   program.check_output_file(_OUTPUT.value)
   device = f'{platform.machine()} {jax.devices()[0].device_kind}'
-  head = (
+  results = (
     '# Results\n\n'
     'Written by `python -m benchmarks.results`; rerun it to measure again.\n'
     f'{datetime.date.today()}, {device}, jax {jax.__version__}. Text: '
     f'{pathlib.Path(_TEXT.value).name}{tokens}.\n'
-    'Reductions are of the bytes that the tensors hold. The KL floor is the KL\n'
-    'divergence of the same model rotated at random and rounded again. Seconds are\n'
-    'within one process, compilation included.\n\n'
+    'Reductions are of the bytes that the tensors hold. KL is the divergence from the\n'
+    'raw tensors in nats; its floor is the line "rotated, rounded again". Seconds are\n'
+    'within one process, compilation included.\n'
   )
-  rotbits_jax.write_file(_OUTPUT.value, (head + '\n'.join(sections)).encode())
+  measured = [
+    functools.partial(smollm2_section, float(s), text) for s in _SMOLLM2.value
+  ]
+  measured += [
+    functools.partial(part, path, text, _MAX_TOKENS.value)
+    for part, some in ((section, paths), (schemes_section, paths[:1]))
+    for path in some
+  ]
+  for measure in measured:
+    results += '\n' + measure()
+    # What is measured stays, whatever happens to the rest.
+    rotbits_jax.write_file(_OUTPUT.value, results.encode())
 
 
 if __name__ == '__main__':

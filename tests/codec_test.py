@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+import pytest
 
 import rotbits_jax
 from rotbits_jax import checkpoints
@@ -28,6 +29,9 @@ CHECKPOINTS = tuple(
   sorted(path.name for path in TESTDATA.iterdir() if (path / 'config.json').exists())
 )
 TINY = 'llama-tiny-sliced-head-0.25'
+# Compiling takes the time, so every family but one waits for the slow tests.
+QUICK = (TINY, 'llama-tiny-dense', 'opt-small-sliced-0.2', 'phi2-tiny-sliced-0.25')
+OTHERS = tuple(name for name in CHECKPOINTS if name not in QUICK)
 
 
 @functools.cache
@@ -118,9 +122,10 @@ def _quantize(model):
   return model.replace(params=params), []
 
 
-class RoundTripTest(parameterized.TestCase):
-  @parameterized.parameters(*CHECKPOINTS)
-  def test_exact_gives_every_tensor_back(self, name):
+class Checks(parameterized.TestCase):
+  """What must hold of every checkpoint."""
+
+  def check_exact_gives_every_tensor_back(self, name):
     decoded = rotbits_jax.decode_checkpoint(_encoded(name, 'exact'))
     _assert_same_bits(decoded.model, _load(name).model)
     self.assertEqual(decoded.files, _load(name).files)
@@ -129,8 +134,7 @@ class RoundTripTest(parameterized.TestCase):
     back = checkpoints.to_tensors(decoded.model)
     self.assertEqual(list(back), list(given))
 
-  @parameterized.parameters(*CHECKPOINTS)
-  def test_free_gives_the_canonical_model_back(self, name):
+  def check_free_gives_the_canonical_model_back(self, name):
     canonical, _ = symmetries.run_chain(codec.chain('free'), _load(name).model)
     decoded = rotbits_jax.decode(_encoded(name, 'free'))
     self.assertEqual(decoded.config, canonical.config)
@@ -138,6 +142,28 @@ class RoundTripTest(parameterized.TestCase):
     for got, expected in layers:
       _assert_same_bits(_with_sorted_neurons(got), _with_sorted_neurons(expected))
     _assert_same_bits(decoded.outer(), canonical.outer())
+
+  def check_report_adds_up_to_the_byte(self, name, preset):
+    data = _encoded(name, preset)
+    report = rotbits_jax.inspect(data)
+    tensors = checkpoints.to_tensors(_load(name).model)
+    self.assertEqual(report.file_bytes, len(data))
+    self.assertEqual(report.input_bytes, sum(t.nbytes for t in tensors.values()))
+    self.assertEqual(report.input_numbers, sum(t.size for t in tensors.values()))
+    saved = sum(source.bytes_saved for source in report.sources)
+    self.assertEqual(saved, report.input_bytes - report.file_bytes)
+    numbers = sum(source.numbers_saved for source in report.sources)
+    self.assertEqual(numbers, report.input_numbers - report.stored_numbers)
+
+
+class RoundTripTest(Checks):
+  @parameterized.parameters(*QUICK)
+  def test_exact_gives_every_tensor_back(self, name):
+    self.check_exact_gives_every_tensor_back(name)
+
+  @parameterized.parameters(*QUICK)
+  def test_free_gives_the_canonical_model_back(self, name):
+    self.check_free_gives_the_canonical_model_back(name)
 
   @parameterized.parameters(ml_dtypes.bfloat16, np.float32)
   def test_other_formats(self, dtype):
@@ -206,19 +232,20 @@ class RoundTripTest(parameterized.TestCase):
     self.assertLess(error, np.abs(original).max() / 127)
 
 
-class SizeTest(parameterized.TestCase):
-  @parameterized.product(name=CHECKPOINTS, preset=['exact', 'free'])
+@pytest.mark.slow
+class OtherCheckpointsTest(Checks):
+  @parameterized.parameters(*OTHERS)
+  def test_all_checks(self, name):
+    self.check_exact_gives_every_tensor_back(name)
+    self.check_free_gives_the_canonical_model_back(name)
+    for preset in ('exact', 'free'):
+      self.check_report_adds_up_to_the_byte(name, preset)
+
+
+class SizeTest(Checks):
+  @parameterized.product(name=QUICK, preset=['exact', 'free'])
   def test_report_adds_up_to_the_byte(self, name, preset):
-    data = _encoded(name, preset)
-    report = rotbits_jax.inspect(data)
-    tensors = checkpoints.to_tensors(_load(name).model)
-    self.assertEqual(report.file_bytes, len(data))
-    self.assertEqual(report.input_bytes, sum(t.nbytes for t in tensors.values()))
-    self.assertEqual(report.input_numbers, sum(t.size for t in tensors.values()))
-    saved = sum(source.bytes_saved for source in report.sources)
-    self.assertEqual(saved, report.input_bytes - report.file_bytes)
-    numbers = sum(source.numbers_saved for source in report.sources)
-    self.assertEqual(numbers, report.input_numbers - report.stored_numbers)
+    self.check_report_adds_up_to_the_byte(name, preset)
 
   def test_trained_checkpoint_shrinks_as_promised(self):
     name = 'opt-small-sliced-0.2'

@@ -74,8 +74,8 @@ class ContainerTest(parameterized.TestCase):
       container.Container(data)
 
   def test_later_versions_are_refused(self):
-    data = container.pack(MANIFEST, STREAMS).replace(b'"version":"1"', b'"version":"2"')
-    with self.assertRaisesRegex(container.ContainerError, 'version 2'):
+    data = container.pack(MANIFEST, STREAMS).replace(b'"version":"2"', b'"version":"3"')
+    with self.assertRaisesRegex(container.ContainerError, 'version 3'):
       container.Container(data)
 
   def test_files_are_written_whole_or_not_at_all(self):
