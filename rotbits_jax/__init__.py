@@ -9,8 +9,8 @@ In a Python session:
     logits = rotbits_jax.models.logits(model, tokens)
 
 Data flows one way: `checkpoints` (files to PyTrees), `models` (Flax forward passes),
-`slicing` (dense to sliced), `symmetries` (transforms that leave fewer numbers), `coding`
-(numbers to bits), `codec` (the chain and its inverse), `container` (the file),
+`slicing` (dense to sliced), `symmetries` (transforms that leave fewer numbers),
+`coding` (numbers to bits), `codec` (the chain and its inverse), `container` (the file),
 `evaluation`.
 """
 
