@@ -111,7 +111,7 @@ def choose(
   other = tables.cost_bits(counts, frequencies) / 8 + scales.TABLE_BYTES
   normal = other < cost
   frequencies = np.where(normal[:, None], frequencies, stored)
-  return Choice(normal, frequencies, np.where(normal, other, cost).sum())
+  return Choice(normal, frequencies, float(np.where(normal, other, cost).sum()))
 
 
 def to_bytes(model: Model) -> bytes:

@@ -268,9 +268,9 @@ def _quantized(squares: np.ndarray, step: int) -> tuple[int, np.ndarray, float, 
   least = squares.min(where=present, initial=2.0**256)
   squares = np.where(present, squares, least / 2.0**20)
   classes = np.round(STEPS / 2 * np.log2(squares) / step).astype(np.int64) * step
-  top = int(classes.max())
+  top = int(np.max(classes))
   classes = np.clip(classes, top - 253 * step, top)
-  base = int(classes.min(where=present, initial=top))
+  base = int(np.min(classes, where=present, initial=top))
   labels = np.where(present, 1 + (classes - base) // step, 0).astype(np.uint8)
   if np.all(labels == 1):
     labels = labels[:1]

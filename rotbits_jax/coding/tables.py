@@ -37,7 +37,7 @@ def quantize(counts: np.ndarray) -> np.ndarray:
   present = (counts > 0).sum(axis=-1, keepdims=True)
   if not np.all((present > 0) & (present <= TOTAL)):
     raise ValueError(
-      f'got {present.min()} to {present.max()} symbols for {TOTAL} slots'
+      f'got {np.min(present)} to {np.max(present)} symbols for {TOTAL} slots'
     )
   # A count raised to this one gets a slot, even if all are raised.
   least = counts.sum(axis=-1, keepdims=True) // np.maximum(TOTAL - present, 1) + 1

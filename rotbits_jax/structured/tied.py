@@ -280,7 +280,7 @@ def _rounded(numbers: np.ndarray, dtype: Any) -> np.ndarray:
   size = np.abs(numbers)
   # The ordinal of a normal number is its bits, without those that float64 adds.
   bits = np.maximum(size, least).view(np.int64)
-  normal = ((bits + (1 << (low - 1))) >> low) - (least.view(np.int64) >> low)
+  normal = ((bits + (1 << (low - 1))) >> low) - (int(least.view(np.int64)) >> low)
   subnormal = np.rint(np.minimum(size, least) * (2.0**info.nmant / least))
   ordinals = np.minimum(normal + subnormal.astype(np.int64), 0x7FFF).astype(np.int16)
   return ordinals ^ -(numbers < 0).astype(np.int16)
