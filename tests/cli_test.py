@@ -226,15 +226,14 @@ class TestEvaluate:
     assert 0 < result['kl'] < 1e-4
     assert 0 < result['kl_rerounded'] < 1e-4
 
-  def test_a_dense_reference_has_no_noise_floor(self, rotbits, readable):
+  def test_a_dense_reference_has_a_noise_floor(self, rotbits, readable):
     result = self.evaluate(
       rotbits,
       readable,
       next((readable / SLICED.name).glob('*.pt')),
       f'--reference={readable / DENSE.name}',
     )
-    assert result['kl'] > 0
-    assert result['kl_rerounded'] is None
+    assert result['kl'] > 10 * result['kl_rerounded'] > 0  # slicing is no rounding
 
   def test_lines_for_people(self, rotbits, readable):
     code, out, _ = rotbits(

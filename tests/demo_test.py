@@ -1,5 +1,6 @@
 """The program behind demo.sh."""
 
+import pytest
 import word_checkpoints
 
 from benchmarks import demo
@@ -7,6 +8,7 @@ import rotbits_jax
 
 
 class TestDemo:
+  @pytest.mark.slow
   def test_measures_each_preset(self, tmp_path):
     source = word_checkpoints.copy_with_tokenizer(
       'llama-tiny-sliced-head-0.25', tmp_path

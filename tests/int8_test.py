@@ -141,6 +141,7 @@ class QuantizeKernelsTest(parameterized.TestCase):
     sizes = [len(rotbits_jax.encode(model, preset='exact')) for model in (alone, both)]
     self.assertLess(sizes[1], sizes[0])
 
+  @pytest.mark.slow
   def test_file_gives_the_same_model_back(self):
     model, _ = _quantized(free=True)
     decoded = rotbits_jax.decode(rotbits_jax.encode(model, preset='exact'))

@@ -73,8 +73,7 @@ def main() -> None:
   reference = rerounded = None
   if _REFERENCE.value is not None:
     reference = program.read_model(_REFERENCE.value).model
-    if reference.config.sliced:  # a dense model has no rotations to choose
-      rerounded = symmetries.randomly_rotated(reference, key=jax.random.key(0))
+    rerounded = symmetries.randomly_rotated(reference, key=jax.random.key(0))
   result = evaluation.evaluate(
     checkpoint.model,
     evaluation.encode_text(checkpoint.files, text),
