@@ -45,7 +45,7 @@ def _cases(names):
   ]
 
 
-# Phi-3 is to a transform what Llama is: that it loads otherwise matters elsewhere.
+# Phi-3 differs from Llama only in how its files are read.
 CASES = _cases([name for name in CHECKPOINTS if 'phi3' not in name])
 SLOW_CASES = _cases([name for name in CHECKPOINTS if 'phi3' in name])
 
