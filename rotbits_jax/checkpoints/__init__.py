@@ -1,10 +1,10 @@
 """Files to and from models: Hugging Face's and SliceGPT's, without PyTorch."""
 
-from rotbits_jax.checkpoints.checkpoint import Checkpoint
 from rotbits_jax.checkpoints.checkpoint import load_checkpoint
 from rotbits_jax.checkpoints.checkpoint import save_checkpoint
 from rotbits_jax.checkpoints.configs import parse_config
 from rotbits_jax.checkpoints.configs import slicing_json
+from rotbits_jax.checkpoints.contents import Checkpoint
 from rotbits_jax.checkpoints.errors import CheckpointError
 from rotbits_jax.checkpoints.factors import FACTORS
 from rotbits_jax.checkpoints.factors import FactorNames

@@ -4,36 +4,23 @@ import json
 import os
 import pathlib
 import tempfile
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
-from rotbits_jax import models
 from rotbits_jax.checkpoints import configs
 from rotbits_jax.checkpoints import errors
+from rotbits_jax.checkpoints import gguf_files
 from rotbits_jax.checkpoints import safetensors_files
 from rotbits_jax.checkpoints import tensors as tensors_lib
 from rotbits_jax.checkpoints import torch_zip
+from rotbits_jax.checkpoints.contents import CONFIG
+from rotbits_jax.checkpoints.contents import Checkpoint
 
-CONFIG = 'config.json'
 WEIGHTS = 'model.safetensors'
 INDEX_SUFFIX = '.safetensors.index.json'
 
 _SIDECAR_SUFFIXES = ('.json', '.txt', '.model', '.jinja')
 
 Format = Literal['safetensors', 'slicegpt']
-
-
-class Checkpoint(NamedTuple):
-  """What a checkpoint's directory holds.
-
-  Attributes:
-    model: the parameters and their config.
-    files: the files beside the weights (configs, tokenizer), byte for byte.
-    stem: what SliceGPT named the weights and the slicing JSON; None if dense.
-  """
-
-  model: models.SlicedModel
-  files: dict[str, bytes]
-  stem: str | None
 
 
 def load_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
@@ -55,8 +42,6 @@ def load_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     CheckpointError: if the files are not a checkpoint of a known family.
   """
   if pathlib.Path(path).suffix == '.gguf':
-    from rotbits_jax.checkpoints import gguf_files  # which needs this module
-
     return gguf_files.read_gguf(path)
   weights = _find_weights(pathlib.Path(path))
   if weights.suffix == '.pt':

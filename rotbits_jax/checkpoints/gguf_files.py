@@ -11,10 +11,11 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from rotbits_jax.checkpoints import attributes
-from rotbits_jax.checkpoints import checkpoint as checkpoint_lib
 from rotbits_jax.checkpoints import configs
 from rotbits_jax.checkpoints import errors
 from rotbits_jax.checkpoints import tensors as tensors_lib
+from rotbits_jax.checkpoints.contents import CONFIG
+from rotbits_jax.checkpoints.contents import Checkpoint
 
 # GGUF's names and Hugging Face's; those of a layer follow `blk.N.` or its prefix.
 _OUTER = {
@@ -65,7 +66,7 @@ def packaged_smollm2() -> pathlib.Path:
 
 def read_gguf(
   path: str | os.PathLike[str], *, dtype: DTypeLike = np.float16
-) -> checkpoint_lib.Checkpoint:
+) -> Checkpoint:
   """Reads a Llama from a GGUF file.
 
   Quantised weights `scale * integer + offset` become plain numbers. float16 rounds
@@ -90,7 +91,7 @@ def read_gguf(
   try:
     config_json = _config_json(metadata, tied='output.weight' not in stored)
     files = {
-      checkpoint_lib.CONFIG: _to_json(config_json),
+      CONFIG: _to_json(config_json),
       'tokenizer.json': _to_json(_tokenizer_json(metadata)),
     }
     config = configs.parse_config(config_json)
@@ -107,7 +108,7 @@ def read_gguf(
     model = tensors_lib.from_tensors(tensors, config)
   except errors.CheckpointError as error:
     raise errors.CheckpointError(f'{path}: {error}') from error
-  return checkpoint_lib.Checkpoint(model, files, None)
+  return Checkpoint(model, files, None)
 
 
 def _read(path: pathlib.Path) -> tuple[dict[str, Any], dict[str, Any]]:
