@@ -25,7 +25,6 @@ import jax
 from benchmarks import demo
 import rotbits_jax
 from rotbits_jax import evaluation
-from rotbits_jax.cli import evaluate
 from rotbits_jax.cli import program
 from rotbits_jax.evaluation import report as report_lib
 
@@ -191,7 +190,7 @@ def weights_file(path: pathlib.Path) -> pathlib.Path:
 
 def main() -> None:
   paths = [weights_file(pathlib.Path(path)) for path in _CHECKPOINTS.value]
-  text = evaluate.read_text(_TEXT.value)
+  text = program.read_text(_TEXT.value)
   tokens = f', its first {_MAX_TOKENS.value} tokens' if _MAX_TOKENS.value else ''
   program.check_output_file(_OUTPUT.value)
   device = f'{platform.machine()} {jax.devices()[0].device_kind}'

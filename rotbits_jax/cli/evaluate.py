@@ -10,7 +10,6 @@ random and rounded to its dtype again.
 """
 
 import math
-import pathlib
 import sys
 
 from absl import flags
@@ -42,21 +41,6 @@ _JSON = flags.DEFINE_bool(
 )
 
 
-def read_text(path: str) -> str:
-  """Reads a text file.
-
-  Raises:
-    ValueError: if it is not UTF-8 or has no words.
-  """
-  try:
-    text = pathlib.Path(path).read_text(encoding='utf-8')
-  except UnicodeDecodeError as error:
-    raise ValueError(f'{path}: not a text in UTF-8: {error.reason}') from error
-  if not text.strip():
-    raise ValueError(f'{path}: the text has no words')
-  return text
-
-
 def to_text(result: evaluation.Evaluation) -> str:
   """A line for each number that was measured."""
   lines = [f'perplexity   {result.perplexity:.4f} on {result.tokens:,} tokens']
@@ -68,7 +52,7 @@ def to_text(result: evaluation.Evaluation) -> str:
 
 
 def main() -> None:
-  text = read_text(_TEXT.value)
+  text = program.read_text(_TEXT.value)
   checkpoint = program.read_model(_MODEL.value)
   reference = rerounded = None
   if _REFERENCE.value is not None:

@@ -97,6 +97,21 @@ def read_model(path: str) -> rotbits_jax.Checkpoint:
   return rotbits_jax.load_checkpoint(path)
 
 
+def read_text(path: str) -> str:
+  """Reads a text file.
+
+  Raises:
+    ValueError: if it is not UTF-8 or has no words.
+  """
+  try:
+    text = pathlib.Path(path).read_text(encoding='utf-8')
+  except UnicodeDecodeError as error:
+    raise ValueError(f'{path}: not a text in UTF-8: {error.reason}') from error
+  if not text.strip():
+    raise ValueError(f'{path}: the text has no words')
+  return text
+
+
 def _is_container(path: str) -> bool:
   try:
     with safetensors.safe_open(path, 'numpy') as file:

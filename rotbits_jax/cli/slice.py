@@ -19,7 +19,6 @@ from absl import flags
 import rotbits_jax
 from rotbits_jax import evaluation
 from rotbits_jax import slicing
-from rotbits_jax.cli import evaluate
 from rotbits_jax.cli import program
 
 MAX_SEQUENCE_LENGTH = 2048  # SliceGPT's default; fewer if the model has fewer positions
@@ -82,7 +81,7 @@ _SEED = flags.DEFINE_integer(
 
 def main() -> None:
   program.check_output_directory(_OUTPUT.value)
-  text = evaluate.read_text(_CALIBRATION.value)
+  text = program.read_text(_CALIBRATION.value)
   dense = program.read_model(_MODEL.value)
   config = dense.model.config
   length = _SEQUENCE_LENGTH.value or min(config.max_positions, MAX_SEQUENCE_LENGTH)

@@ -29,6 +29,7 @@ import itertools
 from typing import NamedTuple
 
 from rotbits_jax import models
+from rotbits_jax import slicing
 
 
 class Accounting(NamedTuple):
@@ -82,18 +83,8 @@ def accounting(
   """
   if config.sliced:
     raise ValueError(f'the accounting begins with a dense model, got {config.norm=}')
-  if not 0 <= sparsity < 1:
-    raise ValueError(f'the slicing sparsity must be in [0, 1), got {sparsity}')
-  if round_interval < 1:
-    raise ValueError(f'round_interval must be positive, got {round_interval}')
   hidden = config.hidden_size
-  width = int((1 - sparsity) * hidden)  # in this order, as SliceGPT rounds
-  width -= width % round_interval
-  if width == 0:
-    raise ValueError(
-      f'the slicing sparsity {sparsity} leaves nothing of the hidden size {hidden}'
-    )
-
+  width = slicing.sliced_width(hidden, sparsity, round_interval)
   segments = len(config.segment_widths) - 1
   unsliced = config.sliced_to((hidden,) * (segments + 1))
   sliced = config.sliced_to((width,) * segments + (hidden,))
