@@ -136,7 +136,8 @@ def encode(
   """Stores a model, or any PyTree of nested dicts of arrays, in few bytes.
 
   Args:
-    model: a `SlicedModel`, or nested dicts with string keys and array leaves; the
+    model: a `SlicedModel` (one that is not rounded yet, whose `stored_as` is set, is
+      rounded at the end), or nested dicts with string keys and array leaves; the
       latter only with the preset 'exact', since its symmetries are not known.
     preset: 'free' removes what the function does not depend on; 'exact' keeps every bit
       of the input; 'paper' gets the rotations' bits back as published.
@@ -163,6 +164,8 @@ def encode(
   streams: dict[str, np.ndarray] = {}
   if isinstance(model, models.SlicedModel):
     numbers, size = symmetries.count(model)
+    if preset != 'free':  # which alone has use for numbers that are not rounded yet
+      model = symmetries.rounded(model)
     own = chain(preset, settings)
     if preset == 'exact':
       # Bit for bit, so not widened on the way; the embedding in terms of what the head

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import word_checkpoints
 
+import rotbits_jax
 from rotbits_jax import checkpoints
 from rotbits_jax import evaluation
 from rotbits_jax import models
@@ -379,9 +380,14 @@ class TestSlice:
       f'--calibration={text}',
       '--sparsity=0.25',
       '--sequence_length=48',
+      f'--encoded={output.parent / "free.rotbits"}',
     )
     assert (code, err) == (0, '')
     stem = 'phi2-tiny-dense_0.25'
+    encoded = rotbits_jax.inspect(output.parent / 'free.rotbits')
+    tensors = checkpoints.to_tensors(rotbits_jax.load_checkpoint(output).model)
+    assert encoded.input_bytes == sum(tensor.nbytes for tensor in tensors.values())
+    assert encoded.file_bytes < encoded.input_bytes
     assert f'{stem}.pt: width 96 of 128, calibrated on 576 tokens' in out
     names = {f'{stem}.pt', f'{stem}.json', 'tokenizer.json', 'config.json'}
     assert {file.name for file in output.iterdir()} == names | {

@@ -110,6 +110,25 @@ class RunChainTest(absltest.TestCase):
     self.assertEqual(saving.numbers, 0)
     self.assertEqual(saving.bytes, -2 * model.params['head']['kernel'].size)
 
+  def test_a_model_that_is_not_rounded_yet_is_rounded_once(self):
+    model = random_models.sliced_llama([18] * 3, np.float32)
+    unrounded = dataclasses.replace(model, stored_as='float16')
+    expected = jax.tree.map(np.float16, model.params)
+    tripled, (saving,) = symmetries.run_chain((_scaled(3),), unrounded)
+    np.testing.assert_array_equal(
+      tripled.params['head']['kernel'],
+      np.float16(3 * model.params['head']['kernel']),
+    )
+    self.assertEqual((saving.numbers, saving.bytes), (0, 0))
+    numbers, size = symmetries.count(unrounded)
+    self.assertEqual(size, 2 * numbers)
+    for a, b in zip(
+      jax.tree.leaves(symmetries.rounded(unrounded).params),
+      jax.tree.leaves(expected),
+      strict=True,
+    ):
+      np.testing.assert_array_equal(a, b)
+
   def test_savings_add_up(self):
     model = random_models.sliced_llama([18] * 5, np.float16)
     chain = (symmetries.remove_gauge(), symmetries.remove_global_gauge())

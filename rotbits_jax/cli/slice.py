@@ -3,14 +3,17 @@ r"""Slices a dense checkpoint with SliceGPT: fewer numbers, nearly the same pred
   rotbits slice --model=DIR|FILE --output=DIR --sparsity=0.25 --calibration=FILE
     [--dtype=same|float16|bfloat16|float32] [--final_orientation=random|pca]
     [--round_interval=8] [--slice_head] [--sequences=128] [--sequence_length=N]
-    [--seed=42]
+    [--seed=42] [--encoded=FILE]
 
 Every width of the residual stream shrinks by the sparsity, rounded down to a multiple
 of the interval; which directions stay is learned from the calibration text. Written is
 what Microsoft's run_slicegpt.py writes: <name>_<sparsity>.pt, its .json, and the dense
-model's configs and tokenizer. The name is that of the model's directory or file.
+model's configs and tokenizer. The name is that of the model's directory or file. With
+`--encoded` the file that `rotbits encode --preset=free` makes is written, too, from the
+numbers before they are rounded.
 """
 
+import dataclasses
 import pathlib
 import sys
 
@@ -20,6 +23,7 @@ import rotbits_jax
 from rotbits_jax import evaluation
 from rotbits_jax import slicing
 from rotbits_jax.cli import program
+from rotbits_jax.symmetries import transform
 
 MAX_SEQUENCE_LENGTH = 2048  # SliceGPT's default; fewer if the model has fewer positions
 
@@ -79,8 +83,18 @@ _SEED = flags.DEFINE_integer(
 )
 
 
+_ENCODED = flags.DEFINE_string(
+  'encoded',
+  None,
+  'A file to encode the sliced model to, with the preset free.',
+  flag_values=FLAGS,
+)
+
+
 def main() -> None:
   program.check_output_directory(_OUTPUT.value)
+  if _ENCODED.value is not None:
+    program.check_output_file(_ENCODED.value)
   text = program.read_text(_CALIBRATION.value)
   dense = program.read_model(_MODEL.value)
   config = dense.model.config
@@ -91,8 +105,9 @@ def main() -> None:
     length=length,
     seed=_SEED.value,
   )
-  same = dense.model.params['embed']['tokens'].dtype
-  model = slicing.slice_model(
+  same = dense.model.params['embed']['tokens'].dtype.name
+  stored_as = same if _DTYPE.value == 'same' else _DTYPE.value
+  unrounded = slicing.slice_model(
     dense.model,
     tokens,
     sparsity=_SPARSITY.value,
@@ -100,13 +115,21 @@ def main() -> None:
     slice_head=_SLICE_HEAD.value,
     final_orientation=_FINAL_ORIENTATION.value,
     seed=_SEED.value,
-    dtype=same if _DTYPE.value == 'same' else _DTYPE.value,
     progress=True,
   )
+  unrounded = dataclasses.replace(unrounded, stored_as=stored_as)
+  if not transform.is_within(unrounded.params, transform.limit(unrounded)):
+    raise ValueError(f'{_MODEL.value}: sliced, it has numbers beyond {stored_as}')
+  model = transform.rounded(unrounded)
   path = pathlib.Path(_MODEL.value).resolve()
   stem = f'{path.name if path.is_dir() else path.stem}_{_SPARSITY.value}'
   checkpoint = slicing.sliced_checkpoint(dense, model, stem)
   rotbits_jax.save_checkpoint(checkpoint, _OUTPUT.value, format='slicegpt')
+  if _ENCODED.value is not None:
+    data = rotbits_jax.encode(
+      unrounded, files=checkpoint.files, stem=stem, progress=True
+    )
+    rotbits_jax.write_file(_ENCODED.value, data)
   weights = pathlib.Path(_OUTPUT.value, f'{stem}.pt')
   width = model.config.segment_widths[0]
   print(

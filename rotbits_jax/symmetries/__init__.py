@@ -14,6 +14,7 @@ from rotbits_jax.symmetries.tied import retie_exactly
 from rotbits_jax.symmetries.transform import Saving
 from rotbits_jax.symmetries.transform import Transform
 from rotbits_jax.symmetries.transform import count
+from rotbits_jax.symmetries.transform import rounded
 from rotbits_jax.symmetries.transform import run_chain
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
   'retie_embedding',
   'retie_exactly',
   'rotate',
+  'rounded',
   'run_chain',
   'scale_neurons',
 ]

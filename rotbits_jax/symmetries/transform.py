@@ -55,7 +55,8 @@ def run_chain(
 
   Args:
     transforms: the chain.
-    model: the model.
+    model: the model. One that has not been rounded yet, whose `stored_as` is set, goes
+      through as it is: float32 all the way.
     widen: whether numbers are float32 between the transforms. Without, transforms get
       the numbers as they are stored, to keep them bit for bit.
 
@@ -72,22 +73,28 @@ def run_chain(
     model, others = _widened(model)
   for transform in transforms:
     model, notes = transform.apply(model)
-    rounded = _rounded(model, others) if widen else model
-    fewer_numbers, fewer_bytes = count(rounded)
+    final = _rounded(model, others) if widen else model
+    fewer_numbers, fewer_bytes = count(final)
     savings.append(
       Saving(transform.name, numbers - fewer_numbers, size - fewer_bytes, notes)
     )
     numbers, size = fewer_numbers, fewer_bytes
-  return rounded, savings
+  return final, savings
 
 
 def count(model: models.SlicedModel) -> tuple[int, int]:
   """How many numbers a model stores, and how many bytes they take uncoded."""
+  model = rounded(model)
   trees = [model.outer(), model.buffers, *model.layers()]
   return (
     sum(structured.count_numbers(tree) for tree in trees),
     sum(structured.count_bytes(tree) for tree in trees),
   )
+
+
+def rounded(model: models.SlicedModel) -> models.SlicedModel:
+  """A model as it is stored: rounded to `stored_as`, where that is set."""
+  return model if model.stored_as is None else _rounded(model, {})
 
 
 def roundoff(model: models.SlicedModel) -> float:
@@ -143,6 +150,8 @@ def _main_format(model: models.SlicedModel) -> np.dtype:
 
 def _widened(model: models.SlicedModel) -> tuple[models.SlicedModel, Formats]:
   """The model in float32, and the formats of those leaves that were not in the main."""
+  if model.stored_as is not None:
+    return model, {}
   main = _main_format(model)
   others = {p: np.dtype(x.dtype) for p, x in leaves(model) if x.dtype != main}
   params = structured.astype(jax.device_get(model.params), np.float32)
@@ -153,7 +162,7 @@ def _rounded(model: models.SlicedModel, others: Formats) -> models.SlicedModel:
   """The inverse of `_widened`, up to rounding."""
   main = storage_format(model)
 
-  def rounded(tree: models.Params, prefix: str) -> Any:
+  def with_formats(tree: models.Params, prefix: str) -> Any:
     return jax.tree_util.tree_map_with_path(
       lambda path, x: structured.astype(x, others.get(prefix + _joined(path), main)),
       tree,
@@ -164,7 +173,7 @@ def _rounded(model: models.SlicedModel, others: Formats) -> models.SlicedModel:
     params = structured.astype(jax.device_get(model.params), main)
     return dataclasses.replace(model, params=params, stored_as=None)
   model = jax.device_get(model)
-  layers = [rounded(x, f'layers.{i}/') for i, x in enumerate(model.layers())]
+  layers = [with_formats(x, f'layers.{i}/') for i, x in enumerate(model.layers())]
   return models.from_layers(
-    model.config, rounded(model.outer(), ''), layers, model.buffers
+    model.config, with_formats(model.outer(), ''), layers, model.buffers
   )
