@@ -132,6 +132,7 @@ class QuantizeKernelsTest(parameterized.TestCase):
       # An identity, [I 0], has nothing to round.
       self.assertTrue(note['error'] == 0 or 1e-4 < note['error'] < 0.02, note)
 
+  @pytest.mark.slow
   def test_less_is_stored_than_without_the_gauge_and_the_function_is_as_close(self):
     reference = _logits(_model(), TOKENS)
     alone, both = _quantized(free=False)[0], _quantized(free=True)[0]
