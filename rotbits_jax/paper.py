@@ -81,13 +81,10 @@ def segments(model: models.SlicedModel) -> list[Segment]:
     found[-1].unturned['head/bias'] = outer['head']['bias']
   step = model.config.segments_per_layer
   for i, layer in enumerate(model.layers()):
-    for sublayer, last, s in (
-      ('attention', 'out', i * step),
-      ('mlp', 'down', (i + 1) * step - 1),
-    ):
+    for sublayer, s in (('attention', i * step), ('mlp', (i + 1) * step - 1)):
       for linear, params in layer[sublayer].items():
         path = f'layers.{i}/{sublayer}/{linear}'
-        if linear == last:
+        if linear == models.WRITERS[sublayer]:
           found[s + 1].writers.update({f'{path}/{k}': v for k, v in params.items()})
         else:
           found[s].readers[f'{path}/kernel'] = params['kernel']

@@ -1,9 +1,9 @@
 """The in-memory form of a model: parameters as a Flax PyTree, layers stacked."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 import dataclasses
 import itertools
-from typing import Any
+from typing import Any, TypeVar
 
 from flax import struct
 import jax
@@ -14,6 +14,7 @@ from rotbits_jax import structured
 from rotbits_jax.models import config as config_lib
 
 Params = dict[str, Any]
+T = TypeVar('T')
 
 
 @struct.dataclass
@@ -81,6 +82,50 @@ class SlicedModel:
       is_leaf=structured.is_structured,
     )
     return dataclasses.replace(self, params=params)
+
+
+# What the sublayers write the residual stream with; their other linears read it.
+WRITERS = {'attention': 'out', 'mlp': 'down'}
+
+
+def map_sublayers(
+  layer: Params,
+  *,
+  read: Callable[[str, Params], Params],
+  write: Callable[[str, Params], Params],
+) -> Params:
+  """Applies functions to the linears of one layer.
+
+  Args:
+    layer: parameters of a layer.
+    read: takes 'attention' or 'mlp' and the parameters of a linear that reads the
+      residual stream, and returns what stands for these.
+    write: the same for the linears that write it.
+
+  Returns:
+    The sublayers 'attention' and 'mlp', and nothing else that the layer has.
+  """
+  return {
+    sublayer: {
+      name: (write if name == writer else read)(sublayer, linear)
+      for name, linear in layer[sublayer].items()
+    }
+    for sublayer, writer in WRITERS.items()
+  }
+
+
+def ends(segments: tuple[T, ...]) -> dict[str, tuple[T, T]]:
+  """What each sublayer reads and writes, of the residual segments that a layer touches.
+
+  Args:
+    segments: the input, the one between attention and MLP unless blocks are parallel,
+      and the output.
+  """
+  # With parallel blocks both sublayers read the first and write the last.
+  return {
+    'attention': (segments[0], segments[1]),
+    'mlp': (segments[-2], segments[-1]),
+  }
 
 
 def unstack_layer(block: Params, index: int) -> Params:

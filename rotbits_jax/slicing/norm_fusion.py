@@ -17,9 +17,6 @@ import numpy as np
 
 from rotbits_jax import models
 
-# What the sublayers write the residual stream with; their other linears read it.
-WRITERS = {'attention': 'out', 'mlp': 'down'}
-
 
 def fuse_norms(model: models.SlicedModel) -> models.SlicedModel:
   """A model of the same function whose norms are fused and whose segments are whole.
@@ -75,15 +72,13 @@ def fuse_layer(layer: models.Params, config: models.ModelConfig) -> models.Param
     The sublayers' parameters, float64; no shortcuts.
   """
   layer = _float64(layer)
-  fused_layer: models.Params = {}
-  for sublayer, writer in WRITERS.items():
-    # With parallel blocks both sublayers read one norm.
-    norm = layer['attention_norm' if config.parallel_block else f'{sublayer}_norm']
-    fused_layer[sublayer] = {
-      name: _centred(linear, config) if name == writer else _read(norm, linear)
-      for name, linear in layer[sublayer].items()
-    }
-  return fused_layer
+  # With parallel blocks both sublayers read one norm.
+  norm = 'attention_norm' if config.parallel_block else '{}_norm'
+  return models.map_sublayers(
+    layer,
+    read=lambda name, linear: _read(layer[norm.format(name)], linear),
+    write=lambda _, linear: _centred(linear, config),
+  )
 
 
 def fuse_embeddings(outer: models.Params, config: models.ModelConfig) -> models.Params:

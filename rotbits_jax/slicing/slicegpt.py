@@ -148,17 +148,12 @@ def slice_layer(layer: models.Params, bases: tuple[np.ndarray, ...]) -> models.P
   Returns:
     The parameters of the sliced layer, float64, with shortcuts.
   """
-  # With parallel blocks both sublayers read the first segment and write the last.
-  reads = {'attention': bases[0], 'mlp': bases[-2]}
-  writes = {'attention': bases[1], 'mlp': bases[-1]}
-  sliced: models.Params = {}
-  for name, writer in norm_fusion.WRITERS.items():
-    sliced[name] = {
-      linear: params | {'kernel': reads[name].T @ params['kernel']}
-      for linear, params in layer[name].items()
-      if linear != writer
-    }
-    sliced[name][writer] = {k: x @ writes[name] for k, x in layer[name][writer].items()}
+  ends = models.ends(bases)
+  sliced = models.map_sublayers(
+    layer,
+    read=lambda name, linear: linear | {'kernel': ends[name][0].T @ linear['kernel']},
+    write=lambda name, linear: {key: x @ ends[name][1] for key, x in linear.items()},
+  )
   shortcuts = ('attention_shortcut', 'mlp_shortcut')
   for name, source, target in zip(shortcuts, bases[:-1], bases[1:], strict=False):
     sliced[name] = {'kernel': source.T @ target}

@@ -63,20 +63,22 @@ def upper_rotation(matrix: jax.Array) -> jax.Array:
 
 def fold_norm_scales(layer: models.Params) -> models.Params:
   """Moves the scales of a dense layer's RMSNorms into the kernels that read them."""
-  folded = dict(layer)
-  for name, last in (('attention', 'out'), ('mlp', 'down')):
-    # With parallel blocks both sublayers read the attention's norm.
-    own = f'{name}_norm' in layer
-    norm = layer[f'{name}_norm' if own else 'attention_norm']
-    folded[name] = {
-      linear: params | {'kernel': scaled(params['kernel'], norm['scale'])}
-      for linear, params in layer[name].items()
-      if linear != last
-    }
-    folded[name][last] = layer[name][last]
-    if own:
-      folded[f'{name}_norm'] = {'scale': jnp.ones_like(norm['scale'])}
-  return folded
+  # With parallel blocks both sublayers read the attention's norm.
+  norms = {name: f'{name}_norm' for name in models.WRITERS if f'{name}_norm' in layer}
+  scales = {
+    name: layer[norms.get(name, norms['attention'])]['scale'] for name in models.WRITERS
+  }
+  folded = models.map_sublayers(
+    layer,
+    read=lambda name, linear: (
+      linear | {'kernel': scaled(linear['kernel'], scales[name])}
+    ),
+    write=lambda _, linear: linear,
+  )
+  ones = {
+    norm: {'scale': jnp.ones_like(layer[norm]['scale'])} for norm in norms.values()
+  }
+  return layer | folded | ones
 
 
 def scaled(kernel: Any, scale: jax.Array) -> Any:

@@ -99,24 +99,21 @@ def rotate_layer(
   Returns:
     The parameters, in the dtypes they had.
   """
-  # With parallel blocks both sublayers read the first segment and write the last.
-  reads = {'attention': rotations[0], 'mlp': rotations[-2]}
-  writes = {'attention': rotations[1], 'mlp': rotations[-1]}
-  rotated = dict(layer)
-  for name, last in (('attention', 'out'), ('mlp', 'down')):
-    rotated[name] = {
-      linear: params | {'kernel': turn(params['kernel'], rows=reads[name])}
-      for linear, params in layer[name].items()
-      if linear != last
-    }
-    rotated[name][last] = {
-      key: turn(value, columns=writes[name]) for key, value in layer[name][last].items()
-    }
+  ends = models.ends(rotations)
+  turned = models.map_sublayers(
+    layer,
+    read=lambda name, linear: (
+      linear | {'kernel': turn(linear['kernel'], rows=ends[name][0])}
+    ),
+    write=lambda name, linear: {
+      key: turn(value, columns=ends[name][1]) for key, value in linear.items()
+    },
+  )
+  for name, (read, written) in ends.items():
     if f'{name}_shortcut' in layer:
-      kernel = layer[f'{name}_shortcut']['kernel']
-      kernel = turn_shortcut(kernel, reads[name], writes[name])
-      rotated[f'{name}_shortcut'] = {'kernel': kernel}
-  return rotated
+      kernel = turn_shortcut(layer[f'{name}_shortcut']['kernel'], read, written)
+      turned[f'{name}_shortcut'] = {'kernel': kernel}
+  return layer | turned
 
 
 def rotate_outer(
