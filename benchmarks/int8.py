@@ -158,13 +158,7 @@ def _quantize_kernels(
   rewritten = dataclasses.replace(model, params=jax.device_get(params))
   before, after = (dict(transform.leaves(x)) for x in (model, rewritten))
   notes = [
-    {
-      'tensor': path,
-      'form': leaf.kind,
-      'shape': list(leaf.shape),
-      'numbers': structured.count_numbers(leaf),
-      'error': float(f'{_relative_error(leaf, before[path]):.3g}'),
-    }
+    transform.note(path, leaf, error=_relative_error(leaf, before[path]))
     for path, leaf in after.items()
     if isinstance(leaf, Int8)
   ]

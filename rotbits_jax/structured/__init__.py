@@ -14,6 +14,7 @@ from rotbits_jax.structured.base import Structured
 from rotbits_jax.structured.base import astype
 from rotbits_jax.structured.base import count_bytes
 from rotbits_jax.structured.base import count_numbers
+from rotbits_jax.structured.base import is_plain
 from rotbits_jax.structured.base import is_structured
 from rotbits_jax.structured.base import materialize
 from rotbits_jax.structured.base import register
@@ -55,6 +56,7 @@ __all__ = [
   'astype',
   'count_bytes',
   'count_numbers',
+  'is_plain',
   'is_structured',
   'materialize',
   'pack_lower',

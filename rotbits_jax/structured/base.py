@@ -71,6 +71,13 @@ def is_structured(leaf: Any) -> bool:
   return isinstance(leaf, Structured)
 
 
+def is_plain(leaf: Any) -> bool:
+  """Whether a leaf is an array of floating-point numbers."""
+  if leaf is None or is_structured(leaf):
+    return False
+  return bool(jnp.issubdtype(leaf.dtype, jnp.floating))
+
+
 def materialize(tree: Any) -> Any:
   """The PyTree with every structured leaf replaced by the array it stands for."""
   return jax.tree.map(

@@ -12,7 +12,6 @@ Shape letters are those of `models.config`; N layers of a block. `vmap` over lay
 """
 
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -68,7 +67,7 @@ def _remove_biases(
     block = model.params[f'blocks_{group}']
     biases = {n: p.get('bias') for n, p in block['attention'].items()}
     sums = None
-    if _is_plain(biases['value']) and _is_plain(biases['out']):
+    if structured.is_plain(biases['value']) and structured.is_plain(biases['out']):
       kernel = structured.materialize(block['attention']['out']['kernel'])
       stacks = biases['out'], biases['value'], kernel
       sums = np.asarray(_with_value_biases(*stacks, kv_heads=config.num_kv_heads))
@@ -76,7 +75,7 @@ def _remove_biases(
       layer = models.unstack_layer(block, i)
       attention = dict(layer['attention'])
       removed = []
-      key_is_idle = not config.rotary_dim and _is_plain(biases['key'])
+      key_is_idle = not config.rotary_dim and structured.is_plain(biases['key'])
       if key_is_idle and np.isfinite(np.float32(biases['key'][i])).all():
         removed.append('key')
       if sums is not None and np.all(np.abs(sums[i]) <= limit):
@@ -86,27 +85,13 @@ def _remove_biases(
       for name in removed:
         zero = structured.Constant.like(attention[name]['bias'], 0.0)
         attention[name] = attention[name] | {'bias': zero}
-        notes.append(
-          {
-            'tensor': f'layers.{len(layers)}/attention/{name}/bias',
-            'form': zero.kind,
-            'shape': list(zero.shape),
-            'numbers': structured.count_numbers(zero),
-            'error': 0.0,
-          }
-        )
+        path = f'layers.{len(layers)}/attention/{name}/bias'
+        notes.append(transform.note(path, zero))
       layers.append(layer | {'attention': attention})
   rewritten = models.from_layers(
     config, model.outer(), layers, model.buffers, model.stored_as
   )
   return rewritten, notes
-
-
-def _is_plain(bias: Any) -> bool:
-  """Whether there is a bias, as an array of floating-point numbers."""
-  if bias is None or structured.is_structured(bias):
-    return False
-  return bool(jnp.issubdtype(bias.dtype, jnp.floating))
 
 
 @functools.partial(jax.jit, static_argnames='kv_heads')

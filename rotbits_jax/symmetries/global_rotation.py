@@ -165,14 +165,8 @@ def _trapezoids(
   leaf = leaf.from_stored(*leaf.stored())  # with exact zeros
   dropped = float(np.linalg.norm(np.asarray(leaf.upper) - kernel))
   norm = float(np.linalg.norm(kernel))
-  return leaf, {
-    'tensor': path,
-    'form': leaf.kind,
-    'shape': list(leaf.shape),
-    'blocks': blocks,
-    'numbers': structured.count_numbers(leaf),
-    'error': float(f'{dropped / norm if norm else 0.0:.3g}'),
-  }
+  error = dropped / norm if norm else 0.0
+  return leaf, transform.note(path, leaf, error=error, blocks=blocks)
 
 
 def _first_free(model: models.SlicedModel) -> int | None:

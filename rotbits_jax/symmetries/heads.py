@@ -335,16 +335,12 @@ def _remove(
           layer = _with_pair(layer, taken)
         for name in names:
           if structured.is_structured(taken[name]['kernel']):
+            path = f'layers.{len(layers)}/attention/{name}/kernel'
             leaf = layer['attention'][name]['kernel']
+            error = fixed.error[i] if fixed.accepted[i] else 0.0
+            plain_error = transform.three_digits(fixed.plain_error[i])
             notes.append(
-              {
-                'tensor': f'layers.{len(layers)}/attention/{name}/kernel',
-                'form': leaf.kind if fixed.accepted[i] else 'array',
-                'shape': list(leaf.shape),
-                'numbers': structured.count_numbers(leaf),
-                'error': float(f'{fixed.error[i]:.3g}') if fixed.accepted[i] else 0.0,
-                'plain_error': float(f'{fixed.plain_error[i]:.3g}'),
-              }
+              transform.note(path, leaf, error=error) | {'plain_error': plain_error}
             )
       layers.append(layer)
   rewritten = models.from_layers(
@@ -363,9 +359,9 @@ def _plain_pair(
     bias = pair[name].get('bias')
     if name == 'out' or (isinstance(bias, structured.Constant) and not bias.value):
       pair[name].pop('bias', None)
-  for leaf in jax.tree.leaves(pair, is_leaf=structured.is_structured):
-    if structured.is_structured(leaf) or not jnp.issubdtype(leaf.dtype, jnp.floating):
-      return None
+  leaves = jax.tree.leaves(pair, is_leaf=structured.is_structured)
+  if not all(map(structured.is_plain, leaves)):
+    return None
   return pair if min(pair[names[1]]['kernel'].shape[-2:]) >= h else None
 
 

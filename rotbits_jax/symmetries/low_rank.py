@@ -101,14 +101,10 @@ def fix_pairs(
       if accepted:
         leaves[i] = fixed.leaf.layer(k).astype(pair.dtype).replace(names=pair.names)
       if np.isfinite(fixed.plain_error[k]):
-        notes[i] = {
-          'tensor': '/'.join(part.key for part in found[i][0]),
-          'form': leaves[i].kind,
-          'shape': list(pair.shape),
-          'rank': pair.rank,
-          'numbers': structured.count_numbers(leaves[i]),
-          'error': float(f'{fixed.error[k]:.3g}') if accepted else 0.0,
-          'plain_error': float(f'{fixed.plain_error[k]:.3g}'),
+        path = '/'.join(part.key for part in found[i][0])
+        error = fixed.error[k] if accepted else 0.0
+        notes[i] = transform.note(path, leaves[i], error=error, rank=pair.rank) | {
+          'plain_error': transform.three_digits(fixed.plain_error[k])
         }
   return jax.tree.unflatten(treedef, leaves), [notes[i] for i in sorted(notes)]
 

@@ -166,14 +166,10 @@ def _scale_neurons(
       params[f'blocks_{group}'] = block | {'mlp': block['mlp'] | scaled.mlp}
       kernel = scaled.mlp['up']['kernel'][0]
       notes += [
-        {
-          'tensor': f'layers.{layer + i}/mlp/up/kernel',
-          'form': 'array',
-          'shape': list(kernel.shape),
-          'numbers': kernel.size,
-          'error': 0.0,
+        transform.note(f'layers.{layer + i}/mlp/up/kernel', kernel)
+        | {
           'scaled': int(np.count_nonzero(scaled.exponents[i])),
-          'spread': [float(f'{x:.3g}') for x in scaled.spread[i]],
+          'spread': [transform.three_digits(x) for x in scaled.spread[i]],
         }
         for i in range(size)
       ]
@@ -183,10 +179,7 @@ def _scale_neurons(
 
 def _is_plain(mlp: models.Params) -> bool:
   """Whether all that would be scaled are arrays of floating-point numbers."""
-  leaves = [*mlp['up'].values(), mlp['down']['kernel']]
-  return not any(map(structured.is_structured, leaves)) and all(
-    jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in leaves
-  )
+  return all(map(structured.is_plain, [*mlp['up'].values(), mlp['down']['kernel']]))
 
 
 class _Scaled(NamedTuple):

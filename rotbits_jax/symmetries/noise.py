@@ -38,7 +38,7 @@ def randomly_rotated(
 def _rotated(
   model: models.SlicedModel, *, key: jax.Array
 ) -> tuple[models.SlicedModel, list[transform.Note]]:
-  whole, config = model.materialize(), model.config
+  config = model.config
   model = model.materialize(but=(structured.FactorPair,))
   if config.sliced:
     widths = config.segment_widths
@@ -49,7 +49,7 @@ def _rotated(
     model = global_rotation.without_norm_scales(model)
     rotation = np.asarray(jax.random.orthogonal(key, config.hidden_size))
     return rotations_lib.rotate(model, [rotation] * len(config.segment_widths)), []
-  params = dict(whole.params)
+  params = dict(model.materialize().params)
   for group, size in enumerate(model.group_sizes):
     name, shape = f'blocks_{group}', (size, config.num_kv_heads)
     for kind, rotate in _HEADS.items():

@@ -157,16 +157,8 @@ def _remove_gauge(
     leaf, error = forms.get(s, (kernel, 0.0))
     kernels.append(leaf)
     gram = isinstance(leaf, structured.IdentityMinusGram)
-    notes.append(
-      {
-        'tensor': name,
-        'form': leaf.kind if structured.is_structured(leaf) else 'array',
-        'shape': list(leaf.shape),
-        'rank': leaf.b.shape[1] + leaf.c.shape[1] if gram else min(leaf.shape),
-        'numbers': structured.count_numbers(leaf),
-        'error': float(f'{error:.3g}'),
-      }
-    )
+    rank = leaf.b.shape[1] + leaf.c.shape[1] if gram else min(leaf.shape)
+    notes.append(transform.note(name, leaf, error=error, rank=rank))
   layers = []
   for layer in rotated.layers():
     own = {name: {'kernel': kernels.pop(0)} for name in _shortcut_names(layer)}

@@ -107,7 +107,7 @@ def _retie_embedding(
   fits = error <= tolerance * unit and worst <= 4 * tolerance * unit
   leaf = structured.Tied(matrix.astype(table.dtype), len(table)) if fits else table
   model, (note,) = _with_embedding(model, leaf, error)
-  return model, [note | {'worst': float(f'{worst:.3g}')}]
+  return model, [note | {'worst': transform.three_digits(worst)}]
 
 
 def _retie_exactly(
@@ -160,13 +160,7 @@ def _table_and_head(
 def _with_embedding(
   model: models.SlicedModel, leaf: Any, error: float
 ) -> tuple[models.SlicedModel, list[transform.Note]]:
-  note = {
-    'tensor': 'embed/tokens',
-    'form': leaf.kind if structured.is_structured(leaf) else 'array',
-    'shape': list(leaf.shape),
-    'numbers': structured.count_numbers(leaf),
-    'error': float(f'{error:.3g}'),
-  }
+  note = transform.note('embed/tokens', leaf, error=error)
   params = model.params | {'embed': model.params['embed'] | {'tokens': leaf}}
   return dataclasses.replace(model, params=params), [note]
 

@@ -97,6 +97,30 @@ def rounded(model: models.SlicedModel) -> models.SlicedModel:
   return model if model.stored_as is None else _rounded(model, {})
 
 
+def note(path: str, leaf: Any, *, error: float = 0.0, **details: Any) -> Note:
+  """A note on one tensor.
+
+  Args:
+    path: of the tensor, as `leaves` has it.
+    leaf: what stands for it now, unstacked.
+    error: relative error (Frobenius).
+    details: further JSON values.
+  """
+  return {
+    'tensor': path,
+    'form': leaf.kind if structured.is_structured(leaf) else 'array',
+    'shape': list(leaf.shape),
+    **details,
+    'numbers': structured.count_numbers(leaf),
+    'error': three_digits(error),
+  }
+
+
+def three_digits(number: float) -> float:
+  """A number as notes have it."""
+  return float(f'{number:.3g}')
+
+
 def roundoff(model: models.SlicedModel) -> float:
   """Unit roundoff of the format that a model's numbers are stored in.
 
