@@ -106,6 +106,38 @@ def slice_smollm2(sparsity: float, output: pathlib.Path) -> Sliced:
   return Sliced(sliced, weights, dense.model, truth, seconds)
 
 
+class Timed(NamedTuple):
+  """A file that was written and read again, and how long that took."""
+
+  model: rotbits_jax.SlicedModel
+  bytes: int
+  encode_seconds: float
+  decode_seconds: float
+
+
+def encode_and_load(
+  checkpoint: rotbits_jax.Checkpoint,
+  path: pathlib.Path,
+  preset: str,
+  settings: rotbits_jax.Settings | None = None,
+) -> Timed:
+  """Encodes a checkpoint to a file and loads it as JAX arrays."""
+  start = time.perf_counter()
+  data = rotbits_jax.encode(
+    checkpoint.model,
+    preset=preset,
+    settings=settings,
+    files=checkpoint.files,
+    stem=checkpoint.stem,
+    progress=True,
+  )
+  rotbits_jax.write_file(path, data)
+  encoded = time.perf_counter()
+  model = jax.block_until_ready(rotbits_jax.load(path, progress=True))
+  stop = time.perf_counter()
+  return Timed(model, len(data), encoded - start, stop - encoded)
+
+
 def measure(
   sliced: Sliced, text: str, output: pathlib.Path, *, max_tokens: int | None = None
 ) -> list[Row]:
@@ -124,19 +156,11 @@ def measure(
   sizes, seconds = {RAW: symmetries.count(model)[1]}, {}
   compared = {RAW: model}
   for preset in rotbits_jax.PRESETS:
-    path = output / f'{preset}.rotbits'
-    start = time.perf_counter()
-    data = rotbits_jax.encode(
-      model, preset=preset, files=checkpoint.files, stem=checkpoint.stem, progress=True
-    )
-    rotbits_jax.write_file(path, data)
-    encoded = time.perf_counter()
-    decoded = jax.block_until_ready(rotbits_jax.load(path, progress=True))
-    stop = time.perf_counter()
-    sizes[preset] = len(data)
-    seconds[preset] = encoded - start, stop - encoded
+    timed = encode_and_load(checkpoint, output / f'{preset}.rotbits', preset)
+    sizes[preset] = timed.bytes
+    seconds[preset] = timed.encode_seconds, timed.decode_seconds
     # What has the same bits has the same predictions.
-    compared[preset] = model if _same_bits(decoded, model) else decoded
+    compared[preset] = model if _same_bits(timed.model, model) else timed.model
   compared[REROUNDED] = symmetries.randomly_rotated(model, key=jax.random.key(0))
   if sliced.dense is not None:
     sizes[DENSE] = symmetries.count(sliced.dense)[1]

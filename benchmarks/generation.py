@@ -13,7 +13,6 @@ residual gauge fixed first.
 from collections.abc import Callable
 import functools
 import itertools
-import pathlib
 import statistics
 import sys
 import time
@@ -24,6 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks import demo
 from rotbits_jax import models
 from rotbits_jax import structured
 from rotbits_jax import symmetries
@@ -31,8 +31,6 @@ from rotbits_jax.cli import program
 from rotbits_jax.models import generation
 from rotbits_jax.models import transformer
 
-ROOT = pathlib.Path(__file__).parents[1]
-WEIGHTS = ROOT / 'tests' / 'testdata' / 'opt-small-sliced-0.2' / 'opt-small_0.2.pt'
 PROMPT_TOKENS = 16
 SIZES = ((432, 144), (3072, 1024))  # d, k: SmolLM2-135M and a model of 4096, 25% sliced
 BATCHES = (1, 512)
@@ -40,7 +38,7 @@ PRODUCTS = 20  # timed together
 
 FLAGS = flags.FlagValues()
 _MODEL = flags.DEFINE_string(
-  'model', str(WEIGHTS), 'A sliced model, encoded or not.', flag_values=FLAGS
+  'model', str(demo.WEIGHTS), 'A sliced model, encoded or not.', flag_values=FLAGS
 )
 _TOKENS = flags.DEFINE_integer(
   'tokens', 64, 'Tokens to write in a run.', lower_bound=2, flag_values=FLAGS

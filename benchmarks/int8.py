@@ -10,8 +10,6 @@ beside it the same quantisation of the model as it is, both entropy coded.
 """
 
 import dataclasses
-import importlib.resources
-import pathlib
 import sys
 from typing import Any, ClassVar
 
@@ -22,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import qwix
 
+from benchmarks import demo
 import rotbits_jax
 from rotbits_jax import evaluation
 from rotbits_jax import models
@@ -30,9 +29,7 @@ from rotbits_jax import symmetries
 from rotbits_jax.cli import program
 from rotbits_jax.symmetries import transform
 
-CHECKPOINT = (
-  pathlib.Path(__file__).parents[1] / 'tests' / 'testdata' / 'opt-small-sliced-0.2'
-)
+CHECKPOINT = demo.WEIGHTS.parent
 
 FLAGS = flags.FlagValues()
 _MAX_TOKENS = flags.DEFINE_integer(
@@ -200,10 +197,8 @@ def measure(
 
 
 def main() -> None:
-  text = (
-    importlib.resources.files('rotbits_jax') / 'data' / 'evaluation.txt'
-  ).read_text('utf-8')
   checkpoint = rotbits_jax.load_checkpoint(CHECKPOINT)
+  text = demo.read_data('evaluation.txt')
   tokens = evaluation.encode_text(checkpoint.files, text)
   print(measure(checkpoint.model, tokens, _MAX_TOKENS.value))
 

@@ -16,7 +16,6 @@ import platform
 import re
 import sys
 import tempfile
-import time
 from typing import Any
 
 from absl import flags
@@ -80,27 +79,17 @@ def bits_back_table(
     f'{"encode s":>10}{"decode s":>10}'
   ]
   for name, parts in SCHEMES.items():
-    start = time.perf_counter()
-    data = rotbits_jax.encode(
-      model,
-      preset='paper',
-      settings=rotbits_jax.Settings(**parts),
-      files=checkpoint.files,
-      stem=checkpoint.stem,
-    )
-    rotbits_jax.write_file(output / 'paper.rotbits', data)
-    encoded = time.perf_counter()
-    decoded = rotbits_jax.load(output / 'paper.rotbits')
-    stop = time.perf_counter()
-    report = rotbits_jax.inspect(data)
+    file, settings = output / 'paper.rotbits', rotbits_jax.Settings(**parts)
+    timed = demo.encode_and_load(checkpoint, file, 'paper', settings)
+    report = rotbits_jax.inspect(file)
     result = evaluation.evaluate(
-      decoded, tokens, reference=model, max_tokens=max_tokens
+      timed.model, tokens, reference=model, max_tokens=max_tokens
     )
     net = sum(note.get('net', 0) for note in report.notes['rotations'])
     lines.append(
-      f'{name:24}{len(data):12,}{1 - len(data) / report.input_bytes:11.2%}'
+      f'{name:24}{timed.bytes:12,}{1 - timed.bytes / report.input_bytes:11.2%}'
       f'{net / parameters:11.2f}{result.kl:10.2g}'
-      f'{encoded - start:10.1f}{stop - encoded:10.1f}'
+      f'{timed.encode_seconds:10.1f}{timed.decode_seconds:10.1f}'
     )
   return '\n'.join(lines)
 

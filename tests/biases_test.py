@@ -7,13 +7,12 @@ from absl.testing import parameterized
 import chex
 import jax
 import numpy as np
-import reference_forward
 
-from rotbits_jax import checkpoints
 from rotbits_jax import models
 from rotbits_jax import structured
 from rotbits_jax import symmetries
 from rotbits_jax.symmetries import biases
+from tests import random_models
 
 OPT = {
   'model_type': 'opt',
@@ -52,21 +51,11 @@ CONFIGS = {'opt': OPT, 'phi': PHI, 'qwen2': QWEN2}
 
 @functools.cache
 def _model(family, dtype=np.float32):
-  """A model whose every parameter is random, biases too."""
-  config = checkpoints.parse_config(CONFIGS[family], None)
-  rng = np.random.default_rng(0)
-  draw = lambda shape: (rng.standard_normal(shape) / 3).astype(dtype)
-  random = lambda shapes: jax.tree.map(
-    draw, shapes, is_leaf=lambda x: isinstance(x, tuple)
-  )
-  layers = [random(models.layer_shapes(config, i)) for i in range(config.num_layers)]
-  return models.from_layers(config, random(models.outer_shapes(config)), layers)
+  return random_models.random_model(CONFIGS[family], dtype)
 
 
 def _reference_logits(family, model):
-  tokens = np.random.default_rng(1).integers(31, size=9)
-  tensors = checkpoints.to_tensors(model)
-  return reference_forward.forward(tensors, CONFIGS[family], tokens)
+  return random_models.reference_logits(CONFIGS[family], model)
 
 
 def _removed(layer):

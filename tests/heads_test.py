@@ -8,13 +8,13 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
-import reference_forward
 
 from rotbits_jax import checkpoints
 from rotbits_jax import models
 from rotbits_jax import structured
 from rotbits_jax import symmetries
 from rotbits_jax.symmetries import heads
+from tests import random_models
 
 LLAMA = {
   'model_type': 'llama',
@@ -67,22 +67,8 @@ def _random(shape, seed=0, scale=1.0):
 
 @functools.cache
 def _model(family, dtype=np.float32):
-  """A model whose every parameter is random, norms and biases too."""
   config_json = {name: config for name, config, *_ in FAMILIES}[family]
-  config = checkpoints.parse_config(config_json, None)
-  rng = np.random.default_rng(0)
-  draw = lambda shape: (rng.standard_normal(shape) / 3).astype(dtype)
-  random = lambda shapes: jax.tree.map(
-    draw, shapes, is_leaf=lambda x: isinstance(x, tuple)
-  )
-  layers = [random(models.layer_shapes(config, i)) for i in range(config.num_layers)]
-  return models.from_layers(config, random(models.outer_shapes(config)), layers)
-
-
-def _reference_logits(config_json, model):
-  tokens = np.random.default_rng(1).integers(31, size=9)
-  tensors = checkpoints.to_tensors(model)
-  return reference_forward.forward(tensors, config_json, tokens)
+  return random_models.random_model(config_json, dtype)
 
 
 def _with_first(model, name, change):
@@ -312,8 +298,8 @@ class PairsTest(parameterized.TestCase):
     moved = rotated['attention']['out']['kernel'] - layers['attention']['out']['kernel']
     self.assertGreater(np.abs(moved).mean(), 0.1)
     np.testing.assert_allclose(
-      _reference_logits(OPT, model.replace(params=params)),
-      _reference_logits(OPT, model),
+      random_models.reference_logits(OPT, model.replace(params=params)),
+      random_models.reference_logits(OPT, model),
       atol=1e-4,
     )
 
@@ -323,9 +309,9 @@ class TransformsTest(parameterized.TestCase):
   def test_function_is_kept_and_numbers_are_saved(self, config_json, h, rotary):
     model = _model({id(c): n for n, c, *_ in FAMILIES}[id(config_json)])
     fixed, savings = symmetries.run_chain(CHAIN, model)
-    expected = _reference_logits(config_json, model)
+    expected = random_models.reference_logits(config_json, model)
     np.testing.assert_allclose(
-      _reference_logits(config_json, fixed), expected, rtol=0, atol=1e-4
+      random_models.reference_logits(config_json, fixed), expected, rtol=0, atol=1e-4
     )
     layers, groups, m = 2, model.config.num_kv_heads, h - rotary
     self.assertEqual(
@@ -343,7 +329,7 @@ class TransformsTest(parameterized.TestCase):
     tokens = np.random.default_rng(1).integers(31, size=(1, 9))
     np.testing.assert_allclose(
       jax.jit(models.logits)(fixed, tokens)[0],
-      _reference_logits(PHI, model),
+      random_models.reference_logits(PHI, model),
       rtol=0,
       atol=1e-4,
     )
@@ -416,7 +402,9 @@ class TransformsTest(parameterized.TestCase):
     fixed, savings = symmetries.run_chain(CHAIN, model)
     self.assertEqual([s.numbers for s in savings], [144, 24])
     np.testing.assert_allclose(
-      _reference_logits(LLAMA, fixed), _reference_logits(LLAMA, model), atol=1e-4
+      random_models.reference_logits(LLAMA, fixed),
+      random_models.reference_logits(LLAMA, model),
+      atol=1e-4,
     )
 
   def test_a_dead_plane_with_a_bias_stays_as_it_is(self):

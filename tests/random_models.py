@@ -1,10 +1,11 @@
-"""Random sliced models for tests."""
+"""Random models for tests."""
 
 import jax
 import numpy as np
 
 from rotbits_jax import checkpoints
 from rotbits_jax import models
+from tests import reference_forward
 
 BASE = {
   'model_type': 'llama',
@@ -20,6 +21,25 @@ BASE = {
 def orthogonal(rng, n):
   q, r = np.linalg.qr(rng.standard_normal((n, n)))
   return q * np.sign(np.diag(r))
+
+
+def random_model(config_json, dtype=np.float32):
+  """A dense model whose every parameter is random, norms and biases too."""
+  config = checkpoints.parse_config(config_json, None)
+  rng = np.random.default_rng(0)
+  draw = lambda shape: (rng.standard_normal(shape) / 3).astype(dtype)
+  random = lambda shapes: jax.tree.map(
+    draw, shapes, is_leaf=lambda x: isinstance(x, tuple)
+  )
+  layers = [random(models.layer_shapes(config, i)) for i in range(config.num_layers)]
+  return models.from_layers(config, random(models.outer_shapes(config)), layers)
+
+
+def reference_logits(config_json, model):
+  """Float64 logits of 9 random tokens, by the independent forward pass."""
+  tokens = np.random.default_rng(1).integers(31, size=9)
+  tensors = checkpoints.to_tensors(model)
+  return reference_forward.forward(tensors, config_json, tokens)
 
 
 def sliced_llama(widths, dtype=np.float32, seed=0, shortcut=None):

@@ -52,17 +52,16 @@ def stream_text(
   the bytes of one. Special tokens are left out.
 
   Args:
-    files: the checkpoint's sidecar files by name, a readable `tokenizer.json` among
-      them.
+    files: the checkpoint's sidecar files by name, `tokenizer.json` among them.
     prompt: the tokens before, which decide about spaces and pending bytes.
     tokens: the tokens.
 
   Yields:
     Pieces of the text.
   """
-  import tokenizers
+  tokenizer = evaluation.read_tokenizer(files)
+  import tokenizers  # there, now that it has read one
 
-  tokenizer = tokenizers.Tokenizer.from_str(files['tokenizer.json'].decode())
   stream = tokenizers.decoders.DecodeStream(skip_special_tokens=True)
   for token in prompt:
     stream.step(tokenizer, int(token))

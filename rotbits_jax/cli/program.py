@@ -16,8 +16,10 @@ import rotbits_jax
 from rotbits_jax import container
 
 BAD_INPUT = 2
-_OTHER_SUFFIXES = ('.bin', '.gguf', '.json', '.pt', '.safetensors')
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+
+# What names a checkpoint's file, so that a damaged one is not taken for an encoded one.
+_CHECKPOINT_SUFFIXES = ('.bin', '.gguf', '.json', '.pt', '.safetensors')
 
 
 def run(command: Callable[[], None], flag_values: flags.FlagValues) -> int:
@@ -117,7 +119,7 @@ def _is_container(path: str) -> bool:
     with safetensors.safe_open(path, 'numpy') as file:
       return (file.metadata() or {}).get('format') == container.FORMAT
   except safetensors.SafetensorError:  # damaged, or no safetensors file at all
-    return pathlib.Path(path).suffix not in _OTHER_SUFFIXES
+    return pathlib.Path(path).suffix not in _CHECKPOINT_SUFFIXES
 
 
 def _parse(flag_values: flags.FlagValues) -> None:

@@ -6,6 +6,7 @@ from rotbits_jax.evaluation.perplexity import compare
 from rotbits_jax.evaluation.perplexity import evaluate
 from rotbits_jax.evaluation.perplexity import kl_divergence
 from rotbits_jax.evaluation.text import encode_text
+from rotbits_jax.evaluation.text import read_tokenizer
 
 __all__ = [
   'Comparison',
@@ -14,4 +15,5 @@ __all__ = [
   'encode_text',
   'evaluate',
   'kl_divergence',
+  'read_tokenizer',
 ]

@@ -142,7 +142,7 @@ def _compare(
       )
   if window is None:
     window = min(config.max_positions, DEFAULT_WINDOW)
-  tokens = _checked(tokens, max_tokens, window, config.vocab_size)
+  tokens = _checked(tokens, max_tokens, window, config)
 
   # Each once to the device, without the buffers, which may be of any dtype.
   by_id = {id(m): m for m in (*compared.values(), *references.values())}
@@ -175,7 +175,10 @@ def _compare(
 
 
 def _checked(
-  tokens: np.ndarray, max_tokens: int | None, window: int, vocab_size: int
+  tokens: np.ndarray,
+  max_tokens: int | None,
+  window: int,
+  config: models.ModelConfig,
 ) -> np.ndarray:
   tokens = np.asarray(tokens)
   if tokens.ndim != 1 or not np.issubdtype(tokens.dtype, np.integer):
@@ -188,11 +191,7 @@ def _checked(
     tokens = tokens[: max(max_tokens, 0)]
   if len(tokens) < 2:
     raise ValueError(f'at least 2 tokens are needed, got {len(tokens)}')
-  outside = tokens[(tokens < 0) | (tokens >= vocab_size)]
-  if outside.size:
-    raise ValueError(
-      f"token {outside[0]} is outside the model's vocabulary of {vocab_size}"
-    )
+  config.check_tokens(tokens)
   return tokens.astype(np.int32)
 
 

@@ -12,6 +12,7 @@ import dataclasses
 from typing import Any, Literal
 
 import jax
+import numpy as np
 
 Activation = Literal['relu', 'gelu_new', 'silu']
 Norm = Literal['layernorm', 'rmsnorm', 'rmsn']
@@ -136,6 +137,18 @@ class ModelConfig:
       'rope_scaling': None if scaling is None else RopeScaling(**scaling),
     }
     return cls(**{**fields, **nested})
+
+  def check_tokens(self, tokens: np.ndarray) -> None:
+    """Refuses tokens outside the vocabulary.
+
+    Raises:
+      ValueError: if there is one.
+    """
+    outside = tokens[(tokens < 0) | (tokens >= self.vocab_size)]
+    if outside.size:
+      raise ValueError(
+        f"token {outside[0]} is outside the model's vocabulary of {self.vocab_size}"
+      )
 
   @property
   def sliced(self) -> bool:

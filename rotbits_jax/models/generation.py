@@ -136,11 +136,7 @@ def generate(
     )
   if not tokens.size:
     raise ValueError('the prompt has no tokens')
-  outside = tokens[(tokens < 0) | (tokens >= config.vocab_size)]
-  if outside.size:
-    raise ValueError(
-      f"token {outside[0]} is outside the model's vocabulary of {config.vocab_size}"
-    )
+  config.check_tokens(tokens)
   if max_tokens < 1:
     raise ValueError(f'max_tokens must be positive, got {max_tokens}')
   if tokens.size + max_tokens > config.max_positions:

@@ -195,11 +195,7 @@ def _checked(tokens: np.ndarray, config: models.ModelConfig) -> np.ndarray:
       f'the calibration text must have at least as many tokens as the hidden size '
       f'{config.hidden_size}, got {tokens.size}'
     )
-  outside = tokens[(tokens < 0) | (tokens >= config.vocab_size)]
-  if outside.size:
-    raise ValueError(
-      f"token {outside[0]} is outside the model's vocabulary of {config.vocab_size}"
-    )
+  config.check_tokens(tokens)
   return tokens.astype(np.int32)
 
 

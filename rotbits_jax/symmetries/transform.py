@@ -73,23 +73,33 @@ def run_chain(
     model, others = _widened(model)
   for transform in transforms:
     model, notes = transform.apply(model)
-    final = _rounded(model, others) if widen else model
-    fewer_numbers, fewer_bytes = count(final)
+    fewer_numbers, fewer_bytes = _count(model, others)
     savings.append(
       Saving(transform.name, numbers - fewer_numbers, size - fewer_bytes, notes)
     )
     numbers, size = fewer_numbers, fewer_bytes
-  return final, savings
+  return _rounded(model, others) if widen else model, savings
 
 
 def count(model: models.SlicedModel) -> tuple[int, int]:
   """How many numbers a model stores, and how many bytes they take uncoded."""
-  model = rounded(model)
-  trees = [model.outer(), model.buffers, *model.layers()]
-  return (
-    sum(structured.count_numbers(tree) for tree in trees),
-    sum(structured.count_bytes(tree) for tree in trees),
-  )
+  return _count(model, {})
+
+
+def _count(model: models.SlicedModel, others: Formats) -> tuple[int, int]:
+  """What `count` returns, of a model that may have to be rounded yet."""
+  numbers = structured.count_numbers(model.buffers)
+  size = structured.count_bytes(model.buffers)
+  for path, leaf in leaves(model):
+    if model.stored_as is not None:
+      form = others.get(path, storage_format(model))
+      if structured.is_plain(leaf):  # most numbers: not rounded to be counted
+        numbers, size = numbers + leaf.size, size + leaf.size * form.itemsize
+        continue
+      leaf = structured.astype(leaf, form)
+    numbers += structured.count_numbers(leaf)
+    size += structured.count_bytes(leaf)
+  return numbers, size
 
 
 def rounded(model: models.SlicedModel) -> models.SlicedModel:
