@@ -16,7 +16,7 @@ DENSE = ('llama-tiny-dense', 'phi2-tiny-dense', 'phi3-tiny-dense')
 
 
 class RandomlyRotatedTest(parameterized.TestCase):
-  @parameterized.parameters(*DENSE)
+  @parameterized.parameters(*DENSE, 'phi2-tiny-sliced-0.25')
   def test_only_rounding_moves_the_logits(self, name):
     model = checkpoints.load_checkpoint(TESTDATA / name).model
     tokens = np.load(TESTDATA / name / 'ref_logits.npz')['input_ids'][:, :8]
