@@ -24,9 +24,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from rotbits_jax.coding import categorical
-from rotbits_jax.coding import floats
 from rotbits_jax.coding import rans
 from rotbits_jax.coding import tables
+from rotbits_jax.coding.weights import floats
 
 _COUNT = flags.DEFINE_integer('count', 10_000_000, 'Symbols to code.', lower_bound=1)
 _TABLES = flags.DEFINE_integer('tables', 1, 'Tables in use.', 1, 255)

@@ -59,8 +59,8 @@ class Sliced(NamedTuple):
 
   checkpoint: rotbits_jax.Checkpoint
   weights: pathlib.Path
-  dense: rotbits_jax.SlicedModel | None = None
-  truth: rotbits_jax.SlicedModel | None = None
+  dense: rotbits_jax.Model | None = None
+  truth: rotbits_jax.Model | None = None
   seconds: float | None = None
 
 
@@ -109,7 +109,7 @@ def slice_smollm2(sparsity: float, output: pathlib.Path) -> Sliced:
 class Timed(NamedTuple):
   """A file that was written and read again, and how long that took."""
 
-  model: rotbits_jax.SlicedModel
+  model: rotbits_jax.Model
   bytes: int
   encode_seconds: float
   decode_seconds: float
@@ -234,7 +234,7 @@ def read_data(name: str) -> str:
   return (importlib.resources.files('rotbits_jax') / 'data' / name).read_text('utf-8')
 
 
-def _same_bits(a: rotbits_jax.SlicedModel, b: rotbits_jax.SlicedModel) -> bool:
+def _same_bits(a: rotbits_jax.Model, b: rotbits_jax.Model) -> bool:
   if str(jax.tree.structure(a)) != str(jax.tree.structure(b)):
     return False
   bits = lambda x: np.ascontiguousarray(x).view(np.uint8)

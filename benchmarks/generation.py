@@ -53,8 +53,8 @@ def _is_shortcut(leaf: Any) -> bool:
 
 
 def both_kinds(
-  model: models.SlicedModel,
-) -> tuple[models.SlicedModel, models.SlicedModel]:
+  model: models.Model,
+) -> tuple[models.Model, models.Model]:
   """The model with its shortcuts as they are, and as matrices; the rest is plain."""
   plain = model.materialize()
   params = jax.tree.map(
@@ -63,11 +63,11 @@ def both_kinds(
     plain.params,
     is_leaf=structured.is_structured,
   )
-  compact = models.SlicedModel(params=params, buffers={}, config=model.config)
+  compact = models.Model(params=params, buffers={}, config=model.config)
   return jax.device_put((compact, plain))
 
 
-def shortcut_bytes(model: models.SlicedModel) -> int:
+def shortcut_bytes(model: models.Model) -> int:
   """What the shortcuts take in memory."""
   return sum(
     leaf.nbytes
@@ -76,7 +76,7 @@ def shortcut_bytes(model: models.SlicedModel) -> int:
   )
 
 
-def all_bytes(model: models.SlicedModel) -> int:
+def all_bytes(model: models.Model) -> int:
   """What all parameters take in memory."""
   return sum(leaf.nbytes for leaf in jax.tree.leaves(model.params))
 
@@ -95,7 +95,7 @@ def medians(
   return statistics.median(a), statistics.median(b)
 
 
-def tokens_a_second(model: models.SlicedModel, count: int) -> float:
+def tokens_a_second(model: models.Model, count: int) -> float:
   """Speed of the tokens after the first, whose time is the prompt's."""
   prompt = np.arange(PROMPT_TOKENS) % model.config.vocab_size
   tokens = generation.generate(model, prompt, max_tokens=count)

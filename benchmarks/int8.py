@@ -144,8 +144,8 @@ def _dequantize_array(value: Any, scale: Any) -> jax.Array:
 
 
 def _quantize_kernels(
-  model: models.SlicedModel,
-) -> tuple[models.SlicedModel, list[transform.Note]]:
+  model: models.Model,
+) -> tuple[models.Model, list[transform.Note]]:
   form = transform.storage_format(model)
   params = jax.tree_util.tree_map_with_path(
     lambda path, x: quantize(x, form) if path[-1].key == 'kernel' else x,
@@ -172,7 +172,7 @@ def _relative_error(leaf: Int8, original: Any) -> float:
 
 
 def measure(
-  model: models.SlicedModel, tokens: np.ndarray, max_tokens: int | None = None
+  model: models.Model, tokens: np.ndarray, max_tokens: int | None = None
 ) -> str:
   """The table: bytes, perplexity, and KL divergence to the model."""
   int8 = (quantize_kernels(),)

@@ -25,7 +25,7 @@ from benchmarks import demo
 import rotbits_jax
 from rotbits_jax import evaluation
 from rotbits_jax.cli import program
-from rotbits_jax.evaluation import report as report_lib
+from rotbits_jax.file import report as report_lib
 
 FLAGS = flags.FlagValues()
 _CHECKPOINTS = flags.DEFINE_list(

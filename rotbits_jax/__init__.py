@@ -33,19 +33,19 @@ from rotbits_jax.codec import decode_unit
 from rotbits_jax.codec import encode
 from rotbits_jax.codec import inspect
 from rotbits_jax.codec import load
-from rotbits_jax.container import ContainerError
-from rotbits_jax.container import write_file
+from rotbits_jax.file.container import ContainerError
+from rotbits_jax.file.container import write_file
+from rotbits_jax.models import Model
 from rotbits_jax.models import ModelConfig
-from rotbits_jax.models import SlicedModel
 
 __all__ = [
   'PRESETS',
   'Checkpoint',
   'CheckpointError',
   'ContainerError',
+  'Model',
   'ModelConfig',
   'Settings',
-  'SlicedModel',
   'checkpoints',
   'coding',
   'decode',

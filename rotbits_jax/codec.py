@@ -27,14 +27,14 @@ import numpy as np
 import tqdm
 
 from rotbits_jax import checkpoints
-from rotbits_jax import container
 from rotbits_jax import models
-from rotbits_jax import paper
 from rotbits_jax import structured
 from rotbits_jax import symmetries
-from rotbits_jax.coding import arrays as coding
-from rotbits_jax.container import ContainerError
-from rotbits_jax.evaluation import report
+from rotbits_jax.coding.weights import arrays as coding
+from rotbits_jax.file import container
+from rotbits_jax.file import report
+from rotbits_jax.file.container import ContainerError
+from rotbits_jax.presets import paper
 
 Tree = dict[str, Any]
 
@@ -124,7 +124,7 @@ def chain(
 
 
 def encode(
-  model: models.SlicedModel | Tree,
+  model: models.Model | Tree,
   *,
   preset: str = 'free',
   transforms: tuple[symmetries.Transform, ...] = (),
@@ -136,7 +136,7 @@ def encode(
   """Stores a model, or any PyTree of nested dicts of arrays, in few bytes.
 
   Args:
-    model: a `SlicedModel` (one that is not rounded yet, whose `stored_as` is set, is
+    model: a `Model` (one that is not rounded yet, whose `stored_as` is set, is
       rounded at the end), or nested dicts with string keys and array leaves; the
       latter only with the preset 'exact', since its symmetries are not known.
     preset: 'free' removes what the function does not depend on; 'exact' keeps every bit
@@ -162,7 +162,7 @@ def encode(
     'stem': stem,
   }
   streams: dict[str, np.ndarray] = {}
-  if isinstance(model, models.SlicedModel):
+  if isinstance(model, models.Model):
     numbers, size = symmetries.count(model)
     if preset != 'free':  # which alone has use for numbers that are not rounded yet
       model = symmetries.rounded(model)
@@ -183,7 +183,7 @@ def encode(
       model = dataclasses.replace(model, params={})
   elif preset != 'exact' or transforms:
     raise ValueError(
-      f'the preset {preset!r} needs a SlicedModel; a PyTree of other arrays can be '
+      f'the preset {preset!r} needs a Model; a PyTree of other arrays can be '
       f"encoded with 'exact', got {type(model).__name__}"
     )
   else:
@@ -213,7 +213,7 @@ def encode(
   return container.pack(manifest, streams)
 
 
-def decode(data: Any, *, progress: bool = False) -> models.SlicedModel | Tree:
+def decode(data: Any, *, progress: bool = False) -> models.Model | Tree:
   """The model, or the PyTree, that `encode` stored.
 
   Args:
@@ -268,7 +268,7 @@ def decode_checkpoint(
   with _errors_name(source):
     opened = container.Container(_buffer(source))
     model = _decode(opened, progress)
-    if not isinstance(model, models.SlicedModel):
+    if not isinstance(model, models.Model):
       raise ContainerError('the file holds a PyTree, not a model')
     files = {}
     for name, digest in opened.manifest['files']:
@@ -329,7 +329,7 @@ def _errors_name(source: str | os.PathLike[str] | bytes) -> Iterator[None]:
 
 
 def _encode_bits_back(
-  model: models.SlicedModel,
+  model: models.Model,
   settings: Settings,
   manifest: container.Manifest,
   streams: dict[str, np.ndarray],
@@ -383,9 +383,9 @@ def _decode_bits_back(
 # ---- units ---------------------------------------------------------------------------
 
 
-def _units(model: models.SlicedModel | Tree) -> Iterator[tuple[str, Tree]]:
+def _units(model: models.Model | Tree) -> Iterator[tuple[str, Tree]]:
   """What decodes on its own: a name and a tree."""
-  if not isinstance(model, models.SlicedModel):
+  if not isinstance(model, models.Model):
     yield from ((name, {name: tree}) for name, tree in model.items())
     return
   yield from ((name, {name: tree}) for name, tree in model.outer().items())
@@ -491,7 +491,7 @@ def _expanded(params: Tree, opened: container.Container, *names: str) -> Tree:
   return {name: params[name] for name in names or params}
 
 
-def _decode(opened: container.Container, progress: bool) -> models.SlicedModel | Tree:
+def _decode(opened: container.Container, progress: bool) -> models.Model | Tree:
   manifest = opened.manifest
   bar = tqdm.tqdm(
     total=len(manifest['units']),
@@ -521,7 +521,7 @@ def _decode(opened: container.Container, progress: bool) -> models.SlicedModel |
       params = _expanded(params, opened)
     if 'bits_back' in manifest:
       params = _decode_bits_back(opened, config, progress)
-    return models.SlicedModel(
+    return models.Model(
       params=params,
       buffers=next(decoded([buffers])) if buffers else {},
       config=config,

@@ -12,11 +12,11 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from rotbits_jax.coding import arrays
-from rotbits_jax.coding import floats
-from rotbits_jax.coding import integers
 from rotbits_jax.coding import rans
 from rotbits_jax.coding import tables
+from rotbits_jax.coding.weights import arrays
+from rotbits_jax.coding.weights import floats
+from rotbits_jax.coding.weights import integers
 
 DTYPES = (np.float16, ml_dtypes.bfloat16, np.float32)
 INTEGERS = (np.int8, np.uint8, np.int16, np.uint16)

@@ -19,10 +19,10 @@ import pytest
 import rotbits_jax
 from rotbits_jax import checkpoints
 from rotbits_jax import codec
-from rotbits_jax import container
 from rotbits_jax import structured
 from rotbits_jax import symmetries
-from rotbits_jax.coding import permutation
+from rotbits_jax.coding.bits_back import permutation
+from rotbits_jax.file import container
 
 TESTDATA = pathlib.Path(__file__).parent / 'testdata'
 CHECKPOINTS = tuple(
@@ -298,7 +298,7 @@ class ErrorsTest(parameterized.TestCase):
     model = _load(TINY).model
     with self.assertRaisesRegex(ValueError, 'free, exact, paper'):
       rotbits_jax.encode(model, preset='best')
-    with self.assertRaisesRegex(ValueError, 'needs a SlicedModel'):
+    with self.assertRaisesRegex(ValueError, 'needs a Model'):
       rotbits_jax.encode({'x': np.zeros(3)}, preset='free')
 
   def test_leaves_that_are_no_arrays_are_named(self):

@@ -9,7 +9,7 @@ from absl.testing import parameterized
 import numpy as np
 import safetensors.numpy
 
-from rotbits_jax import container
+from rotbits_jax.file import container
 
 MANIFEST = {'preset': 'exact', 'units': [{'name': 'ü'}]}
 STREAMS = {

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rotbits_jax.coding import correction as correction_lib
 from rotbits_jax.coding import tables
+from rotbits_jax.coding.bits_back import correction as correction_lib
 from tests import codec_checks
 
 correct = jax.jit(correction_lib.correct, static_argnums=4)

@@ -12,10 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rotbits_jax.coding import correction as correction_lib
-from rotbits_jax.coding import haar
 from rotbits_jax.coding import rans
 from rotbits_jax.coding import tables
+from rotbits_jax.coding.bits_back import correction as correction_lib
+from rotbits_jax.coding.bits_back import haar
 from tests import codec_checks
 
 rotate = jax.jit(haar.rotation, static_argnums=(1, 2))

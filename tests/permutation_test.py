@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rotbits_jax.coding import bits_back
 from rotbits_jax.coding import codecs
-from rotbits_jax.coding import permutation
 from rotbits_jax.coding import rans
+from rotbits_jax.coding.bits_back import bits_back
+from rotbits_jax.coding.bits_back import permutation
 from tests import codec_checks
 
 

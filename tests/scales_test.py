@@ -8,10 +8,10 @@ from absl.testing import parameterized
 import ml_dtypes
 import numpy as np
 
-from rotbits_jax.coding import contexts
-from rotbits_jax.coding import floats
-from rotbits_jax.coding import scales
 from rotbits_jax.coding import tables
+from rotbits_jax.coding.weights import contexts
+from rotbits_jax.coding.weights import floats
+from rotbits_jax.coding.weights import scales
 
 # Dtype, bits beside the symbol, and a class that is common in it.
 FORMATS = (

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from rotbits_jax.coding import codecs
-from rotbits_jax.coding import correction as correction_lib
 from rotbits_jax.coding import rans
-from rotbits_jax.coding import symmetric_eig
+from rotbits_jax.coding.bits_back import correction as correction_lib
+from rotbits_jax.coding.bits_back import symmetric_eig
 from tests import codec_checks
 
 SPACINGS = {'float16': symmetric_eig.FLOAT16, 'even': symmetric_eig.EVEN}

@@ -16,6 +16,6 @@ class Checkpoint(NamedTuple):
     stem: what SliceGPT named the weights and the slicing JSON; None if dense.
   """
 
-  model: models.SlicedModel
+  model: models.Model
   files: dict[str, bytes]
   stem: str | None

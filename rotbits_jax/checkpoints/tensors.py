@@ -1,4 +1,4 @@
-"""A checkpoint's named tensors to and from a `SlicedModel`."""
+"""A checkpoint's named tensors to and from a `Model`."""
 
 from collections.abc import Iterator, Mapping
 import dataclasses
@@ -32,7 +32,7 @@ class _Entry(NamedTuple):
 
 def from_tensors(
   tensors: Mapping[str, np.ndarray], config: models.ModelConfig
-) -> models.SlicedModel:
+) -> models.Model:
   """Builds a model from the tensors of a checkpoint.
 
   A head that is stored though the config says it is tied is kept if it equals the
@@ -81,7 +81,7 @@ def from_tensors(
   )
 
 
-def to_tensors(model: models.SlicedModel) -> dict[str, np.ndarray]:
+def to_tensors(model: models.Model) -> dict[str, np.ndarray]:
   """The tensors of a model's checkpoint: the inverse of `from_tensors`.
 
   Args:

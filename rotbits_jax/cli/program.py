@@ -13,7 +13,7 @@ from absl import flags
 import safetensors
 
 import rotbits_jax
-from rotbits_jax import container
+from rotbits_jax.file import container
 
 BAD_INPUT = 2
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it

@@ -44,11 +44,11 @@ class Comparison(NamedTuple):
 
 
 def evaluate(
-  model: models.SlicedModel,
+  model: models.Model,
   tokens: np.ndarray,
   *,
-  reference: models.SlicedModel | None = None,
-  rerounded: models.SlicedModel | None = None,
+  reference: models.Model | None = None,
+  rerounded: models.Model | None = None,
   max_tokens: int | None = None,
   window: int | None = None,
   progress: bool = False,
@@ -96,9 +96,9 @@ def evaluate(
 
 
 def compare(
-  compared: Mapping[str, models.SlicedModel],
+  compared: Mapping[str, models.Model],
   tokens: np.ndarray,
-  references: Mapping[str, models.SlicedModel],
+  references: Mapping[str, models.Model],
   *,
   max_tokens: int | None = None,
   progress: bool = False,
@@ -124,9 +124,9 @@ def compare(
 
 
 def _compare(
-  compared: Mapping[str, models.SlicedModel],
+  compared: Mapping[str, models.Model],
   tokens: np.ndarray,
-  references: Mapping[str, models.SlicedModel],
+  references: Mapping[str, models.Model],
   *,
   max_tokens: int | None,
   window: int | None,
@@ -203,7 +203,7 @@ def _windows(tokens: np.ndarray, window: int) -> Iterator[tuple[np.ndarray, int]
 
 
 @jax.jit
-def _predictions(model: models.SlicedModel, tokens: jax.Array) -> jax.Array:
+def _predictions(model: models.Model, tokens: jax.Array) -> jax.Array:
   """Logits `[T - 1, V]` of all tokens `[1, T]` but the first."""
   return models.logits(model, tokens)[0, :-1]
 

@@ -7,8 +7,8 @@ from rotbits_jax.models.config import count_numbers
 from rotbits_jax.models.config import layer_shapes
 from rotbits_jax.models.config import outer_shapes
 from rotbits_jax.models.model import WRITERS
+from rotbits_jax.models.model import Model
 from rotbits_jax.models.model import Params
-from rotbits_jax.models.model import SlicedModel
 from rotbits_jax.models.model import ends
 from rotbits_jax.models.model import from_layers
 from rotbits_jax.models.model import map_sublayers
@@ -19,10 +19,10 @@ from rotbits_jax.models.transformer import logits
 
 __all__ = [
   'WRITERS',
+  'Model',
   'ModelConfig',
   'Params',
   'RopeScaling',
-  'SlicedModel',
   'Transformer',
   'count_numbers',
   'ends',

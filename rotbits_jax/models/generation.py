@@ -34,7 +34,7 @@ class Cache(NamedTuple):
   length: jax.Array  # [] int32
 
 
-def empty_cache(model: model_lib.SlicedModel, batch: int, room: int) -> Cache:
+def empty_cache(model: model_lib.Model, batch: int, room: int) -> Cache:
   """A cache for `batch` sequences of up to `room` tokens."""
   config = model.config
   shape = (batch, room, config.num_kv_heads, config.head_dim)
@@ -47,7 +47,7 @@ def empty_cache(model: model_lib.SlicedModel, batch: int, room: int) -> Cache:
 
 
 def extend(
-  model: model_lib.SlicedModel, cache: Cache, tokens: jax.Array
+  model: model_lib.Model, cache: Cache, tokens: jax.Array
 ) -> tuple[jax.Array, Cache]:
   """Next-token logits of tokens that follow those in a cache.
 
@@ -98,7 +98,7 @@ def sample(
 
 
 def generate(
-  model: model_lib.SlicedModel,
+  model: model_lib.Model,
   tokens: np.ndarray,
   *,
   max_tokens: int,
@@ -157,7 +157,7 @@ def generate(
 
 
 def _stream(
-  model: model_lib.SlicedModel,
+  model: model_lib.Model,
   prompt: np.ndarray,
   max_tokens: int,
   stop_tokens: frozenset[int],
@@ -185,7 +185,7 @@ def _stream(
 
 @functools.partial(jax.jit, static_argnames='top_k', donate_argnames='cache')
 def _next_token(
-  model: model_lib.SlicedModel,
+  model: model_lib.Model,
   cache: Cache,
   tokens: jax.Array,
   count: jax.Array | int,

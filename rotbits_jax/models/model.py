@@ -18,7 +18,7 @@ T = TypeVar('T')
 
 
 @struct.dataclass
-class SlicedModel:
+class Model:
   """A dense or sliced transformer.
 
   `params` is what `Transformer(config, group_sizes)` takes: `embed`, `head`
@@ -62,7 +62,7 @@ class SlicedModel:
 
   def materialize(
     self, *, but: tuple[type[structured.Structured], ...] = ()
-  ) -> 'SlicedModel':
+  ) -> 'Model':
     """The model with structured leaves replaced by the arrays they stand for.
 
     Args:
@@ -143,15 +143,15 @@ def from_layers(
   layers: list[Params],
   buffers: dict[str, Any] | None = None,
   stored_as: str | None = None,
-) -> SlicedModel:
+) -> Model:
   """Stacks runs of alike layers: the inverse of `outer` and `layers`.
 
   Args:
     config: sizes and switches.
     outer: the parameters outside the layers.
     layers: the L layers' parameters in order.
-    buffers: see `SlicedModel.buffers`.
-    stored_as: see `SlicedModel.stored_as`.
+    buffers: see `Model.buffers`.
+    stored_as: see `Model.stored_as`.
 
   Returns:
     The model.
@@ -160,7 +160,7 @@ def from_layers(
   runs = [list(run) for _, run in itertools.groupby(layers, _kind)]
   for i, run in enumerate(runs):
     params[f'blocks_{i}'] = stack_layers(run, len(run))
-  return SlicedModel(params, buffers or {}, config, stored_as)
+  return Model(params, buffers or {}, config, stored_as)
 
 
 def stack_layers(layers: Iterable[Params], count: int) -> Params:

@@ -25,7 +25,7 @@ ACTIVATIONS: dict[config_lib.Activation, Callable[[jax.Array], jax.Array]] = {
 POSITION_OFFSET = 2  # OPT's table begins with two rows that no token uses
 
 
-def logits(model: model_lib.SlicedModel, tokens: jax.Array) -> jax.Array:
+def logits(model: model_lib.Model, tokens: jax.Array) -> jax.Array:
   """Next-token logits of a model.
 
   Args:

@@ -18,7 +18,7 @@ import numpy as np
 from rotbits_jax import models
 
 
-def fuse_norms(model: models.SlicedModel) -> models.SlicedModel:
+def fuse_norms(model: models.Model) -> models.Model:
   """A model of the same function whose norms are fused and whose segments are whole.
 
   It is a sliced model of which nothing is cut off: every segment has the width D, every

@@ -51,7 +51,7 @@ def sliced_width(hidden_size: int, sparsity: float, round_interval: int = 8) -> 
 
 
 def slice_model(
-  model: models.SlicedModel,
+  model: models.Model,
   tokens: np.ndarray,
   *,
   sparsity: float,
@@ -61,7 +61,7 @@ def slice_model(
   seed: int = 42,
   dtype: Any = None,
   progress: bool = False,
-) -> models.SlicedModel:
+) -> models.Model:
   """Slices a dense model.
 
   In memory are, besides what is given and what is returned, the activations of one
@@ -161,7 +161,7 @@ def slice_layer(layer: models.Params, bases: tuple[np.ndarray, ...]) -> models.P
 
 
 def sliced_checkpoint(
-  dense: checkpoints.Checkpoint, model: models.SlicedModel, stem: str
+  dense: checkpoints.Checkpoint, model: models.Model, stem: str
 ) -> checkpoints.Checkpoint:
   """What SliceGPT saves: the sliced model, its slicing JSON, the dense model's files.
 

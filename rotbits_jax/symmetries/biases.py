@@ -57,8 +57,8 @@ def with_value_bias(
 
 
 def _remove_biases(
-  model: models.SlicedModel,
-) -> tuple[models.SlicedModel, list[transform.Note]]:
+  model: models.Model,
+) -> tuple[models.Model, list[transform.Note]]:
   config = model.config
   limit = transform.limit(model)
   layers: list[models.Params] = []

@@ -91,8 +91,8 @@ def scaled(kernel: Any, scale: jax.Array) -> Any:
 
 
 def _remove_global_gauge(
-  model: models.SlicedModel,
-) -> tuple[models.SlicedModel, list[transform.Note]]:
+  model: models.Model,
+) -> tuple[models.Model, list[transform.Note]]:
   widths = model.config.segment_widths
   if model.config.sliced:
     free, start = model.materialize(but=rotations_lib.KEPT), _first_free(model)
@@ -140,7 +140,7 @@ def _remove_global_gauge(
 HEAD = 'head/kernel'
 
 
-def _readers(model: models.SlicedModel, start: int) -> tuple[int, dict[str, Any]]:
+def _readers(model: models.Model, start: int) -> tuple[int, dict[str, Any]]:
   """The kernels that are made trapezoidal, the first MLP's and the head, by path.
 
   The MLP's is that of the first layer, also returned, whose MLP reads a segment that
@@ -169,7 +169,7 @@ def _trapezoids(
   return leaf, transform.note(path, leaf, error=error, blocks=blocks)
 
 
-def _first_free(model: models.SlicedModel) -> int | None:
+def _first_free(model: models.Model) -> int | None:
   """From where on segments share a rotation; None where none is left."""
   start: int | None = 0
   shortcuts = (
@@ -186,7 +186,7 @@ def _first_free(model: models.SlicedModel) -> int | None:
   return start
 
 
-def without_norm_scales(model: models.SlicedModel) -> models.SlicedModel:
+def without_norm_scales(model: models.Model) -> models.Model:
   """A dense RMSNorm model with scales of 1, folded into the kernels that read them."""
   params = model.materialize(but=(structured.FactorPair,)).params
   for name in params:

@@ -308,8 +308,8 @@ def remove_query_key_gauge(*, tolerance: float = 3.0) -> transform.Transform:
 
 
 def _remove(
-  model: models.SlicedModel, *, names: tuple[str, str], tolerance: float
-) -> tuple[models.SlicedModel, list[transform.Note]]:
+  model: models.Model, *, names: tuple[str, str], tolerance: float
+) -> tuple[models.Model, list[transform.Note]]:
   config = model.config
   layers: list[models.Params] = []
   notes: list[transform.Note] = []

@@ -126,8 +126,8 @@ def remove_low_rank_gauge(*, tolerance: float = 2.0) -> transform.Transform:
 
 
 def _remove_low_rank_gauge(
-  model: models.SlicedModel, *, tolerance: float
-) -> tuple[models.SlicedModel, list[transform.Note]]:
+  model: models.Model, *, tolerance: float
+) -> tuple[models.Model, list[transform.Note]]:
   if not any(isinstance(x, structured.LowRank) for _, x in transform.leaves(model)):
     return model, []
   names = [f'layers.{i}' for i in range(model.config.num_layers)]

@@ -151,8 +151,8 @@ def scale_neurons() -> transform.Transform:
 
 
 def _scale_neurons(
-  model: models.SlicedModel,
-) -> tuple[models.SlicedModel, list[transform.Note]]:
+  model: models.Model,
+) -> tuple[models.Model, list[transform.Note]]:
   if not model.config.gated_mlp and model.config.activation != 'relu':
     return model, []
   form = transform.storage_format(model)

@@ -14,9 +14,7 @@ from rotbits_jax.symmetries import rotations as rotations_lib
 from rotbits_jax.symmetries import transform
 
 
-def randomly_rotated(
-  model: models.SlicedModel, *, key: jax.Array
-) -> models.SlicedModel:
+def randomly_rotated(model: models.Model, *, key: jax.Array) -> models.Model:
   """A model of the same function, rotated at random and rounded again.
 
   Haar rotations turn the segments of a sliced model, each by its own; those of a dense
@@ -36,8 +34,8 @@ def randomly_rotated(
 
 
 def _rotated(
-  model: models.SlicedModel, *, key: jax.Array
-) -> tuple[models.SlicedModel, list[transform.Note]]:
+  model: models.Model, *, key: jax.Array
+) -> tuple[models.Model, list[transform.Note]]:
   config = model.config
   model = model.materialize(but=(structured.FactorPair,))
   if config.sliced:

@@ -132,8 +132,8 @@ def remove_gauge(*, tolerance: float = 0.7) -> transform.Transform:
 
 
 def _remove_gauge(
-  model: models.SlicedModel, *, tolerance: float
-) -> tuple[models.SlicedModel, list[transform.Note]]:
+  model: models.Model, *, tolerance: float
+) -> tuple[models.Model, list[transform.Note]]:
   if not model.config.sliced:
     return model, []
   model = model.materialize(but=(structured.FactorPair,))
@@ -173,14 +173,14 @@ def _shortcut_names(layer: models.Params) -> list[str]:
   return [n for n in ('attention_shortcut', 'mlp_shortcut') if n in layer]
 
 
-def _shortcuts(model: models.SlicedModel) -> Iterator[tuple[str, Any]]:
+def _shortcuts(model: models.Model) -> Iterator[tuple[str, Any]]:
   """Names and kernels of the shortcuts M_0 .. M_{S-1}."""
   for i, layer in enumerate(model.layers()):
     for name in _shortcut_names(layer):
       yield f'layers.{i}/{name}/kernel', layer[name]['kernel']
 
 
-def _overflowing_segments(model: models.SlicedModel, limit: float) -> set[int]:
+def _overflowing_segments(model: models.Model, limit: float) -> set[int]:
   """The segments that a tensor with a number beyond the limit, or none, touches."""
   bad = lambda tree: not transform.is_within(tree, limit)
   step, last = model.config.segments_per_layer, len(model.config.segment_widths) - 1

@@ -127,7 +127,7 @@ def rotate_outer(
   }
 
 
-def rotate(model: models.SlicedModel, rotations: Rotations) -> models.SlicedModel:
+def rotate(model: models.Model, rotations: Rotations) -> models.Model:
   """Rotates every residual segment of a model.
 
   Args:

@@ -84,8 +84,8 @@ def least_squares(gram: np.ndarray, moments: np.ndarray) -> np.ndarray:
 
 
 def _retie_embedding(
-  model: models.SlicedModel, *, tolerance: float
-) -> tuple[models.SlicedModel, list[transform.Note]]:
+  model: models.Model, *, tolerance: float
+) -> tuple[models.Model, list[transform.Note]]:
   form, unit = transform.storage_format(model), transform.roundoff(model)
   found = _table_and_head(model, form)
   if found is None:
@@ -111,8 +111,8 @@ def _retie_embedding(
 
 
 def _retie_exactly(
-  model: models.SlicedModel,
-) -> tuple[models.SlicedModel, list[transform.Note]]:
+  model: models.Model,
+) -> tuple[models.Model, list[transform.Note]]:
   found = _table_and_head(model, None)
   if found is None or found[0].dtype not in (np.float16, ml_dtypes.bfloat16):
     return model, []
@@ -127,7 +127,7 @@ def _retie_exactly(
 
 
 def _table_and_head(
-  model: models.SlicedModel, form: np.dtype | None
+  model: models.Model, form: np.dtype | None
 ) -> tuple[np.ndarray, np.ndarray] | None:
   """The embedding and the head, where T can be found and is the smaller.
 
@@ -158,8 +158,8 @@ def _table_and_head(
 
 
 def _with_embedding(
-  model: models.SlicedModel, leaf: Any, error: float
-) -> tuple[models.SlicedModel, list[transform.Note]]:
+  model: models.Model, leaf: Any, error: float
+) -> tuple[models.Model, list[transform.Note]]:
   note = transform.note('embed/tokens', leaf, error=error)
   params = model.params | {'embed': model.params['embed'] | {'tokens': leaf}}
   return dataclasses.replace(model, params=params), [note]

@@ -5,7 +5,7 @@ puts structured leaves where arrays were. Transforms are chained like Optax's; a
 NamedTuple of this form, a quantiser for instance, can stand in a chain.
 
 Numbers are rounded once, when the chain ends: in between they are float32, and
-`SlicedModel.stored_as` says what they will be rounded to.
+`Model.stored_as` says what they will be rounded to.
 """
 
 import collections
@@ -36,7 +36,7 @@ class Transform(NamedTuple):
   """
 
   name: str
-  apply: Callable[[models.SlicedModel], tuple[models.SlicedModel, list[Note]]]
+  apply: Callable[[models.Model], tuple[models.Model, list[Note]]]
 
 
 class Saving(NamedTuple):
@@ -49,8 +49,8 @@ class Saving(NamedTuple):
 
 
 def run_chain(
-  transforms: tuple[Transform, ...], model: models.SlicedModel, *, widen: bool = True
-) -> tuple[models.SlicedModel, list[Saving]]:
+  transforms: tuple[Transform, ...], model: models.Model, *, widen: bool = True
+) -> tuple[models.Model, list[Saving]]:
   """Applies transforms in order and counts what each saves.
 
   Args:
@@ -81,12 +81,12 @@ def run_chain(
   return _rounded(model, others) if widen else model, savings
 
 
-def count(model: models.SlicedModel) -> tuple[int, int]:
+def count(model: models.Model) -> tuple[int, int]:
   """How many numbers a model stores, and how many bytes they take uncoded."""
   return _count(model, {})
 
 
-def _count(model: models.SlicedModel, others: Formats) -> tuple[int, int]:
+def _count(model: models.Model, others: Formats) -> tuple[int, int]:
   """What `count` returns, of a model that may have to be rounded yet."""
   numbers = structured.count_numbers(model.buffers)
   size = structured.count_bytes(model.buffers)
@@ -102,7 +102,7 @@ def _count(model: models.SlicedModel, others: Formats) -> tuple[int, int]:
   return numbers, size
 
 
-def rounded(model: models.SlicedModel) -> models.SlicedModel:
+def rounded(model: models.Model) -> models.Model:
   """A model as it is stored: rounded to `stored_as`, where that is set."""
   return model if model.stored_as is None else _rounded(model, {})
 
@@ -131,7 +131,7 @@ def three_digits(number: float) -> float:
   return float(f'{number:.3g}')
 
 
-def roundoff(model: models.SlicedModel) -> float:
+def roundoff(model: models.Model) -> float:
   """Unit roundoff of the format that a model's numbers are stored in.
 
   That of float32 is taken as what float32 arithmetic can tell, 2^-19.
@@ -140,14 +140,14 @@ def roundoff(model: models.SlicedModel) -> float:
   return max(float(jnp.finfo(storage_format(model)).eps) / 2, least)
 
 
-def storage_format(model: models.SlicedModel) -> np.dtype:
+def storage_format(model: models.Model) -> np.dtype:
   """The format that a model's numbers are stored in: that of most of them."""
   if model.stored_as is not None:
     return np.dtype(jnp.dtype(model.stored_as))
   return _main_format(model)
 
 
-def limit(model: models.SlicedModel) -> float:
+def limit(model: models.Model) -> float:
   """The greatest finite number of the format that a model is stored in."""
   return float(jnp.finfo(storage_format(model)).max)
 
@@ -157,7 +157,7 @@ def is_within(tree: Any, greatest: float) -> bool:
   return all(bool(np.all(np.abs(x) <= greatest)) for x in jax.tree.leaves(tree))
 
 
-def leaves(model: models.SlicedModel) -> Iterator[tuple[str, Any]]:
+def leaves(model: models.Model) -> Iterator[tuple[str, Any]]:
   """The unstacked leaves with their paths, like 'layers.0/attention/query/kernel'."""
   trees = [('', model.outer())]
   trees += [(f'layers.{i}/', layer) for i, layer in enumerate(model.layers())]
@@ -173,7 +173,7 @@ def _joined(path: tuple[Any, ...]) -> str:
   return '/'.join(part.key for part in path)
 
 
-def _main_format(model: models.SlicedModel) -> np.dtype:
+def _main_format(model: models.Model) -> np.dtype:
   """The floating-point format of most numbers."""
   sizes = collections.Counter[np.dtype]()
   for leaf in jax.tree.leaves(model.params):
@@ -182,7 +182,7 @@ def _main_format(model: models.SlicedModel) -> np.dtype:
   return sizes.most_common(1)[0][0]
 
 
-def _widened(model: models.SlicedModel) -> tuple[models.SlicedModel, Formats]:
+def _widened(model: models.Model) -> tuple[models.Model, Formats]:
   """The model in float32, and the formats of those leaves that were not in the main."""
   if model.stored_as is not None:
     return model, {}
@@ -192,7 +192,7 @@ def _widened(model: models.SlicedModel) -> tuple[models.SlicedModel, Formats]:
   return dataclasses.replace(model, params=params, stored_as=main.name), others
 
 
-def _rounded(model: models.SlicedModel, others: Formats) -> models.SlicedModel:
+def _rounded(model: models.Model, others: Formats) -> models.Model:
   """The inverse of `_widened`, up to rounding."""
   main = storage_format(model)
 

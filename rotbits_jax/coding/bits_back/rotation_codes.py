@@ -11,10 +11,10 @@ import jax
 import numpy as np
 
 from rotbits_jax.coding import codecs
-from rotbits_jax.coding import correction as correction_lib
-from rotbits_jax.coding import haar
 from rotbits_jax.coding import rans
-from rotbits_jax.coding import symmetric_eig
+from rotbits_jax.coding.bits_back import correction as correction_lib
+from rotbits_jax.coding.bits_back import haar
+from rotbits_jax.coding.bits_back import symmetric_eig
 
 
 class RotationCode(NamedTuple):

@@ -44,9 +44,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from rotbits_jax.coding import codecs
-from rotbits_jax.coding import correction as correction_lib
 from rotbits_jax.coding import rans
 from rotbits_jax.coding import tables
+from rotbits_jax.coding.bits_back import correction as correction_lib
 
 _BINS = 64
 _FINE_BITS = 10

@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from rotbits_jax.coding import codecs
-from rotbits_jax.coding import floats
 from rotbits_jax.coding import rans
 from rotbits_jax.coding import tables
+from rotbits_jax.coding.weights import floats
 
 Spec = tuple[str, tuple[int, ...]]  # dtype and shape of an array
 

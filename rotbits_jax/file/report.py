@@ -2,7 +2,7 @@
 
 from typing import Any, NamedTuple
 
-from rotbits_jax import container
+from rotbits_jax.file import container
 
 
 class Source(NamedTuple):

@@ -15,8 +15,8 @@ import zlib
 
 import numpy as np
 
-from rotbits_jax.coding import scales
 from rotbits_jax.coding import tables
+from rotbits_jax.coding.weights import scales
 
 Shape = tuple[int, ...]
 

@@ -24,9 +24,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from rotbits_jax.coding import floats
-from rotbits_jax.coding import integers
 from rotbits_jax.coding import tables
+from rotbits_jax.coding.weights import floats
+from rotbits_jax.coding.weights import integers
 
 STEPS = 8
 """Classes an octave."""

@@ -13,11 +13,11 @@ import jax
 import ml_dtypes
 import numpy as np
 
-from rotbits_jax.coding import contexts
-from rotbits_jax.coding import floats
-from rotbits_jax.coding import integers
-from rotbits_jax.coding import scales
 from rotbits_jax.coding import tables
+from rotbits_jax.coding.weights import contexts
+from rotbits_jax.coding.weights import floats
+from rotbits_jax.coding.weights import integers
+from rotbits_jax.coding.weights import scales
 
 DTYPES = {
   np.dtype(d).name: np.dtype(d)

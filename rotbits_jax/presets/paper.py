@@ -41,12 +41,12 @@ import numpy as np
 import tqdm
 
 from rotbits_jax import models
-from rotbits_jax.coding import correction as correction_lib
-from rotbits_jax.coding import floats
-from rotbits_jax.coding import numbers
 from rotbits_jax.coding import rans
-from rotbits_jax.coding import rotation_codes
 from rotbits_jax.coding import tables
+from rotbits_jax.coding.bits_back import correction as correction_lib
+from rotbits_jax.coding.bits_back import numbers
+from rotbits_jax.coding.bits_back import rotation_codes
+from rotbits_jax.coding.weights import floats
 from rotbits_jax.symmetries import canonical
 from rotbits_jax.symmetries import residual
 from rotbits_jax.symmetries import rotations as rotations_lib
@@ -70,7 +70,7 @@ class Segment(NamedTuple):
   unturned: Arrays  # the readers' biases, which no rotation changes
 
 
-def segments(model: models.SlicedModel) -> list[Segment]:
+def segments(model: models.Model) -> list[Segment]:
   """The segments of a sliced model in order; every parameter is in one of them."""
   outer = model.outer()
   found = [Segment(d, {}, {}, None, {}) for d in model.config.segment_widths]
@@ -219,9 +219,7 @@ class Encoded(NamedTuple):
   net_bits: float
 
 
-def encode(
-  model: models.SlicedModel, options: Options, *, progress: bool = False
-) -> Encoded:
+def encode(model: models.Model, options: Options, *, progress: bool = False) -> Encoded:
   """Codes a sliced model by the published scheme.
 
   Args:

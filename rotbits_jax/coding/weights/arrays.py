@@ -24,13 +24,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from rotbits_jax.coding import categorical
-from rotbits_jax.coding import contexts
-from rotbits_jax.coding import floats
-from rotbits_jax.coding import permutation
-from rotbits_jax.coding import plans
 from rotbits_jax.coding import rans
-from rotbits_jax.coding import scales
 from rotbits_jax.coding import tables
+from rotbits_jax.coding.bits_back import permutation
+from rotbits_jax.coding.weights import contexts
+from rotbits_jax.coding.weights import floats
+from rotbits_jax.coding.weights import plans
+from rotbits_jax.coding.weights import scales
 
 Streams = dict[str, np.ndarray]
 

@@ -40,8 +40,8 @@ import jax
 import jax.numpy as jnp
 
 from rotbits_jax.coding import codecs
-from rotbits_jax.coding import correction as correction_lib
 from rotbits_jax.coding import rans
+from rotbits_jax.coding.bits_back import correction as correction_lib
 
 _matmul = functools.partial(jnp.matmul, precision='highest')
 

@@ -1,0 +1,1 @@
+"""Bits-back coding: codecs of rotations and of orders, and the combinator."""

@@ -1,0 +1,1 @@
+"""Arrays of weights to bytes and back."""

@@ -1,0 +1,1 @@
+"""The file: container, manifest, reader, writer and report."""

@@ -1,0 +1,1 @@
+"""Presets: values that say how a model is rewritten and coded."""
