@@ -1,4 +1,4 @@
-"""Symbols a second and overhead of the rANS coder, beside constriction's.
+"""Speed and overhead of the rANS coder, beside constriction's, and of whole units.
 
     python -m benchmarks.coder --count=10000000 --tables=32
 
@@ -7,8 +7,12 @@ numbers, in the same run; compare the ratios, since machines differ. With more t
 than one, rows of numbers have as many scales, an eighth of an octave apart, and a table
 for each; constriction has one for all, and its overhead is over the entropy under that.
 It codes on one thread with 32-bit words and its own default precision; it takes a
-categorical model made from the same counts. Medians of several runs; compilation is not
-timed.
+categorical model made from the same counts.
+
+Then `coding.weights` encodes and decodes a unit of as many numbers, whose rows and
+columns differ in scale, from arrays to one stream of bytes and back into the same
+memory, on all processors.
+Medians of several runs; compilation is not timed.
 """
 
 from collections.abc import Callable
@@ -21,11 +25,13 @@ from absl import flags
 import constriction
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 
 from rotbits_jax.coding import categorical
 from rotbits_jax.coding import rans
 from rotbits_jax.coding import tables
+from rotbits_jax.coding import weights
 from rotbits_jax.coding.weights import floats
 
 _COUNT = flags.DEFINE_integer('count', 10_000_000, 'Symbols to code.', lower_bound=1)
@@ -113,6 +119,29 @@ def peer(symbols: np.ndarray, runs: int) -> tuple[float, float, float]:
   return _median_seconds(encode, runs), _median_seconds(decode, runs), bits
 
 
+_WIDTH = 1024
+
+
+def unit(count: int, dtype: Any, runs: int) -> tuple[int, float, float, float]:
+  """Bytes of numbers, seconds to encode and decode them, share of bytes they take."""
+  rng = np.random.default_rng(0)
+  rows = -(-count // _WIDTH)
+  octaves = rng.normal(0, 0.4, (rows, 1)) + rng.normal(0, 0.3, _WIDTH)
+  values = rng.standard_normal((rows, _WIDTH), np.float32) * np.exp2(octaves - 5)
+  array = values.astype(dtype)
+  encoded = weights.encode([array])
+  out = [np.empty_like(array)]
+  weights.decode(encoded.spec, encoded.data, out=out)
+  if out[0].tobytes() != array.tobytes():
+    raise RuntimeError('decoded numbers differ')
+  return (
+    array.nbytes,
+    _median_seconds(lambda: weights.encode([array]).data, runs),
+    _median_seconds(lambda: weights.decode(encoded.spec, encoded.data, out=out), runs),
+    encoded.data.size / array.nbytes,
+  )
+
+
 def main(argv: list[str]) -> None:
   del argv
   num_tables = _TABLES.value
@@ -139,6 +168,13 @@ def main(argv: list[str]) -> None:
       f'{name:14}{symbols.size / encode / 1e6:8.0f}{base[0] / encode:7.2f}'
       f'{symbols.size / decode / 1e6:8.0f}{base[1] / decode:7.2f}'
       f'{100 * (bits / ideal - 1):9.3f}%'
+    )
+  print('Whole units, GB of numbers a second, and bytes of the stream over theirs:')
+  for dtype in (np.float16, ml_dtypes.bfloat16, np.float32):
+    size, encode, decode, share = unit(_COUNT.value, dtype, _RUNS.value)
+    print(
+      f'{np.dtype(dtype).name:14}{size / encode / 1e9:8.3f}{"":7}'
+      f'{size / decode / 1e9:8.3f}{"":7}{share:10.4f}'
     )
 
 

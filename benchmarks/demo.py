@@ -13,7 +13,7 @@ import importlib.resources
 import pathlib
 import sys
 import time
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from absl import flags
 import jax
@@ -119,19 +119,19 @@ def encode_and_load(
   checkpoint: rotbits_jax.Checkpoint,
   path: pathlib.Path,
   preset: str,
-  settings: rotbits_jax.Settings | None = None,
+  **options: Any,
 ) -> Timed:
   """Encodes a checkpoint to a file and loads it as JAX arrays."""
   start = time.perf_counter()
   data = rotbits_jax.encode(
     checkpoint.model,
     preset=preset,
-    settings=settings,
     files=checkpoint.files,
     stem=checkpoint.stem,
     progress=True,
+    **options,
   )
-  rotbits_jax.write_file(path, data)
+  path.write_bytes(data)
   encoded = time.perf_counter()
   model = jax.block_until_ready(rotbits_jax.load(path, progress=True))
   stop = time.perf_counter()
@@ -153,7 +153,7 @@ def measure(
     The rows of the table.
   """
   checkpoint, model = sliced.checkpoint, sliced.checkpoint.model
-  sizes, seconds = {RAW: symmetries.count(model)[1]}, {}
+  sizes, seconds = {RAW: symmetries.count_model(model)[1]}, {}
   compared = {RAW: model}
   for preset in rotbits_jax.PRESETS:
     timed = encode_and_load(checkpoint, output / f'{preset}.rotbits', preset)
@@ -163,7 +163,7 @@ def measure(
     compared[preset] = model if _same_bits(timed.model, model) else timed.model
   compared[REROUNDED] = symmetries.randomly_rotated(model, key=jax.random.key(0))
   if sliced.dense is not None:
-    sizes[DENSE] = symmetries.count(sliced.dense)[1]
+    sizes[DENSE] = symmetries.count_model(sliced.dense)[1]
     compared = {DENSE: sliced.dense} | compared
   references = {'raw': model}
   if sliced.truth is not None:

@@ -147,7 +147,7 @@ def main() -> None:
   model = program.read_model(_MODEL.value).model
   leaves = lambda: jax.tree.leaves(model.params, is_leaf=structured.is_structured)
   if not any(map(_is_shortcut, leaves())):
-    model, _ = symmetries.run_chain((symmetries.remove_gauge(),), model)
+    model, _ = symmetries.run_chain((symmetries.remove_residual_gauge(),), model)
   if not any(map(_is_shortcut, leaves())):
     raise ValueError(f'{_MODEL.value}: no shortcut has the form I - B B^T')
   kinds = both_kinds(model)

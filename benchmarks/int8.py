@@ -9,7 +9,7 @@ a gauge fixes stay free: only the numbers that are left get 8 bits each. The tab
 beside it the same quantisation of the model as it is, both entropy coded.
 """
 
-import dataclasses
+import functools
 import sys
 from typing import Any, ClassVar
 
@@ -27,7 +27,6 @@ from rotbits_jax import models
 from rotbits_jax import structured
 from rotbits_jax import symmetries
 from rotbits_jax.cli import program
-from rotbits_jax.symmetries import transform
 
 CHECKPOINT = demo.WEIGHTS.parent
 
@@ -77,6 +76,17 @@ class Int8(structured.Structured):
   def _parts(self) -> dict[str, Any]:
     return {'values': self.values, 'scales': self.scales}
 
+  def stack_key(self) -> tuple[str, ...]:
+    if not structured.is_structured(self.values):
+      return ()
+    return self.values.kind, *self.values.stack_key()
+
+  def stored_sizes(self) -> list[tuple[np.dtype, int]]:
+    sizes = [(np.dtype(x.dtype), x.size) for x in jax.tree.leaves(self.scales)]
+    if structured.is_structured(self.values):
+      return self.values.stored_sizes() + sizes
+    return [(np.dtype(self.values.dtype), self.values.size), *sizes]
+
   def astype(self, dtype: Any) -> 'Int8':
     return self  # what is quantised is not rounded again
 
@@ -111,7 +121,7 @@ def quantize_kernels() -> symmetries.Transform:
   Returns:
     A transform. Its notes tell for each kernel the relative error that this makes.
   """
-  return symmetries.Transform('int8', _quantize_kernels)
+  return symmetries.make('int8', layers=_quantize_layers, outer=_quantize_outer)
 
 
 def quantize(leaf: Any, form: Any) -> Int8:
@@ -143,29 +153,41 @@ def _dequantize_array(value: Any, scale: Any) -> jax.Array:
   return qwix.dequantize(qwix.QArray(value, scale))
 
 
-def _quantize_kernels(
-  model: models.Model,
-) -> tuple[models.Model, list[transform.Note]]:
-  form = transform.storage_format(model)
-  params = jax.tree_util.tree_map_with_path(
-    lambda path, x: quantize(x, form) if path[-1].key == 'kernel' else x,
-    model.params,
-    is_leaf=structured.is_structured,
-  )
-  rewritten = dataclasses.replace(model, params=jax.device_get(params))
-  before, after = (dict(transform.leaves(x)) for x in (model, rewritten))
-  notes = [
-    transform.note(path, leaf, error=_relative_error(leaf, before[path]))
-    for path, leaf in after.items()
-    if isinstance(leaf, Int8)
+def _quantize_layers(
+  context: symmetries.Context, state: Any, first: int, layers: list[models.Params]
+) -> tuple[Any, list[models.Params], list[list[symmetries.Note]]]:
+  quantized = [
+    _quantize_kernels(layer, context.form, f'layers.{i}/')
+    for i, layer in enumerate(layers, first)
   ]
-  return rewritten, notes
+  return state, [tree for tree, _ in quantized], [notes for _, notes in quantized]
+
+
+def _quantize_outer(
+  context: symmetries.Context, state: Any, outer: models.Params
+) -> tuple[models.Params, list[symmetries.Note]]:
+  return _quantize_kernels(outer, context.form, '')
+
+
+def _quantize_kernels(
+  tree: models.Params, form: np.dtype, prefix: str
+) -> tuple[models.Params, list[symmetries.Note]]:
+  flat, notes = structured.flatten(tree), []
+  for path, leaf in flat.items():
+    if path.endswith('/kernel'):
+      flat[path] = _quantize(leaf, form=form)
+      error = _relative_error(flat[path], leaf)
+      notes.append(symmetries.note(prefix + path, flat[path], error=error))
+  return structured.unflatten(flat), notes
 
 
 def _relative_error(leaf: Int8, original: Any) -> float:
   a, b = (np.asarray(structured.materialize(x), np.float32) for x in (leaf, original))
   norm = float(np.linalg.norm(b))
   return float(np.linalg.norm(a - b)) / norm if norm else 0.0
+
+
+_quantize = functools.partial(jax.jit, static_argnames='form')(quantize)
 
 
 # ---- the table -----------------------------------------------------------------------

@@ -79,8 +79,8 @@ def bits_back_table(
     f'{"encode s":>10}{"decode s":>10}'
   ]
   for name, parts in SCHEMES.items():
-    file, settings = output / 'paper.rotbits', rotbits_jax.Settings(**parts)
-    timed = demo.encode_and_load(checkpoint, file, 'paper', settings)
+    file = output / 'paper.rotbits'
+    timed = demo.encode_and_load(checkpoint, file, 'paper', **parts)
     report = rotbits_jax.inspect(file)
     result = evaluation.evaluate(
       timed.model, tokens, reference=model, max_tokens=max_tokens
@@ -203,7 +203,7 @@ def main() -> None:
   for measure in measured:
     results += '\n' + measure()
     # What is measured stays, whatever happens to the rest.
-    rotbits_jax.write_file(_OUTPUT.value, results.encode())
+    pathlib.Path(_OUTPUT.value).write_text(results)
 
 
 if __name__ == '__main__':

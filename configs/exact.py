@@ -9,4 +9,4 @@ import ml_collections
 
 
 def get_config() -> ml_collections.ConfigDict:
-  return ml_collections.ConfigDict({'preset': 'exact', 'numbers_per_lane': 2048})
+  return ml_collections.ConfigDict({'preset': 'exact'})

@@ -11,6 +11,4 @@ import ml_collections
 
 
 def get_config() -> ml_collections.ConfigDict:
-  return ml_collections.ConfigDict(
-    {'preset': 'free', 'tolerance': 0.7, 'numbers_per_lane': 2048}
-  )
+  return ml_collections.ConfigDict({'preset': 'free', 'tolerance': 0.7})

@@ -10,57 +10,59 @@ In a Python session:
 
 Data flows one way: `checkpoints` (files to PyTrees), `models` (Flax forward passes),
 `slicing` (dense to sliced), `symmetries` (transforms that leave fewer numbers),
-`coding` (numbers to bits), `codec` (the chain and its inverse), `container` (the file),
-`evaluation`.
+`coding` (numbers to bits), `presets` (transforms and a coder), `file` (what is
+written and read), `evaluation`.
 """
 
-from rotbits_jax import checkpoints
-from rotbits_jax import coding
-from rotbits_jax import evaluation
-from rotbits_jax import models
-from rotbits_jax import slicing
-from rotbits_jax import structured
-from rotbits_jax import symmetries
-from rotbits_jax.checkpoints import Checkpoint
-from rotbits_jax.checkpoints import CheckpointError
-from rotbits_jax.checkpoints import load_checkpoint
-from rotbits_jax.checkpoints import save_checkpoint
-from rotbits_jax.codec import PRESETS
-from rotbits_jax.codec import Settings
-from rotbits_jax.codec import decode
-from rotbits_jax.codec import decode_checkpoint
-from rotbits_jax.codec import decode_unit
-from rotbits_jax.codec import encode
-from rotbits_jax.codec import inspect
-from rotbits_jax.codec import load
-from rotbits_jax.file.container import ContainerError
-from rotbits_jax.file.container import write_file
-from rotbits_jax.models import Model
-from rotbits_jax.models import ModelConfig
+import importlib
+from typing import Any
 
-__all__ = [
-  'PRESETS',
-  'Checkpoint',
-  'CheckpointError',
-  'ContainerError',
-  'Model',
-  'ModelConfig',
-  'Settings',
+# Names are imported when they are first used, so that decoding a file does not wait for
+# forward passes and evaluation to be imported.
+_MODULES = (
   'checkpoints',
   'coding',
-  'decode',
-  'decode_checkpoint',
-  'decode_unit',
-  'encode',
   'evaluation',
-  'inspect',
-  'load',
-  'load_checkpoint',
+  'file',
   'models',
-  'save_checkpoint',
+  'presets',
   'slicing',
   'structured',
   'symmetries',
-  'write_file',
-]
+)
+_NAMES = {
+  'Checkpoint': 'checkpoints',
+  'CheckpointError': 'checkpoints',
+  'ContainerError': 'file',
+  'Model': 'models',
+  'ModelConfig': 'models',
+  'PRESETS': 'presets',
+  'Preset': 'presets',
+  'decode': 'codec',
+  'decode_checkpoint': 'codec',
+  'decode_to_directory': 'codec',
+  'encode': 'codec',
+  'encode_to_file': 'codec',
+  'inspect': 'codec',
+  'load': 'codec',
+  'load_checkpoint': 'checkpoints',
+  'open_checkpoint': 'checkpoints',
+  'read_tensor': 'codec',
+  'read_unit': 'codec',
+  'save_checkpoint': 'checkpoints',
+}
+
+__all__ = sorted([*_MODULES, *_NAMES])  # noqa: PLE0605
 __version__ = '0.1.0'
+
+
+def __getattr__(name: str) -> Any:
+  if name in _NAMES:
+    return getattr(importlib.import_module(f'{__name__}.{_NAMES[name]}'), name)
+  if name in _MODULES:
+    return importlib.import_module(f'{__name__}.{name}')
+  raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+
+
+def __dir__() -> list[str]:
+  return [*__all__, '__version__']

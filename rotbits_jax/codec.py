@@ -1,569 +1,557 @@
-"""Models to bytes and back: a preset is a chain of transforms and a coder.
+"""Models to files and back.
 
-    encode: model -> transforms -> units (what is outside the layers, then each layer)
-            -> coding.arrays -> container
-    decode: container -> one unit at a time -> model
+    encode: source -> preset.transform, a few layers at a time -> file.writer
+    decode: file.reader -> a unit at a time -> model, or checkpoint on disk
 
-The preset 'paper' codes the whole model on one message instead, see `paper`.
-
-Every stream has a checksum and every array a digest, so that what is decoded is bit for
-bit what was encoded, or an error.
+Whatever opens a file takes its path, its bytes, or a binary file that is open. `encode`
+and `decode` hold a whole model and are the convenient case of `encode_to_file` and
+`decode_to_directory`, which hold a few layers.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping, Sequence
 import contextlib
-import dataclasses
 import hashlib
-import itertools
-import mmap
+import io
+import json
 import os
 import pathlib
 from typing import Any
-import zlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tqdm
 
 from rotbits_jax import checkpoints
+from rotbits_jax import file
 from rotbits_jax import models
+from rotbits_jax import presets
+from rotbits_jax import progress as progress_lib
 from rotbits_jax import structured
 from rotbits_jax import symmetries
-from rotbits_jax.coding.weights import arrays as coding
-from rotbits_jax.file import container
+from rotbits_jax.file import manifest as manifest_lib
 from rotbits_jax.file import report
-from rotbits_jax.file.container import ContainerError
-from rotbits_jax.presets import paper
+from rotbits_jax.file import writer as writer_lib
+from rotbits_jax.symmetries import transform as transform_lib
 
 Tree = dict[str, Any]
 
 
-CHOICES = {
-  'canonicaliser': ('polar_shortcut', 'qr', 'svd'),
-  'rotation_codec': ('haar', 'symmetric_eig'),
-  'correction': ('exact', 'threshold'),
-}
-"""The settings of the preset 'paper' that are names."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Settings:
-  """What a user may choose beside the preset.
-
-  Attributes:
-    tolerance: see `symmetries.remove_gauge`.
-    numbers_per_lane: least count of numbers that the coder opens a lane for; see
-      `coding.arrays.encode`.
-    canonicaliser: of the preset 'paper': 'polar_shortcut', 'qr' or 'svd' (published).
-    rotation_codec: likewise: 'haar' or 'symmetric_eig' (published).
-    correction: likewise: 'exact', or 'threshold' (published), which leaves errors of up
-      to `threshold` in numbers that rotations were sampled from.
-    threshold: see `correction`.
-    entropy: whether the preset 'paper' entropy codes its numbers.
-  """
-
-  tolerance: float = 0.7
-  numbers_per_lane: int = 2048
-  canonicaliser: str = 'polar_shortcut'
-  rotation_codec: str = 'haar'
-  correction: str = 'exact'
-  threshold: float = 1e-3
-  entropy: bool = False
-
-  def __post_init__(self) -> None:
-    if not 0 <= self.tolerance < float('inf'):
-      raise ValueError(
-        f'tolerance must be finite and not negative, got {self.tolerance}'
-      )
-    if self.numbers_per_lane < 256:
-      raise ValueError(
-        f'numbers_per_lane must be at least 256, got {self.numbers_per_lane}'
-      )
-    for name, known in CHOICES.items():
-      if getattr(self, name) not in known:
-        raise ValueError(
-          f'{name} is one of {", ".join(known)}; got {getattr(self, name)!r}'
-        )
-    if not 0 < self.threshold < float('inf'):
-      raise ValueError(f'threshold must be finite and positive, got {self.threshold}')
-    if self.correction == 'threshold' and (
-      self.rotation_codec != 'symmetric_eig' or self.entropy
-    ):
-      raise ValueError(
-        "correction='threshold' needs rotation_codec='symmetric_eig' and no entropy "
-        'coding: it leaves errors in what the message holds'
-      )
-
-
-_CHAINS: dict[str, Callable[[Settings], tuple[symmetries.Transform, ...]]] = {
-  'free': lambda s: (
-    # Of numbers as they are stored, small ones can be scaled without loss, too.
-    symmetries.scale_neurons(),
-    # Rotations first: what follows finds its structure in their coordinates.
-    symmetries.remove_gauge(tolerance=s.tolerance),
-    symmetries.remove_global_gauge(),
-    symmetries.retie_embedding(),
-    symmetries.remove_biases(),
-    symmetries.remove_value_gauge(),
-    symmetries.remove_query_key_gauge(),
-    symmetries.remove_low_rank_gauge(),
-  ),
-  'exact': lambda s: (symmetries.retie_exactly(),),
-  'paper': lambda s: (),
-}
-
-PRESETS = tuple(_CHAINS)
-
-
-def chain(
-  preset: str, settings: Settings | None = None
-) -> tuple[symmetries.Transform, ...]:
-  """The transforms of a preset, in order."""
-  return _CHAINS[preset](settings or Settings())
-
-
 def encode(
-  model: models.Model | Tree,
+  model: models.Model | checkpoints.Source | Tree,
   *,
-  preset: str = 'free',
-  transforms: tuple[symmetries.Transform, ...] = (),
-  settings: Settings | None = None,
+  preset: str | presets.Preset = 'free',
   files: Mapping[str, bytes] | None = None,
   stem: str | None = None,
+  mesh: jax.sharding.Mesh | None = None,
   progress: bool = False,
+  **options: Any,
 ) -> bytes:
   """Stores a model, or any PyTree of nested dicts of arrays, in few bytes.
 
   Args:
-    model: a `Model` (one that is not rounded yet, whose `stored_as` is set, is
-      rounded at the end), or nested dicts with string keys and array leaves; the
-      latter only with the preset 'exact', since its symmetries are not known.
+    model: a `Model` (one that is not rounded yet, whose `stored_as` is set, is rounded
+      at the end), an opened checkpoint, or nested dicts with string keys and array
+      leaves; the latter only with the preset 'exact', since its symmetries are not
+      known.
     preset: 'free' removes what the function does not depend on; 'exact' keeps every bit
-      of the input; 'paper' gets the rotations' bits back as published.
-    transforms: further transforms, applied after the preset's own.
-    settings: see `Settings`.
-    files: the checkpoint's other files, kept as they are.
-    stem: the checkpoint's name, for writing it in its own format.
-    progress: whether to show a progress bar if stderr is a terminal.
+      of the input; 'paper' gets the rotations' bits back as published. Or a preset made
+      by a factory in `presets`.
+    files: the checkpoint's other files, kept as they are; by default those of an opened
+      checkpoint.
+    stem: the checkpoint's name, for writing it in its own format; likewise.
+    mesh: devices along one axis, 'layers', that share the layers. The bytes are the
+      same for any number of devices.
+    progress: whether to tell on stderr how far it is.
+    options: of a preset that is given by its name.
 
   Returns:
-    The bytes of a file, see `container`.
+    The bytes of a file, see `file`.
 
   Raises:
-    ValueError: for an unknown preset or a model that cannot be stored.
+    ValueError: for an unknown preset or option, or a model that cannot be stored.
   """
-  if preset not in PRESETS:
-    raise ValueError(f'the presets are {", ".join(PRESETS)}; got {preset!r}')
-  settings = settings or Settings()
-  manifest: container.Manifest = {
-    'preset': preset,
-    'settings': dataclasses.asdict(settings),
-    'stem': stem,
-  }
-  streams: dict[str, np.ndarray] = {}
-  if isinstance(model, models.Model):
-    numbers, size = symmetries.count(model)
-    if preset != 'free':  # which alone has use for numbers that are not rounded yet
-      model = symmetries.rounded(model)
-    own = chain(preset, settings)
-    if preset == 'exact':
-      # Bit for bit, so not widened on the way; the embedding in terms of what the head
-      # is in the end.
-      model, savings = symmetries.run_chain((*transforms, *own), model, widen=False)
-    else:
-      model, savings = symmetries.run_chain((*own, *transforms), model)
-    manifest['config'] = dataclasses.asdict(model.config)
-    tied = model.params['embed']['tokens']
-    if isinstance(tied, structured.TiedExactly):
-      head = model.params['head']['kernel']
-      manifest['expanded'] = _digest(tied.expand(head))
-    if preset == 'paper':
-      savings += [_encode_bits_back(model, settings, manifest, streams, progress)]
-      model = dataclasses.replace(model, params={})
-  elif preset != 'exact' or transforms:
-    raise ValueError(
-      f'the preset {preset!r} needs a Model; a PyTree of other arrays can be '
-      f"encoded with 'exact', got {type(model).__name__}"
-    )
+  made = presets.make(preset, **options)
+  memory = io.BytesIO()
+  if isinstance(model, (models.Model, checkpoints.Source)):
+    job = _Job(model, made, files, stem, mesh)
+    with progress_lib.Progress('encode', job.total, 'unit', show=progress) as bar:
+      shard = writer_lib.Shard('', tuple(job.sizes))
+      job.write([shard], lambda _: memory, None, bar)
   else:
-    leaves = [leaf for _, leaf in _flatten(model)]
-    numbers, size = structured.count_numbers(leaves), structured.count_bytes(leaves)
-    savings = []
-  manifest |= {
-    'numbers': {'input': numbers, 'stored': numbers - sum(s.numbers for s in savings)},
-    'input_bytes': size,
-    'savings': [s._asdict() for s in savings],
-    'files': [],
-    'units': [],
-    'order_bits': 0.0,
-  }
-  units = list(_units(model))
-  bar = tqdm.tqdm(units, desc='encode', unit='unit', disable=None if progress else True)
-  for name, tree in bar:
-    neurons = _NEURONS if preset == 'free' and name.startswith('layers.') else {}
-    entry, unit_streams, order_bits = _encode_unit(tree, settings, neurons)
-    manifest['order_bits'] += order_bits
-    manifest['units'].append({'name': name, **entry})
-    streams |= {f'{name}/{key}': value for key, value in unit_streams.items()}
-  for name, data in (files or {}).items():
-    packed = np.frombuffer(zlib.compress(data, 9), np.uint8)
-    manifest['files'].append([name, _digest(data)])
-    streams[f'files/{name}'] = packed
-  return container.pack(manifest, streams)
+    _encode_tree(model, made, files or {}, memory)
+  return memory.getvalue()
 
 
-def decode(data: Any, *, progress: bool = False) -> models.Model | Tree:
-  """The model, or the PyTree, that `encode` stored.
+def encode_to_file(
+  source: models.Model | checkpoints.Source | str | os.PathLike[str],
+  path: str | os.PathLike[str],
+  *,
+  preset: str | presets.Preset = 'free',
+  files: Mapping[str, bytes] | None = None,
+  stem: str | None = None,
+  shard_size: int | None = None,
+  mesh: jax.sharding.Mesh | None = None,
+  progress: bool = False,
+  **options: Any,
+) -> None:
+  """Encodes a checkpoint to a file, or to shards, a few layers at a time.
+
+  The file is there when it is complete. A run that was killed is resumed by the next
+  one with the same input and settings. Several processes of `jax.distributed` that call
+  this write shards of one model, each the layers that it owns.
 
   Args:
-    data: what `encode` returned; bytes or a memory map.
-    progress: whether to show a progress bar if stderr is a terminal.
+    source: a checkpoint, opened or by its path, or a `Model`.
+    path: of the file. Shards have their number before its suffix, and an index of the
+      form that Hugging Face uses lies beside them.
+    preset: see `encode`.
+    files: see `encode`.
+    stem: see `encode`.
+    shard_size: bytes of a shard, at most; None for one file, or for as many shards as
+      there are processes.
+    mesh: see `encode`.
+    progress: whether to tell on stderr how far it is.
+    options: of a preset that is given by its name.
+
+  Raises:
+    ValueError: see `encode`.
+    CheckpointError: if the checkpoint cannot be read.
+    OSError: if the file cannot be written.
+  """
+  made = presets.make(preset, **options)
+  if isinstance(source, (str, os.PathLike)):
+    source = checkpoints.open_checkpoint(source)
+  if shard_size is not None and shard_size < 1:
+    raise ValueError(f'shard_size must be positive, got {shard_size}')
+  output = pathlib.Path(path).absolute()
+  job = _Job(source, made, files, stem, mesh)
+  process, processes = jax.process_index(), jax.process_count()
+  if made.message is not None and (shard_size is not None or processes > 1):
+    raise ValueError("the preset 'paper' writes one message: it cannot be in shards")
+  bytes_of = {name: sizes.bytes for name, sizes in job.sizes.items()}
+  shards = writer_lib.plan_shards(output, bytes_of, shard_size, processes)
+  own = [x for i, x in enumerate(shards) if i * processes // len(shards) == process]
+  work = writer_lib.Workspace(output, f'process-{process}', job.fingerprint(shards))
+  total = sum(len(shard.units) for shard in own)
+  try:
+    with (
+      progress_lib.Progress('encode', total, 'unit', show=progress) as bar,
+      contextlib.ExitStack() as stack,
+    ):
+      if work.done:
+        bar.say(f'resumes behind {len(work.done)} of {total} units')
+      job.write(own, lambda x: stack.enter_context(work.open(x)), work, bar)
+  except Exception:  # not an interruption, which the next run resumes
+    work.close()
+    raise
+  _barrier(processes)
+  for shard in own:
+    writer_lib.move_into_place(work.path(shard), output.with_name(shard.name))
+  _barrier(processes)
+  if process == 0:
+    _finish_output(output, shards)
+  work.close()
+
+
+def decode(source: file.Readable, *, progress: bool = False) -> models.Model | Tree:
+  """The model, or the PyTree, in a file, as NumPy arrays.
+
+  Args:
+    source: a path, bytes, or a binary file.
+    progress: whether to tell on stderr how far it is.
 
   Returns:
     The model with NumPy arrays; structured leaves stay structured. At most one layer
     more than the model is held meanwhile.
 
   Raises:
-    ContainerError: if the data is not of this format or is damaged.
+    ContainerError: if the file is not of this format or is damaged.
+    OSError: if the path cannot be read.
   """
-  return _decode(container.Container(data), progress)
+  with file.Reader(source) as reader:
+    return reader.model(show_progress=progress)
 
 
-def decode_unit(source: str | os.PathLike[str] | bytes, name: str) -> Tree:
-  """One layer, or what else decodes on its own, without reading the rest.
+def load(
+  source: file.Readable,
+  *,
+  layers: range | None = None,
+  sharding: file.Place | None = None,
+  progress: bool = False,
+) -> Any:
+  """The model in a file as JAX arrays; structured leaves stay structured.
 
   Args:
-    source: a path, or bytes.
-    name: 'layers.0', 'layers.1', ..., 'embed', 'final_norm', 'head', 'buffers'; of a
-      PyTree its top-level keys.
-
-  Returns:
-    The parameters, unstacked, with NumPy arrays.
-
-  Raises:
-    ContainerError: as for `decode`, or if there is no such unit.
-    OSError: if the path cannot be read.
-  """
-  with _errors_name(source):
-    opened = container.Container(_buffer(source))
-    entries = {entry['name']: entry for entry in opened.manifest['units']}
-    if name not in entries:
-      raise ContainerError(f'{name}: no such unit')
-    tree = _decode_unit(entries[name], opened)
-    if name == 'embed' and 'expanded' in opened.manifest:
-      return _expanded(tree | _decode_unit(entries['head'], opened), opened, name)
-    return tree
-
-
-def decode_checkpoint(
-  source: str | os.PathLike[str] | bytes, *, progress: bool = False
-) -> checkpoints.Checkpoint:
-  """The model with its other files and its name, from a path or from bytes.
-
-  Raises:
-    ContainerError: as for `decode`, or if what was encoded is no model.
-    OSError: if the path cannot be read.
-  """
-  with _errors_name(source):
-    opened = container.Container(_buffer(source))
-    model = _decode(opened, progress)
-    if not isinstance(model, models.Model):
-      raise ContainerError('the file holds a PyTree, not a model')
-    files = {}
-    for name, digest in opened.manifest['files']:
-      try:
-        files[name] = zlib.decompress(opened.stream(f'files/{name}').tobytes())
-      except zlib.error as error:
-        raise ContainerError(f'files/{name}: {error}') from error
-      if _digest(files[name]) != digest:
-        raise ContainerError(f'files/{name}: not what was encoded')
-    return checkpoints.Checkpoint(model, files, opened.manifest['stem'])
-
-
-def load(path: str | os.PathLike[str], *, progress: bool = False) -> Any:
-  """The model in a file as JAX arrays, see `decode`; structured leaves stay structured.
+    source: a path, bytes, or a binary file.
+    layers: which ones; all by default. Layers that are left out are not read.
+    sharding: where arrays go: a `jax.sharding.Sharding`, or a function that takes a
+      parameter's path and shape and returns one. The layers of a run are stacked along
+      the first axis, and layers that no device of this process gets are not read.
+    progress: whether to tell on stderr how far it is.
 
   Raises:
     ContainerError: as for `decode`.
     OSError: if the path cannot be read.
   """
-  with _errors_name(path):
-    model = _decode(container.Container(_buffer(path)), progress)
-  return jax.tree.map(jnp.asarray, model)
+  with file.Reader(source) as reader:
+    model = reader.model(layers=layers, place=sharding, show_progress=progress)
+  return jax.tree.map(_on_device, model)
 
 
-def inspect(source: str | os.PathLike[str] | bytes) -> report.Report:
+def decode_checkpoint(
+  source: file.Readable, *, progress: bool = False
+) -> checkpoints.Checkpoint:
+  """The model with its other files and its name.
+
+  Raises:
+    ContainerError: as for `decode`, or if what was encoded is no model.
+    OSError: if the path cannot be read.
+  """
+  with file.Reader(source) as reader:
+    model = reader.model(show_progress=progress)
+    if not isinstance(model, models.Model):
+      raise file.ContainerError('the file holds a PyTree, not a model')
+    return checkpoints.Checkpoint(model, reader.files(), reader.stem)
+
+
+def decode_to_directory(
+  source: file.Readable,
+  directory: str | os.PathLike[str],
+  *,
+  format: checkpoints.Format = 'safetensors',
+  shard_size: int | None = None,
+  progress: bool = False,
+) -> None:
+  """Decodes a file to a checkpoint on disk, a layer at a time.
+
+  Args:
+    source: a path, bytes, or a binary file.
+    directory: to write to.
+    format: see `checkpoints.save_checkpoint`.
+    shard_size: bytes of tensors in one file of weights, at most; None for one file.
+    progress: whether to tell on stderr how far it is.
+
+  Raises:
+    ContainerError: as for `decode_checkpoint`.
+    ValueError: if the format does not suit the model.
+    OSError: if a path cannot be read or written.
+  """
+  with file.Reader(source) as reader:
+    config = reader.config
+    if config is None:
+      raise file.ContainerError('the file holds a PyTree, not a model')
+    with checkpoints.CheckpointWriter(
+      directory,
+      config,
+      dtypes=reader.dtypes(),
+      files=reader.files(),
+      stem=reader.stem,
+      format=format,
+      shard_size=shard_size,
+      factors=reader.factors(),
+      buffers=reader.buffers(),
+    ) as writer:
+      kept = (structured.FactorPair,)
+      for index, params in reader.parts(show_progress=progress):
+        params = models.materialize(params, but=kept)
+        if index is None:
+          writer.outer(params)
+        else:
+          writer.layer(index, params)
+
+
+def read_unit(source: file.Readable, name: str) -> Tree:
+  """One layer, or another unit, without reading the rest; see `file.Reader.unit`.
+
+  Raises:
+    ContainerError: as for `decode`, or if there is no such unit.
+    OSError: if the path cannot be read.
+  """
+  with file.Reader(source) as reader:
+    return reader.unit(name)
+
+
+def read_tensor(source: file.Readable, path: str) -> Any:
+  """One parameter, like 'layers.3/attention/query/kernel', by its unit only.
+
+  Raises:
+    ContainerError: as for `decode`, or if there is no such parameter.
+    OSError: if the path cannot be read.
+  """
+  with file.Reader(source) as reader:
+    return reader.tensor(path)
+
+
+def inspect(source: file.Readable) -> file.Report:
   """What a file holds and what each step saved, without decoding it.
 
   Raises:
-    ContainerError: if the source is not of this format or its header is damaged.
+    ContainerError: if the source is not of this format or its manifest is damaged.
     OSError: if the path cannot be read.
   """
-  with _errors_name(source):
-    return report.from_container(container.Container(_buffer(source)))
+  with file.Reader(source) as reader:
+    return report.from_reader(reader)
 
 
-def _buffer(source: str | os.PathLike[str] | bytes) -> Any:
-  """The bytes, or the file's as a memory map."""
-  if isinstance(source, bytes):
-    return source
-  with pathlib.Path(source).open('rb') as file:
-    size = os.fstat(file.fileno()).st_size
-    # An empty file cannot be mapped.
-    return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if size else b''
+# ---- encoding ----------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def _errors_name(source: str | os.PathLike[str] | bytes) -> Iterator[None]:
-  """Puts the path, if there is one, before what is wrong with the file."""
-  try:
-    yield
-  except ContainerError as error:
-    if isinstance(source, bytes):
-      raise
-    raise ContainerError(f'{os.fspath(source)}: {error}') from error
+class _Job:
+  """A model on its way to one or several files."""
 
+  def __init__(
+    self,
+    source: Any,
+    preset: presets.Preset,
+    files: Mapping[str, bytes] | None,
+    stem: str | None,
+    mesh: jax.sharding.Mesh | None,
+  ):
+    self.source, self.preset = source, preset
+    self.files = dict(getattr(source, 'files', {}) if files is None else files)
+    stem = getattr(source, 'stem', None) if stem is None else stem
+    self.buffers = dict(source.buffers)
+    stored_as = getattr(source, 'stored_as', None)
+    if stored_as is not None and preset.name != 'free':
+      # Only `free` has use for numbers that are not rounded yet.
+      source, stored_as = source.rounded(), None
+    self.summary = writer_lib.Summary(preset, source.config, stem)
+    self.context = symmetries.make_context(source, stored_as=stored_as, mesh=mesh)
+    self.sizes = _input_sizes(self.context, self.buffers)
+    if preset.message is not None:
+      from rotbits_jax.presets import paper  # its linear algebra is slow to import
 
-# ---- the preset 'paper' --------------------------------------------------------------
+      paper.refuse(source, preset.message)
 
+  @property
+  def total(self) -> int:
+    return len(self.sizes)
 
-def _encode_bits_back(
-  model: models.Model,
-  settings: Settings,
-  manifest: container.Manifest,
-  streams: dict[str, np.ndarray],
-  progress: bool,
-) -> symmetries.Saving:
-  """Adds the model's parameters to a manifest and streams; says what that saved."""
-  lossy = settings.correction == 'threshold'
-  options = paper.Options(
-    canonicaliser=settings.canonicaliser,
-    rotation_codec=settings.rotation_codec,
-    threshold=settings.threshold if lossy else None,
-    entropy=settings.entropy,
-  )
-  encoded = paper.encode(model, options, progress=progress)
-  arrays = encoded.arrays
-  if lossy:
-    # Only decoding tells which errors were left in.
-    widths = model.config.segment_widths
-    arrays = paper.decode(encoded.layout, encoded.streams, widths)
-  digests = {path: _digest(array) for path, array in arrays.items()}
-  manifest['bits_back'] = {'layout': encoded.layout, 'digests': digests}
-  streams |= {f'bits_back/{k}': v for k, v in encoded.streams.items() if v.size}
-  return symmetries.Saving('rotations', 0, int(encoded.net_bits // 8), encoded.notes)
+  def fingerprint(self, shards: Sequence[writer_lib.Shard]) -> str | None:
+    """Of all that decides the bytes; None if a run cannot be resumed."""
+    if not isinstance(self.source, checkpoints.Source) or self.preset.message:
+      return None
+    parts = [
+      self.source.fingerprint(),
+      self.preset.name,
+      self.preset.options,
+      self.preset.names,
+      shards,
+      jax.__version__,
+    ]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
+  def write(
+    self,
+    shards: Sequence[writer_lib.Shard],
+    open_shard: Any,
+    work: writer_lib.Workspace | None,
+    bar: progress_lib.Progress,
+  ) -> None:
+    """Writes shards whose units follow each other.
 
-def _decode_bits_back(
-  opened: container.Container, config: models.ModelConfig, progress: bool
-) -> models.Params:
-  """The inverse of `_encode_bits_back`: the parameters."""
-  entry = opened.manifest['bits_back']
-  streams = {
-    name: opened.stream(f'bits_back/{name}')
-    for name in paper.STREAMS
-    if f'bits_back/{name}' in opened
-  }
-  try:
-    arrays = paper.decode(
-      entry['layout'], streams, config.segment_widths, progress=progress
-    )
-  except (KeyError, ValueError) as error:
-    raise ContainerError(f'bits_back: {error}') from error
-  tree: Tree = {}
-  for path, digest in entry['digests'].items():
-    if _digest(arrays[path]) != digest:
-      raise ContainerError(f'{path}: decoded numbers differ from the encoded')
-    _insert(tree, path, arrays[path])
-  layers = [tree.pop(f'layers.{i}') for i in range(config.num_layers)]
-  return models.from_layers(config, tree, layers).params
-
-
-# ---- units ---------------------------------------------------------------------------
-
-
-def _units(model: models.Model | Tree) -> Iterator[tuple[str, Tree]]:
-  """What decodes on its own: a name and a tree."""
-  if not isinstance(model, models.Model):
-    yield from ((name, {name: tree}) for name, tree in model.items())
-    return
-  yield from ((name, {name: tree}) for name, tree in model.outer().items())
-  for index, layer in enumerate(model.layers()):
-    yield f'layers.{index}', layer
-  if model.buffers:
-    yield 'buffers', dict(model.buffers)
-
-
-_NEURONS = {
-  'mlp/up/kernel': 1,
-  'mlp/up/bias': 0,
-  'mlp/gate/kernel': 1,
-  'mlp/gate/bias': 0,
-  'mlp/down/kernel': 0,
-}
-"""The axes along which a layer's parameters have neurons."""
-
-
-def _encode_unit(
-  tree: Tree, settings: Settings, neurons: Mapping[str, int]
-) -> tuple[dict[str, Any], dict[str, np.ndarray], float]:
-  """A unit's entry in the manifest, its streams, and what the order of neurons saved.
-
-  Args:
-    tree: the unit.
-    settings: of the coder.
-    neurons: the axes of the leaves that have neurons, in any order, by path.
-  """
-  leaves: list[dict[str, Any]] = []
-  stored: list[np.ndarray] = []
-  exchangeable: dict[int, int] = {}
-  for path, leaf in _flatten(tree):
-    if path in neurons:
-      if structured.is_structured(leaf):
-        neurons, exchangeable = {}, {}  # its neurons have their places
-      else:
-        exchangeable[len(stored)] = neurons[path]
-    entry: dict[str, Any] = {'path': path}
-    parts: dict[str, Any] = {'': leaf}
-    if structured.is_structured(leaf):
-      leaf_settings, parts = leaf.stored()
-      entry |= {'kind': leaf.kind, 'settings': leaf_settings, 'shape': leaf.shape}
-    entry['arrays'] = list(parts)
-    stored += [np.asarray(array) for array in parts.values()]
-    leaves.append(entry)
-  encoded = coding.encode(
-    stored, numbers_per_lane=settings.numbers_per_lane, exchangeable=exchangeable
-  )
-  specs = iter(
-    [*spec.to_json(), _digest(array)]
-    for spec, array in zip(encoded.unit.arrays, encoded.arrays, strict=True)
-  )
-  for entry in leaves:
-    entry['arrays'] = {key: next(specs) for key in entry['arrays']}
-  entry = {**encoded.unit.to_json(), 'leaves': leaves}
-  return entry, encoded.streams, encoded.order_bits
-
-
-def _decode_unit(entry: dict[str, Any], opened: container.Container) -> Tree:
-  """The inverse of `_encode_unit`."""
-  name = entry['name']
-  specs = [spec for leaf in entry['leaves'] for spec in leaf['arrays'].values()]
-  keys = [key for key in coding.STREAMS if f'{name}/{key}' in opened]
-  streams = {key: opened.stream(f'{name}/{key}') for key in keys}
-  try:
-    arrays = [coding.ArraySpec.from_json(spec) for *spec, _ in specs]
-    decoded = iter(coding.decode(coding.UnitSpec.from_json(entry, arrays), streams))
-  except (KeyError, ValueError) as error:
-    raise ContainerError(f'{name}: {error}') from error
-  tree: Tree = {}
-  for leaf in entry['leaves']:
-    path = f'{name}/{leaf["path"]}'
-    parts = {key: next(decoded) for key in leaf['arrays']}
-    for key, (*_, digest) in leaf['arrays'].items():
-      if _digest(parts[key]) != digest:
-        raise ContainerError(f'{path}: decoded numbers differ from the encoded')
-    value: Any = parts.get('')
-    if 'kind' in leaf:
-      if leaf['kind'] not in structured.KINDS:
-        raise ContainerError(
-          f'{path}: leaves of kind {leaf["kind"]!r} are unknown; import their module'
-        )
-      kind = structured.KINDS[leaf['kind']]
-      try:
-        value = kind.from_stored(leaf['settings'], parts)
-      except (KeyError, TypeError, ValueError) as error:
-        raise ContainerError(f'{path}: {error}') from error
-    _insert(tree, leaf['path'], value)
-  return tree
-
-
-def _expanded(params: Tree, opened: container.Container, *names: str) -> Tree:
-  """The parameters, or some, with the embedding that was tied to the head exactly."""
-  embed, head = params['embed'], params['head']
-  try:
-    table = embed['tokens'].expand(head['kernel'])
-  except ValueError as error:
-    raise ContainerError(f'embed/tokens: {error}') from error
-  if _digest(table) != opened.manifest['expanded']:
-    raise ContainerError('embed/tokens: decoded numbers differ from the encoded')
-  params = params | {'embed': embed | {'tokens': table}}
-  return {name: params[name] for name in names or params}
-
-
-def _decode(opened: container.Container, progress: bool) -> models.Model | Tree:
-  manifest = opened.manifest
-  bar = tqdm.tqdm(
-    total=len(manifest['units']),
-    desc='decode',
-    unit='unit',
-    disable=None if progress else True,
-  )
-
-  def decoded(entries: list[dict[str, Any]]) -> Iterator[Tree]:
-    for entry in entries:
-      yield _decode_unit(entry, opened)
-      bar.update()
-
-  with bar:
-    by_name = {entry['name']: entry for entry in manifest['units']}
-    if 'config' not in manifest:
-      return {k: v for tree in decoded(manifest['units']) for k, v in tree.items()}
-    config = models.ModelConfig.from_json(manifest['config'])
-    buffers = by_name.pop('buffers', None)
-    layers = [e for name, e in by_name.items() if name.startswith('layers.')]
-    outer = [e for e in by_name.values() if e not in layers]
-    params = {k: v for tree in decoded(outer) for k, v in tree.items()}
-    runs = [list(run) for _, run in itertools.groupby(layers, _signature)]
-    for i, run in enumerate(runs):
-      params[f'blocks_{i}'] = models.stack_layers(decoded(run), len(run))
-    if 'expanded' in manifest:
-      params = _expanded(params, opened)
-    if 'bits_back' in manifest:
-      params = _decode_bits_back(opened, config, progress)
-    return models.Model(
-      params=params,
-      buffers=next(decoded([buffers])) if buffers else {},
-      config=config,
-    )
-
-
-def _signature(entry: dict[str, Any]) -> Any:
-  """Equal for layers that can share a stack."""
-  signature = []
-  for leaf in entry['leaves']:
-    dtype, shape, *_ = next(iter(leaf['arrays'].values()))
-    # Structured leaves of different ranks can be stacked: their own shape decides, and
-    # the settings that are names, like the kind of a leaf within a leaf.
-    names = [v for v in leaf.get('settings', {}).values() if isinstance(v, str)]
-    shape = leaf.get('shape', shape)
-    signature.append((leaf['path'], leaf.get('kind'), dtype, shape, names))
-  return signature
-
-
-def _flatten(tree: Tree, prefix: str = '') -> Iterator[tuple[str, Any]]:
-  """The leaves of nested dicts with their paths."""
-  for key, value in tree.items():
-    if not isinstance(key, str) or '/' in key:
-      raise ValueError(f'{prefix}{key!r}: keys must be strings without a slash')
-    if isinstance(value, dict):
-      yield from _flatten(value, f'{prefix}{key}/')
-    elif structured.is_structured(value) or isinstance(value, (np.ndarray, jax.Array)):
-      yield prefix + key, value
+    Args:
+      shards: in order.
+      open_shard: takes a shard and returns its file.
+      work: what an earlier run has written, and where to note what this one does.
+      bar: is told of each unit.
+    """
+    if not shards:
+      return
+    writers: dict[str, writer_lib.FileWriter] = {}
+    home: dict[str, writer_lib.Shard] = {}
+    last = list(self.sizes)[-1]
+    for shard in shards:
+      files = self.files if last in shard.units else {}
+      units = shard.units
+      if self.preset.message is not None:
+        units = tuple(name for name in units if name == manifest_lib.BUFFERS)
+      writer = writer_lib.FileWriter(open_shard(shard), self.summary, units, files)
+      writers[shard.name] = writer
+      home |= dict.fromkeys(shard.units, shard)
+    if self.preset.message is not None:
+      self._write_message(writers[shards[0].name], bar)
     else:
-      raise ValueError(f'{prefix}{key}: not an array, got {type(value).__name__}')
+      self._write_units(writers, home, work, bar)
+    if manifest_lib.BUFFERS in home:
+      writer = writers[home[manifest_lib.BUFFERS].name]
+      unit = symmetries.Unit(
+        manifest_lib.BUFFERS, {manifest_lib.BUFFERS: self.buffers}, []
+      )
+      writer.add(unit, self.sizes[manifest_lib.BUFFERS], {})
+      bar.update()
+    for writer in writers.values():
+      writer.finish()
+
+  def _write_units(
+    self,
+    writers: dict[str, writer_lib.FileWriter],
+    home: dict[str, writer_lib.Shard],
+    work: writer_lib.Workspace | None,
+    bar: progress_lib.Progress,
+  ) -> None:
+    names = [name for name in home if name != manifest_lib.BUFFERS]
+    kept, state = 0, None
+    if work is not None and work.done:
+      kept = self._keep(writers, names, work)
+      bar.update(kept)
+      if kept and work.state is not None:
+        leaves, structure = jax.tree.flatten(self.preset.transform.init(self.context))
+        if len(leaves) == len(work.state):
+          state = jax.tree.unflatten(structure, work.state)
+    own = [manifest_lib.layer_index(name) for name in names]
+    layers = [index for index in own if index is not None]
+    outer = [name for name, index in zip(names, own, strict=True) if index is None]
+    start = layers[0] + min(kept, len(layers)) if layers else self.config.num_layers
+    stop = layers[-1] + 1 if layers else self.config.num_layers
+    if kept == len(names):
+      return
+    rewritten = transform_lib.rewrite(
+      self.context,
+      self.preset.transform,
+      widen=self.preset.widen,
+      layers=range(start, stop),
+      state=state,
+      outer=bool(outer),
+    )
+    bar.stage('rewriting')
+    for units, state in rewritten:
+      beside = {key: x for unit in units for key, x in unit.params.items()}
+      bar.stage('coding')
+      noted: dict[writer_lib.Shard, list[manifest_lib.Unit]] = {}
+      while units:
+        unit = units.pop(0)
+        if unit.name not in home:  # another process writes it
+          continue
+        shard = home[unit.name]
+        entry = writers[shard.name].add(unit, self.sizes[unit.name], beside)
+        noted.setdefault(shard, []).append(entry)
+        bar.update()
+      if work is not None:
+        work.note(noted, state)
+      bar.stage('rewriting')
+
+  @property
+  def config(self) -> models.ModelConfig:
+    return self.context.config
+
+  def _keep(
+    self,
+    writers: dict[str, writer_lib.FileWriter],
+    names: Sequence[str],
+    work: writer_lib.Workspace,
+  ) -> int:
+    """Takes over undamaged units of an earlier run; returns how many."""
+    for count, (shard, entry) in enumerate(work.done):
+      fits = count < len(names) and entry.name == names[count] and shard in writers
+      if not fits or not writers[shard].keep(entry):
+        work.forget(count)
+        return count
+    return len(work.done)
+
+  def _write_message(
+    self, writer: writer_lib.FileWriter, bar: progress_lib.Progress
+  ) -> None:
+    from rotbits_jax.presets import paper  # its linear algebra is slow to import
+
+    name, corrections, tables = writer_lib.MESSAGE
+    bar.stage('rotating')
+    encoded = paper.encode(
+      self.context.source,
+      self.preset.message,
+      lambda words: writer.extend(name, words),
+    )
+    streams = [writer.close(name)]
+    for other, data in ((corrections, encoded.corrections), (tables, encoded.tables)):
+      writer.extend(other, data)
+      streams.append(writer.close(other))
+    saving = symmetries.Saving(
+      self.preset.names[0], 0, int(encoded.net_bits // 8), list(encoded.notes)
+    )
+    own = [x for name, x in self.sizes.items() if name != manifest_lib.BUFFERS]
+    writer.set_message(
+      manifest_lib.Message(
+        layout=encoded.layout,
+        streams=tuple(streams),
+        input_numbers=sum(sizes.numbers for sizes in own),
+        input_bytes=sum(sizes.bytes for sizes in own),
+        savings=(saving,),
+      )
+    )
+    bar.update(len(own))
 
 
-def _insert(tree: Tree, path: str, value: Any) -> None:
-  """The inverse of `_flatten`, a leaf at a time."""
-  *parents, last = path.split('/')
-  for parent in parents:
-    tree = tree.setdefault(parent, {})
-  tree[last] = value
+def _input_sizes(
+  context: symmetries.Context, buffers: Mapping[str, Any]
+) -> dict[str, writer_lib.Sizes]:
+  """What each unit has before it is rewritten, in the order in which units come."""
+  trees: dict[str, tuple[str, Tree]] = {}
+  for i in range(context.config.num_layers):
+    trees[f'layers.{i}'] = f'layers.{i}/', context.source.specs(i)
+  for key, tree in context.source.specs(None).items():
+    trees[key] = '', {key: tree}
+  sizes = {}
+  for name, (prefix, tree) in trees.items():
+    numbers = nbytes = 0
+    for path, leaf in structured.flatten(tree).items():
+      count = structured.count_numbers(leaf)
+      numbers += count
+      nbytes += count * context.dtypes[prefix + path].itemsize
+    sizes[name] = writer_lib.Sizes(numbers, nbytes)
+  if buffers:
+    arrays = [np.asarray(x) for x in buffers.values()]
+    count, nbytes = sum(x.size for x in arrays), sum(x.nbytes for x in arrays)
+    sizes[manifest_lib.BUFFERS] = writer_lib.Sizes(count, nbytes)
+  return sizes
 
 
-def _digest(data: Any) -> str:
-  """64 bits of BLAKE2b, in hexadecimal."""
-  if isinstance(data, np.ndarray):
-    data = np.ascontiguousarray(data).reshape(-1).view(np.uint8) if data.size else b''
-  return hashlib.blake2b(data, digest_size=8).hexdigest()
+def _encode_tree(
+  tree: Tree, preset: presets.Preset, files: Mapping[str, bytes], memory: io.BytesIO
+) -> None:
+  """Any PyTree of nested dicts; every top-level key is a unit."""
+  if preset.name != 'exact' or len(preset.names) > 1:
+    raise ValueError(
+      f'the preset {preset.name!r} needs a Model; a PyTree of other arrays can be '
+      f"encoded with 'exact', got {type(tree).__name__}"
+    )
+  for path, leaf in structured.flatten(tree).items():
+    if not (
+      structured.is_structured(leaf) or isinstance(leaf, (np.ndarray, jax.Array))
+    ):
+      raise ValueError(f'{path}: not an array, got {type(leaf).__name__}')
+  summary = writer_lib.Summary(preset, None, None)
+  writer = writer_lib.FileWriter(memory, summary, list(tree), files)
+  for name, own in tree.items():
+    unit = symmetries.Unit(name, {name: own}, [])
+    sizes = structured.count_numbers(own), structured.count_bytes(own)
+    writer.add(unit, writer_lib.Sizes(*sizes), {})
+  writer.finish()
+
+
+def _barrier(processes: int) -> None:
+  if processes > 1:
+    from jax.experimental import multihost_utils
+
+    multihost_utils.sync_global_devices('rotbits_jax')
+
+
+def _finish_output(output: pathlib.Path, shards: Sequence[writer_lib.Shard]) -> None:
+  """Writes the index of shards, or removes that of an older output."""
+  index = output.with_name(writer_lib.index_name(output))
+  if [shard.name for shard in shards] == [output.name]:
+    index.unlink(missing_ok=True)
+    return
+  total = sum(output.with_name(shard.name).stat().st_size for shard in shards)
+  names = {unit: shard.name for shard in shards for unit in shard.units}
+  text = json.dumps({'metadata': {'total_size': total}, 'weight_map': names}, indent=2)
+  partial = output.with_name(f'.{index.name}.partial')
+  partial.write_text(text + '\n')
+  writer_lib.move_into_place(partial, index)
+  output.unlink(missing_ok=True)  # an older output in one file would be taken for this
+
+
+def _on_device(x: Any) -> Any:
+  """A JAX array; the NumPy array itself if JAX would narrow its dtype."""
+  if not isinstance(x, np.ndarray) or jnp.result_type(x) != x.dtype:
+    return x
+  return jnp.asarray(x)

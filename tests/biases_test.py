@@ -13,6 +13,7 @@ from rotbits_jax import structured
 from rotbits_jax import symmetries
 from rotbits_jax.symmetries import biases
 from tests import random_models
+from tests import transform_checks
 
 OPT = {
   'model_type': 'opt',
@@ -58,6 +59,10 @@ def _reference_logits(family, model):
   return random_models.reference_logits(CONFIGS[family], model)
 
 
+def _apply(model):
+  return transform_checks.apply(symmetries.remove_biases(), model)
+
+
 def _removed(layer):
   """The projections of a layer's attention whose bias is a zero that is not stored."""
   attention = layer['attention']
@@ -82,7 +87,7 @@ class BiasesTest(parameterized.TestCase):
     )
 
   def test_notes_name_what_is_zero_now(self):
-    _, notes = symmetries.remove_biases().apply(_model('opt', np.float16))
+    _, notes = _apply(_model('opt', np.float16))
     names = [f'layers.{i}/attention/{n}/bias' for i in (0, 1) for n in ('key', 'value')]
     self.assertEqual([note['tensor'] for note in notes], names)
     for note in notes:
@@ -117,8 +122,8 @@ class BiasesTest(parameterized.TestCase):
     )
 
   def test_a_second_time_changes_nothing(self):
-    once, _ = symmetries.remove_biases().apply(_model('opt'))
-    twice, notes = symmetries.remove_biases().apply(once)
+    once, _ = _apply(_model('opt'))
+    twice, notes = _apply(once)
     chex.assert_trees_all_equal(twice, once)
     self.assertEmpty(notes)
 
@@ -130,7 +135,7 @@ class BiasesTest(parameterized.TestCase):
     first, second = (jax.tree.map(np.array, layer) for layer in model.layers())
     first['attention'][name]['bias'][:] = number
     model = models.from_layers(model.config, model.outer(), [first, second])
-    rewritten, _ = symmetries.remove_biases().apply(model)
+    rewritten, _ = _apply(model)
     left, right = rewritten.layers()
     self.assertEqual(_removed(left), removed)
     self.assertEqual(_removed(right), {'key', 'value'})
@@ -146,7 +151,7 @@ class BiasesTest(parameterized.TestCase):
     }
     layers = model.params['blocks_0'] | {'attention': attention | {'value': value}}
     strange = model.replace(params=model.params | {'blocks_0': layers})
-    same, notes = symmetries.remove_biases().apply(strange)
+    same, notes = _apply(strange)
     chex.assert_trees_all_equal(same, strange)
     self.assertEmpty(notes)
 

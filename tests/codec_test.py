@@ -1,7 +1,9 @@
 """Models to bytes and back: the contract."""
 
 import functools
+import json
 import pathlib
+import struct as struct_lib
 import tempfile
 from typing import Any, ClassVar
 from unittest import mock
@@ -18,11 +20,9 @@ import pytest
 
 import rotbits_jax
 from rotbits_jax import checkpoints
-from rotbits_jax import codec
+from rotbits_jax import presets
 from rotbits_jax import structured
 from rotbits_jax import symmetries
-from rotbits_jax.coding.bits_back import permutation
-from rotbits_jax.file import container
 
 TESTDATA = pathlib.Path(__file__).parent / 'testdata'
 CHECKPOINTS = tuple(
@@ -60,7 +60,7 @@ def _with_sorted_neurons(layer):
   rows = np.concatenate(
     [np.moveaxis(mlp[n]['kernel'], axis, 0) for n, axis in axes.items()], axis=1
   )
-  order, _ = permutation.canonical_order(rows)
+  order = sorted(range(len(rows)), key=lambda i: rows[i].tobytes())
   for name, axis in axes.items():
     for kind, x in mlp[name].items():
       if not (name == 'down' and kind == 'bias'):
@@ -92,13 +92,6 @@ class Int8(structured.Structured):
   def astype(self, dtype):
     return self  # quantised already
 
-  def layer(self, index):
-    return Int8(self.values[index], self.scale[index])
-
-  @classmethod
-  def stack(cls, leaves):
-    return jax.tree.map(lambda *x: jnp.stack(x), *leaves)
-
   def stored(self):
     return {}, {'values': np.asarray(self.values), 'scale': np.asarray(self.scale)}
 
@@ -107,19 +100,31 @@ class Int8(structured.Structured):
     return cls(arrays['values'], arrays['scale'])
 
 
-def _quantize(model):
+def _quantize_layers(context, state, first, layers):
   def leaf(path, x):
-    if 'mlp' not in jax.tree_util.keystr(path) or x.ndim != 3:
+    if 'mlp' not in path or structured.is_structured(x) or x.ndim != 2:
       return x
-    scale = jnp.abs(jnp.float32(x)).max(axis=1, keepdims=True) / 127
+    scale = jnp.abs(jnp.float32(x)).max(axis=0, keepdims=True) / 127
     return Int8(jnp.round(jnp.float32(x) / scale).astype(jnp.int8), scale)
 
-  params = jax.tree_util.tree_map_with_path(
-    lambda p, x: x if structured.is_structured(x) else leaf(p, x),
-    model.params,
-    is_leaf=structured.is_structured,
-  )
-  return model.replace(params=params), []
+  flats = [structured.flatten(layer) for layer in layers]
+  rewritten = [
+    structured.unflatten({path: leaf(path, x) for path, x in flat.items()})
+    for flat in flats
+  ]
+  return state, rewritten, [[] for _ in layers]
+
+
+QUANTIZER = symmetries.make('int8', layers=_quantize_layers)
+
+
+def _flip(data, stream, position=5):
+  """The file with one bit of a stream flipped."""
+  (length,) = struct_lib.unpack('<Q', data[:8])
+  begin, _ = json.loads(data[8 : 8 + length])[stream]['data_offsets']
+  damaged = bytearray(data)
+  damaged[8 + length + begin + position] ^= 1
+  return bytes(damaged)
 
 
 class Checks(parameterized.TestCase):
@@ -135,7 +140,7 @@ class Checks(parameterized.TestCase):
     self.assertEqual(list(back), list(given))
 
   def check_free_gives_the_canonical_model_back(self, name):
-    canonical, _ = symmetries.run_chain(codec.chain('free'), _load(name).model)
+    canonical, _ = symmetries.run_chain((presets.free().transform,), _load(name).model)
     decoded = rotbits_jax.decode(_encoded(name, 'free'))
     self.assertEqual(decoded.config, canonical.config)
     layers = list(zip(decoded.layers(), canonical.layers(), strict=True))
@@ -190,7 +195,7 @@ class RoundTripTest(Checks):
 
   def test_from_disk_as_jax_arrays(self):
     path = pathlib.Path(self.enterContext(tempfile.TemporaryDirectory())) / 'x.rotbits'
-    rotbits_jax.write_file(path, _encoded(TINY, 'free'))
+    path.write_bytes(_encoded(TINY, 'free'))
     model = rotbits_jax.load(path)
     for leaf in jax.tree.leaves(model):
       self.assertIsInstance(leaf, jax.Array)
@@ -199,17 +204,46 @@ class RoundTripTest(Checks):
     self.assertTrue(bool(jnp.isfinite(logits).all()))
 
   def test_layers_decode_on_their_own(self):
-    data = bytearray(_encoded(TINY, 'free'))
-    layers = list(rotbits_jax.decode(bytes(data)).layers())
-    opened = container.Container(data)
-    opened.stream('layers.1/raw').setflags(write=True)
-    opened.stream('layers.1/raw')[5] ^= 1
+    layers = list(rotbits_jax.decode(_encoded(TINY, 'free')).layers())
+    data = _flip(_encoded(TINY, 'free'), 'layers.1')
     for i in (0, 2):
-      _assert_same_bits(rotbits_jax.decode_unit(bytes(data), f'layers.{i}'), layers[i])
-    with self.assertRaisesRegex(rotbits_jax.ContainerError, 'layers.1/raw'):
-      rotbits_jax.decode_unit(bytes(data), 'layers.1')
+      _assert_same_bits(rotbits_jax.read_unit(data, f'layers.{i}'), layers[i])
+    with self.assertRaisesRegex(rotbits_jax.ContainerError, 'layers.1'):
+      rotbits_jax.read_unit(data, 'layers.1')
     with self.assertRaisesRegex(rotbits_jax.ContainerError, 'layers.9'):
-      rotbits_jax.decode_unit(bytes(data), 'layers.9')
+      rotbits_jax.read_unit(data, 'layers.9')
+
+  def test_a_tensor_is_read_by_its_unit_only(self):
+    data = _flip(_encoded(TINY, 'exact'), 'layers.1')
+    path = 'attention/query/kernel'
+    expected = _load(TINY).model.layer(2)['attention']['query']['kernel']
+    actual = rotbits_jax.read_tensor(data, f'layers.2/{path}')
+    _assert_same_bits(actual, expected)
+    head = rotbits_jax.read_tensor(data, 'head/kernel')
+    _assert_same_bits(head, _load(TINY).model.params['head']['kernel'])
+    with self.assertRaisesRegex(rotbits_jax.ContainerError, 'no such parameter'):
+      rotbits_jax.read_tensor(data, 'layers.2/nothing')
+
+  @parameterized.parameters('exact', 'free')
+  def test_some_layers_load_without_the_others(self, preset):
+    name = 'opt-small-sliced-0.2'
+    data = _flip(_encoded(name, preset), 'layers.0')
+    whole = rotbits_jax.decode(_encoded(name, preset))
+    model = rotbits_jax.load(data, layers=range(1, 3))
+    for layer, i in zip(model.layers(), (1, 2), strict=True):
+      _assert_same_bits(layer, whole.layer(i))
+    _assert_same_bits(model.outer(), whole.outer())
+    with self.assertRaisesRegex(ValueError, 'layers'):
+      rotbits_jax.load(data, layers=range(3, 9))
+
+  def test_paths_bytes_and_open_files_are_read_alike(self):
+    path = pathlib.Path(self.enterContext(tempfile.TemporaryDirectory())) / 'x.rotbits'
+    path.write_bytes(_encoded(TINY, 'exact'))
+    expected = rotbits_jax.decode(path)
+    with path.open('rb') as file:
+      for source in (str(path), _encoded(TINY, 'exact'), file):
+        _assert_same_bits(rotbits_jax.decode(source), expected)
+        rotbits_jax.inspect(source)
 
   def test_a_pytree_of_arrays(self):
     tree = {
@@ -222,18 +256,18 @@ class RoundTripTest(Checks):
     self.assertIsNone(report.family)
 
   def test_a_third_partys_transform_stands_in_the_chain(self):
-    quantizer = symmetries.Transform('int8', _quantize)
-    data = rotbits_jax.encode(_load(TINY).model, transforms=(quantizer,))
+    preset = presets.free(transforms=(QUANTIZER,))
+    data = rotbits_jax.encode(_load(TINY).model, preset=preset)
     report = rotbits_jax.inspect(data)
     self.assertEqual(
       [source.name for source in report.sources[:-3]],
-      [t.name for t in (*codec.chain('free'), quantizer)],
+      list(preset.names),
     )
     model = rotbits_jax.decode(data)
-    kernel = model.params['blocks_0']['mlp']['down']['kernel']
+    kernel = model.layer(1)['mlp']['down']['kernel']
     self.assertIsInstance(kernel, Int8)
-    expected = rotbits_jax.decode(_encoded(TINY, 'free'))
-    original = np.float32(expected.params['blocks_0']['mlp']['down']['kernel'])
+    expected, _ = symmetries.run_chain((presets.free().transform,), _load(TINY).model)
+    original = np.float32(expected.layer(1)['mlp']['down']['kernel'])
     error = np.abs(np.asarray(kernel.materialize()) - original).max()
     self.assertLess(error, np.abs(original).max() / 127)
 
@@ -292,7 +326,11 @@ class ErrorsTest(parameterized.TestCase):
   def test_settings_are_checked(self):
     for wrong in ({'tolerance': -1.0}, {'tolerance': np.nan}, {'numbers_per_lane': 0}):
       with self.assertRaises(ValueError):
-        rotbits_jax.Settings(**wrong)
+        presets.make('free', **wrong)
+    with self.assertRaisesRegex(ValueError, 'canonicaliser'):
+      presets.make('paper', canonicaliser='best')
+    with self.assertRaisesRegex(ValueError, 'no transforms'):
+      presets.make('paper', transforms=(QUANTIZER,))
 
   def test_presets_are_checked(self):
     model = _load(TINY).model
@@ -307,8 +345,8 @@ class ErrorsTest(parameterized.TestCase):
         rotbits_jax.encode(tree, preset='exact')
 
   def test_unknown_kinds_of_leaves_are_named(self):
-    quantizer = symmetries.Transform('int8', _quantize)
-    data = rotbits_jax.encode(_load(TINY).model, transforms=(quantizer,))
+    preset = presets.free(transforms=(QUANTIZER,))
+    data = rotbits_jax.encode(_load(TINY).model, preset=preset)
     kinds = {k: v for k, v in structured.KINDS.items() if k != Int8.kind}
     self.enterContext(mock.patch.object(structured, 'KINDS', kinds))
     with self.assertRaisesRegex(rotbits_jax.ContainerError, 'test.int8'):

@@ -20,10 +20,8 @@ import pytest
 from rotbits_jax import structured
 from rotbits_jax.symmetries import biases
 from rotbits_jax.symmetries import canonical
-from rotbits_jax.symmetries import global_rotation
 from rotbits_jax.symmetries import heads
 from rotbits_jax.symmetries import low_rank
-from rotbits_jax.symmetries import neurons
 from rotbits_jax.symmetries import residual
 from rotbits_jax.symmetries import rotations
 
@@ -56,17 +54,39 @@ def _attention(rng):
 
 
 def _layer(rng):
-  shortcut = {'kernel': _normal(rng, 6, 6)}
-  return {
+  layer = {
     'attention': _attention(rng),
     'mlp': _mlp(rng),
-    'attention_shortcut': shortcut,
-    'mlp_shortcut': {
-      'kernel': structured.IdentityMinusGram(
-        np.tril(_normal(rng, 6, 2)), _normal(rng, 6, 0), columns=6
-      )
-    },
+    'attention_shortcut': {'kernel': _normal(rng, 6, 6)},
+    'mlp_shortcut': {'kernel': _normal(rng, 6, 6)},
   }
+  layer['mlp']['up']['kernel'] = structured.LowRank(
+    _normal(rng, 6, 2), _normal(rng, 2, 8)
+  )
+  return structured.flatten(layer)
+
+
+def _norms(rng):
+  return {f'{name}_norm/scale': _normal(rng, 6) for name in ('attention', 'mlp')}
+
+
+def _polar(rng):
+  values = np.float32([1.5, 1, 1, 1, 0.5, 0.25])
+  return canonical.Polar(_orthogonal(rng, 6), values, _orthogonal(rng, 6))
+
+
+# Of a layer whose parameters are those above.
+AXES = (
+  ('attention/query/kernel', (0, 'query')),
+  ('attention/query/bias', ('query',)),
+  ('attention/out/kernel', ('query', 1)),
+  ('attention/out/bias', (1,)),
+  ('mlp/up/kernel', (1, 'neuron')),
+  ('mlp/down/kernel', ('neuron', -1)),
+  ('attention_shortcut/kernel', (0, 1)),
+  ('mlp_shortcut/kernel', (1, -1)),
+)
+NORMS = (('attention', 'attention_norm'), ('mlp', 'mlp_norm'))
 
 
 def _pair(rng, *names):
@@ -81,26 +101,42 @@ def _values(rng):
 
 # A function, and its arguments from a generator; of every one, float32 arrays.
 FUNCTIONS = {
-  'polar': (residual.polar, lambda r: (_normal(r, 6, 8),)),
+  'polar': (canonical.polar, lambda r: (_normal(r, 6, 8),)),
   'lower_factor': (residual.lower_factor, lambda r: (_normal(r, 6, 5),)),
   'gram_factor': (
     residual.gram_factor,
     lambda r: (_orthogonal(r, 6), _orthogonal(r, 6)[:, :3], np.float32([2, 1, 0])),
   ),
-  'cumulative_rotations': (
-    residual.cumulative_rotations,
-    lambda r: (np.stack([_orthogonal(r, 6) for _ in range(3)]), _orthogonal(r, 6)),
+  'next_rotation': (
+    residual.next_rotation,
+    lambda r: (_orthogonal(r, 6), _orthogonal(r, 4), _orthogonal(r, 2)),
+  ),
+  'gram_form': (
+    functools.partial(residual.gram_form, k=3, j=1, form=np.float32),
+    lambda r: (_orthogonal(r, 6), _polar(r), np.int32(2), np.int32(1)),
+  ),
+  'triangle_form': (
+    functools.partial(residual.triangle_form, form=np.float32),
+    lambda r: (_orthogonal(r, 6), _polar(r)),
+  ),
+  'range_used': (
+    functools.partial(residual.range_used, axes=AXES),
+    lambda r: (_layer(r), dict.fromkeys(dict(AXES), np.float32(65504))),
+  ),
+  'fold_norm_scales': (
+    functools.partial(residual.fold_norm_scales, axes=AXES, norms=NORMS),
+    lambda r: (_layer(r) | _norms(r),),
   ),
   'lower': (rotations.lower, lambda r: (_normal(r, 6, 3),)),
   'turn': (
     lambda array, rows: rotations.turn(array, rows=rows),
     lambda r: (_normal(r, 6, 5), _orthogonal(r, 6)),
   ),
-  'rotate_layer': (
-    rotations.rotate_layer,
+  'turn_parameters': (
+    functools.partial(rotations.turn_parameters, axes=AXES),
     lambda r: (_layer(r), tuple(_orthogonal(r, 6) for _ in range(3))),
   ),
-  'upper_rotation': (global_rotation.upper_rotation, lambda r: (_normal(r, 6, 8),)),
+  'upper_rotation': (residual.upper_rotation, lambda r: (_normal(r, 6, 8),)),
   'canonical_svd': (canonical.svd, lambda r: (_normal(r, 6, 8),)),
   'canonical_qr': (canonical.qr, lambda r: (_normal(r, 6, 8),)),
   'canonical_polar': (canonical.polar_shortcut, lambda r: (_normal(r, 6, 8),)),
@@ -120,18 +156,6 @@ FUNCTIONS = {
   'with_value_bias': (
     functools.partial(biases.with_value_bias, kv_heads=2),
     lambda r: (_normal(r, 6), _normal(r, 4), _normal(r, 8, 6)),
-  ),
-  'exact_exponents': (
-    functools.partial(neurons.exact_exponents, form=np.float16),
-    lambda r: (_normal(r, 6).astype(np.float16).astype(np.float32),),
-  ),
-  'neuron_exponents': (
-    functools.partial(neurons.neuron_exponents, form=np.float32),
-    lambda r: (_mlp(r),),
-  ),
-  'scale_mlp': (
-    neurons.scale_mlp,
-    lambda r: (_mlp(r), r.integers(-3, 4, 8).astype(np.int32)),
   ),
   'fix_pair': (low_rank.fix_pair, lambda r: (_normal(r, 8, 3), _normal(r, 3, 6))),
 }

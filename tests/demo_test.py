@@ -20,7 +20,7 @@ class TestDemo:
     raw, file, *presets, rerounded = rows
     assert file.bytes == weights.stat().st_size
     assert raw.bytes < file.bytes  # the .pt holds what slicing cut off
-    assert tuple(row.name for row in presets) == rotbits_jax.PRESETS
+    assert [row.name for row in presets] == list(rotbits_jax.PRESETS)
     for row in presets:
       assert row.bytes == (tmp_path / f'{row.name}.rotbits').stat().st_size
       assert row.bytes < raw.bytes

@@ -272,7 +272,7 @@ class TestCommand:
       data = rotbits_jax.encode(
         checkpoint.model, preset='exact', files=checkpoint.files
       )
-      rotbits_jax.write_file(path, data)
+      path.write_bytes(data)
     code, out, err = run(f'--model={path}', '--prompt=w3 w5', '--max_tokens=80')
     tokens = list(
       generation.generate(

@@ -208,6 +208,24 @@ class TestModel:
     assert config_json | CONFIG == config_json
     assert (config_json['bos_token_id'], config_json['eos_token_id']) == (1, 0)
 
+  def test_a_layer_is_dequantised_when_it_is_asked_for(self, tmp_path):
+    tensors = gguf_tensors(hugging_face_tensors(tied=True))
+    tensors['blk.1.ffn_norm.weight'] = np.full(32, 1e5, np.float32)
+    path = write(tmp_path / 'model.gguf', tensors)
+    source = checkpoints.open_checkpoint(path)
+    exact = gguf_files.read_gguf(path, dtype=np.float32)
+    assert (source.config, source.files) == (exact.model.config, exact.files)
+    assert source.dtypes()['embed/tokens'] == np.float16
+    jax.tree.map(
+      lambda x, y: np.testing.assert_array_equal(x, y.astype(np.float16)),
+      [source.outer(), source.layer(0)],
+      [exact.model.outer(), exact.model.layer(0)],
+    )
+    with pytest.raises(
+      CheckpointError, match=rf'^{path}: blk\.1\.ffn_norm.*not finite'
+    ):
+      source.layer(1)
+
 
 class TestTokenizer:
   @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from rotbits_jax import structured
 from rotbits_jax import symmetries
 from rotbits_jax.symmetries import heads
 from tests import random_models
+from tests import transform_checks
 
 LLAMA = {
   'model_type': 'llama',
@@ -368,7 +369,7 @@ class TransformsTest(parameterized.TestCase):
   def test_a_layer_that_rounding_would_harm_stays_as_it_is(self):
     model = _model('llama_with_groups', np.float16)
     for factory in (symmetries.remove_value_gauge, symmetries.remove_query_key_gauge):
-      same, notes = factory(tolerance=0.5).apply(model)
+      same, notes = transform_checks.apply(factory(tolerance=0.5), model)
       chex.assert_trees_all_equal(same, model)
       self.assertEqual([(n['form'], n['error']) for n in notes], [('array', 0.0)] * 2)
 
@@ -411,7 +412,7 @@ class TransformsTest(parameterized.TestCase):
     # The basis has no factor 0 to give a bias back with.
     model = _model('qwen2_with_biases_and_rope')
     dead = lambda x: x * (np.arange(x.shape[-1]) % 3 != 1)
-    fixed, notes = CHAIN[1].apply(_with_first(model, 'query', dead))
+    fixed, notes = transform_checks.apply(CHAIN[1], _with_first(model, 'query', dead))
     self.assertEqual([n['form'] for n in notes], ['array', 'head_planes'])
     self.assertTrue(all(np.isfinite(x).all() for x in jax.tree.leaves(fixed)))
 
@@ -425,7 +426,7 @@ class TransformsTest(parameterized.TestCase):
     layers = model.params['blocks_0'] | {'attention': attention}
     strange = model.replace(params=model.params | {'blocks_0': layers})
     for transform in CHAIN:
-      same, notes = transform.apply(strange)
+      same, notes = transform_checks.apply(transform, strange)
       chex.assert_trees_all_equal(same, strange)
       self.assertEmpty(notes)
 
@@ -438,7 +439,9 @@ class TransformsTest(parameterized.TestCase):
     layers = [zeros(models.layer_shapes(config, i)) for i in range(2)]
     model = models.from_layers(config, zeros(models.outer_shapes(config)), layers)
     for transform in CHAIN:
-      chex.assert_trees_all_equal(transform.apply(model), (model, []))
+      same, notes = transform_checks.apply(transform, model)
+      chex.assert_trees_all_equal(same, model)
+      self.assertEmpty(notes)
 
 
 if __name__ == '__main__':

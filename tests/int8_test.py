@@ -50,7 +50,7 @@ def _model():
 
 @functools.cache
 def _quantized(free):
-  chain = (symmetries.remove_gauge(),) if free else ()
+  chain = (symmetries.remove_residual_gauge(),) if free else ()
   return symmetries.run_chain((*chain, int8.quantize_kernels()), _model())
 
 
@@ -112,7 +112,7 @@ class Int8Test(parameterized.TestCase):
 
 class QuantizeKernelsTest(parameterized.TestCase):
   def test_structural_zeros_are_not_stored(self):
-    before, _ = symmetries.run_chain((symmetries.remove_gauge(),), _model())
+    before, _ = symmetries.run_chain((symmetries.remove_residual_gauge(),), _model())
     after, savings = _quantized(free=True)
     shortcuts = 0
     for layer, quantized in zip(before.layers(), after.layers(), strict=True):

@@ -1,5 +1,7 @@
 """The residual gauge: the function stays, the numbers go."""
 
+import dataclasses
+import itertools
 import pathlib
 
 from absl.testing import absltest
@@ -8,11 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import random_models
+import transform_checks
 
 from rotbits_jax import checkpoints
 from rotbits_jax import models
 from rotbits_jax import structured
 from rotbits_jax import symmetries
+from rotbits_jax.symmetries import canonical
 from rotbits_jax.symmetries import residual
 
 TESTDATA = pathlib.Path(__file__).parent / 'testdata'
@@ -22,25 +26,30 @@ SLICED = (
   'phi2-tiny-sliced-0.25',
   'phi3-tiny-sliced-0.25',
 )
+TOKENS = np.arange(12)[None] % 40
 
 
-def _logits(model, tokens=None):
-  tokens = np.arange(12)[None] % 40 if tokens is None else tokens
-  fast_compile = {'xla_backend_optimization_level': 0}
-  return np.asarray(
-    jax.jit(models.logits, compiler_options=fast_compile)(model, tokens)
-  )
+def _logits(model):
+  return transform_checks.fast_logits(model, TOKENS)
 
 
-def _gauge(model, **kwargs):
-  return symmetries.remove_gauge(**kwargs).apply(model)
+def _gauge(model, **options):
+  """The rewritten model, and the notes on its shortcuts."""
+  transform = symmetries.remove_residual_gauge(**options)
+  gauged, notes = transform_checks.apply(transform, model)
+  return gauged, [note for note in notes if 'shortcut' in note['tensor']]
+
+
+def _triangle(n):
+  """How many numbers a rotation of n dimensions makes zero."""
+  return n * (n - 1) // 2
 
 
 class PureFunctionsTest(parameterized.TestCase):
   @parameterized.parameters((5, 5), (4, 7), (1, 1), (1, 3))
   def test_polar_agrees_with_numpy(self, d, e):
     matrix = np.random.default_rng(d).standard_normal((d, e))
-    got = jax.jit(residual.polar)(jnp.float32(matrix))
+    got = jax.jit(canonical.polar)(jnp.float32(matrix))
     u, o = np.float64(got.u), np.float64(got.rotation)
     psd = u * np.float64(got.values) @ u.T
     values, vectors = np.linalg.eigh(matrix @ matrix.T)
@@ -49,30 +58,37 @@ class PureFunctionsTest(parameterized.TestCase):
     np.testing.assert_allclose(o @ o.T, np.eye(e), atol=1e-5)
     np.testing.assert_allclose(np.pad(psd, ((0, 0), (0, e - d))) @ o, matrix, atol=1e-5)
 
-  def test_cumulative_rotations_are_the_products_in_order(self):
+  def test_next_rotation_is_the_product_of_its_definition(self):
     rng = np.random.default_rng(0)
-    steps = np.stack([random_models.orthogonal(rng, 6) for _ in range(9)])
-    first = random_models.orthogonal(rng, 6)
-    got = jax.jit(residual.cumulative_rotations)(jnp.float32(steps), jnp.float32(first))
-    expected = first
-    np.testing.assert_allclose(np.asarray(got[0]), expected, atol=1e-6)
-    for step, rotation in zip(steps, got[1:], strict=True):
-      expected = step.T @ expected
-      np.testing.assert_allclose(np.asarray(rotation), expected, atol=1e-5)
+    step, rotation = random_models.orthogonal(rng, 9), random_models.orthogonal(rng, 6)
+    free = random_models.orthogonal(rng, 3)
+    arrays = [jnp.float32(x) for x in (step, rotation, free)]
+    both = np.zeros((9, 9))
+    both[:6, :6], both[6:, 6:] = rotation, free
+    got = jax.jit(residual.next_rotation)(*arrays)
+    np.testing.assert_allclose(np.asarray(got), step.T @ both, atol=1e-6)
+    same_width = residual.next_rotation(arrays[1], arrays[1], jnp.zeros((0, 0)))
+    np.testing.assert_allclose(np.asarray(same_width), np.eye(6), atol=1e-6)
 
   def test_many_products_stay_orthogonal(self):
     rng = np.random.default_rng(0)
     steps = np.stack([random_models.orthogonal(rng, 16) for _ in range(200)])
-    steps = steps.astype(np.float32)
-    got = np.float64(residual.cumulative_rotations(jnp.asarray(steps), jnp.eye(16)))
+    none = jnp.zeros((0, 0), jnp.float32)
+
+    def walk(rotation, step):
+      rotation = residual.next_rotation(step, rotation, none)
+      return rotation, rotation
+
+    _, got = jax.lax.scan(walk, jnp.eye(16), jnp.float32(steps))
+    got = np.float64(got)
     error = np.abs(np.swapaxes(got, 1, 2) @ got - np.eye(16)).max()
     self.assertLess(error, 2e-6)
 
   def test_vmap_equals_a_loop(self):
     stack = jnp.float32(np.random.default_rng(0).standard_normal((3, 4, 6)))
-    batched = jax.vmap(residual.polar)(stack)
+    batched = jax.vmap(canonical.polar)(stack)
     for i in range(3):
-      single = residual.polar(stack[i])
+      single = canonical.polar(stack[i])
       np.testing.assert_allclose(batched.rotation[i], single.rotation, atol=1e-6)
 
   def test_gram_factor_is_trapezoidal_and_right(self):
@@ -86,24 +102,114 @@ class PureFunctionsTest(parameterized.TestCase):
     np.testing.assert_array_equal(np.triu(np.asarray(got), 1), 0)
     np.testing.assert_allclose(np.asarray(got[:, 2]), 0, atol=1e-6)
 
+  @parameterized.parameters((2, 1, 2, 1), (2, 1, 4, 3), (0, 0, 1, 0))
+  def test_both_forms_of_a_shortcut_stand_for_it(self, less, more, k, j):
+    rng = np.random.default_rng(0)
+    rotation, u = (random_models.orthogonal(rng, 6) for _ in range(2))
+    values = np.ones(6)
+    values[:more], values[6 - less :] = 1.5, 0.25
+    polar = canonical.Polar(jnp.float32(u), jnp.float32(values), jnp.eye(6))
+    expected = rotation.T @ (u * values) @ u.T @ rotation
+    arguments = jnp.float32(rotation), polar
+    grams = residual.gram_form(*arguments, less, more, k=k, j=j, form=np.float32)
+    b, c = (np.asarray(x) for x in grams.arrays)
+    self.assertEqual((b.shape, c.shape), ((6, k), (6, j)))
+    # Columns that only pad are zeros.
+    np.testing.assert_allclose(b[:, less:], 0, atol=1e-6)
+    np.testing.assert_allclose(c[:, more:], 0, atol=1e-6)
+    np.testing.assert_allclose(np.eye(6) - b @ b.T + c @ c.T, expected, atol=1e-5)
+    (lower,) = residual.triangle_form(*arguments, form=np.float32).arrays
+    np.testing.assert_allclose(lower, np.tril(expected), atol=1e-5)
+    halves = residual.triangle_form(*arguments, form=np.float16)
+    rounded = np.float64(np.float16(halves.arrays[0]))
+    off = rounded + np.tril(rounded, -1).T - expected
+    error = np.linalg.norm(off) / np.linalg.norm(expected)
+    np.testing.assert_allclose(halves.error, error, rtol=1e-2, atol=1e-7)
+
+  def test_upper_rotation_is_a_qr_factor(self):
+    matrix = np.random.default_rng(0).standard_normal((6, 9))
+    got = np.float64(residual.upper_rotation(jnp.float32(matrix)))
+    np.testing.assert_allclose(got.T @ got, np.eye(6), atol=1e-6)
+    np.testing.assert_allclose(np.tril(got.T @ matrix, -1), 0, atol=1e-5)
+
+  def test_folded_scales_give_the_same_kernel_products(self):
+    model = checkpoints.load_checkpoint(TESTDATA / 'llama-tiny-dense').model
+    layer = structured.flatten(jax.tree.map(np.float32, model.layer(0)))
+    rng = np.random.default_rng(0)
+    for norm in ('attention_norm/scale', 'mlp_norm/scale'):
+      layer[norm] = rng.uniform(0.5, 2, 128).astype(np.float32)
+    folded = residual.folded(model.config, layer)
+    self.assertEqual(folded.keys(), layer.keys())
+    for path, norm in (
+      ('attention/query/kernel', 'attention_norm/scale'),
+      ('attention/key/kernel', 'attention_norm/scale'),
+      ('attention/value/kernel', 'attention_norm/scale'),
+      ('mlp/gate/kernel', 'mlp_norm/scale'),
+      ('mlp/up/kernel', 'mlp_norm/scale'),
+    ):
+      expected = layer[norm][:, None] * layer[path]
+      np.testing.assert_allclose(folded[path], expected, rtol=1e-6)
+      np.testing.assert_array_equal(folded[norm], 1)
+    for path in ('attention/out/kernel', 'mlp/down/kernel'):
+      np.testing.assert_array_equal(folded[path], layer[path])
+
+  def test_no_rotation_exceeds_the_range_that_is_foreseen(self):
+    rng = np.random.default_rng(0)
+    flat = {
+      'reads': rng.standard_normal((6, 9)),
+      'writes': rng.standard_normal((9, 6)),
+      'both': rng.standard_normal((6, 6)),
+      'bias': rng.standard_normal(6),
+      'none': rng.standard_normal(6),
+    }
+    axes = (
+      ('reads', (0, 'neuron')),
+      ('writes', ('neuron', -1)),
+      ('both', (0, -1)),
+      ('bias', (-1,)),
+      ('none', ('neuron',)),
+    )
+    flat = {path: jnp.float32(x) for path, x in flat.items()}
+    limits = dict.fromkeys(flat, np.float32(4))
+    used = residual.range_used(flat, limits, axes=axes)
+    self.assertEqual(used.keys(), flat.keys() - {'none'})
+    # The rotations that carry most to one number: along the largest row or column.
+    norm = lambda x, axis: np.linalg.norm(np.asarray(x), axis=axis).max()
+    expected = {
+      'reads': norm(flat['reads'], 0) / 4,
+      'writes': norm(flat['writes'], 1) / 4,
+      'both': np.linalg.norm(flat['both']) / 4,
+      'bias': np.linalg.norm(flat['bias']) / 4,
+    }
+    for path, part in expected.items():
+      np.testing.assert_allclose(used[path], part, rtol=1e-5, err_msg=path)
+    flat['reads'] = flat['reads'].at[2, 3].set(jnp.nan)
+    broken = residual.range_used(flat, limits, axes=axes)
+    self.assertTrue(np.isnan(broken['reads']))
+
 
 class GaugeTest(parameterized.TestCase):
   @parameterized.parameters(*SLICED)
   def test_numbers_fall_as_the_shapes_say(self, name):
-    checkpoint = checkpoints.load_checkpoint(TESTDATA / name)
-    config = checkpoint.model.config
+    model = checkpoints.load_checkpoint(TESTDATA / name).model
+    config = model.config
     _, (saving,) = symmetries.run_chain(
-      (symmetries.remove_gauge(tolerance=1.5),), checkpoint.model
+      (symmetries.remove_residual_gauge(tolerance=1.5),), model
     )
     cut = [config.hidden_size - d for d in config.segment_widths]
-    ideal = 0
+    edges = [0, *sorted(set(config.segment_widths))]
+    free = sum(_triangle(b - a) for a, b in itertools.pairwise(edges))
+    ideal = free
     for d, e, k, j in zip(
       config.segment_widths, config.segment_widths[1:], cut, cut[1:], strict=False
     ):
       rank = min(k, j)
-      ideal += d * e - (d * rank - rank * (rank - 1) // 2)
+      ideal += d * e - (d * rank - _triangle(rank))
     # Ranks fall short of D - d where slices overlap; noise may add a column or two.
     self.assertGreater(saving.numbers, 0.99 * ideal)
+    kernels = [n for n in saving.notes if n['form'] == 'row_trapezoids']
+    fewer = sum(np.prod(n['shape']) - n['numbers'] for n in kernels)
+    self.assertEqual(fewer, free)
 
   def test_exact_numbers_of_a_float32_model(self):
     """The rank is D - d, and the function the same to float32's rounding."""
@@ -137,7 +243,7 @@ class GaugeTest(parameterized.TestCase):
     grow = lambda rng, m: m + 0.5 * np.outer(rng.standard_normal(18), m[0]) / 18
     model = random_models.sliced_llama([18] * 5, shortcut=grow)
     gauged, _ = _gauge(model)
-    kernel = gauged.params['blocks_0']['attention_shortcut']['kernel']
+    kernel = gauged.layer(1)['attention_shortcut']['kernel']
     self.assertGreater(kernel.c.shape[-1], 0)
     np.testing.assert_allclose(_logits(gauged), _logits(model), atol=3e-4)
 
@@ -158,17 +264,17 @@ class GaugeTest(parameterized.TestCase):
     np.testing.assert_allclose(_logits(gauged), _logits(model), atol=3e-4)
 
   @parameterized.named_parameters(
-    ('attention', ('attention', 'value', 'kernel'), {1, 2}),
-    ('shortcut', ('attention_shortcut', 'kernel'), {2, 3}),
-    ('down', ('mlp', 'down', 'kernel'), {3, 4}),
+    ('attention', 'attention/value/kernel', {2}),
+    ('attention_out', 'attention/out/kernel', {3}),
+    ('shortcut', 'attention_shortcut/kernel', {2, 3}),
+    ('up', 'mlp/up/kernel', {3}),
+    ('down', 'mlp/down/kernel', {4}),
   )
   def test_non_finite_numbers_stay_where_they_are(self, path, segments):
     model = random_models.sliced_llama([18] * 5, np.float16)
-    layers = list(model.layers())
-    array = layers[1]
-    for key in path:
-      array = array[key]
-    array[2, 3] = np.nan
+    layers = [structured.flatten(layer) for layer in model.layers()]
+    layers[1][path][2, 3] = np.nan
+    layers = [structured.unflatten(layer) for layer in layers]
     broken = models.from_layers(model.config, model.outer(), layers)
     gauged, notes = _gauge(broken)
     for before, after in zip(
@@ -180,9 +286,10 @@ class GaugeTest(parameterized.TestCase):
         after,
       )
       self.assertTrue(all(jax.tree.leaves(same)), same)
-    kept = {n['tensor'] for n in notes if n['form'] == 'array'}
-    self.assertNotEmpty(kept)
-    self.assertLess(len(kept), 4)
+    # The shortcuts that lead into the segments which the number touches.
+    names = ('attention_shortcut', 'mlp_shortcut')
+    expected = {f'layers.{(s - 1) // 2}/{names[(s - 1) % 2]}/kernel' for s in segments}
+    self.assertEqual({n['tensor'] for n in notes if n['form'] == 'array'}, expected)
 
   def test_overflow_in_a_rotation_is_avoided(self):
     model = random_models.sliced_llama([18] * 5, np.float16)
@@ -195,27 +302,106 @@ class GaugeTest(parameterized.TestCase):
     kernel = list(gauged.layers())[1]['mlp']['down']['kernel']
     np.testing.assert_array_equal(kernel[0], np.full(18, 60_000, np.float16))
 
-  def test_dense_models_have_nothing_to_fix(self):
-    model = checkpoints.load_checkpoint(TESTDATA / 'llama-tiny-dense').model
+  @parameterized.parameters('head', 'embed')
+  def test_an_end_that_would_overflow_is_left_alone(self, name):
+    model = random_models.sliced_llama([18] * 3, np.float16)
+    key = {'head': 'kernel', 'embed': 'tokens'}[name]
+    array = np.array(model.params[name][key])
+    # Nearly the greatest number: two in a column or row already make a greater one.
+    array[(slice(3), 0) if name == 'head' else (0, slice(3))] = 65504
+    model = dataclasses.replace(model, params=model.params | {name: {key: array}})
     gauged, notes = _gauge(model)
-    self.assertIs(gauged, model)
-    self.assertEmpty(notes)
+    np.testing.assert_array_equal(gauged.params[name][key], array)
+    form = 'array' if name == 'head' else 'identity_minus_gram'
+    self.assertEqual(notes[-1]['form'], form)
+    self.assertEqual(notes[0]['form'], 'identity_minus_gram')
+    up = gauged.layer(0)['mlp']['up']['kernel']
+    self.assertEqual(structured.is_structured(up), name == 'head')
+    for leaf in jax.tree.leaves(gauged.materialize().params):
+      self.assertTrue(np.isfinite(np.float32(leaf)).all())
 
   def test_a_rotated_model_has_the_same_function(self):
     model = random_models.sliced_llama([18, 18, 20, 20, 24])
     rotated = symmetries.randomly_rotated(model, key=jax.random.key(1))
     np.testing.assert_allclose(_logits(rotated), _logits(model), atol=3e-4)
-    moved = jnp.abs(rotated.params['embed']['tokens'] - model.params['embed']['tokens'])
+    moved = np.abs(rotated.params['embed']['tokens'] - model.params['embed']['tokens'])
     self.assertGreater(float(moved.mean()), 0.1)
 
   def test_a_structured_model_can_be_fixed_again(self):
     model, _ = _gauge(random_models.sliced_llama([18] * 5))
     again, notes = _gauge(model)
-    self.assertTrue(
-      structured.is_structured(again.params['blocks_0']['mlp_shortcut']['kernel'])
-    )
+    self.assertTrue(structured.is_structured(again.layer(0)['mlp_shortcut']['kernel']))
     self.assertEqual([n['rank'] for n in notes], [6] * 4)
     np.testing.assert_allclose(_logits(again), _logits(model), atol=2e-4)
+
+
+class FreeRotationsTest(parameterized.TestCase):
+  @parameterized.named_parameters(
+    ('one width', [18] * 5, {0: ([18], 0)}),
+    ('unsliced head', [18, 18, 18, 18, 24], {0: ([18], 0), 'head': ([6], 18)}),
+    (
+      'wider everywhere',
+      [12, 14, 14, 18, 24],
+      {0: ([12, 2], 0), 1: ([4], 14), 'head': ([6], 18)},
+    ),
+    ('wider after an mlp', [12, 12, 15, 18, 18], {0: ([12], 0), 1: ([3, 3], 12)}),
+    ('narrower first', [24, 18, 18, 18, 18], {}),
+    ('narrower, then wider', [18, 18, 16, 16, 24], {0: ([18], 0), 'head': ([8], 16)}),
+  )
+  def test_readers_are_trapezoidal_and_the_function_the_same(self, widths, expected):
+    model = random_models.sliced_llama(widths)
+    transform = symmetries.remove_residual_gauge()
+    after, notes = transform_checks.apply(transform, model)
+    readers = {i: x['mlp']['up']['kernel'] for i, x in enumerate(after.layers())}
+    readers['head'] = after.params['head']['kernel']
+    found = {
+      name: (list(kernel.blocks), kernel.full)
+      for name, kernel in readers.items()
+      if structured.is_structured(kernel)
+    }
+    self.assertEqual(found, expected)
+    kernels = [note for note in notes if 'shortcut' not in note['tensor']]
+    self.assertLen(kernels, len(expected))
+    for note in kernels:
+      self.assertLess(note['error'], 1e-6)
+    for name, (blocks, _) in expected.items():
+      size = structured.count_numbers(readers[name])
+      saved = sum(map(_triangle, blocks))
+      self.assertEqual(size, np.prod(readers[name].shape) - saved)
+    np.testing.assert_allclose(_logits(after), _logits(model), atol=3e-4)
+
+  def test_a_dense_rmsnorm_model_has_one_rotation_and_no_norm_scales(self):
+    model = checkpoints.load_checkpoint(TESTDATA / 'llama-tiny-dense').model
+    rng = np.random.default_rng(0)
+    scales = lambda x: rng.uniform(0.5, 2, x.shape).astype(np.float32)
+    params = jax.tree.map(np.float32, model.params)
+    params['final_norm'] = jax.tree.map(scales, params['final_norm'])
+    for norm in ('attention_norm', 'mlp_norm'):
+      params['blocks_0'][norm] = jax.tree.map(scales, params['blocks_0'][norm])
+    model = dataclasses.replace(model, params=params)
+    after, (gauge,) = symmetries.run_chain((symmetries.remove_residual_gauge(),), model)
+    norms = 2 * model.config.num_layers + 1
+    self.assertEqual(gauge.numbers, _triangle(128) + norms * 128)
+    logits = _logits(model)
+    self.assertLess(np.abs(_logits(after) - logits).max(), 1e-4 * np.abs(logits).max())
+
+  @parameterized.parameters('layernorm', 'tied', 'large', 'nan')
+  def test_dense_models_that_cannot_be_rotated_are_left_alone(self, case):
+    name = 'phi2-tiny-dense' if case == 'layernorm' else 'llama-tiny-dense'
+    model = checkpoints.load_checkpoint(TESTDATA / name).model
+    if case == 'tied':
+      config = dataclasses.replace(model.config, tied_head=True)
+      params = {k: v for k, v in model.params.items() if k != 'head'}
+      model = dataclasses.replace(model, params=params, config=config)
+    if case in ('large', 'nan'):
+      head = np.array(model.params['head']['kernel'])
+      head[:3, 0] = 65504 if case == 'large' else np.nan
+      params = model.params | {'head': {'kernel': head}}
+      model = dataclasses.replace(model, params=params)
+    transform = symmetries.remove_residual_gauge()
+    after, (saving,) = symmetries.run_chain((transform,), model)
+    transform_checks.assert_same_bits(after, model)
+    self.assertEqual((saving.numbers, saving.notes), (0, []))
 
 
 if __name__ == '__main__':

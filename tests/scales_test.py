@@ -11,6 +11,7 @@ import numpy as np
 from rotbits_jax.coding import tables
 from rotbits_jax.coding.weights import contexts
 from rotbits_jax.coding.weights import floats
+from rotbits_jax.coding.weights import layouts
 from rotbits_jax.coding.weights import scales
 
 # Dtype, bits beside the symbol, and a class that is common in it.
@@ -25,8 +26,16 @@ FORMATS = (
 )
 
 
-def _form(dtype, low):
-  return scales.format_of(np.dtype(dtype), low)
+def _layout(dtype, rest):
+  kind = layouts.Int if np.dtype(dtype).kind == 'i' else layouts.Float
+  return kind(np.dtype(dtype), rest)
+
+
+def _labels(lines, shape, start=0, count=None):
+  """The label of each number, as it is written for those from `start` on."""
+  labels = np.full(math.prod(shape) if count is None else count, 255, np.uint8)
+  lines.write(labels, start, shape, 1, 0)
+  return labels if count is not None else labels.reshape(shape)
 
 
 def _below(x):
@@ -34,28 +43,28 @@ def _below(x):
   return np.array([(1 + math.erf(v / math.sqrt(2))) / 2 for v in np.ravel(x)])
 
 
-def _masses(form, deviation):
+def _masses(layout, deviation):
   """The normal distribution's share of each symbol, float64 `[A]`."""
-  if form.dtype.kind == 'i':
-    n = np.arange(form.alphabet << form.low)
+  if layout.dtype.kind == 'i':
+    n = np.arange(layout.alphabet << layout.rest)
     value = np.where(n % 2, -(n + 1) // 2, n // 2)
     share = _below((value + 0.5) / deviation) - _below((value - 0.5) / deviation)
-    return share.reshape(-1, 1 << form.low).sum(axis=1)
-  layout = floats.LAYOUTS[form.dtype]
-  low = layout.mantissa - layout.modelled_mantissa
-  infinite = ((1 << layout.exponent) - 1) << layout.modelled_mantissa
-  bits = (np.arange(infinite) << low).astype(f'u{form.dtype.itemsize}')
-  edges = np.full(form.alphabet + 1, np.inf)
-  edges[:infinite] = bits.view(form.dtype).astype(np.float64)
+    return share.reshape(-1, 1 << layout.rest).sum(axis=1)
+  bits = floats.LAYOUTS[layout.dtype]
+  low = bits.mantissa - bits.modelled_mantissa
+  infinite = ((1 << bits.exponent) - 1) << bits.modelled_mantissa
+  patterns = (np.arange(infinite) << low).astype(layout.unsigned)
+  edges = np.full(layout.alphabet + 1, np.inf)
+  edges[:infinite] = patterns.view(layout.dtype).astype(np.float64)
   return 2 * np.diff(_below(edges / deviation))
 
 
 class NormalTest(parameterized.TestCase):
   @parameterized.parameters(*FORMATS)
   def test_weights_are_the_normal_distribution(self, dtype, low, k):
-    form = _form(dtype, low)
-    weights = scales.normal_weights(form, np.array([k]))[0]
-    expected = _masses(form, 2 ** (k / 8))
+    layout = _layout(dtype, low)
+    weights = scales.normal_weights(layout, np.array([k]))[0]
+    expected = _masses(layout, 2 ** (k / 8))
     share = weights / weights.sum()
     likely = expected > 2e-3
     np.testing.assert_allclose(share[likely], expected[likely], rtol=0.02)
@@ -67,14 +76,14 @@ class NormalTest(parameterized.TestCase):
     classes = np.array([-1500, -200, -104, -37, -3, 0, 18, 90, 512, scales.ZERO])
     digest = 0
     for dtype, low, _ in FORMATS:
-      frequencies = tables.quantize(scales.normal_weights(_form(dtype, low), classes))
+      frequencies = tables.quantize(scales.normal_weights(_layout(dtype, low), classes))
       digest = zlib.crc32(frequencies.astype('<u2').tobytes(), digest)
     self.assertEqual(digest, 314723645)
 
   def test_any_class_gives_weights_that_make_tables(self):
     classes = np.array([-(1 << 15) - 255 * 32768, scales.ZERO, 1 << 15, 255 << 15])
     for dtype, low, _ in FORMATS:
-      weights = scales.normal_weights(_form(dtype, low), classes)
+      weights = scales.normal_weights(_layout(dtype, low), classes)
       self.assertGreaterEqual(weights.min(), 1)
       self.assertLessEqual(weights.max(), 1 << 30)
 
@@ -91,8 +100,7 @@ class SortTest(parameterized.TestCase):
 
   def _classes(self, lines, shape):
     """The class of each number."""
-    labels = lines.spread(np.arange(scales.MAX_LABELS), shape)
-    return lines.classes(labels)
+    return lines.classes(_labels(lines, shape))
 
   def _check(self, matrix, octaves, rows, columns):
     """That these axes are sorted, and the scale is right to half a step an axis."""
@@ -157,82 +165,90 @@ class SortTest(parameterized.TestCase):
     rng = np.random.default_rng(0)
     for low in (0, 1):
       rows, columns = (rng.integers(low, 9, n).astype(np.uint8) for n in (7, 5))
-      for axes in ((rows, columns), (rows, columns[:1]), (rows[:1], columns)):
+      for axes in ((rows, columns), (rows, columns[:1] | 1), (rows[:1] | 1, columns)):
         lines = scales.Lines(-3, 2, *axes)
-        spread = lines.spread(np.arange(scales.MAX_LABELS), (7, 5))
         both = np.broadcast_to(axes[0][:, None], (7, 5)), axes[1]
         expected = np.where(both[0] * both[1] > 0, both[0] + both[1].astype(int) - 1, 0)
-        np.testing.assert_array_equal(spread, expected)
+        np.testing.assert_array_equal(_labels(lines, (7, 5)), expected)
         np.testing.assert_array_equal(lines.labels(), np.unique(expected))
+        self.assertEqual(lines.has_zeros, 0 in expected)
+        for start, stop in ((0, 35), (0, 5), (3, 4), (3, 17), (10, 20), (34, 35)):
+          part = _labels(lines, (7, 5), start, stop - start)
+          np.testing.assert_array_equal(part, expected.reshape(-1)[start:stop])
+
+  def test_labels_are_less_than_a_byte_counts(self):
+    values = self._normal((300, 400), 2.0 ** np.linspace(-60, 60, 300)[:, None])
+    values *= 2.0 ** np.linspace(-60, 60, 400)
+    lines = scales.sort(values)
+    self.assertGreater(lines.step, 1)
+    self.assertLess(lines.top, scales.MAX_LABELS)
+    self.assertGreater(min(lines.rows.max(), lines.columns.max()), 50)
 
 
 class ContextsTest(parameterized.TestCase):
-  """Models of three arrays of one format, one of another, one with its own table."""
+  """Models of four arrays in classes, two of one step, and one with its own table."""
 
   SHAPES = ((20, 30), (7, 11), (6, 5), (40,), (3, 5, 4))
+  LAYOUT = layouts.Float(np.dtype(np.float16), 8)
 
   def _model(self):
     rng = np.random.default_rng(0)
-    half, brain = _form(np.float16, 0), _form(ml_dtypes.bfloat16, 0)
-    formats = (half, half, half, brain, half)
     labels = lambda low, n: rng.integers(low, 5, n).astype(np.uint8)
     one = np.ones(1, np.uint8)
     lines = (
-      scales.Lines(-40, 2, labels(0, 20), one),
+      scales.Lines(-40, 1, labels(0, 20), one),
       scales.Lines(-38, 1, one, labels(1, 11)),
       scales.Lines(-44, 4, labels(1, 6), labels(0, 5)),
-      scales.Lines(-38, 1, one, one),
+      scales.Lines(-80, 1, one, one),
       None,
     )
     counts = []
-    for form, line in zip(formats, lines, strict=True):
+    for line in lines:
       used = line.labels() if line else np.zeros(1, int)
-      count = np.zeros((used.max() + 1, form.alphabet), np.int64)
+      count = np.zeros((line.top + 1 if line else 1, self.LAYOUT.alphabet), np.int64)
       for label in used:
-        occurring = rng.choice(form.alphabet, 20, replace=False)
+        occurring = rng.choice(self.LAYOUT.alphabet, 20, replace=False)
         count[label, occurring] = rng.integers(1, 9, 20)
       counts.append(count)
-    return contexts.fit(formats, lines, counts)[0], counts
+    return contexts.fit(self.LAYOUT, lines, counts), counts
 
   def test_lines_of_one_class_share_a_table(self):
     model, _ = self._model()
-    # -38 is label 2 of the first array and label 1 of the second, -36 3 and 3.
-    self.assertEqual(model.indices[0][2], model.indices[1][1])
-    self.assertEqual(model.indices[0][3], model.indices[1][3])
-    # The other format has another table for -38, and the last array one of its own.
-    others = model.indices[3][1], model.indices[4][0]
-    self.assertNotIn(model.indices[1][1], others)
-    self.assertLen(set(others), 2)
+    # -38 is label 3 of the first array and label 1 of the second.
+    self.assertEqual(model.first[1], model.first[0] + 2)
+    # Tables of another step, a class far off, zeros and the last array are others.
+    self.assertEqual(contexts.count_tables(model.lines), len(model.normal))
+    others = [model.first[2], model.first[3], model.zero, model.first[4]]
+    self.assertLen({*others, *range(model.first[0], model.first[0] + 6)}, 10)
 
   def test_every_number_gets_its_lines_table(self):
     model, _ = self._model()
-    spread = model.contexts(self.SHAPES, np.dtype(np.uint8))
-    parts = np.split(spread, np.cumsum([math.prod(x) for x in self.SHAPES])[:-1])
-    indices, lines = model.indices, model.lines
-    rows, columns = parts[0].reshape(20, 30), parts[1].reshape(7, 11)
-    self.assertTrue(np.all(rows == indices[0][lines[0].rows][:, None]))
-    self.assertTrue(np.all(columns == indices[1][lines[1].columns]))
-    for row, left in zip(parts[2].reshape(6, 5), lines[2].rows, strict=True):
-      for context, right in zip(row, lines[2].columns, strict=True):
-        label = int(left) + int(right) - 1 if right else 0
-        self.assertEqual(context, indices[2][label])
-    self.assertEqual(set(parts[3].tolist()), {indices[3][1]})
-    self.assertEqual(set(parts[4].tolist()), {indices[4][0]})
+    for i, (shape, lines) in enumerate(zip(self.SHAPES, model.lines, strict=True)):
+      written = np.zeros(math.prod(shape), np.uint16)
+      model.write(written, i, 0, shape)
+      if lines is None:
+        expected = model.first[i]
+      else:
+        labels = _labels(lines, scales.matrix_shape(shape)).reshape(-1).astype(int)
+        expected = np.where(labels, model.first[i] + labels - 1, model.zero)
+      np.testing.assert_array_equal(written, expected)
 
   def test_every_symbol_counted_can_be_coded(self):
     model, counts = self._model()
-    for index, count in zip(model.indices, counts, strict=True):
+    for i, count in enumerate(counts):
       for label in np.flatnonzero(count.any(axis=1)):
-        row = model.frequencies[index[label], : count.shape[1]]
-        self.assertTrue(np.all(row[count[label] > 0] > 0))
+        table = model.zero if model.lines[i] and not label else model.first[i] + label
+        table -= model.lines[i] is not None and label > 0
+        self.assertTrue(np.all(model.frequencies[table][count[label] > 0] > 0))
 
   def test_bytes_round_trip(self):
     model, _ = self._model()
     self.assertIn(True, model.normal)
     self.assertIn(False, model.normal)
-    back = contexts.from_bytes(contexts.to_bytes(model), model.formats, self.SHAPES)
+    back = contexts.from_bytes(contexts.to_bytes(model), self.LAYOUT, self.SHAPES)
     np.testing.assert_array_equal(back.frequencies, model.frequencies)
     np.testing.assert_array_equal(back.normal, model.normal)
+    self.assertEqual((back.first, back.zero), (model.first, model.zero))
     for ours, theirs in zip(back.lines, model.lines, strict=True):
       self.assertEqual(ours is None, theirs is None)
       if ours:
@@ -243,19 +259,49 @@ class ContextsTest(parameterized.TestCase):
   def test_bad_bytes_are_refused(self):
     model, _ = self._model()
     data = contexts.to_bytes(model)
-    read = lambda data, shapes: contexts.from_bytes(data, model.formats, shapes)
+    read = lambda data, shapes: contexts.from_bytes(data, self.LAYOUT, shapes)
     for size in range(0, len(data), 3):
       with self.assertRaises(ValueError):
         read(data[:size], self.SHAPES)
-    with self.assertRaisesRegex(ValueError, 'lines'):
-      read(data, ((21, 30), *self.SHAPES[1:]))
+    for shapes in (((21, 30), *self.SHAPES[1:]), self.SHAPES[1:], ()):
+      with self.assertRaises(ValueError):
+        read(data, shapes)
     for position in range(len(data)):
       damaged = bytearray(data)
       damaged[position] ^= 1 << position % 8
-      try:  # it may also be another model: the digest's business
+      try:  # it may also be another model: the checksum's business
         read(bytes(damaged), self.SHAPES)
       except ValueError:
         continue
+
+  @parameterized.parameters(
+    ([5, 0, 1], []),  # no such kind
+    ([1, 0, 0], []),  # no step
+    ([1, 0, 9], []),
+    ([-1, 0, 1], []),
+    ([2, 0, 1], [255]),  # labels out of range
+    ([4, 0, 1], [200, 200, 200]),
+    ([2, 0, 1], []),  # labels missing
+    ([1, 0, 1], [1]),  # and too many
+  )
+  def test_bad_lines_are_refused(self, head, labels):
+    lined = np.array(head, '<i2').tobytes() + bytes(labels)
+    data = contexts._deflate(lined) + contexts._deflate(b'\x80' + bytes(32))
+    with self.assertRaises(ValueError):
+      contexts.from_bytes(
+        data + tables.to_bytes(np.zeros((0, 256), int)), self.LAYOUT, ((1, 2),)
+      )
+
+  def test_what_is_inflated_is_bounded(self):
+    bomb = contexts._deflate(bytes(1 << 24))
+    for data in (bomb, contexts._deflate(bytes(6)) + bomb):
+      with self.assertRaisesRegex(ValueError, 'too long'):
+        contexts.from_bytes(data, self.LAYOUT, ((1, 2),))
+    packed = contexts._deflate(bytes(6)) + contexts._deflate(bytes(1))
+    with self.assertRaises(ValueError):
+      contexts.from_bytes(
+        packed + zlib.compress(bytes(1 << 24)), self.LAYOUT, ((1, 2),)
+      )
 
 
 if __name__ == '__main__':

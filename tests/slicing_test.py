@@ -128,7 +128,7 @@ def _segments(model, tokens):
     transformer.rmsn, hidden_size=config.hidden_size, eps=config.norm_eps
   )
   with jax.default_matmul_precision('highest'):
-    x = apply(transformer.Embedding(config), model.params['embed'], tokens)
+    x = apply(transformer.Embedding(config), model.params['embed'], tokens, {})
     yield x
     for i, layer in enumerate(model.layers()):
       widths = config.layer_widths(i)

@@ -14,8 +14,8 @@ import numpy as np
 from rotbits_jax import structured
 from rotbits_jax import symmetries
 from rotbits_jax.symmetries import tied
-from rotbits_jax.symmetries import transform
 from tests import random_models
+from tests import transform_checks
 
 BF16 = ml_dtypes.bfloat16
 D, WIDTH, TOKENS = 24, 18, 2048
@@ -42,14 +42,22 @@ def _model(table, head, **other_embeddings):
   return dataclasses.replace(model, params=params, config=config)
 
 
+def _apply(model, **options):
+  return transform_checks.apply(symmetries.retie_embedding(**options), model)
+
+
+def _apply_exactly(model):
+  return transform_checks.apply(symmetries.retie_exactly(), model, widen=False)
+
+
 def _bits(array):
   return np.asarray(array).view(np.uint16)
 
 
 class RetieEmbeddingTest(parameterized.TestCase):
   def _assert_left_alone(self, model, *, reported):
-    after, notes = symmetries.retie_embedding().apply(model)
-    self.assertIs(after.params['embed']['tokens'], model.params['embed']['tokens'])
+    after, notes = _apply(model)
+    transform_checks.assert_same_bits(after, model)
     self.assertLen(notes, reported)
     return notes
 
@@ -65,7 +73,7 @@ class RetieEmbeddingTest(parameterized.TestCase):
     product = np.float64(head).T @ np.float64(leaf.map)
     off = np.float64(table) - product
     error = np.linalg.norm(off) / np.linalg.norm(np.float64(table))
-    self.assertLess(error, 1.2 * transform.roundoff(model))
+    self.assertLess(error, 1.2 * symmetries.make_context(model).roundoff)
     (note,) = saving.notes
     self.assertEqual(note['form'], 'tied')
     self.assertEqual(note['numbers'], D * WIDTH)
@@ -78,14 +86,16 @@ class RetieEmbeddingTest(parameterized.TestCase):
   def test_fits_the_head_that_will_be_stored(self):
     table, head = _matrices(np.float32)
     model = dataclasses.replace(_model(table, head), stored_as='float16')
-    after, (note,) = symmetries.retie_embedding().apply(model)
-    map = after.params['embed']['tokens'].map
+    outer, (note,) = transform_checks.apply_outer(symmetries.retie_embedding(), model)
+    map = outer['embed']['tokens'].map
     stored = np.float64(head.astype(np.float16)).T
     error = lambda x: np.linalg.norm(stored @ x - table) / np.linalg.norm(table)
     best = np.linalg.lstsq(stored, np.float64(table))[0]
     self.assertLess(error(np.float64(map)), 1.01 * error(best))
-    rounded = error(np.float64(map.astype(np.float16)))
-    np.testing.assert_allclose(note['error'], rounded, rtol=0.005)
+    rounded = map.astype(np.float16)
+    np.testing.assert_allclose(note['error'], error(np.float64(rounded)), rtol=0.005)
+    after, _ = _apply(model)
+    np.testing.assert_array_equal(after.params['embed']['tokens'].map, rounded)
 
   def test_works_on_a_structured_head(self):
     table, head = _matrices(np.float16)
@@ -99,7 +109,7 @@ class RetieEmbeddingTest(parameterized.TestCase):
     error = np.linalg.norm(expanded - table) / np.linalg.norm(np.float64(table))
     self.assertLess(error, 1.5 * 2**-11)
     # Integers only can keep every bit.
-    self.assertEmpty(symmetries.retie_exactly().apply(model)[1])
+    self.assertEmpty(_apply_exactly(model)[1])
 
   def test_an_embedding_of_its_own_is_left_alone(self):
     for tokens in (TOKENS, 2 * D):  # sampled, and too few to sample
@@ -118,7 +128,7 @@ class RetieEmbeddingTest(parameterized.TestCase):
 
   def test_the_tolerance_decides(self):
     model = _model(*_matrices(np.float16))
-    _, notes = symmetries.retie_embedding(tolerance=0.1).apply(model)
+    _, notes = _apply(model, tolerance=0.1)
     self.assertEqual(notes[0]['form'], 'array')
 
   def test_heads_may_lack_rank(self):
@@ -127,7 +137,7 @@ class RetieEmbeddingTest(parameterized.TestCase):
     head[5] = head[6]
     weights = np.random.default_rng(3).standard_normal((D, WIDTH))
     table = (np.float64(head).T @ weights).astype(np.float16)
-    after, notes = symmetries.retie_embedding().apply(_model(table, head))
+    after, notes = _apply(_model(table, head))
     self.assertEqual(notes[0]['form'], 'tied')
     map = np.float64(after.params['embed']['tokens'].map)
     np.testing.assert_array_equal(map[3], 0)
@@ -137,7 +147,7 @@ class RetieEmbeddingTest(parameterized.TestCase):
   def test_tokens_may_be_unused(self):
     table, head = _matrices(np.float16)
     table[::2], head[:, ::2] = 0, 0
-    after, notes = symmetries.retie_embedding().apply(_model(table, head))
+    after, notes = _apply(_model(table, head))
     self.assertEqual(notes[0]['form'], 'tied')
     map = np.float64(after.params['embed']['tokens'].map)
     off = np.float64(head).T @ map - table
@@ -150,10 +160,10 @@ class RetieEmbeddingTest(parameterized.TestCase):
   def test_an_embedding_that_is_the_head_is_tied_by_the_identity(self):
     table, _ = _matrices(np.float16)
     model = _model(table, np.ascontiguousarray(table.T), positions=table[:9])
-    after, notes = symmetries.retie_embedding().apply(model)
+    after, notes = _apply(model)
     self.assertEqual(notes[0]['error'], 0.0)
     np.testing.assert_array_equal(after.params['embed']['tokens'].map, np.eye(WIDTH))
-    self.assertIs(
+    np.testing.assert_array_equal(
       after.params['embed']['positions'], model.params['embed']['positions']
     )
 
@@ -169,10 +179,10 @@ class RetieEmbeddingTest(parameterized.TestCase):
       params = {k: v for k, v in model.params.items() if k != 'head'}
       model = dataclasses.replace(model, params=params)
     if case == 'tied':
-      model, _ = symmetries.retie_embedding().apply(model)
+      model, _ = _apply(model)
     self._assert_left_alone(model, reported=0)
-    after, notes = symmetries.retie_exactly().apply(model)
-    self.assertIs(after.params['embed']['tokens'], model.params['embed']['tokens'])
+    after, notes = _apply_exactly(model)
+    transform_checks.assert_same_bits(after, model)
     self.assertEmpty(notes)
 
 
@@ -320,7 +330,7 @@ class RetieExactlyTest(parameterized.TestCase):
   def test_materializes_with_the_model(self):
     table, head = _matrices(np.float16)
     model = _model(table, head)
-    after, _ = symmetries.retie_exactly().apply(model)
+    after, _ = _apply_exactly(model)
     materialized = after.materialize().params['embed']['tokens']
     np.testing.assert_array_equal(_bits(materialized), _bits(table))
 
@@ -345,8 +355,8 @@ class RetieExactlyTest(parameterized.TestCase):
 
   def test_numbers_of_32_bits_are_left_alone(self):
     model = _model(*_matrices(np.float32))
-    after, notes = symmetries.retie_exactly().apply(model)
-    self.assertIs(after, model)
+    after, notes = _apply_exactly(model)
+    transform_checks.assert_same_bits(after, model)
     self.assertEmpty(notes)
 
   @parameterized.parameters('map', 'shifts', 'residuals_0', 'residuals_1', 'low')

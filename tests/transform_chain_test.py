@@ -1,40 +1,61 @@
 """A chain of transforms: numbers are rounded once, and every saving is counted."""
 
 import dataclasses
+import functools
+import os
+import pathlib
+import subprocess
+import sys
 
 from absl.testing import absltest
+from absl.testing import parameterized
 from flax import struct
 import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+import pytest
 
+from rotbits_jax import checkpoints
 from rotbits_jax import models
+from rotbits_jax import presets
 from rotbits_jax import structured
 from rotbits_jax import symmetries
-from rotbits_jax.symmetries import transform
+from rotbits_jax.symmetries import transform as transform_lib
 from tests import random_models
+from tests import transform_checks
+
+TESTDATA = pathlib.Path(__file__).parent / 'testdata'
+
+
+def _map(name, function):
+  """A transform that applies a function to every leaf."""
+  on_tree = lambda tree: jax.tree.map(function, tree, is_leaf=structured.is_structured)
+  return symmetries.make(
+    name,
+    layers=lambda context, state, first, layers: (
+      state,
+      [on_tree(layer) for layer in layers],
+      [[] for _ in layers],
+    ),
+    outer=lambda context, state, outer: (on_tree(outer), []),
+  )
 
 
 def _scaled(factor):
   """Multiplies all parameters."""
-
-  def apply(model):
-    params = jax.tree.map(lambda x: x * np.float32(factor), model.params)
-    return dataclasses.replace(model, params=params), []
-
-  return symmetries.Transform(f'times {factor}', apply)
+  return _map(f'times {factor}', lambda x: x * np.float32(factor))
 
 
 def _seen(formats):
   """Notes what numbers a transform gets."""
 
-  def apply(model):
-    formats.append(
-      (transform.storage_format(model), model.params['head']['kernel'].dtype)
-    )
-    return model, []
+  def outer(context, state, outer):
+    del state
+    formats.append((context.form, outer['head']['kernel'].dtype))
+    return outer, []
 
-  return symmetries.Transform('seen', apply)
+  return symmetries.make('seen', outer=outer)
 
 
 @struct.dataclass
@@ -66,7 +87,7 @@ class _Kept(structured.Structured):
     return cls(arrays['values'])
 
 
-class RunChainTest(absltest.TestCase):
+class RunChainTest(parameterized.TestCase):
   def test_numbers_are_rounded_once(self):
     model = random_models.sliced_llama([18] * 3, np.float16)
     thirds, _ = symmetries.run_chain((_scaled(1 / 3), _scaled(3)), model)
@@ -75,6 +96,13 @@ class RunChainTest(absltest.TestCase):
     ):
       np.testing.assert_array_equal(before, after)
     self.assertIsNone(thirds.stored_as)
+
+  @parameterized.parameters(True, False)
+  def test_an_empty_chain_changes_no_bit(self, widen):
+    model = random_models.sliced_llama([18] * 3, np.float16)
+    same, savings = symmetries.run_chain((), model, widen=widen)
+    transform_checks.assert_same_bits(same, model)
+    self.assertEmpty(savings)
 
   def test_transforms_see_float32_and_know_the_format(self):
     for dtype in (np.float16, ml_dtypes.bfloat16, np.float32):
@@ -85,27 +113,42 @@ class RunChainTest(absltest.TestCase):
       symmetries.run_chain((_seen(formats),), model, widen=False)
       self.assertEqual(formats[1], (np.dtype(dtype), np.dtype(dtype)))
 
+  def test_roundoff_is_that_of_the_format(self):
+    for dtype, expected in (
+      (np.float16, 2**-11),
+      (ml_dtypes.bfloat16, 2**-8),
+      (np.float32, 2**-19),
+    ):
+      model = random_models.sliced_llama([18] * 3, dtype)
+      self.assertEqual(symmetries.make_context(model).roundoff, expected)
+
   def test_every_leaf_gets_its_own_format_back(self):
     model = random_models.sliced_llama([18] * 5, np.float16)
     layers = list(model.layers())
     layers[1]['mlp']['up'] = jax.tree.map(np.float32, layers[1]['mlp']['up'])
     mixed = models.from_layers(model.config, model.outer(), layers)
-    formats = [str(x.dtype) for _, x in transform.leaves(mixed)]
+    formats = [str(x.dtype) for _, x in transform_lib.leaves(mixed)]
     self.assertIn('float32', formats)
+    context = symmetries.make_context(mixed)
+    self.assertEqual(context.form, np.float16)
+    self.assertEqual(context.limit('layers.1/mlp/down/kernel'), 65504)
+    self.assertGreater(context.limit('layers.1/mlp/up/kernel'), 1e38)
     again, _ = symmetries.run_chain((_scaled(1),), mixed)
-    self.assertEqual([str(x.dtype) for _, x in transform.leaves(again)], formats)
+    self.assertEqual([str(x.dtype) for _, x in transform_lib.leaves(again)], formats)
     for (path, before), (_, after) in zip(
-      transform.leaves(mixed), transform.leaves(again), strict=True
+      transform_lib.leaves(mixed), transform_lib.leaves(again), strict=True
     ):
       np.testing.assert_array_equal(before, after, err_msg=path)
 
   def test_a_leaf_may_keep_its_numbers(self):
-    def keep(model):
-      head = {'kernel': _Kept(np.asarray(model.params['head']['kernel']) / 3)}
-      return dataclasses.replace(model, params=model.params | {'head': head}), []
+    def keep(context, state, outer):
+      del context, state
+      return outer | {'head': {'kernel': _Kept(outer['head']['kernel'] / 3)}}, []
 
     model = random_models.sliced_llama([18] * 3, np.float16)
-    kept, (saving,) = symmetries.run_chain((symmetries.Transform('keep', keep),), model)
+    kept, (saving,) = symmetries.run_chain(
+      (symmetries.make('keep', outer=keep),), model
+    )
     self.assertEqual(kept.params['head']['kernel'].dtype, np.float32)
     self.assertEqual(saving.numbers, 0)
     self.assertEqual(saving.bytes, -2 * model.params['head']['kernel'].size)
@@ -120,10 +163,10 @@ class RunChainTest(absltest.TestCase):
       np.float16(3 * model.params['head']['kernel']),
     )
     self.assertEqual((saving.numbers, saving.bytes), (0, 0))
-    numbers, size = symmetries.count(unrounded)
+    numbers, size = symmetries.count_model(unrounded)
     self.assertEqual(size, 2 * numbers)
     for a, b in zip(
-      jax.tree.leaves(symmetries.rounded(unrounded).params),
+      jax.tree.leaves(unrounded.rounded().params),
       jax.tree.leaves(expected),
       strict=True,
     ):
@@ -131,17 +174,243 @@ class RunChainTest(absltest.TestCase):
 
   def test_savings_add_up(self):
     model = random_models.sliced_llama([18] * 5, np.float16)
-    chain = (symmetries.remove_gauge(), symmetries.remove_global_gauge())
+    chain = (symmetries.remove_residual_gauge(), symmetries.remove_value_gauge())
     after, savings = symmetries.run_chain(chain, model)
-    numbers, size = symmetries.count(model)
+    self.assertEqual([s.name for s in savings], ['residual gauge', 'value gauge'])
+    numbers, size = symmetries.count_model(model)
     self.assertEqual(
-      symmetries.count(after),
+      symmetries.count_model(after),
       (
         numbers - sum(s.numbers for s in savings),
         size - sum(s.bytes for s in savings),
       ),
     )
     self.assertGreater(min(s.numbers for s in savings), 0)
+
+
+# ---- what others write ---------------------------------------------------------------
+
+
+def running_sum():
+  """A third party's transform: it has a state, pure functions of a layer, and notes.
+
+  The state counts layers and sums up their down kernels, and what is outside the layers
+  is divided by the sum of all, so that every part of the order of calls is seen.
+  """
+
+  def init(context):
+    return jnp.zeros((), jnp.int32), jnp.asarray(context.config.num_layers * 1.0)
+
+  def core(kernel, total, *, factor):
+    return kernel * factor + total, jnp.sum(jnp.abs(kernel))
+
+  def layers(context, state, first, layers):
+    index, total = state
+    assert int(index) == first
+    arguments = [
+      (layer['mlp']['down']['kernel'], jnp.float32(i))
+      for i, layer in enumerate(layers, first)
+    ]
+    rewritten, notes = [], []
+    results = context.map_layers(core, arguments, factor=0.5)
+    for i, (layer, (kernel, own)) in enumerate(zip(layers, results, strict=True)):
+      total = jax.device_put(total, own.device) + own
+      mlp = layer['mlp'] | {'down': {'kernel': kernel - arguments[i][1]}}
+      rewritten.append(layer | {'mlp': mlp})
+      path = f'layers.{first + i}/mlp/down/kernel'
+      notes.append([symmetries.note(path, kernel, sum=float(total))])
+    return (index + len(layers), total), rewritten, notes
+
+  def outer(context, state, outer):
+    index, total = state
+    assert int(index) == context.config.num_layers
+    kernel = structured.materialize(outer['head']['kernel']) / total
+    leaf = structured.Constant.like(kernel, 0.0)
+    head = {'kernel': leaf}
+    return outer | {'head': head}, [symmetries.note('head/kernel', leaf)]
+
+  return symmetries.make('sums', init=init, layers=layers, outer=outer)
+
+
+class MakeTest(absltest.TestCase):
+  def test_a_third_partys_transform_joins_a_chain(self):
+    model = random_models.sliced_llama([18] * 7, np.float16)
+    after, (saving,) = symmetries.run_chain((running_sum(),), model)
+    self.assertEqual(saving.name, 'sums')
+    self.assertEqual(saving.numbers, model.params['head']['kernel'].size)
+    self.assertEqual(saving.bytes, 2 * saving.numbers)
+    total = 3.0
+    for i, (note, layer) in enumerate(zip(saving.notes, model.layers(), strict=False)):
+      kernel = layer['mlp']['down']['kernel']
+      total += np.abs(np.float64(kernel)).sum()
+      self.assertEqual(note['tensor'], f'layers.{i}/mlp/down/kernel')
+      np.testing.assert_allclose(note['sum'], total, rtol=1e-4)
+      got = after.layer(i)['mlp']['down']['kernel']
+      np.testing.assert_allclose(np.float32(got), np.float32(kernel) / 2, atol=2e-3)
+    self.assertEqual(saving.notes[-1]['form'], 'constant')
+    chain = (symmetries.remove_residual_gauge(), running_sum())
+    _, savings = symmetries.run_chain(chain, model)
+    self.assertEqual([len(s.notes) for s in savings], [7, 4])
+
+  def test_what_is_left_out_stays(self):
+    model = random_models.sliced_llama([18] * 3, np.float16)
+    same, savings = symmetries.run_chain((symmetries.make('nothing'),), model)
+    transform_checks.assert_same_bits(same, model)
+    self.assertEqual(savings, [symmetries.Saving('nothing', 0, 0, [])])
+
+
+# ---- one transform of several, and a part of a model ---------------------------------
+
+
+def _wide():
+  """A sliced model with segments of many widths, and layers that do not stack."""
+  return random_models.sliced_llama([16, 20, 20, 14, 14, 18, 24], np.float16)
+
+
+SOURCES = {
+  'wide': _wide,
+  'alike': lambda: random_models.sliced_llama([18] * 8 + [24], np.float16),
+  'opt': lambda: _load('opt-small-sliced-0.2'),
+  'phi2_sliced': lambda: _load('phi2-tiny-sliced-0.25'),
+  'llama_dense': lambda: _load('llama-tiny-dense'),
+  'phi2_dense': lambda: _load('phi2-tiny-dense'),
+}
+
+
+@functools.cache
+def _load(name):
+  return checkpoints.load_checkpoint(TESTDATA / name).model
+
+
+@functools.cache
+def _whole(name):
+  """The context, and all that `rewrite` yields of the preset's chain."""
+  context = symmetries.make_context(SOURCES[name]())
+  return context, list(transform_lib.rewrite(context, presets.free().transform))
+
+
+class ChainTest(parameterized.TestCase):
+  @parameterized.parameters('wide', 'llama_dense')
+  def test_chains_of_chains_are_chains(self, name):
+    a, b, c = (
+      symmetries.remove_residual_gauge(),
+      symmetries.remove_value_gauge(),
+      running_sum(),
+    )
+    source = SOURCES[name]()
+    expected = transform_checks.units(symmetries.chain(a, b, c), source)
+    self.assertEqual(
+      [s.name for s in expected[0].savings], ['residual gauge', 'value gauge', 'sums']
+    )
+    for chain in (
+      symmetries.chain(symmetries.chain(a, b), c),
+      symmetries.chain(a, symmetries.chain(b, c)),
+      symmetries.chain(symmetries.chain(), a, symmetries.chain(b), c),
+    ):
+      transform_checks.assert_same_units(
+        transform_checks.units(chain, source), expected
+      )
+
+
+class RewriteTest(parameterized.TestCase):
+  @parameterized.product(name=tuple(SOURCES), how=('state', 'skip'))
+  def test_a_run_that_begins_at_a_layer_gives_the_same_bits(self, name, how):
+    context, yielded = _whole(name)
+    count = context.config.num_layers
+    self.assertLen(yielded, count + 1)
+    transform = presets.free().transform
+    for k in sorted({0, 1, count // 2, count - 1, count}):
+      state = None
+      if how == 'state' and k:  # as it comes from a file
+        leaves = [np.asarray(x) for x in jax.tree.leaves(yielded[k - 1][1])]
+        state = jax.tree.unflatten(jax.tree.structure(transform.init(context)), leaves)
+      rest = transform_lib.rewrite(
+        context, transform, layers=range(k, count), state=state
+      )
+      for (units, _), (expected, _) in zip(rest, yielded[k:], strict=True):
+        transform_checks.assert_same_units(units, expected)
+
+  def test_some_layers_alone(self):
+    context, yielded = _whole('wide')
+    some = transform_lib.rewrite(
+      context, presets.free().transform, layers=range(1, 2), outer=False
+    )
+    ((units, _),) = some
+    transform_checks.assert_same_units(units, yielded[1][0])
+
+  def test_units_are_the_model(self):
+    context, yielded = _whole('wide')
+    names = [unit.name for units, _ in yielded for unit in units]
+    self.assertEqual(names, ['layers.0', 'layers.1', 'layers.2', 'embed', 'head'])
+    savings = [unit.savings for units, _ in yielded for unit in units]
+    self.assertEqual([len(s) for s in savings], [6, 6, 6, 6, 0])
+    self.assertEqual(context.config.num_layers, 3)
+
+
+# ---- several devices -----------------------------------------------------------------
+
+
+def mesh_sources():
+  """Models of more layers than there are devices: alike, and of many widths."""
+  yield 'alike', random_models.sliced_llama([18] * 18 + [24], np.float16)
+  widths = [16, 16, 18, 18] + [14] * 14 + [24]
+  yield 'widths', random_models.sliced_llama(widths, np.float32)
+  config = random_models.BASE | {'num_hidden_layers': 9, 'vocab_size': 64}
+  yield 'dense', random_models.random_model(config, np.float16)
+
+
+def rewrite_over_devices():
+  """Prints a hash of each unit that the preset leaves on all devices there are."""
+  import hashlib
+
+  devices = jax.device_count()
+  mesh = jax.make_mesh((devices,), ('layers',)) if devices > 1 else None
+  chain = symmetries.chain(presets.free().transform, running_sum())
+  for name, model in mesh_sources():
+    context = symmetries.make_context(model, mesh=mesh)
+    sizes = []
+    for units, _ in transform_lib.rewrite(context, chain):
+      sizes.append(len(units))
+      for unit in units:
+        for path, found in sorted(transform_checks.bits(unit.params).items()):
+          digest = hashlib.sha256(repr(found).encode()).hexdigest()
+          print(name, unit.name, path, digest)
+        print(name, unit.name, 'savings', repr(unit.savings))
+    assert sizes[0] == devices, sizes
+
+
+class MeshTest(absltest.TestCase):
+  @pytest.mark.slow
+  def test_eight_devices_give_the_bits_of_one(self):
+    outputs = []
+    for devices in (1, 8):
+      flags = os.environ.get('XLA_FLAGS', '')
+      environment = os.environ | {
+        'JAX_PLATFORMS': 'cpu',
+        # XLA has a thread for each device at least, and how a CPU splits the sums of a
+        # product depends on how many threads there are.
+        'NPROC': '8',
+        'PYTHONPATH': str(pathlib.Path(__file__).parents[1]),
+        'XLA_FLAGS': f'{flags} --xla_force_host_platform_device_count={devices}',
+      }
+      program = (
+        'import jax\n'
+        'from tests import transform_chain_test as t\n'
+        f'assert jax.device_count() == {devices}\n'
+        't.rewrite_over_devices()\n'
+      )
+      done = subprocess.run(
+        [sys.executable, '-c', program],
+        cwd=pathlib.Path(__file__).parents[1],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+      )
+      self.assertEqual(done.returncode, 0, done.stderr)
+      outputs.append(done.stdout.splitlines())
+    self.assertNotEmpty(outputs[0])
+    self.assertEqual(outputs[1], outputs[0])
 
 
 if __name__ == '__main__':

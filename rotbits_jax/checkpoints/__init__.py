@@ -1,31 +1,45 @@
 """Files to and from models: Hugging Face's and SliceGPT's, without PyTorch."""
 
 from rotbits_jax.checkpoints.checkpoint import load_checkpoint
+from rotbits_jax.checkpoints.checkpoint import open_checkpoint
 from rotbits_jax.checkpoints.checkpoint import save_checkpoint
 from rotbits_jax.checkpoints.configs import parse_config
 from rotbits_jax.checkpoints.configs import slicing_json
 from rotbits_jax.checkpoints.contents import Checkpoint
 from rotbits_jax.checkpoints.errors import CheckpointError
 from rotbits_jax.checkpoints.factors import FACTORS
+from rotbits_jax.checkpoints.factors import Factored
 from rotbits_jax.checkpoints.factors import FactorNames
 from rotbits_jax.checkpoints.families import FAMILIES
 from rotbits_jax.checkpoints.families import Family
 from rotbits_jax.checkpoints.families import TensorRow
 from rotbits_jax.checkpoints.gguf_files import packaged_smollm2
 from rotbits_jax.checkpoints.gguf_files import read_gguf
+from rotbits_jax.checkpoints.lazy import LazyTensor
+from rotbits_jax.checkpoints.lazy import TensorSpec
+from rotbits_jax.checkpoints.source import Source
 from rotbits_jax.checkpoints.tensors import from_tensors
 from rotbits_jax.checkpoints.tensors import to_tensors
+from rotbits_jax.checkpoints.writer import CheckpointWriter
+from rotbits_jax.checkpoints.writer import Format
 
 __all__ = [
   'FACTORS',
   'FAMILIES',
   'Checkpoint',
   'CheckpointError',
+  'CheckpointWriter',
   'FactorNames',
+  'Factored',
   'Family',
+  'Format',
+  'LazyTensor',
+  'Source',
   'TensorRow',
+  'TensorSpec',
   'from_tensors',
   'load_checkpoint',
+  'open_checkpoint',
   'packaged_smollm2',
   'parse_config',
   'read_gguf',

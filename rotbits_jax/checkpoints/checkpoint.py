@@ -3,28 +3,30 @@
 import json
 import os
 import pathlib
-import tempfile
-from typing import Any, Literal
+from typing import Any
 
+import numpy as np
+
+from rotbits_jax import structured
 from rotbits_jax.checkpoints import configs
 from rotbits_jax.checkpoints import errors
 from rotbits_jax.checkpoints import gguf_files
 from rotbits_jax.checkpoints import safetensors_files
+from rotbits_jax.checkpoints import source as source_lib
 from rotbits_jax.checkpoints import tensors as tensors_lib
 from rotbits_jax.checkpoints import torch_zip
+from rotbits_jax.checkpoints import writer as writer_lib
 from rotbits_jax.checkpoints.contents import CONFIG
 from rotbits_jax.checkpoints.contents import Checkpoint
-
-WEIGHTS = 'model.safetensors'
-INDEX_SUFFIX = '.safetensors.index.json'
+from rotbits_jax.checkpoints.safetensors_files import INDEX_SUFFIX
+from rotbits_jax.checkpoints.safetensors_files import WEIGHTS
+from rotbits_jax.checkpoints.writer import Format
 
 _SIDECAR_SUFFIXES = ('.json', '.txt', '.model', '.jinja')
 
-Format = Literal['safetensors', 'slicegpt']
 
-
-def load_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
-  """Loads a dense or a sliced checkpoint.
+def open_checkpoint(path: str | os.PathLike[str]) -> source_lib.Source:
+  """Opens a dense or a sliced checkpoint: names, shapes, dtypes and the config.
 
   Known are Hugging Face directories (`model.safetensors`, or shards and their
   index), what SliceGPT writes (`<name>_<sparsity>.pt` and `.json`), and what
@@ -36,20 +38,21 @@ def load_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
       a `.gguf` file.
 
   Returns:
-    The checkpoint; the model's leaves are NumPy arrays.
+    The checkpoint, whose parameters are read when they are asked for.
 
   Raises:
     CheckpointError: if the files are not a checkpoint of a known family.
   """
   if pathlib.Path(path).suffix == '.gguf':
-    return gguf_files.read_gguf(path)
+    return gguf_files.open_gguf(path)
   weights = _find_weights(pathlib.Path(path))
+  shards: list[pathlib.Path] = []
   if weights.suffix == '.pt':
-    tensors = torch_zip.read(weights)
+    tensors = torch_zip.open_file(weights)
   elif weights.name.endswith(INDEX_SUFFIX):
-    tensors = safetensors_files.read_sharded(weights)
+    tensors, shards = safetensors_files.open_sharded(weights)
   else:
-    tensors = safetensors_files.read(weights)
+    tensors = safetensors_files.open_file(weights)
 
   files = _read_sidecars(weights.parent)
   if CONFIG not in files:
@@ -64,68 +67,78 @@ def load_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     del files[f'{other}.json']
   try:
     config = configs.parse_config(config_json, slicing_json)
-    model = tensors_lib.from_tensors(tensors, config)
   except errors.CheckpointError as e:
     raise errors.CheckpointError(f'{weights}: {e}') from e
-  return Checkpoint(model, files, stem)
+  return source_lib.Source(
+    weights, tensors, config, files=files, stem=stem, weights=shards
+  )
+
+
+def load_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
+  """Loads a dense or a sliced checkpoint into memory.
+
+  Args:
+    path: see `open_checkpoint`.
+
+  Returns:
+    The checkpoint; the model's leaves are NumPy arrays.
+
+  Raises:
+    CheckpointError: if the files are not a checkpoint of a known family.
+  """
+  return open_checkpoint(path).load()
 
 
 def save_checkpoint(
   checkpoint: Checkpoint,
   directory: str | os.PathLike[str],
   format: Format = 'safetensors',
+  *,
+  shard_size: int | None = None,
 ) -> None:
   """Saves a checkpoint with the tensor names, shapes and dtypes of the original.
 
-  Structured leaves are materialized. Files are written beside the directory and
-  moved into it when all are complete; other files in it stay.
+  Structured leaves are materialized, a layer at a time. Files are written beside the
+  directory and moved into it when all are complete; other files in it stay.
 
   Args:
     checkpoint: the model and the files to put beside it.
     directory: made if it does not exist.
-    format: 'safetensors' writes `model.safetensors`; 'slicegpt' writes `<stem>.pt`
-      as SliceGPT does, for a sliced model.
+    format: see `CheckpointWriter`.
+    shard_size: see `CheckpointWriter`.
 
   Raises:
+    CheckpointError: if the format has no dtype like one of the model's.
     ValueError: if the format does not suit the model, or a file's name is not one.
   """
   model, files, stem = checkpoint
-  if format not in ('safetensors', 'slicegpt'):
-    raise ValueError(f"format must be 'safetensors' or 'slicegpt', got {format!r}")
-  if format == 'slicegpt' and not model.config.sliced:
-    raise ValueError('only a sliced model can be saved in the slicegpt format')
-  required = [CONFIG]
-  if model.config.sliced:
-    if stem is None:
-      raise ValueError('a sliced checkpoint needs a stem, got None')
-    required.append(f'{stem}.json')
-  weights = f'{stem}.pt' if format == 'slicegpt' else WEIGHTS
-  for name in required:
-    if name not in files:
-      raise ValueError(f'the file {name} is missing from the checkpoint')
-  for name in (*files, weights):
-    if name in ('', '.', '..') or any(c in name for c in '/\\\0'):
-      raise ValueError(f'{name!r} is not the name of a file')
-  if weights in files:
-    raise ValueError(f'{weights} is the name of the weights and of another file')
-
-  directory = pathlib.Path(directory).absolute()
-  directory.parent.mkdir(parents=True, exist_ok=True)
-  with tempfile.TemporaryDirectory(dir=directory.parent, prefix='.saving-') as scratch:
-    staging = pathlib.Path(scratch, directory.name)
-    staging.mkdir()
-    for name, content in files.items():
-      (staging / name).write_bytes(content)
-    tensors = tensors_lib.to_tensors(model)
-    if format == 'slicegpt':
-      torch_zip.write(staging / weights, tensors, str(stem))
-    else:
-      safetensors_files.write(staging / weights, tensors)
-    if directory.exists():
-      for file in staging.iterdir():
-        os.replace(file, directory / file.name)
-    else:
-      os.rename(staging, directory)
+  leaves = [
+    (tensors_lib.unit_name(unit) + path, leaf)
+    for unit, params in [(None, model.outer()), *enumerate(model.layers())]
+    for path, leaf in structured.flatten(params).items()
+  ]
+  writer = writer_lib.CheckpointWriter(
+    directory,
+    model.config,
+    dtypes={path: np.dtype(leaf.dtype) for path, leaf in leaves},
+    files=files,
+    stem=stem,
+    format=format,
+    shard_size=shard_size,
+    factors={
+      path: (leaf.rank, leaf.names)
+      for path, leaf in leaves
+      if isinstance(leaf, structured.FactorPair)
+    },
+    buffers=model.buffers,
+  )
+  del leaves
+  with writer:
+    for unit, params in tensors_lib.unit_params(model):
+      if unit is None:
+        writer.outer(params)
+      else:
+        writer.layer(unit, params)
 
 
 def _find_weights(path: pathlib.Path) -> pathlib.Path:

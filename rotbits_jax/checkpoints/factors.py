@@ -44,18 +44,32 @@ FACTORS = {
 }
 """The namings that are known; `structured.FactorPair.names` is one of the keys."""
 
+
+class Factored(NamedTuple):
+  """How a weight is stored as two factors.
+
+  Attributes:
+    rank: r, the width between the factors.
+    names: a key of `FACTORS`.
+  """
+
+  rank: int
+  names: str
+
+
 _WEIGHTS = tuple(row for row in FACTORS if row != 'lora')
 
 
 def join(
-  tensors: Mapping[str, np.ndarray],
+  tensors: Mapping[str, Any],
   weights: Iterable[str],
   rows: tuple[str, ...] = _WEIGHTS,
 ) -> dict[str, Any]:
   """Puts one leaf where a weight's two factors are among the tensors.
 
   Args:
-    tensors: the tensors by the names that they have in the checkpoint.
+    tensors: arrays, or descriptions of arrays such as `lazy.LazyTensor`, by the names
+      that they have in the checkpoint.
     weights: names of weights, `<layer>.weight`, that may be stored as factors.
     rows: which of `FACTORS` they may be named by.
 
@@ -66,7 +80,7 @@ def join(
   Raises:
     CheckpointError: if two factors do not have one rank and one dtype.
   """
-  joined: dict[str, Any] = dict(tensors)
+  joined = dict(tensors)
   for weight in weights:
     for row in rows:
       names = _names(row, weight)
@@ -88,24 +102,25 @@ def join(
   return joined
 
 
-def split(tensors: Mapping[str, Any]) -> dict[str, np.ndarray]:
+def split(tensors: Mapping[str, Any]) -> dict[str, Any]:
   """The inverse of `join`, up to the basis between two factors.
 
   Args:
-    tensors: arrays and unstacked `structured.FactorPair` leaves by name.
+    tensors: arrays and unstacked `structured.FactorPair` leaves by name; or
+      descriptions of arrays and `structured.LowRank` leaves of these.
 
   Returns:
-    The tensors; factors are NumPy arrays of the leaf's dtype.
+    The tensors; factors have the leaf's dtype.
   """
   found = dict(tensors)
   for weight, leaf in tensors.items():
     if isinstance(leaf, structured.FactorPair):
       names = _names(leaf.names, weight)
-      pair = leaf.plain()
+      pair = leaf if isinstance(leaf, structured.LowRank) else leaf.plain()
       del found[weight]
       if _bias(weight) in found:
         found[names.bias] = found.pop(_bias(weight))
-      found |= {names.left: np.asarray(pair.u), names.right: np.asarray(pair.v)}
+      found |= {names.left: pair.u, names.right: pair.v}
   return found
 
 

@@ -27,7 +27,8 @@ class TensorRow(NamedTuple):
 
   Attributes:
     name: of the tensor; of a layer's tensor, what follows the layer's prefix.
-    paths: the parameters that the tensor holds, stacked along its first axis.
+    paths: the parameters that the tensor holds, stacked along its first axis; named
+      as by `structured.flatten`.
     transposed: the tensor is `[out, in]`, the parameters are `[in, out]`.
   """
 
@@ -62,21 +63,21 @@ def _table(name: str, path: str) -> tuple[TensorRow, ...]:
 
 def _norm(name: str, path: str) -> tuple[TensorRow, ...]:
   return (
-    TensorRow(f'{name}.weight', (f'{path}.scale',)),
-    TensorRow(f'{name}.bias', (f'{path}.bias',)),
+    TensorRow(f'{name}.weight', (f'{path}/scale',)),
+    TensorRow(f'{name}.bias', (f'{path}/bias',)),
   )
 
 
 def _linear(name: str, *paths: str) -> tuple[TensorRow, ...]:
   return (
-    TensorRow(f'{name}.weight', tuple(f'{p}.kernel' for p in paths), transposed=True),
-    TensorRow(f'{name}.bias', tuple(f'{p}.bias' for p in paths)),
+    TensorRow(f'{name}.weight', tuple(f'{p}/kernel' for p in paths), transposed=True),
+    TensorRow(f'{name}.bias', tuple(f'{p}/bias' for p in paths)),
   )
 
 
 _SHORTCUTS = (
-  TensorRow('mlp_shortcut_Q', ('mlp_shortcut.kernel',)),
-  TensorRow(SHORTCUT_NAME, ('attention_shortcut.kernel',)),
+  TensorRow('mlp_shortcut_Q', ('mlp_shortcut/kernel',)),
+  TensorRow(SHORTCUT_NAME, ('attention_shortcut/kernel',)),
 )
 
 
@@ -319,19 +320,19 @@ def _rope_scaling(
 _LLAMA = Family(
   layer_prefix='model.layers.',
   outer=(
-    *_table('model.embed_tokens', 'embed.tokens'),
+    *_table('model.embed_tokens', 'embed/tokens'),
     *_norm('model.norm', 'final_norm'),
     *_linear('lm_head', 'head'),
   ),
   layer=(
     *_SHORTCUTS,
-    *_linear('self_attn.q_proj', 'attention.query'),
-    *_linear('self_attn.k_proj', 'attention.key'),
-    *_linear('self_attn.v_proj', 'attention.value'),
-    *_linear('self_attn.o_proj', 'attention.out'),
-    *_linear('mlp.gate_proj', 'mlp.gate'),
-    *_linear('mlp.up_proj', 'mlp.up'),
-    *_linear('mlp.down_proj', 'mlp.down'),
+    *_linear('self_attn.q_proj', 'attention/query'),
+    *_linear('self_attn.k_proj', 'attention/key'),
+    *_linear('self_attn.v_proj', 'attention/value'),
+    *_linear('self_attn.o_proj', 'attention/out'),
+    *_linear('mlp.gate_proj', 'mlp/gate'),
+    *_linear('mlp.up_proj', 'mlp/up'),
+    *_linear('mlp.down_proj', 'mlp/down'),
     *_norm('input_layernorm', 'attention_norm'),
     *_norm('post_attention_layernorm', 'mlp_norm'),
   ),
@@ -342,20 +343,20 @@ FAMILIES: dict[str, Family] = {
   'opt': Family(
     layer_prefix='model.decoder.layers.',
     outer=(
-      *_table('model.decoder.embed_tokens', 'embed.tokens'),
-      *_table('model.decoder.embed_positions', 'embed.positions'),
+      *_table('model.decoder.embed_tokens', 'embed/tokens'),
+      *_table('model.decoder.embed_positions', 'embed/positions'),
       *_norm('model.decoder.final_layer_norm', 'final_norm'),
       *_linear('lm_head', 'head'),
     ),
     layer=(
       *_SHORTCUTS,
-      *_linear('self_attn.k_proj', 'attention.key'),
-      *_linear('self_attn.v_proj', 'attention.value'),
-      *_linear('self_attn.q_proj', 'attention.query'),
-      *_linear('self_attn.out_proj', 'attention.out'),
+      *_linear('self_attn.k_proj', 'attention/key'),
+      *_linear('self_attn.v_proj', 'attention/value'),
+      *_linear('self_attn.q_proj', 'attention/query'),
+      *_linear('self_attn.out_proj', 'attention/out'),
       *_norm('self_attn_layer_norm', 'attention_norm'),
-      *_linear('fc1', 'mlp.up'),
-      *_linear('fc2', 'mlp.down'),
+      *_linear('fc1', 'mlp/up'),
+      *_linear('fc2', 'mlp/down'),
       *_norm('final_layer_norm', 'mlp_norm'),
     ),
     parse=_opt,
@@ -364,18 +365,18 @@ FAMILIES: dict[str, Family] = {
   'phi': Family(
     layer_prefix='model.layers.',
     outer=(
-      *_table('model.embed_tokens', 'embed.tokens'),
+      *_table('model.embed_tokens', 'embed/tokens'),
       *_norm('model.final_layernorm', 'final_norm'),
       *_linear('lm_head', 'head'),
     ),
     layer=(
       *_SHORTCUTS,
-      *_linear('self_attn.q_proj', 'attention.query'),
-      *_linear('self_attn.k_proj', 'attention.key'),
-      *_linear('self_attn.v_proj', 'attention.value'),
-      *_linear('self_attn.dense', 'attention.out'),
-      *_linear('mlp.fc1', 'mlp.up'),
-      *_linear('mlp.fc2', 'mlp.down'),
+      *_linear('self_attn.q_proj', 'attention/query'),
+      *_linear('self_attn.k_proj', 'attention/key'),
+      *_linear('self_attn.v_proj', 'attention/value'),
+      *_linear('self_attn.dense', 'attention/out'),
+      *_linear('mlp.fc1', 'mlp/up'),
+      *_linear('mlp.fc2', 'mlp/down'),
       *_norm('input_layernorm', 'attention_norm'),
     ),
     parse=_phi,
@@ -383,18 +384,18 @@ FAMILIES: dict[str, Family] = {
   'phi3': Family(
     layer_prefix='model.layers.',
     outer=(
-      *_table('model.embed_tokens', 'embed.tokens'),
+      *_table('model.embed_tokens', 'embed/tokens'),
       *_norm('model.norm', 'final_norm'),
       *_linear('lm_head', 'head'),
     ),
     layer=(
       *_SHORTCUTS,
-      *_linear('self_attn.o_proj', 'attention.out'),
+      *_linear('self_attn.o_proj', 'attention/out'),
       *_linear(
-        'self_attn.qkv_proj', 'attention.query', 'attention.key', 'attention.value'
+        'self_attn.qkv_proj', 'attention/query', 'attention/key', 'attention/value'
       ),
-      *_linear('mlp.gate_up_proj', 'mlp.gate', 'mlp.up'),
-      *_linear('mlp.down_proj', 'mlp.down'),
+      *_linear('mlp.gate_up_proj', 'mlp/gate', 'mlp/up'),
+      *_linear('mlp.down_proj', 'mlp/down'),
       *_norm('input_layernorm', 'attention_norm'),
       *_norm('post_attention_layernorm', 'mlp_norm'),
     ),

@@ -13,7 +13,8 @@ from numpy.typing import DTypeLike
 from rotbits_jax.checkpoints import attributes
 from rotbits_jax.checkpoints import configs
 from rotbits_jax.checkpoints import errors
-from rotbits_jax.checkpoints import tensors as tensors_lib
+from rotbits_jax.checkpoints import lazy
+from rotbits_jax.checkpoints import source as source_lib
 from rotbits_jax.checkpoints.contents import CONFIG
 from rotbits_jax.checkpoints.contents import Checkpoint
 
@@ -64,6 +65,34 @@ def packaged_smollm2() -> pathlib.Path:
   return files[0]
 
 
+def open_gguf(
+  path: str | os.PathLike[str], *, dtype: DTypeLike = np.float16
+) -> source_lib.Source:
+  """Opens a Llama in a GGUF file; see `read_gguf`.
+
+  Returns:
+    The checkpoint, whose parameters are dequantised when they are asked for.
+  """
+  path = pathlib.Path(path)
+  metadata, stored = _read(path)
+  try:
+    config_json = _config_json(metadata, tied='output.weight' not in stored)
+    files = {
+      CONFIG: _to_json(config_json),
+      'tokenizer.json': _to_json(_tokenizer_json(metadata)),
+    }
+    config = configs.parse_config(config_json)
+    file = lazy.File.of(path)
+    tensors = {}
+    for name, tensor in stored.items():
+      key, setting = _hugging_face_name(name)
+      heads = None if setting is None else config_json[setting]
+      tensors[key] = _tensor(name, tensor, file, heads, np.dtype(dtype))
+  except errors.CheckpointError as error:
+    raise errors.CheckpointError(f'{path}: {error}') from error
+  return source_lib.Source(path, tensors, config, files=files, stem=None)
+
+
 def read_gguf(
   path: str | os.PathLike[str], *, dtype: DTypeLike = np.float16
 ) -> Checkpoint:
@@ -86,29 +115,7 @@ def read_gguf(
     CheckpointError: if the package gguf is missing, if the file is damaged, or if it
       is no Llama with a tokenizer of a known kind.
   """
-  path = pathlib.Path(path)
-  metadata, stored = _read(path)
-  try:
-    config_json = _config_json(metadata, tied='output.weight' not in stored)
-    files = {
-      CONFIG: _to_json(config_json),
-      'tokenizer.json': _to_json(_tokenizer_json(metadata)),
-    }
-    config = configs.parse_config(config_json)
-    tensors = {}
-    for name, tensor in stored.items():
-      key, heads = _hugging_face_name(name)
-      values = _dequantized(name, tensor)
-      if heads is not None:
-        values = _unpermuted(values, config_json[heads])
-      with np.errstate(over='ignore'):
-        tensors[key] = values.astype(dtype)
-      if not np.isfinite(tensors[key]).all():
-        raise errors.CheckpointError(f'{name}: not finite in {np.dtype(dtype)}')
-    model = tensors_lib.from_tensors(tensors, config)
-  except errors.CheckpointError as error:
-    raise errors.CheckpointError(f'{path}: {error}') from error
-  return Checkpoint(model, files, None)
+  return open_gguf(path, dtype=dtype).load()
 
 
 def _read(path: pathlib.Path) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -237,12 +244,46 @@ def _hugging_face_name(name: str) -> tuple[str, str | None]:
   raise errors.CheckpointError(f'the tensor {name} is unknown')
 
 
-def _dequantized(name: str, tensor: Any) -> np.ndarray:
+def _tensor(
+  name: str, tensor: Any, file: lazy.File, heads: int | None, dtype: np.dtype
+) -> lazy.LazyTensor:
+  """A tensor of the file, in the order of Hugging Face's rows.
+
+  Args:
+    name: GGUF's.
+    tensor: as the package gguf describes it.
+    file: which holds it.
+    heads: whose rows are permuted; None for no such rows.
+    dtype: which the numbers are rounded to.
+  """
+  # The description holds a map of the whole file, so that nothing of it may be kept.
+  kind, offset, size = tensor.tensor_type, int(tensor.data_offset), int(tensor.n_bytes)
+  stored_shape, stored_dtype = tensor.data.shape, tensor.data.dtype
+
+  def read() -> np.ndarray:
+    data = np.frombuffer(file.map(offset, size), stored_dtype).reshape(stored_shape)
+    try:
+      values = _dequantized(name, data, kind)
+      if heads is not None:
+        values = _unpermuted(values, heads)
+      with np.errstate(over='ignore'):
+        values = values.astype(dtype)
+      if not np.isfinite(values).all():
+        raise errors.CheckpointError(f'{name}: not finite in {dtype}')
+    except errors.CheckpointError as error:
+      raise errors.CheckpointError(f'{file.path}: {error}') from error
+    return values
+
+  shape = tuple(int(n) for n in reversed(tensor.shape))  # GGUF's fastest axis is first
+  return lazy.LazyTensor(shape, dtype, read)
+
+
+def _dequantized(name: str, data: np.ndarray, kind: Any) -> np.ndarray:
   """The float32 numbers of a tensor, slowest axis first."""
   from gguf import quants
 
   try:
-    return quants.dequantize(tensor.data, tensor.tensor_type)
+    return quants.dequantize(data, kind)
   except (NotImplementedError, ValueError) as error:
     raise errors.CheckpointError(f'{name}: {error}') from error
 

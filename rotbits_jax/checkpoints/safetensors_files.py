@@ -1,7 +1,8 @@
-"""Safetensors files, single and sharded, as memory-mapped arrays."""
+"""Safetensors files, single and sharded: read lazily, written a tensor at a time."""
 
+from collections.abc import Iterable, Mapping
 import json
-import mmap
+import os
 import pathlib
 import struct
 from typing import Any
@@ -11,6 +12,11 @@ import numpy as np
 import safetensors
 
 from rotbits_jax.checkpoints import errors
+from rotbits_jax.checkpoints import lazy
+
+WEIGHTS = 'model.safetensors'
+INDEX_SUFFIX = '.safetensors.index.json'
+INDEX = f'model{INDEX_SUFFIX}'
 
 _DTYPES: dict[str, np.dtype] = {
   'F64': np.dtype(np.float64),
@@ -25,8 +31,79 @@ _DTYPES: dict[str, np.dtype] = {
   'BOOL': np.dtype(np.bool_),
 }
 
+Specs = Mapping[str, lazy.TensorSpec]
 
-def read(path: str | pathlib.Path) -> dict[str, np.ndarray]:
+
+def open_file(path: str | os.PathLike[str]) -> dict[str, lazy.LazyTensor]:
+  """Opens a safetensors file, of which only the header is read.
+
+  Args:
+    path: the file.
+
+  Returns:
+    The tensors by name.
+
+  Raises:
+    CheckpointError: if the file is damaged or has a dtype that NumPy lacks.
+  """
+  file = lazy.File.of(path)
+  try:
+    # The library checks that the header is well-formed and covers the file exactly.
+    with safetensors.safe_open(path, framework='np'):
+      pass
+  except safetensors.SafetensorError as e:
+    raise errors.CheckpointError(f'{path}: {e}') from e
+  (header_size,) = struct.unpack('<Q', file.map(0, 8))
+  tensors = {}
+  for name, entry in json.loads(bytes(file.map(8, header_size))).items():
+    if name == '__metadata__':
+      continue
+    if entry['dtype'] not in _DTYPES:
+      raise errors.CheckpointError(f'{path}: {name} has dtype {entry["dtype"]}')
+    begin, _ = entry['data_offsets']
+    spec = lazy.TensorSpec(tuple(entry['shape']), _DTYPES[entry['dtype']])
+    tensors[name] = _tensor(file, 8 + header_size + begin, spec)
+  return tensors
+
+
+def open_sharded(
+  index_path: str | os.PathLike[str],
+) -> tuple[dict[str, lazy.LazyTensor], list[pathlib.Path]]:
+  """Opens the shards that a `*.safetensors.index.json` lists.
+
+  Args:
+    index_path: the index.
+
+  Returns:
+    The tensors by name, and the shards.
+
+  Raises:
+    CheckpointError: if the index is malformed or the shards do not hold exactly
+      the tensors that it lists.
+  """
+  index_path = pathlib.Path(index_path)
+  listed: dict[str, set[str]] = {}
+  for name, shard in _weight_map(index_path).items():
+    listed.setdefault(shard, set()).add(name)
+  tensors, shards = {}, []
+  for shard in sorted(listed):
+    if pathlib.PurePath(shard).name != shard:
+      raise errors.CheckpointError(f'{index_path}: the shard {shard!r} is elsewhere')
+    path = index_path.parent / shard
+    if not path.is_file():
+      raise errors.CheckpointError(f'{index_path}: the shard {shard} is missing')
+    found = open_file(path)
+    if found.keys() != listed[shard]:
+      raise errors.CheckpointError(
+        f'{index_path}: {shard} and the index differ in '
+        f'{", ".join(sorted(found.keys() ^ listed[shard])[:8])}'
+      )
+    tensors.update(found)
+    shards.append(path)
+  return tensors, shards
+
+
+def read(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
   """Reads a safetensors file as read-only views of the memory-mapped file.
 
   Args:
@@ -38,64 +115,121 @@ def read(path: str | pathlib.Path) -> dict[str, np.ndarray]:
   Raises:
     CheckpointError: if the file is damaged or has a dtype that NumPy lacks.
   """
-  try:
-    # The library checks that the header is well-formed and covers the file exactly.
-    with safetensors.safe_open(path, framework='np'):
-      pass
-  except safetensors.SafetensorError as e:
-    raise errors.CheckpointError(f'{path}: {e}') from e
-  with open(path, 'rb') as file:
-    data = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-  (header_size,) = struct.unpack('<Q', data[:8])
-  body = data[8 + header_size :]
-  tensors = {}
-  for name, entry in json.loads(bytes(data[8 : 8 + header_size])).items():
-    if name == '__metadata__':
-      continue
-    if entry['dtype'] not in _DTYPES:
-      raise errors.CheckpointError(f'{path}: {name} has dtype {entry["dtype"]}')
-    begin, end = entry['data_offsets']
-    flat = np.frombuffer(body[begin:end], _DTYPES[entry['dtype']])
-    tensors[name] = flat.reshape(entry['shape'])
-  return tensors
+  return {name: tensor.read() for name, tensor in open_file(path).items()}
 
 
-def read_sharded(index_path: str | pathlib.Path) -> dict[str, np.ndarray]:
-  """Reads the shards that a `*.safetensors.index.json` lists.
+def plan_shards(specs: Specs, shard_size: int | None) -> dict[str, Specs]:
+  """Divides tensors among files as Hugging Face does.
 
   Args:
-    index_path: the index.
+    specs: the tensors by name.
+    shard_size: bytes of tensors that a file holds at most, if it holds several; None
+      for one file.
 
   Returns:
-    The tensors by name.
+    The tensors of each file, in their order: of `model.safetensors` if they fit in one,
+    else of `model-00001-of-0000N.safetensors` and so on.
+  """
+  shards: list[dict[str, lazy.TensorSpec]] = [{}]
+  filled = 0
+  for name, spec in specs.items():
+    if shard_size is not None and shards[-1] and filled + spec.nbytes > shard_size:
+      shards.append({})
+      filled = 0
+    shards[-1][name] = spec
+    filled += spec.nbytes
+  if len(shards) == 1:
+    return {WEIGHTS: shards[0]}
+  return {
+    f'model-{number:05}-of-{len(shards):05}.safetensors': shard
+    for number, shard in enumerate(shards, 1)
+  }
+
+
+def index_json(shards: Mapping[str, Specs]) -> bytes:
+  """The index of several files, as Hugging Face writes it.
+
+  Args:
+    shards: what `plan_shards` returned.
+  """
+  total = sum(spec.nbytes for shard in shards.values() for spec in shard.values())
+  weight_map = {name: file for file, shard in shards.items() for name in shard}
+  index = {'metadata': {'total_size': total}, 'weight_map': weight_map}
+  return (json.dumps(index, indent=2, sort_keys=True) + '\n').encode()
+
+
+class Writer:
+  """Writes safetensors files whose tensors come one at a time, in any order.
+
+  The headers are there from the beginning, with the metadata that Hugging Face expects.
+  A file is complete when all of its tensors have been added.
+  """
+
+  def __init__(self, directory: pathlib.Path, shards: Mapping[str, Specs]):
+    """Makes the files.
+
+    Args:
+      directory: where they are.
+      shards: the tensors of each file by the file's name.
+
+    Raises:
+      CheckpointError: if safetensors has no such dtype.
+    """
+    self._places: dict[str, tuple[pathlib.Path, int]] = {}
+    for file, specs in shards.items():
+      path = directory / file
+      offsets = _make(path, specs)
+      self._places |= {name: (path, offset) for name, offset in offsets.items()}
+
+  def add(self, name: str, pieces: Iterable[memoryview]) -> None:
+    """Writes a tensor.
+
+    Args:
+      name: of the tensor.
+      pieces: its bytes in row-major order.
+    """
+    path, offset = self._places[name]
+    with open(path, 'r+b') as file:
+      file.seek(offset)
+      for piece in pieces:
+        file.write(piece)
+
+  def close(self) -> None:
+    """Ends the files: nothing is to be done."""
+
+  def abandon(self) -> None:
+    """Lets go of files that are not complete: none is open between two tensors."""
+
+
+def write(path: str | os.PathLike[str], tensors: Mapping[str, np.ndarray]) -> None:
+  """Writes a safetensors file with the metadata that Hugging Face expects.
+
+  Args:
+    path: the file.
+    tensors: the tensors by name.
 
   Raises:
-    CheckpointError: if the index is malformed or the shards do not hold exactly
-      the tensors that it lists.
+    CheckpointError: if safetensors has no such dtype.
   """
-  index_path = pathlib.Path(index_path)
-  weight_map = _weight_map(index_path)
-  tensors = {}
-  for shard in sorted(set(weight_map.values())):
-    if pathlib.PurePath(shard).name != shard:
-      raise errors.CheckpointError(f'{index_path}: the shard {shard!r} is elsewhere')
-    if not (index_path.parent / shard).is_file():
-      raise errors.CheckpointError(f'{index_path}: the shard {shard} is missing')
-    found = read(index_path.parent / shard)
-    listed = {name for name, place in weight_map.items() if place == shard}
-    if found.keys() != listed:
-      raise errors.CheckpointError(
-        f'{index_path}: {shard} and the index differ in '
-        f'{", ".join(sorted(found.keys() ^ listed)[:8])}'
-      )
-    tensors.update(found)
-  return tensors
+  path = pathlib.Path(path)
+  specs = {name: lazy.TensorSpec(x.shape, x.dtype) for name, x in tensors.items()}
+  writer = Writer(path.parent, {path.name: specs})
+  for name, tensor in tensors.items():
+    writer.add(name, lazy.row_major(tensor))
+
+
+def _tensor(file: lazy.File, offset: int, spec: lazy.TensorSpec) -> lazy.LazyTensor:
+  def read() -> np.ndarray:
+    content = file.map(offset, spec.nbytes)
+    return np.frombuffer(content, spec.dtype).reshape(spec.shape)
+
+  return lazy.LazyTensor(spec.shape, spec.dtype, read)
 
 
 def _weight_map(index_path: pathlib.Path) -> dict[str, str]:
   try:
     index: Any = json.loads(index_path.read_bytes())
-  except ValueError as e:
+  except (ValueError, RecursionError) as e:
     raise errors.CheckpointError(f'{index_path}: not JSON: {e}') from e
   weight_map = index.get('weight_map') if isinstance(index, dict) else None
   if not isinstance(weight_map, dict) or not all(
@@ -105,38 +239,28 @@ def _weight_map(index_path: pathlib.Path) -> dict[str, str]:
   return weight_map
 
 
-def write(path: str | pathlib.Path, tensors: dict[str, np.ndarray]) -> None:
-  """Writes a safetensors file with the metadata that Hugging Face expects.
-
-  One tensor at a time is made contiguous; the library's writer would need all.
-
-  Args:
-    path: the file.
-    tensors: the tensors by name.
-
-  Raises:
-    CheckpointError: if safetensors has no such dtype.
-  """
+def _make(path: pathlib.Path, specs: Specs) -> dict[str, int]:
+  """Makes a file of a header and zeros; returns where each tensor begins in it."""
   codes = {dtype: code for code, dtype in _DTYPES.items()}
-  for name, tensor in tensors.items():
-    if tensor.dtype not in codes:
-      raise errors.CheckpointError(f'{name}: safetensors files have no {tensor.dtype}')
+  for name, spec in specs.items():
+    if spec.dtype not in codes:
+      raise errors.CheckpointError(f'{name}: safetensors files have no {spec.dtype}')
   # Widest dtype first keeps every tensor aligned.
-  order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
+  order = sorted(specs, key=lambda name: (-specs[name].dtype.itemsize, name))
   header: dict[str, Any] = {'__metadata__': {'format': 'pt'}}
-  offset = 0
+  offsets, end = {}, 0
   for name in order:
-    tensor = tensors[name]
+    spec, begin = specs[name], end
+    offsets[name], end = begin, begin + spec.nbytes
     header[name] = {
-      'dtype': codes[tensor.dtype],
-      'shape': list(tensor.shape),
-      'data_offsets': [offset, offset + tensor.nbytes],
+      'dtype': codes[spec.dtype],
+      'shape': list(spec.shape),
+      'data_offsets': [begin, end],
     }
-    offset += tensor.nbytes
   encoded = json.dumps(header, separators=(',', ':'), ensure_ascii=False).encode()
   encoded += b' ' * (-len(encoded) % 8)
+  body = 8 + len(encoded)
   with open(path, 'wb') as file:
     file.write(struct.pack('<Q', len(encoded)) + encoded)
-    for name in order:
-      contiguous = np.ascontiguousarray(tensors[name]).reshape(-1)
-      file.write(contiguous.view(np.uint8).data)
+    file.truncate(body + end)
+  return {name: body + offset for name, offset in offsets.items()}

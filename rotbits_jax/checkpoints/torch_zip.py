@@ -6,9 +6,10 @@ and `<stem>/data/<number>`, the storages. A pickle is a program; here it is run 
 small interpreter that knows tensors and dicts, and refuses every other name.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
+import contextlib
 import math
-import mmap
+import os
 import pathlib
 import pickle
 import pickletools
@@ -21,6 +22,7 @@ import ml_dtypes
 import numpy as np
 
 from rotbits_jax.checkpoints import errors
+from rotbits_jax.checkpoints import lazy
 
 STORAGE_DTYPES: dict[str, np.dtype] = {
   'HalfStorage': np.dtype(np.float16),
@@ -35,16 +37,46 @@ STORAGE_DTYPES: dict[str, np.dtype] = {
   'BoolStorage': np.dtype(np.bool_),
 }
 
+Specs = Mapping[str, lazy.TensorSpec]
+
 _ALIGNMENT = 64
 _CHUNK = 1 << 24  # bytes written at a time
 _ZIP64_FROM = 1 << 30  # member size from which the 64-bit form is written
 
 
-def read(path: str | pathlib.Path) -> dict[str, np.ndarray]:
+def open_file(path: str | os.PathLike[str]) -> dict[str, lazy.LazyTensor]:
+  """Opens a file that `torch.save(state_dict)` wrote; no storage is read.
+
+  Args:
+    path: the file.
+
+  Returns:
+    The tensors by name, in the order of the file. Their arrays have the strides that
+    they have in the file. The checksum of a storage is verified when it is first read,
+    if the file has one.
+
+  Raises:
+    CheckpointError: if the file is damaged or holds anything but tensors, or if a
+      tensor reaches outside its storage. Reading raises it for damaged storages.
+  """
+  file = lazy.File.of(path)
+  with _errors_name(path):
+    members = _Members(file)
+    if bytes(members.get('byteorder', b'little')).strip() != b'little':
+      raise errors.CheckpointError('big-endian tensors are not supported')
+    state = _unpickle(members.read('data.pkl'))
+    if not isinstance(state, dict):
+      raise errors.CheckpointError(
+        f'expected a state dict of tensors, got {type(state).__name__}'
+      )
+    return {name: _tensor(name, view, members) for name, view in state.items()}
+
+
+def read(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
   """Reads the tensors of a file that `torch.save(state_dict)` wrote.
 
   The arrays are read-only views of the memory-mapped file, with the strides that
-  they have there; nothing is copied. Checksums are verified where the file has them.
+  they have there; nothing is copied.
 
   Args:
     path: the file.
@@ -53,15 +85,19 @@ def read(path: str | pathlib.Path) -> dict[str, np.ndarray]:
     The tensors by name, in the order of the file.
 
   Raises:
-    CheckpointError: if the file is damaged or holds anything but tensors, or if a
-      tensor reaches outside its storage.
+    CheckpointError: see `open_file`.
   """
+  return {name: tensor.read() for name, tensor in open_file(path).items()}
+
+
+@contextlib.contextmanager
+def _errors_name(path: str | os.PathLike[str]) -> Iterator[None]:
+  """Raises every error of a damaged file as a `CheckpointError` with its path."""
   try:
-    with open(path, 'rb') as file, zipfile.ZipFile(file) as archive:
-      members = _Members(archive, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-      return _read_state_dict(members)
+    yield
   except errors.CheckpointError as e:
-    raise errors.CheckpointError(f'{path}: {e}') from e
+    named = str(e).startswith(f'{path}: ')
+    raise e if named else errors.CheckpointError(f'{path}: {e}') from e
   except (
     zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError,
     ValueError, struct.error,
@@ -69,63 +105,53 @@ def read(path: str | pathlib.Path) -> dict[str, np.ndarray]:
     raise errors.CheckpointError(f'{path}: not a readable PyTorch zip: {e}') from e
 
 
-def _read_state_dict(members: '_Members') -> dict[str, np.ndarray]:
-  if members.get('byteorder', b'little').strip() != b'little':
-    raise errors.CheckpointError('big-endian tensors are not supported')
-  state = _unpickle(members['data.pkl'])
-  if not isinstance(state, dict):
-    raise errors.CheckpointError(
-      f'expected a state dict of tensors, got {type(state).__name__}'
-    )
-  storages: dict[str, memoryview] = {}
-  tensors = {}
-  for name, view in state.items():
-    if not isinstance(view, _View):
-      raise errors.CheckpointError(
-        f'{name}: expected a tensor, got {type(view).__name__}'
-      )
-    key = view.storage.key
-    if key not in storages:
-      storages[key] = members[f'data/{key}']
-    tensors[name] = _array(name, view, storages[key])
-  return tensors
-
-
 class _Members:
   """The members of a zip file, looked up below its one top folder."""
 
-  def __init__(self, archive: zipfile.ZipFile, data: mmap.mmap):
-    roots = [
-      i.filename[: -len('data.pkl')]
-      for i in archive.infolist()
-      if i.filename.endswith('/data.pkl')
-    ]
+  def __init__(self, file: lazy.File):
+    with zipfile.ZipFile(file.path) as archive:
+      self._infos = {info.filename: info for info in archive.infolist()}
+    suffix = '/data.pkl'
+    roots = [name for name in self._infos if name.endswith(suffix)]
     if len(roots) != 1:
       raise errors.CheckpointError(f'expected one data.pkl, got {len(roots)}')
-    self._archive, self._data, self._root = archive, memoryview(data), roots[0]
+    self.file = file
+    self._root = roots[0].removesuffix(suffix)
+    self._verified: set[str] = set()
 
-  def get(self, name: str, default: bytes) -> bytes:
-    found = self._root + name in self._archive.NameToInfo
-    return bytes(self[name]) if found else default
+  def get(self, name: str, default: bytes) -> memoryview:
+    """A member's content, or the default if there is no such member."""
+    found = f'{self._root}/{name}' in self._infos
+    return self.read(name) if found else memoryview(default)
 
-  def __getitem__(self, name: str) -> memoryview:
-    try:
-      info = self._archive.getinfo(self._root + name)
-    except KeyError:
-      raise errors.CheckpointError(f'the member {name} is missing') from None
+  def size(self, name: str) -> int:
+    """Bytes of a member's content."""
+    return self._info(name).file_size
+
+  def read(self, name: str) -> memoryview:
+    """A member's content, in a memory map of its own unless it is compressed."""
+    info = self._info(name)
     if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1:
-      return memoryview(self._archive.read(info))
+      with zipfile.ZipFile(self.file.path) as archive:
+        return memoryview(archive.read(info))
     # The local header's lengths may differ from the central directory's.
-    header = self._data[info.header_offset : info.header_offset + 30]
+    header = self.file.map(info.header_offset, 30)
     signature, name_length, extra_length = struct.unpack('<4s22xHH', header)
     start = info.header_offset + 30 + name_length + extra_length
-    content = self._data[start : start + info.file_size]
-    if signature != b'PK\3\4' or len(content) != info.file_size:
+    if signature != b'PK\3\4' or start + info.file_size > self.file.size:
       raise errors.CheckpointError(f'the member {name} is truncated')
     # torch.serialization.set_crc32_options(False) leaves zeros.
-    if info.CRC and zlib.crc32(content) != info.CRC:
-      raise errors.CheckpointError(f'the member {name} has a wrong checksum')
-    return content
+    if info.CRC and name not in self._verified:
+      if zlib.crc32(self.file.map(start, info.file_size)) != info.CRC:
+        raise errors.CheckpointError(f'the member {name} has a wrong checksum')
+      self._verified.add(name)
+    return self.file.map(start, info.file_size)
+
+  def _info(self, name: str) -> zipfile.ZipInfo:
+    try:
+      return self._infos[f'{self._root}/{name}']
+    except KeyError:
+      raise errors.CheckpointError(f'the member {name} is missing') from None
 
 
 class _Global(NamedTuple):
@@ -264,13 +290,18 @@ def _storage(persistent_id: Any) -> _Storage:
   raise errors.CheckpointError('a persistent id is not a storage')
 
 
-def _array(name: str, view: _View, content: memoryview) -> np.ndarray:
-  """The view as an array, after checking that it lies inside its storage."""
+def _tensor(name: str, view: Any, members: _Members) -> lazy.LazyTensor:
+  """The tensor of a view, after checking that it lies inside its storage."""
+  if not isinstance(view, _View):
+    raise errors.CheckpointError(
+      f'{name}: expected a tensor, got {type(view).__name__}'
+    )
   dtype, key, size = view.storage
-  if size < 0 or size * dtype.itemsize > len(content):
+  content_size = members.size(f'data/{key}')
+  if size < 0 or size * dtype.itemsize > content_size:
     raise errors.CheckpointError(
       f'{name}: storage {key} should hold {size} numbers of {dtype}, '
-      f'got {len(content)} bytes'
+      f'got {content_size} bytes'
     )
   shape, strides = view.shape, view.strides
   numbers = (view.offset, *shape, *strides)
@@ -281,27 +312,96 @@ def _array(name: str, view: _View, content: memoryview) -> np.ndarray:
   if math.prod(shape) * dtype.itemsize >= 2**63:
     raise errors.CheckpointError(f'{name}: {shape=} is too large')
   if math.prod(shape) == 0:
-    return np.zeros(shape, dtype)
+    return lazy.LazyTensor(shape, dtype, lambda: np.zeros(shape, dtype))
   last = view.offset + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
   if last >= size:
     raise errors.CheckpointError(
       f'{name}: got {view.offset=}, {shape=}, {strides=}, '
       f'which reach outside storage {key} of {size} numbers'
     )
-  return np.ndarray(
-    shape,
-    dtype,
-    content,
-    view.offset * dtype.itemsize,
-    tuple(s * dtype.itemsize for s in strides),
-  )
+
+  def read() -> np.ndarray:
+    with _errors_name(members.file.path):
+      content = members.read(f'data/{key}')
+      offset = view.offset * dtype.itemsize
+      steps = tuple(s * dtype.itemsize for s in strides)
+      return np.ndarray(shape, dtype, content, offset, steps)
+
+  return lazy.LazyTensor(shape, dtype, read)
 
 
-def write(path: str | pathlib.Path, tensors: dict[str, np.ndarray], stem: str) -> None:
+class Writer:
+  """Writes a file as `torch.save` would; the tensors come one at a time, in any order.
+
+  `torch.load(path, weights_only=True)` reads the file. Each tensor is contiguous and
+  has its own storage; the bytes depend on the arguments and the order only.
+  """
+
+  def __init__(self, path: pathlib.Path, specs: Specs, stem: str):
+    """Makes the file.
+
+    Args:
+      path: the file.
+      specs: the tensors by name.
+      stem: name of the archive's top folder; PyTorch takes the file's.
+
+    Raises:
+      CheckpointError: if PyTorch has no such dtype.
+    """
+    names = {dtype: name for name, dtype in STORAGE_DTYPES.items()}
+    for name, spec in specs.items():
+      if spec.dtype not in names:
+        raise errors.CheckpointError(f'{name}: PyTorch files have no {spec.dtype}')
+    self._specs, self._stem = specs, stem
+    self._keys = {name: str(index) for index, name in enumerate(specs)}
+    self._archive = zipfile.ZipFile(path, 'w', allowZip64=True)
+    self._add_text('data.pkl', b''.join(_pickle(specs, names)))
+    self._add_text('.format_version', b'1')
+    self._add_text('.storage_alignment', str(_ALIGNMENT).encode())
+    self._add_text('byteorder', b'little')
+
+  def add(self, name: str, pieces: Iterable[memoryview]) -> None:
+    """Appends a tensor.
+
+    Args:
+      name: of the tensor.
+      pieces: its bytes in row-major order.
+    """
+    self._add(f'data/{self._keys[name]}', pieces, self._specs[name].nbytes)
+
+  def close(self) -> None:
+    """Ends the file, which is complete when every tensor has been added."""
+    self._add_text('version', b'3\n')
+    self._archive.close()
+
+  def abandon(self) -> None:
+    """Lets go of a file that is not complete; does nothing after `close`."""
+    with contextlib.suppress(OSError, ValueError):
+      self._archive.close()
+
+  def _add_text(self, name: str, content: bytes) -> None:
+    self._add(name, [memoryview(content)], len(content))
+
+  def _add(self, name: str, pieces: Iterable[memoryview], size: int) -> None:
+    """Appends a member whose content is aligned, with a fixed date."""
+    name = f'{self._stem}/{name}'
+    info = zipfile.ZipInfo(name, date_time=(1980, 1, 1, 0, 0, 0))
+    info.file_size = size
+    zip64 = size >= _ZIP64_FROM
+    assert self._archive.fp is not None
+    start = self._archive.fp.tell() + 30 + len(name.encode()) + 4
+    padding = -(start + (20 if zip64 else 0)) % _ALIGNMENT
+    info.extra = struct.pack('<2sH', b'FB', padding) + b'Z' * padding
+    with self._archive.open(info, 'w', force_zip64=zip64) as member:
+      for piece in pieces:
+        for begin in range(0, len(piece), _CHUNK):
+          member.write(piece[begin : begin + _CHUNK])
+
+
+def write(
+  path: str | os.PathLike[str], tensors: Mapping[str, np.ndarray], stem: str
+) -> None:
   """Writes tensors as `torch.save(OrderedDict(tensors))` would.
-
-  `torch.load(path, weights_only=True)` reads the file. Each tensor becomes
-  contiguous and has its own storage; the bytes depend on the arguments only.
 
   Args:
     path: the file.
@@ -311,57 +411,27 @@ def write(path: str | pathlib.Path, tensors: dict[str, np.ndarray], stem: str) -
   Raises:
     CheckpointError: if PyTorch has no such dtype.
   """
-  names = {dtype: name for name, dtype in STORAGE_DTYPES.items()}
+  specs = {name: lazy.TensorSpec(x.shape, x.dtype) for name, x in tensors.items()}
+  writer = Writer(pathlib.Path(path), specs, stem)
   for name, tensor in tensors.items():
-    if tensor.dtype not in names:
-      raise errors.CheckpointError(f'{name}: PyTorch files have no {tensor.dtype}')
-  with zipfile.ZipFile(path, 'w', allowZip64=True) as archive:
-
-    def add(name: str, content: np.ndarray) -> None:
-      _add_member(archive, f'{stem}/{name}', content)
-
-    def add_text(name: str, content: bytes) -> None:
-      add(name, np.frombuffer(content, np.uint8))
-
-    add_text('data.pkl', b''.join(_pickle(tensors, names)))
-    add_text('.format_version', b'1')
-    add_text('.storage_alignment', str(_ALIGNMENT).encode())
-    add_text('byteorder', b'little')
-    for index, tensor in enumerate(tensors.values()):
-      add(f'data/{index}', np.ascontiguousarray(tensor).reshape(-1).view(np.uint8))
-    add_text('version', b'3\n')
+    writer.add(name, lazy.row_major(tensor))
+  writer.close()
 
 
-def _add_member(archive: zipfile.ZipFile, name: str, content: np.ndarray) -> None:
-  """Appends a member whose content is aligned, with a fixed date."""
-  info = zipfile.ZipInfo(name, date_time=(1980, 1, 1, 0, 0, 0))
-  info.file_size = content.size
-  zip64 = content.size >= _ZIP64_FROM
-  assert archive.fp is not None
-  start = archive.fp.tell() + 30 + len(name.encode()) + 4 + (20 if zip64 else 0)
-  padding = -start % _ALIGNMENT
-  info.extra = struct.pack('<2sH', b'FB', padding) + b'Z' * padding
-  with archive.open(info, 'w', force_zip64=zip64) as member:
-    for begin in range(0, content.size, _CHUNK):
-      member.write(content[begin : begin + _CHUNK].data)
-
-
-def _pickle(
-  tensors: dict[str, np.ndarray], names: dict[np.dtype, str]
-) -> Iterator[bytes]:
+def _pickle(specs: Specs, names: dict[np.dtype, str]) -> Iterator[bytes]:
   """The pickle of the state dict, protocol 2, piece by piece."""
   empty_dict = _global('collections OrderedDict') + b')R'
   yield pickle.PROTO + b'\2' + empty_dict + pickle.MARK
-  for index, (name, tensor) in enumerate(tensors.items()):
+  for index, (name, spec) in enumerate(specs.items()):
     strides, step = [], 1
-    for n in reversed(tensor.shape):
+    for n in reversed(spec.shape):
       strides.append(step)
       step *= max(n, 1)
     yield _unicode(name) + _global('torch._utils _rebuild_tensor_v2') + pickle.MARK
-    yield pickle.MARK + _unicode('storage') + _global(f'torch {names[tensor.dtype]}')
-    yield _unicode(str(index)) + _unicode('cpu') + _integer(tensor.size)
+    yield pickle.MARK + _unicode('storage') + _global(f'torch {names[spec.dtype]}')
+    yield _unicode(str(index)) + _unicode('cpu') + _integer(spec.size)
     yield pickle.TUPLE + pickle.BINPERSID + _integer(0)
-    yield _integers(tensor.shape) + _integers(strides[::-1])
+    yield _integers(spec.shape) + _integers(strides[::-1])
     yield pickle.NEWFALSE + empty_dict + pickle.TUPLE + pickle.REDUCE
   yield pickle.SETITEMS + pickle.STOP
 

@@ -1,10 +1,12 @@
 """Decodes a file into a checkpoint again.
 
   rotbits decode --input=FILE --output=DIR [--format=safetensors|slicegpt]
+    [--shard_size=2GB]
 
 `safetensors` writes DIR/model.safetensors with the tensor names, shapes and dtypes of
 the checkpoint that was encoded; `slicegpt` the .pt and .json that Microsoft's SliceGPT
-reads. The other files that lay beside the checkpoint come back too.
+reads. The other files that lay beside the checkpoint come back too. FILE may be the
+path that shards were written to, or their index. One layer at a time is in memory.
 """
 
 import sys
@@ -13,7 +15,7 @@ import typing
 from absl import flags
 
 import rotbits_jax
-from rotbits_jax.checkpoints.checkpoint import Format
+from rotbits_jax import checkpoints
 from rotbits_jax.cli import program
 
 FLAGS = flags.FlagValues()
@@ -26,17 +28,29 @@ _OUTPUT = flags.DEFINE_string(
 _FORMAT = flags.DEFINE_enum(
   'format',
   'safetensors',
-  typing.get_args(Format),
+  typing.get_args(checkpoints.Format),
   'The form of the weights.',
+  flag_values=FLAGS,
+)
+
+
+_SHARD_SIZE = flags.DEFINE_string(
+  'shard_size',
+  None,
+  'Bytes of one file of weights, at most, like 2GB; one file unless said otherwise.',
   flag_values=FLAGS,
 )
 
 
 def main() -> None:
   program.check_output_directory(_OUTPUT.value)
-  checkpoint = rotbits_jax.decode_checkpoint(_INPUT.value, progress=True)
-  form = typing.cast(Format, _FORMAT.value)
-  rotbits_jax.save_checkpoint(checkpoint, _OUTPUT.value, format=form)
+  rotbits_jax.decode_to_directory(
+    _INPUT.value,
+    _OUTPUT.value,
+    format=typing.cast(checkpoints.Format, _FORMAT.value),
+    shard_size=program.parse_size('shard_size', _SHARD_SIZE.value),
+    progress=True,
+  )
   print(f'wrote {_OUTPUT.value}')
 
 

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import pathlib
+import re
 import sys
 from typing import Any
 
@@ -94,9 +95,23 @@ def check_output_directory(path: str) -> None:
 
 def read_model(path: str) -> rotbits_jax.Checkpoint:
   """Reads a checkpoint's directory, its weights file, or a rotbits file."""
-  if os.path.isfile(path) and _is_container(path):
+  if _is_container(path):
     return rotbits_jax.decode_checkpoint(path, progress=True)
   return rotbits_jax.load_checkpoint(path)
+
+
+def parse_size(name: str, text: str | None) -> int | None:
+  """A count of bytes, like 2GB or 500MB.
+
+  Raises:
+    ValueError: if it is none.
+  """
+  if text is None:
+    return None
+  found = re.fullmatch(r'(\d{1,12})(|KB|MB|GB)', text.strip(), re.ASCII)
+  if found is None or not int(found[1]):
+    raise ValueError(f'--{name} must be a size like 2GB or 500MB, got {text!r}')
+  return int(found[1]) * {'': 1, 'KB': 10**3, 'MB': 10**6, 'GB': 10**9}[found[2]]
 
 
 def read_text(path: str) -> str:
@@ -115,6 +130,11 @@ def read_text(path: str) -> str:
 
 
 def _is_container(path: str) -> bool:
+  """Whether a path is that of an encoded file, of shards, or of their index."""
+  if not os.path.isfile(path):
+    return os.path.isfile(f'{path}.index.json')
+  if path.endswith('.index.json') and not path.endswith('.safetensors.index.json'):
+    return True
   try:
     with safetensors.safe_open(path, 'numpy') as file:
       return (file.metadata() or {}).get('format') == container.FORMAT

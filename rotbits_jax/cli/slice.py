@@ -23,7 +23,6 @@ import rotbits_jax
 from rotbits_jax import evaluation
 from rotbits_jax import slicing
 from rotbits_jax.cli import program
-from rotbits_jax.symmetries import transform
 
 MAX_SEQUENCE_LENGTH = 2048  # SliceGPT's default; fewer if the model has fewer positions
 
@@ -118,18 +117,15 @@ def main() -> None:
     progress=True,
   )
   unrounded = dataclasses.replace(unrounded, stored_as=stored_as)
-  if not transform.is_within(unrounded.params, transform.limit(unrounded)):
-    raise ValueError(f'{_MODEL.value}: sliced, it has numbers beyond {stored_as}')
-  model = transform.rounded(unrounded)
+  model = unrounded.rounded()
   path = pathlib.Path(_MODEL.value).resolve()
   stem = f'{path.name if path.is_dir() else path.stem}_{_SPARSITY.value}'
   checkpoint = slicing.sliced_checkpoint(dense, model, stem)
   rotbits_jax.save_checkpoint(checkpoint, _OUTPUT.value, format='slicegpt')
   if _ENCODED.value is not None:
-    data = rotbits_jax.encode(
-      unrounded, files=checkpoint.files, stem=stem, progress=True
+    rotbits_jax.encode_to_file(
+      unrounded, _ENCODED.value, files=checkpoint.files, stem=stem, progress=True
     )
-    rotbits_jax.write_file(_ENCODED.value, data)
   weights = pathlib.Path(_OUTPUT.value, f'{stem}.pt')
   width = model.config.segment_widths[0]
   print(

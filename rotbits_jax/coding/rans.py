@@ -198,7 +198,6 @@ def _push_step(
 ) -> _Pushing:
   state, words, size = lanes
   count = state.shape[0]
-  full = (state >> 16) >= (frequency << (16 - precision))
   # The word is written whether the lane is full or not: if it is not, the size stays
   # and the next push overwrites it. This keeps the scatter free of masks. Flat indices,
   # since XLA for CPU does not vectorise two-dimensional ones.
@@ -206,9 +205,7 @@ def _push_step(
   words = words.at[row * count + jnp.arange(count)].set(
     state.astype(jnp.uint16), mode='promise_in_bounds', unique_indices=True
   )
-  state = jnp.where(full, state >> 16, state)
-  quotient, remainder = _divmod(state, frequency)
-  state = (quotient << precision) + remainder + start
+  state, full = push_state(state, start, frequency, precision)
   return state, words, size + full.astype(jnp.int32)
 
 
@@ -219,8 +216,7 @@ def _pop_step(
   count = state.shape[0]
   slot = state & jnp.uint32((1 << precision) - 1)
   symbol, start, frequency = lookup(slot)
-  state = frequency * (state >> precision) + slot - start
-  dry = state < jnp.uint32(1 << 16)
+  state, dry = pop_state(state, start, frequency, precision)
   size = size - dry.astype(jnp.int32)
   # After underflow the size is negative; clipping keeps the read defined.
   row = jnp.clip(size, 0, words.shape[0] // max(count, 1) - 1)
@@ -246,6 +242,45 @@ def _popped(message: Message, lanes: _Popping) -> Message:
   # Sizes only shrink in a pop, so the last is the least.
   lowest = jnp.minimum(message.lowest, size)
   return message._replace(state=state, size=size, lowest=lowest)
+
+
+def push_state(
+  state: jax.Array, start: jax.Array, frequency: jax.Array, precision: int
+) -> tuple[jax.Array, jax.Array]:
+  """What a push does to the states.
+
+  Args:
+    state: uint32 `[N]`.
+    start: as in `push`.
+    frequency: as in `push`.
+    precision: as in `push`.
+
+  Returns:
+    The new states; and whether the low 16 bits of the old one move to the stack.
+  """
+  full = (state >> 16) >= (frequency << (16 - precision))
+  state = jnp.where(full, state >> 16, state)
+  quotient, remainder = _divmod(state, frequency)
+  return (quotient << precision) + remainder + start, full
+
+
+def pop_state(
+  state: jax.Array, start: jax.Array, frequency: jax.Array, precision: int
+) -> tuple[jax.Array, jax.Array]:
+  """What a pop does to the states, before words are read.
+
+  Args:
+    state: uint32 `[N]`.
+    start: uint32 `[N]`, of the interval that holds the state's low bits.
+    frequency: uint32 `[N]`, likewise.
+    precision: as in `push`.
+
+  Returns:
+    The new states; and whether they are to be shifted to make room for a word.
+  """
+  slot = state & jnp.uint32((1 << precision) - 1)
+  state = frequency * (state >> precision) + slot - start
+  return state, state < jnp.uint32(1 << 16)
 
 
 def _check_precision(precision: int) -> None:

@@ -102,8 +102,12 @@ def from_bytes(data: bytes, count: int, alphabet: int) -> np.ndarray:
   Raises:
     ValueError: if the bytes are not that many valid tables.
   """
+  unpacker, most = zlib.decompressobj(), 2 * count * (alphabet + 2)
   try:
-    halves = np.frombuffer(zlib.decompress(data), np.uint8).reshape(2, -1)
+    unpacked = unpacker.decompress(data, most + 1)
+    if not unpacker.eof or unpacker.unused_data or len(unpacked) > most:
+      raise ValueError('it is cut short, or too long')
+    halves = np.frombuffer(unpacked, np.uint8).reshape(2, -1)
   except (zlib.error, ValueError) as error:
     raise ValueError(f'not a frequency table: {error}') from error
   values = halves[0].astype(np.int64) | halves[1].astype(np.int64) << 8

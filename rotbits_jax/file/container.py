@@ -1,187 +1,290 @@
-"""The file: a valid safetensors file whose tensors are the coded streams.
+"""The container: a valid safetensors file whose tensors are streams of bytes.
 
     8 bytes, little-endian: length of the header
-    header, JSON:  {"__metadata__": {"format": "rotbits", "version": "1",
-                                     "manifest": "...", "manifest_crc32": "..."},
-                    "<stream>": {"dtype", "shape", "data_offsets"}, ...}
-    the streams
+    header, JSON, filled up with spaces:
+        {"__metadata__": {"format": "rotbits", "version": "3",
+                          "manifest_crc32": "..."},
+         "<stream>": {"dtype": "U8", "shape": [n], "data_offsets": [begin, end]}, ...}
+    the streams, one after the other
 
-The manifest is a JSON object that `codec` writes; this module adds a "streams" entry
-with the dtype, the length and the CRC-32 of each, so that a flipped bit anywhere is
-noticed before anything is decoded. Any safetensors library opens the file.
+The stream `manifest` is the JSON object that `manifest` describes; it has the length
+and the CRC-32 of every other stream. Streams are appended as they come: the room for
+the header is known from their names before there is any. Any safetensors library opens
+the file.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Sequence
 import json
 import os
 import pathlib
 import struct
-import tempfile
-from typing import Any
+from typing import Any, BinaryIO
 import zlib
 
 import numpy as np
 
 FORMAT = 'rotbits'
-VERSION = 2
-Manifest = dict[str, Any]
+VERSION = 3
+MANIFEST = 'manifest'
 
-_DTYPES: dict[str, np.dtype[Any]] = {'U8': np.dtype('<u1'), 'U16': np.dtype('<u2')}
-_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+Readable = str | os.PathLike[str] | bytes | bytearray | memoryview | BinaryIO
+"""What a file can be read from: its path, its bytes, or a binary file that is open."""
+
+_MOST = 10**15  # bytes of a file, to reserve room for the header
+_PIECE = 1 << 24  # bytes that are read at a time
+_MOST_HEADER = 100_000_000  # bytes; the safetensors library's own limit
 
 
 class ContainerError(ValueError):
-  """A file that is not a rotbits file, or is damaged, or is of a later version."""
+  """A file that is not a rotbits file, or is damaged, or is of another version."""
 
 
-def pack(manifest: Manifest, streams: Mapping[str, np.ndarray]) -> bytes:
-  """The file's bytes.
+class StreamWriter:
+  """Writes streams to a file, one after the other, and the header last."""
 
-  Args:
-    manifest: JSON values.
-    streams: one-dimensional arrays, uint8 or uint16, by name.
+  def __init__(self, file: BinaryIO, names: Sequence[str]):
+    """Reserves room for the header.
 
-  Returns:
-    A safetensors file.
-  """
-  entries = {
-    name: [_NAMES[stream.dtype], stream.size, zlib.crc32(stream.tobytes())]
-    for name, stream in streams.items()
-  }
-  text = json.dumps({**manifest, 'streams': entries}, separators=(',', ':'))
+    Args:
+      file: empty, open for writing, and seekable.
+      names: of all streams that may come, without the manifest.
+    """
+    most = dict.fromkeys((*names, MANIFEST), (_MOST, _MOST))
+    self._room = len(_header(most, 0xFFFFFFFF))
+    self._names = {*names, MANIFEST}
+    self._file = file
+    self._streams: dict[str, tuple[int, int]] = {}
+    self._end = self._next = self._crc = 0
+    self._open: str | None = None
+    file.write(bytes(8 + self._room))
+
+  def append(self, name: str, parts: Iterable[Any]) -> tuple[int, int]:
+    """Writes one stream.
+
+    Args:
+      name: of the stream.
+      parts: its bytes, in pieces with the buffer protocol.
+
+    Returns:
+      The stream's length and its CRC-32.
+    """
+    for part in parts:
+      self.extend(name, part)
+    return self.close(name)
+
+  def extend(self, name: str, part: Any) -> None:
+    """Writes a piece of the stream that is open, or opens one."""
+    if name not in self._names or name in self._streams:
+      raise ValueError(f'{name}: no room was reserved for such a stream')
+    if self._open not in (None, name):
+      raise ValueError(f'{name}: the stream {self._open} is still open')
+    self._open = name
+    view = memoryview(np.ascontiguousarray(part)).cast('B')
+    self._crc = zlib.crc32(view, self._crc)
+    self._file.write(view)
+    self._next += view.nbytes
+
+  def close(self, name: str) -> tuple[int, int]:
+    """Ends a stream, which may be empty; see `append`."""
+    self._streams[name] = self._end, self._next
+    nbytes, crc = self._next - self._end, self._crc
+    self._open, self._end, self._crc = None, self._next, 0
+    return nbytes, crc
+
+  def keep(self, name: str, nbytes: int) -> None:
+    """Counts a stream that an earlier run has appended already."""
+    self._streams[name] = self._end, self._end + nbytes
+    self._end = self._next = self._end + nbytes
+    self._file.seek(self.start + self._end)
+
+  def finish(self, manifest: bytes) -> None:
+    """Appends the manifest and writes the header."""
+    _, crc = self.append(MANIFEST, [np.frombuffer(manifest, np.uint8)])
+    header = _header(self._streams, crc)
+    self._file.seek(0)
+    self._file.write(struct.pack('<Q', self._room))
+    self._file.write(header + b' ' * (self._room - len(header)))
+
+  @property
+  def start(self) -> int:
+    """Where the first stream begins in the file."""
+    return 8 + self._room
+
+
+def _header(streams: dict[str, tuple[int, int]], manifest_crc32: int) -> bytes:
   metadata = {
     'format': FORMAT,
     'version': str(VERSION),
-    'manifest': text,
-    'manifest_crc32': str(zlib.crc32(text.encode())),
+    'manifest_crc32': str(manifest_crc32),
   }
-  # Not by the safetensors package, which writes metadata in an order of chance: the
-  # same input must give the same bytes.
   header: dict[str, Any] = {'__metadata__': metadata}
-  aligned = sorted(streams.items(), key=lambda item: -item[1].itemsize)
-  offset = 0
-  for name, stream in aligned:
-    end = offset + stream.nbytes
+  for name, (begin, end) in streams.items():
     header[name] = {
-      'dtype': _NAMES[stream.dtype],
-      'shape': [stream.size],
-      'data_offsets': [offset, end],
+      'dtype': 'U8',
+      'shape': [end - begin],
+      'data_offsets': [begin, end],
     }
-    offset = end
-  head = json.dumps(header, separators=(',', ':')).encode()
-  head += b' ' * (-len(head) % 8)
-  parts = [stream.tobytes() for _, stream in aligned]
-  return b''.join([struct.pack('<Q', len(head)), head, *parts])
+  text = json.dumps(header, separators=(',', ':')).encode()
+  return text + b' ' * (-len(text) % 8)
 
 
-class Container:
-  """A packed file, opened: its manifest, and its streams by name.
+class StreamReader:
+  """The streams of a container.
 
-  Streams are views of the buffer they are read from and are checked when asked for.
+  A stream is a view of a memory map of its own, so that its pages are released with it.
   """
 
-  def __init__(self, buffer: Any):
+  def __init__(self, source: Readable):
     """Reads the header.
-
-    Args:
-      buffer: bytes, or anything with the buffer protocol such as a memory map.
 
     Raises:
       ContainerError: if this is no rotbits file, or its header is damaged.
+      OSError: if the path cannot be read.
     """
-    self._buffer = memoryview(buffer)
-    self.size = self._buffer.nbytes
-    header, start = _read_header(self._buffer)
-    metadata = header.pop('__metadata__', None)
-    if not isinstance(metadata, dict) or metadata.get('format') != FORMAT:
-      raise ContainerError('not a rotbits file')
-    if metadata.get('version') != str(VERSION):
-      raise ContainerError(
-        f'version {metadata.get("version")} of the format, this program reads {VERSION}'
-      )
-    text = str(metadata.get('manifest'))
-    if metadata.get('manifest_crc32') != str(zlib.crc32(text.encode())):
-      raise ContainerError('the manifest is damaged: its checksum differs')
-    self.manifest: Manifest = json.loads(text)
-    self._streams: dict[str, tuple[np.ndarray, int]] = {}
-    entries = self.manifest.pop('streams')
-    if set(entries) != set(header):
-      raise ContainerError('the header and the manifest name different streams')
-    total = start + sum(n * _DTYPES[dtype].itemsize for dtype, n, _ in entries.values())
-    if total != self.size:
-      raise ContainerError(
-        f'the file is cut short or too long: {self.size} bytes, not {total}'
-      )
-    for name, (dtype, length, checksum) in entries.items():
-      begin, end = _offsets(header[name], name, dtype, length)
-      data = np.frombuffer(self._buffer[start + begin : start + end], _DTYPES[dtype])
-      self._streams[name] = data, checksum
+    self._source = source
+    if isinstance(source, (str, os.PathLike)):
+      self.name = os.fspath(source)
+      self.size = pathlib.Path(source).stat().st_size
+      if not pathlib.Path(source).is_file():
+        raise ContainerError(f'{self.name}: not a file')
+    elif isinstance(source, (bytes, bytearray, memoryview)):
+      self.name, self.size = '', memoryview(source).nbytes
+    else:
+      self.name = str(getattr(source, 'name', ''))
+      self.size = source.seek(0, os.SEEK_END)
+    with self.errors():
+      self._streams, self._start, self.manifest_crc32 = self._read_header()
 
-  def __contains__(self, name: str) -> bool:
-    return name in self._streams
+  def errors(self) -> '_Named':
+    """A context that puts the file's name before what is wrong with it."""
+    return _Named(self.name)
+
+  def names(self) -> list[str]:
+    """Of the streams, in their order."""
+    return list(self._streams)
+
+  def nbytes(self, name: str) -> int:
+    """Length of a stream."""
+    begin, end = self._streams[name]
+    return end - begin
 
   def stream(self, name: str) -> np.ndarray:
-    """A stream by name.
+    """The bytes of a stream: uint8 `[n]`, read-only.
+
+    Raises:
+      ContainerError: if there is no such stream.
+    """
+    if name not in self._streams:
+      raise ContainerError(f'{name}: no such stream')
+    begin, end = self._streams[name]
+    return self._bytes(self._start + begin, end - begin)
+
+  def check(self, name: str, nbytes: int, crc32: int) -> None:
+    """Refuses a stream of another length or checksum; reads it in pieces.
 
     Raises:
       ContainerError: if it is damaged or missing.
     """
     if name not in self._streams:
       raise ContainerError(f'{name}: no such stream')
-    data, checksum = self._streams[name]
-    if zlib.crc32(data.data) != checksum:
+    begin, end = self._streams[name]
+    crc = 0
+    for start in range(begin, end, _PIECE):
+      count = min(_PIECE, end - start)
+      crc = zlib.crc32(self._bytes(self._start + start, count), crc)
+    if end - begin != nbytes or crc != crc32:
       raise ContainerError(f'{name}: the stream is damaged: its checksum differs')
+
+  def _bytes(self, begin: int, count: int) -> np.ndarray:
+    source = self._source
+    if not count:
+      return np.zeros(0, np.uint8)
+    if isinstance(source, (str, os.PathLike)):
+      return np.memmap(source, np.uint8, 'r', begin, (count,))
+    if isinstance(source, (bytes, bytearray, memoryview)):
+      return np.frombuffer(
+        memoryview(source).cast('B')[begin : begin + count], np.uint8
+      )
+    source.seek(begin)
+    data = np.frombuffer(source.read(count), np.uint8)
+    if data.size != count:
+      raise ContainerError('the file is cut short')
     return data
 
-  def nbytes(self, name: str) -> int:
-    """Bytes of a stream."""
-    return self._streams[name][0].nbytes
+  def _read_header(self) -> tuple[dict[str, tuple[int, int]], int, int]:
+    if self.size < 8:
+      raise ContainerError('not a rotbits file: it has fewer than 8 bytes')
+    (length,) = struct.unpack('<Q', self._bytes(0, 8).tobytes())
+    if length > min(self.size - 8, _MOST_HEADER):
+      raise ContainerError('not a rotbits file, or cut short within its header')
+    header = parse_json(self._bytes(8, length).tobytes(), 'header')
+    metadata = header.pop('__metadata__', None) if isinstance(header, dict) else None
+    if not isinstance(metadata, dict) or metadata.get('format') != FORMAT:
+      raise ContainerError('not a rotbits file')
+    if metadata.get('version') != str(VERSION):
+      raise ContainerError(
+        f'version {str(metadata.get("version"))[:20]} of the format, '
+        f'this program reads {VERSION}'
+      )
+    crc = metadata.get('manifest_crc32')
+    if not (isinstance(crc, str) and crc.isascii() and crc.isdigit() and len(crc) < 11):
+      raise ContainerError('the header is damaged: it has no checksum of the manifest')
+    streams: dict[str, tuple[int, int]] = {}
+    end = 0
+    for name, entry in header.items():
+      size = _size(entry, end)
+      if size is None:
+        raise ContainerError(f'{name}: the header says nothing sensible of the stream')
+      streams[name] = end, end + size
+      end += size
+    if 8 + length + end != self.size:
+      raise ContainerError(
+        f'the file is cut short or too long: {self.size} bytes, not {8 + length + end}'
+      )
+    if MANIFEST not in streams:
+      raise ContainerError('the file has no manifest')
+    return streams, 8 + length, int(crc)
 
-  def stream_bytes(self) -> int:
-    """Bytes of all streams together; the rest of the file is the header."""
-    return sum(self.nbytes(name) for name in self._streams)
+
+def _size(entry: Any, begin: int) -> int | None:
+  """Length of a stream that begins there; None if the header's entry is malformed."""
+  if not isinstance(entry, dict) or set(entry) != {'dtype', 'shape', 'data_offsets'}:
+    return None
+  shape, offsets = entry['shape'], entry['data_offsets']
+  if entry['dtype'] != 'U8' or not isinstance(shape, list) or len(shape) != 1:
+    return None
+  size = shape[0]
+  if type(size) is not int or not 0 <= size < _MOST:
+    return None
+  return size if offsets == [begin, begin + size] else None
 
 
-def _read_header(buffer: memoryview) -> tuple[dict[str, Any], int]:
-  """The header and where the streams start."""
-  if buffer.nbytes < 8:
-    raise ContainerError('not a rotbits file: it has fewer than 8 bytes')
-  (length,) = struct.unpack('<Q', buffer[:8])
-  if length > buffer.nbytes - 8:
-    raise ContainerError('not a rotbits file, or cut short within its header')
+class _Named:
+  def __init__(self, name: str):
+    self._name = name
+
+  def __enter__(self) -> None:
+    return None
+
+  def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
+    named = self._name and isinstance(error, ContainerError)
+    if named and not str(error).startswith(self._name):
+      raise ContainerError(f'{self._name}: {error}') from error
+
+
+def parse_json(data: bytes, where: str) -> Any:
+  """JSON that a stranger may have written.
+
+  Raises:
+    ContainerError: if it is not JSON, is nested too deeply, or has NaN or infinity.
+  """
+
+  def refuse(constant: str) -> Any:
+    raise ContainerError(f'the {where} is damaged: it has the number {constant}')
+
   try:
-    header = json.loads(bytes(buffer[8 : 8 + length]))
-  except ValueError as error:
-    raise ContainerError('not a rotbits file, or its header is damaged') from error
-  if not isinstance(header, dict):
-    raise ContainerError('not a rotbits file')
-  return header, 8 + length
-
-
-def _offsets(entry: Any, name: str, dtype: str, length: int) -> tuple[int, int]:
-  """Where a stream lies, checked against what the manifest says of it."""
-  size = length * _DTYPES[dtype].itemsize
-  try:
-    begin, end = entry['data_offsets']
-    agrees = (entry['dtype'], entry['shape'], end - begin) == (dtype, [length], size)
-  except (KeyError, TypeError, ValueError):
-    agrees = False
-  if not agrees:
-    raise ContainerError(f'{name}: the header and the manifest disagree')
-  return begin, end
-
-
-def write_file(path: str | os.PathLike[str], data: bytes) -> None:
-  """Writes a file whole or not at all: to a temporary one that is then renamed."""
-  path = pathlib.Path(path)
-  handle, temporary = tempfile.mkstemp(prefix=f'.{path.name}.', dir=path.parent)
-  try:
-    with os.fdopen(handle, 'wb') as file:
-      file.write(data)
-    mask = os.umask(0)
-    os.umask(mask)
-    os.chmod(temporary, 0o666 & ~mask)  # mkstemp's files are private
-    os.replace(temporary, path)
-  except BaseException:
-    os.unlink(temporary)
+    return json.loads(data, parse_constant=refuse)
+  except ContainerError:
     raise
+  except (ValueError, RecursionError) as error:
+    raise ContainerError(f'not a rotbits file, or its {where} is damaged') from error

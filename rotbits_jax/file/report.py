@@ -2,7 +2,8 @@
 
 from typing import Any, NamedTuple
 
-from rotbits_jax.file import container
+from rotbits_jax.file import reader as reader_lib
+from rotbits_jax.symmetries import transform
 
 
 class Source(NamedTuple):
@@ -68,32 +69,43 @@ class Report(NamedTuple):
     return '\n'.join(lines)
 
 
-def from_container(opened: container.Container) -> Report:
-  """The report of an opened file."""
-  manifest = opened.manifest
-  savings = manifest['savings']
-  files = [f'files/{name}' for name, _ in manifest['files']]
-  file_bytes = sum(opened.nbytes(name) for name in files)
-  coded_bytes = opened.stream_bytes() - file_bytes
-  uncoded_bytes = manifest['input_bytes'] - sum(s['bytes'] for s in savings)
-  sources = [Source(s['name'], s['numbers'], s['bytes']) for s in savings]
-  order_bytes = int(manifest['order_bits'] // 8)
+def from_reader(reader: reader_lib.Reader) -> Report:
+  """The report of an opened file, or of all its shards."""
+  holders: list[Any] = []
+  for own in reader.manifests:
+    holders += own.units if own.message is None else [*own.units, own.message]
+  savings: dict[str, transform.Saving] = {}
+  for saving in (saving for holder in holders for saving in holder.savings):
+    total = savings.get(saving.name, transform.Saving(saving.name, 0, 0, []))
+    savings[saving.name] = transform.Saving(
+      saving.name,
+      total.numbers + saving.numbers,
+      total.bytes + saving.bytes,
+      total.notes + saving.notes,
+    )
+  numbers = sum(holder.input_numbers for holder in holders)
+  input_bytes = sum(holder.input_bytes for holder in holders)
+  file_bytes = sum(file.nbytes for own in reader.manifests for file in own.files)
+  coded_bytes = reader.stream_bytes() - file_bytes
+  uncoded_bytes = input_bytes - sum(saving.bytes for saving in savings.values())
+  sources = [Source(x.name, x.numbers, x.bytes) for x in savings.values()]
+  order_bytes = int(sum(unit.order_bits for unit in reader.units.values()) // 8)
   if order_bytes:
     sources.append(Source('neuron order', 0, order_bytes))
   sources += [
     Source('coding', 0, uncoded_bytes - coded_bytes - order_bytes),
     Source('tokenizer and settings', 0, -file_bytes),
-    Source('file overhead', 0, opened.stream_bytes() - opened.size),
+    Source('file overhead', 0, reader.stream_bytes() - reader.size),
   ]
   return Report(
-    preset=manifest['preset'],
-    family=manifest['config']['family'] if 'config' in manifest else None,
-    input_numbers=manifest['numbers']['input'],
-    stored_numbers=manifest['numbers']['stored'],
-    input_bytes=manifest['input_bytes'],
-    file_bytes=opened.size,
+    preset=reader.preset,
+    family=reader.config.family if reader.config else None,
+    input_numbers=numbers,
+    stored_numbers=numbers - sum(saving.numbers for saving in savings.values()),
+    input_bytes=input_bytes,
+    file_bytes=reader.size,
     sources=sources,
-    notes={s['name']: s['notes'] for s in savings if s['notes']},
+    notes={saving.name: saving.notes for saving in savings.values() if saving.notes},
   )
 
 

@@ -9,9 +9,10 @@ Shape letters used throughout the package:
 
 from collections.abc import Mapping
 import dataclasses
+import math
+import typing
 from typing import Any, Literal
 
-import jax
 import numpy as np
 
 Activation = Literal['relu', 'gelu_new', 'silu']
@@ -130,13 +131,23 @@ class ModelConfig:
 
   @classmethod
   def from_json(cls, fields: Mapping[str, Any]) -> 'ModelConfig':
-    """The inverse of `dataclasses.asdict`, also after a way through JSON."""
-    scaling = fields.get('rope_scaling')
-    nested = {
-      'segment_widths': tuple(fields['segment_widths']),
-      'rope_scaling': None if scaling is None else RopeScaling(**scaling),
-    }
-    return cls(**{**fields, **nested})
+    """The inverse of `dataclasses.asdict`, also after a way through JSON.
+
+    Raises:
+      ValueError: if a field is missing, unknown, or not of its type.
+    """
+    given = _checked(cls, fields)
+    widths, scaling = given['segment_widths'], given['rope_scaling']
+    if not isinstance(widths, list | tuple) or not all(type(n) is int for n in widths):
+      raise ValueError(f'segment_widths must be a list of widths, got {widths!r:.100}')
+    if not all(0 < n <= given['hidden_size'] for n in widths):
+      raise ValueError('segment_widths must be positive and at most hidden_size')
+    given['segment_widths'] = tuple(widths)
+    if scaling is not None:
+      if not isinstance(scaling, Mapping):
+        raise ValueError(f'rope_scaling must be an object, got {scaling!r:.100}')
+      given['rope_scaling'] = RopeScaling(**_checked(RopeScaling, scaling))
+    return cls(**given)
 
   def check_tokens(self, tokens: np.ndarray) -> None:
     """Refuses tokens outside the vocabulary.
@@ -177,72 +188,42 @@ class ModelConfig:
     return self.segment_widths[layer * step : layer * step + step + 1]
 
 
-def layer_shapes(config: ModelConfig, layer: int) -> dict[str, Any]:
-  """Shapes of one layer's parameters; kernels are `[in, out]`."""
-  widths = config.layer_widths(layer)
-  attention_in, attention_out = widths[0], widths[1]
-  mlp_in, mlp_out = (widths[0] if config.parallel_block else widths[1]), widths[-1]
-  queries = config.num_heads * config.head_dim
-  keys = config.num_kv_heads * config.head_dim
+def _checked(cls: Any, given: Mapping[str, Any]) -> dict[str, Any]:
+  """The fields of a dataclass, each of the type that it is annotated with.
 
-  def linear(inputs: int, outputs: int, bias: bool) -> dict[str, tuple[int, ...]]:
-    return {'kernel': (inputs, outputs)} | ({'bias': (outputs,)} if bias else {})
+  Raises:
+    ValueError: if one is missing and has no default, is unknown, or of another type.
+  """
+  known = {field.name: field for field in dataclasses.fields(cls)}
+  unknown = sorted(set(given) - set(known))
+  if unknown:
+    raise ValueError(f'the field {unknown[0][:40]!r} is not known')
+  found: dict[str, Any] = {}
+  for name, field in known.items():
+    if name not in given:
+      if field.default is dataclasses.MISSING:
+        raise ValueError(f'the field {name!r} is missing')
+      found[name] = field.default
+      continue
+    found[name] = _typed(name, typing.get_type_hints(cls)[name], given[name])
+  return found
 
-  shapes: dict[str, Any] = {
-    'attention': {
-      'query': linear(attention_in, queries, config.qkv_bias),
-      'key': linear(attention_in, keys, config.qkv_bias),
-      'value': linear(attention_in, keys, config.qkv_bias),
-      'out': linear(queries, attention_out, config.out_bias),
-    },
-    'mlp': {
-      'up': linear(mlp_in, config.intermediate_size, config.mlp_bias),
-      'down': linear(config.intermediate_size, mlp_out, config.mlp_bias),
-    },
-  }
-  if config.gated_mlp:
-    shapes['mlp']['gate'] = linear(mlp_in, config.intermediate_size, config.mlp_bias)
-  if config.sliced:
-    shapes['attention_shortcut'] = {'kernel': (attention_in, attention_out)}
-    if not config.parallel_block:
-      shapes['mlp_shortcut'] = {'kernel': (mlp_in, mlp_out)}
+
+def _typed(name: str, kind: Any, value: Any) -> Any:
+  if typing.get_origin(kind) is typing.Literal:
+    right = value in typing.get_args(kind)
+  elif kind is bool:
+    right = type(value) is bool
+  elif kind is str:
+    right = isinstance(value, str)
+  elif kind is float:
+    right = type(value) in (int, float) and math.isfinite(value)
+    value = float(value) if right else value
+  elif kind is int or kind == int | None:
+    right = type(value) is int and 0 <= value < 1 << 31
+    right |= value is None and kind is not int
   else:
-    shapes['attention_norm'] = norm_shapes(config)
-    if not config.parallel_block:
-      shapes['mlp_norm'] = norm_shapes(config)
-  return shapes
-
-
-def outer_shapes(config: ModelConfig) -> dict[str, Any]:
-  """Shapes of the parameters outside the layers."""
-  first, last = config.segment_widths[0], config.segment_widths[-1]
-  shapes: dict[str, Any] = {'embed': {'tokens': (config.vocab_size, first)}}
-  if config.learned_positions:
-    shapes['embed']['positions'] = (config.learned_positions, first)
-  if not config.sliced:
-    shapes['final_norm'] = norm_shapes(config)
-  if not config.tied_head:
-    shapes['head'] = {'kernel': (last, config.vocab_size)}
-    if config.head_bias:
-      shapes['head']['bias'] = (config.vocab_size,)
-  return shapes
-
-
-def norm_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-  """Shapes of a dense model's norm."""
-  names = ('scale', 'bias') if config.norm == 'layernorm' else ('scale',)
-  return dict.fromkeys(names, (config.hidden_size,))
-
-
-def count_numbers(config: ModelConfig) -> int:
-  """How many numbers the checkpoint of a model with this config holds."""
-  trees = [outer_shapes(config)]
-  trees += [layer_shapes(config, layer) for layer in range(config.num_layers)]
-  leaves = jax.tree.leaves(trees, is_leaf=lambda x: isinstance(x, tuple))
-  total = 0
-  for shape in leaves:
-    size = 1
-    for n in shape:
-      size *= n
-    total += size
-  return total
+    right = True  # nested fields are checked where they are read
+  if not right:
+    raise ValueError(f'{name} cannot be {value!r:.100}')
+  return value

@@ -1,9 +1,9 @@
 """The in-memory form of a model: parameters as a Flax PyTree, layers stacked."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 import dataclasses
 import itertools
-from typing import Any, TypeVar
+from typing import Any
 
 from flax import struct
 import jax
@@ -14,7 +14,6 @@ from rotbits_jax import structured
 from rotbits_jax.models import config as config_lib
 
 Params = dict[str, Any]
-T = TypeVar('T')
 
 
 @struct.dataclass
@@ -60,6 +59,33 @@ class Model:
       for index in range(size):
         yield unstack_layer(self.params[f'blocks_{group}'], index)
 
+  def layer(self, index: int) -> Params:
+    """The parameters of one layer, unstacked."""
+    for group, size in enumerate(self.group_sizes):
+      if index < size:
+        return unstack_layer(self.params[f'blocks_{group}'], index)
+      index -= size
+    raise IndexError(f'the model has {self.config.num_layers} layers')
+
+  def specs(self, index: int | None) -> Params:
+    """What `layer` returns, or `outer` for None: shapes and dtypes are known."""
+    return self.outer() if index is None else self.layer(index)
+
+  def rounded(self) -> 'Model':
+    """The model as it is stored: rounded to `stored_as`, where that is set.
+
+    Raises:
+      ValueError: if a number is too large for that dtype.
+    """
+    if self.stored_as is None:
+      return self
+    dtype = np.dtype(jnp.dtype(self.stored_as))
+    params = structured.astype(jax.device_get(self.params), dtype)
+    for path, leaf in structured.flatten(params).items():
+      if not all(np.isfinite(np.float32(x)).all() for x in jax.tree.leaves(leaf)):
+        raise ValueError(f'{path} has numbers that {dtype} cannot hold')
+    return dataclasses.replace(self, params=params, stored_as=None)
+
   def materialize(
     self, *, but: tuple[type[structured.Structured], ...] = ()
   ) -> 'Model':
@@ -71,61 +97,49 @@ class Model:
     Returns:
       The model.
     """
-    params = dict(self.params)
-    embed = params['embed']
-    if isinstance(embed['tokens'], structured.TiedToHead):
-      head = structured.materialize(params['head'])
-      params['embed'] = embed | {'tokens': embed['tokens'].expand(head['kernel'])}
-    params = jax.tree.map(
-      lambda x: x if isinstance(x, but) else structured.materialize(x),
-      params,
-      is_leaf=structured.is_structured,
-    )
-    return dataclasses.replace(self, params=params)
+    return dataclasses.replace(self, params=materialize(self.params, but=but))
 
 
-# What the sublayers write the residual stream with; their other linears read it.
-WRITERS = {'attention': 'out', 'mlp': 'down'}
-
-
-def map_sublayers(
-  layer: Params,
-  *,
-  read: Callable[[str, Params], Params],
-  write: Callable[[str, Params], Params],
+def materialize(
+  params: Params, *, but: tuple[type[structured.Structured], ...] = ()
 ) -> Params:
-  """Applies functions to the linears of one layer.
+  """Replaces structured leaves by the arrays they stand for.
 
   Args:
-    layer: parameters of a layer.
-    read: takes 'attention' or 'mlp' and the parameters of a linear that reads the
-      residual stream, and returns what stands for these.
-    write: the same for the linears that write it.
+    params: nested dicts that hold the parameters that leaves need.
+    but: kinds of leaves that stay.
 
   Returns:
-    The sublayers 'attention' and 'mlp', and nothing else that the layer has.
+    The parameters.
   """
-  return {
-    sublayer: {
-      name: (write if name == writer else read)(sublayer, linear)
-      for name, linear in layer[sublayer].items()
-    }
-    for sublayer, writer in WRITERS.items()
+  own = {
+    path: leaf
+    if isinstance(leaf, (*but, structured.Dependent))
+    else structured.materialize(leaf)
+    for path, leaf in structured.flatten(params).items()
   }
+  return expand(structured.unflatten(own), but=but)
 
 
-def ends(segments: tuple[T, ...]) -> dict[str, tuple[T, T]]:
-  """What each sublayer reads and writes, of the residual segments that a layer touches.
+def expand(
+  params: Params, *, but: tuple[type[structured.Structured], ...] = ()
+) -> Params:
+  """Replaces leaves that need other parameters by the arrays they stand for.
 
   Args:
-    segments: the input, the one between attention and MLP unless blocks are parallel,
-      and the output.
+    params: nested dicts that hold the parameters that such leaves need.
+    but: kinds of leaves that stay.
+
+  Returns:
+    The parameters.
   """
-  # With parallel blocks both sublayers read the first and write the last.
-  return {
-    'attention': (segments[0], segments[1]),
-    'mlp': (segments[-2], segments[-1]),
+  flat = structured.flatten(params)
+  expanded = {
+    path: leaf.expand(*(structured.materialize(flat[name]) for name in leaf.needs))
+    for path, leaf in flat.items()
+    if isinstance(leaf, structured.Dependent) and not isinstance(leaf, but)
   }
+  return structured.unflatten(flat | expanded)
 
 
 def unstack_layer(block: Params, index: int) -> Params:
@@ -157,7 +171,7 @@ def from_layers(
     The model.
   """
   params = dict(outer)
-  runs = [list(run) for _, run in itertools.groupby(layers, _kind)]
+  runs = [list(run) for _, run in itertools.groupby(layers, stack_key)]
   for i, run in enumerate(runs):
     params[f'blocks_{i}'] = stack_layers(run, len(run))
   return Model(params, buffers or {}, config, stored_as)
@@ -199,7 +213,9 @@ def _join(leaves: list[Any]) -> Any:
   return jnp.stack(leaves)
 
 
-def _kind(layer: Params) -> Any:
-  """Hashable; equal for layers that can share a stack."""
-  leaves, treedef = jax.tree.flatten(layer, is_leaf=structured.is_structured)
-  return treedef, tuple((type(x), x.shape, str(x.dtype)) for x in leaves)
+def stack_key(layer: Params) -> tuple[Any, ...]:
+  """Equal for layers that can share a stack: the one rule for which layers do."""
+  return tuple(
+    (path, *structured.stack_key(leaf))
+    for path, leaf in sorted(structured.flatten(layer).items(), key=lambda x: x[0])
+  )

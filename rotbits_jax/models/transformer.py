@@ -15,6 +15,7 @@ import numpy as np
 from rotbits_jax import structured
 from rotbits_jax.models import config as config_lib
 from rotbits_jax.models import model as model_lib
+from rotbits_jax.models import shapes as shapes_lib
 
 ACTIVATIONS: dict[config_lib.Activation, Callable[[jax.Array], jax.Array]] = {
   'relu': nn.relu,
@@ -77,8 +78,7 @@ class Transformer(nn.Module):
       )
     with jax.default_matmul_precision(self.precision):
       embed = Embedding(config, name='embed')
-      head = self.variables.get('params', {}).get('head', {}).get('kernel')
-      x, layer = embed(tokens, head, start), 0
+      x, layer = embed(tokens, self.variables.get('params', {}), start), 0
       for group, size in enumerate(self.group_sizes):
         block = Block(config, config.layer_widths(layer), name=f'blocks_{group}')
         x = _apply_stacked(block, size, x, start)
@@ -95,18 +95,20 @@ class Embedding(nn.Module):
   config: config_lib.ModelConfig
 
   def setup(self) -> None:
-    shapes = config_lib.outer_shapes(self.config)['embed']
+    shapes = shapes_lib.outer_shapes(self.config)['embed']
     init = nn.initializers.normal(0.02)
     self.tokens = _parameter(self, 'tokens', shapes['tokens'], init)
     if self.config.learned_positions:
       self.positions = _parameter(self, 'positions', shapes['positions'], init)
 
   def __call__(
-    self, tokens: jax.Array, head: Any = None, start: jax.Array | int = 0
+    self, tokens: jax.Array, params: Any, start: jax.Array | int = 0
   ) -> jax.Array:
-    """Rows of `[B, T]` tokens; a table that is tied to the head needs the head."""
-    if isinstance(self.tokens, structured.Tied):
-      x = jax.tree.map(_upcast, self.tokens).rows(_float32(head), tokens)
+    """Rows of `[B, T]` tokens; `params` has what a table that is no array needs."""
+    if isinstance(self.tokens, structured.Dependent):
+      flat = structured.flatten(params)
+      needed = [_float32(flat[path]) for path in self.tokens.needs]
+      x = jax.tree.map(_upcast, self.tokens).rows(*needed, tokens)
     else:
       x = _take(self.tokens, tokens)
     rows = self.config.learned_positions

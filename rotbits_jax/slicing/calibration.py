@@ -144,7 +144,7 @@ def _embed(
   params: models.Params, tokens: jax.Array, *, config: models.ModelConfig
 ) -> jax.Array:
   """`[T, D]` of `[T]`."""
-  return transformer.Embedding(config).apply({'params': params}, tokens[None])[0]
+  return transformer.Embedding(config).apply({'params': params}, tokens[None], {})[0]
 
 
 @functools.partial(jax.jit, static_argnames='config')

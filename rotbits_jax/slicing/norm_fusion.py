@@ -72,13 +72,16 @@ def fuse_layer(layer: models.Params, config: models.ModelConfig) -> models.Param
     The sublayers' parameters, float64; no shortcuts.
   """
   layer = _float64(layer)
-  # With parallel blocks both sublayers read one norm.
-  norm = 'attention_norm' if config.parallel_block else '{}_norm'
-  return models.map_sublayers(
-    layer,
-    read=lambda name, linear: _read(layer[norm.format(name)], linear),
-    write=lambda _, linear: _centred(linear, config),
-  )
+  fused_layer: models.Params = {name: {} for name in models.layout.SUBLAYERS}
+  for path, ends in models.layout.linears(config).items():
+    sublayer, name = path.split('/')
+    linear = layer[sublayer][name]
+    if ends.reads is None:
+      linear = _centred(linear, config)
+    else:
+      linear = _read(layer[models.layout.norm_of(config, sublayer)], linear)
+    fused_layer[sublayer][name] = linear
+  return fused_layer
 
 
 def fuse_embeddings(outer: models.Params, config: models.ModelConfig) -> models.Params:

@@ -20,6 +20,7 @@ import tqdm
 
 from rotbits_jax import checkpoints
 from rotbits_jax import models
+from rotbits_jax import structured
 from rotbits_jax.slicing import calibration
 from rotbits_jax.slicing import norm_fusion
 
@@ -128,7 +129,7 @@ def slice_model(
     for sublayers in steps:
       calibration.advance(activations, sublayers, bases[-1], config)
       bases.append(next_basis())
-    sliced = slice_layer(fused, tuple(basis.kept for basis in bases))
+    sliced = slice_layer(fused, tuple(basis.kept for basis in bases), config)
     layers.append(_rounded(sliced, dtype, f'layers.{i}'))
     bases = bases[-1:]
   head = norm_fusion.fuse_head(dense.outer(), dense.config)
@@ -137,27 +138,34 @@ def slice_model(
   return models.from_layers(config.sliced_to(widths), outer, layers, dense.buffers)
 
 
-def slice_layer(layer: models.Params, bases: tuple[np.ndarray, ...]) -> models.Params:
+def slice_layer(
+  layer: models.Params, bases: tuple[np.ndarray, ...], config: models.ModelConfig
+) -> models.Params:
   """Slices the segments that one fused layer touches.
 
   Args:
     layer: parameters of the fused sublayers, float64.
     bases: V_s, float64 `[D, d]` for each of its segments: the input, the one between
       attention and MLP unless blocks are parallel, and the output.
+    config: of the fused model.
 
   Returns:
     The parameters of the sliced layer, float64, with shortcuts.
   """
-  ends = models.ends(bases)
-  sliced = models.map_sublayers(
-    layer,
-    read=lambda name, linear: linear | {'kernel': ends[name][0].T @ linear['kernel']},
-    write=lambda name, linear: {key: x @ ends[name][1] for key, x in linear.items()},
-  )
-  shortcuts = ('attention_shortcut', 'mlp_shortcut')
-  for name, source, target in zip(shortcuts, bases[:-1], bases[1:], strict=False):
-    sliced[name] = {'kernel': source.T @ target}
-  return sliced
+  flat, sliced = structured.flatten(layer), {}
+  for path, axes in models.layout.layer_axes(config).items():
+    first: Any = axes[0]
+    last: Any = axes[-1]
+    if '_shortcut' in path:
+      sliced[path] = bases[first].T @ bases[last]
+      continue
+    array = flat[path]
+    if len(axes) == 2 and isinstance(first, int):
+      array = bases[first].T @ array
+    if isinstance(last, int):
+      array = array @ bases[last]
+    sliced[path] = array
+  return structured.unflatten(sliced)
 
 
 def sliced_checkpoint(

@@ -10,14 +10,18 @@ A leaf may be stacked: its arrays then have a leading layer axis `[N, ...]`.
 """
 
 from rotbits_jax.structured.base import KINDS
+from rotbits_jax.structured.base import Dependent
 from rotbits_jax.structured.base import Structured
 from rotbits_jax.structured.base import astype
 from rotbits_jax.structured.base import count_bytes
 from rotbits_jax.structured.base import count_numbers
+from rotbits_jax.structured.base import flatten
 from rotbits_jax.structured.base import is_plain
 from rotbits_jax.structured.base import is_structured
 from rotbits_jax.structured.base import materialize
 from rotbits_jax.structured.base import register
+from rotbits_jax.structured.base import stack_key
+from rotbits_jax.structured.base import unflatten
 from rotbits_jax.structured.constant import Constant
 from rotbits_jax.structured.heads import HeadColumns
 from rotbits_jax.structured.heads import HeadPlanes
@@ -29,9 +33,9 @@ from rotbits_jax.structured.shortcuts import IdentityMinusGram
 from rotbits_jax.structured.shortcuts import SymmetricTriangle
 from rotbits_jax.structured.tied import Tied
 from rotbits_jax.structured.tied import TiedExactly
-from rotbits_jax.structured.tied import TiedToHead
 from rotbits_jax.structured.triangles import RowTrapezoids
 from rotbits_jax.structured.triangles import Trapezoidal
+from rotbits_jax.structured.triangles import lower_size
 from rotbits_jax.structured.triangles import pack_lower
 from rotbits_jax.structured.triangles import unpack
 from rotbits_jax.structured.triangles import unpack_lower
@@ -39,6 +43,7 @@ from rotbits_jax.structured.triangles import unpack_lower
 __all__ = [
   'KINDS',
   'Constant',
+  'Dependent',
   'FactorPair',
   'HeadColumns',
   'HeadPlanes',
@@ -51,16 +56,19 @@ __all__ = [
   'SymmetricTriangle',
   'Tied',
   'TiedExactly',
-  'TiedToHead',
   'Trapezoidal',
   'astype',
   'count_bytes',
   'count_numbers',
+  'flatten',
   'is_plain',
   'is_structured',
+  'lower_size',
   'materialize',
   'pack_lower',
   'register',
+  'stack_key',
+  'unflatten',
   'unpack',
   'unpack_lower',
 ]

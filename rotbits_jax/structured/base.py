@@ -1,6 +1,7 @@
 """What a structured leaf is, and PyTrees of them."""
 
 import abc
+from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar, Self
 
 import jax
@@ -46,6 +47,18 @@ class Structured(abc.ABC):
     """
     return jax.tree.map(lambda x: _astype(x, dtype), self)
 
+  def stored_sizes(self) -> list[tuple[np.dtype, int]]:
+    """Dtype and count of each array that the file keeps of an unstacked leaf.
+
+    Nothing is computed. A leaf that stores fewer numbers than its arrays hold
+    overrides it.
+    """
+    return [(np.dtype(x.dtype), int(np.prod(x.shape))) for x in jax.tree.leaves(self)]
+
+  def stack_key(self) -> tuple[str, ...]:
+    """Names that must be equal in leaves that share a stack, beside kind and shape."""
+    return ()
+
   @abc.abstractmethod
   def stored(self) -> tuple[Settings, Arrays]:
     """What the file keeps of an unstacked leaf: settings and arrays."""
@@ -54,6 +67,37 @@ class Structured(abc.ABC):
   @abc.abstractmethod
   def from_stored(cls, settings: Settings, arrays: Arrays) -> Self:
     """The inverse of `stored`."""
+
+
+class Dependent(Structured):
+  """A leaf that stands for an array only together with other parameters.
+
+  An embedding that is an image of the head is one. `Model.materialize`, the forward
+  pass and the reader of files look up the parameters that `needs` names.
+
+  Attributes:
+    needs: paths of the parameters, as in 'head/kernel'.
+    eager: whether a reader puts the array in the leaf's place, because nothing can be
+      computed with the leaf itself.
+  """
+
+  needs: ClassVar[tuple[str, ...]]
+  eager: ClassVar[bool] = False
+
+  @abc.abstractmethod
+  def expand(self, *needed: Any) -> Any:
+    """The array that the leaf stands for, given the arrays that it needs."""
+
+  def rows(self, *needed_and_indices: Any) -> jax.Array:
+    """Rows of that array, NaN beyond its last; the indices are the last argument."""
+    *needed, indices = needed_and_indices
+    table = jnp.asarray(self.expand(*needed))
+    return table.at[indices].get(mode='fill', fill_value=jnp.nan).astype(jnp.float32)
+
+  def materialize(self) -> jax.Array:
+    raise ValueError(
+      f'a leaf of kind {self.kind!r} needs {", ".join(self.needs)} to be materialized'
+    )
 
 
 KINDS: dict[str, type[Structured]] = {}
@@ -96,12 +140,59 @@ def astype(tree: Any, dtype: Any) -> Any:
 
 def count_numbers(tree: Any) -> int:
   """How many numbers a PyTree of unstacked leaves stores."""
-  return sum(a.size for a in _stored_arrays(tree))
+  return sum(size for _, size in _stored_sizes(tree))
 
 
 def count_bytes(tree: Any) -> int:
   """How many bytes those numbers take, uncoded."""
-  return sum(a.nbytes for a in _stored_arrays(tree))
+  return sum(dtype.itemsize * size for dtype, size in _stored_sizes(tree))
+
+
+def flatten(tree: Mapping[str, Any]) -> dict[str, Any]:
+  """The leaves of nested dicts by path: keys joined by '/'.
+
+  This is the one way in which the package names a parameter.
+
+  Raises:
+    ValueError: if a key is no string, is empty or has a slash in it.
+  """
+  found: dict[str, Any] = {}
+  for key, value in tree.items():
+    if not isinstance(key, str) or not key or '/' in key:
+      raise ValueError(f'{key!r}: keys must be strings without a slash')
+    if isinstance(value, Mapping):
+      found |= {f'{key}/{path}': leaf for path, leaf in flatten(value).items()}
+    else:
+      found[key] = value
+  return found
+
+
+def unflatten(flat: Mapping[str, Any] | Iterable[tuple[str, Any]]) -> dict[str, Any]:
+  """The inverse of `flatten`.
+
+  Raises:
+    ValueError: if one path leads through another's leaf.
+  """
+  tree: dict[str, Any] = {}
+  for path, leaf in flat.items() if isinstance(flat, Mapping) else flat:
+    *parents, last = path.split('/')
+    node = tree
+    for parent in parents:
+      node = node.setdefault(parent, {})
+      if not isinstance(node, dict):
+        raise ValueError(f'{path}: a leaf has this path or a part of it')
+    if last in node:
+      raise ValueError(f'{path}: two leaves have this path')
+    node[last] = leaf
+  return tree
+
+
+def stack_key(leaf: Any) -> tuple[Any, ...]:
+  """Equal for leaves that can share a stack: kind, shape, dtype, and their names."""
+  kind, names = '', ()
+  if is_structured(leaf):
+    kind, names = leaf.kind, leaf.stack_key()
+  return kind, tuple(leaf.shape), np.dtype(leaf.dtype).name, tuple(names)
 
 
 def _stack(*arrays: Any) -> Any:
@@ -116,8 +207,11 @@ def _astype(array: Any, dtype: Any) -> Any:
     return array.astype(dtype)
 
 
-def _stored_arrays(tree: Any) -> list[Any]:
-  arrays: list[Any] = []
+def _stored_sizes(tree: Any) -> list[tuple[np.dtype, int]]:
+  sizes: list[tuple[np.dtype, int]] = []
   for leaf in jax.tree.leaves(tree, is_leaf=is_structured):
-    arrays.extend(leaf.stored()[1].values() if is_structured(leaf) else [leaf])
-  return arrays
+    if is_structured(leaf):
+      sizes += leaf.stored_sizes()
+    else:
+      sizes.append((np.dtype(leaf.dtype), int(np.prod(leaf.shape))))
+  return sizes

@@ -52,6 +52,11 @@ class FactorPair(Structured):
   def apply(self, x: jax.Array) -> jax.Array:
     """`x @ materialize()` without materializing: `[..., m]` to `[..., n]`."""
 
+  @classmethod
+  @abc.abstractmethod
+  def stored_rank(cls, shapes: dict[str, tuple[int, ...]]) -> int:
+    """r of an unstacked leaf, from the shapes of the arrays that it is stored as."""
+
   @abc.abstractmethod
   def _padded(self, rank: int) -> Self:
     """An unstacked leaf of the same product and a higher rank."""
@@ -59,6 +64,9 @@ class FactorPair(Structured):
   @abc.abstractmethod
   def _cut(self, rank: int) -> Self:
     """The inverse of `_padded`."""
+
+  def stack_key(self) -> tuple[str, ...]:
+    return (self.names,)
 
   def plain(self) -> 'LowRank':
     """The pair with both factors stored as they are, rounded to its dtype."""
@@ -136,6 +144,10 @@ class LowRank(FactorPair):
   def _cut(self, rank: int) -> 'LowRank':
     first = self.rank - rank
     return dataclasses.replace(self, u=self.u[:, first:], v=self.v[first:])
+
+  @classmethod
+  def stored_rank(cls, shapes: dict[str, tuple[int, ...]]) -> int:
+    return shapes['u'][-1]
 
   def stored(self) -> tuple[Settings, Arrays]:
     return {'names': self.names}, {'u': np.asarray(self.u), 'v': np.asarray(self.v)}
@@ -247,6 +259,10 @@ class ReducedLowRank(FactorPair):
         for leaf in leaves
       ]
     )
+
+  @classmethod
+  def stored_rank(cls, shapes: dict[str, tuple[int, ...]]) -> int:
+    return shapes['below'][-1]
 
   def stored(self) -> tuple[Settings, Arrays]:
     settings = {'transposed': self.transposed, 'names': self.names}

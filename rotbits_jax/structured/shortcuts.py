@@ -12,6 +12,8 @@ from rotbits_jax.structured.base import Arrays
 from rotbits_jax.structured.base import Settings
 from rotbits_jax.structured.base import Structured
 from rotbits_jax.structured.base import register
+from rotbits_jax.structured.triangles import check_sizes
+from rotbits_jax.structured.triangles import lower_size
 from rotbits_jax.structured.triangles import pack_lower
 from rotbits_jax.structured.triangles import unpack_lower
 
@@ -94,6 +96,9 @@ class IdentityMinusGram(Structured):
       ranks=tuple((x.b.shape[-1], x.c.shape[-1]) for x in leaves),
     )
 
+  def stored_sizes(self) -> list[tuple[np.dtype, int]]:
+    return [(np.dtype(x.dtype), lower_size(x.shape)) for x in (self.b, self.c)]
+
   def stored(self) -> tuple[Settings, Arrays]:
     settings = {
       'columns': self.columns,
@@ -104,6 +109,9 @@ class IdentityMinusGram(Structured):
 
   @classmethod
   def from_stored(cls, settings: Settings, arrays: Arrays) -> 'IdentityMinusGram':
+    check_sizes(settings['columns'])
+    if settings['b'][0] != settings['c'][0]:
+      raise ValueError(f'B and C differ in rows, got {settings["b"]}, {settings["c"]}')
     return cls(
       b=unpack_lower(arrays['b'], settings['b']),
       c=unpack_lower(arrays['c'], settings['c']),
@@ -139,12 +147,16 @@ class SymmetricTriangle(Structured):
     symmetric = lower + jnp.matrix_transpose(jnp.tril(lower, -1))
     return _pad_columns(symmetric, self.columns)
 
+  def stored_sizes(self) -> list[tuple[np.dtype, int]]:
+    return [(np.dtype(self.dtype), lower_size(self.lower.shape))]
+
   def stored(self) -> tuple[Settings, Arrays]:
     settings = {'columns': self.columns, 'lower': list(self.lower.shape)}
     return settings, {'lower': pack_lower(self.lower)}
 
   @classmethod
   def from_stored(cls, settings: Settings, arrays: Arrays) -> 'SymmetricTriangle':
+    check_sizes(settings['columns'])
     return cls(unpack_lower(arrays['lower'], settings['lower']), settings['columns'])
 
 

@@ -1,9 +1,5 @@
-"""Embeddings that are linear images of the head.
+"""Embeddings that are linear images of the head."""
 
-Leaves of this file are no arrays of their own: `expand` takes the head.
-"""
-
-import abc
 from collections.abc import Iterator
 import math
 from typing import Any, ClassVar
@@ -14,28 +10,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from rotbits_jax.structured.base import Arrays
+from rotbits_jax.structured.base import Dependent
 from rotbits_jax.structured.base import Settings
-from rotbits_jax.structured.base import Structured
 from rotbits_jax.structured.base import register
-
-
-class TiedToHead(Structured):
-  """A token embedding `[V, d]` that is kept in terms of the head, `[D, V]`."""
-
-  @abc.abstractmethod
-  def expand(self, head: Any) -> Any:
-    """The embedding `[V, d]`, given the head `[D, V]`."""
-
-  def materialize(self) -> jax.Array:
-    raise ValueError(
-      'an embedding that is tied to the head is materialized with the whole model'
-    )
 
 
 @register
 @struct.dataclass
-class Tied(TiedToHead):
-  """`head^T @ map`.
+class Tied(Dependent):
+  """A token embedding `[V, d]` that is the image `head^T @ map` of the head `[D, V]`.
 
   Attributes:
     map: `[D, d]`.
@@ -43,6 +26,7 @@ class Tied(TiedToHead):
   """
 
   kind: ClassVar[str] = 'tied'
+  needs: ClassVar[tuple[str, ...]] = ('head/kernel',)
 
   map: Any
   tokens: int = struct.field(pytree_node=False)
@@ -55,16 +39,18 @@ class Tied(TiedToHead):
   def dtype(self) -> Any:
     return self.map.dtype
 
-  def expand(self, head: Any) -> jax.Array:
+  def expand(self, *needed: Any) -> jax.Array:
+    (head,) = needed
     return self.rows(head, jnp.arange(self.tokens)).astype(self.dtype)
 
-  def rows(self, head: Any, tokens: jax.Array) -> jax.Array:
+  def rows(self, *needed_and_indices: Any) -> jax.Array:
     """The rows of some tokens, float32 `[..., d]`, without the other rows.
 
     Args:
-      head: `[D, V]`.
-      tokens: `[...]` integers; rows of tokens that there are not are NaN.
+      needed_and_indices: the head, `[D, V]`, and tokens, integers `[...]`; rows of
+        tokens that there are not are NaN.
     """
+    head, tokens = needed_and_indices
     columns = jnp.asarray(head).at[:, tokens].get(mode='fill', fill_value=jnp.nan)
     columns = jnp.moveaxis(columns.astype(jnp.float32), 0, -1)
     return jnp.matmul(columns, self.map.astype(jnp.float32), precision='highest')
@@ -79,7 +65,7 @@ class Tied(TiedToHead):
 
 @register
 @struct.dataclass
-class TiedExactly(TiedToHead):
+class TiedExactly(Dependent):
   """`head^T @ T` and what that is off by: every bit of the embedding.
 
   With the head in fixed point, T is a matrix of integers and the product P a sum of
@@ -105,6 +91,8 @@ class TiedExactly(TiedToHead):
   """
 
   kind: ClassVar[str] = 'tied_exactly'
+  needs: ClassVar[tuple[str, ...]] = ('head/kernel',)
+  eager: ClassVar[bool] = True
 
   map: Any
   shifts: Any
@@ -165,13 +153,13 @@ class TiedExactly(TiedToHead):
     """The leaf as it is: it stands for bits, which have one format."""
     return self
 
-  def expand(self, head: Any) -> np.ndarray:
+  def expand(self, *needed: Any) -> np.ndarray:
     """The embedding `[V, d]`, bit for bit, given the head `[D, V]`.
 
     Raises:
       ValueError: if it cannot be that head.
     """
-    head = np.asarray(head)
+    head = np.asarray(*needed)
     if head.shape != (len(self.map), self.tokens):
       raise ValueError(
         f'the embedding is tied to a head of shape {(len(self.map), self.tokens)}, '
@@ -188,6 +176,9 @@ class TiedExactly(TiedToHead):
     table = _numbers(ordinals, self.dtype)
     _fill(table, off == _EXCEPTION, self.exceptions)
     return table
+
+  def stored_sizes(self) -> list[tuple[np.dtype, int]]:
+    return [(x.dtype, x.size) for x in self.stored()[1].values()]
 
   def stored(self) -> tuple[Settings, Arrays]:
     map = np.asarray(self.map)

@@ -37,6 +37,9 @@ class Trapezoidal(Structured):
   def materialize(self) -> jax.Array:
     return jnp.asarray(self.lower)
 
+  def stored_sizes(self) -> list[tuple[np.dtype, int]]:
+    return [(np.dtype(self.dtype), lower_size(self.shape))]
+
   def stored(self) -> tuple[Settings, Arrays]:
     return {'lower': list(self.lower.shape)}, {'lower': pack_lower(self.lower)}
 
@@ -73,6 +76,11 @@ class RowTrapezoids(Structured):
   def materialize(self) -> jax.Array:
     return jnp.asarray(self.upper)
 
+  def stored_sizes(self) -> list[tuple[np.dtype, int]]:
+    columns = self.shape[-1]
+    rows = [lower_size((columns, rows)) for rows in self.blocks]
+    return [(np.dtype(self.dtype), self.full * columns + sum(rows))]
+
   def stored(self) -> tuple[Settings, Arrays]:
     upper = np.asarray(self.upper)
     settings = {
@@ -84,8 +92,13 @@ class RowTrapezoids(Structured):
 
   @classmethod
   def from_stored(cls, settings: Settings, arrays: Arrays) -> 'RowTrapezoids':
+    blocks, full, columns = settings['blocks'], settings['full'], settings['columns']
+    check_sizes(full, columns, *blocks)
+    size = full * columns + sum(lower_size((columns, rows)) for rows in blocks)
+    if arrays['upper'].shape != (size,):
+      raise ValueError(f'{size} numbers are expected, got {arrays["upper"].shape}')
     upper = unpack(arrays['upper'], _upper_mask(**settings))
-    return cls(upper, tuple(settings['blocks']), settings['full'])
+    return cls(upper, tuple(blocks), full)
 
 
 def _upper_mask(blocks: list[int], full: int, columns: int) -> np.ndarray:
@@ -99,8 +112,37 @@ def pack_lower(matrix: Any) -> np.ndarray:
   return matrix[np.tril(np.ones(matrix.shape, bool))]
 
 
+def lower_size(shape: tuple[int, ...]) -> int:
+  """How many entries `[rows, columns]` has on and below the diagonal."""
+  rows, columns = shape[-2:]
+  corner = min(rows, columns)
+  return corner * (corner + 1) // 2 + (rows - corner) * columns
+
+
+def check_sizes(*sizes: Any) -> None:
+  """Refuses what cannot be the length of an axis.
+
+  Raises:
+    ValueError: if one is not an integer from 0 to 2^31 - 1.
+  """
+  for size in sizes:
+    if type(size) is not int or not 0 <= size < 1 << 31:
+      raise ValueError(f'{size!r} is not the length of an axis')
+
+
 def unpack_lower(values: np.ndarray, shape: Any) -> np.ndarray:
-  """The inverse of `pack_lower`, see `unpack`."""
+  """The inverse of `pack_lower`, see `unpack`.
+
+  Raises:
+    ValueError: if the shape is none, or another number of values belongs to it.
+  """
+  rows, columns = shape
+  check_sizes(rows, columns)
+  if values.shape != (lower_size((rows, columns)),):
+    raise ValueError(
+      f'a {rows} x {columns} trapezoid has {lower_size((rows, columns))} numbers, '
+      f'got {values.shape=}'
+    )
   return unpack(values, np.tril(np.ones(tuple(shape), bool)))
 
 

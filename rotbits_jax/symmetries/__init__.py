@@ -1,37 +1,72 @@
-"""Symmetries of a transformer's weights, and the transforms that remove them."""
+"""Symmetries of a transformer's weights, and the transforms that remove them.
+
+In the order of reading:
+
+    transform   what a transform is, and how a model goes through a chain of them
+    rotations   the residual stream in other coordinates
+    residual    the rotations of all segments
+    canonical   canonical forms under rotations: polar, QR, SVD
+    heads       value and output, query and key of attention heads
+    biases      biases that the output does not need
+    tied        an embedding that is an image of the head
+    low_rank    a change of basis between two factors
+    noise       what rounding alone does: the yardstick
+"""
 
 from rotbits_jax.symmetries.biases import remove_biases
-from rotbits_jax.symmetries.global_rotation import remove_global_gauge
+from rotbits_jax.symmetries.canonical import CANONICALISERS
+from rotbits_jax.symmetries.canonical import Polar
+from rotbits_jax.symmetries.canonical import polar
 from rotbits_jax.symmetries.heads import remove_query_key_gauge
 from rotbits_jax.symmetries.heads import remove_value_gauge
+from rotbits_jax.symmetries.low_rank import fix_pairs
 from rotbits_jax.symmetries.low_rank import remove_low_rank_gauge
-from rotbits_jax.symmetries.neurons import scale_neurons
+from rotbits_jax.symmetries.noise import random_rotation
 from rotbits_jax.symmetries.noise import randomly_rotated
-from rotbits_jax.symmetries.residual import remove_gauge
+from rotbits_jax.symmetries.residual import remove_residual_gauge
 from rotbits_jax.symmetries.rotations import rotate
 from rotbits_jax.symmetries.tied import retie_embedding
 from rotbits_jax.symmetries.tied import retie_exactly
+from rotbits_jax.symmetries.transform import Context
+from rotbits_jax.symmetries.transform import Note
 from rotbits_jax.symmetries.transform import Saving
+from rotbits_jax.symmetries.transform import Source
 from rotbits_jax.symmetries.transform import Transform
-from rotbits_jax.symmetries.transform import count
-from rotbits_jax.symmetries.transform import rounded
+from rotbits_jax.symmetries.transform import Unit
+from rotbits_jax.symmetries.transform import chain
+from rotbits_jax.symmetries.transform import count_model
+from rotbits_jax.symmetries.transform import make
+from rotbits_jax.symmetries.transform import make_context
+from rotbits_jax.symmetries.transform import note
+from rotbits_jax.symmetries.transform import rewrite
 from rotbits_jax.symmetries.transform import run_chain
 
 __all__ = [
+  'CANONICALISERS',
+  'Context',
+  'Note',
+  'Polar',
   'Saving',
+  'Source',
   'Transform',
-  'count',
+  'Unit',
+  'chain',
+  'count_model',
+  'fix_pairs',
+  'make',
+  'make_context',
+  'note',
+  'polar',
+  'random_rotation',
   'randomly_rotated',
   'remove_biases',
-  'remove_gauge',
-  'remove_global_gauge',
   'remove_low_rank_gauge',
   'remove_query_key_gauge',
+  'remove_residual_gauge',
   'remove_value_gauge',
   'retie_embedding',
   'retie_exactly',
+  'rewrite',
   'rotate',
-  'rounded',
   'run_chain',
-  'scale_neurons',
 ]

@@ -8,14 +8,13 @@ so that a value's bias adds the same to the output at every token:
 
 with b_v once for every query head that reads it.
 
-Shape letters are those of `models.config`; N layers of a block. `vmap` over layers.
+Shape letters are those of `models.config`. `vmap` over layers.
 """
 
-import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from rotbits_jax import models
 from rotbits_jax import structured
@@ -31,7 +30,7 @@ def remove_biases() -> transform.Transform:
   Returns:
     A transform. Its notes name the biases that are zero now.
   """
-  return transform.Transform('biases', _remove_biases)
+  return transform.make('biases', layers=_layers)
 
 
 def with_value_bias(
@@ -56,44 +55,33 @@ def with_value_bias(
   return out_bias.astype(jnp.float32) + moved
 
 
-def _remove_biases(
-  model: models.Model,
-) -> tuple[models.Model, list[transform.Note]]:
-  config = model.config
-  limit = transform.limit(model)
-  layers: list[models.Params] = []
-  notes: list[transform.Note] = []
-  for group, size in enumerate(model.group_sizes):
-    block = model.params[f'blocks_{group}']
-    biases = {n: p.get('bias') for n, p in block['attention'].items()}
-    sums = None
-    if structured.is_plain(biases['value']) and structured.is_plain(biases['out']):
-      kernel = structured.materialize(block['attention']['out']['kernel'])
-      stacks = biases['out'], biases['value'], kernel
-      sums = np.asarray(_with_value_biases(*stacks, kv_heads=config.num_kv_heads))
-    for i in range(size):
-      layer = models.unstack_layer(block, i)
-      attention = dict(layer['attention'])
-      removed = []
-      key_is_idle = not config.rotary_dim and structured.is_plain(biases['key'])
-      if key_is_idle and np.isfinite(np.float32(biases['key'][i])).all():
-        removed.append('key')
-      if sums is not None and np.all(np.abs(sums[i]) <= limit):
+def _layers(
+  context: transform.Context, state: Any, first: int, layers: transform.Layers
+) -> tuple[Any, transform.Layers, list[list[transform.Note]]]:
+  config = context.config
+  valid = models.layout.symmetries(config)
+  rewritten, notes = [], []
+  for index, layer in enumerate(layers, first):
+    flat, removed = structured.flatten(layer), []
+    bias: Any = flat.get('attention/key/bias')
+    if valid.key_bias and structured.is_plain(bias) and bool(jnp.isfinite(bias).all()):
+      removed.append('key')
+    biases = [flat.get(f'attention/{name}/bias') for name in ('out', 'value')]
+    if valid.values and all(map(structured.is_plain, biases)):
+      kernel = structured.materialize(flat['attention/out/kernel'])
+      moved = _with_value_bias(*biases, kernel, kv_heads=config.num_kv_heads)
+      path = f'layers.{index}/attention/out/bias'
+      if bool(jnp.all(jnp.abs(moved) <= context.limit(path))):
         removed.append('value')
-        out = attention['out']
-        attention['out'] = out | {'bias': sums[i].astype(out['bias'].dtype)}
-      for name in removed:
-        zero = structured.Constant.like(attention[name]['bias'], 0.0)
-        attention[name] = attention[name] | {'bias': zero}
-        path = f'layers.{len(layers)}/attention/{name}/bias'
-        notes.append(transform.note(path, zero))
-      layers.append(layer | {'attention': attention})
-  rewritten = models.from_layers(
-    config, model.outer(), layers, model.buffers, model.stored_as
-  )
-  return rewritten, notes
+        flat['attention/out/bias'] = moved.astype(flat['attention/out/bias'].dtype)
+    own = []
+    for name in removed:
+      path = f'attention/{name}/bias'
+      flat[path] = structured.Constant.like(flat[path], 0.0)
+      own.append(transform.note(f'layers.{index}/{path}', flat[path]))
+    rewritten.append(structured.unflatten(flat))
+    notes.append(own)
+  return state, rewritten, notes
 
 
-@functools.partial(jax.jit, static_argnames='kv_heads')
-def _with_value_biases(*stacks: jax.Array, kv_heads: int) -> jax.Array:
-  return jax.vmap(functools.partial(with_value_bias, kv_heads=kv_heads))(*stacks)
+_with_value_bias = jax.jit(with_value_bias, static_argnames='kv_heads')

@@ -285,9 +285,9 @@ def remove_value_gauge(*, tolerance: float = 3.0) -> transform.Transform:
     numbers it stores, and the error that rounding makes in the product of the kernels,
     in this form and in a plain one.
   """
-  return transform.Transform(
+  return transform.make(
     'value gauge',
-    functools.partial(_remove, names=('value', 'out'), tolerance=tolerance),
+    layers=functools.partial(_remove, names=('value', 'out'), tolerance=tolerance),
   )
 
 
@@ -301,58 +301,56 @@ def remove_query_key_gauge(*, tolerance: float = 3.0) -> transform.Transform:
     A transform. Its notes tell for each layer what form query and key took, and further
     what those of `remove_value_gauge` do.
   """
-  return transform.Transform(
+  return transform.make(
     'query-key gauge',
-    functools.partial(_remove, names=('query', 'key'), tolerance=tolerance),
+    layers=functools.partial(_remove, names=('query', 'key'), tolerance=tolerance),
   )
 
 
 def _remove(
-  model: models.Model, *, names: tuple[str, str], tolerance: float
-) -> tuple[models.Model, list[transform.Note]]:
-  config = model.config
-  layers: list[models.Params] = []
-  notes: list[transform.Note] = []
-  for group, size in enumerate(model.group_sizes):
-    block = model.params[f'blocks_{group}']
-    pair = _plain_pair(block['attention'], names, config.head_dim)
-    fixed = None
-    if pair is not None:
-      fixed = jax.device_get(
-        _fix_layers(
-          pair,
-          tolerance,
-          kv_heads=config.num_kv_heads,
-          rotary=config.rotary_dim,
-          form=transform.storage_format(model),
-        )
-      )
-    for i in range(size):
-      layer = models.unstack_layer(block, i)
-      if fixed is not None and np.isfinite(fixed.plain_error[i]):
-        taken = models.unstack_layer(fixed.pair, i)
-        if fixed.accepted[i]:
-          layer = _with_pair(layer, taken)
-        for name in names:
-          if structured.is_structured(taken[name]['kernel']):
-            path = f'layers.{len(layers)}/attention/{name}/kernel'
-            leaf = layer['attention'][name]['kernel']
-            error = fixed.error[i] if fixed.accepted[i] else 0.0
-            plain_error = transform.three_digits(fixed.plain_error[i])
-            notes.append(
-              transform.note(path, leaf, error=error) | {'plain_error': plain_error}
-            )
-      layers.append(layer)
-  rewritten = models.from_layers(
-    config, model.outer(), layers, model.buffers, model.stored_as
+  context: transform.Context,
+  state: Any,
+  first: int,
+  layers: transform.Layers,
+  *,
+  names: tuple[str, str],
+  tolerance: float,
+) -> tuple[Any, transform.Layers, list[list[transform.Note]]]:
+  config, valid = context.config, models.layout.symmetries(context.config)
+  notes: list[list[transform.Note]] = [[] for _ in layers]
+  if not (valid.values if names[0] == 'value' else valid.queries):
+    return state, layers, notes
+  pairs = [_plain_pair(layer['attention'], names, config.head_dim) for layer in layers]
+  found = [i for i, pair in enumerate(pairs) if pair is not None]
+  results = context.map_layers(
+    _fix_layer,
+    [(pairs[i], jnp.float32(tolerance)) for i in found],
+    kv_heads=config.num_kv_heads,
+    rotary=config.rotary_dim,
+    form=context.form,
   )
-  return rewritten, notes
+  rewritten = list(layers)
+  for i, fixed in zip(found, results, strict=True):
+    plain_error, error = float(fixed.plain_error), float(fixed.error)
+    if not np.isfinite(plain_error):
+      continue
+    accepted = bool(fixed.accepted)
+    if accepted:
+      rewritten[i] = _with_pair(layers[i], fixed.pair)
+    for name in names:
+      if structured.is_structured(fixed.pair[name]['kernel']):
+        leaf = rewritten[i]['attention'][name]['kernel']
+        path = f'layers.{first + i}/attention/{name}/kernel'
+        details = {'plain_error': transform.three_digits(plain_error)}
+        note = transform.note(path, leaf, error=error if accepted else 0.0)
+        notes[i].append(note | details)
+  return state, rewritten, notes
 
 
 def _plain_pair(
   attention: models.Params, names: tuple[str, str], h: int
 ) -> models.Params | None:
-  """What the functions above take of a stack of layers; None where they cannot."""
+  """What the functions above take of a layer; None where they cannot."""
   pair: models.Params = {}
   for name in names:
     pair[name] = dict(attention[name])
@@ -362,7 +360,7 @@ def _plain_pair(
   leaves = jax.tree.leaves(pair, is_leaf=structured.is_structured)
   if not all(map(structured.is_plain, leaves)):
     return None
-  return pair if min(pair[names[1]]['kernel'].shape[-2:]) >= h else None
+  return pair if min(pair[names[1]]['kernel'].shape) >= h else None
 
 
 def _with_pair(layer: models.Params, pair: models.Params) -> models.Params:
@@ -405,9 +403,3 @@ def _fix_layer(
 
 
 _SQRT2 = 2**0.5
-
-
-@functools.partial(jax.jit, static_argnames=('kv_heads', 'rotary', 'form'))
-def _fix_layers(pair: models.Params, tolerance: float, **static: Any) -> _Fixed:
-  # One layer after the other: a device need not hold the temporaries of all.
-  return jax.lax.map(lambda p: _fix_layer(p, jnp.float32(tolerance), **static), pair)

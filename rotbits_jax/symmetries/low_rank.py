@@ -60,8 +60,12 @@ def fix_pair(u: jax.Array, v: jax.Array) -> structured.ReducedLowRank:
 
 
 def fix_pairs(
-  tree: Any, *, tolerance: float = 2.0, form: Any = None
-) -> tuple[Any, list[transform.Note]]:
+  tree: models.Params,
+  *,
+  tolerance: float = 2.0,
+  form: Any = None,
+  prefix: str = '',
+) -> tuple[models.Params, list[transform.Note]]:
   """Fixes the gauge of every pair in a PyTree.
 
   A LoRA adapter is such a tree, see `checkpoints.factors`:
@@ -75,38 +79,26 @@ def fix_pairs(
       where that is smaller and accurate enough, all else stays.
     tolerance: how many times the error that rounding makes in the product may grow; a
       pair where it grows more stays as it is.
-    form: the format that the numbers will be rounded to; None for that they are in.
+    form: the dtype that the numbers will be rounded to; None for that they are in.
+    prefix: of the paths in notes.
 
   Returns:
-    The tree, with NumPy arrays in its pairs, in the formats that they had; and a note
-    for each pair.
+    The tree, in the dtypes that it had; and a note for each pair.
   """
-  found, treedef = jax.tree_util.tree_flatten_with_path(
-    tree, is_leaf=structured.is_structured
-  )
-  leaves: list[Any] = [leaf for _, leaf in found]
-  groups: dict[Any, list[int]] = {}
-  for i, leaf in enumerate(leaves):
-    if isinstance(leaf, structured.LowRank) and leaf.rank <= min(leaf.shape):
-      groups.setdefault((leaf.shape, leaf.rank, str(leaf.dtype)), []).append(i)
-  notes = {}
-  for indices in groups.values():
-    pairs = [leaves[i] for i in indices]
-    stack = structured.LowRank.stack([pair.replace(names='') for pair in pairs])
-    fixed = jax.device_get(
-      _fix_stack(stack.u, stack.v, tolerance, form=np.dtype(form or stack.dtype))
-    )
-    for k, (i, pair) in enumerate(zip(indices, pairs, strict=True)):
-      accepted = bool(fixed.accepted[k])
-      if accepted:
-        leaves[i] = fixed.leaf.layer(k).astype(pair.dtype).replace(names=pair.names)
-      if np.isfinite(fixed.plain_error[k]):
-        path = '/'.join(part.key for part in found[i][0])
-        error = fixed.error[k] if accepted else 0.0
-        notes[i] = transform.note(path, leaves[i], error=error, rank=pair.rank) | {
-          'plain_error': transform.three_digits(fixed.plain_error[k])
-        }
-  return jax.tree.unflatten(treedef, leaves), [notes[i] for i in sorted(notes)]
+  flat, notes = structured.flatten(tree), []
+  for path, pair in flat.items():
+    if not isinstance(pair, structured.LowRank) or pair.rank > min(pair.shape):
+      continue
+    fixed = _fix_jitted(pair.u, pair.v, tolerance, form=np.dtype(form or pair.dtype))
+    accepted = bool(fixed.accepted)
+    if accepted:
+      flat[path] = fixed.leaf.astype(pair.dtype).replace(names=pair.names)
+    if np.isfinite(float(fixed.plain_error)):
+      error = float(fixed.error) if accepted else 0.0
+      details = {'plain_error': transform.three_digits(fixed.plain_error)}
+      note = transform.note(prefix + path, flat[path], error=error, rank=pair.rank)
+      notes.append(note | details)
+  return structured.unflatten(flat), notes
 
 
 def remove_low_rank_gauge(*, tolerance: float = 2.0) -> transform.Transform:
@@ -120,26 +112,23 @@ def remove_low_rank_gauge(*, tolerance: float = 2.0) -> transform.Transform:
     it stores, and the relative error that rounding makes in the product, in this form
     and in a plain one.
   """
-  return transform.Transform(
-    'low-rank gauge', functools.partial(_remove_low_rank_gauge, tolerance=tolerance)
-  )
+  fix = functools.partial(fix_pairs, tolerance=tolerance)
 
+  def layers(
+    context: transform.Context, state: Any, first: int, given: transform.Layers
+  ) -> tuple[Any, transform.Layers, list[list[transform.Note]]]:
+    results = [
+      fix(layer, form=context.form, prefix=f'layers.{i}/')
+      for i, layer in enumerate(given, first)
+    ]
+    return state, [tree for tree, _ in results], [own for _, own in results]
 
-def _remove_low_rank_gauge(
-  model: models.Model, *, tolerance: float
-) -> tuple[models.Model, list[transform.Note]]:
-  if not any(isinstance(x, structured.LowRank) for _, x in transform.leaves(model)):
-    return model, []
-  names = [f'layers.{i}' for i in range(model.config.num_layers)]
-  tree = model.outer() | dict(zip(names, model.layers(), strict=True))
-  tree, notes = fix_pairs(
-    tree, tolerance=tolerance, form=transform.storage_format(model)
-  )
-  layers = [tree.pop(name) for name in names]
-  rewritten = models.from_layers(
-    model.config, tree, layers, model.buffers, model.stored_as
-  )
-  return rewritten, notes
+  def outer(
+    context: transform.Context, state: Any, given: models.Params
+  ) -> tuple[models.Params, list[transform.Note]]:
+    return fix(given, form=context.form)
+
+  return transform.make('low-rank gauge', layers=layers, outer=outer)
 
 
 class _Fixed(NamedTuple):
@@ -173,8 +162,4 @@ _SQRT2 = 2**0.5
 _FLOAT32_ERROR = 2.0**-19  # what float32 arithmetic can tell
 
 
-@functools.partial(jax.jit, static_argnames='form')
-def _fix_stack(u: jax.Array, v: jax.Array, tolerance: float, *, form: Any) -> _Fixed:
-  # One pair after the other: a device need not hold the products of all.
-  fix = lambda pair: _fix(pair[0], pair[1], jnp.float32(tolerance), form)
-  return jax.lax.map(fix, (u, v))
+_fix_jitted = jax.jit(_fix, static_argnames='form')

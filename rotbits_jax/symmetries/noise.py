@@ -1,15 +1,15 @@
 """What rounding alone does to a model's function: the yardstick of every transform."""
 
-import dataclasses
 import functools
+from typing import Any
 
 import jax
-import numpy as np
+import jax.numpy as jnp
 
 from rotbits_jax import models
 from rotbits_jax import structured
-from rotbits_jax.symmetries import global_rotation
 from rotbits_jax.symmetries import heads
+from rotbits_jax.symmetries import residual
 from rotbits_jax.symmetries import rotations as rotations_lib
 from rotbits_jax.symmetries import transform
 
@@ -27,38 +27,86 @@ def randomly_rotated(model: models.Model, *, key: jax.Array) -> models.Model:
     key: from `jax.random.key`.
 
   Returns:
-    The rotated model, in the formats it had, with NumPy arrays.
+    The rotated model, in the dtypes it had, with NumPy arrays.
   """
-  step = transform.Transform('rotation', functools.partial(_rotated, key=key))
-  return transform.run_chain((step,), model)[0]
+  return transform.run_chain((random_rotation(key=key),), model)[0]
 
 
-def _rotated(
-  model: models.Model, *, key: jax.Array
-) -> tuple[models.Model, list[transform.Note]]:
-  config = model.config
-  model = model.materialize(but=(structured.FactorPair,))
-  if config.sliced:
-    widths = config.segment_widths
-    keys = jax.random.split(key, len(widths))
-    rotations = jax.device_get(list(map(jax.random.orthogonal, keys, widths)))
-    return rotations_lib.rotate(model, rotations), []
-  if config.norm == 'rmsnorm' and not config.tied_head:
-    model = global_rotation.without_norm_scales(model)
-    rotation = np.asarray(jax.random.orthogonal(key, config.hidden_size))
-    return rotations_lib.rotate(model, [rotation] * len(config.segment_widths)), []
-  params = dict(model.materialize().params)
-  for group, size in enumerate(model.group_sizes):
-    name, shape = f'blocks_{group}', (size, config.num_kv_heads)
-    for kind, rotate in _HEADS.items():
-      if kind == 'value' or not config.rotary_dim:
-        key, this = jax.random.split(key)
-        rotations = jax.random.orthogonal(this, config.head_dim, shape)
-        params[name] = jax.device_get(rotate(params[name], rotations))
-  return dataclasses.replace(model, params=params), []
+def random_rotation(*, key: jax.Array) -> transform.Transform:
+  """The transform behind `randomly_rotated`."""
+  return transform.make(
+    'rotation',
+    layers=functools.partial(_layers, key=key),
+    outer=functools.partial(_outer, key=key),
+  )
 
 
-_HEADS = {
-  'value': jax.jit(jax.vmap(heads.rotate_values)),
-  'key': jax.jit(jax.vmap(heads.rotate_keys)),
-}
+def _layers(
+  context: transform.Context,
+  state: Any,
+  first: int,
+  layers: transform.Layers,
+  *,
+  key: jax.Array,
+) -> tuple[Any, transform.Layers, list[list[transform.Note]]]:
+  config = context.config
+  valid, steps = models.layout.symmetries(config), config.segments_per_layer
+  axes = tuple(models.layout.layer_axes(config).items())
+  rotated = []
+  for i, layer in enumerate(layers, first):
+    if valid.segments or valid.stream:
+      flat = structured.flatten(_plain(layer))
+      if valid.stream:
+        flat = residual.folded(config, flat)
+      segments = range(i * steps, (i + 1) * steps + 1)
+      rotations = tuple(_rotation(config, s, key) for s in segments)
+      flat = _turn_parameters(flat, rotations, axes=axes)
+      rotated.append(structured.unflatten(flat))
+      continue
+    turned = models.materialize(layer)
+    shape = config.num_kv_heads, config.head_dim
+    own = jax.random.fold_in(key, i)
+    if valid.values:
+      heads_rotations = jax.random.orthogonal(own, shape[1], shape[:1])
+      turned = _rotate_values(turned, heads_rotations)
+    if valid.queries and not config.rotary_dim:
+      own = jax.random.fold_in(own, 1)
+      heads_rotations = jax.random.orthogonal(own, shape[1], shape[:1])
+      turned = _rotate_keys(turned, heads_rotations)
+    rotated.append(turned)
+  return state, rotated, [[] for _ in layers]
+
+
+def _outer(
+  context: transform.Context, state: Any, outer: models.Params, *, key: jax.Array
+) -> tuple[models.Params, list[transform.Note]]:
+  config = context.config
+  valid = models.layout.symmetries(config)
+  if not (valid.segments or valid.stream):
+    return outer, []
+  flat = structured.flatten(_plain(outer))
+  if valid.stream:
+    flat = residual.folded_outer(config, flat)
+  last = len(config.segment_widths) - 1
+  ends = _rotation(config, 0, key), _rotation(config, last, key)
+  axes = tuple(models.layout.outer_axes(config).items())
+  return structured.unflatten(_turn_parameters(flat, ends, axes=axes)), []
+
+
+def _plain(tree: models.Params) -> models.Params:
+  return models.materialize(tree, but=(structured.FactorPair,))
+
+
+def _rotation(config: models.ModelConfig, segment: int, key: jax.Array) -> jax.Array:
+  if not config.sliced:
+    segment = 0
+  width = config.segment_widths[segment]
+  return _orthogonal(jax.random.fold_in(key, segment), width)
+
+
+_orthogonal = jax.jit(
+  lambda key, width: jnp.asarray(jax.random.orthogonal(key, width)), static_argnums=1
+)
+_turn_parameters = jax.jit(rotations_lib.turn_parameters, static_argnames='axes')
+_rotate_values = jax.jit(heads.rotate_values)
+_rotate_keys = jax.jit(heads.rotate_keys)

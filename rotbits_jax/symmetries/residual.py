@@ -2,24 +2,36 @@ r"""The residual gauge: a rotation of every segment of the residual stream.
 
     x_0 = embed[tokens],   x_{s+1} = x_s M_s + sublayer_s(RMSN(x_s)),   s = 0 .. S-1
 
-For orthogonal R_s the map x_s -> x_s R_s changes no output if what writes a segment is
-multiplied by R_s and what reads it by R_s^T; a shortcut becomes R_s^T M_s R_{s+1}.
+For orthogonal R_s the map x_s -> x_s R_s changes no output, see `rotations`.
 
-Polar gauge. M_s = P_s O_s with P_s symmetric positive semidefinite and O_s orthogonal.
-With R_{s+1} = O_s^T R_s every shortcut becomes R_s^T P_s R_s. SliceGPT's M_s is a block
-of an orthogonal matrix, so most singular values are 1 and P_s = I - B_s B_s^T with few
-columns; stored is R_s^T B_s, brought to lower trapezoidal form by a rotation of its
-columns. A shortcut [d, D] that widens the stream is [P_s 0] O_s, with O_s in O(D).
+**Polar gauge.** M_s = P_s O_s with P_s symmetric positive semidefinite and O_s
+orthogonal. With R_{s+1} = O_s^T R_s every shortcut becomes R_s^T P_s R_s. SliceGPT's
+M_s is a block of an orthogonal matrix, so most singular values are 1 and
+P_s = I - B_s B_s^T with few columns. Stored is R_s^T B_s, brought to lower trapezoidal
+form by a rotation of its columns. A shortcut [d, D] that widens the stream is
+[P_s 0] O_s, with O_s in O(D).
 
-Where it cannot be so: a shortcut that narrows the stream takes a triangular form,
-L = R_s^T M_s R_{s+1} (an LQ factor); a P_s whose low-rank form is not accurate enough
-is stored as its lower triangle; a segment that touches non-finite numbers is not
-rotated, and the shortcut that leads into it stays an array.
+**The free rotations.** R_0 is free, and where the stream gets wider so is a rotation of
+the new dimensions. Each makes rows of one kernel upper trapezoidal, by a QR
+factorisation: rows of the next MLP's up kernel, or of the head if there is none. The
+head would do for all, but its rows share a mean, and so do the activations that they
+meet: with both along one axis the same rounding errors do twice the harm (measured).
 
-R_0 = I: the last, global rotation is left to `symmetries.remove_global_gauge`.
+**Where it cannot be so.** A shortcut that narrows the stream takes a triangular form,
+L = R_s^T M_s R_{s+1} (an LQ factor). A P_s whose low-rank form is not accurate enough
+is stored as its lower triangle. A segment is not rotated if a rotation could carry a
+number past the greatest of its dtype, or if a number is not finite; the shortcut that
+leads into it stays an array.
 
-Shape letters: d, e widths of a shortcut's two segments, W the widest of a run, N layers
-of a block.
+**Dense models with RMSNorm** have no shortcuts. After the scales of the norms are
+folded into the kernels that read them, all segments share one rotation, which is free.
+If the head is the embedding, the last norm's scale stays between the two, and nothing
+can be rotated.
+
+The gauge goes from layer to layer: R_0 needs the first layer, O_s needs M_s. Every
+kernel is rotated once.
+
+Shape letters: d, e widths of a shortcut's two segments, D the hidden size.
 
 References:
   SliceGPT, arXiv 2401.15024, section 3: the rotations and the shortcuts.
@@ -27,7 +39,7 @@ References:
   freedom, removed by bits-back coding.
 """
 
-from collections.abc import Iterator
+import dataclasses
 import functools
 from typing import Any, NamedTuple
 
@@ -40,8 +52,6 @@ from rotbits_jax import structured
 from rotbits_jax.symmetries import canonical
 from rotbits_jax.symmetries import rotations as rotations_lib
 from rotbits_jax.symmetries import transform
-from rotbits_jax.symmetries.rotations import Rotations
-from rotbits_jax.symmetries.rotations import embed
 
 _matmul = functools.partial(jnp.matmul, precision='highest')
 
@@ -49,43 +59,40 @@ _matmul = functools.partial(jnp.matmul, precision='highest')
 # Rounding a dense matrix costs 0.4; SliceGPT's own shortcuts in this form 0.6.
 _ERROR_BOUND = 2.0
 
-
-# ---- pure functions: write unbatched, vmap outward -----------------------------------
-
-
-class Polar(NamedTuple):
-  """M = [P 0] O with P = U diag(values) U^T."""
-
-  u: jax.Array  # float32 [d, d], orthogonal
-  values: jax.Array  # float32 [d], descending
-  rotation: jax.Array  # float32 [e, e], O
+# The part of a dtype's range that the norms of rows and columns may fill.
+_RANGE = 0.99
 
 
-def polar(matrix: jax.Array) -> Polar:
-  """Left polar decomposition of a shortcut `[d, e]`, d <= e, in float32.
-
-  By the singular value decomposition, which stays accurate where a singular value is
-  near 0; orthogonal to about 1e-6.
-  """
-  d, e = matrix.shape
-  u, values, vt = jnp.linalg.svd(matrix.astype(jnp.float32), full_matrices=True)
-  left = jnp.eye(e, dtype=jnp.float32).at[:d, :d].set(u)
-  return Polar(u, values, _matmul(left, vt))
+# ---- pure functions of one matrix or one layer -------------------------------------
 
 
-def cumulative_rotations(steps: jax.Array, first: jax.Array) -> jax.Array:
-  """R_0 .. R_S from R_{s+1} = O_s^T R_s, by an associative scan.
+def upper_rotation(matrix: jax.Array) -> jax.Array:
+  """The rotation G that makes `G^T @ matrix` upper trapezoidal.
 
   Args:
-    steps: float32 `[S, W, W]`, the O_s.
-    first: float32 `[W, W]`, R_0.
+    matrix: `[d, V]`.
 
   Returns:
-    float32 `[S + 1, W, W]`, orthogonal to the rounding of float32.
+    float32 `[d, d]`, orthogonal to the rounding of float32.
   """
-  factors = jnp.concatenate([first[None], jnp.matrix_transpose(steps)])
-  rotations = jax.lax.associative_scan(lambda a, b: _matmul(b, a), factors)
-  return canonical.reorthogonalize(rotations)
+  columns = matrix[:, : matrix.shape[0]].astype(jnp.float32)
+  q, _ = jnp.linalg.qr(columns, mode='complete')
+  return canonical.reorthogonalize(q)
+
+
+def next_rotation(step: jax.Array, rotation: jax.Array, free: jax.Array) -> jax.Array:
+  """R_{s+1} = O_s^T diag(R_s, Z).
+
+  Args:
+    step: float32 `[e, e]`, O_s.
+    rotation: float32 `[d, d]`, R_s.
+    free: float32 `[e - d, e - d]`, Z: the rotation of the new dimensions.
+
+  Returns:
+    float32 `[e, e]`, orthogonal to the rounding of float32.
+  """
+  both = jax.scipy.linalg.block_diag(rotation, free) if free.size else rotation
+  return canonical.reorthogonalize(_matmul(step.T, both))
 
 
 def lower_factor(matrix: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -108,236 +115,626 @@ def gram_factor(rotation: jax.Array, u: jax.Array, weights: jax.Array) -> jax.Ar
   return rotations_lib.lower(_matmul(rotation.T, u * jnp.sqrt(weights)))
 
 
-# ---- a whole model: shapes are known, ranks are chosen from the spectra --------------
+class Form(NamedTuple):
+  """A leaf's arrays, and the relative error (Frobenius) that rounding them makes."""
+
+  arrays: tuple[jax.Array, ...]
+  error: jax.Array
 
 
-def remove_gauge(*, tolerance: float = 0.7) -> transform.Transform:
-  """The transform that fixes the residual gauge.
-
-  Args:
-    tolerance: how far from 1 a singular value may be and still count as 1, in units of
-      the storage format's roundoff (2^-11 for float16, 2^-8 for bfloat16, and what
-      float32 arithmetic can tell, 2^-19, for float32). Those of SliceGPT's shortcuts
-      that should be 1 spread by 0.9 of it. At 1.5 all of them count, which takes
-      SliceGPT's own rounding errors out of the shortcuts and moves the model by as much
-      as storing it in other coordinates does; 0.7 keeps the larger ones.
-
-  Returns:
-    A transform. Its notes tell, for each shortcut, the form taken, its rank, the
-    numbers stored and the relative error.
-  """
-  return transform.Transform(
-    'residual gauge', functools.partial(_remove_gauge, tolerance=tolerance)
-  )
-
-
-def _remove_gauge(
-  model: models.Model, *, tolerance: float
-) -> tuple[models.Model, list[transform.Note]]:
-  if not model.config.sliced:
-    return model, []
-  model = model.materialize(but=(structured.FactorPair,))
-  form = transform.storage_format(model)
-  limit = transform.limit(model)
-  shortcuts = [np.asarray(kernel) for _, kernel in _shortcuts(model)]
-  fixed = _overflowing_segments(model, limit)
-  while True:
-    gauge = _find_gauge(shortcuts, model.config.segment_widths, fixed)
-    rotated = rotations_lib.rotate(model, gauge.rotations)
-    # A rotation can carry a large number past the format's greatest.
-    overflowed = _overflowing_segments(rotated, limit) - fixed
-    if not overflowed:
-      break
-    fixed |= overflowed
-  forms = _structured_shortcuts(
-    gauge, shortcuts, form, unit=transform.roundoff(model), tolerance=tolerance
-  )
-  kernels, notes = [], []
-  for s, (name, kernel) in enumerate(_shortcuts(rotated)):
-    leaf, error = forms.get(s, (kernel, 0.0))
-    kernels.append(leaf)
-    gram = isinstance(leaf, structured.IdentityMinusGram)
-    rank = leaf.b.shape[1] + leaf.c.shape[1] if gram else min(leaf.shape)
-    notes.append(transform.note(name, leaf, error=error, rank=rank))
-  layers = []
-  for layer in rotated.layers():
-    own = {name: {'kernel': kernels.pop(0)} for name in _shortcut_names(layer)}
-    layers.append(layer | own)
-  rewritten = models.from_layers(
-    model.config, rotated.outer(), layers, model.buffers, model.stored_as
-  )
-  return rewritten, notes
-
-
-def _shortcut_names(layer: models.Params) -> list[str]:
-  return [n for n in ('attention_shortcut', 'mlp_shortcut') if n in layer]
-
-
-def _shortcuts(model: models.Model) -> Iterator[tuple[str, Any]]:
-  """Names and kernels of the shortcuts M_0 .. M_{S-1}."""
-  for i, layer in enumerate(model.layers()):
-    for name in _shortcut_names(layer):
-      yield f'layers.{i}/{name}/kernel', layer[name]['kernel']
-
-
-def _overflowing_segments(model: models.Model, limit: float) -> set[int]:
-  """The segments that a tensor with a number beyond the limit, or none, touches."""
-  bad = lambda tree: not transform.is_within(tree, limit)
-  step, last = model.config.segments_per_layer, len(model.config.segment_widths) - 1
-  outer = model.outer()
-  segments = {0} if bad(outer['embed']) else set()
-  segments |= {last} if bad(outer['head']['kernel']) else set()
-  for i, layer in enumerate(model.layers()):
-    for name, s in (('attention', i * step), ('mlp', (i + 1) * step - 1)):
-      if bad([layer[name], layer.get(f'{name}_shortcut')]):
-        segments |= {s, s + 1}
-  return segments
-
-
-class _Gauge(NamedTuple):
-  """The rotations, and what the shortcuts are in terms of them."""
-
-  rotations: Rotations  # R_s
-  polars: dict[int, Polar]  # of the shortcuts that take the polar gauge
-  lowers: dict[int, np.ndarray]  # L of those that take the triangular form
-
-
-def _find_gauge(
-  shortcuts: list[np.ndarray], widths: tuple[int, ...], fixed: set[int]
-) -> _Gauge:
-  """Chooses R_0 .. R_S.
-
-  Segments form runs, within which each shortcut takes the polar gauge; a run ends
-  where the stream gets narrower or the next segment must not be rotated.
-  """
-  count = len(shortcuts)
-  polars: dict[int, Polar] = {}
-  wanted = [
-    s for s in range(count) if widths[s] <= widths[s + 1] and s + 1 not in fixed
-  ]
-  for group in _same_shape(wanted, shortcuts):
-    stack = jax.device_get(_polar_stack(np.stack([shortcuts[s] for s in group])))
-    polars |= {s: Polar(*(x[i] for x in stack)) for i, s in enumerate(group)}
-  rotations: Rotations = []
-  lowers: dict[int, np.ndarray] = {}
-  start, first = 0, np.eye(widths[0], dtype=np.float32)
-  while True:
-    stop = next((s for s in range(start, count) if s not in polars), count)
-    widest = widths[stop]
-    steps = [embed(polars[s].rotation, widest) for s in range(start, stop)]
-    stack = np.array(steps, np.float32).reshape(-1, widest, widest)
-    turns = np.asarray(_cumulative_rotations(stack, embed(first, widest)))
-    rotations += [
-      turns[s - start, : widths[s], : widths[s]] for s in range(start, stop + 1)
-    ]
-    if stop == count:
-      return _Gauge(rotations, polars, lowers)
-    start, first = stop + 1, np.eye(widths[stop + 1], dtype=np.float32)
-    if start not in fixed:
-      lower, q = _turned_lower_factor(rotations[-1], shortcuts[stop])
-      lowers[stop], first = np.asarray(lower), np.asarray(q).T
-
-
-def _structured_shortcuts(
-  gauge: _Gauge,
-  shortcuts: list[np.ndarray],
-  form: np.dtype,
-  *,
-  unit: float,
-  tolerance: float,
-) -> dict[int, tuple[structured.Structured, float]]:
-  """The shortcuts' leaves in this gauge and their relative errors (Frobenius).
-
-  Args:
-    gauge: the gauge.
-    shortcuts: M_s.
-    form: the format that the leaves will be rounded to.
-    unit: its roundoff.
-    tolerance: see `remove_gauge`.
-  """
-  leaves: dict[int, tuple[structured.Structured, float]] = {}
-  for s, lower in gauge.lowers.items():
-    rounded = np.tril(lower).astype(form).astype(np.float32)
-    error = float(np.linalg.norm(rounded - lower))
-    norm = max(float(np.linalg.norm(lower)), _TINY)
-    leaf = structured.Trapezoidal(np.tril(lower))
-    leaves[s] = leaf.astype(shortcuts[s].dtype), error / norm
-  for group in _same_shape(list(gauge.polars), shortcuts):
-    dtype, columns = shortcuts[group[0]].dtype, shortcuts[group[0]].shape[1]
-    stacked = jax.tree.map(lambda *x: np.stack(x), *(gauge.polars[s] for s in group))
-    less = np.sum(stacked.values < 1 - tolerance * unit, axis=1)
-    more = np.sum(stacked.values > 1 + tolerance * unit, axis=1)
-    turns = np.stack([gauge.rotations[s] for s in group])
-    forms = jax.device_get(
-      _symmetric_forms(
-        turns, stacked, less, more, k=int(less.max()), j=int(more.max()), form=form
-      )
-    )
-    for i, s in enumerate(group):
-      gram = structured.IdentityMinusGram(
-        b=forms.b[i, :, : less[i]], c=forms.c[i, :, : more[i]], columns=columns
-      )
-      triangle = structured.SymmetricTriangle(forms.lower[i], columns)
-      smaller = structured.count_numbers(gram) < structured.count_numbers(triangle)
-      if smaller and forms.gram_error[i] <= _ERROR_BOUND * unit:
-        leaves[s] = gram.astype(dtype), forms.gram_error[i]
-      else:
-        leaves[s] = triangle.astype(dtype), forms.lower_error[i]
-  return leaves
-
-
-class _SymmetricForms(NamedTuple):
-  """R^T P R in two forms, and the relative errors that rounding them makes."""
-
-  b: jax.Array  # [d, k]
-  c: jax.Array  # [d, j]
-  lower: jax.Array  # [d, d]
-  gram_error: jax.Array
-  lower_error: jax.Array
-
-
-def _symmetric_form(
+def gram_form(
   rotation: jax.Array,
-  shortcut: Polar,
+  polar: canonical.Polar,
   less: jax.Array,
   more: jax.Array,
   *,
   k: int,
   j: int,
   form: Any,
-) -> _SymmetricForms:
-  """Both forms of one shortcut, `less` of whose values are below 1 and `more` above.
+) -> Form:
+  """R^T P R as I - B B^T + C C^T.
 
-  Values descend, so those above come first and those below last. Of the k and j
-  columns, what exceeds these counts only pads and ends as zeros.
+  Values descend, so those above 1 come first and those below come last. Of the k and j
+  columns, the ones beyond `less` and `more` only pad and end as zeros.
+
+  Args:
+    rotation: float32 `[d, d]`, R.
+    polar: of the shortcut.
+    less: [] how many values are below 1.
+    more: [] how many are above 1.
+    k: at least `less`.
+    j: at least `more`.
+    form: the dtype that the arrays will be rounded to.
+
+  Returns:
+    B `[d, k]` and C `[d, j]`, float32.
   """
-  u, values, _ = shortcut
+  u, values, _ = polar
   first, last = values[:j] - 1, 1 - values[values.size - k :]
   weights = jnp.where(jnp.arange(k) >= k - less, last, 0)
   b = gram_factor(rotation, u[:, u.shape[1] - k :], weights)
   c = gram_factor(rotation, u[:, :j], jnp.where(jnp.arange(j) < more, first, 0))
-  turned = _matmul(rotation.T, u)
-  symmetric = _matmul(turned * values, turned.T)
-  lower = jnp.tril(symmetric)
+  b32, c32 = (x.astype(form).astype(jnp.float32) for x in (b, c))
+  leaf = structured.IdentityMinusGram(b32, c32, columns=values.size)
+  return Form((b, c), _error(leaf, rotation, polar))
+
+
+def triangle_form(rotation: jax.Array, polar: canonical.Polar, *, form: Any) -> Form:
+  """R^T P R as its lower triangle, float32 `[d, d]`."""
+  lower = jnp.tril(_symmetric(rotation, polar))
+  lower32 = lower.astype(form).astype(jnp.float32)
+  leaf = structured.SymmetricTriangle(lower32, columns=lower.shape[0])
+  return Form((lower,), _error(leaf, rotation, polar))
+
+
+def _symmetric(rotation: jax.Array, polar: canonical.Polar) -> jax.Array:
+  turned = _matmul(rotation.T, polar.u)
+  return _matmul(turned * polar.values, turned.T)
+
+
+def _error(leaf: Any, rotation: jax.Array, polar: canonical.Polar) -> jax.Array:
+  symmetric = _symmetric(rotation, polar)
   norm = jnp.maximum(jnp.linalg.norm(symmetric), _TINY)
-  width = symmetric.shape[0]
-  error = lambda leaf: jnp.linalg.norm(leaf.materialize() - symmetric) / norm
-  b32, c32, lower32 = (x.astype(form).astype(jnp.float32) for x in (b, c, lower))
-  return _SymmetricForms(
-    b=b,
-    c=c,
-    lower=lower,
-    gram_error=error(structured.IdentityMinusGram(b32, c32, columns=width)),
-    lower_error=error(structured.SymmetricTriangle(lower32, columns=width)),
+  return jnp.linalg.norm(leaf.materialize() - symmetric) / norm
+
+
+def range_used(
+  flat: dict[str, Any], limits: dict[str, jax.Array], *, axes: tuple[Any, ...]
+) -> dict[str, jax.Array]:
+  """The part of its dtype's range that a rotation could make a parameter fill.
+
+  No rotation of rows changes the norm of a column, and none of columns that of a row,
+  so these norms bound every number that rotations can make.
+
+  Args:
+    flat: arrays, or pairs of factors, by path.
+    limits: the greatest number of each parameter's dtype.
+    axes: pairs of a path and the parameter's axes, see `models.layout`.
+
+  Returns:
+    For each parameter that touches a segment, the part; NaN or infinite where a number
+    is not finite.
+  """
+  used = {}
+  for path, own in axes:
+    if path not in flat:
+      continue
+    rows = len(own) == 2 and isinstance(own[0], int)
+    columns = isinstance(own[-1], int)
+    leaf = flat[path]
+    if isinstance(leaf, structured.FactorPair):
+      pair = leaf.plain()
+      parts = [(pair.u, rows, False), (pair.v, False, columns)]
+    else:
+      parts = [(leaf, rows, columns)]
+    greatest = []
+    for array, over_rows, over_columns in parts:
+      squares = jnp.square(array.astype(jnp.float32) / limits[path])
+      if over_rows:
+        squares = jnp.sum(squares, axis=0, keepdims=True)
+      if over_columns:
+        squares = jnp.sum(squares, axis=-1, keepdims=True)
+      greatest.append(jnp.sqrt(jnp.max(squares, initial=0)))
+    if rows or columns:
+      used[path] = jnp.max(jnp.stack(greatest))
+  return used
+
+
+def fold_norm_scales(
+  flat: dict[str, Any], *, axes: tuple[Any, ...], norms: tuple[Any, ...]
+) -> dict[str, Any]:
+  """Moves the scales of RMSNorms into the kernels that read them.
+
+  Args:
+    flat: parameters of a layer, or of what is outside the layers, of a dense model.
+    axes: pairs of a path and the parameter's axes, see `models.layout`.
+    norms: pairs of the first key of a path and the norm that such kernels read.
+
+  Returns:
+    The parameters, in the dtypes they had; the scales are 1.
+  """
+  folded = dict(flat)
+  for path, own in axes:
+    norm = dict(norms).get(path.split('/')[0])
+    if norm and len(own) == 2 and isinstance(own[0], int):
+      folded[path] = scaled(flat[path], flat[f'{norm}/scale'])
+  for path in flat:
+    if path.endswith('_norm/scale'):
+      folded[path] = jnp.ones_like(flat[path])
+  return folded
+
+
+def scaled(kernel: Any, scale: jax.Array) -> Any:
+  """`diag(scale) @ kernel` in float32, rounded to the kernel's dtype."""
+  if isinstance(kernel, structured.FactorPair):
+    pair = kernel.plain()
+    return dataclasses.replace(pair, u=scaled(pair.u, scale))
+  product = kernel.astype(jnp.float32) * scale.astype(jnp.float32)[:, None]
+  return product.astype(kernel.dtype)
+
+
+# ---- the transform -----------------------------------------------------------------
+
+
+def remove_residual_gauge(*, tolerance: float = 0.7) -> transform.Transform:
+  """The transform that fixes the rotations of the residual stream.
+
+  It comes first in a chain, because it looks at the layers of the source to choose the
+  free rotations.
+
+  Args:
+    tolerance: how far from 1 a singular value may be and still count as 1, in units of
+      the storage dtype's roundoff (2^-11 for float16, 2^-8 for bfloat16, and 2^-19, the
+      error of float32 linear algebra, for float32). Those of SliceGPT's shortcuts
+      that should be 1 spread by 0.9 of it. At 1.5 all of them count, which takes
+      SliceGPT's own rounding errors out of the shortcuts and moves the model by as much
+      as storing it in other coordinates does; 0.7 keeps the larger ones.
+
+  Returns:
+    A transform. Its notes tell, for each shortcut, the form taken, its rank, the
+    numbers stored and the relative error; and which kernels are trapezoidal.
+  """
+  return transform.make(
+    'residual gauge',
+    init=_init,
+    layers=functools.partial(_layers, tolerance=tolerance),
+    outer=_outer,
+    skip=_skip,
   )
+
+
+class State(NamedTuple):
+  """What goes from layer to layer.
+
+  Attributes:
+    first: float32 `[d, d]`, R_0.
+    rotation: float32 `[d, d]`, that of the segment which the next layer reads.
+    fixed: bool [], whether that segment may not be rotated.
+    blocks: int32 `[n]`, the rows of the next up kernel, or of the head, that free
+      rotations make trapezoidal: first how many rows come before, then the length of
+      each block. Empty if there are none.
+  """
+
+  first: Any
+  rotation: Any
+  fixed: Any
+  blocks: Any
+
+
+def _state(first: Any, rotation: Any, fixed: bool, blocks: list[int]) -> State:
+  return State(first, rotation, np.bool_(fixed), np.array(blocks, np.int32))
+
+
+def _init(context: transform.Context) -> State | tuple[()]:
+  config, symmetries = context.config, models.layout.symmetries(context.config)
+  width = config.segment_widths[0]
+  first = np.eye(width, dtype=np.float32)
+  if symmetries.segments:
+    if _is_fixed(context, 0):
+      return _state(first, first, True, [])
+    free = _free_rotation(context, 0, 0)
+  elif symmetries.stream and _stream_can_rotate(context):
+    free = _free_rotation(context, config.segments_per_layer - 1, 0)
+  else:
+    return ()
+  if free is None:
+    return _state(first, first, False, [])
+  return _state(free, free, False, [0, width])
+
+
+def _layers(
+  context: transform.Context,
+  state: State,
+  first: int,
+  layers: transform.Layers,
+  *,
+  tolerance: float,
+) -> tuple[State, transform.Layers, list[list[transform.Note]]]:
+  if not state:
+    return state, layers, [[] for _ in layers]
+  config = context.config
+  if not config.sliced:
+    return _stream_layers(context, state, first, layers)
+  flats = [structured.flatten(_plain(layer)) for layer in layers]
+  layers.clear()  # the widened numbers are freed one layer after the other
+  gauges, state = _find_gauges(context, state, first, flats)
+  rotated = context.map_layers(
+    rotations_lib.turn_parameters,
+    [
+      ({p: x for p, x in flat.items() if '_shortcut' not in p}, gauge.rotations)
+      for flat, gauge in zip(flats, gauges, strict=True)
+    ],
+    axes=tuple(models.layout.layer_axes(config).items()),
+  )
+  notes: list[list[transform.Note]] = [[] for _ in flats]
+  shortcuts = [
+    _shortcut_leaves(context, flat, gauge, tolerance)
+    for flat, gauge in zip(flats, gauges, strict=True)
+  ]
+  for i, (gauge, leaves) in enumerate(zip(gauges, shortcuts, strict=True)):
+    prefix = f'layers.{first + i}/'
+    for path, own in leaves.items():
+      rotated[i][path] = own.leaf
+      details = {'error': float(own.error), 'rank': own.rank}
+      notes[i].append(transform.note(prefix + path, own.leaf, **details))
+    if gauge.blocks:
+      leaf, error = _trapezoids(rotated[i]['mlp/up/kernel'], gauge.blocks)
+      rotated[i]['mlp/up/kernel'] = leaf
+      notes[i].append(transform.note(f'{prefix}mlp/up/kernel', leaf, error=error))
+  return state, [structured.unflatten(flat) for flat in rotated], notes
+
+
+def _skip(
+  context: transform.Context, state: State, first: int, layers: transform.Layers
+) -> State:
+  if not state or not context.config.sliced:
+    return state._replace(blocks=np.zeros(0, np.int32)) if state else state
+  flats = [structured.flatten(_plain(layer)) for layer in layers]
+  return _find_gauges(context, state, first, flats)[1]
+
+
+def _outer(
+  context: transform.Context, state: State, outer: models.Params
+) -> tuple[models.Params, list[transform.Note]]:
+  if not state:
+    return outer, []
+  config = context.config
+  axes = tuple(models.layout.outer_axes(config).items())
+  flat = structured.flatten(_plain(outer))
+  if not config.sliced:
+    flat = folded_outer(config, flat)
+  turned = _turn_parameters(flat, (state.first, state.rotation), axes=axes)
+  notes = []
+  blocks = [int(x) for x in state.blocks]
+  if blocks:
+    leaf, error = _trapezoids(turned['head/kernel'], blocks)
+    turned['head/kernel'] = leaf
+    notes.append(transform.note('head/kernel', leaf, error=error))
+  if not config.sliced:
+    turned = _with_constant_norms(turned)
+  return structured.unflatten(turned), notes
+
+
+def _plain(tree: models.Params) -> models.Params:
+  """Structured leaves replaced by arrays, but for pairs of factors."""
+  return models.materialize(tree, but=(structured.FactorPair,))
+
+
+def _plain_source(context: transform.Context, index: int | None) -> dict[str, Any]:
+  """Parameters of a layer, or of what is outside the layers, of the source, by path.
+
+  Structured leaves are replaced by what they will be when their layer comes: float32.
+  Of a source that is not rewritten yet nothing is copied.
+  """
+  source = context.source
+  flat = structured.flatten(source.outer() if index is None else source.layer(index))
+  wide = {
+    path: leaf.astype(jnp.float32) if structured.is_structured(leaf) else leaf
+    for path, leaf in flat.items()
+  }
+  return structured.flatten(_plain(structured.unflatten(wide)))
+
+
+# ---- the rotations of sliced models ------------------------------------------------
+
+
+class _Gauge(NamedTuple):
+  """The rotations of one layer, and what its shortcuts are in terms of them.
+
+  Attributes:
+    rotations: R_s of the segments that the layer touches.
+    polars: of the shortcuts that take the polar gauge.
+    lowers: L of those that take the triangular form.
+    blocks: see `State`; of the layer's own up kernel.
+  """
+
+  rotations: tuple[jax.Array, ...]
+  polars: dict[str, canonical.Polar]
+  lowers: dict[str, jax.Array]
+  blocks: list[int]
+
+
+def _find_gauges(
+  context: transform.Context,
+  state: State,
+  first: int,
+  flats: list[dict[str, Any]],
+) -> tuple[list[_Gauge], State]:
+  """The gauges of consecutive layers, and the state behind them."""
+  config = context.config
+  step = config.segments_per_layer
+  wanted = []
+  for i, flat in enumerate(flats):
+    widths = config.layer_widths(first + i)
+    paths = enumerate(_shortcut_paths(config))
+    wanted.append({p: flat[p] for s, p in paths if widths[s] <= widths[s + 1]})
+  found = context.map_layers(_polars, [(own,) for own in wanted])
+  gauges = []
+  for i, (flat, polars) in enumerate(zip(flats, found, strict=True)):
+    layer = first + i
+    used = _range_used(context, f'layers.{layer}/', flat)
+    widths = config.layer_widths(layer)
+    device = next(iter(used.values())).device
+    rotations = [jax.device_put(jnp.asarray(state.rotation, jnp.float32), device)]
+    fixed, blocks = bool(state.fixed), [int(x) for x in state.blocks]
+    lowers: dict[str, jax.Array] = {}
+    own_blocks: list[int] = []
+    for s, path in enumerate(_shortcut_paths(config)):
+      if s == step - 1:  # the segment that the MLP reads
+        own_blocks, blocks = blocks, []
+      d, e = widths[s], widths[s + 1]
+      fixed = not _within(used, _touching(config, 1 if s + 1 < step else -1))
+      if s + 1 == step:
+        fixed = fixed or not _readers_within(context, (layer + 1) * step)
+      if fixed:
+        polars.pop(path, None)
+        rotations.append(jax.device_put(jnp.eye(e, dtype=jnp.float32), device))
+        blocks = []
+      elif path in polars:
+        rotation, free = polars[path].rotation, None
+        if e > d:
+          free = _free_rotation(context, layer * step + s + 1, d, rotation)
+          blocks = [] if free is None else [*(blocks or [d]), e - d]
+        if free is None:
+          free = jnp.eye(e - d, dtype=jnp.float32)
+        free = jax.device_put(free, device)
+        rotations.append(_next_rotation(rotation, rotations[-1], free))
+      else:
+        lowers[path], q = _turned_lower_factor(rotations[-1], flat[path])
+        rotations.append(q.T)
+        blocks = []
+    gauges.append(_Gauge(tuple(rotations), polars, lowers, own_blocks))
+    state = _state(state.first, rotations[-1], fixed, blocks)
+  return gauges, state
+
+
+class _Shortcut(NamedTuple):
+  """What stands for a shortcut, its relative error (Frobenius), and its rank."""
+
+  leaf: Any
+  error: Any
+  rank: int
+
+
+def _shortcut_leaves(
+  context: transform.Context, flat: dict[str, Any], gauge: _Gauge, tolerance: float
+) -> dict[str, _Shortcut]:
+  """The shortcuts of one layer in the layer's gauge, by path."""
+  unit, form = context.roundoff, context.form
+  found: dict[str, _Shortcut] = {}
+  for s, path in enumerate(_shortcut_paths(context.config)):
+    rows, columns = gauge.rotations[s : s + 2]
+    kernel, rank = flat[path], min(flat[path].shape)
+    width = kernel.shape[1]
+    if path in gauge.lowers:
+      lower, error = _rounded_lower(gauge.lowers[path], form=form)
+      found[path] = _Shortcut(structured.Trapezoidal(lower), error, rank)
+      continue
+    if path not in gauge.polars:
+      found[path] = _Shortcut(_turn(kernel, rows=rows, columns=columns), 0.0, rank)
+      continue
+    polar = gauge.polars[path]
+    values = np.asarray(polar.values)
+    less = int(np.sum(values < 1 - tolerance * unit))
+    more = int(np.sum(values > 1 + tolerance * unit))
+    d = values.size
+    triangle = structured.lower_size((d, d))
+    if structured.lower_size((d, less)) + structured.lower_size((d, more)) < triangle:
+      grams = _gram_form(
+        rows, polar, less, more, k=_padded(less, d), j=_padded(more, d), form=form
+      )
+      if float(grams.error) <= _ERROR_BOUND * unit:
+        b, c = grams.arrays
+        leaf = structured.IdentityMinusGram(b[:, :less], c[:, :more], columns=width)
+        found[path] = _Shortcut(leaf, grams.error, less + more)
+        continue
+    whole = _triangle_form(rows, polar, form=form)
+    (lower,) = whole.arrays
+    triangles = structured.SymmetricTriangle(lower, columns=width)
+    found[path] = _Shortcut(triangles, whole.error, rank)
+  return found
+
+
+def _padded(rank: int, most: int) -> int:
+  """One of eight ranks an octave, so that few programs are compiled."""
+  grain = 1 << max(rank.bit_length() - 4, 0)
+  return min(-(-rank // grain) * grain, most)
+
+
+def _free_rotation(
+  context: transform.Context, segment: int, start: int, step: jax.Array | None = None
+) -> jax.Array | None:
+  """A rotation of the dimensions from `start` on, of a segment where it is free.
+
+  Args:
+    context: of the transform.
+    segment: index of the segment.
+    start: the dimensions before are not free.
+    step: O of the shortcut that leads into the segment, if some are not.
+
+  Returns:
+    The rotation that makes rows of the next up kernel, or of the head, upper
+    trapezoidal; None if there is no such kernel.
+  """
+  kernel = _reader(context, segment)
+  if kernel is None:
+    return None
+  kernel = jnp.asarray(kernel)[:, : context.config.segment_widths[segment]]
+  return _free_rotation_of(kernel, step, start=start)
+
+
+def _free_rotation_of(
+  kernel: jax.Array, step: jax.Array | None, *, start: int
+) -> jax.Array:
+  kernel = kernel.astype(jnp.float32)
+  return upper_rotation((kernel if step is None else _matmul(step, kernel))[start:])
+
+
+def _reader(context: transform.Context, segment: int) -> Any:
+  """The next up kernel behind a segment, or the head, in the segment's coordinates."""
+  config = context.config
+  steps = config.segments_per_layer
+  if segment == steps * config.num_layers:
+    kernel = _plain_source(context, None)['head/kernel']
+    return None if isinstance(kernel, structured.FactorPair) else kernel
+  index, position = divmod(segment, steps)
+  flat = _plain_source(context, index)
+  kernel = flat['mlp/up/kernel']
+  if isinstance(kernel, structured.FactorPair):
+    return None
+  kernel = jax.device_put(kernel)
+  if not config.sliced:
+    scale = flat[f'{models.layout.norm_of(config, "mlp")}/scale']
+    return scaled(kernel, jnp.asarray(scale))
+  if position == steps - 1:
+    return kernel
+  d, e = config.layer_widths(index)[:2]
+  between = {path: flat[path] for path in _touching(config, 1)}
+  used = _range_used(context, f'layers.{index}/', between)
+  if d > e or not _within(used, _touching(config, 1)):
+    return None
+  path = _shortcut_paths(config)[0]
+  polars = _jitted_polars({path: jnp.asarray(flat[path])})
+  return _matmul(polars[path].rotation, kernel.astype(jnp.float32))[:d]
+
+
+# ---- which segments can be rotated -------------------------------------------------
+
+
+def _is_fixed(context: transform.Context, segment: int) -> bool:
+  """Whether the first segment may not be rotated."""
+  outer = _plain_source(context, None)
+  embeddings = {path: x for path, x in outer.items() if path.startswith('embed/')}
+  used = _range_used(context, '', embeddings)
+  return not (_within(used, used) and _readers_within(context, segment))
+
+
+def _readers_within(context: transform.Context, segment: int) -> bool:
+  """Whether no rotation can make an overflow of what reads a layer's output."""
+  config = context.config
+  index = segment // config.segments_per_layer
+  if index == config.num_layers:
+    head = {'head/kernel': _plain_source(context, None)['head/kernel']}
+    used = _range_used(context, '', head)
+    return _within(used, used)
+  flat = _plain_source(context, index)
+  readers = {path: flat[path] for path in _touching(config, 0)}
+  used = _range_used(context, f'layers.{index}/', readers)
+  return _within(used, used)
+
+
+def _stream_can_rotate(context: transform.Context) -> bool:
+  """Whether one rotation of all segments of a dense model can make no overflow."""
+  config = context.config
+  for i in range(config.num_layers):
+    flat = folded(config, jax.device_put(_plain_source(context, i)))
+    used = _range_used(context, f'layers.{i}/', flat)
+    if not _within(used, used):
+      return False
+  flat = folded_outer(config, jax.device_put(_plain_source(context, None)))
+  used = _range_used(context, '', flat)
+  return _within(used, used)
+
+
+def _range_used(
+  context: transform.Context, prefix: str, flat: dict[str, Any]
+) -> dict[str, jax.Array]:
+  of = models.layout.layer_axes if prefix else models.layout.outer_axes
+  axes = tuple(of(context.config).items())
+  limits = {path: np.float32(context.limit(prefix + path)) for path in flat}
+  return _jitted_range_used(flat, limits, axes=axes)
+
+
+def _within(used: dict[str, jax.Array], paths: Any) -> bool:
+  # Written so that a part that is not a number is none.
+  return all(float(used[path]) <= _RANGE for path in paths)
+
+
+@functools.lru_cache
+def _touching(config: models.ModelConfig, segment: int) -> tuple[str, ...]:
+  """The parameters of a layer that touch one of its segments."""
+  axes = models.layout.layer_axes(config)
+  return tuple(path for path, own in axes.items() if segment in own)
+
+
+def _shortcut_paths(config: models.ModelConfig) -> list[str]:
+  sublayers = models.layout.SUBLAYERS[: config.segments_per_layer]
+  return [f'{sublayer}_shortcut/kernel' for sublayer in sublayers]
+
+
+# ---- dense models ------------------------------------------------------------------
+
+
+def _stream_layers(
+  context: transform.Context, state: State, first: int, layers: transform.Layers
+) -> tuple[State, transform.Layers, list[list[transform.Note]]]:
+  """Layers of a dense model, all of whose segments have one rotation."""
+  config = context.config
+  axes = tuple(models.layout.layer_axes(config).items())
+  flats = [structured.flatten(_plain(layer)) for layer in layers]
+  layers.clear()
+  rotation = jnp.asarray(state.rotation)
+  arguments = []
+  for flat in flats:
+    device = next(iter(jax.tree.leaves(flat))).device
+    arguments.append((folded(config, flat), (jax.device_put(rotation, device),) * 3))
+  flats.clear()
+  rotated = context.map_layers(rotations_lib.turn_parameters, arguments, axes=axes)
+  notes: list[list[transform.Note]] = [[] for _ in rotated]
+  blocks = [int(x) for x in state.blocks]
+  if blocks:
+    leaf, error = _trapezoids(rotated[0]['mlp/up/kernel'], blocks)
+    rotated[0]['mlp/up/kernel'] = leaf
+    notes[0].append(transform.note(f'layers.{first}/mlp/up/kernel', leaf, error=error))
+    state = state._replace(blocks=np.zeros(0, np.int32))
+  rotated = [structured.unflatten(_with_constant_norms(flat)) for flat in rotated]
+  return state, rotated, notes
+
+
+def folded(config: models.ModelConfig, flat: dict[str, Any]) -> dict[str, Any]:
+  """A layer of a dense model with its norms' scales in the kernels, by path."""
+  axes = tuple(models.layout.layer_axes(config).items())
+  norms = [(x, models.layout.norm_of(config, x)) for x in models.layout.SUBLAYERS]
+  return _fold_norm_scales(flat, axes=axes, norms=tuple(norms))
+
+
+def folded_outer(config: models.ModelConfig, flat: dict[str, Any]) -> dict[str, Any]:
+  """What is outside the layers with the last norm's scale in the head, by path."""
+  axes = tuple(models.layout.outer_axes(config).items())
+  return _fold_norm_scales(flat, axes=axes, norms=(('head', 'final_norm'),))
+
+
+def _with_constant_norms(flat: dict[str, Any]) -> dict[str, Any]:
+  """Scales of 1 as leaves that store nothing."""
+  return {
+    path: structured.Constant.like(leaf, 1.0) if path.endswith('_norm/scale') else leaf
+    for path, leaf in flat.items()
+  }
+
+
+def _trapezoids(kernel: Any, blocks: list[int]) -> tuple[Any, float]:
+  """The leaf of a kernel whose rows are trapezoidal, and what the zeros cost."""
+  full, *rest = blocks
+  upper, error = _with_zeros(kernel, blocks=tuple(rest), full=full)
+  return structured.RowTrapezoids(upper, tuple(rest), full), float(error)
+
+
+def _with_zeros(
+  kernel: jax.Array, *, blocks: tuple[int, ...], full: int
+) -> tuple[jax.Array, jax.Array]:
+  starts = np.repeat(np.cumsum([0, *blocks])[:-1], blocks) + full
+  rows = np.arange(full, full + sum(blocks))
+  first = jnp.asarray(np.concatenate([np.zeros(full, int), rows - starts]))
+  upper = jnp.where(jnp.arange(kernel.shape[1]) >= first[:, None], kernel, 0)
+  norm = jnp.maximum(jnp.linalg.norm(kernel), _TINY)
+  return upper, jnp.linalg.norm(upper - kernel) / norm
 
 
 _TINY = float(jnp.finfo(jnp.float32).tiny)
 
 
-@functools.partial(jax.jit, static_argnames=('k', 'j', 'form'))
-def _symmetric_forms(*stacks: Any, **static: Any) -> _SymmetricForms:
-  return jax.vmap(functools.partial(_symmetric_form, **static))(*stacks)
+def _polars(shortcuts: dict[str, jax.Array]) -> dict[str, canonical.Polar]:
+  return {path: canonical.polar(matrix) for path, matrix in shortcuts.items()}
 
 
 @jax.jit
@@ -347,13 +744,20 @@ def _turned_lower_factor(
   return lower_factor(_matmul(rotation.T, shortcut.astype(jnp.float32)))
 
 
-_polar_stack = jax.jit(jax.vmap(polar))
-_cumulative_rotations = jax.jit(cumulative_rotations)
+@functools.partial(jax.jit, static_argnames='form')
+def _rounded_lower(lower: jax.Array, *, form: Any) -> tuple[jax.Array, jax.Array]:
+  rounded = jnp.tril(lower).astype(form).astype(jnp.float32)
+  norm = jnp.maximum(jnp.linalg.norm(lower), _TINY)
+  return jnp.tril(lower), jnp.linalg.norm(rounded - lower) / norm
 
 
-def _same_shape(indices: list[int], arrays: list[np.ndarray]) -> list[list[int]]:
-  """Groups the indices of arrays that have one shape."""
-  groups: dict[tuple[int, ...], list[int]] = {}
-  for index in indices:
-    groups.setdefault(arrays[index].shape, []).append(index)
-  return list(groups.values())
+_jitted_polars = jax.jit(_polars)
+_jitted_range_used = jax.jit(range_used, static_argnames='axes')
+_next_rotation = jax.jit(next_rotation)
+_gram_form = jax.jit(gram_form, static_argnames=('k', 'j', 'form'))
+_triangle_form = jax.jit(triangle_form, static_argnames='form')
+_turn = jax.jit(rotations_lib.turn)
+_turn_parameters = jax.jit(rotations_lib.turn_parameters, static_argnames='axes')
+_fold_norm_scales = jax.jit(fold_norm_scales, static_argnames=('axes', 'norms'))
+_free_rotation_of = jax.jit(_free_rotation_of, static_argnames='start')
+_with_zeros = jax.jit(_with_zeros, static_argnames=('blocks', 'full'))

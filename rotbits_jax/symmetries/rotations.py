@@ -4,8 +4,9 @@ r"""Rotations of the residual stream: the same function in other coordinates.
 
 For orthogonal R_s the map x_s -> x_s R_s changes no output if what writes a segment is
 multiplied by R_s and what reads it by R_s^T; a shortcut becomes R_s^T M_s R_{s+1}.
+`models.layout` says which axis of which parameter is which segment.
 
-Shape letters: d the width of a segment, N layers of a block.
+Shape letters: d the width of a segment.
 
 Reference: SliceGPT, arXiv 2401.15024, section 3.
 """
@@ -20,14 +21,6 @@ import numpy as np
 
 from rotbits_jax import models
 from rotbits_jax import structured
-
-Rotations = list[np.ndarray]  # float32 [d, d], one a segment
-
-KEPT = (
-  structured.IdentityMinusGram,
-  structured.SymmetricTriangle,
-  structured.FactorPair,
-)
 
 _matmul = functools.partial(jnp.matmul, precision='highest')
 
@@ -56,26 +49,28 @@ def _is_identity(rotation: jax.Array) -> jax.Array:
   return jnp.all(rotation == jnp.eye(rotation.shape[0], dtype=rotation.dtype))
 
 
-def turn_shortcut(kernel: Any, rows: jax.Array, columns: jax.Array) -> Any:
-  """`rows^T @ kernel @ columns`; a symmetric leaf stays one.
+def turn_parameters(
+  flat: dict[str, Any], rotations: tuple[jax.Array, ...], *, axes: tuple[Any, ...]
+) -> dict[str, Any]:
+  """Rotates the segments that parameters touch.
 
   Args:
-    kernel: a shortcut, `[d, e]`. A leaf stands for `[P, 0]`, with P symmetric.
-    rows: float32 `[d, d]`.
-    columns: float32 `[e, e]`; where the kernel is a leaf, `rows` and a rotation of the
-      other dimensions, side by side.
+    flat: arrays, or pairs of factors, by path.
+    rotations: float32 `[d, d]` for each segment: of a layer its input, the one between
+      attention and MLP unless blocks are parallel, and its output.
+    axes: pairs of a path and the parameter's axes, see `models.layout`; parameters that
+      are not in `flat` are passed over.
 
   Returns:
-    The shortcut in the dtype it had.
+    The parameters, in the dtypes they had.
   """
-  if isinstance(kernel, structured.IdentityMinusGram):
-    b, c = (lower(turn(x, rows=rows)) for x in (kernel.b, kernel.c))
-    return dataclasses.replace(kernel, b=b, c=c)
-  if isinstance(kernel, structured.SymmetricTriangle):
-    whole = dataclasses.replace(kernel, columns=kernel.shape[0]).materialize()
-    turned = jnp.tril(turn(whole, rows=rows, columns=rows))
-    return dataclasses.replace(kernel, lower=turned)
-  return turn(kernel, rows=rows, columns=columns)
+  turned = dict(flat)
+  for path, own in axes:
+    if path in flat:
+      rows = rotations[own[0]] if len(own) == 2 and isinstance(own[0], int) else None
+      columns = rotations[own[-1]] if isinstance(own[-1], int) else None
+      turned[path] = turn(flat[path], rows=rows, columns=columns)
+  return turned
 
 
 def lower(factor: jax.Array) -> jax.Array:
@@ -86,84 +81,39 @@ def lower(factor: jax.Array) -> jax.Array:
   return jnp.tril(jnp.pad(r.T, padding)).astype(factor.dtype)
 
 
-def rotate_layer(
-  layer: models.Params, rotations: tuple[jax.Array, ...]
-) -> models.Params:
-  """Rotates the segments that one layer touches.
+def rotate(model: models.Model, rotations: list[np.ndarray]) -> models.Model:
+  """Rotates every residual segment of a model in memory.
 
   Args:
-    layer: parameters of a layer; arrays, but for symmetric shortcuts.
-    rotations: float32 `[d, d]` for each of its segments: the input, the one between
-      attention and MLP unless blocks are parallel, and the output.
-
-  Returns:
-    The parameters, in the dtypes they had.
-  """
-  ends = models.ends(rotations)
-  turned = models.map_sublayers(
-    layer,
-    read=lambda name, linear: (
-      linear | {'kernel': turn(linear['kernel'], rows=ends[name][0])}
-    ),
-    write=lambda name, linear: {
-      key: turn(value, columns=ends[name][1]) for key, value in linear.items()
-    },
-  )
-  for name, (read, written) in ends.items():
-    if f'{name}_shortcut' in layer:
-      kernel = turn_shortcut(layer[f'{name}_shortcut']['kernel'], read, written)
-      turned[f'{name}_shortcut'] = {'kernel': kernel}
-  return layer | turned
-
-
-def rotate_outer(
-  outer: models.Params, first: jax.Array, last: jax.Array
-) -> models.Params:
-  """Rotates the embeddings into the first segment and the head out of the last."""
-  head = outer['head']
-  return outer | {
-    'embed': {k: turn(table, columns=first) for k, table in outer['embed'].items()},
-    'head': head | {'kernel': turn(head['kernel'], rows=last)},
-  }
-
-
-def rotate(model: models.Model, rotations: Rotations) -> models.Model:
-  """Rotates every residual segment of a model.
-
-  Args:
-    model: the model; structured leaves are materialized, but for pairs of factors, and
-      for symmetric shortcuts, which ask something of the rotations, see
-      `turn_shortcut`.
+    model: the model; structured leaves are materialized, but for pairs of factors.
     rotations: R_s, float32 `[d_s, d_s]`, one a segment. Without shortcuts, in a dense
       model, all are one, and its norms have no scales.
 
   Returns:
     A model of the same function, rounded to the dtypes it had, with NumPy arrays.
   """
-  params = model.materialize(but=KEPT).params
-  step, layer = model.config.segments_per_layer, 0
-  for group, size in enumerate(model.group_sizes):
-    start = layer * step
-    stacks = tuple(
-      np.stack(rotations[start + i : start + i + (size - 1) * step + 1 : step])
-      for i in range(step + 1)
-    )
-    name = f'blocks_{group}'
-    # Fetched block by block: a device need not hold the whole model.
-    params[name] = jax.device_get(_rotate_layers(params[name], stacks))
-    layer += size
-  outer = {k: v for k, v in params.items() if not k.startswith('blocks_')}
-  outer = jax.device_get(_rotate_outer(outer, rotations[0], rotations[-1]))
-  return dataclasses.replace(model, params=params | outer)
+  config = model.config
+  model = model.materialize(but=(structured.FactorPair,))
+  step, layers = config.segments_per_layer, []
+  axes = tuple(models.layout.layer_axes(config).items())
+  for i, layer in enumerate(model.layers()):
+    own = tuple(map(jnp.asarray, rotations[i * step : (i + 1) * step + 1]))
+    turned = _turn_parameters(structured.flatten(layer), own, axes=axes)
+    layers.append(structured.unflatten(jax.device_get(turned)))
+  ends = jnp.asarray(rotations[0]), jnp.asarray(rotations[-1])
+  outer = _turn_parameters(
+    structured.flatten(model.outer()),
+    ends,
+    axes=tuple(models.layout.outer_axes(config).items()),
+  )
+  outer = structured.unflatten(jax.device_get(outer))
+  return models.from_layers(config, outer, layers, model.buffers, model.stored_as)
 
 
-_rotate_layers = jax.jit(jax.vmap(rotate_layer))
-_rotate_outer = jax.jit(rotate_outer)
+_turn_parameters = jax.jit(turn_parameters, static_argnames='axes')
 
 
-def embed(rotation: Any, width: int) -> np.ndarray:
+def embed(rotation: Any, width: int) -> jax.Array:
   """A rotation of the first dimensions of a wider space."""
   d = rotation.shape[0]
-  embedded = np.eye(width, dtype=np.float32)
-  embedded[:d, :d] = rotation
-  return embedded
+  return jnp.eye(width, dtype=jnp.float32).at[:d, :d].set(rotation)

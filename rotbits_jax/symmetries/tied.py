@@ -15,7 +15,6 @@ Shape letters are those of `models.config`; D is the width of the last segment, 
 that of the first.
 """
 
-import dataclasses
 import functools
 from typing import Any
 
@@ -46,8 +45,8 @@ def retie_embedding(*, tolerance: float = 1.5) -> transform.Transform:
     A transform. Its note tells whether the embedding is tied now, the error, and that
     of the worst token.
   """
-  return transform.Transform(
-    'tied embedding', functools.partial(_retie_embedding, tolerance=tolerance)
+  return transform.make(
+    'tied embedding', outer=functools.partial(_retie_embedding, tolerance=tolerance)
   )
 
 
@@ -61,7 +60,7 @@ def retie_exactly() -> transform.Transform:
     A transform. Its note tells whether the embedding is tied now, which it is where
     that takes fewer bits, and how many entries are exceptions.
   """
-  return transform.Transform('exactly tied embedding', _retie_exactly)
+  return transform.make('exactly tied embedding', outer=_retie_exactly)
 
 
 def least_squares(gram: np.ndarray, moments: np.ndarray) -> np.ndarray:
@@ -84,21 +83,21 @@ def least_squares(gram: np.ndarray, moments: np.ndarray) -> np.ndarray:
 
 
 def _retie_embedding(
-  model: models.Model, *, tolerance: float
-) -> tuple[models.Model, list[transform.Note]]:
-  form, unit = transform.storage_format(model), transform.roundoff(model)
-  found = _table_and_head(model, form)
+  context: transform.Context, state: Any, outer: models.Params, *, tolerance: float
+) -> tuple[models.Params, list[transform.Note]]:
+  form, unit = context.form, context.roundoff
+  found = _table_and_head(outer, form)
   if found is None:
-    return model, []
+    return outer, []
   table, head = found
   error = _error_of_unseen_tokens(table, head)
   if error > _UNTIED:
-    return _with_embedding(model, table, error)
+    return _with_embedding(outer, table, error)
   norms = _row_norms(table)
   matrix = least_squares(*_normal_equations(table, head, _weights(norms)))
   rounded = structured.astype(matrix, form)
   if not np.isfinite(rounded).all():
-    return _with_embedding(model, table, error)
+    return _with_embedding(outer, table, error)
   off = _deviations(table, head, rounded)
   error = float(np.linalg.norm(off)) / max(float(np.linalg.norm(norms)), _TINY)
   # Below the least normal number, roundoffs get no smaller.
@@ -106,40 +105,40 @@ def _retie_embedding(
   worst = float(np.max(off / np.maximum(norms, least)))
   fits = error <= tolerance * unit and worst <= 4 * tolerance * unit
   leaf = structured.Tied(matrix.astype(table.dtype), len(table)) if fits else table
-  model, (note,) = _with_embedding(model, leaf, error)
-  return model, [note | {'worst': transform.three_digits(worst)}]
+  outer, (note,) = _with_embedding(outer, leaf, error)
+  return outer, [note | {'worst': transform.three_digits(worst)}]
 
 
 def _retie_exactly(
-  model: models.Model,
-) -> tuple[models.Model, list[transform.Note]]:
-  found = _table_and_head(model, None)
+  context: transform.Context, state: Any, outer: models.Params
+) -> tuple[models.Params, list[transform.Note]]:
+  found = _table_and_head(outer, None)
   if found is None or found[0].dtype not in (np.float16, ml_dtypes.bfloat16):
-    return model, []
+    return outer, []
   table, head = found
   if _error_of_unseen_tokens(table, head) > _UNTIED:
-    return _with_embedding(model, table, 0.0)
+    return _with_embedding(outer, table, 0.0)
   leaf = _exact_leaf(table, head)
   if _coded_bits(leaf, len(table)) >= _float_bits(table):
-    return _with_embedding(model, table, 0.0)
-  model, (note,) = _with_embedding(model, leaf, 0.0)
-  return model, [note | {'exceptions': leaf.exceptions.size}]
+    return _with_embedding(outer, table, 0.0)
+  outer, (note,) = _with_embedding(outer, leaf, 0.0)
+  return outer, [note | {'exceptions': leaf.exceptions.size}]
 
 
 def _table_and_head(
-  model: models.Model, form: np.dtype | None
+  outer: models.Params, form: np.dtype | None
 ) -> tuple[np.ndarray, np.ndarray] | None:
   """The embedding and the head, where T can be found and is the smaller.
 
   Args:
-    model: the model.
-    form: the format that the head will be rounded to; None for a head that is to be an
+    outer: the parameters outside the layers.
+    form: the dtype that the head will be rounded to; None for a head that is to be an
       array and to stay as it is.
 
   Returns:
     `[V, d]` and `[D, V]`, floating-point and finite, or None.
   """
-  table, head = model.params['embed']['tokens'], model.params.get('head')
+  table, head = outer['embed']['tokens'], outer.get('head')
   if head is None or structured.is_structured(table):
     return None
   kernel = head['kernel']
@@ -158,11 +157,10 @@ def _table_and_head(
 
 
 def _with_embedding(
-  model: models.Model, leaf: Any, error: float
-) -> tuple[models.Model, list[transform.Note]]:
+  outer: models.Params, leaf: Any, error: float
+) -> tuple[models.Params, list[transform.Note]]:
   note = transform.note('embed/tokens', leaf, error=error)
-  params = model.params | {'embed': model.params['embed'] | {'tokens': leaf}}
-  return dataclasses.replace(model, params=params), [note]
+  return outer | {'embed': outer['embed'] | {'tokens': leaf}}, [note]
 
 
 def _error_of_unseen_tokens(table: np.ndarray, head: np.ndarray) -> float:

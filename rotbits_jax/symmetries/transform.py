@@ -1,17 +1,20 @@
-"""Transforms: functions that rewrite a model so that it stores fewer numbers.
+"""Transforms: rewrite a model, a few layers at a time, so that it stores fewer numbers.
 
-A transform keeps the function that the model computes (or states how it changes it) and
-puts structured leaves where arrays were. Transforms are chained like Optax's; any
-NamedTuple of this form, a quantiser for instance, can stand in a chain.
+A transform keeps the function that the model computes, or states how it changes it, and
+puts structured leaves where arrays were. Transforms are written like Optax's: pairs of
+pure functions with a state, here the gauge that goes from layer to layer; `chain` makes
+one transform of several.
 
-Numbers are rounded once, when the chain ends: in between they are float32, and
-`Model.stored_as` says what they will be rounded to.
+Data flows once. `rewrite` takes one layer at a time from a source (one for each device,
+where there are several), widens its numbers to float32, applies a transform, rounds
+once to the dtypes of the source, and hands the layer on. What is outside the layers
+comes last, because the embedding may be stored in terms of the head.
 """
 
 import collections
-from collections.abc import Callable, Iterator
-import dataclasses
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+import functools
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -21,26 +24,86 @@ from rotbits_jax import models
 from rotbits_jax import structured
 
 Note = dict[str, Any]  # JSON values
-Formats = dict[str, np.dtype]  # of each leaf, by its path
+State = Any  # a PyTree of arrays
+Layers = list[models.Params]
+Noted = tuple[State, Layers, list[list[Note]]]
 
 
-class Transform(NamedTuple):
-  """One step of a chain.
+class Source(Protocol):
+  """What models are read from: a `models.Model`, or a checkpoint that stays on disk."""
+
+  @property
+  def config(self) -> models.ModelConfig: ...
+
+  def outer(self) -> models.Params:
+    """The parameters outside the layers."""
+
+  def layer(self, index: int) -> models.Params:
+    """The parameters of one layer, unstacked."""
+
+  def specs(self, index: int | None) -> models.Params:
+    """What `layer` returns, or `outer` for None; only shapes and dtypes matter."""
+
+
+class Context(NamedTuple):
+  """What every function of a transform is told.
 
   Attributes:
-    name: what the report calls the saving.
-    apply: takes a model and returns the rewritten model and notes on what was done
-      where, one for each tensor or group concerned; the report shows them. In a chain
-      it gets and returns float32 numbers; numbers of a leaf that are not to be rounded
-      are kept by the leaf's `astype`.
+    source: the model as it was before any transform.
+    dtypes: what the numbers of each parameter are rounded to at the end, by path.
+    form: the dtype that most numbers are rounded to.
+    mesh: devices along one axis, 'layers', that share the layers; None for one device.
   """
 
-  name: str
-  apply: Callable[[models.Model], tuple[models.Model, list[Note]]]
+  source: Source
+  dtypes: Mapping[str, np.dtype]
+  form: np.dtype
+  mesh: jax.sharding.Mesh | None = None
+
+  @property
+  def config(self) -> models.ModelConfig:
+    return self.source.config
+
+  @property
+  def roundoff(self) -> float:
+    """Unit roundoff of the dtype of most numbers.
+
+    For float32 it is 2^-19, the error of the float32 linear algebra, because float32's
+    own roundoff is never reached.
+    """
+    least = 16 * float(jnp.finfo(jnp.float32).eps)
+    return max(float(jnp.finfo(self.form).eps) / 2, least)
+
+  def limit(self, path: str) -> float:
+    """The greatest finite number of the dtype that a parameter is rounded to."""
+    return float(jnp.finfo(self.dtypes[path]).max)
+
+  def map_layers(
+    self, core: Callable[..., Any], arguments: Sequence[tuple[Any, ...]], **static: Any
+  ) -> list[Any]:
+    """Applies a pure function of one layer to several layers.
+
+    Where there is a layer for each device of the mesh, `shard_map` runs them side by
+    side. The program of one layer is the same either way, and so are its results.
+
+    Args:
+      core: takes arrays, or PyTrees of arrays, and `static`.
+      arguments: of each layer.
+      static: hashable settings.
+
+    Returns:
+      The result for each layer, on the layer's device.
+    """
+    settings = tuple(sorted(static.items(), key=lambda item: item[0]))
+    if self.mesh is not None and len(arguments) == self.mesh.size > 1:
+      kinds = {str(jax.tree.map(_kind, x)) for x in arguments}
+      if len(kinds) == 1:
+        return _map_over_mesh(core, arguments, settings, self.mesh)
+    return [_jitted(core, settings)(*own) for own in arguments]
 
 
 class Saving(NamedTuple):
-  """What one transform saved."""
+  """What one transform saved in one unit."""
 
   name: str
   numbers: int
@@ -48,70 +111,268 @@ class Saving(NamedTuple):
   notes: list[Note]
 
 
+class Transform(NamedTuple):
+  """One step of a chain. `make` builds one from functions that return notes.
+
+  Attributes:
+    name: what the report calls the saving.
+    init: takes the context and returns the state before the first layer. It may look at
+      any part of the source.
+    layers: takes the context, the state, the index of the first layer and consecutive
+      layers. Returns the next state, the rewritten layers, and for each its savings.
+      Numbers are float32, but where `rewrite` was told not to widen.
+    outer: takes the context, the state behind the last layer and the parameters outside
+      the layers; returns these rewritten, and the savings.
+    skip: takes what `layers` takes and returns the next state only.
+  """
+
+  name: str
+  init: Callable[[Context], State]
+  layers: Callable[
+    [Context, State, int, Layers], tuple[State, Layers, list[list[Saving]]]
+  ]
+  outer: Callable[[Context, State, models.Params], tuple[models.Params, list[Saving]]]
+  skip: Callable[[Context, State, int, Layers], State]
+
+
+def make(
+  name: str,
+  *,
+  init: Callable[[Context], State] = lambda context: (),
+  layers: Callable[[Context, State, int, Layers], Noted] | None = None,
+  outer: Callable[[Context, State, models.Params], tuple[models.Params, list[Note]]]
+  | None = None,
+  skip: Callable[[Context, State, int, Layers], State] | None = None,
+) -> Transform:
+  """A transform from functions that return notes, see `Transform` and `note`.
+
+  Args:
+    name: what the report calls the saving.
+    init: as in `Transform`; by default there is no state.
+    layers: as in `Transform`, but returns notes for each layer in place of savings,
+      which are counted here; by default layers stay as they are.
+    outer: likewise.
+    skip: as in `Transform`; by default `layers` is run and its layers are dropped.
+
+  Returns:
+    The transform.
+  """
+
+  def counted_layers(
+    context: Context, state: State, first: int, given: Layers
+  ) -> tuple[State, Layers, list[list[Saving]]]:
+    if layers is None:
+      return state, given, [[Saving(name, 0, 0, [])] for _ in given]
+    before = [count(x, context, f'layers.{first + i}/') for i, x in enumerate(given)]
+    state, rewritten, notes = layers(context, state, first, given)
+    savings = []
+    for i, (layer, own) in enumerate(zip(rewritten, notes, strict=True)):
+      after = count(layer, context, f'layers.{first + i}/')
+      savings.append([_saving(name, before[i], after, own)])
+    return state, rewritten, savings
+
+  def counted_outer(
+    context: Context, state: State, given: models.Params
+  ) -> tuple[models.Params, list[Saving]]:
+    if outer is None:
+      return given, [Saving(name, 0, 0, [])]
+    before = count(given, context)
+    rewritten, notes = outer(context, state, given)
+    return rewritten, [_saving(name, before, count(rewritten, context), notes)]
+
+  def skipped(context: Context, state: State, first: int, given: Layers) -> State:
+    if skip is not None:
+      return skip(context, state, first, given)
+    return state if layers is None else layers(context, state, first, given)[0]
+
+  return Transform(name, init, counted_layers, counted_outer, skipped)
+
+
+def chain(*transforms: Transform) -> Transform:
+  """One transform that applies several in order."""
+
+  def init(context: Context) -> State:
+    return tuple(transform.init(context) for transform in transforms)
+
+  def layers(
+    context: Context, state: State, first: int, given: Layers
+  ) -> tuple[State, Layers, list[list[Saving]]]:
+    states: list[State] = []
+    savings: list[list[Saving]] = [[] for _ in given]
+    for transform, own in zip(transforms, state, strict=True):
+      own, given, found = transform.layers(context, own, first, given)
+      states.append(own)
+      for saved, more in zip(savings, found, strict=True):
+        saved += more
+    return tuple(states), given, savings
+
+  def outer(
+    context: Context, state: State, given: models.Params
+  ) -> tuple[models.Params, list[Saving]]:
+    savings: list[Saving] = []
+    for transform, own in zip(transforms, state, strict=True):
+      given, found = transform.outer(context, own, given)
+      savings += found
+    return given, savings
+
+  def skip(context: Context, state: State, first: int, given: Layers) -> State:
+    return tuple(
+      transform.skip(context, own, first, given)
+      for transform, own in zip(transforms, state, strict=True)
+    )
+
+  return Transform('chain', init, layers, outer, skip)
+
+
+class Unit(NamedTuple):
+  """A part of a model that is stored, and decodes, on its own.
+
+  Attributes:
+    name: 'layers.0', 'layers.1', ..., 'embed', 'final_norm', 'head'.
+    params: its parameters as they are stored, NumPy arrays and structured leaves.
+    savings: what each transform saved in it; those of all that is outside the layers
+      are with the first such unit.
+  """
+
+  name: str
+  params: models.Params
+  savings: list[Saving]
+
+
+def make_context(
+  source: Source,
+  *,
+  stored_as: str | None = None,
+  mesh: jax.sharding.Mesh | None = None,
+) -> Context:
+  """The context of a source.
+
+  Args:
+    source: the model.
+    stored_as: the dtype that numbers are rounded to, of a source that is not rounded
+      yet; None for the dtype that each parameter has.
+    mesh: see `Context`.
+  """
+  kinds: dict[str, np.dtype] = {}
+  sizes = collections.Counter[np.dtype]()
+  trees = [('', source.specs(None))]
+  trees += [(f'layers.{i}/', source.specs(i)) for i in range(source.config.num_layers)]
+  for prefix, tree in trees:
+    for path, leaf in structured.flatten(tree).items():
+      kind = np.dtype(leaf.dtype)
+      if jnp.issubdtype(kind, jnp.floating):
+        kind = kind if stored_as is None else np.dtype(jnp.dtype(stored_as))
+        sizes[kind] += int(np.prod(leaf.shape))
+      kinds[prefix + path] = kind
+  form = sizes.most_common(1)[0][0] if sizes else np.dtype(np.float32)
+  return Context(source, kinds, form, mesh)
+
+
+def rewrite(
+  context: Context,
+  transform: Transform,
+  *,
+  widen: bool = True,
+  layers: range | None = None,
+  state: State | None = None,
+  outer: bool = True,
+) -> Iterator[tuple[list[Unit], State]]:
+  """Rewrites a model, a few layers at a time.
+
+  Args:
+    context: see `make_context`.
+    transform: what to apply, see `chain`.
+    widen: whether numbers are float32 in between. Without, a transform gets the numbers
+      as they are stored, to keep them bit for bit.
+    layers: the layers to rewrite; all by default. Those before them are skipped, if no
+      state is given.
+    state: the state before the first of the layers, as an earlier call yielded it.
+    outer: whether to go on to what is outside the layers.
+
+  Yields:
+    Units that are complete, and the state behind them.
+  """
+  count_layers = context.config.num_layers
+  layers = range(count_layers) if layers is None else layers
+  step = 1 if context.mesh is None else context.mesh.size
+  if state is None:
+    state = transform.init(context)
+    for first in range(0, layers.start, step):
+      stop = min(first + step, layers.start)
+      given = _given_layers(context, range(first, stop), widen)
+      state = transform.skip(context, state, first, given)
+  for first in range(layers.start, layers.stop, step):
+    indices = range(first, min(first + step, layers.stop))
+    given = _given_layers(context, indices, widen)
+    state, given, savings = transform.layers(context, state, first, given)
+    units = []
+    for i, own in zip(indices, savings, strict=True):
+      stored = _stored(given.pop(0), context, f'layers.{i}/', widen)
+      units.append(Unit(f'layers.{i}', stored, own))
+    yield units, state
+  if outer:
+    if context.mesh is not None:
+      # It is where the last layer was; all that is outside the layers is on one device.
+      state = _on_device(state, context.mesh.devices.flat[0])
+    given_outer = _given(context.source.outer(), widen)
+    given_outer, saved = transform.outer(context, state, given_outer)
+    units = []
+    for name, tree in given_outer.items():
+      stored = _stored({name: tree}, context, '', widen)
+      units.append(Unit(name, stored, [] if units else saved))
+    yield units, state
+
+
 def run_chain(
   transforms: tuple[Transform, ...], model: models.Model, *, widen: bool = True
 ) -> tuple[models.Model, list[Saving]]:
-  """Applies transforms in order and counts what each saves.
+  """Applies transforms, in order, to a whole model in memory.
 
   Args:
     transforms: the chain.
-    model: the model. One that has not been rounded yet, whose `stored_as` is set, goes
-      through as it is: float32 all the way.
-    widen: whether numbers are float32 between the transforms. Without, transforms get
-      the numbers as they are stored, to keep them bit for bit.
+    model: the model; one that is not rounded yet, whose `stored_as` is set, is rounded
+      at the end.
+    widen: see `rewrite`.
 
   Returns:
-    The rewritten model, in the formats that it had and with NumPy arrays, and one
-    saving a transform.
+    The rewritten model, with NumPy arrays, and one saving a transform.
   """
-  if not transforms:
-    return model, []
-  savings = []
-  numbers, size = count(model)
-  others: Formats = {}
-  if widen:
-    model, others = _widened(model)
-  for transform in transforms:
-    model, notes = transform.apply(model)
-    fewer_numbers, fewer_bytes = _count(model, others)
-    savings.append(
-      Saving(transform.name, numbers - fewer_numbers, size - fewer_bytes, notes)
+  context = make_context(model, stored_as=model.stored_as)
+  names = [transform.name for transform in transforms]
+  totals = [Saving(name, 0, 0, []) for name in names]
+  layers: list[models.Params] = []
+  outer: models.Params = {}
+  for units, _ in rewrite(context, chain(*transforms), widen=widen):
+    for unit in units:
+      if unit.name.startswith('layers.'):
+        layers.append(unit.params)
+      else:
+        outer |= unit.params
+      totals = add_savings(totals, unit.savings)
+  return models.from_layers(model.config, outer, layers, model.buffers), totals
+
+
+def add_savings(totals: list[Saving], more: list[Saving]) -> list[Saving]:
+  """The savings of several units together, by the names of `totals`, in order."""
+  summed = []
+  for i, total in enumerate(totals):
+    own = [more[i]] if i < len(more) else []
+    summed.append(
+      Saving(
+        total.name,
+        total.numbers + sum(x.numbers for x in own),
+        total.bytes + sum(x.bytes for x in own),
+        total.notes + [note for x in own for note in x.notes],
+      )
     )
-    numbers, size = fewer_numbers, fewer_bytes
-  return _rounded(model, others) if widen else model, savings
-
-
-def count(model: models.Model) -> tuple[int, int]:
-  """How many numbers a model stores, and how many bytes they take uncoded."""
-  return _count(model, {})
-
-
-def _count(model: models.Model, others: Formats) -> tuple[int, int]:
-  """What `count` returns, of a model that may have to be rounded yet."""
-  numbers = structured.count_numbers(model.buffers)
-  size = structured.count_bytes(model.buffers)
-  for path, leaf in leaves(model):
-    if model.stored_as is not None:
-      form = others.get(path, storage_format(model))
-      if structured.is_plain(leaf):  # most numbers: not rounded to be counted
-        numbers, size = numbers + leaf.size, size + leaf.size * form.itemsize
-        continue
-      leaf = structured.astype(leaf, form)
-    numbers += structured.count_numbers(leaf)
-    size += structured.count_bytes(leaf)
-  return numbers, size
-
-
-def rounded(model: models.Model) -> models.Model:
-  """A model as it is stored: rounded to `stored_as`, where that is set."""
-  return model if model.stored_as is None else _rounded(model, {})
+  return summed
 
 
 def note(path: str, leaf: Any, *, error: float = 0.0, **details: Any) -> Note:
   """A note on one tensor.
 
   Args:
-    path: of the tensor, as `leaves` has it.
+    path: of the parameter, as `leaves` has it.
     leaf: what stands for it now, unstacked.
     error: relative error (Frobenius).
     details: further JSON values.
@@ -126,88 +387,151 @@ def note(path: str, leaf: Any, *, error: float = 0.0, **details: Any) -> Note:
   }
 
 
-def three_digits(number: float) -> float:
+def three_digits(number: Any) -> float:
   """A number as notes have it."""
-  return float(f'{number:.3g}')
-
-
-def roundoff(model: models.Model) -> float:
-  """Unit roundoff of the format that a model's numbers are stored in.
-
-  That of float32 is taken as what float32 arithmetic can tell, 2^-19.
-  """
-  least = 16 * float(jnp.finfo(jnp.float32).eps)
-  return max(float(jnp.finfo(storage_format(model)).eps) / 2, least)
-
-
-def storage_format(model: models.Model) -> np.dtype:
-  """The format that a model's numbers are stored in: that of most of them."""
-  if model.stored_as is not None:
-    return np.dtype(jnp.dtype(model.stored_as))
-  return _main_format(model)
-
-
-def limit(model: models.Model) -> float:
-  """The greatest finite number of the format that a model is stored in."""
-  return float(jnp.finfo(storage_format(model)).max)
-
-
-def is_within(tree: Any, greatest: float) -> bool:
-  """Whether all numbers are finite and none exceeds the greatest."""
-  return all(bool(np.all(np.abs(x) <= greatest)) for x in jax.tree.leaves(tree))
+  return float(f'{float(number):.3g}')
 
 
 def leaves(model: models.Model) -> Iterator[tuple[str, Any]]:
   """The unstacked leaves with their paths, like 'layers.0/attention/query/kernel'."""
+  yield from structured.flatten(model.outer()).items()
+  for i, layer in enumerate(model.layers()):
+    for path, leaf in structured.flatten(layer).items():
+      yield f'layers.{i}/{path}', leaf
+
+
+def count_model(model: models.Model) -> tuple[int, int]:
+  """How many numbers a model stores, and how many bytes they take uncoded."""
+  context = make_context(model, stored_as=model.stored_as)
   trees = [('', model.outer())]
   trees += [(f'layers.{i}/', layer) for i, layer in enumerate(model.layers())]
-  for prefix, tree in trees:
-    found, _ = jax.tree_util.tree_flatten_with_path(
-      tree, is_leaf=structured.is_structured
-    )
-    for path, leaf in found:
-      yield prefix + _joined(path), leaf
+  counts = [count(tree, context, prefix) for prefix, tree in trees]
+  buffers = structured.count_numbers(model.buffers)
+  numbers, size = buffers, structured.count_bytes(model.buffers)
+  return numbers + sum(n for n, _ in counts), size + sum(b for _, b in counts)
 
 
-def _joined(path: tuple[Any, ...]) -> str:
-  return '/'.join(part.key for part in path)
+def count(tree: models.Params, context: Context, prefix: str = '') -> tuple[int, int]:
+  """Numbers and bytes that unstacked parameters take once they are rounded, uncoded."""
+  numbers, size = 0, 0
+  for path, leaf in structured.flatten(tree).items():
+    kind = context.dtypes.get(prefix + path, context.form)
+    as_stored = functools.partial(structured.astype, dtype=kind)
+    # Shapes are enough, but of leaves on the host, whose sizes may depend on numbers.
+    on_device = any(isinstance(x, jax.Array) for x in jax.tree.leaves(leaf))
+    whole = on_device or not structured.is_structured(leaf)
+    rounded = jax.eval_shape(as_stored, leaf) if whole else as_stored(leaf)
+    numbers += structured.count_numbers(rounded)
+    size += structured.count_bytes(rounded)
+  return numbers, size
 
 
-def _main_format(model: models.Model) -> np.dtype:
-  """The floating-point format of most numbers."""
-  sizes = collections.Counter[np.dtype]()
-  for leaf in jax.tree.leaves(model.params):
-    if jnp.issubdtype(leaf.dtype, jnp.floating):
-      sizes[np.dtype(leaf.dtype)] += leaf.size
-  return sizes.most_common(1)[0][0]
+def _saving(
+  name: str, before: tuple[int, int], after: tuple[int, int], notes: list[Note]
+) -> Saving:
+  return Saving(name, before[0] - after[0], before[1] - after[1], notes)
 
 
-def _widened(model: models.Model) -> tuple[models.Model, Formats]:
-  """The model in float32, and the formats of those leaves that were not in the main."""
-  if model.stored_as is not None:
-    return model, {}
-  main = _main_format(model)
-  others = {p: np.dtype(x.dtype) for p, x in leaves(model) if x.dtype != main}
-  params = structured.astype(jax.device_get(model.params), np.float32)
-  return dataclasses.replace(model, params=params, stored_as=main.name), others
+# ---- between the source and the transforms -----------------------------------------
 
 
-def _rounded(model: models.Model, others: Formats) -> models.Model:
-  """The inverse of `_widened`, up to rounding."""
-  main = storage_format(model)
+def _given_layers(context: Context, indices: range, widen: bool) -> Layers:
+  devices = [None] if context.mesh is None else list(context.mesh.devices.flat)
+  return [
+    _given(context.source.layer(i), widen, devices[k % len(devices)])
+    for k, i in enumerate(indices)
+  ]
 
-  def with_formats(tree: models.Params, prefix: str) -> Any:
-    return jax.tree_util.tree_map_with_path(
-      lambda path, x: structured.astype(x, others.get(prefix + _joined(path), main)),
-      tree,
-      is_leaf=structured.is_structured,
-    )
 
-  if not others:
-    params = structured.astype(jax.device_get(model.params), main)
-    return dataclasses.replace(model, params=params, stored_as=None)
-  model = jax.device_get(model)
-  layers = [with_formats(x, f'layers.{i}/') for i, x in enumerate(model.layers())]
-  return models.from_layers(
-    model.config, with_formats(model.outer(), ''), layers, model.buffers
+def _on_device(state: State, device: Any) -> State:
+  put = lambda x: jax.device_put(x, device) if isinstance(x, jax.Array) else x
+  return jax.tree.map(put, state)
+
+
+def _given(tree: models.Params, widen: bool, device: Any = None) -> models.Params:
+  """Parameters as transforms get them: float32 on a device, or as they are."""
+  if not widen:
+    return tree
+  return {
+    key: _given(value, widen, device)
+    if isinstance(value, dict)
+    else _widen(jax.device_put(value, device))
+    for key, value in tree.items()
+  }
+
+
+def _stored(
+  tree: models.Params, context: Context, prefix: str, widen: bool
+) -> models.Params:
+  """Parameters as they are stored: rounded on the device, fetched once."""
+  flat = structured.flatten(tree)
+  if widen:
+    flat = {
+      path: _round(leaf, context.dtypes.get(prefix + path, context.form))
+      for path, leaf in flat.items()
+    }
+  return structured.unflatten(jax.device_get(flat))
+
+
+def _round(leaf: Any, kind: np.dtype) -> Any:
+  if any(isinstance(x, jax.Array) for x in jax.tree.leaves(leaf)):
+    return _rounded_on_device(leaf, kind)
+  return structured.astype(leaf, kind)
+
+
+_widen = jax.jit(lambda leaf: structured.astype(leaf, jnp.float32))
+_rounded_on_device = jax.jit(structured.astype, static_argnums=1)
+
+
+# ---- a function of one layer over several ------------------------------------------
+
+
+def _kind(x: Any) -> Any:
+  return tuple(np.shape(x)), str(jnp.result_type(x))
+
+
+@functools.cache
+def _jitted(core: Callable[..., Any], settings: tuple[Any, ...]) -> Callable[..., Any]:
+  return jax.jit(functools.partial(core, **dict(settings)))
+
+
+@functools.cache
+def _sharded(
+  core: Callable[..., Any], settings: tuple[Any, ...], mesh: jax.sharding.Mesh
+) -> Callable[..., Any]:
+  one = functools.partial(core, **dict(settings))
+
+  def local(arguments: Any) -> Any:  # one layer a device
+    result = one(*jax.tree.map(lambda x: x[0], arguments))
+    return jax.tree.map(lambda x: x[None], result)
+
+  spec = jax.sharding.PartitionSpec('layers')
+  return jax.jit(
+    jax.shard_map(local, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
   )
+
+
+def _map_over_mesh(
+  core: Callable[..., Any],
+  arguments: Sequence[tuple[Any, ...]],
+  settings: tuple[Any, ...],
+  mesh: jax.sharding.Mesh,
+) -> list[Any]:
+  sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec('layers'))
+  devices = list(mesh.devices.flat)
+
+  def join(*layers: Any) -> jax.Array:
+    shards = [jax.device_put(x, d)[None] for x, d in zip(layers, devices, strict=True)]
+    shape = (len(shards), *shards[0].shape[1:])
+    return jax.make_array_from_single_device_arrays(shape, sharding, shards)
+
+  joined = jax.tree.map(join, *arguments)
+  results = _sharded(core, settings, mesh)(joined)
+  placed = jax.tree.map(
+    lambda x: {shard.device: shard.data for shard in x.addressable_shards}, results
+  )
+  is_placed = lambda x: isinstance(x, dict) and all(k in x for k in devices)
+  return [
+    jax.tree.map(lambda x, d=device: x[d][0], placed, is_leaf=is_placed)
+    for device in devices
+  ]

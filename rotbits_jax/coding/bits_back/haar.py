@@ -52,6 +52,7 @@ _BINS = 64
 _FINE_BITS = 10
 _CELLS = _BINS << _FINE_BITS
 _PANEL = 32
+_CUTS, _LEAST_CUT = 4, 256  # how often what is read is cut off; columns
 
 _Panel = tuple[jax.Array, jax.Array, jax.Array]  # columns, reflectors, cells
 
@@ -127,12 +128,15 @@ def rotation(cells: jax.Array, n: int, k: int) -> jax.Array:
   return _compose(vectors, signs)
 
 
-def correct(recovered: jax.Array, cells: jax.Array) -> Correction:
+def correct(
+  recovered: jax.Array, cells: jax.Array, frame: jax.Array | None = None
+) -> Correction:
   """The correction with which `recover` gets the cells back.
 
   Args:
     recovered: Q_hat, float32 `[n, k]`, near `rotation(cells)` up to columns' signs.
     cells: uint16 `[S]`.
+    frame: `rotation(cells)`, if it is known.
 
   Returns:
     The correction.
@@ -144,7 +148,8 @@ def correct(recovered: jax.Array, cells: jax.Array) -> Correction:
     flips, position = jnp.zeros(0, bool), jnp.zeros(0, jnp.float32)
   else:
     vectors, signs = _reflectors(_unpack(cells, n, k), jnp.arange(k))
-    flips = (_compose(vectors, signs) * recovered).sum(axis=0) < 0
+    frame = _compose(vectors, signs) if frame is None else frame
+    flips = (frame * recovered).sum(axis=0) < 0
     flipped = jnp.where(flips, -recovered, recovered)
     # All columns at once, each after the reflections of the columns before it.
     factor = _compact_factor(vectors)
@@ -176,7 +181,36 @@ def recover(recovered: jax.Array, correction: Correction) -> jax.Array:
   _, column = _places(n, k)
   levels = widen(_unpack(correction_lib.levels(correction.cells, column), n, k))
   residues = widen(_unpack(correction.cells.residue, n, k))
-  rows = jnp.arange(n)
+  remaining = widen(jnp.where(correction.flips, -recovered, recovered))
+  cells, start = [], 0
+  while start < width:
+    # What is read is cut off from time to time: reflections leave it alone.
+    count = min(max(width // _CUTS // _PANEL * _PANEL, _LEAST_CUT), width - start)
+    remaining, read = _recover_columns(
+      remaining, levels[start:, start:], residues[start:, start:], k - start, count
+    )
+    cells.append(jnp.pad(read, ((start, 0), (0, 0))))
+    remaining, start = remaining[count:, count:], start + count
+  return _pack(jnp.concatenate(cells, axis=1), n, k)
+
+
+def _recover_columns(
+  remaining: jax.Array, levels: jax.Array, residues: jax.Array, k: int, count: int
+) -> tuple[jax.Array, jax.Array]:
+  """Reads the first columns of what is left of a frame.
+
+  Args:
+    remaining: float32 `[m, w]`, the last m coordinates of the columns that are left,
+      reflected by all reflections so far.
+    levels: int32 `[m, w]`, of these cells' corrections.
+    residues: uint16 `[m, w]`, likewise.
+    k: how many of the columns are no padding.
+    count: how many columns to read, a multiple of P.
+
+  Returns:
+    The columns reflected, `[m, w]`, and the cells read, uint16 `[m, count]`.
+  """
+  rows = jnp.arange(remaining.shape[0])
 
   def read(start: jax.Array, c: jax.Array, carry: _Panel) -> _Panel:
     """Reads one column of a panel and reflects the panel."""
@@ -199,10 +233,8 @@ def recover(recovered: jax.Array, correction: Correction) -> jax.Array:
     inner = _solve(_compact_factor(vectors), inner, transpose=True)
     return remaining - _matmul(vectors, inner), cells
 
-  flipped = widen(jnp.where(correction.flips, -recovered, recovered))
-  starts = jnp.arange(0, width, _PANEL)
-  _, panels = jax.lax.scan(read_panel, flipped, starts)
-  return _pack(panels.transpose(1, 0, 2).reshape(n, width), n, k)
+  remaining, panels = jax.lax.scan(read_panel, remaining, jnp.arange(0, count, _PANEL))
+  return remaining, panels.transpose(1, 0, 2).reshape(rows.size, count)
 
 
 def fit(correction: Correction) -> np.ndarray:

@@ -1,138 +1,169 @@
-"""Arrays of floating-point numbers on a message, as they are or entropy coded.
+"""Arrays of floating-point numbers on a stack of words, as they are or entropy coded.
 
-For bits-back coding, where all numbers share one message; `arrays` codes units that
-decode on their own.
+For bits-back coding, where all numbers share one stack; `coding.weights` codes units
+that decode on their own.
+
+As they are, numbers are their own words. Entropy coded, an array is its rests (see
+`floats`), packed densely, and then blocks of symbols under the array's frequency table:
+every block is a `rans.Message` of its own, as `rans.to_words` writes it, with its
+number of words on top.
+
+Shape letters: N lanes of a block, T symbols of a lane, A symbols of the alphabet.
 """
 
+from collections.abc import Iterator
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rotbits_jax.coding import codecs
+from rotbits_jax.coding import categorical
 from rotbits_jax.coding import rans
 from rotbits_jax.coding import tables
+from rotbits_jax.coding.bits_back import word_stack
 from rotbits_jax.coding.weights import floats
 
-Spec = tuple[str, tuple[int, ...]]  # dtype and shape of an array
-
-
-@functools.partial(jax.jit, donate_argnums=0)
-def _push_words(message: rans.Message, words: jax.Array) -> rans.Message:
-  return codecs.uniform(jnp.full(words.shape, 1 << 16)).push(message, words)
-
-
-@functools.partial(jax.jit, static_argnums=1)
-def _pop_words(message: rans.Message, count: int) -> tuple[rans.Message, jax.Array]:
-  message, words = codecs.uniform(jnp.full((count,), 1 << 16)).pop(message)
-  return message, words.astype(jnp.uint16)
-
-
-def _modelled_codec(
-  contexts: jax.Array, frequencies: jax.Array, rest: int
-) -> codecs.Codec:
-  """Codec of symbols and rests: the rest's bits in halves of at most 16."""
-  uniform = lambda bits: codecs.uniform(jnp.full(contexts.shape, 1 << bits))
-  return codecs.serial(
-    uniform(min(rest, 16)),
-    uniform(max(rest - 16, 0)),
-    codecs.categorical(contexts, frequencies),
-  )
-
-
-@functools.partial(jax.jit, donate_argnums=0, static_argnums=4)
-def _push_modelled(
-  message: rans.Message,
-  values: jax.Array,
-  contexts: jax.Array,
-  table: jax.Array,
-  rest: int,
-) -> rans.Message:
-  symbols, rests = floats.split(values)
-  rests = rests.astype(jnp.uint32)
-  parts = rests & 0xFFFF, rests >> 16, symbols
-  return _modelled_codec(contexts, table, rest).push(message, parts)
-
-
-@functools.partial(jax.jit, static_argnums=(3, 4))
-def _pop_modelled(
-  message: rans.Message, contexts: jax.Array, table: jax.Array, rest: int, dtype: str
-) -> tuple[rans.Message, jax.Array]:
-  codec = _modelled_codec(contexts, table, rest)
-  message, (low, high, symbols) = codec.pop(message)
-  return message, floats.join(symbols, low | high << 16, jnp.dtype(dtype))
-
-
-def _by_dtype(specs: list[Spec]) -> dict[str, list[int]]:
-  groups: dict[str, list[int]] = {}
-  for i, (dtype, _) in enumerate(specs):
-    groups.setdefault(dtype, []).append(i)
-  return groups
+_MAX_LANES = 1024
+_MAX_STEPS = 4096
 
 
 def push(
-  message: rans.Message, arrays: list[np.ndarray], *, entropy: bool
-) -> tuple[rans.Message, list[np.ndarray]]:
-  """Pushes arrays, those of one dtype together.
+  stack: word_stack.WordStack, array: np.ndarray, *, entropy: bool
+) -> np.ndarray | None:
+  """Pushes an array.
 
   Args:
-    message: the message; its buffers are reused.
-    arrays: of dtypes in `floats.LAYOUTS`.
+    stack: the words; changed in place.
+    array: of a dtype in `floats.LAYOUTS`.
     entropy: whether to model exponents and top mantissa bits.
 
   Returns:
-    The message and the frequency tables, one an array if `entropy`, else none.
+    The frequency table, int64 `[A]`, if `entropy`; else None.
 
   Raises:
-    ValueError: if an array's dtype is not known.
+    ValueError: if the array's dtype is not known.
   """
-  rows = []
-  for dtype, members in _by_dtype([(x.dtype.name, x.shape) for x in arrays]).items():
-    flat = [np.ascontiguousarray(arrays[i]).reshape(-1) for i in members]
-    if flat[0].dtype not in floats.LAYOUTS:
-      raise ValueError(f'numbers of this dtype have no rotation, got {dtype}')
-    joined = np.concatenate(flat)
-    if not entropy:
-      message = _push_words(message, joined.view(np.uint16))
-      continue
-    layout = floats.LAYOUTS[joined.dtype]
-    own = [_table(x, layout.alphabet) for x in flat]
-    contexts = np.repeat(np.arange(len(flat), dtype=np.uint32), [x.size for x in flat])
-    message = _push_modelled(message, joined, contexts, np.stack(own), layout.rest_bits)
-    rows += own
-  return message, rows
+  if array.dtype not in floats.LAYOUTS:
+    raise ValueError(f'only floats are coded, got {array.dtype=}')
+  flat = np.ascontiguousarray(array).reshape(-1)
+  if not entropy:
+    stack.push(flat.view(np.uint16))
+    return None
+  layout = floats.LAYOUTS[flat.dtype]
+  symbols, rests = jax.device_get(_split(flat))
+  packed = floats.pack_bits(rests, layout.rest_bits)
+  stack.push(np.pad(packed, (0, packed.size % 2)).view(np.uint16))
+  counts = np.bincount(symbols, minlength=layout.alphabet)
+  table = tables.quantize(counts if flat.size else counts + 1)
+  intervals = tables.pack_intervals(table[None])
+  for start, count in _blocks(flat.size):
+    steps, lanes = _geometry(count)
+    message = _push_symbols(
+      rans.empty(lanes, steps),
+      np.pad(symbols[start : start + count], (0, steps * lanes - count)),
+      count,
+      intervals,
+    )
+    stack.push_block(rans.to_words(message))
+  return table
 
 
 def pop(
-  message: rans.Message, specs: list[Spec], rows: list[np.ndarray] | None
-) -> tuple[rans.Message, list[np.ndarray]]:
-  """The inverse of `push`; `rows` are its tables, or None without `entropy`."""
-  arrays: list[Any] = [None] * len(specs)
-  sizes = [int(np.prod(shape, dtype=np.int64)) for _, shape in specs]
-  rows = list(rows or [])
-  for dtype, members in reversed(_by_dtype(specs).items()):
-    kind = jnp.dtype(dtype)
-    count = [sizes[i] for i in members]
-    if rows:
-      layout = floats.LAYOUTS[np.dtype(kind)]
-      own = np.stack([rows[len(rows) - len(count) + i] for i in range(len(count))])
-      del rows[len(rows) - len(count) :]
-      contexts = np.repeat(np.arange(len(count), dtype=np.uint32), count)
-      message, values = _pop_modelled(
-        message, contexts, own[:, : layout.alphabet], layout.rest_bits, dtype
-      )
-      joined = np.asarray(values)
-    else:
-      message, words = _pop_words(message, sum(count) * kind.itemsize // 2)
-      joined = np.asarray(words).view(kind)
-    for i, part in zip(members, np.split(joined, np.cumsum(count)[:-1]), strict=True):
-      arrays[i] = part.reshape(specs[i][1])
-  return message, arrays
+  stack: word_stack.WordStack,
+  dtype: str,
+  shape: tuple[int, ...],
+  table: np.ndarray | None,
+) -> np.ndarray:
+  """The inverse of `push`.
+
+  Args:
+    stack: the words; changed in place.
+    dtype: of the array.
+    shape: of the array.
+    table: as `push` returned it; zeros may follow.
+
+  Returns:
+    The array.
+
+  Raises:
+    ValueError: if the stack does not hold such an array.
+  """
+  kind = jnp.dtype(dtype)
+  size = int(np.prod(shape, dtype=np.int64))
+  if table is None:
+    return stack.pop(size * kind.itemsize // 2).view(kind).reshape(shape)
+  layout = floats.LAYOUTS[np.dtype(kind)]
+  if table[layout.alphabet :].any():
+    raise ValueError(f'a frequency table has symbols that {dtype} has not')
+  own = table[None, : layout.alphabet]
+  intervals, slots = tables.pack_intervals(own), tables.slots(own)
+  symbols = np.empty(size, np.uint16)
+  for start, count in reversed(list(_blocks(size))):
+    steps, lanes = _geometry(count)
+    message = rans.from_words(stack.pop_block(), lanes, steps)
+    message, popped = _pop_symbols(message, count, intervals, slots, steps)
+    check_empty(message)
+    symbols[start : start + count] = np.asarray(popped)[:count]
+  packed_size = floats.packed_size(size, layout.rest_bits)
+  packed = stack.pop(-(-packed_size // 2)).view(np.uint8)
+  rests = floats.unpack_bits(packed, size, layout.rest_bits)
+  return np.asarray(_join(symbols, rests, dtype)).reshape(shape)
 
 
-def _table(values: np.ndarray, alphabet: int) -> np.ndarray:
-  symbols = np.asarray(floats.split(jnp.asarray(values))[0])
-  counts = np.bincount(symbols, minlength=alphabet)
-  return tables.quantize(counts if values.size else counts + 1)
+def check_empty(message: rans.Message) -> None:
+  """Refuses a message from which not all has been popped, or too much.
+
+  Raises:
+    ValueError: if so.
+  """
+  rans.check(message)
+  if np.any(np.asarray(message.size)) or np.any(np.asarray(message.state) != 1 << 16):
+    raise ValueError('a block of symbols holds more than it should')
+
+
+def _blocks(size: int) -> Iterator[tuple[int, int]]:
+  """Where each block of symbols begins, and how many it has."""
+  most = _MAX_LANES * _MAX_STEPS
+  return ((start, min(most, size - start)) for start in range(0, size, most))
+
+
+def _geometry(count: int) -> tuple[int, int]:
+  """T and N; powers of two, so that blocks share compiled programs."""
+  lanes = 1 << min(max(count >> 9, 1), _MAX_LANES).bit_length() - 1
+  return 1 << max(-(-count // lanes) - 1, 0).bit_length(), lanes
+
+
+_split = jax.jit(floats.split)
+_join = jax.jit(
+  lambda symbols, rests, dtype: floats.join(symbols, rests, jnp.dtype(dtype)),
+  static_argnums=2,
+)
+
+
+def _contexts(steps: int, lanes: int, count: int | jax.Array) -> jax.Array:
+  """0 for the places of symbols, 1 for those that hold none: uint32 `[T, N]`."""
+  places = jnp.arange(steps * lanes).reshape(steps, lanes)
+  return (places >= count).astype(jnp.uint32)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _push_symbols(
+  message: rans.Message, symbols: jax.Array, count: jax.Array, intervals: jax.Array
+) -> rans.Message:
+  dealt = symbols.reshape(-1, message.lanes)
+  contexts = _contexts(dealt.shape[0], message.lanes, count)
+  return categorical.push(message, dealt, contexts, intervals)
+
+
+@functools.partial(jax.jit, static_argnums=4)
+def _pop_symbols(
+  message: rans.Message,
+  count: jax.Array,
+  intervals: jax.Array,
+  slots: jax.Array,
+  steps: int,
+) -> tuple[rans.Message, jax.Array]:
+  contexts = _contexts(steps, message.lanes, count)
+  message, symbols = categorical.pop(message, contexts, intervals, slots)
+  return message, symbols.astype(jnp.uint16).reshape(-1)

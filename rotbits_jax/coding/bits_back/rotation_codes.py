@@ -1,6 +1,6 @@
 """How a rotation is sampled from a message and given back: two codes, one interface.
 
-Shape letters: `[n, k]` the frame, R frequency tables of a correction.
+Shape letters: `[n, k]` the frame, S its integers, R frequency tables of a correction.
 """
 
 from collections.abc import Callable
@@ -8,29 +8,57 @@ import functools
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from rotbits_jax.coding import codecs
 from rotbits_jax.coding import rans
 from rotbits_jax.coding.bits_back import correction as correction_lib
 from rotbits_jax.coding.bits_back import haar
+from rotbits_jax.coding.bits_back import numbers
 from rotbits_jax.coding.bits_back import symmetric_eig
+
+_MAX_LANES = 1024
 
 
 class RotationCode(NamedTuple):
-  """How a frame of k orthonormal vectors is sampled from a message and given back."""
+  """How a frame of k orthonormal vectors is sampled from a message and given back.
 
-  sample: Callable[..., Any]  # message -> message, latent, frame [n, k]
-  correct: Callable[..., Any]  # recovered frame, latent -> correction
-  restore: Callable[..., Any]  # message, recovered frame, correction -> message, latent
-  fit: Callable[..., np.ndarray]  # correction -> tables [R, 17]
-  correction_codec: Callable[..., codecs.Codec]  # tables -> codec
-  num_tables: int  # R
+  Attributes:
+    sample: takes a message and returns it without the latent integers, these, and the
+      frame `[n, k]`.
+    correct: takes the recovered frame, the latent integers and the frame, and returns
+      the correction with which `restore` gets the integers back.
+    restore: takes a message, the recovered frame and the correction, and returns the
+      message with the integers pushed back, and these.
+    fit: takes a correction and returns its frequency tables, int64 `[R, 17]`.
+    pack: takes a correction and its tables and returns uint16 words.
+    unpack: the inverse; raises a ValueError where words hold no correction.
+    num_integers: S.
+    num_tables: R.
+  """
+
+  sample: Callable[..., Any]
+  correct: Callable[..., Any]
+  restore: Callable[..., Any]
+  fit: Callable[..., np.ndarray]
+  pack: Callable[..., np.ndarray]
+  unpack: Callable[..., Any]
+  num_integers: int
+  num_tables: int
+
+  def max_rows(self, lanes: int) -> int:
+    """How many words a lane loses to `sample` at most.
+
+    An integer takes at most 10 bits and a bin of 14, or 16 bits; and the lowest word
+    cannot be popped.
+    """
+    return 3 * -(-self.num_integers // lanes) // 2 + 2
 
 
 @functools.lru_cache
 def haar_code(n: int, k: int) -> RotationCode:
-  """Exactly uniform rotations; see `coding.haar`."""
+  """Exactly uniform rotations; see `haar`."""
   codec = haar.codec(n, k)
 
   def sample(message: rans.Message) -> tuple[rans.Message, Any, jax.Array]:
@@ -43,43 +71,89 @@ def haar_code(n: int, k: int) -> RotationCode:
     cells = haar.recover(recovered, correction)
     return codec.push(message, cells), cells
 
+  size = haar.num_cells(n, k)
+  pack, unpack = _packing(functools.partial(haar.correction_codec, n, k), size)
   return RotationCode(
     sample=jax.jit(sample),
     correct=jax.jit(haar.correct),
     restore=jax.jit(restore),
     fit=haar.fit,
-    correction_codec=functools.partial(haar.correction_codec, n, k),
+    pack=pack,
+    unpack=unpack,
+    num_integers=size,
     num_tables=3,
   )
 
 
 @functools.lru_cache
 def symmetric_eig_code(n: int, even: bool, threshold: float | None) -> RotationCode:
-  """Eigenvectors of a matrix of numbers, as published; see `coding.symmetric_eig`."""
+  """Eigenvectors of a matrix of numbers, as published; see `symmetric_eig`.
+
+  The eigenvalues are sent with the correction. On the message the next rotation would
+  be sampled from them, and a threshold would leave errors in them.
+  """
   spacing = symmetric_eig.EVEN if even else symmetric_eig.FLOAT16
   codec, spectra = symmetric_eig.codec(n), symmetric_eig.spectrum_codec(n)
 
   def sample(message: rans.Message) -> tuple[rans.Message, Any, jax.Array]:
     message, patterns = codec.pop(message)
     frame, spectrum = symmetric_eig.rotation(patterns, n, spacing)
-    return spectra.push(message, spectrum), (patterns, spectrum), frame
+    return message, (patterns, spectrum), frame
 
-  def correct(recovered: jax.Array, latent: Any) -> Any:
+  def correct(recovered: jax.Array, latent: Any, frame: jax.Array) -> Any:
+    del frame
     patterns, spectrum = latent
-    return symmetric_eig.correct(recovered, spectrum, patterns, spacing, threshold)
+    correction = symmetric_eig.correct(
+      recovered, spectrum, patterns, spacing, threshold
+    )
+    return spectrum, correction
 
   def restore(
     message: rans.Message, recovered: jax.Array, correction: Any
   ) -> tuple[rans.Message, Any]:
-    message, spectrum = spectra.pop(message)
-    patterns = symmetric_eig.recover(recovered, spectrum, correction, spacing)
+    spectrum, own = correction
+    patterns = symmetric_eig.recover(recovered, spectrum, own, spacing)
     return codec.push(message, patterns), (patterns, spectrum)
 
+  def both(frequencies: jax.Array) -> codecs.Codec:
+    return codecs.serial(spectra, symmetric_eig.correction_codec(n, frequencies))
+
+  size = symmetric_eig.num_numbers(n)
+  pack, unpack = _packing(both, size)
   return RotationCode(
     sample=jax.jit(sample),
     correct=jax.jit(correct),
     restore=jax.jit(restore),
-    fit=correction_lib.fit,
-    correction_codec=functools.partial(symmetric_eig.correction_codec, n),
+    fit=lambda correction: correction_lib.fit(correction[1]),
+    pack=pack,
+    unpack=unpack,
+    num_integers=size,
     num_tables=2,
   )
+
+
+def _packing(
+  codec: Callable[..., codecs.Codec], size: int
+) -> tuple[Callable[..., np.ndarray], Callable[..., Any]]:
+  """`RotationCode.pack` and `unpack`: a correction as a message of its own."""
+  lanes = 1 << min(max(size >> 12, 1), _MAX_LANES).bit_length() - 1
+  # A residue of 16 bits, two levels of 14 at most, and signs.
+  capacity = 4 * -(-size // lanes) + 16
+  push = jax.jit(
+    lambda message, table, correction: codec(frequencies=table).push(
+      message, correction
+    )
+  )
+  pop = jax.jit(lambda message, table: codec(frequencies=table).pop(message))
+
+  def pack(correction: Any, table: np.ndarray) -> np.ndarray:
+    empty = rans.empty(lanes, capacity)
+    return rans.to_words(push(empty, jnp.asarray(table), correction))
+
+  def unpack(words: np.ndarray, table: np.ndarray) -> Any:
+    message = rans.from_words(words, lanes, capacity)
+    message, correction = pop(message, jnp.asarray(table))
+    numbers.check_empty(message)
+    return correction
+
+  return pack, unpack

@@ -1,12 +1,13 @@
-"""Which table each number of a unit is coded with, in few bytes.
+"""Which table each number of a layout is coded with, in few bytes.
 
 An array has a table of its own, or its rows and columns are sorted into classes of
-scale, see `scales`, and each class has one, shared by all arrays of the format. A
-class's table is the normal distribution's, of which only the symbols that occur are
-stored, or is stored in full where that is shorter. The encoder finds all this, and the
-decoder reads it.
+scale, see `scales`, and each class has one. Arrays whose classes lie in one lattice
+share tables: the tables of neighbouring classes are neighbours, so that a number's
+table is its row's label plus its column's plus a constant. A class's table is the
+normal distribution's, of which only the symbols that occur are stored, or is stored in
+full where that is shorter. The encoder finds all this, and the decoder reads it.
 
-Shape letters: M arrays, K tables, A symbols of the alphabet, R rows, C columns.
+Shape letters: M arrays of the layout, K tables, A symbols, R rows, C columns.
 """
 
 from collections.abc import Sequence
@@ -16,68 +17,93 @@ import zlib
 import numpy as np
 
 from rotbits_jax.coding import tables
+from rotbits_jax.coding.weights import layouts
 from rotbits_jax.coding.weights import scales
 
 Shape = tuple[int, ...]
 
+MAX_TABLES = 1023
+"""Bound of K."""
+
 
 class Model(NamedTuple):
-  """What the symbols of M arrays are coded with.
+  """What the symbols of the M arrays of a layout are coded with.
+
+  Tables are in this order: of classes; of lines of zeros, if there are such; of arrays
+  that have their own.
 
   Attributes:
-    formats: of the arrays.
-    lines: their lines, None for an array with a table of its own.
-    indices: the table of each label of each array, `[512]` each; only entry 0 where
-      the array has a table of its own.
+    lines: of the arrays, None for one with a table of its own.
+    first: of each array, the table of its label 1, or its own table.
+    zero: the table of lines of zeros, whether it exists or not.
     normal: bool `[K]`, whether the table is the normal distribution's.
-    frequencies: int64 `[K, A]`.
+    frequencies: int64 `[K, A]`; zeros, of a table that is not used.
   """
 
-  formats: tuple[scales.Format, ...]
   lines: tuple[scales.Lines | None, ...]
-  indices: tuple[np.ndarray, ...]
+  first: tuple[int, ...]
+  zero: int
   normal: np.ndarray
   frequencies: np.ndarray
 
-  def contexts(self, shapes: Sequence[Shape], dtype: np.dtype) -> np.ndarray:
-    """The table of each number of all arrays, one after the other."""
-    parts = []
-    for shape, lines, own in zip(shapes, self.lines, self.indices, strict=True):
-      sizes, index = scales.matrix_shape(shape), own.astype(dtype)
-      spread = lines.spread(index, sizes) if lines else np.full(sizes, index[0])
-      parts.append(spread.reshape(-1))
-    return np.concatenate(parts)
+  def write(self, out: np.ndarray, index: int, start: int, shape: Shape) -> None:
+    """Writes the tables of numbers, from `start` on, of an array of this shape."""
+    lines = self.lines[index]
+    if lines is None:
+      out[:] = self.first[index]
+    else:
+      sizes = scales.matrix_shape(shape)
+      lines.write(out, start, sizes, self.first[index], self.zero)
+
+  def take(self, index: int, order: np.ndarray, axis: int, shape: Shape) -> 'Model':
+    """The model when the array's lines along an axis are in this order."""
+    lines = self.lines[index]
+    if lines and axis == len(shape) - 1 and lines.columns.size > 1:
+      lines = lines._replace(columns=lines.columns[order])
+    if lines and axis < len(shape) - 1 and lines.rows.size > 1:
+      rows = lines.rows.reshape(shape[:-1]).take(order, axis).reshape(-1)
+      lines = lines._replace(rows=rows)
+    return self._replace(lines=(*self.lines[:index], lines, *self.lines[index + 1 :]))
+
+
+def count_tables(lines: Sequence[scales.Lines | None]) -> int:
+  """K."""
+  return _arrange(lines).classes.size
 
 
 def fit(
-  formats: Sequence[scales.Format],
+  layout: layouts.Layout,
   lines: Sequence[scales.Lines | None],
   counts: Sequence[np.ndarray],
-) -> tuple[Model, float]:
+) -> Model:
   """The tables that take fewest bytes.
 
   Args:
-    formats: of the M arrays.
+    layout: of the M arrays.
     lines: their lines, None for an array with a table of its own.
     counts: how often each symbol occurs under each label, int64 `[labels, A]` each;
       `[1, A]` for an array with a table of its own.
 
   Returns:
-    The model, and the bits that the symbols take with it.
+    The model.
   """
-  alphabet = max(form.alphabet for form in formats)
-  indices, owners = _assign(formats, lines)
-  total = np.zeros((len(owners), alphabet), np.int64)
-  for index, count in zip(indices, counts, strict=True):
-    (used,) = np.nonzero(count.any(axis=1))
-    total[index[used], : count.shape[1]] += count[used]
-  normal, frequencies = np.zeros(len(owners), bool), np.zeros_like(total)
-  for form, members, classes in _groups(owners):
-    choice = choose(form, classes, total[members, : form.alphabet])
-    normal[members] = choice.normal
-    frequencies[members, : form.alphabet] = choice.frequencies
-  bits = float(tables.cost_bits(total, frequencies).sum())
-  return Model(tuple(formats), tuple(lines), indices, normal, frequencies), bits
+  first, zero, classes = _arrange(lines)
+  total = np.zeros((classes.size, layout.alphabet), np.int64)
+  for table, line, count in zip(first, lines, counts, strict=True):
+    if line is None:
+      total[table] += count[0]
+      continue
+    total[table : table + len(count) - 1] += count[1:]
+    if line.has_zeros:
+      total[zero] += count[0]
+  normal, frequencies = np.ones(classes.size, bool), np.zeros_like(total)
+  used = total.any(axis=1)
+  for members in (used & (classes != _OWN), used & (classes == _OWN)):
+    if members.any():
+      own = classes[members][0] == _OWN
+      choice = choose(layout, None if own else classes[members], total[members])
+      normal[members], frequencies[members] = choice.normal, choice.frequencies
+  return Model(tuple(lines), first, zero, normal, frequencies)
 
 
 class Choice(NamedTuple):
@@ -89,12 +115,12 @@ class Choice(NamedTuple):
 
 
 def choose(
-  form: scales.Format, classes: np.ndarray | None, counts: np.ndarray
+  layout: layouts.Layout, classes: np.ndarray | None, counts: np.ndarray
 ) -> Choice:
   """The shorter of the normal distribution's table and one that is stored.
 
   Args:
-    form: the format.
+    layout: of the numbers.
     classes: `[K]`, or None where the numbers are of no class.
     counts: of symbols, `[K, A]`.
 
@@ -105,8 +131,8 @@ def choose(
   # A stored frequency takes about a byte.
   cost = tables.cost_bits(counts, stored) / 8 + np.count_nonzero(stored, axis=1)
   if classes is None:
-    return Choice(np.zeros(len(counts), bool), stored, cost.sum())
-  weights = np.where(counts > 0, scales.normal_weights(form, classes), 0)
+    return Choice(np.zeros(len(counts), bool), stored, float(cost.sum()))
+  weights = np.where(counts > 0, scales.normal_weights(layout, classes), 0)
   frequencies = tables.quantize(weights)
   other = tables.cost_bits(counts, frequencies) / 8 + scales.TABLE_BYTES
   normal = other < cost
@@ -115,7 +141,7 @@ def choose(
 
 
 def to_bytes(model: Model) -> bytes:
-  """A model without its formats in a compact form: see `from_bytes`."""
+  """A model in a compact form: see `from_bytes`."""
   heads, labels = [], []
   for lines in model.lines:
     head = 0, 0, 0
@@ -131,20 +157,17 @@ def to_bytes(model: Model) -> bytes:
   return _deflate(lined) + _deflate(normal) + stored
 
 
-def from_bytes(
-  data: bytes, formats: Sequence[scales.Format], shapes: Sequence[Shape]
-) -> Model:
+def from_bytes(data: bytes, layout: layouts.Layout, shapes: Sequence[Shape]) -> Model:
   """The inverse of `to_bytes`.
 
   Args:
     data: three parts, the first two as raw Deflate streams. Lines: for each array,
       three int16: 0 if it has a table of its own, else 1 and 1 more if rows are sorted
       and 2 more if columns are; base; step, see `scales.Lines`; then the labels of the
-      lines of all arrays. Normal tables: which ones are, as bits; then, for each of
-      those, which symbols occur, as bits in whole bytes. Stored tables: see
-      `tables.to_bytes`. Tables are in the order in which the arrays need them, and each
-      array's labels from the least up.
-    formats: of the M arrays.
+      lines of all arrays. Normal tables: which ones are, as bits in whole bytes; then,
+      for each of those, which symbols occur, likewise. Stored tables: see
+      `tables.to_bytes`.
+    layout: of the M arrays.
     shapes: of the M arrays.
 
   Returns:
@@ -153,53 +176,59 @@ def from_bytes(
   Raises:
     ValueError: if the bytes are not a model of such arrays.
   """
-  part, data = _inflate(data)
-  lines = _lines(part, shapes)
-  alphabet = max(form.alphabet for form in formats)
-  indices, owners = _assign(formats, lines)
-  part, data = _inflate(data)
-  normal = np.unpackbits(part[: -(-len(owners) // 8)], count=len(owners)).astype(bool)
-  bits = np.unpackbits(part[-(-len(owners) // 8) :])
-  count, width = int(normal.sum()), -(-alphabet // 8) * 8
-  if bits.size != count * width:
-    raise ValueError(f'{bits.size} bits of normal tables, not {count * width}')
-  present = np.zeros((len(owners), alphabet), bool)
-  present[normal] = bits.reshape(count, width)[:, :alphabet]
-
-  frequencies = np.zeros(present.shape, np.int64)
-  frequencies[~normal] = tables.from_bytes(data, len(owners) - count, alphabet)
-  for form, members, classes in _groups(owners):
-    chosen = members[normal[members]]
-    if classes is None and chosen.size:
-      raise ValueError('a normal distribution of no scale')
-    if classes is not None and chosen.size:
-      weights = scales.normal_weights(form, classes[normal[members]])
-      weights = np.where(present[chosen, : form.alphabet], weights, 0)
-      frequencies[chosen, : form.alphabet] = tables.quantize(weights)
-  return Model(tuple(formats), tuple(lines), indices, normal, frequencies)
+  sizes = [scales.matrix_shape(shape) for shape in shapes]
+  part, data = _inflate(data, sum(6 + sum(size) for size in sizes))
+  lines = _lines(part, sizes)
+  first, zero, classes = _arrange(lines)
+  count, width = classes.size, -(-layout.alphabet // 8) * 8
+  part, data = _inflate(data, -(-count // 8) + count * width // 8)
+  normal = np.unpackbits(part[: -(-count // 8)], count=count).astype(bool)
+  present = np.unpackbits(part[-(-count // 8) :]).astype(bool)
+  if present.size != normal.sum() * width:
+    raise ValueError(f'{present.size} bits for {normal.sum()} normal tables')
+  present = present.reshape(-1, width)[:, : layout.alphabet]
+  frequencies = np.zeros((count, layout.alphabet), np.int64)
+  stored = count - len(present)
+  frequencies[~normal] = tables.from_bytes(data, stored, layout.alphabet)
+  chosen, used = np.flatnonzero(normal), present.any(axis=1)
+  if np.any(classes[chosen[used]] == _OWN):
+    raise ValueError('a normal distribution of no scale')
+  if used.any():
+    weights = scales.normal_weights(layout, classes[chosen[used]])
+    weights = np.where(present[used], weights, 0)
+    frequencies[chosen[used]] = tables.quantize(weights)
+  return Model(tuple(lines), first, zero, normal, frequencies)
 
 
-def _lines(part: np.ndarray, shapes: Sequence[Shape]) -> list[scales.Lines | None]:
+def _lines(
+  part: np.ndarray, sizes: Sequence[tuple[int, int]]
+) -> list[scales.Lines | None]:
   """The lines of arrays, from their part of a model's bytes."""
-  position = 6 * len(shapes)
+  position = 6 * len(sizes)
   if part.size < position:
     raise ValueError('the lines of the arrays are cut short')
   heads = part[:position].view('<i2').reshape(-1, 3).tolist()
   lines: list[scales.Lines | None] = []
-  for (kind, base, step), shape in zip(heads, shapes, strict=True):
-    if not 0 <= kind <= 4:
-      raise ValueError(f'lines of an unknown kind, {kind}')
+  for (kind, base, step), shape in zip(heads, sizes, strict=True):
+    if not (0 <= kind <= 4 and (kind == 0 or 1 <= step <= scales.STEPS)):
+      raise ValueError(f'lines of an unknown kind, {kind}, or step, {step}')
     if kind == 0:
       lines.append(None)
       continue
     labels = [np.ones(1, np.uint8), np.ones(1, np.uint8)]
-    for axis, size in enumerate(scales.matrix_shape(shape)):
+    for axis, size in enumerate(shape):
       if (kind - 1) >> axis & 1:
         labels[axis] = part[position : position + size]
         position += size
+        if labels[axis].size != size:
+          raise ValueError('the labels of the lines are cut short')
     lines.append(scales.Lines(base, step, *labels))
   if part.size != position:
     raise ValueError(f'{part.size} bytes of lines, where the arrays need {position}')
+  if any(x is not None and x.top >= scales.MAX_LABELS for x in lines):
+    raise ValueError('a label of a number is out of range')
+  if count_tables(lines) > MAX_TABLES:
+    raise ValueError('there are too many tables')
   return lines
 
 
@@ -209,52 +238,53 @@ def _deflate(data: bytes) -> bytes:
   return packer.compress(data) + packer.flush()
 
 
-def _inflate(data: bytes) -> tuple[np.ndarray, bytes]:
-  """What a raw Deflate stream holds, and the bytes behind it."""
+def _inflate(data: bytes, most: int) -> tuple[np.ndarray, bytes]:
+  """What a raw Deflate stream holds, so many bytes at most, and the bytes behind it."""
   unpacker = zlib.decompressobj(-15)
   try:
-    part = unpacker.decompress(data)
+    part = unpacker.decompress(data, most + 1)
   except zlib.error as error:
     raise ValueError(f'not a model of arrays: {error}') from error
   if not unpacker.eof:
-    raise ValueError('the model of the arrays is cut short')
+    raise ValueError('the model of the arrays is cut short, or too long')
   return np.frombuffer(part, np.uint8), unpacker.unused_data
 
 
-# A table's owner: lines of a format and a class, or the array of this number.
-_Owner = tuple[scales.Format, int | None, int | None]
+# The class of a table that is an array's own.
+_OWN = 1 << 62
 
 
-def _assign(
-  formats: Sequence[scales.Format], lines: Sequence[scales.Lines | None]
-) -> tuple[tuple[np.ndarray, ...], list[_Owner]]:
-  """The table of each label of each array, `[512]`, and the owners of the tables."""
-  numbers: dict[_Owner, int] = {}
-  indices = []
-  for i, (form, line) in enumerate(zip(formats, lines, strict=True)):
-    index = np.zeros(scales.MAX_LABELS, np.int64)
+class _Tables(NamedTuple):
+  """Tables of arrays in their order."""
+
+  first: tuple[int, ...]  # see Model
+  zero: int  # see Model
+  classes: np.ndarray  # int64 [K]: of each table
+
+
+def _arrange(lines: Sequence[scales.Lines | None]) -> _Tables:
+  """The order of tables: what arrays have in common, they share."""
+  spans = sorted(
+    (line.step, line.base % line.step, line.base, line.top, i)
+    for i, line in enumerate(lines)
+    if line is not None
+  )
+  first, classes = [0] * len(lines), list[int]()
+  # Of the classes that were added last: their lattice, bounds, and first table.
+  lattice, start, end, origin = (0, 0), 0, 0, 0
+  for step, phase, base, top, i in spans:
+    if lattice != (step, phase) or base > end:
+      lattice, start, end = (step, phase), base, base
+      origin = len(classes)
+    first[i] = origin + (base - start) // step
+    while end < base + max(top, 1) * step:
+      classes.append(end)
+      end += step
+  zero = len(classes)
+  if any(line is not None and line.has_zeros for line in lines):
+    classes.append(scales.ZERO)
+  for i, line in enumerate(lines):
     if line is None:
-      index[0] = numbers.setdefault((form, None, i), len(numbers))
-    else:
-      labels = line.labels()
-      for label, k in zip(labels, line.classes(labels).tolist(), strict=True):
-        index[label] = numbers.setdefault((form, k, None), len(numbers))
-    indices.append(index)
-  return tuple(indices), list(numbers)
-
-
-def _groups(
-  owners: list[_Owner],
-) -> list[tuple[scales.Format, np.ndarray, np.ndarray | None]]:
-  """Tables that are made together: their format, numbers, and classes if they have."""
-  groups: dict[tuple[scales.Format, bool], list[int]] = {}
-  for number, (form, k, _) in enumerate(owners):
-    groups.setdefault((form, k is None), []).append(number)
-  return [
-    (
-      form,
-      np.array(members),
-      None if alone else np.array([owners[i][1] for i in members]),
-    )
-    for (form, alone), members in groups.items()
-  ]
+      first[i] = len(classes)
+      classes.append(_OWN)
+  return _Tables(tuple(first), zero, np.array(classes, np.int64))

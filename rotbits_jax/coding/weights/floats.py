@@ -7,9 +7,6 @@ the sign and the rest of the mantissa are incompressible and are stored as they 
     bits   = [ sign | exponent e | mantissa m ]
     symbol = [ exponent e | top t of the mantissa ]        t = min(3, m)
     rest   = [ sign | low m - t of the mantissa ]
-
-Numbers that were widened from a shorter format end in zeros; `trailing_zeros` tells how
-many low bits of the rest need not be stored.
 """
 
 from typing import NamedTuple
@@ -23,7 +20,7 @@ MODELLED_MANTISSA_BITS = 3
 
 
 class Layout(NamedTuple):
-  """How the bits of a format divide."""
+  """How the bits of a dtype divide."""
 
   width: int
   exponent: int
@@ -47,7 +44,7 @@ LAYOUTS = {
   np.dtype(ml_dtypes.bfloat16): Layout(width=16, exponent=8, mantissa=7),
   np.dtype(np.float32): Layout(width=32, exponent=8, mantissa=23),
 }
-"""The formats whose numbers are modelled."""
+"""The dtypes whose numbers are modelled."""
 
 
 def split(values: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -61,30 +58,32 @@ def split(values: jax.Array) -> tuple[jax.Array, jax.Array]:
   """
   layout = LAYOUTS[np.dtype(values.dtype)]
   unsigned = jnp.dtype(f'uint{layout.width}')
-  bits = jax.lax.bitcast_convert_type(values, unsigned)
-  low = layout.mantissa - layout.modelled_mantissa
-  symbols = (bits >> low) & unsigned.type(layout.alphabet - 1)
-  sign = bits >> (layout.width - 1)
-  rests = sign << low | bits & unsigned.type((1 << low) - 1)
-  return symbols.astype(jnp.uint16), rests
+  return split_bits(jax.lax.bitcast_convert_type(values, unsigned), layout)
 
 
 def join(symbols: jax.Array, rests: jax.Array, dtype: np.dtype) -> jax.Array:
   """The inverse of `split`."""
   layout = LAYOUTS[np.dtype(dtype)]
+  return jax.lax.bitcast_convert_type(join_bits(symbols, rests, layout), dtype)
+
+
+def split_bits(bits: jax.Array, layout: Layout) -> tuple[jax.Array, jax.Array]:
+  """`split`, of bit patterns: unsigned integers as wide as the numbers."""
+  kind = bits.dtype.type
+  low = layout.rest_bits - 1
+  symbols = (bits >> low) & kind(layout.alphabet - 1)
+  sign = bits >> (layout.width - 1)
+  return symbols.astype(jnp.uint16), sign << low | bits & kind((1 << low) - 1)
+
+
+def join_bits(symbols: jax.Array, rests: jax.Array, layout: Layout) -> jax.Array:
+  """The inverse of `split_bits`."""
   unsigned = jnp.dtype(f'uint{layout.width}')
-  low = layout.mantissa - layout.modelled_mantissa
+  low = layout.rest_bits - 1
   rests = rests.astype(unsigned)
   sign = (rests >> low) << (layout.width - 1)
   mantissa = rests & unsigned.type((1 << low) - 1)
-  bits = sign | symbols.astype(unsigned) << low | mantissa
-  return jax.lax.bitcast_convert_type(bits, dtype)
-
-
-def trailing_zeros(rests: np.ndarray, width: int) -> int:
-  """How many low bits are zero in every rest; `width` if all rests are 0."""
-  used = (bit for bit in range(width) if np.any(rests >> rests.dtype.type(bit) & 1))
-  return next(used, width)
+  return sign | symbols.astype(unsigned) << low | mantissa
 
 
 def pack_bits(values: np.ndarray, width: int) -> np.ndarray:

@@ -5,9 +5,11 @@ magnitudes are small symbols. Of the number n >= 0 that this gives,
 
     symbol = n >> low        rest = n & (2^low - 1)
 
-Host code, NumPy only: there is next to nothing to compute.
+Numbers are given as bit patterns: unsigned integers of their width.
 """
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 DTYPES = tuple(np.dtype(d) for d in (np.int8, np.uint8, np.int16, np.uint16))
@@ -19,39 +21,35 @@ MODELLED_BITS = 14
 
 def least_low(values: np.ndarray) -> int:
   """The least `low` for which all symbols are below 2^`MODELLED_BITS`."""
-  folded = _fold(values)
-  return max(int(folded.max(initial=0)).bit_length() - MODELLED_BITS, 0)
+  largest, least = int(values.max(initial=0)), int(values.min(initial=0))
+  folded = largest if values.dtype.kind == 'u' else max(2 * largest, -2 * least - 1)
+  return max(folded.bit_length() - MODELLED_BITS, 0)
 
 
-def split(values: np.ndarray, low: int) -> tuple[np.ndarray, np.ndarray]:
+def split_bits(bits: jax.Array, low: int, signed: bool) -> tuple[jax.Array, jax.Array]:
   """Divides numbers into symbols and rests.
 
   Args:
-    values: an array of a dtype in `DTYPES`.
-    low: bits of the rests, at least `least_low(values)`.
+    bits: uint8 or uint16.
+    low: bits of the rests, at least `least_low` of the numbers.
+    signed: whether they are two's complements.
 
   Returns:
     Symbols, uint16, and rests, as wide as the numbers; same shape.
   """
-  folded = _fold(values)
-  kind = folded.dtype.type
-  return (folded >> kind(low)).astype(np.uint16), folded & kind((1 << low) - 1)
+  kind = bits.dtype.type
+  if signed:
+    sign = bits >> (8 * bits.dtype.itemsize - 1)
+    bits = (bits << 1) ^ (kind(0) - sign)
+  return (bits >> low).astype(jnp.uint16), bits & kind((1 << low) - 1)
 
 
-def join(
-  symbols: np.ndarray, rests: np.ndarray, low: int, dtype: np.dtype
-) -> np.ndarray:
-  """The inverse of `split`."""
-  unsigned = np.dtype(f'u{dtype.itemsize}')
-  folded = symbols.astype(unsigned) << unsigned.type(low) | rests.astype(unsigned)
+def join_bits(
+  symbols: jax.Array, rests: jax.Array, low: int, dtype: np.dtype
+) -> jax.Array:
+  """The inverse of `split_bits`, for numbers of this dtype."""
+  unsigned = jnp.dtype(f'uint{8 * dtype.itemsize}')
+  folded = symbols.astype(unsigned) << low | rests.astype(unsigned)
   if dtype.kind == 'u':
     return folded
-  one = unsigned.type(1)
-  return ((folded >> one) ^ (unsigned.type(0) - (folded & one))).view(dtype)
-
-
-def _fold(values: np.ndarray) -> np.ndarray:
-  if values.dtype.kind == 'u':
-    return values
-  width = 8 * values.dtype.itemsize
-  return ((values << 1) ^ (values >> (width - 1))).view(f'u{values.dtype.itemsize}')
+  return (folded >> 1) ^ (unsigned.type(0) - (folded & unsigned.type(1)))

@@ -1,43 +1,30 @@
-"""One array as symbols to code and bytes that are stored as they are.
+"""How the arrays of a unit are stored: their layouts, lines and counts of symbols.
 
-Symbols are of floats or of short integers, and are coded in classes of lines or as one;
+Floats and short integers are coded, with a table for each class of lines or with one;
 an array that is no shorter so is stored as it is.
-
-Shape letters: R rows, C columns, A symbols of the alphabet.
 """
 
+from collections.abc import Sequence
 import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import jax
-import ml_dtypes
 import numpy as np
 
 from rotbits_jax.coding import tables
+from rotbits_jax.coding.weights import blocks
 from rotbits_jax.coding.weights import contexts
 from rotbits_jax.coding.weights import floats
 from rotbits_jax.coding.weights import integers
+from rotbits_jax.coding.weights import layouts
+from rotbits_jax.coding.weights import numbers
+from rotbits_jax.coding.weights import pool
 from rotbits_jax.coding.weights import scales
-
-DTYPES = {
-  np.dtype(d).name: np.dtype(d)
-  for d in (
-    *(ml_dtypes.bfloat16, np.float16, np.float32, np.float64, np.bool_),
-    *(np.int8, np.int16, np.int32, np.int64),
-    *(np.uint8, np.uint16, np.uint32, np.uint64),
-  )
-}
-"""Dtypes that can be stored, by name. Those in `floats.LAYOUTS` and `integers.DTYPES`
-are modelled, the others are stored as they are."""
 
 
 class Coded(NamedTuple):
-  """The parts of an array that is coded."""
+  """How an array is coded."""
 
-  form: scales.Format
-  rest: int  # bits of each of the rests
-  symbols: np.ndarray  # uint16 [R, C]
-  rests: np.ndarray  # unsigned [R, C]
+  layout: layouts.Layout
   lines: scales.Lines | None  # None: a table of its own
   counts: np.ndarray  # int64 [labels, A], of the symbols in the lines of each label
 
@@ -45,148 +32,143 @@ class Coded(NamedTuple):
 class Plan(NamedTuple):
   """How an array is stored."""
 
-  array: np.ndarray
+  array: np.ndarray  # contiguous
   coded: Coded | None = None  # None: as it is
   saved: float = 0.0  # bytes, about
 
-  def raw(self) -> np.ndarray:
-    """What is stored as it is: uint8."""
-    if self.coded is None:
-      return np.ascontiguousarray(self.array).reshape(-1).view(np.uint8)
-    return floats.pack_bits(self.coded.rests.reshape(-1), self.coded.rest)
 
-  def take(self, order: np.ndarray, axis: int) -> 'Plan':
-    """The plan of the array with its lines along an axis in this order."""
-    array, coded = self.array.take(order, axis), self.coded
-    if coded:
-      shape, lines = self.array.shape, coded.lines
-      reorder = lambda x: x.reshape(shape).take(order, axis).reshape(x.shape)
-      if lines and axis == len(shape) - 1 and lines.columns.size > 1:
-        lines = lines._replace(columns=lines.columns[order])
-      if lines and axis < len(shape) - 1 and lines.rows.size > 1:
-        rows = lines.rows.reshape(shape[:-1]).take(order, axis).reshape(-1)
-        lines = lines._replace(rows=rows)
-      coded = coded._replace(
-        symbols=reorder(coded.symbols), rests=reorder(coded.rests), lines=lines
-      )
-    return self._replace(array=array, coded=coded)
-
-
-def plan(array: np.ndarray) -> Plan:
-  """The shortest of: the array as it is; coded with one table; in classes of lines.
+def plan(arrays: Sequence[np.ndarray]) -> list[Plan]:
+  """The shortest for each array: as it is; coded with one table; in classes of lines.
 
   Args:
-    array: of a dtype in `DTYPES`.
+    arrays: of dtypes in `layouts.DTYPES`.
 
   Returns:
-    The plan.
+    The plans.
 
   Raises:
-    ValueError: if the dtype is another.
+    ValueError: if a dtype is another.
   """
-  if array.dtype.name not in DTYPES:
-    raise ValueError(f'numbers of this dtype cannot be stored, got {array.dtype=}')
-  plain = Plan(array)
+  for array in arrays:
+    if array.dtype.name not in layouts.DTYPES:
+      raise ValueError(f'numbers of this dtype cannot be stored, got {array.dtype=}')
+  drafts = pool.run(functools.partial(_draft, array) for array in arrays)
+  drafts = _joined(drafts)
+  counted = [
+    (i, start)
+    for i, draft in enumerate(drafts)
+    if draft.coded
+    for start in range(0, draft.array.size, blocks.CAPACITY)
+  ]
+  parts = pool.run(functools.partial(_count, drafts[i], start) for i, start in counted)
+  totals: dict[int, np.ndarray] = {}
+  for (i, _), part in zip(counted, parts, strict=True):
+    totals[i] = totals[i] + part if i in totals else part
+  chosen = {
+    i: functools.partial(_choose, drafts[i], total) for i, total in totals.items()
+  }
+  plans = dict(zip(chosen, pool.run(chosen.values()), strict=True))
+  return [plans.get(i, draft) for i, draft in enumerate(drafts)]
+
+
+def _draft(array: np.ndarray) -> Plan:
+  """A plan without counts, to code an array of a dtype that is modelled."""
+  plain = Plan(numbers.contiguous(array))
   if not array.size:
     return plain
-  matrix = array.reshape(scales.matrix_shape(array.shape))
+  bits = numbers.bits(plain.array)
   if array.dtype in floats.LAYOUTS:
-    # Flat, so that arrays of one size share a compiled function.
-    parts = _split(array.reshape(-1))
-    symbols, rests = (np.asarray(x).reshape(matrix.shape) for x in parts)
-    width = floats.LAYOUTS[array.dtype].rest_bits
-    zeros = floats.trailing_zeros(rests, width)
-    rest = width - zeros
-    rests = rests >> rests.dtype.type(zeros) if rest else rests
+    layout: layouts.Layout = layouts.Float.of(bits, array.dtype)
   elif array.dtype in integers.DTYPES:
-    rest = _low_bits(matrix)
-    symbols, rests = integers.split(matrix, rest)
+    layout = layouts.Int(array.dtype, _low_bits(plain.array))
   else:
     return plain
-  form = scales.format_of(array.dtype, rest)
-  lines = scales.sort(matrix) if form.has_scale else None
-  counts = _counts(symbols, lines, form.alphabet)
+  matrix = plain.array.reshape(scales.matrix_shape(array.shape))
+  lines = scales.sort(matrix) if layout.has_scale else None
+  return plain._replace(coded=Coded(layout, lines, np.zeros((0, 0), np.int64)))
+
+
+# Bytes that a layout and its blocks take, about.
+_LAYOUT_BYTES = 64
+
+
+def _joined(drafts: list[Plan]) -> list[Plan]:
+  """Gives small floats the layout of others, where one of their own costs more."""
+  sizes: dict[layouts.Layout, int] = {}
+  for draft in drafts:
+    if draft.coded:
+      layout = draft.coded.layout
+      sizes[layout] = sizes.get(layout, 0) + draft.array.size
+  joined = []
+  for draft in drafts:
+    if draft.coded and isinstance(draft.coded.layout, layouts.Float):
+      layout = draft.coded.layout
+      wider = [
+        other
+        for other in sizes
+        if other.dtype == layout.dtype
+        and other.rest > layout.rest
+        and sizes[layout] * (other.rest - layout.rest) < 8 * _LAYOUT_BYTES
+      ]
+      if wider:
+        best = min(wider, key=lambda other: other.rest)
+        draft = draft._replace(coded=draft.coded._replace(layout=best))
+    joined.append(draft)
+  return joined
+
+
+def _count(draft: Plan, start: int) -> np.ndarray:
+  """Counts of symbols under each label, of a block of numbers."""
+  assert draft.coded
+  lines, bits = draft.coded.lines, numbers.bits(draft.array)
+  part = bits[start : start + blocks.CAPACITY]
+  shape = scales.matrix_shape(draft.array.shape)
+
+  def fill(out: np.ndarray, labels: np.ndarray) -> None:
+    out[:] = part
+    if lines is None:
+      labels[:] = 0
+    else:
+      lines.write(labels, start, shape, 1, 0)
+
+  labels = 1 if lines is None else max(lines.top, 1) + 1
+  return blocks.count(fill, part.size, draft.coded.layout, labels)
+
+
+def _choose(draft: Plan, counts: np.ndarray) -> Plan:
+  """The plan that takes fewest bytes."""
+  assert draft.coded
+  array, (layout, lines, _) = draft.array, draft.coded
   total = counts.sum(axis=0, keepdims=True)
-  cost = contexts.choose(form, None, total).cost
-  coded = Coded(form, rest, symbols, rests, None, total)
+  cost = contexts.choose(layout, None, total).cost
+  coded = Coded(layout, None, total)
   if lines:
     (used,) = np.nonzero(counts.any(axis=1))
-    other = contexts.choose(form, lines.classes(used), counts[used]).cost
+    other = contexts.choose(layout, lines.classes(used), counts[used]).cost
     for labels in (lines.rows, lines.columns):
       other += tables.entropy_bits(np.bincount(labels)) / 8
     if other < cost:
-      cost, coded = other, coded._replace(lines=lines, counts=counts)
-  saved = array.nbytes - floats.packed_size(array.size, rest) - cost
-  return Plan(array, coded, saved) if saved > 0 else plain
-
-
-def restore(
-  symbols: np.ndarray | None,
-  raw: np.ndarray,
-  shape: tuple[int, ...],
-  dtype: np.dtype,
-  rest: int,
-) -> np.ndarray:
-  """The array of a plan.
-
-  Args:
-    symbols: `[n]`; None if the array is stored as it is.
-    raw: what `Plan.raw` returned.
-    shape: of the array.
-    dtype: of the array.
-    rest: as in `Coded`.
-
-  Returns:
-    The array.
-  """
-  if symbols is None:
-    return raw.view(dtype).reshape(shape)
-  rests = floats.unpack_bits(raw, symbols.size, rest)
-  if dtype not in floats.LAYOUTS:
-    return integers.join(symbols, rests, rest, dtype).reshape(shape)
-  if rest:
-    rests <<= np.uint32(floats.LAYOUTS[dtype].rest_bits - rest)
-  return np.asarray(_join(symbols, rests, dtype.name)).reshape(shape)
+      cost, coded = other, Coded(layout, lines, counts)
+  saved = array.nbytes - array.size * layout.rest / 8 - cost
+  return Plan(array, coded, saved) if saved > 0 else Plan(array)
 
 
 def _low_bits(values: np.ndarray) -> int:
   """How many low bits of integers are best stored as they are."""
   least = integers.least_low(values)
-  symbols, _ = integers.split(values, least)
-  counts = np.bincount(symbols.reshape(-1), minlength=1 << integers.MODELLED_BITS)[None]
+  layout, bits = layouts.Int(values.dtype, least), numbers.bits(values)
+  counts = np.zeros((1, layout.alphabet), np.int64)
+  for start in range(0, bits.size, blocks.CAPACITY):
+    part = bits[start : start + blocks.CAPACITY]
+
+    def fill(out: np.ndarray, labels: np.ndarray, part: np.ndarray = part) -> None:
+      out[:] = part
+      labels[:] = 0
+
+    counts += blocks.count(fill, part.size, layout, 1)
   costs = []
   for low in range(least, min(8 * values.dtype.itemsize, integers.MODELLED_BITS)):
-    form = scales.Format(values.dtype, low, counts.shape[1])
-    cost = contexts.choose(form, None, counts).cost
-    costs.append(cost + floats.packed_size(values.size, low))
+    cost = contexts.choose(layouts.Int(values.dtype, low), None, counts).cost
+    costs.append(cost + values.size * low / 8)
     counts = counts[:, ::2] + counts[:, 1::2]
   return least + int(np.argmin(costs))
-
-
-def _counts(
-  symbols: np.ndarray, lines: scales.Lines | None, alphabet: int
-) -> np.ndarray:
-  """How often each symbol occurs under each label: int64 `[labels, A]`."""
-  if lines is None:
-    return np.bincount(symbols.reshape(-1), minlength=alphabet)[None]
-  size = (int(lines.labels().max()) + 1) * alphabet
-  starts = np.arange(0, size, alphabet, dtype=np.int32)
-  counts = np.zeros(size, np.int64)
-  step = max(max(_BLOCK, size) // symbols.shape[1], 1)
-  for row in range(0, symbols.shape[0], step):
-    block = symbols[row : row + step]
-    rows = lines.rows if lines.rows.size == 1 else lines.rows[row : row + step]
-    index = lines._replace(rows=rows).spread(starts, block.shape) + block
-    counts += np.bincount(index.reshape(-1), minlength=size)
-  return counts.reshape(-1, alphabet)
-
-
-_BLOCK = 1 << 20  # numbers that are counted together, to bound what that holds
-
-
-_split = jax.jit(floats.split)
-
-
-@functools.partial(jax.jit, static_argnames='dtype')
-def _join(symbols: Any, rests: Any, dtype: str) -> jax.Array:
-  return floats.join(symbols, rests, DTYPES[dtype])

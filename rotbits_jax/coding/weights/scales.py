@@ -25,8 +25,8 @@ from typing import NamedTuple
 import numpy as np
 
 from rotbits_jax.coding import tables
-from rotbits_jax.coding.weights import floats
-from rotbits_jax.coding.weights import integers
+from rotbits_jax.coding.weights import layouts
+from rotbits_jax.coding.weights import numbers
 
 STEPS = 8
 """Classes an octave."""
@@ -37,35 +37,8 @@ ZERO = -(1 << 14)
 TABLE_BYTES = 8
 """What it takes, about, to tell which symbols of a class occur."""
 
-MAX_LABELS = 512
-"""Bound of the labels of numbers."""
-
-
-class Format(NamedTuple):
-  """Which numbers the symbols of an array stand for.
-
-  Attributes:
-    dtype: of the numbers.
-    low: bits of an integer that its symbol leaves; 0 for floats.
-    alphabet: A.
-  """
-
-  dtype: np.dtype
-  low: int
-  alphabet: int
-
-  @property
-  def has_scale(self) -> bool:
-    """Whether numbers lie around zero."""
-    return self.dtype.kind != 'u'
-
-
-def format_of(dtype: np.dtype, rest: int) -> Format:
-  """The format of numbers that leave so many bits beside their symbols."""
-  if dtype in floats.LAYOUTS:
-    return Format(dtype, 0, floats.LAYOUTS[dtype].alphabet)
-  bits = min(8 * dtype.itemsize - rest, integers.MODELLED_BITS)
-  return Format(dtype, rest, 1 << bits)
+MAX_LABELS = 254
+"""Bound of the labels of numbers: less than a byte counts."""
 
 
 class Lines(NamedTuple):
@@ -94,12 +67,47 @@ class Lines(NamedTuple):
     """The labels of numbers that occur, from the least up."""
     return np.unique(_label(np.unique(self.rows)[:, None], np.unique(self.columns)))
 
-  def spread(self, values: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
-    """What each number of an array `[R, C]` has of `values`, one for each label."""
-    # Rows of one label are equal, and copied.
-    labels, row = np.unique(self.rows, return_inverse=True)
-    different = values[_label(labels[:, None], self.columns)]
-    return np.broadcast_to(different[row], shape)
+  @property
+  def top(self) -> int:
+    """The greatest label that a number may have."""
+    return int(self.rows.max()) + int(self.columns.max()) - 1
+
+  @property
+  def has_zeros(self) -> bool:
+    """Whether a line is zero throughout."""
+    return not (self.rows.all() and self.columns.all())
+
+  def write(
+    self, out: np.ndarray, start: int, shape: tuple[int, int], first: int, zero: int
+  ) -> None:
+    """Writes the table of each number, `first + label - 1` or, of label 0, `zero`.
+
+    Args:
+      out: unsigned integers that hold these, for so many numbers in C order.
+      start: the first of the numbers.
+      shape: R and C.
+      first: the table of label 1.
+      zero: the table of label 0.
+    """
+    if self.rows.size == self.columns.size == 1:
+      out[:] = first
+      return
+    width = shape[1]
+    low, high = start // width, -(-(start + out.size) // width)
+    rows = self.rows[low:high] if self.rows.size > 1 else self.rows
+    # Unsigned integers wrap, so that `first - 2` may be less than 0.
+    offset = np.asarray(first - 2).astype(out.dtype)
+    terms = (rows.astype(out.dtype) + offset)[:, None], self.columns.astype(out.dtype)
+    whole = start == low * width and out.size == (high - low) * width
+    grid = out.reshape(high - low, width) if whole else None
+    if grid is None:
+      grid = np.empty((high - low, width), out.dtype)
+    np.add(*terms, out=grid)
+    for axis, labels in ((grid, rows), (grid.T, self.columns)):
+      if not labels.all():
+        axis[labels == 0 if labels.size > 1 else ...] = zero
+    if not whole:
+      out[:] = grid.reshape(-1)[start - low * width :][: out.size]
 
 
 def _label(rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
@@ -124,30 +132,31 @@ def sort(matrix: np.ndarray) -> Lines:
   Returns:
     The lines, of the sorted axes and with the step that cost least.
   """
-  rows, columns, row_factors, column_factors = _mean_squares(matrix)
   one = np.ones(1)
+  if min(matrix.shape) == 1:
+    return _sorted(_mean_square(matrix.reshape(-1)), one, matrix.size, 1)[1]
+  rows, columns, row_factors, column_factors = _mean_squares(matrix)
   candidates = [_sorted(rows.mean(keepdims=True), one, matrix.size, 1)]
-  if min(matrix.shape) > 1:
-    pairs = (rows, one), (one, columns), (row_factors, column_factors)
-    candidates += [
-      _sorted(of_rows, of_columns, matrix.size, step)
-      for of_rows, of_columns in pairs
-      for step in (1, 2, 4, 8)
-    ]
+  pairs = (rows, one), (one, columns), (row_factors, column_factors)
+  candidates += [
+    _sorted(of_rows, of_columns, matrix.size, step)
+    for of_rows, of_columns in pairs
+    for step in (1, 2, 4, 8)
+  ]
   return min(candidates, key=lambda candidate: candidate[0])[1]
 
 
-def normal_weights(form: Format, classes: np.ndarray) -> np.ndarray:
+def normal_weights(layout: layouts.Layout, classes: np.ndarray) -> np.ndarray:
   """The normal distribution's weights of symbols.
 
   Args:
-    form: the format, one that has a scale.
+    layout: of the numbers, one that has a scale.
     classes: integers `[K]`.
 
   Returns:
     int64 `[K, A]`, up to 2^30 and at least 1: to scale, see `tables.quantize`.
   """
-  centre, exponent, width = _cells(form)
+  centre, exponent, width = layout.cells()
   # x^2 / s^2 = centre^2 * 2^(quarters / 4)
   quarters = STEPS * exponent - np.asarray(classes, np.int64)[:, None]
   mantissa = centre**2 * np.array(_HALF_LOG2_E, np.int64)[quarters & 3]
@@ -159,7 +168,11 @@ def normal_weights(form: Format, classes: np.ndarray) -> np.ndarray:
   return np.maximum(_powers()[part] >> np.minimum(whole, 62), 1)
 
 
-_BLOCK = 1 << 16  # numbers that are looked at together, in the processor's cache
+_BLOCK = 1 << 18  # numbers that are looked at together, in the processor's cache
+
+# Steps between the classes of the lines of an axis. If both have so many, the labels of
+# numbers are still below `MAX_LABELS`.
+_RANGE = 125
 
 # log2(e) / 2 * 2^(i / 4) for i = 0, ..., 3.
 _HALF_LOG2_E_BITS = 20
@@ -180,24 +193,13 @@ def _powers() -> np.ndarray:
   return np.array(powers, np.int64)
 
 
-def _cells(form: Format) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-  """The magnitudes that a symbol stands for: int64 `[A]` each.
-
-  They lie around centre * 2^exponent, in a cell 2^width wide up to a common factor.
-  """
-  symbols = np.arange(form.alphabet, dtype=np.int64)
-  if form.dtype in floats.LAYOUTS:
-    layout = floats.LAYOUTS[form.dtype]
-    top = layout.modelled_mantissa
-    exponent, mantissa = symbols >> top, symbols & ((1 << top) - 1)
-    # Numbers of exponent 0 have no leading 1 and the spacing of exponent 1.
-    leading = np.where(exponent > 0, 1 << top, 0)
-    width = np.maximum(exponent, 1) - (1 << (layout.exponent - 1)) + 1 - top
-    return 2 * (leading + mantissa) + 1, width - 1, width
-  zeros = np.zeros_like(symbols)
-  if form.low:
-    return 2 * symbols + 1, zeros + form.low - 2, zeros
-  return (symbols + 1) // 2, zeros, zeros
+def _mean_square(line: np.ndarray) -> np.ndarray:
+  """The mean square of `[n]`, float64 `[1]`."""
+  total = 0.0
+  for start in range(0, line.size, _BLOCK):
+    squares = numbers.squares(line[start : start + _BLOCK]).astype(np.float64)
+    total += float(np.nan_to_num(squares, posinf=2.0**256).sum())
+  return np.array([total / line.size])
 
 
 def _mean_squares(
@@ -223,14 +225,17 @@ def _mean_squares(
     weights = _inverse(divisors)
     weights /= max(np.count_nonzero(weights), 1)
     for start in range(0, count, step):
-      with np.errstate(invalid='ignore'):
-        squares = np.square(matrix[start : start + step], dtype=np.float64)
-      own = squares @ weights
+      squares = numbers.squares(matrix[start : start + step])
+      # einsum runs on this thread, so that sums do not depend on BLAS's threads.
+      of_rows = lambda x: np.einsum('rc,c->r', x, weights.astype(x.dtype))
+      own = of_rows(squares)
       if not np.isfinite(own).all():
-        squares = np.nan_to_num(squares, posinf=2.0**256)
-        own = squares @ weights
+        squares = np.nan_to_num(squares.astype(np.float64), posinf=2.0**256)
+        own = of_rows(squares)
       rows[start : start + step] = own
-      sums += np.stack([_inverse(own), np.ones_like(own)]) @ squares
+      inverse = _inverse(rows[start : start + step]).astype(squares.dtype)
+      sums[0] += np.einsum('r,rc->c', inverse, squares)
+      sums[1] += np.einsum('rc->c', squares)
     return rows, sums / np.array([[max(np.count_nonzero(rows), 1)], [count]])
 
   rows, (first, columns) = factors(np.ones(width))
@@ -250,6 +255,8 @@ def _sorted(
   row_base, row_labels, row_log, row_error = _quantized(rows, step)
   column_base, column_labels, column_log, column_error = _quantized(columns, step)
   lines = Lines(row_base + column_base, step, row_labels, column_labels)
+  if lines.top >= MAX_LABELS:
+    return math.inf, lines
   bits = numbers * (row_log + column_log + row_error * column_error / math.log(4))
   for labels in (row_labels, column_labels):
     bits += tables.entropy_bits(np.bincount(labels))
@@ -269,7 +276,7 @@ def _quantized(squares: np.ndarray, step: int) -> tuple[int, np.ndarray, float, 
   squares = np.where(present, squares, least / 2.0**20)
   classes = np.round(STEPS / 2 * np.log2(squares) / step).astype(np.int64) * step
   top = int(np.max(classes))
-  classes = np.clip(classes, top - 253 * step, top)
+  classes = np.clip(classes, top - _RANGE * step, top)
   base = int(np.min(classes, where=present, initial=top))
   labels = np.where(present, 1 + (classes - base) // step, 0).astype(np.uint8)
   if np.all(labels == 1):

@@ -1,0 +1,171 @@
+r"""The preset `paper` on a checkpoint of a published size: time, rate and memory.
+
+  python -m benchmarks.paper [--model=opt-1.3b] [--slicing=0.2] [--layers=N] \
+      [--canonicaliser=svd|qr|polar_shortcut] [--rotation_codec=haar|symmetric_eig] \
+      [--entropy] [--directory=DIR]
+
+Writes a synthetic checkpoint with a few layers (see `benchmarks.synthetic`), encodes
+it, decodes it and checks what comes out. From the time of a layer, the median of all
+but the first, which compiles, it tells what the whole model would take: by the clock,
+and in seconds of a core, which tell more where other processes share the machine. Peak
+memory is that of the process, the pages of files that it has mapped among them.
+"""
+
+import contextlib
+import dataclasses
+import itertools
+import pathlib
+import sys
+import tempfile
+import time
+from typing import Any
+
+from absl import flags
+import numpy as np
+
+from benchmarks import synthetic
+from rotbits_jax import checkpoints
+from rotbits_jax import models
+from rotbits_jax.cli import program
+from rotbits_jax.evaluation import published
+from rotbits_jax.presets import paper
+
+FLAGS = flags.FlagValues()
+_MODEL = flags.DEFINE_enum(
+  'model', 'opt-1.3b', list(published.MODELS), 'The sizes.', flag_values=FLAGS
+)
+_SLICING = flags.DEFINE_float(
+  'slicing', 0.2, 'The part of the hidden size to remove.', flag_values=FLAGS
+)
+_LAYERS = flags.DEFINE_integer(
+  'layers', 3, 'Layers to code.', lower_bound=1, flag_values=FLAGS
+)
+_CANONICALISER = flags.DEFINE_string(
+  'canonicaliser', 'polar_shortcut', 'What to recover from.', flag_values=FLAGS
+)
+_ROTATION_CODEC = flags.DEFINE_string(
+  'rotation_codec', 'haar', 'How to sample rotations.', flag_values=FLAGS
+)
+_ENTROPY = flags.DEFINE_bool(
+  'entropy', False, 'Whether to code the numbers, too.', flag_values=FLAGS
+)
+_DIRECTORY = flags.DEFINE_string(
+  'directory', None, 'For the files; temporary if absent.', flag_values=FLAGS
+)
+
+
+class Clock:
+  """Notes when each layer is first worked on; a source that watches another."""
+
+  def __init__(self, source: Any):
+    self.source, self.config = source, source.config
+    self.began = _now()
+    self.layers: dict[int, np.ndarray] = {}
+
+  def outer(self) -> models.Params:
+    """The parameters outside the layers."""
+    return self.source.outer()
+
+  def layer(self, index: int) -> models.Params:
+    """The parameters of a layer."""
+    self.layers[index] = _now()
+    return self.source.layer(index)
+
+  def report(self, task: str, layers: int, segments_per_layer: int) -> None:
+    """Prints seconds so far, for a segment, and for a whole model.
+
+    Args:
+      task: what was timed.
+      layers: of the whole model.
+      segments_per_layer: likewise.
+    """
+    total = _now() - self.began
+    times = sorted(self.layers.values(), key=lambda x: x[0])
+    spent = [b - a for a, b in itertools.pairwise(times)]
+    # The first layer compiles.
+    layer = np.median(spent[1:] or spent or [total], axis=0)
+    whole = (total + (layers - len(times)) * layer) / 60
+    segment = layer / segments_per_layer
+    print(
+      f'{task}: {total[0]:.1f} s ({total[1]:.1f} of a core), {segment[0]:.2f} s '
+      f'({segment[1]:.2f}) a segment; {layers} layers {whole[0]:.1f} min '
+      f'({whole[1]:.1f}); {_peak() / 1e9:.2f} GB at most'
+    )
+
+
+def _now() -> np.ndarray:
+  """Seconds by the clock, and of processors."""
+  return np.array([time.perf_counter(), time.process_time()])
+
+
+def _peak() -> float:
+  """The greatest resident size since the last call, in bytes (Linux)."""
+  status = pathlib.Path('/proc/self/status').read_text()
+  (line,) = (x for x in status.splitlines() if x.startswith('VmHWM'))
+  with contextlib.suppress(OSError):
+    pathlib.Path('/proc/self/clear_refs').write_text('5')
+  return 1024.0 * int(line.split()[1])
+
+
+def run(directory: pathlib.Path, options: paper.Options) -> None:
+  """Writes, encodes and decodes a checkpoint, and prints what that took."""
+  dense = published.MODELS[_MODEL.value].config
+  step, layers = dense.segments_per_layer, dense.num_layers
+  count = min(_LAYERS.value, layers)
+  checkpoint, path = directory / 'checkpoint', directory / 'message'
+  synthetic.write(
+    checkpoint,
+    dataclasses.replace(
+      dense,
+      num_layers=count,
+      segment_widths=(dense.hidden_size,) * (step * count + 1),
+    ),
+    sparsity=_SLICING.value,
+    name=_MODEL.value,
+    progress=True,
+  )
+  _peak()
+  clock = Clock(checkpoints.open_checkpoint(checkpoint))
+  with path.open('wb') as file:
+
+    def spill(words: np.ndarray) -> None:
+      file.write(words.tobytes())
+
+    encoded = paper.encode(clock, options, spill, progress=True)
+  clock.report('encode', layers, step)
+  widths = clock.config.segment_widths
+  parameters = [d * (d - 1) / 2 for d in widths]
+  print(
+    f'{encoded.net_bits / sum(parameters):.2f} bits a parameter of the rotations; '
+    f'corrections {16 * encoded.corrections.size / sum(parameters):.2f}; '
+    f'{sum(x is None for x in encoded.layout["rows"])} of {len(widths)} not sampled'
+  )
+  given = models.count_numbers(clock.config) * 2
+  stored = path.stat().st_size + encoded.corrections.nbytes + encoded.tables.nbytes
+  print(f'{given:,} bytes to {stored:,} ({100 * stored / given:.2f}%)')
+
+  clock = Clock(clock.source)
+  message = np.memmap(path, np.uint16, 'r')
+  streams = message, encoded.corrections, encoded.tables
+  for name, _ in paper.decode(encoded.layout, *streams, clock.config, progress=True):
+    if name.startswith('layers.'):
+      index = int(name.split('/')[0].removeprefix('layers.'))
+      clock.layers.setdefault(index, _now())
+  clock.report('decode', layers, step)
+
+
+def main() -> None:
+  options = paper.Options(
+    canonicaliser=_CANONICALISER.value,
+    rotation_codec=_ROTATION_CODEC.value,
+    entropy=_ENTROPY.value,
+  ).check()
+  with contextlib.ExitStack() as stack:
+    directory = _DIRECTORY.value
+    if directory is None:
+      directory = stack.enter_context(tempfile.TemporaryDirectory())
+    run(pathlib.Path(directory), options)
+
+
+if __name__ == '__main__':
+  sys.exit(program.run(main, FLAGS))

@@ -1,0 +1,350 @@
+"""Writing a checkpoint a layer at a time."""
+
+from collections.abc import Iterator, Mapping
+import contextlib
+import itertools
+import os
+import pathlib
+import tempfile
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+from numpy.typing import DTypeLike
+
+from rotbits_jax import models
+from rotbits_jax import structured
+from rotbits_jax.checkpoints import factors as factors_lib
+from rotbits_jax.checkpoints import lazy
+from rotbits_jax.checkpoints import safetensors_files
+from rotbits_jax.checkpoints import tensors as tensors_lib
+from rotbits_jax.checkpoints import torch_zip
+from rotbits_jax.checkpoints.contents import CONFIG
+from rotbits_jax.checkpoints.safetensors_files import INDEX
+
+try:
+  import fcntl
+except ImportError:  # Windows: two processes are not kept apart
+  fcntl = None  # type: ignore[assignment]
+
+Format = Literal['safetensors', 'slicegpt']
+Dtypes: TypeAlias = Mapping[str, DTypeLike] | np.dtype | type[Any] | str
+
+
+class CheckpointWriter:
+  """Writes a checkpoint whose layers come one at a time, in any order.
+
+  The class is a context manager:
+
+    with CheckpointWriter(directory, config, dtypes=dtypes, files=files) as writer:
+      writer.outer(outer)
+      for index, layer in enumerate(layers):
+        writer.layer(index, layer)
+
+  Each tensor is written at once and not kept. The files are written in a hidden
+  directory beside the target, `.<name>.partial`, and moved into the target when all
+  are complete. Other files in the target stay, except that a `model.safetensors` is
+  removed when shards take its place, because readers would prefer it. After an
+  exception nothing is left; what a killed process left is removed by the next one that
+  writes there.
+  """
+
+  def __init__(
+    self,
+    directory: str | os.PathLike[str],
+    config: models.ModelConfig,
+    *,
+    dtypes: Dtypes,
+    files: Mapping[str, bytes],
+    stem: str | None = None,
+    format: Format = 'safetensors',
+    shard_size: int | None = None,
+    factors: Mapping[str, tuple[int, str]] | None = None,
+    buffers: Mapping[str, Any] | None = None,
+  ):
+    """Plans the files; nothing is written yet.
+
+    Args:
+      directory: made if it does not exist.
+      config: sizes and switches.
+      dtypes: dtype of each parameter by its path in the model, as
+        'layers.3/attention/query/kernel' or 'embed/tokens'; or one dtype for all.
+      files: the files to put beside the weights, by name.
+      stem: what SliceGPT named the weights and the slicing JSON; of a sliced model.
+      format: 'safetensors' writes `model.safetensors`; 'slicegpt' writes `<stem>.pt`
+        as SliceGPT does, for a sliced model.
+      shard_size: bytes of tensors in one file at most, of safetensors; None for one
+        file. If more than one is needed, they are named and indexed as Hugging Face
+        does.
+      factors: rank and naming (a key of `FACTORS`) of the weights that are stored as
+        two factors, by path.
+      buffers: tensors of the checkpoint that take no part in the mathematics.
+
+    Raises:
+      ValueError: if the format does not suit the model, a file's name is not one, or a
+        dtype is missing.
+    """
+    if format not in ('safetensors', 'slicegpt'):
+      raise ValueError(f"format must be 'safetensors' or 'slicegpt', got {format!r}")
+    if format == 'slicegpt' and not config.sliced:
+      raise ValueError('only a sliced model can be saved in the slicegpt format')
+    if shard_size is not None and (format != 'safetensors' or shard_size < 1):
+      raise ValueError(
+        f'shard_size must be positive and of safetensors, got {shard_size}, {format}'
+      )
+    self._directory = pathlib.Path(directory).absolute()
+    self._config, self._stem, self._format = config, stem, format
+    self._buffers = {name: np.asarray(x) for name, x in (buffers or {}).items()}
+    self._plan(dtypes, factors or {})
+    self._files = dict(files)
+    if format == 'slicegpt':
+      self._weights = [f'{stem}.pt']
+    else:
+      self._shards = safetensors_files.plan_shards(self._specs, shard_size)
+      self._weights = list(self._shards)
+    index = len(self._weights) > 1
+    _check_files(config, stem, files, [*self._weights, *index * [INDEX]])
+    if index:
+      self._files[INDEX] = safetensors_files.index_json(self._shards)
+    self._missing: set[str] = set()
+    self._stack: contextlib.ExitStack | None = None
+
+  def __enter__(self) -> 'CheckpointWriter':
+    """Makes the staging directory.
+
+    Raises:
+      CheckpointError: if the format has no dtype like one of the tensors'.
+      OSError: if the directory cannot be written, or if another process writes it.
+    """
+    with contextlib.ExitStack() as stack:
+      self._staging = stack.enter_context(_staging(self._directory))
+      for name, content in self._files.items():
+        (self._staging / name).write_bytes(content)
+      if self._format == 'slicegpt':
+        self._writer: safetensors_files.Writer | torch_zip.Writer = torch_zip.Writer(
+          self._staging / self._weights[0], self._specs, str(self._stem)
+        )
+      else:
+        self._writer = safetensors_files.Writer(self._staging, self._shards)
+      stack.callback(self._writer.abandon)
+      self._missing = set(self._specs)
+      for name, buffer in self._buffers.items():
+        self._add(name, [buffer])
+      self._stack = stack.pop_all()
+    return self
+
+  def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+    """Moves the files into place, or removes them after an exception.
+
+    Raises:
+      ValueError: if a tensor was not written.
+    """
+    stack, self._stack = self._stack, None
+    assert stack is not None
+    with stack:
+      if kind is not None:
+        return
+      if self._missing:
+        shown = ', '.join(sorted(self._missing)[:8])
+        raise ValueError(
+          f'{len(self._missing)} tensors have not been written, such as {shown}'
+        )
+      self._writer.close()
+      self._move()
+
+  def outer(self, params: models.Params) -> None:
+    """Writes parameters outside the layers.
+
+    The embedding and the head may come in different calls.
+
+    Args:
+      params: nested dicts of arrays, as `Model.outer` gives them. Structured leaves are
+        materialized, but for the weights that are stored as factors.
+
+    Raises:
+      ValueError: if a parameter is unknown, was written before, or has another shape or
+        dtype than was planned.
+    """
+    self._write(None, params)
+
+  def layer(self, index: int, params: models.Params) -> None:
+    """Writes a layer; see `outer`.
+
+    Args:
+      index: the layer.
+      params: nested dicts of arrays, as `Model.layer` gives them.
+
+    Raises:
+      ValueError: see `outer`.
+      IndexError: if there is no such layer.
+    """
+    if not 0 <= index < self._config.num_layers:
+      raise IndexError(f'the model has {self._config.num_layers} layers, got {index=}')
+    self._write(index, params)
+
+  def _plan(
+    self,
+    dtypes: Dtypes,
+    factors: Mapping[str, tuple[int, str]],
+  ) -> None:
+    """Finds which tensors there will be, and what is expected of each parameter."""
+    self._expected: dict[str, lazy.TensorSpec] = {}
+    self._specs: dict[str, lazy.TensorSpec] = {}
+    self._factors: dict[str, factors_lib.Factored] = {}
+    for unit in tensors_lib.units(self._config):
+      prefix = tensors_lib.unit_name(unit)
+      found: dict[str, Any] = {}
+      for entry in tensors_lib.entries(self._config, unit):
+        paths = [prefix + path for path in entry.paths]
+        for path, length in zip(paths, entry.lengths, strict=True):
+          part = (length, *entry.shape[1:])
+          shape = part[::-1] if entry.transposed else part
+          self._expected[path] = lazy.TensorSpec(shape, _dtype(dtypes, path))
+        parts = {self._expected[path].dtype for path in paths}
+        if len(parts) > 1:
+          raise ValueError(f'{entry.name}: got parts of several dtypes {parts}')
+        dtype = parts.pop()
+        found[entry.name] = lazy.TensorSpec(entry.shape, dtype)
+        if len(paths) == 1 and paths[0] in factors:
+          row = factors_lib.Factored(*factors[paths[0]])
+          self._factors[paths[0]] = row
+          rows, columns = entry.shape
+          found[entry.name] = structured.LowRank(
+            lazy.TensorSpec((rows, row.rank), dtype),
+            lazy.TensorSpec((row.rank, columns), dtype),
+            names=row.names,
+          )
+      self._specs |= factors_lib.split(found)
+    if unknown := factors.keys() - self._expected.keys():
+      raise ValueError(f'factors: no such parameters: {", ".join(sorted(unknown))}')
+    self._specs |= {
+      name: lazy.TensorSpec(x.shape, x.dtype) for name, x in self._buffers.items()
+    }
+
+  def _write(self, unit: int | None, params: models.Params) -> None:
+    """Writes the tensors of a unit that the parameters make."""
+    if self._stack is None:
+      raise ValueError('the writer is not open; it is a context manager')
+    prefix = tensors_lib.unit_name(unit)
+    flat = structured.flatten(params)
+    known = list(tensors_lib.entries(self._config, unit))
+    for path, leaf in flat.items():
+      self._check(prefix + path, leaf)
+      if isinstance(leaf, structured.FactorPair) and prefix + path not in self._factors:
+        flat[path] = leaf.materialize()
+    for entry in known:
+      given = [path for path in entry.paths if path in flat]
+      if given and len(given) < len(entry.paths):
+        raise ValueError(f'{entry.name} holds {entry.paths}, got {given} only')
+    for name, parts in tensors_lib.tensors_of(known, flat).items():
+      self._add(name, parts)
+
+  def _check(self, path: str, leaf: Any) -> None:
+    """Refuses a parameter that is not what was planned."""
+    expected = self._expected.get(path)
+    if expected is None:
+      raise ValueError(f'{path}: the model has no such parameter')
+    shape, dtype = tuple(leaf.shape), np.dtype(leaf.dtype)
+    if (shape, dtype) != (expected.shape, expected.dtype):
+      raise ValueError(
+        f'{path}: expected {expected.dtype} {expected.shape}, got {dtype} {shape}'
+      )
+    row = self._factors.get(path)
+    if row is not None:
+      is_pair = isinstance(leaf, structured.FactorPair)
+      got = factors_lib.Factored(leaf.rank, leaf.names) if is_pair else None
+      if got != row:
+        raise ValueError(f'{path}: expected factors, {row}, got {got}')
+
+  def _add(self, name: str, parts: list[np.ndarray]) -> None:
+    """Writes a tensor of parts that are stacked along its first axis."""
+    if name not in self._missing:
+      raise ValueError(f'{name} was written before')
+    self._writer.add(name, itertools.chain.from_iterable(map(lazy.row_major, parts)))
+    self._missing.remove(name)
+
+  def _move(self) -> None:
+    """Moves the files into the target."""
+    if not self._directory.exists():
+      os.rename(self._staging, self._directory)
+      return
+    # The index comes last: without it the shards are not a checkpoint.
+    files = sorted(self._staging.iterdir(), key=lambda file: file.name == INDEX)
+    for file in files:
+      if file.name == INDEX:
+        (self._directory / safetensors_files.WEIGHTS).unlink(missing_ok=True)
+      os.replace(file, self._directory / file.name)
+
+
+def _dtype(dtypes: Dtypes, path: str) -> np.dtype:
+  if not isinstance(dtypes, Mapping):
+    return np.dtype(dtypes)
+  if path not in dtypes:
+    raise ValueError(f'{path}: its dtype is missing')
+  return np.dtype(dtypes[path])
+
+
+def _check_files(
+  config: models.ModelConfig,
+  stem: str | None,
+  files: Mapping[str, bytes],
+  weights: list[str],
+) -> None:
+  """Refuses files that are no checkpoint, or whose names lead elsewhere."""
+  required = [CONFIG]
+  if config.sliced:
+    if stem is None:
+      raise ValueError('a sliced checkpoint needs a stem, got None')
+    required.append(f'{stem}.json')
+  for name in required:
+    if name not in files:
+      raise ValueError(f'the file {name} is missing from the checkpoint')
+  for name in (*files, *weights):
+    if name in ('', '.', '..') or any(c in name for c in '/\\\0'):
+      raise ValueError(f'{name!r} is not the name of a file')
+  for name in weights:
+    if name in files:
+      raise ValueError(f'{name} is the name of the weights and of another file')
+
+
+@contextlib.contextmanager
+def _staging(directory: pathlib.Path) -> Iterator[pathlib.Path]:
+  """An empty directory beside another, removed in the end if it is still there."""
+  parent = directory.parent
+  parent.mkdir(parents=True, exist_ok=True)
+  if directory.exists():
+    with tempfile.TemporaryFile(dir=directory):  # or the error comes after the work
+      pass
+    if directory.stat().st_dev != parent.stat().st_dev:
+      parent = directory  # files can be moved within a file system only
+  staging = parent / f'.{directory.name}.partial'
+  staging.mkdir(exist_ok=True)
+  with _locked(staging):
+    _clear(staging)
+    try:
+      yield staging
+    finally:
+      if staging.exists():
+        _clear(staging)
+        staging.rmdir()
+
+
+@contextlib.contextmanager
+def _locked(directory: pathlib.Path) -> Iterator[None]:
+  """Holds the only lock of a directory; a killed process holds none."""
+  if fcntl is None:
+    yield
+    return
+  handle = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+  try:
+    try:
+      fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as e:
+      raise BlockingIOError(e.errno, 'another process writes here', directory) from e
+    yield
+  finally:
+    os.close(handle)
+
+
+def _clear(directory: pathlib.Path) -> None:
+  for file in directory.iterdir():
+    file.unlink()

@@ -1,0 +1,78 @@
+"""Arrays of numbers as the coder takes them: contiguous bit patterns, and squares."""
+
+import threading
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+
+_CHUNK = 1 << 18
+_SHORT = (np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16))
+
+
+def contiguous(array: np.ndarray) -> np.ndarray:
+  """The array in C order: itself, or a copy."""
+  if array.flags.c_contiguous:
+    return array
+  if array.ndim > 1 and array.dtype.itemsize <= 4:
+    # JAX transposes short numbers many times faster than NumPy.
+    return np.asarray(jax.device_put(array)).reshape(array.shape)
+  return np.ascontiguousarray(array)
+
+
+def bits(array: np.ndarray) -> np.ndarray:
+  """The bit patterns of a contiguous array: unsigned integers `[n]`, not a copy."""
+  return array.reshape(-1).view(f'u{array.dtype.itemsize}')
+
+
+def squares(matrix: np.ndarray) -> np.ndarray:
+  """The squares of numbers, float32 or float64, so that none overflows needlessly."""
+  if matrix.dtype == np.float16:
+    wide = _widen(matrix)
+    return np.multiply(wide, wide, out=wide)
+  with np.errstate(invalid='ignore', over='ignore'):
+    wide = _widen(matrix) if matrix.dtype in _SHORT else matrix
+    return np.square(wide, dtype=np.float64)
+
+
+def aligned(count: int, dtype: np.dtype | type) -> np.ndarray:
+  """Zeros `[count]` at an address that lets XLA use them in place, without a copy."""
+  size = count * np.dtype(dtype).itemsize
+  buffer = np.zeros(size + 64, np.uint8)
+  start = -buffer.ctypes.data % 64
+  return buffer[start : start + size].view(dtype)
+
+
+def aligned_copy(array: np.ndarray) -> np.ndarray:
+  """A copy at such an address."""
+  copy = aligned(array.size, array.dtype).reshape(array.shape)
+  copy[...] = array
+  return copy
+
+
+def _widen(matrix: np.ndarray) -> np.ndarray:
+  """To float32. NumPy is slow at it."""
+  flat, wide = matrix.reshape(-1), np.empty(matrix.size, np.float32)
+  staging = _staging(flat.dtype)
+  for start in range(0, flat.size, _CHUNK):
+    chunk = flat[start : start + _CHUNK]
+    staging[: chunk.size] = chunk
+    wide[start : start + _CHUNK] = np.asarray(_float32(staging))[: chunk.size]
+  return wide.reshape(matrix.shape)
+
+
+_local = threading.local()
+
+
+def _staging(dtype: np.dtype) -> np.ndarray:
+  """This thread's buffer."""
+  buffers = _local.__dict__.setdefault('buffers', {})
+  if dtype not in buffers:
+    buffers[dtype] = aligned(_CHUNK, np.uint16).view(dtype)
+  return buffers[dtype]
+
+
+@jax.jit
+def _float32(values: jax.Array) -> jax.Array:
+  return values.astype(jnp.float32)

@@ -1,0 +1,311 @@
+"""What is known of a unit before its stream is read, as JSON values.
+
+A stranger may have written them: `UnitSpec.from_json` accepts what `to_json` returns
+and raises ValueError on anything else. It allocates nothing in proportion to a number
+that it reads; and what a valid spec tells to allocate is bounded: an array that is
+stored as it is by the stream's length, another by the blocks listed.
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+from rotbits_jax.coding.weights import blocks
+from rotbits_jax.coding.weights import layouts
+from rotbits_jax.coding.weights import order
+from rotbits_jax.coding.weights import planes
+
+_MAX_AXES = 32
+_MAX_SIZE = 1 << 48  # of an axis, a count or a number of bytes
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ArraySpec:
+  """One array of a unit.
+
+  Attributes:
+    shape: of the array.
+    dtype: its name, one of `layouts.DTYPES`.
+    layout: index of its layout in the unit; None if the array is stored as it is.
+    checksum: CRC-32 of the array's bytes in C order, as `decode` returns it.
+  """
+
+  shape: tuple[int, ...]
+  dtype: str
+  layout: int | None
+  checksum: int
+
+  @property
+  def size(self) -> int:
+    return math.prod(self.shape)
+
+  @property
+  def nbytes(self) -> int:
+    return self.size * layouts.DTYPES[self.dtype].itemsize
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LayoutSpec:
+  """One layout of a unit, which arrays of one dtype share.
+
+  Attributes:
+    layout: the layout.
+    nbytes: of its model in the stream, see `contexts.to_bytes`.
+  """
+
+  layout: layouts.Layout
+  nbytes: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GroupSpec:
+  """The numbers of some arrays of one layout, one array after the other, in blocks.
+
+  Attributes:
+    layout: index of the layout.
+    arrays: indices of the arrays.
+    lanes: of each block.
+    numbers: of each block but the last, which has what is left.
+    nbytes: of each block in the stream, without the rests.
+  """
+
+  layout: int
+  arrays: tuple[int, ...]
+  lanes: int
+  numbers: int
+  nbytes: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OrderSpec:
+  """Lines that are stored in an order which other bits of the unit chose.
+
+  Attributes:
+    axes: (index, axis) of each array whose lines are exchanged, in the same for all.
+    distinct: D, of the lines, see `order`.
+  """
+
+  axes: tuple[tuple[int, int], ...]
+  distinct: int
+
+  @property
+  def noise(self) -> int:
+    """Bytes that chose the order."""
+    return order.noise_size(self.distinct)
+
+  @property
+  def nbytes(self) -> int:
+    """Bytes in the stream in place of these."""
+    return order.stored_size(self.distinct)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class UnitSpec:
+  """A unit of arrays that decodes on its own.
+
+  Attributes:
+    arrays: the arrays.
+    layouts: of those that are coded.
+    groups: of their numbers: see `grouping`.
+    order: of lines that were exchanged; None if there are none.
+  """
+
+  arrays: tuple[ArraySpec, ...]
+  layouts: tuple[LayoutSpec, ...]
+  groups: tuple[GroupSpec, ...]
+  order: OrderSpec | None = None
+
+  @property
+  def exchanged(self) -> frozenset[int]:
+    """Indices of the arrays whose lines are exchanged."""
+    return (
+      frozenset(index for index, _ in self.order.axes) if self.order else frozenset()
+    )
+
+  def block_counts(self, group: GroupSpec) -> list[int]:
+    """The numbers of each block of a group."""
+    total = sum(self.arrays[i].size for i in group.arrays)
+    return [
+      min(group.numbers, total - start) for start in range(0, total, group.numbers)
+    ]
+
+  def rest_sizes(self, group: GroupSpec) -> list[int]:
+    """The bytes of rests of each block of a group."""
+    rest = self.layouts[group.layout].layout.rest
+    return [
+      sum(planes.sizes(count, group.lanes, rest)) for count in self.block_counts(group)
+    ]
+
+  def noise_sizes(self) -> tuple[int, int]:
+    """Bytes of rests and raw arrays: of arrays in their order; of exchanged ones."""
+    exchanged = self.exchanged
+    sizes = [0, 0]
+    for group in self.groups:
+      sizes[group.arrays[0] in exchanged] += sum(self.rest_sizes(group))
+    for i, array in enumerate(self.arrays):
+      if array.layout is None:
+        sizes[i in exchanged] += array.nbytes
+    return sizes[0], sizes[1]
+
+  @property
+  def nbytes(self) -> int:
+    """The length of the stream."""
+    models = sum(layout.nbytes for layout in self.layouts)
+    coded = sum(sum(group.nbytes) for group in self.groups)
+    saved = self.order.noise - self.order.nbytes if self.order else 0
+    return models + coded + sum(self.noise_sizes()) - saved
+
+  def to_json(self) -> dict[str, Any]:
+    """The spec as a JSON value, with short lists for records."""
+    return {
+      'arrays': [[x.dtype, list(x.shape), x.layout, x.checksum] for x in self.arrays],
+      'layouts': [[x.layout.kind, x.layout.rest, x.nbytes] for x in self.layouts],
+      'groups': [[x.lanes, x.numbers, list(x.nbytes)] for x in self.groups],
+      'order': self.order and [list(map(list, self.order.axes)), self.order.distinct],
+    }
+
+  @classmethod
+  def from_json(cls, value: Any) -> 'UnitSpec':
+    """The inverse of `to_json`.
+
+    Raises:
+      ValueError: if the value is not a spec.
+    """
+    fields = 'arrays', 'layouts', 'groups', 'order'
+    if not isinstance(value, dict) or set(value) != set(fields):
+      raise ValueError(f'the spec of a unit has fields {fields}, got {value!r:.100}')
+    arrays = tuple(map(_array, _list(value['arrays'])))
+    made = _layouts(_list(value['layouts']), arrays)
+    exchanged = _order(value['order'], arrays)
+    of_groups = grouping(arrays, {i for i, _ in exchanged.axes} if exchanged else set())
+    groups = _list(value['groups'], len(of_groups))
+    unit = cls(
+      arrays=arrays,
+      layouts=made,
+      groups=tuple(
+        _group(x, *group, arrays) for x, group in zip(groups, of_groups, strict=True)
+      ),
+      order=exchanged,
+    )
+    if exchanged and exchanged.noise > unit.noise_sizes()[0]:
+      raise ValueError('there are too few bytes to choose an order by')
+    return unit
+
+
+def grouping(
+  arrays: tuple[ArraySpec, ...], exchanged: set[int] | frozenset[int]
+) -> list[tuple[int, tuple[int, ...]]]:
+  """The layout and the arrays of each group.
+
+  For each layout in turn, first the arrays in their order, then those with exchanged
+  lines; as many of these groups as have an array.
+  """
+  groups: dict[tuple[int, bool], list[int]] = {}
+  for i, array in enumerate(arrays):
+    if array.layout is not None:
+      groups.setdefault((array.layout, i in exchanged), []).append(i)
+  return [(layout, tuple(groups[layout, last])) for layout, last in sorted(groups)]
+
+
+# ---- reading -------------------------------------------------------------------------
+
+
+def _list(value: Any, size: int | None = None) -> list[Any]:
+  if not isinstance(value, list) or (size is not None and len(value) != size):
+    raise ValueError(f'expected a list of {size or "any"} values, got {value!r:.100}')
+  return value
+
+
+def _int(value: Any, least: int = 0, most: int = _MAX_SIZE) -> int:
+  if type(value) is not int or not least <= value <= most:
+    raise ValueError(f'expected an integer from {least} to {most}, got {value!r:.100}')
+  return value
+
+
+def _ints(value: Any) -> tuple[int, ...]:
+  return tuple(map(_int, _list(value)))
+
+
+def _array(value: Any) -> ArraySpec:
+  dtype, shape, layout, checksum = _list(value, 4)
+  if not isinstance(dtype, str) or dtype not in layouts.DTYPES:
+    raise ValueError(f'an array of unknown dtype {dtype!r:.100}')
+  sizes = _ints(shape)
+  if len(sizes) > _MAX_AXES or math.prod(s for s in sizes if s) > _MAX_SIZE:
+    raise ValueError(f'an array of shape {sizes!r:.100} is too large')
+  spec = ArraySpec(
+    shape=sizes,
+    dtype=dtype,
+    layout=None if layout is None else _int(layout),
+    checksum=_int(checksum, most=0xFFFFFFFF),
+  )
+  if spec.layout is not None and not spec.size:
+    raise ValueError('an array without numbers has a layout')
+  return spec
+
+
+def _layouts(
+  values: list[Any], arrays: tuple[ArraySpec, ...]
+) -> tuple[LayoutSpec, ...]:
+  dtypes: list[set[str]] = [set() for _ in values]
+  for array in arrays:
+    if array.layout is not None:
+      if array.layout >= len(values):
+        raise ValueError(f'an array of layout {array.layout} of {len(values)}')
+      dtypes[array.layout].add(array.dtype)
+  made = []
+  for value, names in zip(values, dtypes, strict=True):
+    kind, rest, size = _list(value, 3)
+    if len(names) != 1:
+      raise ValueError(f'arrays of one layout are of dtypes {sorted(names)}')
+    if not isinstance(kind, str):
+      raise ValueError(f'a layout of unknown kind, {kind!r:.100}')
+    layout = layouts.layout(kind, layouts.DTYPES[names.pop()], _int(rest))
+    made.append(LayoutSpec(layout=layout, nbytes=_int(size)))
+  return tuple(made)
+
+
+def _order(value: Any, arrays: tuple[ArraySpec, ...]) -> OrderSpec | None:
+  if value is None:
+    return None
+  pairs, distinct = _list(value, 2)
+  axes, counts = [], set()
+  for pair in _list(pairs):
+    index, axis = _ints(_list(pair, 2))
+    if index >= len(arrays) or axis >= len(arrays[index].shape):
+      raise ValueError(f'no axis {axis} of array {index} to exchange lines along')
+    if not arrays[index].size:
+      raise ValueError(f'array {index} has no numbers to exchange')
+    axes.append((index, axis))
+    counts.add(arrays[index].shape[axis])
+  if len(counts) != 1 or sorted({i for i, _ in axes}) != [i for i, _ in axes]:
+    raise ValueError(f'lines of these axes cannot be exchanged: {axes!r:.100}')
+  most = min(max(counts), MAX_LINES)
+  return OrderSpec(axes=tuple(axes), distinct=_int(distinct, 2, most))
+
+
+MAX_LINES = 1 << 20
+"""Bound of the lines of an order."""
+
+
+def _group(
+  value: Any, layout: int, members: tuple[int, ...], arrays: tuple[ArraySpec, ...]
+) -> GroupSpec:
+  lanes, numbers, sizes = _list(value, 3)
+  group = GroupSpec(
+    layout=layout,
+    arrays=members,
+    lanes=_int(lanes, 1, blocks.LANES),
+    numbers=_int(numbers, 1, blocks.CAPACITY),
+    nbytes=_ints(sizes),
+  )
+  if -(-group.numbers // group.lanes) > blocks.STEPS:
+    raise ValueError(
+      f'{group.numbers} numbers in {group.lanes} lanes are too many steps'
+    )
+  total = sum(arrays[i].size for i in members)
+  if group.numbers > total or len(group.nbytes) != -(-total // group.numbers):
+    raise ValueError(f'{len(group.nbytes)} blocks for {total} numbers')
+  if min(group.nbytes) < 4 * group.lanes + 4:
+    raise ValueError('a block is too short for its lanes')
+  return group

@@ -1,0 +1,445 @@
+"""The manifest: what a file holds, as types that check themselves when they are read.
+
+A file is a list of *units*, which decode on their own: each layer, and what is outside
+the layers by its first key ('embed', 'head', ...). A unit is one stream of the
+container, and holds *leaves*, each of which is stored as one or more arrays.
+
+The preset `paper` has one message for the whole model in place of units, see `Message`.
+"""
+
+import dataclasses
+import json
+from typing import Any, Self
+
+import numpy as np
+
+from rotbits_jax import models
+from rotbits_jax import structured
+from rotbits_jax.coding import weights
+from rotbits_jax.file import container
+from rotbits_jax.file import fields
+from rotbits_jax.symmetries import transform
+
+ContainerError = container.ContainerError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Leaf:
+  """A parameter as it is stored.
+
+  Attributes:
+    path: within the unit's tree.
+    kind: of a structured leaf; empty for an array.
+    shape: of the array that the leaf stands for.
+    dtype: of that array.
+    names: see `structured.Structured.stack_key`.
+    settings: of a structured leaf.
+    arrays: names of the arrays that it is stored as; one empty name for an array.
+    expanded: CRC-32 of the array that the leaf stands for, if the reader puts it in the
+      leaf's place (`structured.Dependent.eager`); else None.
+  """
+
+  path: str
+  kind: str
+  shape: tuple[int, ...]
+  dtype: str
+  names: tuple[str, ...]
+  settings: dict[str, Any]
+  arrays: tuple[str, ...]
+  expanded: int | None = None
+
+  def stack_key(self) -> tuple[Any, ...]:
+    """What `models.stack_key` has for the leaf."""
+    return self.path, self.kind, self.shape, self.dtype, self.names
+
+  def to_json(self) -> dict[str, Any]:
+    plain = {'path': self.path, 'shape': list(self.shape), 'dtype': self.dtype}
+    if not self.kind:
+      return plain
+    return plain | {
+      'kind': self.kind,
+      'names': list(self.names),
+      'settings': self.settings,
+      'arrays': list(self.arrays),
+      'expanded': self.expanded,
+    }
+
+  @classmethod
+  def from_json(cls, value: Any, where: str) -> Self:
+    """The inverse of `to_json`.
+
+    Raises:
+      ContainerError: if the value is not a leaf.
+    """
+    given = fields.Fields(value, where)
+    path = given.text('path')
+    given = fields.Fields(value, f'{where}/{path[:200]}')
+    given.take('path')
+    if not path or any(not part for part in path.split('/')):
+      raise given.error('path', 'must be keys joined by slashes')
+    kind = given.text('kind') if given.optional('kind') else ''
+    leaf = cls(
+      path=path,
+      kind=kind,
+      shape=given.shape('shape'),
+      dtype=given.text('dtype'),
+      names=given.texts('names') if kind else (),
+      settings=given.object('settings') if kind else {},
+      arrays=given.texts('arrays') if kind else ('',),
+      expanded=given.integer('expanded', 0xFFFFFFFF)
+      if given.optional('expanded')
+      else None,
+    )
+    given.finish()
+    if len(set(leaf.arrays)) != len(leaf.arrays):
+      raise given.error('arrays', 'must be different names')
+    return leaf
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Unit:
+  """What decodes on its own.
+
+  Attributes:
+    name: of the unit and of its stream.
+    nbytes: length of the stream.
+    crc32: of the stream.
+    leaves: the parameters.
+    coder: how their arrays are coded, in the order of the leaves.
+    input_numbers: how many numbers the unit had before it was rewritten.
+    input_bytes: how many bytes these took.
+    savings: what each transform saved.
+    order_bits: what the order of its neurons saved.
+  """
+
+  name: str
+  nbytes: int
+  crc32: int
+  leaves: tuple[Leaf, ...]
+  coder: weights.UnitSpec
+  input_numbers: int
+  input_bytes: int
+  savings: tuple[transform.Saving, ...]
+  order_bits: float
+
+  def leaf_specs(self) -> list[tuple[Leaf, list[Any]]]:
+    """Each leaf with the specs of its arrays."""
+    specs = iter(self.coder.arrays)
+    return [(leaf, [next(specs) for _ in leaf.arrays]) for leaf in self.leaves]
+
+  def stack_key(self) -> tuple[Any, ...]:
+    """What `models.stack_key` has for the unit, if it is a layer."""
+    return tuple(sorted(leaf.stack_key() for leaf in self.leaves))
+
+  def to_json(self) -> dict[str, Any]:
+    return {
+      'name': self.name,
+      'nbytes': self.nbytes,
+      'crc32': self.crc32,
+      'leaves': [leaf.to_json() for leaf in self.leaves],
+      'coder': self.coder.to_json(),
+      'input': [self.input_numbers, self.input_bytes],
+      'savings': [_saving_to_json(saving) for saving in self.savings],
+      'order_bits': self.order_bits,
+    }
+
+  @classmethod
+  def from_json(cls, value: Any) -> Self:
+    """The inverse of `to_json`.
+
+    Raises:
+      ContainerError: if the value is not a unit.
+    """
+    given = fields.Fields(value, 'a unit')
+    name = given.text('name')
+    given = fields.Fields(value, name[:200])
+    given.take('name')
+    try:
+      coder = weights.UnitSpec.from_json(given.take('coder'))
+    except ValueError as error:
+      raise ContainerError(f'{name}: {error}') from error
+    unit = cls(
+      name=name,
+      nbytes=given.integer('nbytes'),
+      crc32=given.integer('crc32', 0xFFFFFFFF),
+      leaves=tuple(Leaf.from_json(leaf, name) for leaf in given.items('leaves')),
+      coder=coder,
+      savings=tuple(_saving_from_json(x, name) for x in given.items('savings')),
+      order_bits=given.number('order_bits'),
+      **_input_sizes(given),
+    )
+    given.finish()
+    if unit.nbytes != coder.nbytes:
+      raise ContainerError(
+        f'{name}: a stream of {unit.nbytes} bytes, where the coder needs {coder.nbytes}'
+      )
+    if sum(len(leaf.arrays) for leaf in unit.leaves) != len(coder.arrays):
+      raise ContainerError(f'{name}: the leaves and the coder differ in their arrays')
+    structured.unflatten({leaf.path: None for leaf in unit.leaves})
+    for leaf, specs in unit.leaf_specs():
+      array = (specs[0].shape, specs[0].dtype) if specs else None
+      if not leaf.kind and array != (leaf.shape, leaf.dtype):
+        raise ContainerError(f'{name}/{leaf.path}: two shapes or dtypes for one array')
+    return unit
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Stream:
+  """A stream of plain bytes: another file of the checkpoint, or a part of a message.
+
+  Attributes:
+    name: of the stream.
+    nbytes: its length.
+    crc32: of its bytes.
+  """
+
+  name: str
+  nbytes: int
+  crc32: int
+
+  def to_json(self) -> list[Any]:
+    return [self.name, self.nbytes, self.crc32]
+
+  @classmethod
+  def from_json(cls, value: Any) -> Self:
+    """The inverse of `to_json`.
+
+    Raises:
+      ContainerError: if the value is not a stream.
+    """
+    if not isinstance(value, list) or len(value) != 3:
+      raise ContainerError('the manifest is damaged: a stream must have three fields')
+    given = fields.Fields(
+      dict(zip(('name', 'nbytes', 'crc32'), value, strict=True)), ''
+    )
+    return cls(
+      name=given.text('name'),
+      nbytes=given.integer('nbytes'),
+      crc32=given.integer('crc32', 0xFFFFFFFF),
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Message:
+  """A whole model on one message of bits-back coding.
+
+  Attributes:
+    layout: what the preset needs to decode it, see `presets.paper`.
+    streams: its parts.
+    input_numbers: how many numbers the model had.
+    input_bytes: how many bytes these took.
+    savings: what the rotations saved.
+  """
+
+  layout: dict[str, Any]
+  streams: tuple[Stream, ...]
+  input_numbers: int
+  input_bytes: int
+  savings: tuple[transform.Saving, ...]
+
+  def to_json(self) -> dict[str, Any]:
+    return {
+      'layout': self.layout,
+      'streams': [stream.to_json() for stream in self.streams],
+      'input': [self.input_numbers, self.input_bytes],
+      'savings': [_saving_to_json(saving) for saving in self.savings],
+    }
+
+  @classmethod
+  def from_json(cls, value: Any) -> Self:
+    """The inverse of `to_json`.
+
+    Raises:
+      ContainerError: if the value is not a message.
+    """
+    given = fields.Fields(value, 'message')
+    message = cls(
+      layout=given.object('layout'),
+      streams=tuple(map(Stream.from_json, given.items('streams'))),
+      savings=tuple(_saving_from_json(x, 'message') for x in given.items('savings')),
+      **_input_sizes(given),
+    )
+    given.finish()
+    return message
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Manifest:
+  """What a file, or one shard of a model, holds.
+
+  Attributes:
+    preset: its name.
+    options: of the preset.
+    config: of the model; None for a PyTree of arrays.
+    stem: the checkpoint's name, for writing it in its own format.
+    units: what decodes on its own.
+    message: the model on one message; None where it is in units.
+    files: the checkpoint's other files, each compressed by zlib, by stream; `sizes` has
+      their lengths.
+    sizes: length of each file before it was compressed.
+  """
+
+  preset: str
+  options: dict[str, Any]
+  config: models.ModelConfig | None
+  stem: str | None
+  units: tuple[Unit, ...]
+  message: Message | None
+  files: tuple[Stream, ...]
+  sizes: tuple[int, ...]
+
+  def streams(self) -> dict[str, tuple[int, int]]:
+    """Length and CRC-32 of every stream but the manifest's own, by name."""
+    found = {unit.name: (unit.nbytes, unit.crc32) for unit in self.units}
+    others = [*self.files, *(self.message.streams if self.message else ())]
+    return found | {x.name: (x.nbytes, x.crc32) for x in others}
+
+  def to_bytes(self) -> bytes:
+    """The stream."""
+    value = {
+      'preset': self.preset,
+      'options': self.options,
+      'config': None if self.config is None else dataclasses.asdict(self.config),
+      'stem': self.stem,
+      'units': [unit.to_json() for unit in self.units],
+      'message': self.message.to_json() if self.message else None,
+      'files': [
+        [*file.to_json(), size]
+        for file, size in zip(self.files, self.sizes, strict=True)
+      ],
+    }
+    return json.dumps(value, separators=(',', ':'), allow_nan=False).encode()
+
+  @classmethod
+  def from_bytes(cls, data: bytes) -> Self:
+    """The inverse of `to_bytes`.
+
+    Raises:
+      ContainerError: if the bytes are not a manifest.
+    """
+    given = fields.Fields(container.parse_json(data, 'manifest'), 'manifest')
+    config = None
+    if given.optional('config'):
+      try:
+        config = models.ModelConfig.from_json(given.object('config'))
+      except ValueError as error:
+        raise ContainerError(f'config: {error}') from error
+    files = given.items('files')
+    if not all(isinstance(file, list) and len(file) == 4 for file in files):
+      raise given.error('files', 'must be lists of four fields')
+    manifest = cls(
+      preset=given.text('preset'),
+      options=given.object('options'),
+      config=config,
+      stem=given.text('stem') if given.optional('stem') else None,
+      units=tuple(map(Unit.from_json, given.items('units'))),
+      message=Message.from_json(given.object('message'))
+      if given.optional('message')
+      else None,
+      files=tuple(Stream.from_json(file[:3]) for file in files),
+      sizes=tuple(
+        fields.Fields({'size': f[3]}, 'files').integer('size') for f in files
+      ),
+    )
+    given.finish()
+    manifest._check()
+    return manifest
+
+  def _check(self) -> None:
+    """Refuses units that cannot be of one model.
+
+    Raises:
+      ContainerError: naming the unit or the parameter.
+    """
+    others = [*self.files, *(self.message.streams if self.message else ())]
+    if len(self.streams()) != len(self.units) + len(others):
+      raise ContainerError('two streams have one name')
+    if self.config is None:
+      if self.message is not None:
+        raise ContainerError('a message of bits-back coding needs a config')
+      return
+    for unit in self.units:
+      expected = _expected(unit.name, self.config)
+      found = {leaf.path: leaf.shape for leaf in unit.leaves}
+      if expected is not None and found != expected:
+        wrong = sorted(set(found.items()) ^ set(expected.items()))
+        path, shape = wrong[0]
+        raise ContainerError(
+          f'{unit.name}/{path}: the config and the unit disagree about it, {shape=}'
+        )
+
+
+BUFFERS = 'buffers'
+"""The unit of the tensors that take no part in the mathematics."""
+
+
+def layer_index(name: str) -> int | None:
+  """The index of a layer's unit; None for other units."""
+  prefix, _, index = name.partition('.')
+  if prefix != 'layers' or not (index.isascii() and index.isdigit()):
+    return None
+  return int(index) if len(index) < 8 and str(int(index)) == index else None
+
+
+def _expected(
+  name: str, config: models.ModelConfig
+) -> dict[str, tuple[int, ...]] | None:
+  """The shapes of a unit's parameters; None where anything may be.
+
+  Raises:
+    ContainerError: if a model with this config has no such unit.
+  """
+  if name == BUFFERS:
+    return None
+  index = layer_index(name)
+  if index is not None and index < config.num_layers:
+    return structured.flatten(models.layer_shapes(config, index))
+  outer = models.outer_shapes(config)
+  if name not in outer:
+    raise ContainerError(f'{name[:200]}: a model with this config has no such unit')
+  return structured.flatten({name: outer[name]})
+
+
+def _input_sizes(given: fields.Fields) -> dict[str, int]:
+  sizes = given.items('input')
+  names = ('input_numbers', 'input_bytes')
+  if len(sizes) != 2:
+    raise given.error('input', 'must be two integers')
+  pair = fields.Fields(dict(zip(names, sizes, strict=True)), 'input')
+  return {name: pair.integer(name) for name in names}
+
+
+def _saving_to_json(saving: transform.Saving) -> list[Any]:
+  return [saving.name, saving.numbers, saving.bytes, saving.notes]
+
+
+def _saving_from_json(value: Any, where: str) -> transform.Saving:
+  names = ('name', 'numbers', 'bytes', 'notes')
+  if not isinstance(value, list) or len(value) != len(names):
+    raise ContainerError(f'{where}: a saving must have four fields')
+  given = fields.Fields(dict(zip(names, value, strict=True)), where)
+  notes = given.items('notes')
+  if not all(isinstance(note, dict) for note in notes):
+    raise given.error('notes', 'must be a list of JSON objects')
+  return transform.Saving(
+    given.text('name'), given.signed('numbers'), given.signed('bytes'), notes
+  )
+
+
+def leaf_of(path: str, leaf: Any, expanded: int | None = None) -> tuple[Leaf, Any]:
+  """The entry of a parameter, and the arrays that it is stored as, by name."""
+  settings, arrays = {}, {'': leaf}
+  if structured.is_structured(leaf):
+    settings, arrays = leaf.stored()
+  kind, shape, dtype, names = structured.stack_key(leaf)
+  entry = Leaf(
+    path=path,
+    kind=kind,
+    shape=shape,
+    dtype=dtype,
+    names=names,
+    settings=settings,
+    arrays=tuple(arrays),
+    expanded=expanded,
+  )
+  return entry, {name: np.asarray(array) for name, array in arrays.items()}

@@ -1,0 +1,346 @@
+"""Writes a model, a unit at a time, to one file or to shards.
+
+    for units, state in symmetries.rewrite(context, preset.transform):
+      for unit in units:
+        writer.add(unit)          # coded, appended, and noted in a journal
+
+A hidden folder beside the output, `.<name>.partial`, holds all that is written until
+it is there. Then it is moved into place. A run that was killed leaves the folder, and
+the next one with the same input and settings goes on behind the last unit in it.
+"""
+
+from collections.abc import Mapping, Sequence
+import contextlib
+import dataclasses
+import json
+import os
+import pathlib
+import shutil
+from typing import BinaryIO, NamedTuple
+import zlib
+
+import jax
+import numpy as np
+
+from rotbits_jax import models
+from rotbits_jax import presets
+from rotbits_jax import structured
+from rotbits_jax.coding import weights
+from rotbits_jax.file import container
+from rotbits_jax.file import manifest as manifest_lib
+from rotbits_jax.symmetries import transform
+
+FILES = 'files/'
+MESSAGE = ('message', 'corrections', 'tables')
+
+
+class Summary(NamedTuple):
+  """What every file or shard says of the whole.
+
+  Attributes:
+    preset: how the model is coded.
+    config: of the model; None for a PyTree of arrays.
+    stem: the checkpoint's name, for writing it in its own format.
+  """
+
+  preset: presets.Preset
+  config: models.ModelConfig | None
+  stem: str | None
+
+
+class Sizes(NamedTuple):
+  """What a unit had before it was rewritten."""
+
+  numbers: int
+  bytes: int
+
+
+class FileWriter:
+  """One container: a whole model, or a shard of one."""
+
+  def __init__(
+    self,
+    file: BinaryIO,
+    summary: Summary,
+    units: Sequence[str],
+    files: Mapping[str, bytes],
+  ):
+    """Reserves room for the header.
+
+    Args:
+      file: empty, or what an earlier run left; open for reading and writing.
+      summary: of the model.
+      units: names of the units that will come, in order.
+      files: other files to keep, whole.
+    """
+    others = [f'{FILES}{name}' for name in files]
+    names = units if summary.preset.message is None else (*units, *MESSAGE)
+    self._streams = container.StreamWriter(file, [*names, *others])
+    self._file, self._summary, self._files = file, summary, files
+    self._units: list[manifest_lib.Unit] = []
+    self._message: manifest_lib.Message | None = None
+
+  def add(
+    self,
+    unit: transform.Unit,
+    sizes: Sizes,
+    beside: models.Params,
+  ) -> manifest_lib.Unit:
+    """Codes a unit and appends it.
+
+    Args:
+      unit: the unit.
+      sizes: see `Sizes`.
+      beside: the other parameters that a leaf of the unit may need.
+
+    Returns:
+      Its entry in the manifest.
+    """
+    entry, data = encode_unit(unit, sizes, beside, self._summary)
+    nbytes, crc = self._streams.append(unit.name, [data])
+    entry = dataclasses.replace(entry, nbytes=nbytes, crc32=crc)
+    self._units.append(entry)
+    return entry
+
+  def keep(self, entry: manifest_lib.Unit) -> bool:
+    """Takes over a unit that an earlier run has written, if it is undamaged."""
+    begin = self._streams.start + sum(unit.nbytes for unit in self._units)
+    self._file.seek(begin)
+    if zlib.crc32(self._file.read(entry.nbytes)) != entry.crc32:
+      self._file.seek(begin)
+      self._file.truncate()
+      return False
+    self._streams.keep(entry.name, entry.nbytes)
+    self._units.append(entry)
+    return True
+
+  def extend(self, name: str, part: np.ndarray) -> None:
+    """Appends a piece of a part of a message of bits-back coding."""
+    self._streams.extend(name, part)
+
+  def close(self, name: str) -> manifest_lib.Stream:
+    """Ends a part of a message."""
+    nbytes, crc = self._streams.close(name)
+    return manifest_lib.Stream(name=name, nbytes=nbytes, crc32=crc)
+
+  def set_message(self, message: manifest_lib.Message) -> None:
+    """Says that the model is on one message, whose streams are appended."""
+    self._message = message
+
+  def finish(self) -> manifest_lib.Manifest:
+    """Appends the other files and the manifest, and writes the header."""
+    files, sizes = [], []
+    for name, data in self._files.items():
+      packed = np.frombuffer(zlib.compress(data, 9), np.uint8)
+      self.extend(f'{FILES}{name}', packed)
+      files.append(self.close(f'{FILES}{name}'))
+      sizes.append(len(data))
+    summary = self._summary
+    manifest = manifest_lib.Manifest(
+      preset=summary.preset.name,
+      options=summary.preset.options,
+      config=summary.config,
+      stem=summary.stem,
+      units=tuple(self._units),
+      message=self._message,
+      files=tuple(files),
+      sizes=tuple(sizes),
+    )
+    self._file.truncate()
+    self._streams.finish(manifest.to_bytes())
+    self._file.flush()
+    return manifest
+
+
+def encode_unit(
+  unit: transform.Unit, sizes: Sizes, beside: models.Params, summary: Summary
+) -> tuple[manifest_lib.Unit, np.ndarray]:
+  """A unit's entry in the manifest, without the stream's checksum, and the stream."""
+  neurons: dict[str, int] = {}
+  config, is_layer = summary.config, manifest_lib.layer_index(unit.name) is not None
+  if summary.preset.order_neurons and config is not None and is_layer:
+    valid = models.layout.symmetries(config).neurons
+    neurons = models.layout.neuron_axes(config) if valid else {}
+  flat = structured.flatten(unit.params)
+  if any(structured.is_structured(flat.get(path)) for path in neurons):
+    neurons = {}  # its neurons have their places
+  leaves: list[manifest_lib.Leaf] = []
+  arrays: list[np.ndarray] = []
+  exchangeable: dict[int, int] = {}
+  for path, leaf in flat.items():
+    if path in neurons:
+      exchangeable[len(arrays)] = neurons[path]
+    expanded = None
+    if isinstance(leaf, structured.Dependent) and leaf.eager:
+      others = structured.flatten(beside)
+      needed = (structured.materialize(others[name]) for name in leaf.needs)
+      expanded = zlib.crc32(np.ascontiguousarray(leaf.expand(*needed)).view(np.uint8))
+    entry, parts = manifest_lib.leaf_of(path, leaf, expanded)
+    leaves.append(entry)
+    arrays += parts.values()
+  encoded = weights.encode(arrays, exchangeable=exchangeable)
+  entry_of_unit = manifest_lib.Unit(
+    name=unit.name,
+    nbytes=encoded.spec.nbytes,
+    crc32=0,
+    leaves=tuple(leaves),
+    coder=encoded.spec,
+    input_numbers=sizes.numbers,
+    input_bytes=sizes.bytes,
+    savings=tuple(unit.savings),
+    order_bits=round(float(encoded.order_bits), 1),
+  )
+  return entry_of_unit, encoded.data
+
+
+# ---- a file, or shards, that are complete or not there -------------------------------
+
+
+class Shard(NamedTuple):
+  """A part of the output: the name of its file, and the units in it."""
+
+  name: str
+  units: tuple[str, ...]
+
+
+def plan_shards(
+  path: pathlib.Path, sizes: Mapping[str, int], shard_size: int | None, least: int
+) -> list[Shard]:
+  """Divides units among files.
+
+  The plan depends on the sizes before coding only, so that it is known from the start,
+  and no file exceeds the size, unless one unit does.
+
+  Args:
+    path: of the output.
+    sizes: bytes of each unit before coding, in order.
+    shard_size: bytes of a shard, at most; None for no limit.
+    least: how many shards there must be, if there are units enough.
+
+  Returns:
+    The shards, in order.
+  """
+  total = sum(sizes.values())
+  if least > 1:
+    even = -(-total // least)
+    shard_size = even if shard_size is None else min(shard_size, even)
+  groups: list[list[str]] = [[]]
+  filled = 0
+  for name, size in sizes.items():
+    if shard_size is not None and groups[-1] and filled + size > shard_size:
+      groups.append([])
+      filled = 0
+    groups[-1].append(name)
+    filled += size
+  if len(groups) == 1 and shard_size is None:
+    return [Shard(path.name, tuple(groups[0]))]
+  count = len(groups)
+  return [
+    Shard(f'{path.stem}-{i:05}-of-{count:05}{path.suffix}', tuple(group))
+    for i, group in enumerate(groups, 1)
+  ]
+
+
+def index_name(path: pathlib.Path) -> str:
+  """The index that lies beside the shards of an output."""
+  return f'{path.name}.index.json'
+
+
+class Workspace:
+  """The hidden folder in which a run writes, and in which the next one finds it.
+
+  Attributes:
+    done: entries of the units that an earlier run has written, by shard.
+    state: leaves of the transform's state behind these, or None.
+  """
+
+  def __init__(self, output: pathlib.Path, part: str, fingerprint: str | None):
+    """Makes the folder, or takes over what is in it.
+
+    Args:
+      output: the path of the file to write.
+      part: of the folder that this process writes in.
+      fingerprint: of the input and the settings; what was written with another one is
+        removed. None for input that cannot be told apart: nothing is taken over.
+    """
+    self.root = output.parent / f'.{output.name}.partial'
+    self._folder = self.root / part
+    self._journal = self._folder / 'journal.jsonl'
+    self.done: list[tuple[str, manifest_lib.Unit]] = []
+    self.state: list[np.ndarray] | None = None
+    if fingerprint is None or not self._read(fingerprint):
+      shutil.rmtree(self._folder, ignore_errors=True)
+      self._folder.mkdir(parents=True)
+      self.done, self.state = [], None
+      self._journal.write_text(json.dumps({'fingerprint': fingerprint}) + '\n')
+
+  def open(self, shard: Shard) -> BinaryIO:
+    """A shard's file, for reading and writing from its start."""
+    path = self._folder / shard.name
+    path.touch()
+    return path.open('r+b')
+
+  def path(self, shard: Shard) -> pathlib.Path:
+    """Where a shard's file lies until all is done."""
+    return self._folder / shard.name
+
+  def note(
+    self,
+    entries: Mapping[Shard, Sequence[manifest_lib.Unit]],
+    state: transform.State,
+  ) -> None:
+    """Notes that units are written, and the state behind them."""
+    leaves = [np.asarray(x) for x in jax.tree.leaves(state)]
+    before = len(self.done)
+    self.done += [(shard.name, x) for shard, own in entries.items() for x in own]
+    with (self._folder / f'state-{len(self.done)}.npz').open('wb') as file:
+      np.savez(file, *leaves)
+    lines = [json.dumps([name, x.to_json()]) for name, x in self.done[before:]]
+    with self._journal.open('a') as journal:
+      journal.write(''.join(f'{line}\n' for line in lines))
+    (self._folder / f'state-{before}.npz').unlink(missing_ok=True)
+
+  def forget(self, count: int) -> None:
+    """Takes back all but the first units, because a later one is damaged."""
+    self.done, self.state = self.done[:count], None
+    head = self._journal.read_text().splitlines()[: count + 1]
+    self._journal.write_text(''.join(f'{line}\n' for line in head))
+
+  def close(self) -> None:
+    """Removes the folder."""
+    shutil.rmtree(self._folder, ignore_errors=True)
+    with contextlib.suppress(OSError):  # another process writes beside this one
+      self.root.rmdir()
+
+  def _read(self, fingerprint: str) -> bool:
+    """Reads the journal of an earlier run; False if there is none of this input."""
+    try:
+      lines = self._journal.read_text().splitlines()
+      if json.loads(lines[0]) != {'fingerprint': fingerprint}:
+        return False
+    except (OSError, ValueError, IndexError):
+      return False
+    for line in lines[1:]:
+      try:
+        name, entry = json.loads(line)
+        self.done.append((name, manifest_lib.Unit.from_json(entry)))
+      except (ValueError, TypeError):  # the line that was being written
+        break
+    state = self._folder / f'state-{len(self.done)}.npz'
+    with contextlib.suppress(OSError, ValueError), np.load(state) as arrays:
+      self.state = [arrays[f'arr_{i}'] for i in range(len(arrays.files))]
+    return True
+
+
+def sync(path: pathlib.Path) -> None:
+  """Waits until a file's content is on the disk."""
+  with path.open('rb') as file:
+    os.fsync(file.fileno())
+
+
+def move_into_place(source: pathlib.Path, target: pathlib.Path) -> None:
+  """Gives a file that is complete its name."""
+  sync(source)
+  if target.exists():
+    os.chmod(source, target.stat().st_mode & 0o777)
+  os.replace(source, target)

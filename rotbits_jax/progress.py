@@ -1,0 +1,91 @@
+"""Progress on stderr: a bar in a terminal, and a line a minute in a pipe or a log."""
+
+from collections.abc import Iterable, Iterator
+import sys
+import time
+from typing import Self, TypeVar
+
+import tqdm
+
+T = TypeVar('T')
+
+_SECONDS = 60.0  # between two lines where stderr is no terminal
+
+
+class Progress:
+  """Tells how far a task has come, of a total that is known.
+
+  A context manager. Nothing is shown unless `show`.
+  """
+
+  def __init__(self, task: str, total: int, unit: str, *, show: bool):
+    """Starts.
+
+    Args:
+      task: what is done, in a word.
+      total: how many units there are.
+      unit: what a unit is.
+      show: whether to show anything.
+    """
+    self._task, self._total, self._unit = task, total, unit
+    self._done, self._stage = 0, ''
+    self._started = self._told = time.monotonic()
+    terminal = sys.stderr.isatty()
+    self._show, self._lines = show, show and not terminal
+    self._bar = tqdm.tqdm(
+      total=total, desc=task, unit=unit, disable=not (show and terminal)
+    )
+
+  def __enter__(self) -> Self:
+    return self
+
+  def __exit__(self, *unused: object) -> None:
+    self._bar.close()
+
+  def stage(self, name: str) -> None:
+    """Says what is being done now."""
+    self._stage = name
+    self._bar.set_postfix_str(name)
+    self._tell()
+
+  def update(self, count: int = 1) -> None:
+    """Says that so many units more are done."""
+    self._done += count
+    self._bar.update(count)
+    self._tell()
+
+  def say(self, text: str) -> None:
+    """Shows a line, whatever the time."""
+    if not self._show:
+      return
+    if self._lines:
+      print(f'{self._task}: {text}', file=sys.stderr, flush=True)
+    else:
+      self._bar.write(f'{self._task}: {text}', file=sys.stderr)
+
+  def _tell(self) -> None:
+    now = time.monotonic()
+    if not self._lines or now - self._told < _SECONDS:
+      return
+    self._told = now
+    spent = now - self._started
+    text = f'{self._done} of {self._total} {self._unit}s, {_clock(spent)}'
+    if self._done:
+      text += f', {_clock(spent / self._done * (self._total - self._done))} to go'
+    self.say(text + (f' ({self._stage})' if self._stage else ''))
+
+
+def track(
+  items: Iterable[T], task: str, unit: str, *, total: int, show: bool
+) -> Iterator[T]:
+  """The items, with progress."""
+  with Progress(task, total, unit, show=show) as progress:
+    for item in items:
+      yield item
+      progress.update()
+
+
+def _clock(seconds: float) -> str:
+  minutes, rest = divmod(int(seconds), 60)
+  hours, minutes = divmod(minutes, 60)
+  return f'{hours}:{minutes:02}:{rest:02}' if hours else f'{minutes}:{rest:02}'

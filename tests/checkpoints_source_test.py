@@ -1,0 +1,268 @@
+"""Tests of checkpoints that are read a layer at a time."""
+
+import json
+import mmap
+import os
+import pathlib
+import shutil
+import tempfile
+from unittest import mock
+import zlib
+
+from absl.testing import absltest
+from absl.testing import parameterized
+import chex
+import jax
+import numpy as np
+
+from rotbits_jax import checkpoints
+from rotbits_jax import models
+from rotbits_jax import structured
+from rotbits_jax.checkpoints import CheckpointError
+from rotbits_jax.checkpoints import lazy
+from rotbits_jax.checkpoints import safetensors_files
+from rotbits_jax.checkpoints import torch_zip
+
+TESTDATA = pathlib.Path(__file__).parent / 'testdata'
+FIXTURES = sorted(path.parent.name for path in TESTDATA.glob('*/config.json'))
+MAPS = pathlib.Path('/proc/self/maps')
+
+
+def maps_of(directory):
+  """The memory maps of files in a directory."""
+  return [line for line in MAPS.read_text().splitlines() if f'{directory}/' in line]
+
+
+def units(source):
+  """The parameters outside the layers, and of each layer."""
+  return [source.outer(), *map(source.layer, range(source.config.num_layers))]
+
+
+class SourceTest(parameterized.TestCase):
+  def copy(self, name):
+    scratch = self.enterContext(tempfile.TemporaryDirectory())
+    return pathlib.Path(shutil.copytree(TESTDATA / name, f'{scratch}/x'))
+
+  def sharded(self, name='llama-tiny-dense'):
+    """A copy in shards: `outer`, `0`, `1`, ... hold a unit each."""
+    directory = self.copy(name)
+    weights = directory / 'model.safetensors'
+    tensors = safetensors_files.read(weights)
+    shards = {}
+    for tensor in tensors:
+      parts = tensor.split('.')
+      unit = parts[2] if parts[1] == 'layers' else 'outer'
+      shards.setdefault(f'{unit}.safetensors', []).append(tensor)
+    for shard, names in shards.items():
+      safetensors_files.write(directory / shard, {n: tensors[n] for n in names})
+    weight_map = {n: shard for shard, names in shards.items() for n in names}
+    index = json.dumps({'metadata': {}, 'weight_map': weight_map})
+    (directory / 'model.safetensors.index.json').write_text(index)
+    weights.unlink()
+    return directory
+
+  @parameterized.parameters(*FIXTURES)
+  def test_it_gives_what_the_model_in_memory_gives(self, name):
+    source = checkpoints.open_checkpoint(TESTDATA / name)
+    checkpoint = checkpoints.load_checkpoint(TESTDATA / name)
+    model = checkpoint.model
+    self.assertEqual(source.config, model.config)
+    self.assertEqual((source.files, source.stem), checkpoint[1:])
+    self.assertEqual(source.path.parent, TESTDATA / name)
+    expected = [model.outer(), *model.layers()]
+    for unit, params, wanted in zip(
+      [None, *range(model.config.num_layers)], units(source), expected, strict=True
+    ):
+      chex.assert_trees_all_equal(params, wanted)
+      specs, flat = source.specs(unit), structured.flatten(params)
+      for path, spec in structured.flatten(specs).items():
+        self.assertEqual((spec.shape, spec.dtype), (flat[path].shape, flat[path].dtype))
+      self.assertEqual(models.stack_key(specs), models.stack_key(params))
+    tensors = checkpoints.to_tensors(model)
+    self.assertEqual(source.numbers, sum(x.size for x in tensors.values()))
+    self.assertEqual(source.nbytes, sum(x.nbytes for x in tensors.values()))
+    self.assertEmpty(source.factors())
+    self.assertEqual(source.dtypes()['layers.1/mlp/down/kernel'], np.float16)
+
+  @parameterized.parameters(*FIXTURES)
+  def test_arrays_are_views_of_maps_that_are_made_for_the_call(self, name):
+    source = checkpoints.open_checkpoint(TESTDATA / name)
+    first, second = source.layer(1), source.layer(1)
+    for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True):
+      self.assertFalse(a.flags.writeable)
+      self.assertFalse(np.shares_memory(a, b))
+      base = a
+      while isinstance(base, np.ndarray | memoryview):
+        base = base.base if isinstance(base, np.ndarray) else base.obj
+      self.assertIsInstance(base, mmap.mmap)
+
+  @absltest.skipUnless(MAPS.exists(), 'this system does not tell its memory maps')
+  def test_dropping_the_parameters_ends_the_maps(self):
+    for name in FIXTURES:
+      directory = self.copy(name)
+      source = checkpoints.open_checkpoint(directory)
+      self.assertEmpty(maps_of(directory))
+      layer = source.layer(0)
+      self.assertNotEmpty(maps_of(directory))
+      kernel = layer['mlp']['up']['kernel']
+      del layer
+      self.assertLen(maps_of(directory), 1)
+      del kernel
+      self.assertEmpty(maps_of(directory))
+      checkpoint = source.load()
+      self.assertEmpty(maps_of(directory))
+      del checkpoint
+
+  def test_a_layer_needs_its_own_shard_only(self):
+    directory = self.sharded()
+    expected = checkpoints.load_checkpoint(TESTDATA / 'llama-tiny-dense').model
+    chex.assert_trees_all_equal(checkpoints.load_checkpoint(directory).model, expected)
+    source = checkpoints.open_checkpoint(directory)
+    for shard in directory.glob('*.safetensors'):
+      if shard.name != '1.safetensors':
+        shard.unlink()
+    chex.assert_trees_all_equal(source.layer(1), expected.layer(1))
+    with self.assertRaisesRegex(CheckpointError, 'outer.safetensors: No such file'):
+      source.outer()
+
+  def test_a_layer_reads_its_own_tensors_only(self):
+    source = checkpoints.open_checkpoint(TESTDATA / 'llama-tiny-dense')
+    ranges = []
+    real = lazy.File.map
+
+    def spy(self, offset, size):
+      ranges.append((offset, size))
+      return real(self, offset, size)
+
+    with mock.patch.object(lazy.File, 'map', spy):
+      layer = source.layer(1)
+    self.assertLen(set(ranges), len(jax.tree.leaves(layer)))
+    self.assertEqual(
+      sum(size for _, size in ranges), sum(x.nbytes for x in jax.tree.leaves(layer))
+    )
+
+  def test_there_is_no_such_layer(self):
+    source = checkpoints.open_checkpoint(TESTDATA / 'llama-tiny-dense')
+    for index in (-1, source.config.num_layers):
+      with self.assertRaisesRegex(IndexError, f'layers, got index={index}'):
+        source.layer(index)
+
+  @parameterized.parameters('llama-tiny-dense', 'phi2-tiny-sliced-0.25')
+  def test_a_file_that_changes_is_not_read(self, name):
+    source = checkpoints.open_checkpoint(self.copy(name))
+    source.layer(0)
+    os.utime(source.path, ns=(0, 0))
+    with self.assertRaisesRegex(CheckpointError, f'{source.path}: changed after it'):
+      source.layer(0)
+
+  def test_fingerprint(self):
+    directory = self.sharded()
+    fingerprint = lambda: checkpoints.open_checkpoint(directory).fingerprint()
+    seen = {fingerprint()}
+    self.assertEqual(seen, {fingerprint()})
+    config = json.loads((directory / 'config.json').read_text())
+    for change in (
+      lambda: os.utime(directory / '1.safetensors', ns=(0, 0)),
+      lambda: os.utime(directory / 'model.safetensors.index.json', ns=(0, 0)),
+      lambda: (directory / 'tokenizer.json').write_text('{}'),
+      lambda: (directory / 'tokenizer.json').write_text('{ }'),
+      lambda: (directory / 'config.json').write_text(
+        json.dumps(config | {'rms_norm_eps': 1e-3})
+      ),
+    ):
+      change()
+      self.assertNotIn(fingerprint(), seen)
+      seen.add(fingerprint())
+
+  def test_a_storage_is_verified_when_it_is_read_first(self):
+    directory = self.copy('phi2-tiny-sliced-0.25')
+    path = next(directory.glob('*.pt'))
+    tensors = torch_zip.read(path)
+    name = 'model.layers.2.mlp.fc1.weight'
+    content = bytearray(path.read_bytes())
+    row = tensors[name][5].tobytes()
+    content[content.index(row)] ^= 1
+    del tensors
+    path.write_bytes(content)
+    source = checkpoints.open_checkpoint(directory)
+    with mock.patch('zlib.crc32', wraps=zlib.crc32) as crc32:
+      source.layer(0)
+      calls = crc32.call_count
+      self.assertGreater(calls, 5)
+      source.layer(0)
+      self.assertEqual(crc32.call_count, calls)
+    with self.assertRaisesRegex(CheckpointError, rf'^{path}: the member .* checksum$'):
+      source.layer(2)
+    with self.assertRaisesRegex(CheckpointError, 'checksum'):
+      source.load()
+
+  def test_factors(self):
+    directory = self.copy('llama-tiny-dense')
+    path = directory / 'model.safetensors'
+    tensors = {name: np.array(x) for name, x in safetensors_files.read(path).items()}
+    rng = np.random.default_rng(0)
+    rows, columns = tensors.pop('model.layers.1.mlp.down_proj.weight').shape
+    left, right = rng.normal(size=(rows, 3)), rng.normal(size=(3, columns))
+    tensors['model.layers.1.mlp.down_u_proj.weight'] = left.astype(np.float16)
+    tensors['model.layers.1.mlp.down_v_proj.weight'] = right.astype(np.float16)
+    safetensors_files.write(path, tensors)
+    source = checkpoints.open_checkpoint(directory)
+    self.assertEqual(source.factors(), {'layers.1/mlp/down/kernel': (3, 'svd_llm')})
+    leaf = source.layer(1)['mlp']['down']['kernel']
+    self.assertEqual(leaf.shape, (columns, rows))
+    self.assertFalse(leaf.u.flags.owndata)
+    np.testing.assert_array_equal(leaf.v, left.astype(np.float16).T)
+    self.assertEqual(
+      models.stack_key(source.specs(1)), models.stack_key(source.layer(1))
+    )
+    self.assertEqual(source.load().model.group_sizes, (1, 1, 1))
+
+  def test_a_tied_head_that_differs_is_refused_on_opening(self):
+    directory = self.copy('llama-tiny-dense')
+    path = directory / 'model.safetensors'
+    config = json.loads((directory / 'config.json').read_text())
+    (directory / 'config.json').write_text(
+      json.dumps(config | {'tie_word_embeddings': True})
+    )
+    match = f'{path}: lm_head.weight differs from model.embed_tokens.weight'
+    with self.assertRaisesRegex(CheckpointError, match):
+      checkpoints.open_checkpoint(directory)
+    tensors = {name: np.array(x) for name, x in safetensors_files.read(path).items()}
+    tensors['lm_head.weight'] = tensors['model.embed_tokens.weight']
+    safetensors_files.write(path, tensors)
+    with mock.patch('rotbits_jax.checkpoints.tensors._COMPARED', 1000):
+      source = checkpoints.open_checkpoint(directory)
+    self.assertFalse(source.config.tied_head)
+
+  def test_buffers_are_read_when_they_are_asked_for(self):
+    directory = self.copy('llama-tiny-dense')
+    path = directory / 'model.safetensors'
+    tensors = {name: np.array(x) for name, x in safetensors_files.read(path).items()}
+    name = 'model.layers.0.self_attn.rotary_emb.inv_freq'
+    tensors[name] = np.arange(4, dtype=np.float32)
+    safetensors_files.write(path, tensors)
+    source = checkpoints.open_checkpoint(directory)
+    chex.assert_trees_all_equal(source.buffers, {name: tensors[name]})
+    self.assertTrue(source.buffers[name].flags.owndata)
+    self.assertEqual(source.numbers, sum(x.size for x in tensors.values()))
+
+
+class FileTest(absltest.TestCase):
+  def test_parts_of_a_file(self):
+    scratch = self.enterContext(tempfile.TemporaryDirectory())
+    path = pathlib.Path(scratch, 'x')
+    content = np.random.default_rng(0).bytes(5 * mmap.ALLOCATIONGRANULARITY)
+    path.write_bytes(content)
+    file = lazy.File.of(path)
+    for offset, size in ((0, 5), (7, 0), (mmap.ALLOCATIONGRANULARITY + 3, 9000)):
+      self.assertEqual(bytes(file.map(offset, size)), content[offset : offset + size])
+    for offset, size in ((-1, 3), (0, -1), (0, len(content) + 1), (len(content), 1)):
+      with self.assertRaisesRegex(CheckpointError, 'truncated'):
+        file.map(offset, size)
+    path.unlink()
+    with self.assertRaisesRegex(CheckpointError, 'No such file'):
+      lazy.File.of(path)
+
+
+if __name__ == '__main__':
+  absltest.main()

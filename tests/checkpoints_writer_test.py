@@ -1,0 +1,345 @@
+"""Tests of writing checkpoints a layer at a time."""
+
+import json
+import pathlib
+import shutil
+import tempfile
+
+from absl.testing import absltest
+from absl.testing import parameterized
+import chex
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import safetensors
+
+from rotbits_jax import checkpoints
+from rotbits_jax import structured
+from rotbits_jax.checkpoints import CheckpointWriter
+from rotbits_jax.checkpoints import lazy
+from rotbits_jax.checkpoints import torch_zip
+
+TESTDATA = pathlib.Path(__file__).parent / 'testdata'
+FIXTURES = sorted(path.parent.name for path in TESTDATA.glob('*/config.json'))
+SLICED = [name for name in FIXTURES if 'sliced' in name]
+TINY = 'llama-tiny-dense'
+
+
+def bits(x):
+  return x.dtype, x.shape, np.ascontiguousarray(x).tobytes()
+
+
+def writer_of(source, directory, **changes):
+  """A writer of what a source holds."""
+  known = {
+    'dtypes': source.dtypes(),
+    'files': source.files,
+    'stem': source.stem,
+    'factors': source.factors(),
+    'buffers': source.buffers,
+  }
+  return CheckpointWriter(directory, source.config, **known | changes)
+
+
+def write_backwards(writer, source):
+  """Writes the head, then the layers from last to first, then the rest."""
+  rest = source.outer()
+  writer.outer({'head': rest.pop('head')})
+  for index in reversed(range(source.config.num_layers)):
+    writer.layer(index, source.layer(index))
+  writer.outer(rest)
+
+
+class WriterTest(parameterized.TestCase):
+  def setUp(self):
+    super().setUp()
+    self.scratch = pathlib.Path(self.enterContext(tempfile.TemporaryDirectory()))
+    self.target = self.scratch / 'x'
+
+  def assert_nothing_is_left(self):
+    self.assertEmpty(list(self.scratch.iterdir()))
+
+  def open(self, name=TINY):
+    return checkpoints.open_checkpoint(TESTDATA / name)
+
+  @parameterized.parameters(*FIXTURES)
+  def test_layers_in_any_order_make_the_same_file(self, name):
+    source = self.open(name)
+    with writer_of(source, self.target) as writer:
+      write_backwards(writer, source)
+    checkpoints.save_checkpoint(source.load(), self.scratch / 'y')
+    files = sorted(file.name for file in self.target.iterdir())
+    self.assertEqual(files, sorted([*source.files, 'model.safetensors']))
+    for file in files:
+      self.assertEqual(
+        (self.target / file).read_bytes(), (self.scratch / 'y' / file).read_bytes()
+      )
+
+  @parameterized.parameters(*SLICED)
+  def test_slicegpt(self, name):
+    source = self.open(name)
+    with writer_of(source, self.target, format='slicegpt') as writer:
+      write_backwards(writer, source)
+    checkpoints.save_checkpoint(source.load(), self.scratch / 'y', 'slicegpt')
+    ordered = torch_zip.read(self.scratch / 'y' / f'{source.stem}.pt')
+    written = torch_zip.read(self.target / f'{source.stem}.pt')
+    self.assertEqual(list(written), list(ordered))
+    chex.assert_trees_all_equal(written, ordered)
+    loaded = checkpoints.load_checkpoint(self.target)
+    chex.assert_trees_all_equal(loaded.model, source.load().model)
+    self.assertEqual((loaded.files, loaded.stem), (source.files, source.stem))
+
+  def test_shards(self):
+    source = self.open()
+    tensors = checkpoints.to_tensors(source.load().model)
+    limit = max(x.nbytes for x in tensors.values()) - 1
+    with writer_of(source, self.target, shard_size=limit) as writer:
+      write_backwards(writer, source)
+    index = json.loads((self.target / 'model.safetensors.index.json').read_text())
+    self.assertEqual(index['metadata'], {'total_size': source.nbytes})
+    self.assertEqual(index['weight_map'].keys(), tensors.keys())
+    shards = sorted(set(index['weight_map'].values()))
+    self.assertEqual(
+      shards, [f'model-{i:05}-of-{len(shards):05}.safetensors'
+               for i in range(1, len(shards) + 1)]
+    )  # fmt: skip
+    found = {}
+    for shard in shards:
+      with safetensors.safe_open(self.target / shard, framework='np') as file:
+        self.assertEqual(file.metadata(), {'format': 'pt'})
+        part = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+      self.assertTrue(len(part) == 1 or sum(x.nbytes for x in part.values()) <= limit)
+      found |= part
+    self.assertEqual(
+      {name: bits(x) for name, x in found.items()},
+      {name: bits(x) for name, x in tensors.items()},
+    )
+    chex.assert_trees_all_equal(
+      checkpoints.load_checkpoint(self.target).model, source.load().model
+    )
+
+  def test_one_shard_is_a_plain_file(self):
+    checkpoint = self.open().load()
+    checkpoints.save_checkpoint(checkpoint, self.target, shard_size=1 << 30)
+    content = (self.target / 'model.safetensors').read_bytes()
+    self.assertEqual(content, (TESTDATA / TINY / 'model.safetensors').read_bytes())
+
+  def test_shards_take_the_place_of_one_file(self):
+    checkpoint = self.open().load()
+    checkpoints.save_checkpoint(checkpoint, self.target)
+    (self.target / 'mine.py').write_text('mine')
+    checkpoints.save_checkpoint(checkpoint, self.target, shard_size=100_000)
+    self.assertFalse((self.target / 'model.safetensors').exists())
+    self.assertEqual((self.target / 'mine.py').read_text(), 'mine')
+    chex.assert_trees_all_equal(
+      checkpoints.load_checkpoint(self.target).model, checkpoint.model
+    )
+
+  def test_arrays_of_any_layout(self):
+    source = self.open('phi3-tiny-sliced-0.25')
+    with writer_of(source, self.target, dtypes='bfloat16') as writer:
+      layouts = [np.ascontiguousarray, np.asfortranarray, jnp.asarray]
+      for index, layout in enumerate(layouts):
+        layer = jax.tree.map(
+          lambda x, layout=layout: layout(x.astype(ml_dtypes.bfloat16)),
+          source.layer(index),
+        )
+        writer.layer(index, layer)
+      writer.outer(jax.tree.map(lambda x: jnp.bfloat16(x), source.outer()))
+    again = checkpoints.open_checkpoint(self.target)
+    for index in range(3):
+      chex.assert_trees_all_equal(
+        again.layer(index),
+        jax.tree.map(lambda x: x.astype(ml_dtypes.bfloat16), source.layer(index)),
+      )
+
+  def factored(self):
+    """A source whose layer 1 has a pair of factors with a bias."""
+    source = self.open('phi2-tiny-dense')
+    tensors = checkpoints.to_tensors(source.load().model)
+    prefix = 'model.layers.1.mlp.fc1'
+    rows, columns = tensors.pop(f'{prefix}.weight').shape
+    rng = np.random.default_rng(0)
+    tensors |= {
+      f'{prefix}.ALinear.weight': rng.normal(size=(rows, 3)).astype(np.float16),
+      f'{prefix}.BLinear.weight': rng.normal(size=(3, columns)).astype(np.float16),
+      f'{prefix}.ALinear.bias': tensors.pop(f'{prefix}.bias'),
+    }
+    model = checkpoints.from_tensors(tensors, source.config)
+    checkpoint = checkpoints.Checkpoint(model, source.files, None)
+    checkpoints.save_checkpoint(checkpoint, self.scratch / 'factored')
+    return checkpoints.open_checkpoint(self.scratch / 'factored'), tensors
+
+  def test_factors(self):
+    source, tensors = self.factored()
+    self.assertEqual(source.factors(), {'layers.1/mlp/up/kernel': (3, 'asvd')})
+    with writer_of(source, self.target) as writer:
+      write_backwards(writer, source)
+    written = checkpoints.to_tensors(checkpoints.load_checkpoint(self.target).model)
+    chex.assert_trees_all_equal(written, tensors)
+    # Without a plan for factors their product is written.
+    with writer_of(source, self.scratch / 'y', factors={}) as writer:
+      write_backwards(writer, source)
+    again = checkpoints.open_checkpoint(self.scratch / 'y')
+    product = source.layer(1)['mlp']['up']['kernel'].materialize()
+    np.testing.assert_array_equal(again.layer(1)['mlp']['up']['kernel'], product)
+
+  def test_factors_that_were_not_planned_so(self):
+    source, _ = self.factored()
+    path = 'layers.1/mlp/up/kernel'
+    with self.assertRaisesRegex(ValueError, 'no such parameters: layers.9/x'):
+      writer_of(source, self.target, factors={'layers.9/x': (4, 'asvd')})
+    with (
+      self.assertRaisesRegex(ValueError, f'{path}: expected factors, .*rank=4'),
+      writer_of(source, self.target, factors={path: (4, 'asvd')}) as writer,
+    ):
+      writer.layer(1, source.layer(1))
+    layer = source.layer(1)
+    layer['mlp']['up']['kernel'] = layer['mlp']['up']['kernel'].materialize()
+    with (
+      self.assertRaisesRegex(ValueError, f'{path}: expected factors, .*got None'),
+      writer_of(source, self.target) as writer,
+    ):
+      writer.layer(1, layer)
+
+  def test_exceptions_leave_nothing(self):
+    source = self.open()
+    with self.assertRaises(KeyboardInterrupt), writer_of(source, self.target) as writer:
+      writer.layer(0, source.layer(0))
+      self.assertNotEmpty(list(self.scratch.iterdir()))
+      raise KeyboardInterrupt
+    self.assert_nothing_is_left()
+
+  @parameterized.parameters('safetensors', 'slicegpt')
+  def test_a_missing_tensor(self, format):
+    source = self.open('llama-tiny-sliced-head-0.25')
+    match = r'9 tensors have not been written, such as model\.layers\.1'
+    with self.assertRaisesRegex(ValueError, match):  # noqa: SIM117
+      with writer_of(source, self.target, format=format) as writer:
+        writer.outer(source.outer())
+        writer.layer(0, source.layer(0))
+        writer.layer(2, source.layer(2))
+    self.assert_nothing_is_left()
+
+  def test_a_failure_leaves_the_target_as_it_was(self):
+    source = self.open()
+    self.target.mkdir()
+    (self.target / 'config.json').write_text('old')
+    with self.assertRaises(ZeroDivisionError), writer_of(source, self.target) as writer:
+      write_backwards(writer, source)
+      raise ZeroDivisionError
+    self.assertEqual([x.name for x in self.target.iterdir()], ['config.json'])
+    self.assertEqual((self.target / 'config.json').read_text(), 'old')
+    self.assertEqual(list(self.scratch.iterdir()), [self.target])
+
+  def test_the_next_run_removes_what_a_killed_one_left(self):
+    source = self.open()
+    leftover = self.scratch / '.x.partial'
+    leftover.mkdir()
+    (leftover / 'model-00001-of-00002.safetensors').write_bytes(b'half')
+    with writer_of(source, self.target) as writer:
+      self.assertFalse((leftover / 'model-00001-of-00002.safetensors').exists())
+      write_backwards(writer, source)
+    self.assertEqual(list(self.scratch.iterdir()), [self.target])
+    self.assertLen(list(self.target.iterdir()), 1 + len(source.files))
+
+  def test_two_writers_do_not_meet(self):
+    source = self.open()
+    with writer_of(source, self.target) as writer:
+      with self.assertRaisesRegex(BlockingIOError, 'another process writes here'):
+        writer_of(source, self.target).__enter__()
+      write_backwards(writer, source)
+    self.assertEqual(list(self.scratch.iterdir()), [self.target])
+
+  def test_a_target_that_cannot_be_written_is_told_before_the_work(self):
+    source = self.open()
+    self.target.write_text('a file')
+    with self.assertRaises(OSError):
+      writer_of(source, self.target).__enter__()
+    self.assertEqual(list(self.scratch.iterdir()), [self.target])
+    outside = self.scratch / 'outside'
+    shutil.copytree(TESTDATA / TINY, outside)
+    self.target.unlink()
+    (self.scratch / '.x.partial').symlink_to(outside)
+    with self.assertRaises(OSError):
+      writer_of(source, self.target).__enter__()
+    self.assertLen(list(outside.iterdir()), 4)
+
+  def test_parameters_that_are_refused(self):
+    source = self.open('phi3-tiny-dense')
+    layer = lambda: structured.flatten(source.layer(0))
+    with writer_of(source, self.target) as writer:
+      for path, change, match in (
+        ('mlp/up/kernel', lambda x: x.T, r'layers\.0/mlp/up/kernel: expected float16'),
+        ('mlp/up/kernel', np.float32, r'mlp/up/kernel: .*got float32'),
+        ('mlp/up/bias', lambda x: x, r'layers\.0/mlp/up/bias: the model has no such'),
+      ):
+        params = layer()
+        params[path] = change(params.get(path, np.zeros(3, np.float16)))
+        with self.assertRaisesRegex(ValueError, match):
+          writer.layer(0, structured.unflatten(params))
+      params = layer()
+      del params['attention/query/kernel']
+      with self.assertRaisesRegex(ValueError, r'qkv_proj\.weight holds .*query'):
+        writer.layer(0, structured.unflatten(params))
+      with self.assertRaisesRegex(IndexError, r'layers, got index=-1'):
+        writer.layer(-1, source.layer(0))
+      write_backwards(writer, source)
+      with self.assertRaisesRegex(ValueError, r'layers\.1\..* was written before'):
+        writer.layer(1, source.layer(1))
+    with self.assertRaisesRegex(ValueError, 'not open'):
+      writer.layer(1, source.layer(1))
+
+  def test_settings_that_are_refused(self):
+    source = self.open('llama-tiny-sliced-head-0.25')
+    dtypes = source.dtypes()
+    del dtypes['layers.1/mlp/up/kernel']
+    mixed = self.open('phi3-tiny-dense')
+    for of, changes, match in (
+      (source, {'dtypes': dtypes}, r'layers\.1/mlp/up/kernel: its dtype is missing'),
+      (
+        mixed,
+        {'dtypes': mixed.dtypes() | {'layers.0/mlp/up/kernel': np.float32}},
+        'gate_up_proj.weight: .* several dtypes',
+      ),
+      (source, {'shard_size': 0}, 'shard_size must be positive'),
+      (source, {'shard_size': 9, 'format': 'slicegpt'}, 'shard_size .* slicegpt'),
+      (source, {'format': 'npz'}, "got 'npz'"),
+      (mixed, {'format': 'slicegpt'}, 'only a sliced model'),
+      (source, {'stem': None}, 'needs a stem'),
+      (source, {'stem': 'other'}, r'the file other\.json is missing'),
+      (source, {'files': source.files | {'../x': b''}}, 'not the name of a file'),
+      (
+        source,
+        {
+          'files': source.files | {'model.safetensors.index.json': b''},
+          'shard_size': 1000,
+        },
+        'index.json is the name of the weights and of another file',
+      ),
+    ):
+      with self.assertRaisesRegex(ValueError, match):
+        writer_of(of, self.target, **changes)
+    self.assert_nothing_is_left()
+
+
+class RowMajorTest(parameterized.TestCase):
+  @parameterized.product(
+    dtype=[np.float16, ml_dtypes.bfloat16, np.float32, np.float64, np.int8, np.bool_],
+    piece=[1, 10_000, 1 << 23],
+  )
+  def test_bytes(self, dtype, piece):
+    rng = np.random.default_rng(0)
+    x = rng.integers(0, 2 if dtype == np.bool_ else 100, (150, 130)).astype(dtype)
+    with absltest.mock.patch.object(lazy, '_PIECE', piece):
+      for array in (
+        x, x.T, x[::2, ::-1], x[:, 3:70].T, x[:0].T, x[:, :0], x[0], x[:, 0], x[3, 4],
+        x.reshape(15, 10, 130).swapaxes(0, 2), np.broadcast_to(x[0], (70, 130)),
+      ):  # fmt: skip
+        got = b''.join(bytes(part) for part in lazy.row_major(np.asarray(array)))
+        self.assertEqual(got, array.tobytes())
+
+
+if __name__ == '__main__':
+  absltest.main()

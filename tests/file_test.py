@@ -1,0 +1,391 @@
+"""Files that are written a unit at a time: shards, interrupted runs, damage."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import tempfile
+import textwrap
+import time
+
+from absl.testing import absltest
+from absl.testing import parameterized
+import jax
+import numpy as np
+import pytest
+
+import rotbits_jax
+from rotbits_jax import checkpoints
+from rotbits_jax import file
+from rotbits_jax import structured
+from rotbits_jax.file import writer
+
+ROOT = pathlib.Path(__file__).parents[1]
+TESTDATA = ROOT / 'tests' / 'testdata'
+NAME = 'opt-small-sliced-0.2'
+TINY = 'llama-tiny-sliced-head-0.25'
+
+
+def flat(tree):
+  return {
+    path: [np.asarray(x) for x in jax.tree.leaves(leaf)]
+    for path, leaf in structured.flatten(tree).items()
+  }
+
+
+def assert_same(actual, expected):
+  actual, expected = flat(actual), flat(expected)
+  assert actual.keys() == expected.keys()
+  for path, arrays in expected.items():
+    for a, b in zip(actual[path], arrays, strict=True):
+      assert a.dtype == b.dtype, path
+      assert a.tobytes() == b.tobytes(), path
+
+
+def streams(path):
+  """Each unit's bytes, and its entry in the manifest, of a file or of shards."""
+  with file.Reader(path) as reader:
+    return {
+      name: (own.stream(name).tobytes(), unit.to_json())
+      for name, (own, unit) in reader._units.items()
+    }
+
+
+class Base(parameterized.TestCase):
+  def setUp(self):
+    super().setUp()
+    self.folder = pathlib.Path(self.enterContext(tempfile.TemporaryDirectory()))
+    self.output = self.folder / 'model.rotbits'
+
+  def encode(self, name=NAME, **options):
+    options.setdefault('preset', 'exact')
+    rotbits_jax.encode_to_file(TESTDATA / name, self.output, **options)
+
+  def names(self):
+    return sorted(path.name for path in self.folder.iterdir())
+
+
+class ShardsTest(Base):
+  def test_shards_hold_the_streams_of_one_file(self):
+    self.encode()
+    whole = streams(self.output)
+    self.encode(shard_size=3_000_000)
+    self.assertNotIn('model.rotbits', self.names())
+    index = json.loads((self.folder / 'model.rotbits.index.json').read_text())
+    self.assertEqual(set(index['weight_map']), set(whole))
+    shards = sorted(set(index['weight_map'].values()))
+    self.assertGreater(len(shards), 2)
+    self.assertEqual(self.names(), sorted([*shards, 'model.rotbits.index.json']))
+    for i, shard in enumerate(shards, 1):
+      self.assertEqual(shard, f'model-{i:05}-of-{len(shards):05}.rotbits')
+    self.assertEqual(streams(self.output), whole)
+    total = sum((self.folder / shard).stat().st_size for shard in shards)
+    self.assertEqual(index['metadata']['total_size'], total)
+    report = rotbits_jax.inspect(self.output)
+    self.assertEqual(report.file_bytes, total)
+    saved = sum(source.bytes_saved for source in report.sources)
+    self.assertEqual(saved, report.input_bytes - report.file_bytes)
+
+  def test_shards_are_read_as_one_model(self):
+    expected = rotbits_jax.load_checkpoint(TESTDATA / NAME)
+    self.encode(shard_size=3_000_000)
+    for path in (self.output, self.folder / 'model.rotbits.index.json'):
+      decoded = rotbits_jax.decode_checkpoint(path)
+      assert_same(decoded.model.params, expected.model.params)
+      self.assertEqual(decoded.files, expected.files)
+    rotbits_jax.decode_to_directory(
+      self.output, self.folder / 'out', shard_size=4_000_000
+    )
+    again = rotbits_jax.load_checkpoint(self.folder / 'out')
+    assert_same(again.model.params, expected.model.params)
+
+  def test_one_file_replaces_shards_and_the_other_way_round(self):
+    self.encode(shard_size=3_000_000)
+    self.encode()
+    self.assertIn('model.rotbits', self.names())
+    self.assertNotIn('model.rotbits.index.json', self.names())
+
+  def test_a_missing_shard_is_named(self):
+    self.encode(shard_size=3_000_000)
+    next(self.folder.glob('model-00002-*')).unlink()
+    with self.assertRaisesRegex(file.ContainerError, 'model-00002.*missing'):
+      rotbits_jax.decode(self.output)
+
+  @parameterized.parameters(
+    '{}', '[', '{"weight_map": {"a": "../x"}}', '{"weight_map": {"a": 1}}',
+    '{"weight_map": {"a": "absent"}}',
+  )  # fmt: skip
+  def test_an_index_that_lies_is_refused(self, text):
+    (self.folder / 'model.rotbits.index.json').write_text(text)
+    with self.assertRaises(file.ContainerError):
+      rotbits_jax.decode(self.output)
+
+  def test_plan(self):
+    sizes = {'a': 5, 'b': 5, 'c': 20, 'd': 1}
+    plan = lambda size, least=1: [
+      shard.units
+      for shard in writer.plan_shards(pathlib.Path('x.y'), sizes, size, least)
+    ]
+    self.assertEqual(plan(None), [('a', 'b', 'c', 'd')])
+    self.assertEqual(plan(10), [('a', 'b'), ('c',), ('d',)])
+    self.assertEqual(plan(21), [('a', 'b'), ('c', 'd')])
+    self.assertEqual(plan(None, least=2), [('a', 'b'), ('c',), ('d',)])
+
+
+class ResumeTest(Base):
+  def interrupted(self, units, preset='free', **options):
+    """Encodes, and is interrupted before the unit of this number is coded."""
+    real, count = writer.encode_unit, [0]
+
+    def encode_unit(*args):
+      count[0] += 1
+      if count[0] > units:
+        raise KeyboardInterrupt
+      return real(*args)
+
+    stopped = absltest.mock.patch.object(writer, 'encode_unit', encode_unit)
+    with stopped, self.assertRaises(KeyboardInterrupt):
+      self.encode(preset=preset, **options)
+
+  def resumed(self, preset='free', **options):
+    """How many units a run encodes."""
+    with absltest.mock.patch.object(
+      writer, 'encode_unit', wraps=writer.encode_unit
+    ) as spy:
+      self.encode(preset=preset, **options)
+    return spy.call_count
+
+  @parameterized.parameters({}, {'shard_size': 2_000_000})
+  def test_the_bytes_are_those_of_a_run_in_one_go(self, **options):
+    self.encode(preset='free', **options)
+    expected = streams(self.output)
+    for path in self.folder.iterdir():
+      path.unlink()
+    self.interrupted(2, **options)
+    self.assertEqual(self.names(), ['.model.rotbits.partial'])
+    self.assertEqual(self.resumed(**options), len(expected) - 2)
+    self.assertEqual(streams(self.output), expected)
+    self.assertNotIn('.model.rotbits.partial', self.names())
+
+  def test_damage_in_what_was_kept_is_noticed(self):
+    self.interrupted(3)
+    (data,) = self.folder.glob('.*.partial/*/model.rotbits')
+    content = bytearray(data.read_bytes())
+    content[-1000] ^= 1  # in the third unit
+    data.write_bytes(content)
+    # Without its state, the gauge is found again from the source.
+    self.assertEqual(self.resumed(), 4)
+    self.assert_is_like_encoded_at_once()
+
+  def test_a_journal_that_ends_in_a_line_cut_short(self):
+    self.interrupted(3)
+    (journal,) = self.folder.glob('.*.partial/*/journal.jsonl')
+    journal.write_text(journal.read_text()[:-10])
+    self.assertEqual(self.resumed(), 4)
+    self.assert_is_like_encoded_at_once()
+
+  def test_other_settings_begin_anew(self):
+    self.interrupted(3)
+    self.assertEqual(self.resumed(tolerance=0.5), 6)
+
+  def test_errors_leave_nothing(self):
+    failing = absltest.mock.patch.object(
+      writer, 'encode_unit', side_effect=ValueError('x')
+    )
+    with failing, self.assertRaisesRegex(ValueError, 'x'):
+      self.encode()
+    self.assertEmpty(self.names())
+
+  def assert_is_like_encoded_at_once(self):
+    resumed = streams(self.output)
+    self.output.unlink()
+    self.encode(preset='free')
+    self.assertEqual(resumed, streams(self.output))
+
+  @pytest.mark.slow
+  def test_kill(self):
+    program = f"""
+      import rotbits_jax
+      from rotbits_jax.file import writer
+      import os, signal
+      real, count = writer.encode_unit, [0]
+      def encode_unit(*args):
+        count[0] += 1
+        if count[0] > 2:
+          os.kill(os.getpid(), signal.SIGKILL)
+        return real(*args)
+      writer.encode_unit = encode_unit
+      rotbits_jax.encode_to_file({str(TESTDATA / NAME)!r}, {str(self.output)!r})
+    """
+    done = subprocess.run(
+      [sys.executable, '-c', textwrap.dedent(program)], cwd=ROOT, check=False
+    )
+    self.assertEqual(done.returncode, -signal.SIGKILL)
+    self.assertEqual(self.resumed(), 4)
+    self.assert_is_like_encoded_at_once()
+
+
+class DevicesTest(Base):
+  def run_python(self, program, *, devices=1, wait=True):
+    flags = f'{os.environ.get("XLA_FLAGS", "")} '
+    flags += f'--xla_force_host_platform_device_count={devices}'
+    process = subprocess.Popen(
+      [sys.executable, '-c', textwrap.dedent(program)],
+      cwd=ROOT,
+      env=os.environ | {'XLA_FLAGS': flags, 'JAX_PLATFORMS': 'cpu'},
+      stderr=subprocess.PIPE,
+      text=True,
+    )
+    if wait:
+      self.finish(process)
+    return process
+
+  def finish(self, process):
+    _, errors = process.communicate(timeout=500)
+    self.assertEqual(process.returncode, 0, errors[-2000:])
+
+  @pytest.mark.slow
+  def test_eight_devices_write_the_bytes_of_one(self):
+    program = """
+      import jax, numpy as np, rotbits_jax
+      devices = jax.devices()
+      mesh = jax.sharding.Mesh(np.array(devices), ('layers',))
+      mesh = mesh if mesh.size > 1 else None
+      assert len(devices) == {devices}
+      rotbits_jax.encode_to_file({source!r}, {output!r}, preset='free', mesh=mesh)
+    """
+    written = []
+    for devices in (1, 8):
+      output = str(self.folder / f'{devices}.rotbits')
+      self.run_python(
+        program.format(devices=devices, source=str(TESTDATA / NAME), output=output),
+        devices=devices,
+      )
+      written.append(pathlib.Path(output).read_bytes())
+    self.assertEqual(*written)
+
+  @pytest.mark.slow
+  def test_two_processes_write_the_streams_of_one(self):
+    self.encode(preset='free')
+    expected = streams(self.output)
+    self.output.unlink()
+    program = """
+      import jax
+      jax.distributed.initialize('localhost:{port}', 2, {index})
+      import rotbits_jax
+      rotbits_jax.encode_to_file({source!r}, {output!r}, preset='free')
+    """
+    port = 20000 + os.getpid() % 20000
+    processes = [
+      self.run_python(
+        program.format(
+          port=port, index=i, source=str(TESTDATA / NAME), output=str(self.output)
+        ),
+        wait=False,
+      )
+      for i in range(2)
+    ]
+    for process in processes:
+      self.finish(process)
+    self.assertEqual(streams(self.output), expected)
+    self.assertGreaterEqual(len(list(self.folder.glob('model-*.rotbits'))), 2)
+
+  @pytest.mark.slow
+  def test_layers_go_where_a_sharding_says(self):
+    self.encode(preset='free')
+    program = """
+      import jax, numpy as np, rotbits_jax
+      from jax.sharding import NamedSharding, PartitionSpec as P
+      kinds = (jax.sharding.AxisType.{kind},)
+      mesh = jax.make_mesh((2,), ('layers',), axis_types=kinds)
+      spread, everywhere = NamedSharding(mesh, P('layers')), NamedSharding(mesh, P())
+      def place(path, shape):
+        layer = path.split('/')[0] not in ('embed', 'head')
+        return spread if layer and shape[0] % 2 == 0 else everywhere
+      model = rotbits_jax.load({path!r}, sharding=place)
+      kernel = model.params['blocks_1']['attention']['query']['kernel']
+      assert kernel.sharding.is_equivalent_to(spread, kernel.ndim), kernel.sharding
+      tokens = np.arange(6)[None]
+      plain = rotbits_jax.load({path!r})
+      expected = jax.jit(rotbits_jax.models.logits)(plain, tokens)
+      with jax.set_mesh(mesh):
+        actual = jax.jit(rotbits_jax.models.logits)(
+          jax.device_put(model, everywhere), tokens)
+      np.testing.assert_allclose(np.asarray(actual), np.asarray(expected), atol=1e-4)
+    """
+    for kind in ('Auto', 'Explicit'):
+      self.run_python(program.format(path=str(self.output), kind=kind), devices=2)
+
+
+class ReaderTest(Base):
+  def test_a_checkpoint_on_disk_is_written_a_layer_at_a_time(self):
+    for preset in ('exact', 'free'):
+      self.encode(preset=preset)
+      whole = rotbits_jax.decode_checkpoint(self.output)
+      out = self.folder / preset
+      rotbits_jax.decode_to_directory(self.output, out)
+      expected = self.folder / f'{preset}-whole'
+      checkpoints.save_checkpoint(whole, expected)
+      for path in expected.iterdir():
+        self.assertEqual((out / path.name).read_bytes(), path.read_bytes())
+
+  def test_every_field_of_the_manifest_is_checked(self):
+    data = rotbits_jax.encode(
+      rotbits_jax.open_checkpoint(TESTDATA / TINY), preset='free'
+    )
+    with file.Reader(data) as reader:
+      manifest = json.loads(reader.manifests[0].to_bytes())
+    unit = manifest['units'][0]
+    start = time.monotonic()
+    for place in (manifest, unit, *unit['leaves'][:3], unit['leaves'][-1]):
+      for name in list(place):
+        old = place[name]
+        for new in (None, -1, 2**62, True, 'x', [], {}, [[]], {'x': 1}, 1e300):
+          if new == old and type(new) is type(old):
+            continue
+          place[name] = new
+          try:
+            rotbits_jax.decode(self.repacked(data, manifest))
+          except file.ContainerError:
+            pass
+          else:
+            if name == 'config' and new is None:
+              continue  # a PyTree of arrays
+            # Only what decoding does not need may be anything.
+            self.assertIn(
+              name,
+              (
+                'preset',
+                'options',
+                'stem',
+                'order_bits',
+                'savings',
+                'input',
+                'files',
+                'expanded',
+                'names',
+              ),
+            )
+        place[name] = old
+    self.assertLess(time.monotonic() - start, 120)
+
+  def repacked(self, data, manifest):
+    """The file with another manifest and its checksum."""
+    import io
+
+    from rotbits_jax.file import container
+
+    reader = container.StreamReader(data)
+    names = [name for name in reader.names() if name != container.MANIFEST]
+    out = io.BytesIO()
+    writer_ = container.StreamWriter(out, names)
+    for name in names:
+      writer_.append(name, [reader.stream(name)])
+    writer_.finish(json.dumps(manifest).encode())
+    return out.getvalue()
+
+
+if __name__ == '__main__':
+  absltest.main()

@@ -1,0 +1,273 @@
+"""What the axes of parameters stand for: a table of each family, and the symmetries."""
+
+import dataclasses
+import math
+
+from absl.testing import absltest
+from absl.testing import parameterized
+import jax
+import numpy as np
+import random_models
+
+from rotbits_jax import checkpoints
+from rotbits_jax import models
+from rotbits_jax import structured
+from rotbits_jax.models import layout
+
+LLAMA = {
+  'model_type': 'llama',
+  'hidden_size': 24,
+  'intermediate_size': 20,
+  'num_hidden_layers': 2,
+  'num_attention_heads': 4,
+  'num_key_value_heads': 2,
+  'vocab_size': 31,
+  'max_position_embeddings': 32,
+  'rope_theta': 50.0,
+}
+OPT = {
+  'model_type': 'opt',
+  'hidden_size': 24,
+  'ffn_dim': 20,
+  'num_hidden_layers': 2,
+  'num_attention_heads': 4,
+  'vocab_size': 31,
+  'max_position_embeddings': 20,
+  'word_embed_proj_dim': 24,
+}
+PHI = LLAMA | {'model_type': 'phi', 'partial_rotary_factor': 2 / 3}
+LLAMA = LLAMA | {'rms_norm_eps': 1e-3}
+CONFIGS = {
+  'llama': LLAMA,
+  'llama_tied': LLAMA | {'tie_word_embeddings': True},
+  'phi3': LLAMA | {'model_type': 'phi3', 'sliding_window': 5},
+  'qwen2': LLAMA | {'model_type': 'qwen2'},
+  'opt': OPT,
+  'phi': PHI,
+}
+
+
+def _config(name, *, sliced=False):
+  config = checkpoints.parse_config(CONFIGS[name], None)
+  if not sliced:
+    return config
+  widths = (18,) * (len(config.segment_widths) - 1) + (24,)
+  return config.sliced_to(widths)
+
+
+# ---- the table: kernels, biases and norms of a layer ---------------------------------
+
+ROTARY_ATTENTION = {
+  'attention/query/kernel': (0, 'query'),
+  'attention/key/kernel': (0, 'key'),
+  'attention/value/kernel': (0, 'key'),
+  'attention/out/kernel': ('query', 1),
+}
+QKV_BIASES = {
+  'attention/query/bias': ('query',),
+  'attention/key/bias': ('key',),
+  'attention/value/bias': ('key',),
+}
+GATED_MLP = {
+  'mlp/gate/kernel': (1, 'neuron'),
+  'mlp/up/kernel': (1, 'neuron'),
+  'mlp/down/kernel': ('neuron', -1),
+}
+RMS_NORMS = {'attention_norm/scale': ('norm',), 'mlp_norm/scale': ('norm',)}
+SHORTCUTS = {'attention_shortcut/kernel': (0, 1), 'mlp_shortcut/kernel': (1, -1)}
+LLAMA_LAYER = ROTARY_ATTENTION | GATED_MLP
+OPT_LAYER = (
+  ROTARY_ATTENTION
+  | QKV_BIASES
+  | {
+    'attention/out/bias': (1,),
+    'mlp/up/kernel': (1, 'neuron'),
+    'mlp/up/bias': ('neuron',),
+    'mlp/down/kernel': ('neuron', -1),
+    'mlp/down/bias': (-1,),
+  }
+)
+# Attention and MLP read one segment and write the next.
+PHI_LAYER = OPT_LAYER | {
+  'attention/out/kernel': ('query', -1),
+  'attention/out/bias': (-1,),
+  'mlp/up/kernel': (0, 'neuron'),
+}
+EMBED, HEAD = {'embed/tokens': ('vocabulary', 0)}, {'head/kernel': (-1, 'vocabulary')}
+NORM_BIASES = {'attention_norm/bias': ('norm',), 'mlp_norm/bias': ('norm',)}
+FINAL = {'final_norm/scale': ('norm',)}
+
+TABLE = (
+  ('llama', False, LLAMA_LAYER | RMS_NORMS, EMBED | FINAL | HEAD),
+  ('llama', True, LLAMA_LAYER | SHORTCUTS, EMBED | HEAD),
+  ('llama_tied', False, LLAMA_LAYER | RMS_NORMS, EMBED | FINAL),
+  ('llama_tied', True, LLAMA_LAYER | SHORTCUTS, EMBED | HEAD),
+  ('phi3', False, LLAMA_LAYER | RMS_NORMS, EMBED | FINAL | HEAD),
+  ('phi3', True, LLAMA_LAYER | SHORTCUTS, EMBED | HEAD),
+  ('qwen2', False, LLAMA_LAYER | QKV_BIASES | RMS_NORMS, EMBED | FINAL | HEAD),
+  (
+    'opt',
+    False,
+    OPT_LAYER | RMS_NORMS | NORM_BIASES,
+    EMBED | FINAL | {'embed/positions': ('position', 0), 'final_norm/bias': ('norm',)},
+  ),
+  (
+    'opt',
+    True,
+    OPT_LAYER | SHORTCUTS,
+    EMBED | HEAD | {'embed/positions': ('position', 0), 'head/bias': ('vocabulary',)},
+  ),
+  (
+    'phi',
+    False,
+    PHI_LAYER | {'attention_norm/scale': ('norm',), 'attention_norm/bias': ('norm',)},
+    EMBED | FINAL | HEAD | {'final_norm/bias': ('norm',), 'head/bias': ('vocabulary',)},
+  ),
+  (
+    'phi',
+    True,
+    PHI_LAYER | {'attention_shortcut/kernel': (0, -1)},
+    EMBED | HEAD | {'head/bias': ('vocabulary',)},
+  ),
+)
+
+S = layout.Symmetries
+EVERY = S(segments=True, values=True, queries=True, neurons=True)
+SYMMETRIES = {
+  ('llama', False): EVERY._replace(segments=False, stream=True),
+  ('llama', True): EVERY,
+  ('llama_tied', False): EVERY._replace(segments=False),
+  ('llama_tied', True): EVERY,
+  ('phi3', False): EVERY._replace(segments=False, stream=True),
+  ('phi3', True): EVERY,
+  ('qwen2', False): EVERY._replace(segments=False, stream=True),
+  ('opt', False): EVERY._replace(segments=False, key_bias=True),
+  ('opt', True): EVERY._replace(key_bias=True),
+  ('phi', False): EVERY._replace(segments=False),
+  ('phi', True): EVERY,
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _NewConfig(models.ModelConfig):
+  """A config with a switch that nobody has looked at."""
+
+  logit_softcap: float = 0.0
+
+
+class LayoutTest(parameterized.TestCase):
+  @parameterized.parameters(*TABLE)
+  def test_axes_are_those_of_the_table(self, name, sliced, layer, outer):
+    config = _config(name, sliced=sliced)
+    self.assertEqual(layout.layer_axes(config), layer)
+    self.assertEqual(layout.outer_axes(config), outer)
+
+  @parameterized.parameters(*TABLE)
+  def test_every_parameter_has_axes_of_these_sizes(self, name, sliced, layer, outer):
+    config = _config(name, sliced=sliced)
+    sizes = {
+      'query': 24,
+      'key': config.num_kv_heads * 6,
+      'neuron': 20,
+      'vocabulary': 31,
+      'position': 22,
+      'norm': 24,
+    }
+    numbers = 0
+    for axes, shapes, widths in (
+      (layer, models.layer_shapes(config, 1), config.layer_widths(1)),
+      (outer, models.outer_shapes(config), config.segment_widths),
+    ):
+      expected = {
+        path: tuple(widths[x] if isinstance(x, int) else sizes[x] for x in own)
+        for path, own in axes.items()
+      }
+      self.assertEqual(structured.flatten(shapes), expected)
+      numbers += sum(map(math.prod, expected.values()))
+    first = structured.flatten(models.layer_shapes(config, 0))
+    numbers += sum(map(math.prod, first.values()))
+    self.assertEqual(models.count_numbers(config), numbers)
+
+  @parameterized.parameters(*TABLE)
+  def test_linear_layers_read_and_write_as_their_kernels_say(
+    self, name, sliced, layer, outer
+  ):
+    del outer
+    config = _config(name, sliced=sliced)
+    linears = layout.linears(config)
+    kernels = {
+      path.removesuffix('/kernel'): axes
+      for path, axes in layer.items()
+      if path.endswith('/kernel') and 'shortcut' not in path
+    }
+    self.assertEqual(linears.keys(), kernels.keys())
+    for path, (reads, writes) in linears.items():
+      first, last = kernels[path]
+      self.assertEqual(reads, None if isinstance(first, str) else first)
+      self.assertEqual(writes, None if isinstance(last, str) else last)
+      # None reads what it writes.
+      self.assertEqual((reads is None) + (writes is None), 1)
+
+  @parameterized.parameters(*TABLE)
+  def test_neurons_are_where_the_table_has_them(self, name, sliced, layer, outer):
+    del outer
+    config = _config(name, sliced=sliced)
+    expected = {
+      path: axes.index('neuron') for path, axes in layer.items() if 'neuron' in axes
+    }
+    self.assertEqual(layout.neuron_axes(config), expected)
+    self.assertEqual(expected['mlp/up/kernel'], 1)
+    self.assertEqual(expected['mlp/down/kernel'], 0)
+
+  def test_parallel_blocks_read_one_norm(self):
+    for name, norm in (('llama', 'mlp_norm'), ('phi', 'attention_norm')):
+      config = _config(name)
+      self.assertEqual(layout.norm_of(config, 'attention'), 'attention_norm')
+      self.assertEqual(layout.norm_of(config, 'mlp'), norm)
+
+
+class SymmetriesTest(parameterized.TestCase):
+  @parameterized.parameters(*SYMMETRIES)
+  def test_symmetries_are_those_of_the_table(self, name, sliced):
+    config = _config(name, sliced=sliced)
+    self.assertEqual(layout.symmetries(config), SYMMETRIES[name, sliced])
+
+  @parameterized.parameters(*SYMMETRIES)
+  def test_a_config_with_a_field_that_is_not_known_has_none(self, name, sliced):
+    config = _config(name, sliced=sliced)
+    fields = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
+    self.assertEqual(layout.symmetries(_NewConfig(**fields)), layout.Symmetries())
+    self.assertFalse(any(layout.symmetries(_NewConfig(**fields))))
+
+  def test_a_norm_or_an_activation_that_is_not_known_has_none(self):
+    config = _config('llama')
+    other = dataclasses.replace(config, norm='groupnorm')
+    self.assertFalse(any(layout.symmetries(other)))
+    other = dataclasses.replace(config, activation='softmax')
+    self.assertEqual(
+      layout.symmetries(other), layout.symmetries(config)._replace(neurons=False)
+    )
+
+  @parameterized.parameters('llama', 'opt', 'phi', 'qwen2')
+  def test_the_order_of_neurons_does_not_matter(self, name):
+    config_json = CONFIGS[name]
+    model = random_models.random_model(config_json)
+    rng = np.random.default_rng(0)
+    layers = []
+    for layer in model.layers():
+      flat, order = structured.flatten(layer), rng.permutation(20)
+      for path, axis in layout.neuron_axes(model.config).items():
+        flat[path] = np.take(flat[path], order, axis)
+      layers.append(structured.unflatten(flat))
+    permuted = models.from_layers(model.config, model.outer(), layers)
+    moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), model, permuted)
+    self.assertGreater(max(jax.tree.leaves(moved)), 0.1)
+    np.testing.assert_allclose(
+      random_models.reference_logits(config_json, permuted),
+      random_models.reference_logits(config_json, model),
+      atol=1e-9,
+    )
+
+
+if __name__ == '__main__':
+  absltest.main()

@@ -1,0 +1,344 @@
+"""The message of the preset `paper` is streamed, and nothing malformed gets through."""
+
+import copy
+import functools
+import os
+import pathlib
+import tempfile
+from unittest import mock
+
+from absl.testing import absltest
+from absl.testing import parameterized
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rotbits_jax.coding import rans
+from rotbits_jax.coding.bits_back import haar
+from rotbits_jax.coding.bits_back import numbers
+from rotbits_jax.coding.bits_back import word_stack
+from rotbits_jax.presets import paper
+from tests import codec_checks
+from tests import paper_test
+from tests import random_models
+
+WIDTHS = [14, 14, 14, 14, 14]
+
+
+def _words(count, seed=0):
+  rng = np.random.default_rng(seed)
+  return rng.integers(0, 1 << 16, count).astype(np.uint16)
+
+
+@functools.cache
+def _encoded(entropy=False):
+  """A model, and what became of it."""
+  model = random_models.sliced_llama(WIDTHS, np.float16)
+  return model, *paper_test.encode(model, paper.Options(entropy=entropy))
+
+
+class WordStackTest(parameterized.TestCase):
+  @parameterized.parameters(0, 1, 7, 100)
+  def test_spills_what_is_not_kept_in_order(self, keep):
+    rng = np.random.default_rng(keep)
+    spilled = []
+    stack = word_stack.WordStack(spill=lambda x: spilled.append(np.array(x)))
+    # All in memory.
+    whole = word_stack.WordStack()
+    for seed in range(40):
+      words = _words(int(rng.integers(0, 20)), seed)
+      for each in (stack, whole):
+        each.push(words)
+      stack.settle(keep)
+      self.assertLessEqual(stack.size, keep)
+      count = int(rng.integers(0, stack.size + 1))
+      np.testing.assert_array_equal(stack.pop(count), whole.pop(count))
+    stack.settle(0)
+    np.testing.assert_array_equal(np.concatenate(spilled), whole.pop(whole.size))
+
+  def test_reads_a_memory_map_from_its_end(self):
+    words = _words(50000)
+    with tempfile.TemporaryDirectory() as directory:
+      path = pathlib.Path(directory) / 'words'
+      path.write_bytes(b'head' + words.tobytes())
+      mapped = np.memmap(path, np.uint16, 'r', offset=4)
+      stack = word_stack.WordStack(mapped)
+      stack.push(words[:10])
+      np.testing.assert_array_equal(stack.pop(10), words[:10])
+      for start, stop in ((40000, 50000), (39999, 40000), (1, 39999), (0, 1)):
+        taken = stack.pop(stop - start)
+        np.testing.assert_array_equal(taken, words[start:stop])
+        self.assertNotIsInstance(taken, np.memmap)
+      self.assertEqual(stack.size, 0)
+
+  def test_positions_are_beyond_32_bits(self):
+    with tempfile.TemporaryDirectory() as directory:
+      path = pathlib.Path(directory) / 'words'
+      path.touch()
+      os.truncate(path, (3 << 32) + 6)  # takes no space
+      with path.open('r+b') as file:
+        file.seek(-6, os.SEEK_END)
+        file.write(_words(3).tobytes())
+      stack = word_stack.WordStack(np.memmap(path, np.uint16, 'r'))
+      self.assertEqual(stack.size, (3 << 31) + 3)
+      np.testing.assert_array_equal(stack.pop(3), _words(3))
+      np.testing.assert_array_equal(stack.pop(2), [0, 0])
+      self.assertEqual(stack.size, (3 << 31) - 2)
+
+  def test_blocks_are_popped_by_their_length(self):
+    stack = word_stack.WordStack()
+    blocks = [_words(count, count) for count in (3, 0, 70000)]
+    for block in blocks:
+      stack.push_block(block)
+    for block in blocks[::-1]:
+      np.testing.assert_array_equal(stack.pop_block(), block)
+    for words in ([], [1], [4, 0], [0, 1]):
+      short = word_stack.WordStack(np.array(words, np.uint16))
+      with self.assertRaisesRegex(ValueError, 'ran dry'):
+        short.pop_block()
+
+  @parameterized.parameters(1, 8)
+  def test_a_window_gives_back_what_it_took(self, lanes):
+    words, codec = _words(400 * lanes), haar.codec(9, 9)
+    stack = word_stack.WordStack(words)
+    window = word_stack.refill(None, stack, 60, lanes, 200)
+    window, first = jax.jit(codec.pop)(window)
+    popped = window
+    window = word_stack.refill(window, stack, 60, lanes, 200)
+    window, second = jax.jit(codec.pop)(window)
+    rans.check(window)
+    self.assertEqual(stack.size, (400 - 121) * lanes)
+
+    window = jax.jit(codec.push)(window, second)
+    window = word_stack.drain(window, stack, 60, last=False)
+    codec_checks.assert_same_message(window, popped)
+    window = jax.jit(codec.push)(window, first)
+    word_stack.drain(window, stack, 60, last=True)
+    np.testing.assert_array_equal(stack.pop(stack.size), words)
+
+  def test_a_window_that_holds_something_else_is_refused(self):
+    stack = word_stack.WordStack(_words(400))
+    window = word_stack.refill(None, stack, 10, 4, 20)
+    with self.assertRaisesRegex(ValueError, 'window'):
+      word_stack.drain(window, stack, 11, last=False)
+    with self.assertRaisesRegex(ValueError, 'window'):
+      word_stack.drain(window, stack, 9, last=True)
+    full = window._replace(state=window.state + jnp.uint32(1 << 16))
+    with self.assertRaisesRegex(ValueError, 'window'):
+      word_stack.drain(full, stack, 10, last=True)
+    size = stack.size
+    with self.assertRaisesRegex(ValueError, 'do not fit'):
+      word_stack.refill(window, stack, 11, 4, 20)
+    self.assertEqual(stack.size, size)
+
+
+class NumbersTest(parameterized.TestCase):
+  @parameterized.product(
+    dtype=['float16', 'bfloat16', 'float32'],
+    shape=[(0,), (1,), (3, 5), (50, 60)],
+    entropy=[False, True],
+  )
+  def test_come_back(self, dtype, shape, entropy):
+    rng = np.random.default_rng(0)
+    array = rng.standard_normal(shape).astype(jnp.dtype(dtype))
+    stack = word_stack.WordStack()
+    stack.push(_words(5))
+    # More blocks than one.
+    with mock.patch.object(numbers, '_MAX_STEPS', 16):
+      table = numbers.push(stack, array, entropy=entropy)
+      popped = numbers.pop(stack, dtype, shape, table)
+    self.assertEqual((popped.dtype, popped.shape), (array.dtype, shape))
+    self.assertEqual(popped.tobytes(), array.tobytes())
+    np.testing.assert_array_equal(stack.pop(stack.size), _words(5))
+
+  def test_uniform_words_are_pushed_as_rans_pushes_them(self):
+    """A stack of words is a message: its last row is the low half of the states."""
+    lanes, rows = 4, _words(20).reshape(5, 4)
+    message = rans.stacked(jnp.asarray(rows[:2]), 8)
+    for row in rows[2:]:
+      start = jnp.asarray(row, jnp.uint32)
+      message = rans.push(message, start, jnp.ones(lanes, jnp.uint32), 16)
+    codec_checks.assert_same_message(message, rans.stacked(jnp.asarray(rows), 8))
+
+  def test_integers_are_refused(self):
+    with self.assertRaisesRegex(ValueError, 'only floats'):
+      numbers.push(word_stack.WordStack(), np.zeros(3, np.int16), entropy=False)
+
+
+class StreamTest(parameterized.TestCase):
+  @parameterized.parameters(False, True)
+  def test_words_do_not_depend_on_how_many_are_kept(self, entropy):
+    model, encoded, message = _encoded(entropy)
+    settle, calls = word_stack.WordStack.settle, []
+
+    def settle_late(stack, keep):
+      calls.append(keep)
+      settle(stack, 1 << 40 if keep else 0)
+
+    with mock.patch.object(word_stack.WordStack, 'settle', settle_late):
+      again, words = paper_test.encode(model, paper.Options(entropy=entropy))
+    self.assertGreater(len(calls), 10)
+    self.assertEqual(encoded.layout, again.layout)
+    np.testing.assert_array_equal(message, words)
+
+  def test_holds_a_part_of_the_message_only(self):
+    model, _, message = _encoded()
+    held, spilled = [], []
+    push = word_stack.WordStack.push
+
+    def watched(stack, words):
+      push(stack, words)
+      held.append(stack.size)
+
+    with mock.patch.object(word_stack.WordStack, 'push', watched):
+      paper.encode(model, paper.Options(), lambda x: spilled.append(x.size))
+    self.assertEqual(sum(spilled), message.size)
+    self.assertGreater(len(spilled), 5)
+    self.assertLess(max(held), message.size / 2)
+
+  def test_asks_for_a_few_layers_at_a_time_in_order(self):
+    model, encoded, message = _encoded()
+    asked = []
+
+    class Source:
+      config = model.config
+      outer = staticmethod(model.outer)
+
+      def layer(self, index):
+        asked.append(index)
+        return model.layer(index)
+
+    again, words = paper_test.encode(Source(), paper.Options())
+    self.assertEqual(again.layout, encoded.layout)
+    np.testing.assert_array_equal(words, message)
+    self.assertEqual(asked, [0, 1, 0, 1])  # shapes first
+
+  def test_last_segment_comes_first(self):
+    model, encoded, message = _encoded()
+    decoded = iter(
+      paper.decode(
+        encoded.layout, message, encoded.corrections, encoded.tables, model.config
+      )
+    )
+    order = [path for path, _ in decoded]
+    self.assertIn('head/kernel', order[:3])
+    self.assertEqual(order[-1], 'embed/tokens')
+    self.assertLen(set(order), len(order))
+
+
+class MalformedTest(parameterized.TestCase):
+  def _assert_refused(self, *, entropy=False, at_once=False, **changed):
+    model, encoded, message = _encoded(entropy)
+    given = {
+      'layout': encoded.layout,
+      'message': message,
+      'corrections': encoded.corrections,
+      'tables': encoded.tables,
+      'config': model.config,
+    }
+    if at_once:
+      with self.assertRaises(ValueError):
+        paper.decode(**given | changed)
+    else:
+      with self.assertRaises(ValueError):
+        list(paper.decode(**given | changed))
+
+  @parameterized.named_parameters(
+    ('no_object', lambda layout: [layout]),
+    ('field_missing', lambda layout: {k: layout[k] for k in layout if k != 'rows'}),
+    ('field_unknown', lambda layout: layout | {'more': 1}),
+    ('options_none', lambda layout: layout | {'options': None}),
+    ('canonicaliser', lambda layout: _with(layout, 'options', 'canonicaliser', 'lu')),
+    ('codec', lambda layout: _with(layout, 'options', 'rotation_codec', ['haar'])),
+    ('threshold', lambda layout: _with(layout, 'options', 'threshold', 1.0)),
+    ('entropy', lambda layout: _with(layout, 'options', 'entropy', 2)),
+    ('lanes_zero', lambda layout: layout | {'lanes': 0}),
+    ('lanes_odd', lambda layout: layout | {'lanes': 3}),
+    ('lanes_many', lambda layout: layout | {'lanes': 1 << 40}),
+    ('lanes_float', lambda layout: layout | {'lanes': 1.0}),
+    ('fixed_negative', lambda layout: layout | {'fixed': -1}),
+    ('fixed_many', lambda layout: layout | {'fixed': 15}),
+    ('window_true', lambda layout: layout | {'window': True}),
+    ('window_many', lambda layout: layout | {'window': 1 << 50}),
+    ('window_less', lambda layout: layout | {'window': layout['window'] - 1}),
+    ('rows_few', lambda layout: layout | {'rows': layout['rows'][1:]}),
+    ('rows_text', lambda layout: layout | {'rows': ['1', *layout['rows'][1:]]}),
+    ('rows_negative', lambda layout: layout | {'rows': [-1, *layout['rows'][1:]]}),
+    ('rows_more', lambda layout: layout | {'rows': _plus_one(layout['rows'])}),
+    ('rows_none', lambda layout: layout | {'rows': [None] * 5}),
+    ('arrays_list', lambda layout: layout | {'arrays': []}),
+    ('array_missing', lambda layout: layout | {'arrays': _without_one(layout)}),
+    ('array_none', lambda layout: _with(layout, 'arrays', 'head/kernel', None)),
+    ('dtype', lambda layout: _with(layout, 'arrays', 'head/kernel', ['int16', 0])),
+    ('dtype_list', lambda layout: _with(layout, 'arrays', 'head/kernel', [[], 0])),
+    ('wider', lambda layout: _with(layout, 'arrays', 'head/kernel', ['float32', 0])),
+    ('digest', lambda layout: _with(layout, 'arrays', 'head/kernel', ['float16', -1])),
+  )
+  def test_layouts_are_refused_before_anything_is_decoded(self, change):
+    _, encoded, _ = _encoded()
+    layout = change(copy.deepcopy(encoded.layout))
+    self._assert_refused(layout=layout, at_once=True)
+
+  def test_other_configs_are_refused(self):
+    other = random_models.sliced_llama([14, 14, 14, 14, 13], np.float16).config
+    self._assert_refused(config=other, at_once=True)
+    dense = paper_test._load('llama-tiny-dense').config
+    self._assert_refused(config=dense, at_once=True)
+
+  def test_wrong_digests_name_the_array(self):
+    model, encoded, message = _encoded()
+    layout = _with(encoded.layout, 'arrays', 'layers.1/mlp/up/kernel', ['float16', 1])
+    with self.assertRaisesRegex(ValueError, r'layers\.1/mlp/up/kernel: decoded'):
+      list(
+        paper.decode(layout, message, encoded.corrections, encoded.tables, model.config)
+      )
+
+  @parameterized.parameters(False, True)
+  def test_streams_of_another_length_are_refused(self, entropy):
+    _, encoded, message = _encoded(entropy)
+    for words in (message[1:], message[:-1], message[:0], np.append(message, message)):
+      self._assert_refused(entropy=entropy, message=words)
+    for words in (encoded.corrections[1:], encoded.corrections[:-3], message[:0]):
+      self._assert_refused(entropy=entropy, corrections=words)
+    for stream in (encoded.tables[:-1], encoded.tables[:0]):
+      self._assert_refused(entropy=entropy, tables=stream, at_once=True)
+    self._assert_refused(entropy=entropy, message=message.view(np.uint8), at_once=True)
+
+
+@pytest.mark.slow
+class DamageTest(parameterized.TestCase):
+  @parameterized.parameters(False, True)
+  def test_damaged_words_give_the_arrays_or_a_value_error(self, entropy):
+    model, encoded, message = _encoded(entropy)
+    harmless = 0
+    streams = {'message': message, 'corrections': encoded.corrections}
+    for name, words in streams.items():
+      for place in np.linspace(0, words.size - 1, 40).astype(int):
+        damaged = words.copy()
+        damaged[place] ^= 1 << place % 16
+        given = streams | {name: damaged}
+        try:
+          decoded = paper.decode(
+            encoded.layout, tables=encoded.tables, config=model.config, **given
+          )
+          harmless += bool(list(decoded))
+        except ValueError:
+          pass
+    self.assertLess(harmless, 3)  # a word may only pad
+
+
+def _with(layout, field, key, value):
+  return layout | {field: layout[field] | {key: value}}
+
+
+def _plus_one(rows):
+  return [x if i else x + 1 for i, x in enumerate(rows)]
+
+
+def _without_one(layout):
+  return {k: x for k, x in layout['arrays'].items() if k != 'head/kernel'}
+
+
+if __name__ == '__main__':
+  absltest.main()

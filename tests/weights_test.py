@@ -1,0 +1,608 @@
+"""Units of arrays come back bit for bit, in about as many bytes as their entropy."""
+
+import base64
+import concurrent.futures
+import copy
+import json
+import math
+import tempfile
+import tracemalloc
+from unittest import mock
+import zlib
+
+from absl.testing import absltest
+from absl.testing import parameterized
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+
+from rotbits_jax.coding import tables
+from rotbits_jax.coding import weights
+from rotbits_jax.coding.weights import blocks
+from rotbits_jax.coding.weights import floats
+from rotbits_jax.coding.weights import pool
+
+DTYPES = (np.float16, ml_dtypes.bfloat16, np.float32)
+INTEGERS = (np.int8, np.uint8, np.int16, np.uint16)
+
+
+def _normal(shape, dtype, seed=0, scale=0.05):
+  return (np.random.default_rng(seed).standard_normal(shape) * scale).astype(dtype)
+
+
+def _assert_same_bits(actual, expected):
+  assert actual.dtype == expected.dtype
+  assert actual.shape == expected.shape
+  assert actual.tobytes() == expected.tobytes()
+
+
+def _through_json(spec):
+  return weights.UnitSpec.from_json(json.loads(json.dumps(spec.to_json())))
+
+
+def _round_trip(given):
+  """Encodes, checks what must hold, and returns the length of the stream."""
+  encoded = weights.encode(given)
+  assert _through_json(encoded.spec) == encoded.spec
+  assert encoded.data.dtype == np.uint8
+  assert encoded.data.shape == (encoded.spec.nbytes,)
+  assert encoded.order_bits == 0
+  decoded = weights.decode(encoded.spec, encoded.data)
+  for other in (decoded, encoded.arrays):
+    for actual, expected in zip(other, given, strict=True):
+      _assert_same_bits(actual, np.asarray(expected))
+  return encoded.data.size
+
+
+def _modelled(values):
+  """The entropy of the symbols of floats, in bytes, and the bytes of their rests."""
+  layout = floats.LAYOUTS[values.dtype]
+  symbols = np.asarray(floats.split(jnp.asarray(values.reshape(-1)))[0])
+  entropy = tables.entropy_bits(np.bincount(symbols)) / 8
+  return entropy, values.size * layout.rest_bits / 8
+
+
+class UnitsTest(parameterized.TestCase):
+  @parameterized.parameters(*DTYPES)
+  def test_many_shapes_in_one_unit(self, dtype):
+    shapes = [(100, 300), (7,), (0, 3), (), (1, 1), (5000,), (2, 3, 4)]
+    _round_trip([_normal(shape, dtype, i) for i, shape in enumerate(shapes)])
+
+  @parameterized.parameters(*DTYPES)
+  def test_special_numbers(self, dtype):
+    values = _normal(20_000, np.float32)
+    values[:6] = [np.nan, np.inf, -np.inf, -0.0, 1e-8, 6e4]
+    _round_trip([values.astype(dtype), values.reshape(50, -1).astype(dtype)])
+
+  @parameterized.parameters(*DTYPES)
+  def test_every_bit_pattern(self, dtype):
+    width = np.dtype(dtype).itemsize
+    bits = np.arange(1 << 16).astype(f'u{width}') << 8 * (width - 2)
+    _round_trip([np.concatenate([bits, np.zeros_like(bits)]).view(dtype)])
+
+  @parameterized.parameters(*DTYPES, *INTEGERS)
+  def test_any_order_in_memory(self, dtype):
+    values = _normal((90, 110), dtype, scale=25)
+    _round_trip(
+      [
+        *(
+          values.T,
+          values[::2, 3:],
+          values[:, ::-1],
+          np.broadcast_to(values[0], (9, 110)),
+        ),
+        values.reshape(9, 10, 110).transpose(2, 0, 1),
+        values.astype(np.float64).T,
+      ]
+    )
+
+  def test_other_dtypes_are_kept_as_they_are(self):
+    given = [np.arange(50), np.array([True, False]), np.zeros(3), np.int8([1, -1])]
+    self.assertEqual(_round_trip(given), sum(x.nbytes for x in given))
+    with self.assertRaisesRegex(ValueError, 'complex64'):
+      weights.encode([np.zeros(3, np.complex64)])
+
+  def test_all_dtypes_in_one_unit(self):
+    given = [_normal((60, 100), dtype) for dtype in DTYPES]
+    given += [_normal((60, 100), dtype, scale=20) for dtype in (np.int8, np.int16)]
+    given += [np.arange(9), _normal((60, 100), np.uint8, scale=0) + np.uint8(3)]
+    _round_trip(given)
+
+  def test_nothing_at_all(self):
+    self.assertEqual(_round_trip([]), 0)
+    self.assertEqual(_round_trip([np.zeros((0, 3), np.float16)]), 0)
+
+  def test_several_blocks_of_several_arrays(self):
+    # A small capacity, since large arrays take long without XLA's optimisations.
+    with mock.patch.object(blocks, 'CAPACITY', 3000):
+      given = [_normal((70, 100), np.float16), _normal((31, 41), np.float16, 1)]
+      given += [np.repeat(np.float16([2, 3]), 1500)]
+      encoded = weights.encode(given)
+      self.assertLen(encoded.spec.groups[0].nbytes, 3)
+      _round_trip(given)
+
+  @parameterized.parameters(*DTYPES)
+  def test_modelled_part_is_within_03_percent_of_its_entropy(self, dtype):
+    values = _normal(500_000, dtype)
+    entropy, rest = _modelled(values)
+    self.assertLess(_round_trip([values]) - rest, 1.003 * entropy)
+
+  @parameterized.parameters(*DTYPES)
+  def test_noise_and_tiny_tensors_cost_no_more_than_they_hold(self, dtype):
+    width = np.dtype(dtype).itemsize
+    noise = np.random.default_rng(0).integers(0, 256, 50_000 * width).astype(np.uint8)
+    self.assertEqual(_round_trip([noise.view(dtype)]), noise.size)
+    self.assertLessEqual(_round_trip([_normal(10, dtype)]), 10 * width)
+
+  def test_numbers_widened_from_a_shorter_format_cost_what_they_did(self):
+    narrow = _normal(100_000, np.float16)
+    size, wide = _round_trip([narrow]), _round_trip([narrow.astype('f4')])
+    self.assertLess(wide, 1.01 * size)
+
+  def test_constant_arrays_cost_almost_nothing(self):
+    for value in (0, 1, -3):
+      self.assertLess(_round_trip([np.full(100_000, value, np.float16)]), 13_000)
+    self.assertLess(_round_trip([np.zeros(100_000, np.float16)]), 300)
+
+  def test_a_lane_far_longer_than_the_others(self):
+    # Every other column is constant, so that half of the lanes stay empty.
+    values = _normal((4096, 64), np.float16)
+    values[:, ::2] = 0
+    _round_trip([values])
+
+
+class DecodeTest(parameterized.TestCase):
+  def _encoded(self):
+    given = [_normal((70, 90), np.float16), np.arange(7), _normal(9000, np.float32)]
+    return weights.encode(given)
+
+  def test_into_given_arrays(self):
+    encoded = self._encoded()
+    stacks = [np.zeros((3, *x.shape), x.dtype) for x in encoded.arrays]
+    out = [stack[1] for stack in stacks]
+    decoded = weights.decode(encoded.spec, encoded.data, out=out)
+    for stack, actual, expected in zip(stacks, decoded, encoded.arrays, strict=True):
+      self.assertTrue(np.shares_memory(actual, stack))
+      _assert_same_bits(stack[1], expected)
+      self.assertFalse(stack[::2].any())
+
+  def test_wrong_arrays_are_refused(self):
+    encoded = self._encoded()
+    good = [np.zeros_like(x) for x in encoded.arrays]
+    frozen = np.zeros_like(good[1])
+    frozen.flags.writeable = False
+    for wrong in (
+      good[:2],
+      [good[0].T.copy(), *good[1:]],
+      [np.empty((90, 70), np.float16).T, *good[1:]],
+      [good[0].astype(np.int16), *good[1:]],
+      [good[0], frozen, good[2]],
+    ):
+      with self.assertRaises(ValueError):
+        weights.decode(encoded.spec, encoded.data, out=wrong)
+
+  def test_from_memory_of_any_kind(self):
+    encoded = self._encoded()
+    directory = tempfile.TemporaryDirectory()
+    self.addCleanup(directory.cleanup)
+    path = f'{directory.name}/stream'
+    shifted = np.concatenate([np.zeros(1, np.uint8), encoded.data])
+    shifted.tofile(path)
+    mapped = np.memmap(path, np.uint8, 'r', offset=1)
+    for data in (memoryview(encoded.data.tobytes()), shifted[1:], mapped):
+      decoded = weights.decode(encoded.spec, data)
+      for actual, expected in zip(decoded, encoded.arrays, strict=True):
+        _assert_same_bits(actual, expected)
+        self.assertFalse(np.shares_memory(actual, np.asarray(data)))
+        self.assertTrue(actual.flags.writeable)
+
+  def test_threads_do_not_matter(self):
+    given, axes = _mlp(40, 300)
+    streams = set()
+    for count in (1, 2, 5):
+      with (
+        mock.patch.object(pool, 'threads', lambda count=count: count),
+        mock.patch.object(pool, '_pools', []),
+        mock.patch.object(blocks, 'CAPACITY', 4000),
+      ):
+        encoded = weights.encode(given, exchangeable=axes)
+        streams.add((encoded.data.tobytes(), encoded.spec))
+        weights.decode(encoded.spec, encoded.data)
+    self.assertLen(streams, 1)
+
+  def test_units_side_by_side(self):
+    units = [weights.encode([_normal((40, 200), np.float16, i)] * 3) for i in range(4)]
+    with concurrent.futures.ThreadPoolExecutor(4) as callers:
+      results = callers.map(lambda x: weights.decode(x.spec, x.data), units * 4)
+      for unit, decoded in zip(units * 4, results, strict=True):
+        for actual, expected in zip(decoded, unit.arrays, strict=True):
+          _assert_same_bits(actual, expected)
+
+
+class ScalesTest(parameterized.TestCase):
+  """Lines that differ in scale cost what they do one by one."""
+
+  def _one_scale(self, shape, dtype):
+    """Bytes of as many normal numbers of one scale, averaged over scales."""
+    sizes = [
+      _round_trip([_normal(shape, dtype, i, 0.05 * 2 ** (i / 4))]) for i in range(4)
+    ]
+    return np.mean(sizes)
+
+  @parameterized.product(dtype=DTYPES, axis=[0, 1])
+  def test_rows_or_columns_of_different_scale(self, dtype, axis):
+    shape = (200, 500) if axis == 0 else (500, 200)
+    values = _normal(shape, np.float32)
+    octaves = np.random.default_rng(1).standard_normal(200)
+    values *= np.expand_dims(2**octaves, 1 - axis).astype(np.float32)
+    size = _round_trip([values.astype(dtype)])
+    # 200 labels of less than 8 bits, a few tables, and what labels in steps lose.
+    self.assertLess(size, self._one_scale(shape, dtype) + 200 + 400)
+    # An own table for all numbers would cost 0.2 bits a number more.
+    one_table = sum(_modelled(values.astype(dtype)))
+    self.assertGreater(one_table - size, 0.1 / 8 * 100_000)
+
+  @parameterized.parameters(np.float16, np.float32)
+  def test_rows_and_columns_of_different_scale(self, dtype):
+    rng = np.random.default_rng(1)
+    octaves = rng.standard_normal((200, 1)) + rng.standard_normal(500)
+    values = (_normal((200, 500), np.float32) * 2**octaves).astype(dtype)
+    self.assertLess(
+      _round_trip([values]), self._one_scale((200, 500), dtype) + 700 + 600
+    )
+
+  def test_arrays_of_one_scale_share_a_table(self):
+    encoded = weights.encode([_normal((40, 50), np.float16, i) for i in range(50)])
+    self.assertLess(sum(x.nbytes for x in encoded.spec.layouts), 100)
+
+  def test_rows_of_zeros_cost_nothing(self):
+    values = _normal((1000, 200), np.float16)
+    dense = _round_trip([values[:500]])
+    values[1::2] = 0
+    rests = 500 * 200
+    self.assertLess(_round_trip([values]) - rests, dense + 300)
+
+  def test_other_distributions_have_tables_of_their_own(self):
+    values = np.random.default_rng(0).integers(1, 9, (200, 500)).astype(np.float16)
+    self.assertLess(_round_trip([values]), 1.01 * 3 / 8 * values.size + 300)
+
+  def test_heavy_tails_cost_no_more_than_with_one_table(self):
+    values = np.random.default_rng(0).standard_t(2, (200, 500)).astype(np.float32)
+    self.assertLess(_round_trip([values]), 1.002 * sum(_modelled(values)) + 500)
+
+  @parameterized.parameters(300, 1100)
+  def test_more_tables_than_a_byte_counts(self, count):
+    # Beyond `contexts.MAX_TABLES`, arrays are stored as they are.
+    rng = np.random.default_rng(0)
+    given = [rng.permutation(256)[:4][rng.integers(0, 4, 300)] for _ in range(count)]
+    size = _round_trip([x.astype(np.uint8) for x in given])
+    coded = min(count, 1000)
+    self.assertLess(size, coded * (300 / 4 + 30) + (count - coded) * 300 + 300)
+
+
+class IntegersTest(parameterized.TestCase):
+  def _entropy(self, values):
+    _, counts = np.unique(values, return_counts=True)
+    return tables.entropy_bits(counts) / 8
+
+  @parameterized.parameters((np.int8, 0.8), *((dtype, 25) for dtype in INTEGERS))
+  def test_come_near_their_entropy(self, dtype, deviation):
+    centre = 120 if np.dtype(dtype).kind == 'u' else 0
+    values = np.round(_normal((200, 500), float, scale=deviation) + centre)
+    values = values.astype(dtype)
+    self.assertLess(_round_trip([values]), 1.005 * self._entropy(values) + 250)
+
+  def test_weights_with_structural_zeros(self):
+    values = np.round(_normal((200, 500), float, scale=25)).astype(np.int8)
+    values[np.random.default_rng(1).random(values.shape) < 0.6] = 0
+    self.assertLess(_round_trip([values]), 1.005 * self._entropy(values) + 250)
+
+  def test_columns_of_different_scale(self):
+    values = _normal((500, 200), float, scale=2.0 ** np.linspace(1, 5, 200))
+    values = np.round(values).astype(np.int8)
+    entropy = sum(self._entropy(values[:, i]) for i in range(200))
+    # The entropies of 500 numbers each are too small: by half a bit a symbol, about.
+    self.assertLess(_round_trip([values]), 1.02 * entropy + 500)
+
+  @parameterized.parameters(np.int16, np.uint16)
+  def test_wide_ones_leave_noise_aside(self, dtype):
+    values = _normal((200, 500), float, scale=2000)
+    values = np.abs(values) if dtype == np.uint16 else values
+    ideal = math.log2(2000 * math.sqrt(2 * math.pi * math.e)) / 8 * values.size
+    ideal -= values.size / 8 if dtype == np.uint16 else 0
+    self.assertLess(_round_trip([np.round(values).astype(dtype)]), 1.005 * ideal + 500)
+
+  @parameterized.parameters(*INTEGERS)
+  def test_noise_and_few_numbers_cost_no_more_than_they_hold(self, dtype):
+    info = np.iinfo(dtype)
+    noise = np.random.default_rng(0).integers(info.min, info.max + 1, 50_000)
+    self.assertEqual(_round_trip([noise.astype(dtype)]), 50_000 * info.bits // 8)
+    few = np.array([info.min, info.max, 0, 1], dtype)
+    self.assertEqual(_round_trip([few]), few.nbytes)
+
+  @parameterized.parameters(*INTEGERS)
+  def test_extremes(self, dtype):
+    values = np.zeros((50, 80), dtype)
+    values[3, 4:6] = np.iinfo(dtype).min, np.iinfo(dtype).max
+    size = _round_trip([values])
+    self.assertLess(size, 300 + 4000 * (np.iinfo(dtype).bits - 8) // 32)
+
+  def test_rare_outliers_are_rare_symbols(self):
+    values = np.round(_normal((200, 500), float, scale=2)).astype(np.int16)
+    values[::50, 7] = 8000
+    self.assertLess(_round_trip([values]), 1.005 * self._entropy(values) + 250)
+
+
+def _mlp(width, neurons, dtype=np.float16, bias=None, seed=0):
+  """Arrays of an MLP after another, and the axes of its neurons."""
+  given = [
+    _normal((200, 200), dtype, seed),
+    _normal((width, neurons), dtype, seed + 1),
+    _normal((neurons,), bias or dtype, seed + 2),
+    _normal((neurons, width), dtype, seed + 3),
+  ]
+  return given, {1: 1, 2: 0, 3: 0}
+
+
+class NeuronsTest(parameterized.TestCase):
+  """The order of an MLP's neurons is free in a unit of arrays, exactly."""
+
+  def _neurons(self, given, axes):
+    rows = [np.moveaxis(given[i], axis, 0) for i, axis in axes.items()]
+    count = len(rows[0])
+    return [b''.join(row[i].tobytes() for row in rows) for i in range(count)]
+
+  def _encode(self, given, axes):
+    """Checks what must hold, and returns the result."""
+    encoded = weights.encode(given, exchangeable=axes)
+    self.assertEqual(_through_json(encoded.spec), encoded.spec)
+    decoded = weights.decode(encoded.spec, encoded.data)
+    for i, (actual, stored) in enumerate(zip(decoded, encoded.arrays, strict=True)):
+      _assert_same_bits(actual, stored)
+      if i not in axes:
+        _assert_same_bits(actual, given[i])
+    before, after = (self._neurons(x, axes) for x in (given, decoded))
+    self.assertCountEqual(before, after)
+    if encoded.spec.order:
+      self.assertEqual(encoded.spec.order.axes, tuple(sorted(axes.items())))
+      self.assertNotEqual(before, after)
+    else:
+      self.assertEqual(encoded.order_bits, 0)
+      self.assertEqual(before, after)
+    return encoded
+
+  def _saved_bits(self, given, encoded):
+    """What the stream is shorter than without an order."""
+    return 8 * (weights.encode(given).data.size - encoded.data.size)
+
+  @parameterized.parameters(np.float16, ml_dtypes.bfloat16, np.float32, np.int8)
+  def test_saves_the_logarithm_of_the_factorial(self, dtype):
+    given, axes = _mlp(64, 500, np.float32, bias=np.float32)
+    scale = 400 if dtype == np.int8 else 1
+    given = [(x * scale).astype(dtype) for x in given]
+    encoded = self._encode(given, axes)
+    ideal = math.lgamma(501) / math.log(2)
+    self.assertAlmostEqual(encoded.order_bits / ideal, 1, delta=0.005)
+    # Arrays in two groups take about 20 bytes more.
+    self.assertAlmostEqual(self._saved_bits(given, encoded) / ideal, 1, delta=0.06)
+
+  def test_equal_neurons_are_told_apart_by_nothing(self):
+    given, axes = _mlp(64, 500)
+    for i, axis in axes.items():
+      lines = np.moveaxis(given[i], axis, 0)
+      lines[:100] = lines[0]
+      lines[200:220] = lines[200]
+    encoded = self._encode(given, axes)
+    self.assertEqual(encoded.spec.order.distinct, 500 - 99 - 19)
+    ideal = math.lgamma(383) / math.log(2)
+    self.assertAlmostEqual(encoded.order_bits / ideal, 1, delta=0.005)
+
+  def test_all_neurons_equal(self):
+    given, axes = _mlp(64, 500)
+    given = [np.zeros_like(x) if i in axes else x for i, x in enumerate(given)]
+    encoded = self._encode(given, axes)
+    self.assertIsNone(encoded.spec.order)
+
+  def test_neurons_of_different_scale_and_dtype(self):
+    given, axes = _mlp(64, 500, bias=np.float32)
+    octaves = np.random.default_rng(5).standard_normal(500)
+    given[1] = (given[1] * 2**octaves).astype(np.float16)
+    given[3] = (given[3] * 2 ** octaves[:, None]).astype(np.float16)
+    encoded = self._encode(given, axes)
+    saved = self._saved_bits(given, encoded) * math.log(2) / math.lgamma(501)
+    self.assertAlmostEqual(saved, 1, delta=0.1)
+
+  def test_axes_in_the_middle(self):
+    given = [_normal((200, 200), np.float16), _normal((4, 500, 3), np.float16, 1)]
+    given += [_normal((5, 500, 4), np.int64, 2, scale=1e6)]
+    self._encode(given, {1: 1, 2: 1})
+
+  def test_noise_of_several_blocks_and_arrays(self):
+    given, axes = _mlp(4, 5000)
+    given = [*given, np.arange(9), _normal((90, 90), np.float32)]
+    with mock.patch.object(blocks, 'CAPACITY', 3000):
+      encoded = self._encode(given, axes)
+    self.assertGreater(encoded.spec.order.noise, 2 * 3000)
+
+  def test_is_left_out_where_it_cannot_be(self):
+    given, axes = _mlp(64, 500)
+    cases = (
+      (given, {1: 1, 3: 1}),  # 500 neurons and 64
+      ([given[0], given[1][:, :1], given[2][:1], given[3][:1]], axes),
+      ([given[0][0, :9], *given[1:]], axes),  # too few bits to choose an order by
+      ([np.zeros((0, 3)), *given[1:]], axes),
+      (given, {}),
+      ([np.arange(6), np.arange(4), np.arange(4)], {1: 0, 2: 0}),  # saves a byte
+      ([given[0], np.zeros((0, 5)), np.zeros((5, 0))], {1: 1, 2: 0}),
+    )
+    for others, wrong in cases:
+      encoded = weights.encode(others, exchangeable=wrong)
+      self.assertIsNone(encoded.spec.order)
+      self.assertEqual(encoded.order_bits, 0)
+      decoded = weights.decode(encoded.spec, encoded.data)
+      for actual, expected in zip(decoded, others, strict=True):
+        _assert_same_bits(actual, expected)
+
+  def test_axes_that_are_none_are_refused(self):
+    given, _ = _mlp(20, 30)
+    for wrong in ({9: 0}, {-1: 0}, {1: 2}, {2: -1}):
+      with self.assertRaisesRegex(ValueError, 'no axis'):
+        weights.encode(given, exchangeable=wrong)
+
+
+class DamageTest(parameterized.TestCase):
+  """A stranger's file is right, or a ValueError, and never takes much memory."""
+
+  @classmethod
+  def setUpClass(cls):
+    super().setUpClass()
+    given, axes = _mlp(30, 60)
+    given[0][:5] = 0
+    given[0] = (given[0] * 2 ** np.linspace(0, 4, 200)[:, None]).astype(np.float16)
+    given += [np.ones(300, np.float16), _normal((50, 40), np.float32), np.arange(5)]
+    given += [np.round(_normal((40, 40), float, scale=9)).astype(np.int8)]
+    encoded = weights.encode(given, exchangeable=axes)
+    cls.value = json.loads(json.dumps(encoded.spec.to_json()))
+    cls.data = encoded.data
+    cls.expected = [x.tobytes() for x in encoded.arrays]
+    cls.order = encoded.spec.order
+
+  def _check(self, value, data):
+    """Whether it is refused; if not, its arrays must be right."""
+    try:
+      decoded = weights.decode(weights.UnitSpec.from_json(value), data)
+    except ValueError:
+      return True
+    self.assertEqual([x.tobytes() for x in decoded], self.expected)
+    return False
+
+  def test_flipped_bits(self):
+    self.assertIsNotNone(self.order)
+    rng = np.random.default_rng(0)
+    head = sum(size for *_, size in self.value['layouts'])
+    positions = [*rng.permutation(head)[:150], *rng.integers(head, self.data.size, 100)]
+    refused = 0
+    for position in positions:
+      damaged = self.data.copy()
+      damaged[position] ^= 1 << rng.integers(0, 8)
+      refused += self._check(self.value, damaged)
+    # Some bits at the ends of streams mean nothing.
+    self.assertGreater(refused, 0.97 * len(positions))
+
+  def test_missing_bytes(self):
+    for size in (0, 1, self.data.size // 2, self.data.size - 1):
+      with self.assertRaisesRegex(ValueError, 'stream'):
+        weights.decode(weights.UnitSpec.from_json(self.value), self.data[:size])
+    longer = np.append(self.data, np.uint8(0))
+    for wrong in (longer, self.data[None], self.data.view(np.int8), self.data > 0):
+      with self.assertRaisesRegex(ValueError, 'stream'):
+        weights.decode(weights.UnitSpec.from_json(self.value), wrong)
+
+  def test_other_numbers_under_right_sizes(self):
+    for data in (np.zeros_like(self.data), ~self.data, self.data[::-1].copy()):
+      self.assertTrue(self._check(self.value, data))
+
+  def test_a_checksum_names_its_array(self):
+    for i, array in enumerate(self.value['arrays']):
+      value = copy.deepcopy(self.value)
+      value['arrays'][i][3] = array[3] ^ 1
+      with self.assertRaisesRegex(ValueError, f'array {i} '):
+        weights.decode(weights.UnitSpec.from_json(value), self.data)
+
+  def _paths(self, value, path=()):
+    yield path
+    items = value.items() if isinstance(value, dict) else enumerate(value)
+    for key, part in items:
+      if isinstance(part, list | dict):
+        yield from self._paths(part, (*path, key))
+      else:
+        yield (*path, key)
+
+  def _changed(self, path, new):
+    value = copy.deepcopy(self.value)
+    if not path:
+      return new
+    part = value
+    for key in path[:-1]:
+      part = part[key]
+    part[path[-1]] = new
+    return value
+
+  def test_every_field_changed(self):
+    tracemalloc.start()
+    self.addCleanup(tracemalloc.stop)
+    paths = list(self._paths(self.value))
+    self.assertGreater(len(paths), 80)
+    accepted = []
+    for path in paths:
+      old = self.value
+      for key in path:
+        old = old[key]
+      others = [-1, 0, 1, 1 << 20, 1 << 33, 1 << 62, 1 << 70, 1.5, True, None, 'x']
+      others += ['float64', [], {}, [[]], [0] * 5, [1 << 40]]
+      if isinstance(old, list):
+        others += [old[:-1], old + old[-1:], [None, *old]]
+      elif type(old) is int:
+        others += [old + 1, old - 1]
+      for new in others:
+        if new == old and type(new) is type(old):
+          continue
+        if not self._check(self._changed(path, new), self.data):
+          accepted.append((path, new))
+    # int64 and float64 are as wide.
+    self.assertEqual(accepted, [(('arrays', 6, 0), 'float64')])
+    self.assertLess(tracemalloc.get_traced_memory()[1], 30e6)
+
+  def test_huge_arrays_are_refused_before_they_are_allocated(self):
+    for array in (
+      ['float16', [1 << 20, 1 << 20], 0, 0],
+      ['float64', [1 << 40], None, 0],
+      ['float64', [0, 1 << 70], None, 0],
+      ['float64', [1] * 65, None, 0],
+    ):
+      value = {
+        'arrays': [array],
+        'layouts': [['float', 8, 20]] if array[2] == 0 else [],
+        'groups': [[1, 10, [20]]] if array[2] == 0 else [],
+        'order': None,
+      }
+      with self.assertRaises(ValueError):
+        weights.decode(weights.UnitSpec.from_json(value), np.zeros(40, np.uint8))
+
+
+class FormatTest(parameterized.TestCase):
+  def test_golden_unit(self):
+    """It was written once and must be read forever, or the format's version changes."""
+    i = np.arange(1200)
+    exchanged = (i * i % 1009 % 5 * (i % 7 < 3)).astype(np.int8).reshape(20, 60)
+    powers = np.where(i * i % 7 > 2, -1, 1) * 2.0 ** (i // 30 % 4 - i % 3)
+    powers = powers.astype(np.float16).reshape(40, 30)
+    spec = weights.UnitSpec.from_json(json.loads(GOLDEN_SPEC))
+    data = np.frombuffer(base64.b85decode(GOLDEN_STREAM), np.uint8)
+    decoded = weights.decode(spec, data)
+    _assert_same_bits(decoded[1], powers)
+    self.assertCountEqual(decoded[0].T.tolist(), exchanged.T.tolist())
+    self.assertEqual(zlib.crc32(decoded[0].tobytes()), GOLDEN_CRC)
+    self.assertEqual(spec.order.axes, ((0, 1),))
+
+
+GOLDEN_CRC = 2444520116
+GOLDEN_SPEC = (
+  '{"arrays":[["int8",[20,60],0,2444520116],["float16",[40,30],1,566126355]],"layou'
+  'ts":[["int",0,39],["float",1,66]],"groups":[[1,1200,[244]],[1,1200,[10]]],"order'
+  '":[[[0,1]],60]}'
+)
+GOLDEN_STREAM = (
+  'V_;xlU|;|MV*mhn+GF70VhCe+&5*zl%D|w_zzT#c46FblP69_`VfgT$k%5s@P?8ud$jOKY0RXG7udlCX'
+  '7zLwX6pR8|0RVW~%gA6TC}60lU}$Jy=;&aWFoA)A!2t~c0IXaGQLQ%t0CfNX0000ar@K`RY4tE4j}HC8'
+  'B-YnK`<MPR#ygsiEih1hS+gT8jloGme809|1WDh*Fqtss5T!1^K4)^YHKRn+qgDC&59c6^l`5!WtZGb+'
+  'mN!jFJopo#W;<Aq{SI1n5=c5AbQOP~XqUy7u@k{1?-n9y7YyyyAWJx8iS*;+CImTNOPmWw+_?D^pJqsn'
+  'YweUc3`PhFhO}Rn%V6pIvdGsp4M5wzG%5Y;4Bnu5u4TJ+kH`2oeCJ~6hvBi&AM~;4v6g}%f13Pxg?Qau'
+  'y-~f$4)t(==4Q;PEBQIB;c-?VV*q~5xpdtVoB#j-000010001cix7!KB9TZW5{X12kw_#Gi9{liNF)-8'
+  'L?V$$Boc{4B9TZW5{X12kw_#Gi9{liNF)-8L?V$$Boc{4B9TZW5{X12kw_#Gi9{liNF)-8L?V$$Boc{4'
+  'B9TZW5{X12kw_#Gi9{liNF)-8L?V$$Boc`'
+)
+
+
+if __name__ == '__main__':
+  absltest.main()
