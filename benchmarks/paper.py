@@ -26,9 +26,9 @@ import numpy as np
 from benchmarks import synthetic
 from rotbits_jax import checkpoints
 from rotbits_jax import models
+from rotbits_jax import paper
 from rotbits_jax.cli import program
 from rotbits_jax.evaluation import published
-from rotbits_jax.presets import paper
 
 FLAGS = flags.FlagValues()
 _MODEL = flags.DEFINE_enum(

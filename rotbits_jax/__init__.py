@@ -52,7 +52,7 @@ _NAMES = {
   'save_checkpoint': 'checkpoints',
 }
 
-__all__ = sorted([*_MODULES, *_NAMES])  # noqa: PLE0605
+__all__ = sorted([*_MODULES, *_NAMES])
 __version__ = '0.1.0'
 
 

@@ -319,7 +319,7 @@ class _Job:
     self.context = symmetries.make_context(source, stored_as=stored_as, mesh=mesh)
     self.sizes = _input_sizes(self.context, self.buffers)
     if preset.message is not None:
-      from rotbits_jax.presets import paper  # its linear algebra is slow to import
+      from rotbits_jax import paper  # its linear algebra is slow to import
 
       paper.refuse(source, preset.message)
 
@@ -452,14 +452,14 @@ class _Job:
   def _write_message(
     self, writer: writer_lib.FileWriter, bar: progress_lib.Progress
   ) -> None:
-    from rotbits_jax.presets import paper  # its linear algebra is slow to import
+    from rotbits_jax import paper  # its linear algebra is slow to import
 
     name, corrections, tables = writer_lib.MESSAGE
-    bar.stage('rotating')
     encoded = paper.encode(
       self.context.source,
       self.preset.message,
       lambda words: writer.extend(name, words),
+      progress=bar.shown,
     )
     streams = [writer.close(name)]
     for other, data in ((corrections, encoded.corrections), (tables, encoded.tables)):

@@ -42,6 +42,11 @@ class Progress:
   def __exit__(self, *unused: object) -> None:
     self._bar.close()
 
+  @property
+  def shown(self) -> bool:
+    """Whether anything is shown."""
+    return self._show
+
   def stage(self, name: str) -> None:
     """Says what is being done now."""
     self._stage = name

@@ -14,11 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from rotbits_jax import paper
 from rotbits_jax.coding import rans
 from rotbits_jax.coding.bits_back import haar
 from rotbits_jax.coding.bits_back import numbers
 from rotbits_jax.coding.bits_back import word_stack
-from rotbits_jax.presets import paper
 from tests import codec_checks
 from tests import paper_test
 from tests import random_models

@@ -16,9 +16,9 @@ import random_models
 import rotbits_jax
 from rotbits_jax import checkpoints
 from rotbits_jax import models
+from rotbits_jax import paper
 from rotbits_jax import structured
 from rotbits_jax import symmetries
-from rotbits_jax.presets import paper
 
 TESTDATA = pathlib.Path(__file__).parent / 'testdata'
 TRAINED = 'opt-small-sliced-0.2'

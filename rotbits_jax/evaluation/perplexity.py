@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import tqdm
 
 from rotbits_jax import models
+from rotbits_jax.progress import track
 
 DEFAULT_WINDOW = 1024
 
@@ -152,9 +152,8 @@ def _compare(
   totals = {name: np.zeros(1 + len(references)) for name in compared}
   count = 0
   windows = list(_windows(tokens, min(window, len(tokens))))
-  for padded, length in tqdm.tqdm(
-    windows, desc='evaluating', unit='window', disable=None if progress else True
-  ):
+  tracked = track(windows, 'evaluate', 'window', total=len(windows), show=progress)
+  for padded, length in tracked:
     expected = {id(m): _predictions(by_id[id(m)], padded) for m in references.values()}
     for name, model in compared.items():
       # A model that is its own reference need not predict twice.

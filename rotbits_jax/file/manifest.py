@@ -224,7 +224,7 @@ class Message:
   """A whole model on one message of bits-back coding.
 
   Attributes:
-    layout: what the preset needs to decode it, see `presets.paper`.
+    layout: what the preset needs to decode it, see `rotbits_jax.paper`.
     streams: its parts.
     input_numbers: how many numbers the model had.
     input_bytes: how many bytes these took.

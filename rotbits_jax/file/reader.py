@@ -8,6 +8,7 @@ All that the manifest says is checked before anything is allocated.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+import dataclasses
 import itertools
 import os
 import pathlib
@@ -354,7 +355,7 @@ class Reader:
 
   def message_arrays(self, *, show_progress: bool) -> Iterator[tuple[str, np.ndarray]]:
     """The parameters of a model on one message, the last segment's first."""
-    from rotbits_jax.presets import paper  # its linear algebra is slow to import
+    from rotbits_jax import paper  # its linear algebra is slow to import
 
     file, own = self._files[0], self.manifests[0]
     message, config = own.message, own.config

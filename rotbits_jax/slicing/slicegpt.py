@@ -16,11 +16,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tqdm
 
 from rotbits_jax import checkpoints
 from rotbits_jax import models
 from rotbits_jax import structured
+from rotbits_jax.progress import track
 from rotbits_jax.slicing import calibration
 from rotbits_jax.slicing import norm_fusion
 
@@ -116,14 +116,9 @@ def slice_model(
   bases, layers = [next_basis()], []
   embeddings = {name: table @ bases[0].kept for name, table in embeddings.items()}
   outer = {'embed': _rounded(embeddings, dtype, 'embed')}
-  bar = tqdm.tqdm(
-    dense.layers(),
-    desc='slice',
-    unit='layer',
-    total=config.num_layers,
-    disable=None if progress else True,
-  )
-  for i, layer in enumerate(bar):
+  count = config.num_layers
+  tracked = track(dense.layers(), 'slice', 'layer', total=count, show=progress)
+  for i, layer in enumerate(tracked):
     fused = norm_fusion.fuse_layer(layer, dense.config)
     steps = [fused] if config.parallel_block else [{k: v} for k, v in fused.items()]
     for sublayers in steps:

@@ -55,7 +55,7 @@ class FactorPair(Structured):
   @classmethod
   @abc.abstractmethod
   def stored_rank(cls, shapes: dict[str, tuple[int, ...]]) -> int:
-    """r of an unstacked leaf, from the shapes of the arrays that it is stored as."""
+    """R of an unstacked leaf, from the shapes of the arrays that it is stored as."""
 
   @abc.abstractmethod
   def _padded(self, rank: int) -> Self:

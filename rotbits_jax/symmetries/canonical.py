@@ -23,15 +23,16 @@ Reference: N. J. Higham, Functions of Matrices, SIAM 2008, chapter 8.
 """
 
 from collections.abc import Callable
-import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from rotbits_jax.symmetries import products
+
 Canonicaliser = Callable[[jax.Array], tuple[jax.Array, jax.Array]]
 
-_matmul = functools.partial(jnp.matmul, precision='highest')
+_matmul = products.matmul
 
 
 def svd(w: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -50,10 +50,11 @@ import numpy as np
 from rotbits_jax import models
 from rotbits_jax import structured
 from rotbits_jax.symmetries import canonical
+from rotbits_jax.symmetries import products
 from rotbits_jax.symmetries import rotations as rotations_lib
 from rotbits_jax.symmetries import transform
 
-_matmul = functools.partial(jnp.matmul, precision='highest')
+_matmul = products.matmul
 
 # The relative error, in roundoffs, up to which a low-rank form is accurate enough.
 # Rounding a dense matrix costs 0.4; SliceGPT's own shortcuts in this form 0.6.

@@ -12,7 +12,6 @@ Reference: SliceGPT, arXiv 2401.15024, section 3.
 """
 
 import dataclasses
-import functools
 from typing import Any
 
 import jax
@@ -21,8 +20,9 @@ import numpy as np
 
 from rotbits_jax import models
 from rotbits_jax import structured
+from rotbits_jax.symmetries import products
 
-_matmul = functools.partial(jnp.matmul, precision='highest')
+_matmul = products.matmul
 
 
 def turn(

@@ -13,5 +13,5 @@ In the order of reading:
 
 `bits_back`, `permutation`, `haar`, `symmetric_eig` and `correction` make codecs (see
 `coding.codecs`) and can be used by themselves; the others are what a whole checkpoint
-needs on top (`presets.paper`).
+needs on top (`rotbits_jax.paper`).
 """

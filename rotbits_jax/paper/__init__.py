@@ -50,11 +50,11 @@ Reference: J. He, G. Flamich, J. M. Hernandez-Lobato, Getting Free Bits Back fro
 Rotational Symmetries in LLMs, arXiv 2410.01309, section 3.
 """
 
-from rotbits_jax.presets.paper.decoder import decode
-from rotbits_jax.presets.paper.encoder import Encoded
-from rotbits_jax.presets.paper.encoder import encode
-from rotbits_jax.presets.paper.encoder import refuse
-from rotbits_jax.presets.paper.options import Options
-from rotbits_jax.presets.paper.segments import Source
+from rotbits_jax.paper.decoder import decode
+from rotbits_jax.paper.encoder import Encoded
+from rotbits_jax.paper.encoder import encode
+from rotbits_jax.paper.encoder import refuse
+from rotbits_jax.paper.options import Options
+from rotbits_jax.paper.segments import Source
 
 __all__ = ['Encoded', 'Options', 'Source', 'decode', 'encode', 'refuse']

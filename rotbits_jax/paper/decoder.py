@@ -12,10 +12,10 @@ from rotbits_jax.coding import tables as tables_lib
 from rotbits_jax.coding.bits_back import correction as correction_lib
 from rotbits_jax.coding.bits_back import numbers
 from rotbits_jax.coding.bits_back import word_stack
-from rotbits_jax.presets.paper import layout as layout_lib
-from rotbits_jax.presets.paper import options as options_lib
-from rotbits_jax.presets.paper import rotations
-from rotbits_jax.presets.paper import segments
+from rotbits_jax.paper import layout as layout_lib
+from rotbits_jax.paper import options as options_lib
+from rotbits_jax.paper import rotations
+from rotbits_jax.paper import segments
 from rotbits_jax.progress import track
 
 

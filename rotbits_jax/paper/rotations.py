@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rotbits_jax.presets.paper import options as options_lib
-from rotbits_jax.presets.paper import segments
+from rotbits_jax.paper import options as options_lib
+from rotbits_jax.paper import segments
 from rotbits_jax.symmetries import canonical
 
 _SLAB = 8192  # rows or columns that are rotated at once

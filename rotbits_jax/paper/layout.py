@@ -8,8 +8,8 @@ import numpy as np
 
 from rotbits_jax import models
 from rotbits_jax.coding.weights import floats
-from rotbits_jax.presets.paper import options as options_lib
-from rotbits_jax.presets.paper import segments
+from rotbits_jax.paper import options as options_lib
+from rotbits_jax.paper import segments
 
 DTYPES = tuple(dtype.name for dtype in floats.LAYOUTS)
 ALPHABET = max(layout.alphabet for layout in floats.LAYOUTS.values())

@@ -93,7 +93,7 @@ def exact(*, transforms: tuple[symmetries.Transform, ...] = ()) -> Preset:
   )
 
 
-def paper_preset(
+def paper(
   *,
   canonicaliser: str = 'polar_shortcut',
   rotation_codec: str = 'haar',
@@ -119,7 +119,7 @@ def paper_preset(
   Raises:
     ValueError: if an option is unknown, or options do not go together.
   """
-  from rotbits_jax.presets.paper import Options  # its linear algebra is slow to import
+  from rotbits_jax.paper import Options  # its linear algebra is slow to import
 
   if transforms:
     raise ValueError("the preset 'paper' takes no transforms: it codes plain arrays")
@@ -158,7 +158,7 @@ CHOICES = {
 PRESETS: dict[str, Callable[..., Preset]] = {
   'free': free,
   'exact': exact,
-  'paper': paper_preset,
+  'paper': paper,
 }
 """The presets by name: factories that take options."""
 

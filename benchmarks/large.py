@@ -1,0 +1,120 @@
+"""Encodes and decodes checkpoints of published sizes, in processes of their own.
+
+  python -m benchmarks.large --model=llama-2-7b --slicing=0.25 --layers=4,8,16
+    [--presets=free,exact] [--checkpoint=DIR] [--work=DIR]
+
+A synthetic checkpoint (see benchmarks/synthetic.py) of each depth is encoded, inspected
+and decoded to a directory by the commands, as a user would. Printed are bytes, seconds
+by the clock and the peak resident size of each process; mapped pages of files count in
+it. The slope is seconds a layer between the least and the greatest depth. With
+`--checkpoint` a checkpoint that is there already is measured in place of those.
+"""
+
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from typing import NamedTuple
+
+from absl import flags
+
+import rotbits_jax
+from rotbits_jax.cli import program
+
+FLAGS = flags.FlagValues()
+_MODEL = flags.DEFINE_string('model', 'llama-2-7b', 'Whose shape.', flag_values=FLAGS)
+_SLICING = flags.DEFINE_float('slicing', 0.25, 'Sliced by this.', flag_values=FLAGS)
+_LAYERS = flags.DEFINE_list('layers', ['4', '8'], 'Depths.', flag_values=FLAGS)
+_PRESETS = flags.DEFINE_list(
+  'presets', ['free', 'exact'], 'What to encode with.', flag_values=FLAGS
+)
+_CHECKPOINT = flags.DEFINE_string(
+  'checkpoint', None, 'A checkpoint that is there already.', flag_values=FLAGS
+)
+_WORK = flags.DEFINE_string('work', None, 'Where files are written.', flag_values=FLAGS)
+
+
+class Run(NamedTuple):
+  """What one process took."""
+
+  seconds: float
+  peak: float  # GB
+
+
+def run(*args: str) -> Run:
+  """Runs a module of Python and waits for it."""
+  start = time.perf_counter()
+  process = subprocess.Popen([sys.executable, '-m', *args], stdout=subprocess.DEVNULL)
+  _, status, usage = os.wait4(process.pid, 0)
+  seconds = time.perf_counter() - start
+  if os.waitstatus_to_exitcode(status):
+    raise ValueError(f'{" ".join(args)} failed')
+  return Run(seconds, usage.ru_maxrss * _UNIT / 1e9)
+
+
+_UNIT = 1 if sys.platform == 'darwin' else 1024  # of ru_maxrss
+
+
+def measure(checkpoint: pathlib.Path, preset: str, work: pathlib.Path) -> list[Run]:
+  """Encodes, inspects and decodes; prints a line."""
+  source = rotbits_jax.open_checkpoint(checkpoint)
+  output, decoded = work / f'{preset}.rotbits', work / 'decoded'
+  runs = [
+    run(
+      'rotbits_jax.cli.encode',
+      f'--checkpoint={checkpoint}',
+      f'--output={output}',
+      f'--preset={preset}',
+    ),
+    run('rotbits_jax.cli.inspect', f'--input={output}'),
+    run('rotbits_jax.cli.decode', f'--input={output}', f'--output={decoded}'),
+  ]
+  size = output.stat().st_size
+  cells = ''.join(f'{x.seconds:10.1f}{x.peak:8.2f}' for x in runs)
+  layers = source.config.num_layers
+  print(
+    f'{preset:8}{layers:7}{source.nbytes:16,}{size:16,}{size / source.nbytes:8.4f}{cells}',
+    flush=True,
+  )
+  shutil.rmtree(decoded)
+  output.unlink()
+  return runs
+
+
+def main() -> None:
+  print(
+    f'{"preset":8}{"layers":>7}{"tensor bytes":>16}{"file":>16}{"ratio":>8}'
+    f'{"encode s":>10}{"GB":>8}{"inspect s":>10}{"GB":>8}{"decode s":>10}{"GB":>8}'
+  )
+  with tempfile.TemporaryDirectory(dir=_WORK.value) as folder:
+    work = pathlib.Path(folder)
+    if _CHECKPOINT.value is not None:
+      for preset in _PRESETS.value:
+        measure(pathlib.Path(_CHECKPOINT.value), preset, work)
+      return
+    depths = sorted(map(int, _LAYERS.value))
+    found: dict[tuple[str, int], list[Run]] = {}
+    for depth in depths:
+      checkpoint = work / 'checkpoint'
+      run(
+        'benchmarks.synthetic',
+        f'--model={_MODEL.value}',
+        f'--slicing={_SLICING.value}',
+        f'--layers={depth}',
+        f'--output={checkpoint}',
+      )
+      for preset in _PRESETS.value:
+        found[preset, depth] = measure(checkpoint, preset, work)
+      shutil.rmtree(checkpoint)
+  first, last = depths[0], depths[-1]
+  for preset in _PRESETS.value if last > first else []:
+    pairs = zip(found[preset, first], found[preset, last], strict=True)
+    encode, _, decode = ((b.seconds - a.seconds) / (last - first) for a, b in pairs)
+    print(f'{preset}: {encode:.1f} s a layer to encode, {decode:.2f} s to decode')
+
+
+if __name__ == '__main__':
+  sys.exit(program.run(main, FLAGS))
