@@ -75,10 +75,8 @@ def measure(checkpoint: pathlib.Path, preset: str, work: pathlib.Path) -> list[R
   size = output.stat().st_size
   cells = ''.join(f'{x.seconds:10.1f}{x.peak:8.2f}' for x in runs)
   layers = source.config.num_layers
-  print(
-    f'{preset:8}{layers:7}{source.nbytes:16,}{size:16,}{size / source.nbytes:8.4f}{cells}',
-    flush=True,
-  )
+  line = f'{preset:8}{layers:7}{source.nbytes:16,}{size:16,}'
+  print(f'{line}{size / source.nbytes:8.4f}{cells}', flush=True)
   shutil.rmtree(decoded)
   output.unlink()
   return runs

@@ -3,9 +3,8 @@
 In a Python session:
 
     import rotbits_jax
-    checkpoint = rotbits_jax.load_checkpoint('opt-small-sliced-0.2')
-    data = rotbits_jax.encode(checkpoint.model, files=checkpoint.files)
-    model = rotbits_jax.decode(data)
+    rotbits_jax.encode_to_file('opt-small-sliced-0.2', 'opt.rotbits')
+    model = rotbits_jax.load('opt.rotbits')
     logits = rotbits_jax.models.logits(model, tokens)
 
 Data flows one way: `checkpoints` (files to PyTrees), `models` (Flax forward passes),

@@ -22,8 +22,10 @@ from rotbits_jax.symmetries import biases
 from rotbits_jax.symmetries import canonical
 from rotbits_jax.symmetries import heads
 from rotbits_jax.symmetries import low_rank
+from rotbits_jax.symmetries import norms
 from rotbits_jax.symmetries import residual
 from rotbits_jax.symmetries import rotations
+from rotbits_jax.symmetries import shortcuts
 
 STACK = 8  # layers
 
@@ -102,9 +104,9 @@ def _values(rng):
 # A function, and its arguments from a generator; of every one, float32 arrays.
 FUNCTIONS = {
   'polar': (canonical.polar, lambda r: (_normal(r, 6, 8),)),
-  'lower_factor': (residual.lower_factor, lambda r: (_normal(r, 6, 5),)),
+  'lower_factor': (shortcuts.lower_factor, lambda r: (_normal(r, 6, 5),)),
   'gram_factor': (
-    residual.gram_factor,
+    shortcuts.gram_factor,
     lambda r: (_orthogonal(r, 6), _orthogonal(r, 6)[:, :3], np.float32([2, 1, 0])),
   ),
   'next_rotation': (
@@ -112,11 +114,11 @@ FUNCTIONS = {
     lambda r: (_orthogonal(r, 6), _orthogonal(r, 4), _orthogonal(r, 2)),
   ),
   'gram_form': (
-    functools.partial(residual.gram_form, k=3, j=1, form=np.float32),
+    functools.partial(shortcuts.gram_form, k=3, j=1, form=np.float32),
     lambda r: (_orthogonal(r, 6), _polar(r), np.int32(2), np.int32(1)),
   ),
   'triangle_form': (
-    functools.partial(residual.triangle_form, form=np.float32),
+    functools.partial(shortcuts.triangle_form, form=np.float32),
     lambda r: (_orthogonal(r, 6), _polar(r)),
   ),
   'range_used': (
@@ -124,7 +126,7 @@ FUNCTIONS = {
     lambda r: (_layer(r), dict.fromkeys(dict(AXES), np.float32(65504))),
   ),
   'fold_norm_scales': (
-    functools.partial(residual.fold_norm_scales, axes=AXES, norms=NORMS),
+    functools.partial(norms.fold_norm_scales, axes=AXES, norms=NORMS),
     lambda r: (_layer(r) | _norms(r),),
   ),
   'lower': (rotations.lower, lambda r: (_normal(r, 6, 3),)),

@@ -17,7 +17,9 @@ from rotbits_jax import models
 from rotbits_jax import structured
 from rotbits_jax import symmetries
 from rotbits_jax.symmetries import canonical
+from rotbits_jax.symmetries import norms
 from rotbits_jax.symmetries import residual
+from rotbits_jax.symmetries import shortcuts
 
 TESTDATA = pathlib.Path(__file__).parent / 'testdata'
 SLICED = (
@@ -96,7 +98,7 @@ class PureFunctionsTest(parameterized.TestCase):
     rotation = random_models.orthogonal(rng, 6)
     u = random_models.orthogonal(rng, 6)[:, :3]
     weights = np.array([0.0, 0.4, 0.9])
-    got = residual.gram_factor(*(jnp.float32(x) for x in (rotation, u, weights)))
+    got = shortcuts.gram_factor(*(jnp.float32(x) for x in (rotation, u, weights)))
     expected = rotation.T @ (u * weights) @ u.T @ rotation
     np.testing.assert_allclose(np.asarray(got @ got.T), expected, atol=1e-6)
     np.testing.assert_array_equal(np.triu(np.asarray(got), 1), 0)
@@ -111,16 +113,16 @@ class PureFunctionsTest(parameterized.TestCase):
     polar = canonical.Polar(jnp.float32(u), jnp.float32(values), jnp.eye(6))
     expected = rotation.T @ (u * values) @ u.T @ rotation
     arguments = jnp.float32(rotation), polar
-    grams = residual.gram_form(*arguments, less, more, k=k, j=j, form=np.float32)
+    grams = shortcuts.gram_form(*arguments, less, more, k=k, j=j, form=np.float32)
     b, c = (np.asarray(x) for x in grams.arrays)
     self.assertEqual((b.shape, c.shape), ((6, k), (6, j)))
     # Columns that only pad are zeros.
     np.testing.assert_allclose(b[:, less:], 0, atol=1e-6)
     np.testing.assert_allclose(c[:, more:], 0, atol=1e-6)
     np.testing.assert_allclose(np.eye(6) - b @ b.T + c @ c.T, expected, atol=1e-5)
-    (lower,) = residual.triangle_form(*arguments, form=np.float32).arrays
+    (lower,) = shortcuts.triangle_form(*arguments, form=np.float32).arrays
     np.testing.assert_allclose(lower, np.tril(expected), atol=1e-5)
-    halves = residual.triangle_form(*arguments, form=np.float16)
+    halves = shortcuts.triangle_form(*arguments, form=np.float16)
     rounded = np.float64(np.float16(halves.arrays[0]))
     off = rounded + np.tril(rounded, -1).T - expected
     error = np.linalg.norm(off) / np.linalg.norm(expected)
@@ -138,7 +140,7 @@ class PureFunctionsTest(parameterized.TestCase):
     rng = np.random.default_rng(0)
     for norm in ('attention_norm/scale', 'mlp_norm/scale'):
       layer[norm] = rng.uniform(0.5, 2, 128).astype(np.float32)
-    folded = residual.folded(model.config, layer)
+    folded = norms.folded(model.config, layer)
     self.assertEqual(folded.keys(), layer.keys())
     for path, norm in (
       ('attention/query/kernel', 'attention_norm/scale'),

@@ -4,13 +4,16 @@ In the order of reading:
 
     transform   what a transform is, and how a model goes through a chain of them
     rotations   the residual stream in other coordinates
-    residual    the rotations of all segments
     canonical   canonical forms under rotations: polar, QR, SVD
+    shortcuts   what stands for a shortcut in the polar gauge
+    norms       scales of norms, folded into kernels
+    residual    the rotations of all segments
     heads       value and output, query and key of attention heads
     biases      biases that the output does not need
     tied        an embedding that is an image of the head
     low_rank    a change of basis between two factors
     noise       what rounding alone does: the yardstick
+    products    matrix products that round alike on any number of threads
 """
 
 from rotbits_jax.symmetries.biases import remove_biases

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from rotbits_jax import models
 from rotbits_jax import structured
 from rotbits_jax.symmetries import heads
-from rotbits_jax.symmetries import residual
+from rotbits_jax.symmetries import norms
 from rotbits_jax.symmetries import rotations as rotations_lib
 from rotbits_jax.symmetries import transform
 
@@ -57,7 +57,7 @@ def _layers(
     if valid.segments or valid.stream:
       flat = structured.flatten(_plain(layer))
       if valid.stream:
-        flat = residual.folded(config, flat)
+        flat = norms.folded(config, flat)
       segments = range(i * steps, (i + 1) * steps + 1)
       rotations = tuple(_rotation(config, s, key) for s in segments)
       flat = _turn_parameters(flat, rotations, axes=axes)
@@ -86,7 +86,7 @@ def _outer(
     return outer, []
   flat = structured.flatten(_plain(outer))
   if valid.stream:
-    flat = residual.folded_outer(config, flat)
+    flat = norms.folded_outer(config, flat)
   last = len(config.segment_widths) - 1
   ends = _rotation(config, 0, key), _rotation(config, last, key)
   axes = tuple(models.layout.outer_axes(config).items())

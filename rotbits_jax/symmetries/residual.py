@@ -39,7 +39,6 @@ References:
   freedom, removed by bits-back coding.
 """
 
-import dataclasses
 import functools
 from typing import Any, NamedTuple
 
@@ -50,15 +49,13 @@ import numpy as np
 from rotbits_jax import models
 from rotbits_jax import structured
 from rotbits_jax.symmetries import canonical
+from rotbits_jax.symmetries import norms
 from rotbits_jax.symmetries import products
 from rotbits_jax.symmetries import rotations as rotations_lib
+from rotbits_jax.symmetries import shortcuts as shortcuts_lib
 from rotbits_jax.symmetries import transform
 
 _matmul = products.matmul
-
-# The relative error, in roundoffs, up to which a low-rank form is accurate enough.
-# Rounding a dense matrix costs 0.4; SliceGPT's own shortcuts in this form 0.6.
-_ERROR_BOUND = 2.0
 
 # The part of a dtype's range that the norms of rows and columns may fill.
 _RANGE = 0.99
@@ -94,89 +91,6 @@ def next_rotation(step: jax.Array, rotation: jax.Array, free: jax.Array) -> jax.
   """
   both = jax.scipy.linalg.block_diag(rotation, free) if free.size else rotation
   return canonical.reorthogonalize(_matmul(step.T, both))
-
-
-def lower_factor(matrix: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """LQ factors of `[d, e]`: L lower trapezoidal, and Q `[e, e]` orthogonal."""
-  q, r = jnp.linalg.qr(matrix.T.astype(jnp.float32), mode='complete')
-  return r.T, q.T
-
-
-def gram_factor(rotation: jax.Array, u: jax.Array, weights: jax.Array) -> jax.Array:
-  """A lower trapezoidal B with B B^T = R^T U diag(weights) U^T R.
-
-  Args:
-    rotation: float32 `[d, d]`, R.
-    u: float32 `[d, k]`, orthonormal columns.
-    weights: float32 `[k]`, not negative; 0 for a column that only pads.
-
-  Returns:
-    float32 `[d, k]`.
-  """
-  return rotations_lib.lower(_matmul(rotation.T, u * jnp.sqrt(weights)))
-
-
-class Form(NamedTuple):
-  """A leaf's arrays, and the relative error (Frobenius) that rounding them makes."""
-
-  arrays: tuple[jax.Array, ...]
-  error: jax.Array
-
-
-def gram_form(
-  rotation: jax.Array,
-  polar: canonical.Polar,
-  less: jax.Array,
-  more: jax.Array,
-  *,
-  k: int,
-  j: int,
-  form: Any,
-) -> Form:
-  """R^T P R as I - B B^T + C C^T.
-
-  Values descend, so those above 1 come first and those below come last. Of the k and j
-  columns, the ones beyond `less` and `more` only pad and end as zeros.
-
-  Args:
-    rotation: float32 `[d, d]`, R.
-    polar: of the shortcut.
-    less: [] how many values are below 1.
-    more: [] how many are above 1.
-    k: at least `less`.
-    j: at least `more`.
-    form: the dtype that the arrays will be rounded to.
-
-  Returns:
-    B `[d, k]` and C `[d, j]`, float32.
-  """
-  u, values, _ = polar
-  first, last = values[:j] - 1, 1 - values[values.size - k :]
-  weights = jnp.where(jnp.arange(k) >= k - less, last, 0)
-  b = gram_factor(rotation, u[:, u.shape[1] - k :], weights)
-  c = gram_factor(rotation, u[:, :j], jnp.where(jnp.arange(j) < more, first, 0))
-  b32, c32 = (x.astype(form).astype(jnp.float32) for x in (b, c))
-  leaf = structured.IdentityMinusGram(b32, c32, columns=values.size)
-  return Form((b, c), _error(leaf, rotation, polar))
-
-
-def triangle_form(rotation: jax.Array, polar: canonical.Polar, *, form: Any) -> Form:
-  """R^T P R as its lower triangle, float32 `[d, d]`."""
-  lower = jnp.tril(_symmetric(rotation, polar))
-  lower32 = lower.astype(form).astype(jnp.float32)
-  leaf = structured.SymmetricTriangle(lower32, columns=lower.shape[0])
-  return Form((lower,), _error(leaf, rotation, polar))
-
-
-def _symmetric(rotation: jax.Array, polar: canonical.Polar) -> jax.Array:
-  turned = _matmul(rotation.T, polar.u)
-  return _matmul(turned * polar.values, turned.T)
-
-
-def _error(leaf: Any, rotation: jax.Array, polar: canonical.Polar) -> jax.Array:
-  symmetric = _symmetric(rotation, polar)
-  norm = jnp.maximum(jnp.linalg.norm(symmetric), _TINY)
-  return jnp.linalg.norm(leaf.materialize() - symmetric) / norm
 
 
 def range_used(
@@ -221,39 +135,6 @@ def range_used(
   return used
 
 
-def fold_norm_scales(
-  flat: dict[str, Any], *, axes: tuple[Any, ...], norms: tuple[Any, ...]
-) -> dict[str, Any]:
-  """Moves the scales of RMSNorms into the kernels that read them.
-
-  Args:
-    flat: parameters of a layer, or of what is outside the layers, of a dense model.
-    axes: pairs of a path and the parameter's axes, see `models.layout`.
-    norms: pairs of the first key of a path and the norm that such kernels read.
-
-  Returns:
-    The parameters, in the dtypes they had; the scales are 1.
-  """
-  folded = dict(flat)
-  for path, own in axes:
-    norm = dict(norms).get(path.split('/')[0])
-    if norm and len(own) == 2 and isinstance(own[0], int):
-      folded[path] = scaled(flat[path], flat[f'{norm}/scale'])
-  for path in flat:
-    if path.endswith('_norm/scale'):
-      folded[path] = jnp.ones_like(flat[path])
-  return folded
-
-
-def scaled(kernel: Any, scale: jax.Array) -> Any:
-  """`diag(scale) @ kernel` in float32, rounded to the kernel's dtype."""
-  if isinstance(kernel, structured.FactorPair):
-    pair = kernel.plain()
-    return dataclasses.replace(pair, u=scaled(pair.u, scale))
-  product = kernel.astype(jnp.float32) * scale.astype(jnp.float32)[:, None]
-  return product.astype(kernel.dtype)
-
-
 # ---- the transform -----------------------------------------------------------------
 
 
@@ -290,7 +171,6 @@ class State(NamedTuple):
   Attributes:
     first: float32 `[d, d]`, R_0.
     rotation: float32 `[d, d]`, that of the segment which the next layer reads.
-    fixed: bool [], whether that segment may not be rotated.
     blocks: int32 `[n]`, the rows of the next up kernel, or of the head, that free
       rotations make trapezoidal: first how many rows come before, then the length of
       each block. Empty if there are none.
@@ -298,12 +178,11 @@ class State(NamedTuple):
 
   first: Any
   rotation: Any
-  fixed: Any
   blocks: Any
 
 
-def _state(first: Any, rotation: Any, fixed: bool, blocks: list[int]) -> State:
-  return State(first, rotation, np.bool_(fixed), np.array(blocks, np.int32))
+def _state(first: Any, rotation: Any, blocks: list[int]) -> State:
+  return State(first, rotation, np.array(blocks, np.int32))
 
 
 def _init(context: transform.Context) -> State | tuple[()]:
@@ -311,16 +190,14 @@ def _init(context: transform.Context) -> State | tuple[()]:
   width = config.segment_widths[0]
   first = np.eye(width, dtype=np.float32)
   if symmetries.segments:
-    if _is_fixed(context, 0):
-      return _state(first, first, True, [])
-    free = _free_rotation(context, 0, 0)
+    free = None if _is_fixed(context, 0) else _free_rotation(context, 0, 0)
   elif symmetries.stream and _stream_can_rotate(context):
     free = _free_rotation(context, config.segments_per_layer - 1, 0)
   else:
     return ()
   if free is None:
-    return _state(first, first, False, [])
-  return _state(free, free, False, [0, width])
+    return _state(first, first, [])
+  return _state(free, free, [0, width])
 
 
 def _layers(
@@ -383,7 +260,7 @@ def _outer(
   axes = tuple(models.layout.outer_axes(config).items())
   flat = structured.flatten(_plain(outer))
   if not config.sliced:
-    flat = folded_outer(config, flat)
+    flat = norms.folded_outer(config, flat)
   turned = _turn_parameters(flat, (state.first, state.rotation), axes=axes)
   notes = []
   blocks = [int(x) for x in state.blocks]
@@ -392,7 +269,7 @@ def _outer(
     turned['head/kernel'] = leaf
     notes.append(transform.note('head/kernel', leaf, error=error))
   if not config.sliced:
-    turned = _with_constant_norms(turned)
+    turned = norms.with_constant_norms(turned)
   return structured.unflatten(turned), notes
 
 
@@ -457,7 +334,7 @@ def _find_gauges(
     widths = config.layer_widths(layer)
     device = next(iter(used.values())).device
     rotations = [jax.device_put(jnp.asarray(state.rotation, jnp.float32), device)]
-    fixed, blocks = bool(state.fixed), [int(x) for x in state.blocks]
+    blocks = [int(x) for x in state.blocks]
     lowers: dict[str, jax.Array] = {}
     own_blocks: list[int] = []
     for s, path in enumerate(_shortcut_paths(config)):
@@ -485,61 +362,33 @@ def _find_gauges(
         rotations.append(q.T)
         blocks = []
     gauges.append(_Gauge(tuple(rotations), polars, lowers, own_blocks))
-    state = _state(state.first, rotations[-1], fixed, blocks)
+    state = _state(state.first, rotations[-1], blocks)
   return gauges, state
-
-
-class _Shortcut(NamedTuple):
-  """What stands for a shortcut, its relative error (Frobenius), and its rank."""
-
-  leaf: Any
-  error: Any
-  rank: int
 
 
 def _shortcut_leaves(
   context: transform.Context, flat: dict[str, Any], gauge: _Gauge, tolerance: float
-) -> dict[str, _Shortcut]:
+) -> dict[str, shortcuts_lib.Shortcut]:
   """The shortcuts of one layer in the layer's gauge, by path."""
-  unit, form = context.roundoff, context.form
-  found: dict[str, _Shortcut] = {}
+  found: dict[str, shortcuts_lib.Shortcut] = {}
   for s, path in enumerate(_shortcut_paths(context.config)):
     rows, columns = gauge.rotations[s : s + 2]
-    kernel, rank = flat[path], min(flat[path].shape)
-    width = kernel.shape[1]
+    kernel = flat[path]
     if path in gauge.lowers:
-      lower, error = _rounded_lower(gauge.lowers[path], form=form)
-      found[path] = _Shortcut(structured.Trapezoidal(lower), error, rank)
-      continue
-    if path not in gauge.polars:
-      found[path] = _Shortcut(_turn(kernel, rows=rows, columns=columns), 0.0, rank)
-      continue
-    polar = gauge.polars[path]
-    values = np.asarray(polar.values)
-    less = int(np.sum(values < 1 - tolerance * unit))
-    more = int(np.sum(values > 1 + tolerance * unit))
-    d = values.size
-    triangle = structured.lower_size((d, d))
-    if structured.lower_size((d, less)) + structured.lower_size((d, more)) < triangle:
-      grams = _gram_form(
-        rows, polar, less, more, k=_padded(less, d), j=_padded(more, d), form=form
+      found[path] = shortcuts_lib.trapezoid(gauge.lowers[path], form=context.form)
+    elif path in gauge.polars:
+      found[path] = shortcuts_lib.symmetric(
+        rows,
+        gauge.polars[path],
+        kernel.shape[1],
+        tolerance=tolerance,
+        unit=context.roundoff,
+        form=context.form,
       )
-      if float(grams.error) <= _ERROR_BOUND * unit:
-        b, c = grams.arrays
-        leaf = structured.IdentityMinusGram(b[:, :less], c[:, :more], columns=width)
-        found[path] = _Shortcut(leaf, grams.error, less + more)
-        continue
-    whole = _triangle_form(rows, polar, form=form)
-    (lower,) = whole.arrays
-    triangles = structured.SymmetricTriangle(lower, columns=width)
-    found[path] = _Shortcut(triangles, whole.error, rank)
+    else:
+      turned = _turn(kernel, rows=rows, columns=columns)
+      found[path] = shortcuts_lib.Shortcut(turned, 0.0, min(kernel.shape))
   return found
-
-
-def _padded(rank: int, most: int) -> int:
-  """One of eight ranks an octave, so that few programs are compiled."""
-  grain = 1 << max(rank.bit_length() - 4, 0)
-  return min(-(-rank // grain) * grain, most)
 
 
 def _free_rotation(
@@ -586,7 +435,7 @@ def _reader(context: transform.Context, segment: int) -> Any:
   kernel = jax.device_put(kernel)
   if not config.sliced:
     scale = flat[f'{models.layout.norm_of(config, "mlp")}/scale']
-    return scaled(kernel, jnp.asarray(scale))
+    return norms.scaled(kernel, jnp.asarray(scale))
   if position == steps - 1:
     return kernel
   d, e = config.layer_widths(index)[:2]
@@ -628,11 +477,11 @@ def _stream_can_rotate(context: transform.Context) -> bool:
   """Whether one rotation of all segments of a dense model can make no overflow."""
   config = context.config
   for i in range(config.num_layers):
-    flat = folded(config, jax.device_put(_plain_source(context, i)))
+    flat = norms.folded(config, jax.device_put(_plain_source(context, i)))
     used = _range_used(context, f'layers.{i}/', flat)
     if not _within(used, used):
       return False
-  flat = folded_outer(config, jax.device_put(_plain_source(context, None)))
+  flat = norms.folded_outer(config, jax.device_put(_plain_source(context, None)))
   used = _range_used(context, '', flat)
   return _within(used, used)
 
@@ -678,7 +527,9 @@ def _stream_layers(
   arguments = []
   for flat in flats:
     device = next(iter(jax.tree.leaves(flat))).device
-    arguments.append((folded(config, flat), (jax.device_put(rotation, device),) * 3))
+    arguments.append(
+      (norms.folded(config, flat), (jax.device_put(rotation, device),) * 3)
+    )
   flats.clear()
   rotated = context.map_layers(rotations_lib.turn_parameters, arguments, axes=axes)
   notes: list[list[transform.Note]] = [[] for _ in rotated]
@@ -688,29 +539,8 @@ def _stream_layers(
     rotated[0]['mlp/up/kernel'] = leaf
     notes[0].append(transform.note(f'layers.{first}/mlp/up/kernel', leaf, error=error))
     state = state._replace(blocks=np.zeros(0, np.int32))
-  rotated = [structured.unflatten(_with_constant_norms(flat)) for flat in rotated]
+  rotated = [structured.unflatten(norms.with_constant_norms(flat)) for flat in rotated]
   return state, rotated, notes
-
-
-def folded(config: models.ModelConfig, flat: dict[str, Any]) -> dict[str, Any]:
-  """A layer of a dense model with its norms' scales in the kernels, by path."""
-  axes = tuple(models.layout.layer_axes(config).items())
-  norms = [(x, models.layout.norm_of(config, x)) for x in models.layout.SUBLAYERS]
-  return _fold_norm_scales(flat, axes=axes, norms=tuple(norms))
-
-
-def folded_outer(config: models.ModelConfig, flat: dict[str, Any]) -> dict[str, Any]:
-  """What is outside the layers with the last norm's scale in the head, by path."""
-  axes = tuple(models.layout.outer_axes(config).items())
-  return _fold_norm_scales(flat, axes=axes, norms=(('head', 'final_norm'),))
-
-
-def _with_constant_norms(flat: dict[str, Any]) -> dict[str, Any]:
-  """Scales of 1 as leaves that store nothing."""
-  return {
-    path: structured.Constant.like(leaf, 1.0) if path.endswith('_norm/scale') else leaf
-    for path, leaf in flat.items()
-  }
 
 
 def _trapezoids(kernel: Any, blocks: list[int]) -> tuple[Any, float]:
@@ -742,23 +572,13 @@ def _polars(shortcuts: dict[str, jax.Array]) -> dict[str, canonical.Polar]:
 def _turned_lower_factor(
   rotation: jax.Array, shortcut: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-  return lower_factor(_matmul(rotation.T, shortcut.astype(jnp.float32)))
-
-
-@functools.partial(jax.jit, static_argnames='form')
-def _rounded_lower(lower: jax.Array, *, form: Any) -> tuple[jax.Array, jax.Array]:
-  rounded = jnp.tril(lower).astype(form).astype(jnp.float32)
-  norm = jnp.maximum(jnp.linalg.norm(lower), _TINY)
-  return jnp.tril(lower), jnp.linalg.norm(rounded - lower) / norm
+  return shortcuts_lib.lower_factor(_matmul(rotation.T, shortcut.astype(jnp.float32)))
 
 
 _jitted_polars = jax.jit(_polars)
 _jitted_range_used = jax.jit(range_used, static_argnames='axes')
 _next_rotation = jax.jit(next_rotation)
-_gram_form = jax.jit(gram_form, static_argnames=('k', 'j', 'form'))
-_triangle_form = jax.jit(triangle_form, static_argnames='form')
 _turn = jax.jit(rotations_lib.turn)
 _turn_parameters = jax.jit(rotations_lib.turn_parameters, static_argnames='axes')
-_fold_norm_scales = jax.jit(fold_norm_scales, static_argnames=('axes', 'norms'))
 _free_rotation_of = jax.jit(_free_rotation_of, static_argnames='start')
 _with_zeros = jax.jit(_with_zeros, static_argnames=('blocks', 'full'))
