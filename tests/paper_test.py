@@ -131,13 +131,15 @@ class SlowSchemeTest(SchemeTestCase):
       model, options._replace(threshold=1e-3)
     )
     self.assertLess(_size(lossy, shorter), _size(exact, message))
-    # The last segment is rotated only where all errors are corrected.
-    self.assertIsNone(lossy.layout['rows'][-1])
+    # Both sample the same rotations, but for the last segment, which may gain nothing.
+    sampled = [[row is None for row in x.layout['rows']] for x in (exact, lossy)]
+    self.assertEqual(sampled[0][:-1], sampled[1][:-1])
     last = paper.segments.parts(model.config)[-1].all
+    differs = last if sampled[0][-1] != sampled[1][-1] else {}
     errors = [
       np.abs(np.float32(array) - np.float32(rotated[path])).max()
       for path, array in decoded.items()
-      if path not in last
+      if path not in differs
     ]
     self.assertGreater(max(errors), 0)
     self.assertLess(max(errors), 2e-3)  # errors of errors add up
