@@ -191,10 +191,8 @@ class Reader:
   def dtypes(self) -> dict[str, np.dtype]:
     """The dtype of every parameter of a model, by path."""
     found: dict[str, np.dtype] = {}
-    for name, unit in self.units.items():
-      prefix = f'{name}/' if _is_layer(name) else ''
-      for leaf in unit.leaves:
-        found[prefix + leaf.path] = _dtype(leaf.dtype)
+    for path, leaf, _ in self._leaves():
+      found[path] = _dtype(leaf.dtype)
     for own in self.manifests:
       if own.message is not None:
         arrays = own.message.layout.get('arrays')
@@ -205,14 +203,19 @@ class Reader:
   def factors(self) -> dict[str, tuple[int, str]]:
     """Rank and naming of the parameters that are stored as two factors, by path."""
     found: dict[str, tuple[int, str]] = {}
+    for path, leaf, specs in self._leaves():
+      kind = structured.KINDS.get(leaf.kind)
+      if kind is not None and issubclass(kind, structured.FactorPair):
+        shapes = {n: s.shape for n, s in zip(leaf.arrays, specs, strict=True)}
+        found[path] = kind.stored_rank(shapes), leaf.names[0]
+    return found
+
+  def _leaves(self) -> Iterator[tuple[str, manifest_lib.Leaf, list[Any]]]:
+    """The path in the model, the entry and the arrays' specs of every leaf in units."""
     for name, unit in self.units.items():
       prefix = f'{name}/' if _is_layer(name) else ''
       for leaf, specs in unit.leaf_specs():
-        kind = structured.KINDS.get(leaf.kind)
-        if kind is not None and issubclass(kind, structured.FactorPair):
-          shapes = {n: s.shape for n, s in zip(leaf.arrays, specs, strict=True)}
-          found[prefix + leaf.path] = kind.stored_rank(shapes), leaf.names[0]
-    return found
+        yield prefix + leaf.path, leaf, specs
 
   def buffers(self) -> dict[str, Any]:
     """The tensors that take no part in the mathematics, by name."""

@@ -60,7 +60,7 @@ def _layers(
         flat = norms.folded(config, flat)
       segments = range(i * steps, (i + 1) * steps + 1)
       rotations = tuple(_rotation(config, s, key) for s in segments)
-      flat = _turn_parameters(flat, rotations, axes=axes)
+      flat = rotations_lib.jitted_turn_parameters(flat, rotations, axes=axes)
       rotated.append(structured.unflatten(flat))
       continue
     turned = models.materialize(layer)
@@ -90,7 +90,9 @@ def _outer(
   last = len(config.segment_widths) - 1
   ends = _rotation(config, 0, key), _rotation(config, last, key)
   axes = tuple(models.layout.outer_axes(config).items())
-  return structured.unflatten(_turn_parameters(flat, ends, axes=axes)), []
+  return structured.unflatten(
+    rotations_lib.jitted_turn_parameters(flat, ends, axes=axes)
+  ), []
 
 
 def _plain(tree: models.Params) -> models.Params:
@@ -107,6 +109,5 @@ def _rotation(config: models.ModelConfig, segment: int, key: jax.Array) -> jax.A
 _orthogonal = jax.jit(
   lambda key, width: jnp.asarray(jax.random.orthogonal(key, width)), static_argnums=1
 )
-_turn_parameters = jax.jit(rotations_lib.turn_parameters, static_argnames='axes')
 _rotate_values = jax.jit(heads.rotate_values)
 _rotate_keys = jax.jit(heads.rotate_keys)

@@ -261,7 +261,9 @@ def _outer(
   flat = structured.flatten(_plain(outer))
   if not config.sliced:
     flat = norms.folded_outer(config, flat)
-  turned = _turn_parameters(flat, (state.first, state.rotation), axes=axes)
+  turned = rotations_lib.jitted_turn_parameters(
+    flat, (state.first, state.rotation), axes=axes
+  )
   notes = []
   blocks = [int(x) for x in state.blocks]
   if blocks:
@@ -579,6 +581,5 @@ _jitted_polars = jax.jit(_polars)
 _jitted_range_used = jax.jit(range_used, static_argnames='axes')
 _next_rotation = jax.jit(next_rotation)
 _turn = jax.jit(rotations_lib.turn)
-_turn_parameters = jax.jit(rotations_lib.turn_parameters, static_argnames='axes')
 _free_rotation_of = jax.jit(_free_rotation_of, static_argnames='start')
 _with_zeros = jax.jit(_with_zeros, static_argnames=('blocks', 'full'))

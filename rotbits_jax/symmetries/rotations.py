@@ -98,10 +98,10 @@ def rotate(model: models.Model, rotations: list[np.ndarray]) -> models.Model:
   axes = tuple(models.layout.layer_axes(config).items())
   for i, layer in enumerate(model.layers()):
     own = tuple(map(jnp.asarray, rotations[i * step : (i + 1) * step + 1]))
-    turned = _turn_parameters(structured.flatten(layer), own, axes=axes)
+    turned = jitted_turn_parameters(structured.flatten(layer), own, axes=axes)
     layers.append(structured.unflatten(jax.device_get(turned)))
   ends = jnp.asarray(rotations[0]), jnp.asarray(rotations[-1])
-  outer = _turn_parameters(
+  outer = jitted_turn_parameters(
     structured.flatten(model.outer()),
     ends,
     axes=tuple(models.layout.outer_axes(config).items()),
@@ -110,7 +110,7 @@ def rotate(model: models.Model, rotations: list[np.ndarray]) -> models.Model:
   return models.from_layers(config, outer, layers, model.buffers, model.stored_as)
 
 
-_turn_parameters = jax.jit(turn_parameters, static_argnames='axes')
+jitted_turn_parameters = jax.jit(turn_parameters, static_argnames='axes')
 
 
 def embed(rotation: Any, width: int) -> jax.Array:
