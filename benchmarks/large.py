@@ -4,10 +4,12 @@
     [--presets=free,exact] [--checkpoint=DIR] [--work=DIR]
 
 A synthetic checkpoint (see benchmarks/synthetic.py) of each depth is encoded, inspected
-and decoded to a directory by the commands, as a user would. Printed are bytes, seconds
-by the clock and the peak resident size of each process; mapped pages of files count in
-it. The slope is seconds a layer between the least and the greatest depth. With
-`--checkpoint` a checkpoint that is there already is measured in place of those.
+and decoded to a directory by the commands, as a user would, and loaded by
+`rotbits_jax.load` in a process of its own. Printed are bytes, seconds by the clock
+(imports and compilation included) and the peak resident size of each process; mapped
+pages of files count in it. The slope is seconds a layer between the least and the
+greatest depth. With `--checkpoint` a checkpoint that is there already is measured in
+place of those.
 """
 
 import os
@@ -44,10 +46,18 @@ class Run(NamedTuple):
   peak: float  # GB
 
 
+LOAD = """
+import sys
+import jax
+import rotbits_jax
+jax.block_until_ready(jax.tree.leaves(rotbits_jax.load(sys.argv[1]).params))
+"""
+
+
 def run(*args: str) -> Run:
-  """Runs a module of Python and waits for it."""
+  """Runs Python with these arguments and waits for it."""
   start = time.perf_counter()
-  process = subprocess.Popen([sys.executable, '-m', *args], stdout=subprocess.DEVNULL)
+  process = subprocess.Popen([sys.executable, *args], stdout=subprocess.DEVNULL)
   _, status, usage = os.wait4(process.pid, 0)
   seconds = time.perf_counter() - start
   if os.waitstatus_to_exitcode(status):
@@ -59,25 +69,27 @@ _UNIT = 1 if sys.platform == 'darwin' else 1024  # of ru_maxrss
 
 
 def measure(checkpoint: pathlib.Path, preset: str, work: pathlib.Path) -> list[Run]:
-  """Encodes, inspects and decodes; prints a line."""
+  """Encodes, inspects, decodes and loads; prints a line."""
   source = rotbits_jax.open_checkpoint(checkpoint)
   output, decoded = work / f'{preset}.rotbits', work / 'decoded'
   runs = [
     run(
+      '-m',
       'rotbits_jax.cli.encode',
       f'--checkpoint={checkpoint}',
       f'--output={output}',
       f'--preset={preset}',
     ),
-    run('rotbits_jax.cli.inspect', f'--input={output}'),
-    run('rotbits_jax.cli.decode', f'--input={output}', f'--output={decoded}'),
+    run('-m', 'rotbits_jax.cli.inspect', f'--input={output}'),
+    run('-m', 'rotbits_jax.cli.decode', f'--input={output}', f'--output={decoded}'),
   ]
+  shutil.rmtree(decoded)
+  runs.append(run('-c', LOAD, str(output)))
   size = output.stat().st_size
   cells = ''.join(f'{x.seconds:10.1f}{x.peak:8.2f}' for x in runs)
   layers = source.config.num_layers
   line = f'{preset:8}{layers:7}{source.nbytes:16,}{size:16,}'
   print(f'{line}{size / source.nbytes:8.4f}{cells}', flush=True)
-  shutil.rmtree(decoded)
   output.unlink()
   return runs
 
@@ -86,6 +98,7 @@ def main() -> None:
   print(
     f'{"preset":8}{"layers":>7}{"tensor bytes":>16}{"file":>16}{"ratio":>8}'
     f'{"encode s":>10}{"GB":>8}{"inspect s":>10}{"GB":>8}{"decode s":>10}{"GB":>8}'
+    f'{"load s":>10}{"GB":>8}'
   )
   with tempfile.TemporaryDirectory(dir=_WORK.value) as folder:
     work = pathlib.Path(folder)
@@ -98,6 +111,7 @@ def main() -> None:
     for depth in depths:
       checkpoint = work / 'checkpoint'
       run(
+        '-m',
         'benchmarks.synthetic',
         f'--model={_MODEL.value}',
         f'--slicing={_SLICING.value}',
@@ -110,8 +124,13 @@ def main() -> None:
   first, last = depths[0], depths[-1]
   for preset in _PRESETS.value if last > first else []:
     pairs = zip(found[preset, first], found[preset, last], strict=True)
-    encode, _, decode = ((b.seconds - a.seconds) / (last - first) for a, b in pairs)
-    print(f'{preset}: {encode:.1f} s a layer to encode, {decode:.2f} s to decode')
+    encode, _, decode, load = (
+      (b.seconds - a.seconds) / (last - first) for a, b in pairs
+    )
+    print(
+      f'{preset}: {encode:.1f} s a layer to encode, {decode:.2f} s to decode, '
+      f'{load:.2f} s to load'
+    )
 
 
 if __name__ == '__main__':
