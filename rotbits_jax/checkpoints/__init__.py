@@ -1,4 +1,9 @@
-"""Files to and from models: Hugging Face's and SliceGPT's, without PyTorch."""
+"""Reading and writing checkpoints of Hugging Face and SliceGPT, without PyTorch.
+
+A checkpoint is a directory with weights (named tensors), a `config.json` and tokenizer
+files. The checkpoint of a sliced model also has a slicing JSON, in which SliceGPT keeps
+the width of every residual segment.
+"""
 
 from rotbits_jax.checkpoints.checkpoint import load_checkpoint
 from rotbits_jax.checkpoints.checkpoint import open_checkpoint

@@ -1,4 +1,7 @@
-"""Strict reading of a JSON object: every attribute is used, checked or refused."""
+"""Strict reading of a JSON object: every attribute is used, checked or refused.
+
+An attribute is a key of the object with its value.
+"""
 
 import math
 from typing import Any
@@ -9,10 +12,14 @@ _MISSING: Any = object()
 
 
 class Attributes:
-  """A JSON object whose attributes are taken one by one, and none forgotten.
+  """A JSON object that remembers which attributes have been read.
+
+  `take` marks an attribute as read, as do the methods that check a value. `finish`
+  refuses the object if an attribute was not read. To refuse is to raise a
+  `CheckpointError`.
 
   Attributes:
-    where: what the object is, for error messages.
+    where: name of the object in error messages.
   """
 
   def __init__(self, values: Any, where: str):
@@ -24,7 +31,7 @@ class Attributes:
     return name in self._values
 
   def take(self, name: str, default: Any = _MISSING) -> Any:
-    """The attribute's value; the default if it is absent."""
+    """Returns the value of an attribute, or the default if the attribute is absent."""
     self._left.discard(name)
     value = self._values.get(name, default)
     if value is _MISSING:
@@ -32,12 +39,12 @@ class Attributes:
     return value
 
   def demand(self, *names: str) -> None:
-    """Refuses an object without one of these attributes."""
+    """Refuses the object if one of these attributes is absent."""
     for name in names:
       self.take(name)
 
   def size(self, name: str, default: Any = _MISSING) -> int:
-    """A positive integer; null stands for the default, if there is one."""
+    """Returns a positive integer; null stands for the default, if there is one."""
     value = self.take(name, default)
     if value is None and default is not _MISSING:
       value = default
@@ -46,7 +53,7 @@ class Attributes:
     return value
 
   def number(self, name: str, default: Any = _MISSING) -> float:
-    """A positive finite number."""
+    """Returns a positive finite number."""
     value = self.take(name, default)
     if type(value) not in (int, float) or not 0 < value < math.inf:
       self.refuse(name, value, 'a positive number')
@@ -59,26 +66,26 @@ class Attributes:
     return value
 
   def choice(self, name: str, choices: tuple[Any, ...], default: Any = _MISSING) -> Any:
-    """One of some strings."""
+    """Returns a string that must be one of the choices."""
     value = self.take(name, default)
     if not isinstance(value, str) or value not in choices:
       self.refuse(name, value, f'one of {", ".join(map(str, choices))}')
     return value
 
   def require(self, **values: Any) -> None:
-    """Refuses attributes that are there and have another value."""
+    """Refuses the object if one of these attributes is present with another value."""
     for name, expected in values.items():
       value = self.take(name, expected)
       if value != expected or isinstance(value, bool) != isinstance(expected, bool):
         self.refuse(name, value, repr(expected))
 
   def finish(self, ignored: frozenset[str] = frozenset()) -> None:
-    """Refuses the attributes that nobody took and that are not to be ignored."""
+    """Refuses the object if an attribute was neither read nor is among `ignored`."""
     for name in sorted(self._left - ignored):
-      self.refuse(name, self._values[name], 'no such attribute')
+      self.refuse(name, self._values[name], 'no attribute of this name')
 
   def refuse(self, name: str, value: Any, expected: str) -> None:
-    """Raises the error for an attribute."""
+    """Raises a `CheckpointError` that names an attribute, its value and `expected`."""
     shown = repr(value)
     shown = shown if len(shown) <= 80 else f'{shown[:77]}...'
     raise errors.CheckpointError(

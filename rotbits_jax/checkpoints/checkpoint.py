@@ -1,4 +1,9 @@
-"""Checkpoints on disk: a directory of weights, configs and tokenizer files."""
+"""Checkpoints on disk: directories of weights, configs and tokenizer files.
+
+The sidecar files are the files beside the weights: configs, tokenizer files and, for a
+sliced model, the slicing JSON with the segment widths. The stem is the name that
+SliceGPT gives to the weights and the slicing JSON, as in `<stem>.pt` and `<stem>.json`.
+"""
 
 import json
 import os
@@ -28,17 +33,17 @@ _SIDECAR_SUFFIXES = ('.json', '.txt', '.model', '.jinja')
 def open_checkpoint(path: str | os.PathLike[str]) -> source_lib.Source:
   """Opens a dense or a sliced checkpoint: names, shapes, dtypes and the config.
 
-  Known are Hugging Face directories (`model.safetensors`, or shards and their
-  index), what SliceGPT writes (`<name>_<sparsity>.pt` and `.json`), and what
-  `save_checkpoint` writes. Weights with shortcuts are a sliced model's. A `.gguf`
-  file is read as `gguf_files.read_gguf` does.
+  Three kinds of directories are supported: Hugging Face's (`model.safetensors`, or
+  shards and their index), SliceGPT's (`<name>_<sparsity>.pt` and `.json`), and the
+  directories of `save_checkpoint`. Weights with shortcuts are taken as a sliced model.
+  `gguf_files.open_gguf` opens a `.gguf` file.
 
   Args:
-    path: the directory, or the weights file (or index) in it where it has several, or
-      a `.gguf` file.
+    path: the directory; or a weights file or index in it, if it has several; or a
+      `.gguf` file.
 
   Returns:
-    The checkpoint, whose parameters are read when they are asked for.
+    The checkpoint. It reads parameters only when they are requested.
 
   Raises:
     CheckpointError: if the files are not a checkpoint of a known family.
@@ -98,18 +103,20 @@ def save_checkpoint(
 ) -> None:
   """Saves a checkpoint with the tensor names, shapes and dtypes of the original.
 
-  Structured leaves are materialized, a layer at a time. Files are written beside the
-  directory and moved into it when all are complete; other files in it stay.
+  Structured leaves are materialized one layer at a time; a pair of low-rank factors
+  stays a pair. The files are written beside the directory and moved into it when all
+  are complete. Other files in the directory stay, with one exception, see
+  `CheckpointWriter`.
 
   Args:
-    checkpoint: the model and the files to put beside it.
-    directory: made if it does not exist.
+    checkpoint: the model and its sidecar files.
+    directory: the directory, which is made if it does not exist.
     format: see `CheckpointWriter`.
     shard_size: see `CheckpointWriter`.
 
   Raises:
-    CheckpointError: if the format has no dtype like one of the model's.
-    ValueError: if the format does not suit the model, or a file's name is not one.
+    CheckpointError: if the format does not support the dtype of a tensor.
+    ValueError: if the format does not suit the model, or a file name is not valid.
   """
   model, files, stem = checkpoint
   leaves = [
@@ -145,7 +152,9 @@ def _find_weights(path: pathlib.Path) -> pathlib.Path:
   if path.is_file():
     if path.suffix in ('.pt', '.safetensors') or path.name.endswith(INDEX_SUFFIX):
       return path
-    raise errors.CheckpointError(f'{path}: weights are .pt or .safetensors files')
+    raise errors.CheckpointError(
+      f'{path}: weights are .pt or .safetensors files, or a *{INDEX_SUFFIX}'
+    )
   if not path.is_dir():
     raise errors.CheckpointError(f'{path}: there is no such file or directory')
   candidates = sorted(path.glob('*.pt'))
@@ -158,7 +167,9 @@ def _find_weights(path: pathlib.Path) -> pathlib.Path:
     raise errors.CheckpointError(f'{path}: there are no .pt or .safetensors files')
   if len(candidates) > 1:
     names = ', '.join(file.name for file in candidates)
-    raise errors.CheckpointError(f'{path}: name one of the weights files {names}')
+    raise errors.CheckpointError(
+      f'{path}: the path must name one of the weights files {names}'
+    )
   return candidates[0]
 
 
@@ -175,7 +186,7 @@ def _read_sidecars(directory: pathlib.Path) -> dict[str, bytes]:
 def _slicing_jsons(
   directory: pathlib.Path, files: dict[str, bytes]
 ) -> dict[str, dict[str, Any]]:
-  """The slicing JSONs among the files, by stem."""
+  """Finds the slicing JSONs among the sidecar files; returns them by stem."""
   found = {}
   for name, content in files.items():
     if name.endswith('.json') and f'"{configs.SLICING_KEY}"'.encode() in content:
@@ -186,7 +197,7 @@ def _slicing_jsons(
 
 
 def _slicing_stem(weights: pathlib.Path, slicings: dict[str, dict[str, Any]]) -> str:
-  """Which slicing JSON describes the weights."""
+  """Returns the stem of the slicing JSON that describes the weights."""
   if weights.suffix == '.pt':
     if weights.stem not in slicings:
       raise errors.CheckpointError(

@@ -1,4 +1,8 @@
-"""`config.json` and SliceGPT's slicing JSON to and from a `ModelConfig`."""
+"""Conversion of `config.json` and SliceGPT's slicing JSON to and from a `ModelConfig`.
+
+The slicing JSON is the file in which SliceGPT keeps the width of every residual segment
+of a sliced model.
+"""
 
 from collections.abc import Mapping
 import json
@@ -9,10 +13,10 @@ from rotbits_jax.checkpoints import attributes
 from rotbits_jax.checkpoints import errors
 from rotbits_jax.checkpoints import families
 
-SLICING_KEY = 'embedding_dimensions'  # tells a slicing JSON from other files
+SLICING_KEY = 'embedding_dimensions'  # distinguishes a slicing JSON from other files
 
 
-# Attributes that do not change what a trained model computes.
+# Attributes that do not affect the function of a trained model.
 _IGNORED = frozenset([
   '_attn_implementation', '_attn_implementation_autoset',
   '_attn_implementation_internal', '_commit_hash', '_flash_attn_2_enabled',
@@ -40,21 +44,21 @@ _IGNORED = frozenset([
 def parse_config(
   config_json: dict[str, Any], slicing_json: dict[str, Any] | None = None
 ) -> models.ModelConfig:
-  """The config of a dense model, or of a sliced one.
+  """Makes the config of a dense or a sliced model from its JSON files.
 
-  Every attribute is used, or known to change nothing, or refused.
+  Every attribute is used, known to have no effect, or refused.
 
   Args:
-    config_json: the content of Hugging Face's `config.json`; beside a sliced
-      checkpoint it describes the model before slicing.
+    config_json: the content of Hugging Face's `config.json`. For a sliced checkpoint
+      it describes the model before slicing.
     slicing_json: the content of SliceGPT's JSON; None for a dense model.
 
   Returns:
     The config.
 
   Raises:
-    CheckpointError: if an attribute is missing, of a wrong type, unknown, or of a
-      value that is not supported.
+    CheckpointError: if an attribute is missing, of a wrong type or unknown, or has an
+      unsupported value.
   """
   config = attributes.Attributes(config_json, 'config.json')
   model_type = config.take('model_type')
@@ -77,13 +81,13 @@ def parse_config(
 
 
 def slicing_json(config: models.ModelConfig) -> dict[str, Any]:
-  """SliceGPT's JSON of a sliced model: the inverse of `parse_config`.
+  """Makes SliceGPT's JSON for a sliced model: the inverse of `parse_config`.
 
   Args:
-    config: of a sliced model.
+    config: config of a sliced model.
 
   Returns:
-    The content of the file; `json.dumps` of it is what SliceGPT writes.
+    The content of the slicing JSON; its `json.dumps` equals SliceGPT's file.
 
   Raises:
     ValueError: if the model is not sliced.
@@ -110,17 +114,18 @@ def slicing_json(config: models.ModelConfig) -> dict[str, Any]:
 
 
 def stop_tokens(files: Mapping[str, bytes]) -> tuple[int, ...]:
-  """The tokens that end a text.
+  """Returns the tokens that end a text.
 
   Args:
     files: the checkpoint's sidecar files by name.
 
   Returns:
-    `eos_token_id` of `generation_config.json`, else of `config.json`; empty if neither
-    has one.
+    The `eos_token_id` of `generation_config.json` or, if it has none, of `config.json`.
+    Empty if neither has one.
 
   Raises:
-    CheckpointError: if it is neither a token nor a list of tokens.
+    CheckpointError: if a file is not JSON, or if `eos_token_id` is neither a token nor a
+      list of tokens.
   """
   for name in ('generation_config.json', 'config.json'):
     try:
@@ -161,7 +166,7 @@ def _sliced(dense: models.ModelConfig, values: Any) -> models.ModelConfig:
   head = slicing.size('head_dimension')
   slicing.finish()
 
-  # What one sublayer writes, the next one reads.
+  # A sublayer must write the width that the next sublayer reads.
   joints = [(width, attention_in[0], 'embedding_dimensions') for width in embedding]
   for layer in range(layers):
     if between:
@@ -171,7 +176,7 @@ def _sliced(dense: models.ModelConfig, values: Any) -> models.ModelConfig:
     joints.append((mlp_out[layer], read, f'mlp_output_dimensions.{layer}'))
   for written, read, key in joints:
     if written != read:
-      slicing.refuse(key, written, f'{read}, which the next sublayer reads')
+      slicing.refuse(key, written, f'{read}, the width that the next sublayer reads')
 
   widths = [attention_in[0]]
   for layer in range(layers):
@@ -184,7 +189,7 @@ def _sliced(dense: models.ModelConfig, values: Any) -> models.ModelConfig:
 
 
 def _widths(slicing: attributes.Attributes, key: str, count: int) -> list[int]:
-  """The widths of an object whose keys are '0', '1', ..."""
+  """Reads the widths in an object whose keys are '0', '1', ..."""
   widths = attributes.Attributes(slicing.take(key), f'{slicing.where}: {key}')
   sizes = [widths.size(str(index)) for index in range(count)]
   widths.finish()

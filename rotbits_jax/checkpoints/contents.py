@@ -1,4 +1,4 @@
-"""What a checkpoint is, once it is read."""
+"""The content of a checkpoint in memory."""
 
 from typing import NamedTuple
 
@@ -8,12 +8,13 @@ CONFIG = 'config.json'
 
 
 class Checkpoint(NamedTuple):
-  """What a checkpoint's directory holds.
+  """A model and the other files of its checkpoint directory.
 
   Attributes:
     model: the parameters and their config.
-    files: the files beside the weights (configs, tokenizer), byte for byte.
-    stem: what SliceGPT named the weights and the slicing JSON; None if dense.
+    files: bytes of the sidecar files (configs, tokenizer) beside the weights, by name.
+    stem: file name, without suffix, that SliceGPT gave to the weights and the slicing
+      JSON; None if the model is dense.
   """
 
   model: models.Model

@@ -1,5 +1,5 @@
-"""The error of a checkpoint that cannot be read or written."""
+"""The error for a checkpoint that cannot be read or written."""
 
 
 class CheckpointError(ValueError):
-  """A checkpoint's file, config or tensor is not what it must be."""
+  """A file, config or tensor of a checkpoint is missing, damaged or unsupported."""

@@ -1,7 +1,10 @@
 """Linear layers that a checkpoint stores as two factors, `weight = left @ right`.
 
-Compression by singular values puts two linear layers where there was one, and an
-adapter two beside one. To add a method, add how it names them to `FACTORS`.
+Compression by singular values replaces a linear layer by two smaller ones. An adapter
+(LoRA) adds two small linear layers beside the original one. To support another method,
+add the names of its tensors to `FACTORS`.
+
+Shape letters: a weight is `[out, in]`, and its rank r is the width between the factors.
 """
 
 from collections.abc import Iterable, Mapping
@@ -14,13 +17,15 @@ from rotbits_jax.checkpoints import errors
 
 
 class FactorNames(NamedTuple):
-  """How the tensors of a linear layer are named; `{}` stands for the layer's name.
+  """Name templates for the tensors of a factored linear layer.
+
+  `{}` stands for the name of the layer, without the suffix `drops`.
 
   Attributes:
-    left: the factor `[out, r]`.
-    right: the factor `[r, in]`.
-    bias: the bias, `[out]`.
-    drops: what the layer's name loses at its end, if it is there.
+    left: name of the factor `[out, r]`.
+    right: name of the factor `[r, in]`.
+    bias: name of the bias, `[out]`.
+    drops: suffix that is removed from the layer's name, if it is there.
   """
 
   left: str
@@ -38,11 +43,11 @@ FACTORS = {
   'asvd': FactorNames('{}.ALinear.weight', '{}.BLinear.weight', '{}.ALinear.bias'),
   'linears': FactorNames('{}.U.weight', '{}.V.weight', '{}.U.bias'),
   'factors': FactorNames('{}.U', '{}.V', '{}.bias'),
-  # Hugging Face's PEFT. An adapter's pair does not stand for the weight that it has the
-  # name of, but for what is added to it.
+  # Hugging Face's PEFT. The product of an adapter's factors does not replace the weight
+  # of the same name; a multiple of it is added to the weight.
   'lora': FactorNames('{}.lora_B.weight', '{}.lora_A.weight', '{}.lora_B.bias'),
 }
-"""The namings that are known; `structured.FactorPair.names` is one of the keys."""
+"""The known naming schemes; `structured.FactorPair.names` is one of the keys."""
 
 
 class Factored(NamedTuple):
@@ -65,20 +70,20 @@ def join(
   weights: Iterable[str],
   rows: tuple[str, ...] = _WEIGHTS,
 ) -> dict[str, Any]:
-  """Puts one leaf where a weight's two factors are among the tensors.
+  """Replaces the two factors of a weight by one `structured.LowRank` leaf.
 
   Args:
-    tensors: arrays, or descriptions of arrays such as `lazy.LazyTensor`, by the names
-      that they have in the checkpoint.
+    tensors: arrays, or descriptions of arrays such as `lazy.LazyTensor`, by their names
+      in the checkpoint.
     weights: names of weights, `<layer>.weight`, that may be stored as factors.
-    rows: which of `FACTORS` they may be named by.
+    rows: keys of `FACTORS`, the naming schemes to look for.
 
   Returns:
-    The tensors; a `structured.LowRank` `[out, in]` has the name of the weight, and the
-    layer's bias the name that it has beside a weight.
+    The tensors. A leaf `[out, in]` has the name `<layer>.weight`, and the bias of its
+    layer has the name `<layer>.bias`.
 
   Raises:
-    CheckpointError: if two factors do not have one rank and one dtype.
+    CheckpointError: if two factors differ in rank or dtype.
   """
   joined = dict(tensors)
   for weight in weights:
@@ -103,11 +108,14 @@ def join(
 
 
 def split(tensors: Mapping[str, Any]) -> dict[str, Any]:
-  """The inverse of `join`, up to the basis between two factors.
+  """Replaces leaves by their two factors: the inverse of `join`.
+
+  The factors may differ from the original ones by the choice of a basis between them;
+  their product is the same.
 
   Args:
     tensors: arrays and unstacked `structured.FactorPair` leaves by name; or
-      descriptions of arrays and `structured.LowRank` leaves of these.
+      descriptions of arrays, and `structured.LowRank` leaves of such descriptions.
 
   Returns:
     The tensors; factors have the leaf's dtype.
@@ -125,14 +133,15 @@ def split(tensors: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def join_adapter(tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:
-  """The pairs of a LoRA adapter, `lora_B @ lora_A`.
+  """Joins the factor pairs of a LoRA adapter, `lora_B @ lora_A`.
 
   Args:
     tensors: the content of PEFT's `adapter_model.safetensors`.
 
   Returns:
-    A `structured.LowRank` `[out, in]` by the name of each weight that the adapter adds
-    a multiple of it to, and the other tensors; `split` is the inverse.
+    A `structured.LowRank` `[out, in]` for each weight that the adapter changes, under
+    the name of the weight; the adapter adds a multiple of the leaf to that weight. The
+    other tensors are included. `split` is the inverse.
 
   Raises:
     CheckpointError: see `join`.
@@ -143,7 +152,7 @@ def join_adapter(tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:
 
 
 def _names(row: str, weight: str) -> FactorNames:
-  """The names in a row of `FACTORS`, filled in."""
+  """Returns the names in a row of `FACTORS` for the layer of a weight."""
   names = FACTORS[row]
   layer = weight.removesuffix('.weight').removesuffix(names.drops)
   return FactorNames(*(name.format(layer) for name in names))

@@ -1,4 +1,4 @@
-"""Flax forward passes of dense and sliced transformers, and their parameters."""
+"""Configs, parameters and Flax forward passes of dense and sliced transformers."""
 
 from rotbits_jax.models import generation
 from rotbits_jax.models import layout

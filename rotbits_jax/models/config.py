@@ -1,8 +1,14 @@
-"""What a transformer is: sizes, switches, and the shape of every parameter.
+"""The config of a transformer: its sizes and its switches.
+
+A layer has two sublayers, attention and MLP. A segment is the part of the residual
+stream between two steps that write to it: a step is a sublayer, or a whole layer where
+attention and MLP run side by side. Segment 0 is the output of the embedding, and the
+last segment is the input of the head. A dense model has D numbers in every segment;
+SliceGPT makes segments narrower.
 
 Shape letters used throughout the package:
   D  hidden size of the dense model      d  width of a residual segment (d <= D)
-  L  layers                              S  residual segments less one
+  L  layers                              S  residual segments, minus one
   F  MLP width                           V  vocabulary
   H  query heads, K key-value heads      h  width of one head
 """
@@ -18,7 +24,7 @@ import numpy as np
 Activation = Literal['relu', 'gelu_new', 'silu']
 Norm = Literal['layernorm', 'rmsnorm', 'rmsn']
 
-SLICED_NORM_EPS = 1e-5  # SliceGPT's RMSN, whatever the dense config says
+SLICED_NORM_EPS = 1e-5  # SliceGPT's RMSN ignores the epsilon of the dense config
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -26,16 +32,17 @@ class RopeScaling:
   """How RoPE's frequencies are lowered to reach beyond the trained positions.
 
   'linear' divides every frequency by `factor` (arXiv 2306.15595). 'llama3' (Llama
-  3.1) divides those that make fewer than `low_freq_factor` turns within
-  `original_positions` tokens and keeps those that make more than `high_freq_factor`;
-  in between it goes over from one to the other linearly in the turns.
+  3.1) counts the turns that a frequency makes within `original_positions` tokens. It
+  divides a frequency that makes fewer than `low_freq_factor` turns by `factor`, and
+  keeps a frequency that makes more than `high_freq_factor`. Between the two bounds it
+  interpolates linearly in the number of turns.
 
   Attributes:
     kind: 'linear' or 'llama3'.
     factor: divisor of the frequencies.
-    low_freq_factor: turns, of 'llama3'.
-    high_freq_factor: turns, of 'llama3'; more than `low_freq_factor`.
-    original_positions: tokens, of 'llama3'.
+    low_freq_factor: lower bound of 'llama3', in turns.
+    high_freq_factor: upper bound of 'llama3', in turns; must exceed `low_freq_factor`.
+    original_positions: number of tokens within which 'llama3' counts the turns.
   """
 
   kind: Literal['linear', 'llama3']
@@ -57,33 +64,35 @@ class ModelConfig:
   """Sizes and switches of one dense or sliced decoder-only transformer.
 
   Attributes:
-    family: row of `checkpoints.FAMILIES` that names the tensors.
-    hidden_size: D; RMSN divides by it, whatever the segment's width.
+    family: key of `checkpoints.FAMILIES`, whose row names the tensors.
+    hidden_size: D; RMSN divides by D in narrower segments, too.
     intermediate_size: F.
     num_layers: L.
     num_heads: H.
     num_kv_heads: K; H is a multiple of it.
     head_dim: h.
     vocab_size: V.
-    activation: of the MLP.
-    gated_mlp: `down(act(gate(x)) * up(x))` in place of `down(act(up(x)))`.
-    parallel_block: attention and MLP read the same input and share one shortcut.
-    qkv_bias: query, key and value have biases.
-    out_bias: the attention's output projection has a bias.
-    mlp_bias: the MLP's projections have biases.
-    head_bias: the head has a bias.
-    norm: 'rmsn' is SliceGPT's fused norm, which has no parameters.
-    norm_eps: added to the mean square (or the variance).
-    max_positions: the longest sequence the model was trained for.
-    learned_positions: rows of the position table, the offset of 2 included; 0
-      where positions are rotary.
-    rotary_dim: leading numbers of a head that RoPE turns; 0 for no RoPE.
+    activation: activation function of the MLP.
+    gated_mlp: whether the MLP is `down(act(gate(x)) * up(x))` and not
+      `down(act(up(x)))`.
+    parallel_block: whether attention and MLP run side by side: they read the same
+      input and share one shortcut.
+    qkv_bias: whether query, key and value have biases.
+    out_bias: whether the attention's output projection has a bias.
+    mlp_bias: whether the MLP's projections have biases.
+    head_bias: whether the head has a bias.
+    norm: kind of norm; 'rmsn' is SliceGPT's fused norm, which has no parameters.
+    norm_eps: number that the norm adds to the mean square or to the variance.
+    max_positions: length of the longest sequence that the model was trained for.
+    learned_positions: rows of the position table, including the 2 unused rows at its
+      start; 0 where positions are rotary.
+    rotary_dim: how many leading numbers of a head RoPE rotates; 0 for no RoPE.
     rope_theta: base of RoPE's wavelengths.
-    rope_scaling: how its frequencies are lowered; None for not at all.
-    sliding_window: tokens that attention sees, itself included; None for all.
-    tied_head: the head is the transposed embedding and is not stored.
-    segment_widths: width of each residual segment, `[S + 1]`; S is 2L, or L
-      with parallel blocks.
+    rope_scaling: how RoPE's frequencies are lowered; None if they are not.
+    sliding_window: how many tokens a token attends to, itself included; None for all.
+    tied_head: whether the head is the transposed embedding and is not stored.
+    segment_widths: width of each residual segment, `[S + 1]`; S is 2L, or L with
+      parallel blocks.
   """
 
   family: str
@@ -116,8 +125,8 @@ class ModelConfig:
     expected = self.segments_per_layer * self.num_layers + 1
     if len(self.segment_widths) != expected:
       raise ValueError(
-        f'{self.num_layers} layers have {expected} residual segments, '
-        f'got {len(self.segment_widths)} widths'
+        f'segment_widths must have {expected} entries for {self.num_layers} layers, '
+        f'got {len(self.segment_widths)}'
       )
     if self.num_kv_heads < 1 or self.num_heads % self.num_kv_heads:
       raise ValueError(
@@ -126,34 +135,42 @@ class ModelConfig:
       )
     if not self.sliced and set(self.segment_widths) != {self.hidden_size}:
       raise ValueError(
-        f'only a model with norm="rmsn" has sliced segments, got {self.norm=}'
+        f'segments of a width other than hidden_size require norm="rmsn", '
+        f'got {self.norm=}'
       )
 
   @classmethod
   def from_json(cls, fields: Mapping[str, Any]) -> 'ModelConfig':
-    """The inverse of `dataclasses.asdict`, also after a way through JSON.
+    """Makes a config from its fields: the inverse of `dataclasses.asdict`.
+
+    The fields may have been written to JSON and read back.
 
     Raises:
-      ValueError: if a field is missing, unknown, or not of its type.
+      ValueError: if a field is missing, unknown, of a wrong type, or inconsistent with
+        the other fields.
     """
     given = _checked(cls, fields)
     widths, scaling = given['segment_widths'], given['rope_scaling']
     if not isinstance(widths, list | tuple) or not all(type(n) is int for n in widths):
-      raise ValueError(f'segment_widths must be a list of widths, got {widths!r:.100}')
+      raise ValueError(
+        f'segment_widths must be a list of integers, got {widths!r:.100}'
+      )
     if not all(0 < n <= given['hidden_size'] for n in widths):
       raise ValueError('segment_widths must be positive and at most hidden_size')
     given['segment_widths'] = tuple(widths)
     if scaling is not None:
       if not isinstance(scaling, Mapping):
-        raise ValueError(f'rope_scaling must be an object, got {scaling!r:.100}')
+        raise ValueError(
+          f'rope_scaling must be an object or null, got {scaling!r:.100}'
+        )
       given['rope_scaling'] = RopeScaling(**_checked(RopeScaling, scaling))
     return cls(**given)
 
   def check_tokens(self, tokens: np.ndarray) -> None:
-    """Refuses tokens outside the vocabulary.
+    """Checks that all tokens are in the vocabulary.
 
     Raises:
-      ValueError: if there is one.
+      ValueError: if a token is not.
     """
     outside = tokens[(tokens < 0) | (tokens >= self.vocab_size)]
     if outside.size:
@@ -171,33 +188,34 @@ class ModelConfig:
     return 1 if self.parallel_block else 2
 
   def sliced_to(self, widths: tuple[int, ...]) -> 'ModelConfig':
-    """The model after SliceGPT fused its norms, with segments of these widths."""
+    """The config after SliceGPT has fused the norms and sliced to these widths."""
     return dataclasses.replace(
       self,
       norm='rmsn',
       norm_eps=SLICED_NORM_EPS,
-      # What LayerNorm's bias adds to the logits.
+      # The bias of the final LayerNorm becomes a bias of the head.
       head_bias=self.head_bias or self.norm == 'layernorm',
       tied_head=False,
       segment_widths=widths,
     )
 
   def layer_widths(self, layer: int) -> tuple[int, ...]:
-    """Widths a layer touches: `(in, out)` if parallel, else `(in, middle, out)`."""
+    """Widths of a layer's segments: `(in, out)` if parallel, or `(in, middle, out)`."""
     step = self.segments_per_layer
     return self.segment_widths[layer * step : layer * step + step + 1]
 
 
 def _checked(cls: Any, given: Mapping[str, Any]) -> dict[str, Any]:
-  """The fields of a dataclass, each of the type that it is annotated with.
+  """Checks the given fields against a dataclass and adds the missing defaults.
 
   Raises:
-    ValueError: if one is missing and has no default, is unknown, or of another type.
+    ValueError: if a field is unknown, is not of its annotated type, or is missing and
+      has no default.
   """
   known = {field.name: field for field in dataclasses.fields(cls)}
   unknown = sorted(set(given) - set(known))
   if unknown:
-    raise ValueError(f'the field {unknown[0][:40]!r} is not known')
+    raise ValueError(f'the field {unknown[0][:40]!r} is unknown')
   found: dict[str, Any] = {}
   for name, field in known.items():
     if name not in given:
@@ -223,7 +241,7 @@ def _typed(name: str, kind: Any, value: Any) -> Any:
     right = type(value) is int and 0 <= value < 1 << 31
     right |= value is None and kind is not int
   else:
-    right = True  # nested fields are checked where they are read
+    right = True  # `from_json` checks nested fields
   if not right:
-    raise ValueError(f'{name} cannot be {value!r:.100}')
+    raise ValueError(f'{name} has a wrong type or value, got {value!r:.100}')
   return value

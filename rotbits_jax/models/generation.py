@@ -1,10 +1,13 @@
 """Text generation: one token after another, with a cache of keys and values.
 
-`extend` is the pure step, for `jit`, `lax.scan` and `lax.while_loop`; `generate` loops
-over it on the host and yields tokens as they come.
+The cache keeps the attention keys and values of all earlier tokens, so that a step
+computes only the new tokens. `extend` is the pure step, for `jit`, `lax.scan` and
+`lax.while_loop`. `generate` loops over it on the host and yields each token as soon as
+it is known.
 
-Shape letters are those of `models.config` and `models.transformer`; a cache has room
-for `C` tokens.
+Shape letters are those of `models.config` and `models.transformer`. In addition, a
+cache has room for `C` tokens, and `N` is the number of layers in a `blocks_i` of a
+`Model`.
 """
 
 from collections.abc import Collection, Iterator
@@ -19,14 +22,14 @@ import numpy as np
 from rotbits_jax.models import model as model_lib
 from rotbits_jax.models import transformer
 
-PREFILL = 64  # tokens of a prompt that are taken at a time
+PREFILL = 64  # tokens of the prompt in one step
 
 
 class Cache(NamedTuple):
-  """Keys and values of the tokens so far.
+  """Attention keys and values of the tokens so far.
 
   Attributes:
-    layers: for each `blocks_i` of a model, `attention/key` and `attention/value`.
+    layers: `attention/key` and `attention/value` for each `blocks_i` of a model.
     length: how many of the C rows are filled.
   """
 
@@ -35,7 +38,7 @@ class Cache(NamedTuple):
 
 
 def empty_cache(model: model_lib.Model, batch: int, room: int) -> Cache:
-  """A cache for `batch` sequences of up to `room` tokens."""
+  """Makes a cache for `batch` sequences of up to `room` tokens."""
   config = model.config
   shape = (batch, room, config.num_kv_heads, config.head_dim)
   zeros = lambda size: jnp.zeros((size, *shape), jnp.float32)
@@ -49,13 +52,14 @@ def empty_cache(model: model_lib.Model, batch: int, room: int) -> Cache:
 def extend(
   model: model_lib.Model, cache: Cache, tokens: jax.Array
 ) -> tuple[jax.Array, Cache]:
-  """Next-token logits of tokens that follow those in a cache.
+  """Computes the next-token logits of tokens that follow the tokens in a cache.
 
-  Row by row they are what `transformer.logits` gives for the whole sequence.
+  The logits equal the last T rows of `transformer.logits` of the whole sequence.
 
   Args:
-    model: dense or sliced, materialized or not.
-    cache: of B sequences, with room for T more tokens; beyond, the result is undefined.
+    model: the model, dense or sliced; it may have structured leaves.
+    cache: a cache of B sequences. It must have room for T more tokens, otherwise the
+      result is undefined.
     tokens: `[B, T]` integers.
 
   Returns:
@@ -77,14 +81,15 @@ def sample(
   temperature: jax.Array | float,
   top_k: int | None = None,
 ) -> jax.Array:
-  """Draws tokens from `softmax(logits / temperature)`, or the likeliest at 0.
+  """Draws tokens from `softmax(logits / temperature)`.
 
-  With Gumbel noise g the draw is `argmax(logits + temperature g)`.
+  The draw is `argmax(logits + temperature g)` with Gumbel noise g. At temperature 0 it
+  is the likeliest token.
 
   Args:
     logits: `[..., V]`.
-    key: of `jax.random`.
-    temperature: not negative.
+    key: a key of `jax.random`.
+    temperature: the temperature, not negative.
     top_k: how many of the likeliest tokens to draw from; None for all.
 
   Returns:
@@ -109,24 +114,24 @@ def generate(
 ) -> Iterator[int]:
   """Continues a sequence of tokens.
 
-  Compiles once for the prompt and once for the tokens after it, for each size of the
-  cache; the sizes are powers of two.
+  For each size of the cache, two programs are compiled: one for the prompt and one for
+  the tokens after it. The sizes are powers of two.
 
   Args:
-    model: dense or sliced, materialized or not.
+    model: the model, dense or sliced; it may have structured leaves.
     tokens: `[T]` integers, the prompt.
-    max_tokens: how many tokens to add at most.
-    temperature: 0 takes the likeliest token, see `sample`.
+    max_tokens: the largest number of tokens to add.
+    temperature: see `sample`; 0 takes the likeliest token.
     top_k: see `sample`.
-    key: of `jax.random`; needed unless the temperature is 0.
-    stop_tokens: tokens that end the sequence; none of them is yielded.
+    key: a key of `jax.random`; required unless the temperature is 0.
+    stop_tokens: tokens that end the sequence; they are not yielded.
 
   Yields:
-    The tokens that follow, as they come.
+    The tokens after the prompt, each as soon as it is known.
 
   Raises:
     ValueError: if an argument is out of range, if the prompt and `max_tokens` together
-      are more than the model's positions, or if the predictions are not finite.
+      exceed the model's positions, or if the predictions are not finite.
   """
   config = model.config
   tokens = np.asarray(tokens)
@@ -135,7 +140,7 @@ def generate(
       f'tokens must be [T] integers, got {tokens.shape=} {tokens.dtype=}'
     )
   if not tokens.size:
-    raise ValueError('the prompt has no tokens')
+    raise ValueError(f'the prompt has no tokens, got {tokens.shape=}')
   config.check_tokens(tokens)
   if max_tokens < 1:
     raise ValueError(f'max_tokens must be positive, got {max_tokens}')
@@ -150,7 +155,7 @@ def generate(
     raise ValueError(f'top_k must be from 1 to {config.vocab_size}, got {top_k}')
   if key is None:
     if temperature:
-      raise ValueError(f'a temperature of {temperature} needs a key')
+      raise ValueError(f'a temperature of {temperature} needs a key, got {key=}')
     key = jax.random.key(0)
   options = {'key': key, 'temperature': temperature, 'top_k': top_k}
   return _stream(model, tokens, max_tokens, frozenset(stop_tokens), options)
@@ -163,7 +168,8 @@ def _stream(
   stop_tokens: frozenset[int],
   options: dict[str, Any],
 ) -> Iterator[int]:
-  # Once to the device, and without the buffers, which may be of any dtype.
+  # Put the model on the device once. Leave out the buffers: the forward pass does not
+  # use them, and they can have any dtype.
   model = jax.device_put(dataclasses.replace(model, buffers={}))
   step = min(PREFILL, model.config.max_positions)
   room = max(PREFILL, 1 << (prompt.size + max_tokens - 1).bit_length())
@@ -194,12 +200,13 @@ def _next_token(
   temperature: jax.Array | float,
   top_k: int | None,
 ) -> tuple[jax.Array, Cache]:
-  """The token after the first `count` of `[1, T]` tokens; the rest are padding.
+  """Draws the token after the first `count` of `[1, T]` tokens; the rest are padding.
 
-  Later tokens overwrite what the padding left in the cache, and see none of it.
+  The padding leaves keys and values in the cache. They do no harm, because later tokens
+  overwrite them before any token attends to them.
 
   Returns:
-    The token, `[]` int32, -1 if the logits are not finite; and the cache.
+    The token, `[]` int32, or -1 if the logits are not finite; and the cache.
   """
   logits, extended = extend(model, cache, tokens)
   length = cache.length + count

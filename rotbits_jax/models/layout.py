@@ -1,8 +1,9 @@
-"""What the axes of every parameter stand for, and the symmetries that follow.
+"""The meaning of every parameter's axes, and the symmetries that follow from it.
 
-Everything else in the package asks here: who reads and writes which segment of the
-residual stream, where the neurons and the heads are, and which changes of coordinates
-leave the function of a model as it is.
+The rest of the package looks up three things here: which segment of the residual stream
+a parameter reads or writes, which axis holds neurons or heads, and which changes of
+coordinates keep the function of a model. Such a change is a symmetry.
+`models.config` defines segments.
 
 A parameter's path is its keys joined by '/', as in 'attention/query/kernel'. Kernels
 are `[in, out]`. Shape letters are those of `models.config`.
@@ -14,12 +15,13 @@ from typing import Literal, NamedTuple
 from rotbits_jax.models import config as config_lib
 
 Axis = int | Literal['query', 'key', 'neuron', 'vocabulary', 'position', 'norm']
-"""An axis of a parameter.
+"""The meaning of one axis of a parameter.
 
-An integer is a residual segment: of a layer 0 is its input, and -1 its output; outside
-the layers 0 is the model's first segment and -1 its last. 'query' are H heads of h
-numbers, 'key' are K heads of h numbers. 'norm' is a segment that is scaled number by
-number, which no rotation of the segment can pass.
+An integer is a residual segment. For a parameter of a layer, 0 is the layer's input and
+-1 its output; 1 is the segment between attention and MLP, if there is one. For a
+parameter outside the layers, 0 is the model's first segment and -1 its last. 'query' is
+H heads of h numbers, and 'key' is K heads of h numbers. 'norm' is a segment whose
+numbers are scaled one by one; rotations do not commute with this scaling.
 """
 
 Axes = dict[str, tuple[Axis, ...]]
@@ -28,7 +30,7 @@ SUBLAYERS = ('attention', 'mlp')
 
 
 def layer_axes(config: config_lib.ModelConfig) -> Axes:
-  """The axes of one layer's parameters, by path."""
+  """Returns the axes of one layer's parameters, by path."""
   between = 0 if config.parallel_block else 1
   axes: Axes = {}
 
@@ -56,7 +58,7 @@ def layer_axes(config: config_lib.ModelConfig) -> Axes:
 
 
 def outer_axes(config: config_lib.ModelConfig) -> Axes:
-  """The axes of the parameters outside the layers, by path."""
+  """Returns the axes of the parameters outside the layers, by path."""
   axes: Axes = {'embed/tokens': ('vocabulary', 0)}
   if config.learned_positions:
     axes['embed/positions'] = ('position', 0)
@@ -75,14 +77,19 @@ def _norm(name: str, config: config_lib.ModelConfig) -> Axes:
 
 
 class Linear(NamedTuple):
-  """The segments that a linear layer of a sublayer reads and writes; None for none."""
+  """The segments that a linear layer of a sublayer reads and writes.
+
+  Attributes:
+    reads: the segment it reads; None if its input is not a segment.
+    writes: the segment it writes; None if its output is not a segment.
+  """
 
   reads: int | None
   writes: int | None
 
 
 def linears(config: config_lib.ModelConfig) -> dict[str, Linear]:
-  """The linear layers of both sublayers, by path, as in 'attention/query'."""
+  """Returns the linear layers of both sublayers, by paths like 'attention/query'."""
   segment = lambda axis: axis if isinstance(axis, int) else None
   return {
     path.removesuffix('/kernel'): Linear(segment(axes[0]), segment(axes[-1]))
@@ -92,7 +99,7 @@ def linears(config: config_lib.ModelConfig) -> dict[str, Linear]:
 
 
 def neuron_axes(config: config_lib.ModelConfig) -> dict[str, int]:
-  """The axis that has a layer's MLP neurons, of each parameter that has one."""
+  """Returns the axis of the MLP neurons for each parameter of a layer that has one."""
   return {
     path: axes.index('neuron')
     for path, axes in layer_axes(config).items()
@@ -101,22 +108,23 @@ def neuron_axes(config: config_lib.ModelConfig) -> dict[str, int]:
 
 
 def norm_of(config: config_lib.ModelConfig, sublayer: str) -> str:
-  """The norm that a sublayer of a dense model reads."""
+  """Returns the name of the norm before a sublayer of a dense model."""
   return 'attention_norm' if config.parallel_block else f'{sublayer}_norm'
 
 
 class Symmetries(NamedTuple):
-  """The changes of a model's coordinates that its config leaves valid.
+  """The symmetries of a model: which changes of coordinates keep its function.
 
   Attributes:
-    segments: every segment of the residual stream can be rotated by itself.
-    stream: all segments can be rotated by one rotation, once the scales of the norms
-      are folded into the kernels that read them.
-    values: GL(h) acts between value and output of every key-value head.
-    queries: GL acts between query and key of every key-value head, on the numbers that
-      RoPE does not turn, and a complex factor on each plane that it turns.
-    key_bias: the bias of keys changes no output, but in the numbers that RoPE turns.
-    neurons: the neurons of an MLP can be put in any order.
+    segments: whether each segment of the residual stream has a rotation of its own.
+    stream: whether one rotation acts on all segments at once. The scales of the norms
+      must first be folded into the kernels that read the norms.
+    values: whether GL(h) acts between value and output of every key-value head.
+    queries: whether GL acts between query and key of every key-value head, on the
+      numbers that RoPE does not rotate. On each plane that RoPE rotates, a complex
+      factor acts.
+    key_bias: whether the key bias changes no output; true where there is no RoPE.
+    neurons: whether the neurons of an MLP can be put in any order.
   """
 
   segments: bool = False
@@ -127,8 +135,9 @@ class Symmetries(NamedTuple):
   neurons: bool = False
 
 
-# The fields whose meaning `symmetries` knows. A config with a field beyond these may
-# compute something that a symmetry does not keep, so it has none until that is checked.
+# The fields that `symmetries` takes into account. A config with another field may
+# describe a function that a symmetry changes. Such a config has no symmetries until
+# somebody has checked the new field and listed it here.
 _UNDERSTOOD = frozenset([
   'family', 'hidden_size', 'intermediate_size', 'num_layers', 'num_heads',
   'num_kv_heads', 'head_dim', 'vocab_size', 'activation', 'gated_mlp',
@@ -141,9 +150,10 @@ _POINTWISE = ('relu', 'gelu_new', 'silu')
 
 
 def symmetries(config: config_lib.ModelConfig) -> Symmetries:
-  """The symmetries of a model with this config.
+  """Returns the symmetries of a model with this config.
 
-  A switch that this function does not know makes no symmetry valid.
+  A config with a field, a norm or an activation that this function does not know gets
+  no symmetry that could depend on it.
   """
   fields = {field.name for field in dataclasses.fields(config)}
   if fields != _UNDERSTOOD or config.norm not in _NORMS:

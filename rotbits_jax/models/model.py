@@ -1,4 +1,11 @@
-"""The in-memory form of a model: parameters as a Flax PyTree, layers stacked."""
+"""A model in memory: its parameters as a Flax PyTree with stacked layers.
+
+A group is a run of consecutive layers that are stacked along a leading axis. A
+structured leaf stores fewer numbers than the array that it stands for; see
+`structured`. To materialize a leaf is to replace it by that array. A dependent leaf
+(`structured.Dependent`) stands for an array only together with other parameters. To
+expand a dependent leaf is to compute its array from those parameters.
+"""
 
 from collections.abc import Iterable, Iterator
 import dataclasses
@@ -20,19 +27,18 @@ Params = dict[str, Any]
 class Model:
   """A dense or sliced transformer.
 
-  `params` is what `Transformer(config, group_sizes)` takes: `embed`, `head`
-  (unless tied), `final_norm` (dense models), and `blocks_0`, `blocks_1`, ...:
-  runs of consecutive layers whose parameters have the same shapes, dtypes and
-  kinds, stacked along a leading axis. Kernels are `[N, in, out]`. A leaf is an array
-  or a structured leaf.
+  `params` has the keys that `Transformer(config, group_sizes)` reads: `embed`, `head`
+  (unless tied), `final_norm` (dense models only), and `blocks_0`, `blocks_1`, ... Each
+  `blocks_i` is a group of N layers whose parameters have the same shapes, dtypes and
+  kinds. Kernels of a group are `[N, in, out]`. A leaf is an array or a structured leaf.
 
   Attributes:
     params: the parameters.
-    buffers: tensors of the checkpoint that take no part in the mathematics, by
-      their name there.
+    buffers: tensors of the checkpoint that the forward pass does not use, by their
+      names in the checkpoint.
     config: sizes and switches.
-    stored_as: name of the format that float32 parameters will be rounded to, while a
-      chain of transforms works on the model; None where they are what is stored.
+    stored_as: name of the dtype to which the float32 parameters are still to be
+      rounded; None if they have their final dtype.
   """
 
   params: Params
@@ -54,7 +60,7 @@ class Model:
     return {k: v for k, v in self.params.items() if not k.startswith('blocks_')}
 
   def layers(self) -> Iterator[Params]:
-    """The layers' parameters in order, unstacked."""
+    """Yields the parameters of each layer in order, unstacked."""
     for group, size in enumerate(self.group_sizes):
       for index in range(size):
         yield unstack_layer(self.params[f'blocks_{group}'], index)
@@ -65,14 +71,19 @@ class Model:
       if index < size:
         return unstack_layer(self.params[f'blocks_{group}'], index)
       index -= size
-    raise IndexError(f'the model has {self.config.num_layers} layers')
+    raise IndexError(
+      f'the index must be below the number of layers {self.config.num_layers}'
+    )
 
   def specs(self, index: int | None) -> Params:
-    """What `layer` returns, or `outer` for None: shapes and dtypes are known."""
+    """Returns `layer(index)`, or `outer()` for None.
+
+    `checkpoints.Source.specs` is its counterpart, which gives shapes and dtypes only.
+    """
     return self.outer() if index is None else self.layer(index)
 
   def rounded(self) -> 'Model':
-    """The model as it is stored: rounded to `stored_as`, where that is set.
+    """Rounds the parameters to `stored_as`, if it is set.
 
     Raises:
       ValueError: if a number is too large for that dtype.
@@ -89,10 +100,10 @@ class Model:
   def materialize(
     self, *, but: tuple[type[structured.Structured], ...] = ()
   ) -> 'Model':
-    """The model with structured leaves replaced by the arrays they stand for.
+    """Replaces structured leaves by the arrays that they stand for.
 
     Args:
-      but: kinds of leaves that stay.
+      but: classes of structured leaves to keep.
 
     Returns:
       The model.
@@ -103,11 +114,11 @@ class Model:
 def materialize(
   params: Params, *, but: tuple[type[structured.Structured], ...] = ()
 ) -> Params:
-  """Replaces structured leaves by the arrays they stand for.
+  """Replaces structured leaves by the arrays that they stand for.
 
   Args:
-    params: nested dicts that hold the parameters that leaves need.
-    but: kinds of leaves that stay.
+    params: nested dicts. They must contain the parameters that dependent leaves need.
+    but: classes of structured leaves to keep.
 
   Returns:
     The parameters.
@@ -124,11 +135,11 @@ def materialize(
 def expand(
   params: Params, *, but: tuple[type[structured.Structured], ...] = ()
 ) -> Params:
-  """Replaces leaves that need other parameters by the arrays they stand for.
+  """Replaces dependent leaves by the arrays that they stand for.
 
   Args:
-    params: nested dicts that hold the parameters that such leaves need.
-    but: kinds of leaves that stay.
+    params: nested dicts. They must contain the parameters that dependent leaves need.
+    but: classes of dependent leaves to keep.
 
   Returns:
     The parameters.
@@ -143,7 +154,7 @@ def expand(
 
 
 def unstack_layer(block: Params, index: int) -> Params:
-  """One layer of a stacked block."""
+  """Returns one layer of a group."""
   return jax.tree.map(
     lambda x: x.layer(index) if structured.is_structured(x) else x[index],
     block,
@@ -158,7 +169,9 @@ def from_layers(
   buffers: dict[str, Any] | None = None,
   stored_as: str | None = None,
 ) -> Model:
-  """Stacks runs of alike layers: the inverse of `outer` and `layers`.
+  """Makes a model from separate layers: the inverse of `outer` and `layers`.
+
+  Consecutive layers with equal `stack_key` become a group.
 
   Args:
     config: sizes and switches.
@@ -178,22 +191,24 @@ def from_layers(
 
 
 def stack_layers(layers: Iterable[Params], count: int) -> Params:
-  """Stacks alike layers: the inverse of `unstack_layer`.
+  """Stacks layers into a group: the inverse of `unstack_layer`.
 
   Args:
-    layers: `count` layers whose leaves have the same shapes, dtypes and kinds. Arrays
-      are copied as they come, so an iterator need not hold more than one layer.
-    count: how many.
+    layers: the layers, with equal `stack_key`. NumPy arrays are copied one layer at a
+      time, so an iterator does not need to hold more than one layer.
+    count: the number of layers.
 
   Returns:
-    The block; NumPy arrays where the layers' are, else JAX arrays.
+    The group. Its arrays are NumPy arrays where the layers have NumPy arrays, and JAX
+    arrays elsewhere.
   """
   stacks: list[Any] = []
   treedef = None
   for index, layer in enumerate(layers):
     leaves, treedef = jax.tree.flatten(layer, is_leaf=structured.is_structured)
     if not stacks:
-      # NumPy arrays are copied into place; the others are few or on a device.
+      # Only NumPy arrays are copied into place, because other leaves are few or are on
+      # a device.
       stacks = [
         np.empty((count, *x.shape), x.dtype) if isinstance(x, np.ndarray) else []
         for x in leaves
@@ -214,7 +229,10 @@ def _join(leaves: list[Any]) -> Any:
 
 
 def stack_key(layer: Params) -> tuple[Any, ...]:
-  """Equal for layers that can share a stack: the one rule for which layers do."""
+  """Returns a key that is equal for two layers if they can share a group.
+
+  This is the only rule that decides which layers are stacked together.
+  """
   return tuple(
     (path, *structured.stack_key(leaf))
     for path, leaf in sorted(structured.flatten(layer).items(), key=lambda x: x[0])

@@ -1,4 +1,4 @@
-"""The shape of every parameter, from a model's sizes and the axes of `layout`."""
+"""The shape of every parameter, from the config's sizes and the axes in `layout`."""
 
 import math
 from typing import Any
@@ -9,18 +9,18 @@ from rotbits_jax.models import layout
 
 
 def layer_shapes(config: config_lib.ModelConfig, layer: int) -> dict[str, Any]:
-  """Shapes of one layer's parameters, as nested dicts; kernels are `[in, out]`."""
+  """Returns the shapes of a layer's parameters as nested dicts; kernels `[in, out]`."""
   widths = config.layer_widths(layer)
   return _shapes(config, layout.layer_axes(config), widths)
 
 
 def outer_shapes(config: config_lib.ModelConfig) -> dict[str, Any]:
-  """Shapes of the parameters outside the layers, as nested dicts."""
+  """Returns the shapes of the parameters outside the layers, as nested dicts."""
   return _shapes(config, layout.outer_axes(config), config.segment_widths)
 
 
 def count_numbers(config: config_lib.ModelConfig) -> int:
-  """How many numbers the checkpoint of a model with this config holds."""
+  """Counts the numbers in the checkpoint of a model with this config."""
   trees = [outer_shapes(config)]
   trees += [layer_shapes(config, layer) for layer in range(config.num_layers)]
   return sum(math.prod(s) for tree in trees for s in structured.flatten(tree).values())

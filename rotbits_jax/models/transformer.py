@@ -1,7 +1,15 @@
 """The forward pass of a dense or sliced decoder-only transformer.
 
-Shape letters are those of `models.config`; activations have `B` sequences of `T`
-tokens. Everything is computed in float32, whatever the parameters are stored in.
+In a sliced model, a shortcut is the matrix that maps one residual segment to the next
+one; it takes the place of the identity of a dense model. `models.config` defines
+segments and sublayers.
+
+All computation is in float32, independent of the dtype of the parameters.
+
+Shape letters are those of `models.config`. In addition:
+  B  sequences                           T  tokens of a sequence
+  C  rows of the cache, see `models.generation`; T without a cache
+  r  numbers of a head that RoPE rotates
 """
 
 from collections.abc import Callable
@@ -23,14 +31,14 @@ ACTIVATIONS: dict[config_lib.Activation, Callable[[jax.Array], jax.Array]] = {
   'silu': nn.silu,
 }
 
-POSITION_OFFSET = 2  # OPT's table begins with two rows that no token uses
+POSITION_OFFSET = 2  # OPT's position table begins with two unused rows
 
 
 def logits(model: model_lib.Model, tokens: jax.Array) -> jax.Array:
-  """Next-token logits of a model.
+  """Computes the next-token logits of a model.
 
   Args:
-    model: dense or sliced, materialized or not.
+    model: the model, dense or sliced; it may have structured leaves.
     tokens: `[B, T]` integers.
 
   Returns:
@@ -41,18 +49,19 @@ def logits(model: model_lib.Model, tokens: jax.Array) -> jax.Array:
 
 
 class Transformer(nn.Module):
-  """Embedding, layers, norm and head.
+  """The whole model: embedding, layers, final norm and head.
 
       x_0     = embed[tokens] (+ positions)
       x_{s+1} = x_s @ M_s + sublayer_s(norm(x_s))
       logits  = norm(x_S) @ head
 
-  `M_s` is the segment's shortcut in a sliced model and the identity in a dense one.
+  `M_s` is the shortcut from segment s to segment s + 1 in a sliced model, and the
+  identity in a dense model. With parallel blocks, attention and MLP are one sublayer.
 
   Attributes:
     config: sizes and switches.
     group_sizes: how many layers each `blocks_i` stacks; they sum to L.
-    precision: of the matrix products, see `jax.lax.Precision`.
+    precision: precision of the matrix products, see `jax.lax.Precision`.
   """
 
   config: config_lib.ModelConfig
@@ -65,8 +74,8 @@ class Transformer(nn.Module):
 
     Args:
       tokens: `[B, T]` integers.
-      start: how many tokens came before and have keys and values in the collection
-        `cache`, see `Attention`.
+      start: how many earlier tokens have keys and values in the collection `cache`,
+        see `Attention`.
 
     Returns:
       `[B, T, V]`.
@@ -74,7 +83,8 @@ class Transformer(nn.Module):
     config = self.config
     if sum(self.group_sizes) != config.num_layers:
       raise ValueError(
-        f'the groups must hold {config.num_layers} layers, got {self.group_sizes=}'
+        f'the groups must hold {config.num_layers} layers in all, '
+        f'got {self.group_sizes=}'
       )
     with jax.default_matmul_precision(self.precision):
       embed = Embedding(config, name='embed')
@@ -90,7 +100,7 @@ class Transformer(nn.Module):
 
 
 class Embedding(nn.Module):
-  """Rows for tokens, plus rows for positions where these are learned."""
+  """Token embedding, plus a position embedding if positions are learned."""
 
   config: config_lib.ModelConfig
 
@@ -104,7 +114,16 @@ class Embedding(nn.Module):
   def __call__(
     self, tokens: jax.Array, params: Any, start: jax.Array | int = 0
   ) -> jax.Array:
-    """Rows of `[B, T]` tokens; `params` has what a table that is no array needs."""
+    """Embeds tokens.
+
+    Args:
+      tokens: `[B, T]` integers.
+      params: the model's parameters, from which a dependent token table is computed.
+      start: how many tokens precede these.
+
+    Returns:
+      Float32 `[B, T, d]`, d of the first segment.
+    """
     if isinstance(self.tokens, structured.Dependent):
       flat = structured.flatten(params)
       needed = [_float32(flat[path]) for path in self.tokens.needs]
@@ -122,7 +141,7 @@ class Embedding(nn.Module):
     return x + _take(self.positions, start + jnp.arange(length) + POSITION_OFFSET)
 
   def attend(self, x: jax.Array) -> jax.Array:
-    """The tied head: `x @ tokens.T`."""
+    """Applies the tied head: `x @ tokens.T`."""
     return x @ _float32(self.tokens).T
 
 
@@ -131,7 +150,7 @@ class Block(nn.Module):
 
   Attributes:
     config: sizes and switches.
-    widths: of the residual segments it touches, see `ModelConfig.layer_widths`.
+    widths: widths of the layer's segments, see `ModelConfig.layer_widths`.
   """
 
   config: config_lib.ModelConfig
@@ -159,9 +178,9 @@ class Block(nn.Module):
 class Attention(nn.Module):
   """Causal grouped-query attention.
 
-  Where the variables have a collection `cache` with a `key` and a `value`, both
-  `[B, C, K, h]`, those of the tokens are written into it from row `start` on, and the
-  tokens attend to the rows before, too.
+  The variables may have a collection `cache` with a `key` and a `value`, both
+  `[B, C, K, h]`. Then the keys and values of the tokens are written into the cache from
+  row `start` on, and the tokens also attend to the rows before `start`.
 
   Attributes:
     config: sizes and switches.
@@ -201,7 +220,10 @@ class Attention(nn.Module):
     )
 
   def _through_cache(self, name: str, new: jax.Array, start: jax.Array | int) -> Any:
-    """What the cache holds after the new rows are written into it; without, these."""
+    """Writes new rows into the cache and returns all of it.
+
+    Without a cache it returns the new rows.
+    """
     if not self.has_variable('cache', name):
       return new
     cached: Any = self.get_variable('cache', name)
@@ -211,7 +233,7 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
-  """`down(act(up(x)))`, or `down(act(gate(x)) * up(x))`.
+  """The MLP: `down(act(up(x)))`, or with a gate `down(act(gate(x)) * up(x))`.
 
   Attributes:
     config: sizes and switches.
@@ -234,7 +256,7 @@ class Mlp(nn.Module):
 
 
 class Linear(nn.Module):
-  """`x @ kernel + bias`; the kernel may be structured.
+  """A linear layer, `x @ kernel + bias`; the kernel may be a structured leaf.
 
   Attributes:
     features: width of the output.
@@ -259,16 +281,16 @@ class Linear(nn.Module):
 
 
 def rmsn(x: jax.Array, *, hidden_size: int, eps: float) -> jax.Array:
-  """SliceGPT's norm: `x / sqrt(sum(x^2) / D + eps)`, whatever the width of x."""
+  """Applies SliceGPT's norm: `x / sqrt(sum(x^2) / D + eps)` for x of any width."""
   square = jnp.sum(jnp.square(x), axis=-1, keepdims=True)
   return x * jax.lax.rsqrt(square / hidden_size + eps)
 
 
 def rope(x: jax.Array, positions: jax.Array, frequencies: np.ndarray) -> jax.Array:
-  """Rotary position embedding, in Hugging Face's order of the numbers.
+  """Applies rotary position embedding, in Hugging Face's order of the numbers.
 
-  The pair `(x_i, x_{i + r/2})` at position t turns by the angle `t frequencies_i`,
-  for `i < r/2`; numbers from r on stay.
+  For `i < r/2`, the pair `(x_i, x_{i + r/2})` at position t is rotated by the angle
+  `t frequencies_i`. The numbers of a head from r on do not change.
 
   Args:
     x: `[B, T, H, h]`.
@@ -292,10 +314,12 @@ def rope(x: jax.Array, positions: jax.Array, frequencies: np.ndarray) -> jax.Arr
 
 
 def rope_frequencies(config: config_lib.ModelConfig) -> np.ndarray:
-  """`theta^(-2i/r)` for `i < r/2` where r is `rotary_dim`, scaled as the config says.
+  """Returns RoPE's frequencies: `theta^(-2i/r)` for `i < r/2`, scaled by the config.
+
+  Here r is `rotary_dim`; see `RopeScaling` for the scaling.
 
   Returns:
-    `[r/2]` float64, radians a token.
+    `[r/2]` float64, in radians per token.
   """
   half = config.rotary_dim // 2
   frequencies = config.rope_theta ** (-np.arange(half) / half)
@@ -312,7 +336,7 @@ def rope_frequencies(config: config_lib.ModelConfig) -> np.ndarray:
 
 
 class DenseNorm(nn.Module):
-  """A dense model's RMSNorm or LayerNorm; scale and bias may be structured.
+  """A dense model's RMSNorm or LayerNorm; its parameters may be structured leaves.
 
   Attributes:
     config: sizes and switches.
@@ -343,7 +367,7 @@ def _norm(config: config_lib.ModelConfig, name: str) -> Callable[[Any], jax.Arra
 def _apply_stacked(
   block: Block, size: int, x: jax.Array, start: jax.Array | int
 ) -> jax.Array:
-  """Applies layers whose parameters are stacked along a leading axis, in turn."""
+  """Applies the layers of a group one after another."""
   stacked: dict[str, Any] = {
     'variable_axes': {'params': 0, 'cache': 0},
     'split_rngs': {'params': True},
@@ -356,7 +380,8 @@ def _apply_stacked(
       **stacked,
     )
     return scan(block, x, start)[0]
-  # What a scan carries keeps its shape, so a layer that changes the width is alone.
+  # A layer may change the width of the residual stream. A scan cannot, because its
+  # carry keeps one shape; so a group of one layer is applied without a scan.
   vmap = nn.vmap(
     lambda block, x, start: block(x, start), in_axes=None, axis_size=1, **stacked
   )
@@ -366,9 +391,9 @@ def _apply_stacked(
 def _parameter(
   module: nn.Module, name: str, shape: tuple[int, ...], init: Callable[..., Any]
 ) -> Any:
-  """A parameter as it is stored: an array of any float dtype or a structured leaf.
+  """Returns a parameter as stored: an array of any float dtype or a structured leaf.
 
-  `module.param` alone would take a structured leaf's arrays for the parameter.
+  `module.param` alone would mistake the arrays of a structured leaf for the parameter.
   """
   if not module.has_variable('params', name):
     return module.param(name, init, shape)
@@ -380,7 +405,10 @@ def _parameter(
 
 
 def _float32(leaf: Any) -> jax.Array:
-  """The array that a parameter stands for, expanded in float32, not rounded again."""
+  """Returns a parameter as a float32 array.
+
+  A structured leaf is materialized in float32, so that it is not rounded to its dtype.
+  """
   if not structured.is_structured(leaf):
     return jnp.asarray(leaf, jnp.float32)
   return jax.tree.map(_upcast, leaf).materialize()
@@ -393,7 +421,7 @@ def _upcast(array: Any) -> jax.Array:
 
 
 def _take(table: Any, rows: jax.Array) -> jax.Array:
-  """Rows of a table in float32, NaN for rows that it does not have."""
+  """Returns rows of a table in float32; rows outside the table are NaN."""
   if structured.is_structured(table):
     table = _float32(table)
   taken = jnp.asarray(table).at[rows].get(mode='fill', fill_value=jnp.nan)
