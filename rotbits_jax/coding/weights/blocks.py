@@ -99,6 +99,7 @@ def decode_block(
   slots: jax.Array,
   lanes: jax.Array,
   steps: jax.Array,
+  layout_step: jax.Array,
   *,
   layout: layouts.Layout,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -117,7 +118,8 @@ def decode_block(
     slots: see `Tables`.
     lanes: int32, n.
     steps: int32, T.
-    layout: of the numbers.
+    layout_step: int32, the step of the numbers' layout.
+    layout: `Layout.program` of that layout.
 
   Returns:
     `out` with the numbers' bit patterns; the states, and where each lane stopped.
@@ -144,7 +146,7 @@ def decode_block(
     rest = planes.read(
       rests, plane_starts, t, lanes, layout.rest, layout.unsigned, count
     )
-    patterns = layout.join(symbol, rest)
+    patterns = layout.join(symbol, rest, layout_step)
     out = jax.lax.dynamic_update_slice(out, patterns, (row,))
     return out, state, position + dry.astype(jnp.int32)
 
@@ -159,6 +161,7 @@ def encode_block(
   intervals: jax.Array,
   lanes: jax.Array,
   steps: jax.Array,
+  layout_step: jax.Array,
   *,
   layout: layouts.Layout,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
@@ -172,14 +175,15 @@ def encode_block(
     intervals: as in `decode_block`.
     lanes: int32, n.
     steps: int32, T.
-    layout: of the numbers.
+    layout_step: as in `decode_block`.
+    layout: as in `decode_block`.
 
   Returns:
     For each number, the word that the lane may have moved away and whether it has, in
     steps from 0 to T; uint32 `[N]`, the states; unsigned `[S + 2 N]`, the rests.
   """
   count, alphabet = LANES, intervals.shape[1]
-  symbols, rests = layout.split(bits)
+  symbols, rests = layout.split(bits, layout_step)
   entries = intervals.reshape(-1)
 
   def step(
@@ -204,20 +208,26 @@ def encode_block(
 
 
 def count_block(
-  bits: jax.Array, contexts: jax.Array, *, layout: layouts.Layout, labels: int
+  bits: jax.Array,
+  contexts: jax.Array,
+  layout_step: jax.Array,
+  *,
+  layout: layouts.Layout,
+  labels: int,
 ) -> jax.Array:
   """How often each symbol occurs in each context.
 
   Args:
     bits: unsigned `[S + 2 N]`, bit patterns.
     contexts: uint8, likewise: below `labels`, or `labels` where there is no number.
-    layout: of the numbers.
+    layout_step: as in `decode_block`.
+    layout: as in `decode_block`.
     labels: bound of the contexts.
 
   Returns:
     int32 `[labels, A]`.
   """
-  symbols, _ = layout.split(bits)
+  symbols, _ = layout.split(bits, layout_step)
   index = contexts.astype(jnp.int32) * layout.alphabet + symbols.astype(jnp.int32)
   counts = jnp.zeros((labels + 1) * layout.alphabet, jnp.int32)
   width = 2 * LANES  # divides [S + 2 N]
@@ -260,7 +270,8 @@ def encode(
     made.intervals,
     np.int32(lanes),
     np.int32(steps),
-    layout=layout,
+    np.int32(layout.step),
+    layout=layout.program,
   )
   # Lane by lane: what the decoder reads first is first.
   used = np.ascontiguousarray(np.asarray(moved)[:steps, :lanes].T)
@@ -347,7 +358,8 @@ def decode(
     made.slots,
     np.int32(lanes),
     np.int32(steps),
-    layout=layout,
+    np.int32(layout.step),
+    layout=layout.program,
   )
   ended = np.asarray(position) == ends
   write(np.asarray(out)[:count])
@@ -374,7 +386,9 @@ def count(fill: Fill, count: int, layout: layouts.Layout, labels: int) -> np.nda
   contexts = memory.host('labels', memory.capacity + 2 * LANES, np.uint8)
   contexts[count:] = padded
   fill(bits[:count], contexts[:count])
-  counts = _count(bits, contexts, layout=layout, labels=padded)
+  counts = _count(
+    bits, contexts, np.int32(layout.step), layout=layout.program, labels=padded
+  )
   return np.asarray(counts)[:labels].astype(np.int64)
 
 
