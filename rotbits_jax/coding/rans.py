@@ -341,7 +341,7 @@ def check(message: Message) -> Message:
   excess = int(np.max(message.highest, initial=0)) - message.capacity
   if excess > 0:
     raise MessageError(
-      f'the message overflowed: a lane needs {excess} words beyond its '
+      f'the message overflowed: a lane needs {excess} words more than its '
       f'capacity of {message.capacity}'
     )
   return message
