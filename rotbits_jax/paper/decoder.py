@@ -2,9 +2,9 @@
 
 from collections.abc import Iterator
 from typing import Any
-import zlib
 
 import numpy as np
+from zlib_ng import zlib_ng
 
 from rotbits_jax import models
 from rotbits_jax.coding import rans
@@ -72,7 +72,7 @@ def decode_unchecked(
 
 def digest(array: np.ndarray) -> int:
   """CRC-32 of an array's bytes in C order."""
-  return zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+  return zlib_ng.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
 
 
 class _Decoder:

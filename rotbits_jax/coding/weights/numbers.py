@@ -1,5 +1,6 @@
 """Arrays of numbers as the coder takes them: contiguous bit patterns, and squares."""
 
+import math
 import threading
 
 import jax
@@ -36,17 +37,25 @@ def squares(matrix: np.ndarray) -> np.ndarray:
     return np.square(wide, dtype=np.float64)
 
 
-def aligned(count: int, dtype: np.dtype | type) -> np.ndarray:
-  """Zeros `[count]` at an address that lets XLA use them in place, without a copy."""
-  size = count * np.dtype(dtype).itemsize
-  buffer = np.zeros(size + 64, np.uint8)
+def empty(shape: tuple[int, ...], dtype: np.dtype | type | str) -> np.ndarray:
+  """Any numbers, at an address that lets XLA use them in place, without a copy."""
+  kind = np.dtype(dtype)
+  size = math.prod(shape) * kind.itemsize
+  buffer = np.empty(size + 64, np.uint8)
   start = -buffer.ctypes.data % 64
-  return buffer[start : start + size].view(dtype)
+  return buffer[start : start + size].view(kind).reshape(shape)
+
+
+def aligned(count: int, dtype: np.dtype | type) -> np.ndarray:
+  """Zeros `[count]` at such an address."""
+  array = empty((count,), dtype)
+  array[...] = 0
+  return array
 
 
 def aligned_copy(array: np.ndarray) -> np.ndarray:
   """A copy at such an address."""
-  copy = aligned(array.size, array.dtype).reshape(array.shape)
+  copy = empty(array.shape, array.dtype)
   copy[...] = array
   return copy
 

@@ -4,9 +4,9 @@ from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import functools
 from typing import NamedTuple
-import zlib
 
 import numpy as np
+from zlib_ng import zlib_ng
 
 from rotbits_jax.coding.weights import blocks
 from rotbits_jax.coding.weights import contexts
@@ -151,7 +151,6 @@ def decode(
   Raises:
     ValueError: if the stream does not fit the spec, or an array has another checksum.
   """
-  # A plain array, since a memory map is slow to slice.
   stream = np.asarray(data).view(np.ndarray)
   if stream.dtype != np.uint8 or stream.shape != (spec.nbytes,):
     raise ValueError(
@@ -459,7 +458,7 @@ def _outputs(
   """New arrays, or those given if they fit."""
   wanted = [(array.shape, layouts.DTYPES[array.dtype]) for array in spec.arrays]
   if out is None:
-    return [np.empty(shape, dtype) for shape, dtype in wanted]
+    return [numbers.empty(shape, dtype) for shape, dtype in wanted]
   if len(out) != len(wanted):
     raise ValueError(f'{len(out)} arrays to decode {len(wanted)} into')
   for i, (array, (shape, dtype)) in enumerate(zip(out, wanted, strict=True)):
@@ -481,4 +480,4 @@ def _read_bytes(array: np.ndarray, part: np.ndarray) -> None:
 
 
 def _checksum(array: np.ndarray) -> int:
-  return zlib.crc32(_bytes(array))
+  return zlib_ng.crc32(_bytes(array))
