@@ -61,8 +61,13 @@ class Reader:
       ContainerError: if this is no rotbits file, or its manifest is damaged.
       OSError: if a path cannot be read.
     """
-    files = _shards(source)
+    files, checksums = _shards(source)
     self._files = [container.StreamReader(file) for file in files]
+    for file in self._files:
+      if checksums.get(os.path.basename(file.name), file.manifest_crc32) != (
+        file.manifest_crc32
+      ):
+        raise ContainerError(f'{file.name}: the index names another shard of this name')
     self.size = sum(file.size for file in self._files)
     self.manifests = [_manifest(file) for file in self._files]
     first = self.manifests[0]
@@ -433,16 +438,18 @@ class Reader:
     )
 
 
-def _shards(source: container.Readable) -> list[container.Readable]:
-  """The files of a source: one, or those that an index lists."""
+def _shards(
+  source: container.Readable,
+) -> tuple[list[container.Readable], dict[str, Any]]:
+  """The files of a source, and checksums of their manifests that an index has."""
   if not isinstance(source, (str, os.PathLike)):
-    return [source]
+    return [source], {}
   path = pathlib.Path(source)
   index = path.with_name(writer.index_name(path))
   if path.name.endswith('.index.json'):
     index = path
   elif path.exists() or not index.exists():
-    return [path]
+    return [path], {}
   parsed = container.parse_json(index.read_bytes(), 'index')
   found = parsed.get('weight_map') if isinstance(parsed, dict) else None
   if not isinstance(found, dict) or not found:
@@ -453,7 +460,11 @@ def _shards(source: container.Readable) -> list[container.Readable]:
       raise ContainerError(f'{index}: {name!r:.100} is not the name of a shard')
     if not (index.parent / name).is_file():
       raise ContainerError(f'{index}: the shard {name} is missing')
-  return [index.parent / name for name in names]
+  metadata = parsed.get('metadata')
+  checksums = metadata.get('manifest_crc32') if isinstance(metadata, dict) else None
+  if not isinstance(checksums, dict):
+    checksums = {}
+  return [index.parent / name for name in names], checksums
 
 
 def _manifest(file: container.StreamReader) -> manifest_lib.Manifest:
