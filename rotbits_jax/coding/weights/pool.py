@@ -1,7 +1,7 @@
-"""The threads that code blocks, one pool for the process.
+"""The pool of threads that code blocks. The process has one.
 
-Jobs are leaves: none of them waits for another, so several callers may share the pool.
-Their JAX programs run on the processor, because their data is in its memory.
+No job waits for another job, so several callers may share the pool. The JAX programs of
+jobs run on the CPU, because their data is in its memory.
 """
 
 from collections.abc import Callable, Iterable
@@ -20,7 +20,7 @@ _pools: list[futures.ThreadPoolExecutor] = []
 
 
 def threads() -> int:
-  """How many threads the pool has: one for each processor of this process."""
+  """Returns the number of threads: one for each CPU that this process may use."""
   count = getattr(os, 'process_cpu_count', os.cpu_count)
   return count() or 1
 
@@ -29,13 +29,13 @@ def run(jobs: Iterable[Callable[[], _Result]]) -> list[_Result]:
   """Runs jobs side by side.
 
   Args:
-    jobs: functions of no arguments that do not call `run` themselves.
+    jobs: functions without arguments that do not call `run`.
 
   Returns:
-    What they return, in order.
+    The results of the jobs, in order.
 
   Raises:
-    Exception: what the first failing job raised, when all jobs have ended.
+    Exception: the exception of the first job that failed, after all jobs have ended.
   """
   waiting = list(jobs)
   if len(waiting) < 2:
@@ -60,7 +60,7 @@ def _on_processor(job: Callable[[], _Result]) -> _Result:
 
 @functools.cache
 def _processor() -> jax.Device | None:
-  """None, the default device, if JAX was told to use no processor."""
+  """Returns JAX's CPU; None, the default device, if JAX was told not to use the CPU."""
   try:
     return jax.local_devices(backend='cpu')[0]
   except RuntimeError:
