@@ -114,6 +114,7 @@ def decode_block(
   slots: jax.Array,
   lanes: jax.Array,
   steps: jax.Array,
+  layout_step: jax.Array,
   *,
   layout: layouts.Layout,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -133,7 +134,8 @@ def decode_block(
     slots: see `Tables`.
     lanes: int32, n.
     steps: int32, T.
-    layout: layout of the numbers.
+    layout_step: int32, the step of the numbers' layout.
+    layout: `Layout.program` of that layout.
 
   Returns:
     `out` with the bit patterns of the numbers; the states, uint32 `[N]`; and the place
@@ -161,7 +163,7 @@ def decode_block(
     rest = planes.read(
       rests, plane_starts, t, lanes, layout.rest, layout.unsigned, count
     )
-    patterns = layout.join(symbol, rest)
+    patterns = layout.join(symbol, rest, layout_step)
     out = jax.lax.dynamic_update_slice(out, patterns, (row,))
     return out, state, position + dry.astype(jnp.int32)
 
@@ -176,6 +178,7 @@ def encode_block(
   intervals: jax.Array,
   lanes: jax.Array,
   steps: jax.Array,
+  layout_step: jax.Array,
   *,
   layout: layouts.Layout,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
@@ -189,7 +192,8 @@ def encode_block(
     intervals: as in `decode_block`.
     lanes: int32, n.
     steps: int32, T.
-    layout: layout of the numbers.
+    layout_step: as in `decode_block`.
+    layout: as in `decode_block`.
 
   Returns:
     `words` with the low 16 bits of each state before each step; `moved`, which tells
@@ -197,7 +201,7 @@ def encode_block(
     rests, unsigned integers `[S + 2 N]`. Only the steps below T are set.
   """
   count, alphabet = LANES, intervals.shape[1]
-  symbols, rests = layout.split(bits)
+  symbols, rests = layout.split(bits, layout_step)
   entries = intervals.reshape(-1)
 
   def step(
@@ -222,7 +226,12 @@ def encode_block(
 
 
 def count_block(
-  bits: jax.Array, contexts: jax.Array, *, layout: layouts.Layout, labels: int
+  bits: jax.Array,
+  contexts: jax.Array,
+  layout_step: jax.Array,
+  *,
+  layout: layouts.Layout,
+  labels: int,
 ) -> jax.Array:
   """Counts how often each symbol occurs in each context.
 
@@ -230,13 +239,14 @@ def count_block(
     bits: unsigned integers `[S + 2 N]`, the bit patterns of the numbers.
     contexts: uint8 `[S + 2 N]`, below `labels`; equal to `labels` at places without a
       number.
-    layout: layout of the numbers.
+    layout_step: as in `decode_block`.
+    layout: as in `decode_block`.
     labels: the number of contexts.
 
   Returns:
     int32 `[labels, A]`.
   """
-  symbols, _ = layout.split(bits)
+  symbols, _ = layout.split(bits, layout_step)
   index = contexts.astype(jnp.int32) * layout.alphabet + symbols.astype(jnp.int32)
   counts = jnp.zeros((labels + 1) * layout.alphabet, jnp.int32)
   width = 2 * LANES  # divides [S + 2 N]
@@ -280,7 +290,8 @@ def encode(
     made.intervals,
     np.int32(lanes),
     np.int32(steps),
-    layout=layout,
+    np.int32(layout.step),
+    layout=layout.program,
   )
   # The words of a lane are consecutive, in the order in which the decoder reads them.
   used = np.ascontiguousarray(np.asarray(moved)[:steps, :lanes].T)
@@ -369,7 +380,8 @@ def decode(
     made.slots,
     np.int32(lanes),
     np.int32(steps),
-    layout=layout,
+    np.int32(layout.step),
+    layout=layout.program,
   )
   ended = np.asarray(position) == ends
   write(np.asarray(out)[:count])
@@ -396,7 +408,9 @@ def count(fill: Fill, count: int, layout: layouts.Layout, labels: int) -> np.nda
   contexts = memory.host('labels', memory.capacity + 2 * LANES, np.uint8)
   contexts[count:] = padded
   fill(bits[:count], contexts[:count])
-  counts = _count(bits, contexts, layout=layout, labels=padded)
+  counts = _count(
+    bits, contexts, np.int32(layout.step), layout=layout.program, labels=padded
+  )
   return np.asarray(counts)[:labels].astype(np.int64)
 
 
