@@ -139,9 +139,7 @@ def encode_to_file(
   job = _Job(source, made, files, stem, mesh)
   process, processes = jax.process_index(), jax.process_count()
   if made.message is not None and (shard_size is not None or processes > 1):
-    raise ValueError(
-      "the preset 'paper' writes one message, which cannot be divided into shards"
-    )
+    raise ValueError("the preset 'paper' writes one message, which cannot be in shards")
   if check and processes > 1:
     raise ValueError('check needs one process; verify the file when all are done')
   bytes_of = {name: sizes.bytes for name, sizes in job.sizes.items()}
