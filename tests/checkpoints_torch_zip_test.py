@@ -189,8 +189,8 @@ class TestRefusals:
       ({'shape': (True,), 'strides': (1,)}, r'shape=\(True,\)'),
       ({'shape': (2**40, 2**40), 'strides': (0, 0)}, 'too large'),
       ({'shape': (2, 2), 'strides': (1,)}, r'strides=\(1,\)'),
-      ({'shape': (2,), 'strides': (1,), 'numel': 11}, 'should hold 11 numbers'),
-      ({'shape': (2,), 'strides': (1,), 'numel': -1}, 'should hold -1 numbers'),
+      ({'shape': (2,), 'strides': (1,), 'numel': 11}, 'must hold 11 numbers'),
+      ({'shape': (2,), 'strides': (1,), 'numel': -1}, 'must hold -1 numbers'),
       ({'shape': (2,), 'strides': (1,), 'key': '7'}, 'data/7 is missing'),
       ({'shape': (2,), 'strides': (1,), 'key': '../byteorder'}, 'is missing'),
       ({'shape': (2,), 'strides': (1,), 'flags': ({'neg': True},)}, 'arguments'),
@@ -390,7 +390,7 @@ class TestWrite:
       assert pickle.loads(program) == value
 
   def test_unknown_dtype(self, tmp_path):
-    with pytest.raises(CheckpointError, match='w: PyTorch files have no complex64'):
+    with pytest.raises(CheckpointError, match=r'w: PyTorch .* not support complex64'):
       torch_zip.write(tmp_path / 'x.pt', {'w': np.zeros(2, np.complex64)}, 'x')
 
   @pytest.mark.parametrize('zip64_from', [100, 1 << 30])

@@ -281,7 +281,7 @@ class WriterTest(parameterized.TestCase):
           writer.layer(0, structured.unflatten(params))
       params = layer()
       del params['attention/query/kernel']
-      with self.assertRaisesRegex(ValueError, r'qkv_proj\.weight holds .*query'):
+      with self.assertRaisesRegex(ValueError, r'qkv_proj\.weight needs all of .*query'):
         writer.layer(0, structured.unflatten(params))
       with self.assertRaisesRegex(IndexError, r'layers, got index=-1'):
         writer.layer(-1, source.layer(0))

@@ -222,7 +222,7 @@ class TestModel:
       [exact.model.outer(), exact.model.layer(0)],
     )
     with pytest.raises(
-      CheckpointError, match=rf'^{path}: blk\.1\.ffn_norm.*not finite'
+      CheckpointError, match=rf'^{path}: blk\.1\.ffn_norm.*cannot hold'
     ):
       source.layer(1)
 
@@ -289,7 +289,7 @@ class TestRefused:
     tensors = gguf_tensors(hugging_face_tensors(tied=True))
     tensors['output_norm.weight'] = np.full(32, 1e5, np.float32)
     path = write(tmp_path / 'model.gguf', tensors)
-    with pytest.raises(CheckpointError, match=r'output_norm\.weight: not finite in fl'):
+    with pytest.raises(CheckpointError, match=r'output_norm\.weight has numbers that'):
       gguf_files.read_gguf(path)
     assert gguf_files.read_gguf(path, dtype=np.float32).model.config.num_layers == 2
 

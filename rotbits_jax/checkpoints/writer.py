@@ -1,4 +1,4 @@
-"""Writing a checkpoint a layer at a time."""
+"""Writing a checkpoint one layer at a time."""
 
 from collections.abc import Iterator, Mapping
 import contextlib
@@ -23,7 +23,7 @@ from rotbits_jax.checkpoints.safetensors_files import INDEX
 
 try:
   import fcntl
-except ImportError:  # Windows: two processes are not kept apart
+except ImportError:  # on Windows, directories are not locked
   fcntl = None  # type: ignore[assignment]
 
 Format = Literal['safetensors', 'slicegpt']
@@ -31,7 +31,7 @@ Dtypes: TypeAlias = Mapping[str, DTypeLike] | np.dtype | type[Any] | str
 
 
 class CheckpointWriter:
-  """Writes a checkpoint whose layers come one at a time, in any order.
+  """Writes a checkpoint. Layers are added one at a time, in any order.
 
   The class is a context manager:
 
@@ -40,12 +40,12 @@ class CheckpointWriter:
       for index, layer in enumerate(layers):
         writer.layer(index, layer)
 
-  Each tensor is written at once and not kept. The files are written in a hidden
-  directory beside the target, `.<name>.partial`, and moved into the target when all
-  are complete. Other files in the target stay, except that a `model.safetensors` is
-  removed when shards take its place, because readers would prefer it. After an
-  exception nothing is left; what a killed process left is removed by the next one that
-  writes there.
+  Each tensor is written at once and not kept in memory. The files are written to a
+  hidden directory beside the target, `.<name>.partial`. They are moved into the target
+  when all are complete. Other files in the target stay, with one exception: if shards
+  replace a `model.safetensors`, it is removed, because readers would prefer it. After
+  an exception the hidden directory is removed. If the process was killed, the next
+  writer of the same target removes it.
   """
 
   def __init__(
@@ -64,23 +64,24 @@ class CheckpointWriter:
     """Plans the files; nothing is written yet.
 
     Args:
-      directory: made if it does not exist.
+      directory: the target directory, which is made if it does not exist.
       config: sizes and switches.
-      dtypes: dtype of each parameter by its path in the model, as
+      dtypes: dtype of each parameter by its path in the model, for example
         'layers.3/attention/query/kernel' or 'embed/tokens'; or one dtype for all.
-      files: the files to put beside the weights, by name.
-      stem: what SliceGPT named the weights and the slicing JSON; of a sliced model.
-      format: 'safetensors' writes `model.safetensors`; 'slicegpt' writes `<stem>.pt`
-        as SliceGPT does, for a sliced model.
-      shard_size: bytes of tensors in one file at most, of safetensors; None for one
-        file. If more than one is needed, they are named and indexed as Hugging Face
-        does.
-      factors: rank and naming (a key of `FACTORS`) of the weights that are stored as
-        two factors, by path.
-      buffers: tensors of the checkpoint that take no part in the mathematics.
+      files: content of the sidecar files beside the weights, by name.
+      stem: file name, without suffix, that SliceGPT gives to the weights and the
+        slicing JSON; only for a sliced model.
+      format: 'safetensors' writes `model.safetensors`. 'slicegpt' writes `<stem>.pt` as
+        SliceGPT does; only for a sliced model.
+      shard_size: the greatest number of bytes of tensors in a safetensors file with
+        more than one tensor; None for one file. Several files get names and an index as
+        in Hugging Face's checkpoints.
+      factors: rank and naming (a key of `FACTORS`) of each weight that is stored as two
+        factors, by its path in the model.
+      buffers: tensors of the checkpoint that the forward pass does not use, by name.
 
     Raises:
-      ValueError: if the format does not suit the model, a file's name is not one, or a
+      ValueError: if the format does not suit the model, a file name is not valid, or a
         dtype is missing.
     """
     if format not in ('safetensors', 'slicegpt'):
@@ -89,7 +90,8 @@ class CheckpointWriter:
       raise ValueError('only a sliced model can be saved in the slicegpt format')
     if shard_size is not None and (format != 'safetensors' or shard_size < 1):
       raise ValueError(
-        f'shard_size must be positive and of safetensors, got {shard_size}, {format}'
+        'shard_size must be positive and requires the format safetensors, '
+        f'got {shard_size} and {format}'
       )
     self._directory = pathlib.Path(directory).absolute()
     self._config, self._stem, self._format = config, stem, format
@@ -112,8 +114,8 @@ class CheckpointWriter:
     """Makes the staging directory.
 
     Raises:
-      CheckpointError: if the format has no dtype like one of the tensors'.
-      OSError: if the directory cannot be written, or if another process writes it.
+      CheckpointError: if the format does not support the dtype of a tensor.
+      OSError: if the directory cannot be written, or if another process writes to it.
     """
     with contextlib.ExitStack() as stack:
       self._staging = stack.enter_context(_staging(self._directory))
@@ -154,15 +156,15 @@ class CheckpointWriter:
   def outer(self, params: models.Params) -> None:
     """Writes parameters outside the layers.
 
-    The embedding and the head may come in different calls.
+    The embedding and the head may be written by different calls.
 
     Args:
-      params: nested dicts of arrays, as `Model.outer` gives them. Structured leaves are
-        materialized, but for the weights that are stored as factors.
+      params: nested dicts of arrays, as in `Model.outer`. Structured leaves are
+        materialized, except weights that are stored as factors.
 
     Raises:
-      ValueError: if a parameter is unknown, was written before, or has another shape or
-        dtype than was planned.
+      ValueError: if a parameter is unknown, was written before, or does not have the
+        planned shape and dtype.
     """
     self._write(None, params)
 
@@ -171,7 +173,7 @@ class CheckpointWriter:
 
     Args:
       index: the layer.
-      params: nested dicts of arrays, as `Model.layer` gives them.
+      params: nested dicts of arrays, as in `Model.layer`.
 
     Raises:
       ValueError: see `outer`.
@@ -186,7 +188,7 @@ class CheckpointWriter:
     dtypes: Dtypes,
     factors: Mapping[str, tuple[int, str]],
   ) -> None:
-    """Finds which tensors there will be, and what is expected of each parameter."""
+    """Plans the tensors of the files, and the shape and dtype of each parameter."""
     self._expected: dict[str, lazy.TensorSpec] = {}
     self._specs: dict[str, lazy.TensorSpec] = {}
     self._factors: dict[str, factors_lib.Factored] = {}
@@ -201,7 +203,7 @@ class CheckpointWriter:
           self._expected[path] = lazy.TensorSpec(shape, _dtype(dtypes, path))
         parts = {self._expected[path].dtype for path in paths}
         if len(parts) > 1:
-          raise ValueError(f'{entry.name}: got parts of several dtypes {parts}')
+          raise ValueError(f'{entry.name}: its parts have several dtypes, got {parts}')
         dtype = parts.pop()
         found[entry.name] = lazy.TensorSpec(entry.shape, dtype)
         if len(paths) == 1 and paths[0] in factors:
@@ -221,7 +223,7 @@ class CheckpointWriter:
     }
 
   def _write(self, unit: int | None, params: models.Params) -> None:
-    """Writes the tensors of a unit that the parameters make."""
+    """Writes the tensors of a unit that hold the given parameters."""
     if self._stack is None:
       raise ValueError('the writer is not open; it is a context manager')
     prefix = tensors_lib.unit_name(unit)
@@ -234,12 +236,16 @@ class CheckpointWriter:
     for entry in known:
       given = [path for path in entry.paths if path in flat]
       if given and len(given) < len(entry.paths):
-        raise ValueError(f'{entry.name} holds {entry.paths}, got {given} only')
+        raise ValueError(f'{entry.name} needs all of {entry.paths}, got only {given}')
     for name, parts in tensors_lib.tensors_of(known, flat).items():
       self._add(name, parts)
 
   def _check(self, path: str, leaf: Any) -> None:
-    """Refuses a parameter that is not what was planned."""
+    """Checks that a parameter is as planned.
+
+    Raises:
+      ValueError: if it is not.
+    """
     expected = self._expected.get(path)
     if expected is None:
       raise ValueError(f'{path}: the model has no such parameter')
@@ -256,7 +262,7 @@ class CheckpointWriter:
         raise ValueError(f'{path}: expected factors, {row}, got {got}')
 
   def _add(self, name: str, parts: list[np.ndarray]) -> None:
-    """Writes a tensor of parts that are stacked along its first axis."""
+    """Writes a tensor from its parts along the first axis."""
     if name not in self._missing:
       raise ValueError(f'{name} was written before')
     self._writer.add(name, itertools.chain.from_iterable(map(lazy.row_major, parts)))
@@ -267,7 +273,7 @@ class CheckpointWriter:
     if not self._directory.exists():
       os.rename(self._staging, self._directory)
       return
-    # The index comes last: without it the shards are not a checkpoint.
+    # The index comes last, because the shards are not a checkpoint without it.
     files = sorted(self._staging.iterdir(), key=lambda file: file.name == INDEX)
     for file in files:
       if file.name == INDEX:
@@ -289,7 +295,12 @@ def _check_files(
   files: Mapping[str, bytes],
   weights: list[str],
 ) -> None:
-  """Refuses files that are no checkpoint, or whose names lead elsewhere."""
+  """Checks that the files make a checkpoint and stay in their directory.
+
+  Raises:
+    ValueError: if a required file is missing, if two files have one name, or if a name
+      is not a plain file name.
+  """
   required = [CONFIG]
   if config.sliced:
     if stem is None:
@@ -308,14 +319,19 @@ def _check_files(
 
 @contextlib.contextmanager
 def _staging(directory: pathlib.Path) -> Iterator[pathlib.Path]:
-  """An empty directory beside another, removed in the end if it is still there."""
+  """Makes an empty directory beside another one; removes it at the end, if it exists.
+
+  Yields:
+    The path of the empty directory.
+  """
   parent = directory.parent
   parent.mkdir(parents=True, exist_ok=True)
   if directory.exists():
-    with tempfile.TemporaryFile(dir=directory):  # or the error comes after the work
+    # If the directory is not writable, the error must come before the work is done.
+    with tempfile.TemporaryFile(dir=directory):
       pass
     if directory.stat().st_dev != parent.stat().st_dev:
-      parent = directory  # files can be moved within a file system only
+      parent = directory  # because files can be moved only within a file system
   staging = parent / f'.{directory.name}.partial'
   staging.mkdir(exist_ok=True)
   with _locked(staging):
@@ -330,7 +346,11 @@ def _staging(directory: pathlib.Path) -> Iterator[pathlib.Path]:
 
 @contextlib.contextmanager
 def _locked(directory: pathlib.Path) -> Iterator[None]:
-  """Holds the only lock of a directory; a killed process holds none."""
+  """Locks a directory. The lock of a killed process ends with the process.
+
+  Raises:
+    BlockingIOError: if another process has locked the directory.
+  """
   if fcntl is None:
     yield
     return
