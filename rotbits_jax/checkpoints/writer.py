@@ -1,17 +1,17 @@
 """Writing a checkpoint one layer at a time."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 import contextlib
 import itertools
 import os
 import pathlib
-import tempfile
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import DTypeLike
 
 from rotbits_jax import models
+from rotbits_jax import outputs
 from rotbits_jax import structured
 from rotbits_jax.checkpoints import factors as factors_lib
 from rotbits_jax.checkpoints import lazy
@@ -20,11 +20,6 @@ from rotbits_jax.checkpoints import tensors as tensors_lib
 from rotbits_jax.checkpoints import torch_zip
 from rotbits_jax.checkpoints.contents import CONFIG
 from rotbits_jax.checkpoints.safetensors_files import INDEX
-
-try:
-  import fcntl
-except ImportError:  # on Windows, directories are not locked
-  fcntl = None  # type: ignore[assignment]
 
 Format = Literal['safetensors', 'slicegpt']
 Dtypes: TypeAlias = Mapping[str, DTypeLike] | np.dtype | type[Any] | str
@@ -42,10 +37,11 @@ class CheckpointWriter:
 
   Each tensor is written at once and not kept in memory. The files are written to a
   hidden directory beside the target, `.<name>.partial`. They are moved into the target
-  when all are complete. Other files in the target stay, with one exception: if shards
-  replace a `model.safetensors`, it is removed, because readers would prefer it. After
-  an exception the hidden directory is removed. If the process was killed, the next
-  writer of the same target removes it.
+  when all are complete, see `outputs`. A target that does not exist appears at once. If
+  the target exists, its weights are moved last, and its other files stay, with two
+  exceptions: the index of older weights is removed, and a `model.safetensors` is
+  removed if shards replace it. After an exception the hidden directory is removed. If
+  the process was killed, the next writer of the same target removes it.
   """
 
   def __init__(
@@ -60,6 +56,7 @@ class CheckpointWriter:
     shard_size: int | None = None,
     factors: Mapping[str, tuple[int, str]] | None = None,
     buffers: Mapping[str, Any] | None = None,
+    overwrite: bool = True,
   ):
     """Plans the files; nothing is written yet.
 
@@ -79,6 +76,7 @@ class CheckpointWriter:
       factors: rank and naming (a key of `FACTORS`) of each weight that is stored as two
         factors, by its path in the model.
       buffers: tensors of the checkpoint that the forward pass does not use, by name.
+      overwrite: whether existing files may be replaced.
 
     Raises:
       ValueError: if the format does not suit the model, a file name is not valid, or a
@@ -93,7 +91,7 @@ class CheckpointWriter:
         'shard_size must be positive and requires the format safetensors, '
         f'got {shard_size} and {format}'
       )
-    self._directory = pathlib.Path(directory).absolute()
+    self._path, self._overwrite = directory, overwrite
     self._config, self._stem, self._format = config, stem, format
     self._buffers = {name: np.asarray(x) for name, x in (buffers or {}).items()}
     self._plan(dtypes, factors or {})
@@ -115,10 +113,16 @@ class CheckpointWriter:
 
     Raises:
       CheckpointError: if the format does not support the dtype of a tensor.
-      OSError: if the directory cannot be written, or if another process writes to it.
+      OSError: if the directory cannot be written, if a file in it must not be replaced,
+        or if another process writes to it.
     """
+    self._directory = outputs.directory_target(self._path)
+    if self._directory.exists():
+      for name in (*self._files, *self._weights):
+        outputs.check(self._directory / name, overwrite=self._overwrite)
     with contextlib.ExitStack() as stack:
-      self._staging = stack.enter_context(_staging(self._directory))
+      stack.enter_context(outputs.named(self._path))
+      self._staging = stack.enter_context(outputs.fresh(_staging(self._directory)))
       for name, content in self._files.items():
         (self._staging / name).write_bytes(content)
       if self._format == 'slicegpt':
@@ -142,9 +146,10 @@ class CheckpointWriter:
     """
     stack, self._stack = self._stack, None
     assert stack is not None
+    if kind is not None:
+      stack.__exit__(kind, error, trace)  # names a full disk; the error goes on
+      return
     with stack:
-      if kind is not None:
-        return
       if self._missing:
         shown = ', '.join(sorted(self._missing)[:8])
         raise ValueError(
@@ -271,14 +276,17 @@ class CheckpointWriter:
   def _move(self) -> None:
     """Moves the files into the target."""
     if not self._directory.exists():
-      os.rename(self._staging, self._directory)
+      outputs.move(self._staging, self._directory)
       return
-    # The index comes last, because the shards are not a checkpoint without it.
-    files = sorted(self._staging.iterdir(), key=lambda file: file.name == INDEX)
-    for file in files:
+    # Shards without an index are not a checkpoint. Therefore a mixture of old and new
+    # shards is never taken for a checkpoint.
+    (self._directory / INDEX).unlink(missing_ok=True)
+    last = [*self._weights, INDEX]
+    files = sorted(self._staging.iterdir(), key=lambda file: file.name in last)
+    for file in sorted(files, key=lambda file: file.name == INDEX):
       if file.name == INDEX:
         (self._directory / safetensors_files.WEIGHTS).unlink(missing_ok=True)
-      os.replace(file, self._directory / file.name)
+      outputs.move(file, self._directory / file.name)
 
 
 def _dtype(dtypes: Dtypes, path: str) -> np.dtype:
@@ -317,54 +325,9 @@ def _check_files(
       raise ValueError(f'{name} is the name of the weights and of another file')
 
 
-@contextlib.contextmanager
-def _staging(directory: pathlib.Path) -> Iterator[pathlib.Path]:
-  """Makes an empty directory beside another one; removes it at the end, if it exists.
-
-  Yields:
-    The path of the empty directory.
-  """
-  parent = directory.parent
-  parent.mkdir(parents=True, exist_ok=True)
-  if directory.exists():
-    # If the directory is not writable, the error must come before the work is done.
-    with tempfile.TemporaryFile(dir=directory):
-      pass
-    if directory.stat().st_dev != parent.stat().st_dev:
-      parent = directory  # because files can be moved only within a file system
-  staging = parent / f'.{directory.name}.partial'
-  staging.mkdir(exist_ok=True)
-  with _locked(staging):
-    _clear(staging)
-    try:
-      yield staging
-    finally:
-      if staging.exists():
-        _clear(staging)
-        staging.rmdir()
-
-
-@contextlib.contextmanager
-def _locked(directory: pathlib.Path) -> Iterator[None]:
-  """Locks a directory. The lock of a killed process ends with the process.
-
-  Raises:
-    BlockingIOError: if another process has locked the directory.
-  """
-  if fcntl is None:
-    yield
-    return
-  handle = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-  try:
-    try:
-      fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as e:
-      raise BlockingIOError(e.errno, 'another process writes here', directory) from e
-    yield
-  finally:
-    os.close(handle)
-
-
-def _clear(directory: pathlib.Path) -> None:
-  for file in directory.iterdir():
-    file.unlink()
+def _staging(directory: pathlib.Path) -> pathlib.Path:
+  """Returns the hidden directory from which files can be moved into a directory."""
+  beside = outputs.staging(directory)
+  if directory.exists() and directory.stat().st_dev != directory.parent.stat().st_dev:
+    return directory / beside.name  # because files move only within a file system
+  return beside

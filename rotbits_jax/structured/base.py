@@ -236,7 +236,21 @@ def stack_key(leaf: Any) -> tuple[Any, ...]:
 
 
 def _stack(*arrays: Any) -> Any:
-  return (np if isinstance(arrays[0], np.ndarray) else jnp).stack(arrays)
+  """The arrays, stacked; without a copy if they are the rows of an array already."""
+  first = arrays[0]
+  if not isinstance(first, np.ndarray):
+    return jnp.stack(arrays)
+  address = lambda x: x.__array_interface__['data'][0]
+  if first.base is not None and all(
+    x.base is first.base
+    and (x.shape, x.dtype, x.strides) == (first.shape, first.dtype, first.strides)
+    and x.flags.c_contiguous
+    and address(x) == address(first) + i * first.nbytes
+    for i, x in enumerate(arrays)
+  ):
+    strides = first.nbytes, *first.strides
+    return np.lib.stride_tricks.as_strided(first, (len(arrays), *first.shape), strides)
+  return np.stack(arrays)
 
 
 def _astype(array: Any, dtype: Any) -> Any:
