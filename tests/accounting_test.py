@@ -310,7 +310,7 @@ class TestCommand:
       (['--model=opt-6.7b', '--slicing=some'], '--slicing'),
       (['--model=opt-6.7b', '--slicing=0.9999'], 'leaves nothing'),
       ([f'--model={TESTDATA}', '--slicing=0.2'], 'config.json: No such file'),
-      ([f'--model={__file__}', '--slicing=0.2'], 'accounting_test.py: is neither'),
+      ([f'--model={__file__}', '--slicing=0.2'], 'accounting_test.py: neither'),
     ],
   )
   def test_bad_input(self, rotbits, args, words):

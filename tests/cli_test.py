@@ -292,7 +292,7 @@ class TestBadInput:
       (['--output=OUT', '--json=perhaps'], '--json'),
       (['--output=OUT/missing/file'], 'no such directory'),
       (['--output=.'], 'directory'),
-      (['--output=OUT', '--preset=free', '--config=CONFIG'], 'exclude'),
+      (['--output=OUT', '--preset=free', '--config=CONFIG'], 'cannot be combined'),
       (['--output=OUT', '--config=no_such.py'], 'no_such.py'),
       (['--output=OUT', f'--config={LICENSE}'], 'config'),
       (['--output=OUT', '--config=CONFIG', '--config.nothing=1'], 'nothing'),
@@ -397,7 +397,7 @@ class TestProgram:
   def test_unknown_command(self, rotbits):
     code, out, err = rotbits('enkode')
     assert (code, out) == (2, '')
-    assert err.startswith("rotbits: no command 'enkode'")
+    assert err.startswith("rotbits: unknown command 'enkode'")
     assert len(err.splitlines()) == 1
 
   @pytest.mark.parametrize('command', main.COMMANDS)
