@@ -1,4 +1,4 @@
-"""Tests of checkpoints: files, configs and tensor names to and from models."""
+"""Tests of the conversion between models and files, configs and tensors."""
 
 import dataclasses
 import json
@@ -161,7 +161,7 @@ PHI3 = {
 }
 CONFIGS = {'opt': OPT, 'llama': SMOLLM2, 'llama1': LLAMA1, 'phi': PHI2, 'phi3': PHI3}
 
-# Two Llama layers in which every segment has a width of its own.
+# Two Llama layers, in which every segment has another width.
 TINY = {
   'model_type': 'llama',
   'hidden_size': 8,
@@ -463,7 +463,7 @@ class TestConfig:
       max_positions=8192, learned_positions=0, rotary_dim=64, rope_theta=100000.0,
       sliding_window=None, tied_head=True, segment_widths=(576,) * 61,
     )  # fmt: skip
-    # 134,515,008 as published
+    # the published number
     assert models.count_numbers(config) == 134515008
 
   def test_llama1_defaults(self):

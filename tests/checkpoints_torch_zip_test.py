@@ -26,7 +26,7 @@ STORAGE_NAMES = {dtype: name for name, dtype in torch_zip.STORAGE_DTYPES.items()
 
 
 class Tensor:
-  """What Python's own pickler turns into a tensor of a PyTorch file."""
+  """An object that Python's pickler writes as a tensor of a PyTorch file."""
 
   def __init__(
     self, storage, shape, strides, offset=0, key='0', numel=None, flags=(), dtype=None
@@ -279,7 +279,7 @@ class TestRefusals:
       torch_zip.read(path)
 
   def test_truncated_and_corrupt_files(self, tmp_path):
-    """Any damage is an error, or (in dates and the like) does no harm."""
+    """Damage causes an error, or does no harm (in dates, for example)."""
     path = tmp_path / 'x.pt'
     tensors = {'a': numbers(40, np.dtype(np.float16)), 'b': np.zeros((0, 2), np.int8)}
     torch_zip.write(path, tensors, 'x')
@@ -306,7 +306,7 @@ class TestRefusals:
     assert refused >= 200
 
   def test_corrupt_programs(self, tmp_path):
-    """A wrong program is an error or gives some tensors; nothing else happens."""
+    """A wrong program causes an error or yields tensors; it has no other effect."""
     storage = numbers(6, np.dtype(np.float32))
     state = collections.OrderedDict(
       a=Tensor(storage, (2, 3), (3, 1)), b=Parameter(Tensor(storage, (2,), (2,)))
