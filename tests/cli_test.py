@@ -128,6 +128,7 @@ class TestEncode:
         f'--output={tmp_path / "out"}',
         f'--config={ROOT / "configs" / "free.py"}',
         *override,
+        '--overwrite',
         '--json',
       )
       assert code == 0
