@@ -1,4 +1,7 @@
-"""Paths that results are written to: a result is complete, or the old one stays.
+"""Writing of results, so that a result is either complete or not there.
+
+The target of a result is the path to which it is written. The files are first written
+to a staging folder and then moved to the target. Until then an old result stays:
 
     target = outputs.resolved(path)
     outputs.check(target, overwrite=False)         # before the work
@@ -6,9 +9,10 @@
       ...                                          # writes folder / name
       outputs.move(folder / name, target)          # synced, then renamed
 
-The staging folder lies beside the target, as `.<name>.partial`. It has one name for one
-target, so that the next run finds what a killed one left, and it is locked, so that two
-runs do not write one target. A target is a regular file or does not exist yet.
+The staging folder is beside the target and is called `.<name>.partial`. Its name
+depends on the target only, so that the next run finds the files that a killed run left.
+It is locked, so that two runs do not write the same target. A target is a regular file,
+a folder, or does not exist yet.
 """
 
 from collections.abc import Iterator
@@ -21,14 +25,14 @@ import stat
 
 try:
   import fcntl
-except ImportError:  # Windows: two processes are not kept apart
+except ImportError:  # on Windows, folders are not locked
   fcntl = None  # type: ignore[assignment]
 
 Path = str | os.PathLike[str]
 
 
 def resolved(path: Path) -> pathlib.Path:
-  """Returns a path behind symbolic links, which a result is written to.
+  """Follows the symbolic links of a path; returns the path to write to.
 
   Raises:
     OSError: if the path is empty.
@@ -39,15 +43,16 @@ def resolved(path: Path) -> pathlib.Path:
 
 
 def check(target: pathlib.Path, *, overwrite: bool) -> None:
-  """Refuses a path that no file can be written to, before the work.
+  """Checks, before the work, that a file can be written to a path.
 
   Args:
-    target: the path; a symbolic link is refused, see `resolved`.
-    overwrite: whether a file that exists may be replaced.
+    target: the path. It must not be a symbolic link, see `resolved`.
+    overwrite: whether an existing file may be replaced.
 
   Raises:
-    OSError: if the path is not that of a regular file, if the file is read-only or must
-      not be replaced, or if the folder does not exist or cannot be written.
+    OSError: if the path names something other than a regular file, if the file is
+      read-only or must not be replaced, or if the folder does not exist or cannot be
+      written.
   """
   if not target.parent.is_dir():
     folder = target.parent
@@ -67,14 +72,14 @@ def check(target: pathlib.Path, *, overwrite: bool) -> None:
 
 
 def directory_target(path: Path) -> pathlib.Path:
-  """Returns the directory that a path names, behind symbolic links.
+  """Follows the symbolic links of a directory; returns the directory to write to.
 
   Args:
-    path: the directory to write to; it may not exist yet.
+    path: the directory. It need not exist.
 
   Raises:
-    OSError: if the path is that of a file, or if the directory, or the first one above
-      it that exists, cannot be written.
+    OSError: if the path names a file, or if the directory cannot be written. If it does
+      not exist, the closest directory above it that exists must be writable.
   """
   target = resolved(path)
   for folder in (target, *target.parents):
@@ -88,19 +93,19 @@ def directory_target(path: Path) -> pathlib.Path:
 
 
 def staging(target: pathlib.Path) -> pathlib.Path:
-  """Returns the hidden folder in which a target is prepared."""
+  """Returns the path of the staging folder of a target."""
   return target.parent / f'.{target.name}.partial'
 
 
 @contextlib.contextmanager
 def locked(folder: pathlib.Path) -> Iterator[pathlib.Path]:
-  """Makes a folder, and holds its lock, which a killed process does not.
+  """Makes a folder and locks it. The lock of a killed process ends with the process.
 
-  The caller removes the folder.
+  The caller must remove the folder.
 
   Raises:
-    OSError: if the folder cannot be made, is a symbolic link, or if another process
-      holds the lock.
+    OSError: if the folder cannot be made, if it is a symbolic link, or if another
+      process holds the lock.
   """
   handle = _lock(folder)
   try:
@@ -112,9 +117,9 @@ def locked(folder: pathlib.Path) -> Iterator[pathlib.Path]:
 
 @contextlib.contextmanager
 def fresh(folder: pathlib.Path) -> Iterator[pathlib.Path]:
-  """A locked folder that is empty, and is removed in the end.
+  """Makes an empty, locked folder; removes it at the end.
 
-  Folders above it that did not exist stay only if no exception leaves the context.
+  If folders above it did not exist, they are made. After an exception they are removed.
   """
   made = [parent for parent in folder.parents if not parent.exists()]
   folder.parent.mkdir(parents=True, exist_ok=True)
@@ -133,7 +138,7 @@ def fresh(folder: pathlib.Path) -> Iterator[pathlib.Path]:
 
 
 def clear(folder: pathlib.Path) -> None:
-  """Removes all that is in a folder."""
+  """Removes the content of a folder."""
   for path in folder.iterdir():
     if path.is_dir() and not path.is_symlink():
       shutil.rmtree(path)
@@ -142,10 +147,11 @@ def clear(folder: pathlib.Path) -> None:
 
 
 def move(source: pathlib.Path, target: pathlib.Path) -> None:
-  """Gives a complete file, or a folder of such files, its name.
+  """Moves a complete file, or a folder of complete files, to its target.
 
-  The content is on the disk before the name is, and the name when the function returns.
-  The mode of a file that is replaced stays.
+  The content is written to the disk first, so a crash cannot leave an incomplete
+  target. When the function returns, the new name is on the disk, too. If a file is
+  replaced, the new file gets its mode.
   """
   for path in source.iterdir() if source.is_dir() else [source]:
     _sync(path)
@@ -159,7 +165,7 @@ def move(source: pathlib.Path, target: pathlib.Path) -> None:
 
 @contextlib.contextmanager
 def named(path: Path) -> Iterator[None]:
-  """Puts a path into errors of the system that name none, such as a full disk."""
+  """Adds a path to system errors without a path, such as that of a full disk."""
   try:
     yield
   except OSError as error:
@@ -184,7 +190,7 @@ def _lock(folder: pathlib.Path) -> int | None:
   handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
   try:
     fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    # The process that held the lock may have removed the folder meanwhile.
+    # The process that held the lock before may have removed the folder.
     if not folder.exists() or not os.path.samestat(os.fstat(handle), folder.lstat()):
       raise BlockingIOError
   except BlockingIOError as error:
@@ -197,10 +203,10 @@ def _lock(folder: pathlib.Path) -> int | None:
 
 
 def _sync(path: pathlib.Path) -> None:
-  """Waits until a file's or a folder's content is on the disk."""
+  """Waits until the content of a file or a folder is on the disk."""
   try:
     handle = os.open(path, os.O_RDONLY)
-  except PermissionError:  # Windows opens no folder
+  except PermissionError:  # Windows cannot open folders
     return
   try:
     os.fsync(handle)
