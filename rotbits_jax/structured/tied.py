@@ -1,9 +1,9 @@
 """Leaves for a token embedding that is a linear image of the head.
 
-Let V be the number of tokens, d the width of the embedding, and D that of the head. The
-head has the kernel `[D, V]`. The embedding `[V, d]` is tied to the head if it is
-`head^T @ T` for a small matrix T `[D, d]`. A tied embedding is stored as T, which has
-far fewer numbers. `symmetries.tied` finds T.
+Let V be the number of tokens, d the width of the embedding, and D the width of the
+head's input. The kernel of the head is `[D, V]`. The embedding `[V, d]` is tied to the
+head if it is `head^T @ T` for a small matrix T `[D, d]`. A tied embedding is stored as
+T, which has far fewer numbers. `symmetries.tied` finds T.
 
 Both leaves are dependent: they stand for the embedding only together with the head.
 """
