@@ -22,6 +22,7 @@ import zlib
 
 import jax
 import numpy as np
+from zlib_ng import zlib_ng
 
 from rotbits_jax import models
 from rotbits_jax import outputs
@@ -108,7 +109,7 @@ class FileWriter:
     """Takes over a unit that an earlier run has written, if it is undamaged."""
     begin = self._streams.start + sum(unit.nbytes for unit in self._units)
     self._file.seek(begin)
-    if zlib.crc32(self._file.read(entry.nbytes)) != entry.crc32:
+    if zlib_ng.crc32(self._file.read(entry.nbytes)) != entry.crc32:
       self._file.seek(begin)
       self._file.truncate()
       return False
@@ -176,7 +177,9 @@ def encode_unit(
     if isinstance(leaf, structured.Dependent) and leaf.eager:
       others = structured.flatten(beside)
       needed = (structured.materialize(others[name]) for name in leaf.needs)
-      expanded = zlib.crc32(np.ascontiguousarray(leaf.expand(*needed)).view(np.uint8))
+      expanded = zlib_ng.crc32(
+        np.ascontiguousarray(leaf.expand(*needed)).view(np.uint8)
+      )
     entry, parts = manifest_lib.leaf_of(path, leaf, expanded)
     leaves.append(entry)
     arrays += parts.values()
