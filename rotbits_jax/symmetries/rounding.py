@@ -15,8 +15,9 @@ The greatest error in the array does not change. The mean square of the errors g
 less than a factor of 2.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 import functools
+import re
 from typing import Any, NamedTuple
 
 import jax
@@ -62,6 +63,27 @@ def with_floor(offset: float = 0.0) -> Rounding:
     return offset - mantissa - (2 if is_sensitive else 0)
 
   return Rounding(octaves)
+
+
+def to_steps(step: float, offsets: Mapping[str, float] | None = None) -> Rounding:
+  """Rounds all numbers of an array to multiples of one step.
+
+  Args:
+    step: log2 of the step over the rms, which the nearest power of two replaces.
+    offsets: octaves to add to the step, by kind of parameter, see `kind`; 0 for kinds
+      that are not there.
+  """
+  by_kind = dict(offsets or {})
+  return Rounding(
+    # Rounding down halfway between two powers of two is rounding to the nearest one.
+    lambda path, dtype: step + by_kind.get(kind(path), 0.0) + 0.5,
+    keeps=False,
+  )
+
+
+def kind(path: str) -> str:
+  """Returns the path of a parameter with `*` for the number of the layer."""
+  return re.sub(r'^layers\.\d+/', 'layers.*/', path)
 
 
 class Effect(NamedTuple):
@@ -154,10 +176,6 @@ def _to_steps(
   steps = jnp.rint(array * _power(-q))
   # This turns -0 into 0. Adding 0 would not, because XLA replaces x + 0 by x.
   multiple = jnp.where(steps == 0, 0, steps * _power(q)).astype(dtype)
-<<<<<<< HEAD
-=======
-  # float32 counts steps exactly up to 2^24. Beyond that, the dtype is coarser than 2^q.
->>>>>>> words2
   exponents = (jax.lax.bitcast_convert_type(jnp.abs(array), jnp.int32) >> 23) - 127
   octaves_saved = q - (jnp.maximum(exponents, least) - info.nmant)
   bits = jnp.where(array != 0, jnp.maximum(octaves_saved, 0), 0).astype(jnp.float32)
