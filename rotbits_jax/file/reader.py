@@ -24,6 +24,7 @@ import jax
 import numpy as np
 from zlib_ng import zlib_ng
 
+from rotbits_jax import host
 from rotbits_jax import models
 from rotbits_jax import progress
 from rotbits_jax import structured
@@ -288,11 +289,10 @@ class Reader:
       data = file.checked(name, unit.nbytes, unit.crc32)
       targets = None
       if out is not None:
-        targets = [
-          array
-          for leaf, specs in unit.leaf_specs()
-          for array in out.get(leaf.path) or map(weights.empty, specs)
-        ]
+        targets = []
+        for leaf, specs in unit.leaf_specs():
+          new = [host.empty(x.shape, x.dtype) for x in specs if leaf.path not in out]
+          targets += out.get(leaf.path, new)
       try:
         arrays = iter(weights.decode(unit.coder, data, out=targets))
       except ValueError as error:
@@ -365,9 +365,7 @@ class Reader:
       shapes = [x.shape for x in own]
       # Leaves of one kind may be stored in arrays of several shapes.
       if all([x.shape for x in other[leaf.path]] == shapes for other in specs):
-        stacks[leaf.path] = [
-          weights.empty((len(wanted), *x.shape), x.dtype) for x in own
-        ]
+        stacks[leaf.path] = [host.empty((len(wanted), *x.shape), x.dtype) for x in own]
     layers = [
       start(
         functools.partial(

@@ -46,7 +46,6 @@ have their low byte first.
     noise, `order.noise_size`, are missing where they chose an order.
 """
 
-from rotbits_jax.coding.weights.numbers import empty
 from rotbits_jax.coding.weights.pool import Start
 from rotbits_jax.coding.weights.pool import unit_jobs
 from rotbits_jax.coding.weights.specs import ArraySpec
@@ -61,7 +60,6 @@ __all__ = [
   'Start',
   'UnitSpec',
   'decode',
-  'empty',
   'encode',
   'unit_jobs',
 ]

@@ -1,12 +1,13 @@
 """Arrays of numbers as the coder takes them: contiguous bit patterns, and squares."""
 
-import math
 import threading
 
 import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+
+from rotbits_jax import host
 
 _CHUNK = 1 << 18
 _SHORT = (np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16))
@@ -37,25 +38,16 @@ def squares(matrix: np.ndarray) -> np.ndarray:
     return np.square(wide, dtype=np.float64)
 
 
-def empty(shape: tuple[int, ...], dtype: np.dtype | type | str) -> np.ndarray:
-  """Any numbers, at an address that lets XLA use them in place, without a copy."""
-  kind = np.dtype(dtype)
-  size = math.prod(shape) * kind.itemsize
-  buffer = np.empty(size + 64, np.uint8)
-  start = -buffer.ctypes.data % 64
-  return buffer[start : start + size].view(kind).reshape(shape)
-
-
 def aligned(count: int, dtype: np.dtype | type) -> np.ndarray:
-  """Zeros `[count]` at such an address."""
-  array = empty((count,), dtype)
+  """Zeros `[count]` that XLA uses in place, without a copy."""
+  array = host.empty((count,), dtype)
   array[...] = 0
   return array
 
 
 def aligned_copy(array: np.ndarray) -> np.ndarray:
-  """A copy at such an address."""
-  copy = empty(array.shape, array.dtype)
+  """A copy that XLA uses in place."""
+  copy = host.empty(array.shape, array.dtype)
   copy[...] = array
   return copy
 

@@ -11,12 +11,13 @@ memory.
 from collections.abc import Callable, Iterable, Iterator
 from concurrent import futures
 import contextlib
-import functools
 import os
 import threading
 from typing import Any, TypeVar
 
 import jax
+
+from rotbits_jax import host
 
 _Result = TypeVar('_Result')
 
@@ -84,14 +85,5 @@ def _pool(name: str) -> futures.ThreadPoolExecutor:
 
 
 def _on_processor(job: Callable[[], _Result]) -> _Result:
-  with jax.default_device(_processor()):
+  with jax.default_device(host.device()):
     return job()
-
-
-@functools.cache
-def _processor() -> jax.Device | None:
-  """None, the default device, if JAX was told to use no processor."""
-  try:
-    return jax.local_devices(backend='cpu')[0]
-  except RuntimeError:
-    return None

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from zlib_ng import zlib_ng
 
+from rotbits_jax import host
 from rotbits_jax.coding.weights import blocks
 from rotbits_jax.coding.weights import contexts
 from rotbits_jax.coding.weights import layouts
@@ -458,7 +459,7 @@ def _outputs(
   """New arrays, or those given if they fit."""
   wanted = [(array.shape, layouts.DTYPES[array.dtype]) for array in spec.arrays]
   if out is None:
-    return [numbers.empty(shape, dtype) for shape, dtype in wanted]
+    return [host.empty(shape, dtype) for shape, dtype in wanted]
   if len(out) != len(wanted):
     raise ValueError(f'{len(out)} arrays to decode {len(wanted)} into')
   for i, (array, (shape, dtype)) in enumerate(zip(out, wanted, strict=True)):
