@@ -1,5 +1,6 @@
 """Matrices with a triangle of zeros, and how a triangle is packed."""
 
+import itertools
 from typing import Any, ClassVar
 
 from flax import struct
@@ -83,12 +84,14 @@ class RowTrapezoids(Structured):
 
   def stored(self) -> tuple[Settings, Arrays]:
     upper = np.asarray(self.upper)
-    settings = {
-      'blocks': list(self.blocks),
-      'full': self.full,
-      'columns': upper.shape[1],
-    }
-    return settings, {'upper': upper[_upper_mask(**settings)]}
+    columns = upper.shape[1]
+    stops = itertools.accumulate(self.blocks, initial=self.full)
+    parts = [
+      upper[start : start + rows][_upper_mask(rows, columns)]
+      for start, rows in zip(stops, self.blocks, strict=False)
+    ]
+    settings = {'blocks': list(self.blocks), 'full': self.full, 'columns': columns}
+    return settings, {'upper': np.concatenate([upper[: self.full].reshape(-1), *parts])}
 
   @classmethod
   def from_stored(cls, settings: Settings, arrays: Arrays) -> 'RowTrapezoids':
@@ -97,19 +100,28 @@ class RowTrapezoids(Structured):
     size = full * columns + sum(lower_size((columns, rows)) for rows in blocks)
     if arrays['upper'].shape != (size,):
       raise ValueError(f'{size} numbers are expected, got {arrays["upper"].shape}')
-    upper = unpack(arrays['upper'], _upper_mask(**settings))
+    values, position = arrays['upper'], full * columns
+    upper = np.zeros((full + sum(blocks), columns), values.dtype)
+    upper[:full] = values[:position].reshape(full, columns)
+    for start, rows in zip(
+      itertools.accumulate(blocks, initial=full), blocks, strict=False
+    ):
+      count = lower_size((columns, rows))
+      own = values[position : position + count]
+      upper[start : start + rows][_upper_mask(rows, columns)] = own
+      position += count
     return cls(upper, tuple(blocks), full)
 
 
-def _upper_mask(blocks: list[int], full: int, columns: int) -> np.ndarray:
-  ones = lambda rows: np.ones((rows, columns), bool)
-  return np.concatenate([ones(full), *(np.triu(ones(rows)) for rows in blocks)])
+def _upper_mask(rows: int, columns: int) -> np.ndarray:
+  """Where a matrix may have entries that are not below its diagonal."""
+  return ~np.tri(rows, columns, -1, dtype=bool)
 
 
 def pack_lower(matrix: Any) -> np.ndarray:
   """The entries on and below the diagonal of `[rows, columns]`, row by row."""
   matrix = np.asarray(matrix)
-  return matrix[np.tril(np.ones(matrix.shape, bool))]
+  return matrix[np.tri(*matrix.shape, dtype=bool)]
 
 
 def lower_size(shape: tuple[int, ...]) -> int:
@@ -131,7 +143,7 @@ def check_sizes(*sizes: Any) -> None:
 
 
 def unpack_lower(values: np.ndarray, shape: Any) -> np.ndarray:
-  """The inverse of `pack_lower`, see `unpack`.
+  """The inverse of `pack_lower`: zeros above the diagonal.
 
   Raises:
     ValueError: if the shape is none, or another number of values belongs to it.
@@ -143,27 +155,9 @@ def unpack_lower(values: np.ndarray, shape: Any) -> np.ndarray:
       f'a {rows} x {columns} trapezoid has {lower_size((rows, columns))} numbers, '
       f'got {values.shape=}'
     )
-  return unpack(values, np.tril(np.ones(tuple(shape), bool)))
-
-
-def unpack(values: np.ndarray, mask: np.ndarray) -> np.ndarray:
-  """A matrix with values, row by row, where a mask is true, and zeros elsewhere.
-
-  Args:
-    values: `[n]`.
-    mask: bool, of any shape.
-
-  Returns:
-    An array of the mask's shape.
-
-  Raises:
-    ValueError: if the mask is not true n times.
-  """
-  if values.shape != (mask.sum(),):
-    raise ValueError(
-      f'a {mask.shape} matrix of this form holds {mask.sum()} numbers, '
-      f'got {values.shape=}'
-    )
-  matrix = np.zeros(mask.shape, values.dtype)
-  matrix[mask] = values
+  corner = min(rows, columns)
+  inner = corner * (corner + 1) // 2
+  matrix = np.zeros((rows, columns), values.dtype)
+  matrix[:corner][np.tri(corner, columns, dtype=bool)] = values[:inner]
+  matrix[corner:] = values[inner:].reshape(rows - corner, columns)
   return matrix
