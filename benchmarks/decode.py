@@ -1,4 +1,4 @@
-"""Times decoders side by side, from a file to arrays, and how long weights take to come.
+"""Times decoders side by side, from a file to arrays, and the time to weights.
 
   python -m benchmarks.decode --peers_python=PYTHON [--checkpoint=DIR] [--runs=5]
     [--presets=free,exact] [--results=RESULTS.md] [--plot=time_to_weights.svg]
@@ -18,7 +18,10 @@ zstandard zipnn lmzip`.
 """
 
 from collections.abc import Callable, Sequence
+import functools
 import json
+import math
+import os
 import pathlib
 import statistics
 import subprocess
@@ -83,11 +86,12 @@ class Decoder:
     self._process = subprocess.Popen(
       [python, 'benchmarks/peers.py', name, 'serve', str(path)],
       cwd=ROOT,
-      env=_environment(),
+      env=os.environ | {'PYTHONPATH': str(ROOT)},
       stdin=subprocess.PIPE,
       stdout=subprocess.PIPE,
       text=True,
     )
+    self._name = name
     self.seconds: list[float] = []
 
   def __enter__(self) -> Self:
@@ -100,19 +104,14 @@ class Decoder:
 
   def run(self) -> tuple[float, int]:
     """Decodes once: seconds, and the arrays' checksum."""
-    assert self._process.stdin and self._process.stdout
+    assert self._process.stdin
+    assert self._process.stdout
     print('', file=self._process.stdin, flush=True)
     line = self._process.stdout.readline()
     if not line:
-      raise ValueError(f'{" ".join(map(str, self._process.args))} failed')
+      raise ValueError(f'{self._name} failed')
     seconds, checksum = json.loads(line)
     return seconds, checksum
-
-
-def _environment() -> dict[str, str]:
-  import os
-
-  return os.environ | {'PYTHONPATH': str(ROOT)}
 
 
 def measure(
@@ -189,7 +188,9 @@ def plot(rows: Sequence[Row], path: str) -> None:
     figure, axes = plt.subplots(figsize=(7, 4), layout='constrained')
     for row in rows:
       ours = row.name not in (RAW, *PEERS)
-      axes.plot(speeds, time_of(row) / raw, label=row.name, linewidth=2.5 if ours else 1)
+      axes.plot(
+        speeds, time_of(row) / raw, label=row.name, linewidth=2.5 if ours else 1
+      )
     axes.set(
       xscale='log',
       xlabel='link, MB/s',
@@ -218,7 +219,7 @@ def limits(free: pathlib.Path, exact: pathlib.Path | None, runs: int) -> str:
     assert config is not None
     sizes = config.segment_widths[-1], config.vocab_size, config.segment_widths[0]
     seconds = _median(_product_alone(*sizes), runs)
-    flops = 2 * float(np.prod(np.float64(sizes)))
+    flops = 2.0 * math.prod(sizes)
     lines.append(
       f'{"the product for the tied embedding":38}{seconds:7.3f}'
       f'{flops / seconds / 1e9:9.0f} GFLOP/s in float64'
@@ -249,7 +250,7 @@ def _blocks_alone(path: pathlib.Path) -> tuple[Callable[[], None], int]:
   def decode() -> None:
     with weights.unit_jobs() as start:
       for coder, data, out in given:
-        start(lambda c=coder, d=data, o=out: weights.decode(c, d, out=o))
+        start(functools.partial(weights.decode, coder, data, out=out))
 
   return decode, sum(array.size for *_, arrays in given for array in arrays)
 
@@ -300,9 +301,6 @@ def prepare(
 
 
 def main() -> None:
-  for path in (_RESULTS.value, _PLOT.value):
-    if path is not None:
-      program.check_output_file(path)
   with tempfile.TemporaryDirectory() as folder:
     work = pathlib.Path(folder)
     if _CHECKPOINT.value is None:
@@ -318,8 +316,8 @@ def main() -> None:
     exact = files.get('exact')
     found = limits(own[0], exact if exact != own[0] else None, runs)
   body = (
-    f'Written by `python -m benchmarks.decode`; {stem}, {demo.machine()}. Medians of\n'
-    f'{runs} runs, in which all took turns; from a file in the page cache to arrays.\n\n'
+    f'Written by `python -m benchmarks.decode`: {stem} on {sections.machine()}.\n'
+    f'Medians of {runs} runs, in which all took turns. Files are in the page cache.\n\n'
     f'```\n{table(rows)}\n```\n\n'
     f'Parts by themselves, in seconds:\n\n```\n{found}\n```\n\n'
     'Time to weights: reading over a link and decoding, in seconds; * is the least.\n\n'

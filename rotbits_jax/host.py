@@ -11,7 +11,7 @@ _ALIGNMENT = 64  # of the addresses that XLA takes without a copy
 
 @functools.cache
 def device() -> jax.Device | None:
-  """The processor; None, the default device, if JAX was told to use no processor."""
+  """Returns JAX's CPU; None, the default device, if JAX was told not to use the CPU."""
   try:
     return jax.local_devices(backend='cpu')[0]
   except RuntimeError:
@@ -19,7 +19,7 @@ def device() -> jax.Device | None:
 
 
 def empty(shape: tuple[int, ...], dtype: np.dtype | type | str) -> np.ndarray:
-  """An array of any numbers, which `jax.device_put` takes without a copy.
+  """Returns an uninitialised array that `jax.device_put` takes without a copy.
 
   Args:
     shape: of the array.

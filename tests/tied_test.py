@@ -47,7 +47,7 @@ def _apply(model, **options):
 
 
 def _apply_exactly(model):
-  return transform_checks.apply(symmetries.retie_exactly(), model, widen=False)
+  return transform_checks.apply(symmetries.retie_exactly(), model, rounding=None)
 
 
 def _bits(array):
@@ -189,7 +189,7 @@ class RetieEmbeddingTest(parameterized.TestCase):
 def _exactly(table, head):
   """The leaf, the note and the bytes saved of the transform in its chain."""
   chain = (symmetries.retie_exactly(),)
-  model, (saving,) = symmetries.run_chain(chain, _model(table, head), widen=False)
+  model, (saving,) = symmetries.run_chain(chain, _model(table, head), rounding=None)
   (note,) = saving.notes
   return model.params['embed']['tokens'], note, saving.bytes
 
@@ -367,22 +367,30 @@ class RetieExactlyTest(parameterized.TestCase):
       settings = settings | {'low': 2}
       arrays['low'] = np.zeros(3, np.uint8)
     arrays[name] = arrays[name][:-1]
-    with self.assertRaisesRegex(ValueError, 'no embedding of 2048 tokens'):
+    with self.assertRaisesRegex(ValueError, 'embedding of 2048 tokens cannot have'):
       structured.TiedExactly.from_stored(settings, arrays)
+
+  @parameterized.parameters(
+    ('scale', 4000), ('scale', '47'), ('first', -1), ('first', None)
+  )
+  def test_settings_of_no_embedding_are_refused(self, name, value):
+    settings, arrays = _exactly(*_matrices(np.float16))[0].stored()
+    with self.assertRaises(ValueError):
+      structured.TiedExactly.from_stored(settings | {name: value}, arrays)
 
   def test_another_head_is_refused(self):
     table, head = _matrices(np.float16)
     leaf, *_ = _exactly(table, head)
     with self.assertRaisesRegex(ValueError, r'shape \(24, 2048\), got'):
       leaf.expand(head[:, 1:])
-    with self.assertRaisesRegex(ValueError, 'entries of a class'):
+    with self.assertRaisesRegex(ValueError, r'has \d+ entries, which are too'):
       leaf.expand(head[::-1])
     with self.assertRaisesRegex(ValueError, 'too large'):
       leaf.expand(np.float32(head) * 64)
     head[2, 2] = np.nan
     with self.assertRaisesRegex(ValueError, 'too large'):
       leaf.expand(head)
-    with self.assertRaisesRegex(ValueError, 'entries of a class'):
+    with self.assertRaisesRegex(ValueError, r'has \d+ entries, which are too'):
       _, head = _matrices(np.float16)
       leaf.replace(exceptions=leaf.exceptions[1:]).expand(head)
 

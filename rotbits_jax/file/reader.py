@@ -62,8 +62,13 @@ class Reader:
       ContainerError: if this is no rotbits file, or its manifest is damaged.
       OSError: if a path cannot be read.
     """
-    files = _shards(source)
+    files, checksums = _shards(source)
     self._files = [container.StreamReader(file) for file in files]
+    for file in self._files:
+      if checksums.get(os.path.basename(file.name), file.manifest_crc32) != (
+        file.manifest_crc32
+      ):
+        raise ContainerError(f'{file.name}: the index names another shard of this name')
     self.size = sum(file.size for file in self._files)
     self.manifests = [_manifest(file) for file in self._files]
     first = self.manifests[0]
@@ -194,13 +199,12 @@ class Reader:
       weights.unit_jobs() as start,
     ):
       # One layer decodes while the caller has the layer before it.
-      ahead: collections.deque[futures.Future[Tree]] = collections.deque()
-      for index, name in enumerate([*names, None]):
-        if name is not None:
-          ahead.append(start(functools.partial(self._decode, name)))
-        if len(ahead) > (name is not None):
-          yield index - 1, ahead.popleft().result()
-          bar.update()
+      jobs = (functools.partial(self._decode, name) for name in names)
+      ahead = collections.deque(start(job) for job in itertools.islice(jobs, 2))
+      for index in range(len(names)):
+        yield index, ahead.popleft().result()
+        ahead.extend(start(job) for job in itertools.islice(jobs, 1))
+        bar.update()
       params: Tree = {}
       for future in self._start_outer(outer, start):
         params |= future.result()
@@ -431,16 +435,18 @@ class Reader:
     )
 
 
-def _shards(source: container.Readable) -> list[container.Readable]:
-  """The files of a source: one, or those that an index lists."""
+def _shards(
+  source: container.Readable,
+) -> tuple[list[container.Readable], dict[str, Any]]:
+  """The files of a source, and checksums of their manifests that an index has."""
   if not isinstance(source, (str, os.PathLike)):
-    return [source]
+    return [source], {}
   path = pathlib.Path(source)
   index = path.with_name(writer.index_name(path))
   if path.name.endswith('.index.json'):
     index = path
   elif path.exists() or not index.exists():
-    return [path]
+    return [path], {}
   parsed = container.parse_json(index.read_bytes(), 'index')
   found = parsed.get('weight_map') if isinstance(parsed, dict) else None
   if not isinstance(found, dict) or not found:
@@ -451,7 +457,11 @@ def _shards(source: container.Readable) -> list[container.Readable]:
       raise ContainerError(f'{index}: {name!r:.100} is not the name of a shard')
     if not (index.parent / name).is_file():
       raise ContainerError(f'{index}: the shard {name} is missing')
-  return [index.parent / name for name in names]
+  metadata = parsed.get('metadata')
+  checksums = metadata.get('manifest_crc32') if isinstance(metadata, dict) else None
+  if not isinstance(checksums, dict):
+    checksums = {}
+  return [index.parent / name for name in names], checksums
 
 
 def _manifest(file: container.StreamReader) -> manifest_lib.Manifest:
@@ -477,13 +487,13 @@ class _Stack(NamedTuple):
 
   Attributes:
     wanted: those that this process needs.
-    count: how many layers the whole stack has.
+    total: how many layers the whole stack has.
     layers: the layers that are wanted.
     plain: the stacked arrays that stand for themselves, by path.
   """
 
   wanted: range
-  count: int
+  total: int
   layers: 'list[futures.Future[Tree]]'
   plain: dict[str, np.ndarray]
 
@@ -495,7 +505,7 @@ class _Stack(NamedTuple):
         if path not in self.plain:
           others.setdefault(path, []).append(leaf)
       bar.update()
-    bar.update(self.count - len(self.layers))
+    bar.update(self.total - len(self.layers))
     stacked = self.plain | {
       path: type(leaves[0]).stack(leaves) for path, leaves in others.items()
     }
@@ -577,10 +587,10 @@ def _placed_stack(tree: Tree, place: Place | None, layers: _Stack) -> models.Par
     return tree
 
   def put(path: str, stack: Any) -> jax.Array:
-    shape = (layers.count, *stack.shape[1:])
+    shape = (layers.total, *stack.shape[1:])
 
     def part(index: Any) -> Any:
-      start, stop, _ = index[0].indices(layers.count)
+      start, stop, _ = index[0].indices(layers.total)
       rows = slice(start - layers.wanted.start, stop - layers.wanted.start)
       return np.asarray(stack)[(rows, *index[1:])]
 

@@ -1,4 +1,12 @@
-"""Embeddings that are linear images of the head."""
+"""Leaves for a token embedding that is a linear image of the head.
+
+Let V be the number of tokens, d the width of the embedding, and D that of the head. The
+head has the kernel `[D, V]`. The embedding `[V, d]` is tied to the head if it is
+`head^T @ T` for a small matrix T `[D, d]`. A tied embedding is stored as T, which has
+far fewer numbers. `symmetries.tied` finds T.
+
+Both leaves are dependent: they stand for the embedding only together with the head.
+"""
 
 from collections.abc import Iterator
 import contextlib
@@ -16,15 +24,16 @@ from rotbits_jax.structured.base import Arrays
 from rotbits_jax.structured.base import Dependent
 from rotbits_jax.structured.base import Settings
 from rotbits_jax.structured.base import register
+from rotbits_jax.structured.triangles import check_sizes
 
 
 @register
 @struct.dataclass
 class Tied(Dependent):
-  """A token embedding `[V, d]` that is the image `head^T @ map` of the head `[D, V]`.
+  """The embedding `head^T @ map`, up to rounding.
 
   Attributes:
-    map: `[D, d]`.
+    map: the matrix T, `[D, d]`.
     tokens: V.
   """
 
@@ -47,11 +56,13 @@ class Tied(Dependent):
     return self.rows(head, jnp.arange(self.tokens)).astype(self.dtype)
 
   def rows(self, *needed_and_indices: Any) -> jax.Array:
-    """The rows of some tokens, float32 `[..., d]`, without the other rows.
+    """Returns the rows of some tokens; the other rows are not computed.
 
     Args:
-      needed_and_indices: the head, `[D, V]`, and tokens, integers `[...]`; rows of
-        tokens that there are not are NaN.
+      needed_and_indices: the head `[D, V]`, then the tokens, integers `[...]`.
+
+    Returns:
+      The rows, float32 `[..., d]`. The row of a token of V or more is NaN.
     """
     head, tokens = needed_and_indices
     columns = jnp.asarray(head).at[:, tokens].get(mode='fill', fill_value=jnp.nan)
@@ -69,28 +80,34 @@ class Tied(Dependent):
 @register
 @struct.dataclass
 class TiedExactly(Dependent):
-  """`head^T @ T` and what that is off by: every bit of the embedding.
+  """Every bit of the embedding: a prediction from the head, and residuals.
 
-  With the head in fixed point, T is a matrix of integers and the product P a sum of
-  integers, small enough for float64 to add them exactly in whatever order:
+  The prediction is the product P = `head^T @ T`. It must have the same bits on every
+  machine. Therefore it is a sum of integers that float64 adds exactly in any order:
 
       2^scale P[i, j] = sum_k round(2^shifts[k] head[k, i]) map[k, j]
 
-  P, rounded to the embedding's format, and the embedding become ordinals: integers that
-  count the format's numbers upwards. Residuals are the differences. How large they are
-  depends on how far the format's numbers are apart, so that those of each exponent of P
-  are an array of their own.
+  P is rounded to the embedding's dtype. The rounded P and the embedding are then
+  converted to ordinals. An ordinal is an integer that counts the numbers of the dtype
+  upwards, so neighbours differ by 1. A residual is the ordinal of an entry of the
+  embedding minus the ordinal that P predicts for it.
+
+  Residuals are smaller where the numbers of the dtype lie further apart, and this
+  distance depends on the exponent. Therefore each exponent of P forms a class, and the
+  residuals of each class are an array of their own. The rare exponents at both ends
+  share a class.
 
   Attributes:
     map: int32 `[D, d]`, below 2^23 in absolute value.
     shifts: int16 `[D]`.
-    residuals: int8 `[n]` for each class of exponents, ordered by token; -128 stands for
-      an exception.
-    exceptions: `[n]`, the entries of the embedding that are further off, by token.
+    residuals: int8 `[n]` for each class, in row-major order of the embedding's entries;
+      -128 marks an exception.
+    exceptions: `[n]`, the entries of the embedding whose residual int8 cannot hold, in
+      row-major order. Their dtype is that of the embedding.
     tokens: V.
     scale: see above.
-    first: the exponent, as the format's bits have it, of the first class. Each class
-      has one; lower exponents join the first, higher ones the last.
+    first: the biased exponent of the first class. The next class has the next exponent,
+      and so on. Lower exponents are in the first class, higher ones in the last.
   """
 
   kind: ClassVar[str] = 'tied_exactly'
@@ -109,18 +126,19 @@ class TiedExactly(Dependent):
   def from_table(
     cls, table: np.ndarray, head: np.ndarray, map: np.ndarray, exponents: np.ndarray
   ) -> 'TiedExactly':
-    """What an embedding is in terms of a head.
+    """Makes the leaf that predicts an embedding from a head.
 
     Args:
       table: the embedding `[V, d]`, float16 or bfloat16.
       head: `[D, V]`, finite.
       map: int32 `[D, d]`, below 2^23 in absolute value.
-      exponents: integers `[D]`: T is `2^-exponents[k] map[k]`.
+      exponents: integers `[D]`. Row k of T is `2^-exponents[k] map[k]`.
 
     Returns:
       The leaf.
     """
-    # As fine a fixed point as keeps the sums below 2^52, and below 2^53 when rounded.
+    # The scale is the largest for which all sums are below 2^52. Rounding the head to
+    # integers can make the sums larger, but they stay below 2^53.
     weights = np.ldexp(_greatest(map), -exponents)
     bound = max(
       float(np.max(weights @ np.abs(np.float64(head[:, block]))))
@@ -155,14 +173,14 @@ class TiedExactly(Dependent):
     return self.exceptions.dtype
 
   def astype(self, dtype: Any) -> 'TiedExactly':
-    """The leaf as it is: it stands for bits, which have one format."""
+    """Returns the leaf unchanged, because it stands for bits of one dtype."""
     return self
 
   def expand(self, *needed: Any) -> np.ndarray:
-    """The embedding `[V, d]`, bit for bit, given the head `[D, V]`.
+    """Returns the embedding `[V, d]`, bit for bit, given the head `[D, V]`.
 
     Raises:
-      ValueError: if it cannot be that head.
+      ValueError: if the leaf cannot have been made from this head.
     """
     head = np.asarray(*needed)
     if head.shape != (len(self.map), self.tokens):
@@ -199,7 +217,7 @@ class TiedExactly(Dependent):
 
   def stored(self) -> tuple[Settings, Arrays]:
     map = np.asarray(self.map)
-    # Bits that int16 has no room for.
+    # `map` is stored as int16. The low bits that do not fit are stored separately.
     low = max(int(np.abs(map).max(initial=0)).bit_length() - 15, 0)
     settings = {
       'tokens': self.tokens,
@@ -229,17 +247,21 @@ class TiedExactly(Dependent):
     fits = map.ndim == 2 and count == tokens * map.shape[1]
     if not fits or low.shape != map.shape or arrays['shifts'].shape != map.shape[:1]:
       raise ValueError(
-        f'no embedding of {tokens} tokens is made of {count} residuals, {map.shape=}, '
+        f'an embedding of {tokens} tokens cannot have {count} residuals, {map.shape=}, '
         f'{low.shape=} and shifts {arrays["shifts"].shape}'
       )
+    scale, first = settings['scale'], settings['first']
+    if type(scale) is not int or abs(scale) > 1 << 10:
+      raise ValueError(f'an embedding cannot have the scale {scale!r:.40}')
+    check_sizes(first)
     return cls(
       map=map << settings['low'] | low,
       shifts=arrays['shifts'],
       residuals=tuple(residuals),
       exceptions=arrays['exceptions'],
       tokens=tokens,
-      scale=settings['scale'],
-      first=settings['first'],
+      scale=scale,
+      first=first,
     )
 
 
@@ -249,32 +271,37 @@ _PIECE = 1 << 15  # numbers that are looked at together, in the processor's cach
 
 
 def token_blocks(head: Any, numbers: int = 1 << 23) -> Iterator[slice]:
-  """Ranges of the tokens of a head `[D, V]`, of so many numbers each."""
+  """Yields the tokens of a head `[D, V]` as slices of about `numbers` numbers each."""
   step = max(numbers // head.shape[0], 1)
   return (slice(i, i + step) for i in range(0, head.shape[1], step))
 
 
 class _Stream:
-  """Values that are taken one after the other."""
+  """An array whose values are taken one after the other."""
 
   def __init__(self, values: Any):
     self._values, self._next = np.asarray(values), 0
 
   def take(self, count: int) -> np.ndarray:
-    """The next values."""
+    """Returns the next values.
+
+    Raises:
+      ValueError: if too few are left.
+    """
     self._next += count
     if self._next > self._values.size:
       raise self._error()
     return self._values[self._next - count : self._next]
 
   def finish(self) -> None:
-    """Refuses what is left."""
+    """Raises ValueError if values are left."""
     if self._next != self._values.size:
       raise self._error()
 
   def _error(self) -> ValueError:
     return ValueError(
-      f'the embedding has more or fewer entries of a class than {self._values.size}'
+      f'an array of the tied embedding has {self._values.size} entries, which are '
+      'too many or too few'
     )
 
 
@@ -294,7 +321,7 @@ def _predict(
   dtype: np.dtype,
   exponents: tuple[int, int],
 ) -> Iterator[_Prediction]:
-  """Yields P in blocks of tokens, the same on every machine.
+  """Yields P in blocks of tokens. It is the same on every machine.
 
   Args:
     head: `[D, V]`.
@@ -305,7 +332,7 @@ def _predict(
     exponents: the least and the greatest to be told apart.
 
   Raises:
-    ValueError: if the sums could be inexact.
+    ValueError: if the sums are so large that float64 may round them.
   """
   count = head.shape[1]
   step = max(min(_TOKENS, count), 1)
@@ -340,7 +367,7 @@ def _predict(
 
 @contextlib.contextmanager
 def _float64() -> Iterator[None]:
-  """JAX with 64 bits, on the processor."""
+  """Lets JAX use 64 bits and the processor."""
   with jax.enable_x64(True), jax.default_device(host.device()):
     yield
 
@@ -356,7 +383,7 @@ def _block(
   *,
   dtype: np.dtype,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """Ordinals and classes of a block of P, `[n, d]`; a bound of the sums.
+  """Returns ordinals and classes of a block of P, `[n, d]`, and a bound of its sums.
 
   Args:
     columns: of the head, `[D, n]`.
@@ -368,8 +395,9 @@ def _block(
     dtype: of the embedding.
   """
   integers = jnp.round(_exact(columns) * units[:, None])
-  # No partial sum of a product below exceeds this in absolute value. If a sum of
-  # these, none of which is negative, is below 2^53, it is exact itself.
+  # This bounds the absolute value of every partial sum of the product below. The
+  # bound is a sum of integers that are not negative, so it is exact if it is below
+  # 2^53.
   bound = jnp.max(greatest @ jnp.abs(integers), initial=0.0)
   product = jax.lax.dot_general(integers, map, (((0,), (0,)), ((), ())))
   ordinals = _rounded(product * unit, dtype)
@@ -378,9 +406,9 @@ def _block(
 
 
 def _exact(numbers: jax.Array) -> jax.Array:
-  """Floating-point numbers as float64.
+  """Converts floating-point numbers to float64.
 
-  Shifts take them apart, because XLA may take subnormal numbers for zeros.
+  Integers do it, because XLA may take subnormal numbers for zeros.
   """
   info = jnp.finfo(numbers.dtype)
   if info.bits == 64:
@@ -397,16 +425,17 @@ def _exact(numbers: jax.Array) -> jax.Array:
 
 
 def _greatest(map: Any) -> np.ndarray:
-  """The greatest absolute value of each row, float64."""
+  """Returns the greatest absolute value of each row, float64."""
   return np.abs(np.asarray(map, np.float64)).max(axis=1, initial=0)
 
 
 def _rounded(numbers: jax.Array, dtype: np.dtype) -> jax.Array:
-  """The ordinals of float64 numbers, rounded to a dtype of 16 bits: int16."""
+  """Rounds float64 numbers to a dtype of 16 bits and returns their ordinals."""
   info = jnp.finfo(dtype)
   low, least = 52 - info.nmant, float(info.smallest_normal)
   size = jnp.abs(numbers)
-  # The ordinal of a normal number is its bits, without those that float64 adds.
+  # The bits of a float64 number without the lowest `low` mantissa bits, minus those of
+  # the least normal number, count the normal numbers of the dtype.
   bits = jax.lax.bitcast_convert_type(jnp.maximum(size, least), jnp.int64)
   first = int(np.float64(least).view(np.int64)) >> low
   normal = (bits + (1 << (low - 1)) >> low) - first
@@ -416,23 +445,30 @@ def _rounded(numbers: jax.Array, dtype: np.dtype) -> jax.Array:
 
 
 def _ordinals(numbers: np.ndarray) -> np.ndarray:
-  """Integers that count a format's numbers upwards: 0 is 0, -0 is -1; int16."""
+  """Returns the ordinals of numbers, int16: 0 for 0, -1 for -0."""
   bits = np.ascontiguousarray(numbers).view(np.int16)
   return bits ^ (bits >> 15 & 0x7FFF)
 
 
 def _numbers(ordinals: np.ndarray, dtype: Any) -> np.ndarray:
-  """The inverse of `_ordinals`."""
+  """Returns the numbers with these ordinals: the inverse of `_ordinals`."""
   return (ordinals ^ (ordinals >> 15 & 0x7FFF)).view(dtype)
 
 
 def _exponents(ordinals: jax.Array, dtype: np.dtype) -> jax.Array:
-  """The exponents in the bits of the numbers, int32."""
+  """Returns the biased exponents of the numbers with these ordinals, int32."""
   return ((ordinals ^ ordinals >> 15) >> jnp.finfo(dtype).nmant).astype(jnp.int32)
 
 
 def _common(counts: np.ndarray) -> tuple[int, int]:
-  """The first and the last class that, with all beyond it, is worth a table."""
+  """Returns the exponents of the first and the last class.
+
+  Each of the two classes, with the exponents beyond it, has so many entries that its
+  frequency table is worth its bytes.
+
+  Args:
+    counts: the number of entries for each exponent, from 0.
+  """
   least = min(max(counts.sum() // 512, 1024), counts.sum())
   first = int(np.searchsorted(np.cumsum(counts), least))
   last = counts.size - 1 - int(np.searchsorted(np.cumsum(counts[::-1]), least))

@@ -1,11 +1,9 @@
-"""The threads that code blocks and units, one pool of each for the process.
+"""The pools of threads that code blocks and units. The process has one of each.
 
-A job of `run` is a leaf: it waits for no other, so that several callers may share the
-pool. A job of `unit_jobs` may call `run` and wait for earlier jobs of
-`unit_jobs`. Several of
-them side by side keep the processors busy while one of them has nothing for the other
-threads to do. JAX programs of `run` run on the processor, because their data is in its
-memory.
+A job of `run` waits for no other job, so several callers may share the pool. A job of
+`unit_jobs` may call `run` and wait for earlier jobs of `unit_jobs`. Several of them run
+side by side, because one of them does not always have work for all threads. The JAX
+programs of `run` run on the CPU, because their data is in its memory.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -26,7 +24,7 @@ _pools: dict[str, futures.ThreadPoolExecutor] = {}
 
 
 def threads() -> int:
-  """How many threads the pool has: one for each processor of this process."""
+  """Returns the number of threads: one for each CPU that this process may use."""
   count = getattr(os, 'process_cpu_count', os.cpu_count)
   return count() or 1
 
@@ -35,13 +33,13 @@ def run(jobs: Iterable[Callable[[], _Result]]) -> list[_Result]:
   """Runs jobs side by side.
 
   Args:
-    jobs: functions of no arguments that do not call `run` themselves.
+    jobs: functions without arguments that do not call `run`.
 
   Returns:
-    What they return, in order.
+    The results of the jobs, in order.
 
   Raises:
-    Exception: what the first failing job raised, when all jobs have ended.
+    Exception: the exception of the first job that failed, after all jobs have ended.
   """
   pool = _pool('blocks')
   started = [pool.submit(_on_processor, job) for job in jobs]
