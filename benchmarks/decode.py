@@ -1,7 +1,7 @@
 """Times decoders side by side, from a file to arrays, and the time to weights.
 
   python -m benchmarks.decode --peers_python=PYTHON [--checkpoint=DIR] [--runs=5]
-    [--presets=free,exact] [--results=RESULTS.md] [--plot=time_to_weights.svg]
+    [--presets=free,exact] [--work=DIR] [--results=RESULTS.md] [--plot=FILE.svg]
 
 The tensors of a sliced SmolLM2-135M (25%, as demo.sh slices it; or of any checkpoint)
 are written to a safetensors file, which the program `zstd`, its library, ZipNN and
@@ -55,6 +55,9 @@ _PRESETS = flags.DEFINE_list(
 )
 _RUNS = flags.DEFINE_integer(
   'runs', 5, 'Timed runs of each.', lower_bound=1, flag_values=FLAGS
+)
+_WORK = flags.DEFINE_string(
+  'work', None, 'A directory for files; what is there is used again.', flag_values=FLAGS
 )
 _RESULTS = flags.DEFINE_string(
   'results', None, 'A file of results to write the section to.', flag_values=FLAGS
@@ -286,23 +289,26 @@ def prepare(
   peers_python: str,
 ) -> tuple[pathlib.Path, dict[str, pathlib.Path]]:
   """Writes the safetensors file, and what each peer and each preset makes of it."""
-  rotbits_jax.save_checkpoint(checkpoint, work / 'tensors', format='safetensors')
-  (tensors,) = (work / 'tensors').glob('*.safetensors')
-  files = {}
-  for name in PEERS:
-    files[name] = work / name
-    args = ['benchmarks/peers.py', name, 'compress', tensors, files[name]]
-    subprocess.run([peers_python, *map(str, args)], cwd=ROOT, check=True)
-  for name in presets:
-    files[name] = work / f'{name}.rotbits'
-    with open(files[name], 'wb') as output:
-      output.write(rotbits_jax.encode(checkpoint.model, preset=name, progress=True))
+  tensors = work / 'tensors' / 'model.safetensors'
+  files = {name: work / name for name in PEERS}
+  files |= {name: work / f'{name}.rotbits' for name in presets}
+  if not tensors.exists():
+    rotbits_jax.save_checkpoint(checkpoint, tensors.parent, format='safetensors')
+  for name, path in files.items():
+    if path.exists():
+      continue
+    if name in PEERS:
+      args = [peers_python, 'benchmarks/peers.py', name, 'compress', tensors, path]
+      subprocess.run(args, cwd=ROOT, check=True)
+    else:
+      path.write_bytes(rotbits_jax.encode(checkpoint.model, preset=name, progress=True))
   return tensors, files
 
 
 def main() -> None:
   with tempfile.TemporaryDirectory() as folder:
-    work = pathlib.Path(folder)
+    work = pathlib.Path(_WORK.value or folder).absolute()
+    work.mkdir(exist_ok=True)
     if _CHECKPOINT.value is None:
       checkpoint = demo.slice_smollm2(SPARSITY, work).checkpoint
     else:

@@ -17,7 +17,7 @@ The modules, in the order of reading:
     tied        an embedding that is a linear image of the head
     low_rank    the basis between two factors
     noise       the change that rounding alone makes, as a yardstick
-    rounding    the rounding of float32 numbers to what is stored
+    rounding    the rounding of float32 numbers to the stored dtype
     products    matrix products that round equally on any number of threads
 """
 
