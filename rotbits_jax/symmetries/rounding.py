@@ -154,10 +154,6 @@ def _to_steps(
   steps = jnp.rint(array * _power(-q))
   # This turns -0 into 0. Adding 0 would not, because XLA replaces x + 0 by x.
   multiple = jnp.where(steps == 0, 0, steps * _power(q)).astype(dtype)
-<<<<<<< HEAD
-=======
-  # float32 counts steps exactly up to 2^24. Beyond that, the dtype is coarser than 2^q.
->>>>>>> words2
   exponents = (jax.lax.bitcast_convert_type(jnp.abs(array), jnp.int32) >> 23) - 127
   octaves_saved = q - (jnp.maximum(exponents, least) - info.nmant)
   bits = jnp.where(array != 0, jnp.maximum(octaves_saved, 0), 0).astype(jnp.float32)
