@@ -2,6 +2,7 @@
 
 import functools
 import pathlib
+import tempfile
 
 from absl.testing import absltest
 from absl.testing import parameterized
@@ -94,9 +95,9 @@ class PresetTest(parameterized.TestCase):
       (None, _load().model.params['head']['kernel'].dtype),
       ('float32', np.float32),
     ):
-      out = pathlib.Path(self.create_tempdir().full_path) / 'out'
-      rotbits_jax.decode_to_directory(_file(), out, dtype=dtype)
-      again = checkpoints.load_checkpoint(out).model
+      with tempfile.TemporaryDirectory() as folder:
+        rotbits_jax.decode_to_directory(_file(), folder, dtype=dtype)
+        again = checkpoints.load_checkpoint(folder).model
       self.assertEqual(again.params['head']['kernel'].dtype, expected)
 
 
