@@ -2,9 +2,10 @@
 
   python examples/numpy_decoder.py FILE OUTPUT.safetensors
 
-It writes the parameters by their paths in the model. It shares no code with the package;
-where the two disagree, the page is wrong. It compares checksums and checks little else:
-give it no files from strangers. Arrays are bit patterns, because NumPy has no bfloat16.
+It writes the parameters by their paths in the model. It shares no code with the
+package: where they disagree, the page is wrong. It compares checksums and checks little
+else: give it no files from strangers. Arrays are bit patterns, because NumPy has no
+bfloat16.
 """
 
 import io
@@ -42,16 +43,17 @@ def inflate(data, wbits):
   return np.frombuffer(unpacker.decompress(data), np.uint8), unpacker.unused_data
 
 
-def normal_table(k, present, kind, dtype, rest):
+def normal_table(k, present, kind, dtype, rest, step):
   """Returns the frequencies [A] of the normal table of class k."""
   symbol = np.arange(present.size)
-  w, x, c = 0 * symbol, 0 * symbol + rest - 2, 2 * symbol + 1
   if kind == 'float':
     e, m = symbol >> 3, symbol % 8
-    w = np.maximum(e, 1) - (1 << FLOATS[dtype][1] - 1) - 2
+    w = np.maximum(e, 1) - (1 << FLOATS[dtype][1] - 1) - 2 + step
     x, c = w - 1, 2 * (m + 8 * (e > 0)) + 1
-  elif not rest:
-    x, c = w, (symbol + 1) // 2
+  else:
+    w = 0 * symbol
+    x, c = (w + rest - 2, 2 * symbol + 1) if rest else (w, (symbol + 1) // 2)
+    x = x + (step - 150) * (kind != 'int')
   q = 8 * x - k
   s = (q >> 2) - 12
   square = c**2 * np.array([756388, 899502, 1069694, 1272087])[q % 4]
@@ -64,8 +66,9 @@ def normal_table(k, present, kind, dtype, rest):
   return np.diff((ends * TOTAL + ends[-1] // 2) // ends[-1], prepend=0)
 
 
-def read_model(data, shapes, kind, dtype, rest):
+def read_model(data, shapes, layout):
   """Returns the table of each number, for each array; and frequencies [K + 1, A]."""
+  kind, dtype, rest, _ = layout
   part, data = inflate(data, -15)
   take, lines, spans = io.BytesIO(part).read, [], []
   heads = np.frombuffer(take(6 * len(shapes)), '<i2').reshape(-1, 3).tolist()
@@ -94,7 +97,8 @@ def read_model(data, shapes, kind, dtype, rest):
     classes += [] if own else [None]
   part, data = inflate(data, -15)
   count, bits = len(classes), min(8 * unsigned(dtype).itemsize - rest, 14)
-  size = 1 << (FLOATS[dtype][1] + 3 if kind == 'float' else bits)
+  bits = FLOATS[dtype][1] + 3 if kind == 'float' else int(kind[4:] or bits)
+  size = 1 << bits
   normal = np.unpackbits(part[: -(-count // 8)], count=count)
   present = np.unpackbits(part[-(-count // 8) :]).reshape(-1, -(-size // 8) * 8)
   low, high = inflate(data, 15)[0].reshape(2, -1).astype(np.int64)
@@ -109,7 +113,7 @@ def read_model(data, shapes, kind, dtype, rest):
       own[0], own[values[0] : values[1] + 1] = 0, values[2:stop]
       values = values[stop:]
     elif (symbols := next(present)).any():
-      own[:] = normal_table(classes[k], symbols, kind, dtype, rest)
+      own[:] = normal_table(classes[k], symbols, *layout)
   return contexts, frequencies
 
 
@@ -142,7 +146,7 @@ def read_symbols(block, lanes, contexts, frequencies):
   return found.reshape(-1)[: contexts.size]
 
 
-def with_rests(symbols, take, lanes, kind, dtype, rest):
+def with_rests(symbols, take, lanes, kind, dtype, rest, step):
   """Returns the bit patterns of a block, as uint64."""
   rests, shift, steps = np.zeros(symbols.size, np.uint64), 0, -(-symbols.size // lanes)
   for b in (8,) * (rest // 8) + tuple(b for b in (4, 2, 1) if rest & b):
@@ -154,11 +158,18 @@ def with_rests(symbols, take, lanes, kind, dtype, rest):
     rests |= plane.reshape(-1)[: symbols.size].astype(np.uint64) << shift
     shift += b
   if kind == 'float':
-    width, _, mantissa = FLOATS[dtype]
-    low = mantissa - 3
-    rests = rests << low + 1 - rest
-    return rests >> low << width - 1 | symbols << low | rests & (1 << low) - 1
+    width, exponent, mantissa = FLOATS[dtype]
+    rests = rests << mantissa - 2 - rest
+    sign, low = rests >> mantissa - 3 << width - 1, rests & (1 << mantissa - 3) - 1
+    large = symbols << mantissa - 3 | low
+    small = np.where(large >> mantissa, 0, large).astype(np.float64)
+    small = np.ldexp(small, step + 2 - (1 << exponent - 1) - mantissa)
+    large = np.where(large >> mantissa, large + (step << mantissa), 0)
+    return sign | large | narrow(small, dtype)
   u = symbols << rest | rests
+  if kind != 'int':
+    n = (u >> 1 ^ 0 - (u & 1)).view(np.int64)
+    return narrow(np.ldexp(n.astype(np.float64), step - 150), dtype)
   return u if np.dtype(dtype).kind == 'u' else u >> 1 ^ 0 - (u & 1)
 
 
@@ -183,7 +194,7 @@ def missing_noise(lines, take):
     j = digits[i] = where[ranks[lines[i]]]
     v[i], v[j] = v[j], v[i]
     where[v[i]], where[v[j]] = i, j
-  for places, radix, size, kept in order_groups(count):
+  for places, _, size, kept in order_groups(count):
     value = int.from_bytes(take(kept), 'little')
     for i in reversed(places):
       value = value * (i + 1) + digits[i]
@@ -196,10 +207,10 @@ def read_unit(coder, stream):
   take, specs, models = io.BytesIO(stream).read, coder['arrays'], []
   axes, distinct = coder['order'] or ([], 0)
   moved, groups, parts = {i for i, _ in axes}, iter(coder['groups']), []
-  for number, (kind, rest, nbytes) in enumerate(coder['layouts']):
+  for number, (kind, rest, step, nbytes) in enumerate(coder['layouts']):
     own = [i for i, spec in enumerate(specs) if spec[2] == number]
-    layout = kind, specs[own[0]][0], rest
-    tables, frequencies = read_model(take(nbytes), [specs[i][1] for i in own], *layout)
+    layout = kind, specs[own[0]][0], rest, step
+    tables, frequencies = read_model(take(nbytes), [specs[i][1] for i in own], layout)
     models.append((layout, dict(zip(own, tables, strict=True)), frequencies))
   for layout, tables, frequencies in models:
     for last in (False, True):
