@@ -56,6 +56,7 @@ _NAMES = {
   'read_tensor': 'codec',
   'read_unit': 'codec',
   'save_checkpoint': 'checkpoints',
+  'verify': 'verification',
 }
 
 __all__ = sorted([*_MODULES, *_NAMES])

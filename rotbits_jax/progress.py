@@ -1,6 +1,7 @@
 """Progress on stderr: a bar in a terminal; in a pipe or a log, a line every minute."""
 
 from collections.abc import Iterable, Iterator
+import contextlib
 import sys
 import time
 from typing import Self, TypeVar
@@ -61,7 +62,8 @@ class Progress:
     if not self._show:
       return
     if self._lines:
-      print(f'{self._task}: {text}', file=sys.stderr, flush=True)
+      with contextlib.suppress(OSError):  # whoever read it is gone; the work goes on
+        print(f'{self._task}: {text}', file=sys.stderr, flush=True)
     else:
       self._bar.write(f'{self._task}: {text}', file=sys.stderr)
 

@@ -5,9 +5,9 @@ It reads the message from its end, so it returns the arrays of the last segment 
 
 from collections.abc import Iterator
 from typing import Any
-import zlib
 
 import numpy as np
+from zlib_ng import zlib_ng
 
 from rotbits_jax import models
 from rotbits_jax.coding import rans
@@ -77,7 +77,7 @@ def decode_unchecked(
 
 def digest(array: np.ndarray) -> int:
   """Returns the CRC-32 of an array's bytes in C order."""
-  return zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+  return zlib_ng.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
 
 
 class _Decoder:

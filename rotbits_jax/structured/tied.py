@@ -1,14 +1,14 @@
 """Leaves for a token embedding that is a linear image of the head.
 
-Let V be the number of tokens, d the width of the embedding, and D that of the head. The
-head has the kernel `[D, V]`. The embedding `[V, d]` is tied to the head if it is
-`head^T @ T` for a small matrix T `[D, d]`. A tied embedding is stored as T, which has
-far fewer numbers. `symmetries.tied` finds T.
+Let V be the number of tokens, d the width of the embedding, and D the width of the
+head's input. The kernel of the head is `[D, V]`. The embedding `[V, d]` is tied to the
+head if it is `head^T @ T` for a small matrix T `[D, d]`. A tied embedding is stored as
+T, which has far fewer numbers. `symmetries.tied` finds T.
 
 Both leaves are dependent: they stand for the embedding only together with the head.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 import math
 from typing import Any, ClassVar
 
@@ -166,7 +166,7 @@ class TiedExactly(Dependent):
   def dtype(self) -> Any:
     return self.exceptions.dtype
 
-  def astype(self, dtype: Any) -> 'TiedExactly':
+  def map_numbers(self, function: Callable[[Any], Any]) -> 'TiedExactly':
     """Returns the leaf unchanged, because it stands for bits of one dtype."""
     return self
 

@@ -65,10 +65,22 @@ their low byte first. `specs.UnitSpec` holds the numbers that are needed to read
     of the noise are missing, because they chose the order.
 """
 
+from rotbits_jax.coding.weights.numbers import empty
+from rotbits_jax.coding.weights.pool import Start
+from rotbits_jax.coding.weights.pool import unit_jobs
 from rotbits_jax.coding.weights.specs import ArraySpec
 from rotbits_jax.coding.weights.specs import UnitSpec
 from rotbits_jax.coding.weights.units import Encoded
 from rotbits_jax.coding.weights.units import decode
 from rotbits_jax.coding.weights.units import encode
 
-__all__ = ['ArraySpec', 'Encoded', 'UnitSpec', 'decode', 'encode']
+__all__ = [
+  'ArraySpec',
+  'Encoded',
+  'Start',
+  'UnitSpec',
+  'decode',
+  'empty',
+  'encode',
+  'unit_jobs',
+]

@@ -1,5 +1,6 @@
 """Preparation of arrays for the coder: contiguous bit patterns, squares, alignment."""
 
+import math
 import threading
 
 import jax
@@ -39,17 +40,25 @@ def squares(matrix: np.ndarray) -> np.ndarray:
     return np.square(wide, dtype=np.float64)
 
 
-def aligned(count: int, dtype: np.dtype | type) -> np.ndarray:
-  """Returns zeros `[count]` at an aligned address, so that XLA uses them uncopied."""
-  size = count * np.dtype(dtype).itemsize
-  buffer = np.zeros(size + 64, np.uint8)
+def empty(shape: tuple[int, ...], dtype: np.dtype | type | str) -> np.ndarray:
+  """Returns an uninitialised array at an address that XLA uses without a copy."""
+  kind = np.dtype(dtype)
+  size = math.prod(shape) * kind.itemsize
+  buffer = np.empty(size + 64, np.uint8)
   start = -buffer.ctypes.data % 64
-  return buffer[start : start + size].view(dtype)
+  return buffer[start : start + size].view(kind).reshape(shape)
+
+
+def aligned(count: int, dtype: np.dtype | type) -> np.ndarray:
+  """Returns zeros `[count]` at an aligned address; see `empty`."""
+  array = empty((count,), dtype)
+  array[...] = 0
+  return array
 
 
 def aligned_copy(array: np.ndarray) -> np.ndarray:
-  """Returns a copy at an aligned address; see `aligned`."""
-  copy = aligned(array.size, array.dtype).reshape(array.shape)
+  """Returns a copy at an aligned address; see `empty`."""
+  copy = empty(array.shape, array.dtype)
   copy[...] = array
   return copy
 

@@ -8,9 +8,9 @@ from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import functools
 from typing import NamedTuple
-import zlib
 
 import numpy as np
+from zlib_ng import zlib_ng
 
 from rotbits_jax.coding.weights import blocks
 from rotbits_jax.coding.weights import contexts
@@ -517,7 +517,7 @@ def _outputs(
   """
   wanted = [(array.shape, layouts.DTYPES[array.dtype]) for array in spec.arrays]
   if out is None:
-    return [np.empty(shape, dtype) for shape, dtype in wanted]
+    return [numbers.empty(shape, dtype) for shape, dtype in wanted]
   if len(out) != len(wanted):
     raise ValueError(f'the unit has {len(wanted)} arrays, got {len(out)} in `out`')
   for i, (array, (shape, dtype)) in enumerate(zip(out, wanted, strict=True)):
@@ -539,4 +539,4 @@ def _read_bytes(array: np.ndarray, part: np.ndarray) -> None:
 
 
 def _checksum(array: np.ndarray) -> int:
-  return zlib.crc32(_bytes(array))
+  return zlib_ng.crc32(_bytes(array))
