@@ -10,6 +10,21 @@ import html
 import math
 from typing import NamedTuple
 
+STYLE = """
+:root { color-scheme: light dark; --page: #fff; --ink: #1c2128; --soft: #57606a;
+  --line: #d0d7de; --s0: #0b62b5; --s1: #a6430d; --s2: #1a7f37; --s3: #7a3fb5; }
+@media (prefers-color-scheme: dark) { :root { --page: #14181d; --ink: #e6edf3;
+  --soft: #a3adb8; --line: #363d46; --s0: #79b8ff; --s1: #ffa868; --s2: #6fdc8c;
+  --s3: #d2a8ff; } }
+svg text { fill: var(--soft); font-size: 12px; font-family: system-ui, sans-serif; }
+.grid { stroke: var(--line); fill: none; }
+.line { fill: none; stroke-width: 2; }
+.mark { fill: var(--page); stroke-width: 2; }
+.s0 { stroke: var(--s0); } .s1 { stroke: var(--s1); }
+.s2 { stroke: var(--s2); } .s3 { stroke: var(--s3); }
+"""
+"""The colours of charts in a light and a dark theme."""
+
 WIDTH, HEIGHT = 360, 230
 _LEFT, _RIGHT, _TOP, _BOTTOM = 44, 14, 24, 36
 _MARKERS = ('circle', 'square', 'triangle', 'diamond')
@@ -105,6 +120,13 @@ def marker(index: int, x: float, y: float) -> str:
   }[shape]
   points = ' '.join(f'{x + a:.1f},{y + b:.1f}' for a, b in corners)
   return f'<polygon {name} points="{points}"/>'
+
+
+def standalone(svg: str) -> str:
+  """Returns an `<svg>` element as a picture of its own, with its colours."""
+  start = svg.index('>') + 1
+  end = svg.index('</svg>') + 6
+  return f'{svg[:start]}<style>{STYLE}</style>{svg[start:end]}'
 
 
 class _Scale:

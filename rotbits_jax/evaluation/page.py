@@ -64,7 +64,8 @@ def report_page(source: file.Readable) -> str:
   return (
     '<!doctype html><html lang="en"><head><meta charset="utf-8">'
     '<meta name="viewport" content="width=device-width, initial-scale=1">'
-    f'<title>rotbits report</title><style>{_CSS}</style></head><body><main>'
+    f'<title>rotbits report</title><style>{charts.STYLE}{_CSS}</style></head>'
+    '<body><main>'
     f'<h1>{share:.1%} of the bytes</h1>'
     f'<p>{report.file_bytes:,} bytes in the file for {report.input_bytes:,} bytes of '
     f'tensors. Preset {html.escape(report.preset)}{family}.</p>{body}</main></body>'
@@ -367,11 +368,6 @@ def _notes(report: report_lib.Report) -> list[_Note]:
 
 
 _CSS = """
-:root { color-scheme: light dark; --page: #fff; --ink: #1c2128; --soft: #57606a;
-  --line: #d0d7de; --s0: #0b62b5; --s1: #a6430d; --s2: #1a7f37; --s3: #7a3fb5; }
-@media (prefers-color-scheme: dark) { :root { --page: #14181d; --ink: #e6edf3;
-  --soft: #a3adb8; --line: #363d46; --s0: #79b8ff; --s1: #ffa868; --s2: #6fdc8c;
-  --s3: #d2a8ff; } }
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--page); color: var(--ink);
   font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
@@ -397,12 +393,6 @@ ul { list-style: none; margin: 16px 0; padding: 0; }
 figure { margin: 0; min-width: 0; }
 figcaption { color: var(--soft); font-size: .875rem; overflow-wrap: anywhere; }
 svg { display: block; width: 100%; height: auto; }
-svg text { fill: var(--soft); font-size: 12px; }
-.grid { stroke: var(--line); fill: none; }
-.line { fill: none; stroke-width: 2; }
-.mark { fill: var(--page); stroke-width: 2; }
-.s0 { stroke: var(--s0); } .s1 { stroke: var(--s1); }
-.s2 { stroke: var(--s2); } .s3 { stroke: var(--s3); }
 .legend { display: flex; flex-wrap: wrap; gap: 4px 20px; font-size: .875rem; }
 .legend span { display: inline-flex; align-items: center; gap: 6px; }
 .legend svg { width: 28px; height: 14px; }
