@@ -27,6 +27,7 @@ from zlib_ng import zlib_ng
 FORMAT = 'rotbits'
 VERSION = 3
 MANIFEST = 'manifest'
+_METADATA = '__metadata__'  # the header's one entry that is no stream
 
 Readable = str | os.PathLike[str] | bytes | bytearray | memoryview | BinaryIO
 """What a file can be read from: its path, its bytes, or a binary file that is open."""
@@ -49,6 +50,9 @@ class StreamWriter:
       file: empty, open for writing, and seekable.
       names: of all streams that may come, without the manifest.
     """
+    for name in names:
+      if name in (MANIFEST, _METADATA):
+        raise ValueError(f'{name}: the file has its own entry of this name')
     most = dict.fromkeys((*names, MANIFEST), (_MOST, _MOST))
     self._room = len(_header(most, 0xFFFFFFFF))
     self._names = {*names, MANIFEST}
@@ -117,7 +121,7 @@ def _header(streams: dict[str, tuple[int, int]], manifest_crc32: int) -> bytes:
     'version': str(VERSION),
     'manifest_crc32': str(manifest_crc32),
   }
-  header: dict[str, Any] = {'__metadata__': metadata}
+  header: dict[str, Any] = {_METADATA: metadata}
   for name, (begin, end) in streams.items():
     header[name] = {
       'dtype': 'U8',
@@ -215,7 +219,7 @@ class StreamReader:
     if length > min(self.size - 8, _MOST_HEADER):
       raise ContainerError('not a rotbits file, or cut short within its header')
     header = parse_json(self._bytes(8, length).tobytes(), 'header')
-    metadata = header.pop('__metadata__', None) if isinstance(header, dict) else None
+    metadata = header.pop(_METADATA, None) if isinstance(header, dict) else None
     if not isinstance(metadata, dict) or metadata.get('format') != FORMAT:
       raise ContainerError('not a rotbits file')
     if metadata.get('version') != str(VERSION):

@@ -293,11 +293,10 @@ class Reader:
       data = file.checked(name, unit.nbytes, unit.crc32)
       targets = None
       if out is not None:
-        targets = [
-          array
-          for leaf, specs in unit.leaf_specs()
-          for array in out.get(leaf.path) or map(weights.empty, specs)
-        ]
+        targets = []
+        for leaf, specs in unit.leaf_specs():
+          new = [weights.empty(x.shape, x.dtype) for x in specs if leaf.path not in out]
+          targets += out.get(leaf.path, new)
       try:
         arrays = iter(weights.decode(unit.coder, data, out=targets))
       except ValueError as error:
@@ -306,7 +305,7 @@ class Reader:
       for leaf in unit.leaves:
         parts = {key: next(arrays) for key in leaf.arrays}
         flat[leaf.path] = _leaf(name, leaf, parts)
-    return structured.unflatten(flat)
+    return unit.tree(flat)
 
   def _start_outer(
     self, names: Sequence[str], start: weights.Start
@@ -339,7 +338,7 @@ class Reader:
       if zlib_ng.crc32(np.ascontiguousarray(array).view(np.uint8)) != entry.expanded:
         raise ContainerError(f'{path}: decoded numbers differ from the encoded')
       flat[entry.path] = array
-    return structured.unflatten(flat)
+    return self._entry(name).tree(flat)
 
   def _tree(self, show_progress: bool) -> Tree:
     with (

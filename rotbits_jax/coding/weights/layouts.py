@@ -324,5 +324,6 @@ def of_floats(bits: np.ndarray, dtype: np.dtype) -> Float | Grid:
   zeros = (used & -used).bit_length() - 1 if used else layout.rest_bits
   # A number above the floor ends in this many zeros, so a number below it must, too.
   floor = min(found.lowest + 1 - min(zeros, layout.mantissa), scale)
+  floor = min(floor, (1 << layout.exponent) - 2)  # the exponents of NaN are above it
   floor = floor if floor > max(scale - _FLOOR_OCTAVES, 1) else 1
   return Float(dtype, layout.rest_bits - zeros, floor - 1)
