@@ -34,10 +34,10 @@ EVALUATION_KEYS = {'perplexity', 'tokens', 'kl', 'kl_rerounded'}
 
 @pytest.fixture(name='rotbits')
 def _rotbits(monkeypatch, capsys):
-  """Runs `rotbits ARGS` in this process: exit code, stdout and stderr."""
+  """Runs `rotbits ARGS` in this process; returns exit code, stdout and stderr."""
 
   def run(*args):
-    # A module holds its flags' values; a command begins with none.
+    # A module keeps the values of its flags, but a command must begin without values.
     for name in main.COMMANDS:
       monkeypatch.delitem(sys.modules, f'rotbits_jax.cli.{name}', raising=False)
     monkeypatch.setattr(sys, 'argv', ['rotbits', *map(str, args)])
@@ -50,7 +50,7 @@ def _rotbits(monkeypatch, capsys):
 
 @pytest.fixture(scope='module', name='encoded')
 def _encoded(tmp_path_factory):
-  """The sliced checkpoint under each preset."""
+  """Encodes the sliced checkpoint with each preset."""
   directory = tmp_path_factory.mktemp('encoded')
   checkpoint = rotbits_jax.load_checkpoint(SLICED)
   for preset in rotbits_jax.PRESETS:
@@ -63,7 +63,7 @@ def _encoded(tmp_path_factory):
 
 @pytest.fixture(scope='module', name='readable')
 def _readable(tmp_path_factory):
-  """Both checkpoints with a tokenizer, and a text."""
+  """Makes both checkpoints with a tokenizer, and a text."""
   directory = tmp_path_factory.mktemp('readable')
   for source in (DENSE, SLICED):
     word_checkpoints.copy_with_tokenizer(source.name, directory)
@@ -129,12 +129,13 @@ class TestEncode:
         f'--output={tmp_path / "out"}',
         f'--config={ROOT / "configs" / "free.py"}',
         *override,
+        '--overwrite',
         '--json',
       )
       assert code == 0
       reports.append(json.loads(out))
     assert reports[0]['bytes']['file'] == (encoded / 'free').stat().st_size
-    # With no tolerance no singular value counts as 1, and less is saved.
+    # Without a tolerance no singular value counts as 1, and fewer bytes are saved.
     assert reports[1]['numbers']['stored'] > reports[0]['numbers']['stored']
 
   @pytest.mark.parametrize('preset', list(rotbits_jax.PRESETS))
@@ -252,7 +253,7 @@ class TestEvaluate:
 
   def test_a_file_beside_its_checkpoint(self, rotbits, readable, tmp_path):
     reference = readable / SLICED.name
-    file = tmp_path / 'model.safetensors'  # told by its content, not by its name
+    file = tmp_path / 'model.safetensors'  # recognised by its content, not by its name
     rotbits('encode', f'--checkpoint={reference}', f'--output={file}')
     result = self.evaluate(rotbits, readable, file, f'--reference={reference}')
     assert result['tokens'] == 39
@@ -266,7 +267,7 @@ class TestEvaluate:
       next((readable / SLICED.name).glob('*.pt')),
       f'--reference={readable / DENSE.name}',
     )
-    assert result['kl'] > 10 * result['kl_rerounded'] > 0  # slicing is no rounding
+    assert result['kl'] > 10 * result['kl_rerounded'] > 0  # slicing changes more
 
   def test_lines_for_people(self, rotbits, readable):
     code, out, _ = rotbits(
@@ -322,7 +323,7 @@ class TestBadInput:
       (['--output=OUT', '--json=perhaps'], '--json'),
       (['--output=OUT/missing/file'], 'no such directory'),
       (['--output=.'], 'directory'),
-      (['--output=OUT', '--preset=free', '--config=CONFIG'], 'exclude'),
+      (['--output=OUT', '--preset=free', '--config=CONFIG'], 'cannot be combined'),
       (['--output=OUT', '--config=no_such.py'], 'no_such.py'),
       (['--output=OUT', f'--config={LICENSE}'], 'config'),
       (['--output=OUT', '--config=CONFIG', '--config.nothing=1'], 'nothing'),
@@ -458,7 +459,7 @@ class TestProgram:
   def test_unknown_command(self, rotbits):
     code, out, err = rotbits('enkode')
     assert (code, out) == (2, '')
-    assert err.startswith("rotbits: no command 'enkode'")
+    assert err.startswith("rotbits: unknown command 'enkode'")
     assert len(err.splitlines()) == 1
 
   @pytest.mark.parametrize('command', main.COMMANDS)
@@ -490,7 +491,7 @@ def interrupt(*args):
 
 
 class TestProcess:
-  """What only a process of its own shows."""
+  """Behaviour that only a separate process shows."""
 
   def run(self, *args):
     return self.run_python('-m', *map(str, args))
