@@ -210,6 +210,7 @@ def encode_unit(
     input_bytes=sizes.bytes,
     savings=tuple(unit.savings),
     order_bits=round(float(encoded.order_bits), 1),
+    empty=tuple(structured.empty_dicts(unit.params)),
   )
   return entry_of_unit, encoded.data
 

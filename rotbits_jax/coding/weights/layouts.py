@@ -335,6 +335,7 @@ def of_floats(bits: np.ndarray, dtype: np.dtype) -> Float | Grid:
   floor = found.lowest + 1 - min(zeros, layout.mantissa)
   # A higher floor would leave too few symbols to the numbers below it.
   floor = min(floor, scale + _ABOVE_OCTAVES)
+  floor = min(floor, (1 << layout.exponent) - 2)  # the exponents of NaN are above it
   floor = floor if floor > max(scale - _FLOOR_OCTAVES, 1) else 1
   return Float(dtype, layout.rest_bits - zeros, floor - 1)
 
