@@ -96,7 +96,7 @@ def near(
 
   Args:
     step: log2 of the ratio of the step to the root mean square of an array's numbers.
-    offsets: octaves to add to `step`, by kind of parameter, see `near.kind`.
+    offsets: octaves to add to `step`, by kind of parameter, see `symmetries.kind`.
       `near.search` finds good ones.
     tolerance: see `symmetries.remove_residual_gauge`.
     transforms: further transforms, applied after those of the preset.
