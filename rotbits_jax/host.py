@@ -1,4 +1,4 @@
-"""The host as a JAX device, and memory that NumPy and XLA share there."""
+"""The host as a JAX device, and memory that NumPy and XLA share on it."""
 
 import functools
 import math
@@ -6,7 +6,7 @@ import math
 import jax
 import numpy as np
 
-_ALIGNMENT = 64  # of the addresses that XLA takes without a copy
+_ALIGNMENT = 64  # alignment in bytes of arrays that XLA uses without a copy
 
 
 @functools.cache
@@ -22,11 +22,11 @@ def empty(shape: tuple[int, ...], dtype: np.dtype | type | str) -> np.ndarray:
   """Returns an uninitialised array that `jax.device_put` takes without a copy.
 
   Args:
-    shape: of the array.
-    dtype: of the array.
+    shape: shape of the array.
+    dtype: dtype of the array.
 
   Returns:
-    The array, contiguous.
+    The array, which is contiguous.
   """
   kind = np.dtype(dtype)
   size = math.prod(shape) * kind.itemsize
