@@ -1,18 +1,15 @@
-"""Writing of results, so that a result is either complete or not there.
-
-The target of a result is the path to which it is written. The files are first written
-to a staging folder and then moved to the target. Until then an old result stays:
+"""Safe writing of results: a result appears complete, or the old file stays.
 
     target = outputs.resolved(path)
     outputs.check(target, overwrite=False)         # before the work
     with outputs.fresh(outputs.staging(target)) as folder:
       ...                                          # writes folder / name
-      outputs.move(folder / name, target)          # synced, then renamed
+      outputs.move(folder / name, target)          # syncs, then renames
 
-The staging folder is beside the target and is called `.<name>.partial`. Its name
-depends on the target only, so that the next run finds the files that a killed run left.
-It is locked, so that two runs do not write the same target. A target is a regular file,
-a folder, or does not exist yet.
+The target is the path of a result; it is a regular file or does not exist yet. The
+result is prepared in a staging folder beside the target, `.<name>.partial`. Its name
+depends only on the target, so the next run finds the files of a killed run. The folder
+is locked, so two runs cannot write the same target.
 """
 
 from collections.abc import Iterator
@@ -25,14 +22,14 @@ import stat
 
 try:
   import fcntl
-except ImportError:  # on Windows, folders are not locked
+except ImportError:  # Windows: two processes are not kept apart
   fcntl = None  # type: ignore[assignment]
 
 Path = str | os.PathLike[str]
 
 
 def resolved(path: Path) -> pathlib.Path:
-  """Follows the symbolic links of a path; returns the path to write to.
+  """Returns the target of a path, after following symbolic links.
 
   Raises:
     OSError: if the path is empty.
@@ -43,16 +40,15 @@ def resolved(path: Path) -> pathlib.Path:
 
 
 def check(target: pathlib.Path, *, overwrite: bool) -> None:
-  """Checks, before the work, that a file can be written to a path.
+  """Checks, before the work, that a target can be written.
 
   Args:
-    target: the path. It must not be a symbolic link, see `resolved`.
+    target: the target; it must not be a symbolic link, see `resolved`.
     overwrite: whether an existing file may be replaced.
 
   Raises:
-    OSError: if the path names something other than a regular file, if the file is
-      read-only or must not be replaced, or if the folder does not exist or cannot be
-      written.
+    OSError: if the target is not a regular file, if it is read-only or must not be
+      replaced, or if its directory does not exist or cannot be written.
   """
   if not target.parent.is_dir():
     folder = target.parent
@@ -64,7 +60,7 @@ def check(target: pathlib.Path, *, overwrite: bool) -> None:
     if not stat.S_ISREG(mode):
       raise _error(errno.EINVAL, 'is not a regular file, and is not replaced', target)
     if not overwrite:
-      text = 'the file exists; it is replaced with --overwrite (overwrite=True) only'
+      text = 'the file exists; use --overwrite (overwrite=True) to replace it'
       raise _error(errno.EEXIST, text, target)
     if not mode & 0o222:
       raise _error(errno.EACCES, 'the file is read-only', target)
@@ -72,14 +68,14 @@ def check(target: pathlib.Path, *, overwrite: bool) -> None:
 
 
 def directory_target(path: Path) -> pathlib.Path:
-  """Follows the symbolic links of a directory; returns the directory to write to.
+  """Returns the directory of a path, after following symbolic links.
 
   Args:
-    path: the directory. It need not exist.
+    path: the directory to write to; it need not exist.
 
   Raises:
-    OSError: if the path names a file, or if the directory cannot be written. If it does
-      not exist, the closest directory above it that exists must be writable.
+    OSError: if the path is a file, or if the directory cannot be written. If it does
+      not exist, the first directory above it that exists must be writable.
   """
   target = resolved(path)
   for folder in (target, *target.parents):
@@ -93,19 +89,19 @@ def directory_target(path: Path) -> pathlib.Path:
 
 
 def staging(target: pathlib.Path) -> pathlib.Path:
-  """Returns the path of the staging folder of a target."""
+  """Returns the hidden folder in which a target is prepared."""
   return target.parent / f'.{target.name}.partial'
 
 
 @contextlib.contextmanager
 def locked(folder: pathlib.Path) -> Iterator[pathlib.Path]:
-  """Makes a folder and locks it. The lock of a killed process ends with the process.
+  """Makes a folder and holds its lock.
 
-  The caller must remove the folder.
+  The system releases the lock if the process is killed. The caller removes the folder.
 
   Raises:
-    OSError: if the folder cannot be made, if it is a symbolic link, or if another
-      process holds the lock.
+    OSError: if the folder cannot be made, is a symbolic link, or if another process
+      holds the lock.
   """
   handle = _lock(folder)
   try:
@@ -117,9 +113,10 @@ def locked(folder: pathlib.Path) -> Iterator[pathlib.Path]:
 
 @contextlib.contextmanager
 def fresh(folder: pathlib.Path) -> Iterator[pathlib.Path]:
-  """Makes an empty, locked folder; removes it at the end.
+  """Makes an empty, locked folder, and removes it at the end.
 
-  If folders above it did not exist, they are made. After an exception they are removed.
+  The folders above it are made if they do not exist. If an exception leaves the
+  context, they are removed again.
   """
   made = [parent for parent in folder.parents if not parent.exists()]
   folder.parent.mkdir(parents=True, exist_ok=True)
@@ -147,11 +144,10 @@ def clear(folder: pathlib.Path) -> None:
 
 
 def move(source: pathlib.Path, target: pathlib.Path) -> None:
-  """Moves a complete file, or a folder of complete files, to its target.
+  """Renames a complete file, or a folder of complete files, to its target.
 
-  The content is written to the disk first, so a crash cannot leave an incomplete
-  target. When the function returns, the new name is on the disk, too. If a file is
-  replaced, the new file gets its mode.
+  The content is on the disk before the name, and the name is on the disk when the
+  function returns. The new file takes the mode of the file that it replaces.
   """
   for path in source.iterdir() if source.is_dir() else [source]:
     _sync(path)
@@ -165,7 +161,7 @@ def move(source: pathlib.Path, target: pathlib.Path) -> None:
 
 @contextlib.contextmanager
 def named(path: Path) -> Iterator[None]:
-  """Adds a path to system errors without a path, such as that of a full disk."""
+  """Adds a path to system errors that do not name one, such as that of a full disk."""
   try:
     yield
   except OSError as error:
@@ -190,7 +186,7 @@ def _lock(folder: pathlib.Path) -> int | None:
   handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
   try:
     fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    # The process that held the lock before may have removed the folder.
+    # The process that held the lock may have removed the folder meanwhile.
     if not folder.exists() or not os.path.samestat(os.fstat(handle), folder.lstat()):
       raise BlockingIOError
   except BlockingIOError as error:
@@ -206,7 +202,7 @@ def _sync(path: pathlib.Path) -> None:
   """Waits until the content of a file or a folder is on the disk."""
   try:
     handle = os.open(path, os.O_RDONLY)
-  except PermissionError:  # Windows cannot open folders
+  except PermissionError:  # Windows cannot open a folder
     return
   try:
     os.fsync(handle)

@@ -6,7 +6,7 @@ structured leaf that stands for an array only together with other parameters.
 """
 
 import abc
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar, Self
 
 import jax
@@ -51,12 +51,16 @@ class Structured(abc.ABC):
     """Stacks unstacked leaves with equal `structured.stack_key`: inverse of `layer`."""
     return jax.tree.map(_stack, *leaves)
 
-  def astype(self, dtype: Any) -> Self:
-    """Returns the leaf with its floating-point numbers in another dtype.
+  def map_numbers(self, function: Callable[[Any], Any]) -> Self:
+    """Applies a function to each array of floating-point numbers, such as a rounding.
 
-    A leaf whose numbers must keep their dtype overrides this method.
+    A leaf whose numbers must stay as they are overrides this method.
     """
-    return jax.tree.map(lambda x: _astype(x, dtype), self)
+    return jax.tree.map(lambda x: function(x) if is_plain(x) else x, self)
+
+  def astype(self, dtype: Any) -> Self:
+    """Returns the leaf with its floating-point numbers in another dtype."""
+    return self.map_numbers(lambda x: _astype(x, dtype))
 
   def stored_sizes(self) -> list[tuple[np.dtype, int]]:
     """Returns the dtype and the size of each array of `stored`, without computing them.

@@ -8,7 +8,7 @@ T, which has far fewer numbers. `symmetries.tied` finds T.
 Both leaves are dependent: they stand for the embedding only together with the head.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 import math
 from typing import Any, ClassVar
 
@@ -166,7 +166,7 @@ class TiedExactly(Dependent):
   def dtype(self) -> Any:
     return self.exceptions.dtype
 
-  def astype(self, dtype: Any) -> 'TiedExactly':
+  def map_numbers(self, function: Callable[[Any], Any]) -> 'TiedExactly':
     """Returns the leaf unchanged, because it stands for bits of one dtype."""
     return self
 
