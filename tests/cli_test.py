@@ -15,6 +15,7 @@ import word_checkpoints
 
 import rotbits_jax
 from rotbits_jax import checkpoints
+from rotbits_jax import codec
 from rotbits_jax.cli import main
 from rotbits_jax.cli import program
 
@@ -200,6 +201,35 @@ class TestInspect:
       assert f'layers.{layer}/attention_shortcut' in out
       assert f'layers.{layer}/mlp_shortcut' in out
 
+  def test_text_says_that_only_the_header_was_read(self, rotbits, tmp_path, encoded):
+    data = bytearray((encoded / 'free').read_bytes())
+    data[len(data) // 2] ^= 4
+    (tmp_path / 'damaged').write_bytes(data)
+    code, out, _ = rotbits('inspect', f'--input={tmp_path / "damaged"}')
+    assert code == 0
+    assert out.splitlines()[-1].startswith('Only the header was read')
+
+
+class TestVerify:
+  def test_lines_for_people(self, rotbits, encoded):
+    args = ('verify', f'--input={encoded / "exact"}', f'--against={SLICED}')
+    code, out, err = rotbits(*args)
+    assert (code, err) == (0, '')
+    assert f'all bits are those of {SLICED}' in out
+    code, out, _ = rotbits(*args, '--json')
+    assert json.loads(out)['same_bits'] is True
+
+  def test_encode_verifies(self, rotbits, tmp_path, monkeypatch):
+    def refuse(*args):
+      raise rotbits_jax.ContainerError('layers.0: decoded numbers differ')
+
+    monkeypatch.setattr(codec, 'read_all', refuse)
+    args = ('encode', f'--checkpoint={SLICED}', f'--output={tmp_path / "x"}')
+    code, out, err = rotbits(*args, '--preset=exact', '--verify')
+    assert (code, out) == (2, '')
+    assert err == 'rotbits encode: layers.0: decoded numbers differ\n'
+    assert list(tmp_path.iterdir()) == []
+
 
 class TestEvaluate:
   def evaluate(self, rotbits, readable, model, *flags):
@@ -334,7 +364,38 @@ class TestBadInput:
     ]
     self.check(rotbits, tmp_path, args, words)
 
-  @pytest.mark.parametrize('command', ['decode', 'inspect'])
+  def test_files_that_exist_need_overwrite(self, rotbits, tmp_path, encoded):
+    output = tmp_path / 'output'
+    output.write_text('the old file stays')
+    encode = ['encode', f'--checkpoint={SLICED}', '--preset=exact']
+    encode.append(f'--output={output}')
+    self.check(rotbits, tmp_path, encode, f'{output}: the file exists')
+    (tmp_path / 'link').symlink_to('output')
+    encode[-1] = f'--output={tmp_path / "link"}'
+    self.check(rotbits, tmp_path, encode, f'{output}: the file exists')
+    code, _, _ = rotbits(*encode, '--overwrite')
+    assert code == 0
+    assert (tmp_path / 'link').is_symlink()
+    assert output.read_bytes() == (encoded / 'exact').read_bytes()
+
+    decode = ['decode', f'--input={output}', f'--output={tmp_path / "out"}']
+    (tmp_path / 'out').mkdir()
+    (tmp_path / 'out' / 'config.json').write_text('the old file stays')
+    self.check(rotbits, tmp_path, decode, 'config.json: the file exists')
+    code, _, _ = rotbits(*decode, '--overwrite')
+    assert code == 0
+    assert (tmp_path / 'out' / 'model.safetensors').exists()
+
+  def test_no_other_kinds_of_files_are_replaced(self, rotbits, tmp_path):
+    os.mkfifo(tmp_path / 'fifo')
+    args = ['encode', f'--checkpoint={SLICED}', '--overwrite', '--output=OUT']
+    for path in (tmp_path / 'fifo', os.devnull):
+      args[-1] = f'--output={path}'
+      self.check(rotbits, tmp_path, args, 'not a regular file')
+    args[-1] = '--output='
+    self.check(rotbits, tmp_path, args, 'empty')
+
+  @pytest.mark.parametrize('command', ['decode', 'inspect', 'verify'])
   @pytest.mark.parametrize(
     ('damage', 'words'),
     [
@@ -433,8 +494,14 @@ class TestProcess:
   """Behaviour that only a separate process shows."""
 
   def run(self, *args):
+    return self.run_python('-m', *map(str, args))
+
+  def run_code(self, program):
+    return self.run_python('-c', program)
+
+  def run_python(self, *args):
     return subprocess.run(
-      [sys.executable, '-m', *map(str, args)],
+      [sys.executable, *args],
       capture_output=True,
       text=True,
       cwd=ROOT,
@@ -459,6 +526,45 @@ class TestProcess:
     done = self.run('rotbits_jax.cli.main', 'inspect', '--input=missing')
     assert (done.returncode, done.stdout) == (2, '')
     assert done.stderr == 'rotbits inspect: missing: No such file or directory\n'
+
+  @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+  def test_a_signal_leaves_nothing(self, tmp_path, encoded, number):
+    program = f"""
+import os, sys
+from rotbits_jax.checkpoints import writer
+from rotbits_jax.cli import main
+layer = writer.CheckpointWriter.layer
+def stopped(self, index, params):
+  layer(self, index, params)
+  assert os.listdir({str(tmp_path)!r})
+  os.kill(os.getpid(), {int(number)})
+writer.CheckpointWriter.layer = stopped
+sys.argv = ['rotbits', 'decode', {f'--input={encoded / "exact"}'!r},
+            {f'--output={tmp_path / "a" / "out"}'!r}]
+sys.exit(main.main())
+"""
+    done = self.run_code(program)
+    assert (done.returncode, done.stdout, done.stderr) == (128 + number, '', '')
+    assert list(tmp_path.iterdir()) == []
+
+  def test_progress_that_nobody_reads(self, tmp_path):
+    program = f"""
+import sys
+from rotbits_jax import progress
+from rotbits_jax.cli import main
+progress._SECONDS = 0  # a line for every stage
+sys.argv = ['rotbits', 'encode', {f'--checkpoint={SLICED}'!r}, '--preset=exact',
+            {f'--output={tmp_path / "out"}'!r}]
+sys.exit(main.main())
+"""
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(
+      [sys.executable, '-c', program], stderr=writer, cwd=ROOT, check=False
+    )
+    os.close(writer)
+    assert done.returncode == 0
+    assert [path.name for path in tmp_path.iterdir()] == ['out']
 
   def test_reader_that_stops(self, encoded):
     reader, writer = os.pipe()

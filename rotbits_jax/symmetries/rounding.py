@@ -158,7 +158,7 @@ def _to_steps(
   exponents = (jax.lax.bitcast_convert_type(jnp.abs(array), jnp.int32) >> 23) - 127
   octaves_saved = q - (jnp.maximum(exponents, least) - info.nmant)
   bits = jnp.where(array != 0, jnp.maximum(octaves_saved, 0), 0).astype(jnp.float32)
-  # Beyond, the dtype itself is coarser.
+  # Larger numbers have a step in the dtype that is coarser than 2^q.
   is_small = jnp.abs(steps) < 1 << info.nmant + 1
   return jnp.where(is_small, multiple, nearest), q, bits.sum()
 
