@@ -370,19 +370,27 @@ class RetieExactlyTest(parameterized.TestCase):
     with self.assertRaisesRegex(ValueError, 'embedding of 2048 tokens cannot have'):
       structured.TiedExactly.from_stored(settings, arrays)
 
+  @parameterized.parameters(
+    ('scale', 4000), ('scale', '47'), ('first', -1), ('first', None)
+  )
+  def test_settings_of_no_embedding_are_refused(self, name, value):
+    settings, arrays = _exactly(*_matrices(np.float16))[0].stored()
+    with self.assertRaises(ValueError):
+      structured.TiedExactly.from_stored(settings | {name: value}, arrays)
+
   def test_another_head_is_refused(self):
     table, head = _matrices(np.float16)
     leaf, *_ = _exactly(table, head)
     with self.assertRaisesRegex(ValueError, r'shape \(24, 2048\), got'):
       leaf.expand(head[:, 1:])
-    with self.assertRaisesRegex(ValueError, r'must have \d+ entries'):
+    with self.assertRaisesRegex(ValueError, r'has \d+ entries, which are too'):
       leaf.expand(head[::-1])
     with self.assertRaisesRegex(ValueError, 'too large'):
       leaf.expand(np.float32(head) * 64)
     head[2, 2] = np.nan
     with self.assertRaisesRegex(ValueError, 'too large'):
       leaf.expand(head)
-    with self.assertRaisesRegex(ValueError, r'must have \d+ entries'):
+    with self.assertRaisesRegex(ValueError, r'has \d+ entries, which are too'):
       _, head = _matrices(np.float16)
       leaf.replace(exceptions=leaf.exceptions[1:]).expand(head)
 

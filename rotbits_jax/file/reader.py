@@ -25,6 +25,7 @@ import jax
 import numpy as np
 from zlib_ng import zlib_ng
 
+from rotbits_jax import host
 from rotbits_jax import models
 from rotbits_jax import progress
 from rotbits_jax import structured
@@ -202,13 +203,12 @@ class Reader:
       weights.unit_jobs() as start,
     ):
       # One layer is decoded while the caller works on the layer before it.
-      ahead: collections.deque[futures.Future[Tree]] = collections.deque()
-      for index, name in enumerate([*names, None]):
-        if name is not None:
-          ahead.append(start(functools.partial(self._decode, name)))
-        if len(ahead) > (name is not None):
-          yield index - 1, ahead.popleft().result()
-          bar.update()
+      jobs = (functools.partial(self._decode, name) for name in names)
+      ahead = collections.deque(start(job) for job in itertools.islice(jobs, 2))
+      for index in range(len(names)):
+        yield index, ahead.popleft().result()
+        ahead.extend(start(job) for job in itertools.islice(jobs, 1))
+        bar.update()
       params: Tree = {}
       for future in self._start_outer(outer, start):
         params |= future.result()
@@ -299,7 +299,7 @@ class Reader:
       if out is not None:
         targets = []
         for leaf, specs in unit.leaf_specs():
-          new = [weights.empty(x.shape, x.dtype) for x in specs if leaf.path not in out]
+          new = [host.empty(x.shape, x.dtype) for x in specs if leaf.path not in out]
           targets += out.get(leaf.path, new)
       try:
         arrays = iter(weights.decode(unit.coder, data, out=targets))
@@ -379,9 +379,7 @@ class Reader:
       # Equal leaves may be stored as arrays of different shapes. Such arrays are not
       # decoded into a stack.
       if all([x.shape for x in other[leaf.path]] == shapes for other in specs):
-        stacks[leaf.path] = [
-          weights.empty((len(wanted), *x.shape), x.dtype) for x in own
-        ]
+        stacks[leaf.path] = [host.empty((len(wanted), *x.shape), x.dtype) for x in own]
     layers = [
       start(
         functools.partial(
@@ -501,13 +499,13 @@ class _Stack(NamedTuple):
 
   Attributes:
     wanted: places of the layers that this process needs.
-    count: number of layers of the whole stack.
+    total: number of layers of the whole stack.
     layers: the layers that this process needs.
     plain: the stacked plain arrays, by path.
   """
 
   wanted: range
-  count: int
+  total: int
   layers: 'list[futures.Future[Tree]]'
   plain: dict[str, np.ndarray]
 
@@ -519,7 +517,7 @@ class _Stack(NamedTuple):
         if path not in self.plain:
           others.setdefault(path, []).append(leaf)
       bar.update()
-    bar.update(self.count - len(self.layers))
+    bar.update(self.total - len(self.layers))
     stacked = self.plain | {
       path: type(leaves[0]).stack(leaves) for path, leaves in others.items()
     }
@@ -601,10 +599,10 @@ def _placed_stack(tree: Tree, place: Place | None, layers: _Stack) -> models.Par
     return tree
 
   def put(path: str, stack: Any) -> jax.Array:
-    shape = (layers.count, *stack.shape[1:])
+    shape = (layers.total, *stack.shape[1:])
 
     def part(index: Any) -> Any:
-      start, stop, _ = index[0].indices(layers.count)
+      start, stop, _ = index[0].indices(layers.total)
       rows = slice(start - layers.wanted.start, stop - layers.wanted.start)
       return np.asarray(stack)[(rows, *index[1:])]
 

@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rotbits_jax import host
+
 Settings = dict[str, Any]  # JSON values
 Arrays = dict[str, np.ndarray]
 
@@ -254,7 +256,8 @@ def _stack(*arrays: Any) -> Any:
   ):
     strides = first.nbytes, *first.strides
     return np.lib.stride_tricks.as_strided(first, (len(arrays), *first.shape), strides)
-  return np.stack(arrays)
+  stacked = host.empty((len(arrays), *first.shape), first.dtype)
+  return np.stack(arrays, out=stacked)
 
 
 def _astype(array: Any, dtype: Any) -> Any:

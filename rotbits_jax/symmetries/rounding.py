@@ -15,8 +15,9 @@ The greatest error in the array does not change. The mean square of the errors g
 less than a factor of 2.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 import functools
+import re
 from typing import Any, NamedTuple
 
 import jax
@@ -63,6 +64,27 @@ def with_floor(offset: float = 0.0) -> Rounding:
     return offset - mantissa - (2 if is_sensitive else 0)
 
   return Rounding(octaves)
+
+
+def to_steps(step: float, offsets: Mapping[str, float] | None = None) -> Rounding:
+  """Rounds all numbers of an array to multiples of one step.
+
+  Args:
+    step: log2 of the step over the rms, which the nearest power of two replaces.
+    offsets: octaves to add to the step, by kind of parameter, see `kind`; 0 for kinds
+      that are not there.
+  """
+  by_kind = dict(offsets or {})
+  return Rounding(
+    # Rounding down halfway between two powers of two is rounding to the nearest one.
+    lambda path, dtype: step + by_kind.get(kind(path), 0.0) + 0.5,
+    keeps=False,
+  )
+
+
+def kind(path: str) -> str:
+  """Returns the path of a parameter with `*` for the number of the layer."""
+  return re.sub(r'^layers\.\d+/', 'layers.*/', path)
 
 
 class Effect(NamedTuple):
