@@ -67,23 +67,24 @@ def with_floor(offset: float = 0.0) -> Rounding:
 
 
 def to_steps(step: float, offsets: Mapping[str, float] | None = None) -> Rounding:
-  """Rounds all numbers of an array to multiples of one step.
+  """Makes the rounding to multiples of a given step.
 
   Args:
-    step: log2 of the step over the rms, which the nearest power of two replaces.
-    offsets: octaves to add to the step, by kind of parameter, see `kind`; 0 for kinds
-      that are not there.
+    step: log2 of the step divided by the rms of the array. The step is then replaced by
+      the nearest power of two.
+    offsets: octaves to add to the step, by the kind of the parameter, see `kind`; 0 for
+      other kinds.
   """
   by_kind = dict(offsets or {})
   return Rounding(
-    # Rounding down halfway between two powers of two is rounding to the nearest one.
+    # `_to_steps` rounds the exponent down; adding 0.5 makes this rounding to nearest.
     lambda path, dtype: step + by_kind.get(kind(path), 0.0) + 0.5,
     keeps=False,
   )
 
 
 def kind(path: str) -> str:
-  """Returns the path of a parameter with `*` for the number of the layer."""
+  """Returns the path of a parameter with `*` in place of the index of the layer."""
   return re.sub(r'^layers\.\d+/', 'layers.*/', path)
 
 
