@@ -11,9 +11,11 @@ The preset `paper` stores one message for the whole model in place of units, see
 
 import dataclasses
 import json
+import math
 from typing import Any, Self
 
 import numpy as np
+from zlib_ng import zlib_ng
 
 from rotbits_jax import models
 from rotbits_jax import structured
@@ -39,7 +41,8 @@ class Leaf:
     arrays: names of the arrays as which the leaf is stored; one empty name for an
       array.
     expanded: CRC-32 of the array that the leaf stands for, if the reader replaces the
-      leaf by that array (`structured.Dependent.eager`); else None.
+      leaf by that array (`structured.Dependent.eager` or `structured.Packed`); else
+      None.
   """
 
   path: str
@@ -51,9 +54,20 @@ class Leaf:
   arrays: tuple[str, ...]
   expanded: int | None = None
 
+  @property
+  def is_packed(self) -> bool:
+    """Whether the leaf stands for a plain array that the reader puts in its place."""
+    return issubclass(structured.KINDS.get(self.kind, object), structured.Packed)
+
+  @property
+  def is_array(self) -> bool:
+    """Whether the parameter is an array for those who read the file."""
+    return not self.kind or self.is_packed
+
   def stack_key(self) -> tuple[Any, ...]:
     """Returns the entry for this leaf in `models.stack_key`."""
-    return self.path, self.kind, self.shape, self.dtype, self.names
+    kind = '' if self.is_array else self.kind
+    return self.path, kind, self.shape, self.dtype, self.names
 
   def to_json(self) -> dict[str, Any]:
     plain = {'path': self.path, 'shape': list(self.shape), 'dtype': self.dtype}
@@ -441,6 +455,11 @@ def _saving_from_json(value: Any, where: str) -> transform.Saving:
   return transform.Saving(
     given.text('name'), given.signed('numbers'), given.signed('bytes'), notes
   )
+
+
+def checksum(array: np.ndarray) -> int:
+  """Returns the CRC-32 of an array's bytes in C order."""
+  return zlib_ng.crc32(np.ascontiguousarray(array).view(np.uint8))
 
 
 def leaf_of(path: str, leaf: Any, expanded: int | None = None) -> tuple[Leaf, Any]:

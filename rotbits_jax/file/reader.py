@@ -299,8 +299,10 @@ class Reader:
       if out is not None:
         targets = []
         for leaf, specs in unit.leaf_specs():
-          new = [host.empty(x.shape, x.dtype) for x in specs if leaf.path not in out]
-          targets += out.get(leaf.path, new)
+          if leaf.path in out and not leaf.is_packed:
+            targets += out[leaf.path]
+          else:
+            targets += [host.empty(x.shape, x.dtype) for x in specs]
       try:
         arrays = iter(weights.decode(unit.coder, data, out=targets))
       except ValueError as error:
@@ -309,6 +311,10 @@ class Reader:
       for leaf in unit.leaves:
         parts = {key: next(arrays) for key in leaf.arrays}
         flat[leaf.path] = _leaf(name, leaf, parts)
+        if leaf.is_packed and out is not None and leaf.path in out:
+          (target,) = out[leaf.path]
+          target[...] = flat[leaf.path]
+          flat[leaf.path] = target
     return unit.tree(flat)
 
   def _start_outer(
@@ -328,7 +334,7 @@ class Reader:
     """
     flat = structured.flatten(decoded(name))
     for entry in self._entry(name).leaves:
-      if entry.expanded is None:
+      if entry.expanded is None or entry.is_packed:
         continue
       path = f'{name}/{entry.path}' if _is_layer(name) else entry.path
       leaf = flat[entry.path]
@@ -344,8 +350,8 @@ class Reader:
         array = leaf.expand(*needed)
       except ValueError as error:
         raise ContainerError(f'{path}: {error}') from error
-      if zlib_ng.crc32(np.ascontiguousarray(array).view(np.uint8)) != entry.expanded:
-        raise ContainerError(f'{path}: decoded numbers differ from the encoded numbers')
+      if manifest_lib.checksum(array) != entry.expanded:
+        raise ContainerError(f'{path}: {_DIFFERENT}')
       flat[entry.path] = array
     return self._entry(name).tree(flat)
 
@@ -375,6 +381,9 @@ class Reader:
     ]
     stacks = {}
     for leaf, own in entry.leaf_specs():
+      if leaf.is_array:
+        stacks[leaf.path] = [host.empty((len(wanted), *leaf.shape), _dtype(leaf.dtype))]
+        continue
       shapes = [x.shape for x in own]
       # Equal leaves may be stored as arrays of different shapes. Such arrays are not
       # decoded into a stack.
@@ -390,7 +399,7 @@ class Reader:
       )
       for row, k in enumerate(wanted)
     ]
-    plain = {x.path: stacks[x.path][0] for x in entry.leaves if not x.kind}
+    plain = {x.path: stacks[x.path][0] for x in entry.leaves if x.is_array}
     return _Stack(wanted, count, layers, plain)
 
   # ---- the preset paper -------------------------------------------------------------
@@ -534,12 +543,20 @@ def _leaf(name: str, leaf: manifest_lib.Leaf, parts: dict[str, np.ndarray]) -> A
     )
   try:
     found = structured.KINDS[leaf.kind].from_stored(leaf.settings, parts)
-    same = structured.stack_key(found) == leaf.stack_key()[1:]
+    key = leaf.kind, leaf.shape, leaf.dtype, leaf.names
+    same = structured.stack_key(found) == key
+    if same and isinstance(found, structured.Packed):
+      found = found.array()
   except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
     raise ContainerError(f'{name}/{leaf.path}: {error}') from error
   if not same:
     raise ContainerError(f'{name}/{leaf.path}: the leaf differs from the manifest')
+  if leaf.is_packed and manifest_lib.checksum(found) != leaf.expanded:
+    raise ContainerError(f'{name}/{leaf.path}: {_DIFFERENT}')
   return found
+
+
+_DIFFERENT = 'decoded numbers differ from the encoded numbers'
 
 
 def _inflate(name: str, data: bytes, size: int) -> bytes:
@@ -585,7 +602,7 @@ def _local_layers(place: Place, entry: manifest_lib.Unit, count: int) -> range:
   first, last = count, 0
   for leaf, specs in entry.leaf_specs():
     for spec in specs:
-      shape = (count, *(leaf.shape if not leaf.kind else spec.shape))
+      shape = (count, *(leaf.shape if leaf.is_array else spec.shape))
       sharding = _sharding(place, leaf.path, shape)
       for index in sharding.addressable_devices_indices_map(shape).values():
         start, stop, _ = index[0].indices(count) if index else (0, count, 1)

@@ -32,6 +32,7 @@ from rotbits_jax import structured
 from rotbits_jax.coding import weights
 from rotbits_jax.file import container
 from rotbits_jax.file import manifest as manifest_lib
+from rotbits_jax.file import packing
 from rotbits_jax.symmetries import transform
 
 FILES = 'files/'
@@ -181,6 +182,13 @@ def encode_unit(
     valid = models.layout.symmetries(config).neurons
     neurons = models.layout.neuron_axes(config) if valid else {}
   flat = structured.flatten(unit.params)
+  digests: dict[str, int] = {}
+  rounding = summary.preset.rounding
+  if rounding is None or not rounding.uniform:  # the coder knows uniform steps
+    plain = {path: np.asarray(x) for path, x in flat.items() if structured.is_plain(x)}
+    for path, leaf in zip(plain, packing.pack(list(plain.values())), strict=True):
+      if leaf is not None:
+        flat[path], digests[path] = leaf, manifest_lib.checksum(plain[path])
   if any(structured.is_structured(flat.get(path)) for path in neurons):
     neurons = {}  # neurons of a structured leaf cannot be reordered
   leaves: list[manifest_lib.Leaf] = []
@@ -189,13 +197,11 @@ def encode_unit(
   for path, leaf in flat.items():
     if path in neurons:
       exchangeable[len(arrays)] = neurons[path]
-    expanded = None
+    expanded = digests.get(path)
     if isinstance(leaf, structured.Dependent) and leaf.eager:
       others = structured.flatten(beside)
       needed = (structured.materialize(others[name]) for name in leaf.needs)
-      expanded = zlib_ng.crc32(
-        np.ascontiguousarray(leaf.expand(*needed)).view(np.uint8)
-      )
+      expanded = manifest_lib.checksum(leaf.expand(*needed))
     entry, parts = manifest_lib.leaf_of(path, leaf, expanded)
     leaves.append(entry)
     arrays += parts.values()

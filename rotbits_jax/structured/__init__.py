@@ -12,6 +12,8 @@ head.
 
 A leaf may be stacked, like the layers of a model: its arrays then have a leading layer
 axis `[N, ...]`.
+
+A packed leaf stands for a plain array in a file only; the reader replaces it.
 """
 
 from rotbits_jax.structured.base import KINDS
@@ -32,11 +34,18 @@ from rotbits_jax.structured.constant import Constant
 from rotbits_jax.structured.heads import HeadColumns
 from rotbits_jax.structured.heads import HeadPlanes
 from rotbits_jax.structured.heads import HeadRows
+from rotbits_jax.structured.levels import Grid
+from rotbits_jax.structured.levels import Levels
+from rotbits_jax.structured.levels import Table
+from rotbits_jax.structured.levels import fit
+from rotbits_jax.structured.levels import fit_counts
 from rotbits_jax.structured.low_rank import FactorPair
 from rotbits_jax.structured.low_rank import LowRank
 from rotbits_jax.structured.low_rank import ReducedLowRank
+from rotbits_jax.structured.packed import Packed
 from rotbits_jax.structured.shortcuts import IdentityMinusGram
 from rotbits_jax.structured.shortcuts import SymmetricTriangle
+from rotbits_jax.structured.sparse import Sparse
 from rotbits_jax.structured.tied import Tied
 from rotbits_jax.structured.tied import TiedExactly
 from rotbits_jax.structured.triangles import RowTrapezoids
@@ -50,15 +59,20 @@ __all__ = [
   'Constant',
   'Dependent',
   'FactorPair',
+  'Grid',
   'HeadColumns',
   'HeadPlanes',
   'HeadRows',
   'IdentityMinusGram',
+  'Levels',
   'LowRank',
+  'Packed',
   'ReducedLowRank',
   'RowTrapezoids',
+  'Sparse',
   'Structured',
   'SymmetricTriangle',
+  'Table',
   'Tied',
   'TiedExactly',
   'Trapezoidal',
@@ -66,6 +80,8 @@ __all__ = [
   'count_bytes',
   'count_numbers',
   'empty_dicts',
+  'fit',
+  'fit_counts',
   'flatten',
   'is_plain',
   'is_structured',

@@ -66,12 +66,14 @@ their low byte first. `specs.UnitSpec` holds the numbers that are needed to read
 """
 
 from rotbits_jax.coding.weights.pool import Start
+from rotbits_jax.coding.weights.pool import run
 from rotbits_jax.coding.weights.pool import unit_jobs
 from rotbits_jax.coding.weights.specs import ArraySpec
 from rotbits_jax.coding.weights.specs import UnitSpec
 from rotbits_jax.coding.weights.units import Encoded
 from rotbits_jax.coding.weights.units import decode
 from rotbits_jax.coding.weights.units import encode
+from rotbits_jax.coding.weights.units import estimate
 
 __all__ = [
   'ArraySpec',
@@ -80,5 +82,7 @@ __all__ = [
   'UnitSpec',
   'decode',
   'encode',
+  'estimate',
+  'run',
   'unit_jobs',
 ]

@@ -137,6 +137,11 @@ def encode(
   return Encoded(spec, data, stored, order_bits)
 
 
+def estimate(arrays: Sequence[np.ndarray]) -> float:
+  """Estimates how many bytes arrays take in a unit, without coding them."""
+  return sum(plan.array.nbytes - plan.saved for plan in plans.plan(arrays))
+
+
 def decode(
   spec: specs.UnitSpec,
   data: np.ndarray | memoryview,

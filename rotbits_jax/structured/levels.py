@@ -1,0 +1,372 @@
+"""Leaves for arrays of few distinct numbers, in a file. Shape letters: see `packed`.
+
+Numbers that were dequantised have few levels: a block of them holds
+`base + step * index` for small integers.
+"""
+
+from collections.abc import Sequence
+from typing import Any, ClassVar, NamedTuple
+
+from flax import struct
+import ml_dtypes
+import numpy as np
+
+from rotbits_jax.structured import packed
+from rotbits_jax.structured.base import Arrays
+from rotbits_jax.structured.base import Settings
+from rotbits_jax.structured.base import register
+
+
+class Grid(NamedTuple):
+  """A guess how the numbers of an array were quantised.
+
+  Attributes:
+    transposed: see `Packed`.
+    block: the length of a block along a line. It divides N.
+    has_base: whether the least number of a block is its base; otherwise the base is 0.
+    counts: the possible numbers of steps from the base of a block to the number that is
+      farthest from it; the most probable first.
+    precision: significant bits of a step, at most 24.
+  """
+
+  transposed: bool
+  block: int
+  has_base: bool
+  counts: tuple[int, ...]
+  precision: int
+
+
+@register
+@struct.dataclass
+class Levels(packed.Packed):
+  """An array whose blocks hold few levels: `base + step * index`.
+
+  A product, and a sum if there is a base, are computed in float32 and rounded to the
+  dtype. NumPy computes both on the host, so that they have the same bits everywhere. If
+  some numbers come out differently, residuals correct all of them. A residual is the
+  ordinal of the number minus the ordinal of the computed number. An ordinal is an
+  integer that counts the numbers of the dtype upwards, -0 before +0.
+
+  Attributes:
+    name: name of the dtype.
+    index: `[L, N]`: uint8 if there is a base, else int8.
+    step: float32 `[L, N / block]`.
+    base: `[L, N / block]` in the dtype; None if all bases are 0.
+    residuals: int8 `[L, N]`, or None. -128 marks an exception.
+    exceptions: `[n]`, the numbers with the residual -128, line by line; or None.
+  """
+
+  kind: ClassVar[str] = 'levels'
+
+  name: str = struct.field(pytree_node=False)
+  index: Any
+  step: Any
+  base: Any = None
+  residuals: Any = None
+  exceptions: Any = None
+
+  @classmethod
+  def from_array(cls, array: np.ndarray, grid: Grid) -> 'Levels':
+    """Makes the leaf of an array of a dtype in `packed.DTYPES`."""
+    lines = packed.lines_of(array, grid.transposed)
+    count, length = lines.shape
+    per_line = length // grid.block
+    index = np.empty(lines.shape, np.uint8 if grid.has_base else np.int8)
+    step = np.empty((count, per_line), np.float32)
+    base = np.empty(step.shape, array.dtype) if grid.has_base else None
+    residuals, exceptions = np.zeros(lines.shape, np.int8), []
+    for rows in _chunks(lines.shape):
+      part = np.ascontiguousarray(lines[rows])
+      fitted = fit(part.reshape(-1, grid.block), grid)
+      index[rows] = fitted.index.reshape(part.shape)
+      step[rows] = fitted.step.reshape(-1, per_line)
+      if base is not None:
+        base[rows] = fitted.base.reshape(-1, per_line)
+      computed = fitted.numbers.reshape(part.shape)
+      if not np.array_equal(packed.bits(computed), packed.bits(part)):
+        off = _ordinals(part) - _ordinals(computed)  # wraps
+        off = np.where(abs(off) < -_EXCEPTION, off, _EXCEPTION)
+        residuals[rows] = off
+        exceptions.append(part[residuals[rows] == _EXCEPTION])
+    none = np.zeros(0, array.dtype)
+    return cls(
+      sizes=array.shape,
+      transposed=grid.transposed,
+      name=array.dtype.name,
+      index=index,
+      step=step,
+      base=base,
+      residuals=residuals if exceptions else None,
+      exceptions=np.concatenate([none, *exceptions]) if exceptions else None,
+    )
+
+  @property
+  def dtype(self) -> Any:
+    return packed.DTYPES[self.name]
+
+  def array(self) -> np.ndarray:
+    array, lines = self._empty()
+    used = 0
+    for rows in _chunks(lines.shape):
+      step = self.step[rows]
+      index = self.index[rows].reshape(step.size, -1)
+      base = None if self.base is None else self.base[rows].reshape(-1, 1)
+      part = _numbers(index, step.reshape(-1, 1), base, self.dtype)
+      part = part.reshape(step.shape[0], lines.shape[1])
+      if self.residuals is not None:
+        off = self.residuals[rows]
+        part = _of_ordinals(_ordinals(part) + off, self.dtype)
+        odd = off == _EXCEPTION
+        count = np.count_nonzero(odd)
+        own = self.exceptions[used : used + count]
+        if own.size != count:
+          raise ValueError(f'{self.exceptions.size} exceptions are too few')
+        part[odd] = own
+        used += count
+      lines[rows] = part
+    if self.exceptions is not None and self.exceptions.size != used:
+      raise ValueError(f'{used} exceptions are expected, got {self.exceptions.size}')
+    return array
+
+  def stored(self) -> tuple[Settings, Arrays]:
+    arrays = {name: getattr(self, name) for name in ('index', 'step', *_OPTIONAL)}
+    settings = self._settings() | {'dtype': self.name}
+    return settings, {name: x for name, x in arrays.items() if x is not None}
+
+  @classmethod
+  def from_stored(cls, settings: Settings, arrays: Arrays) -> 'Levels':
+    lines = packed.lines_shape(settings)
+    name = packed.float_dtype(settings['dtype']).name
+    blocks = arrays['step'].shape
+    wanted = {
+      'index': ('uint8' if 'base' in arrays else 'int8', lines),
+      'step': ('float32', blocks),
+    }
+    if 'base' in arrays:
+      wanted['base'] = name, blocks
+    if 'residuals' in arrays:
+      wanted['residuals'] = 'int8', lines
+      wanted['exceptions'] = name, (arrays['exceptions'].size,)
+    packed.check_arrays(arrays, **wanted)
+    if len(blocks) != 2 or blocks[0] != lines[0] or lines[1] % max(blocks[1], 1):
+      raise ValueError(f'steps of shape {blocks} do not fit lines of shape {lines}')
+    return cls(tuple(settings['shape']), settings['transposed'], name, **arrays)
+
+
+_OPTIONAL = 'base', 'residuals', 'exceptions'
+_EXCEPTION = -128
+
+
+class Fit(NamedTuple):
+  """Blocks of numbers on grids.
+
+  Attributes:
+    index: `[n, block]`.
+    step: float32 `[n, 1]`.
+    base: in the dtype of the numbers, `[n, 1]`; None without bases.
+    numbers: the numbers that these give, `[n, block]`.
+    missed: how many of them differ from the given numbers in each block, `[n]`.
+  """
+
+  index: np.ndarray
+  step: np.ndarray
+  base: np.ndarray | None
+  numbers: np.ndarray
+  missed: np.ndarray
+
+
+def fit(blocks: np.ndarray, grid: Grid) -> Fit:
+  """Finds base, step and indices of blocks.
+
+  Args:
+    blocks: numbers of a dtype in `packed.DTYPES`, `[n, block]`, contiguous.
+    grid: the grid. For each block the function takes the count that gives the numbers
+      best.
+
+  Returns:
+    The fit.
+  """
+  found = fit_counts(blocks, np.full(len(blocks), grid.counts[0]), grid)
+  for count in grid.counts[1:]:
+    (todo,) = np.nonzero(found.missed)
+    if not todo.size:
+      break
+    other = fit_counts(blocks[todo], np.full(todo.size, count), grid)
+    better = other.missed < found.missed[todo]
+    for old, new in zip(found, other, strict=True):
+      if old is not None:
+        old[todo[better]] = new[better]
+  return found
+
+
+def fit_counts(blocks: np.ndarray, counts: np.ndarray, grid: Grid) -> Fit:
+  """Finds base, step and indices of blocks with a known number of steps.
+
+  A number limits the step to those with which it is rounded correctly. The step is
+  the middle of what all numbers of a block allow, rounded to few bits.
+
+  Args:
+    blocks: numbers, `[n, block]`, contiguous.
+    counts: the number of steps of each block, see `Grid`, `[n]`.
+    grid: the grid; its counts are not used.
+
+  Returns:
+    The fit.
+  """
+  dtype = blocks.dtype
+  with np.errstate(all='ignore'):
+    wide = blocks.astype(np.float32)
+    wide[~np.isfinite(wide)] = 0
+    least = wide.min(axis=1, keepdims=True) if grid.has_base else np.float32(0)
+    above = wide.astype(np.float64) - least
+    size = np.abs(above)
+    rough = size.max(axis=1, keepdims=True) / counts[:, None]
+    index = np.rint(above / rough)
+    index[np.isnan(index)] = 0  # all numbers of the block are equal
+    steps = np.abs(index)
+    half = _half_spacing(wide, dtype)
+    lowest = np.max((size - half) / steps, axis=1, keepdims=True, where=steps > 0, initial=0)
+    highest = np.min(
+      (size + half) / steps, axis=1, keepdims=True, where=steps > 0, initial=np.inf
+    )
+    middle = np.where(highest < np.inf, (lowest + highest) / 2, 0)
+    step = _rounded(middle.astype(np.float32), grid.precision)
+    if not grid.has_base:
+      # With a negative step the index 0 stands for -0.
+      negative = (packed.bits(blocks) << 1 == 0) & np.signbit(blocks)
+      sign = np.where(negative.any(axis=1, keepdims=True), np.float32(-1), np.float32(1))
+      step, index = step * sign, index * sign
+    limits = (0, 255) if grid.has_base else (-128, 127)
+    index = np.clip(index, *limits).astype(np.uint8 if grid.has_base else np.int8)
+    base = least.astype(dtype) if grid.has_base else None
+    numbers = _numbers(index, step, base, dtype)
+  missed = np.count_nonzero(packed.bits(numbers) != packed.bits(blocks), axis=1)
+  return Fit(index, step, base, numbers, missed)
+
+
+@register
+@struct.dataclass
+class Table(packed.Packed):
+  """An array of few distinct numbers: an index into a table for each.
+
+  Attributes:
+    table: the numbers of a table in ascending order of their bit patterns, `[L, n]`
+      with a table for each line or `[1, n]` with one for all. The greatest may be
+      repeated.
+    index: uint8 `[L, N]`.
+  """
+
+  kind: ClassVar[str] = 'table'
+  MOST: ClassVar[int] = 256
+
+  table: Any
+  index: Any
+
+  @classmethod
+  def from_array(
+    cls, array: np.ndarray, *, transposed: bool, of_lines: bool
+  ) -> 'Table | None':
+    """Makes the leaf of an array of a dtype in `packed.DTYPES`.
+
+    Args:
+      array: the array.
+      transposed: see `Packed`.
+      of_lines: whether each line has a table of its own.
+
+    Returns:
+      The leaf; None if a table would have more than `MOST` numbers.
+    """
+    lines = packed.lines_of(packed.bits(array), transposed)
+    tables = []
+    for rows in [lines] if not of_lines else lines[:, None]:
+      known = np.zeros(0, lines.dtype)
+      for part in _chunks(rows.shape):
+        known = np.unique(np.concatenate([known, rows[part].reshape(-1)]))
+        if known.size > cls.MOST:
+          return None
+      tables.append(known)
+    width = max(x.size for x in tables)
+    padded = np.stack([np.pad(x, (0, width - x.size), 'edge') for x in tables])
+    index = np.empty(lines.shape, np.uint8)
+    if of_lines:
+      for own, line, out in zip(tables, lines, index, strict=True):
+        out[...] = np.searchsorted(own, line)
+    else:
+      for rows in _chunks(lines.shape):
+        index[rows] = np.searchsorted(tables[0], lines[rows])
+    return cls(array.shape, transposed, padded.view(array.dtype), index)
+
+  @property
+  def dtype(self) -> Any:
+    return self.table.dtype
+
+  def array(self) -> np.ndarray:
+    array, lines = self._empty()
+    if self.index.max(initial=0) >= self.table.shape[1]:
+      raise ValueError(f'an index is beyond a table of {self.table.shape[1]} numbers')
+    for rows in _chunks(lines.shape):
+      if len(self.table) == 1:
+        lines[rows] = self.table[0][self.index[rows]]
+      else:
+        lines[rows] = np.take_along_axis(self.table[rows], self.index[rows], axis=1)
+    return array
+
+  def stored(self) -> tuple[Settings, Arrays]:
+    return self._settings(), {'table': self.table, 'index': self.index}
+
+  @classmethod
+  def from_stored(cls, settings: Settings, arrays: Arrays) -> 'Table':
+    lines, table = packed.lines_shape(settings), arrays['table']
+    dtype = packed.float_dtype(table.dtype.name).name
+    packed.check_arrays(arrays, table=(dtype, table.shape), index=('uint8', lines))
+    if table.ndim != 2 or table.shape[0] not in (1, lines[0]) or not table.shape[1]:
+      raise ValueError(f'tables of shape {table.shape} do not fit lines {lines}')
+    return cls(tuple(settings['shape']), settings['transposed'], **arrays)
+
+
+def _chunks(shape: Sequence[int]) -> list[slice]:
+  """Returns slices of lines with about `packed.CHUNK` numbers each."""
+  step = max(packed.CHUNK // max(shape[1], 1), 1) if len(shape) > 1 else packed.CHUNK
+  return [slice(start, start + step) for start in range(0, shape[0], step)]
+
+
+def _numbers(
+  index: np.ndarray, step: np.ndarray, base: np.ndarray | None, dtype: np.dtype
+) -> np.ndarray:
+  """Returns `base + step * index` in a dtype; see `Levels`."""
+  with np.errstate(all='ignore'):
+    values = index.astype(np.float32)
+    values *= step
+    if base is not None:
+      values += base.astype(np.float32)
+    return values.astype(dtype)
+
+
+def _half_spacing(values: np.ndarray, dtype: np.dtype) -> np.ndarray:
+  """Returns half the distance between a number's neighbours in a dtype: float64."""
+  info = ml_dtypes.finfo(dtype)
+  power = (values.view(np.uint32) & 0x7F800000).view(np.float32).astype(np.float64)
+  return np.maximum(power, float(info.smallest_normal)) * 2.0 ** -(info.nmant + 1)
+
+
+def _rounded(values: np.ndarray, precision: int) -> np.ndarray:
+  """Rounds positive float32 numbers to a number of significant bits."""
+  drop = 24 - precision
+  patterns = values.view(np.uint32)
+  if drop:
+    patterns = patterns + np.uint32(1 << drop - 1) >> drop << drop
+  return patterns.view(np.float32)
+
+
+def _ordinals(values: np.ndarray) -> np.ndarray:
+  """Returns the ordinals of numbers: signed integers of their width."""
+  signed = values.view(f'i{values.dtype.itemsize}')
+  most = np.iinfo(signed.dtype).max
+  return signed ^ (signed >> 8 * values.dtype.itemsize - 1 & most)
+
+
+def _of_ordinals(ordinals: np.ndarray, dtype: np.dtype) -> np.ndarray:
+  """Returns the numbers with these ordinals."""
+  most = np.iinfo(ordinals.dtype).max
+  signed = ordinals ^ (ordinals >> 8 * dtype.itemsize - 1 & most)
+  return signed.view(dtype)

@@ -1,0 +1,128 @@
+"""The base class of leaves that take the place of plain arrays in a file only.
+
+A packed leaf stands for an array bit for bit. The writer packs an array if that saves
+bytes, see `file.packing`, and the reader replaces the leaf by the array. Every packed
+leaf stores at least one bit for each number, so that the sizes of its stored arrays
+bound the size of the array.
+
+Shape letters: an array is taken as a matrix of R rows and C columns; R is the product
+of all axes but the last, and C is the last axis. This matrix or its transpose has L
+lines of N numbers each.
+"""
+
+import abc
+import math
+from typing import Any
+
+from flax import struct
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+
+from rotbits_jax import host
+from rotbits_jax.structured.base import Arrays
+from rotbits_jax.structured.base import Settings
+from rotbits_jax.structured.base import Structured
+from rotbits_jax.structured.triangles import check_sizes
+
+DTYPES = {
+  np.dtype(d).name: np.dtype(d) for d in (np.float16, ml_dtypes.bfloat16, np.float32)
+}
+"""The dtypes of arrays that can be packed, by name."""
+
+CHUNK = 1 << 18
+"""About how many numbers are expanded together, so that they fit the CPU's cache."""
+
+
+@struct.dataclass
+class Packed(Structured):
+  """A leaf that stands for a plain array bit for bit. It is never stacked.
+
+  Attributes:
+    sizes: shape of the array.
+    transposed: whether lines are columns of the matrix `[R, C]`; otherwise they are its
+      rows.
+  """
+
+  sizes: tuple[int, ...] = struct.field(pytree_node=False)
+  transposed: bool = struct.field(pytree_node=False)
+
+  @property
+  def shape(self) -> tuple[int, ...]:
+    return self.sizes
+
+  @abc.abstractmethod
+  def array(self) -> np.ndarray:
+    """Returns the array that the leaf stands for.
+
+    Raises:
+      ValueError: if the numbers of the leaf contradict each other.
+    """
+
+  def materialize(self) -> jax.Array:
+    return jnp.asarray(self.array())
+
+  def _settings(self) -> Settings:
+    return {'shape': list(self.sizes), 'transposed': self.transposed}
+
+  def _empty(self) -> tuple[np.ndarray, np.ndarray]:
+    """Returns a new array, and its lines as a view of it."""
+    array = host.empty(self.shape, self.dtype)
+    return array, lines_of(array, self.transposed)
+
+
+def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
+  """Returns R and C of an array."""
+  return math.prod(shape[:-1]), math.prod(shape[-1:])
+
+
+def lines_of(array: np.ndarray, transposed: bool) -> np.ndarray:
+  """Returns the lines of an array, `[L, N]`, as a view if its strides allow that."""
+  matrix = array.reshape(matrix_shape(array.shape))
+  return matrix.T if transposed else matrix
+
+
+def lines_shape(settings: Settings) -> tuple[int, int]:
+  """Returns L and N from the settings of a packed leaf in a file.
+
+  Raises:
+    ValueError: if they are not a shape and an orientation.
+  """
+  shape, transposed = settings['shape'], settings['transposed']
+  if not isinstance(shape, list) or len(shape) > 8 or type(transposed) is not bool:
+    raise ValueError('a packed leaf needs the shape of an array and an orientation')
+  check_sizes(*shape)
+  rows, columns = matrix_shape(tuple(shape))
+  return (columns, rows) if transposed else (rows, columns)
+
+
+def check_arrays(arrays: Arrays, **wanted: tuple[str, tuple[int, ...]]) -> None:
+  """Checks the stored arrays of a leaf.
+
+  Args:
+    arrays: the arrays by name.
+    wanted: the dtype and the shape of each array, by name.
+
+  Raises:
+    ValueError: if the arrays have other names, dtypes or shapes.
+  """
+  found = {name: (x.dtype.name, x.shape) for name, x in arrays.items()}
+  if found != wanted:
+    raise ValueError(f'the leaf must have the arrays {wanted}, got {found}')
+
+
+def bits(array: np.ndarray) -> np.ndarray:
+  """Returns the bit patterns of numbers: unsigned integers of the same shape."""
+  return array.view(f'u{array.dtype.itemsize}')
+
+
+def float_dtype(name: Any) -> np.dtype:
+  """Returns the dtype of a packed array from its name in a file.
+
+  Raises:
+    ValueError: if arrays of this dtype are not packed.
+  """
+  if name not in DTYPES:
+    raise ValueError(f'arrays of the dtype {name!r:.40} are not packed')
+  return DTYPES[name]
