@@ -212,6 +212,15 @@ class Unit:
         raise ContainerError(
           f'{name}/{leaf.path}: the leaf and the coder differ in the shape or the dtype'
         )
+      # The reader allocates the array before it has decoded the leaf.
+      most = 8 * sum(spec.nbytes for spec in specs)
+      if leaf.is_packed and not (
+        leaf.dtype in structured.PACKED_DTYPES and math.prod(leaf.shape) <= most
+      ):
+        raise ContainerError(
+          f'{name}/{leaf.path}: {most} bits cannot stand for {leaf.shape} numbers of '
+          f'{leaf.dtype:.40}'
+        )
     return unit
 
 

@@ -29,9 +29,7 @@ def pack(arrays: Sequence[np.ndarray]) -> list[structured.Packed | None]:
     For each array, the leaf that takes its place; None if the array stays as it is.
   """
   found = weights.run(functools.partial(_candidates, array) for array in arrays)
-  return [
-    _smallest(array, leaves) for array, leaves in zip(arrays, found, strict=True)
-  ]
+  return [_smallest(array, leaves) for array, leaves in zip(arrays, found, strict=True)]
 
 
 # Settings of a leaf and the stream of small arrays cost more than packing saves.
@@ -69,7 +67,7 @@ _MOST_MISSED, _FEW_MISSED = 0.15, 0.001
 
 def _candidates(array: np.ndarray) -> list[structured.Packed]:
   """Returns the leaves that may suit an array, by the look of a sample."""
-  if array.dtype.name not in packed.DTYPES or array.size < _LEAST_NUMBERS:
+  if array.dtype.name not in structured.PACKED_DTYPES or array.size < _LEAST_NUMBERS:
     return []
   array = np.ascontiguousarray(array)
   leaves: list[structured.Packed] = []
@@ -144,7 +142,9 @@ def _grid(array: np.ndarray, transposed: bool) -> structured.Grid | None:
   for block in (length, *(n for n in _BLOCKS if n < length and length % n == 0)):
     blocks = _sample(lines, block)
     for has_base in (False, True):
-      grid, missed = _fitted(blocks, structured.Grid(transposed, block, has_base, (), 24))
+      grid, missed = _fitted(
+        blocks, structured.Grid(transposed, block, has_base, (), 24)
+      )
       if missed <= _MOST_MISSED:
         bits = np.log2(1 + max(grid.counts)) + (1 + has_base) * 12 / block + 8 * missed
         if bits < least:
@@ -165,9 +165,7 @@ def _sample(lines: np.ndarray, block: int) -> np.ndarray:
   )
 
 
-def _fitted(
-  blocks: np.ndarray, grid: structured.Grid
-) -> tuple[structured.Grid, float]:
+def _fitted(blocks: np.ndarray, grid: structured.Grid) -> tuple[structured.Grid, float]:
   """Chooses the counts and the precision with which a grid fits blocks best.
 
   Returns:
@@ -191,4 +189,3 @@ def _fitted(
     if found <= share + _FEW_MISSED:
       break
   return grid, found
-

@@ -42,6 +42,7 @@ from rotbits_jax.structured.levels import fit_counts
 from rotbits_jax.structured.low_rank import FactorPair
 from rotbits_jax.structured.low_rank import LowRank
 from rotbits_jax.structured.low_rank import ReducedLowRank
+from rotbits_jax.structured.packed import PACKED_DTYPES
 from rotbits_jax.structured.packed import Packed
 from rotbits_jax.structured.shortcuts import IdentityMinusGram
 from rotbits_jax.structured.shortcuts import SymmetricTriangle
@@ -56,6 +57,7 @@ from rotbits_jax.structured.triangles import unpack_lower
 
 __all__ = [
   'KINDS',
+  'PACKED_DTYPES',
   'Constant',
   'Dependent',
   'FactorPair',

@@ -51,7 +51,7 @@ class Levels(packed.Packed):
     name: name of the dtype.
     index: `[L, N]`: uint8 if there is a base, else int8.
     step: float32 `[L, N / block]`.
-    base: `[L, N / block]` in the dtype; None if all bases are 0.
+    base: float32 `[L, N / block]`; None if all bases are 0.
     residuals: int8 `[L, N]`, or None. -128 marks an exception.
     exceptions: `[n]`, the numbers with the residual -128, line by line; or None.
   """
@@ -67,13 +67,13 @@ class Levels(packed.Packed):
 
   @classmethod
   def from_array(cls, array: np.ndarray, grid: Grid) -> 'Levels':
-    """Makes the leaf of an array of a dtype in `packed.DTYPES`."""
+    """Makes the leaf of an array of a dtype in `packed.PACKED_DTYPES`."""
     lines = packed.lines_of(array, grid.transposed)
     count, length = lines.shape
     per_line = length // grid.block
     index = np.empty(lines.shape, np.uint8 if grid.has_base else np.int8)
     step = np.empty((count, per_line), np.float32)
-    base = np.empty(step.shape, array.dtype) if grid.has_base else None
+    base = np.empty_like(step) if grid.has_base else None
     residuals, exceptions = np.zeros(lines.shape, np.int8), []
     for rows in _chunks(lines.shape):
       part = np.ascontiguousarray(lines[rows])
@@ -102,7 +102,7 @@ class Levels(packed.Packed):
 
   @property
   def dtype(self) -> Any:
-    return packed.DTYPES[self.name]
+    return packed.PACKED_DTYPES[self.name]
 
   def array(self) -> np.ndarray:
     array, lines = self._empty()
@@ -143,7 +143,7 @@ class Levels(packed.Packed):
       'step': ('float32', blocks),
     }
     if 'base' in arrays:
-      wanted['base'] = name, blocks
+      wanted['base'] = 'float32', blocks
     if 'residuals' in arrays:
       wanted['residuals'] = 'int8', lines
       wanted['exceptions'] = name, (arrays['exceptions'].size,)
@@ -163,7 +163,7 @@ class Fit(NamedTuple):
   Attributes:
     index: `[n, block]`.
     step: float32 `[n, 1]`.
-    base: in the dtype of the numbers, `[n, 1]`; None without bases.
+    base: float32 `[n, 1]`; None without bases.
     numbers: the numbers that these give, `[n, block]`.
     missed: how many of them differ from the given numbers in each block, `[n]`.
   """
@@ -179,7 +179,7 @@ def fit(blocks: np.ndarray, grid: Grid) -> Fit:
   """Finds base, step and indices of blocks.
 
   Args:
-    blocks: numbers of a dtype in `packed.DTYPES`, `[n, block]`, contiguous.
+    blocks: numbers of a dtype in `packed.PACKED_DTYPES`, `[n, block]`, contiguous.
     grid: the grid. For each block the function takes the count that gives the numbers
       best.
 
@@ -193,55 +193,115 @@ def fit(blocks: np.ndarray, grid: Grid) -> Fit:
       break
     other = fit_counts(blocks[todo], np.full(todo.size, count), grid)
     better = other.missed < found.missed[todo]
-    for old, new in zip(found, other, strict=True):
-      if old is not None:
-        old[todo[better]] = new[better]
+    _replace(found, todo[better], other, better)
   return found
 
 
 def fit_counts(blocks: np.ndarray, counts: np.ndarray, grid: Grid) -> Fit:
   """Finds base, step and indices of blocks with a known number of steps.
 
-  A number limits the step to those with which it is rounded correctly. The step is
-  the middle of what all numbers of a block allow, rounded to few bits.
+  Base and step must be such that each number is rounded correctly. The step is the
+  middle of the values that all numbers of a block allow. The base is the least number
+  of the block. If its dtype rounds the true base too coarsely, the function looks for a
+  better one around the base of a line through the numbers.
 
   Args:
-    blocks: numbers, `[n, block]`, contiguous.
+    blocks: numbers of a dtype in `packed.PACKED_DTYPES`, `[n, block]`, contiguous.
     counts: the number of steps of each block, see `Grid`, `[n]`.
     grid: the grid; its counts are not used.
 
   Returns:
     The fit.
   """
-  dtype = blocks.dtype
   with np.errstate(all='ignore'):
     wide = blocks.astype(np.float32)
     wide[~np.isfinite(wide)] = 0
-    least = wide.min(axis=1, keepdims=True) if grid.has_base else np.float32(0)
-    above = wide.astype(np.float64) - least
-    size = np.abs(above)
-    rough = size.max(axis=1, keepdims=True) / counts[:, None]
-    index = np.rint(above / rough)
-    index[np.isnan(index)] = 0  # all numbers of the block are equal
-    steps = np.abs(index)
-    half = _half_spacing(wide, dtype)
-    lowest = np.max((size - half) / steps, axis=1, keepdims=True, where=steps > 0, initial=0)
-    highest = np.min(
-      (size + half) / steps, axis=1, keepdims=True, where=steps > 0, initial=np.inf
-    )
-    middle = np.where(highest < np.inf, (lowest + highest) / 2, 0)
-    step = _rounded(middle.astype(np.float32), grid.precision)
+    half = _half_spacing(wide, blocks.dtype)
+    wide = wide.astype(np.float64)
+    least = wide.min(axis=1, keepdims=True) if grid.has_base else np.zeros((1, 1))
+    rough = np.abs(wide - least).max(axis=1, keepdims=True) / counts[:, None]
+    index = np.rint((wide - least) / rough)
+    index[~np.isfinite(index)] = 0  # all numbers of the block are equal
+    index = np.clip(index, *((0, 255) if grid.has_base else (-128, 127)))
     if not grid.has_base:
       # With a negative step the index 0 stands for -0.
-      negative = (packed.bits(blocks) << 1 == 0) & np.signbit(blocks)
-      sign = np.where(negative.any(axis=1, keepdims=True), np.float32(-1), np.float32(1))
-      step, index = step * sign, index * sign
-    limits = (0, 255) if grid.has_base else (-128, 127)
-    index = np.clip(index, *limits).astype(np.uint8 if grid.has_base else np.int8)
-    base = least.astype(dtype) if grid.has_base else None
-    numbers = _numbers(index, step, base, dtype)
+      zero = packed.bits(blocks) << 1 == 0
+      negative = (zero & np.signbit(blocks)).any(axis=1, keepdims=True)
+      # The index -128 has no opposite, but it is clipped here only if it is wrong.
+      index = np.where(negative, np.clip(-index, -128, 127), index)
+      return _with_base(blocks, wide, half, index, None, grid)
+    found = _with_base(blocks, wide, half, index, _rounded(least, grid.precision), grid)
+    (todo,) = np.nonzero(found.missed)
+    if todo.size:
+      base = _rounded(_line_base(wide[todo], half[todo], index[todo]), grid.precision)
+    for offset in _OFFSETS:
+      if not todo.size:
+        break
+      near = base.view(np.int32) + np.int32(offset << 24 - grid.precision)
+      other = _with_base(
+        *(x[todo] for x in (blocks, wide, half, index)), near.view(np.float32), grid
+      )
+      better = other.missed < found.missed[todo]
+      _replace(found, todo[better], other, better)
+      left = found.missed[todo] > 0
+      todo, base = todo[left], base[left]
+  return found
+
+
+# Bases that are tried, in units of the last significant bit from that of the line.
+_OFFSETS = 0, 1, -1, 2, -2, 3, -3, 4, -4
+
+
+def _with_base(
+  blocks: np.ndarray,
+  wide: np.ndarray,
+  half: np.ndarray,
+  index: np.ndarray,
+  base: np.ndarray | None,
+  grid: Grid,
+) -> Fit:
+  """Fits the step of blocks whose indices and base are known.
+
+  Args:
+    blocks: the numbers, `[n, block]`.
+    wide: the numbers in float64.
+    half: see `_half_spacing`.
+    index: the indices in float64.
+    base: float32 `[n, 1]`; None for 0.
+    grid: the grid.
+  """
+  above = wide if base is None else wide - base
+  bounds = (above - half) / index, (above + half) / index
+  least = np.max(
+    np.minimum(*bounds), axis=1, keepdims=True, where=index != 0, initial=-np.inf
+  )
+  most = np.min(
+    np.maximum(*bounds), axis=1, keepdims=True, where=index != 0, initial=np.inf
+  )
+  middle = np.where(most < np.inf, (least + most) / 2, 0)
+  step = _rounded(middle, grid.precision)
+  kept = index.astype(np.int8 if base is None else np.uint8)
+  numbers = _numbers(kept, step, base, blocks.dtype)
   missed = np.count_nonzero(packed.bits(numbers) != packed.bits(blocks), axis=1)
-  return Fit(index, step, base, numbers, missed)
+  return Fit(kept, step, base, numbers, missed)
+
+
+def _line_base(wide: np.ndarray, half: np.ndarray, index: np.ndarray) -> np.ndarray:
+  """Returns the base of the line through numbers, by weighted least squares."""
+  total = lambda x: x.sum(axis=1, keepdims=True)
+  weights = half**-2
+  weights /= total(weights)
+  centre, mean = total(weights * index), total(weights * wide)
+  off = index - centre
+  step = total(weights * off * (wide - mean)) / total(weights * off**2)
+  return mean - np.where(np.isfinite(step), step, 0) * centre
+
+
+def _replace(fit: Fit, places: np.ndarray, other: Fit, chosen: np.ndarray) -> None:
+  """Puts the chosen blocks of another fit into their places, in place."""
+  for old, new in zip(fit, other, strict=True):
+    if old is not None:
+      old[places] = new[chosen]
 
 
 @register
@@ -266,7 +326,7 @@ class Table(packed.Packed):
   def from_array(
     cls, array: np.ndarray, *, transposed: bool, of_lines: bool
   ) -> 'Table | None':
-    """Makes the leaf of an array of a dtype in `packed.DTYPES`.
+    """Makes the leaf of an array of a dtype in `packed.PACKED_DTYPES`.
 
     Args:
       array: the array.
@@ -338,7 +398,7 @@ def _numbers(
     values = index.astype(np.float32)
     values *= step
     if base is not None:
-      values += base.astype(np.float32)
+      values += base
     return values.astype(dtype)
 
 
@@ -350,9 +410,9 @@ def _half_spacing(values: np.ndarray, dtype: np.dtype) -> np.ndarray:
 
 
 def _rounded(values: np.ndarray, precision: int) -> np.ndarray:
-  """Rounds positive float32 numbers to a number of significant bits."""
+  """Returns numbers as float32, rounded to a number of significant bits."""
   drop = 24 - precision
-  patterns = values.view(np.uint32)
+  patterns = values.astype(np.float32).view(np.uint32)
   if drop:
     patterns = patterns + np.uint32(1 << drop - 1) >> drop << drop
   return patterns.view(np.float32)

@@ -26,7 +26,7 @@ from rotbits_jax.structured.base import Settings
 from rotbits_jax.structured.base import Structured
 from rotbits_jax.structured.triangles import check_sizes
 
-DTYPES = {
+PACKED_DTYPES = {
   np.dtype(d).name: np.dtype(d) for d in (np.float16, ml_dtypes.bfloat16, np.float32)
 }
 """The dtypes of arrays that can be packed, by name."""
@@ -123,6 +123,6 @@ def float_dtype(name: Any) -> np.dtype:
   Raises:
     ValueError: if arrays of this dtype are not packed.
   """
-  if name not in DTYPES:
+  if name not in PACKED_DTYPES:
     raise ValueError(f'arrays of the dtype {name!r:.40} are not packed')
-  return DTYPES[name]
+  return PACKED_DTYPES[name]

@@ -38,10 +38,8 @@ class Sparse(packed.Packed):
   tail: Any
 
   @classmethod
-  def from_array(
-    cls, array: np.ndarray, *, transposed: bool, across: bool
-  ) -> 'Sparse':
-    """Makes the leaf of an array of a dtype in `packed.DTYPES`."""
+  def from_array(cls, array: np.ndarray, *, transposed: bool, across: bool) -> 'Sparse':
+    """Makes the leaf of an array of a dtype in `packed.PACKED_DTYPES`."""
     lines = packed.lines_of(packed.bits(array), transposed)
     mask = np.packbits(lines != 0, axis=1)
     ordered = np.ascontiguousarray(lines.T if across else lines).reshape(-1)
