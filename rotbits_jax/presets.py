@@ -9,6 +9,7 @@ from collections.abc import Callable
 import math
 from typing import Any, NamedTuple
 
+from rotbits_jax import models
 from rotbits_jax import symmetries
 
 
@@ -161,6 +162,19 @@ PRESETS: dict[str, Callable[..., Preset]] = {
   'paper': paper,
 }
 """The presets by name: factories that take options."""
+
+
+def default(config: models.ModelConfig | None) -> str:
+  """Returns the name of the preset that suits a checkpoint.
+
+  Args:
+    config: of the model; None for plain arrays.
+
+  Returns:
+    'free' for a sliced model, whose symmetries hold a third of its numbers; else
+    'exact', because on a dense model `free` changes every number and saves little more.
+  """
+  return 'free' if config is not None and config.sliced else 'exact'
 
 
 def make(preset: str | Preset, **options: Any) -> Preset:

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+import orbax.checkpoint
 import pytest
 
 import rotbits_jax
@@ -202,6 +203,15 @@ class RoundTripTest(Checks):
     _assert_same_bits(model, rotbits_jax.decode(_encoded(TINY, 'free')))
     logits = rotbits_jax.models.logits(model, jnp.arange(5)[None])
     self.assertTrue(bool(jnp.isfinite(logits).all()))
+
+  @parameterized.parameters(TINY, 'opt-small-sliced-0.2')
+  def test_orbax_saves_a_loaded_model(self, name):
+    model = rotbits_jax.load(_encoded(name, 'free'))
+    path = self.enterContext(tempfile.TemporaryDirectory()) + '/model'
+    with orbax.checkpoint.StandardCheckpointer() as checkpointer:
+      checkpointer.save(path, model)
+      checkpointer.wait_until_finished()
+      _assert_same_bits(checkpointer.restore(path, model), model)
 
   def test_layers_decode_on_their_own(self):
     layers = list(rotbits_jax.decode(_encoded(TINY, 'free')).layers())

@@ -31,6 +31,7 @@ class Source:
     path: the weights file, or the index of several.
     files: the files beside the weights (configs, tokenizer), byte for byte.
     stem: what SliceGPT named the weights and the slicing JSON; None if dense.
+    left_out: names of files and folders beside the weights that are not kept.
   """
 
   def __init__(
@@ -42,6 +43,7 @@ class Source:
     files: Mapping[str, bytes],
     stem: str | None,
     weights: Iterable[pathlib.Path] = (),
+    left_out: tuple[str, ...] = (),
   ):
     """Checks the tensors' names, shapes and dtypes.
 
@@ -52,17 +54,27 @@ class Source:
       files: see the class.
       stem: see the class.
       weights: the other files that hold the tensors.
+      left_out: see the class.
 
     Raises:
-      CheckpointError: if a tensor is missing, unknown, or of a wrong shape or dtype.
+      UnsupportedError: if a tensor is missing, unknown, or of a wrong shape or dtype.
     """
     self.path, self.files, self.stem = path, dict(files), stem
+    self.left_out = left_out
     self._weights = [lazy.File.of(file) for file in (path, *weights)]
     self._tensors = tensors
     try:
       self._parameters = tensors_lib.Parameters(tensors, config)
     except errors.CheckpointError as e:
-      raise errors.CheckpointError(f'{path}: {e}') from e
+      raise errors.UnsupportedError(f'{path}: {e}') from e
+
+  @property
+  def input_bytes(self) -> int:
+    """Size of the files that hold the tensors."""
+    sizes = {file.path: file.size for file in self._weights}
+    if self.path.suffix == '.json':  # an index
+      del sizes[self.path]
+    return sum(sizes.values())
 
   @property
   def config(self) -> models.ModelConfig:

@@ -1,6 +1,6 @@
 """Writing a checkpoint a layer at a time."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 import contextlib
 import itertools
 import os
@@ -116,7 +116,7 @@ class CheckpointWriter:
       OSError: if the directory cannot be written, or if another process writes it.
     """
     with contextlib.ExitStack() as stack:
-      self._staging = stack.enter_context(_staging(self._directory))
+      self._staging = stack.enter_context(staging(self._directory))
       for name, content in self._files.items():
         (self._staging / name).write_bytes(content)
       if self._format == 'slicegpt':
@@ -149,7 +149,7 @@ class CheckpointWriter:
           f'{len(self._missing)} tensors have not been written, such as {shown}'
         )
       self._writer.close()
-      self._move()
+      move(self._staging, self._directory)
 
   def outer(self, params: models.Params) -> None:
     """Writes parameters outside the layers.
@@ -262,17 +262,18 @@ class CheckpointWriter:
     self._writer.add(name, itertools.chain.from_iterable(map(lazy.row_major, parts)))
     self._missing.remove(name)
 
-  def _move(self) -> None:
-    """Moves the files into the target."""
-    if not self._directory.exists():
-      os.rename(self._staging, self._directory)
-      return
-    # The index comes last: without it the shards are not a checkpoint.
-    files = sorted(self._staging.iterdir(), key=lambda file: file.name == INDEX)
-    for file in files:
-      if file.name == INDEX:
-        (self._directory / safetensors_files.WEIGHTS).unlink(missing_ok=True)
-      os.replace(file, self._directory / file.name)
+
+def move(staged: pathlib.Path, directory: pathlib.Path) -> None:
+  """Moves staged files into their directory, or makes their folder the directory."""
+  if not directory.exists():
+    os.rename(staged, directory)
+    return
+  # The index comes last: without it the shards are not a checkpoint.
+  files = sorted(staged.iterdir(), key=lambda file: file.name == INDEX)
+  for file in files:
+    if file.name == INDEX:
+      (directory / safetensors_files.WEIGHTS).unlink(missing_ok=True)
+    os.replace(file, directory / file.name)
 
 
 def _dtype(dtypes: Dtypes, path: str) -> np.dtype:
@@ -298,16 +299,26 @@ def _check_files(
   for name in required:
     if name not in files:
       raise ValueError(f'the file {name} is missing from the checkpoint')
-  for name in (*files, *weights):
+  check_names((*files, *weights))
+
+
+def check_names(names: Iterable[str]) -> None:
+  """Refuses names that are not those of different files.
+
+  Raises:
+    ValueError: naming the first such name.
+  """
+  seen = set()
+  for name in names:
     if name in ('', '.', '..') or any(c in name for c in '/\\\0'):
       raise ValueError(f'{name!r} is not the name of a file')
-  for name in weights:
-    if name in files:
+    if name in seen:
       raise ValueError(f'{name} is the name of the weights and of another file')
+    seen.add(name)
 
 
 @contextlib.contextmanager
-def _staging(directory: pathlib.Path) -> Iterator[pathlib.Path]:
+def staging(directory: pathlib.Path) -> Iterator[pathlib.Path]:
   """An empty directory beside another, removed in the end if it is still there."""
   parent = directory.parent
   parent.mkdir(parents=True, exist_ok=True)
@@ -316,16 +327,16 @@ def _staging(directory: pathlib.Path) -> Iterator[pathlib.Path]:
       pass
     if directory.stat().st_dev != parent.stat().st_dev:
       parent = directory  # files can be moved within a file system only
-  staging = parent / f'.{directory.name}.partial'
-  staging.mkdir(exist_ok=True)
-  with _locked(staging):
-    _clear(staging)
+  staged = parent / f'.{directory.name}.partial'
+  staged.mkdir(exist_ok=True)
+  with _locked(staged):
+    _clear(staged)
     try:
-      yield staging
+      yield staged
     finally:
-      if staging.exists():
-        _clear(staging)
-        staging.rmdir()
+      if staged.exists():
+        _clear(staged)
+        staged.rmdir()
 
 
 @contextlib.contextmanager

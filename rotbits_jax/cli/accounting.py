@@ -1,11 +1,23 @@
-"""What a model comes to, sliced and stored in each way, from its sizes alone.
+"""Counts the numbers of a model, sliced and stored in each way, from its sizes alone.
 
-  rotbits accounting --model=NAME|PATH --slicing=SPARSITY [--json]
+  rotbits accounting --model=NAME|PATH --slicing=SPARSITY [--json] [--verbose]
+
+Example:
+
+  rotbits accounting --model=opt-6.7b --slicing=0.25
 
 NAME is opt-1.3b, opt-2.7b, opt-6.7b, opt-13b, llama-2-7b or llama-2-13b; PATH is a
 dense model's config.json or a directory that has one. No weights are read. Reductions
 are against the dense model with an untied head, at 16 bits a number, without entropy
 coding; the published ones are those of arXiv 2410.01309.
+
+JSON:
+
+  model      as it was given
+  slicing    as it was given
+  width      of the residual stream after slicing
+  numbers    object: count of numbers by way of storing; see the table
+  reduction  object: percent saved by way of storing; null where nothing is published
 """
 
 import json
@@ -33,9 +45,7 @@ _SLICING = flags.DEFINE_float(
   required=True,
   flag_values=FLAGS,
 )
-_JSON = flags.DEFINE_bool(
-  'json', False, 'Print one JSON object in place of the table.', flag_values=FLAGS
-)
+_JSON, _VERBOSE = program.define_output_flags(FLAGS)
 
 _LABELS = {
   'dense': 'dense',

@@ -1,14 +1,35 @@
 """Decodes a file into a checkpoint again.
 
   rotbits decode --input=FILE --output=DIR [--format=safetensors|slicegpt]
-    [--shard_size=2GB]
+    [--shard_size=2GB] [--json] [--verbose]
 
-`safetensors` writes DIR/model.safetensors with the tensor names, shapes and dtypes of
-the checkpoint that was encoded; `slicegpt` the .pt and .json that Microsoft's SliceGPT
-reads. The other files that lay beside the checkpoint come back too. FILE may be the
-path that shards were written to, or their index. One layer at a time is in memory.
+Example:
+
+  rotbits decode --input=smollm2.rotbits --output=SmolLM2-again
+
+The weights get the tensor names, shapes and dtypes of the checkpoint that was encoded,
+in DIR/model.safetensors or, with --shard_size, in shards and an index. The other files
+come back too: configs, tokenizer, license, model card, code. `slicegpt` writes the .pt
+and .json that Microsoft's SliceGPT reads. Plain tensors (a checkpoint of an unknown
+family) come back in the files that they were in, byte for byte. FILE may be the path
+that shards were written to, or their index. One layer at a time is in memory.
+
+A dense checkpoint loads in transformers. A sliced one does not, because transformers
+has no sliced models. `rotbits generate --model=DIR` runs it, and so does Microsoft's
+SliceGPT after --format=slicegpt:
+
+  from slicegpt import hf_utils
+  model, tokenizer = hf_utils.load_sliced_model(NAME, DIR, sparsity=0.25)
+
+JSON:
+
+  output  the directory
+  files   list of the names of the files in it
+  bytes   bytes of these files
+  sliced  whether the model is sliced; null for plain tensors
 """
 
+import pathlib
 import sys
 import typing
 
@@ -16,6 +37,7 @@ from absl import flags
 
 import rotbits_jax
 from rotbits_jax import checkpoints
+from rotbits_jax import file
 from rotbits_jax.cli import program
 
 FLAGS = flags.FlagValues()
@@ -32,14 +54,18 @@ _FORMAT = flags.DEFINE_enum(
   'The form of the weights.',
   flag_values=FLAGS,
 )
-
-
 _SHARD_SIZE = flags.DEFINE_string(
   'shard_size',
   None,
   'Bytes of one file of weights, at most, like 2GB; one file unless said otherwise.',
   flag_values=FLAGS,
 )
+_JSON, _VERBOSE = program.define_output_flags(FLAGS)
+
+SLICED = """The model is sliced: transformers cannot load it. To run it:
+  rotbits generate --model={output} --prompt="Once upon a time"
+or decode with --format=slicegpt and load it with Microsoft's SliceGPT; see
+rotbits decode --help."""
 
 
 def main() -> None:
@@ -51,7 +77,21 @@ def main() -> None:
     shard_size=program.parse_size('shard_size', _SHARD_SIZE.value),
     progress=True,
   )
+  with file.Reader(_INPUT.value) as reader:
+    sliced = None if reader.config is None else reader.config.sliced
+  written = [path for path in pathlib.Path(_OUTPUT.value).iterdir() if path.is_file()]
+  if _JSON.value:
+    result = {
+      'output': _OUTPUT.value,
+      'files': sorted(path.name for path in written),
+      'bytes': sum(path.stat().st_size for path in written),
+      'sliced': sliced,
+    }
+    program.print_json(result)
+    return
   print(f'wrote {_OUTPUT.value}')
+  if sliced and _FORMAT.value == 'safetensors':
+    print(SLICED.format(output=_OUTPUT.value))
 
 
 def run() -> int:

@@ -1,12 +1,23 @@
 """Measures a model's perplexity on a text, and how far it is from another model.
 
   rotbits evaluate --model=DIR|FILE --text=FILE [--reference=DIR|FILE]
-    [--max_tokens=N] [--json]
+    [--max_tokens=N] [--json] [--verbose]
+
+Example:
+
+  rotbits evaluate --model=smollm2.rotbits --text=book.txt --reference=SmolLM2-135M
 
 A model is a checkpoint's directory, its weights file, or a file that `rotbits encode`
-wrote. With a reference, the mean KL divergence from it is measured too, and beside it
-its noise floor: the divergence that appears when the reference is merely rotated at
-random and rounded to its dtype again.
+wrote. With a reference, the mean KL divergence from its predictions is measured too,
+and beside it the noise floor: the divergence that appears when the reference is merely
+rotated at random and rounded to its dtype again. The model needs a tokenizer.json.
+
+JSON:
+
+  perplexity    exp of the mean cross entropy in nats
+  tokens        count of the tokens that were predicted
+  kl            mean KL divergence from the reference in nats, or null
+  kl_rerounded  the noise floor in nats, or null
 """
 
 import math
@@ -36,9 +47,7 @@ _MAX_TOKENS = flags.DEFINE_integer(
   lower_bound=2,
   flag_values=FLAGS,
 )
-_JSON = flags.DEFINE_bool(
-  'json', False, 'Print one JSON object in place of lines.', flag_values=FLAGS
-)
+_JSON, _VERBOSE = program.define_output_flags(FLAGS)
 
 
 def to_text(result: evaluation.Evaluation) -> str:

@@ -3,29 +3,42 @@
 import importlib
 import sys
 
+import rotbits_jax
+
 COMMANDS = {
-  'slice': 'a dense checkpoint becomes a narrower one, by SliceGPT',
-  'encode': 'a checkpoint becomes a smaller file',
-  'decode': 'the file becomes a checkpoint again',
-  'inspect': 'what a file holds and what made it small',
-  'evaluate': 'perplexity of a model, and KL divergence from another',
-  'generate': 'the text that a model writes after a prompt',
-  'accounting': 'what a model would come to, from its sizes alone',
+  'encode': 'make a checkpoint one smaller file',
+  'decode': 'make the file a checkpoint again',
+  'inspect': 'show what a file holds and what made it small',
+  'evaluate': 'measure perplexity, and KL divergence from another model',
+  'generate': 'print what a model writes after a prompt',
+  'slice': 'make a dense checkpoint narrower, with SliceGPT',
+  'accounting': 'count what a model would come to, from its sizes alone',
+  'completion': 'print a script that completes commands and flags in a shell',
 }
+
+USAGE = """\
+Stores transformer checkpoints without the bits that their symmetries make redundant.
+
+usage: rotbits COMMAND [--flag=value ...]
+       rotbits --version
+
+{commands}
+
+To make a checkpoint smaller, and get it back:
+
+  rotbits encode --checkpoint=SmolLM2-135M --output=smollm2.rotbits
+  rotbits inspect --input=smollm2.rotbits
+  rotbits decode --input=smollm2.rotbits --output=SmolLM2-again
+
+`rotbits COMMAND --help` shows an example, the flags, and the fields of --json.
+Exit codes: 0 success, 2 bad input (one line on stderr, nothing written),
+130 interrupted, 1 a fault of this program."""
 
 
 def usage() -> str:
-  """The commands, a line each."""
-  lines = [f'  {name:<12}{what}' for name, what in COMMANDS.items()]
-  return '\n'.join(
-    [
-      'usage: rotbits <command> [--flag=value ...]',
-      '',
-      *lines,
-      '',
-      'rotbits <command> --help lists the flags of one.',
-    ]
-  )
+  """Returns the help text, with a line for each command."""
+  lines = [f'  {name:<12}{purpose}' for name, purpose in COMMANDS.items()]
+  return USAGE.format(commands='\n'.join(lines))
 
 
 def main() -> int:
@@ -37,6 +50,9 @@ def main() -> int:
   name = sys.argv[1] if len(sys.argv) > 1 else '--help'
   if name in ('--help', '-h', 'help'):
     print(usage())
+    return 0
+  if name == '--version':
+    print(f'rotbits {rotbits_jax.__version__}')
     return 0
   if name not in COMMANDS:
     print(

@@ -33,7 +33,8 @@ class IdentityMinusGram(Structured):
     c: `[..., d, j]`.
     columns: width of the matrix; the columns beyond d are zero.
     ranks: for a stacked leaf, each layer's own `(k, j)`; columns beyond them are
-      zero. None for an unstacked leaf.
+      zero. A stacked B or C has at least one column, because Orbax cannot save arrays
+      without entries. None for an unstacked leaf.
   """
 
   kind: ClassVar[str] = 'identity_minus_gram'
@@ -56,7 +57,7 @@ class IdentityMinusGram(Structured):
   @property
   def is_thin(self) -> bool:
     """Whether `apply` takes fewer products than the materialized matrix."""
-    return 2 * (self.b.shape[-1] + self.c.shape[-1]) < self.columns
+    return 2 * sum(self._widths()) < self.columns
 
   def materialize(self) -> jax.Array:
     b, c = jnp.asarray(self.b, jnp.float32), jnp.asarray(self.c, jnp.float32)
@@ -67,12 +68,19 @@ class IdentityMinusGram(Structured):
   def apply(self, x: jax.Array) -> jax.Array:
     """`x @ materialize()` without materializing: `[..., d]` to `[..., columns]`."""
     y = x
-    for factor, sign in ((self.b, -1), (self.c, 1)):
-      if factor.shape[-1]:
+    factors = ((self.b, -1), (self.c, 1))
+    for (factor, sign), width in zip(factors, self._widths(), strict=True):
+      if width:
         factor = jnp.asarray(factor, x.dtype)
         coordinates = jnp.matmul(x, factor, precision='highest')
         y = y + sign * jnp.matmul(coordinates, factor.T, precision='highest')
     return _pad_columns(y, self.columns)
+
+  def _widths(self) -> tuple[int, int]:
+    """Returns the columns of B and of C that are not zero in some layer."""
+    if self.ranks is None:
+      return self.b.shape[-1], self.c.shape[-1]
+    return max(k for k, _ in self.ranks), max(j for _, j in self.ranks)
 
   def layer(self, index: int) -> 'IdentityMinusGram':
     if self.ranks is None:
@@ -85,7 +93,7 @@ class IdentityMinusGram(Structured):
   @classmethod
   def stack(cls, leaves: list['IdentityMinusGram']) -> 'IdentityMinusGram':
     def padded(factors: list[Any]) -> Any:
-      width = max(f.shape[-1] for f in factors)
+      width = max(1, *(f.shape[-1] for f in factors))
       xp = np if isinstance(factors[0], np.ndarray) else jnp
       return xp.stack([xp.pad(f, ((0, 0), (0, width - f.shape[-1]))) for f in factors])
 

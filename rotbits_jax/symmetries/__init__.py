@@ -18,8 +18,12 @@ In the order of reading:
 
 from rotbits_jax.symmetries.biases import remove_biases
 from rotbits_jax.symmetries.canonical import CANONICALISERS
+from rotbits_jax.symmetries.canonical import Canonicaliser
 from rotbits_jax.symmetries.canonical import Polar
 from rotbits_jax.symmetries.canonical import polar
+from rotbits_jax.symmetries.canonical import polar_shortcut
+from rotbits_jax.symmetries.canonical import qr
+from rotbits_jax.symmetries.canonical import svd
 from rotbits_jax.symmetries.heads import remove_query_key_gauge
 from rotbits_jax.symmetries.heads import remove_value_gauge
 from rotbits_jax.symmetries.low_rank import fix_pairs
@@ -46,6 +50,7 @@ from rotbits_jax.symmetries.transform import run_chain
 
 __all__ = [
   'CANONICALISERS',
+  'Canonicaliser',
   'Context',
   'Note',
   'Polar',
@@ -60,6 +65,8 @@ __all__ = [
   'make_context',
   'note',
   'polar',
+  'polar_shortcut',
+  'qr',
   'random_rotation',
   'randomly_rotated',
   'remove_biases',
@@ -72,4 +79,5 @@ __all__ = [
   'rewrite',
   'rotate',
   'run_chain',
+  'svd',
 ]
