@@ -136,6 +136,7 @@ class CheckpointTest(parameterized.TestCase):
   def check_round_trip(self, source=None):
     rotbits_jax.encode_to_file(source or self.source, self.file)
     rotbits_jax.decode_to_directory(self.file, self.output)
+    self.assertTrue(rotbits_jax.verify(self.file, against=self.output).same_bits)
     given = {x.name: x.read_bytes() for x in self.source.iterdir()}
     self.assertEqual({x.name: x.read_bytes() for x in self.output.iterdir()}, given)
     report = rotbits_jax.inspect(self.file)
@@ -257,6 +258,18 @@ class CheckpointTest(parameterized.TestCase):
       with self.assertRaises(rotbits_jax.ContainerError):
         rotbits_jax.decode_to_directory(bytes(damaged), self.output)
       self.assertFalse(self.output.exists())
+
+  def test_another_checkpoint_is_not_what_was_encoded(self):
+    path = self.source / 'model.safetensors'
+    safetensors_files.write(path, _tensors())
+    rotbits_jax.encode_to_file(self.source, self.file)
+    safetensors_files.write(path, _tensors() | {'scale': np.float32(3)})
+    with self.assertRaisesRegex(rotbits_jax.ContainerError, 'scale: differs'):
+      rotbits_jax.verify(self.file, against=self.source)
+    safetensors_files.write(path, _tensors())
+    path.write_bytes(path.read_bytes().replace(b'"format":"pt"', b'"format":"tp"'))
+    with self.assertRaisesRegex(rotbits_jax.ContainerError, 'safetensors: differs'):
+      rotbits_jax.verify(self.file, against=self.source)
 
   def test_tensors_that_overlap_are_refused(self):
     layout = checkpoints.WeightsFile('x', 10, (('a', 2), ('b', 5)))

@@ -162,6 +162,7 @@ def save_checkpoint(
   format: Format = 'safetensors',
   *,
   shard_size: int | None = None,
+  overwrite: bool = True,
 ) -> None:
   """Saves a checkpoint with the tensor names, shapes and dtypes of the original.
 
@@ -175,10 +176,12 @@ def save_checkpoint(
     directory: the directory, which is made if it does not exist.
     format: see `CheckpointWriter`.
     shard_size: see `CheckpointWriter`.
+    overwrite: see `CheckpointWriter`.
 
   Raises:
     CheckpointError: if the format does not support the dtype of a tensor.
     ValueError: if the format does not suit the model, or a file name is not valid.
+    OSError: if the directory cannot be written, or a file must not be replaced.
   """
   model, files, stem = checkpoint
   leaves = [
@@ -200,6 +203,7 @@ def save_checkpoint(
       if isinstance(leaf, structured.FactorPair)
     },
     buffers=model.buffers,
+    overwrite=overwrite,
   )
   del leaves
   with writer:

@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from rotbits_jax import outputs
 from rotbits_jax.checkpoints import errors
 from rotbits_jax.checkpoints import lazy
 from rotbits_jax.checkpoints import writer
@@ -171,6 +172,7 @@ class TensorFilesWriter:
     sizes: Mapping[str, int],
     rests: Mapping[str, bytes],
     files: Mapping[str, bytes],
+    overwrite: bool = True,
   ):
     """Checks the names and the sizes. Nothing is written yet.
 
@@ -180,13 +182,15 @@ class TensorFilesWriter:
       sizes: bytes of each tensor.
       rests: what is between the tensors of each file, joined.
       files: the files to put beside the weights, by name.
+      overwrite: whether files that exist may be replaced.
 
     Raises:
       ValueError: if a name is not that of a file, or the parts of a file do not make
         it up.
     """
-    writer.check_names((*files, *(file.name for file in weights)))
-    self._directory = pathlib.Path(directory).absolute()
+    self._names = [file.name for file in weights]
+    writer.check_names((*files, *self._names))
+    self._path, self._overwrite = directory, overwrite
     self._weights, self._files, self._rests = weights, files, rests
     self._parts = {file.name: file.rest(sizes) for file in weights}
     for name, parts in self._parts.items():
@@ -197,8 +201,20 @@ class TensorFilesWriter:
     }
 
   def __enter__(self) -> 'TensorFilesWriter':
+    """Makes the staging directory.
+
+    Raises:
+      OSError: if the directory cannot be written, if a file in it must not be replaced,
+        or if another process writes it.
+    """
+    self._directory = outputs.directory_target(self._path)
+    if self._directory.exists():
+      for name in (*self._files, *self._names):
+        outputs.check(self._directory / name, overwrite=self._overwrite)
     with contextlib.ExitStack() as stack:
-      self._staging = stack.enter_context(writer.staging(self._directory))
+      stack.enter_context(outputs.named(self._path))
+      staged = outputs.fresh(writer.staging(self._directory))
+      self._staging = stack.enter_context(staged)
       for name, content in self._files.items():
         (self._staging / name).write_bytes(content)
       for file in self._weights:
@@ -232,4 +248,4 @@ class TensorFilesWriter:
       if self._places:
         shown = ', '.join(itertools.islice(self._places, 8))
         raise ValueError(f'{len(self._places)} tensors are missing, such as {shown}')
-      writer.move(self._staging, self._directory)
+      writer.move(self._staging, self._directory, self._names)

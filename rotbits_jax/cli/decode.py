@@ -1,7 +1,7 @@
 """Decodes a file into a checkpoint again.
 
   rotbits decode --input=FILE --output=DIR [--format=safetensors|slicegpt]
-    [--shard_size=2GB] [--json] [--verbose]
+    [--shard_size=2GB] [--overwrite] [--json] [--verbose]
 
 Example:
 
@@ -12,7 +12,8 @@ in DIR/model.safetensors or, with --shard_size, in shards and an index. The othe
 come back too: configs, tokenizer, license, model card, code. `slicegpt` writes the .pt
 and .json that Microsoft's SliceGPT reads. Plain tensors (a checkpoint of an unknown
 family) come back in the files that they were in, byte for byte. FILE may be the path
-that shards were written to, or their index. One layer at a time is in memory.
+that shards were written to, or their index. One layer at a time is in memory. Files in
+DIR that exist are replaced with --overwrite only; other files stay.
 
 A dense checkpoint loads in transformers. A sliced one does not, because transformers
 has no sliced models. `rotbits generate --model=DIR` runs it, and so does Microsoft's
@@ -60,6 +61,9 @@ _SHARD_SIZE = flags.DEFINE_string(
   'Bytes of one file of weights, at most, like 2GB; one file unless said otherwise.',
   flag_values=FLAGS,
 )
+_OVERWRITE = flags.DEFINE_bool(
+  'overwrite', False, 'Replace files that exist.', flag_values=FLAGS
+)
 _JSON, _VERBOSE = program.define_output_flags(FLAGS)
 
 SLICED = """The model is sliced: transformers cannot load it. To run it:
@@ -69,12 +73,12 @@ rotbits decode --help."""
 
 
 def main() -> None:
-  program.check_output_directory(_OUTPUT.value)
   rotbits_jax.decode_to_directory(
     _INPUT.value,
     _OUTPUT.value,
     format=typing.cast(checkpoints.Format, _FORMAT.value),
     shard_size=program.parse_size('shard_size', _SHARD_SIZE.value),
+    overwrite=_OVERWRITE.value,
     progress=True,
   )
   with file.Reader(_INPUT.value) as reader:

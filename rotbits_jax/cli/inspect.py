@@ -7,7 +7,8 @@ Example:
   rotbits inspect --input=smollm2.rotbits
 
 The bytes saved add up to the difference between the sizes exactly. Layers of one kind
-are one row; --verbose gives each of them a row. Nothing is decoded.
+are one row; --verbose gives each of them a row. Only the header of the file is read;
+`rotbits verify` reads and checks the rest.
 
 JSON:
 
@@ -44,6 +45,7 @@ def main() -> None:
   else:
     width = None if _VERBOSE.value else program.terminal_width()
     print(report.to_text(verbose=_VERBOSE.value, width=width))
+    print('\nOnly the header was read; rotbits verify checks the rest.')
 
 
 def run() -> int:

@@ -9,6 +9,7 @@ COMMANDS = {
   'encode': 'make a checkpoint one smaller file',
   'decode': 'make the file a checkpoint again',
   'inspect': 'show what a file holds and what made it small',
+  'verify': 'check that a file is undamaged, and is the checkpoint',
   'evaluate': 'measure perplexity, and KL divergence from another model',
   'generate': 'print what a model writes after a prompt',
   'slice': 'make a dense checkpoint narrower, with SliceGPT',

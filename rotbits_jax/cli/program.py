@@ -4,7 +4,8 @@ Exit codes: 0 success; 1 a fault of this program, with its traceback; 2 bad inpu
 one line on stderr and nothing written; 130 interrupted.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+import contextlib
 import inspect
 import json
 import logging
@@ -12,6 +13,7 @@ import os
 import pathlib
 import re
 import shutil
+import signal
 import sys
 import traceback
 from typing import Any
@@ -23,7 +25,6 @@ import rotbits_jax
 from rotbits_jax.file import container
 
 BAD_INPUT = 2  # bad flags, too
-INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 
 # What names a checkpoint's file, so that a damaged one is not taken for an encoded one.
 _CHECKPOINT_SUFFIXES = ('.bin', '.gguf', '.json', '.pt', '.safetensors')
@@ -50,6 +51,41 @@ def define_output_flags(
   return json_flag, verbose
 
 
+class Stopped(KeyboardInterrupt):
+  """A signal that asks the process to end; what is half-written is removed.
+
+  Attributes:
+    signal: its number.
+  """
+
+  def __init__(self, number: int):
+    """Keeps the number of the signal."""
+    super().__init__()
+    self.signal = number
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[None]:
+  """Makes signals that end a process an exception, as SIGINT is one."""
+  handled = [signal.SIGTERM, getattr(signal, 'SIGHUP', signal.SIGTERM)]
+
+  def stop(number: int, frame: Any) -> None:
+    for each in handled:  # the next one does not disturb the removal
+      signal.signal(each, signal.SIG_IGN)
+    raise Stopped(number)
+
+  found = {each: signal.getsignal(each) for each in handled}
+  for each, handler in found.items():
+    if handler not in (signal.SIG_IGN, None):  # it is ignored under nohup
+      signal.signal(each, stop)
+  try:
+    yield
+  finally:
+    for each, handler in found.items():
+      if handler is not None:
+        signal.signal(each, handler)
+
+
 def run(command: Callable[[], None], flag_values: flags.FlagValues) -> int:
   """Parses `sys.argv` and runs a command.
 
@@ -71,11 +107,14 @@ def run(command: Callable[[], None], flag_values: flags.FlagValues) -> int:
     return 0
   logging.getLogger('jax').setLevel(logging.ERROR)  # not "no GPU found" and the like
   try:
-    _parse(flag_values)
-    command()
-    sys.stdout.flush()
+    with _signals():
+      _parse(flag_values)
+      command()
+      sys.stdout.flush()
+  except Stopped as error:
+    return 128 + error.signal  # as shells have it
   except KeyboardInterrupt:
-    return INTERRUPTED
+    return 128 + signal.SIGINT
   except BrokenPipeError:  # the reader of a pipe, such as `head`, has seen enough
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
@@ -108,29 +147,6 @@ def terminal_width() -> int | None:
 def print_json(value: dict[str, Any]) -> None:
   """Prints a JSON object on one line."""
   print(json.dumps(value, allow_nan=False))
-
-
-def check_output_file(path: str) -> None:
-  """Refuses a file that cannot be written, before the work rather than after.
-
-  Raises:
-    OSError: if the path is a directory or its parent is none.
-  """
-  if os.path.isdir(path):
-    raise IsADirectoryError(f'{path}: is a directory, not a file to write')
-  parent = pathlib.Path(path).parent
-  if not parent.is_dir():
-    raise NotADirectoryError(f'{path}: no such directory: {parent}')
-
-
-def check_output_directory(path: str) -> None:
-  """Refuses a directory that cannot be made, before the work rather than after.
-
-  Raises:
-    OSError: if the path is a file.
-  """
-  if os.path.exists(path) and not os.path.isdir(path):
-    raise NotADirectoryError(f'{path}: is a file, not a directory to write to')
 
 
 def read_model(path: str) -> rotbits_jax.Checkpoint:

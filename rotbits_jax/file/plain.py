@@ -87,7 +87,7 @@ class Job:
     """
     last = list(self.sizes)[-1:]
     done = list(work.done) if work is not None else []
-    kept = True
+    count, kept = 0, True
     for shard in shards:
       is_last = set(last) <= set(shard.units)
       files = self._files if is_last else {}
@@ -100,14 +100,18 @@ class Job:
         [layout.name for layout in weights],
       )
       for name in shard.units:
-        entry = done.pop(0) if kept and done else None
         kept = (
-          entry is not None
-          and (entry[0], entry[1].name) == (shard.name, name)
-          and writer.keep(entry[1])
+          kept
+          and count < len(done)
+          and (done[count][0], done[count][1].name) == (shard.name, name)
+          and writer.keep(done[count][1])
         )
+        if not kept and work is not None and count < len(done):
+          work.forget(count)
+          done = done[:count]
         if not kept:
           self._write_unit(writer, shard, name, work)
+        count += 1
         bar.update()
       for layout in weights:
         assert self._tensors is not None

@@ -1,4 +1,8 @@
-"""Arrays whose entries all are the same."""
+"""The leaf for an array whose entries are all equal.
+
+An example is the scale of a norm, once it has been folded into the kernels that read
+the norm: all its entries are then 1.
+"""
 
 from typing import Any, ClassVar
 
@@ -32,7 +36,7 @@ class Constant(Structured):
 
   @classmethod
   def like(cls, array: Any, value: float) -> 'Constant':
-    """Returns a constant with the shape and the dtype of an unstacked array."""
+    """Makes a leaf of the shape and dtype of an unstacked array."""
     return cls(np.array(value, array.dtype), tuple(array.shape))
 
   @property
