@@ -346,11 +346,10 @@ class Reader:
       data = file.checked(name, unit.nbytes, unit.crc32)
       targets = None
       if out is not None:
-        targets = [
-          array
-          for leaf, specs in unit.leaf_specs()
-          for array in out.get(leaf.path) or map(weights.empty, specs)
-        ]
+        targets = []
+        for leaf, specs in unit.leaf_specs():
+          new = [weights.empty(x.shape, x.dtype) for x in specs if leaf.path not in out]
+          targets += out.get(leaf.path, new)
       try:
         arrays = iter(weights.decode(unit.coder, data, out=targets))
       except ValueError as error:
