@@ -178,6 +178,7 @@ class TestEncode:
         f'--checkpoint={SLICED}',
         f'--output={tmp_path / "out"}',
         '--config=free',
+        '--overwrite',
         *override,
         '--json',
       )
@@ -248,8 +249,10 @@ class TestInspect:
     code, out, _ = rotbits('inspect', f'--input={encoded / "free"}')
     assert code == 0
     config = rotbits_jax.load(encoded / 'free').config
-    (row,) = (line for line in out.splitlines() if 'layers.*/mlp_shortcut' in line)
-    assert row.split()[1:3] == ['identity_minus_gram', str(config.num_layers)]
+    rows = [line.split() for line in out.splitlines() if 'identity_minus_gram' in line]
+    shortcuts = ['layers.*/attention_shortcut', 'layers.*/mlp_shortcut']
+    assert [row[0] for row in rows] == shortcuts
+    assert [int(row[2]) for row in rows] == [config.num_layers] * 2
     assert 'layers.0' not in out
     assert 'Adapters' in out
 

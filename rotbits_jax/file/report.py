@@ -123,7 +123,6 @@ def summary(notes: list[dict[str, Any]]) -> list[dict[str, Any]]:
     if all('shape' in note for note in own):
       whole = sum(math.prod(note['shape']) for note in own)
       row['saved'] = whole - sum(note['numbers'] for note in own)
-      row['error'] = max(note['error'] for note in own)
     else:
       numbers = [key for key, x in own[0].items() if not isinstance(x, str)]
       for key in numbers:
@@ -131,6 +130,8 @@ def summary(notes: list[dict[str, Any]]) -> list[dict[str, Any]]:
         if all(isinstance(x, (int, float)) for x in found) and found:
           least, most = min(found), max(found)
           row[key] = least if least == most else f'{_cell(least)} to {_cell(most)}'
+    if all('error' in note for note in own):
+      row['error'] = max(note['error'] for note in own)
     rows.append(row)
   return rows
 
