@@ -24,8 +24,8 @@ setuptools.setup(
     'absl-py>=2.1',  # the commands' flags
     'chex>=0.1.88',
     'flax>=0.10.2',  # forward passes and PyTree dataclasses
-    'jax>=0.5',
-    'jaxlib>=0.5',
+    'jax>=0.8',
+    'jaxlib>=0.8',
     'ml_collections>=1.0',  # config files of the presets
     'numpy>=2.0',
     'optax>=0.2.4',  # the cross entropy of perplexity

@@ -40,10 +40,10 @@ SEQUENCE_LENGTH = 1024
 
 FLAGS = flags.FlagValues()
 _QUICK = flags.DEFINE_bool(
-  'quick', False, 'A small model and no slicing: a minute.', flag_values=FLAGS
+  'quick', False, 'Takes a small sliced model, for a minute.', flag_values=FLAGS
 )
 _SPARSITY = flags.DEFINE_float(
-  'sparsity', 0.25, 'What SliceGPT removes.', flag_values=FLAGS
+  'sparsity', 0.25, 'The part of the hidden size to remove.', flag_values=FLAGS
 )
 _OUTPUT = flags.DEFINE_string(
   'output', 'demo_output', 'The directory for the files.', flag_values=FLAGS
@@ -67,7 +67,7 @@ class Subject(NamedTuple):
 
 
 class Row(NamedTuple):
-  """One line of the table; None where there is nothing to measure.
+  """A line of the table. A field is None if it cannot be measured.
 
   Attributes:
     subject: name of the checkpoint.
@@ -128,7 +128,7 @@ def slice_smollm2(sparsity: float, output: pathlib.Path) -> tuple[Subject, float
 
 
 class Timed(NamedTuple):
-  """A file that was written and read again, and how long that took."""
+  """A model that was encoded and loaded, with the size of the file and the times."""
 
   model: rotbits_jax.Model
   bytes: int
@@ -142,7 +142,7 @@ def encode_and_load(
   preset: str,
   **options: Any,
 ) -> Timed:
-  """Encodes a checkpoint to a file and loads it as JAX arrays."""
+  """Encodes a checkpoint to a file and loads the file as JAX arrays."""
   start = time.perf_counter()
   data = rotbits_jax.encode(
     checkpoint.model,
@@ -196,7 +196,7 @@ def measure(
     timed = encode_and_load(checkpoint, path, preset)
     sizes[preset] = timed.bytes
     seconds[preset] = timed.encode_seconds, timed.decode_seconds
-    # What has the same bits has the same predictions.
+    # A model with the same bits has the same predictions.
     compared[preset] = model if _same_bits(timed.model, model) else timed.model
   compared[REROUNDED] = symmetries.randomly_rotated(model, key=jax.random.key(0))
   references = {'tensors': model}
@@ -279,7 +279,7 @@ def verdict(rows: list[Row]) -> str | None:
 
 
 def read_data(name: str) -> str:
-  """A text that ships with the package."""
+  """Returns a text that is part of the package."""
   return (importlib.resources.files('rotbits_jax') / 'data' / name).read_text('utf-8')
 
 

@@ -10,16 +10,15 @@ the first checkpoint. Sections of the output that other benchmarks measure stay.
 
 import datetime
 import pathlib
-import platform
 import sys
 import tempfile
 import textwrap
 from typing import Any
 
 from absl import flags
-import jax
 
 from benchmarks import demo
+from benchmarks import sections
 import rotbits_jax
 from rotbits_jax import evaluation
 from rotbits_jax import outputs
@@ -41,10 +40,10 @@ _SMOLLM2 = flags.DEFINE_float(
   flag_values=FLAGS,
 )
 _TEXT = flags.DEFINE_string(
-  'text', None, 'A text to evaluate on.', required=True, flag_values=FLAGS
+  'text', None, 'The evaluation text.', required=True, flag_values=FLAGS
 )
 _MAX_TOKENS = flags.DEFINE_integer(
-  'max_tokens', None, 'Tokens of the text to use.', flag_values=FLAGS
+  'max_tokens', None, 'Number of tokens of the text to use.', flag_values=FLAGS
 )
 _OUTPUT = flags.DEFINE_string(
   'output', 'RESULTS.md', 'The file to write.', flag_values=FLAGS
@@ -63,7 +62,7 @@ SCHEMES: dict[str, dict[str, Any]] = {
   'polar_shortcut, haar': {},
   'the same, entropy coded': {'entropy': True},
 }
-"""Parts of the preset `paper` that are compared."""
+"""The options of the preset `paper` that are compared."""
 
 MOST_PERPLEXITY = 1000  # random weights say nothing about text
 
@@ -71,7 +70,7 @@ MOST_PERPLEXITY = 1000  # random weights say nothing about text
 def bits_back_table(
   path: pathlib.Path, text: str, output: pathlib.Path, max_tokens: int | None
 ) -> str:
-  """The schemes of the preset `paper` side by side."""
+  """Returns a table of the schemes of the preset `paper`."""
   checkpoint = rotbits_jax.load_checkpoint(path)
   model, tokens = checkpoint.model, evaluation.encode_text(checkpoint.files, text)
   parameters = sum(d * (d - 1) // 2 for d in model.config.segment_widths)
@@ -134,23 +133,13 @@ def published_section(
   )
 
 
-def replace_section(results: str, title: str, body: str) -> str:
-  """Returns the document with another body in a section, which may be new."""
-  heading = f'\n## {title}\n'
-  before, found, rest = results.partition(heading)
-  after = rest[rest.find('\n## ') :] if '\n## ' in rest else ''
-  if not found:
-    before, after = f'{results.rstrip()}\n', ''
-  return f'{before}{heading}\n{body}{after}'
-
-
 def weights_file(path: pathlib.Path) -> pathlib.Path:
-  """The weights of a sliced checkpoint, given itself or its directory."""
+  """Returns the weights file of a sliced checkpoint, given that file or a directory."""
   if not path.is_dir():
     return path
   candidates = [*path.glob('*.pt'), *path.glob('*.safetensors')]
   if len(candidates) != 1:
-    raise ValueError(f'{path}: {len(candidates)} weights files; name one')
+    raise ValueError(f'{path}: expected one weights file, got {len(candidates)}')
   return candidates[0]
 
 
@@ -161,7 +150,6 @@ def main() -> None:
   outputs.check(output, overwrite=True)
   name, most = pathlib.Path(_TEXT.value).name, _MAX_TOKENS.value
   tokens = f'the first {most:,} tokens of {name}' if most else name
-  results = output.read_text() if output.exists() else '# Results\n'
   with tempfile.TemporaryDirectory() as directory:
     work = pathlib.Path(directory)
     subjects = []
@@ -176,17 +164,14 @@ def main() -> None:
     ]
     first = subjects[1 if _SMOLLM2.value is not None else 0]
     report = rotbits_jax.inspect(demo.encoded_path(first.name, 'free', work))
-    sections = {
+    found = {
       SMALL: small_section(rows, tokens),
       WHERE: where_section(report, first.name),
       PUBLISHED: published_section(paths[0], text, work, most),
     }
-  device = f'{platform.machine()} {jax.devices()[0].device_kind}'
-  for title, body in sections.items():
-    made = f'{datetime.date.today()}, {device}, jax {jax.__version__}'
-    line = f'`python -m benchmarks.results`, {made}.\n'
-    results = replace_section(results, title, line + body)
-  output.write_text(results)
+  made = f'`python -m benchmarks.results`, {datetime.date.today()}, '
+  for title, body in found.items():
+    sections.write(output, title, f'{made}{sections.machine()}.\n{body}')
 
 
 if __name__ == '__main__':

@@ -1,4 +1,8 @@
-"""Tests compile many small programs once: less optimisation is faster in all."""
+"""Settings of all tests.
+
+Tests compile many small programs and run each of them once. Therefore XLA optimises
+less, which takes less time in total.
+"""
 
 import os
 

@@ -78,13 +78,6 @@ class TestTable:
 
 
 class TestResults:
-  def test_sections_are_replaced_and_others_stay(self):
-    document = '# Results\n\n## A\n\nold\n\n## B\n\nother\n'
-    replaced = results.replace_section(document, 'A', 'new\n')
-    assert replaced == '# Results\n\n## A\n\nnew\n\n## B\n\nother\n'
-    added = results.replace_section(document, 'C', 'new\n')
-    assert added == f'{document}\n## C\n\nnew\n'
-
   def test_random_weights_are_refused(self):
     rows = [demo.Row('random', demo.TENSORS, 1, 4000.0)]
     with pytest.raises(ValueError, match='no model of text'):

@@ -1,4 +1,4 @@
-"""Structured leaves: what is stored is enough to get the leaf back."""
+"""Structured leaves come back from the numbers that they store."""
 
 from absl.testing import absltest
 from absl.testing import parameterized

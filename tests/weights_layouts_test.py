@@ -1,4 +1,4 @@
-"""Numbers divide into symbols and rests and come back; rests in planes likewise."""
+"""Numbers are split into symbols and rests and joined again; rests go into planes."""
 
 from absl.testing import absltest
 from absl.testing import parameterized
@@ -17,7 +17,7 @@ INTEGERS = (np.int8, np.uint8, np.int16, np.uint16)
 
 
 def _patterns(dtype):
-  """All bit patterns, or many."""
+  """Returns all bit patterns of 8 or 16 bits, or many of 32 bits."""
   width = 8 * np.dtype(dtype).itemsize
   if width <= 16:
     return np.arange(1 << width).astype(f'u{width // 8}')
@@ -76,7 +76,7 @@ class FloatsTest(parameterized.TestCase):
 
 
 class FloorTest(parameterized.TestCase):
-  """Numbers whose small ones share a step; the reference counts steps in float64."""
+  """Small numbers share a step; the reference counts the steps in float64."""
 
   @parameterized.product(dtype=FLOATS, floor=[1, 2, 9, 25])
   def test_magnitudes_above_a_floor(self, dtype, floor):
@@ -111,12 +111,12 @@ class FloorTest(parameterized.TestCase):
 
 
 def _floored(bits, layout, floor):
-  """Numbers with what lies below the step of a floor cut off."""
+  """Rounds numbers towards zero to multiples of the step of a floor."""
   top = layout.mantissa
   magnitude = bits & ((1 << layout.width - 1) - 1)
   exponent = np.maximum(magnitude >> top, 1).astype(np.int64)
   below = np.clip(floor - exponent, 0, layout.width - 1).astype(bits.dtype)
-  # The leading 1 of a number goes, too, if it is below the step.
+  # The leading 1 of a number is also cut off, if it is below the step.
   cut = np.where(below > top, bits & (1 << layout.width - 1), bits >> below << below)
   return cut.astype(bits.dtype)
 
@@ -222,7 +222,7 @@ class PlanesTest(parameterized.TestCase):
     sizes = planes.sizes(count, lanes, rest)
     packed = planes.pack(values, lanes, rest)
     self.assertEqual(packed.size, sum(sizes))
-    # Less than a row of bytes is wasted in a plane.
+    # Each plane wastes less than a row of bytes.
     self.assertLess(8 * packed.size - rest * count, 8 * lanes * max(len(sizes), 1))
     padded = jnp.asarray(np.pad(packed, (0, lanes)))
     starts = jnp.asarray(np.cumsum([0, *sizes])[:-1], jnp.int32)

@@ -36,7 +36,7 @@ from rotbits_jax.evaluation import published
 
 FLAGS = flags.FlagValues()
 _MODEL = flags.DEFINE_string(
-  'model', None, 'The name, or the config.json.', required=True, flag_values=FLAGS
+  'model', None, 'A name, or a path.', required=True, flag_values=FLAGS
 )
 _SLICING = flags.DEFINE_float(
   'slicing',
@@ -59,7 +59,7 @@ _LABELS = {
 
 
 def read_config(path: str) -> models.ModelConfig:
-  """Reads a `config.json`, or the one in a directory.
+  """Reads a `config.json`, or the `config.json` in a directory.
 
   Raises:
     ValueError: if it is not the config of a known family.
@@ -67,8 +67,8 @@ def read_config(path: str) -> models.ModelConfig:
   file = (
     pathlib.Path(path, 'config.json') if os.path.isdir(path) else pathlib.Path(path)
   )
-  if file.suffix != '.json':  # weights, perhaps, and too large to try
-    raise ValueError(f'{file}: is neither a config.json nor a directory that has one')
+  if file.suffix != '.json':  # it may be a weights file, which is too large to parse
+    raise ValueError(f'{file}: neither a config.json nor a directory that has one')
   try:
     return checkpoints.parse_config(json.loads(file.read_bytes()))
   except checkpoints.CheckpointError as error:
@@ -78,7 +78,7 @@ def read_config(path: str) -> models.ModelConfig:
 
 
 def to_text(result: dict[str, Any]) -> str:
-  """The same as a table for people; what there is none of is left out."""
+  """Formats the result as a table. Rows without a value are omitted."""
   lines = [f'{result["model"]} sliced by {result["slicing"]:g} to {result["width"]}']
   lines.append(f'{"":24}{"numbers":>16}{"reduction":>12}')
   for name, label in _LABELS.items():

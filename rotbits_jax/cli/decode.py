@@ -1,4 +1,4 @@
-"""Decodes a file into a checkpoint again.
+"""Decodes a file to a checkpoint.
 
   rotbits decode --input=FILE --output=DIR [--format=safetensors|slicegpt]
     [--shard_size=2GB] [--overwrite] [--json] [--verbose]
@@ -52,17 +52,17 @@ _FORMAT = flags.DEFINE_enum(
   'format',
   'safetensors',
   typing.get_args(checkpoints.Format),
-  'The form of the weights.',
+  'Format of the weights.',
   flag_values=FLAGS,
 )
 _SHARD_SIZE = flags.DEFINE_string(
   'shard_size',
   None,
-  'Bytes of one file of weights, at most, like 2GB; one file unless said otherwise.',
+  'Greatest size of a weights file, like 2GB. By default there is one file.',
   flag_values=FLAGS,
 )
 _OVERWRITE = flags.DEFINE_bool(
-  'overwrite', False, 'Replace files that exist.', flag_values=FLAGS
+  'overwrite', False, 'Replace existing files.', flag_values=FLAGS
 )
 _JSON, _VERBOSE = program.define_output_flags(FLAGS)
 

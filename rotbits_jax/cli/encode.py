@@ -1,6 +1,6 @@
-r"""Encodes a checkpoint as one smaller file, or as shards.
+r"""Encodes a checkpoint as one smaller file, or as several (shards).
 
-  rotbits encode --checkpoint=DIR --output=FILE [--preset=free|exact|paper]
+  rotbits encode --checkpoint=DIR --output=FILE [--preset=free|exact|near|paper]
     [--shard_size=2GB] [--overwrite] [--verify] [--json] [--verbose]
     [--canonicaliser=polar_shortcut|qr|svd] [--rotation_codec=haar|symmetric_eig]
     [--correction=exact|threshold] [--entropy]
@@ -19,18 +19,20 @@ or of Microsoft's SliceGPT, or the path of a GGUF file. The presets:
          default for sliced checkpoints, which it makes a third smaller. A dense one
          becomes 0.3% smaller than with exact. Adapters that were trained on the input
          do not fit the decoded model.
+  near   changes the function a little and makes the file much smaller: numbers are
+         rounded to coarse steps. Measure what it costs with `rotbits evaluate`.
   paper  rotates the weights at random and gets the bits of the rotations back, as in
          arXiv 2410.01309. The function stays, the numbers change. The flags of the last
          two lines choose its parts: svd, symmetric_eig and threshold are as published.
 
---config=free, exact or paper, or the path of a file like them, sets the options of a
-preset:
+--config with the name of a preset, or with the path of a file like those in the folder
+configs of the package, sets the options of a preset:
 
   rotbits encode --checkpoint=DIR --output=FILE --config=free --config.tolerance=1.0
 
-The file appears when it is complete; one that exists is replaced with --overwrite only.
---verify decodes what was written before the file appears, and compares it with the
-checkpoint if the preset is `exact`.
+The file appears when it is complete. An existing file is replaced only with
+--overwrite. With --verify the file is decoded before it appears; if the preset is
+`exact`, the result is compared with the checkpoint.
 
 A few layers at a time are in memory. A run that was killed or interrupted leaves the
 folder `.FILE.partial`, and continues behind the last complete layer when the same
@@ -95,13 +97,13 @@ _PAPER = {
     name,
     None,
     known,
-    f'With --preset=paper; {known[0]} unless said otherwise.',
+    f'Only for --preset=paper; {known[0]} by default.',
     flag_values=FLAGS,
   )
   for name, known in presets.CHOICES.items()
 }
 _ENTROPY = flags.DEFINE_bool(
-  'entropy', None, 'With --preset=paper: code the numbers too.', flag_values=FLAGS
+  'entropy', None, 'Only for --preset=paper: entropy-code numbers.', flag_values=FLAGS
 )
 _CONFIG = config_flags.DEFINE_config_file(
   'config', None, 'A preset with its options: a name or a file.', flag_values=FLAGS
@@ -111,14 +113,14 @@ _JSON, _VERBOSE = program.define_output_flags(FLAGS)
 _SHARD_SIZE = flags.DEFINE_string(
   'shard_size',
   None,
-  'Bytes of one file, at most, like 2GB; one file unless said otherwise.',
+  'Greatest size of a file, like 2GB. By default there is one file.',
   flag_values=FLAGS,
 )
 _OVERWRITE = flags.DEFINE_bool(
-  'overwrite', False, 'Replace a file that exists.', flag_values=FLAGS
+  'overwrite', False, 'Replace an existing file.', flag_values=FLAGS
 )
 _VERIFY = flags.DEFINE_bool(
-  'verify', False, 'Decode what was written before it is there.', flag_values=FLAGS
+  'verify', False, 'Decode the file before it appears.', flag_values=FLAGS
 )
 _DISTRIBUTED = flags.DEFINE_bool(
   'distributed', False, 'Share the work with other processes.', flag_values=FLAGS
@@ -127,10 +129,10 @@ _COORDINATOR = flags.DEFINE_string(
   'coordinator', None, 'HOST:PORT of process 0.', flag_values=FLAGS
 )
 _NUM_PROCESSES = flags.DEFINE_integer(
-  'num_processes', None, 'How many processes.', lower_bound=1, flag_values=FLAGS
+  'num_processes', None, 'Number of processes.', lower_bound=1, flag_values=FLAGS
 )
 _PROCESS_ID = flags.DEFINE_integer(
-  'process_id', None, 'Which of them this is.', lower_bound=0, flag_values=FLAGS
+  'process_id', None, 'Number of this process.', lower_bound=0, flag_values=FLAGS
 )
 
 
@@ -141,8 +143,8 @@ def read_preset(kind: str) -> presets.Preset:
     kind: the preset that suits the checkpoint, if none is given.
 
   Raises:
-    ValueError: if both are given, if the config has a field that is no option, or if
-      a flag is not for the preset.
+    ValueError: if both flags are given, if the config has an unknown field, or if a
+      flag is for another preset.
   """
   parts: dict[str, Any] = {
     name: flag.value
@@ -155,7 +157,7 @@ def read_preset(kind: str) -> presets.Preset:
       raise ValueError(f'--{next(iter(parts))} is for --preset=paper, not {preset}')
     return presets.make(preset, **parts)
   if _PRESET.value is not None or parts:
-    raise ValueError('--config and flags of the preset exclude each other')
+    raise ValueError('--config cannot be combined with --preset or its options')
   fields = _CONFIG.value.to_dict()
   if 'preset' not in fields:
     raise ValueError('--config has no field preset')
@@ -206,7 +208,7 @@ def main() -> None:
 
 
 def local_mesh() -> jax.sharding.Mesh | None:
-  """The devices of this process side by side, if there are several."""
+  """Returns a mesh of the devices of this process; None if there is only one."""
   devices = jax.local_devices()
   if len(devices) == 1:
     return None

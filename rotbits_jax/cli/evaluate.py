@@ -1,4 +1,4 @@
-"""Measures a model's perplexity on a text, and how far it is from another model.
+"""Measures the perplexity of a model on a text, and its divergence from a reference.
 
   rotbits evaluate --model=DIR|FILE --text=FILE [--reference=DIR|FILE]
     [--max_tokens=N] [--json] [--verbose]
@@ -43,7 +43,7 @@ _REFERENCE = flags.DEFINE_string(
 _MAX_TOKENS = flags.DEFINE_integer(
   'max_tokens',
   None,
-  'Tokens of the text to use; all unless said otherwise.',
+  'Number of tokens of the text to use; all by default.',
   lower_bound=2,
   flag_values=FLAGS,
 )
@@ -51,7 +51,7 @@ _JSON, _VERBOSE = program.define_output_flags(FLAGS)
 
 
 def to_text(result: evaluation.Evaluation) -> str:
-  """A line for each number that was measured."""
+  """Formats the measured numbers, one a line."""
   lines = [f'perplexity   {result.perplexity:.4f} on {result.tokens:,} tokens']
   if result.kl is not None:
     lines.append(f'KL           {result.kl:.3g} from the reference')

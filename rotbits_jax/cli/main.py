@@ -1,4 +1,4 @@
-"""The `rotbits` program: hands the command line to one of the commands."""
+"""The `rotbits` program, which runs the command that the first argument names."""
 
 import importlib
 import sys
@@ -6,15 +6,15 @@ import sys
 import rotbits_jax
 
 COMMANDS = {
-  'encode': 'make a checkpoint one smaller file',
-  'decode': 'make the file a checkpoint again',
-  'inspect': 'show what a file holds and what made it small',
-  'verify': 'check that a file is undamaged, and is the checkpoint',
-  'evaluate': 'measure perplexity, and KL divergence from another model',
-  'generate': 'print what a model writes after a prompt',
-  'slice': 'make a dense checkpoint narrower, with SliceGPT',
-  'accounting': 'count what a model would come to, from its sizes alone',
-  'completion': 'print a script that completes commands and flags in a shell',
+  'encode': 'encodes a checkpoint as a smaller file',
+  'decode': 'decodes a file to a checkpoint',
+  'inspect': 'shows the content of a file and the bytes that each step saved',
+  'verify': 'checks that a file is undamaged and matches its checkpoint',
+  'evaluate': 'measures perplexity, and KL divergence from another model',
+  'generate': 'prints the text that a model generates after a prompt',
+  'slice': 'slices a dense checkpoint with SliceGPT',
+  'accounting': 'computes sizes of a sliced model without its weights',
+  'completion': 'prints a script that completes commands and flags in a shell',
 }
 
 USAGE = """\
@@ -57,12 +57,12 @@ def main() -> int:
     return 0
   if name not in COMMANDS:
     print(
-      f'rotbits: no command {name!r}; the commands are {", ".join(COMMANDS)}',
+      f'rotbits: unknown command {name!r}; the commands are {", ".join(COMMANDS)}',
       file=sys.stderr,
     )
     return 2
   del sys.argv[1]
-  # Only the chosen command is imported; the others' imports would cost seconds.
+  # Only this command is imported, because importing all of them would take seconds.
   return importlib.import_module(f'rotbits_jax.cli.{name}').run()
 
 

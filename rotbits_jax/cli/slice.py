@@ -41,7 +41,7 @@ from rotbits_jax import outputs
 from rotbits_jax import slicing
 from rotbits_jax.cli import program
 
-MAX_SEQUENCE_LENGTH = 2048  # SliceGPT's default; fewer if the model has fewer positions
+MAX_SEQUENCE_LENGTH = 2048  # SliceGPT's default
 
 FLAGS = flags.FlagValues()
 _MODEL = flags.DEFINE_string(
@@ -53,7 +53,7 @@ _OUTPUT = flags.DEFINE_string(
 _SPARSITY = flags.DEFINE_float(
   'sparsity',
   None,
-  'The part of the hidden size to remove, from 0 to below 1.',
+  'The part of the hidden size to remove: at least 0, less than 1.',
   required=True,
   flag_values=FLAGS,
 )
@@ -64,33 +64,34 @@ _DTYPE = flags.DEFINE_enum(
   'dtype',
   'same',
   ['same', 'float16', 'bfloat16', 'float32'],
-  'What to round to; the same as the dense model unless said otherwise.',
+  'Dtype of the sliced model; by default that of the dense model.',
   flag_values=FLAGS,
 )
 _FINAL_ORIENTATION = flags.DEFINE_enum(
   'final_orientation',
   slicing.ORIENTATIONS[0],
   slicing.ORIENTATIONS,
-  'Whether what is left of a segment is rotated at random.',
+  'Coordinates of the residual stream: rotated at random, or principal components.',
   flag_values=FLAGS,
 )
 _ROUND_INTERVAL = flags.DEFINE_integer(
   'round_interval', 8, 'Widths are multiples of it.', lower_bound=1, flag_values=FLAGS
 )
 _SLICE_HEAD = flags.DEFINE_bool(
-  'slice_head', False, 'Slice what the head reads, too.', flag_values=FLAGS
+  'slice_head', False, 'Slice the input of the head, too.', flag_values=FLAGS
 )
 _SEQUENCES = flags.DEFINE_integer(
   'sequences',
   128,
-  'Sequences of the text to calibrate with, drawn at random.',
+  'Number of sequences of the text to calibrate with, drawn at random.',
   lower_bound=1,
   flag_values=FLAGS,
 )
 _SEQUENCE_LENGTH = flags.DEFINE_integer(
   'sequence_length',
   None,
-  f'Tokens in a sequence; at most {MAX_SEQUENCE_LENGTH} unless said otherwise.',
+  'Number of tokens in a sequence; by default the number of positions of the model, '
+  f'but at most {MAX_SEQUENCE_LENGTH}.',
   lower_bound=1,
   flag_values=FLAGS,
 )
@@ -102,12 +103,12 @@ _JSON, _VERBOSE = program.define_output_flags(FLAGS)
 _ENCODED = flags.DEFINE_string(
   'encoded',
   None,
-  'A file to encode the sliced model to, with the preset free.',
+  'A file for the sliced model, encoded with the preset free.',
   flag_values=FLAGS,
 )
 
 _OVERWRITE = flags.DEFINE_bool(
-  'overwrite', False, 'Replace files that exist.', flag_values=FLAGS
+  'overwrite', False, 'Replace existing files.', flag_values=FLAGS
 )
 
 
@@ -172,7 +173,11 @@ def main() -> None:
 
 
 def _check_outputs(names: list[str]) -> None:
-  """Refuses outputs that cannot be written, before slicing rather than after."""
+  """Checks that all outputs can be written, before the work begins.
+
+  Raises:
+    OSError: if one cannot be written.
+  """
   directory = outputs.directory_target(_OUTPUT.value)
   for name in names if directory.exists() else []:
     outputs.check(directory / name, overwrite=_OVERWRITE.value)

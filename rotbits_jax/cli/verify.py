@@ -1,4 +1,4 @@
-"""Reads and decodes everything in a file, and compares it with a checkpoint.
+"""Decodes and checks everything in a file, and compares it with a checkpoint.
 
   rotbits verify --input=FILE [--against=DIR] [--json] [--verbose]
 

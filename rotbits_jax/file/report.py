@@ -1,4 +1,4 @@
-"""What a file holds and what each step of the encoder saved, to the byte."""
+"""The report on a file: what each step of the encoder saved, to the byte."""
 
 import math
 import re
@@ -10,7 +10,7 @@ from rotbits_jax.symmetries import transform
 
 
 class Source(NamedTuple):
-  """One line of the report; lines add up to the whole saving."""
+  """A line of the report. All lines add up to the whole saving."""
 
   name: str
   numbers_saved: int
@@ -18,17 +18,18 @@ class Source(NamedTuple):
 
 
 class Report(NamedTuple):
-  """What is in a file.
+  """The content of a file in figures.
 
   Attributes:
-    preset: that it was encoded with.
-    family: of the model; None for a PyTree of arrays.
-    input_numbers: numbers of the input's tensors.
-    stored_numbers: numbers that the file keeps.
-    input_bytes: bytes of the input's tensors.
+    preset: name of the preset with which the file was encoded.
+    family: family of the model; None for a PyTree of arrays.
+    input_numbers: number of numbers in the tensors of the input.
+    stored_numbers: number of numbers that the file stores.
+    input_bytes: number of bytes of the tensors of the input.
     file_bytes: size of the file.
-    sources: where the difference comes from.
-    notes: what each transform did where, by the transform's name.
+    sources: the sources of the difference between the sizes.
+    notes: the notes of each transform, by its name. A note tells what the transform did
+      to a tensor.
   """
 
   preset: str
@@ -93,6 +94,9 @@ _REMARKS = {
   'free': 'The decoded model computes the same function up to rounding, in other '
   'coordinates: its weights are not those of the input. Adapters (LoRA) that were '
   'trained on the input do not fit it. Merge them first, or use the preset exact.',
+  'near': 'The decoded model computes nearly the same function, in other coordinates: '
+  'measure it with `rotbits evaluate`. Adapters (LoRA) that were trained on the input do '
+  'not fit it. Merge them first, or use the preset exact.',
   'paper': 'The decoded weights are rotated: they compute the same function up to '
   'rounding, but they are not those of the input. Adapters (LoRA) that were trained on '
   'the input do not fit them.',
@@ -137,7 +141,7 @@ def summary(notes: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def from_reader(reader: reader_lib.Reader) -> Report:
-  """The report of an opened file, or of all its shards."""
+  """Makes the report on an opened file, or on all its shards."""
   holders: list[Any] = []
   for own in reader.manifests:
     holders += own.units if own.message is None else [*own.units, own.message]

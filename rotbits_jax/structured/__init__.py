@@ -43,7 +43,6 @@ from rotbits_jax.structured.triangles import RowTrapezoids
 from rotbits_jax.structured.triangles import Trapezoidal
 from rotbits_jax.structured.triangles import lower_size
 from rotbits_jax.structured.triangles import pack_lower
-from rotbits_jax.structured.triangles import unpack
 from rotbits_jax.structured.triangles import unpack_lower
 
 __all__ = [
@@ -76,6 +75,5 @@ __all__ = [
   'register',
   'stack_key',
   'unflatten',
-  'unpack',
   'unpack_lower',
 ]

@@ -6,12 +6,14 @@ structured leaf that stands for an array only together with other parameters.
 """
 
 import abc
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from rotbits_jax import host
 
 Settings = dict[str, Any]  # JSON values
 Arrays = dict[str, np.ndarray]
@@ -51,12 +53,16 @@ class Structured(abc.ABC):
     """Stacks unstacked leaves with equal `structured.stack_key`: inverse of `layer`."""
     return jax.tree.map(_stack, *leaves)
 
-  def astype(self, dtype: Any) -> Self:
-    """Returns the leaf with its floating-point numbers in another dtype.
+  def map_numbers(self, function: Callable[[Any], Any]) -> Self:
+    """Applies a function to each array of floating-point numbers, such as a rounding.
 
-    A leaf whose numbers must keep their dtype overrides this method.
+    A leaf whose numbers must stay as they are overrides this method.
     """
-    return jax.tree.map(lambda x: _astype(x, dtype), self)
+    return jax.tree.map(lambda x: function(x) if is_plain(x) else x, self)
+
+  def astype(self, dtype: Any) -> Self:
+    """Returns the leaf with its floating-point numbers in another dtype."""
+    return self.map_numbers(lambda x: _astype(x, dtype))
 
   def stored_sizes(self) -> list[tuple[np.dtype, int]]:
     """Returns the dtype and the size of each array of `stored`, without computing them.
@@ -264,7 +270,8 @@ def _stack(*arrays: Any) -> Any:
   ):
     strides = first.nbytes, *first.strides
     return np.lib.stride_tricks.as_strided(first, (len(arrays), *first.shape), strides)
-  return np.stack(arrays)
+  stacked = host.empty((len(arrays), *first.shape), first.dtype)
+  return np.stack(arrays, out=stacked)
 
 
 def _astype(array: Any, dtype: Any) -> Any:

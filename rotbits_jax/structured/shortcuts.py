@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rotbits_jax import host
 from rotbits_jax.structured.base import Arrays
 from rotbits_jax.structured.base import Settings
 from rotbits_jax.structured.base import Structured
@@ -108,9 +109,14 @@ class IdentityMinusGram(Structured):
   @classmethod
   def stack(cls, leaves: list['IdentityMinusGram']) -> 'IdentityMinusGram':
     def padded(factors: list[Any]) -> Any:
-      width = max(1, *(f.shape[-1] for f in factors))
-      xp = np if isinstance(factors[0], np.ndarray) else jnp
-      return xp.stack([xp.pad(f, ((0, 0), (0, width - f.shape[-1]))) for f in factors])
+      (rows, _), width = factors[0].shape, max(1, *(f.shape[-1] for f in factors))
+      if not isinstance(factors[0], np.ndarray):
+        pad = lambda f: jnp.pad(f, ((0, 0), (0, width - f.shape[-1])))
+        return jnp.stack([pad(f) for f in factors])
+      stack = host.empty((len(factors), rows, width), factors[0].dtype)
+      for out, factor in zip(stack, factors, strict=True):
+        out[:, : factor.shape[-1]], out[:, factor.shape[-1] :] = factor, 0
+      return stack
 
     return cls(
       b=padded([leaf.b for leaf in leaves]),

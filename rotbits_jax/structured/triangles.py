@@ -3,6 +3,7 @@
 To pack a matrix is to keep only the entries where it may be nonzero, row by row.
 """
 
+import itertools
 from typing import Any, ClassVar
 
 from flax import struct
@@ -88,12 +89,14 @@ class RowTrapezoids(Structured):
 
   def stored(self) -> tuple[Settings, Arrays]:
     upper = np.asarray(self.upper)
-    settings = {
-      'blocks': list(self.blocks),
-      'full': self.full,
-      'columns': upper.shape[1],
-    }
-    return settings, {'upper': upper[_upper_mask(**settings)]}
+    columns = upper.shape[1]
+    stops = itertools.accumulate(self.blocks, initial=self.full)
+    parts = [
+      upper[start : start + rows][_upper_mask(rows, columns)]
+      for start, rows in zip(stops, self.blocks, strict=False)
+    ]
+    settings = {'blocks': list(self.blocks), 'full': self.full, 'columns': columns}
+    return settings, {'upper': np.concatenate([upper[: self.full].reshape(-1), *parts])}
 
   @classmethod
   def from_stored(cls, settings: Settings, arrays: Arrays) -> 'RowTrapezoids':
@@ -102,19 +105,28 @@ class RowTrapezoids(Structured):
     size = full * columns + sum(lower_size((columns, rows)) for rows in blocks)
     if arrays['upper'].shape != (size,):
       raise ValueError(f'{size} numbers are expected, got {arrays["upper"].shape}')
-    upper = unpack(arrays['upper'], _upper_mask(**settings))
+    values, position = arrays['upper'], full * columns
+    upper = np.zeros((full + sum(blocks), columns), values.dtype)
+    upper[:full] = values[:position].reshape(full, columns)
+    for start, rows in zip(
+      itertools.accumulate(blocks, initial=full), blocks, strict=False
+    ):
+      count = lower_size((columns, rows))
+      own = values[position : position + count]
+      upper[start : start + rows][_upper_mask(rows, columns)] = own
+      position += count
     return cls(upper, tuple(blocks), full)
 
 
-def _upper_mask(blocks: list[int], full: int, columns: int) -> np.ndarray:
-  ones = lambda rows: np.ones((rows, columns), bool)
-  return np.concatenate([ones(full), *(np.triu(ones(rows)) for rows in blocks)])
+def _upper_mask(rows: int, columns: int) -> np.ndarray:
+  """Returns a mask of the entries that are not below the diagonal."""
+  return ~np.tri(rows, columns, -1, dtype=np.bool)
 
 
 def pack_lower(matrix: Any) -> np.ndarray:
   """Returns the entries on and below the diagonal of `[rows, columns]`, row by row."""
   matrix = np.asarray(matrix)
-  return matrix[np.tril(np.ones(matrix.shape, bool))]
+  return matrix[np.tri(*matrix.shape, dtype=np.bool)]
 
 
 def lower_size(shape: tuple[int, ...]) -> int:
@@ -148,27 +160,9 @@ def unpack_lower(values: np.ndarray, shape: Any) -> np.ndarray:
       f'a {rows} x {columns} trapezoid has {lower_size((rows, columns))} numbers, '
       f'got {values.shape=}'
     )
-  return unpack(values, np.tril(np.ones(tuple(shape), bool)))
-
-
-def unpack(values: np.ndarray, mask: np.ndarray) -> np.ndarray:
-  """Puts values, row by row, where a mask is true, and zeros elsewhere.
-
-  Args:
-    values: `[n]`.
-    mask: bool, of any shape.
-
-  Returns:
-    An array of the mask's shape and the values' dtype.
-
-  Raises:
-    ValueError: if the mask does not have n true entries.
-  """
-  if values.shape != (mask.sum(),):
-    raise ValueError(
-      f'a matrix {mask.shape} of this kind has {mask.sum()} numbers, '
-      f'got {values.shape=}'
-    )
-  matrix = np.zeros(mask.shape, values.dtype)
-  matrix[mask] = values
+  corner = min(rows, columns)
+  inner = corner * (corner + 1) // 2
+  matrix = np.zeros((rows, columns), values.dtype)
+  matrix[:corner][np.tri(corner, columns, dtype=np.bool)] = values[:inner]
+  matrix[corner:] = values[inner:].reshape(rows - corner, columns)
   return matrix

@@ -1,21 +1,23 @@
-"""The rounding of float32 numbers to what is stored, once, after all transforms.
+"""The rounding of float32 numbers to the stored dtype, once, after all transforms.
 
-A floating-point dtype gives small numbers a finer step than large ones. The function of
-a model cannot tell, because a number's error acts beside the errors of the large
-numbers of the same array. So all numbers of an array are rounded to multiples of one
-step 2^q, and then to the nearest number of the dtype, which is coarser for large
-numbers only:
+The step of a dtype is the distance between neighbouring numbers. A floating-point dtype
+has a finer step for small numbers than for large ones. This precision has little effect
+on the function of a model, because the errors of the large numbers of the same array
+are larger. Therefore all numbers of an array are rounded to multiples of one step 2^q,
+and then to the nearest number of the dtype, which is coarser only for large numbers:
 
     q = floor(log2(rms) + octaves)
 
-where rms is the root of the mean square of the numbers that are not zero. With m bits
-of mantissa and octaves = -m, the numbers below 2 rms share the step that the dtype has
-at the rms. Such numbers take about a bit less, see `coding.weights.floats`. The maximal
-error of the array does not change; its mean square grows by less than a factor of 2.
+Here rms is the root of the mean square of the numbers that are not zero. If the
+mantissa has m bits and octaves is -m, 2^q is the step of the dtype at the rms, and the
+numbers below 2 rms share it. They take about one bit less, see `coding.weights.floats`.
+The greatest error in the array does not change. The mean square of the errors grows by
+less than a factor of 2.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 import functools
+import re
 from typing import Any, NamedTuple
 
 import jax
@@ -29,11 +31,11 @@ class Rounding(NamedTuple):
   """How the parameters of a model are rounded.
 
   Attributes:
-    octaves: takes the path of a parameter and the dtype that it is rounded to. Returns
-      the octaves from the rms of an array to its step, see above; None for the nearest
-      number of the dtype.
-    keeps: whether an array stays as it is if all its numbers are numbers of the dtype
-      already, because no transform changed it.
+    octaves: function of the path of a parameter and the dtype to which it is rounded.
+      It returns the octaves from the rms of an array to its step, see above; or None to
+      round to the nearest number of the dtype.
+    keeps: whether an array is not changed if the dtype holds all its numbers exactly.
+      This is the case if no transform changed the array.
   """
 
   octaves: Callable[[str, np.dtype], float | None]
@@ -45,23 +47,55 @@ NEAREST = Rounding(lambda path, dtype: None)
 
 
 def with_floor(offset: float = 0.0) -> Rounding:
-  """Rounds small numbers to the step that the dtype has at the rms of their array.
+  """Makes the rounding with the step that the dtype has at the rms of an array.
+
+  In dtypes with fewer than 10 bits of mantissa, the step of the head is two octaves
+  finer: no layer averages the head's errors, and on OPT in bfloat16 they are most of
+  what a common step adds to the divergence (measured, see RESULTS.md).
 
   Args:
-    offset: octaves from that step to a coarser one (positive) or a finer one.
+    offset: octaves by which the step is coarser; negative for a finer step.
   """
-  return Rounding(lambda path, dtype: offset - jnp.finfo(dtype).nmant)
+
+  def octaves(path: str, dtype: np.dtype) -> float:
+    mantissa = jnp.finfo(dtype).nmant
+    is_sensitive = path.startswith('head/') and mantissa < 10
+    return offset - mantissa - (2 if is_sensitive else 0)
+
+  return Rounding(octaves)
+
+
+def to_steps(step: float, offsets: Mapping[str, float] | None = None) -> Rounding:
+  """Rounds all numbers of an array to multiples of one step.
+
+  Args:
+    step: log2 of the step over the rms, which the nearest power of two replaces.
+    offsets: octaves to add to the step, by kind of parameter, see `kind`; 0 for kinds
+      that are not there.
+  """
+  by_kind = dict(offsets or {})
+  return Rounding(
+    # Rounding down halfway between two powers of two is rounding to the nearest one.
+    lambda path, dtype: step + by_kind.get(kind(path), 0.0) + 0.5,
+    keeps=False,
+  )
+
+
+def kind(path: str) -> str:
+  """Returns the path of a parameter with `*` for the number of the layer."""
+  return re.sub(r'^layers\.\d+/', 'layers.*/', path)
 
 
 class Effect(NamedTuple):
-  """What rounding did to the arrays of a leaf.
+  """The effect of rounding on the arrays of a leaf.
 
   Attributes:
     squares: sum of the squares of the errors, float32.
     norm: sum of the squares of the numbers, float32.
-    bits: sum over the numbers that got a coarser step than the dtype has there, of the
-      octaves between the two steps, float32. An entropy coder saves about as many bits.
-    step: q of the largest array, int32; `NO_STEP` if it has none.
+    bits: octaves from the step of the dtype to the coarser step 2^q, summed over the
+      numbers for which 2^q is coarser, float32. An entropy coder saves about as many
+      bits.
+    step: q of the largest array, int32; `NO_STEP` if it was rounded without a step.
   """
 
   squares: Any
@@ -79,14 +113,14 @@ def round_leaf(
   """Rounds an array or a structured leaf on its device.
 
   Args:
-    leaf: float32 arrays. Other arrays stay as they are. Arrays of fewer than two axes
-      are few, and are rounded to the nearest number.
+    leaf: the leaf, with float32 arrays. Arrays of integers are not changed. Arrays with
+      fewer than two axes have few numbers; they are rounded to the nearest number.
     dtype: dtype of the result.
     octaves: see `Rounding`.
     keeps: see `Rounding`.
 
   Returns:
-    The leaf, with infinity where a number is too large for the dtype, and the effect.
+    The leaf and the effect. Numbers that are too large for the dtype become infinite.
   """
   if octaves is None:
     return _round(leaf, np.float32(0), dtype, False, keeps)
@@ -97,13 +131,11 @@ def round_leaf(
 def _round(
   leaf: Any, octaves: jax.Array, dtype: np.dtype, stepped: bool, keeps: bool
 ) -> tuple[Any, Effect]:
-  arrays, treedef = jax.tree.flatten(leaf)
   zero = jnp.float32(0)
-  rounded, effect, largest = [], Effect(zero, zero, zero, jnp.int32(NO_STEP)), 0
-  for array in arrays:
-    if not structured.is_plain(array):
-      rounded.append(array)
-      continue
+  effect, largest = Effect(zero, zero, zero, jnp.int32(NO_STEP)), 0
+
+  def round_array(array: jax.Array) -> jax.Array:
+    nonlocal effect, largest
     nearest = array.astype(dtype)
     result, step, bits = nearest, jnp.int32(NO_STEP), zero
     if stepped and array.ndim > 1 and array.size:
@@ -113,7 +145,6 @@ def _round(
         result = jnp.where(same, nearest, result)
         step = jnp.where(same, NO_STEP, step)
         bits = jnp.where(same, 0, bits)
-    rounded.append(result)
     if array.size > largest:
       effect, largest = effect._replace(step=step), array.size
     effect = effect._replace(
@@ -121,14 +152,19 @@ def _round(
       norm=effect.norm + jnp.square(array).sum(),
       bits=effect.bits + bits,
     )
-  return jax.tree.unflatten(treedef, rounded), effect
+    return result
+
+  if structured.is_structured(leaf):
+    return leaf.map_numbers(round_array), effect
+  return round_array(leaf) if structured.is_plain(leaf) else leaf, effect
 
 
 def _to_steps(
   array: jax.Array, nearest: jax.Array, octaves: jax.Array, dtype: np.dtype
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
   info = jnp.finfo(dtype)
-  # The greatest number is divided out, so that no square overflows or is zero.
+  # The numbers are divided by the greatest, so that no square is infinite and not all
+  # squares are zero.
   greatest = jnp.abs(array).max()
   scale = jnp.where(greatest > 0, greatest, 1)
   count = jnp.maximum(jnp.count_nonzero(array), 1).astype(jnp.float32)
@@ -138,15 +174,16 @@ def _to_steps(
   least = int(np.log2(float(info.smallest_normal)))
   q = jnp.clip(q, max(least - info.nmant, -126), 127)
   steps = jnp.rint(array * _power(-q))
-  # Adding 0 would not do: XLA takes x + 0 for x, though -0 + 0 is 0.
+  # This turns -0 into 0. Adding 0 would not, because XLA replaces x + 0 by x.
   multiple = jnp.where(steps == 0, 0, steps * _power(q)).astype(dtype)
-  # A float32 counts steps exactly up to 2^24. Beyond, the dtype itself is coarser.
   exponents = (jax.lax.bitcast_convert_type(jnp.abs(array), jnp.int32) >> 23) - 127
   octaves_saved = q - (jnp.maximum(exponents, least) - info.nmant)
   bits = jnp.where(array != 0, jnp.maximum(octaves_saved, 0), 0).astype(jnp.float32)
-  return jnp.where(jnp.abs(steps) < 1 << 24, multiple, nearest), q, bits.sum()
+  # Beyond, the dtype itself is coarser.
+  is_small = jnp.abs(steps) < 1 << info.nmant + 1
+  return jnp.where(is_small, multiple, nearest), q, bits.sum()
 
 
 def _power(exponent: jax.Array) -> jax.Array:
-  """Returns 2^exponent, float32, of int32 exponents from -126 to 127."""
+  """Returns 2^exponent in float32 for int32 exponents from -126 to 127."""
   return jax.lax.bitcast_convert_type((exponent + 127) << 23, jnp.float32)

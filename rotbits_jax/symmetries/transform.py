@@ -306,8 +306,9 @@ def rewrite(
   Args:
     context: see `make_context`.
     transform: the transform to apply; `chain` makes one from several.
-    rounding: how the float32 numbers that the transform gets and returns are rounded.
-      None if it gets the numbers as they are stored, so that it can keep every bit.
+    rounding: how numbers are rounded after the transform, which gets float32 numbers.
+      If None, the transform gets the numbers as they are stored, so that it can keep
+      every bit.
     layers: the layers to rewrite; all by default. If no state is given, the layers
       before them are skipped with `transform.skip`.
     state: the state before the first of these layers, as an earlier call yielded it.
@@ -509,7 +510,11 @@ def _given(tree: models.Params, widen: bool, device: Any = None) -> models.Param
 def _stored(
   tree: models.Params, context: Context, prefix: str, rounding: Rounding | None
 ) -> tuple[models.Params, list[Saving]]:
-  """Returns the parameters as they are stored: rounded on the device, fetched once."""
+  """Rounds parameters on their device and fetches them once.
+
+  Returns:
+    The parameters as they are stored, and the saving of the rounding, if there is one.
+  """
   flat = structured.flatten(tree)
   if rounding is None:
     return structured.unflatten(jax.device_get(flat)), []
@@ -534,7 +539,7 @@ def _stored(
 
 
 ROUNDING = 'rounding'
-"""Name of the saving of rounding to a step."""
+"""Name of the saving that rounding to a coarser step makes."""
 
 _widen = jax.jit(lambda leaf: structured.astype(leaf, jnp.float32))
 

@@ -65,7 +65,6 @@ their low byte first. `specs.UnitSpec` holds the numbers that are needed to read
     of the noise are missing, because they chose the order.
 """
 
-from rotbits_jax.coding.weights.numbers import empty
 from rotbits_jax.coding.weights.pool import Start
 from rotbits_jax.coding.weights.pool import unit_jobs
 from rotbits_jax.coding.weights.specs import ArraySpec
@@ -80,7 +79,6 @@ __all__ = [
   'Start',
   'UnitSpec',
   'decode',
-  'empty',
   'encode',
   'unit_jobs',
 ]

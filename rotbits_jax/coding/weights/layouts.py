@@ -275,8 +275,9 @@ def layout(kind: str, dtype: np.dtype, rest: int, step: int) -> Layout:
   return KINDS[kind](dtype, rest, step)
 
 
-# A grid is used if the scale of the numbers is less than 2^8 steps, and so small that few
-# numbers are beyond those where the dtype has the grid's step: their rests would be zero.
+# A grid is used if the scale of the numbers is less than 2^8 steps. It must also be
+# small enough for the dtype to have the grid's step at most numbers, because the rests
+# of the others end in zeros, which are stored.
 _GRID_OCTAVES = 8
 _BEYOND_OCTAVES = 2
 
