@@ -95,8 +95,8 @@ _REMARKS = {
   'coordinates: its weights are not those of the input. Adapters (LoRA) that were '
   'trained on the input do not fit it. Merge them first, or use the preset exact.',
   'near': 'The decoded model computes nearly the same function, in other coordinates: '
-  'measure it with `rotbits evaluate`. Adapters (LoRA) that were trained on the input do '
-  'not fit it. Merge them first, or use the preset exact.',
+  'measure it with `rotbits evaluate`. Adapters (LoRA) that were trained on the input '
+  'do not fit it. Merge them first, or use the preset exact.',
   'paper': 'The decoded weights are rotated: they compute the same function up to '
   'rounding, but they are not those of the input. Adapters (LoRA) that were trained on '
   'the input do not fit them.',
