@@ -175,6 +175,7 @@ class RoundTripTest(Checks):
     self.check_format(ml_dtypes.bfloat16)
 
   @pytest.mark.slow
+  @pytest.mark.daily
   def test_float32(self):
     self.check_format(np.float32)
 
@@ -284,6 +285,18 @@ class RoundTripTest(Checks):
 
 @pytest.mark.slow
 class OtherCheckpointsTest(Checks):
+  @parameterized.parameters('phi2-tiny-sliced-0.25', 'phi3-tiny-sliced-0.25')
+  @pytest.mark.daily
+  def test_free_gives_the_canonical_model_back(self, name):
+    self.check_free_gives_the_canonical_model_back(name)
+
+  @pytest.mark.daily
+  def test_free_is_no_farther_from_the_tensors_than_rounding(self):
+    name = 'opt-small-sliced-0.2'
+    found = rotbits_jax.verify(_encoded(name, 'free'), against=TESTDATA / name)
+    self.assertGreater(found.kl, 0)
+    self.assertLess(found.kl, 2 * found.kl_rerounded)
+
   @parameterized.parameters(*OTHERS)
   def test_all_checks(self, name):
     self.check_exact_gives_every_tensor_back(name)

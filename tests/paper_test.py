@@ -123,6 +123,7 @@ class SlowSchemeTest(SchemeTestCase):
     plain = _size(*encode(model, paper.Options()))
     self.assertLess(_size(encoded, message), 0.87 * plain)
 
+  @pytest.mark.daily
   def test_published_threshold_leaves_errors_below_it_in(self):
     model = _load(TINY[0])
     options = paper.Options('svd', 'symmetric_eig')
