@@ -23,6 +23,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from numpy.typing import DTypeLike
 
 from rotbits_jax import checkpoints
 from rotbits_jax import file
@@ -32,6 +33,7 @@ from rotbits_jax import presets
 from rotbits_jax import progress as progress_lib
 from rotbits_jax import structured
 from rotbits_jax import symmetries
+from rotbits_jax.coding.weights import layouts as weights
 from rotbits_jax.file import manifest as manifest_lib
 from rotbits_jax.file import plain
 from rotbits_jax.file import report
@@ -216,6 +218,7 @@ def load(
   *,
   layers: range | None = None,
   sharding: file.Place | None = None,
+  dtype: DTypeLike | None = None,
   progress: bool = False,
 ) -> Any:
   """Loads the model in a file as JAX arrays; structured leaves stay structured.
@@ -227,6 +230,8 @@ def load(
       path and the shape of a parameter and returns one. The layers of a group are
       stacked along the first axis. Layers that no device of this process gets are not
       read.
+    dtype: dtype for all floating-point numbers, rounded to nearest; None for the dtype
+      of each array in the file. Arrays of the preset `near` are float32 there.
     progress: whether to show the progress on stderr.
 
   Raises:
@@ -235,6 +240,10 @@ def load(
   """
   with file.Reader(source) as reader:
     model = reader.model(layers=layers, place=sharding, show_progress=progress)
+  if dtype is not None:
+    model = jax.tree.map(
+      lambda x: structured.astype(x, dtype), model, is_leaf=structured.is_structured
+    )
   return jax.tree.map(_on_device, model)
 
 
@@ -262,6 +271,7 @@ def decode_to_directory(
   *,
   format: checkpoints.Format = 'safetensors',
   shard_size: int | None = None,
+  dtype: DTypeLike | None = None,
   overwrite: bool = True,
   progress: bool = False,
 ) -> None:
@@ -274,6 +284,8 @@ def decode_to_directory(
       they were encoded from.
     shard_size: greatest size of the tensors in a weights file, in bytes; None for one
       file.
+    dtype: dtype for all floating-point numbers, rounded to nearest. By default the
+      numbers keep the dtype of the encoded checkpoint.
     overwrite: whether existing files may be replaced.
     progress: whether to show the progress on stderr.
 
@@ -285,6 +297,8 @@ def decode_to_directory(
   with file.Reader(source) as reader:
     config = reader.config
     if reader.weights_files:
+      if dtype is not None:
+        raise ValueError('plain tensors keep their dtypes: leave out dtype')
       _decode_tensors(reader, directory, format, overwrite, progress)
       return
     if config is None:
@@ -296,10 +310,11 @@ def decode_to_directory(
         'the file holds a model without its config.json, so that it cannot become a '
         'checkpoint; pass the whole checkpoint to `encode`, or its files and stem'
       )
+    dtypes = _dtypes_on_disk(reader, dtype)
     with checkpoints.CheckpointWriter(
       directory,
       config,
-      dtypes=reader.dtypes(),
+      dtypes=dtypes,
       files=reader.files(),
       stem=reader.stem,
       format=format,
@@ -311,6 +326,11 @@ def decode_to_directory(
       kept = (structured.FactorPair,)
       for index, params in reader.parts(show_progress=progress):
         params = models.materialize(params, but=kept)
+        prefix = '' if index is None else f'layers.{index}/'
+        params = structured.unflatten(
+          (path, structured.astype(leaf, dtypes[prefix + path]))
+          for path, leaf in structured.flatten(params).items()
+        )
         if index is None:
           writer.outer(params)
         else:
@@ -374,6 +394,26 @@ def _decode_tensors(
       writer.add(name, tensor)
 
 
+def _dtypes_on_disk(
+  reader: file.Reader, dtype: DTypeLike | None
+) -> dict[str, np.dtype]:
+  """Returns the dtype in which each parameter is written to a checkpoint, by path."""
+  dtypes = reader.dtypes()
+  wide = np.dtype(np.float32)
+  if dtype is not None:
+    wanted = np.dtype(jnp.dtype(dtype))
+    chosen = lambda x: wanted if jnp.issubdtype(x, jnp.floating) else x
+  elif (name := reader.options.get(writer_lib.DTYPE)) is not None:
+    # The file has these arrays in float32, see `symmetries.Rounding`.
+    if name not in weights.DTYPES:
+      raise file.ContainerError(f'the file names an unknown dtype, {name!r:.40}')
+    wanted = weights.DTYPES[name]
+    chosen = lambda x: wanted if x == wide else x
+  else:
+    return dtypes
+  return {path: chosen(own) for path, own in dtypes.items()}
+
+
 # ---- encoding ----------------------------------------------------------------------
 
 
@@ -430,8 +470,11 @@ class _Job:
     if stored_as is not None and preset.name != 'free':
       # Only the transforms of `free` use numbers before they are rounded.
       source, stored_as = source.rounded(), None
-    self.summary = writer_lib.Summary(preset, source.config, stem)
     self.context = symmetries.make_context(source, stored_as=stored_as, mesh=mesh)
+    if preset.rounding is not None and preset.rounding.uniform:
+      options = preset.options | {writer_lib.DTYPE: self.context.form.name}
+      preset = preset._replace(options=options)
+    self.summary = writer_lib.Summary(preset, source.config, stem)
     self.sizes = _input_sizes(self.context, self.buffers)
     if preset.message is not None:
       from rotbits_jax import paper  # its linear algebra is slow to import

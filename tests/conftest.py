@@ -7,6 +7,8 @@ With ROTBITS_TEST_OPTIMISED set, XLA optimises as it does for users.
 """
 
 import os
+import pathlib
+import tempfile
 
 if 'ROTBITS_TEST_OPTIMISED' not in os.environ:
   os.environ['XLA_FLAGS'] = ' '.join(
@@ -16,3 +18,6 @@ if 'ROTBITS_TEST_OPTIMISED' not in os.environ:
       '--xla_llvm_disable_expensive_passes=true',
     ]
   )
+
+# Commands keep their compiled programs there, and not among those of the user.
+os.environ['XDG_CACHE_HOME'] = str(pathlib.Path(tempfile.gettempdir(), 'rotbits_tests'))

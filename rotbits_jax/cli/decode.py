@@ -1,7 +1,8 @@
 """Decodes a file to a checkpoint.
 
   rotbits decode --input=FILE --output=DIR [--format=safetensors|slicegpt]
-    [--shard_size=2GB] [--overwrite] [--json] [--verbose]
+    [--shard_size=2GB] [--dtype=float32|bfloat16|float16] [--overwrite]
+    [--json] [--verbose]
 
 Example:
 
@@ -61,6 +62,13 @@ _SHARD_SIZE = flags.DEFINE_string(
   'Greatest size of a weights file, like 2GB. By default there is one file.',
   flag_values=FLAGS,
 )
+_DTYPE = flags.DEFINE_enum(
+  'dtype',
+  None,
+  ('float32', 'bfloat16', 'float16'),
+  'Dtype of the weights. By default they have that of the encoded checkpoint.',
+  flag_values=FLAGS,
+)
 _OVERWRITE = flags.DEFINE_bool(
   'overwrite', False, 'Replace existing files.', flag_values=FLAGS
 )
@@ -78,6 +86,7 @@ def main() -> None:
     _OUTPUT.value,
     format=typing.cast(checkpoints.Format, _FORMAT.value),
     shard_size=program.parse_size('shard_size', _SHARD_SIZE.value),
+    dtype=_DTYPE.value,
     overwrite=_OVERWRITE.value,
     progress=True,
   )

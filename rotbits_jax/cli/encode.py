@@ -4,6 +4,7 @@ r"""Encodes a checkpoint as one smaller file, or as several (shards).
     [--shard_size=2GB] [--overwrite] [--verify] [--json] [--verbose]
     [--canonicaliser=polar_shortcut|qr|svd] [--rotation_codec=haar|symmetric_eig]
     [--correction=exact|threshold] [--entropy]
+    [--step=-5] [--max_kl=1e-3 --text=FILE]
 
 Example:
 
@@ -29,6 +30,12 @@ or of Microsoft's SliceGPT, or the path of a GGUF file. The presets:
 configs of the package, sets the options of a preset:
 
   rotbits encode --checkpoint=DIR --output=FILE --config=free --config.tolerance=1.0
+
+The preset `near` rounds each array to multiples of a power of two near 2^step times the
+root of its mean square. With --max_kl it searches the coarsest steps that keep the mean
+KL divergence on a text below a bound, and needs memory for the whole model in float32:
+
+  rotbits encode --checkpoint=DIR --output=FILE --preset=near --max_kl=1e-3 --text=FILE
 
 The file appears when it is complete. An existing file is replaced only with
 --overwrite. With --verify the file is decoded before it appears; if the preset is
@@ -61,6 +68,7 @@ JSON:
 """
 
 import importlib.resources
+import pathlib
 import sys
 from typing import Any
 
@@ -71,6 +79,8 @@ import numpy as np
 
 import rotbits_jax
 from rotbits_jax import checkpoints
+from rotbits_jax import evaluation
+from rotbits_jax import near
 from rotbits_jax import presets
 from rotbits_jax.cli import program
 
@@ -104,6 +114,29 @@ _PAPER = {
 }
 _ENTROPY = flags.DEFINE_bool(
   'entropy', None, 'Only for --preset=paper: entropy-code numbers.', flag_values=FLAGS
+)
+_STEP = flags.DEFINE_float(
+  'step',
+  None,
+  'Only for --preset=near: log2 of the step over the root mean square; -5 by default.',
+  flag_values=FLAGS,
+)
+_MAX_KL = flags.DEFINE_float(
+  'max_kl',
+  None,
+  'Only for --preset=near: greatest mean KL divergence in nats, in place of --step.',
+  lower_bound=0.0,
+  flag_values=FLAGS,
+)
+_TEXT = flags.DEFINE_string(
+  'text', None, 'The text on which --max_kl is measured.', flag_values=FLAGS
+)
+_MAX_TOKENS = flags.DEFINE_integer(
+  'max_tokens',
+  4096,
+  'How many tokens of the text --max_kl uses.',
+  lower_bound=2,
+  flag_values=FLAGS,
 )
 _CONFIG = config_flags.DEFINE_config_file(
   'config', None, 'A preset with its options: a name or a file.', flag_values=FLAGS
@@ -155,8 +188,19 @@ def read_preset(kind: str) -> presets.Preset:
     preset = _PRESET.value or kind
     if parts and preset != 'paper':
       raise ValueError(f'--{next(iter(parts))} is for --preset=paper, not {preset}')
+    for flag in (_STEP, _MAX_KL, _TEXT):
+      if flag.value is not None and preset != 'near':
+        raise ValueError(f'--{flag.name} is for --preset=near, not {preset}')
+    if (_MAX_KL.value is None) != (_TEXT.value is None):
+      raise ValueError('--max_kl and --text are needed together')
+    if _MAX_KL.value is not None and _STEP.value is not None:
+      raise ValueError('--max_kl finds the step: --step cannot be given, too')
+    if _MAX_KL.value is not None and _TEXT.value is not None:
+      return search(_MAX_KL.value, _TEXT.value)
+    if _STEP.value is not None:
+      parts['step'] = _STEP.value
     return presets.make(preset, **parts)
-  if _PRESET.value is not None or parts:
+  if _PRESET.value is not None or parts or _STEP.value or _MAX_KL.value:
     raise ValueError('--config cannot be combined with --preset or its options')
   fields = _CONFIG.value.to_dict()
   if 'preset' not in fields:
@@ -164,19 +208,39 @@ def read_preset(kind: str) -> presets.Preset:
   return presets.make(fields.pop('preset'), **fields)
 
 
+def search(max_kl: float, text: str) -> presets.Preset:
+  """Returns the preset `near` with the steps that --max_kl and --text select.
+
+  The measured points go to stderr.
+  """
+  checkpoint = rotbits_jax.load_checkpoint(_CHECKPOINT.value)
+  content = pathlib.Path(text).read_text(encoding='utf-8')
+  tokenizer = evaluation.read_tokenizer(checkpoint.files)
+  found = near.search(
+    checkpoint.model,
+    np.array(tokenizer.encode(content).ids),
+    max_kl=max_kl,
+    max_tokens=_MAX_TOKENS.value,
+    progress=True,
+  )
+  for point in found.curve:
+    print(f'step 2^{point.step:<7} KL {point.kl:.3g}', file=sys.stderr)
+  print(f'chosen: 2^{found.step}', file=sys.stderr)
+  return presets.near(step=found.step, offsets=found.offsets)
+
+
 def main() -> None:
-  read_preset('free')  # refuses wrong flags before the checkpoint is opened
   shard_size = program.parse_size('shard_size', _SHARD_SIZE.value)
   if _DISTRIBUTED.value:
     jax.distributed.initialize(
       _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value
     )
   source = checkpoints.open_any(_CHECKPOINT.value)
-  preset = presets.default(getattr(source, 'config', None))
+  kind = presets.default(getattr(source, 'config', None))
   rotbits_jax.encode_to_file(
     source,
     _OUTPUT.value,
-    preset=read_preset(preset),
+    preset=read_preset(kind),
     shard_size=shard_size,
     mesh=local_mesh(),
     overwrite=_OVERWRITE.value,

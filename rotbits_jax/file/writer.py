@@ -37,6 +37,7 @@ from rotbits_jax.symmetries import transform
 
 FILES = 'files/'
 REST = 'rest/'
+DTYPE = 'dtype'  # the option with the dtype of a checkpoint whose file is float32
 MESSAGE = ('message', 'corrections', 'tables')
 
 
@@ -232,6 +233,7 @@ def encode_unit(
     input_bytes=sizes.bytes,
     savings=tuple(unit.savings),
     order_bits=round(float(encoded.order_bits), 1),
+    empty=tuple(structured.empty_dicts(unit.params)),
   )
   return entry_of_unit, encoded.data
 
