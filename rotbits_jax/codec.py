@@ -210,7 +210,7 @@ def decode(source: file.Readable, *, like: Any = None, progress: bool = False) -
     return found
   if isinstance(found, models.Model):
     raise ValueError('the file holds a model, which has a structure: leave out `like`')
-  return plain.unflatten_like(like, structured.flatten(found))
+  return plain.unflatten_like(like, found)
 
 
 def load(

@@ -546,8 +546,9 @@ class TestProgram:
     assert flags
     assert set(flags) <= set(module.FLAGS)
 
-  def test_version(self, rotbits):
-    assert rotbits('--version') == (0, f'rotbits {rotbits_jax.__version__}\n', '')
+  @pytest.mark.parametrize('flag', ['--version', '-v'])
+  def test_version(self, rotbits, flag):
+    assert rotbits(flag) == (0, f'rotbits {rotbits_jax.__version__}\n', '')
 
   @pytest.mark.parametrize('command', main.COMMANDS)
   def test_errors_say_what_to_do(self, rotbits, command):

@@ -53,7 +53,7 @@ def main() -> int:
   if name in ('--help', '-h', 'help'):
     print(usage())
     return 0
-  if name == '--version':
+  if name in ('--version', '-v'):
     print(f'rotbits {rotbits_jax.__version__}')
     return 0
   if name not in COMMANDS:

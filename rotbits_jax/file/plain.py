@@ -19,7 +19,7 @@ from rotbits_jax import structured
 from rotbits_jax import symmetries
 from rotbits_jax.file import writer as writer_lib
 
-Flat = dict[str, Any]
+Tree = dict[str, Any]
 
 
 class Job:
@@ -31,7 +31,7 @@ class Job:
 
   def __init__(
     self,
-    units: Mapping[str, Callable[[], Flat]],
+    units: Mapping[str, Callable[[], Tree]],
     sizes: Mapping[str, writer_lib.Sizes],
     preset: presets.Preset,
     *,
@@ -41,7 +41,7 @@ class Job:
     """Checks the preset.
 
     Args:
-      units: functions that return the leaves of a unit by path.
+      units: functions that return the leaves of a unit, as nested dicts.
       sizes: see the class.
       preset: `exact`, without further transforms.
       files: other files to keep, whole.
@@ -125,8 +125,7 @@ class Job:
     name: str,
     work: writer_lib.Workspace | None,
   ) -> None:
-    params = structured.unflatten(self._units[name]())
-    unit = symmetries.Unit(name, params, [])
+    unit = symmetries.Unit(name, self._units[name](), [])
     entry = writer.add(unit, self.sizes[name], {})
     if work is not None:
       work.note({shard: [entry]}, None)
@@ -153,8 +152,7 @@ def tensor_job(
       raise ValueError(f'{source.path}: {name!r} cannot be the name of a tensor')
   groups = source.groups()
   units = {
-    group: functools.partial(lambda own: {x: source.read(x) for x in own}, names)
-    for group, names in groups.items()
+    group: functools.partial(_read, source, names) for group, names in groups.items()
   }
   sizes = {
     group: writer_lib.Sizes(
@@ -167,67 +165,87 @@ def tensor_job(
   return Job(units, sizes, preset, files=files, tensors=source)
 
 
+def _read(source: checkpoints.TensorFiles, names: Sequence[str]) -> Tree:
+  return structured.unflatten({name: source.read(name) for name in names})
+
+
 def tree_job(tree: Any, preset: presets.Preset, files: Mapping[str, bytes]) -> Job:
   """Returns the job that stores a PyTree: every key of its outermost level is a unit.
 
   Raises:
     ValueError: if the preset is not `exact`, or a leaf is no array.
   """
-  units: dict[str, Flat] = {}
-  for path, leaf in flatten_tree(tree).items():
-    units.setdefault(path.split('/')[0], {})[path] = leaf
+  nested = to_dicts(tree)
   sizes = {
     name: writer_lib.Sizes(structured.count_numbers(own), structured.count_bytes(own))
-    for name, own in units.items()
+    for name, own in nested.items()
   }
-  getters: dict[str, Callable[[], Flat]] = {
-    name: functools.partial(dict, own) for name, own in units.items()
+  units: dict[str, Callable[[], Tree]] = {
+    name: functools.partial(dict, {name: own}) for name, own in nested.items()
   }
-  return Job(getters, sizes, preset, files=files)
+  return Job(units, sizes, preset, files=files)
 
 
-def flatten_tree(tree: Any) -> Flat:
-  """Returns the leaves of any PyTree by path: keys, indices and fields joined by '/'.
+def to_dicts(tree: Any) -> Tree:
+  """Returns any PyTree as nested dicts with the same leaves.
+
+  The keys are those of dicts, the indices of sequences and the names of fields. Dicts
+  may be empty.
 
   Raises:
-    ValueError: if a leaf is no array, if two leaves have one path, or if the tree is an
-      array itself.
+    ValueError: if a leaf is no array, if keys cannot be told apart, or if the tree is
+      an array itself.
   """
-  found: Flat = {}
-  leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=structured.is_structured)
-  for keys, leaf in leaves:
-    parts = [_part(key) for key in keys]
-    path = '/'.join(parts)
-    is_array = isinstance(leaf, (np.ndarray, np.generic, jax.Array))
-    if not (structured.is_structured(leaf) or is_array):
-      raise ValueError(f'{path}: not an array, got {type(leaf).__name__}')
-    if not structured.is_structured(leaf) and jax.dtypes.issubdtype(
-      leaf.dtype, jax.dtypes.prng_key
-    ):
-      raise ValueError(f'{path}: a key; jax.random.key_data gives its numbers')
-    if path in found or not all(parts) or path.split('/') != parts:
+  nested = _to_dicts(tree, '', _array)
+  if not isinstance(nested, dict):
+    raise ValueError('an array alone is no PyTree: put it into a dict')
+  return nested
+
+
+def _to_dicts(tree: Any, where: str, leaf: Callable[[Any, str], Any]) -> Any:
+  """Returns a part of a PyTree as nested dicts; `leaf` gets every leaf and its path."""
+  if structured.is_structured(tree):
+    return tree
+  if isinstance(tree, Mapping) and all(isinstance(key, str) for key in tree):
+    children = list(tree.items())
+  else:
+    found = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: x is not tree)
+    if [keys for keys, _ in found] == [()]:
+      return leaf(tree, where.removesuffix('/'))
+    children = [(''.join(map(_part, keys)), child) for keys, child in found]
+  nested: Tree = {}
+  for key, child in children:
+    if not key or '/' in key or key in nested:
       raise ValueError(
-        f'{path!r}: keys must be different, not empty and without a slash'
+        f'{where}{key!r}: keys must be different, not empty and without a slash'
       )
-    found[path] = leaf
-  return found
+    nested[key] = _to_dicts(child, f'{where}{key}/', leaf)
+  return nested
+
+
+def _array(leaf: Any, path: str) -> Any:
+  if not isinstance(leaf, (np.ndarray, np.generic, jax.Array)):
+    raise ValueError(f'{path}: not an array, got {type(leaf).__name__}')
+  if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+    raise ValueError(f'{path}: a key; jax.random.key_data gives its numbers')
+  return leaf
 
 
 def _part(key: Any) -> str:
-  """Returns what a path says of one step into a PyTree."""
+  """Returns the name of one step into a PyTree."""
   for name in ('key', 'idx', 'name'):  # of dicts, of sequences, of classes
     if hasattr(key, name):
       return str(getattr(key, name))
   raise ValueError(f'{key!r}: a key of this class has no name')
 
 
-def unflatten_like(like: Any, flat: Flat) -> Any:
-  """Returns a PyTree with the structure of another and the leaves of `flatten_tree`.
+def unflatten_like(like: Any, found: Tree) -> Any:
+  """Returns a PyTree with the structure of another and the leaves of `to_dicts`.
 
   Raises:
     ValueError: if the paths, shapes or dtypes differ.
   """
-  expected = flatten_tree(like)
+  flat, expected = structured.flatten(found), structured.flatten(to_dicts(like))
   if wrong := sorted(expected.keys() ^ flat.keys()):
     raise ValueError(f'{wrong[0]}: only one of the file and `like` has it')
   for path, leaf in expected.items():
@@ -235,4 +253,7 @@ def unflatten_like(like: Any, flat: Flat) -> Any:
     if kinds[0] != kinds[1]:
       raise ValueError(f'{path}: `like` has {kinds[0][1:3]}, the file {kinds[1][1:3]}')
   treedef = jax.tree.structure(like, is_leaf=structured.is_structured)
-  return jax.tree.unflatten(treedef, [flat[path] for path in expected])
+  numbered = jax.tree.unflatten(treedef, range(len(expected)))
+  numbers = structured.flatten(_to_dicts(numbered, '', lambda leaf, _: leaf))
+  paths = sorted(numbers, key=lambda path: numbers[path])
+  return jax.tree.unflatten(treedef, [flat[path] for path in paths])

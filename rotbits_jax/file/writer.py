@@ -81,13 +81,8 @@ class FileWriter:
       units: names of the units that will come, in order.
       files: other files to keep, whole.
       weights: names of the weights files that will come, see `add_weights`.
-
-    Raises:
-      ValueError: if a unit has the name of another stream.
     """
     others = [f'{FILES}{name}' for name in files] + [f'{REST}{x}' for x in weights]
-    if taken := {container.MANIFEST, *others} & set(units):
-      raise ValueError(f'{min(taken)}: the file has another stream of this name')
     names = units if summary.preset.message is None else (*units, *MESSAGE)
     self._streams = container.StreamWriter(file, [*names, *others])
     self._file, self._summary, self._files = file, summary, files
