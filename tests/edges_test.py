@@ -5,13 +5,8 @@ from absl.testing import parameterized
 import jax
 import ml_dtypes
 import numpy as np
-import pytest
-import random_models
 
 import rotbits_jax
-from rotbits_jax import models
-from rotbits_jax import structured
-from rotbits_jax import verification
 
 FLOATS = (np.float16, ml_dtypes.bfloat16, np.float32, np.float64)
 OTHERS = (np.bool_, np.int8, np.int16, np.int32, np.int64)
