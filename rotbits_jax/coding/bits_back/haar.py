@@ -34,8 +34,9 @@ cell exact (see `correction`). It reads the columns from left to right. Before i
 a column, it applies the exact reflections of all columns before that one, so errors do
 not accumulate. The algorithm is Householder QR with corrections.
 
-Cells and corrections are integers, and the margin of a correction covers the
-differences between the floats of machines. So no float decides what is decoded.
+Cells and corrections are integers, and the margin of a correction covers differences
+between the floats of machines, as far as `correct` was told them. A machine whose
+floats differ by more than the margin gets other cells, which a digest must notice.
 
 Shape letters: [n, k] the shape of the frame; S cells of a frame, of which one is the
 sign if k = n; P columns of a panel. Functions are unbatched unless they have an
@@ -141,7 +142,10 @@ def rotation(cells: jax.Array, n: int, k: int) -> jax.Array:
 
 
 def correct(
-  recovered: jax.Array, cells: jax.Array, frame: jax.Array | None = None
+  recovered: jax.Array,
+  cells: jax.Array,
+  frame: jax.Array | None = None,
+  other: jax.Array | None = None,
 ) -> Correction:
   """Returns the correction with which `recover` finds the cells.
 
@@ -150,6 +154,8 @@ def correct(
       columns.
     cells: uint16 `[S]`.
     frame: `rotation(cells)`; it is computed if not given.
+    other: the frame as another machine may recover it; `recovered` if not given. The
+      margins cover several times the difference, see `correction.spread`.
 
   Returns:
     The correction.
@@ -157,23 +163,31 @@ def correct(
   n, k = recovered.shape
   _check_cells(cells, n, k)
   _, column = _places(n, k)
+  # The least margin covers the decoder's own float32 arithmetic, whose errors grow as
+  # sqrt(n). In 1024 dimensions two orders of applying the reflections differed by 0.04
+  # cells, and two computations of a well-conditioned polar factor by 0.08 cells.
+  margin: jax.Array | float = max(1 / 8, n**0.5 / 128)
   if k == 0:
     flips, position = jnp.zeros(0, bool), jnp.zeros(0, jnp.float32)
   else:
     vectors, signs = _reflectors(_unpack(cells, n, k), jnp.arange(k))
     frame = _compose(vectors, signs) if frame is None else frame
     flips = (frame * recovered).sum(axis=0) < 0
-    flipped = jnp.where(flips, -recovered, recovered)
-    # All columns are reflected at once, each by the reflections of the columns before
-    # it.
     factor = _compact_factor(vectors)
-    inner = _solve(factor, _matmul(vectors.T, flipped), transpose=True)
-    remaining = flipped - _matmul(vectors, jnp.triu(inner, 1))
-    position = _pack(_positions(jnp.tril(remaining)), n, k)
-  # The margin covers differences of float32 linear algebra between machines. Its errors
-  # grow as sqrt(n). In 1024 dimensions two computations of a polar factor differed by
-  # 0.08 cells, and two orders of applying the reflections differed by 0.04 cells.
-  margin = max(1 / 8, n**0.5 / 128)
+
+    def positions(recovered: jax.Array) -> jax.Array:
+      flipped = jnp.where(flips, -recovered, recovered)
+      # All columns are reflected at once, each by the reflections of the columns before
+      # it.
+      inner = _solve(factor, _matmul(vectors.T, flipped), transpose=True)
+      remaining = flipped - _matmul(vectors, jnp.triu(inner, 1))
+      return _pack(_positions(jnp.tril(remaining)), n, k)
+
+    position = positions(recovered)
+    if other is not None:
+      spread = correction_lib.spread(position, positions(other), column, k)
+      # The maximum of a number and NaN is NaN.
+      margin = jnp.maximum(spread, margin)
   return Correction(flips, correction_lib.correct(position, cells, margin, column, k))
 
 

@@ -128,6 +128,7 @@ def correct(
   patterns: jax.Array,
   spacing: Spacing,
   threshold: float | None = None,
+  other: jax.Array | None = None,
 ) -> correction_lib.Correction:
   """Returns the correction with which `recover` finds the patterns.
 
@@ -137,6 +138,7 @@ def correct(
     patterns: uint16 `[S]`.
     spacing: as for `rotation`.
     threshold: the greatest error that a number may keep; None to make all exact.
+    other: as for `haar.correct`.
 
   Returns:
     The correction; the numbers of a row of the triangle are a group.
@@ -161,7 +163,11 @@ def correct(
     spacing.position(estimates + reach) - position,
     position - spacing.position(estimates - reach),
   )
-  return correction_lib.correct(position, ordinals, wobble + 1 / 8, row, n)
+  margin = wobble + 1 / 8
+  if other is not None:
+    others = spacing.position(_triangle(_rebuild(other, spectrum)))
+    margin = jnp.maximum(margin, correction_lib.spread(position, others, row, n))
+  return correction_lib.correct(position, ordinals, margin, row, n)
 
 
 def recover(
