@@ -175,13 +175,14 @@ def recovered(
 # Factorisations are backward stable: the factors that a machine computes are those of a
 # matrix that differs from the given one by a few roundoffs of its norm.
 _BACKWARD_ERROR = 4 * 2.0**-24
+_NOISE = 0  # seed of the change of a matrix
 
 
 def _disturbed(matrix: jax.Array, disturb: bool) -> jax.Array:
   """Returns a matrix as inexact as its factorisation on another machine may be."""
   if not disturb:
     return matrix
-  noise = jax.random.normal(jax.random.key(0), matrix.shape)
+  noise = jax.random.normal(jax.random.key(_NOISE), matrix.shape)
   scale = jnp.sqrt(jnp.square(matrix).mean())
   return matrix + _BACKWARD_ERROR * scale * noise
 
