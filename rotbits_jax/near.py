@@ -99,7 +99,7 @@ def search(
   with progress_lib.Progress('search', total, 'evaluation', show=progress) as bar:
 
     def divergence(octaves: Callable[[str, np.dtype], float | None]) -> float:
-      rounded = _rounded(unrounded, context, symmetries.Rounding(octaves, keeps=False))
+      rounded = _rounded(unrounded, context, symmetries.Rounding(octaves, uniform=True))
       measured = evaluation.compare(
         {'rounded': rounded}, tokens, {'model': reference}, max_tokens=max_tokens
       )
@@ -209,7 +209,7 @@ def _rounded(
     for path, leaf in structured.flatten(tree).items():
       dtype = context.dtypes.get(prefix + path, context.form)
       octaves = rounding.octaves(prefix + path, dtype)
-      rounded, _ = symmetries.round_leaf(leaf, dtype, octaves, rounding.keeps)
+      rounded, _ = symmetries.round_leaf(leaf, dtype, octaves, rounding.uniform)
       flat[path] = jax.device_get(rounded)
     return structured.unflatten(flat)
 

@@ -2,6 +2,8 @@
 
 free    keeps the function of the model up to rounding, and removes redundant numbers
 exact   keeps every bit of the input
+near    removes the same numbers as `free`, and rounds the others more coarsely, so that
+        the function changes a little and the file is much smaller
 paper   keeps the function up to rounding, and saves bits by rotating the model, as
         published
 
@@ -89,13 +91,13 @@ def near(
 ) -> Preset:
   """Makes the preset for nearly the same function in far fewer bytes.
 
-  It fixes every gauge as `free` does and rounds each array to multiples of a power of
-  two, so that entropy coding stores few bits a number.
+  It fixes every gauge as `free` does. Then it rounds the numbers of each array to
+  multiples of a step, a power of two, so that a number costs few bits.
 
   Args:
-    step: log2 of the step over the root mean square of the numbers of an array.
-    offsets: octaves to add to the step, by kind of parameter, see `near.kind`; as
-      `near.search` finds them.
+    step: log2 of the ratio of the step to the root mean square of an array's numbers.
+    offsets: octaves to add to `step`, by kind of parameter, see `symmetries.kind`.
+      `near.search` finds good ones.
     tolerance: see `symmetries.remove_residual_gauge`.
     transforms: further transforms, applied after those of the preset.
 
@@ -103,7 +105,7 @@ def near(
     The preset.
 
   Raises:
-    ValueError: if the tolerance is negative, or a number is not finite.
+    ValueError: if the tolerance is negative, or if a number is not finite.
   """
   offsets = {} if offsets is None else dict(offsets)
   for name, value in {'step': step, **offsets}.items():

@@ -522,6 +522,21 @@ class TestProcess:
     assert json.loads(line)['bytes']['file'] == (tmp_path / 'out').stat().st_size
     assert [p.name for p in tmp_path.iterdir()] == ['out']
 
+  @pytest.mark.parametrize('named', [False, True])
+  def test_compiled_programs_are_kept(self, tmp_path, monkeypatch, encoded, named):
+    home, other = tmp_path / 'home', tmp_path / 'other'
+    monkeypatch.setenv('XDG_CACHE_HOME', str(home))
+    monkeypatch.delenv('JAX_COMPILATION_CACHE_DIR', raising=False)
+    if named:
+      monkeypatch.setenv('JAX_COMPILATION_CACHE_DIR', str(other))
+      monkeypatch.setenv('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0')
+    arguments = f'--input={encoded / "exact"}', f'--output={tmp_path / "out"}'
+    done = self.run('rotbits_jax.cli.decode', *arguments)
+    assert (done.returncode, done.stderr) == (0, '')
+    kept, empty = (other, home) if named else (home / 'rotbits_jax', other)
+    assert any('decode_block' in path.name for path in kept.iterdir())
+    assert not empty.exists()
+
   def test_error(self):
     done = self.run('rotbits_jax.cli.main', 'inspect', '--input=missing')
     assert (done.returncode, done.stdout) == (2, '')

@@ -5,6 +5,8 @@ less, which takes less time in total.
 """
 
 import os
+import pathlib
+import tempfile
 
 os.environ['XLA_FLAGS'] = ' '.join(
   [
@@ -13,3 +15,6 @@ os.environ['XLA_FLAGS'] = ' '.join(
     '--xla_llvm_disable_expensive_passes=true',
   ]
 )
+
+# Commands keep their compiled programs there, and not among those of the user.
+os.environ['XDG_CACHE_HOME'] = str(pathlib.Path(tempfile.gettempdir(), 'rotbits_tests'))

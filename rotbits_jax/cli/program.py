@@ -13,6 +13,7 @@ import sys
 from typing import Any
 
 from absl import flags
+import jax
 import safetensors
 
 import rotbits_jax
@@ -80,6 +81,7 @@ def run(command: Callable[[], None], flag_values: flags.FlagValues) -> int:
     print(f'{inspect.getdoc(module)}\n\nflags:{_flags_help(flag_values)}')
     return 0
   logging.getLogger('jax').setLevel(logging.ERROR)  # hides messages like "no GPU found"
+  _keep_programs()
   try:
     with _signals():
       _parse(flag_values)
@@ -96,6 +98,26 @@ def run(command: Callable[[], None], flag_values: flags.FlagValues) -> int:
     print(f'{name}: {one_line(error)}', file=sys.stderr)
     return BAD_INPUT
   return 0
+
+
+def _keep_programs() -> None:
+  """Lets JAX keep compiled programs in the user's cache directory.
+
+  A command then starts without compiling what an earlier one has compiled. What the
+  user told JAX, as by JAX_COMPILATION_CACHE_DIR, stays as it is.
+  """
+  if jax.config.jax_compilation_cache_dir is not None:
+    return
+  cache = os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache')
+  folder = os.path.join(cache, 'rotbits_jax')
+  try:
+    os.makedirs(folder, exist_ok=True)
+  except OSError:  # as for a user without a home
+    return
+  jax.config.update('jax_compilation_cache_dir', folder)
+  # JAX keeps only programs that took a second to compile, unless told otherwise. Many
+  # of these take less.
+  jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)
 
 
 def one_line(error: BaseException) -> str:

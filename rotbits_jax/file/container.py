@@ -201,7 +201,7 @@ class StreamReader:
     if not count:
       return np.zeros(0, np.uint8)
     if isinstance(source, (str, os.PathLike)):
-      # A plain array, since a memory map is slow to slice.
+      # A view as a plain array, because a memory map is slow to slice.
       return np.memmap(source, np.uint8, 'r', begin, (count,)).view(np.ndarray)
     if isinstance(source, (bytes, bytearray, memoryview)):
       return np.frombuffer(

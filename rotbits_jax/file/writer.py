@@ -35,6 +35,7 @@ from rotbits_jax.file import manifest as manifest_lib
 from rotbits_jax.symmetries import transform
 
 FILES = 'files/'
+DTYPE = 'dtype'  # the option with the dtype of a checkpoint whose file is float32
 MESSAGE = ('message', 'corrections', 'tables')
 
 
