@@ -80,10 +80,10 @@ def verify(
     exact, config = reader.preset == 'exact', reader.config
     if config != expected.config:
       raise file.ContainerError(f'the config is not that of {against}')
-  if exact:
-    return read_all(source, expected, progress=progress)
-  counts = read_all(source, progress=progress)
+  counts = read_all(source, expected if exact else None, progress=progress)
   _compare_files(source, expected)
+  if exact:
+    return counts
   with file.Reader(source) as reader:
     model = reader.model(show_progress=progress)
   kl, floor = _divergence(model, expected.load().model)
@@ -129,8 +129,6 @@ def read_all(
       raise file.ContainerError('the buffers differ from the checkpoint')
     files = len(reader.files())
     units = len(reader.units)
-  if isinstance(expected, checkpoints.Source):
-    _compare_files(source, expected)
   return Verification(units, tensors, files, expected is not None, None, None)
 
 
