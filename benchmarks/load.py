@@ -4,8 +4,8 @@
 
 Each round encodes and decodes the checkpoint in memory with the preset `exact`. Memory
 is what the process holds after a tenth of the rounds and after all of them, since the
-first ones fill caches of compiled programs. Then readers, each a thread, decode one file
-at the same time, and each must get the checkpoint's bits.
+first ones fill caches of compiled programs. Then readers, each a thread, decode one
+file at the same time, and each must get the checkpoint's bits.
 """
 
 from concurrent import futures

@@ -113,7 +113,7 @@ class ModelTest(parameterized.TestCase):
     return models.from_layers(model.config, model.outer(), layers)
 
   @parameterized.product(
-    name=('attention_shortcut', 'attention/query/kernel', 'mlp/down/kernel'),
+    name=('attention_shortcut/kernel', 'attention/query/kernel', 'mlp/down/kernel'),
     edit=('NaN', 'infinite', 'zero', 'subnormal', 'greatest'),
   )
   def test_free(self, name, edit):

@@ -138,7 +138,7 @@ def sampled_rotation(
   """
   if frame.from_shortcut:
     (shortcut,) = segment.shortcut.values()
-    before = jnp.eye(frame.k) if before is None else before
+    before = jnp.eye(frame.k, dtype=jnp.float32) if before is None else before
     return _chained(shortcut, before, q)
   return _counter_turned(neutral, q)
 
@@ -182,7 +182,7 @@ def _disturbed(matrix: jax.Array, disturb: bool) -> jax.Array:
   """Returns a matrix as inexact as its factorisation on another machine may be."""
   if not disturb:
     return matrix
-  noise = jax.random.normal(jax.random.key(_NOISE), matrix.shape)
+  noise = jax.random.normal(jax.random.key(_NOISE), matrix.shape, jnp.float32)
   scale = jnp.sqrt(jnp.square(matrix).mean())
   return matrix + _BACKWARD_ERROR * scale * noise
 
@@ -230,7 +230,7 @@ def _chained(shortcut: jax.Array, before: jax.Array, q: jax.Array) -> jax.Array:
   """Returns `O^T (T + I) Z`, where q is the transpose of Z's first rows."""
   n, k = q.shape
   step = canonical.polar(shortcut).rotation
-  embedded = jnp.eye(n).at[:k, :k].set(before)
+  embedded = jnp.eye(n, dtype=jnp.float32).at[:k, :k].set(before)
   rest, _ = jnp.linalg.qr(q, mode='complete')
   z = jnp.concatenate([q, rest[:, k:]], axis=1) if k < n else q
   chained = _matmul(_matmul(step.T, embedded), z.T)
@@ -241,7 +241,7 @@ def _chained(shortcut: jax.Array, before: jax.Array, q: jax.Array) -> jax.Array:
 def _counter_turned(neutral: jax.Array, q: jax.Array) -> jax.Array:
   """Returns `C (I + Q)^T`, where I + Q is block diagonal."""
   width, n = neutral.shape[0], q.shape[0]
-  whole = jnp.eye(width).at[width - n :, width - n :].set(q)
+  whole = jnp.eye(width, dtype=jnp.float32).at[width - n :, width - n :].set(q)
   return canonical.reorthogonalize(_matmul(neutral, whole.T))
 
 

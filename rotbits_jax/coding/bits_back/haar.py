@@ -137,7 +137,7 @@ def rotation(cells: jax.Array, n: int, k: int) -> jax.Array:
   _check_cells(cells, n, k)
   if k == 0:
     return jnp.zeros((n, 0), jnp.float32)
-  vectors, signs = _reflectors(_unpack(cells, n, k), jnp.arange(k))
+  vectors, signs = _reflectors(_unpack(cells, n, k), jnp.arange(k, dtype=jnp.int32))
   return _compose(vectors, signs)
 
 
@@ -170,7 +170,7 @@ def correct(
   if k == 0:
     flips, position = jnp.zeros(0, bool), jnp.zeros(0, jnp.float32)
   else:
-    vectors, signs = _reflectors(_unpack(cells, n, k), jnp.arange(k))
+    vectors, signs = _reflectors(_unpack(cells, n, k), jnp.arange(k, dtype=jnp.int32))
     frame = _compose(vectors, signs) if frame is None else frame
     flips = (frame * recovered).sum(axis=0) < 0
     factor = _compact_factor(vectors)
@@ -240,7 +240,7 @@ def _recover_columns(
     The columns after their reflections, `[m, w]`; and the cells of the columns that
     were read, uint16 `[m, count]`.
   """
-  rows = jnp.arange(remaining.shape[0])
+  rows = jnp.arange(remaining.shape[0], dtype=jnp.int32)
 
   def read(start: jax.Array, c: jax.Array, carry: _Panel) -> _Panel:
     """Reads one column of a panel and applies its reflection to the panel."""
@@ -263,7 +263,9 @@ def _recover_columns(
     inner = _solve(_compact_factor(vectors), inner, transpose=True)
     return remaining - _matmul(vectors, inner), cells
 
-  remaining, panels = jax.lax.scan(read_panel, remaining, jnp.arange(0, count, _PANEL))
+  remaining, panels = jax.lax.scan(
+    read_panel, remaining, jnp.arange(0, count, _PANEL, dtype=jnp.int32)
+  )
   return remaining, panels.transpose(1, 0, 2).reshape(rows.size, count)
 
 
@@ -369,7 +371,7 @@ def _reflectors(cells: jax.Array, first: jax.Array) -> tuple[jax.Array, jax.Arra
     float32 `[c]`.
   """
   n = cells.shape[0]
-  rows = jnp.arange(n)[:, None]
+  rows = jnp.arange(n, dtype=jnp.int32)[:, None]
   number = cells.astype(jnp.float32)
   t = _reach(n) * ((number - 32767.5) / 32768)
   t = jnp.where((rows >= first) & (rows < n - 2), t, 0)
@@ -398,7 +400,7 @@ def _positions(x: jax.Array) -> jax.Array:
     float32 `[n, c]`. Entries for which the vectors have no cells are meaningless.
   """
   n = x.shape[0]
-  rows = jnp.arange(n)[:, None]
+  rows = jnp.arange(n, dtype=jnp.int32)[:, None]
   norm = jnp.sqrt(jax.lax.cumsum(x * x, axis=0, reverse=True))
   t = x / jnp.maximum(norm, 1e-30)
   position = 32767.5 + 32768 * jnp.clip(t / _reach(n), -1, 1)
@@ -433,7 +435,7 @@ def _places(n: int, k: int) -> tuple[jax.Array, jax.Array]:
   For every j, the columns j and k - 1 - j together have 2n - 1 - k coordinates. So the
   trapezoid of coordinates folds to a rectangle.
   """
-  index = jnp.arange(num_cells(n, k))
+  index = jnp.arange(num_cells(n, k), dtype=jnp.int32)
   pair, offset = jnp.divmod(index, max(2 * n - 1 - k, 1))
   second = offset >= n - 1 - pair
   column = jnp.where(second, k - 1 - pair, pair)
@@ -451,7 +453,10 @@ def _pack(matrix: jax.Array, n: int, k: int) -> jax.Array:
 
 def _unpack(values: jax.Array, n: int, k: int) -> jax.Array:
   """Puts values `[S]` at the places of the cells and zeros elsewhere: `[n, k]`."""
-  row, column = jnp.arange(n)[:, None], jnp.arange(k)[None]
+  row, column = (
+    jnp.arange(n, dtype=jnp.int32)[:, None],
+    jnp.arange(k, dtype=jnp.int32)[None],
+  )
   second = column >= (k + 1) // 2
   pair = jnp.where(second, k - 1 - column, column)
   start = pair * (2 * n - 1 - k) + jnp.where(second, n - 1 - pair, 0)
