@@ -4,9 +4,9 @@ import pathlib
 
 import setuptools
 
-TEXT = ['tokenizers>=0.21']  # reads the tokenizer.json beside a checkpoint
+TEXT = ['tokenizers>=0.21,<1']  # reads the tokenizer.json beside a checkpoint
 INT8 = ['qwix>=0.1.8']  # quantises in benchmarks/int8.py
-GGUF = ['gguf>=0.16']  # reads llama.cpp's files
+GGUF = ['gguf>=0.16,<1']  # reads llama.cpp's files
 
 setuptools.setup(
   name='rotbits_jax',
@@ -20,18 +20,19 @@ setuptools.setup(
   packages=setuptools.find_packages(include=['rotbits_jax', 'rotbits_jax.*']),
   package_data={'rotbits_jax': ['py.typed', 'data/*']},
   entry_points={'console_scripts': ['rotbits = rotbits_jax.cli.main:main']},
+  # scripts/versions.sh tests the oldest versions and the newest.
   install_requires=[
-    'absl-py>=2.1',  # the commands' flags
-    'chex>=0.1.88',
-    'flax>=0.10.2',  # forward passes and PyTree dataclasses
-    'jax>=0.8',
-    'jaxlib>=0.8',
-    'ml_collections>=1.0',  # config files of the presets
-    'numpy>=2.0',
-    'optax>=0.2.4',  # the cross entropy of perplexity
-    'safetensors>=0.4.5',  # the files
-    'tqdm>=4.66',  # progress bars
-    'zlib-ng>=0.5',  # checksums, eight times as fast as zlib's
+    'absl-py>=2.1,<3',  # the commands' flags
+    'chex>=0.1.90,<0.2',
+    'flax>=0.12,<0.13',  # forward passes and PyTree dataclasses
+    'jax>=0.8,<0.13',
+    'jaxlib>=0.8,<0.13',
+    'ml_collections>=1.0,<2',  # config files of the presets
+    'numpy>=2.1,<3',
+    'optax>=0.2.5,<0.3',  # the cross entropy of perplexity
+    'safetensors>=0.4.5,<1',  # the files
+    'tqdm>=4.66,<5',  # progress bars
+    'zlib-ng>=0.5.1,<2',  # checksums, eight times as fast as zlib's
   ],
   extras_require={
     # Perplexity of a text, slicing, generation; everything else works without.

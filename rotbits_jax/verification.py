@@ -79,15 +79,18 @@ def verify(
     exact, config = reader.preset == 'exact', reader.config
     plain = bool(reader.weights_files)
   if plain:
-    return read_all(source, checkpoints.open_tensors(against), progress=progress)
+    tensors = checkpoints.open_tensors(against)
+    counts = read_all(source, tensors, progress=progress)
+    _compare_files(source, tensors)
+    return counts
   expected = checkpoints.open_checkpoint(against)
   with file.Reader(source) as reader:
     if config != expected.config:
       raise file.ContainerError(f'the config is not that of {against}')
-  if exact:
-    return read_all(source, expected, progress=progress)
-  counts = read_all(source, progress=progress)
+  counts = read_all(source, expected if exact else None, progress=progress)
   _compare_files(source, expected)
+  if exact:
+    return counts
   with file.Reader(source) as reader:
     model = reader.model(show_progress=progress)
   kl, floor = _divergence(model, expected.load().model)
@@ -135,8 +138,6 @@ def read_all(
       raise file.ContainerError('the buffers differ from the checkpoint')
     files = len(reader.files())
     units = len(reader.units)
-  if isinstance(expected, (checkpoints.Source, checkpoints.TensorFiles)):
-    _compare_files(source, expected)
   return Verification(units, tensors, files, expected is not None, None, None)
 
 
