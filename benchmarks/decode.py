@@ -1,20 +1,22 @@
-"""Times decoders side by side, from a file to arrays, and the time to weights.
+"""Measures decoders side by side, from a file to arrays.
 
   python -m benchmarks.decode --peers_python=PYTHON [--checkpoint=DIR] [--runs=5]
     [--presets=free,exact] [--work=DIR] [--results=RESULTS.md] [--plot=FILE.svg]
 
-The tensors of a sliced SmolLM2-135M (25%, as demo.sh slices it; or of any checkpoint)
-are written to a safetensors file, which the program `zstd`, its library, ZipNN and
-lmzip compress, each by its own package, and to a file by each preset. Every decoder is
-a process that stays (benchmarks/peers.py). They take turns in one run, so that ratios
-hold on a machine that others use, too; printed are medians. Files are in the page
-cache, and programs are compiled.
+The program writes the tensors of a checkpoint to a safetensors file. By default the
+checkpoint is SmolLM2-135M, sliced by 25% as in demo.sh. The peers compress that file:
+the program `zstd`, its library, ZipNN and lmzip, each with its own package. Each preset
+encodes the checkpoint to a file, too. Every decoder runs in a process that stays alive
+(benchmarks/peers.py). The decoders take turns, so that the ratios hold even if other
+processes use the machine. Times are medians; files are in the page cache, and programs
+are compiled.
 
-Then the limits: the parts of decoding that no program avoids, each by itself. The time
-to weights is that of reading the file over a link plus that of decoding it.
+The second table has the limits: the parts of decoding that no program can avoid, each
+measured alone. The third table has the time to weights, which is the time to read the
+file over a link plus the time to decode it.
 
-PYTHON is one that has the peers: `python -m venv DIR; DIR/bin/pip install numpy
-zstandard zipnn lmzip`.
+PYTHON is a Python with the packages of the peers: `python -m venv DIR; DIR/bin/pip
+install numpy zstandard zipnn lmzip`.
 """
 
 from collections.abc import Callable, Sequence
@@ -45,25 +47,29 @@ from rotbits_jax.file import container
 
 FLAGS = flags.FlagValues()
 _PEERS_PYTHON = flags.DEFINE_string(
-  'peers_python', None, 'A Python that has the peers.', required=True, flag_values=FLAGS
+  'peers_python',
+  None,
+  'A Python with the packages of the peers.',
+  required=True,
+  flag_values=FLAGS,
 )
 _CHECKPOINT = flags.DEFINE_string(
-  'checkpoint', None, 'A sliced checkpoint that is there already.', flag_values=FLAGS
+  'checkpoint', None, 'An existing sliced checkpoint.', flag_values=FLAGS
 )
 _PRESETS = flags.DEFINE_list(
-  'presets', ['free', 'exact'], 'What to encode with.', flag_values=FLAGS
+  'presets', ['free', 'exact'], 'The presets to measure.', flag_values=FLAGS
 )
 _RUNS = flags.DEFINE_integer(
-  'runs', 5, 'Timed runs of each.', lower_bound=1, flag_values=FLAGS
+  'runs', 5, 'Number of timed runs.', lower_bound=1, flag_values=FLAGS
 )
 _WORK = flags.DEFINE_string(
-  'work', None, 'A directory for files; what is there is used again.', flag_values=FLAGS
+  'work', None, 'The directory for files; existing ones are reused.', flag_values=FLAGS
 )
 _RESULTS = flags.DEFINE_string(
-  'results', None, 'A file of results to write the section to.', flag_values=FLAGS
+  'results', None, 'The file of results in which to write.', flag_values=FLAGS
 )
 _PLOT = flags.DEFINE_string(
-  'plot', None, 'Where to write the plot of the time to weights.', flag_values=FLAGS
+  'plot', None, 'The file for a plot of the time to weights.', flag_values=FLAGS
 )
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -75,7 +81,7 @@ TITLE = 'Decoding, from file to arrays'
 
 
 class Row(NamedTuple):
-  """A decoder: bytes of its file, and median seconds to decode it."""
+  """A decoder with the bytes of its file and the median seconds to decode it."""
 
   name: str
   bytes: int
@@ -83,7 +89,7 @@ class Row(NamedTuple):
 
 
 class Decoder:
-  """A process that decodes one file as often as it is told. A context manager."""
+  """A context manager: a process that decodes one file each time it is told to."""
 
   def __init__(self, python: str, name: str, path: pathlib.Path):
     self._process = subprocess.Popen(
@@ -106,7 +112,7 @@ class Decoder:
     self._process.wait()
 
   def run(self) -> tuple[float, int]:
-    """Decodes once: seconds, and the arrays' checksum."""
+    """Decodes the file once; returns the seconds and the checksum of the arrays."""
     assert self._process.stdin
     assert self._process.stdout
     print('', file=self._process.stdin, flush=True)
@@ -120,13 +126,19 @@ class Decoder:
 def measure(
   tensors: pathlib.Path, files: dict[str, pathlib.Path], peers_python: str, runs: int
 ) -> list[Row]:
-  """Decodes all files in turn.
+  """Measures all decoders, which take turns.
 
   Args:
-    tensors: the safetensors file, which peers must give back.
-    files: what each peer and each preset made of it, by name.
-    peers_python: runs the peers.
-    runs: timed ones of each.
+    tensors: the safetensors file. The peers must return its tensors.
+    files: the file of each peer and of each preset, by name.
+    peers_python: the Python that runs the peers.
+    runs: number of timed runs.
+
+  Returns:
+    The measurements.
+
+  Raises:
+    ValueError: if a decoder fails, or if a peer returns other tensors.
   """
   paths = {RAW: tensors} | files
   decoders = {
@@ -140,7 +152,7 @@ def measure(
     _, checksum = decoder.run()
     expected = checksum if name == RAW else expected
     if name in PEERS and checksum != expected:
-      raise ValueError(f'{name} gave other tensors back')
+      raise ValueError(f'{name} returned other tensors')
     decoder.run()
   for _ in range(runs):
     for decoder in decoders.values():
@@ -154,7 +166,10 @@ def measure(
 
 
 def table(rows: Sequence[Row]) -> str:
-  """Sizes, seconds and ratios; zstd is the faster of its program and its library."""
+  """Formats sizes, seconds and ratios.
+
+  The base of the ratios is the faster of zstd's program and zstd's library.
+  """
   by_name = {row.name: row for row in rows}
   raw = by_name[RAW].bytes
   base = min(by_name[name].seconds for name in ('zstd', 'zstandard'))
@@ -168,7 +183,10 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def times_to_weights(rows: Sequence[Row]) -> str:
-  """Seconds to read and decode, by the link's speed; the least is marked."""
+  """Formats the seconds to read and to decode, by the speed of the link.
+
+  The least time for each speed is marked.
+  """
   lines = ['MB/s'.rjust(6) + ''.join(f'{row.name:>14}' for row in rows)]
   for link in LINKS:
     seconds = [row.bytes / (1e6 * link) + row.seconds for row in rows]
@@ -178,7 +196,7 @@ def times_to_weights(rows: Sequence[Row]) -> str:
 
 
 def plot(rows: Sequence[Row], path: str) -> None:
-  """Draws the time to weights, over that of the safetensors file."""
+  """Draws the time to weights, relative to that of the safetensors file."""
   import matplotlib
 
   matplotlib.use('svg')
@@ -207,7 +225,7 @@ def plot(rows: Sequence[Row], path: str) -> None:
 
 
 def limits(free: pathlib.Path, exact: pathlib.Path | None, runs: int) -> str:
-  """Parts of decoding by themselves, in seconds."""
+  """Measures parts of decoding alone; returns lines with seconds."""
   lines = []
   for path in (free, *([exact] if exact else [])):
     decode, numbers = _blocks_alone(path)
@@ -237,7 +255,11 @@ def limits(free: pathlib.Path, exact: pathlib.Path | None, runs: int) -> str:
 
 
 def _blocks_alone(path: pathlib.Path) -> tuple[Callable[[], None], int]:
-  """Decodes all units into memory that is there already; how many numbers they have."""
+  """Prepares decoding all units into existing memory.
+
+  Returns:
+    A function that decodes them, and the number of their numbers.
+  """
   with file.Reader(path) as reader:
     units = reader.units.values()
   streams = container.StreamReader(path)
@@ -259,7 +281,7 @@ def _blocks_alone(path: pathlib.Path) -> tuple[Callable[[], None], int]:
 
 
 def _product_alone(hidden: int, tokens: int, width: int) -> Callable[[], Any]:
-  """The product of float64 matrices `[tokens, hidden]` and `[hidden, width]`."""
+  """Prepares the float64 product of `[tokens, hidden]` and `[hidden, width]`."""
   with jax.enable_x64(True):
     head, map = jnp.ones((tokens, hidden)), jnp.ones((hidden, width))
     product = jax.jit(jnp.matmul)
@@ -288,7 +310,7 @@ def prepare(
   presets: Sequence[str],
   peers_python: str,
 ) -> tuple[pathlib.Path, dict[str, pathlib.Path]]:
-  """Writes the safetensors file, and what each peer and each preset makes of it."""
+  """Writes the safetensors file and the file of each peer and of each preset."""
   tensors = work / 'tensors' / 'model.safetensors'
   files = {name: work / name for name in PEERS}
   files |= {name: work / f'{name}.rotbits' for name in presets}
@@ -325,8 +347,8 @@ def main() -> None:
     f'Written by `python -m benchmarks.decode`: {stem} on {sections.machine()}.\n'
     f'Medians of {runs} runs, in which all took turns. Files are in the page cache.\n\n'
     f'```\n{table(rows)}\n```\n\n'
-    f'Parts by themselves, in seconds:\n\n```\n{found}\n```\n\n'
-    'Time to weights: reading over a link and decoding, in seconds; * is the least.\n\n'
+    f'Parts of decoding alone, in seconds:\n\n```\n{found}\n```\n\n'
+    'Time to weights, in seconds: reading over a link and decoding. * is the least.\n\n'
     f'```\n{times_to_weights(rows)}\n```\n'
   )
   if _PLOT.value is not None:

@@ -1,17 +1,17 @@
-"""Decoders of a model's file, ours and those of other packages, each in a process.
+"""Runs the decoder of this project or of another package in a process.
 
   python benchmarks/peers.py NAME compress FILE OUTPUT
   python benchmarks/peers.py NAME serve FILE
 
-`compress` writes what NAME makes of a safetensors file. `serve` answers each line on
-stdin by decoding FILE to arrays once: it prints seconds, and the CRC-32 of all the
-arrays' bytes after the first time. A module of its own imports nothing of this project,
-so that a Python which has the peers' packages only can run it; benchmarks/decode.py
-does.
+`compress` compresses a safetensors file with NAME. `serve` decodes FILE to arrays once
+for each line on stdin. It prints the seconds, and the CRC-32 of the bytes of all arrays
+from the first time. benchmarks/decode.py runs this module. The module imports nothing
+of this project at its top, because it must run in a Python that has only the packages
+of the peers.
 
-`zstd` is the program, which decompresses into a file in memory that is then mapped,
-and `zstandard` its library in Python; both compress at level 3. ZipNN and lmzip run
-with one thread a processor.
+`zstd` is the program; it decompresses into a file in memory, which is then mapped.
+`zstandard` is its Python library. Both compress at level 3. ZipNN and lmzip run with
+one thread for each CPU.
 """
 
 from collections.abc import Callable
@@ -31,7 +31,7 @@ Arrays = list[Any]
 
 
 def split(data: Any) -> Arrays:
-  """The tensors of a safetensors file, as views of its bytes: uint8 arrays."""
+  """Returns the tensors of a safetensors file as views of its bytes: uint8 arrays."""
   view = np.frombuffer(data, np.uint8)
   start = 8 + int(view[:8].view('<u8')[0])
   header = json.loads(view[8:start].tobytes())
@@ -41,21 +41,21 @@ def split(data: Any) -> Arrays:
 
 
 def _memory_file() -> str:
-  """A path in memory, if the system has such."""
+  """Returns the path of a file in memory, if the system supports that."""
   shared = pathlib.Path('/dev/shm')
   folder = shared if shared.is_dir() else pathlib.Path(tempfile.gettempdir())
   return str(folder / f'rotbits-benchmark-{os.getpid()}')
 
 
 def _mapped(path: str) -> Arrays:
-  """The tensors of a file that is removed at once."""
+  """Maps the tensors of a file, and removes the file."""
   arrays = split(np.memmap(path, np.uint8, 'r'))
   os.unlink(path)
   return arrays
 
 
 class Raw:
-  """The safetensors file itself."""
+  """The safetensors file without compression."""
 
   def compress(self, source: str, output: str) -> None:
     pathlib.Path(output).write_bytes(pathlib.Path(source).read_bytes())
@@ -65,7 +65,7 @@ class Raw:
 
 
 class Zstd:
-  """The program."""
+  """The program `zstd`."""
 
   def compress(self, source: str, output: str) -> None:
     subprocess.run(['zstd', '-3', '-q', '-f', source, '-o', output], check=True)
@@ -77,7 +77,7 @@ class Zstd:
 
 
 class Zstandard:
-  """The library."""
+  """The library of zstd."""
 
   def __init__(self) -> None:
     import zstandard
@@ -95,7 +95,7 @@ class Zstandard:
 
 
 class Zipnn:
-  """ZipNN, told that the numbers are float16."""
+  """ZipNN, set to float16 numbers."""
 
   def __init__(self) -> None:
     import zipnn
@@ -129,7 +129,7 @@ class Lmzip:
 
 
 class Rotbits:
-  """This project: JAX arrays, by `rotbits_jax.load`."""
+  """This project: `rotbits_jax.load`, which returns JAX arrays."""
 
   def decode(self, path: str) -> Arrays:
     import jax
@@ -150,7 +150,7 @@ PEERS: dict[str, Callable[[], Any]] = {
 
 
 def serve(peer: Any, path: str) -> None:
-  """Decodes once for each line on stdin."""
+  """Decodes once for each line on stdin, and prints the seconds and the checksum."""
   checksum: int | None = None
   for _ in sys.stdin:
     start = time.perf_counter()
@@ -160,7 +160,7 @@ def serve(peer: Any, path: str) -> None:
       checksum = 0
       for array in arrays:
         checksum = zlib.crc32(np.ascontiguousarray(array).view(np.uint8), checksum)
-    del arrays  # a decoder that is timed has no other's memory to give back
+    del arrays  # frees the memory now, so that the next run's time does not include it
     print(json.dumps([seconds, checksum]), flush=True)
 
 

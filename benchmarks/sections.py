@@ -1,4 +1,4 @@
-"""Sections of RESULTS.md that a benchmark writes by itself."""
+"""Writing of single sections of RESULTS.md, for benchmarks that own a section."""
 
 import os
 import pathlib
@@ -9,7 +9,7 @@ import jax
 
 
 def write(path: str | pathlib.Path, title: str, body: str) -> None:
-  """Puts a section in place of the one with its title, or at the end of the file."""
+  """Replaces the section with this title, or appends it to the file."""
   file = pathlib.Path(path)
   text = file.read_text() if file.exists() else '# Results\n'
   section = f'## {title}\n\n{body.strip()}\n'
@@ -24,7 +24,7 @@ def write(path: str | pathlib.Path, title: str, body: str) -> None:
 
 
 def machine() -> str:
-  """Returns what the figures were measured on."""
+  """Returns a description of this machine."""
   device = jax.devices()[0].device_kind
   return f'{os.cpu_count()} cores of {_processor()}, {device}, jax {jax.__version__}'
 

@@ -22,6 +22,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from numpy.typing import DTypeLike
 
 from rotbits_jax import checkpoints
 from rotbits_jax import file
@@ -31,6 +32,7 @@ from rotbits_jax import presets
 from rotbits_jax import progress as progress_lib
 from rotbits_jax import structured
 from rotbits_jax import symmetries
+from rotbits_jax.coding.weights import layouts as weights
 from rotbits_jax.file import manifest as manifest_lib
 from rotbits_jax.file import report
 from rotbits_jax.file import writer as writer_lib
@@ -205,6 +207,7 @@ def load(
   *,
   layers: range | None = None,
   sharding: file.Place | None = None,
+  dtype: DTypeLike | None = None,
   progress: bool = False,
 ) -> Any:
   """Loads the model in a file as JAX arrays; structured leaves stay structured.
@@ -216,6 +219,8 @@ def load(
       path and the shape of a parameter and returns one. The layers of a group are
       stacked along the first axis. Layers that no device of this process gets are not
       read.
+    dtype: dtype for all floating-point numbers, rounded to nearest; None for the dtype
+      of each array in the file. Arrays of the preset `near` are float32 there.
     progress: whether to show the progress on stderr.
 
   Raises:
@@ -224,6 +229,10 @@ def load(
   """
   with file.Reader(source) as reader:
     model = reader.model(layers=layers, place=sharding, show_progress=progress)
+  if dtype is not None:
+    model = jax.tree.map(
+      lambda x: structured.astype(x, dtype), model, is_leaf=structured.is_structured
+    )
   return jax.tree.map(_on_device, model)
 
 
@@ -249,6 +258,7 @@ def decode_to_directory(
   *,
   format: checkpoints.Format = 'safetensors',
   shard_size: int | None = None,
+  dtype: DTypeLike | None = None,
   overwrite: bool = True,
   progress: bool = False,
 ) -> None:
@@ -260,6 +270,8 @@ def decode_to_directory(
     format: see `checkpoints.save_checkpoint`.
     shard_size: greatest size of the tensors in a weights file, in bytes; None for one
       file.
+    dtype: dtype for all floating-point numbers, rounded to nearest. By default the
+      numbers keep the dtype of the encoded checkpoint.
     overwrite: whether existing files may be replaced.
     progress: whether to show the progress on stderr.
 
@@ -272,10 +284,11 @@ def decode_to_directory(
     config = reader.config
     if config is None:
       raise file.ContainerError('the file holds a PyTree, not a model')
+    dtypes = _dtypes_on_disk(reader, dtype)
     with checkpoints.CheckpointWriter(
       directory,
       config,
-      dtypes=reader.dtypes(),
+      dtypes=dtypes,
       files=reader.files(),
       stem=reader.stem,
       format=format,
@@ -287,6 +300,11 @@ def decode_to_directory(
       kept = (structured.FactorPair,)
       for index, params in reader.parts(show_progress=progress):
         params = models.materialize(params, but=kept)
+        prefix = '' if index is None else f'layers.{index}/'
+        params = structured.unflatten(
+          (path, structured.astype(leaf, dtypes[prefix + path]))
+          for path, leaf in structured.flatten(params).items()
+        )
         if index is None:
           writer.outer(params)
         else:
@@ -328,6 +346,26 @@ def inspect(source: file.Readable) -> file.Report:
     return report.from_reader(reader)
 
 
+def _dtypes_on_disk(
+  reader: file.Reader, dtype: DTypeLike | None
+) -> dict[str, np.dtype]:
+  """Returns the dtype in which each parameter is written to a checkpoint, by path."""
+  dtypes = reader.dtypes()
+  wide = np.dtype(np.float32)
+  if dtype is not None:
+    wanted = np.dtype(jnp.dtype(dtype))
+    chosen = lambda x: wanted if jnp.issubdtype(x, jnp.floating) else x
+  elif (name := reader.options.get(writer_lib.DTYPE)) is not None:
+    # The file has these arrays in float32, see `symmetries.Rounding`.
+    if name not in weights.DTYPES:
+      raise file.ContainerError(f'the file names an unknown dtype, {name!r:.40}')
+    wanted = weights.DTYPES[name]
+    chosen = lambda x: wanted if x == wide else x
+  else:
+    return dtypes
+  return {path: chosen(own) for path, own in dtypes.items()}
+
+
 # ---- encoding ----------------------------------------------------------------------
 
 
@@ -350,8 +388,11 @@ class _Job:
     if stored_as is not None and preset.name != 'free':
       # Only the transforms of `free` use numbers before they are rounded.
       source, stored_as = source.rounded(), None
-    self.summary = writer_lib.Summary(preset, source.config, stem)
     self.context = symmetries.make_context(source, stored_as=stored_as, mesh=mesh)
+    if preset.rounding is not None and preset.rounding.uniform:
+      options = preset.options | {writer_lib.DTYPE: self.context.form.name}
+      preset = preset._replace(options=options)
+    self.summary = writer_lib.Summary(preset, source.config, stem)
     self.sizes = _input_sizes(self.context, self.buffers)
     if preset.message is not None:
       from rotbits_jax import paper  # its linear algebra is slow to import

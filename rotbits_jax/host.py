@@ -1,4 +1,4 @@
-"""The host as a JAX device, and memory that NumPy and XLA share there."""
+"""The host as a JAX device, and arrays in memory that NumPy and XLA share."""
 
 import functools
 import math
@@ -6,12 +6,15 @@ import math
 import jax
 import numpy as np
 
-_ALIGNMENT = 64  # of the addresses that XLA takes without a copy
+_ALIGNMENT = 64  # XLA uses an array without a copy if its address is a multiple of this
 
 
 @functools.cache
 def device() -> jax.Device | None:
-  """Returns JAX's CPU; None, the default device, if JAX was told not to use the CPU."""
+  """Returns the CPU; None if JAX was configured without it.
+
+  JAX takes None as the default device.
+  """
   try:
     return jax.local_devices(backend='cpu')[0]
   except RuntimeError:
@@ -19,11 +22,11 @@ def device() -> jax.Device | None:
 
 
 def empty(shape: tuple[int, ...], dtype: np.dtype | type | str) -> np.ndarray:
-  """Returns an uninitialised array that `jax.device_put` takes without a copy.
+  """Returns an uninitialised array that `jax.device_put` uses without a copy.
 
   Args:
-    shape: of the array.
-    dtype: of the array.
+    shape: shape of the array.
+    dtype: dtype of the array.
 
   Returns:
     The array, contiguous.

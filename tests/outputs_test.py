@@ -1,4 +1,4 @@
-"""Outputs: what may be written where, and that old results survive."""
+"""Outputs: which paths may be written, and how old results are kept."""
 
 import errno
 import os

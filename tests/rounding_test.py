@@ -18,70 +18,82 @@ def _normal(shape, scale=1.0, seed=0):
   return values.astype(np.float32)
 
 
-def _round(leaf, dtype, octaves, keeps=True):
-  rounded, effect = rounding.round_leaf(leaf, np.dtype(dtype), octaves, keeps)
+def _round(leaf, dtype, octaves, uniform=False):
+  rounded, effect = rounding.round_leaf(leaf, np.dtype(dtype), octaves, uniform)
   return rounded, rounding.Effect(*map(float, effect))
 
 
 class RoundTest(parameterized.TestCase):
-  @parameterized.product(dtype=DTYPES, scale=[1.0, 0.03], octaves=[-7.0, -3.5])
-  def test_numbers_are_multiples_of_the_step(self, dtype, scale, octaves):
+  @parameterized.product(
+    dtype=[np.float16, ml_dtypes.bfloat16], scale=[1.0, 0.03], octaves=[-7.0, -3.5]
+  )
+  def test_numbers_are_multiples_of_a_power_of_two(self, dtype, scale, octaves):
     values = _normal((40, 50), scale)
-    rounded, effect = _round(jnp.asarray(values), dtype, octaves, keeps=False)
+    rounded, effect = _round(jnp.asarray(values), dtype, octaves)
     rms = np.sqrt(np.mean(np.float64(values) ** 2))
-    self.assertEqual(effect.step, np.floor(np.log2(rms) + octaves))
-    steps = np.rint(values / 2.0**effect.step)
-    coarse = np.abs(steps) > 2.0 ** (jnp.finfo(dtype).nmant + 1)
-    expected = np.where(coarse, values.astype(dtype), steps * 2.0**effect.step)
+    self.assertEqual(np.log2(effect.step), np.floor(np.log2(rms) + octaves))
+    steps = np.rint(values / effect.step)
+    coarse = np.abs(values) >= effect.step * 2.0 ** (jnp.finfo(dtype).nmant + 1)
+    expected = np.where(coarse, values.astype(dtype), steps * effect.step)
     np.testing.assert_array_equal(np.asarray(rounded).astype(np.float64), expected)
     squares = np.sum((expected - values) ** 2)
     self.assertAlmostEqual(effect.squares / squares, 1, delta=1e-4)
+
+  @parameterized.product(dtype=DTYPES, octaves=[-5.0, -4.8, -4.55, -4.3])
+  def test_uniform_steps_are_quarters_of_an_octave_apart(self, dtype, octaves):
+    values = _normal((40, 50))
+    rounded, effect = _round(jnp.asarray(values), dtype, octaves, uniform=True)
+    self.assertEqual(rounded.dtype, np.float32)
+    rms = np.sqrt(np.mean(np.float64(values) ** 2))
+    self.assertLess(abs(np.log2(effect.step / rms) - octaves), 0.17)
+    self.assertIn(np.frexp(effect.step)[0] * 8, (4, 5, 6, 7))
+    steps = np.rint(values / np.float32(effect.step)).astype(np.float64)
+    np.testing.assert_array_equal(np.asarray(rounded), steps * effect.step)
 
   @parameterized.parameters(np.float16, ml_dtypes.bfloat16)
   def test_a_floor_changes_no_number_above_it(self, dtype):
     values = _normal((60, 70))
     octaves = symmetries.with_floor().octaves('mlp/up/kernel', np.dtype(dtype))
     rounded, effect = _round(jnp.asarray(values), dtype, octaves)
-    self.assertNotEqual(effect.step, rounding.NO_STEP)
+    self.assertGreater(effect.step, 0)
     nearest = values.astype(dtype)
-    large = np.abs(values) >= 2.0 ** (effect.step + jnp.finfo(dtype).nmant)
+    large = np.abs(values) >= effect.step * 2.0 ** jnp.finfo(dtype).nmant
     np.testing.assert_array_equal(np.asarray(rounded)[large], nearest[large])
     self.assertTrue(np.any(np.asarray(rounded) != nearest))
-    # The errors are at most half a step.
     error = np.abs(np.asarray(rounded).astype(np.float64) - values)[~large]
-    self.assertLessEqual(error.max(), 2.0 ** (effect.step - 1))
+    self.assertLessEqual(error.max(), effect.step / 2)
 
-  @parameterized.parameters(*DTYPES)
+  @parameterized.parameters(np.float16, ml_dtypes.bfloat16)
   def test_bits_are_the_octaves_that_the_step_is_coarser(self, dtype):
     top = jnp.finfo(dtype).nmant
-    values = np.float32([[1, 1, 1, 1.25], [0.25, -0.125, 0, 1]])
-    _, effect = _round(jnp.asarray(values) * 1.0001, dtype, -top, keeps=False)
-    self.assertEqual(effect.step, -top - 1)
+    values = np.float32([[1, 1, 1, 1.25], [0.25, -0.125, 0, 1]]) * 1.0001
+    _, effect = _round(jnp.asarray(values), dtype, -top)
+    self.assertEqual(effect.step, 2.0 ** (-top - 1))
     self.assertEqual(effect.bits, 1 + 2)
 
   def test_an_array_that_no_transform_changed_keeps_its_bits(self):
     values = jnp.asarray(_normal((40, 50)).astype(np.float16), jnp.float32)
     kept, effect = _round(values, np.float16, -8.0)
     np.testing.assert_array_equal(kept, values.astype(np.float16))
-    self.assertEqual(effect.step, rounding.NO_STEP)
-    changed, _ = _round(values, np.float16, -8.0, keeps=False)
+    self.assertEqual(effect.step, 0)
+    changed, _ = _round(values, np.float16, -8.0, uniform=True)
     self.assertTrue(np.any(np.asarray(changed) != np.asarray(kept)))
 
   def test_vectors_are_rounded_to_the_nearest_number(self):
     values = _normal((500,))
     rounded, effect = _round(jnp.asarray(values), np.float16, -4.0)
     np.testing.assert_array_equal(rounded, values.astype(np.float16))
-    self.assertEqual(effect.step, rounding.NO_STEP)
+    self.assertEqual(effect.step, 0)
 
   @parameterized.parameters(0.0, 1e-30, 3e38)
   def test_extreme_scales(self, scale):
     values = np.full((2, 3), scale, np.float32)
-    rounded, _ = _round(jnp.asarray(values), np.float32, -4.0, keeps=False)
+    rounded, _ = _round(jnp.asarray(values), np.float32, -4.0, uniform=True)
     np.testing.assert_allclose(rounded, values, rtol=2.0**-4)
 
   def test_no_zero_is_negative(self):
     values = np.float32([[1, -1], [-1e-4, 1e-4]])
-    rounded, _ = _round(jnp.asarray(values), np.float16, -4.0, keeps=False)
+    rounded, _ = _round(jnp.asarray(values), np.float16, -4.0, uniform=True)
     self.assertFalse(np.signbit(np.asarray(rounded)[1]).any())
 
   def test_each_array_of_a_structured_leaf_has_its_own_step(self):

@@ -1,4 +1,4 @@
-"""verify: what is damaged or another model is named, what is whole passes."""
+"""`verify` names damaged tensors and other models, and accepts an undamaged file."""
 
 import functools
 import json
@@ -25,7 +25,7 @@ def _encoded(preset):
 
 
 def flipped(data, stream):
-  """The file with one bit in the middle of a stream flipped."""
+  """Returns the file with one bit in the middle of a stream flipped."""
   (length,) = struct.unpack('<Q', data[:8])
   begin, end = json.loads(data[8 : 8 + length])[stream]['data_offsets']
   damaged = bytearray(data)
@@ -39,7 +39,7 @@ class VerifyTest(parameterized.TestCase):
     self.folder = pathlib.Path(self.enterContext(tempfile.TemporaryDirectory()))
 
   def changed(self, change):
-    """The checkpoint with other parameters."""
+    """Returns the checkpoint with other parameters."""
     checkpoint = checkpoints.load_checkpoint(TESTDATA / NAME)
     layers = list(checkpoint.model.layers())
     change(layers)
@@ -117,7 +117,7 @@ class EncodeCheckTest(absltest.TestCase):
     source = checkpoints.open_checkpoint(TESTDATA / NAME)
 
     class Faulty(checkpoints.Source):
-      """A checkpoint that is another one when it is read again."""
+      """A checkpoint that has other numbers when it is read again."""
 
       reads = 0
 

@@ -1,7 +1,7 @@
 """Decodes a file to a checkpoint.
 
   rotbits decode --input=FILE --output=DIR [--format=safetensors|slicegpt]
-    [--shard_size=2GB] [--overwrite]
+    [--shard_size=2GB] [--dtype=float32|bfloat16|float16] [--overwrite]
 
 The format `safetensors` writes DIR/model.safetensors with the tensor names, shapes and
 dtypes of the encoded checkpoint. The format `slicegpt` writes the .pt and .json files
@@ -42,6 +42,14 @@ _SHARD_SIZE = flags.DEFINE_string(
   flag_values=FLAGS,
 )
 
+_DTYPE = flags.DEFINE_enum(
+  'dtype',
+  None,
+  ('float32', 'bfloat16', 'float16'),
+  'Dtype of the weights. By default they have that of the encoded checkpoint.',
+  flag_values=FLAGS,
+)
+
 _OVERWRITE = flags.DEFINE_bool(
   'overwrite', False, 'Replace existing files.', flag_values=FLAGS
 )
@@ -53,6 +61,7 @@ def main() -> None:
     _OUTPUT.value,
     format=typing.cast(checkpoints.Format, _FORMAT.value),
     shard_size=program.parse_size('shard_size', _SHARD_SIZE.value),
+    dtype=_DTYPE.value,
     overwrite=_OVERWRITE.value,
     progress=True,
   )

@@ -1,9 +1,10 @@
 r"""Encodes a checkpoint as one smaller file, or as several (shards).
 
-  rotbits encode --checkpoint=DIR --output=FILE [--preset=free|exact|paper] [--json]
-    [--shard_size=2GB] [--overwrite] [--verify]
+  rotbits encode --checkpoint=DIR --output=FILE [--preset=free|exact|near|paper]
+    [--json] [--shard_size=2GB] [--overwrite] [--verify]
     [--canonicaliser=polar_shortcut|qr|svd] [--rotation_codec=haar|symmetric_eig]
     [--correction=exact|threshold] [--entropy]
+    [--step=-5] [--max_kl=1e-3 --text=FILE]
 
 The preset `free` keeps the function of the model and changes its weights to coordinates
 that need fewer numbers. The preset `exact` keeps every bit. The preset `paper` codes
@@ -13,6 +14,12 @@ the weights after random rotations and gets the bits of the rotations back, as i
 
   rotbits encode --checkpoint=DIR --output=FILE \
     --config=configs/free.py --config.tolerance=1.0
+
+The preset `near` rounds each array to multiples of a power of two near 2^step times the
+root of its mean square. With --max_kl it searches the coarsest steps that keep the mean
+KL divergence on a text below a bound, and needs memory for the whole model in float32:
+
+  rotbits encode --checkpoint=DIR --output=FILE --preset=near --max_kl=1e-3 --text=FILE
 
 The file appears when it is complete. An existing file is replaced only with
 --overwrite. With --verify the file is decoded before it appears; if the preset is
@@ -30,6 +37,7 @@ layers. Outside of TPU VMs, the processes must be numbered:
     --coordinator=HOST:PORT --num_processes=2 --process_id=0
 """
 
+import pathlib
 import sys
 from typing import Any
 
@@ -39,6 +47,8 @@ from ml_collections import config_flags
 import numpy as np
 
 import rotbits_jax
+from rotbits_jax import evaluation
+from rotbits_jax import near
 from rotbits_jax import presets
 from rotbits_jax.cli import program
 
@@ -72,6 +82,29 @@ _PAPER = {
 }
 _ENTROPY = flags.DEFINE_bool(
   'entropy', None, 'Only for --preset=paper: entropy-code numbers.', flag_values=FLAGS
+)
+_STEP = flags.DEFINE_float(
+  'step',
+  None,
+  'Only for --preset=near: log2 of the step over the root mean square; -5 by default.',
+  flag_values=FLAGS,
+)
+_MAX_KL = flags.DEFINE_float(
+  'max_kl',
+  None,
+  'Only for --preset=near: greatest mean KL divergence in nats, in place of --step.',
+  lower_bound=0.0,
+  flag_values=FLAGS,
+)
+_TEXT = flags.DEFINE_string(
+  'text', None, 'The text on which --max_kl is measured.', flag_values=FLAGS
+)
+_MAX_TOKENS = flags.DEFINE_integer(
+  'max_tokens',
+  4096,
+  'How many tokens of the text --max_kl uses.',
+  lower_bound=2,
+  flag_values=FLAGS,
 )
 _CONFIG = config_flags.DEFINE_config_file(
   'config', None, 'A file such as configs/free.py.', flag_values=FLAGS
@@ -122,13 +155,45 @@ def read_config() -> presets.Preset:
     preset = _PRESET.value or 'free'
     if parts and preset != 'paper':
       raise ValueError(f'--{next(iter(parts))} is for --preset=paper, not {preset}')
+    for flag in (_STEP, _MAX_KL, _TEXT):
+      if flag.value is not None and preset != 'near':
+        raise ValueError(f'--{flag.name} is for --preset=near, not {preset}')
+    if (_MAX_KL.value is None) != (_TEXT.value is None):
+      raise ValueError('--max_kl and --text are needed together')
+    if _MAX_KL.value is not None and _STEP.value is not None:
+      raise ValueError('--max_kl finds the step: --step cannot be given, too')
+    if _MAX_KL.value is not None and _TEXT.value is not None:
+      return search(_MAX_KL.value, _TEXT.value)
+    if _STEP.value is not None:
+      parts['step'] = _STEP.value
     return presets.make(preset, **parts)
-  if _PRESET.value is not None or parts:
+  if _PRESET.value is not None or parts or _STEP.value or _MAX_KL.value:
     raise ValueError('--config cannot be combined with --preset or its options')
   fields = _CONFIG.value.to_dict()
   if 'preset' not in fields:
     raise ValueError('--config has no field preset')
   return presets.make(fields.pop('preset'), **fields)
+
+
+def search(max_kl: float, text: str) -> presets.Preset:
+  """Returns the preset `near` with the steps that --max_kl and --text select.
+
+  The measured points go to stderr.
+  """
+  checkpoint = rotbits_jax.load_checkpoint(_CHECKPOINT.value)
+  content = pathlib.Path(text).read_text(encoding='utf-8')
+  tokenizer = evaluation.read_tokenizer(checkpoint.files)
+  found = near.search(
+    checkpoint.model,
+    np.array(tokenizer.encode(content).ids),
+    max_kl=max_kl,
+    max_tokens=_MAX_TOKENS.value,
+    progress=True,
+  )
+  for point in found.curve:
+    print(f'step 2^{point.step:<7} KL {point.kl:.3g}', file=sys.stderr)
+  print(f'chosen: 2^{found.step}', file=sys.stderr)
+  return presets.near(step=found.step, offsets=found.offsets)
 
 
 def main() -> None:

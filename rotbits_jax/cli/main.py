@@ -8,6 +8,7 @@ COMMANDS = {
   'encode': 'encodes a checkpoint as a smaller file',
   'decode': 'decodes a file to a checkpoint',
   'inspect': 'shows the content of a file and the bytes that each step saved',
+  'report': 'writes the same as a web page with pictures',
   'verify': 'checks that a file is undamaged and matches its checkpoint',
   'evaluate': 'measures perplexity, and KL divergence from another model',
   'generate': 'prints the text that a model generates after a prompt',

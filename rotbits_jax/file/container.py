@@ -28,6 +28,7 @@ from zlib_ng import zlib_ng
 FORMAT = 'rotbits'
 VERSION = 3
 MANIFEST = 'manifest'
+_METADATA = '__metadata__'  # the header's one entry that is no stream
 
 Readable = str | os.PathLike[str] | bytes | bytearray | memoryview | BinaryIO
 """The path of a file, its bytes, or an open binary file."""
@@ -50,6 +51,9 @@ class StreamWriter:
       file: an empty file, open for writing and seekable.
       names: names of all streams that may be written, without the manifest.
     """
+    for name in names:
+      if name in (MANIFEST, _METADATA):
+        raise ValueError(f'{name}: the file has its own entry of this name')
     most = dict.fromkeys((*names, MANIFEST), (_MOST, _MOST))
     self._room = len(_header(most, 0xFFFFFFFF))
     self._names = {*names, MANIFEST}
@@ -118,7 +122,7 @@ def _header(streams: dict[str, tuple[int, int]], manifest_crc32: int) -> bytes:
     'version': str(VERSION),
     'manifest_crc32': str(manifest_crc32),
   }
-  header: dict[str, Any] = {'__metadata__': metadata}
+  header: dict[str, Any] = {_METADATA: metadata}
   for name, (begin, end) in streams.items():
     header[name] = {
       'dtype': 'U8',
@@ -197,7 +201,7 @@ class StreamReader:
     if not count:
       return np.zeros(0, np.uint8)
     if isinstance(source, (str, os.PathLike)):
-      # A plain array, since a memory map is slow to slice.
+      # A view as a plain array, because a memory map is slow to slice.
       return np.memmap(source, np.uint8, 'r', begin, (count,)).view(np.ndarray)
     if isinstance(source, (bytes, bytearray, memoryview)):
       return np.frombuffer(
@@ -217,7 +221,7 @@ class StreamReader:
     if length > min(self.size - 8, _MOST_HEADER):
       raise ContainerError('not a rotbits file, or cut short within its header')
     header = parse_json(self._bytes(8, length).tobytes(), 'header')
-    metadata = header.pop('__metadata__', None) if isinstance(header, dict) else None
+    metadata = header.pop(_METADATA, None) if isinstance(header, dict) else None
     if not isinstance(metadata, dict) or metadata.get('format') != FORMAT:
       raise ContainerError('not a rotbits file')
     if metadata.get('version') != str(VERSION):

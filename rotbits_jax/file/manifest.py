@@ -117,6 +117,7 @@ class Unit:
     input_bytes: number of bytes of these numbers.
     savings: what each transform saved.
     order_bits: bits that the order of the neurons saved.
+    empty: paths of the dicts in the unit that are empty.
   """
 
   name: str
@@ -128,11 +129,17 @@ class Unit:
   input_bytes: int
   savings: tuple[transform.Saving, ...]
   order_bits: float
+  empty: tuple[str, ...] = ()
 
   def leaf_specs(self) -> list[tuple[Leaf, list[Any]]]:
     """Returns each leaf with the specs of its arrays."""
     specs = iter(self.coder.arrays)
     return [(leaf, [next(specs) for _ in leaf.arrays]) for leaf in self.leaves]
+
+  def tree(self, flat: dict[str, Any]) -> dict[str, Any]:
+    """Returns the nested dicts of these leaves by path, with the empty dicts."""
+    empty: dict[str, Any] = {path: {} for path in self.empty}
+    return structured.unflatten([*flat.items(), *empty.items()])
 
   def stack_key(self) -> tuple[Any, ...]:
     """Returns the value of `models.stack_key` for the unit, if it is a layer."""
@@ -148,6 +155,7 @@ class Unit:
       'input': [self.input_numbers, self.input_bytes],
       'savings': [_saving_to_json(saving) for saving in self.savings],
       'order_bits': self.order_bits,
+      **({'empty': list(self.empty)} if self.empty else {}),
     }
 
   @classmethod
@@ -173,6 +181,7 @@ class Unit:
       coder=coder,
       savings=tuple(_saving_from_json(x, name) for x in given.items('savings')),
       order_bits=given.number('order_bits'),
+      empty=given.texts('empty') if given.optional('empty') else (),
       **_input_sizes(given),
     )
     given.finish()
@@ -182,7 +191,7 @@ class Unit:
       )
     if sum(len(leaf.arrays) for leaf in unit.leaves) != len(coder.arrays):
       raise ContainerError(f'{name}: the leaves and the coder list different arrays')
-    structured.unflatten({leaf.path: None for leaf in unit.leaves})
+    unit.tree({leaf.path: None for leaf in unit.leaves})
     for leaf, specs in unit.leaf_specs():
       array = (specs[0].shape, specs[0].dtype) if specs else None
       if not leaf.kind and array != (leaf.shape, leaf.dtype):

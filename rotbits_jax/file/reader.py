@@ -309,7 +309,7 @@ class Reader:
       for leaf in unit.leaves:
         parts = {key: next(arrays) for key in leaf.arrays}
         flat[leaf.path] = _leaf(name, leaf, parts)
-    return structured.unflatten(flat)
+    return unit.tree(flat)
 
   def _start_outer(
     self, names: Sequence[str], start: weights.Start
@@ -347,7 +347,7 @@ class Reader:
       if zlib_ng.crc32(np.ascontiguousarray(array).view(np.uint8)) != entry.expanded:
         raise ContainerError(f'{path}: decoded numbers differ from the encoded numbers')
       flat[entry.path] = array
-    return structured.unflatten(flat)
+    return self._entry(name).tree(flat)
 
   def _tree(self, show_progress: bool) -> Tree:
     with (

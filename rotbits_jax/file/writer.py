@@ -35,6 +35,7 @@ from rotbits_jax.file import manifest as manifest_lib
 from rotbits_jax.symmetries import transform
 
 FILES = 'files/'
+DTYPE = 'dtype'  # the option with the dtype of a checkpoint whose file is float32
 MESSAGE = ('message', 'corrections', 'tables')
 
 
@@ -209,6 +210,7 @@ def encode_unit(
     input_bytes=sizes.bytes,
     savings=tuple(unit.savings),
     order_bits=round(float(encoded.order_bits), 1),
+    empty=tuple(structured.empty_dicts(unit.params)),
   )
   return entry_of_unit, encoded.data
 

@@ -20,6 +20,7 @@ from rotbits_jax.structured.base import Structured
 from rotbits_jax.structured.base import astype
 from rotbits_jax.structured.base import count_bytes
 from rotbits_jax.structured.base import count_numbers
+from rotbits_jax.structured.base import empty_dicts
 from rotbits_jax.structured.base import flatten
 from rotbits_jax.structured.base import is_plain
 from rotbits_jax.structured.base import is_structured
@@ -64,6 +65,7 @@ __all__ = [
   'astype',
   'count_bytes',
   'count_numbers',
+  'empty_dicts',
   'flatten',
   'is_plain',
   'is_structured',

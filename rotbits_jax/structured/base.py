@@ -208,6 +208,15 @@ def flatten(tree: Mapping[str, Any]) -> dict[str, Any]:
   return found
 
 
+def empty_dicts(tree: Mapping[str, Any]) -> list[str]:
+  """Returns the paths of the dicts that are empty, which `flatten` leaves out."""
+  found = []
+  for key, value in tree.items():
+    if isinstance(value, Mapping):
+      found += [f'{key}/{path}' for path in empty_dicts(value)] if value else [key]
+  return found
+
+
 def unflatten(flat: Mapping[str, Any] | Iterable[tuple[str, Any]]) -> dict[str, Any]:
   """Makes nested dicts from leaves by path: the inverse of `flatten`.
 

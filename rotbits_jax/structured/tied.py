@@ -197,7 +197,7 @@ class TiedExactly(Dependent):
       for start in range(0, flat.size, _PIECE):
         piece = slice(start, start + _PIECE)
         classes = of_all[piece]
-        # Residuals are in the order of their classes, and in each of these by token.
+        # A stable sort keeps the row-major order of the entries within each class.
         order = np.argsort(classes, kind='stable')
         counts = [int(np.count_nonzero(classes == c)) for c in range(count)]
         off = np.empty(order.size, np.int8)
@@ -266,8 +266,8 @@ class TiedExactly(Dependent):
 
 
 _EXCEPTION = -128
-_TOKENS = 1024  # of a block of P
-_PIECE = 1 << 15  # numbers that are looked at together, in the processor's cache
+_TOKENS = 1024  # number of tokens in a block of P
+_PIECE = 1 << 15  # numbers that are expanded together, so few that a cache holds them
 
 
 def token_blocks(head: Any, numbers: int = 1 << 23) -> Iterator[slice]:
@@ -277,7 +277,7 @@ def token_blocks(head: Any, numbers: int = 1 << 23) -> Iterator[slice]:
 
 
 class _Stream:
-  """An array whose values are taken one after the other."""
+  """An array whose values are taken in order."""
 
   def __init__(self, values: Any):
     self._values, self._next = np.asarray(values), 0
@@ -286,7 +286,7 @@ class _Stream:
     """Returns the next values.
 
     Raises:
-      ValueError: if too few are left.
+      ValueError: if too few values are left.
     """
     self._next += count
     if self._next > self._values.size:
@@ -306,11 +306,17 @@ class _Stream:
 
 
 class _Prediction(NamedTuple):
-  """P for some tokens, see `TiedExactly`."""
+  """P for a block of n tokens, see `TiedExactly`.
+
+  Attributes:
+    tokens: the tokens.
+    ordinals: the ordinals of P, int16 `[n, d]`.
+    classes: the classes of P, uint8 `[n, d]`, counted from the least exponent.
+  """
 
   tokens: slice
-  ordinals: np.ndarray  # int16 [n, d]
-  classes: np.ndarray  # uint8 [n, d], from the least exponent on
+  ordinals: np.ndarray
+  classes: np.ndarray
 
 
 def _predict(
@@ -328,8 +334,9 @@ def _predict(
     map: int32 `[D, d]`.
     shifts: int16 `[D]`.
     scale: see `TiedExactly`.
-    dtype: of the embedding.
-    exponents: the least and the greatest to be told apart.
+    dtype: dtype of the embedding.
+    exponents: the biased exponents of the first and the last class. Lower exponents
+      are in the first class, higher ones in the last.
 
   Raises:
     ValueError: if the sums are so large that float64 may round them.
@@ -346,14 +353,15 @@ def _predict(
     )
 
   def begin(start: int) -> tuple[slice, int, Any]:
-    # The last block begins where it ends with the last token: one program for all.
+    # All blocks have the same size, so that one program serves all. Therefore the last
+    # block overlaps the block before it.
     first = min(start, count - step)
     columns = np.ascontiguousarray(head[:, first : first + step])
     with _float64():
       made = _block(columns, *constants, dtype=dtype)
     return slice(start, start + step), start - first, made
 
-  # JAX computes a block while the caller has the block before it.
+  # JAX computes a block while the caller uses the block before it.
   begun = [begin(start) for start in range(0, min(count, step), step)]
   for start in range(step, count + step, step):
     if start < count:
@@ -367,7 +375,7 @@ def _predict(
 
 @contextlib.contextmanager
 def _float64() -> Iterator[None]:
-  """Lets JAX use 64 bits and the processor."""
+  """Makes JAX use float64, on the CPU."""
   with jax.enable_x64(True), jax.default_device(host.device()):
     yield
 
@@ -383,16 +391,19 @@ def _block(
   *,
   dtype: np.dtype,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """Returns ordinals and classes of a block of P, `[n, d]`, and a bound of its sums.
+  """Computes the ordinals and classes of a block of P, and a bound on its sums.
 
   Args:
-    columns: of the head, `[D, n]`.
-    units: float64 `[D]`, 2^shifts.
+    columns: columns of the head, `[D, n]`.
+    units: 2^shifts, float64 `[D]`.
     map: float64 `[D, d]`.
-    greatest: float64 `[D]`, of the map's rows.
-    unit: float64, 2^-scale.
+    greatest: the greatest absolute value in each row of the map, float64 `[D]`.
+    unit: 2^-scale, float64.
     exponents: int16 `[2]`, see `_predict`.
-    dtype: of the embedding.
+    dtype: dtype of the embedding.
+
+  Returns:
+    The ordinals and the classes, `[n, d]`, and the bound.
   """
   integers = jnp.round(_exact(columns) * units[:, None])
   # This bounds the absolute value of every partial sum of the product below. The
@@ -406,9 +417,9 @@ def _block(
 
 
 def _exact(numbers: jax.Array) -> jax.Array:
-  """Converts floating-point numbers to float64.
+  """Converts floating-point numbers to float64 with integer arithmetic.
 
-  Integers do it, because XLA may take subnormal numbers for zeros.
+  XLA's own conversion may replace subnormal numbers by zeros.
   """
   info = jnp.finfo(numbers.dtype)
   if info.bits == 64:

@@ -82,6 +82,10 @@ class RowTrapezoids(Structured):
   def materialize(self) -> jax.Array:
     return jnp.asarray(self.upper)
 
+  def stack_key(self) -> tuple[str, ...]:
+    # Layers of one shape differ in their blocks where segments vary in width.
+    return tuple(map(str, (*self.blocks, self.full)))
+
   def stored_sizes(self) -> list[tuple[np.dtype, int]]:
     columns = self.shape[-1]
     rows = [lower_size((columns, rows)) for rows in self.blocks]

@@ -15,8 +15,9 @@ The greatest error in the array does not change. The mean square of the errors g
 less than a factor of 2.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 import functools
+import re
 from typing import Any, NamedTuple
 
 import jax
@@ -27,18 +28,21 @@ from rotbits_jax import structured
 
 
 class Rounding(NamedTuple):
-  """How the parameters of a model are rounded.
+  """A rule for the rounding of the parameters of a model.
 
   Attributes:
-    octaves: function of the path of a parameter and the dtype to which it is rounded.
-      It returns the octaves from the rms of an array to its step, see above; or None to
-      round to the nearest number of the dtype.
-    keeps: whether an array is not changed if the dtype holds all its numbers exactly.
-      This is the case if no transform changed the array.
+    octaves: takes the path of a parameter and its dtype. Returns log2 of the step of an
+      array over its rms, see above; None to round to the nearest number of the dtype.
+    uniform: if False, arrays have the dtype of the source. Their step is the power of
+      two below, and numbers for which the dtype is coarser are rounded to the dtype.
+      An array stays as it is if all its numbers are numbers of the dtype already,
+      because no transform changed it. If True, all numbers of an array are multiples of
+      the step. The array is float32, because the step is the nearest one of
+      4, 5, 6, 7 times a power of two, and the dtype may not have its multiples.
   """
 
   octaves: Callable[[str, np.dtype], float | None]
-  keeps: bool = True
+  uniform: bool = False
 
 
 NEAREST = Rounding(lambda path, dtype: None)
@@ -64,16 +68,33 @@ def with_floor(offset: float = 0.0) -> Rounding:
   return Rounding(octaves)
 
 
+def to_steps(step: float, offsets: Mapping[str, float] | None = None) -> Rounding:
+  """Makes the rounding of all numbers of an array to multiples of one step.
+
+  Args:
+    step: log2 of the step over the rms of the array.
+    offsets: octaves to add to the step, by kind of parameter, see `kind`. The offset of
+      other kinds is 0.
+  """
+  by_kind = dict(offsets or {})
+  octaves = lambda path, dtype: step + by_kind.get(kind(path), 0.0)
+  return Rounding(octaves, uniform=True)
+
+
+def kind(path: str) -> str:
+  """Returns the path of a parameter with `*` for the number of the layer."""
+  return re.sub(r'^layers\.\d+/', 'layers.*/', path)
+
+
 class Effect(NamedTuple):
   """The effect of rounding on the arrays of a leaf.
 
   Attributes:
     squares: sum of the squares of the errors, float32.
     norm: sum of the squares of the numbers, float32.
-    bits: octaves from the step of the dtype to the coarser step 2^q, summed over the
-      numbers for which 2^q is coarser, float32. An entropy coder saves about as many
-      bits.
-    step: q of the largest array, int32; `NO_STEP` if it was rounded without a step.
+    bits: octaves from the step of the dtype to the coarser step of the array, summed
+      over the numbers, float32. An entropy coder saves about as many bits.
+    step: the step of the largest array, float32; 0 if it was rounded without a step.
   """
 
   squares: Any
@@ -82,47 +103,51 @@ class Effect(NamedTuple):
   step: Any
 
 
-NO_STEP = 1 << 10
-
-
 def round_leaf(
-  leaf: Any, dtype: np.dtype, octaves: float | None, keeps: bool
+  leaf: Any, dtype: np.dtype, octaves: float | None, uniform: bool
 ) -> tuple[Any, Effect]:
   """Rounds an array or a structured leaf on its device.
 
   Args:
     leaf: the leaf, with float32 arrays. Arrays of integers are not changed. Arrays with
       fewer than two axes have few numbers; they are rounded to the nearest number.
-    dtype: dtype of the result.
+    dtype: dtype of the parameter.
     octaves: see `Rounding`.
-    keeps: see `Rounding`.
+    uniform: see `Rounding`.
 
   Returns:
     The leaf and the effect. Numbers that are too large for the dtype become infinite.
   """
   if octaves is None:
-    return _round(leaf, np.float32(0), dtype, False, keeps)
-  return _round(leaf, np.float32(octaves), dtype, True, keeps)
+    return _round(leaf, np.float32(0), dtype, False, False)
+  return _round(leaf, np.float32(octaves), dtype, True, uniform)
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3, 4))
 def _round(
-  leaf: Any, octaves: jax.Array, dtype: np.dtype, stepped: bool, keeps: bool
+  leaf: Any, octaves: jax.Array, dtype: np.dtype, stepped: bool, uniform: bool
 ) -> tuple[Any, Effect]:
   zero = jnp.float32(0)
-  effect, largest = Effect(zero, zero, zero, jnp.int32(NO_STEP)), 0
+  effect, largest = Effect(zero, zero, zero, zero), 0
 
   def round_array(array: jax.Array) -> jax.Array:
     nonlocal effect, largest
     nearest = array.astype(dtype)
-    result, step, bits = nearest, jnp.int32(NO_STEP), zero
+    result, step, bits = nearest, zero, zero
     if stepped and array.ndim > 1 and array.size:
-      result, step, bits = _to_steps(array, nearest, octaves, dtype)
-      if keeps:
+      if uniform:
+        step = _quarter_step(_rms(array), octaves)
+        result = _multiples(array, step)
+        bits = _bits_saved(array, step, dtype)
+      else:
+        step = _power(_exponent(_rms(array), octaves, dtype))
+        # Beyond, the dtype itself is coarser.
+        is_small = jnp.abs(array) < step * (1 << jnp.finfo(dtype).nmant + 1)
+        result = jnp.where(is_small, _multiples(array, step).astype(dtype), nearest)
         same = jnp.all(nearest.astype(jnp.float32) == array)
         result = jnp.where(same, nearest, result)
-        step = jnp.where(same, NO_STEP, step)
-        bits = jnp.where(same, 0, bits)
+        bits = jnp.where(same, 0, _bits_saved(array, step, dtype))
+        step = jnp.where(same, 0, step)
     if array.size > largest:
       effect, largest = effect._replace(step=step), array.size
     effect = effect._replace(
@@ -137,29 +162,49 @@ def _round(
   return round_array(leaf) if structured.is_plain(leaf) else leaf, effect
 
 
-def _to_steps(
-  array: jax.Array, nearest: jax.Array, octaves: jax.Array, dtype: np.dtype
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-  info = jnp.finfo(dtype)
+def _rms(array: jax.Array) -> jax.Array:
+  """Returns the root of the mean square of the numbers that are not zero."""
   # The numbers are divided by the greatest, so that no square is infinite and not all
   # squares are zero.
   greatest = jnp.abs(array).max()
   scale = jnp.where(greatest > 0, greatest, 1)
   count = jnp.maximum(jnp.count_nonzero(array), 1).astype(jnp.float32)
-  rms = scale * jnp.sqrt(jnp.square(array / scale).sum() / count)
+  return scale * jnp.sqrt(jnp.square(array / scale).sum() / count)
+
+
+def _exponent(rms: jax.Array, octaves: jax.Array, dtype: np.dtype) -> jax.Array:
+  """Returns q, see above; int32."""
   q = jnp.floor(jnp.log2(rms) + octaves).astype(jnp.int32)
-  # The dtype has no finer step, and 2^-q must be a float32.
-  least = int(np.log2(float(info.smallest_normal)))
-  q = jnp.clip(q, max(least - info.nmant, -126), 127)
-  steps = jnp.rint(array * _power(-q))
+  # The dtype has no finer step, and the inverse of 2^q must be a float32.
+  return jnp.clip(q, max(_least_exponent(dtype) - jnp.finfo(dtype).nmant, -126), 126)
+
+
+def _quarter_step(rms: jax.Array, octaves: jax.Array) -> jax.Array:
+  """Returns the number of the form (4 + i) 2^(q - 2), i < 4, closest to the step."""
+  target = jnp.clip(jnp.log2(rms) + octaves, -120.0, 110.0)
+  q = jnp.floor(target)
+  # In the middle between two of these in log2 are the roots of 4 * 5, 5 * 6, ...
+  middles = jnp.log2(jnp.sqrt(jnp.float32([20, 30, 42, 56])) / 4)
+  i = (target - q > middles).sum()
+  return (4 + i).astype(jnp.float32) * _power(q.astype(jnp.int32) - 2)
+
+
+def _multiples(array: jax.Array, step: jax.Array) -> jax.Array:
+  steps = jnp.rint(array / step)
   # This turns -0 into 0. Adding 0 would not, because XLA replaces x + 0 by x.
-  multiple = jnp.where(steps == 0, 0, steps * _power(q)).astype(dtype)
-  exponents = (jax.lax.bitcast_convert_type(jnp.abs(array), jnp.int32) >> 23) - 127
-  octaves_saved = q - (jnp.maximum(exponents, least) - info.nmant)
-  bits = jnp.where(array != 0, jnp.maximum(octaves_saved, 0), 0).astype(jnp.float32)
-  # Beyond, the dtype itself is coarser.
-  is_small = jnp.abs(steps) < 1 << info.nmant + 1
-  return jnp.where(is_small, multiple, nearest), q, bits.sum()
+  return jnp.where(steps == 0, 0, steps * step)
+
+
+def _bits_saved(array: jax.Array, step: jax.Array, dtype: np.dtype) -> jax.Array:
+  bits = jax.lax.bitcast_convert_type(jnp.abs(array), jnp.int32)
+  exponents = jnp.maximum((bits >> 23) - 127, _least_exponent(dtype))
+  octaves = jnp.log2(step) - (exponents - jnp.finfo(dtype).nmant)
+  return jnp.where(array != 0, jnp.maximum(octaves, 0), 0).sum()
+
+
+def _least_exponent(dtype: np.dtype) -> int:
+  """Returns the exponent of the smallest normal number of a dtype."""
+  return int(np.log2(float(jnp.finfo(dtype).smallest_normal)))
 
 
 def _power(exponent: jax.Array) -> jax.Array:

@@ -32,7 +32,6 @@ import numpy as np
 from rotbits_jax import models
 from rotbits_jax import structured
 from rotbits_jax.symmetries.rounding import NEAREST
-from rotbits_jax.symmetries.rounding import NO_STEP
 from rotbits_jax.symmetries.rounding import Rounding
 from rotbits_jax.symmetries.rounding import round_leaf
 
@@ -523,15 +522,15 @@ def _stored(
     dtype = context.dtypes.get(prefix + path, context.form)
     if any(isinstance(x, jax.Array) for x in jax.tree.leaves(leaf)):
       octaves = rounding.octaves(prefix + path, dtype)
-      flat[path], effects[path] = round_leaf(leaf, dtype, octaves, rounding.keeps)
+      flat[path], effects[path] = round_leaf(leaf, dtype, octaves, rounding.uniform)
     else:
       flat[path] = structured.astype(leaf, dtype)
   flat, effects = jax.device_get((flat, effects))
   notes, bits = [], 0.0
   for path, effect in effects.items():
-    if effect.step != NO_STEP:
+    if effect.step:
       error = np.sqrt(effect.squares / max(effect.norm, 1e-30))
-      step = {'step': f'2^{effect.step}', 'error': three_digits(error)}
+      step = {'step': three_digits(effect.step), 'error': three_digits(error)}
       notes.append({'tensor': prefix + path, **step})
       bits += float(effect.bits)
   saved = [Saving(ROUNDING, 0, int(bits / 8), notes)] if notes else []
