@@ -40,7 +40,7 @@ setuptools.setup(
     # llama-cpp-python, which has to be compiled.
     'demo': [*TEXT, *GGUF],
     # The coder that benchmarks/coder.py times ours beside, and plots. The peers of
-    # benchmarks/decode.py are in an environment of their own, because ZipNN needs torch.
+    # benchmarks/decode.py have an environment of their own, because ZipNN needs torch.
     'benchmark': ['constriction>=0.4', 'matplotlib>=3.9'],
     # The quantiser that benchmarks/int8.py puts in the chain.
     'int8': INT8,
