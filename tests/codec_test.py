@@ -378,7 +378,7 @@ class ErrorsTest(parameterized.TestCase):
 
   def test_presets_are_checked(self):
     model = _load(TINY).model
-    with self.assertRaisesRegex(ValueError, 'free, exact, paper'):
+    with self.assertRaisesRegex(ValueError, 'free, exact, near, paper'):
       rotbits_jax.encode(model, preset='best')
     with self.assertRaisesRegex(ValueError, 'needs a model of a known family'):
       rotbits_jax.encode({'x': np.zeros(3)}, preset='free')
