@@ -1,16 +1,16 @@
-"""Writes a web page about a file: what it holds and what made it small.
+"""Writes a web page about a file: its content and the bytes that each step saved.
 
-  rotbits report --input=FILE --output=report.html
+  rotbits report --input=FILE --output=report.html [--overwrite]
 
 The page stands alone: it loads nothing from a network.
 """
 
-import pathlib
 import sys
 
 from absl import flags
 
 from rotbits_jax import evaluation
+from rotbits_jax import outputs
 from rotbits_jax.cli import program
 
 FLAGS = flags.FlagValues()
@@ -20,12 +20,19 @@ _INPUT = flags.DEFINE_string(
 _OUTPUT = flags.DEFINE_string(
   'output', None, 'The page to write.', required=True, flag_values=FLAGS
 )
+_OVERWRITE = flags.DEFINE_bool(
+  'overwrite', False, 'Replace an existing file.', flag_values=FLAGS
+)
 
 
 def main() -> None:
-  program.check_output_file(_OUTPUT.value)
+  target = outputs.resolved(_OUTPUT.value)
+  outputs.check(target, overwrite=_OVERWRITE.value)
   page = evaluation.report_page(_INPUT.value)
-  pathlib.Path(_OUTPUT.value).write_text(page, encoding='utf-8')
+  with outputs.fresh(outputs.staging(target)) as folder:
+    (folder / target.name).write_text(page, encoding='utf-8')
+    outputs.move(folder / target.name, target)
+  print(f'wrote {_OUTPUT.value}')
 
 
 def run() -> int:
