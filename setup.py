@@ -6,7 +6,7 @@ import setuptools
 
 TEXT = ['tokenizers>=0.21']  # reads the tokenizer.json beside a checkpoint
 INT8 = ['qwix>=0.1.8']  # quantises in benchmarks/int8.py
-DOCS = ['myst_nb>=1.1', 'sphinx>=8.0', 'sphinx_book_theme>=1.1']  # the site in docs/
+DOCS = ['myst_nb>=1.1', 'sphinx>=8.0', 'sphinx_book_theme>=1.1']  # builds docs/
 GGUF = ['gguf>=0.16']  # reads llama.cpp's files
 
 setuptools.setup(
