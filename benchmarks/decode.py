@@ -320,8 +320,8 @@ def prepare(
     if path.exists():
       continue
     if name in PEERS:
-      args = [peers_python, 'benchmarks/peers.py', name, 'compress', tensors, path]
-      subprocess.run(args, cwd=ROOT, check=True)
+      args = ['benchmarks/peers.py', name, 'compress', str(tensors), str(path)]
+      subprocess.run([peers_python, *args], cwd=ROOT, check=True)
     else:
       path.write_bytes(rotbits_jax.encode(checkpoint.model, preset=name, progress=True))
   return tensors, files
