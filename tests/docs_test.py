@@ -37,6 +37,18 @@ def test_examples(page):
   assert runner.summarize(verbose=False).failed == 0, ''.join(report)
 
 
+@pytest.mark.parametrize('page', pages_with('python'))
+def test_programs(page, tmp_path, monkeypatch):
+  import rotbits_jax
+
+  source = rotbits_jax.open_checkpoint(CHECKPOINT.with_name('phi2-tiny-sliced-0.25'))
+  data = rotbits_jax.encode(source, preset='exact')
+  for name in ('llama', 'model'):
+    (tmp_path / f'{name}.rotbits').write_bytes(data)
+  monkeypatch.chdir(tmp_path)
+  exec(compile(''.join(blocks(page, 'python')), page, 'exec'), {})
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize('page', pages_with('bash'))
 def test_commands(page, tmp_path):
