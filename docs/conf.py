@@ -11,7 +11,7 @@ extensions = [
   'sphinx.ext.autodoc',
   'sphinx.ext.napoleon',
 ]
-exclude_patterns = ['build', 'README.md']
+exclude_patterns = ['build']
 html_theme = 'sphinx_book_theme'
 html_title = 'rotbits_jax'
 html_static_path = ['static']
