@@ -58,8 +58,8 @@ _OUTPUT = flags.DEFINE_string(
   flag_values=FLAGS,
 )
 
-STEPS = (-9.0, -7.0, -6.0, -5.0, -4.0, -3.0)
-"""Steps of the preset `near` in the curve."""
+STEPS = (-7.0, -6.0, -5.0, -4.0, -3.0)
+"""Steps of the preset `near` in the curve; with -9 a file is larger than with `free`."""
 
 BLOCKS = ('Q8_0', 'Q5_0', 'Q4_0')
 """GGUF's formats in the curve."""
@@ -211,7 +211,7 @@ def curve(measured: Measured) -> str:
     charts.Series(name, [100 * x for x, _ in points], [y for _, y in points])
     for name, points in measured['curve'].items()
   ]
-  least = min(y for own in series for y in own.y)
+  least = min(measured['floor'], *(y for own in series for y in own.y))
   low = 10.0 ** np.floor(np.log10(least))
   high = 10.0 ** np.ceil(np.log10(max(y for own in series for y in own.y)))
   floor = charts.Series(
@@ -230,6 +230,7 @@ def curve(measured: Measured) -> str:
     y = 22 + 14 * i
     labels += f'{charts.marker(i, x, y + 6)}<text x="{x + 10}" y="{y + 10}">'
     labels += f'{html.escape(own.name)}</text>'
+  labels += f'<text x="60" y="{charts.HEIGHT - 60}">dotted: rounding alone</text>'
   end = picture.index('</svg>')
   return charts.standalone(picture[:end] + labels + picture[end:]) + '\n'
 
