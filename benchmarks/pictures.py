@@ -59,7 +59,7 @@ _OUTPUT = flags.DEFINE_string(
 )
 
 STEPS = (-7.0, -6.0, -5.0, -4.0, -3.0)
-"""Steps of the preset `near` in the curve; with -9 a file is larger than with `free`."""
+"""Steps of `near` in the curve; with -9 a file is larger than with `free`."""
 
 BLOCKS = ('Q8_0', 'Q5_0', 'Q4_0')
 """GGUF's formats in the curve."""
@@ -230,7 +230,7 @@ def curve(measured: Measured) -> str:
     y = 22 + 14 * i
     labels += f'{charts.marker(i, x, y + 6)}<text x="{x + 10}" y="{y + 10}">'
     labels += f'{html.escape(own.name)}</text>'
-  labels += f'<text x="60" y="{charts.HEIGHT - 60}">dotted: rounding alone</text>'
+  labels += f'<text x="60" y="{charts.HEIGHT - 42}">dotted: rounding alone</text>'
   end = picture.index('</svg>')
   return charts.standalone(picture[:end] + labels + picture[end:]) + '\n'
 

@@ -75,7 +75,8 @@ def test_every_public_symbol_is_documented():
   for name in rotbits_jax.__all__:
     value = getattr(rotbits_jax, name)
     home = getattr(value, '__name__', '')
-    assert home in modules or re.search(rf'(autofunction:: |`){name}\b', text), name
+    covered = any(x == home or x.startswith(f'{home}.') for x in modules)
+    assert covered or re.search(rf'(autofunction:: |`){name}\b', text), name
 
 
 @pytest.mark.slow
