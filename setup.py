@@ -6,6 +6,7 @@ import setuptools
 
 TEXT = ['tokenizers>=0.21,<1']  # reads the tokenizer.json beside a checkpoint
 INT8 = ['qwix>=0.1.8']  # quantises in benchmarks/int8.py
+DOCS = ['myst_nb>=1.1', 'sphinx>=8.0', 'sphinx_book_theme>=1.1']  # builds docs/
 GGUF = ['gguf>=0.16,<1']  # reads llama.cpp's files
 
 setuptools.setup(
@@ -45,9 +46,12 @@ setuptools.setup(
     'benchmark': ['constriction>=0.4', 'matplotlib>=3.9'],
     # The quantiser that benchmarks/int8.py puts in the chain.
     'int8': INT8,
+    # sphinx-build -W -b html docs build/docs
+    'docs': [*TEXT, *DOCS, 'ipykernel>=6.29'],
     # What test.sh runs; pre-commit runs the same linters before each commit.
     'test': [
       *TEXT,
+      *DOCS,
       *GGUF,
       *INT8,
       'ipykernel>=6.29',  # runs the notebooks

@@ -291,7 +291,7 @@ class RoundTripTest(Checks):
     report = rotbits_jax.inspect(data)
     self.assertEqual(
       [source.name for source in report.sources[:-3]],
-      list(preset.names),
+      [*preset.names, 'rounding'],
     )
     model = rotbits_jax.decode(data)
     kernel = model.layer(1)['mlp']['down']['kernel']

@@ -1,4 +1,4 @@
-"""Writes a web page about a file: what it holds and what made it small.
+"""Writes a web page about a file: its content and the bytes that each step saved.
 
   rotbits report --input=FILE --output=report.html [--overwrite] [--json] [--verbose]
 
