@@ -274,8 +274,9 @@ def _blocks_alone(path: pathlib.Path) -> tuple[Callable[[], None], int]:
 
   def decode() -> None:
     with weights.unit_jobs() as start:
-      for coder, data, out in given:
-        start(functools.partial(weights.decode, coder, data, out=out))
+      jobs = [functools.partial(weights.decode, x, y, out=out) for x, y, out in given]
+      for future in [start(job) for job in jobs]:
+        future.result()
 
   return decode, sum(array.size for *_, arrays in given for array in arrays)
 
@@ -332,7 +333,7 @@ def main() -> None:
     work = pathlib.Path(_WORK.value or folder).absolute()
     work.mkdir(exist_ok=True)
     if _CHECKPOINT.value is None:
-      checkpoint = demo.slice_smollm2(SPARSITY, work).checkpoint
+      checkpoint = demo.slice_smollm2(SPARSITY, work)[0].checkpoint
     else:
       checkpoint = rotbits_jax.load_checkpoint(_CHECKPOINT.value)
     presets, runs = _PRESETS.value, _RUNS.value

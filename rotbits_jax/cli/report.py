@@ -1,8 +1,17 @@
-"""Writes a web page about a file: what it holds and what made it small.
+"""Writes a web page about a file: its content and the bytes that each step saved.
 
-  rotbits report --input=FILE --output=report.html [--overwrite]
+  rotbits report --input=FILE --output=report.html [--overwrite] [--json] [--verbose]
+
+Example:
+
+  rotbits report --input=smollm2.rotbits --output=report.html
 
 The page stands alone: it loads nothing from a network.
+
+JSON:
+
+  output  path of the page
+  bytes   bytes of the page
 """
 
 import sys
@@ -23,6 +32,7 @@ _OUTPUT = flags.DEFINE_string(
 _OVERWRITE = flags.DEFINE_bool(
   'overwrite', False, 'Replace an existing file.', flag_values=FLAGS
 )
+_JSON, _VERBOSE = program.define_output_flags(FLAGS)
 
 
 def main() -> None:
@@ -33,6 +43,8 @@ def main() -> None:
     written = folder / target.name
     written.write_text(page, encoding='utf-8')
     outputs.move(written, target)
+  if _JSON.value:
+    program.print_json({'output': str(target), 'bytes': target.stat().st_size})
 
 
 def run() -> int:

@@ -435,9 +435,9 @@ def note(path: str, leaf: Any, *, error: float = 0.0, **details: Any) -> Note:
   }
 
 
-def three_digits(number: Any) -> float:
-  """Returns a number rounded to three significant digits, as notes show it."""
-  return float(f'{float(number):.3g}')
+def three_digits(number: Any) -> float | None:
+  """Returns a number rounded as in notes; None if it is not finite."""
+  return float(f'{float(number):.3g}') if np.isfinite(number) else None
 
 
 def leaves(model: models.Model) -> Iterator[tuple[str, Any]]:
