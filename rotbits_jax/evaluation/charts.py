@@ -1,8 +1,8 @@
-"""Charts as SVG: strings that a page or a file can hold, and that need nothing else.
+"""Charts as SVG: self-contained strings for a page or a file.
 
-Colours are names of CSS variables, so that a page decides them for its light and its
-dark theme. Series differ by their markers and dashes as well, so that charts can be
-read without colour.
+Colours are CSS variables, so that a page sets them for its light and its dark theme.
+Series also differ in their markers and dashes, so that charts can be read without
+colour.
 """
 
 from collections.abc import Sequence
@@ -35,11 +35,11 @@ class Series(NamedTuple):
   """Points of one kind in a chart.
 
   Attributes:
-    name: of the series, for the legend.
-    x: coordinates.
-    y: coordinates, as many.
-    line: whether points are joined.
-    markers: whether points are marked.
+    name: name of the series in the legend.
+    x: horizontal coordinates of the points.
+    y: vertical coordinates of the points.
+    line: whether to join the points by lines.
+    markers: whether to mark the points.
   """
 
   name: str
@@ -53,11 +53,11 @@ class Axis(NamedTuple):
   """An axis of a chart.
 
   Attributes:
-    label: what it shows.
+    label: label of the axis.
     low: the least coordinate.
     high: the greatest coordinate.
-    log: whether equal distances are equal ratios.
-    ticks: coordinates that have a label; None to choose some.
+    log: whether the axis is logarithmic.
+    ticks: coordinates that have a label; None to choose them.
   """
 
   label: str
@@ -73,10 +73,10 @@ def chart(
   """Draws series in a frame with two axes.
 
   Args:
-    series: what to draw; four kinds can be told apart.
+    series: the series to draw. At most four can be distinguished.
     x: the horizontal axis.
     y: the vertical axis.
-    title: what the chart shows, for those who hear it read.
+    title: a description of the chart for screen readers.
     legend: whether to name the series below the chart.
 
   Returns:
@@ -123,14 +123,14 @@ def marker(index: int, x: float, y: float) -> str:
 
 
 def standalone(svg: str) -> str:
-  """Returns an `<svg>` element as a picture of its own, with its colours."""
+  """Returns an `<svg>` element as a complete picture that contains its colours."""
   start = svg.index('>') + 1
   end = svg.index('</svg>') + 6
   return f'{svg[:start]}<style>{STYLE}</style>{svg[start:end]}'
 
 
 class _Scale:
-  """Coordinates to places in a picture."""
+  """A function from the coordinates of an axis to places in a picture."""
 
   def __init__(self, axis: Axis, start: float, stop: float):
     self._axis, self._start, self._stop = axis, start, stop
@@ -144,7 +144,7 @@ class _Scale:
     return self._start + share * (self._stop - self._start)
 
   def ticks(self) -> list[float]:
-    """Some round coordinates."""
+    """Returns the ticks of the axis, or chooses round coordinates."""
     axis = self._axis
     if axis.ticks is not None:
       return list(axis.ticks)
@@ -184,7 +184,7 @@ def _legend(series: Sequence[Series]) -> str:
 
 
 def _number(value: float) -> str:
-  """A number in few characters."""
+  """Formats a number in few characters."""
   if value and not 1e-3 <= abs(value) < 1e5:
     return f'{value:.0e}'.replace('e-0', 'e-').replace('e+0', 'e')
   return f'{value:.4g}'

@@ -185,7 +185,7 @@ def _fitted(blocks: np.ndarray, grid: structured.Grid) -> tuple[structured.Grid,
   grid = grid._replace(counts=counts)
   for precision in _PRECISIONS:
     grid = grid._replace(precision=precision)
-    found = structured.fit(blocks, grid).missed.sum() / blocks.size
+    found = float(structured.fit(blocks, grid).missed.sum()) / blocks.size
     if found <= share + _FEW_MISSED:
       break
   return grid, found

@@ -78,9 +78,9 @@ class Levels(packed.Packed):
     for rows in _chunks(lines.shape):
       part = np.ascontiguousarray(lines[rows])
       fitted = fit(part.reshape(-1, grid.block), grid)
-      index[rows] = fitted.index.reshape(part.shape)
+      index[rows] = fitted.indices.reshape(part.shape)
       step[rows] = fitted.step.reshape(-1, per_line)
-      if base is not None:
+      if fitted.base is not None and base is not None:
         base[rows] = fitted.base.reshape(-1, per_line)
       computed = fitted.numbers.reshape(part.shape)
       if not np.array_equal(packed.bits(computed), packed.bits(part)):
@@ -117,7 +117,7 @@ class Levels(packed.Packed):
         off = self.residuals[rows]
         part = _of_ordinals(_ordinals(part) + off, self.dtype)
         odd = off == _EXCEPTION
-        count = np.count_nonzero(odd)
+        count = int(np.count_nonzero(odd))
         own = self.exceptions[used : used + count]
         if own.size != count:
           raise ValueError(f'{self.exceptions.size} exceptions are too few')
@@ -161,14 +161,14 @@ class Fit(NamedTuple):
   """Blocks of numbers on grids.
 
   Attributes:
-    index: `[n, block]`.
+    indices: `[n, block]`.
     step: float32 `[n, 1]`.
     base: float32 `[n, 1]`; None without bases.
     numbers: the numbers that these give, `[n, block]`.
     missed: how many of them differ from the given numbers in each block, `[n]`.
   """
 
-  index: np.ndarray
+  indices: np.ndarray
   step: np.ndarray
   base: np.ndarray | None
   numbers: np.ndarray
@@ -238,9 +238,8 @@ def fit_counts(blocks: np.ndarray, counts: np.ndarray, grid: Grid) -> Fit:
       if not todo.size:
         break
       near = base.view(np.int32) + np.int32(offset << 24 - grid.precision)
-      other = _with_base(
-        *(x[todo] for x in (blocks, wide, half, index)), near.view(np.float32), grid
-      )
+      part = blocks[todo], wide[todo], half[todo], index[todo]
+      other = _with_base(*part, near.view(np.float32), grid)
       better = other.missed < found.missed[todo]
       _replace(found, todo[better], other, better)
       left = found.missed[todo] > 0
@@ -300,7 +299,7 @@ def _line_base(wide: np.ndarray, half: np.ndarray, index: np.ndarray) -> np.ndar
 def _replace(fit: Fit, places: np.ndarray, other: Fit, chosen: np.ndarray) -> None:
   """Puts the chosen blocks of another fit into their places, in place."""
   for old, new in zip(fit, other, strict=True):
-    if old is not None:
+    if old is not None and new is not None:
       old[places] = new[chosen]
 
 
@@ -413,9 +412,10 @@ def _rounded(values: np.ndarray, precision: int) -> np.ndarray:
   """Returns numbers as float32, rounded to a number of significant bits."""
   drop = 24 - precision
   patterns = values.astype(np.float32).view(np.uint32)
-  if drop:
-    patterns = patterns + np.uint32(1 << drop - 1) >> drop << drop
-  return patterns.view(np.float32)
+  if not drop:
+    return patterns.view(np.float32)
+  rounded = np.right_shift(patterns + np.uint32(1 << drop - 1), drop) << drop
+  return rounded.view(np.float32)
 
 
 def _ordinals(values: np.ndarray) -> np.ndarray:
