@@ -220,7 +220,9 @@ def fit_counts(blocks: np.ndarray, counts: np.ndarray, grid: Grid) -> Fit:
     wide = wide.astype(np.float64)
     least = wide.min(axis=1, keepdims=True) if grid.has_base else np.zeros((1, 1))
     rough = np.abs(wide - least).max(axis=1, keepdims=True) / counts[:, None]
-    index = np.rint((wide - least) / rough)
+    exact = (wide - least) / rough
+    index = np.rint(exact)
+    is_grid = np.abs(exact - index).mean(axis=1) < _MOST_OFF
     index[~np.isfinite(index)] = 0  # all numbers of the block are equal
     index = np.clip(index, *((0, 255) if grid.has_base else (-128, 127)))
     if not grid.has_base:
@@ -231,7 +233,7 @@ def fit_counts(blocks: np.ndarray, counts: np.ndarray, grid: Grid) -> Fit:
       index = np.where(negative, np.clip(-index, -128, 127), index)
       return _with_base(blocks, wide, half, index, None, grid)
     found = _with_base(blocks, wide, half, index, _rounded(least, grid.precision), grid)
-    (todo,) = np.nonzero(found.missed)
+    (todo,) = np.nonzero((found.missed > 0) & is_grid)
     if todo.size:
       base = _rounded(_line_base(wide[todo], half[todo], index[todo]), grid.precision)
     for offset in _OFFSETS:
@@ -246,6 +248,10 @@ def fit_counts(blocks: np.ndarray, counts: np.ndarray, grid: Grid) -> Fit:
       todo, base = todo[left], base[left]
   return found
 
+
+# The mean distance of the quotients from integers, if the number of steps is right.
+# Otherwise it is 0.25.
+_MOST_OFF = 0.1
 
 # Bases that are tried, in units of the last significant bit from that of the line.
 _OFFSETS = 0, 1, -1, 2, -2, 3, -3, 4, -4
