@@ -40,6 +40,7 @@ class Series(NamedTuple):
     y: coordinates, as many.
     line: whether points are joined.
     markers: whether points are marked.
+    labels: text beside each point, if any.
   """
 
   name: str
@@ -47,6 +48,7 @@ class Series(NamedTuple):
   y: Sequence[float]
   line: bool = True
   markers: bool = True
+  labels: Sequence[str] | None = None
 
 
 class Axis(NamedTuple):
@@ -68,7 +70,13 @@ class Axis(NamedTuple):
 
 
 def chart(
-  series: Sequence[Series], x: Axis, y: Axis, *, title: str, legend: bool = True
+  series: Sequence[Series],
+  x: Axis,
+  y: Axis,
+  *,
+  title: str,
+  legend: bool = True,
+  inside: bool = False,
 ) -> str:
   """Draws series in a frame with two axes.
 
@@ -77,7 +85,9 @@ def chart(
     x: the horizontal axis.
     y: the vertical axis.
     title: what the chart shows, for those who hear it read.
-    legend: whether to name the series below the chart.
+    legend: whether to name the series.
+    inside: whether the names are in the upper right corner of the picture, and not
+      below it, so that the picture can stand alone.
 
   Returns:
     An `<svg>` element, and a legend.
@@ -104,7 +114,12 @@ def chart(
       )
     if own.markers:
       parts += [marker(i, a, b) for a, b in points]
-  return _svg(WIDTH, HEIGHT, parts, title) + (_legend(series) if legend else '')
+    for (a, b), label in zip(points, own.labels or (), strict=False):
+      parts.append(_text(a + 7, b - 3, label))
+  if legend and inside:
+    parts.append(_legend_inside(series))
+  picture = _svg(WIDTH, HEIGHT, parts, title)
+  return picture + (_legend(series) if legend and not inside else '')
 
 
 def marker(index: int, x: float, y: float) -> str:
@@ -126,7 +141,8 @@ def standalone(svg: str) -> str:
   """Returns an `<svg>` element as a picture of its own, with its colours."""
   start = svg.index('>') + 1
   end = svg.index('</svg>') + 6
-  return f'{svg[:start]}<style>{STYLE}</style>{svg[start:end]}'
+  page = '<rect width="100%" height="100%" style="fill: var(--page)"/>'
+  return f'{svg[:start]}<style>{STYLE}</style>{page}{svg[start:end]}'
 
 
 class _Scale:
@@ -175,12 +191,28 @@ def _text(x: float, y: float, text: str, *, anchor: str = 'start') -> str:
 def _legend(series: Sequence[Series]) -> str:
   keys = []
   for i, own in enumerate(series):
-    dash = f'stroke-dasharray="{_DASHES[i % 4]}"'
-    line = f'<path class="line s{i % 4}" {dash} d="M1 7H27"/>' if own.line else ''
-    mark = marker(i, 14, 7) if own.markers else ''
-    picture = f'<svg viewBox="0 0 28 14" aria-hidden="true">{line}{mark}</svg>'
+    picture = f'<svg viewBox="0 0 28 14" aria-hidden="true">{_key(i, own)}</svg>'
     keys.append(f'<span>{picture}{html.escape(own.name)}</span>')
   return f'<p class="legend">{"".join(keys)}</p>'
+
+
+def _legend_inside(series: Sequence[Series]) -> str:
+  x = WIDTH - _RIGHT - 40 - 6.5 * max(len(own.name) for own in series)
+  rows = [
+    f'<g transform="translate({x:.0f} {_TOP + 6 + 16 * i})">{_key(i, own)}'
+    f'{_text(34, 11, own.name)}</g>'
+    for i, own in enumerate(series)
+  ]
+  return ''.join(rows)
+
+
+def _key(index: int, series: Series) -> str:
+  """Draws the line and the marker of a series, 28 by 14."""
+  dash = f'stroke-dasharray="{_DASHES[index % 4]}"'
+  line = f'<path class="line s{index % 4}" {dash} d="M1 7H27"/>'
+  return (line if series.line else '') + (
+    marker(index, 14, 7) if series.markers else ''
+  )
 
 
 def _number(value: float) -> str:
