@@ -4,9 +4,10 @@ import pathlib
 
 import setuptools
 
-TEXT = ['tokenizers>=0.21']  # reads the tokenizer.json beside a checkpoint
+TEXT = ['tokenizers>=0.21,<1']  # reads the tokenizer.json beside a checkpoint
 INT8 = ['qwix>=0.1.8']  # quantises in benchmarks/int8.py
-GGUF = ['gguf>=0.16']  # reads llama.cpp's files
+DOCS = ['myst_nb>=1.1', 'sphinx>=8.0', 'sphinx_book_theme>=1.1']  # builds docs/
+GGUF = ['gguf>=0.16,<1']  # reads llama.cpp's files
 
 setuptools.setup(
   name='rotbits_jax',
@@ -20,18 +21,19 @@ setuptools.setup(
   packages=setuptools.find_packages(include=['rotbits_jax', 'rotbits_jax.*']),
   package_data={'rotbits_jax': ['py.typed', 'data/*']},
   entry_points={'console_scripts': ['rotbits = rotbits_jax.cli.main:main']},
+  # scripts/versions.sh tests the oldest versions and the newest.
   install_requires=[
-    'absl-py>=2.1',  # the commands' flags
-    'chex>=0.1.88',
-    'flax>=0.10.2',  # forward passes and PyTree dataclasses
-    'jax>=0.8',
-    'jaxlib>=0.8',
-    'ml_collections>=1.0',  # config files of the presets
-    'numpy>=2.0',
-    'optax>=0.2.4',  # the cross entropy of perplexity
-    'safetensors>=0.4.5',  # the files
-    'tqdm>=4.66',  # progress bars
-    'zlib-ng>=0.5',  # checksums, eight times as fast as zlib's
+    'absl-py>=2.1,<3',  # the commands' flags
+    'chex>=0.1.90,<0.2',
+    'flax>=0.12,<0.13',  # forward passes and PyTree dataclasses
+    'jax>=0.8,<0.13',
+    'jaxlib>=0.8,<0.13',
+    'ml_collections>=1.0,<2',  # config files of the presets
+    'numpy>=2.1,<3',
+    'optax>=0.2.5,<0.3',  # the cross entropy of perplexity
+    'safetensors>=0.4.5,<1',  # the files
+    'tqdm>=4.66,<5',  # progress bars
+    'zlib-ng>=0.5.1,<2',  # checksums, eight times as fast as zlib's
   ],
   extras_require={
     # Perplexity of a text, slicing, generation; everything else works without.
@@ -40,13 +42,16 @@ setuptools.setup(
     # llama-cpp-python, which has to be compiled.
     'demo': [*TEXT, *GGUF],
     # The coder that benchmarks/coder.py times ours beside, and plots. The peers of
-    # benchmarks/decode.py are in an environment of their own, because ZipNN needs torch.
+    # benchmarks/decode.py have an environment of their own, because ZipNN needs torch.
     'benchmark': ['constriction>=0.4', 'matplotlib>=3.9'],
     # The quantiser that benchmarks/int8.py puts in the chain.
     'int8': INT8,
+    # sphinx-build -W -b html docs build/docs
+    'docs': [*TEXT, *DOCS, 'ipykernel>=6.29'],
     # What test.sh runs; pre-commit runs the same linters before each commit.
     'test': [
       *TEXT,
+      *DOCS,
       *GGUF,
       *INT8,
       'ipykernel>=6.29',  # runs the notebooks

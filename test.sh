@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Lints, type-checks and tests, in a virtual environment that it makes.
-#   bash test.sh            the suite of every day, minutes
+#   bash test.sh            the suite, minutes
+#   bash test.sh --daily    what CI runs every day: the suite, and one slow test of a kind
 #   bash test.sh --slow     the slow tests too
 #   bash test.sh ARGS       other arguments go to pytest
 set -euo pipefail
@@ -9,6 +10,8 @@ source scripts/venv.sh
 use_venv test
 if [[ "${1:-}" == --slow ]]; then
   set -- -m '' "${@:2}"
+elif [[ "${1:-}" == --daily ]]; then
+  set -- -m 'not slow or daily' "${@:2}"
 fi
 bin=.venv/bin
 "$bin/ruff" check .

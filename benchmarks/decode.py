@@ -274,8 +274,9 @@ def _blocks_alone(path: pathlib.Path) -> tuple[Callable[[], None], int]:
 
   def decode() -> None:
     with weights.unit_jobs() as start:
-      for coder, data, out in given:
-        start(functools.partial(weights.decode, coder, data, out=out))
+      jobs = [functools.partial(weights.decode, x, y, out=out) for x, y, out in given]
+      for future in [start(job) for job in jobs]:
+        future.result()
 
   return decode, sum(array.size for *_, arrays in given for array in arrays)
 
@@ -320,8 +321,8 @@ def prepare(
     if path.exists():
       continue
     if name in PEERS:
-      args = [peers_python, 'benchmarks/peers.py', name, 'compress', tensors, path]
-      subprocess.run(args, cwd=ROOT, check=True)
+      args = ['benchmarks/peers.py', name, 'compress', str(tensors), str(path)]
+      subprocess.run([peers_python, *args], cwd=ROOT, check=True)
     else:
       path.write_bytes(rotbits_jax.encode(checkpoint.model, preset=name, progress=True))
   return tensors, files
@@ -332,7 +333,7 @@ def main() -> None:
     work = pathlib.Path(_WORK.value or folder).absolute()
     work.mkdir(exist_ok=True)
     if _CHECKPOINT.value is None:
-      checkpoint = demo.slice_smollm2(SPARSITY, work).checkpoint
+      checkpoint = demo.slice_smollm2(SPARSITY, work)[0].checkpoint
     else:
       checkpoint = rotbits_jax.load_checkpoint(_CHECKPOINT.value)
     presets, runs = _PRESETS.value, _RUNS.value

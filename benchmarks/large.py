@@ -70,10 +70,10 @@ def run(*args: str) -> Run:
   seconds = time.perf_counter() - start
   if os.waitstatus_to_exitcode(status):
     raise ValueError(f'{" ".join(args)} failed')
-  return Run(seconds, usage.ru_maxrss * _UNIT / 1e9)
+  return Run(seconds, usage.ru_maxrss * RSS_UNIT / 1e9)
 
 
-_UNIT = 1 if sys.platform == 'darwin' else 1024  # bytes per unit of ru_maxrss
+RSS_UNIT = 1 if sys.platform == 'darwin' else 1024  # bytes per unit of ru_maxrss
 
 
 def measure(checkpoint: pathlib.Path, preset: str, work: pathlib.Path) -> list[Run]:

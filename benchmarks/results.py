@@ -1,27 +1,24 @@
 """Measures checkpoints and writes RESULTS.md.
 
-  python -m benchmarks.results --checkpoints=DIR,DIR [--smollm2=0.2,0.25,0.3]
-    --text=FILE [--max_tokens=N] [--output=RESULTS.md]
+  python -m benchmarks.results --checkpoints=DIR,DIR [--smollm2=0.25] --text=FILE
+    [--max_tokens=N] [--output=RESULTS.md]
 
-The program encodes each sliced checkpoint with every preset, decodes it and evaluates
-it, as the demo does. The report of the encoder follows. The options of the preset
-`paper` are compared on the first checkpoint.
+Each sliced checkpoint, and dense SmolLM2 with --smollm2, is encoded with every preset,
+decoded and evaluated, as in the demo. The parts of the preset `paper` are compared on
+the first checkpoint. Sections of the output that other benchmarks measure stay.
 """
 
 import datetime
-import functools
-import math
 import pathlib
-import platform
-import re
 import sys
 import tempfile
+import textwrap
 from typing import Any
 
 from absl import flags
-import jax
 
 from benchmarks import demo
+from benchmarks import sections
 import rotbits_jax
 from rotbits_jax import evaluation
 from rotbits_jax import outputs
@@ -36,10 +33,10 @@ _CHECKPOINTS = flags.DEFINE_list(
   required=True,
   flag_values=FLAGS,
 )
-_SMOLLM2 = flags.DEFINE_list(
+_SMOLLM2 = flags.DEFINE_float(
   'smollm2',
-  [],
-  'Sparsities for slicing SmolLM2-135M; needs the extra `demo`.',
+  None,
+  'A sparsity: measure SmolLM2-135M, dense and sliced. It needs the extra `demo`.',
   flag_values=FLAGS,
 )
 _TEXT = flags.DEFINE_string(
@@ -66,6 +63,8 @@ SCHEMES: dict[str, dict[str, Any]] = {
   'the same, entropy coded': {'entropy': True},
 }
 """The options of the preset `paper` that are compared."""
+
+MOST_PERPLEXITY = 1000  # random weights say nothing about text
 
 
 def bits_back_table(
@@ -95,76 +94,42 @@ def bits_back_table(
   return '\n'.join(lines)
 
 
-def groups_table(report: report_lib.Report) -> str:
-  """Returns a table of the savings of each transform; equal layers share a line."""
-  size = report.input_bytes / report.input_numbers
-  lines = [
-    f'{"group":18}{"where":38}{"form":20}{"numbers":>11}{"bytes":>11}{"error":>9}'
-  ]
-  for source in report.sources:
-    places: dict[tuple[str, str], list[float]] = {}
-    for note in report.notes.get(source.name, []):
-      if 'shape' in note:
-        place = re.sub(r'layers\.\d+', 'layers.*', note['tensor'])
-        total = places.setdefault((place, note['form']), [0, 0.0])
-        total[0] += math.prod(note['shape']) - note['numbers']
-        total[1] = max(total[1], note['error'])
-    for (where, form), (numbers, error) in places.items():
-      lines.append(
-        f'{source.name:18}{where:38}{form:20}{numbers:11,.0f}{numbers * size:11,.0f}'
-        f'{error:9.2g}'
-      )
-    if not places and (source.numbers_saved or source.bytes_saved):
-      lines.append(
-        f'{source.name:76}{source.numbers_saved:11,}{source.bytes_saved:11,}'
-      )
-  return '\n'.join(lines)
+SMALL = 'How small is a checkpoint, and is it still the same model?'
+WHERE = 'Where do the bytes go?'
+PUBLISHED = 'How does the published scheme compare?'
 
 
-def section(path: pathlib.Path, text: str, max_tokens: int | None) -> str:
-  """Returns the tables and the report of one checkpoint."""
-  with tempfile.TemporaryDirectory() as directory:
-    output = pathlib.Path(directory)
-    sliced = demo.Sliced(rotbits_jax.load_checkpoint(path), path)
-    rows = demo.measure(sliced, text, output, max_tokens=max_tokens)
-    report = rotbits_jax.inspect(output / 'free.rotbits')
+def small_section(rows: list[demo.Row], tokens: str) -> str:
+  """Returns the table of all checkpoints."""
+  for row in rows:
+    if row.perplexity is not None and row.perplexity > MOST_PERPLEXITY:
+      raise ValueError(
+        f'{row.subject}: perplexity {row.perplexity:.0f}: no model of text'
+      )
+  verdict = demo.verdict(rows)
   return (
-    f'## {path.parent.name}\n\n```\n{demo.to_text(rows)}\n```\n\n'
-    'The numbers and uncoded bytes that `free` saves in each tensor. The error is the\n'
-    'greatest relative error of a tensor, or of a product that does not change:\n\n'
-    f'```\n{groups_table(report)}\n```\n\n```\n{totals(report)}\n```\n'
+    f'Perplexity on {tokens}. KL is the divergence from the tensors of the same\n'
+    'checkpoint in nats; its floor is the line "rotated, rounded again". Percentages\n'
+    'are of these tensors. The truth is a sliced model before it was rounded.\n\n'
+    f'```\n{demo.to_text(rows)}\n```\n'
+    + (f'\n{textwrap.fill(verdict, 88)}\n' if verdict else '')
   )
 
 
-def schemes_section(path: pathlib.Path, text: str, max_tokens: int | None) -> str:
-  """Returns the table of the options of the preset `paper` on one checkpoint."""
-  with tempfile.TemporaryDirectory() as directory:
-    schemes = bits_back_table(path, text, pathlib.Path(directory), max_tokens)
+def where_section(report: report_lib.Report, name: str) -> str:
+  """Returns what each transform saves of one checkpoint."""
+  lines = report._replace(notes={}).to_text(width=88).split('\n\n')[0]
+  return f'`free` on {name}:\n\n```\n{lines}\n```\n'
+
+
+def published_section(
+  path: pathlib.Path, text: str, output: pathlib.Path, max_tokens: int | None
+) -> str:
+  """Returns the parts of the preset `paper` side by side, on one checkpoint."""
   return (
-    f'## The preset `paper` on {path.parent.name}\n\n'
-    'Bits back are net, per free number of a rotation.\n\n'
-    f'```\n{schemes}\n```\n'
-  )
-
-
-def totals(report: report_lib.Report) -> str:
-  """Returns the report without its notes."""
-  return report._replace(notes={}).to_text()
-
-
-def smollm2_section(sparsity: float, text: str) -> str:
-  """Slices SmolLM2-135M; returns the demo's table and the report."""
-  with tempfile.TemporaryDirectory() as directory:
-    output = pathlib.Path(directory)
-    sliced = demo.slice_smollm2(sparsity, output)
-    tokens = demo.EVALUATION_TOKENS
-    rows = demo.measure(sliced, text, output, max_tokens=tokens)
-    report = rotbits_jax.inspect(output / 'free.rotbits')
-  return (
-    f'## SmolLM2-135M-Instruct, sliced by {sparsity:.0%}\n\n'
-    f'Sliced by `rotbits_jax.slicing` in {sliced.seconds:.0f} s; {tokens:,} tokens.\n'
-    'The truth is the sliced model before it was rounded to float16.\n\n'
-    f'```\n{demo.to_text(rows)}\n```\n\n```\n{totals(report)}\n```\n'
+    f'On {path.parent.name}. Bits back are net, for each of the d(d-1)/2 parameters\n'
+    'of a rotation.\n\n'
+    f'```\n{bits_back_table(path, text, output, max_tokens)}\n```\n'
   )
 
 
@@ -181,30 +146,32 @@ def weights_file(path: pathlib.Path) -> pathlib.Path:
 def main() -> None:
   paths = [weights_file(pathlib.Path(path)) for path in _CHECKPOINTS.value]
   text = program.read_text(_TEXT.value)
-  tokens = f', its first {_MAX_TOKENS.value} tokens' if _MAX_TOKENS.value else ''
-  outputs.check(outputs.resolved(_OUTPUT.value), overwrite=True)
-  device = f'{platform.machine()} {jax.devices()[0].device_kind}'
-  results = (
-    '# Results\n\n'
-    'Written by `python -m benchmarks.results`. Rerun it to measure again.\n'
-    f'{datetime.date.today()}, {device}, jax {jax.__version__}. Text: '
-    f'{pathlib.Path(_TEXT.value).name}{tokens}.\n'
-    'Reductions are relative to the bytes of the tensors. KL is the divergence from\n'
-    'the raw tensors, in nats. Rounding alone makes the KL in the line "rotated,\n'
-    'rounded again". Seconds are measured in one process and include compilation.\n'
-  )
-  measured = [
-    functools.partial(smollm2_section, float(s), text) for s in _SMOLLM2.value
-  ]
-  measured += [
-    functools.partial(part, path, text, _MAX_TOKENS.value)
-    for part, some in ((section, paths), (schemes_section, paths[:1]))
-    for path in some
-  ]
-  for measure in measured:
-    results += '\n' + measure()
-    # The finished sections are kept even if a later one fails.
-    pathlib.Path(_OUTPUT.value).write_text(results)
+  output = outputs.resolved(_OUTPUT.value)
+  outputs.check(output, overwrite=True)
+  name, most = pathlib.Path(_TEXT.value).name, _MAX_TOKENS.value
+  tokens = f'the first {most:,} tokens of {name}' if most else name
+  with tempfile.TemporaryDirectory() as directory:
+    work = pathlib.Path(directory)
+    subjects = []
+    if _SMOLLM2.value is not None:
+      subjects = [demo.dense_smollm2(), demo.slice_smollm2(_SMOLLM2.value, work)[0]]
+    subjects += [
+      demo.Subject(path.parent.name, rotbits_jax.load_checkpoint(path), path)
+      for path in paths
+    ]
+    rows = [
+      row for x in subjects for row in demo.measure(x, text, work, max_tokens=most)
+    ]
+    first = subjects[1 if _SMOLLM2.value is not None else 0]
+    report = rotbits_jax.inspect(demo.encoded_path(first.name, 'free', work))
+    found = {
+      SMALL: small_section(rows, tokens),
+      WHERE: where_section(report, first.name),
+      PUBLISHED: published_section(paths[0], text, work, most),
+    }
+  made = f'`python -m benchmarks.results`, {datetime.date.today()}, '
+  for title, body in found.items():
+    sections.write(output, title, f'{made}{sections.machine()}.\n{body}')
 
 
 if __name__ == '__main__':

@@ -11,12 +11,17 @@ extensions = [
   'sphinx.ext.autodoc',
   'sphinx.ext.napoleon',
 ]
-exclude_patterns = ['build', 'README.md']
+exclude_patterns = ['build']
 html_theme = 'sphinx_book_theme'
 html_title = 'rotbits_jax'
-html_static_path = ['pictures']
+html_static_path = ['static']
+html_css_files = ['site.css']
 html_show_sourcelink = False
-html_theme_options = {'show_toc_level': 2, 'home_page_in_toc': True}
+html_theme_options = {
+  'show_toc_level': 2,
+  'home_page_in_toc': True,
+  'navbar_persistent': [],  # the sidebar has the search
+}
 
 myst_heading_anchors = 3
 # Pages with code run when the site is built, and an error in them is the build's.

@@ -22,7 +22,7 @@ CEIL = lambda a, b: -(-a // b)
 BITS = lambda dtype: np.dtype(f'u{FLOATS[dtype][0] // 8}' if dtype in FLOATS else dtype)
 INFLATE = lambda z, data: (np.frombuffer(z.decompress(data), np.uint8), z.unused_data)
 BASIS = lambda b: np.concatenate([np.eye(b.shape[1]) - b.T @ b / 4, b])
-
+np.seterr(over='ignore')  # of numbers whose rests are not known yet
 def widen(bits, dtype):
   if dtype == 'bfloat16':
     return (bits.astype(np.uint32) << 16).view(np.float32)

@@ -12,6 +12,7 @@ layers at a time.
 
 from collections.abc import Mapping, Sequence
 import contextlib
+import copy
 import hashlib
 import io
 import json
@@ -34,36 +35,38 @@ from rotbits_jax import structured
 from rotbits_jax import symmetries
 from rotbits_jax.coding.weights import layouts as weights
 from rotbits_jax.file import manifest as manifest_lib
+from rotbits_jax.file import plain
 from rotbits_jax.file import report
 from rotbits_jax.file import writer as writer_lib
 from rotbits_jax.symmetries import transform as transform_lib
 from rotbits_jax.verification import read_all
 
 Tree = dict[str, Any]
+Job = Any  # a _Job or a plain.Job
 
 
 def encode(
-  model: models.Model | checkpoints.Source | Tree,
+  model: Any,
   *,
-  preset: str | presets.Preset = 'free',
+  preset: str | presets.Preset | None = None,
   files: Mapping[str, bytes] | None = None,
   stem: str | None = None,
   mesh: jax.sharding.Mesh | None = None,
   progress: bool = False,
   **options: Any,
 ) -> bytes:
-  """Stores a model, or any PyTree of nested dicts of arrays, in few bytes.
+  """Stores a model, or any PyTree of arrays, in few bytes.
 
   Args:
     model: a `Model` (one that is not rounded yet, whose `stored_as` is set, is rounded
-      at the end), an opened checkpoint, or nested dicts with string keys and array
-      leaves; the latter only with the preset 'exact', since its symmetries are not
-      known.
+      at the end); a checkpoint, opened or loaded; or any PyTree of arrays, only with
+      the preset 'exact', because its symmetries are not known.
     preset: 'free' removes what the function does not depend on; 'exact' keeps every bit
-      of the input; 'paper' gets the rotations' bits back as published. Or a preset made
-      by a factory in `presets`.
-    files: the checkpoint's other files, kept as they are; by default those of an opened
-      checkpoint.
+      of the input; 'paper' rotates the weights and gets the rotations' bits back as
+      published. Or a preset made by a factory in `presets`. By default 'free' for a
+      sliced model and 'exact' for everything else.
+    files: the checkpoint's other files, kept as they are; by default those of a
+      checkpoint that is opened or loaded.
     stem: the name that SliceGPT gives to the weights and the slicing JSON; by default
       that of the checkpoint.
     mesh: devices along one axis, 'layers', that share the layers. The bytes are the
@@ -77,23 +80,19 @@ def encode(
   Raises:
     ValueError: if the preset or an option is unknown, or if the model cannot be stored.
   """
-  made = presets.make(preset, **options)
   memory = io.BytesIO()
-  if isinstance(model, (models.Model, checkpoints.Source)):
-    job = _Job(model, made, files, stem, mesh)
-    with progress_lib.Progress('encode', job.total, 'unit', show=progress) as bar:
-      shard = writer_lib.Shard('', tuple(job.sizes))
-      job.write([shard], lambda _: memory, None, bar)
-  else:
-    _encode_tree(model, made, files or {}, memory)
+  _, job = _job(model, preset, options, files, stem, mesh)
+  with progress_lib.Progress('encode', job.total, 'unit', show=progress) as bar:
+    shard = writer_lib.Shard('', tuple(job.sizes))
+    job.write([shard], lambda _: memory, None, bar)
   return memory.getvalue()
 
 
 def encode_to_file(
-  source: models.Model | checkpoints.Source | str | os.PathLike[str],
+  source: Any,
   path: str | os.PathLike[str],
   *,
-  preset: str | presets.Preset = 'free',
+  preset: str | presets.Preset | None = None,
   files: Mapping[str, bytes] | None = None,
   stem: str | None = None,
   shard_size: int | None = None,
@@ -111,7 +110,8 @@ def encode_to_file(
   layers that it owns.
 
   Args:
-    source: a checkpoint, opened or by its path, or a `Model`.
+    source: the path of a checkpoint, or what `encode` takes. A checkpoint at a path
+      that is not of a known family is stored as plain tensors, with 'exact'.
     path: path of the file. Shards have their number before the suffix, and their index
       in Hugging Face's format is written beside them.
     preset: see `encode`.
@@ -133,12 +133,13 @@ def encode_to_file(
     ContainerError: if the check fails.
     OSError: if the file cannot be written or must not be replaced.
   """
-  made = presets.make(preset, **options)
   if isinstance(source, (str, os.PathLike)):
-    source = checkpoints.open_checkpoint(source)
+    source = checkpoints.open_any(source)
   if shard_size is not None and shard_size < 1:
     raise ValueError(f'shard_size must be positive, got {shard_size}')
-  job = _Job(source, made, files, stem, mesh)
+  if isinstance(source, (checkpoints.Source, checkpoints.TensorFiles)):
+    source = _without(source, outputs.resolved(path))
+  made, job = _job(source, preset, options, files, stem, mesh)
   process, processes = jax.process_index(), jax.process_count()
   if made.message is not None and (shard_size is not None or processes > 1):
     raise ValueError("the preset 'paper' writes one message, which cannot be in shards")
@@ -183,23 +184,33 @@ def encode_to_file(
       index.unlink(missing_ok=True)
 
 
-def decode(source: file.Readable, *, progress: bool = False) -> models.Model | Tree:
-  """The model, or the PyTree, in a file, as NumPy arrays.
+def decode(source: file.Readable, *, like: Any = None, progress: bool = False) -> Any:
+  """Returns the model, or the PyTree, in a file, as NumPy arrays.
 
   Args:
     source: a path, bytes, or a binary file.
+    like: a PyTree whose structure the PyTree in the file gets: lists, tuples, Optax
+      states. Its arrays give shapes and dtypes, which must be those in the file.
     progress: whether to tell on stderr how far it is.
 
   Returns:
     The model with NumPy arrays; structured leaves stay structured. At most one layer
-    more than the model is held meanwhile.
+    more than the model is held meanwhile. Of a PyTree, without `like`, nested dicts
+    whose keys are those of dicts, indices and names of fields. Of a checkpoint that is
+    stored as plain tensors, these by name.
 
   Raises:
     ContainerError: if the file is not of this format or is damaged.
+    ValueError: if `like` has other leaves than the PyTree in the file.
     OSError: if the path cannot be read.
   """
   with file.Reader(source) as reader:
-    return reader.model(show_progress=progress)
+    found = reader.model(show_progress=progress)
+  if like is None:
+    return found
+  if isinstance(found, models.Model):
+    raise ValueError('the file holds a model, which has a structure: leave out `like`')
+  return plain.unflatten_like(like, found)
 
 
 def load(
@@ -248,7 +259,9 @@ def decode_checkpoint(
   with file.Reader(source) as reader:
     model = reader.model(show_progress=progress)
     if not isinstance(model, models.Model):
-      raise file.ContainerError('the file holds a PyTree, not a model')
+      raise file.ContainerError(
+        'the file holds plain arrays, not a model of a known family'
+      )
     return checkpoints.Checkpoint(model, reader.files(), reader.stem)
 
 
@@ -267,7 +280,8 @@ def decode_to_directory(
   Args:
     source: a path, bytes, or an open binary file.
     directory: the directory for the checkpoint.
-    format: see `checkpoints.save_checkpoint`.
+    format: see `checkpoints.save_checkpoint`. Plain tensors come back in the files that
+      they were encoded from.
     shard_size: greatest size of the tensors in a weights file, in bytes; None for one
       file.
     dtype: dtype for all floating-point numbers, rounded to nearest. By default the
@@ -282,8 +296,20 @@ def decode_to_directory(
   """
   with file.Reader(source) as reader:
     config = reader.config
+    if reader.weights_files:
+      if dtype is not None:
+        raise ValueError('plain tensors keep their dtypes: leave out dtype')
+      _decode_tensors(reader, directory, format, overwrite, progress)
+      return
     if config is None:
-      raise file.ContainerError('the file holds a PyTree, not a model')
+      raise file.ContainerError(
+        'the file holds a PyTree, not a checkpoint; `decode` in Python reads it'
+      )
+    if 'config.json' not in reader.files():
+      raise file.ContainerError(
+        'the file holds a model without its config.json, so that it cannot become a '
+        'checkpoint; pass the whole checkpoint to `encode`, or its files and stem'
+      )
     dtypes = _dtypes_on_disk(reader, dtype)
     with checkpoints.CheckpointWriter(
       directory,
@@ -346,6 +372,28 @@ def inspect(source: file.Readable) -> file.Report:
     return report.from_reader(reader)
 
 
+def _decode_tensors(
+  reader: file.Reader,
+  directory: str | os.PathLike[str],
+  format: checkpoints.Format,
+  overwrite: bool,
+  progress: bool,
+) -> None:
+  """Writes the weights files of a checkpoint that is stored as plain tensors."""
+  if format != 'safetensors':
+    raise ValueError('plain tensors come back in the files that they were encoded from')
+  with checkpoints.TensorFilesWriter(
+    directory,
+    tuple(reader.weights_files.values()),
+    sizes=reader.tensor_sizes(),
+    rests=reader.rests(),
+    files=reader.files(),
+    overwrite=overwrite,
+  ) as writer:
+    for name, tensor in reader.tensors(show_progress=progress):
+      writer.add(name, tensor)
+
+
 def _dtypes_on_disk(
   reader: file.Reader, dtype: DTypeLike | None
 ) -> dict[str, np.dtype]:
@@ -367,6 +415,40 @@ def _dtypes_on_disk(
 
 
 # ---- encoding ----------------------------------------------------------------------
+
+
+def _without(
+  source: checkpoints.Source | checkpoints.TensorFiles, output: pathlib.Path
+) -> checkpoints.Source | checkpoints.TensorFiles:
+  """Returns a checkpoint that does not have its older output for one of its files."""
+  if source.path.absolute().parent != output.parent:
+    return source
+  found = copy.copy(source)
+  found.files = {name: x for name, x in source.files.items() if name != output.name}
+  return found
+
+
+def _job(
+  source: Any,
+  preset: str | presets.Preset | None,
+  options: Tree,
+  files: Mapping[str, bytes] | None,
+  stem: str | None,
+  mesh: jax.sharding.Mesh | None,
+) -> tuple[presets.Preset, Job]:
+  """Returns the preset and the work to do for what `encode` takes."""
+  if isinstance(source, checkpoints.Checkpoint):
+    files = source.files if files is None else files
+    stem = source.stem if stem is None else stem
+    source = source.model
+  is_model = isinstance(source, (models.Model, checkpoints.Source))
+  config = source.config if is_model else None
+  made = presets.make(preset or presets.default(config), **options)
+  if is_model:
+    return made, _Job(source, made, files, stem, mesh)
+  if isinstance(source, checkpoints.TensorFiles):
+    return made, plain.tensor_job(source, made, files)
+  return made, plain.tree_job(source, made, files or {})
 
 
 class _Job:
@@ -583,29 +665,6 @@ def _input_sizes(
     count, nbytes = sum(x.size for x in arrays), sum(x.nbytes for x in arrays)
     sizes[manifest_lib.BUFFERS] = writer_lib.Sizes(count, nbytes)
   return sizes
-
-
-def _encode_tree(
-  tree: Tree, preset: presets.Preset, files: Mapping[str, bytes], memory: io.BytesIO
-) -> None:
-  """Any PyTree of nested dicts; every top-level key is a unit."""
-  if preset.name != 'exact' or len(preset.names) > 1:
-    raise ValueError(
-      f'the preset {preset.name!r} needs a Model; a PyTree of other arrays can be '
-      f"encoded with 'exact', got {type(tree).__name__}"
-    )
-  for path, leaf in structured.flatten(tree).items():
-    if not (
-      structured.is_structured(leaf) or isinstance(leaf, (np.ndarray, jax.Array))
-    ):
-      raise ValueError(f'{path}: not an array, got {type(leaf).__name__}')
-  summary = writer_lib.Summary(preset, None, None)
-  writer = writer_lib.FileWriter(memory, summary, list(tree), files)
-  for name, own in tree.items():
-    unit = symmetries.Unit(name, {name: own}, [])
-    sizes = structured.count_numbers(own), structured.count_bytes(own)
-    writer.add(unit, writer_lib.Sizes(*sizes), {})
-  writer.finish()
 
 
 def _barrier(processes: int) -> None:

@@ -27,6 +27,8 @@ from rotbits_jax import presets
 from rotbits_jax import progress as progress_lib
 from rotbits_jax import structured
 from rotbits_jax import symmetries
+from rotbits_jax.symmetries import rounding as rounding_lib
+from rotbits_jax.symmetries import transform
 
 PROBE = -5.0
 """The step at which the divergence of each kind is measured."""
@@ -275,15 +277,12 @@ def rewritten(model: models.Model) -> models.Model:
     path: np.dtype(np.float32) if jnp.issubdtype(dtype, jnp.floating) else dtype
     for path, dtype in context.dtypes.items()
   }
-  outer: models.Params = {}
-  layers: list[models.Params] = []
-  units = symmetries.rewrite(context._replace(dtypes=wide), presets.near().transform)
-  for unit in (unit for some, _ in units for unit in some):
-    if unit.name.startswith('layers.'):
-      layers.append(unit.params)
-    else:
-      outer |= unit.params
-  return models.from_layers(context.config, outer, layers, stored_as=context.form.name)
+  wide_context = context._replace(dtypes=wide)
+  units = symmetries.rewrite(wide_context, presets.near().transform)
+  result = transform.to_model(
+    context.config, (unit for some, _ in units for unit in some)
+  )
+  return dataclasses.replace(result, stored_as=context.form.name)
 
 
 def _numbers(model: models.Model) -> dict[str, int]:
@@ -293,7 +292,7 @@ def _numbers(model: models.Model) -> dict[str, int]:
   trees += [(f'layers.{i}/', layer) for i, layer in enumerate(model.layers())]
   for prefix, tree in trees:
     for path, leaf in structured.flatten(tree).items():
-      if any(np.ndim(x) > 1 and np.size(x) for x in jax.tree.leaves(leaf)):
+      if any(rounding_lib.is_matrix(x) for x in jax.tree.leaves(leaf)):
         name = symmetries.kind(prefix + path)
         counts[name] = counts.get(name, 0) + structured.count_numbers(leaf)
   return counts

@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping
 import math
 from typing import Any, NamedTuple
 
+from rotbits_jax import models
 from rotbits_jax import symmetries
 
 
@@ -240,6 +241,19 @@ PRESETS: dict[str, Callable[..., Preset]] = {
   'paper': paper,
 }
 """Functions that take options and make a preset, by the name of the preset."""
+
+
+def default(config: models.ModelConfig | None) -> str:
+  """Returns the name of the preset that suits a checkpoint.
+
+  Args:
+    config: of the model; None for plain arrays.
+
+  Returns:
+    'free' for a sliced model, whose symmetries hold a third of its numbers; else
+    'exact', because on a dense model `free` changes every number and saves little more.
+  """
+  return 'free' if config is not None and config.sliced else 'exact'
 
 
 def make(preset: str | Preset, **options: Any) -> Preset:

@@ -4,7 +4,7 @@
 compares the bits, or the function, with those of a checkpoint.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 import dataclasses
 import os
 from typing import Any, NamedTuple
@@ -75,15 +75,22 @@ def verify(
   """
   if against is None:
     return read_all(source, progress=progress)
-  expected = checkpoints.open_checkpoint(against)
   with file.Reader(source) as reader:
     exact, config = reader.preset == 'exact', reader.config
+    plain = bool(reader.weights_files)
+  if plain:
+    tensors = checkpoints.open_tensors(against)
+    counts = read_all(source, tensors, progress=progress)
+    _compare_files(source, tensors)
+    return counts
+  expected = checkpoints.open_checkpoint(against)
+  with file.Reader(source) as reader:
     if config != expected.config:
       raise file.ContainerError(f'the config is not that of {against}')
-  if exact:
-    return read_all(source, expected, progress=progress)
-  counts = read_all(source, progress=progress)
+  counts = read_all(source, expected if exact else None, progress=progress)
   _compare_files(source, expected)
+  if exact:
+    return counts
   with file.Reader(source) as reader:
     model = reader.model(show_progress=progress)
   kl, floor = _divergence(model, expected.load().model)
@@ -96,7 +103,7 @@ def verify(
 
 def read_all(
   source: file.Readable,
-  expected: checkpoints.Source | models.Model | None = None,
+  expected: checkpoints.Source | checkpoints.TensorFiles | models.Model | None = None,
   *,
   progress: bool = False,
 ) -> Verification:
@@ -120,17 +127,17 @@ def read_all(
       flat = structured.flatten(params)
       tensors += len(flat)
       if expected is not None:
-        given = _unit_of(expected, prefix)
+        given = _given(expected, prefix, flat)
         for path, leaf in flat.items():
           if not _same_bits(leaf, given.get(path)):
             raise file.ContainerError(f'{prefix}{path}: differs from the checkpoint')
-    buffers = reader.buffers()
-    if expected is not None and not _same_bits(buffers, dict(expected.buffers)):
+    buffers, rests = reader.buffers(), reader.rests()
+    if isinstance(expected, checkpoints.TensorFiles):
+      _compare_rests(reader, rests, expected)
+    elif expected is not None and not _same_bits(buffers, dict(expected.buffers)):
       raise file.ContainerError('the buffers differ from the checkpoint')
     files = len(reader.files())
     units = len(reader.units)
-  if isinstance(expected, checkpoints.Source):
-    _compare_files(source, expected)
   return Verification(units, tensors, files, expected is not None, None, None)
 
 
@@ -144,8 +151,18 @@ def _parts(reader: file.Reader, progress: bool) -> Iterator[tuple[str, Any]]:
     yield '' if index is None else f'layers.{index}/', params
 
 
-def _unit_of(expected: checkpoints.Source | models.Model, prefix: str) -> Any:
-  """Returns the expected parameters of a layer, or outside the layers, by path."""
+def _given(
+  expected: checkpoints.Source | checkpoints.TensorFiles | models.Model,
+  prefix: str,
+  paths: Iterable[str],
+) -> Any:
+  """Returns the expected parameters by path.
+
+  They are those of a layer, or all outside the layers, or the tensors with these names
+  of a checkpoint without a model.
+  """
+  if isinstance(expected, checkpoints.TensorFiles):
+    return {name: expected.read(name) for name in paths if name in expected.specs}
   if not prefix:
     return structured.flatten(expected.outer())
   index = int(prefix.removeprefix('layers.').removesuffix('/'))
@@ -167,7 +184,21 @@ def _same_array(x: np.ndarray, y: np.ndarray) -> bool:
   return np.array_equal(x.view(bits), y.view(bits))
 
 
-def _compare_files(source: file.Readable, expected: checkpoints.Source) -> None:
+def _compare_rests(
+  reader: file.Reader, rests: Mapping[str, bytes], expected: checkpoints.TensorFiles
+) -> None:
+  """Compares weights files, of whose tensors each is known to have the right bits."""
+  given = {layout.name: layout for layout in expected.weights}
+  if reader.weights_files != given:
+    raise file.ContainerError('the weights files are laid out in another way')
+  for name, layout in given.items():
+    if b''.join(expected.rest(layout)) != rests[name]:
+      raise file.ContainerError(f'{name}: differs from the checkpoint')
+
+
+def _compare_files(
+  source: file.Readable, expected: checkpoints.Source | checkpoints.TensorFiles
+) -> None:
   with file.Reader(source) as reader:
     own = reader.files()
   for name in sorted(own.keys() | expected.files.keys()):

@@ -146,9 +146,8 @@ class BiasesTest(parameterized.TestCase):
   def test_a_structured_bias_is_left_alone(self):
     model = _model('phi')
     attention = model.params['blocks_0']['attention']
-    value = attention['value'] | {
-      'bias': structured.Constant.like(attention['value']['bias'], 0.5)
-    }
+    biases = [structured.Constant.like(x, 0.5) for x in attention['value']['bias']]
+    value = attention['value'] | {'bias': structured.Constant.stack(biases)}
     layers = model.params['blocks_0'] | {'attention': attention | {'value': value}}
     strange = model.replace(params=model.params | {'blocks_0': layers})
     same, notes = _apply(strange)

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rotbits_jax import symmetries
 from rotbits_jax.symmetries import canonical
 
 NAMES = tuple(canonical.CANONICALISERS)
@@ -23,6 +24,10 @@ def _spread(n: int, m: int, seed: int = 0) -> np.ndarray:
 
 
 class CanonicalTest(parameterized.TestCase):
+  @parameterized.parameters(*NAMES)
+  def test_all_are_public_by_their_names(self, name):
+    self.assertIs(getattr(symmetries, name), canonical.CANONICALISERS[name])
+
   @parameterized.product(name=NAMES, shape=[(1, 1), (6, 6), (6, 11)])
   def test_rotation_of_the_reference_is_found(self, name, shape):
     canonicalise = jax.jit(canonical.CANONICALISERS[name])

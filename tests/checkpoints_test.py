@@ -6,6 +6,7 @@ import pathlib
 import shutil
 
 import chex
+import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -660,16 +661,40 @@ class TestDirectory:
     shutil.copytree(TESTDATA / 'llama-tiny-dense', tmp_path, dirs_exist_ok=True)
     (tmp_path / 'merges.txt').write_bytes(b'a\r\nb')
     (tmp_path / 'tokenizer.model').write_bytes(b'\0\xff')
-    (tmp_path / 'README.md').write_bytes(b'not kept')
-    files = checkpoints.load_checkpoint(tmp_path).files
+    for name in ('.gitattributes', 'LICENSE', 'README.md', 'modeling_x.py'):
+      (tmp_path / name).write_text(name)
+    for name in ('tf_model.h5', 'optimizer.pt'):
+      (tmp_path / name).write_text('not kept')
+    for name in ('onnx', '.cache'):
+      (tmp_path / name).mkdir()
+    source = checkpoints.open_checkpoint(tmp_path / 'model.safetensors')
+    files = source.files
+    assert source.left_out == (
+      *('onnx/', 'optimizer.pt', 'ref_logits.npz', 'tf_model.h5'),
+    )
     assert sorted(files) == [
+      '.gitattributes',
+      'LICENSE',
+      'README.md',
       'config.json',
       'generation_config.json',
       'merges.txt',
+      'modeling_x.py',
       'tokenizer.model',
     ]
+    assert files['LICENSE'] == b'LICENSE'
     assert files['merges.txt'] == b'a\r\nb'
     assert files['tokenizer.model'] == b'\0\xff'
+
+  def test_a_checkpoint_prints_one_line(self):
+    checkpoint = checkpoints.load_checkpoint(TESTDATA / 'llama-tiny-sliced-head-0.25')
+    assert repr(checkpoint) == (
+      'Checkpoint(Model(llama, sliced, 3 layers, 400,320 numbers, float16), '
+      "files=['Llama-2-tiny_0.25.json', 'config.json', 'generation_config.json'], "
+      "stem='Llama-2-tiny_0.25')"
+    )
+    # A PyTree of anything else prints, too.
+    assert repr(jax.tree.map(lambda x: None, checkpoint.model)).startswith('Model(')
 
   def test_several_weights(self, tmp_path):
     shutil.copytree(TESTDATA / 'llama-tiny-sliced-head-0.25', tmp_path / 'x')
@@ -725,7 +750,7 @@ class TestDirectory:
       checkpoints.load_checkpoint(tmp_path)
     with pytest.raises(CheckpointError, match='nothing: there is no such file'):
       checkpoints.load_checkpoint(tmp_path / 'nothing')
-    with pytest.raises(CheckpointError, match=r'config\.json: weights are \.pt or'):
+    with pytest.raises(CheckpointError, match=r'config\.json: weights are \.safe'):
       checkpoints.load_checkpoint(tmp_path / 'config.json')
 
   def test_truncated_weights(self, tmp_path):
@@ -822,11 +847,13 @@ class TestSafetensors:
 
   def test_dtypes_that_are_refused(self, tmp_path):
     path = tmp_path / 'x.safetensors'
-    with pytest.raises(CheckpointError, match=r'w: safetensors .* not support uint64'):
-      safetensors_files.write(path, {'w': np.zeros(2, np.uint64)})
-    tensors = {'w': np.zeros(2, ml_dtypes.float8_e4m3fn)}
-    safetensors.numpy.save_file(tensors, path)
-    with pytest.raises(CheckpointError, match='w has the dtype F8_E4M3'):
+    with pytest.raises(
+      CheckpointError, match=r'w: safetensors .* not support complex64'
+    ):
+      safetensors_files.write(path, {'w': np.zeros(2, np.complex64)})
+    safetensors_files.write(path, {'w': np.zeros(2, ml_dtypes.float8_e4m3fn)})
+    path.write_bytes(path.read_bytes().replace(b'F8_E4M3', b'F8_E8M0'))
+    with pytest.raises(CheckpointError, match='w has the dtype F8_E8M0'):
       safetensors_files.read(path)
 
   def shard(self, directory):

@@ -1,9 +1,11 @@
 """The commands, as a user types them."""
 
 import importlib.metadata
+import inspect
 import json
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -24,12 +26,10 @@ LICENSE = ROOT / 'LICENSE'
 TESTDATA = pathlib.Path(__file__).parent / 'testdata'
 DENSE = TESTDATA / 'llama-tiny-dense'
 SLICED = TESTDATA / 'llama-tiny-sliced-head-0.25'
+WEIGHTS = SLICED / 'Llama-2-tiny_0.25.pt'
 
 # ml_collections loads config files the old way.
 pytestmark = pytest.mark.filterwarnings('ignore:.*load_module:DeprecationWarning')
-
-REPORT_KEYS = {'preset', 'family', 'numbers', 'bytes', 'sources'}
-EVALUATION_KEYS = {'perplexity', 'tokens', 'kl', 'kl_rerounded'}
 
 
 @pytest.fixture(name='rotbits')
@@ -71,6 +71,22 @@ def _readable(tmp_path_factory):
   return directory
 
 
+def keys(value):
+  """The fields of a command's JSON, as its help names them."""
+  nested = {'numbers', 'bytes'} if 'preset' in value else set()
+  return {
+    *(key for key in value if key not in nested),
+    *(f'{key}.{inner}' for key in nested for inner in value[key]),
+  }
+
+
+def documented(command):
+  """The fields that the help of a command names."""
+  module = importlib.import_module(f'rotbits_jax.cli.{command}')
+  lines = inspect.getdoc(module).partition('JSON:\n\n')[2].splitlines()
+  return {line.split()[0] for line in lines if re.match(r'  \w', line)}
+
+
 def tensors_of(model):
   return {
     name: np.asarray(tensor) for name, tensor in checkpoints.to_tensors(model).items()
@@ -99,7 +115,10 @@ class TestEncode:
     )
     assert (code, err) == (0, '')
     report = json.loads(out.splitlines()[-1])
-    assert set(report) == REPORT_KEYS
+    assert keys(report) == documented('encode') - {'notes'}
+    assert report['given_bytes'] == WEIGHTS.stat().st_size
+    assert report['left_out'] == ['ref_logits.npz']
+    assert report['plain_because'] is None
     assert report['preset'] == preset
     assert report['family'] == 'llama'
     tensors = tensors_of(rotbits_jax.load_checkpoint(SLICED).model)
@@ -120,6 +139,38 @@ class TestEncode:
     assert output.read_bytes() == (encoded / 'free').read_bytes()
     assert 'residual gauge' in out
 
+  def test_exact_is_the_default_for_dense_checkpoints(self, rotbits, tmp_path):
+    output = tmp_path / 'model.rotbits'
+    code, out, err = rotbits(
+      'encode', f'--checkpoint={DENSE}', f'--output={output}', '--json'
+    )
+    assert (code, err) == (0, '')
+    assert json.loads(out)['preset'] == 'exact'
+
+  def test_an_unknown_family_is_stored_as_plain_tensors(self, rotbits, tmp_path):
+    source = with_config(tmp_path, '{"model_type": "bert"}')
+    (source / 'LICENSE').write_text('free')
+    output = tmp_path / 'model.rotbits'
+    code, out, err = rotbits('encode', f'--checkpoint={source}', f'--output={output}')
+    assert (code, err) == (0, '')
+    assert 'because' in out
+    assert "model_type is 'bert'" in out
+    code, out, err = rotbits(
+      'decode', f'--input={output}', f'--output={tmp_path / "out"}', '--json'
+    )
+    assert (code, err) == (0, '')
+    assert json.loads(out)['sliced'] is None
+    for name in ('model.safetensors', 'config.json', 'LICENSE'):
+      assert (tmp_path / 'out' / name).read_bytes() == (source / name).read_bytes()
+
+  def test_a_file_that_is_no_saving_is_warned_of(self, rotbits, tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoints.Source, 'input_bytes', 1000)
+    output = tmp_path / 'model.rotbits'
+    code, _, err = rotbits('encode', f'--checkpoint={DENSE}', f'--output={output}')
+    assert code == 0
+    assert err.startswith(f'warning: {output} has ')
+    assert 'given have 1,000: keep those' in err
+
   def test_config_file(self, rotbits, tmp_path, encoded):
     reports = []
     for override in ([], ['--config.tolerance=0.0']):
@@ -127,7 +178,8 @@ class TestEncode:
         'encode',
         f'--checkpoint={SLICED}',
         f'--output={tmp_path / "out"}',
-        f'--config={ROOT / "configs" / "free.py"}',
+        '--config=free',
+        '--overwrite',
         *override,
         '--overwrite',
         '--json',
@@ -141,9 +193,8 @@ class TestEncode:
   @pytest.mark.parametrize('preset', list(rotbits_jax.PRESETS))
   def test_config_files_are_the_presets(self, rotbits, tmp_path, encoded, preset):
     output = tmp_path / 'out'
-    config = ROOT / 'configs' / f'{preset}.py'
     code, _, _ = rotbits(
-      'encode', f'--checkpoint={SLICED}', f'--output={output}', f'--config={config}'
+      'encode', f'--checkpoint={SLICED}', f'--output={output}', f'--config={preset}'
     )
     assert code == 0
     assert output.read_bytes() == (encoded / preset).read_bytes()
@@ -192,9 +243,30 @@ class TestInspect:
     code, out, err = rotbits('inspect', f'--input={encoded / "free"}', '--json')
     assert (code, err) == (0, '')
     assert json.loads(out) == rotbits_jax.inspect(encoded / 'free').to_json()
+    assert keys(json.loads(out)) == documented('inspect') - {'notes'}
+    _, out, _ = rotbits('inspect', f'--input={encoded / "free"}', '--json', '-v')
+    assert keys(json.loads(out)) == documented('inspect')
 
-  def test_text_reports_every_shortcut(self, rotbits, encoded):
+  def test_layers_of_one_kind_are_one_row(self, rotbits, encoded):
     code, out, _ = rotbits('inspect', f'--input={encoded / "free"}')
+    assert code == 0
+    config = rotbits_jax.load(encoded / 'free').config
+    rows = [line.split() for line in out.splitlines() if 'identity_minus_gram' in line]
+    shortcuts = ['layers.*/attention_shortcut', 'layers.*/mlp_shortcut']
+    assert [row[0] for row in rows] == shortcuts
+    assert [int(row[2]) for row in rows] == [config.num_layers] * 2
+    assert 'layers.0' not in out
+    assert 'Adapters' in out
+
+  def test_it_fits_the_terminal(self, rotbits, encoded, monkeypatch):
+    monkeypatch.setattr(program, 'terminal_width', lambda: 60)
+    for preset in rotbits_jax.PRESETS:
+      _, out, _ = rotbits('inspect', f'--input={encoded / preset}')
+      assert max(map(len, out.splitlines())) <= 60
+
+  @pytest.mark.parametrize('flag', ['--verbose', '-v'])
+  def test_verbose_reports_every_shortcut(self, rotbits, encoded, flag):
+    code, out, _ = rotbits('inspect', f'--input={encoded / "free"}', flag)
     assert code == 0
     config = rotbits_jax.load(encoded / 'free').config
     for layer in range(config.num_layers):
@@ -242,7 +314,7 @@ class TestEvaluate:
     )
     assert (code, err) == (0, '')
     result = json.loads(out.splitlines()[-1])
-    assert set(result) == EVALUATION_KEYS
+    assert keys(result) == documented('evaluate')
     return result
 
   def test_alone(self, rotbits, readable):
@@ -323,22 +395,20 @@ class TestBadInput:
       (['--output=OUT', '--json=perhaps'], '--json'),
       (['--output=OUT/missing/file'], 'no such directory'),
       (['--output=.'], 'directory'),
-      (['--output=OUT', '--preset=free', '--config=CONFIG'], 'cannot be combined'),
+      (['--output=OUT', '--preset=free', '--config=free'], 'cannot be combined'),
       (['--output=OUT', '--config=no_such.py'], 'no_such.py'),
       (['--output=OUT', f'--config={LICENSE}'], 'config'),
-      (['--output=OUT', '--config=CONFIG', '--config.nothing=1'], 'nothing'),
-      (['--output=OUT', '--config=CONFIG', '--config.tolerance=x'], 'tolerance'),
-      (['--output=OUT', '--config=CONFIG', '--config.tolerance=-1'], 'tolerance'),
-      (['--output=OUT', '--config=CONFIG', '--config.preset=none'], 'none'),
+      (['--output=OUT', '--config=free', '--config.nothing=1'], 'nothing'),
+      (['--output=OUT', '--config=free', '--config.tolerance=x'], 'tolerance'),
+      (['--output=OUT', '--config=free', '--config.tolerance=-1'], 'tolerance'),
+      (['--output=OUT', '--config=free', '--config.preset=none'], 'none'),
       (['--output=OUT', '--shard_size=much'], 'size like 2GB'),
       (['--output=OUT', '--shard_size=0MB'], 'size like 2GB'),
       (['--output=OUT', '--preset=paper', '--shard_size=1MB'], 'in shards'),
     ],
   )
   def test_flags(self, rotbits, tmp_path, flags, words):
-    config = str(ROOT / 'configs' / 'free.py')
     flags = [f.replace('OUT', f'{tmp_path}/out') for f in flags]
-    flags = [f.replace('CONFIG', config) for f in flags]
     args = ['encode', f'--checkpoint={SLICED}', *flags]
     self.check(rotbits, tmp_path, args, words)
 
@@ -361,6 +431,7 @@ class TestBadInput:
       f'--checkpoint={make(tmp_path)}',
       f'--output={tmp_path / "output"}',
       '--overwrite',
+      '--preset=free',
     ]
     self.check(rotbits, tmp_path, args, words)
 
@@ -468,6 +539,59 @@ class TestProgram:
     assert (code, err) == (0, '')
     assert f'rotbits {command} --' in out
     assert '\nflags:\n' in out
+    # The example parses: every flag in it is one.
+    example = out.partition('Example:\n\n')[2].partition('\n\n')[0]
+    module = importlib.import_module(f'rotbits_jax.cli.{command}')
+    flags = re.findall(r'--(\w+)', example.replace('\\\n', ' ').splitlines()[0])
+    assert flags
+    assert set(flags) <= set(module.FLAGS)
+
+  @pytest.mark.parametrize('flag', ['--version', '-v'])
+  def test_version(self, rotbits, flag):
+    assert rotbits(flag) == (0, f'rotbits {rotbits_jax.__version__}\n', '')
+
+  @pytest.mark.parametrize('command', main.COMMANDS)
+  def test_errors_say_what_to_do(self, rotbits, command):
+    code, out, err = rotbits(command)
+    assert (code, out) == (2, '')
+    assert re.fullmatch(
+      f'rotbits {command}: --\\w+ is missing; see rotbits {command} --help\n', err
+    )
+
+  def test_verbose_errors_have_their_traceback(self, rotbits):
+    code, _, err = rotbits('inspect', '--input=missing', '-v')
+    assert code == program.BAD_INPUT
+    assert err.startswith('Traceback')
+    assert err.endswith('rotbits inspect: missing: No such file or directory\n')
+
+  @pytest.mark.parametrize(
+    ('words', 'expected'),
+    [
+      (['en'], ['encode']),
+      (['encode', '--pre'], ['--preset=']),
+      (['encode', '--preset', '='], list(rotbits_jax.PRESETS)),
+      (['encode', '--preset', '=', 'pa'], ['paper']),
+      (['decode', '--output', '=', 'LICEN'], ['LICENSE']),
+    ],
+  )
+  def test_completion(self, rotbits, words, expected):
+    _, script, _ = rotbits('completion', '--shell=bash')
+    words = ' '.join(map(repr, ['rotbits', *words]))
+    code = (
+      f'{script}\nCOMP_WORDS=({words}); COMP_CWORD=$((${{#COMP_WORDS[@]}} - 1))\n'
+      '_rotbits; echo "${COMPREPLY[@]}"'
+    )
+    done = subprocess.run(
+      ['bash', '-c', code], capture_output=True, text=True, cwd=ROOT, check=True
+    )
+    assert done.stdout.split() == expected
+
+  @pytest.mark.parametrize('shell', ['zsh', 'fish'])
+  def test_completion_of_other_shells(self, rotbits, shell):
+    code, script, err = rotbits('completion', f'--shell={shell}')
+    assert (code, err) == (0, '')
+    for name in main.COMMANDS:
+      assert name in script
 
   def test_interrupted(self, rotbits, monkeypatch, encoded):
     monkeypatch.setattr(rotbits_jax, 'inspect', interrupt)

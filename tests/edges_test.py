@@ -5,13 +5,12 @@ from absl.testing import parameterized
 import jax
 import ml_dtypes
 import numpy as np
-import pytest
 import random_models
+import transform_checks
 
 import rotbits_jax
 from rotbits_jax import models
 from rotbits_jax import structured
-from rotbits_jax import verification
 
 FLOATS = (np.float16, ml_dtypes.bfloat16, np.float32, np.float64)
 OTHERS = (np.bool_, np.int8, np.int16, np.int32, np.int64)
@@ -99,6 +98,40 @@ class TreeTest(parameterized.TestCase):
   def test_names_that_the_file_has_itself_are_refused(self, name):
     with self.assertRaisesRegex(ValueError, f'{name}: the file has its own'):
       rotbits_jax.encode({name: np.ones(3)}, preset='exact')
+
+
+class ModelTest(parameterized.TestCase):
+  """Models with numbers at the edges: `free` keeps what is finite, or falls back."""
+
+  def edited(self, name, edit):
+    """A sliced model with one parameter of the first layer changed."""
+    model = random_models.sliced_llama((16,) * 3, np.float16)
+    layers = list(model.layers())
+    flat = structured.flatten(layers[0])
+    flat[name] = edit(np.array(flat[name]))
+    layers[0] = structured.unflatten(flat)
+    return models.from_layers(model.config, model.outer(), layers)
+
+  @parameterized.product(
+    name=('attention_shortcut/kernel', 'attention/query/kernel', 'mlp/down/kernel'),
+    edit=('NaN', 'infinite', 'zero', 'subnormal', 'greatest'),
+  )
+  def test_free(self, name, edit):
+    def change(x):
+      if edit in ('NaN', 'infinite'):
+        x[1, 2] = np.nan if edit == 'NaN' else -np.inf
+      else:
+        x = {'zero': x * 0, 'subnormal': x * 2.0**-22}.get(edit, np.sign(x) * 65504)
+      return x.astype(np.float16)
+
+    model = self.edited(name, change)
+    decoded = rotbits_jax.decode(rotbits_jax.encode(model, preset='free'))
+    tokens = np.arange(12)[None]
+    expected = transform_checks.fast_logits(model, tokens)
+    actual = transform_checks.fast_logits(decoded, tokens)
+    self.assertEqual(np.isfinite(actual).all(), np.isfinite(expected).all())
+    if np.isfinite(expected).all():
+      np.testing.assert_allclose(actual, expected, atol=0.02 * expected.std())
 
 
 if __name__ == '__main__':

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -122,6 +123,16 @@ class ShardsTest(Base):
     with self.assertRaises(file.ContainerError):
       rotbits_jax.decode(self.output)
 
+  def test_a_shard_of_another_run_is_noticed(self):
+    self.encode(shard_size=2_000_000)
+    last = sorted(self.folder.glob('model-*'))[-1]
+    old = last.read_bytes()
+    self.encode(shard_size=2_000_000, files={})
+    rotbits_jax.inspect(self.output)
+    last.write_bytes(old)
+    with self.assertRaisesRegex(rotbits_jax.ContainerError, 'another shard'):
+      rotbits_jax.inspect(self.output)
+
   def test_plan(self):
     sizes = {'a': 5, 'b': 5, 'c': 20, 'd': 1}
     plan = lambda size, least=1: [
@@ -185,6 +196,31 @@ class ResumeTest(Base):
     journal.write_text(journal.read_text()[:-10])
     self.assertEqual(self.resumed(), 4)
     self.assert_is_like_encoded_at_once()
+
+  def test_a_state_that_is_cut_short_is_found_again(self):
+    self.interrupted(3)
+    (state,) = self.folder.glob('.*.partial/*/state-*.npz')
+    state.write_bytes(state.read_bytes()[:-100])
+    self.assertEqual(self.resumed(), 3)
+    self.assert_is_like_encoded_at_once()
+
+  def test_two_runs_do_not_write_one_output(self):
+    real = writer.encode_unit
+
+    def encode_unit(*args):
+      with self.assertRaisesRegex(BlockingIOError, 'another process writes here'):
+        self.encode()
+      return real(*args)
+
+    with absltest.mock.patch.object(writer, 'encode_unit', encode_unit):
+      self.encode()
+    self.assertEqual(self.names(), ['model.rotbits'])
+
+  def test_an_output_takes_the_place_of_its_input(self):
+    shutil.copytree(TESTDATA / TINY, self.folder / 'x')
+    (weights,) = (self.folder / 'x').glob('*.pt')
+    rotbits_jax.encode_to_file(weights, weights, preset='exact', check=True)
+    self.assertTrue(rotbits_jax.verify(weights, against=TESTDATA / TINY).same_bits)
 
   def test_other_settings_begin_anew(self):
     self.interrupted(3)

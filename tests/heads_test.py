@@ -150,7 +150,7 @@ class LeavesTest(parameterized.TestCase):
     d, groups, h = 5, 2, rotary + m
     below = _random((d - 1, groups * group * h), 1)
     top = _random((groups, group * h - rotary), 2)
-    leaf = structured.HeadPlanes(below, top, head_dim=h)
+    leaf = structured.HeadPlanes(below, top, groups=groups, head_dim=h)
     kernel = np.asarray(leaf.materialize())
     self.assertEqual(kernel.shape, leaf.shape)
     np.testing.assert_array_equal(kernel[1:], below)
@@ -421,7 +421,11 @@ class TransformsTest(parameterized.TestCase):
     model = _model('llama_with_groups')
     kernel = model.params['blocks_0']['attention']['out']['kernel']
     attention = model.params['blocks_0']['attention'] | {
-      'out': {'kernel': structured.Constant.like(kernel, 0.5)},
+      'out': {
+        'kernel': structured.Constant.stack(
+          [structured.Constant.like(x, 0.5) for x in kernel]
+        )
+      },
       'key': {'kernel': np.zeros((2, 12, 12), np.int8)},
     }
     layers = model.params['blocks_0'] | {'attention': attention}

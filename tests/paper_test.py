@@ -1,5 +1,6 @@
 """The published scheme: decoding inverts encoding, and bits come back."""
 
+import contextlib
 import functools
 import json
 import pathlib
@@ -19,6 +20,7 @@ from rotbits_jax import models
 from rotbits_jax import paper
 from rotbits_jax import structured
 from rotbits_jax import symmetries
+from rotbits_jax.paper import rotations
 
 TESTDATA = pathlib.Path(__file__).parent / 'testdata'
 TRAINED = 'opt-small-sliced-0.2'
@@ -105,6 +107,48 @@ class SchemeTest(SchemeTestCase):
     self.check_decodes_exactly_and_gains('polar_shortcut')
 
 
+class MarginTest(SchemeTestCase):
+  """Another machine's factorisation differs by a backward error, drawn at random."""
+
+  def decode_elsewhere(self, model, canonicaliser, error):
+    """Encodes here, and decodes with a backward error of this many roundoffs."""
+    encoded, message = encode(model, paper.Options(canonicaliser))
+    self.assertLess(encoded.layout['rows'].count(None), len(encoded.notes))
+    real = rotations.recovered
+
+    def recovered(*args):
+      return real(*args, disturb=True)
+
+    elsewhere = (
+      absltest.mock.patch.object(rotations, '_BACKWARD_ERROR', error * 2.0**-24),
+      absltest.mock.patch.object(rotations, '_NOISE', 7),
+      absltest.mock.patch.object(rotations, 'recovered', recovered),
+    )
+    with contextlib.ExitStack() as stack:
+      for patch in elsewhere:
+        stack.enter_context(patch)
+      decoded = decode(encoded, message, model.config)
+    for path, array in decoded.items():
+      self.assertEqual(zlib.crc32(array.tobytes()), encoded.digests[path], path)
+
+  def model(self, dtype):
+    """A model whose shortcuts have singular values from 1 down to 0.001."""
+
+    def shortcut(rng, matrix):
+      u, _, vt = np.linalg.svd(matrix)
+      return u * np.geomspace(1, 1e-3, len(u)) @ vt
+
+    return random_models.sliced_llama((24,) * 5, dtype, shortcut=shortcut)
+
+  @parameterized.parameters('polar_shortcut', 'qr', 'svd')
+  def test_other_rounding_errors_are_within_the_margin(self, canonicaliser):
+    self.decode_elsewhere(self.model(np.float32), canonicaliser, error=8)
+
+  def test_errors_beyond_the_margin_are_noticed(self):
+    with self.assertRaisesRegex(ValueError, 'beyond the margin'):
+      self.decode_elsewhere(self.model(np.float16), 'polar_shortcut', error=1e5)
+
+
 @pytest.mark.slow
 class SlowSchemeTest(SchemeTestCase):
   @parameterized.parameters('svd', 'qr')
@@ -123,6 +167,7 @@ class SlowSchemeTest(SchemeTestCase):
     plain = _size(*encode(model, paper.Options()))
     self.assertLess(_size(encoded, message), 0.87 * plain)
 
+  @pytest.mark.daily
   def test_published_threshold_leaves_errors_below_it_in(self):
     model = _load(TINY[0])
     options = paper.Options('svd', 'symmetric_eig')

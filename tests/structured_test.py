@@ -38,7 +38,7 @@ LEAVES = {
     turned=_normal(seed, 7, 8), rest=_normal(seed + 9, 4, 6), heads=2
   ),
   'head_planes': lambda seed: structured.HeadPlanes(
-    below=_normal(seed, 4, 36), top=_normal(seed + 9, 2, 14), head_dim=6
+    below=_normal(seed, 4, 36), top=_normal(seed + 9, 2, 14), groups=2, head_dim=6
   ),
   'head_rows': lambda seed: structured.HeadRows(
     first=_normal(seed, 6, 2), others=_normal(seed + 9, 12, 5), groups=2

@@ -371,7 +371,7 @@ class RetieExactlyTest(parameterized.TestCase):
       structured.TiedExactly.from_stored(settings, arrays)
 
   @parameterized.parameters(
-    ('scale', 4000), ('scale', '47'), ('first', -1), ('first', None)
+    ('scale', 4000), ('scale', '47'), ('first', -1), ('first', None), ('first', 256)
   )
   def test_settings_of_no_embedding_are_refused(self, name, value):
     settings, arrays = _exactly(*_matrices(np.float16))[0].stored()

@@ -383,6 +383,7 @@ def rewrite_over_devices():
 
 class MeshTest(absltest.TestCase):
   @pytest.mark.slow
+  @pytest.mark.daily
   def test_eight_devices_give_the_bits_of_one(self):
     outputs = []
     for devices in (1, 8):

@@ -202,7 +202,7 @@ class DecodeTest(parameterized.TestCase):
     for count in (1, 2, 5):
       with (
         mock.patch.object(pool, 'threads', lambda count=count: count),
-        mock.patch.object(pool, '_pools', []),
+        mock.patch.object(pool, '_pools', {}),
         mock.patch.object(blocks, 'CAPACITY', 4000),
       ):
         encoded = weights.encode(given, exchangeable=axes)

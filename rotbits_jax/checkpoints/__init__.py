@@ -6,12 +6,15 @@ the width of every residual segment.
 """
 
 from rotbits_jax.checkpoints.checkpoint import load_checkpoint
+from rotbits_jax.checkpoints.checkpoint import open_any
 from rotbits_jax.checkpoints.checkpoint import open_checkpoint
+from rotbits_jax.checkpoints.checkpoint import open_tensors
 from rotbits_jax.checkpoints.checkpoint import save_checkpoint
 from rotbits_jax.checkpoints.configs import parse_config
 from rotbits_jax.checkpoints.configs import slicing_json
 from rotbits_jax.checkpoints.contents import Checkpoint
 from rotbits_jax.checkpoints.errors import CheckpointError
+from rotbits_jax.checkpoints.errors import UnsupportedError
 from rotbits_jax.checkpoints.factors import FACTORS
 from rotbits_jax.checkpoints.factors import Factored
 from rotbits_jax.checkpoints.factors import FactorNames
@@ -23,6 +26,9 @@ from rotbits_jax.checkpoints.gguf_files import read_gguf
 from rotbits_jax.checkpoints.lazy import LazyTensor
 from rotbits_jax.checkpoints.lazy import TensorSpec
 from rotbits_jax.checkpoints.source import Source
+from rotbits_jax.checkpoints.tensor_files import TensorFiles
+from rotbits_jax.checkpoints.tensor_files import TensorFilesWriter
+from rotbits_jax.checkpoints.tensor_files import WeightsFile
 from rotbits_jax.checkpoints.tensors import from_tensors
 from rotbits_jax.checkpoints.tensors import to_tensors
 from rotbits_jax.checkpoints.writer import CheckpointWriter
@@ -40,11 +46,17 @@ __all__ = [
   'Format',
   'LazyTensor',
   'Source',
+  'TensorFiles',
+  'TensorFilesWriter',
   'TensorRow',
   'TensorSpec',
+  'UnsupportedError',
+  'WeightsFile',
   'from_tensors',
   'load_checkpoint',
+  'open_any',
   'open_checkpoint',
+  'open_tensors',
   'packaged_smollm2',
   'parse_config',
   'read_gguf',

@@ -5,6 +5,7 @@ sliced model, the slicing JSON with the segment widths. The stem is the name tha
 SliceGPT gives to the weights and the slicing JSON, as in `<stem>.pt` and `<stem>.json`.
 """
 
+from collections.abc import Iterable
 import json
 import os
 import pathlib
@@ -18,6 +19,7 @@ from rotbits_jax.checkpoints import errors
 from rotbits_jax.checkpoints import gguf_files
 from rotbits_jax.checkpoints import safetensors_files
 from rotbits_jax.checkpoints import source as source_lib
+from rotbits_jax.checkpoints import tensor_files
 from rotbits_jax.checkpoints import tensors as tensors_lib
 from rotbits_jax.checkpoints import torch_zip
 from rotbits_jax.checkpoints import writer as writer_lib
@@ -27,16 +29,24 @@ from rotbits_jax.checkpoints.safetensors_files import INDEX_SUFFIX
 from rotbits_jax.checkpoints.safetensors_files import WEIGHTS
 from rotbits_jax.checkpoints.writer import Format
 
-_SIDECAR_SUFFIXES = ('.json', '.txt', '.model', '.jinja')
+# Weights in other formats, arrays, and files that this package wrote.
+_NO_SIDECARS = frozenset([
+  '.bin', '.ckpt', '.gguf', '.ggml', '.h5', '.msgpack', '.npy', '.npz', '.onnx',
+  '.onnx_data', '.ot', '.pb', '.pkl', '.pt', '.pth', '.rotbits', '.safetensors',
+  '.tflite',
+])  # fmt: skip
+_MOST_SIDECAR = 1 << 28  # bytes; tokenizers have up to 40 MB
+_TORCH_WEIGHTS = 'pytorch_model.bin'
+_TORCH_INDEX = 'pytorch_model.bin.index.json'
 
 
 def open_checkpoint(path: str | os.PathLike[str]) -> source_lib.Source:
   """Opens a dense or a sliced checkpoint: names, shapes, dtypes and the config.
 
-  Three kinds of directories are supported: Hugging Face's (`model.safetensors`, or
-  shards and their index), SliceGPT's (`<name>_<sparsity>.pt` and `.json`), and the
-  directories of `save_checkpoint`. Weights with shortcuts are taken as a sliced model.
-  `gguf_files.open_gguf` opens a `.gguf` file.
+  Three kinds of directories are supported: Hugging Face's (`model.safetensors`,
+  `pytorch_model.bin`, or shards and their index), SliceGPT's (`<name>_<sparsity>.pt`
+  and `.json`), and the directories of `save_checkpoint`. Weights with shortcuts are
+  taken as a sliced model. `gguf_files.open_gguf` opens a `.gguf` file.
 
   Args:
     path: the directory; or a weights file or index in it, if it has several; or a
@@ -46,22 +56,23 @@ def open_checkpoint(path: str | os.PathLike[str]) -> source_lib.Source:
     The checkpoint. It reads parameters only when they are requested.
 
   Raises:
-    CheckpointError: if the files are not a checkpoint of a known family.
+    UnsupportedError: if the files are not a checkpoint of a known family.
+    CheckpointError: if a file is missing or damaged.
   """
   if pathlib.Path(path).suffix == '.gguf':
     return gguf_files.open_gguf(path)
   weights = _find_weights(pathlib.Path(path))
+  is_torch = _is_torch(weights)
+  open_file = torch_zip.open_file if is_torch else safetensors_files.open_file
   shards: list[pathlib.Path] = []
-  if weights.suffix == '.pt':
-    tensors = torch_zip.open_file(weights)
-  elif weights.name.endswith(INDEX_SUFFIX):
-    tensors, shards = safetensors_files.open_sharded(weights)
+  if weights.suffix == '.json':
+    tensors, shards = safetensors_files.open_sharded(weights, open_file)
   else:
-    tensors = safetensors_files.open_file(weights)
+    tensors = open_file(weights)
 
-  files = _read_sidecars(weights.parent)
+  files, left_out = _read_sidecars(weights, shards)
   if CONFIG not in files:
-    raise errors.CheckpointError(f'{weights.parent}: there is no {CONFIG}')
+    raise errors.UnsupportedError(f'{weights.parent}: there is no {CONFIG}')
   config_json = _parse_json(weights.parent / CONFIG, files[CONFIG])
   slicings = _slicing_jsons(weights.parent, files)
   stem, slicing_json = None, None
@@ -73,10 +84,61 @@ def open_checkpoint(path: str | os.PathLike[str]) -> source_lib.Source:
   try:
     config = configs.parse_config(config_json, slicing_json)
   except errors.CheckpointError as e:
-    raise errors.CheckpointError(f'{weights}: {e}') from e
+    raise errors.UnsupportedError(f'{weights}: {e}') from e
   return source_lib.Source(
-    weights, tensors, config, files=files, stem=stem, weights=shards
+    weights, tensors, config, files=files, stem=stem, weights=shards, left_out=left_out
   )
+
+
+def open_tensors(
+  path: str | os.PathLike[str], *, reason: str | None = None
+) -> tensor_files.TensorFiles:
+  """Opens the weights files of a checkpoint of any family.
+
+  Args:
+    path: see `open_checkpoint`; a `config.json` is not needed.
+    reason: why the checkpoint is not opened as a model, if there is a reason.
+
+  Returns:
+    The tensors, and what is between and beside them.
+
+  Raises:
+    CheckpointError: if a file is missing or damaged.
+  """
+  weights = _find_weights(pathlib.Path(path))
+  open_places = (
+    torch_zip.open_places if _is_torch(weights) else safetensors_files.open_places
+  )
+  shards = [weights]
+  if weights.suffix == '.json':
+    shards = safetensors_files.shards_of(weights)
+  files, left_out = _read_sidecars(weights, shards)
+  if weights.suffix == '.json':
+    files[weights.name] = weights.read_bytes()
+  return tensor_files.TensorFiles(
+    weights,
+    {shard: open_places(shard) for shard in shards},
+    files=files,
+    left_out=left_out,
+    reason=reason,
+  )
+
+
+def open_any(
+  path: str | os.PathLike[str],
+) -> source_lib.Source | tensor_files.TensorFiles:
+  """Opens a checkpoint, as plain tensors if it is not of a known family.
+
+  Args:
+    path: see `open_checkpoint`.
+
+  Raises:
+    CheckpointError: if a file is missing or damaged.
+  """
+  try:
+    return open_checkpoint(path)
+  except errors.UnsupportedError as e:
+    return open_tensors(path, reason=str(e))
 
 
 def load_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
@@ -154,10 +216,13 @@ def save_checkpoint(
 
 def _find_weights(path: pathlib.Path) -> pathlib.Path:
   if path.is_file():
-    if path.suffix in ('.pt', '.safetensors') or path.name.endswith(INDEX_SUFFIX):
+    if path.suffix in ('.bin', '.pt', '.safetensors') or path.name.endswith(
+      (INDEX_SUFFIX, _TORCH_INDEX)
+    ):
       return path
     raise errors.CheckpointError(
-      f'{path}: weights are .pt or .safetensors files, or a *{INDEX_SUFFIX}'
+      f'{path}: weights are .safetensors, .bin, .pt or .gguf files, or the index of '
+      f'several, as in *{INDEX_SUFFIX}'
     )
   if not path.is_dir():
     raise errors.CheckpointError(f'{path}: there is no such file or directory')
@@ -167,8 +232,14 @@ def _find_weights(path: pathlib.Path) -> pathlib.Path:
   else:
     indices = sorted(path.glob(f'*{INDEX_SUFFIX}'))
     candidates += indices or sorted(path.glob('*.safetensors'))
+  for name in (_TORCH_WEIGHTS, _TORCH_INDEX):
+    if not candidates and (path / name).is_file():
+      candidates.append(path / name)
   if not candidates:
-    raise errors.CheckpointError(f'{path}: there are no .pt or .safetensors files')
+    raise errors.CheckpointError(
+      f'{path}: there are no .pt or .safetensors files and no {_TORCH_WEIGHTS}; a '
+      '.gguf file must be named itself'
+    )
   if len(candidates) > 1:
     names = ', '.join(file.name for file in candidates)
     raise errors.CheckpointError(
@@ -177,14 +248,37 @@ def _find_weights(path: pathlib.Path) -> pathlib.Path:
   return candidates[0]
 
 
-def _read_sidecars(directory: pathlib.Path) -> dict[str, bytes]:
-  return {
-    file.name: file.read_bytes()
-    for file in sorted(directory.iterdir())
-    if file.suffix in _SIDECAR_SUFFIXES
-    and not file.name.endswith('.index.json')
-    and file.is_file()
-  }
+def _is_torch(weights: pathlib.Path) -> bool:
+  return weights.suffix in ('.pt', '.bin') or weights.name.endswith(_TORCH_INDEX)
+
+
+def _read_sidecars(
+  weights: pathlib.Path, shards: Iterable[pathlib.Path]
+) -> tuple[dict[str, bytes], tuple[str, ...]]:
+  """Reads the files beside the weights.
+
+  Args:
+    weights: the weights file, or the index of several.
+    shards: the other files that hold the tensors.
+
+  Returns:
+    The files by name, and the names of the files and folders that are no sidecars:
+    other weights and arrays, large files, and folders that are not hidden.
+  """
+  files, left_out = {}, []
+  own = {weights, *shards}
+  for file in sorted(weights.parent.iterdir()):
+    if file in own or not file.exists():
+      continue
+    if file.is_dir():
+      left_out += [] if file.name.startswith('.') else [f'{file.name}/']
+    elif file.name.endswith('.index.json'):
+      continue
+    elif file.suffix not in _NO_SIDECARS and file.stat().st_size <= _MOST_SIDECAR:
+      files[file.name] = file.read_bytes()
+    else:
+      left_out.append(file.name)
+  return files, tuple(left_out)
 
 
 def _slicing_jsons(

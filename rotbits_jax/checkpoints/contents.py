@@ -20,3 +20,7 @@ class Checkpoint(NamedTuple):
   model: models.Model
   files: dict[str, bytes]
   stem: str | None
+
+  def __repr__(self) -> str:
+    """Returns one line: a notebook would print the bytes of every file."""
+    return f'Checkpoint({self.model!r}, files={sorted(self.files)}, stem={self.stem!r})'

@@ -112,6 +112,16 @@ class File:
     return memoryview(mapped)[before:]
 
 
+def in_file(file: File, offset: int, spec: TensorSpec) -> LazyTensor:
+  """Returns the tensor whose numbers begin at an offset of a file, in C order."""
+
+  def read() -> np.ndarray:
+    content = file.map(offset, spec.nbytes)
+    return np.frombuffer(content, spec.dtype).reshape(spec.shape)
+
+  return LazyTensor(spec.shape, spec.dtype, read)
+
+
 def row_major(array: np.ndarray) -> Iterator[memoryview]:
   """Yields the bytes of an array in row-major order, piece by piece.
 

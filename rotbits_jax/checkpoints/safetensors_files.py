@@ -5,12 +5,12 @@ JSON file that names the shard of each tensor. Tensors are read when they are re
 and written one at a time.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 import json
 import os
 import pathlib
 import struct
-from typing import Any
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -33,6 +33,11 @@ _DTYPES: dict[str, np.dtype] = {
   'I16': np.dtype(np.int16),
   'I8': np.dtype(np.int8),
   'U8': np.dtype(np.uint8),
+  'U64': np.dtype(np.uint64),
+  'U32': np.dtype(np.uint32),
+  'U16': np.dtype(np.uint16),
+  'F8_E4M3': np.dtype(ml_dtypes.float8_e4m3fn),
+  'F8_E5M2': np.dtype(ml_dtypes.float8_e5m2),
   'BOOL': np.dtype(np.bool_),
 }
 
@@ -52,35 +57,108 @@ def open_file(path: str | os.PathLike[str]) -> dict[str, lazy.LazyTensor]:
     CheckpointError: if the file is damaged or has a dtype that NumPy lacks.
   """
   file = lazy.File.of(path)
+  tensors = {}
+  for name, entry in _entries(file).items():
+    if entry.code not in _DTYPES:
+      raise errors.UnsupportedError(
+        f'{path}: {name} has the dtype {entry.code}, which is not supported'
+      )
+    spec = lazy.TensorSpec(entry.shape, _DTYPES[entry.code])
+    tensors[name] = lazy.in_file(file, entry.offset, spec)
+  return tensors
+
+
+def open_places(
+  path: str | os.PathLike[str],
+) -> dict[str, tuple[int, lazy.LazyTensor]]:
+  """Opens a safetensors file with tensors of any dtype.
+
+  Args:
+    path: the file.
+
+  Returns:
+    Where each tensor begins in the file, and the tensor, by name. A tensor whose dtype
+    NumPy lacks is given as its bytes.
+
+  Raises:
+    CheckpointError: if the file is damaged.
+  """
+  file = lazy.File.of(path)
+  found = {}
+  for name, entry in _entries(file).items():
+    spec = lazy.TensorSpec((entry.nbytes,), np.dtype(np.uint8))
+    if entry.code in _DTYPES:
+      spec = lazy.TensorSpec(entry.shape, _DTYPES[entry.code])
+    found[name] = entry.offset, lazy.in_file(file, entry.offset, spec)
+  return found
+
+
+class _Entry(NamedTuple):
+  """What the header says of a tensor.
+
+  Attributes:
+    code: of the dtype.
+    shape: of the tensor.
+    offset: of its first byte in the file.
+    nbytes: how many bytes it takes.
+  """
+
+  code: str
+  shape: tuple[int, ...]
+  offset: int
+  nbytes: int
+
+
+def _entries(file: lazy.File) -> dict[str, _Entry]:
+  """Returns the tensors of a file by name."""
   try:
     # The library checks that the header is valid and that the tensors cover the file
     # exactly.
-    with safetensors.safe_open(path, framework='np'):
+    with safetensors.safe_open(file.path, framework='np'):
       pass
   except safetensors.SafetensorError as e:
-    raise errors.CheckpointError(f'{path}: {e}') from e
+    raise errors.CheckpointError(f'{file.path}: {e}') from e
   (header_size,) = struct.unpack('<Q', file.map(0, 8))
-  tensors = {}
+  found = {}
   for name, entry in json.loads(bytes(file.map(8, header_size))).items():
-    if name == '__metadata__':
-      continue
-    if entry['dtype'] not in _DTYPES:
+    if name != '__metadata__':
+      begin, end = (8 + header_size + offset for offset in entry['data_offsets'])
+      found[name] = _Entry(entry['dtype'], tuple(entry['shape']), begin, end - begin)
+  return found
+
+
+def shards_of(index_path: str | os.PathLike[str]) -> list[pathlib.Path]:
+  """Returns the shards that an index lists, by name.
+
+  Args:
+    index_path: the index.
+
+  Raises:
+    CheckpointError: if the index is malformed, or a shard is missing or elsewhere.
+  """
+  index_path = pathlib.Path(index_path)
+  shards = []
+  for shard in sorted(set(_weight_map(index_path).values())):
+    if pathlib.PurePath(shard).name != shard:
       raise errors.CheckpointError(
-        f'{path}: {name} has the dtype {entry["dtype"]}, which is not supported'
+        f'{index_path}: the shard {shard!r} must be in the same directory'
       )
-    begin, _ = entry['data_offsets']
-    spec = lazy.TensorSpec(tuple(entry['shape']), _DTYPES[entry['dtype']])
-    tensors[name] = _tensor(file, 8 + header_size + begin, spec)
-  return tensors
+    path = index_path.parent / shard
+    if not path.is_file():
+      raise errors.CheckpointError(f'{index_path}: the shard {shard} is missing')
+    shards.append(path)
+  return shards
 
 
 def open_sharded(
   index_path: str | os.PathLike[str],
+  open_shard: Callable[[pathlib.Path], dict[str, lazy.LazyTensor]] = open_file,
 ) -> tuple[dict[str, lazy.LazyTensor], list[pathlib.Path]]:
-  """Opens the shards that a `*.safetensors.index.json` lists.
+  """Opens the shards that a `*.index.json` lists.
 
   Args:
     index_path: the index.
+    open_shard: gives the tensors of a shard by name.
 
   Returns:
     The tensors by name, and the shards.
@@ -89,27 +167,18 @@ def open_sharded(
     CheckpointError: if the index is damaged, or if the shards do not hold exactly the
       tensors that it lists.
   """
-  index_path = pathlib.Path(index_path)
   listed: dict[str, set[str]] = {}
-  for name, shard in _weight_map(index_path).items():
+  for name, shard in _weight_map(pathlib.Path(index_path)).items():
     listed.setdefault(shard, set()).add(name)
-  tensors, shards = {}, []
-  for shard in sorted(listed):
-    if pathlib.PurePath(shard).name != shard:
+  tensors, shards = {}, shards_of(index_path)
+  for path in shards:
+    found = open_shard(path)
+    if found.keys() != listed[path.name]:
       raise errors.CheckpointError(
-        f'{index_path}: the shard {shard!r} must be in the same directory'
-      )
-    path = index_path.parent / shard
-    if not path.is_file():
-      raise errors.CheckpointError(f'{index_path}: the shard {shard} is missing')
-    found = open_file(path)
-    if found.keys() != listed[shard]:
-      raise errors.CheckpointError(
-        f'{index_path}: {shard} and the index differ in '
-        f'{", ".join(sorted(found.keys() ^ listed[shard])[:8])}'
+        f'{index_path}: {path.name} and the index differ in '
+        f'{", ".join(sorted(found.keys() ^ listed[path.name])[:8])}'
       )
     tensors.update(found)
-    shards.append(path)
   return tensors, shards
 
 
@@ -230,14 +299,6 @@ def write(path: str | os.PathLike[str], tensors: Mapping[str, np.ndarray]) -> No
   writer = Writer(path.parent, {path.name: specs})
   for name, tensor in tensors.items():
     writer.add(name, lazy.row_major(tensor))
-
-
-def _tensor(file: lazy.File, offset: int, spec: lazy.TensorSpec) -> lazy.LazyTensor:
-  def read() -> np.ndarray:
-    content = file.map(offset, spec.nbytes)
-    return np.frombuffer(content, spec.dtype).reshape(spec.shape)
-
-  return lazy.LazyTensor(spec.shape, spec.dtype, read)
 
 
 def _weight_map(index_path: pathlib.Path) -> dict[str, str]:

@@ -29,9 +29,11 @@ class Source:
 
   Attributes:
     path: the weights file, or the index if there are several.
-    files: bytes of the sidecar files (configs, tokenizer) beside the weights, by name.
+    files: bytes of the sidecar files (configs, tokenizer, license, code) beside the
+      weights, by name.
     stem: file name, without suffix, that SliceGPT gave to the weights and the slicing
       JSON; None if the model is dense.
+    left_out: names of files and folders beside the weights that are not kept.
   """
 
   def __init__(
@@ -43,6 +45,7 @@ class Source:
     files: Mapping[str, bytes],
     stem: str | None,
     weights: Iterable[pathlib.Path] = (),
+    left_out: tuple[str, ...] = (),
   ):
     """Checks the tensors' names, shapes and dtypes.
 
@@ -53,17 +56,28 @@ class Source:
       files: see the class.
       stem: see the class.
       weights: the files that hold the tensors, besides `path`.
+      left_out: see the class.
 
     Raises:
-      CheckpointError: if a tensor is missing or unknown, or has a wrong shape or dtype.
+      UnsupportedError: if a tensor is missing or unknown, or has a wrong shape or
+        dtype.
     """
     self.path, self.files, self.stem = path, dict(files), stem
+    self.left_out = left_out
     self._weights = [lazy.File.of(file) for file in (path, *weights)]
     self._tensors = tensors
     try:
       self._parameters = tensors_lib.Parameters(tensors, config)
     except errors.CheckpointError as e:
-      raise errors.CheckpointError(f'{path}: {e}') from e
+      raise errors.UnsupportedError(f'{path}: {e}') from e
+
+  @property
+  def input_bytes(self) -> int:
+    """Size of the files that hold the tensors."""
+    sizes = {file.path: file.size for file in self._weights}
+    if self.path.suffix == '.json':  # an index
+      del sizes[self.path]
+    return sum(sizes.values())
 
   @property
   def config(self) -> models.ModelConfig:

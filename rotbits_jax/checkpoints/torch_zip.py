@@ -76,6 +76,40 @@ def open_file(path: str | os.PathLike[str]) -> dict[str, lazy.LazyTensor]:
     return {name: _tensor(name, view, members) for name, view in state.items()}
 
 
+def open_places(
+  path: str | os.PathLike[str],
+) -> dict[str, tuple[int, lazy.LazyTensor]]:
+  """Opens the storages of a file that `torch.save` wrote.
+
+  Args:
+    path: the file.
+
+  Returns:
+    Where each storage begins in the file, and its numbers, by the name of the first
+    tensor in it. Numbers have the shape of that tensor if it fills the storage, else
+    one axis. Compressed storages are left out.
+
+  Raises:
+    CheckpointError: see `open_file`.
+  """
+  file = lazy.File.of(path)
+  found: dict[str, tuple[int, lazy.LazyTensor]] = {}
+  with _errors_name(path):
+    members = _Members(file)
+    seen: set[str] = set()
+    for name, view in _views(_unpickle(members.read('data.pkl'))):
+      _, key, size = view.storage
+      tensor, start = _tensor(name, view, members), members.place(f'data/{key}')
+      if key in seen or start is None:
+        continue
+      seen.add(key)
+      whole = tensor.size == size and view.strides == _row_major_strides(view.shape)
+      shape = tensor.shape if whole else (size,)
+      storage = _View(view.storage, 0, shape, _row_major_strides(shape))
+      found[name] = start, _tensor(name, storage, members)
+  return found
+
+
 def read(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
   """Reads the tensors of a file that `torch.save(state_dict)` wrote.
 
@@ -133,23 +167,30 @@ class _Members:
     return self._info(name).file_size
 
   def read(self, name: str) -> memoryview:
-    """Returns the content of a member: a memory map, or bytes if it is compressed."""
-    info = self._info(name)
-    if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1:
+    """A member's content, in a memory map of its own unless it is compressed."""
+    info, start = self._info(name), self.place(name)
+    if start is None:
       with zipfile.ZipFile(self.file.path) as archive:
         return memoryview(archive.read(info))
+    # torch.serialization.set_crc32_options(False) leaves zeros.
+    if info.CRC and name not in self._verified:
+      if zlib.crc32(self.file.map(start, info.file_size)) != info.CRC:
+        raise errors.CheckpointError(f'the member {name} has a wrong checksum')
+      self._verified.add(name)
+    return self.file.map(start, info.file_size)
+
+  def place(self, name: str) -> int | None:
+    """Returns where a member's content begins; None if the member is compressed."""
+    info = self._info(name)
+    if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1:
+      return None
     # The local header's lengths may differ from the central directory's.
     header = self.file.map(info.header_offset, 30)
     signature, name_length, extra_length = struct.unpack('<4s22xHH', header)
     start = info.header_offset + 30 + name_length + extra_length
     if signature != b'PK\3\4' or start + info.file_size > self.file.size:
       raise errors.CheckpointError(f'the member {name} is truncated')
-    # After torch.serialization.set_crc32_options(False), PyTorch writes zeros.
-    if info.CRC and name not in self._verified:
-      if zlib.crc32(self.file.map(start, info.file_size)) != info.CRC:
-        raise errors.CheckpointError(f'the member {name} has a wrong checksum')
-      self._verified.add(name)
-    return self.file.map(start, info.file_size)
+    return start
 
   def _info(self, name: str) -> zipfile.ZipInfo:
     try:
@@ -284,6 +325,23 @@ def _call(function: Any, args: tuple[Any, ...]) -> Any:
   raise errors.CheckpointError(
     f'the pickle has unexpected arguments of {getattr(function, "name", None)}'
   )
+
+
+def _views(value: Any, prefix: str = '') -> Iterator[tuple[str, _View]]:
+  """Yields the tensors of nested dicts with their keys, joined by dots."""
+  for key, item in _dict(value).items():
+    if isinstance(item, _View):
+      yield prefix + key, item
+    elif isinstance(item, dict):
+      yield from _views(item, f'{prefix}{key}.')
+
+
+def _row_major_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+  strides, step = [], 1
+  for n in reversed(shape):
+    strides.append(step)
+    step *= max(n, 1)
+  return tuple(strides[::-1])
 
 
 def _storage(persistent_id: Any) -> _Storage:
@@ -431,15 +489,11 @@ def _pickle(specs: Specs, names: dict[np.dtype, str]) -> Iterator[bytes]:
   empty_dict = _global('collections OrderedDict') + b')R'
   yield pickle.PROTO + b'\2' + empty_dict + pickle.MARK
   for index, (name, spec) in enumerate(specs.items()):
-    strides, step = [], 1
-    for n in reversed(spec.shape):
-      strides.append(step)
-      step *= max(n, 1)
     yield _unicode(name) + _global('torch._utils _rebuild_tensor_v2') + pickle.MARK
     yield pickle.MARK + _unicode('storage') + _global(f'torch {names[spec.dtype]}')
     yield _unicode(str(index)) + _unicode('cpu') + _integer(spec.size)
     yield pickle.TUPLE + pickle.BINPERSID + _integer(0)
-    yield _integers(spec.shape) + _integers(strides[::-1])
+    yield _integers(spec.shape) + _integers(_row_major_strides(spec.shape))
     yield pickle.NEWFALSE + empty_dict + pickle.TUPLE + pickle.REDUCE
   yield pickle.SETITEMS + pickle.STOP
 

@@ -1,6 +1,6 @@
 """Writing a checkpoint one layer at a time."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 import contextlib
 import itertools
 import os
@@ -122,7 +122,7 @@ class CheckpointWriter:
         outputs.check(self._directory / name, overwrite=self._overwrite)
     with contextlib.ExitStack() as stack:
       stack.enter_context(outputs.named(self._path))
-      self._staging = stack.enter_context(outputs.fresh(_staging(self._directory)))
+      self._staging = stack.enter_context(outputs.fresh(staging(self._directory)))
       for name, content in self._files.items():
         (self._staging / name).write_bytes(content)
       if self._format == 'slicegpt':
@@ -156,7 +156,7 @@ class CheckpointWriter:
           f'{len(self._missing)} tensors have not been written, such as {shown}'
         )
       self._writer.close()
-      self._move()
+      move(self._staging, self._directory, self._weights)
 
   def outer(self, params: models.Params) -> None:
     """Writes parameters outside the layers.
@@ -273,20 +273,27 @@ class CheckpointWriter:
     self._writer.add(name, itertools.chain.from_iterable(map(lazy.row_major, parts)))
     self._missing.remove(name)
 
-  def _move(self) -> None:
-    """Moves the files into the target."""
-    if not self._directory.exists():
-      outputs.move(self._staging, self._directory)
-      return
-    # Shards without an index are not a checkpoint. Therefore a mixture of old and new
-    # shards is never taken for a checkpoint.
-    (self._directory / INDEX).unlink(missing_ok=True)
-    last = [*self._weights, INDEX]
-    files = sorted(self._staging.iterdir(), key=lambda file: file.name in last)
-    for file in sorted(files, key=lambda file: file.name == INDEX):
-      if file.name == INDEX:
-        (self._directory / safetensors_files.WEIGHTS).unlink(missing_ok=True)
-      outputs.move(file, self._directory / file.name)
+
+def move(staged: pathlib.Path, directory: pathlib.Path, weights: Iterable[str]) -> None:
+  """Moves staged files into their directory, or makes their folder the directory.
+
+  Args:
+    staged: the folder of the files.
+    directory: where they belong.
+    weights: names of the weights files, which are moved last.
+  """
+  if not directory.exists():
+    outputs.move(staged, directory)
+    return
+  # Shards without an index are not a checkpoint. Therefore a mixture of old and new
+  # shards is never taken for a checkpoint.
+  (directory / INDEX).unlink(missing_ok=True)
+  last = [*weights, INDEX]
+  files = sorted(staged.iterdir(), key=lambda file: file.name in last)
+  for file in sorted(files, key=lambda file: file.name == INDEX):
+    if file.name == INDEX:
+      (directory / safetensors_files.WEIGHTS).unlink(missing_ok=True)
+    outputs.move(file, directory / file.name)
 
 
 def _dtype(dtypes: Dtypes, path: str) -> np.dtype:
@@ -317,15 +324,25 @@ def _check_files(
   for name in required:
     if name not in files:
       raise ValueError(f'the file {name} is missing from the checkpoint')
-  for name in (*files, *weights):
+  check_names((*files, *weights))
+
+
+def check_names(names: Iterable[str]) -> None:
+  """Refuses names that are not those of different files.
+
+  Raises:
+    ValueError: naming the first such name.
+  """
+  seen = set()
+  for name in names:
     if name in ('', '.', '..') or any(c in name for c in '/\\\0'):
       raise ValueError(f'{name!r} is not the name of a file')
-  for name in weights:
-    if name in files:
+    if name in seen:
       raise ValueError(f'{name} is the name of the weights and of another file')
+    seen.add(name)
 
 
-def _staging(directory: pathlib.Path) -> pathlib.Path:
+def staging(directory: pathlib.Path) -> pathlib.Path:
   """Returns the hidden directory from which files can be moved into a directory."""
   beside = outputs.staging(directory)
   if directory.exists() and directory.stat().st_dev != directory.parent.stat().st_dev:

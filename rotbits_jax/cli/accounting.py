@@ -1,12 +1,23 @@
-"""Computes how many numbers a sliced model has, from the sizes of the model alone.
+"""Counts the numbers of a model, sliced and stored in each way, from its sizes alone.
 
-  rotbits accounting --model=NAME|PATH --slicing=SPARSITY [--json]
+  rotbits accounting --model=NAME|PATH --slicing=SPARSITY [--json] [--verbose]
 
-The table has a row for each way to store the model. NAME is opt-1.3b, opt-2.7b,
-opt-6.7b, opt-13b, llama-2-7b or llama-2-13b. PATH is the config.json of a dense model,
-or a directory that contains one. No weights are read. A reduction is relative to the
-dense model with an untied head, with 16 bits for each number and no entropy coding.
-Published reductions are from arXiv 2410.01309.
+Example:
+
+  rotbits accounting --model=opt-6.7b --slicing=0.25
+
+NAME is opt-1.3b, opt-2.7b, opt-6.7b, opt-13b, llama-2-7b or llama-2-13b; PATH is a
+dense model's config.json or a directory that has one. No weights are read. Reductions
+are against the dense model with an untied head, at 16 bits a number, without entropy
+coding; the published ones are those of arXiv 2410.01309.
+
+JSON:
+
+  model      as it was given
+  slicing    as it was given
+  width      of the residual stream after slicing
+  numbers    object: count of numbers by way of storing; see the table
+  reduction  object: percent saved by way of storing; null where nothing is published
 """
 
 import json
@@ -34,9 +45,7 @@ _SLICING = flags.DEFINE_float(
   required=True,
   flag_values=FLAGS,
 )
-_JSON = flags.DEFINE_bool(
-  'json', False, 'Print one JSON object in place of the table.', flag_values=FLAGS
-)
+_JSON, _VERBOSE = program.define_output_flags(FLAGS)
 
 _LABELS = {
   'dense': 'dense',

@@ -2,15 +2,36 @@
 
   rotbits decode --input=FILE --output=DIR [--format=safetensors|slicegpt]
     [--shard_size=2GB] [--dtype=float32|bfloat16|float16] [--overwrite]
+    [--json] [--verbose]
 
-The format `safetensors` writes DIR/model.safetensors with the tensor names, shapes and
-dtypes of the encoded checkpoint. The format `slicegpt` writes the .pt and .json files
-that Microsoft's SliceGPT reads. The other files of the checkpoint are written, too. For
-a file in several shards, FILE is the path that was given to `rotbits encode`, or the
-index. Only one layer at a time is in memory. Existing files in DIR are replaced only
-with --overwrite; other files stay.
+Example:
+
+  rotbits decode --input=smollm2.rotbits --output=SmolLM2-again
+
+The weights get the tensor names, shapes and dtypes of the checkpoint that was encoded,
+in DIR/model.safetensors or, with --shard_size, in shards and an index. The other files
+come back too: configs, tokenizer, license, model card, code. `slicegpt` writes the .pt
+and .json that Microsoft's SliceGPT reads. Plain tensors (a checkpoint of an unknown
+family) come back in the files that they were in, byte for byte. FILE may be the path
+that shards were written to, or their index. One layer at a time is in memory. Files in
+DIR that exist are replaced with --overwrite only; other files stay.
+
+A dense checkpoint loads in transformers. A sliced one does not, because transformers
+has no sliced models. `rotbits generate --model=DIR` runs it, and so does Microsoft's
+SliceGPT after --format=slicegpt:
+
+  from slicegpt import hf_utils
+  model, tokenizer = hf_utils.load_sliced_model(NAME, DIR, sparsity=0.25)
+
+JSON:
+
+  output  the directory
+  files   list of the names of the files in it
+  bytes   bytes of these files
+  sliced  whether the model is sliced; null for plain tensors
 """
 
+import pathlib
 import sys
 import typing
 
@@ -18,6 +39,7 @@ from absl import flags
 
 import rotbits_jax
 from rotbits_jax import checkpoints
+from rotbits_jax import file
 from rotbits_jax.cli import program
 
 FLAGS = flags.FlagValues()
@@ -34,14 +56,12 @@ _FORMAT = flags.DEFINE_enum(
   'Format of the weights.',
   flag_values=FLAGS,
 )
-
 _SHARD_SIZE = flags.DEFINE_string(
   'shard_size',
   None,
   'Greatest size of a weights file, like 2GB. By default there is one file.',
   flag_values=FLAGS,
 )
-
 _DTYPE = flags.DEFINE_enum(
   'dtype',
   None,
@@ -49,10 +69,15 @@ _DTYPE = flags.DEFINE_enum(
   'Dtype of the weights. By default they have that of the encoded checkpoint.',
   flag_values=FLAGS,
 )
-
 _OVERWRITE = flags.DEFINE_bool(
   'overwrite', False, 'Replace existing files.', flag_values=FLAGS
 )
+_JSON, _VERBOSE = program.define_output_flags(FLAGS)
+
+SLICED = """The model is sliced: transformers cannot load it. To run it:
+  rotbits generate --model={output} --prompt="Once upon a time"
+or decode with --format=slicegpt and load it with Microsoft's SliceGPT; see
+rotbits decode --help."""
 
 
 def main() -> None:
@@ -65,7 +90,21 @@ def main() -> None:
     overwrite=_OVERWRITE.value,
     progress=True,
   )
+  with file.Reader(_INPUT.value) as reader:
+    sliced = None if reader.config is None else reader.config.sliced
+  written = [path for path in pathlib.Path(_OUTPUT.value).iterdir() if path.is_file()]
+  if _JSON.value:
+    result = {
+      'output': _OUTPUT.value,
+      'files': sorted(path.name for path in written),
+      'bytes': sum(path.stat().st_size for path in written),
+      'sliced': sliced,
+    }
+    program.print_json(result)
+    return
   print(f'wrote {_OUTPUT.value}')
+  if sliced and _FORMAT.value == 'safetensors':
+    print(SLICED.format(output=_OUTPUT.value))
 
 
 def run() -> int:

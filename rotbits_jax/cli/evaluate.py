@@ -1,14 +1,23 @@
 """Measures the perplexity of a model on a text, and its divergence from a reference.
 
   rotbits evaluate --model=DIR|FILE --text=FILE [--reference=DIR|FILE]
-    [--max_tokens=N] [--json]
+    [--max_tokens=N] [--json] [--verbose]
 
-A model is the directory or the weights file of a checkpoint, or a file that
-`rotbits encode` wrote. The reference is another model, for example the model before it
-was encoded. With a reference, two more numbers are measured: the mean KL divergence of
-the predictions from the reference's predictions, and its noise floor. The noise floor
-is the divergence that rounding alone makes: the reference is rotated at random, which
-does not change its function, and rounded to its dtype again.
+Example:
+
+  rotbits evaluate --model=smollm2.rotbits --text=book.txt --reference=SmolLM2-135M
+
+A model is a checkpoint's directory, its weights file, or a file that `rotbits encode`
+wrote. With a reference, the mean KL divergence from its predictions is measured too,
+and beside it the noise floor: the divergence that appears when the reference is merely
+rotated at random and rounded to its dtype again. The model needs a tokenizer.json.
+
+JSON:
+
+  perplexity    exp of the mean cross entropy in nats
+  tokens        count of the tokens that were predicted
+  kl            mean KL divergence from the reference in nats, or null
+  kl_rerounded  the noise floor in nats, or null
 """
 
 import math
@@ -38,9 +47,7 @@ _MAX_TOKENS = flags.DEFINE_integer(
   lower_bound=2,
   flag_values=FLAGS,
 )
-_JSON = flags.DEFINE_bool(
-  'json', False, 'Print one JSON object in place of lines.', flag_values=FLAGS
-)
+_JSON, _VERBOSE = program.define_output_flags(FLAGS)
 
 
 def to_text(result: evaluation.Evaluation) -> str:

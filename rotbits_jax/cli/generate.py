@@ -1,12 +1,22 @@
 """Continues a text: prints the text that a model generates after a prompt.
 
   rotbits generate --model=DIR|FILE --prompt=TEXT [--max_tokens=N] [--temperature=T]
-    [--top_k=K] [--seed=N]
+    [--top_k=K] [--seed=N] [--json] [--verbose]
 
-A model is the directory or the weights file of a checkpoint, or a file that
-`rotbits encode` wrote. The prompt is used without change: no template and no special
-tokens are added. It may contain special tokens that the tokenizer knows, such as
-`<|im_start|>`. Without a temperature, each token is the most likely one.
+Example:
+
+  rotbits generate --model=smollm2.rotbits --prompt="Once upon a time"
+
+A model is a checkpoint's directory, its weights file, or a file that `rotbits encode`
+wrote. The prompt is taken as it is: no template and no special token is added, but
+those that the tokenizer knows may be written in it, such as `<|im_start|>`. Without a
+temperature each token is the likeliest one. The model needs a tokenizer.json.
+
+JSON:
+
+  prompt  as it was given
+  text    what the model wrote
+  tokens  list of the tokens that it wrote
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -40,7 +50,10 @@ _TEMPERATURE = flags.DEFINE_float(
 _TOP_K = flags.DEFINE_integer(
   'top_k', None, 'Draw from this many of the most likely tokens.', flag_values=FLAGS
 )
-_SEED = flags.DEFINE_integer('seed', 0, 'Seed of the random draws.', flag_values=FLAGS)
+_SEED = flags.DEFINE_integer(
+  'seed', 0, 'The seed of the random draws.', flag_values=FLAGS
+)
+_JSON, _VERBOSE = program.define_output_flags(FLAGS)
 
 
 def stream_text(
@@ -84,6 +97,11 @@ def main() -> None:
     key=jax.random.key(_SEED.value),
     stop_tokens=configs.stop_tokens(files),
   )
+  if _JSON.value:
+    written = [int(token) for token in tokens]
+    text = ''.join(stream_text(files, prompt, written))
+    program.print_json({'prompt': _PROMPT.value, 'text': text, 'tokens': written})
+    return
   for piece in stream_text(files, prompt, tokens):
     print(piece, end='', flush=True)
   print()

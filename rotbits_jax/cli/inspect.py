@@ -1,10 +1,27 @@
-"""Shows the content of a file, the bytes that each step saved, and notes on tensors.
+"""Shows what a file holds, and how many bytes each transform saved.
 
-  rotbits inspect --input=FILE [--json]
+  rotbits inspect --input=FILE [--json] [--verbose]
 
-The saved bytes add up exactly to the difference between the size of the checkpoint's
-tensors and the size of the file. Only the header of the file is read; `rotbits verify`
-reads and checks the rest.
+Example:
+
+  rotbits inspect --input=smollm2.rotbits
+
+The bytes saved add up to the difference between the sizes exactly. Layers of one kind
+are one row; --verbose gives each of them a row. Only the header of the file is read;
+`rotbits verify` reads and checks the rest.
+
+JSON:
+
+  preset            name of the preset
+  family            model family; null for plain arrays
+  numbers.input     count of the numbers in the input's tensors
+  numbers.stored    count of the numbers that the file keeps
+  bytes.input       bytes of the input's tensors
+  bytes.file        bytes of the file, or of all shards
+  sources           list of objects: name, numbers_saved, bytes_saved; they add up to
+                    the differences above
+  remarks           list of sentences on what the decoded weights are
+  notes             with --verbose: for each transform, a list of objects
 """
 
 import sys
@@ -18,17 +35,16 @@ FLAGS = flags.FlagValues()
 _INPUT = flags.DEFINE_string(
   'input', None, 'The file to inspect.', required=True, flag_values=FLAGS
 )
-_JSON = flags.DEFINE_bool(
-  'json', False, 'Print one JSON object in place of the table.', flag_values=FLAGS
-)
+_JSON, _VERBOSE = program.define_output_flags(FLAGS)
 
 
 def main() -> None:
   report = rotbits_jax.inspect(_INPUT.value)
   if _JSON.value:
-    program.print_json(report.to_json())
+    program.print_json(report.to_json(verbose=_VERBOSE.value))
   else:
-    print(report.to_text())
+    width = None if _VERBOSE.value else program.terminal_width()
+    print(report.to_text(verbose=_VERBOSE.value, width=width))
     print('\nOnly the header was read; rotbits verify checks the rest.')
 
 

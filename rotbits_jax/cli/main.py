@@ -3,31 +3,44 @@
 import importlib
 import sys
 
+import rotbits_jax
+
 COMMANDS = {
-  'slice': 'slices a dense checkpoint with SliceGPT',
   'encode': 'encodes a checkpoint as a smaller file',
   'decode': 'decodes a file to a checkpoint',
   'inspect': 'shows the content of a file and the bytes that each step saved',
-  'report': 'writes the same as a web page with pictures',
+  'report': 'writes a web page about a file, with pictures',
   'verify': 'checks that a file is undamaged and matches its checkpoint',
   'evaluate': 'measures perplexity, and KL divergence from another model',
   'generate': 'prints the text that a model generates after a prompt',
+  'slice': 'slices a dense checkpoint with SliceGPT',
   'accounting': 'computes sizes of a sliced model without its weights',
+  'completion': 'prints a script that completes commands and flags in a shell',
 }
+
+USAGE = """\
+Stores transformer checkpoints without the bits that their symmetries make redundant.
+
+usage: rotbits COMMAND [--flag=value ...]
+       rotbits --version
+
+{commands}
+
+To make a checkpoint smaller, and get it back:
+
+  rotbits encode --checkpoint=SmolLM2-135M --output=smollm2.rotbits
+  rotbits inspect --input=smollm2.rotbits
+  rotbits decode --input=smollm2.rotbits --output=SmolLM2-again
+
+`rotbits COMMAND --help` shows an example, the flags, and the fields of --json.
+Exit codes: 0 success, 2 bad input (one line on stderr, nothing written),
+130 interrupted, 1 a fault of this program."""
 
 
 def usage() -> str:
-  """Returns the help text, with one line for each command."""
-  lines = [f'  {name:<12}{what}' for name, what in COMMANDS.items()]
-  return '\n'.join(
-    [
-      'usage: rotbits <command> [--flag=value ...]',
-      '',
-      *lines,
-      '',
-      'rotbits <command> --help explains a command and lists its flags.',
-    ]
-  )
+  """Returns the help text, with a line for each command."""
+  lines = [f'  {name:<12}{purpose}' for name, purpose in COMMANDS.items()]
+  return USAGE.format(commands='\n'.join(lines))
 
 
 def main() -> int:
@@ -39,6 +52,9 @@ def main() -> int:
   name = sys.argv[1] if len(sys.argv) > 1 else '--help'
   if name in ('--help', '-h', 'help'):
     print(usage())
+    return 0
+  if name in ('--version', '-v'):
+    print(f'rotbits {rotbits_jax.__version__}')
     return 0
   if name not in COMMANDS:
     print(

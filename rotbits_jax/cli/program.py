@@ -1,4 +1,8 @@
-"""Functions that the commands share: running a command, errors, reading a model."""
+"""Shared parts of the commands: running one, its errors, and reading a model.
+
+Exit codes: 0 success; 1 a fault of this program, with its traceback; 2 bad input, with
+one line on stderr and nothing written; 130 interrupted.
+"""
 
 from collections.abc import Callable, Iterator
 import contextlib
@@ -8,8 +12,10 @@ import logging
 import os
 import pathlib
 import re
+import shutil
 import signal
 import sys
+import traceback
 from typing import Any
 
 from absl import flags
@@ -19,11 +25,32 @@ import safetensors
 import rotbits_jax
 from rotbits_jax.file import container
 
-BAD_INPUT = 2
+BAD_INPUT = 2  # bad flags, too
 
 # A file with such a suffix belongs to a checkpoint, even if it is damaged and cannot be
 # read as one.
 _CHECKPOINT_SUFFIXES = ('.bin', '.gguf', '.json', '.pt', '.safetensors')
+
+
+def define_output_flags(
+  flag_values: flags.FlagValues,
+) -> tuple[flags.FlagHolder[bool], flags.FlagHolder[bool]]:
+  """Defines the flags that every command has.
+
+  Returns:
+    The flags --json and --verbose.
+  """
+  json_flag = flags.DEFINE_bool(
+    'json', False, 'Print one JSON object on one line.', flag_values=flag_values
+  )
+  verbose = flags.DEFINE_bool(
+    'verbose',
+    False,
+    'Print more: every row of a report, the traceback of an error.',
+    short_name='v',
+    flag_values=flag_values,
+  )
+  return json_flag, verbose
 
 
 class Stopped(KeyboardInterrupt):
@@ -95,7 +122,10 @@ def run(command: Callable[[], None], flag_values: flags.FlagValues) -> int:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
   except (ValueError, OSError, flags.Error) as error:
-    print(f'{name}: {one_line(error)}', file=sys.stderr)
+    if 'verbose' in flag_values and flag_values['verbose'].value:
+      traceback.print_exc()
+    hint = f'; see {name} --help' if isinstance(error, flags.Error) else ''
+    print(f'{name}: {one_line(error)}{hint}', file=sys.stderr)
     return BAD_INPUT
   return 0
 
@@ -125,6 +155,16 @@ def one_line(error: BaseException) -> str:
   if isinstance(error, OSError) and error.strerror and error.filename is not None:
     return f'{error.filename}: {error.strerror}'
   return ' '.join(str(error).split()) or type(error).__name__
+
+
+def warn(text: str) -> None:
+  """Prints a warning on stderr."""
+  print(f'warning: {text}', file=sys.stderr)
+
+
+def terminal_width() -> int | None:
+  """Returns the columns of the terminal; None if stdout is a pipe or a file."""
+  return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
 
 
 def print_json(value: dict[str, Any]) -> None:
@@ -191,9 +231,11 @@ def _is_container(path: str) -> bool:
 def _parse(flag_values: flags.FlagValues) -> None:
   try:
     unused = flag_values(sys.argv)[1:]
-  except flags.Error:
-    raise
-  except Exception as error:  # a config file is Python and can raise any exception
+  except flags.Error as error:
+    # absl says "Flag --x must have a value other than None."
+    missing = re.search(r'flag (--\w+)=None: Flag', str(error))
+    raise flags.Error(f'{missing[1]} is missing') if missing else error from error
+  except Exception as error:  # what a config file raises: it is Python
     name = type(error).__name__
     raise ValueError(f'the config cannot be used: {name}: {error}') from error
   if unused:

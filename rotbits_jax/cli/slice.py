@@ -1,19 +1,32 @@
-r"""Slices a dense checkpoint with SliceGPT, which removes a part of the hidden size.
+r"""Slices a dense checkpoint with SliceGPT: fewer numbers, similar predictions.
 
   rotbits slice --model=DIR|FILE --output=DIR --sparsity=0.25 --calibration=FILE
     [--dtype=same|float16|bfloat16|float32] [--final_orientation=random|pca]
     [--round_interval=8] [--slice_head] [--sequences=128] [--sequence_length=N]
-    [--seed=42] [--encoded=FILE] [--overwrite]
+    [--seed=42] [--encoded=FILE] [--overwrite] [--json] [--verbose]
 
-The sparsity is the part of the hidden size that is removed. The widths that remain are
-rounded down to a multiple of the interval. The calibration text decides which
-directions of the residual stream remain.
+Example:
 
-The command writes the same files as Microsoft's run_slicegpt.py: <name>_<sparsity>.pt,
-its .json, and the configs and the tokenizer of the dense model. <name> is the name of
-the model's directory or file. With --encoded it also writes a file like that of
-`rotbits encode --preset=free`, but from the numbers before they are rounded. Existing
-files are replaced only with --overwrite.
+  rotbits slice --model=SmolLM2-135M --output=sliced --sparsity=0.25 \
+    --calibration=book.txt --encoded=sliced.rotbits
+
+Every width of the residual stream shrinks by the sparsity, rounded down to a multiple
+of the interval. The calibration text decides which directions stay. The output is that
+of Microsoft's run_slicegpt.py: <name>_<sparsity>.pt, its .json, and the dense model's
+configs and tokenizer. The name is that of the model's directory or file. With --encoded
+the file that `rotbits encode --preset=free` makes is written, too, from the numbers
+before they are rounded. Files that exist are replaced with --overwrite only. Slicing
+costs quality, most of all in small models: measure it with `rotbits evaluate`. A small
+model with a tied head does not even become smaller, because slicing unties the head
+from the embedding.
+
+JSON:
+
+  weights      path of the .pt file
+  encoded      path of the encoded file, or null
+  hidden_size  width of the dense model
+  width        width of the first segment of the sliced model
+  tokens       count of the tokens that calibrated the slicing
 """
 
 import dataclasses
@@ -83,8 +96,9 @@ _SEQUENCE_LENGTH = flags.DEFINE_integer(
   flag_values=FLAGS,
 )
 _SEED = flags.DEFINE_integer(
-  'seed', 42, 'Seed of all random choices.', lower_bound=0, flag_values=FLAGS
+  'seed', 42, 'The seed of all that is random.', lower_bound=0, flag_values=FLAGS
 )
+_JSON, _VERBOSE = program.define_output_flags(FLAGS)
 
 _ENCODED = flags.DEFINE_string(
   'encoded',
@@ -142,6 +156,16 @@ def main() -> None:
     )
   weights = pathlib.Path(_OUTPUT.value, f'{stem}.pt')
   width = model.config.segment_widths[0]
+  if _JSON.value:
+    result = {
+      'weights': str(weights),
+      'encoded': _ENCODED.value,
+      'hidden_size': config.hidden_size,
+      'width': width,
+      'tokens': int(tokens.size),
+    }
+    program.print_json(result)
+    return
   print(
     f'wrote {weights}: width {width} of {config.hidden_size}, '
     f'calibrated on {tokens.size:,} tokens'

@@ -1,13 +1,26 @@
 """Decodes and checks everything in a file, and compares it with a checkpoint.
 
-  rotbits verify --input=FILE [--against=DIR] [--json]
+  rotbits verify --input=FILE [--against=DIR] [--json] [--verbose]
 
-Every checksum must be right, and every array must decode to the numbers that were
-encoded. With --against, a file of the preset `exact` must have the bits of the
-checkpoint. A file of another preset must have its function: for random tokens, the
-predictions may differ from the checkpoint's by a few times the difference that a random
-rotation and rounding make. This comparison needs both models in memory; everything else
-needs one layer at a time. `rotbits inspect` reads only the header of a file.
+Example:
+
+  rotbits verify --input=smollm2.rotbits --against=SmolLM2-135M
+
+Every checksum must hold, and every array must decode to the numbers that were encoded.
+With --against a file of the preset `exact` must have the checkpoint's bits. Any other
+must have its function: the predictions for random tokens differ from the checkpoint's
+by no more than a few times what a random rotation and rounding make. For that both
+models are in memory; everything else takes one layer at a time. `rotbits inspect` reads
+the header only.
+
+JSON:
+
+  units         count of the units that were decoded
+  tensors       count of the parameters that were decoded
+  files         count of the other files that were read
+  same_bits     whether all bits were compared with the checkpoint's, and are the same
+  kl            mean KL divergence from the checkpoint in nats, or null
+  kl_rerounded  the noise floor in nats, or null
 """
 
 import sys
@@ -24,9 +37,7 @@ _INPUT = flags.DEFINE_string(
 _AGAINST = flags.DEFINE_string(
   'against', None, 'The checkpoint that was encoded.', flag_values=FLAGS
 )
-_JSON = flags.DEFINE_bool(
-  'json', False, 'Print one JSON object in place of lines.', flag_values=FLAGS
-)
+_JSON, _VERBOSE = program.define_output_flags(FLAGS)
 
 
 def main() -> None:

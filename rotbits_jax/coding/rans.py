@@ -218,7 +218,7 @@ def _push_step(
   # full, its size does not grow and the next push overwrites the word. The indices are
   # flat, because XLA for CPU does not vectorise a scatter with two-dimensional ones.
   row = jnp.minimum(size, words.shape[0] // max(count, 1) - 1)
-  words = words.at[row * count + jnp.arange(count)].set(
+  words = words.at[row * count + jnp.arange(count, dtype=jnp.int32)].set(
     state.astype(jnp.uint16), mode='promise_in_bounds', unique_indices=True
   )
   state, full = push_state(state, start, frequency, precision)
@@ -236,7 +236,9 @@ def _pop_step(
   size = size - dry.astype(jnp.int32)
   # After underflow the size is negative. Clipping keeps the index in bounds.
   row = jnp.clip(size, 0, words.shape[0] // max(count, 1) - 1)
-  word = words.at[row * count + jnp.arange(count)].get(mode='promise_in_bounds')
+  word = words.at[row * count + jnp.arange(count, dtype=jnp.int32)].get(
+    mode='promise_in_bounds'
+  )
   state = jnp.where(dry, (state << 16) | word.astype(jnp.uint32), state)
   return (state, size), symbol
 

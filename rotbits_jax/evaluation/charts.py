@@ -1,8 +1,8 @@
-"""Charts as SVG: strings that a page or a file can hold, and that need nothing else.
+"""Charts as SVG: self-contained strings for a page or a file.
 
-Colours are names of CSS variables, so that a page decides them for its light and its
-dark theme. Series differ by their markers and dashes as well, so that charts can be
-read without colour.
+Colours are CSS variables, so that a page sets them for its light and its dark theme.
+Series also differ in their markers and dashes, so that charts can be read without
+colour.
 """
 
 from collections.abc import Sequence
@@ -35,12 +35,12 @@ class Series(NamedTuple):
   """Points of one kind in a chart.
 
   Attributes:
-    name: of the series, for the legend.
-    x: coordinates.
-    y: coordinates, as many.
-    line: whether points are joined.
-    markers: whether points are marked.
-    labels: text beside each point, if any.
+    name: name of the series in the legend.
+    x: horizontal coordinates of the points.
+    y: vertical coordinates of the points.
+    line: whether to join the points by lines.
+    markers: whether to mark the points.
+    labels: text beside each point; None for no text.
   """
 
   name: str
@@ -55,11 +55,11 @@ class Axis(NamedTuple):
   """An axis of a chart.
 
   Attributes:
-    label: what it shows.
+    label: label of the axis.
     low: the least coordinate.
     high: the greatest coordinate.
-    log: whether equal distances are equal ratios.
-    ticks: coordinates that have a label; None to choose some.
+    log: whether the axis is logarithmic.
+    ticks: coordinates that have a label; None to choose them.
   """
 
   label: str
@@ -81,13 +81,13 @@ def chart(
   """Draws series in a frame with two axes.
 
   Args:
-    series: what to draw; four kinds can be told apart.
+    series: the series to draw. At most four can be distinguished.
     x: the horizontal axis.
     y: the vertical axis.
-    title: what the chart shows, for those who hear it read.
+    title: a description of the chart for screen readers.
     legend: whether to name the series.
-    inside: whether the names are in the upper right corner of the picture, and not
-      below it, so that the picture can stand alone.
+    inside: whether the names are in the lower left corner of the picture, so that it
+      can stand alone. By default they are below it.
 
   Returns:
     An `<svg>` element, and a legend.
@@ -114,8 +114,10 @@ def chart(
       )
     if own.markers:
       parts += [marker(i, a, b) for a, b in points]
-    for (a, b), label in zip(points, own.labels or (), strict=False):
-      parts.append(_text(a + 7, b - 3, label))
+    for k, (point, label) in enumerate(zip(points, own.labels or (), strict=False)):
+      # Neighbours have their text on different sides, so that it does not overlap.
+      side, anchor = ((7, 4), 'start') if k % 2 else ((0, -8), 'middle')
+      parts.append(_text(point[0] + side[0], point[1] + side[1], label, anchor=anchor))
   if legend and inside:
     parts.append(_legend_inside(series))
   picture = _svg(WIDTH, HEIGHT, parts, title)
@@ -138,7 +140,7 @@ def marker(index: int, x: float, y: float) -> str:
 
 
 def standalone(svg: str) -> str:
-  """Returns an `<svg>` element as a picture of its own, with its colours."""
+  """Returns an `<svg>` element as a complete picture that contains its colours."""
   start = svg.index('>') + 1
   end = svg.index('</svg>') + 6
   page = '<rect width="100%" height="100%" style="fill: var(--page)"/>'
@@ -146,7 +148,7 @@ def standalone(svg: str) -> str:
 
 
 class _Scale:
-  """Coordinates to places in a picture."""
+  """A function from the coordinates of an axis to places in a picture."""
 
   def __init__(self, axis: Axis, start: float, stop: float):
     self._axis, self._start, self._stop = axis, start, stop
@@ -160,7 +162,7 @@ class _Scale:
     return self._start + share * (self._stop - self._start)
 
   def ticks(self) -> list[float]:
-    """Some round coordinates."""
+    """Returns the ticks of the axis, or chooses round coordinates."""
     axis = self._axis
     if axis.ticks is not None:
       return list(axis.ticks)
@@ -197,13 +199,12 @@ def _legend(series: Sequence[Series]) -> str:
 
 
 def _legend_inside(series: Sequence[Series]) -> str:
-  x = WIDTH - _RIGHT - 40 - 6.5 * max(len(own.name) for own in series)
-  rows = [
-    f'<g transform="translate({x:.0f} {_TOP + 6 + 16 * i})">{_key(i, own)}'
+  top = HEIGHT - _BOTTOM - 4 - 16 * len(series)
+  return ''.join(
+    f'<g transform="translate({_LEFT + 6} {top + 16 * i})">{_key(i, own)}'
     f'{_text(34, 11, own.name)}</g>'
     for i, own in enumerate(series)
-  ]
-  return ''.join(rows)
+  )
 
 
 def _key(index: int, series: Series) -> str:
@@ -216,7 +217,7 @@ def _key(index: int, series: Series) -> str:
 
 
 def _number(value: float) -> str:
-  """A number in few characters."""
+  """Formats a number in few characters."""
   if value and not 1e-3 <= abs(value) < 1e5:
     return f'{value:.0e}'.replace('e-0', 'e-').replace('e+0', 'e')
   return f'{value:.4g}'

@@ -1,8 +1,10 @@
-"""The report of a file as one web page that needs no network.
+"""The report on a file as one web page, which needs no network.
 
-A page has the waterfall of the bytes, the spectra of the shortcuts, the errors beside
-what rounding alone does, the reductions beside the published table, and the layout of
-the file. It follows the reader's theme, light or dark, and fits a phone.
+The page shows the bytes that each step saves (a waterfall), the singular values of the
+shortcuts, the error of each tensor beside that of rounding alone, the reductions beside
+the published table, and the layout of the file. A shortcut is the matrix that leads
+from one residual segment of a sliced model to the next. The page follows the light or
+dark theme of the browser, and fits a phone.
 """
 
 import dataclasses
@@ -30,15 +32,15 @@ _TENSORS = 8
 """The greatest number of kinds of tensors whose errors are shown."""
 
 _ROUNDING = 0.4
-"""The relative error (Frobenius) of rounding a matrix, in units of roundoff."""
+"""The relative error of rounding a matrix (Frobenius norm), in units of roundoff."""
 
 
 def report_page(source: file.Readable) -> str:
   """Makes the report of a file as a web page.
 
   Args:
-    source: a path, bytes, or a binary file. A few layers are decoded, for the spectra
-      of their shortcuts.
+    source: a path, bytes, or an open binary file. A few layers are decoded for the
+      spectra of their shortcuts.
 
   Returns:
     The page, HTML.
@@ -108,7 +110,14 @@ def waterfall(report: report_lib.Report) -> str:
 
 
 class _Spectrum(NamedTuple):
-  """Singular values of a shortcut, from the least up; those that are not 1."""
+  """The singular values of a shortcut.
+
+  Attributes:
+    path: path of the shortcut.
+    values: the singular values in ascending order.
+    rank: the number of columns that the file stores, which is the number of values that
+      count as different from 1.
+  """
 
   path: str
   values: np.ndarray
@@ -171,7 +180,7 @@ def _ranks(notes: list['_Note'], most: int) -> str:
 
 
 def _spectra(reader: file.Reader, index: int) -> list[_Spectrum]:
-  """The spectra of one layer's shortcuts."""
+  """Computes the spectra of one layer's shortcuts."""
   found = []
   for path, leaf in structured.flatten(reader.unit(f'layers.{index}')).items():
     if 'shortcut' not in path:
@@ -191,7 +200,7 @@ def _spectra(reader: file.Reader, index: int) -> list[_Spectrum]:
 
 
 def _squares(factor: Any) -> np.ndarray:
-  """The eigenvalues of B^T B."""
+  """Returns the eigenvalues of B^T B."""
   wide = np.asarray(factor, np.float32).astype(np.float64)
   return np.linalg.eigvalsh(wide.T @ wide)
 
@@ -200,7 +209,7 @@ def _squares(factor: Any) -> np.ndarray:
 
 
 def errors(reader: file.Reader, report: report_lib.Report) -> str:
-  """Draws the error of every tensor that was rewritten, beside rounding alone."""
+  """Draws the error of every rewritten tensor, beside that of rounding alone."""
   groups: dict[str, list[tuple[int, float]]] = {}
   for note in _notes(report):
     if note.error:
@@ -232,9 +241,10 @@ def errors(reader: file.Reader, report: report_lib.Report) -> str:
       f'<figure>{picture}<figcaption>{html.escape(name)}</figcaption></figure>'
     )
   return (
-    '<p>The relative error (Frobenius) of each tensor that was rewritten, or of the '
-    f'product that stays. Rounding a matrix to {html.escape(dtype.name)} alone makes '
-    f'an error of about {floor:.1e}: this noise floor is the dashed line.</p>'
+    '<p>The relative error (Frobenius norm) of each rewritten tensor, or of the '
+    'product that the rewriting keeps. Rounding a matrix to '
+    f'{html.escape(dtype.name)} alone makes an error of about {floor:.1e}. This noise '
+    'floor is the dashed line.</p>'
     f'<div class="figures">{"".join(parts)}</div>'
   )
 
@@ -243,7 +253,7 @@ def errors(reader: file.Reader, report: report_lib.Report) -> str:
 
 
 def table(reader: file.Reader, report: report_lib.Report) -> str:
-  """Tabulates reductions of published models, and that of this file."""
+  """Tabulates the reductions of published models and of this file."""
   rows = [
     '<tr><th>model</th><th>slicing</th><th>SliceGPT</th><th>bits-back, published</th>'
     '<th>gauge fixed</th><th>+ heads, retied</th></tr>'
@@ -264,9 +274,9 @@ def table(reader: file.Reader, report: report_lib.Report) -> str:
       )
       rows.append(f'<tr><td>{name}</td><td>{sparsity:.0%}</td>{cells}</tr>')
   return (
-    '<p>Reductions of the dense model with an untied head, 16 bits a number, as the '
-    'bits-back paper (arXiv 2410.01309) counts them. Its models are counted from their '
-    'sizes alone, before entropy coding.</p>'
+    '<p>Reductions relative to the dense model with an untied head, at 16 bits per '
+    'number, as the bits-back paper (arXiv 2410.01309) counts them. Its models are '
+    'counted from their sizes alone, before entropy coding.</p>'
     f'<div class="scroll"><table>{"".join(rows)}</table></div>'
   )
 
@@ -274,12 +284,13 @@ def table(reader: file.Reader, report: report_lib.Report) -> str:
 def own_reduction(
   reader: file.Reader, report: report_lib.Report
 ) -> tuple[float, float, float] | None:
-  """Counts this file as the published table counts its models.
+  """Counts this file in the way of the published table.
 
   Returns:
-    By how many percent the sliced checkpoint's numbers, the numbers stored in the file,
-    and the file's bytes at 16 bits a number are fewer than those of the dense model;
-    None if the file holds no sliced model.
+    Three reductions in percent, relative to the numbers of the dense model: that of the
+    numbers of the sliced checkpoint, that of the numbers stored in the file, and that
+    of the bytes of the file at 2 bytes per number. None if the file does not hold a
+    sliced model.
   """
   config = reader.config
   if config is None or not config.sliced:
@@ -300,7 +311,7 @@ def own_reduction(
 
 
 def layout(reader: file.Reader) -> str:
-  """Draws the streams of the file in their order, and tabulates them."""
+  """Draws the streams of the file in order, and tabulates them."""
   sizes: list[tuple[str, int]] = []
   for own in reader.manifests:
     sizes += [(unit.name, unit.nbytes) for unit in own.units]
@@ -319,7 +330,7 @@ def layout(reader: file.Reader) -> str:
     for name, size in sizes
   )
   return (
-    '<p>Streams in the order in which they lie in the file, by their lengths.</p>'
+    '<p>The streams in the order of the file, drawn in proportion to their lengths.</p>'
     f'<div class="strip">{strip}</div>'
     '<details><summary>All streams</summary><div class="scroll"><table>'
     '<tr><th>stream</th><th>bytes</th><th>share</th></tr>'
@@ -337,9 +348,9 @@ class _Note(NamedTuple):
 
   Attributes:
     layer: index of the layer.
-    name: the tensor's path within the layer.
-    rank: of a shortcut; None if the note has none.
-    error: a relative error; None if the note has none.
+    name: path of the tensor within the layer.
+    rank: rank of a shortcut; None if the note has no rank.
+    error: relative error; None if the note has no error.
   """
 
   layer: int
@@ -349,7 +360,7 @@ class _Note(NamedTuple):
 
 
 def _notes(report: report_lib.Report) -> list[_Note]:
-  """The notes about tensors of layers. A stranger may have written them."""
+  """Returns the notes about tensors of layers. They may be from an untrusted file."""
   found = []
   for note in itertools.chain.from_iterable(report.notes.values()):
     unit, _, name = str(note.get('tensor')).partition('/')

@@ -6,15 +6,18 @@ parameters outside the layers form a unit for each first key of their paths ('em
 arrays or structured leaves (see `structured`). A leaf is stored as one or more arrays.
 
 The preset `paper` stores one message for the whole model in place of units, see
-`Message`.
+`Message`. A checkpoint of an unknown family is stored as units of plain tensors, and a
+`WeightsFile` says how its weights files are made of them.
 """
 
 import dataclasses
 import json
 from typing import Any, Self
 
+import ml_dtypes
 import numpy as np
 
+from rotbits_jax import checkpoints
 from rotbits_jax import models
 from rotbits_jax import structured
 from rotbits_jax.coding import weights
@@ -194,7 +197,7 @@ class Unit:
     unit.tree({leaf.path: None for leaf in unit.leaves})
     for leaf, specs in unit.leaf_specs():
       array = (specs[0].shape, specs[0].dtype) if specs else None
-      if not leaf.kind and array != (leaf.shape, leaf.dtype):
+      if not leaf.kind and array != (leaf.shape, stored_dtype(leaf.dtype)):
         raise ContainerError(
           f'{name}/{leaf.path}: the leaf and the coder differ in the shape or the dtype'
         )
@@ -282,18 +285,62 @@ class Message:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class WeightsFile:
+  """A weights file that is stored as tensors and the bytes between them.
+
+  Attributes:
+    layout: its name, its size, and where each tensor begins. The names of tensors are
+      the paths of leaves.
+    rest: the bytes between the tensors, joined, compressed by zlib.
+  """
+
+  layout: checkpoints.WeightsFile
+  rest: Stream
+
+  def to_json(self) -> dict[str, Any]:
+    return {
+      'name': self.layout.name,
+      'nbytes': self.layout.nbytes,
+      'places': [list(place) for place in self.layout.places],
+      'rest': self.rest.to_json(),
+    }
+
+  @classmethod
+  def from_json(cls, value: Any) -> Self:
+    """Returns the inverse of `to_json`.
+
+    Raises:
+      ContainerError: if the value is not a weights file.
+    """
+    given = fields.Fields(value, 'a weights file')
+    name = given.text('name')
+    places = []
+    for place in given.items('places'):
+      if not isinstance(place, list) or len(place) != 2:
+        raise given.error('places', 'must be a list of pairs')
+      one = fields.Fields(dict(zip(('path', 'offset'), place, strict=True)), name[:200])
+      places.append((one.text('path'), one.integer('offset')))
+    layout = checkpoints.WeightsFile(name, given.integer('nbytes'), tuple(places))
+    found = cls(layout=layout, rest=Stream.from_json(given.take('rest')))
+    given.finish()
+    return found
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Manifest:
   """The description of a file, or of one shard of a model.
 
   Attributes:
     preset: name of the preset.
     options: options of the preset.
-    config: config of the model; None for a PyTree of arrays.
+    config: config of the model; None for plain arrays.
     stem: name of the weights and of the slicing JSON in a checkpoint of SliceGPT.
     units: the units in the file.
     message: the model as one message; None if the model is stored in units.
     files: the streams of the checkpoint's sidecar files, each compressed by zlib.
     sizes: length of each sidecar file before compression.
+    weights: the weights files whose tensors are the units; empty for a model and for a
+      PyTree.
   """
 
   preset: str
@@ -304,12 +351,17 @@ class Manifest:
   message: Message | None
   files: tuple[Stream, ...]
   sizes: tuple[int, ...]
+  weights: tuple[WeightsFile, ...] = ()
 
   def streams(self) -> dict[str, tuple[int, int]]:
     """Returns length and CRC-32 of every stream but that of the manifest, by name."""
     found = {unit.name: (unit.nbytes, unit.crc32) for unit in self.units}
-    others = [*self.files, *(self.message.streams if self.message else ())]
-    return found | {x.name: (x.nbytes, x.crc32) for x in others}
+    return found | {x.name: (x.nbytes, x.crc32) for x in self._plain_streams()}
+
+  def _plain_streams(self) -> list[Stream]:
+    """Returns the streams that are not those of units."""
+    message = self.message.streams if self.message else ()
+    return [*self.files, *message, *(file.rest for file in self.weights)]
 
   def to_bytes(self) -> bytes:
     """Serialises the manifest."""
@@ -325,6 +377,8 @@ class Manifest:
         for file, size in zip(self.files, self.sizes, strict=True)
       ],
     }
+    if self.weights:
+      value['weights'] = [file.to_json() for file in self.weights]
     return json.dumps(value, separators=(',', ':'), allow_nan=False).encode()
 
   @classmethod
@@ -357,6 +411,9 @@ class Manifest:
       sizes=tuple(
         fields.Fields({'size': f[3]}, 'files').integer('size') for f in files
       ),
+      weights=tuple(map(WeightsFile.from_json, given.items('weights')))
+      if given.optional('weights')
+      else (),
     )
     given.finish()
     manifest._check()
@@ -368,9 +425,10 @@ class Manifest:
     Raises:
       ContainerError: if they do not. The error names the unit or the parameter.
     """
-    others = [*self.files, *(self.message.streams if self.message else ())]
-    if len(self.streams()) != len(self.units) + len(others):
+    if len(self.streams()) != len(self.units) + len(self._plain_streams()):
       raise ContainerError('two streams have the same name')
+    if self.weights and self.config is not None:
+      raise ContainerError('a model has no weights files of its own')
     if self.config is None:
       if self.message is not None:
         raise ContainerError('a message of bits-back coding needs a config')
@@ -443,6 +501,22 @@ def _saving_from_json(value: Any, where: str) -> transform.Saving:
   )
 
 
+_STORED_AS = {'int2': 'int8', 'int4': 'int8'} | {
+  name: 'uint8'
+  for name in dir(ml_dtypes)
+  if name.startswith(('uint2', 'uint4', 'float4_', 'float6_', 'float8_'))
+}
+
+
+def stored_dtype(dtype: str) -> str:
+  """Returns the dtype of the array that stores a plain array.
+
+  The coder models no floats of 8 bits or fewer and no integers of 4. It gets their bit
+  patterns as NumPy keeps them, one a byte.
+  """
+  return _STORED_AS.get(dtype, dtype)
+
+
 def leaf_of(path: str, leaf: Any, expanded: int | None = None) -> tuple[Leaf, Any]:
   """Makes the entry of a parameter.
 
@@ -458,6 +532,8 @@ def leaf_of(path: str, leaf: Any, expanded: int | None = None) -> tuple[Leaf, An
   if structured.is_structured(leaf):
     settings, arrays = leaf.stored()
   kind, shape, dtype, names = structured.stack_key(leaf)
+  if not kind:
+    arrays[''] = np.asarray(leaf).view(stored_dtype(dtype))
   entry = Leaf(
     path=path,
     kind=kind,

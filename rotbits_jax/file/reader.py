@@ -16,6 +16,7 @@ from concurrent import futures
 import dataclasses
 import functools
 import itertools
+import math
 import os
 import pathlib
 from typing import Any, NamedTuple, Self
@@ -25,6 +26,7 @@ import jax
 import numpy as np
 from zlib_ng import zlib_ng
 
+from rotbits_jax import checkpoints
 from rotbits_jax import host
 from rotbits_jax import models
 from rotbits_jax import progress
@@ -92,6 +94,52 @@ class Reader:
     """Does nothing, because no file stays open: streams are mapped when read."""
 
   @property
+  def weights_files(self) -> dict[str, checkpoints.WeightsFile]:
+    """The weights files whose tensors are the units, by name; empty for a model."""
+    return {x.layout.name: x.layout for own in self.manifests for x in own.weights}
+
+  def rests(self) -> dict[str, bytes]:
+    """Returns what is between the tensors of each weights file, joined.
+
+    Raises:
+      ContainerError: if a part is damaged, or the tensors do not fit their file.
+    """
+    sizes = self.tensor_sizes()
+    found = {}
+    for file, own in zip(self._files, self.manifests, strict=True):
+      for entry in own.weights:
+        with file.errors():
+          name = entry.rest.name
+          for path, _ in entry.layout.places:
+            if path not in sizes:
+              raise ContainerError(f'{entry.layout.name}: {path[:200]} is missing')
+          try:
+            parts = entry.layout.rest(sizes)
+          except ValueError as error:
+            raise ContainerError(str(error)) from error
+          data = file.checked(name, entry.rest.nbytes, entry.rest.crc32)
+          size = sum(end - begin for begin, end in parts)
+          found[entry.layout.name] = _inflate(name, data.tobytes(), size)
+    return found
+
+  def tensor_sizes(self) -> dict[str, int]:
+    """Returns the bytes of every plain array in units, by its path."""
+    return {
+      leaf.path: math.prod(leaf.shape) * _dtype(leaf.dtype).itemsize
+      for unit in self.units.values()
+      for leaf in unit.leaves
+      if not leaf.kind
+    }
+
+  def tensors(self, *, show_progress: bool = False) -> Iterator[tuple[str, np.ndarray]]:
+    """Yields the tensors of a checkpoint that is stored as plain tensors, by name."""
+    total = len(self._units)
+    with progress.Progress('decode', total, 'unit', show=show_progress) as bar:
+      for name in self._units:
+        yield from structured.flatten(self._decode(name)).items()
+        bar.update()
+
+  @property
   def units(self) -> dict[str, manifest_lib.Unit]:
     """The manifest's entries of all units, by name."""
     return {name: unit for name, (_, unit) in self._units.items()}
@@ -113,9 +161,14 @@ class Reader:
 
   def tensor(self, path: str) -> Any:
     """Reads one parameter, such as 'layers.3/attention/query/kernel'; see `unit`."""
-    name = path.split('/')[0]
+    name, is_layer = path.split('/')[0], False
+    if self.config is None:
+      holders = {x.path: name for name, unit in self.units.items() for x in unit.leaves}
+      name = holders.get(path, name)
+    else:
+      is_layer = _is_layer(name)
     tree = self.unit(name)
-    flat = structured.flatten({name: tree} if _is_layer(name) else tree)
+    flat = structured.flatten({name: tree} if is_layer else tree)
     if path not in flat:
       raise ContainerError(f'{path}: no such parameter')
     return flat[path]
@@ -350,6 +403,8 @@ class Reader:
     return self._entry(name).tree(flat)
 
   def _tree(self, show_progress: bool) -> Tree:
+    if self.weights_files:
+      return dict(self.tensors(show_progress=show_progress))
     with (
       progress.Progress('decode', len(self._units), 'unit', show=show_progress) as bar,
       weights.unit_jobs() as start,
@@ -526,7 +581,7 @@ class _Stack(NamedTuple):
 
 def _leaf(name: str, leaf: manifest_lib.Leaf, parts: dict[str, np.ndarray]) -> Any:
   if not leaf.kind:
-    return parts['']
+    return parts[''].view(_dtype(leaf.dtype))
   if leaf.kind not in structured.KINDS:
     raise ContainerError(
       f'{name}/{leaf.path}: leaves of kind {leaf.kind[:40]!r} are unknown; '

@@ -1,5 +1,8 @@
 """The report on a file: what each step of the encoder saved, to the byte."""
 
+import math
+import re
+import textwrap
 from typing import Any, NamedTuple
 
 from rotbits_jax.file import reader as reader_lib
@@ -38,36 +41,103 @@ class Report(NamedTuple):
   sources: list[Source]
   notes: dict[str, list[dict[str, Any]]]
 
-  def to_json(self) -> dict[str, Any]:
-    """Returns the report as JSON values."""
-    return {
+  def to_json(self, *, verbose: bool = False) -> dict[str, Any]:
+    """Returns the report as JSON values, with the notes if `verbose`."""
+    value = {
       'preset': self.preset,
       'family': self.family,
       'numbers': {'input': self.input_numbers, 'stored': self.stored_numbers},
       'bytes': {'input': self.input_bytes, 'file': self.file_bytes},
       'sources': [source._asdict() for source in self.sources],
+      'remarks': self.remarks(),
     }
+    return value | {'notes': self.notes} if verbose else value
 
-  def to_text(self) -> str:
-    """Returns the report as a table for people."""
+  def to_text(self, *, verbose: bool = False, width: int | None = None) -> str:
+    """Returns the report as tables for people.
+
+    Args:
+      verbose: whether every note has a line, rather than layers of one kind.
+      width: the longest line, in characters; None for no limit.
+    """
     share = lambda n, whole: f'{100 * n / whole:7.2f}%' if whole else ''
     lines = [
-      f'preset {self.preset}' + (f', family {self.family}' if self.family else ''),
-      f'{"":24}{"numbers":>14}{"bytes":>14}',
-      f'{"tensors":24}{self.input_numbers:14,}{self.input_bytes:14,}',
+      f'preset {self.preset}, '
+      + (f'family {self.family}' if self.family else 'plain arrays'),
+      f'{"":24}{"numbers":>16}{"bytes":>18}',
+      f'{"tensors":24}{self.input_numbers:16,}{self.input_bytes:18,}',
     ]
     lines += [
-      f'- {s.name:22}{-s.numbers_saved:14,}{-s.bytes_saved:14,}'
+      f'- {s.name:22}{-s.numbers_saved:16,}{-s.bytes_saved:18,}'
       f'{share(-s.bytes_saved, self.input_bytes)}'
       for s in self.sources
     ]
     lines.append(
-      f'{"file":24}{self.stored_numbers:14,}{self.file_bytes:14,}'
+      f'{"file":24}{self.stored_numbers:16,}{self.file_bytes:18,}'
       f'{share(self.file_bytes, self.input_bytes)}'
     )
     for name, notes in self.notes.items():
-      lines += ['', *_table(name, notes)]
+      rows = _rows(notes) if verbose else summary(notes)
+      lines += ['', *_table(name, rows)]
+    if width is not None:
+      lines = [x if len(x) <= width else f'{x[: width - 1]}\u2026' for x in lines]
+    for remark in self.remarks():
+      lines += ['', *textwrap.wrap(remark, width or 88)]
     return '\n'.join(lines)
+
+  def remarks(self) -> list[str]:
+    """Returns what a user of the decoded weights must know, a sentence or two each."""
+    return [_REMARKS[self.preset]] if self.preset in _REMARKS else []
+
+
+_REMARKS = {
+  'free': 'The decoded model computes the same function up to rounding, in other '
+  'coordinates: its weights are not those of the input. Adapters (LoRA) that were '
+  'trained on the input do not fit it. Merge them first, or use the preset exact.',
+  'near': 'The decoded model computes nearly the same function, in other coordinates: '
+  'measure it with `rotbits evaluate`. Adapters (LoRA) that were trained on the input '
+  'do not fit it. Merge them first, or use the preset exact.',
+  'paper': 'The decoded weights are rotated: they compute the same function up to '
+  'rounding, but they are not those of the input. Adapters (LoRA) that were trained on '
+  'the input do not fit them.',
+}
+
+
+def summary(notes: list[dict[str, Any]]) -> list[dict[str, Any]]:
+  """Returns one row for the notes of all layers that say the same of one parameter.
+
+  Args:
+    notes: of one transform.
+
+  Returns:
+    Rows with `tensor` (an asterisk stands for the layer's number) and `form`; the count
+    of tensors, the numbers saved and the greatest error. Notes without a tensor get a
+    row for each kind, with the range of each number.
+  """
+  kinds: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+  for note in notes:
+    words = {key: x for key, x in note.items() if isinstance(x, str)}
+    if 'tensor' in words:
+      place = re.sub(r'^layers\.\d+/', 'layers.*/', words['tensor'])
+      words['tensor'] = place.removesuffix('/kernel')
+    kinds.setdefault(tuple(words.items()), []).append(note)
+  rows = []
+  for kind, own in kinds.items():
+    row: dict[str, Any] = dict(kind) | {'count': len(own)}
+    if all('shape' in note for note in own):
+      whole = sum(math.prod(note['shape']) for note in own)
+      row['saved'] = whole - sum(note['numbers'] for note in own)
+    else:
+      numbers = [key for key, x in own[0].items() if not isinstance(x, str)]
+      for key in numbers:
+        found = [note[key] for note in own if note.get(key) is not None]
+        if all(isinstance(x, (int, float)) for x in found) and found:
+          least, most = min(found), max(found)
+          row[key] = least if least == most else f'{_cell(least)} to {_cell(most)}'
+    if all('error' in note for note in own):
+      row['error'] = max(note['error'] for note in own)
+    rows.append(row)
+  return rows
 
 
 def from_reader(reader: reader_lib.Reader) -> Report:
@@ -110,14 +180,19 @@ def from_reader(reader: reader_lib.Reader) -> Report:
   )
 
 
-def _table(name: str, notes: list[dict[str, Any]]) -> list[str]:
-  """Formats notes as a table; the keys of the first note are the columns."""
-  header = list(notes[0])
-  rows = [header] + [[_cell(note.get(key)) for key in header] for note in notes]
-  widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
+def _rows(notes: list[dict[str, Any]]) -> list[dict[str, Any]]:
+  """Returns the notes with their first one's keys."""
+  return [{key: note.get(key) for key in notes[0]} for note in notes]
+
+
+def _table(name: str, rows: list[dict[str, Any]]) -> list[str]:
+  """Returns the lines of a table with a column for every key of a row."""
+  header = list(dict.fromkeys(key for row in rows for key in row))
+  cells = [header] + [[_cell(row.get(key)) for key in header] for row in rows]
+  widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
   lines = [
     '  '.join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
-    for row in rows
+    for row in cells
   ]
   return [f'{name}:', *(f'  {line.rstrip()}' for line in lines)]
 
@@ -125,4 +200,6 @@ def _table(name: str, notes: list[dict[str, Any]]) -> list[str]:
 def _cell(value: Any) -> str:
   if isinstance(value, list):
     return ' x '.join(str(v) for v in value)
+  if isinstance(value, int):
+    return f'{value:,}'
   return '' if value is None else str(value)

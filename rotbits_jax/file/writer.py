@@ -11,7 +11,7 @@ lists the units that are written. If a run is killed, the folder stays, and the 
 with the same input and settings continues after the last unit in it.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 import contextlib
 import dataclasses
 import json
@@ -25,6 +25,7 @@ import jax
 import numpy as np
 from zlib_ng import zlib_ng
 
+from rotbits_jax import checkpoints
 from rotbits_jax import models
 from rotbits_jax import outputs
 from rotbits_jax import presets
@@ -35,6 +36,7 @@ from rotbits_jax.file import manifest as manifest_lib
 from rotbits_jax.symmetries import transform
 
 FILES = 'files/'
+REST = 'rest/'
 DTYPE = 'dtype'  # the option with the dtype of a checkpoint whose file is float32
 MESSAGE = ('message', 'corrections', 'tables')
 
@@ -69,6 +71,7 @@ class FileWriter:
     summary: Summary,
     units: Sequence[str],
     files: Mapping[str, bytes],
+    weights: Sequence[str] = (),
   ):
     """Reserves room for the header.
 
@@ -77,13 +80,15 @@ class FileWriter:
       summary: of the model.
       units: names of the units that will come, in order.
       files: other files to keep, whole.
+      weights: names of the weights files that will come, see `add_weights`.
     """
-    others = [f'{FILES}{name}' for name in files]
+    others = [f'{FILES}{name}' for name in files] + [f'{REST}{x}' for x in weights]
     names = units if summary.preset.message is None else (*units, *MESSAGE)
     self._streams = container.StreamWriter(file, [*names, *others])
     self._file, self._summary, self._files = file, summary, files
     self._units: list[manifest_lib.Unit] = []
     self._message: manifest_lib.Message | None = None
+    self._weights: list[manifest_lib.WeightsFile] = []
 
   def add(
     self,
@@ -135,6 +140,18 @@ class FileWriter:
     """Says that the model is on one message, whose streams are appended."""
     self._message = message
 
+  def add_weights(
+    self, layout: checkpoints.WeightsFile, rest: Iterable[memoryview]
+  ) -> None:
+    """Appends what is between the tensors of a weights file, in order."""
+    name = f'{REST}{layout.name}'
+    packer = zlib.compressobj(9)
+    for part in rest:
+      self.extend(name, np.frombuffer(packer.compress(part), np.uint8))
+    self.extend(name, np.frombuffer(packer.flush(), np.uint8))
+    entry = manifest_lib.WeightsFile(layout=layout, rest=self.close(name))
+    self._weights.append(entry)
+
   def finish(self) -> manifest_lib.Manifest:
     """Appends the other files and the manifest, and writes the header."""
     files, sizes = [], []
@@ -153,6 +170,7 @@ class FileWriter:
       message=self._message,
       files=tuple(files),
       sizes=tuple(sizes),
+      weights=tuple(self._weights),
     )
     self._file.truncate()
     self._streams.finish(manifest.to_bytes())

@@ -46,6 +46,17 @@ class Model:
   config: config_lib.ModelConfig = struct.field(pytree_node=False)
   stored_as: str | None = struct.field(pytree_node=False, default=None)
 
+  def __repr__(self) -> str:
+    """Returns one line: a notebook would print every number of the parameters."""
+    leaves = jax.tree.leaves(self.params)
+    dtypes = sorted({np.dtype(x.dtype).name for x in leaves if hasattr(x, 'dtype')})
+    numbers = sum(int(np.prod(x.shape)) for x in leaves if hasattr(x, 'shape'))
+    kind = 'sliced' if self.config.sliced else 'dense'
+    return (
+      f'Model({self.config.family}, {kind}, {self.config.num_layers} layers, '
+      f'{numbers:,} numbers, {", ".join(dtypes)})'
+    )
+
   @property
   def group_sizes(self) -> tuple[int, ...]:
     """How many layers each `blocks_i` stacks."""

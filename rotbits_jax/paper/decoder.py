@@ -58,7 +58,11 @@ def decode(
   def checked() -> Iterator[tuple[str, np.ndarray]]:
     for path, array in run.arrays(progress):
       if digest(array) != run.layout.arrays[path].digest:
-        raise ValueError(f'{path}: decoded numbers differ from the encoded numbers')
+        raise ValueError(
+          f'{path}: decoded numbers differ from the encoded numbers: the file is '
+          'damaged, or this machine recovers a rotation beyond the margin of its '
+          'correction'
+        )
       yield path, array
 
   return checked()

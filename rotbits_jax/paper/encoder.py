@@ -342,16 +342,20 @@ class _Encoder:
       return None
     rotation = rotations.sampled_rotation(shape, segment, neutral, self.before, q)
     arrays = rotations.turned(segment, self.before, rotation)
-    recovered = rotations.recovered(
-      shape, self.parts[t], arrays, self.options.canonicaliser
+    recovered, other = (
+      rotations.recovered(
+        shape, self.parts[t], arrays, self.options.canonicaliser, disturb=disturb
+      )
+      for disturb in (False, True)
     )
-    correction = code.correct(recovered, latent, q)
+    correction = code.correct(recovered, latent, q, other)
     table = code.fit(correction)
-    # The decoder's own steps, tried before anything is written.
-    _, again = code.restore(sampled, recovered, correction)
-    same = jax.tree.map(lambda a, b: bool(jnp.array_equal(a, b)), again, latent)
-    if self.options.threshold is None and not all(jax.tree.leaves(same)):
-      return None
+    # The decoder's own steps on two machines, tried before anything is written.
+    for frame in (recovered, other) if self.options.threshold is None else ():
+      _, again = code.restore(sampled, frame, correction)
+      same = jax.tree.map(lambda a, b: bool(jnp.array_equal(a, b)), again, latent)
+      if not all(jax.tree.leaves(same)):
+        return None
     trial = _Trial(
       arrays=arrays,
       rotation=rotation,

@@ -91,7 +91,9 @@ def turn_columns(matrix: np.ndarray, rotation: jax.Array | None) -> np.ndarray:
   return out.reshape(*matrix.shape[:-1], rotation.shape[1])
 
 
-def reader_rotation(readers: Iterable[np.ndarray], canonicaliser: str) -> jax.Array:
+def reader_rotation(
+  readers: Iterable[np.ndarray], canonicaliser: str, *, disturb: bool = False
+) -> jax.Array:
   """Returns the canonical rotation of the readers of a segment: float32 `[d, d]`.
 
   The readers side by side form W `[d, m]`. `svd` decomposes W. `qr` adds up every d-th
@@ -102,7 +104,7 @@ def reader_rotation(readers: Iterable[np.ndarray], canonicaliser: str) -> jax.Ar
   parts = list(readers)
   if canonicaliser == 'svd':
     matrix = np.concatenate([np.asarray(x, np.float32) for x in parts], axis=1)
-    return _canonicalisers['svd'](jnp.asarray(matrix))
+    return _canonicalisers['svd'](_disturbed(jnp.asarray(matrix), disturb))
   width = parts[0].shape[0]
   folded, place = np.zeros((width, width), np.float32), 0
   for matrix in parts:
@@ -111,7 +113,7 @@ def reader_rotation(readers: Iterable[np.ndarray], canonicaliser: str) -> jax.Ar
       count = min(width - place, matrix.shape[1] - start)
       folded[:, place : place + count] += matrix[:, start : start + count]
       start, place = start + count, (place + count) % width
-  return _canonicalisers['qr'](jnp.asarray(folded))
+  return _canonicalisers['qr'](_disturbed(jnp.asarray(folded), disturb))
 
 
 def sampled_rotation(
@@ -136,7 +138,7 @@ def sampled_rotation(
   """
   if frame.from_shortcut:
     (shortcut,) = segment.shortcut.values()
-    before = jnp.eye(frame.k) if before is None else before
+    before = jnp.eye(frame.k, dtype=jnp.float32) if before is None else before
     return _chained(shortcut, before, q)
   return _counter_turned(neutral, q)
 
@@ -146,6 +148,8 @@ def recovered(
   parts: segments.Parts,
   arrays: segments.Arrays,
   canonicaliser: str,
+  *,
+  disturb: bool = False,
 ) -> jax.Array:
   """Recovers the sampled frame, inexactly, from the stored parameters of a segment.
 
@@ -154,15 +158,33 @@ def recovered(
     parts: the paths of the parameters around the segment.
     arrays: the stored parameters by path.
     canonicaliser: see `options.Options`.
+    disturb: whether to recover it as another machine may, whose factorisation has other
+      errors.
 
   Returns:
     float32 `[n, k]`.
   """
   if frame.from_shortcut:
     (shortcut,) = (arrays[path] for path in parts.shortcut)
-    return _shortcut_frame(shortcut)
-  q = reader_rotation((arrays[path] for path in parts.readers), canonicaliser)
+    return _shortcut_frame(_disturbed(jnp.asarray(shortcut, jnp.float32), disturb))
+  readers = (arrays[path] for path in parts.readers)
+  q = reader_rotation(readers, canonicaliser, disturb=disturb)
   return q[frame.fixed :, frame.fixed :]
+
+
+# Factorisations are backward stable: the factors that a machine computes are those of a
+# matrix that differs from the given one by a few roundoffs of its norm.
+_BACKWARD_ERROR = 4 * 2.0**-24
+_NOISE = 0  # seed of the change of a matrix
+
+
+def _disturbed(matrix: jax.Array, disturb: bool) -> jax.Array:
+  """Returns a matrix as inexact as its factorisation on another machine may be."""
+  if not disturb:
+    return matrix
+  noise = jax.random.normal(jax.random.key(_NOISE), matrix.shape, jnp.float32)
+  scale = jnp.sqrt(jnp.square(matrix).mean())
+  return matrix + _BACKWARD_ERROR * scale * noise
 
 
 def _greatest_norm(matrix: np.ndarray, axis: int) -> float:
@@ -208,7 +230,7 @@ def _chained(shortcut: jax.Array, before: jax.Array, q: jax.Array) -> jax.Array:
   """Returns `O^T (T + I) Z`, where q is the transpose of Z's first rows."""
   n, k = q.shape
   step = canonical.polar(shortcut).rotation
-  embedded = jnp.eye(n).at[:k, :k].set(before)
+  embedded = jnp.eye(n, dtype=jnp.float32).at[:k, :k].set(before)
   rest, _ = jnp.linalg.qr(q, mode='complete')
   z = jnp.concatenate([q, rest[:, k:]], axis=1) if k < n else q
   chained = _matmul(_matmul(step.T, embedded), z.T)
@@ -219,7 +241,7 @@ def _chained(shortcut: jax.Array, before: jax.Array, q: jax.Array) -> jax.Array:
 def _counter_turned(neutral: jax.Array, q: jax.Array) -> jax.Array:
   """Returns `C (I + Q)^T`, where I + Q is block diagonal."""
   width, n = neutral.shape[0], q.shape[0]
-  whole = jnp.eye(width).at[width - n :, width - n :].set(q)
+  whole = jnp.eye(width, dtype=jnp.float32).at[width - n :, width - n :].set(q)
   return canonical.reorthogonalize(_matmul(neutral, whole.T))
 
 

@@ -25,6 +25,7 @@ from rotbits_jax.structured.base import flatten
 from rotbits_jax.structured.base import is_plain
 from rotbits_jax.structured.base import is_structured
 from rotbits_jax.structured.base import materialize
+from rotbits_jax.structured.base import nonempty
 from rotbits_jax.structured.base import register
 from rotbits_jax.structured.base import stack_key
 from rotbits_jax.structured.base import unflatten
@@ -71,6 +72,7 @@ __all__ = [
   'is_structured',
   'lower_size',
   'materialize',
+  'nonempty',
   'pack_lower',
   'register',
   'stack_key',

@@ -147,6 +147,20 @@ def register(cls: type[Any]) -> type[Any]:
   return cls
 
 
+def nonempty(array: Any) -> Any:
+  """Returns the array, or None if it has no entries.
+
+  Leaves hold None in place of an array without entries, because Orbax cannot save such
+  an array.
+  """
+  return array if array.size else None
+
+
+def or_empty(array: Any, shape: tuple[int, ...], dtype: Any) -> Any:
+  """Returns the inverse of `nonempty`: NumPy zeros of the shape in place of None."""
+  return np.zeros(shape, dtype) if array is None else array
+
+
 def is_structured(leaf: Any) -> bool:
   return isinstance(leaf, Structured)
 

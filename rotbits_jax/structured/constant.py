@@ -15,45 +15,54 @@ from rotbits_jax.structured.base import Arrays
 from rotbits_jax.structured.base import Settings
 from rotbits_jax.structured.base import Structured
 from rotbits_jax.structured.base import register
+from rotbits_jax.structured.triangles import check_sizes
 
 
 @register
 @struct.dataclass
 class Constant(Structured):
-  """An array whose entries all have one value. It stores no numbers.
+  """An array whose entries all have one value. The file stores no numbers for it.
 
   Attributes:
-    empty: `[..., *shape, 0]`, an array without entries. It holds the shape and the
-      dtype, also of a stacked leaf.
-    value: the value of every entry.
+    value: `[...]`, the value. It is an array, because a stacked leaf has one value a
+      layer, and because Orbax cannot save arrays without entries.
+    tail: shape of the array `[..., *tail]`, without the layer axis.
   """
 
   kind: ClassVar[str] = 'constant'
 
-  empty: Any
-  value: float = struct.field(pytree_node=False)
+  value: Any
+  tail: tuple[int, ...] = struct.field(pytree_node=False)
 
   @classmethod
   def like(cls, array: Any, value: float) -> 'Constant':
-    """Makes a leaf of the shape and dtype of an array."""
-    return cls(np.zeros((*array.shape, 0), array.dtype), value)
+    """Makes a leaf of the shape and dtype of an unstacked array."""
+    return cls(np.array(value, array.dtype), tuple(array.shape))
 
   @property
   def shape(self) -> tuple[int, ...]:
-    return self.empty.shape[:-1]
+    return (*self.value.shape, *self.tail)
 
   @property
   def dtype(self) -> Any:
-    return self.empty.dtype
+    return self.value.dtype
 
   def materialize(self) -> jax.Array:
-    return jnp.full(self.shape, self.value, self.dtype)
+    value = jnp.asarray(self.value)
+    return jnp.broadcast_to(jnp.expand_dims(value, self._tail_axes()), self.shape)
+
+  def stored_sizes(self) -> list[tuple[np.dtype, int]]:
+    return [(np.dtype(self.dtype), 0)]
 
   def stored(self) -> tuple[Settings, Arrays]:
-    settings = {'value': self.value, 'shape': list(self.shape)}
-    return settings, {'empty': np.asarray(self.empty).reshape(-1)}
+    settings = {'value': float(self.value), 'shape': list(self.shape)}
+    return settings, {'empty': np.zeros(0, self.dtype)}
 
   @classmethod
   def from_stored(cls, settings: Settings, arrays: Arrays) -> 'Constant':
-    empty = arrays['empty'].reshape(*settings['shape'], 0)
-    return cls(empty, settings['value'])
+    check_sizes(*settings['shape'])
+    value = np.array(settings['value'], arrays['empty'].dtype)
+    return cls(value, tuple(settings['shape']))
+
+  def _tail_axes(self) -> tuple[int, ...]:
+    return tuple(range(-len(self.tail), 0))

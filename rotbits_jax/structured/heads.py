@@ -35,6 +35,8 @@ import numpy as np
 from rotbits_jax.structured.base import Arrays
 from rotbits_jax.structured.base import Settings
 from rotbits_jax.structured.base import Structured
+from rotbits_jax.structured.base import nonempty
+from rotbits_jax.structured.base import or_empty
 from rotbits_jax.structured.base import register
 
 
@@ -46,7 +48,8 @@ class HeadColumns(Structured):
   RoPE rotates the first h - m columns of a key head. They are stored unchanged.
 
   Attributes:
-    turned: `[..., d, K (h - m)]`, the columns that are stored unchanged.
+    turned: `[..., d, K (h - m)]`, the columns that are stored unchanged; None if there
+      are none.
     rest: `[..., d - m, K m]`, the matrices B side by side.
     heads: K.
   """
@@ -59,15 +62,16 @@ class HeadColumns(Structured):
 
   @property
   def shape(self) -> tuple[int, ...]:
-    columns = self.turned.shape[-1] + self.rest.shape[-1]
-    return (*self.turned.shape[:-1], columns)
+    *stack, rows, columns = self.rest.shape
+    turned = 0 if self.turned is None else self.turned.shape[-1]
+    return (*stack, rows + columns // self.heads, turned + columns)
 
   @property
   def dtype(self) -> Any:
-    return self.turned.dtype
+    return self.rest.dtype
 
   def materialize(self) -> jax.Array:
-    turned, rest = (_split(x, self.heads) for x in (self.turned, self.rest))
+    turned, rest = (_split(x, self.heads) for x in (self._turned(), self.rest))
     gram = jnp.einsum('...nki,...nkj->...ikj', rest, rest, precision='highest')
     top = jnp.eye(rest.shape[-1], dtype=jnp.float32)[:, None] - gram / 4
     basis = jnp.concatenate([top, rest], axis=-3)
@@ -75,8 +79,11 @@ class HeadColumns(Structured):
     return heads.reshape(self.shape).astype(self.dtype)
 
   def stored(self) -> tuple[Settings, Arrays]:
-    arrays = {'turned': np.asarray(self.turned), 'rest': np.asarray(self.rest)}
+    arrays = {'turned': np.asarray(self._turned()), 'rest': np.asarray(self.rest)}
     return {'heads': self.heads}, arrays
+
+  def _turned(self) -> Any:
+    return or_empty(self.turned, (*self.shape[:-1], 0), self.dtype)
 
   @classmethod
   def from_stored(cls, settings: Settings, arrays: Arrays) -> 'HeadColumns':
@@ -86,7 +93,7 @@ class HeadColumns(Structured):
       raise ValueError(
         f'a kernel of {heads} heads cannot have {turned.shape=} and {rest.shape=}'
       )
-    return cls(turned, rest, heads)
+    return cls(nonempty(turned), rest, heads)
 
 
 @register
@@ -104,7 +111,8 @@ class HeadPlanes(Structured):
   Attributes:
     below: `[..., d - 1, H h]`, all rows except the first.
     top: `[..., K, G h - r]`, the numbers of the first row that do not follow from
-      others.
+      others; None if all follow.
+    groups: K.
     head_dim: h.
   """
 
@@ -112,6 +120,7 @@ class HeadPlanes(Structured):
 
   below: Any
   top: Any
+  groups: int = struct.field(pytree_node=False)
   head_dim: int = struct.field(pytree_node=False)
 
   @property
@@ -125,10 +134,10 @@ class HeadPlanes(Structured):
 
   def materialize(self) -> jax.Array:
     *stack, rows, columns = self.shape
-    groups, known = self.top.shape[-2:]
-    rotary = columns // groups - known
+    groups = self.groups
     below = jnp.asarray(self.below, jnp.float32)
-    top = jnp.asarray(self.top, jnp.float32)
+    top = jnp.asarray(self._top(), jnp.float32)
+    rotary = columns // groups - top.shape[-1]
     top = jnp.concatenate([jnp.zeros((*stack, groups, rotary)), top], axis=-1)
     heads = jnp.concatenate([top.reshape(*stack, 1, columns), below], axis=-2)
     heads = heads.reshape(*stack, rows, groups, -1, self.head_dim)
@@ -139,8 +148,11 @@ class HeadPlanes(Structured):
     return heads.reshape(self.shape).astype(self.dtype)
 
   def stored(self) -> tuple[Settings, Arrays]:
-    arrays = {'below': np.asarray(self.below), 'top': np.asarray(self.top)}
+    arrays = {'below': np.asarray(self.below), 'top': np.asarray(self._top())}
     return {'head_dim': self.head_dim}, arrays
+
+  def _top(self) -> Any:
+    return or_empty(self.top, (*self.below.shape[:-2], self.groups, 0), self.dtype)
 
   @classmethod
   def from_stored(cls, settings: Settings, arrays: Arrays) -> 'HeadPlanes':
@@ -152,7 +164,7 @@ class HeadPlanes(Structured):
       raise ValueError(
         f'a kernel with head_dim {h} cannot have {below.shape=} and {top.shape=}'
       )
-    return cls(below, top, h)
+    return cls(below, nonempty(top), groups, h)
 
 
 @register
@@ -166,7 +178,7 @@ class HeadRows(Structured):
 
   Attributes:
     first: `[..., K h, d - h]`, the other columns of the first head of each group.
-    others: `[..., K (G - 1) h, d]`, the other heads.
+    others: `[..., K (G - 1) h, d]`, the other heads; None if G is 1.
     groups: K.
   """
 
@@ -178,8 +190,9 @@ class HeadRows(Structured):
 
   @property
   def shape(self) -> tuple[int, ...]:
-    rows = self.first.shape[-2] + self.others.shape[-2]
-    return (*self.first.shape[:-2], rows, self.others.shape[-1])
+    *stack, rows, columns = self.first.shape
+    others = 0 if self.others is None else self.others.shape[-2]
+    return (*stack, rows + others, columns + rows // self.groups)
 
   @property
   def dtype(self) -> Any:
@@ -190,8 +203,9 @@ class HeadRows(Structured):
     h = width - self.first.shape[-1]
     first = jnp.asarray(self.first, jnp.float32)
     first = first.reshape(*stack, self.groups, 1, h, width - h)
-    others = jnp.asarray(self.others, jnp.float32)
-    others = others.reshape(*stack, self.groups, -1, h, width)
+    others = jnp.asarray(self._others(), jnp.float32)
+    more = others.shape[-2] // (self.groups * h)
+    others = others.reshape(*stack, self.groups, more, h, width)
     gram = sum(
       jnp.einsum('...gin,...gjn->...ij', x, x, precision='highest')
       for x in (first, others)
@@ -202,8 +216,12 @@ class HeadRows(Structured):
     return heads.reshape(self.shape).astype(self.dtype)
 
   def stored(self) -> tuple[Settings, Arrays]:
-    arrays = {'first': np.asarray(self.first), 'others': np.asarray(self.others)}
+    arrays = {'first': np.asarray(self.first), 'others': np.asarray(self._others())}
     return {'groups': self.groups}, arrays
+
+  def _others(self) -> Any:
+    stack, width = self.first.shape[:-2], self.shape[-1]
+    return or_empty(self.others, (*stack, 0, width), self.dtype)
 
   @classmethod
   def from_stored(cls, settings: Settings, arrays: Arrays) -> 'HeadRows':
@@ -216,7 +234,7 @@ class HeadRows(Structured):
         f'a kernel of {groups} groups of heads cannot have {first.shape=} and '
         f'{others.shape=}'
       )
-    return cls(first, others, groups)
+    return cls(first, nonempty(others), groups)
 
 
 def _split(columns: Any, heads: int) -> jax.Array:

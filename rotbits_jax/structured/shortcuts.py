@@ -42,7 +42,8 @@ class IdentityMinusGram(Structured):
     c: C, `[..., d, j]`.
     columns: width of the shortcut; the columns from d on are zero.
     ranks: the `(k, j)` of each layer, if the leaf is stacked; columns beyond them are
-      zero. None for an unstacked leaf.
+      zero. A stacked B or C has at least one column, because Orbax cannot save arrays
+      without entries. None for an unstacked leaf.
   """
 
   kind: ClassVar[str] = 'identity_minus_gram'
@@ -65,7 +66,7 @@ class IdentityMinusGram(Structured):
   @property
   def is_thin(self) -> bool:
     """Whether `apply` takes fewer multiplications than the materialized matrix."""
-    return 2 * (self.b.shape[-1] + self.c.shape[-1]) < self.columns
+    return 2 * sum(self._widths()) < self.columns
 
   def materialize(self) -> jax.Array:
     b, c = jnp.asarray(self.b, jnp.float32), jnp.asarray(self.c, jnp.float32)
@@ -83,12 +84,19 @@ class IdentityMinusGram(Structured):
       `[..., columns]`.
     """
     y = x
-    for factor, sign in ((self.b, -1), (self.c, 1)):
-      if factor.shape[-1]:
+    factors = ((self.b, -1), (self.c, 1))
+    for (factor, sign), width in zip(factors, self._widths(), strict=True):
+      if width:
         factor = jnp.asarray(factor, x.dtype)
         coordinates = jnp.matmul(x, factor, precision='highest')
         y = y + sign * jnp.matmul(coordinates, factor.T, precision='highest')
     return _pad_columns(y, self.columns)
+
+  def _widths(self) -> tuple[int, int]:
+    """Returns the columns of B and of C that are not zero in some layer."""
+    if self.ranks is None:
+      return self.b.shape[-1], self.c.shape[-1]
+    return max(k for k, _ in self.ranks), max(j for _, j in self.ranks)
 
   def layer(self, index: int) -> 'IdentityMinusGram':
     if self.ranks is None:
@@ -101,7 +109,7 @@ class IdentityMinusGram(Structured):
   @classmethod
   def stack(cls, leaves: list['IdentityMinusGram']) -> 'IdentityMinusGram':
     def padded(factors: list[Any]) -> Any:
-      (rows, _), width = factors[0].shape, max(f.shape[-1] for f in factors)
+      (rows, _), width = factors[0].shape, max(1, *(f.shape[-1] for f in factors))
       if not isinstance(factors[0], np.ndarray):
         pad = lambda f: jnp.pad(f, ((0, 0), (0, width - f.shape[-1])))
         return jnp.stack([pad(f) for f in factors])

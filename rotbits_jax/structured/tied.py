@@ -24,7 +24,6 @@ from rotbits_jax.structured.base import Arrays
 from rotbits_jax.structured.base import Dependent
 from rotbits_jax.structured.base import Settings
 from rotbits_jax.structured.base import register
-from rotbits_jax.structured.triangles import check_sizes
 
 
 @register
@@ -200,10 +199,10 @@ class TiedExactly(Dependent):
         classes = of_all[piece]
         # A stable sort keeps the row-major order of the entries within each class.
         order = np.argsort(classes, kind='stable')
-        counts = np.bincount(classes, minlength=count)
+        counts = [int(np.count_nonzero(classes == c)) for c in range(count)]
         off = np.empty(order.size, np.int8)
         off[order] = np.concatenate(
-          [x.take(n) for x, n in zip(residuals, counts.tolist(), strict=True)]
+          [x.take(n) for x, n in zip(residuals, counts, strict=True)]
         )
         flat[piece] = _numbers(ordinals[piece] + off, self.dtype)
         (odd,) = np.nonzero(off == _EXCEPTION)
@@ -253,7 +252,8 @@ class TiedExactly(Dependent):
     scale, first = settings['scale'], settings['first']
     if type(scale) is not int or abs(scale) > 1 << 10:
       raise ValueError(f'an embedding cannot have the scale {scale!r:.40}')
-    check_sizes(first)
+    if type(first) is not int or not 0 <= first <= 256 - len(residuals):
+      raise ValueError(f'an embedding cannot have the exponents from {first!r:.40} on')
     return cls(
       map=map << settings['low'] | low,
       shifts=arrays['shifts'],
@@ -349,7 +349,7 @@ def _predict(
       jnp.asarray(map, jnp.float64),
       jnp.asarray(_greatest(map)),
       jnp.asarray(np.ldexp(1.0, -scale)),
-      jnp.asarray(exponents),
+      jnp.asarray(exponents, jnp.int16),
     )
 
   def begin(start: int) -> tuple[slice, int, Any]:
@@ -399,7 +399,7 @@ def _block(
     map: float64 `[D, d]`.
     greatest: the greatest absolute value in each row of the map, float64 `[D]`.
     unit: 2^-scale, float64.
-    exponents: see `_predict`.
+    exponents: int16 `[2]`, see `_predict`.
     dtype: dtype of the embedding.
 
   Returns:
@@ -424,6 +424,8 @@ def _exact(numbers: jax.Array) -> jax.Array:
   info = jnp.finfo(numbers.dtype)
   if info.bits == 64:
     return numbers
+  if info.dtype == np.float16:  # float32 holds its subnormal numbers as normal ones
+    return numbers.astype(jnp.float32).astype(jnp.float64)
   bits = jax.lax.bitcast_convert_type(numbers, f'int{info.bits}').astype(jnp.int64)
   exponent = bits >> info.nmant & (1 << info.nexp) - 1
   mantissa = bits & (1 << info.nmant) - 1
@@ -467,8 +469,8 @@ def _numbers(ordinals: np.ndarray, dtype: Any) -> np.ndarray:
 
 
 def _exponents(ordinals: jax.Array, dtype: np.dtype) -> jax.Array:
-  """Returns the biased exponents of the numbers with these ordinals, int32."""
-  return ((ordinals ^ ordinals >> 15) >> jnp.finfo(dtype).nmant).astype(jnp.int32)
+  """Returns the biased exponents of the numbers with these ordinals, int16."""
+  return (ordinals ^ ordinals >> 15) >> jnp.finfo(dtype).nmant
 
 
 def _common(counts: np.ndarray) -> tuple[int, int]:

@@ -23,8 +23,12 @@ The modules, in the order of reading:
 
 from rotbits_jax.symmetries.biases import remove_biases
 from rotbits_jax.symmetries.canonical import CANONICALISERS
+from rotbits_jax.symmetries.canonical import Canonicaliser
 from rotbits_jax.symmetries.canonical import Polar
 from rotbits_jax.symmetries.canonical import polar
+from rotbits_jax.symmetries.canonical import polar_shortcut
+from rotbits_jax.symmetries.canonical import qr
+from rotbits_jax.symmetries.canonical import svd
 from rotbits_jax.symmetries.heads import remove_query_key_gauge
 from rotbits_jax.symmetries.heads import remove_value_gauge
 from rotbits_jax.symmetries.low_rank import fix_pairs
@@ -58,6 +62,7 @@ from rotbits_jax.symmetries.transform import run_chain
 __all__ = [
   'CANONICALISERS',
   'NEAREST',
+  'Canonicaliser',
   'Context',
   'Note',
   'Polar',
@@ -74,6 +79,8 @@ __all__ = [
   'make_context',
   'note',
   'polar',
+  'polar_shortcut',
+  'qr',
   'random_rotation',
   'randomly_rotated',
   'remove_biases',
@@ -87,6 +94,7 @@ __all__ = [
   'rotate',
   'round_leaf',
   'run_chain',
+  'svd',
   'to_steps',
   'with_floor',
 ]

@@ -101,7 +101,9 @@ def polar(matrix: jax.Array) -> Polar:
   rows = _matmul(u.T, matrix)  # U^T P O
   norms = jnp.linalg.norm(rows, axis=1, keepdims=True)
   start = rows / jnp.where(norms > 0, norms, 1)
-  nearly = jnp.max(jnp.abs(_matmul(start, start.T) - jnp.eye(d))) < _NEARLY
+  nearly = (
+    jnp.max(jnp.abs(_matmul(start, start.T) - jnp.eye(d, dtype=jnp.float32))) < _NEARLY
+  )
 
   def refined() -> tuple[jax.Array, jax.Array, jax.Array]:
     frame = start

@@ -149,7 +149,7 @@ def fix_values(pair: models.Params, *, kv_heads: int) -> models.Params:
   others = jnp.swapaxes(others.reshape(kv_heads, -1, width, h), 2, 3)
   leaf = structured.HeadRows(
     jnp.swapaxes(first, 1, 2).reshape(kv_heads * h, width - h),
-    others.reshape(-1, width),
+    structured.nonempty(others.reshape(-1, width)),
     groups=kv_heads,
   )
   moved = jnp.matrix_transpose(factors)
@@ -194,14 +194,15 @@ def fix_keys(pair: models.Params, *, kv_heads: int, rotary: int) -> models.Param
     heads = heads.at[..., :rotary].set(planes)
     fixed['query']['kernel'] = structured.HeadPlanes(
       below=heads[1:].reshape(d - 1, -1),
-      top=heads[0].reshape(kv_heads, -1)[:, rotary:],
+      top=structured.nonempty(heads[0].reshape(kv_heads, -1)[:, rotary:]),
+      groups=kv_heads,
       head_dim=h,
     )
   if rotary < h:
     turned = fixed['key']['kernel'].reshape(d, kv_heads, h)[..., :rotary]
     rest = jnp.swapaxes(rest, 0, 1)
     fixed['key']['kernel'] = structured.HeadColumns(
-      turned=turned.reshape(d, kv_heads * rotary),
+      turned=structured.nonempty(turned.reshape(d, kv_heads * rotary)),
       rest=rest.reshape(rest.shape[0], -1),
       heads=kv_heads,
     )

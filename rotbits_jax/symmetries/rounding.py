@@ -110,7 +110,7 @@ def round_leaf(
 
   Args:
     leaf: the leaf, with float32 arrays. Arrays of integers are not changed. Arrays with
-      fewer than two axes have few numbers; they are rounded to the nearest number.
+      one row or column have few numbers; they are rounded to the nearest number.
     dtype: dtype of the parameter.
     octaves: see `Rounding`.
     uniform: see `Rounding`.
@@ -134,7 +134,7 @@ def _round(
     nonlocal effect, largest
     nearest = array.astype(dtype)
     result, step, bits = nearest, zero, zero
-    if stepped and array.ndim > 1 and array.size:
+    if stepped and is_matrix(array):
       if uniform:
         step = _quarter_step(_rms(array), octaves)
         result = _multiples(array, step)
@@ -160,6 +160,11 @@ def _round(
   if structured.is_structured(leaf):
     return leaf.map_numbers(round_array), effect
   return round_array(leaf) if structured.is_plain(leaf) else leaf, effect
+
+
+def is_matrix(array: Any) -> bool:
+  """Tells whether an array has several rows and several columns."""
+  return array.ndim > 1 and min(array.shape[-2:]) > 1
 
 
 def _rms(array: jax.Array) -> jax.Array:

@@ -21,7 +21,7 @@ model, the path of a parameter of a layer begins with 'layers.<index>/'.
 """
 
 import collections
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import functools
 from typing import Any, NamedTuple, Protocol
 
@@ -367,17 +367,29 @@ def run_chain(
   context = make_context(model, stored_as=model.stored_as)
   names = [transform.name for transform in transforms]
   totals = [Saving(name, 0, 0, []) for name in names]
-  layers: list[models.Params] = []
-  outer: models.Params = {}
-  for units, _ in rewrite(context, chain(*transforms), rounding=rounding):
-    for unit in units:
-      if unit.name.startswith('layers.'):
-        layers.append(unit.params)
-      else:
-        outer |= unit.params
+  units: list[Unit] = []
+  for some, _ in rewrite(context, chain(*transforms), rounding=rounding):
+    for unit in some:
       own = [saving for saving in unit.savings if saving.name != ROUNDING]
       totals = add_savings(totals, own)
-  return models.from_layers(model.config, outer, layers, model.buffers), totals
+      units.append(unit)
+  return to_model(model.config, units, model.buffers), totals
+
+
+def to_model(
+  config: models.ModelConfig,
+  units: Iterable[Unit],
+  buffers: dict[str, Any] | None = None,
+) -> models.Model:
+  """Makes a model from all units that `rewrite` yields."""
+  layers: list[models.Params] = []
+  outer: models.Params = {}
+  for unit in units:
+    if unit.name.startswith('layers.'):
+      layers.append(unit.params)
+    else:
+      outer |= unit.params
+  return models.from_layers(config, outer, layers, buffers)
 
 
 def add_savings(totals: list[Saving], more: list[Saving]) -> list[Saving]:
@@ -423,9 +435,9 @@ def note(path: str, leaf: Any, *, error: float = 0.0, **details: Any) -> Note:
   }
 
 
-def three_digits(number: Any) -> float:
-  """Returns a number rounded to three significant digits, as notes show it."""
-  return float(f'{float(number):.3g}')
+def three_digits(number: Any) -> float | None:
+  """Returns a number rounded as in notes; None if it is not finite."""
+  return float(f'{float(number):.3g}') if np.isfinite(number) else None
 
 
 def leaves(model: models.Model) -> Iterator[tuple[str, Any]]:

@@ -36,6 +36,11 @@ LEVELS = 17
 # differ more between machines.
 _RELATIVE_MARGIN = 1 / 32
 
+# A margin is this multiple of the root mean square of the differences that errors of
+# another machine make. The greatest of 10^7 normal numbers is 5.5 times it, and another
+# machine may err twice as much.
+SAFETY = 12.0
+
 # The estimated cost in bits of an integer that needs level c in a group with this base
 # level: the residue, and the code of the extra level (measured on Gaussian errors).
 # `correct` chooses base levels by it.
@@ -54,6 +59,27 @@ class Correction(NamedTuple):
   base: jax.Array  # uint8 [G], base level of each group
   extra: jax.Array  # uint8 [S], extra level of each integer
   residue: jax.Array  # uint16 [S], low bits of each integer, as many as its level
+
+
+def spread(
+  positions: jax.Array, others: jax.Array, groups: jax.Array, count: int
+) -> jax.Array:
+  """Returns how much positions may differ between machines: float32 `[S]`.
+
+  Args:
+    positions: float32 `[S]`.
+    others: the positions after a change as large as the errors of another machine.
+    groups: int32 `[S]`, the group of each integer.
+    count: G.
+
+  Returns:
+    For each position `SAFETY` times the root mean square of the differences in its
+    group. NaN where a position is NaN.
+  """
+  squares = jnp.square(positions - others)
+  sums = jnp.zeros((2, count), jnp.float32)
+  sums = sums.at[:, groups].add(jnp.stack([squares, jnp.ones_like(squares)]))
+  return SAFETY * jnp.sqrt(sums[0] / jnp.maximum(sums[1], 1))[groups]
 
 
 def correct(

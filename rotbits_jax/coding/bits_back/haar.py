@@ -34,8 +34,9 @@ cell exact (see `correction`). It reads the columns from left to right. Before i
 a column, it applies the exact reflections of all columns before that one, so errors do
 not accumulate. The algorithm is Householder QR with corrections.
 
-Cells and corrections are integers, and the margin of a correction covers the
-differences between the floats of machines. So no float decides what is decoded.
+Cells and corrections are integers, and the margin of a correction covers differences
+between the floats of machines, as far as `correct` was told them. A machine whose
+floats differ by more than the margin gets other cells, which a digest must notice.
 
 Shape letters: [n, k] the shape of the frame; S cells of a frame, of which one is the
 sign if k = n; P columns of a panel. Functions are unbatched unless they have an
@@ -136,12 +137,15 @@ def rotation(cells: jax.Array, n: int, k: int) -> jax.Array:
   _check_cells(cells, n, k)
   if k == 0:
     return jnp.zeros((n, 0), jnp.float32)
-  vectors, signs = _reflectors(_unpack(cells, n, k), jnp.arange(k))
+  vectors, signs = _reflectors(_unpack(cells, n, k), jnp.arange(k, dtype=jnp.int32))
   return _compose(vectors, signs)
 
 
 def correct(
-  recovered: jax.Array, cells: jax.Array, frame: jax.Array | None = None
+  recovered: jax.Array,
+  cells: jax.Array,
+  frame: jax.Array | None = None,
+  other: jax.Array | None = None,
 ) -> Correction:
   """Returns the correction with which `recover` finds the cells.
 
@@ -150,6 +154,8 @@ def correct(
       columns.
     cells: uint16 `[S]`.
     frame: `rotation(cells)`; it is computed if not given.
+    other: the frame as another machine may recover it; `recovered` if not given. The
+      margins cover several times the difference, see `correction.spread`.
 
   Returns:
     The correction.
@@ -157,23 +163,31 @@ def correct(
   n, k = recovered.shape
   _check_cells(cells, n, k)
   _, column = _places(n, k)
+  # The least margin covers the decoder's own float32 arithmetic, whose errors grow as
+  # sqrt(n). In 1024 dimensions two orders of applying the reflections differed by 0.04
+  # cells, and two computations of a well-conditioned polar factor by 0.08 cells.
+  margin: jax.Array | float = max(1 / 8, n**0.5 / 128)
   if k == 0:
     flips, position = jnp.zeros(0, bool), jnp.zeros(0, jnp.float32)
   else:
-    vectors, signs = _reflectors(_unpack(cells, n, k), jnp.arange(k))
+    vectors, signs = _reflectors(_unpack(cells, n, k), jnp.arange(k, dtype=jnp.int32))
     frame = _compose(vectors, signs) if frame is None else frame
     flips = (frame * recovered).sum(axis=0) < 0
-    flipped = jnp.where(flips, -recovered, recovered)
-    # All columns are reflected at once, each by the reflections of the columns before
-    # it.
     factor = _compact_factor(vectors)
-    inner = _solve(factor, _matmul(vectors.T, flipped), transpose=True)
-    remaining = flipped - _matmul(vectors, jnp.triu(inner, 1))
-    position = _pack(_positions(jnp.tril(remaining)), n, k)
-  # The margin covers differences of float32 linear algebra between machines. Its errors
-  # grow as sqrt(n). In 1024 dimensions two computations of a polar factor differed by
-  # 0.08 cells, and two orders of applying the reflections differed by 0.04 cells.
-  margin = max(1 / 8, n**0.5 / 128)
+
+    def positions(recovered: jax.Array) -> jax.Array:
+      flipped = jnp.where(flips, -recovered, recovered)
+      # All columns are reflected at once, each by the reflections of the columns before
+      # it.
+      inner = _solve(factor, _matmul(vectors.T, flipped), transpose=True)
+      remaining = flipped - _matmul(vectors, jnp.triu(inner, 1))
+      return _pack(_positions(jnp.tril(remaining)), n, k)
+
+    position = positions(recovered)
+    if other is not None:
+      spread = correction_lib.spread(position, positions(other), column, k)
+      # The maximum of a number and NaN is NaN.
+      margin = jnp.maximum(spread, margin)
   return Correction(flips, correction_lib.correct(position, cells, margin, column, k))
 
 
@@ -226,7 +240,7 @@ def _recover_columns(
     The columns after their reflections, `[m, w]`; and the cells of the columns that
     were read, uint16 `[m, count]`.
   """
-  rows = jnp.arange(remaining.shape[0])
+  rows = jnp.arange(remaining.shape[0], dtype=jnp.int32)
 
   def read(start: jax.Array, c: jax.Array, carry: _Panel) -> _Panel:
     """Reads one column of a panel and applies its reflection to the panel."""
@@ -249,7 +263,9 @@ def _recover_columns(
     inner = _solve(_compact_factor(vectors), inner, transpose=True)
     return remaining - _matmul(vectors, inner), cells
 
-  remaining, panels = jax.lax.scan(read_panel, remaining, jnp.arange(0, count, _PANEL))
+  remaining, panels = jax.lax.scan(
+    read_panel, remaining, jnp.arange(0, count, _PANEL, dtype=jnp.int32)
+  )
   return remaining, panels.transpose(1, 0, 2).reshape(rows.size, count)
 
 
@@ -355,7 +371,7 @@ def _reflectors(cells: jax.Array, first: jax.Array) -> tuple[jax.Array, jax.Arra
     float32 `[c]`.
   """
   n = cells.shape[0]
-  rows = jnp.arange(n)[:, None]
+  rows = jnp.arange(n, dtype=jnp.int32)[:, None]
   number = cells.astype(jnp.float32)
   t = _reach(n) * ((number - 32767.5) / 32768)
   t = jnp.where((rows >= first) & (rows < n - 2), t, 0)
@@ -384,7 +400,7 @@ def _positions(x: jax.Array) -> jax.Array:
     float32 `[n, c]`. Entries for which the vectors have no cells are meaningless.
   """
   n = x.shape[0]
-  rows = jnp.arange(n)[:, None]
+  rows = jnp.arange(n, dtype=jnp.int32)[:, None]
   norm = jnp.sqrt(jax.lax.cumsum(x * x, axis=0, reverse=True))
   t = x / jnp.maximum(norm, 1e-30)
   position = 32767.5 + 32768 * jnp.clip(t / _reach(n), -1, 1)
@@ -419,7 +435,7 @@ def _places(n: int, k: int) -> tuple[jax.Array, jax.Array]:
   For every j, the columns j and k - 1 - j together have 2n - 1 - k coordinates. So the
   trapezoid of coordinates folds to a rectangle.
   """
-  index = jnp.arange(num_cells(n, k))
+  index = jnp.arange(num_cells(n, k), dtype=jnp.int32)
   pair, offset = jnp.divmod(index, max(2 * n - 1 - k, 1))
   second = offset >= n - 1 - pair
   column = jnp.where(second, k - 1 - pair, pair)
@@ -437,7 +453,10 @@ def _pack(matrix: jax.Array, n: int, k: int) -> jax.Array:
 
 def _unpack(values: jax.Array, n: int, k: int) -> jax.Array:
   """Puts values `[S]` at the places of the cells and zeros elsewhere: `[n, k]`."""
-  row, column = jnp.arange(n)[:, None], jnp.arange(k)[None]
+  row, column = (
+    jnp.arange(n, dtype=jnp.int32)[:, None],
+    jnp.arange(k, dtype=jnp.int32)[None],
+  )
   second = column >= (k + 1) // 2
   pair = jnp.where(second, k - 1 - column, column)
   start = pair * (2 * n - 1 - k) + jnp.where(second, n - 1 - pair, 0)

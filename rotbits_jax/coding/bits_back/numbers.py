@@ -148,7 +148,7 @@ _join = jax.jit(
 
 def _contexts(steps: int, lanes: int, count: int | jax.Array) -> jax.Array:
   """Returns 0 for places with a symbol and 1 for the others: uint32 `[T, N]`."""
-  places = jnp.arange(steps * lanes).reshape(steps, lanes)
+  places = jnp.arange(steps * lanes, dtype=jnp.int32).reshape(steps, lanes)
   return (places >= count).astype(jnp.uint32)
 
 

@@ -53,7 +53,7 @@ def uniform(starts: jax.Array) -> codecs.Codec:
   starts = jnp.asarray(starts, jnp.int32)
   if starts.size == 0:
     return codecs.certain(starts)
-  places = jnp.arange(starts.size)
+  places = jnp.arange(starts.size, dtype=jnp.int32)
   sizes = (places - starts + 1).astype(jnp.uint32)
   one_digit = starts.size <= 1 << _DIGIT_BITS
   choices = codecs.uniform(sizes) if one_digit else _two_digits(sizes)

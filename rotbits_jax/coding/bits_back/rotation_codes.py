@@ -32,8 +32,9 @@ class RotationCode(NamedTuple):
   Attributes:
     sample: takes a message; returns the message without the latent integers, the latent
       integers, and the frame `[n, k]`.
-    correct: takes the recovered frame, the latent integers and the frame; returns the
-      correction with which `restore` finds the integers.
+    correct: takes the recovered frame, the latent integers, the frame, and the
+      recovered frame as another machine may compute it; returns the correction with
+      which `restore` finds the integers on both.
     restore: takes a message, the recovered frame and the correction; returns the
       message with the integers on top, and the integers.
     fit: takes a correction; returns its frequency tables, int64 `[R, 17]`.
@@ -113,11 +114,13 @@ def symmetric_eig_code(n: int, even: bool, threshold: float | None) -> RotationC
     frame, spectrum = symmetric_eig.rotation(patterns, n, spacing)
     return message, (patterns, spectrum), frame
 
-  def correct(recovered: jax.Array, latent: Any, frame: jax.Array) -> Any:
+  def correct(
+    recovered: jax.Array, latent: Any, frame: jax.Array, other: jax.Array
+  ) -> Any:
     del frame
     patterns, spectrum = latent
     correction = symmetric_eig.correct(
-      recovered, spectrum, patterns, spacing, threshold
+      recovered, spectrum, patterns, spacing, threshold, other
     )
     return spectrum, correction
 

@@ -128,6 +128,7 @@ def correct(
   patterns: jax.Array,
   spacing: Spacing,
   threshold: float | None = None,
+  other: jax.Array | None = None,
 ) -> correction_lib.Correction:
   """Returns the correction with which `recover` finds the patterns.
 
@@ -137,6 +138,7 @@ def correct(
     patterns: uint16 `[S]`.
     spacing: as for `rotation`.
     threshold: the greatest error that a number may keep; None to make all exact.
+    other: as for `haar.correct`.
 
   Returns:
     The correction; the numbers of a row of the triangle are a group.
@@ -161,7 +163,11 @@ def correct(
     spacing.position(estimates + reach) - position,
     position - spacing.position(estimates - reach),
   )
-  return correction_lib.correct(position, ordinals, wobble + 1 / 8, row, n)
+  margin = wobble + 1 / 8
+  if other is not None:
+    others = spacing.position(_triangle(_rebuild(other, spectrum)))
+    margin = jnp.maximum(margin, correction_lib.spread(position, others, row, n))
+  return correction_lib.correct(position, ordinals, margin, row, n)
 
 
 def recover(
@@ -206,7 +212,7 @@ def correction_codec(
 
 def _raw(shape: tuple[int, ...]) -> codecs.Codec:
   """Returns the codec of uint16 arrays with uniform entries."""
-  parts = codecs.deferred(lambda: codecs.uniform(jnp.full(shape, 1 << 16)))
+  parts = codecs.deferred(lambda: codecs.uniform(jnp.full(shape, 1 << 16, jnp.uint32)))
 
   def pop(message: rans.Message) -> tuple[rans.Message, jax.Array]:
     message, symbols = parts.pop(message)
@@ -237,7 +243,7 @@ def _places(n: int) -> tuple[jax.Array, jax.Array]:
   Rows n - 1 - r and r together have n + 1 numbers. So the triangle folds to a
   rectangle.
   """
-  pair, offset = jnp.divmod(jnp.arange(num_numbers(n)), n + 1)
+  pair, offset = jnp.divmod(jnp.arange(num_numbers(n), dtype=jnp.int32), n + 1)
   second = offset >= n - pair
   row = jnp.where(second, pair, n - 1 - pair)
   return row, jnp.where(second, offset - (n - pair), offset)
@@ -251,7 +257,7 @@ def _triangle(matrix: jax.Array) -> jax.Array:
 
 def _symmetric(values: jax.Array, n: int) -> jax.Array:
   """Returns the symmetric matrix with this lower triangle: `[S]` to `[n, n]`."""
-  i, j = jnp.arange(n)[:, None], jnp.arange(n)[None]
+  i, j = jnp.arange(n, dtype=jnp.int32)[:, None], jnp.arange(n, dtype=jnp.int32)[None]
   row, column = jnp.maximum(i, j), jnp.minimum(i, j)
   second = row < n // 2
   index = jnp.where(second, row * (n + 1) + n - row, (n - 1 - row) * (n + 1)) + column

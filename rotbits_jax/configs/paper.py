@@ -1,6 +1,6 @@
 """Rotations by bits-back coding: the published scheme, made exact.
 
-  rotbits encode --config=configs/paper.py --checkpoint=DIR --output=FILE
+  rotbits encode --config=paper --checkpoint=DIR --output=FILE
 
 As published: `--config.canonicaliser=svd --config.rotation_codec=symmetric_eig
 --config.correction=threshold`, with `threshold` the error left in.

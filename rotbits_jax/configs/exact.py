@@ -1,6 +1,6 @@
 """Entropy coding alone: every tensor comes back bit for bit.
 
-  rotbits encode --config=configs/exact.py --checkpoint=DIR --output=FILE
+  rotbits encode --config=exact --checkpoint=DIR --output=FILE
 
 No number is changed, so the tolerance of the other presets has no use here.
 """

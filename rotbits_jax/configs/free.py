@@ -1,6 +1,6 @@
 """The residual gauge removed, the rest entropy-coded: the same function, fewer bytes.
 
-  rotbits encode --config=configs/free.py --checkpoint=DIR --output=FILE
+  rotbits encode --config=free --checkpoint=DIR --output=FILE
 
 `tolerance`, in units of the storage format's roundoff, says how far from 1 a
 shortcut's singular value may be and still count as 1. A field is overridden by

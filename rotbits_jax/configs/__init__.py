@@ -1,0 +1,1 @@
+"""Config files of the presets, for `rotbits encode --config=NAME`."""

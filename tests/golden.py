@@ -1,0 +1,126 @@
+"""Golden files: files of every preset, and the digests of the tensors in them.
+
+  python -m tests.golden write    # after a change of the format
+  python -m tests.golden check    # decodes them all; exit code 1 if a digest differs
+
+The test of golden files checks them under other settings of JAX, which must not change
+what is decoded. A new version of the format adds files and keeps the old ones.
+"""
+
+import hashlib
+import json
+import pathlib
+import sys
+
+import jax
+import ml_dtypes
+import numpy as np
+
+import rotbits_jax
+from rotbits_jax import structured
+from tests import random_models
+
+FOLDER = pathlib.Path(__file__).parent / 'testdata' / 'golden'
+DIGESTS = FOLDER / 'digests.json'
+WIDTHS = (20, 24, 20, 16, 20)
+
+
+def tree():
+  """Arrays of every dtype, with special numbers among them."""
+  rng = np.random.default_rng(0)
+  floats = {}
+  for dtype in (np.float16, ml_dtypes.bfloat16, np.float32, np.float64):
+    normal = rng.normal(size=(40, 30)).astype(dtype)
+    normal[3, 4], normal[5], normal[6], normal[7] = np.nan, np.inf, 0, -normal[6]
+    floats[np.dtype(dtype).name] = normal
+  integers = {
+    name: np.asarray(rng.normal(size=(30, 20)) * 50, name)
+    for name in ('bool', 'int8', 'int16', 'int32', 'int64')
+  }
+  unsigned = {
+    name: rng.integers(0, 200, (30, 20)).astype(name)
+    for name in ('uint8', 'uint16', 'uint32', 'uint64')
+  }
+  shapes = {'scalar': np.asarray(3, np.float32), 'none': np.zeros((3, 0), np.float16)}
+  return {'floats': floats, 'integers': integers | unsigned, 'shapes': shapes}
+
+
+def cases():
+  """What is encoded, and how, by the name of the file."""
+  sliced = random_models.sliced_llama(WIDTHS, np.float16)
+  wide = random_models.sliced_llama(WIDTHS, np.float32, seed=1)
+  dense = random_models.random_model(
+    random_models.BASE | {'num_hidden_layers': 2}, ml_dtypes.bfloat16
+  )
+  return {
+    'tree': (tree(), {'preset': 'exact'}),
+    'exact': (sliced, {'preset': 'exact'}),
+    'free': (sliced, {'preset': 'free'}),
+    'free-float32': (wide, {'preset': 'free'}),
+    'free-dense-bfloat16': (dense, {'preset': 'free'}),
+    'paper': (sliced, {'preset': 'paper'}),
+    'paper-entropy': (sliced, {'preset': 'paper', 'entropy': True}),
+    'paper-qr': (sliced, {'preset': 'paper', 'canonicaliser': 'qr'}),
+    'paper-published': (
+      sliced,
+      {
+        'preset': 'paper',
+        'canonicaliser': 'svd',
+        'rotation_codec': 'symmetric_eig',
+        'correction': 'exact',
+      },
+    ),
+  }
+
+
+def digests(path):
+  """Dtype, shape and SHA-256 of every array in a file, by its path."""
+  decoded = rotbits_jax.decode(path)
+  params = getattr(decoded, 'params', decoded)
+  found = {}
+  for name, leaf in structured.flatten(params).items():
+    for i, array in enumerate(map(np.asarray, jax.tree.leaves(leaf))):
+      digest = hashlib.sha256(array.tobytes()).hexdigest()[:16]
+      found[f'{name}:{i}'] = [array.dtype.name, list(array.shape), digest]
+  return found
+
+
+def write():
+  FOLDER.mkdir(exist_ok=True)
+  found = {}
+  for name, (model, options) in cases().items():
+    path = FOLDER / f'{name}.rotbits'
+    path.write_bytes(rotbits_jax.encode(model, **options))
+    found[name] = digests(path)
+  DIGESTS.write_text(json.dumps(found, indent=0) + '\n')
+  total = sum(path.stat().st_size for path in FOLDER.iterdir())
+  if total > 300_000:
+    raise ValueError(f'the golden files have {total} bytes, more than 300,000')
+
+
+def check():
+  """Returns the arrays whose digests differ, and counts all."""
+  wrong, count = [], 0
+  for name, expected in json.loads(DIGESTS.read_text()).items():
+    found = digests(FOLDER / f'{name}.rotbits')
+    count += len(expected)
+    wrong += [
+      f'{name}/{path}'
+      for path in expected.keys() | found.keys()
+      if expected.get(path) != found.get(path)
+    ]
+  return wrong, count
+
+
+def main():
+  if sys.argv[1:] == ['write']:
+    write()
+    return 0
+  wrong, count = check()
+  devices = len(jax.devices())
+  print(f'{count} arrays, {len(wrong)} differ, jax {jax.__version__}, {devices=}')
+  return bool(wrong)
+
+
+if __name__ == '__main__':
+  sys.exit(main())

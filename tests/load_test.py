@@ -1,0 +1,80 @@
+"""Readers side by side, memory that does not grow, and arrays that own their memory."""
+
+from concurrent import futures
+import gc
+import pathlib
+import tempfile
+import tracemalloc
+
+from absl.testing import absltest
+from absl.testing import parameterized
+import jax
+import numpy as np
+
+import rotbits_jax
+
+TREE = {
+  f'unit {i}': {'x': np.random.default_rng(i).normal(size=(64, 80)).astype(np.float16)}
+  for i in range(4)
+}
+
+
+def assert_same_bits(actual, expected):
+  assert jax.tree.structure(actual) == jax.tree.structure(expected)
+  for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+    assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+
+
+class LoadTest(parameterized.TestCase):
+  def setUp(self):
+    super().setUp()
+    folder = pathlib.Path(self.enterContext(tempfile.TemporaryDirectory()))
+    self.path = folder / 'tree.rotbits'
+    self.data = rotbits_jax.encode(TREE, preset='exact')
+    self.path.write_bytes(self.data)
+
+  def test_sixteen_readers_at_once(self):
+    with futures.ThreadPoolExecutor(16) as pool:
+      for tree in pool.map(rotbits_jax.decode, [self.path] * 16):
+        assert_same_bits(tree, TREE)
+
+  def test_readers_share_one_reader(self):
+    with (
+      rotbits_jax.file.Reader(self.path) as reader,
+      futures.ThreadPoolExecutor(16) as pool,
+    ):
+      names = list(TREE) * 4
+      for name, tree in zip(names, pool.map(reader.unit, names), strict=True):
+        assert_same_bits(tree[name], TREE[name])
+
+  @parameterized.parameters('path', 'bytes')
+  def test_decoded_arrays_own_their_memory(self, kind):
+    source = self.path if kind == 'path' else bytearray(self.data)
+    tree = rotbits_jax.decode(source)
+    if kind == 'path':
+      self.path.write_bytes(bytes(len(self.data)))
+    else:
+      source[:] = bytes(len(source))
+    assert_same_bits(tree, TREE)
+    for array in jax.tree.leaves(tree):
+      self.assertTrue(array.flags.writeable)
+      array[0, 0] += 1
+    self.assertFalse(any(np.shares_memory(array, x) for x in jax.tree.leaves(TREE)))
+
+  def test_memory_does_not_grow(self):
+    def rounds(count):
+      for _ in range(count):
+        rotbits_jax.decode(rotbits_jax.encode(TREE, preset='exact'))
+      gc.collect()
+      return tracemalloc.get_traced_memory()[0]
+
+    tracemalloc.start()
+    self.addCleanup(tracemalloc.stop)
+    before = rounds(5)
+    grown = rounds(20) - before
+    # A round that kept its arrays would keep 40 kB.
+    self.assertLess(grown, 20 * 4_000)
+
+
+if __name__ == '__main__':
+  absltest.main()

@@ -1,0 +1,298 @@
+"""PyTrees and checkpoints of unknown families: stored bit for bit as plain arrays."""
+
+import json
+import pathlib
+import tempfile
+import zipfile
+
+from absl.testing import absltest
+from absl.testing import parameterized
+from flax import nnx
+from flax.core import frozen_dict
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import optax
+
+import rotbits_jax
+from rotbits_jax import checkpoints
+from rotbits_jax import structured
+from rotbits_jax.checkpoints import safetensors_files
+from rotbits_jax.checkpoints import torch_zip
+
+TESTDATA = pathlib.Path(__file__).parent / 'testdata'
+PARAMS = {'kernel': jnp.arange(12.0).reshape(3, 4), 'bias': jnp.zeros(4, jnp.bfloat16)}
+
+
+def _nnx_state():
+  return nnx.state(nnx.Linear(3, 4, rngs=nnx.Rngs(0)))
+
+
+class TreeTest(parameterized.TestCase):
+  @parameterized.named_parameters(
+    ('list', lambda: [PARAMS, PARAMS['bias']]),
+    ('tuple', lambda: ((jnp.ones(3),), {'x': ()}, PARAMS)),
+    ('optax', lambda: optax.adam(1e-3).init(PARAMS)),
+    ('frozen_dict', lambda: frozen_dict.freeze({'params': PARAMS})),
+    ('nnx', _nnx_state),
+    ('numpy_scalar', lambda: {'step': np.int32(3)}),
+    ('structured', lambda: {'x': structured.Constant(np.float16(1), (3,))}),
+  )
+  def test_any_pytree_comes_back_with_its_structure(self, make):
+    tree = make()
+    decoded = rotbits_jax.decode(rotbits_jax.encode(tree), like=tree)
+    self.assertEqual(jax.tree.structure(decoded), jax.tree.structure(tree))
+    for got, expected in zip(
+      jax.tree.leaves(decoded), jax.tree.leaves(tree), strict=True
+    ):
+      self.assertEqual(got.dtype, expected.dtype)
+      self.assertEqual(got.tobytes(), np.asarray(expected).tobytes())
+
+  def test_an_array_that_is_there_twice_may_differ_in_the_file(self):
+    zeros = np.zeros(2)
+    data = rotbits_jax.encode([np.ones(2), (zeros,)])
+    first, (second,) = rotbits_jax.decode(data, like=[zeros, (zeros,)])
+    np.testing.assert_array_equal(first, np.ones(2))
+    np.testing.assert_array_equal(second, zeros)
+
+  def test_without_a_structure_it_is_nested_dicts(self):
+    decoded = rotbits_jax.decode(rotbits_jax.encode([PARAMS, (PARAMS['bias'],)]))
+    self.assertEqual(
+      jax.tree.map(lambda x: x.shape, decoded, is_leaf=lambda x: hasattr(x, 'shape')),
+      {'0': {'bias': (4,), 'kernel': (3, 4)}, '1': {'0': (4,)}},
+    )
+
+  @parameterized.parameters(
+    *('float8_e4m3fn', 'float8_e5m2', 'float4_e2m1fn', 'int4', 'uint4', 'int2', 'bool'),
+    *('int64', 'float64', 'uint32'),
+  )
+  def test_dtypes(self, dtype):
+    numbers = np.arange(16).reshape(2, 8) % 2
+    tree = {'x': numbers.astype(jnp.dtype(dtype)).T}
+    data = rotbits_jax.encode(tree)
+    decoded = rotbits_jax.decode(data)['x']
+    self.assertEqual(decoded.dtype.name, dtype)
+    self.assertEqual(decoded.tobytes(), tree['x'].tobytes())
+    self.assertEqual(rotbits_jax.load(data)['x'].dtype.name, dtype)
+
+  @parameterized.parameters(
+    ({'a': {'b': 'text'}}, 'a/b: not an array'),
+    ({'a': [1.5]}, 'a/0: not an array'),
+    ({'a': jax.random.key(0)}, 'a: a key'),
+    ({'a': np.zeros(2, np.complex64)}, 'a.*complex64'),
+    ({'a/b': np.zeros(2)}, 'without a slash'),
+    (np.zeros(2), 'put it into a dict'),
+    ({'manifest': np.zeros(2)}, 'manifest: the file has its own'),
+  )
+  def test_what_cannot_be_stored_is_named(self, tree, words):
+    with self.assertRaisesRegex(ValueError, words):
+      rotbits_jax.encode(tree)
+
+  @parameterized.parameters(
+    ({'x': np.zeros(3)}, 'y: only one'),
+    ({'x': np.zeros(3), 'y': np.zeros(4)}, 'y: `like` has'),
+    ({'x': np.zeros(3), 'y': np.zeros(3, np.float32)}, 'y: `like` has'),
+  )
+  def test_another_structure_is_refused(self, like, words):
+    data = rotbits_jax.encode({'x': np.zeros(3), 'y': np.zeros(3)})
+    with self.assertRaisesRegex(ValueError, words):
+      rotbits_jax.decode(data, like=like)
+
+  def test_free_is_for_models(self):
+    with self.assertRaisesRegex(ValueError, 'known family'):
+      rotbits_jax.encode(PARAMS, preset='free')
+
+
+def _tensors(layers=3):
+  rng = np.random.default_rng(0)
+  draw = lambda *shape: rng.normal(size=shape)
+  tensors = {
+    'wte.weight': draw(40, 16).astype(np.float16),
+    'ln_f.weight': draw(16).astype(np.float32),
+    'ln_f.bias': draw(16).astype(np.float32),
+    'scale': np.float32(2),
+    'none': np.zeros((0, 3), np.float16),
+    'encoder/x': draw(3).astype(np.float16),
+  }
+  for i in range(layers):
+    prefix = f'h.{i}'
+    tensors |= {
+      f'{prefix}.attn.weight': draw(16, 48).astype(ml_dtypes.bfloat16),
+      f'{prefix}.attn.bias': np.tri(4, dtype=bool),
+      f'{prefix}.steps': np.arange(4),
+    }
+  return tensors
+
+
+class CheckpointTest(parameterized.TestCase):
+  """Checkpoints of families that the package does not know."""
+
+  def setUp(self):
+    super().setUp()
+    self.source = (
+      pathlib.Path(self.enterContext(tempfile.TemporaryDirectory())) / 'gpt2'
+    )
+    self.source.mkdir()
+    self.output = self.source.parent / 'out'
+    self.file = self.source.parent / 'gpt2.rotbits'
+    (self.source / 'config.json').write_text('{"model_type": "gpt2"}')
+    for name in ('LICENSE', 'README.md', 'tokenizer.json', 'modeling_gpt2.py'):
+      (self.source / name).write_text(f'the text of {name}')
+
+  def check_round_trip(self, source=None):
+    rotbits_jax.encode_to_file(source or self.source, self.file)
+    rotbits_jax.decode_to_directory(self.file, self.output)
+    self.assertTrue(rotbits_jax.verify(self.file, against=self.output).same_bits)
+    given = {x.name: x.read_bytes() for x in self.source.iterdir()}
+    self.assertEqual({x.name: x.read_bytes() for x in self.output.iterdir()}, given)
+    report = rotbits_jax.inspect(self.file)
+    self.assertIsNone(report.family)
+    saved = sum(source.bytes_saved for source in report.sources)
+    self.assertEqual(saved, report.input_bytes - self.file.stat().st_size)
+
+  def test_safetensors(self):
+    safetensors_files.write(self.source / 'model.safetensors', _tensors())
+    self.check_round_trip()
+    decoded = rotbits_jax.decode(self.file)
+    self.assertEqual(decoded.keys(), _tensors().keys())
+    for name, tensor in _tensors().items():
+      self.assertEqual(decoded[name].tobytes(), tensor.tobytes())
+      self.assertEqual(decoded[name].dtype, tensor.dtype)
+      got = rotbits_jax.read_tensor(self.file, name)
+      self.assertEqual(got.tobytes(), tensor.tobytes())
+    self.assertIn('h.1', rotbits_jax.file.Reader(self.file).units)
+
+  def test_safetensors_with_dtypes_that_numpy_lacks(self):
+    tensors = {'a': np.zeros(3, ml_dtypes.float8_e5m2), 'b': np.ones(2, np.int64)}
+    path = self.source / 'model.safetensors'
+    safetensors_files.write(path, tensors)
+    path.write_bytes(path.read_bytes().replace(b'F8_E5M2', b'F8_E8M0'))
+    self.check_round_trip()
+
+  def test_shards(self):
+    tensors, index = _tensors(), {}
+    for i, part in enumerate((list(tensors)[::2], list(tensors)[1::2]), 1):
+      name = f'model-{i:05}-of-00002.safetensors'
+      safetensors_files.write(self.source / name, {x: tensors[x] for x in part})
+      index |= dict.fromkeys(part, name)
+    text = json.dumps({'weight_map': index}, indent=3)
+    (self.source / 'model.safetensors.index.json').write_text(text)
+    self.check_round_trip()
+
+  def test_pytorch(self):
+    path = self.source / 'pytorch_model.bin'
+    torch_zip.write(path, _tensors(), 'archive')
+    self.check_round_trip()
+
+  def test_pytorch_views_and_tied_tensors(self):
+    # Microsoft's files have storages with columns that no tensor shows.
+    (weights,) = (TESTDATA / 'llama-tiny-sliced-head-0.25').glob('*.pt')
+    path = self.source / 'pytorch_model.bin'
+    path.write_bytes(weights.read_bytes())
+    self.check_round_trip(checkpoints.open_tensors(path))
+
+  def test_pytorch_compressed(self):
+    path = self.source / 'pytorch_model.bin'
+    torch_zip.write(path, _tensors(), 'archive')
+    with zipfile.ZipFile(path) as archive:
+      members = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, 'w', zipfile.ZIP_DEFLATED) as archive:
+      for name, data in members.items():
+        archive.writestr(name, data)
+    self.check_round_trip()
+
+  def test_without_a_config(self):
+    (self.source / 'config.json').unlink()
+    safetensors_files.write(self.source / 'adapter_model.safetensors', _tensors())
+    self.check_round_trip()
+
+  def test_a_known_family_with_a_setting_that_is_not_known(self):
+    for file in (TESTDATA / 'llama-tiny-dense').iterdir():
+      if file.suffix != '.npz':
+        (self.source / file.name).write_bytes(file.read_bytes())
+    config = json.loads((self.source / 'config.json').read_text())
+    (self.source / 'config.json').write_text(json.dumps(config | {'colour': 'red'}))
+    with self.assertRaisesRegex(checkpoints.UnsupportedError, 'colour.*preset exact'):
+      rotbits_jax.encode_to_file(self.source, self.file, preset='free')
+    self.check_round_trip()
+
+  def test_output_shards_and_an_output_beside_the_input(self):
+    safetensors_files.write(self.source / 'model.safetensors', _tensors())
+    self.check_round_trip()
+    beside = self.source / 'old'
+    beside.write_bytes(self.file.read_bytes())
+    rotbits_jax.encode_to_file(self.source, beside, shard_size=2000)
+    self.assertGreater(len(list(self.source.glob('old-*'))), 2)
+    rotbits_jax.decode_to_directory(beside, self.output)
+    self.assertFalse((self.output / 'old').exists())
+    weights = 'model.safetensors'
+    self.assertEqual(
+      (self.output / weights).read_bytes(), (self.source / weights).read_bytes()
+    )
+
+  def test_a_killed_run_is_resumed(self):
+    safetensors_files.write(self.source / 'model.safetensors', _tensors())
+    rotbits_jax.encode_to_file(self.source, self.file)
+    expected = self.file.read_bytes()
+    opened = checkpoints.open_tensors(self.source)
+    read = []
+
+    def read_until(name):
+      if name == 'h.1.steps':
+        raise KeyboardInterrupt
+      read.append(name)
+      return checkpoints.TensorFiles.read(opened, name)
+
+    opened.read = read_until
+    with self.assertRaises(KeyboardInterrupt):
+      rotbits_jax.encode_to_file(opened, self.file)
+    again = checkpoints.open_tensors(self.source)
+    reread = []
+    again.read = lambda x: reread.append(x) or checkpoints.TensorFiles.read(again, x)
+    rotbits_jax.encode_to_file(again, self.file)
+    self.assertEqual(self.file.read_bytes(), expected)
+    self.assertIn('h.0.attn.weight', read)
+    self.assertNotIn('h.0.attn.weight', reread)
+
+  def test_damage_is_found(self):
+    safetensors_files.write(self.source / 'model.safetensors', _tensors())
+    rotbits_jax.encode_to_file(self.source, self.file)
+    data = self.file.read_bytes()
+    for position in np.linspace(0, len(data) - 1, 80).astype(int):
+      damaged = bytearray(data)
+      damaged[position] ^= 1 << position % 8
+      with self.assertRaises(rotbits_jax.ContainerError):
+        rotbits_jax.decode_to_directory(bytes(damaged), self.output)
+      self.assertFalse(self.output.exists())
+
+  def test_another_checkpoint_is_not_what_was_encoded(self):
+    path = self.source / 'model.safetensors'
+    safetensors_files.write(path, _tensors())
+    rotbits_jax.encode_to_file(self.source, self.file)
+    safetensors_files.write(path, _tensors() | {'scale': np.float32(3)})
+    with self.assertRaisesRegex(rotbits_jax.ContainerError, 'scale: differs'):
+      rotbits_jax.verify(self.file, against=self.source)
+    safetensors_files.write(path, _tensors())
+    path.write_bytes(path.read_bytes().replace(b'"format":"pt"', b'"format":"tp"'))
+    with self.assertRaisesRegex(rotbits_jax.ContainerError, 'safetensors: differs'):
+      rotbits_jax.verify(self.file, against=self.source)
+
+  def test_tensors_that_overlap_are_refused(self):
+    layout = checkpoints.WeightsFile('x', 10, (('a', 2), ('b', 5)))
+    self.assertEqual(layout.rest({'a': 3, 'b': 4}), [(0, 2), (9, 10)])
+    for sizes in ({'a': 4, 'b': 1}, {'a': 1, 'b': 6}):
+      with self.assertRaisesRegex(ValueError, 'overlap'):
+        layout.rest(sizes)
+
+  def test_models_need_a_known_family(self):
+    safetensors_files.write(self.source / 'model.safetensors', _tensors())
+    rotbits_jax.encode_to_file(self.source, self.file)
+    with self.assertRaisesRegex(rotbits_jax.ContainerError, 'known family'):
+      rotbits_jax.decode_checkpoint(self.file)
+    with self.assertRaisesRegex(ValueError, 'come back in the files'):
+      rotbits_jax.decode_to_directory(self.file, self.output, format='slicegpt')
+
+
+if __name__ == '__main__':
+  absltest.main()

@@ -1,0 +1,79 @@
+"""Every code block of README.md runs as it stands in a fresh clone."""
+
+import os
+import pathlib
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+README = (ROOT / 'README.md').read_text()
+BLOCKS = re.findall(r'^```(\w+)\n(.*?)^```$', README, re.MULTILINE | re.DOTALL)
+
+
+@pytest.fixture(scope='module', name='clone')
+def _clone(tmp_path_factory):
+  """A folder with what a clone has; what the blocks write stays out of this one."""
+  clone = tmp_path_factory.mktemp('clone')
+  for path in ROOT.iterdir():
+    if not path.name.startswith('.') and path.suffix != '.rotbits':
+      (clone / path.name).symlink_to(path)
+  return clone
+
+
+def run(*command, clone):
+  done = subprocess.run(
+    [sys.executable, *command],
+    capture_output=True,
+    text=True,
+    cwd=clone,
+    env=os.environ | {'PYTHONPATH': str(ROOT)},
+    check=False,
+  )
+  assert done.returncode == 0, done.stderr
+  return done.stdout
+
+
+def test_blocks_are_of_known_kinds():
+  assert {kind for kind, _ in BLOCKS} == {'bash', 'python'}
+  assert '```\n' not in re.sub(r'^```\w+\n.*?^```$', '', README, flags=re.M | re.S)
+
+
+def test_all_blocks(clone):
+  """In their order, because later ones use the files of earlier ones."""
+  python = ''
+  ran = []
+  for kind, block in BLOCKS:
+    if kind == 'python':
+      python += block
+      continue
+    for line in block.replace('\\\n', ' ').splitlines():
+      command, *args = shlex.split(line, comments=True)
+      ran.append(command)
+      if command == 'rotbits':
+        run('-m', 'rotbits_jax.cli.main', *args, clone=clone)
+      else:
+        assert line == "pip install '.[text]'"  # what the tests run in
+  assert ran.count('rotbits') > 5
+  (clone / 'opt.rotbits').unlink()  # Python encodes without asking, but so is it new
+  run('-c', python, clone=clone)
+
+
+def test_it_names_every_extra_and_command():
+  setup = (ROOT / 'setup.py').read_text()
+  extras = re.findall(r"^    '(\w+)': ", setup, re.MULTILINE)
+  assert extras
+  for extra in extras:
+    assert f'| `{extra}` |' in README
+  from rotbits_jax.cli import main
+
+  for command in main.COMMANDS:
+    assert f'| `rotbits {command}` |' in README
+
+
+def test_links_lead_somewhere():
+  for target in re.findall(r'\]\((?!https?:)([^)#]+)', README):
+    assert (ROOT / target).exists(), target
