@@ -148,7 +148,9 @@ def stored_as_int8(model: models.Model) -> Stored:
   def rounded(rows: np.ndarray) -> tuple[np.ndarray, int]:
     leaf = int8.quantize(rows.T, np.float16)
     size = structured.count_bytes(leaf)
-    return np.asarray(structured.materialize(leaf), np.float32).T, size
+    # The products of values and scales are not rounded to the dtype of the scales.
+    leaf = leaf.replace(scales=leaf.scales.astype(np.float32))
+    return np.asarray(leaf.materialize()).T, size
 
   return _stored(model, rounded)
 
