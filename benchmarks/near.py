@@ -18,6 +18,7 @@ they are those of the numbers alone. The last columns tell at which share of the
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+import functools
 import itertools
 import math
 import pathlib
@@ -149,7 +150,7 @@ def stored_as_int8(model: models.Model) -> Stored:
     leaf = int8.quantize(rows.T, np.float16)
     size = structured.count_bytes(leaf)
     # The products of values and scales are not rounded to the dtype of the scales.
-    leaf = leaf.replace(scales=leaf.scales.astype(np.float32))
+    leaf = int8.Int8(leaf.values, leaf.scales.astype(np.float32))
     return np.asarray(leaf.materialize()).T, size
 
   return _stored(model, rounded)
@@ -212,11 +213,11 @@ def measure(
   plans: list[tuple[str, str, Callable[[], Stored]]] = []
   for name, own in ((PLAIN, {}), (CALIBRATED, offsets)):
     for step in steps:
-      make = lambda step=step, own=own: stored_by_near(rewritten, step, own)
+      make = functools.partial(stored_by_near, rewritten, step, own)
       plans.append((name, f'2^{step:g}', make))
   for name in BLOCKS:
-    plans.append((GGUF, name, lambda name=name: stored_in_blocks(model, name)))
-  plans.append((INT8, '', lambda: stored_as_int8(model)))
+    plans.append((GGUF, name, functools.partial(stored_in_blocks, model, name)))
+  plans.append((INT8, '', functools.partial(stored_as_int8, model)))
   rows = []
   for some in _batched(plans, _TOGETHER):
     stored = {(series, name): make() for series, name, make in some}
