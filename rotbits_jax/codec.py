@@ -467,8 +467,8 @@ class _Job:
     stem = getattr(source, 'stem', None) if stem is None else stem
     self.buffers = dict(source.buffers)
     stored_as = getattr(source, 'stored_as', None)
-    if stored_as is not None and preset.name != 'free':
-      # Only the transforms of `free` use numbers before they are rounded.
+    if stored_as is not None and (preset.rounding is None or preset.message):
+      # Other presets round numbers at the end, so they use them before that.
       source, stored_as = source.rounded(), None
     self.context = symmetries.make_context(source, stored_as=stored_as, mesh=mesh)
     if preset.rounding is not None and preset.rounding.uniform:

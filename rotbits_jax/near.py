@@ -12,8 +12,9 @@ and each kind causes a divergence in proportion to its numbers. Each k is measur
 rounding the parameters of this kind alone.
 """
 
-from collections.abc import Callable
+import dataclasses
 import math
+import re
 from typing import Any, NamedTuple
 
 import jax
@@ -46,6 +47,19 @@ class Point(NamedTuple):
   kl: float
 
 
+class Calibration(NamedTuple):
+  """The result of `calibrate`.
+
+  Attributes:
+    offsets: octaves to add to the step, by kind of parameter. Their mean over the
+      numbers of the model is about zero.
+    sensitivities: the mean KL in nats that each kind causes alone at the step `PROBE`.
+  """
+
+  offsets: dict[str, float]
+  sensitivities: dict[str, float]
+
+
 class Found(NamedTuple):
   """The result of `search`.
 
@@ -60,6 +74,29 @@ class Found(NamedTuple):
   offsets: dict[str, float]
   curve: list[Point]
   sensitivities: dict[str, float]
+
+
+def calibrate(
+  model: models.Model,
+  tokens: np.ndarray,
+  *,
+  max_tokens: int | None = 4096,
+  progress: bool = False,
+) -> Calibration:
+  """Divides the bits among the kinds of parameters, see above.
+
+  The whole model is held in memory, in its own dtype and in float32.
+
+  Args:
+    model: the model.
+    tokens: `[N]` token ids of the text on which divergences are measured.
+    max_tokens: number of tokens to use; None for all.
+    progress: whether to show the progress on stderr.
+
+  Returns:
+    The offsets and the measurements.
+  """
+  return _Text.make(model, tokens, max_tokens).calibrate(progress)
 
 
 def search(
@@ -93,35 +130,17 @@ def search(
   """
   if not (math.isfinite(max_kl) and max_kl > 0):
     raise ValueError(f'max_kl must be positive and finite, got {max_kl}')
-  context = symmetries.make_context(model, stored_as=model.stored_as)
-  reference = model.rounded()
-  unrounded = _rewritten(context)
-  kinds = _numbers(unrounded) if calibrated else {}
-  total = len(kinds) + _EVALUATIONS
-  with progress_lib.Progress('search', total, 'evaluation', show=progress) as bar:
-
-    def divergence(octaves: Callable[[str, np.dtype], float | None]) -> float:
-      rounded = _rounded(unrounded, context, symmetries.Rounding(octaves, uniform=True))
-      measured = evaluation.compare(
-        {'rounded': rounded}, tokens, {'model': reference}, max_tokens=max_tokens
-      )
-      bar.update()
-      return measured['rounded'].kl['model']
-
-    def alone(name: str) -> float:
-      octaves = symmetries.to_steps(PROBE).octaves
-
-      def own(path: str, dtype: np.dtype) -> float | None:
-        return octaves(path, dtype) if symmetries.kind(path) == name else None
-
-      return divergence(own)
-
-    sensitivities = {name: alone(name) for name in kinds}
-    offsets = _offsets(kinds, sensitivities)
+  text = _Text.make(model, tokens, max_tokens)
+  offsets, sensitivities = text.calibrate(progress) if calibrated else ({}, {})
+  with progress_lib.Progress(
+    'search', _EVALUATIONS, 'evaluation', show=progress
+  ) as bar:
     curve: dict[float, float] = {}
     step = PROBE
     while len(curve) < _EVALUATIONS and step not in curve:
-      curve[step] = divergence(symmetries.to_steps(step, offsets).octaves)
+      rounded = text.rounded(step, offsets)
+      curve[step] = text.compare({'rounded': rounded})['rounded']
+      bar.update()
       step = _next_step(curve, max_kl)
   below = [step for step, kl in curve.items() if kl <= max_kl]
   if not below:
@@ -131,6 +150,78 @@ def search(
     )
   points = [Point(step, curve[step]) for step in sorted(curve)]
   return Found(max(below), offsets, points, sensitivities)
+
+
+class _Text(NamedTuple):
+  """A text on which a model is compared with its rounded versions.
+
+  Attributes:
+    context: see `symmetries.make_context`.
+    unrounded: the float32 model after the transforms of `near`.
+    reference: the model.
+    tokens: `[N]` token ids of the text.
+    max_tokens: number of tokens to use; None for all.
+  """
+
+  context: symmetries.Context
+  unrounded: models.Model
+  reference: models.Model
+  tokens: np.ndarray
+  max_tokens: int | None
+
+  @classmethod
+  def make(
+    cls, model: models.Model, tokens: np.ndarray, max_tokens: int | None
+  ) -> '_Text':
+    unrounded = jax.device_put(rewritten(model))
+    context = symmetries.make_context(model, stored_as=model.stored_as)
+    reference = jax.device_put(dataclasses.replace(model.rounded(), buffers={}))
+    return cls(context, unrounded, reference, tokens, max_tokens)
+
+  def rounded(self, step: float, offsets: dict[str, float]) -> models.Model:
+    """Rounds the model as the preset `near` does."""
+    rounding = symmetries.to_steps(step, offsets)
+    return jax.device_put(_rounded(self.unrounded, self.context, rounding))
+
+  def compare(
+    self, compared: dict[str, models.Model], progress: bool = False
+  ) -> dict[str, float]:
+    """Measures the divergence of each model from the reference."""
+    measured = evaluation.compare(
+      compared,
+      self.tokens,
+      {'model': self.reference},
+      max_tokens=self.max_tokens,
+      progress=progress,
+    )
+    return {name: found.kl['model'] for name, found in measured.items()}
+
+  def calibrate(self, progress: bool) -> Calibration:
+    """Measures models in which one kind of parameters is rounded."""
+    kinds = _numbers(self.unrounded)
+    rounded = structured.flatten(self.rounded(PROBE, {}).params)
+    exact = {
+      # All models have the same dtypes, so that one compiled program serves all.
+      path: jax.tree.map(lambda x, y: x.astype(y.dtype), leaf, rounded[path])
+      for path, leaf in structured.flatten(self.unrounded.params).items()
+    }
+
+    def alone(kind: str) -> models.Model:
+      # Vectors have no kind in `kinds`, because they have no step.
+      own = {
+        path: exact[path] if _kind(path) in kinds.keys() - {kind} else rounded[path]
+        for path in exact
+      }
+      params = structured.unflatten(own)
+      return dataclasses.replace(self.unrounded, params=params)
+
+    sensitivities = self.compare({kind: alone(kind) for kind in kinds}, progress)
+    return Calibration(_offsets(kinds, sensitivities), sensitivities)
+
+
+def _kind(path: str) -> str:
+  """Returns `symmetries.kind` of a parameter, given its path in a group."""
+  return re.sub(r'^blocks_\d+/', 'layers.*/', path)
 
 
 def _next_step(curve: dict[float, float], max_kl: float) -> float:
@@ -171,17 +262,27 @@ def _offsets(
   }
 
 
-def _rewritten(context: symmetries.Context) -> models.Model:
-  """Applies the transforms of `near`; the parameters stay float32."""
+def rewritten(model: models.Model) -> models.Model:
+  """Applies the transforms of the preset `near`.
+
+  Args:
+    model: the model.
+
+  Returns:
+    The model with float32 parameters. Its `stored_as` is the dtype of most parameters
+    of `model`.
+  """
+  context = symmetries.make_context(model, stored_as=model.stored_as)
   wide = {
     path: np.dtype(np.float32) if jnp.issubdtype(dtype, jnp.floating) else dtype
     for path, dtype in context.dtypes.items()
   }
   wide_context = context._replace(dtypes=wide)
-  rewritten = symmetries.rewrite(wide_context, presets.near().transform)
-  return transform.to_model(
-    context.config, (unit for units, _ in rewritten for unit in units)
+  units = symmetries.rewrite(wide_context, presets.near().transform)
+  result = transform.to_model(
+    context.config, (unit for some, _ in units for unit in some)
   )
+  return dataclasses.replace(result, stored_as=context.form.name)
 
 
 def _numbers(model: models.Model) -> dict[str, int]:

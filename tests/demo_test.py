@@ -27,11 +27,12 @@ class TestDemo:
       assert path.name == f'sliced-25-{row.name}.rotbits'
       assert row.bytes == path.stat().st_size
       assert row.bytes < raw.bytes
-      assert abs(row.perplexity / raw.perplexity - 1) < 1e-3
+      change = 1e-2 if row.name == 'near' else 1e-3
+      assert abs(row.perplexity / raw.perplexity - 1) < change
     by_name = {row.name: row for row in presets}
     assert by_name['exact'].kl == 0
     assert by_name['free'].kl <= 2 * rerounded.kl
-    assert by_name['free'].bytes < by_name['exact'].bytes
+    assert by_name['near'].bytes < by_name['free'].bytes < by_name['exact'].bytes
 
   def test_its_checkpoint_is_there(self):
     assert demo.WEIGHTS.is_file()

@@ -40,6 +40,7 @@ class Series(NamedTuple):
     y: vertical coordinates of the points.
     line: whether to join the points by lines.
     markers: whether to mark the points.
+    labels: text beside each point; None for no text.
   """
 
   name: str
@@ -47,6 +48,7 @@ class Series(NamedTuple):
   y: Sequence[float]
   line: bool = True
   markers: bool = True
+  labels: Sequence[str] | None = None
 
 
 class Axis(NamedTuple):
@@ -68,7 +70,13 @@ class Axis(NamedTuple):
 
 
 def chart(
-  series: Sequence[Series], x: Axis, y: Axis, *, title: str, legend: bool = True
+  series: Sequence[Series],
+  x: Axis,
+  y: Axis,
+  *,
+  title: str,
+  legend: bool = True,
+  inside: bool = False,
 ) -> str:
   """Draws series in a frame with two axes.
 
@@ -77,7 +85,9 @@ def chart(
     x: the horizontal axis.
     y: the vertical axis.
     title: a description of the chart for screen readers.
-    legend: whether to name the series below the chart.
+    legend: whether to name the series.
+    inside: whether the names are in the lower left corner of the picture, so that it
+      can stand alone. By default they are below it.
 
   Returns:
     An `<svg>` element, and a legend.
@@ -104,7 +114,14 @@ def chart(
       )
     if own.markers:
       parts += [marker(i, a, b) for a, b in points]
-  return _svg(WIDTH, HEIGHT, parts, title) + (_legend(series) if legend else '')
+    for k, (point, label) in enumerate(zip(points, own.labels or (), strict=False)):
+      # Neighbours have their text on different sides, so that it does not overlap.
+      side, anchor = ((7, 4), 'start') if k % 2 else ((0, -8), 'middle')
+      parts.append(_text(point[0] + side[0], point[1] + side[1], label, anchor=anchor))
+  if legend and inside:
+    parts.append(_legend_inside(series))
+  picture = _svg(WIDTH, HEIGHT, parts, title)
+  return picture + (_legend(series) if legend and not inside else '')
 
 
 def marker(index: int, x: float, y: float) -> str:
@@ -126,7 +143,8 @@ def standalone(svg: str) -> str:
   """Returns an `<svg>` element as a complete picture that contains its colours."""
   start = svg.index('>') + 1
   end = svg.index('</svg>') + 6
-  return f'{svg[:start]}<style>{STYLE}</style>{svg[start:end]}'
+  page = '<rect width="100%" height="100%" style="fill: var(--page)"/>'
+  return f'{svg[:start]}<style>{STYLE}</style>{page}{svg[start:end]}'
 
 
 class _Scale:
@@ -175,12 +193,27 @@ def _text(x: float, y: float, text: str, *, anchor: str = 'start') -> str:
 def _legend(series: Sequence[Series]) -> str:
   keys = []
   for i, own in enumerate(series):
-    dash = f'stroke-dasharray="{_DASHES[i % 4]}"'
-    line = f'<path class="line s{i % 4}" {dash} d="M1 7H27"/>' if own.line else ''
-    mark = marker(i, 14, 7) if own.markers else ''
-    picture = f'<svg viewBox="0 0 28 14" aria-hidden="true">{line}{mark}</svg>'
+    picture = f'<svg viewBox="0 0 28 14" aria-hidden="true">{_key(i, own)}</svg>'
     keys.append(f'<span>{picture}{html.escape(own.name)}</span>')
   return f'<p class="legend">{"".join(keys)}</p>'
+
+
+def _legend_inside(series: Sequence[Series]) -> str:
+  top = HEIGHT - _BOTTOM - 4 - 16 * len(series)
+  return ''.join(
+    f'<g transform="translate({_LEFT + 6} {top + 16 * i})">{_key(i, own)}'
+    f'{_text(34, 11, own.name)}</g>'
+    for i, own in enumerate(series)
+  )
+
+
+def _key(index: int, series: Series) -> str:
+  """Draws the line and the marker of a series, 28 by 14."""
+  dash = f'stroke-dasharray="{_DASHES[index % 4]}"'
+  line = f'<path class="line s{index % 4}" {dash} d="M1 7H27"/>'
+  return (line if series.line else '') + (
+    marker(index, 14, 7) if series.markers else ''
+  )
 
 
 def _number(value: float) -> str:
