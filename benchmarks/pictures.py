@@ -27,6 +27,7 @@ from benchmarks import demo
 import rotbits_jax
 from rotbits_jax import checkpoints
 from rotbits_jax import evaluation
+from rotbits_jax import presets
 from rotbits_jax import structured
 from rotbits_jax import symmetries
 from rotbits_jax.cli import program
@@ -138,8 +139,8 @@ def measure(
     return result.kl
 
   curve: dict[str, list[list[float]]] = {'this library': [], 'GGUF': []}
-  for options in ({'preset': 'free'}, *({'preset': 'near', 'step': x} for x in STEPS)):
-    data = rotbits_jax.encode(model, **options)
+  for preset in (presets.free(), *(presets.near(step=x) for x in STEPS)):
+    data = rotbits_jax.encode(model, preset=preset)
     kl = divergence(rotbits_jax.load(data))
     curve['this library'].append([len(data) / report.input_bytes, kl])
   for name in BLOCKS:

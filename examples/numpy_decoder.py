@@ -42,7 +42,7 @@ def normal_table(k, present, kind, dtype, rest, step):  # frequencies [A], class
   else:
     w = 0 * symbol
     x, c = (w + rest - 2, 2 * symbol + 1) if rest else (w, (symbol + 1) // 2)
-    x = x + (step - 150) * (kind != 'int')
+    x, c = (x, c) if kind == 'int' else (x + step // 4 - 152, c * (4 + step % 4))
   q, s = 8 * x - k, (8 * x - k >> 2) - 12
   square = c**2 * np.array([756388, 899502, 1069694, 1272087])[q % 4]
   bits = 256 * w - (square << np.clip(s, 0, 12) >> np.clip(-s, 0, 62))
@@ -141,7 +141,7 @@ def with_rests(symbols, take, lanes, kind, dtype, rest, step):  # bit patterns
   n = u if kind == 'int' and dtype[0] == 'u' else u >> 1 ^ 0 - (u & 1)
   if kind == 'int':
     return n
-  return narrow(np.ldexp(n.view(np.int64).astype(np.float64), step - 150), dtype)
+  return narrow(np.ldexp(n.view(np.int64) * (4.0 + step % 4), step // 4 - 152), dtype)
 
 def order_groups(distinct):  # returns the places, s and k of each group of an order
   for places in (range(i, min(i + 256, distinct)) for i in range(1, distinct, 256)):

@@ -45,6 +45,20 @@ def tree():
   return {'floats': floats, 'integers': integers | unsigned, 'shapes': shapes}
 
 
+def packed():
+  """Arrays with many zeros or few distinct numbers, which are stored as `Packed`."""
+  rng = np.random.default_rng(1)
+  normal = rng.normal(size=(64, 128)).astype(np.float16)
+  steps = rng.uniform(0.01, 0.02, (64, 4, 1)).astype(np.float16)
+  levels = np.float32(steps) * rng.integers(0, 16, (64, 4, 32)) - np.float32(0.1)
+  few = rng.normal(size=6).astype(np.float16)
+  return {
+    'sparse': np.where(rng.random(normal.shape) < 0.9, 0, normal).astype(np.float16),
+    'levels': levels.reshape(64, 128).astype(np.float16),
+    'table': few[rng.integers(0, 6, normal.shape)],
+  }
+
+
 def cases():
   """What is encoded, and how, by the name of the file."""
   sliced = random_models.sliced_llama(WIDTHS, np.float16)
@@ -58,6 +72,9 @@ def cases():
     'free': (sliced, {'preset': 'free'}),
     'free-float32': (wide, {'preset': 'free'}),
     'free-dense-bfloat16': (dense, {'preset': 'free'}),
+    'near': (sliced, {'preset': 'near', 'step': -4.75}),
+    'near-dense-bfloat16': (dense, {'preset': 'near'}),
+    'packed': (packed(), {'preset': 'exact'}),
     'paper': (sliced, {'preset': 'paper'}),
     'paper-entropy': (sliced, {'preset': 'paper', 'entropy': True}),
     'paper-qr': (sliced, {'preset': 'paper', 'canonicaliser': 'qr'}),
@@ -76,12 +93,19 @@ def cases():
 def digests(path):
   """Dtype, shape and SHA-256 of every array in a file, by its path."""
   decoded = rotbits_jax.decode(path)
-  params = getattr(decoded, 'params', decoded)
+  trees = {'': decoded}
+  if isinstance(decoded, rotbits_jax.Model):
+    trees = {f'layers.{i}/': layer for i, layer in enumerate(decoded.layers())}
+    trees[''] = decoded.outer()
   found = {}
-  for name, leaf in structured.flatten(params).items():
-    for i, array in enumerate(map(np.asarray, jax.tree.leaves(leaf))):
-      digest = hashlib.sha256(array.tobytes()).hexdigest()[:16]
-      found[f'{name}:{i}'] = [array.dtype.name, list(array.shape), digest]
+  for prefix, tree in trees.items():
+    for name, leaf in structured.flatten(tree).items():
+      # The stored form of a structured leaf does not depend on its form in memory.
+      is_leaf = structured.is_structured(leaf)
+      arrays = leaf.stored()[1] if is_leaf else {'': np.asarray(leaf)}
+      for key, array in arrays.items():
+        digest = hashlib.sha256(array.tobytes()).hexdigest()[:16]
+        found[f'{prefix}{name}:{key}'] = [array.dtype.name, list(array.shape), digest]
   return found
 
 

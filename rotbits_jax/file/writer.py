@@ -438,6 +438,11 @@ class Workspace:
     # The file may be cut short after a crash of the machine. NumPy then raises one of
     # these errors, because its numbers have checksums.
     damaged = (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile, zlib.error)
-    with contextlib.suppress(*damaged), np.load(state) as arrays:
+    # NumPy does not close a damaged file that it opened itself.
+    with (
+      contextlib.suppress(*damaged),
+      state.open('rb') as file,
+      np.load(file) as arrays,
+    ):
       self.state = [arrays[f'arr_{i}'] for i in range(len(arrays.files))]
     return True
