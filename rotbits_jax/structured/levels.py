@@ -11,6 +11,7 @@ from flax import struct
 import ml_dtypes
 import numpy as np
 
+from rotbits_jax.structured import ordinals
 from rotbits_jax.structured import packed
 from rotbits_jax.structured.base import Arrays
 from rotbits_jax.structured.base import Settings
@@ -84,7 +85,7 @@ class Levels(packed.Packed):
         base[rows] = fitted.base.reshape(-1, per_line)
       computed = fitted.numbers.reshape(part.shape)
       if not np.array_equal(packed.bits(computed), packed.bits(part)):
-        off = _ordinals(part) - _ordinals(computed)  # wraps
+        off = ordinals.of_numbers(part) - ordinals.of_numbers(computed)  # wraps
         off = np.where(abs(off) < -_EXCEPTION, off, _EXCEPTION)
         residuals[rows] = off
         exceptions.append(part[residuals[rows] == _EXCEPTION])
@@ -115,7 +116,7 @@ class Levels(packed.Packed):
       part = part.reshape(step.shape[0], lines.shape[1])
       if self.residuals is not None:
         off = self.residuals[rows]
-        part = _of_ordinals(_ordinals(part) + off, self.dtype)
+        part = ordinals.to_numbers(ordinals.of_numbers(part) + off, self.dtype)
         odd = off == _EXCEPTION
         count = int(np.count_nonzero(odd))
         own = self.exceptions[used : used + count]
@@ -422,17 +423,3 @@ def _rounded(values: np.ndarray, precision: int) -> np.ndarray:
     return patterns.view(np.float32)
   rounded = np.right_shift(patterns + np.uint32(1 << drop - 1), drop) << drop
   return rounded.view(np.float32)
-
-
-def _ordinals(values: np.ndarray) -> np.ndarray:
-  """Returns the ordinals of numbers: signed integers of their width."""
-  signed = values.view(f'i{values.dtype.itemsize}')
-  most = np.iinfo(signed.dtype).max
-  return signed ^ (signed >> 8 * values.dtype.itemsize - 1 & most)
-
-
-def _of_ordinals(ordinals: np.ndarray, dtype: np.dtype) -> np.ndarray:
-  """Returns the numbers with these ordinals."""
-  most = np.iinfo(ordinals.dtype).max
-  signed = ordinals ^ (ordinals >> 8 * dtype.itemsize - 1 & most)
-  return signed.view(dtype)

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rotbits_jax import host
+from rotbits_jax.structured import ordinals as ordinals_lib
 from rotbits_jax.structured.base import Arrays
 from rotbits_jax.structured.base import Dependent
 from rotbits_jax.structured.base import Settings
@@ -147,7 +148,7 @@ class TiedExactly(Dependent):
     shifts = (scale - exponents).astype(np.int16)
     off, classes = np.empty(table.shape, np.int8), np.empty(table.shape, np.uint8)
     for part in _predict(head, map, shifts, scale, table.dtype, (0, 255)):
-      actual = _ordinals(table[part.tokens])
+      actual = ordinals_lib.of_numbers(table[part.tokens])
       far = np.subtract(actual, part.ordinals, dtype=np.int32)
       off[part.tokens] = np.where(np.abs(far) < -_EXCEPTION, far, _EXCEPTION)
       classes[part.tokens] = part.classes
@@ -204,7 +205,7 @@ class TiedExactly(Dependent):
         off[order] = np.concatenate(
           [x.take(n) for x, n in zip(residuals, counts, strict=True)]
         )
-        flat[piece] = _numbers(ordinals[piece] + off, self.dtype)
+        flat[piece] = ordinals_lib.to_numbers(ordinals[piece] + off, self.dtype)
         (odd,) = np.nonzero(off == _EXCEPTION)
         flat[piece][odd] = exceptions.take(odd.size)
     for stream in (*residuals, exceptions):
@@ -455,17 +456,6 @@ def _rounded(numbers: jax.Array, dtype: np.dtype) -> jax.Array:
   subnormal = jnp.round(jnp.minimum(size, least) * (2.0**info.nmant / least))
   ordinals = jnp.minimum(normal + subnormal.astype(jnp.int64), 0x7FFF)
   return jnp.where(numbers < 0, ~ordinals, ordinals).astype(jnp.int16)
-
-
-def _ordinals(numbers: np.ndarray) -> np.ndarray:
-  """Returns the ordinals of numbers, int16: 0 for 0, -1 for -0."""
-  bits = np.ascontiguousarray(numbers).view(np.int16)
-  return bits ^ (bits >> 15 & 0x7FFF)
-
-
-def _numbers(ordinals: np.ndarray, dtype: Any) -> np.ndarray:
-  """Returns the numbers with these ordinals: the inverse of `_ordinals`."""
-  return (ordinals ^ (ordinals >> 15 & 0x7FFF)).view(dtype)
 
 
 def _exponents(ordinals: jax.Array, dtype: np.dtype) -> jax.Array:
