@@ -17,7 +17,6 @@ from typing import Any, Self
 
 import ml_dtypes
 import numpy as np
-from zlib_ng import zlib_ng
 
 from rotbits_jax import checkpoints
 from rotbits_jax import models
@@ -522,11 +521,6 @@ def _saving_from_json(value: Any, where: str) -> transform.Saving:
   return transform.Saving(
     given.text('name'), given.signed('numbers'), given.signed('bytes'), notes
   )
-
-
-def checksum(array: np.ndarray) -> int:
-  """Returns the CRC-32 of an array's bytes in C order."""
-  return zlib_ng.crc32(np.ascontiguousarray(array).view(np.uint8))
 
 
 _STORED_AS = {'int2': 'int8', 'int4': 'int8'} | {

@@ -27,6 +27,7 @@ import numpy as np
 from zlib_ng import zlib_ng
 
 from rotbits_jax import checkpoints
+from rotbits_jax import checksums as checksums_lib
 from rotbits_jax import host
 from rotbits_jax import models
 from rotbits_jax import progress
@@ -404,7 +405,7 @@ class Reader:
         array = leaf.expand(*needed)
       except ValueError as error:
         raise ContainerError(f'{path}: {error}') from error
-      if manifest_lib.checksum(array) != entry.expanded:
+      if checksums_lib.of_array(array) != entry.expanded:
         raise ContainerError(f'{path}: {_DIFFERENT}')
       flat[entry.path] = array
     return self._entry(name).tree(flat)
@@ -607,7 +608,7 @@ def _leaf(name: str, leaf: manifest_lib.Leaf, parts: dict[str, np.ndarray]) -> A
     raise ContainerError(f'{name}/{leaf.path}: {error}') from error
   if not same:
     raise ContainerError(f'{name}/{leaf.path}: the leaf differs from the manifest')
-  if leaf.is_packed and manifest_lib.checksum(found) != leaf.expanded:
+  if leaf.is_packed and checksums_lib.of_array(found) != leaf.expanded:
     raise ContainerError(f'{name}/{leaf.path}: {_DIFFERENT}')
   return found
 

@@ -26,6 +26,7 @@ import numpy as np
 from zlib_ng import zlib_ng
 
 from rotbits_jax import checkpoints
+from rotbits_jax import checksums as checksums_lib
 from rotbits_jax import models
 from rotbits_jax import outputs
 from rotbits_jax import presets
@@ -206,7 +207,7 @@ def encode_unit(
     plain = {path: np.asarray(x) for path, x in flat.items() if structured.is_plain(x)}
     for path, leaf in zip(plain, packing.pack(list(plain.values())), strict=True):
       if leaf is not None:
-        flat[path], digests[path] = leaf, manifest_lib.checksum(plain[path])
+        flat[path], digests[path] = leaf, checksums_lib.of_array(plain[path])
   if any(structured.is_structured(flat.get(path)) for path in neurons):
     neurons = {}  # neurons of a structured leaf cannot be reordered
   leaves: list[manifest_lib.Leaf] = []
@@ -219,7 +220,7 @@ def encode_unit(
     if isinstance(leaf, structured.Dependent) and leaf.eager:
       others = structured.flatten(beside)
       needed = (structured.materialize(others[name]) for name in leaf.needs)
-      expanded = manifest_lib.checksum(leaf.expand(*needed))
+      expanded = checksums_lib.of_array(leaf.expand(*needed))
     entry, parts = manifest_lib.leaf_of(path, leaf, expanded)
     leaves.append(entry)
     arrays += parts.values()

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-from zlib_ng import zlib_ng
 
+from rotbits_jax import checksums as checksums_lib
 from rotbits_jax import models
 from rotbits_jax.coding import rans
 from rotbits_jax.coding import tables as tables_lib
@@ -57,7 +57,7 @@ def decode(
 
   def checked() -> Iterator[tuple[str, np.ndarray]]:
     for path, array in run.arrays(progress):
-      if digest(array) != run.layout.arrays[path].digest:
+      if checksums_lib.of_array(array) != run.layout.arrays[path].digest:
         raise ValueError(
           f'{path}: decoded numbers differ from the encoded numbers: the file is '
           'damaged, or this machine recovers a rotation beyond the margin of its '
@@ -77,11 +77,6 @@ def decode_unchecked(
 ) -> Iterator[tuple[str, np.ndarray]]:
   """Decodes a model without checking the digests of its arrays; see `decode`."""
   return _Decoder(layout, message, corrections, tables, config).arrays(progress=False)
-
-
-def digest(array: np.ndarray) -> int:
-  """Returns the CRC-32 of an array's bytes in C order."""
-  return zlib_ng.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
 
 
 class _Decoder:

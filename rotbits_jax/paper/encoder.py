@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rotbits_jax import checksums as checksums_lib
 from rotbits_jax import structured
 from rotbits_jax.coding import rans
 from rotbits_jax.coding import tables as tables_lib
@@ -119,7 +120,7 @@ def encode(
     arrays = decoder.decode_unchecked(
       encoded.layout, message, encoded.corrections, encoded.tables, source.config
     )
-    digests = {path: decoder.digest(array) for path, array in arrays}
+    digests = {path: checksums_lib.of_array(array) for path, array in arrays}
   stored = encoded.layout['arrays']
   layout = encoded.layout | {
     'arrays': {path: [stored[path][0], digests[path]] for path in stored}
@@ -228,7 +229,9 @@ class _Encoder:
         array = np.concatenate([first[path], rest], axis=1)
       else:
         self._push(array)
-      self.stored[path] = layout_lib.Stored(array.dtype.name, decoder.digest(array))
+      self.stored[path] = layout_lib.Stored(
+        array.dtype.name, checksums_lib.of_array(array)
+      )
     if trial is not None:
       self.corrections.push_block(trial.correction)
       self.tables.extend(trial.table)

@@ -10,8 +10,8 @@ import functools
 from typing import NamedTuple
 
 import numpy as np
-from zlib_ng import zlib_ng
 
+from rotbits_jax import checksums as checksums_lib
 from rotbits_jax import host
 from rotbits_jax.coding.weights import blocks
 from rotbits_jax.coding.weights import contexts
@@ -113,7 +113,9 @@ def encode(
   heads = [np.frombuffer(contexts.to_bytes(model), np.uint8) for model in models]
   bodies = [part for _, members in groups for part, _ in coded[members]]
   data = np.concatenate([np.zeros(0, np.uint8), *heads, *bodies, prefix, *noise])
-  checksums = pool.run(functools.partial(_checksum, array) for array in stored)
+  checksums = pool.run(
+    functools.partial(checksums_lib.of_array, array) for array in stored
+  )
   spec = specs.UnitSpec(
     arrays=tuple(
       dataclasses.replace(entry, checksum=checksum)
@@ -227,7 +229,9 @@ def decode(
     pool.run(
       functools.partial(job, head[start : start + size]) for start, size, job in late
     )
-  checksums = pool.run(functools.partial(_checksum, array) for array in arrays)
+  checksums = pool.run(
+    functools.partial(checksums_lib.of_array, array) for array in arrays
+  )
   for i, (array, checksum) in enumerate(zip(spec.arrays, checksums, strict=True)):
     if array.checksum != checksum:
       raise ValueError(f'array {i} of the unit is damaged: its checksum differs')
@@ -542,7 +546,3 @@ def _bytes(array: np.ndarray) -> np.ndarray:
 
 def _read_bytes(array: np.ndarray, part: np.ndarray) -> None:
   _bytes(array)[:] = part
-
-
-def _checksum(array: np.ndarray) -> int:
-  return zlib_ng.crc32(_bytes(array))
