@@ -241,9 +241,7 @@ def load(
   with file.Reader(source) as reader:
     model = reader.model(layers=layers, place=sharding, show_progress=progress)
   if dtype is not None:
-    model = jax.tree.map(
-      lambda x: structured.astype(x, dtype), model, is_leaf=structured.is_structured
-    )
+    model = structured.astype(model, dtype)
   return jax.tree.map(_on_device, model)
 
 
