@@ -288,7 +288,7 @@ def _astype(array: Any, dtype: Any) -> Any:
   if not jnp.issubdtype(array.dtype, jnp.floating):
     return array
   with np.errstate(over='ignore'):
-    return array.astype(dtype)
+    return array.astype(dtype, copy=False)
 
 
 def _stored_sizes(tree: Any) -> list[tuple[np.dtype, int]]:
