@@ -2,7 +2,7 @@
 
   python -m benchmarks.rounding --checkpoint=DIR --text=FILE [--max_tokens=8192]
 
-The transforms of `free` are applied once for each row. In a row some parameters are
+The transforms of `free` are applied once. In a row some parameters are
 rounded to a step that is some octaves from the step of their dtype at the root mean
 square of the array (see `symmetries.rounding`), and the others to the nearest number of
 their dtype. The columns are: the bytes that the step saves, estimated as in the report
@@ -10,7 +10,6 @@ of a file; the mean KL divergence from the checkpoint's predictions in nats; and
 divergence over the divergence of a random rotation that is rounded again.
 """
 
-import pathlib
 import re
 import sys
 
@@ -21,7 +20,7 @@ import numpy as np
 
 import rotbits_jax
 from rotbits_jax import evaluation
-from rotbits_jax import presets
+from rotbits_jax import near
 from rotbits_jax import symmetries
 from rotbits_jax.cli import program
 from rotbits_jax.symmetries import transform
@@ -62,9 +61,11 @@ def rounding(pattern: str, offset: float) -> symmetries.Rounding:
 def main() -> None:
   checkpoint = rotbits_jax.load_checkpoint(_CHECKPOINT.value)
   model = checkpoint.model
-  text = pathlib.Path(_TEXT.value).read_text(encoding='utf-8')
-  tokens = np.array(evaluation.read_tokenizer(checkpoint.files).encode(text).ids)
-  context = symmetries.make_context(model)
+  text = program.read_text(_TEXT.value)
+  tokens = evaluation.encode_text(checkpoint.files, text)
+  # `near` has the transforms of `free`.
+  rewritten = near.rewritten(model)
+  context = symmetries.make_context(model)._replace(source=rewritten)
   again = symmetries.randomly_rotated(model, key=jax.random.key(0))
   measure = lambda compared: evaluation.compare(
     {'it': compared}, tokens, {'model': model}, max_tokens=_MAX_TOKENS.value
@@ -76,7 +77,7 @@ def main() -> None:
     units = [
       unit
       for some, _ in symmetries.rewrite(
-        context, presets.free().transform, rounding=rounding(pattern, offset)
+        context, symmetries.chain(), rounding=rounding(pattern, offset)
       )
       for unit in some
     ]

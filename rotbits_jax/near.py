@@ -15,7 +15,7 @@ rounding the parameters of this kind alone.
 import dataclasses
 import math
 import re
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -301,16 +301,7 @@ def _numbers(model: models.Model) -> dict[str, int]:
 def _rounded(
   model: models.Model, context: symmetries.Context, rounding: symmetries.Rounding
 ) -> models.Model:
-  """Rounds a float32 model as `rewrite` does."""
-
-  def round_tree(tree: models.Params, prefix: str) -> models.Params:
-    flat: dict[str, Any] = {}
-    for path, leaf in structured.flatten(tree).items():
-      dtype = context.dtypes.get(prefix + path, context.form)
-      octaves = rounding.octaves(prefix + path, dtype)
-      rounded, _ = symmetries.round_leaf(leaf, dtype, octaves, rounding.uniform)
-      flat[path] = jax.device_get(rounded)
-    return structured.unflatten(flat)
-
-  layers = [round_tree(layer, f'layers.{i}/') for i, layer in enumerate(model.layers())]
-  return models.from_layers(model.config, round_tree(model.outer(), ''), layers)
+  """Rounds a float32 model as the encoder does."""
+  own = context._replace(source=model)
+  units = symmetries.rewrite(own, symmetries.chain(), rounding=rounding)
+  return transform.to_model(model.config, (unit for some, _ in units for unit in some))
