@@ -140,7 +140,7 @@ def _round(
         result = _multiples(array, step)
         bits = _bits_saved(array, step, dtype)
       else:
-        step = _power(_exponent(_rms(array), octaves, dtype))
+        step = jnp.ldexp(jnp.float32(1), _exponent(_rms(array), octaves, dtype))
         # Beyond, the dtype itself is coarser.
         is_small = jnp.abs(array) < step * (1 << jnp.finfo(dtype).nmant + 1)
         result = jnp.where(is_small, _multiples(array, step).astype(dtype), nearest)
@@ -191,7 +191,7 @@ def _quarter_step(rms: jax.Array, octaves: jax.Array) -> jax.Array:
   # In the middle between two of these in log2 are the roots of 4 * 5, 5 * 6, ...
   middles = jnp.log2(jnp.sqrt(jnp.float32([20, 30, 42, 56])) / 4)
   i = (target - q > middles).sum()
-  return (4 + i).astype(jnp.float32) * _power(q.astype(jnp.int32) - 2)
+  return jnp.ldexp((4 + i).astype(jnp.float32), q.astype(jnp.int32) - 2)
 
 
 def _multiples(array: jax.Array, step: jax.Array) -> jax.Array:
@@ -210,8 +210,3 @@ def _bits_saved(array: jax.Array, step: jax.Array, dtype: np.dtype) -> jax.Array
 def _least_exponent(dtype: np.dtype) -> int:
   """Returns the exponent of the smallest normal number of a dtype."""
   return int(np.log2(float(jnp.finfo(dtype).smallest_normal)))
-
-
-def _power(exponent: jax.Array) -> jax.Array:
-  """Returns 2^exponent in float32 for int32 exponents from -126 to 127."""
-  return jax.lax.bitcast_convert_type((exponent + 127) << 23, jnp.float32)
