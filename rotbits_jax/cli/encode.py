@@ -68,7 +68,6 @@ JSON:
 """
 
 import importlib.resources
-import pathlib
 import sys
 from typing import Any
 
@@ -214,11 +213,9 @@ def search(max_kl: float, text: str) -> presets.Preset:
   The measured points go to stderr.
   """
   checkpoint = rotbits_jax.load_checkpoint(_CHECKPOINT.value)
-  content = pathlib.Path(text).read_text(encoding='utf-8')
-  tokenizer = evaluation.read_tokenizer(checkpoint.files)
   found = near.search(
     checkpoint.model,
-    np.array(tokenizer.encode(content).ids),
+    evaluation.encode_text(checkpoint.files, program.read_text(text)),
     max_kl=max_kl,
     max_tokens=_MAX_TOKENS.value,
     progress=True,
