@@ -18,17 +18,16 @@ import tempfile
 from typing import Any
 
 from absl import flags
-import gguf
 import jax
 import numpy as np
 import safetensors.numpy
 
 from benchmarks import demo
+from benchmarks import near
 import rotbits_jax
 from rotbits_jax import checkpoints
 from rotbits_jax import evaluation
 from rotbits_jax import presets
-from rotbits_jax import structured
 from rotbits_jax import symmetries
 from rotbits_jax.cli import program
 from rotbits_jax.evaluation import charts
@@ -88,38 +87,6 @@ def peers(model: rotbits_jax.Model, python: str) -> dict[str, int]:
   return found
 
 
-# ---- block formats -------------------------------------------------------------------
-
-
-def in_blocks(model: rotbits_jax.Model, name: str) -> tuple[rotbits_jax.Model, int]:
-  """A model whose matrices are in a block format of GGUF, and its bytes.
-
-  Vectors stay as they are, as in llama.cpp's files.
-  """
-  kind = gguf.GGMLQuantizationType[name]
-  block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
-  total = 0
-
-  def rounded(path: str, x: Any) -> Any:
-    nonlocal total
-    x = np.asarray(x)
-    if not path.endswith(('kernel', 'tokens')):
-      total += x.nbytes
-      return x
-    # Rows are output neurons in GGUF, so that blocks run along the input.
-    turned = np.swapaxes(x, -1, -2) if path.endswith('kernel') else x
-    flat = np.float32(turned).reshape(-1)
-    padded = np.pad(flat, (0, -flat.size % block)).reshape(-1, block)
-    total += len(padded) * block_bytes
-    back = gguf.dequantize(gguf.quantize(padded, kind), kind).reshape(-1)[: flat.size]
-    back = back.reshape(turned.shape)
-    return np.swapaxes(back, -1, -2) if path.endswith('kernel') else back
-
-  flat = structured.flatten(model.params)
-  params = structured.unflatten({path: rounded(path, x) for path, x in flat.items()})
-  return rotbits_jax.Model(params, model.buffers, model.config), total
-
-
 # ---- measuring -----------------------------------------------------------------------
 
 
@@ -144,8 +111,9 @@ def measure(
     kl = divergence(rotbits_jax.load(data))
     curve['this library'].append([len(data) / report.input_bytes, kl])
   for name in BLOCKS:
-    rounded, size = in_blocks(model, name)
-    curve['GGUF'].append([size / report.input_bytes, divergence(rounded)])
+    stored = near.stored_in_blocks(model, name)
+    kl = divergence(stored.model)
+    curve['GGUF'].append([stored.bytes / report.input_bytes, kl])
   floor = divergence(symmetries.randomly_rotated(model, key=jax.random.key(0)))
   return {
     'checkpoint': checkpoint.stem,
