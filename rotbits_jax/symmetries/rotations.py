@@ -135,17 +135,3 @@ def rotate(model: models.Model, rotations: list[np.ndarray]) -> models.Model:
 
 
 jitted_turn_parameters = jax.jit(turn_parameters, static_argnames='axes')
-
-
-def embed(rotation: Any, width: int) -> jax.Array:
-  """Extends a rotation `[d, d]` to a wider space; the further dimensions stay.
-
-  Args:
-    rotation: `[d, d]`.
-    width: dimension of the wider space.
-
-  Returns:
-    float32 `[width, width]`.
-  """
-  d = rotation.shape[0]
-  return jnp.eye(width, dtype=jnp.float32).at[:d, :d].set(rotation)
