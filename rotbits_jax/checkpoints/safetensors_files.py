@@ -11,6 +11,7 @@ import ml_dtypes
 import numpy as np
 import safetensors
 
+from rotbits_jax.checkpoints import attributes
 from rotbits_jax.checkpoints import errors
 from rotbits_jax.checkpoints import lazy
 
@@ -55,7 +56,8 @@ def open_file(path: str | os.PathLike[str]) -> dict[str, lazy.LazyTensor]:
     raise errors.CheckpointError(f'{path}: {e}') from e
   (header_size,) = struct.unpack('<Q', file.map(0, 8))
   tensors = {}
-  for name, entry in json.loads(bytes(file.map(8, header_size))).items():
+  header = attributes.parse_json(bytes(file.map(8, header_size)), f'{path}: header')
+  for name, entry in header.items():
     if name == '__metadata__':
       continue
     if entry['dtype'] not in _DTYPES:
@@ -227,10 +229,7 @@ def _tensor(file: lazy.File, offset: int, spec: lazy.TensorSpec) -> lazy.LazyTen
 
 
 def _weight_map(index_path: pathlib.Path) -> dict[str, str]:
-  try:
-    index: Any = json.loads(index_path.read_bytes())
-  except (ValueError, RecursionError) as e:
-    raise errors.CheckpointError(f'{index_path}: not JSON: {e}') from e
+  index = attributes.parse_json(index_path.read_bytes(), str(index_path))
   weight_map = index.get('weight_map') if isinstance(index, dict) else None
   if not isinstance(weight_map, dict) or not all(
     isinstance(shard, str) for shard in weight_map.values()

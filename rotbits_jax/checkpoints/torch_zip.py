@@ -40,8 +40,11 @@ STORAGE_DTYPES: dict[str, np.dtype] = {
 Specs = Mapping[str, lazy.TensorSpec]
 
 _ALIGNMENT = 64
+_MOST_AXES = 32
 _CHUNK = 1 << 24  # bytes written at a time
 _ZIP64_FROM = 1 << 30  # member size from which the 64-bit form is written
+_MOST_PICKLE = 1 << 26  # bytes; a tensor takes about 200
+_MOST_SHARED = 2  # how many times its size a file may hold: tied tensors share storages
 
 
 def open_file(path: str | os.PathLike[str]) -> dict[str, lazy.LazyTensor]:
@@ -64,12 +67,20 @@ def open_file(path: str | os.PathLike[str]) -> dict[str, lazy.LazyTensor]:
     members = _Members(file)
     if bytes(members.get('byteorder', b'little')).strip() != b'little':
       raise errors.CheckpointError('big-endian tensors are not supported')
+    if members.size('data.pkl') > _MOST_PICKLE:
+      raise errors.CheckpointError('data.pkl is too long for a state dict')
     state = _unpickle(members.read('data.pkl'))
     if not isinstance(state, dict):
       raise errors.CheckpointError(
         f'expected a state dict of tensors, got {type(state).__name__}'
       )
-    return {name: _tensor(name, view, members) for name, view in state.items()}
+    tensors = {name: _tensor(name, view, members) for name, view in state.items()}
+    held = sum(tensor.nbytes for tensor in tensors.values())
+    if held > _MOST_SHARED * file.size:
+      raise errors.CheckpointError(
+        f'the tensors overlap: {held} bytes in a file of {file.size}'
+      )
+    return tensors
 
 
 def read(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
@@ -129,11 +140,11 @@ class _Members:
     return self._info(name).file_size
 
   def read(self, name: str) -> memoryview:
-    """A member's content, in a memory map of its own unless it is compressed."""
+    """A member's content, in a memory map of its own."""
     info = self._info(name)
+    # PyTorch compresses nothing, and nothing says how large a member inflates to.
     if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1:
-      with zipfile.ZipFile(self.file.path) as archive:
-        return memoryview(archive.read(info))
+      raise errors.CheckpointError(f'the member {name} is compressed or encrypted')
     # The local header's lengths may differ from the central directory's.
     header = self.file.map(info.header_offset, 30)
     signature, name_length, extra_length = struct.unpack('<4s22xHH', header)
@@ -305,11 +316,16 @@ def _tensor(name: str, view: Any, members: _Members) -> lazy.LazyTensor:
     )
   shape, strides = view.shape, view.strides
   numbers = (view.offset, *shape, *strides)
-  if len(shape) != len(strides) or not all(
-    type(n) is int and 0 <= n < 2**63 for n in numbers
+  # Not shown, because tuples of tuples may be exponentially long.
+  if (
+    len(shape) != len(strides)
+    or len(shape) > _MOST_AXES
+    or not all(type(n) is int and 0 <= n < 2**63 for n in numbers)
   ):
-    raise errors.CheckpointError(f'{name}: got {view.offset=}, {shape=}, {strides=}')
-  if math.prod(shape) * dtype.itemsize >= 2**63:
+    raise errors.CheckpointError(
+      f'{name}: the offset, shape and strides are not those of a tensor'
+    )
+  if math.prod(n for n in shape if n) * dtype.itemsize >= 2**63:
     raise errors.CheckpointError(f'{name}: {shape=} is too large')
   if math.prod(shape) == 0:
     return lazy.LazyTensor(shape, dtype, lambda: np.zeros(shape, dtype))
@@ -318,6 +334,10 @@ def _tensor(name: str, view: Any, members: _Members) -> lazy.LazyTensor:
     raise errors.CheckpointError(
       f'{name}: got {view.offset=}, {shape=}, {strides=}, '
       f'which reach outside storage {key} of {size} numbers'
+    )
+  if math.prod(shape) > size:
+    raise errors.CheckpointError(
+      f'{name}: {shape=} with {strides=} has numbers that overlap'
     )
 
   def read() -> np.ndarray:

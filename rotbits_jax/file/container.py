@@ -23,6 +23,8 @@ import zlib
 
 import numpy as np
 
+from rotbits_jax import strict_json
+
 FORMAT = 'rotbits'
 VERSION = 3
 MANIFEST = 'manifest'
@@ -276,15 +278,11 @@ def parse_json(data: bytes, where: str) -> Any:
   """JSON that a stranger may have written.
 
   Raises:
-    ContainerError: if it is not JSON, is nested too deeply, or has NaN or infinity.
+    ContainerError: if it is not JSON as `strict_json` has it.
   """
-
-  def refuse(constant: str) -> Any:
-    raise ContainerError(f'the {where} is damaged: it has the number {constant}')
-
   try:
-    return json.loads(data, parse_constant=refuse)
-  except ContainerError:
-    raise
-  except (ValueError, RecursionError) as error:
-    raise ContainerError(f'not a rotbits file, or its {where} is damaged') from error
+    return strict_json.loads(data)
+  except ValueError as error:
+    raise ContainerError(
+      f'not a rotbits file, or its {where} is damaged: {error}'
+    ) from error

@@ -1,5 +1,6 @@
 """Arrays whose entries are all the same."""
 
+import math
 from typing import Any, ClassVar
 
 from flax import struct
@@ -11,6 +12,9 @@ from rotbits_jax.structured.base import Arrays
 from rotbits_jax.structured.base import Settings
 from rotbits_jax.structured.base import Structured
 from rotbits_jax.structured.base import register
+from rotbits_jax.structured.stored import Stored
+
+_MOST_AXES = 8
 
 
 @register
@@ -51,5 +55,13 @@ class Constant(Structured):
 
   @classmethod
   def from_stored(cls, settings: Settings, arrays: Arrays) -> 'Constant':
-    empty = arrays['empty'].reshape(*settings['shape'], 0)
-    return cls(empty, settings['value'])
+    given = Stored(settings, arrays)
+    shape, value = given.sizes('shape'), given.number('value')
+    empty = given.array('empty', 1)
+    given.finish()
+    if empty.size or len(shape) > _MOST_AXES:
+      raise ValueError(f'no constant is made of {empty.shape=} and {len(shape)} axes')
+    # Of one axis first, because NumPy multiplies the others although one is 0.
+    if math.prod(n for n in shape if n) >= 1 << 48:
+      raise ValueError(f'a constant of {shape=} is too large')
+    return cls(empty.reshape(*shape, 0), value)

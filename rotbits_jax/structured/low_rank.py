@@ -17,6 +17,7 @@ from rotbits_jax.structured.base import Arrays
 from rotbits_jax.structured.base import Settings
 from rotbits_jax.structured.base import Structured
 from rotbits_jax.structured.base import register
+from rotbits_jax.structured.stored import Stored
 
 
 @struct.dataclass(kw_only=True)
@@ -154,10 +155,12 @@ class LowRank(FactorPair):
 
   @classmethod
   def from_stored(cls, settings: Settings, arrays: Arrays) -> 'LowRank':
-    u, v = arrays['u'], arrays['v']
-    if u.ndim != 2 or v.ndim != 2 or u.shape[1] != v.shape[0]:
+    given = Stored(settings, arrays)
+    (u, v), names = given.alike('u', 'v', axes=2), given.text('names')
+    given.finish()
+    if u.shape[1] != v.shape[0]:
       raise ValueError(f'no matrix is the product of {u.shape=} and {v.shape=}')
-    return cls(u, v, names=settings['names'])
+    return cls(u, v, names=names)
 
 
 @register
@@ -270,13 +273,16 @@ class ReducedLowRank(FactorPair):
 
   @classmethod
   def from_stored(cls, settings: Settings, arrays: Arrays) -> 'ReducedLowRank':
-    below, other = arrays['below'], arrays['other']
-    if below.ndim != 2 or other.ndim != 2 or below.shape[1] != other.shape[0]:
+    given = Stored(settings, arrays)
+    below, other = given.alike('below', 'other', axes=2)
+    transposed, names = given.flag('transposed'), given.text('names')
+    given.finish()
+    if below.shape[1] != other.shape[0]:
       raise ValueError(f'no low-rank matrix has {below.shape=} and {other.shape=}')
     size = sum(below.shape)
     if size > other.shape[1]:
       raise ValueError(f'{size} rows are not the shorter side, got {other.shape=}')
-    return cls(below, other, size, **settings)
+    return cls(below, other, size, transposed, names=names)
 
 
 def _pad(matrix: Any, widths: tuple[tuple[int, int], tuple[int, int]]) -> Any:

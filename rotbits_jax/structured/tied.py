@@ -13,6 +13,7 @@ from rotbits_jax.structured.base import Arrays
 from rotbits_jax.structured.base import Dependent
 from rotbits_jax.structured.base import Settings
 from rotbits_jax.structured.base import register
+from rotbits_jax.structured.stored import Stored
 
 
 @register
@@ -60,7 +61,10 @@ class Tied(Dependent):
 
   @classmethod
   def from_stored(cls, settings: Settings, arrays: Arrays) -> 'Tied':
-    return cls(arrays['map'], settings['tokens'])
+    given = Stored(settings, arrays)
+    map, tokens = given.array('map', 2), given.size('tokens')
+    given.finish()
+    return cls(map, tokens)
 
 
 @register
@@ -203,30 +207,40 @@ class TiedExactly(Dependent):
 
   @classmethod
   def from_stored(cls, settings: Settings, arrays: Arrays) -> 'TiedExactly':
-    map, tokens = arrays['map'].astype(np.int32), settings['tokens']
-    low = arrays['low'] if settings['low'] else np.zeros(map.shape, np.uint8)
+    given = Stored(settings, arrays)
+    map, tokens = given.array('map', 2, np.int16).astype(np.int32), given.size('tokens')
+    scale, first = given.integer('scale', -1000, 2000), given.integer('first', 0, 255)
+    bits = given.integer('low', 0, 8)
+    low = np.zeros(map.shape, np.uint8)
+    if bits:
+      low = given.array('low', low.ndim, np.uint8)
+    shifts, exceptions = given.array('shifts', 1, np.int16), given.array('exceptions', 1)
     residuals: list[np.ndarray] = []
-    while f'residuals_{len(residuals)}' in arrays:
-      residuals.append(arrays[f'residuals_{len(residuals)}'])
+    while (name := f'residuals_{len(residuals)}') in given:
+      residuals.append(given.array(name, 1, np.int8))
+    given.finish()
     count = sum(x.size for x in residuals)
-    fits = map.ndim == 2 and count == tokens * map.shape[1]
-    if not fits or low.shape != map.shape or arrays['shifts'].shape != map.shape[:1]:
+    fits = residuals and count == tokens * map.shape[1]
+    if not fits or low.shape != map.shape or shifts.shape != map.shape[:1]:
       raise ValueError(
         f'no embedding of {tokens} tokens is made of {count} residuals, {map.shape=}, '
-        f'{low.shape=} and shifts {arrays["shifts"].shape}'
+        f'{low.shape=} and {shifts.shape=}'
       )
+    if exceptions.dtype not in _EXACT_DTYPES:
+      raise ValueError(f'no embedding is tied exactly in {exceptions.dtype}')
     return cls(
-      map=map << settings['low'] | low,
-      shifts=arrays['shifts'],
+      map=map << bits | low,
+      shifts=shifts,
       residuals=tuple(residuals),
-      exceptions=arrays['exceptions'],
+      exceptions=exceptions,
       tokens=tokens,
-      scale=settings['scale'],
-      first=settings['first'],
+      scale=scale,
+      first=first,
     )
 
 
 _EXCEPTION = -128
+_EXACT_DTYPES = (np.dtype(np.float16), np.dtype(jnp.bfloat16))
 
 
 def token_blocks(head: Any, numbers: int = 1 << 23) -> Iterator[slice]:

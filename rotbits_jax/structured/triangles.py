@@ -11,6 +11,9 @@ from rotbits_jax.structured.base import Arrays
 from rotbits_jax.structured.base import Settings
 from rotbits_jax.structured.base import Structured
 from rotbits_jax.structured.base import register
+from rotbits_jax.structured.stored import Stored
+
+_SMALL = 1 << 24  # numbers of a matrix that may be all zeros
 
 
 @register
@@ -45,7 +48,10 @@ class Trapezoidal(Structured):
 
   @classmethod
   def from_stored(cls, settings: Settings, arrays: Arrays) -> 'Trapezoidal':
-    return cls(unpack_lower(arrays['lower'], settings['lower']))
+    given = Stored(settings, arrays)
+    lower = unpack_lower(given.array('lower', 1), given.sizes('lower', 2))
+    given.finish()
+    return cls(lower)
 
 
 @register
@@ -83,25 +89,25 @@ class RowTrapezoids(Structured):
 
   def stored(self) -> tuple[Settings, Arrays]:
     upper = np.asarray(self.upper)
-    settings = {
-      'blocks': list(self.blocks),
-      'full': self.full,
-      'columns': upper.shape[1],
-    }
-    return settings, {'upper': upper[_upper_mask(**settings)]}
+    columns = upper.shape[1]
+    settings = {'blocks': list(self.blocks), 'full': self.full, 'columns': columns}
+    mask = _upper_mask(self.blocks, self.full, columns)
+    return settings, {'upper': upper[mask]}
 
   @classmethod
   def from_stored(cls, settings: Settings, arrays: Arrays) -> 'RowTrapezoids':
-    blocks, full, columns = settings['blocks'], settings['full'], settings['columns']
-    check_sizes(full, columns, *blocks)
+    given = Stored(settings, arrays)
+    blocks, full = given.sizes('blocks'), given.size('full')
+    columns, values = given.size('columns'), given.array('upper', 1)
+    given.finish()
     size = full * columns + sum(lower_size((columns, rows)) for rows in blocks)
-    if arrays['upper'].shape != (size,):
-      raise ValueError(f'{size} numbers are expected, got {arrays["upper"].shape}')
-    upper = unpack(arrays['upper'], _upper_mask(**settings))
-    return cls(upper, tuple(blocks), full)
+    if values.size != size:
+      raise ValueError(f'{size} numbers are expected, got {values.size}')
+    _check_zeros((full + sum(blocks)) * columns, size)
+    return cls(unpack(values, _upper_mask(blocks, full, columns)), blocks, full)
 
 
-def _upper_mask(blocks: list[int], full: int, columns: int) -> np.ndarray:
+def _upper_mask(blocks: tuple[int, ...], full: int, columns: int) -> np.ndarray:
   ones = lambda rows: np.ones((rows, columns), bool)
   return np.concatenate([ones(full), *(np.triu(ones(rows)) for rows in blocks)])
 
@@ -119,31 +125,30 @@ def lower_size(shape: tuple[int, ...]) -> int:
   return corner * (corner + 1) // 2 + (rows - corner) * columns
 
 
-def check_sizes(*sizes: Any) -> None:
-  """Refuses what cannot be the length of an axis.
-
-  Raises:
-    ValueError: if one is not an integer from 0 to 2^31 - 1.
-  """
-  for size in sizes:
-    if type(size) is not int or not 0 <= size < 1 << 31:
-      raise ValueError(f'{size!r} is not the length of an axis')
-
-
-def unpack_lower(values: np.ndarray, shape: Any) -> np.ndarray:
+def unpack_lower(values: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
   """The inverse of `pack_lower`, see `unpack`.
 
   Raises:
-    ValueError: if the shape is none, or another number of values belongs to it.
+    ValueError: if another number of values belongs to the shape, or they are a small
+      part of a large matrix.
   """
   rows, columns = shape
-  check_sizes(rows, columns)
   if values.shape != (lower_size((rows, columns)),):
     raise ValueError(
       f'a {rows} x {columns} trapezoid has {lower_size((rows, columns))} numbers, '
       f'got {values.shape=}'
     )
-  return unpack(values, np.tril(np.ones(tuple(shape), bool)))
+  _check_zeros(rows * columns, values.size)
+  return unpack(values, np.tril(np.ones(shape, bool)))
+
+
+def _check_zeros(size: int, stored: int) -> None:
+  """Refuses a large matrix of which far more than half is zeros.
+
+  Its shape is a stranger's, and a few numbers must not ask for much memory.
+  """
+  if size > 2 * stored + _SMALL:
+    raise ValueError(f'{stored} numbers are too few for a matrix of {size}')
 
 
 def unpack(values: np.ndarray, mask: np.ndarray) -> np.ndarray:
