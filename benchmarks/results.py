@@ -24,6 +24,7 @@ import jax
 from benchmarks import demo
 import rotbits_jax
 from rotbits_jax import evaluation
+from rotbits_jax import outputs
 from rotbits_jax.cli import program
 from rotbits_jax.file import report as report_lib
 
@@ -181,7 +182,7 @@ def main() -> None:
   paths = [weights_file(pathlib.Path(path)) for path in _CHECKPOINTS.value]
   text = program.read_text(_TEXT.value)
   tokens = f', its first {_MAX_TOKENS.value} tokens' if _MAX_TOKENS.value else ''
-  program.check_output_file(_OUTPUT.value)
+  outputs.check(outputs.resolved(_OUTPUT.value), overwrite=True)
   device = f'{platform.machine()} {jax.devices()[0].device_kind}'
   results = (
     '# Results\n\n'

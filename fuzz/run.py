@@ -2,11 +2,11 @@
 
   python -m fuzz.run --target=container --executions=100000 [--failures=DIR]
 
-A target (see `fuzz.targets`) reads inputs that atheris makes of the seeds. Every error
+A target (see `fuzz.targets`) reads inputs that atheris makes of the seeds. An error
 that is not one of those promised is a failure, and so is an input that takes more time
-or memory than the limits. The process that fuzzes is another one, which is started again
-if an input ends it; the first input of each failure is kept. The exit code is 1 if there
-was a failure.
+or memory than the limits. The process that fuzzes is another one, which is started
+again if an input ends it. The first input of each failure is kept, and the exit code is
+1 if there was one.
 """
 
 import collections

@@ -90,9 +90,17 @@ def _container(data: bytes) -> None:
     reader.files()
     params = decoded.params if isinstance(decoded, models.Model) else decoded
     for leaf in structured.flatten(params).values():
-      if structured.is_structured(leaf) and np.prod(leaf.shape) <= _SMALL:
-        if not isinstance(leaf, structured.Dependent):
-          np.asarray(leaf.materialize())
+      if _is_small(leaf):
+        np.asarray(leaf.materialize())
+    if isinstance(decoded, models.Model):
+      for _, part in reader.parts():
+        models.materialize(part)
+
+
+def _is_small(leaf: Any) -> bool:
+  """Whether a leaf can be materialized here."""
+  alone = structured.is_structured(leaf) and not isinstance(leaf, structured.Dependent)
+  return alone and math.prod(leaf.shape) <= _SMALL
 
 
 def _manifest(data: bytes) -> None:
@@ -118,9 +126,8 @@ def _leaf(data: bytes) -> None:
   leaf = cls.from_stored(settings, named)
   structured.stack_key(leaf)
   leaf.stored_sizes()
-  if np.prod(leaf.shape, dtype=np.float64) <= _SMALL:
-    if not isinstance(leaf, structured.Dependent):
-      assert np.asarray(leaf.materialize()).shape == leaf.shape
+  if _is_small(leaf):
+    assert np.asarray(leaf.materialize()).shape == leaf.shape
     again = leaf.stored()
     assert {n: x.shape for n, x in again[1].items()} == {
       n: x.shape for n, x in named.items()

@@ -1,4 +1,4 @@
-"""Transformer weights without the bits that their symmetries make redundant.
+"""Stores transformer weights without the bits that their symmetries make redundant.
 
 In a Python session:
 
@@ -7,17 +7,24 @@ In a Python session:
     model = rotbits_jax.load('opt.rotbits')
     logits = rotbits_jax.models.logits(model, tokens)
 
-Data flows one way: `checkpoints` (files to PyTrees), `models` (Flax forward passes),
-`slicing` (dense to sliced), `symmetries` (transforms that leave fewer numbers),
-`coding` (numbers to bits), `presets` (transforms and a coder), `file` (what is
-written and read), `evaluation`.
+Data flows through the modules in one direction:
+
+    checkpoints   reads and writes checkpoints
+    models        configs, parameters and forward passes of transformers
+    slicing       makes sliced models from dense ones (SliceGPT)
+    structured    leaves that stand for arrays and store fewer numbers
+    symmetries    transforms that leave fewer numbers to store
+    coding        codes numbers as bits
+    presets       combinations of transforms and a way to code
+    file          the encoded file
+    evaluation    perplexity and KL divergence of models
 """
 
 import importlib
 from typing import Any
 
-# Names are imported when they are first used, so that decoding a file does not wait for
-# forward passes and evaluation to be imported.
+# Names are imported when they are first used, because decoding a file does not need the
+# modules of forward passes and evaluation.
 _MODULES = (
   'checkpoints',
   'coding',
@@ -49,6 +56,7 @@ _NAMES = {
   'read_tensor': 'codec',
   'read_unit': 'codec',
   'save_checkpoint': 'checkpoints',
+  'verify': 'verification',
 }
 
 __all__ = sorted([*_MODULES, *_NAMES])

@@ -24,6 +24,7 @@ import numpy as np
 from rotbits_jax import checkpoints
 from rotbits_jax import file
 from rotbits_jax import models
+from rotbits_jax import outputs
 from rotbits_jax import presets
 from rotbits_jax import progress as progress_lib
 from rotbits_jax import structured
@@ -32,6 +33,7 @@ from rotbits_jax.file import manifest as manifest_lib
 from rotbits_jax.file import report
 from rotbits_jax.file import writer as writer_lib
 from rotbits_jax.symmetries import transform as transform_lib
+from rotbits_jax.verification import read_all
 
 Tree = dict[str, Any]
 
@@ -91,14 +93,17 @@ def encode_to_file(
   stem: str | None = None,
   shard_size: int | None = None,
   mesh: jax.sharding.Mesh | None = None,
+  overwrite: bool = True,
+  check: bool = False,
   progress: bool = False,
   **options: Any,
 ) -> None:
   """Encodes a checkpoint to a file, or to shards, a few layers at a time.
 
-  The file is there when it is complete. A run that was killed is resumed by the next
-  one with the same input and settings. Several processes of `jax.distributed` that call
-  this write shards of one model, each the layers that it owns.
+  The file appears when it is complete, see `outputs`. A run that was killed or
+  interrupted is resumed by the next one with the same input and settings. Several
+  processes of `jax.distributed` that call this write shards of one model, each the
+  layers that it owns.
 
   Args:
     source: a checkpoint, opened or by its path, or a `Model`.
@@ -110,47 +115,67 @@ def encode_to_file(
     shard_size: bytes of a shard, at most; None for one file, or for as many shards as
       there are processes.
     mesh: see `encode`.
+    overwrite: whether a file that exists may be replaced.
+    check: whether to decode all that was written before it replaces anything, and to
+      compare it with the source if the preset is 'exact', see `verify`. One process
+      only.
     progress: whether to tell on stderr how far it is.
     options: of a preset that is given by its name.
 
   Raises:
     ValueError: see `encode`.
     CheckpointError: if the checkpoint cannot be read.
-    OSError: if the file cannot be written.
+    ContainerError: if the check fails.
+    OSError: if the file cannot be written or must not be replaced.
   """
   made = presets.make(preset, **options)
   if isinstance(source, (str, os.PathLike)):
     source = checkpoints.open_checkpoint(source)
   if shard_size is not None and shard_size < 1:
     raise ValueError(f'shard_size must be positive, got {shard_size}')
-  output = pathlib.Path(path).absolute()
   job = _Job(source, made, files, stem, mesh)
   process, processes = jax.process_index(), jax.process_count()
   if made.message is not None and (shard_size is not None or processes > 1):
     raise ValueError("the preset 'paper' writes one message: it cannot be in shards")
+  if check and processes > 1:
+    raise ValueError('check needs one process; verify the file when all are done')
   bytes_of = {name: sizes.bytes for name, sizes in job.sizes.items()}
+  sharded = shard_size is not None or processes > 1
+  output = pathlib.Path(path).absolute() if sharded else outputs.resolved(path)
   shards = writer_lib.plan_shards(output, bytes_of, shard_size, processes)
-  own = [x for i, x in enumerate(shards) if i * processes // len(shards) == process]
-  work = writer_lib.Workspace(output, f'process-{process}', job.fingerprint(shards))
+  index = output.with_name(writer_lib.index_name(output))
+  for target in (output, index, *(output.with_name(x.name) for x in shards)):
+    outputs.check(target, overwrite=overwrite)
+  owners = {x: i * processes // len(shards) for i, x in enumerate(shards)}
+  own = [shard for shard, owner in owners.items() if owner == process]
   total = sum(len(shard.units) for shard in own)
-  try:
-    with (
-      progress_lib.Progress('encode', total, 'unit', show=progress) as bar,
-      contextlib.ExitStack() as stack,
-    ):
-      if work.done:
-        bar.say(f'resumes behind {len(work.done)} of {total} units')
+  with (
+    outputs.named(output),
+    writer_lib.Workspace(output, process, job.fingerprint(shards)) as work,
+    progress_lib.Progress('encode', total, 'unit', show=progress) as bar,
+  ):
+    if work.done:
+      bar.say(f'resumes behind {len(work.done)} of {total} units')
+    with contextlib.ExitStack() as stack:
       job.write(own, lambda x: stack.enter_context(work.open(x)), work, bar)
-  except Exception:  # not an interruption, which the next run resumes
-    work.close()
-    raise
-  _barrier(processes)
-  for shard in own:
-    writer_lib.move_into_place(work.path(shard), output.with_name(shard.name))
-  _barrier(processes)
-  if process == 0:
-    _finish_output(output, shards)
-  work.close()
+    _barrier(processes)
+    if sharded and process == 0:
+      paths = {x: work.path(x.name, process=i) for x, i in owners.items()}
+      writer_lib.write_index(work.path(index.name), paths)
+    if check:
+      bar.stage('checking')
+      first = index.name if sharded else output.name
+      whole = made.name == 'exact' and len(made.names) == 1
+      read_all(work.path(first), source if whole else None)
+    _barrier(processes)
+    for shard in own:
+      outputs.move(work.path(shard.name), output.with_name(shard.name))
+    _barrier(processes)
+    if process == 0 and sharded:
+      outputs.move(work.path(index.name), index)
+      output.unlink(missing_ok=True)  # an older file, which would be taken for this one
+    elif process == 0:
+      index.unlink(missing_ok=True)
 
 
 def decode(source: file.Readable, *, progress: bool = False) -> models.Model | Tree:
@@ -220,6 +245,7 @@ def decode_to_directory(
   *,
   format: checkpoints.Format = 'safetensors',
   shard_size: int | None = None,
+  overwrite: bool = True,
   progress: bool = False,
 ) -> None:
   """Decodes a file to a checkpoint on disk, a layer at a time.
@@ -229,12 +255,13 @@ def decode_to_directory(
     directory: to write to.
     format: see `checkpoints.save_checkpoint`.
     shard_size: bytes of tensors in one file of weights, at most; None for one file.
+    overwrite: whether files that exist may be replaced.
     progress: whether to tell on stderr how far it is.
 
   Raises:
     ContainerError: as for `decode_checkpoint`.
     ValueError: if the format does not suit the model.
-    OSError: if a path cannot be read or written.
+    OSError: if a path cannot be read or written, or a file must not be replaced.
   """
   with file.Reader(source) as reader:
     config = reader.config
@@ -250,6 +277,7 @@ def decode_to_directory(
       shard_size=shard_size,
       factors=reader.factors(),
       buffers=reader.buffers(),
+      overwrite=overwrite,
     ) as writer:
       kept = (structured.FactorPair,)
       for index, params in reader.parts(show_progress=progress):
@@ -454,7 +482,7 @@ class _Job:
   ) -> None:
     from rotbits_jax import paper  # its linear algebra is slow to import
 
-    name, corrections, tables = writer_lib.MESSAGE
+    name, corrections, tables = manifest_lib.MESSAGE
     encoded = paper.encode(
       self.context.source,
       self.preset.message,
@@ -535,23 +563,11 @@ def _barrier(processes: int) -> None:
     multihost_utils.sync_global_devices('rotbits_jax')
 
 
-def _finish_output(output: pathlib.Path, shards: Sequence[writer_lib.Shard]) -> None:
-  """Writes the index of shards, or removes that of an older output."""
-  index = output.with_name(writer_lib.index_name(output))
-  if [shard.name for shard in shards] == [output.name]:
-    index.unlink(missing_ok=True)
-    return
-  total = sum(output.with_name(shard.name).stat().st_size for shard in shards)
-  names = {unit: shard.name for shard in shards for unit in shard.units}
-  text = json.dumps({'metadata': {'total_size': total}, 'weight_map': names}, indent=2)
-  partial = output.with_name(f'.{index.name}.partial')
-  partial.write_text(text + '\n')
-  writer_lib.move_into_place(partial, index)
-  output.unlink(missing_ok=True)  # an older output in one file would be taken for this
-
-
 def _on_device(x: Any) -> Any:
-  """A JAX array; the NumPy array itself if JAX would narrow its dtype."""
+  """A JAX array; the NumPy array itself if JAX would narrow its dtype.
+
+  On a processor the two share memory where its address allows it. Nobody else holds it.
+  """
   if not isinstance(x, np.ndarray) or jnp.result_type(x) != x.dtype:
     return x
-  return jnp.asarray(x)
+  return jax.device_put(x)

@@ -1,8 +1,12 @@
-"""Presets: how a model is rewritten and coded. Each is a value with its own options.
+"""Presets: ways to rewrite and code a model. Each preset has options of its own.
 
-free    the same function, without what its symmetries make redundant
-exact   every bit of the input
-paper   the published scheme: rotations by bits-back coding
+free    keeps the function of the model up to rounding, and removes redundant numbers
+exact   keeps every bit of the input
+paper   keeps the function up to rounding, and saves bits by rotating the model, as
+        published
+
+A gauge is a choice of coordinates that does not change the function of a model. A
+transform rewrites a model so that fewer numbers need to be stored; see `symmetries`.
 """
 
 from collections.abc import Callable
@@ -13,18 +17,18 @@ from rotbits_jax import symmetries
 
 
 class Preset(NamedTuple):
-  """How a model is rewritten and coded.
+  """A way to rewrite and code a model.
 
   Attributes:
-    name: what the file calls it.
-    options: JSON values that the file keeps, to say how it was made.
-    transform: what rewrites the model, see `symmetries.chain`.
-    names: of the savings, in order.
-    widen: whether numbers are float32 between the transforms and are rounded once at
-      the end. Without, every transform sees the numbers as they are stored.
-    order_neurons: whether the order of an MLP's neurons is coded for free.
-    message: the options of the published scheme, if the model goes onto one message of
-      bits-back coding; else None.
+    name: the name of the preset in the file.
+    options: JSON values that the file keeps as a record of how it was made.
+    transform: the transform that rewrites the model, see `symmetries.chain`.
+    names: the names of the transform's parts, in order. The report has a line for each.
+    widen: whether numbers are widened to float32 before the transforms and rounded once
+      after them. If not, every transform sees the numbers in their stored dtype.
+    order_neurons: whether the neurons of an MLP are stored in an order that saves bits.
+    message: the options of the published scheme, if the whole model is coded as one
+      message by bits-back coding; else None.
   """
 
   name: str
@@ -39,11 +43,13 @@ class Preset(NamedTuple):
 def free(
   *, tolerance: float = 0.7, transforms: tuple[symmetries.Transform, ...] = ()
 ) -> Preset:
-  """The same function: fixes every gauge, rounds once, and codes what is left.
+  """Makes the preset that fixes every gauge, rounds once, and codes the other numbers.
+
+  The function of the model stays the same up to rounding; its numbers change.
 
   Args:
     tolerance: see `symmetries.remove_residual_gauge`.
-    transforms: further ones, applied after the preset's own.
+    transforms: further transforms, applied after those of the preset.
 
   Returns:
     The preset.
@@ -54,7 +60,8 @@ def free(
   if not (math.isfinite(tolerance) and tolerance >= 0):
     raise ValueError(f'tolerance must be finite and not negative, got {tolerance}')
   own = (
-    # Rotations first: what follows finds its structure in their coordinates.
+    # Rotations come first, because the other transforms look for structure in the
+    # coordinates that they choose.
     symmetries.remove_residual_gauge(tolerance=tolerance),
     symmetries.retie_embedding(),
     symmetries.remove_biases(),
@@ -73,11 +80,14 @@ def free(
 
 
 def exact(*, transforms: tuple[symmetries.Transform, ...] = ()) -> Preset:
-  """Every bit of the input; an embedding that is the head's image becomes residuals.
+  """Makes the preset that keeps every bit of the input.
+
+  If the embedding can be predicted from the head, it is stored as the difference from
+  the prediction, in small integers.
 
   Args:
-    transforms: further ones, applied before the preset's own. They get the numbers as
-      they are stored.
+    transforms: further transforms, applied before that of the preset. They see the
+      numbers in their stored dtype.
 
   Returns:
     The preset.
@@ -102,27 +112,33 @@ def paper(
   entropy: bool = False,
   transforms: tuple[symmetries.Transform, ...] = (),
 ) -> Preset:
-  """The published scheme: rotations by bits-back coding, see `rotbits_jax.paper`.
+  """Makes the preset of the published scheme, see `rotbits_jax.paper`.
+
+  The model is rotated and rounded, so its numbers change, but not its function up to
+  rounding. Bits of the message choose the rotations, and the decoder gets them back.
 
   Args:
-    canonicaliser: 'polar_shortcut', 'qr' or 'svd' (published).
-    rotation_codec: 'haar' or 'symmetric_eig' (published).
+    canonicaliser: how the decoder recovers a rotation: 'polar_shortcut', 'qr' or 'svd'
+      (published).
+    rotation_codec: how a rotation is sampled: 'haar' or 'symmetric_eig' (published).
     correction: 'exact', or 'threshold' (published), which leaves errors of up to
-      `threshold` in numbers that rotations were sampled from.
+      `threshold` in the numbers from which rotations were sampled.
     threshold: see `correction`.
     entropy: whether numbers are entropy coded.
-    transforms: none are possible, because they leave structured leaves.
+    transforms: must be empty, because transforms make structured leaves.
 
   Returns:
     The preset.
 
   Raises:
-    ValueError: if an option is unknown, or options do not go together.
+    ValueError: if an option is unknown, or if two options cannot be combined.
   """
   from rotbits_jax.paper import Options  # its linear algebra is slow to import
 
   if transforms:
-    raise ValueError("the preset 'paper' takes no transforms: it codes plain arrays")
+    raise ValueError(
+      "the preset 'paper' takes no transforms, because it codes only plain arrays"
+    )
   names = {
     'canonicaliser': canonicaliser,
     'rotation_codec': rotation_codec,
@@ -131,7 +147,7 @@ def paper(
   for name, value in names.items():
     if value not in CHOICES[name]:
       known = ', '.join(CHOICES[name])
-      raise ValueError(f'{name} is one of {known}; got {value!r}')
+      raise ValueError(f'{name} must be one of {known}, got {value!r}')
   lossy = correction == 'threshold'
   options = Options(
     canonicaliser=canonicaliser,
@@ -153,36 +169,36 @@ CHOICES = {
   'rotation_codec': ('haar', 'symmetric_eig'),
   'correction': ('exact', 'threshold'),
 }
-"""The options of the preset `paper` that are names."""
+"""The values of the options of the preset `paper` that are names."""
 
 PRESETS: dict[str, Callable[..., Preset]] = {
   'free': free,
   'exact': exact,
   'paper': paper,
 }
-"""The presets by name: factories that take options."""
+"""Functions that take options and make a preset, by the name of the preset."""
 
 
 def make(preset: str | Preset, **options: Any) -> Preset:
-  """A preset by its name, or the preset itself.
+  """Makes a preset from its name, or returns a given preset.
 
   Args:
-    preset: a name in `PRESETS`, or a preset that is made already.
-    options: of the preset; none, if it is made already.
+    preset: a name in `PRESETS`, or a preset.
+    options: the options of the preset; must be empty if `preset` is a preset.
 
   Returns:
     The preset.
 
   Raises:
-    ValueError: if the name or an option is not known.
+    ValueError: if the name or an option is unknown.
   """
   if isinstance(preset, Preset):
     if options:
-      raise ValueError('a preset that is made already takes no options')
+      raise ValueError('options can be given only with the name of a preset')
     return preset
   if preset not in PRESETS:
-    raise ValueError(f'the presets are {", ".join(PRESETS)}; got {preset!r}')
+    raise ValueError(f'the presets are {", ".join(PRESETS)}, got {preset!r}')
   try:
     return PRESETS[preset](**options)
   except TypeError as error:
-    raise ValueError(f'the preset {preset!r} has other options: {error}') from error
+    raise ValueError(f'the preset {preset!r} has no such option: {error}') from error

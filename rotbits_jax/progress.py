@@ -1,6 +1,7 @@
-"""Progress on stderr: a bar in a terminal, and a line a minute in a pipe or a log."""
+"""Progress on stderr: a bar in a terminal; in a pipe or a log, a line every minute."""
 
 from collections.abc import Iterable, Iterator
+import contextlib
 import sys
 import time
 from typing import Self, TypeVar
@@ -9,22 +10,19 @@ import tqdm
 
 T = TypeVar('T')
 
-_SECONDS = 60.0  # between two lines where stderr is no terminal
+_SECONDS = 60.0  # time between two lines if stderr is not a terminal
 
 
 class Progress:
-  """Tells how far a task has come, of a total that is known.
-
-  A context manager. Nothing is shown unless `show`.
-  """
+  """A context manager that shows the progress of a task whose size is known."""
 
   def __init__(self, task: str, total: int, unit: str, *, show: bool):
-    """Starts.
+    """Starts the task.
 
     Args:
-      task: what is done, in a word.
-      total: how many units there are.
-      unit: what a unit is.
+      task: name of the task, a word.
+      total: number of units of the task.
+      unit: name of a unit.
       show: whether to show anything.
     """
     self._task, self._total, self._unit = task, total, unit
@@ -48,23 +46,24 @@ class Progress:
     return self._show
 
   def stage(self, name: str) -> None:
-    """Says what is being done now."""
+    """Sets the name of the current step, which is shown beside the progress."""
     self._stage = name
     self._bar.set_postfix_str(name)
     self._tell()
 
   def update(self, count: int = 1) -> None:
-    """Says that so many units more are done."""
+    """Counts `count` more units as done."""
     self._done += count
     self._bar.update(count)
     self._tell()
 
   def say(self, text: str) -> None:
-    """Shows a line, whatever the time."""
+    """Shows a line at once."""
     if not self._show:
       return
     if self._lines:
-      print(f'{self._task}: {text}', file=sys.stderr, flush=True)
+      with contextlib.suppress(OSError):  # whoever read it is gone; the work goes on
+        print(f'{self._task}: {text}', file=sys.stderr, flush=True)
     else:
       self._bar.write(f'{self._task}: {text}', file=sys.stderr)
 
@@ -83,7 +82,15 @@ class Progress:
 def track(
   items: Iterable[T], task: str, unit: str, *, total: int, show: bool
 ) -> Iterator[T]:
-  """The items, with progress."""
+  """Yields items and shows the progress.
+
+  Args:
+    items: the items, which are the units of the task.
+    task: see `Progress`.
+    unit: see `Progress`.
+    total: the number of items.
+    show: see `Progress`.
+  """
   with Progress(task, total, unit, show=show) as progress:
     for item in items:
       yield item

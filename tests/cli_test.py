@@ -4,6 +4,7 @@ import importlib.metadata
 import json
 import os
 import pathlib
+import signal
 import subprocess
 import sys
 
@@ -328,6 +329,7 @@ class TestBadInput:
       'encode',
       f'--checkpoint={make(tmp_path)}',
       f'--output={tmp_path / "output"}',
+      '--overwrite',
     ]
     self.check(rotbits, tmp_path, args, words)
 
@@ -408,7 +410,7 @@ class TestProgram:
   def test_interrupted(self, rotbits, monkeypatch, encoded):
     monkeypatch.setattr(rotbits_jax, 'inspect', interrupt)
     code, out, err = rotbits('inspect', f'--input={encoded / "free"}')
-    assert (code, out, err) == (program.INTERRUPTED, '', '')
+    assert (code, out, err) == (128 + signal.SIGINT, '', '')
 
   def test_faults_keep_their_traceback(self, rotbits, monkeypatch, encoded):
     monkeypatch.setattr(rotbits_jax, 'inspect', lambda path: None)

@@ -128,7 +128,7 @@ class WordStackTest(parameterized.TestCase):
     with self.assertRaisesRegex(ValueError, 'window'):
       word_stack.drain(full, stack, 10, last=True)
     size = stack.size
-    with self.assertRaisesRegex(ValueError, 'do not fit'):
+    with self.assertRaisesRegex(ValueError, 'no room'):
       word_stack.refill(window, stack, 11, 4, 20)
     self.assertEqual(stack.size, size)
 

@@ -367,7 +367,7 @@ class RetieExactlyTest(parameterized.TestCase):
       settings = settings | {'low': 2}
       arrays['low'] = np.zeros(3, np.uint8)
     arrays[name] = arrays[name][:-1]
-    with self.assertRaisesRegex(ValueError, 'no embedding of 2048 tokens'):
+    with self.assertRaisesRegex(ValueError, 'embedding of 2048 tokens cannot have'):
       structured.TiedExactly.from_stored(settings, arrays)
 
   def test_another_head_is_refused(self):
@@ -375,14 +375,14 @@ class RetieExactlyTest(parameterized.TestCase):
     leaf, *_ = _exactly(table, head)
     with self.assertRaisesRegex(ValueError, r'shape \(24, 2048\), got'):
       leaf.expand(head[:, 1:])
-    with self.assertRaisesRegex(ValueError, 'entries of a class'):
+    with self.assertRaisesRegex(ValueError, r'must have \d+ entries'):
       leaf.expand(head[::-1])
     with self.assertRaisesRegex(ValueError, 'too large'):
       leaf.expand(np.float32(head) * 64)
     head[2, 2] = np.nan
     with self.assertRaisesRegex(ValueError, 'too large'):
       leaf.expand(head)
-    with self.assertRaisesRegex(ValueError, 'entries of a class'):
+    with self.assertRaisesRegex(ValueError, r'must have \d+ entries'):
       _, head = _matrices(np.float16)
       leaf.replace(exceptions=leaf.exceptions[1:]).expand(head)
 

@@ -120,8 +120,8 @@ class BlocksTest(parameterized.TestCase):
         *(out, words, states, begins.astype(jnp.int32), ends.astype(jnp.int32)),
         *(contexts, rests, jnp.asarray(starts, jnp.int32)),
         *(jnp.asarray(made.intervals), jnp.asarray(made.slots)),
-        *(jnp.int32(lanes), jnp.int32(-(-count // lanes))),
-        layout=layout,
+        *(jnp.int32(lanes), jnp.int32(-(-count // lanes)), jnp.int32(layout.step)),
+        layout=layout.program,
       )
 
     out, state, _ = decode(*map(np.stack, zip(*parts, strict=True)))

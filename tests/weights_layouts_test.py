@@ -25,10 +25,11 @@ def _patterns(dtype):
 
 
 def _check_round_trip(layout, bits):
-  symbols, rests = (np.asarray(x) for x in layout.split(jnp.asarray(bits)))
+  step, program = np.int32(layout.step), layout.program
+  symbols, rests = map(np.asarray, program.split(jnp.asarray(bits), step))
   assert symbols.max(initial=0) < layout.alphabet
   assert rests.max(initial=0) < 1 << layout.rest
-  joined = np.asarray(layout.join(jnp.asarray(symbols), jnp.asarray(rests)))
+  joined = np.asarray(program.join(jnp.asarray(symbols), jnp.asarray(rests), step))
   assert joined.dtype == bits.dtype
   np.testing.assert_array_equal(joined, bits)
 
@@ -53,16 +54,16 @@ class FloatsTest(parameterized.TestCase):
     dtype = np.dtype(dtype)
     zeros = floats.LAYOUTS[dtype].rest_bits - rest
     bits = _patterns(dtype) >> zeros << zeros
-    layout = layouts.Float.of(bits, dtype)
-    self.assertEqual(layout.rest, rest)
+    layout = layouts.of_floats(bits, dtype)
+    self.assertEqual(layout, layouts.Float(dtype, rest))
     _check_round_trip(layout, bits)
 
   def test_numbers_without_rests(self):
     dtype = np.dtype(np.float16)
     for value, rest in ((1.5, 0), (-1.5, 1), (0.0, 0), (-0.0, 1)):
       bits = np.array([value], dtype).view(np.uint16)
-      layout = layouts.Float.of(bits, dtype)
-      self.assertEqual(layout.rest, rest)
+      layout = layouts.of_floats(bits, dtype)
+      self.assertLessEqual(layout.rest, rest)
       _check_round_trip(layout, bits)
 
   @parameterized.product(width=[0, 1, 5, 7, 8, 13, 21], count=[0, 1, 7, 8, 1001])
@@ -74,19 +75,105 @@ class FloatsTest(parameterized.TestCase):
     np.testing.assert_array_equal(floats.unpack_bits(packed, count, width), values)
 
 
+class FloorTest(parameterized.TestCase):
+  """Numbers whose small ones share a step; the reference counts steps in float64."""
+
+  @parameterized.product(dtype=FLOATS, floor=[1, 2, 9, 25])
+  def test_magnitudes_above_a_floor(self, dtype, floor):
+    dtype = np.dtype(dtype)
+    layout = floats.LAYOUTS[dtype]
+    bits = _floored(_patterns(dtype), layout, floor)
+    raised = np.asarray(floats.raise_floor(jnp.asarray(bits), layout, floor))
+    top = layout.mantissa
+    with np.errstate(invalid='ignore'):
+      values = np.abs(bits.view(dtype).astype(np.float64))
+    bias = (1 << layout.exponent - 1) - 1
+    small = values < 2.0 ** (floor + 1 - bias)
+    steps = np.ldexp(values[small], bias + top - floor)
+    magnitude = (1 << layout.width - 1) - 1
+    np.testing.assert_array_equal(raised[small] & magnitude, steps)
+    np.testing.assert_array_equal(
+      raised[~small], bits[~small] - np.array((floor - 1) << top, bits.dtype)
+    )
+    lowered = np.asarray(floats.lower_floor(jnp.asarray(raised), layout, floor))
+    np.testing.assert_array_equal(lowered, bits)
+
+  @parameterized.product(dtype=FLOATS)
+  def test_the_floor_of_numbers_is_found(self, dtype):
+    dtype = np.dtype(dtype)
+    layout = floats.LAYOUTS[dtype]
+    values = np.random.default_rng(0).normal(size=20_000) * 2.0**-5
+    floor = (1 << layout.exponent - 1) - 1 - 5
+    bits = _floored(values.astype(dtype).view(f'u{dtype.itemsize}'), layout, floor)
+    found = layouts.of_floats(bits, dtype)
+    self.assertEqual(found, layouts.Float(dtype, layout.rest_bits, floor - 1))
+    _check_round_trip(found, bits)
+
+
+def _floored(bits, layout, floor):
+  """Numbers with what lies below the step of a floor cut off."""
+  top = layout.mantissa
+  magnitude = bits & ((1 << layout.width - 1) - 1)
+  exponent = np.maximum(magnitude >> top, 1).astype(np.int64)
+  below = np.clip(floor - exponent, 0, layout.width - 1).astype(bits.dtype)
+  # The leading 1 of a number goes, too, if it is below the step.
+  cut = np.where(below > top, bits & (1 << layout.width - 1), bits >> below << below)
+  return cut.astype(bits.dtype)
+
+
+class GridTest(parameterized.TestCase):
+  @parameterized.product(
+    dtype=FLOATS, kind=[layouts.SmallGrid, layouts.LargeGrid], step=[-14, -10, 0]
+  )
+  def test_join_undoes_split_for_every_integer(self, dtype, kind, step):
+    dtype = np.dtype(dtype)
+    most = min(1 << floats.LAYOUTS[dtype].mantissa + 1, (1 << 15) - 1)
+    whole = np.arange(-most, most + 1)
+    bits = (whole * 2.0**step).astype(dtype).view(f'u{dtype.itemsize}')
+    bits[bits == 1 << (8 * dtype.itemsize - 1)] = 0
+    _check_round_trip(kind(dtype, 16 - kind.symbol_bits, step + 150), bits)
+
+  @parameterized.product(step=[-126, 112])
+  def test_the_least_and_the_greatest_step(self, step):
+    whole = np.array([0, 1, -1, (1 << 15) - 1, 1 - (1 << 15)], np.float64)
+    bits = np.ldexp(whole, step).astype(np.float32).view(np.uint32)
+    _check_round_trip(layouts.LargeGrid(np.dtype(np.float32), 5, step + 150), bits)
+
+  @parameterized.parameters((3, 'grid8', 0), (30, 'grid8', 1), (200, 'grid8', 4))
+  def test_multiples_of_a_step_are_a_grid(self, scale, kind, rest):
+    whole = np.clip(
+      np.rint(np.random.default_rng(0).normal(size=9999) * scale), -999, 999
+    )
+    bits = np.ldexp(whole + 0.0, -9).astype(np.float32).view(np.uint32)
+    found = layouts.of_floats(bits, np.dtype(np.float32))
+    self.assertEqual((found.kind, found.step), (kind, 150 - 9))
+    self.assertLessEqual(found.rest, rest)
+    _check_round_trip(found, bits)
+
+  def test_a_negative_zero_is_kept(self):
+    bits = np.array([0.0, -0.0, 1.0, 2.0], np.float32).view(np.uint32)
+    found = layouts.of_floats(bits, np.dtype(np.float32))
+    self.assertIsInstance(found, layouts.Float)
+    _check_round_trip(found, bits)
+
+  @parameterized.product(dtype=FLOATS, value=[np.inf, np.nan, 1.0])
+  def test_any_numbers_have_a_layout(self, dtype, value):
+    bits = np.array([0, value, 1e-7, -3], dtype).view(f'u{np.dtype(dtype).itemsize}')
+    _check_round_trip(layouts.of_floats(bits, np.dtype(dtype)), bits)
+
+
 class IntegersTest(parameterized.TestCase):
   @parameterized.parameters(*INTEGERS)
   def test_join_undoes_split_for_every_number(self, dtype):
     bits = _patterns(dtype)
     width = 8 * np.dtype(dtype).itemsize
-    least = integers.least_low(bits.view(dtype))
-    self.assertEqual(least, max(width - integers.MODELLED_BITS, 0))
+    least = max(width - integers.MODELLED_BITS, 0)
     for rest in range(least, width):
       _check_round_trip(layouts.Int(np.dtype(dtype), rest), bits)
 
   def test_small_magnitudes_are_small_symbols(self):
     bits = np.int16([0, -1, 1, -2, 2]).view(np.uint16)
-    symbols, _ = layouts.Int(np.dtype(np.int16), 0).split(jnp.asarray(bits))
+    symbols, _ = layouts.Int(np.dtype(np.int16), 0).split(jnp.asarray(bits), 0)
     self.assertEqual(symbols.tolist(), [0, 1, 2, 3, 4])
 
 
@@ -94,23 +181,34 @@ class LayoutTest(parameterized.TestCase):
   def test_layouts_are_made_by_name(self):
     for layout in (
       layouts.Float(np.dtype(np.float16), 8),
+      layouts.Float(np.dtype(np.float16), 8, 3),
       layouts.Int(np.dtype(np.int8), 0),
+      layouts.SmallGrid(np.dtype(np.float32), 3, 140),
+      layouts.LargeGrid(np.dtype(np.float16), 0, 140),
     ):
-      made = layouts.layout(layout.kind, layout.dtype, layout.rest)
+      made = layouts.layout(layout.kind, layout.dtype, layout.rest, layout.step)
       self.assertEqual(made, layout)
       self.assertEqual(hash(made), hash(layout))
 
   @parameterized.parameters(
-    ('step', np.float16, 8),
-    ('float', np.float16, 9),
-    ('float', np.float16, -1),
-    ('float', np.int8, 1),
-    ('int', np.int8, 8),
-    ('int', np.int32, 3),
+    ('step', np.float16, 8, 0),
+    ('float', np.float16, 9, 0),
+    ('float', np.float16, -1, 0),
+    ('float', np.float16, 8, 30),
+    ('float', np.float16, 8, -1),
+    ('float', np.int8, 1, 0),
+    ('int', np.int8, 8, 0),
+    ('int', np.int8, 0, 1),
+    ('int', np.int32, 3, 0),
+    ('grid8', np.float16, 9, 140),
+    ('grid11', np.float16, 6, 140),
+    ('grid8', np.float32, 0, 23),
+    ('grid8', np.float32, 0, 263),
+    ('grid8', np.int8, 0, 140),
   )
-  def test_unknown_ones_are_refused(self, kind, dtype, rest):
+  def test_unknown_ones_are_refused(self, kind, dtype, rest, step):
     with self.assertRaisesRegex(ValueError, 'layout'):
-      layouts.layout(kind, np.dtype(dtype), rest)
+      layouts.layout(kind, np.dtype(dtype), rest, step)
 
 
 class PlanesTest(parameterized.TestCase):

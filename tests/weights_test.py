@@ -589,7 +589,7 @@ class FormatTest(parameterized.TestCase):
 GOLDEN_CRC = 2444520116
 GOLDEN_SPEC = (
   '{"arrays":[["int8",[20,60],0,2444520116],["float16",[40,30],1,566126355]],"layou'
-  'ts":[["int",0,39],["float",1,66]],"groups":[[1,1200,[244]],[1,1200,[10]]],"order'
+  'ts":[["int",0,0,39],["float",1,0,66]],"groups":[[1,1200,[244]],[1,1200,[10]]],"order'
   '":[[[0,1]],60]}'
 )
 GOLDEN_STREAM = (

@@ -62,9 +62,7 @@ def open_checkpoint(path: str | os.PathLike[str]) -> source_lib.Source:
   files = _read_sidecars(weights.parent)
   if CONFIG not in files:
     raise errors.CheckpointError(f'{weights.parent}: there is no {CONFIG}')
-  config_json = attributes.parse_json(
-    files[CONFIG], str(weights.parent / CONFIG)
-  )
+  config_json = attributes.parse_json(files[CONFIG], str(weights.parent / CONFIG))
   slicings = _slicing_jsons(weights.parent, files)
   stem, slicing_json = None, None
   if tensors_lib.is_sliced(tensors):
@@ -102,6 +100,7 @@ def save_checkpoint(
   format: Format = 'safetensors',
   *,
   shard_size: int | None = None,
+  overwrite: bool = True,
 ) -> None:
   """Saves a checkpoint with the tensor names, shapes and dtypes of the original.
 
@@ -115,10 +114,12 @@ def save_checkpoint(
     directory: the directory, which is made if it does not exist.
     format: see `CheckpointWriter`.
     shard_size: see `CheckpointWriter`.
+    overwrite: see `CheckpointWriter`.
 
   Raises:
     CheckpointError: if the format does not support the dtype of a tensor.
     ValueError: if the format does not suit the model, or a file name is not valid.
+    OSError: if the directory cannot be written, or a file must not be replaced.
   """
   model, files, stem = checkpoint
   leaves = [
@@ -140,6 +141,7 @@ def save_checkpoint(
       if isinstance(leaf, structured.FactorPair)
     },
     buffers=model.buffers,
+    overwrite=overwrite,
   )
   del leaves
   with writer:

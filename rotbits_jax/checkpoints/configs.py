@@ -123,8 +123,8 @@ def stop_tokens(files: Mapping[str, bytes]) -> tuple[int, ...]:
     Empty if neither has one.
 
   Raises:
-    CheckpointError: if a file is not JSON, or if `eos_token_id` is neither a token nor a
-      list of tokens.
+    CheckpointError: if a file is not JSON, or if `eos_token_id` is neither a token nor
+      a list of tokens.
   """
   for name in ('generation_config.json', 'config.json'):
     parsed = attributes.parse_json(files.get(name, b'{}'), name)

@@ -1,7 +1,10 @@
-"""The model families: how each names its tensors and its config attributes.
+"""The model families: the names of their tensors and of their config attributes.
 
-To add a family, add a row to `FAMILIES`: the names of its tensors beside the
-parameters that they hold, and a function that reads its `config.json`.
+A family is the set of models with one `model_type` in `config.json`. To add a family,
+add a row to `FAMILIES`: the names of its tensors beside the parameters that they hold,
+and a function that reads its `config.json`.
+
+Parameters are named by paths, see `structured.flatten`.
 """
 
 from collections.abc import Callable
@@ -14,7 +17,7 @@ from rotbits_jax.checkpoints import attributes
 from rotbits_jax.checkpoints import errors
 from rotbits_jax.models import config as models_config
 
-SHORTCUT_NAME = 'attn_shortcut_Q'  # every sliced layer has one
+SHORTCUT_NAME = 'attn_shortcut_Q'  # a tensor that every sliced layer has
 
 # The entries of a config are made before tensors bound how many layers there are.
 _MOST_LAYERS = 1 << 12
@@ -29,10 +32,9 @@ class TensorRow(NamedTuple):
   """One tensor of a checkpoint.
 
   Attributes:
-    name: of the tensor; of a layer's tensor, what follows the layer's prefix.
-    paths: the parameters that the tensor holds, stacked along its first axis; named
-      as by `structured.flatten`.
-    transposed: the tensor is `[out, in]`, the parameters are `[in, out]`.
+    name: name of the tensor, without the prefix of the layer if it belongs to a layer.
+    paths: paths of the parameters that the tensor holds, stacked along its first axis.
+    transposed: whether the tensor is `[out, in]` and the parameters are `[in, out]`.
   """
 
   name: str
@@ -42,16 +44,18 @@ class TensorRow(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Family:
-  """How a model family is stored.
+  """How a checkpoint of a model family stores the parameters.
 
-  The rows name all that any model of the family has; `models.outer_shapes` and
-  `models.layer_shapes` say which of them a config calls for.
+  The rows name the tensors of all models of the family. `models.outer_shapes` and
+  `models.layer_shapes` say which of them a model with a given config has.
 
   Attributes:
-    layer_prefix: what the names of a layer's tensors begin with.
+    layer_prefix: the names of a layer's tensors begin with this prefix and the index of
+      the layer.
     outer: the tensors outside the layers.
     layer: the tensors of a layer.
-    parse: makes the dense model's config from the attributes of `config.json`.
+    parse: function that makes the config of the dense model from the attributes of
+      `config.json`.
   """
 
   layer_prefix: str
@@ -138,7 +142,7 @@ def _llama(config: attributes.Attributes) -> models.ModelConfig:
 
 
 def _mistral(config: attributes.Attributes) -> models.ModelConfig:
-  # Absent, they would not be what they are for Llama.
+  # These attributes have other defaults in Mistral's config than in Llama's.
   config.demand('max_position_embeddings', 'num_key_value_heads', 'sliding_window')
   config.require(partial_rotary_factor=1.0)
   return _rotary_gated(
@@ -190,7 +194,7 @@ def _sliding_window(config: attributes.Attributes) -> int | None:
 
 
 def _rotary_gated(config: attributes.Attributes, **switches: Any) -> models.ModelConfig:
-  """What Llama and its like share."""
+  """Makes the config of a family that resembles Llama."""
   hidden = config.size('hidden_size')
   heads = config.size('num_attention_heads')
   layers = config.size('num_hidden_layers', most=_MOST_LAYERS)
@@ -275,10 +279,19 @@ def _head_dim(config: attributes.Attributes, hidden: int, heads: int) -> int:
 def _rope(
   config: attributes.Attributes, head_dim: int, factor: float
 ) -> tuple[float, int, models_config.RopeScaling | None]:
-  """RoPE's base, how many numbers of a head it turns, and its scaling.
+  """Reads the settings of RoPE.
 
-  transformers 5 gathers the settings in `rope_parameters`; earlier versions have them
-  side by side, and those of the scaling in `rope_scaling`.
+  transformers 5 has all settings in `rope_parameters`. Earlier versions have the
+  settings of the scaling in `rope_scaling`, and the other settings beside it.
+
+  Args:
+    config: the attributes of `config.json`.
+    head_dim: width of a head.
+    factor: the part of a head that RoPE rotates, if no attribute sets it.
+
+  Returns:
+    The base of RoPE's wavelengths, how many numbers of a head RoPE rotates, and its
+    scaling.
   """
   settings, scaling = config, None
   gathered = config.take('rope_parameters', None) is not None
@@ -297,7 +310,7 @@ def _rope(
   rotary_dim = int(head_dim * min(factor, 1))
   if factor > 1 or rotary_dim % 2 or rotary_dim == 0:
     settings.refuse(
-      'partial_rotary_factor', factor, 'a part of the head of even, positive width'
+      'partial_rotary_factor', factor, 'a part of the head with an even, positive width'
     )
   return theta, rotary_dim, scaling
 
@@ -411,10 +424,10 @@ FAMILIES: dict[str, Family] = {
 
 
 def family(name: str) -> Family:
-  """The row of `FAMILIES`.
+  """Returns a row of `FAMILIES`.
 
   Raises:
-    CheckpointError: if there is none, naming those that there are.
+    CheckpointError: if the family is unknown. The message names the known families.
   """
   if name not in FAMILIES:
     raise errors.CheckpointError(
@@ -424,5 +437,5 @@ def family(name: str) -> Family:
 
 
 def is_buffer(name: str) -> bool:
-  """Whether a tensor of this name is a constant that the mathematics needs not."""
+  """Returns whether the forward pass does not use a tensor with this name."""
   return _BUFFERS.fullmatch(name) is not None

@@ -1,4 +1,8 @@
-"""Tensors in files: described first, read when they are asked for."""
+"""Tensors in files. Shape and dtype are known at once, the numbers are read later.
+
+The numbers of a tensor are read from a memory map: a part of a file that the operating
+system loads into memory when it is used.
+"""
 
 from collections.abc import Callable, Iterator
 import dataclasses
@@ -11,7 +15,7 @@ import numpy as np
 
 from rotbits_jax.checkpoints import errors
 
-_PIECE = 1 << 23  # bytes made contiguous at a time
+_PIECE = 1 << 23  # bytes that are made contiguous at a time
 _TILE = 64  # rows and columns that are transposed at a time
 
 
@@ -37,29 +41,30 @@ class TensorSpec:
 
 @dataclasses.dataclass(frozen=True)
 class LazyTensor(TensorSpec):
-  """A tensor whose numbers are read when they are asked for.
+  """A tensor whose numbers are read when they are requested.
 
   Attributes:
-    read: gives the numbers. An array from a file is a read-only view of a memory map
-      of its own, which ends with the last view of it.
+    read: function that returns the numbers. If they are in a file, each call makes a
+      memory map, and the array is a read-only view of it. The map is closed when its
+      last view is deleted.
   """
 
   read: Callable[[], np.ndarray]
 
   @classmethod
   def of(cls, array: np.ndarray) -> 'LazyTensor':
-    """An array that is in memory."""
+    """Makes the tensor for an array in memory."""
     return cls(array.shape, array.dtype, lambda: array)
 
 
 @dataclasses.dataclass(frozen=True)
 class File:
-  """A file as it was when it was opened.
+  """A file and its state when it was opened.
 
   Attributes:
-    path: of the file.
-    size: in bytes.
-    modified: the time of its last change, in nanoseconds.
+    path: path of the file.
+    size: size in bytes.
+    modified: time of the last change, in nanoseconds.
   """
 
   path: pathlib.Path
@@ -68,10 +73,10 @@ class File:
 
   @classmethod
   def of(cls, path: str | os.PathLike[str]) -> 'File':
-    """The file at a path, as it is now.
+    """Records the present state of the file at a path.
 
     Raises:
-      CheckpointError: if there is none.
+      CheckpointError: if there is no such file.
     """
     try:
       found = os.stat(path)
@@ -80,22 +85,23 @@ class File:
     return cls(pathlib.Path(path), found.st_size, found.st_mtime_ns)
 
   def map(self, offset: int, size: int) -> memoryview:
-    """Maps a part of the file into memory, read-only, in a map of its own.
+    """Maps a part of the file into memory, read-only.
 
     Args:
-      offset: of the first byte.
-      size: how many bytes.
+      offset: offset of the first byte.
+      size: number of bytes.
 
     Returns:
-      The bytes; the map ends with the last view of them.
+      The bytes. The memory map is closed when their last view is deleted.
 
     Raises:
-      CheckpointError: if the file changed after it was opened, or has no such part.
+      CheckpointError: if the file changed after it was opened, or does not contain this
+        part.
     """
     if File.of(self.path) != self:
-      raise errors.CheckpointError(f'{self.path}: changed after it was opened')
+      raise errors.CheckpointError(f'{self.path}: the file changed after it was opened')
     if offset < 0 or size < 0 or offset + size > self.size:
-      raise errors.CheckpointError(f'{self.path}: truncated')
+      raise errors.CheckpointError(f'{self.path}: the file is truncated')
     if not size:
       return memoryview(b'')
     before = offset % mmap.ALLOCATIONGRANULARITY
@@ -107,13 +113,14 @@ class File:
 
 
 def row_major(array: np.ndarray) -> Iterator[memoryview]:
-  """The bytes of an array in row-major order, piece by piece.
+  """Yields the bytes of an array in row-major order, piece by piece.
 
   Args:
-    array: with any strides; transposed kernels are the common case.
+    array: an array with any strides. Often it is a transposed kernel.
 
   Yields:
-    The bytes of the next few rows, contiguous; valid until the next is asked for.
+    The bytes of the next few rows, contiguous. They are valid until the next piece is
+    requested.
   """
   if array.flags.c_contiguous:
     yield memoryview(array.reshape(-1).view(np.uint8))

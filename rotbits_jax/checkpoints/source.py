@@ -1,4 +1,4 @@
-"""A checkpoint that is read a layer at a time."""
+"""A checkpoint on disk that is read one layer at a time."""
 
 from collections.abc import Iterable, Mapping
 import dataclasses
@@ -20,17 +20,18 @@ from rotbits_jax.checkpoints.contents import Checkpoint
 
 
 class Source:
-  """A checkpoint whose parameters are read when they are asked for.
+  """A checkpoint whose parameters are read when they are requested.
 
-  Opening reads names, shapes, dtypes and the config. `outer` and `layer` give views of
-  memory maps that are made for the call: when the views are dropped, the maps end and
-  the memory is free. Nothing is copied, but for quantised files, whose numbers are
-  computed.
+  Opening a checkpoint reads its names, shapes, dtypes and config. Each call of `outer`
+  or `layer` makes memory maps of the files and returns views of them. The maps are
+  closed, and their memory is freed, when the views are deleted. Numbers are not copied,
+  except the numbers of quantised files, which are computed.
 
   Attributes:
-    path: the weights file, or the index of several.
-    files: the files beside the weights (configs, tokenizer), byte for byte.
-    stem: what SliceGPT named the weights and the slicing JSON; None if dense.
+    path: the weights file, or the index if there are several.
+    files: bytes of the sidecar files (configs, tokenizer) beside the weights, by name.
+    stem: file name, without suffix, that SliceGPT gave to the weights and the slicing
+      JSON; None if the model is dense.
   """
 
   def __init__(
@@ -47,14 +48,14 @@ class Source:
 
     Args:
       path: see the class.
-      tensors: the tensors by the names that they have in the checkpoint.
+      tensors: the tensors by their names in the checkpoint.
       config: sizes and switches.
       files: see the class.
       stem: see the class.
-      weights: the other files that hold the tensors.
+      weights: the files that hold the tensors, besides `path`.
 
     Raises:
-      CheckpointError: if a tensor is missing, unknown, or of a wrong shape or dtype.
+      CheckpointError: if a tensor is missing or unknown, or has a wrong shape or dtype.
     """
     self.path, self.files, self.stem = path, dict(files), stem
     self._weights = [lazy.File.of(file) for file in (path, *weights)]
@@ -81,15 +82,15 @@ class Source:
 
   @functools.cached_property
   def buffers(self) -> dict[str, np.ndarray]:
-    """The tensors that take no part in the mathematics, by their names."""
+    """The tensors that the forward pass does not use, by their names."""
     return self._parameters.buffers()
 
   def outer(self) -> models.Params:
-    """The parameters outside the layers, as `Model.outer` gives them.
+    """Reads the parameters outside the layers.
 
     Returns:
-      Nested dicts of read-only NumPy views, kernels `[in, out]`, and of
-      `structured.LowRank` leaves of such views.
+      Nested dicts with the keys of `Model.outer`. Leaves are read-only NumPy views, or
+      `structured.LowRank` leaves of such views. Kernels are `[in, out]`.
 
     Raises:
       CheckpointError: if a file has changed or is damaged.
@@ -97,10 +98,13 @@ class Source:
     return self._parameters.read(None)
 
   def layer(self, index: int) -> models.Params:
-    """The parameters of a layer, as `Model.layer` gives them; see `outer`.
+    """Reads the parameters of a layer.
 
     Args:
       index: the layer.
+
+    Returns:
+      Nested dicts with the keys of `Model.layer`, and leaves as in `outer`.
 
     Raises:
       CheckpointError: if a file has changed or is damaged.
@@ -111,26 +115,29 @@ class Source:
     return self._parameters.read(index)
 
   def specs(self, index: int | None) -> models.Params:
-    """What `layer` returns, or `outer` for None, without reading anything.
+    """Returns the shapes and dtypes of a layer's parameters; no number is read.
+
+    Args:
+      index: the layer; None for the parameters outside the layers.
 
     Returns:
-      Nested dicts of `lazy.TensorSpec`, which has a shape and a dtype, and of
-      `structured.LowRank` leaves of these. `models.stack_key` takes it.
+      Nested dicts like those of `layer` or `outer`, with a `lazy.TensorSpec` in place
+      of each array. `models.stack_key` accepts them as a layer.
     """
     return self._parameters.specs(index)
 
   def dtypes(self) -> dict[str, np.dtype]:
-    """Dtype of each parameter by its path in the model.
+    """Returns the dtype of each parameter by its path in the model.
 
-    Paths are 'embed/tokens', 'layers.3/attention/query/kernel' and so on; this is what
-    `CheckpointWriter` takes.
+    Paths are 'embed/tokens', 'layers.3/attention/query/kernel' and so on. The result is
+    the `dtypes` of `CheckpointWriter`.
     """
     return {path: np.dtype(leaf.dtype) for path, leaf in self._leaves()}
 
   def factors(self) -> dict[str, factors.Factored]:
-    """How the weights that are stored as two factors are stored, by path.
+    """Returns the rank and the naming of each weight that is stored as two factors.
 
-    This is what `CheckpointWriter` takes.
+    The keys are paths in the model. The result is the `factors` of `CheckpointWriter`.
     """
     return {
       path: factors.Factored(leaf.rank, leaf.names)
@@ -139,10 +146,11 @@ class Source:
     }
 
   def fingerprint(self) -> str:
-    """A digest of the files as they were when they were opened.
+    """Returns a digest of the files in their state when they were opened.
 
-    It covers the names, sizes, times of change and tensors of the weights, the config,
-    and the bytes of the other files. The numbers are not read.
+    It covers the config, the bytes of the sidecar files, and the names, sizes and times
+    of change of the weights files. It also covers names, shapes and dtypes of the
+    tensors, but not their numbers, which are not read.
     """
     summary = {
       'weights': [(file.path.name, file.size, file.modified) for file in self._weights],
@@ -160,7 +168,7 @@ class Source:
     return hashlib.sha256(json.dumps(summary, sort_keys=True).encode()).hexdigest()
 
   def load(self) -> Checkpoint:
-    """The whole checkpoint in memory.
+    """Reads the whole checkpoint into memory.
 
     Returns:
       The checkpoint; the model's leaves are NumPy arrays.
@@ -171,7 +179,7 @@ class Source:
     return Checkpoint(self._parameters.model(), dict(self.files), self.stem)
 
   def _leaves(self) -> list[tuple[str, Any]]:
-    """The leaves of `specs` by their paths in the model."""
+    """Returns the leaves of `specs` with their paths in the model."""
     return [
       (tensors_lib.unit_name(unit) + path, leaf)
       for unit in tensors_lib.units(self.config)

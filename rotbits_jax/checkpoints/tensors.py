@@ -1,4 +1,11 @@
-"""A checkpoint's named tensors to and from the parameters of a model."""
+"""Conversion between the named tensors of a checkpoint and the parameters of a model.
+
+A unit is a layer, or all parameters outside the layers. In this file, a unit is named
+by the index of the layer, or by None for the parameters outside the layers.
+
+A tensor may differ from the parameters that it holds: it may be transposed, and it may
+hold several parameters, stacked along its first axis.
+"""
 
 from collections.abc import Iterable, Iterator, Mapping
 import dataclasses
@@ -24,15 +31,15 @@ _COMPARED = 1 << 24  # bytes compared at a time
 
 
 class Entry(NamedTuple):
-  """A tensor that a config calls for.
+  """A tensor that a checkpoint with a given config must have.
 
   Attributes:
-    name: of the tensor.
-    paths: the parameters that it holds, stacked along its first axis; without the
-      layer's own prefix.
-    lengths: of each parameter's part of the first axis.
-    shape: of the tensor.
-    transposed: the tensor is `[out, in]`, the parameters are `[in, out]`.
+    name: name of the tensor in the checkpoint.
+    paths: paths of the parameters that it holds, stacked along its first axis. The
+      paths are those within the unit.
+    lengths: length of each parameter's part along the first axis.
+    shape: shape of the tensor.
+    transposed: whether the tensor is `[out, in]` and the parameters are `[in, out]`.
   """
 
   name: str
@@ -43,13 +50,13 @@ class Entry(NamedTuple):
 
 
 class Parameters:
-  """The parameters of a checkpoint, read from its tensors when they are asked for.
+  """The parameters of a checkpoint, read from its tensors when they are requested.
 
-  Names, shapes and dtypes are checked when the object is made.
+  The constructor checks the names, shapes and dtypes of the tensors.
 
   Attributes:
-    config: sizes and switches. A head that is stored though the config says it is tied
-      is no longer tied here.
+    config: sizes and switches. If the given config says that the head is tied, but the
+      checkpoint stores a head, this config says that it is not tied.
     numbers: how many numbers all tensors hold.
     nbytes: how many bytes all tensors hold.
   """
@@ -57,15 +64,15 @@ class Parameters:
   def __init__(
     self, tensors: Mapping[str, lazy.LazyTensor], config: models.ModelConfig
   ):
-    """Matches the tensors with the parameters that the config calls for.
+    """Matches the tensors with the parameters that a model with this config has.
 
     Args:
-      tensors: the tensors by the names that they have in the checkpoint.
+      tensors: the tensors by their names in the checkpoint.
       config: sizes and switches.
 
     Raises:
-      CheckpointError: if a tensor is missing, unknown, or of a wrong shape or dtype, or
-        if a head that must be tied differs from the embedding.
+      CheckpointError: if a tensor is missing or unknown, or has a wrong shape or dtype,
+        or if a head that must be tied differs from the embedding.
     """
     self.config = config = _untied(tensors, config)
     self.numbers = sum(tensor.size for tensor in tensors.values())
@@ -88,14 +95,14 @@ class Parameters:
     self._tensors, self._buffers = joined, sorted(buffers)
 
   def read(self, layer: int | None) -> Params:
-    """The parameters of a layer, or those outside the layers.
+    """Reads the parameters of a unit.
 
     Args:
       layer: the layer; None for the parameters outside the layers.
 
     Returns:
-      Nested dicts of views of the tensors' arrays, and of `structured.LowRank` leaves
-      of such views.
+      Nested dicts. Leaves are views of the tensors' arrays, or `structured.LowRank`
+      leaves of such views.
     """
     found: Params = {}
     for entry in self._entries[layer]:
@@ -109,11 +116,11 @@ class Parameters:
     return structured.unflatten(found)
 
   def buffers(self) -> dict[str, np.ndarray]:
-    """Copies of the tensors that take no part in the mathematics, by their names."""
+    """Returns copies of the tensors that the forward pass does not use, by name."""
     return {name: np.array(self._tensors[name].read()) for name in self._buffers}
 
   def specs(self, layer: int | None) -> Params:
-    """What `read` returns, with a `lazy.TensorSpec` in place of each array."""
+    """Returns the result of `read` with a `lazy.TensorSpec` in place of each array."""
     found: Params = {}
     for entry in self._entries[layer]:
       tensor = self._tensors[entry.name]
@@ -129,9 +136,9 @@ class Parameters:
     return structured.unflatten(found)
 
   def model(self) -> models.Model:
-    """The whole model in memory, besides which one layer at a time is read."""
+    """Reads the whole model into memory, one layer at a time."""
     key = lambda layer: models.stack_key(self.specs(layer))
-    # Copied like the layers, which get stacked: nothing hangs on the files any more.
+    # Copied, so that no array is a view of a file. Stacking copies the layers, too.
     params = jax.tree.map(np.array, self.read(None))
     runs = itertools.groupby(range(self.config.num_layers), key)
     for index, (_, run) in enumerate(runs):
@@ -145,34 +152,36 @@ class Parameters:
 def from_tensors(
   tensors: Mapping[str, np.ndarray], config: models.ModelConfig
 ) -> models.Model:
-  """Builds a model from the tensors of a checkpoint.
+  """Makes a model from the tensors of a checkpoint.
 
-  A head that is stored though the config says it is tied is kept if it equals the
-  embedding: the model's config then says that it is not tied. Two factors of a weight,
-  see `factors`, become a `structured.LowRank`.
+  If the config says that the head is tied, but there is a tensor for the head, it must
+  equal the embedding. The model then has the head as a parameter, and its config says
+  that the head is not tied. Two factors of a weight, see `factors`, become a
+  `structured.LowRank`.
 
   Args:
-    tensors: the tensors by the names that they have in the checkpoint.
+    tensors: the tensors by their names in the checkpoint.
     config: sizes and switches.
 
   Returns:
     The model; its leaves are NumPy arrays of the tensors' dtypes.
 
   Raises:
-    CheckpointError: if a tensor is missing, unknown, or of a wrong shape or dtype.
+    CheckpointError: if a tensor is missing or unknown, or has a wrong shape or dtype,
+      or if a head that must be tied differs from the embedding.
   """
   known = {name: lazy.LazyTensor.of(tensor) for name, tensor in tensors.items()}
   return Parameters(known, config).model()
 
 
 def to_tensors(model: models.Model) -> dict[str, np.ndarray]:
-  """The tensors of a model's checkpoint: the inverse of `from_tensors`.
+  """Makes the tensors of a checkpoint from a model: the inverse of `from_tensors`.
 
   Args:
-    model: the model; structured leaves are materialized, but for pairs of factors.
+    model: the model. Structured leaves are materialized, except pairs of factors.
 
   Returns:
-    The tensors by the names that they have in the checkpoint.
+    The tensors by their names in the checkpoint.
   """
   tensors = dict(model.buffers)
   for unit, params in unit_params(model):
@@ -185,31 +194,30 @@ def to_tensors(model: models.Model) -> dict[str, np.ndarray]:
 
 
 def unit_params(model: models.Model) -> Iterator[tuple[int | None, Params]]:
-  """The parameters outside the layers, and of each layer in order.
+  """Yields the parameters of each unit: outside the layers first, then layer by layer.
 
   Args:
     model: the model.
 
   Yields:
-    None or the layer, and its parameters; leaves that need other parameters are
-    expanded.
+    The unit and its parameters. Dependent leaves are expanded.
   """
   yield None, models.expand(model.outer())
   yield from enumerate(model.layers())
 
 
 def units(config: models.ModelConfig) -> tuple[int | None, ...]:
-  """None, for the parameters outside the layers, and each layer."""
+  """Returns all units: None for the parameters outside the layers, then each layer."""
   return (None, *range(config.num_layers))
 
 
 def unit_name(layer: int | None) -> str:
-  """What the paths of a layer's parameters begin with in the whole model."""
+  """Returns the prefix of the paths of a unit's parameters in the whole model."""
   return '' if layer is None else f'layers.{layer}/'
 
 
 def entries(config: models.ModelConfig, layer: int | None) -> Iterator[Entry]:
-  """The tensors of a layer, or those outside the layers if it is None."""
+  """Yields the tensors of a layer, or outside the layers if `layer` is None."""
   family = families.family(config.family)
   if layer is None:
     shapes, rows, prefix = models.outer_shapes(config), family.outer, ''
@@ -218,7 +226,7 @@ def entries(config: models.ModelConfig, layer: int | None) -> Iterator[Entry]:
     prefix = f'{family.layer_prefix}{layer}.'
   flat = structured.flatten(shapes)
   for row in rows:
-    if row.paths[0] in flat:  # else the model has no such tensor
+    if row.paths[0] in flat:  # otherwise the model has no such tensor
       parts = [flat[path] for path in row.paths]
       if row.transposed:
         parts = [part[::-1] for part in parts]
@@ -230,16 +238,16 @@ def entries(config: models.ModelConfig, layer: int | None) -> Iterator[Entry]:
 def tensors_of(
   known: Iterable[Entry], params: Mapping[str, Any]
 ) -> dict[str, list[np.ndarray]]:
-  """The tensors that hold some parameters.
+  """Makes the tensors that hold the given parameters.
 
   Args:
     known: the tensors of the unit.
-    params: leaves by path; structured leaves are materialized, but for pairs of
-      factors. A linear's bias must come with its kernel.
+    params: leaves by path. Structured leaves are materialized, except pairs of factors.
+      The bias of a linear layer must come with its kernel.
 
   Returns:
-    The parts of each tensor by its name, stacked along the first axis. Tensors without
-    any parameter among `params` are left out.
+    The parts of each tensor, in order along the first axis, by the name of the tensor.
+    Tensors that hold none of the parameters are omitted.
   """
   found: dict[str, Any] = {}
   for entry in known:
@@ -258,7 +266,7 @@ def tensors_of(
 
 
 def is_sliced(tensors: Mapping[str, Any]) -> bool:
-  """Whether tensors with these names are a sliced model's."""
+  """Returns whether tensors with these names belong to a sliced model."""
   return any(name.endswith(f'.{families.SHORTCUT_NAME}') for name in tensors)
 
 
@@ -274,7 +282,7 @@ def _untied(
     return config
   if embedding in tensors and not _same_bits(tensors[head], tensors[embedding]):
     raise errors.CheckpointError(
-      f'{head} differs from {embedding} though the config says that they are tied'
+      f'{head} differs from {embedding}, but the config says that they are tied'
     )
   return untied
 

@@ -317,14 +317,14 @@ def _tensor(name: str, view: Any, members: _Members) -> lazy.LazyTensor:
   shape, strides = view.shape, view.strides
   numbers = (view.offset, *shape, *strides)
   # Not shown, because tuples of tuples may be exponentially long.
-  if (
-    len(shape) != len(strides)
-    or len(shape) > _MOST_AXES
-    or not all(type(n) is int and 0 <= n < 2**63 for n in numbers)
-  ):
+  if len(numbers) > 1 + 2 * _MOST_AXES or not all(isinstance(n, int) for n in numbers):
     raise errors.CheckpointError(
       f'{name}: the offset, shape and strides are not those of a tensor'
     )
+  if len(shape) != len(strides) or not all(
+    type(n) is int and 0 <= n < 2**63 for n in numbers
+  ):
+    raise errors.CheckpointError(f'{name}: got {view.offset=}, {shape=}, {strides=}')
   if math.prod(n for n in shape if n) * dtype.itemsize >= 2**63:
     raise errors.CheckpointError(f'{name}: {shape=} is too large')
   if math.prod(shape) == 0:

@@ -1,17 +1,17 @@
 """Writing a checkpoint a layer at a time."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 import contextlib
 import itertools
 import os
 import pathlib
-import tempfile
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import DTypeLike
 
 from rotbits_jax import models
+from rotbits_jax import outputs
 from rotbits_jax import structured
 from rotbits_jax.checkpoints import factors as factors_lib
 from rotbits_jax.checkpoints import lazy
@@ -20,11 +20,6 @@ from rotbits_jax.checkpoints import tensors as tensors_lib
 from rotbits_jax.checkpoints import torch_zip
 from rotbits_jax.checkpoints.contents import CONFIG
 from rotbits_jax.checkpoints.safetensors_files import INDEX
-
-try:
-  import fcntl
-except ImportError:  # Windows: two processes are not kept apart
-  fcntl = None  # type: ignore[assignment]
 
 Format = Literal['safetensors', 'slicegpt']
 Dtypes: TypeAlias = Mapping[str, DTypeLike] | np.dtype | type[Any] | str
@@ -42,10 +37,10 @@ class CheckpointWriter:
 
   Each tensor is written at once and not kept. The files are written in a hidden
   directory beside the target, `.<name>.partial`, and moved into the target when all
-  are complete. Other files in the target stay, except that a `model.safetensors` is
-  removed when shards take its place, because readers would prefer it. After an
-  exception nothing is left; what a killed process left is removed by the next one that
-  writes there.
+  are complete, see `outputs`. A target that does not exist appears at once. In one that
+  exists the weights are moved last, and other files stay, except the index of older
+  weights, and a `model.safetensors` whose place shards take. After an exception nothing
+  is left; what a killed process left is removed by the next one that writes there.
   """
 
   def __init__(
@@ -60,6 +55,7 @@ class CheckpointWriter:
     shard_size: int | None = None,
     factors: Mapping[str, tuple[int, str]] | None = None,
     buffers: Mapping[str, Any] | None = None,
+    overwrite: bool = True,
   ):
     """Plans the files; nothing is written yet.
 
@@ -78,6 +74,7 @@ class CheckpointWriter:
       factors: rank and naming (a key of `FACTORS`) of the weights that are stored as
         two factors, by path.
       buffers: tensors of the checkpoint that take no part in the mathematics.
+      overwrite: whether files that exist may be replaced.
 
     Raises:
       ValueError: if the format does not suit the model, a file's name is not one, or a
@@ -91,7 +88,7 @@ class CheckpointWriter:
       raise ValueError(
         f'shard_size must be positive and of safetensors, got {shard_size}, {format}'
       )
-    self._directory = pathlib.Path(directory).absolute()
+    self._path, self._overwrite = directory, overwrite
     self._config, self._stem, self._format = config, stem, format
     self._buffers = {name: np.asarray(x) for name, x in (buffers or {}).items()}
     self._plan(dtypes, factors or {})
@@ -113,10 +110,16 @@ class CheckpointWriter:
 
     Raises:
       CheckpointError: if the format has no dtype like one of the tensors'.
-      OSError: if the directory cannot be written, or if another process writes it.
+      OSError: if the directory cannot be written, if a file in it must not be replaced,
+        or if another process writes it.
     """
+    self._directory = outputs.directory_target(self._path)
+    if self._directory.exists():
+      for name in (*self._files, *self._weights):
+        outputs.check(self._directory / name, overwrite=self._overwrite)
     with contextlib.ExitStack() as stack:
-      self._staging = stack.enter_context(_staging(self._directory))
+      stack.enter_context(outputs.named(self._path))
+      self._staging = stack.enter_context(outputs.fresh(_staging(self._directory)))
       for name, content in self._files.items():
         (self._staging / name).write_bytes(content)
       if self._format == 'slicegpt':
@@ -140,9 +143,10 @@ class CheckpointWriter:
     """
     stack, self._stack = self._stack, None
     assert stack is not None
+    if kind is not None:
+      stack.__exit__(kind, error, trace)  # names a full disk; the error goes on
+      return
     with stack:
-      if kind is not None:
-        return
       if self._missing:
         shown = ', '.join(sorted(self._missing)[:8])
         raise ValueError(
@@ -265,14 +269,17 @@ class CheckpointWriter:
   def _move(self) -> None:
     """Moves the files into the target."""
     if not self._directory.exists():
-      os.rename(self._staging, self._directory)
+      outputs.move(self._staging, self._directory)
       return
-    # The index comes last: without it the shards are not a checkpoint.
-    files = sorted(self._staging.iterdir(), key=lambda file: file.name == INDEX)
-    for file in files:
+    # Without their index, neither the old shards nor the new ones are a checkpoint, so
+    # that a mixture of both is never taken for one.
+    (self._directory / INDEX).unlink(missing_ok=True)
+    last = [*self._weights, INDEX]
+    files = sorted(self._staging.iterdir(), key=lambda file: file.name in last)
+    for file in sorted(files, key=lambda file: file.name == INDEX):
       if file.name == INDEX:
         (self._directory / safetensors_files.WEIGHTS).unlink(missing_ok=True)
-      os.replace(file, self._directory / file.name)
+      outputs.move(file, self._directory / file.name)
 
 
 def _dtype(dtypes: Dtypes, path: str) -> np.dtype:
@@ -306,45 +313,9 @@ def _check_files(
       raise ValueError(f'{name} is the name of the weights and of another file')
 
 
-@contextlib.contextmanager
-def _staging(directory: pathlib.Path) -> Iterator[pathlib.Path]:
-  """An empty directory beside another, removed in the end if it is still there."""
-  parent = directory.parent
-  parent.mkdir(parents=True, exist_ok=True)
-  if directory.exists():
-    with tempfile.TemporaryFile(dir=directory):  # or the error comes after the work
-      pass
-    if directory.stat().st_dev != parent.stat().st_dev:
-      parent = directory  # files can be moved within a file system only
-  staging = parent / f'.{directory.name}.partial'
-  staging.mkdir(exist_ok=True)
-  with _locked(staging):
-    _clear(staging)
-    try:
-      yield staging
-    finally:
-      if staging.exists():
-        _clear(staging)
-        staging.rmdir()
-
-
-@contextlib.contextmanager
-def _locked(directory: pathlib.Path) -> Iterator[None]:
-  """Holds the only lock of a directory; a killed process holds none."""
-  if fcntl is None:
-    yield
-    return
-  handle = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-  try:
-    try:
-      fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as e:
-      raise BlockingIOError(e.errno, 'another process writes here', directory) from e
-    yield
-  finally:
-    os.close(handle)
-
-
-def _clear(directory: pathlib.Path) -> None:
-  for file in directory.iterdir():
-    file.unlink()
+def _staging(directory: pathlib.Path) -> pathlib.Path:
+  """The hidden directory from which files can be moved into another."""
+  beside = outputs.staging(directory)
+  if directory.exists() and directory.stat().st_dev != directory.parent.stat().st_dev:
+    return directory / beside.name  # files can be moved within a file system only
+  return beside

@@ -1,12 +1,13 @@
 """Decodes a file into a checkpoint again.
 
   rotbits decode --input=FILE --output=DIR [--format=safetensors|slicegpt]
-    [--shard_size=2GB]
+    [--shard_size=2GB] [--overwrite]
 
 `safetensors` writes DIR/model.safetensors with the tensor names, shapes and dtypes of
 the checkpoint that was encoded; `slicegpt` the .pt and .json that Microsoft's SliceGPT
 reads. The other files that lay beside the checkpoint come back too. FILE may be the
 path that shards were written to, or their index. One layer at a time is in memory.
+Files in DIR that exist are replaced with --overwrite only; other files stay.
 """
 
 import sys
@@ -33,7 +34,6 @@ _FORMAT = flags.DEFINE_enum(
   flag_values=FLAGS,
 )
 
-
 _SHARD_SIZE = flags.DEFINE_string(
   'shard_size',
   None,
@@ -41,14 +41,18 @@ _SHARD_SIZE = flags.DEFINE_string(
   flag_values=FLAGS,
 )
 
+_OVERWRITE = flags.DEFINE_bool(
+  'overwrite', False, 'Replace files that exist.', flag_values=FLAGS
+)
+
 
 def main() -> None:
-  program.check_output_directory(_OUTPUT.value)
   rotbits_jax.decode_to_directory(
     _INPUT.value,
     _OUTPUT.value,
     format=typing.cast(checkpoints.Format, _FORMAT.value),
     shard_size=program.parse_size('shard_size', _SHARD_SIZE.value),
+    overwrite=_OVERWRITE.value,
     progress=True,
   )
   print(f'wrote {_OUTPUT.value}')

@@ -1,7 +1,7 @@
 r"""Encodes a checkpoint as one smaller file, or as shards.
 
   rotbits encode --checkpoint=DIR --output=FILE [--preset=free|exact|paper] [--json]
-    [--shard_size=2GB]
+    [--shard_size=2GB] [--overwrite] [--verify]
     [--canonicaliser=polar_shortcut|qr|svd] [--rotation_codec=haar|symmetric_eig]
     [--correction=exact|threshold] [--entropy]
 
@@ -14,10 +14,16 @@ details:
   rotbits encode --checkpoint=DIR --output=FILE \
     --config=configs/free.py --config.tolerance=1.0
 
-A few layers at a time are in memory. A run that was killed goes on where it was if the
-command is given again. The devices of this process share the layers. On several hosts
-that see one file system, run the command on each with --distributed: each writes shards
-of the layers that it owns. Outside of TPU VMs, say who they are:
+The file appears when it is complete; one that exists is replaced with --overwrite only.
+--verify decodes what was written before the file appears, and compares it with the
+checkpoint if the preset is `exact`.
+
+A few layers at a time are in memory. A run that was killed or interrupted leaves the
+folder `.FILE.partial`, and goes on where it was if the command is given again.
+
+The devices of this process share the layers. On several hosts that see one file system,
+run the command on each with --distributed: each writes shards of the layers that it
+owns. Outside of TPU VMs, say who they are:
 
   rotbits encode --checkpoint=DIR --output=FILE --distributed \
     --coordinator=HOST:PORT --num_processes=2 --process_id=0
@@ -73,12 +79,17 @@ _JSON = flags.DEFINE_bool(
   'json', False, 'Print one JSON object in place of the table.', flag_values=FLAGS
 )
 
-
 _SHARD_SIZE = flags.DEFINE_string(
   'shard_size',
   None,
   'Bytes of one file, at most, like 2GB; one file unless said otherwise.',
   flag_values=FLAGS,
+)
+_OVERWRITE = flags.DEFINE_bool(
+  'overwrite', False, 'Replace a file that exists.', flag_values=FLAGS
+)
+_VERIFY = flags.DEFINE_bool(
+  'verify', False, 'Decode what was written before it is there.', flag_values=FLAGS
 )
 _DISTRIBUTED = flags.DEFINE_bool(
   'distributed', False, 'Share the work with other processes.', flag_values=FLAGS
@@ -122,7 +133,6 @@ def read_config() -> presets.Preset:
 def main() -> None:
   preset = read_config()
   shard_size = program.parse_size('shard_size', _SHARD_SIZE.value)
-  program.check_output_file(_OUTPUT.value)
   if _DISTRIBUTED.value:
     jax.distributed.initialize(
       _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value
@@ -133,6 +143,8 @@ def main() -> None:
     preset=preset,
     shard_size=shard_size,
     mesh=local_mesh(),
+    overwrite=_OVERWRITE.value,
+    check=_VERIFY.value,
     progress=True,
   )
   if jax.process_index():

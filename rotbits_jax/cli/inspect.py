@@ -2,7 +2,8 @@
 
   rotbits inspect --input=FILE [--json]
 
-The bytes saved by each source add up to the difference between the sizes exactly.
+The bytes saved by each source add up to the difference between the sizes exactly. Only
+the header of the file is read; `rotbits verify` reads and checks the rest.
 """
 
 import sys
@@ -27,6 +28,7 @@ def main() -> None:
     program.print_json(report.to_json())
   else:
     print(report.to_text())
+    print('\nOnly the header was read; rotbits verify checks the rest.')
 
 
 def run() -> int:

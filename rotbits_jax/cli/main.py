@@ -8,6 +8,7 @@ COMMANDS = {
   'encode': 'a checkpoint becomes a smaller file',
   'decode': 'the file becomes a checkpoint again',
   'inspect': 'what a file holds and what made it small',
+  'verify': 'whether a file is undamaged, and is the checkpoint that was encoded',
   'evaluate': 'perplexity of a model, and KL divergence from another',
   'generate': 'the text that a model writes after a prompt',
   'accounting': 'what a model would come to, from its sizes alone',

@@ -1,12 +1,14 @@
 """What the commands share: running one, its errors, and reading a model."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+import contextlib
 import inspect
 import json
 import logging
 import os
 import pathlib
 import re
+import signal
 import sys
 from typing import Any
 
@@ -15,12 +17,47 @@ import safetensors
 
 import rotbits_jax
 from rotbits_jax.file import container
+from rotbits_jax.file import fields
 
 BAD_INPUT = 2
-INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 
 # What names a checkpoint's file, so that a damaged one is not taken for an encoded one.
 _CHECKPOINT_SUFFIXES = ('.bin', '.gguf', '.json', '.pt', '.safetensors')
+
+
+class Stopped(KeyboardInterrupt):
+  """A signal that asks the process to end; what is half-written is removed.
+
+  Attributes:
+    signal: its number.
+  """
+
+  def __init__(self, number: int):
+    """Keeps the number of the signal."""
+    super().__init__()
+    self.signal = number
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[None]:
+  """Makes signals that end a process an exception, as SIGINT is one."""
+  handled = [signal.SIGTERM, getattr(signal, 'SIGHUP', signal.SIGTERM)]
+
+  def stop(number: int, frame: Any) -> None:
+    for each in handled:  # the next one does not disturb the removal
+      signal.signal(each, signal.SIG_IGN)
+    raise Stopped(number)
+
+  found = {each: signal.getsignal(each) for each in handled}
+  for each, handler in found.items():
+    if handler not in (signal.SIG_IGN, None):  # it is ignored under nohup
+      signal.signal(each, stop)
+  try:
+    yield
+  finally:
+    for each, handler in found.items():
+      if handler is not None:
+        signal.signal(each, handler)
 
 
 def run(command: Callable[[], None], flag_values: flags.FlagValues) -> int:
@@ -44,11 +81,14 @@ def run(command: Callable[[], None], flag_values: flags.FlagValues) -> int:
     return 0
   logging.getLogger('jax').setLevel(logging.ERROR)  # not "no GPU found" and the like
   try:
-    _parse(flag_values)
-    command()
-    sys.stdout.flush()
+    with _signals():
+      _parse(flag_values)
+      command()
+      sys.stdout.flush()
+  except Stopped as error:
+    return 128 + error.signal  # as shells have it
   except KeyboardInterrupt:
-    return INTERRUPTED
+    return 128 + signal.SIGINT
   except BrokenPipeError:  # the reader of a pipe, such as `head`, has seen enough
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
@@ -61,36 +101,13 @@ def run(command: Callable[[], None], flag_values: flags.FlagValues) -> int:
 def one_line(error: BaseException) -> str:
   """An error's message on one line."""
   if isinstance(error, OSError) and error.strerror and error.filename is not None:
-    return f'{error.filename}: {error.strerror}'
-  return ' '.join(str(error).split()) or type(error).__name__
+    return fields.printable(f'{error.filename}: {error.strerror}')
+  return fields.printable(' '.join(str(error).split())) or type(error).__name__
 
 
 def print_json(value: dict[str, Any]) -> None:
   """Prints a JSON object on one line."""
   print(json.dumps(value, allow_nan=False))
-
-
-def check_output_file(path: str) -> None:
-  """Refuses a file that cannot be written, before the work rather than after.
-
-  Raises:
-    OSError: if the path is a directory or its parent is none.
-  """
-  if os.path.isdir(path):
-    raise IsADirectoryError(f'{path}: is a directory, not a file to write')
-  parent = pathlib.Path(path).parent
-  if not parent.is_dir():
-    raise NotADirectoryError(f'{path}: no such directory: {parent}')
-
-
-def check_output_directory(path: str) -> None:
-  """Refuses a directory that cannot be made, before the work rather than after.
-
-  Raises:
-    OSError: if the path is a file.
-  """
-  if os.path.exists(path) and not os.path.isdir(path):
-    raise NotADirectoryError(f'{path}: is a file, not a directory to write to')
 
 
 def read_model(path: str) -> rotbits_jax.Checkpoint:

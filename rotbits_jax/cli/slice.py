@@ -3,14 +3,14 @@ r"""Slices a dense checkpoint with SliceGPT: fewer numbers, nearly the same pred
   rotbits slice --model=DIR|FILE --output=DIR --sparsity=0.25 --calibration=FILE
     [--dtype=same|float16|bfloat16|float32] [--final_orientation=random|pca]
     [--round_interval=8] [--slice_head] [--sequences=128] [--sequence_length=N]
-    [--seed=42] [--encoded=FILE]
+    [--seed=42] [--encoded=FILE] [--overwrite]
 
 Every width of the residual stream shrinks by the sparsity, rounded down to a multiple
 of the interval; which directions stay is learned from the calibration text. Written is
 what Microsoft's run_slicegpt.py writes: <name>_<sparsity>.pt, its .json, and the dense
 model's configs and tokenizer. The name is that of the model's directory or file. With
 `--encoded` the file that `rotbits encode --preset=free` makes is written, too, from the
-numbers before they are rounded.
+numbers before they are rounded. Files that exist are replaced with --overwrite only.
 """
 
 import dataclasses
@@ -21,6 +21,7 @@ from absl import flags
 
 import rotbits_jax
 from rotbits_jax import evaluation
+from rotbits_jax import outputs
 from rotbits_jax import slicing
 from rotbits_jax.cli import program
 
@@ -81,7 +82,6 @@ _SEED = flags.DEFINE_integer(
   'seed', 42, 'Of all that is random.', lower_bound=0, flag_values=FLAGS
 )
 
-
 _ENCODED = flags.DEFINE_string(
   'encoded',
   None,
@@ -89,13 +89,18 @@ _ENCODED = flags.DEFINE_string(
   flag_values=FLAGS,
 )
 
+_OVERWRITE = flags.DEFINE_bool(
+  'overwrite', False, 'Replace files that exist.', flag_values=FLAGS
+)
+
 
 def main() -> None:
-  program.check_output_directory(_OUTPUT.value)
-  if _ENCODED.value is not None:
-    program.check_output_file(_ENCODED.value)
+  overwrite = _OVERWRITE.value
   text = program.read_text(_CALIBRATION.value)
   dense = program.read_model(_MODEL.value)
+  path = pathlib.Path(_MODEL.value).resolve()
+  stem = f'{path.name if path.is_dir() else path.stem}_{_SPARSITY.value}'
+  _check_outputs([f'{stem}.pt', f'{stem}.json', *dense.files])
   config = dense.model.config
   length = _SEQUENCE_LENGTH.value or min(config.max_positions, MAX_SEQUENCE_LENGTH)
   tokens = slicing.sample_sequences(
@@ -118,13 +123,18 @@ def main() -> None:
   )
   unrounded = dataclasses.replace(unrounded, stored_as=stored_as)
   model = unrounded.rounded()
-  path = pathlib.Path(_MODEL.value).resolve()
-  stem = f'{path.name if path.is_dir() else path.stem}_{_SPARSITY.value}'
   checkpoint = slicing.sliced_checkpoint(dense, model, stem)
-  rotbits_jax.save_checkpoint(checkpoint, _OUTPUT.value, format='slicegpt')
+  rotbits_jax.save_checkpoint(
+    checkpoint, _OUTPUT.value, format='slicegpt', overwrite=overwrite
+  )
   if _ENCODED.value is not None:
     rotbits_jax.encode_to_file(
-      unrounded, _ENCODED.value, files=checkpoint.files, stem=stem, progress=True
+      unrounded,
+      _ENCODED.value,
+      files=checkpoint.files,
+      stem=stem,
+      overwrite=overwrite,
+      progress=True,
     )
   weights = pathlib.Path(_OUTPUT.value, f'{stem}.pt')
   width = model.config.segment_widths[0]
@@ -132,6 +142,16 @@ def main() -> None:
     f'wrote {weights}: width {width} of {config.hidden_size}, '
     f'calibrated on {tokens.size:,} tokens'
   )
+
+
+def _check_outputs(names: list[str]) -> None:
+  """Refuses outputs that cannot be written, before slicing rather than after."""
+  directory = outputs.directory_target(_OUTPUT.value)
+  for name in names if directory.exists() else []:
+    outputs.check(directory / name, overwrite=_OVERWRITE.value)
+  if _ENCODED.value is not None:
+    encoded = outputs.resolved(_ENCODED.value)
+    outputs.check(encoded, overwrite=_OVERWRITE.value)
 
 
 def run() -> int:

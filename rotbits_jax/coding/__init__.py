@@ -1,11 +1,13 @@
-"""Numbers to bits and back, in JAX, knowing neither models nor files.
+"""The coder: turns arrays of numbers into bits and back, in JAX.
 
-In the order of reading:
+The modules know neither models nor files. A message is a stack of coded symbols,
+divided into lanes that are coded side by side. A frequency table says how probable each
+symbol of an alphabet is. In the order of reading:
 
-    rans         the coder: a message of many lanes, push and pop
+    rans         the coder: pushes symbols onto a message and pops them
     tables       integer frequency tables
-    codecs       the algebra: pairs (push, pop) and their combinators
+    codecs       codecs, which are pairs (push, pop), and functions that combine them
     categorical  many symbols under few tables: the fast path
-    weights/     arrays of weights as one stream of blocks, and back
-    bits_back/   rotations and orders for free: bits-back coding
+    weights/     arrays of weights to a stream of bytes and back
+    bits_back/   bits-back coding: rotations and row orders that cost no bits
 """

@@ -1,6 +1,9 @@
-"""Symbols from small alphabets, each under one of several frequency tables.
+"""Fast coding of symbols from a small alphabet, each under one of a few tables.
 
-Shape letters: T symbols a lane, N lanes, K tables, A symbols of the alphabet.
+A table is a frequency table of `tables`. The context of a symbol is the index of its
+table. `codecs.categorical` is the counterpart for many tables and few symbols.
+
+Shape letters: T symbols per lane, N lanes, K tables, A symbols in the alphabet.
 """
 
 import jax
@@ -13,14 +16,14 @@ from rotbits_jax.coding import tables
 def push(
   message: rans.Message, symbols: jax.Array, contexts: jax.Array, intervals: jax.Array
 ) -> rans.Message:
-  """Pushes T symbols a lane, so that `pop` returns them in order.
+  """Pushes T symbols onto each lane, so that `pop` returns them in order.
 
   Args:
-    message: the message, N lanes.
+    message: the message, with N lanes.
     symbols: unsigned integers `[T, N]`, below A.
-    contexts: unsigned integers `[T, N]`: the table of each symbol, or K for a place
-      that holds no symbol and leaves its lane as it is.
-    intervals: uint32 `[K, A]`, from `tables.pack_intervals`. A symbol whose
+    contexts: unsigned integers `[T, N]`, the table of each symbol. A context of K
+      marks a place without a symbol; such a place does not change its lane.
+    intervals: uint32 `[K, A]`, from `tables.pack_intervals`. Pushing a symbol whose
       frequency is 0 corrupts the message.
 
   Returns:
@@ -40,17 +43,17 @@ def push(
 def pop(
   message: rans.Message, contexts: jax.Array, intervals: jax.Array, slots: jax.Array
 ) -> tuple[rans.Message, jax.Array]:
-  """Pops T symbols a lane: the inverse of `push`.
+  """Pops T symbols from each lane: the inverse of `push`.
 
   Args:
-    message: the message, N lanes.
+    message: the message, with N lanes.
     contexts: as in `push`.
     intervals: as in `push`.
     slots: uint8 or uint16 `[K, 2^14]`, from `tables.slots`.
 
   Returns:
-    The message and the symbols, `[T, N]`, of the slots' dtype; anything where a place
-    holds none.
+    The message without the symbols; and the symbols, `[T, N]`, in the dtype of `slots`.
+    The value at a place without a symbol is arbitrary.
   """
   entries = _with_void(intervals).reshape(-1)
   owners = jnp.concatenate([slots, jnp.zeros_like(slots[:1])]).reshape(-1)
@@ -68,7 +71,7 @@ def pop(
 
 
 def _with_void(intervals: jax.Array) -> jax.Array:
-  """Adds the table whose every symbol has the whole interval and costs nothing."""
+  """Appends a table in which every symbol owns the whole interval and costs no bits."""
   void = jnp.full_like(intervals[:1], (tables.TOTAL - 1) << 16)
   return jnp.concatenate([intervals, void])
 

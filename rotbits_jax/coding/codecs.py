@@ -1,12 +1,12 @@
 r"""Codecs: pairs of functions that push a symbol onto a message and pop it again.
 
-For every codec and every message, `pop(push(m, x)) == (m, x)` and
-`push(*pop(m)) == m`. The second is what lets a codec *sample* from a message that
-holds other data, which is what bits-back coding does.
+For every codec and every message m, `pop(push(m, x)) == (m, x)` and
+`push(*pop(m)) == m`. Because of the second identity a codec can also *sample*: it pops
+a symbol from a message that holds other data. Bits-back coding needs this.
 
-A symbol is an array (or a PyTree of arrays) of any shape. Its entries are dealt out to
-the message's lanes in row-major order, so a codec does not depend on the number of
-lanes, and all lanes are used alike.
+A symbol is an array, or a PyTree of arrays, of any shape. Its entries are dealt out to
+the lanes of the message in row-major order. So the definition of a codec does not
+depend on the number of lanes, and all lanes get equally many entries, up to one.
 
 Reference: J. Townsend, T. Bird, D. Barber, Practical lossless compression with latent
 variables using bits back coding, ICLR 2019.
@@ -22,27 +22,32 @@ import numpy as np
 from rotbits_jax.coding import rans
 from rotbits_jax.coding import tables
 
-# So that symbols of 16 bits are exactly uniform.
+# 16, so that integers of 16 bits are coded as exactly uniform.
 _SLOT_BITS = 16
 
 
 class Codec(NamedTuple):
-  """Exact inverses of each other, pure and jittable."""
+  """A pair of pure functions that are exact inverses and can be jitted.
+
+  Attributes:
+    push: takes a message and a symbol; returns the message with the symbol on top.
+    pop: takes a message; returns the message without its top symbol, and that symbol.
+  """
 
   push: Callable[[rans.Message, Any], rans.Message]
   pop: Callable[[rans.Message], tuple[rans.Message, Any]]
 
 
 def certain(value: Any) -> Codec:
-  """The codec of a symbol that is known: it costs nothing."""
+  """Returns the codec of a symbol that is known. It costs no bits."""
   return Codec(push=lambda message, _: message, pop=lambda message: (message, value))
 
 
 def deferred(make: Callable[[], Codec]) -> Codec:
-  """The codec that `make` returns, made in each use.
+  """Returns a codec that calls `make` in each push and pop.
 
-  So what it is made from is computed where it is used, under `jit` for instance, and is
-  not a large constant of the compiled program.
+  The arrays that `make` computes are then computed where the codec is used. Under `jit`
+  they are part of the program, and not large constants in it.
   """
   return Codec(
     push=lambda message, symbol: make().push(message, symbol),
@@ -51,7 +56,10 @@ def deferred(make: Callable[[], Codec]) -> Codec:
 
 
 def serial(*parts: Codec) -> Codec:
-  """The codec of a tuple, its last entry on top of the message."""
+  """Returns the codec of a tuple, given the codecs of its entries.
+
+  The last entry is pushed last, so it is on top of the message.
+  """
 
   def push(message: rans.Message, symbols: tuple[Any, ...]) -> rans.Message:
     for part, symbol in zip(parts, symbols, strict=True):
@@ -69,21 +77,22 @@ def serial(*parts: Codec) -> Codec:
 
 
 def uniform(sizes: jax.Array) -> Codec:
-  """The codec of integers, each uniform on `[0, size)`.
+  """Returns the codec of integers that are uniform on `[0, size)`.
 
-  The integer u owns the slots from floor(2^16 u / size) on: exactly uniform for powers
-  of two, and within 2^-16 of it otherwise.
+  The interval of the integer u begins at floor(2^16 u / size). If the size is a power
+  of two, all probabilities are equal; otherwise they are within 2^-16 of 1 / size.
 
   Args:
-    sizes: unsigned integers, from 1 to 2^16. A size of 1 costs nothing.
+    sizes: unsigned integers from 1 to 2^16, the size for each integer. An integer of
+      size 1 costs no bits.
 
   Returns:
-    A codec of uint32 arrays of the same shape.
+    A codec of uint32 arrays of the same shape as `sizes`.
   """
   sizes = jnp.asarray(sizes).astype(jnp.uint32)
 
   def start_of(symbol: jax.Array, size: jax.Array) -> jax.Array:
-    # The end of the last integer's slots, 2^16, may not be reached by way of 2^32.
+    # The last interval ends at 2^16. The shift would wrap to 0 if size is 2^16.
     start = (symbol << _SLOT_BITS) // size
     return jnp.where(symbol == size, jnp.uint32(1 << _SLOT_BITS), start)
 
@@ -97,8 +106,8 @@ def uniform(sizes: jax.Array) -> Codec:
   def lookup(
     slot: jax.Array, size: jax.Array
   ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    # The greatest u with floor(2^16 u / size) <= slot; 2^32 - 1 is right where
-    # (slot + 1) * size wraps to 0.
+    # The greatest u with floor(2^16 u / size) <= slot. If (slot + 1) * size wraps to 0,
+    # subtracting 1 wraps back to the right value, 2^32 - 1.
     symbol = ((slot + 1) * size - 1) >> _SLOT_BITS
     start = start_of(symbol, size)
     return symbol, start, start_of(symbol + 1, size) - start
@@ -112,16 +121,15 @@ def uniform(sizes: jax.Array) -> Codec:
 
 
 def categorical(contexts: jax.Array, frequencies: jax.Array | np.ndarray) -> Codec:
-  """The codec of symbols from small alphabets, each under one of many tables.
+  """Returns the codec of symbols from a small alphabet, each under one of K tables.
 
-  The tables are searched by bisection, in place of one list of slots for each (see
-  `rotbits_jax.coding.categorical`, for few tables and many symbols).
+  `pop` searches the tables by bisection, so it needs no list of slots for each table.
+  For few tables and many symbols `rotbits_jax.coding.categorical` is faster.
 
   Args:
-    contexts: unsigned integers: the table of each symbol.
-    frequencies: unsigned integers `[K, A]`, each row adding up to
-      `tables.TOTAL`. A symbol whose
-      frequency is 0 corrupts the message.
+    contexts: unsigned integers, the index of each symbol's table.
+    frequencies: unsigned integers `[K, A]`, K tables for A symbols. Each row adds up to
+      `tables.TOTAL`. Pushing a symbol whose frequency is 0 corrupts the message.
 
   Returns:
     A codec of uint32 arrays of the same shape as `contexts`.
@@ -130,8 +138,8 @@ def categorical(contexts: jax.Array, frequencies: jax.Array | np.ndarray) -> Cod
   count, alphabet = frequencies.shape
   depth = (alphabet - 1).bit_length()
   width = 1 << depth
-  # The last table is for places that hold no symbol: one symbol owns all the slots.
-  # Constant tables stay on the host: XLA is slow to fold them.
+  # `void` is for places without a symbol: its first symbol owns the whole interval.
+  # NumPy tables are prepared on the host, because XLA is slow to fold constants.
   xp = np if isinstance(frequencies, np.ndarray) else jnp
   void = tables.TOTAL * xp.eye(1, alphabet, dtype=xp.uint32)
   rows = xp.concatenate([frequencies.astype(xp.uint32), void])
@@ -170,13 +178,13 @@ def categorical(contexts: jax.Array, frequencies: jax.Array | np.ndarray) -> Cod
 
 
 def _deal(x: jax.Array, lanes: int, fill: int) -> jax.Array:
-  """Deals an array's entries out to the lanes: `[T, N]`, padded with `fill`."""
+  """Deals an array's entries out to N lanes: `[T, N]`, padded with `fill`."""
   x = x.reshape(-1)
   return jnp.pad(x, (0, -x.size % lanes), constant_values=fill).reshape(-1, lanes)
 
 
 def _collect(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-  """The inverse of `_deal`."""
+  """Returns the array of this shape that was dealt out: the inverse of `_deal`."""
   size = 1
   for n in shape:
     size *= n

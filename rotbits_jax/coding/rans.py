@@ -1,21 +1,26 @@
 r"""Range asymmetric numeral systems (rANS), many lanes side by side.
 
-A message is a stack of symbols: what was pushed last is popped first. Each lane keeps
-a state x in [2^16, 2^32) and a stack of 16-bit words. A symbol that owns the interval
-[start, start + frequency) of [0, 2^precision) is pushed by
+A message is a stack of symbols: the symbol that was pushed last is popped first. It is
+divided into lanes, which code independently of each other. Each lane has a state x in
+[2^16, 2^32) and a stack of 16-bit words. A symbol owns an interval
+[start, start + frequency) of [0, 2^precision); its probability is
+frequency / 2^precision. To push it is to set
 
-    x' = (x // frequency) * 2^precision + x % frequency + start,
+    x' = (x // frequency) * 2^precision + x % frequency + start.
 
-after moving the low 16 bits of x to the stack if x' would not fit; `pop` undoes both.
-Every step is integer arithmetic on uint32, so a message means the same on every
-device. `push` and `pop` are exact inverses in both orders: symbols may also be *popped*
-from a message that holds other data, which is what bits-back coding does.
+If x' would not fit into 32 bits, the low 16 bits of x are moved to the stack first.
+`pop` undoes both steps. Every step is integer arithmetic on uint32, so a message means
+the same on every device. `push` and `pop` are exact inverses in both orders. Therefore
+symbols may also be *popped* from a message that holds other data, as bits-back coding
+does.
 
-Functions take one symbol a lane and are pure; callers scan, vmap and jit them.
-Nothing here raises on overflow or underflow: both leave a trace in the message that
-`check` turns into an error on the host.
+All functions are pure. `push` and `pop` take one symbol per lane; `push_all` and
+`pop_all` scan over many. A message overflows if a lane needs more words than its
+capacity; it underflows, or runs dry, if a lane is asked for more words than it has.
+Neither raises an error under `jit`. Both are recorded in the message, and `check`
+raises the error on the host.
 
-Shape letters: N lanes, C capacity in words of a lane's stack.
+Shape letters: N lanes, C capacity of a lane's stack in words.
 
 References:
   J. Duda, Asymmetric numeral systems, arXiv 1311.2540.
@@ -51,21 +56,25 @@ class Message(NamedTuple):
 
 
 class MessageError(ValueError):
-  """A message that overflowed its capacity or ran dry."""
+  """Raised for a message that overflowed, that ran dry, or that is not valid."""
 
 
 def empty(lanes: int, capacity: int) -> Message:
-  """A message without content, with room for `capacity` words a lane."""
+  """Returns a message without content; each lane has room for `capacity` words."""
   return seeded(jnp.zeros(lanes, jnp.uint16), capacity)
 
 
 def seeded(payload: jax.Array, capacity: int) -> Message:
-  """A message whose states hold 16 bits of payload each: uint16 `[N]`.
+  """Returns a message whose states hold 16 bits of payload each.
 
-  An empty state has room for them, so they cost nothing; when all that was pushed has
-  been popped again, `payload` reads them back.
+  The payload costs no bits, because an empty state has room for it. When all symbols
+  have been popped again, the function `payload` reads it back.
+
+  Args:
+    payload: uint16 `[N]`.
+    capacity: C.
   """
-  # Three arrays, not one thrice: a caller may donate the message's buffers.
+  # Three arrays and not one thrice, because a caller may donate the message's buffers.
   size, lowest, highest = (jnp.zeros(payload.shape, jnp.int32) for _ in range(3))
   return Message(
     state=payload.astype(jnp.uint32) | jnp.uint32(1 << 16),
@@ -77,10 +86,14 @@ def seeded(payload: jax.Array, capacity: int) -> Message:
 
 
 def stacked(words: jax.Array, capacity: int) -> Message:
-  """A message that holds words: uint16 `[W, N]`, W from 1 to capacity + 1.
+  """Returns a message that holds the given words.
 
-  The last row is the payload of the states, see `seeded`, and the others are the
-  stacks. What pops symbols from it may take almost 16 (W - 1) bits of every lane.
+  The last row becomes the payload of the states (see `seeded`), and the rows before it
+  become the stacks. A caller may pop symbols of almost 16 (W - 1) bits from every lane.
+
+  Args:
+    words: uint16 `[W, N]`, with W from 1 to C + 1.
+    capacity: C.
   """
   message, depth = seeded(words[-1], capacity), words.shape[0] - 1
   size, lowest, highest = (x + depth for x in message[2:])
@@ -89,21 +102,21 @@ def stacked(words: jax.Array, capacity: int) -> Message:
 
 
 def payload(message: Message) -> jax.Array:
-  """What `seeded` put under the content: uint16 `[N]`."""
+  """Returns the payload that `seeded` put below the content: uint16 `[N]`."""
   return message.state.astype(jnp.uint16)
 
 
 def push(
   message: Message, start: jax.Array, frequency: jax.Array, precision: int
 ) -> Message:
-  """Pushes one symbol a lane.
+  """Pushes one symbol onto each lane.
 
   Args:
     message: the message.
-    start: uint32 `[N]`, where each symbol's interval begins.
-    frequency: uint32 `[N]`, the interval's length, at least 1. A frequency of
-      2^precision with start 0 leaves the lane as it is.
-    precision: the intervals divide [0, 2^precision); 10 to 16.
+    start: uint32 `[N]`, the start of each symbol's interval.
+    frequency: uint32 `[N]`, the length of each interval, at least 1. A frequency of
+      2^precision with start 0 does not change the lane.
+    precision: the intervals divide [0, 2^precision); from 10 to 16.
 
   Returns:
     The message with the symbols on top.
@@ -114,12 +127,13 @@ def push(
 
 
 def pop(message: Message, lookup: Lookup, precision: int) -> tuple[Message, Any]:
-  """Pops one symbol a lane: the inverse of `push`.
+  """Pops one symbol from each lane: the inverse of `push`.
 
   Args:
     message: the message.
-    lookup: takes a number in [0, 2^precision) a lane, uint32 `[N]`, and returns the
-      symbol whose interval holds it, and that interval's start and frequency.
+    lookup: takes one slot for each lane, uint32 `[N]`; a slot is an integer in
+      [0, 2^precision). Returns the symbols whose intervals contain the slots, and the
+      starts and frequencies of these intervals.
     precision: as in `push`.
 
   Returns:
@@ -137,13 +151,15 @@ def push_all(
   interval: Callable[[Any], tuple[jax.Array, jax.Array]],
   precision: int,
 ) -> Message:
-  """Pushes T symbols a lane, the last one first, so that `pop_all` has them in order.
+  """Pushes T symbols onto each lane, the last one first.
+
+  In this order, `pop_all` returns the first one first.
 
   Args:
     message: the message.
     symbols: a PyTree of arrays `[T, ...]`.
-    interval: takes the symbols of one step and returns start and frequency, as `push`
-      takes them.
+    interval: takes the symbols of one step; returns their starts and frequencies, as
+      in `push`.
     precision: as in `push`.
 
   Returns:
@@ -166,14 +182,14 @@ def pop_all(
   *,
   length: int | None = None,
 ) -> tuple[Message, Any]:
-  """Pops T symbols a lane: the inverse of `push_all`.
+  """Pops T symbols from each lane: the inverse of `push_all`.
 
   Args:
     message: the message.
     contexts: a PyTree of arrays `[T, ...]`, or None.
-    lookup: as in `pop`, with the contexts of one step as a second argument.
+    lookup: as in `pop`; its second argument is the contexts of one step.
     precision: as in `push`.
-    length: T, where there are no contexts.
+    length: T; needed only if `contexts` is None.
 
   Returns:
     The message without the symbols, and the symbols, `[T, ...]`.
@@ -189,7 +205,7 @@ def pop_all(
   return _popped(message, lanes), symbols
 
 
-_Pushing = tuple[jax.Array, jax.Array, jax.Array]  # state, words flat, size
+_Pushing = tuple[jax.Array, jax.Array, jax.Array]  # state, flat words, size
 _Popping = tuple[jax.Array, jax.Array]  # state, size
 
 
@@ -198,9 +214,9 @@ def _push_step(
 ) -> _Pushing:
   state, words, size = lanes
   count = state.shape[0]
-  # The word is written whether the lane is full or not: if it is not, the size stays
-  # and the next push overwrites it. This keeps the scatter free of masks. Flat indices,
-  # since XLA for CPU does not vectorise two-dimensional ones.
+  # Every lane writes a word, because the scatter then needs no mask. If the lane is not
+  # full, its size does not grow and the next push overwrites the word. The indices are
+  # flat, because XLA for CPU does not vectorise a scatter with two-dimensional ones.
   row = jnp.minimum(size, words.shape[0] // max(count, 1) - 1)
   words = words.at[row * count + jnp.arange(count)].set(
     state.astype(jnp.uint16), mode='promise_in_bounds', unique_indices=True
@@ -218,7 +234,7 @@ def _pop_step(
   symbol, start, frequency = lookup(slot)
   state, dry = pop_state(state, start, frequency, precision)
   size = size - dry.astype(jnp.int32)
-  # After underflow the size is negative; clipping keeps the read defined.
+  # After underflow the size is negative. Clipping keeps the index in bounds.
   row = jnp.clip(size, 0, words.shape[0] // max(count, 1) - 1)
   word = words.at[row * count + jnp.arange(count)].get(mode='promise_in_bounds')
   state = jnp.where(dry, (state << 16) | word.astype(jnp.uint32), state)
@@ -232,14 +248,14 @@ def _pushed(message: Message, lanes: _Pushing) -> Message:
     words=words.reshape(message.words.shape),
     size=size,
     lowest=message.lowest,
-    # Sizes only grow in a push, so the last is the greatest.
+    # Sizes only grow in a push, so the last size is the greatest.
     highest=jnp.maximum(message.highest, size),
   )
 
 
 def _popped(message: Message, lanes: _Popping) -> Message:
   state, size = lanes
-  # Sizes only shrink in a pop, so the last is the least.
+  # Sizes only shrink in a pop, so the last size is the least.
   lowest = jnp.minimum(message.lowest, size)
   return message._replace(state=state, size=size, lowest=lowest)
 
@@ -247,7 +263,7 @@ def _popped(message: Message, lanes: _Popping) -> Message:
 def push_state(
   state: jax.Array, start: jax.Array, frequency: jax.Array, precision: int
 ) -> tuple[jax.Array, jax.Array]:
-  """What a push does to the states.
+  """Computes the states after a push.
 
   Args:
     state: uint32 `[N]`.
@@ -256,7 +272,8 @@ def push_state(
     precision: as in `push`.
 
   Returns:
-    The new states; and whether the low 16 bits of the old one move to the stack.
+    The new states; and whether the low 16 bits of each old state move to the stack,
+    bool `[N]`.
   """
   full = (state >> 16) >= (frequency << (16 - precision))
   state = jnp.where(full, state >> 16, state)
@@ -267,16 +284,18 @@ def push_state(
 def pop_state(
   state: jax.Array, start: jax.Array, frequency: jax.Array, precision: int
 ) -> tuple[jax.Array, jax.Array]:
-  """What a pop does to the states, before words are read.
+  """Computes the states after a pop, before words are read from the stacks.
 
   Args:
     state: uint32 `[N]`.
-    start: uint32 `[N]`, of the interval that holds the state's low bits.
-    frequency: uint32 `[N]`, likewise.
+    start: uint32 `[N]`, start of the interval that contains the slot of the state. The
+      slot is the low `precision` bits.
+    frequency: uint32 `[N]`, length of that interval.
     precision: as in `push`.
 
   Returns:
-    The new states; and whether they are to be shifted to make room for a word.
+    The new states; and whether each must still be shifted by 16 bits to take in a word
+    from its stack, bool `[N]`.
   """
   slot = state & jnp.uint32((1 << precision) - 1)
   state = frequency * (state >> precision) + slot - start
@@ -284,16 +303,21 @@ def pop_state(
 
 
 def _check_precision(precision: int) -> None:
-  """The quotient of a state by a frequency is below 2^(32 - precision)."""
+  """Raises an error unless the precision is from 10 to 16.
+
+  A push divides a state by a frequency. The quotient is below 2^(32 - precision), and
+  `_divmod` needs a quotient below 2^22.
+  """
   if not 10 <= precision <= 16:
     raise ValueError(f'precision must be from 10 to 16, got {precision=}')
 
 
 def _divmod(x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """Exact `divmod` of uint32, for x < y * 2^22 and y <= 2^16.
+  """Computes the exact `divmod` of uint32 for x < y * 2^22 and y <= 2^16.
 
-  A float32 quotient below 2^22 is off by at most one whatever the device's rounding;
-  the integer remainder tells which way. Four times faster than integer division.
+  A float32 quotient below 2^22 is wrong by at most one, however the device rounds. The
+  sign and size of the integer remainder tell in which direction. This is four times
+  faster than integer division.
   """
   quotient = (x.astype(jnp.float32) / y.astype(jnp.float32)).astype(jnp.uint32)
   remainder = (x - quotient * y).astype(jnp.int32)
@@ -305,10 +329,11 @@ def _divmod(x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def check(message: Message) -> Message:
-  """Raises if the message ever overflowed or ran dry; else returns it. Not for `jit`.
+  """Returns the message if it never overflowed nor ran dry. Not for use under `jit`.
 
   Raises:
-    MessageError: says how many bits were missing, or how many words too many.
+    MessageError: if it did. The error says how many bits were missing, or by how many
+      words a lane exceeded its capacity.
   """
   missing = -np.minimum(np.asarray(message.lowest), 0).sum()
   if missing:
@@ -323,17 +348,24 @@ def check(message: Message) -> Message:
 
 
 def content_bits(message: Message) -> float:
-  """The information in the message, in bits: words and logarithms of the states."""
+  """Returns the content of the message in bits.
+
+  A word counts 16 bits, and a state x counts log2(x) - 16 bits.
+  """
   states = np.log2(np.asarray(message.state, np.float64)) - 16
   return float(16 * np.asarray(message.size, np.int64).sum() + states.sum())
 
 
 def to_words(message: Message) -> np.ndarray:
-  """The message as uint16: states, sizes, then the stacks from the bottom up.
+  """Serialises a message into uint16 words.
 
-  Layout: the least size (2 words, low first), the bytes b of a size (1 word, 1 or 2),
-  the states' low halves `[N]`, their high halves `[N]`, the sizes less the least one
-  in b bytes each, and for each stack row in turn the words of the lanes that reach it.
+  The words are, in this order:
+
+  * the least size of a lane's stack, 2 words, the low half first;
+  * b, the number of bytes of a size below: 1 word, 1 or 2;
+  * the low halves of the states, N words, then their high halves, N words;
+  * the size of each stack minus the least size, b bytes each, padded to whole words;
+  * the stacks, row by row from the bottom: the words of the lanes that reach the row.
 
   Raises:
     MessageError: if the message overflowed or ran dry, or if its lanes' sizes differ
@@ -344,7 +376,7 @@ def to_words(message: Message) -> np.ndarray:
   base = int(size.min()) if size.size else 0
   excess = size - base
   if excess.max(initial=0) > 0xFFFF:
-    raise MessageError('the sizes of the lanes differ by 2^16 words or more')
+    raise MessageError('the sizes of the lanes differ by 2^16 or more words')
   width = 1 if excess.max(initial=0) <= 0xFF else 2
   packed = excess.astype(f'<u{width}')
   packed = np.pad(packed, (0, packed.nbytes % 2)).view(np.uint16)
@@ -361,34 +393,35 @@ def to_words(message: Message) -> np.ndarray:
 
 
 def from_words(words: np.ndarray, lanes: int, capacity: int | None = None) -> Message:
-  """The inverse of `to_words`.
+  """Makes a message from its words: the inverse of `to_words`.
 
   Args:
     words: uint16.
     lanes: N.
-    capacity: room for words in a lane; as much as the message needs by default.
+    capacity: C; by default the size of the largest stack.
 
   Returns:
     The message.
 
   Raises:
-    MessageError: if these words are not a message of that many lanes.
+    MessageError: if the words are not a message with N lanes, or if a stack has more
+      than C words.
   """
   width = int(words[2]) if words.size > 2 else 0
-  start = 3 + 2 * lanes  # of the sizes
+  start = 3 + 2 * lanes  # where the sizes begin
   stop = start + -(-lanes * width // 2)
   if width not in (1, 2) or words.size < stop:
-    raise MessageError(f'the words are not a message of {lanes} lanes')
+    raise MessageError(f'the words are not a message with {lanes} lanes')
   base = int(words[0]) | int(words[1]) << 16
   low, high = words[3:start].astype(np.uint32).reshape(2, lanes)
   size = words[start:stop].view(f'<u{width}')[:lanes].astype(np.int64) + base
   stacks = words[stop:]
   if stacks.size != size.sum() or not high.all():
-    raise MessageError('the words are not a message')
+    raise MessageError(f'the words are not a message with {lanes} lanes')
   depth = int(np.max(size, initial=0))
   capacity = depth if capacity is None else capacity
   if depth > capacity:
-    raise MessageError(f'{depth} words a lane do not fit a capacity of {capacity}')
+    raise MessageError(f'a lane has {depth} words, but its capacity is {capacity}')
   rows = np.zeros((capacity + 1, lanes), np.uint16)
   rows[np.arange(capacity + 1)[:, None] < size] = stacks
   size32 = jnp.asarray(size, jnp.int32)

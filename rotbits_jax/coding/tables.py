@@ -1,14 +1,19 @@
-"""Integer frequency tables: what the entropy coder knows about a symbol.
+"""Integer frequency tables: the probabilities with which the coder codes symbols.
 
-A table gives every symbol of an alphabet an integer frequency; they add up to 2^14.
-Tables are made from counts by the encoder and stored; the decoder never recomputes
-one. Host code, NumPy integers only.
+A table gives every symbol of an alphabet an integer frequency. The frequencies add up
+to 2^14, and the probability of a symbol is its frequency / 2^14. The interval of a
+symbol is as long as its frequency, and the intervals of all symbols divide [0, 2^14) in
+the order of the symbols. A slot is an integer in [0, 2^14).
 
-Finer tables are closer to the counts, but rANS loses more the nearer 2^precision comes
-to its smallest state: on real weights 2^12 costs 0.1% (tables) + 0.00% (rANS) of the
-entropy, 2^14 costs 0.01% + 0.01%, 2^16 costs 0.00% + 0.09%.
+The encoder makes tables from counts and stores them, so the decoder never recomputes
+one. All code runs on the host and uses NumPy integers only.
 
-Shape letters: K tables, A symbols of the alphabet.
+Tables with a larger sum follow the counts more closely. But rANS loses more bits the
+nearer the sum comes to its smallest state, 2^16. On real weights a sum of 2^12 costs
+0.1% (tables) + 0.00% (rANS) of the entropy, 2^14 costs 0.01% + 0.01%, and 2^16 costs
+0.00% + 0.09%.
+
+Shape letters: K tables, A symbols in the alphabet.
 """
 
 import zlib
@@ -20,26 +25,27 @@ TOTAL = 1 << PRECISION
 
 
 def quantize(counts: np.ndarray) -> np.ndarray:
-  """Frequencies in proportion to counts.
+  """Returns frequencies in proportion to counts.
 
   Args:
-    counts: integers `[..., A]`, not all 0; at most 2^14 of them positive. They add up
-      to less than 2^48.
+    counts: integers `[..., A]`. In each row at least one count and at most 2^14 counts
+      are positive, and the counts add up to less than 2^48.
 
   Returns:
-    int64 `[..., A]` with sums 2^14, at least 1 where the count is positive and 0
-    elsewhere.
+    int64 `[..., A]` whose rows add up to 2^14. A frequency is at least 1 where the
+    count is positive, and 0 elsewhere.
 
   Raises:
-    ValueError: if no count or more than 2^14 counts are positive.
+    ValueError: if no count or more than 2^14 counts of a row are positive.
   """
   counts = np.asarray(counts, np.int64)
   present = (counts > 0).sum(axis=-1, keepdims=True)
   if not np.all((present > 0) & (present <= TOTAL)):
     raise ValueError(
-      f'got {np.min(present)} to {np.max(present)} symbols for {TOTAL} slots'
+      f'a frequency table needs 1 to {TOTAL} symbols with a positive count, '
+      f'got {np.min(present)} to {np.max(present)}'
     )
-  # A count raised to this one gets a slot, even if all are raised.
+  # Smaller counts are raised to this one. It gets a slot even if all counts are raised.
   least = counts.sum(axis=-1, keepdims=True) // np.maximum(TOTAL - present, 1) + 1
   ends = np.cumsum(np.where(counts > 0, np.maximum(counts, least), 0), axis=-1)
   whole = ends[..., -1:]
@@ -47,28 +53,31 @@ def quantize(counts: np.ndarray) -> np.ndarray:
 
 
 def entropy_bits(counts: np.ndarray) -> float:
-  """The order-0 entropy of all symbols counted, in bits."""
+  """Returns the order-0 entropy of all counted symbols, in bits."""
   counts = counts[counts > 0].astype(np.float64)
   return float(-(counts * np.log2(counts / counts.sum())).sum())
 
 
 def cost_bits(counts: np.ndarray, frequencies: np.ndarray) -> np.ndarray:
-  """What coding the symbols counted with these frequencies takes: bits `[...]`."""
+  """Returns the bits that the counted symbols cost with these frequencies: `[...]`."""
   bits = PRECISION - np.log2(np.maximum(frequencies, 1))
   return (counts * bits).sum(axis=-1)
 
 
 def pack_intervals(frequencies: np.ndarray) -> np.ndarray:
-  """Each symbol's interval as one uint32: `(frequency - 1) << 16 | start`, `[K, A]`.
+  """Packs each symbol's interval into `(frequency - 1) << 16 | start`: uint32 `[K, A]`.
 
-  Symbols of frequency 0 get a meaningless entry.
+  The entry of a symbol with frequency 0 is meaningless.
   """
   starts = np.cumsum(frequencies, axis=-1) - frequencies
   return ((frequencies - 1) << 16 | starts).astype(np.uint32)
 
 
 def slots(frequencies: np.ndarray) -> np.ndarray:
-  """The symbol that owns each of the 2^14 slots: `[K, 2^14]`, uint8 if A <= 256."""
+  """Returns the symbol whose interval contains each slot.
+
+  The result is `[K, 2^14]`, uint8 if A <= 256 and else uint16.
+  """
   tables, symbols = np.nonzero(frequencies)
   kind = np.uint8 if frequencies.shape[1] <= 256 else np.uint16
   owners = np.repeat(symbols.astype(kind), frequencies[tables, symbols])
@@ -76,7 +85,7 @@ def slots(frequencies: np.ndarray) -> np.ndarray:
 
 
 def to_bytes(frequencies: np.ndarray) -> bytes:
-  """Tables `[K, A]` in a compact form: see `from_bytes`."""
+  """Serialises tables `[K, A]`; `from_bytes` describes the bytes."""
   parts = [np.zeros(0, np.int64)]
   for table in frequencies:
     (present,) = np.nonzero(table)
@@ -87,12 +96,14 @@ def to_bytes(frequencies: np.ndarray) -> bytes:
 
 
 def from_bytes(data: bytes, count: int, alphabet: int) -> np.ndarray:
-  """The inverse of `to_bytes`.
+  """Makes tables from bytes: the inverse of `to_bytes`.
+
+  For each table the bytes hold uint16 values: the first and the last symbol whose
+  frequency is positive, and the frequencies from the first to the last. The low bytes
+  of all values come first, then the high bytes. Both are compressed by zlib.
 
   Args:
-    data: a zlib stream of, for each table, the first and the last symbol of positive
-      frequency and the frequencies from one to the other, as uint16: first the low
-      bytes of all, then the high bytes.
+    data: the bytes.
     count: K.
     alphabet: A.
 
@@ -100,17 +111,19 @@ def from_bytes(data: bytes, count: int, alphabet: int) -> np.ndarray:
     int64 `[K, A]`.
 
   Raises:
-    ValueError: if the bytes are not that many valid tables.
+    ValueError: if the bytes are not K valid tables.
   """
   unpacker, most = zlib.decompressobj(), 2 * count * (alphabet + 2)
   try:
     unpacked = unpacker.decompress(data, most + 1)
     if not unpacker.eof or unpacker.unused_data or len(unpacked) > most:
-      raise ValueError('it is cut short, or too long')
+      raise ValueError('the bytes are cut short or too many')
     halves = np.frombuffer(unpacked, np.uint8).reshape(2, -1)
   except (zlib.error, ValueError) as error:
     raise ValueError(f'not a frequency table: {error}') from error
   values = halves[0].astype(np.int64) | halves[1].astype(np.int64) << 8
+  if values.size < 3 * count:
+    raise ValueError('a frequency table is cut short')
   tables = np.zeros((count, alphabet), np.int64)
   position = 0
   for table in tables:
@@ -120,8 +133,8 @@ def from_bytes(data: bytes, count: int, alphabet: int) -> np.ndarray:
       raise ValueError('a frequency table is cut short')
     table[first : last + 1] = span
     if table.sum() != TOTAL:
-      raise ValueError(f'frequencies add up to {table.sum()}, not {TOTAL}')
+      raise ValueError(f'frequencies must add up to {TOTAL}, got {table.sum()}')
     position += 2 + span.size
   if position != values.size:
-    raise ValueError('bytes are left behind the last frequency table')
+    raise ValueError('bytes are left after the last frequency table')
   return tables

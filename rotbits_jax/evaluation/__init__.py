@@ -1,4 +1,4 @@
-"""What a model predicts of a text: perplexity and KL divergence."""
+"""Measurement of models on a text: perplexity and KL divergence."""
 
 from rotbits_jax.evaluation.perplexity import Comparison
 from rotbits_jax.evaluation.perplexity import Evaluation

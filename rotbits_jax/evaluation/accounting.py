@@ -1,28 +1,35 @@
-"""What each way to store a sliced model comes to, from shapes alone.
+"""The number of numbers that each scheme stores for a sliced model, from shapes alone.
 
-Counts the numbers that every scheme stores, in the convention of *Getting Free Bits
-Back from Rotational Symmetries in LLMs* (arXiv 2410.01309), so that they compare with
-its table:
+The schemes differ in how they use gauges. A gauge is a choice of coordinates that does
+not change the function of a model, such as a rotation of a residual segment. A shortcut
+is the matrix that leads from one segment to the next. (`models.config` defines segments
+and shape letters.)
 
-  - The reduction is against the dense model as SliceGPT (arXiv 2401.15024) counts it,
-    after the norms are fused: norms have no parameters, the head is untied, and where
-    LayerNorm was, it has a bias. The other biases and the positions count.
+The counts follow the conventions of *Getting Free Bits Back from Rotational Symmetries
+in LLMs* (arXiv 2410.01309), so that they can be compared with its table:
+
+  - The reduction is relative to the dense model as SliceGPT (arXiv 2401.15024) counts
+    it, after norm fusion: norms have no parameters, and the head is untied. The head
+    has a bias if the model had LayerNorm. Other biases and the position table count.
   - Every number takes 16 bits; nothing is entropy coded.
-  - The width is `int((1 - sparsity) D)`, rounded down to a multiple of 8. The head is
-    not sliced: the last shortcut is `[d, D]`, and the last layer writes D numbers.
+  - The width is `int((1 - sparsity) D)`, rounded down to a multiple of 8. The last
+    segment is not sliced: the last shortcut is `[d, D]`, and the last layer writes D
+    numbers.
 
-With S shortcuts, and `m = D - d`, the schemes store, in numbers:
+With S shortcuts and `m = D - d`, the schemes store the following:
 
-  SliceGPT         its checkpoint
-  ideal bits-back  `S d(d-1)/2` fewer: a rotation for each sliced segment; the last
-                   segment, which is not sliced, gives none
-  gauge-fixed      `d k - k(k-1)/2` with `k = min(m, d)`, for B of `I - B B^T`, in place
-                   of each shortcut's `d^2`; nothing for the last one, which becomes
-                   `[I 0]`; and the global gauge, `d(d-1)/2` fewer
-  + heads          `h^2` fewer a key-value head by GL(h) between value and output, and
-                   `r + (h - r)^2` between query and key, of which RoPE turns r
-  + retied         `T` `[D, d]` in place of the embedding `[V, d]`, where the dense
-                   model's head was tied to it
+  SliceGPT         SliceGPT's checkpoint.
+  ideal bits-back  `S d(d-1)/2` numbers fewer: a rotation for each sliced segment. The
+                   last segment, which is not sliced, saves nothing.
+  gauge-fixed      For each shortcut `[d, d]`, the matrix B of `I - B B^T`, which is
+                   `d k - k(k-1)/2` numbers with `k = min(m, d)`. Nothing for the last
+                   shortcut, because it becomes `[I 0]`. The remaining global rotation
+                   saves `d(d-1)/2` numbers.
+  + heads          For each key-value head, `h^2` numbers fewer, because GL(h) acts
+                   between value and output, and `r + (h - r)^2` numbers fewer between
+                   query and key, where RoPE rotates r numbers of a head.
+  + retied         A matrix T `[D, d]` in place of the embedding `[V, d]`, if the head
+                   of the dense model is tied to the embedding.
 """
 
 import itertools
@@ -33,17 +40,17 @@ from rotbits_jax import slicing
 
 
 class Accounting(NamedTuple):
-  """Numbers that each scheme stores; the module's docstring defines them.
+  """The number of numbers that each scheme stores; the module docstring defines them.
 
   Attributes:
-    width: d, of the sliced segments.
-    dense: of the dense model, norms fused and head untied.
-    slicegpt: of the sliced checkpoint.
-    bits_back_ideal: if bits-back coding got all the bits of every rotation.
-    gauge_fixed: with the residual gauge fixed and shortcuts as `I - B B^T`.
-    gauge_fixed_heads: with the attention heads' gauges fixed too.
-    gauge_fixed_heads_retied: with the embedding made from the head too; None if they
-      were not tied.
+    width: d, the width of the sliced segments.
+    dense: the dense model, with fused norms and an untied head.
+    slicegpt: the sliced checkpoint.
+    bits_back_ideal: bits-back coding that saves all bits of every rotation.
+    gauge_fixed: fixed rotations, and shortcuts as `I - B B^T`.
+    gauge_fixed_heads: the same, and fixed gauges of the attention heads.
+    gauge_fixed_heads_retied: the same, and the embedding as the image of the head;
+      None if the dense model's head is not tied.
   """
 
   width: int
@@ -55,11 +62,11 @@ class Accounting(NamedTuple):
   gauge_fixed_heads_retied: int | None
 
   def numbers(self) -> dict[str, int | None]:
-    """The numbers by scheme, the dense model's first."""
+    """Returns the counts by scheme; that of the dense model comes first."""
     return {name: n for name, n in self._asdict().items() if name != 'width'}
 
   def reduction(self) -> dict[str, float | None]:
-    """By how many percent each scheme stores less than the dense model."""
+    """Returns by how many percent each scheme's count is below the dense model's."""
     percent = lambda n: None if n is None else 100 * (1 - n / self.dense)
     return {name: percent(n) for name, n in self.numbers().items() if name != 'dense'}
 
@@ -67,22 +74,22 @@ class Accounting(NamedTuple):
 def accounting(
   config: models.ModelConfig, sparsity: float, *, round_interval: int = 8
 ) -> Accounting:
-  """Counts what a model takes once it is sliced, under each scheme.
+  """Counts the numbers that each scheme stores for a model after slicing.
 
   Args:
-    config: of the dense model.
+    config: config of the dense model.
     sparsity: the part of the hidden size that slicing removes, in [0, 1).
-    round_interval: the sliced width is a multiple of it.
+    round_interval: the sliced width is rounded down to a multiple of it.
 
   Returns:
     The counts.
 
   Raises:
-    ValueError: if the config is of a sliced model, a setting is out of range, or no
-      width is left.
+    ValueError: if the config is that of a sliced model, if a setting is out of range,
+      or if the sliced width is 0.
   """
   if config.sliced:
-    raise ValueError(f'the accounting begins with a dense model, got {config.norm=}')
+    raise ValueError(f'the accounting needs a dense model, got {config.norm=}')
   hidden = config.hidden_size
   width = slicing.sliced_width(hidden, sparsity, round_interval)
   segments = len(config.segment_widths) - 1

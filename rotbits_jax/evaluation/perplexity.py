@@ -1,4 +1,4 @@
-"""Perplexity of a model, and how far its predictions are from another model's."""
+"""Perplexity of a model, and KL divergence of its predictions from another model's."""
 
 from collections.abc import Iterator, Mapping
 import dataclasses
@@ -16,13 +16,15 @@ DEFAULT_WINDOW = 1024
 
 
 class Evaluation(NamedTuple):
-  """What `evaluate` measured.
+  """The result of `evaluate`.
 
   Attributes:
     perplexity: `exp` of the mean negative log-likelihood of a token.
-    tokens: how many tokens were predicted.
-    kl: mean of KL(reference || model) over these, in nats; None if not asked for.
-    kl_rerounded: the same for KL(reference || rerounded).
+    tokens: number of predicted tokens.
+    kl: mean of KL(reference || model) over the predicted tokens, in nats; None without
+      a reference.
+    kl_rerounded: mean of KL(reference || rerounded), in nats; None without a rerounded
+      model.
   """
 
   perplexity: float
@@ -32,11 +34,11 @@ class Evaluation(NamedTuple):
 
 
 class Comparison(NamedTuple):
-  """What `compare` measured of one model.
+  """The result of `compare` for one model.
 
   Attributes:
     perplexity: `exp` of the mean negative log-likelihood of a token.
-    kl: mean of KL(reference || model) in nats, by the reference's name.
+    kl: mean of KL(reference || model) in nats, by the name of the reference.
   """
 
   perplexity: float
@@ -53,30 +55,31 @@ def evaluate(
   window: int | None = None,
   progress: bool = False,
 ) -> Evaluation:
-  """Perplexity and KL divergence of next-token predictions.
+  """Measures the perplexity and the KL divergence of next-token predictions.
 
-  The tokens are cut into windows that do not overlap; each window predicts all of
-  its tokens but the first. A shorter last window counts if it predicts a token.
+  The tokens are cut into windows that do not overlap. In each window the model predicts
+  every token but the first. The last window may be shorter.
 
   Args:
     model: the model to measure.
     tokens: `[N]` token ids.
-    reference: a model of the same vocabulary to compare predictions with.
-    rerounded: the reference in other coordinates, rounded to the same dtype: the
-      divergence that rounding alone makes.
-    max_tokens: how many of the tokens to use; None for all.
-    window: tokens in a window; None for what the model was trained for, at most 1024.
-    progress: whether to show a bar on stderr, if that is a terminal.
+    reference: a model with the same vocabulary, whose predictions are compared.
+    rerounded: the reference in other coordinates, rounded to the same dtype. Its
+      divergence is that of rounding alone.
+    max_tokens: number of tokens to use; None for all.
+    window: number of tokens in a window; None for the longest sequence that the model
+      was trained for, but at most 1024.
+    progress: whether to show the progress on stderr.
 
   Returns:
-    An `Evaluation`.
+    The measurements.
 
   Raises:
-    ValueError: if there are fewer than two tokens, if one is outside the vocabulary,
-      or if the models' vocabularies differ.
+    ValueError: if there are fewer than two tokens, if a token is outside the
+      vocabulary, or if the vocabularies of the models differ.
   """
   if rerounded is not None and reference is None:
-    raise ValueError('rerounded is compared with the reference, which is missing')
+    raise ValueError('a rerounded model needs a reference to be compared with')
   others = {} if rerounded is None else {'rerounded model': rerounded}
   measured, count = _compare(
     {'model': model} | others,
@@ -103,14 +106,15 @@ def compare(
   max_tokens: int | None = None,
   progress: bool = False,
 ) -> dict[str, Comparison]:
-  """Perplexity of several models, and the divergence of each from each reference.
+  """Measures the perplexity of models, and the divergence of each from each reference.
 
   Args:
     compared: the models to measure, by name.
-    tokens: `[N]` token ids, cut into windows as in `evaluate`.
-    references: models of the same vocabulary to compare predictions with, by name.
-    max_tokens: how many of the tokens to use; None for all.
-    progress: whether to show a bar on stderr, if that is a terminal.
+    tokens: `[N]` token ids, which are cut into windows as in `evaluate`.
+    references: models with the same vocabulary, whose predictions are compared, by
+      name.
+    max_tokens: number of tokens to use; None for all.
+    progress: whether to show the progress on stderr.
 
   Returns:
     A `Comparison` for each model.
@@ -132,19 +136,20 @@ def _compare(
   window: int | None,
   progress: bool,
 ) -> tuple[dict[str, Comparison], int]:
-  """What `compare` returns, and how many tokens were predicted."""
+  """Returns the result of `compare` and the number of predicted tokens."""
   config = next(iter(compared.values())).config
   for name, model in (*compared.items(), *references.items()):
     if model.config.vocab_size != config.vocab_size:
       raise ValueError(
-        f'the {name} must have the vocabulary of {config.vocab_size} that the model '
-        f'has, got {model.config.vocab_size}'
+        f'the {name} must have a vocabulary of {config.vocab_size} tokens like the '
+        f'model, got {model.config.vocab_size}'
       )
   if window is None:
     window = min(config.max_positions, DEFAULT_WINDOW)
   tokens = _checked(tokens, max_tokens, window, config)
 
-  # Each once to the device, without the buffers, which may be of any dtype.
+  # Each model is put on the device once. Buffers are left out, because JAX does not
+  # support every dtype that they may have.
   by_id = {id(m): m for m in (*compared.values(), *references.values())}
   by_id = {
     key: jax.device_put(dataclasses.replace(m, buffers={})) for key, m in by_id.items()
@@ -156,7 +161,7 @@ def _compare(
   for padded, length in tracked:
     expected = {id(m): _predictions(by_id[id(m)], padded) for m in references.values()}
     for name, model in compared.items():
-      # A model that is its own reference need not predict twice.
+      # A model that is its own reference does not predict twice.
       predicted = expected.get(id(model))
       if predicted is None:
         predicted = _predictions(by_id[id(model)], padded)
@@ -195,7 +200,7 @@ def _checked(
 
 
 def _windows(tokens: np.ndarray, window: int) -> Iterator[tuple[np.ndarray, int]]:
-  """Yields `[1, window]` tokens, padded at the end, and how many are not padding."""
+  """Yields windows of tokens `[1, window]`, and how many of them are not padding."""
   for start in range(0, len(tokens) - 1, window):
     piece = tokens[start : start + window]
     yield np.pad(piece, (0, window - len(piece)))[None], len(piece)
@@ -203,7 +208,7 @@ def _windows(tokens: np.ndarray, window: int) -> Iterator[tuple[np.ndarray, int]
 
 @jax.jit
 def _predictions(model: models.Model, tokens: jax.Array) -> jax.Array:
-  """Logits `[T - 1, V]` of all tokens `[1, T]` but the first."""
+  """Returns the logits `[T - 1, V]` for all tokens `[1, T]` but the first."""
   return models.logits(model, tokens)[0, :-1]
 
 
@@ -211,16 +216,23 @@ def _predictions(model: models.Model, tokens: jax.Array) -> jax.Array:
 def _measure(
   predicted: jax.Array, expected: list[jax.Array], tokens: jax.Array
 ) -> jax.Array:
-  """`[1 + R, T - 1]`: the loss and the divergence from each of R references."""
+  """Returns the losses and the divergences from each of R references: `[1 + R, T - 1]`.
+
+  Args:
+    predicted: logits `[T - 1, V]` of the model.
+    expected: logits `[T - 1, V]` of each reference.
+    tokens: `[1, T]`.
+  """
   loss = optax.softmax_cross_entropy_with_integer_labels(predicted, tokens[0, 1:])
   return jnp.stack([loss, *(kl_divergence(e, predicted) for e in expected)])
 
 
 def kl_divergence(reference: jax.Array, model: jax.Array) -> jax.Array:
-  """KL(reference || model) of `[..., V]` logits, `[...]` in nats.
+  """Returns KL(reference || model) in nats, `[...]`, given logits `[..., V]`.
 
-  With `r = log q - log p` it is the sum of `p (e^r - 1 - r)`: `q - p` sums to zero,
-  and no term is negative, so that float32 keeps divergences of 1e-9 apart.
+  Let p and q be the probabilities of the reference and of the model, and
+  `r = log q - log p`. The divergence is the sum of `p (e^r - 1 - r)`, because `q - p`
+  sums to zero. No term is negative, so float32 resolves divergences of 1e-9.
   """
   log_p, log_q = jax.nn.log_softmax(reference), jax.nn.log_softmax(model)
   p, ratio = jnp.exp(log_p), log_q - log_p

@@ -1,4 +1,4 @@
-"""The models of the bits-back paper's table: their sizes, and its own figures.
+"""The models in the table of the bits-back paper: their sizes and the paper's figures.
 
 Reference: Getting Free Bits Back from Rotational Symmetries in LLMs, arXiv 2410.01309.
 """
@@ -10,11 +10,11 @@ from rotbits_jax import models
 
 
 class Published(NamedTuple):
-  """A model that was published, and what the paper made of it.
+  """A published model with the figures of the paper.
 
   Attributes:
-    config: of the dense model.
-    bits_back: the paper's reduction in percent, by the sparsity of the slicing.
+    config: config of the dense model.
+    bits_back: the paper's reduction in percent, by the sparsity of slicing.
   """
 
   config: models.ModelConfig

@@ -1,4 +1,4 @@
-"""Text to tokens, by the tokenizer that lies beside a checkpoint."""
+"""Conversion of text to tokens with the tokenizer of a checkpoint."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -7,21 +7,22 @@ import numpy as np
 
 
 def read_tokenizer(files: Mapping[str, bytes]) -> Any:
-  """The tokenizer of a checkpoint, a `tokenizers.Tokenizer`.
+  """Returns the tokenizer of a checkpoint, a `tokenizers.Tokenizer`.
 
   Args:
-    files: the checkpoint's sidecar files by name, `tokenizer.json` among them.
+    files: the checkpoint's sidecar files by name; must contain `tokenizer.json`.
 
   Raises:
-    ValueError: if the tokenizer, or the package that reads it, is missing or broken.
+    ValueError: if the tokenizer is missing or cannot be read, or if the package
+      `tokenizers` is not installed.
   """
   if 'tokenizer.json' not in files:
-    raise ValueError('the checkpoint has no tokenizer.json to read the text with')
+    raise ValueError('the checkpoint has no tokenizer.json, which reading text needs')
   try:
     import tokenizers
   except ImportError as error:
     raise ValueError(
-      'reading text takes the package tokenizers: pip install "rotbits_jax[text]"'
+      'reading text needs the package tokenizers: pip install "rotbits_jax[text]"'
     ) from error
   try:
     return tokenizers.Tokenizer.from_str(files['tokenizer.json'].decode())
@@ -30,17 +31,17 @@ def read_tokenizer(files: Mapping[str, bytes]) -> Any:
 
 
 def encode_text(files: Mapping[str, bytes], text: str) -> np.ndarray:
-  """Tokens of a text, with no special tokens added and nothing cut off.
+  """Converts a text to tokens. It adds no special tokens and truncates nothing.
 
   Args:
     files: see `read_tokenizer`.
-    text: at least one word.
+    text: the text, with at least one word.
 
   Returns:
-    `[N]` int32.
+    int32 `[N]`.
 
   Raises:
-    ValueError: if the text has no words, or as for `read_tokenizer`.
+    ValueError: if the text has no words; see also `read_tokenizer`.
   """
   if not text.strip():
     raise ValueError('the text has no words')

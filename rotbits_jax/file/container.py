@@ -18,10 +18,11 @@ import json
 import os
 import pathlib
 import struct
+import threading
 from typing import Any, BinaryIO
-import zlib
 
 import numpy as np
+from zlib_ng import zlib_ng
 
 from rotbits_jax import strict_json
 
@@ -33,7 +34,6 @@ Readable = str | os.PathLike[str] | bytes | bytearray | memoryview | BinaryIO
 """What a file can be read from: its path, its bytes, or a binary file that is open."""
 
 _MOST = 10**15  # bytes of a file, to reserve room for the header
-_PIECE = 1 << 24  # bytes that are read at a time
 _MOST_HEADER = 100_000_000  # bytes; the safetensors library's own limit
 
 
@@ -82,7 +82,7 @@ class StreamWriter:
       raise ValueError(f'{name}: the stream {self._open} is still open')
     self._open = name
     view = memoryview(np.ascontiguousarray(part)).cast('B')
-    self._crc = zlib.crc32(view, self._crc)
+    self._crc = zlib_ng.crc32(view, self._crc)
     self._file.write(view)
     self._next += view.nbytes
 
@@ -143,7 +143,7 @@ class StreamReader:
       ContainerError: if this is no rotbits file, or its header is damaged.
       OSError: if the path cannot be read.
     """
-    self._source = source
+    self._source, self._lock = source, threading.Lock()
     if isinstance(source, (str, os.PathLike)):
       self.name = os.fspath(source)
       self.size = pathlib.Path(source).stat().st_size
@@ -181,34 +181,31 @@ class StreamReader:
     begin, end = self._streams[name]
     return self._bytes(self._start + begin, end - begin)
 
-  def check(self, name: str, nbytes: int, crc32: int) -> None:
-    """Refuses a stream of another length or checksum; reads it in pieces.
+  def checked(self, name: str, nbytes: int, crc32: int) -> np.ndarray:
+    """A stream like `stream`, which has this length and this CRC-32.
 
     Raises:
       ContainerError: if it is damaged or missing.
     """
-    if name not in self._streams:
-      raise ContainerError(f'{name}: no such stream')
-    begin, end = self._streams[name]
-    crc = 0
-    for start in range(begin, end, _PIECE):
-      count = min(_PIECE, end - start)
-      crc = zlib.crc32(self._bytes(self._start + start, count), crc)
-    if end - begin != nbytes or crc != crc32:
+    data = self.stream(name)
+    if data.size != nbytes or zlib_ng.crc32(data) != crc32:
       raise ContainerError(f'{name}: the stream is damaged: its checksum differs')
+    return data
 
   def _bytes(self, begin: int, count: int) -> np.ndarray:
     source = self._source
     if not count:
       return np.zeros(0, np.uint8)
     if isinstance(source, (str, os.PathLike)):
-      return np.memmap(source, np.uint8, 'r', begin, (count,))
+      # A plain array, since a memory map is slow to slice.
+      return np.memmap(source, np.uint8, 'r', begin, (count,)).view(np.ndarray)
     if isinstance(source, (bytes, bytearray, memoryview)):
       return np.frombuffer(
         memoryview(source).cast('B')[begin : begin + count], np.uint8
       )
-    source.seek(begin)
-    data = np.frombuffer(source.read(count), np.uint8)
+    with self._lock:  # units are read side by side
+      source.seek(begin)
+      data = np.frombuffer(source.read(count), np.uint8)
     if data.size != count:
       raise ContainerError('the file is cut short')
     return data
@@ -228,6 +225,9 @@ class StreamReader:
         f'version {str(metadata.get("version"))[:20]} of the format, '
         f'this program reads {VERSION}'
       )
+    unknown = sorted(set(metadata) - {'format', 'version', 'manifest_crc32'})
+    if unknown:
+      raise ContainerError(f'the field {unknown[0][:40]!r} of the header is not known')
     crc = metadata.get('manifest_crc32')
     if not (isinstance(crc, str) and crc.isascii() and crc.isdigit() and len(crc) < 11):
       raise ContainerError('the header is damaged: it has no checksum of the manifest')

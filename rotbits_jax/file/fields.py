@@ -1,11 +1,31 @@
 """Fields of JSON objects that a stranger may have written, checked as they are read."""
 
-import math
 from typing import Any
 
 from rotbits_jax.file import container
 
 _MOST = 1 << 53  # JSON has no greater integers in all languages
+
+
+_LONGEST_NAME = 255  # bytes, as file systems have it
+
+
+def is_file_name(name: str) -> bool:
+  """Whether a string names a file of a folder on any system, and can be printed."""
+  return (
+    name not in ('', '.', '..')
+    and name.isprintable()
+    and len(name.encode()) <= _LONGEST_NAME
+    and not any(c in name for c in '/\\:')
+  )
+
+
+def printable(text: str) -> str:
+  """Text of a stranger on one line, without what would steer a terminal."""
+  if text.isprintable():
+    return text
+  escape = lambda c: c.encode('unicode_escape').decode()
+  return ''.join(c if c.isprintable() else escape(c) for c in text)
 
 
 class Fields:
@@ -37,10 +57,10 @@ class Fields:
     return value
 
   def number(self, name: str) -> float:
-    """A finite number."""
+    """A number of up to 53 bits before the point."""
     value = self.take(name)
-    if type(value) not in (int, float) or not math.isfinite(value):
-      raise self.error(name, 'must be a finite number')
+    if type(value) not in (int, float) or not -_MOST <= value <= _MOST:
+      raise self.error(name, f'must be a number from {-_MOST} to {_MOST}')
     return float(value)
 
   def text(self, name: str) -> str:
@@ -48,6 +68,13 @@ class Fields:
     value = self.take(name)
     if not isinstance(value, str):
       raise self.error(name, 'must be a string')
+    return value
+
+  def file_name(self, name: str) -> str:
+    """A string that names a file, and leads nowhere else."""
+    value = self.text(name)
+    if not is_file_name(value):
+      raise self.error(name, 'must be the name of a file')
     return value
 
   def items(self, name: str) -> list[Any]:

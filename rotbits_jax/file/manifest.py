@@ -9,6 +9,7 @@ The preset `paper` has one message for the whole model in place of units, see `M
 
 import dataclasses
 import json
+import math
 from typing import Any, Self
 
 import numpy as np
@@ -48,6 +49,11 @@ class Leaf:
   arrays: tuple[str, ...]
   expanded: int | None = None
 
+  @property
+  def nbytes(self) -> int:
+    """Bytes of the array that the leaf stands for."""
+    return math.prod(self.shape) * weights.DTYPES[self.dtype].itemsize
+
   def stack_key(self) -> tuple[Any, ...]:
     """What `models.stack_key` has for the leaf."""
     return self.path, self.kind, self.shape, self.dtype, self.names
@@ -75,8 +81,8 @@ class Leaf:
     path = given.text('path')
     given = fields.Fields(value, f'{where}/{path[:200]}')
     given.take('path')
-    if not path or any(not part for part in path.split('/')):
-      raise given.error('path', 'must be keys joined by slashes')
+    if not _is_path(path):
+      raise given.error('path', f'must be up to {_MOST_KEYS} keys joined by slashes')
     kind = given.text('kind') if given.optional('kind') else ''
     leaf = cls(
       path=path,
@@ -91,6 +97,8 @@ class Leaf:
       else None,
     )
     given.finish()
+    if leaf.dtype not in weights.DTYPES:
+      raise given.error('dtype', 'is not known')
     if len(set(leaf.arrays)) != len(leaf.arrays):
       raise given.error('arrays', 'must be different names')
     return leaf
@@ -121,6 +129,12 @@ class Unit:
   input_bytes: int
   savings: tuple[transform.Saving, ...]
   order_bits: float
+
+  @property
+  def decoded_bytes(self) -> int:
+    """Bytes of what the unit decodes to, materialized or as it is stored."""
+    stored = sum(array.nbytes for array in self.coder.arrays)
+    return max(stored, sum(leaf.nbytes for leaf in self.leaves))
 
   def leaf_specs(self) -> list[tuple[Leaf, list[Any]]]:
     """Each leaf with the specs of its arrays."""
@@ -260,6 +274,8 @@ class Message:
       **_input_sizes(given),
     )
     given.finish()
+    if sorted(stream.name for stream in message.streams) != sorted(MESSAGE):
+      raise given.error('streams', f'must be {", ".join(MESSAGE)}')
     return message
 
 
@@ -331,14 +347,15 @@ class Manifest:
       preset=given.text('preset'),
       options=given.object('options'),
       config=config,
-      stem=given.text('stem') if given.optional('stem') else None,
+      stem=given.file_name('stem') if given.optional('stem') else None,
       units=tuple(map(Unit.from_json, given.items('units'))),
       message=Message.from_json(given.object('message'))
       if given.optional('message')
       else None,
       files=tuple(Stream.from_json(file[:3]) for file in files),
       sizes=tuple(
-        fields.Fields({'size': f[3]}, 'files').integer('size') for f in files
+        fields.Fields({'size': f[3]}, 'files').integer('size', MOST_FILES)
+        for f in files
       ),
     )
     given.finish()
@@ -354,11 +371,26 @@ class Manifest:
     others = [*self.files, *(self.message.streams if self.message else ())]
     if len(self.streams()) != len(self.units) + len(others):
       raise ContainerError('two streams have one name')
+    for stream in self.files:
+      name = stream.name.removeprefix(FILES)
+      if name == stream.name or not fields.is_file_name(name):
+        raise ContainerError(f'{stream.name[:200]}: not the name of a file')
+    if sum(self.sizes) > MOST_FILES:
+      raise ContainerError(f'the other files have more than {MOST_FILES} bytes')
+    for unit in self.units:
+      paths = [leaf.path.split('/') for leaf in unit.leaves]
+      within = self.config is not None and layer_index(unit.name) is not None
+      if not within and any(path[0] != unit.name for path in paths):
+        raise ContainerError(f'{unit.name[:200]}: it has a leaf of another unit')
     if self.config is None:
       if self.message is not None:
         raise ContainerError('a message of bits-back coding needs a config')
       return
     for unit in self.units:
+      if unit.name == BUFFERS and any(
+        leaf.kind or leaf.path.count('/') != 1 for leaf in unit.leaves
+      ):
+        raise ContainerError(f'{BUFFERS}: buffers are arrays by their names')
       expected = _expected(unit.name, self.config)
       found = {leaf.path: leaf.shape for leaf in unit.leaves}
       if expected is not None and found != expected:
@@ -368,6 +400,17 @@ class Manifest:
           f'{unit.name}/{path}: the config and the unit disagree about it, {shape=}'
         )
 
+
+FILES = 'files/'
+"""What the streams of other files are named with, before the file's own name."""
+
+MESSAGE = ('message', 'corrections', 'tables')
+"""The streams of a message of bits-back coding."""
+
+MOST_FILES = 1 << 28
+"""Bytes of all other files, before they are compressed."""
+
+_MOST_KEYS = 64  # of a path, so that nothing recurses deeply
 
 BUFFERS = 'buffers'
 """The unit of the tensors that take no part in the mathematics."""
@@ -379,6 +422,11 @@ def layer_index(name: str) -> int | None:
   if prefix != 'layers' or not (index.isascii() and index.isdigit()):
     return None
   return int(index) if len(index) < 8 and str(int(index)) == index else None
+
+
+def _is_path(path: str) -> bool:
+  parts = path.split('/')
+  return all(parts) and len(parts) <= _MOST_KEYS
 
 
 def _expected(
@@ -431,6 +479,8 @@ def leaf_of(path: str, leaf: Any, expanded: int | None = None) -> tuple[Leaf, An
   settings, arrays = {}, {'': leaf}
   if structured.is_structured(leaf):
     settings, arrays = leaf.stored()
+  if not _is_path(path):
+    raise ValueError(f'{path[:200]}: a path has at most {_MOST_KEYS} keys')
   kind, shape, dtype, names = structured.stack_key(leaf)
   entry = Leaf(
     path=path,

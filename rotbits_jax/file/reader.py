@@ -4,19 +4,26 @@
       layer = file.unit('layers.3')      # nested dicts of NumPy arrays and leaves
       model = file.model()               # layers stacked
 
-All that the manifest says is checked before anything is allocated.
+All that the manifest says is checked before anything is allocated. Several units decode
+side by side, so that the checksum of one stream is read while the blocks of another are
+decoded.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+import collections
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent import futures
 import dataclasses
+import functools
 import itertools
+import math
 import os
 import pathlib
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 import zlib
 
 import jax
 import numpy as np
+from zlib_ng import zlib_ng
 
 from rotbits_jax import models
 from rotbits_jax import progress
@@ -55,8 +62,13 @@ class Reader:
       ContainerError: if this is no rotbits file, or its manifest is damaged.
       OSError: if a path cannot be read.
     """
-    files = _shards(source)
+    files, checksums = _shards(source)
     self._files = [container.StreamReader(file) for file in files]
+    for file in self._files:
+      if checksums.get(os.path.basename(file.name), file.manifest_crc32) != (
+        file.manifest_crc32
+      ):
+        raise ContainerError(f'{file.name}: the index names another shard of this name')
     self.size = sum(file.size for file in self._files)
     self.manifests = [_manifest(file) for file in self._files]
     first = self.manifests[0]
@@ -96,8 +108,7 @@ class Reader:
     Raises:
       ContainerError: if there is no such unit, or it is damaged.
     """
-    tree = self._decode(name)
-    return self._expanded(name, tree, lambda other: self._decode(other))
+    return self._expanded(name, functools.cache(self._decode))
 
   def tensor(self, path: str) -> Any:
     """One parameter, like 'layers.3/attention/query/kernel'; see `unit`."""
@@ -125,7 +136,7 @@ class Reader:
 
     Returns:
       The model; structured leaves stay structured, but those that cannot be computed
-      with. At most one layer more than the model is held meanwhile.
+      with. At most a few layers more than the model are held meanwhile.
 
     Raises:
       ContainerError: if the file is damaged, or has not all of it.
@@ -138,19 +149,23 @@ class Reader:
       raise ValueError(f'the file has {count} layers, got {layers}')
     if self.manifests[0].message is not None:
       return self._message_model(layers, place, show_progress)
-    outer = list(models.outer_shapes(self.config))
+    outer = self._outer_names()
     names = [*outer, *(f'layers.{i}' for i in layers)]
-    for name in names:
-      self._entry(name)
+    _check_memory('the model', sum(self._entry(name).decoded_bytes for name in names))
     params: Tree = {}
-    with progress.Progress('decode', len(names), 'unit', show=show_progress) as bar:
-      for name in outer:
-        params |= self._decode(name)
-        bar.update()
-      params = _placed(self._all_expanded(params), place)
+    with (
+      progress.Progress('decode', len(names), 'unit', show=show_progress) as bar,
+      weights.unit_jobs() as start,
+    ):
+      expanding = self._start_outer(outer, start)
       runs = itertools.groupby(layers, lambda i: self._entry(f'layers.{i}').stack_key())
-      for group, (_, run) in enumerate(runs):
-        params[f'blocks_{group}'] = self._stack(list(run), place, bar)
+      stacks = [self._start_stack(list(run), place, start) for _, run in runs]
+      for future in expanding:
+        params |= _placed(future.result(), place)
+        bar.update()
+      for group, stack in enumerate(stacks):
+        tree = stack.result(bar)
+        params[f'blocks_{group}'] = _placed_stack(tree, place, stack)
     return models.Model(params=params, buffers=self.buffers(), config=self.config)
 
   def parts(self, *, show_progress: bool = False) -> Iterator[tuple[int | None, Tree]]:
@@ -173,31 +188,45 @@ class Reader:
         own = path if index is None else rest
         yield index, structured.unflatten({own: array})
       return
-    outer = list(models.outer_shapes(self.config))
+    outer = self._outer_names()
     names = [f'layers.{i}' for i in range(self.config.num_layers)]
     for name in (*outer, *names):
       self._entry(name)
     total = len(names) + len(outer)
-    with progress.Progress('decode', total, 'unit', show=show_progress) as bar:
-      for index, name in enumerate(names):
-        yield index, self._decode(name)
-        bar.update()
+    with (
+      progress.Progress('decode', total, 'unit', show=show_progress) as bar,
+      weights.unit_jobs() as start,
+    ):
+      # One layer decodes while the caller has the layer before it.
+      ahead: collections.deque[futures.Future[Tree]] = collections.deque()
+      for index, name in enumerate([*names, None]):
+        if name is not None:
+          ahead.append(start(functools.partial(self._decode, name)))
+        if len(ahead) > (name is not None):
+          yield index - 1, ahead.popleft().result()
+          bar.update()
       params: Tree = {}
-      for name in outer:
-        params |= self._decode(name)
+      for future in self._start_outer(outer, start):
+        params |= future.result()
         bar.update()
-      yield None, self._all_expanded(params)
+      yield None, params
 
   def dtypes(self) -> dict[str, np.dtype]:
     """The dtype of every parameter of a model, by path."""
     found: dict[str, np.dtype] = {}
     for path, leaf, _ in self._leaves():
       found[path] = _dtype(leaf.dtype)
-    for own in self.manifests:
-      if own.message is not None:
-        arrays = own.message.layout.get('arrays')
-        for path, stored in arrays.items() if isinstance(arrays, dict) else ():
-          found[path] = _dtype(stored[0])
+    for file, own in zip(self._files, self.manifests, strict=True):
+      if own.message is not None and own.config is not None:
+        from rotbits_jax.paper import layout as layout_lib  # slow to import
+
+        with file.errors():
+          try:
+            words = file.nbytes('message') // 2
+            layout = layout_lib.from_json(own.message.layout, own.config, words)
+          except ValueError as error:
+            raise ContainerError(f'message: {error}') from error
+        found |= {path: _dtype(x.dtype) for path, x in layout.arrays.items()}
     return found
 
   def factors(self) -> dict[str, tuple[int, str]]:
@@ -207,7 +236,10 @@ class Reader:
       kind = structured.KINDS.get(leaf.kind)
       if kind is not None and issubclass(kind, structured.FactorPair):
         shapes = {n: s.shape for n, s in zip(leaf.arrays, specs, strict=True)}
-        found[path] = kind.stored_rank(shapes), leaf.names[0]
+        try:
+          found[path] = kind.stored_rank(shapes), leaf.names[0]
+        except LookupError:
+          raise ContainerError(f'{path}: the leaf has not two factors') from None
     return found
 
   def _leaves(self) -> Iterator[tuple[str, manifest_lib.Leaf, list[Any]]]:
@@ -231,9 +263,9 @@ class Reader:
     found = {}
     for file, own in zip(self._files, self.manifests, strict=True):
       for entry, size in zip(own.files, own.sizes, strict=True):
-        name = entry.name.removeprefix(writer.FILES)
+        name = entry.name.removeprefix(manifest_lib.FILES)
         with file.errors():
-          data = self._stream(file, entry.name, entry.nbytes, entry.crc32)
+          data = file.checked(entry.name, entry.nbytes, entry.crc32)
           found[name] = _inflate(entry.name, data.tobytes(), size)
     return found
 
@@ -253,106 +285,120 @@ class Reader:
       raise ContainerError(f'{name}: no such unit')
     return self._units[name][1]
 
-  def _stream(
-    self, file: container.StreamReader, name: str, nbytes: int, crc32: int
-  ) -> np.ndarray:
-    file.check(name, nbytes, crc32)
-    return file.stream(name)
+  def _outer_names(self) -> list[str]:
+    """The units outside the layers; those that need others come last."""
+    assert self.config is not None
+    names = models.outer_shapes(self.config)
+    eager = lambda name: any(x.expanded is not None for x in self._entry(name).leaves)
+    return sorted(names, key=eager)
 
-  def _decode(self, name: str, out: dict[str, np.ndarray] | None = None) -> Tree:
-    """A unit as it is stored; plain arrays are written into `out`, by path."""
+  def _decode(
+    self, name: str, out: Mapping[str, list[np.ndarray]] | None = None
+  ) -> Tree:
+    """A unit as it is stored; the arrays of leaves are written into `out`, by path."""
     self._entry(name)
     file, unit = self._units[name]
     with file.errors():
-      data = self._stream(file, name, unit.nbytes, unit.crc32)
+      _check_memory(name, unit.decoded_bytes)
+      data = file.checked(name, unit.nbytes, unit.crc32)
       targets = None
       if out is not None:
         targets = [
-          out[leaf.path] if not leaf.kind else np.empty(spec.shape, spec.dtype)
+          array
           for leaf, specs in unit.leaf_specs()
-          for spec in specs
+          for array in out.get(leaf.path) or map(weights.empty, specs)
         ]
+      flat = {}
       try:
         arrays = iter(weights.decode(unit.coder, data, out=targets))
+        for leaf in unit.leaves:
+          parts = {key: next(arrays) for key in leaf.arrays}
+          flat[leaf.path] = _leaf(name, leaf, parts)
+      except MemoryError:
+        raise _too_large(name, unit.decoded_bytes) from None
+      except ContainerError:
+        raise
       except ValueError as error:
         raise ContainerError(f'{name}: {error}') from error
-      flat = {}
-      for leaf in unit.leaves:
-        parts = {key: next(arrays) for key in leaf.arrays}
-        flat[leaf.path] = _leaf(name, leaf, parts)
     return structured.unflatten(flat)
 
-  def _expanded(self, name: str, tree: Tree, other: Callable[[str], Tree]) -> Tree:
-    """The tree with arrays for leaves that nothing can be computed with."""
-    flat = structured.flatten(tree)
+  def _start_outer(
+    self, names: Sequence[str], start: weights.Start
+  ) -> 'list[futures.Future[Tree]]':
+    """Starts to decode units outside the layers, with what they need first."""
+    decoded = {name: start(functools.partial(self._decode, name)) for name in names}
+    other = lambda name: decoded[name].result() if name in decoded else {}
+    return [start(functools.partial(self._expanded, name, other)) for name in names]
+
+  def _expanded(self, name: str, decoded: Callable[[str], Tree]) -> Tree:
+    """A unit with arrays for leaves that nothing can be computed with."""
+    flat = structured.flatten(decoded(name))
     for entry in self._entry(name).leaves:
       if entry.expanded is None:
         continue
+      path = f'{name}/{entry.path}' if _is_layer(name) else entry.path
       leaf = flat[entry.path]
       if not isinstance(leaf, structured.Dependent):
-        raise ContainerError(f'{name}/{entry.path}: the leaf stands for itself')
+        raise ContainerError(f'{path}: the leaf stands for itself')
       needed = []
-      for path in leaf.needs:
-        found = structured.flatten(other(path.split('/')[0]))
-        if path not in found:
-          raise ContainerError(
-            f'{name}/{entry.path}: it needs {path}, which is missing'
-          )
-        needed.append(structured.materialize(found[path]))
+      for other in leaf.needs:
+        found = structured.flatten(decoded(other.split('/')[0]))
+        if other not in found:
+          raise ContainerError(f'{path}: it needs {other}, which is missing')
+        needed.append(structured.materialize(found[other]))
       try:
         array = leaf.expand(*needed)
       except ValueError as error:
-        raise ContainerError(f'{name}/{entry.path}: {error}') from error
-      if zlib.crc32(np.ascontiguousarray(array).view(np.uint8)) != entry.expanded:
-        raise ContainerError(
-          f'{name}/{entry.path}: decoded numbers differ from the encoded'
-        )
+        raise ContainerError(f'{path}: {error}') from error
+      if zlib_ng.crc32(np.ascontiguousarray(array).view(np.uint8)) != entry.expanded:
+        raise ContainerError(f'{path}: decoded numbers differ from the encoded')
       flat[entry.path] = array
     return structured.unflatten(flat)
 
-  def _all_expanded(self, outer: Tree) -> Tree:
-    """All that is outside the layers, see `_expanded`."""
-    expanded: Tree = {}
-    for name, tree in outer.items():
-      expanded |= self._expanded(name, {name: tree}, lambda _: outer)
-    return expanded
-
   def _tree(self, show_progress: bool) -> Tree:
-    with progress.Progress(
-      'decode', len(self._units), 'unit', show=show_progress
-    ) as bar:
+    with (
+      progress.Progress('decode', len(self._units), 'unit', show=show_progress) as bar,
+      weights.unit_jobs() as start,
+    ):
       tree: Tree = {}
-      for name in self._units:
-        tree |= self._decode(name)
+      for future in [start(functools.partial(self._decode, x)) for x in self._units]:
+        tree |= future.result()
         bar.update()
     return tree
 
-  def _stack(
-    self, indices: Sequence[int], place: Place | None, bar: progress.Progress
-  ) -> models.Params:
-    """Alike layers, stacked; plain arrays are decoded into their places."""
+  def _start_stack(
+    self, indices: Sequence[int], place: Place | None, start: weights.Start
+  ) -> '_Stack':
+    """Starts to decode layers that share a stack, into their places in it."""
     entry = self._entry(f'layers.{indices[0]}')
     count = len(indices)
     wanted = range(count)
     if place is not None:
       wanted = _local_layers(place, entry, count)
-    stacks = {
-      leaf.path: np.empty((len(wanted), *leaf.shape), _dtype(leaf.dtype))
-      for leaf in entry.leaves
-      if not leaf.kind
-    }
-    others: dict[str, list[Any]] = {x.path: [] for x in entry.leaves if x.kind}
-    for row, k in enumerate(wanted):
-      out = {path: stack[row] for path, stack in stacks.items()}
-      flat = structured.flatten(self._decode(f'layers.{indices[k]}', out))
-      for path, found in others.items():
-        found.append(flat[path])
-      bar.update()
-    bar.update(count - len(wanted))
-    stacked = stacks | {
-      path: type(leaves[0]).stack(leaves) for path, leaves in others.items()
-    }
-    return _placed_stack(structured.unflatten(stacked), place, wanted, count)
+    specs = [
+      {leaf.path: own for leaf, own in self._entry(f'layers.{i}').leaf_specs()}
+      for i in indices
+    ]
+    stacks = {}
+    for leaf, own in entry.leaf_specs():
+      shapes = [x.shape for x in own]
+      # Leaves of one kind may be stored in arrays of several shapes.
+      if all([x.shape for x in other[leaf.path]] == shapes for other in specs):
+        stacks[leaf.path] = [
+          weights.empty((len(wanted), *x.shape), x.dtype) for x in own
+        ]
+    layers = [
+      start(
+        functools.partial(
+          self._decode,
+          f'layers.{indices[k]}',
+          {path: [stack[row] for stack in own] for path, own in stacks.items()},
+        )
+      )
+      for row, k in enumerate(wanted)
+    ]
+    plain = {x.path: stacks[x.path][0] for x in entry.leaves if not x.kind}
+    return _Stack(wanted, count, layers, plain)
 
   # ---- the preset paper -------------------------------------------------------------
 
@@ -365,16 +411,15 @@ class Reader:
     if message is None or config is None:
       raise ContainerError('the file has no message of bits-back coding')
     with file.errors():
+      _check_memory('message', 4 * _most_numbers(config))
       streams = {}
       for stream in message.streams:
-        data: Any = self._stream(file, stream.name, stream.nbytes, stream.crc32)
+        data: Any = file.checked(stream.name, stream.nbytes, stream.crc32)
         if stream.name != 'tables':
           if data.size % 2:
             raise ContainerError(f'{stream.name}: half a word is left')
           data = data.view('<u2')
         streams[stream.name] = data
-      if set(streams) != set(writer.MESSAGE):
-        raise ContainerError('the message has not the streams that it needs')
       try:
         yield from paper.decode(
           message.layout,
@@ -392,6 +437,8 @@ class Reader:
   ) -> models.Model:
     assert self.config is not None
     flat: Tree = {}
+    # Numbers have 2 bytes at least.
+    _check_memory('the model', 2 * models.count_numbers(self.config))
     for path, array in self.message_arrays(show_progress=show_progress):
       index = manifest_lib.layer_index(path.split('/')[0])
       if index is None or index in layers:
@@ -406,16 +453,18 @@ class Reader:
     )
 
 
-def _shards(source: container.Readable) -> list[container.Readable]:
-  """The files of a source: one, or those that an index lists."""
+def _shards(
+  source: container.Readable,
+) -> tuple[list[container.Readable], dict[str, Any]]:
+  """The files of a source, and checksums of their manifests that an index has."""
   if not isinstance(source, (str, os.PathLike)):
-    return [source]
+    return [source], {}
   path = pathlib.Path(source)
   index = path.with_name(writer.index_name(path))
   if path.name.endswith('.index.json'):
     index = path
   elif path.exists() or not index.exists():
-    return [path]
+    return [path], {}
   parsed = container.parse_json(index.read_bytes(), 'index')
   found = parsed.get('weight_map') if isinstance(parsed, dict) else None
   if not isinstance(found, dict) or not found:
@@ -426,14 +475,18 @@ def _shards(source: container.Readable) -> list[container.Readable]:
       raise ContainerError(f'{index}: {name!r:.100} is not the name of a shard')
     if not (index.parent / name).is_file():
       raise ContainerError(f'{index}: the shard {name} is missing')
-  return [index.parent / name for name in names]
+  metadata = parsed.get('metadata')
+  checksums = metadata.get('manifest_crc32') if isinstance(metadata, dict) else None
+  if not isinstance(checksums, dict):
+    checksums = {}
+  return [index.parent / name for name in names], checksums
 
 
 def _manifest(file: container.StreamReader) -> manifest_lib.Manifest:
   """The manifest of one file, checked against its header."""
   with file.errors():
     data = file.stream(container.MANIFEST)
-    if zlib.crc32(data) != file.manifest_crc32:
+    if zlib_ng.crc32(data) != file.manifest_crc32:
       raise ContainerError('the manifest is damaged: its checksum differs')
     try:
       own = manifest_lib.Manifest.from_bytes(data.tobytes())
@@ -445,6 +498,67 @@ def _manifest(file: container.StreamReader) -> manifest_lib.Manifest:
     if found != {name: nbytes for name, (nbytes, _) in own.streams().items()}:
       raise ContainerError('the header and the manifest name different streams')
     return own
+
+
+class _Stack(NamedTuple):
+  """Layers that are decoded into a stack.
+
+  Attributes:
+    wanted: those that this process needs.
+    count: how many layers the whole stack has.
+    layers: the layers that are wanted.
+    plain: the stacked arrays that stand for themselves, by path.
+  """
+
+  wanted: range
+  count: int
+  layers: 'list[futures.Future[Tree]]'
+  plain: dict[str, np.ndarray]
+
+  def result(self, bar: progress.Progress) -> Tree:
+    """The layers that are wanted, stacked."""
+    others: dict[str, list[Any]] = {}
+    for layer in self.layers:
+      for path, leaf in structured.flatten(layer.result()).items():
+        if path not in self.plain:
+          others.setdefault(path, []).append(leaf)
+      bar.update()
+    bar.update(self.count - len(self.layers))
+    stacked = self.plain | {
+      path: type(leaves[0]).stack(leaves) for path, leaves in others.items()
+    }
+    return structured.unflatten(stacked)
+
+
+def _most_numbers(config: models.ModelConfig) -> int:
+  """How many numbers a layer has, or what is outside the layers, at most."""
+  trees = [models.outer_shapes(config)]
+  trees += [models.layer_shapes(config, i) for i in range(config.num_layers)]
+  counts = (map(math.prod, structured.flatten(tree).values()) for tree in trees)
+  return max(map(sum, counts))
+
+
+def _check_memory(name: str, nbytes: int) -> None:
+  """Refuses to decode more than this machine can hold, before anything is allocated.
+
+  Zeros take hardly any bytes in a file, so that its size is no bound.
+  """
+  if nbytes > (_memory() or nbytes):
+    raise _too_large(name, nbytes)
+
+
+def _too_large(name: str, nbytes: int) -> ContainerError:
+  return ContainerError(
+    f'{name}: it decodes to {nbytes:,} bytes, more than memory holds'
+  )
+
+
+def _memory() -> int | None:
+  """Bytes of this machine's memory; None where it does not tell."""
+  try:
+    return os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
+  except (AttributeError, ValueError, OSError):  # not a Unix
+    return None
 
 
 def _leaf(name: str, leaf: manifest_lib.Leaf, parts: dict[str, np.ndarray]) -> Any:
@@ -516,19 +630,17 @@ def _local_layers(place: Place, entry: manifest_lib.Unit, count: int) -> range:
   return range(min(first, last), last)
 
 
-def _placed_stack(
-  tree: models.Params, place: Place | None, wanted: range, count: int
-) -> models.Params:
+def _placed_stack(tree: Tree, place: Place | None, layers: _Stack) -> models.Params:
   """Stacks of which this process holds some layers, on devices."""
   if place is None:
     return tree
 
   def put(path: str, stack: Any) -> jax.Array:
-    shape = (count, *stack.shape[1:])
+    shape = (layers.count, *stack.shape[1:])
 
     def part(index: Any) -> Any:
-      start, stop, _ = index[0].indices(count)
-      rows = slice(start - wanted.start, stop - wanted.start)
+      start, stop, _ = index[0].indices(layers.count)
+      rows = slice(start - layers.wanted.start, stop - layers.wanted.start)
       return np.asarray(stack)[(rows, *index[1:])]
 
     return jax.make_array_from_callback(shape, _sharding(place, path, shape), part)

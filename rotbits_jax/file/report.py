@@ -2,6 +2,7 @@
 
 from typing import Any, NamedTuple
 
+from rotbits_jax.file import fields
 from rotbits_jax.file import reader as reader_lib
 from rotbits_jax.symmetries import transform
 
@@ -66,7 +67,7 @@ class Report(NamedTuple):
     )
     for name, notes in self.notes.items():
       lines += ['', *_table(name, notes)]
-    return '\n'.join(lines)
+    return '\n'.join(map(fields.printable, lines))
 
 
 def from_reader(reader: reader_lib.Reader) -> Report:
@@ -77,11 +78,9 @@ def from_reader(reader: reader_lib.Reader) -> Report:
   savings: dict[str, transform.Saving] = {}
   for saving in (saving for holder in holders for saving in holder.savings):
     total = savings.get(saving.name, transform.Saving(saving.name, 0, 0, []))
-    savings[saving.name] = transform.Saving(
-      saving.name,
-      total.numbers + saving.numbers,
-      total.bytes + saving.bytes,
-      total.notes + saving.notes,
+    total.notes.extend(saving.notes)
+    savings[saving.name] = total._replace(
+      numbers=total.numbers + saving.numbers, bytes=total.bytes + saving.bytes
     )
   numbers = sum(holder.input_numbers for holder in holders)
   input_bytes = sum(holder.input_bytes for holder in holders)

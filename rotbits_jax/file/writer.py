@@ -5,33 +5,34 @@
         writer.add(unit)          # coded, appended, and noted in a journal
 
 A hidden folder beside the output, `.<name>.partial`, holds all that is written until
-it is there. Then it is moved into place. A run that was killed leaves the folder, and
-the next one with the same input and settings goes on behind the last unit in it.
+it is complete. Then it is moved into place, see `outputs`. A run that was killed leaves
+the folder, and the next one with the same input and settings goes on behind the last
+unit in it.
 """
 
 from collections.abc import Mapping, Sequence
 import contextlib
 import dataclasses
 import json
-import os
 import pathlib
 import shutil
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO, NamedTuple, Self
+import zipfile
 import zlib
 
 import jax
 import numpy as np
+from zlib_ng import zlib_ng
 
 from rotbits_jax import models
+from rotbits_jax import outputs
 from rotbits_jax import presets
 from rotbits_jax import structured
 from rotbits_jax.coding import weights
 from rotbits_jax.file import container
+from rotbits_jax.file import fields
 from rotbits_jax.file import manifest as manifest_lib
 from rotbits_jax.symmetries import transform
-
-FILES = 'files/'
-MESSAGE = ('message', 'corrections', 'tables')
 
 
 class Summary(NamedTuple):
@@ -72,9 +73,19 @@ class FileWriter:
       summary: of the model.
       units: names of the units that will come, in order.
       files: other files to keep, whole.
+
+    Raises:
+      ValueError: if a file's name leads elsewhere, or the files are too large.
     """
-    others = [f'{FILES}{name}' for name in files]
-    names = units if summary.preset.message is None else (*units, *MESSAGE)
+    for name in files:
+      if not fields.is_file_name(name):
+        raise ValueError(f'{name!r:.200} is not the name of a file')
+    if sum(map(len, files.values())) > manifest_lib.MOST_FILES:
+      raise ValueError(
+        f'the files beside the weights have more than {manifest_lib.MOST_FILES} bytes'
+      )
+    others = [f'{manifest_lib.FILES}{name}' for name in files]
+    names = units if summary.preset.message is None else (*units, *manifest_lib.MESSAGE)
     self._streams = container.StreamWriter(file, [*names, *others])
     self._file, self._summary, self._files = file, summary, files
     self._units: list[manifest_lib.Unit] = []
@@ -106,7 +117,7 @@ class FileWriter:
     """Takes over a unit that an earlier run has written, if it is undamaged."""
     begin = self._streams.start + sum(unit.nbytes for unit in self._units)
     self._file.seek(begin)
-    if zlib.crc32(self._file.read(entry.nbytes)) != entry.crc32:
+    if zlib_ng.crc32(self._file.read(entry.nbytes)) != entry.crc32:
       self._file.seek(begin)
       self._file.truncate()
       return False
@@ -132,8 +143,8 @@ class FileWriter:
     files, sizes = [], []
     for name, data in self._files.items():
       packed = np.frombuffer(zlib.compress(data, 9), np.uint8)
-      self.extend(f'{FILES}{name}', packed)
-      files.append(self.close(f'{FILES}{name}'))
+      self.extend(f'{manifest_lib.FILES}{name}', packed)
+      files.append(self.close(f'{manifest_lib.FILES}{name}'))
       sizes.append(len(data))
     summary = self._summary
     manifest = manifest_lib.Manifest(
@@ -174,7 +185,9 @@ def encode_unit(
     if isinstance(leaf, structured.Dependent) and leaf.eager:
       others = structured.flatten(beside)
       needed = (structured.materialize(others[name]) for name in leaf.needs)
-      expanded = zlib.crc32(np.ascontiguousarray(leaf.expand(*needed)).view(np.uint8))
+      expanded = zlib_ng.crc32(
+        np.ascontiguousarray(leaf.expand(*needed)).view(np.uint8)
+      )
     entry, parts = manifest_lib.leaf_of(path, leaf, expanded)
     leaves.append(entry)
     arrays += parts.values()
@@ -246,33 +259,85 @@ def index_name(path: pathlib.Path) -> str:
   return f'{path.name}.index.json'
 
 
+def write_index(path: pathlib.Path, shards: Mapping[Shard, pathlib.Path]) -> None:
+  """Writes the index of shards, with the checksum of each shard's manifest.
+
+  The checksums tell whether all shards are of one run.
+
+  Args:
+    path: of the index.
+    shards: where the file of each shard is now.
+  """
+  metadata = {
+    'total_size': sum(file.stat().st_size for file in shards.values()),
+    'manifest_crc32': {
+      shard.name: container.StreamReader(file).manifest_crc32
+      for shard, file in shards.items()
+    },
+  }
+  names = {unit: shard.name for shard in shards for unit in shard.units}
+  text = json.dumps({'metadata': metadata, 'weight_map': names}, indent=2)
+  path.write_text(text + '\n')
+
+
 class Workspace:
   """The hidden folder in which a run writes, and in which the next one finds it.
+
+  The class is a context manager. It removes the folder in the end, unless the run is
+  interrupted and the next one can resume it.
 
   Attributes:
     done: entries of the units that an earlier run has written, by shard.
     state: leaves of the transform's state behind these, or None.
   """
 
-  def __init__(self, output: pathlib.Path, part: str, fingerprint: str | None):
-    """Makes the folder, or takes over what is in it.
+  def __init__(self, output: pathlib.Path, process: int, fingerprint: str | None):
+    """Names the folder.
 
     Args:
       output: the path of the file to write.
-      part: of the folder that this process writes in.
+      process: number of this process; each writes in a part of the folder.
       fingerprint: of the input and the settings; what was written with another one is
         removed. None for input that cannot be told apart: nothing is taken over.
     """
-    self.root = output.parent / f'.{output.name}.partial'
-    self._folder = self.root / part
+    self._root = outputs.staging(output)
+    self._process, self._folder = process, self._root / f'process-{process}'
     self._journal = self._folder / 'journal.jsonl'
+    self._fingerprint = fingerprint
     self.done: list[tuple[str, manifest_lib.Unit]] = []
     self.state: list[np.ndarray] | None = None
-    if fingerprint is None or not self._read(fingerprint):
-      shutil.rmtree(self._folder, ignore_errors=True)
-      self._folder.mkdir(parents=True)
-      self.done, self.state = [], None
-      self._journal.write_text(json.dumps({'fingerprint': fingerprint}) + '\n')
+
+  def __enter__(self) -> Self:
+    """Makes the folder, or takes over what is in it.
+
+    Raises:
+      OSError: if the folder cannot be written, or another process writes in it.
+    """
+    if self._root.is_symlink():  # it may lead anywhere
+      raise FileExistsError(f'{self._root}: is a symbolic link; remove it')
+    with contextlib.ExitStack() as stack:
+      stack.callback(self._remove_root)
+      stack.enter_context(outputs.locked(self._folder))
+      if self._fingerprint is None or not self._read(self._fingerprint):
+        self.done, self.state = [], None
+        outputs.clear(self._folder)
+        first = json.dumps({'fingerprint': self._fingerprint})
+        self._journal.write_text(f'{first}\n')
+      self._stack = stack.pop_all()
+    return self
+
+  def __exit__(self, kind: type[BaseException] | None, *unused: object) -> None:
+    """Removes the folder, or leaves it to the next run."""
+    interrupted = kind is not None and not issubclass(kind, Exception)
+    with self._stack:
+      if not (interrupted and self.done and self._fingerprint):
+        # What more processes than now have left goes with the folder of the first.
+        first = kind is None and not self._process
+        shutil.rmtree(self._root if first else self._folder, ignore_errors=True)
+
+  def _remove_root(self) -> None:
+    with contextlib.suppress(OSError):  # another process writes beside this one
+      self._root.rmdir()
 
   def open(self, shard: Shard) -> BinaryIO:
     """A shard's file, for reading and writing from its start."""
@@ -280,9 +345,10 @@ class Workspace:
     path.touch()
     return path.open('r+b')
 
-  def path(self, shard: Shard) -> pathlib.Path:
-    """Where a shard's file lies until all is done."""
-    return self._folder / shard.name
+  def path(self, name: str, *, process: int | None = None) -> pathlib.Path:
+    """Where a file of this process, or of another one, lies until all is done."""
+    folder = self._folder if process is None else self._root / f'process-{process}'
+    return folder / name
 
   def note(
     self,
@@ -303,14 +369,12 @@ class Workspace:
   def forget(self, count: int) -> None:
     """Takes back all but the first units, because a later one is damaged."""
     self.done, self.state = self.done[:count], None
+    self._keep_lines(count)
+
+  def _keep_lines(self, count: int) -> None:
+    """Cuts the journal behind the first units."""
     head = self._journal.read_text().splitlines()[: count + 1]
     self._journal.write_text(''.join(f'{line}\n' for line in head))
-
-  def close(self) -> None:
-    """Removes the folder."""
-    shutil.rmtree(self._folder, ignore_errors=True)
-    with contextlib.suppress(OSError):  # another process writes beside this one
-      self.root.rmdir()
 
   def _read(self, fingerprint: str) -> bool:
     """Reads the journal of an earlier run; False if there is none of this input."""
@@ -326,21 +390,10 @@ class Workspace:
         self.done.append((name, manifest_lib.Unit.from_json(entry)))
       except (ValueError, TypeError):  # the line that was being written
         break
+    self._keep_lines(len(self.done))  # the next line must not follow half a line
     state = self._folder / f'state-{len(self.done)}.npz'
-    with contextlib.suppress(OSError, ValueError), np.load(state) as arrays:
+    # After a crash of the machine it may be cut short; its numbers have checksums.
+    damaged = (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile, zlib.error)
+    with contextlib.suppress(*damaged), np.load(state) as arrays:
       self.state = [arrays[f'arr_{i}'] for i in range(len(arrays.files))]
     return True
-
-
-def sync(path: pathlib.Path) -> None:
-  """Waits until a file's content is on the disk."""
-  with path.open('rb') as file:
-    os.fsync(file.fileno())
-
-
-def move_into_place(source: pathlib.Path, target: pathlib.Path) -> None:
-  """Gives a file that is complete its name."""
-  sync(source)
-  if target.exists():
-    os.chmod(source, target.stat().st_mode & 0o777)
-  os.replace(source, target)

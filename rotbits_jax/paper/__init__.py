@@ -1,50 +1,68 @@
-r"""The published scheme: rotations by bits-back coding, over a whole checkpoint.
+r"""The published scheme: bits-back coding of rotations, over a whole checkpoint.
 
-All numbers of the model go onto one message, as they are or entropy coded. Before the
-parameters around a residual segment are pushed, a rotation of the segment is *popped*
-from the message and applied; the decoder, which finds the rotated parameters, recovers
-the rotation from them and pushes it back. With segments 0 .. S:
+A segment is the part of the residual stream between two steps that write to it, see
+`models.config`. Each segment of a sliced model can be rotated without a change of the
+model's function, if the parameters that read or write it are rotated, too. A shortcut
+is the matrix that leads from one segment to the next. The model is coded by bits-back
+coding (see `coding.bits_back`), with the rotations as latents.
+
+All numbers of the model are pushed onto one message, plain or entropy coded. Before the
+parameters around a segment are pushed, a rotation T of the segment is *popped* from the
+message and applied to them. The decoder finds the rotated parameters, recovers the
+rotation from them, and pushes it back. With segments 0 .. S, the encoder does this:
 
     push the first columns of the embeddings        they pay for the first rotation
     for t = 0 .. S:
       pop T_t
-      push the shortcut that leads into segment t, what reads it and what writes it (but
-      the columns above), rotated; push the correction of T_t
+      push, rotated: the shortcut that leads into segment t, the parameters that read
+        it, and the parameters that write it (without the columns above)
+      store the correction of T_t
 
-and the decoder does the inverse from the end. Both hold the parameters of a segment,
-and never the model. How T is parametrised depends on what it is recovered from
-(`symmetries.canonical`):
+The decoder does the inverse, from the end. Neither holds more of the model than the
+parameters of a few layers.
 
-* `svd`, `qr`: from a matrix W that reads the segment: W = C W_ref, T = C Q^T with Q
-  sampled, so the stored T^T W is Q W_ref, and Q_hat its canonical rotation.
-* `polar_shortcut`: from the shortcut M = [P 0] O that leads into the segment:
-  T_{t+1} = O^T (T_t + I) Z, so the stored T_t^T M T_{t+1} is [T_t^T P T_t, 0] Z, whose
-  polar factor is the first rows of Z. Only these are sampled (a Stiefel frame). The
-  first segment, and one narrower than that before it, is recovered as by `qr`.
+There are three canonicalisers (`symmetries.canonical`), which recover T from different
+parameters. The sampled matrix, the frame, depends on the canonicaliser:
 
-The rotation is sampled by one of two codes: `haar`, exactly uniform, or
-`symmetric_eig`, the eigenvectors of a matrix of numbers, as published. A segment whose
-rotation cannot be recovered, or only at a loss, or whose bits the message does not
-hold yet, is not sampled.
+* `svd` and `qr` recover T from a matrix W that reads the segment. Let W = C W_ref with
+  the canonical rotation C. A rotation Q is sampled, and T = C Q^T. The stored matrix is
+  T^T W = Q W_ref, so its canonical rotation is Q_hat.
+* `polar_shortcut` recovers T from the shortcut M = [P 0] O that leads into the segment,
+  where P is symmetric and O orthogonal. Let T_{t+1} = O^T (T_t + I) Z, where T_t + I is
+  block diagonal. The stored shortcut is T_t^T M T_{t+1} = [T_t^T P T_t, 0] Z. Its polar
+  factor is the first rows of Z. Only these rows are sampled, as a frame of orthonormal
+  vectors. The first segment is recovered as by `qr`, and so is a segment that is
+  narrower than the one before it.
 
-The rotated model is decoded bit for bit, checked by a digest of each array.
+The frame is sampled by one of two codes: `haar` is exactly uniform, and `symmetric_eig`
+takes eigenvectors of a matrix of numbers, as published. A segment is not sampled if its
+rotation cannot be recovered, if that gains nothing, or if the message does not hold
+enough bits yet.
 
-**The streams.** `message`, uint16: the words of a stack (`bits_back.word_stack`) from
-the bottom up, then the window over it (`rans.to_words`), if any rotation was sampled.
-The stack holds arrays in the order in which they are pushed (`segments.parts`; C
-order, as `bits_back.numbers` writes them). To sample the rotation of segment t,
-`rows[t]` rows are moved from the top of the stack to the bottom of the window (the
-first time, one more, for the states); so these words are not in the stream where they
-were pushed, but come back when the rotation does. `corrections`, uint16: another stack
-with a block for each sampled segment. `tables`: the frequency tables of the segments in
-order, of each the arrays' (if entropy coded) and then the correction's.
+The decoder returns the rotated model bit for bit. A digest of each array checks that.
 
-    options   read the parts of the scheme, and which frame stands for each segment
-    segments  the parameters around each segment
-    rotations how they are rotated, and the rotation is recovered
-    layout    what a decoder must know, validated
-    encoder
-    decoder
+**The streams.**
+
+* `message`, uint16: the words of a stack (`bits_back.word_stack`) from the bottom up,
+  and then the window over it (`rans.to_words`), if a rotation was sampled. The stack
+  holds the arrays in the order in which they were pushed (see `segments.parts`), in C
+  order, as `bits_back.numbers` writes them. To sample the rotation of segment t,
+  `rows[t]` rows are moved from the top of the stack to the bottom of the window; the
+  first time one more row is moved, for the states. These words are missing in the
+  stream at the place where they were pushed; the decoder gets them back with the
+  rotation.
+* `corrections`, uint16: another stack, with a block for each sampled segment.
+* `tables`: the frequency tables of the segments in order. For each segment, the tables
+  of its arrays come first, if they are entropy coded, and then those of its correction.
+
+The modules:
+
+    options    the options of the scheme, and the frame of each segment
+    segments   the parameters around each segment
+    rotations  rotates these parameters, and recovers the rotation
+    layout     the values that a decoder needs, validated
+    encoder    encodes a model
+    decoder    decodes a model
 
 Reference: J. He, G. Flamich, J. M. Hernandez-Lobato, Getting Free Bits Back from
 Rotational Symmetries in LLMs, arXiv 2410.01309, section 3.

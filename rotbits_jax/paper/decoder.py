@@ -1,10 +1,13 @@
-"""The decoder: from the end of a message to arrays, the last segment's first."""
+"""The decoder of the published scheme.
+
+It reads the message from its end, so it returns the arrays of the last segment first.
+"""
 
 from collections.abc import Iterator
 from typing import Any
-import zlib
 
 import numpy as np
+from zlib_ng import zlib_ng
 
 from rotbits_jax import models
 from rotbits_jax.coding import rans
@@ -28,32 +31,34 @@ def decode(
   *,
   progress: bool = False,
 ) -> Iterator[tuple[str, np.ndarray]]:
-  """The inverse of `encode`: what can be checked at once is checked at once.
+  """Decodes a model: the inverse of `encode`.
+
+  The layout and the sizes of the streams are checked at once, the arrays when the
+  iterator reaches them.
 
   Args:
-    layout: as in `Encoded`, or as anybody made it up.
-    message: uint16, the words that `encode` spilled; may be a memory map, which is read
-      from its end, and whose pages are given back.
+    layout: the JSON values of `Encoded.layout`. They may come from an untrusted file.
+    message: uint16, the words that `encode` spilled. It may be a memory map; it is read
+      from its end, and its pages are given back.
     corrections: as in `Encoded`.
     tables: as in `Encoded`.
-    config: of the model.
-    progress: whether to show on stderr how far it is.
+    config: config of the model.
+    progress: whether to show the progress on stderr.
 
   Returns:
-    An iterator over the parameters, path and array, those of the last segment first.
-    It holds those of one segment.
+    An iterator over the parameters as pairs (path, array), those of the last segment
+    first. It holds the parameters of one segment at a time.
 
   Raises:
-    ValueError: if the streams do not fit the layout, the layout does not fit the
-      config, or an array is not the one that was encoded; the latter when the iterator
-      comes to it.
+    ValueError: if the streams do not fit the layout, if the layout does not fit the
+      config, or if an array differs from the encoded one.
   """
   run = _Decoder(layout, message, corrections, tables, config)
 
   def checked() -> Iterator[tuple[str, np.ndarray]]:
     for path, array in run.arrays(progress):
       if digest(array) != run.layout.arrays[path].digest:
-        raise ValueError(f'{path}: decoded numbers differ from the encoded')
+        raise ValueError(f'{path}: decoded numbers differ from the encoded numbers')
       yield path, array
 
   return checked()
@@ -66,17 +71,17 @@ def decode_unchecked(
   tables: np.ndarray,
   config: models.ModelConfig,
 ) -> Iterator[tuple[str, np.ndarray]]:
-  """As `decode`, but without a look at the digests."""
+  """Decodes a model without checking the digests of its arrays; see `decode`."""
   return _Decoder(layout, message, corrections, tables, config).arrays(progress=False)
 
 
 def digest(array: np.ndarray) -> int:
-  """CRC-32 of an array's bytes in C order."""
-  return zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+  """Returns the CRC-32 of an array's bytes in C order."""
+  return zlib_ng.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
 
 
 class _Decoder:
-  """The state of one `decode`."""
+  """The state of one call of `decode`."""
 
   def __init__(
     self,
@@ -110,7 +115,7 @@ class _Decoder:
       self.window = rans.from_words(words, lanes, capacity)
 
   def arrays(self, progress: bool) -> Iterator[tuple[str, np.ndarray]]:
-    """The parameters, those of the last segment first."""
+    """Yields the parameters, those of the last segment first."""
     fixed = self.layout.fixed
     sampled = [t for t, rows in enumerate(self.layout.rows) if rows is not None]
     count = len(self.parts)
@@ -133,7 +138,7 @@ class _Decoder:
           first = self._pop(path, (array.shape[0], fixed))
           yield path, np.concatenate([first, array], axis=1)
     if self.stack.size or self.corrections.size or self.tables:
-      raise ValueError('the streams hold more than the model')
+      raise ValueError('the streams hold more data than the model')
 
   def _pop(self, path: str, shape: tuple[int, ...]) -> np.ndarray:
     dtype, entropy = self.layout.arrays[path].dtype, self.layout.options.entropy
@@ -151,9 +156,9 @@ class _Decoder:
   def _restore(
     self, t: int, arrays: segments.Arrays, table: np.ndarray, *, last: bool
   ) -> None:
-    """Gives a sampled rotation back to the message."""
+    """Recovers the rotation of a segment and pushes it back onto the message."""
     if self.window is None:
-      raise ValueError('the message has no window to give a rotation back to')
+      raise ValueError('the message has no window onto which to push a rotation')
     shape = self.layout.frame(self.config, t)
     code = options_lib.code(shape, self.layout.options)
     correction = code.unpack(self.corrections.pop_block(), table)

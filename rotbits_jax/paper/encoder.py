@@ -1,4 +1,8 @@
-"""The encoder: from a source to words that it hands out as they come."""
+"""The encoder of the published scheme.
+
+It reads a few layers at a time from a source. It hands out the words of the message as
+soon as no rotation can be sampled from them.
+"""
 
 import tempfile
 from typing import Any, NamedTuple
@@ -23,16 +27,17 @@ Note = dict[str, Any]  # JSON values
 
 
 class Encoded(NamedTuple):
-  """What `encode` returns, beside the words of the message.
+  """An encoded model without the words of its message.
 
   Attributes:
     layout: JSON values that `decode` needs.
-    corrections: uint16.
-    tables: uint8.
-    notes: for each segment the bits popped, those of the correction, and the net.
-    net_bits: what the rotations gave back in all.
-    digests: CRC-32 of each stored array's bytes in C order, by path; `layout` has them
-      too, and `decode` checks them.
+    corrections: uint16, the stream of corrections.
+    tables: uint8, the stream of frequency tables.
+    notes: for each segment, the popped bits, the bits of the correction, and the
+      difference.
+    net_bits: bits that all rotations saved.
+    digests: the CRC-32 of each stored array's bytes in C order, by path. `layout`
+      contains them, too, and `decode` checks them.
   """
 
   layout: dict[str, Any]
@@ -44,29 +49,35 @@ class Encoded(NamedTuple):
 
 
 def refuse(source: segments.Source, options: options_lib.Options) -> None:
-  """Raises if a model cannot be coded; looks at shapes only.
+  """Raises an error if a model cannot be coded. It reads only shapes and dtypes.
 
   Args:
     source: the model.
-    options: the parts of the scheme.
+    options: the options of the scheme.
 
   Raises:
-    ValueError: if the options do not go together, or the model has no shortcuts, or
-      parameters that are no arrays of floats of the shapes that its config tells.
+    ValueError: if the options cannot be combined, if the model is dense, or if a
+      parameter is not an array of floats with the shape that the config implies.
   """
   options.check()
   if not source.config.sliced:
-    raise ValueError('a dense model has no shortcuts: its segments cannot be rotated')
+    raise ValueError(
+      'a dense model has no shortcuts, so its segments cannot be rotated'
+    )
   reader = segments.Reader(source)
   for part in segments.parts(source.config):
     for path, shape in part.all.items():
       leaf = reader.leaf(path)
       if leaf is None or structured.is_structured(leaf):
-        raise ValueError(f'{path}: an array is needed, got {type(leaf).__name__}')
+        raise ValueError(
+          f'{path}: the parameter must be an array, got {type(leaf).__name__}'
+        )
       if np.dtype(leaf.dtype).name not in layout_lib.DTYPES:
         raise ValueError(f'{path}: numbers must be floats, got {leaf.dtype}')
       if tuple(leaf.shape) != shape:
-        raise ValueError(f'{path}: the config tells {shape}, got {leaf.shape=}')
+        raise ValueError(
+          f'{path}: the config implies the shape {shape}, got {leaf.shape=}'
+        )
 
 
 def encode(
@@ -76,18 +87,19 @@ def encode(
   *,
   progress: bool = False,
 ) -> Encoded:
-  """Codes a sliced model by the published scheme.
+  """Encodes a sliced model by the published scheme.
 
   Args:
-    source: the model; a layer is asked for once or twice, in order.
-    options: the parts of the scheme.
+    source: the model. A layer is read once or twice, in order.
+    options: the options of the scheme.
     spill: takes the words of the message, uint16, piece by piece in the order of the
-      stream, and must be done with them when it returns. With a threshold they are kept
-      in a temporary file, too, since only decoding tells which errors are left in.
-    progress: whether to show on stderr how far it is.
+      stream. It must not keep an array after it returns. With a threshold, the words
+      are also written to a temporary file, because only decoding shows which errors
+      the numbers keep.
+    progress: whether to show the progress on stderr.
 
   Returns:
-    All but the message.
+    The encoded model without the message.
 
   Raises:
     ValueError: see `refuse`.
@@ -116,29 +128,29 @@ def encode(
 
 
 class _Trial(NamedTuple):
-  """A segment with a sampled rotation that the decoder will recover."""
+  """A segment with a sampled rotation that the decoder can recover."""
 
-  arrays: segments.Arrays
+  arrays: segments.Arrays  # the rotated parameters
   rotation: jax.Array
-  window: rans.Message
-  rows: int  # that were moved to the window before
-  correction: np.ndarray  # words
-  table: np.ndarray
-  popped: float
+  window: rans.Message  # the window after the rotation was popped
+  rows: int  # number of rows that were moved to the window for this rotation
+  correction: np.ndarray  # words of the correction
+  table: np.ndarray  # frequency tables of the correction
+  popped: float  # bits that were popped
 
   @property
   def cost(self) -> float:
-    """Bits of the correction, the length of its block among them."""
+    """Bits of the correction, including the length of its block."""
     return 16.0 * (self.correction.size + 2)
 
   @property
   def net(self) -> float:
-    """Bits gained."""
+    """Bits that the rotation saves."""
     return self.popped - self.cost
 
 
 class _Encoder:
-  """The state of one `encode`."""
+  """The state of one call of `encode`."""
 
   def __init__(
     self,
@@ -157,14 +169,14 @@ class _Encoder:
     self.lanes = options_lib.max_lanes(self.widths)
     self.capacity = options_lib.capacity(self.widths, self.lanes, options)
     self.fixed = 0
-    self.before: jax.Array | None = None  # the rotation of the segment before
+    self.before: jax.Array | None = None  # the rotation of the previous segment
     self.stored: dict[str, layout_lib.Stored] = {}
     self.rows: list[int | None] = []
     self.notes: list[Note] = []
     self.net_bits = 0.0
 
   def run(self, progress: bool) -> Encoded:
-    """Codes the whole model."""
+    """Encodes the whole model."""
     count = len(self.parts)
     for t in track(range(count), 'encode', 'segment', total=count, show=progress):
       self._code(t)
@@ -192,7 +204,7 @@ class _Encoder:
     )
 
   def _code(self, t: int) -> None:
-    """Codes one segment."""
+    """Encodes one segment."""
     segment = rotations.Segment(
       self.widths[t], *(self.reader.arrays(shapes) for shapes in self.parts[t])
     )
@@ -201,7 +213,7 @@ class _Encoder:
     first = {} if t else self._push_first(segment, neutral)
     trial = self._sample(t, segment, neutral) if can_turn else None
     if trial is None:
-      # The columns that have been pushed are in canonical form.
+      # The columns that `_push_first` pushed are already in canonical form.
       rotation = None if t else neutral
       arrays = rotations.turned(segment, self.before, rotation)
     else:
@@ -240,14 +252,14 @@ class _Encoder:
     return options_lib.frame(self.widths, t, self.fixed, self.options)
 
   def _push(self, array: np.ndarray) -> None:
-    """Pushes an array, and spills all but what may be popped again soon."""
+    """Pushes an array, and spills the words from which no rotation will be sampled."""
     table = numbers.push(self.stack, array, entropy=self.options.entropy)
     if table is not None:
       self.tables.append(table)
     self.stack.settle((self.capacity + 1) * self.lanes)
 
   def _neutral(self, t: int, segment: rotations.Segment) -> jax.Array | None:
-    """The rotation to canonical form, if T will be recovered from the readers."""
+    """Returns the canonical rotation of the readers; None if T is found otherwise."""
     if self._frame(t).from_shortcut:
       return None
     return rotations.reader_rotation(
@@ -257,14 +269,18 @@ class _Encoder:
   def _push_first(
     self, segment: rotations.Segment, neutral: jax.Array | None
   ) -> segments.Arrays:
-    """Pushes the first columns of the embeddings, which pay for rotating the others.
+    """Pushes the first columns of the embeddings, from which a rotation is sampled.
 
-    Too few are harmless: then the first segment is not rotated.
+    The rotation acts on the other columns. If the first columns are too few, the first
+    segment is not rotated.
+
+    Returns:
+      The pushed columns, by path.
     """
     tables = {k: x for k, x in segment.writers.items() if k.startswith('embed/')}
     dtypes = {x.dtype for x in tables.values()}
     bits = min(8 * x.itemsize for x in dtypes) * (0.6 if self.options.entropy else 1.0)
-    bits *= sum(x.shape[0] for x in tables.values())  # of a column
+    bits *= sum(x.shape[0] for x in tables.values())  # bits of a column, about
 
     def needed(n: int) -> int:
       return 9 * n * (n + 1) + 64 * self.lanes
@@ -283,7 +299,7 @@ class _Encoder:
   def _sample(
     self, t: int, segment: rotations.Segment, neutral: jax.Array | None
   ) -> _Trial | None:
-    """Samples a segment's rotation; None where that cannot be, or gains nothing."""
+    """Samples a segment's rotation; None if that is impossible or saves nothing."""
     shape, new = self._frame(t), self.window is None
     if not shape.n:
       return None
@@ -297,7 +313,7 @@ class _Encoder:
       window = word_stack.refill(
         self.window, self.stack, rows, self.lanes, self.capacity
       )
-    except ValueError:  # lanes drifted apart so far that the window has no room
+    except ValueError:  # the fullest lane has no room for the rows
       return None
     trial = self._trial(t, segment, neutral, window, rows)
     if trial is None:
@@ -313,7 +329,12 @@ class _Encoder:
     window: rans.Message,
     rows: int,
   ) -> _Trial | None:
-    """Samples a rotation from a window that was just refilled, and recovers it."""
+    """Samples a rotation from a refilled window, and recovers it as the decoder will.
+
+    Returns:
+      The result; None if the decoder could not recover the rotation, or if it saves
+      nothing.
+    """
     shape = self._frame(t)
     code = options_lib.code(shape, self.options)
     sampled, latent, q = code.sample(window)
@@ -326,7 +347,7 @@ class _Encoder:
     )
     correction = code.correct(recovered, latent, q)
     table = code.fit(correction)
-    # The decoder's own steps, before anything is written.
+    # The decoder's own steps, tried before anything is written.
     _, again = code.restore(sampled, recovered, correction)
     same = jax.tree.map(lambda a, b: bool(jnp.array_equal(a, b)), again, latent)
     if self.options.threshold is None and not all(jax.tree.leaves(same)):
@@ -344,5 +365,5 @@ class _Encoder:
 
 
 def _ideal(width: int) -> float:
-  """16 bits for each parameter of a rotation."""
+  """Returns the ideal saving: 16 bits for each free number of a rotation."""
   return max(8.0 * width * (width - 1), 1.0)

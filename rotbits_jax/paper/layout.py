@@ -1,4 +1,4 @@
-"""What a decoder must know beside the config, as JSON values that are validated."""
+"""The values that a decoder needs beside the config, as JSON, and their validation."""
 
 import math
 from typing import Any, NamedTuple
@@ -16,22 +16,22 @@ ALPHABET = max(layout.alphabet for layout in floats.LAYOUTS.values())
 
 
 class Stored(NamedTuple):
-  """What is known of an array before it is decoded."""
+  """The dtype and the digest of an array, known before it is decoded."""
 
   dtype: str
   digest: int  # CRC-32 of its bytes in C order
 
 
 class Layout(NamedTuple):
-  """What a decoder must know.
+  """The values that a decoder needs beside the config.
 
   Attributes:
-    options: the parts of the scheme.
-    lanes: of the window, a power of 2.
-    fixed: columns of the embeddings that are pushed first.
-    window: words of the window's final state, at the end of the message.
-    rows: for each segment the rows that were moved to the window, None if its rotation
-      was not sampled.
+    options: the options of the scheme.
+    lanes: number of lanes of the window, a power of 2.
+    fixed: number of columns of the embeddings that are pushed first.
+    window: number of words at the end of the message that hold the window.
+    rows: for each segment, the number of rows that were moved to the window; None if
+      its rotation was not sampled.
     arrays: all parameters by path, in the order of `segments.parts`.
   """
 
@@ -43,7 +43,7 @@ class Layout(NamedTuple):
   arrays: dict[str, Stored]
 
   def to_json(self) -> dict[str, Any]:
-    """The layout as JSON values."""
+    """Returns the layout as JSON values."""
     return self._asdict() | {
       'options': self.options._asdict(),
       'rows': list(self.rows),
@@ -51,11 +51,11 @@ class Layout(NamedTuple):
     }
 
   def frame(self, config: models.ModelConfig, segment: int) -> options_lib.Frame:
-    """The frame of a segment."""
+    """Returns the frame of a segment."""
     return options_lib.frame(config.segment_widths, segment, self.fixed, self.options)
 
   def num_tables(self, config: models.ModelConfig) -> int:
-    """How many frequency tables there are."""
+    """Returns the number of frequency tables in the stream `tables`."""
     count = len(self.arrays) + _num_embeddings(config) if self.options.entropy else 0
     for t, rows in enumerate(self.rows):
       if rows is not None:
@@ -64,18 +64,18 @@ class Layout(NamedTuple):
 
 
 def from_json(value: Any, config: models.ModelConfig, words: int) -> Layout:
-  """The inverse of `Layout.to_json`, for JSON values from anybody.
+  """Makes a layout from JSON values: the inverse of `Layout.to_json`.
 
   Args:
-    value: the JSON values.
-    config: of the model.
-    words: of the message.
+    value: the JSON values, which may come from an untrusted file.
+    config: config of the model.
+    words: number of words of the message.
 
   Returns:
-    The layout, which fits the config and the message.
+    The layout.
 
   Raises:
-    ValueError: if it does not.
+    ValueError: if the values are not a layout that fits the config and the message.
   """
   if not config.sliced:
     raise ValueError('a dense model has no segments that can be rotated')
@@ -89,7 +89,7 @@ def from_json(value: Any, config: models.ModelConfig, words: int) -> Layout:
   fixed = _integer(fields['fixed'], 'fixed', 0, widths[0])
   rows = fields['rows']
   if not isinstance(rows, list) or len(rows) != len(widths):
-    raise ValueError(f'rows must be a list of {len(widths)}')
+    raise ValueError(f'rows must be a list of {len(widths)} entries')
   layout = Layout(
     options=options,
     lanes=lanes,
@@ -102,21 +102,22 @@ def from_json(value: Any, config: models.ModelConfig, words: int) -> Layout:
     raise ValueError('there is a window, but no rotation was sampled')
   for t, moved in enumerate(rows):
     if moved is not None and not layout.frame(config, t).n:
-      raise ValueError(f'segment {t} has no rotation that could be sampled')
-  if options.entropy:
-    return layout
-  # Numbers that are not entropy coded take their own size, and the rows moved away.
-  held = sum(_words(x, shape) for x, shape in _each(layout.arrays, config))
+      raise ValueError(f'segment {t} has no rotation to sample')
+  # The stack holds the words of all arrays minus the rows that were moved to the
+  # window. Entropy-coded arrays take at least the words of their rests.
+  size = _least_words if options.entropy else _words
+  held = sum(size(x, shape) for x, shape in _each(layout.arrays, config))
   moved = [x for x in rows if x is not None]
   held -= lanes * (sum(moved) + bool(moved))
-  if held != words - layout.window:
-    raise ValueError(f'the message has {words - layout.window} words, not {held}')
+  found = words - layout.window
+  if found < held or (found > held and not options.entropy):
+    raise ValueError(f'the message must have {held} words, got {found}')
   return layout
 
 
 def _fields(value: Any, names: tuple[str, ...]) -> dict[str, Any]:
   if not isinstance(value, dict) or set(value) != set(names):
-    raise ValueError(f'a layout has the fields {", ".join(names)}')
+    raise ValueError(f'a layout must have exactly the fields {", ".join(names)}')
   return value
 
 
@@ -133,7 +134,9 @@ def _arrays(value: Any, config: models.ModelConfig) -> dict[str, Stored]:
   stored = {}
   for path, entry in _fields(value, tuple(paths)).items():
     if not isinstance(entry, list) or len(entry) != 2 or entry[0] not in DTYPES:
-      raise ValueError(f'{path}: a dtype and a digest are needed, got {entry!r:.80}')
+      raise ValueError(
+        f'{path}: the entry must be a dtype and a digest, got {entry!r:.80}'
+      )
     digest = _integer(entry[1], f'{path}: the digest', 0, 0xFFFFFFFF)
     stored[path] = Stored(entry[0], digest)
   return {path: stored[path] for path in paths}
@@ -153,12 +156,17 @@ def _words(stored: Stored, shape: tuple[int, ...]) -> int:
   return math.prod(shape) * jnp.dtype(stored.dtype).itemsize // 2
 
 
+def _least_words(stored: Stored, shape: tuple[int, ...]) -> int:
+  rest_bits = floats.LAYOUTS[jnp.dtype(stored.dtype)].rest_bits
+  return math.prod(shape) * rest_bits // 16
+
+
 def _num_embeddings(config: models.ModelConfig) -> int:
-  """Arrays that are pushed in two pieces."""
+  """Returns the number of embeddings, which are pushed in two pieces each."""
   return sum(path.startswith('embed/') for path in segments.parts(config)[0].writers)
 
 
 def padded(tables: list[np.ndarray]) -> np.ndarray:
-  """Frequency tables as rows of one array: int64 `[K, ALPHABET]`."""
+  """Returns K frequency tables as rows of one array: int64 `[K, ALPHABET]`."""
   rows = [np.pad(row, (0, ALPHABET - row.size)) for row in tables]
   return np.stack(rows) if rows else np.zeros((0, ALPHABET), np.int64)

@@ -1,4 +1,8 @@
-"""The parts of the scheme, and the frame that is sampled for each segment."""
+"""The options of the published scheme, and the frame that is sampled for each segment.
+
+A frame is a matrix of k orthonormal columns in n dimensions. A segment's rotation
+follows from its frame; see `paper`.
+"""
 
 import math
 from typing import NamedTuple
@@ -10,13 +14,14 @@ ROTATION_CODECS = ('symmetric_eig', 'haar')
 
 
 class Options(NamedTuple):
-  """The parts of the scheme.
+  """The options of the scheme.
 
   Attributes:
-    canonicaliser: 'svd' (as published), 'qr' or 'polar_shortcut'.
-    rotation_codec: 'symmetric_eig' (as published) or 'haar'.
-    threshold: with 'symmetric_eig', errors of the message up to this are left in, as
-      published; None corrects all of them.
+    canonicaliser: how a rotation is recovered: 'svd' (as published), 'qr' or
+      'polar_shortcut'.
+    rotation_codec: how a rotation is sampled: 'symmetric_eig' (as published) or 'haar'.
+    threshold: the greatest error that a number on the message may keep when a rotation
+      is pushed back, as published; only with 'symmetric_eig'. None corrects all errors.
     entropy: whether numbers are entropy coded.
   """
 
@@ -26,10 +31,10 @@ class Options(NamedTuple):
   entropy: bool = False
 
   def check(self) -> 'Options':
-    """Returns the options.
+    """Returns the options after checking them.
 
     Raises:
-      ValueError: if a value is not known, or values do not go together.
+      ValueError: if a value is unknown, or if two values cannot be combined.
     """
     for value, known in (
       (self.canonicaliser, CANONICALISERS),
@@ -41,35 +46,37 @@ class Options(NamedTuple):
     if self.threshold is None:
       return self
     if not isinstance(self.threshold, float) or not 0 <= self.threshold < math.inf:
-      raise ValueError(f'a threshold is a number, got {self.threshold!r}')
+      raise ValueError(
+        f'a threshold must be a finite number, 0 or more, got {self.threshold!r}'
+      )
     if self.rotation_codec != 'symmetric_eig' or self.entropy:
-      # Errors are harmless in weights that are on the message as they are.
-      raise ValueError('a threshold needs symmetric_eig, without entropy coding')
+      # Errors are harmless only in weights that were pushed plain.
+      raise ValueError('a threshold needs symmetric_eig and no entropy coding')
     return self
 
 
 class Frame(NamedTuple):
-  """Where a segment's rotation is recovered from, and the sampled frame's shape."""
+  """The shape of a segment's sampled frame, and the source of its recovery."""
 
-  from_shortcut: bool
-  fixed: int  # leading coordinates that are not rotated
-  n: int
-  k: int
+  from_shortcut: bool  # whether it is recovered from the shortcut or from the readers
+  fixed: int  # number of leading coordinates that are not rotated
+  n: int  # rows of the frame
+  k: int  # columns of the frame
 
 
 def frame(widths: tuple[int, ...], segment: int, fixed: int, options: Options) -> Frame:
-  """The frame of a segment.
+  """Returns the frame of a segment.
 
   Args:
-    widths: of all segments.
-    segment: which one.
-    fixed: columns of the embeddings that are pushed first.
-    options: the parts of the scheme.
+    widths: widths of all segments.
+    segment: index of the segment.
+    fixed: number of columns of the embeddings that are pushed first.
+    options: the options of the scheme.
   """
   width = widths[segment]
   if options.canonicaliser == 'polar_shortcut' and segment:
     before = widths[segment - 1]
-    # The eigenvectors of a matrix are never part of a frame.
+    # `symmetric_eig` samples whole rotations only, no narrower frames.
     if before == width or (before < width and options.rotation_codec == 'haar'):
       return Frame(True, 0, width, before)
   fixed = 0 if segment else fixed
@@ -77,21 +84,22 @@ def frame(widths: tuple[int, ...], segment: int, fixed: int, options: Options) -
 
 
 def code(shape: Frame, options: Options) -> rotation_codes.RotationCode:
-  """The code of a frame."""
+  """Returns the code of a frame."""
   if options.rotation_codec == 'haar':
     return rotation_codes.haar_code(shape.n, shape.k)
   return rotation_codes.symmetric_eig_code(shape.n, options.entropy, options.threshold)
 
 
 def max_lanes(widths: tuple[int, ...]) -> int:
-  """How many lanes the window has when rotations are sampled."""
+  """Returns the number of lanes of an encoder's window. A decoder accepts no more."""
   return 1 << min(max(max(widths) ** 2 >> 9, 1), 4096).bit_length() - 1
 
 
 def capacity(widths: tuple[int, ...], lanes: int, options: Options) -> int:
-  """Words that a lane of the window has room for.
+  """Returns the capacity of a lane of the window, in words.
 
-  Twice what a rotation can take: lanes that lost less than others stay ahead.
+  It is twice the number of words that a rotation can take, because lanes from which
+  less was popped than from others keep more words.
   """
   shapes = {frame(widths, t, 0, options) for t in range(len(widths))}
   return 2 * max(code(x, options).max_rows(lanes) for x in shapes) + 64

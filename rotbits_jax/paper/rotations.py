@@ -1,7 +1,8 @@
-"""How the parameters around a segment are rotated, and the rotation is found again.
+"""Rotation of the parameters around a segment, and recovery of the rotation from them.
 
-A rotation T is a float32 array `[d, d]` on the device, or None where a segment is left
-as it is. Large arrays are widened to float32 a slab at a time.
+A rotation T is a float32 array `[d, d]` on the device; None means that the segment is
+not rotated. Large arrays are widened to float32 one slab at a time. Frames are defined
+in `options`, readers and writers in `segments`.
 """
 
 from collections.abc import Callable, Iterable
@@ -16,7 +17,7 @@ from rotbits_jax.paper import options as options_lib
 from rotbits_jax.paper import segments
 from rotbits_jax.symmetries import canonical
 
-_SLAB = 8192  # rows or columns that are rotated at once
+_SLAB = 8192  # number of rows or columns that are rotated at once
 
 _matmul = functools.partial(jnp.matmul, precision='highest')
 
@@ -33,8 +34,8 @@ class Segment(NamedTuple):
 
 
 def can_turn(segment: Segment) -> bool:
-  """Whether no rotation of the segment can carry a number past its dtype's range."""
-  # Of a shortcut, which is rotated on both sides, no number exceeds the whole's norm.
+  """Tells whether every rotated number will be within the range of its dtype."""
+  # A shortcut is rotated on both sides, so a number may be as great as its norm.
   norms = [
     *((x, _greatest_norm(x, 0)) for x in segment.readers.values()),
     *((x, _greatest_norm(np.atleast_2d(x), 1)) for x in segment.writers.values()),
@@ -47,15 +48,15 @@ def can_turn(segment: Segment) -> bool:
 def turned(
   segment: Segment, before: jax.Array | None, rotation: jax.Array | None
 ) -> segments.Arrays:
-  """The parameters around a segment in other coordinates.
+  """Rotates the parameters around a segment.
 
   Args:
     segment: the parameters.
-    before: the rotation of the segment before it; None for none.
-    rotation: the segment's own; None for none.
+    before: the rotation of the previous segment; None for none.
+    rotation: the rotation of this segment; None for none.
 
   Returns:
-    The arrays by path, rounded to the dtypes they had.
+    The rotated arrays by path, rounded to their dtypes.
   """
   arrays = {k: turn_rows(x, rotation) for k, x in segment.readers.items()}
   arrays |= {k: turn_columns(x, rotation) for k, x in segment.writers.items()}
@@ -68,7 +69,7 @@ def turned(
 
 
 def turn_rows(matrix: np.ndarray, rotation: jax.Array | None) -> np.ndarray:
-  """`rotation^T @ matrix`, rounded: `[d, m]`."""
+  """Returns `rotation^T @ matrix`, rounded to the dtype of the matrix: `[d, m]`."""
   if rotation is None:
     return np.ascontiguousarray(matrix)
   out = np.empty(matrix.shape, matrix.dtype)
@@ -79,7 +80,7 @@ def turn_rows(matrix: np.ndarray, rotation: jax.Array | None) -> np.ndarray:
 
 
 def turn_columns(matrix: np.ndarray, rotation: jax.Array | None) -> np.ndarray:
-  """`matrix @ rotation`, rounded: `[..., d]`."""
+  """Returns `matrix @ rotation`, rounded to the dtype of the matrix: `[..., d]`."""
   if rotation is None:
     return np.ascontiguousarray(matrix)
   rows = np.atleast_2d(matrix)
@@ -91,12 +92,12 @@ def turn_columns(matrix: np.ndarray, rotation: jax.Array | None) -> np.ndarray:
 
 
 def reader_rotation(readers: Iterable[np.ndarray], canonicaliser: str) -> jax.Array:
-  """The canonical rotation of what reads a segment: float32 `[d, d]`.
+  """Returns the canonical rotation of the readers of a segment: float32 `[d, d]`.
 
-  The readers side by side are W `[d, m]`. `svd` takes them as they are. `qr`, which
-  also serves the segments that `polar_shortcut` has no shortcut for, takes the sum of
-  every d-th column: a square matrix far better conditioned than any block of W, like
-  that of a head whose first tokens never occur.
+  The readers side by side form W `[d, m]`. `svd` decomposes W. `qr` adds up every d-th
+  column and decomposes the sum, a square matrix. The sum is far better conditioned than
+  a block of W may be, such as the first columns of a head whose first tokens never
+  occur. `qr` also serves the segments for which `polar_shortcut` cannot use a shortcut.
   """
   parts = list(readers)
   if canonicaliser == 'svd':
@@ -120,14 +121,15 @@ def sampled_rotation(
   before: jax.Array | None,
   q: jax.Array,
 ) -> jax.Array:
-  """T of a segment whose sampled frame is q.
+  """Returns the rotation T of a segment, given its sampled frame.
 
   Args:
-    frame: where it will be recovered from.
+    frame: shape and source of the frame.
     segment: the parameters.
-    neutral: their canonical rotation C, if it is recovered from the readers.
-    before: T of the segment before it.
-    q: float32 `[n, k]`.
+    neutral: the canonical rotation C of the readers; None if the frame will be
+      recovered from the shortcut.
+    before: the rotation T of the previous segment; None for none.
+    q: float32 `[n, k]`, the sampled frame.
 
   Returns:
     float32 `[d, d]`.
@@ -145,12 +147,12 @@ def recovered(
   arrays: segments.Arrays,
   canonicaliser: str,
 ) -> jax.Array:
-  """The sampled frame, inexactly, from what is stored of a segment.
+  """Recovers the sampled frame, inexactly, from the stored parameters of a segment.
 
   Args:
-    frame: where it is recovered from.
-    parts: the parameters around the segment.
-    arrays: these, at least.
+    frame: shape and source of the frame.
+    parts: the paths of the parameters around the segment.
+    arrays: the stored parameters by path.
     canonicaliser: see `options.Options`.
 
   Returns:
@@ -164,7 +166,10 @@ def recovered(
 
 
 def _greatest_norm(matrix: np.ndarray, axis: int) -> float:
-  """The greatest norm of a column (axis 0) or a row (axis 1); NaN if one is."""
+  """Returns the greatest norm of a column (axis 0) or of a row (axis 1).
+
+  The result is NaN if a norm is NaN.
+  """
   slabs = (
     matrix[i : i + _SLAB] if axis else matrix[:, i : i + _SLAB]
     for i in range(0, matrix.shape[1 - axis], _SLAB)
@@ -194,13 +199,13 @@ _round = jax.jit(lambda x, dtype: x.astype(dtype), static_argnums=1)
 
 @jax.jit
 def _shortcut_frame(shortcut: jax.Array) -> jax.Array:
-  """The polar factor of a stored shortcut `[d, e]`, transposed: `[e, d]`."""
+  """Returns the transposed polar factor `[e, d]` of a stored shortcut `[d, e]`."""
   return canonical.polar(shortcut).rotation[: shortcut.shape[0]].T
 
 
 @jax.jit
 def _chained(shortcut: jax.Array, before: jax.Array, q: jax.Array) -> jax.Array:
-  """`O^T (T + I) Z`, where the frame q is Z's first rows, transposed."""
+  """Returns `O^T (T + I) Z`, where q is the transpose of Z's first rows."""
   n, k = q.shape
   step = canonical.polar(shortcut).rotation
   embedded = jnp.eye(n).at[:k, :k].set(before)
@@ -212,7 +217,7 @@ def _chained(shortcut: jax.Array, before: jax.Array, q: jax.Array) -> jax.Array:
 
 @jax.jit
 def _counter_turned(neutral: jax.Array, q: jax.Array) -> jax.Array:
-  """`C (I + Q)^T`."""
+  """Returns `C (I + Q)^T`, where I + Q is block diagonal."""
   width, n = neutral.shape[0], q.shape[0]
   whole = jnp.eye(width).at[width - n :, width - n :].set(q)
   return canonical.reorthogonalize(_matmul(neutral, whole.T))

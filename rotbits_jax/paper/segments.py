@@ -1,4 +1,9 @@
-"""A sliced model as its residual segments, a few layers of it at a time."""
+"""The parameters around each residual segment of a sliced model.
+
+`models.config` defines segments. A reader of a segment is a kernel that is multiplied
+by it; a writer is a parameter whose output is added to it. A shortcut leads from one
+segment to the next. The parameters are read from a source one layer at a time.
+"""
 
 import functools
 from typing import Any, NamedTuple, Protocol
@@ -8,12 +13,12 @@ import numpy as np
 from rotbits_jax import models
 from rotbits_jax import structured
 
-Shapes = dict[str, tuple[int, ...]]  # by path, as in 'layers.3/attention/query/kernel'
+Shapes = dict[str, tuple[int, ...]]  # by paths like 'layers.3/attention/query/kernel'
 Arrays = dict[str, np.ndarray]
 
 
 class Source(Protocol):
-  """A checkpoint or a model, of which one layer at a time is asked for."""
+  """A checkpoint or a model, whose layers are read one at a time."""
 
   @property
   def config(self) -> models.ModelConfig: ...
@@ -24,30 +29,31 @@ class Source(Protocol):
 
 
 class Parts(NamedTuple):
-  """The parameters around one residual segment: their shapes, by path.
+  """The shapes of the parameters around one residual segment, by path.
 
-  Every parameter is in one of the first four fields of one segment.
+  Every parameter of the model is in one of the first four fields of exactly one
+  segment.
   """
 
-  readers: Shapes  # [d, out]: what is multiplied by the segment, but the shortcut
-  writers: Shapes  # [in, d] or [d]: what adds to it, but the shortcut
-  shortcut: Shapes  # [d', d]: the one that leads into it, or none
-  biases: Shapes  # the readers', which no rotation changes
-  leaving: Shapes  # [d, d'']: the shortcut that leads out of it, or none
+  readers: Shapes  # [d, out]: kernels that are multiplied by the segment
+  writers: Shapes  # [in, d] or [d]: kernels and biases whose outputs are added to it
+  shortcut: Shapes  # [d', d]: the shortcut that leads into it, or nothing
+  biases: Shapes  # biases of the readers, which no rotation changes
+  leaving: Shapes  # [d, d'']: the shortcut that leads out of it, or nothing
 
   @property
   def all(self) -> Shapes:
-    """The parameters in the order in which they are pushed.
+    """The parameters of this segment in the order in which they are pushed.
 
-    The kernels come last, so that rotations are sampled from them, as published: the
-    numbers of a shortcut are far greater than others, and so are the errors that a
-    threshold leaves in numbers around them.
+    The kernels come last, so that rotations are sampled from their numbers, as
+    published. The numbers of a shortcut are far greater, so a threshold would leave
+    greater errors in the numbers around them.
     """
     return self.shortcut | self.biases | self.readers | self.writers
 
 
 def parts(config: models.ModelConfig) -> list[Parts]:
-  """The segments of a sliced model in order."""
+  """Returns the parameters around each segment of a sliced model, in order."""
   found = [Parts({}, {}, {}, {}, {}) for _ in config.segment_widths]
   step, last = config.segments_per_layer, len(found) - 1
   outer = models.layout.outer_axes(config), models.outer_shapes(config)
@@ -67,7 +73,16 @@ def _add(
   first: int,
   last: int,
 ) -> None:
-  """Adds one layer's parameters, or those outside, to the segments they belong to."""
+  """Adds the parameters of a layer, or those outside the layers, to their segments.
+
+  Args:
+    found: the segments; changed in place.
+    prefix: prefix of the parameters' paths.
+    axes: the axes of each parameter.
+    shapes: the shapes of the parameters.
+    first: the segment that axis 0 stands for.
+    last: the segment that axis -1 stands for.
+  """
 
   def segment(axis: models.layout.Axis) -> int | None:
     if not isinstance(axis, int):
@@ -79,7 +94,7 @@ def _add(
     shape = {prefix + path: flat[path]}
     read, written = segment(own[0]), segment(own[-1])
     if len(own) == 1:
-      # A bias: of what writes a segment, or of what reads it.
+      # A bias belongs to a kernel that writes a segment, or to one that reads it.
       kernel = axes[path.rsplit('/', 1)[0] + '/kernel']
       read = segment(kernel[0]) if written is None else None
     if read is not None and written is not None:
@@ -94,7 +109,7 @@ def _add(
 class Reader:
   """Takes parameters out of a source by their paths.
 
-  Holds two layers at most, or one and the parameters outside.
+  It holds at most two layers, or one layer and the parameters outside the layers.
   """
 
   def __init__(self, source: Source):
@@ -105,12 +120,12 @@ class Reader:
     self._unit = functools.lru_cache(2)(unit)
 
   def leaf(self, path: str) -> Any:
-    """What the source has for a parameter; None if nothing."""
+    """Returns a parameter's leaf; None if the source does not have the parameter."""
     unit, name = path.split('/', 1)
     if unit.startswith('layers.'):
       return self._unit(int(unit.removeprefix('layers.'))).get(name)
     return self._unit(None).get(path)
 
   def arrays(self, shapes: Shapes) -> Arrays:
-    """The parameters with these paths."""
+    """Returns the parameters with these paths as arrays."""
     return {path: np.asarray(self.leaf(path)) for path in shapes}

@@ -1,4 +1,4 @@
-"""SliceGPT itself: a dense model becomes a sliced one."""
+"""SliceGPT in JAX: makes a sliced model from a dense one."""
 
 from rotbits_jax.slicing.calibration import sample_sequences
 from rotbits_jax.slicing.norm_fusion import fuse_norms

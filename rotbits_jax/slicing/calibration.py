@@ -1,18 +1,20 @@
-r"""Calibration: which directions of the residual stream carry what a text needs.
+r"""Calibration: finds the principal directions of each residual segment on a text.
 
-The activations X_s of segment s are those of the model as it has been sliced so far,
-in the dense model's coordinates:
+A segment is the part of the residual stream between two steps that write to it, see
+`models.config`. The activations X_s of segment s are computed with the segments before
+it already sliced, in the coordinates of the dense model:
 
     X_{s+1} = X_s P_s + sublayer_s(RMSN(X_s P_s)),    P_s = V_s V_s^T
 
-where the columns of V_s `[D, d]` are the leading eigenvectors of `X_s^T X_s`, and
-sublayer_s is the fused model's. A sliced model computes the same with `X_s V_s`, so
-nothing need be rotated to calibrate, and all layers have the same shapes.
+Here the columns of V_s `[D, d]` are the leading eigenvectors of `X_s^T X_s`, and
+sublayer_s is a sublayer of the model with fused norms. A sliced model computes the same
+with `X_s V_s`. So calibration needs no rotated parameters, and all layers have the same
+shapes.
 
 The Gram matrices are summed and diagonalised in float64. SliceGPT adds 1% of the mean
-to the diagonal before, which changes no eigenvector.
+to the diagonal first; that changes no eigenvector.
 
-Shape letters: S sequences, T tokens of each, D hidden size, d width of a segment.
+Shape letters: S sequences of T tokens, D hidden size, d width of a segment.
 
 Reference: SliceGPT, arXiv 2401.15024, section 3.3.
 """
@@ -35,11 +37,12 @@ _SUBLAYERS: Mapping[str, Any] = {
 
 
 class Basis(NamedTuple):
-  """Principal components of a segment: together the columns are an orthogonal matrix.
+  """The principal components of a segment; all columns form an orthogonal matrix.
 
   Attributes:
-    kept: float64 `[D, d]`, V_s.
-    cut: float64 `[D, D - d]`, what slicing cuts off: P_s = I - cut cut^T.
+    kept: float64 `[D, d]`, V_s, the components that slicing keeps.
+    cut: float64 `[D, D - d]`, the components that slicing removes. P_s is
+      I - cut cut^T.
   """
 
   kept: np.ndarray
@@ -53,20 +56,20 @@ def sample_sequences(
 
   Args:
     tokens: `[N]` token ids of the text.
-    sequences: S, how many to draw; as many as the text has room for, if that is fewer.
-    length: T, tokens in each; N if the text has fewer.
-    seed: of the draw.
+    sequences: the number of sequences. S is smaller if the text has no room for them.
+    length: the number of tokens in a sequence. T is N if the text has fewer tokens.
+    seed: seed of the draw.
 
   Returns:
-    `[S, T]`: sequences that do not overlap, in the text's order.
+    `[S, T]`, sequences that do not overlap, in the order of the text.
 
   Raises:
-    ValueError: if there are no tokens, or a setting is not positive.
+    ValueError: if there are no tokens, or if a setting is not positive.
   """
   if sequences < 1 or length < 1 or len(tokens) < 1:
     raise ValueError(
-      f'at least 1 sequence of at least 1 token is needed, got {sequences=} '
-      f'{length=} of {len(tokens)} tokens'
+      f'calibration needs at least 1 sequence of at least 1 token, got {sequences=} '
+      f'and {length=} from {len(tokens)} tokens'
     )
   length = min(length, len(tokens))
   count = min(sequences, len(tokens) // length)
@@ -79,12 +82,12 @@ def sample_sequences(
 def embed(
   embeddings: models.Params, tokens: np.ndarray, config: models.ModelConfig
 ) -> np.ndarray:
-  """The activations of the first segment.
+  """Computes the activations of the first segment.
 
   Args:
-    embeddings: of the fused model.
+    embeddings: embeddings of the fused model.
     tokens: `[S, T]`.
-    config: of the fused model.
+    config: config of the fused model.
 
   Returns:
     X_0, float32 `[S, T, D]`.
@@ -102,13 +105,13 @@ def advance(
   basis: Basis,
   config: models.ModelConfig,
 ) -> None:
-  """Activations of the next segment, in place of those of this one.
+  """Replaces the activations of a segment by those of the next segment.
 
   Args:
     activations: X_s, float32 `[S, T, D]`; overwritten by X_{s+1}.
-    sublayers: parameters of the fused sublayers between the two, by name.
-    basis: of segment s.
-    config: of the fused model.
+    sublayers: parameters of the fused sublayers between the two segments, by name.
+    basis: principal components of segment s.
+    config: config of the fused model.
   """
   params, cut = _device_float32((sublayers, basis.cut))
   for i, sequence in enumerate(activations):
@@ -116,14 +119,14 @@ def advance(
 
 
 def principal_components(activations: np.ndarray, width: int) -> Basis:
-  """Splits a segment's space by how much of the activations is in it.
+  """Computes the principal components of a segment.
 
   Args:
     activations: float32 `[S, T, D]`.
-    width: d, how many components to keep.
+    width: d, the number of components to keep.
 
   Returns:
-    The components, the largest first.
+    The components. Of those that are kept, the largest comes first.
 
   Raises:
     ValueError: if the activations are not finite.
@@ -135,7 +138,7 @@ def principal_components(activations: np.ndarray, width: int) -> Basis:
     gram += x.T @ x
   if not np.isfinite(gram).all():
     raise ValueError('the activations on the calibration text are not finite')
-  _, vectors = np.linalg.eigh(gram)  # values ascend
+  _, vectors = np.linalg.eigh(gram)  # eigenvalues ascend
   return Basis(vectors[:, hidden - width :][:, ::-1], vectors[:, : hidden - width])
 
 
@@ -143,7 +146,7 @@ def principal_components(activations: np.ndarray, width: int) -> Basis:
 def _embed(
   params: models.Params, tokens: jax.Array, *, config: models.ModelConfig
 ) -> jax.Array:
-  """`[T, D]` of `[T]`."""
+  """Computes the activations `[T, D]` of tokens `[T]`."""
   return transformer.Embedding(config).apply({'params': params}, tokens[None], {})[0]
 
 
@@ -151,7 +154,7 @@ def _embed(
 def _advance(
   params: models.Params, cut: jax.Array, x: jax.Array, *, config: models.ModelConfig
 ) -> jax.Array:
-  """`[T, D]` of `[T, D]`."""
+  """Computes the activations `[T, D]` of the next segment for one sequence."""
   with jax.default_matmul_precision('highest'):
     x = x - (x @ cut) @ cut.T
     normed = transformer.rmsn(x, hidden_size=config.hidden_size, eps=config.norm_eps)

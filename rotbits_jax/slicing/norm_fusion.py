@@ -1,11 +1,12 @@
-r"""Norm fusion: a dense model as one whose norms have no parameters.
+r"""Norm fusion: rewrites a dense model so that its norms have no parameters.
 
     norm(x) = (x - mean(x)) / rms(x - mean(x)) * scale + bias
 
-The scale goes into the kernels that read the norm, the bias into their biases. The
-mean, which LayerNorm takes off and RMSNorm does not, is taken off where it comes from:
-the rows of the embeddings and what the sublayers write. Left is RMSN(x) = x / rms(x),
-which commutes with rotations of x.
+The scale is multiplied into the kernels that read the norm, and the bias is added to
+their biases. LayerNorm subtracts the mean, RMSNorm does not. The mean is subtracted in
+advance, from the rows of the embeddings and from the kernels and biases that write the
+residual stream. The remaining norm is RMSN(x) = x / rms(x), which commutes with
+rotations of x.
 
 Reference: SliceGPT, arXiv 2401.15024, section 3.2.
 """
@@ -19,20 +20,20 @@ from rotbits_jax import models
 
 
 def fuse_norms(model: models.Model) -> models.Model:
-  """A model of the same function whose norms are fused and whose segments are whole.
+  """Fuses the norms of a model without slicing it.
 
-  It is a sliced model of which nothing is cut off: every segment has the width D, every
-  shortcut is the identity. The head is not tied. The function differs only where the
-  dense norm's epsilon is not that of RMSN, 1e-5.
+  The result is a sliced model from which nothing is removed: every segment has the
+  width D, every shortcut is the identity, and the head is not tied. Its function is the
+  same, except that the epsilon of its norms is 1e-5.
 
   Args:
-    model: dense.
+    model: a dense model.
 
   Returns:
-    The model; its leaves are float32 NumPy arrays.
+    The fused model. Its leaves are float32 NumPy arrays.
 
   Raises:
-    ValueError: if the model is sliced already.
+    ValueError: if the model is already sliced.
   """
   model, config = model.materialize(), model.config
   fused_config = fused(config)
@@ -51,10 +52,10 @@ def fuse_norms(model: models.Model) -> models.Model:
 
 
 def fused(config: models.ModelConfig) -> models.ModelConfig:
-  """The config of a dense model once its norms are fused.
+  """Returns the config of a dense model after norm fusion.
 
   Raises:
-    ValueError: if it is a sliced model's.
+    ValueError: if the config is that of a sliced model.
   """
   if config.sliced:
     raise ValueError(f'only a dense model can be sliced, got {config.norm=}')
@@ -62,14 +63,14 @@ def fused(config: models.ModelConfig) -> models.ModelConfig:
 
 
 def fuse_layer(layer: models.Params, config: models.ModelConfig) -> models.Params:
-  """One layer without its norms.
+  """Fuses the norms of one layer into its sublayers.
 
   Args:
     layer: parameters of a layer of a dense model.
-    config: of the dense model.
+    config: config of the dense model.
 
   Returns:
-    The sublayers' parameters, float64; no shortcuts.
+    The parameters of the sublayers, float64, without norms and shortcuts.
   """
   layer = _float64(layer)
   fused_layer: models.Params = {name: {} for name in models.layout.SUBLAYERS}
@@ -85,11 +86,11 @@ def fuse_layer(layer: models.Params, config: models.ModelConfig) -> models.Param
 
 
 def fuse_embeddings(outer: models.Params, config: models.ModelConfig) -> models.Params:
-  """The embeddings as RMSN can read them.
+  """Subtracts from the embeddings the mean that LayerNorm would subtract.
 
   Args:
-    outer: what is outside the layers of a dense model.
-    config: of the dense model.
+    outer: the parameters outside the layers of a dense model.
+    config: config of the dense model.
 
   Returns:
     The tables, float64.
@@ -98,14 +99,14 @@ def fuse_embeddings(outer: models.Params, config: models.ModelConfig) -> models.
 
 
 def fuse_head(outer: models.Params, config: models.ModelConfig) -> models.Params:
-  """The head without the norm before it, and without a tie to the embedding.
+  """Fuses the final norm into the head, and unties the head from the embedding.
 
   Args:
-    outer: what is outside the layers of a dense model.
-    config: of the dense model.
+    outer: the parameters outside the layers of a dense model.
+    config: config of the dense model.
 
   Returns:
-    The head's parameters, float64.
+    The parameters of the head, float64.
   """
   tied = config.tied_head
   head = {'kernel': outer['embed']['tokens'].T} if tied else outer['head']
@@ -113,7 +114,7 @@ def fuse_head(outer: models.Params, config: models.ModelConfig) -> models.Params
 
 
 def _read(norm: models.Params, linear: models.Params) -> models.Params:
-  """A linear that reads `RMSN(x)` in place of the norm of x."""
+  """Returns a linear layer that reads `RMSN(x)` in place of `norm(x)`."""
   kernel = linear['kernel']
   fused_linear = linear | {'kernel': norm['scale'][:, None] * kernel}
   if 'bias' in norm:
@@ -122,7 +123,7 @@ def _read(norm: models.Params, linear: models.Params) -> models.Params:
 
 
 def _centred(arrays: models.Params, config: models.ModelConfig) -> models.Params:
-  """What writes the residual stream, `[..., D]`, less the mean that LayerNorm drops."""
+  """Subtracts the mean of the last axis `[..., D]`, if the model has LayerNorm."""
   if config.norm != 'layernorm':
     return arrays
   return {k: x - x.mean(axis=-1, keepdims=True) for k, x in arrays.items()}

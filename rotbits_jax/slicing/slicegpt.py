@@ -1,11 +1,14 @@
-r"""SliceGPT: rotate the residual stream to principal components, cut the last ones off.
+r"""SliceGPT: rotates the residual stream to principal components and removes the last.
 
-For every segment s of the fused model (`norm_fusion`) calibration gives orthonormal
-columns V_s `[D, d]` (`calibration`). What writes the segment is multiplied by V_s, what
-reads it by V_s^T, and the shortcut between two segments becomes V_s^T V_{s+1}. With
-d = D that is a rotation, which changes nothing; with d < D it is an approximation.
+For every segment s of the fused model (see `norm_fusion`), `calibration` finds
+orthonormal columns V_s `[D, d]`. Parameters that write the segment are multiplied by
+V_s, parameters that read it by V_s^T, and the shortcut between two segments becomes
+V_s^T V_{s+1}. For d = D this is a rotation, which does not change the function. For
+d < D it is an approximation.
 
-Products are float64 on the host, rounded once to the dtype that is asked for.
+Products are computed in float64 on the host and rounded once, to the requested dtype.
+
+Shape letters: S sequences of T tokens, D hidden size, d width of a segment.
 
 Reference: SliceGPT, arXiv 2401.15024, section 3.3 and algorithm 1.
 """
@@ -28,7 +31,7 @@ ORIENTATIONS = ('random', 'pca')
 
 
 def sliced_width(hidden_size: int, sparsity: float, round_interval: int = 8) -> int:
-  """d, the width of a sliced segment, as SliceGPT rounds it.
+  """Returns d, the width of a sliced segment, with SliceGPT's rounding.
 
   Args:
     hidden_size: D.
@@ -36,13 +39,13 @@ def sliced_width(hidden_size: int, sparsity: float, round_interval: int = 8) -> 
     round_interval: the width is rounded down to a multiple of it.
 
   Raises:
-    ValueError: if a setting is out of range, or no width is left.
+    ValueError: if a setting is out of range, or if the width is 0.
   """
   if not 0 <= sparsity < 1:
     raise ValueError(f'the slicing sparsity must be in [0, 1), got {sparsity}')
   if round_interval < 1:
     raise ValueError(f'round_interval must be positive, got {round_interval}')
-  width = int((1 - sparsity) * hidden_size)  # in this order, as SliceGPT rounds
+  width = int((1 - sparsity) * hidden_size)  # the order of SliceGPT's operations
   width -= width % round_interval
   if width == 0:
     raise ValueError(
@@ -65,30 +68,30 @@ def slice_model(
 ) -> models.Model:
   """Slices a dense model.
 
-  In memory are, besides what is given and what is returned, the activations of one
-  segment, float32 `[S, T, D]`, and in float64 one layer, the embeddings or the head.
+  Besides the given and the returned model, memory holds the activations of one segment,
+  float32 `[S, T, D]`, and in float64 one layer, the embeddings or the head.
 
   Args:
-    model: dense.
-    tokens: `[S, T]` token ids: the calibration text, see `sample_sequences`.
+    model: a dense model.
+    tokens: `[S, T]` token ids, the calibration text; see `sample_sequences`.
     sparsity: the part of the hidden size that slicing removes, in [0, 1).
     round_interval: the width of a segment is rounded down to a multiple of it.
-    slice_head: whether the last segment, which the head reads, is sliced too.
-    final_orientation: 'pca' leaves a segment's components in order, the largest first;
-      'random' rotates those that are kept at random (Haar), so that all numbers of a
-      matrix are alike. The function is the same.
-    seed: of the random orientations.
-    dtype: what the parameters are rounded to: float16, bfloat16, or None for float32,
-      which leaves what the mathematics gave, before any storage format.
-    progress: whether to show a bar on stderr, if that is a terminal.
+    slice_head: whether the last segment, which the head reads, is sliced, too.
+    final_orientation: 'pca' keeps the components of a segment in order, the largest
+      first. 'random' multiplies the kept components by a random rotation (Haar), so
+      that the numbers of a matrix have similar sizes. The function is the same.
+    seed: seed of the random rotations.
+    dtype: dtype of the parameters: float16, bfloat16 or float32. None means float32,
+      which keeps the precision of the computation.
+    progress: whether to show the progress on stderr.
 
   Returns:
-    The sliced model; its leaves are NumPy arrays.
+    The sliced model. Its leaves are NumPy arrays.
 
   Raises:
-    ValueError: if the model is sliced already, a setting is out of range, the tokens do
-      not suit the model or are fewer than D, the activations are not finite, or a
-      parameter is too large for the dtype.
+    ValueError: if the model is already sliced, if a setting is out of range, if the
+      tokens do not suit the model or are fewer than D, if the activations are not
+      finite, or if a parameter is too large for the dtype.
   """
   config = norm_fusion.fused(model.config)
   hidden = config.hidden_size
@@ -136,16 +139,16 @@ def slice_model(
 def slice_layer(
   layer: models.Params, bases: tuple[np.ndarray, ...], config: models.ModelConfig
 ) -> models.Params:
-  """Slices the segments that one fused layer touches.
+  """Slices the segments that one fused layer reads or writes.
 
   Args:
     layer: parameters of the fused sublayers, float64.
-    bases: V_s, float64 `[D, d]` for each of its segments: the input, the one between
-      attention and MLP unless blocks are parallel, and the output.
-    config: of the fused model.
+    bases: V_s, float64 `[D, d]`, for each segment of the layer: its input, the segment
+      between attention and MLP unless the blocks are parallel, and its output.
+    config: config of the fused model.
 
   Returns:
-    The parameters of the sliced layer, float64, with shortcuts.
+    The parameters of the sliced layer with shortcuts, float64.
   """
   flat, sliced = structured.flatten(layer), {}
   for path, axes in models.layout.layer_axes(config).items():
@@ -166,12 +169,16 @@ def slice_layer(
 def sliced_checkpoint(
   dense: checkpoints.Checkpoint, model: models.Model, stem: str
 ) -> checkpoints.Checkpoint:
-  """What SliceGPT saves: the sliced model, its slicing JSON, the dense model's files.
+  """Makes the checkpoint that SliceGPT saves.
+
+  It consists of the sliced model, its slicing JSON with the widths of the segments, and
+  the sidecar files of the dense checkpoint.
 
   Args:
-    dense: the checkpoint that was sliced.
+    dense: the dense checkpoint.
     model: the sliced model.
-    stem: what the weights and the JSON are named; SliceGPT's is `<name>_<sparsity>`.
+    stem: name of the weights and of the slicing JSON, without suffix. SliceGPT uses
+      `<name>_<sparsity>`.
 
   Returns:
     A checkpoint for `checkpoints.save_checkpoint`.
@@ -203,20 +210,25 @@ def _checked(tokens: np.ndarray, config: models.ModelConfig) -> np.ndarray:
 
 
 def _haar(n: int, rng: np.random.Generator) -> np.ndarray:
-  """A random rotation, float64 `[n, n]` (Mezzadri, Notices AMS 54, 2007)."""
+  """Returns a random rotation, float64 `[n, n]` (Mezzadri, Notices AMS 54, 2007)."""
   q, r = np.linalg.qr(rng.standard_normal((n, n)))
   return q * np.sign(np.diag(r))
 
 
 def _rounded(tree: models.Params, dtype: np.dtype, where: str) -> models.Params:
-  """The tree in another dtype.
+  """Rounds the arrays of a tree to a dtype.
+
+  Args:
+    tree: the parameters.
+    dtype: the dtype.
+    where: name of the tree in error messages.
 
   Raises:
-    ValueError: if a number is too large for it.
+    ValueError: if a number is too large for the dtype.
   """
 
   def rounded(path: Any, array: np.ndarray) -> np.ndarray:
-    with np.errstate(over='ignore'):  # told below, with the parameter's name
+    with np.errstate(over='ignore'):  # the error below names the parameter
       result = array.astype(dtype)
     if not np.isfinite(result).all():
       name = jax.tree_util.keystr(path, simple=True, separator='/')

@@ -1,12 +1,17 @@
 """Structured leaves: parameters that store fewer numbers than they have entries.
 
-A structured leaf stands in a PyTree where an array stood. It is a small
-`flax.struct` dataclass whose arrays are ordinary PyTree leaves, so `jit`, `vmap`
-and `scan` pass through it. It knows the array it stands for (`materialize`), the
-numbers it stores (`stored`), and how to get itself back from them
-(`from_stored`); coding, accounting and the forward passes need no more.
+A structured leaf takes the place of an array in a PyTree. It is a small `flax.struct`
+dataclass whose arrays are ordinary PyTree leaves, so it works under `jit`, `vmap` and
+`scan`. A leaf has three important methods: `materialize` computes the array that the
+leaf stands for, `stored` returns the numbers that the file keeps, and `from_stored`
+makes the leaf from these numbers.
 
-A leaf may be stacked: its arrays then have a leading layer axis `[N, ...]`.
+A dependent leaf is a structured leaf that needs other parameters to be materialized.
+For example, an embedding may be stored as a small matrix that is multiplied by the
+head.
+
+A leaf may be stacked, like the layers of a model: its arrays then have a leading layer
+axis `[N, ...]`.
 """
 
 from rotbits_jax.structured.base import KINDS

@@ -1,4 +1,9 @@
-"""What a structured leaf is, and PyTrees of them."""
+"""The base classes of structured leaves, and functions of PyTrees that contain them.
+
+A leaf of a PyTree is an array or a structured leaf. A structured leaf stands for an
+array but stores fewer numbers; `structured` gives an overview. A dependent leaf is a
+structured leaf that stands for an array only together with other parameters.
+"""
 
 import abc
 from collections.abc import Iterable, Mapping
@@ -13,7 +18,13 @@ Arrays = dict[str, np.ndarray]
 
 
 class Structured(abc.ABC):
-  """What every structured leaf can do."""
+  """Base class of all structured leaves.
+
+  A leaf is stacked if its arrays have a leading layer axis `[N, ...]`.
+
+  Attributes:
+    kind: name of the class in the file format.
+  """
 
   kind: ClassVar[str]
 
@@ -29,56 +40,63 @@ class Structured(abc.ABC):
 
   @abc.abstractmethod
   def materialize(self) -> jax.Array:
-    """The array that the leaf stands for."""
+    """Returns the array that the leaf stands for."""
 
   def layer(self, index: int) -> Self:
-    """One layer of a stacked leaf."""
+    """Returns one layer of a stacked leaf, unstacked."""
     return jax.tree.map(lambda x: x[index], self)
 
   @classmethod
   def stack(cls, leaves: list[Self]) -> Self:
-    """The inverse of `layer`, for leaves of one kind, shape and dtype."""
+    """Stacks unstacked leaves with equal `structured.stack_key`: inverse of `layer`."""
     return jax.tree.map(_stack, *leaves)
 
   def astype(self, dtype: Any) -> Self:
-    """The leaf with its floating-point numbers in another format.
+    """Returns the leaf with its floating-point numbers in another dtype.
 
-    A leaf whose numbers must keep the format that they are in overrides it.
+    A leaf whose numbers must keep their dtype overrides this method.
     """
     return jax.tree.map(lambda x: _astype(x, dtype), self)
 
   def stored_sizes(self) -> list[tuple[np.dtype, int]]:
-    """Dtype and count of each array that the file keeps of an unstacked leaf.
+    """Returns the dtype and the size of each array of `stored`, without computing them.
 
-    Nothing is computed. A leaf that stores fewer numbers than its arrays hold
-    overrides it.
+    The leaf must be unstacked. A leaf whose arrays have more numbers than it stores
+    overrides this method.
     """
     return [(np.dtype(x.dtype), int(np.prod(x.shape))) for x in jax.tree.leaves(self)]
 
   def stack_key(self) -> tuple[str, ...]:
-    """Names that must be equal in leaves that share a stack, beside kind and shape."""
+    """Returns further names that must be equal in leaves that share a stack.
+
+    Kind, shape and dtype must be equal, too; see the function `stack_key`.
+    """
     return ()
 
   @abc.abstractmethod
   def stored(self) -> tuple[Settings, Arrays]:
-    """What the file keeps of an unstacked leaf: settings and arrays."""
+    """Returns the content of an unstacked leaf in the file: settings and arrays."""
 
   @classmethod
   @abc.abstractmethod
   def from_stored(cls, settings: Settings, arrays: Arrays) -> Self:
-    """The inverse of `stored`."""
+    """Makes the unstacked leaf from its content in a file: the inverse of `stored`.
+
+    Raises:
+      ValueError: if the settings and arrays do not fit together.
+    """
 
 
 class Dependent(Structured):
   """A leaf that stands for an array only together with other parameters.
 
-  An embedding that is an image of the head is one. `Model.materialize`, the forward
-  pass and the reader of files look up the parameters that `needs` names.
+  An example is an embedding that is a linear image of the head. `Model.materialize`,
+  the forward pass and the file reader look up the parameters that `needs` names.
 
   Attributes:
-    needs: paths of the parameters, as in 'head/kernel'.
-    eager: whether a reader puts the array in the leaf's place, because nothing can be
-      computed with the leaf itself.
+    needs: paths of the other parameters, as in 'head/kernel'.
+    eager: whether the file reader replaces the leaf by its array. It must do so for a
+      leaf with which the forward pass cannot compute.
   """
 
   needs: ClassVar[tuple[str, ...]]
@@ -86,10 +104,18 @@ class Dependent(Structured):
 
   @abc.abstractmethod
   def expand(self, *needed: Any) -> Any:
-    """The array that the leaf stands for, given the arrays that it needs."""
+    """Returns the array that the leaf stands for, given the arrays that it needs."""
 
   def rows(self, *needed_and_indices: Any) -> jax.Array:
-    """Rows of that array, NaN beyond its last; the indices are the last argument."""
+    """Returns rows of that array in float32.
+
+    Args:
+      needed_and_indices: the arrays that the leaf needs, then the indices of the rows,
+        integers `[...]`.
+
+    Returns:
+      The rows, `[..., columns]`. A row beyond the last is NaN.
+    """
     *needed, indices = needed_and_indices
     table = jnp.asarray(self.expand(*needed))
     return table.at[indices].get(mode='fill', fill_value=jnp.nan).astype(jnp.float32)
@@ -104,7 +130,11 @@ KINDS: dict[str, type[Structured]] = {}
 
 
 def register(cls: type[Any]) -> type[Any]:
-  """Class decorator: makes a kind of leaf known to the file format."""
+  """Registers a class of leaves with the file format; a class decorator.
+
+  Raises:
+    ValueError: if another class has the same `kind`.
+  """
   if cls.kind in KINDS:
     raise ValueError(f'a structured leaf of kind {cls.kind!r} exists already')
   KINDS[cls.kind] = cls
@@ -116,21 +146,25 @@ def is_structured(leaf: Any) -> bool:
 
 
 def is_plain(leaf: Any) -> bool:
-  """Whether a leaf is an array of floating-point numbers."""
+  """Returns whether a leaf is an array of floating-point numbers."""
   if leaf is None or is_structured(leaf):
     return False
   return bool(jnp.issubdtype(leaf.dtype, jnp.floating))
 
 
 def materialize(tree: Any) -> Any:
-  """The PyTree with every structured leaf replaced by the array it stands for."""
+  """Replaces every structured leaf of a PyTree by the array that it stands for.
+
+  Raises:
+    ValueError: if a leaf is dependent; `models.materialize` materializes these, too.
+  """
   return jax.tree.map(
     lambda x: x.materialize() if is_structured(x) else x, tree, is_leaf=is_structured
   )
 
 
 def astype(tree: Any, dtype: Any) -> Any:
-  """The PyTree with all floating-point numbers in another format."""
+  """Converts all floating-point numbers of a PyTree to another dtype."""
   return jax.tree.map(
     lambda x: x.astype(dtype) if is_structured(x) else _astype(x, dtype),
     tree,
@@ -139,27 +173,28 @@ def astype(tree: Any, dtype: Any) -> Any:
 
 
 def count_numbers(tree: Any) -> int:
-  """How many numbers a PyTree of unstacked leaves stores."""
+  """Returns how many numbers a PyTree of unstacked leaves stores."""
   return sum(size for _, size in _stored_sizes(tree))
 
 
 def count_bytes(tree: Any) -> int:
-  """How many bytes those numbers take, uncoded."""
+  """Returns how many bytes these numbers take before they are coded."""
   return sum(dtype.itemsize * size for dtype, size in _stored_sizes(tree))
 
 
 def flatten(tree: Mapping[str, Any]) -> dict[str, Any]:
-  """The leaves of nested dicts by path: keys joined by '/'.
+  """Returns the leaves of nested dicts by path.
 
-  This is the one way in which the package names a parameter.
+  A path is the keys joined by '/', as in 'attention/query/kernel'. The whole package
+  names parameters in this way.
 
   Raises:
-    ValueError: if a key is no string, is empty or has a slash in it.
+    ValueError: if a key is not a string, is empty, or contains a slash.
   """
   found: dict[str, Any] = {}
   for key, value in tree.items():
     if not isinstance(key, str) or not key or '/' in key:
-      raise ValueError(f'{key!r}: keys must be strings without a slash')
+      raise ValueError(f'{key!r}: keys must be nonempty strings without a slash')
     if isinstance(value, Mapping):
       found |= {f'{key}/{path}': leaf for path, leaf in flatten(value).items()}
     else:
@@ -168,10 +203,11 @@ def flatten(tree: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def unflatten(flat: Mapping[str, Any] | Iterable[tuple[str, Any]]) -> dict[str, Any]:
-  """The inverse of `flatten`.
+  """Makes nested dicts from leaves by path: the inverse of `flatten`.
 
   Raises:
-    ValueError: if one path leads through another's leaf.
+    ValueError: if two leaves have the same path, or if the path of one leaf is the
+      beginning of another path.
   """
   tree: dict[str, Any] = {}
   for path, leaf in flat.items() if isinstance(flat, Mapping) else flat:
@@ -180,15 +216,19 @@ def unflatten(flat: Mapping[str, Any] | Iterable[tuple[str, Any]]) -> dict[str, 
     for parent in parents:
       node = node.setdefault(parent, {})
       if not isinstance(node, dict):
-        raise ValueError(f'{path}: a leaf has this path or a part of it')
+        raise ValueError(f'{path}: another leaf has this path or the beginning of it')
     if last in node:
-      raise ValueError(f'{path}: two leaves have this path')
+      raise ValueError(f'{path}: another leaf has this path or a path that begins so')
     node[last] = leaf
   return tree
 
 
 def stack_key(leaf: Any) -> tuple[Any, ...]:
-  """Equal for leaves that can share a stack: kind, shape, dtype, and their names."""
+  """Returns a key that is equal for two leaves if they can share a stack.
+
+  It consists of the kind, the shape, the dtype, and the names of the leaf's own
+  `stack_key`.
+  """
   kind, names = '', ()
   if is_structured(leaf):
     kind, names = leaf.kind, leaf.stack_key()
@@ -196,11 +236,25 @@ def stack_key(leaf: Any) -> tuple[Any, ...]:
 
 
 def _stack(*arrays: Any) -> Any:
-  return (np if isinstance(arrays[0], np.ndarray) else jnp).stack(arrays)
+  """The arrays, stacked; without a copy if they are the rows of an array already."""
+  first = arrays[0]
+  if not isinstance(first, np.ndarray):
+    return jnp.stack(arrays)
+  address = lambda x: x.__array_interface__['data'][0]
+  if first.base is not None and all(
+    x.base is first.base
+    and (x.shape, x.dtype, x.strides) == (first.shape, first.dtype, first.strides)
+    and x.flags.c_contiguous
+    and address(x) == address(first) + i * first.nbytes
+    for i, x in enumerate(arrays)
+  ):
+    strides = first.nbytes, *first.strides
+    return np.lib.stride_tricks.as_strided(first, (len(arrays), *first.shape), strides)
+  return np.stack(arrays)
 
 
 def _astype(array: Any, dtype: Any) -> Any:
-  """Rounds to nearest; what is too large becomes infinite."""
+  """Rounds to nearest. Numbers that are too large for the dtype become infinite."""
   if not jnp.issubdtype(array.dtype, jnp.floating):
     return array
   with np.errstate(over='ignore'):

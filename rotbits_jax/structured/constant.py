@@ -1,4 +1,8 @@
-"""Arrays whose entries are all the same."""
+"""The leaf for an array whose entries are all equal.
+
+An example is the scale of a norm, once it has been folded into the kernels that read
+the norm: all its entries are then 1.
+"""
 
 import math
 from typing import Any, ClassVar
@@ -20,12 +24,12 @@ _MOST_AXES = 8
 @register
 @struct.dataclass
 class Constant(Structured):
-  """An array whose entries all have one value; it stores no numbers.
+  """An array whose entries all have one value. It stores no numbers.
 
   Attributes:
-    empty: `[..., *tail, 0]`: an array of no numbers that says what dtype the entries
-      have and how the leaf is stacked.
-    value: what every entry is.
+    empty: `[..., *shape, 0]`, an array without entries. It holds the shape and the
+      dtype, also of a stacked leaf.
+    value: the value of every entry.
   """
 
   kind: ClassVar[str] = 'constant'
@@ -35,7 +39,7 @@ class Constant(Structured):
 
   @classmethod
   def like(cls, array: Any, value: float) -> 'Constant':
-    """A constant of an array's shape and dtype."""
+    """Makes a leaf of the shape and dtype of an array."""
     return cls(np.zeros((*array.shape, 0), array.dtype), value)
 
   @property

@@ -1,24 +1,28 @@
-r"""Kernels of attention heads, of which only the column space matters.
+r"""Leaves for the kernels of attention heads, stored in a basis with known entries.
 
-Where a change of basis within a head can be undone by another kernel, a head's matrix
-`[n, h]` stands for its column space, and any basis of it will do. The one taken is
+A head multiplies two kernels, for example the value and the output projection. If the
+first is multiplied by an invertible matrix and the second by its inverse, the product
+stays the same. Therefore only the column space of a head's matrix `[n, h]` matters, and
+any basis of this space can take the place of the matrix. These leaves use the basis
 
-    [I - B^T B / 4]        B = 2 tan(T / 2) in a suitable basis, `[n - h, h]`,
+    [I - B^T B / 4]        B `[n - h, h]`,
     [      B      ]
 
-T being the angles between the column space and the first h coordinates. Every subspace
-has such a B, no singular value of it exceeds 2, and the condition of the basis is at
-most 2; an identity in place of `I - B^T B / 4` would take `tan(T)`, which is unbounded.
-h^2 numbers of a head need not be stored.
+and store B only, which saves h^2 numbers for each head.
 
-Shape letters are those of `models.config`, and G = H / K query heads share a key-value
-head.
+Every subspace has such a basis. The singular values of B are `2 tan(t / 2)`, where t
+are the angles between the subspace and the first h coordinates. They are at most 2, and
+the condition number of the basis is at most 2. With an identity in place of
+`I - B^T B / 4`, the singular values would be `tan(t)`, which has no bound.
+
+Shape letters are those of `models.config`. G = H / K query heads share a key-value
+head; they form a group.
 
 Reference:
   Jauch, Hoff and Dunson, Random orthogonal matrices and the Cayley transform, arXiv
-  1810.02881, section 3.2: the Grassmann manifold by matrices with a symmetric positive
-  definite top block. The basis here is theirs times (I + B^T B / 4), which saves the
-  inverse.
+  1810.02881, section 3.2: the Grassmann manifold as matrices with a symmetric positive
+  definite top block. The basis here is theirs times (I + B^T B / 4), because then no
+  inverse is needed.
 """
 
 from typing import Any, ClassVar
@@ -38,11 +42,13 @@ from rotbits_jax.structured.stored import Stored
 @register
 @struct.dataclass
 class HeadColumns(Structured):
-  """A kernel `[d, K h]` of keys: of each head, the last m columns are a basis.
+  """A key kernel `[d, K h]`. The last m columns of each head are a basis as above.
+
+  RoPE rotates the first h - m columns of a key head. They are stored unchanged.
 
   Attributes:
-    turned: `[..., d, K (h - m)]`: the columns that RoPE turns, as they are.
-    rest: `[..., d - m, K m]`: the B side by side.
+    turned: `[..., d, K (h - m)]`, the columns that are stored unchanged.
+    rest: `[..., d - m, K m]`, the matrices B side by side.
     heads: K.
   """
 
@@ -81,7 +87,7 @@ class HeadColumns(Structured):
     whole = heads > 0 and not turned.shape[1] % heads and not rest.shape[1] % heads
     if not whole or turned.shape[0] != rest.shape[0] + rest.shape[1] // heads:
       raise ValueError(
-        f'no kernel of {heads} heads is made of {turned.shape=} and {rest.shape=}'
+        f'a kernel of {heads} heads cannot have {turned.shape=} and {rest.shape=}'
       )
     return cls(turned, rest, heads)
 
@@ -89,16 +95,19 @@ class HeadColumns(Structured):
 @register
 @struct.dataclass
 class HeadPlanes(Structured):
-  """A kernel `[d, H h]` of queries, whose planes are bases.
+  """A query kernel `[d, H h]` whose planes have a known first row.
 
-  The first r columns of a head are r/2 planes (i, i + r/2), of which RoPE leaves only a
-  complex factor free. One below the other, the same planes of the G heads of a group
-  are a complex column `[1 - |b|^2 / 4; b]`, so that the first row of the first head is
-  known. The other columns are as they are.
+  RoPE rotates the first r columns of a head as r/2 planes: columns i and i + r/2 are
+  the real and the imaginary part of one complex column. RoPE permits no basis change of
+  such a plane but a complex factor. For each plane, the complex columns of the G heads
+  of a group, one below the other, have the form `[1 - |b|^2 / 4; b]`. Therefore the
+  first entry of the first head follows from the other entries. The columns that RoPE
+  does not rotate are stored unchanged.
 
   Attributes:
-    below: `[..., d - 1, H h]`: all rows but the first.
-    top: `[..., K, G h - r]`: what is not known of the first row.
+    below: `[..., d - 1, H h]`, all rows except the first.
+    top: `[..., K, G h - r]`, the numbers of the first row that do not follow from
+      others.
     head_dim: h.
   """
 
@@ -146,7 +155,7 @@ class HeadPlanes(Structured):
     rotary = below.shape[1] // groups - known if whole else 0
     if not 0 < rotary <= h or rotary % 2:
       raise ValueError(
-        f'no kernel of heads of {h} is made of {below.shape=} and {top.shape=}'
+        f'a kernel with head_dim {h} cannot have {below.shape=} and {top.shape=}'
       )
     return cls(below, top, h)
 
@@ -154,14 +163,15 @@ class HeadPlanes(Structured):
 @register
 @struct.dataclass
 class HeadRows(Structured):
-  """A kernel `[H h, d]` whose heads are row blocks: of the output projection.
+  """An output kernel `[H h, d]`, whose heads are row blocks.
 
-  The G heads that read one key-value head have one basis, transposed: side by side they
-  are `[I - B^T B / 4, B^T]`, `[h, G d]`.
+  The G heads of a group share one basis change. Side by side, they form the matrix
+  `[I - B^T B / 4, B^T]`, `[h, G d]`. The first h columns of the first head follow from
+  the other numbers and are not stored.
 
   Attributes:
-    first: `[..., K h, d - h]`: of the first head of each group, what is not known.
-    others: `[..., K (G - 1) h, d]`: the other heads.
+    first: `[..., K h, d - h]`, the other columns of the first head of each group.
+    others: `[..., K (G - 1) h, d]`, the other heads.
     groups: K.
   """
 
@@ -203,8 +213,9 @@ class HeadRows(Structured):
   @classmethod
   def from_stored(cls, settings: Settings, arrays: Arrays) -> 'HeadRows':
     given = Stored(settings, arrays)
-    groups, (first, others) = given.size('groups'), given.alike(
-      'first', 'others', axes=2
+    groups, (first, others) = (
+      given.size('groups'),
+      given.alike('first', 'others', axes=2),
     )
     given.finish()
     h = others.shape[1] - first.shape[1]
@@ -212,14 +223,14 @@ class HeadRows(Structured):
       h < 1 or not 0 < first.shape[0] == groups * h or others.shape[0] % first.shape[0]
     ):
       raise ValueError(
-        f'no kernel of {groups} groups of heads is made of {first.shape=} and '
+        f'a kernel of {groups} groups of heads cannot have {first.shape=} and '
         f'{others.shape=}'
       )
     return cls(first, others, groups)
 
 
 def _split(columns: Any, heads: int) -> jax.Array:
-  """`[..., n, K c]` to float32 `[..., n, K, c]`."""
+  """Reshapes `[..., n, K c]` to float32 `[..., n, K, c]`."""
   *stack, n, width = columns.shape
   columns = jnp.asarray(columns, jnp.float32)
   return columns.reshape(*stack, n, heads, width // heads)

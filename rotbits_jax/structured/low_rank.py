@@ -1,7 +1,7 @@
-"""Matrices of low rank, kept as two factors.
+"""Leaves for matrices of low rank, stored as two factors.
 
-Shape letters of this file: a matrix `[m, n]` is the product of `[m, r]` and `[r, n]`;
-s and l are the smaller and the larger of m and n.
+Shape letters of this file: a matrix `[m, n]` of rank r is the product of U `[m, r]` and
+V `[r, n]`. The smaller of m and n is s, and the larger is l.
 """
 
 import abc
@@ -22,14 +22,15 @@ from rotbits_jax.structured.stored import Stored
 
 @struct.dataclass(kw_only=True)
 class FactorPair(Structured):
-  """A matrix `[..., m, n]` of rank r that is never stored as such.
+  """A matrix `[..., m, n]` of rank r that is stored as two factors.
 
-  Leaves of different ranks can be stacked: the factors are then padded with what does
-  not change the product.
+  Leaves of different ranks can be stacked. Their factors are padded to the greatest
+  rank in a way that does not change the product.
 
   Attributes:
-    names: row of `checkpoints.FACTORS` that names the factors in a checkpoint.
-    ranks: for a stacked leaf whose layers differ in rank, each layer's r; else None.
+    names: key of `checkpoints.FACTORS`; this row names the factors in a checkpoint.
+    ranks: the rank of each layer, if the leaf is stacked and its layers differ in rank;
+      else None.
   """
 
   names: str = struct.field(pytree_node=False, default='factors')
@@ -38,7 +39,7 @@ class FactorPair(Structured):
   @property
   @abc.abstractmethod
   def rank(self) -> int:
-    """r, the greatest of a stacked leaf's."""
+    """The rank r; the greatest rank of a stacked leaf."""
 
   @property
   @abc.abstractmethod
@@ -47,36 +48,36 @@ class FactorPair(Structured):
 
   @abc.abstractmethod
   def factors(self) -> tuple[jax.Array, jax.Array]:
-    """Float32 `[..., m, r]` and `[..., r, n]`, not rounded."""
+    """Returns U `[..., m, r]` and V `[..., r, n]` in float32, not rounded."""
 
   @abc.abstractmethod
   def apply(self, x: jax.Array) -> jax.Array:
-    """`x @ materialize()` without materializing: `[..., m]` to `[..., n]`."""
+    """Returns `x @ materialize()`, `[..., m]` to `[..., n]`, without materializing."""
 
   @classmethod
   @abc.abstractmethod
   def stored_rank(cls, shapes: dict[str, tuple[int, ...]]) -> int:
-    """R of an unstacked leaf, from the shapes of the arrays that it is stored as."""
+    """Returns the rank of an unstacked leaf from the shapes of its stored arrays."""
 
   @abc.abstractmethod
   def _padded(self, rank: int) -> Self:
-    """An unstacked leaf of the same product and a higher rank."""
+    """Returns an unstacked leaf with the same product and a higher rank."""
 
   @abc.abstractmethod
   def _cut(self, rank: int) -> Self:
-    """The inverse of `_padded`."""
+    """Removes the padding from an unstacked leaf: the inverse of `_padded`."""
 
   def stack_key(self) -> tuple[str, ...]:
     return (self.names,)
 
   def plain(self) -> 'LowRank':
-    """The pair with both factors stored as they are, rounded to its dtype."""
+    """Returns the pair as a `LowRank` leaf; both factors are rounded to its dtype."""
     u, v = (x.astype(self.dtype) for x in self.factors())
     return LowRank(u, v, names=self.names, ranks=self.ranks)
 
   @property
   def is_thin(self) -> bool:
-    """Whether `apply` takes fewer products than the materialized matrix."""
+    """Whether `apply` takes fewer multiplications than the materialized matrix."""
     m, n = self.shape[-2:]
     return self.rank * (m + n) < m * n
 
@@ -100,11 +101,11 @@ class FactorPair(Structured):
 @register
 @struct.dataclass
 class LowRank(FactorPair):
-  """`u @ v`, both stored as they are.
+  """The product `u @ v`, both factors stored unchanged.
 
   Attributes:
-    u: `[..., m, r]`.
-    v: `[..., r, n]`.
+    u: U, `[..., m, r]`.
+    v: V, `[..., r, n]`.
   """
 
   kind: ClassVar[str] = 'low_rank'
@@ -159,30 +160,32 @@ class LowRank(FactorPair):
     (u, v), names = given.alike('u', 'v', axes=2), given.text('names')
     given.finish()
     if u.shape[1] != v.shape[0]:
-      raise ValueError(f'no matrix is the product of {u.shape=} and {v.shape=}')
+      raise ValueError(
+        f'the factors must be [m, r] and [r, n], got {u.shape=} and {v.shape=}'
+      )
     return cls(u, v, names=names)
 
 
 @register
 @struct.dataclass
 class ReducedLowRank(FactorPair):
-  """A pair of factors in the basis that stores r^2 numbers fewer.
+  """A pair of factors in a basis that stores r^2 numbers fewer.
 
-  `U V` is `(U A)(A^-1 V)` for every A in GL(r), so that U stands for its column space
-  only. The basis taken of it is
+  `U V` equals `(U A)(A^-1 V)` for every invertible A `[r, r]`, so only the column space
+  of U matters. The leaf uses this basis of the column space:
 
       [      B      ]
       [I - B^T B / 4]        B `[s - r, r]`
 
-  see `structured.heads`: every subspace has such a B, of singular values up to 2, and
-  the condition of the basis is at most 2, so that rounding it does no more harm than
-  rounding U. Where m > n it is V^T that is kept so.
+  Every subspace has such a B, as `structured.heads` explains. Rounding the basis does
+  no more harm than rounding U, because the singular values of B are at most 2 and the
+  condition number of the basis is at most 2. If m > n, V^T has this basis instead of U.
 
   Attributes:
-    below: `[..., s - r, r]`, B. In a stack of several ranks it has as many rows as the
-      least rank leaves; those that are not a layer's are zero, like the columns in
-      front of its own.
-    other: `[..., r, l]`, the other factor; A^-1 V, or its like, transposed.
+    below: B, `[..., s - r, r]`. A stack of leaves with several ranks has as many rows
+      as its leaf of least rank, and as many columns as its leaf of greatest rank. In
+      each layer, the rows after its own and the columns before its own are zero.
+    other: the other factor, `[..., r, l]`: A^-1 V or, if m > n, A^-1 U^T.
     size: s.
     transposed: whether m > n.
   """
@@ -234,7 +237,7 @@ class ReducedLowRank(FactorPair):
     return matmul(last + matmul(above, below), other)
 
   def _joined(self, first: jax.Array, last: jax.Array, axis: int) -> jax.Array:
-    """Puts two parts one after the other; they overlap only where one is padding."""
+    """Joins two parts along an axis of size s. They overlap only in padding."""
     return _among_zeros(first, self.size, axis=axis, last=False) + _among_zeros(
       last, self.size, axis=axis, last=True
     )
@@ -278,10 +281,10 @@ class ReducedLowRank(FactorPair):
     transposed, names = given.flag('transposed'), given.text('names')
     given.finish()
     if below.shape[1] != other.shape[0]:
-      raise ValueError(f'no low-rank matrix has {below.shape=} and {other.shape=}')
+      raise ValueError(f'low-rank factors cannot be {below.shape=} and {other.shape=}')
     size = sum(below.shape)
     if size > other.shape[1]:
-      raise ValueError(f'{size} rows are not the shorter side, got {other.shape=}')
+      raise ValueError(f'the shorter side cannot have {size} rows, got {other.shape=}')
     return cls(below, other, size, transposed, names=names)
 
 
@@ -290,7 +293,7 @@ def _pad(matrix: Any, widths: tuple[tuple[int, int], tuple[int, int]]) -> Any:
 
 
 def _among_zeros(array: jax.Array, size: int, *, axis: int, last: bool) -> jax.Array:
-  """Lengthens an axis to a size: the array comes last or first, the rest is zero."""
+  """Pads an axis with zeros to a size, before the array if `last`, else after it."""
   spare = size - array.shape[axis]
   widths = [(0, 0)] * array.ndim
   widths[axis] = (spare, 0) if last else (0, spare)

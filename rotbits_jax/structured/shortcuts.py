@@ -1,4 +1,11 @@
-"""Shortcuts of the residual stream: symmetric, and nearly the identity."""
+"""Leaves for the shortcuts of a sliced model.
+
+In a sliced model, every segment of the residual stream has coordinates of its own;
+`models.config` defines segments. A shortcut is the matrix that takes the residual
+stream from one segment to the next, past a sublayer. `symmetries.residual` chooses the
+coordinates so that the shortcuts become symmetric, with zeros in the further columns if
+the next segment is wider.
+"""
 
 import dataclasses
 from typing import Any, ClassVar
@@ -21,18 +28,19 @@ from rotbits_jax.structured.triangles import unpack_lower
 @register
 @struct.dataclass
 class IdentityMinusGram(Structured):
-  """`[I - B B^T + C C^T, 0]`, an orthogonal shortcut less what slicing cut off.
+  """The symmetric shortcut `[I - B B^T + C C^T, 0]`.
 
-  A block of an orthogonal matrix, brought to symmetric form by the residual gauge,
-  is the identity but for a few singular values below 1 (`B`). `C` is for singular
-  values above 1, which only a fine-tuned shortcut has. Both are lower trapezoidal:
-  `B[i, j] = 0` for `j > i`, since a rotation of B's columns changes nothing.
+  SliceGPT's shortcut is a block of an orthogonal matrix. Such a block has many singular
+  values of 1, and in symmetric form it is the identity minus `B B^T`. B has a column
+  for each singular value below 1. C has a column for each singular value above 1, which
+  only a fine-tuned shortcut has. Rotating the columns of B or C changes nothing.
+  Therefore both are rotated to lower trapezoidal form: `B[i, j] = 0` for `j > i`.
 
   Attributes:
-    b: `[..., d, k]`.
-    c: `[..., d, j]`.
-    columns: width of the matrix; the columns beyond d are zero.
-    ranks: for a stacked leaf, each layer's own `(k, j)`; columns beyond them are
+    b: B, `[..., d, k]`.
+    c: C, `[..., d, j]`.
+    columns: width of the shortcut; the columns from d on are zero.
+    ranks: the `(k, j)` of each layer, if the leaf is stacked; columns beyond them are
       zero. None for an unstacked leaf.
   """
 
@@ -55,7 +63,7 @@ class IdentityMinusGram(Structured):
 
   @property
   def is_thin(self) -> bool:
-    """Whether `apply` takes fewer products than the materialized matrix."""
+    """Whether `apply` takes fewer multiplications than the materialized matrix."""
     return 2 * (self.b.shape[-1] + self.c.shape[-1]) < self.columns
 
   def materialize(self) -> jax.Array:
@@ -65,7 +73,14 @@ class IdentityMinusGram(Structured):
     return _pad_columns(matrix, self.columns).astype(self.dtype)
 
   def apply(self, x: jax.Array) -> jax.Array:
-    """`x @ materialize()` without materializing: `[..., d]` to `[..., columns]`."""
+    """Returns `x @ materialize()` without materializing.
+
+    Args:
+      x: `[..., d]`.
+
+    Returns:
+      `[..., columns]`.
+    """
     y = x
     for factor, sign in ((self.b, -1), (self.c, 1)):
       if factor.shape[-1]:
@@ -112,7 +127,9 @@ class IdentityMinusGram(Structured):
     given = Stored(settings, arrays)
     b_shape, c_shape = given.sizes('b', 2), given.sizes('c', 2)
     if b_shape[0] != c_shape[0]:
-      raise ValueError(f'B and C differ in rows, got {b_shape} and {c_shape}')
+      raise ValueError(
+        f'B and C must have equally many rows, got {b_shape} and {c_shape}'
+      )
     columns = given.size('columns', b_shape[0])
     b, c = given.alike('b', 'c', axes=1)
     given.finish()
@@ -122,11 +139,11 @@ class IdentityMinusGram(Structured):
 @register
 @struct.dataclass
 class SymmetricTriangle(Structured):
-  """`[P, 0]` with P symmetric, kept as its lower triangle.
+  """The shortcut `[P, 0]` with a symmetric P, stored as the lower triangle of P.
 
   Attributes:
-    lower: `[..., d, d]`, zero above the diagonal.
-    columns: width of the matrix; the columns beyond d are zero.
+    lower: the lower triangle, `[..., d, d]`, with zeros above the diagonal.
+    columns: width of the shortcut; the columns from d on are zero.
   """
 
   kind: ClassVar[str] = 'symmetric_triangle'

@@ -5,12 +5,13 @@ methods below, each of which raises ValueError, and then calls `finish`.
 """
 
 from collections.abc import Mapping
-import math
+import sys
 from typing import Any
 
 import numpy as np
 
 _MOST = (1 << 31) - 1  # length of an axis
+_GREATEST = sys.float_info.max
 
 
 class Stored:
@@ -50,7 +51,7 @@ class Stored:
   def number(self, name: str) -> float:
     """A finite number."""
     value = self.setting(name)
-    if type(value) not in (int, float) or not math.isfinite(value):
+    if type(value) not in (int, float) or not -_GREATEST <= value <= _GREATEST:
       raise ValueError(f'{name} must be a finite number, got {value!r:.40}')
     return value
 

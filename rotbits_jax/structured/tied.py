@@ -1,4 +1,12 @@
-"""Embeddings that are linear images of the head."""
+"""Leaves for a token embedding that is a linear image of the head.
+
+Let V be the number of tokens, d the width of the embedding, and D that of the head. The
+head has the kernel `[D, V]`. The embedding `[V, d]` is tied to the head if it is
+`head^T @ T` for a small matrix T `[D, d]`. A tied embedding is stored as T, which has
+far fewer numbers. `symmetries.tied` finds T.
+
+Both leaves are dependent: they stand for the embedding only together with the head.
+"""
 
 from collections.abc import Iterator
 import math
@@ -19,10 +27,10 @@ from rotbits_jax.structured.stored import Stored
 @register
 @struct.dataclass
 class Tied(Dependent):
-  """A token embedding `[V, d]` that is the image `head^T @ map` of the head `[D, V]`.
+  """The embedding `head^T @ map`, up to rounding.
 
   Attributes:
-    map: `[D, d]`.
+    map: the matrix T, `[D, d]`.
     tokens: V.
   """
 
@@ -45,13 +53,20 @@ class Tied(Dependent):
     return self.rows(head, jnp.arange(self.tokens)).astype(self.dtype)
 
   def rows(self, *needed_and_indices: Any) -> jax.Array:
-    """The rows of some tokens, float32 `[..., d]`, without the other rows.
+    """Returns the rows of some tokens; the other rows are not computed.
 
     Args:
-      needed_and_indices: the head, `[D, V]`, and tokens, integers `[...]`; rows of
-        tokens that there are not are NaN.
+      needed_and_indices: the head `[D, V]`, then the tokens, integers `[...]`.
+
+    Returns:
+      The rows, float32 `[..., d]`. The row of a token of V or more is NaN.
     """
     head, tokens = needed_and_indices
+    if head.shape != (len(self.map), self.tokens):
+      raise ValueError(
+        f'the embedding is tied to a head of shape {(len(self.map), self.tokens)}, '
+        f'got {head.shape=}'
+      )
     columns = jnp.asarray(head).at[:, tokens].get(mode='fill', fill_value=jnp.nan)
     columns = jnp.moveaxis(columns.astype(jnp.float32), 0, -1)
     return jnp.matmul(columns, self.map.astype(jnp.float32), precision='highest')
@@ -70,28 +85,34 @@ class Tied(Dependent):
 @register
 @struct.dataclass
 class TiedExactly(Dependent):
-  """`head^T @ T` and what that is off by: every bit of the embedding.
+  """Every bit of the embedding: a prediction from the head, and residuals.
 
-  With the head in fixed point, T is a matrix of integers and the product P a sum of
-  integers, small enough for float64 to add them exactly in whatever order:
+  The prediction is the product P = `head^T @ T`. It must have the same bits on every
+  machine. Therefore it is a sum of integers that float64 adds exactly in any order:
 
       2^scale P[i, j] = sum_k round(2^shifts[k] head[k, i]) map[k, j]
 
-  P, rounded to the embedding's format, and the embedding become ordinals: integers that
-  count the format's numbers upwards. Residuals are the differences. How large they are
-  depends on how far the format's numbers are apart, so that those of each exponent of P
-  are an array of their own.
+  P is rounded to the embedding's dtype. The rounded P and the embedding are then
+  converted to ordinals. An ordinal is an integer that counts the numbers of the dtype
+  upwards, so neighbours differ by 1. A residual is the ordinal of an entry of the
+  embedding minus the ordinal that P predicts for it.
+
+  Residuals are smaller where the numbers of the dtype lie further apart, and this
+  distance depends on the exponent. Therefore each exponent of P forms a class, and the
+  residuals of each class are an array of their own. The rare exponents at both ends
+  share a class.
 
   Attributes:
     map: int32 `[D, d]`, below 2^23 in absolute value.
     shifts: int16 `[D]`.
-    residuals: int8 `[n]` for each class of exponents, ordered by token; -128 stands for
-      an exception.
-    exceptions: `[n]`, the entries of the embedding that are further off, by token.
+    residuals: int8 `[n]` for each class, in row-major order of the embedding's entries;
+      -128 marks an exception.
+    exceptions: `[n]`, the entries of the embedding whose residual int8 cannot hold, in
+      row-major order. Their dtype is that of the embedding.
     tokens: V.
     scale: see above.
-    first: the exponent, as the format's bits have it, of the first class. Each class
-      has one; lower exponents join the first, higher ones the last.
+    first: the biased exponent of the first class. The next class has the next exponent,
+      and so on. Lower exponents are in the first class, higher ones in the last.
   """
 
   kind: ClassVar[str] = 'tied_exactly'
@@ -110,18 +131,19 @@ class TiedExactly(Dependent):
   def from_table(
     cls, table: np.ndarray, head: np.ndarray, map: np.ndarray, exponents: np.ndarray
   ) -> 'TiedExactly':
-    """What an embedding is in terms of a head.
+    """Makes the leaf that predicts an embedding from a head.
 
     Args:
       table: the embedding `[V, d]`, float16 or bfloat16.
       head: `[D, V]`, finite.
       map: int32 `[D, d]`, below 2^23 in absolute value.
-      exponents: integers `[D]`: T is `2^-exponents[k] map[k]`.
+      exponents: integers `[D]`. Row k of T is `2^-exponents[k] map[k]`.
 
     Returns:
       The leaf.
     """
-    # As fine a fixed point as keeps the sums below 2^52, and below 2^53 when rounded.
+    # The scale is the largest for which all sums are below 2^52. Rounding the head to
+    # integers can make the sums larger, but they stay below 2^53.
     weights = np.ldexp(_greatest(map), -exponents)
     bound = max(
       float(np.max(weights @ np.abs(np.float64(head[:, block]))))
@@ -154,14 +176,14 @@ class TiedExactly(Dependent):
     return self.exceptions.dtype
 
   def astype(self, dtype: Any) -> 'TiedExactly':
-    """The leaf as it is: it stands for bits, which have one format."""
+    """Returns the leaf unchanged, because it stands for bits of one dtype."""
     return self
 
   def expand(self, *needed: Any) -> np.ndarray:
-    """The embedding `[V, d]`, bit for bit, given the head `[D, V]`.
+    """Returns the embedding `[V, d]`, bit for bit, given the head `[D, V]`.
 
     Raises:
-      ValueError: if it cannot be that head.
+      ValueError: if the leaf cannot have been made from this head.
     """
     head = np.asarray(*needed)
     if head.shape != (len(self.map), self.tokens):
@@ -186,7 +208,7 @@ class TiedExactly(Dependent):
 
   def stored(self) -> tuple[Settings, Arrays]:
     map = np.asarray(self.map)
-    # Bits that int16 has no room for.
+    # `map` is stored as int16. The low bits that do not fit are stored separately.
     low = max(int(np.abs(map).max(initial=0)).bit_length() - 15, 0)
     settings = {
       'tokens': self.tokens,
@@ -214,7 +236,8 @@ class TiedExactly(Dependent):
     low = np.zeros(map.shape, np.uint8)
     if bits:
       low = given.array('low', low.ndim, np.uint8)
-    shifts, exceptions = given.array('shifts', 1, np.int16), given.array('exceptions', 1)
+    shifts = given.array('shifts', 1, np.int16)
+    exceptions = given.array('exceptions', 1)
     residuals: list[np.ndarray] = []
     while (name := f'residuals_{len(residuals)}') in given:
       residuals.append(given.array(name, 1, np.int8))
@@ -223,7 +246,7 @@ class TiedExactly(Dependent):
     fits = residuals and count == tokens * map.shape[1]
     if not fits or low.shape != map.shape or shifts.shape != map.shape[:1]:
       raise ValueError(
-        f'no embedding of {tokens} tokens is made of {count} residuals, {map.shape=}, '
+        f'an embedding of {tokens} tokens cannot have {count} residuals, {map.shape=}, '
         f'{low.shape=} and {shifts.shape=}'
       )
     if exceptions.dtype not in _EXACT_DTYPES:
@@ -244,7 +267,7 @@ _EXACT_DTYPES = (np.dtype(np.float16), np.dtype(jnp.bfloat16))
 
 
 def token_blocks(head: Any, numbers: int = 1 << 23) -> Iterator[slice]:
-  """Ranges of the tokens of a head `[D, V]`, of so many numbers each."""
+  """Yields the tokens of a head `[D, V]` as slices of about `numbers` numbers each."""
   step = max(numbers // head.shape[0], 1)
   return (slice(i, i + step) for i in range(0, head.shape[1], step))
 
@@ -252,19 +275,22 @@ def token_blocks(head: Any, numbers: int = 1 << 23) -> Iterator[slice]:
 def _predict(
   head: np.ndarray, map: Any, shifts: Any, scale: int, dtype: Any
 ) -> np.ndarray:
-  """Ordinals of P, see `TiedExactly`: int16 `[V, d]`, the same on every machine.
+  """Returns the ordinals of P, see `TiedExactly`: int16 `[V, d]`.
+
+  They are the same on every machine.
 
   Raises:
-    ValueError: if the sums could be inexact.
+    ValueError: if the sums are so large that float64 may round them.
   """
   map = np.asarray(map, np.float64)
   greatest = _greatest(map)
   units = np.ldexp(1.0, np.asarray(shifts, np.int32))[:, None]
   ordinals = np.empty((head.shape[1], map.shape[1]), np.int16)
-  for block in token_blocks(head, 1 << 20):  # such as stay in a cache
+  for block in token_blocks(head, 1 << 20):  # small enough to stay in a cache
     integers = np.rint(np.float64(head[:, block]) * units)
-    # No partial sum of a product below exceeds this in absolute value. If a sum of
-    # these, none of which is negative, is below 2^53, it is exact itself.
+    # This bounds the absolute value of every partial sum of the product below. The
+    # bound is a sum of integers that are not negative, so it is exact if it is below
+    # 2^53.
     if not np.max(greatest @ np.abs(integers)) < 2.0**53:
       raise ValueError('the head is too large for the embedding that is tied to it')
     product = integers.T @ map
@@ -273,17 +299,18 @@ def _predict(
 
 
 def _greatest(map: Any) -> np.ndarray:
-  """The greatest absolute value of each row, float64."""
+  """Returns the greatest absolute value of each row, float64."""
   return np.abs(np.asarray(map, np.float64)).max(axis=1, initial=0)
 
 
 def _rounded(numbers: np.ndarray, dtype: Any) -> np.ndarray:
-  """The ordinals of float64 numbers, rounded to a format of 16 bits."""
+  """Rounds float64 numbers to a dtype of 16 bits and returns their ordinals."""
   info = jnp.finfo(dtype)
   low = 52 - info.nmant
   least = np.float64(info.smallest_normal)
   size = np.abs(numbers)
-  # The ordinal of a normal number is its bits, without those that float64 adds.
+  # The bits of a float64 number without the lowest `low` mantissa bits, minus those of
+  # the least normal number, count the normal numbers of the dtype.
   bits = np.maximum(size, least).view(np.int64)
   normal = ((bits + (1 << (low - 1))) >> low) - (int(least.view(np.int64)) >> low)
   subnormal = np.rint(np.minimum(size, least) * (2.0**info.nmant / least))
@@ -292,23 +319,30 @@ def _rounded(numbers: np.ndarray, dtype: Any) -> np.ndarray:
 
 
 def _ordinals(numbers: np.ndarray) -> np.ndarray:
-  """Integers that count a format's numbers upwards: 0 is 0, -0 is -1; int16."""
+  """Returns the ordinals of numbers, int16: 0 for 0, -1 for -0."""
   bits = np.ascontiguousarray(numbers).view(np.int16)
   return bits ^ (bits >> 15 & 0x7FFF)
 
 
 def _numbers(ordinals: np.ndarray, dtype: Any) -> np.ndarray:
-  """The inverse of `_ordinals`."""
+  """Returns the numbers with these ordinals: the inverse of `_ordinals`."""
   return (ordinals ^ (ordinals >> 15 & 0x7FFF)).view(dtype)
 
 
 def _exponents(ordinals: np.ndarray, dtype: Any) -> np.ndarray:
-  """The exponents in the bits of the numbers, uint8."""
+  """Returns the biased exponents of the numbers with these ordinals, uint8."""
   return ((ordinals ^ ordinals >> 15) >> jnp.finfo(dtype).nmant).astype(np.uint8)
 
 
 def _common(counts: np.ndarray) -> tuple[int, int]:
-  """The first and the last class that, with all beyond it, is worth a table."""
+  """Returns the exponents of the first and the last class.
+
+  Each of the two classes, with the exponents beyond it, has so many entries that its
+  frequency table is worth its bytes.
+
+  Args:
+    counts: the number of entries for each exponent, from 0.
+  """
   least = min(max(counts.sum() // 512, 1024), counts.sum())
   first = int(np.searchsorted(np.cumsum(counts), least))
   last = counts.size - 1 - int(np.searchsorted(np.cumsum(counts[::-1]), least))
@@ -316,10 +350,14 @@ def _common(counts: np.ndarray) -> tuple[int, int]:
 
 
 def _fill(array: np.ndarray, places: np.ndarray, values: Any) -> None:
-  """Puts values where a mask is true."""
+  """Puts values where a mask is true.
+
+  Raises:
+    ValueError: if there are more or fewer values than places.
+  """
   count = np.count_nonzero(places)
   if values.shape != (count,):
     raise ValueError(
-      f'the embedding has {count} entries of a class here, got {values.shape=}'
+      f'an array of the tied embedding must have {count} entries, got {values.shape=}'
     )
   array[places] = values

@@ -1,4 +1,7 @@
-"""Matrices with a triangle of zeros, and how a triangle is packed."""
+"""Leaves for matrices with triangles of zeros, and functions that pack a triangle.
+
+To pack a matrix is to keep only the entries where it may be nonzero, row by row.
+"""
 
 from typing import Any, ClassVar
 
@@ -22,7 +25,7 @@ class Trapezoidal(Structured):
   """A matrix whose entries above the diagonal are zero.
 
   Attributes:
-    lower: `[..., rows, columns]`.
+    lower: the matrix, `[..., rows, columns]`.
   """
 
   kind: ClassVar[str] = 'trapezoidal'
@@ -57,12 +60,14 @@ class Trapezoidal(Structured):
 @register
 @struct.dataclass
 class RowTrapezoids(Structured):
-  """A matrix of full rows, then of row blocks that are zero below their own diagonal.
+  """A matrix of full rows, followed by row blocks that are zero below their diagonal.
+
+  The diagonal of a block begins at the first entry of the block.
 
   Attributes:
-    upper: `[..., full + sum(blocks), columns]`.
-    blocks: how many rows each block has.
-    full: how many rows before the blocks may have no zeros.
+    upper: the matrix, `[..., full + sum(blocks), columns]`.
+    blocks: number of rows of each block.
+    full: number of full rows before the blocks.
   """
 
   kind: ClassVar[str] = 'row_trapezoids'
@@ -113,13 +118,13 @@ def _upper_mask(blocks: tuple[int, ...], full: int, columns: int) -> np.ndarray:
 
 
 def pack_lower(matrix: Any) -> np.ndarray:
-  """The entries on and below the diagonal of `[rows, columns]`, row by row."""
+  """Returns the entries on and below the diagonal of `[rows, columns]`, row by row."""
   matrix = np.asarray(matrix)
   return matrix[np.tril(np.ones(matrix.shape, bool))]
 
 
 def lower_size(shape: tuple[int, ...]) -> int:
-  """How many entries `[rows, columns]` has on and below the diagonal."""
+  """Returns how many entries `[rows, columns]` has on and below the diagonal."""
   rows, columns = shape[-2:]
   corner = min(rows, columns)
   return corner * (corner + 1) // 2 + (rows - corner) * columns
@@ -152,21 +157,21 @@ def _check_zeros(size: int, stored: int) -> None:
 
 
 def unpack(values: np.ndarray, mask: np.ndarray) -> np.ndarray:
-  """A matrix with values, row by row, where a mask is true, and zeros elsewhere.
+  """Puts values, row by row, where a mask is true, and zeros elsewhere.
 
   Args:
     values: `[n]`.
     mask: bool, of any shape.
 
   Returns:
-    An array of the mask's shape.
+    An array of the mask's shape and the values' dtype.
 
   Raises:
-    ValueError: if the mask is not true n times.
+    ValueError: if the mask does not have n true entries.
   """
   if values.shape != (mask.sum(),):
     raise ValueError(
-      f'a {mask.shape} matrix of this form holds {mask.sum()} numbers, '
+      f'a matrix {mask.shape} of this kind has {mask.sum()} numbers, '
       f'got {values.shape=}'
     )
   matrix = np.zeros(mask.shape, values.dtype)

@@ -1,19 +1,23 @@
 """Symmetries of a transformer's weights, and the transforms that remove them.
 
-In the order of reading:
+A symmetry is a change of the weights that does not change the function of the model. A
+gauge is one choice among the weights that a symmetry connects. A transform fixes a
+gauge so that fewer numbers need to be stored.
 
-    transform   what a transform is, and how a model goes through a chain of them
+The modules, in the order of reading:
+
+    transform   transforms, chains of transforms, and the rewriting of a model
     rotations   the residual stream in other coordinates
     canonical   canonical forms under rotations: polar, QR, SVD
-    shortcuts   what stands for a shortcut in the polar gauge
-    norms       scales of norms, folded into kernels
+    shortcuts   leaves for the shortcuts between rotated segments
+    norms       folding the scales of norms into kernels
     residual    the rotations of all segments
-    heads       value and output, query and key of attention heads
+    heads       the bases of attention heads: value and output, query and key
     biases      biases that the output does not need
-    tied        an embedding that is an image of the head
-    low_rank    a change of basis between two factors
-    noise       what rounding alone does: the yardstick
-    products    matrix products that round alike on any number of threads
+    tied        an embedding that is a linear image of the head
+    low_rank    the basis between two factors
+    noise       the change that rounding alone makes, as a yardstick
+    products    matrix products that round equally on any number of threads
 """
 
 from rotbits_jax.symmetries.biases import remove_biases

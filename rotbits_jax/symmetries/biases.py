@@ -1,14 +1,17 @@
 r"""Biases of attention that the output does not need.
 
-A key's bias adds `q . b_k` to all scores of one query alike, which the softmax takes no
-notice of, unless RoPE turns keys and queries apart. The weights of attention sum to 1,
-so that a value's bias adds the same to the output at every token:
+The bias of the keys adds `q . b_k` to all scores of a query. The softmax ignores a
+number that is added to all scores. With RoPE this does not hold, because RoPE rotates
+queries and keys by different angles.
+
+The attention weights of a query sum to 1. Therefore the bias of the values adds the
+same vector to the output at every token, and the bias of the output can include it:
 
     (weights @ (x W_v + b_v)) W_o + b_o = (weights @ x W_v) W_o + (b_v W_o + b_o)
 
-with b_v once for every query head that reads it.
+Here b_v is repeated for every query head that reads it.
 
-Shape letters are those of `models.config`. `vmap` over layers.
+Shape letters are those of `models.config`. Use `vmap` for several layers.
 """
 
 from typing import Any
@@ -22,13 +25,13 @@ from rotbits_jax.symmetries import transform
 
 
 def remove_biases() -> transform.Transform:
-  """The transform that puts zeros, which are not stored, for biases of key and value.
+  """Makes the transform that sets the biases of key and value to zero.
 
-  The key's where there is no RoPE, the value's where the output projection has a bias
-  that can take it up.
+  The zeros are not stored. The bias of the key is removed if there is no RoPE. The bias
+  of the value is removed if the output projection has a bias that can include it.
 
   Returns:
-    A transform. Its notes name the biases that are zero now.
+    A transform. Its notes name the biases that became zero.
   """
   return transform.make('biases', layers=_layers)
 
@@ -36,7 +39,7 @@ def remove_biases() -> transform.Transform:
 def with_value_bias(
   out_bias: jax.Array, value_bias: jax.Array, kernel: jax.Array, *, kv_heads: int
 ) -> jax.Array:
-  """The output's bias after it took up the value's: `b_o + b_v W_o`.
+  """Returns the output bias that includes the value bias: `b_o + b_v W_o`.
 
   Args:
     out_bias: `[d]`.
@@ -47,7 +50,7 @@ def with_value_bias(
   Returns:
     float32 `[d]`.
   """
-  # H / K query heads in a row read the same value.
+  # H / K consecutive query heads read the same value head.
   heads = value_bias.astype(jnp.float32).reshape(kv_heads, 1, -1)
   groups = kernel.shape[0] // value_bias.shape[0]
   repeated = jnp.broadcast_to(heads, (kv_heads, groups, heads.shape[2])).reshape(-1)

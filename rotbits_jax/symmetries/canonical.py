@@ -1,23 +1,26 @@
 r"""Canonical forms of a matrix under rotations from the left.
 
-A canonicaliser takes W to a reference and a rotation,
+A canonicaliser splits a matrix W into a rotation Q and a canonical matrix W_ref, the
+reference:
 
     W = Q W_ref,    Q orthogonal,    with canonicalise(R W) = (W_ref, R Q)
 
-for every orthogonal R, as far as W determines Q. The encoder stores W' = R W_ref,
-rounded, for a rotation R of its choice; the decoder finds R, nearly, as the rotation
-part of W'. How nearly depends on the canonicaliser: with noise of relative size e in
-W', and s_i the singular values,
+for every orthogonal R, as far as W determines Q. Bits-back coding uses it as follows.
+The encoder chooses a rotation R and stores W' = R W_ref, rounded. The decoder
+canonicalises W' and obtains R as the rotation, up to an error that is due to rounding.
+Let e be the relative rounding error of W', and s_i the singular values. The error of
+the rotation depends on the canonicaliser:
 
-    svd             Q is off by e / (s_i - s_j): vectors mix where values are close;
-    qr              by e times the condition of the leading columns;
-    polar_shortcut  by e / (s_i + s_j).
+    svd             e / (s_i - s_j): singular vectors mix if their values are close
+    qr              e times the condition number of the leading columns
+    polar_shortcut  e / (s_i + s_j)
 
-Where W does not determine Q (equal singular values for `svd`, a leading block without
-full rank for the others) a result is still orthogonal and finite, but noise turns it.
-The encoder sees that when it simulates the decoder.
+W does not determine Q if singular values are equal (for `svd`) or if the leading block
+has no full rank (for the others). The result is then still orthogonal and finite, but
+rounding can change it by any amount. The encoder notices this, because it simulates the
+decoder.
 
-Shapes: W `[n, m]`, W_ref `[n, m]`, Q `[n, n]`; float32. `vmap` them over stacks.
+Shapes: W and W_ref are `[n, m]`, Q is `[n, n]`, all float32. Use `vmap` for stacks.
 
 Reference: N. J. Higham, Functions of Matrices, SIAM 2008, chapter 8.
 """
@@ -36,11 +39,11 @@ _matmul = products.matmul
 
 
 def svd(w: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """`W = U S V^T`: `W_ref = S V^T` has orthogonal rows of falling norm, `Q = U`.
+  """Canonicalises by the singular value decomposition `W = U S V^T`, with `Q = U`.
 
-  Signs: each row of W_ref has a sum that is not negative. Noise may turn a sign
-  whose sum is near 0; a correction of the rotation sends such signs
-  (`haar.Correction.flips`).
+  The rows of `W_ref = S V^T` are orthogonal, and their norms descend. Signs are chosen
+  so that no row of W_ref has a negative sum. If a sum is near 0, rounding may change
+  the sign; a correction of the rotation stores such signs (`haar.Correction.flips`).
   """
   w = w.astype(jnp.float32)
   n, m = w.shape
@@ -51,9 +54,9 @@ def svd(w: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def qr(w: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """`W_ref` is upper triangular in its leading n columns, as in a QR factorisation.
+  """Canonicalises by a QR factorisation of the leading n columns.
 
-  Signs: the diagonal of W_ref is not negative.
+  These columns of W_ref are upper triangular, and their diagonal is not negative.
   """
   w = w.astype(jnp.float32)
   n, m = w.shape
@@ -64,26 +67,33 @@ def qr(w: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 class Polar(NamedTuple):
-  """M = [P 0] O with P = U diag(values) U^T."""
+  """The left polar decomposition M = [P 0] O of a matrix, with P = U diag(values) U^T.
 
-  u: jax.Array  # float32 [d, d], orthogonal
-  values: jax.Array  # float32 [d], descending
-  rotation: jax.Array  # float32 [e, e], O
+  Attributes:
+    u: U, float32 `[d, d]`, orthogonal.
+    values: the singular values of M, float32 `[d]`, descending.
+    rotation: O, float32 `[e, e]`, orthogonal.
+  """
+
+  u: jax.Array
+  values: jax.Array
+  rotation: jax.Array
 
 
 def polar(matrix: jax.Array) -> Polar:
-  """Left polar decomposition of a matrix `[d, e]`, d <= e, in float32.
+  """Returns the left polar decomposition of a matrix M `[d, e]`, d <= e, in float32.
 
-  The eigenvectors of M M^T turn M into rows that are nearly orthogonal. Divided by
-  their norms and made orthogonal they are nearly O in the eigenvectors' coordinates. A
-  Newton step takes off the rotation W that is left, by which M O^T is not symmetric
-  yet:
+  The eigenvectors of M M^T rotate M into rows that are nearly orthogonal. These rows
+  are divided by their norms and made orthogonal. The result is nearly O, in the
+  coordinates of the eigenvectors. With this O, M O^T is not yet symmetric, because a
+  small rotation is missing. Its generator W solves
 
-      M O^T - O M^T = P W + W P      solved in the eigenbasis of P.
+      M O^T - O M^T = P W + W P      in the eigenbasis of P,
 
-  The errors are below those of a singular value decomposition in float32, also where a
-  singular value is near 0, and matrix products do most of the work. Where M has no full
-  rank in float32, the singular value decomposition does it.
+  and one Newton step applies it. The errors are smaller than those of a singular value
+  decomposition in float32, even if a singular value is near 0, and most of the work is
+  matrix products. If M has no full rank in float32, a singular value decomposition is
+  used instead.
   """
   d, e = matrix.shape
   matrix = matrix.astype(jnp.float32)
@@ -101,7 +111,7 @@ def polar(matrix: jax.Array) -> Polar:
     values = jnp.diagonal(symmetric)
     sums = values[:, None] + values
     off = symmetric - symmetric.T
-    # Where the quotient is large, it is noise over values that are both near 0.
+    # A large quotient is noise, divided by two values that are both near 0.
     step = jnp.where(jnp.abs(off) < sums / 8, off / jnp.where(sums > 0, sums, 1), 0)
     frame = orthogonalized(frame + _matmul(step, frame))
     frame = _matmul(u, frame)  # the first d rows of O
@@ -120,38 +130,39 @@ def polar(matrix: jax.Array) -> Polar:
   return Polar(vectors, values, frame)
 
 
-# How far products of rows may be from those of orthonormal ones, for the iteration that
-# makes them orthogonal to converge.
+# The iteration that makes rows orthogonal converges if their inner products differ from
+# those of orthonormal rows by less than this.
 _NEARLY = 0.3
 
 
 def orthogonalized(frame: jax.Array) -> jax.Array:
-  """One Newton-Schulz step towards orthonormal rows: float32 `[d, e]`."""
+  """Makes one Newton-Schulz step towards orthonormal rows, float32 `[d, e]`."""
   return 1.5 * frame - 0.5 * _matmul(_matmul(frame, frame.T), frame)
 
 
 def polar_shortcut(w: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """`W_ref` is symmetric and positive semidefinite in its leading n columns.
+  """Canonicalises by a polar decomposition of the leading n columns.
 
-  They are a shortcut's, in practice: Q is the polar factor, the rotation nearest to
-  them. No sign is left open. If there are fewer than n, zeros stand for the rest.
+  These columns of W_ref are symmetric and positive semidefinite. In practice they are a
+  shortcut. Q is the polar factor, which is the rotation nearest to the columns and has
+  no free signs. If there are fewer than n columns, zeros take the place of the others.
   """
   w = w.astype(jnp.float32)
   n, m = w.shape
   block = jnp.pad(w[:, :n], ((0, 0), (0, max(n - m, 0))))
-  # One step more halves the rounding errors of the decomposition.
+  # One more step halves the rounding errors of the decomposition.
   q = reorthogonalize(polar(block).rotation)
   return _matmul(q.T, w), q
 
 
 def reorthogonalize(q: jax.Array) -> jax.Array:
-  """One Newton-Schulz step, which takes back orthogonality lost to rounding.
+  """Makes one Newton-Schulz step, which restores orthogonality that rounding lost.
 
   Args:
-    q: float32 `[..., n, n]`, orthogonal but for rounding errors.
+    q: float32 `[..., n, n]`, orthogonal up to rounding errors.
 
   Returns:
-    The same, nearer to orthogonal.
+    A matrix that is closer to orthogonal, `[..., n, n]`.
   """
   gram = _matmul(jnp.matrix_transpose(q), q)
   return 1.5 * q - 0.5 * _matmul(q, gram)

@@ -1,26 +1,34 @@
 r"""The gauges of attention heads: a change of basis within every head.
 
-Heads read and write their h numbers by pairs of kernels that may change together,
+A gauge is a choice of coordinates that does not change the function of the model. Two
+kernels share the h coordinates of a head, and they can change together:
 
     value, output:  W_v -> W_v A^-1,  W_o -> A W_o          A in GL(h)
     query, key:     W_q -> W_q A^T,   W_k -> W_k A^-1       A in GL(h), without RoPE
 
-RoPE turns the first r numbers of a query or key in r/2 planes and leaves only what
-commutes with it: a complex factor a plane, and GL(h - r) for the other numbers. Query
-heads that read one key-value head share its A.
+GL(h) is the group of invertible matrices `[h, h]`. RoPE rotates the first r coordinates
+of a query or key in r/2 planes. There A must commute with RoPE, so it is a complex
+factor for each plane. For the other coordinates A is in GL(h - r). All query heads that
+read the same key-value head share its A.
 
-One kernel of each pair becomes the basis of its own column space that
-`structured.heads` describes, and its partner is multiplied by what that basis leaves
-out. That takes h^2 numbers fewer a key-value head, or (h - r)^2 + r with RoPE. It is
-the output's kernel; the query's in planes that RoPE turns, since the query has the more
-columns, whose norms become equal; and else the key's. No kernel is divided by anything,
-so that heads may have any rank.
+To fix the gauge, one kernel of the pair is replaced by a basis of its column space, see
+`structured.heads`. The kernel is this basis times a factor, and its partner is
+multiplied by the factor. This saves h^2 numbers for each key-value head, or
+(h - r)^2 + r with RoPE. No matrix is inverted that can be singular, so heads may have
+any rank.
 
-Biases follow their kernels, but for the key's where RoPE does not turn it: there it
-does not change the output, see `biases`, and is left out.
+The basis replaces the output kernel in the first pair. In the second pair it replaces
+the query kernel in the planes that RoPE rotates, and the key kernel elsewhere. The
+query is the better choice for the planes, because it has more columns than the key, and
+the basis makes the norms of these columns nearly equal.
+
+Biases change with their kernels, with one exception. The bias of the key does not
+change the output in coordinates that RoPE does not rotate, see `biases`; it becomes
+zero there.
 
 Shape letters are those of `models.config`; d is the width of the segment that a kernel
-reads or writes, m = h - r, and G = H / K. `vmap` the functions over layers.
+reads or writes, m = h - r, and G = H / K. G query heads that share a key-value head
+form a group. Use `vmap` for several layers.
 """
 
 import functools
@@ -38,23 +46,28 @@ _matmul = functools.partial(jnp.matmul, precision='highest')
 
 
 class Basis(NamedTuple):
-  """`matrix = [I - B^H B / 4; B] @ factor`."""
+  """A matrix `[n, h]` as a basis and a factor: `[I - B^H B / 4; B] @ factor`.
 
-  below: jax.Array  # [n - h, h], B
-  factor: jax.Array  # [h, h]
+  Attributes:
+    below: B, `[n - h, h]`.
+    factor: `[h, h]`.
+  """
+
+  below: jax.Array
+  factor: jax.Array
 
 
 def basis(matrix: jax.Array) -> Basis:
-  """The basis of a column space that `structured.heads` describes.
+  """Returns the basis of a matrix's column space that `structured.heads` describes.
 
-  With orthonormal columns Q = [C; D] of which C is symmetric and positive semidefinite,
-  by a polar decomposition, `B = 2 D (I + C)^-1`.
+  Let Q = [C; D] be an orthonormal basis of the column space. A polar decomposition
+  makes C symmetric and positive semidefinite. Then `B = 2 D (I + C)^-1`.
 
   Args:
-    matrix: float32 or complex64 `[n, h]`, n >= h; of any rank.
+    matrix: float32 or complex64 `[n, h]`, n >= h, of any rank.
 
   Returns:
-    The basis and the factor, of the matrix's dtype.
+    The basis and the factor, in the matrix's dtype.
   """
   h = matrix.shape[1]
   q, r = jnp.linalg.qr(matrix)
@@ -69,7 +82,7 @@ def times(array: jax.Array, matrices: jax.Array) -> jax.Array:
 
   Args:
     array: `[..., H h]`.
-    matrices: float32 `[K, h, h]`; G heads in a row share one.
+    matrices: float32 `[K, h, h]`; G consecutive heads share one.
 
   Returns:
     float32 `[..., H h]`.
@@ -84,11 +97,11 @@ def rotate_values(layer: models.Params, rotations: jax.Array) -> models.Params:
   """Rotates a layer's value heads: `W_v -> W_v Q`, `W_o -> Q^T W_o`.
 
   Args:
-    layer: parameters of a layer; those of value and output are arrays.
-    rotations: float32 `[K, h, h]`, orthogonal.
+    layer: parameters of a layer; value and output must be arrays.
+    rotations: Q, float32 `[K, h, h]`, orthogonal.
 
   Returns:
-    The parameters, in the dtypes they had.
+    The parameters in their old dtypes.
   """
   value, out = layer['attention']['value'], layer['attention']['out']
   kernel = times(out['kernel'].T, rotations).T.astype(out['kernel'].dtype)
@@ -101,11 +114,12 @@ def rotate_keys(layer: models.Params, rotations: jax.Array) -> models.Params:
   """Rotates a layer's queries and keys: `W_q -> W_q Q`, `W_k -> W_k Q`.
 
   Args:
-    layer: parameters of a layer; those of query and key are arrays.
-    rotations: float32 `[K, h, h]`, orthogonal; they commute with RoPE if there is any.
+    layer: parameters of a layer; query and key must be arrays.
+    rotations: Q, float32 `[K, h, h]`, orthogonal. They must commute with RoPE, if the
+      model has RoPE.
 
   Returns:
-    The parameters, in the dtypes they had.
+    The parameters in their old dtypes.
   """
   attention = dict(layer['attention'])
   for name in ('query', 'key'):
@@ -119,12 +133,12 @@ def fix_values(pair: models.Params, *, kv_heads: int) -> models.Params:
   """Fixes the gauge between value and output.
 
   Args:
-    pair: 'value' and 'out' of a layer's attention, without the output's bias. The
-      kernels are arrays, W_o with at least h columns; a bias that is missing is zero.
+    pair: 'value' and 'out' of a layer's attention, without the output bias. The kernels
+      are arrays, and W_o has at least h columns. A missing bias is zero.
     kv_heads: K.
 
   Returns:
-    The pair in float32, with `structured.HeadRows` for W_o.
+    The pair in float32; W_o is a `structured.HeadRows`.
   """
   h = pair['value']['kernel'].shape[1] // kv_heads
   width = pair['out']['kernel'].shape[1]
@@ -149,19 +163,19 @@ def fix_keys(pair: models.Params, *, kv_heads: int, rotary: int) -> models.Param
   """Fixes the gauge between query and key.
 
   Args:
-    pair: 'query' and 'key' of a layer's attention. The kernels are arrays, W_k with at
-      least h - r rows; a bias that is missing is zero.
+    pair: 'query' and 'key' of a layer's attention. The kernels are arrays, and W_k has
+      at least h - r rows. A missing bias is zero.
     kv_heads: K.
     rotary: r.
 
   Returns:
-    The pair in float32. W_q is a `structured.HeadPlanes` if RoPE turns anything, W_k a
-    `structured.HeadColumns` if it does not turn all. The key's bias is zero in
-    dimensions that it does not turn.
+    The pair in float32. W_q is a `structured.HeadPlanes` if r > 0, and W_k is a
+    `structured.HeadColumns` if r < h. The bias of the key is zero in the coordinates
+    that RoPE does not rotate.
   """
   query, key = pair['query']['kernel'], pair['key']['kernel']
   d, h = key.shape[0], key.shape[1] // kv_heads
-  # The same plane of a group's heads is a complex matrix of one column.
+  # The same plane of all heads of a group is a complex matrix with one column.
   planes = _stacked_heads(query, kv_heads, h)[..., :rotary]  # [K, G d, r]
   real, imaginary = jnp.split(jnp.swapaxes(planes, 1, 2), 2, axis=1)
   below, scales = jax.vmap(jax.vmap(basis))(jax.lax.complex(real, imaginary)[..., None])
@@ -201,11 +215,14 @@ def fix_keys(pair: models.Params, *, kv_heads: int, rotary: int) -> models.Param
 
 
 def _adjoint(scales: jax.Array, factor: jax.Array) -> jax.Array:
-  """What one side of a pair is multiplied by if the other's basis leaves this out.
+  """Returns the matrix by which a kernel is multiplied from the right.
+
+  It carries the factors of the partner's basis over to the kernel.
 
   Args:
-    scales: complex64 `[r/2]`. A plane's row (x, y) is multiplied by the conjugate.
-    factor: float32 `[m, m]`.
+    scales: the factors of the planes, complex64 `[r/2]`. The row (x, y) of a plane is
+      multiplied by the conjugate factor.
+    factor: the factor of the other coordinates, float32 `[m, m]`.
 
   Returns:
     float32 `[r + m, r + m]`.
@@ -216,16 +233,16 @@ def _adjoint(scales: jax.Array, factor: jax.Array) -> jax.Array:
 
 
 def _stacked_heads(kernel: jax.Array, kv_heads: int, h: int) -> jax.Array:
-  """A kernel `[d, H h]` as float32 `[K, G d, h]`: the heads of a group stacked."""
+  """Reshapes a kernel `[d, H h]` to float32 `[K, G d, h]`: a group's heads stacked."""
   heads = kernel.astype(jnp.float32).reshape(kernel.shape[0], kv_heads, -1, h)
   return heads.transpose(1, 2, 0, 3).reshape(kv_heads, -1, h)
 
 
-# ---- what rounding does to a pair ----------------------------------------------------
+# ---- the error that rounding makes in a pair -----------------------------------------
 
 
 def product_norm(left: jax.Array, right: jax.Array) -> jax.Array:
-  """Frobenius norm of the K matrices `left @ right^T` together.
+  """Returns the Frobenius norm of the K matrices `left @ right^T` together.
 
   Args:
     left: float32 `[K, a, h]`.
@@ -241,9 +258,10 @@ def product_norm(left: jax.Array, right: jax.Array) -> jax.Array:
 def product_error(
   left: jax.Array, right: jax.Array, near_left: jax.Array, near_right: jax.Array
 ) -> jax.Array:
-  """Frobenius norm of the K matrices `left @ right^T - near_left @ near_right^T`.
+  """Returns the Frobenius norm of `left @ right^T - near_left @ near_right^T`.
 
-  It loses no digits where the factors are near. Shapes are those of `product_norm`.
+  The result is accurate even if `near_left` and `near_right` differ little from `left`
+  and `right`. Shapes are those of `product_norm`.
   """
   return product_norm(
     jnp.concatenate([near_left - left, near_left], axis=2),
@@ -252,7 +270,7 @@ def product_error(
 
 
 def _sides(pair: models.Params, kv_heads: int) -> tuple[jax.Array, jax.Array]:
-  """Both kernels as `[K, ..., h]`, so that what matters is `left @ right^T`."""
+  """Returns both kernels as `[K, ..., h]`; only `left @ right^T` matters."""
   pair = structured.materialize(pair)
   if 'out' in pair:
     left, right = _with_bias(pair['value']), pair['out']['kernel'].T
@@ -264,7 +282,7 @@ def _sides(pair: models.Params, kv_heads: int) -> tuple[jax.Array, jax.Array]:
 
 
 def _with_bias(params: models.Params) -> jax.Array:
-  """A kernel with its bias as one more row."""
+  """Returns a kernel with its bias as one more row."""
   if 'bias' not in params:
     return params['kernel']
   return jnp.concatenate([params['kernel'], params['bias'][None]])
@@ -274,16 +292,16 @@ def _with_bias(params: models.Params) -> jax.Array:
 
 
 def remove_value_gauge(*, tolerance: float = 3.0) -> transform.Transform:
-  """The transform that fixes the gauge between value and output of every layer.
+  """Makes the transform that fixes the gauge between value and output of every layer.
 
   Args:
-    tolerance: how many times the error that rounding makes in the product of the
-      kernels may grow; a layer where it grows more stays as it is.
+    tolerance: the factor by which the rounding error of the product of the two kernels
+      may grow. A layer whose error grows more is not changed.
 
   Returns:
-    A transform. Its notes tell for each layer what form the output projection took, the
-    numbers it stores, and the error that rounding makes in the product of the kernels,
-    in this form and in a plain one.
+    A transform. Its notes give, for each layer, the form of the output kernel, the
+    count of numbers, and the rounding error of the product of the two kernels, in this
+    form and as plain arrays.
   """
   return transform.make(
     'value gauge',
@@ -292,14 +310,14 @@ def remove_value_gauge(*, tolerance: float = 3.0) -> transform.Transform:
 
 
 def remove_query_key_gauge(*, tolerance: float = 3.0) -> transform.Transform:
-  """The transform that fixes the gauge between query and key of every layer.
+  """Makes the transform that fixes the gauge between query and key of every layer.
 
   Args:
     tolerance: see `remove_value_gauge`.
 
   Returns:
-    A transform. Its notes tell for each layer what form query and key took, and further
-    what those of `remove_value_gauge` do.
+    A transform. Its notes give the form of the query and key kernels of each layer, and
+    the same figures as those of `remove_value_gauge`.
   """
   return transform.make(
     'query-key gauge',
@@ -350,7 +368,10 @@ def _remove(
 def _plain_pair(
   attention: models.Params, names: tuple[str, str], h: int
 ) -> models.Params | None:
-  """What the functions above take of a layer; None where they cannot."""
+  """Returns the pair of a layer for `fix_values` or `fix_keys`.
+
+  The result is None if a parameter is not a plain array, or if a kernel is too small.
+  """
   pair: models.Params = {}
   for name in names:
     pair[name] = dict(attention[name])
@@ -364,7 +385,7 @@ def _plain_pair(
 
 
 def _with_pair(layer: models.Params, pair: models.Params) -> models.Params:
-  """A layer with these parameters, in the dtypes that it has."""
+  """Returns a layer with the pair's parameters, converted to the layer's dtypes."""
   attention = dict(layer['attention'])
   for name, params in pair.items():
     attention[name] = attention[name] | {
@@ -374,12 +395,20 @@ def _with_pair(layer: models.Params, pair: models.Params) -> models.Params:
 
 
 class _Fixed(NamedTuple):
-  """A pair whose gauge is fixed, and what rounding does to the product (Frobenius)."""
+  """A pair with its gauge fixed, and the error of rounding it.
+
+  Attributes:
+    pair: the pair in float32.
+    error: error that rounding the pair makes in the product of the two kernels,
+      relative to the product, in the Frobenius norm.
+    plain_error: the same error for the pair before its gauge was fixed.
+    accepted: bool, whether `error` is small enough.
+  """
 
   pair: models.Params
-  error: jax.Array  # relative to the product
-  plain_error: jax.Array  # the same in the gauge that the pair had
-  accepted: jax.Array  # bool
+  error: jax.Array
+  plain_error: jax.Array
+  accepted: jax.Array
 
 
 def _fix_layer(
@@ -391,13 +420,15 @@ def _fix_layer(
     fixed = fix_values(pair, kv_heads=kv_heads)
   rounded = structured.astype(structured.astype(fixed, form), jnp.float32)
   error = product_error(*_sides(fixed, kv_heads), *_sides(rounded, kv_heads))
-  # The numbers may be representable as they are; their multiples are not.
+  # The numbers of a checkpoint have no rounding error, because they are rounded
+  # already. A multiple of them has the usual error.
   left, right = _sides(pair, kv_heads)
   left, right = left * _SQRT2, right / _SQRT2
   near = (x.astype(form).astype(jnp.float32) for x in (left, right))
   plain_error = product_error(left, right, *near)
   norm = jnp.maximum(product_norm(left, right), jnp.finfo(jnp.float32).tiny)
-  # Numbers that rounding makes infinite make the error so, or NaN.
+  # If rounding makes a number infinite, the error is infinite or NaN, and the
+  # comparison is false.
   accepted = error <= tolerance * plain_error
   return _Fixed(fixed, error / norm, plain_error / norm, accepted)
 

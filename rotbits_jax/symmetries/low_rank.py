@@ -1,21 +1,24 @@
 r"""The gauge of low-rank pairs: a change of basis between two factors.
 
-Compression by a singular value decomposition stores a linear layer as two factors, as
-an adapter (LoRA) does with its update of one. Between them any basis will do,
+Compression by a singular value decomposition stores a linear layer as two factors. An
+adapter (LoRA) stores the update of a linear layer as two factors. The basis between the
+factors is a gauge: a choice that does not change the product,
 
-    x U V = x (U A)(A^-1 V),     A in GL(r)
+    x U V = x (U A)(A^-1 V)      for every invertible A `[r, r]`.
 
-so that r^2 of the r(m + n) numbers are redundant: a quarter where r = m / 2 = n / 2.
-One factor becomes the basis of its own column space that `structured.ReducedLowRank`
-describes, and the other is multiplied by what that basis leaves out.
+So r^2 of the r(m + n) numbers are redundant. If r = m / 2 = n / 2, this is a quarter.
+To fix the gauge, one factor is replaced by a basis of its column space, see
+`structured.ReducedLowRank`. The factor is this basis times a square matrix, and the
+other factor is multiplied by this matrix.
 
-PIFA stores as few numbers: r rows of the product, and the others as combinations of
-these. Combinations magnify what is rounded: on weights of a language model, of rank 96
-to 216, its error is 1.6 to 3.1 times that of rounding U and V, and grows with the rank;
-here it is 1.03 to 1.14 times. Nothing is inverted that can be singular, so that the
-product may have a lower rank than r.
+PIFA stores equally few numbers: r rows of the product, and the other rows as
+combinations of these. The combinations magnify rounding errors. For weights of a
+language model with ranks of 96 to 216, the error of PIFA is 1.6 to 3.1 times the error
+of rounding U and V, and it grows with the rank. Here the error is 1.03 to 1.14 times as
+large. No matrix is inverted that can be singular, so the product may have a lower rank
+than r.
 
-Shape letters are those of `structured.low_rank`. `vmap` the functions over pairs.
+Shape letters are those of `structured.low_rank`. Use `vmap` for several pairs.
 
 References:
   Zhao, Zhang and Cannistraci, Pivoting Factorization (PIFA), ICML 2025, arXiv
@@ -52,7 +55,7 @@ def fix_pair(u: jax.Array, v: jax.Array) -> structured.ReducedLowRank:
   if transposed:
     u, v = v.T, u.T
   size, rank = u.shape
-  # Its last rows come first there.
+  # A `ReducedLowRank` has the known block in its last rows, `heads.basis` in its first.
   basis = heads.basis(jnp.roll(u, rank, axis=0))
   return structured.ReducedLowRank(
     basis.below, _matmul(basis.factor, v), size=size, transposed=transposed
@@ -68,22 +71,23 @@ def fix_pairs(
 ) -> tuple[models.Params, list[transform.Note]]:
   """Fixes the gauge of every pair in a PyTree.
 
-  A LoRA adapter is such a tree, see `checkpoints.factors`:
+  A LoRA adapter is an example of such a tree, see `checkpoints.factors`:
 
       tree, notes = fix_pairs(factors.join_adapter(tensors))
       data = rotbits_jax.encode({'adapter': tree}, preset='exact')
       tensors = factors.split(rotbits_jax.decode(data)['adapter'])
 
   Args:
-    tree: nested dicts of arrays and leaves, unstacked; `structured.LowRank` is reduced
-      where that is smaller and accurate enough, all else stays.
-    tolerance: how many times the error that rounding makes in the product may grow; a
-      pair where it grows more stays as it is.
-    form: the dtype that the numbers will be rounded to; None for that they are in.
-    prefix: of the paths in notes.
+    tree: nested dicts of arrays and structured leaves, unstacked. Each
+      `structured.LowRank` is reduced if that is smaller and accurate enough. Other
+      leaves are not changed.
+    tolerance: the factor by which the rounding error of the product may grow. A pair
+      whose error grows more is not changed.
+    form: the dtype to which the numbers will be rounded; None for their own dtype.
+    prefix: prefix of the paths in notes.
 
   Returns:
-    The tree, in the dtypes that it had; and a note for each pair.
+    The tree in its old dtypes, and a note for each pair.
   """
   flat, notes = structured.flatten(tree), []
   for path, pair in flat.items():
@@ -102,15 +106,14 @@ def fix_pairs(
 
 
 def remove_low_rank_gauge(*, tolerance: float = 2.0) -> transform.Transform:
-  """The transform that fixes the gauge of every low-rank pair of a model.
+  """Makes the transform that fixes the gauge of every low-rank pair of a model.
 
   Args:
     tolerance: see `fix_pairs`.
 
   Returns:
-    A transform. Its notes tell for each pair what form it took, its rank, the numbers
-    it stores, and the relative error that rounding makes in the product, in this form
-    and in a plain one.
+    A transform. Its notes give, for each pair, the form, the rank, the count of numbers
+    and the relative rounding error of the product, in this form and as plain factors.
   """
   fix = functools.partial(fix_pairs, tolerance=tolerance)
 
@@ -132,12 +135,20 @@ def remove_low_rank_gauge(*, tolerance: float = 2.0) -> transform.Transform:
 
 
 class _Fixed(NamedTuple):
-  """A reduced pair, and what rounding does to the product."""
+  """A reduced pair, and the error of rounding it.
+
+  Attributes:
+    leaf: the pair in float32.
+    error: relative error that rounding the pair makes in the product, in the Frobenius
+      norm.
+    plain_error: the same error for the pair before its gauge was fixed.
+    accepted: bool, whether `error` is small enough.
+  """
 
   leaf: structured.ReducedLowRank
-  error: jax.Array  # relative, Frobenius
-  plain_error: jax.Array  # the same in the gauge that the pair had
-  accepted: jax.Array  # bool
+  error: jax.Array
+  plain_error: jax.Array
+  accepted: jax.Array
 
 
 def _fix(u: jax.Array, v: jax.Array, tolerance: jax.Array, form: Any) -> _Fixed:
@@ -150,7 +161,8 @@ def _fix(u: jax.Array, v: jax.Array, tolerance: jax.Array, form: Any) -> _Fixed:
     return jnp.linalg.norm(rounded.materialize() - product) / norm
 
   fixed = fix_pair(u, v)
-  # The numbers may be representable as they are; their multiples are not.
+  # The numbers of a checkpoint have no rounding error, because they are rounded
+  # already. A multiple of them has the usual error.
   plain = structured.LowRank(u * _SQRT2, v / _SQRT2)
   fixed_error, plain_error = error(fixed), error(plain)
   bound = jnp.maximum(tolerance * plain_error, _FLOAT32_ERROR)
@@ -159,7 +171,7 @@ def _fix(u: jax.Array, v: jax.Array, tolerance: jax.Array, form: Any) -> _Fixed:
 
 
 _SQRT2 = 2**0.5
-_FLOAT32_ERROR = 2.0**-19  # what float32 arithmetic can tell
+_FLOAT32_ERROR = 2.0**-19  # float32 arithmetic cannot measure a smaller error
 
 
 _fix_jitted = jax.jit(_fix, static_argnames='form')

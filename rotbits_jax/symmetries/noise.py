@@ -1,4 +1,9 @@
-"""What rounding alone does to a model's function: the yardstick of every transform."""
+"""The change that rounding alone makes to the function of a model.
+
+It is the yardstick for every transform that rounds numbers: a transform should not
+change the function much more than a random rotation does, which changes it by rounding
+only.
+"""
 
 import functools
 from typing import Any
@@ -15,25 +20,26 @@ from rotbits_jax.symmetries import transform
 
 
 def randomly_rotated(model: models.Model, *, key: jax.Array) -> models.Model:
-  """A model of the same function, rotated at random and rounded again.
+  """Rotates a model at random and rounds it again.
 
-  Haar rotations turn the segments of a sliced model, each by its own; those of a dense
-  model with RMSNorm, all by one; and where a dense model's residual stream cannot be
-  rotated (LayerNorm, or a head that is the embedding), the attention heads: the values,
-  and without RoPE queries and keys.
+  The rotations are uniform under the Haar measure. In a sliced model, every segment of
+  the residual stream gets its own rotation. In a dense model with RMSNorm, all segments
+  get the same rotation. The residual stream of other dense models (with LayerNorm, or
+  with a head that is the embedding) cannot be rotated. In these models, the attention
+  heads are rotated: the values and, if there is no RoPE, queries and keys.
 
   Args:
     model: the model; structured leaves are materialized.
-    key: from `jax.random.key`.
+    key: a key from `jax.random.key`.
 
   Returns:
-    The rotated model, in the dtypes it had, with NumPy arrays.
+    The rotated model in its old dtypes, with NumPy arrays.
   """
   return transform.run_chain((random_rotation(key=key),), model)[0]
 
 
 def random_rotation(*, key: jax.Array) -> transform.Transform:
-  """The transform behind `randomly_rotated`."""
+  """Makes the transform that `randomly_rotated` applies."""
   return transform.make(
     'rotation',
     layers=functools.partial(_layers, key=key),

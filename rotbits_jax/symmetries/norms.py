@@ -1,6 +1,8 @@
-"""The scales of RMSNorms, folded into the kernels that read them.
+"""Folding the scales of RMSNorms into the kernels that read the norms.
 
-A dense model with RMSNorm can be rotated only where its norms have no scales.
+A scale multiplies the numbers of a segment one by one, and a rotation does not commute
+with that. Therefore the residual stream of a dense model can be rotated only after the
+scales have been multiplied into the kernels.
 """
 
 import dataclasses
@@ -19,12 +21,14 @@ def fold_norm_scales(
   """Moves the scales of RMSNorms into the kernels that read them.
 
   Args:
-    flat: parameters of a layer, or of what is outside the layers, of a dense model.
+    flat: parameters of a layer, or parameters outside the layers, of a dense model, by
+      path.
     axes: pairs of a path and the parameter's axes, see `models.layout`.
-    norms: pairs of the first key of a path and the norm that such kernels read.
+    norms: pairs of the first key of a path, and the name of the norm that kernels with
+      such a path read.
 
   Returns:
-    The parameters, in the dtypes they had; the scales are 1.
+    The parameters in their old dtypes; the scales are 1.
   """
   folded = dict(flat)
   for path, own in axes:
@@ -38,7 +42,7 @@ def fold_norm_scales(
 
 
 def scaled(kernel: Any, scale: jax.Array) -> Any:
-  """`diag(scale) @ kernel` in float32, rounded to the kernel's dtype."""
+  """Returns `diag(scale) @ kernel`, computed in float32, in the kernel's dtype."""
   if isinstance(kernel, structured.FactorPair):
     pair = kernel.plain()
     return dataclasses.replace(pair, u=scaled(pair.u, scale))
@@ -47,20 +51,20 @@ def scaled(kernel: Any, scale: jax.Array) -> Any:
 
 
 def folded(config: models.ModelConfig, flat: dict[str, Any]) -> dict[str, Any]:
-  """A layer of a dense model with its norms' scales in the kernels, by path."""
+  """Folds the norm scales of a layer of a dense model; parameters are by path."""
   axes = tuple(models.layout.layer_axes(config).items())
   norms = [(x, models.layout.norm_of(config, x)) for x in models.layout.SUBLAYERS]
   return _fold_norm_scales(flat, axes=axes, norms=tuple(norms))
 
 
 def folded_outer(config: models.ModelConfig, flat: dict[str, Any]) -> dict[str, Any]:
-  """What is outside the layers with the last norm's scale in the head, by path."""
+  """Folds the scale of the last norm into the head; parameters are by path."""
   axes = tuple(models.layout.outer_axes(config).items())
   return _fold_norm_scales(flat, axes=axes, norms=(('head', 'final_norm'),))
 
 
 def with_constant_norms(flat: dict[str, Any]) -> dict[str, Any]:
-  """Scales of 1 as leaves that store nothing."""
+  """Replaces scales of 1 by leaves that store no numbers."""
   return {
     path: structured.Constant.like(leaf, 1.0) if path.endswith('_norm/scale') else leaf
     for path, leaf in flat.items()

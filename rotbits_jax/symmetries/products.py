@@ -1,19 +1,25 @@
-"""Matrix products whose rounding does not depend on how many threads there are.
+"""Matrix products whose rounding does not depend on the number of threads.
 
-XLA's CPU backend may divide the inner sum of a product among threads, and then rounding
-depends on their number, which depends on that of the devices. It does so only where the
-sum is long and the result small. There the sum is divided here, in the same way always.
+XLA's CPU backend may divide the inner sum of a product among its threads. Rounding then
+depends on the number of threads, which depends on the number of devices. The backend
+does so only if the sum is long and the result is small. In this case `matmul` divides
+the sum itself, always in the same way.
 """
 
 import jax
 import jax.numpy as jnp
 
-_BLOCK = 64  # terms of a sum, too few to be divided among threads
-_LARGE = 1 << 23  # numbers of a result, too many for copies of it in a cache
+_BLOCK = 64  # XLA does not divide a sum of so few terms
+_LARGE = 1 << 23  # numbers; XLA does not divide the sums of a larger result
 
 
 def matmul(a: jax.Array, b: jax.Array) -> jax.Array:
-  """`a @ b` with full float32 precision: `[m, k]` or `[k]`, times `[k, n]`."""
+  """Returns `a @ b` with full float32 precision.
+
+  Args:
+    a: `[m, k]` or `[k]`.
+    b: `[k, n]`.
+  """
   if a.ndim == 1:
     return matmul(a[None], b)[0]
   product = lambda x, y: jnp.matmul(x, y, precision='highest')

@@ -1,37 +1,45 @@
 r"""The residual gauge: a rotation of every segment of the residual stream.
 
+A gauge is a choice of coordinates that does not change the function of a model. This
+file chooses the coordinates of the residual stream so that fewer numbers need to be
+stored. To fix a gauge is to make such a choice.
+
     x_0 = embed[tokens],   x_{s+1} = x_s M_s + sublayer_s(RMSN(x_s)),   s = 0 .. S-1
 
-For orthogonal R_s the map x_s -> x_s R_s changes no output, see `rotations`.
+x_s is segment s of the residual stream, and M_s is the shortcut past sublayer s. If R_s
+is orthogonal for each s, the map x_s -> x_s R_s changes no output, see `rotations`.
 
-**Polar gauge.** M_s = P_s O_s with P_s symmetric positive semidefinite and O_s
-orthogonal. With R_{s+1} = O_s^T R_s every shortcut becomes R_s^T P_s R_s. SliceGPT's
-M_s is a block of an orthogonal matrix, so most singular values are 1 and
-P_s = I - B_s B_s^T with few columns. Stored is R_s^T B_s, brought to lower trapezoidal
-form by a rotation of its columns. A shortcut [d, D] that widens the stream is
-[P_s 0] O_s, with O_s in O(D).
+**Polar gauge.** Let M_s = P_s O_s, with P_s symmetric and positive semidefinite, and
+O_s orthogonal. With R_{s+1} = O_s^T R_s, every shortcut becomes R_s^T P_s R_s. In
+SliceGPT's models, M_s is a block of an orthogonal matrix. Therefore most of its
+singular values are 1, and P_s = I - B_s B_s^T, where B_s has few columns. The file
+stores R_s^T B_s, in lower trapezoidal form; a rotation of the columns brings it to this
+form. A shortcut [d, D] that widens the stream is [P_s 0] O_s, with O_s in O(D).
 
-**The free rotations.** R_0 is free, and where the stream gets wider so is a rotation of
-the new dimensions. Each makes rows of one kernel upper trapezoidal, by a QR
-factorisation: rows of the next MLP's up kernel, or of the head if there is none. The
-head would do for all, but its rows share a mean, and so do the activations that they
-meet: with both along one axis the same rounding errors do twice the harm (measured).
+**Free rotations.** R_0 is free. If the stream gets wider, a rotation of the new
+dimensions is free, too. Each free rotation makes rows of one kernel upper trapezoidal,
+by a QR factorisation. The kernel is the up kernel of the next MLP, or the head if no
+MLP follows. The head could serve for all free rotations, but it would make the rounding
+errors twice as harmful (measured). The reason is that the rows of the head share a
+mean, and so do the activations that they are multiplied with; the trapezoidal form puts
+both means along one axis.
 
-**Where it cannot be so.** A shortcut that narrows the stream takes a triangular form,
-L = R_s^T M_s R_{s+1} (an LQ factor). A P_s whose low-rank form is not accurate enough
-is stored as its lower triangle. A segment is not rotated if a rotation could carry a
-number past the greatest of its dtype, or if a number is not finite; the shortcut that
-leads into it stays an array.
+**Exceptions.** A shortcut that narrows the stream becomes L = R_s^T M_s R_{s+1}, where
+L is the lower trapezoidal factor of an LQ factorisation. A P_s whose low-rank form is
+not accurate enough is stored as its lower triangle. A segment is not rotated if a
+rotation could make a number larger than its dtype can hold, or if a number is not
+finite. The shortcut that leads into such a segment remains an array.
 
-**Dense models with RMSNorm** have no shortcuts. After the scales of the norms are
-folded into the kernels that read them, all segments share one rotation, which is free.
-If the head is the embedding, the last norm's scale stays between the two, and nothing
-can be rotated.
+**Dense models with RMSNorm** have no shortcuts. The scales of the norms are first
+folded into the kernels that read them. Then all segments share one rotation, which is
+free. If the head is the embedding, nothing can be rotated, because the scale of the
+last norm stays between the two.
 
-The gauge goes from layer to layer: R_0 needs the first layer, O_s needs M_s. Every
-kernel is rotated once.
+The rotations are found layer by layer, because R_0 needs the first layer and O_s needs
+M_s. Every kernel is rotated once.
 
-Shape letters: d, e widths of a shortcut's two segments, D the hidden size.
+In this file, d and e are the widths of a shortcut's two segments, and D is the hidden
+size.
 
 References:
   SliceGPT, arXiv 2401.15024, section 3: the rotations and the shortcuts.
@@ -57,7 +65,7 @@ from rotbits_jax.symmetries import transform
 
 _matmul = products.matmul
 
-# The part of a dtype's range that the norms of rows and columns may fill.
+# Norms of rows and columns may be at most this part of the greatest number of a dtype.
 _RANGE = 0.99
 
 
@@ -65,13 +73,13 @@ _RANGE = 0.99
 
 
 def upper_rotation(matrix: jax.Array) -> jax.Array:
-  """The rotation G that makes `G^T @ matrix` upper trapezoidal.
+  """Returns the rotation G that makes `G^T @ matrix` upper trapezoidal.
 
   Args:
     matrix: `[d, V]`.
 
   Returns:
-    float32 `[d, d]`, orthogonal to the rounding of float32.
+    G, float32 `[d, d]`, orthogonal up to the rounding of float32.
   """
   columns = matrix[:, : matrix.shape[0]].astype(jnp.float32)
   q, _ = jnp.linalg.qr(columns, mode='complete')
@@ -79,15 +87,15 @@ def upper_rotation(matrix: jax.Array) -> jax.Array:
 
 
 def next_rotation(step: jax.Array, rotation: jax.Array, free: jax.Array) -> jax.Array:
-  """R_{s+1} = O_s^T diag(R_s, Z).
+  """Returns R_{s+1} = O_s^T diag(R_s, Z).
 
   Args:
-    step: float32 `[e, e]`, O_s.
-    rotation: float32 `[d, d]`, R_s.
-    free: float32 `[e - d, e - d]`, Z: the rotation of the new dimensions.
+    step: O_s, float32 `[e, e]`.
+    rotation: R_s, float32 `[d, d]`.
+    free: Z, the free rotation of the new dimensions, float32 `[e - d, e - d]`.
 
   Returns:
-    float32 `[e, e]`, orthogonal to the rounding of float32.
+    R_{s+1}, float32 `[e, e]`, orthogonal up to the rounding of float32.
   """
   both = jax.scipy.linalg.block_diag(rotation, free) if free.size else rotation
   return canonical.reorthogonalize(_matmul(step.T, both))
@@ -96,19 +104,20 @@ def next_rotation(step: jax.Array, rotation: jax.Array, free: jax.Array) -> jax.
 def range_used(
   flat: dict[str, Any], limits: dict[str, jax.Array], *, axes: tuple[Any, ...]
 ) -> dict[str, jax.Array]:
-  """The part of its dtype's range that a rotation could make a parameter fill.
+  """Returns how much of the range of its dtype each parameter can use when rotated.
 
-  No rotation of rows changes the norm of a column, and none of columns that of a row,
-  so these norms bound every number that rotations can make.
+  A rotation of the rows of a parameter keeps the norm of each column, and a rotation of
+  the columns keeps the norm of each row. Therefore these norms bound every number that
+  a rotation can make.
 
   Args:
     flat: arrays, or pairs of factors, by path.
-    limits: the greatest number of each parameter's dtype.
+    limits: the greatest number of the dtype of each parameter, by path.
     axes: pairs of a path and the parameter's axes, see `models.layout`.
 
   Returns:
-    For each parameter that touches a segment, the part; NaN or infinite where a number
-    is not finite.
+    The bound, divided by the limit, for each parameter that reads or writes a segment.
+    It is NaN or infinite if a number is not finite.
   """
   used = {}
   for path, own in axes:
@@ -139,22 +148,24 @@ def range_used(
 
 
 def remove_residual_gauge(*, tolerance: float = 0.7) -> transform.Transform:
-  """The transform that fixes the rotations of the residual stream.
+  """Makes the transform that fixes the rotations of the residual stream.
 
-  It comes first in a chain, because it looks at the layers of the source to choose the
-  free rotations.
+  The transform must be the first in a chain, because it reads the layers of the source
+  to choose the free rotations.
 
   Args:
-    tolerance: how far from 1 a singular value may be and still count as 1, in units of
-      the storage dtype's roundoff (2^-11 for float16, 2^-8 for bfloat16, and 2^-19, the
-      error of float32 linear algebra, for float32). Those of SliceGPT's shortcuts
-      that should be 1 spread by 0.9 of it. At 1.5 all of them count, which takes
-      SliceGPT's own rounding errors out of the shortcuts and moves the model by as much
-      as storing it in other coordinates does; 0.7 keeps the larger ones.
+    tolerance: a singular value of a shortcut counts as 1 if it differs from 1 by at
+      most this multiple of the roundoff of the stored dtype. The roundoff is 2^-11 for
+      float16 and 2^-8 for bfloat16. For float32 it is 2^-19, the error of float32
+      linear algebra. In SliceGPT's shortcuts, the singular values that should be 1
+      spread by 0.9 roundoffs. With a tolerance of 1.5 all of them count as 1. This
+      removes SliceGPT's own rounding errors from the shortcuts, and it changes the
+      model as much as storing it in other coordinates does. With 0.7 the larger of
+      these errors are kept.
 
   Returns:
-    A transform. Its notes tell, for each shortcut, the form taken, its rank, the
-    numbers stored and the relative error; and which kernels are trapezoidal.
+    A transform. Its notes give, for each shortcut, the form, the rank, the count of
+    numbers and the relative error. They also name the kernels that are trapezoidal.
   """
   return transform.make(
     'residual gauge',
@@ -166,14 +177,15 @@ def remove_residual_gauge(*, tolerance: float = 0.7) -> transform.Transform:
 
 
 class State(NamedTuple):
-  """What goes from layer to layer.
+  """The state of the transform between two layers.
 
   Attributes:
-    first: float32 `[d, d]`, R_0.
-    rotation: float32 `[d, d]`, that of the segment which the next layer reads.
-    blocks: int32 `[n]`, the rows of the next up kernel, or of the head, that free
-      rotations make trapezoidal: first how many rows come before, then the length of
-      each block. Empty if there are none.
+    first: R_0, float32 `[d, d]`.
+    rotation: the rotation of the segment that the next layer reads, float32 `[d, d]`.
+    blocks: the blocks of rows of the next up kernel, or of the head, that free
+      rotations make trapezoidal, int32 `[n]`. The first number is how many rows come
+      before the blocks; the others are how many rows each block has. Empty if there are
+      no blocks.
   """
 
   first: Any
@@ -214,7 +226,7 @@ def _layers(
   if not config.sliced:
     return _stream_layers(context, state, first, layers)
   flats = [structured.flatten(_plain(layer)) for layer in layers]
-  layers.clear()  # the widened numbers are freed one layer after the other
+  layers.clear()  # so that the float32 arrays of each layer are freed early
   gauges, state = _find_gauges(context, state, first, flats)
   rotated = context.map_layers(
     rotations_lib.turn_parameters,
@@ -276,15 +288,19 @@ def _outer(
 
 
 def _plain(tree: models.Params) -> models.Params:
-  """Structured leaves replaced by arrays, but for pairs of factors."""
+  """Replaces structured leaves by arrays, except pairs of factors."""
   return models.materialize(tree, but=(structured.FactorPair,))
 
 
 def _plain_source(context: transform.Context, index: int | None) -> dict[str, Any]:
-  """Parameters of a layer, or of what is outside the layers, of the source, by path.
+  """Returns the parameters of a layer of the source, or outside the layers, by path.
 
-  Structured leaves are replaced by what they will be when their layer comes: float32.
-  Of a source that is not rewritten yet nothing is copied.
+  Structured leaves are replaced by the same float32 arrays as when their layer is
+  rewritten. A source without structured leaves is not copied.
+
+  Args:
+    context: the context of the transform.
+    index: the layer; None for the parameters outside the layers.
   """
   source = context.source
   flat = structured.flatten(source.outer() if index is None else source.layer(index))
@@ -299,13 +315,13 @@ def _plain_source(context: transform.Context, index: int | None) -> dict[str, An
 
 
 class _Gauge(NamedTuple):
-  """The rotations of one layer, and what its shortcuts are in terms of them.
+  """The rotations of one layer, and its shortcuts in these coordinates.
 
   Attributes:
-    rotations: R_s of the segments that the layer touches.
-    polars: of the shortcuts that take the polar gauge.
-    lowers: L of those that take the triangular form.
-    blocks: see `State`; of the layer's own up kernel.
+    rotations: R_s for the segments that the layer reads or writes.
+    polars: polar decompositions of the shortcuts in the polar gauge, by path.
+    lowers: factors L of the shortcuts in triangular form, by path.
+    blocks: the blocks of the layer's own up kernel, see `State`.
   """
 
   rotations: tuple[jax.Array, ...]
@@ -320,7 +336,14 @@ def _find_gauges(
   first: int,
   flats: list[dict[str, Any]],
 ) -> tuple[list[_Gauge], State]:
-  """The gauges of consecutive layers, and the state behind them."""
+  """Returns the gauges of consecutive layers, and the state after these layers.
+
+  Args:
+    context: the context of the transform.
+    state: the state before these layers.
+    first: index of the first layer.
+    flats: the parameters of each layer by path.
+  """
   config = context.config
   step = config.segments_per_layer
   wanted = []
@@ -371,7 +394,7 @@ def _find_gauges(
 def _shortcut_leaves(
   context: transform.Context, flat: dict[str, Any], gauge: _Gauge, tolerance: float
 ) -> dict[str, shortcuts_lib.Shortcut]:
-  """The shortcuts of one layer in the layer's gauge, by path."""
+  """Returns the shortcuts of one layer in the layer's gauge, by path."""
   found: dict[str, shortcuts_lib.Shortcut] = {}
   for s, path in enumerate(_shortcut_paths(context.config)):
     rows, columns = gauge.rotations[s : s + 2]
@@ -396,13 +419,13 @@ def _shortcut_leaves(
 def _free_rotation(
   context: transform.Context, segment: int, start: int, step: jax.Array | None = None
 ) -> jax.Array | None:
-  """A rotation of the dimensions from `start` on, of a segment where it is free.
+  """Returns a free rotation of the dimensions of a segment from `start` on.
 
   Args:
-    context: of the transform.
+    context: the context of the transform.
     segment: index of the segment.
-    start: the dimensions before are not free.
-    step: O of the shortcut that leads into the segment, if some are not.
+    start: the first free dimension. The dimensions before it are rotated already.
+    step: O of the shortcut that leads into the segment; None if `start` is 0.
 
   Returns:
     The rotation that makes rows of the next up kernel, or of the head, upper
@@ -423,7 +446,12 @@ def _free_rotation_of(
 
 
 def _reader(context: transform.Context, segment: int) -> Any:
-  """The next up kernel behind a segment, or the head, in the segment's coordinates."""
+  """Returns the next up kernel after a segment, or the head.
+
+  The kernel is in the coordinates of that segment before any rotation. The result is
+  None if the kernel is a pair of factors, or if a segment between attention and MLP
+  stands between the two and cannot be rotated.
+  """
   config = context.config
   steps = config.segments_per_layer
   if segment == steps * config.num_layers:
@@ -454,7 +482,7 @@ def _reader(context: transform.Context, segment: int) -> Any:
 
 
 def _is_fixed(context: transform.Context, segment: int) -> bool:
-  """Whether the first segment may not be rotated."""
+  """Returns whether a rotation of the first segment could make an overflow."""
   outer = _plain_source(context, None)
   embeddings = {path: x for path, x in outer.items() if path.startswith('embed/')}
   used = _range_used(context, '', embeddings)
@@ -462,7 +490,12 @@ def _is_fixed(context: transform.Context, segment: int) -> bool:
 
 
 def _readers_within(context: transform.Context, segment: int) -> bool:
-  """Whether no rotation can make an overflow of what reads a layer's output."""
+  """Returns whether no rotation makes an overflow in the parameters after a segment.
+
+  Args:
+    context: the context of the transform.
+    segment: the first segment, or the output segment of a layer.
+  """
   config = context.config
   index = segment // config.segments_per_layer
   if index == config.num_layers:
@@ -476,7 +509,7 @@ def _readers_within(context: transform.Context, segment: int) -> bool:
 
 
 def _stream_can_rotate(context: transform.Context) -> bool:
-  """Whether one rotation of all segments of a dense model can make no overflow."""
+  """Returns whether no rotation of a dense model makes an overflow."""
   config = context.config
   for i in range(config.num_layers):
     flat = norms.folded(config, jax.device_put(_plain_source(context, i)))
@@ -498,13 +531,13 @@ def _range_used(
 
 
 def _within(used: dict[str, jax.Array], paths: Any) -> bool:
-  # Written so that a part that is not a number is none.
+  # This comparison is false for NaN.
   return all(float(used[path]) <= _RANGE for path in paths)
 
 
 @functools.lru_cache
 def _touching(config: models.ModelConfig, segment: int) -> tuple[str, ...]:
-  """The parameters of a layer that touch one of its segments."""
+  """Returns the paths of a layer's parameters that read or write a segment."""
   axes = models.layout.layer_axes(config)
   return tuple(path for path, own in axes.items() if segment in own)
 
@@ -520,7 +553,7 @@ def _shortcut_paths(config: models.ModelConfig) -> list[str]:
 def _stream_layers(
   context: transform.Context, state: State, first: int, layers: transform.Layers
 ) -> tuple[State, transform.Layers, list[list[transform.Note]]]:
-  """Layers of a dense model, all of whose segments have one rotation."""
+  """Rewrites layers of a dense model, whose segments all have the same rotation."""
   config = context.config
   axes = tuple(models.layout.layer_axes(config).items())
   flats = [structured.flatten(_plain(layer)) for layer in layers]
@@ -546,7 +579,15 @@ def _stream_layers(
 
 
 def _trapezoids(kernel: Any, blocks: list[int]) -> tuple[Any, float]:
-  """The leaf of a kernel whose rows are trapezoidal, and what the zeros cost."""
+  """Makes the leaf of a kernel with trapezoidal blocks of rows.
+
+  Args:
+    kernel: the kernel.
+    blocks: see `State`.
+
+  Returns:
+    The leaf, and the relative error of the zeros in the Frobenius norm.
+  """
   full, *rest = blocks
   upper, error = _with_zeros(kernel, blocks=tuple(rest), full=full)
   return structured.RowTrapezoids(upper, tuple(rest), full), float(error)

@@ -1,12 +1,19 @@
 r"""Rotations of the residual stream: the same function in other coordinates.
 
+The residual stream of a sliced model is
+
     x_0 = embed[tokens],   x_{s+1} = x_s M_s + sublayer_s(RMSN(x_s)),   s = 0 .. S-1
 
-For orthogonal R_s the map x_s -> x_s R_s changes no output if what writes a segment is
-multiplied by R_s and what reads it by R_s^T; a shortcut becomes R_s^T M_s R_{s+1}.
-`models.layout` says which axis of which parameter is which segment.
+x_s is segment s of the residual stream, and M_s is the shortcut past sublayer s. In a
+dense model, M_s is the identity and is not stored.
 
-Shape letters: d the width of a segment.
+Let R_s be an orthogonal matrix for each segment. The map x_s -> x_s R_s changes no
+output if three kinds of parameters change with it. A kernel that writes segment s is
+multiplied by R_s from the right. A kernel that reads segment s is multiplied by R_s^T
+from the left. A shortcut becomes R_s^T M_s R_{s+1}. `models.layout` says which axis of
+a parameter belongs to which segment.
+
+In this file d is the width of a segment. Rotations include reflections.
 
 Reference: SliceGPT, arXiv 2401.15024, section 3.
 """
@@ -28,10 +35,19 @@ _matmul = products.matmul
 def turn(
   array: Any, *, rows: jax.Array | None = None, columns: jax.Array | None = None
 ) -> Any:
-  """`rows^T @ array @ columns` in float32, rounded to the array's dtype.
+  """Rotates one array: returns `rows^T @ array @ columns` in the array's dtype.
 
-  An identity leaves the array as it is, even where its numbers are not finite. Of a
-  pair of factors each is turned by itself.
+  The product is computed in float32. If a rotation is the identity, the array keeps
+  every bit, even if a number is not finite. If the array is a pair of factors, each
+  factor is rotated separately.
+
+  Args:
+    array: an array `[n, m]` or `[m]`, or a `structured.FactorPair`.
+    rows: float32 `[n, n]`; None for no rotation.
+    columns: float32 `[m, m]`; None for no rotation.
+
+  Returns:
+    The rotated array, or a `structured.LowRank` for a pair of factors.
   """
   if isinstance(array, structured.FactorPair):
     pair = array.plain()
@@ -52,17 +68,19 @@ def _is_identity(rotation: jax.Array) -> jax.Array:
 def turn_parameters(
   flat: dict[str, Any], rotations: tuple[jax.Array, ...], *, axes: tuple[Any, ...]
 ) -> dict[str, Any]:
-  """Rotates the segments that parameters touch.
+  """Rotates the parameters of a layer, or the parameters outside the layers.
 
   Args:
     flat: arrays, or pairs of factors, by path.
-    rotations: float32 `[d, d]` for each segment: of a layer its input, the one between
-      attention and MLP unless blocks are parallel, and its output.
-    axes: pairs of a path and the parameter's axes, see `models.layout`; parameters that
-      are not in `flat` are passed over.
+    rotations: float32 `[d, d]` for each segment that the parameters read or write. For
+      a layer, these are its input, the segment between attention and MLP (unless they
+      are parallel), and its output. For the parameters outside the layers, they are the
+      first and the last segment of the model.
+    axes: pairs of a path and the parameter's axes, see `models.layout`. Paths that are
+      not in `flat` are skipped.
 
   Returns:
-    The parameters, in the dtypes they had.
+    The parameters in their old dtypes.
   """
   turned = dict(flat)
   for path, own in axes:
@@ -74,8 +92,13 @@ def turn_parameters(
 
 
 def lower(factor: jax.Array) -> jax.Array:
-  """The lower trapezoidal B `[d, k]` with the same `B B^T` as a factor `[d, k]`."""
-  # Reduced QR of B^T: its R is upper trapezoidal.
+  """Returns the lower trapezoidal B `[d, k]` with the same `B B^T` as the factor.
+
+  Args:
+    factor: `[d, k]`.
+  """
+  # In the QR factorisation of the transposed factor, R is upper trapezoidal, and R^T
+  # is B.
   r = jnp.linalg.qr(factor.T.astype(jnp.float32), mode='r')
   padding = ((0, 0), (0, factor.shape[1] - r.shape[0]))
   return jnp.tril(jnp.pad(r.T, padding)).astype(factor.dtype)
@@ -85,12 +108,13 @@ def rotate(model: models.Model, rotations: list[np.ndarray]) -> models.Model:
   """Rotates every residual segment of a model in memory.
 
   Args:
-    model: the model; structured leaves are materialized, but for pairs of factors.
-    rotations: R_s, float32 `[d_s, d_s]`, one a segment. Without shortcuts, in a dense
-      model, all are one, and its norms have no scales.
+    model: the model. Structured leaves are materialized, except pairs of factors.
+    rotations: R_s, float32 `[d_s, d_s]`, one for each segment. A dense model has no
+      shortcuts; therefore all its rotations must be equal, and the scales of its norms
+      must be 1.
 
   Returns:
-    A model of the same function, rounded to the dtypes it had, with NumPy arrays.
+    A model of the same function, rounded to its old dtypes, with NumPy arrays.
   """
   config = model.config
   model = model.materialize(but=(structured.FactorPair,))
@@ -114,6 +138,14 @@ jitted_turn_parameters = jax.jit(turn_parameters, static_argnames='axes')
 
 
 def embed(rotation: Any, width: int) -> jax.Array:
-  """A rotation of the first dimensions of a wider space."""
+  """Extends a rotation `[d, d]` to a wider space; the further dimensions stay.
+
+  Args:
+    rotation: `[d, d]`.
+    width: dimension of the wider space.
+
+  Returns:
+    float32 `[width, width]`.
+  """
   d = rotation.shape[0]
   return jnp.eye(width, dtype=jnp.float32).at[:d, :d].set(rotation)

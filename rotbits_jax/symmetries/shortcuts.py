@@ -1,13 +1,19 @@
-"""What stands for a shortcut once its segments are rotated.
+"""The leaves for shortcuts, once the segments on both sides are rotated.
 
-In the polar gauge a shortcut is [P 0] with P = R^T U diag(values) U^T R. There are
-three forms, and the one that stores fewest numbers is taken if it is accurate enough:
+A shortcut is the matrix `[d, e]` of a sliced model that takes the residual stream from
+a segment of width d to the next segment, of width e. `residual` chooses the coordinates
+of the segments so that a shortcut with d <= e becomes [P 0] with a symmetric
+P = R^T U diag(values) U^T R. R is the rotation of the first segment; U and the values
+are from the polar decomposition of the shortcut, see `canonical.Polar`.
 
-    I - B B^T + C C^T    few values of P differ from 1
-    lower triangle       P is symmetric
-    trapezoid            a shortcut that narrows the stream: L of an LQ factorisation
+A shortcut is stored in one of three forms:
 
-Shape letters: d, e widths of the shortcut's two segments.
+    I - B B^T + C C^T    for d <= e, if few values of P differ from 1
+    lower triangle       for any symmetric P
+    trapezoid            for d > e: the factor L of an LQ factorisation
+
+The first form is used if it stores fewer numbers than the second and is accurate
+enough.
 """
 
 import functools
@@ -24,33 +30,43 @@ from rotbits_jax.symmetries import rotations as rotations_lib
 
 _matmul = products.matmul
 
-# The relative error, in roundoffs, up to which a low-rank form is accurate enough.
-# Rounding a dense matrix costs 0.4; SliceGPT's own shortcuts in this form 0.6.
+# The low-rank form is accurate enough if its relative error is at most this multiple of
+# the roundoff. Rounding a dense matrix makes an error of 0.4, and SliceGPT's own
+# shortcuts have 0.6 in this form.
 _ERROR_BOUND = 2.0
 
 
 def lower_factor(matrix: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """LQ factors of `[d, e]`: L lower trapezoidal, and Q `[e, e]` orthogonal."""
+  """Returns the LQ factors of a matrix `[d, e]`.
+
+  They are L `[d, e]`, lower trapezoidal, and Q `[e, e]`, orthogonal; both float32.
+  """
   q, r = jnp.linalg.qr(matrix.T.astype(jnp.float32), mode='complete')
   return r.T, q.T
 
 
 def gram_factor(rotation: jax.Array, u: jax.Array, weights: jax.Array) -> jax.Array:
-  """A lower trapezoidal B with B B^T = R^T U diag(weights) U^T R.
+  """Returns the lower trapezoidal B with B B^T = R^T U diag(weights) U^T R.
 
   Args:
-    rotation: float32 `[d, d]`, R.
-    u: float32 `[d, k]`, orthonormal columns.
-    weights: float32 `[k]`, not negative; 0 for a column that only pads.
+    rotation: R, float32 `[d, d]`.
+    u: U, float32 `[d, k]`, with orthonormal columns.
+    weights: float32 `[k]`, not negative; 0 for a column that is padding.
 
   Returns:
-    float32 `[d, k]`.
+    B, float32 `[d, k]`.
   """
   return rotations_lib.lower(_matmul(rotation.T, u * jnp.sqrt(weights)))
 
 
 class Form(NamedTuple):
-  """A leaf's arrays, and the relative error (Frobenius) that rounding them makes."""
+  """The arrays of a leaf, and the error that their rounding makes.
+
+  Attributes:
+    arrays: the arrays, float32 and not rounded.
+    error: relative error of the shortcut in the Frobenius norm, if the arrays are
+      rounded.
+  """
 
   arrays: tuple[jax.Array, ...]
   error: jax.Array
@@ -66,22 +82,23 @@ def gram_form(
   j: int,
   form: Any,
 ) -> Form:
-  """R^T P R as I - B B^T + C C^T.
+  """Brings P to the form I - B B^T + C C^T.
 
-  Values descend, so those above 1 come first and those below come last. Of the k and j
-  columns, the ones beyond `less` and `more` only pad and end as zeros.
+  The values descend, so the values above 1 are the first and the values below 1 are the
+  last. Columns of B from `less` on, and columns of C from `more` on, are zero: they are
+  padding.
 
   Args:
-    rotation: float32 `[d, d]`, R.
-    polar: of the shortcut.
+    rotation: R, float32 `[d, d]`.
+    polar: the polar decomposition of the shortcut.
     less: [] how many values are below 1.
-    more: [] how many are above 1.
-    k: at least `less`.
-    j: at least `more`.
-    form: the dtype that the arrays will be rounded to.
+    more: [] how many values are above 1.
+    k: number of columns of B, at least `less`.
+    j: number of columns of C, at least `more`.
+    form: the dtype to which the arrays will be rounded.
 
   Returns:
-    B `[d, k]` and C `[d, j]`, float32.
+    B `[d, k]` and C `[d, j]`, float32, with their error.
   """
   u, values, _ = polar
   first, last = values[:j] - 1, 1 - values[values.size - k :]
@@ -94,7 +111,7 @@ def gram_form(
 
 
 def triangle_form(rotation: jax.Array, polar: canonical.Polar, *, form: Any) -> Form:
-  """R^T P R as its lower triangle, float32 `[d, d]`."""
+  """Returns the lower triangle of P, float32 `[d, d]`, with its error."""
   lower = jnp.tril(_symmetric(rotation, polar))
   lower32 = lower.astype(form).astype(jnp.float32)
   leaf = structured.SymmetricTriangle(lower32, columns=lower.shape[0])
@@ -113,7 +130,13 @@ def _error(leaf: Any, rotation: jax.Array, polar: canonical.Polar) -> jax.Array:
 
 
 class Shortcut(NamedTuple):
-  """What stands for a shortcut, its relative error (Frobenius), and its rank."""
+  """A shortcut as it is stored.
+
+  Attributes:
+    leaf: the leaf, float32.
+    error: relative error of the rounded leaf in the Frobenius norm.
+    rank: number of columns of B and C together; the full rank for the other forms.
+  """
 
   leaf: Any
   error: Any
@@ -129,18 +152,19 @@ def symmetric(
   unit: float,
   form: Any,
 ) -> Shortcut:
-  """The smallest form of a shortcut in the polar gauge that is accurate enough.
+  """Makes the leaf of a shortcut with d <= e, in the smallest accurate form.
 
   Args:
-    rotation: float32 `[d, d]`, R of the segment that it reads.
-    polar: of the shortcut.
+    rotation: R, the rotation of the segment that the shortcut reads, float32 `[d, d]`.
+    polar: the polar decomposition of the shortcut.
     width: e.
-    tolerance: how far from 1 a value may be and still count as 1, in units of `unit`.
-    unit: roundoff of the dtype that the leaf will be rounded to.
-    form: that dtype.
+    tolerance: a value counts as 1 if it differs from 1 by at most this multiple of
+      `unit`.
+    unit: roundoff of `form`.
+    form: the dtype to which the leaf will be rounded.
 
   Returns:
-    A leaf in float32.
+    The shortcut.
   """
   values = np.asarray(polar.values)
   less = int(np.sum(values < 1 - tolerance * unit))
@@ -161,13 +185,16 @@ def symmetric(
 
 
 def trapezoid(lower: jax.Array, *, form: Any) -> Shortcut:
-  """A shortcut that narrows the stream, as L of its LQ factors: float32 `[d, e]`."""
+  """Makes the leaf of a shortcut with d > e from its factor L, float32 `[d, e]`."""
   leaf, error = _rounded_lower(lower, form=form)
   return Shortcut(structured.Trapezoidal(leaf), error, min(lower.shape))
 
 
 def _padded(rank: int, most: int) -> int:
-  """One of eight ranks an octave, so that few programs are compiled."""
+  """Rounds a rank up, so that few different programs are compiled.
+
+  Between a power of two and the next there are eight results; none exceeds `most`.
+  """
   grain = 1 << max(rank.bit_length() - 4, 0)
   return min(-(-rank // grain) * grain, most)
 

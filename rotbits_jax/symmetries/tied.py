@@ -1,18 +1,23 @@
-r"""Embeddings that slicing untied from the head.
+r"""Storing an embedding in terms of the head, where slicing separated the two.
 
-A model whose head is its embedding, transposed, has two matrices after slicing: the
-first and the last segment of the residual stream have coordinates of their own. As long
-as the last keeps all D dimensions, the embedding still is an image of the head,
+In a tied model, the head is the transposed embedding. Slicing makes two matrices of it,
+because the first and the last segment of the residual stream get coordinates of their
+own; `models.config` defines segments. If the last segment keeps all D dimensions, the
+embedding remains a linear image of the head,
 
     embed = head^T @ T,    T [D, d],
 
-up to the rounding of both. T is found by least squares, in float64 on the host: from a
-sample of the tokens first, which tells embeddings that never were tied. Rounding makes
-errors in proportion to the norm of a token's row, so that rows are weighted by its
-inverse; a few that do not fit then do not bend T much.
+up to the rounding of both matrices. T is small, so it is stored in place of the
+embedding.
 
-Shape letters are those of `models.config`; D is the width of the last segment, and d
-that of the first.
+T is found by least squares, in float64 on the host. A fit to a sample of the tokens
+comes first, because it shows at little cost whether the embedding was ever tied. The
+rounding error of a token's row is proportional to the norm of the row. Therefore the
+rows are weighted by the inverse of their norm. The weights also limit the influence of
+the few tokens that do not fit.
+
+Shape letters are those of `models.config`. In this file D is the width of the last
+segment, and d is the width of the first.
 """
 
 import functools
@@ -27,23 +32,25 @@ from rotbits_jax import structured
 from rotbits_jax.structured import tied
 from rotbits_jax.symmetries import transform
 
-# Relative error of an embedding that is no image of the head; it is about 1.
+# An embedding with a greater relative error was never tied. The relative error of an
+# unrelated embedding is about 1.
 _UNTIED = 0.1
-# Tokens that decide how fine a T of integers is.
+# Size of the sample of tokens that decides how finely T is rounded to integers.
 _SAMPLE = 4096
 
 
 def retie_embedding(*, tolerance: float = 1.5) -> transform.Transform:
-  """The transform that stores T in place of the embedding.
+  """Makes the transform that stores T in place of the embedding.
 
   Args:
-    tolerance: the greatest relative error (Frobenius) of `head^T @ T`, both rounded to
-      the storage format, in units of `transform.roundoff`; a token may be off by four
-      times as much. SliceGPT's own embeddings are off by 0.6 to 1, tokens by up to 1.6.
+    tolerance: the greatest relative error of `head^T @ T` in the Frobenius norm, as a
+      multiple of `Context.roundoff`. Head and T are rounded to `Context.form` first.
+      The relative error of a single token may be four times as large. In SliceGPT's own
+      files, embeddings have an error of 0.6 to 1, and tokens an error of up to 1.6.
 
   Returns:
-    A transform. Its note tells whether the embedding is tied now, the error, and that
-    of the worst token.
+    A transform. Its note says whether the embedding is stored as T, and gives the error
+    of the embedding and of the worst token.
   """
   return transform.make(
     'tied embedding', outer=functools.partial(_retie_embedding, tolerance=tolerance)
@@ -51,31 +58,33 @@ def retie_embedding(*, tolerance: float = 1.5) -> transform.Transform:
 
 
 def retie_exactly() -> transform.Transform:
-  """The transform that stores T and the embedding's residuals, and loses no bit.
+  """Makes the transform that stores T and the residuals of the embedding.
 
-  It takes numbers as they are stored, float16 or bfloat16, and leaves others alone: see
-  `widen` of `transform.run_chain`.
+  No bit is lost. The transform needs the numbers as they are stored, so `rewrite` must
+  get `widen=False`. It changes embeddings in float16 and bfloat16 only, and only if
+  that takes fewer bits.
 
   Returns:
-    A transform. Its note tells whether the embedding is tied now, which it is where
-    that takes fewer bits, and how many entries are exceptions.
+    A transform. Its note says whether the embedding is stored as T and residuals, and
+    how many entries are exceptions, see `structured.TiedExactly`.
   """
   return transform.make('exactly tied embedding', outer=_retie_exactly)
 
 
 def least_squares(gram: np.ndarray, moments: np.ndarray) -> np.ndarray:
-  """The X with `gram @ X = moments`, as far as the matrix has full rank.
+  """Solves the normal equations `gram @ X = moments` for X.
 
   Args:
     gram: float64 `[D, D]`, symmetric and positive semidefinite.
     moments: float64 `[D, d]`.
 
   Returns:
-    float64 `[D, d]`; nearly zero where the matrix is.
+    X, float64 `[D, d]`. If `gram` is singular, X is nearly zero in its null space.
   """
   diagonal = np.diag(gram)
   units = 1 / np.sqrt(np.where(diagonal > 0, diagonal, 1))[:, None]
-  # Of rank D for what float64 can tell; a step of refinement takes the bias back.
+  # The added diagonal makes the matrix regular in float64. One step of refinement
+  # removes the bias that it causes.
   regular = gram * units * units.T + 1e-10 * np.eye(len(gram))
   first = units * np.linalg.solve(regular, units * moments)
   rest = moments - gram @ first
@@ -100,7 +109,7 @@ def _retie_embedding(
     return _with_embedding(outer, table, error)
   off = _deviations(table, head, rounded)
   error = float(np.linalg.norm(off)) / max(float(np.linalg.norm(norms)), _TINY)
-  # Below the least normal number, roundoffs get no smaller.
+  # Rounding errors do not get smaller below the least normal number.
   least = float(jnp.finfo(form).smallest_normal) * np.sqrt(table.shape[1])
   worst = float(np.max(off / np.maximum(norms, least)))
   fits = error <= tolerance * unit and worst <= 4 * tolerance * unit
@@ -128,15 +137,16 @@ def _retie_exactly(
 def _table_and_head(
   outer: models.Params, form: np.dtype | None
 ) -> tuple[np.ndarray, np.ndarray] | None:
-  """The embedding and the head, where T can be found and is the smaller.
+  """Returns the embedding and the head, if T can be found and is smaller.
 
   Args:
     outer: the parameters outside the layers.
-    form: the dtype that the head will be rounded to; None for a head that is to be an
-      array and to stay as it is.
+    form: the dtype to which the head will be rounded; None if the head must be an array
+      that stays as it is.
 
   Returns:
-    `[V, d]` and `[D, V]`, floating-point and finite, or None.
+    The embedding `[V, d]` and the head `[D, V]`, both floating-point and finite; None
+    if there are no such matrices, or if D is not below V.
   """
   table, head = outer['embed']['tokens'], outer.get('head')
   if head is None or structured.is_structured(table):
@@ -149,7 +159,7 @@ def _table_and_head(
   table, kernel = np.asarray(table), np.asarray(kernel)
   if len(kernel) >= len(table):
     return None
-  with np.errstate(invalid='ignore'):  # of a signalling NaN
+  with np.errstate(invalid='ignore'):  # a signalling NaN would cause a warning
     for array in (table, kernel):
       if not jnp.issubdtype(array.dtype, jnp.floating) or not np.isfinite(array).all():
         return None
@@ -164,9 +174,10 @@ def _with_embedding(
 
 
 def _error_of_unseen_tokens(table: np.ndarray, head: np.ndarray) -> float:
-  """Median relative error of tokens, in some columns, with the T of other tokens.
+  """Returns the median relative error of some tokens with the T of other tokens.
 
-  It is 0 if there are too few tokens, or too few that are used, to try that.
+  Only some columns of the embedding are compared. The result is 0 if fewer than 4D
+  tokens have a row that is not zero, because a fit to so few tokens shows nothing.
   """
   rank = len(head)
   few = table[:, :: -(-table.shape[1] // 16)]
@@ -185,15 +196,16 @@ def _error_of_unseen_tokens(table: np.ndarray, head: np.ndarray) -> float:
 def _normal_equations(
   table: np.ndarray, head: np.ndarray, weights: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-  """What `least_squares` takes.
+  """Returns the arguments of `least_squares`.
 
   Args:
     table: `[V, d]`.
     head: `[D, V]`.
-    weights: `[V]`, of the tokens' rows.
+    weights: `[V]`, the weights of the tokens' rows.
 
   Returns:
-    `head @ W @ head^T` and `head @ W @ table`, W being the squared weights.
+    `head @ W @ head^T` and `head @ W @ table`. W is the diagonal matrix of the squared
+    weights.
   """
   gram = np.zeros((len(head), len(head)))
   moments = np.zeros((len(head), table.shape[1]))
@@ -212,13 +224,17 @@ def _row_norms(table: np.ndarray) -> np.ndarray:
 
 
 def _weights(norms: np.ndarray) -> np.ndarray:
-  """Of rows with these norms: the inverses, but as if none were below the median."""
+  """Returns the weights of rows with these norms, `[V]`.
+
+  A weight is the inverse of the row's norm. Norms below the median of the nonzero norms
+  count as the median, so that no weight is very large.
+  """
   used = norms[norms > 0]
   return 1 / np.maximum(norms, np.median(used) if used.size else 1)
 
 
 def _deviations(table: np.ndarray, head: np.ndarray, matrix: np.ndarray) -> np.ndarray:
-  """Norms of the rows of `table - head^T @ matrix`."""
+  """Returns the norms of the rows of `table - head^T @ matrix`."""
   off = np.zeros(len(table))
   matrix = matrix.astype(np.float64)
   for block in tied.token_blocks(head):
@@ -228,7 +244,7 @@ def _deviations(table: np.ndarray, head: np.ndarray, matrix: np.ndarray) -> np.n
 
 
 def _exact_leaf(table: np.ndarray, head: np.ndarray) -> structured.TiedExactly:
-  """The leaf, with a T as fine as pays."""
+  """Makes the leaf and chooses how finely T is rounded, so that the bits are fewest."""
   rank, tokens = head.shape
   weights = _weights(_row_norms(table))
   gram, moments = _normal_equations(table, head, weights)
@@ -237,14 +253,16 @@ def _exact_leaf(table: np.ndarray, head: np.ndarray) -> structured.TiedExactly:
   unit = float(jnp.finfo(table.dtype).eps) / 2
   odd = errors > 8 * max(float(np.median(errors)), unit)
   if odd.any():
-    # Tokens that were added later, say, are exceptions and are not to bend T.
+    # Tokens that do not fit, for example because they were added later, become
+    # exceptions. They must not influence T.
     others = _normal_equations(table[odd], head[:, odd], weights[odd])
     gram, moments = gram - others[0], moments - others[1]
     matrix = least_squares(gram, moments)
     errors = _deviations(table, head, matrix) * weights
   # Rounding row k of T to multiples of s_k adds sum_k mean_i(head[k, i]^2) s_k^2 / 12
-  # to the variance v of what is off. Terms of one size are best, and finer steps cost
-  # the D d integers what they save the V d residuals if the sum is v D / (V - D).
+  # to the variance v of the deviations. It is best if all terms of this sum are equal.
+  # The best sum is v D / (V - D), because finer steps then cost as many bits in the
+  # D d integers as they save in the V d residuals.
   variance = (np.mean(errors[~odd] ** 2) + unit**2 / 12) / table.shape[1]
   squares = np.maximum(np.diag(gram) / tokens, 0)
   squares = np.where(squares > 0, squares, 1)
@@ -266,7 +284,13 @@ def _exact_leaf(table: np.ndarray, head: np.ndarray) -> structured.TiedExactly:
 
 
 def _coded_bits(leaf: structured.TiedExactly, tokens: int) -> float:
-  """About what a leaf takes when it is coded, if it has more tokens of its kind."""
+  """Estimates how many bits a leaf takes once it is coded.
+
+  Args:
+    leaf: the leaf, which may be for a sample of the tokens only.
+    tokens: the number of all tokens; the bits of residuals and exceptions are scaled up
+      to it.
+  """
   _, arrays = leaf.stored()
   high = arrays['map'] >> 8
   bits = sum(_entropy(x.view(np.uint8)) for x in leaf.residuals)
@@ -276,14 +300,21 @@ def _coded_bits(leaf: structured.TiedExactly, tokens: int) -> float:
 
 
 def _float_bits(table: np.ndarray) -> float:
-  """About what 16-bit floats take: the exponent and 3 further bits are coded."""
+  """Estimates how many bits 16-bit floats take once they are coded.
+
+  The coder models the exponent and the top 3 bits of the mantissa. The sign and the
+  other bits are stored as they are.
+  """
   low = max(jnp.finfo(table.dtype).nmant - 3, 0)
   bits = np.ascontiguousarray(table).view(np.uint16)
   return _entropy((bits & 0x7FFF) >> low) + (1 + low) * table.size
 
 
 def _entropy(symbols: np.ndarray) -> float:
-  """Of all symbols together, in bits, with the table that a decoder needs."""
+  """Returns the entropy of all symbols together, in bits.
+
+  It includes 8 bits for each different symbol, for the decoder's frequency table.
+  """
   counts = np.bincount(symbols.reshape(-1))
   counts = counts[counts > 0]
   return float(counts @ np.log2(counts.sum() / counts)) + 8 * counts.size

@@ -1,14 +1,23 @@
-"""Transforms: rewrite a model, a few layers at a time, so that it stores fewer numbers.
+"""Transforms: they rewrite a model, a few layers at a time, to store fewer numbers.
 
-A transform keeps the function that the model computes, or states how it changes it, and
-puts structured leaves where arrays were. Transforms are written like Optax's: pairs of
-pure functions with a state, here the gauge that goes from layer to layer; `chain` makes
-one transform of several.
+A transform replaces arrays by structured leaves, which store fewer numbers than the
+arrays that they stand for; see `structured`. It keeps the function of the model, or it
+states how it changes the function. Transforms are written like Optax's: a transform is
+a few pure functions and a state. The state carries information from layer to layer, for
+example the coordinates that were chosen for the residual stream. `chain` makes one
+transform from several.
 
-Data flows once. `rewrite` takes one layer at a time from a source (one for each device,
-where there are several), widens its numbers to float32, applies a transform, rounds
-once to the dtypes of the source, and hands the layer on. What is outside the layers
-comes last, because the embedding may be stored in terms of the head.
+The layers pass through a transform once, in order. `rewrite` reads one layer at a time
+from a source, or one for each device if there are several devices. It widens the
+numbers to float32, applies the transform, and rounds the numbers once to the dtypes of
+the source. The parameters outside the layers come last, because the embedding may be
+stored in terms of the head.
+
+A unit is a part of the model that is stored and decoded on its own: a layer, the
+embedding, the final norm or the head. A saving is the count of numbers and bytes that a
+transform removed from a unit. A note is a JSON object that says what a transform did to
+one tensor. Parameters are named by paths, as in `structured.flatten`; in the whole
+model, the path of a parameter of a layer begins with 'layers.<index>/'.
 """
 
 import collections
@@ -30,7 +39,7 @@ Noted = tuple[State, Layers, list[list[Note]]]
 
 
 class Source(Protocol):
-  """What models are read from: a `models.Model`, or a checkpoint that stays on disk."""
+  """A model to read from: a `models.Model`, or a checkpoint that stays on disk."""
 
   @property
   def config(self) -> models.ModelConfig: ...
@@ -42,16 +51,17 @@ class Source(Protocol):
     """The parameters of one layer, unstacked."""
 
   def specs(self, index: int | None) -> models.Params:
-    """What `layer` returns, or `outer` for None; only shapes and dtypes matter."""
+    """The shapes and dtypes of `layer(index)`, or of `outer()` for None."""
 
 
 class Context(NamedTuple):
-  """What every function of a transform is told.
+  """Information that every function of a transform gets.
 
   Attributes:
-    source: the model as it was before any transform.
-    dtypes: what the numbers of each parameter are rounded to at the end, by path.
-    form: the dtype that most numbers are rounded to.
+    source: the model before any transform.
+    dtypes: the dtype to which the numbers of each parameter are rounded at the end, by
+      path.
+    form: the dtype to which most numbers are rounded.
     mesh: devices along one axis, 'layers', that share the layers; None for one device.
   """
 
@@ -66,7 +76,7 @@ class Context(NamedTuple):
 
   @property
   def roundoff(self) -> float:
-    """Unit roundoff of the dtype of most numbers.
+    """Unit roundoff of `form`, the dtype of most numbers.
 
     For float32 it is 2^-19, the error of the float32 linear algebra, because float32's
     own roundoff is never reached.
@@ -75,7 +85,7 @@ class Context(NamedTuple):
     return max(float(jnp.finfo(self.form).eps) / 2, least)
 
   def limit(self, path: str) -> float:
-    """The greatest finite number of the dtype that a parameter is rounded to."""
+    """Returns the greatest finite number of the dtype of a parameter."""
     return float(jnp.finfo(self.dtypes[path]).max)
 
   def map_layers(
@@ -83,13 +93,14 @@ class Context(NamedTuple):
   ) -> list[Any]:
     """Applies a pure function of one layer to several layers.
 
-    Where there is a layer for each device of the mesh, `shard_map` runs them side by
-    side. The program of one layer is the same either way, and so are its results.
+    If there is one layer for each device of the mesh, `shard_map` runs the layers side
+    by side. The program for one layer is the same in both cases, so its results are the
+    same.
 
     Args:
-      core: takes arrays, or PyTrees of arrays, and `static`.
-      arguments: of each layer.
-      static: hashable settings.
+      core: the function. It takes arrays, or PyTrees of arrays, and `static`.
+      arguments: the positional arguments of `core` for each layer.
+      static: hashable settings, the keyword arguments of `core`.
 
     Returns:
       The result for each layer, on the layer's device.
@@ -103,11 +114,18 @@ class Context(NamedTuple):
 
 
 class Saving(NamedTuple):
-  """What one transform saved in one unit."""
+  """The numbers and bytes that one transform removed from one unit.
+
+  Attributes:
+    name: name of the transform.
+    numbers: how many numbers fewer are stored; negative if there are more.
+    bytes: how many bytes fewer those numbers take before they are coded.
+    notes: notes on the tensors of the unit.
+  """
 
   name: str
   numbers: int
-  bytes: int  # before coding
+  bytes: int
   notes: list[Note]
 
 
@@ -115,15 +133,15 @@ class Transform(NamedTuple):
   """One step of a chain. `make` builds one from functions that return notes.
 
   Attributes:
-    name: what the report calls the saving.
-    init: takes the context and returns the state before the first layer. It may look at
+    name: name of the saving in the report.
+    init: takes the context and returns the state before the first layer. It may read
       any part of the source.
     layers: takes the context, the state, the index of the first layer and consecutive
-      layers. Returns the next state, the rewritten layers, and for each its savings.
-      Numbers are float32, but where `rewrite` was told not to widen.
-    outer: takes the context, the state behind the last layer and the parameters outside
-      the layers; returns these rewritten, and the savings.
-    skip: takes what `layers` takes and returns the next state only.
+      layers. It returns the next state, the rewritten layers, and the savings of each
+      layer. Numbers are float32, unless `rewrite` got `widen=False`.
+    outer: takes the context, the state after the last layer and the parameters outside
+      the layers. It returns the rewritten parameters and their savings.
+    skip: takes the arguments of `layers` and returns the next state only.
   """
 
   name: str
@@ -144,15 +162,17 @@ def make(
   | None = None,
   skip: Callable[[Context, State, int, Layers], State] | None = None,
 ) -> Transform:
-  """A transform from functions that return notes, see `Transform` and `note`.
+  """Makes a transform from functions that return notes, see `Transform` and `note`.
 
   Args:
-    name: what the report calls the saving.
-    init: as in `Transform`; by default there is no state.
-    layers: as in `Transform`, but returns notes for each layer in place of savings,
-      which are counted here; by default layers stay as they are.
-    outer: likewise.
-    skip: as in `Transform`; by default `layers` is run and its layers are dropped.
+    name: name of the saving in the report.
+    init: as in `Transform`. By default the state is empty.
+    layers: as in `Transform`, but it returns the notes on each layer in place of the
+      savings, because the transform counts these itself. By default the layers are not
+      changed.
+    outer: as in `Transform`, but it returns notes in place of savings. By default the
+      parameters are not changed.
+    skip: as in `Transform`. By default it runs `layers` and drops the layers.
 
   Returns:
     The transform.
@@ -189,7 +209,7 @@ def make(
 
 
 def chain(*transforms: Transform) -> Transform:
-  """One transform that applies several in order."""
+  """Makes one transform that applies several in order."""
 
   def init(context: Context) -> State:
     return tuple(transform.init(context) for transform in transforms)
@@ -225,13 +245,13 @@ def chain(*transforms: Transform) -> Transform:
 
 
 class Unit(NamedTuple):
-  """A part of a model that is stored, and decodes, on its own.
+  """A part of a model that is stored and decoded on its own.
 
   Attributes:
-    name: 'layers.0', 'layers.1', ..., 'embed', 'final_norm', 'head'.
-    params: its parameters as they are stored, NumPy arrays and structured leaves.
-    savings: what each transform saved in it; those of all that is outside the layers
-      are with the first such unit.
+    name: 'layers.0', 'layers.1', ..., 'embed', 'final_norm' or 'head'.
+    params: the parameters as they are stored: NumPy arrays and structured leaves.
+    savings: the saving of each transform. The first unit outside the layers has the
+      savings of all units outside the layers; the others have none.
   """
 
   name: str
@@ -245,12 +265,12 @@ def make_context(
   stored_as: str | None = None,
   mesh: jax.sharding.Mesh | None = None,
 ) -> Context:
-  """The context of a source.
+  """Makes the context for a source.
 
   Args:
     source: the model.
-    stored_as: the dtype that numbers are rounded to, of a source that is not rounded
-      yet; None for the dtype that each parameter has.
+    stored_as: the dtype to which all floating-point numbers are rounded, for a source
+      that is not rounded yet; None to keep the dtype of each parameter.
     mesh: see `Context`.
   """
   kinds: dict[str, np.dtype] = {}
@@ -281,16 +301,16 @@ def rewrite(
 
   Args:
     context: see `make_context`.
-    transform: what to apply, see `chain`.
-    widen: whether numbers are float32 in between. Without, a transform gets the numbers
-      as they are stored, to keep them bit for bit.
-    layers: the layers to rewrite; all by default. Those before them are skipped, if no
-      state is given.
-    state: the state before the first of the layers, as an earlier call yielded it.
-    outer: whether to go on to what is outside the layers.
+    transform: the transform to apply; `chain` makes one from several.
+    widen: whether the transform gets float32 numbers. If False, it gets the numbers as
+      they are stored, so that it can keep every bit.
+    layers: the layers to rewrite; all by default. If no state is given, the layers
+      before them are skipped with `transform.skip`.
+    state: the state before the first of these layers, as an earlier call yielded it.
+    outer: whether to rewrite the parameters outside the layers, too.
 
   Yields:
-    Units that are complete, and the state behind them.
+    Complete units, and the state after them.
   """
   count_layers = context.config.num_layers
   layers = range(count_layers) if layers is None else layers
@@ -312,7 +332,8 @@ def rewrite(
     yield units, state
   if outer:
     if context.mesh is not None:
-      # It is where the last layer was; all that is outside the layers is on one device.
+      # The state is on the device of the last layer. The parameters outside the layers
+      # are on the first device.
       state = _on_device(state, context.mesh.devices.flat[0])
     given_outer = _given(context.source.outer(), widen)
     given_outer, saved = transform.outer(context, state, given_outer)
@@ -329,13 +350,12 @@ def run_chain(
   """Applies transforms, in order, to a whole model in memory.
 
   Args:
-    transforms: the chain.
-    model: the model; one that is not rounded yet, whose `stored_as` is set, is rounded
-      at the end.
+    transforms: the transforms.
+    model: the model. If its `stored_as` is set, that is the dtype to round to.
     widen: see `rewrite`.
 
   Returns:
-    The rewritten model, with NumPy arrays, and one saving a transform.
+    The rewritten model, with NumPy arrays, and one saving for each transform.
   """
   context = make_context(model, stored_as=model.stored_as)
   names = [transform.name for transform in transforms]
@@ -353,7 +373,15 @@ def run_chain(
 
 
 def add_savings(totals: list[Saving], more: list[Saving]) -> list[Saving]:
-  """The savings of several units together, by the names of `totals`, in order."""
+  """Adds the savings of a unit to the totals, transform by transform.
+
+  Args:
+    totals: one saving for each transform, in order.
+    more: the savings of one unit in the same order, or an empty list.
+
+  Returns:
+    The new totals, with the names of `totals`.
+  """
   summed = []
   for i, total in enumerate(totals):
     own = [more[i]] if i < len(more) else []
@@ -369,12 +397,12 @@ def add_savings(totals: list[Saving], more: list[Saving]) -> list[Saving]:
 
 
 def note(path: str, leaf: Any, *, error: float = 0.0, **details: Any) -> Note:
-  """A note on one tensor.
+  """Makes a note on one tensor.
 
   Args:
-    path: of the parameter, as `leaves` has it.
-    leaf: what stands for it now, unstacked.
-    error: relative error (Frobenius).
+    path: path of the parameter, as in `leaves`.
+    leaf: the array or structured leaf that now stands for the parameter, unstacked.
+    error: relative error of the leaf, in the Frobenius norm.
     details: further JSON values.
   """
   return {
@@ -388,12 +416,12 @@ def note(path: str, leaf: Any, *, error: float = 0.0, **details: Any) -> Note:
 
 
 def three_digits(number: Any) -> float:
-  """A number as notes have it."""
+  """Returns a number rounded to three significant digits, as notes show it."""
   return float(f'{float(number):.3g}')
 
 
 def leaves(model: models.Model) -> Iterator[tuple[str, Any]]:
-  """The unstacked leaves with their paths, like 'layers.0/attention/query/kernel'."""
+  """Yields each leaf, unstacked, with a path like 'layers.0/attention/query/kernel'."""
   yield from structured.flatten(model.outer()).items()
   for i, layer in enumerate(model.layers()):
     for path, leaf in structured.flatten(layer).items():
@@ -401,7 +429,7 @@ def leaves(model: models.Model) -> Iterator[tuple[str, Any]]:
 
 
 def count_model(model: models.Model) -> tuple[int, int]:
-  """How many numbers a model stores, and how many bytes they take uncoded."""
+  """Returns how many numbers a model stores, and their bytes before coding."""
   context = make_context(model, stored_as=model.stored_as)
   trees = [('', model.outer())]
   trees += [(f'layers.{i}/', layer) for i, layer in enumerate(model.layers())]
@@ -412,12 +440,22 @@ def count_model(model: models.Model) -> tuple[int, int]:
 
 
 def count(tree: models.Params, context: Context, prefix: str = '') -> tuple[int, int]:
-  """Numbers and bytes that unstacked parameters take once they are rounded, uncoded."""
+  """Counts the numbers and bytes of unstacked parameters, rounded but not coded.
+
+  Args:
+    tree: parameters of a layer, or parameters outside the layers.
+    context: see `make_context`; it has the dtypes to which the parameters are rounded.
+    prefix: the prefix of the parameters' paths in the whole model.
+
+  Returns:
+    The number of numbers and the number of bytes.
+  """
   numbers, size = 0, 0
   for path, leaf in structured.flatten(tree).items():
     kind = context.dtypes.get(prefix + path, context.form)
     as_stored = functools.partial(structured.astype, dtype=kind)
-    # Shapes are enough, but of leaves on the host, whose sizes may depend on numbers.
+    # The sizes of leaves on a device follow from shapes alone. The sizes of structured
+    # leaves on the host may depend on their numbers.
     on_device = any(isinstance(x, jax.Array) for x in jax.tree.leaves(leaf))
     whole = on_device or not structured.is_structured(leaf)
     rounded = jax.eval_shape(as_stored, leaf) if whole else as_stored(leaf)
@@ -449,7 +487,7 @@ def _on_device(state: State, device: Any) -> State:
 
 
 def _given(tree: models.Params, widen: bool, device: Any = None) -> models.Params:
-  """Parameters as transforms get them: float32 on a device, or as they are."""
+  """Returns the parameters for a transform: float32 on a device, or unchanged."""
   if not widen:
     return tree
   return {
@@ -463,7 +501,7 @@ def _given(tree: models.Params, widen: bool, device: Any = None) -> models.Param
 def _stored(
   tree: models.Params, context: Context, prefix: str, widen: bool
 ) -> models.Params:
-  """Parameters as they are stored: rounded on the device, fetched once."""
+  """Returns the parameters as they are stored: rounded on the device, fetched once."""
   flat = structured.flatten(tree)
   if widen:
     flat = {
@@ -501,7 +539,7 @@ def _sharded(
 ) -> Callable[..., Any]:
   one = functools.partial(core, **dict(settings))
 
-  def local(arguments: Any) -> Any:  # one layer a device
+  def local(arguments: Any) -> Any:  # applies `core` to the layer of one device
     result = one(*jax.tree.map(lambda x: x[0], arguments))
     return jax.tree.map(lambda x: x[None], result)
 

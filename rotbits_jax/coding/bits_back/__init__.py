@@ -1,17 +1,19 @@
-"""Bits-back coding: codecs of rotations and of orders, and the combinator.
+"""Bits-back coding of rotations and of row orders.
 
-In the order of reading:
+If a choice does not matter, such as the order of an MLP's neurons, the encoder makes it
+by popping bits from the message. The decoder finds out the choice and pushes the same
+bits back. So the choice costs no bits. In the order of reading:
 
-    bits_back        a codec from a latent variable model: the idea, in a few lines
-    permutation      the order of rows, found again by sorting
-    haar             rotations under the Haar measure
+    bits_back        the idea: a codec made from a latent variable model
+    permutation      the order of rows, which the decoder finds by sorting
+    haar             rotations under the Haar measure, the uniform distribution
     symmetric_eig    rotations as eigenvectors of popped numbers, as published
     correction       exact integers from floats that were recovered inexactly
-    rotation_codes   haar and symmetric_eig behind one interface, corrections included
-    word_stack       a message that is longer than memory, and a window over it
+    rotation_codes   haar and symmetric_eig with corrections, behind one interface
+    word_stack       a message that may be longer than memory, and a window over it
     numbers          arrays of numbers on such a message
 
 `bits_back`, `permutation`, `haar`, `symmetric_eig` and `correction` make codecs (see
-`coding.codecs`) and can be used by themselves; the others are what a whole checkpoint
-needs on top (`rotbits_jax.paper`).
+`coding.codecs`) and can be used by themselves. `rotbits_jax.paper` needs the other
+modules to code a whole checkpoint.
 """

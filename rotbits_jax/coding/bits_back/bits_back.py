@@ -1,25 +1,27 @@
-r"""Bits-back coding: a codec from a latent variable model.
+r"""Bits-back coding: a codec made from a latent variable model.
 
-To push x, a latent z is first *popped* from the message with the posterior q(z | x);
-then x is pushed with the likelihood p(x | z) and z with the prior p(z). The decoder
-pops z and x and pushes z back with q(z | x), which returns the bits that the encoder
-took. The message grows by
+To push x, the encoder first *pops* a latent z from the message with the posterior
+q(z | x). Then it pushes x with the likelihood p(x | z), and z with the prior p(z). The
+decoder pops z and x. It pushes z back with q(z | x), which returns the bits that the
+encoder took. The message grows by
 
     log2 q(z | x) - log2 p(x | z) - log2 p(z)    bits,
 
-on average the negative evidence lower bound. The bits that choose z come from what the
-message holds already and are never invented: a message that holds too few is marked,
-and `rans.check` says how many bits were missing.
+on average the negative evidence lower bound. The bits that choose z are always bits
+that the message already holds. If the message holds too few bits, it records that, and
+`rans.check` says how many bits were missing.
 
-**Symmetries.** If a group acts on y and only its orbit matters, then x is the orbit's
-canonical element and z = y is an element that the encoder chooses freely:
+**Symmetries.** Suppose that a group acts on y and that only the orbit of y matters.
+Then x is the canonical element of the orbit, and z = y is an element of the orbit that
+the encoder may choose:
 
     prior        the codec of y, as if there were no symmetry
     likelihood   y -> codecs.certain(canonical(y))
-    posterior    x -> the codec of the elements of x's orbit, popped uniformly
+    posterior    x -> a codec of the elements of x's orbit, all equally probable
 
-and the message grows by the size of y less log2 of the orbit's. That is how a rotation
-(`haar`) or an order of rows (`permutation`) is coded for free.
+The message grows by the bits that y costs under the prior, minus log2 of the number of
+elements in the orbit. In this way the choice of a rotation (`haar`) or of a row order
+(`permutation`) costs no bits.
 
 References:
   J. Townsend, T. Bird, D. Barber, ICLR 2019, algorithm 1.
@@ -38,12 +40,12 @@ def bits_back(
   likelihood: Callable[[Any], codecs.Codec],
   posterior: Callable[[Any], codecs.Codec],
 ) -> codecs.Codec:
-  """The codec of x under the model p(z) p(x | z).
+  """Returns the codec of x under the model p(z) p(x | z).
 
   Args:
-    prior: codec of z.
-    likelihood: takes z and returns the codec of x.
-    posterior: takes x and returns the codec of z.
+    prior: the codec of z under p(z).
+    likelihood: takes z; returns the codec of x under p(x | z).
+    posterior: takes x; returns the codec of z under q(z | x).
 
   Returns:
     A codec of x.

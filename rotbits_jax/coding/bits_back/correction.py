@@ -1,19 +1,21 @@
 r"""Corrections: exact integers from numbers that were recovered inexactly.
 
-The encoder knows an integer u in [0, 2^16); the decoder has a real number, the
-position p, that is near u but depends on the machine in its last bits. A correction of
-level c sends the c low bits of u; the decoder takes the integer nearest to p that has
-them,
+The encoder knows an integer u in [0, 2^16). The decoder knows a real number p near u,
+called the position. The last bits of p depend on the machine. A correction of level c
+consists of the residue r, the c low bits of u. The decoder takes the integer nearest to
+p that has these low bits:
 
     u = r + 2^c round((p - r) / 2^c)   modulo 2^16,    r = u mod 2^c.
 
-Level 0 sends nothing, level 16 sends u. The encoder takes a level at which p is a
-*margin* nearer to u than to the tie, so a difference in the position below the margin
-cannot change the result: floats propose, integers decide.
+A correction of level 0 is empty; at level 16 the residue is u itself. The result
+changes if p moves to the other side of a tie, which is at a distance of 2^c / 2 from u.
+The encoder chooses a level at which p is nearer to u than that by at least a *margin*.
+So positions that differ between machines by less than the margin give the same integer:
+floats propose, integers decide.
 
-Levels are alike within a group of integers (a column of a rotation, say). They are sent
-as each group's base level and what a single integer needs on top of it, both entropy
-coded with integer tables.
+Integers form groups (the cells of one column of a rotation, for example) whose levels
+are similar. A group has a base level, and each integer has an extra level that is added
+to it. Both are entropy coded with integer tables.
 
 Shape letters: S integers, G groups.
 """
@@ -30,12 +32,13 @@ from rotbits_jax.coding import tables
 
 LEVELS = 17
 
-# A position must be nearer to u than to the tie by this part of 2^c at least: positions
-# whose errors are large differ more between machines, too.
+# The margin is at least this part of 2^c, because positions with large errors also
+# differ more between machines.
 _RELATIVE_MARGIN = 1 / 32
 
-# Bits that an integer costs in the model that chooses base levels: its level, and a
-# code for what it needs on top of the base (measured on Gaussian errors).
+# The estimated cost in bits of an integer that needs level c in a group with this base
+# level: the residue, and the code of the extra level (measured on Gaussian errors).
+# `correct` chooses base levels by it.
 _COST = np.array(
   [
     [base + 0.3 if c <= base else c + 1.5 + 1.5 * (c - base) for c in range(LEVELS)]
@@ -46,11 +49,11 @@ _COST = np.array(
 
 
 class Correction(NamedTuple):
-  """Integers that turn positions into the exact integers."""
+  """The integers that the decoder needs to turn positions into the exact integers."""
 
-  base: jax.Array  # uint8 [G], each group's level
-  extra: jax.Array  # uint8 [S], what an integer's level is on top of that
-  residue: jax.Array  # uint16 [S], the integer's low bits, as many as its level
+  base: jax.Array  # uint8 [G], base level of each group
+  extra: jax.Array  # uint8 [S], extra level of each integer
+  residue: jax.Array  # uint16 [S], low bits of each integer, as many as its level
 
 
 def correct(
@@ -60,12 +63,12 @@ def correct(
   groups: jax.Array,
   count: int,
 ) -> Correction:
-  """The correction that leads from positions to integers.
+  """Returns the correction that leads from the positions to the integers.
 
   Args:
-    positions: float32 `[S]`; modulo 2^16.
+    positions: float32 `[S]`; only their values modulo 2^16 matter.
     integers: uint16 `[S]`.
-    margin: how much positions may differ between machines; one for all, or `[S]`.
+    margin: the greatest difference of a position between machines; a number, or `[S]`.
     groups: int32 `[S]`, the group of each integer.
     count: G.
 
@@ -78,7 +81,7 @@ def correct(
   slack = jnp.maximum(
     modulus * _RELATIVE_MARGIN, jnp.broadcast_to(margin, distance.shape)[:, None]
   )
-  # Written so that a position that is not a number needs the last level.
+  # Comparisons with NaN are false, so with `~` a position of NaN needs the last level.
   beyond = ~(distance[:, None] + slack <= modulus / 2)
   needed = beyond.sum(axis=1, dtype=jnp.int32)
   histogram = jnp.zeros((count, LEVELS), jnp.float32)
@@ -91,7 +94,14 @@ def correct(
 def with_levels(
   integers: jax.Array, needed: jax.Array, base: jax.Array, groups: jax.Array
 ) -> Correction:
-  """The correction of integers with levels of at least `needed`: int32 `[S]`."""
+  """Returns the correction with levels of at least `needed` and of at least the base.
+
+  Args:
+    integers: uint16 `[S]`.
+    needed: int32 `[S]`, the least level of each integer.
+    base: int32 `[G]`, the base level of each group.
+    groups: int32 `[S]`, the group of each integer.
+  """
   level = jnp.maximum(needed, base[groups])
   return Correction(
     base=base.astype(jnp.uint8),
@@ -101,15 +111,24 @@ def with_levels(
 
 
 def levels(correction: Correction, groups: jax.Array) -> jax.Array:
-  """The level of each integer: int32 `[..., S]`."""
+  """Returns the level of each integer, base plus extra level: int32 `[..., S]`."""
   base = correction.base[..., groups].astype(jnp.int32)
   return jnp.minimum(base + correction.extra.astype(jnp.int32), LEVELS - 1)
 
 
 def nearest(positions: jax.Array, level: jax.Array, residue: jax.Array) -> jax.Array:
-  """The integers with these residues nearest to positions: uint16, any shape."""
+  """Returns the integers with these residues that are nearest to the positions.
+
+  Args:
+    positions: float32, of any shape.
+    level: int32, of the same shape.
+    residue: uint16, of the same shape.
+
+  Returns:
+    uint16, of the same shape.
+  """
   residue = residue.astype(jnp.int32)
-  # Dividing by a power of two is exact.
+  # Multiplying by a power of two is exact.
   steps = (positions - residue.astype(jnp.float32)) * jnp.exp2(
     -level.astype(jnp.float32)
   )
@@ -118,7 +137,7 @@ def nearest(positions: jax.Array, level: jax.Array, residue: jax.Array) -> jax.A
 
 
 def fit(correction: Correction) -> np.ndarray:
-  """Frequency tables for a correction's base and extra levels: int64 `[2, 17]`."""
+  """Returns frequency tables for the base and the extra levels: int64 `[2, 17]`."""
 
   def table(symbols: jax.Array) -> np.ndarray:
     counts = np.bincount(np.asarray(symbols).reshape(-1), minlength=LEVELS)
@@ -130,11 +149,11 @@ def fit(correction: Correction) -> np.ndarray:
 def codec(
   groups: jax.Array, batch: tuple[int, ...], count: int, frequencies: jax.Array
 ) -> codecs.Codec:
-  """The codec of corrections.
+  """Returns the codec of corrections.
 
   Args:
     groups: int32 `[S]`, as in `correct`.
-    batch: leading axes of the corrections, which share the groups.
+    batch: leading axes of the corrections, which all have the same groups.
     count: G.
     frequencies: `[2, 17]`, from `fit`.
 
@@ -158,7 +177,7 @@ def codec(
   def pop(message: rans.Message) -> tuple[rans.Message, Correction]:
     message, base = bases.pop(message)
     message, extra = extras.pop(message)
-    # The residues' codec needs the levels only.
+    # The residues are not known yet. Their codec reads only the levels.
     correction = Correction(base.astype(jnp.uint8), extra.astype(jnp.uint8), extra)
     message, residue = residues(correction).pop(message)
     return message, correction._replace(residue=residue.astype(jnp.uint16))

@@ -1,34 +1,45 @@
-r"""A codec over the orthogonal group under the Haar measure.
+r"""A codec of rotations and frames under the Haar measure.
 
-**Factors.** Let x_0, x_1, ... be unit vectors, x_j uniform on the sphere in n - j
-dimensions, on the coordinates from j on, and let the reflection H_j exchange x_j with
--s_j e_j, where s_j is the sign of the first coordinate of x_j. Then
+The Haar measure is the uniform distribution of rotations: it does not change if all of
+them are multiplied by one more rotation. Rotation means any orthogonal matrix, of
+determinant 1 or -1. A frame is a matrix of k orthonormal columns in n dimensions; for
+k = n it is a rotation.
+
+**Factors.** Let x_0, ..., x_{k-1} be unit vectors in n dimensions. The first j
+coordinates of x_j are 0, and x_j is uniform on the sphere in the other n - j. Let s_j
+be the sign of the coordinate j of x_j, and let H_j be the reflection that exchanges x_j
+and -s_j e_j. Then
 
     Q = H_0 H_1 ... H_{k-1} D,    D = diag(-s_0, -s_1, ...)    [n, k]
 
-has the Haar measure: on O(n) for k = n, both determinants included, and on the
-orthonormal k-frames of R^n (the Stiefel manifold) for k < n.
+has the Haar measure: on O(n) for k = n, and on the orthonormal k-frames of R^n (the
+Stiefel manifold) for k < n.
 
 **Coordinates.** Within a vector the ratios t_i = x_i / |x_i, ..., x_{n-1}| are
-independent, with density proportional to (1 - t^2)^((v - 3) / 2), where v = n - i
-coordinates are left. The last two are taken together, as an angle that is uniform on
-the circle. So a rotation is n (n - 1) / 2 independent numbers, and one sign, which is
-the last vector.
+independent. The density of t_i is proportional to (1 - t^2)^((v - 3) / 2), where
+v = n - i is the number of coordinates from i on. The last two coordinates of a vector
+are coded together, as an angle that is uniform on the circle. So a rotation consists of
+n (n - 1) / 2 independent numbers and one sign; the sign is the last vector.
 
-**Cells.** Each number is one of 2^16 cells, which divide evenly the range of t, of
-t sqrt(v) from -4 to 4 where that is less, or the circle. The high 6 bits of a cell are
-coded with an integer table for each v, the low 10 are uniform. Even steps of t sqrt(v)
-suit the errors of a recovered rotation, which are about the same everywhere; even
-steps of probability would be 0.7 bits worse, being finest in the middle.
+**Cells.** A cell is an integer in [0, 2^16) that stands for a small interval of a
+number. The cells divide the circle evenly for an angle. For a ratio t they divide the
+range [-1, 1] evenly, or the range -4 <= t sqrt(v) <= 4 if that is narrower. The high 6
+bits of a cell, its bin, are coded with an integer table for each v; the low 10 bits are
+uniform. Even steps of t sqrt(v) suit the errors of a recovered rotation, because these
+are about equal everywhere. Even steps of probability would cost 0.7 bits more, because
+they are finest in the middle.
 
-**Recovery.** The decoder has Q_hat, near Q, and a `Correction`, which makes every cell
-exact (see `correction`). Each column is read after the exact reflections of all columns
-before it, so errors do not pile up. That is Householder QR with corrections.
+**Recovery.** The decoder has a frame Q_hat near Q and a `Correction`, which makes every
+cell exact (see `correction`). It reads the columns from left to right. Before it reads
+a column, it applies the exact reflections of all columns before that one, so errors do
+not accumulate. The algorithm is Householder QR with corrections.
 
-A message's cells and corrections are integers; no float decides anything.
+Cells and corrections are integers, and the margin of a correction covers the
+differences between the floats of machines. So no float decides what is decoded.
 
-Shape letters: [n, k] the frame, S = coordinates + 1 for the sign if k = n, P columns of
-a panel. Functions take leading axes where it says so, else `vmap` them.
+Shape letters: [n, k] the shape of the frame; S cells of a frame, of which one is the
+sign if k = n; P columns of a panel. Functions are unbatched unless they have an
+argument `batch`; use `vmap` for others.
 
 References:
   G. W. Stewart, SIAM J. Numer. Anal. 17 (1980) 403.
@@ -52,7 +63,8 @@ _BINS = 64
 _FINE_BITS = 10
 _CELLS = _BINS << _FINE_BITS
 _PANEL = 32
-_CUTS, _LEAST_CUT = 4, 256  # how often what is read is cut off; columns
+# Columns that have been read are cut off in about _CUTS steps of at least _LEAST_CUT.
+_CUTS, _LEAST_CUT = 4, 256
 
 _Panel = tuple[jax.Array, jax.Array, jax.Array]  # columns, reflectors, cells
 
@@ -60,26 +72,26 @@ _matmul = functools.partial(jnp.matmul, precision='highest')
 
 
 class Correction(NamedTuple):
-  """What leads from a recovered rotation to the exact cells."""
+  """The data that the decoder needs to get exact cells from a recovered frame."""
 
-  flips: jax.Array  # bool [k], columns whose sign was recovered wrong
-  cells: correction_lib.Correction  # of the cells, grouped by column
+  flips: jax.Array  # bool [k], whether each column was recovered with a wrong sign
+  cells: correction_lib.Correction  # correction of the cells; a column is a group
 
 
 def num_cells(n: int, k: int) -> int:
-  """S, how many cells an [n, k] frame has."""
+  """Returns S, the number of cells of a frame `[n, k]`."""
   if not 0 <= k <= n:
     raise ValueError(f'no {k} orthonormal vectors exist in {n} dimensions')
   return k * (2 * n - 1 - k) // 2 + (0 < k == n)
 
 
 def codec(n: int, k: int, batch: tuple[int, ...] = ()) -> codecs.Codec:
-  """The codec of cells under the Haar measure.
+  """Returns the codec of cells under the Haar measure.
 
   Args:
     n: rows of the frame.
-    k: columns of it; n for a rotation.
-    batch: leading axes, for a stack of rotations.
+    k: columns of the frame; n for a rotation.
+    batch: leading axes, for a stack of frames.
 
   Returns:
     A codec of uint16 `[*batch, S]`.
@@ -88,7 +100,7 @@ def codec(n: int, k: int, batch: tuple[int, ...] = ()) -> codecs.Codec:
 
   def make() -> codecs.Codec:
     row, _ = _places(n, k)
-    # The sign, in the last row, has no bin and one bit.
+    # The sign is in the last row. It has no bin, and its low part is one bit.
     context = jnp.where(row < n - 1, n - 2 - row, max(n - 1, 0))
     fine = jnp.where(row < n - 1, 1 << _FINE_BITS, 2)
     return codecs.serial(
@@ -111,12 +123,12 @@ def codec(n: int, k: int, batch: tuple[int, ...] = ()) -> codecs.Codec:
 
 
 def rotation(cells: jax.Array, n: int, k: int) -> jax.Array:
-  """The frame that cells stand for.
+  """Returns the frame for which the cells stand.
 
   Args:
     cells: uint16 `[S]`.
-    n: rows.
-    k: columns.
+    n: rows of the frame.
+    k: columns of the frame.
 
   Returns:
     Q, float32 `[n, k]`.
@@ -131,12 +143,13 @@ def rotation(cells: jax.Array, n: int, k: int) -> jax.Array:
 def correct(
   recovered: jax.Array, cells: jax.Array, frame: jax.Array | None = None
 ) -> Correction:
-  """The correction with which `recover` gets the cells back.
+  """Returns the correction with which `recover` finds the cells.
 
   Args:
-    recovered: Q_hat, float32 `[n, k]`, near `rotation(cells)` up to columns' signs.
+    recovered: Q_hat, float32 `[n, k]`, near `rotation(cells)` except for the signs of
+      columns.
     cells: uint16 `[S]`.
-    frame: `rotation(cells)`, if it is known.
+    frame: `rotation(cells)`; it is computed if not given.
 
   Returns:
     The correction.
@@ -151,20 +164,21 @@ def correct(
     frame = _compose(vectors, signs) if frame is None else frame
     flips = (frame * recovered).sum(axis=0) < 0
     flipped = jnp.where(flips, -recovered, recovered)
-    # All columns at once, each after the reflections of the columns before it.
+    # All columns are reflected at once, each by the reflections of the columns before
+    # it.
     factor = _compact_factor(vectors)
     inner = _solve(factor, _matmul(vectors.T, flipped), transpose=True)
     remaining = flipped - _matmul(vectors, jnp.triu(inner, 1))
     position = _pack(_positions(jnp.tril(remaining)), n, k)
-  # What float32 linear algebra may differ by: its errors grow as sqrt(n). In 1024
-  # dimensions two polar factors were seen to differ by 0.08 cells, and reading them by
-  # reflections in another order of operations by 0.04.
+  # The margin covers differences of float32 linear algebra between machines. Its errors
+  # grow as sqrt(n). In 1024 dimensions two computations of a polar factor differed by
+  # 0.08 cells, and two orders of applying the reflections differed by 0.04 cells.
   margin = max(1 / 8, n**0.5 / 128)
   return Correction(flips, correction_lib.correct(position, cells, margin, column, k))
 
 
 def recover(recovered: jax.Array, correction: Correction) -> jax.Array:
-  """The exact cells of a rotation that was recovered inexactly.
+  """Returns the exact cells of a frame that was recovered inexactly.
 
   Args:
     recovered: Q_hat, float32 `[n, k]`.
@@ -184,7 +198,8 @@ def recover(recovered: jax.Array, correction: Correction) -> jax.Array:
   remaining = widen(jnp.where(correction.flips, -recovered, recovered))
   cells, start = [], 0
   while start < width:
-    # What is read is cut off from time to time: reflections leave it alone.
+    # Rows and columns that have been read are cut off from time to time, because later
+    # reflections do not change them.
     count = min(max(width // _CUTS // _PANEL * _PANEL, _LEAST_CUT), width - start)
     remaining, read = _recover_columns(
       remaining, levels[start:, start:], residues[start:, start:], k - start, count
@@ -197,23 +212,24 @@ def recover(recovered: jax.Array, correction: Correction) -> jax.Array:
 def _recover_columns(
   remaining: jax.Array, levels: jax.Array, residues: jax.Array, k: int, count: int
 ) -> tuple[jax.Array, jax.Array]:
-  """Reads the first columns of what is left of a frame.
+  """Reads the first of the remaining columns of a frame.
 
   Args:
-    remaining: float32 `[m, w]`, the last m coordinates of the columns that are left,
-      reflected by all reflections so far.
-    levels: int32 `[m, w]`, of these cells' corrections.
-    residues: uint16 `[m, w]`, likewise.
-    k: how many of the columns are no padding.
-    count: how many columns to read, a multiple of P.
+    remaining: float32 `[m, w]`, the last m coordinates of the remaining columns. All
+      reflections so far have been applied to them.
+    levels: int32 `[m, w]`, levels of the corrections of these cells.
+    residues: uint16 `[m, w]`, residues of these corrections.
+    k: number of columns that are not padding.
+    count: number of columns to read, a multiple of P.
 
   Returns:
-    The columns reflected, `[m, w]`, and the cells read, uint16 `[m, count]`.
+    The columns after their reflections, `[m, w]`; and the cells of the columns that
+    were read, uint16 `[m, count]`.
   """
   rows = jnp.arange(remaining.shape[0])
 
   def read(start: jax.Array, c: jax.Array, carry: _Panel) -> _Panel:
-    """Reads one column of a panel and reflects the panel."""
+    """Reads one column of a panel and applies its reflection to the panel."""
     panel, vectors, cells = carry
     j = start + c
     position = _positions(jnp.where(rows >= j, panel[:, c], 0)[:, None])[:, 0]
@@ -238,7 +254,10 @@ def _recover_columns(
 
 
 def fit(correction: Correction) -> np.ndarray:
-  """Frequency tables for corrections: int64 `[3, 17]`."""
+  """Returns frequency tables for a correction: int64 `[3, 17]`.
+
+  They are for base levels, for extra levels, and for flips.
+  """
   flips = np.asarray(correction.flips).astype(np.int64).reshape(-1)
   counts = np.bincount(flips, minlength=correction_lib.LEVELS)
   flip_table = tables.quantize(counts if flips.size else counts + 1)
@@ -248,13 +267,13 @@ def fit(correction: Correction) -> np.ndarray:
 def correction_codec(
   n: int, k: int, frequencies: jax.Array, batch: tuple[int, ...] = ()
 ) -> codecs.Codec:
-  """The codec of corrections.
+  """Returns the codec of corrections.
 
   Args:
     n: rows of the frame.
-    k: columns.
+    k: columns of the frame.
     frequencies: `[3, 17]`, from `fit`.
-    batch: leading axes, for a stack of rotations.
+    batch: leading axes, for a stack of frames.
 
   Returns:
     A codec of corrections whose arrays have the leading axes `batch`.
@@ -278,18 +297,20 @@ def correction_codec(
 
 @functools.lru_cache(maxsize=8)
 def bin_tables(n: int) -> np.ndarray:
-  """Integer tables of the bins: int64 `[n - 1, 64]`, for v = 2, ..., n.
+  """Returns the frequency tables of the bins for v = 2, ..., n: int64 `[n - 1, 64]`.
 
-  The encoder and the decoder both make them, so they must not differ by a bit between
-  machines: they use only those float64 operations that IEEE 754 rounds correctly, each
-  on its own (no sums whose order a library chooses, no powers, no logarithms).
+  The encoder and the decoder both compute the tables, so these must be equal on all
+  machines to the last bit. Therefore the computation uses only float64 operations that
+  IEEE 754 rounds correctly, one at a time: no sums in an order that a library chooses,
+  no powers and no logarithms.
   """
   points = 16
   half = _BINS // 2
   v = np.arange(2, max(n, 1) + 1, dtype=np.float64)[:, None]
   midpoints = (np.arange(half * points) + 0.5) / (half * points)
   t = np.where(v <= 16, 1.0, 4.0 / np.sqrt(v)) * midpoints
-  # sqrt(1 - t^2)^(v - 3) by squaring; v = 2 is uniform on the circle.
+  # Computes sqrt(1 - t^2)^(v - 3) by squaring. The exponent is 0 for v = 2, because the
+  # angle is uniform.
   power, weight = np.sqrt((1.0 - t) * (1.0 + t)), np.ones_like(t)
   exponent = np.maximum(v.astype(np.int64) - 3, 0)
   while exponent.any():
@@ -300,7 +321,7 @@ def bin_tables(n: int) -> np.ndarray:
     mass = mass + weight[:, i::points]
   for i in range(half):
     total = total + mass[:, i : i + 1]
-  # Bins with less than half of the least frequency are left out.
+  # Bins with less than half of the least positive frequency get the frequency 0.
   share = mass / total / 2
   share = np.where(share * tables.TOTAL < 0.5, 0, share)
   counts = np.floor(share * 2.0**40).astype(np.int64)
@@ -317,20 +338,21 @@ def _check_cells(cells: jax.Array, n: int, k: int) -> None:
 
 
 def _reach(n: int) -> jax.Array:
-  """The greatest |t| in each row: float32 `[n, 1]`."""
+  """Returns the greatest |t| that the cells of each row can have: float32 `[n, 1]`."""
   left = n - jnp.arange(n, dtype=jnp.float32)[:, None]
   return jnp.minimum(1, 4 / jnp.sqrt(left))
 
 
 def _reflectors(cells: jax.Array, first: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """Householder vectors x_j + s_j e_j and signs s_j.
+  """Returns the Householder vectors x_j + s_j e_j and the signs s_j.
 
   Args:
-    cells: uint16 `[n, c]`, one vector a column.
-    first: int32 `[c]`, each vector's first row.
+    cells: uint16 `[n, c]`; each column holds the cells of one vector.
+    first: int32 `[c]`, the first row j of each vector.
 
   Returns:
-    float32 `[n, c]`, zero above the first rows, and `[c]`.
+    The vectors, float32 `[n, c]`, which are zero above their first rows; and the signs,
+    float32 `[c]`.
   """
   n = cells.shape[0]
   rows = jnp.arange(n)[:, None]
@@ -351,13 +373,15 @@ def _reflectors(cells: jax.Array, first: jax.Array) -> tuple[jax.Array, jax.Arra
 
 
 def _positions(x: jax.Array) -> jax.Array:
-  """Where vectors are in units of cells, modulo 2^16: the inverse of `_reflectors`.
+  """Returns the positions of vectors in units of cells, modulo 2^16.
+
+  `_reflectors` computes the vectors x_j from cells; this is the inverse.
 
   Args:
-    x: float32 `[n, c]`, zero above each vector's first row.
+    x: float32 `[n, c]`, zero above the first row of each vector.
 
   Returns:
-    float32 `[n, c]`, meaningless where the vectors have no cells.
+    float32 `[n, c]`. Entries for which the vectors have no cells are meaningless.
   """
   n = x.shape[0]
   rows = jnp.arange(n)[:, None]
@@ -370,14 +394,14 @@ def _positions(x: jax.Array) -> jax.Array:
 
 
 def _compose(vectors: jax.Array, signs: jax.Array) -> jax.Array:
-  """`H_0 ... H_{k-1} D`."""
+  """Returns `H_0 ... H_{k-1} D`, given Householder vectors and signs."""
   diagonal = jnp.eye(vectors.shape[0], signs.size, dtype=jnp.float32) * -signs
   inner = _solve(_compact_factor(vectors), _matmul(vectors.T, diagonal))
   return diagonal - _matmul(vectors, inner)
 
 
 def _compact_factor(vectors: jax.Array) -> jax.Array:
-  """The inverse of the triangular T in `H_0 ... H_{k-1} = I - V T V^T`."""
+  """Returns the inverse of the triangular T in `H_0 ... H_{k-1} = I - V T V^T`."""
   gram = _matmul(vectors.T, vectors)
   diagonal = jnp.diagonal(gram)
   # A zero vector stands for no reflection.
@@ -390,9 +414,9 @@ def _solve(factor: jax.Array, x: jax.Array, *, transpose: bool = False) -> jax.A
 
 
 def _places(n: int, k: int) -> tuple[jax.Array, jax.Array]:
-  """Row and column of each cell: int32 `[S]`.
+  """Returns the row and the column of each cell in the frame: int32 `[S]`.
 
-  Columns j and k - 1 - j together have 2n - 1 - k coordinates whatever j is, so the
+  For every j, the columns j and k - 1 - j together have 2n - 1 - k coordinates. So the
   trapezoid of coordinates folds to a rectangle.
   """
   index = jnp.arange(num_cells(n, k))
@@ -406,13 +430,13 @@ def _places(n: int, k: int) -> tuple[jax.Array, jax.Array]:
 
 
 def _pack(matrix: jax.Array, n: int, k: int) -> jax.Array:
-  """Takes the cells' entries `[S]` out of a matrix `[n, >= k]`."""
+  """Returns the entries `[S]` of a matrix `[n, >= k]` at the places of the cells."""
   row, column = _places(n, k)
   return matrix.at[row, column].get(mode='promise_in_bounds')
 
 
 def _unpack(values: jax.Array, n: int, k: int) -> jax.Array:
-  """The inverse of `_pack`, with zeros elsewhere: `[n, k]`."""
+  """Puts values `[S]` at the places of the cells and zeros elsewhere: `[n, k]`."""
   row, column = jnp.arange(n)[:, None], jnp.arange(k)[None]
   second = column >= (k + 1) // 2
   pair = jnp.where(second, k - 1 - column, column)

@@ -1,14 +1,16 @@
-"""Arrays of floating-point numbers on a stack of words, as they are or entropy coded.
+"""Arrays of floating-point numbers on a stack of words, plain or entropy coded.
 
-For bits-back coding, where all numbers share one stack; `coding.weights` codes units
-that decode on their own.
+Bits-back coding puts the numbers of all arrays on one stack. (`coding.weights` codes
+arrays for files of which each part decodes on its own.)
 
-As they are, numbers are their own words. Entropy coded, an array is its rests (see
-`floats`), packed densely, and then blocks of symbols under the array's frequency table:
-every block is a `rans.Message` of its own, as `rans.to_words` writes it, with its
-number of words on top.
+A plain array is pushed as the 16-bit words that it consists of. To entropy code an
+array, each number is split into a symbol, which depends on the exponent and the top
+bits of the mantissa, and a rest, the other bits; see `floats`. The rests are packed
+densely and pushed first. Then the symbols are pushed in blocks, under one frequency
+table for the array. Each block is a `rans.Message`, in the layout of `rans.to_words`,
+with its number of words on top.
 
-Shape letters: N lanes of a block, T symbols of a lane, A symbols of the alphabet.
+Shape letters: N lanes of a block, T symbols of a lane, A symbols in the alphabet.
 """
 
 from collections.abc import Iterator
@@ -35,17 +37,17 @@ def push(
 
   Args:
     stack: the words; changed in place.
-    array: of a dtype in `floats.LAYOUTS`.
-    entropy: whether to model exponents and top mantissa bits.
+    array: an array of a dtype in `floats.LAYOUTS`.
+    entropy: whether to entropy code the array.
 
   Returns:
-    The frequency table, int64 `[A]`, if `entropy`; else None.
+    The frequency table of the array, int64 `[A]`; None if `entropy` is false.
 
   Raises:
-    ValueError: if the array's dtype is not known.
+    ValueError: if the dtype of the array is not supported.
   """
   if array.dtype not in floats.LAYOUTS:
-    raise ValueError(f'only floats are coded, got {array.dtype=}')
+    raise ValueError(f'only floats can be coded, got {array.dtype=}')
   flat = np.ascontiguousarray(array).reshape(-1)
   if not entropy:
     stack.push(flat.view(np.uint16))
@@ -75,13 +77,13 @@ def pop(
   shape: tuple[int, ...],
   table: np.ndarray | None,
 ) -> np.ndarray:
-  """The inverse of `push`.
+  """Pops an array: the inverse of `push`.
 
   Args:
     stack: the words; changed in place.
-    dtype: of the array.
-    shape: of the array.
-    table: as `push` returned it; zeros may follow.
+    dtype: dtype of the array.
+    shape: shape of the array.
+    table: the table that `push` returned; zeros may be appended to it.
 
   Returns:
     The array.
@@ -95,7 +97,7 @@ def pop(
     return stack.pop(size * kind.itemsize // 2).view(kind).reshape(shape)
   layout = floats.LAYOUTS[np.dtype(kind)]
   if table[layout.alphabet :].any():
-    raise ValueError(f'a frequency table has symbols that {dtype} has not')
+    raise ValueError(f'a frequency table has symbols that do not exist for {dtype}')
   own = table[None, : layout.alphabet]
   intervals, slots = tables.pack_intervals(own), tables.slots(own)
   symbols = np.empty(size, np.uint16)
@@ -112,10 +114,10 @@ def pop(
 
 
 def check_empty(message: rans.Message) -> None:
-  """Refuses a message from which not all has been popped, or too much.
+  """Checks that exactly the content of a message has been popped.
 
   Raises:
-    ValueError: if so.
+    ValueError: if content is left, or if more was popped than the message held.
   """
   rans.check(message)
   if np.any(np.asarray(message.size)) or np.any(np.asarray(message.state) != 1 << 16):
@@ -123,13 +125,16 @@ def check_empty(message: rans.Message) -> None:
 
 
 def _blocks(size: int) -> Iterator[tuple[int, int]]:
-  """Where each block of symbols begins, and how many it has."""
+  """Yields the first symbol of each block, and its number of symbols."""
   most = _MAX_LANES * _MAX_STEPS
   return ((start, min(most, size - start)) for start in range(0, size, most))
 
 
 def _geometry(count: int) -> tuple[int, int]:
-  """T and N; powers of two, so that blocks share compiled programs."""
+  """Returns T and N for a block of `count` symbols.
+
+  Both are powers of two, so that blocks share compiled programs.
+  """
   lanes = 1 << min(max(count >> 9, 1), _MAX_LANES).bit_length() - 1
   return 1 << max(-(-count // lanes) - 1, 0).bit_length(), lanes
 
@@ -142,7 +147,7 @@ _join = jax.jit(
 
 
 def _contexts(steps: int, lanes: int, count: int | jax.Array) -> jax.Array:
-  """0 for the places of symbols, 1 for those that hold none: uint32 `[T, N]`."""
+  """Returns 0 for places with a symbol and 1 for the others: uint32 `[T, N]`."""
   places = jnp.arange(steps * lanes).reshape(steps, lanes)
   return (places >= count).astype(jnp.uint32)
 

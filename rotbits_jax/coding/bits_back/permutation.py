@@ -1,9 +1,11 @@
-r"""Bits-back coding over the symmetric group: the order of rows, for free.
+r"""Bits-back coding over the symmetric group: the order of rows costs no bits.
 
-Where the order of n rows changes nothing (the neurons of an MLP), it is popped from the
-message and pushed back by the decoder, which finds it by sorting: integers only, exact,
-worth log2 n! bits. If rows are equal, the order among them cannot be found, and is not
-popped: blocks of t_1, t_2, ... equal rows make it log2 n! / (t_1! t_2! ...).
+Sometimes the order of n rows does not matter, as for the neurons of an MLP. Then the
+encoder pops an order from the message, and stores the rows in this order. The decoder
+finds the order by sorting the rows, and pushes it back. All of this is exact, because
+only integers are involved. It saves log2 n! bits. The order among equal rows cannot be
+found, so it is not popped: with blocks of t_1, t_2, ... equal rows, coding saves
+log2 n! / (t_1! t_2! ...) bits.
 
 Encoder:
 
@@ -16,7 +18,7 @@ Decoder, when it has popped these:
     order, starts = canonical_order(stored)
     message = arrangements(starts).push(message, inverse(order))
 
-Shape letters: n rows, C numbers in a row. A permutation p, int32 `[n]`, takes rows to
+Shape letters: n rows, C numbers in a row. A permutation p, int32 `[n]`, maps rows to
 `rows[p]`.
 
 Reference: R. Durstenfeld, Algorithm 235: Random permutation, CACM 7 (1964) 420.
@@ -29,20 +31,21 @@ import numpy as np
 from rotbits_jax.coding import codecs
 from rotbits_jax.coding import rans
 
-# A digit that has up to 2^12 values owns at least 2^4 slots of 2^16 for each, so
-# uneven slots cost less than 1e-3 bits.
+# Each value of a digit with at most 2^12 values owns at least 2^4 of 2^16 slots.
+# Therefore their unequal shares cost less than 1e-3 bits.
 _DIGIT_BITS = 12
 
 
 def uniform(starts: jax.Array) -> codecs.Codec:
-  """The codec of uniformly distributed permutations that map blocks to themselves.
+  """Returns the codec of uniform permutations that map every block to itself.
 
-  A Fisher-Yates shuffle within each block: place i, from the last one down, is swapped
-  with a place of the same block at or below it, which is the symbol coded.
+  A block is a run of consecutive places. The codec does a Fisher-Yates shuffle within
+  each block: it goes over the places from the last one down, and swaps each place with
+  a place of the same block at or below it. The symbols are these other places.
 
   Args:
-    starts: int32 `[n]`, the first place of the block that each place is in; blocks are
-      contiguous. All 0 for the whole symmetric group.
+    starts: int32 `[n]`, the first place of the block that contains each place. If all
+      are 0, the permutations are the whole symmetric group.
 
   Returns:
     A codec of int32 `[n]`.
@@ -81,14 +84,14 @@ def uniform(starts: jax.Array) -> codecs.Codec:
 
 
 def arrangements(starts: jax.Array) -> codecs.Codec:
-  """The codec of orders of rows, some of which are equal, uniform over distinct ones.
+  """Returns the codec of distinguishable orders of rows, which it codes as uniform.
 
-  A permutation is popped and its part within the blocks is pushed back: the order of
-  equal rows never shows.
+  Orders that differ only among equal rows are not distinguishable. `pop` pops a
+  permutation of all rows, and pushes back the permutations within blocks of equal rows.
 
   Args:
-    starts: int32 `[n]`: where each row's block of equal rows begins, as
-      `canonical_order` gives it.
+    starts: int32 `[n]`, the first place of the block of equal rows that contains each
+      place, from `canonical_order`.
 
   Returns:
     A codec of int32 `[n]`: permutations that keep the rows of a block in order.
@@ -98,7 +101,7 @@ def arrangements(starts: jax.Array) -> codecs.Codec:
 
   def pop(message: rans.Message) -> tuple[rans.Message, jax.Array]:
     message, permutation = everything.pop(message)
-    # The places that rows go to, block by block; in order within each block.
+    # The places to which the rows of each block go, in ascending order.
     order = jnp.argsort(starts[permutation], stable=True)
     message = within.push(message, permutation[order])
     return message, inverse(order)
@@ -111,23 +114,24 @@ def arrangements(starts: jax.Array) -> codecs.Codec:
 
 
 def canonical_order(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-  """Sorts rows lexicographically by their raw bits, as unsigned integers.
+  """Sorts rows lexicographically by their bits, taken as unsigned integers.
 
-  Host code: comparing bytes in memory is far faster than sorting on thousands of keys.
+  This runs on the host, because there rows are compared as bytes, which is far faster
+  than a sort by thousands of keys.
 
   Args:
     rows: `[n, C]`, of any dtype with a fixed size.
 
   Returns:
-    order: int32 `[n]`: `rows[order]` is sorted, and equal rows keep their order.
-    starts: int32 `[n]`: where the block of equal rows begins that each place of the
-      sorted rows is in.
+    order: int32 `[n]`. `rows[order]` is sorted, and equal rows keep their order.
+    starts: int32 `[n]`. In the sorted rows, the first place of the block of equal rows
+      that contains each place.
   """
   n = rows.shape[0]
   if rows.size == 0:
     return np.arange(n, dtype=np.int32), np.zeros(n, np.int32)
   bits = np.ascontiguousarray(rows).view(f'u{rows.dtype.itemsize}')
-  # Big-endian integers sort as their bytes do.
+  # The order of big-endian integers is the order of their bytes.
   big_endian = bits.astype(bits.dtype.newbyteorder('>'))
   keys = big_endian.view(f'V{bits[0].nbytes}')[:, 0]
   order = np.argsort(keys, kind='stable').astype(np.int32)
@@ -138,13 +142,16 @@ def canonical_order(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def inverse(permutation: jax.Array) -> jax.Array:
-  """The permutation that undoes this one."""
+  """Returns the inverse of a permutation."""
   places = jnp.arange(permutation.size, dtype=jnp.int32)
   return jnp.zeros_like(places).at[permutation].set(places, unique_indices=True)
 
 
 def _two_digits(sizes: jax.Array) -> codecs.Codec:
-  """The codec of integers uniform on `[0, size)`, for sizes up to 2^28."""
+  """Returns the codec of integers uniform on `[0, size)`, for sizes up to 2^28.
+
+  It codes an integer as two digits, each with a uniform codec.
+  """
   bits = jnp.uint32(32) - jax.lax.clz(sizes - 1)
   shift = jnp.maximum(bits, _DIGIT_BITS) - _DIGIT_BITS
   unit = jnp.uint32(1) << shift

@@ -1,6 +1,11 @@
-"""How a rotation is sampled from a message and given back: two codes, one interface.
+"""Two codes of rotations behind one interface.
 
-Shape letters: `[n, k]` the frame, S its integers, R frequency tables of a correction.
+To sample a rotation is to pop integers from a message and to compute the rotation from
+them. Later the integers are recovered from the rotation and pushed back. They are the
+latent of bits-back coding. A frame is a matrix of k orthonormal columns; see `haar`.
+
+Shape letters: `[n, k]` the shape of the frame, S integers of a frame, R frequency
+tables of a correction.
 """
 
 from collections.abc import Callable
@@ -22,18 +27,19 @@ _MAX_LANES = 1024
 
 
 class RotationCode(NamedTuple):
-  """How a frame of k orthonormal vectors is sampled from a message and given back.
+  """Functions that sample a frame from a message and push its integers back.
 
   Attributes:
-    sample: takes a message and returns it without the latent integers, these, and the
-      frame `[n, k]`.
-    correct: takes the recovered frame, the latent integers and the frame, and returns
-      the correction with which `restore` gets the integers back.
-    restore: takes a message, the recovered frame and the correction, and returns the
-      message with the integers pushed back, and these.
-    fit: takes a correction and returns its frequency tables, int64 `[R, 17]`.
-    pack: takes a correction and its tables and returns uint16 words.
-    unpack: the inverse; raises a ValueError where words hold no correction.
+    sample: takes a message; returns the message without the latent integers, the latent
+      integers, and the frame `[n, k]`.
+    correct: takes the recovered frame, the latent integers and the frame; returns the
+      correction with which `restore` finds the integers.
+    restore: takes a message, the recovered frame and the correction; returns the
+      message with the integers on top, and the integers.
+    fit: takes a correction; returns its frequency tables, int64 `[R, 17]`.
+    pack: takes a correction and its tables; returns uint16 words.
+    unpack: takes words and tables; returns the correction. Raises a ValueError if the
+      words do not hold a correction.
     num_integers: S.
     num_tables: R.
   """
@@ -48,17 +54,18 @@ class RotationCode(NamedTuple):
   num_tables: int
 
   def max_rows(self, lanes: int) -> int:
-    """How many words a lane loses to `sample` at most.
+    """Returns the words that a lane of the message must hold for `sample`.
 
-    An integer takes at most 10 bits and a bin of 14, or 16 bits; and the lowest word
-    cannot be popped.
+    An integer takes at most 24 bits: either 10 low bits and a bin of at most 14 bits,
+    or 16 bits. Two words are added, because the lowest word cannot be popped and the
+    division rounds down.
     """
     return 3 * -(-self.num_integers // lanes) // 2 + 2
 
 
 @functools.lru_cache
 def haar_code(n: int, k: int) -> RotationCode:
-  """Exactly uniform rotations; see `haar`."""
+  """Returns the code of frames under the Haar measure; see `haar`."""
   codec = haar.codec(n, k)
 
   def sample(message: rans.Message) -> tuple[rans.Message, Any, jax.Array]:
@@ -87,10 +94,16 @@ def haar_code(n: int, k: int) -> RotationCode:
 
 @functools.lru_cache
 def symmetric_eig_code(n: int, even: bool, threshold: float | None) -> RotationCode:
-  """Eigenvectors of a matrix of numbers, as published; see `symmetric_eig`.
+  """Returns the published code of rotations; see `symmetric_eig`.
 
-  The eigenvalues are sent with the correction. On the message the next rotation would
-  be sampled from them, and a threshold would leave errors in them.
+  The eigenvalues are stored with the correction and not on the message. On the message,
+  the next rotation would be sampled from them, and a threshold would leave errors in
+  them.
+
+  Args:
+    n: dimensions.
+    even: whether the spacing of the numbers is `EVEN`; otherwise it is `FLOAT16`.
+    threshold: as for `symmetric_eig.correct`.
   """
   spacing = symmetric_eig.EVEN if even else symmetric_eig.FLOAT16
   codec, spectra = symmetric_eig.codec(n), symmetric_eig.spectrum_codec(n)
@@ -135,9 +148,15 @@ def symmetric_eig_code(n: int, even: bool, threshold: float | None) -> RotationC
 def _packing(
   codec: Callable[..., codecs.Codec], size: int
 ) -> tuple[Callable[..., np.ndarray], Callable[..., Any]]:
-  """`RotationCode.pack` and `unpack`: a correction as a message of its own."""
+  """Returns `RotationCode.pack` and `unpack`. A correction is a message of its own.
+
+  Args:
+    codec: takes `frequencies`; returns the codec of the correction.
+    size: S.
+  """
   lanes = 1 << min(max(size >> 12, 1), _MAX_LANES).bit_length() - 1
-  # A residue of 16 bits, two levels of 14 at most, and signs.
+  # An integer has a residue of at most 16 bits and two levels of at most 14 bits each.
+  # The rest of the room is for signs.
   capacity = 4 * -(-size // lanes) + 16
   push = jax.jit(
     lambda message, table, correction: codec(frequencies=table).push(

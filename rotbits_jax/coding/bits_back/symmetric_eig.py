@@ -1,35 +1,37 @@
 r"""The published code of a rotation: eigenvectors of a symmetric matrix of numbers.
 
-To sample a rotation, n (n + 1) / 2 16-bit numbers are popped from the message, which
-in the published scheme are float16 weights coded before. They are the lower triangle
-of a symmetric matrix
+To sample a rotation, the encoder pops S = n (n + 1) / 2 numbers of 16 bits from the
+message. In the published scheme these are float16 weights that were pushed before. They
+form the lower triangle of a symmetric matrix
 
     A = Q diag(w) Q^T,
 
-whose eigenvectors Q are the rotation. The n eigenvalues w are pushed back, so that
-n (n - 1) / 2 numbers have been taken. The decoder has Q_hat and w, computes
-Q_hat diag(w) Q_hat^T, rounds to 16-bit numbers and pushes these. Signs of eigenvectors
-cancel, and need not be recovered. Nor does it matter much if vectors mix whose
-eigenvalues are close, as neighbouring singular vectors do.
+whose eigenvectors Q are the rotation. The decoder also needs the n eigenvalues w, so
+the rotation saves n (n - 1) / 2 numbers. The decoder recovers Q_hat, which is near Q,
+computes Q_hat diag(w) Q_hat^T, rounds its entries to 16-bit numbers and pushes them
+back. The signs of eigenvectors cancel in this product, so they need not be recovered.
+An SVD often mixes neighbouring singular vectors. That hardly changes the product,
+because neighbouring eigenvalues are close.
 
-A correction makes up for errors of Q_hat, in one of two ways:
+A correction repairs the errors of Q_hat, in one of two ways:
 
 * exact: every number is made exact (see `correction`);
-* threshold: numbers that would be wrong by more than a threshold are sent as they are,
-  and all others are left as they come out. So the message that comes back *differs*
-  from the one that was there, in numbers popped, by up to the threshold. That harms
-  nothing but precision if they are float16 weights that were pushed as uniform 16-bit
-  symbols; if they are anything else, like an index or an entropy-coded symbol, it
-  corrupts what lies below. Corrections of rotations that lie below were made for the
-  numbers as they were, too. So only decoding tells what will be decoded.
+* threshold: a number whose error exceeds a threshold is sent in full, and the other
+  numbers keep their errors. So the message that comes back *differs* from the original
+  one in the popped numbers, by up to the threshold. If these numbers are float16
+  weights that were pushed as uniform 16-bit symbols, the weights only lose precision.
+  If they are anything else, such as an index or an entropy-coded symbol, everything
+  below them is corrupted. Moreover, the corrections of rotations below were computed
+  from the numbers without errors. So only decoding shows what will be decoded.
 
-The paper (arXiv 2410.01309) does not say how its numbers are laid out. Here every
-16-bit pattern is a finite number, since a message may hold any: see `FLOAT16`, and
-`EVEN` for messages whose words are not weights but uniform bits. Eigenvalues are 16-bit
-integers on an even grid over their range: float16 would round them too coarsely, by
-about as much as the weights' own rounding turns Q_hat.
+The paper (arXiv 2410.01309) does not specify the numbers. Here every 16-bit pattern
+stands for a finite number, because a message may hold any pattern: see `FLOAT16`, and
+`EVEN` for messages whose words are uniform bits and not weights. Eigenvalues are 16-bit
+integers on an even grid over their range. float16 would be too coarse: its rounding
+would change the product about as much as the errors of Q_hat do, which come from the
+rounding of the weights.
 
-Shape letters: S = n (n + 1) / 2 numbers. Functions are unbatched but for the codecs.
+Shape letters: n dimensions, S numbers. All functions but the codecs are unbatched.
 """
 
 from collections.abc import Callable
@@ -47,17 +49,17 @@ _matmul = functools.partial(jnp.matmul, precision='highest')
 
 
 class Spectrum(NamedTuple):
-  """The eigenvalues that are pushed back: `scale * (steps - 32767.5) / 32767.5`."""
+  """The eigenvalues, `scale * (steps - 32767.5) / 32767.5`."""
 
   scale: jax.Array  # float32 [], the greatest absolute eigenvalue
   steps: jax.Array  # uint16 [n]
 
 
 class Spacing(NamedTuple):
-  """Which numbers the 16-bit patterns stand for.
+  """The numbers for which the 16-bit patterns stand.
 
-  Ordinals are the patterns in the order of their float16 numbers: uint16, the least
-  number has 0, -0 has 32767 and +0 has 32768.
+  The ordinal of a pattern is its place among all patterns in the order of their float16
+  numbers, uint16. The least number has the ordinal 0, -0 has 32767 and +0 has 32768.
   """
 
   value: Callable[[jax.Array], jax.Array]  # ordinals to float32
@@ -65,17 +67,22 @@ class Spacing(NamedTuple):
 
 
 def num_numbers(n: int) -> int:
-  """S."""
+  """Returns S, the number of 16-bit numbers that a rotation is sampled from."""
   return n * (n + 1) // 2
 
 
 def codec(n: int, batch: tuple[int, ...] = ()) -> codecs.Codec:
-  """The codec of bit patterns of float16 numbers: uint16 `[*batch, S]`."""
+  """Returns the codec of 16-bit patterns, uniformly distributed: uint16 `[*batch, S]`.
+
+  Args:
+    n: dimensions.
+    batch: leading axes, for a stack of rotations.
+  """
   return _raw((*batch, num_numbers(n)))
 
 
 def spectrum_codec(n: int, batch: tuple[int, ...] = ()) -> codecs.Codec:
-  """The codec of spectra, at 16 bits an eigenvalue and 32 for the scale."""
+  """Returns the codec of spectra: 16 bits per eigenvalue and 32 bits for the scale."""
   parts = codecs.serial(_raw((*batch, n)), _raw((*batch, 2)))
 
   def push(message: rans.Message, spectrum: Spectrum) -> rans.Message:
@@ -93,7 +100,7 @@ def spectrum_codec(n: int, batch: tuple[int, ...] = ()) -> codecs.Codec:
 def rotation(
   patterns: jax.Array, n: int, spacing: Spacing
 ) -> tuple[jax.Array, Spectrum]:
-  """The rotation that numbers stand for.
+  """Computes a rotation from 16-bit patterns.
 
   Args:
     patterns: uint16 `[S]`.
@@ -101,12 +108,12 @@ def rotation(
     spacing: `FLOAT16` or `EVEN`.
 
   Returns:
-    Q, float32 `[n, n]`, and the spectrum to push back.
+    Q, float32 `[n, n]`; and the spectrum, which the decoder needs.
   """
   values = spacing.value(_ordinal(patterns))
   if n:
-    # A few stray numbers far from all others would be all that the matrix is about.
-    # They are clipped, and cost a full correction each.
+    # A few numbers far greater than all others would dominate the matrix. They are
+    # clipped, and each costs a full correction.
     limit = 4 * jnp.quantile(jnp.abs(values), 0.9)
     values = jnp.clip(values, -limit, limit)
   eigenvalues, q = jnp.linalg.eigh(_symmetric(values, n))
@@ -122,17 +129,17 @@ def correct(
   spacing: Spacing,
   threshold: float | None = None,
 ) -> correction_lib.Correction:
-  """The correction with which `recover` gets the numbers back.
+  """Returns the correction with which `recover` finds the patterns.
 
   Args:
     recovered: Q_hat, float32 `[n, n]`.
-    spectrum: as `rotation` returned it.
+    spectrum: the spectrum that `rotation` returned.
     patterns: uint16 `[S]`.
     spacing: as for `rotation`.
-    threshold: the greatest error to leave in; None for none at all.
+    threshold: the greatest error that a number may keep; None to make all exact.
 
   Returns:
-    The correction, grouped by rows.
+    The correction; the numbers of a row of the triangle are a group.
   """
   n = recovered.shape[0]
   ordinals = _ordinal(patterns)
@@ -140,13 +147,13 @@ def correct(
   estimates = _triangle(matrix)
   row, column = _places(n)
   if threshold is not None:
-    # Not a number is not within the threshold either.
+    # Comparisons with NaN are false, so a NaN is sent in full.
     left = jnp.abs(estimates - spacing.value(ordinals)) <= threshold
     level = jnp.where(left, 0, correction_lib.LEVELS - 1)
     base = jnp.zeros(n, jnp.int32)
     return correction_lib.with_levels(ordinals, level, base, row)
-  # What float32 linear algebra may differ by, in proportion to the norms of the rows
-  # that a rotation mixes.
+  # The margin covers differences of float32 linear algebra between machines. They are
+  # proportional to the norms of the rows that a rotation mixes.
   norm = jnp.sqrt(jnp.square(matrix).mean(axis=1))
   reach = (norm[row] + norm[column]) * 2.0**-15
   position = spacing.position(estimates)
@@ -163,12 +170,14 @@ def recover(
   correction: correction_lib.Correction,
   spacing: Spacing,
 ) -> jax.Array:
-  """The numbers that a rotation was sampled with.
+  """Returns the patterns from which a rotation was computed.
+
+  With a threshold, the numbers of some patterns differ by up to the threshold.
 
   Args:
     recovered: Q_hat, float32 `[n, n]`.
-    spectrum: as `rotation` returned it.
-    correction: from `correct`.
+    spectrum: the spectrum that `rotation` returned.
+    correction: the correction that `correct` returned.
     spacing: as for `rotation`.
 
   Returns:
@@ -183,14 +192,20 @@ def recover(
 def correction_codec(
   n: int, frequencies: jax.Array, batch: tuple[int, ...] = ()
 ) -> codecs.Codec:
-  """The codec of corrections; frequencies are those of `correction.fit`."""
+  """Returns the codec of corrections.
+
+  Args:
+    n: dimensions.
+    frequencies: `[2, 17]`, from `correction.fit`.
+    batch: leading axes, for a stack of rotations.
+  """
   return codecs.deferred(
     lambda: correction_lib.codec(_places(n)[0], batch, n, frequencies)
   )
 
 
 def _raw(shape: tuple[int, ...]) -> codecs.Codec:
-  """The codec of uint16 arrays whose entries are uniform."""
+  """Returns the codec of uint16 arrays with uniform entries."""
   parts = codecs.deferred(lambda: codecs.uniform(jnp.full(shape, 1 << 16)))
 
   def pop(message: rans.Message) -> tuple[rans.Message, jax.Array]:
@@ -207,19 +222,19 @@ def _rebuild(q: jax.Array, spectrum: Spectrum) -> jax.Array:
 
 
 def _ordinal(patterns: jax.Array) -> jax.Array:
-  """The places of bit patterns in the order of their float16 numbers."""
+  """Returns the ordinals of patterns; `Spacing` defines them."""
   return jnp.where(patterns >> 15 == 1, ~patterns, patterns | jnp.uint16(0x8000))
 
 
 def _pattern(ordinals: jax.Array) -> jax.Array:
-  """The inverse of `_ordinal`."""
+  """Returns the patterns of ordinals: the inverse of `_ordinal`."""
   return jnp.where(ordinals >> 15 == 1, ordinals & jnp.uint16(0x7FFF), ~ordinals)
 
 
 def _places(n: int) -> tuple[jax.Array, jax.Array]:
-  """Row and column of each number: int32 `[S]`.
+  """Returns the row and the column of each number in the triangle: int32 `[S]`.
 
-  Rows n - 1 - r and r together have n + 1 numbers, so the triangle folds to a
+  Rows n - 1 - r and r together have n + 1 numbers. So the triangle folds to a
   rectangle.
   """
   pair, offset = jnp.divmod(jnp.arange(num_numbers(n)), n + 1)
@@ -229,13 +244,13 @@ def _places(n: int) -> tuple[jax.Array, jax.Array]:
 
 
 def _triangle(matrix: jax.Array) -> jax.Array:
-  """The lower triangle: `[n, n]` to `[S]`."""
+  """Returns the lower triangle of a matrix: `[n, n]` to `[S]`."""
   row, column = _places(matrix.shape[0])
   return matrix.at[row, column].get(mode='promise_in_bounds')
 
 
 def _symmetric(values: jax.Array, n: int) -> jax.Array:
-  """The symmetric matrix with this lower triangle: `[S]` to `[n, n]`."""
+  """Returns the symmetric matrix with this lower triangle: `[S]` to `[n, n]`."""
   i, j = jnp.arange(n)[:, None], jnp.arange(n)[None]
   row, column = jnp.maximum(i, j), jnp.minimum(i, j)
   second = row < n // 2
@@ -253,7 +268,7 @@ def _float16_value(ordinals: jax.Array) -> jax.Array:
 
 
 def _float16_position(values: jax.Array) -> jax.Array:
-  # From far below the least number, which stands for 0, to the greatest.
+  # The lower bound is far below the least positive number, so 0 gets the position of 0.
   magnitude = jnp.clip(jnp.abs(values), 2.0**-40, 131008.0)
   _, exponent = jnp.frexp(magnitude)
   exponent = jnp.maximum(exponent + 14, 1)
@@ -270,9 +285,9 @@ def _even_position(values: jax.Array) -> jax.Array:
   return jnp.clip(values * 32768 + 32767.5, 0, 65535)
 
 
-# float16, but the patterns that it has for infinity and NaN continue its scale up to
-# 131008. For messages that hold float16 or bfloat16 weights, pushed as they are.
+# The numbers of float16. The patterns for infinity and NaN continue the scale up to
+# 131008. It suits messages that hold plain float16 or bfloat16 weights.
 FLOAT16 = Spacing(_float16_value, _float16_position)
 
-# From -1 to 1 in even steps. For messages that hold uniform bits.
+# Even steps from -1 to 1. They suit messages that hold uniform bits.
 EVEN = Spacing(_even_value, _even_position)

@@ -1,15 +1,16 @@
-"""A stack of words that may be far longer than memory, and a message on top of it.
+"""A stack of words that may be far longer than memory, and a window over its top.
 
-Bits-back coding pops bits that were pushed long before, but never many at once: to
-sample a rotation takes the words of one rotation. So the bulk of a message is a plain
-stack of 16-bit words, of which the encoder holds the top and writes the rest away, and
-which the decoder reads from its end backwards. Pushing words that are taken as they are
-is an append. It is also what rANS itself does with uniform 16-bit symbols: a lane whose
-state is `high << 16 | low` moves `low` to its stack and takes the symbol in its place.
+Bits-back coding pops bits that were pushed long before, but few at once: sampling a
+rotation needs the words of one rotation. Therefore most of a message is a plain stack
+of 16-bit words. The encoder keeps the top of the stack in memory and writes the rest to
+a file. The decoder reads the stack backwards from its end. To push words without
+entropy coding is to append them. rANS does the same with uniform 16-bit symbols: a lane
+whose state is `high << 16 | low` moves `low` to its stack and puts the symbol in its
+place.
 
 Symbols with other probabilities need a `rans.Message`. It is a small *window* over the
-stack: `refill` moves words from the top of the stack to the bottom of the window's
-lanes, as full rows, and `drain` moves them back. Both are exact inverses.
+stack. `refill` moves words from the top of the stack to the bottom of the window's
+lanes, in full rows. `drain` moves them back and is the exact inverse.
 
 Positions in the stack are Python integers. Shape letters: N lanes, R rows.
 """
@@ -24,44 +25,44 @@ from rotbits_jax.coding import rans
 
 Spill = Callable[[np.ndarray], None]
 
-_PIECE = 1 << 23  # words that are spilled at once
+_PIECE = 1 << 23  # number of words that are spilled at once
 
 
 class WordStack:
   """A stack of 16-bit words.
 
   Attributes:
-    size: how many words can be popped: the decoder's whole stack, or what the encoder
-      still holds.
+    size: number of words that can be popped. Words that were spilled do not count.
   """
 
   def __init__(self, words: np.ndarray | None = None, spill: Spill | None = None):
     """Makes a stack.
 
     Args:
-      words: uint16 `[W]`, the content, bottom first; empty by default. It is read from
-        its end, once. Pages of a memory map are given back when they have been read.
-      spill: takes words that `settle` removes from the bottom.
+      words: uint16 `[W]`, the content, bottom first; empty by default. It is read once,
+        from its end. Pages of a memory map are given back after they have been read.
+      spill: takes the words that `settle` removes from the bottom.
     """
     self._below = np.zeros(0, np.uint16) if words is None else words
-    self._left = self._below.size  # words of `_below` that have not been popped
-    self._above: list[np.ndarray] = []  # on top of these
+    self._left = self._below.size  # number of words of `_below` not yet popped
+    self._above: list[np.ndarray] = []  # words that were pushed on top of `_below`
     self._spill = spill
     self.size = self._left
-    _give_back(self._below, 0)  # whoever checked the words read them all
+    # The caller has read all words to check them, so all pages are in memory.
+    _give_back(self._below, 0)
 
   def push(self, words: np.ndarray) -> None:
-    """Puts words on top, the last one topmost.
+    """Pushes words; the last one is on top.
 
     Args:
-      words: uint16 `[n]`; kept, not copied.
+      words: uint16 `[n]`. The stack keeps the array and does not copy it.
     """
     if words.size:
       self._above.append(words)
       self.size += words.size
 
   def pop(self, count: int) -> np.ndarray:
-    """Takes the top words: the inverse of `push`.
+    """Pops the top words: the inverse of `push`.
 
     Args:
       count: n.
@@ -89,12 +90,12 @@ class WordStack:
     return taken[0] if len(taken) == 1 else np.concatenate(taken[::-1])
 
   def push_block(self, words: np.ndarray) -> None:
-    """Pushes words and, on top, how many there are."""
+    """Pushes words and then their number, so that `pop_block` needs no argument."""
     self.push(words)
     self.push(np.array([words.size & 0xFFFF, words.size >> 16], np.uint16))
 
   def pop_block(self) -> np.ndarray:
-    """The inverse of `push_block`.
+    """Pops the words of a block: the inverse of `push_block`.
 
     Raises:
       ValueError: if the stack has fewer words.
@@ -103,7 +104,7 @@ class WordStack:
     return self.pop(low | high << 16)
 
   def settle(self, keep: int) -> None:
-    """Spills all but the top `keep` words for good."""
+    """Spills all words but the top `keep`. Spilled words cannot be popped."""
     if self._spill is None:
       return
     while self.size > keep:
@@ -115,12 +116,17 @@ class WordStack:
         del self._above[0]
       else:
         rest = words[count:]
-        # A copy in the end, so that what was spilled need not be held.
+        # The last piece is copied, so that the spilled words can be freed.
         self._above[0] = rest if self.size > keep else rest.copy()
 
 
 def _give_back(words: np.ndarray, start: int) -> None:
-  """Tells the system that a read-only map's pages from `start` on are not needed."""
+  """Tells the system that pages of a read-only map are not needed any more.
+
+  Args:
+    words: the array; nothing happens if it is not a memory map.
+    start: the first word whose page may be given back.
+  """
   mapped = getattr(words, '_mmap', None)
   if mapped is None or getattr(words, 'mode', '') != 'r':
     return
@@ -138,26 +144,26 @@ def refill(
   """Moves rows from the top of a stack to the bottom of a window.
 
   Args:
-    window: the message; None for a new one, whose states take a row more.
+    window: the message; None to make a new one, whose states take one more row.
     stack: the words; changed in place.
     rows: R.
     lanes: N.
-    capacity: of the window, in words of a lane.
+    capacity: capacity of the window, in words per lane.
 
   Returns:
-    The window. Its `lowest` and `highest` begin anew.
+    The window. Its `lowest` and `highest` are set to the new sizes.
 
   Raises:
-    ValueError: if the stack has fewer words, or the window no room.
+    ValueError: if the stack has fewer words, or if the window has no room for them.
   """
   deepest = 0 if window is None else int(np.max(window.size, initial=0))
   if deepest + rows > capacity:
-    raise ValueError(f'{rows} rows more do not fit a window of {capacity}')
+    raise ValueError(f'a window of {capacity} rows has no room for {rows} more')
   if window is None:
     words = stack.pop((rows + 1) * lanes).reshape(-1, lanes)
     return rans.stacked(jnp.asarray(words), capacity)
   words = stack.pop(rows * lanes).reshape(-1, lanes)
-  # Rows that no lane reaches are cut off.
+  # The rows that are cut off at the end are above the stacks of all lanes.
   stacks = np.concatenate([words, np.asarray(window.words)[: capacity + 1 - rows]])
   return _renewed(window, stacks, np.asarray(window.size) + rows)
 
@@ -165,25 +171,26 @@ def refill(
 def drain(
   window: rans.Message, stack: WordStack, rows: int, *, last: bool
 ) -> rans.Message:
-  """The inverse of `refill`.
+  """Moves rows from the bottom of a window to a stack: the inverse of `refill`.
 
   Args:
     window: the message.
     stack: the words; changed in place.
     rows: R.
-    last: whether `refill` made the window of these rows.
+    last: whether `refill` made a new window from these rows. If so, the payload of the
+      states is moved, too.
 
   Returns:
-    The window without them.
+    The window without the rows. Its `lowest` and `highest` are set to the new sizes.
 
   Raises:
-    ValueError: if not all lanes have so many words, or the window is `last` and has
-      something else.
+    ValueError: if a lane has fewer than R words, or if `last` is set and the window
+      holds anything but the rows and the payload.
   """
   size = np.asarray(window.size)
   fits = (size == rows).all() if last else (size >= rows).all()
   if not fits or (last and (np.asarray(window.state) >> 16 != 1).any()):
-    raise ValueError('the window over the message does not hold what was put there')
+    raise ValueError('the window over the message does not hold the words put there')
   words = np.asarray(window.words)
   stack.push(words[:rows].reshape(-1))
   if last:
@@ -193,6 +200,6 @@ def drain(
 
 
 def _renewed(window: rans.Message, words: np.ndarray, size: np.ndarray) -> rans.Message:
-  """A message with these stacks, whose record of sizes begins anew."""
+  """Returns a message with these stacks, `lowest` and `highest` being the new sizes."""
   sizes = jnp.asarray(size, jnp.int32)
   return rans.Message(window.state, jnp.asarray(words), sizes, sizes, sizes)

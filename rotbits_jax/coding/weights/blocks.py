@@ -1,14 +1,21 @@
 """Blocks of numbers: the programs that code them, and their bytes.
 
-Number i of a block is number i // n of lane i % n, so that a step of all lanes reads
-and writes a row of n neighbours. Every lane is a rANS coder with 16-bit words, see
-`rans`, that starts from the state 0, and the decoder ends there. (A message of `rans`
-starts from 2^16. The decoder of a block needs no such bound, because it knows how many
-words a lane has. This saves a byte a lane.) A program always runs N lanes. Those beyond
-n decode what is not used, and the next row overwrites it. All blocks of a layout share
-a program, because the numbers of lanes and steps are arguments.
+A block is a run of numbers that is coded on its own. Number i of a block is number
+i // n of lane i % n. So in each step the lanes read and write a row of n neighbouring
+numbers. Each number has a symbol, which is coded with the frequency table of its
+context, and a rest, which is stored in planes (see `planes`).
 
-Shape letters: N lanes of the program, n lanes in use, T steps, S capacity in numbers.
+A lane is a rANS coder with 16-bit words, see `rans`. The encoder of a lane starts from
+the state 0, and its decoder ends there. (A message of `rans` starts from 2^16 instead.
+The decoder of a block needs no such bound, because it knows how many words a lane has.
+This saves a byte per lane.)
+
+All blocks of a layout share a compiled program, because the number of lanes and the
+number of steps are arguments. A program always runs N lanes. The results of lanes from
+n on are not used; the next row overwrites them.
+
+Shape letters: N lanes of the program, n lanes in use, T steps, S capacity in numbers,
+K tables, A symbols in the alphabet.
 """
 
 from collections.abc import Callable
@@ -29,19 +36,19 @@ LANES = 64
 """N."""
 
 CAPACITY = 1 << 20
-"""The most numbers of a block."""
+"""The greatest number of numbers in a block."""
 
 STEPS = 1 << 14
-"""The most steps of a block."""
+"""The greatest number of steps in a block."""
 
 _SMALL = 1 << 14  # the capacity of the programs of small blocks
 
 
 class Tables(NamedTuple):
-  """Frequency tables as the programs use them.
+  """Frequency tables in the form that the programs use.
 
-  Their count K is 16, 64, 256 or 1024, so that few sizes are compiled. The last table
-  stands where there is no number.
+  Their number K is 16, 64, 256 or 1024, so that programs for few sizes are compiled.
+  The last table is the context of places without a number.
   """
 
   intervals: np.ndarray  # uint32 [K, A], see tables.pack_intervals
@@ -57,7 +64,13 @@ class Tables(NamedTuple):
 
 
 def tables_of(frequencies: np.ndarray, decoding: bool) -> Tables:
-  """The tables of frequencies, int64 `[K, A]`; rows of zeros are not used."""
+  """Makes the tables of some frequencies.
+
+  Args:
+    frequencies: int64 `[k, A]` with k < 1024. A row of zeros is a table that is not
+      used.
+    decoding: whether to compute the slots, which only the decoder needs.
+  """
   count = next(size for size in (16, 64, 256, 1024) if size > len(frequencies))
   padded = np.zeros((count, frequencies.shape[1]), np.int64)
   padded[: len(frequencies)] = frequencies
@@ -65,16 +78,18 @@ def tables_of(frequencies: np.ndarray, decoding: bool) -> Tables:
   padded[unused, 0] = tables.TOTAL
   slots = numbers.aligned_copy(tables.slots(padded)) if decoding else None
   intervals = tables.pack_intervals(padded)
-  # A symbol that is certain takes no bits and leaves a lane as it is: here, any symbol.
+  # In an unused table every symbol owns the whole interval. Coding it costs no bits and
+  # does not change the lane.
   intervals[unused] = intervals[unused, :1]
   return Tables(numbers.aligned_copy(intervals), slots)
 
 
 def lanes_for(count: int, layout: layouts.Layout) -> int:
-  """How many lanes blocks of so many numbers use.
+  """Returns the number of lanes for blocks of `count` numbers.
 
-  A lane costs about 3 bytes, and a program takes as long for one as for N. Of about as
-  many lanes, those are taken that waste least at the ends of planes.
+  A lane costs about 3 bytes, and a step takes equally long for 1 lane and for N lanes.
+  Among similar numbers of lanes, the function chooses one that wastes few bytes at the
+  ends of planes.
   """
   most = min(max(count // 4096, 1), LANES)
   allowed = [n for n in range(max(most - 7, 1), most + 1) if -(-count // n) <= STEPS]
@@ -82,7 +97,7 @@ def lanes_for(count: int, layout: layouts.Layout) -> int:
 
 
 def rest_size(count: int, lanes: int, layout: layouts.Layout) -> int:
-  """The bytes of the rests of a block of so many numbers."""
+  """Returns the number of bytes of the rests in a block of `count` numbers."""
   return sum(planes.sizes(count, lanes, layout.rest))
 
 
@@ -99,28 +114,32 @@ def decode_block(
   slots: jax.Array,
   lanes: jax.Array,
   steps: jax.Array,
+  layout_step: jax.Array,
   *,
   layout: layouts.Layout,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """Decodes a block. Pure, for one block: `vmap` it for more.
+  """Decodes one block. The function is pure; `vmap` it to decode more.
 
   Args:
-    out: unsigned `[S + 2 N]`, of the layout, to be written to.
-    words: uint16 `[S]`, each lane's in the order in which it reads them.
+    out: unsigned integers `[S + 2 N]` of the layout. The numbers are written into it.
+    words: uint16 `[S]`, the words of all lanes. The words of a lane are consecutive, in
+      the order in which the lane reads them.
     states: uint32 `[N]`.
-    starts: int32 `[N]`, where each lane's words start.
-    ends: int32 `[N]`, where they end.
-    contexts: uint8 or uint16 `[S + 2 N]`, the table of each number.
-    rests: uint8, see `planes.read`.
-    plane_starts: int32, likewise.
+    starts: int32 `[N]`, where the words of each lane start.
+    ends: int32 `[N]`, where the words of each lane end.
+    contexts: uint8 or uint16 `[S + 2 N]`, the index of each number's table.
+    rests: uint8, the planes; see `planes.read`.
+    plane_starts: int32, where each plane starts; see `planes.read`.
     intervals: see `Tables`.
     slots: see `Tables`.
     lanes: int32, n.
     steps: int32, T.
-    layout: of the numbers.
+    layout_step: int32, the step of the numbers' layout.
+    layout: `Layout.program` of that layout.
 
   Returns:
-    `out` with the numbers' bit patterns; the states, and where each lane stopped.
+    `out` with the bit patterns of the numbers; the states, uint32 `[N]`; and the place
+    in `words` where each lane stopped, int32 `[N]`.
   """
   count, alphabet = states.shape[0], intervals.shape[1]
   entries, owners = intervals.reshape(-1), slots.reshape(-1)
@@ -144,7 +163,7 @@ def decode_block(
     rest = planes.read(
       rests, plane_starts, t, lanes, layout.rest, layout.unsigned, count
     )
-    patterns = layout.join(symbol, rest)
+    patterns = layout.join(symbol, rest, layout_step)
     out = jax.lax.dynamic_update_slice(out, patterns, (row,))
     return out, state, position + dry.astype(jnp.int32)
 
@@ -159,27 +178,30 @@ def encode_block(
   intervals: jax.Array,
   lanes: jax.Array,
   steps: jax.Array,
+  layout_step: jax.Array,
   *,
   layout: layouts.Layout,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-  """Encodes a block: the inverse of `decode_block`.
+  """Encodes one block: the inverse of `decode_block`.
 
   Args:
-    words: uint16 `[T, N]`, of the greatest T, to be written to.
-    moved: bool, likewise.
-    bits: unsigned `[S + 2 N]`, the numbers' bit patterns.
+    words: uint16 `[STEPS, N]`, an array to write into.
+    moved: bool `[STEPS, N]`, an array to write into.
+    bits: unsigned integers `[S + 2 N]`, the bit patterns of the numbers.
     contexts: as in `decode_block`.
     intervals: as in `decode_block`.
     lanes: int32, n.
     steps: int32, T.
-    layout: of the numbers.
+    layout_step: as in `decode_block`.
+    layout: as in `decode_block`.
 
   Returns:
-    For each number, the word that the lane may have moved away and whether it has, in
-    steps from 0 to T; uint32 `[N]`, the states; unsigned `[S + 2 N]`, the rests.
+    `words` with the low 16 bits of each state before each step; `moved`, which tells
+    whether the lane moved these bits to its words; the states, uint32 `[N]`; and the
+    rests, unsigned integers `[S + 2 N]`. Only the steps below T are set.
   """
   count, alphabet = LANES, intervals.shape[1]
-  symbols, rests = layout.split(bits)
+  symbols, rests = layout.split(bits, layout_step)
   entries = intervals.reshape(-1)
 
   def step(
@@ -204,20 +226,27 @@ def encode_block(
 
 
 def count_block(
-  bits: jax.Array, contexts: jax.Array, *, layout: layouts.Layout, labels: int
+  bits: jax.Array,
+  contexts: jax.Array,
+  layout_step: jax.Array,
+  *,
+  layout: layouts.Layout,
+  labels: int,
 ) -> jax.Array:
-  """How often each symbol occurs in each context.
+  """Counts how often each symbol occurs in each context.
 
   Args:
-    bits: unsigned `[S + 2 N]`, bit patterns.
-    contexts: uint8, likewise: below `labels`, or `labels` where there is no number.
-    layout: of the numbers.
-    labels: bound of the contexts.
+    bits: unsigned integers `[S + 2 N]`, the bit patterns of the numbers.
+    contexts: uint8 `[S + 2 N]`, below `labels`; equal to `labels` at places without a
+      number.
+    layout_step: as in `decode_block`.
+    layout: as in `decode_block`.
+    labels: the number of contexts.
 
   Returns:
     int32 `[labels, A]`.
   """
-  symbols, _ = layout.split(bits)
+  symbols, _ = layout.split(bits, layout_step)
   index = contexts.astype(jnp.int32) * layout.alphabet + symbols.astype(jnp.int32)
   counts = jnp.zeros((labels + 1) * layout.alphabet, jnp.int32)
   width = 2 * LANES  # divides [S + 2 N]
@@ -230,7 +259,7 @@ def count_block(
 # ---- one block on the host -----------------------------------------------------------
 
 Fill = Callable[[np.ndarray, np.ndarray], None]
-"""Writes the bit patterns and the contexts of a block's numbers."""
+"""A function that writes the bit patterns and the contexts of a block's numbers."""
 
 
 def encode(
@@ -239,15 +268,16 @@ def encode(
   """Encodes a block on this thread.
 
   Args:
-    fill: writes the numbers and their contexts into arrays `[count]`.
-    count: of numbers, at least 1, in at most `STEPS` steps.
+    fill: writes the bit patterns and the contexts of the numbers into two arrays
+      `[count]`.
+    count: number of numbers, from 1 to `CAPACITY`; at most `STEPS` for each lane.
     lanes: n.
-    layout: of the numbers.
+    layout: layout of the numbers.
     made: the tables.
 
   Returns:
-    The states, sizes and words of the lanes, see `decode`, and the planes of the rests:
-    uint8 each.
+    Two arrays of uint8: the states, sizes and words of the lanes, see `decode`; and the
+    planes of the rests.
   """
   steps, memory = -(-count // lanes), _buffers(count)
   bits, contexts = memory.numbers(layout.unsigned), memory.contexts(made, count)
@@ -260,9 +290,10 @@ def encode(
     made.intervals,
     np.int32(lanes),
     np.int32(steps),
-    layout=layout,
+    np.int32(layout.step),
+    layout=layout.program,
   )
-  # Lane by lane: what the decoder reads first is first.
+  # The words of a lane are consecutive, in the order in which the decoder reads them.
   used = np.ascontiguousarray(np.asarray(moved)[:steps, :lanes].T)
   stream = np.ascontiguousarray(np.asarray(words)[:steps, :lanes].T)[used]
   sizes = np.count_nonzero(used, axis=1)
@@ -294,24 +325,25 @@ def decode(
   """Decodes a block on this thread: the inverse of `encode`.
 
   Args:
-    coded: uint8: the states, uint32 `[n]`; the least size, uint16; the bytes b of a
-      size, 1 or 2, uint16; the sizes in words less the least one, b bytes each, and a
-      byte 0 if that makes an odd number; the words of lane after lane, uint16. All
-      with the low byte first.
-    rests: uint8, `sum(planes.sizes(count, lanes, layout.rest))`.
+    coded: uint8. In this order: the states, uint32 `[n]`; the least size of a lane in
+      words, uint16; b, the bytes of a size below, 1 or 2, uint16; the sizes of the
+      lanes minus the least size, b bytes each; a byte 0 if the sizes have an odd number
+      of bytes; the words of lane after lane, uint16. All have the low byte first.
+    rests: uint8 `[rest_size(count, lanes, layout)]`, the planes of the rests.
     fill: writes the contexts of the numbers into an array `[count]`.
-    write: takes the bit patterns, unsigned `[count]`, and copies them.
+    write: takes the bit patterns, unsigned integers `[count]`, and copies them. The
+      array is valid only until `write` returns.
     count: as in `encode`.
     lanes: as in `encode`.
     layout: as in `encode`.
     made: the tables.
 
   Raises:
-    ValueError: if the bytes are not a block of so many numbers.
+    ValueError: if the bytes are not a block of `count` numbers.
   """
   head = 4 * lanes + 4
   if coded.size < head or coded.size % 2:
-    raise ValueError(f'{coded.size} bytes are not a block of {lanes} lanes')
+    raise ValueError(f'{coded.size} bytes are not a block with {lanes} lanes')
   least, width = coded[4 * lanes : head].view('<u2').tolist()
   stop = head + -(-lanes * width // 2) * 2
   if width not in (1, 2) or coded.size < stop:
@@ -328,7 +360,8 @@ def decode(
   ends[:lanes] = np.cumsum(sizes)
   starts[:lanes] = ends[:lanes] - sizes
   plane_sizes = planes.sizes(count, lanes, layout.rest)
-  # A plane may be rounded up to whole rows, and a row is read to its end.
+  # The room is greater than the planes, because a plane may be rounded up to whole rows
+  # and because a read always takes N bytes.
   room = memory.capacity * layout.rest // 8 + (2 * len(plane_sizes) + 1) * LANES
   noise = memory.host('rests', room, np.uint8)
   noise[: rests.size] = rests
@@ -347,23 +380,24 @@ def decode(
     made.slots,
     np.int32(lanes),
     np.int32(steps),
-    layout=layout,
+    np.int32(layout.step),
+    layout=layout.program,
   )
   ended = np.asarray(position) == ends
   write(np.asarray(out)[:count])
   memory.keep('out', out)
   if not (ended[:lanes].all() and not np.asarray(state)[:lanes].any()):
-    raise ValueError('the lanes of a block do not hold just its numbers')
+    raise ValueError('the lanes of a block hold more or less than its numbers')
 
 
 def count(fill: Fill, count: int, layout: layouts.Layout, labels: int) -> np.ndarray:
-  """How often each symbol of a block occurs under each label, on this thread.
+  """Counts how often each symbol of a block occurs with each label, on this thread.
 
   Args:
-    fill: as in `encode`, with labels for contexts.
-    count: of numbers.
-    layout: of the numbers.
-    labels: bound of the labels, at most 255.
+    fill: as in `encode`; it writes labels in place of contexts.
+    count: number of numbers.
+    layout: layout of the numbers.
+    labels: the number of labels, at most 255.
 
   Returns:
     int64 `[labels, A]`.
@@ -374,15 +408,17 @@ def count(fill: Fill, count: int, layout: layouts.Layout, labels: int) -> np.nda
   contexts = memory.host('labels', memory.capacity + 2 * LANES, np.uint8)
   contexts[count:] = padded
   fill(bits[:count], contexts[:count])
-  counts = _count(bits, contexts, layout=layout, labels=padded)
+  counts = _count(
+    bits, contexts, np.int32(layout.step), layout=layout.program, labels=padded
+  )
   return np.asarray(counts)[:labels].astype(np.int64)
 
 
 class _Buffers:
-  """Memory for a block that a thread keeps and uses again, zeros at first.
+  """Memory for a block, which a thread keeps and uses again. It is zero at first.
 
-  Fresh memory costs more than what is done with it here, and XLA takes an aligned
-  buffer without a copy.
+  It is kept because fresh memory costs more time than the work on it does. It is
+  aligned because XLA then uses it without a copy.
   """
 
   def __init__(self, capacity: int) -> None:
@@ -391,7 +427,7 @@ class _Buffers:
     self._donated: dict[tuple[str, str], jax.Array] = {}
 
   def host(self, name: str, count: int, dtype: np.dtype | type) -> np.ndarray:
-    """NumPy's buffer of this name, at least so long."""
+    """Returns the NumPy buffer of this name, with at least `count` entries."""
     key = name, np.dtype(dtype).name
     if key not in self._host or self._host[key].size < count:
       self._host[key] = numbers.aligned(count, dtype)
@@ -401,14 +437,14 @@ class _Buffers:
     return self.host('numbers', self.capacity + 2 * LANES, dtype)
 
   def contexts(self, made: Tables, count: int) -> np.ndarray:
-    """For contexts; those of places without a number are set."""
+    """Returns a buffer for contexts, set to `void` at places without a number."""
     size = self.capacity + 2 * LANES
     contexts = self.host('contexts', size, made.context_dtype)
     contexts[count : count + 2 * LANES] = made.void
     return contexts
 
   def take(self, name: str, dtype: Any) -> jax.Array:
-    """JAX's buffer, to be donated, and given back by `keep`."""
+    """Returns a JAX buffer to donate; `keep` gives the result back."""
     if name == 'out':
       shape: tuple[int, ...] = (self.capacity + 2 * LANES,)
     else:
@@ -424,7 +460,7 @@ _local = threading.local()
 
 
 def _buffers(count: int) -> _Buffers:
-  """This thread's buffers for a block of so many numbers."""
+  """Returns this thread's buffers for a block of `count` numbers."""
   capacity = _SMALL if count <= _SMALL else CAPACITY
   own = _local.__dict__.setdefault('buffers', {})
   if capacity not in own:

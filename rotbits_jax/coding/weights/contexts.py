@@ -1,13 +1,18 @@
-"""Which table each number of a layout is coded with, in few bytes.
+"""The model of a layout: its frequency tables, and the table of each number.
 
-An array has a table of its own, or its rows and columns are sorted into classes of
-scale, see `scales`, and each class has one. Arrays whose classes lie in one lattice
-share tables: the tables of neighbouring classes are neighbours, so that a number's
-table is its row's label plus its column's plus a constant. A class's table is the
-normal distribution's, of which only the symbols that occur are stored, or is stored in
-full where that is shorter. The encoder finds all this, and the decoder reads it.
+A layout is a division of numbers into symbols and rests, see `layouts`; all arrays of
+one layout share a model. An array either has a table of its own, or its lines (rows and
+columns) are sorted into classes by their standard deviation, see `scales`. Then each
+class of numbers has a table. Arrays whose classes lie in one lattice (with the same
+step and the same offset) share tables. The tables of neighbouring classes are
+neighbours; so the index of a number's table is the label of its row plus the label of
+its column plus a constant.
 
-Shape letters: M arrays of the layout, K tables, A symbols, R rows, C columns.
+The table of a class is that of the normal distribution, of which the model stores only
+the symbols that occur; or, if that is shorter, the model stores its frequencies. The
+encoder makes the model, and the decoder reads it.
+
+Shape letters: M arrays of the layout, K tables, A symbols in the alphabet.
 """
 
 from collections.abc import Sequence
@@ -23,21 +28,22 @@ from rotbits_jax.coding.weights import scales
 Shape = tuple[int, ...]
 
 MAX_TABLES = 1023
-"""Bound of K."""
+"""The greatest K."""
 
 
 class Model(NamedTuple):
-  """What the symbols of the M arrays of a layout are coded with.
+  """The tables with which the symbols of the M arrays of a layout are coded.
 
-  Tables are in this order: of classes; of lines of zeros, if there are such; of arrays
-  that have their own.
+  The tables of classes come first. Then comes the table of lines that are zero
+  throughout, if there are such lines. The arrays' own tables come last.
 
   Attributes:
-    lines: of the arrays, None for one with a table of its own.
-    first: of each array, the table of its label 1, or its own table.
-    zero: the table of lines of zeros, whether it exists or not.
-    normal: bool `[K]`, whether the table is the normal distribution's.
-    frequencies: int64 `[K, A]`; zeros, of a table that is not used.
+    lines: the lines of each array; None for an array with a table of its own.
+    first: for each array, the index of the table for its label 1, or of its own table.
+    zero: the index of the table for lines of zeros; the table exists only if there are
+      such lines.
+    normal: bool `[K]`, whether each table is that of the normal distribution.
+    frequencies: int64 `[K, A]`. The frequencies of a table that is not used are 0.
   """
 
   lines: tuple[scales.Lines | None, ...]
@@ -47,7 +53,14 @@ class Model(NamedTuple):
   frequencies: np.ndarray
 
   def write(self, out: np.ndarray, index: int, start: int, shape: Shape) -> None:
-    """Writes the tables of numbers, from `start` on, of an array of this shape."""
+    """Writes the index of each number's table.
+
+    Args:
+      out: unsigned integers `[n]` to write into, for n numbers in C order.
+      index: index of the array among the M arrays.
+      start: the first of the n numbers, counted within the array.
+      shape: shape of the array.
+    """
     lines = self.lines[index]
     if lines is None:
       out[:] = self.first[index]
@@ -56,7 +69,14 @@ class Model(NamedTuple):
       lines.write(out, start, sizes, self.first[index], self.zero)
 
   def take(self, index: int, order: np.ndarray, axis: int, shape: Shape) -> 'Model':
-    """The model when the array's lines along an axis are in this order."""
+    """Returns the model after an array has been reordered along an axis.
+
+    Args:
+      index: index of the array among the M arrays.
+      order: the lines of the old array in their new order.
+      axis: the axis.
+      shape: shape of the array.
+    """
     lines = self.lines[index]
     if lines and axis == len(shape) - 1 and lines.columns.size > 1:
       lines = lines._replace(columns=lines.columns[order])
@@ -67,7 +87,7 @@ class Model(NamedTuple):
 
 
 def count_tables(lines: Sequence[scales.Lines | None]) -> int:
-  """K."""
+  """Returns K, given the lines of the M arrays."""
   return _arrange(lines).classes.size
 
 
@@ -76,13 +96,13 @@ def fit(
   lines: Sequence[scales.Lines | None],
   counts: Sequence[np.ndarray],
 ) -> Model:
-  """The tables that take fewest bytes.
+  """Makes a model from counts of symbols. For each table it takes the shorter kind.
 
   Args:
-    layout: of the M arrays.
-    lines: their lines, None for an array with a table of its own.
-    counts: how often each symbol occurs under each label, int64 `[labels, A]` each;
-      `[1, A]` for an array with a table of its own.
+    layout: the layout.
+    lines: the lines of each array; None for an array with a table of its own.
+    counts: for each array, how often each symbol occurs with each label, int64
+      `[labels, A]`; `[1, A]` for an array with a table of its own.
 
   Returns:
     The model.
@@ -107,25 +127,26 @@ def fit(
 
 
 class Choice(NamedTuple):
-  """Tables, and what they and all symbols coded with them take, in bytes."""
+  """K tables and their cost."""
 
-  normal: np.ndarray  # bool [K]
+  normal: np.ndarray  # bool [K], whether each is that of the normal distribution
   frequencies: np.ndarray  # int64 [K, A]
-  cost: float
+  cost: float  # estimated bytes of the tables and of all symbols coded with them
 
 
 def choose(
   layout: layouts.Layout, classes: np.ndarray | None, counts: np.ndarray
 ) -> Choice:
-  """The shorter of the normal distribution's table and one that is stored.
+  """Chooses, for each table, between the normal distribution and stored frequencies.
 
   Args:
-    layout: of the numbers.
-    classes: `[K]`, or None where the numbers are of no class.
-    counts: of symbols, `[K, A]`.
+    layout: layout of the numbers.
+    classes: `[K]`, the class of each table; None if the tables have no class, and then
+      all of them are stored.
+    counts: `[K, A]`, how often each symbol occurs with each table.
 
   Returns:
-    The tables chosen.
+    The shorter choice for each table.
   """
   stored = tables.quantize(counts)
   # A stored frequency takes about a byte.
@@ -141,7 +162,7 @@ def choose(
 
 
 def to_bytes(model: Model) -> bytes:
-  """A model in a compact form: see `from_bytes`."""
+  """Serialises a model; `from_bytes` describes the bytes."""
   heads, labels = [], []
   for lines in model.lines:
     head = 0, 0, 0
@@ -158,17 +179,23 @@ def to_bytes(model: Model) -> bytes:
 
 
 def from_bytes(data: bytes, layout: layouts.Layout, shapes: Sequence[Shape]) -> Model:
-  """The inverse of `to_bytes`.
+  """Makes a model from bytes: the inverse of `to_bytes`.
+
+  The bytes have three parts. The first two are raw Deflate streams.
+
+  * Lines. For each array, three int16: its kind, base and step. The kind is 0 if the
+    array has a table of its own; else it is 1, plus 1 if rows are sorted, plus 2 if
+    columns are sorted. See `scales.Lines` for base and step. Then follow the labels of
+    the sorted lines of all arrays, uint8.
+  * Normal tables. One bit for each of the K tables tells whether it is that of the
+    normal distribution; the bits fill whole bytes. Then, for each such table, one bit
+    for each symbol tells whether it occurs; these fill whole bytes, too.
+  * Stored tables, see `tables.to_bytes`.
 
   Args:
-    data: three parts, the first two as raw Deflate streams. Lines: for each array,
-      three int16: 0 if it has a table of its own, else 1 and 1 more if rows are sorted
-      and 2 more if columns are; base; step, see `scales.Lines`; then the labels of the
-      lines of all arrays. Normal tables: which ones are, as bits in whole bytes; then,
-      for each of those, which symbols occur, likewise. Stored tables: see
-      `tables.to_bytes`.
-    layout: of the M arrays.
-    shapes: of the M arrays.
+    data: the bytes.
+    layout: the layout.
+    shapes: the shapes of the M arrays.
 
   Returns:
     The model.
@@ -185,14 +212,17 @@ def from_bytes(data: bytes, layout: layouts.Layout, shapes: Sequence[Shape]) -> 
   normal = np.unpackbits(part[: -(-count // 8)], count=count).astype(bool)
   present = np.unpackbits(part[-(-count // 8) :]).astype(bool)
   if present.size != normal.sum() * width:
-    raise ValueError(f'{present.size} bits for {normal.sum()} normal tables')
+    raise ValueError(
+      f'the symbols of {normal.sum()} normal tables need '
+      f'{normal.sum() * width} bits, got {present.size}'
+    )
   present = present.reshape(-1, width)[:, : layout.alphabet]
   frequencies = np.zeros((count, layout.alphabet), np.int64)
   stored = count - len(present)
   frequencies[~normal] = tables.from_bytes(data, stored, layout.alphabet)
   chosen, used = np.flatnonzero(normal), present.any(axis=1)
   if np.any(classes[chosen[used]] == _OWN):
-    raise ValueError('a normal distribution of no scale')
+    raise ValueError('a normal table belongs to an array without classes')
   if used.any():
     weights = scales.normal_weights(layout, classes[chosen[used]])
     weights = np.where(present[used], weights, 0)
@@ -203,7 +233,15 @@ def from_bytes(data: bytes, layout: layouts.Layout, shapes: Sequence[Shape]) -> 
 def _lines(
   part: np.ndarray, sizes: Sequence[tuple[int, int]]
 ) -> list[scales.Lines | None]:
-  """The lines of arrays, from their part of a model's bytes."""
+  """Reads the lines of arrays from their part of a model's bytes.
+
+  Args:
+    part: uint8, the inflated part.
+    sizes: R and C of each array.
+
+  Returns:
+    The lines; None for an array with a table of its own.
+  """
   position = 6 * len(sizes)
   if part.size < position:
     raise ValueError('the lines of the arrays are cut short')
@@ -211,7 +249,7 @@ def _lines(
   lines: list[scales.Lines | None] = []
   for (kind, base, step), shape in zip(heads, sizes, strict=True):
     if not (0 <= kind <= 4 and (kind == 0 or 1 <= step <= scales.STEPS)):
-      raise ValueError(f'lines of an unknown kind, {kind}, or step, {step}')
+      raise ValueError(f'lines of unknown {kind=} or {step=}')
     if kind == 0:
       lines.append(None)
       continue
@@ -224,53 +262,62 @@ def _lines(
           raise ValueError('the labels of the lines are cut short')
     lines.append(scales.Lines(base, step, *labels))
   if part.size != position:
-    raise ValueError(f'{part.size} bytes of lines, where the arrays need {position}')
+    raise ValueError(f'the lines of the arrays need {position} bytes, got {part.size}')
   if any(x is not None and x.top >= scales.MAX_LABELS for x in lines):
-    raise ValueError('a label of a number is out of range')
+    raise ValueError('the label of a number is out of range')
   if count_tables(lines) > MAX_TABLES:
-    raise ValueError('there are too many tables')
+    raise ValueError(f'the arrays have more than {MAX_TABLES} tables')
   return lines
 
 
 def _deflate(data: bytes) -> bytes:
-  # Labels and bits are close to noise, in which matches are chance.
+  # Labels and bits are close to noise. Z_FILTERED looks for fewer matches, because
+  # matches in noise are chance.
   packer = zlib.compressobj(9, zlib.DEFLATED, -15, 9, zlib.Z_FILTERED)
   return packer.compress(data) + packer.flush()
 
 
 def _inflate(data: bytes, most: int) -> tuple[np.ndarray, bytes]:
-  """What a raw Deflate stream holds, so many bytes at most, and the bytes behind it."""
+  """Inflates a raw Deflate stream.
+
+  Args:
+    data: the stream, and bytes after it.
+    most: the greatest number of bytes that the stream may hold.
+
+  Returns:
+    The content of the stream, uint8; and the bytes after the stream.
+  """
   unpacker = zlib.decompressobj(-15)
   try:
     part = unpacker.decompress(data, most + 1)
   except zlib.error as error:
     raise ValueError(f'not a model of arrays: {error}') from error
   if not unpacker.eof:
-    raise ValueError('the model of the arrays is cut short, or too long')
+    raise ValueError('the model of the arrays is cut short or too long')
   return np.frombuffer(part, np.uint8), unpacker.unused_data
 
 
-# The class of a table that is an array's own.
+# Stands for the class in the table of an array that has no classes.
 _OWN = 1 << 62
 
 
 class _Tables(NamedTuple):
-  """Tables of arrays in their order."""
+  """The tables of a layout in their order; see `Model`."""
 
-  first: tuple[int, ...]  # see Model
-  zero: int  # see Model
-  classes: np.ndarray  # int64 [K]: of each table
+  first: tuple[int, ...]
+  zero: int
+  classes: np.ndarray  # int64 [K], the class of each table
 
 
 def _arrange(lines: Sequence[scales.Lines | None]) -> _Tables:
-  """The order of tables: what arrays have in common, they share."""
+  """Arranges the tables of arrays so that arrays share the tables of equal classes."""
   spans = sorted(
     (line.step, line.base % line.step, line.base, line.top, i)
     for i, line in enumerate(lines)
     if line is not None
   )
   first, classes = [0] * len(lines), list[int]()
-  # Of the classes that were added last: their lattice, bounds, and first table.
+  # The run of classes that is being added: its lattice, its bounds, its first table.
   lattice, start, end, origin = (0, 0), 0, 0, 0
   for step, phase, base, top, i in spans:
     if lattice != (step, phase) or base > end:

@@ -7,9 +7,23 @@ the sign and the rest of the mantissa are incompressible and are stored as they 
     bits   = [ sign | exponent e | mantissa m ]
     symbol = [ exponent e | top t of the mantissa ]        t = min(3, m)
     rest   = [ sign | low m - t of the mantissa ]
+
+Numbers may be rounded so that small ones share one step, as all numbers with the
+exponent 1 and below do in IEEE 754. The *floor* f is the exponent up to which they
+share it: 1 is IEEE's own, and a greater one takes the place of the exponents below. The
+magnitude of a number, [ exponent | mantissa ], then becomes
+
+    magnitude - (f - 1) 2^m                  if its exponent is at least f,
+    its value in steps, an integer           else.
+
+The two agree where they meet, because IEEE 754 counts subnormal numbers in the same
+way. Exponents are biased, as the bits have them.
 """
 
-from typing import NamedTuple
+from collections.abc import Iterator
+import functools
+import operator
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -84,6 +98,127 @@ def join_bits(symbols: jax.Array, rests: jax.Array, layout: Layout) -> jax.Array
   sign = (rests >> low) << (layout.width - 1)
   mantissa = rests & unsigned.type((1 << low) - 1)
   return sign | symbols.astype(unsigned) << low | mantissa
+
+
+def raise_floor(bits: jax.Array, layout: Layout, floor: Any) -> jax.Array:
+  """Bit patterns with the magnitudes that they have above a floor.
+
+  Args:
+    bits: unsigned integers as wide as the numbers. Numbers of an exponent below the
+      floor are multiples of its step.
+    layout: of the dtype.
+    floor: f, an integer at least 1; it may be traced.
+
+  Returns:
+    Likewise. 1 as the floor leaves them as they are.
+  """
+  kind, top = bits.dtype.type, layout.mantissa
+  magnitude = bits & kind((1 << layout.width - 1) - 1)
+  floor = jnp.asarray(floor).astype(bits.dtype)
+  exponent = jnp.maximum(magnitude >> top, kind(1))
+  shift = jnp.where(exponent < floor, floor - exponent, kind(0))
+  steps = _significand(magnitude, top) >> jnp.minimum(shift, kind(layout.width - 1))
+  raised = jnp.where(shift > 0, steps, magnitude - (floor - kind(1) << top))
+  return bits - magnitude | raised
+
+
+def lower_floor(bits: jax.Array, layout: Layout, floor: Any) -> jax.Array:
+  """The inverse of `raise_floor`."""
+  kind, top = bits.dtype.type, layout.mantissa
+  magnitude = bits & kind((1 << layout.width - 1) - 1)
+  floor = jnp.asarray(floor).astype(jnp.int32)
+  # A float32 holds an integer below 2^24 exactly, and its bits tell the exponent.
+  wide = jax.lax.bitcast_convert_type(magnitude.astype(jnp.float32), jnp.int32)
+  below = floor - jnp.int32(127 + top)
+  normal = ((wide >> (23 - top)) + (below << top)).astype(bits.dtype)
+  subnormal = magnitude << jnp.clip(floor - 1, 0, layout.width - 1).astype(bits.dtype)
+  small = jnp.where((wide >> 23) + below >= 1, normal, subnormal)
+  small = jnp.where(magnitude > 0, small, kind(0))
+  large = magnitude + ((floor - 1) << top).astype(bits.dtype)
+  return bits - magnitude | jnp.where(magnitude >> top > 0, large, small)
+
+
+class Survey(NamedTuple):
+  """Properties of some numbers.
+
+  Attributes:
+    used: the union of their bit patterns.
+    greatest: the greatest of their magnitudes.
+    lowest: an exponent. All numbers are multiples of the step that the floor
+      `lowest + 1` has, and not of a coarser one; it may be negative or large.
+    exponents: the sum of the exponents of the numbers that are not 0.
+    count: how many numbers are not 0.
+    negative_zeros: 1 if a number is -0, else 0.
+  """
+
+  used: Any
+  greatest: Any
+  lowest: Any
+  exponents: Any
+  count: Any
+  negative_zeros: Any
+
+
+_CHUNK = 1 << 18
+
+
+def survey(bits: np.ndarray, layout: Layout) -> Survey:
+  """Looks at the bit patterns of numbers, unsigned integers `[n]`, not empty."""
+  found = [jax.device_get(_survey(part, layout)) for part in _chunks(bits)]
+  columns = Survey(*(list(map(int, column)) for column in zip(*found, strict=True)))
+  return Survey(
+    used=functools.reduce(operator.or_, columns.used),
+    greatest=max(columns.greatest),
+    lowest=min(columns.lowest),
+    exponents=sum(columns.exponents),
+    count=sum(columns.count),
+    negative_zeros=max(columns.negative_zeros),
+  )
+
+
+def _chunks(bits: np.ndarray) -> Iterator[np.ndarray]:
+  """Yields parts of one size, which is the size of their compiled program."""
+  for start in range(0, bits.size, _CHUNK):
+    part = bits[start : start + _CHUNK]
+    size = _CHUNK if bits.size > _SMALL_CHUNK else _SMALL_CHUNK
+    if part.size < size:
+      part = np.concatenate([part, np.zeros(size - part.size, part.dtype)])
+    yield part
+
+
+_SMALL_CHUNK = 1 << 12
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _survey(bits: jax.Array, layout: Layout) -> Survey:
+  kind, top = bits.dtype.type, layout.mantissa
+  magnitude = bits & kind((1 << layout.width - 1) - 1)
+  exponent = jnp.maximum(magnitude >> top, kind(1)).astype(jnp.int32)
+  significand = _significand(magnitude, top)
+  lowest = significand & (kind(0) - significand)
+  # A float32 holds a power of two exactly, and its bits tell the exponent.
+  wide = jax.lax.bitcast_convert_type(lowest.astype(jnp.float32), jnp.int32)
+  present = magnitude > 0
+  lowest = jnp.where(present, exponent - 1 + (wide >> 23) - 127, 1 << 30)
+  return Survey(
+    used=_or(bits),
+    greatest=magnitude.max(),
+    lowest=lowest.min(),
+    exponents=jnp.where(present, exponent, 0).sum(dtype=jnp.int32),
+    count=present.sum(dtype=jnp.int32),
+    negative_zeros=((bits > 0) & ~present).max(),
+  )
+
+
+def _or(bits: jax.Array) -> jax.Array:
+  return jax.lax.reduce(bits, bits.dtype.type(0), jax.lax.bitwise_or, (0,))
+
+
+def _significand(magnitude: jax.Array, top: int) -> jax.Array:
+  """The mantissa with the 1 before it that normal numbers have."""
+  kind = magnitude.dtype.type
+  leading = (magnitude >> top > 0).astype(magnitude.dtype) << top
+  return magnitude & kind((1 << top) - 1) | leading
 
 
 def pack_bits(values: np.ndarray, width: int) -> np.ndarray:

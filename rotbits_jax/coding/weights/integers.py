@@ -16,14 +16,29 @@ DTYPES = tuple(np.dtype(d) for d in (np.int8, np.uint8, np.int16, np.uint16))
 """The integers that are modelled."""
 
 MODELLED_BITS = 14
-"""A table has no more symbols; outliers beyond cost all numbers a bit an octave."""
+"""Symbols of int16 and uint16 are below 2^14, because larger tables are too slow."""
 
 
-def least_low(values: np.ndarray) -> int:
-  """The least `low` for which all symbols are below 2^`MODELLED_BITS`."""
-  largest, least = int(values.max(initial=0)), int(values.min(initial=0))
-  folded = largest if values.dtype.kind == 'u' else max(2 * largest, -2 * least - 1)
-  return max(folded.bit_length() - MODELLED_BITS, 0)
+def least_low(largest: int, least: int, signed: bool, bits: int) -> int:
+  """Returns the least `low` for which all symbols are below 2^bits.
+
+  Args:
+    largest: the largest number.
+    least: the least number.
+    signed: whether numbers are folded.
+    bits: bits of a symbol.
+  """
+  folded = max(2 * largest, -2 * least - 1) if signed else largest
+  return max(folded.bit_length() - bits, 0)
+
+
+def cells(alphabet: int, low: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+  """Returns the cells of the symbols of signed numbers, as `layouts.Layout.cells`."""
+  symbols = np.arange(alphabet, dtype=np.int64)
+  zeros = np.zeros_like(symbols)
+  if low:
+    return 2 * symbols + 1, zeros + low - 2, zeros
+  return (symbols + 1) // 2, zeros, zeros
 
 
 def split_bits(bits: jax.Array, low: int, signed: bool) -> tuple[jax.Array, jax.Array]:

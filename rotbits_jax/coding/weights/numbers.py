@@ -1,5 +1,6 @@
-"""Arrays of numbers as the coder takes them: contiguous bit patterns, and squares."""
+"""Preparation of arrays for the coder: contiguous bit patterns, squares, alignment."""
 
+import math
 import threading
 
 import jax
@@ -12,22 +13,25 @@ _SHORT = (np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16))
 
 
 def contiguous(array: np.ndarray) -> np.ndarray:
-  """The array in C order: itself, or a copy."""
+  """Returns the array in C order: the array itself if it is, else a copy."""
   if array.flags.c_contiguous:
     return array
   if array.ndim > 1 and array.dtype.itemsize <= 4:
-    # JAX transposes short numbers many times faster than NumPy.
+    # JAX transposes small numbers many times faster than NumPy does.
     return np.asarray(jax.device_put(array)).reshape(array.shape)
   return np.ascontiguousarray(array)
 
 
 def bits(array: np.ndarray) -> np.ndarray:
-  """The bit patterns of a contiguous array: unsigned integers `[n]`, not a copy."""
+  """Returns the bit patterns of a contiguous array: a view, unsigned integers `[n]`."""
   return array.reshape(-1).view(f'u{array.dtype.itemsize}')
 
 
 def squares(matrix: np.ndarray) -> np.ndarray:
-  """The squares of numbers, float32 or float64, so that none overflows needlessly."""
+  """Returns the squares of numbers: float32 for float16, and float64 for other dtypes.
+
+  The squares of float16 numbers do not overflow in float32.
+  """
   if matrix.dtype == np.float16:
     wide = _widen(matrix)
     return np.multiply(wide, wide, out=wide)
@@ -36,23 +40,31 @@ def squares(matrix: np.ndarray) -> np.ndarray:
     return np.square(wide, dtype=np.float64)
 
 
-def aligned(count: int, dtype: np.dtype | type) -> np.ndarray:
-  """Zeros `[count]` at an address that lets XLA use them in place, without a copy."""
-  size = count * np.dtype(dtype).itemsize
-  buffer = np.zeros(size + 64, np.uint8)
+def empty(shape: tuple[int, ...], dtype: np.dtype | type | str) -> np.ndarray:
+  """Returns an uninitialised array at an address that XLA uses without a copy."""
+  kind = np.dtype(dtype)
+  size = math.prod(shape) * kind.itemsize
+  buffer = np.empty(size + 64, np.uint8)
   start = -buffer.ctypes.data % 64
-  return buffer[start : start + size].view(dtype)
+  return buffer[start : start + size].view(kind).reshape(shape)
+
+
+def aligned(count: int, dtype: np.dtype | type) -> np.ndarray:
+  """Returns zeros `[count]` at an aligned address; see `empty`."""
+  array = empty((count,), dtype)
+  array[...] = 0
+  return array
 
 
 def aligned_copy(array: np.ndarray) -> np.ndarray:
-  """A copy at such an address."""
-  copy = aligned(array.size, array.dtype).reshape(array.shape)
+  """Returns a copy at an aligned address; see `empty`."""
+  copy = empty(array.shape, array.dtype)
   copy[...] = array
   return copy
 
 
 def _widen(matrix: np.ndarray) -> np.ndarray:
-  """To float32. NumPy is slow at it."""
+  """Converts to float32 with JAX, because NumPy is slow at it."""
   flat, wide = matrix.reshape(-1), np.empty(matrix.size, np.float32)
   staging = _staging(flat.dtype)
   for start in range(0, flat.size, _CHUNK):
@@ -66,7 +78,7 @@ _local = threading.local()
 
 
 def _staging(dtype: np.dtype) -> np.ndarray:
-  """This thread's buffer."""
+  """Returns this thread's buffer of `_CHUNK` numbers."""
   buffers = _local.__dict__.setdefault('buffers', {})
   if dtype not in buffers:
     buffers[dtype] = aligned(_CHUNK, np.uint16).view(dtype)

@@ -1,20 +1,23 @@
-r"""The order of lines, for free: bits-back coding with whole numbers.
+r"""The order of lines costs no bits: bits-back coding with whole numbers.
 
-Where the order of F lines changes nothing (the neurons of an MLP), it is chosen by bits
-that must be stored anyway, and the decoder, which finds the order by sorting the lines,
-gets these bits back. All is exact:
+Sometimes the order of F lines does not matter, as for the neurons of an MLP. Then it is
+chosen by noise, which is bytes that must be stored anyway. The decoder finds the order
+by sorting the lines, and computes the noise from it. All of this is exact:
 
-    D distinct lines are sorted: line 0 < line 1 < ... < line D - 1.
-    Place i, for i = D - 1, ..., 1, is swapped with place j_i in {0, ..., i}.
-    A number v below V = 2^(8 s), s bytes of noise, is divided by
-      P = 2 * 3 * ... : v = q P + r; the digits of r in the mixed radix are the j_i,
-      and q is stored in place of v, in the bytes that floor((V - 1) / P) takes.
+1.  The D distinct lines are sorted: line 0 < line 1 < ... < line D - 1.
+2.  Take s bytes of noise as a number v below V = 2^(8 s), and divide it by
+    P = 2 * 3 * ... * D: v = q P + r. The mixed-radix digits of r are integers j_i in
+    {0, ..., i} for i = 1, ..., D - 1.
+3.  For i = D - 1, ..., 1, the line in place i is swapped with the line in place j_i.
+4.  q is stored in place of v. It takes as many bytes as floor((V - 1) / P) does.
 
-Places are taken in groups of `_GROUP`, each with its own v, since long division is
-slow. Equal lines are told apart by nothing: one of each is distinct, and the others
-follow at the end, sorted.
+Long division is slow, so the places i are divided into groups of `_GROUP`. Each group
+has its own v. Equal lines cannot be told apart: one of them counts as distinct, and the
+others follow after the distinct lines, sorted.
 
-The same is `bits_back.permutation` for a rANS message of any content.
+`bits_back.permutation` does the same for a rANS message of any content.
+
+Shape letters: F lines, D distinct lines.
 """
 
 from collections.abc import Callable
@@ -24,22 +27,22 @@ import math
 import numpy as np
 
 _GROUP = 256
-_SPARE = 2  # bytes that v has beyond P
+_SPARE = 2  # number of bytes by which v is longer than P
 
 
 def sort(
   prefixes: np.ndarray, lines: Callable[[np.ndarray], np.ndarray]
 ) -> tuple[np.ndarray, int]:
-  """Sorts lines by their bytes, as `bytes` are compared.
+  """Sorts lines by their bytes, in the order of Python's `bytes`.
 
   Args:
-    prefixes: uint8 `[F, P]`, the first bytes of each line, 8 at most.
-    lines: takes indices, int64 `[n]`, and returns the bytes of these lines, uint8
-      `[n, C]`. Few lines agree in their first bytes, if they are not equal.
+    prefixes: uint8 `[F, P]`, the first P bytes of each line; P is at most 8.
+    lines: takes indices, int64 `[n]`; returns the bytes of these lines, uint8 `[n, C]`.
+      It is called only for lines with equal prefixes.
 
   Returns:
-    int64 `[F]`, the distinct lines in order, then the others in order; and D. Equal
-    lines keep their order.
+    int64 `[F]`, the indices of the distinct lines in order, then those of the other
+    lines in order; and D. Of equal lines, the first one counts as distinct.
   """
   count, width = prefixes.shape
   padded = np.zeros((count, 8), np.uint8)
@@ -61,25 +64,25 @@ def sort(
 
 
 def noise_size(distinct: int) -> int:
-  """Bytes that the order of D distinct lines is chosen by."""
+  """Returns the number of bytes of noise that choose an order of D lines."""
   return sum(size for _, size, _ in _groups(distinct))
 
 
 def stored_size(distinct: int) -> int:
-  """Bytes that are left of these."""
+  """Returns the number of bytes that are stored in place of this noise."""
   return sum(size for *_, size in _groups(distinct))
 
 
 def pop(noise: np.ndarray, distinct: int) -> tuple[np.ndarray, np.ndarray]:
-  """Chooses an order.
+  """Chooses an order by noise.
 
   Args:
     noise: uint8 `[noise_size(D)]`.
     distinct: D.
 
   Returns:
-    int64 `[D]`, which line each place holds; and uint8 `[stored_size(D)]`, what is to
-    be stored in place of the noise.
+    int64 `[D]`, the line in each place; and uint8 `[stored_size(D)]`, the bytes to
+    store in place of the noise.
   """
   left, digits, position = [], [0] * distinct, 0
   for places, size, kept in _groups(distinct):
@@ -97,10 +100,17 @@ def pop(noise: np.ndarray, distinct: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def push(stored: np.ndarray, lines: np.ndarray) -> np.ndarray:
-  """The inverse of `pop`: the noise.
+  """Returns the noise that chose an order: the inverse of `pop`.
+
+  Args:
+    stored: uint8 `[stored_size(D)]`, the bytes that `pop` returned.
+    lines: int64 `[D]`, the line in each place.
+
+  Returns:
+    uint8 `[noise_size(D)]`.
 
   Raises:
-    ValueError: if the bytes stored are none that `pop` returns.
+    ValueError: if `pop` cannot have returned the stored bytes.
   """
   distinct = lines.size
   values, places_of, digits = (
@@ -128,7 +138,7 @@ def push(stored: np.ndarray, lines: np.ndarray) -> np.ndarray:
 
 @functools.cache
 def _groups(distinct: int) -> tuple[tuple[range, int, int], ...]:
-  """Places that share a number v; bytes of v, and of q."""
+  """Returns the groups: the places that share a v, the bytes of v, the bytes of q."""
   groups = []
   for start in range(1, distinct, _GROUP):
     places = range(start, min(start + _GROUP, distinct))

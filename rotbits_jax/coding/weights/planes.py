@@ -1,13 +1,15 @@
-r"""Rests of a block in planes: bits that the decoder reads beside the symbols.
+r"""The rests of a block as planes of bits.
 
-The rest of w bits is cut, from its low end, into pieces of 8 bits, then pieces of 4, 2
-and 1 bits where w has these bits; each piece is a plane of bytes. A plane of 8 bits
-holds a byte for each number. In a plane of b < 8 bits, a byte holds a lane's numbers of
-8 / b steps, the first in the low bits:
+The rest of a number is the part of its bits that is not entropy coded. A rest of w bits
+is cut from its low end into pieces of 8 bits; the remaining w mod 8 bits are cut into
+pieces of 4, 2 and 1 bits, each used at most once. The first pieces of all numbers form
+a plane of bytes, the second pieces another plane, and so on. A plane of 8-bit pieces
+holds one byte for each number. In a plane of b-bit pieces with b < 8, a byte holds the
+pieces of 8 / b successive numbers of a lane, the first in the low bits:
 
     plane[g, lane] = sum_k piece[8 / b * g + k, lane] << b k,    k = 0, ..., 8 / b - 1
 
-so that a step of all lanes is a row of bytes and one shift.
+So in each step the decoder reads a row of bytes for all lanes and shifts it once.
 
 Shape letters: N lanes of the program, n lanes in use, T steps.
 """
@@ -18,12 +20,12 @@ import numpy as np
 
 
 def widths(rest: int) -> tuple[int, ...]:
-  """The bits of each plane."""
+  """Returns the bits per piece of each plane, for rests of `rest` bits."""
   return (8,) * (rest // 8) + tuple(b for b in (4, 2, 1) if rest & b)
 
 
 def sizes(count: int, lanes: int, rest: int) -> list[int]:
-  """The bytes of each plane of a block of `count` numbers."""
+  """Returns the number of bytes of each plane for a block of `count` numbers."""
   steps = -(-count // lanes)
   return [
     count if bits == 8 else -(-steps * bits // 8) * lanes for bits in widths(rest)
@@ -31,7 +33,16 @@ def sizes(count: int, lanes: int, rest: int) -> list[int]:
 
 
 def pack(rests: np.ndarray, lanes: int, rest: int) -> np.ndarray:
-  """The planes of rests, unsigned integers `[count]`: uint8."""
+  """Packs the rests of a block into planes.
+
+  Args:
+    rests: unsigned integers `[count]`.
+    lanes: n.
+    rest: bits of a rest.
+
+  Returns:
+    uint8, one plane after the other, of the sizes that `sizes` returns.
+  """
   shift, planes = 0, [np.zeros(0, np.uint8)]
   for bits, size in zip(widths(rest), sizes(rests.size, lanes, rest), strict=True):
     piece = (rests >> rests.dtype.type(shift)).astype(np.uint8)
@@ -55,23 +66,23 @@ def read(
   dtype: jnp.dtype,
   count: int,
 ) -> jax.Array:
-  """The rests of one step.
+  """Reads the rests of all lanes for one step.
 
   Args:
-    planes: uint8, as `pack` made them, with at least N bytes behind them.
-    starts: int32, where each plane begins.
+    planes: uint8, the planes of `pack`, followed by at least N more bytes.
+    starts: int32, where each plane starts.
     step: int32, t.
     lanes: int32, n.
     rest: bits of a rest.
-    dtype: of the result.
-    count: N; entries from n on are anything.
+    dtype: dtype of the result.
+    count: N.
 
   Returns:
-    Unsigned integers `[N]`.
+    Unsigned integers `[N]`. Entries from n on are arbitrary.
   """
   rests, shift = jnp.zeros(count, dtype), 0
   for i, bits in enumerate(widths(rest)):
-    steps = 8 // bits  # that share a byte
+    steps = 8 // bits  # number of steps that share a byte
     row = starts[i] + step // steps * lanes
     piece = jax.lax.dynamic_slice(planes, (row,), (count,))
     if bits < 8:

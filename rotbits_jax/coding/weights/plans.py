@@ -78,7 +78,7 @@ def _draft(array: np.ndarray) -> Plan:
     return plain
   bits = numbers.bits(plain.array)
   if array.dtype in floats.LAYOUTS:
-    layout: layouts.Layout = layouts.Float.of(bits, array.dtype)
+    layout: layouts.Layout = layouts.of_floats(bits, array.dtype)
   elif array.dtype in integers.DTYPES:
     layout = layouts.Int(array.dtype, _low_bits(plain.array))
   else:
@@ -103,15 +103,18 @@ def _joined(drafts: list[Plan]) -> list[Plan]:
   for draft in drafts:
     if draft.coded and isinstance(draft.coded.layout, layouts.Float):
       layout = draft.coded.layout
-      wider = [
-        other
+      # A lower floor and a longer rest take all numbers, and cost bits of each.
+      wider = {
+        other: sizes[layout] * (other.rest - layout.rest + layout.step - other.step)
         for other in sizes
-        if other.dtype == layout.dtype
-        and other.rest > layout.rest
-        and sizes[layout] * (other.rest - layout.rest) < 8 * _LAYOUT_BYTES
-      ]
-      if wider:
-        best = min(wider, key=lambda other: other.rest)
+        if type(other) is layouts.Float
+        and other.dtype == layout.dtype
+        and other != layout
+        and other.rest >= layout.rest
+        and other.step <= layout.step
+      }
+      if wider and min(wider.values()) < 8 * _LAYOUT_BYTES:
+        best = min(wider, key=lambda other: wider[other])
         draft = draft._replace(coded=draft.coded._replace(layout=best))
     joined.append(draft)
   return joined
@@ -155,7 +158,8 @@ def _choose(draft: Plan, counts: np.ndarray) -> Plan:
 
 def _low_bits(values: np.ndarray) -> int:
   """How many low bits of integers are best stored as they are."""
-  least = integers.least_low(values)
+  signed, most = values.dtype.kind == 'i', integers.MODELLED_BITS
+  least = integers.least_low(int(values.max()), int(values.min()), signed, most)
   layout, bits = layouts.Int(values.dtype, least), numbers.bits(values)
   counts = np.zeros((1, layout.alphabet), np.int64)
   for start in range(0, bits.size, blocks.CAPACITY):

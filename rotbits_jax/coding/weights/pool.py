@@ -1,26 +1,29 @@
-"""The threads that code blocks, one pool for the process.
+"""The pools of threads that code blocks and units. The process has one of each.
 
-Jobs are leaves: none of them waits for another, so several callers may share the pool.
-Their JAX programs run on the processor, because their data is in its memory.
+A job of `run` waits for no other job, so several callers may share the pool. A job of
+`unit_jobs` may call `run` and wait for earlier jobs of `unit_jobs`. Several of them run
+side by side, because one of them does not always have work for all threads. The JAX
+programs of `run` run on the CPU, because their data is in its memory.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent import futures
+import contextlib
 import functools
 import os
 import threading
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 
 _Result = TypeVar('_Result')
 
 _lock = threading.Lock()
-_pools: list[futures.ThreadPoolExecutor] = []
+_pools: dict[str, futures.ThreadPoolExecutor] = {}
 
 
 def threads() -> int:
-  """How many threads the pool has: one for each processor of this process."""
+  """Returns the number of threads: one for each CPU that this process may use."""
   count = getattr(os, 'process_cpu_count', os.cpu_count)
   return count() or 1
 
@@ -29,28 +32,53 @@ def run(jobs: Iterable[Callable[[], _Result]]) -> list[_Result]:
   """Runs jobs side by side.
 
   Args:
-    jobs: functions of no arguments that do not call `run` themselves.
+    jobs: functions without arguments that do not call `run`.
 
   Returns:
-    What they return, in order.
+    The results of the jobs, in order.
 
   Raises:
-    Exception: what the first failing job raised, when all jobs have ended.
+    Exception: the exception of the first job that failed, after all jobs have ended.
   """
-  waiting = list(jobs)
-  if len(waiting) < 2:
-    return [_on_processor(job) for job in waiting]
-  pool = _pool()
-  started = [pool.submit(_on_processor, job) for job in waiting]
+  pool = _pool('blocks')
+  started = [pool.submit(_on_processor, job) for job in jobs]
   futures.wait(started)
   return [job.result() for job in started]
 
 
-def _pool() -> futures.ThreadPoolExecutor:
+Start = Callable[[Callable[[], _Result]], 'futures.Future[_Result]']
+"""Takes a function of no arguments and returns the future of its result."""
+
+
+@contextlib.contextmanager
+def unit_jobs() -> Iterator[Start]:
+  """Starts jobs that begin in their order, on as many threads as there are processors.
+
+  Yields:
+    A function that starts a job.
+
+  At the end, or when an exception leaves the context, jobs that have not begun are
+  cancelled and the others are waited for.
+  """
+  pool, started = _pool('units'), list[futures.Future[Any]]()
+
+  def start(job: Callable[[], _Result]) -> 'futures.Future[_Result]':
+    started.append(pool.submit(job))
+    return started[-1]
+
+  try:
+    yield start
+  finally:
+    for future in started:
+      future.cancel()
+    futures.wait(started)
+
+
+def _pool(name: str) -> futures.ThreadPoolExecutor:
   with _lock:
-    if not _pools:
-      _pools.append(futures.ThreadPoolExecutor(threads(), 'rotbits'))
-    return _pools[0]
+    if name not in _pools:
+      _pools[name] = futures.ThreadPoolExecutor(threads(), f'rotbits-{name}')
+    return _pools[name]
 
 
 def _on_processor(job: Callable[[], _Result]) -> _Result:
@@ -60,7 +88,7 @@ def _on_processor(job: Callable[[], _Result]) -> _Result:
 
 @functools.cache
 def _processor() -> jax.Device | None:
-  """None, the default device, if JAX was told to use no processor."""
+  """Returns JAX's CPU; None, the default device, if JAX was told not to use the CPU."""
   try:
     return jax.local_devices(backend='cpu')[0]
   except RuntimeError:

@@ -1,21 +1,23 @@
-r"""Numbers of known scale: lines in classes, and the normal distribution in integers.
+r"""Classes of scale for the lines of an array, and the normal distribution in integers.
 
-Trained weights are close to normally distributed with a standard deviation for every
-row, or every column, or that is a product of both; after a random rotation they are so
-by the central limit theorem. Class k stands for a standard deviation of 2^(k / 8); a
-row's and a column's classes add up to that of the number where they meet. Classes are
-absolute, so that few of them, and few frequency tables, serve many arrays. A class half
-a step off costs 2.7e-3 bits a number, and 0.9e-3 on average.
+A line is a row or a column of an array. Trained weights are nearly normally
+distributed. Their standard deviation depends on the row, on the column, or on both as a
+product. (After a random rotation, weights are nearly normal by the central limit
+theorem.) Class k stands for a standard deviation of 2^(k / 8). The class of a number is
+the class of its row plus the class of its column. Classes are absolute, so that few
+classes, and few frequency tables, serve many arrays. If a class is wrong by half a
+step, a number costs 2.7e-3 bits more; the average cost of rounding is 0.9e-3 bits.
 
-The table of a class need not be stored: which symbols occur and k determine it, by
-integer arithmetic alone,
+The frequency table of a class is not stored. It follows from k and from the symbols
+that occur, by integer arithmetic alone:
 
     weight(symbol) = 2^width exp(-x^2 / 2 s^2)
                    = 2^(width - x^2 / s^2 * log2(e) / 2),        s = 2^(k / 8)
 
-for a symbol whose cell has the centre x and is 2^width wide.
+Here x is the centre of the symbol's cell, the range of the numbers that have this
+symbol, and 2^width is the width of the cell.
 
-Shape letters: R rows, C columns, K classes, A symbols of the alphabet.
+Shape letters: R rows, C columns, K classes, A symbols in the alphabet.
 """
 
 import functools
@@ -29,29 +31,31 @@ from rotbits_jax.coding.weights import layouts
 from rotbits_jax.coding.weights import numbers
 
 STEPS = 8
-"""Classes an octave."""
+"""The number of classes for a factor of 2 in the standard deviation."""
 
 ZERO = -(1 << 14)
-"""The class of numbers in lines that are zero throughout, far below all others."""
+"""The class of numbers in lines that are zero throughout; far below other classes."""
 
 TABLE_BYTES = 8
-"""What it takes, about, to tell which symbols of a class occur."""
+"""Estimated bytes for the list of symbols that occur in a class."""
 
 MAX_LABELS = 254
-"""Bound of the labels of numbers: less than a byte counts."""
+"""The labels of numbers are below this bound, so that a label fits a byte."""
 
 
 class Lines(NamedTuple):
   """The rows and columns of an array, sorted into classes.
 
-  The label of a number is 0 if its row's or its column's is, else their sum less 1. Its
-  class is `ZERO` if its label is 0, else base + (label - 1) * step.
+  A row or a column has the label 0 if it is zero throughout. The label of a number is 0
+  if its row or its column has the label 0; else it is the sum of both labels minus 1.
+  The class of a number is `ZERO` if its label is 0, else base + (label - 1) * step.
 
   Attributes:
     base: the least class.
-    step: the distance of neighbouring classes.
-    rows: labels, uint8 `[R]`, or `[1]`, a 1, if rows are not sorted.
-    columns: likewise.
+    step: the distance between neighbouring classes.
+    rows: labels of the rows, uint8 `[R]`; or a single 1 if rows are not sorted.
+    columns: labels of the columns, uint8 `[C]`; or a single 1 if columns are not
+      sorted.
   """
 
   base: int
@@ -60,11 +64,11 @@ class Lines(NamedTuple):
   columns: np.ndarray
 
   def classes(self, labels: np.ndarray) -> np.ndarray:
-    """The classes that labels of numbers stand for: int64."""
+    """Returns the classes of numbers, given their labels: int64."""
     return np.where(labels, self.base + (labels.astype(np.int64) - 1) * self.step, ZERO)
 
   def labels(self) -> np.ndarray:
-    """The labels of numbers that occur, from the least up."""
+    """Returns the labels of numbers that occur, in ascending order."""
     return np.unique(_label(np.unique(self.rows)[:, None], np.unique(self.columns)))
 
   @property
@@ -80,11 +84,13 @@ class Lines(NamedTuple):
   def write(
     self, out: np.ndarray, start: int, shape: tuple[int, int], first: int, zero: int
   ) -> None:
-    """Writes the table of each number, `first + label - 1` or, of label 0, `zero`.
+    """Writes the index of each number's table.
+
+    The table is `zero` for the label 0, and `first + label - 1` for other labels.
 
     Args:
-      out: unsigned integers that hold these, for so many numbers in C order.
-      start: the first of the numbers.
+      out: unsigned integers `[n]` to write into, for n numbers in C order.
+      start: the first of the n numbers, counted within the array.
       shape: R and C.
       first: the table of label 1.
       zero: the table of label 0.
@@ -95,7 +101,7 @@ class Lines(NamedTuple):
     width = shape[1]
     low, high = start // width, -(-(start + out.size) // width)
     rows = self.rows[low:high] if self.rows.size > 1 else self.rows
-    # Unsigned integers wrap, so that `first - 2` may be less than 0.
+    # `first - 2` may be negative, because unsigned integers wrap.
     offset = np.asarray(first - 2).astype(out.dtype)
     terms = (rows.astype(out.dtype) + offset)[:, None], self.columns.astype(out.dtype)
     whole = start == low * width and out.size == (high - low) * width
@@ -116,21 +122,22 @@ def _label(rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
 
 
 def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
-  """An array's shape as R and C: the last axis, and all others as one."""
+  """Returns R and C of an array: the product of all axes but the last; the last."""
   return math.prod(shape[:-1]), math.prod(shape[-1:])
 
 
 def sort(matrix: np.ndarray) -> Lines:
-  """Sorts the rows or columns of an array into classes, or both, by what that costs.
+  """Sorts the rows of an array, its columns, both or neither into classes.
 
-  The cost is that of numbers normally distributed, and of the labels; an estimate, on
-  which nothing but the size depends.
+  The function takes the choice with the least cost. The cost is an estimate: the bits
+  of normally distributed numbers and of the labels. Only the size of the file depends
+  on it.
 
   Args:
     matrix: numbers `[R, C]`, not empty.
 
   Returns:
-    The lines, of the sorted axes and with the step that cost least.
+    The lines.
   """
   one = np.ones(1)
   if min(matrix.shape) == 1:
@@ -147,14 +154,14 @@ def sort(matrix: np.ndarray) -> Lines:
 
 
 def normal_weights(layout: layouts.Layout, classes: np.ndarray) -> np.ndarray:
-  """The normal distribution's weights of symbols.
+  """Returns the weights of symbols under the normal distribution.
 
   Args:
-    layout: of the numbers, one that has a scale.
+    layout: layout of the numbers; its `has_scale` must be true.
     classes: integers `[K]`.
 
   Returns:
-    int64 `[K, A]`, up to 2^30 and at least 1: to scale, see `tables.quantize`.
+    int64 `[K, A]`, from 1 to 2^30. `tables.quantize` scales them to frequencies.
   """
   centre, exponent, width = layout.cells()
   # x^2 / s^2 = centre^2 * 2^(quarters / 4)
@@ -168,10 +175,10 @@ def normal_weights(layout: layouts.Layout, classes: np.ndarray) -> np.ndarray:
   return np.maximum(_powers()[part] >> np.minimum(whole, 62), 1)
 
 
-_BLOCK = 1 << 18  # numbers that are looked at together, in the processor's cache
+_BLOCK = 1 << 18  # numbers that are read at once, so that they fit the CPU's cache
 
-# Steps between the classes of the lines of an axis. If both have so many, the labels of
-# numbers are still below `MAX_LABELS`.
+# The greatest number of steps between the classes of the lines of an axis. With this
+# bound for both axes, the labels of numbers are below `MAX_LABELS`.
 _RANGE = 125
 
 # log2(e) / 2 * 2^(i / 4) for i = 0, ..., 3.
@@ -183,7 +190,7 @@ _FRACTION = 8
 
 @functools.cache
 def _powers() -> np.ndarray:
-  """2^(30 - i / 2^8) for i = 0, ..., 2^8 - 1, rounded down: int64."""
+  """Returns 2^(30 - i / 2^8) for i = 0, ..., 2^8 - 1, rounded down: int64."""
   powers = []
   for i in range(1 << _FRACTION):
     power = 1 << ((30 << _FRACTION) - i)
@@ -194,7 +201,7 @@ def _powers() -> np.ndarray:
 
 
 def _mean_square(line: np.ndarray) -> np.ndarray:
-  """The mean square of `[n]`, float64 `[1]`."""
+  """Returns the mean square of numbers `[n]`: float64 `[1]`."""
   total = 0.0
   for start in range(0, line.size, _BLOCK):
     squares = numbers.squares(line[start : start + _BLOCK]).astype(np.float64)
@@ -205,28 +212,35 @@ def _mean_square(line: np.ndarray) -> np.ndarray:
 def _mean_squares(
   matrix: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-  """Mean squares of rows and of columns, and factors whose products are the squares.
+  """Returns mean squares of lines, and factors whose products model the squares.
 
-  The factors are close to those of maximum likelihood: each is the mean of squares over
-  the others' factors.
+  The factors are close to the maximum-likelihood factors. The factor of a row is the
+  mean of its squares, each divided by the factor of its column; and vice versa.
 
   Args:
     matrix: numbers `[R, C]`.
 
   Returns:
-    float64 `[R]`, `[C]`, `[R]`, `[C]`.
+    The mean squares of rows, float64 `[R]`, and of columns, `[C]`; the factors of rows,
+    `[R]`, and of columns, `[C]`.
   """
   count, width = matrix.shape
   step = max(_BLOCK // width, 1)
 
   def factors(divisors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Rows' factors given columns'; and columns' given those, beside mean squares."""
+    """Returns factors of rows, given factors of columns, and new factors of columns.
+
+    Returns:
+      The factors of rows, `[R]`; and `[2, C]`, the factors of columns that follow from
+      these, and the mean squares of columns.
+    """
     rows, sums = np.zeros(count), np.zeros((2, width))
     weights = _inverse(divisors)
     weights /= max(np.count_nonzero(weights), 1)
     for start in range(0, count, step):
       squares = numbers.squares(matrix[start : start + step])
-      # einsum runs on this thread, so that sums do not depend on BLAS's threads.
+      # einsum runs on this thread. BLAS would sum in an order that depends on its
+      # number of threads.
       of_rows = lambda x: np.einsum('rc,c->r', x, weights.astype(x.dtype))
       own = of_rows(squares)
       if not np.isfinite(own).all():
@@ -244,14 +258,25 @@ def _mean_squares(
 
 
 def _inverse(squares: np.ndarray) -> np.ndarray:
-  """1 / x, or 0 where x is 0."""
+  """Returns 1 / x, and 0 where x is 0."""
   return np.divide(1, squares, where=squares > 0, out=np.zeros_like(squares))
 
 
 def _sorted(
   rows: np.ndarray, columns: np.ndarray, numbers: int, step: int
 ) -> tuple[float, Lines]:
-  """Lines of these mean squares, or factors of them; and the bits that it costs."""
+  """Sorts lines into classes.
+
+  Args:
+    rows: mean squares of the rows, or factors of them: `[R]`, or `[1]` if rows are not
+      sorted.
+    columns: the same for columns.
+    numbers: the number of numbers in the array.
+    step: the distance between neighbouring classes.
+
+  Returns:
+    The estimated cost in bits, and the lines.
+  """
   row_base, row_labels, row_log, row_error = _quantized(rows, step)
   column_base, column_labels, column_log, column_error = _quantized(columns, step)
   lines = Lines(row_base + column_base, step, row_labels, column_labels)
@@ -264,10 +289,19 @@ def _sorted(
 
 
 def _quantized(squares: np.ndarray, step: int) -> tuple[int, np.ndarray, float, float]:
-  """Base and labels of lines; means of log2 of their scales, and of squares over them.
+  """Rounds the scales of the lines along one axis to classes.
 
-  A line of zeros costs nothing where it is apart. Elsewhere each of its numbers is a
-  rare one: it counts as ten octaves below the least of the others.
+  A line of zeros costs no bits, because its label 0 has a table of its own. Without
+  labels, each of its numbers would be a rare and costly symbol. The estimate accounts
+  for the difference: the scale of such a line counts as ten octaves below all others.
+
+  Args:
+    squares: mean squares of the lines, or factors of them.
+    step: the distance between neighbouring classes.
+
+  Returns:
+    The least class; the labels; the mean log2 of the classes' scales; and the mean of
+    the squares divided by the squared scales.
   """
   if squares.size == 1 and not squares[0]:
     return ZERO, np.ones(1, np.uint8), 0.0, 1.0

@@ -159,7 +159,9 @@ class UnitSpec:
     """The spec as a JSON value, with short lists for records."""
     return {
       'arrays': [[x.dtype, list(x.shape), x.layout, x.checksum] for x in self.arrays],
-      'layouts': [[x.layout.kind, x.layout.rest, x.nbytes] for x in self.layouts],
+      'layouts': [
+        [x.layout.kind, x.layout.rest, x.layout.step, x.nbytes] for x in self.layouts
+      ],
       'groups': [[x.lanes, x.numbers, list(x.nbytes)] for x in self.groups],
       'order': self.order and [list(map(list, self.order.axes)), self.order.distinct],
     }
@@ -255,12 +257,12 @@ def _layouts(
       dtypes[array.layout].add(array.dtype)
   made = []
   for value, names in zip(values, dtypes, strict=True):
-    kind, rest, size = _list(value, 3)
+    kind, rest, step, size = _list(value, 4)
     if len(names) != 1:
       raise ValueError(f'arrays of one layout are of dtypes {sorted(names)}')
     if not isinstance(kind, str):
       raise ValueError(f'a layout of unknown kind, {kind!r:.100}')
-    layout = layouts.layout(kind, layouts.DTYPES[names.pop()], _int(rest))
+    layout = layouts.layout(kind, layouts.DTYPES[names.pop()], _int(rest), _int(step))
     made.append(LayoutSpec(layout=layout, nbytes=_int(size)))
   return tuple(made)
 

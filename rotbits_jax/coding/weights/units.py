@@ -1,12 +1,16 @@
-"""A unit of arrays as one stream of blocks, and back."""
+"""Encoding and decoding of a unit: a list of arrays that decodes on its own.
+
+`coding.weights` describes the stream of a unit, and defines lines, layouts, groups,
+rests and noise.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import functools
 from typing import NamedTuple
-import zlib
 
 import numpy as np
+from zlib_ng import zlib_ng
 
 from rotbits_jax.coding.weights import blocks
 from rotbits_jax.coding.weights import contexts
@@ -19,13 +23,14 @@ from rotbits_jax.coding.weights import specs
 
 
 class Encoded(NamedTuple):
-  """What `encode` returns.
+  """An encoded unit.
 
   Attributes:
-    spec: of the unit.
+    spec: the numbers that are needed to read the stream.
     data: uint8 `[spec.nbytes]`, the stream.
-    arrays: as `decode` gives them back: exchangeable lines are in another order.
-    order_bits: what that order saved.
+    arrays: the arrays that `decode` will return. They equal the given arrays except for
+      the order of exchanged lines.
+    order_bits: bits that this order saved.
   """
 
   spec: specs.UnitSpec
@@ -37,20 +42,20 @@ class Encoded(NamedTuple):
 def encode(
   arrays: Sequence[np.ndarray], *, exchangeable: Mapping[int, int] | None = None
 ) -> Encoded:
-  """Codes arrays as one unit.
+  """Encodes arrays as one unit.
 
   Args:
-    arrays: of dtypes in `layouts.DTYPES`, in any order in memory.
-    exchangeable: indices of arrays, and the axis of each along which its lines may be
-      put in another order, in the same for all these arrays. F lines save log2 F! bits.
-      They are left as they are where the axes are not of one length, or where the other
-      arrays hold too few bits.
+    arrays: arrays of dtypes in `layouts.DTYPES`, with any strides.
+    exchangeable: maps the indices of arrays to the axis along which the lines of that
+      array may be reordered. All these arrays are reordered alike. F lines save
+      log2 F! bits. The lines keep their order if the axes differ in length, or if the
+      other arrays hold too few bits to choose an order.
 
   Returns:
-    The spec, the stream, the arrays as they are stored and what their order saved.
+    The encoded unit.
 
   Raises:
-    ValueError: if a dtype cannot be stored, or there is no such array or axis.
+    ValueError: if a dtype cannot be stored, or if an index or an axis does not exist.
   """
   arrays = [np.asarray(array) for array in arrays]
   axes = _axes([array.shape for array in arrays], exchangeable or {})
@@ -73,7 +78,7 @@ def encode(
   coded: dict[tuple[int, ...], list[tuple[np.ndarray, np.ndarray]]] = {}
 
   def encode_groups(last: bool) -> list[np.ndarray]:
-    """Encodes the groups of exchanged arrays or the others, and returns their noise."""
+    """Encodes the groups with exchanged lines (`last`) or without; returns noise."""
     jobs: dict[tuple[int, ...], list[Callable[[], tuple[np.ndarray, np.ndarray]]]] = {}
     for layout, members in groups:
       if (members[0] in moved) == last:
@@ -137,25 +142,27 @@ def decode(
   *,
   out: Sequence[np.ndarray] | None = None,
 ) -> list[np.ndarray]:
-  """The inverse of `encode`.
+  """Decodes a unit: the inverse of `encode`.
 
   Args:
-    spec: of the unit.
+    spec: the spec of the unit.
     data: uint8 `[spec.nbytes]`, the stream; it may be a memory map.
-    out: arrays to decode into, in C order, of the shapes and dtypes of the spec. New
-      ones by default.
+    out: arrays to decode into, in C order, with the shapes and dtypes of the spec. By
+      default the function makes new arrays.
 
   Returns:
-    The arrays as they are stored, bit for bit. They do not share memory with the data.
+    The arrays, equal to `Encoded.arrays` bit for bit. They do not share memory with
+    `data`.
 
   Raises:
-    ValueError: if the stream does not fit the spec, or an array has another checksum.
+    ValueError: if the stream does not fit the spec, or if the checksum of an array
+      differs from the spec's.
   """
-  # A plain array, since a memory map is slow to slice.
+  # A view as a plain array, because a memory map is slow to slice.
   stream = np.asarray(data).view(np.ndarray)
   if stream.dtype != np.uint8 or stream.shape != (spec.nbytes,):
     raise ValueError(
-      f'the stream is uint8 [{spec.nbytes}] by its spec, got {stream.dtype} '
+      f'the stream must be uint8 [{spec.nbytes}], got {stream.dtype} '
       f'{list(stream.shape)}'
     )
   position = 0
@@ -179,7 +186,7 @@ def decode(
 
   arrays = _outputs(spec, out)
   tables = [blocks.tables_of(model.frequencies, decoding=True) for model in models]
-  # What reads the noise: its size there, and a function of it.
+  # The parts of the noise in order: the size of each, and a function that reads it.
   readers: list[tuple[int, Callable[[np.ndarray], None]]] = []
   moved = spec.exchanged
   for last in (False, True):
@@ -195,8 +202,8 @@ def decode(
     for i, array in enumerate(spec.arrays):
       if array.layout is None and (i in moved) == last:
         readers.append((array.nbytes, functools.partial(_read_bytes, arrays[i])))
-  # The first bytes of the noise may be those that chose an order, which is known when
-  # the exchanged arrays are: what needs them waits.
+  # The first bytes of the noise are missing if they chose an order. They become known
+  # when the arrays with exchanged lines are decoded. Readers of these bytes run late.
   missing = spec.order.noise if spec.order else 0
   early, late, start = [], [], 0
   for size, job in readers:
@@ -225,29 +232,29 @@ def decode(
 
 
 class _Geometry(NamedTuple):
-  """How a group is cut into blocks."""
+  """The lanes of each block of a group, and the numbers of each block but the last."""
 
   lanes: int
   numbers: int
 
 
 def _geometry(total: int, layout: layouts.Layout) -> _Geometry:
-  """Blocks of about the same size."""
+  """Divides `total` numbers into as few blocks as possible, of similar sizes."""
   count = -(-total // blocks.CAPACITY)
   size = -(-total // count)
   return _Geometry(blocks.lanes_for(size, layout), size)
 
 
 class _Group(NamedTuple):
-  """The numbers of arrays of one layout, one array after the other."""
+  """A group: the numbers of some arrays of one layout, one array after the other."""
 
   layout: layouts.Layout
-  model: contexts.Model  # of just these arrays
+  model: contexts.Model  # model of these arrays only
   tables: blocks.Tables
   arrays: list[np.ndarray]  # contiguous
 
   def encode_jobs(self) -> list[Callable[[], tuple[np.ndarray, np.ndarray]]]:
-    """Functions that return the blocks, and their rests."""
+    """Returns a job for each block; it returns the coded bytes and the rests."""
     total = sum(array.size for array in self.arrays)
     lanes, size = _geometry(total, self.layout)
 
@@ -264,7 +271,15 @@ class _Group(NamedTuple):
   def decode_jobs(
     self, spec: specs.GroupSpec, parts: list[np.ndarray]
   ) -> list[tuple[int, Callable[[np.ndarray], None]]]:
-    """The size of the rests of each block, and a function of them that decodes it."""
+    """Returns, for each block, the size of its rests and a job that decodes it.
+
+    Args:
+      spec: the spec of the group.
+      parts: the coded bytes of each block.
+
+    Returns:
+      Pairs of the size in bytes and a function that takes the rests.
+    """
     total = sum(array.size for array in self.arrays)
 
     def decode_one(start: int, part: np.ndarray, rests: np.ndarray) -> None:
@@ -288,12 +303,18 @@ class _Group(NamedTuple):
     ]
 
   def _contexts(self, start: int, out: np.ndarray) -> None:
-    """Writes the tables of the numbers from `start` on."""
+    """Writes the index of the table of each number from `start` on."""
     for i, place, size, first in self._parts(start, out.size):
       self.model.write(out[place : place + size], i, first, self.arrays[i].shape)
 
   def _copy(self, start: int, bits: np.ndarray, *, write: bool) -> None:
-    """Copies bit patterns from or to the arrays' numbers from `start` on."""
+    """Copies the bit patterns of the numbers from `start` on.
+
+    Args:
+      start: the first number, counted within the group.
+      bits: unsigned integers `[n]`.
+      write: whether to copy from `bits` to the arrays; otherwise from the arrays.
+    """
     for i, place, size, first in self._parts(start, bits.size):
       there = numbers.bits(self.arrays[i])[first : first + size]
       here = bits[place : place + size]
@@ -303,7 +324,12 @@ class _Group(NamedTuple):
         here[:] = there
 
   def _parts(self, start: int, count: int) -> list[tuple[int, int, int, int]]:
-    """Where numbers are: array, place among the numbers, size, place in the array."""
+    """Finds the arrays that hold `count` numbers from `start` on.
+
+    Returns:
+      For each array: its index, its first place among these numbers, how many of them
+      it holds, and the place of the first of them in the array.
+    """
     parts, begin = [], 0
     for i, array in enumerate(self.arrays):
       low, high = max(start, begin), min(start + count, begin + array.size)
@@ -314,7 +340,7 @@ class _Group(NamedTuple):
 
 
 def _members(entries: Sequence[specs.ArraySpec], layout: int) -> list[int]:
-  """Indices of the arrays of a layout."""
+  """Returns the indices of the arrays of a layout."""
   return [i for i, entry in enumerate(entries) if entry.layout == layout]
 
 
@@ -324,7 +350,7 @@ def _model_of(
   layout: int,
   members: tuple[int, ...],
 ) -> contexts.Model:
-  """The part of a layout's model that is some of its arrays'."""
+  """Returns the part of a layout's model that concerns some of its arrays."""
   within = [_members(entries, layout).index(i) for i in members]
   return model._replace(
     lines=tuple(model.lines[i] for i in within),
@@ -335,12 +361,15 @@ def _model_of(
 # ---- plans ---------------------------------------------------------------------------
 
 
-# A layout takes about as many bytes in the spec and the stream.
+# Estimated bytes of a layout in the spec and in the stream.
 _LAYOUT_BYTES = 128
 
 
 def _worthwhile(planned: list[plans.Plan]) -> list[plans.Plan]:
-  """Stores arrays as they are where a layout saves less than it takes."""
+  """Returns plans in which every layout saves more than it takes.
+
+  The arrays of other layouts are stored as they are.
+  """
   saved: dict[layouts.Layout, float] = {}
   for plan in planned:
     if plan.coded:
@@ -357,9 +386,10 @@ def _worthwhile(planned: list[plans.Plan]) -> list[plans.Plan]:
 def _models(
   planned: list[plans.Plan],
 ) -> tuple[list[layouts.Layout], list[contexts.Model]]:
-  """The layouts in use, and their models.
+  """Returns the layouts in use and their models.
 
-  Where these need too many tables, arrays are stored as they are: `planned` changes.
+  If a layout needs more than `contexts.MAX_TABLES` tables, the arrays that save least
+  are stored as they are. The function changes `planned` in place.
   """
   used: list[layouts.Layout] = []
   for plan in planned:
@@ -389,7 +419,14 @@ def _models(
 def _axes(
   shapes: list[tuple[int, ...]], exchangeable: Mapping[int, int]
 ) -> tuple[tuple[int, int], ...]:
-  """The arrays whose lines may be exchanged, with their axes; none if they disagree."""
+  """Returns the index and the axis of each array whose lines may be exchanged.
+
+  Returns an empty tuple if the axes differ in length, if they have too few or too many
+  lines, or if an array is empty.
+
+  Raises:
+    ValueError: if there is no such array or axis.
+  """
   for index, axis in exchangeable.items():
     if not (0 <= index < len(shapes) and 0 <= axis < len(shapes[index])):
       raise ValueError(f'no axis {axis} of array {index} to exchange lines along')
@@ -404,7 +441,12 @@ def _axes(
 def _sorted_lines(
   planned: list[plans.Plan], axes: tuple[tuple[int, int], ...]
 ) -> tuple[np.ndarray, specs.OrderSpec | None]:
-  """The order of sorted lines, and its spec if there are bits to choose another by."""
+  """Sorts exchangeable lines, if an order saves bits and there is noise to choose it.
+
+  Returns:
+    The indices of the sorted lines and the spec of their order; or else an empty array
+    and None.
+  """
   none = np.zeros(0, np.int64)
   if not axes:
     return none, None
@@ -423,7 +465,10 @@ def _sorted_lines(
 def _sort(
   arrays: Sequence[np.ndarray], axes: tuple[tuple[int, int], ...]
 ) -> tuple[np.ndarray, int]:
-  """Sorts exchangeable lines: all arrays' parts of a line, one after the other."""
+  """Sorts exchangeable lines; see `order.sort`.
+
+  The bytes of a line are its parts in all arrays, one after the other.
+  """
   views = [np.moveaxis(arrays[index], axis, 0) for index, axis in axes]
 
   def lines(rows: np.ndarray | slice, views: list[np.ndarray]) -> np.ndarray:
@@ -440,7 +485,16 @@ def _sort(
 def _recovered(
   spec: specs.OrderSpec, arrays: Sequence[np.ndarray], prefix: np.ndarray
 ) -> np.ndarray:
-  """The bytes that chose the order of lines, given the lines."""
+  """Returns the noise that chose the order of lines.
+
+  Args:
+    spec: the spec of the order.
+    arrays: the decoded arrays.
+    prefix: uint8, the bytes that are stored in place of the noise.
+
+  Raises:
+    ValueError: if the lines or the bytes are damaged.
+  """
   found, distinct = _sort(arrays, spec.axes)
   places = found[:distinct]
   if distinct != spec.distinct or places.max() >= distinct:
@@ -456,19 +510,23 @@ def _recovered(
 def _outputs(
   spec: specs.UnitSpec, out: Sequence[np.ndarray] | None
 ) -> list[np.ndarray]:
-  """New arrays, or those given if they fit."""
+  """Returns the given arrays if they fit the spec; makes new ones if `out` is None.
+
+  Raises:
+    ValueError: if the arrays do not fit.
+  """
   wanted = [(array.shape, layouts.DTYPES[array.dtype]) for array in spec.arrays]
   if out is None:
-    return [np.empty(shape, dtype) for shape, dtype in wanted]
+    return [numbers.empty(shape, dtype) for shape, dtype in wanted]
   if len(out) != len(wanted):
-    raise ValueError(f'{len(out)} arrays to decode {len(wanted)} into')
+    raise ValueError(f'the unit has {len(wanted)} arrays, got {len(out)} in `out`')
   for i, (array, (shape, dtype)) in enumerate(zip(out, wanted, strict=True)):
     if array.shape != shape or array.dtype != dtype:
       raise ValueError(
         f'array {i} of the unit is {dtype} {shape}, got {array.dtype=} {array.shape=}'
       )
     if not (array.flags.c_contiguous and array.flags.writeable):
-      raise ValueError(f'array {i} to decode into is not contiguous, or read-only')
+      raise ValueError(f'array {i} of `out` must be contiguous and writeable')
   return list(out)
 
 
@@ -481,4 +539,4 @@ def _read_bytes(array: np.ndarray, part: np.ndarray) -> None:
 
 
 def _checksum(array: np.ndarray) -> int:
-  return zlib.crc32(_bytes(array))
+  return zlib_ng.crc32(_bytes(array))

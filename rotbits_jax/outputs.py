@@ -1,0 +1,208 @@
+"""Paths that results are written to: a result is complete, or the old one stays.
+
+    target = outputs.resolved(path)
+    outputs.check(target, overwrite=False)         # before the work
+    with outputs.fresh(outputs.staging(target)) as folder:
+      ...                                          # writes folder / name
+      outputs.move(folder / name, target)          # synced, then renamed
+
+The staging folder lies beside the target, as `.<name>.partial`. It has one name for one
+target, so that the next run finds what a killed one left, and it is locked, so that two
+runs do not write one target. A target is a regular file or does not exist yet.
+"""
+
+from collections.abc import Iterator
+import contextlib
+import errno
+import os
+import pathlib
+import shutil
+import stat
+
+try:
+  import fcntl
+except ImportError:  # Windows: two processes are not kept apart
+  fcntl = None  # type: ignore[assignment]
+
+Path = str | os.PathLike[str]
+
+
+def resolved(path: Path) -> pathlib.Path:
+  """Returns a path behind symbolic links, which a result is written to.
+
+  Raises:
+    OSError: if the path is empty.
+  """
+  if not os.fspath(path):
+    raise _error(errno.ENOENT, 'the path to write to is empty', "''")
+  return pathlib.Path(os.path.realpath(path))
+
+
+def check(target: pathlib.Path, *, overwrite: bool) -> None:
+  """Refuses a path that no file can be written to, before the work.
+
+  Args:
+    target: the path; a symbolic link is refused, see `resolved`.
+    overwrite: whether a file that exists may be replaced.
+
+  Raises:
+    OSError: if the path is not that of a regular file, if the file is read-only or must
+      not be replaced, or if the folder does not exist or cannot be written.
+  """
+  if not target.parent.is_dir():
+    folder = target.parent
+    raise _error(errno.ENOTDIR, f'no such directory: {folder}', target)
+  if os.path.lexists(target):
+    mode = target.lstat().st_mode
+    if stat.S_ISDIR(mode):
+      raise _error(errno.EISDIR, 'is a directory, not a file to write', target)
+    if not stat.S_ISREG(mode):
+      raise _error(errno.EINVAL, 'is not a regular file, and is not replaced', target)
+    if not overwrite:
+      text = 'the file exists; it is replaced with --overwrite (overwrite=True) only'
+      raise _error(errno.EEXIST, text, target)
+    if not mode & 0o222:
+      raise _error(errno.EACCES, 'the file is read-only', target)
+  _check_writable(target.parent, target)
+
+
+def directory_target(path: Path) -> pathlib.Path:
+  """Returns the directory that a path names, behind symbolic links.
+
+  Args:
+    path: the directory to write to; it may not exist yet.
+
+  Raises:
+    OSError: if the path is that of a file, or if the directory, or the first one above
+      it that exists, cannot be written.
+  """
+  target = resolved(path)
+  for folder in (target, *target.parents):
+    if os.path.lexists(folder):
+      if not folder.is_dir():
+        text = 'is a file, not a directory to write to'
+        raise _error(errno.ENOTDIR, text, folder)
+      _check_writable(folder, target)
+      break
+  return target
+
+
+def staging(target: pathlib.Path) -> pathlib.Path:
+  """Returns the hidden folder in which a target is prepared."""
+  return target.parent / f'.{target.name}.partial'
+
+
+@contextlib.contextmanager
+def locked(folder: pathlib.Path) -> Iterator[pathlib.Path]:
+  """Makes a folder, and holds its lock, which a killed process does not.
+
+  The caller removes the folder.
+
+  Raises:
+    OSError: if the folder cannot be made, is a symbolic link, or if another process
+      holds the lock.
+  """
+  handle = _lock(folder)
+  try:
+    yield folder
+  finally:
+    if handle is not None:
+      os.close(handle)
+
+
+@contextlib.contextmanager
+def fresh(folder: pathlib.Path) -> Iterator[pathlib.Path]:
+  """A locked folder that is empty, and is removed in the end.
+
+  Folders above it that did not exist stay only if no exception leaves the context.
+  """
+  made = [parent for parent in folder.parents if not parent.exists()]
+  folder.parent.mkdir(parents=True, exist_ok=True)
+  try:
+    with locked(folder):
+      clear(folder)
+      try:
+        yield folder
+      finally:
+        shutil.rmtree(folder, ignore_errors=True)
+  except BaseException:
+    for parent in made:
+      with contextlib.suppress(OSError):
+        parent.rmdir()
+    raise
+
+
+def clear(folder: pathlib.Path) -> None:
+  """Removes all that is in a folder."""
+  for path in folder.iterdir():
+    if path.is_dir() and not path.is_symlink():
+      shutil.rmtree(path)
+    else:
+      path.unlink()
+
+
+def move(source: pathlib.Path, target: pathlib.Path) -> None:
+  """Gives a complete file, or a folder of such files, its name.
+
+  The content is on the disk before the name is, and the name when the function returns.
+  The mode of a file that is replaced stays.
+  """
+  for path in source.iterdir() if source.is_dir() else [source]:
+    _sync(path)
+  if source.is_dir():
+    _sync(source)
+  if target.is_file():
+    os.chmod(source, stat.S_IMODE(target.stat().st_mode))
+  os.replace(source, target)
+  _sync(target.parent)
+
+
+@contextlib.contextmanager
+def named(path: Path) -> Iterator[None]:
+  """Puts a path into errors of the system that name none, such as a full disk."""
+  try:
+    yield
+  except OSError as error:
+    if error.errno is None or error.filename is not None:
+      raise
+    raise _error(error.errno, error.strerror, path) from error
+
+
+def _check_writable(folder: pathlib.Path, target: pathlib.Path) -> None:
+  if not os.access(folder, os.W_OK | os.X_OK):
+    raise _error(errno.EACCES, f'the directory {folder} cannot be written', target)
+
+
+def _error(number: int, text: str | None, path: Path) -> OSError:
+  return OSError(number, text, os.fspath(path))
+
+
+def _lock(folder: pathlib.Path) -> int | None:
+  folder.mkdir(parents=True, exist_ok=True)
+  if fcntl is None:
+    return None
+  handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+  try:
+    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    # The process that held the lock may have removed the folder meanwhile.
+    if not folder.exists() or not os.path.samestat(os.fstat(handle), folder.lstat()):
+      raise BlockingIOError
+  except BlockingIOError as error:
+    os.close(handle)
+    raise _error(errno.EAGAIN, 'another process writes here', folder) from error
+  except BaseException:
+    os.close(handle)
+    raise
+  return handle
+
+
+def _sync(path: pathlib.Path) -> None:
+  """Waits until a file's or a folder's content is on the disk."""
+  try:
+    handle = os.open(path, os.O_RDONLY)
+  except PermissionError:  # Windows opens no folder
+    return
+  try:
+    os.fsync(handle)
+  finally:
+    os.close(handle)
