@@ -437,7 +437,7 @@ class _Job:
     rewritten = transform_lib.rewrite(
       self.context,
       self.preset.transform,
-      widen=self.preset.widen,
+      rounding=self.preset.rounding,
       layers=range(start, stop),
       state=state,
       outer=bool(outer),

@@ -24,8 +24,8 @@ class Preset(NamedTuple):
     options: JSON values that the file keeps as a record of how it was made.
     transform: the transform that rewrites the model, see `symmetries.chain`.
     names: the names of the transform's parts, in order. The report has a line for each.
-    widen: whether numbers are widened to float32 before the transforms and rounded once
-      after them. If not, every transform sees the numbers in their stored dtype.
+    rounding: how numbers are rounded after the transforms, which see float32 numbers.
+      None if the transforms see the numbers in their stored dtype and keep them.
     order_neurons: whether the neurons of an MLP are stored in an order that saves bits.
     message: the options of the published scheme, if the whole model is coded as one
       message by bits-back coding; else None.
@@ -35,13 +35,16 @@ class Preset(NamedTuple):
   options: dict[str, Any]
   transform: symmetries.Transform
   names: tuple[str, ...]
-  widen: bool = True
+  rounding: symmetries.Rounding | None = symmetries.NEAREST
   order_neurons: bool = False
   message: Any = None
 
 
 def free(
-  *, tolerance: float = 0.7, transforms: tuple[symmetries.Transform, ...] = ()
+  *,
+  tolerance: float = 0.7,
+  floor: float | None = 0.0,
+  transforms: tuple[symmetries.Transform, ...] = (),
 ) -> Preset:
   """Makes the preset that fixes every gauge, rounds once, and codes the other numbers.
 
@@ -49,16 +52,20 @@ def free(
 
   Args:
     tolerance: see `symmetries.remove_residual_gauge`.
+    floor: see the offset of `symmetries.with_floor`; None to round every number to the
+      nearest number of its dtype.
     transforms: further transforms, applied after those of the preset.
 
   Returns:
     The preset.
 
   Raises:
-    ValueError: if the tolerance is negative or not finite.
+    ValueError: if the tolerance is negative, or a number is not finite.
   """
   if not (math.isfinite(tolerance) and tolerance >= 0):
     raise ValueError(f'tolerance must be finite and not negative, got {tolerance}')
+  if not (floor is None or math.isfinite(floor)):
+    raise ValueError(f'floor must be finite or None, got {floor}')
   own = (
     # Rotations come first, because the other transforms look for structure in the
     # coordinates that they choose.
@@ -72,9 +79,13 @@ def free(
   )
   return Preset(
     name='free',
-    options={'tolerance': float(tolerance)},
+    options={
+      'tolerance': float(tolerance),
+      'floor': None if floor is None else float(floor),
+    },
     transform=symmetries.chain(*own),
     names=tuple(transform.name for transform in own),
+    rounding=symmetries.NEAREST if floor is None else symmetries.with_floor(floor),
     order_neurons=True,
   )
 
@@ -99,7 +110,7 @@ def exact(*, transforms: tuple[symmetries.Transform, ...] = ()) -> Preset:
     options={},
     transform=symmetries.chain(*own),
     names=tuple(transform.name for transform in own),
-    widen=False,
+    rounding=None,
   )
 
 

@@ -47,7 +47,7 @@ def _apply(model, **options):
 
 
 def _apply_exactly(model):
-  return transform_checks.apply(symmetries.retie_exactly(), model, widen=False)
+  return transform_checks.apply(symmetries.retie_exactly(), model, rounding=None)
 
 
 def _bits(array):
@@ -189,7 +189,7 @@ class RetieEmbeddingTest(parameterized.TestCase):
 def _exactly(table, head):
   """The leaf, the note and the bytes saved of the transform in its chain."""
   chain = (symmetries.retie_exactly(),)
-  model, (saving,) = symmetries.run_chain(chain, _model(table, head), widen=False)
+  model, (saving,) = symmetries.run_chain(chain, _model(table, head), rounding=None)
   (note,) = saving.notes
   return model.params['embed']['tokens'], note, saving.bytes
 

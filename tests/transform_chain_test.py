@@ -100,7 +100,9 @@ class RunChainTest(parameterized.TestCase):
   @parameterized.parameters(True, False)
   def test_an_empty_chain_changes_no_bit(self, widen):
     model = random_models.sliced_llama([18] * 3, np.float16)
-    same, savings = symmetries.run_chain((), model, widen=widen)
+    same, savings = symmetries.run_chain(
+      (), model, rounding=symmetries.NEAREST if widen else None
+    )
     transform_checks.assert_same_bits(same, model)
     self.assertEmpty(savings)
 
@@ -110,7 +112,7 @@ class RunChainTest(parameterized.TestCase):
       model = random_models.sliced_llama([18] * 3, dtype)
       symmetries.run_chain((_seen(formats),), model)
       self.assertEqual(formats, [(np.dtype(dtype), np.float32)])
-      symmetries.run_chain((_seen(formats),), model, widen=False)
+      symmetries.run_chain((_seen(formats),), model, rounding=None)
       self.assertEqual(formats[1], (np.dtype(dtype), np.dtype(dtype)))
 
   def test_roundoff_is_that_of_the_format(self):

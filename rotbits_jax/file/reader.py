@@ -301,15 +301,15 @@ class Reader:
     with file.errors():
       _check_memory(name, unit.decoded_bytes)
       data = file.checked(name, unit.nbytes, unit.crc32)
-      targets = None
-      if out is not None:
-        targets = [
-          array
-          for leaf, specs in unit.leaf_specs()
-          for array in out.get(leaf.path) or map(weights.empty, specs)
-        ]
+      targets: list[np.ndarray] | None = None
       flat = {}
       try:
+        if out is not None:
+          targets = []
+          for leaf, specs in unit.leaf_specs():
+            given = out.get(leaf.path)
+            new = () if given else (weights.empty(x.shape, x.dtype) for x in specs)
+            targets += given or new
         arrays = iter(weights.decode(unit.coder, data, out=targets))
         for leaf in unit.leaves:
           parts = {key: next(arrays) for key in leaf.arrays}

@@ -17,6 +17,7 @@ The modules, in the order of reading:
     tied        an embedding that is a linear image of the head
     low_rank    the basis between two factors
     noise       the change that rounding alone makes, as a yardstick
+    rounding    the rounding of float32 numbers to what is stored
     products    matrix products that round equally on any number of threads
 """
 
@@ -32,6 +33,9 @@ from rotbits_jax.symmetries.noise import random_rotation
 from rotbits_jax.symmetries.noise import randomly_rotated
 from rotbits_jax.symmetries.residual import remove_residual_gauge
 from rotbits_jax.symmetries.rotations import rotate
+from rotbits_jax.symmetries.rounding import NEAREST
+from rotbits_jax.symmetries.rounding import Rounding
+from rotbits_jax.symmetries.rounding import with_floor
 from rotbits_jax.symmetries.tied import retie_embedding
 from rotbits_jax.symmetries.tied import retie_exactly
 from rotbits_jax.symmetries.transform import Context
@@ -50,9 +54,11 @@ from rotbits_jax.symmetries.transform import run_chain
 
 __all__ = [
   'CANONICALISERS',
+  'NEAREST',
   'Context',
   'Note',
   'Polar',
+  'Rounding',
   'Saving',
   'Source',
   'Transform',
@@ -76,4 +82,5 @@ __all__ = [
   'rewrite',
   'rotate',
   'run_chain',
+  'with_floor',
 ]

@@ -61,7 +61,7 @@ def retie_exactly() -> transform.Transform:
   """Makes the transform that stores T and the residuals of the embedding.
 
   No bit is lost. The transform needs the numbers as they are stored, so `rewrite` must
-  get `widen=False`. It changes embeddings in float16 and bfloat16 only, and only if
+  get no rounding. It changes embeddings in float16 and bfloat16 only, and only if
   that takes fewer bits.
 
   Returns:

@@ -31,6 +31,10 @@ import numpy as np
 
 from rotbits_jax import models
 from rotbits_jax import structured
+from rotbits_jax.symmetries.rounding import NEAREST
+from rotbits_jax.symmetries.rounding import NO_STEP
+from rotbits_jax.symmetries.rounding import Rounding
+from rotbits_jax.symmetries.rounding import round_leaf
 
 Note = dict[str, Any]  # JSON values
 State = Any  # a PyTree of arrays
@@ -138,7 +142,7 @@ class Transform(NamedTuple):
       any part of the source.
     layers: takes the context, the state, the index of the first layer and consecutive
       layers. It returns the next state, the rewritten layers, and the savings of each
-      layer. Numbers are float32, unless `rewrite` got `widen=False`.
+      layer. Numbers are float32, unless `rewrite` got no rounding.
     outer: takes the context, the state after the last layer and the parameters outside
       the layers. It returns the rewritten parameters and their savings.
     skip: takes the arguments of `layers` and returns the next state only.
@@ -292,7 +296,7 @@ def rewrite(
   context: Context,
   transform: Transform,
   *,
-  widen: bool = True,
+  rounding: Rounding | None = NEAREST,
   layers: range | None = None,
   state: State | None = None,
   outer: bool = True,
@@ -302,8 +306,8 @@ def rewrite(
   Args:
     context: see `make_context`.
     transform: the transform to apply; `chain` makes one from several.
-    widen: whether the transform gets float32 numbers. If False, it gets the numbers as
-      they are stored, so that it can keep every bit.
+    rounding: how the float32 numbers that the transform gets and returns are rounded.
+      None if it gets the numbers as they are stored, so that it can keep every bit.
     layers: the layers to rewrite; all by default. If no state is given, the layers
       before them are skipped with `transform.skip`.
     state: the state before the first of these layers, as an earlier call yielded it.
@@ -319,40 +323,43 @@ def rewrite(
     state = transform.init(context)
     for first in range(0, layers.start, step):
       stop = min(first + step, layers.start)
-      given = _given_layers(context, range(first, stop), widen)
+      given = _given_layers(context, range(first, stop), rounding is not None)
       state = transform.skip(context, state, first, given)
   for first in range(layers.start, layers.stop, step):
     indices = range(first, min(first + step, layers.stop))
-    given = _given_layers(context, indices, widen)
+    given = _given_layers(context, indices, rounding is not None)
     state, given, savings = transform.layers(context, state, first, given)
     units = []
     for i, own in zip(indices, savings, strict=True):
-      stored = _stored(given.pop(0), context, f'layers.{i}/', widen)
-      units.append(Unit(f'layers.{i}', stored, own))
+      stored, more = _stored(given.pop(0), context, f'layers.{i}/', rounding)
+      units.append(Unit(f'layers.{i}', stored, own + more))
     yield units, state
   if outer:
     if context.mesh is not None:
       # The state is on the device of the last layer. The parameters outside the layers
       # are on the first device.
       state = _on_device(state, context.mesh.devices.flat[0])
-    given_outer = _given(context.source.outer(), widen)
+    given_outer = _given(context.source.outer(), rounding is not None)
     given_outer, saved = transform.outer(context, state, given_outer)
     units = []
     for name, tree in given_outer.items():
-      stored = _stored({name: tree}, context, '', widen)
-      units.append(Unit(name, stored, [] if units else saved))
+      stored, more = _stored({name: tree}, context, '', rounding)
+      units.append(Unit(name, stored, more if units else saved + more))
     yield units, state
 
 
 def run_chain(
-  transforms: tuple[Transform, ...], model: models.Model, *, widen: bool = True
+  transforms: tuple[Transform, ...],
+  model: models.Model,
+  *,
+  rounding: Rounding | None = NEAREST,
 ) -> tuple[models.Model, list[Saving]]:
   """Applies transforms, in order, to a whole model in memory.
 
   Args:
     transforms: the transforms.
     model: the model. If its `stored_as` is set, that is the dtype to round to.
-    widen: see `rewrite`.
+    rounding: see `rewrite`.
 
   Returns:
     The rewritten model, with NumPy arrays, and one saving for each transform.
@@ -362,13 +369,14 @@ def run_chain(
   totals = [Saving(name, 0, 0, []) for name in names]
   layers: list[models.Params] = []
   outer: models.Params = {}
-  for units, _ in rewrite(context, chain(*transforms), widen=widen):
+  for units, _ in rewrite(context, chain(*transforms), rounding=rounding):
     for unit in units:
       if unit.name.startswith('layers.'):
         layers.append(unit.params)
       else:
         outer |= unit.params
-      totals = add_savings(totals, unit.savings)
+      own = [saving for saving in unit.savings if saving.name != ROUNDING]
+      totals = add_savings(totals, own)
   return models.from_layers(model.config, outer, layers, model.buffers), totals
 
 
@@ -499,26 +507,36 @@ def _given(tree: models.Params, widen: bool, device: Any = None) -> models.Param
 
 
 def _stored(
-  tree: models.Params, context: Context, prefix: str, widen: bool
-) -> models.Params:
+  tree: models.Params, context: Context, prefix: str, rounding: Rounding | None
+) -> tuple[models.Params, list[Saving]]:
   """Returns the parameters as they are stored: rounded on the device, fetched once."""
   flat = structured.flatten(tree)
-  if widen:
-    flat = {
-      path: _round(leaf, context.dtypes.get(prefix + path, context.form))
-      for path, leaf in flat.items()
-    }
-  return structured.unflatten(jax.device_get(flat))
+  if rounding is None:
+    return structured.unflatten(jax.device_get(flat)), []
+  effects = {}
+  for path, leaf in flat.items():
+    dtype = context.dtypes.get(prefix + path, context.form)
+    if any(isinstance(x, jax.Array) for x in jax.tree.leaves(leaf)):
+      octaves = rounding.octaves(prefix + path, dtype)
+      flat[path], effects[path] = round_leaf(leaf, dtype, octaves, rounding.keeps)
+    else:
+      flat[path] = structured.astype(leaf, dtype)
+  flat, effects = jax.device_get((flat, effects))
+  notes, bits = [], 0.0
+  for path, effect in effects.items():
+    if effect.step != NO_STEP:
+      error = np.sqrt(effect.squares / max(effect.norm, 1e-30))
+      step = {'step': f'2^{effect.step}', 'error': three_digits(error)}
+      notes.append({'tensor': prefix + path, **step})
+      bits += float(effect.bits)
+  saved = [Saving(ROUNDING, 0, int(bits / 8), notes)] if notes else []
+  return structured.unflatten(flat), saved
 
 
-def _round(leaf: Any, kind: np.dtype) -> Any:
-  if any(isinstance(x, jax.Array) for x in jax.tree.leaves(leaf)):
-    return _rounded_on_device(leaf, kind)
-  return structured.astype(leaf, kind)
-
+ROUNDING = 'rounding'
+"""Name of the saving of rounding to a step."""
 
 _widen = jax.jit(lambda leaf: structured.astype(leaf, jnp.float32))
-_rounded_on_device = jax.jit(structured.astype, static_argnums=1)
 
 
 # ---- a function of one layer over several ------------------------------------------

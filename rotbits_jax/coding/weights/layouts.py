@@ -275,8 +275,12 @@ def layout(kind: str, dtype: np.dtype, rest: int, step: int) -> Layout:
   return KINDS[kind](dtype, rest, step)
 
 
-# A grid is used if the scale of the numbers is less than 2^8 steps.
+# A grid is used if the scale of the numbers is less than 2^8 steps, and so small that few
+# numbers are beyond those where the dtype has the grid's step: their rests would be zero.
 _GRID_OCTAVES = 8
+_BEYOND_OCTAVES = 2
+
+_ABOVE_OCTAVES = 2
 
 # A floor further below the scale saves less than 0.03 bits a number.
 _FLOOR_OCTAVES = 6
@@ -311,7 +315,8 @@ def of_floats(bits: np.ndarray, dtype: np.dtype) -> Float | Grid:
   octaves = scale - bias - unit
   greatest = np.array(found.greatest, bits.dtype).view(dtype)
   steps = np.ldexp(np.float64(greatest), -unit)
-  if octaves < _GRID_OCTAVES and steps < 1 << 15 and not found.negative_zeros:
+  most = min(_GRID_OCTAVES, layout.mantissa - _BEYOND_OCTAVES)
+  if octaves < most and steps < 1 << 15 and not found.negative_zeros:
     for kind in (SmallGrid, LargeGrid):
       rest = integers.least_low(int(steps), -int(steps), True, kind.symbol_bits)
       # Folding doubles the numbers.
@@ -323,6 +328,8 @@ def of_floats(bits: np.ndarray, dtype: np.dtype) -> Float | Grid:
   used = found.used >> (layout.width - 1) << low | found.used & ((1 << low) - 1)
   zeros = (used & -used).bit_length() - 1 if used else layout.rest_bits
   # A number above the floor ends in this many zeros, so a number below it must, too.
-  floor = min(found.lowest + 1 - min(zeros, layout.mantissa), scale)
+  floor = found.lowest + 1 - min(zeros, layout.mantissa)
+  # A higher floor would leave too few symbols to the numbers below it.
+  floor = min(floor, scale + _ABOVE_OCTAVES)
   floor = floor if floor > max(scale - _FLOOR_OCTAVES, 1) else 1
   return Float(dtype, layout.rest_bits - zeros, floor - 1)
