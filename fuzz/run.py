@@ -25,6 +25,7 @@ import warnings
 
 from absl import flags
 
+from fuzz import results as results_lib
 from rotbits_jax.cli import program
 
 FLAGS = flags.FlagValues()
@@ -50,6 +51,16 @@ _FAILURES = flags.DEFINE_string(
 _CORPUS = flags.DEFINE_string(
   'corpus', 'fuzz/corpus', 'Further inputs, in a folder a target.', flag_values=FLAGS
 )
+
+_RESULTS = flags.DEFINE_string(
+  'results', None, 'A file whose section of counts is written anew.', flag_values=FLAGS
+)
+
+_ABOUT = """\
+Written by `python -m fuzz.run --results=RESULTS.md`: inputs that atheris mutates, guided
+by coverage, with the checksums of streams made right and those of arrays taken for
+right. Refused is an input that ends in the error that the reader promises, and a failure
+is any other error, the end of the process, more memory than 4 GB or more than 30 s."""
 
 _RESTARTS = 50  # of a process that inputs end
 _NOTED = 100  # executions between two notes of the counts
@@ -102,7 +113,8 @@ def fuzz(
     if left <= 0 or time.monotonic() > stop:
       break
     with tempfile.TemporaryDirectory() as folder:
-      notes = pathlib.Path(folder) / 'counts.json'
+      notes = failures / f'{target}.running.json'
+      notes.unlink(missing_ok=True)
       order = {
         'target': target,
         'executions': left,
@@ -131,6 +143,8 @@ def fuzz(
       part.failures[f'the process ended, {child.returncode}: {lines[-1][:100]}'] += 1
       (failures / f'{target}.log').write_text(text[-20_000:])
     total.add(part)
+    notes.unlink()
+    (failures / f'{target}.json').write_text(json.dumps(total.to_json()))
   return total
 
 
@@ -174,7 +188,7 @@ def _child(order: dict[str, Any]) -> None:
     result.slowest = max(result.slowest, time.monotonic() - start)
     if not result.executions % _NOTED:
       note()
-    if not result.executions % 5000:
+    if not result.executions % 10_000:
       jax.clear_caches()  # programs of shapes that were mutated
 
   def mutate(data: bytes, most: int, seed: int) -> bytes:
@@ -230,6 +244,7 @@ def main() -> None:
 
     names = list(targets.TARGETS)
   results = {}
+  folder = pathlib.Path(_FAILURES.value)
   for name in names:
     results[name] = fuzz(
       name,
@@ -238,10 +253,16 @@ def main() -> None:
       input_seconds=_INPUT_SECONDS.value,
       memory_mb=_MEMORY.value,
       seed=_SEED.value,
-      failures=pathlib.Path(_FAILURES.value),
+      failures=folder,
       corpus=pathlib.Path(_CORPUS.value),
     )
     print(to_text(results), flush=True)
+  if _RESULTS.value:  # also of targets that other processes fuzzed
+    found = {
+      path.stem: Result(json.loads(path.read_text()))
+      for path in sorted(folder.glob('*.json'))
+    }
+    results_lib.write(pathlib.Path(_RESULTS.value), 'Fuzzing', _ABOUT, to_text(found))
   if any(x.failures for x in results.values()):
     raise SystemExit(1)
 

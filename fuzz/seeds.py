@@ -40,11 +40,13 @@ OPT: dict[str, Any] = {
 FILES = {'config.json': b'{"model_type": "llama"}', 'notes.txt': b'a' * 2000}
 
 
-def sliced_model(config_json: dict[str, Any], width: int = 12) -> models.Model:
+def sliced_model(
+  config_json: dict[str, Any], *, width: int = 12, seed: int = 0
+) -> models.Model:
   """A random sliced model in float16, whose embedding is its head's image."""
   dense = checkpoints.parse_config(config_json, None)
   config = dense.sliced_to((width,) * len(dense.segment_widths))
-  rng = np.random.default_rng(0)
+  rng = np.random.default_rng(seed)
 
   def draw(path: Any, shape: tuple[int, ...]) -> np.ndarray:
     if 'shortcut' in path[0].key:
@@ -73,9 +75,9 @@ def presets_of_sweep() -> dict[str, presets.Preset]:
 
 
 @functools.cache
-def containers_of_presets() -> dict[str, bytes]:
+def containers_of_presets(seed: int = 0) -> dict[str, bytes]:
   """A small sliced Llama with each preset."""
-  model = sliced_model(LLAMA)
+  model = sliced_model(LLAMA, seed=seed)
   return {
     name: rotbits_jax.encode(model, preset=preset, files=FILES, stem='tiny')
     for name, preset in presets_of_sweep().items()

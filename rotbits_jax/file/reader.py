@@ -495,8 +495,12 @@ def _manifest(file: container.StreamReader) -> manifest_lib.Manifest:
     except ValueError as error:
       raise ContainerError(f'the manifest is damaged: {error}') from error
     found = {n: file.nbytes(n) for n in file.names() if n != container.MANIFEST}
-    if found != {name: nbytes for name, (nbytes, _) in own.streams().items()}:
-      raise ContainerError('the header and the manifest name different streams')
+    named = {name: nbytes for name, (nbytes, _) in own.streams().items()}
+    for name in {**found, **named}:
+      if found.get(name) != named.get(name):
+        raise ContainerError(
+          f'{name[:200]}: the header and the manifest differ in this stream'
+        )
     return own
 
 
