@@ -43,6 +43,8 @@ setuptools.setup(
     'benchmark': ['constriction>=0.4'],
     # The quantiser that benchmarks/int8.py puts in the chain.
     'int8': INT8,
+    # What `python -m fuzz.run` fuzzes with.
+    'fuzz': [*GGUF, 'atheris>=3.0'],
     # What test.sh runs; pre-commit runs the same linters before each commit.
     'test': [
       *TEXT,

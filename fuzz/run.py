@@ -57,10 +57,10 @@ _RESULTS = flags.DEFINE_string(
 )
 
 _ABOUT = """\
-Written by `python -m fuzz.run --results=RESULTS.md`: inputs that atheris mutates, guided
-by coverage, with the checksums of streams made right and those of arrays taken for
-right. Refused is an input that ends in the error that the reader promises, and a failure
-is any other error, the end of the process, more memory than 4 GB or more than 30 s."""
+Written by `python -m fuzz.run --results=RESULTS.md`. Atheris makes the inputs, guided
+by coverage. The checksums of streams are made right, and those of arrays are
+taken for right. An input is refused if it ends in the error that the reader promises. A
+failure is any other error, the end of the process, 4 GB more memory, or 30 s."""
 
 _RESTARTS = 50  # of a process that inputs end
 _NOTED = 100  # executions between two notes of the counts
@@ -261,6 +261,7 @@ def main() -> None:
     found = {
       path.stem: Result(json.loads(path.read_text()))
       for path in sorted(folder.glob('*.json'))
+      if '.running' not in path.name
     }
     results_lib.write(pathlib.Path(_RESULTS.value), 'Fuzzing', _ABOUT, to_text(found))
   if any(x.failures for x in results.values()):

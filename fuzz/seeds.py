@@ -68,7 +68,10 @@ def sliced_model(
 def presets_of_sweep() -> dict[str, presets.Preset]:
   """Every preset, with the options that make other code read its files."""
   found = {name: presets.make(name) for name in presets.PRESETS}
-  published = {'canonicaliser': 'svd', 'rotation_codec': 'symmetric_eig'}
+  published: dict[str, Any] = {
+    'canonicaliser': 'svd',
+    'rotation_codec': 'symmetric_eig',
+  }
   found['paper, published'] = presets.paper(**published, correction='threshold')
   found['paper, entropy'] = presets.paper(canonicaliser='qr', entropy=True)
   return found
@@ -87,7 +90,7 @@ def containers_of_presets(seed: int = 0) -> dict[str, bytes]:
 def leaves() -> dict[str, Any]:
   """Structured leaves of every kind that stands alone."""
   rng = np.random.default_rng(0)
-  normal = lambda *shape: rng.standard_normal(shape).astype(np.float16)
+  normal = lambda *shape: np.asarray(rng.standard_normal(shape), np.float16)
   lower = lambda rows, columns: np.tril(normal(rows, columns))
   return {
     'gram': structured.IdentityMinusGram(lower(6, 3), lower(6, 1), columns=9),
@@ -115,7 +118,7 @@ def leaves() -> dict[str, Any]:
 def containers_of_trees() -> dict[str, bytes]:
   """PyTrees that are stored in all the ways there are."""
   rng = np.random.default_rng(1)
-  normal = lambda *shape: rng.standard_normal(shape).astype(np.float32)
+  normal = lambda *shape: np.asarray(rng.standard_normal(shape), np.float32)
   arrays = {
     'coded': {
       'half': normal(48, 64).astype(np.float16),
@@ -166,7 +169,7 @@ def stored_leaves() -> list[bytes]:
 def torch_files() -> list[bytes]:
   """Files as `torch.save` writes them."""
   rng = np.random.default_rng(0)
-  tensors = {
+  tensors: dict[str, np.ndarray] = {
     'a.weight': rng.standard_normal((3, 4)).astype(np.float16),
     'a.bias': np.arange(4, dtype=np.int64),
     'none': np.zeros((0, 2), np.float32),
@@ -247,7 +250,7 @@ def configs() -> list[bytes]:
   """The JSON files of checkpoints: `config.json` and the slicing JSON."""
   rope = {'rope_type': 'llama3', 'factor': 8.0, 'low_freq_factor': 1.0}
   rope |= {'high_freq_factor': 4.0, 'original_max_position_embeddings': 8192}
-  kinds = {
+  kinds: dict[str, dict[str, Any]] = {
     'llama': {'rope_scaling': rope, 'rope_theta': 5e5, 'head_dim': 8},
     'mistral': {'sliding_window': 4096},
     'qwen2': {'layer_types': ['full_attention'], 'use_sliding_window': False},

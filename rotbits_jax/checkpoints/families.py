@@ -92,7 +92,7 @@ def _opt(config: attributes.Attributes) -> models.ModelConfig:
   hidden = config.size('hidden_size')
   heads = config.size('num_attention_heads')
   layers = config.size('num_hidden_layers', most=_MOST_LAYERS)
-  positions = config.size('max_position_embeddings')
+  positions = config.size('max_position_embeddings', most=2**31 - 3)
   config.require(
     do_layer_norm_before=True,
     enable_bias=True,

@@ -64,6 +64,8 @@ def open_file(path: str | os.PathLike[str]) -> dict[str, lazy.LazyTensor]:
       raise errors.CheckpointError(f'{path}: {name} has dtype {entry["dtype"]}')
     begin, _ = entry['data_offsets']
     spec = lazy.TensorSpec(tuple(entry['shape']), _DTYPES[entry['dtype']])
+    if not lazy.numpy_holds(spec.shape, spec.dtype):
+      raise errors.CheckpointError(f'{path}: {name} has shape {spec.shape}')
     tensors[name] = _tensor(file, 8 + header_size + begin, spec)
   return tensors
 

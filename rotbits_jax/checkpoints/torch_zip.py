@@ -40,7 +40,6 @@ STORAGE_DTYPES: dict[str, np.dtype] = {
 Specs = Mapping[str, lazy.TensorSpec]
 
 _ALIGNMENT = 64
-_MOST_AXES = 32
 _CHUNK = 1 << 24  # bytes written at a time
 _ZIP64_FROM = 1 << 30  # member size from which the 64-bit form is written
 _MOST_PICKLE = 1 << 26  # bytes; a tensor takes about 200
@@ -317,7 +316,9 @@ def _tensor(name: str, view: Any, members: _Members) -> lazy.LazyTensor:
   shape, strides = view.shape, view.strides
   numbers = (view.offset, *shape, *strides)
   # Not shown, because tuples of tuples may be exponentially long.
-  if len(numbers) > 1 + 2 * _MOST_AXES or not all(isinstance(n, int) for n in numbers):
+  if len(numbers) > 1 + 2 * lazy.MAX_AXES or not all(
+    isinstance(n, int) for n in numbers
+  ):
     raise errors.CheckpointError(
       f'{name}: the offset, shape and strides are not those of a tensor'
     )
@@ -325,7 +326,7 @@ def _tensor(name: str, view: Any, members: _Members) -> lazy.LazyTensor:
     type(n) is int and 0 <= n < 2**63 for n in numbers
   ):
     raise errors.CheckpointError(f'{name}: got {view.offset=}, {shape=}, {strides=}')
-  if math.prod(n for n in shape if n) * dtype.itemsize >= 2**63:
+  if not lazy.numpy_holds(shape, dtype):
     raise errors.CheckpointError(f'{name}: {shape=} is too large')
   if math.prod(shape) == 0:
     return lazy.LazyTensor(shape, dtype, lambda: np.zeros(shape, dtype))
