@@ -258,11 +258,11 @@ def main() -> None:
     )
     print(to_text(results), flush=True)
   if _RESULTS.value:  # also of targets that other processes fuzzed
-    found = {
-      path.stem: Result(json.loads(path.read_text()))
-      for path in sorted(folder.glob('*.json'))
-      if '.running' not in path.name
-    }
+    found: dict[str, Result] = {}
+    for path in sorted(folder.rglob('*.json')):
+      if '.running' not in path.name:
+        part = Result(json.loads(path.read_text()))
+        found.setdefault(path.stem, Result()).add(part)
     results_lib.write(pathlib.Path(_RESULTS.value), 'Fuzzing', _ABOUT, to_text(found))
   if any(x.failures for x in results.values()):
     raise SystemExit(1)

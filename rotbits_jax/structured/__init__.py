@@ -36,6 +36,7 @@ from rotbits_jax.structured.low_rank import LowRank
 from rotbits_jax.structured.low_rank import ReducedLowRank
 from rotbits_jax.structured.shortcuts import IdentityMinusGram
 from rotbits_jax.structured.shortcuts import SymmetricTriangle
+from rotbits_jax.structured.stored import Stored
 from rotbits_jax.structured.tied import Tied
 from rotbits_jax.structured.tied import TiedExactly
 from rotbits_jax.structured.triangles import RowTrapezoids
@@ -57,6 +58,7 @@ __all__ = [
   'LowRank',
   'ReducedLowRank',
   'RowTrapezoids',
+  'Stored',
   'Structured',
   'SymmetricTriangle',
   'Tied',
