@@ -386,8 +386,10 @@ class ReaderTest(Base):
       self.assertRaisesRegex(file.ContainerError, 'a: it decodes to 8,388,608'),
     ):
       rotbits_jax.decode(data)
-    empty = absltest.mock.patch.object(np, 'empty', side_effect=MemoryError)
-    with empty, self.assertRaisesRegex(file.ContainerError, 'more than memory holds'):
+    full = absltest.mock.patch.object(
+      reader_lib.weights, 'decode', side_effect=MemoryError
+    )
+    with full, self.assertRaisesRegex(file.ContainerError, 'more than memory holds'):
       rotbits_jax.decode(data)
 
   def test_other_files_have_names_that_lead_nowhere(self):

@@ -1,6 +1,7 @@
 """What the fuzzer found stays mended, and a part of the fuzzing is run again."""
 
 import contextlib
+import json
 import pathlib
 import random
 import time
@@ -12,6 +13,7 @@ from fuzz import run
 from fuzz import seeds
 from fuzz import targets
 import rotbits_jax
+from rotbits_jax import structured
 
 CORPUS = pathlib.Path(run.__file__).parent / 'corpus'
 INPUTS = sorted(path for path in CORPUS.glob('*/*') if path.is_file())
@@ -50,6 +52,16 @@ def test_seeds_are_read_and_a_few_mutations_end_well(name):
     with contextlib.suppress(*target.expected):
       target.run(data)
   assert changed > 40
+
+
+def test_every_kind_of_leaf_is_fuzzed():
+  kinds = {json.loads(leaf)['kind'] for leaf in seeds.stored_leaves()}
+  own = {
+    kind
+    for kind, cls in structured.KINDS.items()
+    if cls.__module__.startswith('rotbits_jax.')
+  }
+  assert kinds == own
 
 
 def _flipped(data, rng):

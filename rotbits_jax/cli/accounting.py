@@ -8,7 +8,6 @@ are against the dense model with an untied head, at 16 bits a number, without en
 coding; the published ones are those of arXiv 2410.01309.
 """
 
-import json
 import os
 import pathlib
 import sys
@@ -18,6 +17,7 @@ from absl import flags
 
 from rotbits_jax import checkpoints
 from rotbits_jax import models
+from rotbits_jax import strict_json
 from rotbits_jax.cli import program
 from rotbits_jax.evaluation import accounting
 from rotbits_jax.evaluation import published
@@ -60,11 +60,11 @@ def read_config(path: str) -> models.ModelConfig:
   if file.suffix != '.json':  # weights, perhaps, and too large to try
     raise ValueError(f'{file}: is neither a config.json nor a directory that has one')
   try:
-    return checkpoints.parse_config(json.loads(file.read_bytes()))
+    return checkpoints.parse_config(strict_json.loads(file.read_bytes()))
   except checkpoints.CheckpointError as error:
     raise checkpoints.CheckpointError(f'{file}: {error}') from error
-  except (ValueError, RecursionError) as error:
-    raise ValueError(f'{file}: not JSON: {error}') from error
+  except ValueError as error:
+    raise ValueError(f'{file}: {error}') from error
 
 
 def to_text(result: dict[str, Any]) -> str:
