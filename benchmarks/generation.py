@@ -1,13 +1,15 @@
-"""Tokens a second with shortcuts as `I - B B^T` and as plain matrices, side by side.
+"""Compares the speed of shortcuts stored as `I - B B^T` with that of plain matrices.
 
   python -m benchmarks.generation [--model=DIR|FILE] [--tokens=N] [--runs=N]
 
-First the same sliced model writes the same text with both kinds of shortcut: `B` alone
-is kept in memory and applied as `x - (x B) B^T` where that takes fewer products, or the
-shortcuts are materialized. Then one shortcut product by itself, at two sizes, for one
-token and for a batch. Both sides run in turn in one process; compare the ratios, since
-machines differ. Medians; compilation is not timed. A model that is not encoded has its
-residual gauge fixed first.
+A shortcut is the matrix that leads from one segment of a sliced model's residual stream
+to the next. First the same model generates the same text with both kinds of shortcut.
+In the compact kind only B is in memory, and it is applied as `x - (x B) B^T` if that
+takes fewer multiplications. In the plain kind the shortcuts are materialized. Then a
+single product with a shortcut is measured, at two sizes, for one token and for a batch.
+Both kinds take turns in one process. Compare the ratios, because machines differ in
+speed. Times are medians; compilation is not timed. If the model is not encoded, its
+residual gauge is fixed first, which makes the compact shortcuts.
 """
 
 from collections.abc import Callable
@@ -34,17 +36,20 @@ from rotbits_jax.models import transformer
 PROMPT_TOKENS = 16
 SIZES = ((432, 144), (3072, 1024))  # d, k: SmolLM2-135M and a model of 4096, 25% sliced
 BATCHES = (1, 512)
-PRODUCTS = 20  # timed together
+PRODUCTS = 20  # number of products that are timed together
 
 FLAGS = flags.FlagValues()
 _MODEL = flags.DEFINE_string(
-  'model', str(demo.WEIGHTS), 'A sliced model, encoded or not.', flag_values=FLAGS
+  'model',
+  str(demo.WEIGHTS),
+  'A sliced model: a checkpoint or a file.',
+  flag_values=FLAGS,
 )
 _TOKENS = flags.DEFINE_integer(
-  'tokens', 64, 'Tokens to write in a run.', lower_bound=2, flag_values=FLAGS
+  'tokens', 64, 'Tokens to generate in a run.', lower_bound=2, flag_values=FLAGS
 )
 _RUNS = flags.DEFINE_integer(
-  'runs', 5, 'Timed runs of each.', lower_bound=1, flag_values=FLAGS
+  'runs', 5, 'Number of timed runs.', lower_bound=1, flag_values=FLAGS
 )
 
 
@@ -55,7 +60,7 @@ def _is_shortcut(leaf: Any) -> bool:
 def both_kinds(
   model: models.Model,
 ) -> tuple[models.Model, models.Model]:
-  """The model with its shortcuts as they are, and as matrices; the rest is plain."""
+  """Returns the model with compact and with plain shortcuts; other leaves are plain."""
   plain = model.materialize()
   params = jax.tree.map(
     lambda leaf, matrix: leaf if _is_shortcut(leaf) else matrix,
@@ -68,7 +73,7 @@ def both_kinds(
 
 
 def shortcut_bytes(model: models.Model) -> int:
-  """What the shortcuts take in memory."""
+  """Returns the bytes of the shortcuts in memory."""
   return sum(
     leaf.nbytes
     for path, leaf in jax.tree_util.tree_leaves_with_path(model.params)
@@ -77,26 +82,29 @@ def shortcut_bytes(model: models.Model) -> int:
 
 
 def all_bytes(model: models.Model) -> int:
-  """What all parameters take in memory."""
+  """Returns the bytes of all parameters in memory."""
   return sum(leaf.nbytes for leaf in jax.tree.leaves(model.params))
 
 
 def float32(tree: Any) -> Any:
-  """The tree with its arrays in float32."""
+  """Converts the arrays of a tree to float32."""
   return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), tree)
 
 
 def medians(
   first: Callable[[], float], second: Callable[[], float], runs: int
 ) -> tuple[float, float]:
-  """Medians of what both return, run in turn after one run each that is not counted."""
+  """Returns the medians of two functions' results.
+
+  The functions take turns. The first run of each is not counted.
+  """
   pairs = [(first(), second()) for _ in range(runs + 1)][1:]
   a, b = zip(*pairs, strict=True)
   return statistics.median(a), statistics.median(b)
 
 
 def tokens_a_second(model: models.Model, count: int) -> float:
-  """Speed of the tokens after the first, whose time is the prompt's."""
+  """Returns the tokens per second. The first token is left out, with the prompt."""
   prompt = np.arange(PROMPT_TOKENS) % model.config.vocab_size
   tokens = generation.generate(model, prompt, max_tokens=count)
   next(tokens)
@@ -106,7 +114,7 @@ def tokens_a_second(model: models.Model, count: int) -> float:
 
 
 def product_seconds(kernel: Any, x: jax.Array) -> float:
-  """Of `x @ kernel`, as the models compute it."""
+  """Returns the seconds of one `x @ kernel`, computed as in the models."""
   linear = _linear(kernel.shape[1])
   jax.block_until_ready(linear(kernel, x))
   start = time.perf_counter()
@@ -122,7 +130,7 @@ def _linear(features: int) -> Callable[[Any, jax.Array], Any]:
 
 
 def product_rows(runs: int) -> list[str]:
-  """A line for each size, dtype and batch of a single shortcut product."""
+  """Measures single products; returns a line for each size, dtype and batch."""
   rng = np.random.default_rng(0)
   rows = []
   for (d, k), dtype in itertools.product(SIZES, (np.float16, np.float32)):
@@ -149,11 +157,12 @@ def main() -> None:
   if not any(map(_is_shortcut, leaves())):
     model, _ = symmetries.run_chain((symmetries.remove_residual_gauge(),), model)
   if not any(map(_is_shortcut, leaves())):
-    raise ValueError(f'{_MODEL.value}: no shortcut has the form I - B B^T')
+    raise ValueError(f'{_MODEL.value}: no shortcut can be stored as I - B B^T')
   kinds = both_kinds(model)
   print(f'{jax.devices()[0].device_kind}, {_TOKENS.value} tokens, {_RUNS.value} runs')
   print(f'{"":32}{"I - B B^T":>13}{"materialized":>14}{"ratio":>9}')
-  # Stored in fewer bits, weights are converted at every product, which takes time too.
+  # 16-bit weights are converted in every product, which takes time, too. So both are
+  # measured.
   for stored, pair in (('as stored', kinds), ('in float32', float32(kinds))):
     compact, plain = pair
     fast, slow = medians(
@@ -161,14 +170,15 @@ def main() -> None:
       functools.partial(tokens_a_second, plain, _TOKENS.value),
       _RUNS.value,
     )
-    name = f'tokens a second, {stored}'
+    name = f'tokens per second, {stored}'
     print(f'{name:32}{fast:13.1f}{slow:14.1f}{fast / slow:9.2f}')
   for name, measure in (('shortcuts', shortcut_bytes), ('parameters', all_bytes)):
     ours, theirs = map(measure, kinds)
     name = f'bytes of {name}, as stored'
     print(f'{name:32}{ours:13,}{theirs:14,}{theirs / ours:9.2f}')
   print(
-    '\none shortcut product, microseconds; the last column is the ratio of products\n'
+    '\nOne shortcut product, in microseconds. The last column is the ratio of the\n'
+    'numbers of multiplications.\n'
     f'{"d":>6}{"k":>6}{"stored":>9}{"batch":>7}{"I - B B^T":>13}{"materialized":>14}'
     f'{"ratio":>9}{"d / 2k":>11}'
   )

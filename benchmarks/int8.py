@@ -1,12 +1,12 @@
-"""Quantisation by another library in the chain: int8 weights by Qwix.
+"""An example of a quantiser among the transforms: int8 weights by the library Qwix.
 
   pip install '.[int8]'
   python -m benchmarks.int8 [--max_tokens=N]
 
-An example of a leaf and of a transform that the package does not have. The transform
-stands behind those that remove what is redundant, so that structural zeros and whatever
-a gauge fixes stay free: only the numbers that are left get 8 bits each. The table sets
-beside it the same quantisation of the model as it is, both entropy coded.
+The example defines a leaf and a transform that the package does not have. The transform
+follows those that remove redundant numbers, so only the numbers that remain get 8 bits
+each. The table compares this with the same quantisation of the original model. Both are
+entropy coded.
 """
 
 import functools
@@ -32,7 +32,7 @@ CHECKPOINT = demo.WEIGHTS.parent
 
 FLAGS = flags.FlagValues()
 _MAX_TOKENS = flags.DEFINE_integer(
-  'max_tokens', None, 'Tokens of the text to use.', flag_values=FLAGS
+  'max_tokens', None, 'Number of tokens of the text to use.', flag_values=FLAGS
 )
 
 
@@ -42,11 +42,12 @@ _MAX_TOKENS = flags.DEFINE_integer(
 @structured.register
 @struct.dataclass
 class Int8(structured.Structured):
-  """A kernel whose numbers have 8 bits each, and a scale for each column.
+  """A kernel whose numbers have 8 bits each, with a scale for each column.
 
   Attributes:
-    values: an int8 array, or a leaf of any kind that holds int8 arrays.
-    scales: the same with the scales, `[..., 1, n]` for an array `[..., m, n]`.
+    values: an int8 array, or a structured leaf of int8 arrays.
+    scales: an array of scales, or a structured leaf of them. An array `[..., m, n]` of
+      values has the scales `[..., 1, n]`.
   """
 
   kind: ClassVar[str] = 'int8'
@@ -88,7 +89,7 @@ class Int8(structured.Structured):
     return [(np.dtype(self.values.dtype), self.values.size), *sizes]
 
   def astype(self, dtype: Any) -> 'Int8':
-    return self  # what is quantised is not rounded again
+    return self  # a quantised leaf is not rounded again
 
   def stored(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     settings, arrays = {}, {'': np.asarray(self.values)}
@@ -116,20 +117,20 @@ class Int8(structured.Structured):
 
 
 def quantize_kernels() -> symmetries.Transform:
-  """The transform that rounds the numbers of every kernel to int8.
+  """Makes the transform that rounds the numbers of every kernel to int8.
 
   Returns:
-    A transform. Its notes tell for each kernel the relative error that this makes.
+    The transform. Its notes tell the relative error of each kernel.
   """
   return symmetries.make('int8', layers=_quantize_layers, outer=_quantize_outer)
 
 
 def quantize(leaf: Any, form: Any) -> Int8:
-  """Quantises a kernel, stacked or not, by absolute maxima of columns.
+  """Quantises a kernel; the scale of a column follows from its absolute maximum.
 
   Args:
-    leaf: an array `[..., m, n]`, or a leaf that holds such arrays.
-    form: the format of the scales.
+    leaf: an array `[..., m, n]`, or a structured leaf of such arrays.
+    form: dtype of the scales.
   """
   arrays, treedef = jax.tree.flatten(leaf)
   quantized = [_quantize_array(jnp.asarray(x, jnp.float32), form) for x in arrays]
@@ -138,7 +139,7 @@ def quantize(leaf: Any, form: Any) -> Int8:
 
 
 def _quantize_array(array: jax.Array, form: Any) -> tuple[jax.Array, jax.Array]:
-  if not array.size:  # of which Qwix cannot take the maximum
+  if not array.size:  # Qwix fails on the maximum of an empty array
     scale = jnp.ones((*array.shape[:-2], 1, array.shape[-1]), form)
     return array.astype(jnp.int8), scale
   axes = [axis for axis in range(array.ndim) if axis != array.ndim - 2]
@@ -196,7 +197,7 @@ _quantize = functools.partial(jax.jit, static_argnames='form')(quantize)
 def measure(
   model: models.Model, tokens: np.ndarray, max_tokens: int | None = None
 ) -> str:
-  """The table: bytes, perplexity, and KL divergence to the model."""
+  """Returns the table: bytes, perplexity, and KL divergence from the model."""
   int8 = (quantize_kernels(),)
   quantized, _ = symmetries.run_chain(int8, model)
   free, both = rotbits_jax.encode(model), rotbits_jax.encode(model, transforms=int8)

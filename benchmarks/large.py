@@ -1,15 +1,15 @@
-"""Encodes and decodes checkpoints of published sizes, in processes of their own.
+"""Measures time and memory for checkpoints of published sizes.
 
   python -m benchmarks.large --model=llama-2-7b --slicing=0.25 --layers=4,8,16
     [--presets=free,exact] [--checkpoint=DIR] [--work=DIR]
 
-A synthetic checkpoint (see benchmarks/synthetic.py) of each depth is encoded, inspected
-and decoded to a directory by the commands, as a user would, and loaded by
-`rotbits_jax.load` in a process of its own. Printed are bytes, seconds by the clock
-(imports and compilation included) and the peak resident size of each process; mapped
-pages of files count in it. The slope is seconds a layer between the least and the
-greatest depth. With `--checkpoint` a checkpoint that is there already is measured in
-place of those.
+For each depth the program writes a synthetic checkpoint (see benchmarks/synthetic.py).
+The commands `rotbits encode`, `inspect` and `decode` process it, and `rotbits_jax.load`
+loads it; each runs in a process of its own. The table has bytes, seconds and the peak
+resident size of each process. Seconds include imports and compilation. The resident
+size includes the pages of mapped files. The last lines are the seconds per layer,
+computed from the least and the greatest depth. `--checkpoint` measures an existing
+checkpoint instead.
 """
 
 import os
@@ -27,23 +27,31 @@ import rotbits_jax
 from rotbits_jax.cli import program
 
 FLAGS = flags.FlagValues()
-_MODEL = flags.DEFINE_string('model', 'llama-2-7b', 'Whose shape.', flag_values=FLAGS)
-_SLICING = flags.DEFINE_float('slicing', 0.25, 'Sliced by this.', flag_values=FLAGS)
-_LAYERS = flags.DEFINE_list('layers', ['4', '8'], 'Depths.', flag_values=FLAGS)
+_MODEL = flags.DEFINE_string(
+  'model', 'llama-2-7b', 'The model whose sizes to take.', flag_values=FLAGS
+)
+_SLICING = flags.DEFINE_float(
+  'slicing', 0.25, 'The part of the hidden size to remove.', flag_values=FLAGS
+)
+_LAYERS = flags.DEFINE_list(
+  'layers', ['4', '8'], 'Numbers of layers to measure.', flag_values=FLAGS
+)
 _PRESETS = flags.DEFINE_list(
-  'presets', ['free', 'exact'], 'What to encode with.', flag_values=FLAGS
+  'presets', ['free', 'exact'], 'The presets to measure.', flag_values=FLAGS
 )
 _CHECKPOINT = flags.DEFINE_string(
-  'checkpoint', None, 'A checkpoint that is there already.', flag_values=FLAGS
+  'checkpoint', None, 'An existing checkpoint to measure.', flag_values=FLAGS
 )
-_WORK = flags.DEFINE_string('work', None, 'Where files are written.', flag_values=FLAGS)
+_WORK = flags.DEFINE_string(
+  'work', None, 'The directory for temporary files.', flag_values=FLAGS
+)
 
 
 class Run(NamedTuple):
-  """What one process took."""
+  """Time and memory of one process."""
 
   seconds: float
-  peak: float  # GB
+  peak: float  # peak resident size in GB
 
 
 LOAD = """
@@ -55,7 +63,7 @@ jax.block_until_ready(jax.tree.leaves(rotbits_jax.load(sys.argv[1]).params))
 
 
 def run(*args: str) -> Run:
-  """Runs Python with these arguments and waits for it."""
+  """Runs Python with these arguments, and waits until it ends."""
   start = time.perf_counter()
   process = subprocess.Popen([sys.executable, *args], stdout=subprocess.DEVNULL)
   _, status, usage = os.wait4(process.pid, 0)
@@ -65,11 +73,11 @@ def run(*args: str) -> Run:
   return Run(seconds, usage.ru_maxrss * _UNIT / 1e9)
 
 
-_UNIT = 1 if sys.platform == 'darwin' else 1024  # of ru_maxrss
+_UNIT = 1 if sys.platform == 'darwin' else 1024  # bytes per unit of ru_maxrss
 
 
 def measure(checkpoint: pathlib.Path, preset: str, work: pathlib.Path) -> list[Run]:
-  """Encodes, inspects, decodes and loads; prints a line."""
+  """Encodes, inspects, decodes and loads a checkpoint, and prints a line."""
   source = rotbits_jax.open_checkpoint(checkpoint)
   output, decoded = work / f'{preset}.rotbits', work / 'decoded'
   runs = [
@@ -128,7 +136,7 @@ def main() -> None:
       (b.seconds - a.seconds) / (last - first) for a, b in pairs
     )
     print(
-      f'{preset}: {encode:.1f} s a layer to encode, {decode:.2f} s to decode, '
+      f'{preset}: {encode:.1f} s per layer to encode, {decode:.2f} s to decode, '
       f'{load:.2f} s to load'
     )
 

@@ -1,14 +1,15 @@
-r"""The preset `paper` on a checkpoint of a published size: time, rate and memory.
+r"""Measures the preset `paper` on a checkpoint of a published size.
 
   python -m benchmarks.paper [--model=opt-1.3b] [--slicing=0.2] [--layers=N] \
       [--canonicaliser=svd|qr|polar_shortcut] [--rotation_codec=haar|symmetric_eig] \
       [--entropy] [--directory=DIR]
 
-Writes a synthetic checkpoint with a few layers (see `benchmarks.synthetic`), encodes
-it, decodes it and checks what comes out. From the time of a layer, the median of all
-but the first, which compiles, it tells what the whole model would take: by the clock,
-and in seconds of a core, which tell more where other processes share the machine. Peak
-memory is that of the process, the pages of files that it has mapped among them.
+The program writes a synthetic checkpoint with a few layers (see
+`benchmarks.synthetic`), encodes it, decodes it and checks the result. It takes the
+median time of a layer, without the first layer, which compiles. From that it estimates
+the time for the whole model, in seconds by the clock and in CPU seconds. CPU seconds
+are more telling if other processes share the machine. Peak memory is the resident size
+of the process, which includes the pages of mapped files.
 """
 
 import contextlib
@@ -32,30 +33,34 @@ from rotbits_jax.evaluation import published
 
 FLAGS = flags.FlagValues()
 _MODEL = flags.DEFINE_enum(
-  'model', 'opt-1.3b', list(published.MODELS), 'The sizes.', flag_values=FLAGS
+  'model',
+  'opt-1.3b',
+  list(published.MODELS),
+  'The model whose sizes to take.',
+  flag_values=FLAGS,
 )
 _SLICING = flags.DEFINE_float(
   'slicing', 0.2, 'The part of the hidden size to remove.', flag_values=FLAGS
 )
 _LAYERS = flags.DEFINE_integer(
-  'layers', 3, 'Layers to code.', lower_bound=1, flag_values=FLAGS
+  'layers', 3, 'Number of layers.', lower_bound=1, flag_values=FLAGS
 )
 _CANONICALISER = flags.DEFINE_string(
-  'canonicaliser', 'polar_shortcut', 'What to recover from.', flag_values=FLAGS
+  'canonicaliser', 'polar_shortcut', 'How to recover rotations.', flag_values=FLAGS
 )
 _ROTATION_CODEC = flags.DEFINE_string(
   'rotation_codec', 'haar', 'How to sample rotations.', flag_values=FLAGS
 )
 _ENTROPY = flags.DEFINE_bool(
-  'entropy', False, 'Whether to code the numbers, too.', flag_values=FLAGS
+  'entropy', False, 'Whether to entropy code the numbers.', flag_values=FLAGS
 )
 _DIRECTORY = flags.DEFINE_string(
-  'directory', None, 'For the files; temporary if absent.', flag_values=FLAGS
+  'directory', None, 'The directory for files; default: temporary.', flag_values=FLAGS
 )
 
 
 class Clock:
-  """Notes when each layer is first worked on; a source that watches another."""
+  """A source that records when each layer is first read from another source."""
 
   def __init__(self, source: Any):
     self.source, self.config = source, source.config
@@ -63,21 +68,21 @@ class Clock:
     self.layers: dict[int, np.ndarray] = {}
 
   def outer(self) -> models.Params:
-    """The parameters outside the layers."""
+    """Returns the parameters outside the layers."""
     return self.source.outer()
 
   def layer(self, index: int) -> models.Params:
-    """The parameters of a layer."""
+    """Returns the parameters of a layer."""
     self.layers[index] = _now()
     return self.source.layer(index)
 
   def report(self, task: str, layers: int, segments_per_layer: int) -> None:
-    """Prints seconds so far, for a segment, and for a whole model.
+    """Prints the seconds so far, per segment, and estimated for the whole model.
 
     Args:
-      task: what was timed.
-      layers: of the whole model.
-      segments_per_layer: likewise.
+      task: name of the timed task.
+      layers: number of layers of the whole model.
+      segments_per_layer: number of residual segments per layer.
     """
     total = _now() - self.began
     times = sorted(self.layers.values(), key=lambda x: x[0])
@@ -87,19 +92,19 @@ class Clock:
     whole = (total + (layers - len(times)) * layer) / 60
     segment = layer / segments_per_layer
     print(
-      f'{task}: {total[0]:.1f} s ({total[1]:.1f} of a core), {segment[0]:.2f} s '
-      f'({segment[1]:.2f}) a segment; {layers} layers {whole[0]:.1f} min '
-      f'({whole[1]:.1f}); {_peak() / 1e9:.2f} GB at most'
+      f'{task}: {total[0]:.1f} s ({total[1]:.1f} CPU s), {segment[0]:.2f} s '
+      f'({segment[1]:.2f}) per segment; {layers} layers: {whole[0]:.1f} min '
+      f'({whole[1]:.1f}); peak memory {_peak() / 1e9:.2f} GB'
     )
 
 
 def _now() -> np.ndarray:
-  """Seconds by the clock, and of processors."""
+  """Returns seconds by the clock, and CPU seconds."""
   return np.array([time.perf_counter(), time.process_time()])
 
 
 def _peak() -> float:
-  """The greatest resident size since the last call, in bytes (Linux)."""
+  """Returns the greatest resident size since the last call, in bytes (Linux only)."""
   status = pathlib.Path('/proc/self/status').read_text()
   (line,) = (x for x in status.splitlines() if x.startswith('VmHWM'))
   with contextlib.suppress(OSError):
@@ -108,7 +113,7 @@ def _peak() -> float:
 
 
 def run(directory: pathlib.Path, options: paper.Options) -> None:
-  """Writes, encodes and decodes a checkpoint, and prints what that took."""
+  """Writes, encodes and decodes a checkpoint, and prints the measurements."""
   dense = published.MODELS[_MODEL.value].config
   step, layers = dense.segments_per_layer, dense.num_layers
   count = min(_LAYERS.value, layers)
@@ -136,7 +141,7 @@ def run(directory: pathlib.Path, options: paper.Options) -> None:
   widths = clock.config.segment_widths
   parameters = [d * (d - 1) / 2 for d in widths]
   print(
-    f'{encoded.net_bits / sum(parameters):.2f} bits a parameter of the rotations; '
+    f'{encoded.net_bits / sum(parameters):.2f} bits per free number of the rotations; '
     f'corrections {16 * encoded.corrections.size / sum(parameters):.2f}; '
     f'{sum(x is None for x in encoded.layout["rows"])} of {len(widths)} not sampled'
   )

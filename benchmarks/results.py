@@ -3,9 +3,9 @@
   python -m benchmarks.results --checkpoints=DIR,DIR [--smollm2=0.2,0.25,0.3]
     --text=FILE [--max_tokens=N] [--output=RESULTS.md]
 
-Each sliced checkpoint is encoded with every preset, decoded and evaluated, as in the
-demo; the encoder's report follows; and the parts of the preset `paper` are compared on
-the first checkpoint.
+The program encodes each sliced checkpoint with every preset, decodes it and evaluates
+it, as the demo does. The report of the encoder follows. The options of the preset
+`paper` are compared on the first checkpoint.
 """
 
 import datetime
@@ -39,14 +39,14 @@ _CHECKPOINTS = flags.DEFINE_list(
 _SMOLLM2 = flags.DEFINE_list(
   'smollm2',
   [],
-  'Sparsities to slice SmolLM2-135M with; it needs the extra `demo`.',
+  'Sparsities for slicing SmolLM2-135M; needs the extra `demo`.',
   flag_values=FLAGS,
 )
 _TEXT = flags.DEFINE_string(
-  'text', None, 'A text to evaluate on.', required=True, flag_values=FLAGS
+  'text', None, 'The evaluation text.', required=True, flag_values=FLAGS
 )
 _MAX_TOKENS = flags.DEFINE_integer(
-  'max_tokens', None, 'Tokens of the text to use.', flag_values=FLAGS
+  'max_tokens', None, 'Number of tokens of the text to use.', flag_values=FLAGS
 )
 _OUTPUT = flags.DEFINE_string(
   'output', 'RESULTS.md', 'The file to write.', flag_values=FLAGS
@@ -65,13 +65,13 @@ SCHEMES: dict[str, dict[str, Any]] = {
   'polar_shortcut, haar': {},
   'the same, entropy coded': {'entropy': True},
 }
-"""Parts of the preset `paper` that are compared."""
+"""The options of the preset `paper` that are compared."""
 
 
 def bits_back_table(
   path: pathlib.Path, text: str, output: pathlib.Path, max_tokens: int | None
 ) -> str:
-  """The schemes of the preset `paper` side by side."""
+  """Returns a table of the schemes of the preset `paper`."""
   checkpoint = rotbits_jax.load_checkpoint(path)
   model, tokens = checkpoint.model, evaluation.encode_text(checkpoint.files, text)
   parameters = sum(d * (d - 1) // 2 for d in model.config.segment_widths)
@@ -96,7 +96,7 @@ def bits_back_table(
 
 
 def groups_table(report: report_lib.Report) -> str:
-  """Where each transform saved numbers; layers of one kind are one line."""
+  """Returns a table of the savings of each transform; equal layers share a line."""
   size = report.input_bytes / report.input_numbers
   lines = [
     f'{"group":18}{"where":38}{"form":20}{"numbers":>11}{"bytes":>11}{"error":>9}'
@@ -122,7 +122,7 @@ def groups_table(report: report_lib.Report) -> str:
 
 
 def section(path: pathlib.Path, text: str, max_tokens: int | None) -> str:
-  """One checkpoint's tables and its report."""
+  """Returns the tables and the report of one checkpoint."""
   with tempfile.TemporaryDirectory() as directory:
     output = pathlib.Path(directory)
     sliced = demo.Sliced(rotbits_jax.load_checkpoint(path), path)
@@ -130,30 +130,30 @@ def section(path: pathlib.Path, text: str, max_tokens: int | None) -> str:
     report = rotbits_jax.inspect(output / 'free.rotbits')
   return (
     f'## {path.parent.name}\n\n```\n{demo.to_text(rows)}\n```\n\n'
-    'What `free` saves in numbers and uncoded bytes, and where; the error is the\n'
-    'greatest relative one of a tensor or a product that stays:\n\n'
+    'The numbers and uncoded bytes that `free` saves in each tensor. The error is the\n'
+    'greatest relative error of a tensor, or of a product that does not change:\n\n'
     f'```\n{groups_table(report)}\n```\n\n```\n{totals(report)}\n```\n'
   )
 
 
 def schemes_section(path: pathlib.Path, text: str, max_tokens: int | None) -> str:
-  """The parts of the preset `paper` on one checkpoint."""
+  """Returns the table of the options of the preset `paper` on one checkpoint."""
   with tempfile.TemporaryDirectory() as directory:
     schemes = bits_back_table(path, text, pathlib.Path(directory), max_tokens)
   return (
     f'## The preset `paper` on {path.parent.name}\n\n'
-    'Bits back are net, a parameter of a rotation.\n\n'
+    'Bits back are net, per free number of a rotation.\n\n'
     f'```\n{schemes}\n```\n'
   )
 
 
 def totals(report: report_lib.Report) -> str:
-  """The report without its notes."""
+  """Returns the report without its notes."""
   return report._replace(notes={}).to_text()
 
 
 def smollm2_section(sparsity: float, text: str) -> str:
-  """SmolLM2-135M, sliced here: the demo's table."""
+  """Slices SmolLM2-135M; returns the demo's table and the report."""
   with tempfile.TemporaryDirectory() as directory:
     output = pathlib.Path(directory)
     sliced = demo.slice_smollm2(sparsity, output)
@@ -169,12 +169,12 @@ def smollm2_section(sparsity: float, text: str) -> str:
 
 
 def weights_file(path: pathlib.Path) -> pathlib.Path:
-  """The weights of a sliced checkpoint, given itself or its directory."""
+  """Returns the weights file of a sliced checkpoint, given that file or a directory."""
   if not path.is_dir():
     return path
   candidates = [*path.glob('*.pt'), *path.glob('*.safetensors')]
   if len(candidates) != 1:
-    raise ValueError(f'{path}: {len(candidates)} weights files; name one')
+    raise ValueError(f'{path}: expected one weights file, got {len(candidates)}')
   return candidates[0]
 
 
@@ -186,12 +186,12 @@ def main() -> None:
   device = f'{platform.machine()} {jax.devices()[0].device_kind}'
   results = (
     '# Results\n\n'
-    'Written by `python -m benchmarks.results`; rerun it to measure again.\n'
+    'Written by `python -m benchmarks.results`. Rerun it to measure again.\n'
     f'{datetime.date.today()}, {device}, jax {jax.__version__}. Text: '
     f'{pathlib.Path(_TEXT.value).name}{tokens}.\n'
-    'Reductions are of the bytes that the tensors hold. KL is the divergence from the\n'
-    'raw tensors in nats; its floor is the line "rotated, rounded again". Seconds are\n'
-    'within one process, compilation included.\n'
+    'Reductions are relative to the bytes of the tensors. KL is the divergence from\n'
+    'the raw tensors, in nats. Rounding alone makes the KL in the line "rotated,\n'
+    'rounded again". Seconds are measured in one process and include compilation.\n'
   )
   measured = [
     functools.partial(smollm2_section, float(s), text) for s in _SMOLLM2.value
@@ -203,7 +203,7 @@ def main() -> None:
   ]
   for measure in measured:
     results += '\n' + measure()
-    # What is measured stays, whatever happens to the rest.
+    # The finished sections are kept even if a later one fails.
     pathlib.Path(_OUTPUT.value).write_text(results)
 
 

@@ -3,26 +3,30 @@ r"""Writes sliced checkpoints of published sizes, with random weights.
   python -m benchmarks.synthetic --model=llama-2-7b --slicing=0.25 --output=DIR \
       [--layers=N] [--dtype=float16] [--shard_size=BYTES] [--seed=N]
 
-For measurements of time, memory and size at 7 to 13 billion parameters, where no
-checkpoint is at hand. A layer is drawn, written and dropped, so that memory holds one
-layer, or the embedding. Llama-2-7B, 11.4 GB, takes 92 s on two cores and 0.75 GB.
+The checkpoints are for measurements of time, memory and size at 7 to 13 billion
+parameters, where no real checkpoint is at hand. Each layer is drawn, written and
+dropped, so memory holds one layer or the embedding. Llama-2-7B, 11.4 GB, takes 92 s on
+two cores and 0.75 GB of memory.
 
-The shortcuts are those of a real chain of subspaces. Segment s has orthonormal columns
-V_s `[D, d]`, and M_s = V_s^T V_{s+1}. With m = D - d and an orthonormal complement W_s,
+A shortcut is the matrix that leads from one residual segment to the next. The shortcuts
+are those of a chain of subspaces, as SliceGPT makes them. Segment s has orthonormal
+columns V_s `[D, d]`, and its shortcut is M_s = V_s^T V_{s+1}. With m = D - d and an
+orthonormal complement W_s,
 
   V_{s+1} = (V_s A C + W_s B S) R
 
-where A, R `[d, d]` and B `[m, m]` are random rotations, and C, S are diagonal with the
-cosines and sines of the angles between the two subspaces; d - m of the cosines are 1.
-So M_s = A C R has 2d - D singular values 1. The others are the cosines, spread over
-(0, 1): half of them are above 0.92, which is usual in sliced models. The last segment
-is not sliced: its M is `[d, D]` with orthonormal rows. Rotations are products of sparse
-ones (random permutations and Haar distributed blocks of 64), which are dense.
+Here A, R `[d, d]` and B `[m, m]` are random rotations, and C and S are diagonal
+matrices with the cosines and sines of the angles between the two subspaces; d - m of
+the cosines are 1. So M_s = A C R has 2d - D singular values 1. The others are cosines
+in (0, 1), half of them above 0.92, as is usual in sliced models. The last segment is
+not sliced: its shortcut is `[d, D]` with orthonormal rows. A rotation is a product of
+sparse rotations (random permutations, and blocks of 64 with the Haar distribution); the
+product is dense.
 
-Weights are independent Gaussians, drawn anew for every number, so that a coder finds no
-more in them than in Gaussians. Their scale varies by a lognormal factor for each row
-and column. The embedding and the head are independent where the dense model's are not
-tied; else the head is drawn, and the embedding is the head times V_last^T V_0.
+Weights are independent Gaussians, so that a coder finds no other structure in them.
+Their scale has a lognormal factor for each row and for each column. If the dense
+model's head is tied to the embedding, the head is drawn, and the embedding is the head
+times V_last^T V_0. Otherwise both are drawn independently.
 """
 
 from collections.abc import Iterator
@@ -49,10 +53,11 @@ from rotbits_jax.cli import program
 from rotbits_jax.evaluation import published
 
 BLOCK = 64  # width of the dense blocks of a rotation
-STAGES = 2  # sparse rotations in a product
-DRAWN = 1 << 20  # numbers that one thread draws at a time
-RESIDUAL_OCTAVES = 0.1  # standard deviation of the scales along the residual stream
-OTHER_OCTAVES = 0.25  # and along the other axis of a matrix
+STAGES = 2  # number of sparse rotations in a product
+DRAWN = 1 << 20  # how many numbers one thread draws at a time
+# Standard deviations of the log2 of the scales.
+RESIDUAL_OCTAVES = 0.1  # along the axis of the residual stream
+OTHER_OCTAVES = 0.25  # along the other axis of a matrix
 
 DTYPES = {
   'float16': np.dtype(np.float16),
@@ -62,39 +67,48 @@ DTYPES = {
 
 FLAGS = flags.FlagValues()
 _MODEL = flags.DEFINE_enum(
-  'model', 'llama-2-7b', list(published.MODELS), 'The sizes.', flag_values=FLAGS
+  'model',
+  'llama-2-7b',
+  list(published.MODELS),
+  'The model whose sizes to take.',
+  flag_values=FLAGS,
 )
 _SLICING = flags.DEFINE_float(
   'slicing', 0.25, 'The part of the hidden size to remove.', flag_values=FLAGS
 )
 _LAYERS = flags.DEFINE_integer(
-  'layers', None, "Layers; the model's if absent.", lower_bound=1, flag_values=FLAGS
+  'layers',
+  None,
+  'Number of layers; default: all layers of the model.',
+  lower_bound=1,
+  flag_values=FLAGS,
 )
 _OUTPUT = flags.DEFINE_string(
   'output', None, 'The directory to write to.', required=True, flag_values=FLAGS
 )
 _DTYPE = flags.DEFINE_enum(
-  'dtype', 'float16', list(DTYPES), 'Of the numbers.', flag_values=FLAGS
+  'dtype', 'float16', list(DTYPES), 'The dtype of the numbers.', flag_values=FLAGS
 )
 _SHARD_SIZE = flags.DEFINE_integer(
-  'shard_size', None, 'Bytes in one file at most.', lower_bound=1, flag_values=FLAGS
+  'shard_size', None, 'Bytes of a weights file.', lower_bound=1, flag_values=FLAGS
 )
-_SEED = flags.DEFINE_integer('seed', 0, 'Of all numbers.', flag_values=FLAGS)
+_SEED = flags.DEFINE_integer('seed', 0, 'The seed of all numbers.', flag_values=FLAGS)
 
 
 class Rotation(NamedTuple):
-  """A random rotation `[n, n]`: a product of sparse ones.
+  """A random rotation `[n, n]`: a product of sparse rotations.
 
   Attributes:
-    stages: a permutation `[n]` and rotations `[n // b, b, b]` of blocks of the permuted
-      coordinates; those that are left over stay.
+    stages: for each sparse rotation, a permutation `[n]` of the coordinates, and
+      rotations `[n // b, b, b]` of blocks of the permuted coordinates. The n mod b last
+      coordinates are not rotated.
   """
 
   stages: tuple[tuple[np.ndarray, np.ndarray], ...]
 
   @classmethod
   def random(cls, n: int, rng: np.random.Generator) -> 'Rotation':
-    """Draws one; dense as soon as n is less than `BLOCK ** STAGES`."""
+    """Draws a rotation. It is dense if n is less than `BLOCK ** STAGES`."""
     width = min(n, BLOCK)
     stages = []
     for _ in range(STAGES):
@@ -105,14 +119,14 @@ class Rotation(NamedTuple):
     return cls(tuple(stages))
 
   def apply(self, x: np.ndarray) -> np.ndarray:
-    """The rotation times a float32 matrix `[n, k]`."""
+    """Returns the rotation times a float32 matrix `[n, k]`."""
     for permutation, blocks in self.stages:
       x = x[permutation]
       _rotate(blocks, x)
     return x
 
   def apply_transposed(self, x: np.ndarray) -> np.ndarray:
-    """The transposed rotation times a float32 matrix `[n, k]`."""
+    """Returns the transposed rotation times a float32 matrix `[n, k]`."""
     for permutation, blocks in reversed(self.stages):
       y = x.copy()
       _rotate(blocks.swapaxes(1, 2), y)
@@ -125,22 +139,22 @@ def _rotate(blocks: np.ndarray, x: np.ndarray) -> None:
   """Rotates blocks of rows in place."""
   count, width, _ = blocks.shape
   rows = x[: count * width].reshape(count, width, x.shape[1])
-  # Products this small stay on one thread. The threads of a larger one wait for each
-  # other, which takes many times as long where other processes share the machine.
+  # Products of this size run on one thread. The threads of a larger product wait for
+  # each other, which takes many times as long if other processes share the machine.
   for start in range(0, x.shape[1], BLOCK):
     columns = rows[:, :, start : start + BLOCK]
     columns[:] = np.matmul(blocks, columns)
 
 
 class Step(NamedTuple):
-  """How the subspace of one segment becomes that of the next.
+  """The step from the subspace of one segment to that of the next.
 
   Attributes:
     kept: A, a rotation of the d coordinates.
-    cut: B, a rotation of the m coordinates that are cut off.
-    cosines: float32 `[k]`, of the k = min(d, m) angles; empty if the next segment is
-      not sliced.
-    after: R, a rotation of the next segment's coordinates.
+    cut: B, a rotation of the m coordinates that slicing removes; None if m is 0.
+    cosines: float32 `[k]`, the cosines of the k = min(d, m) angles; empty if the next
+      segment is not sliced.
+    after: R, a rotation of the coordinates of the next segment.
   """
 
   kept: Rotation
@@ -152,13 +166,13 @@ class Step(NamedTuple):
   def random(
     cls, hidden: int, width: int, following: int, rng: np.random.Generator
   ) -> 'Step':
-    """Draws one.
+    """Draws a step.
 
     Args:
       hidden: D.
-      width: d, of this segment.
-      following: of the next segment: d, or D if it is not sliced.
-      rng: draws it.
+      width: d, the width of this segment.
+      following: the width of the next segment: d, or D if it is not sliced.
+      rng: the source of randomness.
     """
     cut = hidden - width
     count = min(width, cut) if following == width else 0
@@ -171,7 +185,7 @@ class Step(NamedTuple):
     )
 
   def shortcut(self, width: int, following: int) -> np.ndarray:
-    """M = A C R, float32 `[d, d']`."""
+    """Returns the shortcut M = A C R, float32 `[d, d']`."""
     diagonal = np.eye(width, following, dtype=np.float32)
     index = np.arange(len(self.cosines))
     diagonal[index, index] = self.cosines
@@ -179,11 +193,11 @@ class Step(NamedTuple):
     return self.after.apply_transposed(np.ascontiguousarray(left.T)).T
 
   def advance(self, coordinates: np.ndarray, width: int) -> np.ndarray:
-    """Carries coordinates from the basis of this segment to that of the next.
+    """Converts coordinates from the basis of this segment to that of the next.
 
     Args:
       coordinates: float32 `[D, k]`, in the basis `[V_s, W_s]`.
-      width: d, of this segment.
+      width: d, the width of this segment.
 
     Returns:
       The coordinates in the basis `[V_{s+1}, W_{s+1}]`.
@@ -204,7 +218,7 @@ class Step(NamedTuple):
 
 
 class Weights:
-  """Draws matrices; each number depends on the seed and its place only."""
+  """Draws matrices. Each number depends only on the seed and on its place."""
 
   def __init__(self, seed: int, dtype: np.dtype):
     self._seed, self.dtype = seed, dtype
@@ -221,12 +235,12 @@ class Weights:
     """Draws a matrix.
 
     Args:
-      path: tells the matrices apart.
+      path: name of the matrix; matrices with different names differ.
       shape: `[rows, columns]`.
-      octaves: standard deviations of the binary logarithms of the scales of rows and
-        of columns.
-      gain: root mean square of a row's norm, nearly.
-      times: float32 `[columns, k]`, to multiply it by before it is rounded.
+      octaves: standard deviations of the log2 of the scales of rows and of columns.
+      gain: the approximate root mean square of the norms of rows.
+      times: float32 `[columns, k]`, a matrix by which the drawn matrix is multiplied
+        before it is rounded; None for none.
 
     Returns:
       The matrix `[rows, columns]`, or `[rows, k]`.
@@ -249,7 +263,7 @@ class Weights:
       drawn *= column
       result[start:stop] = drawn if times is None else drawn @ times
 
-    # The list raises what a thread raised.
+    # `list` raises the exception of a thread, if there was one.
     list(self._pool.map(fill, range(0, rows, step)))
     return result
 
@@ -273,23 +287,23 @@ def write(
   shard_size: int | None = None,
   progress: bool = False,
 ) -> models.ModelConfig:
-  """Writes a sliced checkpoint with random weights; see the module.
+  """Writes a sliced checkpoint with random weights; see the module docstring.
 
   Args:
-    directory: made if it does not exist.
-    dense: of the dense model: an OPT or a Llama.
+    directory: the directory, which is made if it does not exist.
+    dense: config of the dense model, an OPT or a Llama.
     sparsity: the part of the hidden size to remove.
-    name: of the model; the stem is `<name>_<sparsity>`.
-    dtype: of the numbers.
-    seed: of all numbers.
+    name: name of the model; the stem is `<name>_<sparsity>`.
+    dtype: dtype of the numbers.
+    seed: seed of all numbers.
     shard_size: see `checkpoints.CheckpointWriter`.
-    progress: whether to show a bar on stderr, if that is a terminal.
+    progress: whether to show a bar on stderr, if stderr is a terminal.
 
   Returns:
     The config of the sliced model.
 
   Raises:
-    ValueError: if the model is of another family, or a setting is out of range.
+    ValueError: if the model is of another family, or if a setting is out of range.
   """
   dtype = np.dtype(dtype)
   hidden, segments = dense.hidden_size, len(dense.segment_widths)
@@ -299,13 +313,13 @@ def write(
   config_json = hugging_face_json(dense) | {'torch_dtype': dtype.name}
   slicing_json = checkpoints.slicing_json(config)
   if checkpoints.parse_config(config_json, slicing_json) != config:
-    raise ValueError(f'config.json does not hold all of {dense}')
+    raise ValueError(f'config.json cannot express all of {dense}')
   files = {
     'config.json': json.dumps(config_json, indent=2).encode(),
     f'{stem}.json': json.dumps(slicing_json).encode(),
   }
   weights = Weights(seed, dtype)
-  # Coordinates of V_0 in the basis of the current segment, if the embedding is tied.
+  # The coordinates of V_0 in the basis of the current segment, if the head is tied.
   first = np.eye(hidden, width, dtype=np.float32) if dense.tied_head else None
   bar = tqdm.tqdm(
     range(config.num_layers),
@@ -333,7 +347,7 @@ def write(
 
 
 def hugging_face_json(config: models.ModelConfig) -> dict[str, Any]:
-  """The `config.json` of a dense OPT or Llama.
+  """Returns the content of `config.json` for a dense OPT or Llama.
 
   Raises:
     ValueError: if the model is of another family.
@@ -370,7 +384,7 @@ def hugging_face_json(config: models.ModelConfig) -> dict[str, Any]:
       'rms_norm_eps': config.norm_eps,
       'rope_theta': config.rope_theta,
     }
-  raise ValueError(f'an OPT or a Llama can be written, got {config.family=}')
+  raise ValueError(f'the model must be an OPT or a Llama, got {config.family=}')
 
 
 def _layer(
@@ -379,7 +393,7 @@ def _layer(
   index: int,
   shortcuts: list[np.ndarray],
 ) -> models.Params:
-  """The parameters of a layer; kernels are views of `[out, in]`."""
+  """Draws the parameters of a layer; kernels are transposed views of `[out, in]`."""
   names = ('attention_shortcut/kernel', 'mlp_shortcut/kernel')
   made = dict(zip(names, shortcuts, strict=False))
   found: models.Params = {}
@@ -401,15 +415,15 @@ def _layer(
 def _outer(
   weights: Weights, config: models.ModelConfig, first: np.ndarray | None
 ) -> Iterator[models.Params]:
-  """The parameters outside the layers, a matrix at a time.
+  """Draws the parameters outside the layers, one matrix at a time.
 
   Args:
-    weights: draws them.
-    config: of the sliced model.
-    first: V_last^T V_0, float32 `[D, d]`, where the embedding is tied; else None.
+    weights: draws the matrices.
+    config: config of the sliced model.
+    first: V_last^T V_0, float32 `[D, d]`, if the dense model's head is tied; else None.
 
   Yields:
-    Parts of the tree.
+    Parts of the tree of parameters.
   """
   octaves = (OTHER_OCTAVES, RESIDUAL_OCTAVES)
   shapes = structured.flatten(models.outer_shapes(config))
@@ -422,7 +436,7 @@ def _outer(
   if first is None:
     shape = shapes['embed/tokens']
     tokens = weights.matrix('embed/tokens', shape, octaves)
-  else:  # the head is drawn again, so that its numbers are not rounded yet
+  else:  # the head is drawn again, because its rounded numbers would add an error
     tokens = weights.matrix('head/kernel', head, octaves, times=first)
   yield {'embed': {'tokens': tokens}}
   del tokens

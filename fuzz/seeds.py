@@ -37,7 +37,11 @@ OPT: dict[str, Any] = {
   'vocab_size': 48,
   'max_position_embeddings': 14,
 }
-FILES = {'config.json': b'{"model_type": "llama"}', 'notes.txt': b'a' * 2000}
+FILES = {
+  'config.json': b'{"model_type": "llama"}',
+  'tiny.json': b'{}',
+  'notes.txt': b'a' * 2000,
+}
 
 
 def sliced_model(
@@ -128,7 +132,7 @@ def containers_of_trees() -> dict[str, bytes]:
       'zeros': np.zeros((50, 60), np.float16),
     },
     'raw': {'double': np.arange(3.0), 'flags': np.array([True, False]), 'x': normal()},
-    'empty': {'none': np.zeros((0, 3), np.float16)},
+    'empty': {'none': np.zeros((0, 3), np.float16), 'dict': {}},
   }
   return {
     'arrays': rotbits_jax.encode(arrays, preset='exact', files=FILES),

@@ -1,11 +1,13 @@
-"""Models to files and back.
+"""Encoding of models to files, and decoding of files to models.
 
-    encode: source -> preset.transform, a few layers at a time -> file.writer
-    decode: file.reader -> a unit at a time -> model, or checkpoint on disk
+A unit is a part of a model that decodes on its own: the embedding, a layer, the head.
+Encoding reads a few layers at a time from a source, rewrites them with the transform of
+a preset, and appends their units to a file. Decoding reads the units of a file and
+makes a model or a checkpoint from them.
 
-Whatever opens a file takes its path, its bytes, or a binary file that is open. `encode`
-and `decode` hold a whole model and are the convenient case of `encode_to_file` and
-`decode_to_directory`, which hold a few layers.
+Functions that read a file take its path, its bytes, or an open binary file. `encode`
+and `decode` hold the whole model. `encode_to_file` and `decode_to_directory` hold a few
+layers at a time.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,6 +22,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from numpy.typing import DTypeLike
 
 from rotbits_jax import checkpoints
 from rotbits_jax import file
@@ -29,6 +32,7 @@ from rotbits_jax import presets
 from rotbits_jax import progress as progress_lib
 from rotbits_jax import structured
 from rotbits_jax import symmetries
+from rotbits_jax.coding.weights import layouts as weights
 from rotbits_jax.file import manifest as manifest_lib
 from rotbits_jax.file import report
 from rotbits_jax.file import writer as writer_lib
@@ -60,17 +64,18 @@ def encode(
       by a factory in `presets`.
     files: the checkpoint's other files, kept as they are; by default those of an opened
       checkpoint.
-    stem: the checkpoint's name, for writing it in its own format; likewise.
+    stem: the name that SliceGPT gives to the weights and the slicing JSON; by default
+      that of the checkpoint.
     mesh: devices along one axis, 'layers', that share the layers. The bytes are the
       same for any number of devices.
-    progress: whether to tell on stderr how far it is.
-    options: of a preset that is given by its name.
+    progress: whether to show the progress on stderr.
+    options: options of the preset, if it is given by its name.
 
   Returns:
     The bytes of a file, see `file`.
 
   Raises:
-    ValueError: for an unknown preset or option, or a model that cannot be stored.
+    ValueError: if the preset or an option is unknown, or if the model cannot be stored.
   """
   made = presets.make(preset, **options)
   memory = io.BytesIO()
@@ -100,27 +105,27 @@ def encode_to_file(
 ) -> None:
   """Encodes a checkpoint to a file, or to shards, a few layers at a time.
 
-  The file appears when it is complete, see `outputs`. A run that was killed or
-  interrupted is resumed by the next one with the same input and settings. Several
-  processes of `jax.distributed` that call this write shards of one model, each the
+  The file appears when it is complete, see `outputs`. If a run was killed or
+  interrupted, the next run with the same input and settings resumes it. If several
+  processes of `jax.distributed` call the function, each process writes shards of the
   layers that it owns.
 
   Args:
     source: a checkpoint, opened or by its path, or a `Model`.
-    path: of the file. Shards have their number before its suffix, and an index of the
-      form that Hugging Face uses lies beside them.
+    path: path of the file. Shards have their number before the suffix, and their index
+      in Hugging Face's format is written beside them.
     preset: see `encode`.
     files: see `encode`.
     stem: see `encode`.
-    shard_size: bytes of a shard, at most; None for one file, or for as many shards as
-      there are processes.
+    shard_size: greatest size of a shard in bytes; None for one file, or for as many
+      shards as there are processes.
     mesh: see `encode`.
-    overwrite: whether a file that exists may be replaced.
-    check: whether to decode all that was written before it replaces anything, and to
-      compare it with the source if the preset is 'exact', see `verify`. One process
-      only.
-    progress: whether to tell on stderr how far it is.
-    options: of a preset that is given by its name.
+    overwrite: whether an existing file may be replaced.
+    check: whether to decode everything that was written before a file is replaced, and
+      to compare it with the source if the preset is 'exact', see `verify`. It needs a
+      single process.
+    progress: whether to show the progress on stderr.
+    options: options of the preset, if it is given by its name.
 
   Raises:
     ValueError: see `encode`.
@@ -136,7 +141,7 @@ def encode_to_file(
   job = _Job(source, made, files, stem, mesh)
   process, processes = jax.process_index(), jax.process_count()
   if made.message is not None and (shard_size is not None or processes > 1):
-    raise ValueError("the preset 'paper' writes one message: it cannot be in shards")
+    raise ValueError("the preset 'paper' writes one message, which cannot be in shards")
   if check and processes > 1:
     raise ValueError('check needs one process; verify the file when all are done')
   bytes_of = {name: sizes.bytes for name, sizes in job.sizes.items()}
@@ -155,7 +160,7 @@ def encode_to_file(
     progress_lib.Progress('encode', total, 'unit', show=progress) as bar,
   ):
     if work.done:
-      bar.say(f'resumes behind {len(work.done)} of {total} units')
+      bar.say(f'resumes after {len(work.done)} of {total} units')
     with contextlib.ExitStack() as stack:
       job.write(own, lambda x: stack.enter_context(work.open(x)), work, bar)
     _barrier(processes)
@@ -173,7 +178,7 @@ def encode_to_file(
     _barrier(processes)
     if process == 0 and sharded:
       outputs.move(work.path(index.name), index)
-      output.unlink(missing_ok=True)  # an older file, which would be taken for this one
+      output.unlink(missing_ok=True)  # an older file, which readers would prefer
     elif process == 0:
       index.unlink(missing_ok=True)
 
@@ -202,17 +207,21 @@ def load(
   *,
   layers: range | None = None,
   sharding: file.Place | None = None,
+  dtype: DTypeLike | None = None,
   progress: bool = False,
 ) -> Any:
-  """The model in a file as JAX arrays; structured leaves stay structured.
+  """Loads the model in a file as JAX arrays; structured leaves stay structured.
 
   Args:
-    source: a path, bytes, or a binary file.
-    layers: which ones; all by default. Layers that are left out are not read.
-    sharding: where arrays go: a `jax.sharding.Sharding`, or a function that takes a
-      parameter's path and shape and returns one. The layers of a run are stacked along
-      the first axis, and layers that no device of this process gets are not read.
-    progress: whether to tell on stderr how far it is.
+    source: a path, bytes, or an open binary file.
+    layers: the layers to load; all by default. Other layers are not read.
+    sharding: a `jax.sharding.Sharding` for all arrays, or a function that takes the
+      path and the shape of a parameter and returns one. The layers of a group are
+      stacked along the first axis. Layers that no device of this process gets are not
+      read.
+    dtype: dtype for all floating-point numbers, rounded to nearest; None for the dtype
+      of each array in the file. Arrays of the preset `near` are float32 there.
+    progress: whether to show the progress on stderr.
 
   Raises:
     ContainerError: as for `decode`.
@@ -220,16 +229,20 @@ def load(
   """
   with file.Reader(source) as reader:
     model = reader.model(layers=layers, place=sharding, show_progress=progress)
+  if dtype is not None:
+    model = jax.tree.map(
+      lambda x: structured.astype(x, dtype), model, is_leaf=structured.is_structured
+    )
   return jax.tree.map(_on_device, model)
 
 
 def decode_checkpoint(
   source: file.Readable, *, progress: bool = False
 ) -> checkpoints.Checkpoint:
-  """The model with its other files and its name.
+  """Decodes the model in a file with its sidecar files and its stem.
 
   Raises:
-    ContainerError: as for `decode`, or if what was encoded is no model.
+    ContainerError: as for `decode`, or if the file does not hold a model.
     OSError: if the path cannot be read.
   """
   with file.Reader(source) as reader:
@@ -245,18 +258,22 @@ def decode_to_directory(
   *,
   format: checkpoints.Format = 'safetensors',
   shard_size: int | None = None,
+  dtype: DTypeLike | None = None,
   overwrite: bool = True,
   progress: bool = False,
 ) -> None:
-  """Decodes a file to a checkpoint on disk, a layer at a time.
+  """Decodes a file to a checkpoint on disk, one layer at a time.
 
   Args:
-    source: a path, bytes, or a binary file.
-    directory: to write to.
+    source: a path, bytes, or an open binary file.
+    directory: the directory for the checkpoint.
     format: see `checkpoints.save_checkpoint`.
-    shard_size: bytes of tensors in one file of weights, at most; None for one file.
-    overwrite: whether files that exist may be replaced.
-    progress: whether to tell on stderr how far it is.
+    shard_size: greatest size of the tensors in a weights file, in bytes; None for one
+      file.
+    dtype: dtype for all floating-point numbers, rounded to nearest. By default the
+      numbers keep the dtype of the encoded checkpoint.
+    overwrite: whether existing files may be replaced.
+    progress: whether to show the progress on stderr.
 
   Raises:
     ContainerError: as for `decode_checkpoint`.
@@ -267,10 +284,11 @@ def decode_to_directory(
     config = reader.config
     if config is None:
       raise file.ContainerError('the file holds a PyTree, not a model')
+    dtypes = _dtypes_on_disk(reader, dtype)
     with checkpoints.CheckpointWriter(
       directory,
       config,
-      dtypes=reader.dtypes(),
+      dtypes=dtypes,
       files=reader.files(),
       stem=reader.stem,
       format=format,
@@ -282,6 +300,11 @@ def decode_to_directory(
       kept = (structured.FactorPair,)
       for index, params in reader.parts(show_progress=progress):
         params = models.materialize(params, but=kept)
+        prefix = '' if index is None else f'layers.{index}/'
+        params = structured.unflatten(
+          (path, structured.astype(leaf, dtypes[prefix + path]))
+          for path, leaf in structured.flatten(params).items()
+        )
         if index is None:
           writer.outer(params)
         else:
@@ -289,7 +312,7 @@ def decode_to_directory(
 
 
 def read_unit(source: file.Readable, name: str) -> Tree:
-  """One layer, or another unit, without reading the rest; see `file.Reader.unit`.
+  """Reads one unit, such as a layer, without the others; see `file.Reader.unit`.
 
   Raises:
     ContainerError: as for `decode`, or if there is no such unit.
@@ -300,7 +323,9 @@ def read_unit(source: file.Readable, name: str) -> Tree:
 
 
 def read_tensor(source: file.Readable, path: str) -> Any:
-  """One parameter, like 'layers.3/attention/query/kernel', by its unit only.
+  """Reads one parameter, such as 'layers.3/attention/query/kernel'.
+
+  Only the unit of the parameter is read, and units that it needs.
 
   Raises:
     ContainerError: as for `decode`, or if there is no such parameter.
@@ -311,7 +336,7 @@ def read_tensor(source: file.Readable, path: str) -> Any:
 
 
 def inspect(source: file.Readable) -> file.Report:
-  """What a file holds and what each step saved, without decoding it.
+  """Reports the content of a file and the savings of each step, without decoding.
 
   Raises:
     ContainerError: if the source is not of this format or its manifest is damaged.
@@ -321,11 +346,31 @@ def inspect(source: file.Readable) -> file.Report:
     return report.from_reader(reader)
 
 
+def _dtypes_on_disk(
+  reader: file.Reader, dtype: DTypeLike | None
+) -> dict[str, np.dtype]:
+  """Returns the dtype in which each parameter is written to a checkpoint, by path."""
+  dtypes = reader.dtypes()
+  wide = np.dtype(np.float32)
+  if dtype is not None:
+    wanted = np.dtype(jnp.dtype(dtype))
+    chosen = lambda x: wanted if jnp.issubdtype(x, jnp.floating) else x
+  elif (name := reader.options.get(writer_lib.DTYPE)) is not None:
+    # The file has these arrays in float32, see `symmetries.Rounding`.
+    if name not in weights.DTYPES:
+      raise file.ContainerError(f'the file names an unknown dtype, {name!r:.40}')
+    wanted = weights.DTYPES[name]
+    chosen = lambda x: wanted if x == wide else x
+  else:
+    return dtypes
+  return {path: chosen(own) for path, own in dtypes.items()}
+
+
 # ---- encoding ----------------------------------------------------------------------
 
 
 class _Job:
-  """A model on its way to one or several files."""
+  """The work of encoding a model to one or several files."""
 
   def __init__(
     self,
@@ -341,10 +386,13 @@ class _Job:
     self.buffers = dict(source.buffers)
     stored_as = getattr(source, 'stored_as', None)
     if stored_as is not None and preset.name != 'free':
-      # Only `free` has use for numbers that are not rounded yet.
+      # Only the transforms of `free` use numbers before they are rounded.
       source, stored_as = source.rounded(), None
-    self.summary = writer_lib.Summary(preset, source.config, stem)
     self.context = symmetries.make_context(source, stored_as=stored_as, mesh=mesh)
+    if preset.rounding is not None and preset.rounding.uniform:
+      options = preset.options | {writer_lib.DTYPE: self.context.form.name}
+      preset = preset._replace(options=options)
+    self.summary = writer_lib.Summary(preset, source.config, stem)
     self.sizes = _input_sizes(self.context, self.buffers)
     if preset.message is not None:
       from rotbits_jax import paper  # its linear algebra is slow to import
@@ -356,7 +404,10 @@ class _Job:
     return len(self.sizes)
 
   def fingerprint(self, shards: Sequence[writer_lib.Shard]) -> str | None:
-    """Of all that decides the bytes; None if a run cannot be resumed."""
+    """Returns a hash of everything that determines the bytes of the output.
+
+    Returns None if a run cannot be resumed.
+    """
     if not isinstance(self.source, checkpoints.Source) or self.preset.message:
       return None
     parts = [
@@ -376,13 +427,14 @@ class _Job:
     work: writer_lib.Workspace | None,
     bar: progress_lib.Progress,
   ) -> None:
-    """Writes shards whose units follow each other.
+    """Writes shards that follow each other.
 
     Args:
-      shards: in order.
-      open_shard: takes a shard and returns its file.
-      work: what an earlier run has written, and where to note what this one does.
-      bar: is told of each unit.
+      shards: the shards in order.
+      open_shard: takes a shard; returns its file.
+      work: holds the units of an earlier run, and records those of this one; None if
+        the run cannot be resumed.
+      bar: shows the progress.
     """
     if not shards:
       return
@@ -469,7 +521,7 @@ class _Job:
     names: Sequence[str],
     work: writer_lib.Workspace,
   ) -> int:
-    """Takes over undamaged units of an earlier run; returns how many."""
+    """Keeps the first units of an earlier run that are undamaged; returns how many."""
     for count, (shard, entry) in enumerate(work.done):
       fits = count < len(names) and entry.name == names[count] and shard in writers
       if not fits or not writers[shard].keep(entry):
@@ -512,7 +564,7 @@ class _Job:
 def _input_sizes(
   context: symmetries.Context, buffers: Mapping[str, Any]
 ) -> dict[str, writer_lib.Sizes]:
-  """What each unit has before it is rewritten, in the order in which units come."""
+  """Returns the size of each unit before it is rewritten, in the order of the units."""
   trees: dict[str, tuple[str, Tree]] = {}
   for i in range(context.config.num_layers):
     trees[f'layers.{i}'] = f'layers.{i}/', context.source.specs(i)

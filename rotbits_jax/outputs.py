@@ -1,14 +1,15 @@
-"""Paths that results are written to: a result is complete, or the old one stays.
+"""Safe writing of results: a result appears complete, or the old file stays.
 
     target = outputs.resolved(path)
     outputs.check(target, overwrite=False)         # before the work
     with outputs.fresh(outputs.staging(target)) as folder:
       ...                                          # writes folder / name
-      outputs.move(folder / name, target)          # synced, then renamed
+      outputs.move(folder / name, target)          # syncs, then renames
 
-The staging folder lies beside the target, as `.<name>.partial`. It has one name for one
-target, so that the next run finds what a killed one left, and it is locked, so that two
-runs do not write one target. A target is a regular file or does not exist yet.
+The target is the path of a result; it is a regular file or does not exist yet. The
+result is prepared in a staging folder beside the target, `.<name>.partial`. Its name
+depends only on the target, so the next run finds the files of a killed run. The folder
+is locked, so two runs cannot write the same target.
 """
 
 from collections.abc import Iterator
@@ -28,7 +29,7 @@ Path = str | os.PathLike[str]
 
 
 def resolved(path: Path) -> pathlib.Path:
-  """Returns a path behind symbolic links, which a result is written to.
+  """Returns the target of a path, after following symbolic links.
 
   Raises:
     OSError: if the path is empty.
@@ -39,15 +40,15 @@ def resolved(path: Path) -> pathlib.Path:
 
 
 def check(target: pathlib.Path, *, overwrite: bool) -> None:
-  """Refuses a path that no file can be written to, before the work.
+  """Checks, before the work, that a target can be written.
 
   Args:
-    target: the path; a symbolic link is refused, see `resolved`.
-    overwrite: whether a file that exists may be replaced.
+    target: the target; it must not be a symbolic link, see `resolved`.
+    overwrite: whether an existing file may be replaced.
 
   Raises:
-    OSError: if the path is not that of a regular file, if the file is read-only or must
-      not be replaced, or if the folder does not exist or cannot be written.
+    OSError: if the target is not a regular file, if it is read-only or must not be
+      replaced, or if its directory does not exist or cannot be written.
   """
   if not target.parent.is_dir():
     folder = target.parent
@@ -59,7 +60,7 @@ def check(target: pathlib.Path, *, overwrite: bool) -> None:
     if not stat.S_ISREG(mode):
       raise _error(errno.EINVAL, 'is not a regular file, and is not replaced', target)
     if not overwrite:
-      text = 'the file exists; it is replaced with --overwrite (overwrite=True) only'
+      text = 'the file exists; use --overwrite (overwrite=True) to replace it'
       raise _error(errno.EEXIST, text, target)
     if not mode & 0o222:
       raise _error(errno.EACCES, 'the file is read-only', target)
@@ -67,14 +68,14 @@ def check(target: pathlib.Path, *, overwrite: bool) -> None:
 
 
 def directory_target(path: Path) -> pathlib.Path:
-  """Returns the directory that a path names, behind symbolic links.
+  """Returns the directory of a path, after following symbolic links.
 
   Args:
-    path: the directory to write to; it may not exist yet.
+    path: the directory to write to; it need not exist.
 
   Raises:
-    OSError: if the path is that of a file, or if the directory, or the first one above
-      it that exists, cannot be written.
+    OSError: if the path is a file, or if the directory cannot be written. If it does
+      not exist, the first directory above it that exists must be writable.
   """
   target = resolved(path)
   for folder in (target, *target.parents):
@@ -94,9 +95,9 @@ def staging(target: pathlib.Path) -> pathlib.Path:
 
 @contextlib.contextmanager
 def locked(folder: pathlib.Path) -> Iterator[pathlib.Path]:
-  """Makes a folder, and holds its lock, which a killed process does not.
+  """Makes a folder and holds its lock.
 
-  The caller removes the folder.
+  The system releases the lock if the process is killed. The caller removes the folder.
 
   Raises:
     OSError: if the folder cannot be made, is a symbolic link, or if another process
@@ -112,9 +113,10 @@ def locked(folder: pathlib.Path) -> Iterator[pathlib.Path]:
 
 @contextlib.contextmanager
 def fresh(folder: pathlib.Path) -> Iterator[pathlib.Path]:
-  """A locked folder that is empty, and is removed in the end.
+  """Makes an empty, locked folder, and removes it at the end.
 
-  Folders above it that did not exist stay only if no exception leaves the context.
+  The folders above it are made if they do not exist. If an exception leaves the
+  context, they are removed again.
   """
   made = [parent for parent in folder.parents if not parent.exists()]
   folder.parent.mkdir(parents=True, exist_ok=True)
@@ -133,7 +135,7 @@ def fresh(folder: pathlib.Path) -> Iterator[pathlib.Path]:
 
 
 def clear(folder: pathlib.Path) -> None:
-  """Removes all that is in a folder."""
+  """Removes the content of a folder."""
   for path in folder.iterdir():
     if path.is_dir() and not path.is_symlink():
       shutil.rmtree(path)
@@ -142,10 +144,10 @@ def clear(folder: pathlib.Path) -> None:
 
 
 def move(source: pathlib.Path, target: pathlib.Path) -> None:
-  """Gives a complete file, or a folder of such files, its name.
+  """Renames a complete file, or a folder of complete files, to its target.
 
-  The content is on the disk before the name is, and the name when the function returns.
-  The mode of a file that is replaced stays.
+  The content is on the disk before the name, and the name is on the disk when the
+  function returns. The new file takes the mode of the file that it replaces.
   """
   for path in source.iterdir() if source.is_dir() else [source]:
     _sync(path)
@@ -159,7 +161,7 @@ def move(source: pathlib.Path, target: pathlib.Path) -> None:
 
 @contextlib.contextmanager
 def named(path: Path) -> Iterator[None]:
-  """Puts a path into errors of the system that name none, such as a full disk."""
+  """Adds a path to system errors that do not name one, such as that of a full disk."""
   try:
     yield
   except OSError as error:
@@ -197,10 +199,10 @@ def _lock(folder: pathlib.Path) -> int | None:
 
 
 def _sync(path: pathlib.Path) -> None:
-  """Waits until a file's or a folder's content is on the disk."""
+  """Waits until the content of a file or a folder is on the disk."""
   try:
     handle = os.open(path, os.O_RDONLY)
-  except PermissionError:  # Windows opens no folder
+  except PermissionError:  # Windows cannot open a folder
     return
   try:
     os.fsync(handle)

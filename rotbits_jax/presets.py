@@ -2,6 +2,8 @@
 
 free    keeps the function of the model up to rounding, and removes redundant numbers
 exact   keeps every bit of the input
+near    removes the same numbers as `free`, and rounds the others more coarsely, so that
+        the function changes a little and the file is much smaller
 paper   keeps the function up to rounding, and saves bits by rotating the model, as
         published
 
@@ -9,7 +11,7 @@ A gauge is a choice of coordinates that does not change the function of a model.
 transform rewrites a model so that fewer numbers need to be stored; see `symmetries`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 import math
 from typing import Any, NamedTuple
 
@@ -66,17 +68,7 @@ def free(
     raise ValueError(f'tolerance must be finite and not negative, got {tolerance}')
   if not (floor is None or math.isfinite(floor)):
     raise ValueError(f'floor must be finite or None, got {floor}')
-  own = (
-    # Rotations come first, because the other transforms look for structure in the
-    # coordinates that they choose.
-    symmetries.remove_residual_gauge(tolerance=tolerance),
-    symmetries.retie_embedding(),
-    symmetries.remove_biases(),
-    symmetries.remove_value_gauge(),
-    symmetries.remove_query_key_gauge(),
-    symmetries.remove_low_rank_gauge(),
-    *transforms,
-  )
+  own = _without_gauges(tolerance, transforms)
   return Preset(
     name='free',
     options={
@@ -87,6 +79,65 @@ def free(
     names=tuple(transform.name for transform in own),
     rounding=symmetries.NEAREST if floor is None else symmetries.with_floor(floor),
     order_neurons=True,
+  )
+
+
+def near(
+  *,
+  step: float = -5.0,
+  offsets: Mapping[str, float] | None = None,
+  tolerance: float = 0.7,
+  transforms: tuple[symmetries.Transform, ...] = (),
+) -> Preset:
+  """Makes the preset for nearly the same function in far fewer bytes.
+
+  It fixes every gauge as `free` does. Then it rounds the numbers of each array to
+  multiples of a step, a power of two, so that a number costs few bits.
+
+  Args:
+    step: log2 of the ratio of the step to the root mean square of an array's numbers.
+    offsets: octaves to add to `step`, by kind of parameter, see `symmetries.kind`.
+      `near.search` finds good ones.
+    tolerance: see `symmetries.remove_residual_gauge`.
+    transforms: further transforms, applied after those of the preset.
+
+  Returns:
+    The preset.
+
+  Raises:
+    ValueError: if the tolerance is negative, or if a number is not finite.
+  """
+  offsets = {} if offsets is None else dict(offsets)
+  for name, value in {'step': step, **offsets}.items():
+    if not (isinstance(value, (int, float)) and math.isfinite(value)):
+      raise ValueError(f'{name} must be a finite number, got {value!r}')
+  if not (math.isfinite(tolerance) and tolerance >= 0):
+    raise ValueError(f'tolerance must be finite and not negative, got {tolerance}')
+  own = _without_gauges(tolerance, transforms)
+  return Preset(
+    name='near',
+    options={'step': float(step), 'offsets': offsets, 'tolerance': float(tolerance)},
+    transform=symmetries.chain(*own),
+    names=tuple(transform.name for transform in own),
+    rounding=symmetries.to_steps(step, offsets),
+    order_neurons=True,
+  )
+
+
+def _without_gauges(
+  tolerance: float, transforms: tuple[symmetries.Transform, ...]
+) -> tuple[symmetries.Transform, ...]:
+  """Returns the transforms that fix every gauge, and further ones after them."""
+  return (
+    # Rotations come first, because the other transforms look for structure in the
+    # coordinates that they choose.
+    symmetries.remove_residual_gauge(tolerance=tolerance),
+    symmetries.retie_embedding(),
+    symmetries.remove_biases(),
+    symmetries.remove_value_gauge(),
+    symmetries.remove_query_key_gauge(),
+    symmetries.remove_low_rank_gauge(),
+    *transforms,
   )
 
 
@@ -185,6 +236,7 @@ CHOICES = {
 PRESETS: dict[str, Callable[..., Preset]] = {
   'free': free,
   'exact': exact,
+  'near': near,
   'paper': paper,
 }
 """Functions that take options and make a preset, by the name of the preset."""

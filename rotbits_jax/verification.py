@@ -1,4 +1,4 @@
-"""Whether a file holds what was encoded: all of it is read, decoded and compared.
+"""Verification of files: reads and decodes everything, and compares it.
 
 `verify(path)` checks every checksum and every digest. `verify(path, against=DIR)` also
 compares the bits, or the function, with those of a checkpoint.
@@ -18,23 +18,24 @@ from rotbits_jax import models
 from rotbits_jax import structured
 from rotbits_jax import symmetries
 
-_TOKENS = 256  # that predictions are compared for
-_MOST_NOISE = 10  # noise floors that the divergence may be
-_LEAST_LIMIT = 1e-7  # nats: float32 arithmetic alone comes to this
+_TOKENS = 256  # number of tokens for which predictions are compared
+_MOST_NOISE = 10  # greatest ratio of the divergence to the noise floor
+_LEAST_LIMIT = 1e-7  # in nats; the divergence of float32 arithmetic alone
 
 
 class Verification(NamedTuple):
   """The result of `verify`.
 
   Attributes:
-    units: how many units were decoded; for the preset `paper` the buffers only.
-    tensors: how many parameters were decoded.
-    files: how many other files were read.
-    same_bits: whether all bits were compared with the checkpoint's, and are the same.
-    kl: mean KL divergence from the checkpoint's predictions in nats; None if the
+    units: number of decoded units. The preset `paper` has a unit for buffers only.
+    tensors: number of decoded parameters.
+    files: number of sidecar files that were read.
+    same_bits: whether all bits were compared with those of the checkpoint, and are
+      equal.
+    kl: mean KL divergence from the checkpoint's predictions, in nats; None if the
       function was not compared.
-    kl_rerounded: the divergence that appears when the checkpoint is rotated at random
-      and rounded again.
+    kl_rerounded: the noise floor: the divergence of the checkpoint after a random
+      rotation and rounding.
   """
 
   units: int
@@ -53,21 +54,22 @@ def verify(
 ) -> Verification:
   """Reads and decodes everything in a file, and compares it with a checkpoint.
 
-  Without a checkpoint a unit at a time is in memory. A file of the preset 'exact' must
-  have the checkpoint's bits, and is compared a layer at a time. Any other must have its
-  function: predictions for random tokens differ from the checkpoint's by no more than a
-  few times what rounding alone makes. For that both models are in memory.
+  Without a checkpoint, memory holds one unit at a time. A file of the preset 'exact'
+  must have the bits of the checkpoint; they are compared one layer at a time. Any other
+  file must have the function of the checkpoint: the divergence of its predictions for
+  random tokens must be at most a few times the noise floor, which rounding alone makes.
+  For that, memory holds both models.
 
   Args:
-    source: a path, bytes, or a binary file.
+    source: a path, bytes, or an open binary file.
     against: the checkpoint that was encoded: its directory or its weights file.
-    progress: whether to tell on stderr how far it is.
+    progress: whether to show the progress on stderr.
 
   Returns:
     The counts and measurements.
 
   Raises:
-    ContainerError: if the file is damaged, or holds something else than the checkpoint.
+    ContainerError: if the file is damaged, or if it differs from the checkpoint.
     CheckpointError: if the checkpoint cannot be read.
     OSError: if a path cannot be read.
   """
@@ -85,7 +87,7 @@ def verify(
   with file.Reader(source) as reader:
     model = reader.model(show_progress=progress)
   kl, floor = _divergence(model, expected.load().model)
-  if not kl <= max(_MOST_NOISE * floor, _LEAST_LIMIT):  # NaN is no agreement
+  if not kl <= max(_MOST_NOISE * floor, _LEAST_LIMIT):  # true if kl is NaN
     raise file.ContainerError(
       f'the function is not that of {against}: KL {kl:.3g}, noise floor {floor:.3g}'
     )
@@ -98,18 +100,18 @@ def read_all(
   *,
   progress: bool = False,
 ) -> Verification:
-  """Reads and decodes everything in a file, a unit at a time.
+  """Reads and decodes everything in a file, one unit at a time.
 
   Args:
-    source: a path, bytes, or a binary file.
-    expected: what every bit must be equal to, if anything.
-    progress: whether to tell on stderr how far it is.
+    source: a path, bytes, or an open binary file.
+    expected: a checkpoint or a model whose bits the file must have; None for none.
+    progress: whether to show the progress on stderr.
 
   Returns:
     The counts.
 
   Raises:
-    ContainerError: if the file is damaged, or is not what is expected.
+    ContainerError: if the file is damaged, or if its bits differ from the expected.
     OSError: if a path cannot be read.
   """
   tensors = 0
@@ -133,7 +135,7 @@ def read_all(
 
 
 def _parts(reader: file.Reader, progress: bool) -> Iterator[tuple[str, Any]]:
-  """What a file holds in parts, and what their paths begin with."""
+  """Yields the parameters in a file in parts, each after the prefix of its paths."""
   if reader.config is None:
     for name in reader.units:
       yield '', reader.unit(name)
@@ -143,7 +145,7 @@ def _parts(reader: file.Reader, progress: bool) -> Iterator[tuple[str, Any]]:
 
 
 def _unit_of(expected: checkpoints.Source | models.Model, prefix: str) -> Any:
-  """The expected parameters by path: those of a layer, or all outside the layers."""
+  """Returns the expected parameters of a layer, or outside the layers, by path."""
   if not prefix:
     return structured.flatten(expected.outer())
   index = int(prefix.removeprefix('layers.').removesuffix('/'))
@@ -174,7 +176,7 @@ def _compare_files(source: file.Readable, expected: checkpoints.Source) -> None:
 
 
 def _divergence(model: Any, reference: models.Model) -> tuple[float, float]:
-  """KL from the reference for random tokens, and what rounding alone makes."""
+  """Returns the KL from the reference for random tokens, and the noise floor."""
   from rotbits_jax import evaluation  # forward passes are slow to import
 
   config = reference.config

@@ -17,9 +17,10 @@ from rotbits_jax.evaluation import published
 TESTDATA = pathlib.Path(__file__).parent / 'testdata'
 SLICINGS = (0.2, 0.25, 0.3)
 
-# Reductions in percent at 20, 25 and 30%. SliceGPT's and the published ones are those
-# of arXiv 2410.01309, which has no Llama-2-13B. Heads and the retied embedding are what
-# they add; the latter is a rougher estimate, hence the tolerance of its test.
+# Reductions in percent at 20, 25 and 30%. Those of SliceGPT and of published bits-back
+# coding are from arXiv 2410.01309, which does not have Llama-2-13B. The figures for
+# heads and for the retied embedding are increments. The last is a rougher estimate, so
+# its test has a tolerance.
 TABLE = {
   'opt-1.3b': {
     'slicegpt': (9.53, 14.84, 20.53),
@@ -115,7 +116,7 @@ class TestTable:
       {} if expected is None else dict(zip(SLICINGS, expected, strict=True))
     )
 
-  # What is published with the models themselves, norms and tied heads as they are.
+  # The numbers are published with the models. They include norms, and tied heads once.
   @pytest.mark.parametrize(
     ('name', 'numbers'),
     [
@@ -234,10 +235,10 @@ class TestAccounting:
 
 @pytest.fixture(name='rotbits')
 def _rotbits(monkeypatch, capsys):
-  """Runs `rotbits accounting ARGS` in this process: exit code, stdout and stderr."""
+  """Runs `rotbits accounting ARGS`; returns exit code, stdout and stderr."""
 
   def run(*args):
-    # A module holds its flags' values; a command begins with none.
+    # A module keeps the values of its flags, but a command must begin without values.
     monkeypatch.delitem(sys.modules, 'rotbits_jax.cli.accounting', raising=False)
     monkeypatch.setattr(sys, 'argv', ['rotbits', 'accounting', *map(str, args)])
     capsys.readouterr()
@@ -310,7 +311,7 @@ class TestCommand:
       (['--model=opt-6.7b', '--slicing=some'], '--slicing'),
       (['--model=opt-6.7b', '--slicing=0.9999'], 'leaves nothing'),
       ([f'--model={TESTDATA}', '--slicing=0.2'], 'config.json: No such file'),
-      ([f'--model={__file__}', '--slicing=0.2'], 'accounting_test.py: is neither'),
+      ([f'--model={__file__}', '--slicing=0.2'], 'accounting_test.py: neither'),
     ],
   )
   def test_bad_input(self, rotbits, args, words):

@@ -64,7 +64,7 @@ def _apply(model):
 
 
 def _removed(layer):
-  """The projections of a layer's attention whose bias is a zero that is not stored."""
+  """Returns the projections of a layer's attention whose zero bias is not stored."""
   attention = layer['attention']
   found = {k for k, v in attention.items() if structured.is_structured(v.get('bias'))}
   for name in found:

@@ -1,4 +1,4 @@
-"""Bits-back coding is exact, as short as the model's evidence, and honest when dry."""
+"""Bits-back coding is exact, as short as the evidence, and fails on too few bits."""
 
 import math
 
@@ -70,7 +70,7 @@ class BitsBackTest(parameterized.TestCase):
     missing = int(str(e.exception).split()[4])
     self.assertLess(missing, 200 * math.log2(LATENTS) + 16 * lanes)
 
-    # As many words as were missing are enough, and one less on each lane is not.
+    # The missing words are enough, and one word less on each lane is not.
     def held(words: int) -> rans.Message:
       size = jnp.full(lanes, words, jnp.int32)
       return rans.empty(lanes, 200)._replace(size=size, lowest=size, highest=size)

@@ -1,4 +1,4 @@
-"""Canonicalisers split off a rotation, and find it again in what was rotated."""
+"""Canonicalisers split off a rotation, and find it again in the rotated matrix."""
 
 from absl.testing import absltest
 from absl.testing import parameterized
@@ -17,7 +17,7 @@ def _orthogonal(n: int, seed: int) -> np.ndarray:
 
 
 def _spread(n: int, m: int, seed: int = 0) -> np.ndarray:
-  """A matrix whose singular values are well apart: 1, 2, ..., n."""
+  """Returns a matrix with the singular values 1, 2, ..., n."""
   left, right = _orthogonal(n, seed + 1), _orthogonal(m, seed + 2)
   return (left * np.arange(n, 0, -1.0)) @ right[:n]
 

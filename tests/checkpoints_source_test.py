@@ -1,4 +1,4 @@
-"""Tests of checkpoints that are read a layer at a time."""
+"""Tests of checkpoints that are read one layer at a time."""
 
 import json
 import mmap
@@ -29,12 +29,12 @@ MAPS = pathlib.Path('/proc/self/maps')
 
 
 def maps_of(directory):
-  """The memory maps of files in a directory."""
+  """Returns the memory maps of files in a directory."""
   return [line for line in MAPS.read_text().splitlines() if f'{directory}/' in line]
 
 
 def units(source):
-  """The parameters outside the layers, and of each layer."""
+  """Returns the parameters outside the layers, then those of each layer."""
   return [source.outer(), *map(source.layer, range(source.config.num_layers))]
 
 
@@ -44,7 +44,7 @@ class SourceTest(parameterized.TestCase):
     return pathlib.Path(shutil.copytree(TESTDATA / name, f'{scratch}/x'))
 
   def sharded(self, name='llama-tiny-dense'):
-    """A copy in shards: `outer`, `0`, `1`, ... hold a unit each."""
+    """Copies a checkpoint to shards; `outer`, `0`, `1`, ... hold one unit each."""
     directory = self.copy(name)
     weights = directory / 'model.safetensors'
     tensors = safetensors_files.read(weights)

@@ -1,4 +1,4 @@
-"""Tests of writing checkpoints a layer at a time."""
+"""Tests of writing checkpoints one layer at a time."""
 
 import json
 import pathlib
@@ -31,7 +31,7 @@ def bits(x):
 
 
 def writer_of(source, directory, **changes):
-  """A writer of what a source holds."""
+  """Makes a writer for the checkpoint that a source holds."""
   known = {
     'dtypes': source.dtypes(),
     'files': source.files,
@@ -155,7 +155,7 @@ class WriterTest(parameterized.TestCase):
       )
 
   def factored(self):
-    """A source whose layer 1 has a pair of factors with a bias."""
+    """Makes a source whose layer 1 has a pair of factors with a bias."""
     source = self.open('phi2-tiny-dense')
     tensors = checkpoints.to_tensors(source.load().model)
     prefix = 'model.layers.1.mlp.fc1'
@@ -178,7 +178,7 @@ class WriterTest(parameterized.TestCase):
       write_backwards(writer, source)
     written = checkpoints.to_tensors(checkpoints.load_checkpoint(self.target).model)
     chex.assert_trees_all_equal(written, tensors)
-    # Without a plan for factors their product is written.
+    # If no factors are planned, their product is written.
     with writer_of(source, self.scratch / 'y', factors={}) as writer:
       write_backwards(writer, source)
     again = checkpoints.open_checkpoint(self.scratch / 'y')
@@ -281,7 +281,7 @@ class WriterTest(parameterized.TestCase):
           writer.layer(0, structured.unflatten(params))
       params = layer()
       del params['attention/query/kernel']
-      with self.assertRaisesRegex(ValueError, r'qkv_proj\.weight holds .*query'):
+      with self.assertRaisesRegex(ValueError, r'qkv_proj\.weight needs all of .*query'):
         writer.layer(0, structured.unflatten(params))
       with self.assertRaisesRegex(IndexError, r'layers, got index=-1'):
         writer.layer(-1, source.layer(0))

@@ -15,6 +15,7 @@ import word_checkpoints
 
 import rotbits_jax
 from rotbits_jax import checkpoints
+from rotbits_jax import codec
 from rotbits_jax.cli import main
 from rotbits_jax.cli import program
 
@@ -33,10 +34,10 @@ EVALUATION_KEYS = {'perplexity', 'tokens', 'kl', 'kl_rerounded'}
 
 @pytest.fixture(name='rotbits')
 def _rotbits(monkeypatch, capsys):
-  """Runs `rotbits ARGS` in this process: exit code, stdout and stderr."""
+  """Runs `rotbits ARGS` in this process; returns exit code, stdout and stderr."""
 
   def run(*args):
-    # A module holds its flags' values; a command begins with none.
+    # A module keeps the values of its flags, but a command must begin without values.
     for name in main.COMMANDS:
       monkeypatch.delitem(sys.modules, f'rotbits_jax.cli.{name}', raising=False)
     monkeypatch.setattr(sys, 'argv', ['rotbits', *map(str, args)])
@@ -49,7 +50,7 @@ def _rotbits(monkeypatch, capsys):
 
 @pytest.fixture(scope='module', name='encoded')
 def _encoded(tmp_path_factory):
-  """The sliced checkpoint under each preset."""
+  """Encodes the sliced checkpoint with each preset."""
   directory = tmp_path_factory.mktemp('encoded')
   checkpoint = rotbits_jax.load_checkpoint(SLICED)
   for preset in rotbits_jax.PRESETS:
@@ -62,7 +63,7 @@ def _encoded(tmp_path_factory):
 
 @pytest.fixture(scope='module', name='readable')
 def _readable(tmp_path_factory):
-  """Both checkpoints with a tokenizer, and a text."""
+  """Makes both checkpoints with a tokenizer, and a text."""
   directory = tmp_path_factory.mktemp('readable')
   for source in (DENSE, SLICED):
     word_checkpoints.copy_with_tokenizer(source.name, directory)
@@ -128,12 +129,13 @@ class TestEncode:
         f'--output={tmp_path / "out"}',
         f'--config={ROOT / "configs" / "free.py"}',
         *override,
+        '--overwrite',
         '--json',
       )
       assert code == 0
       reports.append(json.loads(out))
     assert reports[0]['bytes']['file'] == (encoded / 'free').stat().st_size
-    # With no tolerance no singular value counts as 1, and less is saved.
+    # Without a tolerance no singular value counts as 1, and fewer bytes are saved.
     assert reports[1]['numbers']['stored'] > reports[0]['numbers']['stored']
 
   @pytest.mark.parametrize('preset', list(rotbits_jax.PRESETS))
@@ -199,6 +201,35 @@ class TestInspect:
       assert f'layers.{layer}/attention_shortcut' in out
       assert f'layers.{layer}/mlp_shortcut' in out
 
+  def test_text_says_that_only_the_header_was_read(self, rotbits, tmp_path, encoded):
+    data = bytearray((encoded / 'free').read_bytes())
+    data[len(data) // 2] ^= 4
+    (tmp_path / 'damaged').write_bytes(data)
+    code, out, _ = rotbits('inspect', f'--input={tmp_path / "damaged"}')
+    assert code == 0
+    assert out.splitlines()[-1].startswith('Only the header was read')
+
+
+class TestVerify:
+  def test_lines_for_people(self, rotbits, encoded):
+    args = ('verify', f'--input={encoded / "exact"}', f'--against={SLICED}')
+    code, out, err = rotbits(*args)
+    assert (code, err) == (0, '')
+    assert f'all bits are those of {SLICED}' in out
+    code, out, _ = rotbits(*args, '--json')
+    assert json.loads(out)['same_bits'] is True
+
+  def test_encode_verifies(self, rotbits, tmp_path, monkeypatch):
+    def refuse(*args):
+      raise rotbits_jax.ContainerError('layers.0: decoded numbers differ')
+
+    monkeypatch.setattr(codec, 'read_all', refuse)
+    args = ('encode', f'--checkpoint={SLICED}', f'--output={tmp_path / "x"}')
+    code, out, err = rotbits(*args, '--preset=exact', '--verify')
+    assert (code, out) == (2, '')
+    assert err == 'rotbits encode: layers.0: decoded numbers differ\n'
+    assert list(tmp_path.iterdir()) == []
+
 
 class TestEvaluate:
   def evaluate(self, rotbits, readable, model, *flags):
@@ -222,7 +253,7 @@ class TestEvaluate:
 
   def test_a_file_beside_its_checkpoint(self, rotbits, readable, tmp_path):
     reference = readable / SLICED.name
-    file = tmp_path / 'model.safetensors'  # told by its content, not by its name
+    file = tmp_path / 'model.safetensors'  # recognised by its content, not by its name
     rotbits('encode', f'--checkpoint={reference}', f'--output={file}')
     result = self.evaluate(rotbits, readable, file, f'--reference={reference}')
     assert result['tokens'] == 39
@@ -236,7 +267,7 @@ class TestEvaluate:
       next((readable / SLICED.name).glob('*.pt')),
       f'--reference={readable / DENSE.name}',
     )
-    assert result['kl'] > 10 * result['kl_rerounded'] > 0  # slicing is no rounding
+    assert result['kl'] > 10 * result['kl_rerounded'] > 0  # slicing changes more
 
   def test_lines_for_people(self, rotbits, readable):
     code, out, _ = rotbits(
@@ -292,7 +323,7 @@ class TestBadInput:
       (['--output=OUT', '--json=perhaps'], '--json'),
       (['--output=OUT/missing/file'], 'no such directory'),
       (['--output=.'], 'directory'),
-      (['--output=OUT', '--preset=free', '--config=CONFIG'], 'exclude'),
+      (['--output=OUT', '--preset=free', '--config=CONFIG'], 'cannot be combined'),
       (['--output=OUT', '--config=no_such.py'], 'no_such.py'),
       (['--output=OUT', f'--config={LICENSE}'], 'config'),
       (['--output=OUT', '--config=CONFIG', '--config.nothing=1'], 'nothing'),
@@ -333,7 +364,38 @@ class TestBadInput:
     ]
     self.check(rotbits, tmp_path, args, words)
 
-  @pytest.mark.parametrize('command', ['decode', 'inspect'])
+  def test_files_that_exist_need_overwrite(self, rotbits, tmp_path, encoded):
+    output = tmp_path / 'output'
+    output.write_text('the old file stays')
+    encode = ['encode', f'--checkpoint={SLICED}', '--preset=exact']
+    encode.append(f'--output={output}')
+    self.check(rotbits, tmp_path, encode, f'{output}: the file exists')
+    (tmp_path / 'link').symlink_to('output')
+    encode[-1] = f'--output={tmp_path / "link"}'
+    self.check(rotbits, tmp_path, encode, f'{output}: the file exists')
+    code, _, _ = rotbits(*encode, '--overwrite')
+    assert code == 0
+    assert (tmp_path / 'link').is_symlink()
+    assert output.read_bytes() == (encoded / 'exact').read_bytes()
+
+    decode = ['decode', f'--input={output}', f'--output={tmp_path / "out"}']
+    (tmp_path / 'out').mkdir()
+    (tmp_path / 'out' / 'config.json').write_text('the old file stays')
+    self.check(rotbits, tmp_path, decode, 'config.json: the file exists')
+    code, _, _ = rotbits(*decode, '--overwrite')
+    assert code == 0
+    assert (tmp_path / 'out' / 'model.safetensors').exists()
+
+  def test_no_other_kinds_of_files_are_replaced(self, rotbits, tmp_path):
+    os.mkfifo(tmp_path / 'fifo')
+    args = ['encode', f'--checkpoint={SLICED}', '--overwrite', '--output=OUT']
+    for path in (tmp_path / 'fifo', os.devnull):
+      args[-1] = f'--output={path}'
+      self.check(rotbits, tmp_path, args, 'not a regular file')
+    args[-1] = '--output='
+    self.check(rotbits, tmp_path, args, 'empty')
+
+  @pytest.mark.parametrize('command', ['decode', 'inspect', 'verify'])
   @pytest.mark.parametrize(
     ('damage', 'words'),
     [
@@ -397,7 +459,7 @@ class TestProgram:
   def test_unknown_command(self, rotbits):
     code, out, err = rotbits('enkode')
     assert (code, out) == (2, '')
-    assert err.startswith("rotbits: no command 'enkode'")
+    assert err.startswith("rotbits: unknown command 'enkode'")
     assert len(err.splitlines()) == 1
 
   @pytest.mark.parametrize('command', main.COMMANDS)
@@ -429,11 +491,17 @@ def interrupt(*args):
 
 
 class TestProcess:
-  """What only a process of its own shows."""
+  """Behaviour that only a separate process shows."""
 
   def run(self, *args):
+    return self.run_python('-m', *map(str, args))
+
+  def run_code(self, program):
+    return self.run_python('-c', program)
+
+  def run_python(self, *args):
     return subprocess.run(
-      [sys.executable, '-m', *map(str, args)],
+      [sys.executable, *args],
       capture_output=True,
       text=True,
       cwd=ROOT,
@@ -454,10 +522,64 @@ class TestProcess:
     assert json.loads(line)['bytes']['file'] == (tmp_path / 'out').stat().st_size
     assert [p.name for p in tmp_path.iterdir()] == ['out']
 
+  @pytest.mark.parametrize('named', [False, True])
+  def test_compiled_programs_are_kept(self, tmp_path, monkeypatch, encoded, named):
+    home, other = tmp_path / 'home', tmp_path / 'other'
+    monkeypatch.setenv('XDG_CACHE_HOME', str(home))
+    monkeypatch.delenv('JAX_COMPILATION_CACHE_DIR', raising=False)
+    if named:
+      monkeypatch.setenv('JAX_COMPILATION_CACHE_DIR', str(other))
+      monkeypatch.setenv('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0')
+    arguments = f'--input={encoded / "exact"}', f'--output={tmp_path / "out"}'
+    done = self.run('rotbits_jax.cli.decode', *arguments)
+    assert (done.returncode, done.stderr) == (0, '')
+    kept, empty = (other, home) if named else (home / 'rotbits_jax', other)
+    assert any('decode_block' in path.name for path in kept.iterdir())
+    assert not empty.exists()
+
   def test_error(self):
     done = self.run('rotbits_jax.cli.main', 'inspect', '--input=missing')
     assert (done.returncode, done.stdout) == (2, '')
     assert done.stderr == 'rotbits inspect: missing: No such file or directory\n'
+
+  @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+  def test_a_signal_leaves_nothing(self, tmp_path, encoded, number):
+    program = f"""
+import os, sys
+from rotbits_jax.checkpoints import writer
+from rotbits_jax.cli import main
+layer = writer.CheckpointWriter.layer
+def stopped(self, index, params):
+  layer(self, index, params)
+  assert os.listdir({str(tmp_path)!r})
+  os.kill(os.getpid(), {int(number)})
+writer.CheckpointWriter.layer = stopped
+sys.argv = ['rotbits', 'decode', {f'--input={encoded / "exact"}'!r},
+            {f'--output={tmp_path / "a" / "out"}'!r}]
+sys.exit(main.main())
+"""
+    done = self.run_code(program)
+    assert (done.returncode, done.stdout, done.stderr) == (128 + number, '', '')
+    assert list(tmp_path.iterdir()) == []
+
+  def test_progress_that_nobody_reads(self, tmp_path):
+    program = f"""
+import sys
+from rotbits_jax import progress
+from rotbits_jax.cli import main
+progress._SECONDS = 0  # a line for every stage
+sys.argv = ['rotbits', 'encode', {f'--checkpoint={SLICED}'!r}, '--preset=exact',
+            {f'--output={tmp_path / "out"}'!r}]
+sys.exit(main.main())
+"""
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(
+      [sys.executable, '-c', program], stderr=writer, cwd=ROOT, check=False
+    )
+    os.close(writer)
+    assert done.returncode == 0
+    assert [path.name for path in tmp_path.iterdir()] == ['out']
 
   def test_reader_that_stops(self, encoded):
     reader, writer = os.pipe()

@@ -1,4 +1,4 @@
-"""What every codec must do, checked in one way for all of them."""
+"""Checks that every codec must pass."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ from rotbits_jax.coding import rans
 
 
 def random_message(seed: int, lanes: int, depth: int) -> rans.Message:
-  """A message of arbitrary states and words, with room for twice as many."""
+  """Returns a message with random states and words, with room for twice as many."""
   rng = np.random.default_rng(seed)
   size = jnp.asarray(rng.integers(depth - depth // 8, depth + 1, lanes), jnp.int32)
   return rans.Message(
@@ -25,7 +25,7 @@ def random_message(seed: int, lanes: int, depth: int) -> rans.Message:
 
 
 def assert_same_message(a: rans.Message, b: rans.Message) -> None:
-  """The same content; how deep and high a message has been does not count."""
+  """Asserts equal content; how deep and high a message has been does not matter."""
   np.testing.assert_array_equal(a.state, b.state)
   np.testing.assert_array_equal(a.size, b.size)
   used = np.arange(a.words.shape[0])[:, None] < np.asarray(a.size)
@@ -42,14 +42,14 @@ def check_codec(
   jit: bool = True,
   eager: bool = False,
 ) -> Any:
-  """Push and pop invert each other, with strict promotion of types.
+  """Asserts that push and pop invert each other, under strict dtype promotion.
 
   Args:
     codec: the codec.
-    symbol: any symbol of it.
-    message: any message with enough content and room for a symbol.
+    symbol: a symbol of the codec.
+    message: a message with enough content and room for a symbol.
     jit: False for codecs that work on the host.
-    eager: True to check that `jit` makes no difference, which takes its time.
+    eager: True to check that `jit` makes no difference, which takes longer.
 
   Returns:
     The symbol that the message holds.

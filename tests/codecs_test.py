@@ -12,7 +12,7 @@ from tests import codec_checks
 
 
 def _every_slot(bits: int) -> rans.Message:
-  """A message with one lane for each slot that a symbol may be popped from."""
+  """Returns a message with one lane for each slot that a symbol can be popped from."""
   return rans.seeded(jnp.arange(1 << bits, dtype=jnp.uint16), 2)._replace(
     size=jnp.ones(1 << bits, jnp.int32)
   )

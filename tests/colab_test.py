@@ -23,7 +23,7 @@ class TestColabs:
     notebook = nbformat.read(path, as_version=4)
     resources = {'metadata': {'path': str(path.parent / directory)}}
     client = nbclient.NotebookClient(notebook, timeout=300, resources=resources)
-    client.execute()  # raises what a cell raises
+    client.execute()  # raises the exception of a cell
     outputs = [out for cell in notebook.cells for out in cell.get('outputs', [])]
     assert outputs
     assert not [out.text for out in outputs if out.get('name') == 'stderr']

@@ -1,6 +1,6 @@
-"""Pure functions of `symmetries` give the same through `jit`, `vmap` and sharding.
+"""Pure functions of `symmetries` have equal results under `jit`, `vmap` and sharding.
 
-A new one joins all these tests by a row in `FUNCTIONS`.
+To add a function to all these tests, add a row to `FUNCTIONS`.
 """
 
 import functools
@@ -77,7 +77,7 @@ def _polar(rng):
   return canonical.Polar(_orthogonal(rng, 6), values, _orthogonal(rng, 6))
 
 
-# Of a layer whose parameters are those above.
+# The axes of the parameters above.
 AXES = (
   ('attention/query/kernel', (0, 'query')),
   ('attention/query/bias', ('query',)),
@@ -101,7 +101,7 @@ def _values(rng):
   return pair | {'out': {'kernel': pair['out']['kernel']}}
 
 
-# A function, and its arguments from a generator; of every one, float32 arrays.
+# Functions, each with a function that makes its float32 arguments from a generator.
 FUNCTIONS = {
   'polar': (canonical.polar, lambda r: (_normal(r, 6, 8),)),
   'lower_factor': (shortcuts.lower_factor, lambda r: (_normal(r, 6, 5),)),
@@ -165,7 +165,7 @@ FUNCTIONS = {
 
 @functools.cache
 def _arguments(name):
-  """A stack of arguments, and what the function makes of each, compiled."""
+  """Returns a stack of arguments, and the compiled function's result for each."""
   function, arguments = FUNCTIONS[name]
   rng = np.random.default_rng(0)
   layers = [arguments(rng) for _ in range(STACK)]
@@ -181,7 +181,7 @@ def _assert_same(actual, expected):
 
 
 def check_sharded(name):
-  """Checks one function on all devices there are; each holds some of the layers."""
+  """Checks one function on all devices; each device holds some of the layers."""
   function, _ = FUNCTIONS[name]
   _, stack, expected = _arguments(name)
   mesh = jax.sharding.Mesh(jax.devices(), 'layers')

@@ -1,6 +1,12 @@
-"""Tests compile many small programs once: less optimisation is faster in all."""
+"""Settings of all tests.
+
+Tests compile many small programs and run each of them once. Therefore XLA optimises
+less, which takes less time in total.
+"""
 
 import os
+import pathlib
+import tempfile
 
 os.environ['XLA_FLAGS'] = ' '.join(
   [
@@ -9,3 +15,6 @@ os.environ['XLA_FLAGS'] = ' '.join(
     '--xla_llvm_disable_expensive_passes=true',
   ]
 )
+
+# Commands keep their compiled programs there, and not among those of the user.
+os.environ['XDG_CACHE_HOME'] = str(pathlib.Path(tempfile.gettempdir(), 'rotbits_tests'))

@@ -1,4 +1,4 @@
-"""The container is valid safetensors, the same every time, and notices damage."""
+"""The container is valid safetensors, is reproducible, and detects damage."""
 
 import io
 import json
@@ -80,7 +80,7 @@ class ContainerTest(parameterized.TestCase):
         n: original.nbytes(n) for n in original.names()
       }
       checked = reader.manifest_crc32 == original.manifest_crc32
-      # Whoever reads the streams compares their names with the manifest.
+      # The reader of the streams compares their names with the manifest.
       renamed = set(reader.names()) != set(original.names())
       self.assertTrue(renamed or (same and checked) or not checked, position)
 

@@ -38,7 +38,7 @@ class CorrectionTest(parameterized.TestCase):
       correction = correct(positions, integers, margin, groups, GROUPS)
       level = levels(correction, groups)
       for shift in (-0.9, 0, 0.9):
-        # Positions wrap around: 0 is next to 65535.
+        # Positions are cyclic: 0 is next to 65535.
         for turn in (0, 65536):
           moved = positions + (shift * margin + turn)
           exact = nearest(moved, level, correction.residue)
@@ -70,7 +70,7 @@ class CorrectionTest(parameterized.TestCase):
     each = lambda x: correct(x, integers, 0.125, groups, GROUPS)
     correction = jax.vmap(each)(jnp.stack([positions, positions + 2]))
     message = codec_checks.random_message(1, 64, 200)
-    # Fitted tables, and one that makes a message hold any level.
+    # Fitted tables, and tables with which any level can be popped.
     anything = np.stack([tables.quantize(1 << np.arange(17)[::-1])] * 2)
     for frequencies in (correction_lib.fit(correction), anything):
       codec = correction_lib.codec(groups, (2,), GROUPS, jnp.asarray(frequencies))

@@ -19,7 +19,7 @@ class TestDemo:
     rows = demo.measure(sliced, text, tmp_path, max_tokens=32)
     raw, file, *presets, rerounded = rows
     assert file.bytes == weights.stat().st_size
-    assert raw.bytes < file.bytes  # the .pt holds what slicing cut off
+    assert raw.bytes < file.bytes  # the .pt also holds the parts that slicing cut off
     assert [row.name for row in presets] == list(rotbits_jax.PRESETS)
     for row in presets:
       assert row.bytes == (tmp_path / f'{row.name}.rotbits').stat().st_size

@@ -1,7 +1,7 @@
-"""Llama 3.1's and linear RoPE scaling, Mistral and Qwen2: configs and forward passes.
+"""Configs and forward passes of RoPE scaling (Llama 3.1, linear), Mistral and Qwen2.
 
-The tensors are made here by Hugging Face's names, and the logits are those of a second
-forward pass in NumPy.
+The tensors are random and have Hugging Face's names. The expected logits are those of a
+second forward pass in NumPy.
 """
 
 import dataclasses
@@ -50,7 +50,7 @@ QWEN2 = LLAMA | {
 }
 TIED = {'tie_word_embeddings': True}
 
-# Name, config.json, what differs for the reference, the segments' widths (None: dense).
+# Name, config.json, differences in the reference's config, widths (None if dense).
 CASES = (
   (
     'llama3_tied',
@@ -71,7 +71,7 @@ CASES = (
 
 
 def random_tensors(config, widths):
-  """Tensors of a Llama by Hugging Face's names; Qwen2 has biases on q, k and v."""
+  """Makes a Llama's tensors by Hugging Face's names; Qwen2 has biases on q, k and v."""
   rng = np.random.default_rng(0)
   hidden, inner = config['hidden_size'], config['intermediate_size']
   queries = config['num_attention_heads'] * config['head_dim']

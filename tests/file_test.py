@@ -1,4 +1,4 @@
-"""Files that are written a unit at a time: shards, interrupted runs, damage."""
+"""Files that are written one unit at a time: shards, interrupted runs, damage."""
 
 import json
 import os
@@ -47,7 +47,7 @@ def assert_same(actual, expected):
 
 
 def streams(path):
-  """Each unit's bytes, and its entry in the manifest, of a file or of shards."""
+  """Returns the bytes and the manifest entry of each unit of a file or of shards."""
   with file.Reader(path) as reader:
     return {
       name: (own.stream(name).tobytes(), unit.to_json())
@@ -138,7 +138,7 @@ class ShardsTest(Base):
 
 class ResumeTest(Base):
   def interrupted(self, units, preset='free', **options):
-    """Encodes, and is interrupted before the unit of this number is coded."""
+    """Starts to encode, and is interrupted before this unit is coded."""
     real, count = writer.encode_unit, [0]
 
     def encode_unit(*args):
@@ -152,7 +152,7 @@ class ResumeTest(Base):
       self.encode(preset=preset, **options)
 
   def resumed(self, preset='free', **options):
-    """How many units a run encodes."""
+    """Encodes, and returns the number of units that this run coded."""
     with absltest.mock.patch.object(
       writer, 'encode_unit', wraps=writer.encode_unit
     ) as spy:
@@ -177,7 +177,7 @@ class ResumeTest(Base):
     content = bytearray(data.read_bytes())
     content[-1000] ^= 1  # in the third unit
     data.write_bytes(content)
-    # Without its state, the gauge is found again from the source.
+    # The state is lost, so the gauge is computed from the source again.
     self.assertEqual(self.resumed(), 4)
     self.assert_is_like_encoded_at_once()
 
@@ -355,7 +355,7 @@ class ReaderTest(Base):
           else:
             if name == 'config' and new is None:
               continue  # a PyTree of arrays
-            # Only what decoding does not need may be anything.
+            # Only values that decoding does not need may be arbitrary.
             self.assertIn(
               name,
               (
@@ -374,7 +374,7 @@ class ReaderTest(Base):
     self.assertLess(time.monotonic() - start, 120)
 
   def repacked(self, data, manifest):
-    """The file with another manifest and its checksum."""
+    """Returns the file with another manifest and its checksum."""
     streams, _ = containers.unpack(data)
     return containers.pack(streams, json.dumps(manifest).encode())
 
@@ -414,7 +414,7 @@ class ReaderTest(Base):
     _, manifest = containers.unpack(data)
     for size in (0, (1 << 20) - 1, (1 << 20) + 1):
       manifest['files'][0][3] = size
-      with self.assertRaisesRegex(file.ContainerError, 'files/x: .*another length'):
+      with self.assertRaisesRegex(file.ContainerError, 'files/x: the file must have'):
         file.Reader(self.repacked(data, manifest)).files()
     manifest['files'][0][3] = 1 << 40
     with self.assertRaisesRegex(file.ContainerError, 'size'):

@@ -1,4 +1,4 @@
-"""Generation: the cache against whole forward passes, sampling, and the command."""
+"""Generation: the cache agrees with whole forward passes; sampling; the command."""
 
 import dataclasses
 import functools
@@ -29,7 +29,7 @@ from rotbits_jax.models import generation
 TESTDATA = pathlib.Path(__file__).parent / 'testdata'
 FIXTURES = sorted(path.parent.name for path in TESTDATA.glob('*/ref_logits.npz'))
 
-# Compiles in half the time; there is little to compute.
+# Compilation takes half the time; the slower program does not matter here.
 fast_jit = functools.partial(
   jax.jit, compiler_options={'xla_backend_optimization_level': 0}
 )
@@ -37,7 +37,7 @@ fast_jit = functools.partial(
 
 @fast_jit
 def incremental_logits(model, first, rest):
-  """Logits of `[B, T]` tokens at once and `[N, B]` tokens one by one."""
+  """Returns the logits of `[B, T]` tokens at once, then `[N, B]` tokens one by one."""
   batch, length = first.shape
   cache = generation.empty_cache(model, batch, length + len(rest) + 3)
   begin, cache = generation.extend(model, cache, first)
@@ -51,7 +51,7 @@ def incremental_logits(model, first, rest):
 
 
 def mixed_model():
-  """A sliced Llama with a sliding window, a stack, a layer alone, thin shortcuts."""
+  """Makes a sliced Llama with a sliding window, two groups and thin shortcuts."""
   model = random_models.sliced_llama((20, 20, 20, 20, 20, 14, 24))
   layers = list(model.layers())
   rng = np.random.default_rng(0)
@@ -97,7 +97,7 @@ class SampleTest(chex.TestCase):
       weights[np.argsort(logits)[:-top_k]] = 0
     expected = weights / weights.sum()
     got = np.bincount(draws, minlength=5) / draws.size
-    # Five standard deviations.
+    # The bound is five standard deviations.
     assert (abs(got - expected) <= 5 * np.sqrt(expected / draws.size)).all(), got
 
   def test_without_temperature_it_is_the_likeliest(self):
@@ -111,7 +111,7 @@ class GenerateTest(chex.TestCase):
     super().setUpClass()
     cls.opt = checkpoints.load_checkpoint(TESTDATA / 'opt-small-sliced-0.2').model
     cls.llama = checkpoints.load_checkpoint(TESTDATA / 'llama-tiny-dense').model
-    # One piece of the prompt is full, the other is not.
+    # The prompt is read in two pieces; the second is not full.
     cls.prompt = np.random.default_rng(0).integers(60, size=generation.PREFILL + 9)
 
   def generate(self, **options):
@@ -148,7 +148,7 @@ class GenerateTest(chex.TestCase):
       for length, max_tokens in ((3, 4), (17, 30), (40, 2)):
         tokens = np.zeros(length, np.int32)
         list(generation.generate(model, tokens, max_tokens=max_tokens))
-    assert extend.call_count == 2  # traces
+    assert extend.call_count == 2  # once for each trace
 
   def test_predictions_that_are_not_finite_are_refused(self):
     scale = np.full_like(self.llama.params['final_norm']['scale'], np.nan)
@@ -213,7 +213,7 @@ class TestStopTokens:
 
 
 def byte_tokenizer():
-  """A tokenizer.json with a token for each byte, and one special token."""
+  """Makes a tokenizer.json with a token for each byte and one special token."""
   alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
   tokenizer = tokenizers.Tokenizer(
     tokenizers.models.BPE({c: i for i, c in enumerate(alphabet)}, [])
@@ -249,10 +249,10 @@ def _directory(tmp_path_factory):
 
 @pytest.fixture(name='run')
 def _run(monkeypatch, capsys):
-  """Runs `rotbits generate ARGS` in this process: exit code, stdout and stderr."""
+  """Runs `rotbits generate ARGS`; returns exit code, stdout and stderr."""
 
   def run(*args):
-    # A module holds its flags' values; a command begins with none.
+    # A module keeps the values of its flags, but a command must begin without values.
     monkeypatch.delitem(sys.modules, 'rotbits_jax.cli.generate', raising=False)
     monkeypatch.setattr(sys, 'argv', ['rotbits', 'generate', *map(str, args)])
     capsys.readouterr()

@@ -1,4 +1,4 @@
-"""The Haar codec is exact, uniform over the group, and indifferent to rounding."""
+"""The Haar codec is exact, uniform over the group, and robust to rounding."""
 
 import functools
 import math
@@ -25,7 +25,7 @@ places = jax.jit(haar._places, static_argnums=(0, 1))
 
 
 def _sample(n: int, k: int, batch: tuple[int, ...] = ()) -> jax.Array:
-  """Cells with the distribution of a random frame's, drawn without the codec."""
+  """Draws the cells of random frames without the codec."""
   rng = np.random.default_rng(0)
   row = np.asarray(places(n, k)[0])
   slots = rng.integers(0, tables.TOTAL, (*batch, row.size))
@@ -44,7 +44,7 @@ def _rotate_all(cells: jax.Array, n: int, k: int) -> jax.Array:
 
 
 def _noisy(q: jax.Array, noise: float, seed: int = 1) -> np.ndarray:
-  """An orthogonal matrix, or a frame, at relative distance `noise` from q."""
+  """Returns an orthogonal matrix, or a frame, at relative distance `noise` from q."""
   q = np.asarray(q, np.float64)
   error = np.random.default_rng(seed).standard_normal((q.shape[0],) * 2)
   error = (error - error.T) * (noise / np.sqrt(2 * q.shape[0]))
@@ -52,14 +52,14 @@ def _noisy(q: jax.Array, noise: float, seed: int = 1) -> np.ndarray:
 
 
 def _ulps(q: np.ndarray, seed: int) -> np.ndarray:
-  """Every entry off by one to four units in the last place."""
+  """Changes every entry by one to four units in the last place."""
   rng = np.random.default_rng(seed)
   steps = rng.choice(np.array([-4, -3, -2, -1, 1, 2, 3, 4], np.float32), q.shape)
   return q + steps * np.spacing(q)
 
 
 def _distribution(v: int, points: np.ndarray) -> np.ndarray:
-  """The distribution function of the ratio t when v coordinates are left."""
+  """Returns the distribution function of the ratio t when v coordinates are left."""
   angle = np.linspace(-np.pi / 2, np.pi / 2, 200001)
   density = np.cos(angle) ** (v - 2)
   mass = np.concatenate([[0.0], np.cumsum((density[1:] + density[:-1]) / 2)])
@@ -67,9 +67,9 @@ def _distribution(v: int, points: np.ndarray) -> np.ndarray:
 
 
 def _ks_distance(a: np.ndarray, b: np.ndarray) -> float:
-  """Kolmogorov and Smirnov's distance of two samples of one size.
+  """Returns the Kolmogorov-Smirnov distance of two samples of equal size.
 
-  In units of the value that is exceeded once in 1000 cases.
+  Its unit is the distance that equally distributed samples exceed once in 1000 cases.
   """
   both = np.concatenate([a, b])
   cdfs = [np.searchsorted(np.sort(x), both, side='right') / x.size for x in (a, b)]
@@ -105,7 +105,7 @@ class CodecTest(parameterized.TestCase):
     self.assertLess(abs(haar.bin_tables(4096)[-1] - expected).max(), 2)
 
   def test_tables_are_the_same_on_every_machine(self):
-    # What files were written with: a change makes them unreadable.
+    # Files were written with these tables; a change makes the files unreadable.
     data = haar.bin_tables(100).astype('<u4').tobytes()
     self.assertEqual(zlib.crc32(data), 2609742406)
 
@@ -170,7 +170,7 @@ class UniformityTest(parameterized.TestCase):
     np.testing.assert_allclose((q**2).mean(axis=0), 1 / n, atol=tolerance * 0.3)
     fourth = 3 / (n * (n + 2))
     np.testing.assert_allclose((q**4).mean(axis=0), fourth, atol=tolerance * 0.2)
-    # E[Q_11^2 Q_22^2] and E[Q_11 Q_22 Q_12 Q_21] (Collins and Sniady 2006).
+    # For E[Q_11^2 Q_22^2] and E[Q_11 Q_22 Q_12 Q_21] see Collins and Sniady 2006.
     norm = (n - 1) * n * (n + 2)
     paired = (q[:, 0, 0] * q[:, 1, 1]) ** 2
     self.assertAlmostEqual(paired.mean(), (n + 1) / norm, delta=tolerance * 0.1)
@@ -275,7 +275,7 @@ class RecoveryTest(parameterized.TestCase):
       restored = jax.jit(codec.push)(read, recover(_ulps(recovered, 3), decoded))
       codec_checks.assert_same_message(restored, message)
 
-      # What numbers of unit variance are worth, known up to normal errors.
+      # The bits of a number of unit variance that is known up to a normal error.
       ideal = -math.log2(noise) - mean_share
       net = rans.content_bits(message) - rans.content_bits(sent)
       self.assertBetween(net / (n * (n - 1) / 2), ideal - loss, ideal)

@@ -1,4 +1,4 @@
-"""The gauges of attention heads: the function stays, h^2 numbers a head go."""
+"""The gauges of attention heads: the function stays, with h^2 numbers fewer a head."""
 
 import functools
 
@@ -48,7 +48,7 @@ PHI = LLAMA | {
 PHI = {k: v for k, v in PHI.items() if k not in ('head_dim', 'rms_norm_eps')}
 QWEN2 = LLAMA | {'model_type': 'qwen2'}
 
-# Name, config.json, h and r: numbers saved are K h^2, and K ((h - r)^2 + r).
+# Name, config.json, h and r. They save K h^2 and K ((h - r)^2 + r) numbers.
 FAMILIES = (
   ('opt', OPT, 6, 0),
   ('llama_with_groups', LLAMA, 6, 6),
@@ -73,7 +73,7 @@ def _model(family, dtype=np.float32):
 
 
 def _with_first(model, name, change):
-  """The model with a kernel of the first layer's attention changed."""
+  """Changes a kernel in the attention of the first layer."""
   first, *others = (jax.tree.map(np.array, layer) for layer in model.layers())
   kernel = first['attention'][name]['kernel']
   first['attention'][name]['kernel'] = change(kernel)
@@ -81,7 +81,7 @@ def _with_first(model, name, change):
 
 
 def _spanned(below):
-  """`[I - B^H B / 4; B]` in float64."""
+  """Returns `[I - B^H B / 4; B]` in float64."""
   below = np.asarray(below)
   below = below.astype(np.result_type(below, np.float64))
   return np.concatenate([np.eye(below.shape[1]) - below.conj().T @ below / 4, below])
@@ -253,7 +253,7 @@ class PairsTest(parameterized.TestCase):
     fixed = structured.materialize(jax.jit(fix)(pair))
 
     def products(pair, j):
-      """Of one query head with its key: of each plane, and of what is not turned."""
+      """Returns the products of a query head with its key: by plane, and the rest."""
       sides = []
       for name, i in (('query', j), ('key', j // 2)):
         wide = jax.tree.map(np.float64, pair[name])
@@ -261,7 +261,8 @@ class PairsTest(parameterized.TestCase):
         sides.append(rows[:, i * h : (i + 1) * h])
       planes = [x[:, :2] + 1j * x[:, 2:rotary] for x in sides]
       planes = np.einsum('ai,bi->iab', planes[0], planes[1].conj())
-      # The key's bias is the last row; here it adds the same to a query's scores.
+      # The last row is the bias of the key. It is left out where RoPE does not rotate,
+      # because it adds the same number to all scores of a query there.
       return planes, sides[0][:, rotary:] @ sides[1][:-1, rotary:].T
 
     for j in range(2 * groups):
@@ -345,7 +346,7 @@ class TransformsTest(parameterized.TestCase):
       self.assertEqual(note['shape'], list(leaf.shape))
       self.assertEqual(note['numbers'], structured.count_numbers(leaf))
       self.assertEqual(leaf.dtype, np.float16)
-      # Both kernels' rounding errors, of 0.42 roundoffs each.
+      # Each of the two kernels has a rounding error of 0.42 roundoffs.
       for error in ('error', 'plain_error'):
         self.assertBetween(note[error] * 2**11, 0.3, 0.8)
 
@@ -360,7 +361,7 @@ class TransformsTest(parameterized.TestCase):
       return value @ out.reshape(2, 2, 6, 12)
 
     expected = product(model)
-    # Materialized in float32, as the forward pass does.
+    # The forward pass also materializes in float32.
     wide = fixed.replace(params=structured.astype(fixed.params, np.float32))
     error = np.linalg.norm(product(wide.materialize()) - expected)
     error /= np.linalg.norm(expected)
@@ -409,7 +410,7 @@ class TransformsTest(parameterized.TestCase):
     )
 
   def test_a_dead_plane_with_a_bias_stays_as_it_is(self):
-    # The basis has no factor 0 to give a bias back with.
+    # The factor of a dead plane is 0, and a bias cannot be divided by it.
     model = _model('qwen2_with_biases_and_rope')
     dead = lambda x: x * (np.arange(x.shape[-1]) % 3 != 1)
     fixed, notes = transform_checks.apply(CHAIN[1], _with_first(model, 'query', dead))

@@ -1,4 +1,4 @@
-"""A quantiser of another library in the chain: what is free stays free at 8 bits."""
+"""A quantiser of another library in the chain: the savings remain at 8 bits."""
 
 import functools
 
@@ -69,7 +69,7 @@ class Int8Test(parameterized.TestCase):
       self.assertEqual((value.dtype, scale.dtype), (np.int8, np.float16))
       self.assertEqual(scale.shape, (1, original.shape[1]))
       if original.size:
-        # Eight bits span from -127.5 to 127.5.
+        # Eight bits cover the range from -127.5 to 127.5.
         step = np.abs(np.float64(original)).max(axis=0) / 127.5
         np.testing.assert_allclose(scale[0], step, rtol=2**-11)
         self.assertTrue(np.all(np.abs(value * step - original) <= 0.5001 * step))
@@ -85,7 +85,7 @@ class Int8Test(parameterized.TestCase):
     np.testing.assert_allclose(
       quantized.materialize(), structured.materialize(rounded), atol=1e-5
     )
-    # Rounding to eight bits is no small change of it.
+    # Rounding to eight bits makes a noticeable change.
     error = np.abs(quantized.materialize() - structured.materialize(leaf)).max()
     self.assertBetween(error, 2e-3, 0.2)
 
@@ -129,7 +129,7 @@ class QuantizeKernelsTest(parameterized.TestCase):
     self.assertGreater(savings[1].bytes, 0)
     for note in savings[1].notes:
       self.assertEqual(note['form'], 'int8')
-      # An identity, [I 0], has nothing to round.
+      # The identity [I 0] has no numbers to round.
       self.assertTrue(note['error'] == 0 or 1e-4 < note['error'] < 0.02, note)
 
   @pytest.mark.slow

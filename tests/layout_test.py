@@ -1,4 +1,4 @@
-"""What the axes of parameters stand for: a table of each family, and the symmetries."""
+"""The meaning of the parameters' axes in each family, and the symmetries."""
 
 import dataclasses
 import math
@@ -87,7 +87,7 @@ OPT_LAYER = (
     'mlp/down/bias': (-1,),
   }
 )
-# Attention and MLP read one segment and write the next.
+# Attention and MLP read the same segment, and both write the next segment.
 PHI_LAYER = OPT_LAYER | {
   'attention/out/kernel': ('query', -1),
   'attention/out/bias': (-1,),
@@ -150,7 +150,7 @@ SYMMETRIES = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _NewConfig(models.ModelConfig):
-  """A config with a switch that nobody has looked at."""
+  """A config with a switch that `layout.symmetries` does not know."""
 
   logit_softcap: float = 0.0
 
@@ -205,7 +205,7 @@ class LayoutTest(parameterized.TestCase):
       first, last = kernels[path]
       self.assertEqual(reads, None if isinstance(first, str) else first)
       self.assertEqual(writes, None if isinstance(last, str) else last)
-      # None reads what it writes.
+      # Each linear layer reads or writes a segment, but not both.
       self.assertEqual((reads is None) + (writes is None), 1)
 
   @parameterized.parameters(*TABLE)

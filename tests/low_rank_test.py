@@ -54,7 +54,7 @@ LOW_RANK = (
   ('mlp', 'gate'),
   ('mlp', 'down'),
 )
-# The linear layers of each, and what the factors of one are called.
+# Naming scheme, config, the factored linear layer, and the names of its factors.
 NAMINGS = (
   ('svd_llm', LLAMA, 'mlp.up_proj', 'mlp.up_u_proj.weight', 'mlp.up_v_proj.weight'),
   ('svd_llm_with_biases', OPT, 'fc1', 'fc1_u_proj.weight', 'fc1_v_proj.weight'),
@@ -74,7 +74,7 @@ def _pair(m, n, rank, dtype=np.float16, seed=0):
 
 
 def _product(leaf):
-  """In float64, of a `LowRank`."""
+  """Returns the product of a `LowRank` in float64."""
   return np.float64(leaf.u) @ np.float64(leaf.v)
 
 
@@ -85,7 +85,7 @@ def _reduced(m, n, rank, seed=0):
 
 
 def _definition(leaf):
-  """What a `ReducedLowRank` stands for, in float64."""
+  """Returns the matrix of a `ReducedLowRank` in float64."""
   below, other = np.float64(leaf.below), np.float64(leaf.other)
   square = np.eye(leaf.rank) - below.T @ below / 4
   matrix = np.concatenate([below, square]) @ other
@@ -96,7 +96,7 @@ def _relative(array, expected):
   return np.linalg.norm(np.float64(array) - expected) / np.linalg.norm(expected)
 
 
-# Unstacked leaves of one shape by a seed, of the same rank and of different ranks.
+# Unstacked leaves of one shape by a seed, with equal or with different ranks.
 LEAVES = {
   'low_rank': lambda seed: _pair(7, 9, 3, seed=seed),
   'low_rank_of_ranks': lambda seed: _pair(7, 9, 2 + seed, seed=seed),
@@ -189,7 +189,7 @@ class FixPairTest(parameterized.TestCase):
   def test_factors_of_any_rank_and_scale_are_kept(self):
     pair = _pair(24, 16, 8, np.float32)
     u, v = np.array(pair.u), np.array(pair.v)
-    u[:, 3] = u[:, 5] - u[:, 6]  # of rank 6 together
+    u[:, 3] = u[:, 5] - u[:, 6]  # so that the rank is 6
     v[7] = 0
     scales = np.float32(10.0) ** np.arange(-4, 4)
     u, v = u * scales, v / scales[:, None]
@@ -257,7 +257,7 @@ class FixPairsTest(parameterized.TestCase):
 
 @functools.cache
 def _compressed():
-  """The dense Llama with kernels of half their rank, and less in one."""
+  """Makes the dense Llama with kernels of half the rank, and one of lower rank."""
   model = checkpoints.load_checkpoint(DENSE).model
 
   def truncated(kernel, rank):
@@ -280,7 +280,7 @@ def _compressed():
 
 @functools.cache
 def _rewritten():
-  """That model with its pairs reduced, and the notes."""
+  """Returns the model of `_compressed` with its pairs reduced, and the saving."""
   chain = (low_rank.remove_low_rank_gauge(),)
   model, (saving,) = symmetries.run_chain(chain, _compressed())
   return model, saving
@@ -289,7 +289,7 @@ def _rewritten():
 class RemoveLowRankGaugeTest(parameterized.TestCase):
   def test_stores_the_squares_of_the_ranks_fewer_and_keeps_the_products(self):
     model = _compressed()
-    self.assertEqual(model.group_sizes, (3,))  # ranks do not split the layers
+    self.assertEqual(model.group_sizes, (3,))  # different ranks do not split a group
     rewritten, saving = _rewritten()
     self.assertLen(saving.notes, 3 * len(LOW_RANK))
     self.assertEqual(saving.numbers, sum(n['rank'] ** 2 for n in saving.notes))
@@ -326,7 +326,7 @@ class RemoveLowRankGaugeTest(parameterized.TestCase):
 
 
 def _random_tensors(config_json, seed=0):
-  """A checkpoint's tensors, by name, for a dense config."""
+  """Returns a dense config, and random tensors of its checkpoint by name."""
   config = checkpoints.parse_config(config_json)
   rng = np.random.default_rng(seed)
   fill = lambda shape: np.float32(rng.standard_normal(shape) / np.sqrt(shape[0]))

@@ -1,4 +1,4 @@
-"""The noise floor: the same function, other numbers, whatever the model."""
+"""The noise floor: a random rotation keeps the function and changes the numbers."""
 
 import pathlib
 

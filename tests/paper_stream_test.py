@@ -1,4 +1,4 @@
-"""The message of the preset `paper` is streamed, and nothing malformed gets through."""
+"""The message of the preset `paper` is streamed, and malformed messages are refused."""
 
 import copy
 import functools
@@ -33,7 +33,7 @@ def _words(count, seed=0):
 
 @functools.cache
 def _encoded(entropy=False):
-  """A model, and what became of it."""
+  """Returns a model, its encoding and its message."""
   model = random_models.sliced_llama(WIDTHS, np.float16)
   return model, *paper_test.encode(model, paper.Options(entropy=entropy))
 
@@ -44,7 +44,7 @@ class WordStackTest(parameterized.TestCase):
     rng = np.random.default_rng(keep)
     spilled = []
     stack = word_stack.WordStack(spill=lambda x: spilled.append(np.array(x)))
-    # All in memory.
+    # This stack keeps all words in memory.
     whole = word_stack.WordStack()
     for seed in range(40):
       words = _words(int(rng.integers(0, 20)), seed)
@@ -144,7 +144,7 @@ class NumbersTest(parameterized.TestCase):
     array = rng.standard_normal(shape).astype(jnp.dtype(dtype))
     stack = word_stack.WordStack()
     stack.push(_words(5))
-    # More blocks than one.
+    # The small limit makes several blocks.
     with mock.patch.object(numbers, '_MAX_STEPS', 16):
       table = numbers.push(stack, array, entropy=entropy)
       popped = numbers.pop(stack, dtype, shape, table)
@@ -153,7 +153,7 @@ class NumbersTest(parameterized.TestCase):
     np.testing.assert_array_equal(stack.pop(stack.size), _words(5))
 
   def test_uniform_words_are_pushed_as_rans_pushes_them(self):
-    """A stack of words is a message: its last row is the low half of the states."""
+    """A stack of words is a message whose last row is the low half of the states."""
     lanes, rows = 4, _words(20).reshape(5, 4)
     message = rans.stacked(jnp.asarray(rows[:2]), 8)
     for row in rows[2:]:
@@ -212,7 +212,7 @@ class StreamTest(parameterized.TestCase):
     again, words = paper_test.encode(Source(), paper.Options())
     self.assertEqual(again.layout, encoded.layout)
     np.testing.assert_array_equal(words, message)
-    self.assertEqual(asked, [0, 1, 0, 1])  # shapes first
+    self.assertEqual(asked, [0, 1, 0, 1])  # the first pass reads shapes
 
   def test_last_segment_comes_first(self):
     model, encoded, message = _encoded()
@@ -325,7 +325,7 @@ class DamageTest(parameterized.TestCase):
           harmless += bool(list(decoded))
         except ValueError:
           pass
-    self.assertLess(harmless, 3)  # a word may only pad
+    self.assertLess(harmless, 3)  # a word may be padding
 
 
 def _with(layout, field, key, value):

@@ -1,4 +1,4 @@
-"""The published scheme: what is decoded is what was encoded, and bits come back."""
+"""The published scheme: decoding inverts encoding, and bits come back."""
 
 import functools
 import json
@@ -55,7 +55,7 @@ def _logits(model, tokens):
 
 
 def encode(model, options):
-  """What `paper.encode` returns, and the message."""
+  """Returns the result of `paper.encode`, and the message."""
   words = [np.zeros(0, np.uint16)]
   encoded = paper.encode(model, options, lambda x: words.append(np.array(x)))
   return encoded, np.concatenate(words)
@@ -70,7 +70,7 @@ def decode(encoded, message, config):
 
 class SchemeTestCase(parameterized.TestCase):
   def _assert_exact(self, model, options):
-    """Decodes what was encoded; the digests tell whether it is that."""
+    """Encodes and decodes a model, and compares the digests."""
     encoded, message = encode(model, options)
     decoded = decode(encoded, message, model.config)
     self.assertEqual(set(decoded), set(encoded.digests))
@@ -131,7 +131,8 @@ class SlowSchemeTest(SchemeTestCase):
       model, options._replace(threshold=1e-3)
     )
     self.assertLess(_size(lossy, shorter), _size(exact, message))
-    # Both sample the same rotations, but for the last segment, which may gain nothing.
+    # Both sample the same rotations, except perhaps for the last segment, because its
+    # rotation may save nothing.
     sampled = [[row is None for row in x.layout['rows']] for x in (exact, lossy)]
     self.assertEqual(sampled[0][:-1], sampled[1][:-1])
     last = paper.segments.parts(model.config)[-1].all
@@ -142,7 +143,7 @@ class SlowSchemeTest(SchemeTestCase):
       if path not in differs
     ]
     self.assertGreater(max(errors), 0)
-    self.assertLess(max(errors), 2e-3)  # errors of errors add up
+    self.assertLess(max(errors), 2e-3)  # errors of several segments add up
 
   @parameterized.named_parameters(
     ('widening', [12, 14, 14, 14, 24]),

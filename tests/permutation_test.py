@@ -1,4 +1,4 @@
-"""The order of rows is coded for free, exactly, ties included."""
+"""The order of rows is coded for free and exactly, even if rows are equal."""
 
 import collections
 import math
@@ -17,7 +17,7 @@ from tests import codec_checks
 
 
 def _starts(*sizes: int) -> jax.Array:
-  """Blocks of the given sizes, as the first place of each place's block."""
+  """Returns, for each place, the first place of its block; blocks have these sizes."""
   return jnp.asarray(np.repeat(np.cumsum([0, *sizes[:-1]]), sizes), jnp.int32)
 
 

@@ -1,4 +1,4 @@
-"""Perplexity and KL against float64 NumPy, and the text that they are measured on."""
+"""Perplexity and KL agree with float64 NumPy. Tests of reading the text, too."""
 
 import contextlib
 import dataclasses
@@ -51,7 +51,7 @@ class EvaluateTest(chex.TestCase):
     cls.tokens = np.random.default_rng(0).integers(69, size=100)
 
   def log_probabilities(self, name, window):
-    """Float64 log-probabilities at every position that predicts a token."""
+    """Returns float64 log-probabilities at every position that predicts a token."""
     path = TESTDATA / name
     tensors = checkpoints.to_tensors(load(name).model)
     config = json.loads((path / 'config.json').read_text())

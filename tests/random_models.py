@@ -24,7 +24,7 @@ def orthogonal(rng, n):
 
 
 def random_model(config_json, dtype=np.float32):
-  """A dense model whose every parameter is random, norms and biases too."""
+  """Makes a dense model in which every parameter is random, also norms and biases."""
   config = checkpoints.parse_config(config_json, None)
   rng = np.random.default_rng(0)
   draw = lambda shape: (rng.standard_normal(shape) / 3).astype(dtype)
@@ -36,14 +36,14 @@ def random_model(config_json, dtype=np.float32):
 
 
 def reference_logits(config_json, model):
-  """Float64 logits of 9 random tokens, by the independent forward pass."""
+  """Returns float64 logits of 9 random tokens by the second forward pass."""
   tokens = np.random.default_rng(1).integers(31, size=9)
   tensors = checkpoints.to_tensors(model)
   return reference_forward.forward(tensors, config_json, tokens)
 
 
 def sliced_llama(widths, dtype=np.float32, seed=0, shortcut=None):
-  """A random sliced Llama with the given segment widths, hidden size 24."""
+  """Makes a random sliced Llama with these segment widths and hidden size 24."""
   rng = np.random.default_rng(seed)
   layers = (len(widths) - 1) // 2
   dense = checkpoints.parse_config(BASE | {'num_hidden_layers': layers}, None)

@@ -1,4 +1,4 @@
-"""Messages that hold words under their content."""
+"""Tests of messages that hold words below their content."""
 
 from absl.testing import absltest
 from absl.testing import parameterized

@@ -12,7 +12,7 @@ LANES, PRECISION = 5, 12
 
 
 def _random_message(seed: int, depth: int = 40, room: int = 40) -> rans.Message:
-  """A message with arbitrary content, lanes of unequal depth."""
+  """Returns a message with random content and lanes of unequal depth."""
   rng = np.random.default_rng(seed)
   size = rng.integers(depth // 2, depth, LANES).astype(np.int32)
   return rans.Message(
@@ -33,7 +33,7 @@ def _content(message: rans.Message) -> tuple[list[int], list[list[int]]]:
 def _reference_push(
   state: int, stack: list[int], start: int, frequency: int, precision: int
 ) -> int:
-  """One lane in Python integers, straight from the definition."""
+  """Pushes to one lane with Python integers, as in the definition."""
   if (state // frequency) << precision >= 1 << 32:
     stack.append(state & 0xFFFF)
     state >>= 16
@@ -78,7 +78,7 @@ class RansTest(parameterized.TestCase):
 
   @parameterized.product(jit=[False, True], seed=[0, 1, 2])
   def test_pop_undoes_push_and_push_undoes_pop(self, jit, seed):
-    # Four symbols of unequal length over [0, 2^12).
+    # Four symbols divide [0, 2^12) into unequal parts.
     bounds = jnp.asarray([0, 1, 100, 3000, 1 << PRECISION], jnp.uint32)
 
     def lookup(slot):
@@ -120,7 +120,7 @@ class RansTest(parameterized.TestCase):
     uniform = lambda slot: (slot, slot, jnp.ones_like(slot))
     for _ in range(2):
       message, symbol = rans.pop(message, uniform, 16)
-    # What is pushed later does not hide that the message was dry.
+    # Later pushes do not hide that the message was dry.
     for _ in range(4):
       message = rans.push(message, symbol, jnp.ones_like(symbol), 16)
     with self.assertRaisesRegex(rans.MessageError, f'{16 * 2 * LANES} bits'):
@@ -163,7 +163,7 @@ class RansTest(parameterized.TestCase):
         rans.push(_random_message(0), one, one, precision)
 
   def test_golden_words(self):
-    """What is emitted is part of the format: a change here breaks every file."""
+    """The emitted words are part of the format, so a change here breaks every file."""
     message = rans.seeded(jnp.asarray([7, 65535, 0], jnp.uint16), 8)
     for i in range(9):
       start = jnp.asarray([i, 100 * i, 3000], jnp.uint32)

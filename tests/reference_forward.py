@@ -1,7 +1,7 @@
-"""A second forward pass: float64 NumPy, on Hugging Face's names and config files.
+"""A second forward pass in float64 NumPy, with Hugging Face's names and config files.
 
-Written from the published definitions, one sequence and one head at a time. It
-shares no code with the package.
+It follows the published definitions, one sequence and one head at a time. It shares no
+code with the package.
 """
 
 import numpy as np
@@ -33,7 +33,7 @@ NAMES['phi3'] = NAMES['llama'] | {'mlp': ('mlp.gate_up_proj', 'mlp.down_proj')}
 
 
 def forward(tensors, config, tokens, slicing=None):
-  """Logits `[T, V]` of one sequence.
+  """Computes the logits `[T, V]` of one sequence.
 
   Args:
     tensors: the checkpoint's tensors by name; linear weights are `[out, in]`.
@@ -68,7 +68,7 @@ def forward(tensors, config, tokens, slicing=None):
     return x if slicing is None else x @ tensors[name]
 
   def rotate(x):
-    """RoPE on `[T, h]`, as complex numbers."""
+    """Applies RoPE to `[T, h]` with complex numbers."""
     turned = int(width * config.get('partial_rotary_factor', 1.0))
     pairs = x[:, : turned // 2] + 1j * x[:, turned // 2 : turned]
     for t in range(len(x)):
@@ -136,10 +136,10 @@ NAMES['mistral'] = NAMES['qwen2'] = NAMES['llama']
 
 
 class ScaledBase:
-  """Stands for `rope_theta` in `forward`: its powers are Llama 3.1's frequencies.
+  """A substitute for `rope_theta` in `forward`; its powers are Llama 3.1's frequencies.
 
-  As published, by wavelength: short ones stay, long ones grow by the factor, and the
-  frequencies between are interpolated.
+  The published definition is by wavelength: short wavelengths stay, long wavelengths
+  are multiplied by the factor, and the frequencies between are interpolated.
   """
 
   def __init__(self, theta, factor, low_freq_factor, high_freq_factor, positions):
@@ -158,7 +158,7 @@ class ScaledBase:
 
 
 class DividedBase:
-  """Stands for `rope_theta` in `forward`: its powers are divided by a factor."""
+  """A substitute for `rope_theta` in `forward`; its powers are divided by a factor."""
 
   def __init__(self, theta, factor):
     self.theta, self.factor = theta, factor

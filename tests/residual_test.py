@@ -1,4 +1,4 @@
-"""The residual gauge: the function stays, the numbers go."""
+"""The residual gauge keeps the function with fewer numbers."""
 
 import dataclasses
 import itertools
@@ -36,14 +36,14 @@ def _logits(model):
 
 
 def _gauge(model, **options):
-  """The rewritten model, and the notes on its shortcuts."""
+  """Returns the rewritten model, and the notes on its shortcuts."""
   transform = symmetries.remove_residual_gauge(**options)
   gauged, notes = transform_checks.apply(transform, model)
   return gauged, [note for note in notes if 'shortcut' in note['tensor']]
 
 
 def _triangle(n):
-  """How many numbers a rotation of n dimensions makes zero."""
+  """Returns how many numbers a rotation of n dimensions makes zero."""
   return n * (n - 1) // 2
 
 
@@ -116,7 +116,7 @@ class PureFunctionsTest(parameterized.TestCase):
     grams = shortcuts.gram_form(*arguments, less, more, k=k, j=j, form=np.float32)
     b, c = (np.asarray(x) for x in grams.arrays)
     self.assertEqual((b.shape, c.shape), ((6, k), (6, j)))
-    # Columns that only pad are zeros.
+    # Columns of padding are zero.
     np.testing.assert_allclose(b[:, less:], 0, atol=1e-6)
     np.testing.assert_allclose(c[:, more:], 0, atol=1e-6)
     np.testing.assert_allclose(np.eye(6) - b @ b.T + c @ c.T, expected, atol=1e-5)
@@ -175,7 +175,8 @@ class PureFunctionsTest(parameterized.TestCase):
     limits = dict.fromkeys(flat, np.float32(4))
     used = residual.range_used(flat, limits, axes=axes)
     self.assertEqual(used.keys(), flat.keys() - {'none'})
-    # The rotations that carry most to one number: along the largest row or column.
+    # A rotation that aligns the largest row or column with an axis makes the largest
+    # number.
     norm = lambda x, axis: np.linalg.norm(np.asarray(x), axis=axis).max()
     expected = {
       'reads': norm(flat['reads'], 0) / 4,
@@ -207,14 +208,14 @@ class GaugeTest(parameterized.TestCase):
     ):
       rank = min(k, j)
       ideal += d * e - (d * rank - _triangle(rank))
-    # Ranks fall short of D - d where slices overlap; noise may add a column or two.
+    # Ranks are below D - d where slices overlap; rounding may add a column or two.
     self.assertGreater(saving.numbers, 0.99 * ideal)
     kernels = [n for n in saving.notes if n['form'] == 'row_trapezoids']
     fewer = sum(np.prod(n['shape']) - n['numbers'] for n in kernels)
     self.assertEqual(fewer, free)
 
   def test_exact_numbers_of_a_float32_model(self):
-    """The rank is D - d, and the function the same to float32's rounding."""
+    """The rank is D - d, and the function stays up to the rounding of float32."""
     model = random_models.sliced_llama([18] * 5)
     gauged, notes = _gauge(model)
     self.assertEqual([n['rank'] for n in notes], [6] * 4)
@@ -288,7 +289,7 @@ class GaugeTest(parameterized.TestCase):
         after,
       )
       self.assertTrue(all(jax.tree.leaves(same)), same)
-    # The shortcuts that lead into the segments which the number touches.
+    # The shortcuts that lead into the segments that the number belongs to.
     names = ('attention_shortcut', 'mlp_shortcut')
     expected = {f'layers.{(s - 1) // 2}/{names[(s - 1) % 2]}/kernel' for s in segments}
     self.assertEqual({n['tensor'] for n in notes if n['form'] == 'array'}, expected)
@@ -309,7 +310,8 @@ class GaugeTest(parameterized.TestCase):
     model = random_models.sliced_llama([18] * 3, np.float16)
     key = {'head': 'kernel', 'embed': 'tokens'}[name]
     array = np.array(model.params[name][key])
-    # Nearly the greatest number: two in a column or row already make a greater one.
+    # The greatest number of float16: two of them in a column or row have a greater
+    # norm.
     array[(slice(3), 0) if name == 'head' else (0, slice(3))] = 65504
     model = dataclasses.replace(model, params=model.params | {name: {key: array}})
     gauged, notes = _gauge(model)

@@ -1,4 +1,4 @@
-"""Lines find their scale, and the normal distribution's integer tables are right."""
+"""Tests of the scales of lines, and of the normal distribution's integer tables."""
 
 import math
 import zlib
@@ -14,7 +14,7 @@ from rotbits_jax.coding.weights import floats
 from rotbits_jax.coding.weights import layouts
 from rotbits_jax.coding.weights import scales
 
-# Dtype, bits beside the symbol, and a class that is common in it.
+# Dtype, number of bits besides the symbol, and a common class.
 FORMATS = (
   (np.float16, 0, -40),
   (np.float16, 0, -104),  # many numbers have exponent 0
@@ -32,19 +32,19 @@ def _layout(dtype, rest):
 
 
 def _labels(lines, shape, start=0, count=None):
-  """The label of each number, as it is written for those from `start` on."""
+  """Returns the label of each number from `start` on."""
   labels = np.full(math.prod(shape) if count is None else count, 255, np.uint8)
   lines.write(labels, start, shape, 1, 0)
   return labels if count is not None else labels.reshape(shape)
 
 
 def _below(x):
-  """The share of a standard normal distribution below each x, float64."""
+  """Returns the share of a standard normal distribution below each x, float64."""
   return np.array([(1 + math.erf(v / math.sqrt(2))) / 2 for v in np.ravel(x)])
 
 
 def _masses(layout, deviation):
-  """The normal distribution's share of each symbol, float64 `[A]`."""
+  """Returns the share of each symbol in a normal distribution, float64 `[A]`."""
   if layout.dtype.kind == 'i':
     n = np.arange(layout.alphabet << layout.rest)
     value = np.where(n % 2, -(n + 1) // 2, n // 2)
@@ -72,7 +72,7 @@ class NormalTest(parameterized.TestCase):
     self.assertLess(loss.sum(), 2e-5)
 
   def test_tables_are_the_same_on_every_machine(self):
-    """They are part of the format: a change here breaks every file."""
+    """The tables are part of the format, so a change here breaks every file."""
     classes = np.array([-1500, -200, -104, -37, -3, 0, 18, 90, 512, scales.ZERO])
     digest = 0
     for dtype, low, _ in FORMATS:
@@ -99,11 +99,11 @@ class SortTest(parameterized.TestCase):
     return np.random.default_rng(seed).standard_normal(shape) * deviation
 
   def _classes(self, lines, shape):
-    """The class of each number."""
+    """Returns the class of each number."""
     return lines.classes(_labels(lines, shape))
 
   def _check(self, matrix, octaves, rows, columns):
-    """That these axes are sorted, and the scale is right to half a step an axis."""
+    """Checks which axes are sorted, and scales up to half a step for each axis."""
     lines = scales.sort(matrix)
     self.assertEqual((lines.rows.size > 1, lines.columns.size > 1), (rows, columns))
     off = self._classes(lines, matrix.shape) / 8 - octaves
@@ -120,7 +120,7 @@ class SortTest(parameterized.TestCase):
 
   def test_scales_of_rows_and_columns_multiply(self):
     rows, columns = 2 ** self._normal((100, 1)), 2 ** self._normal((1, 300), seed=1)
-    # Numbers of one magnitude are told apart exactly.
+    # If all numbers of a line have the same magnitude, its scale is exact.
     signs = np.where(self._normal((100, 300), seed=2) > 0, 1, -1)
     self._check(signs * rows * columns, np.log2(rows * columns), True, True)
 
@@ -186,7 +186,7 @@ class SortTest(parameterized.TestCase):
 
 
 class ContextsTest(parameterized.TestCase):
-  """Models of four arrays in classes, two of one step, and one with its own table."""
+  """Models of four arrays with classes, and one with a table of its own."""
 
   SHAPES = ((20, 30), (7, 11), (6, 5), (40,), (3, 5, 4))
   LAYOUT = layouts.Float(np.dtype(np.float16), 8)
@@ -216,7 +216,7 @@ class ContextsTest(parameterized.TestCase):
     model, _ = self._model()
     # -38 is label 3 of the first array and label 1 of the second.
     self.assertEqual(model.first[1], model.first[0] + 2)
-    # Tables of another step, a class far off, zeros and the last array are others.
+    # Another step, a distant class, zeros and the last array have other tables.
     self.assertEqual(contexts.count_tables(model.lines), len(model.normal))
     others = [model.first[2], model.first[3], model.zero, model.first[4]]
     self.assertLen({*others, *range(model.first[0], model.first[0] + 6)}, 10)
@@ -269,7 +269,7 @@ class ContextsTest(parameterized.TestCase):
     for position in range(len(data)):
       damaged = bytearray(data)
       damaged[position] ^= 1 << position % 8
-      try:  # it may also be another model: the checksum's business
+      try:  # damage may also yield another model, which the checksum detects
         read(bytes(damaged), self.SHAPES)
       except ValueError:
         continue
@@ -282,7 +282,7 @@ class ContextsTest(parameterized.TestCase):
     ([2, 0, 1], [255]),  # labels out of range
     ([4, 0, 1], [200, 200, 200]),
     ([2, 0, 1], []),  # labels missing
-    ([1, 0, 1], [1]),  # and too many
+    ([1, 0, 1], [1]),  # too many labels
   )
   def test_bad_lines_are_refused(self, head, labels):
     lined = np.array(head, '<i2').tobytes() + bytes(labels)

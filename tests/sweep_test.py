@@ -35,8 +35,8 @@ class SweepTest(parameterized.TestCase):
     for kind in ('flip', 'truncation', 'exchange'):
       self.assertEqual(counts[kind].refused, counts[kind].cases)
 
-  @pytest.mark.slow
   @parameterized.parameters(*PRESETS)
+  @pytest.mark.slow
   def test_all_damage(self, preset):
     counts, failures = swept(preset, stride=1)
     self.assertEmpty(failures)

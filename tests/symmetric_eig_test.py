@@ -1,4 +1,4 @@
-"""The published rotation code: exact if asked to be, within its threshold if not."""
+"""The published rotation codec is exact, or within its threshold if it has one."""
 
 import math
 
@@ -19,14 +19,14 @@ N = 24
 
 
 def _weights(n: int, seed: int = 0) -> jax.Array:
-  """Bit patterns of float16 weights."""
+  """Returns bit patterns of float16 weights."""
   rng = np.random.default_rng(seed)
   weights = 0.05 * rng.standard_normal(symmetric_eig.num_numbers(n))
   return jnp.asarray(weights.astype(np.float16).view(np.uint16))
 
 
 def _bits(n: int, seed: int = 0) -> jax.Array:
-  """Patterns that are any 16 bits."""
+  """Returns random patterns of 16 bits."""
   rng = np.random.default_rng(seed)
   return jnp.asarray(rng.integers(0, 65536, symmetric_eig.num_numbers(n)), jnp.uint16)
 
@@ -41,7 +41,7 @@ def _noisy(q: jax.Array, noise: float) -> np.ndarray:
 
 
 def _levels(correction: correction_lib.Correction) -> np.ndarray:
-  """The level of each number of an N-dimensional rotation."""
+  """Returns the level of each number of an N-dimensional rotation."""
   level = lambda x: correction_lib.levels(x, symmetric_eig._places(N)[0])
   return np.asarray(jax.jit(level)(correction))
 

@@ -16,7 +16,7 @@ from rotbits_jax.evaluation import published
 
 
 def dense(name):
-  """A tiny model of a published one's family."""
+  """Makes a tiny model of the same family as a published model."""
   config = published.MODELS[name].config
   hidden, layers = 96, 2
   return dataclasses.replace(
@@ -72,7 +72,7 @@ class SyntheticTest(parameterized.TestCase):
       self.assertGreater(values[-1], 0)
       self.assertLess(values[-1], 0.5)
       self.assertGreater(np.std(values[units:]), 0.1)
-      # The gauge is random: no entry stands out.
+      # The gauge is random, so no entry is large.
       self.assertLess(np.abs(matrix).max(), 0.7)
     np.testing.assert_allclose(
       shortcuts[-1] @ shortcuts[-1].T, np.eye(width), atol=1e-5
@@ -87,7 +87,7 @@ class SyntheticTest(parameterized.TestCase):
     np.testing.assert_allclose(image.T @ image, np.eye(72), atol=1e-4)
 
   def test_the_embedding_follows_the_chain_of_subspaces(self):
-    """Where nothing is cut off, V_last^T V_0 is the product of the shortcuts."""
+    """If nothing is cut off, V_last^T V_0 is the product of the shortcuts."""
     _, path = self.write('opt-1.3b', sparsity=0.0)
     model = checkpoints.load_checkpoint(path).model
     product = np.eye(96)

@@ -1,4 +1,4 @@
-"""Embeddings tied to the head: nearly, and bit for bit."""
+"""Embeddings that are tied to the head, up to rounding or bit for bit."""
 
 import dataclasses
 from fractions import Fraction
@@ -22,7 +22,7 @@ D, WIDTH, TOKENS = 24, 18, 2048
 
 
 def _matrices(dtype, *, seed=0, tokens=TOKENS, scale=0.1):
-  """An embedding `[V, d]` and a head `[D, V]` that slicing made of one matrix."""
+  """Makes an embedding `[V, d]` and a head `[D, V]`, both sliced from one matrix."""
   rng = np.random.default_rng(seed)
   dense = rng.standard_normal((tokens, D)) * scale
   gain = np.exp(0.2 * rng.standard_normal(D))
@@ -108,7 +108,7 @@ class RetieEmbeddingTest(parameterized.TestCase):
     expanded = np.float64(after.materialize().params['embed']['tokens'])
     error = np.linalg.norm(expanded - table) / np.linalg.norm(np.float64(table))
     self.assertLess(error, 1.5 * 2**-11)
-    # Integers only can keep every bit.
+    # `retie_exactly` does nothing, because the head is a structured leaf.
     self.assertEmpty(_apply_exactly(model)[1])
 
   def test_an_embedding_of_its_own_is_left_alone(self):
@@ -124,7 +124,7 @@ class RetieEmbeddingTest(parameterized.TestCase):
     table[7] *= 1.01
     (note,) = self._assert_left_alone(_model(table, head), reported=1)
     self.assertGreater(note['worst'], 0.009)
-    self.assertLess(note['error'], 1.2 * 2**-11)  # which alone would do
+    self.assertLess(note['error'], 1.2 * 2**-11)  # this alone is accurate enough
 
   def test_the_tolerance_decides(self):
     model = _model(*_matrices(np.float16))
@@ -187,7 +187,7 @@ class RetieEmbeddingTest(parameterized.TestCase):
 
 
 def _exactly(table, head):
-  """The leaf, the note and the bytes saved of the transform in its chain."""
+  """Applies `retie_exactly`; returns the leaf, the note and the saved bytes."""
   chain = (symmetries.retie_exactly(),)
   model, (saving,) = symmetries.run_chain(chain, _model(table, head), rounding=None)
   (note,) = saving.notes
@@ -195,13 +195,13 @@ def _exactly(table, head):
 
 
 def _all_finite(dtype):
-  """All finite numbers of a format that are not negative, ascending, in float64."""
+  """Returns all finite numbers of a dtype from 0 upwards, in float64."""
   count = int(jnp.finfo(dtype).max.view(np.uint16)) + 1
   return np.arange(count, dtype=np.uint16).view(dtype).astype(np.float64)
 
 
 def _reference_residuals(table, head, map, shifts, scale):
-  """Residuals by fractions: how many numbers of the format lie between."""
+  """Computes residuals with fractions: how many numbers of the dtype lie between."""
   grid = _all_finite(table.dtype)
   off = np.zeros(table.shape, np.int64)
   weights = [
@@ -232,7 +232,7 @@ class RetieExactlyTest(parameterized.TestCase):
     again = structured.TiedExactly.from_stored(*leaf.stored())
     chex.assert_trees_all_equal(again, leaf)
     np.testing.assert_array_equal(_bits(again.expand(head)), _bits(table))
-    # Half of each number, less T and exceptions.
+    # About half of each number is saved; T and exceptions cost a little.
     self.assertGreater(saved, 0.45 * table.nbytes)
     self.assertEqual(note['form'], 'tied_exactly')
     self.assertEqual(note['error'], 0.0)
@@ -282,11 +282,11 @@ class RetieExactlyTest(parameterized.TestCase):
   )
   def test_predictions_are_the_exact_products(self, dtype, exponents):
     info, rng = jnp.finfo(dtype), np.random.default_rng(0)
-    # Of tokens; those of the products are up to 3 more.
+    # Exponents of the tokens; the exponents of the products are up to 3 higher.
     low, high = {
       'least': (info.minexp - info.nmant - 3, info.minexp + 3),
       'usual': (-9, 3),
-      'wide': (-38, 3),  # more than fixed point holds
+      'wide': (-38, 3),  # a wider range than fixed point has
       'greatest': (info.maxexp - 9, info.maxexp - 3),
     }[exponents]
     sizes = 2.0 ** rng.integers(low, high, (1, 32))
@@ -298,7 +298,7 @@ class RetieExactlyTest(parameterized.TestCase):
     table = table.astype(dtype)
     table[0] *= -1
     leaf = structured.TiedExactly.from_table(table, head, np.int32(map), steps)
-    self.assertLen(leaf.residuals, 1)  # too few numbers for classes: token by token
+    self.assertLen(leaf.residuals, 1)  # too few numbers for several classes
     expected = _reference_residuals(table, head, map, leaf.shifts, leaf.scale)
     self.assertGreater(len(np.unique(expected)), 10)
     marked = np.where(np.abs(expected) < 128, expected, -128)
@@ -365,24 +365,32 @@ class RetieExactlyTest(parameterized.TestCase):
     settings, arrays = _exactly(table, head)[0].stored()
     if name == 'low':
       settings = settings | {'low': 2}
-      arrays['low'] = np.zeros(3, np.uint8)
+      arrays['low'] = np.zeros((3, 1), np.uint8)
     arrays[name] = arrays[name][:-1]
     with self.assertRaisesRegex(ValueError, 'embedding of 2048 tokens cannot have'):
       structured.TiedExactly.from_stored(settings, arrays)
+
+  @parameterized.parameters(
+    ('scale', 4000), ('scale', '47'), ('first', -1), ('first', None)
+  )
+  def test_settings_of_no_embedding_are_refused(self, name, value):
+    settings, arrays = _exactly(*_matrices(np.float16))[0].stored()
+    with self.assertRaises(ValueError):
+      structured.TiedExactly.from_stored(settings | {name: value}, arrays)
 
   def test_another_head_is_refused(self):
     table, head = _matrices(np.float16)
     leaf, *_ = _exactly(table, head)
     with self.assertRaisesRegex(ValueError, r'shape \(24, 2048\), got'):
       leaf.expand(head[:, 1:])
-    with self.assertRaisesRegex(ValueError, r'must have \d+ entries'):
+    with self.assertRaisesRegex(ValueError, r'has \d+ entries, which are too'):
       leaf.expand(head[::-1])
     with self.assertRaisesRegex(ValueError, 'too large'):
       leaf.expand(np.float32(head) * 64)
     head[2, 2] = np.nan
     with self.assertRaisesRegex(ValueError, 'too large'):
       leaf.expand(head)
-    with self.assertRaisesRegex(ValueError, r'must have \d+ entries'):
+    with self.assertRaisesRegex(ValueError, r'has \d+ entries, which are too'):
       _, head = _matrices(np.float16)
       leaf.replace(exceptions=leaf.exceptions[1:]).expand(head)
 

@@ -1,4 +1,4 @@
-"""A chain of transforms: numbers are rounded once, and every saving is counted."""
+"""A chain of transforms rounds numbers once and counts every saving."""
 
 import dataclasses
 import functools
@@ -29,7 +29,7 @@ TESTDATA = pathlib.Path(__file__).parent / 'testdata'
 
 
 def _map(name, function):
-  """A transform that applies a function to every leaf."""
+  """Makes a transform that applies a function to every leaf."""
   on_tree = lambda tree: jax.tree.map(function, tree, is_leaf=structured.is_structured)
   return symmetries.make(
     name,
@@ -43,12 +43,12 @@ def _map(name, function):
 
 
 def _scaled(factor):
-  """Multiplies all parameters."""
+  """Makes a transform that multiplies all parameters."""
   return _map(f'times {factor}', lambda x: x * np.float32(factor))
 
 
 def _seen(formats):
-  """Notes what numbers a transform gets."""
+  """Makes a transform that records the dtypes that it gets."""
 
   def outer(context, state, outer):
     del state
@@ -60,7 +60,7 @@ def _seen(formats):
 
 @struct.dataclass
 class _Kept(structured.Structured):
-  """A leaf whose numbers are not to be rounded."""
+  """A leaf whose numbers must not be rounded."""
 
   kind = 'test.kept'
   values: np.ndarray
@@ -76,7 +76,7 @@ class _Kept(structured.Structured):
   def materialize(self):
     return self.values
 
-  def astype(self, dtype):
+  def map_numbers(self, function):
     return self
 
   def stored(self):
@@ -190,14 +190,14 @@ class RunChainTest(parameterized.TestCase):
     self.assertGreater(min(s.numbers for s in savings), 0)
 
 
-# ---- what others write ---------------------------------------------------------------
+# ---- a transform of a third party ----------------------------------------------------
 
 
 def running_sum():
-  """A third party's transform: it has a state, pure functions of a layer, and notes.
+  """Makes a transform with a state, pure functions of a layer, and notes.
 
-  The state counts layers and sums up their down kernels, and what is outside the layers
-  is divided by the sum of all, so that every part of the order of calls is seen.
+  The state counts layers and sums their down kernels. The parameters outside the layers
+  are divided by the sum, so that the result depends on the order of all calls.
   """
 
   def init(context):
@@ -261,11 +261,11 @@ class MakeTest(absltest.TestCase):
     self.assertEqual(savings, [symmetries.Saving('nothing', 0, 0, [])])
 
 
-# ---- one transform of several, and a part of a model ---------------------------------
+# ---- chains of transforms, and a part of a model -------------------------------------
 
 
 def _wide():
-  """A sliced model with segments of many widths, and layers that do not stack."""
+  """Makes a sliced model with segments of many widths and layers that do not stack."""
   return random_models.sliced_llama([16, 20, 20, 14, 14, 18, 24], np.float16)
 
 
@@ -286,7 +286,7 @@ def _load(name):
 
 @functools.cache
 def _whole(name):
-  """The context, and all that `rewrite` yields of the preset's chain."""
+  """Returns the context, and all that `rewrite` yields for the chain of `free`."""
   context = symmetries.make_context(SOURCES[name]())
   return context, list(transform_lib.rewrite(context, presets.free().transform))
 
@@ -323,7 +323,7 @@ class RewriteTest(parameterized.TestCase):
     transform = presets.free().transform
     for k in sorted({0, 1, count // 2, count - 1, count}):
       state = None
-      if how == 'state' and k:  # as it comes from a file
+      if how == 'state' and k:  # as if the state was read from a file
         leaves = [np.asarray(x) for x in jax.tree.leaves(yielded[k - 1][1])]
         state = jax.tree.unflatten(jax.tree.structure(transform.init(context)), leaves)
       rest = transform_lib.rewrite(
@@ -353,7 +353,7 @@ class RewriteTest(parameterized.TestCase):
 
 
 def mesh_sources():
-  """Models of more layers than there are devices: alike, and of many widths."""
+  """Yields models with more layers than devices: of one width, and of many widths."""
   yield 'alike', random_models.sliced_llama([18] * 18 + [24], np.float16)
   widths = [16, 16, 18, 18] + [14] * 14 + [24]
   yield 'widths', random_models.sliced_llama(widths, np.float32)
@@ -362,7 +362,7 @@ def mesh_sources():
 
 
 def rewrite_over_devices():
-  """Prints a hash of each unit that the preset leaves on all devices there are."""
+  """Prints a hash of each unit, rewritten on all devices."""
   import hashlib
 
   devices = jax.device_count()
@@ -389,8 +389,8 @@ class MeshTest(absltest.TestCase):
       flags = os.environ.get('XLA_FLAGS', '')
       environment = os.environ | {
         'JAX_PLATFORMS': 'cpu',
-        # XLA has a thread for each device at least, and how a CPU splits the sums of a
-        # product depends on how many threads there are.
+        # XLA has at least one thread for each device. The number of threads must not
+        # differ, because it decides how a CPU divides the sums of a product.
         'NPROC': '8',
         'PYTHONPATH': str(pathlib.Path(__file__).parents[1]),
         'XLA_FLAGS': f'{flags} --xla_force_host_platform_device_count={devices}',

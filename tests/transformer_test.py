@@ -1,4 +1,4 @@
-"""The forward passes against Microsoft's, and against a second one in NumPy."""
+"""The forward passes agree with Microsoft's, and with a second one in NumPy."""
 
 import pathlib
 from unittest import mock
@@ -55,12 +55,12 @@ PHI = {
 }
 PHI3 = LLAMA | {'model_type': 'phi3', 'sliding_window': 5, 'hidden_size': 48}
 
-# Compiles in half the time; there is little to compute.
+# Compilation takes half the time; the slower program does not matter here.
 logits_of = jax.jit(
   models.logits, compiler_options={'xla_backend_optimization_level': 0}
 )
 
-# Name, config.json, the segments' widths (None: dense).
+# Name, config.json, and the widths of the segments (None if dense).
 CASES = (
   ('opt_dense_tied', OPT, None),
   ('opt_sliced', OPT, (20, 20, 20, 20, 20, 20, 24)),
@@ -103,7 +103,7 @@ def parse(config, widths):
 
 
 def random_model(config, seed=0, dtype=np.float16):
-  """A model whose every parameter is random, norms and biases too."""
+  """Makes a model in which every parameter is random, also norms and biases."""
   rng = np.random.default_rng(seed)
 
   def draw(path, shape):
@@ -205,7 +205,7 @@ class TransformerTest(chex.TestCase):
 
 
 class StructuredLeavesTest(chex.TestCase):
-  """Structured leaves act as the float32 arrays that they stand for."""
+  """Structured leaves act like the float32 arrays that they stand for."""
 
   def assert_acts_as(self, model, plain):
     tokens = random_tokens(model.config, (1, 6))
@@ -219,7 +219,7 @@ class StructuredLeavesTest(chex.TestCase):
   def test_identity_minus_gram(self):
     model = random_model(parse(LLAMA, (20, 20, 20, 20, 20, 20, 24)))
     rng = np.random.default_rng(1)
-    # Ranks of b and c, thin and thick; those of one stack differ.
+    # Ranks of b and c, some thin, some not. They differ within a stack.
     ranks = {
       'attention_shortcut': ((3, 1), (4, 2), (0, 0)),
       'mlp_shortcut': ((12, 2), (11, 0), (3, 0)),

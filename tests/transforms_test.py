@@ -1,6 +1,6 @@
-"""What every transform promises, checked on every family.
+"""Checks of every transform on every family.
 
-A new transform joins all these tests by a row in `TRANSFORMS`.
+To add a transform to all these tests, add a row to `TRANSFORMS`.
 """
 
 import functools

@@ -1,4 +1,4 @@
-"""The programs of blocks: many at once, and damaged ones."""
+"""The programs that code blocks: many blocks at once, and damaged blocks."""
 
 from absl.testing import absltest
 from absl.testing import parameterized
@@ -15,13 +15,13 @@ from rotbits_jax.coding.weights import planes
 
 
 def _example(dtype, count, seed=0):
-  """Numbers as bit patterns, their contexts, and a layout and tables for them."""
+  """Makes numbers as bit patterns, their contexts, a layout and tables."""
   rng = np.random.default_rng(seed)
   dtype = np.dtype(dtype)
   contexts = rng.integers(0, 3, count)
   values = (rng.standard_normal(count) * 2.0**contexts).astype(dtype)
   layout = layouts.Float(dtype, floats.LAYOUTS[dtype].rest_bits)
-  # Every symbol can be coded, so that tables serve other numbers, too.
+  # Every symbol can be coded, so that the tables can be used for other numbers, too.
   counts = np.ones((3, layout.alphabet), np.int64)
   symbols = np.asarray(floats.split(jnp.asarray(values))[0])
   np.add.at(counts, (contexts, symbols), 20)

@@ -1,4 +1,4 @@
-"""An order of lines is chosen by noise, which comes back from the order."""
+"""Bits of noise choose the order of lines, and come back from the order."""
 
 import math
 
@@ -18,13 +18,13 @@ class SortTest(parameterized.TestCase):
   @parameterized.parameters((1, 5), (300, 1), (300, 3), (300, 8), (300, 20), (2, 0))
   def test_is_lexicographic(self, count, width):
     lines = np.random.default_rng(0).integers(0, 4, (count, width)).astype(np.uint8)
-    lines[count // 2 :, :9] = 0  # many agree in their first bytes
+    lines[count // 2 :, :9] = 0  # many lines agree in their first bytes
     found, distinct = _sort(lines)
     rows = [row.tobytes() for row in lines]
     self.assertEqual(distinct, len(set(rows)))
     self.assertEqual([rows[i] for i in found[:distinct]], sorted(set(rows)))
     self.assertCountEqual(found.tolist(), range(count))
-    # Of equal lines, the first is the distinct one, and the others are in order.
+    # The first of several equal lines is the distinct one; the others are in order.
     self.assertEqual(sorted(found[:distinct]), sorted(map(rows.index, set(rows))))
     others = [(rows[i], i) for i in found[distinct:]]
     self.assertEqual(others, sorted(others))

@@ -41,7 +41,7 @@ def _through_json(spec):
 
 
 def _round_trip(given):
-  """Encodes, checks what must hold, and returns the length of the stream."""
+  """Encodes and decodes arrays, checks the result, and returns the stream's length."""
   encoded = weights.encode(given)
   assert _through_json(encoded.spec) == encoded.spec
   assert encoded.data.dtype == np.uint8
@@ -55,7 +55,7 @@ def _round_trip(given):
 
 
 def _modelled(values):
-  """The entropy of the symbols of floats, in bytes, and the bytes of their rests."""
+  """Returns the entropy of the symbols of floats, and the size of the rests: bytes."""
   layout = floats.LAYOUTS[values.dtype]
   symbols = np.asarray(floats.split(jnp.asarray(values.reshape(-1)))[0])
   entropy = tables.entropy_bits(np.bincount(symbols)) / 8
@@ -113,7 +113,7 @@ class UnitsTest(parameterized.TestCase):
     self.assertEqual(_round_trip([np.zeros((0, 3), np.float16)]), 0)
 
   def test_several_blocks_of_several_arrays(self):
-    # A small capacity, since large arrays take long without XLA's optimisations.
+    # The capacity is small, because large arrays are slow without XLA's optimisations.
     with mock.patch.object(blocks, 'CAPACITY', 3000):
       given = [_normal((70, 100), np.float16), _normal((31, 41), np.float16, 1)]
       given += [np.repeat(np.float16([2, 3]), 1500)]
@@ -220,10 +220,10 @@ class DecodeTest(parameterized.TestCase):
 
 
 class ScalesTest(parameterized.TestCase):
-  """Lines that differ in scale cost what they do one by one."""
+  """Lines of different scales take as many bytes as if each was coded separately."""
 
   def _one_scale(self, shape, dtype):
-    """Bytes of as many normal numbers of one scale, averaged over scales."""
+    """Returns the bytes of normal numbers of one scale, averaged over scales."""
     sizes = [
       _round_trip([_normal(shape, dtype, i, 0.05 * 2 ** (i / 4))]) for i in range(4)
     ]
@@ -236,9 +236,9 @@ class ScalesTest(parameterized.TestCase):
     octaves = np.random.default_rng(1).standard_normal(200)
     values *= np.expand_dims(2**octaves, 1 - axis).astype(np.float32)
     size = _round_trip([values.astype(dtype)])
-    # 200 labels of less than 8 bits, a few tables, and what labels in steps lose.
+    # 200 labels of less than 8 bits, a few tables, and the loss due to rounded labels.
     self.assertLess(size, self._one_scale(shape, dtype) + 200 + 400)
-    # An own table for all numbers would cost 0.2 bits a number more.
+    # One table for all numbers would take 0.2 bits more for each number.
     one_table = sum(_modelled(values.astype(dtype)))
     self.assertGreater(one_table - size, 0.1 / 8 * 100_000)
 
@@ -272,7 +272,7 @@ class ScalesTest(parameterized.TestCase):
 
   @parameterized.parameters(300, 1100)
   def test_more_tables_than_a_byte_counts(self, count):
-    # Beyond `contexts.MAX_TABLES`, arrays are stored as they are.
+    # Arrays beyond `contexts.MAX_TABLES` are stored without coding.
     rng = np.random.default_rng(0)
     given = [rng.permutation(256)[:4][rng.integers(0, 4, 300)] for _ in range(count)]
     size = _round_trip([x.astype(np.uint8) for x in given])
@@ -301,7 +301,7 @@ class IntegersTest(parameterized.TestCase):
     values = _normal((500, 200), float, scale=2.0 ** np.linspace(1, 5, 200))
     values = np.round(values).astype(np.int8)
     entropy = sum(self._entropy(values[:, i]) for i in range(200))
-    # The entropies of 500 numbers each are too small: by half a bit a symbol, about.
+    # The entropy of only 500 numbers is too small, by about half a bit a symbol.
     self.assertLess(_round_trip([values]), 1.02 * entropy + 500)
 
   @parameterized.parameters(np.int16, np.uint16)
@@ -334,7 +334,7 @@ class IntegersTest(parameterized.TestCase):
 
 
 def _mlp(width, neurons, dtype=np.float16, bias=None, seed=0):
-  """Arrays of an MLP after another, and the axes of its neurons."""
+  """Returns an array and the arrays of an MLP, and the axes of its neurons."""
   given = [
     _normal((200, 200), dtype, seed),
     _normal((width, neurons), dtype, seed + 1),
@@ -353,7 +353,7 @@ class NeuronsTest(parameterized.TestCase):
     return [b''.join(row[i].tobytes() for row in rows) for i in range(count)]
 
   def _encode(self, given, axes):
-    """Checks what must hold, and returns the result."""
+    """Encodes and decodes arrays, checks the result, and returns the encoding."""
     encoded = weights.encode(given, exchangeable=axes)
     self.assertEqual(_through_json(encoded.spec), encoded.spec)
     decoded = weights.decode(encoded.spec, encoded.data)
@@ -372,7 +372,7 @@ class NeuronsTest(parameterized.TestCase):
     return encoded
 
   def _saved_bits(self, given, encoded):
-    """What the stream is shorter than without an order."""
+    """Returns by how many bits the order makes the stream shorter."""
     return 8 * (weights.encode(given).data.size - encoded.data.size)
 
   @parameterized.parameters(np.float16, ml_dtypes.bfloat16, np.float32, np.int8)
@@ -383,7 +383,7 @@ class NeuronsTest(parameterized.TestCase):
     encoded = self._encode(given, axes)
     ideal = math.lgamma(501) / math.log(2)
     self.assertAlmostEqual(encoded.order_bits / ideal, 1, delta=0.005)
-    # Arrays in two groups take about 20 bytes more.
+    # The division of the arrays into two groups takes about 20 bytes.
     self.assertAlmostEqual(self._saved_bits(given, encoded) / ideal, 1, delta=0.06)
 
   def test_equal_neurons_are_told_apart_by_nothing(self):
@@ -429,7 +429,7 @@ class NeuronsTest(parameterized.TestCase):
     cases = (
       (given, {1: 1, 3: 1}),  # 500 neurons and 64
       ([given[0], given[1][:, :1], given[2][:1], given[3][:1]], axes),
-      ([given[0][0, :9], *given[1:]], axes),  # too few bits to choose an order by
+      ([given[0][0, :9], *given[1:]], axes),  # too few bits to choose an order
       ([np.zeros((0, 3)), *given[1:]], axes),
       (given, {}),
       ([np.arange(6), np.arange(4), np.arange(4)], {1: 0, 2: 0}),  # saves a byte
@@ -451,7 +451,7 @@ class NeuronsTest(parameterized.TestCase):
 
 
 class DamageTest(parameterized.TestCase):
-  """A stranger's file is right, or a ValueError, and never takes much memory."""
+  """A damaged file is decoded correctly or raises ValueError, in little memory."""
 
   @classmethod
   def setUpClass(cls):
@@ -468,7 +468,7 @@ class DamageTest(parameterized.TestCase):
     cls.order = encoded.spec.order
 
   def _check(self, value, data):
-    """Whether it is refused; if not, its arrays must be right."""
+    """Returns whether a file is refused; if it is not, its arrays must be right."""
     try:
       decoded = weights.decode(weights.UnitSpec.from_json(value), data)
     except ValueError:
@@ -486,7 +486,7 @@ class DamageTest(parameterized.TestCase):
       damaged = self.data.copy()
       damaged[position] ^= 1 << rng.integers(0, 8)
       refused += self._check(self.value, damaged)
-    # Some bits at the ends of streams mean nothing.
+    # Some bits at the ends of streams have no meaning.
     self.assertGreater(refused, 0.97 * len(positions))
 
   def test_missing_bytes(self):
@@ -549,7 +549,7 @@ class DamageTest(parameterized.TestCase):
           continue
         if not self._check(self._changed(path, new), self.data):
           accepted.append((path, new))
-    # int64 and float64 are as wide.
+    # int64 and float64 have the same width.
     self.assertEqual(accepted, [(('arrays', 6, 0), 'float64')])
     self.assertLess(tracemalloc.get_traced_memory()[1], 30e6)
 
@@ -572,7 +572,7 @@ class DamageTest(parameterized.TestCase):
 
 class FormatTest(parameterized.TestCase):
   def test_golden_unit(self):
-    """It was written once and must be read forever, or the format's version changes."""
+    """This unit must stay readable, unless the version of the format changes."""
     i = np.arange(1200)
     exchanged = (i * i % 1009 % 5 * (i % 7 < 3)).astype(np.int8).reshape(20, 60)
     powers = np.where(i * i % 7 > 2, -1, 1) * 2.0 ** (i // 30 % 4 - i % 3)

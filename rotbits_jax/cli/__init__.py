@@ -1,1 +1,1 @@
-"""The commands: thin absl programs."""
+"""The commands of the `rotbits` program: one thin absl program each."""

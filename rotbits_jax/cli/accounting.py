@@ -1,11 +1,12 @@
-"""What a model comes to, sliced and stored in each way, from its sizes alone.
+"""Computes how many numbers a sliced model has, from the sizes of the model alone.
 
   rotbits accounting --model=NAME|PATH --slicing=SPARSITY [--json]
 
-NAME is opt-1.3b, opt-2.7b, opt-6.7b, opt-13b, llama-2-7b or llama-2-13b; PATH is a
-dense model's config.json or a directory that has one. No weights are read. Reductions
-are against the dense model with an untied head, at 16 bits a number, without entropy
-coding; the published ones are those of arXiv 2410.01309.
+The table has a row for each way to store the model. NAME is opt-1.3b, opt-2.7b,
+opt-6.7b, opt-13b, llama-2-7b or llama-2-13b. PATH is the config.json of a dense model,
+or a directory that contains one. No weights are read. A reduction is relative to the
+dense model with an untied head, with 16 bits for each number and no entropy coding.
+Published reductions are from arXiv 2410.01309.
 """
 
 import os
@@ -24,7 +25,7 @@ from rotbits_jax.evaluation import published
 
 FLAGS = flags.FlagValues()
 _MODEL = flags.DEFINE_string(
-  'model', None, 'The name, or the config.json.', required=True, flag_values=FLAGS
+  'model', None, 'A name, or a path.', required=True, flag_values=FLAGS
 )
 _SLICING = flags.DEFINE_float(
   'slicing',
@@ -49,7 +50,7 @@ _LABELS = {
 
 
 def read_config(path: str) -> models.ModelConfig:
-  """Reads a `config.json`, or the one in a directory.
+  """Reads a `config.json`, or the `config.json` in a directory.
 
   Raises:
     ValueError: if it is not the config of a known family.
@@ -57,8 +58,8 @@ def read_config(path: str) -> models.ModelConfig:
   file = (
     pathlib.Path(path, 'config.json') if os.path.isdir(path) else pathlib.Path(path)
   )
-  if file.suffix != '.json':  # weights, perhaps, and too large to try
-    raise ValueError(f'{file}: is neither a config.json nor a directory that has one')
+  if file.suffix != '.json':  # it may be a weights file, which is too large to parse
+    raise ValueError(f'{file}: neither a config.json nor a directory that has one')
   try:
     return checkpoints.parse_config(strict_json.loads(file.read_bytes()))
   except checkpoints.CheckpointError as error:
@@ -68,7 +69,7 @@ def read_config(path: str) -> models.ModelConfig:
 
 
 def to_text(result: dict[str, Any]) -> str:
-  """The same as a table for people; what there is none of is left out."""
+  """Formats the result as a table. Rows without a value are omitted."""
   lines = [f'{result["model"]} sliced by {result["slicing"]:g} to {result["width"]}']
   lines.append(f'{"":24}{"numbers":>16}{"reduction":>12}')
   for name, label in _LABELS.items():

@@ -1,13 +1,14 @@
-"""Decodes a file into a checkpoint again.
+"""Decodes a file to a checkpoint.
 
   rotbits decode --input=FILE --output=DIR [--format=safetensors|slicegpt]
-    [--shard_size=2GB] [--overwrite]
+    [--shard_size=2GB] [--dtype=float32|bfloat16|float16] [--overwrite]
 
-`safetensors` writes DIR/model.safetensors with the tensor names, shapes and dtypes of
-the checkpoint that was encoded; `slicegpt` the .pt and .json that Microsoft's SliceGPT
-reads. The other files that lay beside the checkpoint come back too. FILE may be the
-path that shards were written to, or their index. One layer at a time is in memory.
-Files in DIR that exist are replaced with --overwrite only; other files stay.
+The format `safetensors` writes DIR/model.safetensors with the tensor names, shapes and
+dtypes of the encoded checkpoint. The format `slicegpt` writes the .pt and .json files
+that Microsoft's SliceGPT reads. The other files of the checkpoint are written, too. For
+a file in several shards, FILE is the path that was given to `rotbits encode`, or the
+index. Only one layer at a time is in memory. Existing files in DIR are replaced only
+with --overwrite; other files stay.
 """
 
 import sys
@@ -30,19 +31,27 @@ _FORMAT = flags.DEFINE_enum(
   'format',
   'safetensors',
   typing.get_args(checkpoints.Format),
-  'The form of the weights.',
+  'Format of the weights.',
   flag_values=FLAGS,
 )
 
 _SHARD_SIZE = flags.DEFINE_string(
   'shard_size',
   None,
-  'Bytes of one file of weights, at most, like 2GB; one file unless said otherwise.',
+  'Greatest size of a weights file, like 2GB. By default there is one file.',
+  flag_values=FLAGS,
+)
+
+_DTYPE = flags.DEFINE_enum(
+  'dtype',
+  None,
+  ('float32', 'bfloat16', 'float16'),
+  'Dtype of the weights. By default they have that of the encoded checkpoint.',
   flag_values=FLAGS,
 )
 
 _OVERWRITE = flags.DEFINE_bool(
-  'overwrite', False, 'Replace files that exist.', flag_values=FLAGS
+  'overwrite', False, 'Replace existing files.', flag_values=FLAGS
 )
 
 
@@ -52,6 +61,7 @@ def main() -> None:
     _OUTPUT.value,
     format=typing.cast(checkpoints.Format, _FORMAT.value),
     shard_size=program.parse_size('shard_size', _SHARD_SIZE.value),
+    dtype=_DTYPE.value,
     overwrite=_OVERWRITE.value,
     progress=True,
   )

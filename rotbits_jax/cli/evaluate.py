@@ -1,12 +1,14 @@
-"""Measures a model's perplexity on a text, and how far it is from another model.
+"""Measures the perplexity of a model on a text, and its divergence from a reference.
 
   rotbits evaluate --model=DIR|FILE --text=FILE [--reference=DIR|FILE]
     [--max_tokens=N] [--json]
 
-A model is a checkpoint's directory, its weights file, or a file that `rotbits encode`
-wrote. With a reference, the mean KL divergence from it is measured too, and beside it
-its noise floor: the divergence that appears when the reference is merely rotated at
-random and rounded to its dtype again.
+A model is the directory or the weights file of a checkpoint, or a file that
+`rotbits encode` wrote. The reference is another model, for example the model before it
+was encoded. With a reference, two more numbers are measured: the mean KL divergence of
+the predictions from the reference's predictions, and its noise floor. The noise floor
+is the divergence that rounding alone makes: the reference is rotated at random, which
+does not change its function, and rounded to its dtype again.
 """
 
 import math
@@ -32,7 +34,7 @@ _REFERENCE = flags.DEFINE_string(
 _MAX_TOKENS = flags.DEFINE_integer(
   'max_tokens',
   None,
-  'Tokens of the text to use; all unless said otherwise.',
+  'Number of tokens of the text to use; all by default.',
   lower_bound=2,
   flag_values=FLAGS,
 )
@@ -42,7 +44,7 @@ _JSON = flags.DEFINE_bool(
 
 
 def to_text(result: evaluation.Evaluation) -> str:
-  """A line for each number that was measured."""
+  """Formats the measured numbers, one a line."""
   lines = [f'perplexity   {result.perplexity:.4f} on {result.tokens:,} tokens']
   if result.kl is not None:
     lines.append(f'KL           {result.kl:.3g} from the reference')

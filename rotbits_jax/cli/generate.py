@@ -1,12 +1,12 @@
-"""Continues a text: prints what a model writes after a prompt, as it comes.
+"""Continues a text: prints the text that a model generates after a prompt.
 
   rotbits generate --model=DIR|FILE --prompt=TEXT [--max_tokens=N] [--temperature=T]
     [--top_k=K] [--seed=N]
 
-A model is a checkpoint's directory, its weights file, or a file that `rotbits encode`
-wrote. The prompt is taken as it is: no template and no special token is added, but
-those that the tokenizer knows may be written in it, such as `<|im_start|>`. Without a
-temperature each token is the likeliest one.
+A model is the directory or the weights file of a checkpoint, or a file that
+`rotbits encode` wrote. The prompt is used without change: no template and no special
+tokens are added. It may contain special tokens that the tokenizer knows, such as
+`<|im_start|>`. Without a temperature, each token is the most likely one.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -22,13 +22,13 @@ from rotbits_jax.models import generation
 
 FLAGS = flags.FlagValues()
 _MODEL = flags.DEFINE_string(
-  'model', None, 'The model that writes.', required=True, flag_values=FLAGS
+  'model', None, 'The model.', required=True, flag_values=FLAGS
 )
 _PROMPT = flags.DEFINE_string(
   'prompt', None, 'The text to continue.', required=True, flag_values=FLAGS
 )
 _MAX_TOKENS = flags.DEFINE_integer(
-  'max_tokens', 128, 'Tokens to write at most.', lower_bound=1, flag_values=FLAGS
+  'max_tokens', 128, 'Greatest number of tokens.', lower_bound=1, flag_values=FLAGS
 )
 _TEMPERATURE = flags.DEFINE_float(
   'temperature',
@@ -38,29 +38,30 @@ _TEMPERATURE = flags.DEFINE_float(
   flag_values=FLAGS,
 )
 _TOP_K = flags.DEFINE_integer(
-  'top_k', None, 'Draw from this many of the likeliest tokens.', flag_values=FLAGS
+  'top_k', None, 'Draw from this many of the most likely tokens.', flag_values=FLAGS
 )
-_SEED = flags.DEFINE_integer('seed', 0, 'Of the random draws.', flag_values=FLAGS)
+_SEED = flags.DEFINE_integer('seed', 0, 'Seed of the random draws.', flag_values=FLAGS)
 
 
 def stream_text(
   files: Mapping[str, bytes], prompt: Iterable[int], tokens: Iterable[int]
 ) -> Iterator[str]:
-  """The text of tokens that follow a prompt, piece by piece.
+  """Converts the tokens that follow a prompt to text, piece by piece.
 
-  A piece waits until its last character is complete, since a token may hold a part of
-  the bytes of one. Special tokens are left out.
+  A token may hold only some of the bytes of a character. Therefore a piece is yielded
+  when its last character is complete. Special tokens are omitted.
 
   Args:
-    files: the checkpoint's sidecar files by name, `tokenizer.json` among them.
-    prompt: the tokens before, which decide about spaces and pending bytes.
-    tokens: the tokens.
+    files: the checkpoint's sidecar files by name, including `tokenizer.json`.
+    prompt: the tokens of the prompt. Spaces and incomplete characters at the beginning
+      of the text depend on them.
+    tokens: the tokens to convert.
 
   Yields:
     Pieces of the text.
   """
   tokenizer = evaluation.read_tokenizer(files)
-  import tokenizers  # there, now that it has read one
+  import tokenizers  # `read_tokenizer` has checked that it is installed
 
   stream = tokenizers.decoders.DecodeStream(skip_special_tokens=True)
   for token in prompt:

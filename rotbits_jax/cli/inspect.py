@@ -1,9 +1,10 @@
-"""Shows what a file holds, what made it small, and how each shortcut was stored.
+"""Shows the content of a file, the bytes that each step saved, and notes on tensors.
 
   rotbits inspect --input=FILE [--json]
 
-The bytes saved by each source add up to the difference between the sizes exactly. Only
-the header of the file is read; `rotbits verify` reads and checks the rest.
+The saved bytes add up exactly to the difference between the size of the checkpoint's
+tensors and the size of the file. Only the header of the file is read; `rotbits verify`
+reads and checks the rest.
 """
 
 import sys

@@ -1,22 +1,23 @@
-"""The `rotbits` program: hands the command line to one of the commands."""
+"""The `rotbits` program, which runs the command that the first argument names."""
 
 import importlib
 import sys
 
 COMMANDS = {
-  'slice': 'a dense checkpoint becomes a narrower one, by SliceGPT',
-  'encode': 'a checkpoint becomes a smaller file',
-  'decode': 'the file becomes a checkpoint again',
-  'inspect': 'what a file holds and what made it small',
-  'verify': 'whether a file is undamaged, and is the checkpoint that was encoded',
-  'evaluate': 'perplexity of a model, and KL divergence from another',
-  'generate': 'the text that a model writes after a prompt',
-  'accounting': 'what a model would come to, from its sizes alone',
+  'slice': 'slices a dense checkpoint with SliceGPT',
+  'encode': 'encodes a checkpoint as a smaller file',
+  'decode': 'decodes a file to a checkpoint',
+  'inspect': 'shows the content of a file and the bytes that each step saved',
+  'report': 'writes the same as a web page with pictures',
+  'verify': 'checks that a file is undamaged and matches its checkpoint',
+  'evaluate': 'measures perplexity, and KL divergence from another model',
+  'generate': 'prints the text that a model generates after a prompt',
+  'accounting': 'computes sizes of a sliced model without its weights',
 }
 
 
 def usage() -> str:
-  """The commands, a line each."""
+  """Returns the help text, with one line for each command."""
   lines = [f'  {name:<12}{what}' for name, what in COMMANDS.items()]
   return '\n'.join(
     [
@@ -24,7 +25,7 @@ def usage() -> str:
       '',
       *lines,
       '',
-      'rotbits <command> --help lists the flags of one.',
+      'rotbits <command> --help explains a command and lists its flags.',
     ]
   )
 
@@ -41,12 +42,12 @@ def main() -> int:
     return 0
   if name not in COMMANDS:
     print(
-      f'rotbits: no command {name!r}; the commands are {", ".join(COMMANDS)}',
+      f'rotbits: unknown command {name!r}; the commands are {", ".join(COMMANDS)}',
       file=sys.stderr,
     )
     return 2
   del sys.argv[1]
-  # Only the chosen command is imported; the others' imports would cost seconds.
+  # Only this command is imported, because importing all of them would take seconds.
   return importlib.import_module(f'rotbits_jax.cli.{name}').run()
 
 

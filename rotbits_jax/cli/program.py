@@ -1,4 +1,4 @@
-"""What the commands share: running one, its errors, and reading a model."""
+"""Functions that the commands share: running a command, errors, reading a model."""
 
 from collections.abc import Callable, Iterator
 import contextlib
@@ -13,6 +13,7 @@ import sys
 from typing import Any
 
 from absl import flags
+import jax
 import safetensors
 
 import rotbits_jax
@@ -21,36 +22,37 @@ from rotbits_jax.file import fields
 
 BAD_INPUT = 2
 
-# What names a checkpoint's file, so that a damaged one is not taken for an encoded one.
+# A file with such a suffix belongs to a checkpoint, even if it is damaged and cannot be
+# read as one.
 _CHECKPOINT_SUFFIXES = ('.bin', '.gguf', '.json', '.pt', '.safetensors')
 
 
 class Stopped(KeyboardInterrupt):
-  """A signal that asks the process to end; what is half-written is removed.
+  """A signal that asks the process to end. Incomplete outputs are then removed.
 
   Attributes:
-    signal: its number.
+    signal: number of the signal.
   """
 
   def __init__(self, number: int):
-    """Keeps the number of the signal."""
+    """Stores the number of the signal."""
     super().__init__()
     self.signal = number
 
 
 @contextlib.contextmanager
 def _signals() -> Iterator[None]:
-  """Makes signals that end a process an exception, as SIGINT is one."""
+  """Turns signals that end the process into exceptions, as Python does for SIGINT."""
   handled = [signal.SIGTERM, getattr(signal, 'SIGHUP', signal.SIGTERM)]
 
   def stop(number: int, frame: Any) -> None:
-    for each in handled:  # the next one does not disturb the removal
+    for each in handled:  # a second signal must not interrupt the removal of outputs
       signal.signal(each, signal.SIG_IGN)
     raise Stopped(number)
 
   found = {each: signal.getsignal(each) for each in handled}
   for each, handler in found.items():
-    if handler not in (signal.SIG_IGN, None):  # it is ignored under nohup
+    if handler not in (signal.SIG_IGN, None):  # nohup ignores SIGHUP
       signal.signal(each, stop)
   try:
     yield
@@ -63,12 +65,12 @@ def _signals() -> Iterator[None]:
 def run(command: Callable[[], None], flag_values: flags.FlagValues) -> int:
   """Parses `sys.argv` and runs a command.
 
-  Bad input ends with one line on stderr; any other exception is a fault of this
-  program and keeps its traceback.
+  For bad input, it prints one line to stderr. Any other exception is a fault of this
+  program and is raised with its traceback.
 
   Args:
-    command: what to run; the docstring of its module is the help text.
-    flag_values: the command's flags.
+    command: the function to run. The docstring of its module is the help text.
+    flag_values: the flags of the command.
 
   Returns:
     The exit code.
@@ -79,17 +81,18 @@ def run(command: Callable[[], None], flag_values: flags.FlagValues) -> int:
   if '--help' in arguments or '-h' in arguments:
     print(f'{inspect.getdoc(module)}\n\nflags:{_flags_help(flag_values)}')
     return 0
-  logging.getLogger('jax').setLevel(logging.ERROR)  # not "no GPU found" and the like
+  logging.getLogger('jax').setLevel(logging.ERROR)  # hides messages like "no GPU found"
+  _keep_programs()
   try:
     with _signals():
       _parse(flag_values)
       command()
       sys.stdout.flush()
   except Stopped as error:
-    return 128 + error.signal  # as shells have it
+    return 128 + error.signal  # the convention of shells
   except KeyboardInterrupt:
     return 128 + signal.SIGINT
-  except BrokenPipeError:  # the reader of a pipe, such as `head`, has seen enough
+  except BrokenPipeError:  # the reader of the pipe, such as `head`, has ended
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
   except (ValueError, OSError, flags.Error) as error:
@@ -98,8 +101,28 @@ def run(command: Callable[[], None], flag_values: flags.FlagValues) -> int:
   return 0
 
 
+def _keep_programs() -> None:
+  """Lets JAX keep compiled programs in the user's cache directory.
+
+  A command then starts without compiling what an earlier one has compiled. What the
+  user told JAX, as by JAX_COMPILATION_CACHE_DIR, stays as it is.
+  """
+  if jax.config.jax_compilation_cache_dir is not None:
+    return
+  cache = os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache')
+  folder = os.path.join(cache, 'rotbits_jax')
+  try:
+    os.makedirs(folder, exist_ok=True)
+  except OSError:  # as for a user without a home
+    return
+  jax.config.update('jax_compilation_cache_dir', folder)
+  # JAX keeps only programs that took a second to compile, unless told otherwise. Many
+  # of these take less.
+  jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)
+
+
 def one_line(error: BaseException) -> str:
-  """An error's message on one line."""
+  """Returns the message of an error on one line."""
   if isinstance(error, OSError) and error.strerror and error.filename is not None:
     return fields.printable(f'{error.filename}: {error.strerror}')
   return fields.printable(' '.join(str(error).split())) or type(error).__name__
@@ -111,17 +134,24 @@ def print_json(value: dict[str, Any]) -> None:
 
 
 def read_model(path: str) -> rotbits_jax.Checkpoint:
-  """Reads a checkpoint's directory, its weights file, or a rotbits file."""
+  """Reads a checkpoint from its directory, its weights file, or a rotbits file."""
   if _is_container(path):
     return rotbits_jax.decode_checkpoint(path, progress=True)
   return rotbits_jax.load_checkpoint(path)
 
 
 def parse_size(name: str, text: str | None) -> int | None:
-  """A count of bytes, like 2GB or 500MB.
+  """Parses a number of bytes like 2GB or 500MB.
+
+  Args:
+    name: name of the flag, for the error message.
+    text: value of the flag.
+
+  Returns:
+    The number of bytes; None if the flag has no value.
 
   Raises:
-    ValueError: if it is none.
+    ValueError: if the text is not a size.
   """
   if text is None:
     return None
@@ -135,7 +165,7 @@ def read_text(path: str) -> str:
   """Reads a text file.
 
   Raises:
-    ValueError: if it is not UTF-8 or has no words.
+    ValueError: if the text is not UTF-8 or has no words.
   """
   try:
     text = pathlib.Path(path).read_text(encoding='utf-8')
@@ -147,7 +177,7 @@ def read_text(path: str) -> str:
 
 
 def _is_container(path: str) -> bool:
-  """Whether a path is that of an encoded file, of shards, or of their index."""
+  """Returns whether a path names an encoded file, its shards, or their index."""
   if not os.path.isfile(path):
     return os.path.isfile(f'{path}.index.json')
   if path.endswith('.index.json') and not path.endswith('.safetensors.index.json'):
@@ -155,7 +185,7 @@ def _is_container(path: str) -> bool:
   try:
     with safetensors.safe_open(path, 'numpy') as file:
       return (file.metadata() or {}).get('format') == container.FORMAT
-  except safetensors.SafetensorError:  # damaged, or no safetensors file at all
+  except safetensors.SafetensorError:  # the file is damaged or has another format
     return pathlib.Path(path).suffix not in _CHECKPOINT_SUFFIXES
 
 
@@ -164,7 +194,7 @@ def _parse(flag_values: flags.FlagValues) -> None:
     unused = flag_values(sys.argv)[1:]
   except flags.Error:
     raise
-  except Exception as error:  # what a config file raises: it is Python
+  except Exception as error:  # a config file is Python and can raise any exception
     name = type(error).__name__
     raise ValueError(f'the config cannot be used: {name}: {error}') from error
   if unused:

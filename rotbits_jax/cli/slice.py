@@ -1,16 +1,19 @@
-r"""Slices a dense checkpoint with SliceGPT: fewer numbers, nearly the same predictions.
+r"""Slices a dense checkpoint with SliceGPT, which removes a part of the hidden size.
 
   rotbits slice --model=DIR|FILE --output=DIR --sparsity=0.25 --calibration=FILE
     [--dtype=same|float16|bfloat16|float32] [--final_orientation=random|pca]
     [--round_interval=8] [--slice_head] [--sequences=128] [--sequence_length=N]
     [--seed=42] [--encoded=FILE] [--overwrite]
 
-Every width of the residual stream shrinks by the sparsity, rounded down to a multiple
-of the interval; which directions stay is learned from the calibration text. Written is
-what Microsoft's run_slicegpt.py writes: <name>_<sparsity>.pt, its .json, and the dense
-model's configs and tokenizer. The name is that of the model's directory or file. With
-`--encoded` the file that `rotbits encode --preset=free` makes is written, too, from the
-numbers before they are rounded. Files that exist are replaced with --overwrite only.
+The sparsity is the part of the hidden size that is removed. The widths that remain are
+rounded down to a multiple of the interval. The calibration text decides which
+directions of the residual stream remain.
+
+The command writes the same files as Microsoft's run_slicegpt.py: <name>_<sparsity>.pt,
+its .json, and the configs and the tokenizer of the dense model. <name> is the name of
+the model's directory or file. With --encoded it also writes a file like that of
+`rotbits encode --preset=free`, but from the numbers before they are rounded. Existing
+files are replaced only with --overwrite.
 """
 
 import dataclasses
@@ -25,7 +28,7 @@ from rotbits_jax import outputs
 from rotbits_jax import slicing
 from rotbits_jax.cli import program
 
-MAX_SEQUENCE_LENGTH = 2048  # SliceGPT's default; fewer if the model has fewer positions
+MAX_SEQUENCE_LENGTH = 2048  # SliceGPT's default
 
 FLAGS = flags.FlagValues()
 _MODEL = flags.DEFINE_string(
@@ -37,7 +40,7 @@ _OUTPUT = flags.DEFINE_string(
 _SPARSITY = flags.DEFINE_float(
   'sparsity',
   None,
-  'The part of the hidden size to remove, from 0 to below 1.',
+  'The part of the hidden size to remove: at least 0, less than 1.',
   required=True,
   flag_values=FLAGS,
 )
@@ -48,49 +51,50 @@ _DTYPE = flags.DEFINE_enum(
   'dtype',
   'same',
   ['same', 'float16', 'bfloat16', 'float32'],
-  'What to round to; the same as the dense model unless said otherwise.',
+  'Dtype of the sliced model; by default that of the dense model.',
   flag_values=FLAGS,
 )
 _FINAL_ORIENTATION = flags.DEFINE_enum(
   'final_orientation',
   slicing.ORIENTATIONS[0],
   slicing.ORIENTATIONS,
-  'Whether what is left of a segment is rotated at random.',
+  'Coordinates of the residual stream: rotated at random, or principal components.',
   flag_values=FLAGS,
 )
 _ROUND_INTERVAL = flags.DEFINE_integer(
   'round_interval', 8, 'Widths are multiples of it.', lower_bound=1, flag_values=FLAGS
 )
 _SLICE_HEAD = flags.DEFINE_bool(
-  'slice_head', False, 'Slice what the head reads, too.', flag_values=FLAGS
+  'slice_head', False, 'Slice the input of the head, too.', flag_values=FLAGS
 )
 _SEQUENCES = flags.DEFINE_integer(
   'sequences',
   128,
-  'Sequences of the text to calibrate with, drawn at random.',
+  'Number of sequences of the text to calibrate with, drawn at random.',
   lower_bound=1,
   flag_values=FLAGS,
 )
 _SEQUENCE_LENGTH = flags.DEFINE_integer(
   'sequence_length',
   None,
-  f'Tokens in a sequence; at most {MAX_SEQUENCE_LENGTH} unless said otherwise.',
+  'Number of tokens in a sequence; by default the number of positions of the model, '
+  f'but at most {MAX_SEQUENCE_LENGTH}.',
   lower_bound=1,
   flag_values=FLAGS,
 )
 _SEED = flags.DEFINE_integer(
-  'seed', 42, 'Of all that is random.', lower_bound=0, flag_values=FLAGS
+  'seed', 42, 'Seed of all random choices.', lower_bound=0, flag_values=FLAGS
 )
 
 _ENCODED = flags.DEFINE_string(
   'encoded',
   None,
-  'A file to encode the sliced model to, with the preset free.',
+  'A file for the sliced model, encoded with the preset free.',
   flag_values=FLAGS,
 )
 
 _OVERWRITE = flags.DEFINE_bool(
-  'overwrite', False, 'Replace files that exist.', flag_values=FLAGS
+  'overwrite', False, 'Replace existing files.', flag_values=FLAGS
 )
 
 
@@ -145,7 +149,11 @@ def main() -> None:
 
 
 def _check_outputs(names: list[str]) -> None:
-  """Refuses outputs that cannot be written, before slicing rather than after."""
+  """Checks that all outputs can be written, before the work begins.
+
+  Raises:
+    OSError: if one cannot be written.
+  """
   directory = outputs.directory_target(_OUTPUT.value)
   for name in names if directory.exists() else []:
     outputs.check(directory / name, overwrite=_OVERWRITE.value)

@@ -1,13 +1,13 @@
-"""Reads and decodes everything in a file, and compares it with a checkpoint.
+"""Decodes and checks everything in a file, and compares it with a checkpoint.
 
   rotbits verify --input=FILE [--against=DIR] [--json]
 
-Every checksum must hold, and every array must decode to the numbers that were encoded.
-With --against a file of the preset `exact` must have the checkpoint's bits. Any other
-must have its function: the predictions for random tokens differ from the checkpoint's
-by no more than a few times what a random rotation and rounding make. For that both
-models are in memory; everything else takes one layer at a time. `rotbits inspect` reads
-the header only.
+Every checksum must be right, and every array must decode to the numbers that were
+encoded. With --against, a file of the preset `exact` must have the bits of the
+checkpoint. A file of another preset must have its function: for random tokens, the
+predictions may differ from the checkpoint's by a few times the difference that a random
+rotation and rounding make. This comparison needs both models in memory; everything else
+needs one layer at a time. `rotbits inspect` reads only the header of a file.
 """
 
 import sys

@@ -1,5 +1,6 @@
-"""Measurement of models on a text: perplexity and KL divergence."""
+"""Measurement of models on a text, and the report of a file as a web page."""
 
+from rotbits_jax.evaluation.page import report_page
 from rotbits_jax.evaluation.perplexity import Comparison
 from rotbits_jax.evaluation.perplexity import Evaluation
 from rotbits_jax.evaluation.perplexity import compare
@@ -16,4 +17,5 @@ __all__ = [
   'evaluate',
   'kl_divergence',
   'read_tokenizer',
+  'report_page',
 ]

@@ -1,11 +1,14 @@
-"""The file: what is written, and what is read.
+"""The encoded file: its format, its writer and its reader.
 
-container  streams of bytes in a safetensors file
-fields     JSON that a stranger may have written
-manifest   what the file holds, as types that check themselves
-writer     a model, a unit at a time, to one file or shards
-reader     any unit without the others, or the whole model
-report     where the bytes went
+A unit is a part of a model that decodes on its own: the embedding, a layer, the head. A
+stream is a run of bytes in the file; each unit is one stream.
+
+container  stores streams in a safetensors file
+fields     reads JSON objects from untrusted files
+manifest   describes the content of a file, and validates the description
+writer     writes a model to one file or to shards, one unit at a time
+reader     reads a unit without the others, or the whole model
+report     tells what each step of the encoder saved
 """
 
 from rotbits_jax.file.container import ContainerError

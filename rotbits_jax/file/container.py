@@ -1,16 +1,17 @@
 """The container: a valid safetensors file whose tensors are streams of bytes.
 
     8 bytes, little-endian: length of the header
-    header, JSON, filled up with spaces:
+    header, JSON, padded with spaces:
         {"__metadata__": {"format": "rotbits", "version": "3",
                           "manifest_crc32": "..."},
          "<stream>": {"dtype": "U8", "shape": [n], "data_offsets": [begin, end]}, ...}
     the streams, one after the other
 
-The stream `manifest` is the JSON object that `manifest` describes; it has the length
-and the CRC-32 of every other stream. Streams are appended as they come: the room for
-the header is known from their names before there is any. Any safetensors library opens
-the file.
+The stream `manifest` is the JSON object that the module `manifest` describes. It
+contains the length and the CRC-32 of every other stream. The writer appends each stream
+when it is ready. It writes the header last, into room that it reserves at the start,
+because the names of the streams bound the length of the header. Any safetensors library
+opens the file.
 """
 
 from collections.abc import Iterable, Sequence
@@ -29,16 +30,17 @@ from rotbits_jax import strict_json
 FORMAT = 'rotbits'
 VERSION = 3
 MANIFEST = 'manifest'
+_METADATA = '__metadata__'  # the header's one entry that is no stream
 
 Readable = str | os.PathLike[str] | bytes | bytearray | memoryview | BinaryIO
-"""What a file can be read from: its path, its bytes, or a binary file that is open."""
+"""The path of a file, its bytes, or an open binary file."""
 
-_MOST = 10**15  # bytes of a file, to reserve room for the header
+_MOST = 10**15  # greatest size of a file in bytes, from which the room follows
 _MOST_HEADER = 100_000_000  # bytes; the safetensors library's own limit
 
 
 class ContainerError(ValueError):
-  """A file that is not a rotbits file, or is damaged, or is of another version."""
+  """Raised for a file that is not a valid rotbits file of this version."""
 
 
 class StreamWriter:
@@ -48,9 +50,12 @@ class StreamWriter:
     """Reserves room for the header.
 
     Args:
-      file: empty, open for writing, and seekable.
-      names: of all streams that may come, without the manifest.
+      file: an empty file, open for writing and seekable.
+      names: names of all streams that may be written, without the manifest.
     """
+    for name in names:
+      if name in (MANIFEST, _METADATA):
+        raise ValueError(f'{name}: the file has its own entry of this name')
     most = dict.fromkeys((*names, MANIFEST), (_MOST, _MOST))
     self._room = len(_header(most, 0xFFFFFFFF))
     self._names = {*names, MANIFEST}
@@ -64,20 +69,20 @@ class StreamWriter:
     """Writes one stream.
 
     Args:
-      name: of the stream.
-      parts: its bytes, in pieces with the buffer protocol.
+      name: name of the stream.
+      parts: the bytes of the stream, in pieces that support the buffer protocol.
 
     Returns:
-      The stream's length and its CRC-32.
+      The length of the stream, and its CRC-32.
     """
     for part in parts:
       self.extend(name, part)
     return self.close(name)
 
   def extend(self, name: str, part: Any) -> None:
-    """Writes a piece of the stream that is open, or opens one."""
+    """Writes a piece of the open stream, or opens a stream with its first piece."""
     if name not in self._names or name in self._streams:
-      raise ValueError(f'{name}: no room was reserved for such a stream')
+      raise ValueError(f'{name}: no room was reserved for this stream')
     if self._open not in (None, name):
       raise ValueError(f'{name}: the stream {self._open} is still open')
     self._open = name
@@ -87,14 +92,14 @@ class StreamWriter:
     self._next += view.nbytes
 
   def close(self, name: str) -> tuple[int, int]:
-    """Ends a stream, which may be empty; see `append`."""
+    """Ends a stream, which may be empty; `append` describes the result."""
     self._streams[name] = self._end, self._next
     nbytes, crc = self._next - self._end, self._crc
     self._open, self._end, self._crc = None, self._next, 0
     return nbytes, crc
 
   def keep(self, name: str, nbytes: int) -> None:
-    """Counts a stream that an earlier run has appended already."""
+    """Takes over a stream that an earlier run appended to the file."""
     self._streams[name] = self._end, self._end + nbytes
     self._end = self._next = self._end + nbytes
     self._file.seek(self.start + self._end)
@@ -109,7 +114,7 @@ class StreamWriter:
 
   @property
   def start(self) -> int:
-    """Where the first stream begins in the file."""
+    """The offset of the first stream in the file."""
     return 8 + self._room
 
 
@@ -119,7 +124,7 @@ def _header(streams: dict[str, tuple[int, int]], manifest_crc32: int) -> bytes:
     'version': str(VERSION),
     'manifest_crc32': str(manifest_crc32),
   }
-  header: dict[str, Any] = {'__metadata__': metadata}
+  header: dict[str, Any] = {_METADATA: metadata}
   for name, (begin, end) in streams.items():
     header[name] = {
       'dtype': 'U8',
@@ -131,16 +136,17 @@ def _header(streams: dict[str, tuple[int, int]], manifest_crc32: int) -> bytes:
 
 
 class StreamReader:
-  """The streams of a container.
+  """Reads the streams of a container.
 
-  A stream is a view of a memory map of its own, so that its pages are released with it.
+  Each stream of a file on disk has a memory map of its own, so that its pages are
+  released with it.
   """
 
   def __init__(self, source: Readable):
     """Reads the header.
 
     Raises:
-      ContainerError: if this is no rotbits file, or its header is damaged.
+      ContainerError: if this is not a rotbits file, or if its header is damaged.
       OSError: if the path cannot be read.
     """
     self._source, self._lock = source, threading.Lock()
@@ -158,20 +164,20 @@ class StreamReader:
       self._streams, self._start, self.manifest_crc32 = self._read_header()
 
   def errors(self) -> '_Named':
-    """A context that puts the file's name before what is wrong with it."""
+    """Returns a context that puts the name of the file before a `ContainerError`."""
     return _Named(self.name)
 
   def names(self) -> list[str]:
-    """Of the streams, in their order."""
+    """Returns the names of the streams, in the order of the file."""
     return list(self._streams)
 
   def nbytes(self, name: str) -> int:
-    """Length of a stream."""
+    """Returns the length of a stream in bytes."""
     begin, end = self._streams[name]
     return end - begin
 
   def stream(self, name: str) -> np.ndarray:
-    """The bytes of a stream: uint8 `[n]`, read-only.
+    """Returns the bytes of a stream: uint8 `[n]`, read-only.
 
     Raises:
       ContainerError: if there is no such stream.
@@ -182,10 +188,10 @@ class StreamReader:
     return self._bytes(self._start + begin, end - begin)
 
   def checked(self, name: str, nbytes: int, crc32: int) -> np.ndarray:
-    """A stream like `stream`, which has this length and this CRC-32.
+    """Returns the bytes of a stream after checking its length and its CRC-32.
 
     Raises:
-      ContainerError: if it is damaged or missing.
+      ContainerError: if the stream is damaged or missing.
     """
     data = self.stream(name)
     if data.size != nbytes or zlib_ng.crc32(data) != crc32:
@@ -197,7 +203,7 @@ class StreamReader:
     if not count:
       return np.zeros(0, np.uint8)
     if isinstance(source, (str, os.PathLike)):
-      # A plain array, since a memory map is slow to slice.
+      # A view as a plain array, because a memory map is slow to slice.
       return np.memmap(source, np.uint8, 'r', begin, (count,)).view(np.ndarray)
     if isinstance(source, (bytes, bytearray, memoryview)):
       return np.frombuffer(
@@ -217,13 +223,13 @@ class StreamReader:
     if length > min(self.size - 8, _MOST_HEADER):
       raise ContainerError('not a rotbits file, or cut short within its header')
     header = parse_json(self._bytes(8, length).tobytes(), 'header')
-    metadata = header.pop('__metadata__', None) if isinstance(header, dict) else None
+    metadata = header.pop(_METADATA, None) if isinstance(header, dict) else None
     if not isinstance(metadata, dict) or metadata.get('format') != FORMAT:
       raise ContainerError('not a rotbits file')
     if metadata.get('version') != str(VERSION):
       raise ContainerError(
-        f'version {str(metadata.get("version"))[:20]} of the format, '
-        f'this program reads {VERSION}'
+        f'the file has version {str(metadata.get("version"))[:20]} of the format, '
+        f'but this program reads version {VERSION}'
       )
     unknown = sorted(set(metadata) - {'format', 'version', 'manifest_crc32'})
     if unknown:
@@ -236,12 +242,13 @@ class StreamReader:
     for name, entry in header.items():
       size = _size(entry, end)
       if size is None:
-        raise ContainerError(f'{name}: the header says nothing sensible of the stream')
+        raise ContainerError(f'{name}: the header has a wrong entry for the stream')
       streams[name] = end, end + size
       end += size
     if 8 + length + end != self.size:
       raise ContainerError(
-        f'the file is cut short or too long: {self.size} bytes, not {8 + length + end}'
+        'the file is cut short or too long: it must have '
+        f'{8 + length + end} bytes, got {self.size}'
       )
     if MANIFEST not in streams:
       raise ContainerError('the file has no manifest')
@@ -249,7 +256,12 @@ class StreamReader:
 
 
 def _size(entry: Any, begin: int) -> int | None:
-  """Length of a stream that begins there; None if the header's entry is malformed."""
+  """Returns the length of a stream from its entry in the header; None if it is wrong.
+
+  Args:
+    entry: the entry.
+    begin: the offset at which the stream must begin.
+  """
   if not isinstance(entry, dict) or set(entry) != {'dtype', 'shape', 'data_offsets'}:
     return None
   shape, offsets = entry['shape'], entry['data_offsets']

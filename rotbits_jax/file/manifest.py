@@ -1,10 +1,12 @@
-"""The manifest: what a file holds, as types that check themselves when they are read.
+"""The manifest: describes the content of a file, and is validated when it is read.
 
-A file is a list of *units*, which decode on their own: each layer, and what is outside
-the layers by its first key ('embed', 'head', ...). A unit is one stream of the
-container, and holds *leaves*, each of which is stored as one or more arrays.
+A file is a list of *units*, which decode on their own. Each layer is a unit. The
+parameters outside the layers form a unit for each first key of their paths ('embed',
+'head', ...). A unit is one stream of the container. It consists of *leaves*, which are
+arrays or structured leaves (see `structured`). A leaf is stored as one or more arrays.
 
-The preset `paper` has one message for the whole model in place of units, see `Message`.
+The preset `paper` stores one message for the whole model in place of units, see
+`Message`.
 """
 
 import dataclasses
@@ -26,18 +28,19 @@ ContainerError = container.ContainerError
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Leaf:
-  """A parameter as it is stored.
+  """A stored parameter.
 
   Attributes:
-    path: within the unit's tree.
-    kind: of a structured leaf; empty for an array.
-    shape: of the array that the leaf stands for.
-    dtype: of that array.
+    path: path of the parameter within the unit.
+    kind: kind of the structured leaf; empty for an array.
+    shape: shape of the array that the leaf stands for.
+    dtype: dtype of that array.
     names: see `structured.Structured.stack_key`.
-    settings: of a structured leaf.
-    arrays: names of the arrays that it is stored as; one empty name for an array.
-    expanded: CRC-32 of the array that the leaf stands for, if the reader puts it in the
-      leaf's place (`structured.Dependent.eager`); else None.
+    settings: settings of the structured leaf.
+    arrays: names of the arrays as which the leaf is stored; one empty name for an
+      array.
+    expanded: CRC-32 of the array that the leaf stands for, if the reader replaces the
+      leaf by that array (`structured.Dependent.eager`); else None.
   """
 
   path: str
@@ -51,11 +54,11 @@ class Leaf:
 
   @property
   def nbytes(self) -> int:
-    """Bytes of the array that the leaf stands for."""
+    """The bytes of the array that the leaf stands for."""
     return math.prod(self.shape) * weights.DTYPES[self.dtype].itemsize
 
   def stack_key(self) -> tuple[Any, ...]:
-    """What `models.stack_key` has for the leaf."""
+    """Returns the entry for this leaf in `models.stack_key`."""
     return self.path, self.kind, self.shape, self.dtype, self.names
 
   def to_json(self) -> dict[str, Any]:
@@ -72,7 +75,11 @@ class Leaf:
 
   @classmethod
   def from_json(cls, value: Any, where: str) -> Self:
-    """The inverse of `to_json`.
+    """Makes a leaf from a JSON value: the inverse of `to_json`.
+
+    Args:
+      value: the JSON value.
+      where: name of the unit, for error messages.
 
     Raises:
       ContainerError: if the value is not a leaf.
@@ -100,24 +107,25 @@ class Leaf:
     if leaf.dtype not in weights.DTYPES:
       raise given.error('dtype', 'is not known')
     if len(set(leaf.arrays)) != len(leaf.arrays):
-      raise given.error('arrays', 'must be different names')
+      raise given.error('arrays', 'must be names that differ')
     return leaf
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Unit:
-  """What decodes on its own.
+  """A part of a model that decodes on its own.
 
   Attributes:
-    name: of the unit and of its stream.
+    name: name of the unit and of its stream.
     nbytes: length of the stream.
-    crc32: of the stream.
+    crc32: CRC-32 of the stream.
     leaves: the parameters.
-    coder: how their arrays are coded, in the order of the leaves.
-    input_numbers: how many numbers the unit had before it was rewritten.
-    input_bytes: how many bytes these took.
+    coder: spec of the coded arrays, which are in the order of the leaves.
+    input_numbers: number of numbers of the unit before it was rewritten.
+    input_bytes: number of bytes of these numbers.
     savings: what each transform saved.
-    order_bits: what the order of its neurons saved.
+    order_bits: bits that the order of the neurons saved.
+    empty: paths of the dicts in the unit that are empty.
   """
 
   name: str
@@ -129,20 +137,26 @@ class Unit:
   input_bytes: int
   savings: tuple[transform.Saving, ...]
   order_bits: float
+  empty: tuple[str, ...] = ()
 
   @property
   def decoded_bytes(self) -> int:
-    """Bytes of what the unit decodes to, materialized or as it is stored."""
+    """The bytes of the decoded unit, as it is stored or materialized."""
     stored = sum(array.nbytes for array in self.coder.arrays)
     return max(stored, sum(leaf.nbytes for leaf in self.leaves))
 
   def leaf_specs(self) -> list[tuple[Leaf, list[Any]]]:
-    """Each leaf with the specs of its arrays."""
+    """Returns each leaf with the specs of its arrays."""
     specs = iter(self.coder.arrays)
     return [(leaf, [next(specs) for _ in leaf.arrays]) for leaf in self.leaves]
 
+  def tree(self, flat: dict[str, Any]) -> dict[str, Any]:
+    """Returns the nested dicts of these leaves by path, with the empty dicts."""
+    empty: dict[str, Any] = {path: {} for path in self.empty}
+    return structured.unflatten([*flat.items(), *empty.items()])
+
   def stack_key(self) -> tuple[Any, ...]:
-    """What `models.stack_key` has for the unit, if it is a layer."""
+    """Returns the value of `models.stack_key` for the unit, if it is a layer."""
     return tuple(sorted(leaf.stack_key() for leaf in self.leaves))
 
   def to_json(self) -> dict[str, Any]:
@@ -155,11 +169,12 @@ class Unit:
       'input': [self.input_numbers, self.input_bytes],
       'savings': [_saving_to_json(saving) for saving in self.savings],
       'order_bits': self.order_bits,
+      **({'empty': list(self.empty)} if self.empty else {}),
     }
 
   @classmethod
   def from_json(cls, value: Any) -> Self:
-    """The inverse of `to_json`.
+    """Makes a unit from a JSON value: the inverse of `to_json`.
 
     Raises:
       ContainerError: if the value is not a unit.
@@ -180,31 +195,36 @@ class Unit:
       coder=coder,
       savings=tuple(_saving_from_json(x, name) for x in given.items('savings')),
       order_bits=given.number('order_bits'),
+      empty=given.texts('empty') if given.optional('empty') else (),
       **_input_sizes(given),
     )
     given.finish()
+    if not all(map(_is_path, unit.empty)):
+      raise given.error('empty', f'must be paths of up to {_MOST_KEYS} keys')
     if unit.nbytes != coder.nbytes:
       raise ContainerError(
-        f'{name}: a stream of {unit.nbytes} bytes, where the coder needs {coder.nbytes}'
+        f'{name}: the coder needs a stream of {coder.nbytes} bytes, got {unit.nbytes}'
       )
     if sum(len(leaf.arrays) for leaf in unit.leaves) != len(coder.arrays):
-      raise ContainerError(f'{name}: the leaves and the coder differ in their arrays')
-    structured.unflatten({leaf.path: None for leaf in unit.leaves})
+      raise ContainerError(f'{name}: the leaves and the coder list different arrays')
+    unit.tree({leaf.path: None for leaf in unit.leaves})
     for leaf, specs in unit.leaf_specs():
       array = (specs[0].shape, specs[0].dtype) if specs else None
       if not leaf.kind and array != (leaf.shape, leaf.dtype):
-        raise ContainerError(f'{name}/{leaf.path}: two shapes or dtypes for one array')
+        raise ContainerError(
+          f'{name}/{leaf.path}: the leaf and the coder differ in the shape or the dtype'
+        )
     return unit
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Stream:
-  """A stream of plain bytes: another file of the checkpoint, or a part of a message.
+  """A stream of plain bytes: a sidecar file of the checkpoint, or a part of a message.
 
   Attributes:
-    name: of the stream.
-    nbytes: its length.
-    crc32: of its bytes.
+    name: name of the stream.
+    nbytes: length of the stream.
+    crc32: CRC-32 of the stream.
   """
 
   name: str
@@ -216,7 +236,7 @@ class Stream:
 
   @classmethod
   def from_json(cls, value: Any) -> Self:
-    """The inverse of `to_json`.
+    """Makes a stream from a JSON value: the inverse of `to_json`.
 
     Raises:
       ContainerError: if the value is not a stream.
@@ -235,13 +255,13 @@ class Stream:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Message:
-  """A whole model on one message of bits-back coding.
+  """A whole model as one message of bits-back coding.
 
   Attributes:
-    layout: what the preset needs to decode it, see `rotbits_jax.paper`.
-    streams: its parts.
-    input_numbers: how many numbers the model had.
-    input_bytes: how many bytes these took.
+    layout: the values that the decoder needs, see `rotbits_jax.paper`.
+    streams: the parts of the message.
+    input_numbers: number of numbers of the model.
+    input_bytes: number of bytes of these numbers.
     savings: what the rotations saved.
   """
 
@@ -261,7 +281,7 @@ class Message:
 
   @classmethod
   def from_json(cls, value: Any) -> Self:
-    """The inverse of `to_json`.
+    """Makes a message from a JSON value: the inverse of `to_json`.
 
     Raises:
       ContainerError: if the value is not a message.
@@ -281,18 +301,17 @@ class Message:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Manifest:
-  """What a file, or one shard of a model, holds.
+  """The description of a file, or of one shard of a model.
 
   Attributes:
-    preset: its name.
-    options: of the preset.
-    config: of the model; None for a PyTree of arrays.
-    stem: the checkpoint's name, for writing it in its own format.
-    units: what decodes on its own.
-    message: the model on one message; None where it is in units.
-    files: the checkpoint's other files, each compressed by zlib, by stream; `sizes` has
-      their lengths.
-    sizes: length of each file before it was compressed.
+    preset: name of the preset.
+    options: options of the preset.
+    config: config of the model; None for a PyTree of arrays.
+    stem: name of the weights and of the slicing JSON in a checkpoint of SliceGPT.
+    units: the units in the file.
+    message: the model as one message; None if the model is stored in units.
+    files: the streams of the checkpoint's sidecar files, each compressed by zlib.
+    sizes: length of each sidecar file before compression.
   """
 
   preset: str
@@ -305,13 +324,13 @@ class Manifest:
   sizes: tuple[int, ...]
 
   def streams(self) -> dict[str, tuple[int, int]]:
-    """Length and CRC-32 of every stream but the manifest's own, by name."""
+    """Returns length and CRC-32 of every stream but that of the manifest, by name."""
     found = {unit.name: (unit.nbytes, unit.crc32) for unit in self.units}
     others = [*self.files, *(self.message.streams if self.message else ())]
     return found | {x.name: (x.nbytes, x.crc32) for x in others}
 
   def to_bytes(self) -> bytes:
-    """The stream."""
+    """Serialises the manifest."""
     value = {
       'preset': self.preset,
       'options': self.options,
@@ -328,7 +347,7 @@ class Manifest:
 
   @classmethod
   def from_bytes(cls, data: bytes) -> Self:
-    """The inverse of `to_bytes`.
+    """Makes a manifest from bytes: the inverse of `to_bytes`.
 
     Raises:
       ContainerError: if the bytes are not a manifest.
@@ -363,14 +382,14 @@ class Manifest:
     return manifest
 
   def _check(self) -> None:
-    """Refuses units that cannot be of one model.
+    """Checks that the units belong to one model with this config.
 
     Raises:
-      ContainerError: naming the unit or the parameter.
+      ContainerError: if they do not. The error names the unit or the parameter.
     """
     others = [*self.files, *(self.message.streams if self.message else ())]
     if len(self.streams()) != len(self.units) + len(others):
-      raise ContainerError('two streams have one name')
+      raise ContainerError('two streams have the same name')
     for stream in self.files:
       name = stream.name.removeprefix(FILES)
       if name == stream.name or not fields.is_file_name(name):
@@ -378,7 +397,8 @@ class Manifest:
     if sum(self.sizes) > MOST_FILES:
       raise ContainerError(f'the other files have more than {MOST_FILES} bytes')
     for unit in self.units:
-      paths = [leaf.path.split('/') for leaf in unit.leaves]
+      paths = [path.split('/') for path in unit.empty]
+      paths += [leaf.path.split('/') for leaf in unit.leaves]
       within = self.config is not None and layer_index(unit.name) is not None
       if not within and any(path[0] != unit.name for path in paths):
         raise ContainerError(f'{unit.name[:200]}: it has a leaf of another unit')
@@ -387,6 +407,14 @@ class Manifest:
         raise ContainerError('a message of bits-back coding needs a config')
       return
     for unit in self.units:
+      if unit.empty:
+        raise ContainerError(f'{unit.name}: a model has no empty dicts')
+      for leaf in unit.leaves:
+        setting, field = _HEADS.get(leaf.kind, ('', ''))
+        if field and leaf.settings.get(setting) != getattr(self.config, field):
+          raise ContainerError(
+            f'{unit.name}/{leaf.path}: the config and the setting {setting!r} disagree'
+          )
       if unit.name == BUFFERS and any(
         leaf.kind or leaf.path.count('/') != 1 for leaf in unit.leaves
       ):
@@ -397,7 +425,7 @@ class Manifest:
         wrong = sorted(set(found.items()) ^ set(expected.items()))
         path, shape = wrong[0]
         raise ContainerError(
-          f'{unit.name}/{path}: the config and the unit disagree about it, {shape=}'
+          f'{unit.name}/{path}: the unit does not fit the config, got {shape=}'
         )
 
 
@@ -410,14 +438,22 @@ MESSAGE = ('message', 'corrections', 'tables')
 MOST_FILES = 1 << 28
 """Bytes of all other files, before they are compressed."""
 
+# The setting of a leaf of heads, and the field of the config that it must equal: its
+# arrays alone do not tell how many heads they are.
+_HEADS = {
+  'head_columns': ('heads', 'num_kv_heads'),
+  'head_planes': ('head_dim', 'head_dim'),
+  'head_rows': ('groups', 'num_kv_heads'),
+}
+
 _MOST_KEYS = 64  # of a path, so that nothing recurses deeply
 
 BUFFERS = 'buffers'
-"""The unit of the tensors that take no part in the mathematics."""
+"""The name of the unit of tensors that the forward pass does not use."""
 
 
 def layer_index(name: str) -> int | None:
-  """The index of a layer's unit; None for other units."""
+  """Returns the index of a layer, given the name of its unit; None for other units."""
   prefix, _, index = name.partition('.')
   if prefix != 'layers' or not (index.isascii() and index.isdigit()):
     return None
@@ -432,7 +468,7 @@ def _is_path(path: str) -> bool:
 def _expected(
   name: str, config: models.ModelConfig
 ) -> dict[str, tuple[int, ...]] | None:
-  """The shapes of a unit's parameters; None where anything may be.
+  """Returns the shapes of a unit's parameters; None if any shapes are valid.
 
   Raises:
     ContainerError: if a model with this config has no such unit.
@@ -475,7 +511,16 @@ def _saving_from_json(value: Any, where: str) -> transform.Saving:
 
 
 def leaf_of(path: str, leaf: Any, expanded: int | None = None) -> tuple[Leaf, Any]:
-  """The entry of a parameter, and the arrays that it is stored as, by name."""
+  """Makes the entry of a parameter.
+
+  Args:
+    path: path of the parameter within its unit.
+    leaf: the parameter.
+    expanded: see `Leaf.expanded`.
+
+  Returns:
+    The entry; and the arrays as which the parameter is stored, by name.
+  """
   settings, arrays = {}, {'': leaf}
   if structured.is_structured(leaf):
     settings, arrays = leaf.stored()

@@ -1,12 +1,13 @@
-"""Reads what `writer` wrote: any unit without the others, or the whole model.
+"""The reader of files: reads a unit without the others, or the whole model.
 
     with Reader(path) as file:
       layer = file.unit('layers.3')      # nested dicts of NumPy arrays and leaves
       model = file.model()               # layers stacked
 
-All that the manifest says is checked before anything is allocated. Several units decode
-side by side, so that the checksum of one stream is read while the blocks of another are
-decoded.
+A unit is a part of a model that decodes on its own; `manifest` describes units and
+leaves. The reader checks the whole manifest before it allocates memory. Several units
+decode side by side: the checksum of one stream is computed while the blocks of another
+are decoded.
 """
 
 import collections
@@ -25,6 +26,7 @@ import jax
 import numpy as np
 from zlib_ng import zlib_ng
 
+from rotbits_jax import host
 from rotbits_jax import models
 from rotbits_jax import progress
 from rotbits_jax import structured
@@ -36,30 +38,30 @@ from rotbits_jax.file.container import ContainerError
 
 Tree = dict[str, Any]
 Place = jax.sharding.Sharding | Callable[[str, tuple[int, ...]], jax.sharding.Sharding]
-"""Where arrays go: one sharding for all, or a function of path and shape."""
+"""The sharding of all arrays, or a function of a path and a shape that returns one."""
 
 
 class Reader:
-  """An encoded file, or several shards of one. A context manager.
+  """An encoded file, or all shards of one. The class is a context manager.
 
   Attributes:
-    preset: that it was encoded with.
-    options: of the preset.
-    config: of the model; None for a PyTree of arrays.
-    stem: the checkpoint's name.
-    manifests: of the file, or of each shard.
-    size: bytes of all files.
+    preset: name of the preset with which the file was encoded.
+    options: options of the preset.
+    config: config of the model; None for a PyTree of arrays.
+    stem: name of the weights and of the slicing JSON in a checkpoint of SliceGPT.
+    manifests: the manifest of the file, or of each shard.
+    size: size of all files in bytes.
   """
 
   def __init__(self, source: container.Readable):
-    """Reads and checks headers and manifests.
+    """Reads and checks the headers and the manifests.
 
     Args:
-      source: a path, bytes, or a binary file that is open. A path may be that of an
-        index of shards, or the path that they were written to.
+      source: a path, bytes, or an open binary file. For shards, the path of their index
+        or the path of the output without the numbers.
 
     Raises:
-      ContainerError: if this is no rotbits file, or its manifest is damaged.
+      ContainerError: if this is not a rotbits file, or if its manifest is damaged.
       OSError: if a path cannot be read.
     """
     files, checksums = _shards(source)
@@ -78,40 +80,40 @@ class Reader:
     for file, own in zip(self._files, self.manifests, strict=True):
       with file.errors():
         if (own.preset, own.config) != (first.preset, first.config):
-          raise ContainerError('the shards are of different models')
+          raise ContainerError('the shards belong to different models')
         for unit in own.units:
           if unit.name in self._units:
-            raise ContainerError(f'{unit.name}: two shards have it')
+            raise ContainerError(f'{unit.name}: two shards have this unit')
           self._units[unit.name] = file, unit
 
   def __enter__(self) -> Self:
     return self
 
   def __exit__(self, *unused: object) -> None:
-    """Nothing stays open: streams are mapped when they are read."""
+    """Does nothing, because no file stays open: streams are mapped when read."""
 
   @property
   def units(self) -> dict[str, manifest_lib.Unit]:
-    """The entries of all units, by name."""
+    """The manifest's entries of all units, by name."""
     return {name: unit for name, (_, unit) in self._units.items()}
 
   def unit(self, name: str) -> Tree:
-    """One unit, without reading the rest but what its leaves need.
+    """Reads one unit, and other units only if its leaves depend on them.
 
     Args:
-      name: 'layers.0', 'layers.1', ..., 'embed', 'final_norm', 'head', 'buffers'; of a
-        PyTree its top-level keys.
+      name: 'layers.0', 'layers.1', ..., 'embed', 'final_norm', 'head' or 'buffers'. The
+        units of a PyTree are its top-level keys.
 
     Returns:
-      The parameters, with NumPy arrays; a layer is unstacked.
+      The parameters as NumPy arrays and structured leaves. A layer is not stacked.
 
     Raises:
-      ContainerError: if there is no such unit, or it is damaged.
+      ContainerError: if there is no such unit, or if it is damaged.
     """
     return self._expanded(name, functools.cache(self._decode))
 
   def tensor(self, path: str) -> Any:
-    """One parameter, like 'layers.3/attention/query/kernel'; see `unit`."""
+    """Reads one parameter, such as 'layers.3/attention/query/kernel'; see `unit`."""
     name = path.split('/')[0]
     tree = self.unit(name)
     flat = structured.flatten({name: tree} if _is_layer(name) else tree)
@@ -126,20 +128,22 @@ class Reader:
     place: Place | None = None,
     show_progress: bool = False,
   ) -> models.Model | Tree:
-    """The model, with layers stacked, or the PyTree of arrays.
+    """Reads the model, with stacked layers, or the PyTree of arrays.
 
     Args:
-      layers: which ones; all by default. The config stays that of the whole model.
-      place: where arrays go, see `Place`; NumPy arrays by default. Of a stack of
-        layers, those that no device of this process gets are not decoded.
-      show_progress: whether to tell on stderr how far it is.
+      layers: the layers to read; all by default. The config stays that of the whole
+        model.
+      place: the sharding of arrays, see `Place`; by default they are NumPy arrays.
+        Layers that no device of this process gets are not decoded.
+      show_progress: whether to show the progress on stderr.
 
     Returns:
-      The model; structured leaves stay structured, but those that cannot be computed
-      with. At most a few layers more than the model are held meanwhile.
+      The model or the PyTree. Structured leaves stay structured, except those with
+      which the forward pass cannot compute. Meanwhile memory holds at most a few layers
+      more than the model.
 
     Raises:
-      ContainerError: if the file is damaged, or has not all of it.
+      ContainerError: if the file is damaged or incomplete.
     """
     if self.config is None:
       return self._tree(show_progress)
@@ -169,15 +173,16 @@ class Reader:
     return models.Model(params=params, buffers=self.buffers(), config=self.config)
 
   def parts(self, *, show_progress: bool = False) -> Iterator[tuple[int | None, Tree]]:
-    """A model in parts, one at a time: what a checkpoint is written from.
+    """Reads a model in parts, one at a time, so that a checkpoint can be written.
 
     Yields:
-      The index of a layer and its parameters; None, and all that is outside the layers.
-      The preset `paper` decodes the last layer first, and what touches one segment of
-      the residual stream at a time, so that a part need not be a whole layer.
+      Pairs: the index of a layer and its parameters; and None with the parameters
+      outside the layers. The preset `paper` decodes the last layer first, and yields
+      parts of layers, because it decodes the parameters around one residual segment at
+      a time.
 
     Raises:
-      ContainerError: if the file is damaged, or holds no model.
+      ContainerError: if the file is damaged, or if it does not hold a model.
     """
     if self.config is None:
       raise ContainerError('the file holds a PyTree, not a model')
@@ -197,14 +202,13 @@ class Reader:
       progress.Progress('decode', total, 'unit', show=show_progress) as bar,
       weights.unit_jobs() as start,
     ):
-      # One layer decodes while the caller has the layer before it.
-      ahead: collections.deque[futures.Future[Tree]] = collections.deque()
-      for index, name in enumerate([*names, None]):
-        if name is not None:
-          ahead.append(start(functools.partial(self._decode, name)))
-        if len(ahead) > (name is not None):
-          yield index - 1, ahead.popleft().result()
-          bar.update()
+      # One layer is decoded while the caller works on the layer before it.
+      jobs = (functools.partial(self._decode, name) for name in names)
+      ahead = collections.deque(start(job) for job in itertools.islice(jobs, 2))
+      for index in range(len(names)):
+        yield index, ahead.popleft().result()
+        ahead.extend(start(job) for job in itertools.islice(jobs, 1))
+        bar.update()
       params: Tree = {}
       for future in self._start_outer(outer, start):
         params |= future.result()
@@ -212,7 +216,7 @@ class Reader:
       yield None, params
 
   def dtypes(self) -> dict[str, np.dtype]:
-    """The dtype of every parameter of a model, by path."""
+    """Returns the dtype of every parameter of a model, by path."""
     found: dict[str, np.dtype] = {}
     for path, leaf, _ in self._leaves():
       found[path] = _dtype(leaf.dtype)
@@ -230,7 +234,7 @@ class Reader:
     return found
 
   def factors(self) -> dict[str, tuple[int, str]]:
-    """Rank and naming of the parameters that are stored as two factors, by path."""
+    """Returns rank and naming of the parameters stored as two factors, by path."""
     found: dict[str, tuple[int, str]] = {}
     for path, leaf, specs in self._leaves():
       kind = structured.KINDS.get(leaf.kind)
@@ -243,22 +247,22 @@ class Reader:
     return found
 
   def _leaves(self) -> Iterator[tuple[str, manifest_lib.Leaf, list[Any]]]:
-    """The path in the model, the entry and the arrays' specs of every leaf in units."""
+    """Yields the path, the entry and the specs of the arrays of every leaf in units."""
     for name, unit in self.units.items():
       prefix = f'{name}/' if _is_layer(name) else ''
       for leaf, specs in unit.leaf_specs():
         yield prefix + leaf.path, leaf, specs
 
   def buffers(self) -> dict[str, Any]:
-    """The tensors that take no part in the mathematics, by name."""
+    """Reads the tensors that the forward pass does not use; returns them by name."""
     name = manifest_lib.BUFFERS
     return self._decode(name)[name] if name in self._units else {}
 
   def files(self) -> dict[str, bytes]:
-    """The checkpoint's other files, byte for byte, by name.
+    """Reads the sidecar files of the checkpoint; returns their bytes by name.
 
     Raises:
-      ContainerError: if one is damaged.
+      ContainerError: if a file is damaged.
     """
     found = {}
     for file, own in zip(self._files, self.manifests, strict=True):
@@ -270,7 +274,7 @@ class Reader:
     return found
 
   def stream_bytes(self) -> int:
-    """Bytes of all streams but the manifests; the rest of the files is overhead."""
+    """Returns the bytes of all streams but the manifests. The rest is overhead."""
     return sum(
       file.nbytes(name)
       for file in self._files
@@ -286,7 +290,7 @@ class Reader:
     return self._units[name][1]
 
   def _outer_names(self) -> list[str]:
-    """The units outside the layers; those that need others come last."""
+    """Returns the units outside the layers. Units that need others come last."""
     assert self.config is not None
     names = models.outer_shapes(self.config)
     eager = lambda name: any(x.expanded is not None for x in self._entry(name).leaves)
@@ -308,30 +312,63 @@ class Reader:
           targets = []
           for leaf, specs in unit.leaf_specs():
             given = out.get(leaf.path)
-            new = () if given else (weights.empty(x.shape, x.dtype) for x in specs)
+            new = () if given else (host.empty(x.shape, x.dtype) for x in specs)
             targets += given or new
         arrays = iter(weights.decode(unit.coder, data, out=targets))
         for leaf in unit.leaves:
           parts = {key: next(arrays) for key in leaf.arrays}
           flat[leaf.path] = _leaf(name, leaf, parts)
+          if isinstance(flat[leaf.path], structured.Dependent):
+            self._check_needed(name, leaf, flat[leaf.path])
       except MemoryError:
         raise _too_large(name, unit.decoded_bytes) from None
       except ContainerError:
         raise
       except ValueError as error:
         raise ContainerError(f'{name}: {error}') from error
-    return structured.unflatten(flat)
+    return unit.tree(flat)
+
+  def _check_needed(
+    self, name: str, entry: manifest_lib.Leaf, leaf: structured.Dependent
+  ) -> None:
+    """Refuses a leaf that could not be expanded, before anything needs it to be."""
+    path = f'{name}/{entry.path}' if _is_layer(name) else entry.path
+    if self.config is not None and _is_layer(name):
+      raise ContainerError(f'{path}: parameters of a layer cannot depend on others')
+    if leaf.eager and entry.expanded is None:
+      raise ContainerError(f'{path}: the checksum of the expanded array is missing')
+    shapes = []
+    for needed in leaf.needs:
+      unit = self._units.get(needed.split('/')[0])
+      if unit is None:  # in another shard
+        return
+      found = {x.path: x for x in unit[1].leaves}
+      if needed not in found:
+        raise ContainerError(f'{path}: it needs {needed}, which is missing')
+      kind = structured.KINDS.get(found[needed].kind)
+      if kind is not None and issubclass(kind, structured.Dependent):
+        raise ContainerError(f'{path}: it needs {needed}, which depends on others')
+      shapes.append(found[needed].shape)
+    try:
+      leaf.check_needed(*shapes)
+    except ValueError as error:
+      raise ContainerError(f'{path}: {error}') from error
 
   def _start_outer(
     self, names: Sequence[str], start: weights.Start
   ) -> 'list[futures.Future[Tree]]':
-    """Starts to decode units outside the layers, with what they need first."""
+    """Starts to decode the units outside the layers; `names` is in a valid order."""
     decoded = {name: start(functools.partial(self._decode, name)) for name in names}
     other = lambda name: decoded[name].result() if name in decoded else {}
     return [start(functools.partial(self._expanded, name, other)) for name in names]
 
   def _expanded(self, name: str, decoded: Callable[[str], Tree]) -> Tree:
-    """A unit with arrays for leaves that nothing can be computed with."""
+    """Replaces the eager dependent leaves of a unit by the arrays they stand for.
+
+    Args:
+      name: name of the unit.
+      decoded: takes the name of a unit; returns its decoded leaves.
+    """
     flat = structured.flatten(decoded(name))
     for entry in self._entry(name).leaves:
       if entry.expanded is None:
@@ -339,7 +376,7 @@ class Reader:
       path = f'{name}/{entry.path}' if _is_layer(name) else entry.path
       leaf = flat[entry.path]
       if not isinstance(leaf, structured.Dependent):
-        raise ContainerError(f'{path}: the leaf stands for itself')
+        raise ContainerError(f'{path}: the leaf does not depend on other parameters')
       needed = []
       for other in leaf.needs:
         found = structured.flatten(decoded(other.split('/')[0]))
@@ -351,9 +388,9 @@ class Reader:
       except ValueError as error:
         raise ContainerError(f'{path}: {error}') from error
       if zlib_ng.crc32(np.ascontiguousarray(array).view(np.uint8)) != entry.expanded:
-        raise ContainerError(f'{path}: decoded numbers differ from the encoded')
+        raise ContainerError(f'{path}: decoded numbers differ from the encoded numbers')
       flat[entry.path] = array
-    return structured.unflatten(flat)
+    return self._entry(name).tree(flat)
 
   def _tree(self, show_progress: bool) -> Tree:
     with (
@@ -369,7 +406,7 @@ class Reader:
   def _start_stack(
     self, indices: Sequence[int], place: Place | None, start: weights.Start
   ) -> '_Stack':
-    """Starts to decode layers that share a stack, into their places in it."""
+    """Starts to decode the layers of a group, into their places in the stack."""
     entry = self._entry(f'layers.{indices[0]}')
     count = len(indices)
     wanted = range(count)
@@ -382,11 +419,10 @@ class Reader:
     stacks = {}
     for leaf, own in entry.leaf_specs():
       shapes = [x.shape for x in own]
-      # Leaves of one kind may be stored in arrays of several shapes.
+      # Equal leaves may be stored as arrays of different shapes. Such arrays are not
+      # decoded into a stack.
       if all([x.shape for x in other[leaf.path]] == shapes for other in specs):
-        stacks[leaf.path] = [
-          weights.empty((len(wanted), *x.shape), x.dtype) for x in own
-        ]
+        stacks[leaf.path] = [host.empty((len(wanted), *x.shape), x.dtype) for x in own]
     layers = [
       start(
         functools.partial(
@@ -403,13 +439,13 @@ class Reader:
   # ---- the preset paper -------------------------------------------------------------
 
   def message_arrays(self, *, show_progress: bool) -> Iterator[tuple[str, np.ndarray]]:
-    """The parameters of a model on one message, the last segment's first."""
+    """Yields the parameters of a model on one message, the last segment's first."""
     from rotbits_jax import paper  # its linear algebra is slow to import
 
     file, own = self._files[0], self.manifests[0]
     message, config = own.message, own.config
     if message is None or config is None:
-      raise ContainerError('the file has no message of bits-back coding')
+      raise ContainerError('the file does not hold a message of bits-back coding')
     with file.errors():
       _check_memory('message', 4 * _most_numbers(config))
       streams = {}
@@ -417,7 +453,7 @@ class Reader:
         data: Any = file.checked(stream.name, stream.nbytes, stream.crc32)
         if stream.name != 'tables':
           if data.size % 2:
-            raise ContainerError(f'{stream.name}: half a word is left')
+            raise ContainerError(f'{stream.name}: the number of bytes must be even')
           data = data.view('<u2')
         streams[stream.name] = data
       try:
@@ -456,7 +492,7 @@ class Reader:
 def _shards(
   source: container.Readable,
 ) -> tuple[list[container.Readable], dict[str, Any]]:
-  """The files of a source, and checksums of their manifests that an index has."""
+  """Returns the files of a source, and their manifests' checksums from the index."""
   if not isinstance(source, (str, os.PathLike)):
     return [source], {}
   path = pathlib.Path(source)
@@ -483,7 +519,7 @@ def _shards(
 
 
 def _manifest(file: container.StreamReader) -> manifest_lib.Manifest:
-  """The manifest of one file, checked against its header."""
+  """Reads the manifest of one file, and checks it against the header."""
   with file.errors():
     data = file.stream(container.MANIFEST)
     if zlib_ng.crc32(data) != file.manifest_crc32:
@@ -505,29 +541,29 @@ def _manifest(file: container.StreamReader) -> manifest_lib.Manifest:
 
 
 class _Stack(NamedTuple):
-  """Layers that are decoded into a stack.
+  """The layers of a group while they are decoded into a stack.
 
   Attributes:
-    wanted: those that this process needs.
-    count: how many layers the whole stack has.
-    layers: the layers that are wanted.
-    plain: the stacked arrays that stand for themselves, by path.
+    wanted: places of the layers that this process needs.
+    total: number of layers of the whole stack.
+    layers: the layers that this process needs.
+    plain: the stacked plain arrays, by path.
   """
 
   wanted: range
-  count: int
+  total: int
   layers: 'list[futures.Future[Tree]]'
   plain: dict[str, np.ndarray]
 
   def result(self, bar: progress.Progress) -> Tree:
-    """The layers that are wanted, stacked."""
+    """Waits for the layers, and returns them stacked."""
     others: dict[str, list[Any]] = {}
     for layer in self.layers:
       for path, leaf in structured.flatten(layer.result()).items():
         if path not in self.plain:
           others.setdefault(path, []).append(leaf)
       bar.update()
-    bar.update(self.count - len(self.layers))
+    bar.update(self.total - len(self.layers))
     stacked = self.plain | {
       path: type(leaves[0]).stack(leaves) for path, leaves in others.items()
     }
@@ -579,19 +615,19 @@ def _leaf(name: str, leaf: manifest_lib.Leaf, parts: dict[str, np.ndarray]) -> A
   except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
     raise ContainerError(f'{name}/{leaf.path}: {error}') from error
   if not same:
-    raise ContainerError(f'{name}/{leaf.path}: the leaf is not what the manifest says')
+    raise ContainerError(f'{name}/{leaf.path}: the leaf differs from the manifest')
   return found
 
 
 def _inflate(name: str, data: bytes, size: int) -> bytes:
-  """What zlib packed, if it is as long as the manifest says."""
+  """Inflates a zlib stream, and checks that its content has `size` bytes."""
   unpacker = zlib.decompressobj()
   try:
     content = unpacker.decompress(data, size + 1)
   except zlib.error as error:
     raise ContainerError(f'{name}: {error}') from error
   if len(content) != size or not unpacker.eof or unpacker.unused_data:
-    raise ContainerError(f'{name}: the file has another length than the manifest says')
+    raise ContainerError(f'{name}: the file must have {size} bytes by the manifest')
   return content
 
 
@@ -611,7 +647,7 @@ def _sharding(place: Place, path: str, shape: tuple[int, ...]) -> jax.sharding.S
 
 
 def _placed(tree: Tree, place: Place | None) -> Tree:
-  """Arrays on devices; a leaf's arrays are asked for by the leaf's path."""
+  """Puts arrays on devices; the arrays of a leaf have the sharding of its path."""
   if place is None:
     return tree
   flat = {}
@@ -622,7 +658,7 @@ def _placed(tree: Tree, place: Place | None) -> Tree:
 
 
 def _local_layers(place: Place, entry: manifest_lib.Unit, count: int) -> range:
-  """The layers of a stack that devices of this process get."""
+  """Returns the range of layers in a stack that devices of this process get."""
   first, last = count, 0
   for leaf, specs in entry.leaf_specs():
     for spec in specs:
@@ -635,15 +671,15 @@ def _local_layers(place: Place, entry: manifest_lib.Unit, count: int) -> range:
 
 
 def _placed_stack(tree: Tree, place: Place | None, layers: _Stack) -> models.Params:
-  """Stacks of which this process holds some layers, on devices."""
+  """Puts stacks on devices, of which this process may hold only some layers."""
   if place is None:
     return tree
 
   def put(path: str, stack: Any) -> jax.Array:
-    shape = (layers.count, *stack.shape[1:])
+    shape = (layers.total, *stack.shape[1:])
 
     def part(index: Any) -> Any:
-      start, stop, _ = index[0].indices(layers.count)
+      start, stop, _ = index[0].indices(layers.total)
       rows = slice(start - layers.wanted.start, stop - layers.wanted.start)
       return np.asarray(stack)[(rows, *index[1:])]
 

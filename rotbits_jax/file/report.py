@@ -1,4 +1,4 @@
-"""What a file holds and what each step of the encoder saved, to the byte."""
+"""The report on a file: what each step of the encoder saved, to the byte."""
 
 from typing import Any, NamedTuple
 
@@ -8,7 +8,7 @@ from rotbits_jax.symmetries import transform
 
 
 class Source(NamedTuple):
-  """One line of the report; lines add up to the whole saving."""
+  """A line of the report. All lines add up to the whole saving."""
 
   name: str
   numbers_saved: int
@@ -16,17 +16,18 @@ class Source(NamedTuple):
 
 
 class Report(NamedTuple):
-  """What is in a file.
+  """The content of a file in figures.
 
   Attributes:
-    preset: that it was encoded with.
-    family: of the model; None for a PyTree of arrays.
-    input_numbers: numbers of the input's tensors.
-    stored_numbers: numbers that the file keeps.
-    input_bytes: bytes of the input's tensors.
+    preset: name of the preset with which the file was encoded.
+    family: family of the model; None for a PyTree of arrays.
+    input_numbers: number of numbers in the tensors of the input.
+    stored_numbers: number of numbers that the file stores.
+    input_bytes: number of bytes of the tensors of the input.
     file_bytes: size of the file.
-    sources: where the difference comes from.
-    notes: what each transform did where, by the transform's name.
+    sources: the sources of the difference between the sizes.
+    notes: the notes of each transform, by its name. A note tells what the transform did
+      to a tensor.
   """
 
   preset: str
@@ -39,7 +40,7 @@ class Report(NamedTuple):
   notes: dict[str, list[dict[str, Any]]]
 
   def to_json(self) -> dict[str, Any]:
-    """The report as JSON values."""
+    """Returns the report as JSON values."""
     return {
       'preset': self.preset,
       'family': self.family,
@@ -49,7 +50,7 @@ class Report(NamedTuple):
     }
 
   def to_text(self) -> str:
-    """The report as a table for people."""
+    """Returns the report as a table for people."""
     share = lambda n, whole: f'{100 * n / whole:7.2f}%' if whole else ''
     lines = [
       f'preset {self.preset}' + (f', family {self.family}' if self.family else ''),
@@ -71,7 +72,7 @@ class Report(NamedTuple):
 
 
 def from_reader(reader: reader_lib.Reader) -> Report:
-  """The report of an opened file, or of all its shards."""
+  """Makes the report on an opened file, or on all its shards."""
   holders: list[Any] = []
   for own in reader.manifests:
     holders += own.units if own.message is None else [*own.units, own.message]
@@ -109,7 +110,7 @@ def from_reader(reader: reader_lib.Reader) -> Report:
 
 
 def _table(name: str, notes: list[dict[str, Any]]) -> list[str]:
-  """Notes with the same keys as columns."""
+  """Formats notes as a table; the keys of the first note are the columns."""
   header = list(notes[0])
   rows = [header] + [[_cell(note.get(key)) for key in header] for note in notes]
   widths = [max(len(row[i]) for row in rows) for i in range(len(header))]

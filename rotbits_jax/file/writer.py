@@ -1,13 +1,14 @@
-"""Writes a model, a unit at a time, to one file or to shards.
+"""The writer of files: writes a model to one file or to shards, one unit at a time.
 
     for units, state in symmetries.rewrite(context, preset.transform):
       for unit in units:
-        writer.add(unit)          # coded, appended, and noted in a journal
+        writer.add(unit)          # codes the unit and appends it
 
-A hidden folder beside the output, `.<name>.partial`, holds all that is written until
-it is complete. Then it is moved into place, see `outputs`. A run that was killed leaves
-the folder, and the next one with the same input and settings goes on behind the last
-unit in it.
+A unit is a part of a model that decodes on its own; a shard is a file with some of the
+units. A hidden folder beside the output, `.<name>.partial`, holds the files until they
+are complete. Then they are moved into place, see `outputs`. A journal in the folder
+lists the units that are written. If a run is killed, the folder stays, and the next run
+with the same input and settings continues after the last unit in it.
 """
 
 from collections.abc import Mapping, Sequence
@@ -34,14 +35,16 @@ from rotbits_jax.file import fields
 from rotbits_jax.file import manifest as manifest_lib
 from rotbits_jax.symmetries import transform
 
+DTYPE = 'dtype'  # the option with the dtype of a checkpoint whose file is float32
+
 
 class Summary(NamedTuple):
-  """What every file or shard says of the whole.
+  """Facts about the whole model, which every file or shard contains.
 
   Attributes:
-    preset: how the model is coded.
-    config: of the model; None for a PyTree of arrays.
-    stem: the checkpoint's name, for writing it in its own format.
+    preset: the preset with which the model is coded.
+    config: config of the model; None for a PyTree of arrays.
+    stem: name of the weights and of the slicing JSON in a checkpoint of SliceGPT.
   """
 
   preset: presets.Preset
@@ -50,14 +53,14 @@ class Summary(NamedTuple):
 
 
 class Sizes(NamedTuple):
-  """What a unit had before it was rewritten."""
+  """Numbers and bytes of a unit before it was rewritten."""
 
   numbers: int
   bytes: int
 
 
 class FileWriter:
-  """One container: a whole model, or a shard of one."""
+  """Writes one container: a whole model, or a shard of one."""
 
   def __init__(
     self,
@@ -102,10 +105,10 @@ class FileWriter:
     Args:
       unit: the unit.
       sizes: see `Sizes`.
-      beside: the other parameters that a leaf of the unit may need.
+      beside: the parameters that dependent leaves of the unit need.
 
     Returns:
-      Its entry in the manifest.
+      The entry of the unit in the manifest.
     """
     entry, data = encode_unit(unit, sizes, beside, self._summary)
     nbytes, crc = self._streams.append(unit.name, [data])
@@ -114,7 +117,10 @@ class FileWriter:
     return entry
 
   def keep(self, entry: manifest_lib.Unit) -> bool:
-    """Takes over a unit that an earlier run has written, if it is undamaged."""
+    """Takes over a unit that an earlier run wrote, and returns True.
+
+    If the unit is damaged, cuts it off and returns False.
+    """
     begin = self._streams.start + sum(unit.nbytes for unit in self._units)
     self._file.seek(begin)
     if zlib_ng.crc32(self._file.read(entry.nbytes)) != entry.crc32:
@@ -126,11 +132,11 @@ class FileWriter:
     return True
 
   def extend(self, name: str, part: np.ndarray) -> None:
-    """Appends a piece of a part of a message of bits-back coding."""
+    """Appends a piece to a stream that is not a unit."""
     self._streams.extend(name, part)
 
   def close(self, name: str) -> manifest_lib.Stream:
-    """Ends a part of a message."""
+    """Ends a stream that is not a unit; returns its entry in the manifest."""
     nbytes, crc = self._streams.close(name)
     return manifest_lib.Stream(name=name, nbytes=nbytes, crc32=crc)
 
@@ -166,7 +172,18 @@ class FileWriter:
 def encode_unit(
   unit: transform.Unit, sizes: Sizes, beside: models.Params, summary: Summary
 ) -> tuple[manifest_lib.Unit, np.ndarray]:
-  """A unit's entry in the manifest, without the stream's checksum, and the stream."""
+  """Codes a unit.
+
+  Args:
+    unit: the unit.
+    sizes: see `Sizes`.
+    beside: the parameters that dependent leaves of the unit need.
+    summary: facts about the model.
+
+  Returns:
+    The entry of the unit in the manifest, without the checksum of the stream; and the
+    stream.
+  """
   neurons: dict[str, int] = {}
   config, is_layer = summary.config, manifest_lib.layer_index(unit.name) is not None
   if summary.preset.order_neurons and config is not None and is_layer:
@@ -174,7 +191,7 @@ def encode_unit(
     neurons = models.layout.neuron_axes(config) if valid else {}
   flat = structured.flatten(unit.params)
   if any(structured.is_structured(flat.get(path)) for path in neurons):
-    neurons = {}  # its neurons have their places
+    neurons = {}  # neurons of a structured leaf cannot be reordered
   leaves: list[manifest_lib.Leaf] = []
   arrays: list[np.ndarray] = []
   exchangeable: dict[int, int] = {}
@@ -202,15 +219,16 @@ def encode_unit(
     input_bytes=sizes.bytes,
     savings=tuple(unit.savings),
     order_bits=round(float(encoded.order_bits), 1),
+    empty=tuple(structured.empty_dicts(unit.params)),
   )
   return entry_of_unit, encoded.data
 
 
-# ---- a file, or shards, that are complete or not there -------------------------------
+# ---- complete files ------------------------------------------------------------------
 
 
 class Shard(NamedTuple):
-  """A part of the output: the name of its file, and the units in it."""
+  """A file of the output: its name, and the names of the units in it."""
 
   name: str
   units: tuple[str, ...]
@@ -221,14 +239,14 @@ def plan_shards(
 ) -> list[Shard]:
   """Divides units among files.
 
-  The plan depends on the sizes before coding only, so that it is known from the start,
-  and no file exceeds the size, unless one unit does.
+  The plan depends only on the sizes before coding, so it is known from the start. No
+  file exceeds `shard_size`, unless a single unit does.
 
   Args:
-    path: of the output.
+    path: path of the output.
     sizes: bytes of each unit before coding, in order.
-    shard_size: bytes of a shard, at most; None for no limit.
-    least: how many shards there must be, if there are units enough.
+    shard_size: greatest size of a shard in bytes; None for no limit.
+    least: the least number of shards, if there are enough units.
 
   Returns:
     The shards, in order.
@@ -255,18 +273,18 @@ def plan_shards(
 
 
 def index_name(path: pathlib.Path) -> str:
-  """The index that lies beside the shards of an output."""
+  """Returns the name of the index that is written beside the shards of an output."""
   return f'{path.name}.index.json'
 
 
 def write_index(path: pathlib.Path, shards: Mapping[Shard, pathlib.Path]) -> None:
   """Writes the index of shards, with the checksum of each shard's manifest.
 
-  The checksums tell whether all shards are of one run.
+  The checksums show whether all shards were written by one run.
 
   Args:
-    path: of the index.
-    shards: where the file of each shard is now.
+    path: path of the index.
+    shards: the current path of each shard's file.
   """
   metadata = {
     'total_size': sum(file.stat().st_size for file in shards.values()),
@@ -281,24 +299,25 @@ def write_index(path: pathlib.Path, shards: Mapping[Shard, pathlib.Path]) -> Non
 
 
 class Workspace:
-  """The hidden folder in which a run writes, and in which the next one finds it.
+  """The hidden folder in which a run writes, so that the next run can resume it.
 
-  The class is a context manager. It removes the folder in the end, unless the run is
-  interrupted and the next one can resume it.
+  The class is a context manager. It removes the folder at the end, unless the run is
+  interrupted and the next run can resume it.
 
   Attributes:
-    done: entries of the units that an earlier run has written, by shard.
-    state: leaves of the transform's state behind these, or None.
+    done: for each unit that is written, the name of its shard and its entry.
+    state: leaves of the transform's state after these units; None if unknown.
   """
 
   def __init__(self, output: pathlib.Path, process: int, fingerprint: str | None):
     """Names the folder.
 
     Args:
-      output: the path of the file to write.
-      process: number of this process; each writes in a part of the folder.
-      fingerprint: of the input and the settings; what was written with another one is
-        removed. None for input that cannot be told apart: nothing is taken over.
+      output: path of the output.
+      process: index of this process. Each process writes in a part of the folder.
+      fingerprint: a hash of the input and the settings. Units that were written with
+        another fingerprint are removed. None if the input has no fingerprint; then no
+        units are taken over.
     """
     self._root = outputs.staging(output)
     self._process, self._folder = process, self._root / f'process-{process}'
@@ -308,10 +327,10 @@ class Workspace:
     self.state: list[np.ndarray] | None = None
 
   def __enter__(self) -> Self:
-    """Makes the folder, or takes over what is in it.
+    """Makes the folder, or takes over the units in it.
 
     Raises:
-      OSError: if the folder cannot be written, or another process writes in it.
+      OSError: if the folder cannot be written, or if another process writes in it.
     """
     if self._root.is_symlink():  # it may lead anywhere
       raise FileExistsError(f'{self._root}: is a symbolic link; remove it')
@@ -327,11 +346,12 @@ class Workspace:
     return self
 
   def __exit__(self, kind: type[BaseException] | None, *unused: object) -> None:
-    """Removes the folder, or leaves it to the next run."""
+    """Removes the folder, or keeps it for the next run."""
     interrupted = kind is not None and not issubclass(kind, Exception)
     with self._stack:
       if not (interrupted and self.done and self._fingerprint):
-        # What more processes than now have left goes with the folder of the first.
+        # An earlier run may have had more processes. The first process removes all
+        # parts of the folder.
         first = kind is None and not self._process
         shutil.rmtree(self._root if first else self._folder, ignore_errors=True)
 
@@ -340,13 +360,13 @@ class Workspace:
       self._root.rmdir()
 
   def open(self, shard: Shard) -> BinaryIO:
-    """A shard's file, for reading and writing from its start."""
+    """Opens a shard's file for reading and writing, at its start."""
     path = self._folder / shard.name
     path.touch()
     return path.open('r+b')
 
   def path(self, name: str, *, process: int | None = None) -> pathlib.Path:
-    """Where a file of this process, or of another one, lies until all is done."""
+    """Returns the path of a file in the folder of this process, or of another one."""
     folder = self._folder if process is None else self._root / f'process-{process}'
     return folder / name
 
@@ -355,7 +375,12 @@ class Workspace:
     entries: Mapping[Shard, Sequence[manifest_lib.Unit]],
     state: transform.State,
   ) -> None:
-    """Notes that units are written, and the state behind them."""
+    """Records in the journal that units are written, and the state after them.
+
+    Args:
+      entries: the entries of the units, by shard.
+      state: the state of the transform after these units.
+    """
     leaves = [np.asarray(x) for x in jax.tree.leaves(state)]
     before = len(self.done)
     self.done += [(shard.name, x) for shard, own in entries.items() for x in own]
@@ -367,17 +392,20 @@ class Workspace:
     (self._folder / f'state-{before}.npz').unlink(missing_ok=True)
 
   def forget(self, count: int) -> None:
-    """Takes back all but the first units, because a later one is damaged."""
+    """Forgets all but the first `count` units, because a later one is damaged."""
     self.done, self.state = self.done[:count], None
     self._keep_lines(count)
 
   def _keep_lines(self, count: int) -> None:
-    """Cuts the journal behind the first units."""
+    """Cuts off the journal after the first `count` units."""
     head = self._journal.read_text().splitlines()[: count + 1]
     self._journal.write_text(''.join(f'{line}\n' for line in head))
 
   def _read(self, fingerprint: str) -> bool:
-    """Reads the journal of an earlier run; False if there is none of this input."""
+    """Reads the journal of an earlier run.
+
+    Returns False if there is no journal with this fingerprint.
+    """
     try:
       lines = self._journal.read_text().splitlines()
       if json.loads(lines[0]) != {'fingerprint': fingerprint}:
@@ -388,11 +416,12 @@ class Workspace:
       try:
         name, entry = json.loads(line)
         self.done.append((name, manifest_lib.Unit.from_json(entry)))
-      except (ValueError, TypeError):  # the line that was being written
+      except (ValueError, TypeError):  # the run was killed while it wrote this line
         break
     self._keep_lines(len(self.done))  # the next line must not follow half a line
     state = self._folder / f'state-{len(self.done)}.npz'
-    # After a crash of the machine it may be cut short; its numbers have checksums.
+    # The file may be cut short after a crash of the machine. NumPy then raises one of
+    # these errors, because its numbers have checksums.
     damaged = (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile, zlib.error)
     with contextlib.suppress(*damaged), np.load(state) as arrays:
       self.state = [arrays[f'arr_{i}'] for i in range(len(arrays.files))]

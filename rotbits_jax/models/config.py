@@ -216,14 +216,14 @@ def _checked(cls: Any, given: Mapping[str, Any]) -> dict[str, Any]:
   unknown = sorted(set(given) - set(known))
   if unknown:
     raise ValueError(f'the field {unknown[0][:40]!r} is unknown')
-  found: dict[str, Any] = {}
+  found, kinds = dict[str, Any](), typing.get_type_hints(cls)
   for name, field in known.items():
     if name not in given:
       if field.default is dataclasses.MISSING:
         raise ValueError(f'the field {name!r} is missing')
       found[name] = field.default
       continue
-    found[name] = _typed(name, typing.get_type_hints(cls)[name], given[name])
+    found[name] = _typed(name, kinds[name], given[name])
   return found
 
 

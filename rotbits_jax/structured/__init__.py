@@ -20,6 +20,7 @@ from rotbits_jax.structured.base import Structured
 from rotbits_jax.structured.base import astype
 from rotbits_jax.structured.base import count_bytes
 from rotbits_jax.structured.base import count_numbers
+from rotbits_jax.structured.base import empty_dicts
 from rotbits_jax.structured.base import flatten
 from rotbits_jax.structured.base import is_plain
 from rotbits_jax.structured.base import is_structured
@@ -43,7 +44,6 @@ from rotbits_jax.structured.triangles import RowTrapezoids
 from rotbits_jax.structured.triangles import Trapezoidal
 from rotbits_jax.structured.triangles import lower_size
 from rotbits_jax.structured.triangles import pack_lower
-from rotbits_jax.structured.triangles import unpack
 from rotbits_jax.structured.triangles import unpack_lower
 
 __all__ = [
@@ -67,6 +67,7 @@ __all__ = [
   'astype',
   'count_bytes',
   'count_numbers',
+  'empty_dicts',
   'flatten',
   'is_plain',
   'is_structured',
@@ -76,6 +77,5 @@ __all__ = [
   'register',
   'stack_key',
   'unflatten',
-  'unpack',
   'unpack_lower',
 ]

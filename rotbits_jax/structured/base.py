@@ -6,12 +6,14 @@ structured leaf that stands for an array only together with other parameters.
 """
 
 import abc
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from rotbits_jax import host
 
 Settings = dict[str, Any]  # JSON values
 Arrays = dict[str, np.ndarray]
@@ -51,12 +53,16 @@ class Structured(abc.ABC):
     """Stacks unstacked leaves with equal `structured.stack_key`: inverse of `layer`."""
     return jax.tree.map(_stack, *leaves)
 
-  def astype(self, dtype: Any) -> Self:
-    """Returns the leaf with its floating-point numbers in another dtype.
+  def map_numbers(self, function: Callable[[Any], Any]) -> Self:
+    """Applies a function to each array of floating-point numbers, such as a rounding.
 
-    A leaf whose numbers must keep their dtype overrides this method.
+    A leaf whose numbers must stay as they are overrides this method.
     """
-    return jax.tree.map(lambda x: _astype(x, dtype), self)
+    return jax.tree.map(lambda x: function(x) if is_plain(x) else x, self)
+
+  def astype(self, dtype: Any) -> Self:
+    """Returns the leaf with its floating-point numbers in another dtype."""
+    return self.map_numbers(lambda x: _astype(x, dtype))
 
   def stored_sizes(self) -> list[tuple[np.dtype, int]]:
     """Returns the dtype and the size of each array of `stored`, without computing them.
@@ -105,6 +111,13 @@ class Dependent(Structured):
   @abc.abstractmethod
   def expand(self, *needed: Any) -> Any:
     """Returns the array that the leaf stands for, given the arrays that it needs."""
+
+  def check_needed(self, *shapes: tuple[int, ...]) -> None:
+    """Checks the shapes of the arrays that the leaf needs.
+
+    Raises:
+      ValueError: if `expand` cannot take arrays of these shapes.
+    """
 
   def rows(self, *needed_and_indices: Any) -> jax.Array:
     """Returns rows of that array in float32.
@@ -202,6 +215,15 @@ def flatten(tree: Mapping[str, Any]) -> dict[str, Any]:
   return found
 
 
+def empty_dicts(tree: Mapping[str, Any]) -> list[str]:
+  """Returns the paths of the dicts that are empty, which `flatten` leaves out."""
+  found = []
+  for key, value in tree.items():
+    if isinstance(value, Mapping):
+      found += [f'{key}/{path}' for path in empty_dicts(value)] if value else [key]
+  return found
+
+
 def unflatten(flat: Mapping[str, Any] | Iterable[tuple[str, Any]]) -> dict[str, Any]:
   """Makes nested dicts from leaves by path: the inverse of `flatten`.
 
@@ -250,7 +272,8 @@ def _stack(*arrays: Any) -> Any:
   ):
     strides = first.nbytes, *first.strides
     return np.lib.stride_tricks.as_strided(first, (len(arrays), *first.shape), strides)
-  return np.stack(arrays)
+  stacked = host.empty((len(arrays), *first.shape), first.dtype)
+  return np.stack(arrays, out=stacked)
 
 
 def _astype(array: Any, dtype: Any) -> Any:

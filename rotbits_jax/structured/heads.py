@@ -82,7 +82,8 @@ class HeadColumns(Structured):
   @classmethod
   def from_stored(cls, settings: Settings, arrays: Arrays) -> 'HeadColumns':
     given = Stored(settings, arrays)
-    heads, (turned, rest) = given.size('heads'), given.alike('turned', 'rest', axes=2)
+    heads = given.size('heads')
+    turned, rest = given.array('turned', 2), given.array('rest', 2)
     given.finish()
     whole = heads > 0 and not turned.shape[1] % heads and not rest.shape[1] % heads
     if not whole or turned.shape[0] != rest.shape[0] + rest.shape[1] // heads:
@@ -148,7 +149,11 @@ class HeadPlanes(Structured):
   @classmethod
   def from_stored(cls, settings: Settings, arrays: Arrays) -> 'HeadPlanes':
     given = Stored(settings, arrays)
-    h, (below, top) = given.size('head_dim'), given.alike('below', 'top', axes=2)
+    h, below, top = (
+      given.size('head_dim'),
+      given.array('below', 2),
+      given.array('top', 2),
+    )
     given.finish()
     groups, known = top.shape
     whole = h > 0 and groups > 0 and not below.shape[1] % (groups * h)
@@ -213,10 +218,8 @@ class HeadRows(Structured):
   @classmethod
   def from_stored(cls, settings: Settings, arrays: Arrays) -> 'HeadRows':
     given = Stored(settings, arrays)
-    groups, (first, others) = (
-      given.size('groups'),
-      given.alike('first', 'others', axes=2),
-    )
+    groups = given.size('groups')
+    first, others = given.array('first', 2), given.array('others', 2)
     given.finish()
     h = others.shape[1] - first.shape[1]
     if (

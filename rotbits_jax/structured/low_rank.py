@@ -157,7 +157,7 @@ class LowRank(FactorPair):
   @classmethod
   def from_stored(cls, settings: Settings, arrays: Arrays) -> 'LowRank':
     given = Stored(settings, arrays)
-    (u, v), names = given.alike('u', 'v', axes=2), given.text('names')
+    u, v, names = given.array('u', 2), given.array('v', 2), given.text('names')
     given.finish()
     if u.shape[1] != v.shape[0]:
       raise ValueError(
@@ -277,7 +277,7 @@ class ReducedLowRank(FactorPair):
   @classmethod
   def from_stored(cls, settings: Settings, arrays: Arrays) -> 'ReducedLowRank':
     given = Stored(settings, arrays)
-    below, other = given.alike('below', 'other', axes=2)
+    below, other = given.array('below', 2), given.array('other', 2)
     transposed, names = given.flag('transposed'), given.text('names')
     given.finish()
     if below.shape[1] != other.shape[0]:

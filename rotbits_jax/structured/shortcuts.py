@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rotbits_jax import host
 from rotbits_jax.structured.base import Arrays
 from rotbits_jax.structured.base import Settings
 from rotbits_jax.structured.base import Structured
@@ -100,9 +101,14 @@ class IdentityMinusGram(Structured):
   @classmethod
   def stack(cls, leaves: list['IdentityMinusGram']) -> 'IdentityMinusGram':
     def padded(factors: list[Any]) -> Any:
-      width = max(f.shape[-1] for f in factors)
-      xp = np if isinstance(factors[0], np.ndarray) else jnp
-      return xp.stack([xp.pad(f, ((0, 0), (0, width - f.shape[-1]))) for f in factors])
+      (rows, _), width = factors[0].shape, max(f.shape[-1] for f in factors)
+      if not isinstance(factors[0], np.ndarray):
+        pad = lambda f: jnp.pad(f, ((0, 0), (0, width - f.shape[-1])))
+        return jnp.stack([pad(f) for f in factors])
+      stack = host.empty((len(factors), rows, width), factors[0].dtype)
+      for out, factor in zip(stack, factors, strict=True):
+        out[:, : factor.shape[-1]], out[:, factor.shape[-1] :] = factor, 0
+      return stack
 
     return cls(
       b=padded([leaf.b for leaf in leaves]),
@@ -131,7 +137,7 @@ class IdentityMinusGram(Structured):
         f'B and C must have equally many rows, got {b_shape} and {c_shape}'
       )
     columns = given.size('columns', b_shape[0])
-    b, c = given.alike('b', 'c', axes=1)
+    b, c = given.array('b', 1), given.array('c', 1)
     given.finish()
     return cls(unpack_lower(b, b_shape), unpack_lower(c, c_shape), columns)
 

@@ -82,14 +82,6 @@ class Stored:
       )
     return found
 
-  def alike(self, *names: str, axes: int) -> list[np.ndarray]:
-    """Arrays of one dtype."""
-    found = [self.array(name, axes) for name in names]
-    dtypes = sorted({x.dtype.name for x in found})
-    if len(dtypes) > 1:
-      raise ValueError(f'the arrays {", ".join(names)} are of dtypes {dtypes}')
-    return found
-
   def __contains__(self, name: str) -> bool:
     """Whether an array is there, and not yet taken."""
     return name in self._arrays

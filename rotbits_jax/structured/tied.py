@@ -1,22 +1,25 @@
 """Leaves for a token embedding that is a linear image of the head.
 
-Let V be the number of tokens, d the width of the embedding, and D that of the head. The
-head has the kernel `[D, V]`. The embedding `[V, d]` is tied to the head if it is
-`head^T @ T` for a small matrix T `[D, d]`. A tied embedding is stored as T, which has
-far fewer numbers. `symmetries.tied` finds T.
+Let V be the number of tokens, d the width of the embedding, and D the width of the
+head's input. The kernel of the head is `[D, V]`. The embedding `[V, d]` is tied to the
+head if it is `head^T @ T` for a small matrix T `[D, d]`. A tied embedding is stored as
+T, which has far fewer numbers. `symmetries.tied` finds T.
 
 Both leaves are dependent: they stand for the embedding only together with the head.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+import contextlib
+import functools
 import math
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 from flax import struct
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rotbits_jax import host
 from rotbits_jax.structured.base import Arrays
 from rotbits_jax.structured.base import Dependent
 from rotbits_jax.structured.base import Settings
@@ -48,6 +51,9 @@ class Tied(Dependent):
   def dtype(self) -> Any:
     return self.map.dtype
 
+  def check_needed(self, *shapes: tuple[int, ...]) -> None:
+    _check_head(self, *shapes)
+
   def expand(self, *needed: Any) -> jax.Array:
     (head,) = needed
     return self.rows(head, jnp.arange(self.tokens)).astype(self.dtype)
@@ -62,11 +68,6 @@ class Tied(Dependent):
       The rows, float32 `[..., d]`. The row of a token of V or more is NaN.
     """
     head, tokens = needed_and_indices
-    if head.shape != (len(self.map), self.tokens):
-      raise ValueError(
-        f'the embedding is tied to a head of shape {(len(self.map), self.tokens)}, '
-        f'got {head.shape=}'
-      )
     columns = jnp.asarray(head).at[:, tokens].get(mode='fill', fill_value=jnp.nan)
     columns = jnp.moveaxis(columns.astype(jnp.float32), 0, -1)
     return jnp.matmul(columns, self.map.astype(jnp.float32), precision='highest')
@@ -151,10 +152,12 @@ class TiedExactly(Dependent):
     )
     scale = 52 - math.frexp(bound)[1]
     shifts = (scale - exponents).astype(np.int16)
-    predicted = _predict(head, map, shifts, scale, table.dtype)
-    off = np.subtract(_ordinals(table), predicted, dtype=np.int32)
-    off = np.where(np.abs(off) < -_EXCEPTION, off, _EXCEPTION).astype(np.int8)
-    classes = _exponents(predicted, table.dtype)
+    off, classes = np.empty(table.shape, np.int8), np.empty(table.shape, np.uint8)
+    for part in _predict(head, map, shifts, scale, table.dtype, (0, 255)):
+      actual = _ordinals(table[part.tokens])
+      far = np.subtract(actual, part.ordinals, dtype=np.int32)
+      off[part.tokens] = np.where(np.abs(far) < -_EXCEPTION, far, _EXCEPTION)
+      classes[part.tokens] = part.classes
     first, last = _common(np.bincount(classes.reshape(-1)))
     classes = np.clip(classes, first, last)
     return cls(
@@ -175,9 +178,12 @@ class TiedExactly(Dependent):
   def dtype(self) -> Any:
     return self.exceptions.dtype
 
-  def astype(self, dtype: Any) -> 'TiedExactly':
+  def map_numbers(self, function: Callable[[Any], Any]) -> 'TiedExactly':
     """Returns the leaf unchanged, because it stands for bits of one dtype."""
     return self
+
+  def check_needed(self, *shapes: tuple[int, ...]) -> None:
+    _check_head(self, *shapes)
 
   def expand(self, *needed: Any) -> np.ndarray:
     """Returns the embedding `[V, d]`, bit for bit, given the head `[D, V]`.
@@ -186,21 +192,29 @@ class TiedExactly(Dependent):
       ValueError: if the leaf cannot have been made from this head.
     """
     head = np.asarray(*needed)
-    if head.shape != (len(self.map), self.tokens):
-      raise ValueError(
-        f'the embedding is tied to a head of shape {(len(self.map), self.tokens)}, '
-        f'got {head.shape=}'
-      )
-    ordinals = _predict(head, self.map, self.shifts, self.scale, self.dtype)
-    classes = _exponents(ordinals, self.dtype)
-    last = self.first + len(self.residuals) - 1
-    classes = np.clip(classes, self.first, last)
-    off = np.empty(self.shape, np.int8)
-    for c, residuals in enumerate(self.residuals, self.first):
-      _fill(off, classes == c, residuals)
-    ordinals += off
-    table = _numbers(ordinals, self.dtype)
-    _fill(table, off == _EXCEPTION, self.exceptions)
+    _check_head(self, head.shape)
+    table, count = host.empty(self.shape, self.dtype), len(self.residuals)
+    bounds = self.first, self.first + count - 1
+    residuals = [_Stream(x) for x in self.residuals]
+    exceptions = _Stream(self.exceptions)
+    for part in _predict(head, self.map, self.shifts, self.scale, self.dtype, bounds):
+      flat, of_all = table[part.tokens].reshape(-1), part.classes.reshape(-1)
+      ordinals = part.ordinals.reshape(-1)
+      for start in range(0, flat.size, _PIECE):
+        piece = slice(start, start + _PIECE)
+        classes = of_all[piece]
+        # A stable sort keeps the row-major order of the entries within each class.
+        order = np.argsort(classes, kind='stable')
+        counts = np.bincount(classes, minlength=count)
+        off = np.empty(order.size, np.int8)
+        off[order] = np.concatenate(
+          [x.take(n) for x, n in zip(residuals, counts.tolist(), strict=True)]
+        )
+        flat[piece] = _numbers(ordinals[piece] + off, self.dtype)
+        (odd,) = np.nonzero(off == _EXCEPTION)
+        flat[piece][odd] = exceptions.take(odd.size)
+    for stream in (*residuals, exceptions):
+      stream.finish()
     return table
 
   def stored_sizes(self) -> list[tuple[np.dtype, int]]:
@@ -262,8 +276,18 @@ class TiedExactly(Dependent):
     )
 
 
+def _check_head(leaf: 'Tied | TiedExactly', shape: tuple[int, ...]) -> None:
+  expected = len(leaf.map), leaf.tokens
+  if shape != expected:
+    raise ValueError(
+      f'the embedding is tied to a head of shape {expected}, got head.shape={shape}'
+    )
+
+
 _EXCEPTION = -128
 _EXACT_DTYPES = (np.dtype(np.float16), np.dtype(jnp.bfloat16))
+_TOKENS = 1024  # number of tokens in a block of P
+_PIECE = 1 << 15  # numbers that are expanded together, so few that a cache holds them
 
 
 def token_blocks(head: Any, numbers: int = 1 << 23) -> Iterator[slice]:
@@ -272,30 +296,163 @@ def token_blocks(head: Any, numbers: int = 1 << 23) -> Iterator[slice]:
   return (slice(i, i + step) for i in range(0, head.shape[1], step))
 
 
-def _predict(
-  head: np.ndarray, map: Any, shifts: Any, scale: int, dtype: Any
-) -> np.ndarray:
-  """Returns the ordinals of P, see `TiedExactly`: int16 `[V, d]`.
+class _Stream:
+  """An array whose values are taken in order."""
 
-  They are the same on every machine.
+  def __init__(self, values: Any):
+    self._values, self._next = np.asarray(values), 0
+
+  def take(self, count: int) -> np.ndarray:
+    """Returns the next values.
+
+    Raises:
+      ValueError: if too few values are left.
+    """
+    self._next += count
+    if self._next > self._values.size:
+      raise self._error()
+    return self._values[self._next - count : self._next]
+
+  def finish(self) -> None:
+    """Raises ValueError if values are left."""
+    if self._next != self._values.size:
+      raise self._error()
+
+  def _error(self) -> ValueError:
+    return ValueError(
+      f'an array of the tied embedding has {self._values.size} entries, which are '
+      'too many or too few'
+    )
+
+
+class _Prediction(NamedTuple):
+  """P for a block of n tokens, see `TiedExactly`.
+
+  Attributes:
+    tokens: the tokens.
+    ordinals: the ordinals of P, int16 `[n, d]`.
+    classes: the classes of P, uint8 `[n, d]`, counted from the least exponent.
+  """
+
+  tokens: slice
+  ordinals: np.ndarray
+  classes: np.ndarray
+
+
+def _predict(
+  head: np.ndarray,
+  map: Any,
+  shifts: Any,
+  scale: int,
+  dtype: np.dtype,
+  exponents: tuple[int, int],
+) -> Iterator[_Prediction]:
+  """Yields P in blocks of tokens. It is the same on every machine.
+
+  Args:
+    head: `[D, V]`.
+    map: int32 `[D, d]`.
+    shifts: int16 `[D]`.
+    scale: see `TiedExactly`.
+    dtype: dtype of the embedding.
+    exponents: the biased exponents of the first and the last class. Lower exponents
+      are in the first class, higher ones in the last.
 
   Raises:
     ValueError: if the sums are so large that float64 may round them.
   """
-  map = np.asarray(map, np.float64)
-  greatest = _greatest(map)
-  units = np.ldexp(1.0, np.asarray(shifts, np.int32))[:, None]
-  ordinals = np.empty((head.shape[1], map.shape[1]), np.int16)
-  for block in token_blocks(head, 1 << 20):  # small enough to stay in a cache
-    integers = np.rint(np.float64(head[:, block]) * units)
-    # This bounds the absolute value of every partial sum of the product below. The
-    # bound is a sum of integers that are not negative, so it is exact if it is below
-    # 2^53.
-    if not np.max(greatest @ np.abs(integers)) < 2.0**53:
+  count = head.shape[1]
+  step = max(min(_TOKENS, count), 1)
+  with _float64():
+    constants = (
+      jnp.asarray(np.ldexp(1.0, np.asarray(shifts, np.int32))),
+      jnp.asarray(map, jnp.float64),
+      jnp.asarray(_greatest(map)),
+      jnp.asarray(np.ldexp(1.0, -scale)),
+      jnp.asarray(exponents),
+    )
+
+  def begin(start: int) -> tuple[slice, int, Any]:
+    # All blocks have the same size, so that one program serves all. Therefore the last
+    # block overlaps the block before it.
+    first = min(start, count - step)
+    columns = np.ascontiguousarray(head[:, first : first + step])
+    with _float64():
+      made = _block(columns, *constants, dtype=dtype)
+    return slice(start, start + step), start - first, made
+
+  # JAX computes a block while the caller uses the block before it.
+  begun = [begin(start) for start in range(0, min(count, step), step)]
+  for start in range(step, count + step, step):
+    if start < count:
+      begun.append(begin(start))
+    tokens, skip, made = begun.pop(0)
+    ordinals, classes, bound = jax.device_get(made)
+    if not bound < 2.0**53:
       raise ValueError('the head is too large for the embedding that is tied to it')
-    product = integers.T @ map
-    ordinals[block] = _rounded(product * 2.0**-scale, dtype)
-  return ordinals
+    yield _Prediction(tokens, ordinals[skip:], classes[skip:])
+
+
+@contextlib.contextmanager
+def _float64() -> Iterator[None]:
+  """Makes JAX use float64, on the CPU."""
+  with jax.enable_x64(True), jax.default_device(host.device()):
+    yield
+
+
+@functools.partial(jax.jit, static_argnames='dtype')
+def _block(
+  columns: jax.Array,
+  units: jax.Array,
+  map: jax.Array,
+  greatest: jax.Array,
+  unit: jax.Array,
+  exponents: jax.Array,
+  *,
+  dtype: np.dtype,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Computes the ordinals and classes of a block of P, and a bound on its sums.
+
+  Args:
+    columns: columns of the head, `[D, n]`.
+    units: 2^shifts, float64 `[D]`.
+    map: float64 `[D, d]`.
+    greatest: the greatest absolute value in each row of the map, float64 `[D]`.
+    unit: 2^-scale, float64.
+    exponents: see `_predict`.
+    dtype: dtype of the embedding.
+
+  Returns:
+    The ordinals and the classes, `[n, d]`, and the bound.
+  """
+  integers = jnp.round(_exact(columns) * units[:, None])
+  # This bounds the absolute value of every partial sum of the product below. The
+  # bound is a sum of integers that are not negative, so it is exact if it is below
+  # 2^53.
+  bound = jnp.max(greatest @ jnp.abs(integers), initial=0.0)
+  product = jax.lax.dot_general(integers, map, (((0,), (0,)), ((), ())))
+  ordinals = _rounded(product * unit, dtype)
+  classes = jnp.clip(_exponents(ordinals, dtype), exponents[0], exponents[1])
+  return ordinals, (classes - exponents[0]).astype(jnp.uint8), bound
+
+
+def _exact(numbers: jax.Array) -> jax.Array:
+  """Converts floating-point numbers to float64 with integer arithmetic.
+
+  XLA's own conversion may replace subnormal numbers by zeros.
+  """
+  info = jnp.finfo(numbers.dtype)
+  if info.bits == 64:
+    return numbers
+  bits = jax.lax.bitcast_convert_type(numbers, f'int{info.bits}').astype(jnp.int64)
+  exponent = bits >> info.nmant & (1 << info.nexp) - 1
+  mantissa = bits & (1 << info.nmant) - 1
+  mantissa += jnp.where(exponent > 0, 1 << info.nmant, 0)
+  power = jnp.maximum(exponent, 1) + (info.minexp - 1 - info.nmant + 1023)
+  power = jax.lax.bitcast_convert_type(power << 52, jnp.float64)
+  finite = exponent < (1 << info.nexp) - 1
+  size = jnp.where(finite, mantissa.astype(jnp.float64) * power, jnp.nan)
+  return jnp.where(bits < 0, -size, size)
 
 
 def _greatest(map: Any) -> np.ndarray:
@@ -303,19 +460,19 @@ def _greatest(map: Any) -> np.ndarray:
   return np.abs(np.asarray(map, np.float64)).max(axis=1, initial=0)
 
 
-def _rounded(numbers: np.ndarray, dtype: Any) -> np.ndarray:
+def _rounded(numbers: jax.Array, dtype: np.dtype) -> jax.Array:
   """Rounds float64 numbers to a dtype of 16 bits and returns their ordinals."""
   info = jnp.finfo(dtype)
-  low = 52 - info.nmant
-  least = np.float64(info.smallest_normal)
-  size = np.abs(numbers)
+  low, least = 52 - info.nmant, float(info.smallest_normal)
+  size = jnp.abs(numbers)
   # The bits of a float64 number without the lowest `low` mantissa bits, minus those of
   # the least normal number, count the normal numbers of the dtype.
-  bits = np.maximum(size, least).view(np.int64)
-  normal = ((bits + (1 << (low - 1))) >> low) - (int(least.view(np.int64)) >> low)
-  subnormal = np.rint(np.minimum(size, least) * (2.0**info.nmant / least))
-  ordinals = np.minimum(normal + subnormal.astype(np.int64), 0x7FFF).astype(np.int16)
-  return ordinals ^ -(numbers < 0).astype(np.int16)
+  bits = jax.lax.bitcast_convert_type(jnp.maximum(size, least), jnp.int64)
+  first = int(np.float64(least).view(np.int64)) >> low
+  normal = (bits + (1 << (low - 1)) >> low) - first
+  subnormal = jnp.round(jnp.minimum(size, least) * (2.0**info.nmant / least))
+  ordinals = jnp.minimum(normal + subnormal.astype(jnp.int64), 0x7FFF)
+  return jnp.where(numbers < 0, ~ordinals, ordinals).astype(jnp.int16)
 
 
 def _ordinals(numbers: np.ndarray) -> np.ndarray:
@@ -329,9 +486,9 @@ def _numbers(ordinals: np.ndarray, dtype: Any) -> np.ndarray:
   return (ordinals ^ (ordinals >> 15 & 0x7FFF)).view(dtype)
 
 
-def _exponents(ordinals: np.ndarray, dtype: Any) -> np.ndarray:
-  """Returns the biased exponents of the numbers with these ordinals, uint8."""
-  return ((ordinals ^ ordinals >> 15) >> jnp.finfo(dtype).nmant).astype(np.uint8)
+def _exponents(ordinals: jax.Array, dtype: np.dtype) -> jax.Array:
+  """Returns the biased exponents of the numbers with these ordinals, int32."""
+  return ((ordinals ^ ordinals >> 15) >> jnp.finfo(dtype).nmant).astype(jnp.int32)
 
 
 def _common(counts: np.ndarray) -> tuple[int, int]:
@@ -347,17 +504,3 @@ def _common(counts: np.ndarray) -> tuple[int, int]:
   first = int(np.searchsorted(np.cumsum(counts), least))
   last = counts.size - 1 - int(np.searchsorted(np.cumsum(counts[::-1]), least))
   return first, max(first, last)
-
-
-def _fill(array: np.ndarray, places: np.ndarray, values: Any) -> None:
-  """Puts values where a mask is true.
-
-  Raises:
-    ValueError: if there are more or fewer values than places.
-  """
-  count = np.count_nonzero(places)
-  if values.shape != (count,):
-    raise ValueError(
-      f'an array of the tied embedding must have {count} entries, got {values.shape=}'
-    )
-  array[places] = values

@@ -3,6 +3,7 @@
 To pack a matrix is to keep only the entries where it may be nonzero, row by row.
 """
 
+import itertools
 from typing import Any, ClassVar
 
 from flax import struct
@@ -87,6 +88,10 @@ class RowTrapezoids(Structured):
   def materialize(self) -> jax.Array:
     return jnp.asarray(self.upper)
 
+  def stack_key(self) -> tuple[str, ...]:
+    # Layers of one shape differ in their blocks where segments vary in width.
+    return tuple(map(str, (*self.blocks, self.full)))
+
   def stored_sizes(self) -> list[tuple[np.dtype, int]]:
     columns = self.shape[-1]
     rows = [lower_size((columns, rows)) for rows in self.blocks]
@@ -95,9 +100,13 @@ class RowTrapezoids(Structured):
   def stored(self) -> tuple[Settings, Arrays]:
     upper = np.asarray(self.upper)
     columns = upper.shape[1]
+    stops = itertools.accumulate(self.blocks, initial=self.full)
+    parts = [
+      upper[start : start + rows][_upper_mask(rows, columns)]
+      for start, rows in zip(stops, self.blocks, strict=False)
+    ]
     settings = {'blocks': list(self.blocks), 'full': self.full, 'columns': columns}
-    mask = _upper_mask(self.blocks, self.full, columns)
-    return settings, {'upper': upper[mask]}
+    return settings, {'upper': np.concatenate([upper[: self.full].reshape(-1), *parts])}
 
   @classmethod
   def from_stored(cls, settings: Settings, arrays: Arrays) -> 'RowTrapezoids':
@@ -109,18 +118,28 @@ class RowTrapezoids(Structured):
     if values.size != size:
       raise ValueError(f'{size} numbers are expected, got {values.size}')
     _check_zeros((full + sum(blocks)) * columns, size)
-    return cls(unpack(values, _upper_mask(blocks, full, columns)), blocks, full)
+    position = full * columns
+    upper = np.zeros((full + sum(blocks), columns), values.dtype)
+    upper[:full] = values[:position].reshape(full, columns)
+    for start, rows in zip(
+      itertools.accumulate(blocks, initial=full), blocks, strict=False
+    ):
+      count = lower_size((columns, rows))
+      own = values[position : position + count]
+      upper[start : start + rows][_upper_mask(rows, columns)] = own
+      position += count
+    return cls(upper, blocks, full)
 
 
-def _upper_mask(blocks: tuple[int, ...], full: int, columns: int) -> np.ndarray:
-  ones = lambda rows: np.ones((rows, columns), bool)
-  return np.concatenate([ones(full), *(np.triu(ones(rows)) for rows in blocks)])
+def _upper_mask(rows: int, columns: int) -> np.ndarray:
+  """Returns a mask of the entries that are not below the diagonal."""
+  return ~np.tri(rows, columns, -1, dtype=np.bool)
 
 
 def pack_lower(matrix: Any) -> np.ndarray:
   """Returns the entries on and below the diagonal of `[rows, columns]`, row by row."""
   matrix = np.asarray(matrix)
-  return matrix[np.tril(np.ones(matrix.shape, bool))]
+  return matrix[np.tri(*matrix.shape, dtype=np.bool)]
 
 
 def lower_size(shape: tuple[int, ...]) -> int:
@@ -131,10 +150,10 @@ def lower_size(shape: tuple[int, ...]) -> int:
 
 
 def unpack_lower(values: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-  """The inverse of `pack_lower`, see `unpack`.
+  """Makes a lower trapezoidal matrix of a shape: the inverse of `pack_lower`.
 
   Raises:
-    ValueError: if another number of values belongs to the shape, or they are a small
+    ValueError: if the number of values does not fit the shape, or if they are a small
       part of a large matrix.
   """
   rows, columns = shape
@@ -144,36 +163,18 @@ def unpack_lower(values: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
       f'got {values.shape=}'
     )
   _check_zeros(rows * columns, values.size)
-  return unpack(values, np.tril(np.ones(shape, bool)))
+  corner = min(rows, columns)
+  inner = corner * (corner + 1) // 2
+  matrix = np.zeros((rows, columns), values.dtype)
+  matrix[:corner][np.tri(corner, columns, dtype=np.bool)] = values[:inner]
+  matrix[corner:] = values[inner:].reshape(rows - corner, columns)
+  return matrix
 
 
 def _check_zeros(size: int, stored: int) -> None:
   """Refuses a large matrix of which far more than half is zeros.
 
-  Its shape is a stranger's, and a few numbers must not ask for much memory.
+  Its shape may come from a stranger, and a few numbers must not ask for much memory.
   """
   if size > 2 * stored + _SMALL:
     raise ValueError(f'{stored} numbers are too few for a matrix of {size}')
-
-
-def unpack(values: np.ndarray, mask: np.ndarray) -> np.ndarray:
-  """Puts values, row by row, where a mask is true, and zeros elsewhere.
-
-  Args:
-    values: `[n]`.
-    mask: bool, of any shape.
-
-  Returns:
-    An array of the mask's shape and the values' dtype.
-
-  Raises:
-    ValueError: if the mask does not have n true entries.
-  """
-  if values.shape != (mask.sum(),):
-    raise ValueError(
-      f'a matrix {mask.shape} of this kind has {mask.sum()} numbers, '
-      f'got {values.shape=}'
-    )
-  matrix = np.zeros(mask.shape, values.dtype)
-  matrix[mask] = values
-  return matrix

@@ -17,7 +17,7 @@ The modules, in the order of reading:
     tied        an embedding that is a linear image of the head
     low_rank    the basis between two factors
     noise       the change that rounding alone makes, as a yardstick
-    rounding    the rounding of float32 numbers to what is stored
+    rounding    the rounding of float32 numbers to the stored dtype
     products    matrix products that round equally on any number of threads
 """
 
@@ -35,6 +35,9 @@ from rotbits_jax.symmetries.residual import remove_residual_gauge
 from rotbits_jax.symmetries.rotations import rotate
 from rotbits_jax.symmetries.rounding import NEAREST
 from rotbits_jax.symmetries.rounding import Rounding
+from rotbits_jax.symmetries.rounding import kind
+from rotbits_jax.symmetries.rounding import round_leaf
+from rotbits_jax.symmetries.rounding import to_steps
 from rotbits_jax.symmetries.rounding import with_floor
 from rotbits_jax.symmetries.tied import retie_embedding
 from rotbits_jax.symmetries.tied import retie_exactly
@@ -66,6 +69,7 @@ __all__ = [
   'chain',
   'count_model',
   'fix_pairs',
+  'kind',
   'make',
   'make_context',
   'note',
@@ -81,6 +85,8 @@ __all__ = [
   'retie_exactly',
   'rewrite',
   'rotate',
+  'round_leaf',
   'run_chain',
+  'to_steps',
   'with_floor',
 ]

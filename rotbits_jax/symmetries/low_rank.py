@@ -22,7 +22,7 @@ Shape letters are those of `structured.low_rank`. Use `vmap` for several pairs.
 
 References:
   Zhao, Zhang and Cannistraci, Pivoting Factorization (PIFA), ICML 2025, arXiv
-  2501.19090, section 3: what is redundant in a pair.
+  2501.19090, section 3: the redundant numbers of a pair.
 """
 
 import functools

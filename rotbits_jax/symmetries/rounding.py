@@ -1,21 +1,23 @@
-"""The rounding of float32 numbers to what is stored, once, after all transforms.
+"""The rounding of float32 numbers to the stored dtype, once, after all transforms.
 
-A floating-point dtype gives small numbers a finer step than large ones. The function of
-a model cannot tell, because a number's error acts beside the errors of the large
-numbers of the same array. So all numbers of an array are rounded to multiples of one
-step 2^q, and then to the nearest number of the dtype, which is coarser for large
-numbers only:
+The step of a dtype is the distance between neighbouring numbers. A floating-point dtype
+has a finer step for small numbers than for large ones. This precision has little effect
+on the function of a model, because the errors of the large numbers of the same array
+are larger. Therefore all numbers of an array are rounded to multiples of one step 2^q,
+and then to the nearest number of the dtype, which is coarser only for large numbers:
 
     q = floor(log2(rms) + octaves)
 
-where rms is the root of the mean square of the numbers that are not zero. With m bits
-of mantissa and octaves = -m, the numbers below 2 rms share the step that the dtype has
-at the rms. Such numbers take about a bit less, see `coding.weights.floats`. The maximal
-error of the array does not change; its mean square grows by less than a factor of 2.
+Here rms is the root of the mean square of the numbers that are not zero. If the
+mantissa has m bits and octaves is -m, 2^q is the step of the dtype at the rms, and the
+numbers below 2 rms share it. They take about one bit less, see `coding.weights.floats`.
+The greatest error in the array does not change. The mean square of the errors grows by
+less than a factor of 2.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 import functools
+import re
 from typing import Any, NamedTuple
 
 import jax
@@ -26,18 +28,21 @@ from rotbits_jax import structured
 
 
 class Rounding(NamedTuple):
-  """How the parameters of a model are rounded.
+  """A rule for the rounding of the parameters of a model.
 
   Attributes:
-    octaves: takes the path of a parameter and the dtype that it is rounded to. Returns
-      the octaves from the rms of an array to its step, see above; None for the nearest
-      number of the dtype.
-    keeps: whether an array stays as it is if all its numbers are numbers of the dtype
-      already, because no transform changed it.
+    octaves: takes the path of a parameter and its dtype. Returns log2 of the step of an
+      array over its rms, see above; None to round to the nearest number of the dtype.
+    uniform: if False, arrays have the dtype of the source. Their step is the power of
+      two below, and numbers for which the dtype is coarser are rounded to the dtype.
+      An array stays as it is if all its numbers are numbers of the dtype already,
+      because no transform changed it. If True, all numbers of an array are multiples of
+      the step. The array is float32, because the step is the nearest one of
+      4, 5, 6, 7 times a power of two, and the dtype may not have its multiples.
   """
 
   octaves: Callable[[str, np.dtype], float | None]
-  keeps: bool = True
+  uniform: bool = False
 
 
 NEAREST = Rounding(lambda path, dtype: None)
@@ -45,23 +50,51 @@ NEAREST = Rounding(lambda path, dtype: None)
 
 
 def with_floor(offset: float = 0.0) -> Rounding:
-  """Rounds small numbers to the step that the dtype has at the rms of their array.
+  """Makes the rounding with the step that the dtype has at the rms of an array.
+
+  In dtypes with fewer than 10 bits of mantissa, the step of the head is two octaves
+  finer: no layer averages the head's errors, and on OPT in bfloat16 they are most of
+  what a common step adds to the divergence (measured, see RESULTS.md).
 
   Args:
-    offset: octaves from that step to a coarser one (positive) or a finer one.
+    offset: octaves by which the step is coarser; negative for a finer step.
   """
-  return Rounding(lambda path, dtype: offset - jnp.finfo(dtype).nmant)
+
+  def octaves(path: str, dtype: np.dtype) -> float:
+    mantissa = jnp.finfo(dtype).nmant
+    is_sensitive = path.startswith('head/') and mantissa < 10
+    return offset - mantissa - (2 if is_sensitive else 0)
+
+  return Rounding(octaves)
+
+
+def to_steps(step: float, offsets: Mapping[str, float] | None = None) -> Rounding:
+  """Makes the rounding of all numbers of an array to multiples of one step.
+
+  Args:
+    step: log2 of the step over the rms of the array.
+    offsets: octaves to add to the step, by kind of parameter, see `kind`. The offset of
+      other kinds is 0.
+  """
+  by_kind = dict(offsets or {})
+  octaves = lambda path, dtype: step + by_kind.get(kind(path), 0.0)
+  return Rounding(octaves, uniform=True)
+
+
+def kind(path: str) -> str:
+  """Returns the path of a parameter with `*` for the number of the layer."""
+  return re.sub(r'^layers\.\d+/', 'layers.*/', path)
 
 
 class Effect(NamedTuple):
-  """What rounding did to the arrays of a leaf.
+  """The effect of rounding on the arrays of a leaf.
 
   Attributes:
     squares: sum of the squares of the errors, float32.
     norm: sum of the squares of the numbers, float32.
-    bits: sum over the numbers that got a coarser step than the dtype has there, of the
-      octaves between the two steps, float32. An entropy coder saves about as many bits.
-    step: q of the largest array, int32; `NO_STEP` if it has none.
+    bits: octaves from the step of the dtype to the coarser step of the array, summed
+      over the numbers, float32. An entropy coder saves about as many bits.
+    step: the step of the largest array, float32; 0 if it was rounded without a step.
   """
 
   squares: Any
@@ -70,50 +103,51 @@ class Effect(NamedTuple):
   step: Any
 
 
-NO_STEP = 1 << 10
-
-
 def round_leaf(
-  leaf: Any, dtype: np.dtype, octaves: float | None, keeps: bool
+  leaf: Any, dtype: np.dtype, octaves: float | None, uniform: bool
 ) -> tuple[Any, Effect]:
   """Rounds an array or a structured leaf on its device.
 
   Args:
-    leaf: float32 arrays. Other arrays stay as they are. Arrays of fewer than two axes
-      are few, and are rounded to the nearest number.
-    dtype: dtype of the result.
+    leaf: the leaf, with float32 arrays. Arrays of integers are not changed. Arrays with
+      one row or column have few numbers; they are rounded to the nearest number.
+    dtype: dtype of the parameter.
     octaves: see `Rounding`.
-    keeps: see `Rounding`.
+    uniform: see `Rounding`.
 
   Returns:
-    The leaf, with infinity where a number is too large for the dtype, and the effect.
+    The leaf and the effect. Numbers that are too large for the dtype become infinite.
   """
   if octaves is None:
-    return _round(leaf, np.float32(0), dtype, False, keeps)
-  return _round(leaf, np.float32(octaves), dtype, True, keeps)
+    return _round(leaf, np.float32(0), dtype, False, False)
+  return _round(leaf, np.float32(octaves), dtype, True, uniform)
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3, 4))
 def _round(
-  leaf: Any, octaves: jax.Array, dtype: np.dtype, stepped: bool, keeps: bool
+  leaf: Any, octaves: jax.Array, dtype: np.dtype, stepped: bool, uniform: bool
 ) -> tuple[Any, Effect]:
-  arrays, treedef = jax.tree.flatten(leaf)
   zero = jnp.float32(0)
-  rounded, effect, largest = [], Effect(zero, zero, zero, jnp.int32(NO_STEP)), 0
-  for array in arrays:
-    if not structured.is_plain(array):
-      rounded.append(array)
-      continue
+  effect, largest = Effect(zero, zero, zero, zero), 0
+
+  def round_array(array: jax.Array) -> jax.Array:
+    nonlocal effect, largest
     nearest = array.astype(dtype)
-    result, step, bits = nearest, jnp.int32(NO_STEP), zero
-    if stepped and array.ndim > 1 and array.size:
-      result, step, bits = _to_steps(array, nearest, octaves, dtype)
-      if keeps:
+    result, step, bits = nearest, zero, zero
+    if stepped and is_matrix(array):
+      if uniform:
+        step = _quarter_step(_rms(array), octaves)
+        result = _multiples(array, step)
+        bits = _bits_saved(array, step, dtype)
+      else:
+        step = _power(_exponent(_rms(array), octaves, dtype))
+        # Beyond, the dtype itself is coarser.
+        is_small = jnp.abs(array) < step * (1 << jnp.finfo(dtype).nmant + 1)
+        result = jnp.where(is_small, _multiples(array, step).astype(dtype), nearest)
         same = jnp.all(nearest.astype(jnp.float32) == array)
         result = jnp.where(same, nearest, result)
-        step = jnp.where(same, NO_STEP, step)
-        bits = jnp.where(same, 0, bits)
-    rounded.append(result)
+        bits = jnp.where(same, 0, _bits_saved(array, step, dtype))
+        step = jnp.where(same, 0, step)
     if array.size > largest:
       effect, largest = effect._replace(step=step), array.size
     effect = effect._replace(
@@ -121,32 +155,63 @@ def _round(
       norm=effect.norm + jnp.square(array).sum(),
       bits=effect.bits + bits,
     )
-  return jax.tree.unflatten(treedef, rounded), effect
+    return result
+
+  if structured.is_structured(leaf):
+    return leaf.map_numbers(round_array), effect
+  return round_array(leaf) if structured.is_plain(leaf) else leaf, effect
 
 
-def _to_steps(
-  array: jax.Array, nearest: jax.Array, octaves: jax.Array, dtype: np.dtype
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-  info = jnp.finfo(dtype)
-  # The greatest number is divided out, so that no square overflows or is zero.
+def is_matrix(array: Any) -> bool:
+  """Tells whether an array has several rows and several columns."""
+  return array.ndim > 1 and min(array.shape[-2:]) > 1
+
+
+def _rms(array: jax.Array) -> jax.Array:
+  """Returns the root of the mean square of the numbers that are not zero."""
+  # The numbers are divided by the greatest, so that no square is infinite and not all
+  # squares are zero.
   greatest = jnp.abs(array).max()
   scale = jnp.where(greatest > 0, greatest, 1)
   count = jnp.maximum(jnp.count_nonzero(array), 1).astype(jnp.float32)
-  rms = scale * jnp.sqrt(jnp.square(array / scale).sum() / count)
+  return scale * jnp.sqrt(jnp.square(array / scale).sum() / count)
+
+
+def _exponent(rms: jax.Array, octaves: jax.Array, dtype: np.dtype) -> jax.Array:
+  """Returns q, see above; int32."""
   q = jnp.floor(jnp.log2(rms) + octaves).astype(jnp.int32)
-  # The dtype has no finer step, and 2^-q must be a float32.
-  least = int(np.log2(float(info.smallest_normal)))
-  q = jnp.clip(q, max(least - info.nmant, -126), 127)
-  steps = jnp.rint(array * _power(-q))
-  # Adding 0 would not do: XLA takes x + 0 for x, though -0 + 0 is 0.
-  multiple = jnp.where(steps == 0, 0, steps * _power(q)).astype(dtype)
-  # A float32 counts steps exactly up to 2^24. Beyond, the dtype itself is coarser.
-  exponents = (jax.lax.bitcast_convert_type(jnp.abs(array), jnp.int32) >> 23) - 127
-  octaves_saved = q - (jnp.maximum(exponents, least) - info.nmant)
-  bits = jnp.where(array != 0, jnp.maximum(octaves_saved, 0), 0).astype(jnp.float32)
-  return jnp.where(jnp.abs(steps) < 1 << 24, multiple, nearest), q, bits.sum()
+  # The dtype has no finer step, and the inverse of 2^q must be a float32.
+  return jnp.clip(q, max(_least_exponent(dtype) - jnp.finfo(dtype).nmant, -126), 126)
+
+
+def _quarter_step(rms: jax.Array, octaves: jax.Array) -> jax.Array:
+  """Returns the number of the form (4 + i) 2^(q - 2), i < 4, closest to the step."""
+  target = jnp.clip(jnp.log2(rms) + octaves, -120.0, 110.0)
+  q = jnp.floor(target)
+  # In the middle between two of these in log2 are the roots of 4 * 5, 5 * 6, ...
+  middles = jnp.log2(jnp.sqrt(jnp.float32([20, 30, 42, 56])) / 4)
+  i = (target - q > middles).sum()
+  return (4 + i).astype(jnp.float32) * _power(q.astype(jnp.int32) - 2)
+
+
+def _multiples(array: jax.Array, step: jax.Array) -> jax.Array:
+  steps = jnp.rint(array / step)
+  # This turns -0 into 0. Adding 0 would not, because XLA replaces x + 0 by x.
+  return jnp.where(steps == 0, 0, steps * step)
+
+
+def _bits_saved(array: jax.Array, step: jax.Array, dtype: np.dtype) -> jax.Array:
+  bits = jax.lax.bitcast_convert_type(jnp.abs(array), jnp.int32)
+  exponents = jnp.maximum((bits >> 23) - 127, _least_exponent(dtype))
+  octaves = jnp.log2(step) - (exponents - jnp.finfo(dtype).nmant)
+  return jnp.where(array != 0, jnp.maximum(octaves, 0), 0).sum()
+
+
+def _least_exponent(dtype: np.dtype) -> int:
+  """Returns the exponent of the smallest normal number of a dtype."""
+  return int(np.log2(float(jnp.finfo(dtype).smallest_normal)))
 
 
 def _power(exponent: jax.Array) -> jax.Array:
-  """Returns 2^exponent, float32, of int32 exponents from -126 to 127."""
+  """Returns 2^exponent in float32 for int32 exponents from -126 to 127."""
   return jax.lax.bitcast_convert_type((exponent + 127) << 23, jnp.float32)

@@ -21,7 +21,7 @@ model, the path of a parameter of a layer begins with 'layers.<index>/'.
 """
 
 import collections
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import functools
 from typing import Any, NamedTuple, Protocol
 
@@ -32,7 +32,6 @@ import numpy as np
 from rotbits_jax import models
 from rotbits_jax import structured
 from rotbits_jax.symmetries.rounding import NEAREST
-from rotbits_jax.symmetries.rounding import NO_STEP
 from rotbits_jax.symmetries.rounding import Rounding
 from rotbits_jax.symmetries.rounding import round_leaf
 
@@ -306,8 +305,9 @@ def rewrite(
   Args:
     context: see `make_context`.
     transform: the transform to apply; `chain` makes one from several.
-    rounding: how the float32 numbers that the transform gets and returns are rounded.
-      None if it gets the numbers as they are stored, so that it can keep every bit.
+    rounding: how numbers are rounded after the transform, which gets float32 numbers.
+      If None, the transform gets the numbers as they are stored, so that it can keep
+      every bit.
     layers: the layers to rewrite; all by default. If no state is given, the layers
       before them are skipped with `transform.skip`.
     state: the state before the first of these layers, as an earlier call yielded it.
@@ -367,17 +367,29 @@ def run_chain(
   context = make_context(model, stored_as=model.stored_as)
   names = [transform.name for transform in transforms]
   totals = [Saving(name, 0, 0, []) for name in names]
-  layers: list[models.Params] = []
-  outer: models.Params = {}
-  for units, _ in rewrite(context, chain(*transforms), rounding=rounding):
-    for unit in units:
-      if unit.name.startswith('layers.'):
-        layers.append(unit.params)
-      else:
-        outer |= unit.params
+  units: list[Unit] = []
+  for some, _ in rewrite(context, chain(*transforms), rounding=rounding):
+    for unit in some:
       own = [saving for saving in unit.savings if saving.name != ROUNDING]
       totals = add_savings(totals, own)
-  return models.from_layers(model.config, outer, layers, model.buffers), totals
+      units.append(unit)
+  return to_model(model.config, units, model.buffers), totals
+
+
+def to_model(
+  config: models.ModelConfig,
+  units: Iterable[Unit],
+  buffers: dict[str, Any] | None = None,
+) -> models.Model:
+  """Makes a model from all units that `rewrite` yields."""
+  layers: list[models.Params] = []
+  outer: models.Params = {}
+  for unit in units:
+    if unit.name.startswith('layers.'):
+      layers.append(unit.params)
+    else:
+      outer |= unit.params
+  return models.from_layers(config, outer, layers, buffers)
 
 
 def add_savings(totals: list[Saving], more: list[Saving]) -> list[Saving]:
@@ -509,7 +521,11 @@ def _given(tree: models.Params, widen: bool, device: Any = None) -> models.Param
 def _stored(
   tree: models.Params, context: Context, prefix: str, rounding: Rounding | None
 ) -> tuple[models.Params, list[Saving]]:
-  """Returns the parameters as they are stored: rounded on the device, fetched once."""
+  """Rounds parameters on their device and fetches them once.
+
+  Returns:
+    The parameters as they are stored, and the saving of the rounding, if there is one.
+  """
   flat = structured.flatten(tree)
   if rounding is None:
     return structured.unflatten(jax.device_get(flat)), []
@@ -518,15 +534,15 @@ def _stored(
     dtype = context.dtypes.get(prefix + path, context.form)
     if any(isinstance(x, jax.Array) for x in jax.tree.leaves(leaf)):
       octaves = rounding.octaves(prefix + path, dtype)
-      flat[path], effects[path] = round_leaf(leaf, dtype, octaves, rounding.keeps)
+      flat[path], effects[path] = round_leaf(leaf, dtype, octaves, rounding.uniform)
     else:
       flat[path] = structured.astype(leaf, dtype)
   flat, effects = jax.device_get((flat, effects))
   notes, bits = [], 0.0
   for path, effect in effects.items():
-    if effect.step != NO_STEP:
+    if effect.step:
       error = np.sqrt(effect.squares / max(effect.norm, 1e-30))
-      step = {'step': f'2^{effect.step}', 'error': three_digits(error)}
+      step = {'step': three_digits(effect.step), 'error': three_digits(error)}
       notes.append({'tensor': prefix + path, **step})
       bits += float(effect.bits)
   saved = [Saving(ROUNDING, 0, int(bits / 8), notes)] if notes else []
@@ -534,7 +550,7 @@ def _stored(
 
 
 ROUNDING = 'rounding'
-"""Name of the saving of rounding to a step."""
+"""Name of the saving that rounding to a coarser step makes."""
 
 _widen = jax.jit(lambda leaf: structured.astype(leaf, jnp.float32))
 

@@ -66,7 +66,6 @@ their low byte first. `specs.UnitSpec` holds the numbers that are needed to read
 """
 
 from rotbits_jax.coding.weights.layouts import DTYPES
-from rotbits_jax.coding.weights.numbers import empty
 from rotbits_jax.coding.weights.pool import Start
 from rotbits_jax.coding.weights.pool import unit_jobs
 from rotbits_jax.coding.weights.specs import ArraySpec
@@ -82,7 +81,6 @@ __all__ = [
   'Start',
   'UnitSpec',
   'decode',
-  'empty',
   'encode',
   'unit_jobs',
 ]

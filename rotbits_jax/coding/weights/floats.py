@@ -210,6 +210,36 @@ def _survey(bits: jax.Array, layout: Layout) -> Survey:
   )
 
 
+def divisor(bits: np.ndarray, layout: Layout, unit: int) -> int:
+  """Returns 7, 5 or 3 if all numbers are multiples of that times 2^unit, else 1.
+
+  Args:
+    bits: bit patterns of numbers, unsigned integers `[n]`. The numbers are multiples of
+      2^unit and less than 2^23 times that.
+    layout: layout of the dtype.
+    unit: exponent of a power of two.
+  """
+  lowest = unit - 1 + (1 << layout.exponent - 1) - 1 + layout.mantissa
+  common = np.ones(3, bool)
+  for part in _chunks(bits):
+    common &= np.asarray(_divisible(part, np.int32(lowest), layout))
+  return next((d for d, all in zip((7, 5, 3), common, strict=True) if all), 1)
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _divisible(bits: jax.Array, lowest: jax.Array, layout: Layout) -> jax.Array:
+  magnitude = bits & bits.dtype.type((1 << layout.width - 1) - 1)
+  exponent = jnp.maximum(magnitude >> layout.mantissa, 1).astype(jnp.int32)
+  significand = _significand(magnitude, layout.mantissa).astype(jnp.uint32)
+  shift = exponent - 1 - lowest
+  whole = jnp.where(
+    shift >= 0,
+    significand << jnp.clip(shift, 0, 31).astype(jnp.uint32),
+    significand >> jnp.clip(-shift, 0, 31).astype(jnp.uint32),
+  )
+  return jnp.stack([jnp.all(whole % d == 0) for d in (7, 5, 3)])
+
+
 def _or(bits: jax.Array) -> jax.Array:
   return jax.lax.reduce(bits, bits.dtype.type(0), jax.lax.bitwise_or, (0,))
 

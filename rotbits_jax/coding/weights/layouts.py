@@ -9,6 +9,7 @@ Shape letters: A symbols of the alphabet.
 
 import abc
 import dataclasses
+import math
 from typing import Any, ClassVar, Self
 
 import jax
@@ -181,7 +182,11 @@ class Int(Layout):
 
 @dataclasses.dataclass(frozen=True)
 class Grid(Layout):
-  """Floats that are integers k of 16 bits times a power of two, k 2^(step - 150).
+  """Floats that are multiples of one number: an integer k of 16 bits times a unit.
+
+  The unit is a small integer times a power of two, so that each product is exact:
+
+      value = k (4 + i) 2^(e - 152)        step = 4 e + i, i < 4
 
   The symbol and the rest are those of k, as in `Int`. This suits numbers of few levels:
   k = 0 has no sign, while `Float` would store a sign with every zero. Subclasses differ
@@ -191,8 +196,8 @@ class Grid(Layout):
   symbol_bits: ClassVar[int]
 
   # The least positive number of a grid is a normal float32, and the greatest is finite.
-  LEAST_STEP: ClassVar[int] = 150 - 126
-  MOST_STEP: ClassVar[int] = 150 + 112
+  LEAST_STEP: ClassVar[int] = 4 * (152 - 126)
+  MOST_STEP: ClassVar[int] = 4 * (152 + 108) + 3
 
   @property
   def alphabet(self) -> int:
@@ -213,24 +218,32 @@ class Grid(Layout):
 
   def split(self, bits: jax.Array, step: Any) -> tuple[jax.Array, jax.Array]:
     values = jax.lax.bitcast_convert_type(bits, self.dtype).astype(jnp.float32)
-    # Two factors, because 2^(150 - step) may be too small for a float32.
-    exponent = 150 - jnp.asarray(step, jnp.int32)
-    whole = values * _power(exponent // 2) * _power(exponent - exponent // 2)
-    folded = whole.astype(jnp.int16)
+    exponent, factor = _unit(step)
+    # Two powers, because the inverse of a large one is no normal float32.
+    scaled = values * _power(-(exponent // 2)) * _power(exponent // 2 - exponent)
+    # The quotient is an integer up to the rounding error of the division.
+    whole = jnp.rint(scaled / factor).astype(jnp.int16)
     symbols, rests = integers.split_bits(
-      jax.lax.bitcast_convert_type(folded, jnp.uint16), self.rest, True
+      jax.lax.bitcast_convert_type(whole, jnp.uint16), self.rest, True
     )
     return symbols, rests.astype(self.unsigned)
 
   def join(self, symbols: jax.Array, rests: jax.Array, step: Any) -> jax.Array:
     bits = integers.join_bits(symbols, rests, self.rest, np.dtype(np.int16))
     whole = jax.lax.bitcast_convert_type(bits, jnp.int16).astype(jnp.float32)
-    values = whole * _power(jnp.asarray(step, jnp.int32) - 150)
+    exponent, factor = _unit(step)
+    values = whole * factor * _power(exponent)
     return jax.lax.bitcast_convert_type(values.astype(self.dtype), self.unsigned)
 
   def cells(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     centre, exponent, width = integers.cells(self.alphabet, self.rest)
-    return centre, exponent + self.step - 150, width
+    return centre * (4 + self.step % 4), exponent + self.step // 4 - 152, width
+
+
+def _unit(step: Any) -> tuple[jax.Array, jax.Array]:
+  """Returns the exponent, int32, and the factor, float32, of the unit of a grid."""
+  step = jnp.asarray(step, jnp.int32)
+  return step // 4 - 152, (4 + step % 4).astype(jnp.float32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -275,8 +288,9 @@ def layout(kind: str, dtype: np.dtype, rest: int, step: int) -> Layout:
   return KINDS[kind](dtype, rest, step)
 
 
-# A grid is used if the scale of the numbers is less than 2^8 steps, and so small that few
-# numbers are beyond those where the dtype has the grid's step: their rests would be zero.
+# A grid is used if the scale of the numbers is less than 2^8 steps. It must also be
+# small enough for the dtype to have the grid's step at most numbers, because the rests
+# of the others end in zeros, which are stored.
 _GRID_OCTAVES = 8
 _BEYOND_OCTAVES = 2
 
@@ -309,20 +323,10 @@ def of_floats(bits: np.ndarray, dtype: np.dtype) -> Float | Grid:
   # log2 of the scale. The mean of log2 |x| of a normal distribution is 0.92 below that
   # of its standard deviation, and an exponent is another 0.5 below on average.
   scale = int(found.exponents / found.count + 1.42)
-  bias = (1 << layout.exponent - 1) - 1
-  # All numbers are multiples of 2^unit.
-  unit = found.lowest + 1 - bias - layout.mantissa
-  octaves = scale - bias - unit
-  greatest = np.array(found.greatest, bits.dtype).view(dtype)
-  steps = np.ldexp(np.float64(greatest), -unit)
-  most = min(_GRID_OCTAVES, layout.mantissa - _BEYOND_OCTAVES)
-  if octaves < most and steps < 1 << 15 and not found.negative_zeros:
-    for kind in (SmallGrid, LargeGrid):
-      rest = integers.least_low(int(steps), -int(steps), True, kind.symbol_bits)
-      # Folding doubles the numbers.
-      fits = rest <= max(octaves + 1 - _WIDEST_SYMBOL, 0) or kind is LargeGrid
-      if fits and kind.takes(dtype, rest, unit + 150):
-        return kind(dtype, rest, unit + 150)
+  if not found.negative_zeros:
+    grid = _grid(bits, dtype, found, scale)
+    if grid is not None:
+      return grid
   # The rest is the sign and the low bits of the mantissa.
   low = layout.rest_bits - 1
   used = found.used >> (layout.width - 1) << low | found.used & ((1 << low) - 1)
@@ -331,5 +335,37 @@ def of_floats(bits: np.ndarray, dtype: np.dtype) -> Float | Grid:
   floor = found.lowest + 1 - min(zeros, layout.mantissa)
   # A higher floor would leave too few symbols to the numbers below it.
   floor = min(floor, scale + _ABOVE_OCTAVES)
+  floor = min(floor, (1 << layout.exponent) - 2)  # the exponents of NaN are above it
   floor = floor if floor > max(scale - _FLOOR_OCTAVES, 1) else 1
   return Float(dtype, layout.rest_bits - zeros, floor - 1)
+
+
+def _grid(
+  bits: np.ndarray, dtype: np.dtype, found: floats.Survey, scale: int
+) -> Grid | None:
+  """Returns the grid that suits numbers; None if they have too many levels."""
+  layout = floats.LAYOUTS[dtype]
+  bias = (1 << layout.exponent - 1) - 1
+  # All numbers are multiples of 2^unit, and perhaps of an odd number times that.
+  unit = found.lowest + 1 - bias - layout.mantissa
+  octaves = scale - bias - unit
+  most = min(_GRID_OCTAVES, layout.mantissa - _BEYOND_OCTAVES)
+  greatest = np.array(found.greatest, bits.dtype).view(dtype)
+  steps = np.ldexp(np.float64(greatest), -unit)
+  if not (octaves < most + 3 and steps < 7 << 15):
+    return None
+  divisor = floats.divisor(bits, layout, unit)
+  octaves -= round(math.log2(divisor))
+  largest = int(steps) // divisor
+  if not (octaves < most and largest < 1 << 15):
+    return None
+  # 1, 3, 5 and 7 as 4, 5, 6 or 7 times a power of two.
+  shift = {1: 2, 3: 1, 5: 0, 7: 0}[divisor]
+  step = 4 * (unit - shift + 152) + (divisor << shift) - 4
+  for kind in (SmallGrid, LargeGrid):
+    rest = integers.least_low(largest, -largest, True, kind.symbol_bits)
+    # Folding doubles the numbers.
+    fits = rest <= max(octaves + 1 - _WIDEST_SYMBOL, 0) or kind is LargeGrid
+    if fits and kind.takes(dtype, rest, step):
+      return kind(dtype, rest, step)
+  return None

@@ -1,12 +1,13 @@
 """Preparation of arrays for the coder: contiguous bit patterns, squares, alignment."""
 
-import math
 import threading
 
 import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+
+from rotbits_jax import host
 
 _CHUNK = 1 << 18
 _SHORT = (np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16))
@@ -40,25 +41,16 @@ def squares(matrix: np.ndarray) -> np.ndarray:
     return np.square(wide, dtype=np.float64)
 
 
-def empty(shape: tuple[int, ...], dtype: np.dtype | type | str) -> np.ndarray:
-  """Returns an uninitialised array at an address that XLA uses without a copy."""
-  kind = np.dtype(dtype)
-  size = math.prod(shape) * kind.itemsize
-  buffer = np.empty(size + 64, np.uint8)
-  start = -buffer.ctypes.data % 64
-  return buffer[start : start + size].view(kind).reshape(shape)
-
-
 def aligned(count: int, dtype: np.dtype | type) -> np.ndarray:
-  """Returns zeros `[count]` at an aligned address; see `empty`."""
-  array = empty((count,), dtype)
+  """Returns zeros `[count]` at an address that XLA uses without a copy."""
+  array = host.empty((count,), dtype)
   array[...] = 0
   return array
 
 
 def aligned_copy(array: np.ndarray) -> np.ndarray:
-  """Returns a copy at an aligned address; see `empty`."""
-  copy = empty(array.shape, array.dtype)
+  """Returns a copy at such an address."""
+  copy = host.empty(array.shape, array.dtype)
   copy[...] = array
   return copy
 

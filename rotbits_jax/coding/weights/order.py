@@ -5,7 +5,7 @@ chosen by noise, which is bytes that must be stored anyway. The decoder finds th
 by sorting the lines, and computes the noise from it. All of this is exact:
 
 1.  The D distinct lines are sorted: line 0 < line 1 < ... < line D - 1.
-2.  Take s bytes of noise as a number v below V = 2^(8 s), and divide it by
+2.  s bytes of noise are read as a number v below V = 2^(8 s), which is divided by
     P = 2 * 3 * ... * D: v = q P + r. The mixed-radix digits of r are integers j_i in
     {0, ..., i} for i = 1, ..., D - 1.
 3.  For i = D - 1, ..., 1, the line in place i is swapped with the line in place j_i.

@@ -9,12 +9,13 @@ programs of `run` run on the CPU, because their data is in its memory.
 from collections.abc import Callable, Iterable, Iterator
 from concurrent import futures
 import contextlib
-import functools
 import os
 import threading
 from typing import Any, TypeVar
 
 import jax
+
+from rotbits_jax import host
 
 _Result = TypeVar('_Result')
 
@@ -82,14 +83,5 @@ def _pool(name: str) -> futures.ThreadPoolExecutor:
 
 
 def _on_processor(job: Callable[[], _Result]) -> _Result:
-  with jax.default_device(_processor()):
+  with jax.default_device(host.device()):
     return job()
-
-
-@functools.cache
-def _processor() -> jax.Device | None:
-  """Returns JAX's CPU; None, the default device, if JAX was told not to use the CPU."""
-  try:
-    return jax.local_devices(backend='cpu')[0]
-  except RuntimeError:
-    return None

@@ -8,8 +8,8 @@ the class of its row plus the class of its column. Classes are absolute, so that
 classes, and few frequency tables, serve many arrays. If a class is wrong by half a
 step, a number costs 2.7e-3 bits more; the average cost of rounding is 0.9e-3 bits.
 
-The frequency table of a class is not stored. It follows from k and from the symbols
-that occur, by integer arithmetic alone:
+The frequency table of a class need not be stored. It follows from k and from the
+symbols that occur, by integer arithmetic alone:
 
     weight(symbol) = 2^width exp(-x^2 / 2 s^2)
                    = 2^(width - x^2 / s^2 * log2(e) / 2),        s = 2^(k / 8)

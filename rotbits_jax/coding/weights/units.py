@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from zlib_ng import zlib_ng
 
+from rotbits_jax import host
 from rotbits_jax.coding.weights import blocks
 from rotbits_jax.coding.weights import contexts
 from rotbits_jax.coding.weights import layouts
@@ -517,7 +518,7 @@ def _outputs(
   """
   wanted = [(array.shape, layouts.DTYPES[array.dtype]) for array in spec.arrays]
   if out is None:
-    return [numbers.empty(shape, dtype) for shape, dtype in wanted]
+    return [host.empty(shape, dtype) for shape, dtype in wanted]
   if len(out) != len(wanted):
     raise ValueError(f'the unit has {len(wanted)} arrays, got {len(out)} in `out`')
   for i, (array, (shape, dtype)) in enumerate(zip(out, wanted, strict=True)):

@@ -1,0 +1,363 @@
+"""Measures decoders side by side, from a file to arrays.
+
+  python -m benchmarks.decode --peers_python=PYTHON [--checkpoint=DIR] [--runs=5]
+    [--presets=free,exact] [--work=DIR] [--results=RESULTS.md] [--plot=FILE.svg]
+
+The program writes the tensors of a checkpoint to a safetensors file. By default the
+checkpoint is SmolLM2-135M, sliced by 25% as in demo.sh. The peers compress that file:
+the program `zstd`, its library, ZipNN and lmzip, each with its own package. Each preset
+encodes the checkpoint to a file, too. Every decoder runs in a process that stays alive
+(benchmarks/peers.py). The decoders take turns, so that the ratios hold even if other
+processes use the machine. Times are medians; files are in the page cache, and programs
+are compiled.
+
+The second table has the limits: the parts of decoding that no program can avoid, each
+measured alone. The third table has the time to weights, which is the time to read the
+file over a link plus the time to decode it.
+
+PYTHON is a Python with the packages of the peers: `python -m venv DIR; DIR/bin/pip
+install numpy zstandard zipnn lmzip`.
+"""
+
+from collections.abc import Callable, Sequence
+import functools
+import json
+import math
+import os
+import pathlib
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from typing import Any, NamedTuple, Self
+
+from absl import flags
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks import demo
+from benchmarks import sections
+import rotbits_jax
+from rotbits_jax import file
+from rotbits_jax.cli import program
+from rotbits_jax.coding import weights
+from rotbits_jax.file import container
+
+FLAGS = flags.FlagValues()
+_PEERS_PYTHON = flags.DEFINE_string(
+  'peers_python',
+  None,
+  'A Python with the packages of the peers.',
+  required=True,
+  flag_values=FLAGS,
+)
+_CHECKPOINT = flags.DEFINE_string(
+  'checkpoint', None, 'An existing sliced checkpoint.', flag_values=FLAGS
+)
+_PRESETS = flags.DEFINE_list(
+  'presets', ['free', 'exact'], 'The presets to measure.', flag_values=FLAGS
+)
+_RUNS = flags.DEFINE_integer(
+  'runs', 5, 'Number of timed runs.', lower_bound=1, flag_values=FLAGS
+)
+_WORK = flags.DEFINE_string(
+  'work', None, 'The directory for files; existing ones are reused.', flag_values=FLAGS
+)
+_RESULTS = flags.DEFINE_string(
+  'results', None, 'The file of results in which to write.', flag_values=FLAGS
+)
+_PLOT = flags.DEFINE_string(
+  'plot', None, 'The file for a plot of the time to weights.', flag_values=FLAGS
+)
+
+ROOT = pathlib.Path(__file__).parents[1]
+SPARSITY = 0.25
+PEERS = ('zstd', 'zstandard', 'zipnn', 'lmzip')
+RAW = 'safetensors'
+LINKS = (10, 30, 100, 300, 1000, 3000)  # MB/s
+TITLE = 'Decoding, from file to arrays'
+
+
+class Row(NamedTuple):
+  """A decoder with the bytes of its file and the median seconds to decode it."""
+
+  name: str
+  bytes: int
+  seconds: float
+
+
+class Decoder:
+  """A context manager: a process that decodes one file each time it is told to."""
+
+  def __init__(self, python: str, name: str, path: pathlib.Path):
+    self._process = subprocess.Popen(
+      [python, 'benchmarks/peers.py', name, 'serve', str(path)],
+      cwd=ROOT,
+      env=os.environ | {'PYTHONPATH': str(ROOT)},
+      stdin=subprocess.PIPE,
+      stdout=subprocess.PIPE,
+      text=True,
+    )
+    self._name = name
+    self.seconds: list[float] = []
+
+  def __enter__(self) -> Self:
+    return self
+
+  def __exit__(self, *unused: object) -> None:
+    assert self._process.stdin
+    self._process.stdin.close()
+    self._process.wait()
+
+  def run(self) -> tuple[float, int]:
+    """Decodes the file once; returns the seconds and the checksum of the arrays."""
+    assert self._process.stdin
+    assert self._process.stdout
+    print('', file=self._process.stdin, flush=True)
+    line = self._process.stdout.readline()
+    if not line:
+      raise ValueError(f'{self._name} failed')
+    seconds, checksum = json.loads(line)
+    return seconds, checksum
+
+
+def measure(
+  tensors: pathlib.Path, files: dict[str, pathlib.Path], peers_python: str, runs: int
+) -> list[Row]:
+  """Measures all decoders, which take turns.
+
+  Args:
+    tensors: the safetensors file. The peers must return its tensors.
+    files: the file of each peer and of each preset, by name.
+    peers_python: the Python that runs the peers.
+    runs: number of timed runs.
+
+  Returns:
+    The measurements.
+
+  Raises:
+    ValueError: if a decoder fails, or if a peer returns other tensors.
+  """
+  paths = {RAW: tensors} | files
+  decoders = {
+    name: Decoder(peers_python, name, path)
+    if name in (RAW, *PEERS)
+    else Decoder(sys.executable, 'rotbits', path)
+    for name, path in paths.items()
+  }
+  expected = None
+  for name, decoder in decoders.items():
+    _, checksum = decoder.run()
+    expected = checksum if name == RAW else expected
+    if name in PEERS and checksum != expected:
+      raise ValueError(f'{name} returned other tensors')
+    decoder.run()
+  for _ in range(runs):
+    for decoder in decoders.values():
+      decoder.seconds.append(decoder.run()[0])
+  for decoder in decoders.values():
+    decoder.__exit__()
+  return [
+    Row(name, path.stat().st_size, statistics.median(decoders[name].seconds))
+    for name, path in paths.items()
+  ]
+
+
+def table(rows: Sequence[Row]) -> str:
+  """Formats sizes, seconds and ratios.
+
+  The base of the ratios is the faster of zstd's program and zstd's library.
+  """
+  by_name = {row.name: row for row in rows}
+  raw = by_name[RAW].bytes
+  base = min(by_name[name].seconds for name in ('zstd', 'zstandard'))
+  lines = [f'{"":14}{"bytes":>13}{"share":>8}{"seconds":>9}{"GB/s":>7}{"x zstd":>8}']
+  for row in rows:
+    lines.append(
+      f'{row.name:14}{row.bytes:13,}{row.bytes / raw:8.4f}{row.seconds:9.3f}'
+      f'{raw / row.seconds / 1e9:7.2f}{base / row.seconds:8.2f}'
+    )
+  return '\n'.join(lines)
+
+
+def times_to_weights(rows: Sequence[Row]) -> str:
+  """Formats the seconds to read and to decode, by the speed of the link.
+
+  The least time for each speed is marked.
+  """
+  lines = ['MB/s'.rjust(6) + ''.join(f'{row.name:>14}' for row in rows)]
+  for link in LINKS:
+    seconds = [row.bytes / (1e6 * link) + row.seconds for row in rows]
+    cells = [f'{x:.2f}{"*" if x == min(seconds) else " "}' for x in seconds]
+    lines.append(f'{link:6}' + ''.join(f'{cell:>14}' for cell in cells))
+  return '\n'.join(lines)
+
+
+def plot(rows: Sequence[Row], path: str) -> None:
+  """Draws the time to weights, relative to that of the safetensors file."""
+  import matplotlib
+
+  matplotlib.use('svg')
+  import matplotlib.pyplot as plt
+
+  speeds = np.geomspace(min(LINKS), max(LINKS), 200)
+  time_of = lambda row: row.bytes / (1e6 * speeds) + row.seconds
+  raw = next(time_of(row) for row in rows if row.name == RAW)
+  with plt.rc_context({'svg.hashsalt': 'rotbits', 'svg.fonttype': 'none'}):
+    figure, axes = plt.subplots(figsize=(7, 4), layout='constrained')
+    for row in rows:
+      ours = row.name not in (RAW, *PEERS)
+      axes.plot(
+        speeds, time_of(row) / raw, label=row.name, linewidth=2.5 if ours else 1
+      )
+    axes.set(
+      xscale='log',
+      xlabel='link, MB/s',
+      ylabel='time to weights / that of safetensors',
+      ylim=(0.5, 2.5),
+    )
+    axes.grid(alpha=0.3)
+    axes.legend(ncols=2)
+    figure.savefig(path, metadata={'Date': None})
+    plt.close(figure)
+
+
+def limits(free: pathlib.Path, exact: pathlib.Path | None, runs: int) -> str:
+  """Measures parts of decoding alone; returns lines with seconds."""
+  lines = []
+  for path in (free, *([exact] if exact else [])):
+    decode, numbers = _blocks_alone(path)
+    seconds = _median(decode, runs)
+    lines.append(
+      f'{"the blocks of " + path.stem:38}{seconds:7.3f}'
+      f'{numbers / seconds / 1e6:9.0f} million numbers/s'
+    )
+  if exact:
+    with file.Reader(exact) as reader:
+      config = reader.config
+    assert config is not None
+    sizes = config.segment_widths[-1], config.vocab_size, config.segment_widths[0]
+    seconds = _median(_product_alone(*sizes), runs)
+    flops = 2.0 * math.prod(sizes)
+    lines.append(
+      f'{"the product for the tied embedding":38}{seconds:7.3f}'
+      f'{flops / seconds / 1e9:9.0f} GFLOP/s in float64'
+    )
+  size = 1 << 28
+  seconds = _median(lambda: np.empty(size, np.uint8).fill(1), runs)
+  lines.append(
+    f'{"fresh memory, written once":38}{seconds:7.3f}'
+    f'{size / seconds / 1e9:9.2f} GB/s, for {size:,} bytes'
+  )
+  return '\n'.join(lines)
+
+
+def _blocks_alone(path: pathlib.Path) -> tuple[Callable[[], None], int]:
+  """Prepares decoding all units into existing memory.
+
+  Returns:
+    A function that decodes them, and the number of their numbers.
+  """
+  with file.Reader(path) as reader:
+    units = reader.units.values()
+  streams = container.StreamReader(path)
+  given = [
+    (
+      unit.coder,
+      streams.stream(unit.name).copy(),
+      [np.ones(x.shape, jnp.dtype(x.dtype)) for x in unit.coder.arrays],
+    )
+    for unit in units
+  ]
+
+  def decode() -> None:
+    with weights.unit_jobs() as start:
+      for coder, data, out in given:
+        start(functools.partial(weights.decode, coder, data, out=out))
+
+  return decode, sum(array.size for *_, arrays in given for array in arrays)
+
+
+def _product_alone(hidden: int, tokens: int, width: int) -> Callable[[], Any]:
+  """Prepares the float64 product of `[tokens, hidden]` and `[hidden, width]`."""
+  with jax.enable_x64(True):
+    head, map = jnp.ones((tokens, hidden)), jnp.ones((hidden, width))
+    product = jax.jit(jnp.matmul)
+    product(head, map).block_until_ready()
+
+  def run() -> None:
+    with jax.enable_x64(True):
+      product(head, map).block_until_ready()
+
+  return run
+
+
+def _median(run: Callable[[], Any], runs: int) -> float:
+  run()
+  seconds = []
+  for _ in range(runs):
+    start = time.perf_counter()
+    run()
+    seconds.append(time.perf_counter() - start)
+  return statistics.median(seconds)
+
+
+def prepare(
+  checkpoint: rotbits_jax.Checkpoint,
+  work: pathlib.Path,
+  presets: Sequence[str],
+  peers_python: str,
+) -> tuple[pathlib.Path, dict[str, pathlib.Path]]:
+  """Writes the safetensors file and the file of each peer and of each preset."""
+  tensors = work / 'tensors' / 'model.safetensors'
+  files = {name: work / name for name in PEERS}
+  files |= {name: work / f'{name}.rotbits' for name in presets}
+  if not tensors.exists():
+    rotbits_jax.save_checkpoint(checkpoint, tensors.parent, format='safetensors')
+  for name, path in files.items():
+    if path.exists():
+      continue
+    if name in PEERS:
+      args = ['benchmarks/peers.py', name, 'compress', str(tensors), str(path)]
+      subprocess.run([peers_python, *args], cwd=ROOT, check=True)
+    else:
+      path.write_bytes(rotbits_jax.encode(checkpoint.model, preset=name, progress=True))
+  return tensors, files
+
+
+def main() -> None:
+  with tempfile.TemporaryDirectory() as folder:
+    work = pathlib.Path(_WORK.value or folder).absolute()
+    work.mkdir(exist_ok=True)
+    if _CHECKPOINT.value is None:
+      checkpoint = demo.slice_smollm2(SPARSITY, work).checkpoint
+    else:
+      checkpoint = rotbits_jax.load_checkpoint(_CHECKPOINT.value)
+    presets, runs = _PRESETS.value, _RUNS.value
+    tensors, files = prepare(checkpoint, work, presets, _PEERS_PYTHON.value)
+    stem = checkpoint.stem
+    del checkpoint
+    rows = measure(tensors, files, _PEERS_PYTHON.value, runs)
+    own = [files[name] for name in presets]
+    exact = files.get('exact')
+    found = limits(own[0], exact if exact != own[0] else None, runs)
+  body = (
+    f'Written by `python -m benchmarks.decode`: {stem} on {sections.machine()}.\n'
+    f'Medians of {runs} runs, in which all took turns. Files are in the page cache.\n\n'
+    f'```\n{table(rows)}\n```\n\n'
+    f'Parts of decoding alone, in seconds:\n\n```\n{found}\n```\n\n'
+    'Time to weights, in seconds: reading over a link and decoding. * is the least.\n\n'
+    f'```\n{times_to_weights(rows)}\n```\n'
+  )
+  if _PLOT.value is not None:
+    plot(rows, _PLOT.value)
+    body += f'\n![Time to weights]({_PLOT.value})\n'
+  print(body)
+  if _RESULTS.value is not None:
+    sections.write(_RESULTS.value, TITLE, body)
+
+
+if __name__ == '__main__':
+  sys.exit(program.run(main, FLAGS))

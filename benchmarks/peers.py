@@ -1,0 +1,177 @@
+"""Runs the decoder of this project or of another package in a process.
+
+  python benchmarks/peers.py NAME compress FILE OUTPUT
+  python benchmarks/peers.py NAME serve FILE
+
+`compress` compresses a safetensors file with NAME. `serve` decodes FILE to arrays once
+for each line on stdin. It prints the seconds, and the CRC-32 of the bytes of all arrays
+from the first time. benchmarks/decode.py runs this module. The module imports nothing
+of this project at its top, because it must run in a Python that has only the packages
+of the peers.
+
+`zstd` is the program; it decompresses into a file in memory, which is then mapped.
+`zstandard` is its Python library. Both compress at level 3. ZipNN and lmzip run with
+one thread for each CPU.
+"""
+
+from collections.abc import Callable
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import tempfile
+import time
+from typing import Any
+import zlib
+
+import numpy as np
+
+Arrays = list[Any]
+
+
+def split(data: Any) -> Arrays:
+  """Returns the tensors of a safetensors file as views of its bytes: uint8 arrays."""
+  view = np.frombuffer(data, np.uint8)
+  start = 8 + int(view[:8].view('<u8')[0])
+  header = json.loads(view[8:start].tobytes())
+  header.pop('__metadata__', None)
+  offsets = [entry['data_offsets'] for entry in header.values()]
+  return [view[start + begin : start + end] for begin, end in offsets]
+
+
+def _memory_file() -> str:
+  """Returns the path of a file in memory, if the system supports that."""
+  shared = pathlib.Path('/dev/shm')
+  folder = shared if shared.is_dir() else pathlib.Path(tempfile.gettempdir())
+  return str(folder / f'rotbits-benchmark-{os.getpid()}')
+
+
+def _mapped(path: str) -> Arrays:
+  """Maps the tensors of a file, and removes the file."""
+  arrays = split(np.memmap(path, np.uint8, 'r'))
+  os.unlink(path)
+  return arrays
+
+
+class Raw:
+  """The safetensors file without compression."""
+
+  def compress(self, source: str, output: str) -> None:
+    pathlib.Path(output).write_bytes(pathlib.Path(source).read_bytes())
+
+  def decode(self, path: str) -> Arrays:
+    return split(pathlib.Path(path).read_bytes())
+
+
+class Zstd:
+  """The program `zstd`."""
+
+  def compress(self, source: str, output: str) -> None:
+    subprocess.run(['zstd', '-3', '-q', '-f', source, '-o', output], check=True)
+
+  def decode(self, path: str) -> Arrays:
+    output = _memory_file()
+    subprocess.run(['zstd', '-d', '-q', '-f', path, '-o', output], check=True)
+    return _mapped(output)
+
+
+class Zstandard:
+  """The library of zstd."""
+
+  def __init__(self) -> None:
+    import zstandard
+
+    self._module = zstandard
+
+  def compress(self, source: str, output: str) -> None:
+    data = pathlib.Path(source).read_bytes()
+    packed = self._module.ZstdCompressor(level=3).compress(data)
+    pathlib.Path(output).write_bytes(packed)
+
+  def decode(self, path: str) -> Arrays:
+    data = pathlib.Path(path).read_bytes()
+    return split(self._module.ZstdDecompressor().decompress(data))
+
+
+class Zipnn:
+  """ZipNN, set to float16 numbers."""
+
+  def __init__(self) -> None:
+    import zipnn
+
+    threads = os.cpu_count()
+    self._coder = zipnn.ZipNN(bytearray_dtype='float16', threads=threads)
+
+  def compress(self, source: str, output: str) -> None:
+    data = pathlib.Path(source).read_bytes()
+    pathlib.Path(output).write_bytes(self._coder.compress(data))
+
+  def decode(self, path: str) -> Arrays:
+    return split(self._coder.decompress(pathlib.Path(path).read_bytes()))
+
+
+class Lmzip:
+  """lmzip, which decodes from file to file."""
+
+  def __init__(self) -> None:
+    import lmz
+
+    self._module = lmz
+
+  def compress(self, source: str, output: str) -> None:
+    self._module.compress(source, output)
+
+  def decode(self, path: str) -> Arrays:
+    output = _memory_file()
+    self._module.decompress(path, output, workers=os.cpu_count(), overwrite=True)
+    return _mapped(output)
+
+
+class Rotbits:
+  """This project: `rotbits_jax.load`, which returns JAX arrays."""
+
+  def decode(self, path: str) -> Arrays:
+    import jax
+
+    import rotbits_jax
+
+    return jax.block_until_ready(jax.tree.leaves(rotbits_jax.load(path).params))
+
+
+PEERS: dict[str, Callable[[], Any]] = {
+  'safetensors': Raw,
+  'zstd': Zstd,
+  'zstandard': Zstandard,
+  'zipnn': Zipnn,
+  'lmzip': Lmzip,
+  'rotbits': Rotbits,
+}
+
+
+def serve(peer: Any, path: str) -> None:
+  """Decodes once for each line on stdin, and prints the seconds and the checksum."""
+  checksum: int | None = None
+  for _ in sys.stdin:
+    start = time.perf_counter()
+    arrays = peer.decode(path)
+    seconds = time.perf_counter() - start
+    if checksum is None:
+      checksum = 0
+      for array in arrays:
+        checksum = zlib.crc32(np.ascontiguousarray(array).view(np.uint8), checksum)
+    del arrays  # frees the memory now, so that the next run's time does not include it
+    print(json.dumps([seconds, checksum]), flush=True)
+
+
+def main() -> None:
+  name, command, source, *output = sys.argv[1:]
+  peer = PEERS[name]()
+  if command == 'compress':
+    peer.compress(source, *output)
+  else:
+    serve(peer, source)
+
+
+if __name__ == '__main__':
+  main()

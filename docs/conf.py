@@ -1,0 +1,90 @@
+"""Builds the documentation: sphinx-build -W -b html docs build/docs."""
+
+import re
+
+project = 'rotbits_jax'
+author = 'the rotbits_jax authors'
+copyright = 'the rotbits_jax authors, Apache-2.0'
+
+extensions = [
+  'myst_nb',
+  'sphinx.ext.autodoc',
+  'sphinx.ext.napoleon',
+]
+exclude_patterns = ['build', 'README.md']
+html_theme = 'sphinx_book_theme'
+html_title = 'rotbits_jax'
+html_static_path = ['pictures']
+html_show_sourcelink = False
+html_theme_options = {'show_toc_level': 2, 'home_page_in_toc': True}
+
+myst_heading_anchors = 3
+# Pages with code run when the site is built, and an error in them is the build's.
+nb_execution_mode = 'force'
+nb_execution_raise_on_error = True
+nb_execution_timeout = 600
+nb_merge_streams = True
+
+autodoc_default_options = {'member-order': 'bysource'}
+autodoc_typehints = 'none'
+autodoc_preserve_defaults = True
+napoleon_use_rtype = False
+# NamedTuples and dataclasses describe their fields in the class.
+napoleon_use_ivar = True
+
+_SECTION = re.compile(r'(Args|Attributes|Raises|Returns|Yields|References?|Example):$')
+_BULLET = re.compile(r'\s*([*-]|\d+\.) ')
+
+
+def _as_text(app, what, name, obj, options, lines):
+  """Makes reStructuredText of a docstring, whose mathematics is plain text.
+
+  Outside the sections, a paragraph that is indented or has columns is shown as it is.
+  Elsewhere stars, bars and underscores are letters, and a name in backticks is code.
+  """
+  del app, what, name, obj, options
+  found, section = [], ''
+  for paragraph in '\n'.join(lines).split('\n\n'):
+    own = paragraph.split('\n')
+    own = own[own[0] == '' :]
+    if own and own[0][:1].strip():
+      match = _SECTION.match(own[0])
+      section = match[1] if match else ''
+    if own and not section and _is_drawn(own):
+      found += ['::', '', *(f'  {line}' for line in own), '']
+      continue
+    if section in ('Returns', 'Yields'):
+      own = _as_list(own)
+    found += [*map(_escaped, own), '']
+  lines[:] = found
+
+
+def _is_drawn(paragraph):
+  """Whether a paragraph is a formula, a program or a table."""
+  if _BULLET.match(paragraph[0]):
+    return False
+  indented = any(line.startswith('  ') for line in paragraph)
+  return indented or any(re.search(r'\S {3,}\S', line) for line in paragraph)
+
+
+def _as_list(paragraph):
+  """Several named values that a function returns, as a list."""
+  name = re.compile(r'  (\w+): ')
+  if sum(name.match(line) is not None for line in paragraph) < 2:
+    return paragraph
+  return [
+    name.sub(r'  * `\1` is ', line) if name.match(line) else line for line in paragraph
+  ]
+
+
+def _escaped(line):
+  bullet = _BULLET.match(line)
+  start = bullet.end() if bullet else 0
+  parts = re.split(r'`+([^`]+)`+', line[start:])
+  parts[::2] = [re.sub(r'([*|]|_\b)', r'\\\1', part) for part in parts[::2]]
+  parts[1::2] = [f'``{part}``' for part in parts[1::2]]
+  return line[:start] + ''.join(parts)
+
+
+def setup(app):
+  app.connect('autodoc-process-docstring', _as_text, priority=100)

@@ -1,0 +1,419 @@
+"""The report of a file as one web page that needs no network.
+
+A page has the waterfall of the bytes, the spectra of the shortcuts, the errors beside
+what rounding alone does, the reductions beside the published table, and the layout of
+the file. It follows the reader's theme, light or dark, and fits a phone.
+"""
+
+import dataclasses
+import html
+import itertools
+import math
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from rotbits_jax import file
+from rotbits_jax import models
+from rotbits_jax import structured
+from rotbits_jax.evaluation import accounting as accounting_lib
+from rotbits_jax.evaluation import charts
+from rotbits_jax.evaluation import published
+from rotbits_jax.file import manifest
+from rotbits_jax.file import report as report_lib
+
+_LAYERS = 6
+"""The greatest number of layers whose spectra are shown."""
+
+_TENSORS = 8
+"""The greatest number of kinds of tensors whose errors are shown."""
+
+_ROUNDING = 0.4
+"""The relative error (Frobenius) of rounding a matrix, in units of roundoff."""
+
+
+def report_page(source: file.Readable) -> str:
+  """Makes the report of a file as a web page.
+
+  Args:
+    source: a path, bytes, or a binary file. A few layers are decoded, for the spectra
+      of their shortcuts.
+
+  Returns:
+    The page, HTML.
+
+  Raises:
+    ContainerError: if the source is not of this format or is damaged.
+    OSError: if the path cannot be read.
+  """
+  with file.Reader(source) as reader:
+    report = report_lib.from_reader(reader)
+    sections = [
+      ('The bytes', waterfall(report)),
+      ('The shortcuts', shortcuts(reader, report)),
+      ('The errors', errors(reader, report)),
+      ('The published table', table(reader, report)),
+      ('The file', layout(reader)),
+    ]
+  body = ''.join(
+    f'<section><h2>{name}</h2>{content}</section>' for name, content in sections
+  )
+  share = report.file_bytes / max(report.input_bytes, 1)
+  family = f', family {html.escape(report.family)}' if report.family else ''
+  return (
+    '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+    '<meta name="viewport" content="width=device-width, initial-scale=1">'
+    f'<title>rotbits report</title><style>{charts.STYLE}{_CSS}</style></head>'
+    '<body><main>'
+    f'<h1>{share:.1%} of the bytes</h1>'
+    f'<p>{report.file_bytes:,} bytes in the file for {report.input_bytes:,} bytes of '
+    f'tensors. Preset {html.escape(report.preset)}{family}.</p>{body}</main></body>'
+    '</html>\n'
+  )
+
+
+# ---- the bytes -----------------------------------------------------------------------
+
+
+def waterfall(report: report_lib.Report) -> str:
+  """Draws how the bytes of the tensors become those of the file."""
+  rows, left = [('tensors', 0, report.input_bytes, 'whole')], report.input_bytes
+  for source in report.sources:
+    after = left - source.bytes_saved
+    kind = 'less' if source.bytes_saved >= 0 else 'more'
+    if source.bytes_saved:
+      rows.append((source.name, min(left, after), abs(source.bytes_saved), kind))
+    left = after
+  rows.append(('file', 0, report.file_bytes, 'whole'))
+  most = max(begin + size for _, begin, size, _ in rows)
+  lines = []
+  for name, begin, size, kind in rows:
+    sign = {'whole': '', 'less': '&minus;', 'more': '+'}[kind]
+    place = f'left:{100 * begin / most:.3f}%;width:{100 * size / most:.3f}%'
+    lines.append(
+      f'<li><span>{html.escape(name)}</span>'
+      f'<span class="track"><i class="{kind}" style="{place}"></i></span>'
+      f'<span class="number">{sign}{size:,}</span>'
+      f'<span class="number">{sign}{size / max(report.input_bytes, 1):.2%}</span></li>'
+    )
+  return (
+    '<p>Each step starts where the one above it ends. Hatched bars are bytes saved, '
+    'solid narrow bars are bytes added.</p>'
+    f'<ul class="waterfall">{"".join(lines)}</ul>'
+  )
+
+
+# ---- the shortcuts -------------------------------------------------------------------
+
+
+class _Spectrum(NamedTuple):
+  """Singular values of a shortcut, from the least up; those that are not 1."""
+
+  path: str
+  values: np.ndarray
+  rank: int
+
+
+def shortcuts(reader: file.Reader, report: report_lib.Report) -> str:
+  """Draws the spectra of some shortcuts, and the ranks of all."""
+  notes = [x for x in _notes(report) if x.rank is not None and 'shortcut' in x.name]
+  if not notes:
+    return '<p>No shortcut of this file is stored in a structured form.</p>'
+  indices = sorted({note.layer for note in notes})
+  places = np.linspace(0, len(indices) - 1, min(len(indices), _LAYERS))
+  chosen = [indices[i] for i in sorted({round(place) for place in places})]
+  parts, most = [], 1
+  for index in chosen:
+    for spectrum in _spectra(reader, index):
+      count = spectrum.values.size
+      most = max(most, count)
+      whole = charts.Series(
+        'values', range(1, count + 1), spectrum.values.tolist(), markers=False
+      )
+      mark = charts.Series(
+        'rank', [spectrum.rank] * 2, [0, 1.02], line=True, markers=False
+      )
+      picture = charts.chart(
+        [whole, mark],
+        charts.Axis('values, from the least up', 1, max(count, 2)),
+        charts.Axis('singular value', 0, max(1.02, float(spectrum.values.max()))),
+        title=f'{spectrum.path}: {spectrum.rank} of {count} values differ from 1',
+        legend=False,
+      )
+      parts.append(
+        f'<figure>{picture}<figcaption>{html.escape(spectrum.path)}: rank '
+        f'{spectrum.rank} of {count}</figcaption></figure>'
+      )
+  return (
+    '<p>The singular values of shortcuts. Only values left of the dashed line differ '
+    'from 1 by more than the tolerance; the file stores one column for each.</p>'
+    f'<div class="figures">{"".join(parts)}</div>'
+    '<p>The rank of every shortcut:</p>'
+    f'<div class="figures one"><figure>{_ranks(notes, most)}</figure></div>'
+  )
+
+
+def _ranks(notes: list['_Note'], most: int) -> str:
+  series = []
+  for name in dict.fromkeys(note.name for note in notes):
+    own = [note for note in notes if note.name == name]
+    series.append(
+      charts.Series(name, [x.layer for x in own], [float(x.rank or 0) for x in own])
+    )
+  last = max(note.layer for note in notes)
+  return charts.chart(
+    series,
+    _layer_axis(last),
+    charts.Axis(f'rank, of {most}', 0, most),
+    title='the rank of every shortcut by layer',
+  )
+
+
+def _spectra(reader: file.Reader, index: int) -> list[_Spectrum]:
+  """The spectra of one layer's shortcuts."""
+  found = []
+  for path, leaf in structured.flatten(reader.unit(f'layers.{index}')).items():
+    if 'shortcut' not in path:
+      continue
+    count = min(leaf.shape)
+    if isinstance(leaf, structured.IdentityMinusGram):
+      less, more = (_squares(x) for x in (leaf.b, leaf.c))
+      values = np.concatenate(
+        [1 - less, 1 + more, np.ones(count - less.size - more.size)]
+      )
+      rank = less.size + more.size
+    else:
+      matrix = np.asarray(structured.materialize(leaf), np.float32)
+      values, rank = np.linalg.svd(matrix, compute_uv=False), count
+    found.append(_Spectrum(f'layers.{index}/{path}', np.sort(values), rank))
+  return found
+
+
+def _squares(factor: Any) -> np.ndarray:
+  """The eigenvalues of B^T B."""
+  wide = np.asarray(factor, np.float32).astype(np.float64)
+  return np.linalg.eigvalsh(wide.T @ wide)
+
+
+# ---- the errors ----------------------------------------------------------------------
+
+
+def errors(reader: file.Reader, report: report_lib.Report) -> str:
+  """Draws the error of every tensor that was rewritten, beside rounding alone."""
+  groups: dict[str, list[tuple[int, float]]] = {}
+  for note in _notes(report):
+    if note.error:
+      groups.setdefault(note.name, []).append((note.layer, note.error))
+  if not groups:
+    return '<p>No tensor of this file differs from the input.</p>'
+  dtypes = list(reader.dtypes().values())
+  dtype = max(set(dtypes), key=dtypes.count)
+  floor = _ROUNDING * float(jnp.finfo(dtype).eps) / 2
+  names = list(groups)[:_TENSORS]
+  most = max(y for name in names for _, y in groups[name]) / floor
+  last = max(x for name in names for x, _ in groups[name])
+  axis = charts.Axis('error / noise floor', 0, max(2.0, 1.1 * most))
+  parts = []
+  for name in names:
+    points = sorted(groups[name])
+    series = [
+      charts.Series(name, [x for x, _ in points], [y / floor for _, y in points]),
+      charts.Series('rounding alone', [0, max(last, 1)], [1.0] * 2, markers=False),
+    ]
+    picture = charts.chart(
+      series,
+      _layer_axis(last),
+      axis,
+      title=f'{name}: relative error by layer, beside rounding alone',
+      legend=False,
+    )
+    parts.append(
+      f'<figure>{picture}<figcaption>{html.escape(name)}</figcaption></figure>'
+    )
+  return (
+    '<p>The relative error (Frobenius) of each tensor that was rewritten, or of the '
+    f'product that stays. Rounding a matrix to {html.escape(dtype.name)} alone makes '
+    f'an error of about {floor:.1e}: this noise floor is the dashed line.</p>'
+    f'<div class="figures">{"".join(parts)}</div>'
+  )
+
+
+# ---- the published table -------------------------------------------------------------
+
+
+def table(reader: file.Reader, report: report_lib.Report) -> str:
+  """Tabulates reductions of published models, and that of this file."""
+  rows = [
+    '<tr><th>model</th><th>slicing</th><th>SliceGPT</th><th>bits-back, published</th>'
+    '<th>gauge fixed</th><th>+ heads, retied</th></tr>'
+  ]
+  if (own := own_reduction(reader, report)) is not None:
+    rows.append(
+      f'<tr class="own"><td>this file</td><td></td><td>{own[0]:.2f}%</td><td></td>'
+      f'<td colspan="2">{own[1]:.2f}% of the numbers, {own[2]:.2f}% of the bytes</td>'
+      '</tr>'
+    )
+  for name, model in published.MODELS.items():
+    for sparsity, bits_back in model.bits_back.items():
+      found = accounting_lib.accounting(model.config, sparsity).reduction()
+      best = found['gauge_fixed_heads_retied'] or found['gauge_fixed_heads']
+      cells = ''.join(
+        f'<td>{x:.2f}%</td>'
+        for x in (found['slicegpt'], bits_back, found['gauge_fixed'], best)
+      )
+      rows.append(f'<tr><td>{name}</td><td>{sparsity:.0%}</td>{cells}</tr>')
+  return (
+    '<p>Reductions of the dense model with an untied head, 16 bits a number, as the '
+    'bits-back paper (arXiv 2410.01309) counts them. Its models are counted from their '
+    'sizes alone, before entropy coding.</p>'
+    f'<div class="scroll"><table>{"".join(rows)}</table></div>'
+  )
+
+
+def own_reduction(
+  reader: file.Reader, report: report_lib.Report
+) -> tuple[float, float, float] | None:
+  """Counts this file as the published table counts its models.
+
+  Returns:
+    By how many percent the sliced checkpoint's numbers, the numbers stored in the file,
+    and the file's bytes at 16 bits a number are fewer than those of the dense model;
+    None if the file holds no sliced model.
+  """
+  config = reader.config
+  if config is None or not config.sliced:
+    return None
+  hidden, segments = config.hidden_size, len(config.segment_widths)
+  whole = dataclasses.replace(config, segment_widths=(hidden,) * segments)
+  dense = models.count_numbers(whole)
+  dense -= sum(a * b for a, b in itertools.pairwise(whole.segment_widths))
+  percent = lambda n: 100 * (1 - n / dense)
+  return (
+    percent(report.input_numbers),
+    percent(report.stored_numbers),
+    percent(report.file_bytes / 2),
+  )
+
+
+# ---- the file ------------------------------------------------------------------------
+
+
+def layout(reader: file.Reader) -> str:
+  """Draws the streams of the file in their order, and tabulates them."""
+  sizes: list[tuple[str, int]] = []
+  for own in reader.manifests:
+    sizes += [(unit.name, unit.nbytes) for unit in own.units]
+    sizes += [(x.name, x.nbytes) for x in (own.message.streams if own.message else ())]
+    sizes += [(x.name, x.nbytes) for x in own.files]
+  sizes.append(('header and manifest', reader.size - reader.stream_bytes()))
+  whole = max(sum(size for _, size in sizes), 1)
+  strip = ''.join(
+    f'<i style="flex-grow:{size}" title="{html.escape(name)}: {size:,} bytes">'
+    f'<b>{html.escape(name)}</b></i>'
+    for name, size in sizes
+    if size
+  )
+  rows = ''.join(
+    f'<tr><td>{html.escape(name)}</td><td>{size:,}</td><td>{size / whole:.2%}</td></tr>'
+    for name, size in sizes
+  )
+  return (
+    '<p>Streams in the order in which they lie in the file, by their lengths.</p>'
+    f'<div class="strip">{strip}</div>'
+    '<details><summary>All streams</summary><div class="scroll"><table>'
+    '<tr><th>stream</th><th>bytes</th><th>share</th></tr>'
+    f'{rows}</table></div></details>'
+  )
+
+
+def _layer_axis(last: int) -> charts.Axis:
+  ticks = range(0, last + 1, last // 6 + 1)
+  return charts.Axis('layer', 0, max(last, 1), ticks=ticks)
+
+
+class _Note(NamedTuple):
+  """A note about a tensor of a layer.
+
+  Attributes:
+    layer: index of the layer.
+    name: the tensor's path within the layer.
+    rank: of a shortcut; None if the note has none.
+    error: a relative error; None if the note has none.
+  """
+
+  layer: int
+  name: str
+  rank: int | None
+  error: float | None
+
+
+def _notes(report: report_lib.Report) -> list[_Note]:
+  """The notes about tensors of layers. A stranger may have written them."""
+  found = []
+  for note in itertools.chain.from_iterable(report.notes.values()):
+    unit, _, name = str(note.get('tensor')).partition('/')
+    layer = manifest.layer_index(unit)
+    rank, error = note.get('rank'), note.get('error')
+    if layer is not None:
+      found.append(
+        _Note(
+          layer,
+          name,
+          rank if type(rank) is int and 0 <= rank < 1 << 31 else None,
+          error if type(error) is float and 0 < error < math.inf else None,
+        )
+      )
+  return found
+
+
+_CSS = """
+* { box-sizing: border-box; }
+body { margin: 0; background: var(--page); color: var(--ink);
+  font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
+main { max-width: 1040px; margin: 0 auto; padding: 24px 16px 64px; }
+h1 { font-size: 2rem; line-height: 1.2; margin: 8px 0; }
+h2 { font-size: 1.25rem; margin: 40px 0 8px; }
+p { max-width: 46rem; margin: 8px 0; }
+ul { list-style: none; margin: 16px 0; padding: 0; }
+.waterfall li { display: grid; align-items: center; gap: 0 12px; padding: 3px 0;
+  grid-template-columns: 11rem 1fr 8rem 5rem; }
+.track { position: relative; height: 18px; background:
+  linear-gradient(var(--line), var(--line)) left / 1px 100% no-repeat; }
+.track i { position: absolute; top: 0; bottom: 0; min-width: 2px; }
+.whole { background: var(--soft); }
+.less { border: 1px solid var(--s0); background: repeating-linear-gradient(
+  135deg, var(--s0) 0 2px, transparent 2px 7px); }
+.more { background: var(--s1); top: 5px !important; bottom: 5px !important; }
+.number, td, th { font-variant-numeric: tabular-nums; }
+.number { text-align: right; }
+.figures { display: grid; gap: 20px;
+  grid-template-columns: repeat(auto-fill, minmax(300px, 1fr)); }
+.figures.one { max-width: 420px; grid-template-columns: 1fr; }
+figure { margin: 0; min-width: 0; }
+figcaption { color: var(--soft); font-size: .875rem; overflow-wrap: anywhere; }
+svg { display: block; width: 100%; height: auto; }
+.legend { display: flex; flex-wrap: wrap; gap: 4px 20px; font-size: .875rem; }
+.legend span { display: inline-flex; align-items: center; gap: 6px; }
+.legend svg { width: 28px; height: 14px; }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; font-size: .9375rem; margin: 12px 0; }
+th, td { padding: 4px 12px; text-align: right; border-bottom: 1px solid var(--line);
+  white-space: nowrap; }
+th { font-weight: 600; vertical-align: bottom; }
+th:first-child, td:first-child { text-align: left; padding-left: 0; }
+.own td { font-weight: 700; border-bottom: 2px solid var(--soft); }
+.strip { display: flex; height: 44px; margin: 16px 0; border: 1px solid var(--soft); }
+.strip i { flex: 0 1 0; min-width: 1px; overflow: hidden; font-style: normal;
+  border-right: 1px solid var(--page); background: var(--line); }
+.strip i:nth-child(even) { background: var(--soft); color: var(--page); }
+.strip b { display: block; padding: 11px 6px; font: 12px/20px inherit;
+  font-size: 12px; font-weight: 400; white-space: nowrap; }
+summary { cursor: pointer; }
+@media (max-width: 640px) {
+  .waterfall li { grid-template-columns: 1fr auto auto; padding: 6px 0; }
+  .waterfall .track { grid-column: 1 / -1; grid-row: 2; }
+  th, td { padding: 4px 8px; }
+  th { white-space: normal; }
+}
+"""

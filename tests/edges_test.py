@@ -1,0 +1,105 @@
+"""Numbers, shapes and models at the edges of what can be stored."""
+
+from absl.testing import absltest
+from absl.testing import parameterized
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+import random_models
+
+import rotbits_jax
+from rotbits_jax import models
+from rotbits_jax import structured
+from rotbits_jax import verification
+
+FLOATS = (np.float16, ml_dtypes.bfloat16, np.float32, np.float64)
+OTHERS = (np.bool_, np.int8, np.int16, np.int32, np.int64)
+OTHERS += (np.uint8, np.uint16, np.uint32, np.uint64)
+SHAPE = (96, 80)
+
+
+def bits(array):
+  return array.view(np.dtype(f'u{array.dtype.itemsize}'))
+
+
+def special_floats(dtype, rng):
+  """Arrays of one dtype, by name: values at the edges, alone and among others."""
+  dtype = np.dtype(dtype)
+  unsigned = np.dtype(f'u{dtype.itemsize}')
+  normal = rng.normal(size=SHAPE).astype(dtype)
+  mixed = normal.copy()
+  mixed[3, 4], mixed[5], mixed[:, 7] = np.nan, np.inf, -np.inf
+  bits(mixed)[9, 9] |= 1
+  zeros = normal.copy()
+  zeros[rng.random(SHAPE) < 0.5] = 0
+  zeros[rng.random(SHAPE) < 0.3] *= -1
+  small = rng.integers(0, 50, SHAPE).astype(unsigned)
+  sign = unsigned.type(1 << (8 * dtype.itemsize - 1))
+  greatest = np.full(SHAPE, jax.numpy.finfo(dtype).max, dtype)
+  any_bits = np.frombuffer(rng.bytes(normal.nbytes), dtype).reshape(SHAPE)
+  return {
+    'any bits': any_bits,
+    'infinite': np.full(SHAPE, -np.inf, dtype),
+    'mixed': mixed,
+    'NaN': np.full(SHAPE, np.nan, dtype),
+    'zeros': np.zeros(SHAPE, dtype),
+    'negative zeros': -np.zeros(SHAPE, dtype),
+    'zeros among others': zeros,
+    'subnormal': small.view(dtype),
+    'negative subnormal': (small | sign).view(dtype),
+    'greatest': greatest * np.sign(normal),
+  }
+
+
+def assert_same_bits(actual, expected):
+  assert jax.tree.structure(actual) == jax.tree.structure(expected)
+  paths = jax.tree_util.tree_leaves_with_path(actual)
+  for (path, a), b in zip(paths, jax.tree.leaves(expected), strict=True):
+    a, b = np.asarray(a), np.asarray(b)
+    assert (a.dtype, a.shape, a.tobytes()) == (b.dtype, b.shape, b.tobytes()), path
+
+
+class TreeTest(parameterized.TestCase):
+  def check(self, tree):
+    data = rotbits_jax.encode(tree, preset='exact')
+    assert_same_bits(rotbits_jax.decode(data), tree)
+    assert_same_bits(rotbits_jax.load(data), tree)
+    assert_same_bits({k: rotbits_jax.read_unit(data, k)[k] for k in tree}, tree)
+
+  @parameterized.parameters(*FLOATS)
+  def test_floats(self, dtype):
+    self.check({'x': special_floats(dtype, np.random.default_rng(0))})
+
+  def test_every_dtype_in_every_shape(self):
+    rng = np.random.default_rng(0)
+    shapes = {'()': (), '(0)': (0,), '(3, 0, 2)': (3, 0, 2), '(1, 1)': (1, 1)}
+    self.check(
+      {
+        np.dtype(dtype).name: {
+          name: np.asarray(100 * rng.normal(size=shape), dtype)
+          for name, shape in (shapes | {'(7, 300)': (7, 300)}).items()
+        }
+        for dtype in (*FLOATS, *OTHERS)
+      }
+    )
+
+  def test_empty_dicts(self):
+    self.check({})
+    self.check({'a': {}})
+    self.check({'a': {'b': {}, 'c': np.ones(3), 'd': {'e': {}}}, 'f': {}})
+
+  def test_load_keeps_dtypes_that_jax_would_narrow(self):
+    tree = {'x': np.arange(5) << 40, 'y': np.arange(5.0) + 2**-40}
+    loaded = rotbits_jax.load(rotbits_jax.encode(tree, preset='exact'))
+    self.assertEqual(loaded['x'].dtype, np.int64)
+    self.assertEqual(loaded['y'].dtype, np.float64)
+
+  @parameterized.parameters('manifest', '__metadata__')
+  def test_names_that_the_file_has_itself_are_refused(self, name):
+    with self.assertRaisesRegex(ValueError, f'{name}: the file has its own'):
+      rotbits_jax.encode({name: np.ones(3)}, preset='exact')
+
+
+if __name__ == '__main__':
+  absltest.main()

@@ -1,0 +1,147 @@
+"""The preset `near`: uniform steps, the bound of the divergence, and its files."""
+
+import functools
+import pathlib
+import tempfile
+
+from absl.testing import absltest
+from absl.testing import parameterized
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import rotbits_jax
+from rotbits_jax import checkpoints
+from rotbits_jax import evaluation
+from rotbits_jax import near
+from rotbits_jax import presets
+from rotbits_jax import structured
+from rotbits_jax import symmetries
+
+TESTDATA = pathlib.Path(__file__).parent / 'testdata'
+TINY = 'llama-tiny-sliced-head-0.25'
+
+
+@functools.cache
+def _load(name=TINY):
+  return checkpoints.load_checkpoint(TESTDATA / name)
+
+
+@functools.cache
+def _file(step=-5.0):
+  checkpoint = _load()
+  return rotbits_jax.encode(
+    checkpoint.model,
+    preset='near',
+    step=step,
+    files=checkpoint.files,
+    stem=checkpoint.stem,
+  )
+
+
+class PresetTest(parameterized.TestCase):
+  def test_options_are_checked(self):
+    for wrong in (
+      {'step': np.nan},
+      {'offsets': {'head/kernel': 'x'}},
+      {'tolerance': -1},
+    ):
+      with self.assertRaisesRegex(ValueError, 'finite'):
+        presets.make('near', **wrong)
+
+  def test_offsets_are_by_kind_of_parameter(self):
+    offsets = {'layers.*/mlp/up/kernel': 2.0}
+    octaves = presets.near(step=-4.0, offsets=offsets).rounding.octaves
+    dtype = np.dtype(np.float16)
+    self.assertEqual(octaves('layers.12/mlp/up/kernel', dtype), -2.0)
+    self.assertEqual(octaves('layers.12/mlp/down/kernel', dtype), -4.0)
+
+  def test_decoding_gives_the_rounded_numbers(self):
+    preset = presets.near(step=-5.0)
+    expected, _ = symmetries.run_chain(
+      (preset.transform,), _load().model, rounding=preset.rounding
+    )
+    decoded = rotbits_jax.decode(_file())
+    for (path, a), (_, b) in zip(
+      structured.flatten(decoded.outer()).items(),
+      structured.flatten(expected.outer()).items(),
+      strict=True,
+    ):
+      for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_array_equal(x, y, err_msg=path)
+
+  def test_matrices_are_float32_multiples_of_one_step(self):
+    for layer in rotbits_jax.decode(_file()).layers():
+      for path, leaf in structured.flatten(layer).items():
+        for x in jax.tree.leaves(leaf):
+          if x.ndim > 1 and x.size:
+            self.assertEqual(x.dtype, np.float32, path)
+            self.assertLess(np.unique(np.abs(x)).size, 400, path)
+
+  def test_a_coarser_step_takes_fewer_bytes(self):
+    self.assertLess(len(_file(-3.0)), len(_file(-5.0)))
+    free = rotbits_jax.encode(_load().model, preset='free')
+    self.assertLess(len(_file(-5.0)), 0.9 * len(free))
+
+  def test_load_in_another_dtype(self):
+    for dtype in (jnp.float32, jnp.bfloat16, jnp.float16):
+      model = rotbits_jax.load(_file(), dtype=dtype)
+      for leaf in jax.tree.leaves(model.params):
+        self.assertEqual(leaf.dtype, dtype)
+
+  def test_checkpoints_have_the_dtype_of_the_input(self):
+    for dtype, expected in (
+      (None, _load().model.params['head']['kernel'].dtype),
+      ('float32', np.float32),
+    ):
+      with tempfile.TemporaryDirectory() as folder:
+        rotbits_jax.decode_to_directory(_file(), folder, dtype=dtype)
+        again = checkpoints.load_checkpoint(folder).model
+      self.assertEqual(again.params['head']['kernel'].dtype, expected)
+
+
+class SearchTest(parameterized.TestCase):
+  def _tokens(self, count=256):
+    vocabulary = _load().model.config.vocab_size
+    return np.random.default_rng(0).integers(0, vocabulary, count)
+
+  @pytest.mark.slow
+  @parameterized.parameters(True, False)
+  def test_the_divergence_of_the_file_is_below_the_bound(self, calibrated):
+    model, tokens = _load().model, self._tokens()
+    found = near.search(model, tokens, max_kl=1e-3, calibrated=calibrated)
+    self.assertEqual(bool(found.offsets), calibrated)
+    data = rotbits_jax.encode(
+      model, preset='near', step=found.step, offsets=found.offsets
+    )
+    decoded = rotbits_jax.decode(data)
+    measured = evaluation.compare({'near': decoded}, tokens, {'model': model})
+    kl = measured['near'].kl['model']
+    self.assertLessEqual(kl, 1e-3)
+    self.assertAlmostEqual(kl / dict(found.curve)[found.step], 1, delta=0.01)
+    # The next step that was measured is too coarse.
+    coarser = [point.kl for point in found.curve if point.step > found.step]
+    self.assertTrue(all(kl > 1e-3 for kl in coarser))
+
+  def test_a_bound_that_cannot_be_kept(self):
+    for wrong in (0.0, -1.0, np.inf, np.nan):
+      with self.assertRaisesRegex(ValueError, 'max_kl'):
+        near.search(_load().model, self._tokens(), max_kl=wrong)
+
+  @parameterized.parameters(
+    ({-5.0: 1e-3}, 1e-1),
+    ({-5.0: 1e-1}, 1e-3),
+    ({-5.0: 1e-3, -2.0: 1e-1}, 1e-2),
+    ({-5.0: 1e-3, -4.875: 1e-1}, 1e-2),
+  )
+  def test_steps_are_searched_between_the_bounds(self, curve, max_kl):
+    step = near._next_step(curve, max_kl)
+    fine = [s for s, kl in curve.items() if kl <= max_kl]
+    coarse = [s for s, kl in curve.items() if kl > max_kl]
+    self.assertTrue(not fine or step >= max(fine))
+    self.assertTrue(not coarse or step < min(coarse))
+
+
+if __name__ == '__main__':
+  absltest.main()

@@ -1,0 +1,143 @@
+"""The report as a web page, read as a browser reads it."""
+
+import html.parser
+import json
+import pathlib
+import re
+import shutil
+import subprocess
+
+import numpy as np
+import pytest
+
+import rotbits_jax
+from rotbits_jax import evaluation
+from rotbits_jax.cli import report
+
+ROOT = pathlib.Path(__file__).parents[1]
+CHECKPOINT = ROOT / 'tests' / 'testdata' / 'phi2-tiny-sliced-0.25'
+BROWSERS = ('chromium', 'chromium-browser', 'google-chrome', 'google-chrome-stable')
+BROWSER = next(filter(None, map(shutil.which, BROWSERS)), None)
+HEADINGS = [
+  'The bytes',
+  'The shortcuts',
+  'The errors',
+  'The published table',
+  'The file',
+]
+# A frame as wide as a phone or a desk holds the page, and the script tells its sizes.
+FRAME = """<iframe width="{width}" height="900" srcdoc="{page}"></iframe><script>
+const frame = document.querySelector('iframe');
+frame.onload = () => {{
+  const page = frame.contentDocument;
+  const wide = page.documentElement.scrollWidth;
+  const texts = [...page.querySelectorAll('svg text')].map(
+    x => x.getBoundingClientRect().height);
+  document.title = JSON.stringify({{wide: wide, least: Math.min(...texts),
+    bars: page.querySelectorAll('.waterfall i').length,
+    color: page.defaultView.getComputedStyle(page.body).color}});
+}};</script>"""
+
+
+@pytest.fixture(scope='module', name='encoded')
+def fixture_encoded():
+  return {
+    preset: rotbits_jax.encode(rotbits_jax.open_checkpoint(CHECKPOINT), preset=preset)
+    for preset in rotbits_jax.PRESETS
+  }
+
+
+class Parser(html.parser.HTMLParser):
+  """Collects headings, and checks that elements are closed in order."""
+
+  VOID = frozenset(['meta', 'br'])
+
+  def __init__(self):
+    super().__init__()
+    self.open, self.headings, self.addresses = [], [], []
+
+  def handle_starttag(self, tag, attrs):
+    if tag not in self.VOID:
+      self.open.append(tag)
+    self.addresses += [x for name, x in attrs if name in ('src', 'href')]
+
+  def handle_startendtag(self, tag, attrs):
+    pass
+
+  def handle_endtag(self, tag):
+    assert self.open.pop() == tag
+
+  def handle_data(self, data):
+    if self.open[-1:] == ['h2']:
+      self.headings.append(data)
+
+
+@pytest.mark.parametrize('preset', rotbits_jax.PRESETS)
+def test_is_whole_and_needs_no_network(encoded, preset):
+  page = evaluation.report_page(encoded[preset])
+  parser = Parser()
+  parser.feed(page)
+  assert parser.headings == HEADINGS
+  assert not parser.open
+  assert not parser.addresses
+  assert not re.search('@import|url[(]', page)
+
+
+def test_says_what_inspect_says(encoded):
+  page = evaluation.report_page(encoded['free'])
+  for source in rotbits_jax.inspect(encoded['free']).sources:
+    if source.bytes_saved:
+      assert f'{abs(source.bytes_saved):,}<' in page, source
+
+
+def test_escapes_what_a_stranger_wrote():
+  data = rotbits_jax.encode({'<script>': {'a': np.ones(3)}}, preset='exact')
+  assert '<script>' not in evaluation.report_page(data)
+
+
+def test_command_writes_the_page(encoded, tmp_path, monkeypatch):
+  (tmp_path / 'model.rotbits').write_bytes(encoded['exact'])
+  arguments = [
+    'report',
+    f'--input={tmp_path}/model.rotbits',
+    f'--output={tmp_path}/a.html',
+  ]
+  monkeypatch.setattr('sys.argv', arguments)
+  assert report.run() == 0
+  assert (tmp_path / 'a.html').read_text('utf-8').startswith('<!doctype html>')
+
+
+def test_command_refuses_another_file(tmp_path, monkeypatch, capsys):
+  (tmp_path / 'model').write_bytes(b'no file of ours')
+  monkeypatch.setattr(
+    'sys.argv', ['report', f'--input={tmp_path}/model', f'--output={tmp_path}/a.html']
+  )
+  assert report.run() == 2
+  assert len(capsys.readouterr().err.splitlines()) == 1
+  assert not (tmp_path / 'a.html').exists()
+
+
+@pytest.mark.skipif(BROWSER is None, reason='no Chromium on PATH')
+@pytest.mark.parametrize('width', [390, 1280])
+@pytest.mark.parametrize('dark', [False, True])
+def test_fits_a_browser(encoded, tmp_path, width, dark):
+  page = evaluation.report_page(encoded['free'])
+  frame = FRAME.format(width=width, page=page.replace('"', '&quot;'))
+  (tmp_path / 'frame.html').write_text(frame, 'utf-8')
+  command = [BROWSER, '--headless', '--no-sandbox', '--disable-gpu', '--dump-dom']
+  command += ['--window-size=1400,1000', '--virtual-time-budget=5000']
+  command += [f'--user-data-dir={tmp_path}/profile']
+  command += ['--blink-settings=preferredColorScheme=0'] if dark else []
+  found = subprocess.run(
+    [*command, f'file://{tmp_path}/frame.html'],
+    capture_output=True,
+    check=True,
+    text=True,
+    timeout=120,
+  )
+  title = re.search('<title>(.*?)</title>', found.stdout)[1]
+  sizes = json.loads(title.replace('&quot;', '"'))
+  assert sizes['wide'] <= width
+  assert sizes['least'] >= 9  # pixels: text in charts stays legible
+  assert sizes['bars'] > 4
+  assert sizes['color'] == ('rgb(230, 237, 243)' if dark else 'rgb(28, 33, 40)')

@@ -1,0 +1,112 @@
+"""Numbers are rounded once, small ones to one step, beside a reference in float64."""
+
+from absl.testing import absltest
+from absl.testing import parameterized
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+
+from rotbits_jax import structured
+from rotbits_jax import symmetries
+from rotbits_jax.symmetries import rounding
+
+DTYPES = (np.float16, ml_dtypes.bfloat16, np.float32)
+
+
+def _normal(shape, scale=1.0, seed=0):
+  values = np.random.default_rng(seed).normal(size=shape) * scale
+  return values.astype(np.float32)
+
+
+def _round(leaf, dtype, octaves, uniform=False):
+  rounded, effect = rounding.round_leaf(leaf, np.dtype(dtype), octaves, uniform)
+  return rounded, rounding.Effect(*map(float, effect))
+
+
+class RoundTest(parameterized.TestCase):
+  @parameterized.product(
+    dtype=[np.float16, ml_dtypes.bfloat16], scale=[1.0, 0.03], octaves=[-7.0, -3.5]
+  )
+  def test_numbers_are_multiples_of_a_power_of_two(self, dtype, scale, octaves):
+    values = _normal((40, 50), scale)
+    rounded, effect = _round(jnp.asarray(values), dtype, octaves)
+    rms = np.sqrt(np.mean(np.float64(values) ** 2))
+    self.assertEqual(np.log2(effect.step), np.floor(np.log2(rms) + octaves))
+    steps = np.rint(values / effect.step)
+    coarse = np.abs(values) >= effect.step * 2.0 ** (jnp.finfo(dtype).nmant + 1)
+    expected = np.where(coarse, values.astype(dtype), steps * effect.step)
+    np.testing.assert_array_equal(np.asarray(rounded).astype(np.float64), expected)
+    squares = np.sum((expected - values) ** 2)
+    self.assertAlmostEqual(effect.squares / squares, 1, delta=1e-4)
+
+  @parameterized.product(dtype=DTYPES, octaves=[-5.0, -4.8, -4.55, -4.3])
+  def test_uniform_steps_are_quarters_of_an_octave_apart(self, dtype, octaves):
+    values = _normal((40, 50))
+    rounded, effect = _round(jnp.asarray(values), dtype, octaves, uniform=True)
+    self.assertEqual(rounded.dtype, np.float32)
+    rms = np.sqrt(np.mean(np.float64(values) ** 2))
+    self.assertLess(abs(np.log2(effect.step / rms) - octaves), 0.17)
+    self.assertIn(np.frexp(effect.step)[0] * 8, (4, 5, 6, 7))
+    steps = np.rint(values / np.float32(effect.step)).astype(np.float64)
+    np.testing.assert_array_equal(np.asarray(rounded), steps * effect.step)
+
+  @parameterized.parameters(np.float16, ml_dtypes.bfloat16)
+  def test_a_floor_changes_no_number_above_it(self, dtype):
+    values = _normal((60, 70))
+    octaves = symmetries.with_floor().octaves('mlp/up/kernel', np.dtype(dtype))
+    rounded, effect = _round(jnp.asarray(values), dtype, octaves)
+    self.assertGreater(effect.step, 0)
+    nearest = values.astype(dtype)
+    large = np.abs(values) >= effect.step * 2.0 ** jnp.finfo(dtype).nmant
+    np.testing.assert_array_equal(np.asarray(rounded)[large], nearest[large])
+    self.assertTrue(np.any(np.asarray(rounded) != nearest))
+    error = np.abs(np.asarray(rounded).astype(np.float64) - values)[~large]
+    self.assertLessEqual(error.max(), effect.step / 2)
+
+  @parameterized.parameters(np.float16, ml_dtypes.bfloat16)
+  def test_bits_are_the_octaves_that_the_step_is_coarser(self, dtype):
+    top = jnp.finfo(dtype).nmant
+    values = np.float32([[1, 1, 1, 1.25], [0.25, -0.125, 0, 1]]) * 1.0001
+    _, effect = _round(jnp.asarray(values), dtype, -top)
+    self.assertEqual(effect.step, 2.0 ** (-top - 1))
+    self.assertEqual(effect.bits, 1 + 2)
+
+  def test_an_array_that_no_transform_changed_keeps_its_bits(self):
+    values = jnp.asarray(_normal((40, 50)).astype(np.float16), jnp.float32)
+    kept, effect = _round(values, np.float16, -8.0)
+    np.testing.assert_array_equal(kept, values.astype(np.float16))
+    self.assertEqual(effect.step, 0)
+    changed, _ = _round(values, np.float16, -8.0, uniform=True)
+    self.assertTrue(np.any(np.asarray(changed) != np.asarray(kept)))
+
+  def test_vectors_are_rounded_to_the_nearest_number(self):
+    values = _normal((500,))
+    rounded, effect = _round(jnp.asarray(values), np.float16, -4.0)
+    np.testing.assert_array_equal(rounded, values.astype(np.float16))
+    self.assertEqual(effect.step, 0)
+
+  @parameterized.parameters(0.0, 1e-30, 3e38)
+  def test_extreme_scales(self, scale):
+    values = np.full((2, 3), scale, np.float32)
+    rounded, _ = _round(jnp.asarray(values), np.float32, -4.0, uniform=True)
+    np.testing.assert_allclose(rounded, values, rtol=2.0**-4)
+
+  def test_no_zero_is_negative(self):
+    values = np.float32([[1, -1], [-1e-4, 1e-4]])
+    rounded, _ = _round(jnp.asarray(values), np.float16, -4.0, uniform=True)
+    self.assertFalse(np.signbit(np.asarray(rounded)[1]).any())
+
+  def test_each_array_of_a_structured_leaf_has_its_own_step(self):
+    leaf = structured.IdentityMinusGram(
+      jnp.asarray(_normal((6, 4))), jnp.asarray(_normal((6, 2), 0.01)), 8
+    )
+    rounded, effect = _round(leaf, np.float16, -3.0)
+    self.assertEqual(rounded.b.dtype, np.float16)
+    expected, step = _round(leaf.b, np.float16, -3.0)
+    np.testing.assert_array_equal(rounded.b, expected)
+    self.assertEqual(effect.step, step.step)
+    np.testing.assert_array_equal(rounded.c, _round(leaf.c, np.float16, -3.0)[0])
+
+
+if __name__ == '__main__':
+  absltest.main()
