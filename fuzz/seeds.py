@@ -76,8 +76,8 @@ def presets_of_sweep() -> dict[str, presets.Preset]:
     'canonicaliser': 'svd',
     'rotation_codec': 'symmetric_eig',
   }
-  found['paper, published'] = presets.paper(**published, correction='threshold')
-  found['paper, entropy'] = presets.paper(canonicaliser='qr', entropy=True)
+  found['paper-published'] = presets.paper(**published, correction='threshold')
+  found['paper-entropy'] = presets.paper(canonicaliser='qr', entropy=True)
   return found
 
 
