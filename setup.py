@@ -49,6 +49,8 @@ setuptools.setup(
     'int8': INT8,
     # sphinx-build -W -b html docs build/docs
     'docs': [*TEXT, *DOCS, 'ipykernel>=6.29'],
+    # What `python -m fuzz.run` fuzzes with.
+    'fuzz': [*GGUF, 'atheris>=3.0'],
     # What test.sh runs; pre-commit runs the same linters before each commit.
     'test': [
       *TEXT,

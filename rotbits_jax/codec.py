@@ -462,6 +462,7 @@ class _Job:
   ):
     self.source, self.preset = source, preset
     self.files = dict(getattr(source, 'files', {}) if files is None else files)
+    writer_lib.check_files(self.files)
     stem = getattr(source, 'stem', None) if stem is None else stem
     self.buffers = dict(source.buffers)
     stored_as = getattr(source, 'stored_as', None)
@@ -614,7 +615,7 @@ class _Job:
   ) -> None:
     from rotbits_jax import paper  # its linear algebra is slow to import
 
-    name, corrections, tables = writer_lib.MESSAGE
+    name, corrections, tables = manifest_lib.MESSAGE
     encoded = paper.encode(
       self.context.source,
       self.preset.message,

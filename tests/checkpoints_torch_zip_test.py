@@ -144,6 +144,30 @@ class TestRead:
     got = torch_zip.read(make_zip(tmp_path / 'x.pt', dump(state), [storage]))['a']
     assert got.shape == shape
 
+  def test_numbers_that_overlap_are_refused(self, tmp_path):
+    storage = numbers(4, np.dtype(np.float32))
+    path = make_zip(
+      tmp_path / 'x.pt', dump({'a': Tensor(storage, (2**40,), (0,))}), [storage]
+    )
+    with pytest.raises(CheckpointError, match=r'a: .* overlap'):
+      torch_zip.read(path)
+    storage = numbers(10_000, np.dtype(np.float32))
+    state = {f'x{i}': Tensor(storage, (10_000,), (1,)) for i in range(20)}
+    path = make_zip(tmp_path / 'x.pt', dump(state), [storage])
+    with pytest.raises(CheckpointError, match='the tensors overlap'):
+      torch_zip.read(path)
+
+  def test_a_shape_of_shapes_is_refused_at_once(self, tmp_path):
+    shape = ()
+    for _ in range(100):  # a tuple of 2^100 tuples, if one looked
+      shape = shape, shape
+    storage = numbers(4, np.dtype(np.float32))
+    tensor = Tensor(storage, (), ())
+    tensor.view = 0, shape, shape
+    path = make_zip(tmp_path / 'x.pt', dump({'a': tensor}), [storage])
+    with pytest.raises(CheckpointError, match=r'a: .* not those of a tensor'):
+      torch_zip.read(path)
+
   def test_parameters_and_metadata(self, tmp_path):
     storage = numbers(4, np.dtype(np.float32))
     state = collections.OrderedDict(a=Parameter(Tensor(storage, (4,), (1,))))
@@ -151,13 +175,15 @@ class TestRead:
     got = torch_zip.read(make_zip(tmp_path / 'x.pt', dump(state), [storage]))
     assert bits(got['a']) == bits(storage)
 
-  def test_compressed_members(self, tmp_path):
-    storage = numbers(4, np.dtype(np.float32))
-    program = dump({'a': Tensor(storage, (4,), (1,))})
-    path = make_zip(
-      tmp_path / 'x.pt', program, [storage], compression=zipfile.ZIP_DEFLATED
-    )
-    assert bits(torch_zip.read(path)['a']) == bits(storage)
+  @pytest.mark.parametrize(
+    'method', [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA]
+  )
+  def test_compressed_members_are_refused(self, tmp_path, method):
+    storage = np.zeros(1 << 20, np.float32)
+    program = dump({'a': Tensor(storage, storage.shape, (1,))})
+    path = make_zip(tmp_path / 'x.pt', program, [storage], compression=method)
+    with pytest.raises(CheckpointError, match='byteorder is compressed'):
+      torch_zip.read(path)
 
   def test_checksums_of_zero_are_not_verified(self, tmp_path):
     storage = numbers(4, np.dtype(np.float32))

@@ -88,6 +88,7 @@ class ContainerTest(parameterized.TestCase):
     lambda h: h.pop('__metadata__'),
     lambda h: h['__metadata__'].update(version='2'),
     lambda h: h['__metadata__'].update(manifest_crc32='x'),
+    lambda h: h['__metadata__'].update(more='x'),
     lambda h: h['layers.0'].update(dtype='F32'),
     lambda h: h['layers.0'].update(shape=[-1]),
     lambda h: h['layers.0'].update(shape=[True]),
@@ -106,7 +107,12 @@ class ContainerTest(parameterized.TestCase):
       container.StreamReader(struct.pack('<Q', len(text)) + text + data[8 + length :])
 
   @parameterized.parameters(
-    b'[' * 100_000, b'{"a": NaN}', b'{"a": 1' + b'0' * 6000 + b'}', b'\xff'
+    b'[' * 100_000,
+    b'{"a": NaN}',
+    b'{"a": 1e999}',
+    b'{"a": 1, "a": 1}',
+    b'{"a": 1' + b'0' * 6000 + b'}',
+    b'\xff',
   )
   def test_json_of_strangers(self, text):
     data = struct.pack('<Q', len(text)) + text

@@ -236,6 +236,8 @@ class ConfigTest(chex.TestCase):
     (MISTRAL, {'sliding_window': ...}, 'sliding_window is missing'),
     (MISTRAL, {'attention_bias': True}, 'attention_bias is True'),
     (QWEN2, {'use_sliding_window': True}, 'use_sliding_window is True'),
+    (QWEN2, {'layer_types': True}, 'layer_types'),
+    (QWEN2, {'num_hidden_layers': 2**31 - 1}, 'num_hidden_layers'),
     (QWEN2, {'layer_types': ['full_attention', 'sliding_attention']},
      'layer_types is'),
   )  # fmt: skip

@@ -17,10 +17,12 @@ import jax
 import numpy as np
 import pytest
 
+from fuzz import containers
 import rotbits_jax
 from rotbits_jax import checkpoints
 from rotbits_jax import file
 from rotbits_jax import structured
+from rotbits_jax.file import reader as reader_lib
 from rotbits_jax.file import writer
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -409,18 +411,74 @@ class ReaderTest(Base):
 
   def repacked(self, data, manifest):
     """Returns the file with another manifest and its checksum."""
-    import io
+    streams, _ = containers.unpack(data)
+    return containers.pack(streams, json.dumps(manifest).encode())
 
-    from rotbits_jax.file import container
+  def test_what_decodes_to_more_than_memory_is_refused_before_it_is_allocated(self):
+    data = rotbits_jax.encode({'a': {'zeros': np.zeros(1 << 20)}}, preset='exact')
+    small = absltest.mock.patch.object(reader_lib, '_memory', lambda: 1 << 20)
+    with (
+      small,
+      self.assertRaisesRegex(file.ContainerError, 'a: it decodes to 8,388,608'),
+    ):
+      rotbits_jax.decode(data)
+    full = absltest.mock.patch.object(
+      reader_lib.weights, 'decode', side_effect=MemoryError
+    )
+    with full, self.assertRaisesRegex(file.ContainerError, 'more than memory holds'):
+      rotbits_jax.decode(data)
 
-    reader = container.StreamReader(data)
-    names = [name for name in reader.names() if name != container.MANIFEST]
-    out = io.BytesIO()
-    writer_ = container.StreamWriter(out, names)
-    for name in names:
-      writer_.append(name, [reader.stream(name)])
-    writer_.finish(json.dumps(manifest).encode())
-    return out.getvalue()
+  def test_other_files_have_names_that_lead_nowhere(self):
+    tree = {'a': {'b': np.arange(3)}}
+    for name in ('', '..', '../x', '/x', 'x/y', 'x\\y', 'x\0', 'x\n', 'x' * 300):
+      with self.assertRaisesRegex(ValueError, 'not the name of a file'):
+        rotbits_jax.encode(tree, preset='exact', files={name: b'x'})
+    streams, manifest = containers.unpack(
+      rotbits_jax.encode(tree, preset='exact', files={'x': b'x'})
+    )
+    for name in ('files/../x', 'files/', 'x', 'files//x', 'files/\x1b'):
+      renamed = {name if key == 'files/x' else key: x for key, x in streams.items()}
+      manifest['files'][0][0] = name
+      data = containers.pack(renamed, json.dumps(manifest).encode())
+      with self.assertRaisesRegex(file.ContainerError, 'not the name of a file'):
+        file.Reader(data)
+
+  def test_other_files_are_inflated_to_a_size_that_is_bounded(self):
+    tree = {'a': {'b': np.arange(3)}}
+    data = rotbits_jax.encode(tree, preset='exact', files={'x': bytes(1 << 20)})
+    self.assertLess(len(data), 1 << 14)
+    _, manifest = containers.unpack(data)
+    for size in (0, (1 << 20) - 1, (1 << 20) + 1):
+      manifest['files'][0][3] = size
+      with self.assertRaisesRegex(file.ContainerError, 'files/x: the file must have'):
+        file.Reader(self.repacked(data, manifest)).files()
+    manifest['files'][0][3] = 1 << 40
+    with self.assertRaisesRegex(file.ContainerError, 'size'):
+      file.Reader(self.repacked(data, manifest))
+
+  def test_paths_are_not_deep(self):
+    tree = np.arange(3)
+    for _ in range(70):
+      tree = {'a': tree}
+    with self.assertRaisesRegex(ValueError, 'at most 64 keys'):
+      rotbits_jax.encode(tree, preset='exact')
+
+  def test_a_report_does_not_steer_a_terminal(self):
+    data = rotbits_jax.encode({'a': {'b': np.arange(3)}}, preset='exact')
+    _, manifest = containers.unpack(data)
+    manifest['preset'] = 'x\x1b[2J\ny\u202e'
+    text = rotbits_jax.inspect(self.repacked(data, manifest)).to_text()
+    self.assertIn(r'preset x\x1b[2J\ny\u202e', text)
+    self.assertTrue(all(line.isprintable() for line in text.splitlines()))
+
+  def test_a_header_and_a_manifest_that_differ_name_the_stream(self):
+    streams, manifest = containers.unpack(
+      rotbits_jax.encode({'a': {'b': np.arange(3)}}, preset='exact')
+    )
+    text = json.dumps(manifest).encode()
+    for changed in (streams | {'b': b''}, {'a': streams['a'][:-1]}):
+      with self.assertRaisesRegex(file.ContainerError, '[ab]: the header and the mani'):
+        file.Reader(containers.pack(changed, text))
 
 
 if __name__ == '__main__':

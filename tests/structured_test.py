@@ -132,6 +132,44 @@ class StructuredTest(parameterized.TestCase):
     self.assertEqual(leaf.dtype, np.float32)
     chex.assert_trees_all_equal(leaf.astype(np.float16), LEAVES[name](0))
 
+  @parameterized.parameters(*LEAVES)
+  def test_what_a_stranger_stored_is_a_value_error(self, name):
+    leaf = LEAVES[name](0)
+    settings, arrays = leaf.stored()
+    wrong = None, True, -1, 1.5, 1 << 62, 10**400, 'x', [], [[]], [1 << 40], {}
+    changed = [(settings | {'unknown': 1}, arrays)]
+    changed.append((settings, arrays | {'unknown': np.zeros(1)}))
+    for key, old in settings.items():
+      changed.append(({k: x for k, x in settings.items() if k != key}, arrays))
+      changed += [
+        (settings | {key: new}, arrays)
+        for new in wrong
+        # Another number or shape is another constant, and no error.
+        if not (type(old) is float and type(new) in (int, float) and new != 10**400)
+        and not (key == 'shape' and new == [])
+      ]
+    for key, old in arrays.items():
+      changed.append((settings, {k: x for k, x in arrays.items() if k != key}))
+      changed.append((settings, arrays | {key: old[None]}))
+      changed.append((settings, arrays | {key: old.reshape(-1)[:0, None]}))
+    for case, (own_settings, own_arrays) in enumerate(changed):
+      with self.subTest(case=case), self.assertRaises(ValueError):
+        type(leaf).from_stored(own_settings, own_arrays)
+
+  def test_few_numbers_do_not_ask_for_a_large_matrix(self):
+    one = {'lower': np.ones(1, np.float16)}
+    with self.assertRaisesRegex(ValueError, '1 numbers are too few'):
+      structured.Trapezoidal.from_stored({'lower': [1, 1 << 30]}, one)
+    with self.assertRaisesRegex(ValueError, '2 numbers are too few'):
+      structured.RowTrapezoids.from_stored(
+        {'blocks': [1 << 30] * 2, 'full': 0, 'columns': 1},
+        {'upper': np.ones(2, np.float16)},
+      )
+    with self.assertRaisesRegex(ValueError, 'too large'):
+      structured.Constant.from_stored(
+        {'value': 1.0, 'shape': [1 << 30] * 2}, {'empty': np.zeros(0, np.float16)}
+      )
+
   def test_kinds_are_unique(self):
     with self.assertRaisesRegex(ValueError, 'trapezoidal'):
       structured.register(structured.Trapezoidal)

@@ -365,7 +365,7 @@ class RetieExactlyTest(parameterized.TestCase):
     settings, arrays = _exactly(table, head)[0].stored()
     if name == 'low':
       settings = settings | {'low': 2}
-      arrays['low'] = np.zeros(3, np.uint8)
+      arrays['low'] = np.zeros((3, 1), np.uint8)
     arrays[name] = arrays[name][:-1]
     with self.assertRaisesRegex(ValueError, 'embedding of 2048 tokens cannot have'):
       structured.TiedExactly.from_stored(settings, arrays)

@@ -6,9 +6,29 @@ An attribute is a key of the object with its value.
 import math
 from typing import Any
 
+from rotbits_jax import strict_json
 from rotbits_jax.checkpoints import errors
 
 _MISSING: Any = object()
+
+
+def parse_json(content: bytes, where: str) -> Any:
+  """Parses a JSON file of a checkpoint.
+
+  Args:
+    content: of the file.
+    where: name of the file in error messages.
+
+  Returns:
+    The JSON value.
+
+  Raises:
+    CheckpointError: if the content is not JSON, see `strict_json`.
+  """
+  try:
+    return strict_json.loads(content)
+  except ValueError as e:
+    raise errors.CheckpointError(f'{where}: {e}') from e
 
 
 class Attributes:
@@ -43,13 +63,13 @@ class Attributes:
     for name in names:
       self.take(name)
 
-  def size(self, name: str, default: Any = _MISSING) -> int:
+  def size(self, name: str, default: Any = _MISSING, *, most: int = 2**31 - 1) -> int:
     """Returns a positive integer; null stands for the default, if there is one."""
     value = self.take(name, default)
     if value is None and default is not _MISSING:
       value = default
-    if type(value) is not int or not 0 < value < 2**31:
-      self.refuse(name, value, 'a positive integer')
+    if type(value) is not int or not 0 < value <= most:
+      self.refuse(name, value, f'an integer from 1 to {most}')
     return value
 
   def number(self, name: str, default: Any = _MISSING) -> float:

@@ -6,7 +6,6 @@ SliceGPT gives to the weights and the slicing JSON, as in `<stem>.pt` and `<stem
 """
 
 from collections.abc import Iterable
-import json
 import os
 import pathlib
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from rotbits_jax import structured
+from rotbits_jax.checkpoints import attributes
 from rotbits_jax.checkpoints import configs
 from rotbits_jax.checkpoints import errors
 from rotbits_jax.checkpoints import gguf_files
@@ -73,7 +73,7 @@ def open_checkpoint(path: str | os.PathLike[str]) -> source_lib.Source:
   files, left_out = _read_sidecars(weights, shards)
   if CONFIG not in files:
     raise errors.UnsupportedError(f'{weights.parent}: there is no {CONFIG}')
-  config_json = _parse_json(weights.parent / CONFIG, files[CONFIG])
+  config_json = attributes.parse_json(files[CONFIG], str(weights.parent / CONFIG))
   slicings = _slicing_jsons(weights.parent, files)
   stem, slicing_json = None, None
   if tensors_lib.is_sliced(tensors):
@@ -288,7 +288,7 @@ def _slicing_jsons(
   found = {}
   for name, content in files.items():
     if name.endswith('.json') and f'"{configs.SLICING_KEY}"'.encode() in content:
-      parsed = _parse_json(directory / name, content)
+      parsed = attributes.parse_json(content, str(directory / name))
       if isinstance(parsed, dict) and configs.SLICING_KEY in parsed:
         found[name.removesuffix('.json')] = parsed
   return found
@@ -308,10 +308,3 @@ def _slicing_stem(weights: pathlib.Path, slicings: dict[str, dict[str, Any]]) ->
       f'{weights}: a sliced model needs one slicing JSON beside it, got {names}'
     )
   return next(iter(slicings))
-
-
-def _parse_json(path: pathlib.Path, content: bytes) -> Any:
-  try:
-    return json.loads(content)
-  except (ValueError, RecursionError) as e:
-    raise errors.CheckpointError(f'{path}: not JSON: {e}') from e

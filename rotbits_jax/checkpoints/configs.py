@@ -5,7 +5,6 @@ of a sliced model.
 """
 
 from collections.abc import Mapping
-import json
 from typing import Any
 
 from rotbits_jax import models
@@ -128,10 +127,7 @@ def stop_tokens(files: Mapping[str, bytes]) -> tuple[int, ...]:
       a list of tokens.
   """
   for name in ('generation_config.json', 'config.json'):
-    try:
-      parsed = json.loads(files.get(name, b'{}'))
-    except ValueError as e:
-      raise errors.CheckpointError(f'{name}: not JSON: {e}') from e
+    parsed = attributes.parse_json(files.get(name, b'{}'), name)
     values = attributes.Attributes(parsed, name)
     stops = values.take('eos_token_id', None)
     if stops is None:

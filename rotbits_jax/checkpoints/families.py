@@ -19,6 +19,9 @@ from rotbits_jax.models import config as models_config
 
 SHORTCUT_NAME = 'attn_shortcut_Q'  # a tensor that every sliced layer has
 
+# The entries of a config are made before tensors bound how many layers there are.
+_MOST_LAYERS = 1 << 12
+
 # Constants that old versions of transformers stored as tensors.
 _BUFFERS = re.compile(
   r'.*\.(rotary_emb\.(inv_freq|cos_cached|sin_cached)|(self_attn|attn)\.(masked_)?bias)'
@@ -88,8 +91,8 @@ _SHORTCUTS = (
 def _opt(config: attributes.Attributes) -> models.ModelConfig:
   hidden = config.size('hidden_size')
   heads = config.size('num_attention_heads')
-  layers = config.size('num_hidden_layers')
-  positions = config.size('max_position_embeddings')
+  layers = config.size('num_hidden_layers', most=_MOST_LAYERS)
+  positions = config.size('max_position_embeddings', most=2**31 - 3)
   config.require(
     do_layer_norm_before=True,
     enable_bias=True,
@@ -158,7 +161,8 @@ def _qwen2(config: attributes.Attributes) -> models.ModelConfig:
   for unused in ('sliding_window', 'max_window_layers'):
     config.take(unused, None)
   kinds = config.take('layer_types', None)
-  if kinds is not None and kinds != ['full_attention'] * len(kinds):
+  full = ['full_attention'] * config.size('num_hidden_layers', most=_MOST_LAYERS)
+  if kinds is not None and kinds != full:
     config.refuse('layer_types', kinds, "'full_attention' for every layer")
   return _rotary_gated(
     config,
@@ -193,7 +197,7 @@ def _rotary_gated(config: attributes.Attributes, **switches: Any) -> models.Mode
   """Makes the config of a family that resembles Llama."""
   hidden = config.size('hidden_size')
   heads = config.size('num_attention_heads')
-  layers = config.size('num_hidden_layers')
+  layers = config.size('num_hidden_layers', most=_MOST_LAYERS)
   head_dim = _head_dim(config, hidden, heads)
   theta, rotary_dim, scaling = _rope(config, head_dim, factor=1.0)
   return models.ModelConfig(
@@ -224,7 +228,7 @@ def _rotary_gated(config: attributes.Attributes, **switches: Any) -> models.Mode
 def _phi(config: attributes.Attributes) -> models.ModelConfig:
   hidden = config.size('hidden_size')
   heads = config.size('num_attention_heads')
-  layers = config.size('num_hidden_layers')
+  layers = config.size('num_hidden_layers', most=_MOST_LAYERS)
   head_dim = _head_dim(config, hidden, heads)
   config.require(qk_layernorm=False, tie_word_embeddings=False)
   theta, rotary_dim, scaling = _rope(config, head_dim, factor=0.5)
@@ -303,7 +307,7 @@ def _rope(
   )
   if settings is not config:
     settings.finish()
-  rotary_dim = int(head_dim * factor)
+  rotary_dim = int(head_dim * min(factor, 1))
   if factor > 1 or rotary_dim % 2 or rotary_dim == 0:
     settings.refuse(
       'partial_rotary_factor', factor, 'a part of the head with an even, positive width'

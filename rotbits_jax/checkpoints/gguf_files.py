@@ -18,6 +18,7 @@ from numpy.typing import DTypeLike
 from rotbits_jax.checkpoints import attributes
 from rotbits_jax.checkpoints import configs
 from rotbits_jax.checkpoints import errors
+from rotbits_jax.checkpoints import gguf_header
 from rotbits_jax.checkpoints import lazy
 from rotbits_jax.checkpoints import source as source_lib
 from rotbits_jax.checkpoints.contents import CONFIG
@@ -135,6 +136,10 @@ def _read(path: pathlib.Path) -> tuple[dict[str, Any], dict[str, Any]]:
     ) from error
   if not path.is_file():
     raise errors.CheckpointError(f'{path}: there is no such file')
+  try:
+    gguf_header.check(lazy.File.of(path))
+  except errors.CheckpointError as error:
+    raise errors.CheckpointError(f'{path}: {error}') from error
   try:
     reader = gguf.GGUFReader(path)
     metadata = {name: field.contents() for name, field in reader.fields.items()}

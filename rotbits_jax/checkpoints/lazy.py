@@ -4,7 +4,7 @@ The numbers of a tensor are read from a memory map: a part of a file that the op
 system loads into memory when it is used.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 import dataclasses
 import math
 import mmap
@@ -16,6 +16,7 @@ import numpy as np
 from rotbits_jax.checkpoints import errors
 
 _PIECE = 1 << 23  # bytes that are made contiguous at a time
+MAX_AXES = 32  # of a tensor
 _TILE = 64  # rows and columns that are transposed at a time
 
 
@@ -37,6 +38,12 @@ class TensorSpec:
   @property
   def nbytes(self) -> int:
     return self.size * self.dtype.itemsize
+
+
+def numpy_holds(shape: Sequence[int], dtype: np.dtype) -> bool:
+  """Whether NumPy has arrays of this shape, however empty they are."""
+  size = math.prod(n for n in shape if n) * dtype.itemsize
+  return len(shape) <= MAX_AXES and size < 1 << 63
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,6 +16,7 @@ import ml_dtypes
 import numpy as np
 import safetensors
 
+from rotbits_jax.checkpoints import attributes
 from rotbits_jax.checkpoints import errors
 from rotbits_jax.checkpoints import lazy
 
@@ -120,10 +121,15 @@ def _entries(file: lazy.File) -> dict[str, _Entry]:
     raise errors.CheckpointError(f'{file.path}: {e}') from e
   (header_size,) = struct.unpack('<Q', file.map(0, 8))
   found = {}
-  for name, entry in json.loads(bytes(file.map(8, header_size))).items():
+  content = bytes(file.map(8, header_size))
+  header = attributes.parse_json(content, f'{file.path}: header')
+  for name, entry in header.items():
     if name != '__metadata__':
       begin, end = (8 + header_size + offset for offset in entry['data_offsets'])
-      found[name] = _Entry(entry['dtype'], tuple(entry['shape']), begin, end - begin)
+      shape, code = tuple(entry['shape']), entry['dtype']
+      if not lazy.numpy_holds(shape, _DTYPES.get(code, np.dtype(np.uint8))):
+        raise errors.CheckpointError(f'{file.path}: {name} has shape {shape}')
+      found[name] = _Entry(code, shape, begin, end - begin)
   return found
 
 
@@ -302,10 +308,7 @@ def write(path: str | os.PathLike[str], tensors: Mapping[str, np.ndarray]) -> No
 
 
 def _weight_map(index_path: pathlib.Path) -> dict[str, str]:
-  try:
-    index: Any = json.loads(index_path.read_bytes())
-  except (ValueError, RecursionError) as e:
-    raise errors.CheckpointError(f'{index_path}: not JSON: {e}') from e
+  index = attributes.parse_json(index_path.read_bytes(), str(index_path))
   weight_map = index.get('weight_map') if isinstance(index, dict) else None
   if not isinstance(weight_map, dict) or not all(
     isinstance(shard, str) for shard in weight_map.values()

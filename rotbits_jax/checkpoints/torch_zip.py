@@ -45,6 +45,8 @@ Specs = Mapping[str, lazy.TensorSpec]
 _ALIGNMENT = 64
 _CHUNK = 1 << 24  # bytes written at a time
 _ZIP64_FROM = 1 << 30  # members of at least this size get 64-bit sizes in the zip file
+_MOST_PICKLE = 1 << 26  # bytes; a tensor takes about 200
+_MOST_SHARED = 2  # how many times its size a file may hold: tied tensors share storages
 
 
 def open_file(path: str | os.PathLike[str]) -> dict[str, lazy.LazyTensor]:
@@ -68,12 +70,20 @@ def open_file(path: str | os.PathLike[str]) -> dict[str, lazy.LazyTensor]:
     members = _Members(file)
     if bytes(members.get('byteorder', b'little')).strip() != b'little':
       raise errors.CheckpointError('big-endian tensors are not supported')
+    if members.size('data.pkl') > _MOST_PICKLE:
+      raise errors.CheckpointError('data.pkl is too long for a state dict')
     state = _unpickle(members.read('data.pkl'))
     if not isinstance(state, dict):
       raise errors.CheckpointError(
         f'expected a state dict of tensors, got {type(state).__name__}'
       )
-    return {name: _tensor(name, view, members) for name, view in state.items()}
+    tensors = {name: _tensor(name, view, members) for name, view in state.items()}
+    held = sum(tensor.nbytes for tensor in tensors.values())
+    if held > _MOST_SHARED * file.size:
+      raise errors.CheckpointError(
+        f'the tensors overlap: {held} bytes in a file of {file.size}'
+      )
+    return tensors
 
 
 def open_places(
@@ -87,7 +97,7 @@ def open_places(
   Returns:
     Where each storage begins in the file, and its numbers, by the name of the first
     tensor in it. Numbers have the shape of that tensor if it fills the storage, else
-    one axis. Compressed storages are left out.
+    one axis.
 
   Raises:
     CheckpointError: see `open_file`.
@@ -100,7 +110,7 @@ def open_places(
     for name, view in _views(_unpickle(members.read('data.pkl'))):
       _, key, size = view.storage
       tensor, start = _tensor(name, view, members), members.place(f'data/{key}')
-      if key in seen or start is None:
+      if key in seen:
         continue
       seen.add(key)
       whole = tensor.size == size and view.strides == _row_major_strides(view.shape)
@@ -167,11 +177,8 @@ class _Members:
     return self._info(name).file_size
 
   def read(self, name: str) -> memoryview:
-    """A member's content, in a memory map of its own unless it is compressed."""
+    """Returns the content of a member, in a memory map of its own."""
     info, start = self._info(name), self.place(name)
-    if start is None:
-      with zipfile.ZipFile(self.file.path) as archive:
-        return memoryview(archive.read(info))
     # torch.serialization.set_crc32_options(False) leaves zeros.
     if info.CRC and name not in self._verified:
       if zlib.crc32(self.file.map(start, info.file_size)) != info.CRC:
@@ -179,11 +186,12 @@ class _Members:
       self._verified.add(name)
     return self.file.map(start, info.file_size)
 
-  def place(self, name: str) -> int | None:
-    """Returns where a member's content begins; None if the member is compressed."""
+  def place(self, name: str) -> int:
+    """Returns where a member's content begins."""
     info = self._info(name)
+    # PyTorch compresses nothing, and nothing says how large a member inflates to.
     if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1:
-      return None
+      raise errors.CheckpointError(f'the member {name} is compressed or encrypted')
     # The local header's lengths may differ from the central directory's.
     header = self.file.map(info.header_offset, 30)
     signature, name_length, extra_length = struct.unpack('<4s22xHH', header)
@@ -368,11 +376,18 @@ def _tensor(name: str, view: Any, members: _Members) -> lazy.LazyTensor:
     )
   shape, strides = view.shape, view.strides
   numbers = (view.offset, *shape, *strides)
+  # Not shown, because tuples of tuples may be exponentially long.
+  if len(numbers) > 1 + 2 * lazy.MAX_AXES or not all(
+    isinstance(n, int) for n in numbers
+  ):
+    raise errors.CheckpointError(
+      f'{name}: the offset, shape and strides are not those of a tensor'
+    )
   if len(shape) != len(strides) or not all(
     type(n) is int and 0 <= n < 2**63 for n in numbers
   ):
     raise errors.CheckpointError(f'{name}: got {view.offset=}, {shape=}, {strides=}')
-  if math.prod(shape) * dtype.itemsize >= 2**63:
+  if not lazy.numpy_holds(shape, dtype):
     raise errors.CheckpointError(f'{name}: {shape=} is too large')
   if math.prod(shape) == 0:
     return lazy.LazyTensor(shape, dtype, lambda: np.zeros(shape, dtype))
@@ -381,6 +396,10 @@ def _tensor(name: str, view: Any, members: _Members) -> lazy.LazyTensor:
     raise errors.CheckpointError(
       f'{name}: got {view.offset=}, {shape=}, {strides=}, '
       f'which reach outside storage {key} of {size} numbers'
+    )
+  if math.prod(shape) > size:
+    raise errors.CheckpointError(
+      f'{name}: {shape=} with {strides=} has numbers that overlap'
     )
 
   def read() -> np.ndarray:

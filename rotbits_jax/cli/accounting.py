@@ -20,7 +20,6 @@ JSON:
   reduction  object: percent saved by way of storing; null where nothing is published
 """
 
-import json
 import os
 import pathlib
 import sys
@@ -30,6 +29,7 @@ from absl import flags
 
 from rotbits_jax import checkpoints
 from rotbits_jax import models
+from rotbits_jax import strict_json
 from rotbits_jax.cli import program
 from rotbits_jax.evaluation import accounting
 from rotbits_jax.evaluation import published
@@ -70,11 +70,11 @@ def read_config(path: str) -> models.ModelConfig:
   if file.suffix != '.json':  # it may be a weights file, which is too large to parse
     raise ValueError(f'{file}: neither a config.json nor a directory that has one')
   try:
-    return checkpoints.parse_config(json.loads(file.read_bytes()))
+    return checkpoints.parse_config(strict_json.loads(file.read_bytes()))
   except checkpoints.CheckpointError as error:
     raise checkpoints.CheckpointError(f'{file}: {error}') from error
-  except (ValueError, RecursionError) as error:
-    raise ValueError(f'{file}: not JSON: {error}') from error
+  except ValueError as error:
+    raise ValueError(f'{file}: {error}') from error
 
 
 def to_text(result: dict[str, Any]) -> str:

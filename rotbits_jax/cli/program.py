@@ -24,6 +24,7 @@ import safetensors
 
 import rotbits_jax
 from rotbits_jax.file import container
+from rotbits_jax.file import fields
 
 BAD_INPUT = 2  # bad flags, too
 
@@ -153,8 +154,8 @@ def _keep_programs() -> None:
 def one_line(error: BaseException) -> str:
   """Returns the message of an error on one line."""
   if isinstance(error, OSError) and error.strerror and error.filename is not None:
-    return f'{error.filename}: {error.strerror}'
-  return ' '.join(str(error).split()) or type(error).__name__
+    return fields.printable(f'{error.filename}: {error.strerror}')
+  return fields.printable(' '.join(str(error).split())) or type(error).__name__
 
 
 def warn(text: str) -> None:

@@ -122,6 +122,8 @@ def from_bytes(data: bytes, count: int, alphabet: int) -> np.ndarray:
   except (zlib.error, ValueError) as error:
     raise ValueError(f'not a frequency table: {error}') from error
   values = halves[0].astype(np.int64) | halves[1].astype(np.int64) << 8
+  if values.size < 3 * count:
+    raise ValueError('a frequency table is cut short')
   tables = np.zeros((count, alphabet), np.int64)
   position = 0
   for table in tables:

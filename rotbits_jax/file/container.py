@@ -25,6 +25,8 @@ from typing import Any, BinaryIO
 import numpy as np
 from zlib_ng import zlib_ng
 
+from rotbits_jax import strict_json
+
 FORMAT = 'rotbits'
 VERSION = 3
 MANIFEST = 'manifest'
@@ -229,6 +231,9 @@ class StreamReader:
         f'the file has version {str(metadata.get("version"))[:20]} of the format, '
         f'but this program reads version {VERSION}'
       )
+    unknown = sorted(set(metadata) - {'format', 'version', 'manifest_crc32'})
+    if unknown:
+      raise ContainerError(f'the field {unknown[0][:40]!r} of the header is not known')
     crc = metadata.get('manifest_crc32')
     if not (isinstance(crc, str) and crc.isascii() and crc.isdigit() and len(crc) < 11):
       raise ContainerError('the header is damaged: it has no checksum of the manifest')
@@ -285,15 +290,11 @@ def parse_json(data: bytes, where: str) -> Any:
   """JSON that a stranger may have written.
 
   Raises:
-    ContainerError: if it is not JSON, is nested too deeply, or has NaN or infinity.
+    ContainerError: if it is not JSON as `strict_json` has it.
   """
-
-  def refuse(constant: str) -> Any:
-    raise ContainerError(f'the {where} is damaged: it has the number {constant}')
-
   try:
-    return json.loads(data, parse_constant=refuse)
-  except ContainerError:
-    raise
-  except (ValueError, RecursionError) as error:
-    raise ContainerError(f'not a rotbits file, or its {where} is damaged') from error
+    return strict_json.loads(data)
+  except ValueError as error:
+    raise ContainerError(
+      f'not a rotbits file, or its {where} is damaged: {error}'
+    ) from error

@@ -4,12 +4,32 @@ Each method of `Fields` takes one field out of the object. It raises a `Containe
 if the field is missing or has a wrong value.
 """
 
-import math
 from typing import Any
 
 from rotbits_jax.file import container
 
 _MOST = 1 << 53  # JSON parsers of some languages do not read greater integers exactly
+
+
+_LONGEST_NAME = 255  # bytes, as file systems have it
+
+
+def is_file_name(name: str) -> bool:
+  """Returns whether a string names a file of a folder and can be printed."""
+  return (
+    name not in ('', '.', '..')
+    and name.isprintable()
+    and len(name.encode()) <= _LONGEST_NAME
+    and not any(c in name for c in '/\\')
+  )
+
+
+def printable(text: str) -> str:
+  """Returns text on one line, with escapes for what would steer a terminal."""
+  if text.isprintable():
+    return text
+  escape = lambda c: c.encode('unicode_escape').decode()
+  return ''.join(c if c.isprintable() else escape(c) for c in text)
 
 
 class Fields:
@@ -41,10 +61,10 @@ class Fields:
     return value
 
   def number(self, name: str) -> float:
-    """Takes a finite number."""
+    """Takes a number of up to 53 bits before the point."""
     value = self.take(name)
-    if type(value) not in (int, float) or not math.isfinite(value):
-      raise self.error(name, 'must be a finite number')
+    if type(value) not in (int, float) or not -_MOST <= value <= _MOST:
+      raise self.error(name, f'must be a number from {-_MOST} to {_MOST}')
     return float(value)
 
   def text(self, name: str) -> str:
@@ -52,6 +72,13 @@ class Fields:
     value = self.take(name)
     if not isinstance(value, str):
       raise self.error(name, 'must be a string')
+    return value
+
+  def file_name(self, name: str) -> str:
+    """Takes a string that names a file and leads nowhere else."""
+    value = self.text(name)
+    if not is_file_name(value):
+      raise self.error(name, 'must be the name of a file')
     return value
 
   def items(self, name: str) -> list[Any]:

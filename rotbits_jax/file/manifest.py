@@ -66,6 +66,12 @@ class Leaf:
     """Whether the parameter is an array for those who read the file."""
     return not self.kind or self.is_packed
 
+  @property
+  def nbytes(self) -> int:
+    """The bytes of the array that the leaf stands for."""
+    stored = weights.DTYPES[stored_dtype(self.dtype)]
+    return math.prod(self.shape) * stored.itemsize
+
   def stack_key(self) -> tuple[Any, ...]:
     """Returns the entry for this leaf in `models.stack_key`."""
     kind = '' if self.is_array else self.kind
@@ -98,8 +104,8 @@ class Leaf:
     path = given.text('path')
     given = fields.Fields(value, f'{where}/{path[:200]}')
     given.take('path')
-    if not path or any(not part for part in path.split('/')):
-      raise given.error('path', 'must be keys joined by slashes')
+    if not _is_path(path):
+      raise given.error('path', f'must be up to {_MOST_KEYS} keys joined by slashes')
     kind = given.text('kind') if given.optional('kind') else ''
     leaf = cls(
       path=path,
@@ -114,6 +120,8 @@ class Leaf:
       else None,
     )
     given.finish()
+    if stored_dtype(leaf.dtype) not in weights.DTYPES:
+      raise given.error('dtype', 'is not known')
     if len(set(leaf.arrays)) != len(leaf.arrays):
       raise given.error('arrays', 'must be names that differ')
     return leaf
@@ -146,6 +154,17 @@ class Unit:
   savings: tuple[transform.Saving, ...]
   order_bits: float
   empty: tuple[str, ...] = ()
+
+  @property
+  def decoded_bytes(self) -> int:
+    """The bytes of the decoded unit, as it is stored or materialized."""
+    stored = sum(array.nbytes for array in self.coder.arrays)
+    return max(stored, sum(leaf.nbytes for leaf in self.leaves))
+
+  def first_keys(self) -> set[str]:
+    """Returns the first key of the path of each leaf and each empty dict."""
+    paths = [*(leaf.path for leaf in self.leaves), *self.empty]
+    return {path.split('/')[0] for path in paths}
 
   def leaf_specs(self) -> list[tuple[Leaf, list[Any]]]:
     """Returns each leaf with the specs of its arrays."""
@@ -201,6 +220,8 @@ class Unit:
       **_input_sizes(given),
     )
     given.finish()
+    if not all(map(_is_path, unit.empty)):
+      raise given.error('empty', f'must be paths of up to {_MOST_KEYS} keys')
     if unit.nbytes != coder.nbytes:
       raise ContainerError(
         f'{name}: the coder needs a stream of {coder.nbytes} bytes, got {unit.nbytes}'
@@ -303,6 +324,8 @@ class Message:
       **_input_sizes(given),
     )
     given.finish()
+    if sorted(stream.name for stream in message.streams) != sorted(MESSAGE):
+      raise given.error('streams', f'must be {", ".join(MESSAGE)}')
     return message
 
 
@@ -335,7 +358,7 @@ class WeightsFile:
       ContainerError: if the value is not a weights file.
     """
     given = fields.Fields(value, 'a weights file')
-    name = given.text('name')
+    name = given.file_name('name')
     places = []
     for place in given.items('places'):
       if not isinstance(place, list) or len(place) != 2:
@@ -345,6 +368,8 @@ class WeightsFile:
     layout = checkpoints.WeightsFile(name, given.integer('nbytes'), tuple(places))
     found = cls(layout=layout, rest=Stream.from_json(given.take('rest')))
     given.finish()
+    if found.rest.name != f'{REST}{name}':
+      raise given.error('rest', f'must be the stream {REST}{name[:200]}')
     return found
 
 
@@ -424,14 +449,15 @@ class Manifest:
       preset=given.text('preset'),
       options=given.object('options'),
       config=config,
-      stem=given.text('stem') if given.optional('stem') else None,
+      stem=given.file_name('stem') if given.optional('stem') else None,
       units=tuple(map(Unit.from_json, given.items('units'))),
       message=Message.from_json(given.object('message'))
       if given.optional('message')
       else None,
       files=tuple(Stream.from_json(file[:3]) for file in files),
       sizes=tuple(
-        fields.Fields({'size': f[3]}, 'files').integer('size') for f in files
+        fields.Fields({'size': f[3]}, 'files').integer('size', MOST_FILES)
+        for f in files
       ),
       weights=tuple(map(WeightsFile.from_json, given.items('weights')))
       if given.optional('weights')
@@ -451,11 +477,31 @@ class Manifest:
       raise ContainerError('two streams have the same name')
     if self.weights and self.config is not None:
       raise ContainerError('a model has no weights files of its own')
+    for stream in self.files:
+      name = stream.name.removeprefix(FILES)
+      if name == stream.name or not fields.is_file_name(name):
+        raise ContainerError(f'{stream.name[:200]}: not the name of a file')
+    if sum(self.sizes) > MOST_FILES:
+      raise ContainerError(f'the other files have more than {MOST_FILES} bytes')
     if self.config is None:
       if self.message is not None:
         raise ContainerError('a message of bits-back coding needs a config')
       return
     for unit in self.units:
+      if unit.empty:
+        raise ContainerError(f'{unit.name}: a model has no empty dicts')
+      if layer_index(unit.name) is None and unit.first_keys() != {unit.name}:
+        raise ContainerError(f'{unit.name[:200]}: it has a leaf of another unit')
+      for leaf in unit.leaves:
+        setting, field = _HEADS.get(leaf.kind, ('', ''))
+        if field and leaf.settings.get(setting) != getattr(self.config, field):
+          raise ContainerError(
+            f'{unit.name}/{leaf.path}: the config and the setting {setting!r} disagree'
+          )
+      if unit.name == BUFFERS and any(
+        leaf.kind or leaf.path.count('/') != 1 for leaf in unit.leaves
+      ):
+        raise ContainerError(f'{BUFFERS}: buffers are arrays by their names')
       expected = _expected(unit.name, self.config)
       found = {leaf.path: leaf.shape for leaf in unit.leaves}
       if expected is not None and found != expected:
@@ -465,6 +511,28 @@ class Manifest:
           f'{unit.name}/{path}: the unit does not fit the config, got {shape=}'
         )
 
+
+FILES = 'files/'
+"""The beginning of the names of the streams of other files."""
+
+REST = 'rest/'
+"""The beginning of the names of streams that hold the rest of a weights file."""
+
+MESSAGE = ('message', 'corrections', 'tables')
+"""The streams of a message of bits-back coding."""
+
+MOST_FILES = 1 << 28
+"""The greatest number of bytes of all other files before they are compressed."""
+
+# The setting of a leaf of heads, and the field of the config that it must equal. The
+# arrays of the leaf do not tell how many heads there are.
+_HEADS = {
+  'head_columns': ('heads', 'num_kv_heads'),
+  'head_planes': ('head_dim', 'head_dim'),
+  'head_rows': ('groups', 'num_kv_heads'),
+}
+
+_MOST_KEYS = 64  # keys of a path, because trees are walked recursively
 
 BUFFERS = 'buffers'
 """The name of the unit of tensors that the forward pass does not use."""
@@ -476,6 +544,11 @@ def layer_index(name: str) -> int | None:
   if prefix != 'layers' or not (index.isascii() and index.isdigit()):
     return None
   return int(index) if len(index) < 8 and str(int(index)) == index else None
+
+
+def _is_path(path: str) -> bool:
+  parts = path.split('/')
+  return all(parts) and len(parts) <= _MOST_KEYS
 
 
 def _expected(
@@ -553,6 +626,8 @@ def leaf_of(path: str, leaf: Any, expanded: int | None = None) -> tuple[Leaf, An
   settings, arrays = {}, {'': leaf}
   if structured.is_structured(leaf):
     settings, arrays = leaf.stored()
+  if not _is_path(path):
+    raise ValueError(f'{path[:200]}: a path has at most {_MOST_KEYS} keys')
   kind, shape, dtype, names = structured.stack_key(leaf)
   if not kind:
     arrays[''] = np.asarray(leaf).view(stored_dtype(dtype))

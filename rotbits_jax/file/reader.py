@@ -79,6 +79,7 @@ class Reader:
     self.preset, self.options = first.preset, first.options
     self.config, self.stem = first.config, first.stem
     self._units: dict[str, tuple[container.StreamReader, manifest_lib.Unit]] = {}
+    keys: set[str] = set()
     for file, own in zip(self._files, self.manifests, strict=True):
       with file.errors():
         if (own.preset, own.config) != (first.preset, first.config):
@@ -87,6 +88,9 @@ class Reader:
           if unit.name in self._units:
             raise ContainerError(f'{unit.name}: two shards have this unit')
           self._units[unit.name] = file, unit
+          if self.config is None and keys & unit.first_keys():
+            raise ContainerError(f'{unit.name}: it has a leaf of another unit')
+          keys |= unit.first_keys()
 
   def __enter__(self) -> Self:
     return self
@@ -120,6 +124,8 @@ class Reader:
             raise ContainerError(str(error)) from error
           data = file.checked(name, entry.rest.nbytes, entry.rest.crc32)
           size = sum(end - begin for begin, end in parts)
+          if size > manifest_lib.MOST_FILES:
+            raise ContainerError(f'{name}: {size} bytes are no tensors, too many')
           found[entry.layout.name] = _inflate(name, data.tobytes(), size)
     return found
 
@@ -208,8 +214,7 @@ class Reader:
       return self._message_model(layers, place, show_progress)
     outer = self._outer_names()
     names = [*outer, *(f'layers.{i}' for i in layers)]
-    for name in names:
-      self._entry(name)
+    _check_memory('the model', sum(self._entry(name).decoded_bytes for name in names))
     params: Tree = {}
     with (
       progress.Progress('decode', len(names), 'unit', show=show_progress) as bar,
@@ -274,11 +279,17 @@ class Reader:
     found: dict[str, np.dtype] = {}
     for path, leaf, _ in self._leaves():
       found[path] = _dtype(leaf.dtype)
-    for own in self.manifests:
-      if own.message is not None:
-        arrays = own.message.layout.get('arrays')
-        for path, stored in arrays.items() if isinstance(arrays, dict) else ():
-          found[path] = _dtype(stored[0])
+    for file, own in zip(self._files, self.manifests, strict=True):
+      if own.message is not None and own.config is not None:
+        from rotbits_jax.paper import layout as layout_lib  # slow to import
+
+        with file.errors():
+          try:
+            words = file.nbytes('message') // 2
+            layout = layout_lib.from_json(own.message.layout, own.config, words)
+          except ValueError as error:
+            raise ContainerError(f'message: {error}') from error
+        found |= {path: _dtype(x.dtype) for path, x in layout.arrays.items()}
     return found
 
   def factors(self) -> dict[str, tuple[int, str]]:
@@ -288,7 +299,10 @@ class Reader:
       kind = structured.KINDS.get(leaf.kind)
       if kind is not None and issubclass(kind, structured.FactorPair):
         shapes = {n: s.shape for n, s in zip(leaf.arrays, specs, strict=True)}
-        found[path] = kind.stored_rank(shapes), leaf.names[0]
+        try:
+          found[path] = kind.stored_rank(shapes), leaf.names[0]
+        except LookupError:
+          raise ContainerError(f'{path}: the leaf has not two factors') from None
     return found
 
   def _leaves(self) -> Iterator[tuple[str, manifest_lib.Leaf, list[Any]]]:
@@ -312,7 +326,7 @@ class Reader:
     found = {}
     for file, own in zip(self._files, self.manifests, strict=True):
       for entry, size in zip(own.files, own.sizes, strict=True):
-        name = entry.name.removeprefix(writer.FILES)
+        name = entry.name.removeprefix(manifest_lib.FILES)
         with file.errors():
           data = file.checked(entry.name, entry.nbytes, entry.crc32)
           found[name] = _inflate(entry.name, data.tobytes(), size)
@@ -348,29 +362,63 @@ class Reader:
     self._entry(name)
     file, unit = self._units[name]
     with file.errors():
+      _check_memory(name, unit.decoded_bytes)
       data = file.checked(name, unit.nbytes, unit.crc32)
-      targets = None
-      if out is not None:
-        targets = []
-        for leaf, specs in unit.leaf_specs():
-          if leaf.path in out and not leaf.is_packed:
-            own = zip(out[leaf.path], specs, strict=True)
-            targets += [array.view(spec.dtype) for array, spec in own]
-          else:
-            targets += [host.empty(x.shape, x.dtype) for x in specs]
+      flat: Tree = {}
       try:
+        targets = None
+        if out is not None:
+          targets = []
+          for leaf, specs in unit.leaf_specs():
+            if leaf.path in out and not leaf.is_packed:
+              own = zip(out[leaf.path], specs, strict=True)
+              targets += [array.view(spec.dtype) for array, spec in own]
+            else:
+              targets += [host.empty(x.shape, x.dtype) for x in specs]
         arrays = iter(weights.decode(unit.coder, data, out=targets))
+        for leaf in unit.leaves:
+          parts = {key: next(arrays) for key in leaf.arrays}
+          found = _leaf(name, leaf, parts)
+          if isinstance(found, structured.Dependent):
+            self._check_needed(name, leaf, found)
+          if leaf.is_packed and out is not None and leaf.path in out:
+            (target,) = out[leaf.path]
+            target[...] = found
+            found = target
+          flat[leaf.path] = found
+      except MemoryError:
+        raise _too_large(name, unit.decoded_bytes) from None
+      except ContainerError:
+        raise
       except ValueError as error:
         raise ContainerError(f'{name}: {error}') from error
-      flat = {}
-      for leaf in unit.leaves:
-        parts = {key: next(arrays) for key in leaf.arrays}
-        flat[leaf.path] = _leaf(name, leaf, parts)
-        if leaf.is_packed and out is not None and leaf.path in out:
-          (target,) = out[leaf.path]
-          target[...] = flat[leaf.path]
-          flat[leaf.path] = target
     return unit.tree(flat)
+
+  def _check_needed(
+    self, name: str, entry: manifest_lib.Leaf, leaf: structured.Dependent
+  ) -> None:
+    """Refuses a leaf that could not be expanded, before anything needs it to be."""
+    path = f'{name}/{entry.path}' if _is_layer(name) else entry.path
+    if self.config is not None and _is_layer(name):
+      raise ContainerError(f'{path}: parameters of a layer cannot depend on others')
+    if leaf.eager and entry.expanded is None:
+      raise ContainerError(f'{path}: the checksum of the expanded array is missing')
+    shapes = []
+    for needed in leaf.needs:
+      unit = self._units.get(needed.split('/')[0])
+      if unit is None:  # in another shard
+        return
+      found = {x.path: x for x in unit[1].leaves}
+      if needed not in found:
+        raise ContainerError(f'{path}: it needs {needed}, which is missing')
+      kind = structured.KINDS.get(found[needed].kind)
+      if kind is not None and issubclass(kind, structured.Dependent):
+        raise ContainerError(f'{path}: it needs {needed}, which depends on others')
+      shapes.append(found[needed].shape)
+    try:
+      leaf.check_needed(*shapes)
+    except ValueError as error:
+      raise ContainerError(f'{path}: {error}') from error
 
   def _start_outer(
     self, names: Sequence[str], start: weights.Start
@@ -470,6 +518,7 @@ class Reader:
     if message is None or config is None:
       raise ContainerError('the file does not hold a message of bits-back coding')
     with file.errors():
+      _check_memory('message', 4 * _most_numbers(config))
       streams = {}
       for stream in message.streams:
         data: Any = file.checked(stream.name, stream.nbytes, stream.crc32)
@@ -478,10 +527,6 @@ class Reader:
             raise ContainerError(f'{stream.name}: the number of bytes must be even')
           data = data.view('<u2')
         streams[stream.name] = data
-      if set(streams) != set(writer.MESSAGE):
-        raise ContainerError(
-          f'the message must have the streams {", ".join(writer.MESSAGE)}'
-        )
       try:
         yield from paper.decode(
           message.layout,
@@ -499,6 +544,8 @@ class Reader:
   ) -> models.Model:
     assert self.config is not None
     flat: Tree = {}
+    # Numbers have 2 bytes at least.
+    _check_memory('the model', 2 * models.count_numbers(self.config))
     for path, array in self.message_arrays(show_progress=show_progress):
       index = manifest_lib.layer_index(path.split('/')[0])
       if index is None or index in layers:
@@ -555,8 +602,12 @@ def _manifest(file: container.StreamReader) -> manifest_lib.Manifest:
     except ValueError as error:
       raise ContainerError(f'the manifest is damaged: {error}') from error
     found = {n: file.nbytes(n) for n in file.names() if n != container.MANIFEST}
-    if found != {name: nbytes for name, (nbytes, _) in own.streams().items()}:
-      raise ContainerError('the header and the manifest name different streams')
+    named = {name: nbytes for name, (nbytes, _) in own.streams().items()}
+    for name in {**found, **named}:
+      if found.get(name) != named.get(name):
+        raise ContainerError(
+          f'{name[:200]}: the header and the manifest differ in this stream'
+        )
     return own
 
 
@@ -588,6 +639,37 @@ class _Stack(NamedTuple):
       path: type(leaves[0]).stack(leaves) for path, leaves in others.items()
     }
     return structured.unflatten(stacked)
+
+
+def _most_numbers(config: models.ModelConfig) -> int:
+  """How many numbers a layer has, or what is outside the layers, at most."""
+  trees = [models.outer_shapes(config)]
+  trees += [models.layer_shapes(config, i) for i in range(config.num_layers)]
+  counts = (map(math.prod, structured.flatten(tree).values()) for tree in trees)
+  return max(map(sum, counts))
+
+
+def _check_memory(name: str, nbytes: int) -> None:
+  """Refuses to decode more than this machine can hold, before anything is allocated.
+
+  Zeros take hardly any bytes in a file, so that its size is no bound.
+  """
+  if nbytes > (_memory() or nbytes):
+    raise _too_large(name, nbytes)
+
+
+def _too_large(name: str, nbytes: int) -> ContainerError:
+  return ContainerError(
+    f'{name}: it decodes to {nbytes:,} bytes, more than memory holds'
+  )
+
+
+def _memory() -> int | None:
+  """Bytes of this machine's memory; None where it does not tell."""
+  try:
+    return os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
+  except (AttributeError, ValueError, OSError):  # not a Unix
+    return None
 
 
 def _leaf(name: str, leaf: manifest_lib.Leaf, parts: dict[str, np.ndarray]) -> Any:

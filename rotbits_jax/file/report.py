@@ -5,6 +5,7 @@ import re
 import textwrap
 from typing import Any, NamedTuple
 
+from rotbits_jax.file import fields
 from rotbits_jax.file import reader as reader_lib
 from rotbits_jax.symmetries import transform
 
@@ -79,6 +80,7 @@ class Report(NamedTuple):
     for name, notes in self.notes.items():
       rows = _rows(notes) if verbose else summary(notes)
       lines += ['', *_table(name, rows)]
+    lines = [fields.printable(line) for line in lines]
     if width is not None:
       lines = [x if len(x) <= width else f'{x[: width - 1]}\u2026' for x in lines]
     for remark in self.remarks():
@@ -148,11 +150,9 @@ def from_reader(reader: reader_lib.Reader) -> Report:
   savings: dict[str, transform.Saving] = {}
   for saving in (saving for holder in holders for saving in holder.savings):
     total = savings.get(saving.name, transform.Saving(saving.name, 0, 0, []))
-    savings[saving.name] = transform.Saving(
-      saving.name,
-      total.numbers + saving.numbers,
-      total.bytes + saving.bytes,
-      total.notes + saving.notes,
+    total.notes.extend(saving.notes)
+    savings[saving.name] = total._replace(
+      numbers=total.numbers + saving.numbers, bytes=total.bytes + saving.bytes
     )
   numbers = sum(holder.input_numbers for holder in holders)
   input_bytes = sum(holder.input_bytes for holder in holders)

@@ -33,14 +33,12 @@ from rotbits_jax import presets
 from rotbits_jax import structured
 from rotbits_jax.coding import weights
 from rotbits_jax.file import container
+from rotbits_jax.file import fields
 from rotbits_jax.file import manifest as manifest_lib
 from rotbits_jax.file import packing
 from rotbits_jax.symmetries import transform
 
-FILES = 'files/'
-REST = 'rest/'
 DTYPE = 'dtype'  # the option with the dtype of a checkpoint whose file is float32
-MESSAGE = ('message', 'corrections', 'tables')
 
 
 class Summary(NamedTuple):
@@ -64,6 +62,21 @@ class Sizes(NamedTuple):
   bytes: int
 
 
+def check_files(files: Mapping[str, bytes]) -> None:
+  """Checks the files that a container keeps whole, before the work.
+
+  Raises:
+    ValueError: if a name is not that of a file in a folder, or the files are too large.
+  """
+  for name in files:
+    if not fields.is_file_name(name):
+      raise ValueError(f'{name!r:.200} is not the name of a file')
+  if sum(map(len, files.values())) > manifest_lib.MOST_FILES:
+    raise ValueError(
+      f'the files beside the weights have more than {manifest_lib.MOST_FILES} bytes'
+    )
+
+
 class FileWriter:
   """Writes one container: a whole model, or a shard of one."""
 
@@ -84,8 +97,9 @@ class FileWriter:
       files: other files to keep, whole.
       weights: names of the weights files that will come, see `add_weights`.
     """
-    others = [f'{FILES}{name}' for name in files] + [f'{REST}{x}' for x in weights]
-    names = units if summary.preset.message is None else (*units, *MESSAGE)
+    others = [f'{manifest_lib.FILES}{name}' for name in files]
+    others += [f'{manifest_lib.REST}{name}' for name in weights]
+    names = units if summary.preset.message is None else (*units, *manifest_lib.MESSAGE)
     self._streams = container.StreamWriter(file, [*names, *others])
     self._file, self._summary, self._files = file, summary, files
     self._units: list[manifest_lib.Unit] = []
@@ -146,7 +160,7 @@ class FileWriter:
     self, layout: checkpoints.WeightsFile, rest: Iterable[memoryview]
   ) -> None:
     """Appends what is between the tensors of a weights file, in order."""
-    name = f'{REST}{layout.name}'
+    name = f'{manifest_lib.REST}{layout.name}'
     packer = zlib.compressobj(9)
     for part in rest:
       self.extend(name, np.frombuffer(packer.compress(part), np.uint8))
@@ -159,8 +173,8 @@ class FileWriter:
     files, sizes = [], []
     for name, data in self._files.items():
       packed = np.frombuffer(zlib.compress(data, 9), np.uint8)
-      self.extend(f'{FILES}{name}', packed)
-      files.append(self.close(f'{FILES}{name}'))
+      self.extend(f'{manifest_lib.FILES}{name}', packed)
+      files.append(self.close(f'{manifest_lib.FILES}{name}'))
       sizes.append(len(data))
     summary = self._summary
     manifest = manifest_lib.Manifest(

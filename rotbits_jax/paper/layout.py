@@ -103,15 +103,15 @@ def from_json(value: Any, config: models.ModelConfig, words: int) -> Layout:
   for t, moved in enumerate(rows):
     if moved is not None and not layout.frame(config, t).n:
       raise ValueError(f'segment {t} has no rotation to sample')
-  if options.entropy:
-    return layout
-  # Without entropy coding the size of the stack is known: the words of all arrays minus
-  # the rows that were moved to the window.
-  held = sum(_words(x, shape) for x, shape in _each(layout.arrays, config))
+  # The stack holds the words of all arrays minus the rows that were moved to the
+  # window. Entropy-coded arrays take at least the words of their rests.
+  size = _least_words if options.entropy else _words
+  held = sum(size(x, shape) for x, shape in _each(layout.arrays, config))
   moved = [x for x in rows if x is not None]
   held -= lanes * (sum(moved) + bool(moved))
-  if held != words - layout.window:
-    raise ValueError(f'the message must have {held} words, got {words - layout.window}')
+  found = words - layout.window
+  if found < held or (found > held and not options.entropy):
+    raise ValueError(f'the message must have {held} words, got {found}')
   return layout
 
 
@@ -154,6 +154,11 @@ def _each(
 
 def _words(stored: Stored, shape: tuple[int, ...]) -> int:
   return math.prod(shape) * jnp.dtype(stored.dtype).itemsize // 2
+
+
+def _least_words(stored: Stored, shape: tuple[int, ...]) -> int:
+  rest_bits = floats.LAYOUTS[jnp.dtype(stored.dtype)].rest_bits
+  return math.prod(shape) * rest_bits // 16
 
 
 def _num_embeddings(config: models.ModelConfig) -> int:

@@ -48,6 +48,7 @@ from rotbits_jax.structured.packed import Packed
 from rotbits_jax.structured.shortcuts import IdentityMinusGram
 from rotbits_jax.structured.shortcuts import SymmetricTriangle
 from rotbits_jax.structured.sparse import Sparse
+from rotbits_jax.structured.stored import Stored
 from rotbits_jax.structured.tied import Tied
 from rotbits_jax.structured.tied import TiedExactly
 from rotbits_jax.structured.triangles import RowTrapezoids
@@ -73,6 +74,7 @@ __all__ = [
   'ReducedLowRank',
   'RowTrapezoids',
   'Sparse',
+  'Stored',
   'Structured',
   'SymmetricTriangle',
   'Table',

@@ -112,6 +112,13 @@ class Dependent(Structured):
   def expand(self, *needed: Any) -> Any:
     """Returns the array that the leaf stands for, given the arrays that it needs."""
 
+  def check_needed(self, *shapes: tuple[int, ...]) -> None:
+    """Checks the shapes of the arrays that the leaf needs.
+
+    Raises:
+      ValueError: if `expand` cannot take arrays of these shapes.
+    """
+
   def rows(self, *needed_and_indices: Any) -> jax.Array:
     """Returns rows of that array in float32.
 

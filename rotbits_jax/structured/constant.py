@@ -4,6 +4,7 @@ An example is the scale of a norm, once it has been folded into the kernels that
 the norm: all its entries are then 1.
 """
 
+import math
 from typing import Any, ClassVar
 
 from flax import struct
@@ -15,7 +16,9 @@ from rotbits_jax.structured.base import Arrays
 from rotbits_jax.structured.base import Settings
 from rotbits_jax.structured.base import Structured
 from rotbits_jax.structured.base import register
-from rotbits_jax.structured.triangles import check_sizes
+from rotbits_jax.structured.stored import Stored
+
+_MOST_AXES = 8
 
 
 @register
@@ -60,9 +63,17 @@ class Constant(Structured):
 
   @classmethod
   def from_stored(cls, settings: Settings, arrays: Arrays) -> 'Constant':
-    check_sizes(*settings['shape'])
-    value = np.array(settings['value'], arrays['empty'].dtype)
-    return cls(value, tuple(settings['shape']))
+    given = Stored(settings, arrays)
+    shape, value = given.sizes('shape'), given.number('value')
+    empty = given.array('empty', 1)
+    given.finish()
+    if empty.size or len(shape) > _MOST_AXES:
+      raise ValueError(f'no constant is made of {empty.shape=} and {len(shape)} axes')
+    # NumPy multiplies the lengths of the other axes, even if one of them is 0.
+    if math.prod(n for n in shape if n) >= 1 << 48:
+      raise ValueError(f'a constant of {shape=} is too large')
+    with np.errstate(over='ignore'):
+      return cls(np.array(value, empty.dtype), shape)
 
   def _tail_axes(self) -> tuple[int, ...]:
     return tuple(range(-len(self.tail), 0))

@@ -38,6 +38,7 @@ from rotbits_jax.structured.base import Structured
 from rotbits_jax.structured.base import nonempty
 from rotbits_jax.structured.base import or_empty
 from rotbits_jax.structured.base import register
+from rotbits_jax.structured.stored import Stored
 
 
 @register
@@ -87,7 +88,10 @@ class HeadColumns(Structured):
 
   @classmethod
   def from_stored(cls, settings: Settings, arrays: Arrays) -> 'HeadColumns':
-    heads, turned, rest = settings['heads'], arrays['turned'], arrays['rest']
+    given = Stored(settings, arrays)
+    heads = given.size('heads')
+    turned, rest = given.array('turned', 2), given.array('rest', 2)
+    given.finish()
     whole = heads > 0 and not turned.shape[1] % heads and not rest.shape[1] % heads
     if not whole or turned.shape[0] != rest.shape[0] + rest.shape[1] // heads:
       raise ValueError(
@@ -156,7 +160,13 @@ class HeadPlanes(Structured):
 
   @classmethod
   def from_stored(cls, settings: Settings, arrays: Arrays) -> 'HeadPlanes':
-    h, below, top = settings['head_dim'], arrays['below'], arrays['top']
+    given = Stored(settings, arrays)
+    h, below, top = (
+      given.size('head_dim'),
+      given.array('below', 2),
+      given.array('top', 2),
+    )
+    given.finish()
     groups, known = top.shape
     whole = h > 0 and groups > 0 and not below.shape[1] % (groups * h)
     rotary = below.shape[1] // groups - known if whole else 0
@@ -225,7 +235,10 @@ class HeadRows(Structured):
 
   @classmethod
   def from_stored(cls, settings: Settings, arrays: Arrays) -> 'HeadRows':
-    groups, first, others = settings['groups'], arrays['first'], arrays['others']
+    given = Stored(settings, arrays)
+    groups = given.size('groups')
+    first, others = given.array('first', 2), given.array('others', 2)
+    given.finish()
     h = others.shape[1] - first.shape[1]
     if (
       h < 1 or not 0 < first.shape[0] == groups * h or others.shape[0] % first.shape[0]

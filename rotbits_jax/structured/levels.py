@@ -16,6 +16,7 @@ from rotbits_jax.structured import packed
 from rotbits_jax.structured.base import Arrays
 from rotbits_jax.structured.base import Settings
 from rotbits_jax.structured.base import register
+from rotbits_jax.structured.stored import Stored
 
 
 class Grid(NamedTuple):
@@ -136,22 +137,30 @@ class Levels(packed.Packed):
 
   @classmethod
   def from_stored(cls, settings: Settings, arrays: Arrays) -> 'Levels':
-    lines = packed.lines_shape(settings)
-    name = packed.float_dtype(settings['dtype']).name
-    blocks = arrays['step'].shape
-    wanted = {
-      'index': ('uint8' if 'base' in arrays else 'int8', lines),
-      'step': ('float32', blocks),
-    }
-    if 'base' in arrays:
-      wanted['base'] = 'float32', blocks
-    if 'residuals' in arrays:
-      wanted['residuals'] = 'int8', lines
-      wanted['exceptions'] = name, (arrays['exceptions'].size,)
-    packed.check_arrays(arrays, **wanted)
-    if len(blocks) != 2 or blocks[0] != lines[0] or lines[1] % max(blocks[1], 1):
-      raise ValueError(f'steps of shape {blocks} do not fit lines of shape {lines}')
-    return cls(tuple(settings['shape']), settings['transposed'], name, **arrays)
+    given = Stored(settings, arrays)
+    form = packed.take_form(given)
+    dtype, lines = packed.float_dtype(given.text('dtype')), form.lines
+    step = given.array('step', 2, np.float32)
+    base = residuals = exceptions = None
+    if 'base' in given:
+      base = given.array_of('base', step.shape, np.float32)
+    index = given.array_of('index', lines, np.int8 if base is None else np.uint8)
+    if 'residuals' in given:
+      residuals = given.array_of('residuals', lines, np.int8)
+      exceptions = given.array('exceptions', 1, dtype)
+    given.finish()
+    if step.shape[0] != lines[0] or lines[1] % max(step.shape[1], 1):
+      raise ValueError(f'steps of shape {step.shape} do not fit {lines=}')
+    return cls(
+      sizes=form.sizes,
+      transposed=form.transposed,
+      name=dtype.name,
+      index=index,
+      step=step,
+      base=base,
+      residuals=residuals,
+      exceptions=exceptions,
+    )
 
 
 _OPTIONAL = 'base', 'residuals', 'exceptions'
@@ -382,12 +391,14 @@ class Table(packed.Packed):
 
   @classmethod
   def from_stored(cls, settings: Settings, arrays: Arrays) -> 'Table':
-    lines, table = packed.lines_shape(settings), arrays['table']
-    dtype = packed.float_dtype(table.dtype.name).name
-    packed.check_arrays(arrays, table=(dtype, table.shape), index=('uint8', lines))
-    if table.ndim != 2 or table.shape[0] not in (1, lines[0]) or not table.shape[1]:
-      raise ValueError(f'tables of shape {table.shape} do not fit lines {lines}')
-    return cls(tuple(settings['shape']), settings['transposed'], **arrays)
+    given = Stored(settings, arrays)
+    form, table = packed.take_form(given), given.array('table', 2)
+    packed.float_dtype(table.dtype.name)
+    index = given.array_of('index', form.lines, np.uint8)
+    given.finish()
+    if table.shape[0] not in (1, form.lines[0]) or not table.shape[1]:
+      raise ValueError(f'tables of shape {table.shape} do not fit {form.lines=}')
+    return cls(form.sizes, form.transposed, table, index)
 
 
 def _chunks(shape: Sequence[int]) -> list[slice]:

@@ -17,6 +17,7 @@ from rotbits_jax.structured.base import Arrays
 from rotbits_jax.structured.base import Settings
 from rotbits_jax.structured.base import Structured
 from rotbits_jax.structured.base import register
+from rotbits_jax.structured.stored import Stored
 
 
 @struct.dataclass(kw_only=True)
@@ -155,12 +156,14 @@ class LowRank(FactorPair):
 
   @classmethod
   def from_stored(cls, settings: Settings, arrays: Arrays) -> 'LowRank':
-    u, v = arrays['u'], arrays['v']
-    if u.ndim != 2 or v.ndim != 2 or u.shape[1] != v.shape[0]:
+    given = Stored(settings, arrays)
+    u, v, names = given.array('u', 2), given.array('v', 2), given.text('names')
+    given.finish()
+    if u.shape[1] != v.shape[0]:
       raise ValueError(
         f'the factors must be [m, r] and [r, n], got {u.shape=} and {v.shape=}'
       )
-    return cls(u, v, names=settings['names'])
+    return cls(u, v, names=names)
 
 
 @register
@@ -273,13 +276,16 @@ class ReducedLowRank(FactorPair):
 
   @classmethod
   def from_stored(cls, settings: Settings, arrays: Arrays) -> 'ReducedLowRank':
-    below, other = arrays['below'], arrays['other']
-    if below.ndim != 2 or other.ndim != 2 or below.shape[1] != other.shape[0]:
+    given = Stored(settings, arrays)
+    below, other = given.array('below', 2), given.array('other', 2)
+    transposed, names = given.flag('transposed'), given.text('names')
+    given.finish()
+    if below.shape[1] != other.shape[0]:
       raise ValueError(f'low-rank factors cannot be {below.shape=} and {other.shape=}')
     size = sum(below.shape)
     if size > other.shape[1]:
       raise ValueError(f'the shorter side cannot have {size} rows, got {other.shape=}')
-    return cls(below, other, size, **settings)
+    return cls(below, other, size, transposed, names=names)
 
 
 def _pad(matrix: Any, widths: tuple[tuple[int, int], tuple[int, int]]) -> Any:

@@ -12,7 +12,7 @@ lines of N numbers each.
 
 import abc
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 from flax import struct
 import jax
@@ -21,10 +21,9 @@ import ml_dtypes
 import numpy as np
 
 from rotbits_jax import host
-from rotbits_jax.structured.base import Arrays
 from rotbits_jax.structured.base import Settings
 from rotbits_jax.structured.base import Structured
-from rotbits_jax.structured.triangles import check_sizes
+from rotbits_jax.structured.stored import Stored
 
 PACKED_DTYPES = {
   np.dtype(d).name: np.dtype(d) for d in (np.float16, ml_dtypes.bfloat16, np.float32)
@@ -83,33 +82,31 @@ def lines_of(array: np.ndarray, transposed: bool) -> np.ndarray:
   return matrix.T if transposed else matrix
 
 
-def lines_shape(settings: Settings) -> tuple[int, int]:
-  """Returns L and N from the settings of a packed leaf in a file.
+class Form(NamedTuple):
+  """What the settings of every packed leaf say.
+
+  Attributes:
+    sizes: shape of the array.
+    transposed: see `Packed`.
+    lines: L and N.
+  """
+
+  sizes: tuple[int, ...]
+  transposed: bool
+  lines: tuple[int, int]
+
+
+def take_form(given: Stored) -> Form:
+  """Takes the settings of every packed leaf.
 
   Raises:
     ValueError: if they are not a shape and an orientation.
   """
-  shape, transposed = settings['shape'], settings['transposed']
-  if not isinstance(shape, list) or len(shape) > 8 or type(transposed) is not bool:
-    raise ValueError('a packed leaf needs the shape of an array and an orientation')
-  check_sizes(*shape)
-  rows, columns = matrix_shape(tuple(shape))
-  return (columns, rows) if transposed else (rows, columns)
-
-
-def check_arrays(arrays: Arrays, **wanted: tuple[str, tuple[int, ...]]) -> None:
-  """Checks the stored arrays of a leaf.
-
-  Args:
-    arrays: the arrays by name.
-    wanted: the dtype and the shape of each array, by name.
-
-  Raises:
-    ValueError: if the arrays have other names, dtypes or shapes.
-  """
-  found = {name: (x.dtype.name, x.shape) for name, x in arrays.items()}
-  if found != wanted:
-    raise ValueError(f'the leaf must have the arrays {wanted}, got {found}')
+  sizes, transposed = given.sizes('shape'), given.flag('transposed')
+  if len(sizes) > 8:
+    raise ValueError(f'a packed array has 8 axes at most, got {len(sizes)}')
+  rows, columns = matrix_shape(sizes)
+  return Form(sizes, transposed, (columns, rows) if transposed else (rows, columns))
 
 
 def bits(array: np.ndarray) -> np.ndarray:

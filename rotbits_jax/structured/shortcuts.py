@@ -20,7 +20,7 @@ from rotbits_jax.structured.base import Arrays
 from rotbits_jax.structured.base import Settings
 from rotbits_jax.structured.base import Structured
 from rotbits_jax.structured.base import register
-from rotbits_jax.structured.triangles import check_sizes
+from rotbits_jax.structured.stored import Stored
 from rotbits_jax.structured.triangles import lower_size
 from rotbits_jax.structured.triangles import pack_lower
 from rotbits_jax.structured.triangles import unpack_lower
@@ -138,16 +138,16 @@ class IdentityMinusGram(Structured):
 
   @classmethod
   def from_stored(cls, settings: Settings, arrays: Arrays) -> 'IdentityMinusGram':
-    check_sizes(settings['columns'])
-    if settings['b'][0] != settings['c'][0]:
+    given = Stored(settings, arrays)
+    b_shape, c_shape = given.sizes('b', 2), given.sizes('c', 2)
+    if b_shape[0] != c_shape[0]:
       raise ValueError(
-        f'B and C must have equally many rows, got {settings["b"]}, {settings["c"]}'
+        f'B and C must have equally many rows, got {b_shape} and {c_shape}'
       )
-    return cls(
-      b=unpack_lower(arrays['b'], settings['b']),
-      c=unpack_lower(arrays['c'], settings['c']),
-      columns=settings['columns'],
-    )
+    columns = given.size('columns', b_shape[0])
+    b, c = given.array('b', 1), given.array('c', 1)
+    given.finish()
+    return cls(unpack_lower(b, b_shape), unpack_lower(c, c_shape), columns)
 
 
 @register
@@ -187,8 +187,13 @@ class SymmetricTriangle(Structured):
 
   @classmethod
   def from_stored(cls, settings: Settings, arrays: Arrays) -> 'SymmetricTriangle':
-    check_sizes(settings['columns'])
-    return cls(unpack_lower(arrays['lower'], settings['lower']), settings['columns'])
+    given = Stored(settings, arrays)
+    shape = given.sizes('lower', 2)
+    columns, values = given.size('columns', shape[0]), given.array('lower', 1)
+    given.finish()
+    if shape[0] != shape[1]:
+      raise ValueError(f'no symmetric matrix has the triangle of a {shape} matrix')
+    return cls(unpack_lower(values, shape), columns)
 
 
 def _pad_columns(matrix: jax.Array, columns: int) -> jax.Array:

@@ -9,6 +9,7 @@ from rotbits_jax.structured import packed
 from rotbits_jax.structured.base import Arrays
 from rotbits_jax.structured.base import Settings
 from rotbits_jax.structured.base import register
+from rotbits_jax.structured.stored import Stored
 
 
 @register
@@ -76,17 +77,14 @@ class Sparse(packed.Packed):
 
   @classmethod
   def from_stored(cls, settings: Settings, arrays: Arrays) -> 'Sparse':
-    count, length = packed.lines_shape(settings)
-    dtype = packed.float_dtype(arrays['values'].dtype.name).name
-    rows, last = len(arrays['values']), arrays['tail'].size
-    packed.check_arrays(
-      arrays,
-      mask=('uint8', (count, -(-length // 8))),
-      values=(dtype, (rows, cls.WIDTH)),
-      tail=(dtype, (last,)),
-    )
-    if type(settings['across']) is not bool or last >= cls.WIDTH:
-      raise ValueError(f'a sparse leaf cannot end in {last} numbers')
-    return cls(
-      tuple(settings['shape']), settings['transposed'], settings['across'], **arrays
-    )
+    given = Stored(settings, arrays)
+    form, across = packed.take_form(given), given.flag('across')
+    count, length = form.lines
+    mask = given.array_of('mask', (count, -(-length // 8)), np.uint8)
+    values = given.array('values', 2)
+    packed.float_dtype(values.dtype.name)
+    tail = given.array('tail', 1, values.dtype)
+    given.finish()
+    if values.shape[1] != cls.WIDTH or tail.size >= cls.WIDTH:
+      raise ValueError(f'no sparse leaf has {values.shape=} and {tail.shape=}')
+    return cls(form.sizes, form.transposed, across, mask, values, tail)

@@ -25,6 +25,7 @@ from rotbits_jax.structured.base import Arrays
 from rotbits_jax.structured.base import Dependent
 from rotbits_jax.structured.base import Settings
 from rotbits_jax.structured.base import register
+from rotbits_jax.structured.stored import Stored
 
 
 @register
@@ -51,6 +52,9 @@ class Tied(Dependent):
   def dtype(self) -> Any:
     return self.map.dtype
 
+  def check_needed(self, *shapes: tuple[int, ...]) -> None:
+    _check_head(self, *shapes)
+
   def expand(self, *needed: Any) -> jax.Array:
     (head,) = needed
     return self.rows(head, jnp.arange(self.tokens)).astype(self.dtype)
@@ -74,7 +78,10 @@ class Tied(Dependent):
 
   @classmethod
   def from_stored(cls, settings: Settings, arrays: Arrays) -> 'Tied':
-    return cls(arrays['map'], settings['tokens'])
+    given = Stored(settings, arrays)
+    map, tokens = given.array('map', 2), given.size('tokens')
+    given.finish()
+    return cls(map, tokens)
 
 
 @register
@@ -176,6 +183,9 @@ class TiedExactly(Dependent):
     """Returns the leaf unchanged, because it stands for bits of one dtype."""
     return self
 
+  def check_needed(self, *shapes: tuple[int, ...]) -> None:
+    _check_head(self, *shapes)
+
   def expand(self, *needed: Any) -> np.ndarray:
     """Returns the embedding `[V, d]`, bit for bit, given the head `[D, V]`.
 
@@ -183,11 +193,7 @@ class TiedExactly(Dependent):
       ValueError: if the leaf cannot have been made from this head.
     """
     head = np.asarray(*needed)
-    if head.shape != (len(self.map), self.tokens):
-      raise ValueError(
-        f'the embedding is tied to a head of shape {(len(self.map), self.tokens)}, '
-        f'got {head.shape=}'
-      )
+    _check_head(self, head.shape)
     table, count = host.empty(self.shape, self.dtype), len(self.residuals)
     bounds = self.first, self.first + count - 1
     residuals = [_Stream(x) for x in self.residuals]
@@ -238,35 +244,51 @@ class TiedExactly(Dependent):
 
   @classmethod
   def from_stored(cls, settings: Settings, arrays: Arrays) -> 'TiedExactly':
-    map, tokens = arrays['map'].astype(np.int32), settings['tokens']
-    low = arrays['low'] if settings['low'] else np.zeros(map.shape, np.uint8)
+    given = Stored(settings, arrays)
+    map, tokens = given.array('map', 2, np.int16).astype(np.int32), given.size('tokens')
+    scale, first = given.integer('scale', -1000, 2000), given.integer('first', 0, 255)
+    bits = given.integer('low', 0, 8)
+    low = np.zeros(map.shape, np.uint8)
+    if bits:
+      low = given.array('low', low.ndim, np.uint8)
+    shifts = given.array('shifts', 1, np.int16)
+    exceptions = given.array('exceptions', 1)
     residuals: list[np.ndarray] = []
-    while f'residuals_{len(residuals)}' in arrays:
-      residuals.append(arrays[f'residuals_{len(residuals)}'])
+    while (name := f'residuals_{len(residuals)}') in given:
+      residuals.append(given.array(name, 1, np.int8))
+    given.finish()
     count = sum(x.size for x in residuals)
-    fits = map.ndim == 2 and count == tokens * map.shape[1]
-    if not fits or low.shape != map.shape or arrays['shifts'].shape != map.shape[:1]:
+    fits = residuals and count == tokens * map.shape[1]
+    if not fits or low.shape != map.shape or shifts.shape != map.shape[:1]:
       raise ValueError(
         f'an embedding of {tokens} tokens cannot have {count} residuals, {map.shape=}, '
-        f'{low.shape=} and shifts {arrays["shifts"].shape}'
+        f'{low.shape=} and {shifts.shape=}'
       )
-    scale, first = settings['scale'], settings['first']
-    if type(scale) is not int or abs(scale) > 1 << 10:
-      raise ValueError(f'an embedding cannot have the scale {scale!r:.40}')
-    if type(first) is not int or not 0 <= first <= 256 - len(residuals):
-      raise ValueError(f'an embedding cannot have the exponents from {first!r:.40} on')
+    if exceptions.dtype not in _EXACT_DTYPES:
+      raise ValueError(f'no embedding is tied exactly in {exceptions.dtype}')
+    if first + len(residuals) > 256:
+      raise ValueError(f'no exponents are {len(residuals)} from {first} on')
     return cls(
-      map=map << settings['low'] | low,
-      shifts=arrays['shifts'],
+      map=map << bits | low,
+      shifts=shifts,
       residuals=tuple(residuals),
-      exceptions=arrays['exceptions'],
+      exceptions=exceptions,
       tokens=tokens,
       scale=scale,
       first=first,
     )
 
 
+def _check_head(leaf: 'Tied | TiedExactly', shape: tuple[int, ...]) -> None:
+  expected = len(leaf.map), leaf.tokens
+  if shape != expected:
+    raise ValueError(
+      f'the embedding is tied to a head of shape {expected}, got head.shape={shape}'
+    )
+
+
 _EXCEPTION = -128
+_EXACT_DTYPES = (np.dtype(np.float16), np.dtype(jnp.bfloat16))
 _TOKENS = 1024  # number of tokens in a block of P
 _PIECE = 1 << 15  # numbers that are expanded together, so few that a cache holds them
 

@@ -15,6 +15,9 @@ from rotbits_jax.structured.base import Arrays
 from rotbits_jax.structured.base import Settings
 from rotbits_jax.structured.base import Structured
 from rotbits_jax.structured.base import register
+from rotbits_jax.structured.stored import Stored
+
+_SMALL = 1 << 24  # numbers of a matrix that may be all zeros
 
 
 @register
@@ -49,7 +52,10 @@ class Trapezoidal(Structured):
 
   @classmethod
   def from_stored(cls, settings: Settings, arrays: Arrays) -> 'Trapezoidal':
-    return cls(unpack_lower(arrays['lower'], settings['lower']))
+    given = Stored(settings, arrays)
+    lower = unpack_lower(given.array('lower', 1), given.sizes('lower', 2))
+    given.finish()
+    return cls(lower)
 
 
 @register
@@ -104,12 +110,15 @@ class RowTrapezoids(Structured):
 
   @classmethod
   def from_stored(cls, settings: Settings, arrays: Arrays) -> 'RowTrapezoids':
-    blocks, full, columns = settings['blocks'], settings['full'], settings['columns']
-    check_sizes(full, columns, *blocks)
+    given = Stored(settings, arrays)
+    blocks, full = given.sizes('blocks'), given.size('full')
+    columns, values = given.size('columns'), given.array('upper', 1)
+    given.finish()
     size = full * columns + sum(lower_size((columns, rows)) for rows in blocks)
-    if arrays['upper'].shape != (size,):
-      raise ValueError(f'{size} numbers are expected, got {arrays["upper"].shape}')
-    values, position = arrays['upper'], full * columns
+    if values.size != size:
+      raise ValueError(f'{size} numbers are expected, got {values.size}')
+    _check_zeros((full + sum(blocks)) * columns, size)
+    position = full * columns
     upper = np.zeros((full + sum(blocks), columns), values.dtype)
     upper[:full] = values[:position].reshape(full, columns)
     for start, rows in zip(
@@ -119,7 +128,7 @@ class RowTrapezoids(Structured):
       own = values[position : position + count]
       upper[start : start + rows][_upper_mask(rows, columns)] = own
       position += count
-    return cls(upper, tuple(blocks), full)
+    return cls(upper, blocks, full)
 
 
 def _upper_mask(rows: int, columns: int) -> np.ndarray:
@@ -140,33 +149,32 @@ def lower_size(shape: tuple[int, ...]) -> int:
   return corner * (corner + 1) // 2 + (rows - corner) * columns
 
 
-def check_sizes(*sizes: Any) -> None:
-  """Checks that all sizes can be lengths of an axis.
-
-  Raises:
-    ValueError: if a size is not an integer from 0 to 2^31 - 1.
-  """
-  for size in sizes:
-    if type(size) is not int or not 0 <= size < 1 << 31:
-      raise ValueError(f'the length of an axis cannot be {size!r}')
-
-
-def unpack_lower(values: np.ndarray, shape: Any) -> np.ndarray:
+def unpack_lower(values: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
   """Makes a lower trapezoidal matrix of a shape: the inverse of `pack_lower`.
 
   Raises:
-    ValueError: if the shape is not valid, or if the number of values does not fit it.
+    ValueError: if the number of values does not fit the shape, or if they are a small
+      part of a large matrix.
   """
   rows, columns = shape
-  check_sizes(rows, columns)
   if values.shape != (lower_size((rows, columns)),):
     raise ValueError(
       f'a {rows} x {columns} trapezoid has {lower_size((rows, columns))} numbers, '
       f'got {values.shape=}'
     )
+  _check_zeros(rows * columns, values.size)
   corner = min(rows, columns)
   inner = corner * (corner + 1) // 2
   matrix = np.zeros((rows, columns), values.dtype)
   matrix[:corner][np.tri(corner, columns, dtype=np.bool)] = values[:inner]
   matrix[corner:] = values[inner:].reshape(rows - corner, columns)
   return matrix
+
+
+def _check_zeros(size: int, stored: int) -> None:
+  """Refuses a large matrix of which far more than half is zeros.
+
+  Its shape may come from a stranger, and a few numbers must not ask for much memory.
+  """
+  if size > 2 * stored + _SMALL:
+    raise ValueError(f'{stored} numbers are too few for a matrix of {size}')

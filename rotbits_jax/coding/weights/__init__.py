@@ -65,6 +65,7 @@ their low byte first. `specs.UnitSpec` holds the numbers that are needed to read
     of the noise are missing, because they chose the order.
 """
 
+from rotbits_jax.coding.weights.layouts import DTYPES
 from rotbits_jax.coding.weights.pool import Start
 from rotbits_jax.coding.weights.pool import run
 from rotbits_jax.coding.weights.pool import unit_jobs
@@ -76,6 +77,7 @@ from rotbits_jax.coding.weights.units import encode
 from rotbits_jax.coding.weights.units import estimate
 
 __all__ = [
+  'DTYPES',
   'ArraySpec',
   'Encoded',
   'Start',

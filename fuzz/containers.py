@@ -1,0 +1,51 @@
+"""Containers taken apart and put together again, with the checksums made right."""
+
+from collections.abc import Mapping
+import io
+import json
+from typing import Any
+import zlib
+
+import numpy as np
+
+from rotbits_jax.file import container
+
+Json = dict[str, Any]
+
+
+def unpack(data: bytes) -> tuple[dict[str, bytes], Json]:
+  """The streams of a container without the manifest, and the manifest."""
+  reader = container.StreamReader(data)
+  streams = {name: reader.stream(name).tobytes() for name in reader.names()}
+  return streams, json.loads(streams.pop(container.MANIFEST))
+
+
+def pack(streams: Mapping[str, bytes], manifest: bytes) -> bytes:
+  """The container of these streams, whose header has the manifest's checksum."""
+  file = io.BytesIO()
+  writer = container.StreamWriter(file, list(streams))
+  for name, data in streams.items():
+    writer.append(name, [np.frombuffer(data, np.uint8)])
+  writer.finish(manifest)
+  return file.getvalue()
+
+
+def sealed(streams: Mapping[str, bytes], manifest: Json) -> Json:
+  """The manifest with the checksums that the streams have; damaged parts stay."""
+  crc = {name: zlib.crc32(data) for name, data in streams.items()}
+  units = manifest.get('units')
+  for unit in units if isinstance(units, list) else []:
+    if isinstance(unit, dict) and unit.get('name') in crc:
+      unit['crc32'] = crc[unit['name']]
+  message = manifest.get('message')
+  parts = message.get('streams') if isinstance(message, dict) else None
+  for entries in (parts, manifest.get('files')):
+    for entry in entries if isinstance(entries, list) else []:
+      if isinstance(entry, list) and len(entry) > 2 and isinstance(entry[0], str):
+        entry[2] = crc.get(entry[0], entry[2])
+  return manifest
+
+
+def to_json(value: Any) -> bytes:
+  """JSON text; numbers that are not finite stay."""
+  return json.dumps(value, separators=(',', ':')).encode()

@@ -1,0 +1,316 @@
+"""Small inputs of every kind, which the fuzzer and the sweep begin with."""
+
+import functools
+import json
+import pathlib
+import struct
+import tempfile
+from typing import Any
+
+import jax
+import numpy as np
+
+import rotbits_jax
+from rotbits_jax import checkpoints
+from rotbits_jax import models
+from rotbits_jax import presets
+from rotbits_jax import structured
+from rotbits_jax.checkpoints import torch_zip
+
+LLAMA: dict[str, Any] = {
+  'model_type': 'llama',
+  'hidden_size': 16,
+  'intermediate_size': 24,
+  'num_hidden_layers': 1,
+  'num_attention_heads': 2,
+  'num_key_value_heads': 1,
+  'vocab_size': 48,
+  'max_position_embeddings': 32,
+}
+OPT: dict[str, Any] = {
+  'model_type': 'opt',
+  'hidden_size': 16,
+  'word_embed_proj_dim': 16,
+  'ffn_dim': 24,
+  'num_hidden_layers': 1,
+  'num_attention_heads': 2,
+  'vocab_size': 48,
+  'max_position_embeddings': 14,
+}
+FILES = {
+  'config.json': b'{"model_type": "llama"}',
+  'tiny.json': b'{}',
+  'notes.txt': b'a' * 2000,
+}
+
+
+def sliced_model(
+  config_json: dict[str, Any], *, width: int = 12, seed: int = 0
+) -> models.Model:
+  """A random sliced model in float16, whose embedding is its head's image."""
+  dense = checkpoints.parse_config(config_json, None)
+  config = dense.sliced_to((width,) * len(dense.segment_widths))
+  rng = np.random.default_rng(seed)
+
+  def draw(path: Any, shape: tuple[int, ...]) -> np.ndarray:
+    if 'shortcut' in path[0].key:
+      whole = np.linalg.qr(rng.standard_normal((config.hidden_size,) * 2))[0]
+      return whole[: shape[0], : shape[1]].astype(np.float16)
+    return (rng.standard_normal(shape) / shape[0] ** 0.5).astype(np.float16)
+
+  fill = functools.partial(
+    jax.tree_util.tree_map_with_path, draw, is_leaf=lambda x: isinstance(x, tuple)
+  )
+  outer = fill(models.outer_shapes(config))
+  head = np.float32(outer['head']['kernel'])
+  image = head.T @ rng.standard_normal((width, width)).astype(np.float32)
+  outer['embed']['tokens'] = image.astype(np.float16)
+  layers = [fill(models.layer_shapes(config, i)) for i in range(config.num_layers)]
+  return models.from_layers(config, outer, layers)
+
+
+def presets_of_sweep() -> dict[str, presets.Preset]:
+  """Every preset, with the options that make other code read its files."""
+  found = {name: presets.make(name) for name in presets.PRESETS}
+  published: dict[str, Any] = {
+    'canonicaliser': 'svd',
+    'rotation_codec': 'symmetric_eig',
+  }
+  found['paper-published'] = presets.paper(**published, correction='threshold')
+  found['paper-entropy'] = presets.paper(canonicaliser='qr', entropy=True)
+  return found
+
+
+@functools.cache
+def containers_of_presets(seed: int = 0) -> dict[str, bytes]:
+  """A small sliced Llama with each preset."""
+  model = sliced_model(LLAMA, seed=seed)
+  return {
+    name: rotbits_jax.encode(model, preset=preset, files=FILES, stem='tiny')
+    for name, preset in presets_of_sweep().items()
+  }
+
+
+def leaves() -> dict[str, Any]:
+  """Structured leaves of every kind that stands alone."""
+  rng = np.random.default_rng(0)
+  normal = lambda *shape: np.asarray(rng.standard_normal(shape), np.float16)
+  lower = lambda rows, columns: np.tril(normal(rows, columns))
+  return {
+    'gram': structured.IdentityMinusGram(lower(6, 3), lower(6, 1), columns=9),
+    'gram_of_rank_0': structured.IdentityMinusGram(lower(6, 0), lower(6, 0), columns=6),
+    'triangle': structured.SymmetricTriangle(lower(5, 5), columns=7),
+    'trapezoidal': structured.Trapezoidal(lower(7, 4)),
+    'row_trapezoids': structured.RowTrapezoids(
+      np.concatenate([normal(2, 8), np.triu(normal(5, 8)), np.triu(normal(3, 8))]),
+      blocks=(5, 3),
+      full=2,
+    ),
+    'head_columns': structured.HeadColumns(normal(7, 8), normal(4, 6), heads=2),
+    'head_planes': structured.HeadPlanes(
+      normal(4, 36), normal(2, 14), groups=2, head_dim=6
+    ),
+    'head_rows': structured.HeadRows(normal(6, 2), normal(12, 5), groups=2),
+    'constant': structured.Constant.like(normal(3, 4), 1.5),
+    'low_rank': structured.LowRank(normal(6, 2), normal(2, 5), names='asvd'),
+    'reduced': structured.ReducedLowRank(
+      normal(3, 2), normal(2, 7), size=5, transposed=True, names='factors'
+    ),
+    'tied': structured.Tied(normal(5, 3), tokens=9),
+    **packed_leaves(),
+  }
+
+
+def packed_leaves() -> dict[str, structured.Packed]:
+  """Leaves that take the place of arrays with many zeros or few levels."""
+  rng = np.random.default_rng(2)
+  normal = np.asarray(rng.standard_normal((24, 32)), np.float16)
+  pruned = np.where(rng.random(normal.shape) < 0.1, normal, np.float16(0))
+  steps = np.repeat([0.5, 0.25, 0.125], 8)[:, None]
+  indices = rng.integers(-7, 8, normal.shape)
+  grid = structured.Grid(False, 32, has_base=False, counts=(7,), precision=11)
+  based = grid._replace(has_base=True, counts=(14,))
+  even = (steps * indices).astype(np.float16)
+  odd = even.copy()
+  odd[0, 0] = 3.14  # needs residuals
+  table = structured.Table.from_array(even, transposed=False, of_lines=True)
+  assert table is not None
+  return {
+    'sparse': structured.Sparse.from_array(pruned, transposed=True, across=False),
+    'levels': structured.Levels.from_array(odd, grid),
+    'levels_of_base': structured.Levels.from_array(even, based),
+    'table': table,
+  }
+
+
+@functools.cache
+def containers_of_trees() -> dict[str, bytes]:
+  """PyTrees that are stored in all the ways there are."""
+  rng = np.random.default_rng(1)
+  normal = lambda *shape: np.asarray(rng.standard_normal(shape), np.float32)
+  arrays = {
+    'coded': {
+      'half': normal(48, 64).astype(np.float16),
+      'short': np.float32(normal(32, 40).astype(np.float16)),
+      'integers': rng.integers(-9, 9, (2000,)).astype(np.int8),
+      'wide': rng.integers(0, 3000, (40, 50)).astype(np.int32),
+      'zeros': np.zeros((50, 60), np.float16),
+    },
+    'raw': {'double': np.arange(3.0), 'flags': np.array([True, False]), 'x': normal()},
+    'empty': {'none': np.zeros((0, 3), np.float16), 'dict': {}},
+  }
+  steps = rng.integers(-7, 8, (64, 128)) * np.repeat([0.5, 0.25, 0.125, 1], 16)[:, None]
+  few = {
+    'levels': steps.astype(np.float16),
+    'pruned': np.where(rng.random((64, 128)) < 0.1, normal(64, 128), np.float32(0)),
+  }
+  return {
+    'arrays': rotbits_jax.encode(arrays, preset='exact', files=FILES),
+    'leaves': rotbits_jax.encode({'leaves': leaves()}, preset='exact'),
+    'few numbers': rotbits_jax.encode(few, preset='exact'),
+    'plain tensors': _plain_tensors(),
+  }
+
+
+def _plain_tensors() -> bytes:
+  """A checkpoint of a family that is not known."""
+  with tempfile.TemporaryDirectory() as folder:
+    path = pathlib.Path(folder)
+    (path / 'config.json').write_bytes(b'{"model_type": "unknown"}')
+    (path / 'model.safetensors').write_bytes(safetensors_files()[0])
+    source = rotbits_jax.open_checkpoint(path)
+    rotbits_jax.encode_to_file(source, path / 'x.rotbits', preset='exact')
+    return (path / 'x.rotbits').read_bytes()
+
+
+@functools.cache
+def containers_of_models() -> dict[str, bytes]:
+  """Models whose units use everything but the message of bits-back coding."""
+  model = sliced_model(OPT)
+  found = {
+    name: data
+    for name, data in containers_of_presets().items()
+    if not name.startswith('paper')
+  }
+  for name in ('free', 'exact'):
+    found[f'opt {name}'] = rotbits_jax.encode(model, preset=name)
+  return found
+
+
+def stored_leaves() -> list[bytes]:
+  """What files keep of structured leaves, as JSON; numbers are left out."""
+  kinds = list(leaves().values())
+  decoded = rotbits_jax.decode(containers_of_presets()['exact'])
+  with rotbits_jax.file.Reader(containers_of_presets()['exact']) as reader:
+    tied = reader._decode('embed')['embed']['tokens']  # before it is expanded
+  del decoded
+  found = []
+  for leaf in [*kinds, *([tied] if structured.is_structured(tied) else [])]:
+    settings, arrays = leaf.stored()
+    shapes = {n: [np.dtype(x.dtype).name, list(x.shape)] for n, x in arrays.items()}
+    value = {'kind': leaf.kind, 'settings': settings, 'arrays': shapes}
+    found.append(json.dumps(value).encode())
+  return found
+
+
+def torch_files() -> list[bytes]:
+  """Files as `torch.save` writes them."""
+  rng = np.random.default_rng(0)
+  tensors: dict[str, np.ndarray] = {
+    'a.weight': rng.standard_normal((3, 4)).astype(np.float16),
+    'a.bias': np.arange(4, dtype=np.int64),
+    'none': np.zeros((0, 2), np.float32),
+    'one': np.array(1.5),
+  }
+  with tempfile.TemporaryDirectory() as folder:
+    path = pathlib.Path(folder) / 'x.pt'
+    torch_zip.write(path, tensors, 'x')
+    return [path.read_bytes()]
+
+
+def safetensors_files() -> list[bytes]:
+  """Safetensors files; one is a container."""
+  header = {
+    '__metadata__': {'format': 'pt'},
+    'a': {'dtype': 'F16', 'shape': [2, 3], 'data_offsets': [0, 12]},
+    'b': {'dtype': 'I64', 'shape': [1], 'data_offsets': [12, 20]},
+    'c': {'dtype': 'F32', 'shape': [0, 4], 'data_offsets': [20, 20]},
+  }
+  text = json.dumps(header).encode()
+  return [struct.pack('<Q', len(text)) + text + bytes(20)]
+
+
+def gguf_files() -> list[bytes]:
+  """A Llama of one layer in a GGUF file, written here byte by byte."""
+  text = lambda value: struct.pack('<Q', len(value.encode())) + value.encode()
+  strings = lambda values: (
+    struct.pack('<IIQ', 9, 8, len(values)) + b''.join(map(text, values))
+  )
+  u32 = lambda value: struct.pack('<II', 4, value)
+  f32 = lambda value: struct.pack('<If', 6, value)
+  tokens = ['<s>', *map(chr, range(97, 112))]
+  fields = {
+    'general.architecture': struct.pack('<I', 8) + text('llama'),
+    'llama.block_count': u32(1),
+    'llama.context_length': u32(32),
+    'llama.embedding_length': u32(8),
+    'llama.feed_forward_length': u32(8),
+    'llama.attention.head_count': u32(2),
+    'llama.attention.head_count_kv': u32(1),
+    'llama.attention.layer_norm_rms_epsilon': f32(1e-5),
+    'llama.rope.freq_base': f32(1e4),
+    'llama.vocab_size': u32(len(tokens)),
+    'tokenizer.ggml.model': struct.pack('<I', 8) + text('gpt2'),
+    'tokenizer.ggml.pre': struct.pack('<I', 8) + text('smollm'),
+    'tokenizer.ggml.tokens': strings(tokens),
+    'tokenizer.ggml.token_type': struct.pack('<IIQ', 9, 5, len(tokens))
+    + struct.pack(f'<{len(tokens)}i', 3, *[1] * (len(tokens) - 1)),
+    'tokenizer.ggml.merges': strings(['a b']),
+    'tokenizer.ggml.bos_token_id': u32(0),
+  }
+  shapes = {
+    'token_embd.weight': (16, 8),
+    'output_norm.weight': (8,),
+    **{
+      f'blk.0.{name}.weight': shape
+      for name, shape in {
+        **dict.fromkeys(('attn_norm', 'ffn_norm'), (8,)),
+        **dict.fromkeys(('attn_q', 'attn_output'), (8, 8)),
+        **dict.fromkeys(('attn_k', 'attn_v'), (4, 8)),
+        **dict.fromkeys(('ffn_gate', 'ffn_up', 'ffn_down'), (8, 8)),
+      }.items()
+    },
+  }
+  head = struct.pack('<IIQQ', 0x46554747, 3, len(shapes), len(fields))
+  for name, value in fields.items():
+    head += text(name) + value
+  offset = 0
+  for name, shape in shapes.items():
+    head += text(name) + struct.pack(f'<I{len(shape)}Q', len(shape), *shape[::-1])
+    head += struct.pack('<IQ', 1, offset)  # float16
+    offset += -(-2 * int(np.prod(shape)) // 32) * 32
+  body = np.random.default_rng(0).standard_normal(offset // 2).astype(np.float16)
+  return [head + bytes(-len(head) % 32) + body.tobytes()]
+
+
+def configs() -> list[bytes]:
+  """The JSON files of checkpoints: `config.json` and the slicing JSON."""
+  rope = {'rope_type': 'llama3', 'factor': 8.0, 'low_freq_factor': 1.0}
+  rope |= {'high_freq_factor': 4.0, 'original_max_position_embeddings': 8192}
+  kinds: dict[str, dict[str, Any]] = {
+    'llama': {'rope_scaling': rope, 'rope_theta': 5e5, 'head_dim': 8},
+    'mistral': {'sliding_window': 4096},
+    'qwen2': {'layer_types': ['full_attention'], 'use_sliding_window': False},
+    'phi3': {'rms_norm_eps': 1e-5, 'sliding_window': None},
+    'phi': {'partial_rotary_factor': 0.5, 'layer_norm_eps': 1e-5},
+  }
+  found: list[dict[str, Any]] = [
+    {'config': LLAMA | {'model_type': kind, 'eos_token_id': 2} | own, 'slicing': None}
+    for kind, own in kinds.items()
+  ]
+  for config_json in (LLAMA, OPT):
+    dense = checkpoints.parse_config(config_json, None)
+    config = dense.sliced_to((12,) * len(dense.segment_widths))
+    slicing = checkpoints.slicing_json(config)
+    found.append({'config': config_json, 'slicing': slicing})
+  return [json.dumps(value).encode() for value in found]

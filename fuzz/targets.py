@@ -1,0 +1,321 @@
+"""What is fuzzed: each target has seeds, a mutation, and a function of bytes.
+
+A target's function ends well, or in one of the errors that the readers promise. The
+checksums of decoded arrays are always right, see `accept_checksums`; those of streams
+are made right by the mutation.
+"""
+
+from collections.abc import Callable, Iterable
+import contextlib
+import json
+import math
+import os
+import pathlib
+import random
+import tempfile
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from fuzz import mutations
+from fuzz import seeds
+import rotbits_jax
+from rotbits_jax import checkpoints
+from rotbits_jax import checksums
+from rotbits_jax import models
+from rotbits_jax import structured
+from rotbits_jax.checkpoints import attributes
+from rotbits_jax.checkpoints import configs
+from rotbits_jax.checkpoints import gguf_files
+from rotbits_jax.checkpoints import safetensors_files
+from rotbits_jax.checkpoints import torch_zip
+from rotbits_jax.coding import codecs
+from rotbits_jax.coding import rans
+from rotbits_jax.coding import weights
+from rotbits_jax.coding.bits_back import haar
+from rotbits_jax.coding.bits_back import numbers
+from rotbits_jax.coding.bits_back import permutation
+from rotbits_jax.coding.bits_back import rotation_codes
+from rotbits_jax.coding.bits_back import symmetric_eig
+from rotbits_jax.coding.bits_back import word_stack
+
+Mutate = Callable[[bytes, random.Random, mutations.MutateBytes], bytes]
+
+_SMALL = 1 << 16  # numbers of a leaf that is materialized
+
+
+class Target(NamedTuple):
+  """What is fuzzed.
+
+  Attributes:
+    seeds: inputs to begin with.
+    mutate: makes another input of one.
+    run: reads an input.
+    expected: the errors that it may end in.
+  """
+
+  seeds: Callable[[], Iterable[bytes]]
+  mutate: Mutate
+  run: Callable[[bytes], None]
+  expected: tuple[type[Exception], ...]
+
+
+class _Anything:
+  """A checksum that equals every other."""
+
+  def __eq__(self, other: object) -> bool:
+    return True
+
+  def __ne__(self, other: object) -> bool:
+    return False
+
+  __hash__ = None  # type: ignore[assignment]
+
+
+def accept_checksums() -> None:
+  """Takes every checksum of a decoded array for right, in this process.
+
+  A mutation cannot know them, and what is behind them would not be reached.
+  """
+  checksums.of_array = lambda array: _Anything()  # type: ignore[assignment, return-value]
+
+
+def _container(data: bytes) -> None:
+  with rotbits_jax.file.Reader(data) as reader:
+    if len(data) % 2 and reader.config is not None:  # as it is written to disk
+      reader.dtypes(), reader.factors()
+      for _, part in reader.parts():
+        models.materialize(part)
+      return
+    decoded = reader.model()
+    reader.files()
+    params = decoded.params if isinstance(decoded, models.Model) else decoded
+    for leaf in structured.flatten(params).values():
+      if _is_small(leaf):
+        np.asarray(leaf.materialize())
+
+
+def _is_small(leaf: Any) -> bool:
+  """Whether a leaf can be materialized here."""
+  alone = structured.is_structured(leaf) and not isinstance(leaf, structured.Dependent)
+  return alone and math.prod(leaf.shape) <= _SMALL
+
+
+def _manifest(data: bytes) -> None:
+  with rotbits_jax.file.Reader(data) as reader:
+    reader.dtypes(), reader.factors()
+  report = rotbits_jax.inspect(data)
+  report.to_text().encode()
+  json.dumps(report.to_json(), allow_nan=False)
+
+
+def _leaf(data: bytes) -> None:
+  try:
+    value = json.loads(data)
+    kind, settings, arrays = value['kind'], value['settings'], value['arrays']
+    shapes = [shape for _, shape in arrays.values()]
+    if not all(type(n) is int for shape in shapes for n in shape):
+      raise ValueError('no shapes')
+    if sum(map(math.prod, shapes)) > _SMALL:
+      raise ValueError('the file would be large')
+    dtypes = weights.DTYPES
+    named = {n: np.ones(shape, dtypes[d]) for n, (d, shape) in arrays.items()}
+    cls = structured.KINDS[kind]
+  except Exception as error:  # no leaf: the manifest's own checks come before this
+    raise ValueError(str(error)) from error
+  if not isinstance(settings, dict):
+    raise ValueError('no leaf')
+  leaf = cls.from_stored(settings, named)
+  structured.stack_key(leaf)
+  leaf.stored_sizes()
+  if isinstance(leaf, structured.Packed):
+    with contextlib.suppress(ValueError):  # ones are seldom what fits it
+      leaf.array()
+    return
+  if _is_small(leaf):
+    assert np.asarray(leaf.materialize()).shape == leaf.shape
+    again = leaf.stored()
+    assert {n: x.shape for n, x in again[1].items()} == {
+      n: x.shape for n, x in named.items()
+    }
+
+
+def _with_file(
+  read: Callable[[pathlib.Path], None], suffix: str
+) -> Callable[[bytes], None]:
+  memory = pathlib.Path('/dev/shm')
+  place = str(memory) if memory.is_dir() else None
+  folder = tempfile.TemporaryDirectory(dir=place)
+  path = pathlib.Path(folder.name) / f'x{suffix}'
+
+  def run(data: bytes) -> None:
+    assert folder.name  # which keeps the folder
+    path.write_bytes(data)
+    os.utime(path)
+    read(path)
+
+  return run
+
+
+def _torch(path: pathlib.Path) -> None:
+  for tensor in torch_zip.open_file(path).values():
+    if tensor.size <= _SMALL:
+      np.array(tensor.read())
+
+
+def _safetensors(path: pathlib.Path) -> None:
+  for tensor in safetensors_files.open_file(path).values():
+    if tensor.size <= _SMALL:
+      np.array(tensor.read())
+
+
+def _gguf(path: pathlib.Path) -> None:
+  source = gguf_files.open_gguf(path)
+  if source.numbers <= _SMALL:
+    source.load()
+
+
+def _config(data: bytes) -> None:
+  value = attributes.parse_json(data, 'config.json')
+  value = value if isinstance(value, dict) else {}
+  config_json: Any = value.get('config')
+  slicing: Any = value.get('slicing')
+  configs.stop_tokens({'config.json': json.dumps(config_json).encode()})
+  config = configs.parse_config(config_json, slicing)
+  models.outer_shapes(config)
+  models.ModelConfig.from_json(
+    json.loads(json.dumps(config.__dict__ | {'rope_scaling': None}))
+  )
+  if config.sliced:
+    configs.slicing_json(config)
+
+
+def _pops() -> list[tuple[codecs.Codec, int]]:
+  """Codecs, and how many integers a symbol of each has."""
+  haar_table, eig_table = np.zeros((3, 17), np.int64), np.zeros((2, 17), np.int64)
+  haar_table[:, :4] = eig_table[:, :4] = 4096
+  sizes = jnp.asarray([1, 2, 3, 1000, 1 << 16], jnp.uint32)
+  starts = jnp.asarray([1, 0, 0, 1, 0, 0, 0], bool)
+  return [
+    (codecs.uniform(sizes), 5),
+    (permutation.uniform(starts), 7),
+    (haar.codec(5, 5), 10),
+    (haar.codec(6, 3), 12),
+    (symmetric_eig.codec(4), 10),
+    (haar.correction_codec(5, 5, jnp.asarray(haar_table)), 20),
+    (symmetric_eig.correction_codec(4, jnp.asarray(eig_table)), 20),
+  ]
+
+
+class _Codecs:
+  """Pops symbols from any words, and pushes them back."""
+
+  def __init__(self) -> None:
+    self._codecs: list[Any] = []
+
+  def __call__(self, data: bytes) -> None:
+    if not self._codecs:
+      self._codecs = [
+        (jax_jit(codec.pop), jax_jit(codec.push), size) for codec, size in _pops()
+      ]
+    if not data:
+      raise ValueError('no input')
+    choice = data[0]
+    words = np.frombuffer(data[1 : 1 + (len(data) - 1) // 2 * 2], '<u2')
+    if choice % 4 == 0:
+      self._numbers(choice, words)
+    elif choice % 4 == 1:
+      self._correction(choice, words)
+    else:
+      self._codec(choice, words)
+
+  def _codec(self, choice: int, words: np.ndarray) -> None:
+    pop, push, _ = self._codecs[choice // 4 % len(self._codecs)]
+    message = rans.from_words(words, 2, 256)
+    rest, symbol = pop(message)
+    rans.check(rest)
+    again = rans.to_words(rans.check(push(rest, symbol)))
+    assert np.array_equal(again, words)
+
+  def _numbers(self, choice: int, words: np.ndarray) -> None:
+    dtype = ('float16', 'bfloat16', 'float32')[choice // 4 % 3]
+    table = np.zeros(1 << 12, np.int64)
+    table[:64] = 256
+    stack = word_stack.WordStack(words)
+    numbers.pop(stack, dtype, (3, 5), None if choice > 127 else table)
+
+  def _correction(self, choice: int, words: np.ndarray) -> None:
+    code = (
+      rotation_codes.haar_code(5, 5)
+      if choice > 127
+      else rotation_codes.symmetric_eig_code(4, True, None)
+    )
+    table = np.zeros((code.num_tables, 17), np.int64)
+    table[:, :4] = 4096
+    code.unpack(words, table)
+
+
+def jax_jit(function: Any) -> Any:
+  import jax
+
+  return jax.jit(function)
+
+
+def _codec_seeds() -> list[bytes]:
+  rng = np.random.default_rng(0)
+  return [bytes([choice]) + rng.bytes(64) for choice in range(0, 256, 3)]
+
+
+TARGETS: dict[str, Target] = {
+  'container': Target(
+    lambda: [
+      *seeds.containers_of_models().values(),
+      *seeds.containers_of_trees().values(),
+    ],
+    mutations.mutate_container,
+    _container,
+    (rotbits_jax.ContainerError,),
+  ),
+  'paper': Target(
+    lambda: [v for k, v in seeds.containers_of_presets().items() if 'paper' in k],
+    mutations.mutate_container,
+    _container,
+    (rotbits_jax.ContainerError,),
+  ),
+  'manifest': Target(
+    lambda: [
+      *seeds.containers_of_presets().values(),
+      *seeds.containers_of_trees().values(),
+    ],
+    mutations.mutate_container,
+    _manifest,
+    (rotbits_jax.ContainerError,),
+  ),
+  'leaves': Target(seeds.stored_leaves, mutations.mutate_json, _leaf, (ValueError,)),
+  'codecs': Target(
+    _codec_seeds, lambda data, rng, mutate: mutate(data), _Codecs(), (ValueError,)
+  ),
+  'torch_zip': Target(
+    seeds.torch_files,
+    mutations.mutate_zip,
+    _with_file(_torch, '.pt'),
+    (checkpoints.CheckpointError,),
+  ),
+  'safetensors': Target(
+    seeds.safetensors_files,
+    mutations.mutate_safetensors,
+    _with_file(_safetensors, '.safetensors'),
+    (checkpoints.CheckpointError,),
+  ),
+  'gguf': Target(
+    seeds.gguf_files,
+    mutations.mutate_bytes,
+    _with_file(_gguf, '.gguf'),
+    (checkpoints.CheckpointError,),
+  ),
+  'config': Target(
+    seeds.configs, mutations.mutate_json, _config, (checkpoints.CheckpointError,)
+  ),
+}
+"""The targets by name."""

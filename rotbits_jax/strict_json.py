@@ -1,0 +1,93 @@
+"""JSON that a stranger may have written.
+
+`json.loads` accepts more than JSON: NaN and infinity, numbers that overflow to
+infinity, the same key twice, surrogates that no text can hold, integers of any size,
+and a nesting at which other functions hit Python's limit of recursion. Here all of
+these are errors.
+"""
+
+import json
+import math
+from typing import Any, NoReturn
+
+MAX_DEPTH = 64
+"""Lists and objects within each other, at most."""
+
+_MOST_DIGITS = 19  # of an integer, so that 64 bits hold it, or nearly
+
+
+def loads(data: bytes | str) -> Any:
+  """Parses a JSON text.
+
+  Args:
+    data: the text; bytes are UTF-8.
+
+  Returns:
+    Its value. Numbers are finite, and lists and objects nest `MAX_DEPTH` deep at most.
+
+  Raises:
+    ValueError: if the text is not such JSON.
+  """
+  try:
+    text = data if isinstance(data, str) else data.decode()
+    value = json.loads(
+      text,
+      parse_constant=_refuse_constant,
+      parse_float=_finite,
+      parse_int=_integer,
+      object_pairs_hook=_object,
+    )
+  except RecursionError:
+    raise ValueError('not JSON: it is nested too deeply') from None
+  except UnicodeDecodeError as error:
+    raise ValueError(f'not JSON: {error.reason}') from None
+  except json.JSONDecodeError as error:
+    raise ValueError(f'not JSON: {error}') from None
+  _check(value)
+  return value
+
+
+def _refuse_constant(constant: str) -> NoReturn:
+  raise ValueError(f'the number {constant} is not JSON')
+
+
+def _finite(text: str) -> float:
+  number = float(text)
+  if not math.isfinite(number):
+    raise ValueError(f'the number {text[:20]} is too large')
+  return number
+
+
+def _integer(text: str) -> int:
+  if len(text.lstrip('-')) > _MOST_DIGITS:
+    raise ValueError(f'the integer {text[:20]}... is too large')
+  return int(text)
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+  found: dict[str, Any] = {}
+  for key, value in pairs:
+    if key in found:
+      raise ValueError(f'the key {key[:40]!r} is there twice')
+    found[key] = value
+  return found
+
+
+def _check(value: Any) -> None:
+  """Refuses nesting beyond `MAX_DEPTH` and surrogates; does not recurse itself."""
+  level = [value]
+  for _ in range(MAX_DEPTH + 1):
+    texts = [x for x in level if isinstance(x, str)]
+    lists = [x for x in level if isinstance(x, list)]
+    objects = [x for x in level if isinstance(x, dict)]
+    for text in texts:
+      try:
+        text.encode()
+      except UnicodeEncodeError:
+        raise ValueError('not JSON: half a surrogate pair') from None
+    level = [item for x in lists for item in x]
+    level += [item for x in objects for item in x.values()]
+    level += [key for x in objects for key in x]
+    if not lists and not objects:
+      return
+  raise ValueError('not JSON: it is nested too deeply')

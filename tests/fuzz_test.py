@@ -1,0 +1,90 @@
+"""What the fuzzer found stays mended, and a part of the fuzzing is run again."""
+
+import contextlib
+import json
+import pathlib
+import random
+import time
+
+import pytest
+
+from fuzz import containers
+from fuzz import run
+from fuzz import seeds
+from fuzz import targets
+import rotbits_jax
+from rotbits_jax import structured
+
+CORPUS = pathlib.Path(run.__file__).parent / 'corpus'
+INPUTS = sorted(path for path in CORPUS.glob('*/*') if path.is_file())
+MAY_SUCCEED = {('torch_zip', 'stored'), ('gguf', 'llama')}
+
+
+@pytest.mark.parametrize(
+  'path', INPUTS, ids=[f'{path.parent.name}-{path.name}' for path in INPUTS]
+)
+def test_an_input_of_the_corpus_ends_in_the_error_that_is_promised(path):
+  target, start = targets.TARGETS[path.parent.name], time.process_time()
+  if (path.parent.name, path.name) in MAY_SUCCEED:
+    target.run(path.read_bytes())
+  else:
+    with pytest.raises(target.expected):
+      target.run(path.read_bytes())
+  assert time.process_time() - start < 5
+
+
+@pytest.mark.parametrize(
+  'name', ['config', 'leaves', 'safetensors', 'torch_zip', 'gguf']
+)
+def test_seeds_are_read_and_a_few_mutations_end_well(name):
+  if name == 'gguf':
+    pytest.importorskip('gguf')
+  target = targets.TARGETS[name]
+  inputs = list(target.seeds())
+  for data in inputs:
+    target.run(data)
+  changed = 0
+  for seed in range(60):
+    rng = random.Random(seed)
+    flip = lambda data, rng=rng: _flipped(data, rng)
+    data = target.mutate(rng.choice(inputs), rng, flip)
+    changed += data not in inputs
+    with contextlib.suppress(*target.expected):
+      target.run(data)
+  assert changed > 40
+
+
+def test_every_kind_of_leaf_is_fuzzed():
+  kinds = {json.loads(leaf)['kind'] for leaf in seeds.stored_leaves()}
+  own = {
+    kind
+    for kind, cls in structured.KINDS.items()
+    if cls.__module__.startswith('rotbits_jax.')
+  }
+  assert kinds == own
+
+
+def _flipped(data, rng):
+  flipped = bytearray(data or b'x')
+  flipped[rng.randrange(len(flipped))] ^= 1 << rng.randrange(8)
+  return bytes(flipped)
+
+
+def test_damage_with_the_checksums_made_right_is_found_behind_them():
+  streams, manifest = containers.unpack(seeds.containers_of_presets()['exact'])
+  streams['head'] = streams['head'][:-1] + bytes([streams['head'][-1] ^ 1])
+  text = containers.to_json(manifest)
+  with pytest.raises(rotbits_jax.ContainerError, match='head: the stream is damaged'):
+    rotbits_jax.decode(containers.pack(streams, text))
+  text = containers.to_json(containers.sealed(streams, manifest))
+  with pytest.raises(rotbits_jax.ContainerError, match=r'head: .*array 0'):
+    rotbits_jax.decode(containers.pack(streams, text))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', list(targets.TARGETS))
+def test_fuzz(name, tmp_path):
+  pytest.importorskip('atheris')
+  result = run.fuzz(name, 2000, seconds=120, failures=tmp_path, corpus=CORPUS)
+  assert not result.failures
+  assert result.executions > 100

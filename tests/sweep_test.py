@@ -1,0 +1,86 @@
+"""Damage of every kind to a container of every preset is noticed and named."""
+
+import pathlib
+import sys
+
+from absl.testing import absltest
+from absl.testing import parameterized
+import pytest
+
+from fuzz import seeds
+from fuzz import sweep
+from rotbits_jax import presets
+from rotbits_jax.cli import main
+
+PRESETS = tuple(seeds.presets_of_sweep())
+
+
+def swept(preset, stride):
+  """Counts by kind, and failures."""
+  failures = []
+  data = seeds.containers_of_presets()[preset]
+  other = seeds.containers_of_presets(seed=1)[preset]
+  return sweep.sweep(data, other, stride=stride, report=failures.append), failures
+
+
+class SweepTest(parameterized.TestCase):
+  def test_every_preset_is_swept(self):
+    self.assertContainsSubset(presets.PRESETS, PRESETS)
+
+  @parameterized.parameters(*PRESETS)
+  def test_a_part_of_all_damage(self, preset):
+    counts, failures = swept(preset, stride=401)
+    self.assertEmpty(failures)
+    self.assertEqual(set(counts), {'flip', 'truncation', 'swap', 'exchange', 'field'})
+    for kind in ('flip', 'truncation', 'exchange'):
+      self.assertEqual(counts[kind].refused, counts[kind].cases)
+
+  @parameterized.parameters(*PRESETS)
+  @pytest.mark.slow
+  def test_all_damage(self, preset):
+    counts, failures = swept(preset, stride=1)
+    self.assertEmpty(failures)
+    size = len(seeds.containers_of_presets()[preset])
+    self.assertEqual(counts['flip'].cases, size)
+    self.assertEqual(counts['truncation'].cases, size)
+
+  def test_a_decoder_that_checks_nothing_is_found_out(self):
+    data = seeds.containers_of_presets()['exact']
+    other = seeds.containers_of_presets(seed=1)['exact']
+    wrong, failures = {'x': ('', b'')}, []
+    real = sweep.numbers
+    lenient = lambda damaged: real(damaged) if damaged == data else wrong
+    with absltest.mock.patch.object(sweep, 'numbers', lenient):
+      counts = sweep.sweep(data, other, stride=401, report=failures.append)
+    self.assertEqual(
+      sum(x.failures for x in counts.values()), sum(x.cases for x in counts.values())
+    )
+    self.assertIn('other numbers, and no error', failures[0])
+
+
+def test_decode_leaves_nothing_behind(tmp_path, monkeypatch, capsys):
+  data = bytearray(seeds.containers_of_presets()['free'])
+  sections = {name: start for name, start, _ in sweep._sections(bytes(data))}
+  for name in ('layers.0', 'embed', 'head', 'files/config.json', 'manifest'):
+    damaged = bytearray(data)
+    damaged[sections[name] + 3] ^= 4
+    file = tmp_path / 'damaged.rotbits'
+    file.write_bytes(damaged)
+    for module in main.COMMANDS:  # a module holds its flags' values
+      monkeypatch.delitem(sys.modules, f'rotbits_jax.cli.{module}', raising=False)
+    output = tmp_path / 'out'
+    monkeypatch.setattr(
+      sys, 'argv', ['rotbits', 'decode', f'--input={file}', f'--output={output}']
+    )
+    capsys.readouterr()
+    assert main.main() == 2
+    errors = [
+      x for x in capsys.readouterr().err.splitlines() if x.startswith('rotbits')
+    ]
+    assert len(errors) == 1
+    assert name in errors[0]
+    assert sorted(pathlib.Path(tmp_path).iterdir()) == [file]
+
+
+if __name__ == '__main__':
+  absltest.main()
