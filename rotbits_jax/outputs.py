@@ -126,11 +126,19 @@ def fresh(folder: pathlib.Path) -> Iterator[pathlib.Path]:
       try:
         yield folder
       finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        _remove(folder)
   except BaseException:
     for parent in made:
       with contextlib.suppress(OSError):
         parent.rmdir()
+    raise
+
+
+def _remove(folder: pathlib.Path) -> None:
+  try:
+    shutil.rmtree(folder, ignore_errors=True)
+  except KeyboardInterrupt:  # the interruption waits until nothing is left
+    shutil.rmtree(folder, ignore_errors=True)
     raise
 
 
@@ -180,10 +188,15 @@ def _error(number: int, text: str | None, path: Path) -> OSError:
 
 
 def _lock(folder: pathlib.Path) -> int | None:
-  folder.mkdir(parents=True, exist_ok=True)
-  if fcntl is None:
-    return None
-  handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+  try:
+    folder.mkdir(parents=True, exist_ok=True)
+    if fcntl is None:
+      return None
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+  except KeyboardInterrupt:
+    with contextlib.suppress(OSError):  # it stays if it is not empty
+      folder.rmdir()
+    raise
   try:
     fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     # The process that held the lock may have removed the folder meanwhile.

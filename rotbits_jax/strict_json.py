@@ -1,9 +1,8 @@
-"""JSON that a stranger may have written.
+"""Parses JSON that a stranger may have written.
 
-`json.loads` accepts more than JSON: NaN and infinity, numbers that overflow to
-infinity, the same key twice, surrogates that no text can hold, integers of any size,
-and a nesting at which other functions hit Python's limit of recursion. Here all of
-these are errors.
+`json.loads` accepts more than this package can handle: NaN and infinity, numbers that
+overflow to infinity, repeated keys, lone surrogates, integers of any size, and deep
+nesting, which makes recursive functions fail. Here all of these are errors.
 """
 
 import json
@@ -11,9 +10,9 @@ import math
 from typing import Any, NoReturn
 
 MAX_DEPTH = 64
-"""Lists and objects within each other, at most."""
+"""How deep lists and objects may nest."""
 
-_MOST_DIGITS = 19  # of an integer, so that 64 bits hold it, or nearly
+_MOST_DIGITS = 19  # of an integer; about 64 bits
 
 
 def loads(data: bytes | str) -> Any:
@@ -23,10 +22,10 @@ def loads(data: bytes | str) -> Any:
     data: the text; bytes are UTF-8.
 
   Returns:
-    Its value. Numbers are finite, and lists and objects nest `MAX_DEPTH` deep at most.
+    The value. Numbers are finite, and lists and objects nest at most `MAX_DEPTH` deep.
 
   Raises:
-    ValueError: if the text is not such JSON.
+    ValueError: if the text is not JSON, or not within these limits.
   """
   try:
     text = data if isinstance(data, str) else data.decode()
@@ -68,13 +67,13 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
   found: dict[str, Any] = {}
   for key, value in pairs:
     if key in found:
-      raise ValueError(f'the key {key[:40]!r} is there twice')
+      raise ValueError(f'the key {key[:40]!r} is repeated')
     found[key] = value
   return found
 
 
 def _check(value: Any) -> None:
-  """Refuses nesting beyond `MAX_DEPTH` and surrogates; does not recurse itself."""
+  """Refuses nesting beyond `MAX_DEPTH` and lone surrogates, without recursion."""
   level = [value]
   for _ in range(MAX_DEPTH + 1):
     texts = [x for x in level if isinstance(x, str)]
@@ -84,7 +83,7 @@ def _check(value: Any) -> None:
       try:
         text.encode()
       except UnicodeEncodeError:
-        raise ValueError('not JSON: half a surrogate pair') from None
+        raise ValueError('not JSON: a lone surrogate') from None
     level = [item for x in lists for item in x]
     level += [item for x in objects for item in x.values()]
     level += [key for x in objects for key in x]

@@ -17,7 +17,7 @@ import word_checkpoints
 
 import rotbits_jax
 from rotbits_jax import checkpoints
-from rotbits_jax import codec
+from rotbits_jax import encoding
 from rotbits_jax.cli import main
 from rotbits_jax.cli import program
 
@@ -295,7 +295,7 @@ class TestVerify:
     def refuse(*args):
       raise rotbits_jax.ContainerError('layers.0: decoded numbers differ')
 
-    monkeypatch.setattr(codec, 'read_all', refuse)
+    monkeypatch.setattr(encoding, 'read_all', refuse)
     args = ('encode', f'--checkpoint={SLICED}', f'--output={tmp_path / "x"}')
     code, out, err = rotbits(*args, '--preset=exact', '--verify')
     assert (code, out) == (2, '')

@@ -8,6 +8,7 @@ from absl.testing import absltest
 from absl.testing import parameterized
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import random_models
 import transform_checks
@@ -127,6 +128,23 @@ class PureFunctionsTest(parameterized.TestCase):
     off = rounded + np.tril(rounded, -1).T - expected
     error = np.linalg.norm(off) / np.linalg.norm(expected)
     np.testing.assert_allclose(halves.error, error, rtol=1e-2, atol=1e-7)
+
+  @parameterized.parameters((3, 2, 4, 3), (4, 0, 4, 1), (0, 2, 1, 4), (0, 0, 1, 1))
+  def test_the_error_is_that_of_rounding(self, less, more, k, j):
+    rng = np.random.default_rng(0)
+    rotation, u = (random_models.orthogonal(rng, 32) for _ in range(2))
+    values = np.linspace(1.001, 0.999, 32)  # values that count as 1 are left out
+    values[:more], values[32 - less :] = 1.5, 0.25
+    polar = canonical.Polar(jnp.float32(u), jnp.float32(values), jnp.eye(32))
+    expected = rotation.T @ (u * values) @ u.T @ rotation
+    for form in (np.float16, ml_dtypes.bfloat16):
+      grams = shortcuts.gram_form(
+        jnp.float32(rotation), polar, less, more, k=k, j=j, form=form
+      )
+      b, c = (np.float64(np.asarray(x).astype(form)) for x in grams.arrays)
+      off = np.eye(32) - b @ b.T + c @ c.T - expected
+      error = np.linalg.norm(off) / np.linalg.norm(expected)
+      np.testing.assert_allclose(grams.error, error, rtol=1e-2)
 
   def test_upper_rotation_is_a_qr_factor(self):
     matrix = np.random.default_rng(0).standard_normal((6, 9))

@@ -29,7 +29,7 @@ class LoadsTest(parameterized.TestCase):
     (b'-1e999', '-1e999 is too large'),
     (b'1' * 20, 'is too large'),
     (b'1' * 5000, 'is too large'),
-    (b'{"a": 1, "b": 2, "a": 1}', "'a' is there twice"),
+    (b'{"a": 1, "b": 2, "a": 1}', "'a' is repeated"),
     (b'"\\ud800"', 'surrogate'),
     (b'{"\\udc00": 1}', 'surrogate'),
     (b'[' * 65 + b']' * 65, 'nested too deeply'),

@@ -12,7 +12,7 @@ import numpy as np
 
 import rotbits_jax
 from rotbits_jax import checkpoints
-from rotbits_jax import codec
+from rotbits_jax import encoding
 from rotbits_jax import verification
 
 TESTDATA = pathlib.Path(__file__).parent / 'testdata'
@@ -140,7 +140,7 @@ class EncodeCheckTest(absltest.TestCase):
     folder = pathlib.Path(self.enterContext(tempfile.TemporaryDirectory()))
     path = folder / 'model.rotbits'
     with absltest.mock.patch.object(
-      codec, 'read_all', side_effect=verification.read_all
+      encoding, 'read_all', side_effect=verification.read_all
     ) as spy:
       rotbits_jax.encode_to_file(
         TESTDATA / NAME, path, preset='exact', shard_size=500_000, check=True

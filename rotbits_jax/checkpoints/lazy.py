@@ -16,7 +16,7 @@ import numpy as np
 from rotbits_jax.checkpoints import errors
 
 _PIECE = 1 << 23  # bytes that are made contiguous at a time
-MAX_AXES = 32  # of a tensor
+MAX_AXES = 32  # of a tensor, because NumPy supports no more on all versions
 _TILE = 64  # rows and columns that are transposed at a time
 
 
@@ -41,7 +41,7 @@ class TensorSpec:
 
 
 def numpy_holds(shape: Sequence[int], dtype: np.dtype) -> bool:
-  """Whether NumPy has arrays of this shape, however empty they are."""
+  """Returns whether NumPy supports arrays of this shape, even empty ones."""
   size = math.prod(n for n in shape if n) * dtype.itemsize
   return len(shape) <= MAX_AXES and size < 1 << 63
 

@@ -125,7 +125,9 @@ class Reader:
           data = file.checked(name, entry.rest.nbytes, entry.rest.crc32)
           size = sum(end - begin for begin, end in parts)
           if size > manifest_lib.MOST_FILES:
-            raise ContainerError(f'{name}: {size} bytes are no tensors, too many')
+            raise ContainerError(
+              f'{name}: {size} bytes of the file are not in tensors, which is too many'
+            )
           found[entry.layout.name] = _inflate(name, data.tobytes(), size)
     return found
 
@@ -358,7 +360,7 @@ class Reader:
   def _decode(
     self, name: str, out: Mapping[str, list[np.ndarray]] | None = None
   ) -> Tree:
-    """A unit as it is stored; the arrays of leaves are written into `out`, by path."""
+    """Decodes a unit, into the arrays in `out` for the leaves that it has, by path."""
     self._entry(name)
     file, unit = self._units[name]
     with file.errors():
@@ -642,7 +644,7 @@ class _Stack(NamedTuple):
 
 
 def _most_numbers(config: models.ModelConfig) -> int:
-  """How many numbers a layer has, or what is outside the layers, at most."""
+  """Returns how many numbers the largest part has: a layer, or all outside them."""
   trees = [models.outer_shapes(config)]
   trees += [models.layer_shapes(config, i) for i in range(config.num_layers)]
   counts = (map(math.prod, structured.flatten(tree).values()) for tree in trees)
@@ -650,9 +652,9 @@ def _most_numbers(config: models.ModelConfig) -> int:
 
 
 def _check_memory(name: str, nbytes: int) -> None:
-  """Refuses to decode more than this machine can hold, before anything is allocated.
+  """Refuses to decode more than this machine can hold, before it allocates anything.
 
-  Zeros take hardly any bytes in a file, so that its size is no bound.
+  The size of a file is no bound, because zeros take hardly any bytes in it.
   """
   if nbytes > (_memory() or nbytes):
     raise _too_large(name, nbytes)
@@ -665,7 +667,7 @@ def _too_large(name: str, nbytes: int) -> ContainerError:
 
 
 def _memory() -> int | None:
-  """Bytes of this machine's memory; None where it does not tell."""
+  """Returns the bytes of this machine's memory; None if the system does not tell."""
   try:
     return os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
   except (AttributeError, ValueError, OSError):  # not a Unix

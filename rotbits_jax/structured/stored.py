@@ -1,7 +1,8 @@
-"""What a file keeps of a structured leaf, checked as it is read.
+"""Checks the settings and arrays of a structured leaf in a file.
 
-A stranger may have written it. `from_stored` of a leaf takes what it needs by the
-methods below, each of which raises ValueError, and then calls `finish`.
+A stranger may have written them. `from_stored` of a leaf takes each setting and array
+with a method of `Stored`, which raises a ValueError if it is missing or wrong, and then
+calls `finish`.
 """
 
 from collections.abc import Mapping
@@ -15,23 +16,23 @@ _GREATEST = sys.float_info.max
 
 
 class Stored:
-  """The settings and arrays of an unstacked leaf; each is taken once."""
+  """The settings and arrays of an unstacked leaf. Each can be taken once."""
 
   def __init__(self, settings: Mapping[str, Any], arrays: Mapping[str, np.ndarray]):
     self._settings, self._arrays = dict(settings), dict(arrays)
 
   def setting(self, name: str) -> Any:
-    """Any JSON value."""
+    """Takes any JSON value."""
     if name not in self._settings:
       raise ValueError(f'the setting {name!r} is missing')
     return self._settings.pop(name)
 
   def size(self, name: str, least: int = 0) -> int:
-    """The length of an axis."""
+    """Takes the length of an axis."""
     return self.integer(name, least, _MOST)
 
   def integer(self, name: str, least: int, most: int) -> int:
-    """An integer within bounds."""
+    """Takes an integer from `least` to `most`."""
     value = self.setting(name)
     if type(value) is not int or not least <= value <= most:
       raise ValueError(
@@ -40,7 +41,7 @@ class Stored:
     return value
 
   def sizes(self, name: str, count: int | None = None) -> tuple[int, ...]:
-    """Lengths of axes; so many, if a count is given."""
+    """Takes a list of lengths of axes, of `count` lengths if that is given."""
     values = self.setting(name)
     if not isinstance(values, list | tuple) or count not in (None, len(values)):
       raise ValueError(f'{name} must be a list of lengths, got {values!r:.40}')
@@ -49,28 +50,28 @@ class Stored:
     return tuple(values)
 
   def number(self, name: str) -> float:
-    """A finite number."""
+    """Takes a finite number."""
     value = self.setting(name)
     if type(value) not in (int, float) or not -_GREATEST <= value <= _GREATEST:
       raise ValueError(f'{name} must be a finite number, got {value!r:.40}')
     return value
 
   def flag(self, name: str) -> bool:
-    """True or false."""
+    """Takes true or false."""
     value = self.setting(name)
     if type(value) is not bool:
       raise ValueError(f'{name} must be true or false, got {value!r:.40}')
     return value
 
   def text(self, name: str) -> str:
-    """A string."""
+    """Takes a string."""
     value = self.setting(name)
     if not isinstance(value, str):
       raise ValueError(f'{name} must be a string, got {value!r:.40}')
     return value
 
   def array(self, name: str, axes: int, dtype: Any = None) -> np.ndarray:
-    """An array of so many axes, of a dtype if one is given."""
+    """Takes an array with a number of axes, and of a dtype if one is given."""
     if name not in self._arrays:
       raise ValueError(f'the array {name!r} is missing')
     found = self._arrays.pop(name)
@@ -90,11 +91,11 @@ class Stored:
     return found
 
   def __contains__(self, name: str) -> bool:
-    """Whether an array is there, and not yet taken."""
+    """Returns whether there is an array of this name that is not taken yet."""
     return name in self._arrays
 
   def finish(self) -> None:
-    """Refuses settings and arrays that were not taken."""
+    """Raises an error if a setting or an array was not taken."""
     left = [*self._settings, *self._arrays]
     if left:
       raise ValueError(f'the leaf has {left[0][:40]!r}, which is not known')

@@ -81,65 +81,14 @@ class Polar(NamedTuple):
 
 
 def polar(matrix: jax.Array) -> Polar:
-  """Returns the left polar decomposition of a matrix M `[d, e]`, d <= e, in float32.
-
-  The eigenvectors of M M^T rotate M into rows that are nearly orthogonal. These rows
-  are divided by their norms and made orthogonal. The result is nearly O, in the
-  coordinates of the eigenvectors. With this O, M O^T is not yet symmetric, because a
-  small rotation is missing. Its generator W solves
-
-      M O^T - O M^T = P W + W P      in the eigenbasis of P,
-
-  and one Newton step applies it. The errors are smaller than those of a singular value
-  decomposition in float32, even if a singular value is near 0, and most of the work is
-  matrix products. If M has no full rank in float32, a singular value decomposition is
-  used instead.
-  """
+  """Returns the left polar decomposition of a matrix M `[d, e]`, d <= e, in float32."""
   d, e = matrix.shape
-  matrix = matrix.astype(jnp.float32)
-  _, u = jnp.linalg.eigh(_matmul(matrix, matrix.T))
-  rows = _matmul(u.T, matrix)  # U^T P O
-  norms = jnp.linalg.norm(rows, axis=1, keepdims=True)
-  start = rows / jnp.where(norms > 0, norms, 1)
-  nearly = (
-    jnp.max(jnp.abs(_matmul(start, start.T) - jnp.eye(d, dtype=jnp.float32))) < _NEARLY
-  )
-
-  def refined() -> tuple[jax.Array, jax.Array, jax.Array]:
-    frame = start
-    for _ in range(3):
-      frame = orthogonalized(frame)
-    symmetric = _matmul(rows, frame.T)
-    values = jnp.diagonal(symmetric)
-    sums = values[:, None] + values
-    off = symmetric - symmetric.T
-    # A large quotient is noise, divided by two values that are both near 0.
-    step = jnp.where(jnp.abs(off) < sums / 8, off / jnp.where(sums > 0, sums, 1), 0)
-    frame = orthogonalized(frame + _matmul(step, frame))
-    frame = _matmul(u, frame)  # the first d rows of O
-    symmetric = _matmul(matrix, frame.T)
-    values, vectors = jnp.linalg.eigh((symmetric + symmetric.T) / 2)
-    return vectors[:, ::-1], values[::-1], frame
-
-  def decomposed() -> tuple[jax.Array, jax.Array, jax.Array]:
-    vectors, values, vt = jnp.linalg.svd(matrix, full_matrices=False)
-    return vectors, values, _matmul(vectors, vt)
-
-  vectors, values, frame = jax.lax.cond(nearly, refined, decomposed)
+  u, values, vt = jnp.linalg.svd(matrix.astype(jnp.float32), full_matrices=False)
+  frame = _matmul(u, vt)  # the first d rows of O
   if e > d:
     q, _ = jnp.linalg.qr(frame.T, mode='complete')
     frame = jnp.concatenate([frame, q[:, d:].T])
-  return Polar(vectors, values, frame)
-
-
-# The iteration that makes rows orthogonal converges if their inner products differ from
-# those of orthonormal rows by less than this.
-_NEARLY = 0.3
-
-
-def orthogonalized(frame: jax.Array) -> jax.Array:
-  """Makes one Newton-Schulz step towards orthonormal rows, float32 `[d, e]`."""
-  return 1.5 * frame - 0.5 * _matmul(_matmul(frame, frame.T), frame)
+  return Polar(u, values, frame)
 
 
 def polar_shortcut(w: jax.Array) -> tuple[jax.Array, jax.Array]:

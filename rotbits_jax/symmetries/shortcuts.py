@@ -105,9 +105,27 @@ def gram_form(
   weights = jnp.where(jnp.arange(k) >= k - less, last, 0)
   b = gram_factor(rotation, u[:, u.shape[1] - k :], weights)
   c = gram_factor(rotation, u[:, :j], jnp.where(jnp.arange(j) < more, first, 0))
-  b32, c32 = (x.astype(form).astype(jnp.float32) for x in (b, c))
-  leaf = structured.IdentityMinusGram(b32, c32, columns=values.size)
-  return Form((b, c), _error(leaf, rotation, polar))
+  # The values that count as 1 belong to directions that are orthogonal to the columns
+  # of B and C. Therefore the squares of the errors add up.
+  place = jnp.arange(values.size)
+  left_out = (place >= more) & (place < values.size - less)
+  square = jnp.sum(jnp.where(left_out, jnp.square(values - 1), 0))
+  for x in (b, c):
+    square += _square_of_rounding(x, x.astype(form).astype(jnp.float32))
+  norm = jnp.maximum(jnp.linalg.norm(values), _TINY)
+  return Form((b, c), jnp.sqrt(square) / norm)
+
+
+def _square_of_rounding(b: jax.Array, rounded: jax.Array) -> jax.Array:
+  """Returns the square of the Frobenius norm of B B^T - B' B'^T, for B' near B.
+
+  The difference is E B^T + B' E^T with E = B - B'. Its square is a sum of products of
+  k x k matrices, without the cancellation that the large terms would have.
+  """
+  off = b - rounded
+  gram = lambda x, y: _matmul(x.T, y)
+  inner = jnp.sum(gram(off, off) * (gram(b, b) + gram(rounded, rounded)))
+  return jnp.maximum(inner + 2 * jnp.sum(gram(off, rounded) * gram(b, off)), 0)
 
 
 def triangle_form(rotation: jax.Array, polar: canonical.Polar, *, form: Any) -> Form:

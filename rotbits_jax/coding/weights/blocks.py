@@ -84,16 +84,13 @@ def tables_of(frequencies: np.ndarray, decoding: bool) -> Tables:
   return Tables(numbers.aligned_copy(intervals), slots)
 
 
-def lanes_for(count: int, layout: layouts.Layout) -> int:
+def lanes_for(count: int) -> int:
   """Returns the number of lanes for blocks of `count` numbers.
 
-  A lane costs about 3 bytes, and a step takes equally long for 1 lane and for N lanes.
-  Among similar numbers of lanes, the function chooses one that wastes few bytes at the
-  ends of planes.
+  A step takes equally long for 1 lane and for N lanes, so more lanes are faster. A lane
+  costs about 3 bytes, so a block of few numbers gets fewer lanes.
   """
-  most = min(max(count // 4096, 1), LANES)
-  allowed = [n for n in range(max(most - 7, 1), most + 1) if -(-count // n) <= STEPS]
-  return min(reversed(allowed), key=lambda n: 2 * n + rest_size(count, n, layout))
+  return min(max(count // 2048, 1), LANES)
 
 
 def rest_size(count: int, lanes: int, layout: layouts.Layout) -> int:

@@ -1,23 +1,25 @@
 """Floating-point numbers as a symbol worth modelling and bits that are noise.
 
-A number's bits, from the top, are sign, exponent, mantissa. Of trained weights only
-the exponent and the first bits of the mantissa are predictable: they become the symbol;
-the sign and the rest of the mantissa are incompressible and are stored as they are.
+The bits of a number, from the top, are its sign, its exponent and its mantissa. In
+trained weights only the exponent and the first bits of the mantissa are predictable.
+They become the symbol. The sign and the low bits of the mantissa cannot be compressed;
+they become the rest, which is stored unchanged.
 
     bits   = [ sign | exponent e | mantissa m ]
     symbol = [ exponent e | top t of the mantissa ]        t = min(3, m)
     rest   = [ sign | low m - t of the mantissa ]
 
-Numbers may be rounded so that small ones share one step, as all numbers with the
-exponent 1 and below do in IEEE 754. The *floor* f is the exponent up to which they
-share it: 1 is IEEE's own, and a greater one takes the place of the exponents below. The
-magnitude of a number, [ exponent | mantissa ], then becomes
+Numbers may be rounded so that all small ones share one step. In IEEE 754 the numbers
+with the exponents 0 and 1 share a step. The *floor* f is the greatest exponent whose
+numbers share the step of all numbers below them, so IEEE 754 itself has the floor 1. A
+magnitude is [ exponent | mantissa ]. With a floor f it is replaced by
 
     magnitude - (f - 1) 2^m                  if its exponent is at least f,
-    its value in steps, an integer           else.
+    the value divided by the step            otherwise.
 
-The two agree where they meet, because IEEE 754 counts subnormal numbers in the same
-way. Exponents are biased, as the bits have them.
+The second line is an integer. Both lines give the same result for numbers with the
+exponent f, because IEEE 754 defines subnormal numbers in this way. Exponents are
+biased, as they are in the bits.
 """
 
 from collections.abc import Iterator
@@ -34,7 +36,7 @@ MODELLED_MANTISSA_BITS = 3
 
 
 class Layout(NamedTuple):
-  """How the bits of a dtype divide."""
+  """How many bits of a dtype the exponent and the mantissa have."""
 
   width: int
   exponent: int
@@ -58,7 +60,7 @@ LAYOUTS = {
   np.dtype(ml_dtypes.bfloat16): Layout(width=16, exponent=8, mantissa=7),
   np.dtype(np.float32): Layout(width=32, exponent=8, mantissa=23),
 }
-"""The dtypes whose numbers are modelled."""
+"""The dtypes whose numbers are divided in this way."""
 
 
 def split(values: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -76,13 +78,13 @@ def split(values: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def join(symbols: jax.Array, rests: jax.Array, dtype: np.dtype) -> jax.Array:
-  """The inverse of `split`."""
+  """Returns the numbers with these symbols and rests: the inverse of `split`."""
   layout = LAYOUTS[np.dtype(dtype)]
   return jax.lax.bitcast_convert_type(join_bits(symbols, rests, layout), dtype)
 
 
 def split_bits(bits: jax.Array, layout: Layout) -> tuple[jax.Array, jax.Array]:
-  """`split`, of bit patterns: unsigned integers as wide as the numbers."""
+  """Does the same as `split` for bit patterns: unsigned integers of the same width."""
   kind = bits.dtype.type
   low = layout.rest_bits - 1
   symbols = (bits >> low) & kind(layout.alphabet - 1)
@@ -91,7 +93,7 @@ def split_bits(bits: jax.Array, layout: Layout) -> tuple[jax.Array, jax.Array]:
 
 
 def join_bits(symbols: jax.Array, rests: jax.Array, layout: Layout) -> jax.Array:
-  """The inverse of `split_bits`."""
+  """Returns the bit patterns: the inverse of `split_bits`."""
   unsigned = jnp.dtype(f'uint{layout.width}')
   low = layout.rest_bits - 1
   rests = rests.astype(unsigned)
@@ -101,16 +103,16 @@ def join_bits(symbols: jax.Array, rests: jax.Array, layout: Layout) -> jax.Array
 
 
 def raise_floor(bits: jax.Array, layout: Layout, floor: Any) -> jax.Array:
-  """Bit patterns with the magnitudes that they have above a floor.
+  """Replaces the magnitudes in bit patterns by those of a floor; see the module.
 
   Args:
-    bits: unsigned integers as wide as the numbers. Numbers of an exponent below the
-      floor are multiples of its step.
-    layout: of the dtype.
-    floor: f, an integer at least 1; it may be traced.
+    bits: unsigned integers as wide as the numbers. Numbers with an exponent below the
+      floor must be multiples of the floor's step.
+    layout: layout of the dtype.
+    floor: f, an integer of at least 1; it may be traced. 1 changes nothing.
 
   Returns:
-    Likewise. 1 as the floor leaves them as they are.
+    Unsigned integers of the same shape and width.
   """
   kind, top = bits.dtype.type, layout.mantissa
   magnitude = bits & kind((1 << layout.width - 1) - 1)
@@ -123,7 +125,7 @@ def raise_floor(bits: jax.Array, layout: Layout, floor: Any) -> jax.Array:
 
 
 def lower_floor(bits: jax.Array, layout: Layout, floor: Any) -> jax.Array:
-  """The inverse of `raise_floor`."""
+  """Restores the magnitudes: the inverse of `raise_floor`."""
   kind, top = bits.dtype.type, layout.mantissa
   magnitude = bits & kind((1 << layout.width - 1) - 1)
   floor = jnp.asarray(floor).astype(jnp.int32)
@@ -245,18 +247,18 @@ def _or(bits: jax.Array) -> jax.Array:
 
 
 def _significand(magnitude: jax.Array, top: int) -> jax.Array:
-  """The mantissa with the 1 before it that normal numbers have."""
+  """Returns the mantissa, with the leading 1 that normal numbers have."""
   kind = magnitude.dtype.type
   leading = (magnitude >> top > 0).astype(magnitude.dtype) << top
   return magnitude & kind((1 << top) - 1) | leading
 
 
 def pack_bits(values: np.ndarray, width: int) -> np.ndarray:
-  """Unsigned integers of `width` bits, densely.
+  """Packs unsigned integers of `width` bits densely.
 
   Args:
     values: unsigned integers `[n]` below 2^width.
-    width: bits of each.
+    width: number of bits of an integer.
 
   Returns:
     uint8 `[packed_size(n, width)]`: the low `width // 8` bytes as planes of n bytes,
@@ -270,7 +272,7 @@ def pack_bits(values: np.ndarray, width: int) -> np.ndarray:
 
 
 def unpack_bits(data: np.ndarray, count: int, width: int) -> np.ndarray:
-  """The inverse of `pack_bits`, for `count` values: uint32 `[count]`."""
+  """Returns the integers, uint32 `[count]`: the inverse of `pack_bits`."""
   values = np.zeros(count, np.uint32)
   position = 0
   for i in range(width // 8):
@@ -285,5 +287,5 @@ def unpack_bits(data: np.ndarray, count: int, width: int) -> np.ndarray:
 
 
 def packed_size(count: int, width: int) -> int:
-  """Bytes that `pack_bits` makes of `count` values."""
+  """Returns the number of bytes that `pack_bits` makes of `count` integers."""
   return count * (width // 8) + -(-count // 8) * (width % 8)

@@ -1,11 +1,11 @@
-"""Short integers as a symbol worth modelling and low bits that are stored as they are.
+"""Short integers: the top bits are the symbol, the low bits are the rest.
 
-Signed ones are folded first, 0, -1, 1, -2, ... to 0, 1, 2, 3, ..., so that small
-magnitudes are small symbols. Of the number n >= 0 that this gives,
+Signed integers are folded first: 0, -1, 1, -2, ... become 0, 1, 2, 3, ... Then small
+magnitudes have small symbols. For the folded integer n,
 
     symbol = n >> low        rest = n & (2^low - 1)
 
-Numbers are given as bit patterns: unsigned integers of their width.
+The functions take and return bit patterns: unsigned integers of the same width.
 """
 
 import jax
@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 DTYPES = tuple(np.dtype(d) for d in (np.int8, np.uint8, np.int16, np.uint16))
-"""The integers that are modelled."""
+"""The dtypes that have such symbols."""
 
 MODELLED_BITS = 14
 """Symbols of int16 and uint16 are below 2^14, because larger tables are too slow."""
@@ -25,15 +25,15 @@ def least_low(largest: int, least: int, signed: bool, bits: int) -> int:
   Args:
     largest: the largest number.
     least: the least number.
-    signed: whether numbers are folded.
-    bits: bits of a symbol.
+    signed: whether the numbers are folded.
+    bits: number of bits of a symbol.
   """
   folded = max(2 * largest, -2 * least - 1) if signed else largest
   return max(folded.bit_length() - bits, 0)
 
 
 def cells(alphabet: int, low: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-  """Returns the cells of the symbols of signed numbers, as `layouts.Layout.cells`."""
+  """Returns what `layouts.Layout.cells` returns, for signed integers."""
   symbols = np.arange(alphabet, dtype=np.int64)
   zeros = np.zeros_like(symbols)
   if low:
@@ -42,15 +42,16 @@ def cells(alphabet: int, low: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def split_bits(bits: jax.Array, low: int, signed: bool) -> tuple[jax.Array, jax.Array]:
-  """Divides numbers into symbols and rests.
+  """Divides integers into symbols and rests.
 
   Args:
-    bits: uint8 or uint16.
-    low: bits of the rests, at least `least_low` of the numbers.
-    signed: whether they are two's complements.
+    bits: bit patterns, uint8 or uint16.
+    low: number of bits of a rest, at least `least_low` of the integers.
+    signed: whether the integers are signed, in two's complement.
 
   Returns:
-    Symbols, uint16, and rests, as wide as the numbers; same shape.
+    The symbols, uint16, and the rests, which are as wide as the integers. Both have the
+    shape of `bits`.
   """
   kind = bits.dtype.type
   if signed:
@@ -62,7 +63,7 @@ def split_bits(bits: jax.Array, low: int, signed: bool) -> tuple[jax.Array, jax.
 def join_bits(
   symbols: jax.Array, rests: jax.Array, low: int, dtype: np.dtype
 ) -> jax.Array:
-  """The inverse of `split_bits`, for numbers of this dtype."""
+  """Returns the bit patterns of integers of a dtype: the inverse of `split_bits`."""
   unsigned = jnp.dtype(f'uint{8 * dtype.itemsize}')
   folded = symbols.astype(unsigned) << low | rests.astype(unsigned)
   if dtype.kind == 'u':

@@ -1,10 +1,9 @@
-"""How the numbers of an array divide into symbols and rests: one class for each kind.
+"""Layouts: how a number divides into a symbol and a rest, one class for each kind.
 
-A layout says which symbol a bit pattern has, which is modelled, and which rest, which
-is stored as it is. To add a kind, write a class with the members of `Layout` and name
-it in `KINDS`.
+The symbol is modelled and coded; the rest is stored unchanged. To add a kind, write a
+subclass of `Layout` and add it to `KINDS`.
 
-Shape letters: A symbols of the alphabet.
+Shape letters: A symbols in the alphabet.
 """
 
 import abc
@@ -28,19 +27,21 @@ DTYPES = {
     *(np.uint8, np.uint16, np.uint32, np.uint64),
   )
 }
-"""Dtypes that can be stored, by name. Those that a kind of layout takes are modelled,
-the others are stored as they are."""
+"""The dtypes that can be stored, by name.
+
+Arrays of a dtype for which there is no layout are stored unchanged.
+"""
 
 
 @dataclasses.dataclass(frozen=True)
 class Layout(abc.ABC):
-  """A division of numbers.
+  """A way to divide numbers.
 
   Attributes:
-    dtype: of the numbers.
-    rest: bits of a rest.
-    step: where the numbers lie, as the kind counts it; 0 where it has no use for it.
-      Layouts that differ only here share their compiled programs.
+    dtype: dtype of the numbers.
+    rest: number of bits of a rest.
+    step: a parameter of the kind, such as the floor; 0 if the kind has none. Layouts
+      that differ only in the step share their compiled programs.
   """
 
   dtype: np.dtype
@@ -51,59 +52,64 @@ class Layout(abc.ABC):
 
   @property
   def unsigned(self) -> np.dtype:
-    """The dtype of bit patterns."""
+    """Dtype of the bit patterns of the numbers."""
     return np.dtype(f'u{self.dtype.itemsize}')
 
   @property
   def program(self) -> Self:
-    """The layout that stands for all those with the same compiled programs."""
+    """The layout with which the programs that this layout uses are compiled."""
     return dataclasses.replace(self, step=min(self.step, 1))
 
   @property
   @abc.abstractmethod
   def alphabet(self) -> int:
-    """A."""
+    """A, the number of symbols."""
 
   @property
   @abc.abstractmethod
   def has_scale(self) -> bool:
-    """Whether numbers lie around zero."""
+    """Whether numbers are distributed around zero, so that lines have scales."""
 
   @classmethod
   @abc.abstractmethod
   def takes(cls, dtype: np.dtype, rest: int, step: int) -> bool:
-    """Whether there is such a layout."""
+    """Returns whether the kind has a layout of this dtype, rest and step."""
 
   @abc.abstractmethod
   def split(self, bits: jax.Array, step: Any) -> tuple[jax.Array, jax.Array]:
-    """Divides numbers.
+    """Divides numbers into symbols and rests.
 
     Args:
-      bits: their bit patterns.
-      step: of the layout; it may be traced, and then `self` is the `program`.
+      bits: bit patterns of the numbers.
+      step: the step of the layout. It may be traced; then `self` is its `program`.
 
     Returns:
-      Symbols, uint16, and rests, as wide as the patterns.
+      The symbols, uint16, and the rests, which are as wide as the patterns.
     """
 
   @abc.abstractmethod
   def join(self, symbols: jax.Array, rests: jax.Array, step: Any) -> jax.Array:
-    """The inverse of `split`; of any symbols and rests, if only something."""
+    """Returns the bit patterns: the inverse of `split`.
+
+    Symbols and rests that no number has give any bits, but no error.
+    """
 
   @abc.abstractmethod
   def cells(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The magnitudes that a symbol stands for: int64 `[A]` each.
+    """Returns the magnitudes for which each symbol stands, as three int64 `[A]`.
 
-    They lie around centre * 2^exponent, in a cell 2^width wide up to a common factor.
+    The three are centre, exponent and width. The magnitudes lie around
+    centre * 2^exponent, in a cell of width 2^width times a factor that all symbols
+    share.
     """
 
 
 @dataclasses.dataclass(frozen=True)
 class Float(Layout):
-  """Exponent and top of the mantissa are the symbol; see `floats`.
+  """The symbol is the exponent and the top of the mantissa; see `floats`.
 
-  Numbers that were widened from a shorter dtype end in zeros. The rest leaves out low
-  bits that are zero in all numbers. The step is the floor less 1.
+  The rest does not contain low bits that are zero in all numbers, because numbers that
+  were widened from a shorter dtype end in zeros. The step is the floor minus 1.
   """
 
   kind: ClassVar[str] = 'float'
@@ -144,7 +150,7 @@ class Float(Layout):
     layout = floats.LAYOUTS[self.dtype]
     top = layout.modelled_mantissa
     exponent, mantissa = symbols >> top, symbols & ((1 << top) - 1)
-    # Numbers of exponent 0 have no leading 1 and the spacing of exponent 1.
+    # Numbers with the exponent 0 have no leading 1, and the spacing of the exponent 1.
     leading = np.where(exponent > 0, 1 << top, 0)
     width = np.maximum(exponent, 1) - (1 << (layout.exponent - 1)) + 1 - top
     width += self.step
@@ -153,7 +159,7 @@ class Float(Layout):
 
 @dataclasses.dataclass(frozen=True)
 class Int(Layout):
-  """The top bits of the folded integer are the symbol; see `integers`."""
+  """The symbol is the top bits of the folded integer; see `integers`."""
 
   kind: ClassVar[str] = 'int'
 
@@ -182,15 +188,16 @@ class Int(Layout):
 
 @dataclasses.dataclass(frozen=True)
 class Grid(Layout):
-  """Floats that are multiples of one number: an integer k of 16 bits times a unit.
+  """Floats that are integer multiples of one unit; the integer k has 16 bits.
 
-  The unit is a small integer times a power of two, so that each product is exact:
+  The unit is a small integer times a power of two, because each product is then exact:
 
       value = k (4 + i) 2^(e - 152)        step = 4 e + i, i < 4
 
-  The symbol and the rest are those of k, as in `Int`. This suits numbers of few levels:
-  k = 0 has no sign, while `Float` would store a sign with every zero. Subclasses differ
-  in the size of the alphabet, because a small one decodes faster.
+  The symbol and the rest are those of k, as in `Int`. This kind suits numbers that have
+  few levels. It stores no sign for k = 0, while `Float` stores a sign for every zero.
+  Subclasses differ in the size of the alphabet, because a small alphabet decodes
+  faster.
   """
 
   symbol_bits: ClassVar[int]
@@ -219,7 +226,7 @@ class Grid(Layout):
   def split(self, bits: jax.Array, step: Any) -> tuple[jax.Array, jax.Array]:
     values = jax.lax.bitcast_convert_type(bits, self.dtype).astype(jnp.float32)
     exponent, factor = _unit(step)
-    # Two powers, because the inverse of a large one is no normal float32.
+    # It multiplies twice, because the inverse of a large power is not a normal float32.
     scaled = values * _power(-(exponent // 2)) * _power(exponent // 2 - exponent)
     # The quotient is an integer up to the rounding error of the division.
     whole = jnp.rint(scaled / factor).astype(jnp.int16)
@@ -280,23 +287,23 @@ def layout(kind: str, dtype: np.dtype, rest: int, step: int) -> Layout:
     ValueError: if the kind is unknown, or has no layout of this dtype, rest and step.
   """
   if kind not in KINDS:
-    raise ValueError(f'numbers in a layout of unknown kind, {kind!r}')
+    raise ValueError(f'there is no layout of the kind {kind!r}')
   if not KINDS[kind].takes(dtype, rest, step):
     raise ValueError(
-      f'no layout {kind!r} of {dtype} has rests of {rest} bits and the step {step}'
+      f'the layout {kind!r} of {dtype} cannot have rests of {rest} bits and {step=}'
     )
   return KINDS[kind](dtype, rest, step)
 
 
-# A grid is used if the scale of the numbers is less than 2^8 steps. It must also be
-# small enough for the dtype to have the grid's step at most numbers, because the rests
-# of the others end in zeros, which are stored.
+# A grid is used if the scale of the numbers is less than 2^8 steps. The dtype must also
+# be able to represent every multiple of the step near the scale. Otherwise the rests of
+# large numbers end in zeros, and the grid stores these zeros.
 _GRID_OCTAVES = 8
 _BEYOND_OCTAVES = 2
 
 _ABOVE_OCTAVES = 2
 
-# A floor further below the scale saves less than 0.03 bits a number.
+# A floor that is further below the scale saves less than 0.03 bits per number.
 _FLOOR_OCTAVES = 6
 
 # A symbol of a small grid is at most a quarter of the scale wide, because wider symbols
@@ -305,23 +312,23 @@ _WIDEST_SYMBOL = 2
 
 
 def of_floats(bits: np.ndarray, dtype: np.dtype) -> Float | Grid:
-  """Chooses the layout of floats from the bits that they use.
+  """Chooses the layout of floats by the bits that they use.
 
   Args:
     bits: the bit patterns, unsigned integers `[n]`.
     dtype: dtype of the numbers, in `floats.LAYOUTS`.
 
   Returns:
-    A grid where the numbers are small multiples of a power of two; else a `Float` with
-    the highest floor that the numbers allow and without the low bits that are zero in
-    all numbers.
+    A grid if the numbers are small multiples of a power of two. Otherwise a `Float`
+    with the highest floor that the numbers allow; its rest does not contain the low
+    bits that are zero in all numbers.
   """
   layout = floats.LAYOUTS[dtype]
   found = floats.survey(bits, layout)
   if not found.count:
     return Float(dtype, int(found.used > 0))
-  # log2 of the scale. The mean of log2 |x| of a normal distribution is 0.92 below that
-  # of its standard deviation, and an exponent is another 0.5 below on average.
+  # log2 of the scale. For a normal distribution the mean of log2 |x| is 0.92 less than
+  # log2 of the standard deviation, and the exponent is on average 0.5 less than log2.
   scale = int(found.exponents / found.count + 1.42)
   if not found.negative_zeros:
     grid = _grid(bits, dtype, found, scale)
@@ -331,11 +338,11 @@ def of_floats(bits: np.ndarray, dtype: np.dtype) -> Float | Grid:
   low = layout.rest_bits - 1
   used = found.used >> (layout.width - 1) << low | found.used & ((1 << low) - 1)
   zeros = (used & -used).bit_length() - 1 if used else layout.rest_bits
-  # A number above the floor ends in this many zeros, so a number below it must, too.
+  # Numbers above the floor end in this many zeros, so numbers below it must, too.
   floor = found.lowest + 1 - min(zeros, layout.mantissa)
-  # A higher floor would leave too few symbols to the numbers below it.
+  # With a higher floor too few symbols would be left for the numbers below it.
   floor = min(floor, scale + _ABOVE_OCTAVES)
-  floor = min(floor, (1 << layout.exponent) - 2)  # the exponents of NaN are above it
+  floor = min(floor, (1 << layout.exponent) - 2)  # NaN must stay above the floor
   floor = floor if floor > max(scale - _FLOOR_OCTAVES, 1) else 1
   return Float(dtype, layout.rest_bits - zeros, floor - 1)
 
@@ -346,7 +353,7 @@ def _grid(
   """Returns the grid that suits numbers; None if they have too many levels."""
   layout = floats.LAYOUTS[dtype]
   bias = (1 << layout.exponent - 1) - 1
-  # All numbers are multiples of 2^unit, and perhaps of an odd number times that.
+  # All numbers are multiples of 2^unit, and perhaps of an odd number times 2^unit.
   unit = found.lowest + 1 - bias - layout.mantissa
   octaves = scale - bias - unit
   most = min(_GRID_OCTAVES, layout.mantissa - _BEYOND_OCTAVES)
@@ -359,7 +366,7 @@ def _grid(
   largest = int(steps) // divisor
   if not (octaves < most and largest < 1 << 15):
     return None
-  # 1, 3, 5 and 7 as 4, 5, 6 or 7 times a power of two.
+  # The divisor is written as 4, 5, 6 or 7 times a power of two.
   shift = {1: 2, 3: 1, 5: 0, 7: 0}[divisor]
   step = 4 * (unit - shift + 152) + (divisor << shift) - 4
   for kind in (SmallGrid, LargeGrid):

@@ -1,7 +1,8 @@
-"""How the arrays of a unit are stored: their layouts, lines and counts of symbols.
+"""Plans: chooses how each array of a unit is stored.
 
-Floats and short integers are coded, with a table for each class of lines or with one;
-an array that is no shorter so is stored as it is.
+Floats and short integers are coded. The coder uses one frequency table for the array,
+or a table for each class of lines. An array that coding would not make shorter is
+stored unchanged.
 """
 
 from collections.abc import Sequence
@@ -22,36 +23,51 @@ from rotbits_jax.coding.weights import scales
 
 
 class Coded(NamedTuple):
-  """How an array is coded."""
+  """How an array is coded.
+
+  Attributes:
+    layout: layout of the numbers.
+    lines: the lines with their scales; None if one table codes the array.
+    counts: int64 `[labels, A]`, how often each symbol occurs in lines with each label.
+  """
 
   layout: layouts.Layout
-  lines: scales.Lines | None  # None: a table of its own
-  counts: np.ndarray  # int64 [labels, A], of the symbols in the lines of each label
+  lines: scales.Lines | None
+  counts: np.ndarray
 
 
 class Plan(NamedTuple):
-  """How an array is stored."""
+  """How an array is stored.
 
-  array: np.ndarray  # contiguous
-  coded: Coded | None = None  # None: as it is
-  saved: float = 0.0  # bytes, about
+  Attributes:
+    array: the array, contiguous.
+    coded: how it is coded; None if it is stored unchanged.
+    saved: about how many bytes coding saves.
+  """
+
+  array: np.ndarray
+  coded: Coded | None = None
+  saved: float = 0.0
 
 
 def plan(arrays: Sequence[np.ndarray]) -> list[Plan]:
-  """The shortest for each array: as it is; coded with one table; in classes of lines.
+  """Chooses the plan with the fewest bytes for each array.
+
+  An array may be stored unchanged, coded with one table, or coded with a table for each
+  class of lines.
 
   Args:
-    arrays: of dtypes in `layouts.DTYPES`.
+    arrays: arrays of dtypes in `layouts.DTYPES`.
 
   Returns:
     The plans.
 
   Raises:
-    ValueError: if a dtype is another.
+    ValueError: if an array has another dtype.
   """
   for array in arrays:
     if array.dtype.name not in layouts.DTYPES:
-      raise ValueError(f'numbers of this dtype cannot be stored, got {array.dtype=}')
+      raise ValueError(f'arrays of this dtype cannot be stored, got {array.dtype=}')
   drafts = pool.run(functools.partial(_draft, array) for array in arrays)
   drafts = _joined(drafts)
   counted = [
@@ -72,7 +88,7 @@ def plan(arrays: Sequence[np.ndarray]) -> list[Plan]:
 
 
 def _draft(array: np.ndarray) -> Plan:
-  """A plan without counts, to code an array of a dtype that is modelled."""
+  """Returns a plan to code an array, without the counts, if its dtype has a layout."""
   plain = Plan(numbers.contiguous(array))
   if not array.size:
     return plain
@@ -88,12 +104,12 @@ def _draft(array: np.ndarray) -> Plan:
   return plain._replace(coded=Coded(layout, lines, np.zeros((0, 0), np.int64)))
 
 
-# Bytes that a layout and its blocks take, about.
+# About how many bytes a layout and its blocks take.
 _LAYOUT_BYTES = 64
 
 
 def _joined(drafts: list[Plan]) -> list[Plan]:
-  """Gives small floats the layout of others, where one of their own costs more."""
+  """Gives a small array the layout of another array if its own layout costs more."""
   sizes: dict[layouts.Layout, int] = {}
   for draft in drafts:
     if draft.coded:
@@ -103,7 +119,8 @@ def _joined(drafts: list[Plan]) -> list[Plan]:
   for draft in drafts:
     if draft.coded and isinstance(draft.coded.layout, layouts.Float):
       layout = draft.coded.layout
-      # A lower floor and a longer rest take all numbers, and cost bits of each.
+      # A layout with a lower floor and a longer rest fits the numbers, too, but takes
+      # more bits for each of them.
       wider = {
         other: sizes[layout] * (other.rest - layout.rest + layout.step - other.step)
         for other in sizes
@@ -121,7 +138,7 @@ def _joined(drafts: list[Plan]) -> list[Plan]:
 
 
 def _count(draft: Plan, start: int) -> np.ndarray:
-  """Counts of symbols under each label, of a block of numbers."""
+  """Counts the symbols with each label in the block that starts at `start`."""
   assert draft.coded
   lines, bits = draft.coded.lines, numbers.bits(draft.array)
   part = bits[start : start + blocks.CAPACITY]
@@ -139,7 +156,7 @@ def _count(draft: Plan, start: int) -> np.ndarray:
 
 
 def _choose(draft: Plan, counts: np.ndarray) -> Plan:
-  """The plan that takes fewest bytes."""
+  """Returns the plan with the fewest bytes, given the counts."""
   assert draft.coded
   array, (layout, lines, _) = draft.array, draft.coded
   total = counts.sum(axis=0, keepdims=True)
@@ -157,7 +174,7 @@ def _choose(draft: Plan, counts: np.ndarray) -> Plan:
 
 
 def _low_bits(values: np.ndarray) -> int:
-  """How many low bits of integers are best stored as they are."""
+  """Returns the number of low bits that make the integers shortest as rests."""
   signed, most = values.dtype.kind == 'i', integers.MODELLED_BITS
   least = integers.least_low(int(values.max()), int(values.min()), signed, most)
   layout, bits = layouts.Int(values.dtype, least), numbers.bits(values)

@@ -83,5 +83,7 @@ def _pool(name: str) -> futures.ThreadPoolExecutor:
 
 
 def _on_processor(job: Callable[[], _Result]) -> _Result:
-  with jax.default_device(host.device()):
+  # The programs of the coder take NumPy arrays and are always compiled, because their
+  # loops would take hours without.
+  with jax.default_device(host.device()), jax.disable_jit(False):
     return job()

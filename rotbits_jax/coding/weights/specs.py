@@ -1,9 +1,10 @@
-"""What is known of a unit before its stream is read, as JSON values.
+"""Specs: describe a unit, so that its stream can be read. They are stored as JSON.
 
-A stranger may have written them: `UnitSpec.from_json` accepts what `to_json` returns
-and raises ValueError on anything else. It allocates nothing in proportion to a number
-that it reads; and what a valid spec tells to allocate is bounded: an array that is
-stored as it is by the stream's length, another by the blocks listed.
+A stranger may have written the JSON. `UnitSpec.from_json` accepts what `to_json`
+returns, and raises a ValueError for anything else. It allocates no memory in proportion
+to a number that it reads. The memory for the arrays of a valid spec is bounded: for an
+array that is stored unchanged by the length of the stream, for a coded array by the
+list of its blocks.
 """
 
 import dataclasses
@@ -24,10 +25,10 @@ class ArraySpec:
   """One array of a unit.
 
   Attributes:
-    shape: of the array.
-    dtype: its name, one of `layouts.DTYPES`.
-    layout: index of its layout in the unit; None if the array is stored as it is.
-    checksum: CRC-32 of the array's bytes in C order, as `decode` returns it.
+    shape: shape of the array.
+    dtype: name of the dtype, one of `layouts.DTYPES`.
+    layout: index of its layout in the unit; None if the array is stored unchanged.
+    checksum: CRC-32 of the bytes of the array that `decode` returns, in C order.
   """
 
   shape: tuple[int, ...]
@@ -46,11 +47,11 @@ class ArraySpec:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LayoutSpec:
-  """One layout of a unit, which arrays of one dtype share.
+  """One layout of a unit. Arrays of one dtype can share it.
 
   Attributes:
     layout: the layout.
-    nbytes: of its model in the stream, see `contexts.to_bytes`.
+    nbytes: number of bytes of its model in the stream, see `contexts.to_bytes`.
   """
 
   layout: layouts.Layout
@@ -59,14 +60,14 @@ class LayoutSpec:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GroupSpec:
-  """The numbers of some arrays of one layout, one array after the other, in blocks.
+  """A group: the numbers of some arrays of one layout, array after array, in blocks.
 
   Attributes:
     layout: index of the layout.
     arrays: indices of the arrays.
-    lanes: of each block.
-    numbers: of each block but the last, which has what is left.
-    nbytes: of each block in the stream, without the rests.
+    lanes: number of lanes of each block.
+    numbers: how many numbers each block has. The last block has fewer.
+    nbytes: number of bytes of each block in the stream, without the rests.
   """
 
   layout: int
@@ -78,11 +79,12 @@ class GroupSpec:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OrderSpec:
-  """Lines that are stored in an order which other bits of the unit chose.
+  """Describes lines that are stored in an order which other bits of the unit chose.
 
   Attributes:
-    axes: (index, axis) of each array whose lines are exchanged, in the same for all.
-    distinct: D, of the lines, see `order`.
+    axes: (index, axis) of each array whose lines are exchanged. All are exchanged in
+      the same order.
+    distinct: D, the number of lines that are distinct, see `order`.
   """
 
   axes: tuple[tuple[int, int], ...]
@@ -90,12 +92,12 @@ class OrderSpec:
 
   @property
   def noise(self) -> int:
-    """Bytes that chose the order."""
+    """Number of bytes that chose the order."""
     return order.noise_size(self.distinct)
 
   @property
   def nbytes(self) -> int:
-    """Bytes in the stream in place of these."""
+    """Number of bytes that the stream has in their place."""
     return order.stored_size(self.distinct)
 
 
@@ -105,9 +107,9 @@ class UnitSpec:
 
   Attributes:
     arrays: the arrays.
-    layouts: of those that are coded.
-    groups: of their numbers: see `grouping`.
-    order: of lines that were exchanged; None if there are none.
+    layouts: the layouts of the coded arrays.
+    groups: the groups of the coded arrays, see `grouping`.
+    order: the lines that were exchanged; None if there are none.
   """
 
   arrays: tuple[ArraySpec, ...]
@@ -123,21 +125,25 @@ class UnitSpec:
     )
 
   def block_counts(self, group: GroupSpec) -> list[int]:
-    """The numbers of each block of a group."""
+    """Returns how many numbers each block of a group has."""
     total = sum(self.arrays[i].size for i in group.arrays)
     return [
       min(group.numbers, total - start) for start in range(0, total, group.numbers)
     ]
 
   def rest_sizes(self, group: GroupSpec) -> list[int]:
-    """The bytes of rests of each block of a group."""
+    """Returns how many bytes the rests of each block of a group take."""
     rest = self.layouts[group.layout].layout.rest
     return [
       sum(planes.sizes(count, group.lanes, rest)) for count in self.block_counts(group)
     ]
 
   def noise_sizes(self) -> tuple[int, int]:
-    """Bytes of rests and raw arrays: of arrays in their order; of exchanged ones."""
+    """Returns how many bytes the rests and the unchanged arrays take.
+
+    The first size is that of arrays whose lines are not exchanged, the second that of
+    the others.
+    """
     exchanged = self.exchanged
     sizes = [0, 0]
     for group in self.groups:
@@ -149,14 +155,14 @@ class UnitSpec:
 
   @property
   def nbytes(self) -> int:
-    """The length of the stream."""
+    """Length of the stream in bytes."""
     models = sum(layout.nbytes for layout in self.layouts)
     coded = sum(sum(group.nbytes) for group in self.groups)
     saved = self.order.noise - self.order.nbytes if self.order else 0
     return models + coded + sum(self.noise_sizes()) - saved
 
   def to_json(self) -> dict[str, Any]:
-    """The spec as a JSON value, with short lists for records."""
+    """Returns the spec as a JSON value, in which records are short lists."""
     return {
       'arrays': [[x.dtype, list(x.shape), x.layout, x.checksum] for x in self.arrays],
       'layouts': [
@@ -168,7 +174,7 @@ class UnitSpec:
 
   @classmethod
   def from_json(cls, value: Any) -> 'UnitSpec':
-    """The inverse of `to_json`.
+    """Makes a spec from a JSON value: the inverse of `to_json`.
 
     Raises:
       ValueError: if the value is not a spec.
@@ -197,10 +203,10 @@ class UnitSpec:
 def grouping(
   arrays: tuple[ArraySpec, ...], exchanged: set[int] | frozenset[int]
 ) -> list[tuple[int, tuple[int, ...]]]:
-  """The layout and the arrays of each group.
+  """Returns the layout and the arrays of each group.
 
-  For each layout in turn, first the arrays in their order, then those with exchanged
-  lines; as many of these groups as have an array.
+  Each layout has up to two groups: first the arrays whose lines are not exchanged, then
+  the others. There is no group without arrays.
   """
   groups: dict[tuple[int, bool], list[int]] = {}
   for i, array in enumerate(arrays):
@@ -287,7 +293,7 @@ def _order(value: Any, arrays: tuple[ArraySpec, ...]) -> OrderSpec | None:
 
 
 MAX_LINES = 1 << 20
-"""Bound of the lines of an order."""
+"""The greatest number of lines in an order."""
 
 
 def _group(

@@ -252,7 +252,7 @@ def _geometry(total: int, layout: layouts.Layout) -> _Geometry:
   """Divides `total` numbers into as few blocks as possible, of similar sizes."""
   count = -(-total // blocks.CAPACITY)
   size = -(-total // count)
-  return _Geometry(blocks.lanes_for(size, layout), size)
+  return _Geometry(blocks.lanes_for(size), size)
 
 
 class _Group(NamedTuple):

@@ -1,0 +1,410 @@
+"""Lets commands fail at each operation on their files, and looks at what they leave.
+
+  python -m fuzz.faults [--stride=1] [--results=RESULTS.md]
+
+`encode` writes a file or shards, and `decode` a directory; the output is new, or it
+replaces an older one. One operation on the files around the output goes wrong in each
+run: the process is killed, the disk is full, or the user interrupts. An operation is an
+open, a rename, a removal or the like; Python's audit events tell of it. Afterwards the
+older output is complete, or the new one is. Only a killed run may leave something else,
+in a folder with a name of its own. The next run ends well and leaves only its output.
+If this is run by root, the disk is also really full: a tmpfs of different sizes.
+"""
+
+from collections.abc import Callable, Iterator
+import contextlib
+import errno
+import functools
+import hashlib
+import io
+import json
+import os
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from typing import Any, NamedTuple
+
+from absl import flags
+
+from fuzz import results
+from fuzz import seeds
+import rotbits_jax
+from rotbits_jax.cli import main as cli
+from rotbits_jax.cli import program
+
+FLAGS = flags.FlagValues()
+_STRIDE = flags.DEFINE_integer(
+  'stride', 1, 'Takes one of so many operations.', lower_bound=1, flag_values=FLAGS
+)
+_RESULTS = flags.DEFINE_string(
+  'results', None, 'A file whose section of counts is written anew.', flag_values=FLAGS
+)
+
+FAULTS = ('killed', 'disk full', 'interrupted')
+
+_CHANGES = ('os.chmod', 'os.mkdir', 'os.remove', 'os.rename', 'os.rmdir', 'os.truncate')
+_NAME = 'out'
+_SIZES = 12  # of a file system that is too small
+
+
+class Scenario(NamedTuple):
+  """A command that writes an output.
+
+  Attributes:
+    command: 'encode' or 'decode'.
+    flags: of the command, without the input and the output.
+    replaces: whether there is an older output.
+  """
+
+  command: str
+  flags: tuple[str, ...] = ()
+  replaces: bool = False
+
+
+SCENARIOS = {
+  'encode, new file': Scenario('encode', ('--preset=exact',)),
+  'encode over a file': Scenario('encode', ('--preset=exact', '--overwrite'), True),
+  'encode, new shards': Scenario('encode', ('--preset=exact', '--shard_size=4000')),
+  'decode, new directory': Scenario('decode'),
+}
+
+
+class Inputs(NamedTuple):
+  """Inputs of the commands: two models as checkpoints and as files."""
+
+  checkpoints: tuple[pathlib.Path, pathlib.Path]
+  files: tuple[pathlib.Path, pathlib.Path]
+
+  @classmethod
+  def make(cls, folder: pathlib.Path) -> 'Inputs':
+    """Writes the inputs into a folder."""
+    config = json.dumps(seeds.LLAMA).encode()
+    for seed in (0, 1):
+      model = seeds.sliced_model(seeds.LLAMA, seed=seed)
+      checkpoint = rotbits_jax.Checkpoint(model, {'config.json': config}, 'tiny')
+      rotbits_jax.save_checkpoint(checkpoint, folder / f'checkpoint{seed}')
+      data = rotbits_jax.encode(checkpoint, preset='exact')
+      (folder / f'file{seed}').write_bytes(data)
+    pairs = [[folder / f'{x}{i}' for i in (0, 1)] for x in ('checkpoint', 'file')]
+    return cls(*((a, b) for a, b in pairs))
+
+  def arguments(
+    self, scenario: Scenario, which: int, output: pathlib.Path
+  ) -> list[str]:
+    """Returns the arguments of a command, given which of the inputs it takes."""
+    if scenario.command == 'encode':
+      given = f'--checkpoint={self.checkpoints[which]}'
+    else:
+      given = f'--input={self.files[which]}'
+    return [scenario.command, given, f'--output={output}', *scenario.flags]
+
+
+# ---- one run -------------------------------------------------------------------------
+
+
+class _Trap:
+  """Counts operations on files in a folder, and lets one of them go wrong."""
+
+  def __init__(self) -> None:
+    self.folder, self.at, self.seen, self.act = '', 0, 0, lambda: None
+    sys.addaudithook(self._hook)
+
+  def set(self, folder: pathlib.Path, at: int, act: Callable[[], None]) -> None:
+    """Waits for operation `at` of a folder, counted from 1; 0 for none."""
+    self.folder, self.at, self.seen, self.act = str(folder), at, 0, act
+
+  def _hook(self, event: str, args: tuple[Any, ...]) -> None:
+    if not self.folder or (event != 'open' and event not in _CHANGES):
+      return
+    if not any(isinstance(x, str | os.PathLike) and self._inside(x) for x in args):
+      return
+    if event == 'open' and args[2] & os.O_ACCMODE == os.O_RDONLY:
+      return
+    self.seen += 1
+    if self.seen == self.at:
+      self.act()
+
+  def _inside(self, path: Any) -> bool:
+    # Names without a folder are those of a removal, which knows an open folder.
+    text = os.fspath(path)
+    return isinstance(text, str) and (text.startswith(self.folder) or '/' not in text)
+
+
+@functools.cache
+def trap() -> _Trap:
+  """Returns this process's trap; a hook cannot be removed."""
+  return _Trap()
+
+
+def _kill() -> None:
+  os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _fill() -> None:
+  raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def _interrupt() -> None:
+  os.kill(os.getpid(), signal.SIGINT)
+
+
+_ACTS = dict(zip(FAULTS, (_kill, _fill, _interrupt), strict=True))
+_CODES = {'killed': -signal.SIGKILL, 'disk full': program.BAD_INPUT, 'interrupted': 130}
+
+
+def run(arguments: list[str]) -> tuple[int, str]:
+  """Runs a command in this process; returns the exit code and the last error."""
+  for module in cli.COMMANDS:  # a module holds its flags' values
+    sys.modules.pop(f'rotbits_jax.cli.{module}', None)
+  sys.argv, stream = ['rotbits', *arguments], io.StringIO()
+  with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(stream):
+    code = cli.main()
+  return code, stream.getvalue().strip().rpartition('\n')[-1]
+
+
+def _run_killed(arguments: list[str], folder: pathlib.Path, at: int) -> tuple[int, str]:
+  """Runs a command in a process of its own, which is killed."""
+  order = json.dumps([str(folder), at, arguments])
+  process = subprocess.run(
+    [sys.executable, '-m', 'fuzz.faults', '--child', order],
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+  return process.returncode, process.stderr.strip().rpartition('\n')[-1]
+
+
+def _child(order: str) -> int:
+  folder, at, arguments = json.loads(order)
+  trap().set(pathlib.Path(folder), at, _kill)
+  return run(arguments)[0]
+
+
+def content(folder: pathlib.Path) -> dict[str, str]:
+  """Returns a digest of every file in a folder, by its path from there."""
+  return {
+    str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+    for path in sorted(folder.rglob('*'))
+    if path.is_file()
+  }
+
+
+class Expected(NamedTuple):
+  """What a folder holds before a run, and after one without a fault.
+
+  Attributes:
+    old: before.
+    new: after.
+    operations: how many operations the run takes.
+  """
+
+  old: dict[str, str]
+  new: dict[str, str]
+  operations: int
+
+
+def expected(scenario: Scenario, inputs: Inputs, folder: pathlib.Path) -> Expected:
+  """Runs a scenario without a fault in an empty folder."""
+  prepare(scenario, inputs, folder)
+  old = content(folder)
+  trap().set(folder, 0, lambda: None)
+  code, error = run(inputs.arguments(scenario, 1, folder / _NAME))
+  if code:
+    raise ValueError(f'without a fault: {error}')
+  return Expected(old, content(folder), trap().seen)
+
+
+def prepare(scenario: Scenario, inputs: Inputs, folder: pathlib.Path) -> None:
+  """Empties a folder, and writes the older output of a scenario into it."""
+  trap().set(folder, 0, lambda: None)
+  for path in folder.iterdir():
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+  if scenario.replaces:
+    run(inputs.arguments(scenario, 0, folder / _NAME))
+
+
+def problem(
+  scenario: Scenario,
+  inputs: Inputs,
+  folder: pathlib.Path,
+  known: Expected,
+  fault: str,
+  at: int,
+) -> str | None:
+  """Runs a scenario with a fault, and returns what is wrong afterwards.
+
+  Args:
+    scenario: the scenario.
+    inputs: see `Inputs`.
+    folder: where the output is written; only this.
+    known: see `Expected`.
+    fault: one of `FAULTS`.
+    at: the operation that goes wrong, from 1.
+  """
+  prepare(scenario, inputs, folder)
+  arguments = inputs.arguments(scenario, 1, folder / _NAME)
+  if fault == 'killed':
+    code, error = _run_killed(arguments, folder, at)
+  else:
+    trap().set(folder, at, _ACTS[fault])
+    code, error = run(arguments)
+    trap().set(folder, 0, lambda: None)
+  if code != _CODES[fault]:
+    return f'exit code {code}: {error}'
+  return left(scenario, inputs, folder, known, killed=fault == 'killed')
+
+
+def left(
+  scenario: Scenario,
+  inputs: Inputs,
+  folder: pathlib.Path,
+  known: Expected,
+  *,
+  killed: bool,
+) -> str | None:
+  """Returns what is wrong in a folder after a fault, and after the next run."""
+  found = content(folder)
+  visible = {n: x for n, x in found.items() if not n.startswith(f'.{_NAME}.partial/')}
+  if visible not in (known.old, known.new) and not (
+    # Shards appear one after the other; their index makes them a result, and is last.
+    '--shard_size=4000' in scenario.flags
+    and visible.items() <= known.new.items()
+    and f'{_NAME}.index.json' not in visible
+  ):
+    return f'{sorted(visible)}: neither the older output nor the new one'
+  if not killed and any(folder.glob('.*')):
+    return f'left behind: {sorted(found)}'
+  code, error = 0, ''
+  if visible != known.new or killed:
+    again = scenario._replace(flags=(*scenario.flags, '--overwrite'))
+    code, error = run(inputs.arguments(again, 1, folder / _NAME))
+  if code or content(folder) != known.new or any(folder.glob('.*')):
+    return f'the next run: exit code {code}: {error}: {sorted(content(folder))}'
+  return None
+
+
+# ---- a file system that is too small -------------------------------------------------
+
+
+@contextlib.contextmanager
+def small_disk(folder: pathlib.Path, size: int) -> Iterator[None]:
+  """Mounts a file system of a size in bytes; root may do so.
+
+  Raises:
+    PermissionError: if this process may not.
+  """
+  if sys.platform != 'linux' or os.geteuid():
+    raise PermissionError('only root mounts file systems')
+  options = f'size={-(-size // 4096) * 4096}'
+  mount = ['mount', '-t', 'tmpfs', '-o', options, 'tmpfs', str(folder)]
+  if subprocess.run(mount, capture_output=True, check=False).returncode:
+    raise PermissionError('mount is not allowed here')
+  try:
+    yield
+  finally:
+    subprocess.run(['umount', str(folder)], check=True)
+
+
+def problem_of_small_disk(
+  scenario: Scenario, inputs: Inputs, folder: pathlib.Path, known: Expected, part: int
+) -> str | None:
+  """Runs a scenario on a disk with room for a part of the output; see `problem`."""
+  old, new = ([*_sizes(scenario, inputs, folder, which)] for which in (0, 1))
+  room = sum(old) if scenario.replaces else 0
+  with small_disk(folder, room + sum(new) * part // _SIZES):
+    prepare(scenario, inputs, folder)
+    code, error = run(inputs.arguments(scenario, 1, folder / _NAME))
+    if code not in (0, program.BAD_INPUT):
+      return f'exit code {code}: {error}'
+    found = content(folder)
+    if found != (known.old if code else known.new) or any(folder.glob('.*')):
+      return f'exit code {code}, left behind: {sorted(found)}'
+  return None
+
+
+def _sizes(
+  scenario: Scenario, inputs: Inputs, folder: pathlib.Path, which: int
+) -> Iterator[int]:
+  """Yields the sizes of the files of an output, rounded up to whole pages."""
+  prepare(scenario._replace(replaces=False), inputs, folder)
+  run(inputs.arguments(scenario, which, folder / _NAME))
+  for path in folder.rglob('*'):
+    if path.is_file():
+      yield -(-path.stat().st_size // 4096) * 4096
+
+
+# ---- all of them ---------------------------------------------------------------------
+
+
+def sweep(
+  stride: int, report: Callable[[str], None] = print
+) -> dict[tuple[str, str], tuple[int, int]]:
+  """Runs every scenario with every fault.
+
+  Args:
+    stride: takes one of so many operations.
+    report: is told of each failure.
+
+  Returns:
+    The number of runs and of failures, by scenario and fault.
+  """
+  counts: dict[tuple[str, str], tuple[int, int]] = {}
+
+  def note(name: str, fault: str, where: str, wrong: str | None) -> None:
+    runs, failures = counts.get((name, fault), (0, 0))
+    counts[name, fault] = runs + 1, failures + (wrong is not None)
+    if wrong is not None:
+      report(f'{name}, {fault} at {where}: {wrong}')
+
+  with tempfile.TemporaryDirectory() as place:
+    inputs, folder = Inputs.make(pathlib.Path(place)), pathlib.Path(place) / 'work'
+    folder.mkdir()
+    for name, scenario in SCENARIOS.items():
+      known = expected(scenario, inputs, folder)
+      for fault in FAULTS:
+        for at in range(1, known.operations + 1, stride):
+          wrong = problem(scenario, inputs, folder, known, fault, at)
+          note(name, fault, f'operation {at}', wrong)
+      with contextlib.suppress(PermissionError):
+        for part in range(0, _SIZES, stride):
+          wrong = problem_of_small_disk(scenario, inputs, folder, known, part)
+          note(name, 'small disk', f'{part}/{_SIZES} of the room', wrong)
+  return counts
+
+
+def to_text(counts: dict[tuple[str, str], tuple[int, int]], seconds: float) -> str:
+  """Returns a table of the counts."""
+  lines = [f'{"command":24}{"fault":14}{"runs":>6}{"failures":>10}']
+  for (name, fault), (runs, failures) in counts.items():
+    lines.append(f'{name:24}{fault:14}{runs:6}{failures:10}')
+  total = sum(runs for runs, _ in counts.values())
+  return '\n'.join([*lines, f'{total} runs in {seconds:.0f} s'])
+
+
+def main() -> None:
+  start = time.monotonic()
+  counts = sweep(_STRIDE.value)
+  text = to_text(counts, time.monotonic() - start)
+  print(text)
+  if _RESULTS.value:
+    results.write(pathlib.Path(_RESULTS.value), 'Faults', _ABOUT, text)
+  if any(failures for _, failures in counts.values()):
+    raise SystemExit(1)
+
+
+_ABOUT = """\
+Written by `python -m fuzz.faults --results=RESULTS.md`. In each run one operation on
+the files around the output goes wrong (an open, a rename, a removal, ...), and every
+operation of a command is tried. A small disk is a tmpfs with room for a part of the
+output. The older output must then be complete, or the new one. Only a killed run may
+leave more, which the next run must remove."""
+
+
+if __name__ == '__main__':
+  if sys.argv[1:2] == ['--child']:
+    sys.exit(_child(sys.argv[2]))
+  sys.exit(program.run(main, FLAGS))

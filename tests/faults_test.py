@@ -1,0 +1,59 @@
+"""A fault at any operation on files leaves the older output or the new one."""
+
+import pathlib
+import tempfile
+
+from absl.testing import absltest
+from absl.testing import parameterized
+import pytest
+
+from fuzz import faults
+
+
+class FaultsTest(parameterized.TestCase):
+  def setUp(self):
+    super().setUp()
+    place = pathlib.Path(self.enterContext(tempfile.TemporaryDirectory()))
+    self.inputs, self.folder = faults.Inputs.make(place), place / 'work'
+    self.folder.mkdir()
+
+  @parameterized.product(
+    name=tuple(faults.SCENARIOS), fault=('disk full', 'interrupted')
+  )
+  def test_a_part_of_all_operations(self, name, fault):
+    scenario = faults.SCENARIOS[name]
+    known = faults.expected(scenario, self.inputs, self.folder)
+    self.assertGreater(known.operations, 4)
+    for at in {1, known.operations // 2, known.operations}:
+      wrong = faults.problem(scenario, self.inputs, self.folder, known, fault, at)
+      self.assertIsNone(wrong, f'operation {at}')
+
+  def test_a_run_that_is_killed(self):
+    scenario = faults.SCENARIOS['encode over a file']
+    known = faults.expected(scenario, self.inputs, self.folder)
+    wrong = faults.problem(
+      scenario, self.inputs, self.folder, known, 'killed', known.operations // 2
+    )
+    self.assertIsNone(wrong)
+
+  def test_what_is_left_behind_is_found(self):
+    scenario = faults.SCENARIOS['encode, new file']
+    known = faults.expected(scenario, self.inputs, self.folder)
+    (self.folder / 'out').write_bytes(b'half a file')
+    arguments = scenario, self.inputs, self.folder, known
+    self.assertIn('neither', faults.left(*arguments, killed=True))
+    (self.folder / 'out').unlink()
+    (self.folder / '.out.partial').mkdir()
+    self.assertIn('left behind', faults.left(*arguments, killed=False))
+
+
+@pytest.mark.slow
+def test_all_operations():
+  failures = []
+  counts = faults.sweep(1, failures.append)
+  assert not failures
+  assert {name for name, _ in counts} == set(faults.SCENARIOS)
+
+
+if __name__ == '__main__':
+  absltest.main()
