@@ -6,8 +6,9 @@
 replaces an older one. One operation on the files around the output goes wrong in each
 run: the process is killed, the disk is full, or the user interrupts. An operation is an
 open, a rename, a removal or the like; Python's audit events tell of it. Afterwards the
-older output is complete, or the new one is. Only a killed run may leave something else,
-in a folder with a name of its own. The next run ends well and leaves only its output.
+older output is complete, or the new one is. Beside them there may only be the hidden
+folder from which the next run of `encode` resumes, and after a kill that of `decode`.
+The next run ends well and leaves only its output.
 If this is run by root, the disk is also really full: a tmpfs of different sizes.
 """
 
@@ -33,6 +34,7 @@ from absl import flags
 from fuzz import results
 from fuzz import seeds
 import rotbits_jax
+from rotbits_jax import checkpoints
 from rotbits_jax.cli import main as cli
 from rotbits_jax.cli import program
 
@@ -46,7 +48,8 @@ _RESULTS = flags.DEFINE_string(
 
 FAULTS = ('killed', 'disk full', 'interrupted')
 
-_CHANGES = ('os.chmod', 'os.mkdir', 'os.remove', 'os.rename', 'os.rmdir', 'os.truncate')
+_TAKE_ROOM = ('open', 'os.mkdir', 'os.rename', 'os.truncate')
+_CHANGES = (*_TAKE_ROOM, 'os.chmod', 'os.remove', 'os.rmdir')
 _NAME = 'out'
 _SIZES = 12  # of a file system that is too small
 
@@ -82,10 +85,13 @@ class Inputs(NamedTuple):
   @classmethod
   def make(cls, folder: pathlib.Path) -> 'Inputs':
     """Writes the inputs into a folder."""
-    config = json.dumps(seeds.LLAMA).encode()
     for seed in (0, 1):
       model = seeds.sliced_model(seeds.LLAMA, seed=seed)
-      checkpoint = rotbits_jax.Checkpoint(model, {'config.json': config}, 'tiny')
+      files = {
+        'config.json': json.dumps(seeds.LLAMA).encode(),
+        'tiny.json': json.dumps(checkpoints.slicing_json(model.config)).encode(),
+      }
+      checkpoint = rotbits_jax.Checkpoint(model, files, 'tiny')
       rotbits_jax.save_checkpoint(checkpoint, folder / f'checkpoint{seed}')
       data = rotbits_jax.encode(checkpoint, preset='exact')
       (folder / f'file{seed}').write_bytes(data)
@@ -110,23 +116,23 @@ class _Trap:
   """Counts operations on files in a folder, and lets one of them go wrong."""
 
   def __init__(self) -> None:
-    self.folder, self.at, self.seen, self.act = '', 0, 0, lambda: None
+    self.folder, self.at, self.seen, self.fault = '', 0, 0, ''
     sys.addaudithook(self._hook)
 
-  def set(self, folder: pathlib.Path, at: int, act: Callable[[], None]) -> None:
-    """Waits for operation `at` of a folder, counted from 1; 0 for none."""
-    self.folder, self.at, self.seen, self.act = str(folder), at, 0, act
+  def set(self, folder: pathlib.Path, at: int = 0, fault: str = '') -> None:
+    """Waits for operation `at` in a folder, counted from 1; 0 for none."""
+    self.folder, self.at, self.seen, self.fault = str(folder), at, 0, fault
 
   def _hook(self, event: str, args: tuple[Any, ...]) -> None:
-    if not self.folder or (event != 'open' and event not in _CHANGES):
+    if not self.folder or event not in _CHANGES:
       return
     if not any(isinstance(x, str | os.PathLike) and self._inside(x) for x in args):
       return
     if event == 'open' and args[2] & os.O_ACCMODE == os.O_RDONLY:
       return
     self.seen += 1
-    if self.seen == self.at:
-      self.act()
+    if self.seen == self.at and (self.fault != 'disk full' or event in _TAKE_ROOM):
+      _ACTS[self.fault]()
 
   def _inside(self, path: Any) -> bool:
     # Names without a folder are those of a removal, which knows an open folder.
@@ -180,7 +186,7 @@ def _run_killed(arguments: list[str], folder: pathlib.Path, at: int) -> tuple[in
 
 def _child(order: str) -> int:
   folder, at, arguments = json.loads(order)
-  trap().set(pathlib.Path(folder), at, _kill)
+  trap().set(pathlib.Path(folder), at, 'killed')
   return run(arguments)[0]
 
 
@@ -197,11 +203,13 @@ class Expected(NamedTuple):
   """What a folder holds before a run, and after one without a fault.
 
   Attributes:
-    old: before.
-    new: after.
+    files: the files before, by name.
+    old: digests of them, see `content`.
+    new: digests of the files after.
     operations: how many operations the run takes.
   """
 
+  files: dict[str, bytes]
   old: dict[str, str]
   new: dict[str, str]
   operations: int
@@ -209,22 +217,25 @@ class Expected(NamedTuple):
 
 def expected(scenario: Scenario, inputs: Inputs, folder: pathlib.Path) -> Expected:
   """Runs a scenario without a fault in an empty folder."""
-  prepare(scenario, inputs, folder)
+  prepare({}, folder)
+  if scenario.replaces:
+    run(inputs.arguments(scenario, 0, folder / _NAME))
+  files = {path.name: path.read_bytes() for path in folder.iterdir()}
   old = content(folder)
-  trap().set(folder, 0, lambda: None)
+  trap().set(folder)
   code, error = run(inputs.arguments(scenario, 1, folder / _NAME))
   if code:
     raise ValueError(f'without a fault: {error}')
-  return Expected(old, content(folder), trap().seen)
+  return Expected(files, old, content(folder), trap().seen)
 
 
-def prepare(scenario: Scenario, inputs: Inputs, folder: pathlib.Path) -> None:
-  """Empties a folder, and writes the older output of a scenario into it."""
-  trap().set(folder, 0, lambda: None)
+def prepare(files: dict[str, bytes], folder: pathlib.Path) -> None:
+  """Empties a folder, and writes files into it."""
+  trap().set(folder)
   for path in folder.iterdir():
     shutil.rmtree(path) if path.is_dir() else path.unlink()
-  if scenario.replaces:
-    run(inputs.arguments(scenario, 0, folder / _NAME))
+  for name, data in files.items():
+    (folder / name).write_bytes(data)
 
 
 def problem(
@@ -245,17 +256,24 @@ def problem(
     fault: one of `FAULTS`.
     at: the operation that goes wrong, from 1.
   """
-  prepare(scenario, inputs, folder)
+  prepare(known.files, folder)
   arguments = inputs.arguments(scenario, 1, folder / _NAME)
   if fault == 'killed':
     code, error = _run_killed(arguments, folder, at)
   else:
-    trap().set(folder, at, _ACTS[fault])
+    trap().set(folder, at, fault)
     code, error = run(arguments)
-    trap().set(folder, 0, lambda: None)
+    trap().set(folder)
+  if fault == 'disk full' and code == 0:  # the run could do without this operation
+    return (
+      None
+      if content(folder) == known.new
+      else f'exit code 0: {sorted(content(folder))}'
+    )
   if code != _CODES[fault]:
     return f'exit code {code}: {error}'
-  return left(scenario, inputs, folder, known, killed=fault == 'killed')
+  may_leave = fault == 'killed' or scenario.command == 'encode'
+  return left(scenario, inputs, folder, known, may_leave=may_leave)
 
 
 def left(
@@ -264,9 +282,17 @@ def left(
   folder: pathlib.Path,
   known: Expected,
   *,
-  killed: bool,
+  may_leave: bool,
 ) -> str | None:
-  """Returns what is wrong in a folder after a fault, and after the next run."""
+  """Returns what is wrong in a folder after a fault, and after the next run.
+
+  Args:
+    scenario: the scenario.
+    inputs: see `Inputs`.
+    folder: where the output is written.
+    known: see `Expected`.
+    may_leave: whether the hidden folder of the output may be there.
+  """
   found = content(folder)
   visible = {n: x for n, x in found.items() if not n.startswith(f'.{_NAME}.partial/')}
   if visible not in (known.old, known.new) and not (
@@ -276,10 +302,10 @@ def left(
     and f'{_NAME}.index.json' not in visible
   ):
     return f'{sorted(visible)}: neither the older output nor the new one'
-  if not killed and any(folder.glob('.*')):
+  if not may_leave and any(folder.glob('.*')):
     return f'left behind: {sorted(found)}'
   code, error = 0, ''
-  if visible != known.new or killed:
+  if found != known.new or any(folder.glob('.*')):
     again = scenario._replace(flags=(*scenario.flags, '--overwrite'))
     code, error = run(inputs.arguments(again, 1, folder / _NAME))
   if code or content(folder) != known.new or any(folder.glob('.*')):
@@ -313,25 +339,24 @@ def problem_of_small_disk(
   scenario: Scenario, inputs: Inputs, folder: pathlib.Path, known: Expected, part: int
 ) -> str | None:
   """Runs a scenario on a disk with room for a part of the output; see `problem`."""
-  old, new = ([*_sizes(scenario, inputs, folder, which)] for which in (0, 1))
-  room = sum(old) if scenario.replaces else 0
-  with small_disk(folder, room + sum(new) * part // _SIZES):
-    prepare(scenario, inputs, folder)
+  new = sum(_sizes(scenario, inputs, folder))
+  room = sum(-(-len(data) // 4096) * 4096 for data in known.files.values())
+  with small_disk(folder, room + new * part // _SIZES):
+    prepare(known.files, folder)
     code, error = run(inputs.arguments(scenario, 1, folder / _NAME))
     if code not in (0, program.BAD_INPUT):
       return f'exit code {code}: {error}'
     found = content(folder)
-    if found != (known.old if code else known.new) or any(folder.glob('.*')):
+    visible = {n: x for n, x in found.items() if not n.startswith(f'.{_NAME}.partial/')}
+    if visible != (known.old if code else known.new):
       return f'exit code {code}, left behind: {sorted(found)}'
   return None
 
 
-def _sizes(
-  scenario: Scenario, inputs: Inputs, folder: pathlib.Path, which: int
-) -> Iterator[int]:
-  """Yields the sizes of the files of an output, rounded up to whole pages."""
-  prepare(scenario._replace(replaces=False), inputs, folder)
-  run(inputs.arguments(scenario, which, folder / _NAME))
+def _sizes(scenario: Scenario, inputs: Inputs, folder: pathlib.Path) -> Iterator[int]:
+  """Yields the sizes of the files of a new output, rounded up to whole pages."""
+  prepare({}, folder)
+  run(inputs.arguments(scenario, 1, folder / _NAME))
   for path in folder.rglob('*'):
     if path.is_file():
       yield -(-path.stat().st_size // 4096) * 4096
@@ -400,8 +425,8 @@ _ABOUT = """\
 Written by `python -m fuzz.faults --results=RESULTS.md`. In each run one operation on
 the files around the output goes wrong (an open, a rename, a removal, ...), and every
 operation of a command is tried. A small disk is a tmpfs with room for a part of the
-output. The older output must then be complete, or the new one. Only a killed run may
-leave more, which the next run must remove."""
+output. The older output must then be complete, or the new one. What else is left, in a
+hidden folder, must be removed by the next run."""
 
 
 if __name__ == '__main__':

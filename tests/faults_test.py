@@ -41,10 +41,10 @@ class FaultsTest(parameterized.TestCase):
     known = faults.expected(scenario, self.inputs, self.folder)
     (self.folder / 'out').write_bytes(b'half a file')
     arguments = scenario, self.inputs, self.folder, known
-    self.assertIn('neither', faults.left(*arguments, killed=True))
+    self.assertIn('neither', faults.left(*arguments, may_leave=True))
     (self.folder / 'out').unlink()
     (self.folder / '.out.partial').mkdir()
-    self.assertIn('left behind', faults.left(*arguments, killed=False))
+    self.assertIn('left behind', faults.left(*arguments, may_leave=False))
 
 
 @pytest.mark.slow

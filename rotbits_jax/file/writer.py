@@ -214,14 +214,18 @@ def encode_unit(
   if summary.preset.order_neurons and config is not None and is_layer:
     valid = models.layout.symmetries(config).neurons
     neurons = models.layout.neuron_axes(config) if valid else {}
-  flat = structured.flatten(unit.params)
+  # Weights may be transposed views of a checkpoint's maps. They are copied once, here.
+  flat = {
+    path: weights.contiguous(np.asarray(leaf)) if structured.is_plain(leaf) else leaf
+    for path, leaf in structured.flatten(unit.params).items()
+  }
   digests: dict[str, int] = {}
   rounding = summary.preset.rounding
   if rounding is None or not rounding.uniform:  # the coder knows uniform steps
-    plain = {path: np.asarray(x) for path, x in flat.items() if structured.is_plain(x)}
-    for path, leaf in zip(plain, packing.pack(list(plain.values())), strict=True):
-      if leaf is not None:
-        flat[path], digests[path] = leaf, checksums_lib.of_array(plain[path])
+    plain = {path: x for path, x in flat.items() if structured.is_plain(x)}
+    for path, found in zip(plain, packing.pack(list(plain.values())), strict=True):
+      if found is not None:
+        flat[path], digests[path] = found, checksums_lib.of_array(plain[path])
   if any(structured.is_structured(flat.get(path)) for path in neurons):
     neurons = {}  # neurons of a structured leaf cannot be reordered
   leaves: list[manifest_lib.Leaf] = []

@@ -608,7 +608,15 @@ _TINY = float(jnp.finfo(jnp.float32).tiny)
 
 
 def _polars(shortcuts: dict[str, jax.Array]) -> dict[str, canonical.Polar]:
-  return {path: canonical.polar(matrix) for path, matrix in shortcuts.items()}
+  found: dict[str, canonical.Polar] = {}
+  for path, matrix in shortcuts.items():
+    if found:
+      # LAPACK uses all CPUs. Two decompositions at a time would take four times as long
+      # as one, so that each waits for the one before it.
+      last = next(reversed(found.values())).values
+      matrix, _ = jax.lax.optimization_barrier((matrix, last))
+    found[path] = canonical.polar(matrix)
+  return found
 
 
 @jax.jit

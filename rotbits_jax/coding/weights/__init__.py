@@ -66,6 +66,7 @@ their low byte first. `specs.UnitSpec` holds the numbers that are needed to read
 """
 
 from rotbits_jax.coding.weights.layouts import DTYPES
+from rotbits_jax.coding.weights.numbers import contiguous
 from rotbits_jax.coding.weights.pool import Start
 from rotbits_jax.coding.weights.pool import run
 from rotbits_jax.coding.weights.pool import unit_jobs
@@ -82,6 +83,7 @@ __all__ = [
   'Encoded',
   'Start',
   'UnitSpec',
+  'contiguous',
   'decode',
   'encode',
   'estimate',

@@ -130,7 +130,7 @@ def encode(
         layout=layout,
         arrays=members,
         nbytes=tuple(part.size for part, _ in coded[members]),
-        **_geometry(sum(stored[i].size for i in members), used[layout])._asdict(),
+        **_geometry(sum(stored[i].size for i in members))._asdict(),
       )
       for layout, members in groups
     ),
@@ -248,7 +248,7 @@ class _Geometry(NamedTuple):
   numbers: int
 
 
-def _geometry(total: int, layout: layouts.Layout) -> _Geometry:
+def _geometry(total: int) -> _Geometry:
   """Divides `total` numbers into as few blocks as possible, of similar sizes."""
   count = -(-total // blocks.CAPACITY)
   size = -(-total // count)
@@ -266,7 +266,7 @@ class _Group(NamedTuple):
   def encode_jobs(self) -> list[Callable[[], tuple[np.ndarray, np.ndarray]]]:
     """Returns a job for each block; it returns the coded bytes and the rests."""
     total = sum(array.size for array in self.arrays)
-    lanes, size = _geometry(total, self.layout)
+    lanes, size = _geometry(total)
 
     def encode_one(start: int) -> tuple[np.ndarray, np.ndarray]:
       def fill(bits: np.ndarray, places: np.ndarray) -> None:
