@@ -99,7 +99,7 @@ def run(statement: str, *args: str) -> Cost:
 
 
 def dense_config(hidden: int, layers: int) -> models.ModelConfig:
-  """The config of a dense Llama of this size."""
+  """Returns the config of a dense Llama of this size."""
   return checkpoints.parse_config(
     {
       'model_type': 'llama',

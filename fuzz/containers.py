@@ -14,14 +14,14 @@ Json = dict[str, Any]
 
 
 def unpack(data: bytes) -> tuple[dict[str, bytes], Json]:
-  """The streams of a container without the manifest, and the manifest."""
+  """Returns the streams of a container without the manifest, and the manifest."""
   reader = container.StreamReader(data)
   streams = {name: reader.stream(name).tobytes() for name in reader.names()}
   return streams, json.loads(streams.pop(container.MANIFEST))
 
 
 def pack(streams: Mapping[str, bytes], manifest: bytes) -> bytes:
-  """The container of these streams, whose header has the manifest's checksum."""
+  """Makes a container of streams, with the checksum of the manifest."""
   file = io.BytesIO()
   writer = container.StreamWriter(file, list(streams))
   for name, data in streams.items():
@@ -31,7 +31,7 @@ def pack(streams: Mapping[str, bytes], manifest: bytes) -> bytes:
 
 
 def sealed(streams: Mapping[str, bytes], manifest: Json) -> Json:
-  """The manifest with the checksums that the streams have; damaged parts stay."""
+  """Returns the manifest with correct checksums of the streams."""
   crc = {name: zlib.crc32(data) for name, data in streams.items()}
   units = manifest.get('units')
   for unit in units if isinstance(units, list) else []:
@@ -47,5 +47,5 @@ def sealed(streams: Mapping[str, bytes], manifest: Json) -> Json:
 
 
 def to_json(value: Any) -> bytes:
-  """JSON text; numbers that are not finite stay."""
+  """Returns JSON text; numbers may be infinite or NaN."""
   return json.dumps(value, separators=(',', ':')).encode()

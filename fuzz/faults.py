@@ -4,12 +4,13 @@
 
 `encode` writes a file or shards, and `decode` a directory; the output is new, or it
 replaces an older one. One operation on the files around the output goes wrong in each
-run: the process is killed, the disk is full, or the user interrupts. An operation is an
-open, a rename, a removal or the like; Python's audit events tell of it. Afterwards the
-older output is complete, or the new one is. Beside them there may only be the hidden
-folder from which the next run of `encode` resumes, and after a kill that of `decode`.
-The next run ends well and leaves only its output.
-If this is run by root, the disk is also really full: a tmpfs of different sizes.
+run: the process is killed, at once or some milliseconds later; the disk is full; or the
+user interrupts. An operation is an open, a rename, a removal or the like; Python's
+audit events tell of it. Afterwards the older output is complete, or the new one is.
+Beside them there may only be the hidden folder from which the next run of `encode`
+resumes, and after a kill that of `decode`. The next run ends well and leaves only its
+output. In some runs two processes write the same output. If root runs this program, the
+disk is also really full: a tmpfs of different sizes.
 """
 
 from collections.abc import Callable, Iterator
@@ -18,6 +19,7 @@ import errno
 import functools
 import hashlib
 import io
+import itertools
 import json
 import os
 import pathlib
@@ -26,6 +28,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from typing import Any, NamedTuple
 
@@ -46,12 +49,13 @@ _RESULTS = flags.DEFINE_string(
   'results', None, 'A file whose section of counts is written anew.', flag_values=FLAGS
 )
 
-FAULTS = ('killed', 'disk full', 'interrupted')
+FAULTS = ('killed', 'killed later', 'disk full', 'interrupted')
 
 _TAKE_ROOM = ('open', 'os.mkdir', 'os.rename', 'os.truncate')
 _CHANGES = (*_TAKE_ROOM, 'os.chmod', 'os.remove', 'os.rmdir')
 _NAME = 'out'
 _SIZES = 12  # of a file system that is too small
+_WRITERS = 6  # how often two runs write the same output
 
 
 class Scenario(NamedTuple):
@@ -150,6 +154,14 @@ def _kill() -> None:
   os.kill(os.getpid(), signal.SIGKILL)
 
 
+def _kill_later() -> None:
+  threading.Timer(next(_delays), _kill).start()
+
+
+# Seconds until a run is killed in the middle of what follows an operation.
+_delays = itertools.cycle((0.0005, 0.002, 0.008))
+
+
 def _fill() -> None:
   raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -158,8 +170,8 @@ def _interrupt() -> None:
   os.kill(os.getpid(), signal.SIGINT)
 
 
-_ACTS = dict(zip(FAULTS, (_kill, _fill, _interrupt), strict=True))
-_CODES = {'killed': -signal.SIGKILL, 'disk full': program.BAD_INPUT, 'interrupted': 130}
+_ACTS = dict(zip(FAULTS, (_kill, _kill_later, _fill, _interrupt), strict=True))
+_CODES = {'disk full': program.BAD_INPUT, 'interrupted': 130}
 
 
 def run(arguments: list[str]) -> tuple[int, str]:
@@ -172,22 +184,31 @@ def run(arguments: list[str]) -> tuple[int, str]:
   return code, stream.getvalue().strip().rpartition('\n')[-1]
 
 
-def _run_killed(arguments: list[str], folder: pathlib.Path, at: int) -> tuple[int, str]:
-  """Runs a command in a process of its own, which is killed."""
-  order = json.dumps([str(folder), at, arguments])
-  process = subprocess.run(
+def _start(
+  arguments: list[str], folder: pathlib.Path, at: int = 0, fault: str = ''
+) -> 'subprocess.Popen[str]':
+  """Runs a command in a process of its own, which may be killed."""
+  order = json.dumps([str(folder), at, fault, arguments])
+  return subprocess.Popen(
     [sys.executable, '-m', 'fuzz.faults', '--child', order],
-    capture_output=True,
+    stdout=subprocess.DEVNULL,
+    stderr=subprocess.PIPE,
     text=True,
-    check=False,
   )
-  return process.returncode, process.stderr.strip().rpartition('\n')[-1]
+
+
+def _end(process: 'subprocess.Popen[str]') -> tuple[int, str]:
+  """Waits for a command; returns the exit code and the last error."""
+  _, error = process.communicate()
+  return process.returncode, error.strip().rpartition('\n')[-1]
 
 
 def _child(order: str) -> int:
-  folder, at, arguments = json.loads(order)
-  trap().set(pathlib.Path(folder), at, 'killed')
-  return run(arguments)[0]
+  folder, at, fault, arguments = json.loads(order)
+  trap().set(pathlib.Path(folder), at, fault)
+  code, error = run(arguments)
+  print(error, file=sys.stderr)
+  return code
 
 
 def content(folder: pathlib.Path) -> dict[str, str]:
@@ -258,8 +279,9 @@ def problem(
   """
   prepare(known.files, folder)
   arguments = inputs.arguments(scenario, 1, folder / _NAME)
-  if fault == 'killed':
-    code, error = _run_killed(arguments, folder, at)
+  killed = fault.startswith('killed')
+  if killed:
+    code, error = _end(_start(arguments, folder, at, fault))
   else:
     trap().set(folder, at, fault)
     code, error = run(arguments)
@@ -270,9 +292,9 @@ def problem(
       if content(folder) == known.new
       else f'exit code 0: {sorted(content(folder))}'
     )
-  if code != _CODES[fault]:
+  if code != _CODES.get(fault, -signal.SIGKILL):
     return f'exit code {code}: {error}'
-  may_leave = fault == 'killed' or scenario.command == 'encode'
+  may_leave = killed or scenario.command == 'encode'
   return left(scenario, inputs, folder, known, may_leave=may_leave)
 
 
@@ -311,6 +333,19 @@ def left(
   if code or content(folder) != known.new or any(folder.glob('.*')):
     return f'the next run: exit code {code}: {error}: {sorted(content(folder))}'
   return None
+
+
+def problem_of_two_writers(
+  scenario: Scenario, inputs: Inputs, folder: pathlib.Path, known: Expected
+) -> str | None:
+  """Runs a scenario twice at the same time; see `problem`."""
+  prepare(known.files, folder)
+  arguments = inputs.arguments(scenario, 1, folder / _NAME)
+  ended = [_end(x) for x in [_start(arguments, folder), _start(arguments, folder)]]
+  codes = sorted(code for code, _ in ended)
+  if codes not in ([0, 0], [0, program.BAD_INPUT]):
+    return f'they ended so: {ended}'
+  return left(scenario, inputs, folder, known, may_leave=False)
 
 
 # ---- a file system that is too small -------------------------------------------------
@@ -394,6 +429,9 @@ def sweep(
         for at in range(1, known.operations + 1, stride):
           wrong = problem(scenario, inputs, folder, known, fault, at)
           note(name, fault, f'operation {at}', wrong)
+      for k in range(0, _WRITERS, stride):
+        wrong = problem_of_two_writers(scenario, inputs, folder, known)
+        note(name, 'two writers', f'run {k}', wrong)
       with contextlib.suppress(PermissionError):
         for part in range(0, _SIZES, stride):
           wrong = problem_of_small_disk(scenario, inputs, folder, known, part)
@@ -424,9 +462,10 @@ def main() -> None:
 _ABOUT = """\
 Written by `python -m fuzz.faults --results=RESULTS.md`. In each run one operation on
 the files around the output goes wrong (an open, a rename, a removal, ...), and every
-operation of a command is tried. A small disk is a tmpfs with room for a part of the
-output. The older output must then be complete, or the new one. What else is left, in a
-hidden folder, must be removed by the next run."""
+operation of a command is tried. Two writers are processes with the same output at the
+same time. A small disk is a tmpfs with room for a part of the output. The older output
+must then be complete, or the new one. What else is left, in a hidden folder, must be
+removed by the next run."""
 
 
 if __name__ == '__main__':

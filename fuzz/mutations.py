@@ -25,7 +25,7 @@ _SPECIAL: list[Any] = [
 
 
 def edit_json(value: Any, rng: random.Random) -> Any:
-  """A JSON value with one to three changes of its nodes."""
+  """Returns a JSON value with one to three changes of its nodes."""
   root = [copy.deepcopy(value)]
   for _ in range(rng.choice((1, 1, 1, 2, 3))):
     places = list(_places(root))
@@ -37,7 +37,7 @@ def edit_json(value: Any, rng: random.Random) -> Any:
 
 
 def _places(node: Any) -> Any:
-  """Each node of a JSON value by its parent and its key there."""
+  """Yields each node of a JSON value as its parent and its key there."""
   stack = [node]
   while stack:
     parent = stack.pop()
@@ -84,7 +84,7 @@ def _edit(
 
 
 def json_text(value: Any, rng: random.Random) -> bytes:
-  """The text of a JSON value, now and then with what `json` does not write."""
+  """Returns the text of a JSON value, sometimes with text that `json` never writes."""
   try:
     text = containers.to_json(value)
   except (RecursionError, ValueError):
@@ -97,7 +97,7 @@ def json_text(value: Any, rng: random.Random) -> bytes:
 
 
 def mutate_json(data: bytes, rng: random.Random, mutate: MutateBytes) -> bytes:
-  """A JSON text with changed nodes, or with changed bytes."""
+  """Returns a JSON text with changed nodes or changed bytes."""
   if rng.random() < 0.2:
     return mutate(data)
   try:
@@ -107,7 +107,7 @@ def mutate_json(data: bytes, rng: random.Random, mutate: MutateBytes) -> bytes:
 
 
 def mutate_container(data: bytes, rng: random.Random, mutate: MutateBytes) -> bytes:
-  """A container with a changed manifest or stream, and the checksums that belong."""
+  """Returns a container with a changed manifest or stream and correct checksums."""
   try:
     streams, manifest = containers.unpack(data)
     names = list(streams)
@@ -134,7 +134,7 @@ def mutate_container(data: bytes, rng: random.Random, mutate: MutateBytes) -> by
 
 
 def mutate_zip(data: bytes, rng: random.Random, mutate: MutateBytes) -> bytes:
-  """A zip with a changed member, and the checksum that belongs."""
+  """Returns a zip with a changed member and its correct checksum."""
   if rng.random() < 0.1:
     return mutate(data)
   try:
@@ -165,7 +165,7 @@ def mutate_zip(data: bytes, rng: random.Random, mutate: MutateBytes) -> bytes:
 
 
 def mutate_safetensors(data: bytes, rng: random.Random, mutate: MutateBytes) -> bytes:
-  """A safetensors file with a changed header, and the length that belongs."""
+  """Returns a safetensors file with a changed header and its correct length."""
   if rng.random() < 0.1 or len(data) < 8:
     return mutate(data)
   (size,) = struct.unpack('<Q', data[:8])
@@ -175,7 +175,7 @@ def mutate_safetensors(data: bytes, rng: random.Random, mutate: MutateBytes) -> 
 
 
 def mutate_bytes(data: bytes, rng: random.Random, mutate: MutateBytes) -> bytes:
-  """Changed bytes; now and then a number of 4 or 8 bytes is a special one."""
+  """Changes bytes; sometimes writes a special number of 4 or 8 bytes."""
   if rng.random() < 0.5 or len(data) < 16:
     return mutate(data)
   number = rng.choice((0, 1, 2, 8, 9, 1 << 31, (1 << 63) - 1, 1 << 63, 1 << 40, 255))

@@ -224,7 +224,7 @@ def _child(order: dict[str, Any]) -> None:
 
 
 def to_text(results: dict[str, Result]) -> str:
-  """A table of the counts."""
+  """Returns a table of the counts."""
   lines = [
     f'{"target":14}{"executions":>12}{"refused":>12}{"slowest s":>11}{"failures":>10}'
   ]

@@ -47,7 +47,7 @@ FILES = {
 def sliced_model(
   config_json: dict[str, Any], *, width: int = 12, seed: int = 0
 ) -> models.Model:
-  """A random sliced model in float16, whose embedding is its head's image."""
+  """Makes a random sliced model in float16 with a tied embedding."""
   dense = checkpoints.parse_config(config_json, None)
   config = dense.sliced_to((width,) * len(dense.segment_widths))
   rng = np.random.default_rng(seed)
@@ -70,7 +70,7 @@ def sliced_model(
 
 
 def presets_of_sweep() -> dict[str, presets.Preset]:
-  """Every preset, with the options that make other code read its files."""
+  """Returns every preset, and variants whose files other code reads."""
   found = {name: presets.make(name) for name in presets.PRESETS}
   published: dict[str, Any] = {
     'canonicaliser': 'svd',
@@ -83,7 +83,7 @@ def presets_of_sweep() -> dict[str, presets.Preset]:
 
 @functools.cache
 def containers_of_presets(seed: int = 0) -> dict[str, bytes]:
-  """A small sliced Llama with each preset."""
+  """Encodes a small sliced Llama with each preset."""
   model = sliced_model(LLAMA, seed=seed)
   return {
     name: rotbits_jax.encode(model, preset=preset, files=FILES, stem='tiny')
@@ -92,7 +92,7 @@ def containers_of_presets(seed: int = 0) -> dict[str, bytes]:
 
 
 def leaves() -> dict[str, Any]:
-  """Structured leaves of every kind that stands alone."""
+  """Returns a structured leaf of every kind that needs no other parameter."""
   rng = np.random.default_rng(0)
   normal = lambda *shape: np.asarray(rng.standard_normal(shape), np.float16)
   lower = lambda rows, columns: np.tril(normal(rows, columns))
@@ -122,7 +122,7 @@ def leaves() -> dict[str, Any]:
 
 
 def packed_leaves() -> dict[str, structured.Packed]:
-  """Leaves that take the place of arrays with many zeros or few levels."""
+  """Returns leaves that stand for arrays with many zeros or few levels."""
   rng = np.random.default_rng(2)
   normal = np.asarray(rng.standard_normal((24, 32)), np.float16)
   pruned = np.where(rng.random(normal.shape) < 0.1, normal, np.float16(0))
@@ -145,7 +145,7 @@ def packed_leaves() -> dict[str, structured.Packed]:
 
 @functools.cache
 def containers_of_trees() -> dict[str, bytes]:
-  """PyTrees that are stored in all the ways there are."""
+  """Encodes PyTrees whose arrays are stored in all possible ways."""
   rng = np.random.default_rng(1)
   normal = lambda *shape: np.asarray(rng.standard_normal(shape), np.float32)
   arrays = {
@@ -173,7 +173,7 @@ def containers_of_trees() -> dict[str, bytes]:
 
 
 def _plain_tensors() -> bytes:
-  """A checkpoint of a family that is not known."""
+  """Encodes a checkpoint of an unknown family."""
   with tempfile.TemporaryDirectory() as folder:
     path = pathlib.Path(folder)
     (path / 'config.json').write_bytes(b'{"model_type": "unknown"}')
@@ -185,7 +185,7 @@ def _plain_tensors() -> bytes:
 
 @functools.cache
 def containers_of_models() -> dict[str, bytes]:
-  """Models whose units use everything but the message of bits-back coding."""
+  """Encodes models with every preset but `paper`."""
   model = sliced_model(OPT)
   found = {
     name: data
@@ -198,7 +198,7 @@ def containers_of_models() -> dict[str, bytes]:
 
 
 def stored_leaves() -> list[bytes]:
-  """What files keep of structured leaves, as JSON; numbers are left out."""
+  """Returns the settings and shapes of structured leaves, as JSON."""
   kinds = list(leaves().values())
   decoded = rotbits_jax.decode(containers_of_presets()['exact'])
   with rotbits_jax.file.Reader(containers_of_presets()['exact']) as reader:
@@ -241,7 +241,7 @@ def safetensors_files() -> list[bytes]:
 
 
 def gguf_files() -> list[bytes]:
-  """A Llama of one layer in a GGUF file, written here byte by byte."""
+  """Makes a GGUF file of a Llama with one layer, byte by byte."""
   text = lambda value: struct.pack('<Q', len(value.encode())) + value.encode()
   strings = lambda values: (
     struct.pack('<IIQ', 9, 8, len(values)) + b''.join(map(text, values))
@@ -294,7 +294,7 @@ def gguf_files() -> list[bytes]:
 
 
 def configs() -> list[bytes]:
-  """The JSON files of checkpoints: `config.json` and the slicing JSON."""
+  """Returns the JSON files of checkpoints: `config.json` and the slicing JSON."""
   rope = {'rope_type': 'llama3', 'factor': 8.0, 'low_freq_factor': 1.0}
   rope |= {'high_freq_factor': 4.0, 'original_max_position_embeddings': 8192}
   kinds: dict[str, dict[str, Any]] = {

@@ -68,7 +68,7 @@ class Case(NamedTuple):
 
 
 def cases(data: bytes, other: bytes) -> Iterator[Case]:
-  """All damage of a container.
+  """Yields all damage of a container.
 
   Args:
     data: the container.
@@ -83,7 +83,7 @@ def cases(data: bytes, other: bytes) -> Iterator[Case]:
 
 
 def _sections(data: bytes) -> list[tuple[str, int, int]]:
-  """The sections of a container: names, starts and stops."""
+  """Returns the sections of a container: names, starts and stops."""
   (length,) = struct.unpack('<Q', data[:8])
   reader = container.StreamReader(data)
   found, start = [('', 0, 8 + length)], 8 + length
@@ -216,7 +216,7 @@ class Counts(NamedTuple):
 
 
 def numbers(data: bytes) -> dict[str, tuple[str, bytes]]:
-  """All that a container holds: the bits of parameters by path, and files."""
+  """Returns the content of a container: the bits of all arrays, and the files."""
   with rotbits_jax.file.Reader(data) as reader:
     decoded = reader.model()
     found = {name: ('', content) for name, content in reader.files().items()}
@@ -275,7 +275,7 @@ def sweep(
 
 
 def to_text(found: dict[str, dict[str, Counts]], seconds: float) -> str:
-  """A table of the counts."""
+  """Returns a table of the counts."""
   lines = [
     f'{"preset":18}{"damage":12}{"cases":>9}{"refused":>9}{"same":>9}{"failures":>10}'
   ]

@@ -97,7 +97,7 @@ def _container(data: bytes) -> None:
 
 
 def _is_small(leaf: Any) -> bool:
-  """Whether a leaf can be materialized here."""
+  """Returns whether a leaf can be materialized here."""
   alone = structured.is_structured(leaf) and not isinstance(leaf, structured.Dependent)
   return alone and math.prod(leaf.shape) <= _SMALL
 
@@ -192,7 +192,7 @@ def _config(data: bytes) -> None:
 
 
 def _pops() -> list[tuple[codecs.Codec, int]]:
-  """Codecs, and how many integers a symbol of each has."""
+  """Returns codecs, each with the number of integers in its symbol."""
   haar_table, eig_table = np.zeros((3, 17), np.int64), np.zeros((2, 17), np.int64)
   haar_table[:, :4] = eig_table[:, :4] = 4096
   sizes = jnp.asarray([1, 2, 3, 1000, 1 << 16], jnp.uint32)

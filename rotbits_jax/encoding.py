@@ -23,6 +23,7 @@ from rotbits_jax import presets
 from rotbits_jax import progress as progress_lib
 from rotbits_jax.file import model as model_lib
 from rotbits_jax.file import plain
+from rotbits_jax.file import shards as shards_lib
 from rotbits_jax.file import writer as writer_lib
 from rotbits_jax.verification import read_all
 
@@ -69,7 +70,7 @@ def encode(
   memory = io.BytesIO()
   _, job = _job(model, preset, options, files, stem, mesh)
   with progress_lib.Progress('encode', job.total, 'unit', show=progress) as bar:
-    shard = writer_lib.Shard('', tuple(job.sizes))
+    shard = shards_lib.Shard('', tuple(job.sizes))
     job.write([shard], lambda _: memory, None, bar)
   return memory.getvalue()
 
@@ -134,8 +135,8 @@ def encode_to_file(
   bytes_of = {name: sizes.bytes for name, sizes in job.sizes.items()}
   sharded = shard_size is not None or processes > 1
   output = pathlib.Path(path).absolute() if sharded else outputs.resolved(path)
-  shards = writer_lib.plan_shards(output, bytes_of, shard_size, processes)
-  index = output.with_name(writer_lib.index_name(output))
+  shards = shards_lib.plan(output, bytes_of, shard_size, processes)
+  index = output.with_name(shards_lib.index_name(output))
   for target in (output, index, *(output.with_name(x.name) for x in shards)):
     outputs.check(target, overwrite=overwrite)
   owners = {x: i * processes // len(shards) for i, x in enumerate(shards)}
@@ -153,7 +154,7 @@ def encode_to_file(
     _barrier(processes)
     if sharded and process == 0:
       paths = {x: work.path(x.name, process=i) for x, i in owners.items()}
-      writer_lib.write_index(work.path(index.name), paths)
+      shards_lib.write_index(work.path(index.name), paths)
     if check:
       bar.stage('checking')
       first = index.name if sharded else output.name

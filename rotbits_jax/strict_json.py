@@ -15,6 +15,10 @@ MAX_DEPTH = 64
 _MOST_DIGITS = 19  # of an integer; about 64 bits
 
 
+class LimitError(ValueError):
+  """The text is JSON for `json.loads`, but not within the limits of this module."""
+
+
 def loads(data: bytes | str) -> Any:
   """Parses a JSON text.
 
@@ -25,7 +29,8 @@ def loads(data: bytes | str) -> Any:
     The value. Numbers are finite, and lists and objects nest at most `MAX_DEPTH` deep.
 
   Raises:
-    ValueError: if the text is not JSON, or not within these limits.
+    LimitError: if the text is JSON, but not within these limits.
+    ValueError: if the text is not JSON.
   """
   try:
     text = data if isinstance(data, str) else data.decode()
@@ -37,7 +42,7 @@ def loads(data: bytes | str) -> Any:
       object_pairs_hook=_object,
     )
   except RecursionError:
-    raise ValueError('not JSON: it is nested too deeply') from None
+    raise LimitError('not JSON: it is nested too deeply') from None
   except UnicodeDecodeError as error:
     raise ValueError(f'not JSON: {error.reason}') from None
   except json.JSONDecodeError as error:
@@ -47,19 +52,19 @@ def loads(data: bytes | str) -> Any:
 
 
 def _refuse_constant(constant: str) -> NoReturn:
-  raise ValueError(f'the number {constant} is not JSON')
+  raise LimitError(f'the number {constant} is not JSON')
 
 
 def _finite(text: str) -> float:
   number = float(text)
   if not math.isfinite(number):
-    raise ValueError(f'the number {text[:20]} is too large')
+    raise LimitError(f'the number {text[:20]} is too large')
   return number
 
 
 def _integer(text: str) -> int:
   if len(text.lstrip('-')) > _MOST_DIGITS:
-    raise ValueError(f'the integer {text[:20]}... is too large')
+    raise LimitError(f'the integer {text[:20]}... is too large')
   return int(text)
 
 
@@ -67,7 +72,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
   found: dict[str, Any] = {}
   for key, value in pairs:
     if key in found:
-      raise ValueError(f'the key {key[:40]!r} is repeated')
+      raise LimitError(f'the key {key[:40]!r} is repeated')
     found[key] = value
   return found
 
@@ -83,10 +88,10 @@ def _check(value: Any) -> None:
       try:
         text.encode()
       except UnicodeEncodeError:
-        raise ValueError('not JSON: a lone surrogate') from None
+        raise LimitError('not JSON: a lone surrogate') from None
     level = [item for x in lists for item in x]
     level += [item for x in objects for item in x.values()]
     level += [key for x in objects for key in x]
     if not lists and not objects:
       return
-  raise ValueError('not JSON: it is nested too deeply')
+  raise LimitError('not JSON: it is nested too deeply')

@@ -23,6 +23,7 @@ from rotbits_jax import checkpoints
 from rotbits_jax import file
 from rotbits_jax import structured
 from rotbits_jax.file import reader as reader_lib
+from rotbits_jax.file import shards as shards_lib
 from rotbits_jax.file import writer
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -138,8 +139,7 @@ class ShardsTest(Base):
   def test_plan(self):
     sizes = {'a': 5, 'b': 5, 'c': 20, 'd': 1}
     plan = lambda size, least=1: [
-      shard.units
-      for shard in writer.plan_shards(pathlib.Path('x.y'), sizes, size, least)
+      shard.units for shard in shards_lib.plan(pathlib.Path('x.y'), sizes, size, least)
     ]
     self.assertEqual(plan(None), [('a', 'b', 'c', 'd')])
     self.assertEqual(plan(10), [('a', 'b'), ('c',), ('d',)])
@@ -246,7 +246,8 @@ class ResumeTest(Base):
   def test_kill(self):
     program = f"""
       import rotbits_jax
-      from rotbits_jax.file import writer
+      from rotbits_jax.file import shards as shards_lib
+from rotbits_jax.file import writer
       import os, signal
       real, count = writer.encode_unit, [0]
       def encode_unit(*args):

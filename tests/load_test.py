@@ -5,11 +5,13 @@ import gc
 import pathlib
 import tempfile
 import tracemalloc
+import weakref
 
 from absl.testing import absltest
 from absl.testing import parameterized
 import jax
 import numpy as np
+import random_models
 
 import rotbits_jax
 
@@ -74,6 +76,22 @@ class LoadTest(parameterized.TestCase):
     grown = rounds(20) - before
     # A round that kept its arrays would keep 40 kB.
     self.assertLess(grown, 20 * 4_000)
+
+  def test_layers_are_freed_as_soon_as_they_are_used(self):
+    model = random_models.random_model(random_models.BASE | {'num_hidden_layers': 12})
+    with rotbits_jax.file.Reader(rotbits_jax.encode(model, preset='exact')) as reader:
+      alive: list[weakref.ref[np.ndarray]] = []
+      for index, params in reader.parts():
+        alive = [x for x in alive if x() is not None]
+        self.assertLessEqual(len(alive), 3, f'layer {index}')
+        alive.append(
+          weakref.ref(
+            params['mlp']['up']['kernel']
+            if index is not None
+            else params['embed']['tokens']
+          )
+        )
+        del params
 
 
 if __name__ == '__main__':

@@ -218,6 +218,13 @@ class CheckpointTest(parameterized.TestCase):
       rotbits_jax.encode_to_file(self.source, self.file, preset='free')
     self.check_round_trip()
 
+  def test_a_config_with_an_infinite_number(self):
+    # Mamba's configs have `"time_step_limit": [0.0, Infinity]`.
+    config = '{"model_type": "mamba2", "time_step_limit": [0.0, Infinity]}'
+    (self.source / 'config.json').write_text(config)
+    safetensors_files.write(self.source / 'model.safetensors', _tensors())
+    self.check_round_trip()
+
   def test_output_shards_and_an_output_beside_the_input(self):
     safetensors_files.write(self.source / 'model.safetensors', _tensors())
     self.check_round_trip()

@@ -23,10 +23,14 @@ def parse_json(content: bytes, where: str) -> Any:
     The JSON value.
 
   Raises:
-    CheckpointError: if the content is not JSON, see `strict_json`.
+    UnsupportedError: if the content is JSON with an infinite number or the like, see
+      `strict_json.LimitError`. Configs of families that are not known have these.
+    CheckpointError: if the content is not JSON.
   """
   try:
     return strict_json.loads(content)
+  except strict_json.LimitError as e:
+    raise errors.UnsupportedError(f'{where}: {e}') from e
   except ValueError as e:
     raise errors.CheckpointError(f'{where}: {e}') from e
 

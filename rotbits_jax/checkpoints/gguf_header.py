@@ -43,7 +43,7 @@ class _Header:
     return struct.unpack('<Q', self.skip(8))[0]
 
   def count(self, least: int) -> int:
-    """The count of items of at least so many bytes each."""
+    """Reads how many items follow, of at least `least` bytes each."""
     found = self.u64()
     if found > (len(self._data) - self._position) // least:
       raise errors.CheckpointError('the header of the GGUF file is cut short')

@@ -6,14 +6,19 @@ stream is a run of bytes in the file; each unit is one stream.
 container  stores streams in a safetensors file
 fields     reads JSON objects from untrusted files
 manifest   describes the content of a file, and validates the description
-writer     writes a model to one file or to shards, one unit at a time
+shards     divides a model among several files, with an index
+model      the job of encoding a model: rewrites layers, writes units
+plain      the job of encoding a PyTree, or a checkpoint of an unknown family
+packing    finds arrays whose numbers carry less than their dtype allows
+writer     writes one file or several, one unit at a time
 reader     reads a unit without the others, or the whole model
+placement  places decoded arrays on devices
 report     tells what each step of the encoder saved
 """
 
 from rotbits_jax.file.container import ContainerError
 from rotbits_jax.file.container import Readable
-from rotbits_jax.file.reader import Place
+from rotbits_jax.file.placement import Place
 from rotbits_jax.file.reader import Reader
 from rotbits_jax.file.report import Report
 

@@ -287,7 +287,7 @@ class _Named:
 
 
 def parse_json(data: bytes, where: str) -> Any:
-  """JSON that a stranger may have written.
+  """Parses JSON that a stranger may have written.
 
   Raises:
     ContainerError: if it is not JSON as `strict_json` has it.

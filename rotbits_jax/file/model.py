@@ -15,6 +15,7 @@ from rotbits_jax import progress as progress_lib
 from rotbits_jax import structured
 from rotbits_jax import symmetries
 from rotbits_jax.file import manifest as manifest_lib
+from rotbits_jax.file import shards as shards_lib
 from rotbits_jax.file import writer as writer_lib
 from rotbits_jax.symmetries import transform as transform_lib
 
@@ -56,7 +57,7 @@ class Job:
   def total(self) -> int:
     return len(self.sizes)
 
-  def fingerprint(self, shards: Sequence[writer_lib.Shard]) -> str | None:
+  def fingerprint(self, shards: Sequence[shards_lib.Shard]) -> str | None:
     """Returns a hash of everything that determines the bytes of the output.
 
     Returns None if a run cannot be resumed.
@@ -75,7 +76,7 @@ class Job:
 
   def write(
     self,
-    shards: Sequence[writer_lib.Shard],
+    shards: Sequence[shards_lib.Shard],
     open_shard: Any,
     work: writer_lib.Workspace | None,
     bar: progress_lib.Progress,
@@ -92,7 +93,7 @@ class Job:
     if not shards:
       return
     writers: dict[str, writer_lib.FileWriter] = {}
-    home: dict[str, writer_lib.Shard] = {}
+    home: dict[str, shards_lib.Shard] = {}
     last = list(self.sizes)[-1]
     for shard in shards:
       files = self.files if last in shard.units else {}
@@ -119,7 +120,7 @@ class Job:
   def _write_units(
     self,
     writers: dict[str, writer_lib.FileWriter],
-    home: dict[str, writer_lib.Shard],
+    home: dict[str, shards_lib.Shard],
     work: writer_lib.Workspace | None,
     bar: progress_lib.Progress,
   ) -> None:
@@ -151,7 +152,7 @@ class Job:
     for units, state in rewritten:
       beside = {key: x for unit in units for key, x in unit.params.items()}
       bar.stage('coding')
-      noted: dict[writer_lib.Shard, list[manifest_lib.Unit]] = {}
+      noted: dict[shards_lib.Shard, list[manifest_lib.Unit]] = {}
       while units:
         unit = units.pop(0)
         if unit.name not in home:  # another process writes it

@@ -18,6 +18,7 @@ from rotbits_jax import progress as progress_lib
 from rotbits_jax import structured
 from rotbits_jax import symmetries
 from rotbits_jax.file import manifest as manifest_lib
+from rotbits_jax.file import shards as shards_lib
 from rotbits_jax.file import writer as writer_lib
 
 Tree = dict[str, Any]
@@ -65,7 +66,7 @@ class Job:
     """How many units there are."""
     return len(self.sizes)
 
-  def fingerprint(self, shards: Sequence[writer_lib.Shard]) -> str | None:
+  def fingerprint(self, shards: Sequence[shards_lib.Shard]) -> str | None:
     """Returns a digest of all that decides the bytes; None if a run cannot resume."""
     if self._tensors is None:
       return None
@@ -74,8 +75,8 @@ class Job:
 
   def write(
     self,
-    shards: Sequence[writer_lib.Shard],
-    open_shard: Callable[[writer_lib.Shard], BinaryIO],
+    shards: Sequence[shards_lib.Shard],
+    open_shard: Callable[[shards_lib.Shard], BinaryIO],
     work: writer_lib.Workspace | None,
     bar: progress_lib.Progress,
   ) -> None:
@@ -123,7 +124,7 @@ class Job:
   def _write_unit(
     self,
     writer: writer_lib.FileWriter,
-    shard: writer_lib.Shard,
+    shard: shards_lib.Shard,
     name: str,
     work: writer_lib.Workspace | None,
   ) -> None:

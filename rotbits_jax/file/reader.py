@@ -18,7 +18,6 @@ import functools
 import itertools
 import math
 import os
-import pathlib
 from typing import Any, NamedTuple, Self
 import zlib
 
@@ -35,12 +34,11 @@ from rotbits_jax import structured
 from rotbits_jax.coding import weights
 from rotbits_jax.file import container
 from rotbits_jax.file import manifest as manifest_lib
-from rotbits_jax.file import writer
+from rotbits_jax.file import placement
+from rotbits_jax.file import shards
 from rotbits_jax.file.container import ContainerError
 
 Tree = dict[str, Any]
-Place = jax.sharding.Sharding | Callable[[str, tuple[int, ...]], jax.sharding.Sharding]
-"""The sharding of all arrays, or a function of a path and a shape that returns one."""
 
 
 class Reader:
@@ -66,7 +64,7 @@ class Reader:
       ContainerError: if this is not a rotbits file, or if its manifest is damaged.
       OSError: if a path cannot be read.
     """
-    files, checksums = _shards(source)
+    files, checksums = shards.find(source)
     self._files = [container.StreamReader(file) for file in files]
     for file in self._files:
       if checksums.get(os.path.basename(file.name), file.manifest_crc32) != (
@@ -186,7 +184,7 @@ class Reader:
     self,
     *,
     layers: range | None = None,
-    place: Place | None = None,
+    place: placement.Place | None = None,
     show_progress: bool = False,
   ) -> models.Model | Tree:
     """Reads the model, with stacked layers, or the PyTree of arrays.
@@ -194,7 +192,7 @@ class Reader:
     Args:
       layers: the layers to read; all by default. The config stays that of the whole
         model.
-      place: the sharding of arrays, see `Place`; by default they are NumPy arrays.
+      place: the sharding of arrays; by default they are NumPy arrays.
         Layers that no device of this process gets are not decoded.
       show_progress: whether to show the progress on stderr.
 
@@ -226,11 +224,13 @@ class Reader:
       runs = itertools.groupby(layers, lambda i: self._entry(f'layers.{i}').stack_key())
       stacks = [self._start_stack(list(run), place, start) for _, run in runs]
       for future in expanding:
-        params |= _placed(future.result(), place)
+        params |= placement.placed(future.result(), place)
         bar.update()
       for group, stack in enumerate(stacks):
         tree = stack.result(bar)
-        params[f'blocks_{group}'] = _placed_stack(tree, place, stack)
+        params[f'blocks_{group}'] = placement.placed_stack(
+          tree, place, stack.wanted, stack.total
+        )
     return models.Model(params=params, buffers=self.buffers(), config=self.config)
 
   def parts(self, *, show_progress: bool = False) -> Iterator[tuple[int | None, Tree]]:
@@ -474,14 +474,14 @@ class Reader:
     return tree
 
   def _start_stack(
-    self, indices: Sequence[int], place: Place | None, start: weights.Start
+    self, indices: Sequence[int], place: placement.Place | None, start: weights.Start
   ) -> '_Stack':
     """Starts to decode the layers of a group, into their places in the stack."""
     entry = self._entry(f'layers.{indices[0]}')
     count = len(indices)
     wanted = range(count)
     if place is not None:
-      wanted = _local_layers(place, entry, count)
+      wanted = placement.local_layers(place, entry, count)
     specs = [
       {leaf.path: own for leaf, own in self._entry(f'layers.{i}').leaf_specs()}
       for i in indices
@@ -542,7 +542,7 @@ class Reader:
         raise ContainerError(f'message: {error}') from error
 
   def _message_model(
-    self, layers: range, place: Place | None, show_progress: bool
+    self, layers: range, place: placement.Place | None, show_progress: bool
   ) -> models.Model:
     assert self.config is not None
     flat: Tree = {}
@@ -558,37 +558,8 @@ class Reader:
     return (
       model
       if place is None
-      else dataclasses.replace(model, params=_placed(model.params, place))
+      else dataclasses.replace(model, params=placement.placed(model.params, place))
     )
-
-
-def _shards(
-  source: container.Readable,
-) -> tuple[list[container.Readable], dict[str, Any]]:
-  """Returns the files of a source, and their manifests' checksums from the index."""
-  if not isinstance(source, (str, os.PathLike)):
-    return [source], {}
-  path = pathlib.Path(source)
-  index = path.with_name(writer.index_name(path))
-  if path.name.endswith('.index.json'):
-    index = path
-  elif path.exists() or not index.exists():
-    return [path], {}
-  parsed = container.parse_json(index.read_bytes(), 'index')
-  found = parsed.get('weight_map') if isinstance(parsed, dict) else None
-  if not isinstance(found, dict) or not found:
-    raise ContainerError(f'{index}: weight_map must map units to files')
-  names = list(dict.fromkeys(found.values()))
-  for name in names:
-    if not isinstance(name, str) or pathlib.PurePath(name).name != name:
-      raise ContainerError(f'{index}: {name!r:.100} is not the name of a shard')
-    if not (index.parent / name).is_file():
-      raise ContainerError(f'{index}: the shard {name} is missing')
-  metadata = parsed.get('metadata')
-  checksums = metadata.get('manifest_crc32') if isinstance(metadata, dict) else None
-  if not isinstance(checksums, dict):
-    checksums = {}
-  return [index.parent / name for name in names], checksums
 
 
 def _manifest(file: container.StreamReader) -> manifest_lib.Manifest:
@@ -718,56 +689,3 @@ def _is_layer(name: str) -> bool:
 
 def _dtype(name: str) -> np.dtype:
   return np.dtype(jax.numpy.dtype(name))
-
-
-# ---- devices -----------------------------------------------------------------------
-
-
-def _sharding(place: Place, path: str, shape: tuple[int, ...]) -> jax.sharding.Sharding:
-  return place(path, shape) if callable(place) else place
-
-
-def _placed(tree: Tree, place: Place | None) -> Tree:
-  """Puts arrays on devices; the arrays of a leaf have the sharding of its path."""
-  if place is None:
-    return tree
-  flat = {}
-  for path, leaf in structured.flatten(tree).items():
-    put = lambda x, path=path: jax.device_put(x, _sharding(place, path, x.shape))
-    flat[path] = jax.tree.map(put, leaf)
-  return structured.unflatten(flat)
-
-
-def _local_layers(place: Place, entry: manifest_lib.Unit, count: int) -> range:
-  """Returns the range of layers in a stack that devices of this process get."""
-  first, last = count, 0
-  for leaf, specs in entry.leaf_specs():
-    for spec in specs:
-      shape = (count, *(leaf.shape if leaf.is_array else spec.shape))
-      sharding = _sharding(place, leaf.path, shape)
-      for index in sharding.addressable_devices_indices_map(shape).values():
-        start, stop, _ = index[0].indices(count) if index else (0, count, 1)
-        first, last = min(first, start), max(last, stop)
-  return range(min(first, last), last)
-
-
-def _placed_stack(tree: Tree, place: Place | None, layers: _Stack) -> models.Params:
-  """Puts stacks on devices, of which this process may hold only some layers."""
-  if place is None:
-    return tree
-
-  def put(path: str, stack: Any) -> jax.Array:
-    shape = (layers.total, *stack.shape[1:])
-
-    def part(index: Any) -> Any:
-      start, stop, _ = index[0].indices(layers.total)
-      rows = slice(start - layers.wanted.start, stop - layers.wanted.start)
-      return np.asarray(stack)[(rows, *index[1:])]
-
-    return jax.make_array_from_callback(shape, _sharding(place, path, shape), part)
-
-  flat = {
-    path: jax.tree.map(lambda x, path=path: put(path, x), leaf)
-    for path, leaf in structured.flatten(tree).items()
-  }
-  return structured.unflatten(flat)

@@ -36,6 +36,7 @@ from rotbits_jax.file import container
 from rotbits_jax.file import fields
 from rotbits_jax.file import manifest as manifest_lib
 from rotbits_jax.file import packing
+from rotbits_jax.file import shards as shards_lib
 from rotbits_jax.symmetries import transform
 
 DTYPE = 'dtype'  # the option with the dtype of a checkpoint whose file is float32
@@ -261,77 +262,6 @@ def encode_unit(
 # ---- complete files ------------------------------------------------------------------
 
 
-class Shard(NamedTuple):
-  """A file of the output: its name, and the names of the units in it."""
-
-  name: str
-  units: tuple[str, ...]
-
-
-def plan_shards(
-  path: pathlib.Path, sizes: Mapping[str, int], shard_size: int | None, least: int
-) -> list[Shard]:
-  """Divides units among files.
-
-  The plan depends only on the sizes before coding, so it is known from the start. No
-  file exceeds `shard_size`, unless a single unit does.
-
-  Args:
-    path: path of the output.
-    sizes: bytes of each unit before coding, in order.
-    shard_size: greatest size of a shard in bytes; None for no limit.
-    least: the least number of shards, if there are enough units.
-
-  Returns:
-    The shards, in order.
-  """
-  total = sum(sizes.values())
-  if least > 1:
-    even = -(-total // least)
-    shard_size = even if shard_size is None else min(shard_size, even)
-  groups: list[list[str]] = [[]]
-  filled = 0
-  for name, size in sizes.items():
-    if shard_size is not None and groups[-1] and filled + size > shard_size:
-      groups.append([])
-      filled = 0
-    groups[-1].append(name)
-    filled += size
-  if len(groups) == 1 and shard_size is None:
-    return [Shard(path.name, tuple(groups[0]))]
-  count = len(groups)
-  return [
-    Shard(f'{path.stem}-{i:05}-of-{count:05}{path.suffix}', tuple(group))
-    for i, group in enumerate(groups, 1)
-  ]
-
-
-def index_name(path: pathlib.Path) -> str:
-  """Returns the name of the index that is written beside the shards of an output."""
-  return f'{path.name}.index.json'
-
-
-def write_index(path: pathlib.Path, shards: Mapping[Shard, pathlib.Path]) -> None:
-  """Writes the index of shards, with the checksum of each shard's manifest.
-
-  The checksums show whether all shards were written by one run.
-
-  Args:
-    path: path of the index.
-    shards: the current path of each shard's file.
-  """
-  metadata = {
-    'total_size': sum(file.stat().st_size for file in shards.values()),
-    'manifest_crc32': {
-      shard.name: container.StreamReader(file).manifest_crc32
-      for shard, file in shards.items()
-    },
-  }
-  names = {unit: shard.name for shard in shards for unit in shard.units}
-  text = json.dumps({'metadata': metadata, 'weight_map': names}, indent=2)
-  path.write_text(text + '\n')
-
-
 class Workspace:
   """The hidden folder in which a run writes, so that the next run can resume it.
 
@@ -393,7 +323,7 @@ class Workspace:
     with contextlib.suppress(OSError):  # another process writes beside this one
       self._root.rmdir()
 
-  def open(self, shard: Shard) -> BinaryIO:
+  def open(self, shard: shards_lib.Shard) -> BinaryIO:
     """Opens a shard's file for reading and writing, at its start."""
     path = self._folder / shard.name
     path.touch()
@@ -406,7 +336,7 @@ class Workspace:
 
   def note(
     self,
-    entries: Mapping[Shard, Sequence[manifest_lib.Unit]],
+    entries: Mapping[shards_lib.Shard, Sequence[manifest_lib.Unit]],
     state: transform.State,
   ) -> None:
     """Records in the journal that units are written, and the state after them.

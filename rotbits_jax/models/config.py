@@ -188,7 +188,7 @@ class ModelConfig:
     return 1 if self.parallel_block else 2
 
   def sliced_to(self, widths: tuple[int, ...]) -> 'ModelConfig':
-    """The config after SliceGPT has fused the norms and sliced to these widths."""
+    """Returns the config after SliceGPT has sliced the model to these widths."""
     return dataclasses.replace(
       self,
       norm='rmsn',

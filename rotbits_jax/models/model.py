@@ -67,7 +67,7 @@ class Model:
     return tuple(sizes)
 
   def outer(self) -> Params:
-    """The parameters outside the layers."""
+    """Returns the parameters outside the layers."""
     return {k: v for k, v in self.params.items() if not k.startswith('blocks_')}
 
   def layers(self) -> Iterator[Params]:
@@ -77,7 +77,7 @@ class Model:
         yield unstack_layer(self.params[f'blocks_{group}'], index)
 
   def layer(self, index: int) -> Params:
-    """The parameters of one layer, unstacked."""
+    """Returns the parameters of one layer, unstacked."""
     for group, size in enumerate(self.group_sizes):
       if index < size:
         return unstack_layer(self.params[f'blocks_{group}'], index)

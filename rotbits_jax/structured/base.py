@@ -272,7 +272,7 @@ def stack_key(leaf: Any) -> tuple[Any, ...]:
 
 
 def _stack(*arrays: Any) -> Any:
-  """The arrays, stacked; without a copy if they are the rows of an array already."""
+  """Stacks arrays; makes no copy if they are the rows of an array already."""
   first = arrays[0]
   if not isinstance(first, np.ndarray):
     return jnp.stack(arrays)

@@ -61,18 +61,22 @@ def unit_jobs() -> Iterator[Start]:
   At the end, or when an exception leaves the context, jobs that have not begun are
   cancelled and the others are waited for.
   """
-  pool, started = _pool('units'), list[futures.Future[Any]]()
+  # Futures that are done leave the set, because they hold their results.
+  pool, started = _pool('units'), set[futures.Future[Any]]()
 
   def start(job: Callable[[], _Result]) -> 'futures.Future[_Result]':
-    started.append(pool.submit(job))
-    return started[-1]
+    future = pool.submit(job)
+    started.add(future)
+    future.add_done_callback(started.discard)
+    return future
 
   try:
     yield start
   finally:
-    for future in started:
+    left = list(started)
+    for future in left:
       future.cancel()
-    futures.wait(started)
+    futures.wait(left)
 
 
 def _pool(name: str) -> futures.ThreadPoolExecutor:

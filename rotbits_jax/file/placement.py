@@ -1,0 +1,64 @@
+"""Places decoded arrays on devices, by a sharding or a function that returns one."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from rotbits_jax import structured
+from rotbits_jax.file import manifest as manifest_lib
+
+Tree = dict[str, Any]
+Place = jax.sharding.Sharding | Callable[[str, tuple[int, ...]], jax.sharding.Sharding]
+"""The sharding of all arrays, or a function of a path and a shape that returns one."""
+
+
+def _sharding(place: Place, path: str, shape: tuple[int, ...]) -> jax.sharding.Sharding:
+  return place(path, shape) if callable(place) else place
+
+
+def placed(tree: Tree, place: Place | None) -> Tree:
+  """Puts arrays on devices; the arrays of a leaf have the sharding of its path."""
+  if place is None:
+    return tree
+  flat = {}
+  for path, leaf in structured.flatten(tree).items():
+    put = lambda x, path=path: jax.device_put(x, _sharding(place, path, x.shape))
+    flat[path] = jax.tree.map(put, leaf)
+  return structured.unflatten(flat)
+
+
+def local_layers(place: Place, entry: manifest_lib.Unit, count: int) -> range:
+  """Returns the range of layers in a stack that devices of this process get."""
+  first, last = count, 0
+  for leaf, specs in entry.leaf_specs():
+    for spec in specs:
+      shape = (count, *(leaf.shape if leaf.is_array else spec.shape))
+      sharding = _sharding(place, leaf.path, shape)
+      for index in sharding.addressable_devices_indices_map(shape).values():
+        start, stop, _ = index[0].indices(count) if index else (0, count, 1)
+        first, last = min(first, start), max(last, stop)
+  return range(min(first, last), last)
+
+
+def placed_stack(tree: Tree, place: Place | None, wanted: range, total: int) -> Tree:
+  """Puts stacks on devices, of which this process may hold only some layers."""
+  if place is None:
+    return tree
+
+  def put(path: str, stack: Any) -> jax.Array:
+    shape = (total, *stack.shape[1:])
+
+    def part(index: Any) -> Any:
+      start, stop, _ = index[0].indices(total)
+      rows = slice(start - wanted.start, stop - wanted.start)
+      return np.asarray(stack)[(rows, *index[1:])]
+
+    return jax.make_array_from_callback(shape, _sharding(place, path, shape), part)
+
+  flat = {
+    path: jax.tree.map(lambda x, path=path: put(path, x), leaf)
+    for path, leaf in structured.flatten(tree).items()
+  }
+  return structured.unflatten(flat)
