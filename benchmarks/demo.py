@@ -90,6 +90,7 @@ class Row(NamedTuple):
   decode_seconds: float | None = None
 
 
+NAME = 'SmolLM2-135M'
 TENSORS = 'tensors'
 GIVEN = 'as given'
 REROUNDED = 'rotated, rounded again'
@@ -100,7 +101,7 @@ def dense_smollm2() -> Subject:
   path = checkpoints.packaged_smollm2()
   dense = rotbits_jax.load_checkpoint(path)
   model = rotbits_jax.structured.astype(dense.model, ml_dtypes.bfloat16)
-  return Subject('dense', dense._replace(model=model), path)
+  return Subject(f'{NAME} dense', dense._replace(model=model), path)
 
 
 def slice_smollm2(sparsity: float, output: pathlib.Path) -> tuple[Subject, float]:
@@ -124,7 +125,7 @@ def slice_smollm2(sparsity: float, output: pathlib.Path) -> tuple[Subject, float
   sliced = slicing.sliced_checkpoint(dense, model, stem)
   rotbits_jax.save_checkpoint(sliced, output / stem, format='slicegpt')
   given = output / stem / f'{stem}.pt'
-  return Subject(f'sliced {sparsity:.0%}', sliced, given, truth), seconds
+  return Subject(f'{NAME} sliced {sparsity:.0%}', sliced, given, truth), seconds
 
 
 class Timed(NamedTuple):
@@ -262,19 +263,20 @@ def verdict(rows: list[Row]) -> str | None:
   free = [row for row in rows if row.name == 'free']
   if len(exact) < 2:
     return None
-  dense, sliced = exact[0], free[-1]
-  if dense.bytes is None or sliced.bytes is None:
+  dense = exact[0]
+  sliced = next((row for row in free if row.subject != dense.subject), dense)
+  if sliced is dense or dense.bytes is None or sliced.bytes is None:
     return None
   if dense.perplexity is None or sliced.perplexity is None:
     return None
   if sliced.bytes < dense.bytes or sliced.perplexity < dense.perplexity:
     return None
   return (
-    f'As a model the {sliced.subject} one is of no use: its smallest file has '
-    f'{sliced.bytes:,} bytes and perplexity {sliced.perplexity:.1f}, and the dense '
-    f'one, every bit kept, has {dense.bytes:,} bytes and {dense.perplexity:.1f}. '
-    'Slicing unties the head from the embedding, which are a fifth of so small a '
-    'model. What the table compares are bytes for one and the same function.'
+    f'As a model, {sliced.subject} is of no use: `free` takes {sliced.bytes:,} bytes '
+    f'at perplexity {sliced.perplexity:.1f}, and {dense.subject}, every bit kept, '
+    f'{dense.bytes:,} bytes at {dense.perplexity:.1f}. Slicing unties the head from '
+    'the embedding, which are a fifth of so small a model. The table compares bytes '
+    'for one and the same function.'
   )
 
 

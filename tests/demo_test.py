@@ -72,8 +72,8 @@ class TestTable:
 
   def test_verdict(self):
     said = demo.verdict(ROWS)
-    assert '750 bytes and perplexity 60.0' in said
-    assert '700 bytes and 20.0' in said
+    assert '750 bytes at perplexity 60.0' in said
+    assert '700 bytes at 20.0' in said
     assert demo.verdict(ROWS[2:]) is None
     assert demo.verdict([*ROWS[:1], ROWS[1]._replace(bytes=800), *ROWS[2:]]) is None
 

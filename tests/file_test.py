@@ -246,8 +246,7 @@ class ResumeTest(Base):
   def test_kill(self):
     program = f"""
       import rotbits_jax
-      from rotbits_jax.file import shards as shards_lib
-from rotbits_jax.file import writer
+      from rotbits_jax.file import writer
       import os, signal
       real, count = writer.encode_unit, [0]
       def encode_unit(*args):
