@@ -34,7 +34,7 @@ from typing import Any, NamedTuple
 
 from absl import flags
 
-from fuzz import results
+from benchmarks import sections
 from fuzz import seeds
 import rotbits_jax
 from rotbits_jax import checkpoints
@@ -54,6 +54,8 @@ FAULTS = ('killed', 'killed later', 'disk full', 'interrupted')
 _TAKE_ROOM = ('open', 'os.mkdir', 'os.rename', 'os.truncate')
 _CHANGES = (*_TAKE_ROOM, 'os.chmod', 'os.remove', 'os.rmdir')
 _NAME = 'out'
+_SHARDS = '--shard_size=4000'
+_PAGE = 4096  # bytes
 _SIZES = 12  # of a file system that is too small
 _WRITERS = 6  # how often two runs write the same output
 
@@ -75,7 +77,7 @@ class Scenario(NamedTuple):
 SCENARIOS = {
   'encode, new file': Scenario('encode', ('--preset=exact',)),
   'encode over a file': Scenario('encode', ('--preset=exact', '--overwrite'), True),
-  'encode, new shards': Scenario('encode', ('--preset=exact', '--shard_size=4000')),
+  'encode, new shards': Scenario('encode', ('--preset=exact', _SHARDS)),
   'decode, new directory': Scenario('decode'),
 }
 
@@ -220,6 +222,18 @@ def content(folder: pathlib.Path) -> dict[str, str]:
   }
 
 
+def _visible(found: dict[str, str]) -> dict[str, str]:
+  """Returns what `content` found outside the hidden folder of the output."""
+  hidden = f'.{_NAME}.partial/'
+  return {name: x for name, x in found.items() if not name.startswith(hidden)}
+
+
+def _room(folder: pathlib.Path) -> int:
+  """Returns the bytes that the files of a folder take on a disk, in whole pages."""
+  sizes = [path.stat().st_size for path in folder.rglob('*') if path.is_file()]
+  return sum(-(-size // _PAGE) * _PAGE for size in sizes)
+
+
 class Expected(NamedTuple):
   """What a folder holds before a run, and after one without a fault.
 
@@ -228,12 +242,16 @@ class Expected(NamedTuple):
     old: digests of them, see `content`.
     new: digests of the files after.
     operations: how many operations the run takes.
+    old_room: bytes that the files take before, see `_room`.
+    new_room: bytes that the output takes.
   """
 
   files: dict[str, bytes]
   old: dict[str, str]
   new: dict[str, str]
   operations: int
+  old_room: int
+  new_room: int
 
 
 def expected(scenario: Scenario, inputs: Inputs, folder: pathlib.Path) -> Expected:
@@ -242,12 +260,13 @@ def expected(scenario: Scenario, inputs: Inputs, folder: pathlib.Path) -> Expect
   if scenario.replaces:
     run(inputs.arguments(scenario, 0, folder / _NAME))
   files = {path.name: path.read_bytes() for path in folder.iterdir()}
-  old = content(folder)
+  old, old_room = content(folder), _room(folder)
   trap().set(folder)
   code, error = run(inputs.arguments(scenario, 1, folder / _NAME))
   if code:
     raise ValueError(f'without a fault: {error}')
-  return Expected(files, old, content(folder), trap().seen)
+  new, seen = content(folder), trap().seen
+  return Expected(files, old, new, seen, old_room, _room(folder))
 
 
 def prepare(files: dict[str, bytes], folder: pathlib.Path) -> None:
@@ -287,11 +306,8 @@ def problem(
     code, error = run(arguments)
     trap().set(folder)
   if fault == 'disk full' and code == 0:  # the run could do without this operation
-    return (
-      None
-      if content(folder) == known.new
-      else f'exit code 0: {sorted(content(folder))}'
-    )
+    found = content(folder)
+    return None if found == known.new else f'exit code 0: {sorted(found)}'
   if code != _CODES.get(fault, -signal.SIGKILL):
     return f'exit code {code}: {error}'
   may_leave = killed or scenario.command == 'encode'
@@ -316,10 +332,10 @@ def left(
     may_leave: whether the hidden folder of the output may be there.
   """
   found = content(folder)
-  visible = {n: x for n, x in found.items() if not n.startswith(f'.{_NAME}.partial/')}
+  visible = _visible(found)
   if visible not in (known.old, known.new) and not (
     # Shards appear one after the other; their index makes them a result, and is last.
-    '--shard_size=4000' in scenario.flags
+    _SHARDS in scenario.flags
     and visible.items() <= known.new.items()
     and f'{_NAME}.index.json' not in visible
   ):
@@ -360,7 +376,7 @@ def small_disk(folder: pathlib.Path, size: int) -> Iterator[None]:
   """
   if sys.platform != 'linux' or os.geteuid():
     raise PermissionError('only root mounts file systems')
-  options = f'size={-(-size // 4096) * 4096}'
+  options = f'size={-(-size // _PAGE) * _PAGE}'
   mount = ['mount', '-t', 'tmpfs', '-o', options, 'tmpfs', str(folder)]
   if subprocess.run(mount, capture_output=True, check=False).returncode:
     raise PermissionError('mount is not allowed here')
@@ -374,27 +390,15 @@ def problem_of_small_disk(
   scenario: Scenario, inputs: Inputs, folder: pathlib.Path, known: Expected, part: int
 ) -> str | None:
   """Runs a scenario on a disk with room for a part of the output; see `problem`."""
-  new = sum(_sizes(scenario, inputs, folder))
-  room = sum(-(-len(data) // 4096) * 4096 for data in known.files.values())
-  with small_disk(folder, room + new * part // _SIZES):
+  with small_disk(folder, known.old_room + known.new_room * part // _SIZES):
     prepare(known.files, folder)
     code, error = run(inputs.arguments(scenario, 1, folder / _NAME))
     if code not in (0, program.BAD_INPUT):
       return f'exit code {code}: {error}'
     found = content(folder)
-    visible = {n: x for n, x in found.items() if not n.startswith(f'.{_NAME}.partial/')}
-    if visible != (known.old if code else known.new):
+    if _visible(found) != (known.old if code else known.new):
       return f'exit code {code}, left behind: {sorted(found)}'
   return None
-
-
-def _sizes(scenario: Scenario, inputs: Inputs, folder: pathlib.Path) -> Iterator[int]:
-  """Yields the sizes of the files of a new output, rounded up to whole pages."""
-  prepare({}, folder)
-  run(inputs.arguments(scenario, 1, folder / _NAME))
-  for path in folder.rglob('*'):
-    if path.is_file():
-      yield -(-path.stat().st_size // 4096) * 4096
 
 
 # ---- all of them ---------------------------------------------------------------------
@@ -454,7 +458,7 @@ def main() -> None:
   text = to_text(counts, time.monotonic() - start)
   print(text)
   if _RESULTS.value:
-    results.write(pathlib.Path(_RESULTS.value), 'Faults', _ABOUT, text)
+    sections.write(_RESULTS.value, 'Faults', f'{_ABOUT}\n\n```\n{text}\n```')
   if any(failures for _, failures in counts.values()):
     raise SystemExit(1)
 

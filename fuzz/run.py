@@ -25,7 +25,7 @@ import warnings
 
 from absl import flags
 
-from fuzz import results as results_lib
+from benchmarks import sections
 from rotbits_jax.cli import program
 
 FLAGS = flags.FlagValues()
@@ -263,7 +263,8 @@ def main() -> None:
       if '.running' not in path.name:
         part = Result(json.loads(path.read_text()))
         found.setdefault(path.stem, Result()).add(part)
-    results_lib.write(pathlib.Path(_RESULTS.value), 'Fuzzing', _ABOUT, to_text(found))
+    body = f'{_ABOUT}\n\n```\n{to_text(found)}\n```'
+    sections.write(_RESULTS.value, 'Fuzzing', body)
   if any(x.failures for x in results.values()):
     raise SystemExit(1)
 

@@ -200,10 +200,8 @@ def containers_of_models() -> dict[str, bytes]:
 def stored_leaves() -> list[bytes]:
   """Returns the settings and shapes of structured leaves, as JSON."""
   kinds = list(leaves().values())
-  decoded = rotbits_jax.decode(containers_of_presets()['exact'])
   with rotbits_jax.file.Reader(containers_of_presets()['exact']) as reader:
     tied = reader._decode('embed')['embed']['tokens']  # before it is expanded
-  del decoded
   found = []
   for leaf in [*kinds, *([tied] if structured.is_structured(tied) else [])]:
     settings, arrays = leaf.stored()

@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator
 import copy
 import functools
 import itertools
-import pathlib
 import struct
 import sys
 import time
@@ -24,8 +23,8 @@ from absl import flags
 import jax
 import numpy as np
 
+from benchmarks import sections
 from fuzz import containers
-from fuzz import results
 from fuzz import seeds
 import rotbits_jax
 from rotbits_jax import models
@@ -299,12 +298,8 @@ def main() -> None:
     found[preset] = sweep(data, other, stride=_STRIDE.value, report=report)
     print(to_text(found, time.monotonic() - start), flush=True)
   if _RESULTS.value:
-    results.write(
-      pathlib.Path(_RESULTS.value),
-      'Damaged files',
-      _ABOUT,
-      to_text(found, time.monotonic() - start),
-    )
+    text = to_text(found, time.monotonic() - start)
+    sections.write(_RESULTS.value, 'Damaged files', f'{_ABOUT}\n\n```\n{text}\n```')
   if any(x.failures for kinds in found.values() for x in kinds.values()):
     raise SystemExit(1)
 

@@ -15,6 +15,7 @@ import random
 import tempfile
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -217,7 +218,7 @@ class _Codecs:
   def __call__(self, data: bytes) -> None:
     if not self._codecs:
       self._codecs = [
-        (jax_jit(codec.pop), jax_jit(codec.push), size) for codec, size in _pops()
+        (jax.jit(codec.pop), jax.jit(codec.push), size) for codec, size in _pops()
       ]
     if not data:
       raise ValueError('no input')
@@ -254,12 +255,6 @@ class _Codecs:
     table = np.zeros((code.num_tables, 17), np.int64)
     table[:, :4] = 4096
     code.unpack(words, table)
-
-
-def jax_jit(function: Any) -> Any:
-  import jax
-
-  return jax.jit(function)
 
 
 def _codec_seeds() -> list[bytes]:

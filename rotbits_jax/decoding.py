@@ -16,7 +16,7 @@ from rotbits_jax import checkpoints
 from rotbits_jax import file
 from rotbits_jax import models
 from rotbits_jax import structured
-from rotbits_jax.coding.weights import layouts as weights
+from rotbits_jax.coding import weights
 from rotbits_jax.file import plain
 from rotbits_jax.file import report
 from rotbits_jax.file import writer as writer_lib

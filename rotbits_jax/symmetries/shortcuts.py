@@ -121,6 +121,8 @@ def _square_of_rounding(b: jax.Array, rounded: jax.Array) -> jax.Array:
 
   The difference is E B^T + B' E^T with E = B - B'. Its square is a sum of products of
   k x k matrices, without the cancellation that the large terms would have.
+  `heads.product_error` does this for pairs of factors. Here the products must not
+  depend on the number of threads, because the error decides the form of a shortcut.
   """
   off = b - rounded
   gram = lambda x, y: _matmul(x.T, y)
