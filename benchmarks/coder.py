@@ -1,6 +1,6 @@
 """Measures the speed and the overhead of the rANS coder and of whole units.
 
-    python -m benchmarks.coder --count=10000000 --tables=32
+    python -m benchmarks.coder --count=10000000 --tables=32 [--results=RESULTS.md]
 
 The first table compares our rANS coder with that of constriction. Both code the same
 symbols in the same run: the exponents and top mantissa bits of Gaussian float16
@@ -10,14 +10,16 @@ table for each scale. Constriction has one table for all numbers, and its overhe
 relative to the entropy with that table. It codes on one thread, with 32-bit words and
 its default precision, and uses a categorical model made from the same counts.
 
-The second table measures `coding.weights` on a unit: an array of as many numbers, whose
-rows and columns differ in scale. The unit is encoded to a stream of bytes and decoded
-into the same memory, on all CPUs.
+The second table measures `coding.weights`, the coder of files, on a unit: an array of
+as many numbers, whose rows and columns differ in scale. The unit is encoded to a stream
+of bytes and decoded into the same memory, on all CPUs. The overhead of its lanes is the
+bytes that hold their last states and their lengths, in percent of the stream.
 
 Times are medians of several runs. Compilation is not timed.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+import os
 import statistics
 import time
 from typing import Any
@@ -30,6 +32,8 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
+from benchmarks import sections
+import rotbits_jax
 from rotbits_jax.coding import categorical
 from rotbits_jax.coding import rans
 from rotbits_jax.coding import tables
@@ -44,7 +48,8 @@ _LANES = flags.DEFINE_list(
   ['256', '512', '1024', '2048', '4096', '8192', '16384'],
   'Numbers of lanes to measure.',
 )
-
+_FILE = flags.DEFINE_string('file', None, 'A file whose lanes to count.')
+_RESULTS = flags.DEFINE_string('results', None, 'A file to write the section to.')
 
 _ROW = 432
 
@@ -126,12 +131,12 @@ def peer(symbols: np.ndarray, runs: int) -> tuple[float, float, float]:
 _WIDTH = 1024
 
 
-def unit(count: int, dtype: Any, runs: int) -> tuple[int, float, float, float]:
+def unit(count: int, dtype: Any, runs: int) -> tuple[int, float, float, float, float]:
   """Measures a unit.
 
   Returns:
-    Bytes of the numbers, seconds to encode, seconds to decode, and bytes of the stream
-    per byte of the numbers.
+    Bytes of the numbers, seconds to encode, seconds to decode, bytes of the stream per
+    byte of the numbers, and the part of the stream that the lanes take.
   """
   rng = np.random.default_rng(0)
   rows = -(-count // _WIDTH)
@@ -148,6 +153,15 @@ def unit(count: int, dtype: Any, runs: int) -> tuple[int, float, float, float]:
     _median_seconds(lambda: weights.encode([array]).data, runs),
     _median_seconds(lambda: weights.decode(encoded.spec, encoded.data, out=out), runs),
     encoded.data.size / array.nbytes,
+    lane_bytes([encoded.spec]) / encoded.data.size,
+  )
+
+
+def lane_bytes(units: Iterable[weights.UnitSpec]) -> int:
+  """Returns the bytes of the states and lengths of all lanes of all blocks."""
+  # A state of 4 bytes and a length of 1, of which the last word's bits are coded data.
+  return sum(
+    (5 * group.lanes + 4) * len(group.nbytes) for unit in units for group in unit.groups
   )
 
 
@@ -166,25 +180,41 @@ def main(argv: list[str]) -> None:
     )
     for lanes in _LANES.value
   ]
-  print(
+  lines = []
+
+  def show(line: str) -> None:
+    print(line, flush=True)
+    lines.append(line)
+
+  show(
     f'{symbols.size:,} symbols of {entropy / symbols.size:.4f} bits in {num_tables} '
     f'tables, {jax.devices()[0].device_kind}, in million symbols per second:'
   )
-  print(f'{"":14}{"encode":>8}{"ratio":>7}{"decode":>8}{"ratio":>7}{"overhead":>10}')
+  show(f'{"":14}{"encode":>8}{"ratio":>7}{"decode":>8}{"ratio":>7}{"overhead":>10}')
   base = rows[0][2]
   for name, ideal, (encode, decode, bits) in rows:
-    print(
+    show(
       f'{name:14}{symbols.size / encode / 1e6:8.0f}{base[0] / encode:7.2f}'
       f'{symbols.size / decode / 1e6:8.0f}{base[1] / decode:7.2f}'
       f'{100 * (bits / ideal - 1):9.3f}%'
     )
-  print('Whole units, in GB of numbers per second; stream bytes per byte of numbers:')
+  show(
+    'Whole units, in GB of numbers per second; stream bytes per byte of numbers; lanes:'
+  )
   for dtype in (np.float16, ml_dtypes.bfloat16, np.float32):
-    size, encode, decode, share = unit(_COUNT.value, dtype, _RUNS.value)
-    print(
+    size, encode, decode, share, lanes = unit(_COUNT.value, dtype, _RUNS.value)
+    show(
       f'{np.dtype(dtype).name:14}{size / encode / 1e9:8.3f}{"":7}'
-      f'{size / decode / 1e9:8.3f}{"":7}{share:10.4f}'
+      f'{size / decode / 1e9:8.3f}{"":7}{share:10.4f}{100 * lanes:9.3f}%'
     )
+  if _FILE.value is not None:
+    units = rotbits_jax.file.Reader(_FILE.value).units.values()
+    share = lane_bytes(unit.coder for unit in units) / os.path.getsize(_FILE.value)
+    show(f'Lanes of {os.path.basename(_FILE.value)}: {100 * share:.3f}% of the file')
+  if _RESULTS.value is not None:
+    text = '\n'.join(lines)
+    about = f'`python -m benchmarks.coder`, {sections.machine()}.'
+    sections.write(_RESULTS.value, 'The coder', f'{about}\n\n```\n{text}\n```')
 
 
 if __name__ == '__main__':

@@ -1,7 +1,7 @@
 """Measures time and memory for checkpoints of published sizes.
 
   python -m benchmarks.large --model=llama-2-7b --slicing=0.25 --layers=4,8,16
-    [--presets=free,exact] [--checkpoint=DIR] [--work=DIR]
+    [--presets=free,exact] [--checkpoint=DIR] [--work=DIR] [--results=RESULTS.md]
 
 For each depth the program writes a synthetic checkpoint (see benchmarks/synthetic.py).
 The commands `rotbits encode`, `inspect` and `decode` process it, and `rotbits_jax.load`
@@ -12,6 +12,7 @@ computed from the least and the greatest depth. `--checkpoint` measures an exist
 checkpoint instead.
 """
 
+from collections.abc import Iterator
 import os
 import pathlib
 import shutil
@@ -23,6 +24,7 @@ from typing import NamedTuple
 
 from absl import flags
 
+from benchmarks import sections
 import rotbits_jax
 from rotbits_jax.cli import program
 
@@ -44,6 +46,15 @@ _CHECKPOINT = flags.DEFINE_string(
 )
 _WORK = flags.DEFINE_string(
   'work', None, 'The directory for temporary files.', flag_values=FLAGS
+)
+_RESULTS = flags.DEFINE_string(
+  'results', None, 'A file of results to write the section to.', flag_values=FLAGS
+)
+
+HEADER = (
+  f'{"preset":8}{"layers":>7}{"tensor bytes":>16}{"file":>16}{"ratio":>8}'
+  f'{"encode s":>10}{"GB":>8}{"inspect s":>10}{"GB":>8}{"decode s":>10}{"GB":>8}'
+  f'{"load s":>10}{"GB":>8}'
 )
 
 
@@ -76,8 +87,14 @@ def run(*args: str) -> Run:
 RSS_UNIT = 1 if sys.platform == 'darwin' else 1024  # bytes per unit of ru_maxrss
 
 
-def measure(checkpoint: pathlib.Path, preset: str, work: pathlib.Path) -> list[Run]:
-  """Encodes, inspects, decodes and loads a checkpoint, and prints a line."""
+def measure(
+  checkpoint: pathlib.Path, preset: str, work: pathlib.Path
+) -> tuple[str, list[Run]]:
+  """Encodes, inspects, decodes and loads a checkpoint.
+
+  Returns:
+    A line of the table, and what each of the four took.
+  """
   source = rotbits_jax.open_checkpoint(checkpoint)
   output, decoded = work / f'{preset}.rotbits', work / 'decoded'
   runs = [
@@ -97,48 +114,63 @@ def measure(checkpoint: pathlib.Path, preset: str, work: pathlib.Path) -> list[R
   cells = ''.join(f'{x.seconds:10.1f}{x.peak:8.2f}' for x in runs)
   layers = source.config.num_layers
   line = f'{preset:8}{layers:7}{source.nbytes:16,}{size:16,}'
-  print(f'{line}{size / source.nbytes:8.4f}{cells}', flush=True)
   output.unlink()
-  return runs
+  return f'{line}{size / source.nbytes:8.4f}{cells}', runs
 
 
-def main() -> None:
-  print(
-    f'{"preset":8}{"layers":>7}{"tensor bytes":>16}{"file":>16}{"ratio":>8}'
-    f'{"encode s":>10}{"GB":>8}{"inspect s":>10}{"GB":>8}{"decode s":>10}{"GB":>8}'
-    f'{"load s":>10}{"GB":>8}'
-  )
-  with tempfile.TemporaryDirectory(dir=_WORK.value) as folder:
-    work = pathlib.Path(folder)
-    if _CHECKPOINT.value is not None:
-      for preset in _PRESETS.value:
-        measure(pathlib.Path(_CHECKPOINT.value), preset, work)
-      return
-    depths = sorted(map(int, _LAYERS.value))
-    found: dict[tuple[str, int], list[Run]] = {}
-    for depth in depths:
-      checkpoint = work / 'checkpoint'
-      run(
-        '-m',
-        'benchmarks.synthetic',
-        f'--model={_MODEL.value}',
-        f'--slicing={_SLICING.value}',
-        f'--layers={depth}',
-        f'--output={checkpoint}',
-      )
-      for preset in _PRESETS.value:
-        found[preset, depth] = measure(checkpoint, preset, work)
-      shutil.rmtree(checkpoint)
+def table(work: pathlib.Path) -> Iterator[str]:
+  """Yields the lines of the table, each as soon as it is measured."""
+  yield HEADER
+  if _CHECKPOINT.value is not None:
+    for preset in _PRESETS.value:
+      yield measure(pathlib.Path(_CHECKPOINT.value), preset, work)[0]
+    return
+  depths = sorted(map(int, _LAYERS.value))
+  found: dict[tuple[str, int], list[Run]] = {}
+  for depth in depths:
+    checkpoint = work / 'checkpoint'
+    run(
+      '-m',
+      'benchmarks.synthetic',
+      f'--model={_MODEL.value}',
+      f'--slicing={_SLICING.value}',
+      f'--layers={depth}',
+      f'--output={checkpoint}',
+    )
+    for preset in _PRESETS.value:
+      line, found[preset, depth] = measure(checkpoint, preset, work)
+      yield line
+    shutil.rmtree(checkpoint)
   first, last = depths[0], depths[-1]
   for preset in _PRESETS.value if last > first else []:
     pairs = zip(found[preset, first], found[preset, last], strict=True)
     encode, _, decode, load = (
       (b.seconds - a.seconds) / (last - first) for a, b in pairs
     )
-    print(
+    yield (
       f'{preset}: {encode:.1f} s per layer to encode, {decode:.2f} s to decode, '
       f'{load:.2f} s to load'
     )
+
+
+def title() -> str:
+  """Returns the title of the section: the checkpoint, or model, slicing and layers."""
+  if _CHECKPOINT.value is not None:
+    return f'Large models: {pathlib.Path(_CHECKPOINT.value).name}'
+  layers = ', '.join(_LAYERS.value)
+  return f'Large models: {_MODEL.value} sliced by {_SLICING.value}, {layers} layers'
+
+
+def main() -> None:
+  lines = []
+  with tempfile.TemporaryDirectory(dir=_WORK.value) as folder:
+    for line in table(pathlib.Path(folder)):
+      print(line, flush=True)
+      lines.append(line)
+  if _RESULTS.value is not None:
+    text = '\n'.join(lines)
+    about = f'`python -m benchmarks.large`, {sections.machine()}.'
+    sections.write(_RESULTS.value, title(), f'{about}\n\n```\n{text}\n```')
 
 
 if __name__ == '__main__':

@@ -3,6 +3,7 @@
   pip install '.[text,benchmark]'
   python -m benchmarks.near --checkpoint=DIR [--text=FILE] [--max_tokens=N]
     [--calibration=FILE] [--calibration_tokens=N] [--picture=FILE.svg]
+    [--results=RESULTS.md --name=NAME]
 
 The same matrices are stored in different ways, and the same code measures each on the
 same text:
@@ -21,6 +22,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import functools
 import itertools
 import math
+import os
 import pathlib
 import sys
 from typing import Any, NamedTuple
@@ -32,6 +34,7 @@ import numpy as np
 
 from benchmarks import demo
 from benchmarks import int8
+from benchmarks import sections
 import rotbits_jax
 from rotbits_jax import evaluation
 from rotbits_jax import models
@@ -70,6 +73,12 @@ _STEPS = flags.DEFINE_list(
 )
 _PICTURE = flags.DEFINE_string(
   'picture', None, 'The SVG file to write.', flag_values=FLAGS
+)
+_RESULTS = flags.DEFINE_string(
+  'results', None, 'A file of results to write the section to.', flag_values=FLAGS
+)
+_NAME = flags.DEFINE_string(
+  'name', None, 'What the section calls the model.', flag_values=FLAGS
 )
 
 BLOCKS = ('Q8_0', 'Q5_1', 'Q5_0', 'Q4_1', 'Q4_0')
@@ -314,12 +323,24 @@ def main() -> None:
   steps = [float(step) for step in _STEPS.value]
   rows = measure(checkpoint.model, tokens, found.offsets, steps)
   tensor_bytes = symmetries.count_model(checkpoint.model)[1]
-  print(to_text(rows, tensor_bytes))
-  print(f'\n{"offset":>8}{"KL at 2^-5":>12}')
+  lines = [to_text(rows, tensor_bytes), '', f'{"offset":>8}{"KL at 2^-5":>12}']
   for kind, offset in sorted(found.offsets.items(), key=lambda item: item[1]):
-    print(f'{offset:8.2f}{found.sensitivities[kind]:12.2e}  {kind}')
+    lines.append(f'{offset:8.2f}{found.sensitivities[kind]:12.2e}  {kind}')
+  text = '\n'.join(lines)
+  print(text)
   if _PICTURE.value:
     pathlib.Path(_PICTURE.value).write_text(picture(rows, tensor_bytes))
+  if _RESULTS.value:
+    name = _NAME.value or pathlib.Path(_CHECKPOINT.value).name
+    body = (
+      f'`python -m benchmarks.near`, {sections.machine()}.\nPerplexity and KL on '
+      f'{len(tokens):,} tokens; offsets calibrated on {len(calibration):,} others.\n\n'
+      f'```\n{text}\n```'
+    )
+    if _PICTURE.value:
+      link = os.path.relpath(_PICTURE.value, pathlib.Path(_RESULTS.value).parent)
+      body += f'\n\n![Bytes against KL divergence on {name}]({link})'
+    sections.write(_RESULTS.value, f'`near` beside other formats: {name}', body)
 
 
 if __name__ == '__main__':

@@ -1,6 +1,7 @@
 """Measures which parameters can be rounded to a shared step, and at what cost.
 
   python -m benchmarks.rounding --checkpoint=DIR --text=FILE [--max_tokens=8192]
+    [--results=RESULTS.md]
 
 The transforms of `free` are applied once. In a row some parameters are
 rounded to a step that is some octaves from the step of their dtype at the root mean
@@ -10,6 +11,7 @@ of a file; the mean KL divergence from the checkpoint's predictions in nats; and
 divergence over the divergence of a random rotation that is rounded again.
 """
 
+import pathlib
 import re
 import sys
 
@@ -18,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks import sections
 import rotbits_jax
 from rotbits_jax import evaluation
 from rotbits_jax import near
@@ -35,6 +38,14 @@ _TEXT = flags.DEFINE_string(
 _MAX_TOKENS = flags.DEFINE_integer(
   'max_tokens', 8192, 'Tokens of the text to use.', flag_values=FLAGS
 )
+_RESULTS = flags.DEFINE_string(
+  'results', None, 'A file of results to write the section to.', flag_values=FLAGS
+)
+
+_ABOUT = (
+  'In each\nrow the named parameters are rounded to a shared step, after the '
+  'transforms of `free`, and the others\nto the nearest number.'
+)
 
 ROWS = (
   ('none', '$^', 0),
@@ -43,8 +54,10 @@ ROWS = (
   ('all, an octave coarser', '', 1),
   ('head', '^head/', 0),
   ('head, two octaves finer', '^head/', -2),
-  ('embedding', '^embed/', 0),
-  ('shortcuts', 'shortcut', 0),
+  ('embedding, or its map', '^embed/tokens', 0),
+  ('embedding, octave coarser', '^embed/tokens', 1),
+  ('factors B of shortcuts', 'shortcut', 0),
+  ('factors B, octave coarser', 'shortcut', 1),
   ('attention', '/attention/', 0),
   ('MLP', '/mlp/', 0),
 )
@@ -71,8 +84,17 @@ def main() -> None:
     {'it': compared}, tokens, {'model': model}, max_tokens=_MAX_TOKENS.value
   )['it']
   noise = measure(again).kl['model']
-  print(f'{"rounded to a step":26}{"bytes saved":>14}{"KL":>11}{"over noise":>12}')
-  print(f'{"rotated, rounded again":26}{"":14}{noise:11.3g}{1:12.2f}', flush=True)
+  lines: list[str] = []
+
+  def show(name: str, saved: str, kl: float) -> None:
+    lines.append(f'{name:26}{saved:>14}{kl:11.3g}{kl / noise:12.2f}')
+    print(lines[-1], flush=True)
+
+  lines.append(
+    f'{"rounded to a step":26}{"bytes saved":>14}{"KL":>11}{"over noise":>12}'
+  )
+  print(lines[0])
+  show('rotated, rounded again', '', noise)
   for name, pattern, offset in ROWS:
     units = [
       unit
@@ -88,7 +110,12 @@ def main() -> None:
       if saving.name == transform.ROUNDING
     )
     kl = measure(transform.to_model(model.config, units)).kl['model']
-    print(f'{name:26}{saved:14,}{kl:11.3g}{kl / noise:12.2f}', flush=True)
+    show(name, f'{saved:,}', kl)
+  if _RESULTS.value is not None:
+    title = f'What a shared step costs: {pathlib.Path(_CHECKPOINT.value).name}'
+    text = '\n'.join(lines)
+    about = f'`python -m benchmarks.rounding`, {sections.machine()}. {_ABOUT}'
+    sections.write(_RESULTS.value, title, f'{about}\n\n```\n{text}\n```')
 
 
 def run() -> int:

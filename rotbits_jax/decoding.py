@@ -17,9 +17,9 @@ from rotbits_jax import file
 from rotbits_jax import models
 from rotbits_jax import structured
 from rotbits_jax.coding import weights
+from rotbits_jax.file import manifest
 from rotbits_jax.file import plain
 from rotbits_jax.file import report
-from rotbits_jax.file import writer as writer_lib
 
 Tree = dict[str, Any]
 
@@ -237,19 +237,29 @@ def _dtypes_on_disk(
 ) -> dict[str, np.dtype]:
   """Returns the dtype in which each parameter is written to a checkpoint, by path."""
   dtypes = reader.dtypes()
-  wide = np.dtype(np.float32)
   if dtype is not None:
     wanted = np.dtype(jnp.dtype(dtype))
-    chosen = lambda x: wanted if jnp.issubdtype(x, jnp.floating) else x
-  elif (name := reader.options.get(writer_lib.DTYPE)) is not None:
-    # The file has these arrays in float32, see `symmetries.Rounding`.
-    if name not in weights.DTYPES:
-      raise file.ContainerError(f'the file names an unknown dtype, {name!r:.40}')
-    wanted = weights.DTYPES[name]
-    chosen = lambda x: wanted if x == wide else x
-  else:
+    return {
+      path: wanted if jnp.issubdtype(own, jnp.floating) else own
+      for path, own in dtypes.items()
+    }
+  name = reader.options.get(manifest.DTYPE)
+  if name is None:
     return dtypes
-  return {path: chosen(own) for path, own in dtypes.items()}
+  # The file has these arrays in float32, see `symmetries.Rounding`.
+  others = reader.options.get(manifest.OTHER_DTYPES, {})
+  if not isinstance(others, dict):
+    raise file.ContainerError(f'{manifest.OTHER_DTYPES} must be an object')
+  return {
+    path: _dtype(others.get(path, name)) if own == np.float32 else own
+    for path, own in dtypes.items()
+  }
+
+
+def _dtype(name: Any) -> np.dtype:
+  if not isinstance(name, str) or name not in weights.DTYPES:
+    raise file.ContainerError(f'the file names an unknown dtype, {name!r:.40}')
+  return weights.DTYPES[name]
 
 
 def _on_device(x: Any) -> Any:

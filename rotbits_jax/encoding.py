@@ -92,7 +92,8 @@ def encode_to_file(
   """Encodes a checkpoint to a file, or to shards, a few layers at a time.
 
   The file appears when it is complete, see `outputs`. If a run was killed or
-  interrupted, the next run with the same input and settings resumes it. If several
+  interrupted, the next run with the same input and settings resumes it, except with
+  'paper' and with transforms beside those of the preset. If several
   processes of `jax.distributed` call the function, each process writes shards of the
   layers that it owns.
 

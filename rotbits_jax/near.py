@@ -125,8 +125,8 @@ def search(
     The step, the offsets and the measurements.
 
   Raises:
-    ValueError: if the bound is not positive, or if no step from 2^-12 on is fine
-      enough.
+    ValueError: if the bound is not positive, or if not even the finest step is
+      fine enough.
   """
   if not (math.isfinite(max_kl) and max_kl > 0):
     raise ValueError(f'max_kl must be positive and finite, got {max_kl}')
@@ -239,7 +239,7 @@ def _next_step(curve: dict[float, float], max_kl: float) -> float:
     step = last + _PRECISION
   elif coarse and not fine and step >= min(coarse):
     step = min(coarse) - 2 * _PRECISION
-  return float(min(max(step, -12.0), 0.0))
+  return float(min(max(step, rounding_lib.FINEST), 0.0))
 
 
 def _offsets(
@@ -288,13 +288,10 @@ def rewritten(model: models.Model) -> models.Model:
 def _numbers(model: models.Model) -> dict[str, int]:
   """Counts the numbers of each kind of parameter that has matrices."""
   counts: dict[str, int] = {}
-  trees = [('', model.outer())]
-  trees += [(f'layers.{i}/', layer) for i, layer in enumerate(model.layers())]
-  for prefix, tree in trees:
-    for path, leaf in structured.flatten(tree).items():
-      if any(rounding_lib.is_matrix(x) for x in jax.tree.leaves(leaf)):
-        name = symmetries.kind(prefix + path)
-        counts[name] = counts.get(name, 0) + structured.count_numbers(leaf)
+  for path, leaf in transform.leaves(model):
+    if any(rounding_lib.is_matrix(x) for x in jax.tree.leaves(leaf)):
+      name = symmetries.kind(path)
+      counts[name] = counts.get(name, 0) + structured.count_numbers(leaf)
   return counts
 
 

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 from rotbits_jax import models
 from rotbits_jax import symmetries
+from rotbits_jax.symmetries import rounding
 
 
 class Preset(NamedTuple):
@@ -26,12 +27,14 @@ class Preset(NamedTuple):
     name: the name of the preset in the file.
     options: JSON values that the file keeps as a record of how it was made.
     transform: the transform that rewrites the model, see `symmetries.chain`.
-    names: the names of the transform's parts, in order. The report has a line for each.
+    names: the names of the savings, in order. The report has a line for each.
     rounding: how numbers are rounded after the transforms, which see float32 numbers.
       None if the transforms see the numbers in their stored dtype and keep them.
     order_neurons: whether the neurons of an MLP are stored in an order that saves bits.
     message: the options of the published scheme, if the whole model is coded as one
       message by bits-back coding; else None.
+    by_options: whether name and options determine everything else. Only then can a run
+      continue the work of an interrupted run with the same options.
   """
 
   name: str
@@ -41,6 +44,7 @@ class Preset(NamedTuple):
   rounding: symmetries.Rounding | None = symmetries.NEAREST
   order_neurons: bool = False
   message: Any = None
+  by_options: bool = False
 
 
 def free(
@@ -69,17 +73,18 @@ def free(
     raise ValueError(f'tolerance must be finite and not negative, got {tolerance}')
   if not (floor is None or math.isfinite(floor)):
     raise ValueError(f'floor must be finite or None, got {floor}')
-  own = _without_gauges(tolerance, transforms)
+  transform = _without_gauges(tolerance, transforms)
   return Preset(
     name='free',
     options={
       'tolerance': float(tolerance),
       'floor': None if floor is None else float(floor),
     },
-    transform=symmetries.chain(*own),
-    names=tuple(transform.name for transform in own),
+    transform=transform,
+    names=transform.names,
     rounding=symmetries.NEAREST if floor is None else symmetries.with_floor(floor),
     order_neurons=True,
+    by_options=not transforms,
   )
 
 
@@ -93,10 +98,11 @@ def near(
   """Makes the preset for nearly the same function in far fewer bytes.
 
   It fixes every gauge as `free` does. Then it rounds the numbers of each array to
-  multiples of a step, a power of two, so that a number costs few bits.
+  multiples of one step, so that a number costs few bits.
 
   Args:
-    step: log2 of the ratio of the step to the root mean square of an array's numbers.
+    step: log2 of the ratio of the step to the root mean square of an array's numbers,
+      at least `symmetries.rounding.FINEST`.
     offsets: octaves to add to `step`, by kind of parameter, see `symmetries.kind`.
       `near.search` finds good ones.
     tolerance: see `symmetries.remove_residual_gauge`.
@@ -106,30 +112,36 @@ def near(
     The preset.
 
   Raises:
-    ValueError: if the tolerance is negative, or if a number is not finite.
+    ValueError: if the tolerance is negative, if a number is not finite, or if the step
+      is too fine to save bytes.
   """
   offsets = {} if offsets is None else dict(offsets)
   for name, value in {'step': step, **offsets}.items():
     if not (isinstance(value, (int, float)) and math.isfinite(value)):
       raise ValueError(f'{name} must be a finite number, got {value!r}')
+  if step < rounding.FINEST:
+    raise ValueError(
+      f'step must be at least {rounding.FINEST:g}, got {step}: `free` keeps more'
+    )
   if not (math.isfinite(tolerance) and tolerance >= 0):
     raise ValueError(f'tolerance must be finite and not negative, got {tolerance}')
-  own = _without_gauges(tolerance, transforms)
+  transform = _without_gauges(tolerance, transforms)
   return Preset(
     name='near',
     options={'step': float(step), 'offsets': offsets, 'tolerance': float(tolerance)},
-    transform=symmetries.chain(*own),
-    names=tuple(transform.name for transform in own),
+    transform=transform,
+    names=transform.names,
     rounding=symmetries.to_steps(step, offsets),
     order_neurons=True,
+    by_options=not transforms,
   )
 
 
 def _without_gauges(
   tolerance: float, transforms: tuple[symmetries.Transform, ...]
-) -> tuple[symmetries.Transform, ...]:
-  """Returns the transforms that fix every gauge, and further ones after them."""
-  return (
+) -> symmetries.Transform:
+  """Returns the transform that fixes every gauge, and further ones after it."""
+  return symmetries.chain(
     # Rotations come first, because the other transforms look for structure in the
     # coordinates that they choose.
     symmetries.remove_residual_gauge(tolerance=tolerance),
@@ -156,13 +168,14 @@ def exact(*, transforms: tuple[symmetries.Transform, ...] = ()) -> Preset:
     The preset.
   """
   # It comes last, because the embedding is predicted from the final head.
-  own = (*transforms, symmetries.retie_exactly())
+  transform = symmetries.chain(*transforms, symmetries.retie_exactly())
   return Preset(
     name='exact',
     options={},
-    transform=symmetries.chain(*own),
-    names=tuple(transform.name for transform in own),
+    transform=transform,
+    names=transform.names,
     rounding=None,
+    by_options=not transforms,
   )
 
 
@@ -250,8 +263,8 @@ def default(config: models.ModelConfig | None) -> str:
     config: of the model; None for plain arrays.
 
   Returns:
-    'free' for a sliced model, whose symmetries hold a third of its numbers; else
-    'exact', because on a dense model `free` changes every number and saves little more.
+    'free' for a sliced model, in which a fifth of the numbers and more is redundant;
+    else 'exact', because on a dense model `free` changes numbers and saves little.
   """
   return 'free' if config is not None and config.sliced else 'exact'
 

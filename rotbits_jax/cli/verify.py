@@ -7,11 +7,12 @@ Example:
   rotbits verify --input=smollm2.rotbits --against=SmolLM2-135M
 
 Every checksum must hold, and every array must decode to the numbers that were encoded.
-With --against a file of the preset `exact` must have the checkpoint's bits. Any other
-must have its function: the predictions for random tokens differ from the checkpoint's
-by no more than a few times what a random rotation and rounding make. For that both
-models are in memory; everything else takes one layer at a time. `rotbits inspect` reads
-the header only.
+With --against a file of the preset `exact` must have the checkpoint's bits. One of
+`free` or `paper` must have its function: the predictions for random tokens differ from
+the checkpoint's by no more than a few times what a random rotation and rounding make.
+For `near` the difference is measured, and any is accepted. For that both models are in
+memory; everything else takes one layer at a time. `rotbits inspect` reads the header
+only.
 
 JSON:
 
@@ -53,7 +54,7 @@ def main() -> None:
     print(f'all bits are those of {_AGAINST.value}')
   if result.kl is not None:
     print(
-      f'the function is that of {_AGAINST.value}: KL {result.kl:.3g}, '
+      f'KL divergence from {_AGAINST.value}: {result.kl:.3g}, '
       f'noise floor {result.kl_rerounded:.3g}'
     )
 

@@ -521,6 +521,12 @@ REST = 'rest/'
 MESSAGE = ('message', 'corrections', 'tables')
 """The streams of a message of bits-back coding."""
 
+DTYPE = 'dtype'
+"""The option of `near` with the dtype of the checkpoint, whose file is float32."""
+
+OTHER_DTYPES = 'other dtypes'
+"""The option with the dtypes of the parameters that have another dtype, by path."""
+
 MOST_FILES = 1 << 28
 """The greatest number of bytes of all other files before they are compressed."""
 

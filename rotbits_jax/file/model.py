@@ -6,8 +6,10 @@ import json
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
+import rotbits_jax
 from rotbits_jax import checkpoints
 from rotbits_jax import models
 from rotbits_jax import presets
@@ -44,7 +46,7 @@ class Job:
       source, stored_as = source.rounded(), None
     self.context = symmetries.make_context(source, stored_as=stored_as, mesh=mesh)
     if preset.rounding is not None and preset.rounding.uniform:
-      options = preset.options | {writer_lib.DTYPE: self.context.form.name}
+      options = preset.options | _dtypes(self.context)
       preset = preset._replace(options=options)
     self.summary = writer_lib.Summary(preset, source.config, stem)
     self.sizes = _input_sizes(self.context, self.buffers)
@@ -62,14 +64,17 @@ class Job:
 
     Returns None if a run cannot be resumed.
     """
-    if not isinstance(self.source, checkpoints.Source) or self.preset.message:
+    preset = self.preset
+    if not isinstance(self.source, checkpoints.Source) or preset.message:
+      return None
+    if not preset.by_options:
       return None
     parts = [
       self.source.fingerprint(),
-      self.preset.name,
-      self.preset.options,
-      self.preset.names,
+      preset.name,
+      preset.options,
       shards,
+      rotbits_jax.__version__,
       jax.__version__,
     ]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
@@ -213,6 +218,17 @@ class Job:
       )
     )
     bar.update(len(own))
+
+
+def _dtypes(context: symmetries.Context) -> Tree:
+  """Returns the dtypes of the source as options, see `manifest.DTYPE`."""
+  others = {
+    path: dtype.name
+    for path, dtype in context.dtypes.items()
+    if dtype != context.form and jnp.issubdtype(dtype, jnp.floating)
+  }
+  form = {manifest_lib.DTYPE: context.form.name}
+  return form | ({manifest_lib.OTHER_DTYPES: others} if others else {})
 
 
 def _input_sizes(

@@ -39,8 +39,6 @@ from rotbits_jax.file import packing
 from rotbits_jax.file import shards as shards_lib
 from rotbits_jax.symmetries import transform
 
-DTYPE = 'dtype'  # the option with the dtype of a checkpoint whose file is float32
-
 
 class Summary(NamedTuple):
   """Facts about the whole model, which every file or shard contains.

@@ -31,6 +31,9 @@ ACTIVATIONS: dict[config_lib.Activation, Callable[[jax.Array], jax.Array]] = {
   'silu': nn.silu,
 }
 
+MOMENTS = 'moments'
+"""The collection of the second moments of inputs: `[in, in]` for each matrix."""
+
 POSITION_OFFSET = 2  # OPT's position table begins with two unused rows
 
 
@@ -142,6 +145,7 @@ class Embedding(nn.Module):
 
   def attend(self, x: jax.Array) -> jax.Array:
     """Applies the tied head: `x @ tokens.T`."""
+    _sow_moments(self, 'tokens', x)
     return x @ _float32(self.tokens).T
 
 
@@ -274,6 +278,7 @@ class Linear(nn.Module):
       y = kernel.apply(x)
     else:
       y = x @ _float32(kernel)
+    _sow_moments(self, 'kernel', x)
     if not self.use_bias:
       return y
     bias = _parameter(self, 'bias', shape[1:], nn.initializers.zeros_init())
@@ -369,7 +374,7 @@ def _apply_stacked(
 ) -> jax.Array:
   """Applies the layers of a group one after another."""
   stacked: dict[str, Any] = {
-    'variable_axes': {'params': 0, 'cache': 0},
+    'variable_axes': {'params': 0, 'cache': 0, MOMENTS: 0},
     'split_rngs': {'params': True},
   }
   if size > 1:
@@ -402,6 +407,13 @@ def _parameter(
     path = '/'.join((*module.path, name))
     raise ValueError(f'{path} must have shape {shape}, got {leaf.shape=}')
   return leaf
+
+
+def _sow_moments(module: nn.Module, name: str, x: jax.Array) -> None:
+  """Stores the second moments of the inputs of a matrix, if `MOMENTS` is mutable."""
+  if module.is_mutable_collection(MOMENTS):
+    rows = x.reshape(-1, x.shape[-1])
+    module.sow(MOMENTS, name, rows.T @ rows, lambda _, new: new, lambda: None)
 
 
 def _float32(leaf: Any) -> jax.Array:

@@ -36,7 +36,6 @@ from rotbits_jax.symmetries.low_rank import remove_low_rank_gauge
 from rotbits_jax.symmetries.noise import random_rotation
 from rotbits_jax.symmetries.noise import randomly_rotated
 from rotbits_jax.symmetries.residual import remove_residual_gauge
-from rotbits_jax.symmetries.rotations import rotate
 from rotbits_jax.symmetries.rounding import NEAREST
 from rotbits_jax.symmetries.rounding import Rounding
 from rotbits_jax.symmetries.rounding import kind
@@ -91,7 +90,6 @@ __all__ = [
   'retie_embedding',
   'retie_exactly',
   'rewrite',
-  'rotate',
   'round_leaf',
   'run_chain',
   'svd',

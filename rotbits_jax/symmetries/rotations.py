@@ -23,9 +23,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from rotbits_jax import models
 from rotbits_jax import structured
 from rotbits_jax.symmetries import products
 
@@ -102,36 +100,6 @@ def lower(factor: jax.Array) -> jax.Array:
   r = jnp.linalg.qr(factor.T.astype(jnp.float32), mode='r')
   padding = ((0, 0), (0, factor.shape[1] - r.shape[0]))
   return jnp.tril(jnp.pad(r.T, padding)).astype(factor.dtype)
-
-
-def rotate(model: models.Model, rotations: list[np.ndarray]) -> models.Model:
-  """Rotates every residual segment of a model in memory.
-
-  Args:
-    model: the model. Structured leaves are materialized, except pairs of factors.
-    rotations: R_s, float32 `[d_s, d_s]`, one for each segment. A dense model has no
-      shortcuts; therefore all its rotations must be equal, and the scales of its norms
-      must be 1.
-
-  Returns:
-    A model of the same function, rounded to its old dtypes, with NumPy arrays.
-  """
-  config = model.config
-  model = model.materialize(but=(structured.FactorPair,))
-  step, layers = config.segments_per_layer, []
-  axes = tuple(models.layout.layer_axes(config).items())
-  for i, layer in enumerate(model.layers()):
-    own = tuple(map(jnp.asarray, rotations[i * step : (i + 1) * step + 1]))
-    turned = jitted_turn_parameters(structured.flatten(layer), own, axes=axes)
-    layers.append(structured.unflatten(jax.device_get(turned)))
-  ends = jnp.asarray(rotations[0]), jnp.asarray(rotations[-1])
-  outer = jitted_turn_parameters(
-    structured.flatten(model.outer()),
-    ends,
-    axes=tuple(models.layout.outer_axes(config).items()),
-  )
-  outer = structured.unflatten(jax.device_get(outer))
-  return models.from_layers(config, outer, layers, model.buffers, model.stored_as)
 
 
 jitted_turn_parameters = jax.jit(turn_parameters, static_argnames='axes')

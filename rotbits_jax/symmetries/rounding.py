@@ -68,16 +68,24 @@ def with_floor(offset: float = 0.0) -> Rounding:
   return Rounding(octaves)
 
 
+FINEST = -12.0
+"""The finest uniform step, in octaves from the rms.
+
+A normally distributed number then takes 14 bits, fewer than a number of any stored
+dtype but those of 8 bits.
+"""
+
+
 def to_steps(step: float, offsets: Mapping[str, float] | None = None) -> Rounding:
   """Makes the rounding of all numbers of an array to multiples of one step.
 
   Args:
     step: log2 of the step over the rms of the array.
     offsets: octaves to add to the step, by kind of parameter, see `kind`. The offset of
-      other kinds is 0.
+      other kinds is 0. No step is finer than `FINEST`.
   """
   by_kind = dict(offsets or {})
-  octaves = lambda path, dtype: step + by_kind.get(kind(path), 0.0)
+  octaves = lambda path, dtype: max(step + by_kind.get(kind(path), 0.0), FINEST)
   return Rounding(octaves, uniform=True)
 
 

@@ -136,7 +136,7 @@ class Transform(NamedTuple):
   """One step of a chain. `make` builds one from functions that return notes.
 
   Attributes:
-    name: name of the saving in the report.
+    names: the names of its savings in the report, in order; a chain has several.
     init: takes the context and returns the state before the first layer. It may read
       any part of the source.
     layers: takes the context, the state, the index of the first layer and consecutive
@@ -147,7 +147,7 @@ class Transform(NamedTuple):
     skip: takes the arguments of `layers` and returns the next state only.
   """
 
-  name: str
+  names: tuple[str, ...]
   init: Callable[[Context], State]
   layers: Callable[
     [Context, State, int, Layers], tuple[State, Layers, list[list[Saving]]]
@@ -208,7 +208,7 @@ def make(
       return skip(context, state, first, given)
     return state if layers is None else layers(context, state, first, given)[0]
 
-  return Transform(name, init, counted_layers, counted_outer, skipped)
+  return Transform((name,), init, counted_layers, counted_outer, skipped)
 
 
 def chain(*transforms: Transform) -> Transform:
@@ -244,7 +244,8 @@ def chain(*transforms: Transform) -> Transform:
       for transform, own in zip(transforms, state, strict=True)
     )
 
-  return Transform('chain', init, layers, outer, skip)
+  names = tuple(name for transform in transforms for name in transform.names)
+  return Transform(names, init, layers, outer, skip)
 
 
 class Unit(NamedTuple):
@@ -362,13 +363,14 @@ def run_chain(
     rounding: see `rewrite`.
 
   Returns:
-    The rewritten model, with NumPy arrays, and one saving for each transform.
+    The rewritten model, with NumPy arrays, and one saving for each transform; a chain
+    among them counts as its transforms.
   """
   context = make_context(model, stored_as=model.stored_as)
-  names = [transform.name for transform in transforms]
-  totals = [Saving(name, 0, 0, []) for name in names]
+  whole = chain(*transforms)
+  totals = [Saving(name, 0, 0, []) for name in whole.names]
   units: list[Unit] = []
-  for some, _ in rewrite(context, chain(*transforms), rounding=rounding):
+  for some, _ in rewrite(context, whole, rounding=rounding):
     for unit in some:
       own = [saving for saving in unit.savings if saving.name != ROUNDING]
       totals = add_savings(totals, own)
