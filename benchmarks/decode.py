@@ -20,6 +20,7 @@ install numpy zstandard zipnn lmzip`.
 """
 
 from collections.abc import Callable, Sequence
+import contextlib
 import functools
 import json
 import math
@@ -141,24 +142,25 @@ def measure(
     ValueError: if a decoder fails, or if a peer returns other tensors.
   """
   paths = {RAW: tensors} | files
-  decoders = {
-    name: Decoder(peers_python, name, path)
-    if name in (RAW, *PEERS)
-    else Decoder(sys.executable, 'rotbits', path)
-    for name, path in paths.items()
-  }
-  expected = None
-  for name, decoder in decoders.items():
-    _, checksum = decoder.run()
-    expected = checksum if name == RAW else expected
-    if name in PEERS and checksum != expected:
-      raise ValueError(f'{name} returned other tensors')
-    decoder.run()
-  for _ in range(runs):
-    for decoder in decoders.values():
-      decoder.seconds.append(decoder.run()[0])
-  for decoder in decoders.values():
-    decoder.__exit__()
+  with contextlib.ExitStack() as stack:
+    decoders = {
+      name: stack.enter_context(
+        Decoder(peers_python, name, path)
+        if name in (RAW, *PEERS)
+        else Decoder(sys.executable, 'rotbits', path)
+      )
+      for name, path in paths.items()
+    }
+    expected = None
+    for name, decoder in decoders.items():
+      _, checksum = decoder.run()
+      expected = checksum if name == RAW else expected
+      if name in PEERS and checksum != expected:
+        raise ValueError(f'{name} returned other tensors')
+      decoder.run()
+    for _ in range(runs):
+      for decoder in decoders.values():
+        decoder.seconds.append(decoder.run()[0])
   return [
     Row(name, path.stat().st_size, statistics.median(decoders[name].seconds))
     for name, path in paths.items()

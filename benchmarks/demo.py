@@ -10,6 +10,7 @@ that ship with the package; no paragraph is in both. Seconds include what JAX ta
 compile.
 """
 
+import dataclasses
 import importlib.resources
 import pathlib
 import sys
@@ -94,6 +95,7 @@ NAME = 'SmolLM2-135M'
 TENSORS = 'tensors'
 GIVEN = 'as given'
 REROUNDED = 'rotated, rounded again'
+UNROUNDED = 'free, of the truth'
 
 
 def dense_smollm2() -> Subject:
@@ -199,6 +201,15 @@ def measure(
     seconds[preset] = timed.encode_seconds, timed.decode_seconds
     # A model with the same bits has the same predictions.
     compared[preset] = model if _same_bits(timed.model, model) else timed.model
+  if subject.truth is not None:
+    # As `rotbits slice --encoded`: the numbers are rounded once, by `free`.
+    dtype = np.dtype(jax.tree.leaves(model.params)[0].dtype)
+    truth = dataclasses.replace(subject.truth, stored_as=dtype.name)
+    path = encoded_path(subject.name, 'truth', output)
+    timed = encode_and_load(checkpoint._replace(model=truth), path, 'free')
+    sizes[UNROUNDED] = timed.bytes
+    seconds[UNROUNDED] = timed.encode_seconds, timed.decode_seconds
+    compared[UNROUNDED] = timed.model
   compared[REROUNDED] = symmetries.randomly_rotated(model, key=jax.random.key(0))
   references = {'tensors': model}
   if subject.truth is not None:
@@ -322,7 +333,8 @@ def main() -> None:
     notes[:0] = [verdict(rows) or '']
     notes.append(
       f'Slicing took {seconds:.0f} s. The truth is the sliced model before it was '
-      'rounded to float16. Dense weights are those of a GGUF of 4 bits, dequantised '
+      f'rounded to float16; the line "{UNROUNDED}" rounds it once, as `rotbits slice '
+      '--encoded` does. Dense weights are those of a GGUF of 4 bits, dequantised '
       'to bfloat16, and `exact` finds the 4 bits again.'
     )
   print('\n'.join('\n' + textwrap.fill(note, 88) for note in notes if note))

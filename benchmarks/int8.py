@@ -125,25 +125,25 @@ def quantize_kernels() -> symmetries.Transform:
   return symmetries.make('int8', layers=_quantize_layers, outer=_quantize_outer)
 
 
-def quantize(leaf: Any, form: Any) -> Int8:
+def quantize(leaf: Any, dtype: Any) -> Int8:
   """Quantises a kernel; the scale of a column follows from its absolute maximum.
 
   Args:
     leaf: an array `[..., m, n]`, or a structured leaf of such arrays.
-    form: dtype of the scales.
+    dtype: dtype of the scales.
   """
   arrays, treedef = jax.tree.flatten(leaf)
-  quantized = [_quantize_array(jnp.asarray(x, jnp.float32), form) for x in arrays]
+  quantized = [_quantize_array(jnp.asarray(x, jnp.float32), dtype) for x in arrays]
   values, scales = zip(*quantized, strict=True)
   return Int8(jax.tree.unflatten(treedef, values), jax.tree.unflatten(treedef, scales))
 
 
-def _quantize_array(array: jax.Array, form: Any) -> tuple[jax.Array, jax.Array]:
+def _quantize_array(array: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array]:
   if not array.size:  # Qwix fails on the maximum of an empty array
-    scale = jnp.ones((*array.shape[:-2], 1, array.shape[-1]), form)
+    scale = jnp.ones((*array.shape[:-2], 1, array.shape[-1]), dtype)
     return array.astype(jnp.int8), scale
   axes = [axis for axis in range(array.ndim) if axis != array.ndim - 2]
-  quantized = qwix.quantize(array, jnp.int8, channelwise_axes=axes, scale_dtype=form)
+  quantized = qwix.quantize(array, jnp.int8, channelwise_axes=axes, scale_dtype=dtype)
   return quantized.qvalue, quantized.scale
 
 
@@ -158,7 +158,7 @@ def _quantize_layers(
   context: symmetries.Context, state: Any, first: int, layers: list[models.Params]
 ) -> tuple[Any, list[models.Params], list[list[symmetries.Note]]]:
   quantized = [
-    _quantize_kernels(layer, context.form, f'layers.{i}/')
+    _quantize_kernels(layer, context.dtype, f'layers.{i}/')
     for i, layer in enumerate(layers, first)
   ]
   return state, [tree for tree, _ in quantized], [notes for _, notes in quantized]
@@ -167,16 +167,16 @@ def _quantize_layers(
 def _quantize_outer(
   context: symmetries.Context, state: Any, outer: models.Params
 ) -> tuple[models.Params, list[symmetries.Note]]:
-  return _quantize_kernels(outer, context.form, '')
+  return _quantize_kernels(outer, context.dtype, '')
 
 
 def _quantize_kernels(
-  tree: models.Params, form: np.dtype, prefix: str
+  tree: models.Params, dtype: np.dtype, prefix: str
 ) -> tuple[models.Params, list[symmetries.Note]]:
   flat, notes = structured.flatten(tree), []
   for path, leaf in flat.items():
     if path.endswith('/kernel'):
-      flat[path] = _quantize(leaf, form=form)
+      flat[path] = _quantize(leaf, dtype=dtype)
       error = _relative_error(flat[path], leaf)
       notes.append(symmetries.note(prefix + path, flat[path], error=error))
   return structured.unflatten(flat), notes

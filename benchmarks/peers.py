@@ -57,9 +57,6 @@ def _mapped(path: str) -> Arrays:
 class Raw:
   """The safetensors file without compression."""
 
-  def compress(self, source: str, output: str) -> None:
-    pathlib.Path(output).write_bytes(pathlib.Path(source).read_bytes())
-
   def decode(self, path: str) -> Arrays:
     return split(pathlib.Path(path).read_bytes())
 

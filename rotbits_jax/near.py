@@ -282,7 +282,7 @@ def rewritten(model: models.Model) -> models.Model:
   result = transform.to_model(
     context.config, (unit for some, _ in units for unit in some)
   )
-  return dataclasses.replace(result, stored_as=context.form.name)
+  return dataclasses.replace(result, stored_as=context.dtype.name)
 
 
 def _numbers(model: models.Model) -> dict[str, int]:

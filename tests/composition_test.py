@@ -114,11 +114,11 @@ FUNCTIONS = {
     lambda r: (_orthogonal(r, 6), _orthogonal(r, 4), _orthogonal(r, 2)),
   ),
   'gram_form': (
-    functools.partial(shortcuts.gram_form, k=3, j=1, form=np.float32),
+    functools.partial(shortcuts.gram_form, k=3, j=1, dtype=np.float32),
     lambda r: (_orthogonal(r, 6), _polar(r), np.int32(2), np.int32(1)),
   ),
   'triangle_form': (
-    functools.partial(shortcuts.triangle_form, form=np.float32),
+    functools.partial(shortcuts.triangle_form, dtype=np.float32),
     lambda r: (_orthogonal(r, 6), _polar(r)),
   ),
   'range_used': (

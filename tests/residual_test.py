@@ -114,16 +114,16 @@ class PureFunctionsTest(parameterized.TestCase):
     polar = canonical.Polar(jnp.float32(u), jnp.float32(values), jnp.eye(6))
     expected = rotation.T @ (u * values) @ u.T @ rotation
     arguments = jnp.float32(rotation), polar
-    grams = shortcuts.gram_form(*arguments, less, more, k=k, j=j, form=np.float32)
+    grams = shortcuts.gram_form(*arguments, less, more, k=k, j=j, dtype=np.float32)
     b, c = (np.asarray(x) for x in grams.arrays)
     self.assertEqual((b.shape, c.shape), ((6, k), (6, j)))
     # Columns of padding are zero.
     np.testing.assert_allclose(b[:, less:], 0, atol=1e-6)
     np.testing.assert_allclose(c[:, more:], 0, atol=1e-6)
     np.testing.assert_allclose(np.eye(6) - b @ b.T + c @ c.T, expected, atol=1e-5)
-    (lower,) = shortcuts.triangle_form(*arguments, form=np.float32).arrays
+    (lower,) = shortcuts.triangle_form(*arguments, dtype=np.float32).arrays
     np.testing.assert_allclose(lower, np.tril(expected), atol=1e-5)
-    halves = shortcuts.triangle_form(*arguments, form=np.float16)
+    halves = shortcuts.triangle_form(*arguments, dtype=np.float16)
     rounded = np.float64(np.float16(halves.arrays[0]))
     off = rounded + np.tril(rounded, -1).T - expected
     error = np.linalg.norm(off) / np.linalg.norm(expected)
@@ -137,11 +137,11 @@ class PureFunctionsTest(parameterized.TestCase):
     values[:more], values[32 - less :] = 1.5, 0.25
     polar = canonical.Polar(jnp.float32(u), jnp.float32(values), jnp.eye(32))
     expected = rotation.T @ (u * values) @ u.T @ rotation
-    for form in (np.float16, ml_dtypes.bfloat16):
+    for dtype in (np.float16, ml_dtypes.bfloat16):
       grams = shortcuts.gram_form(
-        jnp.float32(rotation), polar, less, more, k=k, j=j, form=form
+        jnp.float32(rotation), polar, less, more, k=k, j=j, dtype=dtype
       )
-      b, c = (np.float64(np.asarray(x).astype(form)) for x in grams.arrays)
+      b, c = (np.float64(np.asarray(x).astype(dtype)) for x in grams.arrays)
       off = np.eye(32) - b @ b.T + c @ c.T - expected
       error = np.linalg.norm(off) / np.linalg.norm(expected)
       np.testing.assert_allclose(grams.error, error, rtol=1e-2)

@@ -52,7 +52,7 @@ def _seen(formats):
 
   def outer(context, state, outer):
     del state
-    formats.append((context.form, outer['head']['kernel'].dtype))
+    formats.append((context.dtype, outer['head']['kernel'].dtype))
     return outer, []
 
   return symmetries.make('seen', outer=outer)
@@ -132,7 +132,7 @@ class RunChainTest(parameterized.TestCase):
     formats = [str(x.dtype) for _, x in transform_lib.leaves(mixed)]
     self.assertIn('float32', formats)
     context = symmetries.make_context(mixed)
-    self.assertEqual(context.form, np.float16)
+    self.assertEqual(context.dtype, np.float16)
     self.assertEqual(context.limit('layers.1/mlp/down/kernel'), 65504)
     self.assertGreater(context.limit('layers.1/mlp/up/kernel'), 1e38)
     again, _ = symmetries.run_chain((_scaled(1),), mixed)

@@ -225,10 +225,10 @@ def _dtypes(context: symmetries.Context) -> Tree:
   others = {
     path: dtype.name
     for path, dtype in context.dtypes.items()
-    if dtype != context.form and jnp.issubdtype(dtype, jnp.floating)
+    if dtype != context.dtype and jnp.issubdtype(dtype, jnp.floating)
   }
-  form = {manifest_lib.DTYPE: context.form.name}
-  return form | ({manifest_lib.OTHER_DTYPES: others} if others else {})
+  most = {manifest_lib.DTYPE: context.dtype.name}
+  return most | ({manifest_lib.OTHER_DTYPES: others} if others else {})
 
 
 def _input_sizes(

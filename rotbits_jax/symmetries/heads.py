@@ -346,7 +346,7 @@ def _remove(
     [(pairs[i], jnp.float32(tolerance)) for i in found],
     kv_heads=config.num_kv_heads,
     rotary=config.rotary_dim,
-    form=context.form,
+    dtype=context.dtype,
   )
   rewritten = list(layers)
   for i, fixed in zip(found, results, strict=True):
@@ -413,19 +413,19 @@ class _Fixed(NamedTuple):
 
 
 def _fix_layer(
-  pair: models.Params, tolerance: jax.Array, *, kv_heads: int, rotary: int, form: Any
+  pair: models.Params, tolerance: jax.Array, *, kv_heads: int, rotary: int, dtype: Any
 ) -> _Fixed:
   if 'key' in pair:
     fixed = fix_keys(pair, kv_heads=kv_heads, rotary=rotary)
   else:
     fixed = fix_values(pair, kv_heads=kv_heads)
-  rounded = structured.astype(structured.astype(fixed, form), jnp.float32)
+  rounded = structured.astype(structured.astype(fixed, dtype), jnp.float32)
   error = product_error(*_sides(fixed, kv_heads), *_sides(rounded, kv_heads))
   # The numbers of a checkpoint have no rounding error, because they are rounded
   # already. A multiple of them has the usual error.
   left, right = _sides(pair, kv_heads)
   left, right = left * _SQRT2, right / _SQRT2
-  near = (x.astype(form).astype(jnp.float32) for x in (left, right))
+  near = (x.astype(dtype).astype(jnp.float32) for x in (left, right))
   plain_error = product_error(left, right, *near)
   norm = jnp.maximum(product_norm(left, right), jnp.finfo(jnp.float32).tiny)
   # If rounding makes a number infinite, the error is infinite or NaN, and the

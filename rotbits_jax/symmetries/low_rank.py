@@ -66,7 +66,7 @@ def fix_pairs(
   tree: models.Params,
   *,
   tolerance: float = 2.0,
-  form: Any = None,
+  dtype: Any = None,
   prefix: str = '',
 ) -> tuple[models.Params, list[transform.Note]]:
   """Fixes the gauge of every pair in a PyTree.
@@ -83,7 +83,7 @@ def fix_pairs(
       leaves are not changed.
     tolerance: the factor by which the rounding error of the product may grow. A pair
       whose error grows more is not changed.
-    form: the dtype to which the numbers will be rounded; None for their own dtype.
+    dtype: the dtype to which the numbers will be rounded; None for their own dtype.
     prefix: prefix of the paths in notes.
 
   Returns:
@@ -93,7 +93,7 @@ def fix_pairs(
   for path, pair in flat.items():
     if not isinstance(pair, structured.LowRank) or pair.rank > min(pair.shape):
       continue
-    fixed = _fix_jitted(pair.u, pair.v, tolerance, form=np.dtype(form or pair.dtype))
+    fixed = _fix_jitted(pair.u, pair.v, tolerance, dtype=np.dtype(dtype or pair.dtype))
     accepted = bool(fixed.accepted)
     if accepted:
       flat[path] = fixed.leaf.astype(pair.dtype).replace(names=pair.names)
@@ -121,7 +121,7 @@ def remove_low_rank_gauge(*, tolerance: float = 2.0) -> transform.Transform:
     context: transform.Context, state: Any, first: int, given: transform.Layers
   ) -> tuple[Any, transform.Layers, list[list[transform.Note]]]:
     results = [
-      fix(layer, form=context.form, prefix=f'layers.{i}/')
+      fix(layer, dtype=context.dtype, prefix=f'layers.{i}/')
       for i, layer in enumerate(given, first)
     ]
     return state, [tree for tree, _ in results], [own for _, own in results]
@@ -129,7 +129,7 @@ def remove_low_rank_gauge(*, tolerance: float = 2.0) -> transform.Transform:
   def outer(
     context: transform.Context, state: Any, given: models.Params
   ) -> tuple[models.Params, list[transform.Note]]:
-    return fix(given, form=context.form)
+    return fix(given, dtype=context.dtype)
 
   return transform.make('low-rank gauge', layers=layers, outer=outer)
 
@@ -151,13 +151,13 @@ class _Fixed(NamedTuple):
   accepted: jax.Array
 
 
-def _fix(u: jax.Array, v: jax.Array, tolerance: jax.Array, form: Any) -> _Fixed:
+def _fix(u: jax.Array, v: jax.Array, tolerance: jax.Array, dtype: Any) -> _Fixed:
   u, v = u.astype(jnp.float32), v.astype(jnp.float32)
   product = _matmul(u, v)
   norm = jnp.maximum(jnp.linalg.norm(product), jnp.finfo(jnp.float32).tiny)
 
   def error(pair: structured.FactorPair) -> jax.Array:
-    rounded = structured.astype(structured.astype(pair, form), jnp.float32)
+    rounded = structured.astype(structured.astype(pair, dtype), jnp.float32)
     return jnp.linalg.norm(rounded.materialize() - product) / norm
 
   fixed = fix_pair(u, v)

@@ -400,7 +400,7 @@ def _shortcut_leaves(
     rows, columns = gauge.rotations[s : s + 2]
     kernel = flat[path]
     if path in gauge.lowers:
-      found[path] = shortcuts_lib.trapezoid(gauge.lowers[path], form=context.form)
+      found[path] = shortcuts_lib.trapezoid(gauge.lowers[path], dtype=context.dtype)
     elif path in gauge.polars:
       found[path] = shortcuts_lib.symmetric(
         rows,
@@ -408,7 +408,7 @@ def _shortcut_leaves(
         kernel.shape[1],
         tolerance=tolerance,
         unit=context.roundoff,
-        form=context.form,
+        dtype=context.dtype,
       )
     else:
       turned = _turn(kernel, rows=rows, columns=columns)

@@ -80,7 +80,7 @@ def gram_form(
   *,
   k: int,
   j: int,
-  form: Any,
+  dtype: Any,
 ) -> Form:
   """Brings P to the form I - B B^T + C C^T.
 
@@ -95,7 +95,7 @@ def gram_form(
     more: [] how many values are above 1.
     k: number of columns of B, at least `less`.
     j: number of columns of C, at least `more`.
-    form: the dtype to which the arrays will be rounded.
+    dtype: the dtype to which the arrays will be rounded.
 
   Returns:
     B `[d, k]` and C `[d, j]`, float32, with their error.
@@ -111,7 +111,7 @@ def gram_form(
   left_out = (place >= more) & (place < values.size - less)
   square = jnp.sum(jnp.where(left_out, jnp.square(values - 1), 0))
   for x in (b, c):
-    square += _square_of_rounding(x, x.astype(form).astype(jnp.float32))
+    square += _square_of_rounding(x, x.astype(dtype).astype(jnp.float32))
   norm = jnp.maximum(jnp.linalg.norm(values), _TINY)
   return Form((b, c), jnp.sqrt(square) / norm)
 
@@ -130,10 +130,10 @@ def _square_of_rounding(b: jax.Array, rounded: jax.Array) -> jax.Array:
   return jnp.maximum(inner + 2 * jnp.sum(gram(off, rounded) * gram(b, off)), 0)
 
 
-def triangle_form(rotation: jax.Array, polar: canonical.Polar, *, form: Any) -> Form:
+def triangle_form(rotation: jax.Array, polar: canonical.Polar, *, dtype: Any) -> Form:
   """Returns the lower triangle of P, float32 `[d, d]`, with its error."""
   lower = jnp.tril(_symmetric(rotation, polar))
-  lower32 = lower.astype(form).astype(jnp.float32)
+  lower32 = lower.astype(dtype).astype(jnp.float32)
   leaf = structured.SymmetricTriangle(lower32, columns=lower.shape[0])
   return Form((lower,), _error(leaf, rotation, polar))
 
@@ -170,7 +170,7 @@ def symmetric(
   *,
   tolerance: float,
   unit: float,
-  form: Any,
+  dtype: Any,
 ) -> Shortcut:
   """Makes the leaf of a shortcut with d <= e, in the smallest accurate form.
 
@@ -180,8 +180,8 @@ def symmetric(
     width: e.
     tolerance: a value counts as 1 if it differs from 1 by at most this multiple of
       `unit`.
-    unit: roundoff of `form`.
-    form: the dtype to which the leaf will be rounded.
+    unit: roundoff of `dtype`.
+    dtype: the dtype to which the leaf will be rounded.
 
   Returns:
     The shortcut.
@@ -192,21 +192,21 @@ def symmetric(
   d, size = values.size, structured.lower_size
   if size((d, less)) + size((d, more)) < size((d, d)):
     grams = _gram_form(
-      rotation, polar, less, more, k=_padded(less, d), j=_padded(more, d), form=form
+      rotation, polar, less, more, k=_padded(less, d), j=_padded(more, d), dtype=dtype
     )
     if float(grams.error) <= _ERROR_BOUND * unit:
       b, c = grams.arrays
       leaf = structured.IdentityMinusGram(b[:, :less], c[:, :more], columns=width)
       return Shortcut(leaf, grams.error, less + more)
-  whole = _triangle_form(rotation, polar, form=form)
+  whole = _triangle_form(rotation, polar, dtype=dtype)
   (lower,) = whole.arrays
   triangle = structured.SymmetricTriangle(lower, columns=width)
   return Shortcut(triangle, whole.error, d)
 
 
-def trapezoid(lower: jax.Array, *, form: Any) -> Shortcut:
+def trapezoid(lower: jax.Array, *, dtype: Any) -> Shortcut:
   """Makes the leaf of a shortcut with d > e from its factor L, float32 `[d, e]`."""
-  leaf, error = _rounded_lower(lower, form=form)
+  leaf, error = _rounded_lower(lower, dtype=dtype)
   return Shortcut(structured.Trapezoidal(leaf), error, min(lower.shape))
 
 
@@ -220,8 +220,8 @@ def _padded(rank: int, most: int) -> int:
 
 
 @functools.partial(jax.jit, static_argnames='form')
-def _rounded_lower(lower: jax.Array, *, form: Any) -> tuple[jax.Array, jax.Array]:
-  rounded = jnp.tril(lower).astype(form).astype(jnp.float32)
+def _rounded_lower(lower: jax.Array, *, dtype: Any) -> tuple[jax.Array, jax.Array]:
+  rounded = jnp.tril(lower).astype(dtype).astype(jnp.float32)
   norm = jnp.maximum(jnp.linalg.norm(lower), _TINY)
   return jnp.tril(lower), jnp.linalg.norm(rounded - lower) / norm
 

@@ -44,7 +44,7 @@ def retie_embedding(*, tolerance: float = 1.5) -> transform.Transform:
 
   Args:
     tolerance: the greatest relative error of `head^T @ T` in the Frobenius norm, as a
-      multiple of `Context.roundoff`. Head and T are rounded to `Context.form` first.
+      multiple of `Context.roundoff`. Head and T are rounded to `Context.dtype` first.
       The relative error of a single token may be four times as large. In SliceGPT's own
       files, embeddings have an error of 0.6 to 1, and tokens an error of up to 1.6.
 
@@ -94,8 +94,8 @@ def least_squares(gram: np.ndarray, moments: np.ndarray) -> np.ndarray:
 def _retie_embedding(
   context: transform.Context, state: Any, outer: models.Params, *, tolerance: float
 ) -> tuple[models.Params, list[transform.Note]]:
-  form, unit = context.form, context.roundoff
-  found = _table_and_head(outer, form)
+  dtype, unit = context.dtype, context.roundoff
+  found = _table_and_head(outer, dtype)
   if found is None:
     return outer, []
   table, head = found
@@ -104,13 +104,13 @@ def _retie_embedding(
     return _with_embedding(outer, table, error)
   norms = _row_norms(table)
   matrix = least_squares(*_normal_equations(table, head, _weights(norms)))
-  rounded = structured.astype(matrix, form)
+  rounded = structured.astype(matrix, dtype)
   if not np.isfinite(rounded).all():
     return _with_embedding(outer, table, error)
   off = _deviations(table, head, rounded)
   error = float(np.linalg.norm(off)) / max(float(np.linalg.norm(norms)), _TINY)
   # Rounding errors do not get smaller below the least normal number.
-  least = float(jnp.finfo(form).smallest_normal) * np.sqrt(table.shape[1])
+  least = float(jnp.finfo(dtype).smallest_normal) * np.sqrt(table.shape[1])
   worst = float(np.max(off / np.maximum(norms, least)))
   fits = error <= tolerance * unit and worst <= 4 * tolerance * unit
   leaf = structured.Tied(matrix.astype(table.dtype), len(table)) if fits else table
@@ -135,14 +135,14 @@ def _retie_exactly(
 
 
 def _table_and_head(
-  outer: models.Params, form: np.dtype | None
+  outer: models.Params, dtype: np.dtype | None
 ) -> tuple[np.ndarray, np.ndarray] | None:
   """Returns the embedding and the head, if T can be found and is smaller.
 
   Args:
     outer: the parameters outside the layers.
-    form: the dtype to which the head will be rounded; None if the head must be an array
-      that stays as it is.
+    dtype: the dtype to which the head will be rounded; None if the head must be an
+      array that stays as it is.
 
   Returns:
     The embedding `[V, d]` and the head `[D, V]`, both floating-point and finite; None
@@ -152,8 +152,8 @@ def _table_and_head(
   if head is None or structured.is_structured(table):
     return None
   kernel = head['kernel']
-  if form is not None:
-    kernel = structured.materialize(structured.astype(kernel, form))
+  if dtype is not None:
+    kernel = structured.materialize(structured.astype(kernel, dtype))
   elif structured.is_structured(kernel):
     return None
   table, kernel = np.asarray(table), np.asarray(kernel)

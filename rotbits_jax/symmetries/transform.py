@@ -64,13 +64,13 @@ class Context(NamedTuple):
     source: the model before any transform.
     dtypes: the dtype to which the numbers of each parameter are rounded at the end, by
       path.
-    form: the dtype to which most numbers are rounded.
+    dtype: the dtype to which most numbers are rounded.
     mesh: devices along one axis, 'layers', that share the layers; None for one device.
   """
 
   source: Source
   dtypes: Mapping[str, np.dtype]
-  form: np.dtype
+  dtype: np.dtype
   mesh: jax.sharding.Mesh | None = None
 
   @property
@@ -79,13 +79,13 @@ class Context(NamedTuple):
 
   @property
   def roundoff(self) -> float:
-    """Unit roundoff of `form`, the dtype of most numbers.
+    """Unit roundoff of `dtype`, the dtype of most numbers.
 
     For float32 it is 2^-19, the error of the float32 linear algebra, because float32's
     own roundoff is never reached.
     """
     least = 16 * float(jnp.finfo(jnp.float32).eps)
-    return max(float(jnp.finfo(self.form).eps) / 2, least)
+    return max(float(jnp.finfo(self.dtype).eps) / 2, least)
 
   def limit(self, path: str) -> float:
     """Returns the greatest finite number of the dtype of a parameter."""
@@ -288,8 +288,8 @@ def make_context(
         kind = kind if stored_as is None else np.dtype(jnp.dtype(stored_as))
         sizes[kind] += int(np.prod(leaf.shape))
       kinds[prefix + path] = kind
-  form = sizes.most_common(1)[0][0] if sizes else np.dtype(np.float32)
-  return Context(source, kinds, form, mesh)
+  dtype = sizes.most_common(1)[0][0] if sizes else np.dtype(np.float32)
+  return Context(source, kinds, dtype, mesh)
 
 
 def rewrite(
@@ -474,7 +474,7 @@ def count(tree: models.Params, context: Context, prefix: str = '') -> tuple[int,
   """
   numbers, size = 0, 0
   for path, leaf in structured.flatten(tree).items():
-    kind = context.dtypes.get(prefix + path, context.form)
+    kind = context.dtypes.get(prefix + path, context.dtype)
     as_stored = functools.partial(structured.astype, dtype=kind)
     # The sizes of leaves on a device follow from shapes alone. The sizes of structured
     # leaves on the host may depend on their numbers.
@@ -533,7 +533,7 @@ def _stored(
     return structured.unflatten(jax.device_get(flat)), []
   effects = {}
   for path, leaf in flat.items():
-    dtype = context.dtypes.get(prefix + path, context.form)
+    dtype = context.dtypes.get(prefix + path, context.dtype)
     if any(isinstance(x, jax.Array) for x in jax.tree.leaves(leaf)):
       octaves = rounding.octaves(prefix + path, dtype)
       flat[path], effects[path] = round_leaf(leaf, dtype, octaves, rounding.uniform)
