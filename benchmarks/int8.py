@@ -188,7 +188,7 @@ def _relative_error(leaf: Int8, original: Any) -> float:
   return float(np.linalg.norm(a - b)) / norm if norm else 0.0
 
 
-_quantize = functools.partial(jax.jit, static_argnames='form')(quantize)
+_quantize = functools.partial(jax.jit, static_argnames='dtype')(quantize)
 
 
 # ---- the table -----------------------------------------------------------------------

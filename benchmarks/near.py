@@ -9,7 +9,8 @@ The same matrices are stored in different ways, and the same code measures each 
 same text:
 
   near              `near` at several steps, one step for all kinds of parameters
-  near, calibrated  the same steps with the offsets of `near.calibrate`, whose mean is 0
+  near, own steps   the same steps with the offsets of `near.calibrate`, whose mean is 0
+  near, calibrated  the same, rounded with error feedback
   GGUF              blocks of 32 numbers, quantised by the package `gguf`
   int8              one scale for each output, quantised by the package `qwix`
 
@@ -84,7 +85,8 @@ _NAME = flags.DEFINE_string(
 BLOCKS = ('Q8_0', 'Q5_1', 'Q5_0', 'Q4_1', 'Q4_0')
 """GGUF's formats, from the largest to the smallest."""
 
-PLAIN, CALIBRATED, GGUF, INT8 = 'near', 'near, calibrated', 'GGUF', 'int8, Qwix'
+PLAIN, OFFSETS, CALIBRATED = 'near', 'near, own steps', 'near, calibrated'
+GGUF, INT8 = 'GGUF', 'int8, Qwix'
 
 _TOGETHER = 3
 """How many models are in memory at once, so that the reference predicts less often."""
@@ -94,7 +96,7 @@ class Row(NamedTuple):
   """A line of the table.
 
   Attributes:
-    series: one of `PLAIN`, `CALIBRATED`, `GGUF` and `INT8`.
+    series: one of `PLAIN`, `OFFSETS`, `CALIBRATED`, `GGUF` and `INT8`.
     name: the step or the format.
     bytes: the bytes that the model takes.
     perplexity: perplexity on the text.
@@ -119,7 +121,10 @@ class Stored(NamedTuple):
 
 
 def stored_by_near(
-  rewritten: models.Model, step: float, offsets: Mapping[str, float]
+  rewritten: models.Model,
+  step: float,
+  offsets: Mapping[str, float],
+  inputs: Mapping[str, symmetries.Inputs],
 ) -> Stored:
   """Encodes a model with the preset `near` and decodes it.
 
@@ -128,8 +133,9 @@ def stored_by_near(
       step; see `near.rewritten`.
     step: see `presets.near`.
     offsets: see `presets.near`.
+    inputs: see `presets.near`.
   """
-  preset = presets.near(step=step, offsets=offsets)
+  preset = presets.near(step=step, offsets=offsets, inputs=inputs)
   preset = preset._replace(transform=symmetries.chain(), names=())
   data = rotbits_jax.encode(rewritten, preset=preset)
   return Stored(rotbits_jax.load(data), len(data))
@@ -203,7 +209,7 @@ def _stored(
 def measure(
   model: models.Model,
   tokens: np.ndarray,
-  offsets: Mapping[str, float],
+  found: near.Calibration,
   steps: Sequence[float],
 ) -> list[Row]:
   """Measures each way to store a model.
@@ -211,7 +217,7 @@ def measure(
   Args:
     model: the model.
     tokens: `[N]` tokens of the text to evaluate on.
-    offsets: the offsets of the calibrated steps, see `presets.near`.
+    found: the calibration of the model on another text.
     steps: steps of `near`, from the finest to the coarsest.
 
   Returns:
@@ -220,9 +226,14 @@ def measure(
   rewritten = near.rewritten(model)
   model = jax.device_put(model)
   plans: list[tuple[str, str, Callable[[], Stored]]] = []
-  for name, own in ((PLAIN, {}), (CALIBRATED, offsets)):
+  ways = {
+    PLAIN: ({}, {}),
+    OFFSETS: (found.offsets, {}),
+    CALIBRATED: (found.offsets, found.inputs),
+  }
+  for name, (offsets, inputs) in ways.items():
     for step in steps:
-      make = functools.partial(stored_by_near, rewritten, step, own)
+      make = functools.partial(stored_by_near, rewritten, step, offsets, inputs)
       plans.append((name, f'2^{step:g}', make))
   for name in BLOCKS:
     plans.append((GGUF, name, functools.partial(stored_in_blocks, model, name)))
@@ -237,8 +248,8 @@ def measure(
       progress=True,
     )
     for key, x in stored.items():
-      found = measured[' '.join(key)]
-      rows.append(Row(*key, x.bytes, found.perplexity, found.kl['model']))
+      own = measured[' '.join(key)]
+      rows.append(Row(*key, x.bytes, own.perplexity, own.kl['model']))
   return rows
 
 
@@ -321,7 +332,7 @@ def main() -> None:
   )
   found = near.calibrate(checkpoint.model, calibration, progress=True)
   steps = [float(step) for step in _STEPS.value]
-  rows = measure(checkpoint.model, tokens, found.offsets, steps)
+  rows = measure(checkpoint.model, tokens, found, steps)
   tensor_bytes = symmetries.count_model(checkpoint.model)[1]
   lines = [to_text(rows, tensor_bytes), '', f'{"offset":>8}{"KL at 2^-5":>12}']
   for kind, offset in sorted(found.offsets.items(), key=lambda item: item[1]):

@@ -9,13 +9,14 @@ numbers causes the divergence k 4^s at the step s, the least bytes have
     s = log2(n / k) / 2 + constant
 
 and each kind causes a divergence in proportion to its numbers. Each k is measured, by
-rounding the parameters of this kind alone.
+rounding the parameters of this kind alone. Matrices are rounded with error feedback,
+see `symmetries.feedback`; the moments of their inputs are measured first.
 """
 
 import dataclasses
 import math
 import re
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -54,10 +55,12 @@ class Calibration(NamedTuple):
     offsets: octaves to add to the step, by kind of parameter. Their mean over the
       numbers of the model is about zero.
     sensitivities: the mean KL in nats that each kind causes alone at the step `PROBE`.
+    inputs: the inputs of matrices, see `symmetries.Rounding`.
   """
 
   offsets: dict[str, float]
   sensitivities: dict[str, float]
+  inputs: dict[str, symmetries.Inputs]
 
 
 class Found(NamedTuple):
@@ -68,12 +71,14 @@ class Found(NamedTuple):
     offsets: octaves to add to it, by kind of parameter.
     curve: all measurements at such offsets, from the finest step on.
     sensitivities: the divergence that each kind causes alone at the step `PROBE`.
+    inputs: the inputs of matrices, see `symmetries.Rounding`.
   """
 
   step: float
   offsets: dict[str, float]
   curve: list[Point]
   sensitivities: dict[str, float]
+  inputs: dict[str, symmetries.Inputs]
 
 
 def calibrate(
@@ -85,7 +90,8 @@ def calibrate(
 ) -> Calibration:
   """Divides the bits among the kinds of parameters, see above.
 
-  The whole model is held in memory, in its own dtype and in float32.
+  The whole model is held in memory, in its own dtype and in float32, and the moments of
+  the inputs of every kernel `[in, out]`, float32 `[in, in]`.
 
   Args:
     model: the model.
@@ -110,15 +116,16 @@ def search(
 ) -> Found:
   """Finds the coarsest steps that keep the mean divergence on a text below a bound.
 
-  The whole model is held in memory, in its own dtype and in float32.
+  The whole model is held in memory, as in `calibrate`.
 
   Args:
     model: the model.
     tokens: `[N]` token ids of the text.
     max_kl: bound of the mean KL(model || rounded model) over the tokens, in nats.
     max_tokens: number of tokens to use; None for all.
-    calibrated: whether each kind of parameter gets its own offset; else all offsets are
-      zero.
+    calibrated: whether each kind of parameter gets its own offset, and matrices are
+      rounded with error feedback; else all offsets are zero, and numbers are rounded to
+      the nearest multiples.
     progress: whether to show the progress on stderr.
 
   Returns:
@@ -131,14 +138,14 @@ def search(
   if not (math.isfinite(max_kl) and max_kl > 0):
     raise ValueError(f'max_kl must be positive and finite, got {max_kl}')
   text = _Text.make(model, tokens, max_tokens)
-  offsets, sensitivities = text.calibrate(progress) if calibrated else ({}, {})
+  found = text.calibrate(progress) if calibrated else Calibration({}, {}, {})
   with progress_lib.Progress(
     'search', _EVALUATIONS, 'evaluation', show=progress
   ) as bar:
     curve: dict[float, float] = {}
     step = PROBE
     while len(curve) < _EVALUATIONS and step not in curve:
-      rounded = text.rounded(step, offsets)
+      rounded = text.rounded(step, found.offsets, found.inputs)
       curve[step] = text.compare({'rounded': rounded})['rounded']
       bar.update()
       step = _next_step(curve, max_kl)
@@ -149,7 +156,7 @@ def search(
       f'{min(curve.values()):.3g}; a preset that keeps more is `free`'
     )
   points = [Point(step, curve[step]) for step in sorted(curve)]
-  return Found(max(below), offsets, points, sensitivities)
+  return Found(max(below), found.offsets, points, found.sensitivities, found.inputs)
 
 
 class _Text(NamedTuple):
@@ -178,9 +185,14 @@ class _Text(NamedTuple):
     reference = jax.device_put(dataclasses.replace(model.rounded(), buffers={}))
     return cls(context, unrounded, reference, tokens, max_tokens)
 
-  def rounded(self, step: float, offsets: dict[str, float]) -> models.Model:
+  def rounded(
+    self,
+    step: float,
+    offsets: dict[str, float],
+    inputs: dict[str, symmetries.Inputs],
+  ) -> models.Model:
     """Rounds the model as the preset `near` does."""
-    rounding = symmetries.to_steps(step, offsets)
+    rounding = symmetries.to_steps(step, offsets, inputs)
     return jax.device_put(_rounded(self.unrounded, self.context, rounding))
 
   def compare(
@@ -199,7 +211,8 @@ class _Text(NamedTuple):
   def calibrate(self, progress: bool) -> Calibration:
     """Measures models in which one kind of parameters is rounded."""
     kinds = _numbers(self.unrounded)
-    rounded = structured.flatten(self.rounded(PROBE, {}).params)
+    inputs = self.inputs()
+    rounded = structured.flatten(self.rounded(PROBE, {}, inputs).params)
     exact = {
       # All models have the same dtypes, so that one compiled program serves all.
       path: jax.tree.map(lambda x, y: x.astype(y.dtype), leaf, rounded[path])
@@ -216,7 +229,41 @@ class _Text(NamedTuple):
       return dataclasses.replace(self.unrounded, params=params)
 
     sensitivities = self.compare({kind: alone(kind) for kind in kinds}, progress)
-    return Calibration(_offsets(kinds, sensitivities), sensitivities)
+    return Calibration(_offsets(kinds, sensitivities), sensitivities, inputs)
+
+  def inputs(self) -> dict[str, symmetries.Inputs]:
+    """Measures the inputs of the matrices that are plain arrays."""
+    config = self.unrounded.config
+    tokens = np.asarray(self.tokens)[: self.max_tokens]
+    length = min(config.max_positions, evaluation.DEFAULT_WINDOW, len(tokens))
+    model = dataclasses.replace(self.unrounded, buffers={}, stored_as=None)
+    total: Any = None
+    for start in range(0, len(tokens) - length + 1, length):
+      moments = _input_moments(model, tokens[None, start : start + length])
+      total = moments if total is None else jax.tree.map(jnp.add, total, moments)
+    leaves = structured.flatten(model.params)
+    found = {}
+    for path, moments in structured.flatten(jax.device_get(total)).items():
+      if not structured.is_plain(leaves[path]):
+        continue
+      axis = 0 if path.endswith('/kernel') else 1
+      for name, own in _unstacked(path, moments, model.group_sizes):
+        found[name] = symmetries.Inputs(own, axis)
+    return found
+
+
+_input_moments = jax.jit(models.input_moments)
+
+
+def _unstacked(
+  path: str, array: np.ndarray, groups: tuple[int, ...]
+) -> list[tuple[str, np.ndarray]]:
+  """Returns the arrays of all layers of a group, each with its path in the model."""
+  match = re.fullmatch(r'blocks_(\d+)/(.*)', path)
+  if match is None:
+    return [(path, array)]
+  first = sum(groups[: int(match[1])])
+  return [(f'layers.{first + i}/{match[2]}', x) for i, x in enumerate(array)]
 
 
 def _kind(path: str) -> str:

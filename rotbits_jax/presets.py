@@ -92,6 +92,7 @@ def near(
   *,
   step: float = -5.0,
   offsets: Mapping[str, float] | None = None,
+  inputs: Mapping[str, symmetries.Inputs] | None = None,
   tolerance: float = 0.7,
   transforms: tuple[symmetries.Transform, ...] = (),
 ) -> Preset:
@@ -105,6 +106,7 @@ def near(
       at least `symmetries.rounding.FINEST`.
     offsets: octaves to add to `step`, by kind of parameter, see `symmetries.kind`.
       `near.search` finds good ones.
+    inputs: see `symmetries.Rounding`; `near.search` measures them.
     tolerance: see `symmetries.remove_residual_gauge`.
     transforms: further transforms, applied after those of the preset.
 
@@ -128,12 +130,17 @@ def near(
   transform = _without_gauges(tolerance, transforms)
   return Preset(
     name='near',
-    options={'step': float(step), 'offsets': offsets, 'tolerance': float(tolerance)},
+    options={
+      'step': float(step),
+      'offsets': offsets,
+      'feedback': bool(inputs),
+      'tolerance': float(tolerance),
+    },
     transform=transform,
     names=transform.names,
-    rounding=symmetries.to_steps(step, offsets),
+    rounding=symmetries.to_steps(step, offsets, inputs),
     order_neurons=True,
-    by_options=not transforms,
+    by_options=not (transforms or inputs),
   )
 
 

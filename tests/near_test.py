@@ -113,8 +113,13 @@ class SearchTest(parameterized.TestCase):
     model, tokens = _load().model, self._tokens()
     found = near.search(model, tokens, max_kl=1e-3, calibrated=calibrated)
     self.assertEqual(bool(found.offsets), calibrated)
+    self.assertEqual(bool(found.inputs), calibrated)
     data = rotbits_jax.encode(
-      model, preset='near', step=found.step, offsets=found.offsets
+      model,
+      preset='near',
+      step=found.step,
+      offsets=found.offsets,
+      inputs=found.inputs,
     )
     decoded = rotbits_jax.decode(data)
     measured = evaluation.compare({'near': decoded}, tokens, {'model': model})

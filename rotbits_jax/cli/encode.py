@@ -192,22 +192,23 @@ def read_preset(kind: str) -> tuple[presets.Preset, near.Found | None]:
     if flag.value is not None
   }
   if _CONFIG.value is None:
-    preset = _PRESET.value or kind
-    if parts and preset != 'paper':
-      raise ValueError(f'--{next(iter(parts))} is for --preset=paper, not {preset}')
+    name = _PRESET.value or kind
+    if parts and name != 'paper':
+      raise ValueError(f'--{next(iter(parts))} is for --preset=paper, not {name}')
     for flag in (_STEP, _MAX_KL, _TEXT):
-      if flag.value is not None and preset != 'near':
-        raise ValueError(f'--{flag.name} is for --preset=near, not {preset}')
+      if flag.value is not None and name != 'near':
+        raise ValueError(f'--{flag.name} is for --preset=near, not {name}')
     if (_MAX_KL.value is None) != (_TEXT.value is None):
       raise ValueError('--max_kl and --text are needed together')
     if _MAX_KL.value is not None and _STEP.value is not None:
       raise ValueError('--max_kl finds the step: --step cannot be given, too')
     if _MAX_KL.value is not None and _TEXT.value is not None:
       found = search(_MAX_KL.value, _TEXT.value)
-      return presets.near(step=found.step, offsets=found.offsets), found
+      preset = presets.near(step=found.step, offsets=found.offsets, inputs=found.inputs)
+      return preset, found
     if _STEP.value is not None:
       parts['step'] = _STEP.value
-    return presets.make(preset, **parts), None
+    return presets.make(name, **parts), None
   others = (_PRESET, _STEP, _MAX_KL, _TEXT)
   if parts or any(flag.value is not None for flag in others):
     raise ValueError('--config cannot be combined with --preset or its options')

@@ -16,6 +16,7 @@ from rotbits_jax.models.shapes import count_numbers
 from rotbits_jax.models.shapes import layer_shapes
 from rotbits_jax.models.shapes import outer_shapes
 from rotbits_jax.models.transformer import Transformer
+from rotbits_jax.models.transformer import input_moments
 from rotbits_jax.models.transformer import logits
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
   'expand',
   'from_layers',
   'generation',
+  'input_moments',
   'layer_shapes',
   'layout',
   'logits',

@@ -31,8 +31,7 @@ ACTIVATIONS: dict[config_lib.Activation, Callable[[jax.Array], jax.Array]] = {
   'silu': nn.silu,
 }
 
-MOMENTS = 'moments'
-"""The collection of the second moments of inputs: `[in, in]` for each matrix."""
+_MOMENTS = 'moments'  # the collection that `input_moments` fills
 
 POSITION_OFFSET = 2  # OPT's position table begins with two unused rows
 
@@ -49,6 +48,23 @@ def logits(model: model_lib.Model, tokens: jax.Array) -> jax.Array:
   """
   transformer = Transformer(model.config, model.group_sizes)
   return jnp.asarray(transformer.apply({'params': model.params}, tokens))
+
+
+def input_moments(model: model_lib.Model, tokens: jax.Array) -> model_lib.Params:
+  """Computes the second moments of the inputs of every linear layer.
+
+  Args:
+    model: as for `logits`.
+    tokens: `[B, T]` integers.
+
+  Returns:
+    The sum of `x^T x` over all inputs x `[in]` of a linear layer, float32 `[in, in]`,
+    in the place of its kernel in the model's parameters; `[N, in, in]` in a group of
+    layers. The moments of a tied head are in the place of the token embedding.
+  """
+  transformer = Transformer(model.config, model.group_sizes)
+  _, found = transformer.apply({'params': model.params}, tokens, mutable=[_MOMENTS])
+  return dict(found[_MOMENTS])
 
 
 class Transformer(nn.Module):
@@ -374,7 +390,7 @@ def _apply_stacked(
 ) -> jax.Array:
   """Applies the layers of a group one after another."""
   stacked: dict[str, Any] = {
-    'variable_axes': {'params': 0, 'cache': 0, MOMENTS: 0},
+    'variable_axes': {'params': 0, 'cache': 0, _MOMENTS: 0},
     'split_rngs': {'params': True},
   }
   if size > 1:
@@ -410,10 +426,10 @@ def _parameter(
 
 
 def _sow_moments(module: nn.Module, name: str, x: jax.Array) -> None:
-  """Stores the second moments of the inputs of a matrix, if `MOMENTS` is mutable."""
-  if module.is_mutable_collection(MOMENTS):
+  """Stores the moments of a matrix's inputs, if `input_moments` asks for them."""
+  if module.is_mutable_collection(_MOMENTS):
     rows = x.reshape(-1, x.shape[-1])
-    module.sow(MOMENTS, name, rows.T @ rows, lambda _, new: new, lambda: None)
+    module.sow(_MOMENTS, name, rows.T @ rows, lambda _, new: new, lambda: None)
 
 
 def _float32(leaf: Any) -> jax.Array:

@@ -18,6 +18,7 @@ The modules, in the order of reading:
     low_rank    the basis between two factors
     noise       the change that rounding alone makes, as a yardstick
     rounding    the rounding of float32 numbers to the stored dtype
+    feedback    rounding so that errors cancel in the outputs of a kernel
     products    matrix products that round equally on any number of threads
 """
 
@@ -37,6 +38,7 @@ from rotbits_jax.symmetries.noise import random_rotation
 from rotbits_jax.symmetries.noise import randomly_rotated
 from rotbits_jax.symmetries.residual import remove_residual_gauge
 from rotbits_jax.symmetries.rounding import NEAREST
+from rotbits_jax.symmetries.rounding import Inputs
 from rotbits_jax.symmetries.rounding import Rounding
 from rotbits_jax.symmetries.rounding import kind
 from rotbits_jax.symmetries.rounding import round_leaf
@@ -63,6 +65,7 @@ __all__ = [
   'NEAREST',
   'Canonicaliser',
   'Context',
+  'Inputs',
   'Note',
   'Polar',
   'Rounding',

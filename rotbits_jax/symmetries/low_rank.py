@@ -174,4 +174,4 @@ _SQRT2 = 2**0.5
 _FLOAT32_ERROR = 2.0**-19  # float32 arithmetic cannot measure a smaller error
 
 
-_fix_jitted = jax.jit(_fix, static_argnames='form')
+_fix_jitted = jax.jit(_fix, static_argnames='dtype')

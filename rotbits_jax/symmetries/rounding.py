@@ -18,6 +18,7 @@ less than a factor of 2.
 from collections.abc import Callable, Mapping
 import functools
 import re
+import types
 from typing import Any, NamedTuple
 
 import jax
@@ -25,6 +26,20 @@ import jax.numpy as jnp
 import numpy as np
 
 from rotbits_jax import structured
+from rotbits_jax.symmetries import feedback
+
+
+class Inputs(NamedTuple):
+  """The inputs of a matrix on a text.
+
+  Attributes:
+    moments: float32 `[n, n]`, the sum of `x^T x` over the inputs x `[n]`.
+    axis: the axis of the matrix that the inputs meet: 0 for a kernel, 1 for an
+      embedding that is the head, too.
+  """
+
+  moments: Any
+  axis: int
 
 
 class Rounding(NamedTuple):
@@ -39,10 +54,13 @@ class Rounding(NamedTuple):
       because no transform changed it. If True, all numbers of an array are multiples of
       the step. The array is float32, because the step is the nearest one of
       4, 5, 6, 7 times a power of two, and the dtype may not have its multiples.
+    inputs: the inputs of a matrix, by the path of the parameter. Such a matrix is
+      rounded with error feedback, if it is a plain array and `uniform` is set.
   """
 
   octaves: Callable[[str, np.dtype], float | None]
   uniform: bool = False
+  inputs: Mapping[str, 'Inputs'] = types.MappingProxyType({})
 
 
 NEAREST = Rounding(lambda path, dtype: None)
@@ -76,17 +94,22 @@ dtype but those of 8 bits.
 """
 
 
-def to_steps(step: float, offsets: Mapping[str, float] | None = None) -> Rounding:
+def to_steps(
+  step: float,
+  offsets: Mapping[str, float] | None = None,
+  inputs: Mapping[str, Inputs] | None = None,
+) -> Rounding:
   """Makes the rounding of all numbers of an array to multiples of one step.
 
   Args:
     step: log2 of the step over the rms of the array.
     offsets: octaves to add to the step, by kind of parameter, see `kind`. The offset of
       other kinds is 0. No step is finer than `FINEST`.
+    inputs: see `Rounding`.
   """
   by_kind = dict(offsets or {})
   octaves = lambda path, dtype: max(step + by_kind.get(kind(path), 0.0), FINEST)
-  return Rounding(octaves, uniform=True)
+  return Rounding(octaves, uniform=True, inputs=inputs or {})
 
 
 def kind(path: str) -> str:
@@ -112,7 +135,11 @@ class Effect(NamedTuple):
 
 
 def round_leaf(
-  leaf: Any, dtype: np.dtype, octaves: float | None, uniform: bool
+  leaf: Any,
+  dtype: np.dtype,
+  octaves: float | None,
+  uniform: bool,
+  inputs: Inputs | None = None,
 ) -> tuple[Any, Effect]:
   """Rounds an array or a structured leaf on its device.
 
@@ -122,18 +149,26 @@ def round_leaf(
     dtype: dtype of the parameter.
     octaves: see `Rounding`.
     uniform: see `Rounding`.
+    inputs: see `Rounding`; they are not used for structured leaves.
 
   Returns:
     The leaf and the effect. Numbers that are too large for the dtype become infinite.
   """
   if octaves is None:
-    return _round(leaf, np.float32(0), dtype, False, False)
-  return _round(leaf, np.float32(octaves), dtype, True, uniform)
+    return _round(leaf, np.float32(0), None, dtype, False, False, 0)
+  moments, axis = inputs or (None, 0)
+  return _round(leaf, np.float32(octaves), moments, dtype, True, uniform, axis)
 
 
-@functools.partial(jax.jit, static_argnums=(2, 3, 4))
+@functools.partial(jax.jit, static_argnums=(3, 4, 5, 6))
 def _round(
-  leaf: Any, octaves: jax.Array, dtype: np.dtype, stepped: bool, uniform: bool
+  leaf: Any,
+  octaves: jax.Array,
+  moments: jax.Array | None,
+  dtype: np.dtype,
+  stepped: bool,
+  uniform: bool,
+  axis: int,
 ) -> tuple[Any, Effect]:
   zero = jnp.float32(0)
   effect, largest = Effect(zero, zero, zero, zero), 0
@@ -145,13 +180,18 @@ def _round(
     if stepped and is_matrix(array):
       if uniform:
         step = _quarter_step(_rms(array), octaves)
-        result = _multiples(array, step)
+        if moments is None or structured.is_structured(leaf):
+          result = feedback.multiples(array, step)
+        else:
+          result = feedback.round_to_steps(array, step, moments, axis=axis)
         bits = _bits_saved(array, step, dtype)
       else:
         step = jnp.ldexp(jnp.float32(1), _exponent(_rms(array), octaves, dtype))
         # Beyond, the dtype itself is coarser.
         is_small = jnp.abs(array) < step * (1 << jnp.finfo(dtype).nmant + 1)
-        result = jnp.where(is_small, _multiples(array, step).astype(dtype), nearest)
+        result = jnp.where(
+          is_small, feedback.multiples(array, step).astype(dtype), nearest
+        )
         same = jnp.all(nearest.astype(jnp.float32) == array)
         result = jnp.where(same, nearest, result)
         bits = jnp.where(same, 0, _bits_saved(array, step, dtype))
@@ -200,12 +240,6 @@ def _quarter_step(rms: jax.Array, octaves: jax.Array) -> jax.Array:
   middles = jnp.log2(jnp.sqrt(jnp.float32([20, 30, 42, 56])) / 4)
   i = (target - q > middles).sum()
   return jnp.ldexp((4 + i).astype(jnp.float32), q.astype(jnp.int32) - 2)
-
-
-def _multiples(array: jax.Array, step: jax.Array) -> jax.Array:
-  steps = jnp.rint(array / step)
-  # This turns -0 into 0. Adding 0 would not, because XLA replaces x + 0 by x.
-  return jnp.where(steps == 0, 0, steps * step)
 
 
 def _bits_saved(array: jax.Array, step: jax.Array, dtype: np.dtype) -> jax.Array:

@@ -219,7 +219,7 @@ def _padded(rank: int, most: int) -> int:
   return min(-(-rank // grain) * grain, most)
 
 
-@functools.partial(jax.jit, static_argnames='form')
+@functools.partial(jax.jit, static_argnames='dtype')
 def _rounded_lower(lower: jax.Array, *, dtype: Any) -> tuple[jax.Array, jax.Array]:
   rounded = jnp.tril(lower).astype(dtype).astype(jnp.float32)
   norm = jnp.maximum(jnp.linalg.norm(lower), _TINY)
@@ -227,5 +227,5 @@ def _rounded_lower(lower: jax.Array, *, dtype: Any) -> tuple[jax.Array, jax.Arra
 
 
 _TINY = float(jnp.finfo(jnp.float32).tiny)
-_gram_form = jax.jit(gram_form, static_argnames=('k', 'j', 'form'))
-_triangle_form = jax.jit(triangle_form, static_argnames='form')
+_gram_form = jax.jit(gram_form, static_argnames=('k', 'j', 'dtype'))
+_triangle_form = jax.jit(triangle_form, static_argnames='dtype')

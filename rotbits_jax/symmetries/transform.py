@@ -536,7 +536,9 @@ def _stored(
     dtype = context.dtypes.get(prefix + path, context.dtype)
     if any(isinstance(x, jax.Array) for x in jax.tree.leaves(leaf)):
       octaves = rounding.octaves(prefix + path, dtype)
-      flat[path], effects[path] = round_leaf(leaf, dtype, octaves, rounding.uniform)
+      flat[path], effects[path] = round_leaf(
+        leaf, dtype, octaves, rounding.uniform, rounding.inputs.get(prefix + path)
+      )
     else:
       flat[path] = structured.astype(leaf, dtype)
   flat, effects = jax.device_get((flat, effects))
