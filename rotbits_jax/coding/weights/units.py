@@ -182,10 +182,10 @@ def decode(
 
   models: list[contexts.Model] = []
   tables_left = spec.max_tables
-  for number, layout in enumerate(spec.layouts):
+  for number, entry in enumerate(spec.layouts):
     shapes = [spec.arrays[i].shape for i in _members(spec.arrays, number)]
-    data_of_model = read(layout.nbytes).tobytes()
-    models.append(contexts.from_bytes(data_of_model, layout.layout, shapes))
+    of_layout = read(entry.nbytes).tobytes()
+    models.append(contexts.from_bytes(of_layout, entry.layout, shapes))
     tables_left -= blocks.padded_count(len(models[-1].frequencies))
     if tables_left < 0:
       raise ValueError(f'the layouts have more than {spec.max_tables} frequency tables')
