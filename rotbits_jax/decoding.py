@@ -257,9 +257,10 @@ def _dtypes_on_disk(
 
 
 def _dtype(name: Any) -> np.dtype:
-  if not isinstance(name, str) or name not in weights.DTYPES:
+  dtype = weights.DTYPES.get(name) if isinstance(name, str) else None
+  if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
     raise file.ContainerError(f'the file names an unknown dtype, {name!r:.40}')
-  return weights.DTYPES[name]
+  return dtype
 
 
 def _on_device(x: Any) -> Any:

@@ -161,6 +161,9 @@ def encode_to_file(
       first = index.name if sharded else output.name
       whole = made.name == 'exact' and len(made.names) == 1
       read_all(work.path(first), source if whole else None)
+    if process == 0 and any(output.with_name(x.name).exists() for x in shards):
+      # Shards of two runs must not be beside an index: without one they are no result.
+      index.unlink(missing_ok=True)
     _barrier(processes)
     for shard in own:
       outputs.move(work.path(shard.name), output.with_name(shard.name))

@@ -1,9 +1,11 @@
 """Tests of writing checkpoints one layer at a time."""
 
+import dataclasses
 import json
 import pathlib
 import shutil
 import tempfile
+from unittest import mock
 
 from absl.testing import absltest
 from absl.testing import parameterized
@@ -15,6 +17,7 @@ import numpy as np
 import safetensors
 
 from rotbits_jax import checkpoints
+from rotbits_jax import outputs
 from rotbits_jax import structured
 from rotbits_jax.checkpoints import CheckpointWriter
 from rotbits_jax.checkpoints import lazy
@@ -243,6 +246,37 @@ class WriterTest(parameterized.TestCase):
       write_backwards(writer, source)
     self.assertEqual(list(self.scratch.iterdir()), [self.target])
     self.assertLen(list(self.target.iterdir()), 1 + len(source.files))
+
+  def test_files_that_are_replaced_in_part_are_no_checkpoint(self):
+    old = self.open().load()
+    doubled = jax.tree.map(lambda x: x * 2, old.model.params)
+    model = dataclasses.replace(old.model, params=doubled)
+    new = checkpoints.Checkpoint(model, old.files, old.stem)
+    real, left = outputs.move, 0
+
+    def move(*args):
+      nonlocal left
+      if not left:
+        raise KeyboardInterrupt
+      left -= 1
+      real(*args)
+
+    for shard_size in (None, 100_000):
+      for count in range(20):
+        checkpoints.save_checkpoint(old, self.target, shard_size=shard_size)
+        left = count
+        with mock.patch.object(outputs, 'move', move):
+          try:
+            checkpoints.save_checkpoint(new, self.target, shard_size=shard_size)
+          except KeyboardInterrupt:
+            with self.assertRaises((checkpoints.CheckpointError, OSError)):
+              checkpoints.load_checkpoint(self.target)
+          else:
+            break
+      self.assertGreater(count, 1)
+      chex.assert_trees_all_equal(
+        checkpoints.load_checkpoint(self.target).model, new.model
+      )
 
   def test_two_writers_do_not_meet(self):
     source = self.open()

@@ -524,6 +524,7 @@ class TestProgram:
     code, out, err = rotbits(*args)
     assert (code, err) == (0, '')
     assert 'usage: rotbits' in out
+    assert '129 and 143 ended by SIGHUP and SIGTERM' in out
     for name in main.COMMANDS:
       assert f'\n  {name} ' in out
 
@@ -602,6 +603,28 @@ class TestProgram:
     monkeypatch.setattr(rotbits_jax, 'inspect', lambda path: None)
     with pytest.raises(AttributeError):
       rotbits('inspect', f'--input={encoded / "free"}')
+
+  def test_names_do_not_steer_a_terminal(self, rotbits, tmp_path):
+    source = tmp_path / 'source'
+    source.mkdir()
+    tensors = {'a': np.ones(3)}
+    safetensors.numpy.save_file(tensors, source / 'model.safetensors')
+    config = {'model_type': 'x\x1b[2J'}
+    (source / 'config.json').write_text(json.dumps(config))
+    for name in ('folder\x1b[2J', 'two\nlines', os.fsdecode(b'not \xff UTF-8')):
+      (source / name).mkdir()
+    arguments = f'--checkpoint={source}', f'--output={tmp_path / "out"}', '--overwrite'
+    code, out, _ = rotbits('encode', *arguments)
+    assert code == 0
+    assert '\x1b' not in out
+    (line,) = [line for line in out.splitlines() if line.startswith('not kept')]
+    for name in (r'folder\x1b[2J', r'two\nlines', r'not \udcff UTF-8'):
+      assert name in line
+    assert 'stored as plain tensors' in out
+    code, out, _ = rotbits('encode', *arguments, '--json')
+    assert code == 0
+    assert out.isascii()
+    assert '\x1b' not in out
 
   def test_one_line_of_many(self):
     assert program.one_line(ValueError('first\n  second')) == 'first second'

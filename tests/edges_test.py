@@ -96,7 +96,7 @@ class TreeTest(parameterized.TestCase):
 
   @parameterized.parameters('manifest', '__metadata__')
   def test_names_that_the_file_has_itself_are_refused(self, name):
-    with self.assertRaisesRegex(ValueError, f'{name}: the file has its own'):
+    with self.assertRaisesRegex(ValueError, f'{name}: the file has another entry'):
       rotbits_jax.encode({name: np.ones(3)}, preset='exact')
 
 

@@ -18,9 +18,12 @@ import numpy as np
 import pytest
 
 from fuzz import containers
+from fuzz import seeds
 import rotbits_jax
 from rotbits_jax import checkpoints
 from rotbits_jax import file
+from rotbits_jax import models
+from rotbits_jax import outputs
 from rotbits_jax import structured
 from rotbits_jax.file import reader as reader_lib
 from rotbits_jax.file import shards as shards_lib
@@ -135,6 +138,71 @@ class ShardsTest(Base):
     last.write_bytes(old)
     with self.assertRaisesRegex(rotbits_jax.ContainerError, 'another shard'):
       rotbits_jax.inspect(self.output)
+
+  def test_an_index_with_a_changed_byte_is_refused_or_says_the_same(self):
+    tree = {'a': {'b': np.arange(3)}, 'c': np.ones(4, np.float32)}
+    rotbits_jax.encode_to_file(tree, self.output, preset='exact', shard_size=1)
+    index = self.folder / 'model.rotbits.index.json'
+    data, expected = index.read_bytes(), streams(self.output)
+    for position in range(len(data)):
+      damaged = bytearray(data)
+      damaged[position] ^= 1 << position % 7
+      index.write_bytes(damaged)
+      try:
+        found = streams(self.output)
+      except file.ContainerError:
+        continue
+      self.assertEqual(found, expected, position)
+
+  @parameterized.parameters(
+    (lambda x: x['weight_map'].pop('a'), 'a: the index and the shards differ'),
+    (lambda x: x['weight_map'].update(d=x['weight_map']['a']), 'd: the index and'),
+    (lambda x: x['weight_map'].update(a=x['weight_map']['c']), 'a: the index and'),
+    (lambda x: x['metadata'].pop('manifest_crc32'), 'manifest_crc32.* is missing'),
+    (lambda x: x['metadata'].update(total_size=1), 'must have 1 bytes'),
+    (lambda x: x['metadata'].update(more=1), "'more' is not known"),
+    (lambda x: x.update(more=1), "'more' is not known"),
+    (lambda x: x.pop('metadata'), "'metadata' is missing"),
+    (lambda x: x['metadata']['manifest_crc32'].popitem(), 'not the name of a shard'),
+  )
+  def test_an_index_must_fit_its_shards(self, change, words):
+    tree = {'a': {'b': np.arange(3)}, 'c': np.ones(4, np.float32)}
+    rotbits_jax.encode_to_file(tree, self.output, preset='exact', shard_size=1)
+    index = self.folder / 'model.rotbits.index.json'
+    value = json.loads(index.read_text())
+    change(value)
+    index.write_text(json.dumps(value))
+    with self.assertRaisesRegex(file.ContainerError, words):
+      file.Reader(self.output)
+
+  def test_shards_of_a_tree_without_leaves(self):
+    rotbits_jax.encode_to_file({}, self.output, preset='exact', shard_size=1)
+    self.assertEqual(rotbits_jax.decode(self.output), {})
+
+  def test_shards_that_are_replaced_in_part_are_no_result(self):
+    old, new = {'a': np.zeros(3), 'b': np.zeros(3)}, {'a': np.ones(3), 'b': np.ones(3)}
+    write = lambda tree: rotbits_jax.encode_to_file(
+      tree, self.output, preset='exact', shard_size=1
+    )
+    real, moves = outputs.move, []
+
+    def move(*args):
+      if moves:
+        raise KeyboardInterrupt
+      moves.append(args)
+      real(*args)
+
+    write(old)
+    with (
+      absltest.mock.patch.object(outputs, 'move', move),
+      self.assertRaises(KeyboardInterrupt),
+    ):
+      write(new)
+    self.assertNotIn('model.rotbits.index.json', self.names())
+    with self.assertRaises(FileNotFoundError):
+      rotbits_jax.decode(self.output)
+    write(new)
+    assert_same(rotbits_jax.decode(self.output), new)
 
   def test_plan(self):
     sizes = {'a': 5, 'b': 5, 'c': 20, 'd': 1}
@@ -419,14 +487,103 @@ class ReaderTest(Base):
     small = absltest.mock.patch.object(reader_lib, '_memory', lambda: 1 << 20)
     with (
       small,
-      self.assertRaisesRegex(file.ContainerError, 'a: it decodes to 8,388,608'),
+      self.assertRaisesRegex(file.ContainerError, 'content: it decodes to 8,388,608'),
     ):
       rotbits_jax.decode(data)
+    with small, self.assertRaisesRegex(file.ContainerError, 'a: it decodes to 8,388,6'):
+      rotbits_jax.read_unit(data, 'a')
     full = absltest.mock.patch.object(
       reader_lib.weights, 'decode', side_effect=MemoryError
     )
     with full, self.assertRaisesRegex(file.ContainerError, 'more than memory holds'):
       rotbits_jax.decode(data)
+
+  def test_units_that_fit_memory_one_by_one_only_are_refused(self):
+    data = rotbits_jax.encode({'a': np.zeros(1 << 17), 'b': np.zeros(1 << 17)})
+    limit = self.folder / 'limit'
+    limits = absltest.mock.patch.object(reader_lib, '_LIMITS', (limit, 'missing'))
+    limit.write_text(f'{3 << 19}\n')
+    with limits, self.assertRaisesRegex(file.ContainerError, 'decodes to 2,097,152'):
+      rotbits_jax.decode(data)
+    with limits:
+      rotbits_jax.read_unit(data, 'a')
+    limit.write_text('max\n')
+    with limits:
+      rotbits_jax.decode(data)
+
+  def test_errors_are_not_as_long_as_the_names_in_a_file(self):
+    name = 'x' * 100_000
+    streams, manifest = containers.unpack(rotbits_jax.encode({name: np.arange(3)}))
+    (unit,) = manifest['units']
+    for change in (
+      lambda: unit.update(nbytes=unit['nbytes'] + 1),
+      lambda: unit.update(leaves=[]),
+      lambda: unit['coder']['arrays'][0].__setitem__(1, [1 << 62]),
+      lambda: streams.update({name: streams[name][:-1] + b'x'}),
+    ):
+      change()
+      data = containers.pack(streams, json.dumps(manifest).encode())
+      with self.assertRaises(file.ContainerError) as caught:
+        rotbits_jax.decode(data)
+      self.assertLess(len(str(caught.exception)), 1000)
+
+  def test_factors_have_names_that_a_checkpoint_knows(self):
+    model = seeds.sliced_model(seeds.LLAMA)
+    layer = model.layer(0)
+    outer, config = model.outer(), model.config
+    shape = models.layer_shapes(config, 0)['attention']['out']['kernel']
+    leaf = structured.LowRank(
+      np.ones((shape[0], 2), np.float16), np.ones((2, shape[1]), np.float16)
+    )
+    layer['attention']['out']['kernel'] = leaf
+    model = models.from_layers(config, outer, [layer])
+    data = rotbits_jax.encode(model, preset='exact', files=seeds.FILES, stem='tiny')
+    streams, manifest = containers.unpack(data)
+    (leaf,) = [
+      leaf
+      for unit in manifest['units']
+      for leaf in unit['leaves']
+      if leaf.get('kind') == 'low_rank'
+    ]
+    for names in (['x'], [], ['factors', 'factors']):
+      leaf['names'], leaf['settings']['names'] = names, 'x'
+      data = containers.pack(streams, json.dumps(manifest).encode())
+      with self.assertRaisesRegex(file.ContainerError, 'no known names'):
+        rotbits_jax.decode_to_directory(data, self.folder / 'out')
+
+  @parameterized.parameters([[]], 'x', 1, 'int8')
+  def test_the_dtype_of_a_checkpoint_is_one_of_floats(self, dtype):
+    model = seeds.sliced_model(seeds.LLAMA)
+    data = rotbits_jax.encode(model, preset='near', files=seeds.FILES, stem='tiny')
+    streams, manifest = containers.unpack(data)
+    for options in ({'dtype': dtype}, {'dtype': 'float16', 'other dtypes': dtype}):
+      manifest['options'] = options
+      if 'other dtypes' in options:
+        names = [leaf['path'] for leaf in manifest['units'][0]['leaves']]
+        options['other dtypes'] = {f'layers.0/{name}': dtype for name in names}
+      data = containers.pack(streams, json.dumps(manifest).encode())
+      with self.assertRaisesRegex(file.ContainerError, 'unknown dtype'):
+        rotbits_jax.decode_to_directory(data, self.folder / 'out')
+
+  @parameterized.parameters(
+    (3,), ('x',), ({'shape': 3},), ({'shape': [2, 'x'], 'numbers': 1},),
+    ({'shape': [2]},), ({'shape': [2], 'numbers': 'x'},), ({'error': 'x'},),
+    ({'error': []},), ({'tensor': 3},),
+  )  # fmt: skip
+  def test_notes_that_no_report_can_be_made_of_are_refused(self, note):
+    data = rotbits_jax.encode({'a': np.arange(3)})
+    _, manifest = containers.unpack(data)
+    manifest['units'][0]['savings'] = [['x', 1, 1, [note]]]
+    with self.assertRaisesRegex(file.ContainerError, 'a: a note'):
+      rotbits_jax.inspect(self.repacked(data, manifest))
+
+  def test_notes_may_lack_an_error(self):
+    data = rotbits_jax.encode({'a': np.arange(3)})
+    _, manifest = containers.unpack(data)
+    notes = [{'tensor': 'a', 'error': None}, {'tensor': 'a', 'error': 0.5}]
+    manifest['units'][0]['savings'] = [['x', 1, 1, notes]]
+    report = rotbits_jax.inspect(self.repacked(data, manifest))
+    self.assertRegex(report.to_text(), r'a +2 +0\.5')
 
   def test_other_files_have_names_that_lead_nowhere(self):
     tree = {'a': {'b': np.arange(3)}}
@@ -460,7 +617,7 @@ class ReaderTest(Base):
     tree = np.arange(3)
     for _ in range(70):
       tree = {'a': tree}
-    with self.assertRaisesRegex(ValueError, 'at most 64 keys'):
+    with self.assertRaisesRegex(ValueError, 'up to 64 keys'):
       rotbits_jax.encode(tree, preset='exact')
 
   def test_a_report_does_not_steer_a_terminal(self):

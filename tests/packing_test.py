@@ -203,6 +203,12 @@ class FileTest(parameterized.TestCase):
     ):
       np.testing.assert_array_equal(packed.bits(a), packed.bits(np.asarray(b)))
 
+  def test_buffers_are_packed(self):
+    buffers = {'table': _sparse(_normal()).astype(np.float16)}
+    model = dataclasses.replace(_model(), buffers=buffers)
+    again = rotbits_jax.decode(rotbits_jax.encode(model, preset='exact'))
+    np.testing.assert_array_equal(again.buffers['table'], buffers['table'])
+
   def test_uniform_steps_are_left_to_the_coder(self):
     data = rotbits_jax.encode(_model(), preset='near', step=-2)
     self.assertTrue({'levels', 'sparse', 'table'}.isdisjoint(_kinds(data)))
@@ -278,6 +284,12 @@ class FromStoredTest(parameterized.TestCase):
       settings[key] = wrong
     with self.assertRaisesRegex(ValueError, error):
       type(leaf).from_stored(settings, arrays).array()
+
+  @parameterized.parameters(([0, 3],), ([1 << 24, 1 << 24, 0],), ([1] * 9,))
+  def test_refuses_shapes_that_are_not_packed(self, shape):
+    settings = {'shape': shape, 'transposed': False}
+    with self.assertRaisesRegex(ValueError, 'no packed array'):
+      structured.Table.from_stored(settings, {})
 
   @parameterized.parameters(-1, 1)
   def test_refuses_another_number_of_exceptions(self, change):

@@ -3,6 +3,7 @@
 import json
 import pathlib
 import tempfile
+from unittest import mock
 import zipfile
 
 from absl.testing import absltest
@@ -15,11 +16,13 @@ import ml_dtypes
 import numpy as np
 import optax
 
+from fuzz import containers
 import rotbits_jax
 from rotbits_jax import checkpoints
 from rotbits_jax import structured
 from rotbits_jax.checkpoints import safetensors_files
 from rotbits_jax.checkpoints import torch_zip
+from rotbits_jax.file import manifest as manifest_lib
 
 TESTDATA = pathlib.Path(__file__).parent / 'testdata'
 PARAMS = {'kernel': jnp.arange(12.0).reshape(3, 4), 'bias': jnp.zeros(4, jnp.bfloat16)}
@@ -48,6 +51,20 @@ class TreeTest(parameterized.TestCase):
     ):
       self.assertEqual(got.dtype, expected.dtype)
       self.assertEqual(got.tobytes(), np.asarray(expected).tobytes())
+
+  @parameterized.parameters(
+    *((1,) * 9, (2,) * 12, (1,) * 32, (1 << 31, 0), (0, 1 << 40)),
+  )
+  def test_shapes(self, *shape):
+    array = np.arange(np.prod(shape), dtype=np.float32).reshape(shape)
+    decoded = rotbits_jax.decode(rotbits_jax.encode({'a': {'b': array}}))
+    np.testing.assert_array_equal(decoded['a']['b'], array)
+    self.assertEqual(decoded['a']['b'].shape, shape)
+
+  def test_packed_arrays_with_many_axes(self):
+    array = np.zeros((2,) * 13, np.float32)
+    decoded = rotbits_jax.decode(rotbits_jax.encode({'a': array}))
+    np.testing.assert_array_equal(decoded['a'], array)
 
   def test_an_array_that_is_there_twice_may_differ_in_the_file(self):
     zeros = np.zeros(2)
@@ -83,7 +100,10 @@ class TreeTest(parameterized.TestCase):
     ({'a': np.zeros(2, np.complex64)}, 'a.*complex64'),
     ({'a/b': np.zeros(2)}, 'without a slash'),
     (np.zeros(2), 'put it into a dict'),
-    ({'manifest': np.zeros(2)}, 'manifest: the file has its own'),
+    ({'manifest': np.zeros(2)}, 'manifest: the file has another entry'),
+    ({'a': {'b': np.zeros((1,) * 33)}}, 'a/b: .*up to 32 axes'),
+    ({'a': {'b\ud800': np.zeros(2)}}, 'a/b\ud800: it cannot be stored'),
+    ({'b': structured.Constant(np.float32(np.inf), (3,))}, 'b: it cannot be stored'),
   )
   def test_what_cannot_be_stored_is_named(self, tree, words):
     with self.assertRaisesRegex(ValueError, words):
@@ -114,6 +134,10 @@ def _tensors(layers=3):
     'scale': np.float32(2),
     'none': np.zeros((0, 3), np.float16),
     'encoder/x': draw(3).astype(np.float16),
+    'encoder/y': draw(3).astype(np.float16),
+    'pruned.weight': (draw(64, 96) * (draw(64, 96) > 1)).astype(np.float16),
+    'dequantised.weight': np.float32(rng.integers(-7, 8, (96, 64)) * draw(96, 1)),
+    'mask': np.tri(96, dtype=np.float32),
   }
   for i in range(layers):
     prefix = f'h.{i}'
@@ -161,7 +185,11 @@ class CheckpointTest(parameterized.TestCase):
       self.assertEqual(decoded[name].dtype, tensor.dtype)
       got = rotbits_jax.read_tensor(self.file, name)
       self.assertEqual(got.tobytes(), tensor.tobytes())
-    self.assertIn('h.1', rotbits_jax.file.Reader(self.file).units)
+    units = rotbits_jax.file.Reader(self.file).units
+    self.assertIn('h.1', units)
+    kinds = {leaf.path: leaf.kind for unit in units.values() for leaf in unit.leaves}
+    for name in ('pruned.weight', 'dequantised.weight'):
+      self.assertNotEmpty(kinds[name], name)
 
   def test_safetensors_with_dtypes_that_numpy_lacks(self):
     tensors = {'a': np.zeros(3, ml_dtypes.float8_e5m2), 'b': np.ones(2, np.int64)}
@@ -292,6 +320,55 @@ class CheckpointTest(parameterized.TestCase):
     for sizes in ({'a': 4, 'b': 1}, {'a': 1, 'b': 6}):
       with self.assertRaisesRegex(ValueError, 'overlap'):
         layout.rest(sizes)
+
+  def test_a_weights_file_has_one_place_for_each_tensor(self):
+    tensors = {'a': np.ones(3), 'b': np.zeros(3)}
+    safetensors_files.write(self.source / 'model.safetensors', tensors)
+    rotbits_jax.encode_to_file(self.source, self.file)
+    streams, manifest = containers.unpack(self.file.read_bytes())
+    (weights,) = manifest['weights']
+    places = weights['places']
+    for changed, words in (
+      (places[:1], 'b: no weights file has a place'),
+      ([places[0], places[0]], 'a: the weights files have it twice'),
+      ([['c', places[0][1]], *places], 'c: a tensor of the weights files is missing'),
+    ):
+      weights['places'] = changed
+      data = containers.pack(streams, containers.to_json(manifest))
+      with self.assertRaisesRegex(rotbits_jax.ContainerError, words):
+        rotbits_jax.decode_to_directory(data, self.output)
+
+  def test_what_is_not_in_tensors_is_bounded_over_all_files(self):
+    for name in ('one', 'two'):
+      tensors = {name: np.ones(3)}
+      safetensors_files.write(self.source / f'{name}.safetensors', tensors)
+    index = {'weight_map': {x: f'{x}.safetensors' for x in ('one', 'two')}}
+    (self.source / 'model.safetensors.index.json').write_text(json.dumps(index))
+    rotbits_jax.encode_to_file(self.source, self.file, files={})
+    with rotbits_jax.file.Reader(self.file) as reader:
+      sizes = sorted(map(len, reader.rests().values()))
+      with (
+        mock.patch.object(manifest_lib, 'MOST_FILES', sizes[-1]),
+        self.assertRaisesRegex(rotbits_jax.ContainerError, 'too many bytes'),
+      ):
+        reader.rests()
+    with (
+      mock.patch.object(manifest_lib, 'MOST_FILES', sizes[-1]),
+      self.assertRaisesRegex(ValueError, 'are not in tensors'),
+    ):
+      rotbits_jax.encode_to_file(self.source, self.file, files={})
+
+  @parameterized.parameters(
+    'manifest.weight', 'files/LICENSE', 'rest/model.safetensors.weight'
+  )
+  def test_names_of_other_streams_are_refused_before_the_work(self, name):
+    safetensors_files.write(self.source / 'model.safetensors', {name: np.ones(3)})
+    read = mock.patch.object(
+      checkpoints.TensorFiles, 'read', side_effect=AssertionError
+    )
+    with read, self.assertRaisesRegex(ValueError, 'another entry of this name'):
+      rotbits_jax.encode_to_file(self.source, self.file)
+    self.assertFalse(self.file.exists())
 
   def test_models_need_a_known_family(self):
     safetensors_files.write(self.source / 'model.safetensors', _tensors())

@@ -1,5 +1,6 @@
 """The report as a web page, read as a browser reads it."""
 
+import dataclasses
 import html.parser
 import json
 import pathlib
@@ -7,11 +8,15 @@ import re
 import shutil
 import subprocess
 
+import jax
 import numpy as np
 import pytest
 
+from fuzz import containers
 import rotbits_jax
 from rotbits_jax import evaluation
+from rotbits_jax import structured
+from rotbits_jax.checkpoints import safetensors_files
 from rotbits_jax.cli import report
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -93,6 +98,38 @@ def test_says_what_inspect_says(encoded):
 def test_escapes_what_a_stranger_wrote():
   data = rotbits_jax.encode({'<script>': {'a': np.ones(3)}}, preset='exact')
   assert '<script>' not in evaluation.report_page(data)
+
+
+def test_streams_are_those_of_the_file(tmp_path):
+  safetensors_files.write(tmp_path / 'model.safetensors', {'a': np.ones(3)})
+  (tmp_path / 'config.json').write_text('{"model_type": "gpt2"}')
+  rotbits_jax.encode_to_file(tmp_path, tmp_path / 'out', preset='exact')
+  page = evaluation.report_page(tmp_path / 'out')
+  for stream in ('a', 'files/config.json', 'rest/model.safetensors'):
+    assert f'<td>{stream}</td>' in page
+
+
+@pytest.mark.parametrize('error', [1e308, 1e-308, 0.5])
+def test_errors_that_a_stranger_wrote(encoded, error):
+  streams, manifest = containers.unpack(encoded['free'])
+  notes = [{'tensor': 'layers.0/mlp/up/kernel', 'error': error}]
+  manifest['units'][0]['savings'] = [['x', 1, 1, notes]]
+  evaluation.report_page(containers.pack(streams, containers.to_json(manifest)))
+
+
+def test_shortcuts_that_are_not_finite_are_left_out(encoded):
+  model = rotbits_jax.decode(encoded['free'])
+  flat = structured.flatten(model.params)
+  names = [path for path in flat if 'shortcut' in path]
+  assert names
+  numbers = jax.tree.map(lambda x: np.full_like(x, np.inf), [flat[x] for x in names])
+  flat |= dict(zip(names, numbers, strict=True))
+  model = dataclasses.replace(model, params=structured.unflatten(flat))
+  data = rotbits_jax.encode(model, preset='exact')
+  streams, manifest = containers.unpack(data)
+  notes = [{'tensor': 'layers.0/attention_shortcut', 'rank': 3}]
+  manifest['units'][0]['savings'] = [['x', 1, 1, notes]]
+  evaluation.report_page(containers.pack(streams, containers.to_json(manifest)))
 
 
 def test_command_writes_the_page(encoded, tmp_path, monkeypatch):

@@ -1,5 +1,7 @@
 """Structured leaves come back from the numbers that they store."""
 
+import tracemalloc
+
 from absl.testing import absltest
 from absl.testing import parameterized
 import chex
@@ -169,6 +171,20 @@ class StructuredTest(parameterized.TestCase):
       structured.Constant.from_stored(
         {'value': 1.0, 'shape': [1 << 30] * 2}, {'empty': np.zeros(0, np.float16)}
       )
+
+  def test_matrices_without_numbers_take_no_memory(self):
+    none = np.zeros(0, np.float16)
+    tracemalloc.start()
+    self.addCleanup(tracemalloc.stop)
+    leaf = structured.Trapezoidal.from_stored({'lower': [0, 1 << 24]}, {'lower': none})
+    self.assertEqual(leaf.shape, (0, 1 << 24))
+    for settings in (
+      {'blocks': [1 << 24], 'full': 0, 'columns': 0},
+      {'blocks': [0] * 9, 'full': 0, 'columns': 1 << 24},
+    ):
+      with self.assertRaisesRegex(ValueError, 'need rows and columns'):
+        structured.RowTrapezoids.from_stored(settings, {'upper': none})
+    self.assertLess(tracemalloc.get_traced_memory()[1], 1 << 20)
 
   def test_kinds_are_unique(self):
     with self.assertRaisesRegex(ValueError, 'trapezoidal'):

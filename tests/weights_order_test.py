@@ -1,6 +1,7 @@
 """Bits of noise choose the order of lines, and come back from the order."""
 
 import math
+import tracemalloc
 
 from absl.testing import absltest
 from absl.testing import parameterized
@@ -63,6 +64,15 @@ class OrderTest(parameterized.TestCase):
     for places in set(found):
       self.assertAlmostEqual(found.count(places), 1000, delta=150)
     self.assertLen(set(found), 6)
+
+  def test_orders_of_many_lengths_take_little_memory(self):
+    order.noise_size(order.MAX_LINES)
+    tracemalloc.start()
+    self.addCleanup(tracemalloc.stop)
+    for distinct in range(order.MAX_LINES - 40, order.MAX_LINES):
+      order.noise_size(distinct)
+      order.stored_size(distinct)
+    self.assertLess(tracemalloc.get_traced_memory()[0], 1 << 20)
 
   def test_bytes_that_are_none_are_refused(self):
     stored = np.full(order.stored_size(300), 255, np.uint8)

@@ -21,6 +21,7 @@ from rotbits_jax.coding import weights
 from rotbits_jax.coding.weights import blocks
 from rotbits_jax.coding.weights import floats
 from rotbits_jax.coding.weights import pool
+from rotbits_jax.coding.weights import specs
 
 DTYPES = (np.float16, ml_dtypes.bfloat16, np.float32)
 INTEGERS = (np.int8, np.uint8, np.int16, np.uint16)
@@ -552,6 +553,28 @@ class DamageTest(parameterized.TestCase):
     # int64 and float64 have the same width.
     self.assertEqual(accepted, [(('arrays', 6, 0), 'float64')])
     self.assertLess(tracemalloc.get_traced_memory()[1], 30e6)
+
+  def test_layouts_and_tables_are_bounded(self):
+    arrays = [_normal((40, 40), np.float32), np.arange(1600, dtype=np.int16) % 40]
+    encoded = weights.encode(arrays)
+    self.assertLen(encoded.spec.layouts, 2)
+    with mock.patch.object(specs, '_MAX_TABLES', 31):
+      with self.assertRaisesRegex(ValueError, 'frequency tables'):
+        weights.decode(encoded.spec, encoded.data)
+      fewer = weights.encode(arrays)
+      self.assertLen(fewer.spec.layouts, 1)
+      for actual, expected in zip(
+        weights.decode(fewer.spec, fewer.data), arrays, strict=True
+      ):
+        _assert_same_bits(actual, expected)
+    value = {
+      'arrays': [['float16', [16], i, 0] for i in range(300)],
+      'layouts': [['float', 8, 0, 20]] * 300,
+      'groups': [[1, 16, [20]]] * 300,
+      'order': None,
+    }
+    with self.assertRaisesRegex(ValueError, '300 layouts are too many'):
+      weights.UnitSpec.from_json(value)
 
   def test_huge_arrays_are_refused_before_they_are_allocated(self):
     for array in (

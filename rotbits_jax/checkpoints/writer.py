@@ -5,6 +5,7 @@ import contextlib
 import itertools
 import os
 import pathlib
+import shutil
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
@@ -38,10 +39,11 @@ class CheckpointWriter:
   Each tensor is written at once and not kept in memory. The files are written to a
   hidden directory beside the target, `.<name>.partial`. They are moved into the target
   when all are complete, see `outputs`. A target that does not exist appears at once. If
-  the target exists, its weights are moved last, and its other files stay, with two
-  exceptions: the index of older weights is removed, and a `model.safetensors` is
-  removed if shards replace it. After an exception the hidden directory is removed. If
-  the process was killed, the next writer of the same target removes it.
+  the target exists, its config and weights are removed before anything is moved, and
+  the new ones are moved last. Its other files stay, with two exceptions: the index of
+  older weights is removed, and a `model.safetensors` is removed if shards replace it.
+  After an exception the hidden directory is removed. If the process was killed, the
+  next writer of the same target removes it.
   """
 
   def __init__(
@@ -280,20 +282,27 @@ def move(staged: pathlib.Path, directory: pathlib.Path, weights: Iterable[str]) 
   Args:
     staged: the folder of the files.
     directory: where they belong.
-    weights: names of the weights files, which are moved last.
+    weights: names of the weights files.
   """
   if not directory.exists():
     outputs.move(staged, directory)
     return
-  # Shards without an index are not a checkpoint. Therefore a mixture of old and new
-  # shards is never taken for a checkpoint.
-  (directory / INDEX).unlink(missing_ok=True)
-  last = [*weights, INDEX]
-  files = sorted(staged.iterdir(), key=lambda file: file.name in last)
-  for file in sorted(files, key=lambda file: file.name == INDEX):
-    if file.name == INDEX:
-      (directory / safetensors_files.WEIGHTS).unlink(missing_ok=True)
-    outputs.move(file, directory / file.name)
+  # A folder without its config, its weights and their index is not a checkpoint. These
+  # are removed first and come last, so that a mixture of old and new files is never
+  # taken for a checkpoint.
+  last = [*weights, INDEX, CONFIG]
+  files = {file.name: file for file in staged.iterdir()}
+  removed = [name for name in reversed(last) if name in files or name == INDEX]
+  if INDEX in files:
+    removed.append(safetensors_files.WEIGHTS)
+  for name in removed:
+    old = directory / name
+    if name in files and old.exists():
+      shutil.copymode(old, files[name])
+    old.unlink(missing_ok=True)
+  for name in (*(name for name in files if name not in last), *last):
+    if name in files:
+      outputs.move(files[name], directory / name)
 
 
 def _dtype(dtypes: Dtypes, path: str) -> np.dtype:

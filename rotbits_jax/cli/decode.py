@@ -102,9 +102,10 @@ def main() -> None:
     }
     program.print_json(result)
     return
-  print(f'wrote {_OUTPUT.value}')
+  program.say(f'wrote {_OUTPUT.value}')
   if sliced and _FORMAT.value == 'safetensors':
-    print(SLICED.format(output=_OUTPUT.value))
+    for line in SLICED.format(output=_OUTPUT.value).splitlines():
+      program.say(line)
 
 
 def run() -> int:

@@ -269,9 +269,11 @@ def main() -> None:
     width = None if _VERBOSE.value else program.terminal_width()
     print(report.to_text(verbose=_VERBOSE.value, width=width))
     if beside['left_out']:
-      print(f'\nnot kept: {", ".join(source.left_out)}')
+      print()
+      program.say(f'not kept: {", ".join(source.left_out)}')
     if beside['plain_because']:
-      print(f'\nstored as plain tensors, because {beside["plain_because"]}')
+      print()
+      program.say(f'stored as plain tensors, because {beside["plain_because"]}')
   if report.file_bytes >= source.input_bytes:
     program.warn(
       f'{_OUTPUT.value} has {report.file_bytes:,} bytes, and the weights that were '

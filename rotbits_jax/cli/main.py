@@ -34,7 +34,7 @@ To make a checkpoint smaller, and get it back:
 
 `rotbits COMMAND --help` shows an example, the flags, and the fields of --json.
 Exit codes: 0 success, 2 bad input (one line on stderr, nothing written),
-130 interrupted, 1 a fault of this program."""
+130 interrupted, 129 and 143 ended by SIGHUP and SIGTERM, 1 a fault of this program."""
 
 
 def usage() -> str:

@@ -1,7 +1,8 @@
 """Shared parts of the commands: running one, its errors, and reading a model.
 
 Exit codes: 0 success; 1 a fault of this program, with its traceback; 2 bad input, with
-one line on stderr and nothing written; 130 interrupted.
+one line on stderr and nothing written; 130 interrupted; 129 and 143 ended by SIGHUP and
+SIGTERM.
 """
 
 from collections.abc import Callable, Iterator
@@ -158,9 +159,14 @@ def one_line(error: BaseException) -> str:
   return fields.printable(' '.join(str(error).split())) or type(error).__name__
 
 
+def say(line: str) -> None:
+  """Prints a line that names files, whose names may hold any characters."""
+  print(fields.printable(line))
+
+
 def warn(text: str) -> None:
   """Prints a warning on stderr."""
-  print(f'warning: {text}', file=sys.stderr)
+  print(f'warning: {fields.printable(text)}', file=sys.stderr)
 
 
 def terminal_width() -> int | None:

@@ -166,7 +166,7 @@ def main() -> None:
     }
     program.print_json(result)
     return
-  print(
+  program.say(
     f'wrote {weights}: width {width} of {config.hidden_size}, '
     f'calibrated on {tokens.size:,} tokens'
   )

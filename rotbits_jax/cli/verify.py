@@ -46,14 +46,14 @@ def main() -> None:
   if _JSON.value:
     program.print_json(result._asdict())
     return
-  print(
+  program.say(
     f'{_INPUT.value}: {result.tensors} tensors and {result.files} other files are '
     'undamaged'
   )
   if result.same_bits:
-    print(f'all bits are those of {_AGAINST.value}')
+    program.say(f'all bits are those of {_AGAINST.value}')
   if result.kl is not None:
-    print(
+    program.say(
       f'KL divergence from {_AGAINST.value}: {result.kl:.3g}, '
       f'noise floor {result.kl_rerounded:.3g}'
     )

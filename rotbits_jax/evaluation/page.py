@@ -10,9 +10,9 @@ dark theme of the browser, and fits a phone.
 import dataclasses
 import html
 import itertools
-import math
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -30,6 +30,9 @@ _LAYERS = 6
 
 _TENSORS = 8
 """The greatest number of kinds of tensors whose errors are shown."""
+
+_MOST_ERROR = 1e9
+"""The least relative error that is not shown, because charts cannot show any number."""
 
 _ROUNDING = 0.4
 """The relative error of rounding a matrix (Frobenius norm), in units of roundoff."""
@@ -185,6 +188,9 @@ def _spectra(reader: file.Reader, index: int) -> list[_Spectrum]:
   for path, leaf in structured.flatten(reader.unit(f'layers.{index}')).items():
     if 'shortcut' not in path:
       continue
+    numbers = [np.asarray(x, np.float32) for x in jax.tree.leaves(leaf)]
+    if not all(np.isfinite(x).all() for x in numbers):
+      continue
     count = min(leaf.shape)
     if isinstance(leaf, structured.IdentityMinusGram):
       less, more = (_squares(x) for x in (leaf.b, leaf.c))
@@ -216,7 +222,9 @@ def errors(reader: file.Reader, report: report_lib.Report) -> str:
       groups.setdefault(note.name, []).append((note.layer, note.error))
   if not groups:
     return '<p>No tensor of this file differs from the input.</p>'
-  dtypes = list(reader.dtypes().values())
+  dtypes = [x for x in reader.dtypes().values() if jnp.issubdtype(x, jnp.floating)]
+  if not dtypes:
+    return '<p>This file has no tensor of floating-point numbers.</p>'
   dtype = max(set(dtypes), key=dtypes.count)
   floor = _ROUNDING * float(jnp.finfo(dtype).eps) / 2
   names = list(groups)[:_TENSORS]
@@ -290,7 +298,7 @@ def own_reduction(
     Three reductions in percent, relative to the numbers of the dense model: that of the
     numbers of the sliced checkpoint, that of the numbers stored in the file, and that
     of the bytes of the file at 2 bytes per number. None if the file does not hold a
-    sliced model.
+    sliced model, or the dense model has no numbers.
   """
   config = reader.config
   if config is None or not config.sliced:
@@ -299,6 +307,8 @@ def own_reduction(
   whole = dataclasses.replace(config, segment_widths=(hidden,) * segments)
   dense = models.count_numbers(whole)
   dense -= sum(a * b for a, b in itertools.pairwise(whole.segment_widths))
+  if dense <= 0:
+    return None
   percent = lambda n: 100 * (1 - n / dense)
   return (
     percent(report.input_numbers),
@@ -312,11 +322,7 @@ def own_reduction(
 
 def layout(reader: file.Reader) -> str:
   """Draws the streams of the file in order, and tabulates them."""
-  sizes: list[tuple[str, int]] = []
-  for own in reader.manifests:
-    sizes += [(unit.name, unit.nbytes) for unit in own.units]
-    sizes += [(x.name, x.nbytes) for x in (own.message.streams if own.message else ())]
-    sizes += [(x.name, x.nbytes) for x in own.files]
+  sizes = reader.streams()
   sizes.append(('header and manifest', reader.size - reader.stream_bytes()))
   whole = max(sum(size for _, size in sizes), 1)
   strip = ''.join(
@@ -372,7 +378,7 @@ def _notes(report: report_lib.Report) -> list[_Note]:
           layer,
           name,
           rank if type(rank) is int and 0 <= rank < 1 << 31 else None,
-          error if type(error) is float and 0 < error < math.inf else None,
+          error if type(error) is float and 0 < error < _MOST_ERROR else None,
         )
       )
   return found

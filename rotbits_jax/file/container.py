@@ -43,6 +43,19 @@ class ContainerError(ValueError):
   """Raised for a file that is not a valid rotbits file of this version."""
 
 
+def check_names(names: Sequence[str]) -> None:
+  """Checks that the streams of a file can have these names.
+
+  Raises:
+    ValueError: naming the first that is repeated or that the container needs itself.
+  """
+  seen = {MANIFEST, _METADATA}
+  for name in names:
+    if name in seen:
+      raise ValueError(f'{name[:200]}: the file has another entry of this name')
+    seen.add(name)
+
+
 class StreamWriter:
   """Writes streams to a file, one after the other, and the header last."""
 
@@ -52,10 +65,11 @@ class StreamWriter:
     Args:
       file: an empty file, open for writing and seekable.
       names: names of all streams that may be written, without the manifest.
+
+    Raises:
+      ValueError: see `check_names`.
     """
-    for name in names:
-      if name in (MANIFEST, _METADATA):
-        raise ValueError(f'{name}: the file has its own entry of this name')
+    check_names(names)
     most = dict.fromkeys((*names, MANIFEST), (_MOST, _MOST))
     self._room = len(_header(most, 0xFFFFFFFF))
     self._names = {*names, MANIFEST}
@@ -183,7 +197,7 @@ class StreamReader:
       ContainerError: if there is no such stream.
     """
     if name not in self._streams:
-      raise ContainerError(f'{name}: no such stream')
+      raise ContainerError(f'{name[:200]}: no such stream')
     begin, end = self._streams[name]
     return self._bytes(self._start + begin, end - begin)
 
@@ -195,7 +209,7 @@ class StreamReader:
     """
     data = self.stream(name)
     if data.size != nbytes or zlib_ng.crc32(data) != crc32:
-      raise ContainerError(f'{name}: the stream is damaged: its checksum differs')
+      raise ContainerError(f'{name[:200]}: the stream is damaged: its checksum differs')
     return data
 
   def _bytes(self, begin: int, count: int) -> np.ndarray:
@@ -242,7 +256,9 @@ class StreamReader:
     for name, entry in header.items():
       size = _size(entry, end)
       if size is None:
-        raise ContainerError(f'{name}: the header has a wrong entry for the stream')
+        raise ContainerError(
+          f'{name[:200]}: the header has a wrong entry for the stream'
+        )
       streams[name] = end, end + size
       end += size
     if 8 + length + end != self.size:

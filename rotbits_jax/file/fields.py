@@ -4,12 +4,14 @@ Each method of `Fields` takes one field out of the object. It raises a `Containe
 if the field is missing or has a wrong value.
 """
 
+import math
 from typing import Any
 
 from rotbits_jax.file import container
 
 _MOST = 1 << 53  # JSON parsers of some languages do not read greater integers exactly
 
+_MOST_AXES, _MOST_NUMBERS = 32, 1 << 48  # of an array
 
 _LONGEST_NAME = 255  # bytes, as file systems have it
 
@@ -98,9 +100,13 @@ class Fields:
   def shape(self, name: str) -> tuple[int, ...]:
     """Takes the shape of an array."""
     values = self.items(name)
-    most = (1 << 31) - 1
-    if len(values) > 8 or not all(type(n) is int and 0 <= n <= most for n in values):
-      raise self.error(name, 'must be the shape of an array')
+    if len(values) > _MOST_AXES or not all(type(n) is int and n >= 0 for n in values):
+      raise self.error(
+        name, f'must be the shape of an array of up to {_MOST_AXES} axes'
+      )
+    # NumPy multiplies the lengths of the other axes, even if one of them is 0.
+    if math.prod(n for n in values if n) > _MOST_NUMBERS:
+      raise self.error(name, 'must be the shape of a smaller array')
     return tuple(values)
 
   def object(self, name: str) -> dict[str, Any]:

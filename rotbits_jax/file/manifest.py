@@ -62,6 +62,11 @@ class Leaf:
     return issubclass(structured.KINDS.get(self.kind, object), structured.Packed)
 
   @property
+  def is_factored(self) -> bool:
+    """Whether the leaf is a pair of factors, which have names in a checkpoint."""
+    return issubclass(structured.KINDS.get(self.kind, object), structured.FactorPair)
+
+  @property
   def is_array(self) -> bool:
     """Whether the parameter is an array for those who read the file."""
     return not self.kind or self.is_packed
@@ -121,7 +126,7 @@ class Leaf:
     )
     given.finish()
     if stored_dtype(leaf.dtype) not in weights.DTYPES:
-      raise given.error('dtype', 'is not known')
+      raise given.error('dtype', f'cannot be {leaf.dtype[:40]!r}')
     if len(set(leaf.arrays)) != len(leaf.arrays):
       raise given.error('arrays', 'must be names that differ')
     return leaf
@@ -204,17 +209,18 @@ class Unit:
     name = given.text('name')
     given = fields.Fields(value, name[:200])
     given.take('name')
+    leaves = tuple(Leaf.from_json(leaf, name[:200]) for leaf in given.items('leaves'))
     try:
       coder = weights.UnitSpec.from_json(given.take('coder'))
     except ValueError as error:
-      raise ContainerError(f'{name}: {error}') from error
+      raise ContainerError(f'{name[:200]}: {error}') from error
     unit = cls(
       name=name,
       nbytes=given.integer('nbytes'),
       crc32=given.integer('crc32', 0xFFFFFFFF),
-      leaves=tuple(Leaf.from_json(leaf, name) for leaf in given.items('leaves')),
+      leaves=leaves,
       coder=coder,
-      savings=tuple(_saving_from_json(x, name) for x in given.items('savings')),
+      savings=tuple(_saving_from_json(x, name[:200]) for x in given.items('savings')),
       order_bits=given.number('order_bits'),
       empty=given.texts('empty') if given.optional('empty') else (),
       **_input_sizes(given),
@@ -224,16 +230,20 @@ class Unit:
       raise given.error('empty', f'must be paths of up to {_MOST_KEYS} keys')
     if unit.nbytes != coder.nbytes:
       raise ContainerError(
-        f'{name}: the coder needs a stream of {coder.nbytes} bytes, got {unit.nbytes}'
+        f'{name[:200]}: the coder needs a stream of {coder.nbytes} bytes, '
+        f'got {unit.nbytes}'
       )
     if sum(len(leaf.arrays) for leaf in unit.leaves) != len(coder.arrays):
-      raise ContainerError(f'{name}: the leaves and the coder list different arrays')
+      raise ContainerError(
+        f'{name[:200]}: the leaves and the coder list different arrays'
+      )
     unit.tree({leaf.path: None for leaf in unit.leaves})
     for leaf, specs in unit.leaf_specs():
+      where = f'{name[:200]}/{leaf.path[:200]}'
       array = (specs[0].shape, specs[0].dtype) if specs else None
       if not leaf.kind and array != (leaf.shape, stored_dtype(leaf.dtype)):
         raise ContainerError(
-          f'{name}/{leaf.path}: the leaf and the coder differ in the shape or the dtype'
+          f'{where}: the leaf and the coder differ in the shape or the dtype'
         )
       # The reader allocates the array before it has decoded the leaf.
       most = 8 * sum(spec.nbytes for spec in specs)
@@ -241,7 +251,7 @@ class Unit:
         leaf.dtype in structured.PACKED_DTYPES and math.prod(leaf.shape) <= most
       ):
         raise ContainerError(
-          f'{name}/{leaf.path}: {most} bits cannot stand for {leaf.shape} numbers of '
+          f'{where}: {most} bits cannot stand for {leaf.shape} numbers of '
           f'{leaf.dtype:.40}'
         )
     return unit
@@ -489,17 +499,20 @@ class Manifest:
       return
     for unit in self.units:
       if unit.empty:
-        raise ContainerError(f'{unit.name}: a model has no empty dicts')
+        raise ContainerError(f'{unit.name[:200]}: a model has no empty dicts')
       if layer_index(unit.name) is None and unit.first_keys() != {unit.name}:
         raise ContainerError(f'{unit.name[:200]}: it has a leaf of another unit')
       for leaf in unit.leaves:
         setting, field = _HEADS.get(leaf.kind, ('', ''))
+        where = f'{unit.name[:200]}/{leaf.path[:200]}'
         if field and leaf.settings.get(setting) != getattr(self.config, field):
           raise ContainerError(
-            f'{unit.name}/{leaf.path}: the config and the setting {setting!r} disagree'
+            f'{where}: the config and the setting {setting!r} disagree'
           )
+        if leaf.is_factored and leaf.names not in _FACTORS:
+          raise ContainerError(f'{where}: its factors have no known names')
       if unit.name == BUFFERS and any(
-        leaf.kind or leaf.path.count('/') != 1 for leaf in unit.leaves
+        not leaf.is_array or leaf.path.count('/') != 1 for leaf in unit.leaves
       ):
         raise ContainerError(f'{BUFFERS}: buffers are arrays by their names')
       expected = _expected(unit.name, self.config)
@@ -508,7 +521,8 @@ class Manifest:
         wrong = sorted(set(found.items()) ^ set(expected.items()))
         path, shape = wrong[0]
         raise ContainerError(
-          f'{unit.name}/{path}: the unit does not fit the config, got {shape=}'
+          f'{unit.name[:200]}/{path[:200]}: the unit does not fit the config, '
+          f'got {shape=}'
         )
 
 
@@ -537,6 +551,8 @@ _HEADS = {
   'head_planes': ('head_dim', 'head_dim'),
   'head_rows': ('groups', 'num_kv_heads'),
 }
+
+_FACTORS = {(name,) for name in checkpoints.FACTORS}
 
 _MOST_KEYS = 64  # keys of a path, because trees are walked recursively
 
@@ -595,11 +611,27 @@ def _saving_from_json(value: Any, where: str) -> transform.Saving:
     raise ContainerError(f'{where}: a saving must have four fields')
   given = fields.Fields(dict(zip(names, value, strict=True)), where)
   notes = given.items('notes')
-  if not all(isinstance(note, dict) for note in notes):
-    raise given.error('notes', 'must be a list of JSON objects')
+  for note in notes:
+    _check_note(note, f'{where}: a note')
   return transform.Saving(
     given.text('name'), given.signed('numbers'), given.signed('bytes'), notes
   )
+
+
+def _check_note(note: Any, where: str) -> None:
+  """Checks the fields with which reports compute. Others may be any JSON values.
+
+  Raises:
+    ContainerError: if a field has a wrong value.
+  """
+  given = fields.Fields(note, where)
+  if 'tensor' in note:
+    given.text('tensor')
+  if 'shape' in note:
+    given.shape('shape')
+    given.signed('numbers')
+  if type(note.get('error')) not in (int, float, type(None)):
+    raise given.error('error', 'must be a number or null')
 
 
 _STORED_AS = {'int2': 'int8', 'int4': 'int8'} | {
@@ -632,8 +664,6 @@ def leaf_of(path: str, leaf: Any, expanded: int | None = None) -> tuple[Leaf, An
   settings, arrays = {}, {'': leaf}
   if structured.is_structured(leaf):
     settings, arrays = leaf.stored()
-  if not _is_path(path):
-    raise ValueError(f'{path[:200]}: a path has at most {_MOST_KEYS} keys')
   kind, shape, dtype, names = structured.stack_key(leaf)
   if not kind:
     arrays[''] = np.asarray(leaf).view(stored_dtype(dtype))

@@ -37,8 +37,8 @@ class Job:
   ):
     self.source, self.preset = source, preset
     self.files = dict(getattr(source, 'files', {}) if files is None else files)
-    writer_lib.check_files(self.files)
     stem = getattr(source, 'stem', None) if stem is None else stem
+    writer_lib.check_files(self.files, *([] if stem is None else [stem]))
     self.buffers = dict(source.buffers)
     stored_as = getattr(source, 'stored_as', None)
     if stored_as is not None and (preset.rounding is None or preset.message):

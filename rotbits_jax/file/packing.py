@@ -69,6 +69,8 @@ def _candidates(array: np.ndarray) -> list[structured.Packed]:
   """Returns the leaves that may suit an array, by the look of a sample."""
   if array.dtype.name not in structured.PACKED_DTYPES or array.size < _LEAST_NUMBERS:
     return []
+  if not packed.is_packable(array.shape):
+    return []
   array = np.ascontiguousarray(array)
   leaves: list[structured.Packed] = []
   repeats = False

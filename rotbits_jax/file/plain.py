@@ -17,6 +17,7 @@ from rotbits_jax import presets
 from rotbits_jax import progress as progress_lib
 from rotbits_jax import structured
 from rotbits_jax import symmetries
+from rotbits_jax.file import container
 from rotbits_jax.file import manifest as manifest_lib
 from rotbits_jax.file import shards as shards_lib
 from rotbits_jax.file import writer as writer_lib
@@ -50,14 +51,17 @@ class Job:
       tensors: the checkpoint that the units are from, if they are from one.
 
     Raises:
-      ValueError: if the preset is another, or a file cannot be kept.
+      ValueError: if the preset is another, a file cannot be kept, or a unit has the
+        name of another stream.
     """
     if preset.name != 'exact' or len(preset.names) > 1:
       raise ValueError(
         f'the preset {preset.name!r} needs a model of a known family; plain arrays '
         "can be encoded with 'exact'"
       )
-    writer_lib.check_files(files)
+    weights = [] if tensors is None else [layout.name for layout in tensors.weights]
+    writer_lib.check_files(files, *weights)
+    container.check_names(writer_lib.stream_names(units, files, weights))
     self.sizes, self._units, self._preset = dict(sizes), units, preset
     self._files, self._tensors = files, tensors
 
@@ -153,10 +157,9 @@ def tensor_job(
   for name in source.specs:
     if not all(name.split('/')):
       raise ValueError(f'{source.path}: {name!r} cannot be the name of a tensor')
-  for layout in source.weights:
-    rest = sum(end - begin for begin, end in layout.rest(source.sizes()))
-    if rest > manifest_lib.MOST_FILES:
-      raise ValueError(f'{layout.name}: {rest} bytes of it are not in tensors')
+  rests = [x for layout in source.weights for x in layout.rest(source.sizes())]
+  if (rest := sum(end - begin for begin, end in rests)) > manifest_lib.MOST_FILES:
+    raise ValueError(f'{source.path}: {rest} bytes of its files are not in tensors')
   groups = source.groups()
   units = {
     group: functools.partial(_read, source, names) for group, names in groups.items()

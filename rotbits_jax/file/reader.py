@@ -13,11 +13,13 @@ are decoded.
 import collections
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent import futures
+import contextlib
 import dataclasses
 import functools
 import itertools
 import math
 import os
+import pathlib
 from typing import Any, NamedTuple, Self
 import zlib
 
@@ -64,31 +66,95 @@ class Reader:
       ContainerError: if this is not a rotbits file, or if its manifest is damaged.
       OSError: if a path cannot be read.
     """
-    files, checksums = shards.find(source)
+    files, index = shards.find(source)
     self._files = [container.StreamReader(file) for file in files]
-    for file in self._files:
-      if checksums.get(os.path.basename(file.name), file.manifest_crc32) != (
-        file.manifest_crc32
-      ):
-        raise ContainerError(f'{file.name}: the index names another shard of this name')
+    if index is not None:
+      for file in self._files:
+        if index.checksums[os.path.basename(file.name)] != file.manifest_crc32:
+          raise ContainerError(
+            f'{file.name}: the index names another shard of this name'
+          )
     self.size = sum(file.size for file in self._files)
     self.manifests = [_manifest(file) for file in self._files]
     first = self.manifests[0]
     self.preset, self.options = first.preset, first.options
     self.config, self.stem = first.config, first.stem
     self._units: dict[str, tuple[container.StreamReader, manifest_lib.Unit]] = {}
-    keys: set[str] = set()
     for file, own in zip(self._files, self.manifests, strict=True):
       with file.errors():
         if (own.preset, own.config) != (first.preset, first.config):
           raise ContainerError('the shards belong to different models')
         for unit in own.units:
           if unit.name in self._units:
-            raise ContainerError(f'{unit.name}: two shards have this unit')
+            raise ContainerError(f'{unit.name[:200]}: two shards have this unit')
           self._units[unit.name] = file, unit
-          if self.config is None and keys & unit.first_keys():
-            raise ContainerError(f'{unit.name}: it has a leaf of another unit')
-          keys |= unit.first_keys()
+    if index is not None:
+      self._check_index(index)
+    if self.config is None:
+      self._check_paths()
+    if self.weights_files:
+      self._check_places()
+
+  def _check_index(self, index: shards.Index) -> None:
+    """Checks that the index of the shards names each unit and its shard.
+
+    Raises:
+      ContainerError: if it does not.
+    """
+    found = {name: os.path.basename(own.name) for name, (own, _) in self._units.items()}
+    if wrong := sorted(found.items() ^ index.units.items()):
+      raise ContainerError(
+        f'{wrong[0][0][:200]}: the index and the shards differ in this unit'
+      )
+    if self.size != index.total_size:
+      raise ContainerError(
+        f'the shards must have {index.total_size} bytes by their index, got {self.size}'
+      )
+
+  def _check_paths(self) -> None:
+    """Checks that no two units have leaves for one place in the tree.
+
+    Raises:
+      ContainerError: if two have.
+    """
+    seen: set[str] = set()
+    for file, unit in self._units.values():
+      # Tensors of a checkpoint are not in a tree. The names of two may begin alike.
+      tensors = {leaf.path for leaf in unit.leaves} if self.weights_files else None
+      own = unit.first_keys() if tensors is None else tensors
+      with file.errors():
+        if seen & own:
+          raise ContainerError(f'{unit.name[:200]}: it has a leaf of another unit')
+      seen |= own
+
+  def _check_places(self) -> None:
+    """Checks that the weights files hold each tensor once, and nothing else.
+
+    Raises:
+      ContainerError: naming a tensor or a file.
+    """
+    entries = [entry for own in self.manifests for entry in own.weights]
+    names = [entry.layout.name for entry in entries]
+    names += [
+      file.name.removeprefix(manifest_lib.FILES)
+      for own in self.manifests
+      for file in own.files
+    ]
+    places = [path for entry in entries for path, _ in entry.layout.places]
+    for text in (names, places):
+      if twice := [x for x, count in collections.Counter(text).items() if count > 1]:
+        raise ContainerError(f'{twice[0][:200]}: the weights files have it twice')
+    arrays = self.tensor_sizes()
+    for path in places:
+      if path not in arrays:
+        raise ContainerError(f'{path[:200]}: a tensor of the weights files is missing')
+    placed = set(places)
+    for unit in self.units.values():
+      for leaf in unit.leaves:
+        if leaf.path not in placed:
+          raise ContainerError(
+            f'{leaf.path[:200]}: no weights file has a place for the tensor'
+          )
 
   def __enter__(self) -> Self:
     return self
@@ -108,34 +174,33 @@ class Reader:
       ContainerError: if a part is damaged, or the tensors do not fit their file.
     """
     sizes = self.tensor_sizes()
-    found = {}
+    found: dict[str, bytes] = {}
+    left = manifest_lib.MOST_FILES
     for file, own in zip(self._files, self.manifests, strict=True):
       for entry in own.weights:
         with file.errors():
           name = entry.rest.name
-          for path, _ in entry.layout.places:
-            if path not in sizes:
-              raise ContainerError(f'{entry.layout.name}: {path[:200]} is missing')
           try:
             parts = entry.layout.rest(sizes)
           except ValueError as error:
             raise ContainerError(str(error)) from error
           data = file.checked(name, entry.rest.nbytes, entry.rest.crc32)
           size = sum(end - begin for begin, end in parts)
-          if size > manifest_lib.MOST_FILES:
+          left -= size
+          if left < 0:
             raise ContainerError(
-              f'{name}: {size} bytes of the file are not in tensors, which is too many'
+              f'{name}: too many bytes of the weights files are not in tensors'
             )
           found[entry.layout.name] = _inflate(name, data.tobytes(), size)
     return found
 
   def tensor_sizes(self) -> dict[str, int]:
-    """Returns the bytes of every plain array in units, by its path."""
+    """Returns the bytes of every array in units, by its path."""
     return {
-      leaf.path: math.prod(leaf.shape) * _dtype(leaf.dtype).itemsize
+      leaf.path: leaf.nbytes
       for unit in self.units.values()
       for leaf in unit.leaves
-      if not leaf.kind
+      if leaf.is_array
     }
 
   def tensors(self, *, show_progress: bool = False) -> Iterator[tuple[str, np.ndarray]]:
@@ -177,7 +242,7 @@ class Reader:
     tree = self.unit(name)
     flat = structured.flatten({name: tree} if is_layer else tree)
     if path not in flat:
-      raise ContainerError(f'{path}: no such parameter')
+      raise ContainerError(f'{path[:200]}: no such parameter')
     return flat[path]
 
   def model(
@@ -256,8 +321,11 @@ class Reader:
       return
     outer = self._outer_names()
     names = [f'layers.{i}' for i in range(self.config.num_layers)]
-    for name in (*outer, *names):
+    for name in names:
       self._entry(name)
+    _check_memory(
+      'what is outside the layers', sum(self._entry(x).decoded_bytes for x in outer)
+    )
     total = len(names) + len(outer)
     with (
       progress.Progress('decode', total, 'unit', show=show_progress) as bar,
@@ -304,7 +372,7 @@ class Reader:
         try:
           found[path] = kind.stored_rank(shapes), leaf.names[0]
         except LookupError:
-          raise ContainerError(f'{path}: the leaf has not two factors') from None
+          raise ContainerError(f'{path[:200]}: the leaf has not two factors') from None
     return found
 
   def _leaves(self) -> Iterator[tuple[str, manifest_lib.Leaf, list[Any]]]:
@@ -334,20 +402,24 @@ class Reader:
           found[name] = _inflate(entry.name, data.tobytes(), size)
     return found
 
-  def stream_bytes(self) -> int:
-    """Returns the bytes of all streams but the manifests. The rest is overhead."""
-    return sum(
-      file.nbytes(name)
+  def streams(self) -> list[tuple[str, int]]:
+    """Returns the names and the bytes of all streams but the manifests, in order."""
+    return [
+      (name, file.nbytes(name))
       for file in self._files
       for name in file.names()
       if name != container.MANIFEST
-    )
+    ]
+
+  def stream_bytes(self) -> int:
+    """Returns the bytes of all these streams. The rest of the files is overhead."""
+    return sum(nbytes for _, nbytes in self.streams())
 
   # ---- units ------------------------------------------------------------------------
 
   def _entry(self, name: str) -> manifest_lib.Unit:
     if name not in self._units:
-      raise ContainerError(f'{name}: no such unit')
+      raise ContainerError(f'{name[:200]}: no such unit')
     return self._units[name][1]
 
   def _outer_names(self) -> list[str]:
@@ -393,14 +465,14 @@ class Reader:
       except ContainerError:
         raise
       except ValueError as error:
-        raise ContainerError(f'{name}: {error}') from error
+        raise ContainerError(f'{name[:200]}: {error}') from error
     return unit.tree(flat)
 
   def _check_needed(
     self, name: str, entry: manifest_lib.Leaf, leaf: structured.Dependent
   ) -> None:
     """Refuses a leaf that could not be expanded, before anything needs it to be."""
-    path = f'{name}/{entry.path}' if _is_layer(name) else entry.path
+    path = _cut_path(name, entry)
     if self.config is not None and _is_layer(name):
       raise ContainerError(f'{path}: parameters of a layer cannot depend on others')
     if leaf.eager and entry.expanded is None:
@@ -441,7 +513,7 @@ class Reader:
     for entry in self._entry(name).leaves:
       if entry.expanded is None or entry.is_packed:
         continue
-      path = f'{name}/{entry.path}' if _is_layer(name) else entry.path
+      path = _cut_path(name, entry)
       leaf = flat[entry.path]
       if not isinstance(leaf, structured.Dependent):
         raise ContainerError(f'{path}: the leaf does not depend on other parameters')
@@ -461,6 +533,8 @@ class Reader:
     return self._entry(name).tree(flat)
 
   def _tree(self, show_progress: bool) -> Tree:
+    decoded_bytes = sum(unit.decoded_bytes for unit in self.units.values())
+    _check_memory('the whole content', decoded_bytes)
     if self.weights_files:
       return dict(self.tensors(show_progress=show_progress))
     with (
@@ -520,7 +594,8 @@ class Reader:
     if message is None or config is None:
       raise ContainerError('the file does not hold a message of bits-back coding')
     with file.errors():
-      _check_memory('message', 4 * _most_numbers(config))
+      parts = [map(math.prod, x.values()) for x in _shapes_of_parts(config)]
+      _check_memory('message', 4 * max(map(sum, parts)))
       streams = {}
       for stream in message.streams:
         data: Any = file.checked(stream.name, stream.nbytes, stream.crc32)
@@ -546,8 +621,12 @@ class Reader:
   ) -> models.Model:
     assert self.config is not None
     flat: Tree = {}
-    # Numbers have 2 bytes at least.
-    _check_memory('the model', 2 * models.count_numbers(self.config))
+    dtypes = self.dtypes()
+    shapes = collections.ChainMap(*_shapes_of_parts(self.config))
+    _check_memory(
+      'the model',
+      sum(math.prod(x) * dtypes[path].itemsize for path, x in shapes.items()),
+    )
     for path, array in self.message_arrays(show_progress=show_progress):
       index = manifest_lib.layer_index(path.split('/')[0])
       if index is None or index in layers:
@@ -614,12 +693,12 @@ class _Stack(NamedTuple):
     return structured.unflatten(stacked)
 
 
-def _most_numbers(config: models.ModelConfig) -> int:
-  """Returns how many numbers the largest part has: a layer, or all outside them."""
-  trees = [models.outer_shapes(config)]
-  trees += [models.layer_shapes(config, i) for i in range(config.num_layers)]
-  counts = (map(math.prod, structured.flatten(tree).values()) for tree in trees)
-  return max(map(sum, counts))
+def _shapes_of_parts(config: models.ModelConfig) -> list[dict[str, tuple[int, ...]]]:
+  """Returns the shapes of all parameters outside the layers, and of each layer."""
+  trees: list[Tree] = [models.outer_shapes(config)]
+  for i in range(config.num_layers):
+    trees.append({f'layers.{i}': models.layer_shapes(config, i)})
+  return [structured.flatten(tree) for tree in trees]
 
 
 def _check_memory(name: str, nbytes: int) -> None:
@@ -633,25 +712,36 @@ def _check_memory(name: str, nbytes: int) -> None:
 
 def _too_large(name: str, nbytes: int) -> ContainerError:
   return ContainerError(
-    f'{name}: it decodes to {nbytes:,} bytes, more than memory holds'
+    f'{name[:200]}: it decodes to {nbytes:,} bytes, more than memory holds'
   )
 
 
+# Where a container of Linux finds the bytes of memory that it may use, with the second
+# and the first version of control groups.
+_LIMITS = (
+  '/sys/fs/cgroup/memory.max',
+  '/sys/fs/cgroup/memory/memory.limit_in_bytes',
+)
+
+
 def _memory() -> int | None:
-  """Returns the bytes of this machine's memory; None if the system does not tell."""
-  try:
-    return os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
-  except (AttributeError, ValueError, OSError):  # not a Unix
-    return None
+  """Returns the bytes of memory for this process; None if the system does not tell."""
+  found = []
+  with contextlib.suppress(AttributeError, ValueError, OSError):  # not a Unix
+    found.append(os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES'))
+  for path in _LIMITS:
+    with contextlib.suppress(OSError, ValueError):  # 'max' stands for no limit
+      found.append(int(pathlib.Path(path).read_text()))
+  return min(found, default=None)
 
 
 def _leaf(name: str, leaf: manifest_lib.Leaf, parts: dict[str, np.ndarray]) -> Any:
   if not leaf.kind:
     return parts[''].view(_dtype(leaf.dtype))
+  where = f'{name[:200]}/{leaf.path[:200]}'
   if leaf.kind not in structured.KINDS:
     raise ContainerError(
-      f'{name}/{leaf.path}: leaves of kind {leaf.kind[:40]!r} are unknown; '
-      'import their module'
+      f'{where}: leaves of kind {leaf.kind[:40]!r} are unknown; import their module'
     )
   try:
     found: Any = structured.KINDS[leaf.kind].from_stored(leaf.settings, parts)
@@ -660,11 +750,11 @@ def _leaf(name: str, leaf: manifest_lib.Leaf, parts: dict[str, np.ndarray]) -> A
     if same and isinstance(found, structured.Packed):
       found = found.array()
   except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-    raise ContainerError(f'{name}/{leaf.path}: {error}') from error
+    raise ContainerError(f'{where}: {error}') from error
   if not same:
-    raise ContainerError(f'{name}/{leaf.path}: the leaf differs from the manifest')
+    raise ContainerError(f'{where}: the leaf differs from the manifest')
   if leaf.is_packed and checksums_lib.of_array(found) != leaf.expanded:
-    raise ContainerError(f'{name}/{leaf.path}: {_DIFFERENT}')
+    raise ContainerError(f'{where}: {_DIFFERENT}')
   return found
 
 
@@ -681,6 +771,11 @@ def _inflate(name: str, data: bytes, size: int) -> bytes:
   if len(content) != size or not unpacker.eof or unpacker.unused_data:
     raise ContainerError(f'{name}: the file must have {size} bytes by the manifest')
   return content
+
+
+def _cut_path(name: str, leaf: manifest_lib.Leaf) -> str:
+  """Returns the path of a leaf of a unit, as short as an error message needs it."""
+  return (f'{name}/{leaf.path}' if _is_layer(name) else leaf.path)[:200]
 
 
 def _is_layer(name: str) -> bool:

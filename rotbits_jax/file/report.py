@@ -136,8 +136,9 @@ def summary(notes: list[dict[str, Any]]) -> list[dict[str, Any]]:
         if all(isinstance(x, (int, float)) for x in found) and found:
           least, most = min(found), max(found)
           row[key] = least if least == most else f'{_cell(least)} to {_cell(most)}'
-    if all('error' in note for note in own):
-      row['error'] = max(note['error'] for note in own)
+    errors = [note['error'] for note in own if note.get('error') is not None]
+    if errors:
+      row['error'] = max(errors)
     rows.append(row)
   return rows
 

@@ -9,12 +9,55 @@ from collections.abc import Mapping
 import json
 import os
 import pathlib
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from rotbits_jax.file import container
 from rotbits_jax.file import fields
 
 ContainerError = container.ContainerError
+
+
+class Index(NamedTuple):
+  """The content of an index.
+
+  Attributes:
+    total_size: bytes of all shards.
+    checksums: CRC-32 of the manifest of each shard, by the name of the shard.
+    units: the name of the shard of each unit, by the name of the unit.
+  """
+
+  total_size: int
+  checksums: dict[str, int]
+  units: dict[str, str]
+
+  @classmethod
+  def from_bytes(cls, data: bytes, where: str) -> 'Index':
+    """Makes an index from the bytes of its file.
+
+    Args:
+      data: the bytes, which may be a stranger's.
+      where: path of the index, for error messages.
+
+    Raises:
+      ContainerError: if the bytes are not an index.
+    """
+    given = fields.Fields(container.parse_json(data, 'index'), where)
+    metadata = fields.Fields(given.object('metadata'), where)
+    size = metadata.integer('total_size')
+    checksums, units = metadata.object('manifest_crc32'), given.object('weight_map')
+    metadata.finish()
+    given.finish()
+    if not checksums:
+      raise metadata.error('manifest_crc32', 'names no shards')
+    for name, checksum in checksums.items():
+      if not fields.is_file_name(name):
+        raise ContainerError(f'{where}: {name!r:.100} is not the name of a shard')
+      if type(checksum) is not int:
+        raise metadata.error('manifest_crc32', 'must map shards to integers')
+    for name in units.values():
+      if not isinstance(name, str) or name not in checksums:
+        raise ContainerError(f'{where}: {name!r:.100} is not the name of a shard')
+    return cls(size, checksums, units)
 
 
 class Shard(NamedTuple):
@@ -90,38 +133,29 @@ def write_index(path: pathlib.Path, shards: Mapping[Shard, pathlib.Path]) -> Non
 
 def find(
   source: container.Readable,
-) -> tuple[list[container.Readable], dict[str, Any]]:
-  """Finds the files of a source, and the checksums of their manifests in the index.
+) -> tuple[list[container.Readable], Index | None]:
+  """Finds the files of a source.
 
   Args:
     source: a file; or the path of an index, or of the output without the numbers.
 
   Returns:
-    The files; and the checksums by name of a shard, as the index has them.
+    The files; and their index, if they are shards. The files of an index are in its
+    order.
 
   Raises:
     ContainerError: if the index is damaged or a shard is missing.
   """
   if not isinstance(source, (str, os.PathLike)):
-    return [source], {}
+    return [source], None
   path = pathlib.Path(source)
   index = path.with_name(index_name(path))
   if path.name.endswith('.index.json'):
     index = path
   elif path.exists() or not index.exists():
-    return [path], {}
-  parsed = container.parse_json(index.read_bytes(), 'index')
-  found = parsed.get('weight_map') if isinstance(parsed, dict) else None
-  if not isinstance(found, dict) or not found:
-    raise ContainerError(f'{index}: weight_map must map units to files')
-  for name in found.values():
-    if not isinstance(name, str) or not fields.is_file_name(name):
-      raise ContainerError(f'{index}: {name!r:.100} is not the name of a shard')
+    return [path], None
+  found = Index.from_bytes(index.read_bytes(), str(index))
+  for name in found.checksums:
     if not (index.parent / name).is_file():
       raise ContainerError(f'{index}: the shard {name} is missing')
-  names = dict.fromkeys(found.values())
-  metadata = parsed.get('metadata')
-  checksums = metadata.get('manifest_crc32') if isinstance(metadata, dict) else None
-  if not isinstance(checksums, dict):
-    checksums = {}
-  return [index.parent / name for name in names], checksums
+  return [index.parent / name for name in found.checksums], found

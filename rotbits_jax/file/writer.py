@@ -11,13 +11,14 @@ lists the units that are written. If a run is killed, the folder stays, and the 
 with the same input and settings continues after the last unit in it.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 import contextlib
 import dataclasses
+import functools
 import json
 import pathlib
 import shutil
-from typing import BinaryIO, NamedTuple, Self
+from typing import Any, BinaryIO, NamedTuple, Self
 import zipfile
 import zlib
 
@@ -30,6 +31,7 @@ from rotbits_jax import checksums as checksums_lib
 from rotbits_jax import models
 from rotbits_jax import outputs
 from rotbits_jax import presets
+from rotbits_jax import strict_json
 from rotbits_jax import structured
 from rotbits_jax.coding import weights
 from rotbits_jax.file import container
@@ -38,6 +40,8 @@ from rotbits_jax.file import manifest as manifest_lib
 from rotbits_jax.file import packing
 from rotbits_jax.file import shards as shards_lib
 from rotbits_jax.symmetries import transform
+
+ContainerError = container.ContainerError
 
 
 class Summary(NamedTuple):
@@ -61,19 +65,31 @@ class Sizes(NamedTuple):
   bytes: int
 
 
-def check_files(files: Mapping[str, bytes]) -> None:
+def check_files(files: Mapping[str, bytes], *others: str) -> None:
   """Checks the files that a container keeps whole, before the work.
+
+  Args:
+    files: the files by name.
+    others: further names that must be those of files.
 
   Raises:
     ValueError: if a name is not that of a file in a folder, or the files are too large.
   """
-  for name in files:
+  for name in (*files, *others):
     if not fields.is_file_name(name):
       raise ValueError(f'{name!r:.200} is not the name of a file')
   if sum(map(len, files.values())) > manifest_lib.MOST_FILES:
     raise ValueError(
       f'the files beside the weights have more than {manifest_lib.MOST_FILES} bytes'
     )
+
+
+def stream_names(
+  units: Iterable[str], files: Iterable[str], weights: Iterable[str] = ()
+) -> list[str]:
+  """Returns the names of the streams of units, other files and weights files."""
+  others = [f'{manifest_lib.FILES}{name}' for name in files]
+  return [*units, *others, *(f'{manifest_lib.REST}{name}' for name in weights)]
 
 
 class FileWriter:
@@ -95,11 +111,13 @@ class FileWriter:
       units: names of the units that will come, in order.
       files: other files to keep, whole.
       weights: names of the weights files that will come, see `add_weights`.
+
+    Raises:
+      ValueError: if two streams would have one name.
     """
-    others = [f'{manifest_lib.FILES}{name}' for name in files]
-    others += [f'{manifest_lib.REST}{name}' for name in weights]
-    names = units if summary.preset.message is None else (*units, *manifest_lib.MESSAGE)
-    self._streams = container.StreamWriter(file, [*names, *others])
+    message = () if summary.preset.message is None else manifest_lib.MESSAGE
+    names = stream_names((*units, *message), files, weights)
+    self._streams = container.StreamWriter(file, names)
     self._file, self._summary, self._files = file, summary, files
     self._units: list[manifest_lib.Unit] = []
     self._message: manifest_lib.Message | None = None
@@ -120,6 +138,9 @@ class FileWriter:
 
     Returns:
       The entry of the unit in the manifest.
+
+    Raises:
+      ValueError: if a reader would refuse the unit. It names the parameter.
     """
     entry, data = encode_unit(unit, sizes, beside, self._summary)
     nbytes, crc = self._streams.append(unit.name, [data])
@@ -167,8 +188,12 @@ class FileWriter:
     entry = manifest_lib.WeightsFile(layout=layout, rest=self.close(name))
     self._weights.append(entry)
 
-  def finish(self) -> manifest_lib.Manifest:
-    """Appends the other files and the manifest, and writes the header."""
+  def finish(self) -> None:
+    """Appends the other files and the manifest, and writes the header.
+
+    Raises:
+      ValueError: if a reader would refuse the manifest.
+    """
     files, sizes = [], []
     for name, data in self._files.items():
       packed = np.frombuffer(zlib.compress(data, 9), np.uint8)
@@ -187,10 +212,14 @@ class FileWriter:
       sizes=tuple(sizes),
       weights=tuple(self._weights),
     )
+    data = manifest.to_bytes()
+    try:
+      manifest_lib.Manifest.from_bytes(data)
+    except ContainerError as error:
+      raise ValueError(f'the model cannot be stored: {error}') from error
     self._file.truncate()
-    self._streams.finish(manifest.to_bytes())
+    self._streams.finish(data)
     self._file.flush()
-    return manifest
 
 
 def encode_unit(
@@ -207,6 +236,9 @@ def encode_unit(
   Returns:
     The entry of the unit in the manifest, without the checksum of the stream; and the
     stream.
+
+  Raises:
+    ValueError: if a reader would refuse a parameter. It names the parameter.
   """
   neurons: dict[str, int] = {}
   config, is_layer = summary.config, manifest_lib.layer_index(unit.name) is not None
@@ -239,6 +271,9 @@ def encode_unit(
       needed = (structured.materialize(others[name]) for name in leaf.needs)
       expanded = checksums_lib.of_array(leaf.expand(*needed))
     entry, parts = manifest_lib.leaf_of(path, leaf, expanded)
+    _check_readable(
+      entry, functools.partial(manifest_lib.Leaf.from_json, where=unit.name)
+    )
     leaves.append(entry)
     arrays += parts.values()
   encoded = weights.encode(arrays, exchangeable=exchangeable)
@@ -254,7 +289,26 @@ def encode_unit(
     order_bits=round(float(encoded.order_bits), 1),
     empty=tuple(structured.empty_dicts(unit.params)),
   )
+  _check_readable(entry_of_unit, manifest_lib.Unit.from_json)
   return entry_of_unit, encoded.data
+
+
+def _check_readable(
+  entry: manifest_lib.Leaf | manifest_lib.Unit, parse: Callable[[Any], Any]
+) -> None:
+  """Refuses an entry that a reader would refuse, because its numbers would be lost.
+
+  Args:
+    entry: the entry.
+    parse: the function with which a reader makes the entry from JSON.
+  """
+  try:
+    parse(strict_json.loads(json.dumps(entry.to_json(), allow_nan=False)))
+  except ContainerError as error:
+    raise ValueError(f'it cannot be stored: {error}') from error
+  except ValueError as error:
+    name = entry.path if isinstance(entry, manifest_lib.Leaf) else entry.name
+    raise ValueError(f'{name[:200]}: it cannot be stored: {error}') from error
 
 
 # ---- complete files ------------------------------------------------------------------

@@ -18,7 +18,7 @@ from rotbits_jax.structured.base import Structured
 from rotbits_jax.structured.base import register
 from rotbits_jax.structured.stored import Stored
 
-_MOST_AXES = 8
+_MOST_AXES = 32
 
 
 @register

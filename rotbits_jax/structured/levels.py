@@ -4,7 +4,7 @@ Numbers that were dequantised have few levels: a block of them holds
 `base + step * index` for small integers.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 from flax import struct
@@ -401,10 +401,11 @@ class Table(packed.Packed):
     return cls(form.sizes, form.transposed, table, index)
 
 
-def _chunks(shape: Sequence[int]) -> list[slice]:
-  """Returns slices of lines with about `packed.CHUNK` numbers each."""
+def _chunks(shape: Sequence[int]) -> Iterator[slice]:
+  """Yields slices of lines with about `packed.CHUNK` numbers each."""
   step = max(packed.CHUNK // max(shape[1], 1), 1) if len(shape) > 1 else packed.CHUNK
-  return [slice(start, start + step) for start in range(0, shape[0], step)]
+  for start in range(0, shape[0], step):
+    yield slice(start, start + step)
 
 
 def _numbers(

@@ -23,12 +23,15 @@ import numpy as np
 from rotbits_jax import host
 from rotbits_jax.structured.base import Settings
 from rotbits_jax.structured.base import Structured
+from rotbits_jax.structured.stored import MOST
 from rotbits_jax.structured.stored import Stored
 
 PACKED_DTYPES = {
   np.dtype(d).name: np.dtype(d) for d in (np.float16, ml_dtypes.bfloat16, np.float32)
 }
 """The dtypes of arrays that can be packed, by name."""
+
+_MOST_AXES = 8
 
 CHUNK = 1 << 18
 """About how many numbers are expanded together, so that they fit the CPU's cache."""
@@ -96,15 +99,22 @@ class Form(NamedTuple):
   lines: tuple[int, int]
 
 
+def is_packable(shape: tuple[int, ...]) -> bool:
+  """Returns whether a packed leaf can stand for an array of this shape."""
+  return (
+    len(shape) <= _MOST_AXES and math.prod(shape) > 0 and max(shape, default=1) <= MOST
+  )
+
+
 def take_form(given: Stored) -> Form:
   """Takes the settings of every packed leaf.
 
   Raises:
-    ValueError: if they are not a shape and an orientation.
+    ValueError: if they are not an orientation and a shape that can be packed.
   """
   sizes, transposed = given.sizes('shape'), given.flag('transposed')
-  if len(sizes) > 8:
-    raise ValueError(f'a packed array has 8 axes at most, got {len(sizes)}')
+  if not is_packable(sizes):
+    raise ValueError(f'no packed array has {len(sizes)} axes of {sizes!r:.100}')
   rows, columns = matrix_shape(sizes)
   return Form(sizes, transposed, (columns, rows) if transposed else (rows, columns))
 

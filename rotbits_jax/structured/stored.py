@@ -11,7 +11,9 @@ from typing import Any
 
 import numpy as np
 
-_MOST = (1 << 31) - 1  # length of an axis
+MOST = (1 << 31) - 1
+"""The greatest length of an axis of a structured leaf."""
+
 _GREATEST = sys.float_info.max
 
 
@@ -29,7 +31,7 @@ class Stored:
 
   def size(self, name: str, least: int = 0) -> int:
     """Takes the length of an axis."""
-    return self.integer(name, least, _MOST)
+    return self.integer(name, least, MOST)
 
   def integer(self, name: str, least: int, most: int) -> int:
     """Takes an integer from `least` to `most`."""
@@ -45,7 +47,7 @@ class Stored:
     values = self.setting(name)
     if not isinstance(values, list | tuple) or count not in (None, len(values)):
       raise ValueError(f'{name} must be a list of lengths, got {values!r:.40}')
-    if not all(type(n) is int and 0 <= n <= _MOST for n in values):
+    if not all(type(n) is int and 0 <= n <= MOST for n in values):
       raise ValueError(f'{name} must be lengths of axes, got {values!r:.40}')
     return tuple(values)
 

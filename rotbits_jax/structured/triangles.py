@@ -114,6 +114,8 @@ class RowTrapezoids(Structured):
     blocks, full = given.sizes('blocks'), given.size('full')
     columns, values = given.size('columns'), given.array('upper', 1)
     given.finish()
+    if not columns or not all(blocks):
+      raise ValueError(f'blocks need rows and columns, got {columns=}')
     size = full * columns + sum(lower_size((columns, rows)) for rows in blocks)
     if values.size != size:
       raise ValueError(f'{size} numbers are expected, got {values.size}')
@@ -166,7 +168,7 @@ def unpack_lower(values: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
   corner = min(rows, columns)
   inner = corner * (corner + 1) // 2
   matrix = np.zeros((rows, columns), values.dtype)
-  matrix[:corner][np.tri(corner, columns, dtype=np.bool)] = values[:inner]
+  matrix[:corner, :corner][np.tri(corner, dtype=np.bool)] = values[:inner]
   matrix[corner:] = values[inner:].reshape(rows - corner, columns)
   return matrix
 

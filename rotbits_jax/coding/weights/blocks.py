@@ -67,6 +67,11 @@ class Tables(NamedTuple):
     return np.dtype(np.uint8 if self.void < 256 else np.uint16)
 
 
+def padded_count(count: int) -> int:
+  """Returns the K of `Tables` for a number of tables below 1024."""
+  return next(size for size in (16, 64, 256, 1024) if size > count)
+
+
 def tables_of(frequencies: np.ndarray, decoding: bool) -> Tables:
   """Makes the tables of some frequencies.
 
@@ -75,7 +80,7 @@ def tables_of(frequencies: np.ndarray, decoding: bool) -> Tables:
       used.
     decoding: whether to compute the slots, which only the decoder needs.
   """
-  count = next(size for size in (16, 64, 256, 1024) if size > len(frequencies))
+  count = padded_count(len(frequencies))
   padded = np.zeros((count, frequencies.shape[1]), np.int64)
   padded[: len(frequencies)] = frequencies
   unused = ~padded.any(axis=1)

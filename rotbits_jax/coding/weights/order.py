@@ -20,11 +20,15 @@ others follow after the distinct lines, sorted.
 Shape letters: F lines, D distinct lines.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 import functools
 import math
+from typing import NamedTuple
 
 import numpy as np
+
+MAX_LINES = 1 << 20
+"""The greatest number of lines in an order."""
 
 _GROUP = 256
 _SPARE = 2  # number of bytes by which v is longer than P
@@ -63,14 +67,16 @@ def sort(
   return np.concatenate([order[new], order[~new]]), int(new.sum())
 
 
+@functools.lru_cache(maxsize=16)
 def noise_size(distinct: int) -> int:
   """Returns the number of bytes of noise that choose an order of D lines."""
-  return sum(size for _, size, _ in _groups(distinct))
+  return sum(group.size for group in _groups(distinct))
 
 
+@functools.lru_cache(maxsize=16)
 def stored_size(distinct: int) -> int:
   """Returns the number of bytes that are stored in place of this noise."""
-  return sum(size for *_, size in _groups(distinct))
+  return sum(group.kept for group in _groups(distinct))
 
 
 def pop(noise: np.ndarray, distinct: int) -> tuple[np.ndarray, np.ndarray]:
@@ -85,10 +91,10 @@ def pop(noise: np.ndarray, distinct: int) -> tuple[np.ndarray, np.ndarray]:
     store in place of the noise.
   """
   left, digits, position = [], [0] * distinct, 0
-  for places, size, kept in _groups(distinct):
+  for places, radix, size, kept in _groups(distinct):
     value = int.from_bytes(noise[position : position + size].tobytes(), 'little')
     position += size
-    value, rank = divmod(value, _radix(places))
+    value, rank = divmod(value, radix)
     left.append(value.to_bytes(kept, 'little'))
     for i in places:
       rank, digits[i] = divmod(rank, i + 1)
@@ -123,32 +129,46 @@ def push(stored: np.ndarray, lines: np.ndarray) -> np.ndarray:
     values[i], values[j] = values[j], values[i]
     places_of[values[i]], places_of[values[j]] = i, j
   noise, position = [], 0
-  for places, size, kept in _groups(distinct):
+  for places, radix, size, kept in _groups(distinct):
     value = int.from_bytes(stored[position : position + kept].tobytes(), 'little')
     position += kept
     rank = 0
     for i in reversed(places):
       rank = rank * (i + 1) + digits[i]
-    value = value * _radix(places) + rank
+    value = value * radix + rank
     if value >> 8 * size:
       raise ValueError('the bytes beside the order of lines are damaged')
     noise.append(value.to_bytes(size, 'little'))
   return np.frombuffer(b''.join(noise), np.uint8)
 
 
-@functools.cache
-def _groups(distinct: int) -> tuple[tuple[range, int, int], ...]:
-  """Returns the groups: the places that share a v, the bytes of v, the bytes of q."""
-  groups = []
+class _Group(NamedTuple):
+  """A group of places, which share a v.
+
+  Attributes:
+    places: the places.
+    radix: P, how many values their digits can have.
+    size: number of bytes of v.
+    kept: number of bytes of q.
+  """
+
+  places: range
+  radix: int
+  size: int
+  kept: int
+
+
+def _groups(distinct: int) -> Iterator[_Group]:
   for start in range(1, distinct, _GROUP):
-    places = range(start, min(start + _GROUP, distinct))
-    radix = _radix(places)
-    size = (radix.bit_length() + 7) // 8 + _SPARE
-    kept = (((1 << 8 * size) - 1) // radix).bit_length()
-    groups.append((places, size, -(-kept // 8)))
-  return tuple(groups)
+    yield _group(start, min(start + _GROUP, distinct))
 
 
-@functools.cache
-def _radix(places: range) -> int:
-  return math.prod(i + 1 for i in places)
+# All whole groups of the longest order fit into the cache, so that orders of many
+# lengths, which a stranger may ask for, take little time and memory.
+@functools.lru_cache(maxsize=MAX_LINES // _GROUP + 256)
+def _group(start: int, stop: int) -> _Group:
+  places = range(start, stop)
+  radix = math.prod(i + 1 for i in places)
+  size = (radix.bit_length() + 7) // 8 + _SPARE
+  kept = (((1 << 8 * size) - 1) // radix).bit_length()
+  return _Group(places, radix, size, -(-kept // 8))

@@ -4,7 +4,7 @@ A stranger may have written the JSON. `UnitSpec.from_json` accepts what `to_json
 returns, and raises a ValueError for anything else. It allocates no memory in proportion
 to a number that it reads. The memory for the arrays of a valid spec is bounded: for an
 array that is stored unchanged by the length of the stream, for a coded array by the
-list of its blocks.
+list of its blocks, and for frequency tables by the coded numbers.
 """
 
 import dataclasses
@@ -18,6 +18,8 @@ from rotbits_jax.coding.weights import planes
 
 _MAX_AXES = 32
 _MAX_SIZE = 1 << 48  # of an axis, a count or a number of bytes
+_MAX_TABLES = 1 << 12  # in a unit of few numbers
+_NUMBERS_PER_TABLE = 1 << 12
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -124,6 +126,11 @@ class UnitSpec:
       frozenset(index for index, _ in self.order.axes) if self.order else frozenset()
     )
 
+  @property
+  def max_tables(self) -> int:
+    """How many frequency tables all layouts may have, see `max_tables`."""
+    return max_tables(sum(x.size for x in self.arrays if x.layout is not None))
+
   def block_counts(self, group: GroupSpec) -> list[int]:
     """Returns how many numbers each block of a group has."""
     total = sum(self.arrays[i].size for i in group.arrays)
@@ -195,9 +202,27 @@ class UnitSpec:
       ),
       order=exchanged,
     )
+    if len(made) * blocks.padded_count(1) > unit.max_tables:
+      raise ValueError(f'{len(made)} layouts are too many for the numbers of a unit')
     if exchanged and exchanged.noise > unit.noise_sizes()[0]:
       raise ValueError('there are too few bytes to choose an order by')
     return unit
+
+
+def max_tables(numbers: int) -> int:
+  """Returns how many frequency tables all layouts of a unit may have.
+
+  A table takes up to 56 KiB while the unit is decoded, but hardly any bytes in the
+  stream. Therefore the numbers bound the tables.
+
+  Args:
+    numbers: how many numbers of the unit are coded.
+
+  Returns:
+    The bound. The tables of each layout are counted with their padding, see
+    `blocks.padded_count`.
+  """
+  return _MAX_TABLES + numbers // _NUMBERS_PER_TABLE
 
 
 def grouping(
@@ -288,12 +313,8 @@ def _order(value: Any, arrays: tuple[ArraySpec, ...]) -> OrderSpec | None:
     counts.add(arrays[index].shape[axis])
   if len(counts) != 1 or sorted({i for i, _ in axes}) != [i for i, _ in axes]:
     raise ValueError(f'lines of these axes cannot be exchanged: {axes!r:.100}')
-  most = min(max(counts), MAX_LINES)
+  most = min(max(counts), order.MAX_LINES)
   return OrderSpec(axes=tuple(axes), distinct=_int(distinct, 2, most))
-
-
-MAX_LINES = 1 << 20
-"""The greatest number of lines in an order."""
 
 
 def _group(

@@ -180,14 +180,15 @@ def decode(
     position += size
     return stream[position - size : position]
 
-  models = [
-    contexts.from_bytes(
-      read(layout.nbytes).tobytes(),
-      layout.layout,
-      [spec.arrays[i].shape for i in _members(spec.arrays, number)],
-    )
-    for number, layout in enumerate(spec.layouts)
-  ]
+  models: list[contexts.Model] = []
+  tables_left = spec.max_tables
+  for number, entry in enumerate(spec.layouts):
+    shapes = [spec.arrays[i].shape for i in _members(spec.arrays, number)]
+    of_layout = read(entry.nbytes).tobytes()
+    models.append(contexts.from_bytes(of_layout, entry.layout, shapes))
+    tables_left -= blocks.padded_count(len(models[-1].frequencies))
+    if tables_left < 0:
+      raise ValueError(f'the layouts have more than {spec.max_tables} frequency tables')
   bodies = [[read(size) for size in group.nbytes] for group in spec.groups]
   prefix = read(spec.order.nbytes if spec.order else 0)
   noise = read(stream.size - position)
@@ -399,28 +400,37 @@ def _models(
   """Returns the layouts in use and their models.
 
   If a layout needs more than `contexts.MAX_TABLES` tables, the arrays that save least
-  are stored as they are. The function changes `planned` in place.
+  are stored as they are. If all layouts together need more than `specs.max_tables`, the
+  layouts that save least are not used. The function changes `planned` in place.
   """
-  used: list[layouts.Layout] = []
-  for plan in planned:
-    if plan.coded and plan.coded.layout not in used:
-      used.append(plan.coded.layout)
-  models = []
-  for layout in used:
-    coded = {
-      i: plan.coded
-      for i, plan in enumerate(planned)
-      if plan.coded and plan.coded.layout == layout
-    }
-    while (
-      contexts.count_tables([x.lines for x in coded.values()]) > contexts.MAX_TABLES
-    ):
-      least = min(coded, key=lambda i: planned[i].saved)
+  coded: dict[layouts.Layout, dict[int, plans.Coded]] = {}
+  for i, plan in enumerate(planned):
+    if plan.coded:
+      coded.setdefault(plan.coded.layout, {})[i] = plan.coded
+  counts: dict[layouts.Layout, int] = {}
+  for layout, own in coded.items():
+    while (count := _count_tables(own)) > contexts.MAX_TABLES:
+      least = min(own, key=lambda i: planned[i].saved)
       planned[least] = plans.Plan(planned[least].array)
-      del coded[least]
-    lines = [x.lines for x in coded.values()]
-    models.append(contexts.fit(layout, lines, [x.counts for x in coded.values()]))
-  return used, models
+      del own[least]
+    counts[layout] = blocks.padded_count(count)
+  size = {layout: sum(planned[i].array.size for i in x) for layout, x in coded.items()}
+  saved = {layout: sum(planned[i].saved for i in x) for layout, x in coded.items()}
+  for layout in sorted(coded, key=saved.__getitem__):
+    if sum(counts.values()) <= specs.max_tables(sum(size.values())):
+      break
+    for i in coded.pop(layout):
+      planned[i] = plans.Plan(planned[i].array)
+    del counts[layout], size[layout]
+  models = []
+  for layout, own in coded.items():
+    lines = [x.lines for x in own.values()]
+    models.append(contexts.fit(layout, lines, [x.counts for x in own.values()]))
+  return list(coded), models
+
+
+def _count_tables(coded: Mapping[int, plans.Coded]) -> int:
+  return contexts.count_tables([x.lines for x in coded.values()])
 
 
 # ---- the order of lines --------------------------------------------------------------
@@ -443,7 +453,7 @@ def _axes(
   counts = {shapes[index][axis] for index, axis in exchangeable.items()}
   if any(0 in shapes[index] for index in exchangeable) or len(counts) != 1:
     return ()
-  if not 2 <= counts.pop() <= specs.MAX_LINES:
+  if not 2 <= counts.pop() <= order.MAX_LINES:
     return ()
   return tuple(sorted(exchangeable.items()))
 
