@@ -178,7 +178,7 @@ def _plain_tensors() -> bytes:
     path = pathlib.Path(folder)
     (path / 'config.json').write_bytes(b'{"model_type": "unknown"}')
     (path / 'model.safetensors').write_bytes(safetensors_files()[0])
-    source = rotbits_jax.open_checkpoint(path)
+    source = checkpoints.open_tensors(path)
     rotbits_jax.encode_to_file(source, path / 'x.rotbits', preset='exact')
     return (path / 'x.rotbits').read_bytes()
 
