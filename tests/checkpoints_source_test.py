@@ -259,6 +259,12 @@ class FileTest(absltest.TestCase):
     for offset, size in ((-1, 3), (0, -1), (0, len(content) + 1), (len(content), 1)):
       with self.assertRaisesRegex(CheckpointError, 'truncated'):
         file.map(offset, size)
+    self.assertEqual(file.read(file.size), content)
+    with self.assertRaisesRegex(CheckpointError, 'bytes, more than'):
+      file.read(file.size - 1)
+    path.write_bytes(content + b'x')
+    with self.assertRaisesRegex(CheckpointError, 'changed after it'):
+      file.read(file.size)
     path.unlink()
     with self.assertRaisesRegex(CheckpointError, 'No such file'):
       lazy.File.of(path)

@@ -18,7 +18,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from rotbits_jax import checkpoints
 from rotbits_jax.checkpoints import CheckpointError
+from rotbits_jax.checkpoints import UnsupportedError
 from rotbits_jax.checkpoints import torch_zip
 
 TESTDATA = pathlib.Path(__file__).parent / 'testdata'
@@ -290,8 +292,9 @@ class TestRefusals:
       struct.pack('<I', zlib.crc32(b'little')), struct.pack('<I', zlib.crc32(b'big   '))
     )
     path.write_bytes(content)
-    with pytest.raises(CheckpointError, match='big-endian'):
-      torch_zip.read(path)
+    for read in (torch_zip.open_file, torch_zip.open_places):
+      with pytest.raises(CheckpointError, match='big-endian'):
+        read(path)
 
   def test_two_archives_in_one(self, tmp_path):
     extra = {'c/data.pkl': dump({})}
@@ -349,6 +352,56 @@ class TestRefusals:
       except CheckpointError:
         continue
       assert all(isinstance(x, np.ndarray) for x in got.values())
+
+
+class TestPlaces:
+  def places(self, tmp_path, program, storages=(), **kwargs):
+    return torch_zip.open_places(
+      make_zip(tmp_path / 'x.pt', program, storages, **kwargs)
+    )
+
+  def nested(self, storage):
+    return {'model': {'a': Tensor(storage, (4,), (1,))}, 'epoch': 3}
+
+  def test_nested_dicts(self, tmp_path):
+    storage = numbers(4, np.dtype(np.float32))
+    found = self.places(tmp_path, dump(self.nested(storage)), [storage])
+    ((name, (_, tensor)),) = found.items()
+    assert name == 'model.a'
+    assert bits(tensor.read()) == bits(storage)
+
+  def test_nested_dicts_are_no_model(self, tmp_path):
+    storage = numbers(4, np.dtype(np.float32))
+    path = make_zip(tmp_path / 'x.pt', dump(self.nested(storage)), [storage])
+    with pytest.raises(UnsupportedError, match=rf'^{path}: model: expected a tensor'):
+      torch_zip.open_file(path)
+    (tmp_path / 'config.json').write_text('{}')
+    assert checkpoints.open_any(tmp_path).reason.endswith('got dict')
+
+  def test_dicts_that_are_shared_are_visited_once(self, tmp_path):
+    storage = numbers(4, np.dtype(np.float32))
+    state = {'a': Tensor(storage, (4,), (1,))}
+    for _ in range(100):  # 2^100 ways to the tensor
+      state = {'x': state, 'y': state}
+    assert len(self.places(tmp_path, dump(state), [storage])) == 1
+
+  def test_dicts_that_are_in_themselves(self, tmp_path):
+    program = b'\x80\x02}q\x00X\x01\x00\x00\x00ah\x00s.'
+    assert not self.places(tmp_path, program)
+
+  def test_joined_names_have_a_greatest_length(self, tmp_path):
+    storage = numbers(4, np.dtype(np.float32))
+    state = {'a': Tensor(storage, (4,), (1,))}
+    for _ in range(20):
+      state = {'x' * 40: state}
+    with pytest.raises(CheckpointError, match='the name has 533 characters'):
+      self.places(tmp_path, dump(state), [storage])
+
+  @pytest.mark.parametrize('read', [torch_zip.open_file, torch_zip.open_places])
+  def test_a_program_has_a_greatest_length(self, tmp_path, read):
+    path = make_zip(tmp_path / 'x.pt', dump({}) + bytes(1 << 22))
+    with pytest.raises(CheckpointError, match=r'data\.pkl is too long'):
+      read(path)
 
 
 class TestWrite:
