@@ -15,6 +15,7 @@ from rotbits_jax import checkpoints
 from rotbits_jax import models
 from rotbits_jax import presets
 from rotbits_jax import structured
+from rotbits_jax.checkpoints import lazy
 from rotbits_jax.checkpoints import torch_zip
 
 LLAMA: dict[str, Any] = {
@@ -222,7 +223,11 @@ def torch_files() -> list[bytes]:
   }
   with tempfile.TemporaryDirectory() as folder:
     path = pathlib.Path(folder) / 'x.pt'
-    torch_zip.write(path, tensors, 'x')
+    specs = {name: lazy.TensorSpec(x.shape, x.dtype) for name, x in tensors.items()}
+    writer = torch_zip.Writer(path, specs, 'x')
+    for name, x in tensors.items():
+      writer.add(name, lazy.row_major(x))
+    writer.close()
     return [path.read_bytes()]
 
 

@@ -14,14 +14,13 @@ import numpy as np
 import pytest
 import safetensors
 import safetensors.numpy
+import weights_files
 
 from rotbits_jax import checkpoints
 from rotbits_jax import models
 from rotbits_jax import structured
 from rotbits_jax.checkpoints import CheckpointError
 from rotbits_jax.checkpoints import UnsupportedError
-from rotbits_jax.checkpoints import safetensors_files
-from rotbits_jax.checkpoints import torch_zip
 
 TESTDATA = pathlib.Path(__file__).parent / 'testdata'
 FIXTURES = sorted(path.parent.name for path in TESTDATA.glob('*/config.json'))
@@ -241,7 +240,7 @@ def file_tensors(directory):
   """The tensors as they are in the file."""
   (path,) = [*directory.glob('*.pt'), *directory.glob('*.safetensors')]
   if path.suffix == '.pt':
-    return torch_zip.read(path)
+    return weights_files.read_torch(path)
   return safetensors.numpy.load_file(path)
 
 
@@ -255,7 +254,7 @@ def assert_same_tensors(got, expected):
 def write_directory(directory, config, tensors):
   directory.mkdir(exist_ok=True)
   (directory / 'config.json').write_text(json.dumps(config))
-  safetensors_files.write(directory / 'model.safetensors', tensors)
+  weights_files.write_safetensors(directory / 'model.safetensors', tensors)
   return directory
 
 
@@ -897,7 +896,7 @@ class TestSafetensors:
 
   def test_library_reads_what_is_written(self, tmp_path):
     path = tmp_path / 'x.safetensors'
-    safetensors_files.write(path, self.tensors())
+    weights_files.write_safetensors(path, self.tensors())
     with safetensors.safe_open(path, framework='np') as file:
       assert file.metadata() == {'format': 'pt'}
       got = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -908,35 +907,35 @@ class TestSafetensors:
     tensors = {n: np.ascontiguousarray(x) for n, x in self.tensors().items()}
     tensors['scalar'] = np.array(True)  # ascontiguousarray makes it 1-D
     safetensors.numpy.save_file(tensors, path)
-    got = safetensors_files.read(path)
+    got = weights_files.read_safetensors(path)
     assert_same_tensors(got, tensors)
     assert not got['bf16'].flags.writeable
 
   def test_truncated(self, tmp_path):
     path = tmp_path / 'x.safetensors'
-    safetensors_files.write(path, self.tensors())
+    weights_files.write_safetensors(path, self.tensors())
     content = path.read_bytes()
     for size in (0, 4, 20, len(content) - 1):
       path.write_bytes(content[:size])
       with pytest.raises(CheckpointError, match=str(path)):
-        safetensors_files.read(path)
+        weights_files.read_safetensors(path)
 
   def test_a_name_without_end_is_refused(self, tmp_path):
     path = tmp_path / 'x.safetensors'
-    safetensors_files.write(path, {'w' * 501: np.zeros(2, np.float16)})
+    weights_files.write_safetensors(path, {'w' * 501: np.zeros(2, np.float16)})
     with pytest.raises(CheckpointError, match=r'w{197}\.\.\.: the name has 501 char'):
-      safetensors_files.read(path)
+      weights_files.read_safetensors(path)
 
   def test_dtypes_that_are_refused(self, tmp_path):
     path = tmp_path / 'x.safetensors'
     with pytest.raises(
       CheckpointError, match=r'w: safetensors .* not support complex64'
     ):
-      safetensors_files.write(path, {'w': np.zeros(2, np.complex64)})
-    safetensors_files.write(path, {'w': np.zeros(2, ml_dtypes.float8_e4m3fn)})
+      weights_files.write_safetensors(path, {'w': np.zeros(2, np.complex64)})
+    weights_files.write_safetensors(path, {'w': np.zeros(2, ml_dtypes.float8_e4m3fn)})
     path.write_bytes(path.read_bytes().replace(b'F8_E4M3', b'F8_E8M0'))
     with pytest.raises(CheckpointError, match='w has the dtype F8_E8M0'):
-      safetensors_files.read(path)
+      weights_files.read_safetensors(path)
 
   def shard(self, directory):
     name = 'llama-tiny-dense'
@@ -946,7 +945,7 @@ class TestSafetensors:
     weight_map = {}
     for index, part in enumerate((names[::2], names[1::2]), 1):
       shard = f'model-{index:05}-of-00002.safetensors'
-      safetensors_files.write(directory / shard, {n: tensors[n] for n in part})
+      weights_files.write_safetensors(directory / shard, {n: tensors[n] for n in part})
       weight_map |= dict.fromkeys(part, shard)
     index = {'metadata': {'total_size': 0}, 'weight_map': weight_map}
     (directory / 'model.safetensors.index.json').write_text(json.dumps(index))

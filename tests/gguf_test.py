@@ -222,7 +222,7 @@ class TestModel:
     source = checkpoints.open_checkpoint(path)
     exact = gguf_files.read_gguf(path, dtype=np.float32)
     assert (source.config, source.files) == (exact.model.config, exact.files)
-    assert source.dtypes()['embed/tokens'] == np.float16
+    assert source.specs(None)['embed']['tokens'].dtype == np.float16
     jax.tree.map(
       lambda x, y: np.testing.assert_array_equal(x, y.astype(np.float16)),
       [source.outer(), source.layer(0)],

@@ -206,21 +206,6 @@ def open_sharded(
   return tensors, shards
 
 
-def read(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
-  """Reads the tensors of a safetensors file.
-
-  Args:
-    path: the file.
-
-  Returns:
-    The tensors by name. They are read-only views of memory maps of the file.
-
-  Raises:
-    CheckpointError: if the file is damaged or has a dtype that NumPy lacks.
-  """
-  return {name: tensor.read() for name, tensor in open_file(path).items()}
-
-
 def plan_shards(specs: Specs, shard_size: int | None) -> dict[str, Specs]:
   """Divides tensors among files as Hugging Face does.
 
@@ -306,23 +291,6 @@ class Writer:
 
   def abandon(self) -> None:
     """Does nothing, because no file is open between two tensors."""
-
-
-def write(path: str | os.PathLike[str], tensors: Mapping[str, np.ndarray]) -> None:
-  """Writes a safetensors file with the metadata that Hugging Face expects.
-
-  Args:
-    path: the file.
-    tensors: the tensors by name.
-
-  Raises:
-    CheckpointError: if safetensors does not support a dtype.
-  """
-  path = pathlib.Path(path)
-  specs = {name: lazy.TensorSpec(x.shape, x.dtype) for name, x in tensors.items()}
-  writer = Writer(path.parent, {path.name: specs})
-  for name, tensor in tensors.items():
-    writer.add(name, lazy.row_major(tensor))
 
 
 def _weight_map(index_path: pathlib.Path) -> dict[str, str]:

@@ -115,24 +115,6 @@ def open_places(
   return found
 
 
-def read(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
-  """Reads the tensors of a file that `torch.save(state_dict)` wrote.
-
-  The arrays are read-only views of memory maps of the file, with the same strides as in
-  the file.
-
-  Args:
-    path: the file.
-
-  Returns:
-    The tensors by name, in the order of the file.
-
-  Raises:
-    CheckpointError: see `open_file`.
-  """
-  return {name: tensor.read() for name, tensor in open_file(path).items()}
-
-
 @contextlib.contextmanager
 def _errors_name(path: str | os.PathLike[str]) -> Iterator[None]:
   """Turns every error of a damaged file into a `CheckpointError` with its path."""
@@ -508,26 +490,6 @@ class Writer:
       for piece in pieces:
         for begin in range(0, len(piece), _CHUNK):
           member.write(piece[begin : begin + _CHUNK])
-
-
-def write(
-  path: str | os.PathLike[str], tensors: Mapping[str, np.ndarray], stem: str
-) -> None:
-  """Writes tensors as `torch.save(OrderedDict(tensors))` would.
-
-  Args:
-    path: the file.
-    tensors: the tensors by name.
-    stem: name of the top folder in the zip file; PyTorch uses the name of the file.
-
-  Raises:
-    CheckpointError: if PyTorch does not support a dtype.
-  """
-  specs = {name: lazy.TensorSpec(x.shape, x.dtype) for name, x in tensors.items()}
-  writer = Writer(pathlib.Path(path), specs, stem)
-  for name, tensor in tensors.items():
-    writer.add(name, lazy.row_major(tensor))
-  writer.close()
 
 
 def _pickle(specs: Specs, names: dict[np.dtype, str]) -> Iterator[bytes]:
