@@ -2,19 +2,22 @@
 
   python -m fuzz.sweep [--presets=free,exact] [--stride=1] [--results=RESULTS.md]
 
-For each preset: every byte flipped, every truncation, sections swapped, streams
-exchanged with those of another file, and every field of the manifest edited; the latter
-two with and without the checksums that the manifest then must have. Reading ends in a
-`ContainerError` that names the stream, or, if the field says nothing about the numbers,
-in the same numbers. Anything else is a failure, and the exit code is 1.
+For each preset, and for plain tensors: every byte flipped, every truncation, sections
+swapped, streams exchanged with those of another file, and every field of the manifest
+edited; the latter two with and without the checksums that the manifest then must have.
+Reading ends in a `ContainerError` that names the stream, or, if the field says nothing
+about the numbers, in the same numbers. Anything else is a failure, and the exit code is
+1.
 """
 
 from collections.abc import Callable, Iterator
 import copy
 import functools
 import itertools
+import pathlib
 import struct
 import sys
+import tempfile
 import time
 from typing import Any, NamedTuple
 import warnings
@@ -217,6 +220,8 @@ class Counts(NamedTuple):
 def numbers(data: bytes) -> dict[str, tuple[str, bytes]]:
   """Returns the content of a container: the bits of all arrays, and the files."""
   with rotbits_jax.file.Reader(data) as reader:
+    if reader.weights_files:
+      return _files(data)
     decoded = reader.model()
     found = {name: ('', content) for name, content in reader.files().items()}
   if isinstance(decoded, models.Model):
@@ -227,6 +232,13 @@ def numbers(data: bytes) -> dict[str, tuple[str, bytes]]:
     array = np.asarray(leaf)
     found[path] = f'{array.dtype} {array.shape}', array.tobytes()
   return found
+
+
+def _files(data: bytes) -> dict[str, tuple[str, bytes]]:
+  """Returns the files that a container of plain tensors decodes to, by name."""
+  with tempfile.TemporaryDirectory() as folder:
+    rotbits_jax.decode_to_directory(data, folder)
+    return {x.name: ('', x.read_bytes()) for x in pathlib.Path(folder).iterdir()}
 
 
 def sweep(
@@ -291,9 +303,9 @@ def to_text(found: dict[str, dict[str, Counts]], seconds: float) -> str:
 def main() -> None:
   warnings.simplefilter('ignore')
   start, found = time.monotonic(), dict[str, dict[str, Counts]]()
-  for preset in _PRESETS.value or seeds.containers_of_presets():
-    data = seeds.containers_of_presets()[preset]
-    other = seeds.containers_of_presets(seed=1)[preset]
+  every, others = seeds.containers_of_sweep(), seeds.containers_of_sweep(seed=1)
+  for preset in _PRESETS.value or every:
+    data, other = every[preset], others[preset]
     report = lambda text, preset=preset: print(f'{preset}: {text}', flush=True)
     found[preset] = sweep(data, other, stride=_STRIDE.value, report=report)
     print(to_text(found, time.monotonic() - start), flush=True)
@@ -306,10 +318,11 @@ def main() -> None:
 
 _ABOUT = """\
 Written by `python -m fuzz.sweep --results=RESULTS.md`. A small sliced Llama, encoded
-with each preset, is damaged in every way: each byte flipped, each truncation, sections
-swapped, streams exchanged with those of another model, and each field of the manifest
-edited with the checksums made right. Reading must end in a `ContainerError` that names
-the stream. A field that does not bear on the numbers may leave them the same."""
+with each preset, and a checkpoint as plain tensors are damaged in every way: each byte
+flipped, each truncation, sections swapped, streams exchanged with those of another
+model, and each field of the manifest edited with the checksums made right. Reading must
+end in a `ContainerError` that names the stream. A field that does not bear on the
+numbers may leave them the same."""
 
 
 if __name__ == '__main__':

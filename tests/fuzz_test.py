@@ -45,7 +45,11 @@ def test_a_target_reads_its_seeds(name):
 
 
 @pytest.mark.parametrize(
-  'name', ['config', 'leaves', 'safetensors', 'torch_zip', 'gguf']
+  'name',
+  [
+    *('config', 'leaves', 'safetensors', 'torch_zip', 'gguf'),
+    *('plain_safetensors', 'plain_torch', 'weights_index'),
+  ],
 )
 def test_a_few_mutations_end_well(name):
   target = targets.TARGETS[name]
