@@ -7,10 +7,11 @@ replaces an older one. One operation on the files around the output goes wrong i
 run: the process is killed, at once or some milliseconds later; the disk is full; or the
 user interrupts. An operation is an open, a rename, a removal or the like; Python's
 audit events tell of it. Afterwards the older output is complete, or the new one is.
-Shards and directories may also be such that reading them gives an error. Beside them there may only be the hidden folder from which the next run of `encode`
-resumes, and after a kill that of `decode`. The next run ends well and leaves only its
-output. In some runs two processes write the same output. If root runs this program, the
-disk is also really full: a tmpfs of different sizes.
+Shards and directories may also be such that reading them gives an error. Beside them
+there may only be the hidden folder from which the next run of `encode` resumes, and
+after a kill that of `decode`. The next run ends well and leaves only its output. In
+some runs two processes write the same output. If root runs this program, the disk is
+also really full: a tmpfs of different sizes.
 """
 
 from collections.abc import Callable, Iterator
@@ -293,6 +294,8 @@ def expected(scenario: Scenario, inputs: Inputs, folder: pathlib.Path) -> Expect
     raise ValueError(f'without a fault: {error}')
   new, seen = content(folder), trap().seen
   readable = before, numbers(scenario, folder)
+  if readable[1] is None:
+    raise ValueError('the output cannot be read')
   return Expected(files, old, new, readable, seen, old_room, _room(folder))
 
 
