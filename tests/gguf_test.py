@@ -112,7 +112,7 @@ def gguf_tensors(tensors):
 
 
 def write(
-  path, tensors, settings=None, *, architecture='llama', tokenizer=None, fields=()
+  path, tensors, settings=None, *, architecture='llama', tokenizer=None, fields=None
 ):
   """Writes a GGUF file; a tensor is an array, or bytes and their type."""
   writer = gguf.GGUFWriter(path, architecture)
@@ -124,7 +124,7 @@ def write(
     else:
       writer.add_string(name, value)
   tokenizer = {'model': 'gpt2', 'pre': 'smollm'} | (tokenizer or {})
-  fields = {f'tokenizer.ggml.{key}': value for key, value in dict(fields).items()}
+  fields = {f'tokenizer.ggml.{key}': value for key, value in (fields or {}).items()}
   writer.add_tokenizer_model(tokenizer['model'])
   writer.add_tokenizer_pre(tokenizer['pre'])
   writer.add_token_list(TOKENS)
@@ -132,10 +132,10 @@ def write(
   writer.add_token_merges(MERGES)
   writer.add_bos_token_id(1)
   writer.add_eos_token_id(0)
+  adders = {int: writer.add_uint32, str: writer.add_string, list: writer.add_array}
   for name, value in fields.items():
     del writer.kv_data[0][name]
-    add = writer.add_array if isinstance(value, list) else writer.add_uint32
-    (writer.add_string if isinstance(value, str) else add)(name, value)
+    adders[type(value)](name, value)
   for name, tensor in tensors.items():
     array, kind = tensor if isinstance(tensor, tuple) else (tensor, None)
     writer.add_tensor(name, array, raw_dtype=kind)

@@ -247,7 +247,7 @@ def _find_weights(path: pathlib.Path) -> pathlib.Path:
       '.gguf file must be named itself'
     )
   if len(candidates) > 1:
-    names = ', '.join(file.name for file in candidates)
+    names = errors.cut(', '.join(file.name for file in candidates))
     raise errors.CheckpointError(
       f'{path}: the path must name one of the weights files {names}'
     )
@@ -331,7 +331,7 @@ def _slicing_stem(weights: pathlib.Path, stems: set[str]) -> str:
       )
     return weights.stem
   if len(stems) != 1:
-    names = ', '.join(f'{stem}.json' for stem in sorted(stems)) or 'none'
+    names = errors.cut(', '.join(f'{stem}.json' for stem in sorted(stems))) or 'none'
     raise errors.CheckpointError(
       f'{weights}: a sliced model needs one slicing JSON beside it, got {names}'
     )
