@@ -16,13 +16,13 @@ class Parts(NamedTuple):
 
   Attributes:
     fields: the kind and the value of each field as the file has them, by name.
-    count: how many tensors there are.
+    tensor_count: how many tensors there are.
     tensors: the descriptions of the tensors as the file has them.
     body: the numbers.
   """
 
   fields: dict[bytes, bytes]
-  count: int
+  tensor_count: int
   tensors: bytes
   body: bytes
 
@@ -54,7 +54,7 @@ def numbers(kind: int, packed: bytes) -> bytes:
 
 def pack(parts: Parts) -> bytes:
   """Makes a file."""
-  head = struct.pack('<IIQQ', _MAGIC, _VERSION, parts.count, len(parts.fields))
+  head = struct.pack('<IIQQ', _MAGIC, _VERSION, parts.tensor_count, len(parts.fields))
   head += b''.join(text(name) + value for name, value in parts.fields.items())
   head += parts.tensors
   return head + bytes(-len(head) % _ALIGNMENT) + parts.body

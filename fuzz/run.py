@@ -72,7 +72,7 @@ taken for right. An input is refused if it ends in the error that the reader pro
 failure is any other error, the end of the process, an input that takes {memory_mb} MB
 more memory, or an input that takes longer than {input_seconds} s."""
 
-_MEMORY = '/dev/shm' if os.path.isdir('/dev/shm') else None  # where files are made
+_PLACE = '/dev/shm' if os.path.isdir('/dev/shm') else None  # where files are made
 _RESTARTS = 50  # of a process that inputs end
 _NOTED = 100  # executions between two notes of the counts
 
@@ -123,7 +123,7 @@ def fuzz(
     left = executions - total.executions
     if left <= 0 or time.monotonic() > stop:
       break
-    with tempfile.TemporaryDirectory(dir=_MEMORY) as folder:
+    with tempfile.TemporaryDirectory(dir=_PLACE) as folder:
       notes = failures / f'{target}.running.json'
       notes.unlink(missing_ok=True)
       order = {

@@ -116,12 +116,10 @@ def _swaps(data: bytes) -> Iterator[Case]:
   sections = _sections(data)
   for a, b in itertools.combinations(sections, 2):
     parts = {name: data[start:stop] for name, start, stop in sections}
-    if parts[a[0]] == parts[b[0]]:
-      continue
     parts[a[0]], parts[b[0]] = parts[b[0]], parts[a[0]]
-    yield Case(
-      'swap', f'{a[0]} and {b[0]}', '', functools.partial(b''.join, [*parts.values()])
-    )
+    make = functools.partial(b''.join, [*parts.values()])
+    if make() != data:
+      yield Case('swap', f'{a[0]} and {b[0]}', '', make)
   streams, manifest = containers.unpack(data)
   text = containers.to_json(manifest)
   for x, y in itertools.combinations(streams, 2):
@@ -217,7 +215,7 @@ class Counts(NamedTuple):
   failures: int = 0
 
 
-def numbers(data: bytes) -> dict[str, tuple[str, bytes]]:
+def numbers(data: rotbits_jax.file.Readable) -> dict[str, tuple[str, bytes]]:
   """Returns the content of a container: the bits of all arrays, and the files."""
   with rotbits_jax.file.Reader(data) as reader:
     if reader.weights_files:
@@ -234,7 +232,7 @@ def numbers(data: bytes) -> dict[str, tuple[str, bytes]]:
   return found
 
 
-def _files(data: bytes) -> dict[str, tuple[str, bytes]]:
+def _files(data: rotbits_jax.file.Readable) -> dict[str, tuple[str, bytes]]:
   """Returns the files that a container of plain tensors decodes to, by name."""
   with tempfile.TemporaryDirectory() as folder:
     rotbits_jax.decode_to_directory(data, folder)

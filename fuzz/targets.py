@@ -85,11 +85,12 @@ def accept_checksums() -> None:
 
 
 def _container(data: bytes) -> None:
-  if len(data) % 2:
-    with tempfile.TemporaryDirectory() as folder:
-      rotbits_jax.decode_to_directory(data, folder)
-    return
   with rotbits_jax.file.Reader(data) as reader:
+    is_model = reader.config is not None and 'config.json' in reader.files()
+    if len(data) % 2 and (is_model or reader.weights_files):
+      with tempfile.TemporaryDirectory() as folder:
+        rotbits_jax.decode_to_directory(data, folder)
+      return
     decoded = reader.model()
     reader.files()
     params = decoded.params if isinstance(decoded, models.Model) else decoded
