@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator
 import copy
 import functools
 import itertools
-import pathlib
 import struct
 import sys
 import tempfile
@@ -218,8 +217,9 @@ class Counts(NamedTuple):
 def numbers(data: rotbits_jax.file.Readable) -> dict[str, tuple[str, bytes]]:
   """Returns the content of a container: the bits of all arrays, and the files."""
   with rotbits_jax.file.Reader(data) as reader:
-    if reader.weights_files:
-      return _files(data)
+    if reader.weights_files:  # as the command writes them
+      with tempfile.TemporaryDirectory() as folder:
+        rotbits_jax.decode_to_directory(data, folder)
     decoded = reader.model()
     found = {name: ('', content) for name, content in reader.files().items()}
   if isinstance(decoded, models.Model):
@@ -230,13 +230,6 @@ def numbers(data: rotbits_jax.file.Readable) -> dict[str, tuple[str, bytes]]:
     array = np.asarray(leaf)
     found[path] = f'{array.dtype} {array.shape}', array.tobytes()
   return found
-
-
-def _files(data: rotbits_jax.file.Readable) -> dict[str, tuple[str, bytes]]:
-  """Returns the files that a container of plain tensors decodes to, by name."""
-  with tempfile.TemporaryDirectory() as folder:
-    rotbits_jax.decode_to_directory(data, folder)
-    return {x.name: ('', x.read_bytes()) for x in pathlib.Path(folder).iterdir()}
 
 
 def sweep(

@@ -91,6 +91,15 @@ def test_damage_with_the_checksums_made_right_is_found_behind_them():
     rotbits_jax.decode(containers.pack(streams, text))
 
 
+def test_a_model_of_an_unknown_family_does_not_become_a_checkpoint(tmp_path):
+  streams, manifest = containers.unpack(seeds.containers_of_presets()['exact'])
+  manifest['config']['family'] = 'x'
+  data = containers.pack(streams, containers.to_json(manifest))
+  with pytest.raises(rotbits_jax.ContainerError, match="of the family 'x'"):
+    rotbits_jax.decode_to_directory(data, tmp_path)
+  assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize('name', list(targets.TARGETS))
 def test_fuzz(name, tmp_path):
