@@ -242,11 +242,11 @@ def _child(order: dict[str, Any]) -> None:
 def to_text(results: dict[str, Result]) -> str:
   """Returns a table of the counts."""
   lines = [
-    f'{"target":14}{"executions":>12}{"refused":>12}{"slowest s":>11}{"failures":>10}'
+    f'{"target":18}{"executions":>12}{"refused":>12}{"slowest s":>11}{"failures":>10}'
   ]
   for name, x in results.items():
     lines.append(
-      f'{name:14}{x.executions:12,}{x.refused:12,}{x.slowest:11.1f}'
+      f'{name:18}{x.executions:12,}{x.refused:12,}{x.slowest:11.1f}'
       f'{sum(x.failures.values()):10,}'
     )
     lines += [f'  {count:,} x {what}' for what, count in x.failures.most_common(20)]
