@@ -8,6 +8,11 @@ TEXT = ['tokenizers>=0.21,<1']  # reads the tokenizer.json beside a checkpoint
 INT8 = ['qwix>=0.1.8']  # quantises in benchmarks/int8.py
 DOCS = ['myst_nb>=1.1', 'sphinx>=8.0', 'sphinx_book_theme>=1.1']  # builds docs/
 GGUF = ['gguf>=0.16,<1']  # reads llama.cpp's files
+# Where atheris has wheels. To compile it takes Clang's fuzzer.
+ATHERIS = (
+  'atheris>=3.0; python_version < "3.15" and sys_platform == "linux" '
+  'and platform_machine == "x86_64"'
+)
 
 setuptools.setup(
   name='rotbits_jax',
@@ -50,7 +55,7 @@ setuptools.setup(
     # sphinx-build -W -b html docs build/docs
     'docs': [*TEXT, *DOCS, 'ipykernel>=6.29'],
     # What `python -m fuzz.run` fuzzes with.
-    'fuzz': [*GGUF, 'atheris>=3.0'],
+    'fuzz': [*GGUF, ATHERIS],
     # What test.sh runs; pre-commit runs the same linters before each commit.
     'test': [
       *TEXT,

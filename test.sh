@@ -7,11 +7,18 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 source scripts/venv.sh
-use_venv test
 if [[ "${1:-}" == --slow ]]; then
+  use_venv test,fuzz
   set -- -m '' "${@:2}"
-elif [[ "${1:-}" == --daily ]]; then
-  set -- -m 'not slow or daily' "${@:2}"
+  if ! .venv/bin/python -c 'import atheris' 2>/dev/null; then
+    echo 'atheris has no wheel for this Python: nothing is fuzzed'
+    set -- "$@" --deselect tests/fuzz_test.py::test_fuzz
+  fi
+else
+  use_venv test
+  if [[ "${1:-}" == --daily ]]; then
+    set -- -m 'not slow or daily' "${@:2}"
+  fi
 fi
 bin=.venv/bin
 "$bin/ruff" check .

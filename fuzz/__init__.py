@@ -1,5 +1,5 @@
 """Fuzzing: whatever a stranger's file holds, reading it ends well or in a clear error.
 
-python -m fuzz.run --target=container --executions=100000
+python -m fuzz.run --jobs=2 --results=RESULTS.md
 python -m fuzz.sweep --results=RESULTS.md
 """

@@ -7,10 +7,11 @@ replaces an older one. One operation on the files around the output goes wrong i
 run: the process is killed, at once or some milliseconds later; the disk is full; or the
 user interrupts. An operation is an open, a rename, a removal or the like; Python's
 audit events tell of it. Afterwards the older output is complete, or the new one is.
-Beside them there may only be the hidden folder from which the next run of `encode`
-resumes, and after a kill that of `decode`. The next run ends well and leaves only its
-output. In some runs two processes write the same output. If root runs this program, the
-disk is also really full: a tmpfs of different sizes.
+Shards and directories may also be such that reading them gives an error. Beside them
+there may only be the hidden folder from which the next run of `encode` resumes, and
+after a kill that of `decode`. The next run ends well and leaves only its output. In
+some runs two processes write the same output. If root runs this program, the disk is
+also really full: a tmpfs of different sizes.
 """
 
 from collections.abc import Callable, Iterator
@@ -33,9 +34,11 @@ import time
 from typing import Any, NamedTuple
 
 from absl import flags
+import numpy as np
 
 from benchmarks import sections
 from fuzz import seeds
+from fuzz import sweep as sweep_lib
 import rotbits_jax
 from rotbits_jax import checkpoints
 from rotbits_jax.cli import main as cli
@@ -67,18 +70,27 @@ class Scenario(NamedTuple):
     command: 'encode' or 'decode'.
     flags: of the command, without the input and the output.
     replaces: whether there is an older output.
+    in_parts: whether files of the output appear one after the other. Until all are
+      there, reading gives the older numbers, the new ones or an error.
   """
 
   command: str
   flags: tuple[str, ...] = ()
   replaces: bool = False
+  in_parts: bool = False
 
 
 SCENARIOS = {
   'encode, new file': Scenario('encode', ('--preset=exact',)),
   'encode over a file': Scenario('encode', ('--preset=exact', '--overwrite'), True),
-  'encode, new shards': Scenario('encode', ('--preset=exact', _SHARDS)),
+  'encode, new shards': Scenario('encode', ('--preset=exact', _SHARDS), in_parts=True),
+  'encode over shards': Scenario(
+    'encode', ('--preset=exact', _SHARDS, '--overwrite'), replaces=True, in_parts=True
+  ),
   'decode, new directory': Scenario('decode'),
+  'decode over a directory': Scenario(
+    'decode', (_SHARDS, '--overwrite'), replaces=True, in_parts=True
+  ),
 }
 
 
@@ -222,6 +234,19 @@ def content(folder: pathlib.Path) -> dict[str, str]:
   }
 
 
+def numbers(scenario: Scenario, folder: pathlib.Path) -> dict[str, Any] | None:
+  """Returns what reading the output gives; None if it gives an error."""
+  output = folder / _NAME
+  try:
+    if scenario.command == 'encode':
+      return dict(sweep_lib.numbers(output))
+    model, files, _ = rotbits_jax.load_checkpoint(output)
+  except (ValueError, OSError):
+    return None
+  tensors = checkpoints.to_tensors(model)
+  return files | {name: np.asarray(x).tobytes() for name, x in tensors.items()}
+
+
 def _visible(found: dict[str, str]) -> dict[str, str]:
   """Returns what `content` found outside the hidden folder of the output."""
   hidden = f'.{_NAME}.partial/'
@@ -241,6 +266,7 @@ class Expected(NamedTuple):
     files: the files before, by name.
     old: digests of them, see `content`.
     new: digests of the files after.
+    readable: what reading gives before and after, see `numbers`.
     operations: how many operations the run takes.
     old_room: bytes that the files take before, see `_room`.
     new_room: bytes that the output takes.
@@ -249,6 +275,7 @@ class Expected(NamedTuple):
   files: dict[str, bytes]
   old: dict[str, str]
   new: dict[str, str]
+  readable: tuple[dict[str, Any] | None, dict[str, Any] | None]
   operations: int
   old_room: int
   new_room: int
@@ -259,14 +286,17 @@ def expected(scenario: Scenario, inputs: Inputs, folder: pathlib.Path) -> Expect
   prepare({}, folder)
   if scenario.replaces:
     run(inputs.arguments(scenario, 0, folder / _NAME))
-  files = {path.name: path.read_bytes() for path in folder.iterdir()}
-  old, old_room = content(folder), _room(folder)
+  files = {name: (folder / name).read_bytes() for name in content(folder)}
+  old, old_room, before = content(folder), _room(folder), numbers(scenario, folder)
   trap().set(folder)
   code, error = run(inputs.arguments(scenario, 1, folder / _NAME))
   if code:
     raise ValueError(f'without a fault: {error}')
   new, seen = content(folder), trap().seen
-  return Expected(files, old, new, seen, old_room, _room(folder))
+  readable = before, numbers(scenario, folder)
+  if readable[1] is None:
+    raise ValueError('the output cannot be read')
+  return Expected(files, old, new, readable, seen, old_room, _room(folder))
 
 
 def prepare(files: dict[str, bytes], folder: pathlib.Path) -> None:
@@ -275,6 +305,7 @@ def prepare(files: dict[str, bytes], folder: pathlib.Path) -> None:
   for path in folder.iterdir():
     shutil.rmtree(path) if path.is_dir() else path.unlink()
   for name, data in files.items():
+    (folder / name).parent.mkdir(exist_ok=True)
     (folder / name).write_bytes(data)
 
 
@@ -332,14 +363,8 @@ def left(
     may_leave: whether the hidden folder of the output may be there.
   """
   found = content(folder)
-  visible = _visible(found)
-  if visible not in (known.old, known.new) and not (
-    # Shards appear one after the other; their index makes them a result, and is last.
-    _SHARDS in scenario.flags
-    and visible.items() <= known.new.items()
-    and f'{_NAME}.index.json' not in visible
-  ):
-    return f'{sorted(visible)}: neither the older output nor the new one'
+  if not _is_whole(scenario, folder, known):
+    return f'{sorted(found)}: neither the older output nor the new one'
   if not may_leave and any(folder.glob('.*')):
     return f'left behind: {sorted(found)}'
   code, error = 0, ''
@@ -349,6 +374,13 @@ def left(
   if code or content(folder) != known.new or any(folder.glob('.*')):
     return f'the next run: exit code {code}: {error}: {sorted(content(folder))}'
   return None
+
+
+def _is_whole(scenario: Scenario, folder: pathlib.Path, known: Expected) -> bool:
+  """Returns whether the output is the older one or the new one, or cannot be read."""
+  if _visible(content(folder)) in (known.old, known.new):
+    return True
+  return scenario.in_parts and numbers(scenario, folder) in (None, *known.readable)
 
 
 def problem_of_two_writers(
@@ -396,7 +428,8 @@ def problem_of_small_disk(
     if code not in (0, program.BAD_INPUT):
       return f'exit code {code}: {error}'
     found = content(folder)
-    if _visible(found) != (known.old if code else known.new):
+    whole = _is_whole(scenario, folder, known)
+    if not whole or (code == 0 and _visible(found) != known.new):
       return f'exit code {code}, left behind: {sorted(found)}'
   return None
 
@@ -468,8 +501,9 @@ Written by `python -m fuzz.faults --results=RESULTS.md`. In each run one operati
 the files around the output goes wrong (an open, a rename, a removal, ...), and every
 operation of a command is tried. Two writers are processes with the same output at the
 same time. A small disk is a tmpfs with room for a part of the output. The older output
-must then be complete, or the new one. What else is left, in a hidden folder, must be
-removed by the next run."""
+must then be complete, or the new one; shards and directories may also give an error
+when they are read, and never numbers of both. What else is left, in a hidden folder,
+must be removed by the next run."""
 
 
 if __name__ == '__main__':

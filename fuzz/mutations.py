@@ -10,6 +10,7 @@ from typing import Any
 import zipfile
 
 from fuzz import containers
+from fuzz import gguf_parts
 
 MutateBytes = Callable[[bytes], bytes]
 """Changes some bytes, by what the fuzzer knows of coverage."""
@@ -172,6 +173,46 @@ def mutate_safetensors(data: bytes, rng: random.Random, mutate: MutateBytes) -> 
   header, body = data[8 : 8 + size], data[8 + size :]
   changed = mutate_json(header, rng, mutate)
   return struct.pack('<Q', len(changed)) + changed + body
+
+
+def mutate_gguf(data: bytes, rng: random.Random, mutate: MutateBytes) -> bytes:
+  """Returns a GGUF file with changed bytes, or with other values of its fields."""
+  if rng.random() < 0.5:
+    return mutate_bytes(data, rng, mutate)
+  try:
+    parts = gguf_parts.unpack(data)
+    fields = dict(parts.fields)
+    name = rng.choice(list(fields))
+  except (ValueError, IndexError):
+    return mutate(data)
+  match rng.randrange(8):
+    case 0:
+      del fields[name]
+    case 1:
+      fields[name + rng.choice((b'_', b'.x'))] = fields[name]
+    case 2:
+      fields[name] = fields[rng.choice(list(fields))]
+    case 3:
+      fields[name] = mutate(fields[name])
+    case _:
+      fields[name] = _gguf_value(rng)
+  return gguf_parts.pack(parts._replace(fields=fields))
+
+
+def _gguf_value(rng: random.Random) -> bytes:
+  """Returns kind and value of a field: a number, a string, or a list of either."""
+  texts = [b'', b'a', b'a b', b'llama', b'\xff', b'x' * 300]
+  match rng.randrange(4):
+    case 0:
+      return gguf_parts.string(rng.choice(texts))
+    case 1:
+      return gguf_parts.strings(rng.choices(texts, k=rng.choice((0, 1, 16))))
+  kind = rng.choice(list(gguf_parts.SIZES))
+  size = gguf_parts.SIZES[kind] * rng.choice((1, 1, 1, 0, 16))
+  packed = rng.choice((bytes(size), rng.randbytes(size), b'\xff' * size))
+  if size == gguf_parts.SIZES[kind] and rng.random() < 0.7:
+    return gguf_parts.number(kind, packed)
+  return gguf_parts.numbers(kind, packed)
 
 
 def mutate_bytes(data: bytes, rng: random.Random, mutate: MutateBytes) -> bytes:

@@ -1,6 +1,6 @@
 """Fuzzes what reads files of strangers, guided by coverage.
 
-  python -m fuzz.run --target=container --executions=100000 [--failures=DIR]
+  python -m fuzz.run [--target=container] [--jobs=2] [--results=RESULTS.md]
 
 A target (see `fuzz.targets`) reads inputs that atheris makes of the seeds. An error
 that is not one of those promised is a failure, and so is an input that takes more time
@@ -10,6 +10,8 @@ again if an input ends it. The first input of each failure is kept, and the exit
 """
 
 import collections
+import concurrent.futures
+import functools
 import json
 import os
 import pathlib
@@ -44,6 +46,13 @@ _INPUT_SECONDS = flags.DEFINE_integer(
 _MEMORY = flags.DEFINE_integer(
   'memory_mb', 4096, 'Memory that the process may take.', flag_values=FLAGS
 )
+_JOBS = flags.DEFINE_integer(
+  'jobs',
+  1,
+  'How many targets are fuzzed at a time.',
+  lower_bound=1,
+  flag_values=FLAGS,
+)
 _SEED = flags.DEFINE_integer('seed', 1, 'Of the mutations.', flag_values=FLAGS)
 _FAILURES = flags.DEFINE_string(
   'failures', 'fuzz/failures', 'Where inputs that fail are kept.', flag_values=FLAGS
@@ -60,8 +69,10 @@ _ABOUT = """\
 Written by `python -m fuzz.run --results=RESULTS.md`. Atheris makes the inputs, guided
 by coverage. The checksums of streams are made right, and those of arrays are
 taken for right. An input is refused if it ends in the error that the reader promises. A
-failure is any other error, the end of the process, 4 GB more memory, or 30 s."""
+failure is any other error, the end of the process, an input that takes {memory_mb} MB
+more memory, or an input that takes longer than {input_seconds} s."""
 
+_PLACE = '/dev/shm' if os.path.isdir('/dev/shm') else None  # where files are made
 _RESTARTS = 50  # of a process that inputs end
 _NOTED = 100  # executions between two notes of the counts
 
@@ -112,7 +123,7 @@ def fuzz(
     left = executions - total.executions
     if left <= 0 or time.monotonic() > stop:
       break
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(dir=_PLACE) as folder:
       notes = failures / f'{target}.running.json'
       notes.unlink(missing_ok=True)
       order = {
@@ -131,6 +142,7 @@ def fuzz(
           [sys.executable, '-m', 'fuzz.run', json.dumps(order)],
           stdout=log,
           stderr=log,
+          env=os.environ | {'TMPDIR': folder},  # it ends without cleaning up
           check=False,
         )
         log.seek(0)
@@ -144,7 +156,6 @@ def fuzz(
       (failures / f'{target}.log').write_text(text[-20_000:])
     total.add(part)
     notes.unlink()
-    (failures / f'{target}.json').write_text(json.dumps(total.to_json()))
   return total
 
 
@@ -166,6 +177,12 @@ def _child(order: dict[str, Any]) -> None:
   def note() -> None:
     notes.write_text(json.dumps(result.to_json()))
 
+  def fail(name: str, data: bytes) -> None:
+    if not result.failures[name]:
+      path = folder / f'{order["target"]}-{name.replace(" ", "_").replace(":", "_")}'
+      path.write_bytes(data)
+    result.failures[name] += 1
+
   def run(data: bytes) -> None:
     if result.executions >= order['executions'] or time.time() > order['stop']:
       note()
@@ -180,12 +197,11 @@ def _child(order: dict[str, Any]) -> None:
       where = traceback.extract_tb(error.__traceback__)
       ours = [x for x in where if 'rotbits_jax' in x.filename] or list(where)
       place = f'{pathlib.Path(ours[-1].filename).name}:{ours[-1].lineno}'
-      name = f'{type(error).__name__} in {place}'
-      if not result.failures[name]:
-        path = folder / f'{order["target"]}-{name.replace(" ", "_").replace(":", "_")}'
-        path.write_bytes(data)
-      result.failures[name] += 1
-    result.slowest = max(result.slowest, time.monotonic() - start)
+      fail(f'{type(error).__name__} in {place}', data)
+    seconds = time.monotonic() - start
+    if seconds > order['input_seconds']:
+      fail(f'an input of more than {order["input_seconds"]} s', data)
+    result.slowest = max(result.slowest, seconds)
     if not result.executions % _NOTED:
       note()
     if not result.executions % 10_000:
@@ -226,11 +242,11 @@ def _child(order: dict[str, Any]) -> None:
 def to_text(results: dict[str, Result]) -> str:
   """Returns a table of the counts."""
   lines = [
-    f'{"target":14}{"executions":>12}{"refused":>12}{"slowest s":>11}{"failures":>10}'
+    f'{"target":18}{"executions":>12}{"refused":>12}{"slowest s":>11}{"failures":>10}'
   ]
   for name, x in results.items():
     lines.append(
-      f'{name:14}{x.executions:12,}{x.refused:12,}{x.slowest:11.1f}'
+      f'{name:18}{x.executions:12,}{x.refused:12,}{x.slowest:11.1f}'
       f'{sum(x.failures.values()):10,}'
     )
     lines += [f'  {count:,} x {what}' for what, count in x.failures.most_common(20)]
@@ -243,27 +259,26 @@ def main() -> None:
     from fuzz import targets
 
     names = list(targets.TARGETS)
+  fuzz_one = functools.partial(
+    fuzz,
+    executions=_EXECUTIONS.value,
+    seconds=_SECONDS.value,
+    input_seconds=_INPUT_SECONDS.value,
+    memory_mb=_MEMORY.value,
+    seed=_SEED.value,
+    failures=pathlib.Path(_FAILURES.value),
+    corpus=pathlib.Path(_CORPUS.value),
+  )
   results = {}
-  folder = pathlib.Path(_FAILURES.value)
-  for name in names:
-    results[name] = fuzz(
-      name,
-      _EXECUTIONS.value,
-      seconds=_SECONDS.value,
-      input_seconds=_INPUT_SECONDS.value,
-      memory_mb=_MEMORY.value,
-      seed=_SEED.value,
-      failures=folder,
-      corpus=pathlib.Path(_CORPUS.value),
+  with concurrent.futures.ThreadPoolExecutor(_JOBS.value) as threads:
+    for name, result in zip(names, threads.map(fuzz_one, names), strict=True):
+      results[name] = result
+      print(to_text({name: result}), flush=True)
+  if _RESULTS.value:
+    about = _ABOUT.format(
+      memory_mb=f'{_MEMORY.value:,}', input_seconds=_INPUT_SECONDS.value
     )
-    print(to_text(results), flush=True)
-  if _RESULTS.value:  # also of targets that other processes fuzzed
-    found: dict[str, Result] = {}
-    for path in sorted(folder.rglob('*.json')):
-      if '.running' not in path.name:
-        part = Result(json.loads(path.read_text()))
-        found.setdefault(path.stem, Result()).add(part)
-    body = f'{_ABOUT}\n\n```\n{to_text(found)}\n```'
+    body = f'{about}\n\n```\n{to_text(results)}\n```'
     sections.write(_RESULTS.value, 'Fuzzing', body)
   if any(x.failures for x in results.values()):
     raise SystemExit(1)

@@ -1,20 +1,24 @@
 """Small inputs of every kind, which the fuzzer and the sweep begin with."""
 
 import functools
+import io
 import json
 import pathlib
 import struct
 import tempfile
 from typing import Any
+import zipfile
 
 import jax
 import numpy as np
 
+from fuzz import gguf_parts
 import rotbits_jax
 from rotbits_jax import checkpoints
 from rotbits_jax import models
 from rotbits_jax import presets
 from rotbits_jax import structured
+from rotbits_jax.checkpoints import lazy
 from rotbits_jax.checkpoints import torch_zip
 
 LLAMA: dict[str, Any] = {
@@ -42,6 +46,8 @@ FILES = {
   'tiny.json': b'{}',
   'notes.txt': b'a' * 2000,
 }
+
+PLAIN = 'plain tensors'
 
 
 def sliced_model(
@@ -89,6 +95,11 @@ def containers_of_presets(seed: int = 0) -> dict[str, bytes]:
     name: rotbits_jax.encode(model, preset=preset, files=FILES, stem='tiny')
     for name, preset in presets_of_sweep().items()
   }
+
+
+def containers_of_sweep(seed: int = 0) -> dict[str, bytes]:
+  """Encodes a sliced Llama with each preset, and a checkpoint as plain tensors."""
+  return containers_of_presets(seed) | {PLAIN: _plain_tensors(seed)}
 
 
 def leaves() -> dict[str, Any]:
@@ -159,6 +170,12 @@ def containers_of_trees() -> dict[str, bytes]:
     'raw': {'double': np.arange(3.0), 'flags': np.array([True, False]), 'x': normal()},
     'empty': {'none': np.zeros((0, 3), np.float16), 'dict': {}},
   }
+  # The writer packs arrays itself, as those of `few`.
+  unpacked = {
+    name: leaf
+    for name, leaf in leaves().items()
+    if not isinstance(leaf, structured.Packed)
+  }
   steps = rng.integers(-7, 8, (64, 128)) * np.repeat([0.5, 0.25, 0.125, 1], 16)[:, None]
   few = {
     'levels': steps.astype(np.float16),
@@ -166,19 +183,19 @@ def containers_of_trees() -> dict[str, bytes]:
   }
   return {
     'arrays': rotbits_jax.encode(arrays, preset='exact', files=FILES),
-    'leaves': rotbits_jax.encode({'leaves': leaves()}, preset='exact'),
+    'leaves': rotbits_jax.encode({'leaves': unpacked}, preset='exact'),
     'few numbers': rotbits_jax.encode(few, preset='exact'),
-    'plain tensors': _plain_tensors(),
+    PLAIN: _plain_tensors(),
   }
 
 
-def _plain_tensors() -> bytes:
+def _plain_tensors(seed: int = 0) -> bytes:
   """Encodes a checkpoint of an unknown family."""
   with tempfile.TemporaryDirectory() as folder:
     path = pathlib.Path(folder)
     (path / 'config.json').write_bytes(b'{"model_type": "unknown"}')
-    (path / 'model.safetensors').write_bytes(safetensors_files()[0])
-    source = rotbits_jax.open_checkpoint(path)
+    (path / 'model.safetensors').write_bytes(safetensors_files(seed)[0])
+    source = checkpoints.open_tensors(path)
     rotbits_jax.encode_to_file(source, path / 'x.rotbits', preset='exact')
     return (path / 'x.rotbits').read_bytes()
 
@@ -222,12 +239,35 @@ def torch_files() -> list[bytes]:
   }
   with tempfile.TemporaryDirectory() as folder:
     path = pathlib.Path(folder) / 'x.pt'
-    torch_zip.write(path, tensors, 'x')
+    specs = {name: lazy.TensorSpec(x.shape, x.dtype) for name, x in tensors.items()}
+    writer = torch_zip.Writer(path, specs, 'x')
+    for name, x in tensors.items():
+      writer.add(name, lazy.row_major(x))
+    writer.close()
     return [path.read_bytes()]
 
 
-def safetensors_files() -> list[bytes]:
-  """Safetensors files; one is a container."""
+def nested_torch_files() -> list[bytes]:
+  """Files whose state dict is inside other dicts, of which two are the same one."""
+  found = []
+  for data in torch_files():
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+      members = {name: archive.read(name) for name in archive.namelist()}
+    state = members['x/data.pkl'].removeprefix(b'\x80\2').removesuffix(b'.')
+    key = lambda name: b'X' + struct.pack('<I', len(name)) + name
+    members['x/data.pkl'] = b''.join(
+      [b'\x80\2}(', key(b'model'), state, b'q\0', key(b'ema'), b'h\0u.']
+    )
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, 'w') as archive:
+      for name, content in members.items():
+        archive.writestr(zipfile.ZipInfo(name), content)
+    found.append(file.getvalue())
+  return found
+
+
+def safetensors_files(seed: int = 0) -> list[bytes]:
+  """Safetensors files of random numbers."""
   header = {
     '__metadata__': {'format': 'pt'},
     'a': {'dtype': 'F16', 'shape': [2, 3], 'data_offsets': [0, 12]},
@@ -235,36 +275,63 @@ def safetensors_files() -> list[bytes]:
     'c': {'dtype': 'F32', 'shape': [0, 4], 'data_offsets': [20, 20]},
   }
   text = json.dumps(header).encode()
-  return [struct.pack('<Q', len(text)) + text + bytes(20)]
+  body = np.random.default_rng(seed).bytes(20)
+  return [struct.pack('<Q', len(text)) + text + body]
+
+
+def shards_of_checkpoint() -> dict[str, bytes]:
+  """Returns the files of a checkpoint in two shards, by name."""
+  files, weight_map = dict[str, bytes](), dict[str, str]()
+  for shard, names in {'x.safetensors': 'ab', 'y.safetensors': 'c'}.items():
+    header = {
+      name: {'dtype': 'F16', 'shape': [2], 'data_offsets': [4 * i, 4 * i + 4]}
+      for i, name in enumerate(names)
+    }
+    text = json.dumps(header).encode()
+    files[shard] = struct.pack('<Q', len(text)) + text + bytes(4 * len(names))
+    weight_map |= dict.fromkeys(names, shard)
+  index = {'metadata': {'total_size': 12}, 'weight_map': weight_map}
+  return files | {'model.safetensors.index.json': json.dumps(index).encode()}
+
+
+@functools.cache
+def shards_of_container() -> dict[str, bytes]:
+  """Returns the files of a container in several shards, by name."""
+  with tempfile.TemporaryDirectory() as folder:
+    path = pathlib.Path(folder)
+    model = sliced_model(LLAMA)
+    rotbits_jax.encode_to_file(model, path / 'x', preset='exact', shard_size=4000)
+    return {file.name: file.read_bytes() for file in path.iterdir()}
+
+
+def indices(files: dict[str, bytes]) -> list[bytes]:
+  """Returns the index among the files of shards."""
+  return [data for name, data in files.items() if name.endswith('.index.json')]
 
 
 def gguf_files() -> list[bytes]:
   """Makes a GGUF file of a Llama with one layer, byte by byte."""
-  text = lambda value: struct.pack('<Q', len(value.encode())) + value.encode()
-  strings = lambda values: (
-    struct.pack('<IIQ', 9, 8, len(values)) + b''.join(map(text, values))
-  )
-  u32 = lambda value: struct.pack('<II', 4, value)
-  f32 = lambda value: struct.pack('<If', 6, value)
-  tokens = ['<s>', *map(chr, range(97, 112))]
+  u32 = lambda value: gguf_parts.number(4, struct.pack('<I', value))
+  f32 = lambda value: gguf_parts.number(6, struct.pack('<f', value))
+  tokens = [b'<s>', *(bytes([i]) for i in range(97, 112))]
+  kinds = struct.pack(f'<{len(tokens)}i', 3, *[1] * (len(tokens) - 1))
   fields = {
-    'general.architecture': struct.pack('<I', 8) + text('llama'),
-    'llama.block_count': u32(1),
-    'llama.context_length': u32(32),
-    'llama.embedding_length': u32(8),
-    'llama.feed_forward_length': u32(8),
-    'llama.attention.head_count': u32(2),
-    'llama.attention.head_count_kv': u32(1),
-    'llama.attention.layer_norm_rms_epsilon': f32(1e-5),
-    'llama.rope.freq_base': f32(1e4),
-    'llama.vocab_size': u32(len(tokens)),
-    'tokenizer.ggml.model': struct.pack('<I', 8) + text('gpt2'),
-    'tokenizer.ggml.pre': struct.pack('<I', 8) + text('smollm'),
-    'tokenizer.ggml.tokens': strings(tokens),
-    'tokenizer.ggml.token_type': struct.pack('<IIQ', 9, 5, len(tokens))
-    + struct.pack(f'<{len(tokens)}i', 3, *[1] * (len(tokens) - 1)),
-    'tokenizer.ggml.merges': strings(['a b']),
-    'tokenizer.ggml.bos_token_id': u32(0),
+    b'general.architecture': gguf_parts.string(b'llama'),
+    b'llama.block_count': u32(1),
+    b'llama.context_length': u32(32),
+    b'llama.embedding_length': u32(8),
+    b'llama.feed_forward_length': u32(8),
+    b'llama.attention.head_count': u32(2),
+    b'llama.attention.head_count_kv': u32(1),
+    b'llama.attention.layer_norm_rms_epsilon': f32(1e-5),
+    b'llama.rope.freq_base': f32(1e4),
+    b'llama.vocab_size': u32(len(tokens)),
+    b'tokenizer.ggml.model': gguf_parts.string(b'gpt2'),
+    b'tokenizer.ggml.pre': gguf_parts.string(b'smollm'),
+    b'tokenizer.ggml.tokens': gguf_parts.strings(tokens),
+    b'tokenizer.ggml.token_type': gguf_parts.numbers(5, kinds),
+    b'tokenizer.ggml.merges': gguf_parts.strings([b'a b']),
+    b'tokenizer.ggml.bos_token_id': u32(0),
   }
   shapes = {
     'token_embd.weight': (16, 8),
@@ -279,16 +346,15 @@ def gguf_files() -> list[bytes]:
       }.items()
     },
   }
-  head = struct.pack('<IIQQ', 0x46554747, 3, len(shapes), len(fields))
-  for name, value in fields.items():
-    head += text(name) + value
-  offset = 0
+  described, offset = b'', 0
   for name, shape in shapes.items():
-    head += text(name) + struct.pack(f'<I{len(shape)}Q', len(shape), *shape[::-1])
-    head += struct.pack('<IQ', 1, offset)  # float16
+    described += gguf_parts.text(name.encode())
+    described += struct.pack(f'<I{len(shape)}Q', len(shape), *shape[::-1])
+    described += struct.pack('<IQ', 1, offset)  # float16
     offset += -(-2 * int(np.prod(shape)) // 32) * 32
   body = np.random.default_rng(0).standard_normal(offset // 2).astype(np.float16)
-  return [head + bytes(-len(head) % 32) + body.tobytes()]
+  parts = gguf_parts.Parts(fields, len(shapes), described, body.tobytes())
+  return [gguf_parts.pack(parts)]
 
 
 def configs() -> list[bytes]:

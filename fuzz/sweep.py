@@ -2,11 +2,12 @@
 
   python -m fuzz.sweep [--presets=free,exact] [--stride=1] [--results=RESULTS.md]
 
-For each preset: every byte flipped, every truncation, sections swapped, streams
-exchanged with those of another file, and every field of the manifest edited; the latter
-two with and without the checksums that the manifest then must have. Reading ends in a
-`ContainerError` that names the stream, or, if the field says nothing about the numbers,
-in the same numbers. Anything else is a failure, and the exit code is 1.
+For each preset, and for plain tensors: every byte flipped, every truncation, sections
+swapped, streams exchanged with those of another file, and every field of the manifest
+edited; the latter two with and without the checksums that the manifest then must have.
+Reading ends in a `ContainerError` that names the stream, or, if the field says nothing
+about the numbers, in the same numbers. Anything else is a failure, and the exit code is
+1.
 """
 
 from collections.abc import Callable, Iterator
@@ -15,6 +16,7 @@ import functools
 import itertools
 import struct
 import sys
+import tempfile
 import time
 from typing import Any, NamedTuple
 import warnings
@@ -113,12 +115,10 @@ def _swaps(data: bytes) -> Iterator[Case]:
   sections = _sections(data)
   for a, b in itertools.combinations(sections, 2):
     parts = {name: data[start:stop] for name, start, stop in sections}
-    if parts[a[0]] == parts[b[0]]:
-      continue
     parts[a[0]], parts[b[0]] = parts[b[0]], parts[a[0]]
-    yield Case(
-      'swap', f'{a[0]} and {b[0]}', '', functools.partial(b''.join, [*parts.values()])
-    )
+    make = functools.partial(b''.join, [*parts.values()])
+    if make() != data:
+      yield Case('swap', f'{a[0]} and {b[0]}', '', make)
   streams, manifest = containers.unpack(data)
   text = containers.to_json(manifest)
   for x, y in itertools.combinations(streams, 2):
@@ -214,9 +214,12 @@ class Counts(NamedTuple):
   failures: int = 0
 
 
-def numbers(data: bytes) -> dict[str, tuple[str, bytes]]:
+def numbers(data: rotbits_jax.file.Readable) -> dict[str, tuple[str, bytes]]:
   """Returns the content of a container: the bits of all arrays, and the files."""
   with rotbits_jax.file.Reader(data) as reader:
+    if reader.weights_files:  # as the command writes them
+      with tempfile.TemporaryDirectory() as folder:
+        rotbits_jax.decode_to_directory(data, folder)
     decoded = reader.model()
     found = {name: ('', content) for name, content in reader.files().items()}
   if isinstance(decoded, models.Model):
@@ -291,9 +294,9 @@ def to_text(found: dict[str, dict[str, Counts]], seconds: float) -> str:
 def main() -> None:
   warnings.simplefilter('ignore')
   start, found = time.monotonic(), dict[str, dict[str, Counts]]()
-  for preset in _PRESETS.value or seeds.containers_of_presets():
-    data = seeds.containers_of_presets()[preset]
-    other = seeds.containers_of_presets(seed=1)[preset]
+  every, others = seeds.containers_of_sweep(), seeds.containers_of_sweep(seed=1)
+  for preset in _PRESETS.value or every:
+    data, other = every[preset], others[preset]
     report = lambda text, preset=preset: print(f'{preset}: {text}', flush=True)
     found[preset] = sweep(data, other, stride=_STRIDE.value, report=report)
     print(to_text(found, time.monotonic() - start), flush=True)
@@ -306,10 +309,11 @@ def main() -> None:
 
 _ABOUT = """\
 Written by `python -m fuzz.sweep --results=RESULTS.md`. A small sliced Llama, encoded
-with each preset, is damaged in every way: each byte flipped, each truncation, sections
-swapped, streams exchanged with those of another model, and each field of the manifest
-edited with the checksums made right. Reading must end in a `ContainerError` that names
-the stream. A field that does not bear on the numbers may leave them the same."""
+with each preset, and a checkpoint as plain tensors are damaged in every way: each byte
+flipped, each truncation, sections swapped, streams exchanged with those of another
+model, and each field of the manifest edited with the checksums made right. Reading must
+end in a `ContainerError` that names the stream. A field that does not bear on the
+numbers may leave them the same."""
 
 
 if __name__ == '__main__':

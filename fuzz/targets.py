@@ -24,6 +24,7 @@ from fuzz import seeds
 import rotbits_jax
 from rotbits_jax import checkpoints
 from rotbits_jax import checksums
+from rotbits_jax import evaluation
 from rotbits_jax import models
 from rotbits_jax import structured
 from rotbits_jax.checkpoints import attributes
@@ -40,6 +41,7 @@ from rotbits_jax.coding.bits_back import permutation
 from rotbits_jax.coding.bits_back import rotation_codes
 from rotbits_jax.coding.bits_back import symmetric_eig
 from rotbits_jax.coding.bits_back import word_stack
+from rotbits_jax.coding.weights import order
 
 Mutate = Callable[[bytes, random.Random, mutations.MutateBytes], bytes]
 
@@ -84,10 +86,10 @@ def accept_checksums() -> None:
 
 def _container(data: bytes) -> None:
   with rotbits_jax.file.Reader(data) as reader:
-    if len(data) % 2 and reader.config is not None:  # as it is written to disk
-      reader.dtypes(), reader.factors()
-      for _, part in reader.parts():
-        models.materialize(part)
+    is_model = reader.config is not None and 'config.json' in reader.files()
+    if len(data) % 2 and (is_model or reader.weights_files):
+      with tempfile.TemporaryDirectory() as folder:
+        rotbits_jax.decode_to_directory(data, folder)
       return
     decoded = reader.model()
     reader.files()
@@ -109,6 +111,7 @@ def _manifest(data: bytes) -> None:
   report = rotbits_jax.inspect(data)
   report.to_text().encode()
   json.dumps(report.to_json(), allow_nan=False)
+  evaluation.report_page(data).encode()
 
 
 def _leaf(data: bytes) -> None:
@@ -143,14 +146,24 @@ def _leaf(data: bytes) -> None:
 
 
 def _with_file(
-  read: Callable[[pathlib.Path], None], suffix: str
+  read: Callable[[pathlib.Path], None],
+  name: str,
+  beside: Callable[[], dict[str, bytes]] = dict,
 ) -> Callable[[bytes], None]:
-  memory = pathlib.Path('/dev/shm')
-  place = str(memory) if memory.is_dir() else None
-  folder = tempfile.TemporaryDirectory(dir=place)
-  path = pathlib.Path(folder.name) / f'x{suffix}'
+  """Returns a function of bytes that writes them to a file, which is then read.
+
+  Args:
+    read: reads a file.
+    name: of the file.
+    beside: makes other files of the folder, by name.
+  """
+  folder = tempfile.TemporaryDirectory()
+  path = pathlib.Path(folder.name) / name
 
   def run(data: bytes) -> None:
+    if not path.exists():
+      for other, content in beside().items():
+        (path.parent / other).write_bytes(content)
     assert folder.name  # which keeps the folder
     path.write_bytes(data)
     os.utime(path)
@@ -169,6 +182,20 @@ def _safetensors(path: pathlib.Path) -> None:
   for tensor in safetensors_files.open_file(path).values():
     if tensor.size <= _SMALL:
       np.array(tensor.read())
+
+
+def _plain(path: pathlib.Path) -> None:
+  source = checkpoints.open_tensors(path)
+  for name, spec in source.specs.items():
+    if spec.size <= _SMALL:
+      np.array(source.read(name))
+  for file in source.weights:
+    b''.join(source.rest(file))
+
+
+def _index(path: pathlib.Path) -> None:
+  safetensors_files.open_sharded(path)
+  _plain(path)
 
 
 def _gguf(path: pathlib.Path) -> None:
@@ -203,7 +230,9 @@ def _pops() -> list[tuple[codecs.Codec, int]]:
     (permutation.uniform(starts), 7),
     (haar.codec(5, 5), 10),
     (haar.codec(6, 3), 12),
+    (permutation.arrangements(jnp.asarray([0, 0, 2, 3, 3, 3, 6])), 7),
     (symmetric_eig.codec(4), 10),
+    (symmetric_eig.spectrum_codec(4), 6),
     (haar.correction_codec(5, 5, jnp.asarray(haar_table)), 20),
     (symmetric_eig.correction_codec(4, jnp.asarray(eig_table)), 20),
   ]
@@ -226,8 +255,10 @@ class _Codecs:
     words = np.frombuffer(data[1 : 1 + (len(data) - 1) // 2 * 2], '<u2')
     if choice % 4 == 0:
       self._numbers(choice, words)
-    elif choice % 4 == 1:
+    elif choice % 8 == 1:
       self._correction(choice, words)
+    elif choice % 8 == 5:
+      self._order(choice, words)
     else:
       self._codec(choice, words)
 
@@ -255,6 +286,16 @@ class _Codecs:
     table = np.zeros((code.num_tables, 17), np.int64)
     table[:, :4] = 4096
     code.unpack(words, table)
+
+  def _order(self, choice: int, words: np.ndarray) -> None:
+    distinct = (1, 2, 16, 300)[choice // 8 % 4]
+    size = order.stored_size(distinct)
+    stored = np.resize(words.view(np.uint8), size) if words.size else np.zeros(size)
+    lines = np.random.default_rng(choice).permutation(distinct)
+    noise = order.push(stored.astype(np.uint8), lines)
+    again = order.pop(noise, distinct)
+    assert np.array_equal(again[0], lines)
+    assert np.array_equal(again[1], stored)
 
 
 def _codec_seeds() -> list[bytes]:
@@ -294,20 +335,44 @@ TARGETS: dict[str, Target] = {
   'torch_zip': Target(
     seeds.torch_files,
     mutations.mutate_zip,
-    _with_file(_torch, '.pt'),
+    _with_file(_torch, 'x.pt'),
     (checkpoints.CheckpointError,),
   ),
   'safetensors': Target(
     seeds.safetensors_files,
     mutations.mutate_safetensors,
-    _with_file(_safetensors, '.safetensors'),
+    _with_file(_safetensors, 'x.safetensors'),
     (checkpoints.CheckpointError,),
   ),
   'gguf': Target(
     seeds.gguf_files,
-    mutations.mutate_bytes,
-    _with_file(_gguf, '.gguf'),
+    mutations.mutate_gguf,
+    _with_file(_gguf, 'x.gguf'),
     (checkpoints.CheckpointError,),
+  ),
+  'plain_torch': Target(
+    lambda: [*seeds.torch_files(), *seeds.nested_torch_files()],
+    mutations.mutate_zip,
+    _with_file(_plain, 'x.pt'),
+    (checkpoints.CheckpointError,),
+  ),
+  'plain_safetensors': Target(
+    seeds.safetensors_files,
+    mutations.mutate_safetensors,
+    _with_file(_plain, 'x.safetensors'),
+    (checkpoints.CheckpointError,),
+  ),
+  'weights_index': Target(
+    lambda: seeds.indices(seeds.shards_of_checkpoint()),
+    mutations.mutate_json,
+    _with_file(_index, 'model.safetensors.index.json', seeds.shards_of_checkpoint),
+    (checkpoints.CheckpointError,),
+  ),
+  'shards_index': Target(
+    lambda: seeds.indices(seeds.shards_of_container()),
+    mutations.mutate_json,
+    _with_file(rotbits_jax.decode, 'x.index.json', seeds.shards_of_container),
+    (rotbits_jax.ContainerError,),
   ),
   'config': Target(
     seeds.configs, mutations.mutate_json, _config, (checkpoints.CheckpointError,)

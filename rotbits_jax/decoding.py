@@ -148,6 +148,11 @@ def decode_to_directory(
         'the file holds a model without its config.json, so that it cannot become a '
         'checkpoint; pass the whole checkpoint to `encode`, or its files and stem'
       )
+    if config.family not in checkpoints.FAMILIES:
+      raise file.ContainerError(
+        f'the file holds a model of the family {config.family!r:.100}, whose '
+        'checkpoints are not known'
+      )
     dtypes = _dtypes_on_disk(reader, dtype)
     with checkpoints.CheckpointWriter(
       directory,

@@ -1,5 +1,6 @@
-# Sourced by test.sh and demo.sh: use_venv EXTRA makes .venv with this package and one
-# of its extras, or reuses it. Needs nothing but a Python >= 3.11 with pip.
+# Sourced by test.sh and demo.sh: use_venv EXTRAS makes .venv with this package and
+# some of its extras, as in `test,fuzz`, or reuses it. Needs nothing but a Python >= 3.11
+# with pip.
 
 unset PYTHONPATH PYTHONHOME # another environment's packages
 
@@ -28,12 +29,12 @@ make_venv() {
 }
 
 use_venv() {
-  local extra=$1 stamp=.venv/installed-$1
+  local extras=$1 stamp=.venv/installed-$1
   .venv/bin/python -m pip --version >/dev/null 2>&1 || make_venv || return
   # What was installed stays good until the requirements change.
   if ! cmp -s setup.py "$stamp"; then
-    echo "installing rotbits_jax[$extra] into .venv (minutes, the first time)"
+    echo "installing rotbits_jax[$extras] into .venv (minutes, the first time)"
     .venv/bin/python -m pip install --quiet --disable-pip-version-check \
-      --editable ".[$extra]" && cp setup.py "$stamp"
+      --editable ".[$extras]" && cp setup.py "$stamp"
   fi
 }

@@ -14,14 +14,13 @@ from absl.testing import parameterized
 import chex
 import jax
 import numpy as np
+import weights_files
 
 from rotbits_jax import checkpoints
 from rotbits_jax import models
 from rotbits_jax import structured
 from rotbits_jax.checkpoints import CheckpointError
 from rotbits_jax.checkpoints import lazy
-from rotbits_jax.checkpoints import safetensors_files
-from rotbits_jax.checkpoints import torch_zip
 
 TESTDATA = pathlib.Path(__file__).parent / 'testdata'
 FIXTURES = sorted(path.parent.name for path in TESTDATA.glob('*/config.json'))
@@ -47,14 +46,14 @@ class SourceTest(parameterized.TestCase):
     """Copies a checkpoint to shards; `outer`, `0`, `1`, ... hold one unit each."""
     directory = self.copy(name)
     weights = directory / 'model.safetensors'
-    tensors = safetensors_files.read(weights)
+    tensors = weights_files.read_safetensors(weights)
     shards = {}
     for tensor in tensors:
       parts = tensor.split('.')
       unit = parts[2] if parts[1] == 'layers' else 'outer'
       shards.setdefault(f'{unit}.safetensors', []).append(tensor)
     for shard, names in shards.items():
-      safetensors_files.write(directory / shard, {n: tensors[n] for n in names})
+      weights_files.write_safetensors(directory / shard, {n: tensors[n] for n in names})
     weight_map = {n: shard for shard, names in shards.items() for n in names}
     index = json.dumps({'metadata': {}, 'weight_map': weight_map})
     (directory / 'model.safetensors.index.json').write_text(index)
@@ -81,8 +80,7 @@ class SourceTest(parameterized.TestCase):
     tensors = checkpoints.to_tensors(model)
     self.assertEqual(source.numbers, sum(x.size for x in tensors.values()))
     self.assertEqual(source.nbytes, sum(x.nbytes for x in tensors.values()))
-    self.assertEmpty(source.factors())
-    self.assertEqual(source.dtypes()['layers.1/mlp/down/kernel'], np.float16)
+    self.assertEqual(source.specs(1)['mlp']['down']['kernel'].dtype, np.float16)
 
   @parameterized.parameters(*FIXTURES)
   def test_arrays_are_views_of_maps_that_are_made_for_the_call(self, name):
@@ -177,7 +175,7 @@ class SourceTest(parameterized.TestCase):
   def test_a_storage_is_verified_when_it_is_read_first(self):
     directory = self.copy('phi2-tiny-sliced-0.25')
     path = next(directory.glob('*.pt'))
-    tensors = torch_zip.read(path)
+    tensors = weights_files.read_torch(path)
     name = 'model.layers.2.mlp.fc1.weight'
     content = bytearray(path.read_bytes())
     row = tensors[name][5].tobytes()
@@ -199,15 +197,18 @@ class SourceTest(parameterized.TestCase):
   def test_factors(self):
     directory = self.copy('llama-tiny-dense')
     path = directory / 'model.safetensors'
-    tensors = {name: np.array(x) for name, x in safetensors_files.read(path).items()}
+    tensors = {
+      name: np.array(x) for name, x in weights_files.read_safetensors(path).items()
+    }
     rng = np.random.default_rng(0)
     rows, columns = tensors.pop('model.layers.1.mlp.down_proj.weight').shape
     left, right = rng.normal(size=(rows, 3)), rng.normal(size=(3, columns))
     tensors['model.layers.1.mlp.down_u_proj.weight'] = left.astype(np.float16)
     tensors['model.layers.1.mlp.down_v_proj.weight'] = right.astype(np.float16)
-    safetensors_files.write(path, tensors)
+    weights_files.write_safetensors(path, tensors)
     source = checkpoints.open_checkpoint(directory)
-    self.assertEqual(source.factors(), {'layers.1/mlp/down/kernel': (3, 'svd_llm')})
+    spec = source.specs(1)['mlp']['down']['kernel']
+    self.assertEqual((spec.rank, spec.names), (3, 'svd_llm'))
     leaf = source.layer(1)['mlp']['down']['kernel']
     self.assertEqual(leaf.shape, (columns, rows))
     self.assertFalse(leaf.u.flags.owndata)
@@ -227,9 +228,11 @@ class SourceTest(parameterized.TestCase):
     match = f'{path}: lm_head.weight differs from model.embed_tokens.weight'
     with self.assertRaisesRegex(CheckpointError, match):
       checkpoints.open_checkpoint(directory)
-    tensors = {name: np.array(x) for name, x in safetensors_files.read(path).items()}
+    tensors = {
+      name: np.array(x) for name, x in weights_files.read_safetensors(path).items()
+    }
     tensors['lm_head.weight'] = tensors['model.embed_tokens.weight']
-    safetensors_files.write(path, tensors)
+    weights_files.write_safetensors(path, tensors)
     with mock.patch('rotbits_jax.checkpoints.tensors._COMPARED', 1000):
       source = checkpoints.open_checkpoint(directory)
     self.assertFalse(source.config.tied_head)
@@ -237,10 +240,12 @@ class SourceTest(parameterized.TestCase):
   def test_buffers_are_read_when_they_are_asked_for(self):
     directory = self.copy('llama-tiny-dense')
     path = directory / 'model.safetensors'
-    tensors = {name: np.array(x) for name, x in safetensors_files.read(path).items()}
+    tensors = {
+      name: np.array(x) for name, x in weights_files.read_safetensors(path).items()
+    }
     name = 'model.layers.0.self_attn.rotary_emb.inv_freq'
     tensors[name] = np.arange(4, dtype=np.float32)
-    safetensors_files.write(path, tensors)
+    weights_files.write_safetensors(path, tensors)
     source = checkpoints.open_checkpoint(directory)
     chex.assert_trees_all_equal(source.buffers, {name: tensors[name]})
     self.assertTrue(source.buffers[name].flags.owndata)
@@ -259,6 +264,12 @@ class FileTest(absltest.TestCase):
     for offset, size in ((-1, 3), (0, -1), (0, len(content) + 1), (len(content), 1)):
       with self.assertRaisesRegex(CheckpointError, 'truncated'):
         file.map(offset, size)
+    self.assertEqual(file.read(file.size), content)
+    with self.assertRaisesRegex(CheckpointError, 'bytes, more than'):
+      file.read(file.size - 1)
+    path.write_bytes(content + b'x')
+    with self.assertRaisesRegex(CheckpointError, 'changed after it'):
+      file.read(file.size)
     path.unlink()
     with self.assertRaisesRegex(CheckpointError, 'No such file'):
       lazy.File.of(path)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import pathlib
 import shutil
 
@@ -13,13 +14,13 @@ import numpy as np
 import pytest
 import safetensors
 import safetensors.numpy
+import weights_files
 
 from rotbits_jax import checkpoints
 from rotbits_jax import models
 from rotbits_jax import structured
 from rotbits_jax.checkpoints import CheckpointError
-from rotbits_jax.checkpoints import safetensors_files
-from rotbits_jax.checkpoints import torch_zip
+from rotbits_jax.checkpoints import UnsupportedError
 
 TESTDATA = pathlib.Path(__file__).parent / 'testdata'
 FIXTURES = sorted(path.parent.name for path in TESTDATA.glob('*/config.json'))
@@ -239,7 +240,7 @@ def file_tensors(directory):
   """The tensors as they are in the file."""
   (path,) = [*directory.glob('*.pt'), *directory.glob('*.safetensors')]
   if path.suffix == '.pt':
-    return torch_zip.read(path)
+    return weights_files.read_torch(path)
   return safetensors.numpy.load_file(path)
 
 
@@ -253,7 +254,7 @@ def assert_same_tensors(got, expected):
 def write_directory(directory, config, tensors):
   directory.mkdir(exist_ok=True)
   (directory / 'config.json').write_text(json.dumps(config))
-  safetensors_files.write(directory / 'model.safetensors', tensors)
+  weights_files.write_safetensors(directory / 'model.safetensors', tensors)
   return directory
 
 
@@ -577,6 +578,12 @@ class TestConfig:
     with pytest.raises(CheckpointError, match=r'config\.json: expected an object'):
       checkpoints.parse_config(value)
 
+  @pytest.mark.parametrize('config', ['x' * 10**5, LLAMA1 | {'y' * 10**5: 'x' * 10**5}])
+  def test_errors_show_the_beginning_of_a_value(self, config):
+    with pytest.raises(CheckpointError) as e:
+      checkpoints.parse_config(config)
+    assert len(str(e.value)) < 600
+
 
 class TestSlicing:
   def test_sliced_config(self):
@@ -685,6 +692,74 @@ class TestDirectory:
     assert files['LICENSE'] == b'LICENSE'
     assert files['merges.txt'] == b'a\r\nb'
     assert files['tokenizer.model'] == b'\0\xff'
+
+  def test_a_link_that_leaves_the_folder_is_left_out(self, tmp_path):
+    folder = tmp_path / 'x'
+    shutil.copytree(TESTDATA / 'llama-tiny-dense', folder)
+    (tmp_path / 'private').write_text('a key')
+    (folder / 'notes.txt').symlink_to('../private')
+    (folder / 'more').mkdir()
+    (folder / 'more' / 'inside').write_text('inside')
+    (folder / 'inside.txt').symlink_to('more/inside')
+    source = checkpoints.open_checkpoint(folder)
+    assert 'notes.txt' in source.left_out
+    assert 'notes.txt' not in source.files
+    assert source.files['inside.txt'] == b'inside'
+    (folder / 'config.json').rename(tmp_path / 'config.json')
+    (folder / 'config.json').symlink_to('../config.json')
+    with pytest.raises(CheckpointError, match='other than a link that leaves the fold'):
+      checkpoints.open_checkpoint(folder)
+
+  def test_links_of_the_cache_of_hugging_face_are_followed(self, tmp_path):
+    snapshot, blobs = tmp_path / 'snapshots' / '0123', tmp_path / 'blobs'
+    snapshot.mkdir(parents=True)
+    shutil.copytree(TESTDATA / 'llama-tiny-dense', blobs)
+    for file in blobs.iterdir():
+      (snapshot / file.name).symlink_to(f'../../blobs/{file.name}')
+    source = checkpoints.open_checkpoint(snapshot)
+    assert source.files == checkpoints.open_checkpoint(blobs).files
+    blobs.rename(tmp_path / 'private')
+    blobs.symlink_to('private')
+    assert not checkpoints.open_tensors(snapshot).files
+
+  def test_what_is_no_regular_file_is_not_read(self, tmp_path):
+    shutil.copytree(TESTDATA / 'llama-tiny-dense', tmp_path, dirs_exist_ok=True)
+    os.mkfifo(tmp_path / 'pipe.txt')  # to open it would wait for a writer
+    (tmp_path / 'zeros.txt').symlink_to('/dev/zero')
+    with (tmp_path / 'large.txt').open('wb') as file:
+      file.truncate(1 << 40)
+    left_out = checkpoints.open_checkpoint(tmp_path).left_out
+    assert {'pipe.txt', 'zeros.txt', 'large.txt'} <= set(left_out)
+    for name in ('x.safetensors', 'x.pt', 'x.safetensors.index.json'):
+      os.mkfifo(tmp_path / name)
+      (tmp_path / 'y').mkdir()
+      (tmp_path / name).rename(tmp_path / 'y' / name)
+      with pytest.raises(CheckpointError, match=f'{name}: not a regular file'):
+        checkpoints.open_tensors(tmp_path / 'y')
+      shutil.rmtree(tmp_path / 'y')
+
+  def test_sidecars_have_a_greatest_size_together(self, tmp_path, monkeypatch):
+    shutil.copytree(TESTDATA / 'llama-tiny-dense', tmp_path, dirs_exist_ok=True)
+    for name in ('a.txt', 'b.txt', 'c.txt'):
+      (tmp_path / name).write_bytes(bytes(600))
+    monkeypatch.setattr('rotbits_jax.checkpoints.checkpoint._MOST_SIDECARS', 1500)
+    source = checkpoints.open_tensors(tmp_path)
+    assert sum(map(len, source.files.values())) <= 1500
+    assert {'a.txt', 'b.txt'} <= source.files.keys()
+    assert 'c.txt' in source.left_out
+
+  def test_json_has_a_greatest_size(self, tmp_path):
+    shutil.copytree(TESTDATA / 'llama-tiny-dense', tmp_path, dirs_exist_ok=True)
+    with (tmp_path / 'config.json').open('a') as file:
+      file.write(' ' * (1 << 20))
+    with pytest.raises(UnsupportedError, match=r'config\.json: the JSON has \d+ bytes'):
+      checkpoints.open_checkpoint(tmp_path)
+    assert checkpoints.open_tensors(tmp_path).files
+    index = tmp_path / 'model.safetensors.index.json'
+    with index.open('wb') as file:
+      file.truncate(1 << 40)
+    with pytest.raises(CheckpointError, match=r'index\.json: the file has \d+ bytes'):
+      checkpoints.open_checkpoint(index)
 
   def test_a_checkpoint_prints_one_line(self):
     checkpoint = checkpoints.load_checkpoint(TESTDATA / 'llama-tiny-sliced-head-0.25')
@@ -821,7 +896,7 @@ class TestSafetensors:
 
   def test_library_reads_what_is_written(self, tmp_path):
     path = tmp_path / 'x.safetensors'
-    safetensors_files.write(path, self.tensors())
+    weights_files.write_safetensors(path, self.tensors())
     with safetensors.safe_open(path, framework='np') as file:
       assert file.metadata() == {'format': 'pt'}
       got = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -832,29 +907,35 @@ class TestSafetensors:
     tensors = {n: np.ascontiguousarray(x) for n, x in self.tensors().items()}
     tensors['scalar'] = np.array(True)  # ascontiguousarray makes it 1-D
     safetensors.numpy.save_file(tensors, path)
-    got = safetensors_files.read(path)
+    got = weights_files.read_safetensors(path)
     assert_same_tensors(got, tensors)
     assert not got['bf16'].flags.writeable
 
   def test_truncated(self, tmp_path):
     path = tmp_path / 'x.safetensors'
-    safetensors_files.write(path, self.tensors())
+    weights_files.write_safetensors(path, self.tensors())
     content = path.read_bytes()
     for size in (0, 4, 20, len(content) - 1):
       path.write_bytes(content[:size])
       with pytest.raises(CheckpointError, match=str(path)):
-        safetensors_files.read(path)
+        weights_files.read_safetensors(path)
+
+  def test_a_name_without_end_is_refused(self, tmp_path):
+    path = tmp_path / 'x.safetensors'
+    weights_files.write_safetensors(path, {'w' * 501: np.zeros(2, np.float16)})
+    with pytest.raises(CheckpointError, match=r'w{197}\.\.\.: the name has 501 char'):
+      weights_files.read_safetensors(path)
 
   def test_dtypes_that_are_refused(self, tmp_path):
     path = tmp_path / 'x.safetensors'
     with pytest.raises(
       CheckpointError, match=r'w: safetensors .* not support complex64'
     ):
-      safetensors_files.write(path, {'w': np.zeros(2, np.complex64)})
-    safetensors_files.write(path, {'w': np.zeros(2, ml_dtypes.float8_e4m3fn)})
+      weights_files.write_safetensors(path, {'w': np.zeros(2, np.complex64)})
+    weights_files.write_safetensors(path, {'w': np.zeros(2, ml_dtypes.float8_e4m3fn)})
     path.write_bytes(path.read_bytes().replace(b'F8_E4M3', b'F8_E8M0'))
     with pytest.raises(CheckpointError, match='w has the dtype F8_E8M0'):
-      safetensors_files.read(path)
+      weights_files.read_safetensors(path)
 
   def shard(self, directory):
     name = 'llama-tiny-dense'
@@ -864,7 +945,7 @@ class TestSafetensors:
     weight_map = {}
     for index, part in enumerate((names[::2], names[1::2]), 1):
       shard = f'model-{index:05}-of-00002.safetensors'
-      safetensors_files.write(directory / shard, {n: tensors[n] for n in part})
+      weights_files.write_safetensors(directory / shard, {n: tensors[n] for n in part})
       weight_map |= dict.fromkeys(part, shard)
     index = {'metadata': {'total_size': 0}, 'weight_map': weight_map}
     (directory / 'model.safetensors.index.json').write_text(json.dumps(index))
@@ -890,6 +971,7 @@ class TestSafetensors:
       (json.dumps({'weight_map': weight_map | {'x': weight_map[name]}}), 'differ in x'),
       (json.dumps({'weight_map': {'x': '../x.safetensors'}}), 'in the same directory'),
       (json.dumps({'weight_map': {'x': 'y.safetensors'}}), 'y.safetensors is missing'),
+      (json.dumps({'weight_map': {'x': 'y' * 300}}), 'the shard y{197}... is missing'),
     ):
       path.write_text(content)
       with pytest.raises(CheckpointError, match=match):

@@ -17,8 +17,11 @@ import zlib
 import ml_dtypes
 import numpy as np
 import pytest
+import weights_files
 
+from rotbits_jax import checkpoints
 from rotbits_jax.checkpoints import CheckpointError
+from rotbits_jax.checkpoints import UnsupportedError
 from rotbits_jax.checkpoints import torch_zip
 
 TESTDATA = pathlib.Path(__file__).parent / 'testdata'
@@ -117,7 +120,7 @@ class TestRead:
       expected[f't{index}'] = np.lib.stride_tricks.as_strided(
         storage[offset:], shape, strides * dtype.itemsize
       )
-    got = torch_zip.read(make_zip(tmp_path / 'x.pt', dump(state), [storage]))
+    got = weights_files.read_torch(make_zip(tmp_path / 'x.pt', dump(state), [storage]))
     assert list(got) == list(expected)
     for name in expected:
       assert bits(got[name]) == bits(expected[name]), name
@@ -125,7 +128,7 @@ class TestRead:
   def test_nothing_is_copied(self, tmp_path):
     storage = numbers(12, np.dtype(np.float32))
     state = {'a': Tensor(storage, (3, 2), (4, 1)), 'b': Tensor(storage, (2,), (1,), 4)}
-    got = torch_zip.read(make_zip(tmp_path / 'x.pt', dump(state), [storage]))
+    got = weights_files.read_torch(make_zip(tmp_path / 'x.pt', dump(state), [storage]))
     assert got['a'].strides == (16, 4)
     for array in got.values():
       assert not array.flags.owndata
@@ -134,14 +137,18 @@ class TestRead:
   def test_last_element_of_the_storage_is_inside(self, tmp_path):
     storage = numbers(10, np.dtype(np.float16))
     state = {'a': Tensor(storage, (2, 2), (6, 2), offset=1)}
-    got = torch_zip.read(make_zip(tmp_path / 'x.pt', dump(state), [storage]))['a']
+    got = weights_files.read_torch(make_zip(tmp_path / 'x.pt', dump(state), [storage]))[
+      'a'
+    ]
     assert bits(got[1, 1]) == bits(storage[9])
 
   @pytest.mark.parametrize('shape', [(0,), (3, 0), (0, 2**40)])
   def test_empty_tensor(self, tmp_path, shape):
     storage = numbers(0, np.dtype(np.float32))
     state = {'a': Tensor(storage, shape, (1,) * len(shape))}
-    got = torch_zip.read(make_zip(tmp_path / 'x.pt', dump(state), [storage]))['a']
+    got = weights_files.read_torch(make_zip(tmp_path / 'x.pt', dump(state), [storage]))[
+      'a'
+    ]
     assert got.shape == shape
 
   def test_numbers_that_overlap_are_refused(self, tmp_path):
@@ -150,12 +157,12 @@ class TestRead:
       tmp_path / 'x.pt', dump({'a': Tensor(storage, (2**40,), (0,))}), [storage]
     )
     with pytest.raises(CheckpointError, match=r'a: .* overlap'):
-      torch_zip.read(path)
+      weights_files.read_torch(path)
     storage = numbers(10_000, np.dtype(np.float32))
     state = {f'x{i}': Tensor(storage, (10_000,), (1,)) for i in range(20)}
     path = make_zip(tmp_path / 'x.pt', dump(state), [storage])
     with pytest.raises(CheckpointError, match='the tensors overlap'):
-      torch_zip.read(path)
+      weights_files.read_torch(path)
 
   def test_a_shape_of_shapes_is_refused_at_once(self, tmp_path):
     shape = ()
@@ -166,13 +173,13 @@ class TestRead:
     tensor.view = 0, shape, shape
     path = make_zip(tmp_path / 'x.pt', dump({'a': tensor}), [storage])
     with pytest.raises(CheckpointError, match=r'a: .* not those of a tensor'):
-      torch_zip.read(path)
+      weights_files.read_torch(path)
 
   def test_parameters_and_metadata(self, tmp_path):
     storage = numbers(4, np.dtype(np.float32))
     state = collections.OrderedDict(a=Parameter(Tensor(storage, (4,), (1,))))
     state._metadata = collections.OrderedDict({'': {'version': 1}})
-    got = torch_zip.read(make_zip(tmp_path / 'x.pt', dump(state), [storage]))
+    got = weights_files.read_torch(make_zip(tmp_path / 'x.pt', dump(state), [storage]))
     assert bits(got['a']) == bits(storage)
 
   @pytest.mark.parametrize(
@@ -183,7 +190,7 @@ class TestRead:
     program = dump({'a': Tensor(storage, storage.shape, (1,))})
     path = make_zip(tmp_path / 'x.pt', program, [storage], compression=method)
     with pytest.raises(CheckpointError, match='byteorder is compressed'):
-      torch_zip.read(path)
+      weights_files.read_torch(path)
 
   def test_checksums_of_zero_are_not_verified(self, tmp_path):
     storage = numbers(4, np.dtype(np.float32))
@@ -191,7 +198,7 @@ class TestRead:
     path = make_zip(tmp_path / 'x.pt', program, [storage])
     checksum = struct.pack('<I', zlib.crc32(storage.tobytes()))
     path.write_bytes(path.read_bytes().replace(checksum, bytes(4)))
-    assert bits(torch_zip.read(path)['a']) == bits(storage)
+    assert bits(weights_files.read_torch(path)['a']) == bits(storage)
 
 
 class TestRefusals:
@@ -199,7 +206,7 @@ class TestRefusals:
     program = state if isinstance(state, bytes) else dump(state)
     path = make_zip(tmp_path / 'x.pt', program, storages, **kwargs)
     with pytest.raises(CheckpointError, match=match) as e:
-      torch_zip.read(path)
+      weights_files.read_torch(path)
     assert str(path) in str(e.value)
 
   @pytest.mark.parametrize(
@@ -290,8 +297,9 @@ class TestRefusals:
       struct.pack('<I', zlib.crc32(b'little')), struct.pack('<I', zlib.crc32(b'big   '))
     )
     path.write_bytes(content)
-    with pytest.raises(CheckpointError, match='big-endian'):
-      torch_zip.read(path)
+    for read in (torch_zip.open_file, torch_zip.open_places):
+      with pytest.raises(CheckpointError, match='big-endian'):
+        read(path)
 
   def test_two_archives_in_one(self, tmp_path):
     extra = {'c/data.pkl': dump({})}
@@ -302,13 +310,13 @@ class TestRefusals:
     path = tmp_path / 'x.pt'
     path.write_bytes(content)
     with pytest.raises(CheckpointError, match=re.escape(str(path))):
-      torch_zip.read(path)
+      weights_files.read_torch(path)
 
   def test_truncated_and_corrupt_files(self, tmp_path):
     """Damage causes an error, or does no harm (in dates, for example)."""
     path = tmp_path / 'x.pt'
     tensors = {'a': numbers(40, np.dtype(np.float16)), 'b': np.zeros((0, 2), np.int8)}
-    torch_zip.write(path, tensors, 'x')
+    weights_files.write_torch(path, tensors, 'x')
     content = path.read_bytes()
     rng = np.random.default_rng(3)
     refused = 0
@@ -322,7 +330,7 @@ class TestRefusals:
       try:
         with warnings.catch_warnings():
           warnings.simplefilter('ignore')
-          got = torch_zip.read(path)
+          got = weights_files.read_torch(path)
       except CheckpointError:
         refused += 1
       else:
@@ -345,10 +353,60 @@ class TestRefusals:
         damaged[rng.integers(0, len(program))] = rng.integers(0, 256)
       path = make_zip(tmp_path / 'x.pt', bytes(damaged), [storage])
       try:
-        got = torch_zip.read(path)
+        got = weights_files.read_torch(path)
       except CheckpointError:
         continue
       assert all(isinstance(x, np.ndarray) for x in got.values())
+
+
+class TestPlaces:
+  def places(self, tmp_path, program, storages=(), **kwargs):
+    return torch_zip.open_places(
+      make_zip(tmp_path / 'x.pt', program, storages, **kwargs)
+    )
+
+  def nested(self, storage):
+    return {'model': {'a': Tensor(storage, (4,), (1,))}, 'epoch': 3}
+
+  def test_nested_dicts(self, tmp_path):
+    storage = numbers(4, np.dtype(np.float32))
+    found = self.places(tmp_path, dump(self.nested(storage)), [storage])
+    ((name, (_, tensor)),) = found.items()
+    assert name == 'model.a'
+    assert bits(tensor.read()) == bits(storage)
+
+  def test_nested_dicts_are_no_model(self, tmp_path):
+    storage = numbers(4, np.dtype(np.float32))
+    path = make_zip(tmp_path / 'x.pt', dump(self.nested(storage)), [storage])
+    with pytest.raises(UnsupportedError, match=rf'^{path}: model: expected a tensor'):
+      torch_zip.open_file(path)
+    (tmp_path / 'config.json').write_text('{}')
+    assert checkpoints.open_any(tmp_path).reason.endswith('got dict')
+
+  def test_dicts_that_are_shared_are_visited_once(self, tmp_path):
+    storage = numbers(4, np.dtype(np.float32))
+    state = {'a': Tensor(storage, (4,), (1,))}
+    for _ in range(100):  # 2^100 ways to the tensor
+      state = {'x': state, 'y': state}
+    assert len(self.places(tmp_path, dump(state), [storage])) == 1
+
+  def test_dicts_that_are_in_themselves(self, tmp_path):
+    program = b'\x80\x02}q\x00X\x01\x00\x00\x00ah\x00s.'
+    assert not self.places(tmp_path, program)
+
+  def test_joined_names_have_a_greatest_length(self, tmp_path):
+    storage = numbers(4, np.dtype(np.float32))
+    state = {'a': Tensor(storage, (4,), (1,))}
+    for _ in range(20):
+      state = {'x' * 40: state}
+    with pytest.raises(CheckpointError, match='the name has 532 characters'):
+      self.places(tmp_path, dump(state), [storage])
+
+  @pytest.mark.parametrize('read', [torch_zip.open_file, torch_zip.open_places])
+  def test_a_program_has_a_greatest_length(self, tmp_path, read):
+    path = make_zip(tmp_path / 'x.pt', dump({}) + bytes(1 << 22))
+    with pytest.raises(CheckpointError, match=r'data\.pkl is too long'):
+      read(path)
 
 
 class TestWrite:
@@ -368,8 +426,8 @@ class TestWrite:
     }
 
   def test_read_returns_what_was_written(self, tmp_path):
-    torch_zip.write(tmp_path / 'x.pt', self.tensors(), 'x')
-    got = torch_zip.read(tmp_path / 'x.pt')
+    weights_files.write_torch(tmp_path / 'x.pt', self.tensors(), 'x')
+    got = weights_files.read_torch(tmp_path / 'x.pt')
     expected = self.tensors()
     assert list(got) == list(expected)
     for name in expected:
@@ -377,7 +435,7 @@ class TestWrite:
 
   def test_layout(self, tmp_path):
     path = tmp_path / 'x.pt'
-    torch_zip.write(path, self.tensors(), 'a_0.2')
+    weights_files.write_torch(path, self.tensors(), 'a_0.2')
     fixture = TESTDATA / 'phi2-tiny-sliced-0.25' / 'phi-2_0.25.pt'
     layouts = []
     for file, stem in ((path, 'a_0.2'), (fixture, 'phi-2_0.25')):
@@ -400,13 +458,13 @@ class TestWrite:
   def test_bytes_depend_on_the_arguments_only(self, tmp_path):
     for name in 'ab':
       with mock.patch('time.time', return_value=1e9 + 1e6 * ord(name)):
-        torch_zip.write(tmp_path / f'{name}.pt', self.tensors(), 'x')
+        weights_files.write_torch(tmp_path / f'{name}.pt', self.tensors(), 'x')
     assert (tmp_path / 'a.pt').read_bytes() == (tmp_path / 'b.pt').read_bytes()
 
   def test_members_of_64_bit_size(self, tmp_path):
     with mock.patch.object(torch_zip, '_ZIP64_FROM', 100):
-      torch_zip.write(tmp_path / 'x.pt', self.tensors(), 'x')
-    got = torch_zip.read(tmp_path / 'x.pt')
+      weights_files.write_torch(tmp_path / 'x.pt', self.tensors(), 'x')
+    got = weights_files.read_torch(tmp_path / 'x.pt')
     assert bits(got['ümlaut']) == bits(self.tensors()['ümlaut'])
     assert got['ümlaut'].ctypes.data % 64 == 0
 
@@ -417,13 +475,15 @@ class TestWrite:
 
   def test_unknown_dtype(self, tmp_path):
     with pytest.raises(CheckpointError, match=r'w: PyTorch .* not support complex64'):
-      torch_zip.write(tmp_path / 'x.pt', {'w': np.zeros(2, np.complex64)}, 'x')
+      weights_files.write_torch(
+        tmp_path / 'x.pt', {'w': np.zeros(2, np.complex64)}, 'x'
+      )
 
   @pytest.mark.parametrize('zip64_from', [100, 1 << 30])
   def test_pytorch_reads_it(self, tmp_path, zip64_from):
     torch = pytest.importorskip('torch')
     with mock.patch.object(torch_zip, '_ZIP64_FROM', zip64_from):
-      torch_zip.write(tmp_path / 'x.pt', self.tensors(), 'x')
+      weights_files.write_torch(tmp_path / 'x.pt', self.tensors(), 'x')
     got = torch.load(tmp_path / 'x.pt', weights_only=True)
     for name, expected in self.tensors().items():
       tensor = got[name].contiguous()

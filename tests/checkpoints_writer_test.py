@@ -15,13 +15,13 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import safetensors
+import weights_files
 
 from rotbits_jax import checkpoints
 from rotbits_jax import outputs
 from rotbits_jax import structured
 from rotbits_jax.checkpoints import CheckpointWriter
 from rotbits_jax.checkpoints import lazy
-from rotbits_jax.checkpoints import torch_zip
 
 TESTDATA = pathlib.Path(__file__).parent / 'testdata'
 FIXTURES = sorted(path.parent.name for path in TESTDATA.glob('*/config.json'))
@@ -33,13 +33,35 @@ def bits(x):
   return x.dtype, x.shape, np.ascontiguousarray(x).tobytes()
 
 
+def specs_of(source):
+  """Returns shapes and dtypes of all parameters, by path in the model."""
+  units = [None, *range(source.config.num_layers)]
+  return {
+    ('' if unit is None else f'layers.{unit}/') + path: spec
+    for unit in units
+    for path, spec in structured.flatten(source.specs(unit)).items()
+  }
+
+
+def dtypes_of(source):
+  return {path: np.dtype(spec.dtype) for path, spec in specs_of(source).items()}
+
+
+def factors_of(source):
+  return {
+    path: checkpoints.Factored(spec.rank, spec.names)
+    for path, spec in specs_of(source).items()
+    if isinstance(spec, structured.LowRank)
+  }
+
+
 def writer_of(source, directory, **changes):
   """Makes a writer for the checkpoint that a source holds."""
   known = {
-    'dtypes': source.dtypes(),
+    'dtypes': dtypes_of(source),
     'files': source.files,
     'stem': source.stem,
-    'factors': source.factors(),
+    'factors': factors_of(source),
     'buffers': source.buffers,
   }
   return CheckpointWriter(directory, source.config, **known | changes)
@@ -85,8 +107,8 @@ class WriterTest(parameterized.TestCase):
     with writer_of(source, self.target, format='slicegpt') as writer:
       write_backwards(writer, source)
     checkpoints.save_checkpoint(source.load(), self.scratch / 'y', 'slicegpt')
-    ordered = torch_zip.read(self.scratch / 'y' / f'{source.stem}.pt')
-    written = torch_zip.read(self.target / f'{source.stem}.pt')
+    ordered = weights_files.read_torch(self.scratch / 'y' / f'{source.stem}.pt')
+    written = weights_files.read_torch(self.target / f'{source.stem}.pt')
     self.assertEqual(list(written), list(ordered))
     chex.assert_trees_all_equal(written, ordered)
     loaded = checkpoints.load_checkpoint(self.target)
@@ -176,7 +198,7 @@ class WriterTest(parameterized.TestCase):
 
   def test_factors(self):
     source, tensors = self.factored()
-    self.assertEqual(source.factors(), {'layers.1/mlp/up/kernel': (3, 'asvd')})
+    self.assertEqual(factors_of(source), {'layers.1/mlp/up/kernel': (3, 'asvd')})
     with writer_of(source, self.target) as writer:
       write_backwards(writer, source)
     written = checkpoints.to_tensors(checkpoints.load_checkpoint(self.target).model)
@@ -327,14 +349,14 @@ class WriterTest(parameterized.TestCase):
 
   def test_settings_that_are_refused(self):
     source = self.open('llama-tiny-sliced-head-0.25')
-    dtypes = source.dtypes()
+    dtypes = dtypes_of(source)
     del dtypes['layers.1/mlp/up/kernel']
     mixed = self.open('phi3-tiny-dense')
     for of, changes, match in (
       (source, {'dtypes': dtypes}, r'layers\.1/mlp/up/kernel: its dtype is missing'),
       (
         mixed,
-        {'dtypes': mixed.dtypes() | {'layers.0/mlp/up/kernel': np.float32}},
+        {'dtypes': dtypes_of(mixed) | {'layers.0/mlp/up/kernel': np.float32}},
         'gate_up_proj.weight: .* several dtypes',
       ),
       (source, {'shard_size': 0}, 'shard_size must be positive'),

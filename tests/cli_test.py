@@ -9,10 +9,12 @@ import re
 import signal
 import subprocess
 import sys
+import zipfile
 
 import numpy as np
 import pytest
 import safetensors.numpy
+import weights_files
 import word_checkpoints
 
 import rotbits_jax
@@ -162,6 +164,24 @@ class TestEncode:
     assert json.loads(out)['sliced'] is None
     for name in ('model.safetensors', 'config.json', 'LICENSE'):
       assert (tmp_path / 'out' / name).read_bytes() == (source / name).read_bytes()
+
+  def test_a_nested_state_dict_is_stored_as_plain_tensors(self, rotbits, tmp_path):
+    source, output = tmp_path / 'source', tmp_path / 'model.rotbits'
+    source.mkdir()
+    (source / 'config.json').write_bytes((DENSE / 'config.json').read_bytes())
+    weights, tensors = source / 'pytorch_model.bin', {'a': np.zeros(9999, np.float32)}
+    weights_files.write_torch(weights, tensors, 'x')
+    with zipfile.ZipFile(weights) as archive:
+      members = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(weights, 'w') as archive:
+      for name, content in members.items():
+        if name == 'x/data.pkl':  # {'model': ...}
+          content = b'\x80\x02}X\x05\0\0\0model' + content[2:-1] + b's.'
+        archive.writestr(name, content)
+    code, out, err = rotbits('encode', f'--checkpoint={source}', f'--output={output}')
+    assert (code, err) == (0, '')
+    assert 'model: expected a tensor, got dict' in out
+    np.testing.assert_array_equal(rotbits_jax.decode(output)['model.a'], tensors['a'])
 
   def test_a_file_that_is_no_saving_is_warned_of(self, rotbits, tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoints.Source, 'input_bytes', 1000)

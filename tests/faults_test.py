@@ -46,6 +46,18 @@ class FaultsTest(parameterized.TestCase):
     (self.folder / '.out.partial').mkdir()
     self.assertIn('left behind', faults.left(*arguments, may_leave=False))
 
+  def test_a_mixture_of_two_outputs_is_found(self):
+    scenario = faults.SCENARIOS['decode over a directory']
+    known = faults.expected(scenario, self.inputs, self.folder)
+    shard = min((self.folder / 'out').glob('*.safetensors'))
+    new = shard.read_bytes()
+    faults.prepare(known.files, self.folder)
+    arguments = scenario, self.inputs, self.folder, known
+    shard.write_bytes(new)  # which reads well beside the older shards
+    self.assertIn('neither', faults.left(*arguments, may_leave=False))
+    shard.write_bytes(new[:-1])
+    self.assertIsNone(faults.left(*arguments, may_leave=False))
+
 
 @pytest.mark.slow
 def test_all_operations():

@@ -111,7 +111,9 @@ def gguf_tensors(tensors):
   return renamed
 
 
-def write(path, tensors, settings=None, *, architecture='llama', tokenizer=None):
+def write(
+  path, tensors, settings=None, *, architecture='llama', tokenizer=None, fields=None
+):
   """Writes a GGUF file; a tensor is an array, or bytes and their type."""
   writer = gguf.GGUFWriter(path, architecture)
   for name, value in (SETTINGS | (settings or {})).items():
@@ -122,6 +124,7 @@ def write(path, tensors, settings=None, *, architecture='llama', tokenizer=None)
     else:
       writer.add_string(name, value)
   tokenizer = {'model': 'gpt2', 'pre': 'smollm'} | (tokenizer or {})
+  fields = {f'tokenizer.ggml.{key}': value for key, value in (fields or {}).items()}
   writer.add_tokenizer_model(tokenizer['model'])
   writer.add_tokenizer_pre(tokenizer['pre'])
   writer.add_token_list(TOKENS)
@@ -129,6 +132,10 @@ def write(path, tensors, settings=None, *, architecture='llama', tokenizer=None)
   writer.add_token_merges(MERGES)
   writer.add_bos_token_id(1)
   writer.add_eos_token_id(0)
+  adders = {int: writer.add_uint32, str: writer.add_string, list: writer.add_array}
+  for name, value in fields.items():
+    del writer.kv_data[0][name]
+    adders[type(value)](name, value)
   for name, tensor in tensors.items():
     array, kind = tensor if isinstance(tensor, tuple) else (tensor, None)
     writer.add_tensor(name, array, raw_dtype=kind)
@@ -215,7 +222,7 @@ class TestModel:
     source = checkpoints.open_checkpoint(path)
     exact = gguf_files.read_gguf(path, dtype=np.float32)
     assert (source.config, source.files) == (exact.model.config, exact.files)
-    assert source.dtypes()['embed/tokens'] == np.float16
+    assert source.specs(None)['embed']['tokens'].dtype == np.float16
     jax.tree.map(
       lambda x, y: np.testing.assert_array_equal(x, y.astype(np.float16)),
       [source.outer(), source.layer(0)],
@@ -269,6 +276,12 @@ class TestRefused:
       ({'settings': {'llama.block_count': 3}}, r'missing: model\.layers\.2'),
       ({'tokenizer': {'model': 'llama'}}, "tokenizer.ggml.model is 'llama'"),
       ({'tokenizer': {'pre': 'llama-bpe'}}, "tokenizer.ggml.pre is 'llama-bpe'"),
+      ({'fields': {'tokens': 7}}, 'tokens is 7; supported: a list of strings'),
+      ({'fields': {'tokens': [1, 2]}}, r'tokens is \[1, 2\]; supported'),
+      ({'fields': {'token_type': 7}}, 'token_type is 7; supported: a list of integers'),
+      ({'fields': {'token_type': [0.5]}}, r'token_type is \[0\.5\]; supported'),
+      ({'fields': {'merges': 'a b'}}, "merges is 'a b'; supported: a list of strings"),
+      ({'fields': {'eos_token_id': '0'}}, "eos_token_id is '0'; supported: an integer"),
     ],
   )
   def test_what_would_be_read_wrongly(self, tmp_path, arguments, match):

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import reference_forward
 import transform_checks
+import weights_files
 
 import rotbits_jax
 from rotbits_jax import checkpoints
@@ -22,7 +23,6 @@ from rotbits_jax import models
 from rotbits_jax import structured
 from rotbits_jax import symmetries
 from rotbits_jax.checkpoints import factors
-from rotbits_jax.checkpoints import safetensors_files
 from rotbits_jax.symmetries import low_rank
 
 DENSE = pathlib.Path(__file__).parent / 'testdata' / 'llama-tiny-dense'
@@ -416,13 +416,13 @@ class FactorCheckpointsTest(parameterized.TestCase):
     directory = scratch / 'model'
     directory.mkdir()
     (directory / 'config.json').write_text(json.dumps(LLAMA))
-    safetensors_files.write(directory / 'model.safetensors', stored)
+    weights_files.write_safetensors(directory / 'model.safetensors', stored)
     checkpoint = rotbits_jax.load_checkpoint(directory)
     self.assertEqual(checkpoint.model.config, config)
     data = rotbits_jax.encode(checkpoint.model, preset='exact', files=checkpoint.files)
     again = scratch / 'again'
     rotbits_jax.save_checkpoint(rotbits_jax.decode_checkpoint(data), again)
-    saved = safetensors_files.read(again / 'model.safetensors')
+    saved = weights_files.read_safetensors(again / 'model.safetensors')
     chex.assert_trees_all_equal(saved, stored)
 
   def test_factors_that_do_not_fit_are_refused_by_name(self):
@@ -448,25 +448,25 @@ class FactorCheckpointsTest(parameterized.TestCase):
       checkpoints.from_tensors(stored, config)
 
 
-class AdapterTest(absltest.TestCase):
-  def test_an_adapter_goes_through_a_file_with_fewer_numbers(self):
+class TreeTest(absltest.TestCase):
+  def test_a_pair_goes_through_a_file_with_fewer_numbers(self):
     rng = np.random.default_rng(0)
-    prefix = 'base_model.model.model.layers.0.self_attn.q_proj'
+    prefix = 'model.layers.0.self_attn.q_proj'
     tensors = {
-      f'{prefix}.lora_A.weight': rng.standard_normal((4, 24)).astype(np.float16),
-      f'{prefix}.lora_B.weight': rng.standard_normal((16, 4)).astype(np.float16),
-      'base_model.model.score.weight': np.ones((2, 3), np.float16),
+      f'{prefix}.BLinear.weight': rng.standard_normal((4, 24)).astype(np.float16),
+      f'{prefix}.ALinear.weight': rng.standard_normal((16, 4)).astype(np.float16),
+      'score.weight': np.ones((2, 3), np.float16),
     }
-    tree, notes = low_rank.fix_pairs(factors.join_adapter(tensors))
+    tree, notes = low_rank.fix_pairs(factors.join(tensors, [f'{prefix}.weight']))
     self.assertEqual(notes[0]['numbers'], 4 * (16 + 24 - 4))
-    data = rotbits_jax.encode({'adapter': tree}, preset='exact')
-    saved = factors.split(rotbits_jax.decode(data)['adapter'])
+    data = rotbits_jax.encode({'pairs': tree}, preset='exact')
+    saved = factors.split(rotbits_jax.decode(data)['pairs'])
     chex.assert_trees_all_equal_shapes_and_dtypes(saved, tensors)
-    update = lambda x: (
-      np.float64(x[f'{prefix}.lora_B.weight'])
-      @ np.float64(x[f'{prefix}.lora_A.weight'])
+    product = lambda x: (
+      np.float64(x[f'{prefix}.ALinear.weight'])
+      @ np.float64(x[f'{prefix}.BLinear.weight'])
     )
-    self.assertLess(_relative(update(saved), update(tensors)), 2**-11)
+    self.assertLess(_relative(product(saved), product(tensors)), 2**-11)
 
 
 if __name__ == '__main__':

@@ -15,13 +15,12 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import optax
+import weights_files
 
 from fuzz import containers
 import rotbits_jax
 from rotbits_jax import checkpoints
 from rotbits_jax import structured
-from rotbits_jax.checkpoints import safetensors_files
-from rotbits_jax.checkpoints import torch_zip
 from rotbits_jax.file import manifest as manifest_lib
 
 TESTDATA = pathlib.Path(__file__).parent / 'testdata'
@@ -176,7 +175,7 @@ class CheckpointTest(parameterized.TestCase):
     self.assertEqual(saved, report.input_bytes - self.file.stat().st_size)
 
   def test_safetensors(self):
-    safetensors_files.write(self.source / 'model.safetensors', _tensors())
+    weights_files.write_safetensors(self.source / 'model.safetensors', _tensors())
     self.check_round_trip()
     decoded = rotbits_jax.decode(self.file)
     self.assertEqual(decoded.keys(), _tensors().keys())
@@ -194,7 +193,7 @@ class CheckpointTest(parameterized.TestCase):
   def test_safetensors_with_dtypes_that_numpy_lacks(self):
     tensors = {'a': np.zeros(3, ml_dtypes.float8_e5m2), 'b': np.ones(2, np.int64)}
     path = self.source / 'model.safetensors'
-    safetensors_files.write(path, tensors)
+    weights_files.write_safetensors(path, tensors)
     path.write_bytes(path.read_bytes().replace(b'F8_E5M2', b'F8_E8M0'))
     self.check_round_trip()
 
@@ -202,7 +201,7 @@ class CheckpointTest(parameterized.TestCase):
     tensors, index = _tensors(), {}
     for i, part in enumerate((list(tensors)[::2], list(tensors)[1::2]), 1):
       name = f'model-{i:05}-of-00002.safetensors'
-      safetensors_files.write(self.source / name, {x: tensors[x] for x in part})
+      weights_files.write_safetensors(self.source / name, {x: tensors[x] for x in part})
       index |= dict.fromkeys(part, name)
     text = json.dumps({'weight_map': index}, indent=3)
     (self.source / 'model.safetensors.index.json').write_text(text)
@@ -210,7 +209,7 @@ class CheckpointTest(parameterized.TestCase):
 
   def test_pytorch(self):
     path = self.source / 'pytorch_model.bin'
-    torch_zip.write(path, _tensors(), 'archive')
+    weights_files.write_torch(path, _tensors(), 'archive')
     self.check_round_trip()
 
   def test_pytorch_views_and_tied_tensors(self):
@@ -222,7 +221,7 @@ class CheckpointTest(parameterized.TestCase):
 
   def test_pytorch_with_compressed_members_is_refused(self):
     path = self.source / 'pytorch_model.bin'
-    torch_zip.write(path, _tensors(), 'archive')
+    weights_files.write_torch(path, _tensors(), 'archive')
     with zipfile.ZipFile(path) as archive:
       members = {name: archive.read(name) for name in archive.namelist()}
     with zipfile.ZipFile(path, 'w', zipfile.ZIP_DEFLATED) as archive:
@@ -233,7 +232,9 @@ class CheckpointTest(parameterized.TestCase):
 
   def test_without_a_config(self):
     (self.source / 'config.json').unlink()
-    safetensors_files.write(self.source / 'adapter_model.safetensors', _tensors())
+    weights_files.write_safetensors(
+      self.source / 'adapter_model.safetensors', _tensors()
+    )
     self.check_round_trip()
 
   def test_a_known_family_with_a_setting_that_is_not_known(self):
@@ -250,11 +251,11 @@ class CheckpointTest(parameterized.TestCase):
     # Mamba's configs have `"time_step_limit": [0.0, Infinity]`.
     config = '{"model_type": "mamba2", "time_step_limit": [0.0, Infinity]}'
     (self.source / 'config.json').write_text(config)
-    safetensors_files.write(self.source / 'model.safetensors', _tensors())
+    weights_files.write_safetensors(self.source / 'model.safetensors', _tensors())
     self.check_round_trip()
 
   def test_output_shards_and_an_output_beside_the_input(self):
-    safetensors_files.write(self.source / 'model.safetensors', _tensors())
+    weights_files.write_safetensors(self.source / 'model.safetensors', _tensors())
     self.check_round_trip()
     beside = self.source / 'old'
     beside.write_bytes(self.file.read_bytes())
@@ -268,7 +269,7 @@ class CheckpointTest(parameterized.TestCase):
     )
 
   def test_a_killed_run_is_resumed(self):
-    safetensors_files.write(self.source / 'model.safetensors', _tensors())
+    weights_files.write_safetensors(self.source / 'model.safetensors', _tensors())
     rotbits_jax.encode_to_file(self.source, self.file)
     expected = self.file.read_bytes()
     opened = checkpoints.open_tensors(self.source)
@@ -292,7 +293,7 @@ class CheckpointTest(parameterized.TestCase):
     self.assertNotIn('h.0.attn.weight', reread)
 
   def test_damage_is_found(self):
-    safetensors_files.write(self.source / 'model.safetensors', _tensors())
+    weights_files.write_safetensors(self.source / 'model.safetensors', _tensors())
     rotbits_jax.encode_to_file(self.source, self.file)
     data = self.file.read_bytes()
     for position in np.linspace(0, len(data) - 1, 80).astype(int):
@@ -304,12 +305,12 @@ class CheckpointTest(parameterized.TestCase):
 
   def test_another_checkpoint_is_not_what_was_encoded(self):
     path = self.source / 'model.safetensors'
-    safetensors_files.write(path, _tensors())
+    weights_files.write_safetensors(path, _tensors())
     rotbits_jax.encode_to_file(self.source, self.file)
-    safetensors_files.write(path, _tensors() | {'scale': np.float32(3)})
+    weights_files.write_safetensors(path, _tensors() | {'scale': np.float32(3)})
     with self.assertRaisesRegex(rotbits_jax.ContainerError, 'scale: differs'):
       rotbits_jax.verify(self.file, against=self.source)
-    safetensors_files.write(path, _tensors())
+    weights_files.write_safetensors(path, _tensors())
     path.write_bytes(path.read_bytes().replace(b'"format":"pt"', b'"format":"tp"'))
     with self.assertRaisesRegex(rotbits_jax.ContainerError, 'safetensors: differs'):
       rotbits_jax.verify(self.file, against=self.source)
@@ -323,7 +324,7 @@ class CheckpointTest(parameterized.TestCase):
 
   def test_a_weights_file_has_one_place_for_each_tensor(self):
     tensors = {'a': np.ones(3), 'b': np.zeros(3)}
-    safetensors_files.write(self.source / 'model.safetensors', tensors)
+    weights_files.write_safetensors(self.source / 'model.safetensors', tensors)
     rotbits_jax.encode_to_file(self.source, self.file)
     streams, manifest = containers.unpack(self.file.read_bytes())
     (weights,) = manifest['weights']
@@ -341,7 +342,7 @@ class CheckpointTest(parameterized.TestCase):
   def test_what_is_not_in_tensors_is_bounded_over_all_files(self):
     for name in ('one', 'two'):
       tensors = {name: np.ones(3)}
-      safetensors_files.write(self.source / f'{name}.safetensors', tensors)
+      weights_files.write_safetensors(self.source / f'{name}.safetensors', tensors)
     index = {'weight_map': {x: f'{x}.safetensors' for x in ('one', 'two')}}
     (self.source / 'model.safetensors.index.json').write_text(json.dumps(index))
     rotbits_jax.encode_to_file(self.source, self.file, files={})
@@ -362,7 +363,7 @@ class CheckpointTest(parameterized.TestCase):
     'manifest.weight', 'files/LICENSE', 'rest/model.safetensors.weight'
   )
   def test_names_of_other_streams_are_refused_before_the_work(self, name):
-    safetensors_files.write(self.source / 'model.safetensors', {name: np.ones(3)})
+    weights_files.write_safetensors(self.source / 'model.safetensors', {name: np.ones(3)})
     read = mock.patch.object(
       checkpoints.TensorFiles, 'read', side_effect=AssertionError
     )
@@ -371,7 +372,7 @@ class CheckpointTest(parameterized.TestCase):
     self.assertFalse(self.file.exists())
 
   def test_models_need_a_known_family(self):
-    safetensors_files.write(self.source / 'model.safetensors', _tensors())
+    weights_files.write_safetensors(self.source / 'model.safetensors', _tensors())
     rotbits_jax.encode_to_file(self.source, self.file)
     with self.assertRaisesRegex(rotbits_jax.ContainerError, 'known family'):
       rotbits_jax.decode_checkpoint(self.file)

@@ -12,14 +12,14 @@ from fuzz import sweep
 from rotbits_jax import presets
 from rotbits_jax.cli import main
 
-PRESETS = tuple(seeds.presets_of_sweep())
+PRESETS = (*seeds.presets_of_sweep(), seeds.PLAIN)
 
 
 def swept(preset, stride):
   """Counts by kind, and failures."""
   failures = []
-  data = seeds.containers_of_presets()[preset]
-  other = seeds.containers_of_presets(seed=1)[preset]
+  data = seeds.containers_of_sweep()[preset]
+  other = seeds.containers_of_sweep(seed=1)[preset]
   return sweep.sweep(data, other, stride=stride, report=failures.append), failures
 
 
@@ -40,7 +40,7 @@ class SweepTest(parameterized.TestCase):
   def test_all_damage(self, preset):
     counts, failures = swept(preset, stride=1)
     self.assertEmpty(failures)
-    size = len(seeds.containers_of_presets()[preset])
+    size = len(seeds.containers_of_sweep()[preset])
     self.assertEqual(counts['flip'].cases, size)
     self.assertEqual(counts['truncation'].cases, size)
 

@@ -10,23 +10,32 @@ from rotbits_jax import strict_json
 from rotbits_jax.checkpoints import errors
 
 _MISSING: Any = object()
+_MOST_CONFIG = 1 << 20  # bytes; configs have a few thousand
 
 
-def parse_json(content: bytes, where: str) -> Any:
+def parse_json(content: bytes, where: str, *, most: int = _MOST_CONFIG) -> Any:
   """Parses a JSON file of a checkpoint.
+
+  The limit bounds memory: the parsed value may take 30 times as much as its text.
 
   Args:
     content: of the file.
     where: name of the file in error messages.
+    most: the greatest size of the content in bytes.
 
   Returns:
     The JSON value.
 
   Raises:
-    UnsupportedError: if the content is JSON with an infinite number or the like, see
-      `strict_json.LimitError`. Configs of families that are not known have these.
+    UnsupportedError: if the content is too long, or is JSON with an infinite number or
+      the like, see `strict_json.LimitError`. Configs of families that are not known
+      have these.
     CheckpointError: if the content is not JSON.
   """
+  if len(content) > most:
+    raise errors.UnsupportedError(
+      f'{where}: the JSON has {len(content)} bytes, more than {most}'
+    )
   try:
     return strict_json.loads(content)
   except strict_json.LimitError as e:
@@ -48,7 +57,9 @@ class Attributes:
 
   def __init__(self, values: Any, where: str):
     if not isinstance(values, dict):
-      raise errors.CheckpointError(f'{where}: expected an object, got {values!r}')
+      raise errors.CheckpointError(
+        f'{where}: expected an object, got {errors.cut(repr(values))}'
+      )
     self._values, self._left, self.where = values, set(values), where
 
   def __contains__(self, name: str) -> bool:
@@ -110,8 +121,7 @@ class Attributes:
 
   def refuse(self, name: str, value: Any, expected: str) -> None:
     """Raises a `CheckpointError` that names an attribute, its value and `expected`."""
-    shown = repr(value)
-    shown = shown if len(shown) <= 80 else f'{shown[:77]}...'
     raise errors.CheckpointError(
-      f'{self.where}: {name} is {shown}; supported: {expected}'
+      f'{self.where}: {errors.cut(name)} is {errors.cut(repr(value))}; '
+      f'supported: {expected}'
     )

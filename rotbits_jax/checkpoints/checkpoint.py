@@ -17,6 +17,7 @@ from rotbits_jax.checkpoints import attributes
 from rotbits_jax.checkpoints import configs
 from rotbits_jax.checkpoints import errors
 from rotbits_jax.checkpoints import gguf_files
+from rotbits_jax.checkpoints import lazy
 from rotbits_jax.checkpoints import safetensors_files
 from rotbits_jax.checkpoints import source as source_lib
 from rotbits_jax.checkpoints import tensor_files
@@ -36,6 +37,7 @@ _NO_SIDECARS = frozenset([
   '.tflite',
 ])  # fmt: skip
 _MOST_SIDECAR = 1 << 28  # bytes; tokenizers have up to 40 MB
+_MOST_SIDECARS = 1 << 30  # bytes of all together
 _TORCH_WEIGHTS = 'pytorch_model.bin'
 _TORCH_INDEX = 'pytorch_model.bin.index.json'
 
@@ -72,14 +74,18 @@ def open_checkpoint(path: str | os.PathLike[str]) -> source_lib.Source:
 
   files, left_out = _read_sidecars(weights, shards)
   if CONFIG not in files:
-    raise errors.UnsupportedError(f'{weights.parent}: there is no {CONFIG}')
-  config_json = attributes.parse_json(files[CONFIG], str(weights.parent / CONFIG))
-  slicings = _slicing_jsons(weights.parent, files)
+    raise errors.UnsupportedError(
+      f'{weights.parent}: there is no {CONFIG} other than a link that leaves the folder'
+      if CONFIG in left_out
+      else f'{weights.parent}: there is no {CONFIG}'
+    )
+  config_json = _parse(weights.parent, files, CONFIG)
+  stems = _slicing_stems(weights.parent, files)
   stem, slicing_json = None, None
   if tensors_lib.is_sliced(tensors):
-    stem = _slicing_stem(weights, slicings)
-    slicing_json = slicings[stem]
-  for other in slicings.keys() - {stem}:
+    stem = _slicing_stem(weights, stems)
+    slicing_json = _parse(weights.parent, files, f'{stem}.json')
+  for other in stems - {stem}:
     del files[f'{other}.json']
   try:
     config = configs.parse_config(config_json, slicing_json)
@@ -114,7 +120,7 @@ def open_tensors(
     shards = safetensors_files.shards_of(weights)
   files, left_out = _read_sidecars(weights, shards)
   if weights.suffix == '.json':
-    files[weights.name] = weights.read_bytes()
+    files[weights.name] = safetensors_files.read_index(weights)
   return tensor_files.TensorFiles(
     weights,
     {shard: open_places(shard) for shard in shards},
@@ -241,7 +247,7 @@ def _find_weights(path: pathlib.Path) -> pathlib.Path:
       '.gguf file must be named itself'
     )
   if len(candidates) > 1:
-    names = ', '.join(file.name for file in candidates)
+    names = errors.cut(', '.join(file.name for file in candidates))
     raise errors.CheckpointError(
       f'{path}: the path must name one of the weights files {names}'
     )
@@ -263,48 +269,70 @@ def _read_sidecars(
 
   Returns:
     The files by name, and the names of the files and folders that are no sidecars:
-    other weights and arrays, large files, and folders that are not hidden.
+    other weights and arrays, large files, links that leave the folder, what is no
+    regular file, and folders that are not hidden.
   """
-  files, left_out = {}, []
+  files, left_out, room = {}, [], _MOST_SIDECARS
   own = {weights, *shards}
   for file in sorted(weights.parent.iterdir()):
-    if file in own or not file.exists():
+    if file in own or not os.path.exists(file):
       continue
     if file.is_dir():
       left_out += [] if file.name.startswith('.') else [f'{file.name}/']
     elif file.name.endswith('.index.json'):
       continue
-    elif file.suffix not in _NO_SIDECARS and file.stat().st_size <= _MOST_SIDECAR:
-      files[file.name] = file.read_bytes()
-    else:
+    elif (
+      file.suffix in _NO_SIDECARS
+      or not _is_inside(file)
+      or file.stat().st_size > min(_MOST_SIDECAR, room)
+    ):
       left_out.append(file.name)
+    else:
+      files[file.name] = lazy.File.of(file).read(_MOST_SIDECAR)
+      room -= len(files[file.name])
   return files, tuple(left_out)
 
 
-def _slicing_jsons(
-  directory: pathlib.Path, files: dict[str, bytes]
-) -> dict[str, dict[str, Any]]:
-  """Finds the slicing JSONs among the sidecar files; returns them by stem."""
-  found = {}
-  for name, content in files.items():
-    if name.endswith('.json') and f'"{configs.SLICING_KEY}"'.encode() in content:
-      parsed = attributes.parse_json(content, str(directory / name))
-      if isinstance(parsed, dict) and configs.SLICING_KEY in parsed:
-        found[name.removesuffix('.json')] = parsed
-  return found
+def _is_inside(file: pathlib.Path) -> bool:
+  """Returns whether a path is that of a regular file in its folder.
+
+  A stranger's folder may have links to files of ours, which encoding would give away.
+  The links of Hugging Face's cache lead from `snapshots/<revision>` into `blobs`.
+  """
+  folder = pathlib.Path(os.path.realpath(file.parent))
+  real = pathlib.Path(os.path.realpath(file))
+  blobs = folder.parent.parent / 'blobs'
+  return real.is_file() and (real.is_relative_to(folder) or real.parent == blobs)
 
 
-def _slicing_stem(weights: pathlib.Path, slicings: dict[str, dict[str, Any]]) -> str:
+def _parse(directory: pathlib.Path, files: dict[str, bytes], name: str) -> Any:
+  """Parses a sidecar file that is JSON."""
+  return attributes.parse_json(files[name], str(directory / name))
+
+
+def _slicing_stems(directory: pathlib.Path, files: dict[str, bytes]) -> set[str]:
+  """Returns the stems of the slicing JSONs among the sidecar files."""
+  key = f'"{configs.SLICING_KEY}"'.encode()
+  names = [name for name, x in files.items() if name.endswith('.json') and key in x]
+  return {
+    name.removesuffix('.json')
+    for name in names
+    if isinstance(parsed := _parse(directory, files, name), dict)
+    and configs.SLICING_KEY in parsed
+  }
+
+
+def _slicing_stem(weights: pathlib.Path, stems: set[str]) -> str:
   """Returns the stem of the slicing JSON that describes the weights."""
   if weights.suffix == '.pt':
-    if weights.stem not in slicings:
+    if weights.stem not in stems:
       raise errors.CheckpointError(
         f'{weights}: the slicing JSON {weights.stem}.json must be beside it'
       )
     return weights.stem
-  if len(slicings) != 1:
-    names = ', '.join(f'{stem}.json' for stem in slicings) or 'none'
+  if len(stems) != 1:
+    names = errors.cut(', '.join(f'{stem}.json' for stem in sorted(stems))) or 'none'
     raise errors.CheckpointError(
       f'{weights}: a sliced model needs one slicing JSON beside it, got {names}'
     )
-  return next(iter(slicings))
+  return min(stems)

@@ -1,16 +1,13 @@
 """Linear layers that a checkpoint stores as two factors, `weight = left @ right`.
 
-Compression by singular values replaces a linear layer by two smaller ones. An adapter
-(LoRA) adds two small linear layers beside the original one. To support another method,
-add the names of its tensors to `FACTORS`.
+Compression by singular values replaces a linear layer by two smaller ones. To support
+another method, add the names of its tensors to `FACTORS`.
 
 Shape letters: a weight is `[out, in]`, and its rank r is the width between the factors.
 """
 
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
-
-import numpy as np
 
 from rotbits_jax import structured
 from rotbits_jax.checkpoints import errors
@@ -43,9 +40,6 @@ FACTORS = {
   'asvd': FactorNames('{}.ALinear.weight', '{}.BLinear.weight', '{}.ALinear.bias'),
   'linears': FactorNames('{}.U.weight', '{}.V.weight', '{}.U.bias'),
   'factors': FactorNames('{}.U', '{}.V', '{}.bias'),
-  # Hugging Face's PEFT. The product of an adapter's factors does not replace the weight
-  # of the same name; a multiple of it is added to the weight.
-  'lora': FactorNames('{}.lora_B.weight', '{}.lora_A.weight', '{}.lora_B.bias'),
 }
 """The known naming schemes; `structured.FactorPair.names` is one of the keys."""
 
@@ -62,21 +56,13 @@ class Factored(NamedTuple):
   names: str
 
 
-_WEIGHTS = tuple(row for row in FACTORS if row != 'lora')
-
-
-def join(
-  tensors: Mapping[str, Any],
-  weights: Iterable[str],
-  rows: tuple[str, ...] = _WEIGHTS,
-) -> dict[str, Any]:
+def join(tensors: Mapping[str, Any], weights: Iterable[str]) -> dict[str, Any]:
   """Replaces the two factors of a weight by one `structured.LowRank` leaf.
 
   Args:
     tensors: arrays, or descriptions of arrays such as `lazy.LazyTensor`, by their names
       in the checkpoint.
     weights: names of weights, `<layer>.weight`, that may be stored as factors.
-    rows: keys of `FACTORS`, the naming schemes to look for.
 
   Returns:
     The tensors. A leaf `[out, in]` has the name `<layer>.weight`, and the bias of its
@@ -87,7 +73,7 @@ def join(
   """
   joined = dict(tensors)
   for weight in weights:
-    for row in rows:
+    for row in FACTORS:
       names = _names(row, weight)
       if weight in joined or names.left not in joined or names.right not in joined:
         continue
@@ -130,25 +116,6 @@ def split(tensors: Mapping[str, Any]) -> dict[str, Any]:
         found[names.bias] = found.pop(_bias(weight))
       found |= {names.left: pair.u, names.right: pair.v}
   return found
-
-
-def join_adapter(tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:
-  """Joins the factor pairs of a LoRA adapter, `lora_B @ lora_A`.
-
-  Args:
-    tensors: the content of PEFT's `adapter_model.safetensors`.
-
-  Returns:
-    A `structured.LowRank` `[out, in]` for each weight that the adapter changes, under
-    the name of the weight; the adapter adds a multiple of the leaf to that weight. The
-    other tensors are included. `split` is the inverse.
-
-  Raises:
-    CheckpointError: see `join`.
-  """
-  suffix = FACTORS['lora'].left.removeprefix('{}')
-  layers = [name.removesuffix(suffix) for name in tensors if name.endswith(suffix)]
-  return join(tensors, [f'{layer}.weight' for layer in layers], ('lora',))
 
 
 def _names(row: str, weight: str) -> FactorNames:

@@ -47,6 +47,7 @@ _PERMUTED = {
   'attn_q.weight': 'num_attention_heads',
   'attn_k.weight': 'num_key_value_heads',
 }
+_KINDS = {str: 'strings', int: 'integers'}
 _CONTROL, _USER_DEFINED = 3, 4  # types of tokens that are neither split nor merged
 
 
@@ -157,7 +158,7 @@ def _config_json(metadata: dict[str, Any], tied: bool) -> dict[str, Any]:
   architecture = metadata.get('general.architecture')
   if architecture != 'llama':
     raise errors.CheckpointError(
-      f'general.architecture is {architecture!r}; supported: llama'
+      f'general.architecture is {errors.cut(repr(architecture))}; supported: llama'
     )
   settings = {k: v for k, v in metadata.items() if k.startswith('llama.')}
   values = attributes.Attributes(
@@ -175,7 +176,7 @@ def _config_json(metadata: dict[str, Any], tied: bool) -> dict[str, Any]:
     }
   )
   tokens = {
-    f'{name}_token_id': metadata[f'tokenizer.ggml.{key}_token_id']
+    f'{name}_token_id': _token(metadata, f'tokenizer.ggml.{key}_token_id')
     for name, key in (('bos', 'bos'), ('eos', 'eos'), ('pad', 'padding'))
     if f'tokenizer.ggml.{key}_token_id' in metadata
   }
@@ -209,10 +210,9 @@ def _tokenizer_json(metadata: dict[str, Any]) -> dict[str, Any]:
     value = metadata.get(f'tokenizer.ggml.{key}')
     if value != known:
       raise errors.CheckpointError(
-        f'tokenizer.ggml.{key} is {value!r}; supported: {known}'
+        f'tokenizer.ggml.{key} is {errors.cut(repr(value))}; supported: {known}'
       )
-  tokens = _tokens(metadata)
-  kinds = metadata.get('tokenizer.ggml.token_type', [])
+  tokens, kinds = _tokens(metadata), _entries(metadata, 'token_type', int)
   byte_level = {'type': 'ByteLevel', 'add_prefix_space': False, 'trim_offsets': True}
   return {
     'version': '1.0',
@@ -241,16 +241,36 @@ def _tokenizer_json(metadata: dict[str, Any]) -> dict[str, Any]:
     'model': {
       'type': 'BPE',
       'vocab': {token: index for index, token in enumerate(tokens)},
-      'merges': metadata.get('tokenizer.ggml.merges', []),
+      'merges': _entries(metadata, 'merges', str),
     },
   }
 
 
 def _tokens(metadata: dict[str, Any]) -> list[str]:
-  tokens = metadata.get('tokenizer.ggml.tokens')
+  tokens = _entries(metadata, 'tokens', str)
   if not tokens:
     raise errors.CheckpointError('tokenizer.ggml.tokens is missing')
   return tokens
+
+
+def _token(metadata: dict[str, Any], key: str) -> int:
+  value = metadata[key]
+  if type(value) is not int:
+    raise errors.CheckpointError(
+      f'{key} is {errors.cut(repr(value))}; supported: an integer'
+    )
+  return value
+
+
+def _entries(metadata: dict[str, Any], key: str, kind: type) -> list[Any]:
+  """Returns a list of the tokenizer, which is empty if the file lacks it."""
+  values = metadata.get(f'tokenizer.ggml.{key}', [])
+  if not isinstance(values, list) or not all(type(x) is kind for x in values):
+    raise errors.CheckpointError(
+      f'tokenizer.ggml.{key} is {errors.cut(repr(values))}; '
+      f'supported: a list of {_KINDS[kind]}'
+    )
+  return values
 
 
 def _hugging_face_name(name: str) -> tuple[str, str | None]:
@@ -263,7 +283,7 @@ def _hugging_face_name(name: str) -> tuple[str, str | None]:
     return _OUTER[name], None
   if layer is not None and layer[2] in _LAYER:
     return f'model.layers.{layer[1]}.{_LAYER[layer[2]]}', _PERMUTED.get(layer[2])
-  raise errors.CheckpointError(f'the tensor {name} is unknown')
+  raise errors.CheckpointError(f'the tensor {errors.cut(name)} is unknown')
 
 
 def _tensor(

@@ -10,6 +10,7 @@ import math
 import mmap
 import os
 import pathlib
+import stat
 
 import numpy as np
 
@@ -17,6 +18,7 @@ from rotbits_jax.checkpoints import errors
 
 _PIECE = 1 << 23  # bytes that are made contiguous at a time
 MAX_AXES = 32  # of a tensor, because NumPy supports no more on all versions
+_MOST_NAME = 500  # characters
 _TILE = 64  # rows and columns that are transposed at a time
 
 
@@ -44,6 +46,18 @@ def numpy_holds(shape: Sequence[int], dtype: np.dtype) -> bool:
   """Returns whether NumPy supports arrays of this shape, even empty ones."""
   size = math.prod(n for n in shape if n) * dtype.itemsize
   return len(shape) <= MAX_AXES and size < 1 << 63
+
+
+def check_name(name: str) -> None:
+  """Checks the length of a tensor's name, which errors and files repeat.
+
+  Raises:
+    CheckpointError: if the name is too long.
+  """
+  if len(name) > _MOST_NAME:
+    raise errors.CheckpointError(
+      f'{errors.cut(name)}: the name has {len(name)} characters, more than {_MOST_NAME}'
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,13 +97,34 @@ class File:
     """Records the present state of the file at a path.
 
     Raises:
-      CheckpointError: if there is no such file.
+      CheckpointError: if there is no such file, or it is a pipe or the like.
     """
     try:
       found = os.stat(path)
     except OSError as e:
       raise errors.CheckpointError(f'{path}: {e.strerror}') from e
+    if not stat.S_ISREG(found.st_mode):  # a pipe waits, and a device may have no end
+      raise errors.CheckpointError(f'{path}: not a regular file')
     return cls(pathlib.Path(path), found.st_size, found.st_mtime_ns)
+
+  def read(self, most: int) -> bytes:
+    """Reads the whole file into memory.
+
+    Args:
+      most: the greatest size in bytes.
+
+    Raises:
+      CheckpointError: if the file is larger, or changed after it was opened.
+    """
+    if self.size > most:
+      raise errors.CheckpointError(
+        f'{self.path}: the file has {self.size} bytes, more than {most}'
+      )
+    with open(self.path, 'rb') as file:
+      content = file.read(self.size + 1)
+    if len(content) != self.size:
+      raise errors.CheckpointError(f'{self.path}: the file changed after it was opened')
+    return content
 
   def map(self, offset: int, size: int) -> memoryview:
     """Maps a part of the file into memory, read-only.

@@ -44,6 +44,9 @@ _DTYPES: dict[str, np.dtype] = {
 
 Specs = Mapping[str, lazy.TensorSpec]
 
+# Bytes of a header or an index; the largest checkpoints have an index of 14 MB.
+_MOST_JSON = 1 << 25
+
 
 def open_file(path: str | os.PathLike[str]) -> dict[str, lazy.LazyTensor]:
   """Opens a safetensors file. Only its header is read.
@@ -118,19 +121,31 @@ def _entries(file: lazy.File) -> dict[str, _Entry]:
     with safetensors.safe_open(file.path, framework='np'):
       pass
   except safetensors.SafetensorError as e:
-    raise errors.CheckpointError(f'{file.path}: {e}') from e
+    raise errors.CheckpointError(f'{file.path}: {errors.cut(str(e))}') from e
   (header_size,) = struct.unpack('<Q', file.map(0, 8))
   found = {}
   content = bytes(file.map(8, header_size))
-  header = attributes.parse_json(content, f'{file.path}: header')
+  header = attributes.parse_json(content, f'{file.path}: header', most=_MOST_JSON)
   for name, entry in header.items():
     if name != '__metadata__':
+      lazy.check_name(name)
       begin, end = (8 + header_size + offset for offset in entry['data_offsets'])
       shape, code = tuple(entry['shape']), entry['dtype']
       if not lazy.numpy_holds(shape, _DTYPES.get(code, np.dtype(np.uint8))):
-        raise errors.CheckpointError(f'{file.path}: {name} has shape {shape}')
+        raise errors.CheckpointError(
+          f'{file.path}: {name} has shape {errors.cut(str(shape))}'
+        )
       found[name] = _Entry(code, shape, begin, end - begin)
   return found
+
+
+def read_index(path: pathlib.Path) -> bytes:
+  """Returns the content of an index of shards.
+
+  Raises:
+    CheckpointError: if there is no such file, or it is larger than an index.
+  """
+  return lazy.File.of(path).read(_MOST_JSON)
 
 
 def shards_of(index_path: str | os.PathLike[str]) -> list[pathlib.Path]:
@@ -147,11 +162,14 @@ def shards_of(index_path: str | os.PathLike[str]) -> list[pathlib.Path]:
   for shard in sorted(set(_weight_map(index_path).values())):
     if pathlib.PurePath(shard).name != shard:
       raise errors.CheckpointError(
-        f'{index_path}: the shard {shard!r} must be in the same directory'
+        f'{index_path}: the shard {errors.cut(repr(shard))} must be in the same '
+        'directory'
       )
     path = index_path.parent / shard
-    if not path.is_file():
-      raise errors.CheckpointError(f'{index_path}: the shard {shard} is missing')
+    if not os.path.isfile(path):  # False for a name that is too long, too
+      raise errors.CheckpointError(
+        f'{index_path}: the shard {errors.cut(shard)} is missing'
+      )
     shards.append(path)
   return shards
 
@@ -182,25 +200,10 @@ def open_sharded(
     if found.keys() != listed[path.name]:
       raise errors.CheckpointError(
         f'{index_path}: {path.name} and the index differ in '
-        f'{", ".join(sorted(found.keys() ^ listed[path.name])[:8])}'
+        f'{errors.cut(", ".join(sorted(found.keys() ^ listed[path.name])[:8]))}'
       )
     tensors.update(found)
   return tensors, shards
-
-
-def read(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
-  """Reads the tensors of a safetensors file.
-
-  Args:
-    path: the file.
-
-  Returns:
-    The tensors by name. They are read-only views of memory maps of the file.
-
-  Raises:
-    CheckpointError: if the file is damaged or has a dtype that NumPy lacks.
-  """
-  return {name: tensor.read() for name, tensor in open_file(path).items()}
 
 
 def plan_shards(specs: Specs, shard_size: int | None) -> dict[str, Specs]:
@@ -290,25 +293,9 @@ class Writer:
     """Does nothing, because no file is open between two tensors."""
 
 
-def write(path: str | os.PathLike[str], tensors: Mapping[str, np.ndarray]) -> None:
-  """Writes a safetensors file with the metadata that Hugging Face expects.
-
-  Args:
-    path: the file.
-    tensors: the tensors by name.
-
-  Raises:
-    CheckpointError: if safetensors does not support a dtype.
-  """
-  path = pathlib.Path(path)
-  specs = {name: lazy.TensorSpec(x.shape, x.dtype) for name, x in tensors.items()}
-  writer = Writer(path.parent, {path.name: specs})
-  for name, tensor in tensors.items():
-    writer.add(name, lazy.row_major(tensor))
-
-
 def _weight_map(index_path: pathlib.Path) -> dict[str, str]:
-  index = attributes.parse_json(index_path.read_bytes(), str(index_path))
+  content = read_index(index_path)
+  index = attributes.parse_json(content, str(index_path), most=_MOST_JSON)
   weight_map = index.get('weight_map') if isinstance(index, dict) else None
   if not isinstance(weight_map, dict) or not all(
     isinstance(shard, str) for shard in weight_map.values()

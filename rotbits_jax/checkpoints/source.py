@@ -6,14 +6,11 @@ import functools
 import hashlib
 import json
 import pathlib
-from typing import Any
 
 import numpy as np
 
 from rotbits_jax import models
-from rotbits_jax import structured
 from rotbits_jax.checkpoints import errors
-from rotbits_jax.checkpoints import factors
 from rotbits_jax.checkpoints import lazy
 from rotbits_jax.checkpoints import tensors as tensors_lib
 from rotbits_jax.checkpoints.contents import Checkpoint
@@ -140,25 +137,6 @@ class Source:
     """
     return self._parameters.specs(index)
 
-  def dtypes(self) -> dict[str, np.dtype]:
-    """Returns the dtype of each parameter by its path in the model.
-
-    Paths are 'embed/tokens', 'layers.3/attention/query/kernel' and so on. The result is
-    the `dtypes` of `CheckpointWriter`.
-    """
-    return {path: np.dtype(leaf.dtype) for path, leaf in self._leaves()}
-
-  def factors(self) -> dict[str, factors.Factored]:
-    """Returns the rank and the naming of each weight that is stored as two factors.
-
-    The keys are paths in the model. The result is the `factors` of `CheckpointWriter`.
-    """
-    return {
-      path: factors.Factored(leaf.rank, leaf.names)
-      for path, leaf in self._leaves()
-      if isinstance(leaf, structured.LowRank)
-    }
-
   def fingerprint(self) -> str:
     """Returns a digest of the files in their state when they were opened.
 
@@ -191,11 +169,3 @@ class Source:
       CheckpointError: if a file has changed or is damaged.
     """
     return Checkpoint(self._parameters.model(), dict(self.files), self.stem)
-
-  def _leaves(self) -> list[tuple[str, Any]]:
-    """Returns the leaves of `specs` with their paths in the model."""
-    return [
-      (tensors_lib.unit_name(unit) + path, leaf)
-      for unit in tensors_lib.units(self.config)
-      for path, leaf in structured.flatten(self.specs(unit)).items()
-    ]

@@ -45,7 +45,8 @@ Specs = Mapping[str, lazy.TensorSpec]
 _ALIGNMENT = 64
 _CHUNK = 1 << 24  # bytes written at a time
 _ZIP64_FROM = 1 << 30  # members of at least this size get 64-bit sizes in the zip file
-_MOST_PICKLE = 1 << 26  # bytes; a tensor takes about 200
+# Bytes; a tensor takes about 200, and 70 times as many when it has been read.
+_MOST_PICKLE = 1 << 22
 _MOST_SHARED = 2  # how many times its size a file may hold: tied tensors share storages
 
 
@@ -61,23 +62,17 @@ def open_file(path: str | os.PathLike[str]) -> dict[str, lazy.LazyTensor]:
     read.
 
   Raises:
-    CheckpointError: if the file is damaged or contains objects other than tensors, or
-      if a tensor reaches outside its storage. The `read` of a tensor also raises it, if
-      the storage is damaged.
+    UnsupportedError: if the state dict holds other values than tensors, such as dicts.
+    CheckpointError: if the file is damaged or refers to code other than PyTorch's
+      tensors, or if a tensor reaches outside its storage. The `read` of a tensor also
+      raises it, if the storage is damaged.
   """
   file = lazy.File.of(path)
   with _errors_name(path):
     members = _Members(file)
-    if bytes(members.get('byteorder', b'little')).strip() != b'little':
-      raise errors.CheckpointError('big-endian tensors are not supported')
-    if members.size('data.pkl') > _MOST_PICKLE:
-      raise errors.CheckpointError('data.pkl is too long for a state dict')
-    state = _unpickle(members.read('data.pkl'))
-    if not isinstance(state, dict):
-      raise errors.CheckpointError(
-        f'expected a state dict of tensors, got {type(state).__name__}'
-      )
-    tensors = {name: _tensor(name, view, members) for name, view in state.items()}
+    tensors = {
+      name: _tensor(name, view, members) for name, view in _state(members).items()
+    }
     held = sum(tensor.nbytes for tensor in tensors.values())
     if held > _MOST_SHARED * file.size:
       raise errors.CheckpointError(
@@ -107,7 +102,7 @@ def open_places(
   with _errors_name(path):
     members = _Members(file)
     seen: set[str] = set()
-    for name, view in _views(_unpickle(members.read('data.pkl'))):
+    for name, view in _views(_state(members)):
       _, key, size = view.storage
       tensor, start = _tensor(name, view, members), members.place(f'data/{key}')
       if key in seen:
@@ -120,24 +115,6 @@ def open_places(
   return found
 
 
-def read(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
-  """Reads the tensors of a file that `torch.save(state_dict)` wrote.
-
-  The arrays are read-only views of memory maps of the file, with the same strides as in
-  the file.
-
-  Args:
-    path: the file.
-
-  Returns:
-    The tensors by name, in the order of the file.
-
-  Raises:
-    CheckpointError: see `open_file`.
-  """
-  return {name: tensor.read() for name, tensor in open_file(path).items()}
-
-
 @contextlib.contextmanager
 def _errors_name(path: str | os.PathLike[str]) -> Iterator[None]:
   """Turns every error of a damaged file into a `CheckpointError` with its path."""
@@ -145,12 +122,13 @@ def _errors_name(path: str | os.PathLike[str]) -> Iterator[None]:
     yield
   except errors.CheckpointError as e:
     named = str(e).startswith(f'{path}: ')
-    raise e if named else errors.CheckpointError(f'{path}: {e}') from e
+    raise e if named else type(e)(f'{path}: {e}') from e
   except (
     zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError,
     ValueError, struct.error,
   ) as e:  # fmt: skip
-    raise errors.CheckpointError(f'{path}: not a readable PyTorch zip: {e}') from e
+    text = errors.cut(str(e))
+    raise errors.CheckpointError(f'{path}: not a readable PyTorch zip: {text}') from e
 
 
 class _Members:
@@ -204,7 +182,22 @@ class _Members:
     try:
       return self._infos[f'{self._root}/{name}']
     except KeyError:
-      raise errors.CheckpointError(f'the member {name} is missing') from None
+      text = errors.cut(name)
+      raise errors.CheckpointError(f'the member {text} is missing') from None
+
+
+def _state(members: _Members) -> dict[str, Any]:
+  """Returns the state dict of a file: views, or dicts of views, by name."""
+  if bytes(members.get('byteorder', b'little')[:16]).strip() != b'little':
+    raise errors.CheckpointError('big-endian tensors are not supported')
+  if members.size('data.pkl') > _MOST_PICKLE:
+    raise errors.CheckpointError('data.pkl is too long for a state dict')
+  state = _unpickle(members.read('data.pkl'))
+  if not isinstance(state, dict):
+    raise errors.CheckpointError(
+      f'expected a state dict of tensors, got {type(state).__name__}'
+    )
+  return state
 
 
 class _Global(NamedTuple):
@@ -286,7 +279,9 @@ def _run(program: bytes) -> Any:
       case 'GLOBAL':
         name = arg.replace(' ', '.')
         if name not in _GLOBALS:
-          raise errors.CheckpointError(f'the pickle refers to {name}: refused')
+          raise errors.CheckpointError(
+            f'the pickle refers to {errors.cut(name)}: refused'
+          )
         stack.append(_Global(name))
       case 'BINPERSID':
         stack.append(_storage(stack.pop()))
@@ -335,13 +330,27 @@ def _call(function: Any, args: tuple[Any, ...]) -> Any:
   )
 
 
-def _views(value: Any, prefix: str = '') -> Iterator[tuple[str, _View]]:
-  """Yields the tensors of nested dicts with their keys, joined by dots."""
-  for key, item in _dict(value).items():
-    if isinstance(item, _View):
-      yield prefix + key, item
-    elif isinstance(item, dict):
-      yield from _views(item, f'{prefix}{key}.')
+def _views(state: dict[str, Any]) -> Iterator[tuple[str, _View]]:
+  """Yields the tensors of nested dicts with their keys, joined by dots.
+
+  A dict may be in several others, so that there are exponentially many ways to it. It
+  is visited once.
+  """
+  visited = {id(state)}
+  stack = [('', iter(state.items()))]
+  while stack:
+    prefix, items = stack[-1]
+    for key, item in items:
+      name = prefix + key
+      lazy.check_name(name)
+      if isinstance(item, _View):
+        yield name, item
+      elif isinstance(item, dict) and id(item) not in visited:
+        visited.add(id(item))
+        stack.append((f'{name}.', iter(item.items())))
+        break
+    else:
+      stack.pop()
 
 
 def _row_major_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -363,16 +372,17 @@ def _storage(persistent_id: Any) -> _Storage:
 
 def _tensor(name: str, view: Any, members: _Members) -> lazy.LazyTensor:
   """Makes a lazy tensor of a view, after checking that it lies inside its storage."""
+  lazy.check_name(name)
   if not isinstance(view, _View):
-    raise errors.CheckpointError(
+    raise errors.UnsupportedError(
       f'{name}: expected a tensor, got {type(view).__name__}'
     )
   dtype, key, size = view.storage
   content_size = members.size(f'data/{key}')
   if size < 0 or size * dtype.itemsize > content_size:
     raise errors.CheckpointError(
-      f'{name}: storage {key} must hold {size} numbers of {dtype}, '
-      f'got {content_size} bytes'
+      f'{name}: storage {errors.cut(key)} must hold {errors.cut(str(size))} numbers of '
+      f'{dtype}, got {content_size} bytes'
     )
   shape, strides = view.shape, view.strides
   numbers = (view.offset, *shape, *strides)
@@ -383,24 +393,23 @@ def _tensor(name: str, view: Any, members: _Members) -> lazy.LazyTensor:
     raise errors.CheckpointError(
       f'{name}: the offset, shape and strides are not those of a tensor'
     )
+  shown = errors.cut(f'{view.offset=}, {shape=}, {strides=}')
   if len(shape) != len(strides) or not all(
     type(n) is int and 0 <= n < 2**63 for n in numbers
   ):
-    raise errors.CheckpointError(f'{name}: got {view.offset=}, {shape=}, {strides=}')
+    raise errors.CheckpointError(f'{name}: got {shown}')
   if not lazy.numpy_holds(shape, dtype):
-    raise errors.CheckpointError(f'{name}: {shape=} is too large')
+    raise errors.CheckpointError(f'{name}: {shown} is too large')
   if math.prod(shape) == 0:
     return lazy.LazyTensor(shape, dtype, lambda: np.zeros(shape, dtype))
   last = view.offset + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
   if last >= size:
     raise errors.CheckpointError(
-      f'{name}: got {view.offset=}, {shape=}, {strides=}, '
-      f'which reach outside storage {key} of {size} numbers'
+      f'{name}: got {shown}, which reach outside storage {errors.cut(key)} of {size} '
+      'numbers'
     )
   if math.prod(shape) > size:
-    raise errors.CheckpointError(
-      f'{name}: {shape=} with {strides=} has numbers that overlap'
-    )
+    raise errors.CheckpointError(f'{name}: {shown} has numbers that overlap')
 
   def read() -> np.ndarray:
     with _errors_name(members.file.path):
@@ -481,26 +490,6 @@ class Writer:
       for piece in pieces:
         for begin in range(0, len(piece), _CHUNK):
           member.write(piece[begin : begin + _CHUNK])
-
-
-def write(
-  path: str | os.PathLike[str], tensors: Mapping[str, np.ndarray], stem: str
-) -> None:
-  """Writes tensors as `torch.save(OrderedDict(tensors))` would.
-
-  Args:
-    path: the file.
-    tensors: the tensors by name.
-    stem: name of the top folder in the zip file; PyTorch uses the name of the file.
-
-  Raises:
-    CheckpointError: if PyTorch does not support a dtype.
-  """
-  specs = {name: lazy.TensorSpec(x.shape, x.dtype) for name, x in tensors.items()}
-  writer = Writer(pathlib.Path(path), specs, stem)
-  for name, tensor in tensors.items():
-    writer.add(name, lazy.row_major(tensor))
-  writer.close()
 
 
 def _pickle(specs: Specs, names: dict[np.dtype, str]) -> Iterator[bytes]:

@@ -1,8 +1,7 @@
 r"""The gauge of low-rank pairs: a change of basis between two factors.
 
-Compression by a singular value decomposition stores a linear layer as two factors. An
-adapter (LoRA) stores the update of a linear layer as two factors. The basis between the
-factors is a gauge: a choice that does not change the product,
+Compression by a singular value decomposition stores a linear layer as two factors. The
+basis between the factors is a gauge: a choice that does not change the product,
 
     x U V = x (U A)(A^-1 V)      for every invertible A `[r, r]`.
 
@@ -70,12 +69,6 @@ def fix_pairs(
   prefix: str = '',
 ) -> tuple[models.Params, list[transform.Note]]:
   """Fixes the gauge of every pair in a PyTree.
-
-  A LoRA adapter is an example of such a tree, see `checkpoints.factors`:
-
-      tree, notes = fix_pairs(factors.join_adapter(tensors))
-      data = rotbits_jax.encode({'adapter': tree}, preset='exact')
-      tensors = factors.split(rotbits_jax.decode(data)['adapter'])
 
   Args:
     tree: nested dicts of arrays and structured leaves, unstacked. Each
