@@ -1,10 +1,12 @@
 """The second reader, written from the format's page alone, reads the same numbers."""
 
+import dataclasses
 import importlib.util
 import itertools
 import json
 import pathlib
 
+import jax
 import ml_dtypes
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ import safetensors
 from safetensors import numpy as safetensors_numpy
 
 import rotbits_jax
+from rotbits_jax import file as file_lib
 from rotbits_jax import structured
 from tests import golden
 
@@ -109,7 +112,7 @@ def packed_leaves():
     yield structured.Table.from_array(few, transposed=transposed, of_lines=of_lines)
 
 
-@pytest.mark.parametrize('leaf', packed_leaves(), ids=lambda leaf: leaf.kind)
+@pytest.mark.parametrize('leaf', list(packed_leaves()), ids=lambda leaf: leaf.kind)
 def test_reads_packed_leaves(leaf):
   settings, arrays = leaf.stored()
   bits = lambda x: x.view(f'u{x.itemsize}') if x.dtype.kind in 'fV' else x
@@ -117,6 +120,19 @@ def test_reads_packed_leaves(leaf):
   settings['dtype'] = leaf.dtype.name
   found = load_decoder().expand(leaf.kind, settings, parts).reshape(leaf.shape)
   np.testing.assert_array_equal(found, bits(leaf.array()))
+
+
+def test_reads_a_pruned_model(tmp_path):
+  file, output = tmp_path / 'model.rotbits', tmp_path / 'model.safetensors'
+  model = rotbits_jax.load_checkpoint(ROOT / 'tests' / 'testdata' / SMALL[0]).model
+  prune = lambda x: np.where(abs(x) < x.std(), x.dtype.type(0), x)
+  pruned = jax.tree.map(lambda x: prune(np.asarray(x)), model.params)
+  model = dataclasses.replace(model, params=pruned)
+  rotbits_jax.encode_to_file(model, file, preset='exact')
+  with file_lib.Reader(file) as reader:
+    leaves = [leaf for unit in reader.units.values() for leaf in unit.leaves]
+  assert 'sparse' in {leaf.kind for leaf in leaves}
+  assert_reads_the_same(file, output)
 
 
 def test_reads_trees_with_names_of_a_model_and_empty_dicts(tmp_path):
