@@ -27,9 +27,8 @@ def names(text):
 
 def documented(introduction):
   """The names in the first column of the table that follows a sentence of the page."""
-  text = PAGE.read_text('utf-8')
-  assert text.count(introduction) == 1, introduction
-  _, _, after = text.partition(introduction)
+  words = r'\s+'.join(map(re.escape, introduction.split()))
+  _, after = re.split(words, PAGE.read_text('utf-8'))
   table = re.search(r'\| field \| value \|\n\|---\|---\|\n((?:\|.*\n)+)', after)
   return names(''.join(row.split('|')[1] for row in table[1].splitlines()))
 
@@ -141,11 +140,18 @@ def test_settings_and_arrays_of_leaves(leaf):
   row, paragraph = rf'^\| `{leaf.kind}` \|.*', rf'^\*\*`{leaf.kind}`\.\*\*(?:.+\n)+'
   about = re.findall(f'{row}|{paragraph}', text, re.M)
   if isinstance(leaf, structured.Packed):
-    about += re.findall(r'^The settings of all three kinds have.*', text, re.M)
+    about += re.findall(r'^The settings of all three kinds(?:.+\n)+', text, re.M)
   settings, arrays = leaf.stored()
   # There is an array of residuals for each class.
   written = {re.sub(r'residuals_\d+', 'residuals_0', x) for x in (*settings, *arrays)}
   assert written <= names(' '.join(about))
+
+
+def test_names_of_factors():
+  (paragraph,) = re.findall(
+    r'^\*\*`low_rank`, `reduced_low_rank`\.\*\*(?:.+\n)+', PAGE.read_text('utf-8'), re.M
+  )
+  assert set(checkpoints.FACTORS) <= names(paragraph)
 
 
 def test_every_kind_is_in_the_table():
