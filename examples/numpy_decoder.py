@@ -240,7 +240,7 @@ def head_planes(below, top, head_dim):
   squares = (heads[..., : 2 * half] ** 2).sum((0, 2))
   heads[0, :, 0, :half] = 1 - (squares[:, :half] + squares[:, half:]) / 4
   return heads.reshape(len(heads), -1)
-LEAVES = {  # the arrays of leaves with settings s and arrays a
+LEAVES = {  # numbers, or bit patterns, of leaves with settings s and arrays a
   'constant': lambda s, a: np.full(s['shape'], s['value']),
   'trapezoidal': lambda s, a: a['lower'], 'low_rank': lambda s, a: a['u'] @ a['v'],
   'symmetric_triangle': lambda s, a: PAD(a['lower'] + np.tril(a['lower'], -1).T, s),
