@@ -5,8 +5,8 @@
 It writes the parameters by their paths, and shares no code with the package. It checks
 checksums only: give it no files from strangers. Arrays are bit patterns.
 """
-# fmt: off
 
+# fmt: off
 import io
 import json
 import math
@@ -17,12 +17,12 @@ import zlib
 import numpy as np
 
 FLOATS = {'float16': (16, 5, 10), 'bfloat16': (16, 8, 7), 'float32': (32, 8, 23)}
-TOTAL = 1 << 14
-CEIL = lambda a, b: -(-a // b)
+TOTAL, CEIL = 1 << 14, lambda a, b: -(-a // b)
 BITS = lambda dtype: np.dtype(f'u{FLOATS[dtype][0] // 8}' if dtype in FLOATS else dtype)
 INFLATE = lambda z, data: (np.frombuffer(z.decompress(data), np.uint8), z.unused_data)
+PAD = lambda x, s: np.pad(x, ((0, 0), (0, s['columns'] - len(x))))
 BASIS = lambda b: np.concatenate([np.eye(b.shape[1]) - b.T @ b / 4, b])
-np.seterr(over='ignore')  # of numbers whose rests are not known yet
+np.seterr(over='ignore', invalid='ignore')  # of numbers that are not final yet
 def widen(bits, dtype):
   if dtype == 'bfloat16':
     return (bits.astype(np.uint32) << 16).view(np.float32)
@@ -40,8 +40,7 @@ def normal_table(k, present, kind, dtype, rest, step):  # frequencies [A], class
     w = np.maximum(e, 1) - (1 << FLOATS[dtype][1] - 1) - 2 + step
     x, c = w - 1, 2 * (m + 8 * (e > 0)) + 1
   else:
-    w = 0 * symbol
-    x, c = (w + rest - 2, 2 * symbol + 1) if rest else (w, (symbol + 1) // 2)
+    w, x, c = (0, rest - 2, 2 * symbol + 1) if rest else (0, 0, (symbol + 1) // 2)
     x, c = (x, c) if kind == 'int' else (x + step // 4 - 152, c * (4 + step % 4))
   q, s = 8 * x - k, (8 * x - k >> 2) - 12
   square = c**2 * np.array([756388, 899502, 1069694, 1272087])[q % 4]
@@ -52,23 +51,19 @@ def normal_table(k, present, kind, dtype, rest, step):  # frequencies [A], class
   least = weights.sum() // max(TOTAL - present.sum(), 1) + 1
   ends = np.cumsum(np.maximum(weights, least) * present)
   return np.diff((ends * TOTAL + ends[-1] // 2) // ends[-1], prepend=0)
-
 def read_model(data, shapes, layout):  # each number's table; frequencies [K + 1, A]
   kind, dtype, rest, _ = layout
   part, data = INFLATE(zlib.decompressobj(-15), data)
-  take, lines, spans, lattice, end = io.BytesIO(part).read, [], [], None, 0
+  take, lines, runs, lattice, end = io.BytesIO(part).read, [], [], None, 0
+  read = lambda n, has: np.int64(np.frombuffer(take(n) if has else b'\1' * n, np.uint8))
   heads = np.frombuffer(take(6 * len(shapes)), '<i2').reshape(-1, 3).tolist()
   for i, ((own, base, step), shape) in enumerate(zip(heads, shapes, strict=True)):
-    labels = [np.ones(math.prod(x), np.int64) for x in (shape[:-1], shape[-1:])]
-    for axis in (0, 1):
-      if own and (own - 1) >> axis & 1:
-        labels[axis][:] = np.frombuffer(take(labels[axis].size), np.uint8)
-    label = labels[0][:, None] + labels[1] - 1
-    spans += [(step, base % step, base, max(label.max(), 1), i)] if own else []
-    label[(labels[0][:, None] == 0) | (labels[1] == 0)] = 0
-    lines.append((own, label.reshape(-1)))
+    r = read(math.prod(shape[:-1]), own in (2, 4))[:, None]
+    c = read(math.prod(shape[-1:]), own in (3, 4))
+    runs += [(step, base % step, base, max(r.max() + c.max() - 1, 1), i)] if own else []
+    lines.append((own, np.where((r > 0) & (c > 0), r + c - 1, 0).reshape(-1)))
   first, classes, contexts = {}, [], []
-  for step, phase, base, top, i in sorted(spans):
+  for step, phase, base, top, i in sorted(runs):
     if (step, phase) != lattice or base > end:
       lattice, start, end, origin = (step, phase), base, base, len(classes)
     first[i] = origin + (base - start) // step
@@ -84,17 +79,16 @@ def read_model(data, shapes, layout):  # each number's table; frequencies [K + 1
   count, bits = len(classes), min(8 * BITS(dtype).itemsize - rest, 14)
   size = 1 << (FLOATS[dtype][1] + 3 if kind == 'float' else int(kind[4:] or bits))
   normal = np.unpackbits(part[: CEIL(count, 8)], count=count)
-  present = np.unpackbits(part[CEIL(count, 8) :]).reshape(-1, CEIL(size, 8) * 8)
+  present = iter(np.unpackbits(part[CEIL(count, 8) :]).reshape(-1, CEIL(size, 8) * 8))
   low, high = np.frombuffer(zlib.decompress(data), np.uint8).reshape(2, -1)
-  present, values = iter(present[:, :size].astype(np.int64)), low + 256 * np.int64(high)
+  values = iter((low + 256 * np.int64(high)).tolist())
   # The last table is for places behind the last number: its symbol changes no state.
   frequencies = TOTAL * np.eye(1, size, dtype=np.int64).repeat(count + 1, 0)
   for k, own in enumerate(frequencies[:-1]):
     if not normal[k]:
-      stop = values[1] - values[0] + 3
-      own[0], own[values[0] : values[1] + 1] = 0, values[2:stop]
-      values = values[stop:]
-    elif (symbols := next(present)).any():
+      own[0], first, last = 0, next(values), next(values)
+      own[first : last + 1] = [next(values) for _ in range(first, last + 1)]
+    elif (symbols := np.int64(next(present)[:size])).any():
       own[:] = normal_table(classes[k], symbols, *layout)
   return contexts, frequencies
 
@@ -119,24 +113,21 @@ def read_symbols(block, lanes, contexts, table):  # the symbols of a block
     place += dry
   return found.reshape(-1)[: contexts.size]
 def with_rests(symbols, take, lanes, kind, dtype, rest, step):  # bit patterns
-  rests, shift, steps = np.zeros(symbols.size, np.uint64), 0, CEIL(symbols.size, lanes)
+  rests, shift = np.zeros(symbols.size, np.uint64), 0
   for b in (8,) * (rest // 8) + tuple(b for b in (4, 2, 1) if rest & b):
-    size = symbols.size if b == 8 else CEIL(steps * b, 8) * lanes
-    plane = np.frombuffer(take(size), np.uint8)
-    if b < 8:
-      shifts = np.arange(0, 8, b, dtype=np.uint8)[:, None]
-      plane = plane.reshape(-1, 1, lanes) >> shifts & (1 << b) - 1
+    width = lanes if b < 8 else 1
+    size = CEIL(CEIL(symbols.size, width) * b, 8) * width
+    plane = np.frombuffer(take(size), np.uint8).reshape(-1, 1, width)
+    plane = plane >> np.arange(0, 8, b, dtype=np.uint8)[:, None] & (1 << b) - 1
     rests |= plane.reshape(-1)[: symbols.size].astype(np.uint64) << shift
     shift += b
   if kind == 'float':
-    width, exponent, mantissa = FLOATS[dtype]
-    rests = rests << mantissa - 2 - rest
-    sign, low = rests >> mantissa - 3 << width - 1, rests & (1 << mantissa - 3) - 1
-    large = symbols << mantissa - 3 | low
-    small = np.where(large >> mantissa, 0, large).astype(np.float64)
-    small = np.ldexp(small, step + 2 - (1 << exponent - 1) - mantissa)
-    large = np.where(large >> mantissa, large + (step << mantissa), 0)
-    return sign | large | narrow(small, dtype)
+    width, e, m = FLOATS[dtype]
+    rests = rests << m - 2 - rest
+    large = symbols << m - 3 | rests & (1 << m - 3) - 1
+    small = np.ldexp(np.where(large >> m, 0.0, large), step + 2 - m - (1 << e - 1))
+    large = np.where(large >> m, large + (step << m), 0)
+    return rests >> m - 3 << width - 1 | large | narrow(small, dtype)
   u = symbols << rest | rests
   n = u if kind == 'int' and dtype[0] == 'u' else u >> 1 ^ 0 - (u & 1)
   if kind == 'int':
@@ -162,7 +153,7 @@ def missing_noise(lines, take):  # the bytes that chose the order of these lines
       value = value * (i + 1) + digits[i]
     noise += value.to_bytes(size, 'little')
   return noise
-def read_unit(coder, stream):  # returns the arrays of a unit
+def read_unit(coder, stream):  # returns the arrays of a unit, with their dtypes
   take, specs, models, parts = io.BytesIO(stream).read, coder['arrays'], [], []
   axes, distinct = coder['order'] or ([], 0)
   moved, groups = {i for i, _ in axes}, iter(coder['groups'])
@@ -182,7 +173,6 @@ def read_unit(coder, stream):  # returns the arrays of a unit
   parts += [(i in moved, [i], 0, 0, 0) for i, x in enumerate(specs) if x[2] is None]
   left = io.BytesIO(take(sum(kept for *_, kept in order_groups(distinct))))
   noise, arrays = take(), [None] * len(specs)
-
   def assemble(missing):
     take = io.BytesIO(missing + noise).read
     for _, members, layout, lanes, blocks in sorted(parts, key=lambda part: part[0]):
@@ -194,7 +184,6 @@ def read_unit(coder, stream):  # returns the arrays of a unit
       for i in members:
         size = math.prod(specs[i][1])
         arrays[i], bits = bits[:size].astype(dtype).reshape(specs[i][1]), bits[size:]
-
   assemble(bytes(sum(size for _, size, _ in order_groups(distinct))))
   if distinct:
     lines = [np.moveaxis(arrays[i], axis, 0)[:distinct] for i, axis in axes]
@@ -202,12 +191,20 @@ def read_unit(coder, stream):  # returns the arrays of a unit
     assemble(missing_noise(lines, left.read))
   if [zlib.crc32(x.tobytes()) for x in arrays] != [spec[3] for spec in specs]:
     raise ValueError('an array is damaged')
-  return arrays
+  return zip(arrays, (spec[0] for spec in specs), strict=True)
 
-def tied_exactly(s, a, exceptions, head, dtype):  # the bit patterns of an embedding
-  _, exponent, mantissa = FLOATS[dtype]
+def unpack(values, mask):  # a matrix with values where the mask is not 0
+  mask[mask > 0] = values
+  return mask
+def corrected(bits, residuals, exceptions):
+  flip = lambda x: x ^ (x >> 8 * x.itemsize - 1 & np.iinfo(x.dtype).max)
+  bits = flip(flip(bits.view(f'i{bits.itemsize}')) + residuals).view(exceptions.dtype)
+  bits[residuals == -128] = exceptions
+  return bits
+def tied_exactly(s, a):
+  _, exponent, mantissa = FLOATS[s['dtype']]
   m = np.float64(a['map']) * 2 ** s['low'] + a.get('low', 0)
-  h = np.rint(np.ldexp(np.float64(head), a['shifts'][:, None]))
+  h = np.rint(np.ldexp(np.float64(widen(*s['head'])), a['shifts'][:, None]))
   p = np.ldexp(h.T @ m, -s['scale'])
   bits, least = lambda x: np.float64(x).view(np.int64), 2.0 ** (2 - 2 ** (exponent - 1))
   o = bits(np.maximum(abs(p), least)) + (1 << 51 - mantissa) >> 52 - mantissa
@@ -215,19 +212,24 @@ def tied_exactly(s, a, exceptions, head, dtype):  # the bit patterns of an embed
   o = np.minimum(o - (bits(least) >> 52 - mantissa), 32767)
   count = sum(name.startswith('residuals_') for name in a)
   c = np.clip(o >> mantissa, s['first'], s['first'] + count - 1) - s['first']
-  o, off = np.where(p < 0, ~o, o), np.empty_like(o)
+  off = np.empty(o.shape, np.int8)
   for i in range(count):
     off[c == i] = a[f'residuals_{i}']
-  o += off
-  table = np.where(o < 0, 0x8000 | ~o, o).astype(np.uint16)
-  table[off == -128] = exceptions
-  return table
-def unpack(values, mask):  # a matrix with values where the mask is not 0
-  mask[mask > 0] = values
+  return corrected(np.uint16(np.where(p < 0, o | 0x8000, o)), off, a['exceptions'])
+def sparse(s, a):
+  count = math.prod(s['shape'][:-1] if s['transposed'] else s['shape'][-1:])
+  mask = np.unpackbits(a['mask'], 1, count).astype(a['tail'].dtype)
+  unpack(np.append(a['values'], a['tail']), mask.T if s['across'] else mask)
   return mask
-def head_rows(first, others, groups):
-  rows = []
-  for f, o in zip(np.split(first, groups), np.split(others, groups), strict=True):
+def levels(s, a):
+  base = a.get('base', np.full_like(a['step'], 1 << 31))  # -0 changes no number
+  step, base = (x.view(np.float32)[..., None] for x in (a['step'], base))
+  numbers = a['index'].reshape(*step.shape[:2], -1) * step + base
+  bits = narrow(numbers.reshape(a['index'].shape), s['dtype'])
+  return corrected(bits, a['residuals'], a['exceptions']) if 'residuals' in a else bits
+def head_rows(s, a):
+  rows, (first, others) = [], (np.split(a[x], s['groups']) for x in ('first', 'others'))
+  for f, o in zip(first, others, strict=True):
     whole = np.hstack([f, *o.reshape(-1, len(f), o.shape[1])])
     rows += [np.hstack([BASIS(whole.T)[: len(f)], f]), o]
   return np.vstack(rows)
@@ -238,62 +240,60 @@ def head_planes(below, top, head_dim):
   squares = (heads[..., : 2 * half] ** 2).sum((0, 2))
   heads[0, :, 0, :half] = 1 - (squares[:, :half] + squares[:, half:]) / 4
   return heads.reshape(len(heads), -1)
-LEAVES = {  # the arrays of leaves with settings s and arrays a
+LEAVES = {  # numbers, or bit patterns, of leaves with settings s and arrays a
   'constant': lambda s, a: np.full(s['shape'], s['value']),
-  'trapezoidal': lambda s, a: a['lower'],
-  'symmetric_triangle': lambda s, a: a['lower'] + np.tril(a['lower'], -1).T,
-  'identity_minus_gram': lambda s, a: np.eye(len(a['b'])) - a['b'] @ a['b'].T
-    + a['c'] @ a['c'].T,
+  'trapezoidal': lambda s, a: a['lower'], 'low_rank': lambda s, a: a['u'] @ a['v'],
+  'symmetric_triangle': lambda s, a: PAD(a['lower'] + np.tril(a['lower'], -1).T, s),
+  'identity_minus_gram': lambda s, a: PAD(np.eye(len(a['b'])) - a['b'] @ a['b'].T
+    + a['c'] @ a['c'].T, s),
   'row_trapezoids': lambda s, a: unpack(a['upper'], np.vstack([np.ones((s['full'],
     s['columns'])), *(np.triu(np.ones((n, s['columns']))) for n in s['blocks'])])),
-  'low_rank': lambda s, a: a['u'] @ a['v'],
-  'reduced_low_rank': lambda s, a: (lambda x: x.T if s['transposed'] else x)(
-    np.roll(BASIS(a['below']), -len(a['other']), axis=0) @ a['other']),
-  'head_columns': lambda s, a: np.hstack([x for t, r in zip(*(np.split(a[name],
-    s['heads'], axis=1) for name in ('turned', 'rest')), strict=True)
-    for x in (t, BASIS(r))]),
-  'head_rows': lambda s, a: head_rows(a['first'], a['others'], s['groups']),
+  'reduced_low_rank': lambda s, a:
+    np.roll(BASIS(a['below']), -len(a['other']), axis=0) @ a['other'],
+  'head_columns': lambda s, a: np.hstack([x for t, r in zip(*(np.split(a[n],
+    s['heads'], 1) for n in ('turned', 'rest')), strict=True) for x in (t, BASIS(r))]),
   'head_planes': lambda s, a: head_planes(a['below'], a['top'], s['head_dim']),
-  'tied': lambda s, a: s['head'].T @ a['map'],
+  'tied': lambda s, a: widen(*s['head']).T @ a['map'], 'tied_exactly': tied_exactly,
+  'table': lambda s, a: np.take_along_axis(a['table'], a['index'], axis=1),
+  'head_rows': head_rows, 'sparse': sparse, 'levels': levels,
 }
-def expand(kind, s, a):
-  for name in a.keys() & s.keys():  # lower triangles have a setting for their shape
+def expand(kind, s, parts):  # the bit patterns that a leaf stands for
+  exact = kind in ('tied_exactly', 'sparse', 'levels', 'table')  # made of bit patterns
+  a = {name: x if exact else widen(x, dtype) for name, (x, dtype) in parts.items()}
+  for name in a.keys() & s.keys() if not exact else ():  # shapes of lower triangles
     a[name] = unpack(a[name], np.tril(np.ones(s[name])))
   array = LEAVES[kind](s, a)
-  spare = s.get('columns', array.shape[-1]) - array.shape[-1]
-  return np.pad(array, ((0, 0), (0, spare))) if spare else array
+  array = array.T if s.get('transposed') else array
+  return array if exact else narrow(array, s['dtype'])
 
 def main(path, output):
-  data, tensors, header, end = pathlib.Path(path).read_bytes(), {}, {}, 0
+  data, tensors, empty = pathlib.Path(path).read_bytes(), {}, []
   start = 8 + int.from_bytes(data[:8], 'little')
-  streams = json.loads(data[8:start])
+  streams, data = json.loads(data[8:start]), data[start:]
   if streams.pop('__metadata__').get('version') != '3':
     raise ValueError('not a rotbits file of version 3')
-  at = lambda x: data[start + x['data_offsets'][0] : start + x['data_offsets'][1]]
-  streams = {name: at(x) for name, x in streams.items()}
-  units = json.loads(streams['manifest'])['units']
-  for unit in sorted(units, key=lambda unit: unit['name'] == 'embed'):  # needs the head
-    arrays = iter(read_unit(unit['coder'], streams[unit['name']]))
-    dtypes = iter(x[0] for x in unit['coder']['arrays'])
-    prefix = f'{unit["name"]}/' if unit['name'].startswith('layers.') else ''
-    head = widen(*tensors['head/kernel']) if unit['name'] == 'embed' else None
+  streams = {name: data[slice(*x['data_offsets'])] for name, x in streams.items()}
+  manifest = json.loads(streams['manifest'])
+  for unit in sorted(manifest['units'], key=lambda unit: unit['name'] == 'embed'):
+    is_layer = bool(manifest['config']) and unit['name'].startswith('layers.')
+    arrays = read_unit(unit['coder'], streams[unit['name']])
+    empty += unit.get('empty', [])
     for leaf in unit['leaves']:
-      kind, dtype, settings = leaf.get('kind'), leaf['dtype'], leaf.get('settings')
       parts = {name: next(arrays) for name in leaf.get('arrays', [''])}
-      numbers = {name: widen(x, next(dtypes)) for name, x in parts.items()}
-      if not kind:
-        bits = parts['']
-      elif kind == 'tied_exactly':
-        bits = tied_exactly(settings, numbers, parts['exceptions'], head, dtype)
-      else:
-        bits = narrow(expand(kind, {**settings, 'head': head}, numbers), dtype)
-      tensors[prefix + leaf['path']] = bits, dtype
+      bits, dtype = parts.get('', (None, leaf['dtype']))
+      if 'kind' in leaf:
+        s = leaf['settings'] | {'dtype': dtype, 'head': tensors.get('head/kernel')}
+        bits = expand(leaf['kind'], s, parts).reshape(leaf['shape'])
+        if leaf['expanded'] not in (None, zlib.crc32(bits.tobytes())):
+          raise ValueError(f'{leaf["path"]} is damaged')
+      tensors[f'{unit["name"]}/' * is_layer + leaf['path']] = bits, dtype
+  header, end = {'__metadata__': {'empty': json.dumps(empty)}}, 0
   for path, (bits, dtype) in tensors.items():
     dtype = dtype.replace('loat', '').replace('int', 'i').replace('ui', 'u').upper()
     header[path] = {'dtype': dtype, 'shape': bits.shape}
     header[path]['data_offsets'] = [end, end := end + bits.nbytes]
-  text, body = json.dumps(header).encode(), [x.tobytes() for x, _ in tensors.values()]
-  body = [len(text).to_bytes(8, 'little'), text, *body]
-  pathlib.Path(output).write_bytes(b''.join(body))
+  text = json.dumps(header).encode()
+  body = b''.join(bits.tobytes() for bits, _ in tensors.values())
+  pathlib.Path(output).write_bytes(len(text).to_bytes(8, 'little') + text + body)
 if __name__ == '__main__':
   main(*sys.argv[1:])
