@@ -16,13 +16,15 @@ python=$(find_python)
 if [[ "$which" == oldest ]]; then
   # Every lower bound becomes the version itself.
   "$python" -c '
-import re, setuptools, sys
-setuptools.setup = lambda **given: print(*{
-  re.sub(r">=([^,]*).*", r"==\1", x)
-  for own in (given["install_requires"], *map(given["extras_require"].get, sys.argv[1].split(",")))
-  for x in own
-}, sep="\n")
-exec(open("setup.py").read())
+import re, runpy, setuptools, sys
+
+def setup(install_requires, extras_require, **unused):
+  extras = [extras_require[name] for name in sys.argv[1].split(",")]
+  for requirement in {*install_requires, *sum(extras, [])}:
+    print(re.sub(r">=([^,]*).*", r"==\1", requirement))
+
+setuptools.setup = setup
+runpy.run_path("setup.py")
 ' "$extras" >"$venv/constraints.txt"
 else
   : >"$venv/constraints.txt"
