@@ -57,8 +57,8 @@ class TestColabs:
     package.mkdir(parents=True)
     (package / '__init__.py').touch()
     git = ['git', '-c', 'user.name=test', '-c', 'user.email=test@test']
-    for command in (['init'], ['add', '.'], ['commit', '--message=first']):
-      subprocess.run([*git, *command, '--quiet'], cwd=repository, check=True)
+    for command in ('init --quiet', 'add .', 'commit --quiet --message=first'):
+      subprocess.run([*git, *command.split()], cwd=repository, check=True)
     (tmp_path / 'here').mkdir()
     monkeypatch.chdir(tmp_path / 'here')
     monkeypatch.setattr(sys, 'path', list(sys.path))

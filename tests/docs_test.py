@@ -75,10 +75,12 @@ def public_values(module):
   names = getattr(module, '__all__', None)
   if names is not None:
     return {name: getattr(module, name) for name in names}
+  own = module.__name__  # also that of constants, which have no module
   return {
     name: value
     for name, value in vars(module).items()
-    if not name.startswith('_') and getattr(value, '__module__', '') == module.__name__
+    if getattr(value, '__module__', own) == own
+    and not (name.startswith('_') or inspect.ismodule(value))
   }
 
 
