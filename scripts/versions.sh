@@ -35,7 +35,9 @@ fi
 build/tools/bin/python -m pip install --quiet --disable-pip-version-check \
   'cyclonedx-bom>=7,<8'
 build/tools/bin/cyclonedx-py environment "$venv" --output-file "build/sbom-$which.json"
-"$venv/bin/python" -m sphinx -W -q -b dummy -D nb_execution_mode=off docs build/site
+# Without a kernel, the language of the pages' code is unknown.
+"$venv/bin/python" -m sphinx -W -q -b dummy -D nb_execution_mode=off \
+  -D suppress_warnings=myst-nb.lexer docs build/site
 "$venv/bin/python" -m benchmarks.coder --count=100000 --runs=1 --lanes=256
 "$venv/bin/python" -m pip install --quiet --disable-pip-version-check pytest pytest-xdist
 tests=(tests/golden_test.py tests/int8_test.py tests/near_benchmark_test.py)
