@@ -5,19 +5,25 @@ import pathlib
 import setuptools
 
 TEXT = ['tokenizers>=0.21,<1']  # reads the tokenizer.json beside a checkpoint
-INT8 = ['qwix>=0.1.8']  # quantises in benchmarks/int8.py
-DOCS = ['myst_nb>=1.1', 'sphinx>=8.0', 'sphinx_book_theme>=1.1']  # builds docs/
+INT8 = ['qwix>=0.1.8,<0.2']  # quantises in benchmarks/int8.py
+# Builds docs/, whose pages run in a Jupyter kernel.
+DOCS = [
+  'ipykernel>=6.29,<8',
+  'myst_nb>=1.1,<2',
+  'sphinx>=8.0,<10',
+  'sphinx_book_theme>=1.1,<2',
+]
 GGUF = ['gguf>=0.16,<1']  # reads llama.cpp's files
 # Where atheris has wheels. To compile it takes Clang's fuzzer.
 ATHERIS = (
-  'atheris>=3.0; python_version < "3.15" and sys_platform == "linux" '
+  'atheris>=3.0,<4; python_version < "3.15" and sys_platform == "linux" '
   'and platform_machine == "x86_64"'
 )
 
 setuptools.setup(
   name='rotbits_jax',
   version='0.1.0',
-  description='Makes SliceGPT checkpoints smaller by what their symmetries allow.',
+  description='Makes checkpoints of transformers smaller, and gives them back.',
   long_description=pathlib.Path(__file__).with_name('README.md').read_text('utf-8'),
   long_description_content_type='text/markdown',
   license='Apache-2.0',
@@ -49,27 +55,32 @@ setuptools.setup(
     # The coder that benchmarks/coder.py times ours beside, plots, and the quantisers of
     # benchmarks/near.py. The peers of benchmarks/decode.py have an environment of their
     # own, because ZipNN needs torch.
-    'benchmark': ['constriction>=0.4', 'matplotlib>=3.9', *TEXT, *GGUF, *INT8],
+    'benchmark': [
+      *TEXT,
+      *GGUF,
+      *INT8,
+      'constriction>=0.4,<0.6',
+      'matplotlib>=3.9,<4',
+    ],
     # The quantiser that benchmarks/int8.py puts in the chain.
     'int8': INT8,
     # sphinx-build -W -b html docs build/docs
-    'docs': [*TEXT, *DOCS, 'ipykernel>=6.29'],
-    # What `python -m fuzz.run` fuzzes with.
+    'docs': [*TEXT, *DOCS],
+    # python -m fuzz.run
     'fuzz': [*GGUF, ATHERIS],
-    # What test.sh runs; pre-commit runs the same linters before each commit.
+    # The tools of test.sh; pre-commit runs the same linters before each commit.
     'test': [
       *TEXT,
       *DOCS,
       *GGUF,
       *INT8,
-      'ipykernel>=6.29',  # runs the notebooks
-      'mypy>=1.13',
-      'nbclient>=0.10',  # runs the notebooks
-      'nbformat>=5.10',  # reads the notebooks
-      'pre-commit>=4.0',
-      'pytest>=8.3',
-      'pytest-xdist>=3.6',  # the suite on two cores
-      'ruff>=0.8',
+      'mypy>=1.13,<3',
+      'nbclient>=0.10,<1',  # runs the notebooks
+      'nbformat>=5.10,<6',  # reads the notebooks
+      'pre-commit>=4.0,<5',
+      'pytest>=8.3,<10',
+      'pytest-xdist>=3.6,<4',  # the suite on two cores
+      'ruff>=0.8,<1',
     ],
   },
   classifiers=[

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Lints, type-checks and tests, in a virtual environment that it makes.
 #   bash test.sh            the suite, minutes
-#   bash test.sh --daily    what CI runs every day: the suite, and one slow test of a kind
+#   bash test.sh --daily    the suite and one slow test of each kind, as CI runs it
 #   bash test.sh --slow     the slow tests too
 #   bash test.sh ARGS       other arguments go to pytest
 set -euo pipefail

@@ -16,6 +16,7 @@ Data flows through the modules in one direction:
     symmetries    transforms that leave fewer numbers to store
     coding        codes numbers as bits
     presets       combinations of transforms and a way to code
+    near          the search for the steps of the preset `near`
     file          the encoded file
     evaluation    perplexity and KL divergence of models
 """
@@ -24,13 +25,14 @@ import importlib
 from typing import Any
 
 # Names are imported when they are first used, because decoding a file does not need the
-# modules of forward passes and evaluation.
+# modules of evaluation, slicing and encoding.
 _MODULES = (
   'checkpoints',
   'coding',
   'evaluation',
   'file',
   'models',
+  'near',
   'presets',
   'slicing',
   'structured',

@@ -1,6 +1,8 @@
 #!/usr/bin/env bash
 # Tests the oldest versions of the dependencies that setup.py allows, or the newest, in a
-# virtual environment of their own; build/sbom-*.json is its bill of materials.
+# virtual environment of their own; build/sbom-*.json is its bill of materials. Of the
+# extras, the benchmarks' packages run in tests and in a short benchmark, and the site is
+# built without running its pages.
 #   bash scripts/versions.sh oldest|newest [ARGS]   ARGS go to pytest
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -8,25 +10,35 @@ source scripts/venv.sh
 which=${1:?oldest or newest}
 shift
 venv=.venv-$which
+extras=benchmark,docs,int8,text
 python=$(find_python)
 "$python" -m venv --clear "$venv"
 if [[ "$which" == oldest ]]; then
   # Every lower bound becomes the version itself.
   "$python" -c '
-import re, setuptools
-setuptools.setup = lambda **given: print(
-  *(re.sub(r">=([^,]*).*", r"==\1", x)
-    for x in (*given["install_requires"], *given["extras_require"]["text"])), sep="\n")
-exec(open("setup.py").read())
-' >"$venv/constraints.txt"
+import re, runpy, setuptools, sys
+
+def setup(install_requires, extras_require, **unused):
+  extras = [extras_require[name] for name in sys.argv[1].split(",")]
+  for requirement in {*install_requires, *sum(extras, [])}:
+    print(re.sub(r">=([^,]*).*", r"==\1", requirement))
+
+setuptools.setup = setup
+runpy.run_path("setup.py")
+' "$extras" >"$venv/constraints.txt"
 else
   : >"$venv/constraints.txt"
 fi
 "$venv/bin/python" -m pip install --quiet --disable-pip-version-check \
-  --constraint "$venv/constraints.txt" '.[text]'
+  --constraint "$venv/constraints.txt" ".[$extras]"
 "$python" -m venv build/tools
 build/tools/bin/python -m pip install --quiet --disable-pip-version-check \
   'cyclonedx-bom>=7,<8'
 build/tools/bin/cyclonedx-py environment "$venv" --output-file "build/sbom-$which.json"
+# Without a kernel, the language of the pages' code is unknown.
+"$venv/bin/python" -m sphinx -W -q -b dummy -D nb_execution_mode=off \
+  -D suppress_warnings=myst-nb.lexer docs build/site
+"$venv/bin/python" -m benchmarks.coder --count=100000 --runs=1 --lanes=256
 "$venv/bin/python" -m pip install --quiet --disable-pip-version-check pytest pytest-xdist
-exec "$venv/bin/python" -m pytest "${@:-tests/golden_test.py}" -m ''
+tests=(tests/golden_test.py tests/int8_test.py tests/near_benchmark_test.py)
+exec "$venv/bin/python" -m pytest "${@:-${tests[@]}}" -m ''

@@ -1,13 +1,38 @@
-"""The notebooks run from top to bottom and are stored without outputs."""
+"""The notebooks run from top to bottom, also on a fresh runtime."""
 
+import os
 import pathlib
+import shutil
+import subprocess
+import sys
+import venv
 
 import nbclient
 import nbformat
 import pytest
 
-COLABS = pathlib.Path(__file__).parents[1] / 'colabs'
+ROOT = pathlib.Path(__file__).parents[1]
+COLABS = ROOT / 'colabs'
 NOTEBOOKS = sorted(COLABS.glob('*.ipynb'))
+
+# Runs notebooks: the arguments are the working directory and their paths.
+RUN = """
+import sys
+import nbclient, nbformat
+for path in sys.argv[2:]:
+  notebook = nbformat.read(path, as_version=4)
+  resources = {'metadata': {'path': sys.argv[1]}}
+  nbclient.NotebookClient(notebook, timeout=600, resources=resources).execute()
+"""
+
+
+def source_of_installation(path):
+  (source,) = (
+    cell.source
+    for cell in nbformat.read(path, as_version=4).cells
+    if 'REPOSITORY' in cell.source
+  )
+  return source
 
 
 @pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda path: path.stem)
@@ -17,14 +42,64 @@ class TestColabs:
       assert not cell.get('outputs')
       assert cell.get('execution_count') is None
 
+  def test_outside_of_a_clone_it_asks_for_the_repository(
+    self, path, tmp_path, monkeypatch
+  ):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match='set REPOSITORY'):
+      exec(source_of_installation(path), {})
+
+  def test_outside_of_a_clone_it_clones_the_repository(
+    self, path, tmp_path, monkeypatch
+  ):
+    repository = tmp_path / 'repository'
+    package = repository / 'rotbits_jax'
+    package.mkdir(parents=True)
+    (package / '__init__.py').touch()
+    git = ['git', '-c', 'user.name=test', '-c', 'user.email=test@test']
+    for command in ('init --quiet', 'add .', 'commit --quiet --message=first'):
+      subprocess.run([*git, *command.split()], cwd=repository, check=True)
+    (tmp_path / 'here').mkdir()
+    monkeypatch.chdir(tmp_path / 'here')
+    monkeypatch.setattr(sys, 'path', list(sys.path))
+    source = source_of_installation(path)
+    exec(source.replace("REPOSITORY = ''", f"REPOSITORY = 'file://{repository}'"), {})
+    clone = tmp_path / 'here' / 'rotbits_jax'
+    assert (clone / 'rotbits_jax' / '__init__.py').exists()
+    assert sys.path[0] == str(clone)
+
   @pytest.mark.slow
-  @pytest.mark.parametrize('directory', ['.', '..'], ids=['colabs', 'root'])
-  def test_runs(self, path, directory, monkeypatch):
+  def test_runs_without_warnings(self, path, monkeypatch):
     monkeypatch.setenv('QUICK', '1')  # a small model in place of SmolLM2
     notebook = nbformat.read(path, as_version=4)
-    resources = {'metadata': {'path': str(path.parent / directory)}}
+    resources = {'metadata': {'path': str(path.parent)}}
     client = nbclient.NotebookClient(notebook, timeout=600, resources=resources)
     client.execute()  # raises the exception of a cell
     outputs = [out for cell in notebook.cells for out in cell.get('outputs', [])]
     assert outputs
     assert not [out.text for out in outputs if out.get('name') == 'stderr']
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('directory', ['colabs', '.'], ids=['colabs', 'root'])
+def test_notebooks_run_in_a_clone_on_a_fresh_runtime(directory, tmp_path):
+  clone = tmp_path / 'clone'
+  for name in ('colabs', 'rotbits_jax', 'tests/testdata'):
+    ignored = shutil.ignore_patterns('__pycache__')
+    shutil.copytree(ROOT / name, clone / name, ignore=ignored)
+  for name in ('LICENSE', 'README.md', 'pyproject.toml', 'setup.py'):
+    shutil.copy(ROOT / name, clone)
+  venv.create(tmp_path / 'runtime', with_pip=True)
+  python = tmp_path / 'runtime' / 'bin' / 'python'
+  own = {'PYTHONPATH', 'PYTHONHOME', 'VIRTUAL_ENV', 'XLA_FLAGS'}
+  environment = {name: x for name, x in os.environ.items() if name not in own}
+  pip = [python, '-m', 'pip', 'install', '--quiet', '--disable-pip-version-check']
+  subprocess.run([*pip, 'ipykernel', 'nbclient'], env=environment, check=True)
+  notebooks = sorted((clone / 'colabs').glob('*.ipynb'))
+  assert len(notebooks) == len(NOTEBOOKS)
+  subprocess.run(
+    [python, '-c', RUN, clone / directory, *notebooks],
+    cwd=tmp_path,
+    env=environment | {'QUICK': '1'},
+    check=True,
+  )

@@ -363,7 +363,9 @@ class CheckpointTest(parameterized.TestCase):
     'manifest.weight', 'files/LICENSE', 'rest/model.safetensors.weight'
   )
   def test_names_of_other_streams_are_refused_before_the_work(self, name):
-    weights_files.write_safetensors(self.source / 'model.safetensors', {name: np.ones(3)})
+    weights_files.write_safetensors(
+      self.source / 'model.safetensors', {name: np.ones(3)}
+    )
     read = mock.patch.object(
       checkpoints.TensorFiles, 'read', side_effect=AssertionError
     )
