@@ -28,6 +28,7 @@ from rotbits_jax import presets
 from rotbits_jax import progress as progress_lib
 from rotbits_jax import structured
 from rotbits_jax import symmetries
+from rotbits_jax.evaluation import perplexity
 from rotbits_jax.symmetries import rounding as rounding_lib
 from rotbits_jax.symmetries import transform
 
@@ -235,7 +236,7 @@ class _Text(NamedTuple):
     """Measures the inputs of the matrices that are plain arrays."""
     config = self.unrounded.config
     tokens = np.asarray(self.tokens)[: self.max_tokens]
-    length = min(config.max_positions, evaluation.DEFAULT_WINDOW, len(tokens))
+    length = min(config.max_positions, perplexity.DEFAULT_WINDOW, len(tokens))
     model = dataclasses.replace(self.unrounded, buffers={}, stored_as=None)
     total: Any = None
     for start in range(0, len(tokens) - length + 1, length):
