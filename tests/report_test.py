@@ -11,12 +11,12 @@ import subprocess
 import jax
 import numpy as np
 import pytest
+import weights_files
 
 from fuzz import containers
 import rotbits_jax
 from rotbits_jax import evaluation
 from rotbits_jax import structured
-from rotbits_jax.checkpoints import safetensors_files
 from rotbits_jax.cli import report
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -101,7 +101,7 @@ def test_escapes_what_a_stranger_wrote():
 
 
 def test_streams_are_those_of_the_file(tmp_path):
-  safetensors_files.write(tmp_path / 'model.safetensors', {'a': np.ones(3)})
+  weights_files.write_safetensors(tmp_path / 'model.safetensors', {'a': np.ones(3)})
   (tmp_path / 'config.json').write_text('{"model_type": "gpt2"}')
   rotbits_jax.encode_to_file(tmp_path, tmp_path / 'out', preset='exact')
   page = evaluation.report_page(tmp_path / 'out')

@@ -22,7 +22,7 @@ CHECKPOINTS = tuple(
   sorted(path.name for path in TESTDATA.iterdir() if (path / 'config.json').exists())
 )
 TRANSFORMS = {
-  t.name: t
+  t.names[0]: t
   for t in (
     symmetries.remove_residual_gauge(),
     symmetries.retie_embedding(),
@@ -36,7 +36,11 @@ TRANSFORMS = {
 
 
 CASES = [
-  {'testcase_name': f'{t.name}_{checkpoint}', 'transform': t, 'checkpoint': checkpoint}
+  {
+    'testcase_name': f'{t.names[0]}_{checkpoint}',
+    'transform': t,
+    'checkpoint': checkpoint,
+  }
   for t in TRANSFORMS.values()
   for checkpoint in CHECKPOINTS
 ]

@@ -68,7 +68,7 @@ JSON:
   given_bytes       bytes of the weights files of the input; null if unknown
   left_out          list of the files and folders beside the weights that are not kept
   plain_because     why the checkpoint is stored as plain tensors, or null
-  curve             with --max_kl: list of objects: step, kl; what was measured
+  curve             list of objects: step, kl; what --max_kl measured, or null
 """
 
 import importlib.resources
@@ -260,9 +260,8 @@ def main() -> None:
     'given_bytes': source.input_bytes,
     'left_out': list(source.left_out),
     'plain_because': getattr(source, 'reason', None),
+    'curve': None if found is None else [x._asdict() for x in found.curve],
   }
-  if found is not None:
-    beside['curve'] = [point._asdict() for point in found.curve]
   if _JSON.value:
     program.print_json(report.to_json(verbose=_VERBOSE.value) | beside)
   else:

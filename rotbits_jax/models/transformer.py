@@ -427,7 +427,7 @@ def _parameter(
 
 def _sow_moments(module: nn.Module, name: str, x: jax.Array) -> None:
   """Stores the moments of a matrix's inputs, if `input_moments` asks for them."""
-  if module.is_mutable_collection(_MOMENTS):
+  if module.is_mutable_collection(_MOMENTS) and not module.is_initializing():
     rows = x.reshape(-1, x.shape[-1])
     module.sow(_MOMENTS, name, rows.T @ rows, lambda _, new: new, lambda: None)
 
