@@ -127,7 +127,8 @@ def near(
     )
   if not (math.isfinite(tolerance) and tolerance >= 0):
     raise ValueError(f'tolerance must be finite and not negative, got {tolerance}')
-  transform = _without_gauges(tolerance, transforms)
+  # The step makes far greater errors than the format that this factor is about.
+  transform = _without_gauges(tolerance, transforms, heads=3.0)
   return Preset(
     name='near',
     options={
@@ -145,17 +146,25 @@ def near(
 
 
 def _without_gauges(
-  tolerance: float, transforms: tuple[symmetries.Transform, ...]
+  tolerance: float,
+  transforms: tuple[symmetries.Transform, ...],
+  heads: float | None = None,
 ) -> symmetries.Transform:
-  """Returns the transform that fixes every gauge, and further ones after it."""
+  """Returns the transform that fixes every gauge, and further ones after it.
+
+  Args:
+    tolerance: see `symmetries.remove_residual_gauge`.
+    transforms: the further ones.
+    heads: see the tolerance of `symmetries.remove_value_gauge`.
+  """
   return symmetries.chain(
     # Rotations come first, because the other transforms look for structure in the
     # coordinates that they choose.
     symmetries.remove_residual_gauge(tolerance=tolerance),
     symmetries.retie_embedding(),
     symmetries.remove_biases(),
-    symmetries.remove_value_gauge(),
-    symmetries.remove_query_key_gauge(),
+    symmetries.remove_value_gauge(tolerance=heads),
+    symmetries.remove_query_key_gauge(tolerance=heads),
     symmetries.remove_low_rank_gauge(),
     *transforms,
   )
