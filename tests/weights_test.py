@@ -328,6 +328,13 @@ class IntegersTest(parameterized.TestCase):
     size = _round_trip([values])
     self.assertLess(size, 300 + 4000 * (np.iinfo(dtype).bits - 8) // 32)
 
+  @parameterized.parameters(2**8.2, 2**11.6)
+  def test_multiples_of_a_fine_step_cost_their_entropy(self, deviation):
+    whole = np.round(_normal((500, 1000), float, scale=deviation))
+    values = np.float32(whole * 5 / 1024) + np.float32(0)  # no -0
+    ideal = math.log2(deviation * math.sqrt(2 * math.pi * math.e)) / 8 * values.size
+    self.assertLess(_round_trip([values]), 1.002 * ideal)
+
   def test_rare_outliers_are_rare_symbols(self):
     values = np.round(_normal((200, 500), float, scale=2)).astype(np.int16)
     values[::50, 7] = 8000

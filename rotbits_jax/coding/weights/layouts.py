@@ -295,10 +295,11 @@ def layout(kind: str, dtype: np.dtype, rest: int, step: int) -> Layout:
   return KINDS[kind](dtype, rest, step)
 
 
-# A grid is used if the scale of the numbers is less than 2^8 steps. The dtype must also
+# A grid is used if the scale of the numbers is less than 2^12 steps, because its integers
+# have 16 bits with the sign and must hold numbers of 8 times the scale. The dtype must
 # be able to represent every multiple of the step near the scale. Otherwise the rests of
 # large numbers end in zeros, and the grid stores these zeros.
-_GRID_OCTAVES = 8
+_GRID_OCTAVES = 12
 _BEYOND_OCTAVES = 2
 
 _ABOVE_OCTAVES = 2
