@@ -158,7 +158,7 @@ def _quantize_layers(
   context: symmetries.Context, state: Any, first: int, layers: list[models.Params]
 ) -> tuple[Any, list[models.Params], list[list[symmetries.Note]]]:
   quantized = [
-    _quantize_kernels(layer, context.dtype, f'layers.{i}/')
+    _quantize_kernels(layer, context.dtype, models.names.prefix(i))
     for i, layer in enumerate(layers, first)
   ]
   return state, [tree for tree, _ in quantized], [notes for _, notes in quantized]

@@ -153,8 +153,8 @@ def run(directory: pathlib.Path, options: paper.Options) -> None:
   message = np.memmap(path, np.uint16, 'r')
   streams = message, encoded.corrections, encoded.tables
   for name, _ in paper.decode(encoded.layout, *streams, clock.config, progress=True):
-    if name.startswith('layers.'):
-      index = int(name.split('/')[0].removeprefix('layers.'))
+    index = models.names.layer_index(name)
+    if index is not None:
       clock.layers.setdefault(index, _now())
   clock.report('decode', layers, step)
 

@@ -398,7 +398,7 @@ def _layer(
   made = dict(zip(names, shortcuts, strict=False))
   found: models.Params = {}
   for path, shape in structured.flatten(models.layer_shapes(config, index)).items():
-    full = f'layers.{index}/{path}'
+    full = models.names.prefix(index) + path
     if path in made:
       found[path] = made[path].astype(weights.dtype)
     elif path.endswith('/bias'):

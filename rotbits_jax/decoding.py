@@ -169,7 +169,7 @@ def decode_to_directory(
       kept = (structured.FactorPair,)
       for index, params in reader.parts(show_progress=progress):
         params = models.materialize(params, but=kept)
-        prefix = '' if index is None else f'layers.{index}/'
+        prefix = models.names.prefix(index)
         params = structured.unflatten(
           (path, structured.astype(leaf, dtypes[prefix + path]))
           for path, leaf in structured.flatten(params).items()

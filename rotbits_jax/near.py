@@ -264,11 +264,11 @@ def _unstacked(
   if match is None:
     return [(path, array)]
   first = sum(groups[: int(match[1])])
-  return [(f'layers.{first + i}/{match[2]}', x) for i, x in enumerate(array)]
+  return [(models.names.prefix(first + i) + match[2], x) for i, x in enumerate(array)]
 
 
 def _kind(path: str) -> str:
-  """Returns `symmetries.kind` of a parameter, given its path in a group."""
+  """Returns `models.names.kind` of a parameter, given its path in a group."""
   return re.sub(r'^blocks_\d+/', 'layers.*/', path)
 
 
@@ -338,7 +338,7 @@ def _numbers(model: models.Model) -> dict[str, int]:
   counts: dict[str, int] = {}
   for path, leaf in transform.leaves(model):
     if any(rounding_lib.is_matrix(x) for x in jax.tree.leaves(leaf)):
-      name = symmetries.kind(path)
+      name = models.names.kind(path)
       counts[name] = counts.get(name, 0) + structured.count_numbers(leaf)
   return counts
 

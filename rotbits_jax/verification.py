@@ -152,7 +152,7 @@ def _parts(reader: file.Reader, progress: bool) -> Iterator[tuple[str, Any]]:
       yield '', reader.unit(name)
     return
   for index, params in reader.parts(show_progress=progress):
-    yield '' if index is None else f'layers.{index}/', params
+    yield models.names.prefix(index), params
 
 
 def _given(
@@ -167,9 +167,9 @@ def _given(
   """
   if isinstance(expected, checkpoints.TensorFiles):
     return {name: expected.read(name) for name in paths if name in expected.specs}
-  if not prefix:
+  index = models.names.layer_index(prefix)
+  if index is None:
     return structured.flatten(expected.outer())
-  index = int(prefix.removeprefix('layers.').removesuffix('/'))
   return structured.flatten(expected.layer(index))
 
 

@@ -213,7 +213,7 @@ def units(config: models.ModelConfig) -> tuple[int | None, ...]:
 
 def unit_name(layer: int | None) -> str:
   """Returns the prefix of the paths of a unit's parameters in the whole model."""
-  return '' if layer is None else f'layers.{layer}/'
+  return models.names.prefix(layer)
 
 
 def entries(config: models.ModelConfig, layer: int | None) -> Iterator[Entry]:

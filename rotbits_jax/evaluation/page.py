@@ -22,7 +22,6 @@ from rotbits_jax import structured
 from rotbits_jax.evaluation import accounting as accounting_lib
 from rotbits_jax.evaluation import charts
 from rotbits_jax.evaluation import published
-from rotbits_jax.file import manifest
 from rotbits_jax.file import report as report_lib
 
 _LAYERS = 6
@@ -185,7 +184,7 @@ def _ranks(notes: list['_Note'], most: int) -> str:
 def _spectra(reader: file.Reader, index: int) -> list[_Spectrum]:
   """Computes the spectra of one layer's shortcuts."""
   found = []
-  for path, leaf in structured.flatten(reader.unit(f'layers.{index}')).items():
+  for path, leaf in structured.flatten(reader.unit(models.names.layer(index))).items():
     if 'shortcut' not in path:
       continue
     numbers = [np.asarray(x, np.float32) for x in jax.tree.leaves(leaf)]
@@ -201,7 +200,7 @@ def _spectra(reader: file.Reader, index: int) -> list[_Spectrum]:
     else:
       matrix = np.asarray(structured.materialize(leaf), np.float32)
       values, rank = np.linalg.svd(matrix, compute_uv=False), count
-    found.append(_Spectrum(f'layers.{index}/{path}', np.sort(values), rank))
+    found.append(_Spectrum(models.names.prefix(index) + path, np.sort(values), rank))
   return found
 
 
@@ -370,7 +369,7 @@ def _notes(report: report_lib.Report) -> list[_Note]:
   found = []
   for note in itertools.chain.from_iterable(report.notes.values()):
     unit, _, name = str(note.get('tensor')).partition('/')
-    layer = manifest.layer_index(unit)
+    layer = models.names.layer_index(unit)
     rank, error = note.get('rank'), note.get('error')
     if layer is not None:
       found.append(

@@ -500,7 +500,8 @@ class Manifest:
     for unit in self.units:
       if unit.empty:
         raise ContainerError(f'{unit.name[:200]}: a model has no empty dicts')
-      if layer_index(unit.name) is None and unit.first_keys() != {unit.name}:
+      is_layer = models.names.layer_index(unit.name) is not None
+      if not is_layer and unit.first_keys() != {unit.name}:
         raise ContainerError(f'{unit.name[:200]}: it has a leaf of another unit')
       for leaf in unit.leaves:
         setting, field = _HEADS.get(leaf.kind, ('', ''))
@@ -560,14 +561,6 @@ BUFFERS = 'buffers'
 """The name of the unit of tensors that the forward pass does not use."""
 
 
-def layer_index(name: str) -> int | None:
-  """Returns the index of a layer, given the name of its unit; None for other units."""
-  prefix, _, index = name.partition('.')
-  if prefix != 'layers' or not (index.isascii() and index.isdigit()):
-    return None
-  return int(index) if len(index) < 8 and str(int(index)) == index else None
-
-
 def _is_path(path: str) -> bool:
   parts = path.split('/')
   return all(parts) and len(parts) <= _MOST_KEYS
@@ -583,7 +576,7 @@ def _expected(
   """
   if name == BUFFERS:
     return None
-  index = layer_index(name)
+  index = models.names.layer_index(name)
   if index is not None and index < config.num_layers:
     return structured.flatten(models.layer_shapes(config, index))
   outer = models.outer_shapes(config)

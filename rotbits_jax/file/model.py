@@ -138,7 +138,7 @@ class Job:
         leaves, structure = jax.tree.flatten(self.preset.transform.init(self.context))
         if len(leaves) == len(work.state):
           state = jax.tree.unflatten(structure, work.state)
-    own = [manifest_lib.layer_index(name) for name in names]
+    own = [models.names.layer_index(name) for name in names]
     layers = [index for index in own if index is not None]
     outer = [name for name, index in zip(names, own, strict=True) if index is None]
     start = layers[0] + min(kept, len(layers)) if layers else self.config.num_layers
@@ -237,7 +237,7 @@ def _input_sizes(
   """Returns the size of each unit before it is rewritten, in the order of the units."""
   trees: dict[str, tuple[str, Tree]] = {}
   for i in range(context.config.num_layers):
-    trees[f'layers.{i}'] = f'layers.{i}/', context.source.specs(i)
+    trees[models.names.layer(i)] = models.names.prefix(i), context.source.specs(i)
   for key, tree in context.source.specs(None).items():
     trees[key] = '', {key: tree}
   sizes = {}

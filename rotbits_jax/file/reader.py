@@ -278,7 +278,7 @@ class Reader:
     if self.manifests[0].message is not None:
       return self._message_model(layers, place, show_progress)
     outer = self._outer_names()
-    names = [*outer, *(f'layers.{i}' for i in layers)]
+    names = [*outer, *(models.names.layer(i) for i in layers)]
     _check_memory('the model', sum(self._entry(name).decoded_bytes for name in names))
     params: Tree = {}
     with (
@@ -286,7 +286,9 @@ class Reader:
       weights.unit_jobs() as start,
     ):
       expanding = self._start_outer(outer, start)
-      runs = itertools.groupby(layers, lambda i: self._entry(f'layers.{i}').stack_key())
+      runs = itertools.groupby(
+        layers, lambda i: self._entry(models.names.layer(i)).stack_key()
+      )
       stacks = [self._start_stack(list(run), place, start) for _, run in runs]
       for future in expanding:
         params |= placement.placed(future.result(), place)
@@ -315,12 +317,12 @@ class Reader:
     if self.manifests[0].message is not None:
       for path, array in self.message_arrays(show_progress=show_progress):
         name, _, rest = path.partition('/')
-        index = manifest_lib.layer_index(name)
+        index = models.names.layer_index(name)
         own = path if index is None else rest
         yield index, structured.unflatten({own: array})
       return
     outer = self._outer_names()
-    names = [f'layers.{i}' for i in range(self.config.num_layers)]
+    names = [models.names.layer(i) for i in range(self.config.num_layers)]
     for name in names:
       self._entry(name)
     _check_memory(
@@ -551,13 +553,13 @@ class Reader:
     self, indices: Sequence[int], place: placement.Place | None, start: weights.Start
   ) -> '_Stack':
     """Starts to decode the layers of a group, into their places in the stack."""
-    entry = self._entry(f'layers.{indices[0]}')
+    entry = self._entry(models.names.layer(indices[0]))
     count = len(indices)
     wanted = range(count)
     if place is not None:
       wanted = placement.local_layers(place, entry, count)
     specs = [
-      {leaf.path: own for leaf, own in self._entry(f'layers.{i}').leaf_specs()}
+      {leaf.path: own for leaf, own in self._entry(models.names.layer(i)).leaf_specs()}
       for i in indices
     ]
     stacks = {}
@@ -574,7 +576,7 @@ class Reader:
       start(
         functools.partial(
           self._decode,
-          f'layers.{indices[k]}',
+          models.names.layer(indices[k]),
           {path: [stack[row] for stack in own] for path, own in stacks.items()},
         )
       )
@@ -628,11 +630,11 @@ class Reader:
       sum(math.prod(x) * dtypes[path].itemsize for path, x in shapes.items()),
     )
     for path, array in self.message_arrays(show_progress=show_progress):
-      index = manifest_lib.layer_index(path.split('/')[0])
+      index = models.names.layer_index(path.split('/')[0])
       if index is None or index in layers:
         flat[path] = array
     tree = structured.unflatten(flat)
-    stack = [tree.pop(f'layers.{i}') for i in layers]
+    stack = [tree.pop(models.names.layer(i)) for i in layers]
     model = models.from_layers(self.config, tree, stack, self.buffers())
     return (
       model
@@ -697,7 +699,7 @@ def _shapes_of_parts(config: models.ModelConfig) -> list[dict[str, tuple[int, ..
   """Returns the shapes of all parameters outside the layers, and of each layer."""
   trees: list[Tree] = [models.outer_shapes(config)]
   for i in range(config.num_layers):
-    trees.append({f'layers.{i}': models.layer_shapes(config, i)})
+    trees.append({models.names.layer(i): models.layer_shapes(config, i)})
   return [structured.flatten(tree) for tree in trees]
 
 
@@ -779,7 +781,7 @@ def _cut_path(name: str, leaf: manifest_lib.Leaf) -> str:
 
 
 def _is_layer(name: str) -> bool:
-  return manifest_lib.layer_index(name) is not None
+  return models.names.layer_index(name) is not None
 
 
 def _dtype(name: str) -> np.dtype:

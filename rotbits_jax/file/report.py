@@ -1,10 +1,10 @@
 """The report on a file: what each step of the encoder saved, to the byte."""
 
 import math
-import re
 import textwrap
 from typing import Any, NamedTuple
 
+from rotbits_jax import models
 from rotbits_jax.file import fields
 from rotbits_jax.file import reader as reader_lib
 from rotbits_jax.symmetries import transform
@@ -120,8 +120,7 @@ def summary(notes: list[dict[str, Any]]) -> list[dict[str, Any]]:
   for note in notes:
     words = {key: x for key, x in note.items() if isinstance(x, str)}
     if 'tensor' in words:
-      place = re.sub(r'^layers\.\d+/', 'layers.*/', words['tensor'])
-      words['tensor'] = place.removesuffix('/kernel')
+      words['tensor'] = models.names.kind(words['tensor']).removesuffix('/kernel')
     kinds.setdefault(tuple(words.items()), []).append(note)
   rows = []
   for kind, own in kinds.items():

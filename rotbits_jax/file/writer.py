@@ -241,7 +241,7 @@ def encode_unit(
     ValueError: if a reader would refuse a parameter. It names the parameter.
   """
   neurons: dict[str, int] = {}
-  config, is_layer = summary.config, manifest_lib.layer_index(unit.name) is not None
+  config, is_layer = summary.config, models.names.layer_index(unit.name) is not None
   if summary.preset.order_neurons and config is not None and is_layer:
     valid = models.layout.symmetries(config).neurons
     neurons = models.layout.neuron_axes(config) if valid else {}

@@ -2,6 +2,7 @@
 
 from rotbits_jax.models import generation
 from rotbits_jax.models import layout
+from rotbits_jax.models import names
 from rotbits_jax.models.config import ModelConfig
 from rotbits_jax.models.config import RopeScaling
 from rotbits_jax.models.model import Model
@@ -34,6 +35,7 @@ __all__ = [
   'layout',
   'logits',
   'materialize',
+  'names',
   'outer_shapes',
   'stack_key',
   'stack_layers',

@@ -60,7 +60,7 @@ def parts(config: models.ModelConfig) -> list[Parts]:
   _add(found, '', *outer, first=0, last=last)
   for i in range(config.num_layers):
     layer = models.layout.layer_axes(config), models.layer_shapes(config, i)
-    _add(found, f'layers.{i}/', *layer, first=i * step, last=(i + 1) * step)
+    _add(found, models.names.prefix(i), *layer, first=i * step, last=(i + 1) * step)
   return found
 
 
@@ -121,10 +121,8 @@ class Reader:
 
   def leaf(self, path: str) -> Any:
     """Returns a parameter's leaf; None if the source does not have the parameter."""
-    unit, name = path.split('/', 1)
-    if unit.startswith('layers.'):
-      return self._unit(int(unit.removeprefix('layers.'))).get(name)
-    return self._unit(None).get(path)
+    index = models.names.layer_index(path)
+    return self._unit(index).get(path.removeprefix(models.names.prefix(index)))
 
   def arrays(self, shapes: Shapes) -> Arrays:
     """Returns the parameters with these paths as arrays."""

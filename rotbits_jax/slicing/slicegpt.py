@@ -128,7 +128,7 @@ def slice_model(
       calibration.advance(activations, sublayers, bases[-1], config)
       bases.append(next_basis())
     sliced = slice_layer(fused, tuple(basis.kept for basis in bases), config)
-    layers.append(_rounded(sliced, dtype, f'layers.{i}'))
+    layers.append(_rounded(sliced, dtype, models.names.layer(i)))
     bases = bases[-1:]
   head = norm_fusion.fuse_head(dense.outer(), dense.config)
   head['kernel'] = bases[-1].kept.T @ head['kernel']

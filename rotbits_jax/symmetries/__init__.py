@@ -40,7 +40,6 @@ from rotbits_jax.symmetries.residual import remove_residual_gauge
 from rotbits_jax.symmetries.rounding import NEAREST
 from rotbits_jax.symmetries.rounding import Inputs
 from rotbits_jax.symmetries.rounding import Rounding
-from rotbits_jax.symmetries.rounding import kind
 from rotbits_jax.symmetries.rounding import round_leaf
 from rotbits_jax.symmetries.rounding import to_steps
 from rotbits_jax.symmetries.rounding import with_floor
@@ -76,7 +75,6 @@ __all__ = [
   'chain',
   'count_model',
   'fix_pairs',
-  'kind',
   'make',
   'make_context',
   'note',

@@ -73,7 +73,7 @@ def _layers(
     if valid.values and all(map(structured.is_plain, biases)):
       kernel = structured.materialize(flat['attention/out/kernel'])
       moved = _with_value_bias(*biases, kernel, kv_heads=config.num_kv_heads)
-      path = f'layers.{index}/attention/out/bias'
+      path = f'{models.names.layer(index)}/attention/out/bias'
       if bool(jnp.all(jnp.abs(moved) <= context.limit(path))):
         removed.append('value')
         flat['attention/out/bias'] = moved.astype(flat['attention/out/bias'].dtype)
@@ -81,7 +81,7 @@ def _layers(
     for name in removed:
       path = f'attention/{name}/bias'
       flat[path] = structured.Constant.like(flat[path], 0.0)
-      own.append(transform.note(f'layers.{index}/{path}', flat[path]))
+      own.append(transform.note(models.names.prefix(index) + path, flat[path]))
     rewritten.append(structured.unflatten(flat))
     notes.append(own)
   return state, rewritten, notes

@@ -363,7 +363,7 @@ def _remove(
     for name in names:
       if structured.is_structured(fixed.pair[name]['kernel']):
         leaf = rewritten[i]['attention'][name]['kernel']
-        path = f'layers.{first + i}/attention/{name}/kernel'
+        path = f'{models.names.layer(first + i)}/attention/{name}/kernel'
         details = {'plain_error': transform.three_digits(plain_error)}
         note = transform.note(path, leaf, error=error if accepted else 0.0)
         notes[i].append(note | details)

@@ -114,7 +114,7 @@ def remove_low_rank_gauge(*, tolerance: float = 2.0) -> transform.Transform:
     context: transform.Context, state: Any, first: int, given: transform.Layers
   ) -> tuple[Any, transform.Layers, list[list[transform.Note]]]:
     results = [
-      fix(layer, dtype=context.dtype, prefix=f'layers.{i}/')
+      fix(layer, dtype=context.dtype, prefix=models.names.prefix(i))
       for i, layer in enumerate(given, first)
     ]
     return state, [tree for tree, _ in results], [own for _, own in results]

@@ -242,7 +242,7 @@ def _layers(
     for flat, gauge in zip(flats, gauges, strict=True)
   ]
   for i, (gauge, leaves) in enumerate(zip(gauges, shortcuts, strict=True)):
-    prefix = f'layers.{first + i}/'
+    prefix = models.names.prefix(first + i)
     for path, own in leaves.items():
       rotated[i][path] = own.leaf
       details = {'error': float(own.error), 'rank': own.rank}
@@ -355,7 +355,7 @@ def _find_gauges(
   gauges = []
   for i, (flat, polars) in enumerate(zip(flats, found, strict=True)):
     layer = first + i
-    used = _range_used(context, f'layers.{layer}/', flat)
+    used = _range_used(context, models.names.prefix(layer), flat)
     widths = config.layer_widths(layer)
     device = next(iter(used.values())).device
     rotations = [jax.device_put(jnp.asarray(state.rotation, jnp.float32), device)]
@@ -470,7 +470,7 @@ def _reader(context: transform.Context, segment: int) -> Any:
     return kernel
   d, e = config.layer_widths(index)[:2]
   between = {path: flat[path] for path in _touching(config, 1)}
-  used = _range_used(context, f'layers.{index}/', between)
+  used = _range_used(context, models.names.prefix(index), between)
   if d > e or not _within(used, _touching(config, 1)):
     return None
   path = _shortcut_paths(config)[0]
@@ -504,7 +504,7 @@ def _readers_within(context: transform.Context, segment: int) -> bool:
     return _within(used, used)
   flat = _plain_source(context, index)
   readers = {path: flat[path] for path in _touching(config, 0)}
-  used = _range_used(context, f'layers.{index}/', readers)
+  used = _range_used(context, models.names.prefix(index), readers)
   return _within(used, used)
 
 
@@ -513,7 +513,7 @@ def _stream_can_rotate(context: transform.Context) -> bool:
   config = context.config
   for i in range(config.num_layers):
     flat = norms.folded(config, jax.device_put(_plain_source(context, i)))
-    used = _range_used(context, f'layers.{i}/', flat)
+    used = _range_used(context, models.names.prefix(i), flat)
     if not _within(used, used):
       return False
   flat = norms.folded_outer(config, jax.device_put(_plain_source(context, None)))
@@ -572,7 +572,9 @@ def _stream_layers(
   if blocks:
     leaf, error = _trapezoids(rotated[0]['mlp/up/kernel'], blocks)
     rotated[0]['mlp/up/kernel'] = leaf
-    notes[0].append(transform.note(f'layers.{first}/mlp/up/kernel', leaf, error=error))
+    notes[0].append(
+      transform.note(f'{models.names.layer(first)}/mlp/up/kernel', leaf, error=error)
+    )
     state = state._replace(blocks=np.zeros(0, np.int32))
   rotated = [structured.unflatten(norms.with_constant_norms(flat)) for flat in rotated]
   return state, rotated, notes

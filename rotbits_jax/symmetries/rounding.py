@@ -17,7 +17,6 @@ less than a factor of 2.
 
 from collections.abc import Callable, Mapping
 import functools
-import re
 import types
 from typing import Any, NamedTuple
 
@@ -25,6 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rotbits_jax import models
 from rotbits_jax import structured
 from rotbits_jax.symmetries import feedback
 
@@ -103,18 +103,15 @@ def to_steps(
 
   Args:
     step: log2 of the step over the rms of the array.
-    offsets: octaves to add to the step, by kind of parameter, see `kind`. The offset of
-      other kinds is 0. No step is finer than `FINEST`.
+    offsets: octaves to add to the step, by kind of parameter, see `models.names.kind`.
+      The offset of other kinds is 0. No step is finer than `FINEST`.
     inputs: see `Rounding`.
   """
   by_kind = dict(offsets or {})
-  octaves = lambda path, dtype: max(step + by_kind.get(kind(path), 0.0), FINEST)
+  octaves = lambda path, dtype: max(
+    step + by_kind.get(models.names.kind(path), 0.0), FINEST
+  )
   return Rounding(octaves, uniform=True, inputs=inputs or {})
-
-
-def kind(path: str) -> str:
-  """Returns the path of a parameter with `*` for the number of the layer."""
-  return re.sub(r'^layers\.\d+/', 'layers.*/', path)
 
 
 class Effect(NamedTuple):

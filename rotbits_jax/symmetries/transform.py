@@ -186,11 +186,13 @@ def make(
   ) -> tuple[State, Layers, list[list[Saving]]]:
     if layers is None:
       return state, given, [[Saving(name, 0, 0, [])] for _ in given]
-    before = [count(x, context, f'layers.{first + i}/') for i, x in enumerate(given)]
+    before = [
+      count(x, context, models.names.prefix(first + i)) for i, x in enumerate(given)
+    ]
     state, rewritten, notes = layers(context, state, first, given)
     savings = []
     for i, (layer, own) in enumerate(zip(rewritten, notes, strict=True)):
-      after = count(layer, context, f'layers.{first + i}/')
+      after = count(layer, context, models.names.prefix(first + i))
       savings.append([_saving(name, before[i], after, own)])
     return state, rewritten, savings
 
@@ -280,7 +282,9 @@ def make_context(
   kinds: dict[str, np.dtype] = {}
   sizes = collections.Counter[np.dtype]()
   trees = [('', source.specs(None))]
-  trees += [(f'layers.{i}/', source.specs(i)) for i in range(source.config.num_layers)]
+  trees += [
+    (models.names.prefix(i), source.specs(i)) for i in range(source.config.num_layers)
+  ]
   for prefix, tree in trees:
     for path, leaf in structured.flatten(tree).items():
       kind = np.dtype(leaf.dtype)
@@ -332,8 +336,8 @@ def rewrite(
     state, given, savings = transform.layers(context, state, first, given)
     units = []
     for i, own in zip(indices, savings, strict=True):
-      stored, more = _stored(given.pop(0), context, f'layers.{i}/', rounding)
-      units.append(Unit(f'layers.{i}', stored, own + more))
+      stored, more = _stored(given.pop(0), context, models.names.prefix(i), rounding)
+      units.append(Unit(models.names.layer(i), stored, own + more))
     yield units, state
   if outer:
     if context.mesh is not None:
@@ -387,7 +391,7 @@ def to_model(
   layers: list[models.Params] = []
   outer: models.Params = {}
   for unit in units:
-    if unit.name.startswith('layers.'):
+    if models.names.layer_index(unit.name) is not None:
       layers.append(unit.params)
     else:
       outer |= unit.params
@@ -447,14 +451,14 @@ def leaves(model: models.Model) -> Iterator[tuple[str, Any]]:
   yield from structured.flatten(model.outer()).items()
   for i, layer in enumerate(model.layers()):
     for path, leaf in structured.flatten(layer).items():
-      yield f'layers.{i}/{path}', leaf
+      yield models.names.prefix(i) + path, leaf
 
 
 def count_model(model: models.Model) -> tuple[int, int]:
   """Returns how many numbers a model stores, and their bytes before coding."""
   context = make_context(model, stored_as=model.stored_as)
   trees = [('', model.outer())]
-  trees += [(f'layers.{i}/', layer) for i, layer in enumerate(model.layers())]
+  trees += [(models.names.prefix(i), layer) for i, layer in enumerate(model.layers())]
   counts = [count(tree, context, prefix) for prefix, tree in trees]
   buffers = structured.count_numbers(model.buffers)
   numbers, size = buffers, structured.count_bytes(model.buffers)

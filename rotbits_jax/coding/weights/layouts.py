@@ -295,8 +295,8 @@ def layout(kind: str, dtype: np.dtype, rest: int, step: int) -> Layout:
   return KINDS[kind](dtype, rest, step)
 
 
-# A grid is used if the scale of the numbers is less than 2^12 steps, because its integers
-# have 16 bits with the sign and must hold numbers of 8 times the scale. The dtype must
+# A grid is used if the scale of the numbers is less than 2^12 steps, because its
+# integers have 16 bits and must hold numbers of 8 times the scale. The dtype must also
 # be able to represent every multiple of the step near the scale. Otherwise the rests of
 # large numbers end in zeros, and the grid stores these zeros.
 _GRID_OCTAVES = 12
