@@ -9,8 +9,8 @@ The same matrices are stored in different ways, and the same code measures each 
 same text:
 
   near              `near` at several steps, one step for all kinds of parameters
-  near, own steps   the same steps with the offsets of `near.calibrate`, whose mean is 0
-  near, calibrated  the same, rounded with error feedback
+  near, feedback    the same steps, rounded with error feedback
+  near, calibrated  with feedback, and the offsets of `near.calibrate`, whose mean is 0
   GGUF              blocks of 32 numbers, quantised by the package `gguf`
   int8              one scale for each output, quantised by the package `qwix`
 
@@ -85,7 +85,7 @@ _NAME = flags.DEFINE_string(
 BLOCKS = ('Q8_0', 'Q5_1', 'Q5_0', 'Q4_1', 'Q4_0')
 """GGUF's formats, from the largest to the smallest."""
 
-PLAIN, OFFSETS, CALIBRATED = 'near', 'near, own steps', 'near, calibrated'
+PLAIN, FEEDBACK, CALIBRATED = 'near', 'near, feedback', 'near, calibrated'
 GGUF, INT8 = 'GGUF', 'int8, Qwix'
 
 _TOGETHER = 3
@@ -96,7 +96,7 @@ class Row(NamedTuple):
   """A line of the table.
 
   Attributes:
-    series: one of `PLAIN`, `OFFSETS`, `CALIBRATED`, `GGUF` and `INT8`.
+    series: one of `PLAIN`, `FEEDBACK`, `CALIBRATED`, `GGUF` and `INT8`.
     name: the step or the format.
     bytes: the bytes that the model takes.
     perplexity: perplexity on the text.
@@ -228,7 +228,7 @@ def measure(
   plans: list[tuple[str, str, Callable[[], Stored]]] = []
   ways = {
     PLAIN: ({}, {}),
-    OFFSETS: (found.offsets, {}),
+    FEEDBACK: ({}, found.inputs),
     CALIBRATED: (found.offsets, found.inputs),
   }
   for name, (offsets, inputs) in ways.items():
