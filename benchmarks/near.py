@@ -278,7 +278,8 @@ def to_text(rows: Sequence[Row], tensor_bytes: int) -> str:
         ours += f'{"" if size is None else f"{size / row.bytes:.3f}":>12}'
     lines.append(
       f'{row.series if row.series != shown else "":18}{row.name:6}{row.bytes:13,}'
-      f'{row.bytes / tensor_bytes:8.1%}{row.perplexity:12.3f}{row.kl:10.2e}{ours}'
+      f'{row.bytes / tensor_bytes:8.1%}{row.perplexity:12.3f}{row.kl:10.2e}'
+      f'{ours.rstrip()}'
     )
     shown = row.series
   return '\n'.join(lines)
