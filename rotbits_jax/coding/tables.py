@@ -124,17 +124,29 @@ def from_bytes(data: bytes, count: int, alphabet: int) -> np.ndarray:
   values = halves[0].astype(np.int64) | halves[1].astype(np.int64) << 8
   if values.size < 3 * count:
     raise ValueError('a frequency table is cut short')
-  tables = np.zeros((count, alphabet), np.int64)
+  # Each table tells where the next one begins. All frequencies are then copied at once.
+  given, begins, firsts, sizes = values.tolist(), [], [], []
   position = 0
-  for table in tables:
-    first, last = values[position : position + 2].tolist() or (0, -1)
-    span = values[position + 2 : position + 3 + last - first]
-    if not first <= last < alphabet or span.size != last - first + 1:
+  for _ in range(count):
+    first, last = given[position : position + 2] or (0, -1)
+    if not first <= last < alphabet:
       raise ValueError('a frequency table is cut short')
-    table[first : last + 1] = span
-    if table.sum() != TOTAL:
-      raise ValueError(f'frequencies must add up to {TOTAL}, got {table.sum()}')
-    position += 2 + span.size
-  if position != values.size:
+    begins.append(position + 2)
+    firsts.append(first)
+    sizes.append(last - first + 1)
+    position += 2 + sizes[-1]
+    if position > len(given):
+      raise ValueError('a frequency table is cut short')
+  if position != len(given):
     raise ValueError('bytes are left after the last frequency table')
+  size = np.array(sizes, np.int64)
+  spread = lambda x: np.repeat(np.array(x, np.int64), size)
+  rows = spread(range(count))
+  within = np.arange(rows.size) - spread(np.cumsum(size) - size)
+  tables = np.zeros((count, alphabet), np.int64)
+  tables[rows, spread(firsts) + within] = values[spread(begins) + within]
+  totals = tables.sum(axis=1)
+  if np.any(totals != TOTAL):
+    wrong = totals[totals != TOTAL][0]
+    raise ValueError(f'frequencies must add up to {TOTAL}, got {wrong}')
   return tables
