@@ -7,28 +7,32 @@ colour.
 
 from collections.abc import Sequence
 import html
+import itertools
 import math
 from typing import NamedTuple
 
 STYLE = """
 :root { color-scheme: light dark; --page: #fff; --ink: #1c2128; --soft: #57606a;
-  --line: #d0d7de; --s0: #0b62b5; --s1: #a6430d; --s2: #1a7f37; --s3: #7a3fb5; }
+  --line: #d0d7de; --s0: #0b62b5; --s1: #a6430d; --s2: #1a7f37; --s3: #7a3fb5;
+  --s4: #9c1a6b; }
 @media (prefers-color-scheme: dark) { :root { --page: #14181d; --ink: #e6edf3;
   --soft: #a3adb8; --line: #363d46; --s0: #79b8ff; --s1: #ffa868; --s2: #6fdc8c;
-  --s3: #d2a8ff; } }
+  --s3: #d2a8ff; --s4: #ff9bd2; } }
 svg text { fill: var(--soft); font-size: 12px; font-family: system-ui, sans-serif; }
 .grid { stroke: var(--line); fill: none; }
 .line { fill: none; stroke-width: 2; }
 .mark { fill: var(--page); stroke-width: 2; }
 .s0 { stroke: var(--s0); } .s1 { stroke: var(--s1); }
 .s2 { stroke: var(--s2); } .s3 { stroke: var(--s3); }
+.s4 { stroke: var(--s4); }
 """
 """The colours of charts in a light and a dark theme."""
 
 WIDTH, HEIGHT = 360, 230
 _LEFT, _RIGHT, _TOP, _BOTTOM = 44, 14, 24, 36
-_MARKERS = ('circle', 'square', 'triangle', 'diamond')
-_DASHES = ('', '6 3', '2 3', '8 3 2 3')
+_MARKERS = ('circle', 'square', 'triangle', 'diamond', 'wedge')
+_DASHES = ('', '6 3', '2 3', '8 3 2 3', '1 2')
+_STYLES = len(_MARKERS)
 
 
 class Series(NamedTuple):
@@ -81,7 +85,7 @@ def chart(
   """Draws series in a frame with two axes.
 
   Args:
-    series: the series to draw. At most four can be distinguished.
+    series: the series to draw. At most five can be distinguished.
     x: the horizontal axis.
     y: the vertical axis.
     title: a description of the chart for screen readers.
@@ -105,19 +109,23 @@ def chart(
     parts.append(_text(at, HEIGHT - _BOTTOM + 16, _number(tick), anchor='middle'))
   parts.append(_text((WIDTH + _LEFT) / 2, HEIGHT - 4, x.label, anchor='middle'))
   parts.append(_text(2, 11, y.label))
-  for i, own in enumerate(series):
-    points = [(across(a), up(b)) for a, b in zip(own.x, own.y, strict=True)]
+  places = [
+    [(across(a), up(b)) for a, b in zip(own.x, own.y, strict=True)] for own in series
+  ]
+  labels = _Labels(places, [own.line for own in series])
+  for i, (own, points) in enumerate(zip(series, places, strict=True)):
     if own.line and points:
       path = 'M' + 'L'.join(f'{a:.1f} {b:.1f}' for a, b in points)
       parts.append(
-        f'<path class="line s{i % 4}" stroke-dasharray="{_DASHES[i % 4]}" d="{path}"/>'
+        f'<path class="line s{i % _STYLES}" d="{path}" '
+        f'stroke-dasharray="{_DASHES[i % _STYLES]}"/>'
       )
     if own.markers:
       parts += [marker(i, a, b) for a, b in points]
-    for k, (point, label) in enumerate(zip(points, own.labels or (), strict=False)):
-      # Neighbours have their text on different sides, so that it does not overlap.
-      side, anchor = ((7, 4), 'start') if k % 2 else ((0, -8), 'middle')
-      parts.append(_text(point[0] + side[0], point[1] + side[1], label, anchor=anchor))
+    parts += [
+      labels.draw(point, label)
+      for point, label in zip(points, own.labels or (), strict=False)
+    ]
   if legend and inside:
     parts.append(_legend_inside(series))
   picture = _svg(WIDTH, HEIGHT, parts, title)
@@ -126,14 +134,15 @@ def chart(
 
 def marker(index: int, x: float, y: float) -> str:
   """Draws the marker of the series with this index."""
-  shape = _MARKERS[index % 4]
-  name = f'class="mark s{index % 4}"'
+  shape = _MARKERS[index % _STYLES]
+  name = f'class="mark s{index % _STYLES}"'
   if shape == 'circle':
     return f'<circle {name} cx="{x:.1f}" cy="{y:.1f}" r="3.5"/>'
   corners = {
     'square': ((-3, -3), (3, -3), (3, 3), (-3, 3)),
     'triangle': ((0, -4.5), (4, 3), (-4, 3)),
     'diamond': ((0, -4.5), (4.5, 0), (0, 4.5), (-4.5, 0)),
+    'wedge': ((0, 4.5), (4, -3), (-4, -3)),
   }[shape]
   points = ' '.join(f'{x + a:.1f},{y + b:.1f}' for a, b in corners)
   return f'<polygon {name} points="{points}"/>'
@@ -145,6 +154,44 @@ def standalone(svg: str) -> str:
   end = svg.index('</svg>') + 6
   page = '<rect width="100%" height="100%" style="fill: var(--page)"/>'
   return f'{svg[:start]}<style>{STYLE}</style>{page}{svg[start:end]}'
+
+
+class _Labels:
+  """Puts text beside points, where it covers the fewest points, lines and texts."""
+
+  # Where a text begins or ends, relative to its point.
+  SIDES = (
+    (6, -4, 'start'),
+    (6, -18, 'start'),
+    (-6, -4, 'end'),
+    (6, 13, 'start'),
+    (-6, 13, 'end'),
+  )
+  CHARACTER = 7  # the width of a character in the font of `STYLE`
+
+  def __init__(self, places: Sequence[list[tuple[float, float]]], lines: list[bool]):
+    self._taken = [point for points in places for point in points]
+    for points, joined in zip(places, lines, strict=True):
+      for (a, b), (c, d) in itertools.pairwise(points) if joined else ():
+        parts = [k / 16 for k in range(1, 16)]
+        self._taken += [(a + k * (c - a), b + k * (d - b)) for k in parts]
+
+  def draw(self, point: tuple[float, float], text: str) -> str:
+    """Draws a text beside a point."""
+    width = self.CHARACTER * len(text)
+
+    def covered(side: tuple[int, int, str]) -> int:
+      left = point[0] + side[0] - (width if side[2] == 'end' else 0)
+      low = point[1] + side[1]
+      inside = lambda x, y: left - 2 < x < left + width + 2 and low - 12 < y < low + 3
+      return sum(inside(x, y) for x, y in self._taken)
+
+    x, y, anchor = min(self.SIDES, key=covered)
+    left = point[0] + x - (width if anchor == 'end' else 0)
+    self._taken += [
+      (left + k * width / 8, point[1] + y - h) for k in range(9) for h in (0, 3, 6, 9)
+    ]
+    return _text(point[0] + x, point[1] + y, text, anchor=anchor)
 
 
 class _Scale:
@@ -209,8 +256,8 @@ def _legend_inside(series: Sequence[Series]) -> str:
 
 def _key(index: int, series: Series) -> str:
   """Draws the line and the marker of a series, 28 by 14."""
-  dash = f'stroke-dasharray="{_DASHES[index % 4]}"'
-  line = f'<path class="line s{index % 4}" {dash} d="M1 7H27"/>'
+  dash = f'stroke-dasharray="{_DASHES[index % _STYLES]}"'
+  line = f'<path class="line s{index % _STYLES}" {dash} d="M1 7H27"/>'
   return (line if series.line else '') + (
     marker(index, 14, 7) if series.markers else ''
   )
