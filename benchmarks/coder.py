@@ -214,7 +214,7 @@ def main(argv: list[str]) -> None:
   if _RESULTS.value is not None:
     text = '\n'.join(lines)
     about = f'`python -m benchmarks.coder`, {sections.machine()}.'
-    sections.write(_RESULTS.value, 'The coder', f'{about}\n\n```\n{text}\n```')
+    sections.write(_RESULTS.value, 'The coder', sections.with_table(about, text))
 
 
 if __name__ == '__main__':

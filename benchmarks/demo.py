@@ -13,6 +13,7 @@ compile.
 import dataclasses
 import importlib.resources
 import pathlib
+import re
 import sys
 import textwrap
 import time
@@ -173,7 +174,8 @@ def presets_for(config: rotbits_jax.ModelConfig) -> list[str]:
 
 def encoded_path(subject: str, preset: str, output: pathlib.Path) -> pathlib.Path:
   """Returns where `measure` writes a file."""
-  return output / f'{subject.replace(" ", "-").replace("%", "")}-{preset}.rotbits'
+  stem = f'{subject} {preset}'.replace(' ', '-')
+  return output / f'{re.sub("[%,]", "", stem)}.rotbits'
 
 
 def measure(
@@ -194,22 +196,19 @@ def measure(
   sizes: dict[str, int] = {TENSORS: symmetries.count_model(model)[1]}
   seconds = {}
   compared = {TENSORS: model}
-  for preset in presets_for(model.config):
-    path = encoded_path(subject.name, preset, output)
-    timed = encode_and_load(checkpoint, path, preset)
-    sizes[preset] = timed.bytes
-    seconds[preset] = timed.encode_seconds, timed.decode_seconds
-    # A model with the same bits has the same predictions.
-    compared[preset] = model if _same_bits(timed.model, model) else timed.model
+  ways = [(name, checkpoint, name) for name in presets_for(model.config)]
   if subject.truth is not None:
     # As `rotbits slice --encoded`: the numbers are rounded once, by `free`.
     dtype = np.dtype(jax.tree.leaves(model.params)[0].dtype)
     truth = dataclasses.replace(subject.truth, stored_as=dtype.name)
-    path = encoded_path(subject.name, 'truth', output)
-    timed = encode_and_load(checkpoint._replace(model=truth), path, 'free')
-    sizes[UNROUNDED] = timed.bytes
-    seconds[UNROUNDED] = timed.encode_seconds, timed.decode_seconds
-    compared[UNROUNDED] = timed.model
+    ways.append((UNROUNDED, checkpoint._replace(model=truth), 'free'))
+  for name, given, preset in ways:
+    path = encoded_path(subject.name, name, output)
+    timed = encode_and_load(given, path, preset)
+    sizes[name] = timed.bytes
+    seconds[name] = timed.encode_seconds, timed.decode_seconds
+    # A model with the same bits has the same predictions.
+    compared[name] = model if _same_bits(timed.model, model) else timed.model
   compared[REROUNDED] = symmetries.randomly_rotated(model, key=jax.random.key(0))
   references = {'tensors': model}
   if subject.truth is not None:

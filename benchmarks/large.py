@@ -170,7 +170,7 @@ def main() -> None:
   if _RESULTS.value is not None:
     text = '\n'.join(lines)
     about = f'`python -m benchmarks.large`, {sections.machine()}.'
-    sections.write(_RESULTS.value, title(), f'{about}\n\n```\n{text}\n```')
+    sections.write(_RESULTS.value, title(), sections.with_table(about, text))
 
 
 if __name__ == '__main__':

@@ -136,7 +136,7 @@ def stored_by_near(
     inputs: see `presets.near`.
   """
   preset = presets.near(step=step, offsets=offsets, inputs=inputs)
-  preset = preset._replace(transform=symmetries.chain(), names=())
+  preset = preset._replace(transform=symmetries.chain())
   data = rotbits_jax.encode(rewritten, preset=preset)
   return Stored(rotbits_jax.load(data), len(data))
 
@@ -344,11 +344,11 @@ def main() -> None:
     pathlib.Path(_PICTURE.value).write_text(picture(rows, tensor_bytes))
   if _RESULTS.value:
     name = _NAME.value or pathlib.Path(_CHECKPOINT.value).name
-    body = (
+    about = (
       f'`python -m benchmarks.near`, {sections.machine()}.\nPerplexity and KL on '
-      f'{len(tokens):,} tokens; offsets calibrated on {len(calibration):,} others.\n\n'
-      f'```\n{text}\n```'
+      f'{len(tokens):,} tokens; offsets calibrated on {len(calibration):,} others.'
     )
+    body = sections.with_table(about, text)
     if _PICTURE.value:
       link = os.path.relpath(_PICTURE.value, pathlib.Path(_RESULTS.value).parent)
       body += f'\n\n![Bytes against KL divergence on {name}]({link})'

@@ -115,7 +115,7 @@ def main() -> None:
     title = f'What a shared step costs: {pathlib.Path(_CHECKPOINT.value).name}'
     text = '\n'.join(lines)
     about = f'`python -m benchmarks.rounding`, {sections.machine()}. {_ABOUT}'
-    sections.write(_RESULTS.value, title, f'{about}\n\n```\n{text}\n```')
+    sections.write(_RESULTS.value, title, sections.with_table(about, text))
 
 
 def run() -> int:

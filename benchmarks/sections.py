@@ -23,6 +23,11 @@ def write(path: str | pathlib.Path, title: str, body: str) -> None:
   file.write_text(text)
 
 
+def with_table(about: str, table: str) -> str:
+  """Returns the body of a section: a paragraph, and a table of plain text."""
+  return f'{about}\n\n```\n{table}\n```'
+
+
 def machine() -> str:
   """Returns a description of this machine."""
   device = jax.devices()[0].device_kind

@@ -491,7 +491,7 @@ def main() -> None:
   text = to_text(counts, time.monotonic() - start)
   print(text)
   if _RESULTS.value:
-    sections.write(_RESULTS.value, 'Faults', f'{_ABOUT}\n\n```\n{text}\n```')
+    sections.write(_RESULTS.value, 'Faults', sections.with_table(_ABOUT, text))
   if any(failures for _, failures in counts.values()):
     raise SystemExit(1)
 

@@ -278,7 +278,7 @@ def main() -> None:
     about = _ABOUT.format(
       memory_mb=f'{_MEMORY.value:,}', input_seconds=_INPUT_SECONDS.value
     )
-    body = f'{about}\n\n```\n{to_text(results)}\n```'
+    body = sections.with_table(about, to_text(results))
     sections.write(_RESULTS.value, 'Fuzzing', body)
   if any(x.failures for x in results.values()):
     raise SystemExit(1)

@@ -302,7 +302,8 @@ def main() -> None:
     print(to_text(found, time.monotonic() - start), flush=True)
   if _RESULTS.value:
     text = to_text(found, time.monotonic() - start)
-    sections.write(_RESULTS.value, 'Damaged files', f'{_ABOUT}\n\n```\n{text}\n```')
+    body = sections.with_table(_ABOUT, text)
+    sections.write(_RESULTS.value, 'Damaged files', body)
   if any(x.failures for kinds in found.values() for x in kinds.values()):
     raise SystemExit(1)
 

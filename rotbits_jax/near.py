@@ -234,37 +234,24 @@ class _Text(NamedTuple):
 
   def inputs(self) -> dict[str, symmetries.Inputs]:
     """Measures the inputs of the matrices that are plain arrays."""
-    config = self.unrounded.config
-    tokens = np.asarray(self.tokens)[: self.max_tokens]
-    length = min(config.max_positions, perplexity.DEFAULT_WINDOW, len(tokens))
     model = dataclasses.replace(self.unrounded, buffers={}, stored_as=None)
     total: Any = None
-    for start in range(0, len(tokens) - length + 1, length):
-      moments = _input_moments(model, tokens[None, start : start + length])
-      total = moments if total is None else jax.tree.map(jnp.add, total, moments)
-    leaves = structured.flatten(model.params)
-    found = {}
-    for path, moments in structured.flatten(jax.device_get(total)).items():
-      if not structured.is_plain(leaves[path]):
-        continue
-      axis = 0 if path.endswith('/kernel') else 1
-      for name, own in _unstacked(path, moments, model.group_sizes):
-        found[name] = symmetries.Inputs(own, axis)
-    return found
+    for tokens, length in perplexity.windows(
+      self.tokens, model.config, max_tokens=self.max_tokens
+    ):
+      if length == tokens.size:  # padding is no input
+        moments = _input_moments(model, tokens)
+        total = moments if total is None else jax.tree.map(jnp.add, total, moments)
+    leaves = dict(transform.leaves(model))
+    of_layers = dataclasses.replace(model, params=jax.device_get(total))
+    return {
+      path: symmetries.Inputs(moments, 0 if path.endswith('/kernel') else 1)
+      for path, moments in transform.leaves(of_layers)
+      if structured.is_plain(leaves[path])
+    }
 
 
 _input_moments = jax.jit(models.input_moments)
-
-
-def _unstacked(
-  path: str, array: np.ndarray, groups: tuple[int, ...]
-) -> list[tuple[str, np.ndarray]]:
-  """Returns the arrays of all layers of a group, each with its path in the model."""
-  match = re.fullmatch(r'blocks_(\d+)/(.*)', path)
-  if match is None:
-    return [(path, array)]
-  first = sum(groups[: int(match[1])])
-  return [(models.names.prefix(first + i) + match[2], x) for i, x in enumerate(array)]
 
 
 def _kind(path: str) -> str:

@@ -27,7 +27,6 @@ class Preset(NamedTuple):
     name: the name of the preset in the file.
     options: JSON values that the file keeps as a record of how it was made.
     transform: the transform that rewrites the model, see `symmetries.chain`.
-    names: the names of the savings, in order. The report has a line for each.
     rounding: how numbers are rounded after the transforms, which see float32 numbers.
       None if the transforms see the numbers in their stored dtype and keep them.
     order_neurons: whether the neurons of an MLP are stored in an order that saves bits.
@@ -40,11 +39,15 @@ class Preset(NamedTuple):
   name: str
   options: dict[str, Any]
   transform: symmetries.Transform
-  names: tuple[str, ...]
   rounding: symmetries.Rounding | None = symmetries.NEAREST
   order_neurons: bool = False
   message: Any = None
   by_options: bool = False
+
+  @property
+  def names(self) -> tuple[str, ...]:
+    """The names of the savings, in order. The report has a line for each."""
+    return self.transform.names
 
 
 def free(
@@ -81,7 +84,6 @@ def free(
       'floor': None if floor is None else float(floor),
     },
     transform=transform,
-    names=transform.names,
     rounding=symmetries.NEAREST if floor is None else symmetries.with_floor(floor),
     order_neurons=True,
     by_options=not transforms,
@@ -138,7 +140,6 @@ def near(
       'tolerance': float(tolerance),
     },
     transform=transform,
-    names=transform.names,
     rounding=symmetries.to_steps(step, offsets, inputs),
     order_neurons=True,
     by_options=not (transforms or inputs),
@@ -189,7 +190,6 @@ def exact(*, transforms: tuple[symmetries.Transform, ...] = ()) -> Preset:
     name='exact',
     options={},
     transform=transform,
-    names=transform.names,
     rounding=None,
     by_options=not transforms,
   )
@@ -250,8 +250,7 @@ def paper(
   return Preset(
     name='paper',
     options={**names, 'threshold': float(threshold), 'entropy': entropy},
-    transform=symmetries.chain(),
-    names=('rotations',),
+    transform=symmetries.make('rotations'),
     message=options,
   )
 

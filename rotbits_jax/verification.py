@@ -212,7 +212,7 @@ def _compare_files(
 
 def _divergence(model: Any, reference: models.Model) -> tuple[float, float]:
   """Returns the KL from the reference for random tokens, and the noise floor."""
-  from rotbits_jax import evaluation  # forward passes are slow to import
+  from rotbits_jax import evaluation  # optax and pictures are slow to import
 
   config = reference.config
   count = min(_TOKENS, config.max_positions)

@@ -135,6 +135,15 @@ class SearchTest(parameterized.TestCase):
       with self.assertRaisesRegex(ValueError, 'max_kl'):
         near.search(_load().model, self._tokens(), max_kl=wrong)
 
+  def test_tokens_are_checked(self):
+    model = _load().model
+    for wrong, words in (
+      (self._tokens()[:0], 'at least 2 tokens'),
+      (self._tokens() + model.config.vocab_size, 'vocabulary'),
+    ):
+      with self.assertRaisesRegex(ValueError, words):
+        near.search(model, wrong, max_kl=1e-3)
+
   @parameterized.parameters(
     ({-5.0: 1e-3}, 1e-1),
     ({-5.0: 1e-1}, 1e-3),

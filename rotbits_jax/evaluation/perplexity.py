@@ -1,6 +1,6 @@
 """Perplexity of a model, and KL divergence of its predictions from another model's."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 import dataclasses
 from typing import NamedTuple
 
@@ -144,9 +144,7 @@ def _compare(
         f'the {name} must have a vocabulary of {config.vocab_size} tokens like the '
         f'model, got {model.config.vocab_size}'
       )
-  if window is None:
-    window = min(config.max_positions, DEFAULT_WINDOW)
-  tokens = _checked(tokens, max_tokens, window, config)
+  cut = windows(tokens, config, max_tokens=max_tokens, window=window)
 
   # Each model is put on the device once. Buffers are left out, because JAX does not
   # support every dtype that they may have.
@@ -156,8 +154,7 @@ def _compare(
   }
   totals = {name: np.zeros(1 + len(references)) for name in compared}
   count = 0
-  windows = list(_windows(tokens, min(window, len(tokens))))
-  tracked = track(windows, 'evaluate', 'window', total=len(windows), show=progress)
+  tracked = track(cut, 'evaluate', 'window', total=len(cut), show=progress)
   for padded, length in tracked:
     expected = {id(m): _predictions(by_id[id(m)], padded) for m in references.values()}
     for name, model in compared.items():
@@ -178,12 +175,30 @@ def _compare(
   }, count
 
 
-def _checked(
+def windows(
   tokens: np.ndarray,
-  max_tokens: int | None,
-  window: int,
   config: models.ModelConfig,
-) -> np.ndarray:
+  *,
+  max_tokens: int | None = None,
+  window: int | None = None,
+) -> list[tuple[np.ndarray, int]]:
+  """Cuts tokens into windows as `evaluate` does.
+
+  Args:
+    tokens: see `evaluate`.
+    config: of the model.
+    max_tokens: see `evaluate`.
+    window: see `evaluate`.
+
+  Returns:
+    For each window its tokens, int32 `[1, window]`, and how many are not padding. Only
+    the last window may have padding.
+
+  Raises:
+    ValueError: as for `evaluate`.
+  """
+  if window is None:
+    window = min(config.max_positions, DEFAULT_WINDOW)
   tokens = np.asarray(tokens)
   if tokens.ndim != 1 or not np.issubdtype(tokens.dtype, np.integer):
     raise ValueError(
@@ -196,14 +211,9 @@ def _checked(
   if len(tokens) < 2:
     raise ValueError(f'at least 2 tokens are needed, got {len(tokens)}')
   config.check_tokens(tokens)
-  return tokens.astype(np.int32)
-
-
-def _windows(tokens: np.ndarray, window: int) -> Iterator[tuple[np.ndarray, int]]:
-  """Yields windows of tokens `[1, window]`, and how many of them are not padding."""
-  for start in range(0, len(tokens) - 1, window):
-    piece = tokens[start : start + window]
-    yield np.pad(piece, (0, window - len(piece)))[None], len(piece)
+  tokens, window = tokens.astype(np.int32), min(window, len(tokens))
+  pieces = [tokens[i : i + window] for i in range(0, len(tokens) - 1, window)]
+  return [(np.pad(x, (0, window - len(x)))[None], len(x)) for x in pieces]
 
 
 @jax.jit
