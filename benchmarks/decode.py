@@ -12,7 +12,8 @@ processes use the machine. Times are medians; files are in the page cache, and p
 are compiled.
 
 The second table has the limits: the parts of decoding that no program can avoid, each
-measured alone. The third table has the time to weights, which is the time to read the
+measured alone; and the time from the start of a Python process to the arrays of a small
+file. The third table has the time to weights, which is the time to read the
 file over a link plus the time to decode it.
 
 PYTHON is a Python with the packages of the peers: `python -m venv DIR; DIR/bin/pip
@@ -44,6 +45,7 @@ import rotbits_jax
 from rotbits_jax import file
 from rotbits_jax.cli import program
 from rotbits_jax.coding import weights
+from rotbits_jax.coding.weights import pool
 from rotbits_jax.file import container
 
 FLAGS = flags.FlagValues()
@@ -236,6 +238,13 @@ def limits(free: pathlib.Path, exact: pathlib.Path | None, runs: int) -> str:
       f'{"the blocks of " + path.stem:38}{seconds:7.3f}'
       f'{numbers / seconds / 1e6:9.0f} million numbers/s'
     )
+  for threads in sorted({1, pool.threads()}):
+    decode, numbers = _block_on_each(threads)
+    seconds = _median(decode, runs)
+    lines.append(
+      f'{f"one block on each of {threads} threads":38}{seconds:7.3f}'
+      f'{numbers / seconds / 1e6:9.0f} million numbers/s'
+    )
   if exact:
     with file.Reader(exact) as reader:
       config = reader.config
@@ -253,6 +262,11 @@ def limits(free: pathlib.Path, exact: pathlib.Path | None, runs: int) -> str:
     f'{"fresh memory, written once":38}{seconds:7.3f}'
     f'{size / seconds / 1e9:9.2f} GB/s, for {size:,} bytes'
   )
+  with tempfile.TemporaryDirectory() as kept:
+    # The first run of the second line compiles, and is not timed.
+    for what, cache in (('compiling', None), ('compiled before', kept)):
+      seconds = _median(functools.partial(_start, cache), runs)
+      lines.append(f'{f"import to arrays, {what}":38}{seconds:7.3f}')
   return '\n'.join(lines)
 
 
@@ -281,6 +295,48 @@ def _blocks_alone(path: pathlib.Path) -> tuple[Callable[[], None], int]:
         future.result()
 
   return decode, sum(array.size for *_, arrays in given for array in arrays)
+
+
+def _block_on_each(threads: int) -> tuple[Callable[[], None], int]:
+  """Prepares decoding a full block on each of some threads.
+
+  Returns:
+    A function that decodes them, and the number of their numbers.
+  """
+  rng = np.random.default_rng(0)
+  scales = np.exp2(rng.standard_normal((1024, 1)) / 2)
+  array = (rng.standard_normal((1024, 1024)) * scales / 50).astype(np.float16)
+  encoded = weights.encode([array])
+  job = functools.partial(weights.decode, encoded.spec, encoded.data)
+  outs = [[np.ones_like(array)] for _ in range(threads)]
+
+  def decode() -> None:
+    with weights.unit_jobs() as start:
+      for future in [start(functools.partial(job, out=out)) for out in outs]:
+        future.result()
+
+  return decode, threads * array.size
+
+
+_START = """
+import sys, rotbits_jax
+rotbits_jax.load(sys.argv[1])
+"""
+
+
+def _start(cache: str | None) -> None:
+  """Decodes a small file in a new process.
+
+  Args:
+    cache: the directory in which JAX keeps compiled programs; None for no such
+      directory.
+  """
+  kept = {} if cache is None else {'JAX_COMPILATION_CACHE_DIR': cache}
+  kept |= {'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0', 'PYTHONPATH': str(ROOT)}
+  path = ROOT / 'tests' / 'testdata' / 'golden' / 'v3' / 'free.rotbits'
+  given = {k: v for k, v in os.environ.items() if k != 'JAX_COMPILATION_CACHE_DIR'}
+  command = [sys.executable, '-c', _START, str(path)]
+  subprocess.run(command, env=given | kept, check=True)
 
 
 def _product_alone(hidden: int, tokens: int, width: int) -> Callable[[], Any]:

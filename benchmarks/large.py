@@ -154,11 +154,10 @@ def table(work: pathlib.Path) -> Iterator[str]:
 
 
 def title() -> str:
-  """Returns the title of the section: the checkpoint, or model, slicing and layers."""
+  """Returns the title of the section: the checkpoint, or model and slicing."""
   if _CHECKPOINT.value is not None:
-    return f'Large models: {pathlib.Path(_CHECKPOINT.value).name}'
-  layers = ', '.join(_LAYERS.value)
-  return f'Large models: {_MODEL.value} sliced by {_SLICING.value}, {layers} layers'
+    return f'How large may a model be? {pathlib.Path(_CHECKPOINT.value).name}'
+  return f'How large may a model be? {_MODEL.value} sliced by {_SLICING.value}'
 
 
 def main() -> None:
@@ -169,7 +168,12 @@ def main() -> None:
       lines.append(line)
   if _RESULTS.value is not None:
     text = '\n'.join(lines)
-    about = f'`python -m benchmarks.large`, {sections.machine()}.'
+    about = (
+      f'Written by `python -m benchmarks.large` on {sections.machine()}.\n'
+      'Orthogonal shortcuts and Gaussian weights, float16, so that the ratio is\n'
+      'that of the gauge and the coder alone. Each command is a process of its own,\n'
+      'and GB are its peak resident size, with the pages of mapped files.'
+    )
     sections.write(_RESULTS.value, title(), sections.with_table(about, text))
 
 
