@@ -17,6 +17,7 @@ from rotbits_jax import progress as progress_lib
 from rotbits_jax import structured
 from rotbits_jax import symmetries
 from rotbits_jax.file import manifest as manifest_lib
+from rotbits_jax.file import packing
 from rotbits_jax.file import shards as shards_lib
 from rotbits_jax.file import writer as writer_lib
 from rotbits_jax.symmetries import transform as transform_lib
@@ -149,6 +150,7 @@ class Job:
       self.context,
       self.preset.transform,
       rounding=self.preset.rounding,
+      pack=packing.pack,
       layers=range(start, stop),
       state=state,
       outer=bool(outer),

@@ -33,12 +33,17 @@ from rotbits_jax import models
 from rotbits_jax import structured
 from rotbits_jax.symmetries.rounding import NEAREST
 from rotbits_jax.symmetries.rounding import Rounding
+from rotbits_jax.symmetries.rounding import is_matrix
 from rotbits_jax.symmetries.rounding import round_leaf
 
 Note = dict[str, Any]  # JSON values
 State = Any  # a PyTree of arrays
 Layers = list[models.Params]
 Noted = tuple[State, Layers, list[list[Note]]]
+Pack = Callable[
+  [Sequence[np.ndarray], Sequence[np.ndarray]], list[structured.Packed | None]
+]
+"""Takes arrays and their rounded numbers; returns leaves, see `file.packing.pack`."""
 
 
 class Source(Protocol):
@@ -301,6 +306,7 @@ def rewrite(
   transform: Transform,
   *,
   rounding: Rounding | None = NEAREST,
+  pack: Pack | None = None,
   layers: range | None = None,
   state: State | None = None,
   outer: bool = True,
@@ -313,6 +319,8 @@ def rewrite(
     rounding: how numbers are rounded after the transform, which gets float32 numbers.
       If None, the transform gets the numbers as they are stored, so that it can keep
       every bit.
+    pack: packs matrices that no transform changed, where their leaves take fewer bytes
+      than the rounded numbers of a uniform rounding. None to round them all.
     layers: the layers to rewrite; all by default. If no state is given, the layers
       before them are skipped with `transform.skip`.
     state: the state before the first of these layers, as an earlier call yielded it.
@@ -336,7 +344,8 @@ def rewrite(
     state, given, savings = transform.layers(context, state, first, given)
     units = []
     for i, own in zip(indices, savings, strict=True):
-      stored, more = _stored(given.pop(0), context, models.names.prefix(i), rounding)
+      prefix = models.names.prefix(i)
+      stored, more = _stored(given.pop(0), context, prefix, rounding, pack)
       units.append(Unit(models.names.layer(i), stored, own + more))
     yield units, state
   if outer:
@@ -348,7 +357,7 @@ def rewrite(
     given_outer, saved = transform.outer(context, state, given_outer)
     units = []
     for name, tree in given_outer.items():
-      stored, more = _stored({name: tree}, context, '', rounding)
+      stored, more = _stored({name: tree}, context, '', rounding, pack)
       units.append(Unit(name, stored, more if units else saved + more))
     yield units, state
 
@@ -513,19 +522,22 @@ def _on_device(state: State, device: Any) -> State:
 
 
 def _given(tree: models.Params, widen: bool, device: Any = None) -> models.Params:
-  """Returns the parameters for a transform: float32 on a device, or unchanged."""
-  if not widen:
-    return tree
-  return {
-    key: _given(value, widen, device)
-    if isinstance(value, dict)
-    else _widen(jax.device_put(value, device))
-    for key, value in tree.items()
-  }
+  """Returns the parameters for a transform: float32 on a device, or as stored."""
+  flat = structured.flatten(tree)
+  for path, leaf in flat.items():
+    if widen:
+      flat[path] = _widen(jax.device_put(leaf, device))
+    elif isinstance(leaf, structured.Multiples):
+      flat[path] = leaf.materialize()
+  return structured.unflatten(flat)
 
 
 def _stored(
-  tree: models.Params, context: Context, prefix: str, rounding: Rounding | None
+  tree: models.Params,
+  context: Context,
+  prefix: str,
+  rounding: Rounding | None,
+  pack: Pack | None,
 ) -> tuple[models.Params, list[Saving]]:
   """Rounds parameters on their device and fetches them once.
 
@@ -535,17 +547,29 @@ def _stored(
   flat = structured.flatten(tree)
   if rounding is None:
     return structured.unflatten(jax.device_get(flat)), []
-  effects = {}
+  effects, originals = {}, {}
   for path, leaf in flat.items():
     dtype = context.dtypes.get(prefix + path, context.dtype)
     if any(isinstance(x, jax.Array) for x in jax.tree.leaves(leaf)):
       octaves = rounding.octaves(prefix + path, dtype)
+      if pack and rounding.uniform and structured.is_plain(leaf) and is_matrix(leaf):
+        original, is_unchanged = _narrow(leaf, dtype)
+        if is_unchanged:
+          originals[path] = np.asarray(original)
       flat[path], effects[path] = round_leaf(
         leaf, dtype, octaves, rounding.uniform, rounding.inputs.get(prefix + path)
       )
     else:
       flat[path] = structured.astype(leaf, dtype)
   flat, effects = jax.device_get((flat, effects))
+  if pack and originals:
+    rivals = [flat[path] for path in originals]
+    for path, found in zip(
+      originals, pack(list(originals.values()), rivals), strict=True
+    ):
+      if found is not None:
+        flat[path] = found
+        del effects[path]
   notes, bits = [], 0.0
   for path, effect in effects.items():
     if effect.step:
@@ -560,7 +584,19 @@ def _stored(
 ROUNDING = 'rounding'
 """Name of the saving that rounding to a coarser step makes."""
 
-_widen = jax.jit(lambda leaf: structured.astype(leaf, jnp.float32))
+
+@functools.partial(jax.jit, static_argnums=1)
+def _narrow(array: jax.Array, dtype: np.dtype) -> tuple[jax.Array, jax.Array]:
+  """Returns float32 numbers in a dtype, and whether it holds all of them exactly."""
+  narrow = array.astype(dtype)
+  return narrow, jnp.all(narrow.astype(jnp.float32) == array)
+
+
+@jax.jit
+def _widen(leaf: Any) -> Any:
+  """Returns a leaf in float32; a transform gets the array of `Multiples`."""
+  leaf = leaf.materialize() if isinstance(leaf, structured.Multiples) else leaf
+  return structured.astype(leaf, jnp.float32)
 
 
 # ---- a function of one layer over several ------------------------------------------

@@ -119,6 +119,11 @@ class UnitSpec:
   groups: tuple[GroupSpec, ...]
   order: OrderSpec | None = None
 
+  def grid(self, array: ArraySpec) -> layouts.Grid | None:
+    """Returns the grid on which the numbers of an array lie; None if there is none."""
+    found = None if array.layout is None else self.layouts[array.layout].layout
+    return found if isinstance(found, layouts.Grid) else None
+
   @property
   def exchanged(self) -> frozenset[int]:
     """Indices of the arrays whose lines are exchanged."""
