@@ -10,7 +10,8 @@ numbers causes the divergence k 4^s at the step s, the least bytes have
 
 and each kind causes a divergence in proportion to its numbers. Each k is measured, by
 rounding the parameters of this kind alone. Matrices are rounded with error feedback,
-see `symmetries.feedback`; the moments of their inputs are measured first.
+see `symmetries.feedback`; the moments of their inputs are measured first. A matrix that
+the encoder packs in place of rounding has no step and causes no divergence.
 """
 
 import dataclasses
@@ -55,7 +56,7 @@ class Calibration(NamedTuple):
 
   Attributes:
     offsets: octaves to add to the step, by kind of parameter. Their mean over the
-      numbers of the model is about zero.
+      numbers that rounding changes is about zero.
     sensitivities: the mean KL in nats that each kind causes alone at the step `PROBE`.
     inputs: the inputs of matrices, see `symmetries.Rounding`.
   """

@@ -234,7 +234,8 @@ class Grid(Layout):
 
   def numbers(self, integers: np.ndarray) -> np.ndarray:
     """Returns the numbers of integers k, bit for bit those of `join`."""
-    return (integers.astype(np.float32) * self.unit).astype(self.dtype)
+    with np.errstate(over='ignore'):  # in a damaged file
+      return (integers.astype(np.float32) * self.unit).astype(self.dtype)
 
   @classmethod
   def takes(cls, dtype: np.dtype, rest: int, step: int) -> bool:
