@@ -184,7 +184,7 @@ class _Text(NamedTuple):
     cls, model: models.Model, tokens: np.ndarray, max_tokens: int | None
   ) -> '_Text':
     unrounded = jax.device_put(rewritten(model))
-    context = symmetries.make_context(model, stored_as=model.stored_as)
+    context = _context(model)
     reference = jax.device_put(dataclasses.replace(model.rounded(), buffers={}))
     return cls(context, unrounded, reference, tokens, max_tokens)
 
@@ -310,7 +310,7 @@ def rewritten(model: models.Model) -> models.Model:
     The model with float32 parameters. Its `stored_as` is the dtype of most parameters
     of `model`.
   """
-  context = symmetries.make_context(model, stored_as=model.stored_as)
+  context = _context(model)
   wide = {
     path: np.dtype(np.float32) if jnp.issubdtype(dtype, jnp.floating) else dtype
     for path, dtype in context.dtypes.items()
@@ -321,6 +321,11 @@ def rewritten(model: models.Model) -> models.Model:
     context.config, (unit for some, _ in units for unit in some)
   )
   return dataclasses.replace(result, stored_as=context.dtype.name)
+
+
+def _context(model: models.Model) -> symmetries.Context:
+  """Returns the context with which the preset `near` encodes a model."""
+  return symmetries.make_context(model, stored_as=model.stored_as, pack=packing.pack)
 
 
 def _numbers(model: models.Model, rounded: models.Model) -> dict[str, int]:
@@ -351,7 +356,7 @@ def _rounded(
     return unit._replace(params=structured.unflatten(params))
 
   own, chain = context._replace(source=model), symmetries.chain()
-  units = symmetries.rewrite(own, chain, rounding=rounding, pack=packing.pack)
+  units = symmetries.rewrite(own, chain, rounding=rounding)
   return transform.to_model(
     model.config, (unpacked(unit) for some, _ in units for unit in some)
   )

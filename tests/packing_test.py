@@ -238,6 +238,28 @@ class FileTest(parameterized.TestCase):
     with mock.patch.object(packing, 'pack', none):
       self.assertLess(len(data), len(rotbits_jax.encode(model, preset=preset)))
 
+  def test_near_takes_no_more_than_exact_for_dequantised_layers(self):
+    model = _model(num_key_value_heads=2, **_TIED)
+
+    def dequantised(path, x):
+      if not path.endswith('kernel'):
+        return x
+      numbers = _dequantised(np.float32(x.T), 15, block=32, base=True)
+      return np.ascontiguousarray(numbers.astype(np.float16).T)
+
+    layers = [
+      structured.unflatten((k, dequantised(k, x)) for k, x in flat.items())
+      for flat in map(structured.flatten, model.layers())
+    ]
+    model = models.from_layers(model.config, model.outer(), layers, {})
+    sizes = {}
+    for preset in ('near', 'exact'):
+      with rotbits_jax.file.Reader(rotbits_jax.encode(model, preset=preset)) as reader:
+        sizes[preset] = reader.units['layers.0'].nbytes
+        kinds = {leaf.kind for leaf in reader.units['layers.0'].leaves}
+        self.assertEqual(kinds, {'levels', ''})
+    self.assertLessEqual(sizes['near'], sizes['exact'])
+
   def test_the_search_for_steps_leaves_kept_numbers_out(self):
     model, path = _model(**_TIED), 'mlp/up/kernel'
     layers = list(model.layers())

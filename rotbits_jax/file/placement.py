@@ -1,6 +1,7 @@
 """Places decoded arrays on devices, by a sharding or a function that returns one."""
 
 from collections.abc import Callable
+import dataclasses
 import functools
 from typing import Any
 
@@ -29,7 +30,7 @@ def placed(tree: Tree, place: Place | None) -> Tree:
     if isinstance(leaf, structured.Multiples):
       sharding = _of_step(_sharding(place, path, leaf.shape), leaf.step.ndim)
       step = jax.device_put(leaf.step, sharding)
-      flat[path] = leaf.replace(integers=put(leaf.integers), step=step)
+      flat[path] = dataclasses.replace(leaf, integers=put(leaf.integers), step=step)
     else:
       flat[path] = jax.tree.map(put, leaf)
   return structured.unflatten(flat)
@@ -70,7 +71,7 @@ def placed_stack(tree: Tree, place: Place | None, wanted: range, total: int) -> 
       whole = (total, *leaf.shape[1:])
       of_step = lambda shape, own=own, whole=whole: _of_step(own(whole), len(shape))
       integers, step = put(leaf.integers, own), put(leaf.step, of_step)
-      flat[path] = leaf.replace(integers=integers, step=step)
+      flat[path] = dataclasses.replace(leaf, integers=integers, step=step)
     else:
       flat[path] = jax.tree.map(lambda x, own=own: put(x, own), leaf)
   return structured.unflatten(flat)

@@ -459,18 +459,19 @@ class Reader:
         if integers:
           shapes = {leaf.path: leaf.shape for leaf in unit.leaves}
           for path, grid in unit.grids().items():
-            own = host.empty(shapes[path], grid.integer_dtype)
             given[path] = structured.Multiples(
-              own, np.asarray(grid.unit), grid.dtype.name
+              host.empty(shapes[path], grid.integer_dtype),
+              np.asarray(grid.unit),
+              grid.dtype.name,
             )
         given |= {} if out is None else out
         targets = []
         for leaf, specs in unit.leaf_specs():
-          own = None if leaf.is_packed else given.get(leaf.path)
-          if isinstance(own, structured.Multiples):
-            targets.append(own.integers)
-          elif own is not None:
-            pairs = zip(own, specs, strict=True)
+          target = None if leaf.is_packed else given.get(leaf.path)
+          if isinstance(target, structured.Multiples):
+            targets.append(target.integers)
+          elif target is not None:
+            pairs = zip(target, specs, strict=True)
             targets += [array.view(spec.dtype) for array, spec in pairs]
           else:
             targets += [host.empty(x.shape, x.dtype) for x in specs]

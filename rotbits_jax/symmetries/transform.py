@@ -40,10 +40,8 @@ Note = dict[str, Any]  # JSON values
 State = Any  # a PyTree of arrays
 Layers = list[models.Params]
 Noted = tuple[State, Layers, list[list[Note]]]
-Pack = Callable[
-  [Sequence[np.ndarray], Sequence[np.ndarray]], list[structured.Packed | None]
-]
-"""Takes arrays and their rounded numbers; returns leaves, see `file.packing.pack`."""
+Pack = Callable[..., list[structured.Packed | None]]
+"""Takes arrays and perhaps their rivals; returns leaves, see `file.packing.pack`."""
 
 
 class Source(Protocol):
@@ -71,12 +69,16 @@ class Context(NamedTuple):
       path.
     dtype: the dtype to which most numbers are rounded.
     mesh: devices along one axis, 'layers', that share the layers; None for one device.
+    pack: packs matrices that no transform changed, where their leaves take fewer bytes
+      than the rounded numbers of a uniform rounding. Transforms of heads leave kernels
+      as they are that can be packed. None to rewrite and round all.
   """
 
   source: Source
   dtypes: Mapping[str, np.dtype]
   dtype: np.dtype
   mesh: jax.sharding.Mesh | None = None
+  pack: Pack | None = None
 
   @property
   def config(self) -> models.ModelConfig:
@@ -275,6 +277,7 @@ def make_context(
   *,
   stored_as: str | None = None,
   mesh: jax.sharding.Mesh | None = None,
+  pack: Pack | None = None,
 ) -> Context:
   """Makes the context for a source.
 
@@ -283,6 +286,7 @@ def make_context(
     stored_as: the dtype to which all floating-point numbers are rounded, for a source
       that is not rounded yet; None to keep the dtype of each parameter.
     mesh: see `Context`.
+    pack: see `Context`.
   """
   kinds: dict[str, np.dtype] = {}
   sizes = collections.Counter[np.dtype]()
@@ -298,7 +302,7 @@ def make_context(
         sizes[kind] += int(np.prod(leaf.shape))
       kinds[prefix + path] = kind
   dtype = sizes.most_common(1)[0][0] if sizes else np.dtype(np.float32)
-  return Context(source, kinds, dtype, mesh)
+  return Context(source, kinds, dtype, mesh, pack)
 
 
 def rewrite(
@@ -306,7 +310,6 @@ def rewrite(
   transform: Transform,
   *,
   rounding: Rounding | None = NEAREST,
-  pack: Pack | None = None,
   layers: range | None = None,
   state: State | None = None,
   outer: bool = True,
@@ -319,8 +322,6 @@ def rewrite(
     rounding: how numbers are rounded after the transform, which gets float32 numbers.
       If None, the transform gets the numbers as they are stored, so that it can keep
       every bit.
-    pack: packs matrices that no transform changed, where their leaves take fewer bytes
-      than the rounded numbers of a uniform rounding. None to round them all.
     layers: the layers to rewrite; all by default. If no state is given, the layers
       before them are skipped with `transform.skip`.
     state: the state before the first of these layers, as an earlier call yielded it.
@@ -345,7 +346,7 @@ def rewrite(
     units = []
     for i, own in zip(indices, savings, strict=True):
       prefix = models.names.prefix(i)
-      stored, more = _stored(given.pop(0), context, prefix, rounding, pack)
+      stored, more = _stored(given.pop(0), context, prefix, rounding)
       units.append(Unit(models.names.layer(i), stored, own + more))
     yield units, state
   if outer:
@@ -357,7 +358,7 @@ def rewrite(
     given_outer, saved = transform.outer(context, state, given_outer)
     units = []
     for name, tree in given_outer.items():
-      stored, more = _stored({name: tree}, context, '', rounding, pack)
+      stored, more = _stored({name: tree}, context, '', rounding)
       units.append(Unit(name, stored, more if units else saved + more))
     yield units, state
 
@@ -533,11 +534,7 @@ def _given(tree: models.Params, widen: bool, device: Any = None) -> models.Param
 
 
 def _stored(
-  tree: models.Params,
-  context: Context,
-  prefix: str,
-  rounding: Rounding | None,
-  pack: Pack | None,
+  tree: models.Params, context: Context, prefix: str, rounding: Rounding | None
 ) -> tuple[models.Params, list[Saving]]:
   """Rounds parameters on their device and fetches them once.
 
@@ -552,21 +549,20 @@ def _stored(
     dtype = context.dtypes.get(prefix + path, context.dtype)
     if any(isinstance(x, jax.Array) for x in jax.tree.leaves(leaf)):
       octaves = rounding.octaves(prefix + path, dtype)
-      if pack and rounding.uniform and structured.is_plain(leaf) and is_matrix(leaf):
-        original, is_unchanged = _narrow(leaf, dtype)
-        if is_unchanged:
-          originals[path] = np.asarray(original)
+      if context.pack and rounding.uniform and structured.is_plain(leaf):
+        original = narrowed(leaf, dtype) if is_matrix(leaf) else None
+        if original is not None:
+          originals[path] = original
       flat[path], effects[path] = round_leaf(
         leaf, dtype, octaves, rounding.uniform, rounding.inputs.get(prefix + path)
       )
     else:
       flat[path] = structured.astype(leaf, dtype)
   flat, effects = jax.device_get((flat, effects))
-  if pack and originals:
+  if context.pack and originals:
     rivals = [flat[path] for path in originals]
-    for path, found in zip(
-      originals, pack(list(originals.values()), rivals), strict=True
-    ):
+    packed = context.pack(list(originals.values()), rivals)
+    for path, found in zip(originals, packed, strict=True):
       if found is not None:
         flat[path] = found
         del effects[path]
@@ -585,9 +581,15 @@ ROUNDING = 'rounding'
 """Name of the saving that rounding to a coarser step makes."""
 
 
+def narrowed(array: jax.Array, dtype: np.dtype) -> np.ndarray | None:
+  """Returns float32 numbers in a dtype; None if it does not hold all of them."""
+  narrow, is_exact = _narrow(array, dtype)
+  return np.asarray(narrow) if is_exact else None
+
+
 @functools.partial(jax.jit, static_argnums=1)
 def _narrow(array: jax.Array, dtype: np.dtype) -> tuple[jax.Array, jax.Array]:
-  """Returns float32 numbers in a dtype, and whether it holds all of them exactly."""
+  """Returns numbers in a dtype, and whether it holds all of them."""
   narrow = array.astype(dtype)
   return narrow, jnp.all(narrow.astype(jnp.float32) == array)
 
