@@ -10,7 +10,8 @@ numbers causes the divergence k 4^s at the step s, the least bytes have
 
 and each kind causes a divergence in proportion to its numbers. Each k is measured, by
 rounding the parameters of this kind alone. Matrices are rounded with error feedback,
-see `symmetries.feedback`; the moments of their inputs are measured first.
+see `symmetries.feedback`; the moments of their inputs are measured first. A matrix that
+the encoder packs in place of rounding has no step and causes no divergence.
 """
 
 import dataclasses
@@ -29,6 +30,7 @@ from rotbits_jax import progress as progress_lib
 from rotbits_jax import structured
 from rotbits_jax import symmetries
 from rotbits_jax.evaluation import perplexity
+from rotbits_jax.file import packing
 from rotbits_jax.symmetries import rounding as rounding_lib
 from rotbits_jax.symmetries import transform
 
@@ -54,7 +56,7 @@ class Calibration(NamedTuple):
 
   Attributes:
     offsets: octaves to add to the step, by kind of parameter. Their mean over the
-      numbers of the model is about zero.
+      numbers that rounding changes is about zero.
     sensitivities: the mean KL in nats that each kind causes alone at the step `PROBE`.
     inputs: the inputs of matrices, see `symmetries.Rounding`.
   """
@@ -182,7 +184,7 @@ class _Text(NamedTuple):
     cls, model: models.Model, tokens: np.ndarray, max_tokens: int | None
   ) -> '_Text':
     unrounded = jax.device_put(rewritten(model))
-    context = symmetries.make_context(model, stored_as=model.stored_as)
+    context = _context(model)
     reference = jax.device_put(dataclasses.replace(model.rounded(), buffers={}))
     return cls(context, unrounded, reference, tokens, max_tokens)
 
@@ -211,9 +213,10 @@ class _Text(NamedTuple):
 
   def calibrate(self, progress: bool) -> Calibration:
     """Measures models in which one kind of parameters is rounded."""
-    kinds = _numbers(self.unrounded)
     inputs = self.inputs()
-    rounded = structured.flatten(self.rounded(PROBE, {}, inputs).params)
+    probe = self.rounded(PROBE, {}, inputs)
+    kinds = _numbers(self.unrounded, probe)
+    rounded = structured.flatten(probe.params)
     exact = {
       # All models have the same dtypes, so that one compiled program serves all.
       path: jax.tree.map(lambda x, y: x.astype(y.dtype), leaf, rounded[path])
@@ -307,7 +310,7 @@ def rewritten(model: models.Model) -> models.Model:
     The model with float32 parameters. Its `stored_as` is the dtype of most parameters
     of `model`.
   """
-  context = symmetries.make_context(model, stored_as=model.stored_as)
+  context = _context(model)
   wide = {
     path: np.dtype(np.float32) if jnp.issubdtype(dtype, jnp.floating) else dtype
     for path, dtype in context.dtypes.items()
@@ -320,11 +323,18 @@ def rewritten(model: models.Model) -> models.Model:
   return dataclasses.replace(result, stored_as=context.dtype.name)
 
 
-def _numbers(model: models.Model) -> dict[str, int]:
-  """Counts the numbers of each kind of parameter that has matrices."""
+def _context(model: models.Model) -> symmetries.Context:
+  """Returns the context with which the preset `near` encodes a model."""
+  return symmetries.make_context(model, stored_as=model.stored_as, pack=packing.pack)
+
+
+def _numbers(model: models.Model, rounded: models.Model) -> dict[str, int]:
+  """Counts the numbers of the matrices that rounding changed, by kind of parameter."""
   counts: dict[str, int] = {}
+  results = dict(transform.leaves(rounded))
   for path, leaf in transform.leaves(model):
-    if any(rounding_lib.is_matrix(x) for x in jax.tree.leaves(leaf)):
+    pairs = zip(jax.tree.leaves(leaf), jax.tree.leaves(results[path]), strict=True)
+    if any(rounding_lib.is_matrix(x) and bool((x != y).any()) for x, y in pairs):
       name = models.names.kind(path)
       counts[name] = counts.get(name, 0) + structured.count_numbers(leaf)
   return counts
@@ -333,7 +343,20 @@ def _numbers(model: models.Model) -> dict[str, int]:
 def _rounded(
   model: models.Model, context: symmetries.Context, rounding: symmetries.Rounding
 ) -> models.Model:
-  """Rounds a float32 model as the encoder does."""
-  own = context._replace(source=model)
-  units = symmetries.rewrite(own, symmetries.chain(), rounding=rounding)
-  return transform.to_model(model.config, (unit for some, _ in units for unit in some))
+  """Rounds a float32 model as the encoder does.
+
+  Matrices that the encoder packs keep their numbers, in float32 as all others.
+  """
+
+  def unpacked(unit: symmetries.Unit) -> symmetries.Unit:
+    params = structured.flatten(unit.params)
+    for path, leaf in params.items():
+      if isinstance(leaf, structured.Packed):
+        params[path] = leaf.array().astype(np.float32)
+    return unit._replace(params=structured.unflatten(params))
+
+  own, chain = context._replace(source=model), symmetries.chain()
+  units = symmetries.rewrite(own, chain, rounding=rounding)
+  return transform.to_model(
+    model.config, (unpacked(unit) for some, _ in units for unit in some)
+  )

@@ -14,6 +14,7 @@ import pytest
 import rotbits_jax
 from rotbits_jax import checkpoints
 from rotbits_jax import evaluation
+from rotbits_jax import models
 from rotbits_jax import near
 from rotbits_jax import presets
 from rotbits_jax import structured
@@ -100,6 +101,101 @@ class PresetTest(parameterized.TestCase):
         rotbits_jax.decode_to_directory(_file(), folder, dtype=dtype)
         again = checkpoints.load_checkpoint(folder).model
       self.assertEqual(again.params['head']['kernel'].dtype, expected)
+
+
+def _pairs(plain, loaded):
+  """The parameters of two models by path, `Multiples` among them as arrays."""
+  plain, loaded = structured.flatten(plain.params), structured.flatten(loaded.params)
+  for path in plain.keys() | loaded.keys():
+    leaf = loaded[path]
+    array = leaf.materialize() if isinstance(leaf, structured.Multiples) else leaf
+    yield path, plain[path], array
+
+
+def _multiples(model):
+  leaves = structured.flatten(model.params).values()
+  return [x for x in leaves if isinstance(x, structured.Multiples)]
+
+
+def _nbytes(tree):
+  return sum(x.nbytes for x in jax.tree.leaves(tree))
+
+
+class IntegersTest(parameterized.TestCase):
+  def assert_same_bits(self, plain, loaded):
+    for path, a, b in _pairs(plain, loaded):
+      self.assertEqual(jax.tree.structure(a), jax.tree.structure(b), path)
+      for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        self.assertEqual((x.dtype, x.shape), (y.dtype, y.shape), path)
+        self.assertEqual(np.asarray(x).tobytes(), np.asarray(y).tobytes(), path)
+
+  @parameterized.parameters((-3.0, np.int8), (-7.0, np.int16))
+  def test_integers_stand_for_the_same_numbers(self, step, dtype):
+    plain = rotbits_jax.load(_file(step))
+    loaded = rotbits_jax.load(_file(step), integers=True)
+    self.assert_same_bits(plain, loaded)
+    found = _multiples(loaded)
+    self.assertLen(found, 11)
+    self.assertEqual({x.integers.dtype for x in found}, {np.dtype(dtype)})
+    numbers = sum(int(np.prod(x.shape)) for x in found)
+    saved = numbers * (4 - np.dtype(dtype).itemsize) - sum(x.step.nbytes for x in found)
+    self.assertEqual(_nbytes(plain.params) - _nbytes(loaded.params), saved)
+
+  def test_memory_is_halved(self):
+    plain, loaded = (rotbits_jax.load(_file(-3.0), integers=x) for x in (False, True))
+    self.assertLess(_nbytes(loaded.params), _nbytes(plain.params) / 2)
+
+  @parameterized.parameters(TINY, 'llama-tiny-dense')
+  def test_predictions_are_the_same(self, name):
+    data = rotbits_jax.encode(_load(name).model, preset='near')
+    tokens = np.arange(8)[None]
+    logits, taken = jax.jit(models.logits), []
+    for integers in (False, True):
+      model = rotbits_jax.load(data, integers=integers)
+      generated = models.generation.generate(model, tokens[0], max_tokens=3)
+      taken.append((np.asarray(logits(model, tokens)), list(generated)))
+    np.testing.assert_array_equal(taken[0][0], taken[1][0])
+    self.assertEqual(taken[0][1], taken[1][1])
+
+  def test_with_layers_dtypes_and_shardings(self):
+    mesh = jax.make_mesh((1,), ('layers',))
+    spread = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec('layers'))
+    columns = jax.sharding.PartitionSpec(None, None, 'layers')
+
+    def place(path, shape):
+      spec = columns if len(shape) == 3 else jax.sharding.PartitionSpec()
+      return jax.sharding.NamedSharding(mesh, spec)
+
+    for options in (
+      {'layers': range(1, 2)},
+      {'dtype': jnp.bfloat16},
+      {'sharding': spread},
+      {'sharding': place},
+      {'sharding': jax.sharding.SingleDeviceSharding(jax.devices()[0])},
+    ):
+      plain = rotbits_jax.load(_file(-3.0), **options)
+      loaded = rotbits_jax.load(_file(-3.0), integers=True, **options)
+      self.assertTrue(_multiples(loaded))
+      self.assert_same_bits(plain, loaded)
+    params = rotbits_jax.load(_file(-3.0), integers=True, sharding=place).params
+    kernel = params['blocks_0']['mlp']['down']['kernel']
+    self.assertEqual(kernel.integers.sharding.spec, columns)
+
+  @parameterized.parameters('free', 'exact')
+  def test_other_presets_have_no_steps(self, preset):
+    data = rotbits_jax.encode(_load().model, preset=preset)
+    loaded = rotbits_jax.load(data, integers=True)
+    self.assertEmpty(_multiples(loaded))
+    self.assert_same_bits(rotbits_jax.load(data), loaded)
+
+  def test_a_model_of_integers_is_stored_as_its_arrays(self):
+    plain, loaded = (rotbits_jax.load(_file(-3.0), integers=x) for x in (False, True))
+    for preset in ('exact', 'free'):
+      self.assertEqual(
+        rotbits_jax.encode(loaded, preset=preset),
+        rotbits_jax.encode(plain, preset=preset),
+      )
+    self.assert_same_bits(plain.materialize(), loaded.materialize())
 
 
 class SearchTest(parameterized.TestCase):

@@ -14,6 +14,8 @@ import random_models
 from benchmarks import levels as benchmark
 import rotbits_jax
 from rotbits_jax import models
+from rotbits_jax import near
+from rotbits_jax import presets
 from rotbits_jax import structured
 from rotbits_jax.file import packing
 from rotbits_jax.structured import packed
@@ -82,13 +84,12 @@ def _special(array):
   return array
 
 
-class PackTest(parameterized.TestCase):
-  def assert_same_bits(self, a, b):
-    self.assertEqual((a.dtype, a.shape), (b.dtype, b.shape))
-    np.testing.assert_array_equal(
-      packed.bits(np.asarray(a)), packed.bits(np.asarray(b))
-    )
+def _assert_same_bits(a, b):
+  assert (a.dtype, a.shape) == (b.dtype, b.shape)
+  np.testing.assert_array_equal(packed.bits(np.asarray(a)), packed.bits(np.asarray(b)))
 
+
+class PackTest(parameterized.TestCase):
   @parameterized.product(name=list(ARRAYS), dtype=DTYPES, transposed=(False, True))
   def test_a_leaf_stands_for_the_array_bit_for_bit(self, name, dtype, transposed):
     kind, numbers = ARRAYS[name]
@@ -96,13 +97,13 @@ class PackTest(parameterized.TestCase):
     array = array.T if transposed else array
     leaf = _pack(array)
     self.assertIsInstance(leaf, kind)
-    self.assert_same_bits(leaf.array(), array)
+    _assert_same_bits(leaf.array(), array)
     settings, arrays = leaf.stored()
     settings = json.loads(json.dumps(settings))
     again = structured.KINDS[leaf.kind].from_stored(settings, arrays)
-    self.assert_same_bits(again.array(), array)
+    _assert_same_bits(again.array(), array)
     data = rotbits_jax.encode({'a': array}, preset='exact')
-    self.assert_same_bits(rotbits_jax.decode(data)['a'], array)
+    _assert_same_bits(rotbits_jax.decode(data)['a'], array)
     self.assertLess(len(data), array.nbytes / 1.7)
 
   @parameterized.product(name=list(ARRAYS), dtype=DTYPES)
@@ -110,7 +111,7 @@ class PackTest(parameterized.TestCase):
     array = _special(ARRAYS[name][1].astype(dtype))
     leaf = _pack(array)
     self.assertIsNotNone(leaf)
-    self.assert_same_bits(leaf.array(), array)
+    _assert_same_bits(leaf.array(), array)
 
   @parameterized.parameters(*DTYPES)
   def test_any_numbers_fit_a_grid_with_residuals(self, dtype):
@@ -119,7 +120,7 @@ class PackTest(parameterized.TestCase):
       grid = structured.Grid(True, 32, has_base, (15, 31), 11)
       leaf = structured.Levels.from_array(array, grid)
       self.assertGreater(leaf.exceptions.size, 0)
-      self.assert_same_bits(leaf.array(), array)
+      _assert_same_bits(leaf.array(), array)
 
   def test_negative_zeros_follow_a_negative_step(self):
     numbers = _dequantised(_normal(), 7, block=32, base=False)
@@ -127,7 +128,7 @@ class PackTest(parameterized.TestCase):
     leaf = _pack(numbers.astype(np.float16))
     self.assertIsNone(leaf.residuals)
     self.assertTrue((leaf.step < 0).any())
-    self.assert_same_bits(leaf.array(), numbers.astype(np.float16))
+    _assert_same_bits(leaf.array(), numbers.astype(np.float16))
 
   def test_bases_that_bfloat16_rounds_are_found(self):
     numbers = _dequantised(_normal((256, 256)), 15, block=32, base=True)
@@ -146,9 +147,9 @@ class PackTest(parameterized.TestCase):
 
   def test_axes_before_the_last_are_rows(self):
     array = ARRAYS['with_base'][1].astype(np.float16).reshape(4, 24, 256)
-    self.assert_same_bits(_pack(array).array(), array)
+    _assert_same_bits(_pack(array).array(), array)
     flat = ARRAYS['sparse'][1].astype(np.float16).reshape(-1)
-    self.assert_same_bits(_pack(flat).array(), flat)
+    _assert_same_bits(_pack(flat).array(), flat)
 
   @parameterized.parameters('90% zeros', '2:4 sparse')
   def test_pruned_arrays_take_their_entropy(self, name):
@@ -168,9 +169,9 @@ class PackTest(parameterized.TestCase):
     self.assertLess(size, 1.03 * bits * array.size / 8)
 
 
-def _model():
+def _model(**settings):
   """A dense model of which some layers were dequantised, and one was pruned."""
-  settings = {'num_hidden_layers': 4, 'hidden_size': 64, 'intermediate_size': 128}
+  settings |= {'num_hidden_layers': 4, 'hidden_size': 64, 'intermediate_size': 128}
   model = random_models.random_model(random_models.BASE | settings, np.float16)
   layers = list(model.layers())
   kernel = lambda i: layers[i]['mlp']['up']['kernel']
@@ -186,6 +187,10 @@ def _model():
 def _kinds(data):
   with rotbits_jax.file.Reader(data) as reader:
     return {leaf.kind for unit in reader.units.values() for leaf in unit.leaves}
+
+
+# No transform changes the MLPs of a model with a tied head.
+_TIED = {'tie_word_embeddings': True}
 
 
 class FileTest(parameterized.TestCase):
@@ -209,9 +214,71 @@ class FileTest(parameterized.TestCase):
     again = rotbits_jax.decode(rotbits_jax.encode(model, preset='exact'))
     np.testing.assert_array_equal(again.buffers['table'], buffers['table'])
 
-  def test_uniform_steps_are_left_to_the_coder(self):
+  def test_steps_that_take_fewer_bytes_are_left_to_the_coder(self):
     data = rotbits_jax.encode(_model(), preset='near', step=-2)
     self.assertTrue({'levels', 'sparse', 'table'}.isdisjoint(_kinds(data)))
+
+  def test_near_keeps_numbers_that_take_fewer_bytes_than_their_steps(self):
+    model, path = _model(**_TIED), 'mlp/up/kernel'
+    preset = presets.near(step=-6)
+    data = rotbits_jax.encode(model, preset=preset)
+    self.assertIn('levels', _kinds(data))
+    again = list(rotbits_jax.decode(data).layers())
+    for i, layer in enumerate(model.layers()):
+      kernel, decoded = (structured.flatten(x)[path] for x in (layer, again[i]))
+      if i < 2:
+        _assert_same_bits(decoded, np.asarray(kernel))
+      else:
+        self.assertEqual(decoded.dtype, np.float32)
+    report = rotbits_jax.inspect(data)
+    rounded = {note['tensor'] for note in report.notes['rounding']}
+    self.assertIn(f'layers.3/{path}', rounded)
+    self.assertNotIn(f'layers.0/{path}', rounded)
+    none = lambda arrays, rivals=None: [None] * len(arrays)
+    with mock.patch.object(packing, 'pack', none):
+      self.assertLess(len(data), len(rotbits_jax.encode(model, preset=preset)))
+
+  def test_near_takes_no_more_than_exact_for_dequantised_layers(self):
+    model = _model(num_key_value_heads=2, **_TIED)
+
+    def dequantised(path, x):
+      if not path.endswith('kernel'):
+        return x
+      numbers = _dequantised(np.float32(x.T), 15, block=32, base=True)
+      return np.ascontiguousarray(numbers.astype(np.float16).T)
+
+    layers = [
+      structured.unflatten((k, dequantised(k, x)) for k, x in flat.items())
+      for flat in map(structured.flatten, model.layers())
+    ]
+    model = models.from_layers(model.config, model.outer(), layers, {})
+    sizes = {}
+    for preset in ('near', 'exact'):
+      with rotbits_jax.file.Reader(rotbits_jax.encode(model, preset=preset)) as reader:
+        sizes[preset] = reader.units['layers.0'].nbytes
+        kinds = {leaf.kind for leaf in reader.units['layers.0'].leaves}
+        self.assertEqual(kinds, {'levels', ''})
+    self.assertLessEqual(sizes['near'], sizes['exact'])
+
+  def test_the_search_for_steps_leaves_kept_numbers_out(self):
+    model, path = _model(**_TIED), 'mlp/up/kernel'
+    layers = list(model.layers())
+    for layer in layers[2:]:
+      layer['mlp']['up']['kernel'] = layers[0]['mlp']['up']['kernel']
+    model = models.from_layers(model.config, model.outer(), layers, {})
+    tokens = np.arange(24) % model.config.vocab_size
+    text = near._Text.make(model, tokens, None)
+    rounded = list(text.rounded(-6.0, {}, {}).layers())
+    data = rotbits_jax.encode(model, preset='near', step=-6)
+    decoded = list(rotbits_jax.decode(data).layers())
+    for i, layer in enumerate(model.layers()):
+      kernels = [structured.flatten(x)[path] for x in (layer, rounded[i], decoded[i])]
+      for kernel in kernels[1:]:
+        np.testing.assert_array_equal(np.float32(kernel), np.float32(kernels[0]))
+    with mock.patch.object(near, 'PROBE', -6.0):
+      found = near.calibrate(model, tokens)
+    self.assertIn('layers.*/mlp/down/kernel', found.offsets)
+    self.assertNotIn(f'layers.*/{path}', found.offsets)
 
   def test_other_numbers_than_the_digests_are_refused(self):
     array = ARRAYS['with_base'][1].astype(np.float16)

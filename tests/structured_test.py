@@ -128,6 +128,25 @@ class StructuredTest(parameterized.TestCase):
     with self.assertRaisesRegex(ValueError, 'needs head/kernel'):
       tied.materialize()
 
+  def test_multiples_stand_for_products(self):
+    integers = np.arange(-6, 6, dtype=np.int8).reshape(2, 3, 2)
+    steps = np.float32([0.75, 3])
+    stack = structured.Multiples(integers, steps, 'float32')
+    expected = integers * steps[:, None, None]
+    chex.assert_trees_all_equal(np.asarray(stack.materialize()), expected)
+    found = jax.jit(jax.vmap(lambda leaf: leaf.materialize()))(stack)
+    chex.assert_trees_all_equal(np.asarray(found), expected)
+    layers = [stack.layer(i) for i in range(2)]
+    chex.assert_trees_all_equal(structured.Multiples.stack(layers), stack)
+    narrow = structured.astype(stack, jnp.bfloat16)
+    chex.assert_trees_all_equal(
+      narrow.materialize(), stack.materialize().astype(jnp.bfloat16)
+    )
+    rows = np.asarray(layers[1].rows(jnp.asarray([[2, 0], [1, 3]])))
+    chex.assert_trees_all_equal(rows[0], expected[1, [2, 0]])
+    self.assertTrue(np.isnan(rows[1, 1]).all())
+    self.assertEqual(structured.count_bytes(layers[0]), expected[0].nbytes)
+
   @parameterized.parameters(*LEAVES)
   def test_rounds_its_numbers(self, name):
     leaf = LEAVES[name](0).astype(np.float32)

@@ -3,6 +3,7 @@
 import base64
 import concurrent.futures
 import copy
+import dataclasses
 import json
 import math
 import tempfile
@@ -181,6 +182,34 @@ class DecodeTest(parameterized.TestCase):
     ):
       with self.assertRaises(ValueError):
         weights.decode(encoded.spec, encoded.data, out=wrong)
+
+  def test_numbers_on_a_grid_decode_to_integers(self):
+    rng, step = np.random.default_rng(0), np.float32(5 * 2**-10)
+    integers = [rng.normal(0, 20, x).astype(np.int8) for x in ((90, 64), (64, 90))]
+    integers.append(rng.normal(0, 400, (50, 60)).astype(np.int16))
+    given = [x * step for x in integers]
+    noise = rng.integers(0, 1 << 32, 999, np.uint32)
+    # The order of lines depends on the bytes of numbers. The first two arrays share a
+    # layout, and one of them gets numbers.
+    for axes in ({}, {0: 1, 1: 0}):
+      encoded = weights.encode([*given, noise], exchangeable=axes)
+      self.assertEqual(encoded.spec.order is not None, bool(axes))
+      dtypes = np.int8, np.float32, np.int16, np.uint32
+      out = [np.empty(x.shape, d) for x, d in zip(encoded.arrays, dtypes, strict=True)]
+      decoded = weights.decode(encoded.spec, encoded.data, out=out)
+      for i, expected in enumerate(encoded.arrays):
+        found = decoded[i] * step if i in (0, 2) else decoded[i]
+        _assert_same_bits(found, expected)
+        if i in (0, 2):
+          self.assertEqual(encoded.spec.grid(encoded.spec.arrays[i]).unit, step)
+    arrays = list(encoded.spec.arrays)
+    arrays[2] = dataclasses.replace(arrays[2], checksum=1)
+    wrong = dataclasses.replace(encoded.spec, arrays=tuple(arrays))
+    with self.assertRaisesRegex(ValueError, 'array 2 .* checksum differs'):
+      weights.decode(wrong, encoded.data, out=out)
+    out[2] = np.empty(out[2].shape, np.int8)  # it does not hold the integers
+    with self.assertRaisesRegex(ValueError, 'array 2'):
+      weights.decode(encoded.spec, encoded.data, out=out)
 
   def test_from_memory_of_any_kind(self):
     encoded = self._encoded()

@@ -166,6 +166,16 @@ class Unit:
     stored = sum(array.nbytes for array in self.coder.arrays)
     return max(stored, sum(leaf.nbytes for leaf in self.leaves))
 
+  def memory_bytes(self, integers: bool) -> int:
+    """Returns these bytes; matrices on grids may be decoded to integers."""
+    grids = self.grids() if integers else {}
+    saved = [
+      (grid.dtype.itemsize - grid.integer_dtype.itemsize) * math.prod(leaf.shape)
+      for leaf in self.leaves
+      if (grid := grids.get(leaf.path)) is not None
+    ]
+    return self.decoded_bytes - sum(saved)
+
   def first_keys(self) -> set[str]:
     """Returns the first key of the path of each leaf and each empty dict."""
     paths = [*(leaf.path for leaf in self.leaves), *self.empty]
@@ -175,6 +185,16 @@ class Unit:
     """Returns each leaf with the specs of its arrays."""
     specs = iter(self.coder.arrays)
     return [(leaf, [next(specs) for _ in leaf.arrays]) for leaf in self.leaves]
+
+  def grids(self) -> dict[str, weights.Grid]:
+    """Returns the grids of the plain matrices that are stored on one, by path."""
+    return {
+      leaf.path: grid
+      for leaf, specs in self.leaf_specs()
+      if not leaf.kind
+      and len(leaf.shape) > 1
+      and (grid := self.coder.grid(specs[0])) is not None
+    }
 
   def tree(self, flat: dict[str, Any]) -> dict[str, Any]:
     """Returns the nested dicts of these leaves by path, with the empty dicts."""

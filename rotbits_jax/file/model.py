@@ -17,6 +17,7 @@ from rotbits_jax import progress as progress_lib
 from rotbits_jax import structured
 from rotbits_jax import symmetries
 from rotbits_jax.file import manifest as manifest_lib
+from rotbits_jax.file import packing
 from rotbits_jax.file import shards as shards_lib
 from rotbits_jax.file import writer as writer_lib
 from rotbits_jax.symmetries import transform as transform_lib
@@ -44,8 +45,12 @@ class Job:
     if stored_as is not None and (preset.rounding is None or preset.message):
       # Other presets round numbers at the end, so they use them before that.
       source, stored_as = source.rounded(), None
-    self.context = symmetries.make_context(source, stored_as=stored_as, mesh=mesh)
-    if preset.rounding is not None and preset.rounding.uniform:
+    is_uniform = preset.rounding is not None and preset.rounding.uniform
+    pack = packing.pack if is_uniform else None
+    self.context = symmetries.make_context(
+      source, stored_as=stored_as, mesh=mesh, pack=pack
+    )
+    if is_uniform:
       options = preset.options | _dtypes(self.context)
       preset = preset._replace(options=options)
     self.summary = writer_lib.Summary(preset, source.config, stem)

@@ -19,17 +19,23 @@ from rotbits_jax.coding import weights
 from rotbits_jax.structured import packed
 
 
-def pack(arrays: Sequence[np.ndarray]) -> list[structured.Packed | None]:
+def pack(
+  arrays: Sequence[np.ndarray], rivals: Sequence[np.ndarray] | None = None
+) -> list[structured.Packed | None]:
   """Packs arrays where that saves bytes.
 
   Args:
     arrays: the arrays.
+    rivals: the array that is stored in place of each one if that one is not packed,
+      such as its rounded numbers; by default the array itself.
 
   Returns:
-    For each array, the leaf that takes its place; None if the array stays as it is.
+    For each array, the leaf that takes its place; None if that takes more bytes than
+    its rival.
   """
   found = weights.run(functools.partial(_candidates, array) for array in arrays)
-  return [_smallest(array, leaves) for array, leaves in zip(arrays, found, strict=True)]
+  rivals = arrays if rivals is None else rivals
+  return [_smallest(rival, leaves) for rival, leaves in zip(rivals, found, strict=True)]
 
 
 # Settings of a leaf and the stream of small arrays cost more than packing saves.
@@ -93,10 +99,10 @@ def _candidates(array: np.ndarray) -> list[structured.Packed]:
 
 
 def _smallest(
-  array: np.ndarray, leaves: Sequence[structured.Packed]
+  rival: np.ndarray, leaves: Sequence[structured.Packed]
 ) -> structured.Packed | None:
-  """Returns the leaf that takes the fewest bytes; None if the array takes fewer."""
-  best, least = None, weights.estimate([array]) if leaves else 0.0
+  """Returns the leaf that takes the fewest bytes; None if the rival takes fewer."""
+  best, least = None, weights.estimate([rival]) if leaves else 0.0
   for leaf in leaves:
     arrays = list(leaf.stored()[1].values())
     size = weights.estimate(arrays) + _ARRAY_BYTES * (1 + len(arrays))

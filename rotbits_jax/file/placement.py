@@ -1,6 +1,8 @@
 """Places decoded arrays on devices, by a sharding or a function that returns one."""
 
 from collections.abc import Callable
+import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -25,7 +27,12 @@ def placed(tree: Tree, place: Place | None) -> Tree:
   flat = {}
   for path, leaf in structured.flatten(tree).items():
     put = lambda x, path=path: jax.device_put(x, _sharding(place, path, x.shape))
-    flat[path] = jax.tree.map(put, leaf)
+    if isinstance(leaf, structured.Multiples):
+      sharding = _of_step(_sharding(place, path, leaf.shape), leaf.step.ndim)
+      step = jax.device_put(leaf.step, sharding)
+      flat[path] = dataclasses.replace(leaf, integers=put(leaf.integers), step=step)
+    else:
+      flat[path] = jax.tree.map(put, leaf)
   return structured.unflatten(flat)
 
 
@@ -47,7 +54,7 @@ def placed_stack(tree: Tree, place: Place | None, wanted: range, total: int) -> 
   if place is None:
     return tree
 
-  def put(path: str, stack: Any) -> jax.Array:
+  def put(stack: Any, sharding: Callable[..., jax.sharding.Sharding]) -> jax.Array:
     shape = (total, *stack.shape[1:])
 
     def part(index: Any) -> Any:
@@ -55,10 +62,31 @@ def placed_stack(tree: Tree, place: Place | None, wanted: range, total: int) -> 
       rows = slice(start - wanted.start, stop - wanted.start)
       return np.asarray(stack)[(rows, *index[1:])]
 
-    return jax.make_array_from_callback(shape, _sharding(place, path, shape), part)
+    return jax.make_array_from_callback(shape, sharding(shape), part)
 
-  flat = {
-    path: jax.tree.map(lambda x, path=path: put(path, x), leaf)
-    for path, leaf in structured.flatten(tree).items()
-  }
+  flat = {}
+  for path, leaf in structured.flatten(tree).items():
+    own = functools.partial(_sharding, place, path)
+    if isinstance(leaf, structured.Multiples):
+      whole = (total, *leaf.shape[1:])
+      of_step = lambda shape, own=own, whole=whole: _of_step(own(whole), len(shape))
+      integers, step = put(leaf.integers, own), put(leaf.step, of_step)
+      flat[path] = dataclasses.replace(leaf, integers=integers, step=step)
+    else:
+      flat[path] = jax.tree.map(lambda x, own=own: put(x, own), leaf)
   return structured.unflatten(flat)
+
+
+def _of_step(sharding: jax.sharding.Sharding, axes: int) -> jax.sharding.Sharding:
+  """Returns the sharding of the step of `Multiples`, which has the first axes only.
+
+  Args:
+    sharding: that of the integers.
+    axes: how many axes the step has.
+  """
+  if not isinstance(sharding, jax.sharding.NamedSharding):
+    return sharding
+  spec = jax.sharding.PartitionSpec(*sharding.spec[:axes])
+  return jax.sharding.NamedSharding(
+    sharding.mesh, spec, memory_kind=sharding.memory_kind
+  )

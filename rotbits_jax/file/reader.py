@@ -250,6 +250,7 @@ class Reader:
     *,
     layers: range | None = None,
     place: placement.Place | None = None,
+    integers: bool = False,
     show_progress: bool = False,
   ) -> models.Model | Tree:
     """Reads the model, with stacked layers, or the PyTree of arrays.
@@ -259,6 +260,8 @@ class Reader:
         model.
       place: the sharding of arrays; by default they are NumPy arrays.
         Layers that no device of this process gets are not decoded.
+      integers: whether matrices that the file stores as multiples of one step become
+        `structured.Multiples`, so that the model never has their numbers as floats.
       show_progress: whether to show the progress on stderr.
 
     Returns:
@@ -270,7 +273,7 @@ class Reader:
       ContainerError: if the file is damaged or incomplete.
     """
     if self.config is None:
-      return self._tree(show_progress)
+      return self._tree(integers, show_progress)
     count = self.config.num_layers
     layers = range(count) if layers is None else layers
     if not 0 <= layers.start <= layers.stop <= count or layers.step != 1:
@@ -279,17 +282,18 @@ class Reader:
       return self._message_model(layers, place, show_progress)
     outer = self._outer_names()
     names = [*outer, *(models.names.layer(i) for i in layers)]
-    _check_memory('the model', sum(self._entry(name).decoded_bytes for name in names))
+    entries = [self._entry(name) for name in names]
+    _check_memory('the model', sum(entry.memory_bytes(integers) for entry in entries))
     params: Tree = {}
     with (
       progress.Progress('decode', len(names), 'unit', show=show_progress) as bar,
       weights.unit_jobs() as start,
     ):
-      expanding = self._start_outer(outer, start)
+      expanding = self._start_outer(outer, start, integers)
       runs = itertools.groupby(
         layers, lambda i: self._entry(models.names.layer(i)).stack_key()
       )
-      stacks = [self._start_stack(list(run), place, start) for _, run in runs]
+      stacks = [self._start_stack(list(run), place, start, integers) for _, run in runs]
       for future in expanding:
         params |= placement.placed(future.result(), place)
         bar.update()
@@ -432,33 +436,57 @@ class Reader:
     return sorted(names, key=eager)
 
   def _decode(
-    self, name: str, out: Mapping[str, list[np.ndarray]] | None = None
+    self,
+    name: str,
+    out: Mapping[str, list[np.ndarray] | structured.Multiples] | None = None,
+    integers: bool = False,
   ) -> Tree:
-    """Decodes a unit, into the arrays in `out` for the leaves that it has, by path."""
+    """Decodes a unit.
+
+    Args:
+      name: name of the unit.
+      out: arrays to decode leaves into, by path; the integers of `Multiples`.
+      integers: whether the other matrices on grids become `Multiples`.
+    """
     self._entry(name)
     file, unit = self._units[name]
     with file.errors():
-      _check_memory(name, unit.decoded_bytes)
+      _check_memory(name, unit.memory_bytes(integers))
       data = file.checked(name, unit.nbytes, unit.crc32)
       flat: Tree = {}
       try:
-        targets = None
-        if out is not None:
-          targets = []
-          for leaf, specs in unit.leaf_specs():
-            if leaf.path in out and not leaf.is_packed:
-              own = zip(out[leaf.path], specs, strict=True)
-              targets += [array.view(spec.dtype) for array, spec in own]
-            else:
-              targets += [host.empty(x.shape, x.dtype) for x in specs]
+        given: dict[str, Any] = {}
+        if integers:
+          shapes = {leaf.path: leaf.shape for leaf in unit.leaves}
+          for path, grid in unit.grids().items():
+            given[path] = structured.Multiples(
+              host.empty(shapes[path], grid.integer_dtype),
+              np.asarray(grid.unit),
+              grid.dtype.name,
+            )
+        given |= {} if out is None else out
+        targets = []
+        for leaf, specs in unit.leaf_specs():
+          target = None if leaf.is_packed else given.get(leaf.path)
+          if isinstance(target, structured.Multiples):
+            targets.append(target.integers)
+          elif target is not None:
+            pairs = zip(target, specs, strict=True)
+            targets += [array.view(spec.dtype) for array, spec in pairs]
+          else:
+            targets += [host.empty(x.shape, x.dtype) for x in specs]
         arrays = iter(weights.decode(unit.coder, data, out=targets))
         for leaf in unit.leaves:
           parts = {key: next(arrays) for key in leaf.arrays}
+          own = given.get(leaf.path)
+          if isinstance(own, structured.Multiples):
+            flat[leaf.path] = own
+            continue
           found = _leaf(name, leaf, parts)
           if isinstance(found, structured.Dependent):
             self._check_needed(name, leaf, found)
-          if leaf.is_packed and out is not None and leaf.path in out:
-            (target,) = out[leaf.path]
+          if leaf.is_packed and own is not None:
+            (target,) = own
             target[...] = found
             found = target
           flat[leaf.path] = found
@@ -497,10 +525,11 @@ class Reader:
       raise ContainerError(f'{path}: {error}') from error
 
   def _start_outer(
-    self, names: Sequence[str], start: weights.Start
+    self, names: Sequence[str], start: weights.Start, integers: bool = False
   ) -> 'list[futures.Future[Tree]]':
     """Starts to decode the units outside the layers; `names` is in a valid order."""
-    decoded = {name: start(functools.partial(self._decode, name)) for name in names}
+    decode = functools.partial(self._decode, integers=integers)
+    decoded = {name: start(functools.partial(decode, name)) for name in names}
     other = lambda name: decoded[name].result() if name in decoded else {}
     return [start(functools.partial(self._expanded, name, other)) for name in names]
 
@@ -534,9 +563,10 @@ class Reader:
       flat[entry.path] = array
     return self._entry(name).tree(flat)
 
-  def _tree(self, show_progress: bool) -> Tree:
-    decoded_bytes = sum(unit.decoded_bytes for unit in self.units.values())
-    _check_memory('the whole content', decoded_bytes)
+  def _tree(self, integers: bool, show_progress: bool) -> Tree:
+    nbytes = sum(unit.memory_bytes(integers) for unit in self.units.values())
+    _check_memory('the whole content', nbytes)
+    decode = functools.partial(self._decode, integers=integers)
     if self.weights_files:
       return dict(self.tensors(show_progress=show_progress))
     with (
@@ -544,26 +574,37 @@ class Reader:
       weights.unit_jobs() as start,
     ):
       tree: Tree = {}
-      for future in [start(functools.partial(self._decode, x)) for x in self._units]:
+      for future in [start(functools.partial(decode, x)) for x in self._units]:
         tree |= future.result()
         bar.update()
     return tree
 
   def _start_stack(
-    self, indices: Sequence[int], place: placement.Place | None, start: weights.Start
+    self,
+    indices: Sequence[int],
+    place: placement.Place | None,
+    start: weights.Start,
+    integers: bool,
   ) -> '_Stack':
     """Starts to decode the layers of a group, into their places in the stack."""
-    entry = self._entry(models.names.layer(indices[0]))
-    count = len(indices)
+    entries = [self._entry(models.names.layer(i)) for i in indices]
+    entry, count = entries[0], len(entries)
     wanted = range(count)
     if place is not None:
       wanted = placement.local_layers(place, entry, count)
-    specs = [
-      {leaf.path: own for leaf, own in self._entry(models.names.layer(i)).leaf_specs()}
-      for i in indices
-    ]
-    stacks = {}
+    specs = [{leaf.path: own for leaf, own in x.leaf_specs()} for x in entries]
+    grids = [x.grids() for x in entries] if integers else []
+    stacks: dict[str, Any] = {}
     for leaf, own in entry.leaf_specs():
+      found = [x[leaf.path] for x in grids if leaf.path in x]
+      if len(found) == count:
+        dtype = max((x.integer_dtype for x in found), key=lambda x: x.itemsize)
+        stacks[leaf.path] = structured.Multiples(
+          host.empty((len(wanted), *leaf.shape), dtype),
+          np.array([found[k].unit for k in wanted], np.float32),
+          leaf.dtype,
+        )
+        continue
       if leaf.is_array:
         stacks[leaf.path] = [host.empty((len(wanted), *leaf.shape), _dtype(leaf.dtype))]
         continue
@@ -577,12 +618,15 @@ class Reader:
         functools.partial(
           self._decode,
           models.names.layer(indices[k]),
-          {path: [stack[row] for stack in own] for path, own in stacks.items()},
+          {path: _row(stack, row) for path, stack in stacks.items()},
         )
       )
       for row, k in enumerate(wanted)
     ]
-    plain = {x.path: stacks[x.path][0] for x in entry.leaves if x.is_array}
+    plain = {
+      path: stack if isinstance(stack, structured.Multiples) else stack[0]
+      for path, stack in ((x.path, stacks[x.path]) for x in entry.leaves if x.is_array)
+    }
     return _Stack(wanted, count, layers, plain)
 
   # ---- the preset paper -------------------------------------------------------------
@@ -672,13 +716,13 @@ class _Stack(NamedTuple):
     wanted: places of the layers that this process needs.
     total: number of layers of the whole stack.
     layers: the layers that this process needs.
-    plain: the stacked plain arrays, by path.
+    plain: the stacked plain arrays and `Multiples`, by path.
   """
 
   wanted: range
   total: int
   layers: 'list[futures.Future[Tree]]'
-  plain: dict[str, np.ndarray]
+  plain: dict[str, Any]
 
   def result(self, bar: progress.Progress) -> Tree:
     """Waits for the layers, and returns them stacked."""
@@ -693,6 +737,13 @@ class _Stack(NamedTuple):
       path: type(leaves[0]).stack(leaves) for path, leaves in others.items()
     }
     return structured.unflatten(stacked)
+
+
+def _row(stack: Any, row: int) -> Any:
+  """Returns the arrays of one layer in the stacks of a leaf."""
+  if isinstance(stack, structured.Multiples):
+    return stack.layer(row)
+  return [array[row] for array in stack]
 
 
 def _shapes_of_parts(config: models.ModelConfig) -> list[dict[str, tuple[int, ...]]]:

@@ -250,9 +250,14 @@ def encode_unit(
     path: weights.contiguous(np.asarray(leaf)) if structured.is_plain(leaf) else leaf
     for path, leaf in structured.flatten(unit.params).items()
   }
-  digests: dict[str, int] = {}
+  digests = {
+    path: checksums_lib.of_array(leaf.array())
+    for path, leaf in flat.items()
+    if isinstance(leaf, structured.Packed)
+  }
   rounding = summary.preset.rounding
-  if rounding is None or not rounding.uniform:  # the coder knows uniform steps
+  if rounding is None or not rounding.uniform:
+    # `rewrite` has packed arrays in place of a uniform rounding.
     plain = {path: x for path, x in flat.items() if structured.is_plain(x)}
     for path, found in zip(plain, packing.pack(list(plain.values())), strict=True):
       if found is not None:

@@ -439,7 +439,7 @@ def _float32(leaf: Any) -> jax.Array:
   """
   if not structured.is_structured(leaf):
     return jnp.asarray(leaf, jnp.float32)
-  return jax.tree.map(_upcast, leaf).materialize()
+  return jax.tree.map(_upcast, leaf).materialize().astype(jnp.float32)
 
 
 def _upcast(array: Any) -> jax.Array:
@@ -450,6 +450,8 @@ def _upcast(array: Any) -> jax.Array:
 
 def _take(table: Any, rows: jax.Array) -> jax.Array:
   """Returns rows of a table in float32; rows outside the table are NaN."""
+  if isinstance(table, structured.Multiples):
+    return table.rows(rows).astype(jnp.float32)
   if structured.is_structured(table):
     table = _float32(table)
   taken = jnp.asarray(table).at[rows].get(mode='fill', fill_value=jnp.nan)

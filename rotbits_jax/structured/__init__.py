@@ -13,7 +13,8 @@ head.
 A leaf may be stacked, like the layers of a model: its arrays then have a leading layer
 axis `[N, ...]`.
 
-A packed leaf stands for a plain array in a file only; the reader replaces it.
+A packed leaf stands for a plain array in a file only; the reader replaces it. A leaf of
+`Multiples` stands for one in memory only.
 """
 
 from rotbits_jax.structured.base import KINDS
@@ -43,6 +44,7 @@ from rotbits_jax.structured.levels import fit_counts
 from rotbits_jax.structured.low_rank import FactorPair
 from rotbits_jax.structured.low_rank import LowRank
 from rotbits_jax.structured.low_rank import ReducedLowRank
+from rotbits_jax.structured.multiples import Multiples
 from rotbits_jax.structured.packed import PACKED_DTYPES
 from rotbits_jax.structured.packed import Packed
 from rotbits_jax.structured.shortcuts import IdentityMinusGram
@@ -70,6 +72,7 @@ __all__ = [
   'IdentityMinusGram',
   'Levels',
   'LowRank',
+  'Multiples',
   'Packed',
   'ReducedLowRank',
   'RowTrapezoids',

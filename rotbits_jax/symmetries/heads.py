@@ -344,7 +344,9 @@ def _remove(
   if tolerance is None:
     tolerance = 3.0 if valid.segments or valid.stream else 1.0
   pairs = [_plain_pair(layer['attention'], names, config.head_dim) for layer in layers]
-  found = [i for i, pair in enumerate(pairs) if pair is not None]
+  found = [
+    i for i, pair in enumerate(pairs) if pair and not _is_packable(context, pair)
+  ]
   results = context.map_layers(
     _fix_layer,
     [(pairs[i], jnp.float32(tolerance)) for i in found],
@@ -387,6 +389,19 @@ def _plain_pair(
   if not all(map(structured.is_plain, leaves)):
     return None
   return pair if min(pair[names[1]]['kernel'].shape) >= h else None
+
+
+def _is_packable(context: transform.Context, pair: models.Params) -> bool:
+  """Tells whether both kernels of a pair can be packed as they are."""
+  if context.pack is None:
+    return False
+  kernels = []
+  for params in pair.values():
+    kernel = transform.narrowed(params['kernel'], context.dtype)
+    if kernel is None:
+      return False
+    kernels.append(kernel)
+  return all(leaf is not None for leaf in context.pack(kernels))
 
 
 def _with_pair(layer: models.Params, pair: models.Params) -> models.Params:

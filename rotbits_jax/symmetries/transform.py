@@ -33,12 +33,15 @@ from rotbits_jax import models
 from rotbits_jax import structured
 from rotbits_jax.symmetries.rounding import NEAREST
 from rotbits_jax.symmetries.rounding import Rounding
+from rotbits_jax.symmetries.rounding import is_matrix
 from rotbits_jax.symmetries.rounding import round_leaf
 
 Note = dict[str, Any]  # JSON values
 State = Any  # a PyTree of arrays
 Layers = list[models.Params]
 Noted = tuple[State, Layers, list[list[Note]]]
+Pack = Callable[..., list[structured.Packed | None]]
+"""Takes arrays and perhaps their rivals; returns leaves, see `file.packing.pack`."""
 
 
 class Source(Protocol):
@@ -66,12 +69,16 @@ class Context(NamedTuple):
       path.
     dtype: the dtype to which most numbers are rounded.
     mesh: devices along one axis, 'layers', that share the layers; None for one device.
+    pack: packs matrices that no transform changed, where their leaves take fewer bytes
+      than the rounded numbers of a uniform rounding. Transforms of heads leave kernels
+      as they are that can be packed. None to rewrite and round all.
   """
 
   source: Source
   dtypes: Mapping[str, np.dtype]
   dtype: np.dtype
   mesh: jax.sharding.Mesh | None = None
+  pack: Pack | None = None
 
   @property
   def config(self) -> models.ModelConfig:
@@ -270,6 +277,7 @@ def make_context(
   *,
   stored_as: str | None = None,
   mesh: jax.sharding.Mesh | None = None,
+  pack: Pack | None = None,
 ) -> Context:
   """Makes the context for a source.
 
@@ -278,6 +286,7 @@ def make_context(
     stored_as: the dtype to which all floating-point numbers are rounded, for a source
       that is not rounded yet; None to keep the dtype of each parameter.
     mesh: see `Context`.
+    pack: see `Context`.
   """
   kinds: dict[str, np.dtype] = {}
   sizes = collections.Counter[np.dtype]()
@@ -293,7 +302,7 @@ def make_context(
         sizes[kind] += int(np.prod(leaf.shape))
       kinds[prefix + path] = kind
   dtype = sizes.most_common(1)[0][0] if sizes else np.dtype(np.float32)
-  return Context(source, kinds, dtype, mesh)
+  return Context(source, kinds, dtype, mesh, pack)
 
 
 def rewrite(
@@ -336,7 +345,8 @@ def rewrite(
     state, given, savings = transform.layers(context, state, first, given)
     units = []
     for i, own in zip(indices, savings, strict=True):
-      stored, more = _stored(given.pop(0), context, models.names.prefix(i), rounding)
+      prefix = models.names.prefix(i)
+      stored, more = _stored(given.pop(0), context, prefix, rounding)
       units.append(Unit(models.names.layer(i), stored, own + more))
     yield units, state
   if outer:
@@ -513,15 +523,14 @@ def _on_device(state: State, device: Any) -> State:
 
 
 def _given(tree: models.Params, widen: bool, device: Any = None) -> models.Params:
-  """Returns the parameters for a transform: float32 on a device, or unchanged."""
-  if not widen:
-    return tree
-  return {
-    key: _given(value, widen, device)
-    if isinstance(value, dict)
-    else _widen(jax.device_put(value, device))
-    for key, value in tree.items()
-  }
+  """Returns the parameters for a transform: float32 on a device, or as stored."""
+  flat = structured.flatten(tree)
+  for path, leaf in flat.items():
+    if widen:
+      flat[path] = _widen(jax.device_put(leaf, device))
+    elif isinstance(leaf, structured.Multiples):
+      flat[path] = leaf.materialize()
+  return structured.unflatten(flat)
 
 
 def _stored(
@@ -535,17 +544,28 @@ def _stored(
   flat = structured.flatten(tree)
   if rounding is None:
     return structured.unflatten(jax.device_get(flat)), []
-  effects = {}
+  effects, originals = {}, {}
   for path, leaf in flat.items():
     dtype = context.dtypes.get(prefix + path, context.dtype)
     if any(isinstance(x, jax.Array) for x in jax.tree.leaves(leaf)):
       octaves = rounding.octaves(prefix + path, dtype)
+      if context.pack and rounding.uniform and structured.is_plain(leaf):
+        original = narrowed(leaf, dtype) if is_matrix(leaf) else None
+        if original is not None:
+          originals[path] = original
       flat[path], effects[path] = round_leaf(
         leaf, dtype, octaves, rounding.uniform, rounding.inputs.get(prefix + path)
       )
     else:
       flat[path] = structured.astype(leaf, dtype)
   flat, effects = jax.device_get((flat, effects))
+  if context.pack and originals:
+    rivals = [flat[path] for path in originals]
+    packed = context.pack(list(originals.values()), rivals)
+    for path, found in zip(originals, packed, strict=True):
+      if found is not None:
+        flat[path] = found
+        del effects[path]
   notes, bits = [], 0.0
   for path, effect in effects.items():
     if effect.step:
@@ -560,7 +580,25 @@ def _stored(
 ROUNDING = 'rounding'
 """Name of the saving that rounding to a coarser step makes."""
 
-_widen = jax.jit(lambda leaf: structured.astype(leaf, jnp.float32))
+
+def narrowed(array: jax.Array, dtype: np.dtype) -> np.ndarray | None:
+  """Returns float32 numbers in a dtype; None if it does not hold all of them."""
+  narrow, is_exact = _narrow(array, dtype)
+  return np.asarray(narrow) if is_exact else None
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _narrow(array: jax.Array, dtype: np.dtype) -> tuple[jax.Array, jax.Array]:
+  """Returns numbers in a dtype, and whether it holds all of them."""
+  narrow = array.astype(dtype)
+  return narrow, jnp.all(narrow.astype(jnp.float32) == array)
+
+
+@jax.jit
+def _widen(leaf: Any) -> Any:
+  """Returns a leaf in float32; a transform gets the array of `Multiples`."""
+  leaf = leaf.materialize() if isinstance(leaf, structured.Multiples) else leaf
+  return structured.astype(leaf, jnp.float32)
 
 
 # ---- a function of one layer over several ------------------------------------------

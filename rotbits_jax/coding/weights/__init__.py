@@ -66,6 +66,7 @@ their low byte first. `specs.UnitSpec` holds the numbers that are needed to read
 """
 
 from rotbits_jax.coding.weights.layouts import DTYPES
+from rotbits_jax.coding.weights.layouts import Grid
 from rotbits_jax.coding.weights.numbers import contiguous
 from rotbits_jax.coding.weights.pool import Start
 from rotbits_jax.coding.weights.pool import run
@@ -81,6 +82,7 @@ __all__ = [
   'DTYPES',
   'ArraySpec',
   'Encoded',
+  'Grid',
   'Start',
   'UnitSpec',
   'contiguous',

@@ -218,6 +218,25 @@ class Grid(Layout):
   def program(self) -> Self:
     return dataclasses.replace(self, step=self.LEAST_STEP)
 
+  @property
+  def unit(self) -> np.float32:
+    return np.ldexp(np.float32(4 + self.step % 4), self.step // 4 - 152)
+
+  @property
+  def integers(self) -> Int:
+    """The layout of the integers k, which have the symbols and rests of the numbers."""
+    return Int(np.dtype(np.int16), self.rest)
+
+  @property
+  def integer_dtype(self) -> np.dtype:
+    """The shortest dtype that holds every k."""
+    return np.dtype(np.int8 if self.symbol_bits + self.rest <= 8 else np.int16)
+
+  def numbers(self, integers: np.ndarray) -> np.ndarray:
+    """Returns the numbers of integers k, bit for bit those of `join`."""
+    with np.errstate(over='ignore'):  # in a damaged file
+      return (integers.astype(np.float32) * self.unit).astype(self.dtype)
+
   @classmethod
   def takes(cls, dtype: np.dtype, rest: int, step: int) -> bool:
     known = dtype in floats.LAYOUTS and 0 <= rest <= 16 - cls.symbol_bits

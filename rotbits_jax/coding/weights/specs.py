@@ -15,6 +15,7 @@ from rotbits_jax.coding.weights import blocks
 from rotbits_jax.coding.weights import layouts
 from rotbits_jax.coding.weights import order
 from rotbits_jax.coding.weights import planes
+from rotbits_jax.coding.weights.layouts import Grid
 
 _MAX_AXES = 32
 _MAX_SIZE = 1 << 48  # of an axis, a count or a number of bytes
@@ -118,6 +119,11 @@ class UnitSpec:
   layouts: tuple[LayoutSpec, ...]
   groups: tuple[GroupSpec, ...]
   order: OrderSpec | None = None
+
+  def grid(self, array: ArraySpec) -> Grid | None:
+    """Returns the grid on which the numbers of an array lie; None if there is none."""
+    found = None if array.layout is None else self.layouts[array.layout].layout
+    return found if isinstance(found, Grid) else None
 
   @property
   def exchanged(self) -> frozenset[int]:

@@ -7,6 +7,7 @@ rests and noise.
 from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import functools
+import types
 from typing import NamedTuple
 
 import numpy as np
@@ -156,7 +157,8 @@ def decode(
     spec: the spec of the unit.
     data: uint8 `[spec.nbytes]`, the stream; it may be a memory map.
     out: arrays to decode into, in C order, with the shapes and dtypes of the spec. By
-      default the function makes new arrays.
+      default the function makes new arrays. An array of a grid may be of int16, or of
+      its `integer_dtype`: it gets the integers in place of the numbers.
 
   Returns:
     The arrays, equal to `Encoded.arrays` bit for bit. They do not share memory with
@@ -194,6 +196,11 @@ def decode(
   noise = read(stream.size - position)
 
   arrays = _outputs(spec, out)
+  grids = {
+    i: grid
+    for i, entry in enumerate(spec.arrays)
+    if (grid := spec.grid(entry)) is not None and arrays[i].dtype.kind == 'i'
+  }
   tables = [blocks.tables_of(model.frequencies, decoding=True) for model in models]
   # The parts of the noise in order: the size of each, and a function that reads it.
   readers: list[tuple[int, Callable[[np.ndarray], None]]] = []
@@ -225,13 +232,13 @@ def decode(
   pool.run(early)
   if spec.order:
     stop = max(start + size for start, size, _ in late)
-    head = _recovered(spec.order, arrays, prefix)
+    head = _recovered(spec.order, arrays, grids, prefix)
     head = np.concatenate([head, noise[: max(stop - missing, 0)]])
     pool.run(
       functools.partial(job, head[start : start + size]) for start, size, job in late
     )
   checksums = pool.run(
-    functools.partial(checksums_lib.of_array, array) for array in arrays
+    functools.partial(_checksum, array, grids.get(i)) for i, array in enumerate(arrays)
   )
   for i, (array, checksum) in enumerate(zip(spec.arrays, checksums, strict=True)):
     if array.checksum != checksum:
@@ -271,7 +278,7 @@ class _Group(NamedTuple):
 
     def encode_one(start: int) -> tuple[np.ndarray, np.ndarray]:
       def fill(bits: np.ndarray, places: np.ndarray) -> None:
-        self._copy(start, bits, write=False)
+        self._read(start, bits)
         self._contexts(start, places)
 
       count = min(size, total - start)
@@ -291,23 +298,27 @@ class _Group(NamedTuple):
     Returns:
       Pairs of the size in bytes and a function that takes the rests.
     """
-    total = sum(array.size for array in self.arrays)
+    total, layout = sum(array.size for array in self.arrays), self.layout
+    if isinstance(layout, layouts.Grid) and any(
+      array.dtype.kind == 'i' for array in self.arrays
+    ):
+      layout = layout.integers
 
     def decode_one(start: int, part: np.ndarray, rests: np.ndarray) -> None:
       blocks.decode(
         part,
         rests,
         functools.partial(self._contexts, start),
-        functools.partial(self._copy, start, write=True),
+        functools.partial(self._write, start, layout.dtype),
         min(spec.numbers, total - start),
         spec.lanes,
-        self.layout,
+        layout,
         self.tables,
       )
 
     return [
       (
-        blocks.rest_size(min(spec.numbers, total - x), spec.lanes, self.layout),
+        blocks.rest_size(min(spec.numbers, total - x), spec.lanes, layout),
         functools.partial(decode_one, x, part),
       )
       for x, part in zip(range(0, total, spec.numbers), parts, strict=True)
@@ -318,21 +329,27 @@ class _Group(NamedTuple):
     for i, place, size, first in self._parts(start, out.size):
       self.model.write(out[place : place + size], i, first, self.arrays[i].shape)
 
-  def _copy(self, start: int, bits: np.ndarray, *, write: bool) -> None:
-    """Copies the bit patterns of the numbers from `start` on.
+  def _read(self, start: int, bits: np.ndarray) -> None:
+    """Copies the bit patterns of the numbers from `start` on into an array `[n]`."""
+    for i, place, size, first in self._parts(start, bits.size):
+      own = numbers.bits(self.arrays[i])[first : first + size]
+      bits[place : place + size] = own
+
+  def _write(self, start: int, dtype: np.dtype, bits: np.ndarray) -> None:
+    """Copies bit patterns into the arrays.
 
     Args:
       start: the first number, counted within the group.
+      dtype: dtype of the numbers with these patterns: int16 for the integers of a grid.
       bits: unsigned integers `[n]`.
-      write: whether to copy from `bits` to the arrays; otherwise from the arrays.
     """
     for i, place, size, first in self._parts(start, bits.size):
-      there = numbers.bits(self.arrays[i])[first : first + size]
-      here = bits[place : place + size]
-      if write:
-        there[:] = here
-      else:
-        here[:] = there
+      own = self.arrays[i].reshape(-1)[first : first + size]
+      found = bits[place : place + size].view(dtype)
+      if dtype != self.layout.dtype and own.dtype.kind != 'i':
+        assert isinstance(self.layout, layouts.Grid)
+        found = self.layout.numbers(found)
+      own[:] = found
 
   def _parts(self, start: int, count: int) -> list[tuple[int, int, int, int]]:
     """Finds the arrays that hold `count` numbers from `start` on.
@@ -483,39 +500,54 @@ def _sorted_lines(
 
 
 def _sort(
-  arrays: Sequence[np.ndarray], axes: tuple[tuple[int, int], ...]
+  arrays: Sequence[np.ndarray],
+  axes: tuple[tuple[int, int], ...],
+  grids: Mapping[int, layouts.Grid] = types.MappingProxyType({}),
 ) -> tuple[np.ndarray, int]:
   """Sorts exchangeable lines; see `order.sort`.
 
   The bytes of a line are its parts in all arrays, one after the other.
-  """
-  views = [np.moveaxis(arrays[index], axis, 0) for index, axis in axes]
 
-  def lines(rows: np.ndarray | slice, views: list[np.ndarray]) -> np.ndarray:
-    parts = [np.ascontiguousarray(view[rows]) for view in views]
+  Args:
+    arrays: the arrays.
+    axes: the index and the axis of each array with exchangeable lines.
+    grids: the grids of the arrays that hold integers in place of numbers, by index.
+  """
+  views = [(np.moveaxis(arrays[i], axis, 0), grids.get(i)) for i, axis in axes]
+
+  def lines(
+    rows: np.ndarray | slice, views: list[tuple[np.ndarray, layouts.Grid | None]]
+  ) -> np.ndarray:
+    parts = [grid.numbers(x[rows]) if grid else x[rows] for x, grid in views]
+    parts = [np.ascontiguousarray(part) for part in parts]
     return np.concatenate([x.reshape(len(x), -1).view(np.uint8) for x in parts], axis=1)
 
-  first = views[0]
+  first, grid = views[0]
   if first.ndim == 2:
-    first = first[:, : max(8 // first.dtype.itemsize, 1)]
-  prefixes = lines(slice(None), [first])[:, :8]
+    dtype = grid.dtype if grid else first.dtype
+    first = first[:, : max(8 // dtype.itemsize, 1)]
+  prefixes = lines(slice(None), [(first, grid)])[:, :8]
   return order.sort(prefixes, lambda rows: lines(rows, views))
 
 
 def _recovered(
-  spec: specs.OrderSpec, arrays: Sequence[np.ndarray], prefix: np.ndarray
+  spec: specs.OrderSpec,
+  arrays: Sequence[np.ndarray],
+  grids: Mapping[int, layouts.Grid],
+  prefix: np.ndarray,
 ) -> np.ndarray:
   """Returns the noise that chose the order of lines.
 
   Args:
     spec: the spec of the order.
     arrays: the decoded arrays.
+    grids: see `_sort`.
     prefix: uint8, the bytes that are stored in place of the noise.
 
   Raises:
     ValueError: if the lines or the bytes are damaged.
   """
-  found, distinct = _sort(arrays, spec.axes)
+  found, distinct = _sort(arrays, spec.axes, grids)
   places = found[:distinct]
   if distinct != spec.distinct or places.max() >= distinct:
     raise ValueError('the exchanged lines are damaged')
@@ -541,13 +573,28 @@ def _outputs(
   if len(out) != len(wanted):
     raise ValueError(f'the unit has {len(wanted)} arrays, got {len(out)} in `out`')
   for i, (array, (shape, dtype)) in enumerate(zip(out, wanted, strict=True)):
-    if array.shape != shape or array.dtype != dtype:
+    grid = spec.grid(spec.arrays[i])
+    known = (dtype, np.int16, grid.integer_dtype) if grid else (dtype,)
+    if array.shape != shape or array.dtype not in known:
       raise ValueError(
         f'array {i} of the unit is {dtype} {shape}, got {array.dtype=} {array.shape=}'
       )
     if not (array.flags.c_contiguous and array.flags.writeable):
       raise ValueError(f'array {i} of `out` must be contiguous and writeable')
   return list(out)
+
+
+_CHUNK = 1 << 18  # numbers
+
+
+def _checksum(array: np.ndarray, grid: layouts.Grid | None) -> int:
+  """Returns the checksum of an array, or of the numbers of integers on a grid."""
+  if grid is None:
+    return checksums_lib.of_array(array)
+  flat = array.reshape(-1)
+  return checksums_lib.of_parts(
+    grid.numbers(flat[start : start + _CHUNK]) for start in range(0, flat.size, _CHUNK)
+  )
 
 
 def _bytes(array: np.ndarray) -> np.ndarray:
