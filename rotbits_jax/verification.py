@@ -133,12 +133,14 @@ def read_all(
       if expected is not None:
         given = _given(expected, prefix, flat)
         for path, leaf in flat.items():
-          if not _same_bits(leaf, given.get(path)):
+          if not structured.same_bits(leaf, given.get(path)):
             raise file.ContainerError(f'{prefix}{path}: differs from the checkpoint')
     buffers, rests = reader.buffers(), reader.rests()
     if isinstance(expected, checkpoints.TensorFiles):
       _compare_rests(reader, rests, expected)
-    elif expected is not None and not _same_bits(buffers, dict(expected.buffers)):
+    elif expected is not None and not structured.same_bits(
+      buffers, dict(expected.buffers)
+    ):
       raise file.ContainerError('the buffers differ from the checkpoint')
     files = len(reader.files())
     units = len(reader.units)
@@ -171,21 +173,6 @@ def _given(
   if index is None:
     return structured.flatten(expected.outer())
   return structured.flatten(expected.layer(index))
-
-
-def _same_bits(a: Any, b: Any) -> bool:
-  trees: Any = jax.tree.structure(a), jax.tree.structure(b)
-  if trees[0] != trees[1]:
-    return False
-  pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
-  return all(_same_array(np.asarray(x), np.asarray(y)) for x, y in pairs)
-
-
-def _same_array(x: np.ndarray, y: np.ndarray) -> bool:
-  if (x.shape, x.dtype) != (y.shape, y.dtype):
-    return False
-  bits = np.dtype(f'u{x.dtype.itemsize}')
-  return np.array_equal(x.view(bits), y.view(bits))
 
 
 def _compare_rests(

@@ -1,5 +1,6 @@
 """What the fuzzer found stays mended, and a part of the fuzzing is run again."""
 
+import ast
 import contextlib
 import json
 import pathlib
@@ -8,6 +9,7 @@ import time
 
 import pytest
 
+from fuzz import classes
 from fuzz import containers
 from fuzz import run
 from fuzz import seeds
@@ -98,6 +100,42 @@ def test_a_model_of_an_unknown_family_does_not_become_a_checkpoint(tmp_path):
   with pytest.raises(rotbits_jax.ContainerError, match="of the family 'x'"):
     rotbits_jax.decode_to_directory(data, tmp_path)
   assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize('name', list(classes.CLASSES))
+def test_the_tests_of_a_class_exist(name):
+  for test in classes.CLASSES[name].tests:
+    file, *names = test.split('::')
+    body = ast.parse((classes.ROOT / file).read_text()).body
+    for own in names:
+      (found,) = [x for x in body if getattr(x, 'name', '') == own]
+      body = found.body
+
+
+def test_cases_of_tests_are_counted(tmp_path, capsys):
+  (tmp_path / 'a_test.py').write_text("""
+import unittest
+import pytest
+
+class Test(unittest.TestCase):
+  def test_of_three(self):
+    for i in range(3):
+      with self.subTest(i=i):
+        assert i
+
+def test_skipped():
+  pytest.skip()
+
+@pytest.mark.slow
+def test_slow():
+  pass
+""")
+  counts = classes.run([str(tmp_path / 'a_test.py')])
+  # A test that has subtests is a case, too.
+  assert counts[:3] == (6, 1, 1)
+  assert 'test_of_three' in capsys.readouterr().out
+  with pytest.raises(RuntimeError, match='not found'):
+    classes.run([str(tmp_path / 'b_test.py')])
 
 
 @pytest.mark.slow

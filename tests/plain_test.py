@@ -18,10 +18,12 @@ import optax
 import weights_files
 
 from fuzz import containers
+from fuzz import seeds
 import rotbits_jax
 from rotbits_jax import checkpoints
 from rotbits_jax import structured
 from rotbits_jax.file import manifest as manifest_lib
+from rotbits_jax.file import reader as reader_lib
 
 TESTDATA = pathlib.Path(__file__).parent / 'testdata'
 PARAMS = {'kernel': jnp.arange(12.0).reshape(3, 4), 'bias': jnp.zeros(4, jnp.bfloat16)}
@@ -29,6 +31,13 @@ PARAMS = {'kernel': jnp.arange(12.0).reshape(3, 4), 'bias': jnp.zeros(4, jnp.bfl
 
 def _nnx_state():
   return nnx.state(nnx.Linear(3, 4, rngs=nnx.Rngs(0)))
+
+
+def _tied_exactly():
+  none = np.zeros(0, np.float16)
+  return structured.TiedExactly(
+    np.zeros((5, 3), np.int32), np.zeros(5, np.int16), (none,), none, 9, 0, 0
+  )
 
 
 class TreeTest(parameterized.TestCase):
@@ -72,6 +81,47 @@ class TreeTest(parameterized.TestCase):
     np.testing.assert_array_equal(first, np.ones(2))
     np.testing.assert_array_equal(second, zeros)
 
+  @parameterized.parameters(*seeds.leaves())
+  def test_a_structured_leaf_comes_back_or_is_refused(self, name):
+    leaf = seeds.leaves()[name]
+    if isinstance(leaf, structured.Packed):
+      with self.assertRaisesRegex(ValueError, r'^a/b: a packed leaf'):
+        rotbits_jax.encode({'a': {'b': leaf}})
+      leaf = leaf.array()
+    else:
+      with self.assertRaisesRegex(ValueError, r'^a/b: it cannot be stored: '):
+        rotbits_jax.encode({'a': {'b': type(leaf).stack([leaf, leaf])}})
+    decoded = rotbits_jax.decode(rotbits_jax.encode({'a': {'b': leaf}}))
+    self.assertTrue(structured.same_bits(decoded, {'a': {'b': leaf}}))
+
+  @parameterized.parameters(
+    ('constant', [1 << 31], 'lengths of axes'),
+    ('constant', [1 << 31, 0], 'lengths of axes'),
+    ('gram', [6, 1 << 31], 'columns must be'),
+    ('trapezoidal', [7, 1 << 31], 'lengths of axes'),
+    ('row_trapezoids', [10, 1 << 31], 'columns must be'),
+    ('tied', [1 << 31, 3], 'tokens must be'),
+  )
+  def test_a_huge_shape_of_few_numbers_is_refused(self, name, shape, words):
+    self.enterContext(mock.patch.object(reader_lib, '_memory', return_value=None))
+    data = rotbits_jax.encode({'a': {'b': seeds.leaves()[name]}})
+    streams, manifest = containers.unpack(data)
+    (entry,) = manifest['units'][0]['leaves']
+    entry['shape'] = shape
+    settings = entry['settings']
+    lengths = {'columns': shape[-1], 'tokens': shape[0], 'shape': shape, 'lower': shape}
+    settings |= {key: lengths[key] for key in lengths if key in settings}
+    data = containers.pack(streams, containers.to_json(manifest))
+    self.assertEqual(rotbits_jax.inspect(data).file_bytes, len(data))
+    for read in (rotbits_jax.decode, rotbits_jax.load, rotbits_jax.verify):
+      with self.assertRaisesRegex(rotbits_jax.ContainerError, words):
+        read(data)
+
+  def test_an_axis_may_have_the_greatest_length(self):
+    leaf = structured.Constant(np.float16(1), ((1 << 31) - 1, 0))
+    decoded = rotbits_jax.load(rotbits_jax.encode({'a': leaf}))
+    self.assertEqual(decoded['a'].shape, leaf.shape)
+
   def test_without_a_structure_it_is_nested_dicts(self):
     decoded = rotbits_jax.decode(rotbits_jax.encode([PARAMS, (PARAMS['bias'],)]))
     self.assertEqual(
@@ -103,6 +153,10 @@ class TreeTest(parameterized.TestCase):
     ({'a': {'b': np.zeros((1,) * 33)}}, 'a/b: .*up to 32 axes'),
     ({'a': {'b\ud800': np.zeros(2)}}, 'a/b\ud800: it cannot be stored'),
     ({'b': structured.Constant(np.float32(np.inf), (3,))}, 'b: it cannot be stored'),
+    ({'b': structured.Constant(np.float32(1), (1 << 31,))}, 'b: it cannot be stored'),
+    ({'b': structured.Constant(np.int64(1 << 62 | 1), (3,))}, "kind 'constant' store"),
+    ({'b': structured.Trapezoidal(np.ones((3, 3)))}, "b: .* kind 'trapezoidal' store"),
+    ({'b': _tied_exactly()}, 'b: the leaf needs head/kernel of a model'),
   )
   def test_what_cannot_be_stored_is_named(self, tree, words):
     with self.assertRaisesRegex(ValueError, words):

@@ -30,6 +30,7 @@ from rotbits_jax.structured.base import is_structured
 from rotbits_jax.structured.base import materialize
 from rotbits_jax.structured.base import nonempty
 from rotbits_jax.structured.base import register
+from rotbits_jax.structured.base import same_bits
 from rotbits_jax.structured.base import stack_key
 from rotbits_jax.structured.base import unflatten
 from rotbits_jax.structured.constant import Constant
@@ -98,6 +99,7 @@ __all__ = [
   'nonempty',
   'pack_lower',
   'register',
+  'same_bits',
   'stack_key',
   'unflatten',
   'unpack_lower',

@@ -275,6 +275,22 @@ def stack_key(leaf: Any) -> tuple[Any, ...]:
   return kind, tuple(leaf.shape), np.dtype(leaf.dtype).name, tuple(names)
 
 
+def same_bits(a: Any, b: Any) -> bool:
+  """Returns whether two PyTrees have the same structure and bits."""
+  trees: Any = jax.tree.structure(a), jax.tree.structure(b)
+  if trees[0] != trees[1]:
+    return False
+  pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+  return all(_same_array(np.asarray(x), np.asarray(y)) for x, y in pairs)
+
+
+def _same_array(x: np.ndarray, y: np.ndarray) -> bool:
+  if (x.shape, x.dtype) != (y.shape, y.dtype):
+    return False
+  bits = np.dtype(f'u{x.dtype.itemsize}')
+  return np.array_equal(x.view(bits), y.view(bits))
+
+
 def _stack(*arrays: Any) -> Any:
   """Stacks arrays; makes no copy if they are the rows of an array already."""
   first = arrays[0]
