@@ -37,10 +37,19 @@ Readable = str | os.PathLike[str] | bytes | bytearray | memoryview | BinaryIO
 
 _MOST = 10**15  # greatest size of a file in bytes, from which the room follows
 _MOST_HEADER = 100_000_000  # bytes; the safetensors library's own limit
+_SHOWN = 400  # characters of each end of an error's message
 
 
 class ContainerError(ValueError):
-  """Raised for a file that is not a valid rotbits file of this version."""
+  """Raised for a file that is not a valid rotbits file of this version.
+
+  The message may repeat names from the file. The middle of a long message is left out.
+  """
+
+  def __init__(self, message: str):
+    if len(message) > 2 * _SHOWN:
+      message = f'{message[:_SHOWN]}...{message[-_SHOWN:]}'
+    super().__init__(message)
 
 
 def check_names(names: Sequence[str]) -> None:
@@ -52,7 +61,7 @@ def check_names(names: Sequence[str]) -> None:
   seen = {MANIFEST, _METADATA}
   for name in names:
     if name in seen:
-      raise ValueError(f'{name[:200]}: the file has another entry of this name')
+      raise ValueError(f'{name}: the file has another entry of this name')
     seen.add(name)
 
 
@@ -197,7 +206,7 @@ class StreamReader:
       ContainerError: if there is no such stream.
     """
     if name not in self._streams:
-      raise ContainerError(f'{name[:200]}: no such stream')
+      raise ContainerError(f'{name}: no such stream')
     begin, end = self._streams[name]
     return self._bytes(self._start + begin, end - begin)
 
@@ -209,7 +218,7 @@ class StreamReader:
     """
     data = self.stream(name)
     if data.size != nbytes or zlib_ng.crc32(data) != crc32:
-      raise ContainerError(f'{name[:200]}: the stream is damaged: its checksum differs')
+      raise ContainerError(f'{name}: the stream is damaged: its checksum differs')
     return data
 
   def _bytes(self, begin: int, count: int) -> np.ndarray:
@@ -242,12 +251,12 @@ class StreamReader:
       raise ContainerError('not a rotbits file')
     if metadata.get('version') != str(VERSION):
       raise ContainerError(
-        f'the file has version {str(metadata.get("version"))[:20]} of the format, '
+        f'the file has version {metadata.get("version")} of the format, '
         f'but this program reads version {VERSION}'
       )
     unknown = sorted(set(metadata) - {'format', 'version', 'manifest_crc32'})
     if unknown:
-      raise ContainerError(f'the field {unknown[0][:40]!r} of the header is not known')
+      raise ContainerError(f'the field {unknown[0]!r} of the header is not known')
     crc = metadata.get('manifest_crc32')
     if not (isinstance(crc, str) and crc.isascii() and crc.isdigit() and len(crc) < 11):
       raise ContainerError('the header is damaged: it has no checksum of the manifest')
@@ -256,9 +265,7 @@ class StreamReader:
     for name, entry in header.items():
       size = _size(entry, end)
       if size is None:
-        raise ContainerError(
-          f'{name[:200]}: the header has a wrong entry for the stream'
-        )
+        raise ContainerError(f'{name}: the header has a wrong entry for the stream')
       streams[name] = end, end + size
       end += size
     if 8 + length + end != self.size:

@@ -35,12 +35,17 @@ def printable(text: str) -> str:
 
 
 class Fields:
-  """The fields of one JSON object; `finish` refuses unknown fields."""
+  """The fields of one JSON object; `finish` refuses unknown fields.
 
-  def __init__(self, value: Any, where: str):
+  An error begins with the names in `where`, joined by slashes. They may be long, so
+  they are not joined before there is an error.
+  """
+
+  def __init__(self, value: Any, *where: str):
+    self._where = where
     if not isinstance(value, dict):
-      raise container.ContainerError(f'{where}: not a JSON object')
-    self._fields, self._where = dict(value), where
+      raise container.ContainerError(f'{"/".join(where)}: not a JSON object')
+    self._fields = dict(value)
 
   def take(self, name: str) -> Any:
     """Takes any JSON value."""
@@ -130,4 +135,5 @@ class Fields:
 
   def error(self, name: str, problem: str) -> container.ContainerError:
     """Returns the error for a field, for the caller to raise."""
-    return container.ContainerError(f'{self._where}: the field {name[:40]!r} {problem}')
+    where = '/'.join(self._where)
+    return container.ContainerError(f'{where}: the field {name!r} {problem}')

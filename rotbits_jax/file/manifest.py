@@ -107,7 +107,7 @@ class Leaf:
     """
     given = fields.Fields(value, where)
     path = given.text('path')
-    given = fields.Fields(value, f'{where}/{path[:200]}')
+    given = fields.Fields(value, where, path)
     given.take('path')
     if not _is_path(path):
       raise given.error('path', f'must be up to {_MOST_KEYS} keys joined by slashes')
@@ -126,7 +126,7 @@ class Leaf:
     )
     given.finish()
     if stored_dtype(leaf.dtype) not in weights.DTYPES:
-      raise given.error('dtype', f'cannot be {leaf.dtype[:40]!r}')
+      raise given.error('dtype', f'cannot be {leaf.dtype!r}')
     if len(set(leaf.arrays)) != len(leaf.arrays):
       raise given.error('arrays', 'must be names that differ')
     return leaf
@@ -227,20 +227,20 @@ class Unit:
     """
     given = fields.Fields(value, 'a unit')
     name = given.text('name')
-    given = fields.Fields(value, name[:200])
+    given = fields.Fields(value, name)
     given.take('name')
-    leaves = tuple(Leaf.from_json(leaf, name[:200]) for leaf in given.items('leaves'))
+    leaves = tuple(Leaf.from_json(leaf, name) for leaf in given.items('leaves'))
     try:
       coder = weights.UnitSpec.from_json(given.take('coder'))
     except ValueError as error:
-      raise ContainerError(f'{name[:200]}: {error}') from error
+      raise ContainerError(f'{name}: {error}') from error
     unit = cls(
       name=name,
       nbytes=given.integer('nbytes'),
       crc32=given.integer('crc32', 0xFFFFFFFF),
       leaves=leaves,
       coder=coder,
-      savings=tuple(_saving_from_json(x, name[:200]) for x in given.items('savings')),
+      savings=tuple(_saving_from_json(x, name) for x in given.items('savings')),
       order_bits=given.number('order_bits'),
       empty=given.texts('empty') if given.optional('empty') else (),
       **_input_sizes(given),
@@ -250,20 +250,16 @@ class Unit:
       raise given.error('empty', f'must be paths of up to {_MOST_KEYS} keys')
     if unit.nbytes != coder.nbytes:
       raise ContainerError(
-        f'{name[:200]}: the coder needs a stream of {coder.nbytes} bytes, '
-        f'got {unit.nbytes}'
+        f'{name}: the coder needs a stream of {coder.nbytes} bytes, got {unit.nbytes}'
       )
     if sum(len(leaf.arrays) for leaf in unit.leaves) != len(coder.arrays):
-      raise ContainerError(
-        f'{name[:200]}: the leaves and the coder list different arrays'
-      )
+      raise ContainerError(f'{name}: the leaves and the coder list different arrays')
     unit.tree({leaf.path: None for leaf in unit.leaves})
     for leaf, specs in unit.leaf_specs():
-      where = f'{name[:200]}/{leaf.path[:200]}'
       array = (specs[0].shape, specs[0].dtype) if specs else None
       if not leaf.kind and array != (leaf.shape, stored_dtype(leaf.dtype)):
         raise ContainerError(
-          f'{where}: the leaf and the coder differ in the shape or the dtype'
+          f'{name}/{leaf.path}: the leaf and the coder differ in the shape or the dtype'
         )
       # The reader allocates the array before it has decoded the leaf.
       most = 8 * sum(spec.nbytes for spec in specs)
@@ -271,8 +267,8 @@ class Unit:
         leaf.dtype in structured.PACKED_DTYPES and math.prod(leaf.shape) <= most
       ):
         raise ContainerError(
-          f'{where}: {most} bits cannot stand for {leaf.shape} numbers of '
-          f'{leaf.dtype:.40}'
+          f'{name}/{leaf.path}: {most} bits cannot stand for {leaf.shape} numbers of '
+          f'{leaf.dtype}'
         )
     return unit
 
@@ -393,13 +389,13 @@ class WeightsFile:
     for place in given.items('places'):
       if not isinstance(place, list) or len(place) != 2:
         raise given.error('places', 'must be a list of pairs')
-      one = fields.Fields(dict(zip(('path', 'offset'), place, strict=True)), name[:200])
+      one = fields.Fields(dict(zip(('path', 'offset'), place, strict=True)), name)
       places.append((one.text('path'), one.integer('offset')))
     layout = checkpoints.WeightsFile(name, given.integer('nbytes'), tuple(places))
     found = cls(layout=layout, rest=Stream.from_json(given.take('rest')))
     given.finish()
     if found.rest.name != f'{REST}{name}':
-      raise given.error('rest', f'must be the stream {REST}{name[:200]}')
+      raise given.error('rest', f'must be the stream {REST}{name}')
     return found
 
 
@@ -510,7 +506,7 @@ class Manifest:
     for stream in self.files:
       name = stream.name.removeprefix(FILES)
       if name == stream.name or not fields.is_file_name(name):
-        raise ContainerError(f'{stream.name[:200]}: not the name of a file')
+        raise ContainerError(f'{stream.name}: not the name of a file')
     if sum(self.sizes) > MOST_FILES:
       raise ContainerError(f'the other files have more than {MOST_FILES} bytes')
     if self.config is None:
@@ -519,19 +515,20 @@ class Manifest:
       return
     for unit in self.units:
       if unit.empty:
-        raise ContainerError(f'{unit.name[:200]}: a model has no empty dicts')
+        raise ContainerError(f'{unit.name}: a model has no empty dicts')
       is_layer = models.names.layer_index(unit.name) is not None
       if not is_layer and unit.first_keys() != {unit.name}:
-        raise ContainerError(f'{unit.name[:200]}: it has a leaf of another unit')
+        raise ContainerError(f'{unit.name}: it has a leaf of another unit')
       for leaf in unit.leaves:
         setting, field = _HEADS.get(leaf.kind, ('', ''))
-        where = f'{unit.name[:200]}/{leaf.path[:200]}'
         if field and leaf.settings.get(setting) != getattr(self.config, field):
           raise ContainerError(
-            f'{where}: the config and the setting {setting!r} disagree'
+            f'{unit.name}/{leaf.path}: the config and the setting {setting!r} disagree'
           )
         if leaf.is_factored and leaf.names not in _FACTORS:
-          raise ContainerError(f'{where}: its factors have no known names')
+          raise ContainerError(
+            f'{unit.name}/{leaf.path}: its factors have no known names'
+          )
       if unit.name == BUFFERS and any(
         not leaf.is_array or leaf.path.count('/') != 1 for leaf in unit.leaves
       ):
@@ -542,8 +539,7 @@ class Manifest:
         wrong = sorted(set(found.items()) ^ set(expected.items()))
         path, shape = wrong[0]
         raise ContainerError(
-          f'{unit.name[:200]}/{path[:200]}: the unit does not fit the config, '
-          f'got {shape=}'
+          f'{unit.name}/{path}: the unit does not fit the config, got {shape=}'
         )
 
 
@@ -601,7 +597,7 @@ def _expected(
     return structured.flatten(models.layer_shapes(config, index))
   outer = models.outer_shapes(config)
   if name not in outer:
-    raise ContainerError(f'{name[:200]}: a model with this config has no such unit')
+    raise ContainerError(f'{name}: a model with this config has no such unit')
   return structured.flatten({name: outer[name]})
 
 
@@ -625,7 +621,7 @@ def _saving_from_json(value: Any, where: str) -> transform.Saving:
   given = fields.Fields(dict(zip(names, value, strict=True)), where)
   notes = given.items('notes')
   for note in notes:
-    _check_note(note, f'{where}: a note')
+    _check_note(note, where)
   return transform.Saving(
     given.text('name'), given.signed('numbers'), given.signed('bytes'), notes
   )
@@ -637,7 +633,7 @@ def _check_note(note: Any, where: str) -> None:
   Raises:
     ContainerError: if a field has a wrong value.
   """
-  given = fields.Fields(note, where)
+  given = fields.Fields(note, where, 'notes')
   if 'tensor' in note:
     given.text('tensor')
   if 'shape' in note:

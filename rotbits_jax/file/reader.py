@@ -86,7 +86,7 @@ class Reader:
           raise ContainerError('the shards belong to different models')
         for unit in own.units:
           if unit.name in self._units:
-            raise ContainerError(f'{unit.name[:200]}: two shards have this unit')
+            raise ContainerError(f'{unit.name}: two shards have this unit')
           self._units[unit.name] = file, unit
     if index is not None:
       self._check_index(index)
@@ -104,7 +104,7 @@ class Reader:
     found = {name: os.path.basename(own.name) for name, (own, _) in self._units.items()}
     if wrong := sorted(found.items() ^ index.units.items()):
       raise ContainerError(
-        f'{wrong[0][0][:200]}: the index and the shards differ in this unit'
+        f'{wrong[0][0]}: the index and the shards differ in this unit'
       )
     if self.size != index.total_size:
       raise ContainerError(
@@ -124,7 +124,7 @@ class Reader:
       own = unit.first_keys() if tensors is None else tensors
       with file.errors():
         if seen & own:
-          raise ContainerError(f'{unit.name[:200]}: it has a leaf of another unit')
+          raise ContainerError(f'{unit.name}: it has a leaf of another unit')
       seen |= own
 
   def _check_places(self) -> None:
@@ -143,17 +143,17 @@ class Reader:
     places = [path for entry in entries for path, _ in entry.layout.places]
     for text in (names, places):
       if twice := [x for x, count in collections.Counter(text).items() if count > 1]:
-        raise ContainerError(f'{twice[0][:200]}: the weights files have it twice')
+        raise ContainerError(f'{twice[0]}: the weights files have it twice')
     arrays = self.tensor_sizes()
     for path in places:
       if path not in arrays:
-        raise ContainerError(f'{path[:200]}: a tensor of the weights files is missing')
+        raise ContainerError(f'{path}: a tensor of the weights files is missing')
     placed = set(places)
     for unit in self.units.values():
       for leaf in unit.leaves:
         if leaf.path not in placed:
           raise ContainerError(
-            f'{leaf.path[:200]}: no weights file has a place for the tensor'
+            f'{leaf.path}: no weights file has a place for the tensor'
           )
 
   def __enter__(self) -> Self:
@@ -242,7 +242,7 @@ class Reader:
     tree = self.unit(name)
     flat = structured.flatten({name: tree} if is_layer else tree)
     if path not in flat:
-      raise ContainerError(f'{path[:200]}: no such parameter')
+      raise ContainerError(f'{path}: no such parameter')
     return flat[path]
 
   def model(
@@ -378,7 +378,7 @@ class Reader:
         try:
           found[path] = kind.stored_rank(shapes), leaf.names[0]
         except LookupError:
-          raise ContainerError(f'{path[:200]}: the leaf has not two factors') from None
+          raise ContainerError(f'{path}: the leaf has not two factors') from None
     return found
 
   def _leaves(self) -> Iterator[tuple[str, manifest_lib.Leaf, list[Any]]]:
@@ -425,7 +425,7 @@ class Reader:
 
   def _entry(self, name: str) -> manifest_lib.Unit:
     if name not in self._units:
-      raise ContainerError(f'{name[:200]}: no such unit')
+      raise ContainerError(f'{name}: no such unit')
     return self._units[name][1]
 
   def _outer_names(self) -> list[str]:
@@ -495,14 +495,14 @@ class Reader:
       except ContainerError:
         raise
       except ValueError as error:
-        raise ContainerError(f'{name[:200]}: {error}') from error
+        raise ContainerError(f'{name}: {error}') from error
     return unit.tree(flat)
 
   def _check_needed(
     self, name: str, entry: manifest_lib.Leaf, leaf: structured.Dependent
   ) -> None:
     """Refuses a leaf that could not be expanded, before anything needs it to be."""
-    path = _cut_path(name, entry)
+    path = _path(name, entry)
     if self.config is not None and _is_layer(name):
       raise ContainerError(f'{path}: parameters of a layer cannot depend on others')
     if leaf.eager and entry.expanded is None:
@@ -544,7 +544,7 @@ class Reader:
     for entry in self._entry(name).leaves:
       if entry.expanded is None or entry.is_packed:
         continue
-      path = _cut_path(name, entry)
+      path = _path(name, entry)
       leaf = flat[entry.path]
       if not isinstance(leaf, structured.Dependent):
         raise ContainerError(f'{path}: the leaf does not depend on other parameters')
@@ -704,7 +704,7 @@ def _manifest(file: container.StreamReader) -> manifest_lib.Manifest:
     for name in {**found, **named}:
       if found.get(name) != named.get(name):
         raise ContainerError(
-          f'{name[:200]}: the header and the manifest differ in this stream'
+          f'{name}: the header and the manifest differ in this stream'
         )
     return own
 
@@ -765,7 +765,7 @@ def _check_memory(name: str, nbytes: int) -> None:
 
 def _too_large(name: str, nbytes: int) -> ContainerError:
   return ContainerError(
-    f'{name[:200]}: it decodes to {nbytes:,} bytes, more than memory holds'
+    f'{name}: it decodes to {nbytes:,} bytes, more than memory holds'
   )
 
 
@@ -791,10 +791,10 @@ def _memory() -> int | None:
 def _leaf(name: str, leaf: manifest_lib.Leaf, parts: dict[str, np.ndarray]) -> Any:
   if not leaf.kind:
     return parts[''].view(_dtype(leaf.dtype))
-  where = f'{name[:200]}/{leaf.path[:200]}'
   if leaf.kind not in structured.KINDS:
     raise ContainerError(
-      f'{where}: leaves of kind {leaf.kind[:40]!r} are unknown; import their module'
+      f'{name}/{leaf.path}: leaves of kind {leaf.kind!r} are unknown; '
+      'import their module'
     )
   try:
     found: Any = structured.KINDS[leaf.kind].from_stored(leaf.settings, parts)
@@ -803,11 +803,11 @@ def _leaf(name: str, leaf: manifest_lib.Leaf, parts: dict[str, np.ndarray]) -> A
     if same and isinstance(found, structured.Packed):
       found = found.array()
   except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-    raise ContainerError(f'{where}: {error}') from error
+    raise ContainerError(f'{name}/{leaf.path}: {error}') from error
   if not same:
-    raise ContainerError(f'{where}: the leaf differs from the manifest')
+    raise ContainerError(f'{name}/{leaf.path}: the leaf differs from the manifest')
   if leaf.is_packed and checksums_lib.of_array(found) != leaf.expanded:
-    raise ContainerError(f'{where}: {_DIFFERENT}')
+    raise ContainerError(f'{name}/{leaf.path}: {_DIFFERENT}')
   return found
 
 
@@ -826,9 +826,9 @@ def _inflate(name: str, data: bytes, size: int) -> bytes:
   return content
 
 
-def _cut_path(name: str, leaf: manifest_lib.Leaf) -> str:
-  """Returns the path of a leaf of a unit, as short as an error message needs it."""
-  return (f'{name}/{leaf.path}' if _is_layer(name) else leaf.path)[:200]
+def _path(name: str, leaf: manifest_lib.Leaf) -> str:
+  """Returns the path of a leaf of a unit."""
+  return f'{name}/{leaf.path}' if _is_layer(name) else leaf.path
 
 
 def _is_layer(name: str) -> bool:

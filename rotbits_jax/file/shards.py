@@ -51,12 +51,12 @@ class Index(NamedTuple):
       raise metadata.error('manifest_crc32', 'names no shards')
     for name, checksum in checksums.items():
       if not fields.is_file_name(name):
-        raise ContainerError(f'{where}: {name!r:.100} is not the name of a shard')
+        raise ContainerError(f'{where}: {name!r} is not the name of a shard')
       if type(checksum) is not int:
         raise metadata.error('manifest_crc32', 'must map shards to integers')
     for name in units.values():
       if not isinstance(name, str) or name not in checksums:
-        raise ContainerError(f'{where}: {name!r:.100} is not the name of a shard')
+        raise ContainerError(f'{where}: {name!r} is not the name of a shard')
     return cls(size, checksums, units)
 
 

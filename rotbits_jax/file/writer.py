@@ -77,7 +77,7 @@ def check_files(files: Mapping[str, bytes], *others: str) -> None:
   """
   for name in (*files, *others):
     if not fields.is_file_name(name):
-      raise ValueError(f'{name!r:.200} is not the name of a file')
+      raise ValueError(f'{name!r} is not the name of a file')
   if sum(map(len, files.values())) > manifest_lib.MOST_FILES:
     raise ValueError(
       f'the files beside the weights have more than {manifest_lib.MOST_FILES} bytes'
@@ -313,7 +313,7 @@ def _check_readable(
     raise ValueError(f'it cannot be stored: {error}') from error
   except ValueError as error:
     name = entry.path if isinstance(entry, manifest_lib.Leaf) else entry.name
-    raise ValueError(f'{name[:200]}: it cannot be stored: {error}') from error
+    raise ValueError(f'{name}: it cannot be stored: {error}') from error
 
 
 # ---- complete files ------------------------------------------------------------------

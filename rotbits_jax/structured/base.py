@@ -252,13 +252,9 @@ def unflatten(flat: Mapping[str, Any] | Iterable[tuple[str, Any]]) -> dict[str, 
     for parent in parents:
       node = node.setdefault(parent, {})
       if not isinstance(node, dict):
-        raise ValueError(
-          f'{path[:200]}: another leaf has this path or the beginning of it'
-        )
+        raise ValueError(f'{path}: another leaf has this path or the beginning of it')
     if last in node:
-      raise ValueError(
-        f'{path[:200]}: another leaf has this path or a path that begins so'
-      )
+      raise ValueError(f'{path}: another leaf has this path or a path that begins so')
     node[last] = leaf
   return tree
 
