@@ -20,6 +20,7 @@ import numpy as np
 import orbax.checkpoint
 import pytest
 
+from fuzz import seeds
 import rotbits_jax
 from rotbits_jax import checkpoints
 from rotbits_jax import evaluation
@@ -377,7 +378,8 @@ class SizeTest(Checks):
 
 class ErrorsTest(parameterized.TestCase):
   def test_flipped_bits_never_give_wrong_weights(self):
-    data = _encoded(TINY, 'free')
+    model = seeds.sliced_model(seeds.LLAMA)
+    data = rotbits_jax.encode(model, preset='free', files=seeds.FILES, stem='tiny')
     for position in np.linspace(0, len(data) - 1, 120).astype(int):
       damaged = bytearray(data)
       damaged[position] ^= 1 << position % 8

@@ -203,8 +203,9 @@ class SearchTest(parameterized.TestCase):
     vocabulary = _load().model.config.vocab_size
     return np.random.default_rng(0).integers(0, vocabulary, count)
 
-  @pytest.mark.slow
   @parameterized.parameters(True, False)
+  @pytest.mark.slow
+  @pytest.mark.daily
   def test_the_divergence_of_the_file_is_below_the_bound(self, calibrated):
     model, tokens = _load().model, self._tokens()
     found = near.search(model, tokens, max_kl=1e-3, calibrated=calibrated)

@@ -14,13 +14,13 @@ import pytest
 import weights_files
 
 from fuzz import containers
+from fuzz import seeds
 import rotbits_jax
 from rotbits_jax import evaluation
 from rotbits_jax import structured
 from rotbits_jax.cli import report
 
 ROOT = pathlib.Path(__file__).parents[1]
-CHECKPOINT = ROOT / 'tests' / 'testdata' / 'phi2-tiny-sliced-0.25'
 BROWSERS = ('chromium', 'chromium-browser', 'google-chrome', 'google-chrome-stable')
 BROWSER = next(filter(None, map(shutil.which, BROWSERS)), None)
 HEADINGS = [
@@ -46,10 +46,7 @@ frame.onload = () => {{
 
 @pytest.fixture(scope='module', name='encoded')
 def fixture_encoded():
-  return {
-    preset: rotbits_jax.encode(rotbits_jax.open_checkpoint(CHECKPOINT), preset=preset)
-    for preset in rotbits_jax.PRESETS
-  }
+  return seeds.containers_of_presets()
 
 
 class Parser(html.parser.HTMLParser):

@@ -16,6 +16,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from fuzz import seeds
 from rotbits_jax import checkpoints
 from rotbits_jax import models
 from rotbits_jax import presets
@@ -272,7 +273,7 @@ def _wide():
 SOURCES = {
   'wide': _wide,
   'alike': lambda: random_models.sliced_llama([18] * 8 + [24], np.float16),
-  'opt': lambda: _load('opt-small-sliced-0.2'),
+  'opt': lambda: seeds.sliced_model(seeds.OPT | {'num_hidden_layers': 3}),
   'phi2_sliced': lambda: _load('phi2-tiny-sliced-0.25'),
   'llama_dense': lambda: _load('llama-tiny-dense'),
   'phi2_dense': lambda: _load('phi2-tiny-dense'),

@@ -149,21 +149,25 @@ def round_leaf(
     inputs: see `Rounding`; they are not used for structured leaves.
 
   Returns:
-    The leaf and the effect. Numbers that are too large for the dtype become infinite.
+    The leaf and the effect, which is zero if `octaves` is None. Numbers that are too
+    large for the dtype become infinite.
   """
   if octaves is None:
-    return _round(leaf, np.float32(0), None, dtype, False, False, 0)
+    return _to_nearest(leaf, dtype), _NO_EFFECT
   moments, axis = inputs or (None, 0)
-  return _round(leaf, np.float32(octaves), moments, dtype, True, uniform, axis)
+  return _round(leaf, np.float32(octaves), moments, dtype, uniform, axis)
 
 
-@functools.partial(jax.jit, static_argnums=(3, 4, 5, 6))
+_NO_EFFECT = Effect(*[np.float32(0)] * 4)
+_to_nearest = jax.jit(structured.astype, static_argnums=1)
+
+
+@functools.partial(jax.jit, static_argnums=(3, 4, 5))
 def _round(
   leaf: Any,
   octaves: jax.Array,
   moments: jax.Array | None,
   dtype: np.dtype,
-  stepped: bool,
   uniform: bool,
   axis: int,
 ) -> tuple[Any, Effect]:
@@ -174,7 +178,7 @@ def _round(
     nonlocal effect, largest
     nearest = array.astype(dtype)
     result, step, bits = nearest, zero, zero
-    if stepped and is_matrix(array):
+    if is_matrix(array):
       if uniform:
         step = _quarter_step(_rms(array), octaves)
         if moments is None or structured.is_structured(leaf):
