@@ -12,6 +12,10 @@ shift
 venv=.venv-$which
 extras=benchmark,docs,int8,text
 python=$(find_python)
+if [[ "$which" == oldest ]]; then
+  # The oldest versions of some packages have no wheels for later versions of Python.
+  python=$(command -v python3.11 || echo "$python")
+fi
 "$python" -m venv --clear "$venv"
 if [[ "$which" == oldest ]]; then
   # Every lower bound becomes the version itself.
