@@ -10,7 +10,7 @@ the state 0, and its decoder ends there. (A message of `rans` starts from 2^16 i
 The decoder of a block needs no such bound, because it knows how many words a lane has.
 This saves a byte per lane.)
 
-All blocks of a layout share a compiled program, because the number of lanes and the
+The blocks of a layout share compiled programs, because the number of lanes and the
 number of steps are arguments. A program always runs N lanes. The results of lanes from
 n on are not used; the next row overwrites them.
 
@@ -33,7 +33,9 @@ from rotbits_jax.coding.weights import numbers
 from rotbits_jax.coding.weights import planes
 
 LANES = 64
-"""N."""
+"""The greatest n, and N of the programs that encode."""
+
+_DECODER_LANES = (LANES // 2, LANES)  # N of the programs that decode
 
 CAPACITY = 1 << 20
 """The greatest number of numbers in a block."""
@@ -96,7 +98,7 @@ def tables_of(frequencies: np.ndarray, decoding: bool) -> Tables:
 def lanes_for(count: int) -> int:
   """Returns the number of lanes for blocks of `count` numbers.
 
-  A step takes equally long for 1 lane and for N lanes, so more lanes are faster. A lane
+  A step of a program takes equally long for any n, so more lanes are faster. A lane
   costs about 3 bytes, so a block of few numbers gets fewer lanes.
   """
   return min(max(count // 4096, 1), LANES)
@@ -360,9 +362,10 @@ def decode(
     raise ValueError('the sizes of the lanes of a block are damaged')
   words = memory.host('words', memory.capacity + LANES, np.uint16)
   words[: (coded.size - stop) // 2] = coded[stop:].view('<u2')
-  states = np.zeros(LANES, np.uint32)
+  run = next(n for n in _DECODER_LANES if n >= lanes)
+  states = np.zeros(run, np.uint32)
   states[:lanes] = coded[: 4 * lanes].view('<u4')
-  starts, ends = np.zeros((2, LANES), np.int32)
+  starts, ends = np.zeros((2, run), np.int32)
   ends[:lanes] = np.cumsum(sizes)
   starts[:lanes] = ends[:lanes] - sizes
   plane_sizes = planes.sizes(count, lanes, layout.rest)

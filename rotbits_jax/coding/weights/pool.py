@@ -53,7 +53,7 @@ Start = Callable[[Callable[[], _Result]], 'futures.Future[_Result]']
 
 @contextlib.contextmanager
 def unit_jobs() -> Iterator[Start]:
-  """Starts jobs that begin in their order, on as many threads as there are processors.
+  """Starts jobs that begin in their order, on one more thread than processors.
 
   Yields:
     A function that starts a job.
@@ -82,7 +82,8 @@ def unit_jobs() -> Iterator[Start]:
 def _pool(name: str) -> futures.ThreadPoolExecutor:
   with _lock:
     if name not in _pools:
-      _pools[name] = futures.ThreadPoolExecutor(threads(), f'rotbits-{name}')
+      # One more than processors, because a thread often waits for Python's lock.
+      _pools[name] = futures.ThreadPoolExecutor(threads() + 1, f'rotbits-{name}')
     return _pools[name]
 
 
