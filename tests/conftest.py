@@ -4,6 +4,9 @@ Tests compile many small programs and run each of them once. Therefore XLA optim
 less, and compiles each program in one piece, which takes less time in total. Compiled
 programs are kept between runs, in the system's folder for temporary files.
 
+Tests run side by side, so linear algebra has one thread in each process. OpenBLAS would
+have as many as there are cores, and they wait for each other in busy loops.
+
 With ROTBITS_TEST_OPTIMISED set, XLA optimises as it does for users.
 """
 
@@ -23,6 +26,8 @@ if 'ROTBITS_TEST_OPTIMISED' not in os.environ:
       '--xla_cpu_parallel_codegen_split_count=1',
     ]
   )
+
+os.environ.setdefault('OPENBLAS_NUM_THREADS', '1')
 
 # Compiled programs are kept there, and not among those of the user.
 _CACHE = pathlib.Path(tempfile.gettempdir(), 'rotbits_tests')
