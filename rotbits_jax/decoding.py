@@ -4,6 +4,8 @@ Functions that read a file take its path, its bytes, or an open binary file. `de
 and `load` hold the whole model in memory; `decode_to_directory` holds a few layers.
 """
 
+from collections.abc import Iterator
+import contextlib
 import os
 from typing import Any
 
@@ -161,18 +163,20 @@ def decode_to_directory(
         'checkpoints are not known'
       )
     dtypes = _dtypes_on_disk(reader, dtype)
-    with checkpoints.CheckpointWriter(
-      directory,
-      config,
-      dtypes=dtypes,
-      files=reader.files(),
-      stem=reader.stem,
-      format=format,
-      shard_size=shard_size,
-      factors=reader.factors(),
-      buffers=reader.buffers(),
-      overwrite=overwrite,
-    ) as writer:
+    with _errors_of_file():
+      writer = checkpoints.CheckpointWriter(
+        directory,
+        config,
+        dtypes=dtypes,
+        files=reader.files(),
+        stem=reader.stem,
+        format=format,
+        shard_size=shard_size,
+        factors=reader.factors(),
+        buffers=reader.buffers(),
+        overwrite=overwrite,
+      )
+    with writer:
       kept = (structured.FactorPair,)
       for index, params in reader.parts(show_progress=progress):
         params = models.materialize(params, but=kept)
@@ -232,16 +236,29 @@ def _decode_tensors(
   """Writes the weights files of a checkpoint that is stored as plain tensors."""
   if format != 'safetensors':
     raise ValueError('plain tensors come back in the files that they were encoded from')
-  with checkpoints.TensorFilesWriter(
-    directory,
-    tuple(reader.weights_files.values()),
-    sizes=reader.tensor_sizes(),
-    rests=reader.rests(),
-    files=reader.files(),
-    overwrite=overwrite,
-  ) as writer:
+  with _errors_of_file():
+    writer = checkpoints.TensorFilesWriter(
+      directory,
+      tuple(reader.weights_files.values()),
+      sizes=reader.tensor_sizes(),
+      rests=reader.rests(),
+      files=reader.files(),
+      overwrite=overwrite,
+    )
+  with writer:
     for name, tensor in reader.tensors(show_progress=progress):
       writer.add(name, tensor)
+
+
+@contextlib.contextmanager
+def _errors_of_file() -> Iterator[None]:
+  """Turns errors of a writer into errors of the file from which it has all names."""
+  try:
+    yield
+  except checkpoints.CheckpointError as error:
+    raise file.ContainerError(
+      f'no checkpoint can be made of the file: {error}'
+    ) from error
 
 
 def _dtypes_on_disk(

@@ -552,6 +552,19 @@ class ReaderTest(Base):
       with self.assertRaisesRegex(file.ContainerError, 'no known names'):
         rotbits_jax.decode_to_directory(data, self.folder / 'out')
 
+  @parameterized.parameters(
+    ({'stem': None}, 'needs a stem'),
+    ({'stem': 'other'}, r'other\.json is missing'),
+    ({'files': seeds.FILES | {'model.safetensors': b''}}, 'name of the weights'),
+  )
+  def test_a_model_of_which_no_checkpoint_can_be_made(self, given, message):
+    model = seeds.sliced_model(seeds.LLAMA)
+    given = {'files': seeds.FILES, 'stem': 'tiny'} | given
+    data = rotbits_jax.encode(model, preset='exact', **given)
+    with self.assertRaisesRegex(file.ContainerError, message):
+      rotbits_jax.decode_to_directory(data, self.folder / 'out')
+    self.assertEmpty(self.names())
+
   @parameterized.parameters([[]], 'x', 1, 'int8')
   def test_the_dtype_of_a_checkpoint_is_one_of_floats(self, dtype):
     model = seeds.sliced_model(seeds.LLAMA)

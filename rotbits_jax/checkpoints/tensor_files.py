@@ -185,8 +185,8 @@ class TensorFilesWriter:
       overwrite: whether files that exist may be replaced.
 
     Raises:
-      ValueError: if a name is not that of a file, or the parts of a file do not make
-        it up.
+      CheckpointError: if a name is not that of a file.
+      ValueError: if the parts of a file do not make it up.
     """
     self._names = [file.name for file in weights]
     writer.check_names((*files, *self._names))

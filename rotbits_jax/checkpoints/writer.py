@@ -20,6 +20,7 @@ from rotbits_jax.checkpoints import safetensors_files
 from rotbits_jax.checkpoints import tensors as tensors_lib
 from rotbits_jax.checkpoints import torch_zip
 from rotbits_jax.checkpoints.contents import CONFIG
+from rotbits_jax.checkpoints.errors import CheckpointError
 from rotbits_jax.checkpoints.safetensors_files import INDEX
 
 Format = Literal['safetensors', 'slicegpt']
@@ -81,8 +82,8 @@ class CheckpointWriter:
       overwrite: whether existing files may be replaced.
 
     Raises:
-      ValueError: if the format does not suit the model, a file name is not valid, or a
-        dtype is missing.
+      ValueError: if the format does not suit the model, or a dtype is missing.
+      CheckpointError: if a required file is missing, or a file name is not valid.
     """
     if format not in ('safetensors', 'slicegpt'):
       raise ValueError(f"format must be 'safetensors' or 'slicegpt', got {format!r}")
@@ -322,17 +323,17 @@ def _check_files(
   """Checks that the files make a checkpoint and stay in their directory.
 
   Raises:
-    ValueError: if a required file is missing, if two files have one name, or if a name
-      is not a plain file name.
+    CheckpointError: if a required file is missing, if two files have one name, or if a
+      name is not a plain file name.
   """
   required = [CONFIG]
   if config.sliced:
     if stem is None:
-      raise ValueError('a sliced checkpoint needs a stem, got None')
+      raise CheckpointError('a sliced checkpoint needs a stem, got None')
     required.append(f'{stem}.json')
   for name in required:
     if name not in files:
-      raise ValueError(f'the file {name} is missing from the checkpoint')
+      raise CheckpointError(f'the file {name} is missing from the checkpoint')
   check_names((*files, *weights))
 
 
@@ -340,14 +341,14 @@ def check_names(names: Iterable[str]) -> None:
   """Refuses names that are not those of different files.
 
   Raises:
-    ValueError: naming the first such name.
+    CheckpointError: naming the first such name.
   """
   seen = set()
   for name in names:
     if name in ('', '.', '..') or any(c in name for c in '/\\\0'):
-      raise ValueError(f'{name!r} is not the name of a file')
+      raise CheckpointError(f'{name!r} is not the name of a file')
     if name in seen:
-      raise ValueError(f'{name} is the name of the weights and of another file')
+      raise CheckpointError(f'{name} is the name of the weights and of another file')
     seen.add(name)
 
 
