@@ -26,6 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rotbits_jax import host
 from rotbits_jax.coding import rans
 from rotbits_jax.coding import tables
 from rotbits_jax.coding.weights import layouts
@@ -82,17 +83,21 @@ def tables_of(frequencies: np.ndarray, decoding: bool) -> Tables:
       used.
     decoding: whether to compute the slots, which only the decoder needs.
   """
-  count = padded_count(len(frequencies))
-  padded = np.zeros((count, frequencies.shape[1]), np.int64)
-  padded[: len(frequencies)] = frequencies
-  unused = ~padded.any(axis=1)
-  padded[unused, 0] = tables.TOTAL
-  slots = numbers.aligned_copy(tables.slots(padded)) if decoding else None
-  intervals = tables.pack_intervals(padded)
+  count, alphabet = padded_count(len(frequencies)), frequencies.shape[1]
+  (used,) = np.nonzero(frequencies.any(axis=1))
+  frequencies = frequencies[used]
   # In an unused table every symbol owns the whole interval. Coding it costs no bits and
   # does not change the lane.
-  intervals[unused] = intervals[unused, :1]
-  return Tables(numbers.aligned_copy(intervals), slots)
+  intervals = host.empty((count, alphabet), np.uint32)
+  intervals[...] = (tables.TOTAL - 1) << 16
+  intervals[used] = tables.pack_intervals(frequencies)
+  if not decoding:
+    return Tables(intervals, None)
+  owners = tables.slots(frequencies)
+  slots = host.empty((count, tables.TOTAL), owners.dtype)
+  slots[...] = 0
+  slots[used] = owners
+  return Tables(intervals, slots)
 
 
 def lanes_for(count: int) -> int:

@@ -208,6 +208,8 @@ def from_bytes(data: bytes, layout: layouts.Layout, shapes: Sequence[Shape]) -> 
   lines = _lines(part, sizes)
   first, zero, classes = _arrange(lines)
   count, width = classes.size, -(-layout.alphabet // 8) * 8
+  if count > MAX_TABLES:
+    raise ValueError(f'the arrays have more than {MAX_TABLES} tables')
   part, data = _inflate(data, -(-count // 8) + count * width // 8)
   normal = np.unpackbits(part[: -(-count // 8)], count=count).astype(bool)
   present = np.unpackbits(part[-(-count // 8) :]).astype(bool)
@@ -265,8 +267,6 @@ def _lines(
     raise ValueError(f'the lines of the arrays need {position} bytes, got {part.size}')
   if any(x is not None and x.top >= scales.MAX_LABELS for x in lines):
     raise ValueError('the label of a number is out of range')
-  if count_tables(lines) > MAX_TABLES:
-    raise ValueError(f'the arrays have more than {MAX_TABLES} tables')
   return lines
 
 

@@ -48,13 +48,6 @@ def aligned(count: int, dtype: np.dtype | type) -> np.ndarray:
   return array
 
 
-def aligned_copy(array: np.ndarray) -> np.ndarray:
-  """Returns a copy at such an address."""
-  copy = host.empty(array.shape, array.dtype)
-  copy[...] = array
-  return copy
-
-
 def _widen(matrix: np.ndarray) -> np.ndarray:
   """Converts to float32 with JAX, because NumPy is slow at it."""
   flat, wide = matrix.reshape(-1), np.empty(matrix.size, np.float32)

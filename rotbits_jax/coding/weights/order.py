@@ -119,15 +119,13 @@ def push(stored: np.ndarray, lines: np.ndarray) -> np.ndarray:
     ValueError: if `pop` cannot have returned the stored bytes.
   """
   distinct = lines.size
-  values, places_of, digits = (
-    list(range(distinct)),
-    list(range(distinct)),
-    [0] * distinct,
-  )
+  values, places_of = list(range(distinct)), list(range(distinct))
+  digits = [0] * distinct
   for i, line in reversed(list(enumerate(lines.tolist()))):
+    # The line is swapped into place i, which nothing reads from here on.
     j = digits[i] = places_of[line]
-    values[i], values[j] = values[j], values[i]
-    places_of[values[i]], places_of[values[j]] = i, j
+    values[j] = value = values[i]
+    places_of[value] = j
   noise, position = [], 0
   for places, radix, size, kept in _groups(distinct):
     value = int.from_bytes(stored[position : position + kept].tobytes(), 'little')

@@ -114,13 +114,10 @@ def encode(
   heads = [np.frombuffer(contexts.to_bytes(model), np.uint8) for model in models]
   bodies = [part for _, members in groups for part, _ in coded[members]]
   data = np.concatenate([np.zeros(0, np.uint8), *heads, *bodies, prefix, *noise])
-  checksums = pool.run(
-    functools.partial(checksums_lib.of_array, array) for array in stored
-  )
   spec = specs.UnitSpec(
     arrays=tuple(
-      dataclasses.replace(entry, checksum=checksum)
-      for entry, checksum in zip(entries, checksums, strict=True)
+      dataclasses.replace(entry, checksum=checksums_lib.of_array(array))
+      for entry, array in zip(entries, stored, strict=True)
     ),
     layouts=tuple(
       specs.LayoutSpec(layout=layout, nbytes=head.size)
@@ -237,11 +234,9 @@ def decode(
     pool.run(
       functools.partial(job, head[start : start + size]) for start, size, job in late
     )
-  checksums = pool.run(
-    functools.partial(_checksum, array, grids.get(i)) for i, array in enumerate(arrays)
-  )
-  for i, (array, checksum) in enumerate(zip(spec.arrays, checksums, strict=True)):
-    if array.checksum != checksum:
+  for i, found in enumerate(arrays):
+    # Not in the pool, because a checksum takes less time than starting a job does.
+    if _checksum(found, grids.get(i)) != spec.arrays[i].checksum:
       raise ValueError(f'array {i} of the unit is damaged: its checksum differs')
   return arrays
 
