@@ -36,7 +36,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 WEIGHTS = ROOT / 'tests' / 'testdata' / 'opt-small-sliced-0.2' / 'opt-small_0.2.pt'
 STEM = 'SmolLM2-135M-Instruct'
 QUICK_TOKENS = 8192
-EVALUATION_TOKENS = 6 * 1024
+EVALUATION_TOKENS = 3 * 1024
 CALIBRATION_SEQUENCES = 32
 SEQUENCE_LENGTH = 1024
 
