@@ -314,7 +314,10 @@ class CheckpointTest(parameterized.TestCase):
     beside = self.source / 'old'
     beside.write_bytes(self.file.read_bytes())
     rotbits_jax.encode_to_file(self.source, beside, shard_size=2000)
-    self.assertGreater(len(list(self.source.glob('old-*'))), 2)
+    shards = sorted(self.source.glob('old-*'))
+    self.assertGreater(len(shards), 2)
+    rotbits_jax.encode_to_file(self.source, beside, shard_size=2000)
+    self.assertEqual(sorted(self.source.glob('old-*')), shards)
     rotbits_jax.decode_to_directory(beside, self.output)
     self.assertFalse((self.output / 'old').exists())
     weights = 'model.safetensors'
