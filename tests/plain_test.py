@@ -156,7 +156,7 @@ class TreeTest(parameterized.TestCase):
     ({'b': structured.Constant(np.float32(1), (1 << 31,))}, 'b: it cannot be stored'),
     ({'b': structured.Constant(np.int64(1 << 62 | 1), (3,))}, "kind 'constant' store"),
     ({'b': structured.Trapezoidal(np.ones((3, 3)))}, "b: .* kind 'trapezoidal' store"),
-    ({'b': _tied_exactly()}, 'b: the leaf needs head/kernel of a model'),
+    ({'b': _tied_exactly()}, "b: .* 'tied_exactly' comes back as its array"),
   )
   def test_what_cannot_be_stored_is_named(self, tree, words):
     with self.assertRaisesRegex(ValueError, words):
