@@ -6,12 +6,12 @@
 replaces an older one. One operation on the files around the output goes wrong in each
 run: the process is killed, at once or some milliseconds later; the disk is full; or the
 user interrupts. An operation is an open, a rename, a removal or the like; Python's
-audit events tell of it. Afterwards the older output is complete, or the new one is.
-Shards and directories may also be such that reading them gives an error. Beside them
-there may only be the hidden folder from which the next run of `encode` resumes, and
-after a kill that of `decode`. The next run ends well and leaves only its output. In
-some runs two processes write the same output. If root runs this program, the disk is
-also really full: a tmpfs of different sizes.
+audit events tell of it. Afterwards the older output is complete, or the new one is. A
+directory may also be such that reading it gives an error. Beside the output there may
+only be shards that its index does not name; the hidden folder from which the next run
+of `encode` resumes; and after a kill that of `decode`. The next run ends well and
+leaves only its output. In some runs two processes write the same output. If root runs
+this program, the disk is also really full: a tmpfs of different sizes.
 """
 
 from collections.abc import Callable, Iterator
@@ -69,27 +69,39 @@ class Scenario(NamedTuple):
   Attributes:
     command: 'encode' or 'decode'.
     flags: of the command, without the input and the output.
-    replaces: whether there is an older output.
+    older: the flags with which an older output was written; None if there is none.
     in_parts: whether files of the output appear one after the other. Until all are
-      there, reading gives the older numbers, the new ones or an error.
+      there, reading gives the older numbers or the new ones.
+    may_fail: whether reading may also give an error until then.
   """
 
   command: str
   flags: tuple[str, ...] = ()
-  replaces: bool = False
+  older: tuple[str, ...] | None = None
   in_parts: bool = False
+  may_fail: bool = False
 
+
+_FILE = ('--preset=exact',)
+_IN_SHARDS = ('--preset=exact', _SHARDS)
+_OVER = '--overwrite'
 
 SCENARIOS = {
-  'encode, new file': Scenario('encode', ('--preset=exact',)),
-  'encode over a file': Scenario('encode', ('--preset=exact', '--overwrite'), True),
-  'encode, new shards': Scenario('encode', ('--preset=exact', _SHARDS), in_parts=True),
+  'encode, new file': Scenario('encode', _FILE),
+  'encode over a file': Scenario('encode', (*_FILE, _OVER), _FILE),
+  'encode, new shards': Scenario('encode', _IN_SHARDS, in_parts=True),
   'encode over shards': Scenario(
-    'encode', ('--preset=exact', _SHARDS, '--overwrite'), replaces=True, in_parts=True
+    'encode', (*_IN_SHARDS, _OVER), _IN_SHARDS, in_parts=True
+  ),
+  'encode file over shards': Scenario(
+    'encode', (*_FILE, _OVER), _IN_SHARDS, in_parts=True
+  ),
+  'encode shards over file': Scenario(
+    'encode', (*_IN_SHARDS, _OVER), _FILE, in_parts=True
   ),
   'decode, new directory': Scenario('decode'),
   'decode over a directory': Scenario(
-    'decode', (_SHARDS, '--overwrite'), replaces=True, in_parts=True
+    'decode', (_SHARDS, _OVER), (_SHARDS,), in_parts=True, may_fail=True
   ),
 }
 
@@ -119,12 +131,19 @@ class Inputs(NamedTuple):
   def arguments(
     self, scenario: Scenario, which: int, output: pathlib.Path
   ) -> list[str]:
-    """Returns the arguments of a command, given which of the inputs it takes."""
+    """Returns the arguments of a command.
+
+    Args:
+      scenario: the command.
+      which: the input: 0 for the older output, 1 for the new one.
+      output: path of the output.
+    """
     if scenario.command == 'encode':
       given = f'--checkpoint={self.checkpoints[which]}'
     else:
       given = f'--input={self.files[which]}'
-    return [scenario.command, given, f'--output={output}', *scenario.flags]
+    own = scenario.flags if which else scenario.older or ()
+    return [scenario.command, given, f'--output={output}', *own]
 
 
 # ---- one run -------------------------------------------------------------------------
@@ -284,7 +303,7 @@ class Expected(NamedTuple):
 def expected(scenario: Scenario, inputs: Inputs, folder: pathlib.Path) -> Expected:
   """Runs a scenario without a fault in an empty folder."""
   prepare({}, folder)
-  if scenario.replaces:
+  if scenario.older is not None:
     run(inputs.arguments(scenario, 0, folder / _NAME))
   files = {name: (folder / name).read_bytes() for name in content(folder)}
   old, old_room, before = content(folder), _room(folder), numbers(scenario, folder)
@@ -377,10 +396,16 @@ def left(
 
 
 def _is_whole(scenario: Scenario, folder: pathlib.Path, known: Expected) -> bool:
-  """Returns whether the output is the older one or the new one, or cannot be read."""
+  """Returns whether the output is the older one or the new one.
+
+  An output in parts is one of them if reading it gives the numbers of one.
+  """
   if _visible(content(folder)) in (known.old, known.new):
     return True
-  return scenario.in_parts and numbers(scenario, folder) in (None, *known.readable)
+  if not scenario.in_parts:
+    return False
+  found = numbers(scenario, folder)
+  return found in known.readable or (found is None and scenario.may_fail)
 
 
 def problem_of_two_writers(
@@ -501,9 +526,9 @@ Written by `python -m fuzz.faults --results=RESULTS.md`. In each run one operati
 the files around the output goes wrong (an open, a rename, a removal, ...), and every
 operation of a command is tried. Two writers are processes with the same output at the
 same time. A small disk is a tmpfs with room for a part of the output. The older output
-must then be complete, or the new one; shards and directories may also give an error
-when they are read, and never numbers of both. What else is left, in a hidden folder,
-must be removed by the next run."""
+must then be complete, or the new one. A directory may also give an error when it is
+read, and never numbers of both. What else is left, shards and a hidden folder, must be
+removed by the next run."""
 
 
 if __name__ == '__main__':

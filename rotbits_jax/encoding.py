@@ -91,7 +91,8 @@ def encode_to_file(
 ) -> None:
   """Encodes a checkpoint to a file, or to shards, a few layers at a time.
 
-  The file appears when it is complete, see `outputs`. If a run was killed or
+  The file appears when it is complete, see `outputs`; shards do so with their index,
+  and then those of an older result are removed. If a run was killed or
   interrupted, the next run with the same input and settings resumes it, except with
   'paper' and with transforms beside those of the preset. If several
   processes of `jax.distributed` call the function, each process writes shards of the
@@ -100,8 +101,8 @@ def encode_to_file(
   Args:
     source: the path of a checkpoint, or what `encode` takes. A checkpoint at a path
       that is not of a known family is stored as plain tensors, with 'exact'.
-    path: path of the file. Shards have their number before the suffix, and their index
-      in Hugging Face's format is written beside them.
+    path: path of the file. Shards have their number and a checksum before the suffix,
+      and their index in Hugging Face's format is written beside them.
     preset: see `encode`.
     files: see `encode`.
     stem: see `encode`.
@@ -138,7 +139,9 @@ def encode_to_file(
   output = pathlib.Path(path).absolute() if sharded else outputs.resolved(path)
   shards = shards_lib.plan(output, bytes_of, shard_size, processes)
   index = output.with_name(shards_lib.index_name(output))
-  for target in (output, index, *(output.with_name(x.name) for x in shards)):
+  for target in (output, index):
+    outputs.check(target, overwrite=overwrite)
+  for target in shards_lib.existing(output):
     outputs.check(target, overwrite=overwrite)
   owners = {x: i * processes // len(shards) for i, x in enumerate(shards)}
   own = [shard for shard, owner in owners.items() if owner == process]
@@ -148,31 +151,38 @@ def encode_to_file(
     writer_lib.Workspace(output, process, job.fingerprint(shards)) as work,
     progress_lib.Progress('encode', total, 'unit', show=progress) as bar,
   ):
+    if process == 0:
+      shards_lib.remove_unnamed(output)  # a killed run may have left them
     if work.done:
       bar.say(f'resumes after {len(work.done)} of {total} units')
     with contextlib.ExitStack() as stack:
       job.write(own, lambda x: stack.enter_context(work.open(x)), work, bar)
     _barrier(processes)
-    if sharded and process == 0:
-      paths = {x: work.path(x.name, process=i) for x, i in owners.items()}
-      shards_lib.write_index(work.path(index.name), paths)
+    paths = {x: work.path(x.name, process=i) for x, i in owners.items()}
     if check:
       bar.stage('checking')
+      if sharded:
+        shards_lib.write_index(work.path(index.name), paths)
       first = index.name if sharded else output.name
       whole = made.name == 'exact' and len(made.names) == 1
       read_all(work.path(first), source if whole else None)
-    if process == 0 and any(output.with_name(x.name).exists() for x in shards):
-      # Shards of two runs must not be beside an index: without one they are no result.
-      index.unlink(missing_ok=True)
+    final = lambda x: shards_lib.published(output, x, paths[x]) if sharded else x
+    if sharded and process == 0:
+      named = {final(shard): place for shard, place in paths.items()}
+      shards_lib.write_index(work.path(index.name), named)
     _barrier(processes)
+    # Readers get an older result until the index is moved, because the shards of that
+    # result have other names or the same bytes.
     for shard in own:
-      outputs.move(work.path(shard.name), output.with_name(shard.name))
+      outputs.move(paths[shard], output.with_name(final(shard).name))
     _barrier(processes)
-    if process == 0 and sharded:
-      outputs.move(work.path(index.name), index)
-      output.unlink(missing_ok=True)  # an older file, which readers would prefer
-    elif process == 0:
-      index.unlink(missing_ok=True)
+    if process == 0:
+      if sharded:
+        outputs.move(work.path(index.name), index)
+        outputs.remove(output)  # an older file, which readers would prefer
+      else:
+        outputs.remove(index)
+      shards_lib.remove_unnamed(output)
 
 
 def _without(
@@ -181,8 +191,9 @@ def _without(
   """Returns a checkpoint that does not have its older output for one of its files."""
   if source.path.absolute().parent != output.parent:
     return source
+  older = {output.name, *(x.name for x in shards_lib.existing(output))}
   found = copy.copy(source)
-  found.files = {name: x for name, x in source.files.items() if name != output.name}
+  found.files = {name: x for name, x in source.files.items() if name not in older}
   return found
 
 

@@ -167,6 +167,12 @@ def move(source: pathlib.Path, target: pathlib.Path) -> None:
   _sync(target.parent)
 
 
+def remove(target: pathlib.Path) -> None:
+  """Removes a file if it exists. Its name is off the disk when the function returns."""
+  target.unlink(missing_ok=True)
+  _sync(target.parent)
+
+
 @contextlib.contextmanager
 def named(path: Path) -> Iterator[None]:
   """Adds a path to system errors that do not name one, such as that of a full disk."""

@@ -1,5 +1,6 @@
 """Models to bytes and back: the contract."""
 
+import dataclasses
 import functools
 import importlib.resources
 import json
@@ -35,6 +36,7 @@ CHECKPOINTS = tuple(
 TINY = 'llama-tiny-sliced-head-0.25'
 # Most of the time goes into compilation, so the other families are slow tests.
 QUICK = (TINY, 'llama-tiny-dense', 'opt-small-sliced-0.2')
+UP = 'blocks_0/mlp/up/kernel'
 OTHERS = tuple(name for name in CHECKPOINTS if name not in QUICK)
 
 
@@ -187,6 +189,13 @@ class RoundTripTest(Checks):
   @parameterized.parameters(*QUICK)
   def test_free_gives_the_canonical_model_back(self, name):
     self.check_free_gives_the_canonical_model_back(name)
+
+  def test_structured_leaves_come_back(self):
+    loaded = rotbits_jax.load(_encoded(TINY, 'free'))
+    again = rotbits_jax.load(rotbits_jax.encode(loaded, preset='exact'))
+    leaves = jax.tree.leaves(loaded.params, is_leaf=structured.is_structured)
+    self.assertTrue(any(map(structured.is_structured, leaves)))
+    self.assertTrue(structured.same_bits(again.params, loaded.params))
 
   def test_bfloat16(self):
     self.check_format(ml_dtypes.bfloat16)
@@ -419,6 +428,36 @@ class ErrorsTest(parameterized.TestCase):
   def test_leaves_that_are_no_arrays_are_named(self):
     with self.assertRaisesRegex(ValueError, 'a/b'):
       rotbits_jax.encode({'a': {'b': 'text'}}, preset='exact')
+
+  @parameterized.parameters(
+    ('embed/tokens', seeds.packed_leaves()['sparse'], '^embed/tokens: a packed leaf'),
+    (UP, seeds.packed_leaves()['levels'], f'^{UP}: a packed leaf'),
+    (UP, structured.Constant(np.float16(1), (12, 24)), '^layers.0/mlp/up/.*stored'),
+    (UP, structured.Trapezoidal(np.ones((1, 12, 24))), "^layers.0/.* 'trapezoidal'"),
+    (UP, seeds.leaves()['tied'], f'^{UP}: the leaf needs head/kernel'),
+    ('embed/tokens', seeds.leaves()['tied'], '^embed/tokens: .*head'),
+    ('head/kernel', seeds.leaves()['tied'], '^head/kernel: the leaf needs head/kernel'),
+    (
+      'embed/tokens',
+      structured.TiedExactly(
+        np.zeros((48, 12), np.int32), np.zeros(48, np.int16), (), None, 48, 0, 0
+      ),
+      '^embed/tokens: .* comes back as its array',
+    ),
+  )
+  def test_structured_leaves_that_would_not_come_back_are_named(
+    self, path, leaf, words
+  ):
+    model = seeds.sliced_model(seeds.LLAMA)
+    params = structured.unflatten(structured.flatten(model.params) | {path: leaf})
+    model = dataclasses.replace(model, params=params)
+    folder = pathlib.Path(self.enterContext(tempfile.TemporaryDirectory()))
+    for preset in ('exact', 'free', 'near'):
+      with self.assertRaisesRegex(ValueError, words):
+        rotbits_jax.encode(model, preset=preset)
+    with self.assertRaisesRegex(ValueError, words):
+      rotbits_jax.encode_to_file(model, folder / 'x')
+    self.assertEmpty(list(folder.iterdir()))
 
   def test_unknown_kinds_of_leaves_are_named(self):
     preset = presets.free(transforms=(QUANTIZER,))

@@ -28,13 +28,24 @@ class FaultsTest(parameterized.TestCase):
       wrong = faults.problem(scenario, self.inputs, self.folder, known, fault, at)
       self.assertIsNone(wrong, f'operation {at}')
 
-  def test_a_run_that_is_killed(self):
-    scenario = faults.SCENARIOS['encode over a file']
+  @parameterized.parameters(
+    ('encode over a file', lambda operations: operations // 2),
+    ('encode over shards', lambda operations: operations - 10),
+  )
+  def test_a_run_that_is_killed(self, name, at):
+    scenario = faults.SCENARIOS[name]
     known = faults.expected(scenario, self.inputs, self.folder)
     wrong = faults.problem(
-      scenario, self.inputs, self.folder, known, 'killed', known.operations // 2
+      scenario, self.inputs, self.folder, known, 'killed', at(known.operations)
     )
     self.assertIsNone(wrong)
+
+  def test_shards_must_be_readable_at_any_time(self):
+    scenario = faults.SCENARIOS['encode over shards']
+    known = faults.expected(scenario, self.inputs, self.folder)
+    min(self.folder.glob('out-*')).unlink()
+    wrong = faults.left(scenario, self.inputs, self.folder, known, may_leave=True)
+    self.assertIn('neither', wrong)
 
   def test_what_is_left_behind_is_found(self):
     scenario = faults.SCENARIOS['encode, new file']

@@ -1,8 +1,11 @@
 """Files that are written one unit at a time: shards, interrupted runs, damage."""
 
+import contextlib
+import itertools
 import json
 import os
 import pathlib
+import re
 import shutil
 import signal
 import subprocess
@@ -23,7 +26,6 @@ import rotbits_jax
 from rotbits_jax import checkpoints
 from rotbits_jax import file
 from rotbits_jax import models
-from rotbits_jax import outputs
 from rotbits_jax import structured
 from rotbits_jax.file import reader as reader_lib
 from rotbits_jax.file import shards as shards_lib
@@ -33,6 +35,11 @@ ROOT = pathlib.Path(__file__).parents[1]
 TESTDATA = ROOT / 'tests' / 'testdata'
 NAME = 'opt-small-sliced-0.2'
 TINY = 'llama-tiny-sliced-head-0.25'
+
+# Two results, and the options with which their units are shards, one of which is equal.
+OLD = {'a': np.zeros(3), 'b': np.zeros(3), 'same': np.zeros(2)}
+NEW = {'a': np.ones(3), 'b': np.ones(3), 'same': np.zeros(2)}
+SHARDS = {'shard_size': 1}
 
 
 def flat(tree):
@@ -86,7 +93,9 @@ class ShardsTest(Base):
     self.assertGreater(len(shards), 2)
     self.assertEqual(self.names(), sorted([*shards, 'model.rotbits.index.json']))
     for i, shard in enumerate(shards, 1):
-      self.assertEqual(shard, f'model-{i:05}-of-{len(shards):05}.rotbits')
+      checksum = index['metadata']['manifest_crc32'][shard]
+      expected = f'model-{i:05}-of-{len(shards):05}-{checksum:08x}.rotbits'
+      self.assertEqual(shard, expected)
     self.assertEqual(streams(self.output), whole)
     total = sum((self.folder / shard).stat().st_size for shard in shards)
     self.assertEqual(index['metadata']['total_size'], total)
@@ -110,9 +119,11 @@ class ShardsTest(Base):
 
   def test_one_file_replaces_shards_and_the_other_way_round(self):
     self.encode(shard_size=300_000)
+    shards = self.names()
     self.encode()
-    self.assertIn('model.rotbits', self.names())
-    self.assertNotIn('model.rotbits.index.json', self.names())
+    self.assertEqual(self.names(), ['model.rotbits'])
+    self.encode(shard_size=300_000)
+    self.assertEqual(self.names(), shards)
 
   def test_a_missing_shard_is_named(self):
     self.encode(shard_size=300_000)
@@ -130,12 +141,12 @@ class ShardsTest(Base):
       rotbits_jax.decode(self.output)
 
   def test_a_shard_of_another_run_is_noticed(self):
+    last = lambda: max(self.folder.glob('model-*'))
     self.encode(shard_size=200_000)
-    last = sorted(self.folder.glob('model-*'))[-1]
-    old = last.read_bytes()
+    old = last().read_bytes()
     self.encode(shard_size=200_000, files={})
     rotbits_jax.inspect(self.output)
-    last.write_bytes(old)
+    last().write_bytes(old)
     with self.assertRaisesRegex(rotbits_jax.ContainerError, 'another shard'):
       rotbits_jax.inspect(self.output)
 
@@ -179,31 +190,6 @@ class ShardsTest(Base):
     rotbits_jax.encode_to_file({}, self.output, preset='exact', shard_size=1)
     self.assertEqual(rotbits_jax.decode(self.output), {})
 
-  def test_shards_that_are_replaced_in_part_are_no_result(self):
-    old, new = {'a': np.zeros(3), 'b': np.zeros(3)}, {'a': np.ones(3), 'b': np.ones(3)}
-    write = lambda tree: rotbits_jax.encode_to_file(
-      tree, self.output, preset='exact', shard_size=1
-    )
-    real, moves = outputs.move, []
-
-    def move(*args):
-      if moves:
-        raise KeyboardInterrupt
-      moves.append(args)
-      real(*args)
-
-    write(old)
-    with (
-      absltest.mock.patch.object(outputs, 'move', move),
-      self.assertRaises(KeyboardInterrupt),
-    ):
-      write(new)
-    self.assertNotIn('model.rotbits.index.json', self.names())
-    with self.assertRaises(FileNotFoundError):
-      rotbits_jax.decode(self.output)
-    write(new)
-    assert_same(rotbits_jax.decode(self.output), new)
-
   def test_plan(self):
     sizes = {'a': 5, 'b': 5, 'c': 20, 'd': 1}
     plan = lambda size, least=1: [
@@ -213,6 +199,144 @@ class ShardsTest(Base):
     self.assertEqual(plan(10), [('a', 'b'), ('c',), ('d',)])
     self.assertEqual(plan(21), [('a', 'b'), ('c', 'd')])
     self.assertEqual(plan(None, least=2), [('a', 'b'), ('c',), ('d',)])
+
+
+class Killed(BaseException):
+  """Stands for the end of the process."""
+
+
+class ReplacedTest(Base):
+  """Older results: how shards replace them, and which files are removed."""
+
+  def write(self, tree, **options):
+    rotbits_jax.encode_to_file(tree, self.output, preset='exact', **options)
+
+  def remove_checksums(self):
+    """Gives shards the names that earlier versions of this package gave them."""
+    (index,) = self.folder.glob('*.index.json')
+    text = index.read_text()
+    for path in self.folder.glob('model-*'):
+      name = re.sub('-[0-9a-f]{8}[.]', '.', path.name)
+      text = text.replace(path.name, name)
+      path.rename(path.with_name(name))
+    index.write_text(text)
+
+  def files(self):
+    """Returns all files, those of hidden folders too, by their path."""
+    return {
+      path: path.read_bytes() for path in self.folder.rglob('*') if path.is_file()
+    }
+
+  def put(self, files):
+    """Replaces all files."""
+    for path in self.folder.iterdir():
+      shutil.rmtree(path) if path.is_dir() else path.unlink()
+    for path, data in files.items():
+      path.parent.mkdir(parents=True, exist_ok=True)
+      path.write_bytes(data)
+
+  def is_killed(self, step, work):
+    """Does the work until it would rename or remove a file for the nth time.
+
+    From then on, nothing changes any more. Returns whether it came to this.
+    """
+    done = itertools.count(1)
+
+    def mortal(real):
+      def call(*args, **kwargs):
+        if next(done) >= step:
+          raise Killed
+        return real(*args, **kwargs)
+
+      return call
+
+    with contextlib.ExitStack() as stack:
+      for owner, name in (
+        (os, 'replace'),
+        (pathlib.Path, 'unlink'),
+        (shutil, 'rmtree'),
+      ):
+        real = mortal(getattr(owner, name))
+        stack.enter_context(absltest.mock.patch.object(owner, name, real))
+      try:
+        work()
+      except Killed:
+        return True
+    return False
+
+  def which(self, path):
+    """Returns which of the two results is read."""
+    found = rotbits_jax.decode(path)
+    assert_same(found, NEW if found['a'].any() else OLD)
+    return 'new' if found['a'].any() else 'old'
+
+  @parameterized.parameters(
+    (SHARDS, SHARDS), (SHARDS, {}), ({}, SHARDS), (SHARDS, SHARDS, True),
+    (SHARDS, {}, True),
+  )  # fmt: skip
+  def test_a_kill_at_each_step(self, before, after, of_an_earlier_version=False):
+    self.write(NEW, **after)
+    new = self.files()
+    self.put({})
+    self.write(OLD, **before)
+    if of_an_earlier_version:
+      self.remove_checksums()
+    old, states = self.files(), []
+    index = self.folder / 'model.rotbits.index.json'
+    for step in itertools.count(1):
+      self.put(old)
+      killed = self.is_killed(step, lambda: self.write(NEW, **after))
+      left = self.files()
+      states.append(self.which(self.output))
+      if index.exists():
+        self.which(index)
+      self.write(NEW, **after)
+      self.assertEqual(self.files(), new, f'step {step}, the same run again')
+      self.put(left)
+      self.write({'other': np.ones(2)})
+      self.assertEqual(self.names(), ['model.rotbits'], f'step {step}, another run')
+      if not killed:
+        break
+    self.assertEqual(states, sorted(states, reverse=True))  # 'old', then 'new'
+    self.assertContainsSubset(('old', 'new'), states)
+
+  def test_files_that_are_no_shards_of_the_output_stay(self):
+    self.write(OLD, **SHARDS)
+    shard = min(self.folder.glob('model-*'))
+    data, number = shard.read_bytes(), '-00001-of-00003'
+    others = {
+      f'model{number}-01234567.rotbits': data,  # the checksum is another
+      f'model{number}.safetensors': data,
+      f'model{number}-0.rotbits': data,
+      f'model-2{number}.rotbits': data,
+      'model-00001-of-00002.rotbits': b'no container',
+    }
+    for name, content in others.items():
+      (self.folder / name).write_bytes(content)
+    (self.folder / f'model{number}.rotbits').symlink_to(shard.name)
+    self.write(NEW)
+    left = {*others, f'model{number}.rotbits', self.output.name}
+    self.assertEqual(self.names(), sorted(left))
+
+  def test_shards_without_an_index_are_not_removed_unasked(self):
+    self.write(OLD, **SHARDS)
+    (self.folder / 'model.rotbits.index.json').unlink()
+    shards = self.names()
+    for options in ({}, SHARDS):
+      with self.assertRaisesRegex(FileExistsError, '--overwrite'):
+        self.write(NEW, overwrite=False, **options)
+    self.assertEqual(self.names(), shards)
+
+  def test_shards_stay_beside_a_damaged_index_until_it_is_replaced(self):
+    self.write(OLD, **SHARDS)
+    index = self.folder / 'model.rotbits.index.json'
+    index.write_text('{')
+    old = self.files()
+    self.is_killed(1, lambda: self.write(NEW, **SHARDS))
+    self.assertContainsSubset(old, self.files())
+    self.write(NEW, **SHARDS)
+    self.assertEqual(self.which(self.output), 'new')
+    self.assertLen(self.names(), 4)
 
 
 class ResumeTest(Base):

@@ -170,6 +170,14 @@ class StagingTest(Base):
     self.assertEqual(self.names(), ['x'])
 
 
+class RemoveTest(Base):
+  def test_a_file_and_one_that_is_not_there(self):
+    self.target.write_text('old')
+    for _ in range(2):
+      outputs.remove(self.target)
+      self.assertEmpty(self.names())
+
+
 class NamedTest(Base):
   def test_errors_without_a_path_get_one(self):
     with self.assertRaises(OSError) as caught, outputs.named(self.target):

@@ -36,6 +36,8 @@ class Job:
     stem: str | None,
     mesh: jax.sharding.Mesh | None,
   ):
+    if isinstance(source, models.Model):
+      _check_leaves(source)
     self.source, self.preset = source, preset
     self.files = dict(getattr(source, 'files', {}) if files is None else files)
     stem = getattr(source, 'stem', None) if stem is None else stem
@@ -223,6 +225,41 @@ class Job:
       )
     )
     bar.update(len(own))
+
+
+def _check_leaves(model: models.Model) -> None:
+  """Checks the structured leaves of a model, see `writer.check_leaf`.
+
+  `Multiples` are not checked, because `rewrite` takes their arrays.
+
+  Raises:
+    ValueError: naming a parameter that would not come back.
+  """
+  kept = lambda tree: {
+    path: leaf
+    for path, leaf in structured.flatten(tree).items()
+    if structured.is_structured(leaf) and not isinstance(leaf, structured.Multiples)
+  }
+  outer = structured.flatten(model.outer())
+  for path, leaf in kept(model.params).items():
+    # The arrays of a packed leaf do not tell how many layers there are.
+    if path in outer or isinstance(leaf, structured.Packed):
+      writer_lib.check_leaf(path, leaf)
+    if isinstance(leaf, structured.Dependent):
+      needed = [outer[name] for name in leaf.needs if name in outer]
+      shapes = [x.shape for x in needed if not isinstance(x, structured.Dependent)]
+      if path not in outer or len(shapes) < len(leaf.needs):
+        raise ValueError(f'{path}: the leaf needs {", ".join(leaf.needs)} beside it')
+      try:
+        leaf.check_needed(*shapes)
+      except ValueError as error:
+        raise ValueError(f'{path}: {error}') from error
+  first = 0
+  for group, size in enumerate(model.group_sizes):
+    for path, leaf in kept(model.params[f'blocks_{group}']).items():
+      for index in range(size):
+        writer_lib.check_leaf(models.names.prefix(first + index) + path, leaf, index)
+    first += size
 
 
 def _dtypes(context: symmetries.Context) -> Tree:

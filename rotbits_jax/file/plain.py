@@ -188,7 +188,7 @@ def tree_job(tree: Any, preset: presets.Preset, files: Mapping[str, bytes]) -> J
   nested = to_dicts(tree)
   for path, leaf in structured.flatten(nested).items():
     if structured.is_structured(leaf):
-      _check_structured(leaf, path)
+      writer_lib.check_leaf(path, leaf)
   sizes = {
     name: writer_lib.Sizes(structured.count_numbers(own), structured.count_bytes(own))
     for name, own in nested.items()
@@ -242,26 +242,6 @@ def _array(leaf: Any, path: str) -> Any:
   if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
     raise ValueError(f'{path}: a key; jax.random.key_data gives its numbers')
   return leaf
-
-
-def _check_structured(leaf: Any, path: str) -> None:
-  """Refuses a structured leaf that would not come back as it is.
-
-  Raises:
-    ValueError: naming the leaf.
-  """
-  if isinstance(leaf, structured.Packed):
-    raise ValueError(f'{path}: a packed leaf; store its array(), which is packed again')
-  if isinstance(leaf, structured.Dependent) and leaf.eager:
-    raise ValueError(f'{path}: the leaf needs {", ".join(leaf.needs)} of a model')
-  try:
-    settings, arrays = leaf.stored()
-    found = structured.KINDS[leaf.kind].from_stored(settings, arrays)
-  # A stacked leaf raises any of these.
-  except (ArithmeticError, LookupError, TypeError, ValueError) as error:
-    raise ValueError(f'{path}: it cannot be stored: {error}') from error
-  if not structured.same_bits(found, leaf):
-    raise ValueError(f'{path}: it has more than leaves of kind {leaf.kind!r} store')
 
 
 def _part(key: Any) -> str:

@@ -3,12 +3,18 @@
 The index is a JSON file in the format of Hugging Face. It names the shard of each unit,
 and holds the checksum of each shard's manifest, so that shards of different runs are
 not taken for one model.
+
+The name of a shard has this checksum, too. So the shards of a new result lie beside
+those of an older one, and the result is replaced when its index is, at once. The shards
+that no index names are removed afterwards.
 """
 
 from collections.abc import Mapping
+import contextlib
 import json
 import os
 import pathlib
+import re
 from typing import NamedTuple
 
 from rotbits_jax.file import container
@@ -61,7 +67,10 @@ class Index(NamedTuple):
 
 
 class Shard(NamedTuple):
-  """A file of the output: its name, and the names of the units in it."""
+  """A file of the output: its name, and the names of the units in it.
+
+  `plan` gives it a name before the file is there, and `published` the final one.
+  """
 
   name: str
   units: tuple[str, ...]
@@ -108,6 +117,63 @@ def plan(
 def index_name(path: pathlib.Path) -> str:
   """Returns the name of the index that is written beside the shards of an output."""
   return f'{path.name}.index.json'
+
+
+def published(path: pathlib.Path, shard: Shard, file: pathlib.Path) -> Shard:
+  """Returns a complete shard with its final name, which has its checksum.
+
+  Args:
+    path: path of the output.
+    shard: the shard, as `plan` named it.
+    file: the current path of the shard's file.
+  """
+  checksum = container.StreamReader(file).manifest_crc32
+  stem = shard.name.removesuffix(path.suffix)
+  return shard._replace(name=f'{stem}-{checksum:08x}{path.suffix}')
+
+
+def existing(path: pathlib.Path) -> list[pathlib.Path]:
+  """Returns the shards of an output that lie beside it, whether an index names them.
+
+  A file is a shard if it has the name of one and is a container. A checksum in the name
+  must be its own; earlier versions of this package wrote names without one.
+
+  Args:
+    path: path of the output.
+  """
+  stem, suffix = re.escape(path.stem), re.escape(path.suffix)
+  name = re.compile(f'{stem}-[0-9]{{5,}}-of-[0-9]{{5,}}(?:-([0-9a-f]{{8}}))?{suffix}')
+  found = []
+  for file in sorted(path.parent.iterdir()):
+    match = name.fullmatch(file.name)
+    if match is None or file.is_symlink():
+      continue
+    with contextlib.suppress(ContainerError, OSError):
+      checksum = container.StreamReader(file).manifest_crc32
+      if match[1] in (None, f'{checksum:08x}'):
+        found.append(file)
+  return found
+
+
+def remove_unnamed(path: pathlib.Path) -> None:
+  """Removes the shards of an output that its index does not name.
+
+  An older result left them, or a run that was killed. If the index is damaged, all
+  shards stay.
+
+  Args:
+    path: path of the output.
+  """
+  index = path.with_name(index_name(path))
+  named: Mapping[str, int] = {}
+  if index.exists():
+    try:
+      named = Index.from_bytes(index.read_bytes(), str(index)).checksums
+    except ContainerError:
+      return
+  for file in existing(path):
+    if file.name not in named:
+      file.unlink()
 
 
 def write_index(path: pathlib.Path, shards: Mapping[Shard, pathlib.Path]) -> None:

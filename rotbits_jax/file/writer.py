@@ -84,6 +84,36 @@ def check_files(files: Mapping[str, bytes], *others: str) -> None:
     )
 
 
+def check_leaf(
+  path: str, leaf: structured.Structured, layer: int | None = None
+) -> None:
+  """Checks, before the work, that a structured leaf would come back as it is.
+
+  Args:
+    path: path of the parameter.
+    leaf: the leaf.
+    layer: the layer of the leaf to check; None if the leaf is not stacked.
+
+  Raises:
+    ValueError: if it would not come back. It names the parameter.
+  """
+  if isinstance(leaf, structured.Packed):
+    raise ValueError(f'{path}: a packed leaf; store its array(), which is packed again')
+  if isinstance(leaf, structured.Dependent) and leaf.eager:
+    raise ValueError(
+      f'{path}: a leaf of kind {leaf.kind!r} comes back as its array; store that'
+    )
+  try:
+    own = leaf if layer is None else leaf.layer(layer)
+    settings, arrays = own.stored()
+    found = structured.KINDS[leaf.kind].from_stored(settings, arrays)
+  # A leaf that is stacked, or should be, raises any of these.
+  except (ArithmeticError, LookupError, TypeError, ValueError) as error:
+    raise ValueError(f'{path}: it cannot be stored: {error}') from error
+  if not structured.same_bits(found, own):
+    raise ValueError(f'{path}: it has more than leaves of kind {leaf.kind!r} store')
+
+
 def stream_names(
   units: Iterable[str], files: Iterable[str], weights: Iterable[str] = ()
 ) -> list[str]:
