@@ -218,7 +218,7 @@ def stored_leaves() -> list[bytes]:
   """Returns the settings and shapes of structured leaves, as JSON."""
   kinds = list(leaves().values())
   with rotbits_jax.file.Reader(containers_of_presets()['exact']) as reader:
-    tied = reader._decode('embed')['embed']['tokens']  # before it is expanded
+    tied = reader._units.decode('embed')['embed']['tokens']  # before it is expanded
   found = []
   for leaf in [*kinds, *([tied] if structured.is_structured(tied) else [])]:
     settings, arrays = leaf.stored()

@@ -31,6 +31,7 @@ from rotbits_jax import structured
 from rotbits_jax import symmetries
 from rotbits_jax.evaluation import perplexity
 from rotbits_jax.file import packing
+from rotbits_jax.symmetries import packings
 from rotbits_jax.symmetries import rounding as rounding_lib
 from rotbits_jax.symmetries import transform
 
@@ -93,8 +94,9 @@ def calibrate(
 ) -> Calibration:
   """Divides the bits among the kinds of parameters, see above.
 
-  The whole model is held in memory, in its own dtype and in float32, and the moments of
-  the inputs of every kernel `[in, out]`, float32 `[in, in]`.
+  The whole model is held in memory, in its own dtype and in float32, the moments of the
+  inputs of every kernel `[in, out]`, float32 `[in, in]`, and the matrices that can be
+  packed once more, in their own dtype and packed.
 
   Args:
     model: the model.
@@ -183,8 +185,8 @@ class _Text(NamedTuple):
   def make(
     cls, model: models.Model, tokens: np.ndarray, max_tokens: int | None
   ) -> '_Text':
-    unrounded = jax.device_put(rewritten(model))
     context = _context(model)
+    unrounded = jax.device_put(_rewritten(context))
     reference = jax.device_put(dataclasses.replace(model.rounded(), buffers={}))
     return cls(context, unrounded, reference, tokens, max_tokens)
 
@@ -310,7 +312,10 @@ def rewritten(model: models.Model) -> models.Model:
     The model with float32 parameters. Its `stored_as` is the dtype of most parameters
     of `model`.
   """
-  context = _context(model)
+  return _rewritten(_context(model))
+
+
+def _rewritten(context: symmetries.Context) -> models.Model:
   wide = {
     path: np.dtype(np.float32) if jnp.issubdtype(dtype, jnp.floating) else dtype
     for path, dtype in context.dtypes.items()
@@ -324,8 +329,12 @@ def rewritten(model: models.Model) -> models.Model:
 
 
 def _context(model: models.Model) -> symmetries.Context:
-  """Returns the context with which the preset `near` encodes a model."""
-  return symmetries.make_context(model, stored_as=model.stored_as, pack=packing.pack)
+  """Returns the context with which the preset `near` encodes a model.
+
+  It keeps the packed leaves of matrices, because they are the same at every step.
+  """
+  pack = packings.once(packing.find)
+  return symmetries.make_context(model, stored_as=model.stored_as, pack=pack)
 
 
 def _numbers(model: models.Model, rounded: models.Model) -> dict[str, int]:

@@ -27,8 +27,9 @@ from rotbits_jax import checkpoints
 from rotbits_jax import file
 from rotbits_jax import models
 from rotbits_jax import structured
-from rotbits_jax.file import reader as reader_lib
+from rotbits_jax.file import memory
 from rotbits_jax.file import shards as shards_lib
+from rotbits_jax.file import units
 from rotbits_jax.file import writer
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -62,8 +63,8 @@ def streams(path):
   """Returns the bytes and the manifest entry of each unit of a file or of shards."""
   with file.Reader(path) as reader:
     return {
-      name: (own.stream(name).tobytes(), unit.to_json())
-      for name, (own, unit) in reader._units.items()
+      name: (reader._units.files[name].stream(name).tobytes(), unit.to_json())
+      for name, unit in reader.units.items()
     }
 
 
@@ -607,7 +608,7 @@ class ReaderTest(Base):
 
   def test_what_decodes_to_more_than_memory_is_refused_before_it_is_allocated(self):
     data = rotbits_jax.encode({'a': {'zeros': np.zeros(1 << 20)}}, preset='exact')
-    small = absltest.mock.patch.object(reader_lib, '_memory', lambda: 1 << 20)
+    small = absltest.mock.patch.object(memory, '_available', lambda: 1 << 20)
     with (
       small,
       self.assertRaisesRegex(file.ContainerError, 'content: it decodes to 8,388,608'),
@@ -615,16 +616,14 @@ class ReaderTest(Base):
       rotbits_jax.decode(data)
     with small, self.assertRaisesRegex(file.ContainerError, 'a: it decodes to 8,388,6'):
       rotbits_jax.read_unit(data, 'a')
-    full = absltest.mock.patch.object(
-      reader_lib.weights, 'decode', side_effect=MemoryError
-    )
+    full = absltest.mock.patch.object(units.weights, 'decode', side_effect=MemoryError)
     with full, self.assertRaisesRegex(file.ContainerError, 'more than memory holds'):
       rotbits_jax.decode(data)
 
   def test_units_that_fit_memory_one_by_one_only_are_refused(self):
     data = rotbits_jax.encode({'a': np.zeros(1 << 17), 'b': np.zeros(1 << 17)})
     limit = self.folder / 'limit'
-    limits = absltest.mock.patch.object(reader_lib, '_LIMITS', (limit, 'missing'))
+    limits = absltest.mock.patch.object(memory, '_LIMITS', (limit, 'missing'))
     limit.write_text(f'{3 << 19}\n')
     with limits, self.assertRaisesRegex(file.ContainerError, 'decodes to 2,097,152'):
       rotbits_jax.decode(data)

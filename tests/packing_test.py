@@ -19,6 +19,7 @@ from rotbits_jax import presets
 from rotbits_jax import structured
 from rotbits_jax.file import packing
 from rotbits_jax.structured import packed
+from rotbits_jax.symmetries import packings
 
 DTYPES = np.float16, ml_dtypes.bfloat16, np.float32
 SHAPE = 96, 256
@@ -70,8 +71,7 @@ ARRAYS = {
 
 
 def _pack(array):
-  (leaf,) = packing.pack([array])
-  return leaf
+  return packing.pack({'a': array}).get('a')
 
 
 def _special(array):
@@ -169,6 +169,10 @@ class PackTest(parameterized.TestCase):
     self.assertLess(size, 1.03 * bits * array.size / 8)
 
 
+# No transform changes the MLPs of a model with a tied head.
+_TIED = {'tie_word_embeddings': True}
+
+
 def _model(**settings):
   """A dense model of which some layers were dequantised, and one was pruned."""
   settings |= {'num_hidden_layers': 4, 'hidden_size': 64, 'intermediate_size': 128}
@@ -184,13 +188,26 @@ def _model(**settings):
   return models.from_layers(model.config, model.outer(), layers, {})
 
 
+def _dequantised_model():
+  """A dense model with a tied head of which all layers were dequantised."""
+  model = _model(num_key_value_heads=2, **_TIED)
+
+  def dequantised(path, x):
+    if not path.endswith('kernel'):
+      return x
+    numbers = _dequantised(np.float32(x.T), 15, block=32, base=True)
+    return np.ascontiguousarray(numbers.astype(np.float16).T)
+
+  layers = [
+    structured.unflatten((k, dequantised(k, x)) for k, x in flat.items())
+    for flat in map(structured.flatten, model.layers())
+  ]
+  return models.from_layers(model.config, model.outer(), layers, {})
+
+
 def _kinds(data):
   with rotbits_jax.file.Reader(data) as reader:
     return {leaf.kind for unit in reader.units.values() for leaf in unit.leaves}
-
-
-# No transform changes the MLPs of a model with a tied head.
-_TIED = {'tie_word_embeddings': True}
 
 
 class FileTest(parameterized.TestCase):
@@ -234,24 +251,11 @@ class FileTest(parameterized.TestCase):
     rounded = {note['tensor'] for note in report.notes['rounding']}
     self.assertIn(f'layers.3/{path}', rounded)
     self.assertNotIn(f'layers.0/{path}', rounded)
-    none = lambda arrays, rivals=None: [None] * len(arrays)
-    with mock.patch.object(packing, 'pack', none):
+    with mock.patch.object(packing, 'find', return_value={}):
       self.assertLess(len(data), len(rotbits_jax.encode(model, preset=preset)))
 
   def test_near_takes_no_more_than_exact_for_dequantised_layers(self):
-    model = _model(num_key_value_heads=2, **_TIED)
-
-    def dequantised(path, x):
-      if not path.endswith('kernel'):
-        return x
-      numbers = _dequantised(np.float32(x.T), 15, block=32, base=True)
-      return np.ascontiguousarray(numbers.astype(np.float16).T)
-
-    layers = [
-      structured.unflatten((k, dequantised(k, x)) for k, x in flat.items())
-      for flat in map(structured.flatten, model.layers())
-    ]
-    model = models.from_layers(model.config, model.outer(), layers, {})
+    model = _dequantised_model()
     sizes = {}
     for preset in ('near', 'exact'):
       with rotbits_jax.file.Reader(rotbits_jax.encode(model, preset=preset)) as reader:
@@ -279,6 +283,36 @@ class FileTest(parameterized.TestCase):
       found = near.calibrate(model, tokens)
     self.assertIn('layers.*/mlp/down/kernel', found.offsets)
     self.assertNotIn(f'layers.*/{path}', found.offsets)
+
+  @parameterized.parameters('encode', 'search')
+  def test_near_packs_each_matrix_once(self, job):
+    model, find, found = _dequantised_model(), packing.find, []
+
+    def noted(arrays):
+      packings = find(arrays)
+      found.extend(packings)
+      return packings
+
+    with mock.patch.object(packing, 'find', noted):
+      if job == 'encode':
+        rotbits_jax.encode(model, preset='near')
+      else:
+        tokens = np.arange(24) % model.config.vocab_size
+        near.search(model, tokens, max_kl=0.1)
+    self.assertIn('layers.0/attention/query/kernel', found)
+    self.assertIn('layers.3/mlp/up/kernel', found)
+    self.assertLen(found, len(set(found)))
+
+  def test_a_matrix_that_changes_is_packed_again(self):
+    find = packings.once(packing.find)
+    arrays = {name: ARRAYS[name][1].astype(np.float16) for name in ('rows', 'palette')}
+    first = find(arrays)
+    self.assertIs(find({'rows': arrays['rows']})['rows'], first['rows'])
+    for changed in (arrays['palette'], arrays['rows'].astype(np.float32)):
+      again = find(arrays | {'rows': changed})
+      self.assertIs(again['palette'], first['palette'])
+      _assert_same_bits(again['rows'].leaf.array(), changed)
+    self.assertNotIn('rows', find({'rows': _normal().astype(np.float16)}))
 
   def test_other_numbers_than_the_digests_are_refused(self):
     array = ARRAYS['with_base'][1].astype(np.float16)

@@ -23,7 +23,7 @@ import rotbits_jax
 from rotbits_jax import checkpoints
 from rotbits_jax import structured
 from rotbits_jax.file import manifest as manifest_lib
-from rotbits_jax.file import reader as reader_lib
+from rotbits_jax.file import memory
 
 TESTDATA = pathlib.Path(__file__).parent / 'testdata'
 PARAMS = {'kernel': jnp.arange(12.0).reshape(3, 4), 'bias': jnp.zeros(4, jnp.bfloat16)}
@@ -103,7 +103,7 @@ class TreeTest(parameterized.TestCase):
     ('tied', [1 << 31, 3], 'tokens must be'),
   )
   def test_a_huge_shape_of_few_numbers_is_refused(self, name, shape, words):
-    self.enterContext(mock.patch.object(reader_lib, '_memory', return_value=None))
+    self.enterContext(mock.patch.object(memory, '_available', return_value=None))
     data = rotbits_jax.encode({'a': {'b': seeds.leaves()[name]}})
     streams, manifest = containers.unpack(data)
     (entry,) = manifest['units'][0]['leaves']

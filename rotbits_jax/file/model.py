@@ -48,7 +48,7 @@ class Job:
       # Other presets round numbers at the end, so they use them before that.
       source, stored_as = source.rounded(), None
     is_uniform = preset.rounding is not None and preset.rounding.uniform
-    pack = packing.pack if is_uniform else None
+    pack = packing.find if is_uniform else None
     self.context = symmetries.make_context(
       source, stored_as=stored_as, mesh=mesh, pack=pack
     )

@@ -1,15 +1,16 @@
 """Finds arrays whose numbers carry less than their dtype allows, and packs them.
 
 An array may have many zeros because it was pruned, or few distinct numbers because it
-was dequantised. `pack` looks at a sample of each array. If the sample shows one of
-these, the function makes the leaves that suit the array and keeps the smallest one if
-the coder's own estimate says that it saves bytes.
+was dequantised. `find` looks at a sample of each array. If the sample shows one of
+these, the function makes the leaves that suit the array and keeps the smallest one. The
+leaf takes the place of the array if the coder's own estimate says that it saves bytes.
 
 Shape letters are those of `structured.packed`.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 import functools
+from typing import NamedTuple
 
 import numpy as np
 
@@ -19,23 +20,51 @@ from rotbits_jax.coding import weights
 from rotbits_jax.structured import packed
 
 
-def pack(
-  arrays: Sequence[np.ndarray], rivals: Sequence[np.ndarray] | None = None
-) -> list[structured.Packed | None]:
-  """Packs arrays where that saves bytes.
+class Packing(NamedTuple):
+  """The packed leaf of an array.
+
+  Attributes:
+    array: the array.
+    leaf: the leaf that takes the fewest bytes.
+    nbytes: about how many bytes it takes.
+  """
+
+  array: np.ndarray
+  leaf: structured.Packed
+  nbytes: float
+
+  def is_smaller(self, rival: np.ndarray) -> bool:
+    """Tells whether the leaf takes fewer bytes than an array would."""
+    return self.nbytes < weights.estimate([rival])
+
+
+def find(arrays: Mapping[str, np.ndarray]) -> dict[str, Packing]:
+  """Finds the packed leaves of arrays, by path.
 
   Args:
     arrays: the arrays.
-    rivals: the array that is stored in place of each one if that one is not packed,
-      such as its rounded numbers; by default the array itself.
 
   Returns:
-    For each array, the leaf that takes its place; None if that takes more bytes than
-    its rival.
+    The packings of the arrays that a packed leaf may suit. It may take more bytes than
+    the array.
   """
-  found = weights.run(functools.partial(_candidates, array) for array in arrays)
-  rivals = arrays if rivals is None else rivals
-  return [_smallest(rival, leaves) for rival, leaves in zip(rivals, found, strict=True)]
+  jobs = (functools.partial(_candidates, array) for array in arrays.values())
+  found: dict[str, Packing] = {}
+  for (path, array), leaves in zip(arrays.items(), weights.run(jobs), strict=True):
+    sizes = [_estimate(leaf) for leaf in leaves]
+    if leaves:
+      least = int(np.argmin(sizes))
+      found[path] = Packing(array, leaves[least], sizes[least])
+  return found
+
+
+def pack(arrays: Mapping[str, np.ndarray]) -> dict[str, structured.Packed]:
+  """Returns the leaves that take the place of arrays, because that saves bytes."""
+  return {
+    path: packing.leaf
+    for path, packing in find(arrays).items()
+    if packing.is_smaller(packing.array)
+  }
 
 
 # Settings of a leaf and the stream of small arrays cost more than packing saves.
@@ -98,17 +127,10 @@ def _candidates(array: np.ndarray) -> list[structured.Packed]:
   return leaves
 
 
-def _smallest(
-  rival: np.ndarray, leaves: Sequence[structured.Packed]
-) -> structured.Packed | None:
-  """Returns the leaf that takes the fewest bytes; None if the rival takes fewer."""
-  best, least = None, weights.estimate([rival]) if leaves else 0.0
-  for leaf in leaves:
-    arrays = list(leaf.stored()[1].values())
-    size = weights.estimate(arrays) + _ARRAY_BYTES * (1 + len(arrays))
-    if size < least:
-      best, least = leaf, size
-  return best
+def _estimate(leaf: structured.Packed) -> float:
+  """Returns about how many bytes a leaf takes."""
+  arrays = list(leaf.stored()[1].values())
+  return weights.estimate(arrays) + _ARRAY_BYTES * (1 + len(arrays))
 
 
 def _runs(lines: np.ndarray) -> np.ndarray:

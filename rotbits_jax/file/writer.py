@@ -289,9 +289,8 @@ def encode_unit(
   if rounding is None or not rounding.uniform:
     # `rewrite` has packed arrays in place of a uniform rounding.
     plain = {path: x for path, x in flat.items() if structured.is_plain(x)}
-    for path, found in zip(plain, packing.pack(list(plain.values())), strict=True):
-      if found is not None:
-        flat[path], digests[path] = found, checksums_lib.of_array(plain[path])
+    for path, found in packing.pack(plain).items():
+      flat[path], digests[path] = found, checksums_lib.of_array(plain[path])
   if any(structured.is_structured(flat.get(path)) for path in neurons):
     neurons = {}  # neurons of a structured leaf cannot be reordered
   leaves: list[manifest_lib.Leaf] = []

@@ -18,6 +18,7 @@ The modules, in the order of reading:
     low_rank    the basis between two factors
     noise       the change that rounding alone makes, as a yardstick
     rounding    the rounding of float32 numbers to the stored dtype
+    packings    leaves that may take the place of rounded matrices
     feedback    rounding so that errors cancel in the outputs of a kernel
     products    matrix products that round equally on any number of threads
 """

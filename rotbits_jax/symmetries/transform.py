@@ -31,6 +31,7 @@ import numpy as np
 
 from rotbits_jax import models
 from rotbits_jax import structured
+from rotbits_jax.symmetries import packings
 from rotbits_jax.symmetries.rounding import NEAREST
 from rotbits_jax.symmetries.rounding import Rounding
 from rotbits_jax.symmetries.rounding import is_matrix
@@ -40,8 +41,6 @@ Note = dict[str, Any]  # JSON values
 State = Any  # a PyTree of arrays
 Layers = list[models.Params]
 Noted = tuple[State, Layers, list[list[Note]]]
-Pack = Callable[..., list[structured.Packed | None]]
-"""Takes arrays and perhaps their rivals; returns leaves, see `file.packing.pack`."""
 
 
 class Source(Protocol):
@@ -69,16 +68,17 @@ class Context(NamedTuple):
       path.
     dtype: the dtype to which most numbers are rounded.
     mesh: devices along one axis, 'layers', that share the layers; None for one device.
-    pack: packs matrices that no transform changed, where their leaves take fewer bytes
-      than the rounded numbers of a uniform rounding. Transforms of heads leave kernels
-      as they are that can be packed. None to rewrite and round all.
+    pack: finds the packed leaves of matrices that no transform changed. They are stored
+      where they take fewer bytes than the rounded numbers of a uniform rounding.
+      Transforms of heads leave kernels as they are that can be packed. None to rewrite
+      and round all.
   """
 
   source: Source
   dtypes: Mapping[str, np.dtype]
   dtype: np.dtype
   mesh: jax.sharding.Mesh | None = None
-  pack: Pack | None = None
+  pack: packings.Pack | None = None
 
   @property
   def config(self) -> models.ModelConfig:
@@ -277,7 +277,7 @@ def make_context(
   *,
   stored_as: str | None = None,
   mesh: jax.sharding.Mesh | None = None,
-  pack: Pack | None = None,
+  pack: packings.Pack | None = None,
 ) -> Context:
   """Makes the context for a source.
 
@@ -342,12 +342,13 @@ def rewrite(
   for first in range(layers.start, layers.stop, step):
     indices = range(first, min(first + step, layers.stop))
     given = _given_layers(context, indices, rounding is not None)
-    state, given, savings = transform.layers(context, state, first, given)
+    own = _with_kept_packings(context)
+    state, given, savings = transform.layers(own, state, first, given)
     units = []
-    for i, own in zip(indices, savings, strict=True):
+    for i, saved in zip(indices, savings, strict=True):
       prefix = models.names.prefix(i)
-      stored, more = _stored(given.pop(0), context, prefix, rounding)
-      units.append(Unit(models.names.layer(i), stored, own + more))
+      stored, more = _stored(given.pop(0), own, prefix, rounding)
+      units.append(Unit(models.names.layer(i), stored, saved + more))
     yield units, state
   if outer:
     if context.mesh is not None:
@@ -509,6 +510,13 @@ def _saving(
 # ---- between the source and the transforms -----------------------------------------
 
 
+def _with_kept_packings(context: Context) -> Context:
+  """Returns a context in which a transform and `_stored` share packed leaves."""
+  if context.pack is None:
+    return context
+  return context._replace(pack=packings.once(context.pack))
+
+
 def _given_layers(context: Context, indices: range, widen: bool) -> Layers:
   devices = [None] if context.mesh is None else list(context.mesh.devices.flat)
   return [
@@ -550,9 +558,9 @@ def _stored(
     if any(isinstance(x, jax.Array) for x in jax.tree.leaves(leaf)):
       octaves = rounding.octaves(prefix + path, dtype)
       if context.pack and rounding.uniform and structured.is_plain(leaf):
-        original = narrowed(leaf, dtype) if is_matrix(leaf) else None
+        original = packings.narrowed(leaf, dtype) if is_matrix(leaf) else None
         if original is not None:
-          originals[path] = original
+          originals[prefix + path] = original
       flat[path], effects[path] = round_leaf(
         leaf, dtype, octaves, rounding.uniform, rounding.inputs.get(prefix + path)
       )
@@ -560,11 +568,10 @@ def _stored(
       flat[path] = structured.astype(leaf, dtype)
   flat, effects = jax.device_get((flat, effects))
   if context.pack and originals:
-    rivals = [flat[path] for path in originals]
-    packed = context.pack(list(originals.values()), rivals)
-    for path, found in zip(originals, packed, strict=True):
-      if found is not None:
-        flat[path] = found
+    for whole, packing in context.pack(originals).items():
+      path = whole.removeprefix(prefix)
+      if packing.is_smaller(flat[path]):
+        flat[path] = packing.leaf
         del effects[path]
   notes, bits = [], 0.0
   for path, effect in effects.items():
@@ -579,19 +586,6 @@ def _stored(
 
 ROUNDING = 'rounding'
 """Name of the saving that rounding to a coarser step makes."""
-
-
-def narrowed(array: jax.Array, dtype: np.dtype) -> np.ndarray | None:
-  """Returns float32 numbers in a dtype; None if it does not hold all of them."""
-  narrow, is_exact = _narrow(array, dtype)
-  return np.asarray(narrow) if is_exact else None
-
-
-@functools.partial(jax.jit, static_argnums=1)
-def _narrow(array: jax.Array, dtype: np.dtype) -> tuple[jax.Array, jax.Array]:
-  """Returns numbers in a dtype, and whether it holds all of them."""
-  narrow = array.astype(dtype)
-  return narrow, jnp.all(narrow.astype(jnp.float32) == array)
 
 
 @jax.jit

@@ -1,0 +1,114 @@
+"""Stacks of layers: each layer is decoded straight into its place in the stack."""
+
+from collections.abc import Sequence
+from concurrent import futures
+import functools
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from rotbits_jax import host
+from rotbits_jax import models
+from rotbits_jax import progress
+from rotbits_jax import structured
+from rotbits_jax.coding import weights
+from rotbits_jax.file import placement
+from rotbits_jax.file import units as units_lib
+
+Tree = dict[str, Any]
+
+
+class Stack(NamedTuple):
+  """The layers of a group while they are decoded into a stack.
+
+  Attributes:
+    wanted: places of the layers that this process needs.
+    total: number of layers of the whole stack.
+    layers: the layers that this process needs.
+    plain: the stacked plain arrays and `Multiples`, by path.
+  """
+
+  wanted: range
+  total: int
+  layers: 'list[futures.Future[Tree]]'
+  plain: dict[str, Any]
+
+  def result(self, bar: progress.Progress) -> Tree:
+    """Waits for the layers, and returns them stacked."""
+    others: dict[str, list[Any]] = {}
+    for layer in self.layers:
+      for path, leaf in structured.flatten(layer.result()).items():
+        if path not in self.plain:
+          others.setdefault(path, []).append(leaf)
+      bar.update()
+    bar.update(self.total - len(self.layers))
+    stacked = self.plain | {
+      path: type(leaves[0]).stack(leaves) for path, leaves in others.items()
+    }
+    return structured.unflatten(stacked)
+
+
+def start_stack(
+  units: units_lib.Units,
+  indices: Sequence[int],
+  place: placement.Place | None,
+  start: weights.Start,
+  integers: bool,
+) -> Stack:
+  """Starts to decode the layers of a group, into their places in the stack.
+
+  Args:
+    units: the units of the file.
+    indices: the layers, which have equal keys, see `manifest.Unit.stack_key`.
+    place: the sharding of arrays; None if this process needs all layers.
+    start: starts a job.
+    integers: whether matrices on grids become `Multiples`.
+  """
+  entries = [units.entry(models.names.layer(i)) for i in indices]
+  entry, count = entries[0], len(entries)
+  wanted = range(count)
+  if place is not None:
+    wanted = placement.local_layers(place, entry, count)
+  specs = [{leaf.path: own for leaf, own in x.leaf_specs()} for x in entries]
+  grids = [x.grids() for x in entries] if integers else []
+  stacks: dict[str, Any] = {}
+  for leaf, own in entry.leaf_specs():
+    found = [x[leaf.path] for x in grids if leaf.path in x]
+    if len(found) == count:
+      dtype = max((x.integer_dtype for x in found), key=lambda x: x.itemsize)
+      stacks[leaf.path] = structured.Multiples(
+        host.empty((len(wanted), *leaf.shape), dtype),
+        np.array([found[k].unit for k in wanted], np.float32),
+        leaf.dtype,
+      )
+      continue
+    if leaf.is_array:
+      stacks[leaf.path] = [host.empty((len(wanted), *leaf.shape), np.dtype(leaf.dtype))]
+      continue
+    shapes = [x.shape for x in own]
+    # Equal leaves may be stored as arrays of different shapes. Such arrays are not
+    # decoded into a stack.
+    if all([x.shape for x in other[leaf.path]] == shapes for other in specs):
+      stacks[leaf.path] = [host.empty((len(wanted), *x.shape), x.dtype) for x in own]
+  layers = [
+    start(
+      functools.partial(
+        units.decode,
+        models.names.layer(indices[k]),
+        {path: _row(stack, row) for path, stack in stacks.items()},
+      )
+    )
+    for row, k in enumerate(wanted)
+  ]
+  plain = {
+    path: stack if isinstance(stack, structured.Multiples) else stack[0]
+    for path, stack in ((x.path, stacks[x.path]) for x in entry.leaves if x.is_array)
+  }
+  return Stack(wanted, count, layers, plain)
+
+
+def _row(stack: Any, row: int) -> Any:
+  """Returns the arrays of one layer in the stacks of a leaf."""
+  if isinstance(stack, structured.Multiples):
+    return stack.layer(row)
+  return [array[row] for array in stack]
