@@ -354,11 +354,7 @@ class Reader:
   def _outer_names(self) -> list[str]:
     """Returns the units outside the layers. Units that need others come last."""
     assert self.config is not None
-    names = models.outer_shapes(self.config)
-    eager = lambda name: any(
-      x.expanded is not None for x in self._units.entry(name).leaves
-    )
-    return sorted(names, key=eager)
+    return sorted(models.outer_shapes(self.config), key=self._units.needs_others)
 
   def _tree(self, integers: bool, show_progress: bool) -> Tree:
     nbytes = sum(unit.memory_bytes(integers) for unit in self.units.values())

@@ -181,7 +181,20 @@ class Units:
     decode = functools.partial(self.decode, integers=integers)
     decoded = {name: start(functools.partial(decode, name)) for name in names}
     other = lambda name: decoded[name].result() if name in decoded else {}
-    return [start(functools.partial(self.expanded, name, other)) for name in names]
+    # A job that only waits for a decoded unit would keep a thread from other units.
+    return [
+      start(functools.partial(self.expanded, name, other))
+      if self.needs_others(name)
+      else decoded[name]
+      for name in names
+    ]
+
+  def needs_others(self, name: str) -> bool:
+    """Tells whether leaves of a unit are expanded with parameters of other units."""
+    return any(
+      leaf.expanded is not None and not leaf.is_packed
+      for leaf in self.entry(name).leaves
+    )
 
   def expanded(self, name: str, decoded: Callable[[str], Tree]) -> Tree:
     """Replaces the eager dependent leaves of a unit by the arrays they stand for.
