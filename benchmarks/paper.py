@@ -71,6 +71,10 @@ class Clock:
     """Returns the parameters outside the layers."""
     return self.source.outer()
 
+  def specs(self, index: int | None) -> models.Params:
+    """Returns the shapes and dtypes of a layer's parameters."""
+    return self.source.specs(index)
+
   def layer(self, index: int) -> models.Params:
     """Returns the parameters of a layer."""
     self.layers[index] = _now()

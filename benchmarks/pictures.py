@@ -119,7 +119,7 @@ def measure(
     'checkpoint': checkpoint.stem,
     'input': report.input_bytes,
     'file': report.file_bytes,
-    'sources': [[x.name, x.bytes_saved] for x in report.sources],
+    'lines': [[x.name, x.bytes_saved] for x in report.lines],
     'peers': peers(model, python) if python else {},
     'curve': curve,
     'floor': floor,
@@ -146,7 +146,7 @@ def waterfall(measured: Measured) -> str:
   """Draws the bytes of the tensors, of each step, of the file, and of others."""
   whole, left = measured['input'], measured['input']
   rows = [('raw tensors', 0, whole, 'whole')]
-  for name, saved in measured['sources']:
+  for name, saved in measured['lines']:
     after = left - saved
     if abs(saved) >= whole / 1000:
       rows.append((name, min(left, after), abs(saved), 'less' if saved > 0 else 'more'))

@@ -126,7 +126,7 @@ def encode_to_file(
     source = checkpoints.open_any(source)
   if shard_size is not None and shard_size < 1:
     raise ValueError(f'shard_size must be positive, got {shard_size}')
-  if isinstance(source, (checkpoints.Source, checkpoints.TensorFiles)):
+  if isinstance(source, (checkpoints.CheckpointReader, checkpoints.TensorFiles)):
     source = _without(source, outputs.resolved(path))
   made, job = _job(source, preset, options, files, stem, mesh)
   process, processes = jax.process_index(), jax.process_count()
@@ -186,8 +186,8 @@ def encode_to_file(
 
 
 def _without(
-  source: checkpoints.Source | checkpoints.TensorFiles, output: pathlib.Path
-) -> checkpoints.Source | checkpoints.TensorFiles:
+  source: checkpoints.CheckpointReader | checkpoints.TensorFiles, output: pathlib.Path
+) -> checkpoints.CheckpointReader | checkpoints.TensorFiles:
   """Returns a checkpoint that does not have its older output for one of its files."""
   if source.path.absolute().parent != output.parent:
     return source
@@ -210,7 +210,7 @@ def _job(
     files = source.files if files is None else files
     stem = source.stem if stem is None else stem
     source = source.model
-  is_model = isinstance(source, (models.Model, checkpoints.Source))
+  is_model = isinstance(source, (models.Model, checkpoints.CheckpointReader))
   config = source.config if is_model else None
   made = presets.make(preset or presets.default(config), **options)
   if is_model:

@@ -107,7 +107,10 @@ def verify(
 
 def read_all(
   source: file.Readable,
-  expected: checkpoints.Source | checkpoints.TensorFiles | models.Model | None = None,
+  expected: checkpoints.CheckpointReader
+  | checkpoints.TensorFiles
+  | models.Model
+  | None = None,
   *,
   progress: bool = False,
 ) -> Verification:
@@ -158,7 +161,7 @@ def _parts(reader: file.Reader, progress: bool) -> Iterator[tuple[str, Any]]:
 
 
 def _given(
-  expected: checkpoints.Source | checkpoints.TensorFiles | models.Model,
+  expected: checkpoints.CheckpointReader | checkpoints.TensorFiles | models.Model,
   prefix: str,
   paths: Iterable[str],
 ) -> Any:
@@ -188,7 +191,8 @@ def _compare_rests(
 
 
 def _compare_files(
-  source: file.Readable, expected: checkpoints.Source | checkpoints.TensorFiles
+  source: file.Readable,
+  expected: checkpoints.CheckpointReader | checkpoints.TensorFiles,
 ) -> None:
   with file.Reader(source) as reader:
     own = reader.files()

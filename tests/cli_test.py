@@ -127,12 +127,12 @@ class TestEncode:
     assert report['numbers']['input'] == sum(t.size for t in tensors.values())
     assert report['bytes']['input'] == sum(t.nbytes for t in tensors.values())
     assert report['bytes']['file'] == output.stat().st_size
-    for source in report['sources']:
-      assert set(source) == {'name', 'numbers_saved', 'bytes_saved'}
+    for line in report['lines']:
+      assert set(line) == {'name', 'numbers_saved', 'bytes_saved'}
     for key, numbers in (('bytes_saved', 'bytes'), ('numbers_saved', 'numbers')):
       whole, part = report[numbers].values()
-      assert sum(source[key] for source in report['sources']) == whole - part
-    assert min(source['bytes_saved'] for source in report['sources']) < 0
+      assert sum(line[key] for line in report['lines']) == whole - part
+    assert min(line['bytes_saved'] for line in report['lines']) < 0
 
   def test_free_is_the_default(self, rotbits, tmp_path, encoded):
     output = tmp_path / 'model.rotbits'
@@ -184,7 +184,7 @@ class TestEncode:
     np.testing.assert_array_equal(rotbits_jax.decode(output)['model.a'], tensors['a'])
 
   def test_a_file_that_is_no_saving_is_warned_of(self, rotbits, tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoints.Source, 'input_bytes', 1000)
+    monkeypatch.setattr(checkpoints.CheckpointReader, 'input_bytes', 1000)
     output = tmp_path / 'model.rotbits'
     code, _, err = rotbits('encode', f'--checkpoint={DENSE}', f'--output={output}')
     assert code == 0
@@ -559,7 +559,14 @@ class TestProgram:
     code, out, err = rotbits(command, '--help')
     assert (code, err) == (0, '')
     assert f'rotbits {command} --' in out
-    assert '\nflags:\n' in out
+    listed = out.partition('\nflags:\n')[2].splitlines()
+    assert listed
+    # No heading with the name of a module; the flags of every command come last.
+    assert all(line.startswith('  ') for line in listed)
+    if command != 'completion':
+      names = re.findall(r'^  (?:-v,)?--(?:\[no\])?(\w+):', '\n'.join(listed), re.M)
+      assert names[-2:] == ['json', 'verbose']
+      assert len(names) > 2
     # The example parses: every flag in it is one.
     example = out.partition('Example:\n\n')[2].partition('\n\n')[0]
     module = importlib.import_module(f'rotbits_jax.cli.{command}')
@@ -576,7 +583,8 @@ class TestProgram:
     code, out, err = rotbits(command)
     assert (code, out) == (2, '')
     assert re.fullmatch(
-      f'rotbits {command}: --\\w+ is missing; see rotbits {command} --help\n', err
+      f'rotbits {command}: --\\w+=\\.\\.\\. is missing; see rotbits {command} --help\n',
+      err,
     )
 
   def test_verbose_errors_have_their_traceback(self, rotbits):

@@ -175,9 +175,9 @@ class Checks(parameterized.TestCase):
     self.assertEqual(report.file_bytes, len(data))
     self.assertEqual(report.input_bytes, sum(t.nbytes for t in tensors.values()))
     self.assertEqual(report.input_numbers, sum(t.size for t in tensors.values()))
-    saved = sum(source.bytes_saved for source in report.sources)
+    saved = sum(line.bytes_saved for line in report.lines)
     self.assertEqual(saved, report.input_bytes - report.file_bytes)
-    numbers = sum(source.numbers_saved for source in report.sources)
+    numbers = sum(line.numbers_saved for line in report.lines)
     self.assertEqual(numbers, report.input_numbers - report.stored_numbers)
 
 
@@ -313,7 +313,7 @@ class RoundTripTest(Checks):
     data = rotbits_jax.encode(_load(TINY).model, preset=preset)
     report = rotbits_jax.inspect(data)
     self.assertEqual(
-      [source.name for source in report.sources[:-3]],
+      [line.name for line in report.lines[:-3]],
       [*preset.names, 'rounding'],
     )
     model = rotbits_jax.decode(data)

@@ -102,7 +102,7 @@ class ShardsTest(Base):
     self.assertEqual(index['metadata']['total_size'], total)
     report = rotbits_jax.inspect(self.output)
     self.assertEqual(report.file_bytes, total)
-    saved = sum(source.bytes_saved for source in report.sources)
+    saved = sum(line.bytes_saved for line in report.lines)
     self.assertEqual(saved, report.input_bytes - report.file_bytes)
 
   def test_shards_are_read_as_one_model(self):

@@ -264,7 +264,7 @@ class FileTest(parameterized.TestCase):
   def test_report_adds_up_and_lists_every_segment(self):
     data = _encode(_load(TINY[0]))
     report = rotbits_jax.inspect(data)
-    saved = sum(source.bytes_saved for source in report.sources)
+    saved = sum(line.bytes_saved for line in report.lines)
     self.assertEqual(saved, report.input_bytes - report.file_bytes)
     notes = _notes(data)
     self.assertLen(notes, len(_load(TINY[0]).config.segment_widths))

@@ -225,7 +225,7 @@ class CheckpointTest(parameterized.TestCase):
     self.assertEqual({x.name: x.read_bytes() for x in self.output.iterdir()}, given)
     report = rotbits_jax.inspect(self.file)
     self.assertIsNone(report.family)
-    saved = sum(source.bytes_saved for source in report.sources)
+    saved = sum(line.bytes_saved for line in report.lines)
     self.assertEqual(saved, report.input_bytes - self.file.stat().st_size)
 
   def test_safetensors(self):

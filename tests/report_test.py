@@ -87,9 +87,9 @@ def test_is_whole_and_needs_no_network(encoded, preset):
 
 def test_says_what_inspect_says(encoded):
   page = evaluation.report_page(encoded['free'])
-  for source in rotbits_jax.inspect(encoded['free']).sources:
-    if source.bytes_saved:
-      assert f'{abs(source.bytes_saved):,}<' in page, source
+  for line in rotbits_jax.inspect(encoded['free']).lines:
+    if line.bytes_saved:
+      assert f'{abs(line.bytes_saved):,}<' in page, line
 
 
 def test_escapes_what_a_stranger_wrote():

@@ -116,7 +116,7 @@ class EncodeCheckTest(absltest.TestCase):
     output = folder / 'model.rotbits'
     source = checkpoints.open_checkpoint(TESTDATA / NAME)
 
-    class Faulty(checkpoints.Source):
+    class Faulty(checkpoints.CheckpointReader):
       """A checkpoint that has other numbers when it is read again."""
 
       reads = 0

@@ -25,7 +25,7 @@ from rotbits_jax.checkpoints.gguf_files import packaged_smollm2
 from rotbits_jax.checkpoints.gguf_files import read_gguf
 from rotbits_jax.checkpoints.lazy import LazyTensor
 from rotbits_jax.checkpoints.lazy import TensorSpec
-from rotbits_jax.checkpoints.source import Source
+from rotbits_jax.checkpoints.reader import CheckpointReader
 from rotbits_jax.checkpoints.tensor_files import TensorFiles
 from rotbits_jax.checkpoints.tensor_files import TensorFilesWriter
 from rotbits_jax.checkpoints.tensor_files import WeightsFile
@@ -39,13 +39,13 @@ __all__ = [
   'FAMILIES',
   'Checkpoint',
   'CheckpointError',
+  'CheckpointReader',
   'CheckpointWriter',
   'FactorNames',
   'Factored',
   'Family',
   'Format',
   'LazyTensor',
-  'Source',
   'TensorFiles',
   'TensorFilesWriter',
   'TensorRow',

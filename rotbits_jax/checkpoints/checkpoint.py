@@ -18,8 +18,8 @@ from rotbits_jax.checkpoints import configs
 from rotbits_jax.checkpoints import errors
 from rotbits_jax.checkpoints import gguf_files
 from rotbits_jax.checkpoints import lazy
+from rotbits_jax.checkpoints import reader as reader_lib
 from rotbits_jax.checkpoints import safetensors_files
-from rotbits_jax.checkpoints import source as source_lib
 from rotbits_jax.checkpoints import tensor_files
 from rotbits_jax.checkpoints import tensors as tensors_lib
 from rotbits_jax.checkpoints import torch_zip
@@ -42,7 +42,7 @@ _TORCH_WEIGHTS = 'pytorch_model.bin'
 _TORCH_INDEX = 'pytorch_model.bin.index.json'
 
 
-def open_checkpoint(path: str | os.PathLike[str]) -> source_lib.Source:
+def open_checkpoint(path: str | os.PathLike[str]) -> reader_lib.CheckpointReader:
   """Opens a dense or a sliced checkpoint: names, shapes, dtypes and the config.
 
   Three kinds of directories are supported: Hugging Face's (`model.safetensors`,
@@ -91,7 +91,7 @@ def open_checkpoint(path: str | os.PathLike[str]) -> source_lib.Source:
     config = configs.parse_config(config_json, slicing_json)
   except errors.CheckpointError as e:
     raise errors.UnsupportedError(f'{weights}: {e}') from e
-  return source_lib.Source(
+  return reader_lib.CheckpointReader(
     weights, tensors, config, files=files, stem=stem, weights=shards, left_out=left_out
   )
 
@@ -132,7 +132,7 @@ def open_tensors(
 
 def open_any(
   path: str | os.PathLike[str],
-) -> source_lib.Source | tensor_files.TensorFiles:
+) -> reader_lib.CheckpointReader | tensor_files.TensorFiles:
   """Opens a checkpoint, as plain tensors if it is not of a known family.
 
   Args:

@@ -20,7 +20,7 @@ from rotbits_jax.checkpoints import configs
 from rotbits_jax.checkpoints import errors
 from rotbits_jax.checkpoints import gguf_header
 from rotbits_jax.checkpoints import lazy
-from rotbits_jax.checkpoints import source as source_lib
+from rotbits_jax.checkpoints import reader as reader_lib
 from rotbits_jax.checkpoints.contents import CONFIG
 from rotbits_jax.checkpoints.contents import Checkpoint
 
@@ -76,7 +76,7 @@ def packaged_smollm2() -> pathlib.Path:
 
 def open_gguf(
   path: str | os.PathLike[str], *, dtype: DTypeLike = np.float16
-) -> source_lib.Source:
+) -> reader_lib.CheckpointReader:
   """Opens the GGUF file of a Llama; see `read_gguf`.
 
   Returns:
@@ -99,7 +99,7 @@ def open_gguf(
       tensors[key] = _tensor(name, tensor, file, heads, np.dtype(dtype))
   except errors.CheckpointError as error:
     raise errors.CheckpointError(f'{path}: {error}') from error
-  return source_lib.Source(path, tensors, config, files=files, stem=None)
+  return reader_lib.CheckpointReader(path, tensors, config, files=files, stem=None)
 
 
 def read_gguf(

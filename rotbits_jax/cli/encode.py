@@ -61,7 +61,7 @@ JSON:
   numbers.stored    count of the numbers that the file keeps
   bytes.input       bytes of the input's tensors
   bytes.file        bytes of the file, or of all shards
-  sources           list of objects: name, numbers_saved, bytes_saved; they add up to
+  lines             list of objects: name, numbers_saved, bytes_saved; they add up to
                     the differences above
   remarks           list of sentences on what the decoded weights are
   notes             with --verbose: for each transform, a list of objects

@@ -10,6 +10,11 @@ The bytes saved add up to the difference between the sizes exactly. Layers of on
 are one row; --verbose gives each of them a row. Only the header of the file is read;
 `rotbits verify` reads and checks the rest.
 
+In the tables of the transforms, `form` is the kind of leaf that stands for a tensor;
+`array` says that it was left as it is. `saved` counts numbers. `error` is the greatest
+relative error of a leaf, in the Frobenius norm. For an embedding that is left as it is,
+it is the error of its prediction from the head.
+
 JSON:
 
   preset            name of the preset
@@ -18,7 +23,7 @@ JSON:
   numbers.stored    count of the numbers that the file keeps
   bytes.input       bytes of the input's tensors
   bytes.file        bytes of the file, or of all shards
-  sources           list of objects: name, numbers_saved, bytes_saved; they add up to
+  lines             list of objects: name, numbers_saved, bytes_saved; they add up to
                     the differences above
   remarks           list of sentences on what the decoded weights are
   notes             with --verbose: for each transform, a list of objects

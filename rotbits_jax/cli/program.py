@@ -107,7 +107,7 @@ def run(command: Callable[[], None], flag_values: flags.FlagValues) -> int:
   name = f'rotbits {pathlib.Path(str(module.__file__)).stem}'
   arguments = sys.argv[1:]
   if '--help' in arguments or '-h' in arguments:
-    print(f'{inspect.getdoc(module)}\n\nflags:{_flags_help(flag_values)}')
+    print(f'{inspect.getdoc(module)}\n\nflags:\n{_flags_help(flag_values)}')
     return 0
   logging.getLogger('jax').setLevel(logging.ERROR)  # hides messages like "no GPU found"
   _keep_programs()
@@ -241,7 +241,7 @@ def _parse(flag_values: flags.FlagValues) -> None:
   except flags.Error as error:
     # absl says "Flag --x must have a value other than None."
     missing = re.search(r'flag (--\w+)=None: Flag', str(error))
-    raise flags.Error(f'{missing[1]} is missing') if missing else error from error
+    raise flags.Error(f'{missing[1]}=... is missing') if missing else error from error
   except Exception as error:  # what a config file raises: it is Python
     name = type(error).__name__
     raise ValueError(f'the config cannot be used: {name}: {error}') from error
@@ -250,4 +250,10 @@ def _parse(flag_values: flags.FlagValues) -> None:
 
 
 def _flags_help(flag_values: flags.FlagValues) -> str:
-  return flag_values.get_help(prefix='', include_special_flags=False).partition(':')[2]
+  """Returns the help of a command's own flags, then that of the flags of every command.
+
+  absl puts flags under the names of the modules that define them, which a user need not
+  know.
+  """
+  modules = sorted(flag_values.flags_by_module_dict(), key=lambda x: x == __name__)
+  return '\n'.join(flag_values.module_help(x).partition(':\n')[2] for x in modules)

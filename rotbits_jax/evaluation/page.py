@@ -83,11 +83,11 @@ def report_page(source: file.Readable) -> str:
 def waterfall(report: report_lib.Report) -> str:
   """Draws how the bytes of the tensors become those of the file."""
   rows, left = [('tensors', 0, report.input_bytes, 'whole')], report.input_bytes
-  for source in report.sources:
-    after = left - source.bytes_saved
-    kind = 'less' if source.bytes_saved >= 0 else 'more'
-    if source.bytes_saved:
-      rows.append((source.name, min(left, after), abs(source.bytes_saved), kind))
+  for line in report.lines:
+    after = left - line.bytes_saved
+    kind = 'less' if line.bytes_saved >= 0 else 'more'
+    if line.bytes_saved:
+      rows.append((line.name, min(left, after), abs(line.bytes_saved), kind))
     left = after
   rows.append(('file', 0, report.file_bytes, 'whole'))
   most = max(begin + size for _, begin, size, _ in rows)

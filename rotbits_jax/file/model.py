@@ -72,7 +72,7 @@ class Job:
     Returns None if a run cannot be resumed.
     """
     preset = self.preset
-    if not isinstance(self.source, checkpoints.Source) or preset.message:
+    if not isinstance(self.source, checkpoints.CheckpointReader) or preset.message:
       return None
     if not preset.by_options:
       return None

@@ -10,7 +10,7 @@ from rotbits_jax.file import reader as reader_lib
 from rotbits_jax.symmetries import transform
 
 
-class Source(NamedTuple):
+class ReportLine(NamedTuple):
   """A line of the report. All lines add up to the whole saving."""
 
   name: str
@@ -28,7 +28,7 @@ class Report(NamedTuple):
     stored_numbers: number of numbers that the file stores.
     input_bytes: number of bytes of the tensors of the input.
     file_bytes: size of the file.
-    sources: the sources of the difference between the sizes.
+    lines: one for each cause of the difference between the sizes.
     notes: the notes of each transform, by its name. A note tells what the transform did
       to a tensor.
   """
@@ -39,7 +39,7 @@ class Report(NamedTuple):
   stored_numbers: int
   input_bytes: int
   file_bytes: int
-  sources: list[Source]
+  lines: list[ReportLine]
   notes: dict[str, list[dict[str, Any]]]
 
   def to_json(self, *, verbose: bool = False) -> dict[str, Any]:
@@ -49,7 +49,7 @@ class Report(NamedTuple):
       'family': self.family,
       'numbers': {'input': self.input_numbers, 'stored': self.stored_numbers},
       'bytes': {'input': self.input_bytes, 'file': self.file_bytes},
-      'sources': [source._asdict() for source in self.sources],
+      'lines': [line._asdict() for line in self.lines],
       'remarks': self.remarks(),
     }
     return value | {'notes': self.notes} if verbose else value
@@ -71,7 +71,7 @@ class Report(NamedTuple):
     lines += [
       f'- {s.name:22}{-s.numbers_saved:16,}{-s.bytes_saved:18,}'
       f'{share(-s.bytes_saved, self.input_bytes)}'
-      for s in self.sources
+      for s in self.lines
     ]
     lines.append(
       f'{"file":24}{self.stored_numbers:16,}{self.file_bytes:18,}'
@@ -159,14 +159,14 @@ def from_reader(reader: reader_lib.Reader) -> Report:
   file_bytes = sum(file.nbytes for own in reader.manifests for file in own.files)
   coded_bytes = reader.stream_bytes() - file_bytes
   uncoded_bytes = input_bytes - sum(saving.bytes for saving in savings.values())
-  sources = [Source(x.name, x.numbers, x.bytes) for x in savings.values()]
+  lines = [ReportLine(x.name, x.numbers, x.bytes) for x in savings.values()]
   order_bytes = int(sum(unit.order_bits for unit in reader.units.values()) // 8)
   if order_bytes:
-    sources.append(Source('neuron order', 0, order_bytes))
-  sources += [
-    Source('coding', 0, uncoded_bytes - coded_bytes - order_bytes),
-    Source('tokenizer and settings', 0, -file_bytes),
-    Source('file overhead', 0, reader.stream_bytes() - reader.size),
+    lines.append(ReportLine('neuron order', 0, order_bytes))
+  lines += [
+    ReportLine('coding', 0, uncoded_bytes - coded_bytes - order_bytes),
+    ReportLine('tokenizer and settings', 0, -file_bytes),
+    ReportLine('file overhead', 0, reader.stream_bytes() - reader.size),
   ]
   return Report(
     preset=reader.preset,
@@ -175,7 +175,7 @@ def from_reader(reader: reader_lib.Reader) -> Report:
     stored_numbers=numbers - sum(saving.numbers for saving in savings.values()),
     input_bytes=input_bytes,
     file_bytes=reader.size,
-    sources=sources,
+    lines=lines,
     notes={saving.name: saving.notes for saving in savings.values() if saving.notes},
   )
 

@@ -89,7 +89,8 @@ class Model:
   def specs(self, index: int | None) -> Params:
     """Returns `layer(index)`, or `outer()` for None.
 
-    `checkpoints.Source.specs` is its counterpart, which gives shapes and dtypes only.
+    `checkpoints.CheckpointReader.specs` is its counterpart, which gives shapes and
+    dtypes only.
     """
     return self.outer() if index is None else self.layer(index)
 

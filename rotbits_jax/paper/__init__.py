@@ -81,6 +81,5 @@ from rotbits_jax.paper.encoder import Encoded
 from rotbits_jax.paper.encoder import encode
 from rotbits_jax.paper.encoder import refuse
 from rotbits_jax.paper.options import Options
-from rotbits_jax.paper.segments import Source
 
-__all__ = ['Encoded', 'Options', 'Source', 'decode', 'encode', 'refuse']
+__all__ = ['Encoded', 'Options', 'decode', 'encode', 'refuse']

@@ -13,6 +13,7 @@ import numpy as np
 
 from rotbits_jax import checksums as checksums_lib
 from rotbits_jax import structured
+from rotbits_jax import symmetries
 from rotbits_jax.coding import rans
 from rotbits_jax.coding import tables as tables_lib
 from rotbits_jax.coding.bits_back import numbers
@@ -49,7 +50,7 @@ class Encoded(NamedTuple):
   digests: dict[str, int]
 
 
-def refuse(source: segments.Source, options: options_lib.Options) -> None:
+def refuse(source: symmetries.Source, options: options_lib.Options) -> None:
   """Raises an error if a model cannot be coded. It reads only shapes and dtypes.
 
   Args:
@@ -82,7 +83,7 @@ def refuse(source: segments.Source, options: options_lib.Options) -> None:
 
 
 def encode(
-  source: segments.Source,
+  source: symmetries.Source,
   options: options_lib.Options,
   spill: word_stack.Spill,
   *,
@@ -155,7 +156,7 @@ class _Encoder:
 
   def __init__(
     self,
-    source: segments.Source,
+    source: symmetries.Source,
     options: options_lib.Options,
     spill: word_stack.Spill,
   ):

@@ -6,26 +6,16 @@ segment to the next. The parameters are read from a source one layer at a time.
 """
 
 import functools
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from rotbits_jax import models
 from rotbits_jax import structured
+from rotbits_jax import symmetries
 
 Shapes = dict[str, tuple[int, ...]]  # by paths like 'layers.3/attention/query/kernel'
 Arrays = dict[str, np.ndarray]
-
-
-class Source(Protocol):
-  """A checkpoint or a model, whose layers are read one at a time."""
-
-  @property
-  def config(self) -> models.ModelConfig: ...
-
-  def outer(self) -> models.Params: ...
-
-  def layer(self, index: int, /) -> models.Params: ...
 
 
 class Parts(NamedTuple):
@@ -112,7 +102,7 @@ class Reader:
   It holds at most two layers, or one layer and the parameters outside the layers.
   """
 
-  def __init__(self, source: Source):
+  def __init__(self, source: symmetries.Source):
     def unit(index: int | None) -> dict[str, Any]:
       tree = source.outer() if index is None else source.layer(index)
       return structured.flatten(tree)

@@ -16,7 +16,7 @@ from rotbits_jax.checkpoints import tensors as tensors_lib
 from rotbits_jax.checkpoints.contents import Checkpoint
 
 
-class Source:
+class CheckpointReader:
   """A checkpoint whose parameters are read when they are requested.
 
   Opening a checkpoint reads its names, shapes, dtypes and config. Each call of `outer`
