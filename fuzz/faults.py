@@ -32,6 +32,7 @@ import tempfile
 import threading
 import time
 from typing import Any, NamedTuple
+from unittest import mock
 
 from absl import flags
 import numpy as np
@@ -209,11 +210,19 @@ _CODES = {'disk full': program.BAD_INPUT, 'interrupted': 130}
 
 def run(arguments: list[str]) -> tuple[int, str]:
   """Runs a command in this process; returns the exit code and the last error."""
-  for module in cli.COMMANDS:  # a module holds its flags' values
-    sys.modules.pop(f'rotbits_jax.cli.{module}', None)
-  sys.argv, stream = ['rotbits', *arguments], io.StringIO()
-  with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(stream):
-    code = cli.main()
+  names = [f'rotbits_jax.cli.{command}' for command in cli.COMMANDS]
+  # A module holds its flags' values, but a command must begin without values.
+  modules = {name: sys.modules.pop(name) for name in names if name in sys.modules}
+  stream = io.StringIO()
+  try:
+    with (
+      mock.patch.object(sys, 'argv', ['rotbits', *arguments]),
+      contextlib.redirect_stdout(io.StringIO()),
+      contextlib.redirect_stderr(stream),
+    ):
+      code = cli.main()
+  finally:
+    sys.modules.update(modules)
   return code, stream.getvalue().strip().rpartition('\n')[-1]
 
 
