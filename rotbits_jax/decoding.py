@@ -107,7 +107,7 @@ def decode_checkpoint(
     model = reader.model(show_progress=progress)
     if not isinstance(model, models.Model):
       raise file.ContainerError(
-        'the file holds plain arrays, not a model of a known family'
+        'the file holds plain tensors, not a model of a known family'
       )
     return checkpoints.Checkpoint(model, reader.files(), reader.stem)
 

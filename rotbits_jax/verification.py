@@ -88,7 +88,9 @@ def verify(
   expected = checkpoints.open_checkpoint(against)
   with file.Reader(source) as reader:
     if config != expected.config:
-      raise file.ContainerError(f'the config is not that of {against}')
+      raise file.ContainerError(
+        f'the file is of another model: its config is not that of {against}'
+      )
   exact = preset == 'exact'
   counts = read_all(source, expected if exact else None, progress=progress)
   _compare_files(source, expected)

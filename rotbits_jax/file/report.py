@@ -64,7 +64,7 @@ class Report(NamedTuple):
     share = lambda n, whole: f'{100 * n / whole:7.2f}%' if whole else ''
     lines = [
       f'preset {self.preset}, '
-      + (f'family {self.family}' if self.family else 'plain arrays'),
+      + (f'family {self.family}' if self.family else 'plain tensors'),
       f'{"":24}{"numbers":>16}{"bytes":>18}',
       f'{"tensors":24}{self.input_numbers:16,}{self.input_bytes:18,}',
     ]

@@ -57,7 +57,13 @@ class Tied(Dependent):
 
   def expand(self, *needed: Any) -> jax.Array:
     (head,) = needed
-    return self.rows(head, jnp.arange(self.tokens)).astype(self.dtype)
+    # In blocks, because the rows and the head's columns are float32 until the end.
+    return jnp.concatenate(
+      [
+        self.rows(head, jnp.arange(self.tokens)[block]).astype(self.dtype)
+        for block in token_blocks(head)
+      ]
+    )
 
   def rows(self, *needed_and_indices: Any) -> jax.Array:
     """Returns the rows of some tokens; the other rows are not computed.

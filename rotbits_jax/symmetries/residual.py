@@ -271,11 +271,14 @@ def _outer(
   config = context.config
   axes = tuple(models.layout.outer_axes(config).items())
   flat = structured.flatten(_plain(outer))
+  outer.clear()  # so that the memory of a parameter is free once it is rotated
   if not config.sliced:
     flat = norms.folded_outer(config, flat)
-  turned = rotations_lib.jitted_turn_parameters(
-    flat, (state.first, state.rotation), axes=axes
-  )
+  turned: dict[str, Any] = {}
+  for path in list(flat):
+    turned |= rotations_lib.jitted_turn_parameters(
+      {path: flat.pop(path)}, (state.first, state.rotation), axes=axes
+    )
   notes = []
   blocks = [int(x) for x in state.blocks]
   if blocks:

@@ -148,9 +148,11 @@ class Transform(NamedTuple):
       any part of the source.
     layers: takes the context, the state, the index of the first layer and consecutive
       layers. It returns the next state, the rewritten layers, and the savings of each
-      layer. Numbers are float32, unless `rewrite` got no rounding.
+      layer. Numbers are float32, unless `rewrite` got no rounding. It may empty the
+      list that it got, to free memory.
     outer: takes the context, the state after the last layer and the parameters outside
-      the layers. It returns the rewritten parameters and their savings.
+      the layers. It returns the rewritten parameters and their savings. It may empty
+      the dict that it got.
     skip: takes the arguments of `layers` and returns the next state only.
   """
 
@@ -358,8 +360,8 @@ def rewrite(
     given_outer = _given(context.source.outer(), rounding is not None)
     given_outer, saved = transform.outer(context, state, given_outer)
     units = []
-    for name, tree in given_outer.items():
-      stored, more = _stored({name: tree}, context, '', rounding)
+    for name in list(given_outer):
+      stored, more = _stored({name: given_outer.pop(name)}, context, '', rounding)
       units.append(Unit(name, stored, more if units else saved + more))
     yield units, state
 
