@@ -294,7 +294,7 @@ class TestCommand:
   @pytest.mark.parametrize(
     ('arguments', 'match'),
     [
-      (['--prompt= '], 'the text has no words'),
+      (['--prompt= '], '--prompt has no words'),
       (['--prompt=w1', '--max_tokens=100000'], 'positions, got 1 tokens'),
       (['--prompt=w1', '--temperature=-1'], 'temperature'),
       (['--prompt=w1', '--top_k=0'], 'top_k must be from 1 to 69'),
