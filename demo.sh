@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # A dense language model becomes a small file: slices, encodes, decodes and evaluates
 # SmolLM2-135M, and prints one table.
-#   bash demo.sh            ten minutes on two cores
+#   bash demo.sh            seven minutes on two cores
 #   bash demo.sh --quick    the same on a small model that is sliced already: a minute
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
