@@ -117,6 +117,14 @@ class TreeTest(parameterized.TestCase):
       with self.assertRaisesRegex(rotbits_jax.ContainerError, words):
         read(data)
 
+  def test_a_leaf_under_another_key_is_refused(self):
+    data = rotbits_jax.encode({'a': {'b': np.arange(8.0)}})
+    streams, manifest = containers.unpack(data)
+    manifest['units'][0]['leaves'][0]['path'] = 'c/b'
+    data = containers.pack(streams, containers.to_json(manifest))
+    with self.assertRaisesRegex(rotbits_jax.ContainerError, 'a: .* under its name'):
+      rotbits_jax.load(data)
+
   def test_an_axis_may_have_the_greatest_length(self):
     leaf = structured.Constant(np.float16(1), ((1 << 31) - 1, 0))
     decoded = rotbits_jax.load(rotbits_jax.encode({'a': leaf}))

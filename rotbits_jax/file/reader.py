@@ -107,20 +107,26 @@ class Reader:
       )
 
   def _check_paths(self) -> None:
-    """Checks that no two units have leaves for one place in the tree.
+    """Checks the paths of leaves, if there is no model to check them by.
+
+    A unit of a PyTree has all leaves under one key of the outermost level, which is its
+    name. Tensors of a checkpoint are not in a tree, and the names of two may begin
+    alike.
 
     Raises:
-      ContainerError: if two have.
+      ContainerError: if a leaf has another place, or two leaves have one.
     """
     seen: set[str] = set()
     for name, unit in self.units.items():
-      # Tensors of a checkpoint are not in a tree. The names of two may begin alike.
-      tensors = {leaf.path for leaf in unit.leaves} if self.weights_files else None
-      own = unit.first_keys() if tensors is None else tensors
       with self._units.files[name].errors():
+        if not self.weights_files:
+          if unit.first_keys() != {name}:
+            raise ContainerError(f'{name}: a leaf of the unit is not under its name')
+          continue
+        own = {leaf.path for leaf in unit.leaves}
         if seen & own:
-          raise ContainerError(f'{unit.name}: it has a leaf of another unit')
-      seen |= own
+          raise ContainerError(f'{name}: it has a leaf of another unit')
+        seen |= own
 
   def __enter__(self) -> Self:
     return self
