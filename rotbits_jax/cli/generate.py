@@ -86,9 +86,9 @@ def stream_text(
 
 
 def main() -> None:
-  model, files, _ = program.read_model(_MODEL.value)
   if not _PROMPT.value.strip():
     raise ValueError('--prompt has no words')
+  model, files, _ = program.read_model(_MODEL.value)
   prompt = evaluation.encode_text(files, _PROMPT.value)
   tokens = generation.generate(
     model,

@@ -117,16 +117,15 @@ class Reader:
       ContainerError: if a leaf has another place, or two leaves have one.
     """
     seen: set[str] = set()
+    is_tree = not self.weights_files
     for name, unit in self.units.items():
+      own = unit.first_keys() if is_tree else {leaf.path for leaf in unit.leaves}
       with self._units.files[name].errors():
-        if not self.weights_files:
-          if unit.first_keys() != {name}:
-            raise ContainerError(f'{name}: a leaf of the unit is not under its name')
-          continue
-        own = {leaf.path for leaf in unit.leaves}
+        if is_tree and own != {name}:
+          raise ContainerError(f'{name}: a leaf of the unit is not under its name')
         if seen & own:
           raise ContainerError(f'{name}: it has a leaf of another unit')
-        seen |= own
+      seen |= own
 
   def __enter__(self) -> Self:
     return self

@@ -57,13 +57,10 @@ class Tied(Dependent):
 
   def expand(self, *needed: Any) -> jax.Array:
     (head,) = needed
+    tokens = jnp.arange(self.tokens)
     # In blocks, because the rows and the head's columns are float32 until the end.
-    return jnp.concatenate(
-      [
-        self.rows(head, jnp.arange(self.tokens)[block]).astype(self.dtype)
-        for block in token_blocks(head)
-      ]
-    )
+    rows = lambda block: self.rows(head, tokens[block]).astype(self.dtype)
+    return jnp.concatenate([rows(block) for block in token_blocks(head)])
 
   def rows(self, *needed_and_indices: Any) -> jax.Array:
     """Returns the rows of some tokens; the other rows are not computed.
