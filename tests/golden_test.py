@@ -19,7 +19,9 @@ TOGETHER = {
   'JAX_ENABLE_X64': '1',
   'JAX_NUMPY_DTYPE_PROMOTION': 'strict',
   'JAX_DEFAULT_MATMUL_PRECISION': 'bfloat16',
-  'XLA_FLAGS': '--xla_force_host_platform_device_count=8',
+  'XLA_FLAGS': (
+    f'{os.environ.get("XLA_FLAGS", "")} --xla_force_host_platform_device_count=8'
+  ),
 }
 ALONE = [
   {},

@@ -145,8 +145,14 @@ class IntegersTest(parameterized.TestCase):
     plain, loaded = (rotbits_jax.load(_file(-3.0), integers=x) for x in (False, True))
     self.assertLess(_nbytes(loaded.params), _nbytes(plain.params) / 2)
 
-  @parameterized.parameters(TINY, 'llama-tiny-dense')
-  def test_predictions_are_the_same(self, name):
+  def test_predictions_are_the_same(self):
+    self.check_predictions(TINY)
+
+  @pytest.mark.slow
+  def test_predictions_of_a_dense_model_are_the_same(self):
+    self.check_predictions('llama-tiny-dense')
+
+  def check_predictions(self, name):
     data = rotbits_jax.encode(_load(name).model, preset='near')
     tokens = np.arange(8)[None]
     logits, taken = jax.jit(models.logits), []

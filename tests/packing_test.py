@@ -9,6 +9,7 @@ from absl.testing import parameterized
 import jax
 import ml_dtypes
 import numpy as np
+import pytest
 import random_models
 
 from benchmarks import levels as benchmark
@@ -284,8 +285,14 @@ class FileTest(parameterized.TestCase):
     self.assertIn('layers.*/mlp/down/kernel', found.offsets)
     self.assertNotIn(f'layers.*/{path}', found.offsets)
 
-  @parameterized.parameters('encode', 'search')
-  def test_near_packs_each_matrix_once(self, job):
+  def test_near_packs_each_matrix_once(self):
+    self.check_matrices_are_packed_once('encode')
+
+  @pytest.mark.slow
+  def test_the_search_packs_each_matrix_once(self):
+    self.check_matrices_are_packed_once('search')
+
+  def check_matrices_are_packed_once(self, job):
     model, find, found = _dequantised_model(), packing.find, []
 
     def noted(arrays):

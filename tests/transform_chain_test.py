@@ -354,8 +354,7 @@ class RewriteTest(parameterized.TestCase):
 
 
 def mesh_sources():
-  """Yields models with more layers than devices: of one width, and of many widths."""
-  yield 'alike', random_models.sliced_llama([18] * 18 + [24], np.float16)
+  """Yields models with more layers than devices: sliced to many widths, and dense."""
   widths = [16, 16, 18, 18] + [14] * 14 + [24]
   yield 'widths', random_models.sliced_llama(widths, np.float32)
   config = random_models.BASE | {'num_hidden_layers': 9, 'vocab_size': 64}

@@ -12,10 +12,10 @@ import jax
 import numpy as np
 
 from rotbits_jax import checkpoints
-from rotbits_jax import models
 from rotbits_jax import structured
 from rotbits_jax import symmetries
 from rotbits_jax.symmetries.transform import leaves
+from tests import transform_checks
 
 TESTDATA = pathlib.Path(__file__).parent / 'testdata'
 CHECKPOINTS = tuple(
@@ -62,15 +62,12 @@ def _logits(checkpoint, transform=None, *, rerounded=False):
   model = _load(checkpoint)
   if transform is not None:
     before, (model, _) = model, _applied(transform, checkpoint)
-    if _same_bits(model, before):  # nothing to compile
+    if _same_bits(model, before):
       return _logits(checkpoint)
   if rerounded:
     model = symmetries.randomly_rotated(model, key=jax.random.key(0))
   tokens = np.load(TESTDATA / checkpoint / 'ref_logits.npz')['input_ids'][:, :24]
-  fast_compile = {'xla_backend_optimization_level': 0}
-  return np.asarray(
-    jax.jit(models.logits, compiler_options=fast_compile)(model, tokens)
-  )
+  return transform_checks.fast_logits(model, tokens)
 
 
 def _same_bits(a, b):

@@ -186,8 +186,13 @@ def materialize(tree: Any) -> Any:
     ValueError: if a leaf is dependent; `models.materialize` materializes these, too.
   """
   return jax.tree.map(
-    lambda x: x.materialize() if is_structured(x) else x, tree, is_leaf=is_structured
+    lambda x: _materialize(x) if is_structured(x) else x, tree, is_leaf=is_structured
   )
+
+
+@jax.jit
+def _materialize(leaf: Structured) -> jax.Array:
+  return leaf.materialize()
 
 
 def astype(tree: Any, dtype: Any) -> Any:

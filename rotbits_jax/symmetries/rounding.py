@@ -134,32 +134,38 @@ class Effect(NamedTuple):
 def round_leaf(
   leaf: Any,
   dtype: np.dtype,
-  octaves: float | None,
+  octaves: float,
   uniform: bool,
   inputs: Inputs | None = None,
 ) -> tuple[Any, Effect]:
-  """Rounds an array or a structured leaf on its device.
+  """Rounds an array or a structured leaf on its device to a common step.
 
   Args:
     leaf: the leaf, with float32 arrays. Arrays of integers are not changed. Arrays with
       one row or column have few numbers; they are rounded to the nearest number.
     dtype: dtype of the parameter.
-    octaves: see `Rounding`.
+    octaves: log2 of the step over the rms, see `Rounding`.
     uniform: see `Rounding`.
     inputs: see `Rounding`; they are not used for structured leaves.
 
   Returns:
-    The leaf and the effect, which is zero if `octaves` is None. Numbers that are too
-    large for the dtype become infinite.
+    The leaf and the effect. Numbers that are too large for the dtype become infinite.
   """
-  if octaves is None:
-    return _to_nearest(leaf, dtype), _NO_EFFECT
   moments, axis = inputs or (None, 0)
   return _round(leaf, np.float32(octaves), moments, dtype, uniform, axis)
 
 
-_NO_EFFECT = Effect(*[np.float32(0)] * 4)
-_to_nearest = jax.jit(structured.astype, static_argnums=1)
+@functools.partial(jax.jit, static_argnums=1)
+def to_nearest(
+  leaves: dict[str, Any], dtypes: tuple[tuple[str, np.dtype], ...]
+) -> dict[str, Any]:
+  """Rounds leaves to the nearest numbers of their dtypes, all in one program.
+
+  Args:
+    leaves: arrays and structured leaves, float32.
+    dtypes: the key and the dtype of each leaf.
+  """
+  return {key: structured.astype(leaves[key], dtype) for key, dtype in dtypes}
 
 
 @functools.partial(jax.jit, static_argnums=(3, 4, 5))

@@ -36,6 +36,7 @@ from rotbits_jax.symmetries.rounding import NEAREST
 from rotbits_jax.symmetries.rounding import Rounding
 from rotbits_jax.symmetries.rounding import is_matrix
 from rotbits_jax.symmetries.rounding import round_leaf
+from rotbits_jax.symmetries.rounding import to_nearest
 
 Note = dict[str, Any]  # JSON values
 State = Any  # a PyTree of arrays
@@ -357,7 +358,10 @@ def rewrite(
       # The state is on the device of the last layer. The parameters outside the layers
       # are on the first device.
       state = _on_device(state, context.mesh.devices.flat[0])
-    given_outer = _given(context.source.outer(), rounding is not None)
+    given_outer: models.Params = {}
+    for name, tree in context.source.outer().items():
+      # One by one, because both dtypes of a parameter are in memory meanwhile.
+      given_outer |= _given({name: tree}, rounding is not None)
     given_outer, saved = transform.outer(context, state, given_outer)
     units = []
     for name in list(given_outer):
@@ -535,10 +539,10 @@ def _on_device(state: State, device: Any) -> State:
 def _given(tree: models.Params, widen: bool, device: Any = None) -> models.Params:
   """Returns the parameters for a transform: float32 on a device, or as stored."""
   flat = structured.flatten(tree)
+  if widen:
+    return structured.unflatten(_widen(jax.device_put(flat, device)))
   for path, leaf in flat.items():
-    if widen:
-      flat[path] = _widen(jax.device_put(leaf, device))
-    elif isinstance(leaf, structured.Multiples):
+    if isinstance(leaf, structured.Multiples):
       flat[path] = leaf.materialize()
   return structured.unflatten(flat)
 
@@ -554,13 +558,16 @@ def _stored(
   flat = structured.flatten(tree)
   if rounding is None:
     return structured.unflatten(jax.device_get(flat)), []
-  effects, originals = {}, {}
+  effects, originals, nearest = {}, {}, {}
   for path, leaf in flat.items():
     dtype = context.dtypes.get(prefix + path, context.dtype)
     if any(isinstance(x, jax.Array) for x in jax.tree.leaves(leaf)):
       octaves = rounding.octaves(prefix + path, dtype)
+      if octaves is None or (structured.is_plain(leaf) and not is_matrix(leaf)):
+        nearest[path] = dtype
+        continue
       if context.pack and rounding.uniform and structured.is_plain(leaf):
-        original = packings.narrowed(leaf, dtype) if is_matrix(leaf) else None
+        original = packings.narrowed(leaf, dtype)
         if original is not None:
           originals[prefix + path] = original
       flat[path], effects[path] = round_leaf(
@@ -568,6 +575,8 @@ def _stored(
       )
     else:
       flat[path] = structured.astype(leaf, dtype)
+  own = {path: flat[path] for path in nearest}
+  flat |= to_nearest(own, tuple(nearest.items()))
   flat, effects = jax.device_get((flat, effects))
   if context.pack and originals:
     for whole, packing in context.pack(originals).items():
@@ -591,10 +600,13 @@ ROUNDING = 'rounding'
 
 
 @jax.jit
-def _widen(leaf: Any) -> Any:
-  """Returns a leaf in float32; a transform gets the array of `Multiples`."""
-  leaf = leaf.materialize() if isinstance(leaf, structured.Multiples) else leaf
-  return structured.astype(leaf, jnp.float32)
+def _widen(flat: dict[str, Any]) -> dict[str, Any]:
+  """Returns leaves in float32; a transform gets the arrays of `Multiples`."""
+  arrays = {
+    path: leaf.materialize() if isinstance(leaf, structured.Multiples) else leaf
+    for path, leaf in flat.items()
+  }
+  return structured.astype(arrays, jnp.float32)
 
 
 # ---- a function of one layer over several ------------------------------------------
