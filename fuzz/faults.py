@@ -58,7 +58,7 @@ FAULTS = ('killed', 'killed later', 'disk full', 'interrupted')
 _TAKE_ROOM = ('open', 'os.mkdir', 'os.rename', 'os.truncate')
 _CHANGES = (*_TAKE_ROOM, 'os.chmod', 'os.remove', 'os.rmdir')
 _NAME = 'out'
-_SHARDS = '--shard_size=4000'
+_SHARDS = '--shard_size=4KB'
 _PAGE = 4096  # bytes
 _SIZES = 12  # of a file system that is too small
 _WRITERS = 6  # how often two runs write the same output
@@ -210,19 +210,13 @@ _CODES = {'disk full': program.BAD_INPUT, 'interrupted': 130}
 
 def run(arguments: list[str]) -> tuple[int, str]:
   """Runs a command in this process; returns the exit code and the last error."""
-  names = [f'rotbits_jax.cli.{command}' for command in cli.COMMANDS]
-  # A module holds its flags' values, but a command must begin without values.
-  modules = {name: sys.modules.pop(name) for name in names if name in sys.modules}
   stream = io.StringIO()
-  try:
-    with (
-      mock.patch.object(sys, 'argv', ['rotbits', *arguments]),
-      contextlib.redirect_stdout(io.StringIO()),
-      contextlib.redirect_stderr(stream),
-    ):
-      code = cli.main()
-  finally:
-    sys.modules.update(modules)
+  with (
+    mock.patch.object(sys, 'argv', ['rotbits', *arguments]),
+    contextlib.redirect_stdout(io.StringIO()),
+    contextlib.redirect_stderr(stream),
+  ):
+    code = cli.main()
   return code, stream.getvalue().strip().rpartition('\n')[-1]
 
 

@@ -28,6 +28,7 @@ class Progress:
     self._task, self._total, self._unit = task, total, unit
     self._done, self._stage = 0, ''
     self._started = self._told = time.monotonic()
+    self._first = 0, self._started  # what was done first, and when
     terminal = sys.stderr.isatty()
     self._show, self._lines = show, show and not terminal
     self._bar = tqdm.tqdm(
@@ -54,6 +55,10 @@ class Progress:
   def update(self, count: int = 1) -> None:
     """Counts `count` more units as done."""
     self._done += count
+    if not self._first[0]:
+      # Programs are compiled for the first unit. The time of the others is like that of
+      # those to come.
+      self._first = self._done, time.monotonic()
     self._bar.update(count)
     self._tell()
 
@@ -74,8 +79,10 @@ class Progress:
     self._told = now
     spent = now - self._started
     text = f'{self._done} of {self._total} {self._unit}s, {_clock(spent)}'
-    if self._done:
-      text += f', {_clock(spent / self._done * (self._total - self._done))} to go'
+    done, since = self._first
+    if self._done > done:
+      to_go = (now - since) / (self._done - done) * (self._total - self._done)
+      text += f', {_clock(to_go)} to go'
     self.say(text + (f' ({self._stage})' if self._stage else ''))
 
 

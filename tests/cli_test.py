@@ -34,22 +34,6 @@ WEIGHTS = SLICED / 'Llama-2-tiny_0.25.pt'
 pytestmark = pytest.mark.filterwarnings('ignore:.*load_module:DeprecationWarning')
 
 
-@pytest.fixture(name='rotbits')
-def _rotbits(monkeypatch, capsys):
-  """Runs `rotbits ARGS` in this process; returns exit code, stdout and stderr."""
-
-  def run(*args):
-    # A module keeps the values of its flags, but a command must begin without values.
-    for name in main.COMMANDS:
-      monkeypatch.delitem(sys.modules, f'rotbits_jax.cli.{name}', raising=False)
-    monkeypatch.setattr(sys, 'argv', ['rotbits', *map(str, args)])
-    capsys.readouterr()
-    code = main.main()
-    return code, *capsys.readouterr()
-
-  return run
-
-
 @pytest.fixture(scope='module', name='encoded')
 def _encoded(tmp_path_factory):
   """Encodes the sliced checkpoint with each preset."""
@@ -424,6 +408,7 @@ class TestBadInput:
       (['--output=OUT', '--config=free', '--config.preset=none'], 'none'),
       (['--output=OUT', '--shard_size=much'], 'size like 2GB'),
       (['--output=OUT', '--shard_size=0MB'], 'size like 2GB'),
+      (['--output=OUT', '--shard_size=4'], 'size like 2GB'),
       (['--output=OUT', '--preset=paper', '--shard_size=1MB'], 'in shards'),
     ],
   )

@@ -13,6 +13,7 @@ With ROTBITS_TEST_OPTIMISED set, XLA optimises as it does for users.
 import gc
 import os
 import pathlib
+import sys
 import tempfile
 
 import pytest
@@ -50,3 +51,17 @@ def _few_compiled_programs():
 
     jax.clear_caches()
     gc.collect()
+
+
+@pytest.fixture(name='rotbits')
+def _rotbits(monkeypatch, capsys):
+  """Runs `rotbits ARGS` in this process; returns exit code, stdout and stderr."""
+  from rotbits_jax.cli import main  # after XLA_FLAGS are set
+
+  def run(*args):
+    monkeypatch.setattr(sys, 'argv', ['rotbits', *map(str, args)])
+    capsys.readouterr()
+    code = main.main()
+    return code, *capsys.readouterr()
+
+  return run

@@ -36,7 +36,13 @@ def test_an_input_of_the_corpus_ends_in_the_error_that_is_promised(path):
   assert time.process_time() - start < 5
 
 
-@pytest.mark.parametrize('name', list(targets.TARGETS))
+@pytest.mark.parametrize(
+  'name',
+  [
+    pytest.param(name, marks=pytest.mark.slow) if name == 'container' else name
+    for name in targets.TARGETS
+  ],
+)
 def test_a_target_reads_its_seeds(name):
   target = targets.TARGETS[name]
   inputs = list(target.seeds())

@@ -46,6 +46,8 @@ def check(settings):
   assert ' 0 differ' in done.stdout
 
 
+@pytest.mark.slow
+@pytest.mark.daily
 def test_all_settings_at_once():
   check(TOGETHER)
 

@@ -194,6 +194,7 @@ class IntegersTest(parameterized.TestCase):
     self.assertEmpty(_multiples(loaded))
     self.assert_same_bits(rotbits_jax.load(data), loaded)
 
+  @pytest.mark.slow
   def test_a_model_of_integers_is_stored_as_its_arrays(self):
     plain, loaded = (rotbits_jax.load(_file(-3.0), integers=x) for x in (False, True))
     for preset in ('exact', 'free'):

@@ -265,6 +265,7 @@ class FileTest(parameterized.TestCase):
         self.assertEqual(kinds, {'levels', ''})
     self.assertLessEqual(sizes['near'], sizes['exact'])
 
+  @pytest.mark.slow
   def test_the_search_for_steps_leaves_kept_numbers_out(self):
     model, path = _model(**_TIED), 'mlp/up/kernel'
     layers = list(model.layers())

@@ -146,7 +146,7 @@ class MarginTest(SchemeTestCase):
 
   def test_errors_beyond_the_margin_are_noticed(self):
     with self.assertRaisesRegex(ValueError, 'beyond the margin'):
-      self.decode_elsewhere(self.model(np.float16), 'polar_shortcut', error=1e5)
+      self.decode_elsewhere(self.model(np.float32), 'polar_shortcut', error=1e5)
 
 
 @pytest.mark.slow

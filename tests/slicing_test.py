@@ -3,7 +3,6 @@
 import functools
 import json
 import pathlib
-import sys
 
 from absl.testing import absltest
 from absl.testing import parameterized
@@ -20,7 +19,6 @@ from rotbits_jax import checkpoints
 from rotbits_jax import evaluation
 from rotbits_jax import models
 from rotbits_jax import slicing
-from rotbits_jax.cli import main
 from rotbits_jax.models import transformer
 from rotbits_jax.slicing import calibration
 from rotbits_jax.slicing import slicegpt
@@ -362,20 +360,14 @@ class TestSlice:
     (tmp_path / 'text').write_text(word_checkpoints.random_text(600))
     return source, tmp_path / 'text', tmp_path / 'sliced'
 
-  @pytest.fixture(name='rotbits')
-  def _rotbits(self, monkeypatch, capsys):
-    def run(*args):
-      monkeypatch.delitem(sys.modules, 'rotbits_jax.cli.slice', raising=False)
-      monkeypatch.setattr(sys, 'argv', ['rotbits', 'slice', *map(str, args)])
-      capsys.readouterr()
-      code = main.main()
-      return code, *capsys.readouterr()
+  @pytest.fixture(name='sliced')
+  def _sliced(self, rotbits):
+    """Runs `rotbits slice ARGS`; returns exit code, stdout and stderr."""
+    return functools.partial(rotbits, 'slice')
 
-    return run
-
-  def test_writes_what_microsofts_writes(self, rotbits, paths):
+  def test_writes_what_microsofts_writes(self, sliced, paths):
     source, text, output = paths
-    code, out, err = rotbits(
+    code, out, err = sliced(
       f'--model={source}',
       f'--output={output}',
       f'--calibration={text}',
@@ -413,9 +405,9 @@ class TestSlice:
       loaded.model, rotbits_jax.structured.astype(unrounded, np.float16)
     )
 
-  def test_flags(self, rotbits, paths):
+  def test_flags(self, sliced, paths):
     source, text, output = paths
-    code, _, err = rotbits(
+    code, _, err = sliced(
       f'--model={source}/model.safetensors',
       f'--output={output}',
       f'--calibration={text}',
@@ -448,7 +440,7 @@ class TestSlice:
       ({'output': str(pathlib.Path(__file__))}, 'is a file, not a directory'),
     ],
   )
-  def test_bad_input_writes_nothing(self, rotbits, paths, changed, message):
+  def test_bad_input_writes_nothing(self, sliced, paths, changed, message):
     source, text, output = paths
     text.write_text(word_checkpoints.random_text(3000))
     flags = {
@@ -458,7 +450,7 @@ class TestSlice:
       'sparsity': 0.25,
       'sequence_length': 48,
     }
-    code, out, err = rotbits(*(f'--{k}={v}' for k, v in (flags | changed).items()))
+    code, out, err = sliced(*(f'--{k}={v}' for k, v in (flags | changed).items()))
     assert (code, out) == (2, '')
     assert message in err
     assert len(err.splitlines()) == 1

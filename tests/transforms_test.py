@@ -10,6 +10,7 @@ from absl.testing import absltest
 from absl.testing import parameterized
 import jax
 import numpy as np
+import pytest
 
 from rotbits_jax import checkpoints
 from rotbits_jax import structured
@@ -18,8 +19,13 @@ from rotbits_jax.symmetries.transform import leaves
 from tests import transform_checks
 
 TESTDATA = pathlib.Path(__file__).parent / 'testdata'
-CHECKPOINTS = tuple(
-  sorted(path.name for path in TESTDATA.iterdir() if (path / 'config.json').exists())
+TRAINED = 'opt-small-sliced-0.2'  # larger than the others
+TINY = tuple(
+  sorted(
+    path.name
+    for path in TESTDATA.iterdir()
+    if (path / 'config.json').exists() and path.name != TRAINED
+  )
 )
 TRANSFORMS = {
   t.names[0]: t
@@ -35,15 +41,12 @@ TRANSFORMS = {
 }
 
 
-CASES = [
-  {
-    'testcase_name': f'{t.names[0]}_{checkpoint}',
-    'transform': t,
-    'checkpoint': checkpoint,
-  }
-  for t in TRANSFORMS.values()
-  for checkpoint in CHECKPOINTS
-]
+def _cases(names):
+  return [
+    {'testcase_name': f'{t.names[0]}_{name}', 'transform': t, 'checkpoint': name}
+    for t in TRANSFORMS.values()
+    for name in names
+  ]
 
 
 @functools.cache
@@ -78,41 +81,54 @@ def _same_bits(a, b):
   )
 
 
-class TransformsTest(parameterized.TestCase):
-  @parameterized.named_parameters(*CASES)
-  def test_function_is_kept_to_the_storage_formats_rounding(
-    self, transform, checkpoint
-  ):
+class Checks(parameterized.TestCase):
+  """Checks that every transform must pass on every checkpoint."""
+
+  def check_all(self, transform, checkpoint):
+    self.check_function(transform, checkpoint)
+    model, notes = _applied(transform, checkpoint)
+    self.check_shapes(model, checkpoint)
+    self.check_numbers(model, checkpoint)
+    self.check_notes(model, notes)
+
+  def check_function(self, transform, checkpoint):
+    """The function is kept to the storage format's rounding."""
     reference = _logits(checkpoint)
     noise = np.abs(_logits(checkpoint, rerounded=True) - reference).mean()
     error = np.abs(_logits(checkpoint, transform) - reference).mean()
     self.assertLessEqual(error, 2 * noise)
 
-  @parameterized.named_parameters(*CASES)
-  def test_leaves_stand_for_arrays_of_the_same_shape_and_dtype(
-    self, transform, checkpoint
-  ):
-    model = _applied(transform, checkpoint)[0].materialize()
+  def check_shapes(self, model, checkpoint):
+    """Leaves stand for arrays of the same shape and dtype."""
     kinds = lambda m: {p: (x.shape, x.dtype) for p, x in leaves(m)}
-    self.assertEqual(kinds(model), kinds(_load(checkpoint)))
+    self.assertEqual(kinds(model.materialize()), kinds(_load(checkpoint)))
 
-  @parameterized.named_parameters(*CASES)
-  def test_no_more_numbers_are_stored_and_all_are_finite(self, transform, checkpoint):
-    model, _ = _applied(transform, checkpoint)
+  def check_numbers(self, model, checkpoint):
+    """No more numbers are stored, and all are finite."""
     before, after = (symmetries.count_model(x) for x in (_load(checkpoint), model))
     self.assertLessEqual(after, before)
     for leaf in jax.tree.leaves(model):
       self.assertTrue(np.isfinite(np.float32(leaf)).all())
 
-  @parameterized.named_parameters(*CASES)
-  def test_notes_name_tensors_and_count_what_their_leaves_store(
-    self, transform, checkpoint
-  ):
-    model, notes = _applied(transform, checkpoint)
+  def check_notes(self, model, notes):
+    """Notes name tensors and count what their leaves store."""
     found = dict(leaves(model))
     for note in notes:
       self.assertEqual(note['numbers'], structured.count_numbers(found[note['tensor']]))
       self.assertEqual(tuple(note['shape']), found[note['tensor']].shape)
+
+
+class TransformsTest(Checks):
+  @parameterized.named_parameters(*_cases(TINY))
+  def test_all_checks(self, transform, checkpoint):
+    self.check_all(transform, checkpoint)
+
+
+@pytest.mark.slow
+class TrainedCheckpointTest(Checks):
+  @parameterized.named_parameters(*_cases([TRAINED]))
+  def test_all_checks(self, transform, checkpoint):
+    self.check_all(transform, checkpoint)
 
 
 if __name__ == '__main__':

@@ -72,7 +72,8 @@ def read_config(path: str) -> models.ModelConfig:
   try:
     return checkpoints.parse_config(strict_json.loads(file.read_bytes()))
   except checkpoints.CheckpointError as error:
-    raise checkpoints.CheckpointError(f'{file}: {error}') from error
+    text = str(error).removeprefix('config.json: ')
+    raise checkpoints.CheckpointError(f'{file}: {text}') from error
   except ValueError as error:
     raise ValueError(f'{file}: {error}') from error
 

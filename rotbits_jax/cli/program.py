@@ -201,10 +201,10 @@ def parse_size(name: str, text: str | None) -> int | None:
   """
   if text is None:
     return None
-  found = re.fullmatch(r'(\d{1,12})(|KB|MB|GB)', text.strip(), re.ASCII)
+  found = re.fullmatch(r'(\d{1,12})(KB|MB|GB)', text.strip(), re.ASCII)
   if found is None or not int(found[1]):
     raise ValueError(f'--{name} must be a size like 2GB or 500MB, got {text!r}')
-  return int(found[1]) * {'': 1, 'KB': 10**3, 'MB': 10**6, 'GB': 10**9}[found[2]]
+  return int(found[1]) * {'KB': 10**3, 'MB': 10**6, 'GB': 10**9}[found[2]]
 
 
 def read_text(path: str) -> str:
@@ -236,6 +236,7 @@ def _is_container(path: str) -> bool:
 
 
 def _parse(flag_values: flags.FlagValues) -> None:
+  flag_values.unparse_flags()  # an earlier run in this process may have left values
   try:
     unused = flag_values(sys.argv)[1:]
   except flags.Error as error:
