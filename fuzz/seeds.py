@@ -88,18 +88,17 @@ def presets_of_sweep() -> dict[str, presets.Preset]:
 
 
 @functools.cache
-def containers_of_presets(seed: int = 0) -> dict[str, bytes]:
-  """Encodes a small sliced Llama with each preset."""
-  model = sliced_model(LLAMA, seed=seed)
-  return {
-    name: rotbits_jax.encode(model, preset=preset, files=FILES, stem='tiny')
-    for name, preset in presets_of_sweep().items()
-  }
+def container(name: str, seed: int = 0) -> bytes:
+  """Encodes a small sliced Llama with a preset, or a checkpoint as plain tensors.
 
-
-def containers_of_sweep(seed: int = 0) -> dict[str, bytes]:
-  """Encodes a sliced Llama with each preset, and a checkpoint as plain tensors."""
-  return containers_of_presets(seed) | {PLAIN: _plain_tensors(seed)}
+  Args:
+    name: name of the preset in `presets_of_sweep`, or `PLAIN`.
+    seed: seed of the numbers.
+  """
+  if name == PLAIN:
+    return _plain_tensors(seed)
+  model, preset = sliced_model(LLAMA, seed=seed), presets_of_sweep()[name]
+  return rotbits_jax.encode(model, preset=preset, files=FILES, stem='tiny')
 
 
 def leaves() -> dict[str, Any]:
@@ -205,9 +204,7 @@ def containers_of_models() -> dict[str, bytes]:
   """Encodes models with every preset but `paper`."""
   model = sliced_model(OPT)
   found = {
-    name: data
-    for name, data in containers_of_presets().items()
-    if not name.startswith('paper')
+    name: container(name) for name in presets_of_sweep() if not name.startswith('paper')
   }
   for name in ('free', 'exact'):
     found[f'opt {name}'] = rotbits_jax.encode(model, preset=name)
@@ -217,7 +214,7 @@ def containers_of_models() -> dict[str, bytes]:
 def stored_leaves() -> list[bytes]:
   """Returns the settings and shapes of structured leaves, as JSON."""
   kinds = list(leaves().values())
-  with rotbits_jax.file.Reader(containers_of_presets()['exact']) as reader:
+  with rotbits_jax.file.Reader(container('exact')) as reader:
     tied = reader._units.decode('embed')['embed']['tokens']  # before it is expanded
   found = []
   for leaf in [*kinds, *([tied] if structured.is_structured(tied) else [])]:

@@ -294,9 +294,8 @@ def to_text(found: dict[str, dict[str, Counts]], seconds: float) -> str:
 def main() -> None:
   warnings.simplefilter('ignore')
   start, found = time.monotonic(), dict[str, dict[str, Counts]]()
-  every, others = seeds.containers_of_sweep(), seeds.containers_of_sweep(seed=1)
-  for preset in _PRESETS.value or every:
-    data, other = every[preset], others[preset]
+  for preset in _PRESETS.value or (*seeds.presets_of_sweep(), seeds.PLAIN):
+    data, other = (seeds.container(preset, seed) for seed in (0, 1))
     report = lambda text, preset=preset: print(f'{preset}: {text}', flush=True)
     found[preset] = sweep(data, other, stride=_STRIDE.value, report=report)
     print(to_text(found, time.monotonic() - start), flush=True)

@@ -314,14 +314,14 @@ TARGETS: dict[str, Target] = {
     (rotbits_jax.ContainerError,),
   ),
   'paper': Target(
-    lambda: [v for k, v in seeds.containers_of_presets().items() if 'paper' in k],
+    lambda: [seeds.container(x) for x in seeds.presets_of_sweep() if 'paper' in x],
     mutations.mutate_container,
     _container,
     (rotbits_jax.ContainerError,),
   ),
   'manifest': Target(
     lambda: [
-      *seeds.containers_of_presets().values(),
+      *map(seeds.container, seeds.presets_of_sweep()),
       *seeds.containers_of_trees().values(),
     ],
     mutations.mutate_container,

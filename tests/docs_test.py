@@ -30,7 +30,13 @@ def pages_with(language):
   return [page for page in PAGES if blocks(page, language)]
 
 
-@pytest.mark.parametrize('page', pages_with('pycon'))
+# Its examples compile many programs.
+SLOW = pytest.param('reference/near.md', marks=[pytest.mark.slow, pytest.mark.daily])
+
+
+@pytest.mark.parametrize(
+  'page', [SLOW if page in SLOW.values else page for page in pages_with('pycon')]
+)
 def test_examples(page):
   text = ''.join(blocks(page, 'pycon'))
   flags = doctest.ELLIPSIS | doctest.IGNORE_EXCEPTION_DETAIL

@@ -36,10 +36,14 @@ def test_an_input_of_the_corpus_ends_in_the_error_that_is_promised(path):
   assert time.process_time() - start < 5
 
 
+# Targets that read models of several presets, for which many programs are compiled.
+OF_MODELS = ('container', 'manifest', 'paper')
+
+
 @pytest.mark.parametrize(
   'name',
   [
-    pytest.param(name, marks=pytest.mark.slow) if name == 'container' else name
+    pytest.param(name, marks=pytest.mark.slow) if name in OF_MODELS else name
     for name in targets.TARGETS
   ],
 )
@@ -89,7 +93,7 @@ def _flipped(data, rng):
 
 
 def test_damage_with_the_checksums_made_right_is_found_behind_them():
-  streams, manifest = containers.unpack(seeds.containers_of_presets()['exact'])
+  streams, manifest = containers.unpack(seeds.container('exact'))
   streams['head'] = streams['head'][:-1] + bytes([streams['head'][-1] ^ 1])
   text = containers.to_json(manifest)
   with pytest.raises(rotbits_jax.ContainerError, match='head: the stream is damaged'):
@@ -100,7 +104,7 @@ def test_damage_with_the_checksums_made_right_is_found_behind_them():
 
 
 def test_a_model_of_an_unknown_family_does_not_become_a_checkpoint(tmp_path):
-  streams, manifest = containers.unpack(seeds.containers_of_presets()['exact'])
+  streams, manifest = containers.unpack(seeds.container('exact'))
   manifest['config']['family'] = 'x'
   data = containers.pack(streams, containers.to_json(manifest))
   with pytest.raises(rotbits_jax.ContainerError, match="of the family 'x'"):

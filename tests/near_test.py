@@ -145,6 +145,8 @@ class IntegersTest(parameterized.TestCase):
     plain, loaded = (rotbits_jax.load(_file(-3.0), integers=x) for x in (False, True))
     self.assertLess(_nbytes(loaded.params), _nbytes(plain.params) / 2)
 
+  @pytest.mark.slow
+  @pytest.mark.daily
   def test_predictions_are_the_same(self):
     self.check_predictions(TINY)
 

@@ -46,7 +46,7 @@ frame.onload = () => {{
 
 @pytest.fixture(scope='module', name='encoded')
 def fixture_encoded():
-  return seeds.containers_of_presets()
+  return {preset: seeds.container(preset) for preset in rotbits_jax.PRESETS}
 
 
 class Parser(html.parser.HTMLParser):
