@@ -42,7 +42,10 @@ class Structured(abc.ABC):
 
   @abc.abstractmethod
   def materialize(self) -> jax.Array:
-    """Returns the array that the leaf stands for."""
+    """Returns the array that the leaf stands for.
+
+    `structured.materialize` compiles this method, so its arrays may be tracers.
+    """
 
   def layer(self, index: int) -> Self:
     """Returns one layer of a stacked leaf, unstacked."""
