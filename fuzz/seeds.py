@@ -184,11 +184,11 @@ def containers_of_trees() -> dict[str, bytes]:
     'arrays': rotbits_jax.encode(arrays, preset='exact', files=FILES),
     'leaves': rotbits_jax.encode({'leaves': unpacked}, preset='exact'),
     'few numbers': rotbits_jax.encode(few, preset='exact'),
-    PLAIN: _plain_tensors(),
+    PLAIN: container(PLAIN),
   }
 
 
-def _plain_tensors(seed: int = 0) -> bytes:
+def _plain_tensors(seed: int) -> bytes:
   """Encodes a checkpoint of an unknown family."""
   with tempfile.TemporaryDirectory() as folder:
     path = pathlib.Path(folder)

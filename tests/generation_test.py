@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import json
 import pathlib
-import sys
 from unittest import mock
 
 from absl.testing import parameterized
@@ -23,7 +22,6 @@ from rotbits_jax import models
 from rotbits_jax import structured
 from rotbits_jax.checkpoints import configs
 from rotbits_jax.cli import generate as generate_command
-from rotbits_jax.cli import main
 from rotbits_jax.models import generation
 
 TESTDATA = pathlib.Path(__file__).parent / 'testdata'
@@ -248,18 +246,9 @@ def _directory(tmp_path_factory):
 
 
 @pytest.fixture(name='run')
-def _run(monkeypatch, capsys):
+def _run(rotbits):
   """Runs `rotbits generate ARGS`; returns exit code, stdout and stderr."""
-
-  def run(*args):
-    # A module keeps the values of its flags, but a command must begin without values.
-    monkeypatch.delitem(sys.modules, 'rotbits_jax.cli.generate', raising=False)
-    monkeypatch.setattr(sys, 'argv', ['rotbits', 'generate', *map(str, args)])
-    capsys.readouterr()
-    code = main.main()
-    return code, *capsys.readouterr()
-
-  return run
+  return functools.partial(rotbits, 'generate')
 
 
 class TestCommand:

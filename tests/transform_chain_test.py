@@ -353,23 +353,26 @@ class RewriteTest(parameterized.TestCase):
 # ---- several devices -----------------------------------------------------------------
 
 
-def mesh_sources():
-  """Yields models with more layers than devices: sliced to many widths, and dense."""
-  widths = [16, 16, 18, 18] + [14] * 14 + [24]
-  yield 'widths', random_models.sliced_llama(widths, np.float32)
-  config = random_models.BASE | {'num_hidden_layers': 9, 'vocab_size': 64}
-  yield 'dense', random_models.random_model(config, np.float16)
+MANY_WIDTHS = [16, 16, 18, 18] + [14] * 14 + [24]
+DENSE = random_models.BASE | {'num_hidden_layers': 9, 'vocab_size': 64}
+
+# Models with more layers than devices.
+MESH_SOURCES = {
+  'alike': lambda: random_models.sliced_llama([18] * 18 + [24], np.float16),
+  'widths': lambda: random_models.sliced_llama(MANY_WIDTHS, np.float32),
+  'dense': lambda: random_models.random_model(DENSE, np.float16),
+}
 
 
-def rewrite_over_devices():
-  """Prints a hash of each unit, rewritten on all devices."""
+def rewrite_over_devices(names):
+  """Prints a hash of each unit of some models, rewritten on all devices."""
   import hashlib
 
   devices = jax.device_count()
   mesh = jax.make_mesh((devices,), ('layers',)) if devices > 1 else None
   chain = symmetries.chain(presets.free().transform, running_sum())
-  for name, model in mesh_sources():
-    context = symmetries.make_context(model, mesh=mesh)
+  for name in names:
+    context = symmetries.make_context(MESH_SOURCES[name](), mesh=mesh)
     sizes = []
     for units, _ in transform_lib.rewrite(context, chain):
       sizes.append(len(units))
@@ -385,6 +388,13 @@ class MeshTest(absltest.TestCase):
   @pytest.mark.slow
   @pytest.mark.daily
   def test_eight_devices_give_the_bits_of_one(self):
+    self.check_devices(['widths', 'dense'])
+
+  @pytest.mark.slow
+  def test_eight_devices_give_the_bits_of_one_for_equal_widths(self):
+    self.check_devices(['alike'])
+
+  def check_devices(self, names):
     outputs = []
     for devices in (1, 8):
       flags = os.environ.get('XLA_FLAGS', '')
@@ -400,7 +410,7 @@ class MeshTest(absltest.TestCase):
         'import jax\n'
         'from tests import transform_chain_test as t\n'
         f'assert jax.device_count() == {devices}\n'
-        't.rewrite_over_devices()\n'
+        f't.rewrite_over_devices({names})\n'
       )
       done = subprocess.run(
         [sys.executable, '-c', program],

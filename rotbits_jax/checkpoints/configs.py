@@ -41,7 +41,10 @@ _IGNORED = frozenset([
 
 
 def parse_config(
-  config_json: dict[str, Any], slicing_json: dict[str, Any] | None = None
+  config_json: dict[str, Any],
+  slicing_json: dict[str, Any] | None = None,
+  *,
+  where: str = 'config.json',
 ) -> models.ModelConfig:
   """Makes the config of a dense or a sliced model from its JSON files.
 
@@ -51,6 +54,7 @@ def parse_config(
     config_json: the content of Hugging Face's `config.json`. For a sliced checkpoint
       it describes the model before slicing.
     slicing_json: the content of SliceGPT's JSON; None for a dense model.
+    where: name of the `config.json` in error messages.
 
   Returns:
     The config.
@@ -59,7 +63,7 @@ def parse_config(
     CheckpointError: if an attribute is missing, of a wrong type or unknown, or has an
       unsupported value.
   """
-  config = attributes.Attributes(config_json, 'config.json')
+  config = attributes.Attributes(config_json, where)
   model_type = config.take('model_type')
   if not isinstance(model_type, str) or model_type not in families.FAMILIES:
     config.refuse('model_type', model_type, ', '.join(families.FAMILIES))
@@ -74,7 +78,7 @@ def parse_config(
   except errors.CheckpointError:
     raise
   except ValueError as e:
-    raise errors.CheckpointError(f'config.json: {e}') from e
+    raise errors.CheckpointError(f'{where}: {e}') from e
   config.finish(_IGNORED)
   return dense if slicing_json is None else _sliced(dense, slicing_json)
 

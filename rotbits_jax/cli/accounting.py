@@ -29,7 +29,7 @@ from absl import flags
 
 from rotbits_jax import checkpoints
 from rotbits_jax import models
-from rotbits_jax import strict_json
+from rotbits_jax.checkpoints import attributes
 from rotbits_jax.cli import program
 from rotbits_jax.evaluation import accounting
 from rotbits_jax.evaluation import published
@@ -69,13 +69,8 @@ def read_config(path: str) -> models.ModelConfig:
   )
   if file.suffix != '.json':  # it may be a weights file, which is too large to parse
     raise ValueError(f'{file}: neither a config.json nor a directory that has one')
-  try:
-    return checkpoints.parse_config(strict_json.loads(file.read_bytes()))
-  except checkpoints.CheckpointError as error:
-    text = str(error).removeprefix('config.json: ')
-    raise checkpoints.CheckpointError(f'{file}: {text}') from error
-  except ValueError as error:
-    raise ValueError(f'{file}: {error}') from error
+  config_json = attributes.parse_json(file.read_bytes(), str(file))
+  return checkpoints.parse_config(config_json, where=str(file))
 
 
 def to_text(result: dict[str, Any]) -> str:
