@@ -169,14 +169,15 @@ def measure(
   ]
 
 
-def table(rows: Sequence[Row]) -> str:
-  """Formats sizes, seconds and ratios.
+def zstd_seconds(rows: Sequence[Row]) -> float:
+  """Returns the seconds of zstd's program or library, whichever is faster."""
+  return min(row.seconds for row in rows if row.name in ('zstd', 'zstandard'))
 
-  The base of the ratios is the faster of zstd's program and zstd's library.
-  """
-  by_name = {row.name: row for row in rows}
-  raw = by_name[RAW].bytes
-  base = min(by_name[name].seconds for name in ('zstd', 'zstandard'))
+
+def table(rows: Sequence[Row]) -> str:
+  """Formats sizes, seconds, and their ratios to `zstd_seconds`."""
+  raw = next(row.bytes for row in rows if row.name == RAW)
+  base = zstd_seconds(rows)
   lines = [f'{"":14}{"bytes":>13}{"share":>8}{"seconds":>9}{"GB/s":>7}{"x zstd":>8}']
   for row in rows:
     lines.append(
@@ -228,15 +229,24 @@ def plot(rows: Sequence[Row], path: str) -> None:
     plt.close(figure)
 
 
-def limits(free: pathlib.Path, exact: pathlib.Path | None, runs: int) -> str:
-  """Measures parts of decoding alone; returns lines with seconds."""
+def limits(
+  free: pathlib.Path, exact: pathlib.Path | None, runs: int, base: float
+) -> str:
+  """Measures parts of decoding alone; returns lines with seconds.
+
+  Args:
+    free: the file of the first preset.
+    exact: that of `exact`, if it is another one.
+    runs: number of timed runs.
+    base: `zstd_seconds`.
+  """
   lines = []
   for path in (free, *([exact] if exact else [])):
     decode, numbers = _blocks_alone(path)
     seconds = _median(decode, runs)
     lines.append(
       f'{"the blocks of " + path.stem:38}{seconds:7.3f}'
-      f'{numbers / seconds / 1e6:9.0f} million numbers/s'
+      f'{numbers / seconds / 1e6:9.0f} million numbers/s, {base / seconds:.2f}x zstd'
     )
   for threads in sorted({1, pool.threads()}):
     decode, numbers = _block_on_each(threads)
@@ -303,9 +313,8 @@ def _block_on_each(threads: int) -> tuple[Callable[[], None], int]:
   Returns:
     A function that decodes them, and the number of their numbers.
   """
-  rng = np.random.default_rng(0)
-  scales = np.exp2(rng.standard_normal((1024, 1)) / 2)
-  array = (rng.standard_normal((1024, 1024)) * scales / 50).astype(np.float16)
+  # Numbers of one scale share a table, as most numbers of `free` do.
+  array = np.random.default_rng(0).standard_normal((1024, 1024)).astype(np.float16)
   encoded = weights.encode([array])
   job = functools.partial(weights.decode, encoded.spec, encoded.data)
   outs = [[np.ones_like(array)] for _ in range(threads)]
@@ -401,7 +410,8 @@ def main() -> None:
     rows = measure(tensors, files, _PEERS_PYTHON.value, runs)
     own = [files[name] for name in presets]
     exact = files.get('exact')
-    found = limits(own[0], exact if exact != own[0] else None, runs)
+    other = exact if exact != own[0] else None
+    found = limits(own[0], other, runs, zstd_seconds(rows))
   body = (
     f'Written by `python -m benchmarks.decode`: {stem} on {sections.machine()}.\n'
     f'Medians of {runs} runs, in which all took turns. Files are in the page cache.\n\n'

@@ -1,6 +1,7 @@
 """The memory that decoding may take: more is refused before it is allocated."""
 
 import contextlib
+import functools
 import os
 import pathlib
 
@@ -38,6 +39,7 @@ _LIMITS = (
 )
 
 
+@functools.cache
 def _available() -> int | None:
   """Returns the bytes of memory for this process; None if the system does not tell."""
   found = []

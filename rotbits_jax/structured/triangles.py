@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rotbits_jax import host
 from rotbits_jax.structured.base import Arrays
 from rotbits_jax.structured.base import Settings
 from rotbits_jax.structured.base import Structured
@@ -121,8 +122,9 @@ class RowTrapezoids(Structured):
       raise ValueError(f'{size} numbers are expected, got {values.size}')
     _check_zeros((full + sum(blocks)) * columns, size)
     position = full * columns
-    upper = np.zeros((full + sum(blocks), columns), values.dtype)
+    upper = host.empty((full + sum(blocks), columns), values.dtype)
     upper[:full] = values[:position].reshape(full, columns)
+    upper[full:] = 0
     for start, rows in zip(
       itertools.accumulate(blocks, initial=full), blocks, strict=False
     ):

@@ -437,12 +437,12 @@ class _Buffers:
 
   def __init__(self, capacity: int) -> None:
     self.capacity = capacity
-    self._host: dict[tuple[str, str], np.ndarray] = {}
-    self._donated: dict[tuple[str, str], jax.Array] = {}
+    self._host: dict[tuple[str, np.dtype], np.ndarray] = {}
+    self._donated: dict[tuple[str, np.dtype], jax.Array] = {}
 
   def host(self, name: str, count: int, dtype: np.dtype | type) -> np.ndarray:
     """Returns the NumPy buffer of this name, with at least `count` entries."""
-    key = name, np.dtype(dtype).name
+    key = name, np.dtype(dtype)
     if key not in self._host or self._host[key].size < count:
       self._host[key] = numbers.aligned(count, dtype)
     return self._host[key]
@@ -463,11 +463,11 @@ class _Buffers:
       shape: tuple[int, ...] = (self.capacity + 2 * LANES,)
     else:
       shape = (LANES, _ROW)
-    array = self._donated.pop((name, np.dtype(dtype).name), None)
+    array = self._donated.pop((name, np.dtype(dtype)), None)
     return jnp.zeros(shape, dtype) if array is None else array
 
   def keep(self, name: str, array: jax.Array) -> None:
-    self._donated[name, array.dtype.name] = array
+    self._donated[name, array.dtype] = array
 
 
 _local = threading.local()
