@@ -57,13 +57,13 @@ def sort(
   new[1:] = keys[order[1:]] != keys[order[:-1]]
   (starts,) = np.nonzero(new)
   stops = np.append(starts[1:], count)
-  for start, stop in zip(starts, stops, strict=True):
-    if stop - start > 1:
-      tied = lines(order[start:stop])
-      rows = [row.tobytes() for row in tied]
-      ranks = sorted(range(len(rows)), key=rows.__getitem__)
-      order[start:stop] = order[start:stop][ranks]
-      new[start + 1 : stop] = (tied[ranks[1:]] != tied[ranks[:-1]]).any(axis=1)
+  ties = stops - starts > 1
+  for start, stop in zip(starts[ties], stops[ties], strict=True):
+    tied = lines(order[start:stop])
+    rows = [row.tobytes() for row in tied]
+    ranks = sorted(range(len(rows)), key=rows.__getitem__)
+    order[start:stop] = order[start:stop][ranks]
+    new[start + 1 : stop] = (tied[ranks[1:]] != tied[ranks[:-1]]).any(axis=1)
   return np.concatenate([order[new], order[~new]]), int(new.sum())
 
 
