@@ -625,11 +625,14 @@ class ReaderTest(Base):
     limit = self.folder / 'limit'
     limits = absltest.mock.patch.object(memory, '_LIMITS', (limit, 'missing'))
     limit.write_text(f'{3 << 19}\n')
+    memory._available.cache_clear()
+    self.addCleanup(memory._available.cache_clear)
     with limits, self.assertRaisesRegex(file.ContainerError, 'decodes to 2,097,152'):
       rotbits_jax.decode(data)
     with limits:
       rotbits_jax.read_unit(data, 'a')
     limit.write_text('max\n')
+    memory._available.cache_clear()
     with limits:
       rotbits_jax.decode(data)
 
