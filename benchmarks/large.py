@@ -7,7 +7,9 @@ For each depth the program writes a synthetic checkpoint (see benchmarks/synthet
 The commands `rotbits encode`, `inspect` and `decode` process it, and `rotbits_jax.load`
 loads it; each runs in a process of its own. The table has bytes, seconds and the peak
 resident size of each process. Seconds include imports and compilation. The resident
-size includes the pages of mapped files. The last lines are the seconds per layer,
+size includes the pages of mapped files. `fill` is a process that only writes as many
+bytes of fresh memory as the tensors have, which is a part of loading that no decoder
+can avoid. The last lines are the seconds per layer,
 computed from the least and the greatest depth. `--checkpoint` measures an existing
 checkpoint instead.
 """
@@ -54,7 +56,7 @@ _RESULTS = flags.DEFINE_string(
 HEADER = (
   f'{"preset":8}{"layers":>7}{"tensor bytes":>16}{"file":>16}{"ratio":>8}'
   f'{"encode s":>10}{"GB":>8}{"inspect s":>10}{"GB":>8}{"decode s":>10}{"GB":>8}'
-  f'{"load s":>10}{"GB":>8}'
+  f'{"load s":>10}{"GB":>8}{"fill s":>10}{"GB":>8}'
 )
 
 
@@ -70,6 +72,16 @@ import sys
 import jax
 import rotbits_jax
 jax.block_until_ready(jax.tree.leaves(rotbits_jax.load(sys.argv[1]).params))
+"""
+
+FILL = """
+from concurrent import futures
+import os
+import sys
+import numpy as np
+parts = np.array_split(np.empty(int(sys.argv[1]), np.uint8), os.cpu_count())
+with futures.ThreadPoolExecutor(len(parts)) as pool:
+  list(pool.map(lambda part: part.fill(1), parts))
 """
 
 
@@ -93,7 +105,7 @@ def measure(
   """Encodes, inspects, decodes and loads a checkpoint.
 
   Returns:
-    A line of the table, and what each of the four took.
+    A line of the table, and what each process took.
   """
   source = rotbits_jax.open_checkpoint(checkpoint)
   output, decoded = work / f'{preset}.rotbits', work / 'decoded'
@@ -110,6 +122,7 @@ def measure(
   ]
   shutil.rmtree(decoded)
   runs.append(run('-c', LOAD, str(output)))
+  runs.append(run('-c', FILL, str(source.nbytes)))
   size = output.stat().st_size
   cells = ''.join(f'{x.seconds:10.1f}{x.peak:8.2f}' for x in runs)
   layers = source.config.num_layers
@@ -144,7 +157,7 @@ def table(work: pathlib.Path) -> Iterator[str]:
   first, last = depths[0], depths[-1]
   for preset in _PRESETS.value if last > first else []:
     pairs = zip(found[preset, first], found[preset, last], strict=True)
-    encode, _, decode, load = (
+    encode, _, decode, load, _ = (
       (b.seconds - a.seconds) / (last - first) for a, b in pairs
     )
     yield (
