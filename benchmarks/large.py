@@ -10,9 +10,9 @@ resident size of each process. Seconds include imports and compilation. The resi
 size includes the pages of mapped files. `fill` is a process that only writes as many
 bytes of fresh memory as the tensors have, which no decoder can avoid. It runs before
 `load`, because the host of a virtual machine takes memory back that is not in use, and
-then the first process to write it waits for the host. The last lines are the seconds per layer,
-computed from the least and the greatest depth. `--checkpoint` measures an existing
-checkpoint instead.
+then the first process to write it waits for the host. The last lines are the seconds
+per layer, computed from the least and the greatest depth. `--checkpoint` measures an
+existing checkpoint instead.
 """
 
 from collections.abc import Iterator

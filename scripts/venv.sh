@@ -34,7 +34,8 @@ use_venv() {
   # What was installed stays good until the requirements change.
   if ! cmp -s setup.py "$stamp"; then
     echo "installing rotbits_jax[$extras] into .venv (minutes, the first time)"
-    .venv/bin/python -m pip install --quiet --disable-pip-version-check \
+    # Python compiles the modules that it imports, which are few of all.
+    .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-compile \
       --editable ".[$extras]" && cp setup.py "$stamp"
   fi
 }

@@ -106,19 +106,15 @@ FUNCTIONS = {
   'polar': (canonical.polar, lambda r: (_normal(r, 6, 8),)),
   'lower_factor': (shortcuts.lower_factor, lambda r: (_normal(r, 6, 5),)),
   'gram_factor': (
-    shortcuts.gram_factor,
-    lambda r: (_orthogonal(r, 6), _orthogonal(r, 6)[:, :3], np.float32([2, 1, 0])),
+    functools.partial(shortcuts.gram_factor, k=3, dtype=np.float32),
+    lambda r: (_orthogonal(r, 6), _polar(r), np.int32(4), np.int32(6)),
   ),
   'next_rotation': (
     residual.next_rotation,
     lambda r: (_orthogonal(r, 6), _orthogonal(r, 4), _orthogonal(r, 2)),
   ),
-  'gram_form': (
-    functools.partial(shortcuts.gram_form, k=3, j=1, dtype=np.float32),
-    lambda r: (_orthogonal(r, 6), _polar(r), np.int32(2), np.int32(1)),
-  ),
-  'triangle_form': (
-    functools.partial(shortcuts.triangle_form, dtype=np.float32),
+  'triangle': (
+    functools.partial(shortcuts.triangle, dtype=np.float32),
     lambda r: (_orthogonal(r, 6), _polar(r)),
   ),
   'range_used': (

@@ -94,43 +94,25 @@ class PureFunctionsTest(parameterized.TestCase):
       single = canonical.polar(stack[i])
       np.testing.assert_allclose(batched.rotation[i], single.rotation, atol=1e-6)
 
-  def test_gram_factor_is_trapezoidal_and_right(self):
-    rng = np.random.default_rng(0)
-    rotation = random_models.orthogonal(rng, 6)
-    u = random_models.orthogonal(rng, 6)[:, :3]
-    weights = np.array([0.0, 0.4, 0.9])
-    got = shortcuts.gram_factor(*(jnp.float32(x) for x in (rotation, u, weights)))
-    expected = rotation.T @ (u * weights) @ u.T @ rotation
-    np.testing.assert_allclose(np.asarray(got @ got.T), expected, atol=1e-6)
-    np.testing.assert_array_equal(np.triu(np.asarray(got), 1), 0)
-    np.testing.assert_allclose(np.asarray(got[:, 2]), 0, atol=1e-6)
-
-  @parameterized.parameters((2, 1, 2, 1), (2, 1, 4, 3), (0, 0, 1, 0))
-  def test_both_forms_of_a_shortcut_stand_for_it(self, less, more, k, j):
+  @parameterized.parameters((4, 6, 2), (4, 6, 3), (4, 6, 6), (0, 1, 2), (0, 0, 0))
+  def test_gram_factor_is_trapezoidal_and_right(self, first, stop, k):
     rng = np.random.default_rng(0)
     rotation, u = (random_models.orthogonal(rng, 6) for _ in range(2))
-    values = np.ones(6)
-    values[:more], values[6 - less :] = 1.5, 0.25
+    values = np.array([1.7, 1.2, 1.1, 0.9, 0.6, 0.1])
     polar = canonical.Polar(jnp.float32(u), jnp.float32(values), jnp.eye(6))
-    expected = rotation.T @ (u * values) @ u.T @ rotation
-    arguments = jnp.float32(rotation), polar
-    grams = shortcuts.gram_form(*arguments, less, more, k=k, j=j, dtype=np.float32)
-    b, c = (np.asarray(x) for x in grams.arrays)
-    self.assertEqual((b.shape, c.shape), ((6, k), (6, j)))
+    b, square = shortcuts.gram_factor(
+      jnp.float32(rotation), polar, first, stop, k=k, dtype=np.float32
+    )
+    b, own = np.asarray(b), u[:, first:stop]
+    expected = rotation.T @ (own * abs(values[first:stop] - 1)) @ own.T @ rotation
+    self.assertEqual((b.shape, float(square)), ((6, k), 0))
+    np.testing.assert_allclose(b @ b.T, expected, atol=1e-6)
+    np.testing.assert_array_equal(np.triu(b, 1), 0)
     # Columns of padding are zero.
-    np.testing.assert_allclose(b[:, less:], 0, atol=1e-6)
-    np.testing.assert_allclose(c[:, more:], 0, atol=1e-6)
-    np.testing.assert_allclose(np.eye(6) - b @ b.T + c @ c.T, expected, atol=1e-5)
-    (lower,) = shortcuts.triangle_form(*arguments, dtype=np.float32).arrays
-    np.testing.assert_allclose(lower, np.tril(expected), atol=1e-5)
-    halves = shortcuts.triangle_form(*arguments, dtype=np.float16)
-    rounded = np.float64(np.float16(halves.arrays[0]))
-    off = rounded + np.tril(rounded, -1).T - expected
-    error = np.linalg.norm(off) / np.linalg.norm(expected)
-    np.testing.assert_allclose(halves.error, error, rtol=1e-2, atol=1e-7)
+    np.testing.assert_allclose(b[:, stop - first :], 0, atol=1e-6)
 
-  @parameterized.parameters((3, 2, 4, 3), (4, 0, 4, 1), (0, 2, 1, 4), (0, 0, 1, 1))
-  def test_the_error_is_that_of_rounding(self, less, more, k, j):
+  @parameterized.parameters((3, 2), (4, 0), (0, 2), (0, 0))
+  def test_a_shortcut_near_the_identity_and_the_error_of_its_rounding(self, less, more):
     rng = np.random.default_rng(0)
     rotation, u = (random_models.orthogonal(rng, 32) for _ in range(2))
     values = np.linspace(1.001, 0.999, 32)  # values that count as 1 are left out
@@ -138,13 +120,35 @@ class PureFunctionsTest(parameterized.TestCase):
     polar = canonical.Polar(jnp.float32(u), jnp.float32(values), jnp.eye(32))
     expected = rotation.T @ (u * values) @ u.T @ rotation
     for dtype in (np.float16, ml_dtypes.bfloat16):
-      grams = shortcuts.gram_form(
-        jnp.float32(rotation), polar, less, more, k=k, j=j, dtype=dtype
+      unit = float(jnp.finfo(dtype).eps) / 2
+      found = shortcuts.symmetric(
+        jnp.float32(rotation),
+        polar,
+        40,
+        tolerance=0.0015 / unit,
+        unit=unit,
+        dtype=dtype,
       )
-      b, c = (np.float64(np.asarray(x).astype(dtype)) for x in grams.arrays)
+      self.assertEqual((found.rank, found.leaf.shape), (less + more, (32, 40)))
+      b, c = (
+        np.float64(np.asarray(x).astype(dtype)) for x in (found.leaf.b, found.leaf.c)
+      )
       off = np.eye(32) - b @ b.T + c @ c.T - expected
       error = np.linalg.norm(off) / np.linalg.norm(expected)
-      np.testing.assert_allclose(grams.error, error, rtol=1e-2)
+      np.testing.assert_allclose(found.error, error, rtol=1e-2)
+
+  def test_the_triangle_of_a_shortcut_and_the_error_of_its_rounding(self):
+    rng = np.random.default_rng(0)
+    rotation, u = (random_models.orthogonal(rng, 6) for _ in range(2))
+    values = np.array([1.5, 1, 1, 1, 0.25, 0.25])
+    polar = canonical.Polar(jnp.float32(u), jnp.float32(values), jnp.eye(6))
+    expected = rotation.T @ (u * values) @ u.T @ rotation
+    lower, found = shortcuts.triangle(jnp.float32(rotation), polar, dtype=np.float16)
+    np.testing.assert_allclose(lower, np.tril(expected), atol=1e-5)
+    rounded = np.float64(np.float16(lower))
+    off = rounded + np.tril(rounded, -1).T - expected
+    error = np.linalg.norm(off) / np.linalg.norm(expected)
+    np.testing.assert_allclose(found, error, rtol=1e-2, atol=1e-7)
 
   def test_upper_rotation_is_a_qr_factor(self):
     matrix = np.random.default_rng(0).standard_normal((6, 9))

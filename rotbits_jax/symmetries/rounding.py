@@ -15,8 +15,10 @@ The greatest error in the array does not change. The mean square of the errors g
 less than a factor of 2.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 import functools
+import math
+import operator
 import types
 from typing import Any, NamedTuple
 
@@ -151,8 +153,27 @@ def round_leaf(
   Returns:
     The leaf and the effect. Numbers that are too large for the dtype become infinite.
   """
-  moments, axis = inputs or (None, 0)
-  return _round(leaf, np.float32(octaves), moments, dtype, uniform, axis)
+  octaves32 = np.float32(octaves)  # of one type, so that one program serves all
+  effects: list[tuple[int, Effect]] = []
+
+  def round_array(array: Any) -> jax.Array:
+    if inputs is not None and structured.is_plain(leaf) and is_matrix(array):
+      result, effect = _round_with_feedback(
+        array, octaves32, inputs.moments, dtype, inputs.axis
+      )
+    elif array.size < _SMALL:
+      flat, effect = _round(_row(array), octaves32, dtype, uniform, is_matrix(array))
+      result = _cut(flat, array.shape)
+    else:
+      result, effect = _round(array, octaves32, dtype, uniform, is_matrix(array))
+    effects.append((array.size, effect))
+    return result
+
+  if structured.is_structured(leaf):
+    leaf = leaf.map_numbers(round_array)
+  elif structured.is_plain(leaf):
+    leaf = round_array(leaf)
+  return leaf, _total(effects)
 
 
 @functools.partial(jax.jit, static_argnums=1)
@@ -168,53 +189,74 @@ def to_nearest(
   return {key: structured.astype(leaves[key], dtype) for key, dtype in dtypes}
 
 
-@functools.partial(jax.jit, static_argnums=(3, 4, 5))
+# Programs are compiled for few lengths of smaller arrays, because compilation takes
+# longer than the work.
+_SMALL = 1 << 20
+
+
+@jax.jit
+def _row(array: jax.Array) -> jax.Array:
+  """Returns the numbers of an array in a row, and zeros up to a power of two.
+
+  The zeros do not change the step and the effect of the array.
+  """
+  length = max(1 << (array.size - 1).bit_length(), 1 << 12)
+  return jnp.pad(array.reshape(-1), (0, length - array.size))
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _cut(row: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+  """Returns the array of a row: the inverse of `_row`."""
+  return row[: math.prod(shape)].reshape(shape)
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3, 4))
 def _round(
-  leaf: Any,
-  octaves: jax.Array,
-  moments: jax.Array | None,
-  dtype: np.dtype,
-  uniform: bool,
-  axis: int,
-) -> tuple[Any, Effect]:
-  zero = jnp.float32(0)
-  effect, largest = Effect(zero, zero, zero, zero), 0
+  array: jax.Array, octaves: jax.Array, dtype: np.dtype, uniform: bool, common: bool
+) -> tuple[jax.Array, Effect]:
+  """Rounds an array; to a common step only if `common`."""
+  nearest = array.astype(dtype)
+  if not common:
+    return nearest, _effect(array, nearest, jnp.float32(0), jnp.float32(0))
+  if uniform:
+    step = _quarter_step(_rms(array), octaves)
+    result = feedback.multiples(array, step)
+    return result, _effect(array, result, _bits_saved(array, step, dtype), step)
+  step = jnp.ldexp(jnp.float32(1), _exponent(_rms(array), octaves, dtype))
+  # Beyond, the dtype itself is coarser.
+  is_small = jnp.abs(array) < step * (1 << jnp.finfo(dtype).nmant + 1)
+  result = jnp.where(is_small, feedback.multiples(array, step).astype(dtype), nearest)
+  same = jnp.all(nearest.astype(jnp.float32) == array)
+  result = jnp.where(same, nearest, result)
+  bits = jnp.where(same, 0, _bits_saved(array, step, dtype))
+  return result, _effect(array, result, bits, jnp.where(same, 0, step))
 
-  def round_array(array: jax.Array) -> jax.Array:
-    nonlocal effect, largest
-    nearest = array.astype(dtype)
-    result, step, bits = nearest, zero, zero
-    if is_matrix(array):
-      if uniform:
-        step = _quarter_step(_rms(array), octaves)
-        if moments is None or structured.is_structured(leaf):
-          result = feedback.multiples(array, step)
-        else:
-          result = feedback.round_to_steps(array, step, moments, axis=axis)
-        bits = _bits_saved(array, step, dtype)
-      else:
-        step = jnp.ldexp(jnp.float32(1), _exponent(_rms(array), octaves, dtype))
-        # Beyond, the dtype itself is coarser.
-        is_small = jnp.abs(array) < step * (1 << jnp.finfo(dtype).nmant + 1)
-        result = jnp.where(
-          is_small, feedback.multiples(array, step).astype(dtype), nearest
-        )
-        same = jnp.all(nearest.astype(jnp.float32) == array)
-        result = jnp.where(same, nearest, result)
-        bits = jnp.where(same, 0, _bits_saved(array, step, dtype))
-        step = jnp.where(same, 0, step)
-    if array.size > largest:
-      effect, largest = effect._replace(step=step), array.size
-    effect = effect._replace(
-      squares=effect.squares + jnp.square(result.astype(jnp.float32) - array).sum(),
-      norm=effect.norm + jnp.square(array).sum(),
-      bits=effect.bits + bits,
-    )
-    return result
 
-  if structured.is_structured(leaf):
-    return leaf.map_numbers(round_array), effect
-  return round_array(leaf) if structured.is_plain(leaf) else leaf, effect
+@functools.partial(jax.jit, static_argnums=(3, 4))
+def _round_with_feedback(
+  array: jax.Array, octaves: jax.Array, moments: jax.Array, dtype: np.dtype, axis: int
+) -> tuple[jax.Array, Effect]:
+  step = _quarter_step(_rms(array), octaves)
+  result = feedback.round_to_steps(array, step, moments, axis=axis)
+  return result, _effect(array, result, _bits_saved(array, step, dtype), step)
+
+
+def _effect(
+  array: jax.Array, result: jax.Array, bits: jax.Array, step: jax.Array
+) -> Effect:
+  squares = jnp.square(result.astype(jnp.float32) - array).sum()
+  return Effect(squares, jnp.square(array).sum(), bits, step)
+
+
+def _total(effects: Sequence[tuple[int, Effect]]) -> Effect:
+  """Returns the effect on a leaf, given the size of each array and the effect on it."""
+  if not effects:
+    return Effect(*np.zeros(4, np.float32))
+  total = functools.reduce(
+    lambda a, b: Effect(*map(operator.add, a, b)), [x for _, x in effects]
+  )
+  _, largest = max(effects, key=lambda x: x[0])
+  return total._replace(step=largest.step)
 
 
 def is_matrix(array: Any) -> bool:

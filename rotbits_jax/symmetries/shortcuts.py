@@ -45,75 +45,42 @@ def lower_factor(matrix: jax.Array) -> tuple[jax.Array, jax.Array]:
   return r.T, q.T
 
 
-def gram_factor(rotation: jax.Array, u: jax.Array, weights: jax.Array) -> jax.Array:
-  """Returns the lower trapezoidal B with B B^T = R^T U diag(weights) U^T R.
-
-  Args:
-    rotation: R, float32 `[d, d]`.
-    u: U, float32 `[d, k]`, with orthonormal columns.
-    weights: float32 `[k]`, not negative; 0 for a column that is padding.
-
-  Returns:
-    B, float32 `[d, k]`.
-  """
-  return rotations_lib.lower(_matmul(rotation.T, u * jnp.sqrt(weights)))
-
-
-class Form(NamedTuple):
-  """The arrays of a leaf, and the error that their rounding makes.
-
-  Attributes:
-    arrays: the arrays, float32 and not rounded.
-    error: relative error of the shortcut in the Frobenius norm, if the arrays are
-      rounded.
-  """
-
-  arrays: tuple[jax.Array, ...]
-  error: jax.Array
-
-
-def gram_form(
+def gram_factor(
   rotation: jax.Array,
   polar: canonical.Polar,
-  less: jax.Array,
-  more: jax.Array,
+  first: jax.Array,
+  stop: jax.Array,
   *,
   k: int,
-  j: int,
   dtype: Any,
-) -> Form:
-  """Brings P to the form I - B B^T + C C^T.
+) -> tuple[jax.Array, jax.Array]:
+  """Factors the part of P - I that some neighbouring values make.
 
-  The values descend, so the values above 1 are the first and the values below 1 are the
-  last. Columns of B from `less` on, and columns of C from `more` on, are zero: they are
-  padding.
+  With D = diag(|values - 1|) of the values `first`, ..., `stop - 1`, and 0 for others,
+
+    B B^T = R^T U D U^T R.
 
   Args:
     rotation: R, float32 `[d, d]`.
     polar: the polar decomposition of the shortcut.
-    less: [] how many values are below 1.
-    more: [] how many values are above 1.
-    k: number of columns of B, at least `less`.
-    j: number of columns of C, at least `more`.
-    dtype: the dtype to which the arrays will be rounded.
+    first: int32 `[]`, the first of the values.
+    stop: int32 `[]`, the place after the last of them.
+    k: number of columns of B, at least as many as there are values. Columns beyond are
+      zero: they are padding.
+    dtype: the dtype to which B will be rounded.
 
   Returns:
-    B `[d, k]` and C `[d, j]`, float32, with their error.
+    B, float32 `[d, k]`, lower trapezoidal and not rounded; and the square of the
+    Frobenius norm of the error that its rounding makes in B B^T, float32.
   """
-  u, values, _ = polar
-  first, last = values[:j] - 1, 1 - values[values.size - k :]
-  weights = jnp.where(jnp.arange(k) >= k - less, last, 0)
-  b = gram_factor(rotation, u[:, u.shape[1] - k :], weights)
-  c = gram_factor(rotation, u[:, :j], jnp.where(jnp.arange(j) < more, first, 0))
-  # The values that count as 1 belong to directions that are orthogonal to the columns
-  # of B and C. Therefore the squares of the errors add up.
-  place = jnp.arange(values.size)
-  left_out = (place >= more) & (place < values.size - less)
-  square = jnp.sum(jnp.where(left_out, jnp.square(values - 1), 0))
-  for x in (b, c):
-    square += _square_of_rounding(x, x.astype(dtype).astype(jnp.float32))
-  norm = jnp.maximum(jnp.linalg.norm(values), _TINY)
-  return Form((b, c), jnp.sqrt(square) / norm)
+  start = jnp.minimum(first, polar.values.size - k)
+  place = start + jnp.arange(k)
+  own = lambda x: jax.lax.dynamic_slice_in_dim(x, start, k, axis=-1)
+  size = jnp.abs(own(polar.values) - 1)
+  weights = jnp.where((place >= first) & (place < stop), size, 0)
+  turned = _matmul(rotation.T, own(polar.u) * jnp.sqrt(weights))
+  b = rotations_lib.lower(turned)
+  return b, _square_of_rounding(b, b.astype(dtype).astype(jnp.float32))
 
 
 def _square_of_rounding(b: jax.Array, rounded: jax.Array) -> jax.Array:
@@ -130,23 +97,23 @@ def _square_of_rounding(b: jax.Array, rounded: jax.Array) -> jax.Array:
   return jnp.maximum(inner + 2 * jnp.sum(gram(off, rounded) * gram(b, off)), 0)
 
 
-def triangle_form(rotation: jax.Array, polar: canonical.Polar, *, dtype: Any) -> Form:
-  """Returns the lower triangle of P, float32 `[d, d]`, with its error."""
-  lower = jnp.tril(_symmetric(rotation, polar))
-  lower32 = lower.astype(dtype).astype(jnp.float32)
-  leaf = structured.SymmetricTriangle(lower32, columns=lower.shape[0])
-  return Form((lower,), _error(leaf, rotation, polar))
+def triangle(
+  rotation: jax.Array, polar: canonical.Polar, *, dtype: Any
+) -> tuple[jax.Array, jax.Array]:
+  """Returns the lower triangle of P, float32 `[d, d]`, not rounded.
 
-
-def _symmetric(rotation: jax.Array, polar: canonical.Polar) -> jax.Array:
+  Returns:
+    The triangle, and the relative error of P in the Frobenius norm when the triangle is
+    rounded to `dtype`.
+  """
   turned = _matmul(rotation.T, polar.u)
-  return _matmul(turned * polar.values, turned.T)
-
-
-def _error(leaf: Any, rotation: jax.Array, polar: canonical.Polar) -> jax.Array:
-  symmetric = _symmetric(rotation, polar)
-  norm = jnp.maximum(jnp.linalg.norm(symmetric), _TINY)
-  return jnp.linalg.norm(leaf.materialize() - symmetric) / norm
+  whole = _matmul(turned * polar.values, turned.T)
+  lower = jnp.tril(whole)
+  rounded = structured.SymmetricTriangle(
+    lower.astype(dtype).astype(jnp.float32), columns=lower.shape[0]
+  )
+  norm = jnp.maximum(jnp.linalg.norm(whole), _TINY)
+  return lower, jnp.linalg.norm(rounded.materialize() - whole) / norm
 
 
 class Shortcut(NamedTuple):
@@ -191,17 +158,23 @@ def symmetric(
   more = int(np.sum(values > 1 + tolerance * unit))
   d, size = values.size, structured.lower_size
   if size((d, less)) + size((d, more)) < size((d, d)):
-    grams = _gram_form(
-      rotation, polar, less, more, k=_padded(less, d), j=_padded(more, d), dtype=dtype
+    # The values descend: those above 1 are the first, those below 1 are the last.
+    (b, b_square), (c, c_square) = (
+      _gram_factor(
+        rotation, polar, first, stop, k=_padded(stop - first, d), dtype=dtype
+      )
+      for first, stop in ((d - less, d), (0, more))
     )
-    if float(grams.error) <= _ERROR_BOUND * unit:
-      b, c = grams.arrays
+    # The values that count as 1 belong to directions that are orthogonal to the columns
+    # of B and C. Therefore the squares of the errors add up.
+    left_out = np.square(values[more : d - less] - np.float64(1)).sum()
+    square = float(b_square) + float(c_square) + left_out
+    error = np.sqrt(square) / max(np.linalg.norm(values), _TINY)
+    if error <= _ERROR_BOUND * unit:
       leaf = structured.IdentityMinusGram(b[:, :less], c[:, :more], columns=width)
-      return Shortcut(leaf, grams.error, less + more)
-  whole = _triangle_form(rotation, polar, dtype=dtype)
-  (lower,) = whole.arrays
-  triangle = structured.SymmetricTriangle(lower, columns=width)
-  return Shortcut(triangle, whole.error, d)
+      return Shortcut(leaf, error, less + more)
+  lower, error = _triangle(rotation, polar, dtype=dtype)
+  return Shortcut(structured.SymmetricTriangle(lower, columns=width), error, d)
 
 
 def trapezoid(lower: jax.Array, *, dtype: Any) -> Shortcut:
@@ -213,9 +186,10 @@ def trapezoid(lower: jax.Array, *, dtype: Any) -> Shortcut:
 def _padded(rank: int, most: int) -> int:
   """Rounds a rank up, so that few different programs are compiled.
 
-  Between a power of two and the next there are eight results; none exceeds `most`.
+  Between a power of two and the next there are four results, all multiples of 16; but
+  none exceeds `most`.
   """
-  grain = 1 << max(rank.bit_length() - 4, 0)
+  grain = 1 << max(rank.bit_length() - 3, 4)
   return min(-(-rank // grain) * grain, most)
 
 
@@ -227,5 +201,5 @@ def _rounded_lower(lower: jax.Array, *, dtype: Any) -> tuple[jax.Array, jax.Arra
 
 
 _TINY = float(jnp.finfo(jnp.float32).tiny)
-_gram_form = jax.jit(gram_form, static_argnames=('k', 'j', 'dtype'))
-_triangle_form = jax.jit(triangle_form, static_argnames='dtype')
+_gram_factor = jax.jit(gram_factor, static_argnames=('k', 'dtype'))
+_triangle = jax.jit(triangle, static_argnames='dtype')

@@ -558,12 +558,15 @@ def _stored(
   flat = structured.flatten(tree)
   if rounding is None:
     return structured.unflatten(jax.device_get(flat)), []
-  effects, originals, nearest = {}, {}, {}
+  effects, originals, nearest, vectors = {}, {}, {}, {}
   for path, leaf in flat.items():
     dtype = context.dtypes.get(prefix + path, context.dtype)
     if any(isinstance(x, jax.Array) for x in jax.tree.leaves(leaf)):
+      if structured.is_plain(leaf) and not is_matrix(leaf):
+        vectors[path] = dtype
+        continue
       octaves = rounding.octaves(prefix + path, dtype)
-      if octaves is None or (structured.is_plain(leaf) and not is_matrix(leaf)):
+      if octaves is None:
         nearest[path] = dtype
         continue
       if context.pack and rounding.uniform and structured.is_plain(leaf):
@@ -575,9 +578,14 @@ def _stored(
       )
     else:
       flat[path] = structured.astype(leaf, dtype)
-  own = {path: flat[path] for path in nearest}
-  flat |= to_nearest(own, tuple(nearest.items()))
+  if nearest:
+    own = {path: flat[path] for path in nearest}
+    flat |= to_nearest(own, tuple(nearest.items()))
   flat, effects = jax.device_get((flat, effects))
+  # On the host, because a program for so few numbers takes longer to compile.
+  flat |= {
+    path: structured.astype(flat[path], dtype) for path, dtype in vectors.items()
+  }
   if context.pack and originals:
     for whole, packing in context.pack(originals).items():
       path = whole.removeprefix(prefix)
