@@ -23,5 +23,13 @@ fi
 bin=.venv/bin
 "$bin/ruff" check .
 "$bin/ruff" format --check .
-"$bin/mypy"
-exec "$bin/python" -m pytest "$@"
+# mypy runs beside the tests, because it needs one core only.
+types=$(mktemp)
+trap 'kill "$mypy" 2>/dev/null || true; rm -f "$types"' EXIT
+"$bin/mypy" >"$types" 2>&1 &
+mypy=$!
+code=0
+"$bin/python" -m pytest "$@" || code=$?
+wait "$mypy" || code=1
+cat "$types"
+exit "$code"

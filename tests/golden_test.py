@@ -47,7 +47,6 @@ def check(settings):
 
 
 @pytest.mark.slow
-@pytest.mark.daily
 def test_all_settings_at_once():
   check(TOGETHER)
 

@@ -146,7 +146,6 @@ class IntegersTest(parameterized.TestCase):
     self.assertLess(_nbytes(loaded.params), _nbytes(plain.params) / 2)
 
   @pytest.mark.slow
-  @pytest.mark.daily
   def test_predictions_are_the_same(self):
     self.check_predictions(TINY)
 

@@ -176,19 +176,6 @@ def round_leaf(
   return leaf, _total(effects)
 
 
-@functools.partial(jax.jit, static_argnums=1)
-def to_nearest(
-  leaves: dict[str, Any], dtypes: tuple[tuple[str, np.dtype], ...]
-) -> dict[str, Any]:
-  """Rounds leaves to the nearest numbers of their dtypes, all in one program.
-
-  Args:
-    leaves: arrays and structured leaves, float32.
-    dtypes: the key and the dtype of each leaf.
-  """
-  return {key: structured.astype(leaves[key], dtype) for key, dtype in dtypes}
-
-
 # Programs are compiled for few lengths of smaller arrays, because compilation takes
 # longer than the work.
 _SMALL = 1 << 20

@@ -36,7 +36,6 @@ from rotbits_jax.symmetries.rounding import NEAREST
 from rotbits_jax.symmetries.rounding import Rounding
 from rotbits_jax.symmetries.rounding import is_matrix
 from rotbits_jax.symmetries.rounding import round_leaf
-from rotbits_jax.symmetries.rounding import to_nearest
 
 Note = dict[str, Any]  # JSON values
 State = Any  # a PyTree of arrays
@@ -550,7 +549,7 @@ def _given(tree: models.Params, widen: bool, device: Any = None) -> models.Param
 def _stored(
   tree: models.Params, context: Context, prefix: str, rounding: Rounding | None
 ) -> tuple[models.Params, list[Saving]]:
-  """Rounds parameters on their device and fetches them once.
+  """Rounds matrices to their steps on their device, and fetches all parameters once.
 
   Returns:
     The parameters as they are stored, and the saving of the rounding, if there is one.
@@ -558,15 +557,12 @@ def _stored(
   flat = structured.flatten(tree)
   if rounding is None:
     return structured.unflatten(jax.device_get(flat)), []
-  effects, originals, nearest, vectors = {}, {}, {}, {}
+  effects, originals, nearest = {}, {}, {}
   for path, leaf in flat.items():
     dtype = context.dtypes.get(prefix + path, context.dtype)
     if any(isinstance(x, jax.Array) for x in jax.tree.leaves(leaf)):
-      if structured.is_plain(leaf) and not is_matrix(leaf):
-        vectors[path] = dtype
-        continue
       octaves = rounding.octaves(prefix + path, dtype)
-      if octaves is None:
+      if octaves is None or (structured.is_plain(leaf) and not is_matrix(leaf)):
         nearest[path] = dtype
         continue
       if context.pack and rounding.uniform and structured.is_plain(leaf):
@@ -578,13 +574,11 @@ def _stored(
       )
     else:
       flat[path] = structured.astype(leaf, dtype)
-  if nearest:
-    own = {path: flat[path] for path in nearest}
-    flat |= to_nearest(own, tuple(nearest.items()))
   flat, effects = jax.device_get((flat, effects))
-  # On the host, because a program for so few numbers takes longer to compile.
+  # On the host, because these are vectors as a rule, and a program for so few numbers
+  # takes longer to compile.
   flat |= {
-    path: structured.astype(flat[path], dtype) for path, dtype in vectors.items()
+    path: structured.astype(flat[path], dtype) for path, dtype in nearest.items()
   }
   if context.pack and originals:
     for whole, packing in context.pack(originals).items():
