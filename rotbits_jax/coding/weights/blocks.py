@@ -417,7 +417,7 @@ def count(fill: Fill, count: int, layout: layouts.Layout, labels: int) -> np.nda
     int64 `[labels, A]`.
   """
   memory = _buffers(count)
-  padded = next(size for size in (1, 15, 63, 255) if size >= labels)
+  padded = next(size for size in (15, 63, 255) if size >= labels)
   bits = memory.numbers(layout.unsigned)
   contexts = memory.host('labels', memory.capacity + 2 * LANES, np.uint8)
   contexts[count:] = padded
