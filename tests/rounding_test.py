@@ -28,7 +28,16 @@ class RoundTest(parameterized.TestCase):
     dtype=[np.float16, ml_dtypes.bfloat16], scale=[1.0, 0.03], octaves=[-7.0, -3.5]
   )
   def test_numbers_are_multiples_of_a_power_of_two(self, dtype, scale, octaves):
-    values = _normal((40, 50), scale)
+    self.check_multiples(_normal((40, 50), scale), dtype, octaves)
+
+  # The sizes are those at which other programs round an array.
+  @parameterized.parameters(
+    *((64, 64), (64, 65), (3, 5, 7), (1024, 1023), (1024, 1024), (1025, 1024))
+  )
+  def test_arrays_of_all_sizes_are_rounded_alike(self, *shape):
+    self.check_multiples(_normal(shape), np.float16, -7.0)
+
+  def check_multiples(self, values, dtype, octaves):
     rounded, effect = _round(jnp.asarray(values), dtype, octaves)
     rms = np.sqrt(np.mean(np.float64(values) ** 2))
     self.assertEqual(np.log2(effect.step), np.floor(np.log2(rms) + octaves))
