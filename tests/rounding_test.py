@@ -88,6 +88,18 @@ class RoundTest(parameterized.TestCase):
     changed, _ = _round(values, np.float16, -8.0, uniform=True)
     self.assertTrue(np.any(np.asarray(changed) != np.asarray(kept)))
 
+  def test_inputs_are_used_for_uniform_steps_only(self):
+    values = jnp.asarray(_normal((40, 50)))
+    mixed = _normal((40, 40), seed=1)
+    inputs = rounding.Inputs(mixed @ mixed.T, 0)
+    for uniform in (False, True):
+      plain, fed_back = (
+        rounding.round_leaf(values, np.dtype(np.float16), -4.0, uniform, x)[0]
+        for x in (None, inputs)
+      )
+      differ = bool(np.any(np.asarray(plain) != np.asarray(fed_back)))
+      self.assertEqual(differ, uniform)
+
   def test_vectors_are_rounded_to_the_nearest_number(self):
     values = _normal((500,))
     rounded, effect = _round(jnp.asarray(values), np.float16, -4.0)

@@ -148,26 +148,30 @@ def round_leaf(
     dtype: dtype of the parameter.
     octaves: log2 of the step over the rms, see `Rounding`.
     uniform: see `Rounding`.
-    inputs: see `Rounding`; they are not used for structured leaves.
+    inputs: see `Rounding`; only a matrix with a uniform step uses them.
 
   Returns:
     The leaf and the effect. Numbers that are too large for the dtype become infinite.
   """
   octaves32 = np.float32(octaves)  # of one type, so that one program serves all
+  moments, axis = inputs or (None, 0)
+  if not (uniform and structured.is_plain(leaf) and is_matrix(leaf)):
+    moments = None
   effects: list[tuple[int, Effect]] = []
 
   def round_array(array: Any) -> jax.Array:
-    if inputs is not None and structured.is_plain(leaf) and is_matrix(array):
-      result, effect = _round_with_feedback(
-        array, octaves32, inputs.moments, dtype, inputs.axis
-      )
-    elif array.size < _SMALL:
-      flat, effect = _round(_row(array), octaves32, dtype, uniform, is_matrix(array))
-      result = _cut(flat, array.shape)
-    else:
-      result, effect = _round(array, octaves32, dtype, uniform, is_matrix(array))
+    is_row = moments is None and array.size < _SMALL
+    result, effect = _round(
+      _row(array) if is_row else array,
+      octaves32,
+      moments,
+      dtype,
+      uniform,
+      is_matrix(array),
+      axis,
+    )
     effects.append((array.size, effect))
-    return result
+    return _cut(result, array.shape) if is_row else result
 
   if structured.is_structured(leaf):
     leaf = leaf.map_numbers(round_array)
@@ -197,9 +201,15 @@ def _cut(row: jax.Array, shape: tuple[int, ...]) -> jax.Array:
   return row[: math.prod(shape)].reshape(shape)
 
 
-@functools.partial(jax.jit, static_argnums=(2, 3, 4))
+@functools.partial(jax.jit, static_argnums=(3, 4, 5, 6))
 def _round(
-  array: jax.Array, octaves: jax.Array, dtype: np.dtype, uniform: bool, common: bool
+  array: jax.Array,
+  octaves: jax.Array,
+  moments: jax.Array | None,
+  dtype: np.dtype,
+  uniform: bool,
+  common: bool,
+  axis: int,
 ) -> tuple[jax.Array, Effect]:
   """Rounds an array; to a common step only if `common`."""
   nearest = array.astype(dtype)
@@ -207,7 +217,10 @@ def _round(
     return nearest, _effect(array, nearest, jnp.float32(0), jnp.float32(0))
   if uniform:
     step = _quarter_step(_rms(array), octaves)
-    result = feedback.multiples(array, step)
+    if moments is None:
+      result = feedback.multiples(array, step)
+    else:
+      result = feedback.round_to_steps(array, step, moments, axis=axis)
     return result, _effect(array, result, _bits_saved(array, step, dtype), step)
   step = jnp.ldexp(jnp.float32(1), _exponent(_rms(array), octaves, dtype))
   # Beyond, the dtype itself is coarser.
@@ -217,15 +230,6 @@ def _round(
   result = jnp.where(same, nearest, result)
   bits = jnp.where(same, 0, _bits_saved(array, step, dtype))
   return result, _effect(array, result, bits, jnp.where(same, 0, step))
-
-
-@functools.partial(jax.jit, static_argnums=(3, 4))
-def _round_with_feedback(
-  array: jax.Array, octaves: jax.Array, moments: jax.Array, dtype: np.dtype, axis: int
-) -> tuple[jax.Array, Effect]:
-  step = _quarter_step(_rms(array), octaves)
-  result = feedback.round_to_steps(array, step, moments, axis=axis)
-  return result, _effect(array, result, _bits_saved(array, step, dtype), step)
 
 
 def _effect(

@@ -560,20 +560,21 @@ def _stored(
   effects, originals, nearest = {}, {}, {}
   for path, leaf in flat.items():
     dtype = context.dtypes.get(prefix + path, context.dtype)
-    if any(isinstance(x, jax.Array) for x in jax.tree.leaves(leaf)):
+    is_on_device = any(isinstance(x, jax.Array) for x in jax.tree.leaves(leaf))
+    is_vector = structured.is_plain(leaf) and not is_matrix(leaf)
+    octaves = None
+    if is_on_device and not is_vector:
       octaves = rounding.octaves(prefix + path, dtype)
-      if octaves is None or (structured.is_plain(leaf) and not is_matrix(leaf)):
-        nearest[path] = dtype
-        continue
-      if context.pack and rounding.uniform and structured.is_plain(leaf):
-        original = packings.narrowed(leaf, dtype)
-        if original is not None:
-          originals[prefix + path] = original
-      flat[path], effects[path] = round_leaf(
-        leaf, dtype, octaves, rounding.uniform, rounding.inputs.get(prefix + path)
-      )
-    else:
-      flat[path] = structured.astype(leaf, dtype)
+    if octaves is None:
+      nearest[path] = dtype
+      continue
+    if context.pack and rounding.uniform and structured.is_plain(leaf):
+      original = packings.narrowed(leaf, dtype)
+      if original is not None:
+        originals[prefix + path] = original
+    flat[path], effects[path] = round_leaf(
+      leaf, dtype, octaves, rounding.uniform, rounding.inputs.get(prefix + path)
+    )
   flat, effects = jax.device_get((flat, effects))
   # On the host, because these are vectors as a rule, and a program for so few numbers
   # takes longer to compile.
