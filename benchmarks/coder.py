@@ -157,7 +157,7 @@ def unit(count: int, dtype: Any, runs: int) -> tuple[int, float, float, float, f
   )
 
 
-def lane_bytes(units: Iterable[weights.UnitSpec]) -> int:
+def lane_bytes(units: Iterable[weights.StreamSpec]) -> int:
   """Returns the bytes of the states and lengths of all lanes of all blocks."""
   # A state of 4 bytes and a length of 1, of which the last word's bits are coded data.
   return sum(

@@ -299,7 +299,7 @@ def _blocks_alone(path: pathlib.Path) -> tuple[Callable[[], None], int]:
   ]
 
   def decode() -> None:
-    with weights.unit_jobs() as start:
+    with weights.record_jobs() as start:
       jobs = [functools.partial(weights.decode, x, y, out=out) for x, y, out in given]
       for future in [start(job) for job in jobs]:
         future.result()
@@ -320,7 +320,7 @@ def _block_on_each(threads: int) -> tuple[Callable[[], None], int]:
   outs = [[np.ones_like(array)] for _ in range(threads)]
 
   def decode() -> None:
-    with weights.unit_jobs() as start:
+    with weights.record_jobs() as start:
       for future in [start(functools.partial(job, out=out)) for out in outs]:
         future.result()
 

@@ -149,7 +149,7 @@ def run(directory: pathlib.Path, options: paper.Options) -> None:
     f'corrections {16 * encoded.corrections.size / sum(parameters):.2f}; '
     f'{sum(x is None for x in encoded.layout["rows"])} of {len(widths)} not sampled'
   )
-  given = models.count_numbers(clock.config) * 2
+  given = models.count_elements(clock.config) * 2
   stored = path.stat().st_size + encoded.corrections.nbytes + encoded.tables.nbytes
   print(f'{given:,} bytes to {stored:,} ({100 * stored / given:.2f}%)')
 

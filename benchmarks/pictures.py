@@ -30,7 +30,7 @@ from rotbits_jax import evaluation
 from rotbits_jax import presets
 from rotbits_jax import symmetries
 from rotbits_jax.cli import program
-from rotbits_jax.evaluation import charts
+from rotbits_jax.report import charts
 
 FLAGS = flags.FlagValues()
 _CHECKPOINT = flags.DEFINE_string(

@@ -21,9 +21,9 @@ from benchmarks import demo
 from benchmarks import sections
 import rotbits_jax
 from rotbits_jax import evaluation
-from rotbits_jax import outputs
 from rotbits_jax.cli import program
-from rotbits_jax.file import report as report_lib
+from rotbits_jax.report import savings
+from rotbits_jax.system import outputs
 
 FLAGS = flags.FlagValues()
 _CHECKPOINTS = flags.DEFINE_list(
@@ -116,7 +116,7 @@ def small_section(rows: list[demo.Row], tokens: str) -> str:
   )
 
 
-def where_section(report: report_lib.Report, name: str) -> str:
+def where_section(report: savings.Report, name: str) -> str:
   """Returns what each transform saves of one checkpoint."""
   lines = report._replace(notes={}).to_text(width=88).split('\n\n')[0]
   return f'`free` on {name}:\n\n```\n{lines}\n```\n'

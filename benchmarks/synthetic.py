@@ -465,7 +465,7 @@ def main() -> None:
     progress=True,
   )
   size = sum(file.stat().st_size for file in pathlib.Path(_OUTPUT.value).iterdir())
-  print(f'wrote {_OUTPUT.value}: {models.count_numbers(config):,} numbers, {size:,} B')
+  print(f'wrote {_OUTPUT.value}: {models.count_elements(config):,} numbers, {size:,} B')
 
 
 def run() -> int:

@@ -153,7 +153,7 @@ def missing_noise(lines, take):  # the bytes that chose the order of these lines
       value = value * (i + 1) + digits[i]
     noise += value.to_bytes(size, 'little')
   return noise
-def read_unit(coder, stream):  # returns the arrays of a unit, with their dtypes
+def read_record(coder, stream):  # returns the arrays of a unit, with their dtypes
   take, specs, models, parts = io.BytesIO(stream).read, coder['arrays'], [], []
   axes, distinct = coder['order'] or ([], 0)
   moved, groups = {i for i, _ in axes}, iter(coder['groups'])
@@ -276,7 +276,7 @@ def main(path, output):
   manifest = json.loads(streams['manifest'])
   for unit in sorted(manifest['units'], key=lambda unit: unit['name'] == 'embed'):
     is_layer = bool(manifest['config']) and unit['name'].startswith('layers.')
-    arrays = read_unit(unit['coder'], streams[unit['name']])
+    arrays = read_record(unit['coder'], streams[unit['name']])
     empty += unit.get('empty', [])
     for leaf in unit['leaves']:
       parts = {name: next(arrays) for name in leaf.get('arrays', [''])}

@@ -23,9 +23,8 @@ from fuzz import mutations
 from fuzz import seeds
 import rotbits_jax
 from rotbits_jax import checkpoints
-from rotbits_jax import checksums
-from rotbits_jax import evaluation
 from rotbits_jax import models
+from rotbits_jax import report as report_lib
 from rotbits_jax import structured
 from rotbits_jax.checkpoints import attributes
 from rotbits_jax.checkpoints import configs
@@ -42,6 +41,7 @@ from rotbits_jax.coding.bits_back import rotation_codes
 from rotbits_jax.coding.bits_back import symmetric_eig
 from rotbits_jax.coding.bits_back import word_stack
 from rotbits_jax.coding.weights import order
+from rotbits_jax.system import checksums
 
 Mutate = Callable[[bytes, random.Random, mutations.MutateBytes], bytes]
 
@@ -111,7 +111,7 @@ def _manifest(data: bytes) -> None:
   report = rotbits_jax.inspect(data)
   report.to_text().encode()
   json.dumps(report.to_json(), allow_nan=False)
-  evaluation.report_page(data).encode()
+  report_lib.report_page(data).encode()
 
 
 def _leaf(data: bytes) -> None:

@@ -34,6 +34,7 @@ _MODULES = (
   'models',
   'near',
   'presets',
+  'report',
   'slicing',
   'structured',
   'symmetries',
@@ -56,7 +57,7 @@ _NAMES = {
   'load_checkpoint': 'checkpoints',
   'open_checkpoint': 'checkpoints',
   'read_tensor': 'decoding',
-  'read_unit': 'decoding',
+  'read_record': 'decoding',
   'save_checkpoint': 'checkpoints',
   'verify': 'verification',
 }

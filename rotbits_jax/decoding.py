@@ -21,7 +21,7 @@ from rotbits_jax import structured
 from rotbits_jax.coding import weights
 from rotbits_jax.file import manifest
 from rotbits_jax.file import plain
-from rotbits_jax.file import report
+from rotbits_jax.report import savings
 
 Tree = dict[str, Any]
 
@@ -76,8 +76,8 @@ def load(
     dtype: dtype for all floating-point numbers, rounded to nearest; None for the dtype
       of each array in the file. Arrays that `near` has rounded are float32 there.
     integers: whether a matrix that the file stores as multiples of one step, as `near`
-      does, stays integers with a step, see `structured.Multiples`. It takes a quarter
-      of the memory of float32 in int8, and half of it in int16, which a matrix gets if
+      does, stays integers with a step, see `structured.UniformlyQuantized`. It takes a
+      quarter of the memory of float32 in int8, and half of it in int16, which a matrix gets if
       int8 is too short. The numbers are the same, bit for bit.
     progress: whether to show the progress on stderr.
 
@@ -191,7 +191,7 @@ def decode_to_directory(
           writer.layer(index, params)
 
 
-def read_unit(source: file.Readable, name: str) -> Tree:
+def read_record(source: file.Readable, name: str) -> Tree:
   """Reads one unit, such as a layer, without the others; see `file.Reader.unit`.
 
   Raises:
@@ -215,7 +215,7 @@ def read_tensor(source: file.Readable, path: str) -> Any:
     return reader.tensor(path)
 
 
-def inspect(source: file.Readable) -> file.Report:
+def inspect(source: file.Readable) -> savings.Report:
   """Reports the content of a file and the savings of each step, without decoding.
 
   Raises:
@@ -223,7 +223,7 @@ def inspect(source: file.Readable) -> file.Report:
     OSError: if the path cannot be read.
   """
   with file.Reader(source) as reader:
-    return report.from_reader(reader)
+    return savings.from_reader(reader)
 
 
 def _decode_tensors(

@@ -18,13 +18,13 @@ import jax
 
 from rotbits_jax import checkpoints
 from rotbits_jax import models
-from rotbits_jax import outputs
 from rotbits_jax import presets
-from rotbits_jax import progress as progress_lib
 from rotbits_jax.file import model as model_lib
 from rotbits_jax.file import plain
 from rotbits_jax.file import shards as shards_lib
 from rotbits_jax.file import writer as writer_lib
+from rotbits_jax.system import outputs
+from rotbits_jax.system import progress as progress_lib
 from rotbits_jax.verification import read_all
 
 Tree = dict[str, Any]

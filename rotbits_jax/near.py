@@ -26,7 +26,6 @@ import numpy as np
 from rotbits_jax import evaluation
 from rotbits_jax import models
 from rotbits_jax import presets
-from rotbits_jax import progress as progress_lib
 from rotbits_jax import structured
 from rotbits_jax import symmetries
 from rotbits_jax.evaluation import perplexity
@@ -34,6 +33,7 @@ from rotbits_jax.file import packing
 from rotbits_jax.symmetries import packings
 from rotbits_jax.symmetries import rounding as rounding_lib
 from rotbits_jax.symmetries import transform
+from rotbits_jax.system import progress as progress_lib
 
 PROBE = -5.0
 """The step at which the divergence of each kind is measured."""
@@ -345,7 +345,7 @@ def _numbers(model: models.Model, rounded: models.Model) -> dict[str, int]:
     pairs = zip(jax.tree.leaves(leaf), jax.tree.leaves(results[path]), strict=True)
     if any(rounding_lib.is_matrix(x) and bool((x != y).any()) for x, y in pairs):
       name = models.names.kind(path)
-      counts[name] = counts.get(name, 0) + structured.count_numbers(leaf)
+      counts[name] = counts.get(name, 0) + structured.count_elements(leaf)
   return counts
 
 
@@ -357,7 +357,7 @@ def _rounded(
   Matrices that the encoder packs keep their numbers, in float32 as all others.
   """
 
-  def unpacked(unit: symmetries.Unit) -> symmetries.Unit:
+  def unpacked(unit: symmetries.Record) -> symmetries.Record:
     params = structured.flatten(unit.params)
     for path, leaf in params.items():
       if isinstance(leaf, structured.Packed):

@@ -126,7 +126,7 @@ class TestTable:
     ],
   )
   def test_sizes_of_the_models(self, name, numbers):
-    assert models.count_numbers(published.MODELS[name].config) == numbers
+    assert models.count_elements(published.MODELS[name].config) == numbers
 
 
 class TestAccounting:

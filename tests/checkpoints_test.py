@@ -466,25 +466,25 @@ class TestConfig:
       sliding_window=None, tied_head=True, segment_widths=(576,) * 61,
     )  # fmt: skip
     # the published number
-    assert models.count_numbers(config) == 134515008
+    assert models.count_elements(config) == 134515008
 
   def test_llama1_defaults(self):
     config = checkpoints.parse_config(LLAMA1)
     assert (config.num_kv_heads, config.rope_theta, config.norm_eps) == (32, 1e4, 1e-6)
     assert not config.tied_head
-    assert models.count_numbers(config) == 6738415616
+    assert models.count_elements(config) == 6738415616
 
   def test_phi2(self):
     config = checkpoints.parse_config(PHI2)
     assert (config.rotary_dim, config.head_dim, config.num_kv_heads) == (32, 80, 32)
     assert config.parallel_block
     assert config.head_bias
-    assert models.count_numbers(config) == 2779683840
+    assert models.count_elements(config) == 2779683840
 
   def test_phi3(self):
     config = checkpoints.parse_config(PHI3)
     assert (config.sliding_window, config.rotary_dim) == (2047, 96)
-    assert models.count_numbers(config) == 3821079552
+    assert models.count_elements(config) == 3821079552
 
   def test_rope_parameters(self):
     values = {k: v for k, v in SMOLLM2.items() if not k.startswith('rope')}

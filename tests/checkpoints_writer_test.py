@@ -18,10 +18,10 @@ import safetensors
 import weights_files
 
 from rotbits_jax import checkpoints
-from rotbits_jax import outputs
 from rotbits_jax import structured
 from rotbits_jax.checkpoints import CheckpointWriter
 from rotbits_jax.checkpoints import lazy
+from rotbits_jax.system import outputs
 
 TESTDATA = pathlib.Path(__file__).parent / 'testdata'
 FIXTURES = sorted(path.parent.name for path in TESTDATA.glob('*/config.json'))

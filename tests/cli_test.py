@@ -725,7 +725,7 @@ sys.exit(main.main())
   def test_progress_that_nobody_reads(self, tmp_path):
     program = f"""
 import sys
-from rotbits_jax import progress
+from rotbits_jax.system import progress
 from rotbits_jax.cli import main
 progress._SECONDS = 0  # a line for every stage
 sys.argv = ['rotbits', 'encode', {f'--checkpoint={SLICED}'!r}, '--preset=exact',

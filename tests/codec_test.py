@@ -246,11 +246,11 @@ class RoundTripTest(Checks):
     layers = list(rotbits_jax.decode(_encoded(TINY, 'free')).layers())
     data = _flip(_encoded(TINY, 'free'), 'layers.1')
     for i in (0, 2):
-      _assert_same_bits(rotbits_jax.read_unit(data, f'layers.{i}'), layers[i])
+      _assert_same_bits(rotbits_jax.read_record(data, f'layers.{i}'), layers[i])
     with self.assertRaisesRegex(rotbits_jax.ContainerError, 'layers.1'):
-      rotbits_jax.read_unit(data, 'layers.1')
+      rotbits_jax.read_record(data, 'layers.1')
     with self.assertRaisesRegex(rotbits_jax.ContainerError, 'layers.9'):
-      rotbits_jax.read_unit(data, 'layers.9')
+      rotbits_jax.read_record(data, 'layers.9')
 
   def test_a_tensor_is_read_by_its_unit_only(self):
     data = _flip(_encoded(TINY, 'exact'), 'layers.1')

@@ -64,7 +64,7 @@ class TreeTest(parameterized.TestCase):
     data = rotbits_jax.encode(tree, preset='exact')
     assert_same_bits(rotbits_jax.decode(data), tree)
     assert_same_bits(rotbits_jax.load(data), tree)
-    assert_same_bits({k: rotbits_jax.read_unit(data, k)[k] for k in tree}, tree)
+    assert_same_bits({k: rotbits_jax.read_record(data, k)[k] for k in tree}, tree)
 
   @parameterized.parameters(*FLOATS)
   def test_floats(self, dtype):

@@ -210,13 +210,13 @@ class ConfigTest(chex.TestCase):
       'num_attention_heads': 14, 'num_key_value_heads': 2, 'head_dim': None,
       'vocab_size': 151936, 'layer_types': None, **TIED,
     }  # fmt: skip
-    assert models.count_numbers(checkpoints.parse_config(qwen)) == 494032768
+    assert models.count_elements(checkpoints.parse_config(qwen)) == 494032768
     mistral = MISTRAL | {
       'hidden_size': 4096, 'intermediate_size': 14336, 'num_hidden_layers': 32,
       'num_attention_heads': 32, 'num_key_value_heads': 8, 'head_dim': 128,
       'vocab_size': 32000,
     }  # fmt: skip
-    assert models.count_numbers(checkpoints.parse_config(mistral)) == 7241732096
+    assert models.count_elements(checkpoints.parse_config(mistral)) == 7241732096
 
   @parameterized.parameters(
     (LLAMA, {'rope_scaling': {'rope_type': 'yarn', 'factor': 2.0}},

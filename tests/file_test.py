@@ -28,8 +28,8 @@ from rotbits_jax import file
 from rotbits_jax import models
 from rotbits_jax import structured
 from rotbits_jax.file import memory
+from rotbits_jax.file import records
 from rotbits_jax.file import shards as shards_lib
-from rotbits_jax.file import units
 from rotbits_jax.file import writer
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -343,22 +343,22 @@ class ReplacedTest(Base):
 class ResumeTest(Base):
   def interrupted(self, units, preset='free', **options):
     """Starts to encode, and is interrupted before this unit is coded."""
-    real, count = writer.encode_unit, [0]
+    real, count = writer.encode_record, [0]
 
-    def encode_unit(*args):
+    def encode_record(*args):
       count[0] += 1
       if count[0] > units:
         raise KeyboardInterrupt
       return real(*args)
 
-    stopped = absltest.mock.patch.object(writer, 'encode_unit', encode_unit)
+    stopped = absltest.mock.patch.object(writer, 'encode_record', encode_record)
     with stopped, self.assertRaises(KeyboardInterrupt):
       self.encode(preset=preset, **options)
 
   def resumed(self, preset='free', **options):
     """Encodes, and returns the number of units that this run coded."""
     with absltest.mock.patch.object(
-      writer, 'encode_unit', wraps=writer.encode_unit
+      writer, 'encode_record', wraps=writer.encode_record
     ) as spy:
       self.encode(preset=preset, **options)
     return spy.call_count
@@ -400,14 +400,14 @@ class ResumeTest(Base):
     self.assert_is_like_encoded_at_once()
 
   def test_two_runs_do_not_write_one_output(self):
-    real = writer.encode_unit
+    real = writer.encode_record
 
-    def encode_unit(*args):
+    def encode_record(*args):
       with self.assertRaisesRegex(BlockingIOError, 'another process writes here'):
         self.encode()
       return real(*args)
 
-    with absltest.mock.patch.object(writer, 'encode_unit', encode_unit):
+    with absltest.mock.patch.object(writer, 'encode_record', encode_record):
       self.encode()
     self.assertEqual(self.names(), ['model.rotbits'])
 
@@ -423,7 +423,7 @@ class ResumeTest(Base):
 
   def test_errors_leave_nothing(self):
     failing = absltest.mock.patch.object(
-      writer, 'encode_unit', side_effect=ValueError('x')
+      writer, 'encode_record', side_effect=ValueError('x')
     )
     with failing, self.assertRaisesRegex(ValueError, 'x'):
       self.encode()
@@ -441,13 +441,13 @@ class ResumeTest(Base):
       import rotbits_jax
       from rotbits_jax.file import writer
       import os, signal
-      real, count = writer.encode_unit, [0]
-      def encode_unit(*args):
+      real, count = writer.encode_record, [0]
+      def encode_record(*args):
         count[0] += 1
         if count[0] > 2:
           os.kill(os.getpid(), signal.SIGKILL)
         return real(*args)
-      writer.encode_unit = encode_unit
+      writer.encode_record = encode_record
       rotbits_jax.encode_to_file({str(TESTDATA / NAME)!r}, {str(self.output)!r})
     """
     done = subprocess.run(
@@ -615,8 +615,10 @@ class ReaderTest(Base):
     ):
       rotbits_jax.decode(data)
     with small, self.assertRaisesRegex(file.ContainerError, 'a: it decodes to 8,388,6'):
-      rotbits_jax.read_unit(data, 'a')
-    full = absltest.mock.patch.object(units.weights, 'decode', side_effect=MemoryError)
+      rotbits_jax.read_record(data, 'a')
+    full = absltest.mock.patch.object(
+      records.weights, 'decode', side_effect=MemoryError
+    )
     with full, self.assertRaisesRegex(file.ContainerError, 'more than memory holds'):
       rotbits_jax.decode(data)
 
@@ -630,7 +632,7 @@ class ReaderTest(Base):
     with limits, self.assertRaisesRegex(file.ContainerError, 'decodes to 2,097,152'):
       rotbits_jax.decode(data)
     with limits:
-      rotbits_jax.read_unit(data, 'a')
+      rotbits_jax.read_record(data, 'a')
     limit.write_text('max\n')
     memory._available.cache_clear()
     with limits:

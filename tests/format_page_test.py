@@ -34,12 +34,12 @@ def documented(introduction):
 
 
 def unit():
-  return manifest.Unit(
+  return manifest.Record(
     name='a',
     nbytes=0,
     crc32=0,
     leaves=(),
-    coder=weights.UnitSpec(arrays=(), layouts=(), groups=()),
+    coder=weights.StreamSpec(arrays=(), layouts=(), groups=()),
     input_numbers=0,
     input_bytes=0,
     savings=(),

@@ -349,7 +349,7 @@ class TestPackagedSmolLM2:
     except CheckpointError as error:
       pytest.skip(str(error))
     checkpoint = gguf_files.read_gguf(path)
-    assert models.count_numbers(checkpoint.model.config) == 134515008
+    assert models.count_elements(checkpoint.model.config) == 134515008
     text = (
       pathlib.Path(evaluation.__file__).parents[1] / 'data/evaluation.txt'
     ).read_text()

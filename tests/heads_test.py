@@ -344,7 +344,7 @@ class TransformsTest(parameterized.TestCase):
       self.assertEqual(note['tensor'], f'layers.1/attention/{name}/kernel')
       self.assertEqual(note['form'], leaf.kind)
       self.assertEqual(note['shape'], list(leaf.shape))
-      self.assertEqual(note['numbers'], structured.count_numbers(leaf))
+      self.assertEqual(note['numbers'], structured.count_elements(leaf))
       self.assertEqual(leaf.dtype, np.float16)
       # Each of the two kernels has a rounding error of 0.42 roundoffs.
       for error in ('error', 'plain_error'):

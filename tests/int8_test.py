@@ -121,8 +121,8 @@ class QuantizeKernelsTest(parameterized.TestCase):
         shortcuts += leaf.kind == 'identity_minus_gram'
         self.assertIsInstance(new, int8.Int8)
         scales = sum(x.size for x in jax.tree.leaves(new.scales))
-        numbers = structured.count_numbers(leaf)
-        self.assertEqual(structured.count_numbers(new), numbers + scales)
+        numbers = structured.count_elements(leaf)
+        self.assertEqual(structured.count_elements(new), numbers + scales)
         self.assertEqual(structured.count_bytes(new), numbers + 2 * scales)
     self.assertEqual(shortcuts, 4)
     self.assertEqual(savings[1].name, 'int8')

@@ -186,7 +186,7 @@ class LayoutTest(parameterized.TestCase):
       numbers += sum(map(math.prod, expected.values()))
     first = structured.flatten(models.layer_shapes(config, 0))
     numbers += sum(map(math.prod, first.values()))
-    self.assertEqual(models.count_numbers(config), numbers)
+    self.assertEqual(models.count_elements(config), numbers)
 
   @parameterized.parameters(*TABLE)
   def test_linear_layers_read_and_write_as_their_kernels_say(

@@ -149,7 +149,9 @@ class LeavesTest(parameterized.TestCase):
 
   def test_reduced_leaf_stores_the_square_of_the_rank_fewer(self):
     for m, n, r in ((7, 9, 3), (9, 7, 3), (7, 9, 7), (7, 9, 1)):
-      self.assertEqual(structured.count_numbers(_reduced(m, n, r)), r * (m + n) - r * r)
+      self.assertEqual(
+        structured.count_elements(_reduced(m, n, r)), r * (m + n) - r * r
+      )
 
   def test_plain_pair_has_the_same_product_and_names(self):
     leaf = _reduced(9, 7, 3).astype(np.float32)

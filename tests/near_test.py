@@ -104,17 +104,19 @@ class PresetTest(parameterized.TestCase):
 
 
 def _pairs(plain, loaded):
-  """The parameters of two models by path, `Multiples` among them as arrays."""
+  """The parameters of two models by path, `UniformlyQuantized` among them as arrays."""
   plain, loaded = structured.flatten(plain.params), structured.flatten(loaded.params)
   for path in plain.keys() | loaded.keys():
     leaf = loaded[path]
-    array = leaf.materialize() if isinstance(leaf, structured.Multiples) else leaf
+    array = (
+      leaf.materialize() if isinstance(leaf, structured.UniformlyQuantized) else leaf
+    )
     yield path, plain[path], array
 
 
 def _multiples(model):
   leaves = structured.flatten(model.params).values()
-  return [x for x in leaves if isinstance(x, structured.Multiples)]
+  return [x for x in leaves if isinstance(x, structured.UniformlyQuantized)]
 
 
 def _nbytes(tree):

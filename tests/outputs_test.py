@@ -11,7 +11,7 @@ import tempfile
 from absl.testing import absltest
 from absl.testing import parameterized
 
-from rotbits_jax import outputs
+from rotbits_jax.system import outputs
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -81,7 +81,7 @@ class CheckTest(Base):
   def test_a_folder_that_cannot_be_written(self):
     program = f"""
 import os, pathlib
-from rotbits_jax import outputs
+from rotbits_jax.system import outputs
 target = pathlib.Path({str(self.target)!r})
 for check in (
   lambda: outputs.check(target, overwrite=True),

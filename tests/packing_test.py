@@ -220,7 +220,7 @@ class FileTest(parameterized.TestCase):
     self.assertEqual(jax.tree.structure(again.params), jax.tree.structure(model.params))
     for a, b in zip(jax.tree.leaves(again), jax.tree.leaves(model), strict=True):
       np.testing.assert_array_equal(packed.bits(a), packed.bits(np.asarray(b)))
-    unit = rotbits_jax.read_unit(data, 'layers.1')
+    unit = rotbits_jax.read_record(data, 'layers.1')
     for a, b in zip(
       jax.tree.leaves(unit), jax.tree.leaves(model.layer(1)), strict=True
     ):

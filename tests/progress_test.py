@@ -3,7 +3,7 @@
 import itertools
 import time
 
-from rotbits_jax import progress
+from rotbits_jax.system import progress
 
 
 def test_time_to_go_leaves_the_first_unit_out(monkeypatch, capsys):

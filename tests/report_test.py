@@ -16,9 +16,9 @@ import weights_files
 from fuzz import containers
 from fuzz import seeds
 import rotbits_jax
-from rotbits_jax import evaluation
+from rotbits_jax import report
 from rotbits_jax import structured
-from rotbits_jax.cli import report
+from rotbits_jax.cli import report as command
 
 ROOT = pathlib.Path(__file__).parents[1]
 BROWSERS = ('chromium', 'chromium-browser', 'google-chrome', 'google-chrome-stable')
@@ -76,7 +76,7 @@ class Parser(html.parser.HTMLParser):
 
 @pytest.mark.parametrize('preset', rotbits_jax.PRESETS)
 def test_is_whole_and_needs_no_network(encoded, preset):
-  page = evaluation.report_page(encoded[preset])
+  page = report.report_page(encoded[preset])
   parser = Parser()
   parser.feed(page)
   assert parser.headings == HEADINGS
@@ -86,7 +86,7 @@ def test_is_whole_and_needs_no_network(encoded, preset):
 
 
 def test_says_what_inspect_says(encoded):
-  page = evaluation.report_page(encoded['free'])
+  page = report.report_page(encoded['free'])
   for line in rotbits_jax.inspect(encoded['free']).lines:
     if line.bytes_saved:
       assert f'{abs(line.bytes_saved):,}<' in page, line
@@ -94,14 +94,14 @@ def test_says_what_inspect_says(encoded):
 
 def test_escapes_what_a_stranger_wrote():
   data = rotbits_jax.encode({'<script>': {'a': np.ones(3)}}, preset='exact')
-  assert '<script>' not in evaluation.report_page(data)
+  assert '<script>' not in report.report_page(data)
 
 
 def test_streams_are_those_of_the_file(tmp_path):
   weights_files.write_safetensors(tmp_path / 'model.safetensors', {'a': np.ones(3)})
   (tmp_path / 'config.json').write_text('{"model_type": "gpt2"}')
   rotbits_jax.encode_to_file(tmp_path, tmp_path / 'out', preset='exact')
-  page = evaluation.report_page(tmp_path / 'out')
+  page = report.report_page(tmp_path / 'out')
   for stream in ('a', 'files/config.json', 'rest/model.safetensors'):
     assert f'<td>{stream}</td>' in page
 
@@ -111,7 +111,7 @@ def test_errors_that_a_stranger_wrote(encoded, error):
   streams, manifest = containers.unpack(encoded['free'])
   notes = [{'tensor': 'layers.0/mlp/up/kernel', 'error': error}]
   manifest['units'][0]['savings'] = [['x', 1, 1, notes]]
-  evaluation.report_page(containers.pack(streams, containers.to_json(manifest)))
+  report.report_page(containers.pack(streams, containers.to_json(manifest)))
 
 
 def test_shortcuts_that_are_not_finite_are_left_out(encoded):
@@ -128,7 +128,7 @@ def test_shortcuts_that_are_not_finite_are_left_out(encoded):
   streams, manifest = containers.unpack(data)
   notes = [{'tensor': 'layers.0/attention_shortcut', 'rank': 3}]
   manifest['units'][0]['savings'] = [['x', 1, 1, notes]]
-  evaluation.report_page(containers.pack(streams, containers.to_json(manifest)))
+  report.report_page(containers.pack(streams, containers.to_json(manifest)))
 
 
 def test_command_writes_the_page(encoded, tmp_path, monkeypatch):
@@ -139,7 +139,7 @@ def test_command_writes_the_page(encoded, tmp_path, monkeypatch):
     f'--output={tmp_path}/a.html',
   ]
   monkeypatch.setattr('sys.argv', arguments)
-  assert report.run() == 0
+  assert command.run() == 0
   assert (tmp_path / 'a.html').read_text('utf-8').startswith('<!doctype html>')
 
 
@@ -148,7 +148,7 @@ def test_command_refuses_another_file(tmp_path, monkeypatch, capsys):
   monkeypatch.setattr(
     'sys.argv', ['report', f'--input={tmp_path}/model', f'--output={tmp_path}/a.html']
   )
-  assert report.run() == 2
+  assert command.run() == 2
   assert len(capsys.readouterr().err.splitlines()) == 1
   assert not (tmp_path / 'a.html').exists()
 
@@ -157,7 +157,7 @@ def test_command_refuses_another_file(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize('width', [390, 1280])
 @pytest.mark.parametrize('dark', [False, True])
 def test_fits_a_browser(encoded, tmp_path, width, dark):
-  page = evaluation.report_page(encoded['free'])
+  page = report.report_page(encoded['free'])
   frame = FRAME.format(width=width, page=page.replace('"', '&quot;'))
   (tmp_path / 'frame.html').write_text(frame, 'utf-8')
   command = [BROWSER, '--headless', '--no-sandbox', '--disable-gpu', '--dump-dom']

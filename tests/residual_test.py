@@ -416,7 +416,7 @@ class FreeRotationsTest(parameterized.TestCase):
     for note in kernels:
       self.assertLess(note['error'], 1e-6)
     for name, (blocks, _) in expected.items():
-      size = structured.count_numbers(readers[name])
+      size = structured.count_elements(readers[name])
       saved = sum(map(_triangle, blocks))
       self.assertEqual(size, np.prod(readers[name].shape) - saved)
     np.testing.assert_allclose(_logits(after), _logits(model), atol=3e-4)

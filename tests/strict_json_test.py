@@ -3,7 +3,7 @@
 from absl.testing import absltest
 from absl.testing import parameterized
 
-from rotbits_jax import strict_json
+from rotbits_jax.system import strict_json
 
 
 class LoadsTest(parameterized.TestCase):

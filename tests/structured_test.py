@@ -80,7 +80,7 @@ class StructuredTest(parameterized.TestCase):
     leaf = LEAVES[name](0)
     _, arrays = leaf.stored()
     numbers = sum(a.size for a in arrays.values())
-    self.assertEqual(structured.count_numbers([leaf]), numbers)
+    self.assertEqual(structured.count_elements([leaf]), numbers)
     self.assertEqual(structured.count_bytes({'x': leaf}), 2 * numbers)
 
   def test_gram_stands_for_the_identity_less_b_bt_plus_c_ct(self):
@@ -131,13 +131,13 @@ class StructuredTest(parameterized.TestCase):
   def test_multiples_stand_for_products(self):
     integers = np.arange(-6, 6, dtype=np.int8).reshape(2, 3, 2)
     steps = np.float32([0.75, 3])
-    stack = structured.Multiples(integers, steps, 'float32')
+    stack = structured.UniformlyQuantized(integers, steps, 'float32')
     expected = integers * steps[:, None, None]
     chex.assert_trees_all_equal(np.asarray(stack.materialize()), expected)
     found = jax.jit(jax.vmap(lambda leaf: leaf.materialize()))(stack)
     chex.assert_trees_all_equal(np.asarray(found), expected)
     layers = [stack.layer(i) for i in range(2)]
-    chex.assert_trees_all_equal(structured.Multiples.stack(layers), stack)
+    chex.assert_trees_all_equal(structured.UniformlyQuantized.stack(layers), stack)
     narrow = structured.astype(stack, jnp.bfloat16)
     chex.assert_trees_all_equal(
       narrow.materialize(), stack.materialize().astype(jnp.bfloat16)

@@ -236,7 +236,7 @@ class RetieExactlyTest(parameterized.TestCase):
     self.assertGreater(saved, 0.45 * table.nbytes)
     self.assertEqual(note['form'], 'tied_exactly')
     self.assertEqual(note['error'], 0.0)
-    self.assertEqual(note['numbers'], structured.count_numbers(leaf))
+    self.assertEqual(note['numbers'], structured.count_elements(leaf))
 
   @parameterized.parameters(np.float16, BF16)
   def test_residuals_take_few_bits(self, dtype):

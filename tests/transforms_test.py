@@ -104,7 +104,9 @@ class Checks(parameterized.TestCase):
     """Notes name tensors and count what their leaves store."""
     found = dict(leaves(model))
     for note in notes:
-      self.assertEqual(note['numbers'], structured.count_numbers(found[note['tensor']]))
+      self.assertEqual(
+        note['numbers'], structured.count_elements(found[note['tensor']])
+      )
       self.assertEqual(tuple(note['shape']), found[note['tensor']].shape)
 
 

@@ -1,4 +1,4 @@
-"""Units of arrays come back bit for bit, in about as many bytes as their entropy."""
+"""Records of arrays come back bit for bit, in about as many bytes as their entropy."""
 
 import base64
 import concurrent.futures
@@ -39,7 +39,7 @@ def _assert_same_bits(actual, expected):
 
 
 def _through_json(spec):
-  return weights.UnitSpec.from_json(json.loads(json.dumps(spec.to_json())))
+  return weights.StreamSpec.from_json(json.loads(json.dumps(spec.to_json())))
 
 
 def _round_trip(given):
@@ -507,7 +507,7 @@ class DamageTest(parameterized.TestCase):
   def _check(self, value, data):
     """Returns whether a file is refused; if it is not, its arrays must be right."""
     try:
-      decoded = weights.decode(weights.UnitSpec.from_json(value), data)
+      decoded = weights.decode(weights.StreamSpec.from_json(value), data)
     except ValueError:
       return True
     self.assertEqual([x.tobytes() for x in decoded], self.expected)
@@ -529,11 +529,11 @@ class DamageTest(parameterized.TestCase):
   def test_missing_bytes(self):
     for size in (0, 1, self.data.size // 2, self.data.size - 1):
       with self.assertRaisesRegex(ValueError, 'stream'):
-        weights.decode(weights.UnitSpec.from_json(self.value), self.data[:size])
+        weights.decode(weights.StreamSpec.from_json(self.value), self.data[:size])
     longer = np.append(self.data, np.uint8(0))
     for wrong in (longer, self.data[None], self.data.view(np.int8), self.data > 0):
       with self.assertRaisesRegex(ValueError, 'stream'):
-        weights.decode(weights.UnitSpec.from_json(self.value), wrong)
+        weights.decode(weights.StreamSpec.from_json(self.value), wrong)
 
   def test_other_numbers_under_right_sizes(self):
     for data in (np.zeros_like(self.data), ~self.data, self.data[::-1].copy()):
@@ -544,7 +544,7 @@ class DamageTest(parameterized.TestCase):
       value = copy.deepcopy(self.value)
       value['arrays'][i][3] = array[3] ^ 1
       with self.assertRaisesRegex(ValueError, f'array {i} '):
-        weights.decode(weights.UnitSpec.from_json(value), self.data)
+        weights.decode(weights.StreamSpec.from_json(value), self.data)
 
   def _paths(self, value, path=()):
     yield path
@@ -610,7 +610,7 @@ class DamageTest(parameterized.TestCase):
       'order': None,
     }
     with self.assertRaisesRegex(ValueError, '300 layouts are too many'):
-      weights.UnitSpec.from_json(value)
+      weights.StreamSpec.from_json(value)
 
   def test_huge_arrays_are_refused_before_they_are_allocated(self):
     for array in (
@@ -626,7 +626,7 @@ class DamageTest(parameterized.TestCase):
         'order': None,
       }
       with self.assertRaises(ValueError):
-        weights.decode(weights.UnitSpec.from_json(value), np.zeros(40, np.uint8))
+        weights.decode(weights.StreamSpec.from_json(value), np.zeros(40, np.uint8))
 
 
 class FormatTest(parameterized.TestCase):
@@ -636,7 +636,7 @@ class FormatTest(parameterized.TestCase):
     exchanged = (i * i % 1009 % 5 * (i % 7 < 3)).astype(np.int8).reshape(20, 60)
     powers = np.where(i * i % 7 > 2, -1, 1) * 2.0 ** (i // 30 % 4 - i % 3)
     powers = powers.astype(np.float16).reshape(40, 30)
-    spec = weights.UnitSpec.from_json(json.loads(GOLDEN_SPEC))
+    spec = weights.StreamSpec.from_json(json.loads(GOLDEN_SPEC))
     data = np.frombuffer(base64.b85decode(GOLDEN_STREAM), np.uint8)
     decoded = weights.decode(spec, data)
     _assert_same_bits(decoded[1], powers)

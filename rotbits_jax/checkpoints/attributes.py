@@ -6,8 +6,8 @@ An attribute is a key of the object with its value.
 import math
 from typing import Any
 
-from rotbits_jax import strict_json
 from rotbits_jax.checkpoints import errors
+from rotbits_jax.system import strict_json
 
 _MISSING: Any = object()
 _MOST_CONFIG = 1 << 20  # bytes; configs have a few thousand

@@ -16,10 +16,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from rotbits_jax import outputs
 from rotbits_jax.checkpoints import errors
 from rotbits_jax.checkpoints import lazy
 from rotbits_jax.checkpoints import writer
+from rotbits_jax.system import outputs
 
 Places = Mapping[str, tuple[int, lazy.LazyTensor]]
 

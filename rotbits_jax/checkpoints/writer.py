@@ -12,7 +12,6 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from rotbits_jax import models
-from rotbits_jax import outputs
 from rotbits_jax import structured
 from rotbits_jax.checkpoints import factors as factors_lib
 from rotbits_jax.checkpoints import lazy
@@ -22,6 +21,7 @@ from rotbits_jax.checkpoints import torch_zip
 from rotbits_jax.checkpoints.contents import CONFIG
 from rotbits_jax.checkpoints.errors import CheckpointError
 from rotbits_jax.checkpoints.safetensors_files import INDEX
+from rotbits_jax.system import outputs
 
 Format = Literal['safetensors', 'slicegpt']
 Dtypes: TypeAlias = Mapping[str, DTypeLike] | np.dtype | type[Any] | str

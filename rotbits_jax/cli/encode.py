@@ -84,9 +84,9 @@ import rotbits_jax
 from rotbits_jax import checkpoints
 from rotbits_jax import evaluation
 from rotbits_jax import near
-from rotbits_jax import outputs
 from rotbits_jax import presets
 from rotbits_jax.cli import program
+from rotbits_jax.system import outputs
 
 FLAGS = flags.FlagValues()
 _CHECKPOINT = flags.DEFINE_string(

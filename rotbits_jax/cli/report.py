@@ -18,9 +18,9 @@ import sys
 
 from absl import flags
 
-from rotbits_jax import evaluation
-from rotbits_jax import outputs
+from rotbits_jax import report
 from rotbits_jax.cli import program
+from rotbits_jax.system import outputs
 
 FLAGS = flags.FlagValues()
 _INPUT = flags.DEFINE_string(
@@ -38,7 +38,7 @@ _JSON, _VERBOSE = program.define_output_flags(FLAGS)
 def main() -> None:
   target = outputs.resolved(_OUTPUT.value)
   outputs.check(target, overwrite=_OVERWRITE.value)
-  page = evaluation.report_page(_INPUT.value)
+  page = report.report_page(_INPUT.value)
   with outputs.fresh(outputs.staging(target)) as folder:
     written = folder / target.name
     written.write_text(page, encoding='utf-8')

@@ -37,9 +37,9 @@ from absl import flags
 
 import rotbits_jax
 from rotbits_jax import evaluation
-from rotbits_jax import outputs
 from rotbits_jax import slicing
 from rotbits_jax.cli import program
+from rotbits_jax.system import outputs
 
 MAX_SEQUENCE_LENGTH = 2048  # SliceGPT's default
 

@@ -1,6 +1,5 @@
-"""Measurement of models on a text, and the report of a file as a web page."""
+"""Measurement of models on a text."""
 
-from rotbits_jax.evaluation.page import report_page
 from rotbits_jax.evaluation.perplexity import Comparison
 from rotbits_jax.evaluation.perplexity import Evaluation
 from rotbits_jax.evaluation.perplexity import compare
@@ -17,5 +16,4 @@ __all__ = [
   'evaluate',
   'kl_divergence',
   'read_tokenizer',
-  'report_page',
 ]

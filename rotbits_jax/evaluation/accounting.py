@@ -96,7 +96,7 @@ def accounting(
   unsliced = config.sliced_to((hidden,) * (segments + 1))
   sliced = config.sliced_to((width,) * segments + (hidden,))
   rotation = width * (width - 1) // 2
-  slicegpt = models.count_numbers(sliced)
+  slicegpt = models.count_elements(sliced)
 
   rank = min(hidden - width, width)
   factors = (segments - 1) * (width * rank - rank * (rank - 1) // 2)
@@ -108,7 +108,7 @@ def accounting(
   retied = heads - (config.vocab_size - hidden) * width
   return Accounting(
     width=width,
-    dense=models.count_numbers(unsliced) - _shortcut_numbers(unsliced),
+    dense=models.count_elements(unsliced) - _shortcut_numbers(unsliced),
     slicegpt=slicegpt,
     bits_back_ideal=slicegpt - segments * rotation,
     gauge_fixed=gauge_fixed,

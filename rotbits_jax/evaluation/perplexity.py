@@ -10,7 +10,7 @@ import numpy as np
 import optax
 
 from rotbits_jax import models
-from rotbits_jax.progress import track
+from rotbits_jax.system.progress import track
 
 DEFAULT_WINDOW = 1024
 

@@ -18,13 +18,11 @@ messages          reads the message on which the preset `paper` has a whole mode
 checkpoint_files  reads the files of a checkpoint, and what is between its tensors
 memory            refuses what memory cannot hold, before it is allocated
 placement         places decoded arrays on devices
-report            tells what each step of the encoder saved
 """
 
 from rotbits_jax.file.container import ContainerError
 from rotbits_jax.file.container import Readable
 from rotbits_jax.file.placement import Place
 from rotbits_jax.file.reader import Reader
-from rotbits_jax.file.report import Report
 
-__all__ = ['ContainerError', 'Place', 'Readable', 'Reader', 'Report']
+__all__ = ['ContainerError', 'Place', 'Readable', 'Reader']

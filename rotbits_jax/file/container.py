@@ -25,7 +25,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from zlib_ng import zlib_ng
 
-from rotbits_jax import strict_json
+from rotbits_jax.system import strict_json
 
 FORMAT = 'rotbits'
 VERSION = 3

@@ -133,7 +133,7 @@ class Leaf:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Unit:
+class Record:
   """A part of a model that decodes on its own.
 
   Attributes:
@@ -153,7 +153,7 @@ class Unit:
   nbytes: int
   crc32: int
   leaves: tuple[Leaf, ...]
-  coder: weights.UnitSpec
+  coder: weights.StreamSpec
   input_numbers: int
   input_bytes: int
   savings: tuple[transform.Saving, ...]
@@ -231,7 +231,7 @@ class Unit:
     given.take('name')
     leaves = tuple(Leaf.from_json(leaf, name) for leaf in given.items('leaves'))
     try:
-      coder = weights.UnitSpec.from_json(given.take('coder'))
+      coder = weights.StreamSpec.from_json(given.take('coder'))
     except ValueError as error:
       raise ContainerError(f'{name}: {error}') from error
     unit = cls(
@@ -420,7 +420,7 @@ class Manifest:
   options: dict[str, Any]
   config: models.ModelConfig | None
   stem: str | None
-  units: tuple[Unit, ...]
+  units: tuple[Record, ...]
   message: Message | None
   files: tuple[Stream, ...]
   sizes: tuple[int, ...]
@@ -476,7 +476,7 @@ class Manifest:
       options=given.object('options'),
       config=config,
       stem=given.file_name('stem') if given.optional('stem') else None,
-      units=tuple(map(Unit.from_json, given.items('units'))),
+      units=tuple(map(Record.from_json, given.items('units'))),
       message=Message.from_json(given.object('message'))
       if given.optional('message')
       else None,

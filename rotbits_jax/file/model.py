@@ -13,7 +13,6 @@ import rotbits_jax
 from rotbits_jax import checkpoints
 from rotbits_jax import models
 from rotbits_jax import presets
-from rotbits_jax import progress as progress_lib
 from rotbits_jax import structured
 from rotbits_jax import symmetries
 from rotbits_jax.file import manifest as manifest_lib
@@ -21,6 +20,7 @@ from rotbits_jax.file import packing
 from rotbits_jax.file import shards as shards_lib
 from rotbits_jax.file import writer as writer_lib
 from rotbits_jax.symmetries import transform as transform_lib
+from rotbits_jax.system import progress as progress_lib
 
 Tree = dict[str, Any]
 
@@ -121,7 +121,7 @@ class Job:
       self._write_units(writers, home, work, bar)
     if manifest_lib.BUFFERS in home:
       writer = writers[home[manifest_lib.BUFFERS].name]
-      unit = symmetries.Unit(
+      unit = symmetries.Record(
         manifest_lib.BUFFERS, {manifest_lib.BUFFERS: self.buffers}, []
       )
       writer.add(unit, self.sizes[manifest_lib.BUFFERS], {})
@@ -164,7 +164,7 @@ class Job:
     for units, state in rewritten:
       beside = {key: x for unit in units for key, x in unit.params.items()}
       bar.stage('coding')
-      noted: dict[shards_lib.Shard, list[manifest_lib.Unit]] = {}
+      noted: dict[shards_lib.Shard, list[manifest_lib.Record]] = {}
       while units:
         unit = units.pop(0)
         if unit.name not in home:  # another process writes it
@@ -230,7 +230,7 @@ class Job:
 def _check_leaves(model: models.Model) -> None:
   """Checks the structured leaves of a model, see `writer.check_leaf`.
 
-  `Multiples` are not checked, because `rewrite` takes their arrays.
+  `UniformlyQuantized` are not checked, because `rewrite` takes their arrays.
 
   Raises:
     ValueError: naming a parameter that would not come back.
@@ -238,7 +238,8 @@ def _check_leaves(model: models.Model) -> None:
   kept = lambda tree: {
     path: leaf
     for path, leaf in structured.flatten(tree).items()
-    if structured.is_structured(leaf) and not isinstance(leaf, structured.Multiples)
+    if structured.is_structured(leaf)
+    and not isinstance(leaf, structured.UniformlyQuantized)
   }
   outer = structured.flatten(model.outer())
   for path, leaf in kept(model.params).items():
@@ -286,7 +287,7 @@ def _input_sizes(
   for name, (prefix, tree) in trees.items():
     numbers = nbytes = 0
     for path, leaf in structured.flatten(tree).items():
-      count = structured.count_numbers(leaf)
+      count = structured.count_elements(leaf)
       numbers += count
       nbytes += count * context.dtypes[prefix + path].itemsize
     sizes[name] = writer_lib.Sizes(numbers, nbytes)

@@ -27,7 +27,7 @@ def placed(tree: Tree, place: Place | None) -> Tree:
   flat = {}
   for path, leaf in structured.flatten(tree).items():
     put = lambda x, path=path: jax.device_put(x, _sharding(place, path, x.shape))
-    if isinstance(leaf, structured.Multiples):
+    if isinstance(leaf, structured.UniformlyQuantized):
       sharding = _of_step(_sharding(place, path, leaf.shape), leaf.step.ndim)
       step = jax.device_put(leaf.step, sharding)
       flat[path] = dataclasses.replace(leaf, integers=put(leaf.integers), step=step)
@@ -36,7 +36,7 @@ def placed(tree: Tree, place: Place | None) -> Tree:
   return structured.unflatten(flat)
 
 
-def local_layers(place: Place, entry: manifest_lib.Unit, count: int) -> range:
+def local_layers(place: Place, entry: manifest_lib.Record, count: int) -> range:
   """Returns the range of layers in a stack that devices of this process get."""
   first, last = count, 0
   for leaf, specs in entry.leaf_specs():
@@ -67,7 +67,7 @@ def placed_stack(tree: Tree, place: Place | None, wanted: range, total: int) -> 
   flat = {}
   for path, leaf in structured.flatten(tree).items():
     own = functools.partial(_sharding, place, path)
-    if isinstance(leaf, structured.Multiples):
+    if isinstance(leaf, structured.UniformlyQuantized):
       whole = (total, *leaf.shape[1:])
       of_step = lambda shape, own=own, whole=whole: _of_step(own(whole), len(shape))
       integers, step = put(leaf.integers, own), put(leaf.step, of_step)
@@ -78,7 +78,7 @@ def placed_stack(tree: Tree, place: Place | None, wanted: range, total: int) -> 
 
 
 def _of_step(sharding: jax.sharding.Sharding, axes: int) -> jax.sharding.Sharding:
-  """Returns the sharding of the step of `Multiples`, which has the first axes only.
+  """Returns the sharding of the step of a quantized leaf, which has the first axes only.
 
   Args:
     sharding: that of the integers.

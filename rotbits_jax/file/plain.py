@@ -14,19 +14,19 @@ import numpy as np
 
 from rotbits_jax import checkpoints
 from rotbits_jax import presets
-from rotbits_jax import progress as progress_lib
 from rotbits_jax import structured
 from rotbits_jax import symmetries
 from rotbits_jax.file import container
 from rotbits_jax.file import manifest as manifest_lib
 from rotbits_jax.file import shards as shards_lib
 from rotbits_jax.file import writer as writer_lib
+from rotbits_jax.system import progress as progress_lib
 
 Tree = dict[str, Any]
 
 
 class Job:
-  """Units of plain arrays, to be written to one file or several.
+  """Records of plain arrays, to be written to one file or several.
 
   Attributes:
     sizes: of each unit, in order.
@@ -132,7 +132,7 @@ class Job:
     name: str,
     work: writer_lib.Workspace | None,
   ) -> None:
-    unit = symmetries.Unit(name, self._units[name](), [])
+    unit = symmetries.Record(name, self._units[name](), [])
     entry = writer.add(unit, self.sizes[name], {})
     if work is not None:
       work.note({shard: [entry]}, None)
@@ -190,7 +190,7 @@ def tree_job(tree: Any, preset: presets.Preset, files: Mapping[str, bytes]) -> J
     if structured.is_structured(leaf):
       writer_lib.check_leaf(path, leaf)
   sizes = {
-    name: writer_lib.Sizes(structured.count_numbers(own), structured.count_bytes(own))
+    name: writer_lib.Sizes(structured.count_elements(own), structured.count_bytes(own))
     for name, own in nested.items()
   }
   units: dict[str, Callable[[], Tree]] = {

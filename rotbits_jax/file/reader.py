@@ -23,7 +23,6 @@ from zlib_ng import zlib_ng
 
 from rotbits_jax import checkpoints
 from rotbits_jax import models
-from rotbits_jax import progress
 from rotbits_jax import structured
 from rotbits_jax.coding import weights
 from rotbits_jax.file import checkpoint_files
@@ -32,10 +31,11 @@ from rotbits_jax.file import manifest as manifest_lib
 from rotbits_jax.file import memory
 from rotbits_jax.file import messages
 from rotbits_jax.file import placement
+from rotbits_jax.file import records as records_lib
 from rotbits_jax.file import shards
 from rotbits_jax.file import stacks as stacks_lib
-from rotbits_jax.file import units as units_lib
 from rotbits_jax.file.container import ContainerError
+from rotbits_jax.system import progress
 
 Tree = dict[str, Any]
 
@@ -80,7 +80,7 @@ class Reader:
       with file.errors():
         if (own.preset, own.config) != (first.preset, first.config):
           raise ContainerError('the shards belong to different models')
-    self._units = units_lib.Units(self._files, self.manifests)
+    self._units = records_lib.Records(self._files, self.manifests)
     if index is not None:
       self._check_index(index)
     if self.config is None:
@@ -164,7 +164,7 @@ class Reader:
         bar.update()
 
   @property
-  def units(self) -> dict[str, manifest_lib.Unit]:
+  def units(self) -> dict[str, manifest_lib.Record]:
     """The manifest's entries of all units, by name."""
     return dict(self._units.entries)
 
@@ -190,7 +190,7 @@ class Reader:
       holders = {x.path: name for name, unit in self.units.items() for x in unit.leaves}
       name = holders.get(path, name)
     else:
-      is_layer = units_lib.is_layer(name)
+      is_layer = records_lib.is_layer(name)
     tree = self.unit(name)
     flat = structured.flatten({name: tree} if is_layer else tree)
     if path not in flat:
@@ -213,7 +213,7 @@ class Reader:
       place: the sharding of arrays; by default they are NumPy arrays.
         Layers that no device of this process gets are not decoded.
       integers: whether matrices that the file stores as multiples of one step become
-        `structured.Multiples`, so that the model never has their numbers as floats.
+        `structured.UniformlyQuantized`, so that their numbers are never floats.
       show_progress: whether to show the progress on stderr.
 
     Returns:
@@ -239,7 +239,7 @@ class Reader:
     params: Tree = {}
     with (
       progress.Progress('decode', len(names), 'unit', show=show_progress) as bar,
-      weights.unit_jobs() as start,
+      weights.record_jobs() as start,
     ):
       expanding = self._units.start(outer, start, integers)
       runs = itertools.groupby(
@@ -291,7 +291,7 @@ class Reader:
     total = len(names) + len(outer)
     with (
       progress.Progress('decode', total, 'unit', show=show_progress) as bar,
-      weights.unit_jobs() as start,
+      weights.record_jobs() as start,
     ):
       # One layer is decoded while the caller works on the layer before it.
       jobs = (functools.partial(self._units.decode, name) for name in names)
@@ -357,7 +357,7 @@ class Reader:
   # ---- the parts of a model ---------------------------------------------------------
 
   def _outer_names(self) -> list[str]:
-    """Returns the units outside the layers. Units that need others come last."""
+    """Returns the units outside the layers. Records that need others come last."""
     assert self.config is not None
     return sorted(models.outer_shapes(self.config), key=self._units.needs_others)
 
@@ -369,7 +369,7 @@ class Reader:
       return dict(self.tensors(show_progress=show_progress))
     with (
       progress.Progress('decode', len(self.units), 'unit', show=show_progress) as bar,
-      weights.unit_jobs() as start,
+      weights.record_jobs() as start,
     ):
       tree: Tree = {}
       for future in [start(functools.partial(decode, x)) for x in self.units]:

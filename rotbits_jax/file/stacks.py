@@ -7,13 +7,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from rotbits_jax import host
 from rotbits_jax import models
-from rotbits_jax import progress
 from rotbits_jax import structured
 from rotbits_jax.coding import weights
 from rotbits_jax.file import placement
-from rotbits_jax.file import units as units_lib
+from rotbits_jax.file import records as records_lib
+from rotbits_jax.system import host
+from rotbits_jax.system import progress
 
 Tree = dict[str, Any]
 
@@ -25,7 +25,7 @@ class Stack(NamedTuple):
     wanted: places of the layers that this process needs.
     total: number of layers of the whole stack.
     layers: the layers that this process needs.
-    plain: the stacked plain arrays and `Multiples`, by path.
+    plain: the stacked plain arrays and `UniformlyQuantized`, by path.
   """
 
   wanted: range
@@ -49,7 +49,7 @@ class Stack(NamedTuple):
 
 
 def start_stack(
-  units: units_lib.Units,
+  units: records_lib.Records,
   indices: Sequence[int],
   place: placement.Place | None,
   start: weights.Start,
@@ -59,10 +59,10 @@ def start_stack(
 
   Args:
     units: the units of the file.
-    indices: the layers, which have equal keys, see `manifest.Unit.stack_key`.
+    indices: the layers, which have equal keys, see `manifest.Record.stack_key`.
     place: the sharding of arrays; None if this process needs all layers.
     start: starts a job.
-    integers: whether matrices on grids become `Multiples`.
+    integers: whether matrices on grids become `UniformlyQuantized`.
   """
   entries = [units.entry(models.names.layer(i)) for i in indices]
   entry, count = entries[0], len(entries)
@@ -76,7 +76,7 @@ def start_stack(
     found = [x[leaf.path] for x in grids if leaf.path in x]
     if len(found) == count:
       dtype = max((x.integer_dtype for x in found), key=lambda x: x.itemsize)
-      stacks[leaf.path] = structured.Multiples(
+      stacks[leaf.path] = structured.UniformlyQuantized(
         host.empty((len(wanted), *leaf.shape), dtype),
         np.array([found[k].unit for k in wanted], np.float32),
         leaf.dtype,
@@ -101,7 +101,7 @@ def start_stack(
     for row, k in enumerate(wanted)
   ]
   plain = {
-    path: stack if isinstance(stack, structured.Multiples) else stack[0]
+    path: stack if isinstance(stack, structured.UniformlyQuantized) else stack[0]
     for path, stack in ((x.path, stacks[x.path]) for x in entry.leaves if x.is_array)
   }
   return Stack(wanted, count, layers, plain)
@@ -109,6 +109,6 @@ def start_stack(
 
 def _row(stack: Any, row: int) -> Any:
   """Returns the arrays of one layer in the stacks of a leaf."""
-  if isinstance(stack, structured.Multiples):
+  if isinstance(stack, structured.UniformlyQuantized):
     return stack.layer(row)
   return [array[row] for array in stack]

@@ -27,11 +27,8 @@ import numpy as np
 from zlib_ng import zlib_ng
 
 from rotbits_jax import checkpoints
-from rotbits_jax import checksums as checksums_lib
 from rotbits_jax import models
-from rotbits_jax import outputs
 from rotbits_jax import presets
-from rotbits_jax import strict_json
 from rotbits_jax import structured
 from rotbits_jax.coding import weights
 from rotbits_jax.file import container
@@ -40,6 +37,9 @@ from rotbits_jax.file import manifest as manifest_lib
 from rotbits_jax.file import packing
 from rotbits_jax.file import shards as shards_lib
 from rotbits_jax.symmetries import transform
+from rotbits_jax.system import checksums as checksums_lib
+from rotbits_jax.system import outputs
+from rotbits_jax.system import strict_json
 
 ContainerError = container.ContainerError
 
@@ -149,16 +149,16 @@ class FileWriter:
     names = stream_names((*units, *message), files, weights)
     self._streams = container.StreamWriter(file, names)
     self._file, self._summary, self._files = file, summary, files
-    self._units: list[manifest_lib.Unit] = []
+    self._units: list[manifest_lib.Record] = []
     self._message: manifest_lib.Message | None = None
     self._weights: list[manifest_lib.WeightsFile] = []
 
   def add(
     self,
-    unit: transform.Unit,
+    unit: transform.Record,
     sizes: Sizes,
     beside: models.Params,
-  ) -> manifest_lib.Unit:
+  ) -> manifest_lib.Record:
     """Codes a unit and appends it.
 
     Args:
@@ -172,13 +172,13 @@ class FileWriter:
     Raises:
       ValueError: if a reader would refuse the unit. It names the parameter.
     """
-    entry, data = encode_unit(unit, sizes, beside, self._summary)
+    entry, data = encode_record(unit, sizes, beside, self._summary)
     nbytes, crc = self._streams.append(unit.name, [data])
     entry = dataclasses.replace(entry, nbytes=nbytes, crc32=crc)
     self._units.append(entry)
     return entry
 
-  def keep(self, entry: manifest_lib.Unit) -> bool:
+  def keep(self, entry: manifest_lib.Record) -> bool:
     """Takes over a unit that an earlier run wrote, and returns True.
 
     If the unit is damaged, cuts it off and returns False.
@@ -252,9 +252,9 @@ class FileWriter:
     self._file.flush()
 
 
-def encode_unit(
-  unit: transform.Unit, sizes: Sizes, beside: models.Params, summary: Summary
-) -> tuple[manifest_lib.Unit, np.ndarray]:
+def encode_record(
+  unit: transform.Record, sizes: Sizes, beside: models.Params, summary: Summary
+) -> tuple[manifest_lib.Record, np.ndarray]:
   """Codes a unit.
 
   Args:
@@ -311,7 +311,7 @@ def encode_unit(
     leaves.append(entry)
     arrays += parts.values()
   encoded = weights.encode(arrays, exchangeable=exchangeable)
-  entry_of_unit = manifest_lib.Unit(
+  entry_of_unit = manifest_lib.Record(
     name=unit.name,
     nbytes=encoded.spec.nbytes,
     crc32=0,
@@ -323,12 +323,12 @@ def encode_unit(
     order_bits=round(float(encoded.order_bits), 1),
     empty=tuple(structured.empty_dicts(unit.params)),
   )
-  _check_readable(entry_of_unit, manifest_lib.Unit.from_json)
+  _check_readable(entry_of_unit, manifest_lib.Record.from_json)
   return entry_of_unit, encoded.data
 
 
 def _check_readable(
-  entry: manifest_lib.Leaf | manifest_lib.Unit, parse: Callable[[Any], Any]
+  entry: manifest_lib.Leaf | manifest_lib.Record, parse: Callable[[Any], Any]
 ) -> None:
   """Refuses an entry that a reader would refuse, because its numbers would be lost.
 
@@ -365,7 +365,7 @@ class Workspace:
     Args:
       output: path of the output.
       process: index of this process. Each process writes in a part of the folder.
-      fingerprint: a hash of the input and the settings. Units that were written with
+      fingerprint: a hash of the input and the settings. Records that were written with
         another fingerprint are removed. None if the input has no fingerprint; then no
         units are taken over.
     """
@@ -373,7 +373,7 @@ class Workspace:
     self._process, self._folder = process, self._root / f'process-{process}'
     self._journal = self._folder / 'journal.jsonl'
     self._fingerprint = fingerprint
-    self.done: list[tuple[str, manifest_lib.Unit]] = []
+    self.done: list[tuple[str, manifest_lib.Record]] = []
     self.state: list[np.ndarray] | None = None
 
   def __enter__(self) -> Self:
@@ -422,7 +422,7 @@ class Workspace:
 
   def note(
     self,
-    entries: Mapping[shards_lib.Shard, Sequence[manifest_lib.Unit]],
+    entries: Mapping[shards_lib.Shard, Sequence[manifest_lib.Record]],
     state: transform.State,
   ) -> None:
     """Records in the journal that units are written, and the state after them.
@@ -465,7 +465,7 @@ class Workspace:
     for line in lines[1:]:
       try:
         name, entry = json.loads(line)
-        self.done.append((name, manifest_lib.Unit.from_json(entry)))
+        self.done.append((name, manifest_lib.Record.from_json(entry)))
       except (ValueError, TypeError):  # the run was killed while it wrote this line
         break
     self._keep_lines(len(self.done))  # the next line must not follow half a line

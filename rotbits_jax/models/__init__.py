@@ -13,7 +13,7 @@ from rotbits_jax.models.model import materialize
 from rotbits_jax.models.model import stack_key
 from rotbits_jax.models.model import stack_layers
 from rotbits_jax.models.model import unstack_layer
-from rotbits_jax.models.shapes import count_numbers
+from rotbits_jax.models.shapes import count_elements
 from rotbits_jax.models.shapes import layer_shapes
 from rotbits_jax.models.shapes import outer_shapes
 from rotbits_jax.models.transformer import Transformer
@@ -26,7 +26,7 @@ __all__ = [
   'Params',
   'RopeScaling',
   'Transformer',
-  'count_numbers',
+  'count_elements',
   'expand',
   'from_layers',
   'generation',

@@ -19,7 +19,7 @@ def outer_shapes(config: config_lib.ModelConfig) -> dict[str, Any]:
   return _shapes(config, layout.outer_axes(config), config.segment_widths)
 
 
-def count_numbers(config: config_lib.ModelConfig) -> int:
+def count_elements(config: config_lib.ModelConfig) -> int:
   """Counts the numbers in the checkpoint of a model with this config."""
   trees = [outer_shapes(config)]
   trees += [layer_shapes(config, layer) for layer in range(config.num_layers)]

@@ -450,7 +450,7 @@ def _upcast(array: Any) -> jax.Array:
 
 def _take(table: Any, rows: jax.Array) -> jax.Array:
   """Returns rows of a table in float32; rows outside the table are NaN."""
-  if isinstance(table, structured.Multiples):
+  if isinstance(table, structured.UniformlyQuantized):
     return table.rows(rows).astype(jnp.float32)
   if structured.is_structured(table):
     table = _float32(table)

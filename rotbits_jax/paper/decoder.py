@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 
-from rotbits_jax import checksums as checksums_lib
 from rotbits_jax import models
 from rotbits_jax.coding import rans
 from rotbits_jax.coding import tables as tables_lib
@@ -19,7 +18,8 @@ from rotbits_jax.paper import layout as layout_lib
 from rotbits_jax.paper import options as options_lib
 from rotbits_jax.paper import rotations
 from rotbits_jax.paper import segments
-from rotbits_jax.progress import track
+from rotbits_jax.system import checksums as checksums_lib
+from rotbits_jax.system.progress import track
 
 
 def decode(

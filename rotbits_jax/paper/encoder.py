@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rotbits_jax import checksums as checksums_lib
 from rotbits_jax import structured
 from rotbits_jax import symmetries
 from rotbits_jax.coding import rans
@@ -23,7 +22,8 @@ from rotbits_jax.paper import layout as layout_lib
 from rotbits_jax.paper import options as options_lib
 from rotbits_jax.paper import rotations
 from rotbits_jax.paper import segments
-from rotbits_jax.progress import track
+from rotbits_jax.system import checksums as checksums_lib
+from rotbits_jax.system.progress import track
 
 Note = dict[str, Any]  # JSON values
 

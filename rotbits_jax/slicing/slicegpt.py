@@ -23,9 +23,9 @@ import numpy as np
 from rotbits_jax import checkpoints
 from rotbits_jax import models
 from rotbits_jax import structured
-from rotbits_jax.progress import track
 from rotbits_jax.slicing import calibration
 from rotbits_jax.slicing import norm_fusion
+from rotbits_jax.system.progress import track
 
 ORIENTATIONS = ('random', 'pca')
 

@@ -14,7 +14,7 @@ A leaf may be stacked, like the layers of a model: its arrays then have a leadin
 axis `[N, ...]`.
 
 A packed leaf stands for a plain array in a file only; the reader replaces it. A leaf of
-`Multiples` stands for one in memory only.
+`UniformlyQuantized` stands for one in memory only.
 """
 
 from rotbits_jax.structured.base import KINDS
@@ -22,7 +22,7 @@ from rotbits_jax.structured.base import Dependent
 from rotbits_jax.structured.base import Structured
 from rotbits_jax.structured.base import astype
 from rotbits_jax.structured.base import count_bytes
-from rotbits_jax.structured.base import count_numbers
+from rotbits_jax.structured.base import count_elements
 from rotbits_jax.structured.base import empty_dicts
 from rotbits_jax.structured.base import flatten
 from rotbits_jax.structured.base import is_plain
@@ -45,7 +45,6 @@ from rotbits_jax.structured.levels import fit_counts
 from rotbits_jax.structured.low_rank import FactorPair
 from rotbits_jax.structured.low_rank import LowRank
 from rotbits_jax.structured.low_rank import ReducedLowRank
-from rotbits_jax.structured.multiples import Multiples
 from rotbits_jax.structured.packed import PACKED_DTYPES
 from rotbits_jax.structured.packed import Packed
 from rotbits_jax.structured.shortcuts import IdentityMinusGram
@@ -59,6 +58,7 @@ from rotbits_jax.structured.triangles import Trapezoidal
 from rotbits_jax.structured.triangles import lower_size
 from rotbits_jax.structured.triangles import pack_lower
 from rotbits_jax.structured.triangles import unpack_lower
+from rotbits_jax.structured.uniform import UniformlyQuantized
 
 __all__ = [
   'KINDS',
@@ -73,7 +73,6 @@ __all__ = [
   'IdentityMinusGram',
   'Levels',
   'LowRank',
-  'Multiples',
   'Packed',
   'ReducedLowRank',
   'RowTrapezoids',
@@ -85,9 +84,10 @@ __all__ = [
   'Tied',
   'TiedExactly',
   'Trapezoidal',
+  'UniformlyQuantized',
   'astype',
   'count_bytes',
-  'count_numbers',
+  'count_elements',
   'empty_dicts',
   'fit',
   'fit_counts',

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rotbits_jax import host
+from rotbits_jax.system import host
 
 Settings = dict[str, Any]  # JSON values
 Arrays = dict[str, np.ndarray]
@@ -207,7 +207,7 @@ def astype(tree: Any, dtype: Any) -> Any:
   )
 
 
-def count_numbers(tree: Any) -> int:
+def count_elements(tree: Any) -> int:
   """Returns how many numbers a PyTree of unstacked leaves stores."""
   return sum(size for _, size in _stored_sizes(tree))
 

@@ -20,11 +20,11 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from rotbits_jax import host
 from rotbits_jax.structured.base import Settings
 from rotbits_jax.structured.base import Structured
 from rotbits_jax.structured.stored import MOST
 from rotbits_jax.structured.stored import Stored
+from rotbits_jax.system import host
 
 PACKED_DTYPES = {
   np.dtype(d).name: np.dtype(d) for d in (np.float16, ml_dtypes.bfloat16, np.float32)

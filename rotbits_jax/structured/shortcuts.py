@@ -15,7 +15,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rotbits_jax import host
 from rotbits_jax.structured.base import Arrays
 from rotbits_jax.structured.base import Settings
 from rotbits_jax.structured.base import Structured
@@ -24,6 +23,7 @@ from rotbits_jax.structured.stored import Stored
 from rotbits_jax.structured.triangles import lower_size
 from rotbits_jax.structured.triangles import pack_lower
 from rotbits_jax.structured.triangles import unpack_lower
+from rotbits_jax.system import host
 
 
 @register

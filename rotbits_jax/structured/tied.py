@@ -19,13 +19,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rotbits_jax import host
 from rotbits_jax.structured import ordinals as ordinals_lib
 from rotbits_jax.structured.base import Arrays
 from rotbits_jax.structured.base import Dependent
 from rotbits_jax.structured.base import Settings
 from rotbits_jax.structured.base import register
 from rotbits_jax.structured.stored import Stored
+from rotbits_jax.system import host
 
 
 @register

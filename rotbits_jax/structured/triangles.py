@@ -11,12 +11,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rotbits_jax import host
 from rotbits_jax.structured.base import Arrays
 from rotbits_jax.structured.base import Settings
 from rotbits_jax.structured.base import Structured
 from rotbits_jax.structured.base import register
 from rotbits_jax.structured.stored import Stored
+from rotbits_jax.system import host
 
 _SMALL = 1 << 24  # numbers of a matrix that may be all zeros
 

@@ -48,10 +48,10 @@ from rotbits_jax.symmetries.tied import retie_embedding
 from rotbits_jax.symmetries.tied import retie_exactly
 from rotbits_jax.symmetries.transform import Context
 from rotbits_jax.symmetries.transform import Note
+from rotbits_jax.symmetries.transform import Record
 from rotbits_jax.symmetries.transform import Saving
 from rotbits_jax.symmetries.transform import Source
 from rotbits_jax.symmetries.transform import Transform
-from rotbits_jax.symmetries.transform import Unit
 from rotbits_jax.symmetries.transform import chain
 from rotbits_jax.symmetries.transform import count_model
 from rotbits_jax.symmetries.transform import make
@@ -68,11 +68,11 @@ __all__ = [
   'Inputs',
   'Note',
   'Polar',
+  'Record',
   'Rounding',
   'Saving',
   'Source',
   'Transform',
-  'Unit',
   'chain',
   'count_model',
   'fix_pairs',

@@ -48,7 +48,7 @@ def round_to_steps(
     axis: the axis of the inputs.
 
   Returns:
-    Multiples of the step, float32 with the shape of the array.
+    UniformlyQuantized of the step, float32 with the shape of the array.
   """
   kernel = array if axis == 0 else array.T
   count, width = kernel.shape

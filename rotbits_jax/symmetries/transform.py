@@ -86,7 +86,7 @@ class Context(NamedTuple):
 
   @property
   def roundoff(self) -> float:
-    """Unit roundoff of `dtype`, the dtype of most numbers.
+    """Record roundoff of `dtype`, the dtype of most numbers.
 
     For float32 it is 2^-19, the error of the float32 linear algebra, because float32's
     own roundoff is never reached.
@@ -259,7 +259,7 @@ def chain(*transforms: Transform) -> Transform:
   return Transform(names, init, layers, outer, skip)
 
 
-class Unit(NamedTuple):
+class Record(NamedTuple):
   """A part of a model that is stored and decoded on its own.
 
   Attributes:
@@ -315,7 +315,7 @@ def rewrite(
   layers: range | None = None,
   state: State | None = None,
   outer: bool = True,
-) -> Iterator[tuple[list[Unit], State]]:
+) -> Iterator[tuple[list[Record], State]]:
   """Rewrites a model, a few layers at a time.
 
   Args:
@@ -350,7 +350,7 @@ def rewrite(
     for i, saved in zip(indices, savings, strict=True):
       prefix = models.names.prefix(i)
       stored, more = _stored(given.pop(0), own, prefix, rounding)
-      units.append(Unit(models.names.layer(i), stored, saved + more))
+      units.append(Record(models.names.layer(i), stored, saved + more))
     yield units, state
   if outer:
     if context.mesh is not None:
@@ -365,7 +365,7 @@ def rewrite(
     units = []
     for name in list(given_outer):
       stored, more = _stored({name: given_outer.pop(name)}, context, '', rounding)
-      units.append(Unit(name, stored, more if units else saved + more))
+      units.append(Record(name, stored, more if units else saved + more))
     yield units, state
 
 
@@ -389,7 +389,7 @@ def run_chain(
   context = make_context(model, stored_as=model.stored_as)
   whole = chain(*transforms)
   totals = [Saving(name, 0, 0, []) for name in whole.names]
-  units: list[Unit] = []
+  units: list[Record] = []
   for some, _ in rewrite(context, whole, rounding=rounding):
     for unit in some:
       own = [saving for saving in unit.savings if saving.name != ROUNDING]
@@ -400,7 +400,7 @@ def run_chain(
 
 def to_model(
   config: models.ModelConfig,
-  units: Iterable[Unit],
+  units: Iterable[Record],
   buffers: dict[str, Any] | None = None,
 ) -> models.Model:
   """Makes a model from all units that `rewrite` yields."""
@@ -452,7 +452,7 @@ def note(path: str, leaf: Any, *, error: float = 0.0, **details: Any) -> Note:
     'form': leaf.kind if structured.is_structured(leaf) else 'array',
     'shape': list(leaf.shape),
     **details,
-    'numbers': structured.count_numbers(leaf),
+    'numbers': structured.count_elements(leaf),
     'error': three_digits(error),
   }
 
@@ -476,7 +476,7 @@ def count_model(model: models.Model) -> tuple[int, int]:
   trees = [('', model.outer())]
   trees += [(models.names.prefix(i), layer) for i, layer in enumerate(model.layers())]
   counts = [count(tree, context, prefix) for prefix, tree in trees]
-  buffers = structured.count_numbers(model.buffers)
+  buffers = structured.count_elements(model.buffers)
   numbers, size = buffers, structured.count_bytes(model.buffers)
   return numbers + sum(n for n, _ in counts), size + sum(b for _, b in counts)
 
@@ -501,7 +501,7 @@ def count(tree: models.Params, context: Context, prefix: str = '') -> tuple[int,
     on_device = any(isinstance(x, jax.Array) for x in jax.tree.leaves(leaf))
     whole = on_device or not structured.is_structured(leaf)
     rounded = jax.eval_shape(as_stored, leaf) if whole else as_stored(leaf)
-    numbers += structured.count_numbers(rounded)
+    numbers += structured.count_elements(rounded)
     size += structured.count_bytes(rounded)
   return numbers, size
 
@@ -541,7 +541,7 @@ def _given(tree: models.Params, widen: bool, device: Any = None) -> models.Param
   if widen:
     return structured.unflatten(_widen(jax.device_put(flat, device)))
   for path, leaf in flat.items():
-    if isinstance(leaf, structured.Multiples):
+    if isinstance(leaf, structured.UniformlyQuantized):
       flat[path] = leaf.materialize()
   return structured.unflatten(flat)
 
@@ -604,9 +604,11 @@ ROUNDING = 'rounding'
 
 @jax.jit
 def _widen(flat: dict[str, Any]) -> dict[str, Any]:
-  """Returns leaves in float32; a transform gets the arrays of `Multiples`."""
+  """Returns leaves in float32; a transform gets the arrays of `UniformlyQuantized`."""
   arrays = {
-    path: leaf.materialize() if isinstance(leaf, structured.Multiples) else leaf
+    path: leaf.materialize()
+    if isinstance(leaf, structured.UniformlyQuantized)
+    else leaf
     for path, leaf in flat.items()
   }
   return structured.astype(arrays, jnp.float32)

@@ -30,7 +30,7 @@ The decoder decides by integers only. Blocks are coded side by side in threads, 
 bytes do not depend on the number of threads.
 
 The parts of the stream of a unit, in this order, are described below. Integers have
-their low byte first. `specs.UnitSpec` holds the numbers that are needed to read it.
+their low byte first. `specs.StreamSpec` holds the numbers that are needed to read it.
 
 1.  For each layout, its model: the lines, labels and tables of the arrays of that
     layout, see `contexts.from_bytes`.
@@ -69,14 +69,14 @@ from rotbits_jax.coding.weights.layouts import DTYPES
 from rotbits_jax.coding.weights.layouts import Grid
 from rotbits_jax.coding.weights.numbers import contiguous
 from rotbits_jax.coding.weights.pool import Start
+from rotbits_jax.coding.weights.pool import record_jobs
 from rotbits_jax.coding.weights.pool import run
-from rotbits_jax.coding.weights.pool import unit_jobs
 from rotbits_jax.coding.weights.specs import ArraySpec
-from rotbits_jax.coding.weights.specs import UnitSpec
-from rotbits_jax.coding.weights.units import Encoded
-from rotbits_jax.coding.weights.units import decode
-from rotbits_jax.coding.weights.units import encode
-from rotbits_jax.coding.weights.units import estimate
+from rotbits_jax.coding.weights.specs import StreamSpec
+from rotbits_jax.coding.weights.streams import Encoded
+from rotbits_jax.coding.weights.streams import decode
+from rotbits_jax.coding.weights.streams import encode
+from rotbits_jax.coding.weights.streams import estimate
 
 __all__ = [
   'DTYPES',
@@ -84,11 +84,11 @@ __all__ = [
   'Encoded',
   'Grid',
   'Start',
-  'UnitSpec',
+  'StreamSpec',
   'contiguous',
   'decode',
   'encode',
   'estimate',
+  'record_jobs',
   'run',
-  'unit_jobs',
 ]

@@ -26,12 +26,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rotbits_jax import host
 from rotbits_jax.coding import rans
 from rotbits_jax.coding import tables
 from rotbits_jax.coding.weights import layouts
 from rotbits_jax.coding.weights import numbers
 from rotbits_jax.coding.weights import planes
+from rotbits_jax.system import host
 
 LANES = 64
 """The greatest n, and N of the programs that encode."""

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from rotbits_jax import host
+from rotbits_jax.system import host
 
 _CHUNK = 1 << 18
 _SHORT = (np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16))

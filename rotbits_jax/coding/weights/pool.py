@@ -1,9 +1,9 @@
 """The pools of threads that code blocks and units. The process has one of each.
 
 A job of `run` waits for no other job, so several callers may share the pool. A job of
-`unit_jobs` may call `run` and wait for earlier jobs of `unit_jobs`. Several of them run
-side by side, because one of them does not always have work for all threads. The JAX
-programs of `run` run on the CPU, because their data is in its memory.
+`record_jobs` may call `run` and wait for earlier jobs of `record_jobs`. Several of
+them run side by side, because one of them does not always have work for all threads.
+The JAX programs of `run` run on the CPU, because their data is in its memory.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 import jax
 
-from rotbits_jax import host
+from rotbits_jax.system import host
 
 _Result = TypeVar('_Result')
 
@@ -52,7 +52,7 @@ Start = Callable[[Callable[[], _Result]], 'futures.Future[_Result]']
 
 
 @contextlib.contextmanager
-def unit_jobs() -> Iterator[Start]:
+def record_jobs() -> Iterator[Start]:
   """Starts jobs that begin in their order, on one more thread than processors.
 
   Yields:

@@ -1,6 +1,6 @@
 """Specs: describe a unit, so that its stream can be read. They are stored as JSON.
 
-A stranger may have written the JSON. `UnitSpec.from_json` accepts what `to_json`
+A stranger may have written the JSON. `StreamSpec.from_json` accepts what `to_json`
 returns, and raises a ValueError for anything else. It allocates no memory in proportion
 to a number that it reads. The memory for the arrays of a valid spec is bounded: for an
 array that is stored unchanged by the length of the stream, for a coded array by the
@@ -105,7 +105,7 @@ class OrderSpec:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class UnitSpec:
+class StreamSpec:
   """A unit of arrays that decodes on its own.
 
   Attributes:
@@ -186,7 +186,7 @@ class UnitSpec:
     }
 
   @classmethod
-  def from_json(cls, value: Any) -> 'UnitSpec':
+  def from_json(cls, value: Any) -> 'StreamSpec':
     """Makes a spec from a JSON value: the inverse of `to_json`.
 
     Raises:

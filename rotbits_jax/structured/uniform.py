@@ -15,7 +15,7 @@ from rotbits_jax.structured.base import Structured
 
 
 @struct.dataclass
-class Multiples(Structured):
+class UniformlyQuantized(Structured):
   """An array whose numbers are integers times one step.
 
   The file reader makes it of an array that a file stores so. A product is exact in
@@ -66,7 +66,7 @@ class Multiples(Structured):
     """Returns the function of the array, which need not be multiples of a step."""
     return function(self.materialize())
 
-  def astype(self, dtype: Any) -> 'Multiples':
+  def astype(self, dtype: Any) -> 'UniformlyQuantized':
     return dataclasses.replace(self, name=np.dtype(jnp.dtype(dtype)).name)
 
   def stack_key(self) -> tuple[str, ...]:
@@ -79,5 +79,5 @@ class Multiples(Structured):
     raise ValueError('a file has no multiples of a step: materialize them')
 
   @classmethod
-  def from_stored(cls, settings: Settings, arrays: Arrays) -> 'Multiples':
+  def from_stored(cls, settings: Settings, arrays: Arrays) -> 'UniformlyQuantized':
     raise ValueError('a file has no multiples of a step')

@@ -20,9 +20,9 @@ from rotbits_jax import file
 from rotbits_jax import models
 from rotbits_jax import structured
 from rotbits_jax.evaluation import accounting as accounting_lib
-from rotbits_jax.evaluation import charts
 from rotbits_jax.evaluation import published
-from rotbits_jax.file import report as report_lib
+from rotbits_jax.report import charts
+from rotbits_jax.report import savings
 
 _LAYERS = 6
 """The greatest number of layers whose spectra are shown."""
@@ -52,7 +52,7 @@ def report_page(source: file.Readable) -> str:
     OSError: if the path cannot be read.
   """
   with file.Reader(source) as reader:
-    report = report_lib.from_reader(reader)
+    report = savings.from_reader(reader)
     sections = [
       ('The bytes', waterfall(report)),
       ('The shortcuts', shortcuts(reader, report)),
@@ -80,7 +80,7 @@ def report_page(source: file.Readable) -> str:
 # ---- the bytes -----------------------------------------------------------------------
 
 
-def waterfall(report: report_lib.Report) -> str:
+def waterfall(report: savings.Report) -> str:
   """Draws how the bytes of the tensors become those of the file."""
   rows, left = [('tensors', 0, report.input_bytes, 'whole')], report.input_bytes
   for line in report.lines:
@@ -126,7 +126,7 @@ class _Spectrum(NamedTuple):
   rank: int
 
 
-def shortcuts(reader: file.Reader, report: report_lib.Report) -> str:
+def shortcuts(reader: file.Reader, report: savings.Report) -> str:
   """Draws the spectra of some shortcuts, and the ranks of all."""
   notes = [x for x in _notes(report) if x.rank is not None and 'shortcut' in x.name]
   if not notes:
@@ -213,7 +213,7 @@ def _squares(factor: Any) -> np.ndarray:
 # ---- the errors ----------------------------------------------------------------------
 
 
-def errors(reader: file.Reader, report: report_lib.Report) -> str:
+def errors(reader: file.Reader, report: savings.Report) -> str:
   """Draws the error of every rewritten tensor, beside that of rounding alone."""
   groups: dict[str, list[tuple[int, float]]] = {}
   for note in _notes(report):
@@ -259,7 +259,7 @@ def errors(reader: file.Reader, report: report_lib.Report) -> str:
 # ---- the published table -------------------------------------------------------------
 
 
-def table(reader: file.Reader, report: report_lib.Report) -> str:
+def table(reader: file.Reader, report: savings.Report) -> str:
   """Tabulates the reductions of published models and of this file."""
   rows = [
     '<tr><th>model</th><th>slicing</th><th>SliceGPT</th><th>bits-back, published</th>'
@@ -289,7 +289,7 @@ def table(reader: file.Reader, report: report_lib.Report) -> str:
 
 
 def own_reduction(
-  reader: file.Reader, report: report_lib.Report
+  reader: file.Reader, report: savings.Report
 ) -> tuple[float, float, float] | None:
   """Counts this file in the way of the published table.
 
@@ -304,7 +304,7 @@ def own_reduction(
     return None
   hidden, segments = config.hidden_size, len(config.segment_widths)
   whole = dataclasses.replace(config, segment_widths=(hidden,) * segments)
-  dense = models.count_numbers(whole)
+  dense = models.count_elements(whole)
   dense -= sum(a * b for a, b in itertools.pairwise(whole.segment_widths))
   if dense <= 0:
     return None
@@ -364,7 +364,7 @@ class _Note(NamedTuple):
   error: float | None
 
 
-def _notes(report: report_lib.Report) -> list[_Note]:
+def _notes(report: savings.Report) -> list[_Note]:
   """Returns the notes about tensors of layers. They may be from an untrusted file."""
   found = []
   for note in itertools.chain.from_iterable(report.notes.values()):

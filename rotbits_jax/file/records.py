@@ -7,8 +7,6 @@ from typing import Any
 
 import numpy as np
 
-from rotbits_jax import checksums as checksums_lib
-from rotbits_jax import host
 from rotbits_jax import models
 from rotbits_jax import structured
 from rotbits_jax.coding import weights
@@ -16,11 +14,13 @@ from rotbits_jax.file import container
 from rotbits_jax.file import manifest as manifest_lib
 from rotbits_jax.file import memory
 from rotbits_jax.file.container import ContainerError
+from rotbits_jax.system import checksums as checksums_lib
+from rotbits_jax.system import host
 
 Tree = dict[str, Any]
 
 
-class Units:
+class Records:
   """The units of a file, or of all shards of one.
 
   Attributes:
@@ -44,7 +44,7 @@ class Units:
     """
     self._is_model = manifests[0].config is not None
     self.files: dict[str, container.StreamReader] = {}
-    self.entries: dict[str, manifest_lib.Unit] = {}
+    self.entries: dict[str, manifest_lib.Record] = {}
     for file, own in zip(files, manifests, strict=True):
       with file.errors():
         for unit in own.units:
@@ -52,7 +52,7 @@ class Units:
             raise ContainerError(f'{unit.name}: two shards have this unit')
           self.files[unit.name], self.entries[unit.name] = file, unit
 
-  def entry(self, name: str) -> manifest_lib.Unit:
+  def entry(self, name: str) -> manifest_lib.Record:
     """Returns the entry of a unit.
 
     Raises:
@@ -72,15 +72,15 @@ class Units:
   def decode(
     self,
     name: str,
-    out: Mapping[str, list[np.ndarray] | structured.Multiples] | None = None,
+    out: Mapping[str, list[np.ndarray] | structured.UniformlyQuantized] | None = None,
     integers: bool = False,
   ) -> Tree:
     """Decodes a unit.
 
     Args:
       name: name of the unit.
-      out: arrays to decode leaves into, by path; the integers of `Multiples`.
-      integers: whether the other matrices on grids become `Multiples`.
+      out: arrays to decode leaves into, by path; the integers of `UniformlyQuantized`.
+      integers: whether the other matrices on grids become `UniformlyQuantized`.
 
     Returns:
       The parameters as NumPy arrays and structured leaves. Dependent leaves are not
@@ -100,7 +100,7 @@ class Units:
         if integers:
           shapes = {leaf.path: leaf.shape for leaf in unit.leaves}
           for path, grid in unit.grids().items():
-            given[path] = structured.Multiples(
+            given[path] = structured.UniformlyQuantized(
               host.empty(shapes[path], grid.integer_dtype),
               np.asarray(grid.unit),
               grid.dtype.name,
@@ -109,7 +109,7 @@ class Units:
         targets = []
         for leaf, specs in unit.leaf_specs():
           target = None if leaf.is_packed else given.get(leaf.path)
-          if isinstance(target, structured.Multiples):
+          if isinstance(target, structured.UniformlyQuantized):
             targets.append(target.integers)
           elif target is not None:
             pairs = zip(target, specs, strict=True)
@@ -120,7 +120,7 @@ class Units:
         for leaf in unit.leaves:
           parts = {key: next(arrays) for key in leaf.arrays}
           own = given.get(leaf.path)
-          if isinstance(own, structured.Multiples):
+          if isinstance(own, structured.UniformlyQuantized):
             flat[leaf.path] = own
             continue
           found = _leaf(name, leaf, parts)
@@ -171,7 +171,7 @@ class Units:
     """Starts to decode and expand several units.
 
     Args:
-      names: names of the units. Units come after those that they need.
+      names: names of the units. Records come after those that they need.
       start: starts a job.
       integers: see `decode`.
 

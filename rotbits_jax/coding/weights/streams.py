@@ -12,8 +12,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from rotbits_jax import checksums as checksums_lib
-from rotbits_jax import host
 from rotbits_jax.coding.weights import blocks
 from rotbits_jax.coding.weights import contexts
 from rotbits_jax.coding.weights import layouts
@@ -22,6 +20,8 @@ from rotbits_jax.coding.weights import order
 from rotbits_jax.coding.weights import plans
 from rotbits_jax.coding.weights import pool
 from rotbits_jax.coding.weights import specs
+from rotbits_jax.system import checksums as checksums_lib
+from rotbits_jax.system import host
 
 
 class Encoded(NamedTuple):
@@ -35,7 +35,7 @@ class Encoded(NamedTuple):
     order_bits: bits that this order saved.
   """
 
-  spec: specs.UnitSpec
+  spec: specs.StreamSpec
   data: np.ndarray
   arrays: list[np.ndarray]
   order_bits: float
@@ -114,7 +114,7 @@ def encode(
   heads = [np.frombuffer(contexts.to_bytes(model), np.uint8) for model in models]
   bodies = [part for _, members in groups for part, _ in coded[members]]
   data = np.concatenate([np.zeros(0, np.uint8), *heads, *bodies, prefix, *noise])
-  spec = specs.UnitSpec(
+  spec = specs.StreamSpec(
     arrays=tuple(
       dataclasses.replace(entry, checksum=checksums_lib.of_array(array))
       for entry, array in zip(entries, stored, strict=True)
@@ -143,7 +143,7 @@ def estimate(arrays: Sequence[np.ndarray]) -> float:
 
 
 def decode(
-  spec: specs.UnitSpec,
+  spec: specs.StreamSpec,
   data: np.ndarray | memoryview,
   *,
   out: Sequence[np.ndarray] | None = None,
@@ -555,7 +555,7 @@ def _recovered(
 
 
 def _outputs(
-  spec: specs.UnitSpec, out: Sequence[np.ndarray] | None
+  spec: specs.StreamSpec, out: Sequence[np.ndarray] | None
 ) -> list[np.ndarray]:
   """Returns the given arrays if they fit the spec; makes new ones if `out` is None.
 

@@ -1,0 +1,1 @@
+"""The machine: shared memory, checksums, safe outputs, progress, strict JSON."""
