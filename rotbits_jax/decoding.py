@@ -77,8 +77,8 @@ def load(
       of each array in the file. Arrays that `near` has rounded are float32 there.
     integers: whether a matrix that the file stores as multiples of one step, as `near`
       does, stays integers with a step, see `structured.UniformlyQuantized`. It takes a
-      quarter of the memory of float32 in int8, and half of it in int16, which a matrix gets if
-      int8 is too short. The numbers are the same, bit for bit.
+      quarter of the memory of float32 in int8, and half of it in int16, which a matrix
+      gets if int8 is too short. The numbers are the same, bit for bit.
     progress: whether to show the progress on stderr.
 
   Raises:

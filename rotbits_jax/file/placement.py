@@ -78,7 +78,7 @@ def placed_stack(tree: Tree, place: Place | None, wanted: range, total: int) -> 
 
 
 def _of_step(sharding: jax.sharding.Sharding, axes: int) -> jax.sharding.Sharding:
-  """Returns the sharding of the step of a quantized leaf, which has the first axes only.
+  """Returns the sharding of the step of a leaf, which has the first axes only.
 
   Args:
     sharding: that of the integers.

@@ -1,0 +1,109 @@
+"""Tests of typed JSON."""
+
+import dataclasses
+import json
+from typing import Annotated, Any, Literal
+
+import pytest
+
+from rotbits_jax.system import schema
+
+
+@dataclasses.dataclass(frozen=True)
+class Pair:
+  as_list = True
+  name: str
+  size: schema.Size
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Record:
+  name: schema.Path
+  kind: Literal['a', 'b']
+  pairs: tuple[Pair, ...] = ()
+  shape: tuple[schema.Size, schema.Size] | None = None
+  shift: schema.Integer = 0
+  ratio: float = 0.5
+  flag: bool = False
+  few: Annotated[int, schema.between(1, 3)] = 2
+  by_name: dict[str, int] = dataclasses.field(default_factory=dict)
+  free: Any = None
+
+  def __post_init__(self) -> None:
+    if self.flag and not self.pairs:
+      raise ValueError('a flag needs pairs')
+
+
+LEAST = {'name': 'x/y', 'kind': 'a'}
+FULL = Record(
+  name='x/y',
+  kind='b',
+  pairs=(Pair('p', 3), Pair('q', 0)),
+  shape=(2, 3),
+  shift=-4,
+  ratio=1.0,
+  flag=True,
+  few=3,
+  by_name={'n': 1},
+  free=[{'any': None}],
+)
+
+
+def test_round_trip_through_json():
+  for record in (FULL, Record(name='x', kind='a')):
+    text = json.dumps(schema.dump(record))
+    assert schema.load(Record, json.loads(text), 'here') == record
+
+
+def test_defaults_are_left_out_and_short_records_are_lists():
+  assert schema.dump(Record(**LEAST)) == LEAST
+  assert schema.dump(FULL)['pairs'] == [['p', 3], ['q', 0]]
+
+
+@pytest.mark.parametrize(
+  ('change', 'message'),
+  [
+    ({'name': None}, 'here/name: must be a string, got None'),
+    ({'name': 'x//y'}, 'here/name: must be up to 64 keys'),
+    ({'kind': 'c'}, 'here/kind: must be one of a, b'),
+    ({'pairs': [['p', 1], ['q']]}, 'here/pairs/1: must be a list of 2 values'),
+    ({'pairs': [['p', -1]]}, 'here/pairs/0/size: must be an integer from 0'),
+    ({'pairs': [['p', 1 << 49]]}, 'here/pairs/0/size: must be from 0 to'),
+    ({'pairs': 3}, 'here/pairs: must be a list'),
+    ({'shape': [1]}, 'here/shape: must be a list of 2 values'),
+    ({'shape': [1, True]}, 'here/shape/1: must be an integer'),
+    ({'shift': 1 << 54}, 'here/shift: must be an integer from -2'),
+    ({'shift': 1.0}, 'here/shift: must be an integer'),
+    ({'ratio': float('inf')}, 'here/ratio: must be a finite number'),
+    ({'ratio': True}, 'here/ratio: must be a finite number'),
+    ({'flag': 1}, 'here/flag: must be true or false'),
+    ({'flag': True}, 'here: a flag needs pairs'),
+    ({'few': 4}, 'here/few: must be from 1 to 3, got 4'),
+    ({'by_name': {'n': 'm'}}, 'here/by_name/n: must be an integer'),
+    ({'by_name': []}, 'here/by_name: must be an object'),
+    ({'other': 1}, 'here/other: is not known'),
+  ],
+)
+def test_wrong_values_are_refused_by_name(change, message):
+  with pytest.raises(schema.SchemaError) as error:
+    schema.load(Record, LEAST | change, 'here')
+  assert str(error.value).startswith(message)
+
+
+def test_missing_fields_are_refused_by_name():
+  with pytest.raises(schema.SchemaError, match='here/kind: is missing'):
+    schema.load(Record, {'name': 'x'}, 'here')
+  with pytest.raises(schema.SchemaError, match='here: must be an object'):
+    schema.load(Record, [], 'here')
+
+
+def test_long_values_are_cut_in_errors():
+  with pytest.raises(schema.SchemaError) as error:
+    schema.load(Record, LEAST | {'name': 'x' * 10**6 + '//', 'kind': 'y' * 10**6})
+  assert len(str(error.value)) < 300
+
+
+@pytest.mark.parametrize('name', ['', '.', '..', 'a/b', 'a\\b', 'a\n', 'x' * 256])
+def test_names_of_files_lead_nowhere_else(name):
+  assert not schema.is_file_name(name)
+  assert schema.is_file_name('model-00001.safetensors')
