@@ -18,11 +18,11 @@ which raises a ValueError.
 
 Annotations may be `bool`, `int` (from 0 to 2^53, which every JSON parser reads
 exactly), `float` (finite), `str`, `Literal`, `T | None`, `tuple[T, ...]`,
-`tuple[A, B]`, `dict[str, T]`, a dataclass, and `Any` for a JSON value. `Annotated[T, check]` adds a
-check: a function that takes the value and returns what it must be, or None if it is
-right. A field that equals its default is left out. A dataclass with the attribute
-`as_list = True` becomes the list of its fields, all of them, because many records of
-one kind are short that way.
+`tuple[A, B]`, `dict[str, T]`, a dataclass, and `Any` for a JSON value. An annotation
+`Annotated[T, check]` adds a check: a function that takes the value and returns what it
+must be, or None if it is right. A field that equals its default is left out. A
+dataclass with the attribute `as_list = True` becomes the list of its fields, all of
+them, because many records of one kind are short that way.
 """
 
 from collections.abc import Callable
