@@ -163,6 +163,10 @@ def decode_to_directory(
         'checkpoints are not known'
       )
     dtypes = _dtypes_on_disk(reader, dtype)
+    factors, shortcuts, kept = reader.factors(), {}, structured.FactorPair
+    if format == 'transformers':
+      factors, shortcuts = {}, reader.thin_shortcuts()
+      kept = structured.IdentityMinusGram
     with _errors_of_file():
       writer = checkpoints.CheckpointWriter(
         directory,
@@ -172,19 +176,21 @@ def decode_to_directory(
         stem=reader.stem,
         format=format,
         shard_size=shard_size,
-        factors=reader.factors(),
+        factors=factors,
+        shortcuts=shortcuts,
         buffers=reader.buffers(),
         overwrite=overwrite,
       )
     with writer:
-      kept = (structured.FactorPair,)
       for index, params in reader.parts(show_progress=progress):
-        params = models.materialize(params, but=kept)
+        params = models.materialize(params, but=(kept,))
         prefix = models.names.prefix(index)
-        params = structured.unflatten(
-          (path, structured.astype(leaf, dtypes[prefix + path]))
-          for path, leaf in structured.flatten(params).items()
-        )
+        flat = structured.flatten(params)
+        for path, leaf in flat.items():
+          if prefix + path not in factors | shortcuts:
+            leaf = structured.materialize(leaf)
+          flat[path] = structured.astype(leaf, dtypes[prefix + path])
+        params = structured.unflatten(flat)
         if index is None:
           writer.outer(params)
         else:

@@ -208,6 +208,13 @@ def save_checkpoint(
       for path, leaf in leaves
       if isinstance(leaf, structured.FactorPair)
     },
+    shortcuts={
+      path: (leaf.b.shape[-1], leaf.c.shape[-1])
+      for path, leaf in leaves
+      if format == 'transformers'
+      and isinstance(leaf, structured.IdentityMinusGram)
+      and leaf.is_thin
+    },
     buffers=model.buffers,
     overwrite=overwrite,
   )

@@ -17,7 +17,8 @@ from rotbits_jax.checkpoints import attributes
 from rotbits_jax.checkpoints import errors
 from rotbits_jax.models import config as models_config
 
-SHORTCUT_NAME = 'attn_shortcut_Q'  # a tensor that every sliced layer has
+SHORTCUT_SUFFIX = '_Q'  # of the names of shortcuts
+SHORTCUT_NAME = f'attn_shortcut{SHORTCUT_SUFFIX}'  # a tensor of every sliced layer
 
 # The entries of a config are made before tensors bound how many layers there are.
 _MOST_LAYERS = 1 << 12
@@ -83,7 +84,7 @@ def _linear(name: str, *paths: str) -> tuple[TensorRow, ...]:
 
 
 _SHORTCUTS = (
-  TensorRow('mlp_shortcut_Q', ('mlp_shortcut/kernel',)),
+  TensorRow(f'mlp_shortcut{SHORTCUT_SUFFIX}', ('mlp_shortcut/kernel',)),
   TensorRow(SHORTCUT_NAME, ('attention_shortcut/kernel',)),
 )
 

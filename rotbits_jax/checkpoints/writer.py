@@ -1,11 +1,12 @@
 """Writing a checkpoint one layer at a time."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 import contextlib
 import itertools
 import os
 import pathlib
 import shutil
+import typing
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
@@ -18,12 +19,13 @@ from rotbits_jax.checkpoints import lazy
 from rotbits_jax.checkpoints import safetensors_files
 from rotbits_jax.checkpoints import tensors as tensors_lib
 from rotbits_jax.checkpoints import torch_zip
+from rotbits_jax.checkpoints import transformers_files
 from rotbits_jax.checkpoints.contents import CONFIG
 from rotbits_jax.checkpoints.errors import CheckpointError
 from rotbits_jax.checkpoints.safetensors_files import INDEX
 from rotbits_jax.system import outputs
 
-Format = Literal['safetensors', 'slicegpt']
+Format = Literal['safetensors', 'slicegpt', 'transformers']
 Dtypes: TypeAlias = Mapping[str, DTypeLike] | np.dtype | type[Any] | str
 
 
@@ -58,6 +60,7 @@ class CheckpointWriter:
     format: Format = 'safetensors',
     shard_size: int | None = None,
     factors: Mapping[str, tuple[int, str]] | None = None,
+    shortcuts: transformers_files.Ranks | None = None,
     buffers: Mapping[str, Any] | None = None,
     overwrite: bool = True,
   ):
@@ -72,31 +75,50 @@ class CheckpointWriter:
       stem: file name, without suffix, that SliceGPT gives to the weights and the
         slicing JSON; only for a sliced model.
       format: 'safetensors' writes `model.safetensors`. 'slicegpt' writes `<stem>.pt` as
-        SliceGPT does; only for a sliced model.
+        SliceGPT does, and 'transformers' writes `model.safetensors` beside the code
+        that transformers needs, see `transformers_files`; both only for a sliced model.
       shard_size: the greatest number of bytes of tensors in a safetensors file with
         more than one tensor; None for one file. Several files get names and an index as
         in Hugging Face's checkpoints.
       factors: rank and naming (a key of `FACTORS`) of each weight that is stored as two
-        factors, by its path in the model.
+        factors, by its path in the model. For 'transformers' they are multiplied.
+      shortcuts: for 'transformers', the columns of B and of C of each shortcut that is
+        stored as factors, by its path in the model.
       buffers: tensors of the checkpoint that the forward pass does not use, by name.
+        They are left out for 'transformers', which computes them.
       overwrite: whether existing files may be replaced.
 
     Raises:
       ValueError: if the format does not suit the model, or a dtype is missing.
       CheckpointError: if a required file is missing, or a file name is not valid.
     """
-    if format not in ('safetensors', 'slicegpt'):
-      raise ValueError(f"format must be 'safetensors' or 'slicegpt', got {format!r}")
+    if format not in typing.get_args(Format):
+      raise ValueError(
+        f'format must be one of {", ".join(typing.get_args(Format))}, got {format!r}'
+      )
     if format == 'slicegpt' and not config.sliced:
       raise ValueError('only a sliced model can be saved in the slicegpt format')
-    if shard_size is not None and (format != 'safetensors' or shard_size < 1):
+    if format == 'transformers' and not config.sliced:
       raise ValueError(
-        'shard_size must be positive and requires the format safetensors, '
+        'only a sliced model needs the format transformers: a dense model loads in '
+        'transformers from the format safetensors'
+      )
+    if shard_size is not None and (format == 'slicegpt' or shard_size < 1):
+      raise ValueError(
+        'shard_size must be positive and requires safetensors files, '
         f'got {shard_size} and {format}'
       )
+    _check_required(config, stem, files)
     self._path, self._overwrite = directory, overwrite
     self._config, self._stem, self._format = config, stem, format
     self._buffers = {name: np.asarray(x) for name, x in (buffers or {}).items()}
+    self._shortcuts = dict(shortcuts or {})
+    if format == 'transformers':
+      self._buffers, factors = {}, {}
+      dtype = _dtype(dtypes, 'embed/tokens')
+      files = transformers_files.sidecars(
+        config, files, stem=stem, ranks=self._shortcuts, dtype=dtype
+      )
     self._plan(dtypes, factors or {})
     self._files = dict(files)
     if format == 'slicegpt':
@@ -105,7 +127,7 @@ class CheckpointWriter:
       self._shards = safetensors_files.plan_shards(self._specs, shard_size)
       self._weights = list(self._shards)
     index = len(self._weights) > 1
-    _check_files(config, stem, files, [*self._weights, *index * [INDEX]])
+    check_names((*files, *self._weights, *index * [INDEX]))
     if index:
       self._files[INDEX] = safetensors_files.index_json(self._shards)
     self._missing: set[str] = set()
@@ -191,19 +213,30 @@ class CheckpointWriter:
       raise IndexError(f'the model has {self._config.num_layers} layers, got {index=}')
     self._write(index, params)
 
+  def _entries(self, unit: int | None) -> Iterator[tensors_lib.Entry]:
+    """Yields the tensors of a unit."""
+    if self._format == 'transformers':
+      return transformers_files.entries(self._config, unit, self._shortcuts)
+    return tensors_lib.entries(self._config, unit)
+
   def _plan(
     self,
     dtypes: Dtypes,
     factors: Mapping[str, tuple[int, str]],
   ) -> None:
     """Plans the tensors of the files, and the shape and dtype of each parameter."""
+    if isinstance(dtypes, Mapping):
+      dtypes = dict(dtypes)
+      for path in self._shortcuts:
+        for factor in transformers_files.factor_paths(path):
+          dtypes[factor] = _dtype(dtypes, path)
     self._expected: dict[str, lazy.TensorSpec] = {}
     self._specs: dict[str, lazy.TensorSpec] = {}
     self._factors: dict[str, factors_lib.Factored] = {}
     for unit in tensors_lib.units(self._config):
       prefix = tensors_lib.unit_name(unit)
       found: dict[str, Any] = {}
-      for entry in tensors_lib.entries(self._config, unit):
+      for entry in self._entries(unit):
         paths = [prefix + path for path in entry.paths]
         for path, length in zip(paths, entry.lengths, strict=True):
           part = (length, *entry.shape[1:])
@@ -236,7 +269,8 @@ class CheckpointWriter:
       raise ValueError('the writer is not open; it is a context manager')
     prefix = tensors_lib.unit_name(unit)
     flat = structured.flatten(params)
-    known = list(tensors_lib.entries(self._config, unit))
+    flat = transformers_files.split(flat, prefix, self._shortcuts)
+    known = list(self._entries(unit))
     for path, leaf in flat.items():
       self._check(prefix + path, leaf)
       if isinstance(leaf, structured.FactorPair) and prefix + path not in self._factors:
@@ -314,17 +348,13 @@ def _dtype(dtypes: Dtypes, path: str) -> np.dtype:
   return np.dtype(dtypes[path])
 
 
-def _check_files(
-  config: models.ModelConfig,
-  stem: str | None,
-  files: Mapping[str, bytes],
-  weights: list[str],
+def _check_required(
+  config: models.ModelConfig, stem: str | None, files: Mapping[str, bytes]
 ) -> None:
-  """Checks that the files make a checkpoint and stay in their directory.
+  """Checks that the files make a checkpoint.
 
   Raises:
-    CheckpointError: if a required file is missing, if two files have one name, or if a
-      name is not a plain file name.
+    CheckpointError: if a required file is missing.
   """
   required = [CONFIG]
   if config.sliced:
@@ -334,7 +364,6 @@ def _check_files(
   for name in required:
     if name not in files:
       raise CheckpointError(f'the file {name} is missing from the checkpoint')
-  check_names((*files, *weights))
 
 
 def check_names(names: Iterable[str]) -> None:

@@ -328,6 +328,22 @@ class Reader:
           raise ContainerError(f'{path}: the leaf has not two factors') from None
     return found
 
+  def thin_shortcuts(self) -> dict[str, tuple[int, int]]:
+    """Returns the columns of B and of C of thin shortcuts, by path.
+
+    See `structured.IdentityMinusGram.is_thin`.
+    """
+    found: dict[str, tuple[int, int]] = {}
+    for path, leaf, _ in self._units.leaves():
+      if leaf.kind == structured.IdentityMinusGram.kind:
+        try:
+          ranks = structured.IdentityMinusGram.stored_ranks(leaf.settings)
+        except ValueError as error:
+          raise ContainerError(f'{path}: {error}') from error
+        if ranks is not None:
+          found[path] = ranks
+    return found
+
   def buffers(self) -> dict[str, Any]:
     """Reads the tensors that the forward pass does not use; returns them by name."""
     name = manifest_lib.BUFFERS

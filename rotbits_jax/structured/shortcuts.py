@@ -137,6 +137,17 @@ class IdentityMinusGram(Structured):
     return settings, {'b': pack_lower(self.b), 'c': pack_lower(self.c)}
 
   @classmethod
+  def stored_ranks(cls, settings: Settings) -> tuple[int, int] | None:
+    """Returns the columns of B and of C of a stored leaf; None if it is not thin.
+
+    Raises:
+      ValueError: if the settings are not those of a leaf.
+    """
+    given = Stored(settings, {})
+    ranks = given.sizes('b', 2)[1], given.sizes('c', 2)[1]
+    return ranks if 2 * sum(ranks) < given.size('columns') else None
+
+  @classmethod
   def from_stored(cls, settings: Settings, arrays: Arrays) -> 'IdentityMinusGram':
     given = Stored(settings, arrays)
     b_shape, c_shape = given.sizes('b', 2), given.sizes('c', 2)
