@@ -30,7 +30,9 @@ setuptools.setup(
   license_files=['LICENSE'],
   python_requires='>=3.11',
   packages=setuptools.find_packages(include=['rotbits_jax', 'rotbits_jax.*']),
-  package_data={'rotbits_jax': ['py.typed', 'data/*']},
+  package_data={
+    'rotbits_jax': ['py.typed', 'data/*', 'checkpoints/remote_code/*.py'],
+  },
   entry_points={'console_scripts': ['rotbits = rotbits_jax.cli.main:main']},
   # scripts/versions.sh tests the oldest versions and the newest.
   install_requires=[

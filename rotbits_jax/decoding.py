@@ -163,10 +163,11 @@ def decode_to_directory(
         'checkpoints are not known'
       )
     dtypes = _dtypes_on_disk(reader, dtype)
-    factors, shortcuts, kept = reader.factors(), {}, structured.FactorPair
+    factors, shortcuts = reader.factors(), {}
     if format == 'transformers':
       factors, shortcuts = {}, reader.thin_shortcuts()
-      kept = structured.IdentityMinusGram
+    kept = factors.keys() | shortcuts.keys()
+    factored = (structured.FactorPair, structured.IdentityMinusGram)
     with _errors_of_file():
       writer = checkpoints.CheckpointWriter(
         directory,
@@ -183,11 +184,11 @@ def decode_to_directory(
       )
     with writer:
       for index, params in reader.parts(show_progress=progress):
-        params = models.materialize(params, but=(kept,))
+        params = models.materialize(params, but=factored)
         prefix = models.names.prefix(index)
         flat = structured.flatten(params)
         for path, leaf in flat.items():
-          if prefix + path not in factors | shortcuts:
+          if prefix + path not in kept:
             leaf = structured.materialize(leaf)
           flat[path] = structured.astype(leaf, dtypes[prefix + path])
         params = structured.unflatten(flat)

@@ -8,9 +8,11 @@ package knows and for others, which it stores as plain tensors. With `free` they
 differ by rounding only. It stands beside the suite because it needs PyTorch.
 """
 
+import json
 import pathlib
 import sys
 import tempfile
+from typing import Any
 
 import torch
 import transformers
@@ -51,6 +53,10 @@ OTHERS = {
   'qwen3': GROUPS | {'head_dim': 8},
 }
 MOST_ERROR = 2e-2  # of logits of size 1, after rounding to bfloat16
+
+
+def to_json(value: Any) -> bytes:
+  return json.dumps(value).encode()
 
 
 def logits(path: pathlib.Path) -> torch.Tensor:

@@ -97,7 +97,9 @@ def split(params: Mapping[str, Any], prefix: str, ranks: Ranks) -> dict[str, Any
       found[path] = leaf
       continue
     if not isinstance(leaf, structured.IdentityMinusGram):
-      raise ValueError(f'{prefix}{path}: expected the factors of a shortcut, got {leaf}')
+      raise ValueError(
+        f'{prefix}{path}: expected the factors of a shortcut, got {leaf}'
+      )
     factors = zip(factor_paths(path), (leaf.b, leaf.c), strict=True)
     found |= {name: factor for name, factor in factors if factor.size}
   return found

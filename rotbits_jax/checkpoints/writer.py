@@ -112,9 +112,9 @@ class CheckpointWriter:
     self._path, self._overwrite = directory, overwrite
     self._config, self._stem, self._format = config, stem, format
     self._buffers = {name: np.asarray(x) for name, x in (buffers or {}).items()}
-    self._shortcuts = dict(shortcuts or {})
+    self._shortcuts: transformers_files.Ranks = {}
     if format == 'transformers':
-      self._buffers, factors = {}, {}
+      self._buffers, factors, self._shortcuts = {}, {}, shortcuts or {}
       dtype = _dtype(dtypes, 'embed/tokens')
       files = transformers_files.sidecars(
         config, files, stem=stem, ranks=self._shortcuts, dtype=dtype

@@ -1,6 +1,6 @@
 """Decodes a file to a checkpoint.
 
-  rotbits decode --input=FILE --output=DIR [--format=safetensors|slicegpt]
+  rotbits decode --input=FILE --output=DIR [--format=safetensors|slicegpt|transformers]
     [--shard_size=2GB] [--dtype=float32|bfloat16|float16] [--overwrite]
     [--json] [--verbose]
 
@@ -17,9 +17,13 @@ byte. FILE may be the path that shards were written to, or their index. One laye
 time is in memory. Files in DIR that exist are replaced with --overwrite only; other
 files stay.
 
-A dense checkpoint loads in transformers. A sliced one does not, because transformers
-has no sliced models. `rotbits generate --model=DIR` runs it, and so does Microsoft's
-SliceGPT after --format=slicegpt:
+A dense checkpoint loads in transformers. A sliced one does after --format=transformers,
+which writes the code of the model, too:
+
+  AutoModelForCausalLM.from_pretrained(DIR, trust_remote_code=True)
+
+`rotbits generate --model=FILE` runs it, too, and after --format=slicegpt so does
+Microsoft's SliceGPT:
 
   from slicegpt import hf_utils
   model, tokenizer = hf_utils.load_sliced_model(NAME, DIR, sparsity=0.25)
@@ -75,10 +79,10 @@ _OVERWRITE = flags.DEFINE_bool(
 )
 _JSON, _VERBOSE = program.define_output_flags(FLAGS)
 
-SLICED = """The model is sliced: transformers cannot load it. To run it:
+SLICED = """The model is sliced: transformers cannot load this folder. To run it:
   rotbits generate --model={output} --prompt="Once upon a time"
-or decode with --format=slicegpt and load it with Microsoft's SliceGPT; see
-rotbits decode --help."""
+or decode with --format=transformers and load it in transformers, or with
+--format=slicegpt and load it with Microsoft's SliceGPT; see rotbits decode --help."""
 
 
 def main() -> None:

@@ -133,7 +133,7 @@ class BackboneMixin:
   def __init__(self, config):
     super().__init__(config)
     self.embed_tokens = nn.Embedding(
-      config.vocab_size, config.segment_widths[0], config.pad_token_id
+      config.vocab_size, config.segment_widths[0], self.padding_idx
     )
     self.layers = nn.ModuleList(
       self.layer_class(config, index) for index in range(config.num_hidden_layers)

@@ -1,0 +1,282 @@
+"""Sliced models in the format of transformers, without transformers.
+
+`scripts/transformers_sliced_check.py` runs them.
+"""
+
+import ast
+import dataclasses
+import json
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+import random_models
+import safetensors.numpy
+
+import rotbits_jax
+from rotbits_jax import checkpoints
+from rotbits_jax import models
+from rotbits_jax import structured
+
+TESTDATA = pathlib.Path(__file__).parent / 'testdata'
+SLICED = sorted(path.parent.name for path in TESTDATA.glob('*sliced*/config.json'))
+DENSE = 'llama-tiny-dense'
+CODE = pathlib.Path(checkpoints.__file__).parent / 'remote_code'
+CHANGED = {
+  'architectures', 'auto_map', 'model_type', 'segment_widths', 'shortcut_ranks',
+  'tie_word_embeddings', 'torch_dtype',
+}  # fmt: skip
+
+
+def read(folder):
+  """Returns the tensors and the config in a folder."""
+  tensors = {}
+  for file in folder.glob('*.safetensors'):
+    tensors |= safetensors.numpy.load_file(file)
+  return tensors, json.loads((folder / 'config.json').read_text())
+
+
+def checkpoint_of(model):
+  """Returns a checkpoint with the config of `random_models.sliced_llama`."""
+  config_json = random_models.BASE | {'num_hidden_layers': model.config.num_layers}
+  files = {
+    'config.json': json.dumps(config_json).encode(),
+    'x_0.25.json': json.dumps(checkpoints.slicing_json(model.config)).encode(),
+    'LICENSE': b'free',
+  }
+  return checkpoints.Checkpoint(model, files, 'x_0.25')
+
+
+def with_shortcuts(model, make):
+  """Replaces the shortcuts of a model with one layer after another."""
+  layers = list(model.layers())
+  for layer in layers:
+    for name in ('attention_shortcut', 'mlp_shortcut'):
+      layer[name]['kernel'] = make(layer[name]['kernel'])
+  return models.from_layers(model.config, model.outer(), layers)
+
+
+def gram(k, j):
+  """Returns a function that makes a shortcut of these ranks in place of a matrix."""
+  rng = np.random.default_rng(0)
+
+  def make(matrix):
+    b, c = (rng.standard_normal((matrix.shape[0], n)) / 4 for n in (k, j))
+    b, c = b.astype(matrix.dtype), c.astype(matrix.dtype)
+    return structured.IdentityMinusGram(b, c, matrix.shape[1])
+
+  return make
+
+
+@pytest.mark.parametrize('name', SLICED)
+def test_tensors_are_those_of_the_input(name, tmp_path):
+  source = checkpoints.load_checkpoint(TESTDATA / name)
+  checkpoints.save_checkpoint(source, tmp_path / 'out', 'transformers')
+  tensors, config = read(tmp_path / 'out')
+  expected = {
+    key.replace('_shortcut_Q', '_shortcut.weight'): x.T if '_shortcut_Q' in key else x
+    for key, x in checkpoints.to_tensors(source.model).items()
+  }
+  assert tensors.keys() == expected.keys()
+  for key, tensor in tensors.items():
+    assert tensor.dtype == expected[key].dtype
+    np.testing.assert_array_equal(tensor, expected[key])
+  widths = source.model.config.segment_widths
+  assert config['segment_widths'] == list(widths)
+  assert config['shortcut_ranks'] == [None] * (len(widths) - 1)
+
+
+@pytest.mark.parametrize('name', SLICED)
+def test_files(name, tmp_path):
+  source = checkpoints.load_checkpoint(TESTDATA / name)
+  checkpoints.save_checkpoint(source, tmp_path / 'out', 'transformers')
+  _, config = read(tmp_path / 'out')
+  family = source.model.config.family
+  code = {
+    'configuration_sliced.py', 'sliced_modules.py', f'modeling_sliced_{family}.py'
+  }  # fmt: skip
+  kept = source.files.keys() - {f'{source.stem}.json'}
+  written = {file.name: file.read_bytes() for file in (tmp_path / 'out').iterdir()}
+  assert written.keys() == kept | code | {'model.safetensors'}
+  for file in code:
+    assert written[file] == (CODE / file).read_bytes()
+  for file in kept - {'config.json'}:
+    assert written[file] == source.files[file]
+
+  dense = json.loads(source.files['config.json'])
+  unchanged = dense.keys() - CHANGED
+  assert {key: config[key] for key in unchanged} == {
+    key: dense[key] for key in unchanged
+  }
+  assert config.keys() == dense.keys() | CHANGED
+  assert config['model_type'] == f'sliced_{family}'
+  assert config['tie_word_embeddings'] is False
+  assert config['torch_dtype'] == 'float16'
+  # Each class of `auto_map` is in the module that it names.
+  assert config['architectures'] == [
+    config['auto_map']['AutoModelForCausalLM'].split('.')[1]
+  ]
+  for path in config['auto_map'].values():
+    module, cls = path.split('.')
+    tree = ast.parse(written[f'{module}.py'])
+    assert cls in {x.name for x in tree.body if isinstance(x, ast.ClassDef)}
+
+
+def test_every_family_has_code():
+  for family in checkpoints.FAMILIES:
+    assert (CODE / f'modeling_sliced_{family}.py').is_file()
+    assert (
+      f"model_type = 'sliced_{family}'"
+      in (CODE / 'configuration_sliced.py').read_text()
+    )
+
+
+def test_code_needs_pytorch_and_transformers_only():
+  for file in CODE.glob('*.py'):
+    for node in ast.walk(ast.parse(file.read_text())):
+      if isinstance(node, ast.Import):
+        names = [alias.name for alias in node.names]
+      elif isinstance(node, ast.ImportFrom):
+        names = [] if node.level else [node.module]
+        if node.level:  # beside the file; transformers copies it, too
+          assert (CODE / f'{node.module}.py').is_file()
+      else:
+        continue
+      roots = {name.split('.')[0] for name in names}
+      assert roots <= {'torch', 'transformers', 'typing'}
+
+
+@pytest.mark.parametrize(
+  ('ranks', 'names'), [((3, 2), 'bc'), ((3, 0), 'b'), ((0, 0), '')]
+)
+def test_thin_shortcuts_are_factors(ranks, names, tmp_path):
+  random = random_models.sliced_llama((20, 20, 24, 24, 24))
+  model = with_shortcuts(random, gram(*ranks))
+  checkpoints.save_checkpoint(checkpoint_of(model), tmp_path, 'transformers')
+  tensors, config = read(tmp_path)
+  assert config['shortcut_ranks'] == [list(ranks)] * 4
+  for index, layer in enumerate(model.layers()):
+    for ours, theirs in (('attention', 'attn'), ('mlp', 'mlp')):
+      name = f'model.layers.{index}.{theirs}_shortcut'
+      own = {key: x for key, x in tensors.items() if key.startswith(name)}
+      assert own.keys() == {f'{name}.{factor}' for factor in names}
+      leaf = layer[f'{ours}_shortcut']['kernel']
+      for factor in names:
+        np.testing.assert_array_equal(own[f'{name}.{factor}'], getattr(leaf, factor))
+
+
+def test_other_structured_leaves_are_matrices(tmp_path):
+  model = random_models.sliced_llama((20, 20, 20))
+  model = with_shortcuts(model, gram(8, 3))  # 2 (8 + 3) is more than 20 columns
+  pair = structured.LowRank(np.ones((20, 2), 'f'), np.ones((2, 32), 'f'))
+  (layer,) = model.layers()
+  layer['mlp']['up']['kernel'] = pair
+  model = models.from_layers(model.config, model.outer(), [layer])
+  checkpoints.save_checkpoint(checkpoint_of(model), tmp_path, 'transformers')
+  tensors, config = read(tmp_path)
+  assert config['shortcut_ranks'] == [None, None]
+  shortcut = layer['mlp_shortcut']['kernel'].materialize()
+  np.testing.assert_array_equal(
+    tensors['model.layers.0.mlp_shortcut.weight'], shortcut.T
+  )
+  np.testing.assert_array_equal(
+    tensors['model.layers.0.mlp.up_proj.weight'], pair.materialize().T
+  )
+
+
+@pytest.fixture(name='encoded', scope='module')
+def _encoded(tmp_path_factory):
+  """Encodes a sliced model with `free`; its buffer is one that old versions stored."""
+  model = random_models.sliced_llama((20, 20, 20, 20, 24), np.float16)
+  buffers = {'model.layers.0.self_attn.rotary_emb.inv_freq': np.ones(6, np.float32)}
+  model = dataclasses.replace(model, buffers=buffers)
+  file = tmp_path_factory.mktemp('encoded') / 'x.rotbits'
+  rotbits_jax.encode_to_file(checkpoint_of(model), file, preset='free')
+  return file
+
+
+class TestDecode:
+  def test_free(self, encoded, tmp_path):
+    rotbits_jax.decode_to_directory(encoded, tmp_path, format='transformers')
+    tensors, config = read(tmp_path)
+    assert not any('rotary' in name for name in tensors)
+    assert (tmp_path / 'LICENSE').read_bytes() == b'free'
+    decoded = rotbits_jax.decode(encoded)
+    leaves = [
+      layer[f'{sublayer}_shortcut']['kernel']
+      for layer in decoded.layers()
+      for sublayer in ('attention', 'mlp')
+    ]
+    thin = [x.is_thin for x in leaves]
+    assert True in thin  # otherwise this tests nothing
+    names = [
+      f'model.layers.{index}.{sublayer}_shortcut'
+      for index in range(2)
+      for sublayer in ('attn', 'mlp')
+    ]
+    for name, leaf, ranks in zip(names, leaves, config['shortcut_ranks'], strict=True):
+      if leaf.is_thin:
+        assert ranks == [leaf.b.shape[1], leaf.c.shape[1]]
+        assert f'{name}.weight' not in tensors
+        if leaf.b.size:
+          np.testing.assert_array_equal(tensors[f'{name}.b'], leaf.b)
+      else:
+        assert ranks is None
+        expected = jax.device_get(structured.materialize(leaf)).T
+        np.testing.assert_array_equal(tensors[f'{name}.weight'], expected)
+
+  def test_saving_what_was_decoded_is_the_same(self, encoded, tmp_path):
+    rotbits_jax.decode_to_directory(encoded, tmp_path / 'x', format='transformers')
+    decoded = rotbits_jax.decode_checkpoint(encoded)
+    checkpoints.save_checkpoint(decoded, tmp_path / 'y', 'transformers')
+    for file in (tmp_path / 'x').iterdir():
+      assert file.read_bytes() == (tmp_path / 'y' / file.name).read_bytes()
+
+  def test_dtype_and_shards(self, encoded, tmp_path):
+    rotbits_jax.decode_to_directory(
+      encoded, tmp_path, format='transformers', dtype='float32', shard_size=4000
+    )
+    tensors, config = read(tmp_path)
+    assert {x.dtype for x in tensors.values()} == {np.dtype(np.float32)}
+    assert config['torch_dtype'] == 'float32'
+    index = json.loads((tmp_path / 'model.safetensors.index.json').read_text())
+    assert index['weight_map'].keys() == tensors.keys()
+    assert len(list(tmp_path.glob('*.safetensors'))) > 1
+
+  def test_the_command(self, rotbits, encoded, tmp_path):
+    code, _, err = rotbits(
+      'decode', f'--input={encoded}', f'--output={tmp_path / "x"}',
+      '--format=transformers',
+    )  # fmt: skip
+    assert (code, err) == (0, '')
+    assert read(tmp_path / 'x')[1]['model_type'] == 'sliced_llama'
+    code, out, _ = rotbits('decode', f'--input={encoded}', f'--output={tmp_path / "y"}')
+    assert code == 0
+    assert '--format=transformers' in out
+
+  def test_dense_models_are_refused(self, rotbits, tmp_path):
+    file = tmp_path / 'dense.rotbits'
+    rotbits_jax.encode_to_file(TESTDATA / DENSE, file, preset='exact')
+    code, _, err = rotbits(
+      'decode', f'--input={file}', f'--output={tmp_path / "x"}', '--format=transformers'
+    )
+    assert code == 2
+    assert 'a dense model loads in transformers' in err
+    assert not (tmp_path / 'x').exists()
+
+
+def test_a_shortcut_without_factors_is_refused(tmp_path):
+  model = random_models.sliced_llama((20, 20, 20))
+  checkpoint = checkpoint_of(model)
+  writer = checkpoints.CheckpointWriter(
+    tmp_path / 'x',
+    model.config,
+    dtypes=np.float32,
+    files=checkpoint.files,
+    stem=checkpoint.stem,
+    format='transformers',
+    shortcuts={'layers.0/mlp_shortcut/kernel': (3, 1)},
+  )
+  with pytest.raises(ValueError, match=r'mlp_shortcut/kernel: .* factors'), writer:
+    writer.layer(0, next(model.layers()))
