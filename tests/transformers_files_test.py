@@ -109,7 +109,7 @@ def test_files(name, tmp_path):
   assert {key: config[key] for key in unchanged} == {
     key: dense[key] for key in unchanged
   }
-  assert config.keys() == dense.keys() | CHANGED
+  assert config.keys() == dense.keys() | CHANGED | {'tokenizer_class'}
   assert config['model_type'] == f'sliced_{family}'
   assert config['tie_word_embeddings'] is False
   assert config['torch_dtype'] == 'float16'
@@ -121,6 +121,28 @@ def test_files(name, tmp_path):
     module, cls = path.split('.')
     tree = ast.parse(written[f'{module}.py'])
     assert cls in {x.name for x in tree.body if isinstance(x, ast.ClassDef)}
+
+
+@pytest.mark.parametrize(
+  ('given', 'expected'),
+  [
+    ({}, None),
+    ({'tokenizer.json': b'{}'}, 'PreTrainedTokenizerFast'),
+    (
+      {'tokenizer.json': b'{}', 'tokenizer_config.json': b'{"tokenizer_class": "A"}'},
+      'A',
+    ),
+  ],
+)
+def test_tokenizers_have_a_class(given, expected, tmp_path):
+  checkpoint = checkpoint_of(random_models.sliced_llama((20, 20, 20)))
+  checkpoint = checkpoint._replace(files=checkpoint.files | given)
+  checkpoints.save_checkpoint(checkpoint, tmp_path, 'transformers')
+  assert read(tmp_path)[1]['tokenizer_class'] == 'LlamaTokenizer'
+  path = tmp_path / 'tokenizer_config.json'
+  assert path.exists() == (expected is not None)
+  if expected:
+    assert json.loads(path.read_text())['tokenizer_class'] == expected
 
 
 def test_every_family_has_code():

@@ -33,14 +33,20 @@ Ranks = Mapping[str, tuple[int, int]]
 _CODE = importlib.resources.files('rotbits_jax.checkpoints') / 'remote_code'
 _SHARED_CODE = ('configuration_sliced.py', 'sliced_modules.py')
 
-# The part of transformers' class names that stands for a family.
+_TOKENIZER, _TOKENIZER_CONFIG = 'tokenizer.json', 'tokenizer_config.json'
+_TOKENIZER_SETTINGS = {
+  'model_input_names': ['input_ids', 'attention_mask'],
+  'tokenizer_class': 'PreTrainedTokenizerFast',
+}
+
+# The part of transformers' class names that stands for a family, and its tokenizer.
 _CLASSES = {
-  'llama': 'Llama',
-  'mistral': 'Mistral',
-  'opt': 'OPT',
-  'phi': 'Phi',
-  'phi3': 'Phi3',
-  'qwen2': 'Qwen2',
+  'llama': ('Llama', 'LlamaTokenizer'),
+  'mistral': ('Mistral', 'LlamaTokenizer'),
+  'opt': ('OPT', 'GPT2Tokenizer'),
+  'phi': ('Phi', 'CodeGenTokenizer'),
+  'phi3': ('Phi3', 'LlamaTokenizer'),
+  'qwen2': ('Qwen2', 'Qwen2Tokenizer'),
 }
 
 
@@ -97,9 +103,7 @@ def split(params: Mapping[str, Any], prefix: str, ranks: Ranks) -> dict[str, Any
       found[path] = leaf
       continue
     if not isinstance(leaf, structured.IdentityMinusGram):
-      raise ValueError(
-        f'{prefix}{path}: expected the factors of a shortcut, got {leaf}'
-      )
+      raise ValueError(f'{prefix}{path}: expected factors, got {type(leaf).__name__}')
     factors = zip(factor_paths(path), (leaf.b, leaf.c), strict=True)
     found |= {name: factor for name, factor in factors if factor.size}
   return found
@@ -125,6 +129,11 @@ def sidecars(
   """
   named = {name: content for name, content in files.items() if name != f'{stem}.json'}
   dense = attributes.parse_json(files[CONFIG], CONFIG)
+  # `AutoTokenizer` knows the tokenizer of a dense model by the model's type, and of a
+  # type that it does not know by the class that one of these files names.
+  dense = {'tokenizer_class': _CLASSES[config.family][1]} | dense
+  if _TOKENIZER in files:
+    named.setdefault(_TOKENIZER_CONFIG, _json(_TOKENIZER_SETTINGS))
   named[CONFIG] = _json(dense | _settings(config, ranks, dtype))
   for name in (*_SHARED_CODE, f'modeling_sliced_{config.family}.py'):
     named[name] = (_CODE / name).read_bytes()
@@ -135,7 +144,7 @@ def _settings(
   config: models.ModelConfig, ranks: Ranks, dtype: np.dtype
 ) -> dict[str, Any]:
   """Returns the fields of `config.json` that slicing changes."""
-  name = f'Sliced{_CLASSES[config.family]}'
+  name = f'Sliced{_CLASSES[config.family][0]}'
   modeling = f'modeling_sliced_{config.family}'
   causal = f'{name}ForCausalLM'
   return {
