@@ -5,7 +5,7 @@ r"""Encodes a checkpoint as one smaller file, or as several (shards).
     [--canonicaliser=polar_shortcut|qr|svd] [--rotation_codec=haar|symmetric_eig]
     [--correction=exact|threshold] [--entropy]
     [--step=-5] [--max_kl=1e-3 --text=FILE [--max_tokens=4096]]
-    [--config=PRESET|FILE] [--distributed]
+    [--config=NAME|FILE] [--distributed]
 
 Example:
 
@@ -28,10 +28,12 @@ or of Microsoft's SliceGPT, or the path of a GGUF file. The presets:
          --rotation_codec and --correction choose its parts: svd, symmetric_eig and
          threshold are as published.
 
---config with the name of a preset, or with the path of a file like those in the folder
-configs of the package, sets the options of a preset:
+--config sets the preset and its options. It takes a name or the path of a file like
+those in the folder configs of the repository, which has the presets and the published
+experiments:
 
   rotbits encode --checkpoint=DIR --output=FILE --config=free --config.tolerance=1.0
+  rotbits encode --checkpoint=DIR --output=FILE --config=opt_6_7b
 
 The preset `near` rounds the numbers of an array to multiples of a step, which is near
 2^step times their root mean square. With --max_kl it searches the coarsest steps that
@@ -71,13 +73,11 @@ JSON:
   curve             list of objects: step, kl; what --max_kl measured, or null
 """
 
-import importlib.resources
 import sys
 from typing import Any
 
 from absl import flags
 import jax
-from ml_collections import config_flags
 import numpy as np
 
 import rotbits_jax
@@ -142,8 +142,8 @@ _MAX_TOKENS = flags.DEFINE_integer(
   lower_bound=2,
   flag_values=FLAGS,
 )
-_CONFIG = config_flags.DEFINE_config_file(
-  'config', None, 'A preset with its options: a name or a file.', flag_values=FLAGS
+_CONFIG = program.define_config_flag(
+  FLAGS, 'A preset with its options: a name or a file.'
 )
 _JSON, _VERBOSE = program.define_output_flags(FLAGS)
 
@@ -213,6 +213,7 @@ def read_preset(kind: str) -> tuple[presets.Preset, near.Found | None]:
   if parts or any(flag.value is not None for flag in others):
     raise ValueError('--config cannot be combined with --preset or its options')
   fields = _CONFIG.value.to_dict()
+  fields.pop('experiment', None)  # `rotbits accounting` takes it
   if 'preset' not in fields:
     raise ValueError('--config has no field preset')
   return presets.make(fields.pop('preset'), **fields), None
@@ -289,16 +290,7 @@ def local_mesh() -> jax.sharding.Mesh | None:
 
 
 def run() -> int:
-  sys.argv[1:] = map(with_packaged_config, sys.argv[1:])
   return program.run(main, FLAGS)
-
-
-def with_packaged_config(argument: str) -> str:
-  """Returns the argument with the path of a config file for the name of a preset."""
-  flag, _, name = argument.partition('=')
-  if flag.lstrip('-') != 'config' or name not in presets.PRESETS:
-    return argument
-  return f'{flag}={importlib.resources.files("rotbits_jax.configs") / name}.py'
 
 
 if __name__ == '__main__':

@@ -26,6 +26,7 @@ import safetensors
 import rotbits_jax
 from rotbits_jax.file import container
 from rotbits_jax.file import fields
+from rotbits_jax.system import config_files
 
 BAD_INPUT = 2  # bad flags, too
 
@@ -53,6 +54,13 @@ def define_output_flags(
     flag_values=flag_values,
   )
   return json_flag, verbose
+
+
+def define_config_flag(flag_values: flags.FlagValues, help: str) -> flags.FlagHolder:
+  """Defines the flag --config. Its value is the path or the name of a config file."""
+  from ml_collections import config_flags  # slow to import
+
+  return config_flags.DEFINE_config_file('config', None, help, flag_values=flag_values)
 
 
 class Stopped(KeyboardInterrupt):
@@ -238,11 +246,13 @@ def _is_container(path: str) -> bool:
 def _parse(flag_values: flags.FlagValues) -> None:
   flag_values.unparse_flags()  # an earlier run in this process may have left values
   try:
-    unused = flag_values(sys.argv)[1:]
+    unused = flag_values([config_files.named('config', x) for x in sys.argv])[1:]
   except flags.Error as error:
     # absl says "Flag --x must have a value other than None."
     missing = re.search(r'flag (--\w+)=None: Flag', str(error))
-    raise flags.Error(f'{missing[1]}=... is missing') if missing else error from error
+    text = f'{missing[1]}=... is missing' if missing else str(error)
+    # What a config file raises comes with its traceback.
+    raise flags.Error(re.sub(r'Traceback.*\n(?=\S)', '', text, flags=re.S)) from error
   except Exception as error:  # what a config file raises: it is Python
     name = type(error).__name__
     raise ValueError(f'the config cannot be used: {name}: {error}') from error

@@ -271,7 +271,7 @@ def table(reader: file.Reader, report: savings.Report) -> str:
       f'<td colspan="2">{own[1]:.2f}% of the numbers, {own[2]:.2f}% of the bytes</td>'
       '</tr>'
     )
-  for name, model in published.MODELS.items():
+  for name, model in published.experiments().items():
     for sparsity, bits_back in model.bits_back.items():
       found = accounting_lib.accounting(model.config, sparsity).reduction()
       best = found['gauge_fixed_heads_retied'] or found['gauge_fixed_heads']
