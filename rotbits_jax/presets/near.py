@@ -25,7 +25,7 @@ def near(
 
   Args:
     step: log2 of the ratio of the step to the root mean square of an array's elements.
-    offsets: numbers to add to `step`, by type of parameter, see `models.names.kind`.
+    offsets: numbers to add to `step`, by pattern of paths, see `models.names.pattern`.
       `presets.steps.search` finds good ones.
     inputs: see `symmetries.Rounding`; `presets.steps.search` measures them.
     tolerance: how far a singular value of a shortcut may be from 1 and count as 1, in
