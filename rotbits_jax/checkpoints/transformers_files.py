@@ -126,7 +126,12 @@ def sidecars(
     stem: name of the slicing JSON, which is left out.
     ranks: see `entries`.
     dtype: dtype that the model gets when it is loaded.
+
+  Raises:
+    ValueError: if there is no code for the family.
   """
+  if config.family not in _CLASSES:
+    raise ValueError(f'there is no code for transformers of the family {config.family}')
   named = {name: content for name, content in files.items() if name != f'{stem}.json'}
   dense = attributes.parse_json(files[CONFIG], CONFIG)
   # `AutoTokenizer` knows the tokenizer of a dense model by the model's type, and of a
