@@ -34,9 +34,7 @@ setuptools.setup(
     'rotbits_jax.configs',
   ],
   package_dir={'rotbits_jax.configs': 'configs'},
-  package_data={
-    'rotbits_jax': ['py.typed', 'data/*', 'checkpoints/remote_code/*.py'],
-  },
+  package_data={'rotbits_jax': ['py.typed', 'data/*', 'checkpoints/remote_code/*.py']},
   entry_points={'console_scripts': ['rotbits = rotbits_jax.cli.main:main']},
   # scripts/versions.sh tests the oldest versions and the newest.
   install_requires=[
