@@ -66,7 +66,7 @@ class IdentityMinusGram(Structured):
   @property
   def is_thin(self) -> bool:
     """Whether `apply` takes fewer multiplications than the materialized matrix."""
-    return 2 * sum(self._widths()) < self.columns
+    return _is_thin(self._widths(), self.columns)
 
   def materialize(self) -> jax.Array:
     b, c = jnp.asarray(self.b, jnp.float32), jnp.asarray(self.c, jnp.float32)
@@ -145,7 +145,7 @@ class IdentityMinusGram(Structured):
     """
     given = Stored(settings, {})
     ranks = given.sizes('b', 2)[1], given.sizes('c', 2)[1]
-    return ranks if 2 * sum(ranks) < given.size('columns') else None
+    return ranks if _is_thin(ranks, given.size('columns')) else None
 
   @classmethod
   def from_stored(cls, settings: Settings, arrays: Arrays) -> 'IdentityMinusGram':
@@ -205,6 +205,10 @@ class SymmetricTriangle(Structured):
     if shape[0] != shape[1]:
       raise ValueError(f'no symmetric matrix has the triangle of a {shape} matrix')
     return cls(unpack_lower(values, shape), columns)
+
+
+def _is_thin(ranks: tuple[int, int], columns: int) -> bool:
+  return 2 * sum(ranks) < columns
 
 
 def _pad_columns(matrix: jax.Array, columns: int) -> jax.Array:

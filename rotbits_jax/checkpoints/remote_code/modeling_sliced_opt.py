@@ -8,9 +8,9 @@ from transformers.models.opt import modeling_opt
 
 from .configuration_sliced import SlicedOPTConfig
 from .sliced_modules import RMSN
-from .sliced_modules import TRANSFORMERS
 from .sliced_modules import BackboneMixin
 from .sliced_modules import CausalLMMixin
+from .sliced_modules import layer_output
 from .sliced_modules import resize
 from .sliced_modules import shortcut
 
@@ -38,7 +38,7 @@ class SlicedDecoderLayer(modeling_opt.OPTDecoderLayer):
     normed = self.final_layer_norm(hidden_states)
     computed = self.fc2(self.activation_fn(self.fc1(normed)))
     hidden_states = self.mlp_shortcut(hidden_states) + self._dropout(computed)
-    return hidden_states if TRANSFORMERS >= (5, 4) else (hidden_states, weights)
+    return layer_output(hidden_states, weights)
 
   def _dropout(self, x: torch.Tensor) -> torch.Tensor:
     return nn.functional.dropout(x, p=self.dropout, training=self.training)

@@ -5,9 +5,9 @@ from transformers.models.phi import modeling_phi
 
 from .configuration_sliced import SlicedPhiConfig
 from .sliced_modules import RMSN
-from .sliced_modules import TRANSFORMERS
 from .sliced_modules import BackboneMixin
 from .sliced_modules import CausalLMMixin
+from .sliced_modules import layer_output
 from .sliced_modules import resize
 from .sliced_modules import shortcut
 
@@ -30,7 +30,7 @@ class SlicedDecoderLayer(modeling_phi.PhiDecoderLayer):
     attended, weights = self.self_attn(hidden_states=normed, **kwargs)
     computed = self.resid_dropout(attended) + self.resid_dropout(self.mlp(normed))
     hidden_states = self.attn_shortcut(hidden_states) + computed
-    return hidden_states if TRANSFORMERS >= (5, 4) else (hidden_states, weights)
+    return layer_output(hidden_states, weights)
 
 
 class SlicedPhiModel(BackboneMixin, modeling_phi.PhiModel):

@@ -86,6 +86,14 @@ def resize(
     setattr(module, name, nn.Linear(inputs_, outputs_, bias=old.bias is not None))
 
 
+def layer_output(hidden_states: torch.Tensor, weights: torch.Tensor | None):
+  """Returns what a layer of OPT or Phi returns: a tuple before transformers 5.4.
+
+  The layers of the other families return one tensor in all versions.
+  """
+  return hidden_states if TRANSFORMERS >= (5, 4) else (hidden_states, weights)
+
+
 class DecoderLayerMixin:
   """A layer with attention and then a gated MLP, as Llama has it.
 
