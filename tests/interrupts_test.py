@@ -28,12 +28,13 @@ def test_a_signal_is_an_exception_with_its_number(name):
 
 @pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')
 def test_a_lost_exception_is_raised_at_the_next_record():
-  with pytest.raises(interrupts.Stopped), interrupts.raised():
-    bar = progress.Progress('work', 3, 'record', show=False)
+  bar = progress.Progress('work', 3, 'record', show=False)
+  with interrupts.raised():
     bar.update()
     rude = Rude()
     del rude
-    bar.update()
+    with pytest.raises(interrupts.Stopped):
+      bar.update()
 
 
 def test_an_ignored_signal_stays_ignored():
