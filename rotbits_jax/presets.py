@@ -107,7 +107,7 @@ def near(
   Args:
     step: log2 of the ratio of the step to the root mean square of an array's numbers,
       at least `symmetries.rounding.FINEST`.
-    offsets: octaves to add to `step`, by kind of parameter, see `models.names.kind`.
+    offsets: octaves to add to `step`, by kind of parameter, see `models.names.pattern`.
       `near.search` finds good ones.
     inputs: see `symmetries.Rounding`; `near.search` measures them.
     tolerance: see `symmetries.remove_residual_gauge`.

@@ -37,7 +37,7 @@ CHECKPOINTS = tuple(
 TINY = 'llama-tiny-sliced-head-0.25'
 # Most of the time goes into compilation, so the other families are slow tests.
 QUICK = (TINY, 'llama-tiny-dense', 'opt-small-sliced-0.2')
-UP = 'blocks_0/mlp/up/kernel'
+UP = 'layers.0:1/mlp/up/kernel'
 SHORT = (np.float16, ml_dtypes.bfloat16)
 OTHERS = tuple(name for name in CHECKPOINTS if name not in QUICK)
 

@@ -73,7 +73,7 @@ class CacheTest(chex.TestCase):
 
   def test_logits_are_those_of_the_whole_sequence(self):
     model = mixed_model()
-    assert model.group_sizes == (2, 1)
+    assert model.stacks == (range(2), range(2, 3))
     tokens = np.random.default_rng(1).integers(40, size=(2, 12))
     logits, _ = incremental_logits(model, tokens[:, :5], tokens[:, 5:].T)
     expected = fast_jit(models.logits)(model, tokens)

@@ -187,7 +187,7 @@ class IntegersTest(parameterized.TestCase):
       self.assertTrue(_multiples(loaded))
       self.assert_same_bits(plain, loaded)
     params = rotbits_jax.load(_file(-3.0), integers=True, sharding=place).params
-    kernel = params['blocks_0']['mlp']['down']['kernel']
+    kernel = params['layers.0:1']['mlp']['down']['kernel']
     self.assertEqual(kernel.integers.sharding.spec, columns)
 
   @parameterized.parameters('free', 'exact')

@@ -281,7 +281,7 @@ class SliceModelTest(parameterized.TestCase):
 
   def test_numbers_too_large_for_the_dtype(self):
     model = jax.tree.map(np.copy, dense('llama-random'))
-    model.params['blocks_0']['mlp']['down']['kernel'] *= 1e6
+    model.params['layers.0:2']['mlp']['down']['kernel'] *= 1e6
     with self.assertRaisesRegex(ValueError, 'layers.0/mlp/down/kernel has .* float16'):
       slicing.slice_model(model, CALIBRATION, sparsity=0.25, dtype=np.float16)
 

@@ -153,23 +153,21 @@ class TransformerTest(chex.TestCase):
   @parameterized.named_parameters(*CASES)
   def test_init_gives_the_shapes_of_the_config(self, config_json, widths):
     config = parse(config_json, widths)
-    group_sizes = random_model(config).group_sizes
+    stacks = random_model(config).stacks
     variables = jax.eval_shape(
-      models.Transformer(config, group_sizes).init,
+      models.Transformer(config, stacks).init,
       jax.random.key(0),
       jnp.zeros((1, 4), jnp.int32),
     )
     assert set(variables) == {'params'}
     got = jax.tree.map(lambda x: x.shape, variables['params'])
-    expected, layer = models.outer_shapes(config), 0
-    for group, size in enumerate(group_sizes):
-      shapes = models.layer_shapes(config, layer)
-      expected[f'blocks_{group}'] = jax.tree.map(
-        lambda shape, size=size: (size, *shape),
-        shapes,
+    expected = models.outer_shapes(config)
+    for layers in stacks:
+      expected[models.names.stack(layers)] = jax.tree.map(
+        lambda shape, layers=layers: (len(layers), *shape),
+        models.layer_shapes(config, layers.start),
         is_leaf=lambda x: isinstance(x, tuple),
       )
-      layer += size
     assert got == expected
 
   @parameterized.parameters('opt_sliced', 'llama_sliced', 'phi_sliced')
@@ -193,13 +191,16 @@ class TransformerTest(chex.TestCase):
 
   def test_a_wrong_shape_is_refused_by_its_path(self):
     model = random_model(parse(LLAMA, None))
-    model.params['blocks_0']['mlp']['up']['kernel'] = np.zeros((3, 24, 35), np.float16)
-    with pytest.raises(ValueError, match=r'blocks_0/mlp/up/kernel.*\(24, 35\)'):
+    model.params['layers.0:3']['mlp']['up']['kernel'] = np.zeros(
+      (3, 24, 35), np.float16
+    )
+    with pytest.raises(ValueError, match=r'layers.0:3/mlp/up/kernel.*\(24, 35\)'):
       trace(model, (1, 2))
 
-  def test_groups_that_are_not_all_layers_are_refused(self):
+  @parameterized.parameters((range(2),), (range(1, 3), range(1)), ())
+  def test_stacks_that_are_not_all_layers_in_order_are_refused(self, *stacks):
     model = random_model(parse(LLAMA, None))
-    transformer = models.Transformer(model.config, (2,))
+    transformer = models.Transformer(model.config, stacks)
     with pytest.raises(ValueError, match='3 layers'):
       transformer.apply({'params': model.params}, np.zeros((1, 2), np.int32))
 
@@ -235,14 +236,14 @@ class StructuredLeavesTest(chex.TestCase):
         compact[i][name]['kernel'] = structured.IdentityMinusGram(b, c, columns)
         plain[i][name]['kernel'] = matrix
     build = lambda layers: models.from_layers(model.config, model.outer(), layers)
-    assert build(compact).group_sizes == (2, 1)
+    assert build(compact).stacks == (range(2), range(2, 3))
     self.assert_acts_as(build(compact), build(plain))
 
   def test_a_thin_shortcut_is_not_materialized(self):
     model = random_model(parse(PHI, (24, 24, 24, 24)))
     b, c = np.ones((3, 24, 5), np.float16), np.zeros((3, 24, 0), np.float16)
     leaf = structured.IdentityMinusGram(b, c, columns=24, ranks=((5, 0),) * 3)
-    model.params['blocks_0']['attention_shortcut']['kernel'] = leaf
+    model.params['layers.0:3']['attention_shortcut']['kernel'] = leaf
     with mock.patch.object(
       structured.IdentityMinusGram, 'materialize', side_effect=NotImplementedError
     ):

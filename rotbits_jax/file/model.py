@@ -255,12 +255,10 @@ def _check_leaves(model: models.Model) -> None:
         leaf.check_needed(*shapes)
       except ValueError as error:
         raise ValueError(f'{path}: {error}') from error
-  first = 0
-  for group, size in enumerate(model.group_sizes):
-    for path, leaf in kept(model.params[f'blocks_{group}']).items():
-      for index in range(size):
-        writer_lib.check_leaf(models.names.prefix(first + index) + path, leaf, index)
-    first += size
+  for layers in model.stacks:
+    for path, leaf in kept(model.params[models.names.stack(layers)]).items():
+      for place, index in enumerate(layers):
+        writer_lib.check_leaf(models.names.prefix(index) + path, leaf, place)
 
 
 def _dtypes(context: symmetries.Context) -> Tree:

@@ -12,6 +12,7 @@ from rotbits_jax.models.model import from_layers
 from rotbits_jax.models.model import materialize
 from rotbits_jax.models.model import stack_key
 from rotbits_jax.models.model import stack_layers
+from rotbits_jax.models.model import stack_ranges
 from rotbits_jax.models.model import unstack_layer
 from rotbits_jax.models.shapes import count_elements
 from rotbits_jax.models.shapes import layer_shapes
@@ -39,5 +40,6 @@ __all__ = [
   'outer_shapes',
   'stack_key',
   'stack_layers',
+  'stack_ranges',
   'unstack_layer',
 ]

@@ -6,8 +6,7 @@ computes only the new tokens. `extend` is the pure step, for `jit`, `lax.scan` a
 it is known.
 
 Shape letters are those of `models.config` and `models.transformer`. In addition, a
-cache has room for `C` tokens, and `N` is the number of layers in a `blocks_i` of a
-`Model`.
+cache has room for `C` tokens, and `N` is the number of layers in a stack of layers.
 """
 
 from collections.abc import Collection, Iterator
@@ -20,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rotbits_jax.models import model as model_lib
+from rotbits_jax.models import names
 from rotbits_jax.models import transformer
 
 PREFILL = 64  # tokens of the prompt in one step
@@ -29,7 +29,7 @@ class Cache(NamedTuple):
   """Attention keys and values of the tokens so far.
 
   Attributes:
-    layers: `attention/key` and `attention/value` for each `blocks_i` of a model.
+    layers: `attention/key` and `attention/value` for each stack `layers.I:J`.
     length: how many of the C rows are filled.
   """
 
@@ -43,8 +43,10 @@ def empty_cache(model: model_lib.Model, batch: int, room: int) -> Cache:
   shape = (batch, room, config.num_kv_heads, config.head_dim)
   zeros = lambda size: jnp.zeros((size, *shape), jnp.float32)
   layers = {
-    f'blocks_{i}': {'attention': {'key': zeros(size), 'value': zeros(size)}}
-    for i, size in enumerate(model.group_sizes)
+    names.stack(stack): {
+      'attention': {'key': zeros(len(stack)), 'value': zeros(len(stack))}
+    }
+    for stack in model.stacks
   }
   return Cache(layers, jnp.zeros((), jnp.int32))
 
@@ -65,7 +67,7 @@ def extend(
   Returns:
     `[B, T, V]` float32 logits, and the cache with the tokens added.
   """
-  logits, updated = transformer.Transformer(model.config, model.group_sizes).apply(
+  logits, updated = transformer.Transformer(model.config, model.stacks).apply(
     {'params': model.params, 'cache': cache.layers},
     tokens,
     cache.length,

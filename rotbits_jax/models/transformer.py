@@ -13,6 +13,7 @@ Shape letters are those of `models.config`. In addition:
 """
 
 from collections.abc import Callable
+import itertools
 from typing import Any
 
 from flax import linen as nn
@@ -23,6 +24,7 @@ import numpy as np
 from rotbits_jax import structured
 from rotbits_jax.models import config as config_lib
 from rotbits_jax.models import model as model_lib
+from rotbits_jax.models import names
 from rotbits_jax.models import shapes as shapes_lib
 
 ACTIVATIONS: dict[config_lib.Activation, Callable[[jax.Array], jax.Array]] = {
@@ -46,7 +48,7 @@ def logits(model: model_lib.Model, tokens: jax.Array) -> jax.Array:
   Returns:
     `[B, T, V]` float32.
   """
-  transformer = Transformer(model.config, model.group_sizes)
+  transformer = Transformer(model.config, model.stacks)
   return jnp.asarray(transformer.apply({'params': model.params}, tokens))
 
 
@@ -59,10 +61,10 @@ def input_moments(model: model_lib.Model, tokens: jax.Array) -> model_lib.Params
 
   Returns:
     The sum of `x^T x` over all inputs x `[in]` of a linear layer, float32 `[in, in]`,
-    in the place of its kernel in the model's parameters; `[N, in, in]` in a group of
+    in the place of its kernel in the model's parameters; `[N, in, in]` in a stack of
     layers. The moments of a tied head are in the place of the token embedding.
   """
-  transformer = Transformer(model.config, model.group_sizes)
+  transformer = Transformer(model.config, model.stacks)
   _, found = transformer.apply({'params': model.params}, tokens, mutable=[_MOMENTS])
   return dict(found[_MOMENTS])
 
@@ -79,12 +81,12 @@ class Transformer(nn.Module):
 
   Attributes:
     config: sizes and switches.
-    group_sizes: how many layers each `blocks_i` stacks; they sum to L.
+    stacks: the layers of each `layers.I:J` of the parameters, in order.
     precision: precision of the matrix products, see `jax.lax.Precision`.
   """
 
   config: config_lib.ModelConfig
-  group_sizes: tuple[int, ...]
+  stacks: tuple[range, ...]
   precision: str = 'highest'
 
   @nn.compact
@@ -100,18 +102,17 @@ class Transformer(nn.Module):
       `[B, T, V]`.
     """
     config = self.config
-    if sum(self.group_sizes) != config.num_layers:
+    if [*itertools.chain(*self.stacks)] != [*range(config.num_layers)]:
       raise ValueError(
-        f'the groups must hold {config.num_layers} layers in all, '
-        f'got {self.group_sizes=}'
+        f'the stacks must hold {config.num_layers} layers in order, got {self.stacks}'
       )
     with jax.default_matmul_precision(self.precision):
       embed = Embedding(config, name='embed')
-      x, layer = embed(tokens, self.variables.get('params', {}), start), 0
-      for group, size in enumerate(self.group_sizes):
-        block = Block(config, config.layer_widths(layer), name=f'blocks_{group}')
-        x = _apply_stacked(block, size, x, start)
-        layer += size
+      x = embed(tokens, self.variables.get('params', {}), start)
+      for layers in self.stacks:
+        widths = config.layer_widths(layers.start)
+        block = Block(config, widths, name=names.stack(layers))
+        x = _apply_stacked(block, len(layers), x, start)
       x = _norm(config, 'final_norm')(x)
       if config.tied_head:
         return embed.attend(x)
@@ -388,7 +389,7 @@ def _norm(config: config_lib.ModelConfig, name: str) -> Callable[[Any], jax.Arra
 def _apply_stacked(
   block: Block, size: int, x: jax.Array, start: jax.Array | int
 ) -> jax.Array:
-  """Applies the layers of a group one after another."""
+  """Applies the layers of a stack one after another."""
   stacked: dict[str, Any] = {
     'variable_axes': {'params': 0, 'cache': 0, _MOMENTS: 0},
     'split_rngs': {'params': True},
@@ -402,7 +403,7 @@ def _apply_stacked(
     )
     return scan(block, x, start)[0]
   # A layer may change the width of the residual stream. A scan cannot, because its
-  # carry keeps one shape; so a group of one layer is applied without a scan.
+  # carry keeps one shape; so a stack of one layer is applied without a scan.
   vmap = nn.vmap(
     lambda block, x, start: block(x, start), in_axes=None, axis_size=1, **stacked
   )

@@ -120,7 +120,7 @@ def summary(notes: list[dict[str, Any]]) -> list[dict[str, Any]]:
   for note in notes:
     words = {key: x for key, x in note.items() if isinstance(x, str)}
     if 'tensor' in words:
-      words['tensor'] = models.names.kind(words['tensor']).removesuffix('/kernel')
+      words['tensor'] = models.names.pattern(words['tensor']).removesuffix('/kernel')
     kinds.setdefault(tuple(words.items()), []).append(note)
   rows = []
   for kind, own in kinds.items():
