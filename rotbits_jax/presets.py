@@ -13,11 +13,14 @@ transform rewrites a model so that fewer numbers need to be stored; see `symmetr
 
 from collections.abc import Callable, Mapping
 import math
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from rotbits_jax import models
 from rotbits_jax import symmetries
 from rotbits_jax.symmetries import rounding
+
+
+Keeps = Literal['bits', 'function', 'approximation']
 
 
 class Preset(NamedTuple):
@@ -40,9 +43,9 @@ class Preset(NamedTuple):
   options: dict[str, Any]
   transform: symmetries.Transform
   rounding: symmetries.Rounding | None = symmetries.NEAREST
-  order_neurons: bool = False
-  message: Any = None
-  by_options: bool = False
+  keeps: Keeps = 'function'
+  coder: str = 'weights'
+  resumable: bool = False
 
   @property
   def names(self) -> tuple[str, ...]:
@@ -85,8 +88,7 @@ def free(
     },
     transform=transform,
     rounding=symmetries.NEAREST if floor is None else symmetries.with_floor(floor),
-    order_neurons=True,
-    by_options=not transforms,
+    resumable=not transforms,
   )
 
 
@@ -142,8 +144,8 @@ def near(
     },
     transform=transform,
     rounding=symmetries.to_steps(step, offsets, inputs),
-    order_neurons=True,
-    by_options=not (transforms or inputs),
+    keeps='approximation',
+    resumable=not (transforms or inputs),
   )
 
 
@@ -192,7 +194,8 @@ def exact(*, transforms: tuple[symmetries.Transform, ...] = ()) -> Preset:
     options={},
     transform=transform,
     rounding=None,
-    by_options=not transforms,
+    keeps='function' if transforms else 'bits',
+    resumable=not transforms,
   )
 
 
@@ -252,7 +255,8 @@ def paper(
     name='paper',
     options={**names, 'threshold': float(threshold), 'entropy': entropy},
     transform=symmetries.make('rotations'),
-    message=options,
+    rounding=None,
+    coder='paper',
   )
 
 

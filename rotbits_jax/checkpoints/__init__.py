@@ -26,6 +26,7 @@ from rotbits_jax.checkpoints.gguf_files import read_gguf
 from rotbits_jax.checkpoints.lazy import LazyTensor
 from rotbits_jax.checkpoints.lazy import TensorSpec
 from rotbits_jax.checkpoints.reader import CheckpointReader
+from rotbits_jax.checkpoints.source import FileSource
 from rotbits_jax.checkpoints.tensor_files import TensorFiles
 from rotbits_jax.checkpoints.tensor_files import TensorFilesWriter
 from rotbits_jax.checkpoints.tensor_files import WeightsFile
@@ -44,6 +45,7 @@ __all__ = [
   'FactorNames',
   'Factored',
   'Family',
+  'FileSource',
   'Format',
   'LazyTensor',
   'TensorFiles',

@@ -19,6 +19,7 @@ import safetensors
 from rotbits_jax.checkpoints import attributes
 from rotbits_jax.checkpoints import errors
 from rotbits_jax.checkpoints import lazy
+from rotbits_jax.system import outputs
 
 WEIGHTS = 'model.safetensors'
 INDEX_SUFFIX = '.safetensors.index.json'
@@ -219,19 +220,14 @@ def plan_shards(specs: Specs, shard_size: int | None) -> dict[str, Specs]:
     `model.safetensors` if one file holds all tensors, or
     `model-00001-of-0000N.safetensors` and so on.
   """
-  shards: list[dict[str, lazy.TensorSpec]] = [{}]
-  filled = 0
-  for name, spec in specs.items():
-    if shard_size is not None and shards[-1] and filled + spec.nbytes > shard_size:
-      shards.append({})
-      filled = 0
-    shards[-1][name] = spec
-    filled += spec.nbytes
-  if len(shards) == 1:
-    return {WEIGHTS: shards[0]}
+  sizes = {name: spec.nbytes for name, spec in specs.items()}
+  groups = outputs.divided(sizes, shard_size)
+  names = [WEIGHTS]
+  if len(groups) > 1:
+    names = outputs.numbered('model', '.safetensors', len(groups))
   return {
-    f'model-{number:05}-of-{len(shards):05}.safetensors': shard
-    for number, shard in enumerate(shards, 1)
+    file: {name: specs[name] for name in group}
+    for file, group in zip(names, groups, strict=True)
   }
 
 

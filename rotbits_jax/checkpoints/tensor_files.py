@@ -7,12 +7,12 @@ file back, byte for byte, whatever model the tensors belong to.
 
 from collections.abc import Iterator, Mapping
 import contextlib
+import dataclasses
 import hashlib
 import itertools
 import json
 import os
 import pathlib
-from typing import NamedTuple
 
 import numpy as np
 
@@ -20,11 +20,13 @@ from rotbits_jax.checkpoints import errors
 from rotbits_jax.checkpoints import lazy
 from rotbits_jax.checkpoints import writer
 from rotbits_jax.system import outputs
+from rotbits_jax.system import schema
 
 Places = Mapping[str, tuple[int, lazy.LazyTensor]]
 
 
-class WeightsFile(NamedTuple):
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WeightsFile:
   """How a weights file divides into tensors and the rest.
 
   Attributes:
@@ -33,9 +35,9 @@ class WeightsFile(NamedTuple):
     places: the name of each tensor and its offset in bytes, by rising offset.
   """
 
-  name: str
-  nbytes: int
-  places: tuple[tuple[str, int], ...]
+  name: schema.FileName
+  nbytes: schema.Size
+  places: tuple[tuple[str, schema.Size], ...]
 
   def rest(self, sizes: Mapping[str, int]) -> list[tuple[int, int]]:
     """Returns begin and end of each part of the file between tensors.
@@ -100,7 +102,11 @@ class TensorFiles:
       # Tensors without numbers come first where several have one offset.
       offsets = sorted((at, x.nbytes, name) for name, (at, x) in places.items())
       ordered = tuple((name, at) for at, _, name in offsets)
-      divided.append(WeightsFile(file.name, self._opened[file.name].size, ordered))
+      divided.append(
+        WeightsFile(
+          name=file.name, nbytes=self._opened[file.name].size, places=ordered
+        )
+      )
     self.weights = tuple(divided)
     try:
       for layout in self.weights:
@@ -152,7 +158,7 @@ class TensorFiles:
     """Returns a digest of the files as they were when they were opened."""
     summary = [
       [(file.path.name, file.size, file.modified) for file in self._opened.values()],
-      self.weights,
+      schema.dump(self.weights),
       {name: hashlib.sha256(data).hexdigest() for name, data in self.files.items()},
     ]
     return hashlib.sha256(json.dumps(summary).encode()).hexdigest()

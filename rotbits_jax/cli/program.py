@@ -24,7 +24,7 @@ import safetensors
 
 import rotbits_jax
 from rotbits_jax.file import container
-from rotbits_jax.file import fields
+from rotbits_jax.system import text as text_lib
 from rotbits_jax.system import interrupts
 
 BAD_INPUT = 2  # bad flags, too
@@ -118,18 +118,18 @@ def _keep_programs() -> None:
 def one_line(error: BaseException) -> str:
   """Returns the message of an error on one line."""
   if isinstance(error, OSError) and error.strerror and error.filename is not None:
-    return fields.printable(f'{error.filename}: {error.strerror}')
-  return fields.printable(' '.join(str(error).split())) or type(error).__name__
+    return text_lib.printable(f'{error.filename}: {error.strerror}')
+  return text_lib.printable(' '.join(str(error).split())) or type(error).__name__
 
 
 def say(line: str) -> None:
   """Prints a line that names files, whose names may hold any characters."""
-  print(fields.printable(line))
+  print(text_lib.printable(line))
 
 
 def warn(text: str) -> None:
   """Prints a warning on stderr."""
-  print(f'warning: {fields.printable(text)}', file=sys.stderr)
+  print(f'warning: {text_lib.printable(text)}', file=sys.stderr)
 
 
 def terminal_width() -> int | None:

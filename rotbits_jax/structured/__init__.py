@@ -18,6 +18,7 @@ A packed leaf stands for a plain array in a file only; the reader replaces it. A
 """
 
 from rotbits_jax.structured.base import KINDS
+from rotbits_jax.structured.base import TYPES
 from rotbits_jax.structured.base import Dependent
 from rotbits_jax.structured.base import Structured
 from rotbits_jax.structured.base import astype
@@ -62,6 +63,7 @@ from rotbits_jax.structured.uniform import UniformlyQuantized
 
 __all__ = [
   'KINDS',
+  'TYPES',
   'PACKED_DTYPES',
   'Constant',
   'Dependent',
