@@ -371,16 +371,16 @@ def verify(
   if against is None:
     return verification.read_all(source, progress=progress)
   with file.Reader(source) as reader:
-    expected = (
+    opened = (
       checkpoints.open_tensors(against)
       if reader.weights_files
       else checkpoints.open_checkpoint(against)
     )
+    expected = trees.as_source(opened, None, None)
     if reader.config != expected.config:
       raise file.ContainerError(
         f'the file is of another model: its config is not that of {against}'
       )
-    opened, expected = expected, trees.as_source(expected, None, None)
     verification.compare_files(reader, expected)
     keeps = reader.keeps
   bits = expected if keeps == 'bits' else None

@@ -28,7 +28,6 @@ from rotbits_jax import presets
 from rotbits_jax import structured
 from rotbits_jax import symmetries
 from rotbits_jax.evaluation import perplexity
-from rotbits_jax.file import packing
 from rotbits_jax.symmetries import packings
 from rotbits_jax.symmetries import rounding as rounding_lib
 from rotbits_jax.symmetries import transform
@@ -329,7 +328,7 @@ def _context(model: models.Model) -> symmetries.Context:
 
   It keeps the packed leaves of matrices, because they are the same at every step.
   """
-  pack = packings.once(packing.find)
+  pack = None
   return symmetries.make_context(model, stored_as=model.stored_as, pack=pack)
 
 

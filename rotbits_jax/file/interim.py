@@ -61,10 +61,14 @@ class TensorSource:
     self.records = tuple(self._groups)
 
   def specs(self, record):
-    return {name: self._source.specs[name] for name in self._groups[record]}
+    return structured.unflatten(
+      {name: self._source.specs[name] for name in self._groups[record]}
+    )
 
   def read(self, record):
-    return {name: self._source.read(name) for name in self._groups[record]}
+    return structured.unflatten(
+      {name: self._source.read(name) for name in self._groups[record]}
+    )
 
   def gaps(self, file):
     return self._source.rest(file)

@@ -58,8 +58,11 @@ class Job:
     if coder is None:
       raise ValueError(f'there is no coder of the name {preset.coder!r}')
     self.preset, self.source = preset, journal_lib.Checked(source)
-    self._coder, self._context = coder, self._made_context(mesh)
+    self._coder = coder
     writer_lib.check_source(source, self._streams(source.records))
+    for name in source.records:
+      self._check_record(name)
+    self._context = self._made_context(mesh)
     if isinstance(coder, coders.ModelCoder):
       coder.refuse(self.source, preset.options)
     dtypes = self._context.dtypes if self._context else {}
@@ -142,11 +145,51 @@ class Job:
         why = getattr(source, 'reason', None)
         raise checkpoints.UnsupportedError(
           f'{f"{why}; " if why else ""}the preset {preset.name!r} needs a model of a '
-          "known family; plain arrays can be encoded with 'exact'"
+          'known family; the preset exact stores plain arrays'
         )
       return None
     stored_as = getattr(source, 'stored_as', None)
     return symmetries.make_context(source, stored_as=stored_as, mesh=mesh)
+
+  def _check_record(self, name: str) -> None:
+    """Checks, before the work, that parameters in memory would come back.
+
+    Raises:
+      ValueError: naming a parameter that would not.
+    """
+    source = self.source
+    try:
+      specs = structured.flatten(source.specs(name))
+    except (IndexError, TypeError) as error:
+      raise ValueError(f'{name}: its leaves are not stacked alike: {error}') from error
+    if source.config is not None:
+      shapes = {path: tuple(leaf.shape) for path, leaf in specs.items()}
+      manifest_lib.check_shapes(name, shapes, source.config)
+    if source.is_on_disk or not any(map(structured.is_structured, specs.values())):
+      return
+    for path, leaf in structured.flatten(source.read(name)).items():
+      if not structured.is_structured(leaf) or leaf.expands_on_writing:
+        continue
+      writer_lib.entry_of(path, leaf, self._from_source)
+      if source.config is not None and leaf.needs:
+        try:
+          leaf.check_needed(*(self._from_source(x).shape for x in leaf.needs))
+        except ValueError as error:
+          raise ValueError(f'{path}: {error}') from error
+
+  def _from_source(self, path: str) -> Any:
+    """Returns the array of a parameter of the source.
+
+    Raises:
+      ValueError: if there is no such parameter, or if it needs others itself.
+    """
+    record = path.partition('/')[0]
+    found = {}
+    if record in self.source.records:
+      found = structured.flatten(self.source.read(record))
+    if path not in found:
+      raise ValueError(f'the leaf needs {path}, which is missing')
+    return structured.materialize(found[path])
 
   def _summary(self) -> writer_lib.Summary:
     source, context = self.source, self._context
@@ -203,12 +246,11 @@ class Job:
     beside = {path: leaf for path, leaf in flat.items() if path in needs}
 
     def resolve(path: str) -> Any:
-      holder = path.partition('/')[0]
-      if path not in beside and self._context is None and holder in self.counts:
-        beside.update(structured.flatten(self.source.read(holder)))
-      if path not in beside:
+      if path in beside:
+        return structured.materialize(beside[path])
+      if self._context is not None:
         raise ValueError(f'the leaf needs {path}, which is not beside it')
-      return structured.materialize(beside[path])
+      return self._from_source(path)
 
     return resolve
 

@@ -35,12 +35,14 @@ class Checked:
   """A source that keeps the checksum of each record that is read from it.
 
   Attributes:
+    is_on_disk: whether the source is on disk, where it may change. Sources in memory
+      have no checksums.
     checksums: CRC-32 of each record that was read, by its name.
   """
 
   def __init__(self, source: checkpoints.FileSource):
     self._source = source
-    self._is_on_disk = source.fingerprint() is not None
+    self.is_on_disk = source.fingerprint() is not None
     self.checksums: dict[str, int] = {}
 
   def __getattr__(self, name: str) -> Any:
@@ -53,7 +55,7 @@ class Checked:
       CheckpointError: if it differs from an earlier reading.
     """
     params = self._source.read(record)
-    if not self._is_on_disk:
+    if not self.is_on_disk:
       return params
     found = _checksum(params)
     if self.checksums.setdefault(record, found) != found:

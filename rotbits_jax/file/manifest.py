@@ -11,7 +11,7 @@ checkpoint of an unknown family is stored as records of plain tensors, and a
 `WeightsFile` says how its weights files are made of them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 import dataclasses
 import functools
 import json
@@ -162,6 +162,10 @@ class Leaf:
     cls = self.leaf_class
     if cls is not None and cls.expands_on_reading != (self.crc32 is not None):
       raise ValueError(f'{self.path}: leaves of its type have a checksum, or have none')
+    if (
+      self.needs and not self.is_array and models.names.layer_index(self.path) is not None
+    ):
+      raise ValueError(f'{self.path}: a leaf of a stack cannot need other parameters')
 
   @property
   def leaf_class(self) -> type[structured.Structured] | None:
@@ -451,19 +455,10 @@ class Manifest:
     for record in self.records:
       if record.empty:
         raise ValueError(f'{record.name}: a model has no empty dicts')
-      found = {leaf.path: leaf.shape for leaf in record.leaves}
-      expected = _expected(record.name, config)
-      if expected is None:
-        expected = {
-          leaf.path: leaf.shape
-          for leaf in record.leaves
-          if leaf.is_array and leaf.path.count('/') == 1
-        }
-      if found != expected:
-        path, shape = min(set(found.items()) ^ set(expected.items()))
-        raise ValueError(
-          f'{path}: the record {record.name} does not fit the config, got {shape=}'
-        )
+      shapes = {leaf.path: leaf.shape for leaf in record.leaves}
+      check_shapes(record.name, shapes, config)
+      if record.name == BUFFERS and not all(leaf.is_array for leaf in record.leaves):
+        raise ValueError(f'{BUFFERS}: buffers are arrays')
       for leaf, arrays in record.leaf_specs() if record.record_coder else ():
         _check_leaf(leaf, [x.shape for x in arrays], config)
 
@@ -525,23 +520,34 @@ def _check_leaf(
     raise ValueError(f'{leaf.path}: its factors have no known names')
 
 
-def _expected(
-  name: str, config: models.ModelConfig
-) -> dict[str, tuple[int, ...]] | None:
-  """Returns the shapes of a record's parameters; None if any shapes are valid.
+def check_shapes(
+  record: str, shapes: Mapping[str, tuple[int, ...]], config: models.ModelConfig
+) -> None:
+  """Checks the shapes of the parameters of a record of a model.
+
+  Args:
+    record: name of the record.
+    shapes: the shapes by path.
+    config: config of the model.
 
   Raises:
-    ValueError: if a model with this config has no such record.
+    ValueError: if a model with this config has no such record or other parameters.
   """
-  if name == BUFFERS:
-    return None
-  index = models.names.layer_index(name)
+  if record == BUFFERS:
+    if wrong := [x for x in shapes if x.split('/')[:-1] != [BUFFERS]]:
+      raise ValueError(f'{wrong[0]}: not the path of a buffer')
+    return
+  index, outer = models.names.layer_index(record), models.outer_shapes(config)
   if index is not None and index < config.num_layers:
-    return structured.flatten({name: models.layer_shapes(config, index)})
-  outer = models.outer_shapes(config)
-  if name not in outer:
-    raise ValueError(f'{name}: a model with this config has no such record')
-  return structured.flatten({name: outer[name]})
+    tree = models.layer_shapes(config, index)
+  elif record in outer:
+    tree = outer[record]
+  else:
+    raise ValueError(f'{record}: a model with this config has no such record')
+  expected = structured.flatten({record: tree})
+  if shapes != expected:
+    path, shape = min(set(shapes.items()) ^ set(expected.items()))
+    raise ValueError(f'{path}: the config implies another shape, got {shape=}')
 
 
 _STORED_AS = {'int2': 'int8', 'int4': 'int8'} | {

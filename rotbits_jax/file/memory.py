@@ -29,6 +29,9 @@ def allocate(
   Returns:
     The arrays for each leaf, by its path within a record. A leaf that is stored as
     arrays of different shapes in different records has none.
+
+  Raises:
+    ContainerError: if memory cannot hold them.
   """
   lead = () if stacked is None else (stacked,)
   specs = [{x.inner(leaf.path): y for leaf, y in x.leaf_specs()} for x in entries]
@@ -44,7 +47,10 @@ def allocate(
       wanted = [(leaf.shape, leaf.dtype)]
     elif any([(x.shape, x.dtype) for x in own[path]] != wanted for own in specs):
       continue
-    found[path] = [host.empty((*lead, *shape), dtype) for shape, dtype in wanted]
+    try:
+      found[path] = [host.empty((*lead, *shape), dtype) for shape, dtype in wanted]
+    except MemoryError:
+      raise too_large(leaf.path, sum(x.decoded_bytes for x in entries)) from None
   return found
 
 

@@ -90,7 +90,7 @@ class Reader:
   # ---- the parts of a file -----------------------------------------------------------
 
   @property
-  def entries(self) -> dict[str, manifest_lib.Record]:
+  def records(self) -> dict[str, manifest_lib.Record]:
     """The manifest's entries of all records, by name; those of a message have none."""
     return dict(self._records.entries)
 
@@ -230,6 +230,10 @@ class Reader:
         flat |= placement.placed_stack(own, place, stack.wanted, stack.total)
     if self.config is None:
       return self._tree(flat)
+    return self._model(flat)
+
+  def _model(self, flat: Tree) -> models.Model:
+    assert self.config is not None
     params = structured.unflatten(flat)
     return models.Model(params=params, buffers=self.buffers(), config=self.config)
 
@@ -309,7 +313,7 @@ class Reader:
     """Returns a PyTree, or the tensors by name."""
     if self.weights_files:
       return flat
-    empty = {x: {} for entry in self.entries.values() for x in entry.empty}
+    empty = {x: {} for entry in self.records.values() for x in entry.empty}
     return structured.unflatten([*flat.items(), *empty.items()])
 
   def _message_model(
@@ -323,13 +327,13 @@ class Reader:
       index = models.names.layer_index(name)
       if index is None or index in layers:
         flat |= own
-    tree = structured.unflatten(flat)
-    stack = [tree.pop(models.names.layer(i)) for i in layers]
-    model = models.from_layers(
-      self.config, tree, stack, self.buffers(), first_layer=layers.start
-    )
-    placed = placement.placed(structured.flatten(model.params), place)
-    return model.replace(params=structured.unflatten(placed))
+    params = structured.unflatten(flat)
+    key = lambda i: models.stack_key(params[models.names.layer(i)])
+    for run in models.stack_ranges(layers, key):
+      own = [params.pop(models.names.layer(i)) for i in run]
+      params[models.names.stack(run)] = models.stack_layers(own, len(run))
+    flat = placement.placed(structured.flatten(params), place)
+    return self._model(flat)
 
   # ---- the other files of a checkpoint -----------------------------------------------
 

@@ -7,6 +7,7 @@ import json
 from typing import Any, BinaryIO, NamedTuple
 import zlib
 
+import jax
 import numpy as np
 from zlib_ng import zlib_ng
 
@@ -67,13 +68,12 @@ def check_source(source: checkpoints.FileSource, streams: Iterable[str]) -> None
     )
   sizes = {
     path: leaf.nbytes
-    for name in source.records
+    for name in (source.records if source.weights else ())
     for path, leaf in structured.flatten(source.specs(name)).items()
-    if source.weights
   }
-  gaps = [end - begin for x in source.weights for begin, end in x.rest(sizes)]
-  if sum(gaps) > manifest_lib.MOST_FILES:
-    raise ValueError(f'{sum(gaps)} bytes of the weights files are not in tensors')
+  gaps = sum(end - begin for x in source.weights for begin, end in x.rest(sizes))
+  if gaps > manifest_lib.MOST_FILES:
+    raise ValueError(f'{gaps} bytes of the weights files are not in tensors')
 
 
 def _other_streams(source: checkpoints.FileSource) -> list[str]:
@@ -238,13 +238,9 @@ def encode_record(
   leaves: list[manifest_lib.Leaf] = []
   arrays: list[np.ndarray] = []
   for path, leaf in structured.flatten(record.params).items():
-    try:
-      entry, parts = _entry(path, leaf, resolve)
-      arrays += map(weights.contiguous, parts)
-    # A leaf that is stacked, or should be, raises any of these.
-    except (ArithmeticError, LookupError, TypeError, ValueError) as error:
-      raise ValueError(f'{path}: it cannot be stored: {error}') from error
+    entry, parts = entry_of(path, leaf, resolve)
     leaves.append(entry)
+    arrays += map(weights.contiguous, parts)
   coder = coders.find(coder_name)
   if not isinstance(coder, coders.RecordCoder):
     raise ValueError(f'there is no coder of records of the name {coder_name!r}')
@@ -270,14 +266,38 @@ def encode_record(
   return entry_of_record, encoded.data
 
 
-def _entry(
+def entry_of(
   path: str, leaf: Any, resolve: Resolve
 ) -> tuple[manifest_lib.Leaf, list[np.ndarray]]:
-  """Returns the entry of a parameter, and the arrays as which it is stored.
+  """Makes the entry of a parameter in the manifest.
+
+  Args:
+    path: path of the parameter.
+    leaf: the parameter.
+    resolve: returns the parameters that it needs.
+
+  Returns:
+    The entry, and the arrays as which the parameter is stored.
 
   Raises:
-    ValueError: if the parameter would not come back as it is.
+    ValueError: if it would not come back as it is. It names the parameter.
   """
+  try:
+    return _entry_of(path, leaf, resolve)
+  # A leaf that is stacked, or should be, raises any of these.
+  except (
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    TypeError,
+    ValueError,
+  ) as error:
+    raise ValueError(f'{path}: it cannot be stored: {error}') from error
+
+
+def _entry_of(
+  path: str, leaf: Any, resolve: Resolve
+) -> tuple[manifest_lib.Leaf, list[np.ndarray]]:
   type_name, shape, dtype, stack_key = structured.stack_key(leaf)
   if not type_name:
     stored = np.asarray(leaf).view(manifest_lib.stored_dtype(dtype))
@@ -285,11 +305,10 @@ def _entry(
   settings, arrays = leaf.stored()
   if not structured.same_bits(type(leaf).from_stored(settings, arrays), leaf):
     raise ValueError(f'a leaf of type {type_name!r} cannot store all of this value')
-  crc32, needed = None, [np.asarray(resolve(name)) for name in leaf.needs]
-  if needed:
-    leaf.check_needed(*(x.shape for x in needed))
+  crc32 = None
   if leaf.expands_on_reading:
-    crc32 = checksums.of_array(np.asarray(leaf.materialize(*needed)))
+    array = leaf.materialize(*map(resolve, leaf.needs))
+    crc32 = checksums.of_array(jax.device_get(array))
   entry = manifest_lib.Leaf(
     path=path,
     shape=shape,

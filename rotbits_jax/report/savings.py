@@ -144,7 +144,7 @@ def summary(notes: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def from_reader(reader: reader_lib.Reader) -> Report:
   """Makes the report on an opened file, or on all its shards."""
-  holders: list[Any] = list(reader.entries.values())
+  holders: list[Any] = list(reader.records.values())
   holders += [own.message for own in reader.manifests if own.message is not None]
   savings: dict[str, transform.Saving] = {}
   for saving in (saving for holder in holders for saving in holder.savings):
