@@ -94,9 +94,7 @@ def encode(
   """
   job = _job(source, preset, options, files, stem, mesh)
   memory, shard = io.BytesIO(), shards.Shard('', tuple(job.counts))
-  with progress_lib.Progress(
-    'encode', len(job.counts), 'record', show=progress
-  ) as bar:
+  with progress_lib.Progress('encode', len(job.counts), 'record', show=progress) as bar:
     job.write([shard], lambda _: memory, bar)
   return memory.getvalue()
 

@@ -194,7 +194,8 @@ class ShardsTest(Base):
   def test_plan(self):
     sizes = {'a': 5, 'b': 5, 'c': 20, 'd': 1}
     plan = lambda size, least=1: [
-      shard.records for shard in shards_lib.plan(pathlib.Path('x.y'), sizes, size, least)
+      shard.records
+      for shard in shards_lib.plan(pathlib.Path('x.y'), sizes, size, least)
     ]
     self.assertEqual(plan(None), [('a', 'b', 'c', 'd')])
     self.assertEqual(plan(10), [('a', 'b'), ('c',), ('d',)])

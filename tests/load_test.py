@@ -17,7 +17,9 @@ import random_models
 import rotbits_jax
 
 TREE = {
-  f'record {i}': {'x': np.random.default_rng(i).normal(size=(64, 80)).astype(np.float16)}
+  f'record {i}': {
+    'x': np.random.default_rng(i).normal(size=(64, 80)).astype(np.float16)
+  }
   for i in range(4)
 }
 

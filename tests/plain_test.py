@@ -373,9 +373,7 @@ class CheckpointTest(parameterized.TestCase):
       rotbits_jax.verify(self.file, against=self.source)
 
   def test_tensors_that_overlap_are_refused(self):
-    layout = checkpoints.WeightsFile(
-      name='x', nbytes=10, places=(('a', 2), ('b', 5))
-    )
+    layout = checkpoints.WeightsFile(name='x', nbytes=10, places=(('a', 2), ('b', 5)))
     self.assertEqual(layout.rest({'a': 3, 'b': 4}), [(0, 2), (9, 10)])
     for sizes in ({'a': 4, 'b': 1}, {'a': 1, 'b': 6}):
       with self.assertRaisesRegex(ValueError, 'overlap'):

@@ -103,9 +103,7 @@ class TensorFiles:
       offsets = sorted((at, x.nbytes, name) for name, (at, x) in places.items())
       ordered = tuple((name, at) for at, _, name in offsets)
       divided.append(
-        WeightsFile(
-          name=file.name, nbytes=self._opened[file.name].size, places=ordered
-        )
+        WeightsFile(name=file.name, nbytes=self._opened[file.name].size, places=ordered)
       )
     self.weights = tuple(divided)
     try:

@@ -12,7 +12,6 @@ of the group `rotbits_jax.coders`, see `system.plugins`, or registers it:
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-import dataclasses
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np

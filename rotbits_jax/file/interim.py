@@ -1,8 +1,5 @@
 """Interim: sources of the present code as the coming protocol has them."""
 
-import functools
-
-from rotbits_jax import checkpoints
 from rotbits_jax import models
 from rotbits_jax import structured
 

@@ -16,7 +16,6 @@ from rotbits_jax import presets
 from rotbits_jax import structured
 from rotbits_jax import symmetries
 from rotbits_jax.file import coders
-from rotbits_jax.file import container
 from rotbits_jax.file import journal as journal_lib
 from rotbits_jax.file import manifest as manifest_lib
 from rotbits_jax.file import shards as shards_lib

@@ -163,7 +163,9 @@ class Leaf:
     if cls is not None and cls.expands_on_reading != (self.crc32 is not None):
       raise ValueError(f'{self.path}: leaves of its type have a checksum, or have none')
     if (
-      self.needs and not self.is_array and models.names.layer_index(self.path) is not None
+      self.needs
+      and not self.is_array
+      and models.names.layer_index(self.path) is not None
     ):
       raise ValueError(f'{self.path}: a leaf of a stack cannot need other parameters')
 
@@ -188,7 +190,6 @@ class Leaf:
   def nbytes(self) -> int:
     """The bytes of that array."""
     return self.size * np.dtype(stored_dtype(self.dtype)).itemsize
-
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -59,9 +59,7 @@ class Message:
     """
     words = self._entry.streams[self._coder.streams[0]].nbytes // 2
     with self._file.errors(), _errors():
-      found = self._coder.dtypes(
-        self._options, self._entry.layout, words, self._config
-      )
+      found = self._coder.dtypes(self._options, self._entry.layout, words, self._config)
       return dict(found)
 
   def nbytes(self) -> int:

@@ -105,7 +105,9 @@ def on_device(tree: Any) -> Any:
   """
 
   def put(x: Any) -> Any:
-    if not isinstance(x, np.ndarray) or jax.dtypes.canonicalize_dtype(x.dtype) != x.dtype:
+    if (
+      not isinstance(x, np.ndarray) or jax.dtypes.canonicalize_dtype(x.dtype) != x.dtype
+    ):
       return x
     return jax.device_put(x)
 

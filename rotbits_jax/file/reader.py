@@ -205,7 +205,9 @@ class Reader:
     outer = self._outer()
     names = [*outer, *map(models.names.layer, layers)]
     entries = [self._records.entry(name) for name in names]
-    memory_lib.check('the whole content', sum(x.memory_bytes(integers) for x in entries))
+    memory_lib.check(
+      'the whole content', sum(x.memory_bytes(integers) for x in entries)
+    )
     flat: Tree = {}
     with (
       progress.Progress('decode', len(names), 'record', show=show_progress) as bar,
@@ -307,7 +309,9 @@ class Reader:
     names = list(self._records.entries)
     if self.config is not None and self._message is None:
       names = list(models.outer_shapes(self.config))
-    return sorted(names, key=lambda x: any(y.needs for y in self._records.entry(x).leaves))
+    return sorted(
+      names, key=lambda x: any(y.needs for y in self._records.entry(x).leaves)
+    )
 
   def _tree(self, flat: Tree) -> Tree:
     """Returns a PyTree, or the tensors by name."""
@@ -393,9 +397,7 @@ class Reader:
     metadata = index.metadata
     for file in self._files:
       if metadata.manifest_crc32[os.path.basename(file.name)] != file.manifest_crc32:
-        raise ContainerError(
-          f'{file.name}: the index names another shard of this name'
-        )
+        raise ContainerError(f'{file.name}: the index names another shard of this name')
     found = {
       name: os.path.basename(own.name) for name, own in self._records.files.items()
     }
@@ -421,10 +423,7 @@ class Reader:
     names = [name for own in self.manifests for name in own.files]
     names += [x.layout.name for own in self.manifests for x in own.weights]
     places = [
-      path
-      for own in self.manifests
-      for x in own.weights
-      for path, _ in x.layout.places
+      path for own in self.manifests for x in own.weights for path, _ in x.layout.places
     ]
     for listed in (names, places):
       if twice := [x for x, n in collections.Counter(listed).items() if n > 1]:

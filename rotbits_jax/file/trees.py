@@ -47,6 +47,7 @@ class TreeSource:
 def as_source(source, files, stem):
   from rotbits_jax import models
   from rotbits_jax.file import interim
+
   if isinstance(source, checkpoints.Checkpoint):
     files = source.files if files is None else files
     stem = source.stem if stem is None else stem

@@ -88,9 +88,7 @@ def read_all(
   return Verification(records, tensors, len(files), expected is not None, None, None)
 
 
-def compare_files(
-  reader: reader_lib.Reader, expected: checkpoints.FileSource
-) -> None:
+def compare_files(reader: reader_lib.Reader, expected: checkpoints.FileSource) -> None:
   """Compares the other files of a checkpoint.
 
   Raises:

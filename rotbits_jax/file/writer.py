@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 import dataclasses
-import functools
 import json
 from typing import Any, BinaryIO, NamedTuple
 import zlib
@@ -203,9 +202,7 @@ class FileWriter:
     nbytes, crc32 = self._streams.append(name, parts)
     return manifest_lib.Stream(nbytes=nbytes, crc32=crc32)
 
-  def _deflated(
-    self, name: str, parts: Iterable[memoryview]
-  ) -> manifest_lib.Deflated:
+  def _deflated(self, name: str, parts: Iterable[memoryview]) -> manifest_lib.Deflated:
     packer, size = zlib.compressobj(9), 0
     for part in parts:
       size += part.nbytes

@@ -63,8 +63,8 @@ from rotbits_jax.structured.uniform import UniformlyQuantized
 
 __all__ = [
   'KINDS',
-  'TYPES',
   'PACKED_DTYPES',
+  'TYPES',
   'Constant',
   'Dependent',
   'FactorPair',

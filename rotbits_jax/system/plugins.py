@@ -35,9 +35,9 @@ def find(group: Group, name: str, known: Mapping[str, T]) -> T | None:
   return None
 
 
-def names(group: Group, known: Mapping[str, Any]) -> list[str]:
-  """Returns the names of all parts of a group."""
-  return [*known, *sorted({x.name for x in _points(group)} - known.keys())]
+def load(group: Group, known: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns the parts of other packages by name, without those of names in `known`."""
+  return {x.name: x.load() for x in _points(group) if x.name not in known}
 
 
 def package(group: Group, name: str, part: Any) -> str | None:
