@@ -63,7 +63,7 @@ def streams(path):
   """Returns the bytes and the manifest entry of each unit of a file or of shards."""
   with file.Reader(path) as reader:
     return {
-      name: (reader._units.files[name].stream(name).tobytes(), unit.to_json())
+      name: (reader._units.files[name].read(name), unit.to_json())
       for name, unit in reader.units.items()
     }
 

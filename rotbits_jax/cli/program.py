@@ -5,8 +5,7 @@ one line on stderr and nothing written; 130 interrupted; 129 and 143 ended by SI
 SIGTERM.
 """
 
-from collections.abc import Callable, Iterator
-import contextlib
+from collections.abc import Callable
 import inspect
 import json
 import logging
@@ -27,6 +26,7 @@ import rotbits_jax
 from rotbits_jax.file import container
 from rotbits_jax.file import fields
 from rotbits_jax.system import config_files
+from rotbits_jax.system import interrupts
 
 BAD_INPUT = 2  # bad flags, too
 
@@ -63,41 +63,6 @@ def define_config_flag(flag_values: flags.FlagValues, help: str) -> flags.FlagHo
   return config_flags.DEFINE_config_file('config', None, help, flag_values=flag_values)
 
 
-class Stopped(KeyboardInterrupt):
-  """A signal that asks the process to end. Incomplete outputs are then removed.
-
-  Attributes:
-    signal: number of the signal.
-  """
-
-  def __init__(self, number: int):
-    """Stores the number of the signal."""
-    super().__init__()
-    self.signal = number
-
-
-@contextlib.contextmanager
-def _signals() -> Iterator[None]:
-  """Turns signals that end the process into exceptions, as Python does for SIGINT."""
-  handled = [signal.SIGTERM, getattr(signal, 'SIGHUP', signal.SIGTERM)]
-
-  def stop(number: int, frame: Any) -> None:
-    for each in handled:  # a second signal must not interrupt the removal of outputs
-      signal.signal(each, signal.SIG_IGN)
-    raise Stopped(number)
-
-  found = {each: signal.getsignal(each) for each in handled}
-  for each, handler in found.items():
-    if handler not in (signal.SIG_IGN, None):  # nohup ignores SIGHUP
-      signal.signal(each, stop)
-  try:
-    yield
-  finally:
-    for each, handler in found.items():
-      if handler is not None:
-        signal.signal(each, handler)
-
-
 def run(command: Callable[[], None], flag_values: flags.FlagValues) -> int:
   """Parses `sys.argv` and runs a command.
 
@@ -120,14 +85,12 @@ def run(command: Callable[[], None], flag_values: flags.FlagValues) -> int:
   logging.getLogger('jax').setLevel(logging.ERROR)  # hides messages like "no GPU found"
   _keep_programs()
   try:
-    with _signals():
+    with interrupts.raised():
       _parse(flag_values)
       command()
       sys.stdout.flush()
-  except Stopped as error:
-    return 128 + error.signal  # the convention of shells
-  except KeyboardInterrupt:
-    return 128 + signal.SIGINT
+  except KeyboardInterrupt as error:  # the exit code is the convention of shells
+    return 128 + getattr(error, 'signal', signal.SIGINT)
   except BrokenPipeError:  # the reader of the pipe, such as `head`, has ended
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0

@@ -38,14 +38,13 @@ def arrays(
   with file.errors():
     parts = [map(math.prod, x.values()) for x in _shapes_of_parts(config)]
     memory.check('message', 4 * max(map(sum, parts)))
-    streams = {}
+    streams: dict[str, Any] = {}
     for stream in message.streams:
-      data: Any = file.checked(stream.name, stream.nbytes, stream.crc32)
-      if stream.name != 'tables':
-        if data.size % 2:
-          raise ContainerError(f'{stream.name}: the number of bytes must be even')
-        data = data.view('<u2')
-      streams[stream.name] = data
+      if stream.name == 'tables':
+        data = file.read(stream.name, stream.crc32)
+        streams[stream.name] = np.frombuffer(data, np.uint8)
+      else:
+        streams[stream.name] = file.words(stream.name, stream.crc32)
     try:
       yield from paper.decode(
         message.layout,
