@@ -29,6 +29,7 @@ from rotbits_jax import structured
 from rotbits_jax.checkpoints import attributes
 from rotbits_jax.checkpoints import configs
 from rotbits_jax.checkpoints import gguf_files
+from rotbits_jax.checkpoints import indices
 from rotbits_jax.checkpoints import safetensors_files
 from rotbits_jax.checkpoints import torch_zip
 from rotbits_jax.coding import codecs
@@ -186,21 +187,21 @@ def _safetensors(path: pathlib.Path) -> None:
 
 def _plain(path: pathlib.Path) -> None:
   source = checkpoints.open_tensors(path)
-  for name, spec in source.specs.items():
-    if spec.size <= _SMALL:
-      np.array(source.read(name))
+  for tensor in source.tensors.values():
+    if tensor.size <= _SMALL:
+      np.array(tensor.read())
   for file in source.weights:
-    b''.join(source.rest(file))
+    b''.join(source.gaps(file))
 
 
 def _index(path: pathlib.Path) -> None:
-  safetensors_files.open_sharded(path)
+  indices.shards(indices.read(path), str(path))
   _plain(path)
 
 
 def _gguf(path: pathlib.Path) -> None:
   source = gguf_files.open_gguf(path)
-  if source.numbers <= _SMALL:
+  if source.elements <= _SMALL:
     source.load()
 
 

@@ -858,7 +858,7 @@ class TestDirectory:
       ('a\\b', 'not the name of a file'),
       ('..', 'not the name of a file'),
       ('', 'not the name of a file'),
-      ('model.safetensors', 'the weights and of another file'),
+      ('model.safetensors', 'two files have the name model.safetensors'),
     ],
   )
   def test_save_refuses_file_name(self, tmp_path, name, match):
@@ -909,7 +909,6 @@ class TestSafetensors:
     safetensors.numpy.save_file(tensors, path)
     got = weights_files.read_safetensors(path)
     assert_same_tensors(got, tensors)
-    assert not got['bf16'].flags.writeable
 
   def test_truncated(self, tmp_path):
     path = tmp_path / 'x.safetensors'
@@ -955,7 +954,7 @@ class TestSafetensors:
     _, tensors = self.shard(tmp_path)
     checkpoint = checkpoints.load_checkpoint(tmp_path)
     assert_same_tensors(checkpoints.to_tensors(checkpoint.model), tensors)
-    assert sorted(checkpoint.files) == ['config.json']
+    assert sorted(checkpoint.files) == ['config.json', 'model.safetensors.index.json']
 
   def test_bad_index(self, tmp_path):
     index, _ = self.shard(tmp_path)
@@ -965,13 +964,13 @@ class TestSafetensors:
     rest = {n: shard for n, shard in weight_map.items() if n != name}
     for content, match in (
       ('[', 'not JSON'),
-      ('[]', 'weight_map must map'),
-      ('{"weight_map": {"a": 1}}', 'weight_map must map'),
+      ('[]', 'must be an object'),
+      ('{"weight_map": {"a": 1}}', 'weight_map/a: must be a string'),
       (json.dumps({'weight_map': rest}), f'index differ in {name}'),
       (json.dumps({'weight_map': weight_map | {'x': weight_map[name]}}), 'differ in x'),
-      (json.dumps({'weight_map': {'x': '../x.safetensors'}}), 'in the same directory'),
+      (json.dumps({'weight_map': {'x': '../x.safetensors'}}), 'x: must be the name of'),
       (json.dumps({'weight_map': {'x': 'y.safetensors'}}), 'y.safetensors is missing'),
-      (json.dumps({'weight_map': {'x': 'y' * 300}}), 'the shard y{197}... is missing'),
+      (json.dumps({'weight_map': {'x': 'y' * 300}}), 'must be the name of a file'),
     ):
       path.write_text(content)
       with pytest.raises(CheckpointError, match=match):

@@ -23,6 +23,7 @@ from rotbits_jax.checkpoints import lazy
 from rotbits_jax.checkpoints import reader as reader_lib
 from rotbits_jax.checkpoints.contents import CONFIG
 from rotbits_jax.checkpoints.contents import Checkpoint
+from rotbits_jax.system import files
 
 # GGUF's names and Hugging Face's names. In `_LAYER` they lack the prefix of the layer,
 # which is `blk.N.` in GGUF.
@@ -86,12 +87,12 @@ def open_gguf(
   metadata, stored = _read(path)
   try:
     config_json = _config_json(metadata, tied='output.weight' not in stored)
-    files = {
+    sidecars = {
       CONFIG: _to_json(config_json),
       'tokenizer.json': _to_json(_tokenizer_json(metadata)),
     }
     config = configs.parse_config(config_json)
-    file = lazy.File.of(path)
+    file = lazy.opened(path)
     tensors = {}
     for name, tensor in stored.items():
       key, setting = _hugging_face_name(name)
@@ -99,7 +100,7 @@ def open_gguf(
       tensors[key] = _tensor(name, tensor, file, heads, np.dtype(dtype))
   except errors.CheckpointError as error:
     raise errors.CheckpointError(f'{path}: {error}') from error
-  return reader_lib.CheckpointReader(path, tensors, config, files=files, stem=None)
+  return reader_lib.CheckpointReader(tensors, config, path=path, files=sidecars)
 
 
 def read_gguf(
@@ -138,7 +139,7 @@ def _read(path: pathlib.Path) -> tuple[dict[str, Any], dict[str, Any]]:
   if not path.is_file():
     raise errors.CheckpointError(f'{path}: there is no such file')
   try:
-    gguf_header.check(lazy.File.of(path))
+    gguf_header.check(lazy.opened(path))
   except errors.CheckpointError as error:
     raise errors.CheckpointError(f'{path}: {error}') from error
   try:
@@ -287,7 +288,7 @@ def _hugging_face_name(name: str) -> tuple[str, str | None]:
 
 
 def _tensor(
-  name: str, tensor: Any, file: lazy.File, heads: int | None, dtype: np.dtype
+  name: str, tensor: Any, file: files.File, heads: int | None, dtype: np.dtype
 ) -> lazy.LazyTensor:
   """Makes a lazy tensor with its rows in the order of Hugging Face.
 
@@ -304,7 +305,7 @@ def _tensor(
   stored_shape, stored_dtype = tensor.data.shape, tensor.data.dtype
 
   def read() -> np.ndarray:
-    data = np.frombuffer(file.map(offset, size), stored_dtype).reshape(stored_shape)
+    data = lazy.read(file, offset, size).view(stored_dtype).reshape(stored_shape)
     try:
       values = _dequantized(name, data, kind)
       if heads is not None:

@@ -11,6 +11,7 @@ import struct
 
 from rotbits_jax.checkpoints import errors
 from rotbits_jax.checkpoints import lazy
+from rotbits_jax.system import files
 
 _MAGIC = 0x46554747
 _VERSIONS = (2, 3)
@@ -78,7 +79,7 @@ class _Header:
       self.skip(count * _SIZES[kind])
 
 
-def check(file: lazy.File) -> None:
+def check(file: files.File) -> None:
   """Checks the header.
 
   Args:
@@ -88,7 +89,7 @@ def check(file: lazy.File) -> None:
     CheckpointError: if a count or a length leads out of the file, if arrays are too
       long, or if a tensor has a shape that none has.
   """
-  header = _Header(file.map(0, file.size))
+  header = _Header(lazy.read(file, 0, file.size))
   if header.u32() != _MAGIC or header.u32() not in _VERSIONS:
     raise errors.CheckpointError('not a GGUF file of version 2 or 3, little-endian')
   # A tensor takes at least its name's length, axes, kind and offset; a field less.

@@ -71,7 +71,7 @@ def rests(
       with file.errors():
         name = entry.rest.name
         try:
-          parts = entry.layout.rest(sizes)
+          parts = entry.layout.gaps(sizes)
         except ValueError as error:
           raise ContainerError(str(error)) from error
         data = file.read(name, entry.rest.crc32)
