@@ -43,6 +43,7 @@ from rotbits_jax.coding.bits_back import symmetric_eig
 from rotbits_jax.coding.bits_back import word_stack
 from rotbits_jax.coding.weights import order
 from rotbits_jax.system import checksums
+from rotbits_jax.system import schema
 
 Mutate = Callable[[bytes, random.Random, mutations.MutateBytes], bytes]
 
@@ -213,9 +214,7 @@ def _config(data: bytes) -> None:
   configs.stop_tokens({'config.json': json.dumps(config_json).encode()})
   config = configs.parse_config(config_json, slicing)
   models.outer_shapes(config)
-  models.ModelConfig.from_json(
-    json.loads(json.dumps(config.__dict__ | {'rope_scaling': None}))
-  )
+  schema.load(models.ModelConfig, json.loads(json.dumps(schema.dump(config))))
   if config.sliced:
     configs.slicing_json(config)
 

@@ -197,14 +197,16 @@ class CheckpointReader:
     Raises:
       CheckpointError: if a file has changed or is damaged.
     """
-    params = self.outer()
+    arrays = functools.partial(models.materialize, but=(structured.FactorPair,))
+    params = arrays(self.outer())
 
     def key(index: int) -> tuple[Any, ...]:
       name = models.names.layer(index)
       return models.stack_key(self.specs(name)[name])
 
     for layers in models.stack_ranges(range(self.config.num_layers), key):
-      stack = models.stack_layers(map(self.layer, layers), len(layers))
+      own = (arrays(self.layer(index)) for index in layers)
+      stack = models.stack_layers(own, len(layers))
       params[models.names.stack(layers)] = stack
     model = models.Model(params, self.buffers, self.config)
     return Checkpoint(model, dict(self.files), self.stem)
