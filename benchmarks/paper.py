@@ -71,9 +71,14 @@ class Clock:
     """Returns the parameters outside the layers."""
     return self.source.outer()
 
-  def specs(self, index: int | None) -> models.Params:
-    """Returns the shapes and dtypes of a layer's parameters."""
-    return self.source.specs(index)
+  @property
+  def records(self) -> tuple[str, ...]:
+    """Names of the records."""
+    return self.source.records
+
+  def specs(self, record: str) -> models.Params:
+    """Returns the shapes and dtypes of a record."""
+    return self.source.specs(record)
 
   def layer(self, index: int) -> models.Params:
     """Returns the parameters of a layer."""

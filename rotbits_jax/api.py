@@ -23,6 +23,7 @@ from rotbits_jax.file import encode as encode_lib
 from rotbits_jax.file import job as job_lib
 from rotbits_jax.file import placement
 from rotbits_jax.file import shards
+from rotbits_jax.file import sources
 from rotbits_jax.file import trees
 from rotbits_jax.file import verification
 from rotbits_jax.report import savings
@@ -374,7 +375,7 @@ def verify(
       if reader.weights_files
       else checkpoints.open_checkpoint(against)
     )
-    expected = trees.as_source(opened, None, None)
+    expected = sources.Source(opened)
     if reader.config != expected.config:
       raise file.ContainerError(
         f'the file is of another model: its config is not that of {against}'
@@ -402,6 +403,6 @@ def _job(
   mesh: jax.sharding.Mesh | None,
 ) -> job_lib.Job:
   """Returns the work to do for what `encode` takes."""
-  found = trees.as_source(source, files, stem)
+  found = sources.Source(source, files, stem)
   made = presets.make(preset or presets.default(found.config), **options)
   return job_lib.Job(found, made, mesh)

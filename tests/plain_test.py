@@ -374,10 +374,10 @@ class CheckpointTest(parameterized.TestCase):
 
   def test_tensors_that_overlap_are_refused(self):
     layout = checkpoints.WeightsFile(name='x', nbytes=10, places=(('a', 2), ('b', 5)))
-    self.assertEqual(layout.rest({'a': 3, 'b': 4}), [(0, 2), (9, 10)])
+    self.assertEqual(layout.gaps({'a': 3, 'b': 4}), [(0, 2), (9, 10)])
     for sizes in ({'a': 4, 'b': 1}, {'a': 1, 'b': 6}):
       with self.assertRaisesRegex(ValueError, 'overlap'):
-        layout.rest(sizes)
+        layout.gaps(sizes)
 
   def test_a_weights_file_has_one_place_for_each_tensor(self):
     tensors = {'a': np.ones(3), 'b': np.zeros(3)}

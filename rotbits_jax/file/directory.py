@@ -11,7 +11,6 @@ from numpy.typing import DTypeLike
 from rotbits_jax import checkpoints
 from rotbits_jax import models
 from rotbits_jax import structured
-from rotbits_jax.file import manifest as manifest_lib
 from rotbits_jax.file import reader as reader_lib
 from rotbits_jax.file.container import ContainerError
 
@@ -65,16 +64,10 @@ def write_model(
     )
   with writer:
     for name, flat in reader.each(arrays=True, show_progress=progress):
-      if name == manifest_lib.BUFFERS:
+      if name == models.names.BUFFERS:
         continue
-      index = models.names.layer_index(name)
-      params = structured.unflatten(
-        (path, structured.astype(leaf, dtypes[path])) for path, leaf in flat.items()
-      )
-      if index is None:
-        writer.outer(params)
-      else:
-        writer.layer(index, params[name])
+      for path, leaf in flat.items():
+        writer.add(path, structured.astype(leaf, dtypes[path]))
 
 
 def write_tensors(
@@ -90,7 +83,7 @@ def write_tensors(
       directory,
       tuple(reader.weights_files.values()),
       sizes=reader.tensor_sizes(),
-      rests=reader.gaps(),
+      gaps=reader.gaps(),
       files=reader.files(),
       overwrite=overwrite,
     )

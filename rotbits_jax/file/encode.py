@@ -1,4 +1,4 @@
-"""Encoding to files: one file, or shards with their index, which appear when complete."""
+"""Encoding to files, which appear when they are complete: one file, or shards."""
 
 import contextlib
 import copy
@@ -53,7 +53,7 @@ class Output:
     """Returns a checkpoint that does not have its older output for one of its files."""
     if not isinstance(source, checkpoints.CheckpointReader | checkpoints.TensorFiles):
       return source
-    if source.path.absolute().parent != self._path.parent:
+    if source.path is None or source.path.absolute().parent != self._path.parent:
       return source
     older = {path.name for path in self._older}
     found = copy.copy(source)

@@ -19,6 +19,7 @@ from rotbits_jax.file import coders
 from rotbits_jax.file import journal as journal_lib
 from rotbits_jax.file import manifest as manifest_lib
 from rotbits_jax.file import shards as shards_lib
+from rotbits_jax.file import sources
 from rotbits_jax.file import writer as writer_lib
 from rotbits_jax.symmetries import transform as transform_lib
 from rotbits_jax.system import progress as progress_lib
@@ -38,7 +39,7 @@ class Job:
 
   def __init__(
     self,
-    source: checkpoints.FileSource,
+    source: sources.Source,
     preset: presets.Preset,
     mesh: jax.sharding.Mesh | None = None,
   ):
@@ -56,7 +57,7 @@ class Job:
     coder = coders.find(preset.coder)
     if coder is None:
       raise ValueError(f'there is no coder of the name {preset.coder!r}')
-    self.preset, self.source = preset, journal_lib.Checked(source)
+    self.preset, self.source = preset, source
     self._coder = coder
     writer_lib.check_source(source, self._streams(source.records))
     for name in source.records:
@@ -112,15 +113,15 @@ class Job:
         self.source if is_last else None,
       )
       home |= dict.fromkeys(shard.records, shard.name)
-    kept, state = self._keep(writers, list(home), journal) if journal else (0, None)
+    kept, known = self._keep(writers, list(home), journal) if journal else (0, None)
     bar.update(kept)
     waiting = list(home)[kept:]
     if isinstance(self._coder, coders.ModelCoder):
       (writer,) = writers.values()
       self._write_message(self._coder, writer, bar)
-      waiting = [name for name in waiting if name == manifest_lib.BUFFERS]
+      waiting = [name for name in waiting if name == models.names.BUFFERS]
     bar.stage('rewriting')
-    for batch, state in self._batches(waiting, state):
+    for batch, state in self._batches(waiting, known):
       bar.stage('coding')
       resolve, written = self._resolver(batch), []
       while batch:
@@ -141,14 +142,13 @@ class Job:
     source, preset = self.source, self.preset
     if source.config is None:
       if preset.keeps != 'bits':
-        why = getattr(source, 'reason', None)
+        why = source.reason
         raise checkpoints.UnsupportedError(
           f'{f"{why}; " if why else ""}the preset {preset.name!r} needs a model of a '
           'known family; the preset exact stores plain arrays'
         )
       return None
-    stored_as = getattr(source, 'stored_as', None)
-    return symmetries.make_context(source, stored_as=stored_as, mesh=mesh)
+    return symmetries.make_context(source, stored_as=source.stored_as, mesh=mesh)
 
   def _check_record(self, name: str) -> None:
     """Checks, before the work, that parameters in memory would come back.
@@ -169,26 +169,12 @@ class Job:
     for path, leaf in structured.flatten(source.read(name)).items():
       if not structured.is_structured(leaf) or leaf.expands_on_writing:
         continue
-      writer_lib.entry_of(path, leaf, self._from_source)
+      writer_lib.entry_of(path, leaf, self.source.resolve)
       if source.config is not None and leaf.needs:
         try:
-          leaf.check_needed(*(self._from_source(x).shape for x in leaf.needs))
+          leaf.check_needed(*(self.source.resolve(x).shape for x in leaf.needs))
         except ValueError as error:
           raise ValueError(f'{path}: {error}') from error
-
-  def _from_source(self, path: str) -> Any:
-    """Returns the array of a parameter of the source.
-
-    Raises:
-      ValueError: if there is no such parameter, or if it needs others itself.
-    """
-    record = path.partition('/')[0]
-    found = {}
-    if record in self.source.records:
-      found = structured.flatten(self.source.read(record))
-    if path not in found:
-      raise ValueError(f'the leaf needs {path}, which is missing')
-    return structured.materialize(found[path])
 
   def _summary(self) -> writer_lib.Summary:
     source, context = self.source, self._context
@@ -208,7 +194,7 @@ class Job:
     """Returns the names of the streams of records."""
     if isinstance(self._coder, coders.RecordCoder):
       return list(records)
-    return [*self._coder.streams, *(x for x in records if x == manifest_lib.BUFFERS)]
+    return [*self._coder.streams, *(x for x in records if x == models.names.BUFFERS)]
 
   def _batches(self, names: Sequence[str], state: Any) -> Iterator[Batch]:
     """Yields records, and the state of the transform after them.
@@ -220,11 +206,11 @@ class Job:
     layers = [i for x in names if (i := models.names.layer_index(x)) is not None]
     others = list(names)
     if self._context is not None:
-      buffers = [name for name in names if name == manifest_lib.BUFFERS]
+      buffers = [name for name in names if name == models.names.BUFFERS]
       outer, others = len(names) > len(layers) + len(buffers), buffers
       end = self._context.config.num_layers
       if layers or outer:
-        for batch, state in transform_lib.rewrite(
+        for batch, reached in transform_lib.rewrite(
           self._context,
           self.preset.transform,
           rounding=self.preset.rounding,
@@ -232,6 +218,7 @@ class Job:
           state=state,
           outer=outer,
         ):
+          state = reached
           yield [_whole(x) for x in batch], state
     for name in others:
       yield [symmetries.Record(name, self.source.read(name), [])], state
@@ -249,7 +236,7 @@ class Job:
         return structured.materialize(beside[path])
       if self._context is not None:
         raise ValueError(f'the leaf needs {path}, which is not beside it')
-      return self._from_source(path)
+      return self.source.resolve(path)
 
     return resolve
 
@@ -299,7 +286,7 @@ class Job:
       bytes=int(encoded.net_bits // 8),
       notes=tuple(encoded.notes),
     )
-    own = [x for name, x in self.counts.items() if name != manifest_lib.BUFFERS]
+    own = [x for name, x in self.counts.items() if name != models.names.BUFFERS]
     writer.add_message(
       {first: None, **{name: getattr(encoded, name) for name in others}},
       coder=coder.name,

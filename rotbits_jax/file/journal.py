@@ -20,81 +20,11 @@ import zlib
 import jax
 import numpy as np
 
-from rotbits_jax import checkpoints
-from rotbits_jax import models
-from rotbits_jax import structured
 from rotbits_jax.file import manifest as manifest_lib
 from rotbits_jax.file import shards as shards_lib
-from rotbits_jax.system import checksums
 from rotbits_jax.system import outputs
 from rotbits_jax.system import schema
 from rotbits_jax.system import strict_json
-
-
-class Checked:
-  """A source that keeps the checksum of each record that is read from it.
-
-  Attributes:
-    is_on_disk: whether the source is on disk, where it may change. Sources in memory
-      have no checksums.
-    checksums: CRC-32 of each record that was read, by its name.
-  """
-
-  def __init__(self, source: checkpoints.FileSource):
-    self._source = source
-    self.is_on_disk = source.fingerprint() is not None
-    self.checksums: dict[str, int] = {}
-
-  def __getattr__(self, name: str) -> Any:
-    return getattr(self._source, name)
-
-  def read(self, record: str) -> models.Params:
-    """Reads a record.
-
-    Raises:
-      CheckpointError: if it differs from an earlier reading.
-    """
-    params = self._source.read(record)
-    if not self.is_on_disk:
-      return params
-    found = _checksum(params)
-    if self.checksums.setdefault(record, found) != found:
-      raise checkpoints.CheckpointError(f'{record}: it changed after it was read')
-    return params
-
-  def layer(self, index: int) -> models.Params:
-    """Reads the parameters of a layer."""
-    name = models.names.layer(index)
-    return self.read(name)[name]
-
-  def outer(self) -> models.Params:
-    """Reads the parameters outside the layers."""
-    found: models.Params = {}
-    for name in models.outer_shapes(self._source.config):
-      found |= self.read(name)
-    return found
-
-  def holds(self, sources: Mapping[str, int]) -> bool:
-    """Returns whether records have these checksums."""
-    for name, checksum in sources.items():
-      if name not in self._source.records:
-        return False
-      self.read(name)
-      if self.checksums[name] != checksum:
-        return False
-    return True
-
-
-def _checksum(params: models.Params) -> int:
-  """Returns the CRC-32 of the paths, dtypes, shapes and elements of parameters."""
-  crc = 0
-  for path, leaf in structured.flatten(params).items():
-    for array in map(np.asarray, jax.tree.leaves(leaf)):
-      crc = zlib.crc32(f'{path} {array.dtype} {array.shape}'.encode(), crc)
-      # The transpose of a transposed array needs no copy.
-      bits = array.T if array.flags.f_contiguous else array
-      crc = checksums.of_array(bits, crc)
-  return crc
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -196,7 +126,8 @@ class Journal:
 
     Args:
       records: the name of the shard and the entry of each.
-      sources: see `Checked`; what earlier records have in the journal is left out.
+      sources: see `Source.checksums`. What earlier records have in the journal is left
+        out.
       state: the state of the transform after these records, a PyTree of arrays.
     """
     before, known = len(self.done), {x for entry in self.done for x in entry.sources}

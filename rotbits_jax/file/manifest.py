@@ -39,9 +39,6 @@ FILES = 'files/'
 GAPS = 'gaps/'
 """The beginning of the names of streams that hold the gaps of a weights file."""
 
-BUFFERS = 'buffers'
-"""The name of the record of tensors that the forward pass does not use."""
-
 MOST_FILES = 1 << 28
 """The greatest number of bytes of all other files before they are compressed."""
 
@@ -162,11 +159,8 @@ class Leaf:
     cls = self.leaf_class
     if cls is not None and cls.expands_on_reading != (self.crc32 is not None):
       raise ValueError(f'{self.path}: leaves of its type have a checksum, or have none')
-    if (
-      self.needs
-      and not self.is_array
-      and models.names.layer_index(self.path) is not None
-    ):
+    is_of_layer = models.names.layer_index(self.path) is not None
+    if self.needs and not self.is_array and is_of_layer:
       raise ValueError(f'{self.path}: a leaf of a stack cannot need other parameters')
 
   @property
@@ -458,8 +452,10 @@ class Manifest:
         raise ValueError(f'{record.name}: a model has no empty dicts')
       shapes = {leaf.path: leaf.shape for leaf in record.leaves}
       check_shapes(record.name, shapes, config)
-      if record.name == BUFFERS and not all(leaf.is_array for leaf in record.leaves):
-        raise ValueError(f'{BUFFERS}: buffers are arrays')
+      if record.name == models.names.BUFFERS and any(
+        leaf.type_name for leaf in record.leaves
+      ):
+        raise ValueError(f'{record.name}: buffers are arrays')
       for leaf, arrays in record.leaf_specs() if record.record_coder else ():
         _check_leaf(leaf, [x.shape for x in arrays], config)
 
@@ -534,8 +530,8 @@ def check_shapes(
   Raises:
     ValueError: if a model with this config has no such record or other parameters.
   """
-  if record == BUFFERS:
-    if wrong := [x for x in shapes if x.split('/')[:-1] != [BUFFERS]]:
+  if record == models.names.BUFFERS:
+    if wrong := [x for x in shapes if x.split('/')[:-1] != [record]]:
       raise ValueError(f'{wrong[0]}: not the path of a buffer')
     return
   index, outer = models.names.layer_index(record), models.outer_shapes(config)

@@ -119,7 +119,7 @@ class Reader:
 
   def buffers(self) -> Tree:
     """Reads the tensors that the forward pass does not use; returns them by name."""
-    name = manifest_lib.BUFFERS
+    name = models.names.BUFFERS
     if self.config is None or name not in self._records.entries:
       return {}
     return self.record(name)[name]
@@ -302,7 +302,7 @@ class Reader:
       return self._outer()
     layers = map(models.names.layer, range(self.config.num_layers))
     own = self._records.entries
-    return [*layers, *self._outer(), *(x for x in own if x == manifest_lib.BUFFERS)]
+    return [*layers, *self._outer(), *(x for x in own if x == models.names.BUFFERS)]
 
   def _outer(self) -> list[str]:
     """Returns the records outside the layers. Those that need others come last."""
@@ -363,7 +363,7 @@ class Reader:
         with file.errors():
           name = entry.layout.name
           try:
-            parts = entry.layout.rest(sizes)
+            parts = entry.layout.gaps(sizes)
           except ValueError as error:
             raise ContainerError(str(error)) from error
           size = sum(end - begin for begin, end in parts)

@@ -1,8 +1,8 @@
 """Shards: a model in several files, with an index beside them.
 
-The index is a JSON file in the format of Hugging Face. It names the shard of each record,
-and holds the checksum of each shard's manifest, so that shards of different runs are
-not taken for one model.
+The index is a JSON file in the format of Hugging Face. It names the shard of each
+record, and holds the checksum of each shard's manifest, so that shards of different
+runs are not taken for one model.
 
 The name of a shard has this checksum, too. So the shards of a new result lie beside
 those of an older one, and the result is replaced when its index is, at once. The shards
@@ -136,16 +136,16 @@ def published(path: pathlib.Path, shard: Shard, file: pathlib.Path) -> Shard:
 
 
 def existing(path: pathlib.Path) -> list[pathlib.Path]:
-  """Returns the shards of an output that lie beside it, whether or not an index names them.
+  """Returns the shards of an output that lie beside it, even if no index names them.
 
-  A file is a shard if it has the name of one and is a container. A checksum in the name
-  must be its own; earlier versions of this package wrote names without one.
+  A file is a shard if it has the name of one and is a container, and if the checksum in
+  the name is its own.
 
   Args:
     path: path of the output.
   """
   stem, suffix = re.escape(path.stem), re.escape(path.suffix)
-  name = re.compile(f'{stem}-[0-9]{{5,}}-of-[0-9]{{5,}}(?:-([0-9a-f]{{8}}))?{suffix}')
+  name = re.compile(f'{stem}-[0-9]{{5,}}-of-[0-9]{{5,}}-([0-9a-f]{{8}}){suffix}')
   found = []
   for file in sorted(path.parent.iterdir()):
     match = name.fullmatch(file.name)
@@ -153,7 +153,7 @@ def existing(path: pathlib.Path) -> list[pathlib.Path]:
       continue
     with contextlib.suppress(ContainerError, OSError):
       checksum = container.StreamReader(file).manifest_crc32
-      if match[1] in (None, f'{checksum:08x}'):
+      if match[1] == f'{checksum:08x}':
         found.append(file)
   return found
 

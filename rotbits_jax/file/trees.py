@@ -1,31 +1,30 @@
-"""PyTrees as sources of records: every key of the outermost level is a record."""
+"""PyTrees as nested dicts, whose outermost keys are records, and back."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import numpy as np
 
-from rotbits_jax import checkpoints
 from rotbits_jax import structured
 
 Tree = dict[str, Any]
 
 
-class TreeSource:
-  """A PyTree of arrays, see `checkpoints.FileSource`."""
+class Records:
+  """A PyTree as records; see `sources.Source`.
 
-  config = stem = None
-  weights: tuple[checkpoints.WeightsFile, ...] = ()
-  left_out: tuple[str, ...] = ()
+  Attributes:
+    records: the keys of the outermost level.
+  """
 
-  def __init__(self, tree: Any, files: Mapping[str, bytes]):
+  def __init__(self, tree: Any):
     """Names the leaves.
 
     Raises:
       ValueError: if a leaf is no array, or if it has no name.
     """
-    self._tree, self.files = to_dicts(tree), dict(files)
+    self._tree = to_dicts(tree)
     self.records = tuple(self._tree)
 
   def specs(self, record: str) -> Tree:
@@ -35,28 +34,6 @@ class TreeSource:
   def read(self, record: str) -> Tree:
     """Returns the leaves of a record."""
     return {record: self._tree[record]}
-
-  def gaps(self, file: checkpoints.WeightsFile) -> Iterator[memoryview]:
-    """Yields nothing: there are no weights files."""
-    yield from ()
-
-  def fingerprint(self) -> None:
-    """Returns None: no other run can know the tree."""
-
-
-def as_source(source, files, stem):
-  from rotbits_jax import models
-  from rotbits_jax.file import interim
-
-  if isinstance(source, checkpoints.Checkpoint):
-    files = source.files if files is None else files
-    stem = source.stem if stem is None else stem
-    source = source.model
-  if isinstance(source, (models.Model, checkpoints.CheckpointReader)):
-    return interim.ModelSource(source, files, stem)
-  if isinstance(source, checkpoints.TensorFiles):
-    return interim.TensorSource(source, files)
-  return TreeSource(source, files or {})
 
 
 def to_dicts(tree: Any) -> Tree:

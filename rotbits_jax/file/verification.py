@@ -7,12 +7,12 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from rotbits_jax import checkpoints
 from rotbits_jax import models
 from rotbits_jax import structured
 from rotbits_jax import symmetries
 from rotbits_jax.file import container
 from rotbits_jax.file import reader as reader_lib
+from rotbits_jax.file import sources
 from rotbits_jax.file.container import ContainerError
 
 _TOKENS = 256  # number of tokens for which predictions are compared
@@ -45,7 +45,7 @@ class Verification(NamedTuple):
 
 def read_all(
   source: container.Readable,
-  expected: checkpoints.FileSource | None = None,
+  expected: sources.Source | None = None,
   *,
   progress: bool = False,
 ) -> Verification:
@@ -88,7 +88,7 @@ def read_all(
   return Verification(records, tensors, len(files), expected is not None, None, None)
 
 
-def compare_files(reader: reader_lib.Reader, expected: checkpoints.FileSource) -> None:
+def compare_files(reader: reader_lib.Reader, expected: sources.Source) -> None:
   """Compares the other files of a checkpoint.
 
   Raises:

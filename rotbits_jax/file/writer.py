@@ -10,7 +10,6 @@ import jax
 import numpy as np
 from zlib_ng import zlib_ng
 
-from rotbits_jax import checkpoints
 from rotbits_jax import models
 from rotbits_jax import presets
 from rotbits_jax import structured
@@ -19,6 +18,7 @@ from rotbits_jax.coding import weights
 from rotbits_jax.file import coders
 from rotbits_jax.file import container
 from rotbits_jax.file import manifest as manifest_lib
+from rotbits_jax.file import sources
 from rotbits_jax.system import checksums
 from rotbits_jax.system import plugins
 from rotbits_jax.system import schema
@@ -44,7 +44,7 @@ class Summary(NamedTuple):
   dtypes: Mapping[str, str] = {}
 
 
-def check_source(source: checkpoints.FileSource, streams: Iterable[str]) -> None:
+def check_source(source: sources.Source, streams: Iterable[str]) -> None:
   """Checks what a container keeps besides records, before the work.
 
   Args:
@@ -70,12 +70,12 @@ def check_source(source: checkpoints.FileSource, streams: Iterable[str]) -> None
     for name in (source.records if source.weights else ())
     for path, leaf in structured.flatten(source.specs(name)).items()
   }
-  gaps = sum(end - begin for x in source.weights for begin, end in x.rest(sizes))
+  gaps = sum(end - begin for x in source.weights for begin, end in x.gaps(sizes))
   if gaps > manifest_lib.MOST_FILES:
     raise ValueError(f'{gaps} bytes of the weights files are not in tensors')
 
 
-def _other_streams(source: checkpoints.FileSource) -> list[str]:
+def _other_streams(source: sources.Source) -> list[str]:
   files = [f'{manifest_lib.FILES}{name}' for name in source.files]
   return [*files, *(f'{manifest_lib.GAPS}{layout.name}' for layout in source.weights)]
 
@@ -88,7 +88,7 @@ class FileWriter:
     file: BinaryIO,
     summary: Summary,
     streams: Sequence[str],
-    source: checkpoints.FileSource | None,
+    source: sources.Source | None,
   ):
     """Reserves room for the header.
 
