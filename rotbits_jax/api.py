@@ -370,12 +370,9 @@ def verify(
   if against is None:
     return verification.read_all(source, progress=progress)
   with file.Reader(source) as reader:
-    opened = (
-      checkpoints.open_tensors(against)
-      if reader.weights_files
-      else checkpoints.open_checkpoint(against)
-    )
-    expected = sources.Source(opened)
+    is_plain = bool(reader.weights_files)
+    opened = checkpoints.open_tensors if is_plain else checkpoints.open_checkpoint
+    expected = sources.Source(opened(against))
     if reader.config != expected.config:
       raise file.ContainerError(
         f'the file is of another model: its config is not that of {against}'
@@ -387,10 +384,12 @@ def verify(
   if bits is not None:
     return found
   with file.Reader(source) as reader:
-    model = reader.read(show_progress=progress)
-  kl, floor = verification.compare_function(
-    model, opened.load().model, bounded=keeps == 'function'
-  )
+    kl, floor = verification.compare_function(
+      reader,
+      checkpoints.load_checkpoint(against).model,
+      bounded=keeps == 'function',
+      progress=progress,
+    )
   return found._replace(kl=kl, kl_rerounded=floor)
 
 

@@ -34,7 +34,7 @@ TESTDATA = ROOT / 'tests' / 'testdata'
 NAME = 'opt-small-sliced-0.2'
 TINY = 'llama-tiny-sliced-head-0.25'
 
-# Two results, and the options with which their records are shards, one of which is equal.
+# Two results, of which one array is equal, and the options that put each into a shard.
 OLD = {'a': np.zeros(3), 'b': np.zeros(3), 'same': np.zeros(2)}
 NEW = {'a': np.ones(3), 'b': np.ones(3), 'same': np.zeros(2)}
 SHARDS = {'shard_size': 1}

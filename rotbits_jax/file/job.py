@@ -127,9 +127,9 @@ class Job:
       while batch:
         record = batch.pop(0)  # its memory is freed when it is written
         if record.name in waiting:
-          shard = home[record.name]
+          name = home[record.name]
           counts = self.counts[record.name]
-          written.append((shard, writers[shard].add(record, counts, resolve)))
+          written.append((name, writers[name].add(record, counts, resolve)))
           bar.update()
       if journal is not None:
         journal.note(written, self.source.checksums, state)

@@ -16,7 +16,7 @@ import dataclasses
 import functools
 import json
 import math
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Self
 
 import ml_dtypes
 import numpy as np
@@ -170,6 +170,29 @@ class Leaf:
       return None
     return plugins.find('leaves', self.type_name, structured.TYPES)
 
+  def make(self, arrays: Sequence[np.ndarray]) -> structured.Structured:
+    """Makes the structured leaf from the arrays as which it is stored.
+
+    Raises:
+      ValueError: if the arrays, the settings and this entry do not fit together, or if
+        the type is unknown.
+    """
+    cls = self.leaf_class
+    if cls is None:
+      raise ValueError(f'leaves of type {self.type_name!r:.100} are unknown')
+    # An untrusted leaf may raise any of these.
+    try:
+      named = dict(zip(self.arrays, arrays, strict=True))
+      leaf = cls.from_stored(self.settings, named)
+      key = structured.stack_key(leaf)
+    except (ArithmeticError, AttributeError, LookupError, TypeError) as error:
+      raise ValueError(str(error)) from error
+    if key != (self.type_name, self.shape, self.dtype, self.stack_key):
+      raise ValueError('the leaf differs from the manifest')
+    if leaf.needs != self.needs:
+      raise ValueError('the leaf needs other parameters than the manifest says')
+    return leaf
+
   @property
   def is_array(self) -> bool:
     """Whether the parameter is an array for those who read the file."""
@@ -218,7 +241,7 @@ class Record:
       self.tree({leaf.path: None for leaf in self.leaves})
       if len({self.inner(leaf.path) for leaf in self.leaves}) < len(self.leaves):
         raise ValueError('two leaves have the same path within the record')
-      if self.record_coder is not None:
+      if self.is_known:
         self._check_stream()
     except ValueError as error:
       raise ValueError(f'{self.name}: {error}') from error
@@ -246,23 +269,26 @@ class Record:
         # The reader allocates the array before it has decoded the leaf.
         raise ValueError(f'{leaf.path}: too few bytes stand for {leaf.size} elements')
 
+  @property
+  def is_known(self) -> bool:
+    """Whether an installed package has the coder."""
+    return coders.find(self.coder) is not None
+
   @functools.cached_property
-  def record_coder(self) -> coders.RecordCoder | None:
-    """The coder; None if no installed package has it.
+  def record_coder(self) -> coders.RecordCoder:
+    """The coder.
 
     Raises:
-      ValueError: if it codes whole models.
+      ValueError: if there is no such coder of records.
     """
     coder = coders.find(self.coder)
-    if isinstance(coder, coders.ModelCoder):
-      raise ValueError(f'the coder {self.coder!r} codes no records')
+    if not isinstance(coder, coders.RecordCoder):
+      raise ValueError(f'there is no coder of records of the name {self.coder!r:.100}')
     return coder
 
   @functools.cached_property
   def stream_spec(self) -> coders.StreamSpec:
     """The description of the stream."""
-    if self.record_coder is None:
-      raise ValueError(f'the coder {self.coder!r:.100} is not installed')
     return self.record_coder.load(self.spec)
 
   @property
@@ -385,7 +411,7 @@ class Plugin:
 
   as_list = True
 
-  group: Literal['leaves', 'coders']
+  group: plugins.Group
   name: str
   package: str
 
@@ -456,7 +482,7 @@ class Manifest:
         leaf.type_name for leaf in record.leaves
       ):
         raise ValueError(f'{record.name}: buffers are arrays')
-      for leaf, arrays in record.leaf_specs() if record.record_coder else ():
+      for leaf, arrays in record.leaf_specs() if record.is_known else ():
         _check_leaf(leaf, [x.shape for x in arrays], config)
 
   def other_streams(self) -> dict[str, Stream]:

@@ -144,8 +144,8 @@ class Reader:
   def factors(self) -> dict[str, tuple[int, str]]:
     """Returns rank and naming of the parameters stored as two factors, by path."""
     found: dict[str, tuple[int, str]] = {}
-    for entry in self._records.entries.values():
-      for leaf, specs in entry.leaf_specs():
+    for name in self._records.entries:
+      for leaf, specs in self._records.entry(name).leaf_specs():
         named = dict(zip(leaf.arrays, (x.shape for x in specs), strict=True))
         cls = leaf.leaf_class
         pair = None if cls is None else cls.stored_factored(leaf.settings, named)
@@ -317,8 +317,8 @@ class Reader:
     """Returns a PyTree, or the tensors by name."""
     if self.weights_files:
       return flat
-    empty = {x: {} for entry in self.records.values() for x in entry.empty}
-    return structured.unflatten([*flat.items(), *empty.items()])
+    empty = [x for entry in self.records.values() for x in entry.empty]
+    return structured.unflatten([*flat.items(), *((x, {}) for x in empty)])
 
   def _message_model(
     self, layers: range, place: placement.Place | None, show_progress: bool
@@ -334,8 +334,8 @@ class Reader:
     params = structured.unflatten(flat)
     key = lambda i: models.stack_key(params[models.names.layer(i)])
     for run in models.stack_ranges(layers, key):
-      own = [params.pop(models.names.layer(i)) for i in run]
-      params[models.names.stack(run)] = models.stack_layers(own, len(run))
+      layer = [params.pop(models.names.layer(i)) for i in run]
+      params[models.names.stack(run)] = models.stack_layers(layer, len(run))
     flat = placement.placed(structured.flatten(params), place)
     return self._model(flat)
 

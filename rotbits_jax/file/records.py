@@ -14,6 +14,7 @@ from rotbits_jax.file import memory as memory_lib
 from rotbits_jax.file.container import ContainerError
 from rotbits_jax.system import checksums
 from rotbits_jax.system import host
+from rotbits_jax.system import plugins
 
 Flat = dict[str, Any]
 """Leaves by path."""
@@ -75,11 +76,18 @@ class Records:
     """Returns the entry of a record.
 
     Raises:
-      ContainerError: if there is no such record.
+      ContainerError: if there is no such record, or if it needs a part of a package
+        that is not installed.
     """
     if name not in self.entries:
       raise ContainerError(f'{name}: no such record')
-    return self.entries[name]
+    entry = self.entries[name]
+    if not entry.is_known:
+      raise self._unknown('coders', 'coder', entry.coder)
+    for leaf in entry.leaves:
+      if leaf.type_name and leaf.leaf_class is None:
+        raise self._unknown('leaves', 'leaf type', leaf.type_name)
+    return entry
 
   def resolver(self, decoded: Callable[[str], Flat]) -> Resolve:
     """Returns a function that takes the path of a parameter and returns its array.
@@ -121,9 +129,6 @@ class Records:
     if resolve is None:
       resolve = self.resolver(functools.cache(self.decode))
     with self.files[name].errors():
-      coder = entry.record_coder
-      if coder is None:
-        raise self._unknown('coders', entry.coder)
       try:
         if memory is None:
           memory_lib.check(name, entry.decoded_bytes)
@@ -133,7 +138,8 @@ class Records:
           for leaf, specs in entry.leaf_specs()
         ]
         with self.files[name].checked(name, entry.crc32) as data:
-          coder.decode(entry.stream_spec, data, out=[x for own in targets for x in own])
+          arrays = [array for own in targets for array in own]
+          entry.record_coder.decode(entry.stream_spec, data, out=arrays)
         flat = {
           leaf.path: self._leaf(leaf, parts, entry, resolve)
           for leaf, parts in zip(entry.leaves, targets, strict=True)
@@ -169,15 +175,8 @@ class Records:
         return part.view(np.dtype(entry.dtype))
       step = np.asarray(record.grids()[entry.path].unit)
       return structured.UniformlyQuantized(part, step, entry.dtype)
-    cls = entry.leaf_class
-    if cls is None:
-      raise self._unknown('leaves', entry.type_name)
     try:
-      arrays = dict(zip(entry.arrays, parts, strict=True))
-      leaf = cls.from_stored(entry.settings, arrays)
-      key = entry.type_name, entry.shape, entry.dtype, entry.stack_key
-      if structured.stack_key(leaf) != key or leaf.needs != entry.needs:
-        raise ValueError('the leaf differs from the manifest')
+      leaf = entry.make(parts)
       known = [self.leaves[x].shape for x in entry.needs if x in self.leaves]
       if entry.needs and len(known) == len(entry.needs):
         leaf.check_needed(*known)
@@ -186,21 +185,19 @@ class Records:
       array = np.asarray(leaf.materialize(*map(resolve, entry.needs)))
     except ContainerError:
       raise
-    # An untrusted leaf may raise any of these.
-    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as e:
-      raise ContainerError(f'{entry.path}: {e}') from e
+    except ValueError as error:
+      raise ContainerError(f'{entry.path}: {error}') from error
     if checksums.of_array(array) != entry.crc32:
       raise ContainerError(
         f'{entry.path}: decoded elements differ from the encoded ones'
       )
     return array
 
-  def _unknown(self, group: str, name: str) -> ContainerError:
+  def _unknown(self, group: plugins.Group, noun: str, name: str) -> ContainerError:
     """Returns the error for a part of another package that is not installed."""
-    what = {'leaves': 'leaf type', 'coders': 'coder'}[group]
     package = self._packages.get((group, name))
     cure = 'import its module' if package is None else f'install {package!r:.100}'
-    return ContainerError(f'the {what} {name!r:.100} is not known: {cure}')
+    return ContainerError(f'the {noun} {name!r:.100} is not known: {cure}')
 
 
 def _target(

@@ -57,19 +57,22 @@ class Source:
       stem = given.stem if stem is None else stem
       given = given.model
     known = models.Model, checkpoints.CheckpointReader, checkpoints.TensorFiles
-    self._given = given if isinstance(given, known) else trees.Records(given)
-    own = lambda name, default: getattr(self._given, name, default)
-    self.config, self.records = own('config', None), tuple(self._given.records)
-    self.stored_as, self.reason = own('stored_as', None), own('reason', None)
-    self.files = dict(own('files', {}) if files is None else files)
-    self.stem = own('stem', None) if stem is None else stem
-    self.weights = own('weights', ())
+    self._given: Any = given if isinstance(given, known) else trees.Records(given)
+    own = lambda name, default=None: getattr(self._given, name, default)
+    self.config: models.ModelConfig | None = own('config')
+    self.records = tuple(self._given.records)
+    self.stored_as: str | None = own('stored_as')
+    self.reason: str | None = own('reason')
+    self.files: dict[str, bytes] = dict(own('files', {}) if files is None else files)
+    self.stem: str | None = own('stem') if stem is None else stem
+    self.weights: tuple[checkpoints.WeightsFile, ...] = own('weights', ())
     self.is_on_disk = hasattr(self._given, 'fingerprint')
     self.checksums: dict[str, int] = {}
 
   def specs(self, record: str) -> models.Params:
     """Returns the shapes and dtypes of a record; nothing is read from disk."""
-    return self._given.specs(record)
+    found: models.Params = self._given.specs(record)
+    return found
 
   def read(self, record: str) -> models.Params:
     """Returns a record: nested dicts with whole paths.
@@ -77,7 +80,7 @@ class Source:
     Raises:
       CheckpointError: if it cannot be read, or differs from an earlier reading.
     """
-    params = self._given.read(record)
+    params: models.Params = self._given.read(record)
     if self.is_on_disk:
       found = _checksum(params)
       if self.checksums.setdefault(record, found) != found:
@@ -111,7 +114,7 @@ class Source:
 
   def gaps(self, file: checkpoints.WeightsFile) -> Iterator[memoryview]:
     """Yields the bytes between the tensors of a weights file, in order."""
-    return self._given.gaps(file)
+    yield from self._given.gaps(file)
 
   def fingerprint(self) -> str | None:
     """Returns a digest of everything but the elements; None for a source in memory."""

@@ -39,18 +39,18 @@ class Stack(NamedTuple):
 
   def result(self, bar: progress.Progress) -> records_lib.Flat:
     """Waits for the layers, and returns the stacked leaves by path."""
-    found: dict[str, list[Any]] = {}
+    rows: dict[str, list[Any]] = {}
     for entry, layer in zip(self.entries, self.layers, strict=True):
       for path, leaf in layer.result().items():
-        found.setdefault(f'{self.name}/{entry.inner(path)}', []).append(leaf)
+        rows.setdefault(f'{self.name}/{entry.inner(path)}', []).append(leaf)
       bar.update()
     bar.update(self.total - len(self.layers))
-    for path, leaves in found.items():
-      if structured.is_structured(leaves[0]):
-        found[path] = type(leaves[0]).stack(leaves)
-      else:
-        (found[path],) = self.memory[path.partition('/')[2]]
-    return found
+    return {
+      path: type(leaves[0]).stack(leaves)
+      if structured.is_structured(leaves[0])
+      else self.memory[path.partition('/')[2]][0]
+      for path, leaves in rows.items()
+    }
 
 
 def start_stack(

@@ -101,14 +101,15 @@ def compare_files(reader: reader_lib.Reader, expected: sources.Source) -> None:
 
 
 def compare_function(
-  model: models.Model, reference: models.Model, *, bounded: bool
+  reader: reader_lib.Reader, reference: models.Model, *, bounded: bool, progress: bool
 ) -> tuple[float, float]:
-  """Compares the predictions of two models for random tokens.
+  """Compares the predictions of the model in a file for random tokens.
 
   Args:
-    model: the decoded model.
+    reader: the file.
     reference: the model that was encoded.
     bounded: whether the divergence must be near the noise floor.
+    progress: whether to show the progress on stderr.
 
   Returns:
     The divergence from the reference, and the noise floor, see `Verification`.
@@ -118,7 +119,9 @@ def compare_function(
   """
   from rotbits_jax import evaluation  # optax and pictures are slow to import
 
-  config = reference.config
+  model, config = reader.read(show_progress=progress), reference.config
+  if not isinstance(model, models.Model):
+    raise ContainerError('the file holds a PyTree, not a model')
   count = min(_TOKENS, config.max_positions)
   tokens = np.random.default_rng(0).integers(0, config.vocab_size, count)
   result = evaluation.evaluate(

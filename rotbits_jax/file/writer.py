@@ -330,7 +330,8 @@ def _plugins(
     for leaf in record.leaves:
       used['leaves', leaf.type_name] = leaf.leaf_class
   if message is not None:
-    used['coders', message.coder] = coders.find(message.coder).encode
+    coder = coders.find(message.coder)
+    used['coders', message.coder] = None if coder is None else coder.encode
   found = []
   for (group, name), part in used.items():
     package = None if part is None else plugins.package(group, name, part)
