@@ -398,12 +398,10 @@ class DevicesTest(Base):
       kinds = (jax.sharding.AxisType.{kind},)
       mesh = jax.make_mesh((2,), ('layers',), axis_types=kinds)
       spread, everywhere = NamedSharding(mesh, P('layers')), NamedSharding(mesh, P())
-      def place(path, shape):
-        layer = path.split('/')[0] not in ('embed', 'head')
-        return spread if layer and shape[0] % 2 == 0 else everywhere
-      model = rotbits_jax.load({path!r}, sharding=place)
-      kernel = model.params['layers.1:3']['attention']['query']['kernel']
-      assert kernel.sharding.is_equivalent_to(spread, kernel.ndim), kernel.sharding
+      model = rotbits_jax.load({path!r}, sharding=spread)
+      for stack, expected in (('layers.0:1', everywhere), ('layers.1:3', spread)):
+        kernel = model.params[stack]['attention']['query']['kernel']
+        assert kernel.sharding.is_equivalent_to(expected, kernel.ndim), kernel.sharding
       tokens = np.arange(6)[None]
       plain = rotbits_jax.load({path!r})
       expected = jax.jit(rotbits_jax.models.logits)(plain, tokens)
@@ -417,16 +415,33 @@ class DevicesTest(Base):
 
 
 class ReaderTest(Base):
-  def test_a_checkpoint_on_disk_is_written_a_layer_at_a_time(self):
-    for preset in ('exact', 'free'):
-      self.encode(preset=preset)
-      whole = rotbits_jax.decode_checkpoint(self.output)
-      out = self.folder / preset
-      rotbits_jax.decode_to_directory(self.output, out)
-      expected = self.folder / f'{preset}-whole'
-      checkpoints.save_checkpoint(whole, expected)
-      for path in expected.iterdir():
-        self.assertEqual((out / path.name).read_bytes(), path.read_bytes())
+  @parameterized.parameters(rotbits_jax.decode, rotbits_jax.verify, rotbits_jax.load)
+  def test_a_file_that_shrinks_while_it_is_read(self, read):
+    self.encode()
+    whole, opened = self.output.read_bytes(), file.container.files.File.read
+    reads = []
+
+    def read_less(self, offset, out):
+      reads.append(offset)
+      if len(reads) == 5:  # behind the header and the manifest
+        self.path.write_bytes(whole[: offset + out.size // 2])
+        os.utime(self.path, ns=(self.modified, self.modified))
+      return opened(self, offset, out)
+
+    patch = absltest.mock.patch.object(file.container.files.File, 'read', read_less)
+    with patch, self.assertRaisesRegex(file.ContainerError, 'changed after'):
+      read(self.output)
+    self.output.write_bytes(whole)
+    with file.Reader(self.output) as reader:
+      self.output.write_bytes(whole[:-1])
+      with self.assertRaisesRegex(file.ContainerError, 'changed after'):
+        reader.record('layers.0')
+
+  def test_an_output_with_the_name_of_an_index_is_refused(self):
+    for options in ({}, SHARDS):
+      with self.assertRaisesRegex(ValueError, 'names of indices'):
+        rotbits_jax.encode_to_file(OLD, self.folder / 'x.index.json', **options)
+    self.assertEmpty(self.names())
 
   def test_every_field_of_the_manifest_is_checked(self):
     model = seeds.sliced_model(seeds.LLAMA)
