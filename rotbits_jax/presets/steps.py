@@ -24,11 +24,11 @@ import numpy as np
 
 from rotbits_jax import evaluation
 from rotbits_jax import models
-from rotbits_jax import presets
 from rotbits_jax import structured
 from rotbits_jax import symmetries
 from rotbits_jax.evaluation import perplexity
 from rotbits_jax.file import packing
+from rotbits_jax.presets.near import near
 from rotbits_jax.symmetries import packings
 from rotbits_jax.symmetries import rounding as rounding_lib
 from rotbits_jax.symmetries import transform
@@ -317,7 +317,7 @@ def _rewritten(context: symmetries.Context) -> models.Model:
     for path, dtype in context.dtypes.items()
   }
   wide_context = context._replace(dtypes=wide)
-  units = symmetries.rewrite(wide_context, presets.near().transform)
+  units = symmetries.rewrite(wide_context, near().transform)
   result = transform.to_model(
     context.config, (unit for some, _ in units for unit in some)
   )
