@@ -1,11 +1,9 @@
 """The preset `paper`: the published scheme, see `rotbits_jax.paper`."""
 
-import functools
 from typing import Literal
 
 from rotbits_jax import paper as scheme
 from rotbits_jax import symmetries
-from rotbits_jax.presets.preset import MessageCodec
 from rotbits_jax.presets.preset import Preset
 from rotbits_jax.presets.preset import check_finite
 
@@ -41,7 +39,7 @@ def paper(
   if correction not in ('exact', 'threshold'):
     raise ValueError(f'correction must be exact or threshold, got {correction!r}')
   threshold = check_finite('threshold', threshold, least=0)
-  options = scheme.Options(
+  scheme.Options(
     canonicaliser=canonicaliser,
     rotation_codec=rotation_codec,
     threshold=threshold if correction == 'threshold' else None,
@@ -58,8 +56,5 @@ def paper(
     },
     transform=symmetries.make('rotations'),
     rounding=None,  # the scheme rounds the rotated elements itself
-    message=MessageCodec(
-      refuse=functools.partial(scheme.refuse, options=options),
-      encode=functools.partial(scheme.encode, options=options),
-    ),
+    coder='paper',
   )

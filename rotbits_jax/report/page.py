@@ -182,7 +182,8 @@ def _ranks(notes: list['_Note'], most: int) -> str:
 def _spectra(reader: file.Reader, index: int) -> list[_Spectrum]:
   """Computes the spectra of one layer's shortcuts."""
   found = []
-  for path, leaf in structured.flatten(reader.unit(models.names.layer(index))).items():
+  name = models.names.layer(index)
+  for path, leaf in structured.flatten(reader.record(name)[name]).items():
     if 'shortcut' not in path:
       continue
     numbers = [np.asarray(x, np.float32) for x in jax.tree.leaves(leaf)]

@@ -5,9 +5,9 @@ import textwrap
 from typing import Any, NamedTuple
 
 from rotbits_jax import models
-from rotbits_jax.file import fields
 from rotbits_jax.file import reader as reader_lib
 from rotbits_jax.symmetries import transform
+from rotbits_jax.system import text
 
 
 class ReportLine(NamedTuple):
@@ -81,7 +81,7 @@ class Report(NamedTuple):
     for name, notes in self.notes.items():
       rows = _rows(notes) if verbose else summary(notes)
       lines += ['', *_table(name, rows)]
-    lines = [fields.printable(line) for line in lines]
+    lines = [text.printable(line) for line in lines]
     if width is not None:
       lines = [x if len(x) <= width else f'{x[: width - 3]}...' for x in lines]
     for remark in self.remarks():
@@ -145,27 +145,23 @@ def summary(notes: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def from_reader(reader: reader_lib.Reader) -> Report:
   """Makes the report on an opened file, or on all its shards."""
-  holders: list[Any] = []
-  for own in reader.manifests:
-    holders += own.units if own.message is None else [*own.units, own.message]
+  holders: list[Any] = list(reader.records.values())
+  holders += [own.message for own in reader.manifests if own.message is not None]
   savings: dict[str, transform.Saving] = {}
   for saving in (saving for holder in holders for saving in holder.savings):
     total = savings.get(saving.name, transform.Saving(saving.name, 0, 0, []))
     total.notes.extend(saving.notes)
     savings[saving.name] = total._replace(
-      numbers=total.numbers + saving.numbers, bytes=total.bytes + saving.bytes
+      numbers=total.numbers + saving.elements, bytes=total.bytes + saving.bytes
     )
-  elements = sum(holder.input_numbers for holder in holders)
-  input_bytes = sum(holder.input_bytes for holder in holders)
-  file_bytes = sum(file.nbytes for own in reader.manifests for file in own.files)
+  elements = sum(holder.input.elements for holder in holders)
+  input_bytes = sum(holder.input.bytes for holder in holders)
+  file_bytes = sum(x.nbytes for own in reader.manifests for x in own.files.values())
   coded_bytes = reader.stream_bytes() - file_bytes
   uncoded_bytes = input_bytes - sum(saving.bytes for saving in savings.values())
   lines = [ReportLine(x.name, x.numbers, x.bytes) for x in savings.values()]
-  order_bytes = int(sum(unit.order_bits for unit in reader.units.values()) // 8)
-  if order_bytes:
-    lines.append(ReportLine('neuron order', 0, order_bytes))
   lines += [
-    ReportLine('coding', 0, uncoded_bytes - coded_bytes - order_bytes),
+    ReportLine('coding', 0, uncoded_bytes - coded_bytes),
     ReportLine('tokenizer and settings', 0, -file_bytes),
     ReportLine('file overhead', 0, reader.stream_bytes() - reader.size),
   ]
