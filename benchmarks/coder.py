@@ -209,7 +209,8 @@ def main(argv: list[str]) -> None:
     )
   if _FILE.value is not None:
     units = rotbits_jax.file.Reader(_FILE.value).records.values()
-    share = lane_bytes(unit.stream_spec for unit in units) / os.path.getsize(_FILE.value)
+    size = os.path.getsize(_FILE.value)
+    share = lane_bytes(unit.stream_spec for unit in units) / size
     show(f'Lanes of {os.path.basename(_FILE.value)}: {100 * share:.3f}% of the file')
   if _RESULTS.value is not None:
     text = '\n'.join(lines)

@@ -21,7 +21,6 @@ import pytest
 from fuzz import containers
 from fuzz import seeds
 import rotbits_jax
-from rotbits_jax import checkpoints
 from rotbits_jax import file
 from rotbits_jax import models
 from rotbits_jax import structured

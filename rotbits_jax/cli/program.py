@@ -24,7 +24,6 @@ from typing import Any
 from absl import flags
 import jax
 import numpy as np
-import safetensors
 
 import rotbits_jax
 from rotbits_jax.file import container
@@ -295,10 +294,10 @@ def _is_container(path: str) -> bool:
   if path.endswith('.index.json') and not path.endswith('.safetensors.index.json'):
     return True
   try:
-    with safetensors.safe_open(path, 'numpy') as file:
-      return (file.metadata() or {}).get('format') == container.FORMAT
-  except safetensors.SafetensorError:  # the file is damaged or has another format
+    container.StreamReader(path)
+  except container.ContainerError:  # the file is damaged or has another format
     return pathlib.Path(path).suffix not in _CHECKPOINT_SUFFIXES
+  return True
 
 
 def _parse(values: flags.FlagValues) -> None:
