@@ -33,7 +33,7 @@ import rotbits_jax
 from rotbits_jax.cli import program
 
 FLAGS = program.Flags()
-_INPUT = FLAGS.source('input', 'The file to inspect.', required=True)
+_INPUT = FLAGS.add('input', 'The file to inspect.', source=True, required=True)
 
 
 def main() -> program.Result:

@@ -28,8 +28,8 @@ import rotbits_jax
 from rotbits_jax.cli import program
 
 FLAGS = program.Flags()
-_INPUT = FLAGS.source('input', 'The file to verify.', required=True)
-_AGAINST = FLAGS.source('against', 'The checkpoint that was encoded.')
+_INPUT = FLAGS.add('input', 'The file to verify.', source=True, required=True)
+_AGAINST = FLAGS.add('against', 'The checkpoint that was encoded.', source=True)
 
 
 def main() -> program.Result:
