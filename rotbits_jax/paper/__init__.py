@@ -51,9 +51,9 @@ digest of each array notices that, and the file is refused there.
 
 **The streams.**
 
-* `message`, uint16: the words of a stack (`bits_back.word_stack`) from the bottom up. It
-  holds the arrays in the order in which they were pushed (see `segments.parts`), in C
-  order. If they are entropy coded, the arrays of a segment are one stream of
+* `message`, uint16: the words of a stack (`bits_back.word_stack`) from the bottom up.
+  It holds the arrays in the order in which they were pushed (see `segments.parts`), in
+  C order. If they are entropy coded, the arrays of a segment are one stream of
   `coding.weights`. To sample a rotation, the encoder pops rows of words and makes a
   message of them. What is left of the message goes back onto the stack as a block. The
   decoder makes a message of the block, pushes the integers of the recovered rotation

@@ -22,7 +22,6 @@ from rotbits_jax.paper import segments
 from rotbits_jax.system import checksums as checksums_lib
 from rotbits_jax.system.progress import track
 
-
 _CAUSES = (
   'the file is damaged, or this machine recovers a rotation beyond the margin of its '
   'correction'

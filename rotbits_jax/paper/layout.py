@@ -4,7 +4,6 @@ import math
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
-import numpy as np
 
 from rotbits_jax import models
 from rotbits_jax.coding import weights
@@ -104,7 +103,7 @@ def from_json(value: Any, config: models.ModelConfig, words: int) -> Layout:
   held = sum(-(-coder.nbytes // 2) for coder in layout.coders)
   if not options.entropy:
     held = sum(num_words(x.dtype, shape) for x, shape in _each(layout.arrays, config))
-  for t in np.flatnonzero(sampled):
+  for t in [t for t, x in enumerate(sampled) if x]:
     shape = layout.frame(config, t)
     if not shape.n:
       raise ValueError(f'segment {t} has no rotation to sample')
