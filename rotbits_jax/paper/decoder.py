@@ -6,13 +6,14 @@ It reads the message from its end, so it returns the arrays of the last segment 
 from collections.abc import Iterator
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from rotbits_jax import models
 from rotbits_jax.coding import rans
 from rotbits_jax.coding import tables as tables_lib
+from rotbits_jax.coding import weights
 from rotbits_jax.coding.bits_back import correction as correction_lib
-from rotbits_jax.coding.bits_back import numbers
 from rotbits_jax.coding.bits_back import word_stack
 from rotbits_jax.paper import layout as layout_lib
 from rotbits_jax.paper import options as options_lib
@@ -20,6 +21,11 @@ from rotbits_jax.paper import rotations
 from rotbits_jax.paper import segments
 from rotbits_jax.system import checksums as checksums_lib
 from rotbits_jax.system.progress import track
+
+_CAUSES = (
+  'the file is damaged, or this machine recovers a rotation beyond the margin of its '
+  'correction'
+)
 
 
 def decode(
@@ -59,9 +65,7 @@ def decode(
     for path, array in run.arrays(progress):
       if checksums_lib.of_array(array) != run.layout.arrays[path].digest:
         raise ValueError(
-          f'{path}: decoded numbers differ from the encoded numbers: the file is '
-          'damaged, or this machine recovers a rotation beyond the margin of its '
-          'correction'
+          f'{path}: decoded numbers differ from the encoded numbers: {_CAUSES}'
         )
       yield path, array
 
@@ -104,66 +108,68 @@ class _Decoder:
     self.corrections = word_stack.WordStack(corrections)
     count = self.layout.num_tables(config)
     self.tables = list(
-      tables_lib.from_bytes(tables.tobytes(), count, layout_lib.ALPHABET)
+      tables_lib.from_bytes(tables.tobytes(), count, correction_lib.LEVELS)
     )
-    self.window: rans.Message | None = None
-    if self.layout.window:
-      options, lanes = self.layout.options, self.layout.lanes
-      capacity = options_lib.capacity(config.segment_widths, lanes, options)
-      words = self.stack.pop(self.layout.window)
-      self.window = rans.from_words(words, lanes, capacity)
+    self.coders = list(self.layout.coders)
 
   def arrays(self, progress: bool) -> Iterator[tuple[str, np.ndarray]]:
     """Yields the parameters, those of the last segment first."""
     fixed = self.layout.fixed
-    sampled = [t for t, rows in enumerate(self.layout.rows) if rows is not None]
     count = len(self.parts)
     order = range(count)[::-1]
     for t in track(order, 'decode', 'segment', total=count, show=progress):
-      part = self.parts[t]
-      table = self._correction_table(t) if t in sampled else None
-      arrays: segments.Arrays = {}
-      for path, shape in reversed(part.all.items()):
-        shape = (shape[0], shape[1] - fixed) if path.startswith('embed/') else shape
-        arrays[path] = self._pop(path, shape)
-        if not path.startswith('embed/'):
-          yield path, arrays[path]
-      if table is not None:
-        self._restore(t, arrays, table, last=t == sampled[0])
-      if t:
-        continue
-      for path, array in arrays.items():
-        if path.startswith('embed/'):
-          first = self._pop(path, (array.shape[0], fixed))
-          yield path, np.concatenate([first, array], axis=1)
+      shapes = self.parts[t].all
+      embeddings = {
+        path: (shape[0], shape[1] - fixed)
+        for path, shape in shapes.items()
+        if path.startswith('embed/')
+      }
+      arrays = self._pop(shapes | embeddings)
+      yield from ((path, x) for path, x in arrays.items() if path not in embeddings)
+      if self.layout.sampled[t]:
+        self._restore(t, arrays)
+      if not t:
+        first = self._pop({k: (shape[0], fixed) for k, shape in embeddings.items()})
+        for path, array in first.items():
+          yield path, np.concatenate([array, arrays[path]], axis=1)
     if self.stack.size or self.corrections.size or self.tables:
       raise ValueError('the streams hold more data than the model')
 
-  def _pop(self, path: str, shape: tuple[int, ...]) -> np.ndarray:
-    dtype, entropy = self.layout.arrays[path].dtype, self.layout.options.entropy
-    table = self.tables.pop() if entropy else None
-    return numbers.pop(self.stack, dtype, shape, table)
+  def _pop(self, shapes: segments.Shapes) -> segments.Arrays:
+    """Pops arrays that the encoder pushed together."""
+    dtypes = {path: self.layout.arrays[path].dtype for path in shapes}
+    if not self.layout.options.entropy:
+      words = {
+        path: self.stack.pop(layout_lib.num_words(dtypes[path], shapes[path]))
+        for path in reversed(shapes)
+      }
+      return {
+        path: words[path].view(jnp.dtype(dtypes[path])).reshape(shapes[path])
+        for path in shapes
+      }
+    coder = self.coders.pop()
+    found = [(array.dtype, array.shape) for array in coder.arrays]
+    if found != [(dtypes[path], shape) for path, shape in shapes.items()]:
+      raise ValueError('a coder and the config list different arrays')
+    data = self.stack.pop(-(-coder.nbytes // 2)).view(np.uint8)[: coder.nbytes]
+    return dict(zip(shapes, weights.decode(coder, data), strict=True))
 
-  def _correction_table(self, t: int) -> np.ndarray:
-    shape = self.layout.frame(self.config, t)
-    count = options_lib.code(shape, self.layout.options).num_tables
-    rows = np.stack([self.tables.pop() for _ in range(count)][::-1])
-    if rows[:, correction_lib.LEVELS :].any():
-      raise ValueError('a correction has levels that do not exist')
-    return rows[:, : correction_lib.LEVELS]
-
-  def _restore(
-    self, t: int, arrays: segments.Arrays, table: np.ndarray, *, last: bool
-  ) -> None:
-    """Recovers the rotation of a segment and pushes it back onto the message."""
-    if self.window is None:
-      raise ValueError('the message has no window onto which to push a rotation')
-    shape = self.layout.frame(self.config, t)
-    code = options_lib.code(shape, self.layout.options)
+  def _restore(self, t: int, arrays: segments.Arrays) -> None:
+    """Recovers the rotation of a segment and puts its words back on the stack."""
+    layout = self.layout
+    shape = layout.frame(self.config, t)
+    code = options_lib.code(shape, layout.options)
+    table = np.stack([self.tables.pop() for _ in range(code.num_tables)][::-1])
     correction = code.unpack(self.corrections.pop_block(), table)
     recovered = rotations.recovered(
-      shape, self.parts[t], arrays, self.layout.options.canonicaliser
+      shape, self.parts[t], arrays, layout.options.canonicaliser
     )
-    window, _ = code.restore(self.window, recovered, correction)
-    rows = self.layout.rows[t]
-    self.window = word_stack.drain(rans.check(window), self.stack, rows or 0, last=last)
+    left = rans.from_words(
+      self.stack.pop_block(), layout.lanes, code.max_rows(layout.lanes)
+    )
+    message, _ = code.restore(left, recovered, correction)
+    try:
+      words = rans.unstacked(rans.check(message))
+    except rans.MessageError as error:
+      raise ValueError(f'segment {t}: {error}: {_CAUSES}') from error
+    self.stack.push(words.reshape(-1))

@@ -4,6 +4,7 @@ It reads a few layers at a time from a source. It hands out the words of the mes
 soon as no rotation can be sampled from them.
 """
 
+from collections.abc import Sequence
 import tempfile
 from typing import Any, NamedTuple
 
@@ -15,7 +16,7 @@ from rotbits_jax import structured
 from rotbits_jax import symmetries
 from rotbits_jax.coding import rans
 from rotbits_jax.coding import tables as tables_lib
-from rotbits_jax.coding.bits_back import numbers
+from rotbits_jax.coding import weights
 from rotbits_jax.coding.bits_back import word_stack
 from rotbits_jax.paper import decoder
 from rotbits_jax.paper import layout as layout_lib
@@ -134,8 +135,7 @@ class _Trial(NamedTuple):
 
   arrays: segments.Arrays  # the rotated parameters
   rotation: jax.Array
-  window: rans.Message  # the window after the rotation was popped
-  rows: int  # number of rows that were moved to the window for this rotation
+  left: np.ndarray  # words of the message that the rotation was popped from
   correction: np.ndarray  # words of the correction
   table: np.ndarray  # frequency tables of the correction
   popped: float  # bits that were popped
@@ -166,14 +166,13 @@ class _Encoder:
     self.parts = segments.parts(source.config)
     self.stack = word_stack.WordStack(spill=spill)
     self.corrections = word_stack.WordStack()
-    self.window: rans.Message | None = None
     self.tables: list[np.ndarray] = []
+    self.coders: list[weights.StreamSpec] = []
     self.lanes = options_lib.max_lanes(self.widths)
-    self.capacity = options_lib.capacity(self.widths, self.lanes, options)
     self.fixed = 0
     self.before: jax.Array | None = None  # the rotation of the previous segment
     self.stored: dict[str, layout_lib.Stored] = {}
-    self.rows: list[int | None] = []
+    self.sampled: list[bool] = []
     self.notes: list[Note] = []
     self.net_bits = 0.0
 
@@ -183,19 +182,15 @@ class _Encoder:
     for t in track(range(count), 'encode', 'segment', total=count, show=progress):
       self._code(t)
     self.stack.settle(0)
-    window = np.zeros(0, np.uint16)
-    if self.window is not None:
-      window = rans.to_words(self.window)
-      self.spill(window)
     layout = layout_lib.Layout(
       options=self.options,
       lanes=self.lanes,
       fixed=self.fixed,
-      window=window.size,
-      rows=tuple(self.rows),
+      sampled=tuple(self.sampled),
       arrays=self.stored,
+      coders=tuple(self.coders),
     )
-    tables = tables_lib.to_bytes(layout_lib.padded(self.tables))
+    tables = tables_lib.to_bytes(np.array(self.tables))
     return Encoded(
       layout=layout.to_json(),
       corrections=self.corrections.pop(self.corrections.size),
@@ -220,16 +215,14 @@ class _Encoder:
       arrays = rotations.turned(segment, self.before, rotation)
     else:
       rotation, arrays = trial.rotation, trial.arrays
-      self.window = trial.window
+      self.stack.push_block(trial.left)
       self.net_bits += trial.net
-    for path in self.parts[t].all:
-      array = arrays[path]
+    arrays = {path: arrays[path] for path in self.parts[t].all}
+    others = {path: arrays[path][:, self.fixed :] for path in first}
+    self._push([*(arrays | others).values()])
+    for path, array in arrays.items():
       if path in first:
-        rest = np.ascontiguousarray(array[:, self.fixed :])
-        self._push(rest)
-        array = np.concatenate([first[path], rest], axis=1)
-      else:
-        self._push(array)
+        array = np.concatenate([first[path], others[path]], axis=1)
       self.stored[path] = layout_lib.Stored(
         array.dtype.name, checksums_lib.of_array(array)
       )
@@ -237,7 +230,7 @@ class _Encoder:
       self.corrections.push_block(trial.correction)
       self.tables.extend(trial.table)
     self.before = rotation
-    self.rows.append(None if trial is None else trial.rows)
+    self.sampled.append(trial is not None)
     self.notes.append(self._note(t, trial))
 
   def _note(self, t: int, trial: _Trial | None) -> Note:
@@ -255,12 +248,15 @@ class _Encoder:
   def _frame(self, t: int) -> options_lib.Frame:
     return options_lib.frame(self.widths, t, self.fixed, self.options)
 
-  def _push(self, array: np.ndarray) -> None:
-    """Pushes an array, and spills the words from which no rotation will be sampled."""
-    table = numbers.push(self.stack, array, entropy=self.options.entropy)
-    if table is not None:
-      self.tables.append(table)
-    self.stack.settle((self.capacity + 1) * self.lanes)
+  def _push(self, arrays: Sequence[np.ndarray]) -> None:
+    """Pushes arrays, and spills the words from which no rotation will be sampled."""
+    if self.options.entropy:
+      encoded = weights.encode(arrays)
+      self.coders.append(encoded.spec)
+      arrays = [np.pad(encoded.data, (0, encoded.data.size % 2))]
+    for array in arrays:
+      self.stack.push(np.ascontiguousarray(array).reshape(-1).view(np.uint16))
+    self.stack.settle(self.lanes * options_lib.max_rows(self.widths, self.options))
 
   def _neutral(self, t: int, segment: rotations.Segment) -> jax.Array | None:
     """Returns the canonical rotation of the readers; None if T is found otherwise."""
@@ -296,33 +292,24 @@ class _Encoder:
       k: rotations.turn_columns(x[:, : self.fixed] if columns is None else x, columns)
       for k, x in tables.items()
     }
-    for array in first.values():
-      self._push(array)
+    self._push([*first.values()])
     return first
 
   def _sample(
     self, t: int, segment: rotations.Segment, neutral: jax.Array | None
   ) -> _Trial | None:
     """Samples a segment's rotation; None if that is impossible or saves nothing."""
-    shape, new = self._frame(t), self.window is None
+    shape = self._frame(t)
     if not shape.n:
       return None
-    code = options_lib.code(shape, self.options)
-    least = 0 if self.window is None else int(np.min(self.window.size))
-    available = self.stack.size // self.lanes - new
-    rows = max(min(code.max_rows(self.lanes) - least, available), 0)
-    if new and not rows:
+    most = options_lib.code(shape, self.options).max_rows(self.lanes)
+    rows = min(most, self.stack.size // self.lanes)
+    if not rows:
       return None
-    try:
-      window = word_stack.refill(
-        self.window, self.stack, rows, self.lanes, self.capacity
-      )
-    except ValueError:  # the fullest lane has no room for the rows
-      return None
-    trial = self._trial(t, segment, neutral, window, rows)
+    words = self.stack.pop(rows * self.lanes)
+    trial = self._trial(t, segment, neutral, words)
     if trial is None:
-      window = word_stack.drain(window, self.stack, rows, last=new)
-      self.window = None if new else window
+      self.stack.push(words)
     return trial
 
   def _trial(
@@ -330,10 +317,9 @@ class _Encoder:
     t: int,
     segment: rotations.Segment,
     neutral: jax.Array | None,
-    window: rans.Message,
-    rows: int,
+    words: np.ndarray,
   ) -> _Trial | None:
-    """Samples a rotation from a refilled window, and recovers it as the decoder will.
+    """Samples a rotation from words, and recovers it as the decoder will.
 
     Returns:
       The result; None if the decoder could not recover the rotation, or if it saves
@@ -341,8 +327,10 @@ class _Encoder:
     """
     shape = self._frame(t)
     code = options_lib.code(shape, self.options)
-    sampled, latent, q = code.sample(window)
-    if int(np.min(sampled.lowest)) < 0 or int(np.max(sampled.highest)) > self.capacity:
+    rows = jnp.asarray(words.reshape(-1, self.lanes))
+    message = rans.stacked(rows, code.max_rows(self.lanes))
+    sampled, latent, q = code.sample(message)
+    if int(np.min(sampled.lowest)) < 0:
       return None
     rotation = rotations.sampled_rotation(shape, segment, neutral, self.before, q)
     arrays = rotations.turned(segment, self.before, rotation)
@@ -360,14 +348,14 @@ class _Encoder:
       same = jax.tree.map(lambda a, b: bool(jnp.array_equal(a, b)), again, latent)
       if not all(jax.tree.leaves(same)):
         return None
+    left = rans.to_words(sampled)
     trial = _Trial(
       arrays=arrays,
       rotation=rotation,
-      window=sampled,
-      rows=rows,
+      left=left,
       correction=code.pack(correction, table),
       table=table,
-      popped=rans.content_bits(window) - rans.content_bits(sampled),
+      popped=16.0 * (words.size - left.size - 2),  # 2 words are the size of a block
     )
     return trial if trial.net > 0 else None
 

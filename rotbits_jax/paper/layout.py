@@ -4,15 +4,13 @@ import math
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
-import numpy as np
 
 from rotbits_jax import models
-from rotbits_jax.coding.weights import floats
+from rotbits_jax.coding import weights
 from rotbits_jax.paper import options as options_lib
 from rotbits_jax.paper import segments
 
-DTYPES = tuple(dtype.name for dtype in floats.LAYOUTS)
-ALPHABET = max(layout.alphabet for layout in floats.LAYOUTS.values())
+DTYPES = 'float16', 'bfloat16', 'float32'
 
 
 class Stored(NamedTuple):
@@ -27,27 +25,29 @@ class Layout(NamedTuple):
 
   Attributes:
     options: the options of the scheme.
-    lanes: number of lanes of the window, a power of 2.
+    lanes: number of lanes of the messages that rotations are sampled from, a power
+      of 2.
     fixed: number of columns of the embeddings that are pushed first.
-    window: number of words at the end of the message that hold the window.
-    rows: for each segment, the number of rows that were moved to the window; None if
-      its rotation was not sampled.
+    sampled: for each segment, whether its rotation was sampled.
     arrays: all parameters by path, in the order of `segments.parts`.
+    coders: the specs of entropy-coded arrays: those of the first columns of the
+      embeddings, then those of each segment; empty if arrays are pushed plain.
   """
 
   options: options_lib.Options
   lanes: int
   fixed: int
-  window: int
-  rows: tuple[int | None, ...]
+  sampled: tuple[bool, ...]
   arrays: dict[str, Stored]
+  coders: tuple[weights.StreamSpec, ...]
 
   def to_json(self) -> dict[str, Any]:
     """Returns the layout as JSON values."""
     return self._asdict() | {
       'options': self.options._asdict(),
-      'rows': list(self.rows),
+      'sampled': list(self.sampled),
       'arrays': {path: list(stored) for path, stored in self.arrays.items()},
+      'coders': [coder.to_json() for coder in self.coders],
     }
 
   def frame(self, config: models.ModelConfig, segment: int) -> options_lib.Frame:
@@ -56,11 +56,11 @@ class Layout(NamedTuple):
 
   def num_tables(self, config: models.ModelConfig) -> int:
     """Returns the number of frequency tables in the stream `tables`."""
-    count = len(self.arrays) + _num_embeddings(config) if self.options.entropy else 0
-    for t, rows in enumerate(self.rows):
-      if rows is not None:
-        count += options_lib.code(self.frame(config, t), self.options).num_tables
-    return count
+    return sum(
+      options_lib.code(self.frame(config, t), self.options).num_tables
+      for t, sampled in enumerate(self.sampled)
+      if sampled
+    )
 
 
 def from_json(value: Any, config: models.ModelConfig, words: int) -> Layout:
@@ -87,37 +87,41 @@ def from_json(value: Any, config: models.ModelConfig, words: int) -> Layout:
   if lanes & (lanes - 1):
     raise ValueError(f'lanes must be a power of 2, got {lanes}')
   fixed = _integer(fields['fixed'], 'fixed', 0, widths[0])
-  rows = fields['rows']
-  if not isinstance(rows, list) or len(rows) != len(widths):
-    raise ValueError(f'rows must be a list of {len(widths)} entries')
+  sampled = _list(fields['sampled'], 'sampled', len(widths))
+  if not all(isinstance(x, bool) for x in sampled):
+    raise ValueError('sampled must be a list of true and false')
+  coders = _list(fields['coders'], 'coders', options.entropy * (len(widths) + 1))
   layout = Layout(
     options=options,
     lanes=lanes,
     fixed=fixed,
-    window=_integer(fields['window'], 'window', 0, words),
-    rows=tuple(x if x is None else _integer(x, 'rows', 0, words) for x in rows),
+    sampled=tuple(sampled),
     arrays=_arrays(fields['arrays'], config),
+    coders=tuple(map(weights.StreamSpec.from_json, coders)),
   )
-  if layout.window and all(x is None for x in rows):
-    raise ValueError('there is a window, but no rotation was sampled')
-  for t, moved in enumerate(rows):
-    if moved is not None and not layout.frame(config, t).n:
+  # The message holds the words of all arrays without those that rotations are made of.
+  held = sum(-(-coder.nbytes // 2) for coder in layout.coders)
+  if not options.entropy:
+    held = sum(num_words(x.dtype, shape) for x, shape in _each(layout.arrays, config))
+  for t in [t for t, x in enumerate(sampled) if x]:
+    shape = layout.frame(config, t)
+    if not shape.n:
       raise ValueError(f'segment {t} has no rotation to sample')
-  # The stack holds the words of all arrays minus the rows that were moved to the
-  # window. Entropy-coded arrays take at least the words of their rests.
-  size = _least_words if options.entropy else _words
-  held = sum(size(x, shape) for x, shape in _each(layout.arrays, config))
-  moved = [x for x in rows if x is not None]
-  held -= lanes * (sum(moved) + bool(moved))
-  found = words - layout.window
-  if found < held or (found > held and not options.entropy):
-    raise ValueError(f'the message must have {held} words, got {found}')
+    held -= lanes * options_lib.code(shape, options).max_rows(lanes)
+  if words < held:
+    raise ValueError(f'the message must have {held} words or more, got {words}')
   return layout
 
 
 def _fields(value: Any, names: tuple[str, ...]) -> dict[str, Any]:
   if not isinstance(value, dict) or set(value) != set(names):
     raise ValueError(f'a layout must have exactly the fields {", ".join(names)}')
+  return value
+
+
+def _list(value: Any, name: str, size: int) -> list[Any]:
+  if not isinstance(value, list) or len(value) != size:
+    raise ValueError(f'{name} must be a list of {size} entries')
   return value
 
 
@@ -152,21 +156,6 @@ def _each(
   ]
 
 
-def _words(stored: Stored, shape: tuple[int, ...]) -> int:
-  return math.prod(shape) * jnp.dtype(stored.dtype).itemsize // 2
-
-
-def _least_words(stored: Stored, shape: tuple[int, ...]) -> int:
-  rest_bits = floats.LAYOUTS[jnp.dtype(stored.dtype)].rest_bits
-  return math.prod(shape) * rest_bits // 16
-
-
-def _num_embeddings(config: models.ModelConfig) -> int:
-  """Returns the number of embeddings, which are pushed in two pieces each."""
-  return sum(path.startswith('embed/') for path in segments.parts(config)[0].writers)
-
-
-def padded(tables: list[np.ndarray]) -> np.ndarray:
-  """Returns K frequency tables as rows of one array: int64 `[K, ALPHABET]`."""
-  rows = [np.pad(row, (0, ALPHABET - row.size)) for row in tables]
-  return np.stack(rows) if rows else np.zeros((0, ALPHABET), np.int64)
+def num_words(dtype: str, shape: tuple[int, ...]) -> int:
+  """Returns how many 16-bit words the elements of an array have."""
+  return math.prod(shape) * jnp.dtype(dtype).itemsize // 2

@@ -93,15 +93,14 @@ def code(shape: Frame, options: Options) -> rotation_codes.RotationCode:
 
 
 def max_lanes(widths: tuple[int, ...]) -> int:
-  """Returns the number of lanes of an encoder's window. A decoder accepts no more."""
-  return 1 << min(max(max(widths) ** 2 >> 9, 1), 4096).bit_length() - 1
+  """Returns the number of lanes of an encoder's messages. A decoder accepts no more.
 
-
-def capacity(widths: tuple[int, ...], lanes: int, options: Options) -> int:
-  """Returns the capacity of a lane of the window, in words.
-
-  It is twice the number of words that a rotation can take, because lanes from which
-  less was popped than from others keep more words.
+  A message costs about two bytes for each lane.
   """
+  return 1 << min(max(max(widths) ** 2 >> 11, 1), 1024).bit_length() - 1
+
+
+def max_rows(widths: tuple[int, ...], options: Options) -> int:
+  """Returns how many words of a lane the rotation of any segment may need."""
   shapes = {frame(widths, t, 0, options) for t in range(len(widths))}
-  return 2 * max(code(x, options).max_rows(lanes) for x in shapes) + 64
+  return max(code(x, options).max_rows(max_lanes(widths)) for x in shapes)

@@ -20,7 +20,6 @@ from rotbits_jax.coding import codecs
 from rotbits_jax.coding import rans
 from rotbits_jax.coding.bits_back import correction as correction_lib
 from rotbits_jax.coding.bits_back import haar
-from rotbits_jax.coding.bits_back import numbers
 from rotbits_jax.coding.bits_back import symmetric_eig
 
 _MAX_LANES = 1024
@@ -175,7 +174,7 @@ def _packing(
   def unpack(words: np.ndarray, table: np.ndarray) -> Any:
     message = rans.from_words(words, lanes, capacity)
     message, correction = pop(message, jnp.asarray(table))
-    numbers.check_empty(message)
+    rans.check_empty(message)
     return correction
 
   return pack, unpack
