@@ -33,6 +33,7 @@ from rotbits_jax.checkpoints import safetensors_files
 from rotbits_jax.checkpoints import torch_zip
 from rotbits_jax.coding import codecs
 from rotbits_jax.coding import rans
+from rotbits_jax.coding import tables
 from rotbits_jax.coding import weights
 from rotbits_jax.coding.bits_back import haar
 from rotbits_jax.coding.bits_back import permutation
@@ -267,14 +268,16 @@ class _Codecs:
     assert np.array_equal(again, words)
 
   def _correction(self, choice: int, words: np.ndarray) -> None:
-    code = (
-      rotation_codes.haar_code(5, 5)
+    code, count = (
+      (rotation_codes.haar_code(5, 5), 3)
       if choice > 127
-      else rotation_codes.symmetric_eig_code(4, True, None)
+      else (rotation_codes.symmetric_eig_code(4, True, None), 2)
     )
-    table = np.zeros((code.num_tables, 17), np.int64)
-    table[:, :4] = 4096
-    code.unpack(words, table)
+    frequencies = np.zeros((count, 17), np.int64)
+    frequencies[:, :4] = 4096
+    data = tables.to_bytes(frequencies)
+    head = np.frombuffer(data + b'\0' * (len(data) % 2), np.uint16)
+    code.unpack(np.concatenate([[np.uint16(len(data))], head, words]))
 
   def _order(self, choice: int, words: np.ndarray) -> None:
     distinct = (1, 2, 16, 300)[choice // 8 % 4]

@@ -34,7 +34,7 @@ def _words(count, seed=0):
 def _encoded(entropy=False):
   """Returns a model, its encoding and its message."""
   model = random_models.sliced_llama(WIDTHS, np.float16)
-  return model, *paper_test.encode(model, paper.Options(entropy=entropy))
+  return model, *paper_test.encode(model, entropy=entropy)
 
 
 class WordStackTest(parameterized.TestCase):
@@ -144,7 +144,7 @@ class StreamTest(parameterized.TestCase):
       settle(stack, 1 << 40 if keep else 0)
 
     with mock.patch.object(word_stack.WordStack, 'settle', settle_late):
-      again, words = paper_test.encode(model, paper.Options(entropy=entropy))
+      again, words = paper_test.encode(model, entropy=entropy)
     self.assertGreater(len(calls), 5)
     self.assertEqual(encoded.layout, again.layout)
     np.testing.assert_array_equal(message, words)
@@ -159,7 +159,8 @@ class StreamTest(parameterized.TestCase):
       held.append(stack.size)
 
     with mock.patch.object(word_stack.WordStack, 'push', watched):
-      paper.encode(model, paper.Options(), lambda x: spilled.append(x.size))
+      options = paper_test.options()
+      paper.encode(model, options, lambda x: spilled.append(x.size))
     self.assertEqual(sum(spilled), message.size)
     self.assertGreater(len(spilled), 5)
     self.assertLess(max(held), message.size / 2)
@@ -171,24 +172,20 @@ class StreamTest(parameterized.TestCase):
     class Source:
       config = model.config
       outer = staticmethod(model.outer)
+      specs = staticmethod(model.specs)
 
       def layer(self, index):
         asked.append(index)
         return model.layer(index)
 
-    again, words = paper_test.encode(Source(), paper.Options())
+    again, words = paper_test.encode(Source())
     self.assertEqual(again.layout, encoded.layout)
     np.testing.assert_array_equal(words, message)
-    self.assertEqual(asked, [0, 1, 0, 1])  # the first pass reads shapes
+    self.assertEqual(asked, [0, 1])
 
   def test_last_segment_comes_first(self):
     model, encoded, message = _encoded()
-    decoded = iter(
-      paper.decode(
-        encoded.layout, message, encoded.corrections, encoded.tables, model.config
-      )
-    )
-    order = [path for path, _ in decoded]
+    order = list(paper_test.decode(encoded, message, model.config))
     self.assertIn('head/kernel', order[:3])
     self.assertEqual(order[-1], 'embed/tokens')
     self.assertLen(set(order), len(order))
@@ -199,31 +196,18 @@ class MalformedTest(parameterized.TestCase):
     model, encoded, message = _encoded(entropy)
     given = {
       'layout': encoded.layout,
-      'message': message,
-      'corrections': encoded.corrections,
-      'tables': encoded.tables,
+      'streams': {'message': message, **encoded.streams},
       'config': model.config,
-    }
-    if at_once:
-      with self.assertRaises(ValueError):
-        paper.decode(**given | changed)
-    else:
-      with self.assertRaises(ValueError):
-        list(paper.decode(**given | changed))
+    } | changed
+    with self.assertRaises(ValueError):
+      decoded = paper.decode(paper_test.options(entropy=entropy), **given)
+      if not at_once:
+        list(decoded)
 
   @parameterized.named_parameters(
     ('no_object', lambda layout: [layout]),
     ('field_missing', lambda layout: {k: layout[k] for k in layout if k != 'sampled'}),
     ('field_unknown', lambda layout: layout | {'more': 1}),
-    ('options_none', lambda layout: layout | {'options': None}),
-    ('canonicaliser', lambda layout: _with(layout, 'options', 'canonicaliser', 'lu')),
-    ('codec', lambda layout: _with(layout, 'options', 'rotation_codec', ['haar'])),
-    ('threshold', lambda layout: _with(layout, 'options', 'threshold', 1.0)),
-    ('entropy', lambda layout: _with(layout, 'options', 'entropy', 2)),
-    ('lanes_zero', lambda layout: layout | {'lanes': 0}),
-    ('lanes_odd', lambda layout: layout | {'lanes': 3}),
-    ('lanes_many', lambda layout: layout | {'lanes': 1 << 40}),
-    ('lanes_float', lambda layout: layout | {'lanes': 1.0}),
     ('fixed_negative', lambda layout: layout | {'fixed': -1}),
     ('fixed_many', lambda layout: layout | {'fixed': 15}),
     ('sampled_few', lambda layout: layout | {'sampled': layout['sampled'][1:]}),
@@ -253,20 +237,24 @@ class MalformedTest(parameterized.TestCase):
     model, encoded, message = _encoded()
     layout = _with(encoded.layout, 'arrays', 'layers.1/mlp/up/kernel', ['float16', 1])
     with self.assertRaisesRegex(ValueError, r'layers\.1/mlp/up/kernel: decoded'):
-      list(
-        paper.decode(layout, message, encoded.corrections, encoded.tables, model.config)
-      )
+      paper_test.decode(encoded._replace(layout=layout), message, model.config)
 
   @parameterized.parameters(False, True)
   def test_streams_of_another_length_are_refused(self, entropy):
     _, encoded, message = _encoded(entropy)
-    for words in (message[1:], message[:-1], message[:0], np.append(message, message)):
-      self._assert_refused(entropy=entropy, message=words)
-    for words in (encoded.corrections[1:], encoded.corrections[:-3], message[:0]):
-      self._assert_refused(entropy=entropy, corrections=words)
-    for stream in (encoded.tables[:-1], encoded.tables[:0]):
-      self._assert_refused(entropy=entropy, tables=stream, at_once=True)
-    self._assert_refused(entropy=entropy, message=message.view(np.uint8), at_once=True)
+    corrections = encoded.streams['corrections']
+    for name, changed in (
+      (
+        'message',
+        (message[1:], message[:-1], message[:0], np.append(message, message)),
+      ),
+      ('corrections', (corrections[1:], corrections[:-3], message[:0])),
+    ):
+      for words in changed:
+        streams = {'message': message, **encoded.streams, name: words}
+        self._assert_refused(entropy=entropy, streams=streams)
+    streams = {'message': message.view(np.uint8), **encoded.streams}
+    self._assert_refused(entropy=entropy, streams=streams, at_once=True)
 
   def test_coders_of_other_arrays_are_refused(self):
     _, encoded, _ = _encoded(True)
@@ -281,16 +269,14 @@ class DamageTest(parameterized.TestCase):
   def test_damaged_words_give_the_arrays_or_a_value_error(self, entropy):
     model, encoded, message = _encoded(entropy)
     harmless = 0
-    streams = {'message': message, 'corrections': encoded.corrections}
+    streams = {'message': message, **encoded.streams}
     for name, words in streams.items():
       for place in np.linspace(0, words.size - 1, 40).astype(int):
         damaged = words.copy()
         damaged[place] ^= 1 << place % 16
-        given = streams | {name: damaged}
+        given = paper_test.options(entropy=entropy), encoded.layout
         try:
-          decoded = paper.decode(
-            encoded.layout, tables=encoded.tables, config=model.config, **given
-          )
+          decoded = paper.decode(*given, streams | {name: damaged}, model.config)
           harmless += bool(list(decoded))
         except ValueError:
           pass

@@ -549,7 +549,7 @@ FILES = 'files/'
 REST = 'rest/'
 """The beginning of the names of streams that hold the rest of a weights file."""
 
-MESSAGE = ('message', 'corrections', 'tables')
+MESSAGE = ('message', 'corrections')
 """The streams of a message of bits-back coding."""
 
 DTYPE = 'dtype'

@@ -13,6 +13,7 @@ from rotbits_jax.file import container
 from rotbits_jax.file import manifest as manifest_lib
 from rotbits_jax.file import memory
 from rotbits_jax.file.container import ContainerError
+from rotbits_jax.system import schema
 
 Tree = dict[str, Any]
 
@@ -40,20 +41,14 @@ def arrays(
     memory.check('message', 4 * max(map(sum, parts)))
     streams = {}
     for stream in message.streams:
-      data: Any = file.checked(stream.name, stream.nbytes, stream.crc32)
-      if stream.name != 'tables':
-        if data.size % 2:
-          raise ContainerError(f'{stream.name}: the number of bytes must be even')
-        data = data.view('<u2')
-      streams[stream.name] = data
+      data = file.checked(stream.name, stream.nbytes, stream.crc32)
+      if data.size % 2:
+        raise ContainerError(f'{stream.name}: the number of bytes must be even')
+      streams[stream.name] = data.view('<u2')
     try:
+      options = schema.load(paper.Options, own.options, 'options')
       yield from paper.decode(
-        message.layout,
-        streams['message'],
-        streams['corrections'],
-        streams['tables'],
-        config,
-        progress=show_progress,
+        options, message.layout, streams, config, progress=show_progress
       )
     except ValueError as error:
       raise ContainerError(f'message: {error}') from error
@@ -69,15 +64,13 @@ def dtypes(
   """
   if own.message is None or own.config is None:
     return {}
-  from rotbits_jax.paper import layout as layout_lib  # slow to import
+  from rotbits_jax import paper  # slow to import
 
   with file.errors():
     try:
-      words = file.nbytes('message') // 2
-      layout = layout_lib.from_json(own.message.layout, own.config, words)
+      return paper.dtypes(own.message.layout)
     except ValueError as error:
       raise ContainerError(f'message: {error}') from error
-  return {path: np.dtype(x.dtype) for path, x in layout.arrays.items()}
 
 
 def layers(

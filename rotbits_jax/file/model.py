@@ -197,19 +197,16 @@ class Job:
     self, writer: writer_lib.FileWriter, bar: progress_lib.Progress
   ) -> None:
     assert self.preset.message is not None
-    name, corrections, tables = manifest_lib.MESSAGE
+    name, *others = manifest_lib.MESSAGE
     encoded = self.preset.message.encode(
       self.context.source,
       spill=lambda words: writer.extend(name, words),
       progress=bar.shown,
     )
     streams = [writer.close(name)]
-    for other, data in ((corrections, encoded.corrections), (tables, encoded.tables)):
-      writer.extend(other, data)
+    for other in others:
+      writer.extend(other, encoded.streams[other])
       streams.append(writer.close(other))
-    saving = symmetries.Saving(
-      self.preset.names[0], 0, int(encoded.net_bits // 8), list(encoded.notes)
-    )
     own = [x for name, x in self.sizes.items() if name != manifest_lib.BUFFERS]
     writer.set_message(
       manifest_lib.Message(
@@ -217,7 +214,7 @@ class Job:
         streams=tuple(streams),
         input_numbers=sum(sizes.numbers for sizes in own),
         input_bytes=sum(sizes.bytes for sizes in own),
-        savings=(saving,),
+        savings=(encoded.saving,),
       )
     )
     bar.update(len(own))
