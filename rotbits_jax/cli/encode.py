@@ -148,7 +148,7 @@ def _define_options() -> dict[str, flags.FlagHolder[Any]]:
     if not isinstance(kind, tuple) and kind not in (bool, float, int, str):
       continue
     doc = inspect.getdoc(factory) or ''
-    purpose = re.search(rf'^  {name}: (.*?)[.;]\s', doc, re.M | re.S)
+    purpose = re.search(rf'^  {name}: (.*?)[.;](?!\S)', doc, re.M | re.S)
     help = f'Only for --preset={"|".join(own)}: '
     help += f'{" ".join(purpose[1].split())}; ' if purpose else ''
     options[name] = FLAGS.add(name, f'{help}{option.default} by default.', kind)
