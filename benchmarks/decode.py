@@ -292,7 +292,7 @@ def _blocks_alone(path: pathlib.Path) -> tuple[Callable[[], None], int]:
   given = [
     (
       unit.coder,
-      streams.stream(unit.name).copy(),
+      np.frombuffer(streams.read(unit.name), np.uint8),
       [np.ones(x.shape, jnp.dtype(x.dtype)) for x in unit.coder.arrays],
     )
     for unit in units

@@ -69,18 +69,21 @@ class Clock:
     self.began = _now()
     self.layers: dict[int, np.ndarray] = {}
 
-  def outer(self) -> models.Params:
-    """Returns the parameters outside the layers."""
-    return self.source.outer()
+  @property
+  def records(self) -> tuple[str, ...]:
+    """Names of the records."""
+    return self.source.records
 
-  def specs(self, index: int | None) -> models.Params:
-    """Returns the shapes and dtypes of a layer's parameters."""
-    return self.source.specs(index)
+  def specs(self, record: str) -> models.Params:
+    """Returns the shapes and dtypes of a record."""
+    return self.source.specs(record)
 
-  def layer(self, index: int) -> models.Params:
-    """Returns the parameters of a layer."""
-    self.layers[index] = _now()
-    return self.source.layer(index)
+  def read(self, record: str) -> models.Params:
+    """Returns the parameters of a record."""
+    index = models.names.layer_index(record)
+    if index is not None:
+      self.layers[index] = _now()
+    return self.source.read(record)
 
   def report(self, task: str, layers: int, segments_per_layer: int) -> None:
     """Prints the seconds so far, per segment, and estimated for the whole model.
@@ -136,7 +139,7 @@ def run(directory: pathlib.Path, options: paper.Options) -> None:
     progress=True,
   )
   _peak()
-  clock = Clock(checkpoints.open_checkpoint(checkpoint))
+  clock: Any = Clock(checkpoints.open_checkpoint(checkpoint))
   with path.open('wb') as file:
 
     def spill(words: np.ndarray) -> None:

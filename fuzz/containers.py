@@ -16,7 +16,7 @@ Json = dict[str, Any]
 def unpack(data: bytes) -> tuple[dict[str, bytes], Json]:
   """Returns the streams of a container without the manifest, and the manifest."""
   reader = container.StreamReader(data)
-  streams = {name: reader.stream(name).tobytes() for name in reader.names()}
+  streams = {name: reader.read(name) for name in reader.names()}
   return streams, json.loads(streams.pop(container.MANIFEST))
 
 

@@ -127,6 +127,15 @@ def leaves() -> dict[str, Any]:
       normal(3, 2), normal(2, 7), size=5, transposed=True, names='factors'
     ),
     'tied': structured.Tied(normal(5, 3), tokens=9),
+    'quantized': structured.Quantized(
+      rng.integers(0, 16, (6, 64)).astype(np.uint8),
+      rng.integers(0, 64, (6, 4)).astype(np.uint8),
+      rng.integers(0, 64, (6, 4)).astype(np.uint8),
+      normal(6, 2),
+      normal(6, 2),
+      name='bfloat16',
+      transposed=True,
+    ),
     **packed_leaves(),
   }
 

@@ -29,6 +29,7 @@ from rotbits_jax import structured
 from rotbits_jax.checkpoints import attributes
 from rotbits_jax.checkpoints import configs
 from rotbits_jax.checkpoints import gguf_files
+from rotbits_jax.checkpoints import indices
 from rotbits_jax.checkpoints import safetensors_files
 from rotbits_jax.checkpoints import torch_zip
 from rotbits_jax.coding import codecs
@@ -41,6 +42,7 @@ from rotbits_jax.coding.bits_back import rotation_codes
 from rotbits_jax.coding.bits_back import symmetric_eig
 from rotbits_jax.coding.weights import order
 from rotbits_jax.system import checksums
+from rotbits_jax.system import schema
 
 Mutate = Callable[[bytes, random.Random, mutations.MutateBytes], bytes]
 
@@ -185,21 +187,21 @@ def _safetensors(path: pathlib.Path) -> None:
 
 def _plain(path: pathlib.Path) -> None:
   source = checkpoints.open_tensors(path)
-  for name, spec in source.specs.items():
-    if spec.size <= _SMALL:
-      np.array(source.read(name))
+  for tensor in source.tensors.values():
+    if tensor.size <= _SMALL:
+      np.array(tensor.read())
   for file in source.weights:
-    b''.join(source.rest(file))
+    b''.join(source.gaps(file))
 
 
 def _index(path: pathlib.Path) -> None:
-  safetensors_files.open_sharded(path)
+  indices.shards(indices.read(path), str(path))
   _plain(path)
 
 
 def _gguf(path: pathlib.Path) -> None:
   source = gguf_files.open_gguf(path)
-  if source.numbers <= _SMALL:
+  if source.elements <= _SMALL:
     source.load()
 
 
@@ -211,9 +213,7 @@ def _config(data: bytes) -> None:
   configs.stop_tokens({'config.json': json.dumps(config_json).encode()})
   config = configs.parse_config(config_json, slicing)
   models.outer_shapes(config)
-  models.ModelConfig.from_json(
-    json.loads(json.dumps(config.__dict__ | {'rope_scaling': None}))
-  )
+  schema.load(models.ModelConfig, json.loads(json.dumps(schema.dump(config))))
   if config.sliced:
     configs.slicing_json(config)
 

@@ -181,14 +181,9 @@ def decode_to_directory(
       for index, params in reader.parts(show_progress=progress):
         params = models.materialize(params, but=kept)
         prefix = models.names.prefix(index)
-        params = structured.unflatten(
-          (path, structured.astype(leaf, dtypes[prefix + path]))
-          for path, leaf in structured.flatten(params).items()
-        )
-        if index is None:
-          writer.outer(params)
-        else:
-          writer.layer(index, params)
+        for path, leaf in structured.flatten(params).items():
+          whole = prefix + path
+          writer.add(whole, structured.astype(leaf, dtypes[whole]))
 
 
 def read_record(source: file.Readable, name: str) -> Tree:
@@ -241,7 +236,7 @@ def _decode_tensors(
       directory,
       tuple(reader.weights_files.values()),
       sizes=reader.tensor_sizes(),
-      rests=reader.rests(),
+      gaps=reader.rests(),
       files=reader.files(),
       overwrite=overwrite,
     )

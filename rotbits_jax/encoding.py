@@ -189,7 +189,7 @@ def _without(
   source: checkpoints.CheckpointReader | checkpoints.TensorFiles, output: pathlib.Path
 ) -> checkpoints.CheckpointReader | checkpoints.TensorFiles:
   """Returns a checkpoint that does not have its older output for one of its files."""
-  if source.path.absolute().parent != output.parent:
+  if source.path is None or source.path.absolute().parent != output.parent:
     return source
   older = {output.name, *(x.name for x in shards_lib.existing(output))}
   found = copy.copy(source)

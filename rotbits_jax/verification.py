@@ -173,11 +173,12 @@ def _given(
   of a checkpoint without a model.
   """
   if isinstance(expected, checkpoints.TensorFiles):
-    return {name: expected.read(name) for name in paths if name in expected.specs}
-  index = models.names.layer_index(prefix)
-  if index is None:
-    return structured.flatten(expected.outer())
-  return structured.flatten(expected.layer(index))
+    return {x: expected.tensors[x].read() for x in paths if x in expected.tensors}
+  found: dict[str, Any] = {}
+  for record in {f'{prefix}{path}'.split('/')[0] for path in paths}:
+    if record in expected.records:
+      found |= structured.flatten(expected.read(record))
+  return {path: found.get(f'{prefix}{path}') for path in paths}
 
 
 def _compare_rests(
@@ -188,7 +189,7 @@ def _compare_rests(
   if reader.weights_files != given:
     raise file.ContainerError('the weights files are laid out in another way')
   for name, layout in given.items():
-    if b''.join(expected.rest(layout)) != rests[name]:
+    if b''.join(expected.gaps(layout)) != rests[name]:
       raise file.ContainerError(f'{name}: differs from the checkpoint')
 
 

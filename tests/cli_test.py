@@ -723,12 +723,12 @@ class TestProcess:
 import os, sys
 from rotbits_jax.checkpoints import writer
 from rotbits_jax.cli import main
-layer = writer.CheckpointWriter.layer
-def stopped(self, index, params):
-  layer(self, index, params)
+add = writer.CheckpointWriter.add
+def stopped(self, path, leaf):
+  add(self, path, leaf)
   assert os.listdir({str(tmp_path)!r})
   os.kill(os.getpid(), {int(number)})
-writer.CheckpointWriter.layer = stopped
+writer.CheckpointWriter.add = stopped
 sys.argv = ['rotbits', 'decode', {f'--input={encoded / "exact"}'!r},
             {f'--output={tmp_path / "a" / "out"}'!r}]
 sys.exit(main.main())

@@ -63,7 +63,7 @@ def streams(path):
   """Returns the bytes and the manifest entry of each unit of a file or of shards."""
   with file.Reader(path) as reader:
     return {
-      name: (reader._units.files[name].stream(name).tobytes(), unit.to_json())
+      name: (reader._units.files[name].read(name), unit.to_json())
       for name, unit in reader.units.items()
     }
 
@@ -683,7 +683,7 @@ class ReaderTest(Base):
   @parameterized.parameters(
     ({'stem': None}, 'needs a stem'),
     ({'stem': 'other'}, r'other\.json is missing'),
-    ({'files': seeds.FILES | {'model.safetensors': b''}}, 'name of the weights'),
+    ({'files': seeds.FILES | {'model.safetensors': b''}}, 'two files have the name'),
   )
   def test_a_model_of_which_no_checkpoint_can_be_made(self, given, message):
     model = seeds.sliced_model(seeds.LLAMA)

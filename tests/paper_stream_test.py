@@ -171,17 +171,17 @@ class StreamTest(parameterized.TestCase):
 
     class Source:
       config = model.config
-      outer = staticmethod(model.outer)
+      records = model.records
       specs = staticmethod(model.specs)
 
-      def layer(self, index):
-        asked.append(index)
-        return model.layer(index)
+      def read(self, record):
+        asked.append(record)
+        return model.read(record)
 
     again, words = paper_test.encode(Source())
     self.assertEqual(again.layout, encoded.layout)
     np.testing.assert_array_equal(words, message)
-    self.assertEqual(asked, [0, 1])
+    self.assertEqual(asked, ['layers.0', 'embed', 'layers.1', 'head'])
 
   def test_last_segment_comes_first(self):
     model, encoded, message = _encoded()

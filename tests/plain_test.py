@@ -340,11 +340,11 @@ class CheckpointTest(parameterized.TestCase):
     opened = checkpoints.open_tensors(self.source)
     read = []
 
-    def read_until(name):
-      if name == 'h.1.steps':
+    def read_until(record):
+      if record == 'h.1':
         raise KeyboardInterrupt
-      read.append(name)
-      return checkpoints.TensorFiles.read(opened, name)
+      read.append(record)
+      return checkpoints.TensorFiles.read(opened, record)
 
     opened.read = read_until
     with self.assertRaises(KeyboardInterrupt):
@@ -354,8 +354,8 @@ class CheckpointTest(parameterized.TestCase):
     again.read = lambda x: reread.append(x) or checkpoints.TensorFiles.read(again, x)
     rotbits_jax.encode_to_file(again, self.file)
     self.assertEqual(self.file.read_bytes(), expected)
-    self.assertIn('h.0.attn.weight', read)
-    self.assertNotIn('h.0.attn.weight', reread)
+    self.assertIn('h.0', read)
+    self.assertNotIn('h.0', reread)
 
   def test_damage_is_found(self):
     weights_files.write_safetensors(self.source / 'model.safetensors', _tensors())
@@ -382,10 +382,10 @@ class CheckpointTest(parameterized.TestCase):
 
   def test_tensors_that_overlap_are_refused(self):
     layout = checkpoints.WeightsFile('x', 10, (('a', 2), ('b', 5)))
-    self.assertEqual(layout.rest({'a': 3, 'b': 4}), [(0, 2), (9, 10)])
+    self.assertEqual(layout.gaps({'a': 3, 'b': 4}), [(0, 2), (9, 10)])
     for sizes in ({'a': 4, 'b': 1}, {'a': 1, 'b': 6}):
       with self.assertRaisesRegex(ValueError, 'overlap'):
-        layout.rest(sizes)
+        layout.gaps(sizes)
 
   def test_a_weights_file_has_one_place_for_each_tensor(self):
     tensors = {'a': np.ones(3), 'b': np.zeros(3)}

@@ -26,10 +26,10 @@ from rotbits_jax.checkpoints.gguf_files import read_gguf
 from rotbits_jax.checkpoints.lazy import LazyTensor
 from rotbits_jax.checkpoints.lazy import TensorSpec
 from rotbits_jax.checkpoints.reader import CheckpointReader
+from rotbits_jax.checkpoints.reader import from_tensors
+from rotbits_jax.checkpoints.staging import WeightsFile
 from rotbits_jax.checkpoints.tensor_files import TensorFiles
 from rotbits_jax.checkpoints.tensor_files import TensorFilesWriter
-from rotbits_jax.checkpoints.tensor_files import WeightsFile
-from rotbits_jax.checkpoints.tensors import from_tensors
 from rotbits_jax.checkpoints.tensors import to_tensors
 from rotbits_jax.checkpoints.writer import CheckpointWriter
 from rotbits_jax.checkpoints.writer import Format

@@ -88,6 +88,7 @@ import rotbits_jax
 from rotbits_jax import checkpoints
 from rotbits_jax import presets
 from rotbits_jax.cli import program
+from rotbits_jax.presets import steps
 from rotbits_jax.system import outputs
 
 FLAGS = program.Flags()
@@ -200,10 +201,8 @@ def read_preset(name: str) -> tuple[presets.Preset, list[dict[str, float]] | Non
   return preset, [point._asdict() for point in found.curve]
 
 
-def search(max_kl: float, text: str) -> Any:
-  """Returns a `steps.Found` for --max_kl and --text; its points go to stderr."""
-  from rotbits_jax.presets import steps  # slow to import
-
+def search(max_kl: float, text: str) -> steps.Found:
+  """Returns the steps that --max_kl and --text select; the points go to stderr."""
   outputs.check(outputs.resolved(_OUTPUT.value), overwrite=_OVERWRITE.value)
   checkpoint = rotbits_jax.load_checkpoint(_CHECKPOINT.value)
   found = steps.search(

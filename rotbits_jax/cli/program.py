@@ -8,8 +8,7 @@ one line on stderr and nothing written; 130 interrupted; 129 and 143 ended by SI
 SIGTERM.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-import contextlib
+from collections.abc import Callable, Sequence
 import inspect
 import json
 import logging
@@ -25,13 +24,14 @@ from typing import Any
 from absl import flags
 import jax
 import numpy as np
-import safetensors
 
 import rotbits_jax
+from rotbits_jax import evaluation
 from rotbits_jax.file import container
 from rotbits_jax.file.fields import printable
 from rotbits_jax.report import savings
 from rotbits_jax.system import config_files
+from rotbits_jax.system import interrupts
 
 Result = tuple[dict[str, Any], str | None]
 """The JSON object and the text that a command prints."""
@@ -125,41 +125,6 @@ class Flags:
         )
 
 
-class Stopped(KeyboardInterrupt):
-  """A signal that asks the process to end. Incomplete outputs are then removed.
-
-  Attributes:
-    signal: number of the signal.
-  """
-
-  def __init__(self, number: int):
-    """Stores the number of the signal."""
-    super().__init__()
-    self.signal = number
-
-
-@contextlib.contextmanager
-def _signals() -> Iterator[None]:
-  """Turns signals that end the process into exceptions, as Python does for SIGINT."""
-  handled = [signal.SIGTERM, getattr(signal, 'SIGHUP', signal.SIGTERM)]
-
-  def stop(number: int, frame: Any) -> None:
-    for each in handled:  # a second signal must not interrupt the removal of outputs
-      signal.signal(each, signal.SIG_IGN)
-    raise Stopped(number)
-
-  found = {each: signal.getsignal(each) for each in handled}
-  for each, handler in found.items():
-    if handler not in (signal.SIG_IGN, None):  # nohup ignores SIGHUP
-      signal.signal(each, stop)
-  try:
-    yield
-  finally:
-    for each, handler in found.items():
-      if handler is not None:
-        signal.signal(each, handler)
-
-
 def run(command: Callable[[], Result | None], own: Flags | flags.FlagValues) -> int:
   """Parses `sys.argv`, runs a command and prints its result.
 
@@ -184,7 +149,7 @@ def run(command: Callable[[], Result | None], own: Flags | flags.FlagValues) -> 
   logging.getLogger('jax').setLevel(logging.ERROR)  # hides messages like "no GPU found"
   _keep_programs()
   try:
-    with _signals():
+    with interrupts.raised():
       _parse(values)
       if isinstance(own, Flags):
         own.check_sources()
@@ -194,10 +159,8 @@ def run(command: Callable[[], Result | None], own: Flags | flags.FlagValues) -> 
       elif result is not None and result[1] is not None:
         print(result[1])
       sys.stdout.flush()
-  except Stopped as error:
-    return 128 + error.signal  # the convention of shells
-  except KeyboardInterrupt:
-    return 128 + signal.SIGINT
+  except KeyboardInterrupt as error:  # the exit code is the convention of shells
+    return 128 + getattr(error, 'signal', signal.SIGINT)
   except BrokenPipeError:
     raise
   except (ValueError, OSError, flags.Error) as error:
@@ -268,8 +231,6 @@ def read_tokens(checkpoint: rotbits_jax.Checkpoint, text: str) -> np.ndarray:
   Raises:
     ValueError: if the checkpoint has no tokenizer, or that of another model.
   """
-  from rotbits_jax import evaluation  # slow to import
-
   tokens = evaluation.encode_text(checkpoint.files, text)
   count = checkpoint.model.config.vocab_size
   if tokens.max(initial=0) >= count:
@@ -323,10 +284,10 @@ def _is_container(path: str) -> bool:
   if path.endswith('.index.json') and not path.endswith('.safetensors.index.json'):
     return True
   try:
-    with safetensors.safe_open(path, 'numpy') as file:
-      return (file.metadata() or {}).get('format') == container.FORMAT
-  except safetensors.SafetensorError:  # the file is damaged or has another format
+    container.StreamReader(path)
+  except container.ContainerError:  # the file is damaged or has another format
     return pathlib.Path(path).suffix not in _CHECKPOINT_SUFFIXES
+  return True
 
 
 def _parse(values: flags.FlagValues) -> None:

@@ -7,7 +7,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from rotbits_jax import models
 from rotbits_jax.system.progress import track
@@ -223,7 +222,8 @@ def _measure(
     expected: logits `[T - 1, V]` of each reference.
     tokens: `[1, T]`.
   """
-  loss = optax.softmax_cross_entropy_with_integer_labels(predicted, tokens[0, 1:])
+  log_probabilities = jax.nn.log_softmax(predicted)
+  loss = -jnp.take_along_axis(log_probabilities, tokens[0, 1:, None], axis=-1)[:, 0]
   return jnp.stack([loss, *(kl_divergence(e, predicted) for e in expected)])
 
 

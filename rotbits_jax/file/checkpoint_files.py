@@ -71,17 +71,17 @@ def rests(
       with file.errors():
         name = entry.rest.name
         try:
-          parts = entry.layout.rest(sizes)
+          parts = entry.layout.gaps(sizes)
         except ValueError as error:
           raise ContainerError(str(error)) from error
-        data = file.checked(name, entry.rest.nbytes, entry.rest.crc32)
+        data = file.read(name, entry.rest.crc32)
         size = sum(end - begin for begin, end in parts)
         left -= size
         if left < 0:
           raise ContainerError(
             f'{name}: too many bytes of the weights files are not in tensors'
           )
-        found[entry.layout.name] = _inflate(name, data.tobytes(), size)
+        found[entry.layout.name] = _inflate(name, data, size)
   return found
 
 
@@ -102,8 +102,8 @@ def others(
     for entry, size in zip(own.files, own.sizes, strict=True):
       name = entry.name.removeprefix(manifest_lib.FILES)
       with file.errors():
-        data = file.checked(entry.name, entry.nbytes, entry.crc32)
-        found[name] = _inflate(entry.name, data.tobytes(), size)
+        data = file.read(entry.name, entry.crc32)
+        found[name] = _inflate(entry.name, data, size)
   return found
 
 

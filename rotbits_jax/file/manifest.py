@@ -25,6 +25,7 @@ from rotbits_jax.coding import weights
 from rotbits_jax.file import container
 from rotbits_jax.file import fields
 from rotbits_jax.symmetries import transform
+from rotbits_jax.system import schema
 
 ContainerError = container.ContainerError
 
@@ -465,7 +466,7 @@ class Manifest:
     config = None
     if given.optional('config'):
       try:
-        config = models.ModelConfig.from_json(given.object('config'))
+        config = schema.load(models.ModelConfig, given.object('config'))
       except ValueError as error:
         raise ContainerError(f'config: {error}') from error
     files = given.items('files')

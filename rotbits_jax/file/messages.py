@@ -39,12 +39,9 @@ def arrays(
   with file.errors():
     parts = [map(math.prod, x.values()) for x in _shapes_of_parts(config)]
     memory.check('message', 4 * max(map(sum, parts)))
-    streams = {}
+    streams: dict[str, Any] = {}
     for stream in message.streams:
-      data = file.checked(stream.name, stream.nbytes, stream.crc32)
-      if data.size % 2:
-        raise ContainerError(f'{stream.name}: the number of bytes must be even')
-      streams[stream.name] = data.view('<u2')
+      streams[stream.name] = file.words(stream.name, stream.crc32)
     try:
       options = schema.load(paper.Options, own.options, 'options')
       yield from paper.decode(

@@ -56,7 +56,7 @@ class Job:
       options = preset.options | _dtypes(self.context)
       preset = preset._replace(options=options)
     self.summary = writer_lib.Summary(preset, source.config, stem)
-    self.sizes = _input_sizes(self.context, self.buffers)
+    self.sizes = _input_sizes(self.context)
     if preset.message is not None:
       preset.message.refuse(source)
 
@@ -265,25 +265,14 @@ def _dtypes(context: symmetries.Context) -> Tree:
   return most | ({manifest_lib.OTHER_DTYPES: others} if others else {})
 
 
-def _input_sizes(
-  context: symmetries.Context, buffers: Mapping[str, Any]
-) -> dict[str, writer_lib.Sizes]:
+def _input_sizes(context: symmetries.Context) -> dict[str, writer_lib.Sizes]:
   """Returns the size of each unit before it is rewritten, in the order of the units."""
-  trees: dict[str, tuple[str, Tree]] = {}
-  for i in range(context.config.num_layers):
-    trees[models.names.layer(i)] = models.names.prefix(i), context.source.specs(i)
-  for key, tree in context.source.specs(None).items():
-    trees[key] = '', {key: tree}
   sizes = {}
-  for name, (prefix, tree) in trees.items():
+  for name in context.source.records:
     numbers = nbytes = 0
-    for path, leaf in structured.flatten(tree).items():
+    for path, leaf in structured.flatten(context.source.specs(name)).items():
       count = structured.count_elements(leaf)
       numbers += count
-      nbytes += count * context.dtypes[prefix + path].itemsize
+      nbytes += count * np.dtype(context.dtypes.get(path, leaf.dtype)).itemsize
     sizes[name] = writer_lib.Sizes(numbers, nbytes)
-  if buffers:
-    arrays = [np.asarray(x) for x in buffers.values()]
-    count, nbytes = sum(x.size for x in arrays), sum(x.nbytes for x in arrays)
-    sizes[manifest_lib.BUFFERS] = writer_lib.Sizes(count, nbytes)
   return sizes

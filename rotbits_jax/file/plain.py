@@ -122,7 +122,7 @@ class Job:
         bar.update()
       for layout in weights:
         assert self._tensors is not None
-        writer.add_weights(layout, self._tensors.rest(layout))
+        writer.add_weights(layout, self._tensors.gaps(layout))
       writer.finish()
 
   def _write_unit(
@@ -147,36 +147,25 @@ def tensor_job(
 
   Raises:
     UnsupportedError: if the preset needs a model.
-    ValueError: if a tensor has a name with an empty part.
+    ValueError: if the gaps between tensors are too long.
   """
   if preset.keeps != 'bits':
     raise checkpoints.UnsupportedError(
       f'{source.reason or source.path}; the preset exact stores such a checkpoint as '
       'plain tensors'
     )
-  for name in source.specs:
-    if not all(name.split('/')):
-      raise ValueError(f'{source.path}: {name!r} cannot be the name of a tensor')
-  rests = [x for layout in source.weights for x in layout.rest(source.sizes())]
+  rests = [x for layout in source.weights for x in layout.gaps(source.sizes())]
   if (rest := sum(end - begin for begin, end in rests)) > manifest_lib.MOST_FILES:
     raise ValueError(f'{source.path}: {rest} bytes of its files are not in tensors')
-  groups = source.groups()
-  units = {
-    group: functools.partial(_read, source, names) for group, names in groups.items()
-  }
-  sizes = {
-    group: writer_lib.Sizes(
-      sum(source.specs[name].size for name in names),
-      sum(source.specs[name].nbytes for name in names),
+  units = {name: functools.partial(source.read, name) for name in source.records}
+  sizes = {}
+  for name in source.records:
+    specs = structured.flatten(source.specs(name)).values()
+    sizes[name] = writer_lib.Sizes(
+      sum(spec.size for spec in specs), sum(spec.nbytes for spec in specs)
     )
-    for group, names in groups.items()
-  }
   files = source.files if files is None else files
   return Job(units, sizes, preset, files=files, tensors=source)
-
-
-def _read(source: checkpoints.TensorFiles, names: Sequence[str]) -> Tree:
-  return structured.unflatten({name: source.read(name) for name in names})
 
 
 def tree_job(tree: Any, preset: presets.Preset, files: Mapping[str, bytes]) -> Job:

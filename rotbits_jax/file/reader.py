@@ -19,7 +19,6 @@ import os
 from typing import Any, Self
 
 import numpy as np
-from zlib_ng import zlib_ng
 
 from rotbits_jax import checkpoints
 from rotbits_jax import models
@@ -399,11 +398,9 @@ class Reader:
 def _manifest(file: container.StreamReader) -> manifest_lib.Manifest:
   """Reads the manifest of one file, and checks it against the header."""
   with file.errors():
-    data = file.stream(container.MANIFEST)
-    if zlib_ng.crc32(data) != file.manifest_crc32:
-      raise ContainerError('the manifest is damaged: its checksum differs')
+    data = file.read(container.MANIFEST, file.manifest_crc32)
     try:
-      own = manifest_lib.Manifest.from_bytes(data.tobytes())
+      own = manifest_lib.Manifest.from_bytes(data)
     except ContainerError:
       raise
     except ValueError as error:

@@ -93,7 +93,6 @@ class Records:
     file = self.files[name]
     with file.errors():
       memory.check(name, unit.memory_bytes(integers))
-      data = file.checked(name, unit.nbytes, unit.crc32)
       flat: Tree = {}
       try:
         given: dict[str, Any] = {}
@@ -116,7 +115,8 @@ class Records:
             targets += [array.view(spec.dtype) for array, spec in pairs]
           else:
             targets += [host.empty(x.shape, x.dtype) for x in specs]
-        arrays = iter(weights.decode(unit.coder, data, out=targets))
+        with file.checked(name, unit.crc32) as data:
+          arrays = iter(weights.decode(unit.coder, data, out=targets))
         for leaf in unit.leaves:
           parts = {key: next(arrays) for key in leaf.arrays}
           own = given.get(leaf.path)

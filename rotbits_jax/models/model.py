@@ -69,8 +69,7 @@ class Model:
 
   def layers(self) -> Iterator[Params]:
     """Yields the parameters of each layer in order, unstacked."""
-    for stack in self.stacks:
-      yield from map(self.layer, stack)
+    yield from map(self.layer, itertools.chain(*self.stacks))
 
   def layer(self, index: int) -> Params:
     """Returns the parameters of one layer, unstacked."""
@@ -79,13 +78,32 @@ class Model:
         return unstack_layer(self.params[names.stack(stack)], index - stack.start)
     raise IndexError(f'the model has the layers {self.stacks}, got {index}')
 
-  def specs(self, index: int | None) -> Params:
-    """Returns `layer(index)`, or `outer()` for None.
+  def leaves(self) -> Iterator[tuple[str, Any]]:
+    """Yields each leaf, unstacked, with a path like 'layers.0/attention/out/kernel'."""
+    yield from structured.flatten(self.outer()).items()
+    for index in itertools.chain(*self.stacks):
+      for path, leaf in structured.flatten(self.layer(index)).items():
+        yield names.prefix(index) + path, leaf
 
-    `checkpoints.CheckpointReader.specs` is its counterpart, which gives shapes and
-    dtypes only.
+  @property
+  def records(self) -> tuple[str, ...]:
+    """Names of the records: the layers, those outside the layers, and the buffers."""
+    layers = map(names.layer, itertools.chain(*self.stacks))
+    return (*layers, *self.outer(), *([names.BUFFERS] if self.buffers else []))
+
+  def read(self, record: str) -> Params:
+    """Returns a record, unstacked: nested dicts with the record as their only key."""
+    if record == names.BUFFERS:
+      return {record: self.buffers}
+    index = names.layer_index(record)
+    return {record: self.params[record] if index is None else self.layer(index)}
+
+  def specs(self, record: str) -> Params:
+    """Returns leaves with the shapes and dtypes of a record: the record itself.
+
+    `checkpoints.CheckpointReader.specs` is its counterpart for a checkpoint on disk.
     """
-    return self.outer() if index is None else self.layer(index)
+    return self.read(record)
 
   def rounded(self) -> 'Model':
     """Rounds the parameters to `stored_as`, if it is set.

@@ -390,7 +390,7 @@ def rope_frequencies(config: config_lib.ModelConfig) -> np.ndarray:
   if scaling is None:
     return frequencies
   lowered = frequencies / scaling.factor
-  if scaling.kind == 'linear':
+  if scaling.type_name == 'linear':
     return lowered
   turns = scaling.original_positions * frequencies / (2 * np.pi)
   low, high = scaling.low_freq_factor, scaling.high_freq_factor

@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rotbits_jax import models
 from rotbits_jax import structured
 from rotbits_jax import symmetries
 from rotbits_jax.coding import rans
@@ -56,11 +55,8 @@ def refuse(source: symmetries.Source) -> None:
     raise ValueError(
       'a dense model has no shortcuts, so its segments cannot be rotated'
     )
-  specs = structured.flatten(source.specs(None))
-  for i in range(source.config.num_layers):
-    prefix = models.names.prefix(i)
-    flat = structured.flatten(source.specs(i))
-    specs |= {prefix + path: leaf for path, leaf in flat.items()}
+  trees = map(source.specs, source.records)
+  specs = {path: x for tree in trees for path, x in structured.flatten(tree).items()}
   for part in segments.parts(source.config):
     for path, shape in part.all.items():
       leaf = specs.get(path)

@@ -99,15 +99,14 @@ def _add(
 def reader(source: symmetries.Source) -> Callable[[Parts], Parts]:
   """Returns a function that reads the arrays around a segment, given their shapes.
 
-  It holds at most two layers, or one layer and the parameters outside the layers.
+  It holds at most two records: two layers, or a layer and the embedding or the head.
   """
 
   @functools.lru_cache(2)
-  def record(index: int | None) -> dict[str, Any]:
-    return structured.flatten(source.outer() if index is None else source.layer(index))
+  def record(name: str) -> dict[str, Any]:
+    return structured.flatten(source.read(name))
 
   def array(path: str) -> np.ndarray:
-    index = models.names.layer_index(path)
-    return np.asarray(record(index)[path.removeprefix(models.names.prefix(index))])
+    return np.asarray(record(path.partition('/')[0])[path])
 
   return lambda part: Parts(*({path: array(path) for path in x} for x in part))

@@ -22,7 +22,6 @@ flags of `rotbits encode`, with the help of the docstring.
 
 from collections.abc import Callable
 import functools
-import importlib.metadata
 import inspect
 from typing import Any
 
@@ -34,6 +33,7 @@ from rotbits_jax.presets.paper import paper
 from rotbits_jax.presets.preset import Keeps
 from rotbits_jax.presets.preset import MessageCodec
 from rotbits_jax.presets.preset import Preset
+from rotbits_jax.system import plugins
 
 __all__ = [
   'PRESETS',
@@ -61,8 +61,8 @@ PRESETS: dict[str, Callable[..., Preset]] = {
 @functools.cache
 def known() -> dict[str, Callable[..., Preset]]:
   """Returns `PRESETS` with those of other packages, which have entry points."""
-  others = importlib.metadata.entry_points(group='rotbits_jax.presets')
-  return PRESETS | {x.name: x.load() for x in others if x.name not in PRESETS}
+  names = plugins.names('presets', PRESETS)
+  return {x: made for x in names if (made := plugins.find('presets', x, PRESETS))}
 
 
 def default(config: models.ModelConfig | None) -> str:

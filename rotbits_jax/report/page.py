@@ -19,6 +19,8 @@ import numpy as np
 from rotbits_jax import file
 from rotbits_jax import models
 from rotbits_jax import structured
+from rotbits_jax.evaluation import accounting as accounting_lib
+from rotbits_jax.evaluation import published
 from rotbits_jax.report import charts
 from rotbits_jax.report import savings
 
@@ -262,10 +264,6 @@ def table(reader: file.Reader, report: savings.Report) -> str:
   """Tabulates reductions of published models and of this file; '' if it has none."""
   if (own := own_reduction(reader, report)) is None:
     return ''
-  # They are slow to import.
-  from rotbits_jax.evaluation import accounting as accounting_lib
-  from rotbits_jax.evaluation import published
-
   rows = [
     '<tr><th>model</th><th>slicing</th><th>SliceGPT</th><th>bits-back, published</th>'
     '<th>gauge fixed</th><th>+ heads, retied</th></tr>',

@@ -13,8 +13,8 @@ head.
 A leaf may be stacked, like the layers of a model: its arrays then have a leading layer
 axis `[N, ...]`.
 
-A packed leaf stands for a plain array in a file only; the reader replaces it. A leaf of
-`UniformlyQuantized` stands for one in memory only.
+`Quantized` stands for a plain array in a file only: the reader puts the array in its
+place. `UniformlyQuantized` stands for one in memory only.
 """
 
 from rotbits_jax.structured.base import KINDS
@@ -47,6 +47,7 @@ from rotbits_jax.structured.low_rank import LowRank
 from rotbits_jax.structured.low_rank import ReducedLowRank
 from rotbits_jax.structured.packed import PACKED_DTYPES
 from rotbits_jax.structured.packed import Packed
+from rotbits_jax.structured.quantized import Quantized
 from rotbits_jax.structured.shortcuts import IdentityMinusGram
 from rotbits_jax.structured.shortcuts import SymmetricTriangle
 from rotbits_jax.structured.sparse import Sparse
@@ -74,6 +75,7 @@ __all__ = [
   'Levels',
   'LowRank',
   'Packed',
+  'Quantized',
   'ReducedLowRank',
   'RowTrapezoids',
   'Sparse',

@@ -26,9 +26,12 @@ class Structured(abc.ABC):
 
   Attributes:
     kind: name of the class in the file format.
+    expands_on_reading: whether the file reader puts the array in the place of the leaf.
+      Such a leaf is materialized on the host.
   """
 
   kind: ClassVar[str]
+  expands_on_reading: ClassVar[bool] = False
 
   @property
   @abc.abstractmethod
@@ -189,8 +192,12 @@ def materialize(tree: Any) -> Any:
     ValueError: if a leaf is dependent; `models.materialize` materializes these, too.
   """
   return jax.tree.map(
-    lambda x: _materialize(x) if is_structured(x) else x, tree, is_leaf=is_structured
+    lambda x: _array(x) if is_structured(x) else x, tree, is_leaf=is_structured
   )
+
+
+def _array(leaf: Structured) -> Any:
+  return leaf.materialize() if leaf.expands_on_reading else _materialize(leaf)
 
 
 @jax.jit

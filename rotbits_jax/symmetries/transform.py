@@ -49,14 +49,21 @@ class Source(Protocol):
   @property
   def config(self) -> models.ModelConfig: ...
 
+  @property
+  def records(self) -> tuple[str, ...]:
+    """Names of the records, see `models.names`."""
+
   def outer(self) -> models.Params:
     """The parameters outside the layers."""
+
+  def read(self, record: str) -> models.Params:
+    """The parameters of a record, by whole paths."""
 
   def layer(self, index: int) -> models.Params:
     """The parameters of one layer, unstacked."""
 
-  def specs(self, index: int | None) -> models.Params:
-    """The shapes and dtypes of `layer(index)`, or of `outer()` for None."""
+  def specs(self, record: str) -> models.Params:
+    """The shapes and dtypes of a record, with the record as the only key."""
 
 
 class Context(NamedTuple):
@@ -292,17 +299,14 @@ def make_context(
   """
   kinds: dict[str, np.dtype] = {}
   sizes = collections.Counter[np.dtype]()
-  trees = [('', source.specs(None))]
-  trees += [
-    (models.names.prefix(i), source.specs(i)) for i in range(source.config.num_layers)
-  ]
-  for prefix, tree in trees:
-    for path, leaf in structured.flatten(tree).items():
+  records = [record for record in source.records if record != models.names.BUFFERS]
+  for record in records:
+    for path, leaf in structured.flatten(source.specs(record)).items():
       kind = np.dtype(leaf.dtype)
       if jnp.issubdtype(kind, jnp.floating):
         kind = kind if stored_as is None else np.dtype(jnp.dtype(stored_as))
         sizes[kind] += int(np.prod(leaf.shape))
-      kinds[prefix + path] = kind
+      kinds[path] = kind
   dtype = sizes.most_common(1)[0][0] if sizes else np.dtype(np.float32)
   return Context(source, kinds, dtype, mesh, pack)
 
