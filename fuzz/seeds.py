@@ -222,16 +222,19 @@ def containers_of_models() -> dict[str, bytes]:
 
 def stored_leaves() -> list[bytes]:
   """Returns the settings and shapes of structured leaves, as JSON."""
-  kinds = list(leaves().values())
-  with rotbits_jax.file.Reader(container('exact')) as reader:
-    tied = reader._units.decode('embed')['embed']['tokens']  # before it is expanded
   found = []
-  for leaf in [*kinds, *([tied] if structured.is_structured(tied) else [])]:
+  for leaf in leaves().values():
     settings, arrays = leaf.stored()
     shapes = {n: [np.dtype(x.dtype).name, list(x.shape)] for n, x in arrays.items()}
-    value = {'kind': leaf.kind, 'settings': settings, 'arrays': shapes}
-    found.append(json.dumps(value).encode())
-  return found
+    found.append({'type': leaf.type_name, 'settings': settings, 'arrays': shapes})
+  with rotbits_jax.file.Reader(container('exact')) as reader:
+    for leaf, specs in reader.records['embed'].leaf_specs():
+      pairs = zip(leaf.arrays, specs, strict=True)
+      shapes = {name: [x.dtype, list(x.shape)] for name, x in pairs}
+      if leaf.type_name:  # predicted from the head
+        value = {'type': leaf.type_name, 'settings': leaf.settings, 'arrays': shapes}
+        found.append(value)
+  return [json.dumps(value).encode() for value in found]
 
 
 def torch_files() -> list[bytes]:

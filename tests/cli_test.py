@@ -20,9 +20,9 @@ import word_checkpoints
 
 import rotbits_jax
 from rotbits_jax import checkpoints
-from rotbits_jax import encoding
 from rotbits_jax.cli import main
 from rotbits_jax.cli import program
+from rotbits_jax.file import verification
 
 ROOT = pathlib.Path(__file__).parents[1]
 LICENSE = ROOT / 'LICENSE'
@@ -290,7 +290,7 @@ class TestVerify:
     def refuse(*args):
       raise rotbits_jax.ContainerError('layers.0: decoded numbers differ')
 
-    monkeypatch.setattr(encoding, 'read_all', refuse)
+    monkeypatch.setattr(verification, 'read_all', refuse)
     args = ('encode', f'--checkpoint={SLICED}', f'--output={tmp_path / "x"}')
     code, out, err = rotbits(*args, '--preset=exact', '--verify')
     assert (code, out) == (2, '')
@@ -388,7 +388,7 @@ class TestBadInput:
       (['--output=OUT', 'more'], "'more'"),
       (['--output=OUT', '--preset=none'], 'free|exact'),
       (['--output=OUT', '--json=perhaps'], '--json'),
-      (['--output=OUT/missing/file'], 'no such directory'),
+      (['--output=OUT/missing/file'], 'No such file or directory'),
       (['--output=.'], 'directory'),
       (['--output=OUT', '--preset=free', '--config=free'], 'cannot be combined'),
       (['--output=OUT', '--config=no_such.py'], 'no_such.py'),

@@ -107,7 +107,7 @@ def test_streams_are_those_of_the_file(tmp_path):
   (tmp_path / 'config.json').write_text('{"model_type": "gpt2"}')
   rotbits_jax.encode_to_file(tmp_path, tmp_path / 'out', preset='exact')
   page = report.report_page(tmp_path / 'out')
-  for stream in ('a', 'files/config.json', 'rest/model.safetensors'):
+  for stream in ('a', 'files/config.json', 'gaps/model.safetensors'):
     assert f'<td>{stream}</td>' in page
 
 
@@ -115,7 +115,7 @@ def test_streams_are_those_of_the_file(tmp_path):
 def test_errors_that_a_stranger_wrote(encoded, error):
   streams, manifest = containers.unpack(encoded['free'])
   notes = [{'tensor': 'layers.0/mlp/up/kernel', 'error': error}]
-  manifest['units'][0]['savings'] = [['x', 1, 1, notes]]
+  manifest['records'][0]['savings'] = [['x', 1, 1, notes]]
   report.report_page(containers.pack(streams, containers.to_json(manifest)))
 
 
@@ -132,7 +132,7 @@ def test_shortcuts_that_are_not_finite_are_left_out(encoded):
   data = rotbits_jax.encode(model, preset='exact')
   streams, manifest = containers.unpack(data)
   notes = [{'tensor': 'layers.0/attention_shortcut', 'rank': 3}]
-  manifest['units'][0]['savings'] = [['x', 1, 1, notes]]
+  manifest['records'][0]['savings'] = [['x', 1, 1, notes]]
   report.report_page(containers.pack(streams, containers.to_json(manifest)))
 
 

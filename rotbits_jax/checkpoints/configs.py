@@ -69,6 +69,9 @@ def parse_config(
   model_type = config.take('model_type')
   if not isinstance(model_type, str) or model_type not in families.FAMILIES:
     config.refuse('model_type', model_type, ', '.join(families.FAMILIES))
+  config.demand(  # all families have these
+    'hidden_size', 'num_attention_heads', 'num_hidden_layers', 'vocab_size'
+  )
   config.require(
     is_encoder_decoder=False,
     add_cross_attention=False,

@@ -211,4 +211,4 @@ def _layout(name: str, specs: Specs) -> tuple[staging.WeightsFile, bytes]:
   start = 8 + len(encoded)
   places = tuple((tensor, start + offset) for tensor, offset in offsets.items())
   content = struct.pack('<Q', len(encoded)) + encoded
-  return staging.WeightsFile(name, start + end, places), content
+  return staging.WeightsFile(name=name, nbytes=start + end, places=places), content

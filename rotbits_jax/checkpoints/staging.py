@@ -11,11 +11,12 @@ process was killed, the next writer of the same target removes it.
 import abc
 from collections.abc import Iterable, Mapping
 import contextlib
+import dataclasses
 import itertools
 import os
 import pathlib
 import shutil
-from typing import Any, NamedTuple, Protocol, Self
+from typing import Any, Protocol, Self
 
 import numpy as np
 
@@ -29,7 +30,8 @@ from rotbits_jax.system import schema
 _SHOWN = 8  # names listed in an error
 
 
-class WeightsFile(NamedTuple):
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WeightsFile:
   """How a weights file divides into tensors and the gaps between them.
 
   The header of a safetensors file is a gap, and so are the directory and the pickle of
@@ -41,9 +43,9 @@ class WeightsFile(NamedTuple):
     places: the name of each tensor and its offset in bytes, by rising offset.
   """
 
-  name: str
-  nbytes: int
-  places: tuple[tuple[str, int], ...]
+  name: schema.FileName
+  nbytes: schema.Size
+  places: tuple[tuple[str, schema.Size], ...]
 
   def gaps(self, sizes: Mapping[str, int]) -> list[tuple[int, int]]:
     """Returns begin and end of each gap.

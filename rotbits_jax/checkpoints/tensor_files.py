@@ -18,6 +18,7 @@ from rotbits_jax.checkpoints import errors
 from rotbits_jax.checkpoints import lazy
 from rotbits_jax.checkpoints import staging
 from rotbits_jax.checkpoints.staging import WeightsFile
+from rotbits_jax.system import schema
 
 Places = Mapping[str, tuple[int, lazy.LazyTensor]]
 
@@ -75,7 +76,9 @@ class TensorFiles:
       # Tensors without elements come first where several have one offset.
       offsets = sorted((at, x.nbytes, name) for name, (at, x) in places.items())
       ordered = tuple((name, at) for at, _, name in offsets)
-      divided.append(WeightsFile(file.name, self._opened[file.name].size, ordered))
+      divided.append(
+        WeightsFile(name=file.name, nbytes=self._opened[file.name].size, places=ordered)
+      )
     self.weights = tuple(divided)
     try:
       for layout in self.weights:
@@ -125,7 +128,7 @@ class TensorFiles:
     """Returns a digest of the files as they were when they were opened."""
     summary = [
       [(file.path.name, file.size, file.modified) for file in self._opened.values()],
-      self.weights,
+      schema.dump(self.weights),
       {name: hashlib.sha256(data).hexdigest() for name, data in self.files.items()},
     ]
     return hashlib.sha256(json.dumps(summary).encode()).hexdigest()

@@ -58,6 +58,7 @@ shards of its own layers. Outside of TPU VMs, say which process this is:
 JSON:
 
   preset            name of the preset
+  keeps             what comes back: bits, function or approximation
   family            model family; null for plain tensors
   elements.input    count of the elements of the input's tensors
   elements.stored   count of the elements that the file keeps

@@ -28,10 +28,10 @@ import numpy as np
 import rotbits_jax
 from rotbits_jax import evaluation
 from rotbits_jax.file import container
-from rotbits_jax.file.fields import printable
 from rotbits_jax.report import savings
 from rotbits_jax.system import config_files
 from rotbits_jax.system import interrupts
+from rotbits_jax.system.text import printable
 
 Result = tuple[dict[str, Any], str | None]
 """The JSON object and the text that a command prints."""

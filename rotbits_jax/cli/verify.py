@@ -16,7 +16,7 @@ only.
 
 JSON:
 
-  units         count of the units that were decoded
+  records       count of the records that were decoded: layers, embedding, head
   tensors       count of the parameters that were decoded
   files         count of the other files that were read
   same_bits     whether all bits were compared with the checkpoint's, and are the same

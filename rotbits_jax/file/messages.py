@@ -1,6 +1,5 @@
-"""The message of the preset `paper`, on which bits-back coding has a whole model."""
+"""A message that holds a whole model, as the preset `paper` writes it."""
 
-import collections
 from collections.abc import Iterator
 import math
 from typing import Any
@@ -9,105 +8,110 @@ import numpy as np
 
 from rotbits_jax import models
 from rotbits_jax import structured
+from rotbits_jax.file import coders
 from rotbits_jax.file import container
 from rotbits_jax.file import manifest as manifest_lib
 from rotbits_jax.file import memory
 from rotbits_jax.file.container import ContainerError
-from rotbits_jax.system import schema
-
-Tree = dict[str, Any]
 
 
-def arrays(
-  file: container.StreamReader, own: manifest_lib.Manifest, *, show_progress: bool
-) -> Iterator[tuple[str, np.ndarray]]:
-  """Yields the parameters of the model on a message, the last segment's first.
+class Message:
+  """The message of a file."""
 
-  Args:
-    file: the file.
-    own: its manifest.
-    show_progress: whether to show the progress on stderr.
+  def __init__(self, file: container.StreamReader, own: manifest_lib.Manifest):
+    """Finds the coder.
 
-  Raises:
-    ContainerError: if there is no message, or if it is damaged.
-  """
-  from rotbits_jax import paper  # its linear algebra is slow to import
+    Args:
+      file: the file.
+      own: its manifest, which has a message.
 
-  message, config = own.message, own.config
-  if message is None or config is None:
-    raise ContainerError('the file does not hold a message of bits-back coding')
-  with file.errors():
-    parts = [map(math.prod, x.values()) for x in _shapes_of_parts(config)]
-    memory.check('message', 4 * max(map(sum, parts)))
-    streams: dict[str, Any] = {}
-    for stream in message.streams:
-      streams[stream.name] = file.words(stream.name, stream.crc32)
-    try:
-      options = schema.load(paper.Options, own.options, 'options')
-      yield from paper.decode(
-        options, message.layout, streams, config, progress=show_progress
-      )
-    except ValueError as error:
+    Raises:
+      ContainerError: if the coder is not installed.
+    """
+    assert own.message is not None
+    assert own.config is not None
+    self._file, self._entry, self._config = file, own.message, own.config
+    self._options = own.options
+    coder = coders.find(own.message.coder)
+    if not isinstance(coder, coders.ModelCoder):
+      raise ContainerError(f'the coder {own.message.coder!r:.100} is not installed')
+    self._coder = coder
+    names = [models.names.layer(i) for i in range(own.config.num_layers)]
+    self._records = {
+      **{x: models.layer_shapes(own.config, i) for i, x in enumerate(names)},
+      **models.outer_shapes(own.config),
+    }
+
+  @property
+  def records(self) -> tuple[str, ...]:
+    """The names of the records of the model."""
+    return tuple(self._records)
+
+  def shapes(self, record: str) -> dict[str, tuple[int, ...]]:
+    """Returns the shape of each parameter of a record, by path."""
+    return structured.flatten({record: self._records[record]})
+
+  def dtypes(self) -> dict[str, np.dtype]:
+    """Returns the dtype of every parameter, by path.
+
+    Raises:
+      ContainerError: if the layout of the message is damaged.
+    """
+    words = self._entry.streams[self._coder.streams[0]].nbytes // 2
+    with self._file.errors(), _errors():
+      found = self._coder.dtypes(self._options, self._entry.layout, words, self._config)
+      return dict(found)
+
+  def nbytes(self) -> int:
+    """Returns the bytes of all parameters."""
+    dtypes = self.dtypes()
+    return sum(
+      math.prod(shape) * dtypes[path].itemsize
+      for record in self._records
+      for path, shape in self.shapes(record).items()
+    )
+
+  def decode(self, *, show_progress: bool) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yields the name and the parameters of each record, when it is complete.
+
+    The last layer comes first.
+
+    Raises:
+      ContainerError: if the message is damaged.
+    """
+    sizes = [sum(map(math.prod, self.shapes(x).values())) for x in self._records]
+    memory.check('message', 4 * max(sizes))
+    first, *others = self._coder.streams
+    streams: dict[str, Any] = {
+      first: self._file.words(first, self._entry.streams[first].crc32)
+    }
+    for name in others:
+      data = self._file.read(name, self._entry.streams[name].crc32)
+      streams[name] = np.frombuffer(data, np.uint8)
+    found: dict[str, dict[str, Any]] = {}
+    with self._file.errors(), _errors():
+      for path, array in self._coder.decode(
+        self._options,
+        self._entry.layout,
+        streams,
+        self._config,
+        progress=show_progress,
+      ):
+        record = path.partition('/')[0]
+        own = found.setdefault(record, {})
+        own[path] = array
+        if len(own) == len(self.shapes(record)):
+          yield record, found.pop(record)
+    if found:
+      raise ContainerError(f'{min(found)}: the message has only a part of it')
+
+
+class _errors:  # noqa: N801
+  """A context that turns a ValueError of the coder into a `ContainerError`."""
+
+  def __enter__(self) -> None:
+    return None
+
+  def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+    if isinstance(error, ValueError) and not isinstance(error, ContainerError):
       raise ContainerError(f'message: {error}') from error
-
-
-def dtypes(
-  file: container.StreamReader, own: manifest_lib.Manifest
-) -> dict[str, np.dtype]:
-  """Returns the dtype of every parameter on the message of a file, if it has one.
-
-  Raises:
-    ContainerError: if the layout of the message is damaged.
-  """
-  if own.message is None or own.config is None:
-    return {}
-  from rotbits_jax import paper  # slow to import
-
-  with file.errors():
-    try:
-      return paper.dtypes(own.message.layout)
-    except ValueError as error:
-      raise ContainerError(f'message: {error}') from error
-
-
-def layers(
-  file: container.StreamReader,
-  own: manifest_lib.Manifest,
-  wanted: range,
-  *,
-  show_progress: bool,
-) -> tuple[Tree, list[Tree]]:
-  """Reads the parameters outside the layers, and some layers.
-
-  Args:
-    file: the file.
-    own: its manifest.
-    wanted: the layers.
-    show_progress: whether to show the progress on stderr.
-
-  Raises:
-    ContainerError: see `arrays`; or if memory cannot hold the model.
-  """
-  assert own.config is not None
-  flat: Tree = {}
-  found = dtypes(file, own)
-  shapes = collections.ChainMap(*_shapes_of_parts(own.config))
-  memory.check(
-    'the model',
-    sum(math.prod(x) * found[path].itemsize for path, x in shapes.items()),
-  )
-  for path, array in arrays(file, own, show_progress=show_progress):
-    index = models.names.layer_index(path.split('/')[0])
-    if index is None or index in wanted:
-      flat[path] = array
-  tree = structured.unflatten(flat)
-  stack = [tree.pop(models.names.layer(i)) for i in wanted]
-  return tree, stack
-
-
-def _shapes_of_parts(config: models.ModelConfig) -> list[dict[str, tuple[int, ...]]]:
-  """Returns the shapes of all parameters outside the layers, and of each layer."""
-  trees: list[Tree] = [models.outer_shapes(config)]
-  for i in range(config.num_layers):
-    trees.append({models.names.layer(i): models.layer_shapes(config, i)})
-  return [structured.flatten(tree) for tree in trees]

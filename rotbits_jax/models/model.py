@@ -72,10 +72,21 @@ class Model:
     yield from map(self.layer, itertools.chain(*self.stacks))
 
   def layer(self, index: int) -> Params:
-    """Returns the parameters of one layer, unstacked."""
+    """Returns the parameters of one layer, unstacked.
+
+    Raises:
+      IndexError: if there is no such layer.
+      ValueError: if a leaf of its stack has not as many layers as the stack.
+    """
     for stack in self.stacks:
       if index in stack:
-        return unstack_layer(self.params[names.stack(stack)], index - stack.start)
+        name = names.stack(stack)
+        for path, leaf in structured.flatten(self.params[name]).items():
+          if leaf.shape[:1] != (len(stack),):  # JAX would clip the index
+            raise ValueError(
+              f'{name}/{path} must have {len(stack)} layers, got {leaf.shape=}'
+            )
+        return unstack_layer(self.params[name], index - stack.start)
     raise IndexError(f'the model has the layers {self.stacks}, got {index}')
 
   def leaves(self) -> Iterator[tuple[str, Any]]:

@@ -1,10 +1,7 @@
 """The preset `paper`: the published scheme, see `rotbits_jax.paper`."""
 
-import functools
-
 from rotbits_jax import paper as scheme
 from rotbits_jax import symmetries
-from rotbits_jax.presets.preset import MessageCodec
 from rotbits_jax.presets.preset import Preset
 from rotbits_jax.system import schema
 
@@ -52,7 +49,5 @@ def paper(
     options=schema.dump(options),
     transform=symmetries.chain(),  # the scheme rotates and rounds by itself
     rounding=None,
-    message=MessageCodec(
-      refuse=scheme.refuse, encode=functools.partial(scheme.encode, options=options)
-    ),
+    coder='paper',
   )

@@ -27,9 +27,7 @@ from rotbits_jax import models
 from rotbits_jax import structured
 from rotbits_jax import symmetries
 from rotbits_jax.evaluation import perplexity
-from rotbits_jax.file import packing
 from rotbits_jax.presets.near import near
-from rotbits_jax.symmetries import packings
 from rotbits_jax.symmetries import rounding as rounding_lib
 from rotbits_jax.symmetries import transform
 from rotbits_jax.system import progress as progress_lib
@@ -329,7 +327,7 @@ def _context(model: models.Model) -> symmetries.Context:
 
   It keeps the packed leaves of matrices, because they are the same at every step.
   """
-  pack = packings.once(packing.find)
+  pack = None
   return symmetries.make_context(model, stored_as=model.stored_as, pack=pack)
 
 

@@ -186,7 +186,8 @@ def _ranks(notes: list['_Note'], most: int) -> str:
 def _spectra(reader: file.Reader, index: int) -> list[_Spectrum]:
   """Computes the spectra of one layer's shortcuts."""
   found = []
-  for path, leaf in structured.flatten(reader.unit(models.names.layer(index))).items():
+  name = models.names.layer(index)
+  for path, leaf in structured.flatten(reader.record(name)[name]).items():
     if 'shortcut' not in path:
       continue
     numbers = [np.asarray(x, np.float32) for x in jax.tree.leaves(leaf)]
@@ -222,7 +223,8 @@ def errors(reader: file.Reader, report: savings.Report) -> str:
     if note.error:
       name = f'{note.name} ({note.transform})'
       groups.setdefault(name, []).append((note.layer, note.error))
-  dtypes = [x for x in reader.dtypes().values() if jnp.issubdtype(x, jnp.floating)]
+  on_disk = reader.dtypes_on_disk().values()
+  dtypes = [x for x in on_disk if jnp.issubdtype(x, jnp.floating)]
   if not (groups and dtypes):
     return ''
   dtype = max(set(dtypes), key=dtypes.count)

@@ -18,6 +18,7 @@ place. `UniformlyQuantized` stands for one in memory only.
 """
 
 from rotbits_jax.structured.base import KINDS
+from rotbits_jax.structured.base import TYPES
 from rotbits_jax.structured.base import Dependent
 from rotbits_jax.structured.base import Structured
 from rotbits_jax.structured.base import astype
@@ -64,6 +65,7 @@ from rotbits_jax.structured.uniform import UniformlyQuantized
 __all__ = [
   'KINDS',
   'PACKED_DTYPES',
+  'TYPES',
   'Constant',
   'Dependent',
   'FactorPair',

@@ -31,7 +31,22 @@ class Structured(abc.ABC):
   """
 
   kind: ClassVar[str]
+  needs: ClassVar[tuple[str, ...]] = ()
   expands_on_reading: ClassVar[bool] = False
+  expands_on_writing: ClassVar[bool] = False
+  config_fields: ClassVar[Mapping[str, str]] = {}
+
+  @property
+  def type_name(self) -> str:
+    return self.kind
+
+  @classmethod
+  def stored_factored(cls, settings: Settings, shapes: Any) -> Any:
+    return None
+
+  @property
+  def factored(self) -> Any:
+    return None
 
   @property
   @abc.abstractmethod
@@ -111,7 +126,6 @@ class Dependent(Structured):
       leaf with which the forward pass cannot compute.
   """
 
-  needs: ClassVar[tuple[str, ...]]
   eager: ClassVar[bool] = False
 
   @abc.abstractmethod
@@ -139,13 +153,16 @@ class Dependent(Structured):
     table = jnp.asarray(self.expand(*needed))
     return table.at[indices].get(mode='fill', fill_value=jnp.nan).astype(jnp.float32)
 
-  def materialize(self) -> jax.Array:
+  def materialize(self, *needed: Any) -> jax.Array:
+    if needed:
+      return self.expand(*needed)
     raise ValueError(
       f'a leaf of kind {self.kind!r} needs {", ".join(self.needs)} to be materialized'
     )
 
 
 KINDS: dict[str, type[Structured]] = {}
+TYPES = KINDS
 
 
 def register(cls: type[Any]) -> type[Any]:

@@ -56,6 +56,7 @@ class HeadColumns(Structured):
   """
 
   kind: ClassVar[str] = 'head_columns'
+  config_fields: ClassVar = {'heads': 'num_kv_heads'}
 
   turned: Any
   rest: Any
@@ -121,6 +122,7 @@ class HeadPlanes(Structured):
   """
 
   kind: ClassVar[str] = 'head_planes'
+  config_fields: ClassVar = {'head_dim': 'head_dim'}
 
   below: Any
   top: Any
@@ -193,6 +195,7 @@ class HeadRows(Structured):
   """
 
   kind: ClassVar[str] = 'head_rows'
+  config_fields: ClassVar = {'groups': 'num_kv_heads'}
 
   first: Any
   others: Any

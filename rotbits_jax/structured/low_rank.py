@@ -67,6 +67,14 @@ class FactorPair(Structured):
   def _cut(self, rank: int) -> Self:
     """Removes the padding from an unstacked leaf: the inverse of `_padded`."""
 
+  @classmethod
+  def stored_factored(cls, settings: Any, shapes: Any) -> Any:
+    return cls.stored_rank(shapes), settings['names']
+
+  @property
+  def factored(self) -> Any:
+    return self.rank, self.names
+
   def stack_key(self) -> tuple[str, ...]:
     return (self.names,)
 

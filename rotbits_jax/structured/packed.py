@@ -47,6 +47,8 @@ class Packed(Structured):
       rows.
   """
 
+  expands_on_reading = True
+
   sizes: tuple[int, ...] = struct.field(pytree_node=False)
   transposed: bool = struct.field(pytree_node=False)
 

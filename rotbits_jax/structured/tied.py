@@ -123,6 +123,7 @@ class TiedExactly(Dependent):
   kind: ClassVar[str] = 'tied_exactly'
   needs: ClassVar[tuple[str, ...]] = ('head/kernel',)
   eager: ClassVar[bool] = True
+  expands_on_reading = True
 
   map: Any
   shifts: Any

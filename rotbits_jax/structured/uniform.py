@@ -29,6 +29,7 @@ class UniformlyQuantized(Structured):
   """
 
   kind: ClassVar[str] = 'multiples'
+  expands_on_writing = True
 
   integers: Any
   step: Any

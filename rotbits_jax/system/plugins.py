@@ -11,7 +11,9 @@ imports its module may pass it as a value, or register it.
 """
 
 from collections.abc import Mapping
+import functools
 import importlib.metadata
+import sys
 from typing import Any, Literal, TypeVar
 
 Group = Literal['leaves', 'presets', 'coders']
@@ -30,14 +32,17 @@ def find(group: Group, name: str, known: Mapping[str, T]) -> T | None:
   """
   if name in known:
     return known[name]
-  for point in _points(group, name):
-    return point.load()
+  for point in _points(group, tuple(sys.path)):
+    if point.name == name:
+      return point.load()
   return None
 
 
-def names(group: Group, known: Mapping[str, Any]) -> list[str]:
-  """Returns the names of all parts of a group."""
-  return [*known, *sorted({x.name for x in _points(group)} - known.keys())]
+def load(group: Group, known: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns the parts of other packages by name, without those of names in `known`."""
+  return {
+    x.name: x.load() for x in _points(group, tuple(sys.path)) if x.name not in known
+  }
 
 
 def package(group: Group, name: str, part: Any) -> str | None:
@@ -51,12 +56,13 @@ def package(group: Group, name: str, part: Any) -> str | None:
   module = getattr(part, '__module__', type(part).__module__).partition('.')[0]
   if module == _OWN:
     return None
-  for point in _points(group, name):
-    if point.dist is not None:
+  for point in _points(group, tuple(sys.path)):
+    if point.name == name and point.dist is not None:
       return point.dist.name
   return importlib.metadata.packages_distributions().get(module, [module])[0]
 
 
-def _points(group: Group, name: str | None = None) -> importlib.metadata.EntryPoints:
-  wanted = {} if name is None else {'name': name}
-  return importlib.metadata.entry_points(group=f'{_OWN}.{group}', **wanted)
+@functools.cache
+def _points(group: Group, path: tuple[str, ...]) -> importlib.metadata.EntryPoints:
+  """Returns the entry points of a group on a path; finding them reads many files."""
+  return importlib.metadata.entry_points(group=f'{_OWN}.{group}')
