@@ -57,6 +57,8 @@ class Job:
     coder = coders.find(preset.coder)
     if coder is None:
       raise ValueError(f'there is no coder of the name {preset.coder!r}')
+    if preset.rounding is None:
+      source = source.rounded()  # other presets round at the end
     self.preset, self.source = preset, source
     self._coder = coder
     writer_lib.check_source(source, self._streams(source.records))
