@@ -84,7 +84,8 @@ class VerifyTest(parameterized.TestCase):
     def change(layers):
       layers[1]['mlp']['up']['kernel'] = -layers[1]['mlp']['up']['kernel']
 
-    with self.assertRaisesRegex(rotbits_jax.ContainerError, 'its function is another one'):
+    error = rotbits_jax.ContainerError
+    with self.assertRaisesRegex(error, 'its function is another one'):
       rotbits_jax.verify(_encoded('free'), against=self.changed(change))
 
   def test_another_file_is_named(self):

@@ -141,45 +141,26 @@ _KNOWN: dict[str, Coder] = {
 
 def _paper() -> ModelCoder:
   from rotbits_jax import paper
-  from rotbits_jax.paper import layout as layout_lib
 
-  def parsed(options: Mapping[str, Any]) -> paper.Options:
-    lossy = options['correction'] == 'threshold'
-    return paper.Options(
-      options['canonicaliser'],
-      options['rotation_codec'],
-      options['threshold'] if lossy else None,
-      options['entropy'],
-    )
+  def own(options: Mapping[str, Any]) -> paper.Options:
+    return schema.load(paper.Options, options, 'options')
 
   def decode(
     options: Mapping[str, Any],
-    layout: dict[str, Any],
+    layout: Any,
     streams: Mapping[str, Any],
     config: models.ModelConfig,
     **more: Any,
   ) -> Iterator[tuple[str, np.ndarray]]:
-    message, corrections, tables = streams.values()
-    if corrections.size % 2:
-      raise ValueError('the corrections must be words')
-    return paper.decode(
-      layout, message, corrections.view('<u2'), tables, config, **more
-    )
-
-  def dtypes(
-    options: Mapping[str, Any],
-    layout: dict[str, Any],
-    words: int,
-    config: models.ModelConfig,
-  ) -> dict[str, np.dtype]:
-    arrays = layout_lib.from_json(layout, config, words).arrays
-    return {path: np.dtype(x.dtype) for path, x in arrays.items()}
+    corrections = streams['corrections'].view('<u2')
+    given = {**streams, 'corrections': corrections}
+    return paper.decode(own(options), layout, given, config, **more)
 
   return ModelCoder(
     'paper',
-    ('message', 'corrections', 'tables'),
-    lambda source, options: paper.refuse(source, parsed(options)),
-    lambda source, options, *a, **k: paper.encode(source, parsed(options), *a, **k),
+    paper.STREAMS,
+    lambda source, options: paper.refuse(source),
+    lambda source, options, *a, **k: paper.encode(source, own(options), *a, **k),
     decode,
-    dtypes,
+    lambda options, layout, words, config: paper.dtypes(layout),
   )

@@ -282,15 +282,13 @@ class Job:
       lambda words: writer.extend(first, words),
       progress=bar.shown,
     )
+    given = encoded.saving
     saving = manifest_lib.Saving(
-      name=self.preset.names[0],
-      elements=0,
-      bytes=int(encoded.net_bits // 8),
-      notes=tuple(encoded.notes),
+      name=given.name, elements=0, bytes=given.bytes, notes=tuple(given.notes)
     )
     own = [x for name, x in self.counts.items() if name != models.names.BUFFERS]
     writer.add_message(
-      {first: None, **{name: getattr(encoded, name) for name in others}},
+      {first: None, **{name: encoded.streams[name] for name in others}},
       coder=coder.name,
       layout=encoded.layout,
       input=manifest_lib.Counts(
