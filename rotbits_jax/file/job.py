@@ -66,7 +66,7 @@ class Job:
       self._check_record(name)
     self._context = self._made_context(mesh)
     if isinstance(coder, coders.ModelCoder):
-      coder.refuse(self.source, preset.options)
+      coder.refuse(self.source)
     dtypes = self._context.dtypes if self._context else {}
     self.counts = {name: _counts(source.specs(name), dtypes) for name in source.records}
 
@@ -278,7 +278,7 @@ class Job:
     first, *others = coder.streams
     encoded = coder.encode(
       self.source,
-      self.preset.options,
+      coder.load(self.preset.options),
       lambda words: writer.extend(first, words),
       progress=bar.shown,
     )
