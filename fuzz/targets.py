@@ -134,9 +134,9 @@ def _leaf(data: bytes) -> None:
   leaf = cls.from_stored(settings, named)
   structured.stack_key(leaf)
   leaf.stored_sizes()
-  if isinstance(leaf, structured.Packed):
+  if leaf.expands_on_reading:
     with contextlib.suppress(ValueError):  # ones are seldom what fits it
-      leaf.array()
+      leaf.materialize()
     return
   if _is_small(leaf):
     assert np.asarray(leaf.materialize()).shape == leaf.shape
