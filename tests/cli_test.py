@@ -388,7 +388,7 @@ class TestBadInput:
       (['--output=OUT', 'more'], "'more'"),
       (['--output=OUT', '--preset=none'], 'free|exact'),
       (['--output=OUT', '--json=perhaps'], '--json'),
-      (['--output=OUT/missing/file'], 'No such file or directory'),
+      (['--output=OUT/missing/file'], 'no such directory'),
       (['--output=.'], 'directory'),
       (['--output=OUT', '--preset=free', '--config=free'], 'cannot be combined'),
       (['--output=OUT', '--config=no_such.py'], 'no_such.py'),

@@ -151,7 +151,8 @@ class TreeTest(parameterized.TestCase):
 
   @parameterized.parameters(
     ({'a': {'b': 'text'}}, 'a/b: not an array'),
-    ({'a': [1.5]}, 'a/0: not an array'),
+    ({'a': [1.5]}, 'a/0: not an array.* numpy.asarray'),
+    ({'a': np.array(['x'])}, 'a: an array of <U1 .* frombuffer'),
     ({'a': jax.random.key(0)}, 'a: a key'),
     ({'a': np.zeros(2, np.complex64)}, 'a.*complex64'),
     ({'a/b': np.zeros(2)}, 'without a slash'),

@@ -158,11 +158,7 @@ class Job:
     Raises:
       ValueError: naming a parameter that would not.
     """
-    source = self.source
-    try:
-      specs = structured.flatten(source.specs(name))
-    except (IndexError, TypeError) as error:
-      raise ValueError(f'{name}: its leaves are not stacked alike: {error}') from error
+    source, specs = self.source, structured.flatten(self.source.specs(name))
     if source.config is not None:
       shapes = {path: tuple(leaf.shape) for path, leaf in specs.items()}
       manifest_lib.check_shapes(name, shapes, source.config)

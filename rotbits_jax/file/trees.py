@@ -75,9 +75,18 @@ def _to_dicts(tree: Any, where: str, leaf: Callable[[Any, str], Any]) -> Any:
 
 def _array(leaf: Any, path: str) -> Any:
   if not isinstance(leaf, (np.ndarray, np.generic, jax.Array)):
-    raise ValueError(f'{path}: not an array, got {type(leaf).__name__}')
+    raise ValueError(
+      f'{path}: not an array, got {type(leaf).__name__}; numpy.asarray makes arrays of '
+      'numbers. Leave out functions and text: of a TrainState, encode the params and '
+      'the opt_state'
+    )
   if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
     raise ValueError(f'{path}: a key; jax.random.key_data gives its numbers')
+  if leaf.dtype.kind in 'OSUMm':
+    raise ValueError(
+      f'{path}: an array of {leaf.dtype} cannot be stored; text becomes an array by '
+      'numpy.frombuffer(text.encode(), numpy.uint8)'
+    )
   return leaf
 
 
