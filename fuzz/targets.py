@@ -33,13 +33,12 @@ from rotbits_jax.checkpoints import safetensors_files
 from rotbits_jax.checkpoints import torch_zip
 from rotbits_jax.coding import codecs
 from rotbits_jax.coding import rans
+from rotbits_jax.coding import tables
 from rotbits_jax.coding import weights
 from rotbits_jax.coding.bits_back import haar
-from rotbits_jax.coding.bits_back import numbers
 from rotbits_jax.coding.bits_back import permutation
 from rotbits_jax.coding.bits_back import rotation_codes
 from rotbits_jax.coding.bits_back import symmetric_eig
-from rotbits_jax.coding.bits_back import word_stack
 from rotbits_jax.coding.weights import order
 from rotbits_jax.system import checksums
 from rotbits_jax.system import schema
@@ -248,9 +247,7 @@ class _Codecs:
       raise ValueError('no input')
     choice = data[0]
     words = np.frombuffer(data[1 : 1 + (len(data) - 1) // 2 * 2], '<u2')
-    if choice % 4 == 0:
-      self._numbers(choice, words)
-    elif choice % 8 == 1:
+    if choice % 8 == 1:
       self._correction(choice, words)
     elif choice % 8 == 5:
       self._order(choice, words)
@@ -265,22 +262,17 @@ class _Codecs:
     again = rans.to_words(rans.check(push(rest, symbol)))
     assert np.array_equal(again, words)
 
-  def _numbers(self, choice: int, words: np.ndarray) -> None:
-    dtype = ('float16', 'bfloat16', 'float32')[choice // 4 % 3]
-    table = np.zeros(1 << 12, np.int64)
-    table[:64] = 256
-    stack = word_stack.WordStack(words)
-    numbers.pop(stack, dtype, (3, 5), None if choice > 127 else table)
-
   def _correction(self, choice: int, words: np.ndarray) -> None:
-    code = (
-      rotation_codes.haar_code(5, 5)
+    code, count = (
+      (rotation_codes.haar_code(5, 5), 3)
       if choice > 127
-      else rotation_codes.symmetric_eig_code(4, True, None)
+      else (rotation_codes.symmetric_eig_code(4, True, None), 2)
     )
-    table = np.zeros((code.num_tables, 17), np.int64)
-    table[:, :4] = 4096
-    code.unpack(words, table)
+    frequencies = np.zeros((count, 17), np.int64)
+    frequencies[:, :4] = 4096
+    data = tables.to_bytes(frequencies)
+    head = np.frombuffer(data + b'\0' * (len(data) % 2), np.uint16)
+    code.unpack(np.concatenate([[np.uint16(len(data))], head, words]))
 
   def _order(self, choice: int, words: np.ndarray) -> None:
     distinct = (1, 2, 16, 300)[choice // 8 % 4]

@@ -421,15 +421,6 @@ class ErrorsTest(parameterized.TestCase):
         with self.assertRaisesRegex(rotbits_jax.ContainerError, 'cut.rotbits'):
           read(path)
 
-  def test_settings_are_checked(self):
-    for wrong in ({'tolerance': -1.0}, {'tolerance': np.nan}, {'numbers_per_lane': 0}):
-      with self.assertRaises(ValueError):
-        presets.make('free', **wrong)
-    with self.assertRaisesRegex(ValueError, 'canonicaliser'):
-      presets.make('paper', canonicaliser='best')
-    with self.assertRaisesRegex(ValueError, "no option 'transforms'"):
-      presets.make('paper', transforms=(QUANTIZER,))
-
   def test_presets_are_checked(self):
     model = _load(TINY).model
     with self.assertRaisesRegex(ValueError, 'free, exact, near, paper'):

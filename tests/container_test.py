@@ -86,7 +86,7 @@ class ContainerTest(parameterized.TestCase):
 
   @parameterized.parameters(
     lambda h: h.pop('__metadata__'),
-    lambda h: h['__metadata__'].update(version='2'),
+    lambda h: h['__metadata__'].update(version='3'),
     lambda h: h['__metadata__'].update(manifest_crc32='x'),
     lambda h: h['__metadata__'].update(more='x'),
     lambda h: h['layers.0'].update(dtype='F32'),

@@ -26,6 +26,7 @@ import jax
 import numpy as np
 
 import rotbits_jax
+from rotbits_jax import evaluation
 from rotbits_jax.file import container
 from rotbits_jax.report import savings
 from rotbits_jax.system import config_files
@@ -43,6 +44,13 @@ _CHECKPOINT_SUFFIXES = ('.bin', '.gguf', '.json', '.pt', '.safetensors')
 
 _COMMON = 'flags of every command'
 
+_DEFINE: dict[type, Callable[..., flags.FlagHolder[Any]]] = {
+  str: flags.DEFINE_string,
+  int: flags.DEFINE_integer,
+  float: flags.DEFINE_float,
+  bool: flags.DEFINE_bool,
+}
+
 
 class Flags:
   """Defines the flags of a command, and --json and --verbose, which every one has."""
@@ -50,61 +58,45 @@ class Flags:
   def __init__(self) -> None:
     """Defines the flags of every command."""
     self.values = flags.FlagValues()
-    self._paths: list[str] = []
-    common: dict[str, Any] = {'flag_values': self.values, 'module_name': _COMMON}
-    self.json = flags.DEFINE_bool(
-      'json', False, 'Print one JSON object on one line.', **common
+    self._sources: list[str] = []
+    self.json = self.add(
+      'json', 'Print one JSON object on one line.', bool, False, module_name=_COMMON
     )
-    self.verbose = flags.DEFINE_bool(
+    self.verbose = self.add(
       'verbose',
-      False,
       'Print more: every row of a report, the traceback of an error.',
+      bool,
+      False,
       short_name='v',
-      **common,
+      module_name=_COMMON,
     )
 
-  def text(self, name: str, help: str, **options: Any) -> flags.FlagHolder[Any]:
-    """Defines a flag that takes any text. Options are those of absl's function."""
-    return flags.DEFINE_string(name, None, help, flag_values=self.values, **options)
-
-  def source(self, name: str, help: str, **options: Any) -> flags.FlagHolder[Any]:
-    """Defines a flag that takes the path of a checkpoint or of an encoded file."""
-    self._paths.append(name)
-    return self.text(name, help, **options)
-
-  def switch(
-    self, name: str, help: str, default: bool | None = False
-  ) -> flags.FlagHolder[Any]:
-    """Defines a flag that is given or not."""
-    return flags.DEFINE_bool(name, default, help, flag_values=self.values)
-
-  def number(
-    self, name: str, help: str, default: float | None = None, **options: Any
-  ) -> flags.FlagHolder[Any]:
-    """Defines a flag that takes a number."""
-    define: Any = flags.DEFINE_float
-    return define(name, default, help, flag_values=self.values, **options)
-
-  def count(
-    self, name: str, help: str, default: int | None = None, least: int = 1
-  ) -> flags.FlagHolder[Any]:
-    """Defines a flag that takes an integer."""
-    return flags.DEFINE_integer(
-      name, default, help, lower_bound=least, flag_values=self.values
-    )
-
-  def choice(
+  def add(
     self,
     name: str,
     help: str,
-    choices: Sequence[str],
-    default: str | None = None,
+    kind: type | Sequence[str] = str,
+    default: Any = None,
+    *,
+    source: bool = False,
     **options: Any,
   ) -> flags.FlagHolder[Any]:
-    """Defines a flag that takes one of a few words."""
-    return flags.DEFINE_enum(
-      name, default, choices, help, flag_values=self.values, **options
-    )
+    """Defines a flag.
+
+    Args:
+      name: name of the flag.
+      help: what it is for.
+      kind: type of its value: str, int, float or bool; or the words that it may be.
+      default: its value if it is not given.
+      source: whether it is the path of a checkpoint or of an encoded file.
+      options: keywords of absl's function, such as `required` and `lower_bound`.
+    """
+    if source:
+      self._sources.append(name)
+    options['flag_values'] = self.values
+    if not isinstance(kind, type):
+      return flags.DEFINE_enum(name, default, kind, help, **options)
+    return _DEFINE[kind](name, default, help, **options)
 
   def config(self, help: str) -> flags.FlagHolder[Any]:
     """Defines the flag --config: the path or the name of a config file."""
@@ -120,7 +112,7 @@ class Flags:
     Raises:
       ValueError: if one is not. It says how to get the files.
     """
-    for name in self._paths:
+    for name in self._sources:
       if (path := self.values[name].value) is None:
         continue
       if re.match(r'\w+://', path):
@@ -239,8 +231,6 @@ def read_tokens(checkpoint: rotbits_jax.Checkpoint, text: str) -> np.ndarray:
   Raises:
     ValueError: if the checkpoint has no tokenizer, or that of another model.
   """
-  from rotbits_jax import evaluation  # slow to import
-
   tokens = evaluation.encode_text(checkpoint.files, text)
   count = checkpoint.model.config.vocab_size
   if tokens.max(initial=0) >= count:

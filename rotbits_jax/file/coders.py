@@ -16,7 +16,6 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from rotbits_jax import models
 from rotbits_jax.coding import weights
 from rotbits_jax.system import plugins
 from rotbits_jax.system import schema
@@ -88,28 +87,37 @@ class RecordCoder(NamedTuple):
 
 
 class ModelCoder(NamedTuple):
-  """Codes a whole model as one message of several streams.
+  """Codes a whole model as one message: several streams of 16-bit words.
 
   Attributes:
     name: name of the coder in files.
-    streams: names of the streams. The first consists of 16-bit words and may be longer
-      than memory.
-    refuse: takes a source and the options of the preset; raises a ValueError if the
-      model cannot be coded.
+    streams: names of the streams. The first may be longer than memory.
+    options: class of the coder's options, which are those of the preset; a schema
+      dataclass.
+    refuse: takes a source; raises a ValueError if its model cannot be coded.
     encode: takes a source, the options, and a function that takes the words of the
-      first stream, piece after piece; returns a `paper.Encoded`.
+      first stream, piece after piece; returns the layout (JSON values), the other
+      streams by name, and the saving, see `paper.Encoded`.
     decode: takes the options, the layout, the streams by name and the config; yields
       the parameters as pairs (path, array).
-    dtypes: takes the options, the layout, the number of words of the first stream and
-      the config; returns the dtype of each parameter by path.
+    dtypes: takes the layout; returns the dtype of each parameter by path.
   """
 
   name: str
   streams: tuple[str, ...]
-  refuse: Callable[[Any, Mapping[str, Any]], None]
+  options: type[Any]
+  refuse: Callable[[Any], None]
   encode: Callable[..., Any]
   decode: Callable[..., Iterator[tuple[str, np.ndarray]]]
-  dtypes: Callable[..., Mapping[str, np.dtype]]
+  dtypes: Callable[[Any], Mapping[str, np.dtype]]
+
+  def load(self, options: Mapping[str, Any]) -> Any:
+    """Makes the options from those of a preset.
+
+    Raises:
+      ValueError: if they are not options of the coder.
+    """
+    return schema.load(self.options, dict(options), 'options')
 
 
 Coder = RecordCoder | ModelCoder
@@ -141,45 +149,13 @@ _KNOWN: dict[str, Coder] = {
 
 def _paper() -> ModelCoder:
   from rotbits_jax import paper
-  from rotbits_jax.paper import layout as layout_lib
-
-  def parsed(options: Mapping[str, Any]) -> paper.Options:
-    lossy = options['correction'] == 'threshold'
-    return paper.Options(
-      options['canonicaliser'],
-      options['rotation_codec'],
-      options['threshold'] if lossy else None,
-      options['entropy'],
-    )
-
-  def decode(
-    options: Mapping[str, Any],
-    layout: dict[str, Any],
-    streams: Mapping[str, Any],
-    config: models.ModelConfig,
-    **more: Any,
-  ) -> Iterator[tuple[str, np.ndarray]]:
-    message, corrections, tables = streams.values()
-    if corrections.size % 2:
-      raise ValueError('the corrections must be words')
-    return paper.decode(
-      layout, message, corrections.view('<u2'), tables, config, **more
-    )
-
-  def dtypes(
-    options: Mapping[str, Any],
-    layout: dict[str, Any],
-    words: int,
-    config: models.ModelConfig,
-  ) -> dict[str, np.dtype]:
-    arrays = layout_lib.from_json(layout, config, words).arrays
-    return {path: np.dtype(x.dtype) for path, x in arrays.items()}
 
   return ModelCoder(
     'paper',
-    ('message', 'corrections', 'tables'),
-    lambda source, options: paper.refuse(source, parsed(options)),
-    lambda source, options, *a, **k: paper.encode(source, parsed(options), *a, **k),
-    decode,
-    dtypes,
+    paper.STREAMS,
+    paper.Options,
+    paper.refuse,
+    paper.encode,
+    paper.decode,
+    paper.dtypes,
   )

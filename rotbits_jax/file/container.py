@@ -2,7 +2,7 @@
 
     8 bytes, little-endian: length of the header
     header, JSON, padded with spaces:
-        {"__metadata__": {"format": "rotbits", "version": "3",
+        {"__metadata__": {"format": "rotbits", "version": "4",
                           "manifest_crc32": "..."},
          "<stream>": {"dtype": "U8", "shape": [n], "data_offsets": [begin, end]}, ...}
     the streams, one after the other
@@ -29,7 +29,7 @@ from rotbits_jax.system import files
 from rotbits_jax.system import strict_json
 
 FORMAT = 'rotbits'
-VERSION = 3
+VERSION = 4
 MANIFEST = 'manifest'
 _METADATA = '__metadata__'  # the header's one entry that is no stream
 
@@ -352,7 +352,7 @@ class _Named:
 
 
 def parse_json(data: bytes, where: str) -> Any:
-  """Parses JSON that a stranger may have written.
+  """Parses JSON that may be untrusted.
 
   Raises:
     ContainerError: if it is not JSON as `strict_json` has it.

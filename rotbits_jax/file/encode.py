@@ -45,9 +45,12 @@ class Output:
     if self._path.name.endswith(shards_lib.INDEX):
       raise ValueError(f'{path}: {shards_lib.INDEX} is the end of names of indices')
     self._index = self._path.with_name(shards_lib.index_name(self._path))
-    self._older = [self._path, self._index, *shards_lib.existing(self._path)]
+    self._older = [self._path, self._index]
     for target in self._older:
       outputs.check(target, overwrite=overwrite)
+    for target in shards_lib.existing(self._path):
+      outputs.check(target, overwrite=overwrite)
+      self._older.append(target)
 
   def without(self, source: Any) -> Any:
     """Returns a checkpoint that does not have its older output for one of its files."""

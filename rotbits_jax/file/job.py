@@ -57,6 +57,8 @@ class Job:
     coder = coders.find(preset.coder)
     if coder is None:
       raise ValueError(f'there is no coder of the name {preset.coder!r}')
+    if preset.rounding is None:
+      source = source.rounded()  # other presets round at the end
     self.preset, self.source = preset, source
     self._coder = coder
     writer_lib.check_source(source, self._streams(source.records))
@@ -64,7 +66,7 @@ class Job:
       self._check_record(name)
     self._context = self._made_context(mesh)
     if isinstance(coder, coders.ModelCoder):
-      coder.refuse(self.source, preset.options)
+      coder.refuse(self.source)
     dtypes = self._context.dtypes if self._context else {}
     self.counts = {name: _counts(source.specs(name), dtypes) for name in source.records}
 
@@ -276,19 +278,17 @@ class Job:
     first, *others = coder.streams
     encoded = coder.encode(
       self.source,
-      self.preset.options,
+      coder.load(self.preset.options),
       lambda words: writer.extend(first, words),
       progress=bar.shown,
     )
+    given = encoded.saving
     saving = manifest_lib.Saving(
-      name=self.preset.names[0],
-      elements=0,
-      bytes=int(encoded.net_bits // 8),
-      notes=tuple(encoded.notes),
+      name=given.name, elements=0, bytes=given.bytes, notes=tuple(given.notes)
     )
     own = [x for name, x in self.counts.items() if name != models.names.BUFFERS]
     writer.add_message(
-      {first: None, **{name: getattr(encoded, name) for name in others}},
+      {first: None, **{name: encoded.streams[name] for name in others}},
       coder=coder.name,
       layout=encoded.layout,
       input=manifest_lib.Counts(

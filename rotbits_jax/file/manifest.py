@@ -388,18 +388,6 @@ class WeightsFile:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Tensor:
-  """A tensor that is not in the file, but that leaves in it need."""
-
-  as_list = True
-
-  path: schema.Path
-  shape: Shape
-  dtype: Dtype
-  crc32: schema.Crc32
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class Plugin:
   """A part of another package that is needed to decode the file.
 
@@ -434,7 +422,6 @@ class Manifest:
     dtypes: for parameters that had another dtype in the checkpoint than they have in
       the file, that dtype by path; the empty path stands for all other parameters that
       are float32 in the file.
-    needs: tensors of other files that leaves need.
     plugins: parts of other packages that are needed.
   """
 
@@ -448,7 +435,6 @@ class Manifest:
   files: dict[str, Deflated] = dataclasses.field(default_factory=dict)
   weights: tuple[WeightsFile, ...] = ()
   dtypes: dict[str, Dtype] = dataclasses.field(default_factory=dict)
-  needs: tuple[Tensor, ...] = ()
   plugins: tuple[Plugin, ...] = ()
 
   def __post_init__(self) -> None:

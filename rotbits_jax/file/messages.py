@@ -81,22 +81,16 @@ class Message:
     """
     sizes = [sum(map(math.prod, self.shapes(x).values())) for x in self._records]
     memory.check('message', 4 * max(sizes))
+    words = lambda name: self._file.words(name, self._entry.streams[name].crc32)
     first, *others = self._coder.streams
-    streams: dict[str, Any] = {
-      first: self._file.words(first, self._entry.streams[first].crc32)
-    }
-    for name in others:
-      data = self._file.read(name, self._entry.streams[name].crc32)
-      streams[name] = np.frombuffer(data, np.uint8)
+    streams = {first: words(first), **{name: words(name)[:] for name in others}}
     found: dict[str, dict[str, Any]] = {}
     with self._file.errors(), _errors():
-      for path, array in self._coder.decode(
-        self._options,
-        self._entry.layout,
-        streams,
-        self._config,
-        progress=show_progress,
-      ):
+      options = self._coder.load(self._options)
+      arrays = self._coder.decode(
+        options, self._entry.layout, streams, self._config, progress=show_progress
+      )
+      for path, array in arrays:
         record = path.partition('/')[0]
         own = found.setdefault(record, {})
         own[path] = array

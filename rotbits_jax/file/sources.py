@@ -69,6 +69,12 @@ class Source:
     self.is_on_disk = hasattr(self._given, 'fingerprint')
     self.checksums: dict[str, int] = {}
 
+  def rounded(self) -> 'Source':
+    """Returns the source after its parameters are rounded to `stored_as`."""
+    if self.stored_as is None:
+      return self
+    return Source(self._given.rounded(), self.files, self.stem)
+
   def specs(self, record: str) -> models.Params:
     """Returns the shapes and dtypes of a record; nothing is read from disk."""
     found: models.Params = self._given.specs(record)

@@ -55,6 +55,9 @@ class Source(Protocol):
   def outer(self) -> models.Params:
     """The parameters outside the layers."""
 
+  def read(self, record: str) -> models.Params:
+    """The parameters of a record, by whole paths."""
+
   def layer(self, index: int) -> models.Params:
     """The parameters of one layer, unstacked."""
 
