@@ -6,9 +6,9 @@ model's function, if the parameters that read or write it are rotated, too. A sh
 is the matrix that leads from one segment to the next. The model is coded by bits-back
 coding (see `coding.bits_back`), with the rotations as latents.
 
-All elements of the model are pushed onto one message, plain or entropy coded. Before the
-parameters around a segment are pushed, a rotation T of the segment is *popped* from the
-message and applied to them. The decoder finds the rotated parameters, recovers the
+All elements of the model are pushed onto one message, plain or entropy coded. Before
+the parameters around a segment are pushed, a rotation T of the segment is *popped* from
+the message and applied to them. The decoder finds the rotated parameters, recovers the
 rotation from them, and pushes it back. With segments 0 .. S, the encoder does this:
 
     push the first columns of the embeddings        they pay for the first rotation
