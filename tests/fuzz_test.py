@@ -78,14 +78,14 @@ def test_a_few_mutations_end_well(name):
   assert changed > 40
 
 
-def test_every_kind_of_leaf_is_fuzzed():
-  kinds = {json.loads(leaf)['kind'] for leaf in seeds.stored_leaves()}
+def test_every_type_of_leaf_is_fuzzed():
+  fuzzed = {json.loads(leaf)['type'] for leaf in seeds.stored_leaves()}
   own = {
-    kind
-    for kind, cls in structured.KINDS.items()
+    name
+    for name, cls in structured.TYPES.items()
     if cls.__module__.startswith('rotbits_jax.')
   }
-  assert kinds == own
+  assert fuzzed == own
 
 
 def _flipped(data, rng):

@@ -57,10 +57,8 @@ class Message:
     Raises:
       ContainerError: if the layout of the message is damaged.
     """
-    words = self._entry.streams[self._coder.streams[0]].nbytes // 2
     with self._file.errors(), _errors():
-      found = self._coder.dtypes(self._options, self._entry.layout, words, self._config)
-      return dict(found)
+      return dict(self._coder.dtypes(self._entry.layout))
 
   def nbytes(self) -> int:
     """Returns the bytes of all parameters."""
