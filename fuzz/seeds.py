@@ -136,29 +136,6 @@ def leaves() -> dict[str, Any]:
       name='bfloat16',
       transposed=True,
     ),
-    **packed_leaves(),
-  }
-
-
-def packed_leaves() -> dict[str, structured.Packed]:
-  """Returns leaves that stand for arrays with many zeros or few levels."""
-  rng = np.random.default_rng(2)
-  normal = np.asarray(rng.standard_normal((24, 32)), np.float16)
-  pruned = np.where(rng.random(normal.shape) < 0.1, normal, np.float16(0))
-  steps = np.repeat([0.5, 0.25, 0.125], 8)[:, None]
-  indices = rng.integers(-7, 8, normal.shape)
-  grid = structured.Grid(False, 32, has_base=False, counts=(7,), precision=11)
-  based = grid._replace(has_base=True, counts=(14,))
-  even = (steps * indices).astype(np.float16)
-  odd = even.copy()
-  odd[0, 0] = 3.14  # needs residuals
-  table = structured.Table.from_array(even, transposed=False, of_lines=True)
-  assert table is not None
-  return {
-    'sparse': structured.Sparse.from_array(pruned, transposed=True, across=False),
-    'levels': structured.Levels.from_array(odd, grid),
-    'levels_of_base': structured.Levels.from_array(even, based),
-    'table': table,
   }
 
 
@@ -178,12 +155,6 @@ def containers_of_trees() -> dict[str, bytes]:
     'raw': {'double': np.arange(3.0), 'flags': np.array([True, False]), 'x': normal()},
     'empty': {'none': np.zeros((0, 3), np.float16), 'dict': {}},
   }
-  # The writer packs arrays itself, as those of `few`.
-  unpacked = {
-    name: leaf
-    for name, leaf in leaves().items()
-    if not isinstance(leaf, structured.Packed)
-  }
   steps = rng.integers(-7, 8, (64, 128)) * np.repeat([0.5, 0.25, 0.125, 1], 16)[:, None]
   few = {
     'levels': steps.astype(np.float16),
@@ -191,7 +162,7 @@ def containers_of_trees() -> dict[str, bytes]:
   }
   return {
     'arrays': rotbits_jax.encode(arrays, preset='exact', files=FILES),
-    'leaves': rotbits_jax.encode({'leaves': unpacked}, preset='exact'),
+    'leaves': rotbits_jax.encode({'leaves': leaves()}, preset='exact'),
     'few numbers': rotbits_jax.encode(few, preset='exact'),
     PLAIN: container(PLAIN),
   }

@@ -6,7 +6,6 @@ are made right by the mutation.
 """
 
 from collections.abc import Callable, Iterable
-import contextlib
 import json
 import math
 import os
@@ -134,10 +133,6 @@ def _leaf(data: bytes) -> None:
   leaf = cls.from_stored(settings, named)
   structured.stack_key(leaf)
   leaf.stored_sizes()
-  if leaf.expands_on_reading:
-    with contextlib.suppress(ValueError):  # ones are seldom what fits it
-      leaf.materialize()
-    return
   if _is_small(leaf):
     assert np.asarray(leaf.materialize()).shape == leaf.shape
     again = leaf.stored()

@@ -752,7 +752,7 @@ class TestDirectory:
   def test_a_checkpoint_prints_one_line(self):
     checkpoint = checkpoints.load_checkpoint(TESTDATA / 'llama-tiny-sliced-head-0.25')
     assert repr(checkpoint) == (
-      'Checkpoint(Model(llama, sliced, 3 layers, 400,320 numbers, float16), '
+      'Checkpoint(Model(llama, sliced, 3 layers, 400,320 elements, float16), '
       "files=['Llama-2-tiny_0.25.json', 'config.json', 'generation_config.json'], "
       "stem='Llama-2-tiny_0.25')"
     )

@@ -70,7 +70,7 @@ class TreeTest(parameterized.TestCase):
     np.testing.assert_array_equal(decoded['a']['b'], array)
     self.assertEqual(decoded['a']['b'].shape, shape)
 
-  def test_packed_arrays_with_many_axes(self):
+  def test_arrays_with_many_axes(self):
     array = np.zeros((2,) * 13, np.float32)
     decoded = rotbits_jax.decode(rotbits_jax.encode({'a': array}))
     np.testing.assert_array_equal(decoded['a'], array)

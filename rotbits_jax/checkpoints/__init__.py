@@ -21,6 +21,7 @@ from rotbits_jax.checkpoints.factors import FactorNames
 from rotbits_jax.checkpoints.families import FAMILIES
 from rotbits_jax.checkpoints.families import Family
 from rotbits_jax.checkpoints.families import TensorRow
+from rotbits_jax.checkpoints.gguf_files import open_gguf
 from rotbits_jax.checkpoints.gguf_files import packaged_smollm2
 from rotbits_jax.checkpoints.gguf_files import read_gguf
 from rotbits_jax.checkpoints.lazy import LazyTensor
@@ -56,6 +57,7 @@ __all__ = [
   'load_checkpoint',
   'open_any',
   'open_checkpoint',
+  'open_gguf',
   'open_tensors',
   'packaged_smollm2',
   'parse_config',

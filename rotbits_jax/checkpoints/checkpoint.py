@@ -45,7 +45,7 @@ _TORCH_INDEX = 'pytorch_model.bin.index.json'
 def open_checkpoint(path: str | os.PathLike[str]) -> reader_lib.CheckpointReader:
   """Opens a dense or a sliced checkpoint: names, shapes, dtypes and the config.
 
-  Three kinds of directories are supported: Hugging Face's (`model.safetensors`,
+  Three types of directories are supported: Hugging Face's (`model.safetensors`,
   `pytorch_model.bin`, or shards and their index), SliceGPT's (`<name>_<sparsity>.pt`
   and `.json`), and the directories of `save_checkpoint`. Weights with shortcuts are
   taken as a sliced model. `gguf_files.open_gguf` opens a `.gguf` file.

@@ -1,4 +1,4 @@
-"""The quantised types of GGUF: what their blocks hold.
+"""The quantised types of GGUF, and the fields of their blocks.
 
 A block of the simple types is a float16 scale, perhaps a float16 offset, and the codes.
 A block of the K types is a super-block: float16 units, integer scales and offsets of
@@ -40,17 +40,17 @@ class Type(NamedTuple):
 
 
 def quantized(
-  kind: Type, data: np.ndarray, shape: tuple[int, int], dtype: np.dtype
+  block: Type, data: np.ndarray, shape: tuple[int, int], dtype: np.dtype
 ) -> structured.Quantized:
   """Returns the leaf of a matrix.
 
   Args:
-    kind: the type of the blocks.
+    block: the type of the blocks.
     data: the bytes of the blocks, row after row.
     shape: shape of the matrix.
     dtype: dtype of the array that the leaf stands for.
   """
-  parts = kind.split(data.reshape(-1, kind.nbytes))
+  parts = block.split(data.reshape(-1, block.nbytes))
   rows = lambda x: None if x is None else x.reshape(shape[0], -1)
   codes, scales, offsets, scale_units, offset_units = map(rows, parts)
   return structured.Quantized(

@@ -65,8 +65,8 @@ def packaged_smollm2() -> pathlib.Path:
   The package is not imported, so it may be installed without its dependencies.
 
   Returns:
-    The path of the GGUF file. It has 98 MB; weights have 4 bits (Q4_1), and the numbers
-    of the embedding have 8 bits (Q8_0).
+    The path of the GGUF file. It has 98 MB; weights have 4 bits (Q4_1), and the
+    embedding has 8 (Q8_0).
 
   Raises:
     CheckpointError: if the package is not installed.
@@ -116,10 +116,10 @@ def read_gguf(
 ) -> Checkpoint:
   """Reads a Llama from a GGUF file.
 
-  Quantised weights `scale * integer + offset` become plain numbers. float32 holds these
-  numbers exactly. float16 rounds them to 11 bits, with a relative error of 2e-4. This
-  is a few hundredths of the error that the quantisation to 4 bits made. float16 is the
-  default, because checkpoints that are sliced or encoded are usually stored in it.
+  Quantised weights `scale * code + offset` become plain arrays. float16 rounds them to
+  11 bits, with a relative error of 2e-4. This is a few hundredths of the error that the
+  quantisation to 4 bits made. float16 is the default, because checkpoints that are
+  sliced or encoded are usually stored in it.
 
   Args:
     path: the file.
@@ -200,7 +200,7 @@ def _tokenizer_json(metadata: dict[str, Any]) -> dict[str, Any]:
       raise errors.CheckpointError(
         f'tokenizer.ggml.{key} is {errors.cut(repr(value))}; supported: {known}'
       )
-  tokens, kinds = _tokens(metadata), _entries(metadata, 'token_type', int)
+  tokens, types = _tokens(metadata), _entries(metadata, 'token_type', int)
   byte_level = {'type': 'ByteLevel', 'add_prefix_space': False, 'trim_offsets': True}
   return {
     'version': '1.0',
@@ -212,10 +212,10 @@ def _tokenizer_json(metadata: dict[str, Any]) -> dict[str, Any]:
         'lstrip': False,
         'rstrip': False,
         'normalized': False,
-        'special': kind == _CONTROL,
+        'special': token_type == _CONTROL,
       }
-      for index, (token, kind) in enumerate(zip(tokens, kinds, strict=False))
-      if kind in (_CONTROL, _USER_DEFINED)
+      for index, (token, token_type) in enumerate(zip(tokens, types, strict=False))
+      if token_type in (_CONTROL, _USER_DEFINED)
     ],
     # Splits off every digit, then splits the text into words as GPT-2 does.
     'pre_tokenizer': {
@@ -250,13 +250,13 @@ def _token(metadata: dict[str, Any], key: str) -> int:
   return value
 
 
-def _entries(metadata: dict[str, Any], key: str, kind: type) -> list[Any]:
+def _entries(metadata: dict[str, Any], key: str, entry: type) -> list[Any]:
   """Returns a list of the tokenizer, which is empty if the file lacks it."""
   values = metadata.get(f'tokenizer.ggml.{key}', [])
-  if not isinstance(values, list) or not all(type(x) is kind for x in values):
+  if not isinstance(values, list) or not all(type(x) is entry for x in values):
     raise errors.CheckpointError(
       f'tokenizer.ggml.{key} is {errors.cut(repr(values))}; '
-      f'supported: a list of {_TYPES[kind]}'
+      f'supported: a list of {_TYPES[entry]}'
     )
   return values
 

@@ -175,7 +175,7 @@ class StagedWriter(abc.ABC):
       self._stack = stack.pop_all()
     return self
 
-  def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+  def __exit__(self, error_type: Any, error: Any, trace: Any) -> None:
     """Moves the files into place, or removes them after an exception.
 
     Raises:
@@ -183,8 +183,8 @@ class StagedWriter(abc.ABC):
     """
     stack, self._stack = self._stack, None
     assert stack is not None
-    if kind is not None:
-      stack.__exit__(kind, error, trace)  # names a full disk; the error goes on
+    if error_type is not None:
+      stack.__exit__(error_type, error, trace)  # names a full disk; the error goes on
       return
     with stack:
       if self._missing:

@@ -91,9 +91,9 @@ def open_places(
     path: the file.
 
   Returns:
-    Where each storage begins in the file, and its numbers, by the name of the first
-    tensor in it. Numbers have the shape of that tensor if it fills the storage, else
-    one axis.
+    Where each storage begins in the file, and its elements, by the name of the first
+    tensor in it. They have the shape of that tensor if it fills the storage, else one
+    axis.
 
   Raises:
     CheckpointError: see `open_file`.
@@ -388,21 +388,21 @@ def _tensor(name: str, view: Any, members: _Members) -> lazy.LazyTensor:
   content_size = members.size(f'data/{key}')
   if size < 0 or size * dtype.itemsize > content_size:
     raise errors.CheckpointError(
-      f'{name}: storage {errors.cut(key)} must hold {errors.cut(str(size))} numbers of '
-      f'{dtype}, got {content_size} bytes'
+      f'{name}: storage {errors.cut(key)} must hold {errors.cut(str(size))} elements '
+      f'of {dtype}, got {content_size} bytes'
     )
   shape, strides = view.shape, view.strides
-  numbers = (view.offset, *shape, *strides)
+  integers = (view.offset, *shape, *strides)
   # Not shown, because tuples of tuples may be exponentially long.
-  if len(numbers) > 1 + 2 * lazy.MAX_AXES or not all(
-    isinstance(n, int) for n in numbers
+  if len(integers) > 1 + 2 * lazy.MAX_AXES or not all(
+    isinstance(n, int) for n in integers
   ):
     raise errors.CheckpointError(
       f'{name}: the offset, shape and strides are not those of a tensor'
     )
   shown = errors.cut(f'{view.offset=}, {shape=}, {strides=}')
   if len(shape) != len(strides) or not all(
-    type(n) is int and 0 <= n < 2**63 for n in numbers
+    type(n) is int and 0 <= n < 2**63 for n in integers
   ):
     raise errors.CheckpointError(f'{name}: got {shown}')
   if not lazy.numpy_holds(shape, dtype):
@@ -413,10 +413,10 @@ def _tensor(name: str, view: Any, members: _Members) -> lazy.LazyTensor:
   if last >= size:
     raise errors.CheckpointError(
       f'{name}: got {shown}, which reach outside storage {errors.cut(key)} of {size} '
-      'numbers'
+      'elements'
     )
   if math.prod(shape) > size:
-    raise errors.CheckpointError(f'{name}: {shown} has numbers that overlap')
+    raise errors.CheckpointError(f'{name}: {shown} has elements that overlap')
 
   def read() -> np.ndarray:
     with _errors_name(members.file.path):

@@ -6,7 +6,7 @@ Example:
 
   rotbits verify --input=smollm2.rotbits --against=SmolLM2-135M
 
-Every checksum must hold, and every array must decode to the numbers that were encoded.
+Every checksum must hold, and every array must decode to the elements that were encoded.
 With --against a file of the preset `exact` must have the checkpoint's bits. One of
 `free` or `paper` must have its function: the predictions for random tokens differ from
 the checkpoint's by no more than a few times what a random rotation and rounding make.

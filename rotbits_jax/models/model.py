@@ -1,8 +1,8 @@
 """A model in memory: its parameters as a Flax PyTree with stacked layers.
 
 Consecutive layers of the same shapes are stacked along a leading axis. A structured
-leaf stores fewer numbers than the array that it stands for; see
-`structured`. To materialize a leaf is to replace it by that array. A dependent leaf
+leaf stores fewer elements than the array that it stands for, see `structured`. To
+materialize a leaf is to replace it by that array. A dependent leaf
 (`structured.Dependent`) stands for an array only together with other parameters. To
 expand a dependent leaf is to compute its array from those parameters.
 """
@@ -48,14 +48,14 @@ class Model:
   stored_as: str | None = struct.field(pytree_node=False, default=None)
 
   def __repr__(self) -> str:
-    """Returns one line: a notebook would print every number of the parameters."""
+    """Returns one line: a notebook would print every element of the parameters."""
     leaves = jax.tree.leaves(self.params)
     dtypes = sorted({np.dtype(x.dtype).name for x in leaves if hasattr(x, 'dtype')})
-    numbers = sum(int(np.prod(x.shape)) for x in leaves if hasattr(x, 'shape'))
-    kind = 'sliced' if self.config.sliced else 'dense'
+    elements = sum(int(np.prod(x.shape)) for x in leaves if hasattr(x, 'shape'))
+    sliced = 'sliced' if self.config.sliced else 'dense'
     return (
-      f'Model({self.config.family}, {kind}, {self.config.num_layers} layers, '
-      f'{numbers:,} numbers, {", ".join(dtypes)})'
+      f'Model({self.config.family}, {sliced}, {self.config.num_layers} layers, '
+      f'{elements:,} elements, {", ".join(dtypes)})'
     )
 
   @property
@@ -120,7 +120,7 @@ class Model:
     """Rounds the parameters to `stored_as`, if it is set.
 
     Raises:
-      ValueError: if a number is too large for that dtype.
+      ValueError: if an element is too large for that dtype.
     """
     if self.stored_as is None:
       return self
@@ -128,7 +128,7 @@ class Model:
     params = structured.astype(jax.device_get(self.params), dtype)
     for path, leaf in structured.flatten(params).items():
       if not all(np.isfinite(np.float32(x)).all() for x in jax.tree.leaves(leaf)):
-        raise ValueError(f'{path} has numbers that {dtype} cannot hold')
+        raise ValueError(f'{path} has elements that {dtype} cannot hold')
     return dataclasses.replace(self, params=params, stored_as=None)
 
   def materialize(

@@ -79,7 +79,7 @@ class Written(NamedTuple):
   """The results of a layer or a sublayer.
 
   Attributes:
-    x: the residual stream after a layer; what a sublayer adds to it.
+    x: the residual stream after a layer, or the update that a sublayer adds to it.
     inputs: the input of each linear layer, in the place of its kernel.
     cache: keys and values of all tokens so far; None for an MLP, and without a cache.
   """
@@ -140,7 +140,7 @@ def forward(
     precision: precision of the matrix products, see `jax.lax.Precision`.
 
   Returns:
-    The logits, and what else was asked for.
+    The logits, and the cache and moments that were asked for.
 
   Raises:
     ValueError: if a shape is wrong. The message names the parameter.
@@ -264,7 +264,7 @@ def attention(
       row `start` on, and the tokens also attend to the rows before `start`.
 
   Returns:
-    What is added to the residual stream.
+    The update of the residual stream.
   """
   chex.assert_rank(x, 3)
   chex.assert_type(x, jnp.float32)
@@ -309,7 +309,7 @@ def mlp(params: Params, config: config_lib.ModelConfig, x: jax.Array) -> Written
     x: `[B, T, d]` float32, the normed input.
 
   Returns:
-    What is added to the residual stream.
+    The update of the residual stream.
   """
   chex.assert_rank(x, 3)
   chex.assert_type(x, jnp.float32)

@@ -6,9 +6,9 @@ model's function, if the parameters that read or write it are rotated, too. A sh
 is the matrix that leads from one segment to the next. The model is coded by bits-back
 coding (see `coding.bits_back`), with the rotations as latents.
 
-All numbers of the model are pushed onto one message, plain or entropy coded. Before the
-parameters around a segment are pushed, a rotation T of the segment is *popped* from the
-message and applied to them. The decoder finds the rotated parameters, recovers the
+All elements of the model are pushed onto one message, plain or entropy coded. Before
+the parameters around a segment are pushed, a rotation T of the segment is *popped* from
+the message and applied to them. The decoder finds the rotated parameters, recovers the
 rotation from them, and pushes it back. With segments 0 .. S, the encoder does this:
 
     push the first columns of the embeddings        they pay for the first rotation
@@ -46,7 +46,7 @@ the matrix at hand: it factorises the matrix a second time after a change as lar
 the backward error of a factorisation, and takes twelve times the root mean square of
 the differences (`coding.bits_back.correction.spread`), or more. A segment for which
 both recoveries do not give the same integers is not sampled. Then the decoder returns
-the rotated model bit for bit. A machine beyond the margin decodes other numbers; a
+the rotated model bit for bit. A machine beyond the margin decodes other elements; a
 digest of each array notices that, and the file is refused there.
 
 **The streams.**

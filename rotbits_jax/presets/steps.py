@@ -10,8 +10,7 @@ numbers causes the divergence k 4^s at the step s, the least bytes have
 
 and each kind causes a divergence in proportion to its numbers. Each k is measured, by
 rounding the parameters of this kind alone. Matrices are rounded with error feedback,
-see `symmetries.feedback`; the moments of their inputs are measured first. A matrix that
-the encoder packs in place of rounding has no step and causes no divergence.
+see `symmetries.feedback`; the moments of their inputs are measured first.
 """
 
 import dataclasses
@@ -91,9 +90,8 @@ def calibrate(
 ) -> Calibration:
   """Divides the bits among the kinds of parameters, see above.
 
-  The whole model is held in memory, in its own dtype and in float32, the moments of the
-  inputs of every kernel `[in, out]`, float32 `[in, in]`, and the matrices that can be
-  packed once more, in their own dtype and packed.
+  The whole model is held in memory, in its own dtype and in float32, and the moments of
+  the inputs of every kernel `[in, out]`, float32 `[in, in]`.
 
   Args:
     model: the model.
@@ -182,7 +180,7 @@ class _Text(NamedTuple):
   def make(
     cls, model: models.Model, tokens: np.ndarray, max_tokens: int | None
   ) -> '_Text':
-    context = _context(model)
+    context = symmetries.make_context(model, stored_as=model.stored_as)
     unrounded = jax.device_put(_rewritten(context))
     reference = jax.device_put(dataclasses.replace(model.rounded(), buffers={}))
     return cls(context, unrounded, reference, tokens, max_tokens)
@@ -306,7 +304,7 @@ def rewritten(model: models.Model) -> models.Model:
     The model with float32 parameters. Its `stored_as` is the dtype of most parameters
     of `model`.
   """
-  return _rewritten(_context(model))
+  return _rewritten(symmetries.make_context(model, stored_as=model.stored_as))
 
 
 def _rewritten(context: symmetries.Context) -> models.Model:
@@ -320,15 +318,6 @@ def _rewritten(context: symmetries.Context) -> models.Model:
     context.config, (unit for some, _ in units for unit in some)
   )
   return dataclasses.replace(result, stored_as=context.dtype.name)
-
-
-def _context(model: models.Model) -> symmetries.Context:
-  """Returns the context with which the preset `near` encodes a model.
-
-  It keeps the packed leaves of matrices, because they are the same at every step.
-  """
-  pack = None
-  return symmetries.make_context(model, stored_as=model.stored_as, pack=pack)
 
 
 def _numbers(model: models.Model, rounded: models.Model) -> dict[str, int]:
@@ -346,20 +335,7 @@ def _numbers(model: models.Model, rounded: models.Model) -> dict[str, int]:
 def _rounded(
   model: models.Model, context: symmetries.Context, rounding: symmetries.Rounding
 ) -> models.Model:
-  """Rounds a float32 model as the encoder does.
-
-  Matrices that the encoder packs keep their numbers, in float32 as all others.
-  """
-
-  def unpacked(unit: symmetries.Record) -> symmetries.Record:
-    params = structured.flatten(unit.params)
-    for path, leaf in params.items():
-      if isinstance(leaf, structured.Packed):
-        params[path] = leaf.array().astype(np.float32)
-    return unit._replace(params=structured.unflatten(params))
-
+  """Rounds a float32 model as the encoder does."""
   own, chain = context._replace(source=model), symmetries.chain()
   units = symmetries.rewrite(own, chain, rounding=rounding)
-  return transform.to_model(
-    model.config, (unpacked(unit) for some, _ in units for unit in some)
-  )
+  return transform.to_model(model.config, (unit for some, _ in units for unit in some))

@@ -7,9 +7,7 @@ from one residual segment of a sliced model to the next. The page follows the li
 dark theme of the browser, and fits a phone.
 """
 
-import dataclasses
 import html
-import itertools
 from typing import Any, NamedTuple
 
 import jax
@@ -264,8 +262,12 @@ def errors(reader: file.Reader, report: savings.Report) -> str:
 
 def table(reader: file.Reader, report: savings.Report) -> str:
   """Tabulates reductions of published models and of this file; '' if it has none."""
-  if (own := own_reduction(reader, report)) is None:
+  config = reader.config
+  dense = accounting_lib.dense_elements(config) if config and config.sliced else 0
+  if dense <= 0:
     return ''
+  sizes = report.input_elements, report.stored_elements, report.file_bytes / 2
+  own = [100 * (1 - n / dense) for n in sizes]
   rows = [
     '<tr><th>model</th><th>slicing</th><th>SliceGPT</th><th>bits-back, published</th>'
     '<th>gauge fixed</th><th>+ heads, retied</th></tr>',
@@ -287,34 +289,6 @@ def table(reader: file.Reader, report: savings.Report) -> str:
     'element, as the bits-back paper (arXiv 2410.01309) counts them. Its models are '
     'counted from their sizes alone, before entropy coding.</p>'
     f'<div class="scroll"><table>{"".join(rows)}</table></div>'
-  )
-
-
-def own_reduction(
-  reader: file.Reader, report: savings.Report
-) -> tuple[float, float, float] | None:
-  """Counts this file in the way of the published table.
-
-  Returns:
-    Three reductions in percent, relative to the numbers of the dense model: that of the
-    numbers of the sliced checkpoint, that of the numbers stored in the file, and that
-    of the bytes of the file at 2 bytes per number. None if the file does not hold a
-    sliced model, or the dense model has no numbers.
-  """
-  config = reader.config
-  if config is None or not config.sliced:
-    return None
-  hidden, segments = config.hidden_size, len(config.segment_widths)
-  whole = dataclasses.replace(config, segment_widths=(hidden,) * segments)
-  dense = models.count_elements(whole)
-  dense -= sum(a * b for a, b in itertools.pairwise(whole.segment_widths))
-  if dense <= 0:
-    return None
-  percent = lambda n: 100 * (1 - n / dense)
-  return (
-    percent(report.input_elements),
-    percent(report.stored_elements),
-    percent(report.file_bytes / 2),
   )
 
 

@@ -115,7 +115,7 @@ def summary(notes: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
   Returns:
     Rows with `tensor` (an asterisk stands for the layer's number) and `form`; the count
-    of tensors, the numbers saved and the greatest error. Notes without a tensor get a
+    of tensors, the elements saved and the greatest error. Notes without a tensor get a
     row for each kind, with the range of each number.
   """
   kinds: dict[tuple[Any, ...], list[dict[str, Any]]] = {}

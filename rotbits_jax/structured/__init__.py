@@ -38,20 +38,12 @@ from rotbits_jax.structured.constant import Constant
 from rotbits_jax.structured.heads import HeadColumns
 from rotbits_jax.structured.heads import HeadPlanes
 from rotbits_jax.structured.heads import HeadRows
-from rotbits_jax.structured.levels import Grid
-from rotbits_jax.structured.levels import Levels
-from rotbits_jax.structured.levels import Table
-from rotbits_jax.structured.levels import fit
-from rotbits_jax.structured.levels import fit_counts
 from rotbits_jax.structured.low_rank import FactorPair
 from rotbits_jax.structured.low_rank import LowRank
 from rotbits_jax.structured.low_rank import ReducedLowRank
-from rotbits_jax.structured.packed import PACKED_DTYPES
-from rotbits_jax.structured.packed import Packed
 from rotbits_jax.structured.quantized import Quantized
 from rotbits_jax.structured.shortcuts import IdentityMinusGram
 from rotbits_jax.structured.shortcuts import SymmetricTriangle
-from rotbits_jax.structured.sparse import Sparse
 from rotbits_jax.structured.stored import Stored
 from rotbits_jax.structured.tied import Tied
 from rotbits_jax.structured.tied import TiedExactly
@@ -64,27 +56,21 @@ from rotbits_jax.structured.uniform import UniformlyQuantized
 
 __all__ = [
   'KINDS',
-  'PACKED_DTYPES',
   'TYPES',
   'Constant',
   'Dependent',
   'FactorPair',
-  'Grid',
   'HeadColumns',
   'HeadPlanes',
   'HeadRows',
   'IdentityMinusGram',
-  'Levels',
   'LowRank',
-  'Packed',
   'Quantized',
   'ReducedLowRank',
   'RowTrapezoids',
-  'Sparse',
   'Stored',
   'Structured',
   'SymmetricTriangle',
-  'Table',
   'Tied',
   'TiedExactly',
   'Trapezoidal',
@@ -93,8 +79,6 @@ __all__ = [
   'count_bytes',
   'count_elements',
   'empty_dicts',
-  'fit',
-  'fit_counts',
   'flatten',
   'is_plain',
   'is_structured',

@@ -40,7 +40,6 @@ import numpy as np
 
 from rotbits_jax import models
 from rotbits_jax import structured
-from rotbits_jax.symmetries import packings
 from rotbits_jax.symmetries import transform
 
 _matmul = functools.partial(jnp.matmul, precision='highest')
@@ -345,11 +344,7 @@ def _remove(
   if tolerance is None:
     tolerance = 3.0 if valid.segments or valid.stream else 1.0
   pairs = [_plain_pair(layer['attention'], names, config.head_dim) for layer in layers]
-  found = [
-    i
-    for i, pair in enumerate(pairs)
-    if pair and not _is_packable(context, models.names.prefix(first + i), pair)
-  ]
+  found = [i for i, pair in enumerate(pairs) if pair]
   results = context.map_layers(
     _fix_layer,
     [(pairs[i], jnp.float32(tolerance)) for i in found],
@@ -392,28 +387,6 @@ def _plain_pair(
   if not all(map(structured.is_plain, leaves)):
     return None
   return pair if min(pair[names[1]]['kernel'].shape) >= h else None
-
-
-def _is_packable(context: transform.Context, prefix: str, pair: models.Params) -> bool:
-  """Tells whether both kernels of a pair take fewer bytes packed than as they are.
-
-  Args:
-    context: see `transform.Context`.
-    prefix: the prefix of the layer's paths.
-    pair: see `_plain_pair`.
-  """
-  if context.pack is None:
-    return False
-  kernels = {}
-  for name, params in pair.items():
-    kernel = packings.narrowed(params['kernel'], context.dtype)
-    if kernel is None:
-      return False
-    kernels[f'{prefix}attention/{name}/kernel'] = kernel
-  found = context.pack(kernels)
-  return len(found) == len(kernels) and all(
-    packing.is_smaller(packing.array) for packing in found.values()
-  )
 
 
 def _with_pair(layer: models.Params, pair: models.Params) -> models.Params:

