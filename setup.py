@@ -29,7 +29,11 @@ setuptools.setup(
   license='Apache-2.0',
   license_files=['LICENSE'],
   python_requires='>=3.11',
-  packages=setuptools.find_packages(include=['rotbits_jax', 'rotbits_jax.*']),
+  packages=[
+    *setuptools.find_packages(include=['rotbits_jax', 'rotbits_jax.*']),
+    'rotbits_jax.configs',
+  ],
+  package_dir={'rotbits_jax.configs': 'configs'},
   package_data={'rotbits_jax': ['py.typed', 'data/*']},
   entry_points={'console_scripts': ['rotbits = rotbits_jax.cli.main:main']},
   # scripts/versions.sh tests the oldest versions and the newest.

@@ -35,7 +35,7 @@ FLAGS = flags.FlagValues()
 _MODEL = flags.DEFINE_enum(
   'model',
   'opt-1.3b',
-  list(published.MODELS),
+  list(published.experiments()),
   'The model whose sizes to take.',
   flag_values=FLAGS,
 )
@@ -118,7 +118,7 @@ def _peak() -> float:
 
 def run(directory: pathlib.Path, options: paper.Options) -> None:
   """Writes, encodes and decodes a checkpoint, and prints the measurements."""
-  dense = published.MODELS[_MODEL.value].config
+  dense = published.experiments()[_MODEL.value].config
   step, layers = dense.segments_per_layer, dense.num_layers
   count = min(_LAYERS.value, layers)
   checkpoint, path = directory / 'checkpoint', directory / 'message'
@@ -164,16 +164,16 @@ def run(directory: pathlib.Path, options: paper.Options) -> None:
 
 
 def main() -> None:
-  options = paper.Options(
-    canonicaliser=_CANONICALISER.value,
-    rotation_codec=_ROTATION_CODEC.value,
-    entropy=_ENTROPY.value,
-  ).check()
+  options: dict[str, Any] = {
+    'canonicaliser': _CANONICALISER.value,
+    'rotation_codec': _ROTATION_CODEC.value,
+    'entropy': _ENTROPY.value,
+  }
   with contextlib.ExitStack() as stack:
     directory = _DIRECTORY.value
     if directory is None:
       directory = stack.enter_context(tempfile.TemporaryDirectory())
-    run(pathlib.Path(directory), options)
+    run(pathlib.Path(directory), paper.Options(**options).check())
 
 
 if __name__ == '__main__':

@@ -69,7 +69,7 @@ FLAGS = flags.FlagValues()
 _MODEL = flags.DEFINE_enum(
   'model',
   'llama-2-7b',
-  list(published.MODELS),
+  list(published.experiments()),
   'The model whose sizes to take.',
   flag_values=FLAGS,
 )
@@ -446,7 +446,7 @@ def _outer(
 
 
 def main() -> None:
-  dense = published.MODELS[_MODEL.value].config
+  dense = published.experiments()[_MODEL.value].config
   if _LAYERS.value is not None:
     segments = dense.segments_per_layer * _LAYERS.value + 1
     dense = dataclasses.replace(

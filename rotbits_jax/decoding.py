@@ -70,9 +70,9 @@ def load(
     source: a path, bytes, or an open binary file.
     layers: the layers to load; all by default. Other layers are not read.
     sharding: a `jax.sharding.Sharding` for all arrays, or a function that takes the
-      path and the shape of a parameter and returns one. The layers of a group are
-      stacked along the first axis. Layers that no device of this process gets are not
-      read.
+      path and the shape of a parameter and returns one. Layers of equal shapes are
+      stacked along the first axis, under a key like 'layers.0:24'. Layers that no
+      device of this process gets are not read.
     dtype: dtype for all floating-point numbers, rounded to nearest; None for the dtype
       of each array in the file. Arrays that `near` has rounded are float32 there.
     integers: whether a matrix that the file stores as multiples of one step, as `near`

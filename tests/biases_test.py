@@ -145,11 +145,11 @@ class BiasesTest(parameterized.TestCase):
 
   def test_a_structured_bias_is_left_alone(self):
     model = _model('phi')
-    attention = model.params['blocks_0']['attention']
+    attention = model.params['layers.0:2']['attention']
     biases = [structured.Constant.like(x, 0.5) for x in attention['value']['bias']]
     value = attention['value'] | {'bias': structured.Constant.stack(biases)}
-    layers = model.params['blocks_0'] | {'attention': attention | {'value': value}}
-    strange = model.replace(params=model.params | {'blocks_0': layers})
+    layers = model.params['layers.0:2'] | {'attention': attention | {'value': value}}
+    strange = model.replace(params=model.params | {'layers.0:2': layers})
     same, notes = _apply(strange)
     chex.assert_trees_all_equal(same, strange)
     self.assertEmpty(notes)

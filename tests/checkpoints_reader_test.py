@@ -216,7 +216,9 @@ class SourceTest(parameterized.TestCase):
     self.assertEqual(
       models.stack_key(source.specs(1)), models.stack_key(source.layer(1))
     )
-    self.assertEqual(source.load().model.group_sizes, (1, 1, 1))
+    self.assertEqual(
+      source.load().model.stacks, tuple(range(i, i + 1) for i in range(3))
+    )
 
   def test_a_tied_head_that_differs_is_refused_on_opening(self):
     directory = self.copy('llama-tiny-dense')

@@ -296,8 +296,8 @@ class TestRoundTrip:
     name = 'phi3-tiny-sliced-0.25'
     raw = file_tensors(TESTDATA / name)
     model = checkpoints.load_checkpoint(TESTDATA / name).model
-    assert model.group_sizes == (2, 1)
-    block = model.params['blocks_0']
+    assert model.stacks == (range(2), range(2, 3))
+    block = model.params['layers.0:2']
     prefix = 'model.layers.1.'
     qkv = raw[f'{prefix}self_attn.qkv_proj.weight']  # [128 + 64 + 64, 96]
     attention = block['attention']
@@ -322,7 +322,7 @@ class TestRoundTrip:
     tensors = random_tensors(tiny_shapes(), dtype)
     config = checkpoints.parse_config(TINY, TINY_SLICING)
     model = checkpoints.from_tensors(tensors, config)
-    assert model.group_sizes == (1, 1)
+    assert model.stacks == (range(1), range(1, 2))
     assert_same_tensors(checkpoints.to_tensors(model), tensors)
     files = {
       'config.json': json.dumps(TINY).encode(),
@@ -352,7 +352,7 @@ class TestRoundTrip:
       ranks=((4, 0),) * 3,
     )  # fmt: skip
     params = dict(checkpoint.model.params)
-    params['blocks_0'] = params['blocks_0'] | {'mlp_shortcut': {'kernel': leaf}}
+    params['layers.0:3'] = params['layers.0:3'] | {'mlp_shortcut': {'kernel': leaf}}
     model = checkpoint.model.replace(params=params)
     checkpoints.save_checkpoint(checkpoint._replace(model=model), tmp_path)
     got = file_tensors(tmp_path)['model.layers.2.mlp_shortcut_Q']

@@ -85,12 +85,12 @@ class InputMomentsTest(parameterized.TestCase):
     tokens = np.random.default_rng(0).integers(0, 40, (2, 9))
     found = models.input_moments(model, jnp.asarray(tokens))
     shapes = jax.tree.map(jnp.shape, found)
-    self.assertEqual(shapes['blocks_0']['mlp']['down']['kernel'], (3, 32, 32))
+    self.assertEqual(shapes['layers.0:3']['mlp']['down']['kernel'], (3, 32, 32))
     self.assertEqual(shapes['head']['kernel'], (18, 18))
     x = np.float64(model.params['embed']['tokens'])[tokens].reshape(-1, 18)
     hidden = model.config.hidden_size
     x /= np.sqrt(np.square(x).sum(-1, keepdims=True) / hidden + model.config.norm_eps)
-    moments = found['blocks_0']['attention']['query']['kernel'][0]
+    moments = found['layers.0:3']['attention']['query']['kernel'][0]
     np.testing.assert_allclose(moments, x.T @ x, rtol=1e-4, atol=1e-4)
 
 

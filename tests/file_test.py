@@ -536,7 +536,7 @@ class DevicesTest(Base):
         layer = path.split('/')[0] not in ('embed', 'head')
         return spread if layer and shape[0] % 2 == 0 else everywhere
       model = rotbits_jax.load({path!r}, sharding=place)
-      kernel = model.params['blocks_1']['attention']['query']['kernel']
+      kernel = model.params['layers.1:3']['attention']['query']['kernel']
       assert kernel.sharding.is_equivalent_to(spread, kernel.ndim), kernel.sharding
       tokens = np.arange(6)[None]
       plain = rotbits_jax.load({path!r})

@@ -293,10 +293,10 @@ class PairsTest(parameterized.TestCase):
   def test_rotations_of_values_and_keys_keep_the_function(self):
     model = _model('opt')
     rotations = np.linalg.qr(_random((2, 2, 6, 6)))[0]
-    layers = model.params['blocks_0']
+    layers = model.params['layers.0:2']
     both = lambda x, r: heads.rotate_keys(heads.rotate_values(x, r), r)
     rotated = jax.jit(jax.vmap(both))(layers, rotations)
-    params = model.params | {'blocks_0': rotated}
+    params = model.params | {'layers.0:2': rotated}
     moved = rotated['attention']['out']['kernel'] - layers['attention']['out']['kernel']
     self.assertGreater(np.abs(moved).mean(), 0.1)
     np.testing.assert_allclose(
@@ -324,7 +324,7 @@ class TransformsTest(parameterized.TestCase):
   def test_leaves_run_in_the_forward_pass(self):
     model = _model('phi_with_partial_rope_and_biases')
     fixed, _ = symmetries.run_chain(CHAIN, model)
-    attention = fixed.params['blocks_0']['attention']
+    attention = fixed.params['layers.0:2']['attention']
     self.assertIsInstance(attention['out']['kernel'], structured.HeadRows)
     self.assertIsInstance(attention['key']['kernel'], structured.HeadColumns)
     self.assertIsInstance(attention['query']['kernel'], structured.HeadPlanes)
@@ -419,8 +419,8 @@ class TransformsTest(parameterized.TestCase):
 
   def test_what_is_not_known_is_left_alone(self):
     model = _model('llama_with_groups')
-    kernel = model.params['blocks_0']['attention']['out']['kernel']
-    attention = model.params['blocks_0']['attention'] | {
+    kernel = model.params['layers.0:2']['attention']['out']['kernel']
+    attention = model.params['layers.0:2']['attention'] | {
       'out': {
         'kernel': structured.Constant.stack(
           [structured.Constant.like(x, 0.5) for x in kernel]
@@ -428,8 +428,8 @@ class TransformsTest(parameterized.TestCase):
       },
       'key': {'kernel': np.zeros((2, 12, 12), np.int8)},
     }
-    layers = model.params['blocks_0'] | {'attention': attention}
-    strange = model.replace(params=model.params | {'blocks_0': layers})
+    layers = model.params['layers.0:2'] | {'attention': attention}
+    strange = model.replace(params=model.params | {'layers.0:2': layers})
     for transform in CHAIN:
       same, notes = transform_checks.apply(transform, strange)
       chex.assert_trees_all_equal(same, strange)

@@ -291,12 +291,12 @@ def _rewritten():
 class RemoveLowRankGaugeTest(parameterized.TestCase):
   def test_stores_the_squares_of_the_ranks_fewer_and_keeps_the_products(self):
     model = _compressed()
-    self.assertEqual(model.group_sizes, (3,))  # different ranks do not split a group
+    self.assertEqual(model.stacks, (range(3),))  # different ranks do not split it
     rewritten, saving = _rewritten()
     self.assertLen(saving.notes, 3 * len(LOW_RANK))
     self.assertEqual(saving.numbers, sum(n['rank'] ** 2 for n in saving.notes))
-    self.assertEqual(rewritten.group_sizes, (3,))
-    leaf = rewritten.params['blocks_0']['mlp']['down']['kernel']
+    self.assertEqual(rewritten.stacks, (range(3),))
+    leaf = rewritten.params['layers.0:3']['mlp']['down']['kernel']
     self.assertEqual((leaf.dtype, leaf.ranks), (np.float16, (64, 64, 40)))
     rng = np.random.default_rng(0)
     for before, after in zip(model.layers(), rewritten.layers(), strict=True):

@@ -428,7 +428,7 @@ class FreeRotationsTest(parameterized.TestCase):
     params = jax.tree.map(np.float32, model.params)
     params['final_norm'] = jax.tree.map(scales, params['final_norm'])
     for norm in ('attention_norm', 'mlp_norm'):
-      params['blocks_0'][norm] = jax.tree.map(scales, params['blocks_0'][norm])
+      params['layers.0:3'][norm] = jax.tree.map(scales, params['layers.0:3'][norm])
     model = dataclasses.replace(model, params=params)
     after, (gauge,) = symmetries.run_chain((symmetries.remove_residual_gauge(),), model)
     norms = 2 * model.config.num_layers + 1

@@ -17,7 +17,7 @@ from rotbits_jax.evaluation import published
 
 def dense(name):
   """Makes a tiny model of the same family as a published model."""
-  config = published.MODELS[name].config
+  config = published.experiments()[name].config
   hidden, layers = 96, 2
   return dataclasses.replace(
     config,

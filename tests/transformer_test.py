@@ -150,28 +150,6 @@ class TransformerTest(chex.TestCase):
     logits = logits_of(model, tokens)
     np.testing.assert_allclose(logits, np.stack(expected), rtol=0, atol=1e-4)
 
-  @parameterized.named_parameters(*CASES)
-  def test_init_gives_the_shapes_of_the_config(self, config_json, widths):
-    config = parse(config_json, widths)
-    group_sizes = random_model(config).group_sizes
-    variables = jax.eval_shape(
-      models.Transformer(config, group_sizes).init,
-      jax.random.key(0),
-      jnp.zeros((1, 4), jnp.int32),
-    )
-    assert set(variables) == {'params'}
-    got = jax.tree.map(lambda x: x.shape, variables['params'])
-    expected, layer = models.outer_shapes(config), 0
-    for group, size in enumerate(group_sizes):
-      shapes = models.layer_shapes(config, layer)
-      expected[f'blocks_{group}'] = jax.tree.map(
-        lambda shape, size=size: (size, *shape),
-        shapes,
-        is_leaf=lambda x: isinstance(x, tuple),
-      )
-      layer += size
-    assert got == expected
-
   @parameterized.parameters('opt_sliced', 'llama_sliced', 'phi_sliced')
   def test_no_dtype_is_promoted_by_chance(self, name):
     config_json, widths = next(case[1:] for case in CASES if case[0] == name)
@@ -193,15 +171,33 @@ class TransformerTest(chex.TestCase):
 
   def test_a_wrong_shape_is_refused_by_its_path(self):
     model = random_model(parse(LLAMA, None))
-    model.params['blocks_0']['mlp']['up']['kernel'] = np.zeros((3, 24, 35), np.float16)
-    with pytest.raises(ValueError, match=r'blocks_0/mlp/up/kernel.*\(24, 35\)'):
+    model.params['layers.0:3']['mlp']['up']['kernel'] = np.zeros(
+      (3, 24, 35), np.float16
+    )
+    with pytest.raises(ValueError, match=r'layers.0:3/mlp/up/kernel .*\(3, 24, 35\)'):
       trace(model, (1, 2))
 
-  def test_groups_that_are_not_all_layers_are_refused(self):
+  @parameterized.parameters(
+    ('layers.0:3', 'layers.0:2', '3 layers'),
+    ('layers.0:3', 'layers.1:4', '3 layers'),
+    ('final_norm', 'last_norm', 'final_norm/scale is missing'),
+    ('embed', 'tail', 'embed/tokens is missing'),
+  )
+  def test_missing_parameters_are_refused_by_their_paths(self, key, renamed, message):
     model = random_model(parse(LLAMA, None))
-    transformer = models.Transformer(model.config, (2,))
-    with pytest.raises(ValueError, match='3 layers'):
-      transformer.apply({'params': model.params}, np.zeros((1, 2), np.int32))
+    model.params[renamed] = model.params.pop(key)
+    with pytest.raises(ValueError, match=message):
+      trace(model, (1, 2))
+
+  def test_unknown_parameters_are_refused_by_their_paths(self):
+    model = random_model(parse(LLAMA, None))
+    model.params['tail'] = {'kernel': np.zeros(3)}
+    with pytest.raises(ValueError, match='tail/kernel is not known'):
+      trace(model, (1, 2))
+
+  def test_tokens_without_a_batch_are_refused(self):
+    with pytest.raises(ValueError, match=r'tokens must be \[B, T\].*\(5,\)'):
+      trace(random_model(parse(LLAMA, None)), (5,))
 
 
 class StructuredLeavesTest(chex.TestCase):
@@ -235,14 +231,14 @@ class StructuredLeavesTest(chex.TestCase):
         compact[i][name]['kernel'] = structured.IdentityMinusGram(b, c, columns)
         plain[i][name]['kernel'] = matrix
     build = lambda layers: models.from_layers(model.config, model.outer(), layers)
-    assert build(compact).group_sizes == (2, 1)
+    assert build(compact).stacks == (range(2), range(2, 3))
     self.assert_acts_as(build(compact), build(plain))
 
   def test_a_thin_shortcut_is_not_materialized(self):
     model = random_model(parse(PHI, (24, 24, 24, 24)))
     b, c = np.ones((3, 24, 5), np.float16), np.zeros((3, 24, 0), np.float16)
     leaf = structured.IdentityMinusGram(b, c, columns=24, ranks=((5, 0),) * 3)
-    model.params['blocks_0']['attention_shortcut']['kernel'] = leaf
+    model.params['layers.0:3']['attention_shortcut']['kernel'] = leaf
     with mock.patch.object(
       structured.IdentityMinusGram, 'materialize', side_effect=NotImplementedError
     ):

@@ -9,7 +9,6 @@ hold several parameters, stacked along its first axis.
 
 from collections.abc import Iterable, Iterator, Mapping
 import dataclasses
-import itertools
 from typing import Any, NamedTuple
 
 import jax
@@ -140,12 +139,9 @@ class Parameters:
     key = lambda layer: models.stack_key(self.specs(layer))
     # Copied, so that no array is a view of a file. Stacking copies the layers, too.
     params = jax.tree.map(np.array, self.read(None))
-    runs = itertools.groupby(range(self.config.num_layers), key)
-    for index, (_, run) in enumerate(runs):
-      layers = list(run)
-      params[f'blocks_{index}'] = models.stack_layers(
-        map(self.read, layers), len(layers)
-      )
+    for layers in models.stack_ranges(range(self.config.num_layers), key):
+      stack = models.stack_layers(map(self.read, layers), len(layers))
+      params[models.names.stack(layers)] = stack
     return models.Model(params, self.buffers(), self.config)
 
 

@@ -61,14 +61,14 @@ class Accounting(NamedTuple):
   gauge_fixed_heads: int
   gauge_fixed_heads_retied: int | None
 
-  def numbers(self) -> dict[str, int | None]:
+  def elements(self) -> dict[str, int | None]:
     """Returns the counts by scheme; that of the dense model comes first."""
     return {name: n for name, n in self._asdict().items() if name != 'width'}
 
   def reduction(self) -> dict[str, float | None]:
     """Returns by how many percent each scheme's count is below the dense model's."""
     percent = lambda n: None if n is None else 100 * (1 - n / self.dense)
-    return {name: percent(n) for name, n in self.numbers().items() if name != 'dense'}
+    return {name: percent(n) for name, n in self.elements().items() if name != 'dense'}
 
 
 def accounting(

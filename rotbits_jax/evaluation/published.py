@@ -1,66 +1,55 @@
-"""The models in the table of the bits-back paper: their sizes and the paper's figures.
+"""The published experiments: config files in the repository's folder `configs`.
 
 Reference: Getting Free Bits Back from Rotational Symmetries in LLMs, arXiv 2410.01309.
 """
 
-from typing import NamedTuple
+from collections.abc import Mapping
+import functools
+from typing import Any, NamedTuple
 
 from rotbits_jax import checkpoints
 from rotbits_jax import models
+from rotbits_jax.system import config_files
 
 
-class Published(NamedTuple):
-  """A published model with the figures of the paper.
+class Experiment(NamedTuple):
+  """A model that is sliced and coded, with the figures of the paper.
 
   Attributes:
+    name: name of the dense model.
     config: config of the dense model.
+    slicing: the part of the hidden size that slicing removes.
     bits_back: the paper's reduction in percent, by the sparsity of slicing.
   """
 
+  name: str
   config: models.ModelConfig
+  slicing: float
   bits_back: dict[float, float]
 
 
-def _opt(hidden: int, layers: int, heads: int) -> models.ModelConfig:
-  return checkpoints.parse_config(
-    {
-      'model_type': 'opt',
-      'hidden_size': hidden,
-      'ffn_dim': 4 * hidden,
-      'num_hidden_layers': layers,
-      'num_attention_heads': heads,
-      'vocab_size': 50272,
-      'max_position_embeddings': 2048,
-      'activation_function': 'relu',
-      'word_embed_proj_dim': hidden,
-      'tie_word_embeddings': True,
-    }
-  )
+def experiment(fields: Mapping[str, Any]) -> Experiment:
+  """Makes an experiment of the field `experiment` of a config file.
+
+  Raises:
+    CheckpointError: if its `model` is not the config.json of a known family.
+    ValueError: if a field is missing.
+  """
+  try:
+    return Experiment(
+      name=fields['name'],
+      config=checkpoints.parse_config(dict(fields['model'])),
+      slicing=fields['slicing'],
+      bits_back=dict(fields['published']),
+    )
+  except KeyError as error:
+    raise ValueError(f'the experiment has no field {error}') from error
 
 
-def _llama_2(hidden: int, mlp: int, layers: int, heads: int) -> models.ModelConfig:
-  return checkpoints.parse_config(
-    {
-      'model_type': 'llama',
-      'hidden_size': hidden,
-      'intermediate_size': mlp,
-      'num_hidden_layers': layers,
-      'num_attention_heads': heads,
-      'vocab_size': 32000,
-      'max_position_embeddings': 4096,
-      'rms_norm_eps': 1e-5,
-      'tie_word_embeddings': False,
-    }
-  )
-
-
-MODELS: dict[str, Published] = {
-  'opt-1.3b': Published(_opt(2048, 24, 32), {0.2: 13.77, 0.25: 18.61, 0.3: 23.81}),
-  'opt-2.7b': Published(_opt(2560, 32, 32), {0.2: 13.84, 0.25: 19.09, 0.3: 24.43}),
-  'opt-6.7b': Published(_opt(4096, 32, 32), {0.2: 14.07, 0.25: 19.29, 0.3: 24.84}),
-  'opt-13b': Published(_opt(5120, 40, 40), {0.2: 14.01, 0.25: 19.51, 0.3: 24.97}),
-  'llama-2-7b': Published(
-    _llama_2(4096, 11008, 32, 32), {0.2: 14.13, 0.25: 19.53, 0.3: 25.09}
-  ),
-  'llama-2-13b': Published(_llama_2(5120, 13824, 40, 40), {}),
-}
+@functools.cache
+def experiments() -> dict[str, Experiment]:
+  """Returns the experiments in the folder `configs`, by the names of their models."""
+  configs = map(config_files.load, config_files.paths().values())
+  found = [experiment(x['experiment']) for x in configs if 'experiment' in x]
+  size = lambda x: (x.config.family, models.count_elements(x.config))
+  return {x.name: x for x in sorted(found, key=size)}

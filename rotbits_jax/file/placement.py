@@ -36,13 +36,22 @@ def placed(tree: Tree, place: Place | None) -> Tree:
   return structured.unflatten(flat)
 
 
-def local_layers(place: Place, entry: manifest_lib.Record, count: int) -> range:
-  """Returns the range of layers in a stack that devices of this process get."""
+def local_layers(
+  place: Place, name: str, entry: manifest_lib.Record, count: int
+) -> range:
+  """Returns the places in a stack of layers that devices of this process get.
+
+  Args:
+    place: the sharding.
+    name: the name of the stack.
+    entry: the entry of one of its layers.
+    count: the number of its layers.
+  """
   first, last = count, 0
   for leaf, specs in entry.leaf_specs():
     for spec in specs:
       shape = (count, *(leaf.shape if leaf.is_array else spec.shape))
-      sharding = _sharding(place, leaf.path, shape)
+      sharding = _sharding(place, f'{name}/{leaf.path}', shape)
       for index in sharding.addressable_devices_indices_map(shape).values():
         start, stop, _ = index[0].indices(count) if index else (0, count, 1)
         first, last = min(first, start), max(last, stop)

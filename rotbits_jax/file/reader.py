@@ -242,21 +242,17 @@ class Reader:
       weights.record_jobs() as start,
     ):
       expanding = self._units.start(outer, start, integers)
-      runs = itertools.groupby(
-        layers, lambda i: self._units.entry(models.names.layer(i)).stack_key()
-      )
+      key = lambda i: self._units.entry(models.names.layer(i)).stack_key()
       stacks = [
-        stacks_lib.start_stack(self._units, list(run), place, start, integers)
-        for _, run in runs
+        stacks_lib.start_stack(self._units, run, place, start, integers)
+        for run in models.stack_ranges(layers, key)
       ]
       for future in expanding:
         params |= placement.placed(future.result(), place)
         bar.update()
-      for group, stack in enumerate(stacks):
-        tree = stack.result(bar)
-        params[f'blocks_{group}'] = placement.placed_stack(
-          tree, place, stack.wanted, stack.total
-        )
+      for stack in stacks:
+        tree = {stack.name: stack.result(bar)}
+        params |= placement.placed_stack(tree, place, stack.wanted, stack.total)
     return models.Model(params=params, buffers=self.buffers(), config=self.config)
 
   def parts(self, *, show_progress: bool = False) -> Iterator[tuple[int | None, Tree]]:

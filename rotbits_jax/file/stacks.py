@@ -1,6 +1,5 @@
 """Stacks of layers: each layer is decoded straight into its place in the stack."""
 
-from collections.abc import Sequence
 from concurrent import futures
 import functools
 from typing import Any, NamedTuple
@@ -19,15 +18,17 @@ Tree = dict[str, Any]
 
 
 class Stack(NamedTuple):
-  """The layers of a group while they are decoded into a stack.
+  """The layers of a stack while they are decoded.
 
   Attributes:
+    name: the name of the stack, see `models.names`.
     wanted: places of the layers that this process needs.
     total: number of layers of the whole stack.
     layers: the layers that this process needs.
     plain: the stacked plain arrays and `UniformlyQuantized`, by path.
   """
 
+  name: str
   wanted: range
   total: int
   layers: 'list[futures.Future[Tree]]'
@@ -50,25 +51,26 @@ class Stack(NamedTuple):
 
 def start_stack(
   units: records_lib.Records,
-  indices: Sequence[int],
+  indices: range,
   place: placement.Place | None,
   start: weights.Start,
   integers: bool,
 ) -> Stack:
-  """Starts to decode the layers of a group, into their places in the stack.
+  """Starts to decode layers into their places in a stack.
 
   Args:
     units: the units of the file.
-    indices: the layers, which have equal keys, see `manifest.Record.stack_key`.
+    indices: the layers of the stack, which have equal keys, see
+      `manifest.Record.stack_key`.
     place: the sharding of arrays; None if this process needs all layers.
     start: starts a job.
     integers: whether matrices on grids become `UniformlyQuantized`.
   """
   entries = [units.entry(models.names.layer(i)) for i in indices]
-  entry, count = entries[0], len(entries)
+  name, entry, count = models.names.stack(indices), entries[0], len(entries)
   wanted = range(count)
   if place is not None:
-    wanted = placement.local_layers(place, entry, count)
+    wanted = placement.local_layers(place, name, entry, count)
   specs = [{leaf.path: own for leaf, own in x.leaf_specs()} for x in entries]
   grids = [x.grids() for x in entries] if integers else []
   stacks: dict[str, Any] = {}
@@ -104,7 +106,7 @@ def start_stack(
     path: stack if isinstance(stack, structured.UniformlyQuantized) else stack[0]
     for path, stack in ((x.path, stacks[x.path]) for x in entry.leaves if x.is_array)
   }
-  return Stack(wanted, count, layers, plain)
+  return Stack(name, wanted, count, layers, plain)
 
 
 def _row(stack: Any, row: int) -> Any:

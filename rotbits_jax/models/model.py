@@ -1,13 +1,13 @@
 """A model in memory: its parameters as a Flax PyTree with stacked layers.
 
-A group is a run of consecutive layers that are stacked along a leading axis. A
-structured leaf stores fewer numbers than the array that it stands for; see
+Consecutive layers of the same shapes are stacked along a leading axis. A structured
+leaf stores fewer numbers than the array that it stands for; see
 `structured`. To materialize a leaf is to replace it by that array. A dependent leaf
 (`structured.Dependent`) stands for an array only together with other parameters. To
 expand a dependent leaf is to compute its array from those parameters.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 import dataclasses
 import itertools
 from typing import Any
@@ -19,6 +19,7 @@ import numpy as np
 
 from rotbits_jax import structured
 from rotbits_jax.models import config as config_lib
+from rotbits_jax.models import names
 
 Params = dict[str, Any]
 
@@ -27,10 +28,10 @@ Params = dict[str, Any]
 class Model:
   """A dense or sliced transformer.
 
-  `params` has the keys that `Transformer(config, group_sizes)` reads: `embed`, `head`
-  (unless tied), `final_norm` (dense models only), and `blocks_0`, `blocks_1`, ... Each
-  `blocks_i` is a group of N layers whose parameters have the same shapes, dtypes and
-  kinds. Kernels of a group are `[N, in, out]`. A leaf is an array or a structured leaf.
+  `params` has the keys `embed`, `head` (unless tied), `final_norm` (dense models only),
+  and `layers.I:J` for each stack of the N layers I to J - 1, whose parameters have the
+  same shapes, dtypes and types. Kernels of a stack are `[N, in, out]`. A leaf is an
+  array or a structured leaf.
 
   Attributes:
     params: the parameters.
@@ -58,33 +59,25 @@ class Model:
     )
 
   @property
-  def group_sizes(self) -> tuple[int, ...]:
-    """How many layers each `blocks_i` stacks."""
-    sizes: list[int] = []
-    while f'blocks_{len(sizes)}' in self.params:
-      leaves = jax.tree.leaves(self.params[f'blocks_{len(sizes)}'])
-      sizes.append(leaves[0].shape[0])
-    return tuple(sizes)
+  def stacks(self) -> tuple[range, ...]:
+    """The layers of each stack, in order."""
+    return names.stacks(self.params)
 
   def outer(self) -> Params:
     """Returns the parameters outside the layers."""
-    return {k: v for k, v in self.params.items() if not k.startswith('blocks_')}
+    return {k: v for k, v in self.params.items() if not names.stacked_layers(k)}
 
   def layers(self) -> Iterator[Params]:
     """Yields the parameters of each layer in order, unstacked."""
-    for group, size in enumerate(self.group_sizes):
-      for index in range(size):
-        yield unstack_layer(self.params[f'blocks_{group}'], index)
+    for stack in self.stacks:
+      yield from map(self.layer, stack)
 
   def layer(self, index: int) -> Params:
     """Returns the parameters of one layer, unstacked."""
-    for group, size in enumerate(self.group_sizes):
-      if index < size:
-        return unstack_layer(self.params[f'blocks_{group}'], index)
-      index -= size
-    raise IndexError(
-      f'the index must be below the number of layers {self.config.num_layers}'
-    )
+    for stack in self.stacks:
+      if index in stack:
+        return unstack_layer(self.params[names.stack(stack)], index - stack.start)
+    raise IndexError(f'the model has the layers {self.stacks}, got {index}')
 
   def specs(self, index: int | None) -> Params:
     """Returns `layer(index)`, or `outer()` for None.
@@ -165,11 +158,11 @@ def expand(
   return structured.unflatten(flat | expanded)
 
 
-def unstack_layer(block: Params, index: int) -> Params:
-  """Returns one layer of a group."""
+def unstack_layer(stack: Params, index: int) -> Params:
+  """Returns one layer of a stack, by its place in the stack."""
   return jax.tree.map(
     lambda x: x.layer(index) if structured.is_structured(x) else x[index],
-    block,
+    stack,
     is_leaf=structured.is_structured,
   )
 
@@ -183,7 +176,7 @@ def from_layers(
 ) -> Model:
   """Makes a model from separate layers: the inverse of `outer` and `layers`.
 
-  Consecutive layers with equal `stack_key` become a group.
+  Consecutive layers with equal `stack_key` become a stack.
 
   Args:
     config: sizes and switches.
@@ -196,14 +189,15 @@ def from_layers(
     The model.
   """
   params = dict(outer)
-  runs = [list(run) for _, run in itertools.groupby(layers, stack_key)]
-  for i, run in enumerate(runs):
-    params[f'blocks_{i}'] = stack_layers(run, len(run))
+  key = lambda index: stack_key(layers[index])
+  for stack in stack_ranges(range(len(layers)), key):
+    run = layers[stack.start : stack.stop]
+    params[names.stack(stack)] = stack_layers(run, len(run))
   return Model(params, buffers or {}, config, stored_as)
 
 
 def stack_layers(layers: Iterable[Params], count: int) -> Params:
-  """Stacks layers into a group: the inverse of `unstack_layer`.
+  """Stacks layers: the inverse of `unstack_layer`.
 
   Args:
     layers: the layers, with equal `stack_key`. NumPy arrays are copied one layer at a
@@ -211,7 +205,7 @@ def stack_layers(layers: Iterable[Params], count: int) -> Params:
     count: the number of layers.
 
   Returns:
-    The group. Its arrays are NumPy arrays where the layers have NumPy arrays, and JAX
+    The stack. Its arrays are NumPy arrays where the layers have NumPy arrays, and JAX
     arrays elsewhere.
   """
   stacks: list[Any] = []
@@ -240,8 +234,19 @@ def _join(leaves: list[Any]) -> Any:
   return jnp.stack(leaves)
 
 
+def stack_ranges(layers: range, key: Callable[[int], Any]) -> list[range]:
+  """Divides consecutive layers into the fewest stacks whose layers have equal keys.
+
+  Args:
+    layers: the indices of the layers.
+    key: maps an index to a value that is equal for layers that can share a stack.
+  """
+  runs = [list(run) for _, run in itertools.groupby(layers, key)]
+  return [range(run[0], run[-1] + 1) for run in runs]
+
+
 def stack_key(layer: Params) -> tuple[Any, ...]:
-  """Returns a key that is equal for two layers if they can share a group.
+  """Returns a key that is equal for two layers if they can share a stack.
 
   This is the only rule that decides which layers are stacked together.
   """

@@ -1,16 +1,25 @@
-"""Names of parameters, and of the units that hold them.
+"""Names of parameters, of the records that hold them, and of stacks of layers.
 
 The path of a parameter is its keys joined by '/', like 'layers.3/mlp/up/kernel' or
-'embed/tokens'. A unit is a part of a model that is stored on its own; its name is the
-first key of these paths.
+'embed/tokens'. A record is a part of a model that is stored on its own; its name is the
+first key of these paths. In memory, consecutive layers of the same shapes are stacked:
+'layers.2:5' holds layers 2, 3 and 4 along a leading axis.
 """
 
+from collections.abc import Iterable
 import re
+
+_INDEX = '(0|[1-9][0-9]{0,6})'
 
 
 def layer(index: int) -> str:
-  """Returns the name of the unit of a layer."""
+  """Returns the name of the record of a layer."""
   return f'layers.{index}'
+
+
+def stack(layers: range) -> str:
+  """Returns the name of a stack of consecutive layers."""
+  return f'layers.{layers.start}:{layers.stop}'
 
 
 def prefix(index: int | None) -> str:
@@ -19,11 +28,32 @@ def prefix(index: int | None) -> str:
 
 
 def layer_index(path: str) -> int | None:
-  """Returns the index of the layer of a path or of a unit; None outside the layers."""
-  match = re.match(r'layers\.(0|[1-9][0-9]{0,6})(/|\Z)', path)
+  """Returns the index of the layer of a path or of a record.
+
+  It is None outside the layers, and in a stack of layers.
+  """
+  match = re.match(rf'layers\.{_INDEX}(/|\Z)', path)
   return None if match is None else int(match[1])
 
 
-def kind(path: str) -> str:
-  """Returns a path with '*' for the index of the layer."""
-  return path if layer_index(path) is None else f'layers.*/{path.partition("/")[2]}'
+def stacked_layers(path: str) -> range | None:
+  """Returns the layers of a stack, given its name or a path in it; None elsewhere."""
+  match = re.match(rf'layers\.{_INDEX}:{_INDEX}(/|\Z)', path)
+  return None if match is None else range(int(match[1]), int(match[2]))
+
+
+def stacks(keys: Iterable[str]) -> tuple[range, ...]:
+  """Returns the layers of each stack among the keys of a model, in order."""
+  found = filter(None, map(stacked_layers, keys))
+  return tuple(sorted(found, key=lambda layers: layers.start))
+
+
+def pattern(path: str) -> str:
+  """Returns a path with '*' for the layer or the stack of layers.
+
+  Parameters of equal patterns have the same role, like 'layers.*/mlp/up/kernel'.
+  """
+  name, _, inner = path.partition('/')
+  if layer_index(name) is None and stacked_layers(name) is None:
+    return path
+  return f'layers.*/{inner}'

@@ -105,13 +105,13 @@ def to_steps(
 
   Args:
     step: log2 of the step over the rms of the array.
-    offsets: octaves to add to the step, by kind of parameter, see `models.names.kind`.
-      The offset of other kinds is 0. No step is finer than `FINEST`.
+    offsets: octaves to add to the step, by pattern of a path, see
+      `models.names.pattern`. The offset of others is 0. No step is finer than `FINEST`.
     inputs: see `Rounding`.
   """
   by_kind = dict(offsets or {})
   octaves = lambda path, dtype: max(
-    step + by_kind.get(models.names.kind(path), 0.0), FINEST
+    step + by_kind.get(models.names.pattern(path), 0.0), FINEST
   )
   return Rounding(octaves, uniform=True, inputs=inputs or {})
 

@@ -16,7 +16,6 @@ the encoder packs in place of rounding has no step and causes no divergence.
 
 import dataclasses
 import math
-import re
 from typing import Any, NamedTuple
 
 import jax
@@ -25,11 +24,11 @@ import numpy as np
 
 from rotbits_jax import evaluation
 from rotbits_jax import models
-from rotbits_jax import presets
 from rotbits_jax import structured
 from rotbits_jax import symmetries
 from rotbits_jax.evaluation import perplexity
 from rotbits_jax.file import packing
+from rotbits_jax.presets.near import near
 from rotbits_jax.symmetries import packings
 from rotbits_jax.symmetries import rounding as rounding_lib
 from rotbits_jax.symmetries import transform
@@ -228,7 +227,9 @@ class _Text(NamedTuple):
     def alone(kind: str) -> models.Model:
       # Vectors have no kind in `kinds`, because they have no step.
       own = {
-        path: exact[path] if _kind(path) in kinds.keys() - {kind} else rounded[path]
+        path: exact[path]
+        if models.names.pattern(path) in kinds.keys() - {kind}
+        else rounded[path]
         for path in exact
       }
       params = structured.unflatten(own)
@@ -257,11 +258,6 @@ class _Text(NamedTuple):
 
 
 _input_moments = jax.jit(models.input_moments)
-
-
-def _kind(path: str) -> str:
-  """Returns `models.names.kind` of a parameter, given its path in a group."""
-  return re.sub(r'^blocks_\d+/', 'layers.*/', path)
 
 
 def _next_step(curve: dict[float, float], max_kl: float) -> float:
@@ -321,7 +317,7 @@ def _rewritten(context: symmetries.Context) -> models.Model:
     for path, dtype in context.dtypes.items()
   }
   wide_context = context._replace(dtypes=wide)
-  units = symmetries.rewrite(wide_context, presets.near().transform)
+  units = symmetries.rewrite(wide_context, near().transform)
   result = transform.to_model(
     context.config, (unit for some, _ in units for unit in some)
   )
@@ -344,7 +340,7 @@ def _numbers(model: models.Model, rounded: models.Model) -> dict[str, int]:
   for path, leaf in transform.leaves(model):
     pairs = zip(jax.tree.leaves(leaf), jax.tree.leaves(results[path]), strict=True)
     if any(rounding_lib.is_matrix(x) and bool((x != y).any()) for x, y in pairs):
-      name = models.names.kind(path)
+      name = models.names.pattern(path)
       counts[name] = counts.get(name, 0) + structured.count_elements(leaf)
   return counts
 

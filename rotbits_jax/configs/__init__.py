@@ -1,1 +1,0 @@
-"""Config files of the presets, for `rotbits encode --config=NAME`."""
