@@ -11,7 +11,7 @@ import numpy as np
 from rotbits_jax.coding import codecs
 from rotbits_jax.coding import rans
 from rotbits_jax.coding import tables
-from rotbits_jax.coding.bits_back import bits_back
+from rotbits_jax.coding import codecs as bits_back
 from rotbits_jax.coding.bits_back import haar
 from rotbits_jax.symmetries import canonical
 from tests import codec_checks
