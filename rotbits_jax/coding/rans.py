@@ -313,7 +313,8 @@ def push_rows(
       return state, _with_row(out, i, tuple(found))
 
     out = tuple(jnp.zeros((total, *state.shape), x) for x in (jnp.uint16, bool))
-    state, out = jax.lax.fori_loop(0, steps, step, (state, out)) if total else (state, out)
+    carry = state, out
+    state, out = jax.lax.fori_loop(0, steps, step, carry) if total else carry
     return state, *out
 
   return native.loop(rows)(state, symbols, jnp.int32(total) if steps is None else steps)

@@ -25,6 +25,7 @@ from rotbits_jax.coding import weights
 from rotbits_jax.file import container
 from rotbits_jax.file import fields
 from rotbits_jax.symmetries import transform
+from rotbits_jax.system import schema
 
 ContainerError = container.ContainerError
 
@@ -145,7 +146,6 @@ class Record:
     input_numbers: number of numbers of the unit before it was rewritten.
     input_bytes: number of bytes of these numbers.
     savings: what each transform saved.
-    order_bits: bits that the order of the neurons saved.
     empty: paths of the dicts in the unit that are empty.
   """
 
@@ -157,7 +157,6 @@ class Record:
   input_numbers: int
   input_bytes: int
   savings: tuple[transform.Saving, ...]
-  order_bits: float
   empty: tuple[str, ...] = ()
 
   @property
@@ -211,10 +210,9 @@ class Record:
       'nbytes': self.nbytes,
       'crc32': self.crc32,
       'leaves': [leaf.to_json() for leaf in self.leaves],
-      'coder': self.coder.to_json(),
+      'coder': schema.dump(self.coder),
       'input': [self.input_numbers, self.input_bytes],
       'savings': [_saving_to_json(saving) for saving in self.savings],
-      'order_bits': self.order_bits,
       **({'empty': list(self.empty)} if self.empty else {}),
     }
 
@@ -231,7 +229,7 @@ class Record:
     given.take('name')
     leaves = tuple(Leaf.from_json(leaf, name) for leaf in given.items('leaves'))
     try:
-      coder = weights.StreamSpec.from_json(given.take('coder'))
+      coder = schema.load(weights.StreamSpec, given.take('coder'))
     except ValueError as error:
       raise ContainerError(f'{name}: {error}') from error
     unit = cls(
@@ -241,7 +239,6 @@ class Record:
       leaves=leaves,
       coder=coder,
       savings=tuple(_saving_from_json(x, name) for x in given.items('savings')),
-      order_bits=given.number('order_bits'),
       empty=given.texts('empty') if given.optional('empty') else (),
       **_input_sizes(given),
     )

@@ -8,14 +8,13 @@ leaf takes the place of the array if the coder's own estimate says that it saves
 Shape letters are those of `structured.packed`.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 import functools
 from typing import NamedTuple
 
 import numpy as np
 
 from rotbits_jax import structured
-from rotbits_jax.coding import tables
 from rotbits_jax.coding import weights
 from rotbits_jax.structured import packed
 
@@ -73,9 +72,6 @@ _LEAST_NUMBERS = 4096
 # The bytes that a leaf and each of its arrays take in the manifest, about.
 _ARRAY_BYTES = 100
 
-# With a smaller share of zeros, the coder loses less than 1% to them.
-_LEAST_ZEROS = 0.01
-
 # Equal nonzero numbers in a run of `_RUN` numbers, on average. Dense bfloat16 numbers
 # have 0.1, and 8-bit integers with one step have 0.7.
 _RUN = 16
@@ -108,22 +104,16 @@ def _candidates(array: np.ndarray) -> list[structured.Packed]:
     return []
   array = np.ascontiguousarray(array)
   leaves: list[structured.Packed] = []
-  repeats = False
   for transposed in (False, True):
     runs = _runs(packed.lines_of(packed.bits(array), transposed))
     if not runs.size:
       continue
-    if not transposed and np.mean(runs == 0) >= _LEAST_ZEROS:
-      leaves += _sparse(array)
     equal = (runs[:, 1:] == runs[:, :-1]) & (runs[:, 1:] << 1 != 0)
     if equal.sum() < _LEAST_REPEATS * len(runs):
       continue
-    repeats = True
     grid = _grid(array, transposed)
     if grid is not None:
       leaves.append(structured.Levels.from_array(array, grid))
-  if repeats and not any(isinstance(leaf, structured.Levels) for leaf in leaves):
-    leaves += _tables(array)
   return leaves
 
 
@@ -142,26 +132,6 @@ def _runs(lines: np.ndarray) -> np.ndarray:
   places = np.linspace(0, per_line - 1, min(per_line, most)).astype(int)
   columns = (places[:, None] * _RUN + np.arange(_RUN)).reshape(-1)
   return np.sort(lines[np.ix_(rows, columns)].reshape(-1, _RUN), axis=1)
-
-
-def _sparse(array: np.ndarray) -> Iterator[structured.Sparse]:
-  """Yields the leaf with each order of the nonzero numbers."""
-  patterns = [
-    structured.Sparse.from_array(array, transposed=transposed, across=False)
-    for transposed in (False, True)
-  ]
-  cost = lambda leaf: tables.entropy_bits(np.bincount(leaf.mask.reshape(-1)))
-  best = min(patterns, key=cost)
-  yield best
-  yield structured.Sparse.from_array(array, transposed=best.transposed, across=True)
-
-
-def _tables(array: np.ndarray) -> Iterator[structured.Table]:
-  """Yields the leaves with one table, and with a table for each row or column."""
-  for transposed, of_lines in ((False, False), (False, True), (True, True)):
-    leaf = structured.Table.from_array(array, transposed=transposed, of_lines=of_lines)
-    if leaf is not None:
-      yield leaf
 
 
 def _grid(array: np.ndarray, transposed: bool) -> structured.Grid | None:

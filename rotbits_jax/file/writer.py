@@ -38,6 +38,7 @@ from rotbits_jax.file import packing
 from rotbits_jax.file import shards as shards_lib
 from rotbits_jax.symmetries import transform
 from rotbits_jax.system import checksums as checksums_lib
+from rotbits_jax.system import host
 from rotbits_jax.system import outputs
 from rotbits_jax.system import strict_json
 
@@ -270,14 +271,9 @@ def encode_record(
   Raises:
     ValueError: if a reader would refuse a parameter. It names the parameter.
   """
-  neurons: dict[str, int] = {}
-  config, is_layer = summary.config, models.names.layer_index(unit.name) is not None
-  if summary.preset.order_neurons and config is not None and is_layer:
-    valid = models.layout.symmetries(config).neurons
-    neurons = models.layout.neuron_axes(config) if valid else {}
   # Weights may be transposed views of a checkpoint's maps. They are copied once, here.
   flat = {
-    path: weights.contiguous(np.asarray(leaf)) if structured.is_plain(leaf) else leaf
+    path: host.contiguous(np.asarray(leaf)) if structured.is_plain(leaf) else leaf
     for path, leaf in structured.flatten(unit.params).items()
   }
   digests = {
@@ -291,14 +287,9 @@ def encode_record(
     plain = {path: x for path, x in flat.items() if structured.is_plain(x)}
     for path, found in packing.pack(plain).items():
       flat[path], digests[path] = found, checksums_lib.of_array(plain[path])
-  if any(structured.is_structured(flat.get(path)) for path in neurons):
-    neurons = {}  # neurons of a structured leaf cannot be reordered
   leaves: list[manifest_lib.Leaf] = []
   arrays: list[np.ndarray] = []
-  exchangeable: dict[int, int] = {}
   for path, leaf in flat.items():
-    if path in neurons:
-      exchangeable[len(arrays)] = neurons[path]
     expanded = digests.get(path)
     if isinstance(leaf, structured.Dependent) and leaf.eager:
       others = structured.flatten(beside)
@@ -310,7 +301,7 @@ def encode_record(
     )
     leaves.append(entry)
     arrays += parts.values()
-  encoded = weights.encode(arrays, exchangeable=exchangeable)
+  encoded = weights.encode(arrays)
   entry_of_unit = manifest_lib.Record(
     name=unit.name,
     nbytes=encoded.spec.nbytes,
@@ -320,7 +311,6 @@ def encode_record(
     input_numbers=sizes.numbers,
     input_bytes=sizes.bytes,
     savings=tuple(unit.savings),
-    order_bits=round(float(encoded.order_bits), 1),
     empty=tuple(structured.empty_dicts(unit.params)),
   )
   _check_readable(entry_of_unit, manifest_lib.Record.from_json)

@@ -9,6 +9,7 @@ from rotbits_jax import models
 from rotbits_jax.coding import weights
 from rotbits_jax.paper import options as options_lib
 from rotbits_jax.paper import segments
+from rotbits_jax.system import schema
 
 DTYPES = 'float16', 'bfloat16', 'float32'
 
@@ -47,7 +48,7 @@ class Layout(NamedTuple):
       'options': self.options._asdict(),
       'sampled': list(self.sampled),
       'arrays': {path: list(stored) for path, stored in self.arrays.items()},
-      'coders': [coder.to_json() for coder in self.coders],
+      'coders': schema.dump(self.coders),
     }
 
   def frame(self, config: models.ModelConfig, segment: int) -> options_lib.Frame:
@@ -97,7 +98,7 @@ def from_json(value: Any, config: models.ModelConfig, words: int) -> Layout:
     fixed=fixed,
     sampled=tuple(sampled),
     arrays=_arrays(fields['arrays'], config),
-    coders=tuple(map(weights.StreamSpec.from_json, coders)),
+    coders=tuple(schema.load(weights.StreamSpec, x, 'coders') for x in coders),
   )
   # The message holds the words of all arrays without those that rotations are made of.
   held = sum(-(-coder.nbytes // 2) for coder in layout.coders)

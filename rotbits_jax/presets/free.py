@@ -36,7 +36,6 @@ def free(
     transform=without_gauges(tolerance, transforms),
     rounding=symmetries.NEAREST if floor is None else symmetries.with_floor(floor),
     resumable=not transforms,
-    order_neurons=True,
   )
 
 

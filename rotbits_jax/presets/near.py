@@ -60,5 +60,4 @@ def near(
     rounding=symmetries.to_steps(step, offsets, inputs),
     keeps='approximation',
     resumable=not (transforms or inputs),
-    order_neurons=True,
   )

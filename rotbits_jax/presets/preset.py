@@ -37,7 +37,6 @@ class Preset(NamedTuple):
       tensors need a preset that keeps bits.
     resumable: whether name and options determine everything else, so that a run can
       continue the work of an interrupted run with the same options.
-    order_neurons: whether the neurons of an MLP are stored in an order that saves bits.
     message: codes the whole model as one message; None to code record by record.
   """
 
@@ -47,7 +46,6 @@ class Preset(NamedTuple):
   rounding: symmetries.Rounding | None = symmetries.NEAREST
   keeps: Keeps = 'function'
   resumable: bool = False
-  order_neurons: bool = False
   message: MessageCodec | None = None
 
   @property

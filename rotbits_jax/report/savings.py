@@ -161,11 +161,8 @@ def from_reader(reader: reader_lib.Reader) -> Report:
   coded_bytes = reader.stream_bytes() - file_bytes
   uncoded_bytes = input_bytes - sum(saving.bytes for saving in savings.values())
   lines = [ReportLine(x.name, x.numbers, x.bytes) for x in savings.values()]
-  order_bytes = int(sum(unit.order_bits for unit in reader.units.values()) // 8)
-  if order_bytes:
-    lines.append(ReportLine('neuron order', 0, order_bytes))
   lines += [
-    ReportLine('coding', 0, uncoded_bytes - coded_bytes - order_bytes),
+    ReportLine('coding', 0, uncoded_bytes - coded_bytes),
     ReportLine('tokenizer and settings', 0, -file_bytes),
     ReportLine('file overhead', 0, reader.stream_bytes() - reader.size),
   ]

@@ -36,6 +36,8 @@ STEPS = 1 << 14
 CAPACITY = LANES * STEPS
 """The greatest n."""
 
+_ROOM = CAPACITY  # elements of the arrays that the programs are compiled for
+
 _SMALL = 1 << 14  # elements of small blocks, which are split and joined as quickly
 
 # The stacks are no multiple of a large power of two apart, because their tops would
@@ -56,9 +58,9 @@ class Tables(NamedTuple):
   Attributes:
     void: K.
     alphabet: A.
-    entries: uint32 `[2^20]`, of which the first are `tables.pack_intervals` `[K + 1, A]`.
-    slots: uint8 or uint16 `[2^22]`, of which the first are `tables.slots`
-      `[K + 1, 2^14]`; None if only the encoder uses the tables.
+    entries: uint32 `[2^20]`; the first are `tables.pack_intervals` `[K + 1, A]`.
+    slots: uint8 or uint16 `[2^22]`; the first are `tables.slots` `[K + 1, 2^14]`. None
+      if only the encoder uses the tables.
   """
 
   void: int
@@ -117,7 +119,7 @@ def _push(
   alphabet: jax.Array,
   steps: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-  interval = lambda row: _interval(entries, *row, alphabet)
+  interval = lambda row: _interval(entries, row[0], row[1], alphabet)
   state = jnp.full(LANES, 1 << 16, jnp.uint32)
   rows = contexts.reshape(-1, LANES), symbols.reshape(-1, LANES)
   return rans.push_rows(state, rows, interval, tables.PRECISION, steps)
@@ -176,7 +178,12 @@ def _count(
 
 
 def encode(
-  bits: Fill, contexts: Fill, count: int, lanes: int, layout: layouts.Layout, made: Tables
+  bits: Fill,
+  contexts: Fill,
+  count: int,
+  lanes: int,
+  layout: layouts.Layout,
+  made: Tables,
 ) -> tuple[np.ndarray, list[np.ndarray]]:
   """Encodes a block on this thread.
 
@@ -289,7 +296,7 @@ def histogram(
   places, whole = _buffer('contexts', np.uint8), -(-count // _UNROLLED) * _UNROLLED
   buckets(places[:count])
   places[count:whole] = shape[0]
-  if symbols.size < CAPACITY:
+  if symbols.size < _ROOM:
     flat = _buffer('symbols', np.uint16)
     flat[:whole] = np.asarray(symbols)[:whole]
     symbols = flat  # type: ignore[assignment]
@@ -307,7 +314,7 @@ def _split(
   bits: Fill, count: int, layout: layouts.Layout
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
   """Returns the symbols and the pieces of the elements, and of some more."""
-  room = _SMALL if count <= _SMALL else CAPACITY
+  room = _SMALL if count <= _SMALL else _ROOM
   patterns = _buffer('bits', layout.unsigned)[:room]
   bits(patterns[:count])
   patterns[count : count + LANES] = 0  # the symbols of a row's void places are 0
@@ -316,10 +323,14 @@ def _split(
 
 
 def _join(
-  symbols: np.ndarray, planes: np.ndarray, count: int, lanes: int, layout: layouts.Layout
+  symbols: np.ndarray,
+  planes: np.ndarray,
+  count: int,
+  lanes: int,
+  layout: layouts.Layout,
 ) -> np.ndarray:
   """Returns the bit patterns of elements, given rows of symbols and the planes."""
-  room = _SMALL if count <= _SMALL else CAPACITY
+  room = _SMALL if count <= _SMALL else _ROOM
   steps, flat = -(-count // lanes), symbols.reshape(-1)
   if lanes < LANES:
     flat = _buffer('symbols', np.uint16)
@@ -368,7 +379,7 @@ def _dealt(
 ) -> np.ndarray | jax.Array:
   """Deals elements `[n]` out to lanes: rows of 64, with `void` elsewhere, flat."""
   steps = -(-count // lanes)
-  if flat.size == CAPACITY and lanes == LANES:
+  if flat.size == _ROOM and lanes == LANES:
     if isinstance(flat, np.ndarray):
       flat[count : steps * lanes] = void
     return flat
@@ -388,11 +399,11 @@ _local = threading.local()
 
 
 def _buffer(name: str, dtype: np.dtype | type) -> np.ndarray:
-  """Returns this thread's buffer of `CAPACITY` elements of this name and dtype."""
+  """Returns this thread's buffer of `_ROOM` elements of this name and dtype."""
   buffers = _local.__dict__.setdefault('buffers', {})
   key = name, np.dtype(dtype)
   if key not in buffers:
-    buffers[key] = host.empty((CAPACITY,), dtype)
+    buffers[key] = host.empty((_ROOM,), dtype)
     buffers[key][...] = 0
   return buffers[key]
 

@@ -1,4 +1,4 @@
-r"""Forms: arrays that are coded as other arrays, because they carry less than they hold.
+r"""Forms: arrays that are coded as other arrays, because these take fewer bytes.
 
 The array is taken as a matrix of R rows and C columns, see `scales.matrix_shape`.
 
@@ -21,7 +21,7 @@ of them. All of this is exact. Shape letters: V values.
 """
 
 import abc
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 import dataclasses
 import math
 from typing import Annotated, ClassVar, Literal
@@ -143,6 +143,10 @@ class Codebook(Form):
   others: schema.Size
   across: bool
 
+  def __post_init__(self) -> None:
+    if self.across and not self.others:
+      raise ValueError('there are no others, which have no order')
+
   @property
   def bits(self) -> int:
     """The bits of a code."""
@@ -153,11 +157,10 @@ class Codebook(Form):
     rows, columns = scales.matrix_shape(shape)
     count, length = (columns, rows) if self.transposed else (rows, columns)
     lists = {'all': 1, 'row': rows, 'column': columns}[self.lists]
-    of_codes = np.dtype(np.uint8), (count, -(-length * self.bits // 8))
-    if self.bits == 16:
-      of_codes = np.dtype(np.uint16), (count, length)
+    code, each = np.dtype(np.uint16 if self.bits > 8 else np.uint8), 8 // self.bits
+    packed = count, -(-length // each) if each else length
     others = (self.others // _WIDTH, _WIDTH), (self.others % _WIDTH,)
-    return [of_codes, (dtype, (lists, self.values)), *((dtype, x) for x in others)]
+    return [(code, packed), *((dtype, x) for x in ((lists, self.values), *others))]
 
   def join(self, parts: Sequence[np.ndarray], out: np.ndarray) -> None:
     shape = scales.matrix_shape(out.shape)
@@ -319,15 +322,16 @@ def codebooks(array: np.ndarray) -> Iterator[Candidate]:
   values, counts = np.unique(sampled['row'], return_counts=True)
   few = _FEW_BYTES if array.itemsize == 1 else _FEW_VALUES
   if values.size <= few:
-    values = np.unique(bits)
-    if values.size <= _MOST_VALUES:
-      yield _codebook(array, 'all', values[None])
-      return
+    every = np.unique(bits)
+    if every.size <= _MOST_VALUES:
+      yield _codebook(array, 'all', every[None])
   if array.itemsize == 1:
     return
-  often = values[counts >= _LEAST_SHARE * sampled['row'].size]
-  if often.size:
+  often = values[counts >= _LEAST_SHARE * counts.sum()]
+  if 0 < often.size < values.size:
     yield _codebook(array, 'all', often[None])
+  if values.size <= _FEW_OF_LINE:
+    return
   for lists, sample in sampled.items():
     ordered = np.sort(sample, axis=1)
     distinct = 1 + np.count_nonzero(ordered[:, 1:] != ordered[:, :-1], axis=1)
@@ -380,13 +384,13 @@ def _codes(bits: np.ndarray, values: np.ndarray, lists: str) -> np.ndarray:
     table[values[0]] = np.arange(most)
     return table[bits]
   codes = np.empty(bits.shape, np.uint16)
+  own: tuple[Iterable[np.ndarray], Iterable[np.ndarray]] = bits, codes
   if lists == 'all':
-    pairs = zip(chunks(bits), chunks(codes), strict=True)
-    lines = ((values[0], *pair) for pair in pairs)
-  else:
-    own = (bits, codes) if lists == 'row' else (bits.T, codes.T)
-    lines = zip(values, *own, strict=True)
-  for known, line, out in lines:
+    own = chunks(bits), chunks(codes)
+  elif lists == 'column':
+    own = bits.T, codes.T
+  for i, (line, out) in enumerate(zip(*own, strict=True)):
+    known = values[0 if lists == 'all' else i]
     index = np.minimum(np.searchsorted(known, line), most - 1)
     out[...] = np.where(known[index] == line, index, most)
   return codes

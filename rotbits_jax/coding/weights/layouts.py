@@ -327,7 +327,7 @@ def survey(bits: np.ndarray, form: Format) -> Survey | None:
   lowest, negative_zeros = 1 << 30, False
   for start in range(0, bits.size, _CHUNK):
     part = bits[start : start + _CHUNK]
-    used |= int(np.bitwise_or.reduce(part))
+    used |= _union(part)
     magnitude = part & part.dtype.type((1 << form.width - 1) - 1)
     present = magnitude > 0
     if not present.all():
@@ -352,6 +352,10 @@ def survey(bits: np.ndarray, form: Format) -> Survey | None:
   return Survey(used, greatest, lowest, scale, negative_zeros)
 
 
+def _union(bits: np.ndarray) -> int:
+  return int(np.bitwise_or.reduce(bits))  # type: ignore[call-overload]
+
+
 def of_floats(bits: np.ndarray, dtype: np.dtype) -> tuple[Float, Survey | None]:
   """Chooses the layout of floats by the bits that they use.
 
@@ -370,7 +374,7 @@ def of_floats(bits: np.ndarray, dtype: np.dtype) -> tuple[Float, Survey | None]:
   sample = np.concatenate([bits[start : start + _CHUNK // 4] for start in starts])
   for part in (sample, bits):
     found = survey(part, form)
-    layout = _layout(found, int(np.bitwise_or.reduce(part)), dtype)
+    layout = _layout(found, _union(part), dtype)
     if layout == Float(dtype, layout.most_raw_bits):
       break
   return layout, found

@@ -29,7 +29,7 @@ class Coded(NamedTuple):
   Attributes:
     layout: layout of the elements.
     buckets: the scale buckets; None if one table codes the part.
-    counts: int64 `[buckets, A]`, how often each symbol occurs in each bucket.
+    counts: int64 `[B, A]`, how often each symbol occurs in each bucket.
   """
 
   layout: layouts.Layout
@@ -74,18 +74,21 @@ def plan(arrays: Sequence[np.ndarray]) -> list[Plan]:
   """Chooses the plan with the fewest bytes for each array.
 
   Args:
-    arrays: arrays of dtypes that `specs.DTYPES` has.
+    arrays: arrays of dtypes in `specs.DTYPES`, contiguous.
 
   Returns:
     The plans.
   """
   found = pool.run(functools.partial(_candidates, array) for array in arrays)
-  drafts = [draft for candidates in found for _, own in candidates for draft in own]
+  drafts = [x for own in found for _, parts in own for x in parts if x.layout]
   planned = iter(_planned(_alike(drafts)))
   plans = []
-  for array, candidates in zip(arrays, found, strict=True):
+  for array, own in zip(arrays, found, strict=True):
     made = [
-      Plan(array, form, tuple(next(planned) for _ in own)) for form, own in candidates
+      Plan(
+        array, form, tuple(next(planned) if x.layout else Part(x.array) for x in parts)
+      )
+      for form, parts in own
     ]
     # Each part takes some bytes beside the others.
     plans.append(min(made, key=lambda x: x.nbytes + _PART_BYTES * len(x.parts)))
@@ -95,8 +98,11 @@ def plan(arrays: Sequence[np.ndarray]) -> list[Plan]:
 _PART_BYTES = 16
 
 
+# ---- layouts and forms ---------------------------------------------------------------
+
+
 class _Draft(NamedTuple):
-  """A part, and a layout for it; None if it can only be stored as it is."""
+  """A part and its layout; None if it is stored as it is."""
 
   array: np.ndarray
   layout: layouts.Layout | None
@@ -106,56 +112,59 @@ def _candidates(array: np.ndarray) -> list[tuple[forms.Form | None, list[_Draft]
   """Returns the forms that may suit an array, each with its parts."""
   if not array.size:
     return [(None, [_Draft(array, None)])]
-  found: list[tuple[forms.Form | None, list[np.ndarray]]] = [(None, [array])]
-  layout: layouts.Layout | None = None
+  found: list[tuple[forms.Form | None, list[_Draft]]] = [(None, [_Draft(array, None)])]
   is_uniform, bits = False, forms.bit_patterns(array)
   if array.dtype in layouts.FORMATS:
     layout, survey = layouts.of_floats(bits, array.dtype)
     is_plain = layout == layouts.Float(array.dtype, layout.most_raw_bits)
     if survey and not is_plain and (made := forms.uniform(array, survey)):
-      found, is_uniform = [made], True
+      found.append(_drafted(*made))
+      is_uniform = True
+    else:
+      found = [(None, [_Draft(array, layout)])]
   elif array.dtype.itemsize == 8:
-    found = [forms.halves(array)]
+    found.append(_drafted(*forms.halves(array)))
   elif array.dtype.kind in 'iu':
-    layout = _of_integers(array)
-  if not is_uniform or np.count_nonzero(bits) < array.size // 2:
-    found += forms.codebooks(array)
-  return [
-    (form, [_Draft(array, layout)] if form is None else [*map(_drafted, parts)])
-    for form, parts in found
-  ]
+    found = [(None, [_Draft(array, _of_integers(array))])]
+  if is_uniform and np.count_nonzero(bits) > array.size // 2:
+    return found
+  return [*found, *(_drafted(*made) for made in forms.codebooks(array))]
 
 
-def _drafted(part: np.ndarray) -> _Draft:
-  """Returns the draft of a part of a form."""
-  if part.size and part.dtype in layouts.FORMATS:
-    return _Draft(part, layouts.of_floats(forms.bit_patterns(part), part.dtype)[0])
-  if part.size and part.dtype.kind in 'iu' and part.dtype.itemsize <= 4:
-    return _Draft(part, _of_integers(part))
-  return _Draft(part, None)
+def _drafted(
+  form: forms.Form, parts: Sequence[np.ndarray]
+) -> tuple[forms.Form, list[_Draft]]:
+  drafts = []
+  for part in parts:
+    layout: layouts.Layout | None = None
+    if part.size and part.dtype in layouts.FORMATS:
+      layout, _ = layouts.of_floats(forms.bit_patterns(part), part.dtype)
+    elif part.size and part.dtype.kind in 'iu' and part.dtype.itemsize <= 4:
+      layout = _of_integers(part)
+    drafts.append(_Draft(part, layout))
+  return form, drafts
 
 
-# Elements by which the raw bits of integers are chosen.
-_SAMPLE = 1 << 18
+_SAMPLE = 1 << 18  # elements by which the raw bits of integers are chosen
 
 
 def _of_integers(array: np.ndarray) -> layouts.Int:
-  """Returns the layout of integers with the number of raw bits that makes them shortest.
-  """
+  """Returns the layout of integers whose raw bits make them shortest."""
   least = layouts.least_raw_bits(array)
   layout, bits = layouts.Int(array.dtype, least), forms.bit_patterns(array)
-  stride = -(-bits.size // _SAMPLE)
-  sample = np.ascontiguousarray(bits[::stride])
-  counts = blocks.histogram(
-    lambda out: np.copyto(out, sample), _zeros, sample.size, (1, layout.alphabet), layout
-  )
+  sample = np.ascontiguousarray(bits[:: -(-bits.size // _SAMPLE)])
+  shape = 1, layout.alphabet
+  counts = blocks.histogram(_copy_of(sample), _zeros, sample.size, shape, layout)
   costs = []
-  most = min(8 * array.dtype.itemsize, least + layout.alphabet.bit_length() - 1)
-  for raw_bits in range(least, most):
+  for raw_bits in range(least, least + layout.alphabet.bit_length() - 1):
     cost = contexts.choose(layout, None, counts).cost
     costs.append(cost + sample.size * raw_bits / 8)
     counts = counts[:, ::2] + counts[:, 1::2]
   return layouts.Int(array.dtype, least + int(np.argmin(costs)))
+
+
+def _copy_of(part: np.ndarray) -> blocks.Fill:
+  return lambda out: np.copyto(out, part)
 
 
 def _zeros(out: np.ndarray) -> None:
@@ -168,54 +177,55 @@ _LAYOUT_BYTES = 64
 
 def _alike(drafts: list[_Draft]) -> list[_Draft]:
   """Gives a small part the layout of another part if its own layout costs more."""
-  sizes: dict[layouts.Layout, int] = {}
-  for draft in drafts:
-    if draft.layout:
-      sizes[draft.layout] = sizes.get(draft.layout, 0) + draft.array.size
-  chosen: dict[layouts.Layout, layouts.Layout] = {}
-  for own, size in sizes.items():
+  sizes: dict[layouts.Layout | None, int] = {}
+  for array, layout in drafts:
+    sizes[layout] = sizes.get(layout, 0) + array.size
+  floats = [layout for layout in sizes if isinstance(layout, layouts.Float)]
+  chosen: dict[layouts.Layout | None, layouts.Layout | None] = {}
+  for own in floats:
     # A layout with a lower minimum exponent and more raw bits fits the elements, too,
     # but takes more bits for each of them.
     wider = {
-      other: size * (other.raw_bits - own.raw_bits + own.min_exponent - other.min_exponent)
-      for other in sizes
-      if isinstance(own, layouts.Float)
-      and other.dtype == own.dtype
+      other: other.raw_bits - own.raw_bits + own.min_exponent - other.min_exponent
+      for other in floats
+      if other.dtype == own.dtype
       and other != own
       and other.raw_bits >= own.raw_bits
       and other.min_exponent <= own.min_exponent
     }
-    least = min(wider.values(), default=8 * _LAYOUT_BYTES)
-    chosen[own] = min(wider, key=wider.__getitem__) if least < 8 * _LAYOUT_BYTES else own
-  return [
-    draft._replace(layout=chosen[draft.layout]) if draft.layout else draft
-    for draft in drafts
-  ]
+    if wider:
+      best = min(wider, key=wider.__getitem__)
+      chosen[own] = best if wider[best] * sizes[own] < 8 * _LAYOUT_BYTES else own
+  return [_Draft(array, chosen.get(layout, layout)) for array, layout in drafts]
+
+
+# ---- tables --------------------------------------------------------------------------
 
 
 def _planned(drafts: list[_Draft]) -> list[Part]:
-  """Chooses how each part is stored."""
+  """Chooses the tables of parts with a layout."""
   scaled = [i for i, x in enumerate(drafts) if x.layout and x.layout.has_scale]
   found = _sorted([drafts[i].array for i in scaled])
-  buckets = dict(zip(scaled, found, strict=True))
-  jobs: dict[int, list[Callable[[], np.ndarray]]] = {}
-  for i, draft in enumerate(drafts):
-    if draft.layout:
-      drafts[i] = draft = _fitted(draft, buckets.get(i))
-      jobs[i] = _counting(draft, buckets.get(i))
-  counts = {i: sum(found) for i, found in _run_all(jobs).items()}
-  parts = pool.run(
-    functools.partial(_choose, drafts[i], buckets.get(i), found)
-    for i, found in counts.items()
+  of_parts = dict(zip(scaled, found, strict=True))
+  buckets = [of_parts.get(i) for i in range(len(drafts))]
+  jobs, fitted = [], []
+  for draft, own in zip(drafts, buckets, strict=True):
+    assert draft.layout
+    layout, shape = _fitted(draft.array, draft.layout, own)
+    fitted.append(layout)
+    jobs.append(_counting(draft.array, layout, own, shape))
+  counts = [np.sum(own, axis=0) for own in _run_all(jobs)]
+  arrays = [draft.array for draft in drafts]
+  return pool.run(
+    functools.partial(_choose, *args)
+    for args in zip(arrays, fitted, buckets, counts, strict=True)
   )
-  chosen = dict(zip(counts, parts, strict=True))
-  return [chosen.get(i, Part(draft.array)) for i, draft in enumerate(drafts)]
 
 
-def _run_all(jobs: dict[int, list[Callable[[], _Result]]]) -> dict[int, list[_Result]]:
+def _run_all(jobs: Sequence[Sequence[Callable[[], _Result]]]) -> list[list[_Result]]:
   """Runs lists of jobs side by side; returns the results of each list."""
-  results = iter(pool.run(job for own in jobs.values() for job in own))
-  return {i: [next(results) for _ in own] for i, own in jobs.items()}
+  results = iter(pool.run(job for own in jobs for job in own))
+  return [[next(results) for _ in own] for own in jobs]
 
 
 _VECTOR = 1 << 10  # columns of a matrix that stands for a vector
@@ -229,29 +239,25 @@ def _sorted(arrays: Sequence[np.ndarray]) -> list[scales.Buckets]:
     if vectors[i]:
       # The scale of a vector is that of its rows, wherever it is cut.
       width = min(matrix.size, _VECTOR)
-      matrices[i] = matrix.reshape(-1)[: matrix.size // width * width].reshape(-1, width)
+      whole = matrix.size // width * width
+      matrices[i] = matrix.reshape(-1)[:whole].reshape(-1, width)
   exponents = [scales.exponent_of(x) for x in matrices]
-
-  def sums(weights: dict[int, np.ndarray]) -> dict[int, scales.Sums]:
-    jobs = {
-      i: [
-        functools.partial(scales.sums, rows, own, exponents[i])
-        for rows in _cut(matrices[i])
-      ]
-      for i, own in weights.items()
-    }
-    return {i: scales.joined(found) for i, found in _run_all(jobs).items()}
-
-  equal = lambda n: np.full(n, 1 / n, np.float32)
-  first = sums({i: equal(x.shape[1]) for i, x in enumerate(matrices)})
-  second = sums(
-    {i: scales.inverse_weights(x.weighted) for i, x in first.items() if not vectors[i]}
-  )
+  weights = [np.full(x.shape[1], 1 / x.shape[1], np.float32) for x in matrices]
+  found = []
+  for _ in range(2):
+    jobs = [
+      [functools.partial(scales.sums, rows, own, exponent) for rows in _cut(matrix)]
+      for matrix, own, exponent in zip(matrices, weights, exponents, strict=True)
+    ]
+    found.append([scales.joined(sums) for sums in _run_all(jobs)])
+    weights = [scales.inverse_weights(x.weighted) for x in found[0]]
   return pool.run(
-    functools.partial(scales.unsorted, first[i], exponent)
-    if vectors[i]
-    else functools.partial(scales.sort, first[i], second[i], exponent)
-    for i, exponent in enumerate(exponents)
+    functools.partial(scales.unsorted, first, exponent)
+    if is_vector
+    else functools.partial(scales.sort, first, second, exponent)
+    for first, second, exponent, is_vector in zip(
+      *found, exponents, vectors, strict=True
+    )
   )
 
 
@@ -261,54 +267,50 @@ def _cut(matrix: np.ndarray) -> list[np.ndarray]:
   return [matrix[start : start + step] for start in range(0, len(matrix), step)]
 
 
-def _shape(draft: _Draft, buckets: scales.Buckets | None) -> tuple[int, int]:
-  """Returns the number of buckets of a part, and a bound for its symbols."""
-  assert draft.layout
-  alphabet = draft.layout.alphabet
-  if isinstance(draft.layout, layouts.Int):
-    alphabet = (layouts.most_folded(draft.array) >> draft.layout.raw_bits) + 1
-  return 1 if buckets is None else max(buckets.top, 1) + 1, alphabet
+def _fitted(
+  array: np.ndarray, layout: layouts.Layout, buckets: scales.Buckets | None
+) -> tuple[layouts.Layout, tuple[int, int]]:
+  """Adds raw bits to a layout until the tables of all buckets have room.
 
-
-def _fitted(draft: _Draft, buckets: scales.Buckets | None) -> _Draft:
-  """Returns a draft with so many raw bits that the tables of its buckets fit."""
-  count, alphabet = _shape(draft, buckets)
+  Returns:
+    The layout; and the number of buckets, and a bound for the symbols.
+  """
+  count = 1 if buckets is None else max(buckets.top, 1) + 1
+  alphabet = layout.alphabet
+  if isinstance(layout, layouts.Int):
+    alphabet = (layouts.most_folded(array) >> layout.raw_bits) + 1
   while (count + 1) * alphabet > contexts.MAX_ENTRIES:
-    assert draft.layout
-    more = dataclasses.replace(draft.layout, raw_bits=draft.layout.raw_bits + 1)
-    draft, alphabet = draft._replace(layout=more), -(-alphabet // 2)
-  return draft
+    layout = dataclasses.replace(layout, raw_bits=layout.raw_bits + 1)
+    alphabet = -(-alphabet // 2)
+  return layout, (count, alphabet)
 
 
 def _counting(
-  draft: _Draft, buckets: scales.Buckets | None
+  array: np.ndarray,
+  layout: layouts.Layout,
+  buckets: scales.Buckets | None,
+  shape: tuple[int, int],
 ) -> list[Callable[[], np.ndarray]]:
   """Returns a job for each block of a part that counts its symbols in each bucket."""
-  assert draft.layout
-  layout, shape = draft.layout, _shape(draft, buckets)
+  bits, (_, columns) = forms.bit_patterns(array), scales.matrix_shape(array.shape)
 
   def job(start: int) -> np.ndarray:
-    part = forms.bit_patterns(draft.array)[start : start + blocks.CAPACITY]
-    _, columns = scales.matrix_shape(draft.array.shape)
-    fill = _zeros
+    part, fill = bits[start : start + blocks.CAPACITY], _zeros
     if buckets is not None:
       fill = lambda out: buckets.write(out, start, columns, 1, 0)
-    return blocks.histogram(
-      lambda out: np.copyto(out, part), fill, part.size, shape, layout
-    )
+    return blocks.histogram(_copy_of(part), fill, part.size, shape, layout)
 
-  starts = range(0, draft.array.size, blocks.CAPACITY)
-  return [functools.partial(job, start) for start in starts]
+  return [functools.partial(job, x) for x in range(0, array.size, blocks.CAPACITY)]
 
 
 def _choose(
-  draft: _Draft, buckets: scales.Buckets | None, counts: np.ndarray
+  array: np.ndarray,
+  layout: layouts.Layout,
+  buckets: scales.Buckets | None,
+  counts: np.ndarray,
 ) -> Part:
   """Returns the part with the fewest bytes, given the counts."""
-  assert draft.layout
-  array, layout = draft
-  used = np.flatnonzero(counts.any(axis=0))[-1] + 1
-  counts = counts[:, :used]
+  counts = counts[:, : np.flatnonzero(counts.any(axis=0))[-1] + 1]
   total = counts.sum(axis=0, keepdims=True)
   cost = contexts.choose(layout, None, total).cost
   coded = Coded(layout, None, total)

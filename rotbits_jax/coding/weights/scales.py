@@ -130,7 +130,7 @@ class Buckets(NamedTuple):
 _CHUNK = 1 << 16  # elements that are squared at once, so that they fit the CPU's cache
 
 _MOST_EXPONENT = 32
-_GREATEST = np.float32(2.0**60)
+_GREATEST = 2.0**60
 
 # The greatest number of steps between the classes of the lines of an axis. With this
 # bound for both axes, the buckets of elements are below `MAX_BUCKETS`.
@@ -176,21 +176,20 @@ def sums(matrix: np.ndarray, weights: np.ndarray, exponent: int) -> Sums:
 
 def _squares(matrix: np.ndarray, exponent: int) -> np.ndarray:
   """Returns the squares of elements divided by 4^exponent: finite, float32."""
+  wide: np.ndarray
   if matrix.dtype == np.float16:
     # NumPy converts float16 slowly. Magnitudes are shifted to the place of float32's,
     # and multiplied by the quotient of the units. Infinity becomes 2^16.
     wide = np.bitwise_and(matrix.view(np.uint16), 0x7FFF).astype(np.uint32)
     wide = np.left_shift(wide, 13, out=wide).view(np.float32)
     np.multiply(wide, np.float32(2.0**112), out=wide)
-  else:
-    wide = matrix.astype(np.float32)
+    return np.multiply(wide, wide, out=wide)
+  wide = matrix.astype(np.float32)
+  with np.errstate(over='ignore', invalid='ignore'):
     if exponent:
-      with np.errstate(over='ignore'):
-        np.ldexp(wide, -exponent, out=wide)
-    if matrix.dtype.kind != 'i' and not np.isfinite(wide.max(initial=0) - wide.min()):
-      wide = np.nan_to_num(wide, posinf=_GREATEST, neginf=_GREATEST)
-    if exponent:
-      np.clip(wide, -_GREATEST, _GREATEST, out=wide)
+      np.ldexp(wide, -exponent, out=wide)
+    if matrix.dtype.kind != 'i' and not wide.max() - wide.min() < _GREATEST:
+      wide = np.clip(np.nan_to_num(wide), -_GREATEST, _GREATEST)
   return np.multiply(wide, wide, out=wide)
 
 
@@ -207,7 +206,7 @@ def exponent_of(matrix: np.ndarray) -> int:
 
 def inverse_weights(mean_squares: np.ndarray) -> np.ndarray:
   """Returns weights for which `Sums.rows` is the mean of squares / mean_squares."""
-  weights = _inverse(mean_squares)
+  weights = np.minimum(_inverse(mean_squares), _GREATEST)
   return (weights / max(np.count_nonzero(weights), 1)).astype(np.float32)
 
 
@@ -256,8 +255,8 @@ def sort(first: Sums, second: Sums, exponent: int) -> Buckets:
   )
   mean = scale * first.rows.mean(keepdims=True)
   candidates = _sorted(mean, one, count * width, (1,))
-  for pair in pairs:
-    candidates += _sorted(*pair, count * width, (1, 2, 4, 8))
+  for rows, columns in pairs:
+    candidates += _sorted(rows, columns, count * width, (1, 2, 4, 8))
   return min(candidates, key=lambda candidate: candidate[0])[1]
 
 
@@ -277,10 +276,9 @@ def _sorted(
     For each distance, the estimated cost in bits, and the buckets.
   """
   found = []
-  for of_rows, of_columns in zip(
-    _quantized(rows, steps), _quantized(columns, steps), strict=True
+  for step, of_rows, of_columns in zip(
+    steps, _quantized(rows, steps), _quantized(columns, steps), strict=True
   ):
-    step = steps[len(found)]
     buckets = Buckets(
       of_rows.base + of_columns.base, step, of_rows.buckets, of_columns.buckets
     )

@@ -84,11 +84,8 @@ class ArraySpec:
     sizes = [size for size in self.shape if size]
     if len(self.shape) > _MAX_AXES or math.prod(sizes) > _MAX_SIZE:
       raise ValueError(f'an array of shape {self.shape!r:.100} is too large')
-    kind, itemsize = self.numpy_dtype.kind, self.numpy_dtype.itemsize
     if self.uniform and (self.codebook or self.numpy_dtype not in layouts.FORMATS):
       raise ValueError(f'an array of {self.dtype} cannot be uniform')
-    if self.form is None and len(self.groups) == 2 and itemsize != 8:
-      raise ValueError(f'an array of {self.dtype} has no halves')
     if self.codebook and not self.size:
       raise ValueError('an array without elements has no codebook')
     if len(self.groups) != len(self.parts):
@@ -219,7 +216,10 @@ class StreamSpec:
     return found
 
   def sizes(self) -> list[int]:
-    """Returns the lengths of the pieces of the stream: contexts, blocks, planes, parts.
+    """Returns the lengths in bytes of the pieces of the stream.
+
+    They are the contexts of each group, the words and the planes of each block, and the
+    parts that are stored as they are.
     """
     *coded, whole = self.members()
     found = [group.contexts for group in self.groups]

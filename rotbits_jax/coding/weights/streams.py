@@ -5,7 +5,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -47,12 +47,14 @@ def encode(arrays: Sequence[np.ndarray]) -> Encoded:
   planned = _planned(arrays)
   groups = _grouped(planned)
   index = {(i, j): g for g, own in enumerate(groups) for i, j in own.members}
-  jobs = [job for group in groups for job in group.encode_jobs()]
-  sums = [functools.partial(checksums_lib.of_array, x.array) for x in planned]
-  results = iter(pool.run([*jobs, *sums]))
-  heads, bodies, of_groups = [], [], []
+  jobs: list[Callable[[], Any]] = [x for own in groups for x in own.encode_jobs()]
+  jobs += [functools.partial(checksums_lib.of_array, x.array) for x in planned]
+  results = iter(pool.run(jobs))
+  heads: list[np.ndarray] = []
+  bodies: list[np.ndarray] = []
+  of_groups = []
   for group in groups:
-    coded = [next(results) for _ in range(group.count)]
+    coded = [next(results) for _ in range(group.num_blocks)]
     heads.append(np.frombuffer(contexts_lib.to_bytes(group.contexts), np.uint8))
     bodies += [x for words, planes in coded for x in (words, *planes)]
     of_groups.append(
@@ -196,8 +198,7 @@ class _Group(NamedTuple):
     return sum(array.size for array in self.arrays)
 
   @property
-  def count(self) -> int:
-    """The number of blocks."""
+  def num_blocks(self) -> int:
     return -(-self.total // self.elements)
 
   def encode_jobs(self) -> list[Callable[[], tuple[np.ndarray, list[np.ndarray]]]]:
@@ -214,7 +215,7 @@ class _Group(NamedTuple):
         made,
       )
 
-    return [functools.partial(job, i * self.elements) for i in range(self.count)]
+    return [functools.partial(job, i * self.elements) for i in range(self.num_blocks)]
 
   def decode_jobs(self, pieces: Iterator[np.ndarray]) -> list[Callable[[], None]]:
     """Returns a job for each block, which decodes it into the arrays.
@@ -236,7 +237,7 @@ class _Group(NamedTuple):
 
     return [
       functools.partial(job, i * self.elements, next(pieces), next(pieces))
-      for i in range(self.count)
+      for i in range(self.num_blocks)
     ]
 
   def _write_contexts(self, start: int, out: np.ndarray) -> None:
