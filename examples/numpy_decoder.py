@@ -18,8 +18,10 @@ import numpy as np
 
 FLOATS = {'float16': (16, 5, 10), 'bfloat16': (16, 8, 7), 'float32': (32, 8, 23)}
 TOTAL, CEIL = 1 << 14, lambda a, b: -(-a // b)
-BITS = lambda dtype: np.dtype(f'u{FLOATS[dtype][0] // 8}' if dtype in FLOATS else dtype)
+BITS = lambda dtype: np.dtype(
+  f'u{int(dtype[-2:]) // 8}' if 'float' in dtype else dtype)
 INFLATE = lambda z, data: (np.frombuffer(z.decompress(data), np.uint8), z.unused_data)
+UNFOLD = lambda u, dtype: u if dtype[0] != 'i' else u >> 1 ^ 0 - (u & 1)
 PAD = lambda x, s: np.pad(x, ((0, 0), (0, s['columns'] - len(x))))
 BASIS = lambda b: np.concatenate([np.eye(b.shape[1]) - b.T @ b / 4, b])
 np.seterr(over='ignore', invalid='ignore')  # of numbers that are not final yet
@@ -33,15 +35,14 @@ def narrow(numbers, dtype):
     return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
   return np.ascontiguousarray(numbers.astype(dtype)).view(BITS(dtype))
 
-def normal_table(k, present, kind, dtype, rest, step):  # frequencies [A], class k
+def normal_table(k, present, kind, dtype, r, f):  # frequencies [A], class k
   symbol = np.arange(present.size)
   if kind == 'float':
     e, m = symbol >> 3, symbol % 8
-    w = np.maximum(e, 1) - (1 << FLOATS[dtype][1] - 1) - 2 + step
+    w = np.maximum(e, 1) - (1 << FLOATS[dtype][1] - 1) - 3 + f
     x, c = w - 1, 2 * (m + 8 * (e > 0)) + 1
   else:
-    w, x, c = (0, rest - 2, 2 * symbol + 1) if rest else (0, 0, (symbol + 1) // 2)
-    x, c = (x, c) if kind == 'int' else (x + step // 4 - 152, c * (4 + step % 4))
+    w, x, c = (0, r - 2, 2 * symbol + 1) if r else (0, 0, (symbol + 1) // 2)
   q, s = 8 * x - k, (8 * x - k >> 2) - 12
   square = c**2 * np.array([756388, 899502, 1069694, 1272087])[q % 4]
   bits = 256 * w - (square << np.clip(s, 0, 12) >> np.clip(-s, 0, 62))
@@ -51,17 +52,18 @@ def normal_table(k, present, kind, dtype, rest, step):  # frequencies [A], class
   least = weights.sum() // max(TOTAL - present.sum(), 1) + 1
   ends = np.cumsum(np.maximum(weights, least) * present)
   return np.diff((ends * TOTAL + ends[-1] // 2) // ends[-1], prepend=0)
-def read_model(data, shapes, layout):  # each number's table; frequencies [K + 1, A]
-  kind, dtype, rest, _ = layout
+def read_tables(data, shapes, layout):  # each element's table; frequencies [K + 1, A]
   part, data = INFLATE(zlib.decompressobj(-15), data)
   take, lines, runs, lattice, end = io.BytesIO(part).read, [], [], None, 0
   read = lambda n, has: np.int64(np.frombuffer(take(n) if has else b'\1' * n, np.uint8))
+  size = int.from_bytes(take(2), 'little')
   heads = np.frombuffer(take(6 * len(shapes)), '<i2').reshape(-1, 3).tolist()
-  for i, ((own, base, step), shape) in enumerate(zip(heads, shapes, strict=True)):
-    r = read(math.prod(shape[:-1]), own in (2, 4))[:, None]
-    c = read(math.prod(shape[-1:]), own in (3, 4))
-    runs += [(step, base % step, base, max(r.max() + c.max() - 1, 1), i)] if own else []
-    lines.append((own, np.where((r > 0) & (c > 0), r + c - 1, 0).reshape(-1)))
+  for i, ((mode, base, step), shape) in enumerate(zip(heads, shapes, strict=True)):
+    r = read(math.prod(shape[:-1]), mode in (2, 4))[:, None]
+    c = read(math.prod(shape[-1:]), mode in (3, 4))
+    top = max(r.max() + c.max() - 1, 1)
+    runs += [(step, base % step, base, top, i)] if mode else []
+    lines.append((mode, np.where((r > 0) & (c > 0), r + c - 1, 0).reshape(-1)))
   first, classes, contexts = {}, [], []
   for step, phase, base, top, i in sorted(runs):
     if (step, phase) != lattice or base > end:
@@ -70,19 +72,18 @@ def read_model(data, shapes, layout):  # each number's table; frequencies [K + 1
     classes += range(end, base + top * step, step)
     end = max(end, base + top * step)
   zero = len(classes)
-  classes += [-16384] * any(own and not label.all() for own, label in lines)
-  for i, (own, label) in enumerate(lines):
-    place = np.where(label > 0, first.get(i, 0) + label - 1, zero)
-    contexts.append(place if own else 0 * label + len(classes))
-    classes += [] if own else [None]
+  classes += [-16384] * any(mode and not bucket.all() for mode, bucket in lines)
+  for i, (mode, bucket) in enumerate(lines):
+    place = np.where(bucket > 0, first.get(i, 0) + bucket - 1, zero)
+    contexts.append(place if mode else 0 * bucket + len(classes))
+    classes += [] if mode else [None]
   part, data = INFLATE(zlib.decompressobj(-15), data)
-  count, bits = len(classes), min(8 * BITS(dtype).itemsize - rest, 14)
-  size = 1 << (FLOATS[dtype][1] + 3 if kind == 'float' else int(kind[4:] or bits))
+  count = len(classes)
   normal = np.unpackbits(part[: CEIL(count, 8)], count=count)
   present = iter(np.unpackbits(part[CEIL(count, 8) :]).reshape(-1, CEIL(size, 8) * 8))
   low, high = np.frombuffer(zlib.decompress(data), np.uint8).reshape(2, -1)
   values = iter((low + 256 * np.int64(high)).tolist())
-  # The last table is for places behind the last number: its symbol changes no state.
+  # The last table is for places after the last element: its symbol changes no state.
   frequencies = TOTAL * np.eye(1, size, dtype=np.int64).repeat(count + 1, 0)
   for k, own in enumerate(frequencies[:-1]):
     if not normal[k]:
@@ -90,16 +91,15 @@ def read_model(data, shapes, layout):  # each number's table; frequencies [K + 1
       own[first : last + 1] = [next(values) for _ in range(first, last + 1)]
     elif (symbols := np.int64(next(present)[:size])).any():
       own[:] = normal_table(classes[k], symbols, *layout)
-  return contexts, frequencies
+  return np.concatenate(contexts), frequencies
 
-def read_symbols(block, lanes, contexts, table):  # the symbols of a block
-  take = io.BytesIO(block).read
-  x = np.frombuffer(take(4 * lanes), '<u4').astype(np.uint32)
-  least, b = np.frombuffer(take(4), '<u2').tolist()
-  sizes = np.frombuffer(take(CEIL(lanes * b, 2) * 2)[: lanes * b], f'<u{b}')
-  ends = np.cumsum(sizes + np.int64(least))
-  place = np.concatenate([[0], ends[:-1]])
-  words = np.frombuffer(take() + bytes(2), '<u2').astype(np.uint32)
+def read_symbols(message, lanes, contexts, table):  # the symbols of a block
+  words = np.frombuffer(message, '<u2')
+  x = words[3 : 3 + 2 * lanes].astype(np.uint32).reshape(2, lanes)
+  x, b, start = x[0] | x[1] << 16, int(words[2]), 3 + 2 * lanes
+  least, stop = int(words[0]) | int(words[1]) << 16, start + CEIL(lanes * b, 2)
+  place = np.cumsum(words[start:stop].view(f'<u{b}')[:lanes] + np.int64(least))
+  words = np.append(words[stop:], 0).astype(np.uint32)
   owners = np.array([np.repeat(np.arange(f.size), f) for f in table])
   starts, table = np.uint32(np.cumsum(table, 1) - table), np.uint32(table)
   places = np.append(contexts, np.full(-contexts.size % lanes, len(owners) - 1))
@@ -108,90 +108,86 @@ def read_symbols(block, lanes, contexts, table):  # the symbols of a block
     slot = x & (TOTAL - 1)
     symbol = found[t] = owners[context, slot]
     x = table[context, symbol] * (x >> 14) + slot - starts[context, symbol]
-    dry = (x < 1 << 16) & (place < ends)
-    x = np.where(dry, x << 16 | words[place], x)
-    place += dry
+    place -= x < 1 << 16
+    x = np.where(x < 1 << 16, x << 16 | words[place], x)
   return found.reshape(-1)[: contexts.size]
-def with_rests(symbols, take, lanes, kind, dtype, rest, step):  # bit patterns
-  rests, shift = np.zeros(symbols.size, np.uint64), 0
-  for b in (8,) * (rest // 8) + tuple(b for b in (4, 2, 1) if rest & b):
-    width = lanes if b < 8 else 1
-    size = CEIL(CEIL(symbols.size, width) * b, 8) * width
-    plane = np.frombuffer(take(size), np.uint8).reshape(-1, 1, width)
+def with_raw_bits(symbols, take, kind, dtype, r, f):  # the bit patterns of a block
+  raw, shift = np.zeros(symbols.size, np.uint64), 0
+  for b in (8,) * (r // 8) + tuple(b for b in (4, 2, 1) if r & b):
+    plane = np.frombuffer(take(CEIL(symbols.size * b, 8)), np.uint8)
     plane = plane >> np.arange(0, 8, b, dtype=np.uint8)[:, None] & (1 << b) - 1
-    rests |= plane.reshape(-1)[: symbols.size].astype(np.uint64) << shift
+    raw |= plane.reshape(-1)[: symbols.size].astype(np.uint64) << shift
     shift += b
   if kind == 'float':
     width, e, m = FLOATS[dtype]
-    rests = rests << m - 2 - rest
-    large = symbols << m - 3 | rests & (1 << m - 3) - 1
-    small = np.ldexp(np.where(large >> m, 0.0, large), step + 2 - m - (1 << e - 1))
-    large = np.where(large >> m, large + (step << m), 0)
-    return rests >> m - 3 << width - 1 | large | narrow(small, dtype)
-  u = symbols << rest | rests
-  n = u if kind == 'int' and dtype[0] == 'u' else u >> 1 ^ 0 - (u & 1)
-  if kind == 'int':
-    return n
-  return narrow(np.ldexp(n.view(np.int64) * (4.0 + step % 4), step // 4 - 152), dtype)
+    raw = raw << m - 2 - r
+    large = symbols << m - 3 | raw & (1 << m - 3) - 1
+    small = np.ldexp(np.where(large >> m, 0.0, large), f + 1 - m - (1 << e - 1))
+    large = np.where(large >> m, large + (f - 1 << m), 0)
+    return raw >> m - 3 << width - 1 | large | narrow(small, dtype)
+  return UNFOLD(symbols << r | raw, dtype)
 
-def order_groups(distinct):  # returns the places, s and k of each group of an order
-  for places in (range(i, min(i + 256, distinct)) for i in range(1, distinct, 256)):
-    radix = math.prod(i + 1 for i in places)
-    size = CEIL(radix.bit_length(), 8) + 2
-    kept = (((1 << 8 * size) - 1) // radix).bit_length()
-    yield places, size, CEIL(kept, 8)
-def missing_noise(lines, take):  # the bytes that chose the order of these lines
-  count, noise = len(lines), b''
-  ranks = {line: i for i, line in enumerate(sorted(lines))}
-  v, where, digits = list(range(count)), list(range(count)), [0] * count
-  for i in range(count - 1, 0, -1):
-    j = digits[i] = where[ranks[lines[i]]]
-    v[i], v[j], where[v[i]], where[v[j]] = v[j], v[i], i, j
-  for places, size, kept in order_groups(count):
-    value = int.from_bytes(take(kept), 'little')
-    for i in reversed(places):
-      value = value * (i + 1) + digits[i]
-    noise += value.to_bytes(size, 'little')
-  return noise
+def parts_of(dtype, shape, groups, uniform, codebook):  # dtypes and shapes of the parts
+  if uniform or not codebook and len(groups) == 2:
+    return [(f'int{8 * uniform[1]}' if uniform else 'uint32', shape)] * len(groups)
+  if not codebook:
+    return [(dtype, shape)]
+  lists, count, transposed, others, _ = codebook
+  rows, columns = math.prod(shape[:-1]), math.prod(shape[-1:])
+  number, length = (columns, rows) if transposed else (rows, columns)
+  b = next(b for b in (1, 2, 4, 8, 16) if count + (others > 0) <= 1 << b)
+  codes = ('uint16', length) if b == 16 else ('uint8', CEIL(length * b, 8))
+  return [(codes[0], [number, codes[1]]), (dtype, [{'all': 1, 'row': rows,
+    'column': columns}[lists], count]), (dtype, [others // 128, 128]),
+    (dtype, [others % 128])]
+def joined(parts, dtype, shape, uniform, codebook):  # the bit patterns of an array
+  if uniform:
+    unit = np.ldexp(4.0 + uniform[0] % 4, uniform[0] // 4 - 152)
+    return narrow(parts[0].view(f'i{uniform[1]}') * unit, dtype)
+  if not codebook:
+    whole = parts[0] if len(parts) == 1 else parts[0] | parts[1].astype('u8') << 32
+    return UNFOLD(whole, dtype) if len(parts) == 2 else whole
+  codes, values, *others = parts
+  lists, count, transposed, n, across = codebook
+  b = next(b for b in (1, 2, 4, 8, 16) if count + (n > 0) <= 1 << b)
+  matrix = math.prod(shape[:-1]), math.prod(shape[-1:])
+  if b < 8:
+    codes = codes[:, :, None] >> np.arange(0, 8, b, dtype=np.uint8) & (1 << b) - 1
+    codes = codes.reshape(len(codes), -1)[:, : matrix[not transposed]]
+  codes = codes.T if transposed else codes
+  line = {'all': 0, 'row': np.arange(matrix[0])[:, None], 'column': np.arange(matrix[1])}
+  bits = np.pad(values, ((0, 0), (0, 1)))[line[lists], codes]
+  target, other = (bits.T, codes.T == count) if across else (bits, codes == count)
+  target[other] = np.concatenate([x.reshape(-1) for x in others])
+  return bits
 def read_record(coder, stream):  # returns the arrays of a record, with their dtypes
-  take, specs, models, parts = io.BytesIO(stream).read, coder['arrays'], [], []
-  axes, distinct = coder['order'] or ([], 0)
-  moved, groups = {i for i, _ in axes}, iter(coder['groups'])
-  for number, (kind, rest, step, nbytes) in enumerate(coder['layouts']):
-    own = [i for i, spec in enumerate(specs) if spec[2] == number]
-    layout = kind, specs[own[0]][0], rest, step
-    tables, table = read_model(take(nbytes), [specs[i][1] for i in own], layout)
-    models.append((layout, dict(zip(own, tables, strict=True)), table))
-  for layout, tables, table in models:
-    for last in (False, True):
-      if members := [i for i in tables if (i in moved) == last]:
-        lanes, n, sizes = next(groups)
-        x = np.concatenate([tables[i] for i in members])
-        own = zip(sizes, np.split(x, range(n, x.size, n)), strict=True)
-        blocks = [read_symbols(take(size), lanes, x, table) for size, x in own]
-        parts.append((last, members, layout, lanes, blocks))
-  parts += [(i in moved, [i], 0, 0, 0) for i, x in enumerate(specs) if x[2] is None]
-  left = io.BytesIO(take(sum(kept for *_, kept in order_groups(distinct))))
-  noise, arrays = take(), [None] * len(specs)
-  def assemble(missing):
-    take = io.BytesIO(missing + noise).read
-    for _, members, layout, lanes, blocks in sorted(parts, key=lambda part: part[0]):
-      dtype, shape = BITS(specs[members[0]][0]), specs[members[0]][1]
-      if layout:
-        bits = np.concatenate([with_rests(x, take, lanes, *layout) for x in blocks])
-      else:
-        bits = np.frombuffer(take(math.prod(shape) * dtype.itemsize), dtype)
-      for i in members:
-        size = math.prod(specs[i][1])
-        arrays[i], bits = bits[:size].astype(dtype).reshape(specs[i][1]), bits[size:]
-  assemble(bytes(sum(size for _, size, _ in order_groups(distinct))))
-  if distinct:
-    lines = [np.moveaxis(arrays[i], axis, 0)[:distinct] for i, axis in axes]
-    lines = [b''.join(x[i].tobytes() for x in lines) for i in range(distinct)]
-    assemble(missing_noise(lines, left.read))
-  if [zlib.crc32(x.tobytes()) for x in arrays] != [spec[3] for spec in specs]:
-    raise ValueError('an array is damaged')
-  return zip(arrays, (spec[0] for spec in specs), strict=True)
+  take, specs, found = io.BytesIO(stream).read, coder['arrays'], {}
+  parts = [(dtype, shape, group, (i, j)) for i, x in enumerate(specs)
+    for j, ((dtype, shape), group) in enumerate(zip(parts_of(x[0], x[1], *x[3:]), x[3]))]
+  groups = []
+  for number, (kind, r, f, nbytes, *blocks) in enumerate(coder['groups']):
+    own = [part for part in parts if part[2] == number]
+    layout = kind, own[0][0], r, f
+    tables = read_tables(take(nbytes), [shape for _, shape, *_ in own], layout)
+    groups.append((own, layout, tables, *blocks))
+  for own, layout, (contexts, table), lanes, n, sizes in groups:
+    own_contexts = np.split(contexts, range(n, contexts.size, n))
+    bits = np.concatenate([
+      with_raw_bits(read_symbols(take(size), lanes, x, table), take, *layout)
+      for size, x in zip(sizes, own_contexts, strict=True)])
+    for dtype, shape, _, key in own:
+      size = math.prod(shape)
+      found[key], bits = bits[:size].astype(BITS(dtype)).reshape(shape), bits[size:]
+  for dtype, shape, group, key in parts:
+    if group is None:
+      data = take(math.prod(shape) * BITS(dtype).itemsize)
+      found[key] = np.frombuffer(data, BITS(dtype)).reshape(shape)
+  for i, (dtype, shape, crc32, own, *form) in enumerate(specs):
+    bits = joined([found[i, j] for j in range(len(own))], dtype, shape, *form)
+    bits = np.ascontiguousarray(bits.astype(BITS(dtype)).reshape(shape))
+    if zlib.crc32(bits.tobytes()) != crc32:
+      raise ValueError('an array is damaged')
+    yield bits, dtype
 
 def unpack(values, mask):  # a matrix with values where the mask is not 0
   mask[mask > 0] = values

@@ -153,7 +153,10 @@ def exact_embedding():
 )
 def test_settings_and_arrays_of_leaves(leaf):
   text = PAGE.read_text('utf-8')
-  row, paragraph = rf'^\| `{leaf.type_name}` \|.*', rf'^\*\*`{leaf.type_name}`\.\*\*(?:.+\n)+'
+  row, paragraph = (
+    rf'^\| `{leaf.type_name}` \|.*',
+    rf'^\*\*`{leaf.type_name}`\.\*\*(?:.+\n)+',
+  )
   about = re.findall(f'{row}|{paragraph}', text, re.M)
   if isinstance(leaf, structured.Packed):
     about += re.findall(r'^The settings of all three kinds(?:.+\n)+', text, re.M)

@@ -81,8 +81,6 @@ class RecordCoder(NamedTuple):
     Raises:
       ValueError: if the value is not a spec.
     """
-    if hasattr(self.spec, 'from_json'):  # interim
-      return self.spec.from_json(value)
     return schema.load(self.spec, value)
 
 

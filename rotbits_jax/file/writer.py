@@ -14,12 +14,12 @@ from rotbits_jax import models
 from rotbits_jax import presets
 from rotbits_jax import structured
 from rotbits_jax import symmetries
-from rotbits_jax.coding import weights
 from rotbits_jax.file import coders
 from rotbits_jax.file import container
 from rotbits_jax.file import manifest as manifest_lib
 from rotbits_jax.file import sources
 from rotbits_jax.system import checksums
+from rotbits_jax.system import host
 from rotbits_jax.system import plugins
 from rotbits_jax.system import schema
 from rotbits_jax.system import strict_json
@@ -237,7 +237,7 @@ def encode_record(
   for path, leaf in structured.flatten(record.params).items():
     entry, parts = entry_of(path, leaf, resolve)
     leaves.append(entry)
-    arrays += map(weights.contiguous, parts)
+    arrays += map(host.contiguous, parts)
   coder = coders.find(coder_name)
   if not isinstance(coder, coders.RecordCoder):
     raise ValueError(f'there is no coder of records of the name {coder_name!r}')
@@ -249,9 +249,7 @@ def encode_record(
       crc32=0,
       leaves=tuple(leaves),
       coder=coder_name,
-      spec=encoded.spec.to_json()  # interim
-      if hasattr(encoded.spec, 'to_json')
-      else schema.dump(encoded.spec),
+      spec=schema.dump(encoded.spec),
       input=counts,
       savings=tuple(record.savings),
       empty=tuple(structured.empty_dicts(record.params)),

@@ -169,7 +169,7 @@ class _Encoder:
       fixed=self.fixed,
       sampled=tuple(self.samples),
       arrays=self.stored,
-      coders=tuple(coder.to_json() for coder in self.coders),
+      coders=tuple(self.coders),
     )
     return Encoded(
       layout=schema.dump(layout),

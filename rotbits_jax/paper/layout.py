@@ -46,7 +46,7 @@ class Layout:
   fixed: int
   sampled: tuple[bool, ...]
   arrays: dict[str, Stored]
-  coders: tuple[Any, ...] = ()
+  coders: tuple[weights.StreamSpec, ...] = ()
 
 
 def load(
@@ -69,17 +69,16 @@ def load(
   if not config.sliced:
     raise ValueError('a dense model has no segments that can be rotated')
   layout = schema.load(Layout, value, 'layout')
-  coders = tuple(map(weights.StreamSpec.from_json, layout.coders))
   widths = config.segment_widths
   shapes = {k: x for part in segments.parts(config) for k, x in part.all.items()}
   if layout.fixed > widths[0] or len(layout.sampled) != len(widths):
     raise ValueError('the layout has other segments than the config')
   if layout.arrays.keys() != shapes.keys():
     raise ValueError('the layout has other parameters than the config')
-  if len(coders) != options.entropy * (len(widths) + 1):
-    raise ValueError(f'the layout has {len(coders)} coders')
+  if len(layout.coders) != options.entropy * (len(widths) + 1):
+    raise ValueError(f'the layout has {len(layout.coders)} coders')
   # The message holds the words of all arrays without those that rotations are made of.
-  held = sum(-(-coder.nbytes // 2) for coder in coders)
+  held = sum(-(-coder.nbytes // 2) for coder in layout.coders)
   if not options.entropy:
     held = sum(x.num_words(shapes[path]) for path, x in layout.arrays.items())
   for t in [t for t, sampled in enumerate(layout.sampled) if sampled]:
@@ -90,7 +89,7 @@ def load(
     held -= lanes * frames.code(shape, options).max_rows(lanes)
   if words < held:
     raise ValueError(f'the message must have {held} words or more, got {words}')
-  return dataclasses.replace(layout, coders=coders)
+  return layout
 
 
 def dtypes(value: Any) -> dict[str, np.dtype]:

@@ -59,6 +59,7 @@ from rotbits_jax.coding import codecs
 from rotbits_jax.coding import rans
 from rotbits_jax.coding import tables
 from rotbits_jax.coding.bits_back import correction as correction_lib
+from rotbits_jax.system import native
 
 _BINS = 64
 _FINE_BITS = 10
@@ -255,13 +256,17 @@ def _recover_columns(
     vector = jnp.where(j < k, vector[:, 0], 0)
     scale = 2 / jnp.maximum(_matmul(vector, vector), 1)
     panel = panel - jnp.outer(scale * vector, _matmul(vector, panel))
-    return panel, vectors.at[:, c].set(vector), cells.at[:, c].set(cell)
+    put = lambda x, column: jax.lax.dynamic_update_index_in_dim(x, column, c, 1)
+    return panel, put(vectors, vector), put(cells, cell)
+
+  def read_columns(panel: jax.Array, start: jax.Array) -> _Panel:
+    carry = panel, jnp.zeros_like(panel), jnp.zeros(panel.shape, jnp.uint16)
+    step = functools.partial(read, start)
+    return jax.lax.fori_loop(0, _PANEL, step, carry)
 
   def read_panel(remaining: jax.Array, start: jax.Array) -> tuple[jax.Array, jax.Array]:
     panel = jax.lax.dynamic_slice_in_dim(remaining, start, _PANEL, axis=1)
-    carry = panel, jnp.zeros_like(panel), jnp.zeros(panel.shape, jnp.uint16)
-    step = functools.partial(read, start)
-    _, vectors, cells = jax.lax.fori_loop(0, _PANEL, step, carry)
+    _, vectors, cells = native.loop(read_columns)(panel, start)
     inner = _matmul(vectors.T, remaining)
     inner = _solve(_compact_factor(vectors), inner, transpose=True)
     return remaining - _matmul(vectors, inner), cells
