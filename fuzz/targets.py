@@ -13,6 +13,7 @@ import pathlib
 import random
 import tempfile
 from typing import Any, NamedTuple
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -39,7 +40,7 @@ from rotbits_jax.coding.bits_back import haar
 from rotbits_jax.coding.bits_back import permutation
 from rotbits_jax.coding.bits_back import rotation_codes
 from rotbits_jax.coding.bits_back import symmetric_eig
-from rotbits_jax.coding.weights import order
+from rotbits_jax.file import writer
 from rotbits_jax.system import checksums
 from rotbits_jax.system import schema
 
@@ -249,8 +250,6 @@ class _Codecs:
     words = np.frombuffer(data[1 : 1 + (len(data) - 1) // 2 * 2], '<u2')
     if choice % 8 == 1:
       self._correction(choice, words)
-    elif choice % 8 == 5:
-      self._order(choice, words)
     else:
       self._codec(choice, words)
 
@@ -274,15 +273,47 @@ class _Codecs:
     head = np.frombuffer(data + b'\0' * (len(data) % 2), np.uint16)
     code.unpack(np.concatenate([[np.uint16(len(data))], head, words]))
 
-  def _order(self, choice: int, words: np.ndarray) -> None:
-    distinct = (1, 2, 16, 300)[choice // 8 % 4]
-    size = order.stored_size(distinct)
-    stored = np.resize(words.view(np.uint8), size) if words.size else np.zeros(size)
-    lines = np.random.default_rng(choice).permutation(distinct)
-    noise = order.push(stored.astype(np.uint8), lines)
-    again = order.pop(noise, distinct)
-    assert np.array_equal(again[0], lines)
-    assert np.array_equal(again[1], stored)
+
+def _resume(data: bytes) -> None:
+  """Interrupts a run, changes its input, and compares the next run with a fresh one."""
+  if len(data) < 4:
+    raise ValueError('no input')
+  rng, kept = np.random.default_rng(list(data)), data[0] % 4
+  tensors = {f'h.{i}': rng.normal(size=(4, 6)).astype(np.float16) for i in range(4)}
+  changed = dict(tensors)
+  name = f'h.{data[1] % 4}'
+  match data[2] % 6:
+    case 0:
+      changed[name] = -tensors[name]
+    case 1:
+      changed[name] = tensors[name].reshape(6, 4)
+    case 2:
+      changed[name] = tensors[name].view(np.int16)
+    case 3:
+      changed = dict(reversed(tensors.items()))
+    case 4:
+      del changed[name]
+  real, coded = writer.encode_record, []
+
+  def encode_record(record: Any, *more: Any) -> Any:
+    if len(coded) == kept:
+      raise KeyboardInterrupt
+    coded.append(record.name)
+    return real(record, *more)
+
+  with tempfile.TemporaryDirectory() as folder:
+    source, output = pathlib.Path(folder, 'in'), pathlib.Path(folder, 'x')
+    source.mkdir()
+    seeds.write_tensors(source, tensors)
+    with (
+      mock.patch.object(writer, 'encode_record', encode_record),
+      contextlib.suppress(KeyboardInterrupt),
+    ):
+      rotbits_jax.encode_to_file(source, output)
+    seeds.write_tensors(source, changed)
+    rotbits_jax.encode_to_file(source, output)
+    rotbits_jax.encode_to_file(source, output.with_name('y'))
+    assert output.read_bytes() == output.with_name('y').read_bytes()
 
 
 def _codec_seeds() -> list[bytes]:
@@ -360,6 +391,12 @@ TARGETS: dict[str, Target] = {
     mutations.mutate_json,
     _with_file(rotbits_jax.decode, 'x.index.json', seeds.shards_of_container),
     (rotbits_jax.ContainerError,),
+  ),
+  'resume': Target(
+    lambda: [bytes([kept, 1, change, 0]) for kept in range(4) for change in range(6)],
+    lambda data, rng, mutate: mutate(data),
+    _resume,
+    (ValueError,),
   ),
   'config': Target(
     seeds.configs, mutations.mutate_json, _config, (checkpoints.CheckpointError,)
