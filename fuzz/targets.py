@@ -38,7 +38,6 @@ from rotbits_jax.coding.bits_back import haar
 from rotbits_jax.coding.bits_back import permutation
 from rotbits_jax.coding.bits_back import rotation_codes
 from rotbits_jax.coding.bits_back import symmetric_eig
-from rotbits_jax.coding.weights import order
 from rotbits_jax.system import checksums
 
 Mutate = Callable[[bytes, random.Random, mutations.MutateBytes], bytes]
@@ -253,8 +252,6 @@ class _Codecs:
     words = np.frombuffer(data[1 : 1 + (len(data) - 1) // 2 * 2], '<u2')
     if choice % 8 == 1:
       self._correction(choice, words)
-    elif choice % 8 == 5:
-      self._order(choice, words)
     else:
       self._codec(choice, words)
 
@@ -275,16 +272,6 @@ class _Codecs:
     table = np.zeros((code.num_tables, 17), np.int64)
     table[:, :4] = 4096
     code.unpack(words, table)
-
-  def _order(self, choice: int, words: np.ndarray) -> None:
-    distinct = (1, 2, 16, 300)[choice // 8 % 4]
-    size = order.stored_size(distinct)
-    stored = np.resize(words.view(np.uint8), size) if words.size else np.zeros(size)
-    lines = np.random.default_rng(choice).permutation(distinct)
-    noise = order.push(stored.astype(np.uint8), lines)
-    again = order.pop(noise, distinct)
-    assert np.array_equal(again[0], lines)
-    assert np.array_equal(again[1], stored)
 
 
 def _codec_seeds() -> list[bytes]:
