@@ -36,7 +36,7 @@ setuptools.setup(
   package_dir={'rotbits_jax.configs': 'configs'},
   package_data={'rotbits_jax': ['py.typed', 'data/*']},
   entry_points={'console_scripts': ['rotbits = rotbits_jax.cli.main:main']},
-  # scripts/versions.sh tests the oldest versions and the newest.
+  # scripts/versions.sh tests the oldest versions, the newest, and a JAX between them.
   install_requires=[
     'absl-py>=2.1,<3',  # the commands' flags
     'chex>=0.1.90,<0.2',  # assertions of shapes while programs are traced
