@@ -25,7 +25,7 @@ import rotbits_jax
 from rotbits_jax import evaluation
 from rotbits_jax import models
 from rotbits_jax import structured
-from rotbits_jax import symmetries
+from rotbits_jax import passes
 from rotbits_jax.cli import program
 
 CHECKPOINT = demo.WEIGHTS.parent
@@ -116,13 +116,13 @@ class Int8(structured.Structured):
 # ---- the transform -------------------------------------------------------------------
 
 
-def quantize_kernels() -> symmetries.Transform:
+def quantize_kernels() -> passes.Transform:
   """Makes the transform that rounds the numbers of every kernel to int8.
 
   Returns:
     The transform. Its notes tell the relative error of each kernel.
   """
-  return symmetries.make('int8', layers=_quantize_layers, outer=_quantize_outer)
+  return passes.make('int8', layers=_quantize_layers, outer=_quantize_outer)
 
 
 def quantize(leaf: Any, dtype: Any) -> Int8:
@@ -155,8 +155,8 @@ def _dequantize_array(value: Any, scale: Any) -> jax.Array:
 
 
 def _quantize_layers(
-  context: symmetries.Context, state: Any, first: int, layers: list[models.Params]
-) -> tuple[Any, list[models.Params], list[list[symmetries.Note]]]:
+  context: passes.Context, state: Any, first: int, layers: list[models.Params]
+) -> tuple[Any, list[models.Params], list[list[passes.Note]]]:
   quantized = [
     _quantize_kernels(layer, context.dtype, models.names.prefix(i))
     for i, layer in enumerate(layers, first)
@@ -165,20 +165,20 @@ def _quantize_layers(
 
 
 def _quantize_outer(
-  context: symmetries.Context, state: Any, outer: models.Params
-) -> tuple[models.Params, list[symmetries.Note]]:
+  context: passes.Context, state: Any, outer: models.Params
+) -> tuple[models.Params, list[passes.Note]]:
   return _quantize_kernels(outer, context.dtype, '')
 
 
 def _quantize_kernels(
   tree: models.Params, dtype: np.dtype, prefix: str
-) -> tuple[models.Params, list[symmetries.Note]]:
+) -> tuple[models.Params, list[passes.Note]]:
   flat, notes = structured.flatten(tree), []
   for path, leaf in flat.items():
     if path.endswith('/kernel'):
       flat[path] = _quantize(leaf, dtype=dtype)
       error = _relative_error(flat[path], leaf)
-      notes.append(symmetries.note(prefix + path, flat[path], error=error))
+      notes.append(passes.note(prefix + path, flat[path], error=error))
   return structured.unflatten(flat), notes
 
 
@@ -199,7 +199,7 @@ def measure(
 ) -> str:
   """Returns the table: bytes, perplexity, and KL divergence from the model."""
   int8 = (quantize_kernels(),)
-  quantized, _ = symmetries.run_chain(int8, model)
+  quantized, _ = passes.run_chain(int8, model)
   free, both = rotbits_jax.encode(model), rotbits_jax.encode(model, transforms=int8)
   rows = [
     ('exact', rotbits_jax.encode(model, preset='exact'), model),

@@ -13,7 +13,8 @@ Data flows through the modules in one direction:
     models        configs, parameters and forward passes of transformers
     slicing       makes sliced models from dense ones (SliceGPT)
     structured    leaves that stand for arrays and store fewer numbers
-    symmetries    transforms that leave fewer numbers to store
+    symmetries    pure functions that fix the gauges of weights
+    passes        transforms that leave fewer numbers to store
     coding        codes numbers as bits
     presets       combinations of transforms and a way to code
     near          the search for the steps of the preset `near`
@@ -33,6 +34,7 @@ _MODULES = (
   'file',
   'models',
   'near',
+  'passes',
   'presets',
   'report',
   'slicing',

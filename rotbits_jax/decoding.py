@@ -275,7 +275,7 @@ def _dtypes_on_disk(
   name = reader.options.get(manifest.DTYPE)
   if name is None:
     return dtypes
-  # The file has these arrays in float32, see `symmetries.Rounding`.
+  # The file has these arrays in float32, see `passes.Rounding`.
   others = reader.options.get(manifest.OTHER_DTYPES, {})
   if not isinstance(others, dict):
     raise file.ContainerError(f'{manifest.OTHER_DTYPES} must be an object')

@@ -16,8 +16,7 @@ import math
 from typing import Any, NamedTuple
 
 from rotbits_jax import models
-from rotbits_jax import symmetries
-from rotbits_jax.symmetries import rounding
+from rotbits_jax import passes
 
 
 class Preset(NamedTuple):
@@ -26,7 +25,7 @@ class Preset(NamedTuple):
   Attributes:
     name: the name of the preset in the file.
     options: JSON values that the file keeps as a record of how it was made.
-    transform: the transform that rewrites the model, see `symmetries.chain`.
+    transform: the transform that rewrites the model, see `passes.chain`.
     rounding: how numbers are rounded after the transforms, which see float32 numbers.
       None if the transforms see the numbers in their stored dtype and keep them.
     order_neurons: whether the neurons of an MLP are stored in an order that saves bits.
@@ -38,8 +37,8 @@ class Preset(NamedTuple):
 
   name: str
   options: dict[str, Any]
-  transform: symmetries.Transform
-  rounding: symmetries.Rounding | None = symmetries.NEAREST
+  transform: passes.Transform
+  rounding: passes.Rounding | None = passes.NEAREST
   order_neurons: bool = False
   message: Any = None
   by_options: bool = False
@@ -54,15 +53,15 @@ def free(
   *,
   tolerance: float = 0.7,
   floor: float | None = 0.0,
-  transforms: tuple[symmetries.Transform, ...] = (),
+  transforms: tuple[passes.Transform, ...] = (),
 ) -> Preset:
   """Makes the preset that fixes every gauge, rounds once, and codes the other numbers.
 
   The function of the model stays the same up to rounding; its numbers change.
 
   Args:
-    tolerance: see `symmetries.remove_residual_gauge`.
-    floor: see the offset of `symmetries.with_floor`; None to round every number to the
+    tolerance: see `passes.remove_residual_gauge`.
+    floor: see the offset of `passes.with_minimum_exponent`; None to round every number to the
       nearest number of its dtype.
     transforms: further transforms, applied after those of the preset.
 
@@ -84,7 +83,7 @@ def free(
       'floor': None if floor is None else float(floor),
     },
     transform=transform,
-    rounding=symmetries.NEAREST if floor is None else symmetries.with_floor(floor),
+    rounding=passes.NEAREST if floor is None else passes.with_minimum_exponent(floor),
     order_neurons=True,
     by_options=not transforms,
   )
@@ -94,9 +93,9 @@ def near(
   *,
   step: float = -5.0,
   offsets: Mapping[str, float] | None = None,
-  inputs: Mapping[str, symmetries.Inputs] | None = None,
+  inputs: Mapping[str, passes.Inputs] | None = None,
   tolerance: float = 0.7,
-  transforms: tuple[symmetries.Transform, ...] = (),
+  transforms: tuple[passes.Transform, ...] = (),
 ) -> Preset:
   """Makes the preset for nearly the same function in far fewer bytes.
 
@@ -106,11 +105,11 @@ def near(
 
   Args:
     step: log2 of the ratio of the step to the root mean square of an array's numbers,
-      at least `symmetries.rounding.FINEST`.
+      at least `passes.FINEST`.
     offsets: octaves to add to `step`, by kind of parameter, see `models.names.pattern`.
       `near.search` finds good ones.
-    inputs: see `symmetries.Rounding`; `near.search` measures them.
-    tolerance: see `symmetries.remove_residual_gauge`.
+    inputs: see `passes.Rounding`; `near.search` measures them.
+    tolerance: see `passes.remove_residual_gauge`.
     transforms: further transforms, applied after those of the preset.
 
   Returns:
@@ -124,9 +123,9 @@ def near(
   for name, value in {'step': step, **offsets}.items():
     if not (isinstance(value, (int, float)) and math.isfinite(value)):
       raise ValueError(f'{name} must be a finite number, got {value!r}')
-  if step < rounding.FINEST:
+  if step < passes.FINEST:
     raise ValueError(
-      f'step must be at least {rounding.FINEST:g}, got {step}: `free` keeps more'
+      f'step must be at least {passes.FINEST:g}, got {step}: `free` keeps more'
     )
   if not (math.isfinite(tolerance) and tolerance >= 0):
     raise ValueError(f'tolerance must be finite and not negative, got {tolerance}')
@@ -141,7 +140,7 @@ def near(
       'tolerance': float(tolerance),
     },
     transform=transform,
-    rounding=symmetries.to_steps(step, offsets, inputs),
+    rounding=passes.to_steps(step, offsets, inputs),
     order_neurons=True,
     by_options=not (transforms or inputs),
   )
@@ -149,30 +148,30 @@ def near(
 
 def _without_gauges(
   tolerance: float,
-  transforms: tuple[symmetries.Transform, ...],
+  transforms: tuple[passes.Transform, ...],
   heads: float | None = None,
-) -> symmetries.Transform:
+) -> passes.Transform:
   """Returns the transform that fixes every gauge, and further ones after it.
 
   Args:
-    tolerance: see `symmetries.remove_residual_gauge`.
+    tolerance: see `passes.remove_residual_gauge`.
     transforms: the further ones.
-    heads: see the tolerance of `symmetries.remove_value_gauge`.
+    heads: see the tolerance of `passes.remove_value_gauge`.
   """
-  return symmetries.chain(
+  return passes.chain(
     # Rotations come first, because the other transforms look for structure in the
     # coordinates that they choose.
-    symmetries.remove_residual_gauge(tolerance=tolerance),
-    symmetries.retie_embedding(),
-    symmetries.remove_biases(),
-    symmetries.remove_value_gauge(tolerance=heads),
-    symmetries.remove_query_key_gauge(tolerance=heads),
-    symmetries.remove_low_rank_gauge(),
+    passes.remove_residual_gauge(tolerance=tolerance),
+    passes.retie_embedding(),
+    passes.remove_biases(),
+    passes.remove_value_gauge(tolerance=heads),
+    passes.remove_query_key_gauge(tolerance=heads),
+    passes.remove_low_rank_gauge(),
     *transforms,
   )
 
 
-def exact(*, transforms: tuple[symmetries.Transform, ...] = ()) -> Preset:
+def exact(*, transforms: tuple[passes.Transform, ...] = ()) -> Preset:
   """Makes the preset that keeps every bit of the input.
 
   If the embedding can be predicted from the head, it is stored as the difference from
@@ -186,7 +185,7 @@ def exact(*, transforms: tuple[symmetries.Transform, ...] = ()) -> Preset:
     The preset.
   """
   # It comes last, because the embedding is predicted from the final head.
-  transform = symmetries.chain(*transforms, symmetries.retie_exactly())
+  transform = passes.chain(*transforms, passes.retie_exactly())
   return Preset(
     name='exact',
     options={},
@@ -203,7 +202,7 @@ def paper(
   correction: str = 'exact',
   threshold: float = 1e-3,
   entropy: bool = False,
-  transforms: tuple[symmetries.Transform, ...] = (),
+  transforms: tuple[passes.Transform, ...] = (),
 ) -> Preset:
   """Makes the preset of the published scheme, see `rotbits_jax.paper`.
 
@@ -251,7 +250,7 @@ def paper(
   return Preset(
     name='paper',
     options={**names, 'threshold': float(threshold), 'entropy': entropy},
-    transform=symmetries.make('rotations'),
+    transform=passes.make('rotations'),
     message=options,
   )
 

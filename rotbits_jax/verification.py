@@ -17,7 +17,7 @@ from rotbits_jax import checkpoints
 from rotbits_jax import file
 from rotbits_jax import models
 from rotbits_jax import structured
-from rotbits_jax import symmetries
+from rotbits_jax import passes
 
 _TOKENS = 256  # number of tokens for which predictions are compared
 _MOST_NOISE = 10  # greatest ratio of the divergence to the noise floor
@@ -210,7 +210,7 @@ def _divergence(model: Any, reference: models.Model) -> tuple[float, float]:
   config = reference.config
   count = min(_TOKENS, config.max_positions)
   tokens = np.random.default_rng(0).integers(0, config.vocab_size, count)
-  rerounded = symmetries.randomly_rotated(reference, key=jax.random.key(0))
+  rerounded = passes.randomly_rotated(reference, key=jax.random.key(0))
   if not isinstance(model, models.Model):
     raise file.ContainerError('the file holds a PyTree, not a model')
   result = evaluation.evaluate(

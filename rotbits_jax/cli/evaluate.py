@@ -27,7 +27,7 @@ from absl import flags
 import jax
 
 from rotbits_jax import evaluation
-from rotbits_jax import symmetries
+from rotbits_jax import passes
 from rotbits_jax.cli import program
 
 FLAGS = flags.FlagValues()
@@ -66,7 +66,7 @@ def main() -> None:
   reference = rerounded = None
   if _REFERENCE.value is not None:
     reference = program.read_model(_REFERENCE.value).model
-    rerounded = symmetries.randomly_rotated(reference, key=jax.random.key(0))
+    rerounded = passes.randomly_rotated(reference, key=jax.random.key(0))
   result = evaluation.evaluate(
     checkpoint.model,
     evaluation.encode_text(checkpoint.files, text),

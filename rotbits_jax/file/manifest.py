@@ -24,7 +24,7 @@ from rotbits_jax import structured
 from rotbits_jax.coding import weights
 from rotbits_jax.file import container
 from rotbits_jax.file import fields
-from rotbits_jax.symmetries import transform
+from rotbits_jax import passes
 
 ContainerError = container.ContainerError
 
@@ -156,7 +156,7 @@ class Record:
   coder: weights.StreamSpec
   input_numbers: int
   input_bytes: int
-  savings: tuple[transform.Saving, ...]
+  savings: tuple[passes.Saving, ...]
   order_bits: float
   empty: tuple[str, ...] = ()
 
@@ -325,7 +325,7 @@ class Message:
   streams: tuple[Stream, ...]
   input_numbers: int
   input_bytes: int
-  savings: tuple[transform.Saving, ...]
+  savings: tuple[passes.Saving, ...]
 
   def to_json(self) -> dict[str, Any]:
     return {
@@ -610,11 +610,11 @@ def _input_sizes(given: fields.Fields) -> dict[str, int]:
   return {name: pair.integer(name) for name in names}
 
 
-def _saving_to_json(saving: transform.Saving) -> list[Any]:
+def _saving_to_json(saving: passes.Saving) -> list[Any]:
   return [saving.name, saving.numbers, saving.bytes, saving.notes]
 
 
-def _saving_from_json(value: Any, where: str) -> transform.Saving:
+def _saving_from_json(value: Any, where: str) -> passes.Saving:
   names = ('name', 'numbers', 'bytes', 'notes')
   if not isinstance(value, list) or len(value) != len(names):
     raise ContainerError(f'{where}: a saving must have four fields')
@@ -622,7 +622,7 @@ def _saving_from_json(value: Any, where: str) -> transform.Saving:
   notes = given.items('notes')
   for note in notes:
     _check_note(note, where)
-  return transform.Saving(
+  return passes.Saving(
     given.text('name'), given.signed('numbers'), given.signed('bytes'), notes
   )
 

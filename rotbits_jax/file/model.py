@@ -14,12 +14,10 @@ from rotbits_jax import checkpoints
 from rotbits_jax import models
 from rotbits_jax import presets
 from rotbits_jax import structured
-from rotbits_jax import symmetries
+from rotbits_jax import passes
 from rotbits_jax.file import manifest as manifest_lib
-from rotbits_jax.file import packing
 from rotbits_jax.file import shards as shards_lib
 from rotbits_jax.file import writer as writer_lib
-from rotbits_jax.symmetries import transform as transform_lib
 from rotbits_jax.system import progress as progress_lib
 
 Tree = dict[str, Any]
@@ -48,9 +46,8 @@ class Job:
       # Other presets round numbers at the end, so they use them before that.
       source, stored_as = source.rounded(), None
     is_uniform = preset.rounding is not None and preset.rounding.uniform
-    pack = packing.find if is_uniform else None
-    self.context = symmetries.make_context(
-      source, stored_as=stored_as, mesh=mesh, pack=pack
+    self.context = passes.make_context(
+      source, stored_as=stored_as, mesh=mesh
     )
     if is_uniform:
       options = preset.options | _dtypes(self.context)
@@ -121,7 +118,7 @@ class Job:
       self._write_units(writers, home, work, bar)
     if manifest_lib.BUFFERS in home:
       writer = writers[home[manifest_lib.BUFFERS].name]
-      unit = symmetries.Record(
+      unit = passes.Record(
         manifest_lib.BUFFERS, {manifest_lib.BUFFERS: self.buffers}, []
       )
       writer.add(unit, self.sizes[manifest_lib.BUFFERS], {})
@@ -152,7 +149,7 @@ class Job:
     stop = layers[-1] + 1 if layers else self.config.num_layers
     if kept == len(names):
       return
-    rewritten = transform_lib.rewrite(
+    rewritten = passes.rewrite(
       self.context,
       self.preset.transform,
       rounding=self.preset.rounding,
@@ -211,7 +208,7 @@ class Job:
     for other, data in ((corrections, encoded.corrections), (tables, encoded.tables)):
       writer.extend(other, data)
       streams.append(writer.close(other))
-    saving = symmetries.Saving(
+    saving = passes.Saving(
       self.preset.names[0], 0, int(encoded.net_bits // 8), list(encoded.notes)
     )
     own = [x for name, x in self.sizes.items() if name != manifest_lib.BUFFERS]
@@ -261,7 +258,7 @@ def _check_leaves(model: models.Model) -> None:
         writer_lib.check_leaf(models.names.prefix(index) + path, leaf, place)
 
 
-def _dtypes(context: symmetries.Context) -> Tree:
+def _dtypes(context: passes.Context) -> Tree:
   """Returns the dtypes of the source as options, see `manifest.DTYPE`."""
   others = {
     path: dtype.name
@@ -273,7 +270,7 @@ def _dtypes(context: symmetries.Context) -> Tree:
 
 
 def _input_sizes(
-  context: symmetries.Context, buffers: Mapping[str, Any]
+  context: passes.Context, buffers: Mapping[str, Any]
 ) -> dict[str, writer_lib.Sizes]:
   """Returns the size of each unit before it is rewritten, in the order of the units."""
   trees: dict[str, tuple[str, Tree]] = {}

@@ -15,7 +15,7 @@ import numpy as np
 from rotbits_jax import checkpoints
 from rotbits_jax import presets
 from rotbits_jax import structured
-from rotbits_jax import symmetries
+from rotbits_jax import passes
 from rotbits_jax.file import container
 from rotbits_jax.file import manifest as manifest_lib
 from rotbits_jax.file import shards as shards_lib
@@ -132,7 +132,7 @@ class Job:
     name: str,
     work: writer_lib.Workspace | None,
   ) -> None:
-    unit = symmetries.Record(name, self._units[name](), [])
+    unit = passes.Record(name, self._units[name](), [])
     entry = writer.add(unit, self.sizes[name], {})
     if work is not None:
       work.note({shard: [entry]}, None)

@@ -1,6 +1,6 @@
 """The writer of files: writes a model to one file or to shards, one unit at a time.
 
-    for units, state in symmetries.rewrite(context, preset.transform):
+    for units, state in passes.rewrite(context, preset.transform):
       for unit in units:
         writer.add(unit)          # codes the unit and appends it
 
@@ -36,7 +36,7 @@ from rotbits_jax.file import fields
 from rotbits_jax.file import manifest as manifest_lib
 from rotbits_jax.file import packing
 from rotbits_jax.file import shards as shards_lib
-from rotbits_jax.symmetries import transform
+from rotbits_jax import passes
 from rotbits_jax.system import checksums as checksums_lib
 from rotbits_jax.system import outputs
 from rotbits_jax.system import strict_json
@@ -155,7 +155,7 @@ class FileWriter:
 
   def add(
     self,
-    unit: transform.Record,
+    unit: passes.Record,
     sizes: Sizes,
     beside: models.Params,
   ) -> manifest_lib.Record:
@@ -253,7 +253,7 @@ class FileWriter:
 
 
 def encode_record(
-  unit: transform.Record, sizes: Sizes, beside: models.Params, summary: Summary
+  unit: passes.Record, sizes: Sizes, beside: models.Params, summary: Summary
 ) -> tuple[manifest_lib.Record, np.ndarray]:
   """Codes a unit.
 
@@ -423,7 +423,7 @@ class Workspace:
   def note(
     self,
     entries: Mapping[shards_lib.Shard, Sequence[manifest_lib.Record]],
-    state: transform.State,
+    state: passes.State,
   ) -> None:
     """Records in the journal that units are written, and the state after them.
 

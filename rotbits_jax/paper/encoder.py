@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rotbits_jax import structured
-from rotbits_jax import symmetries
+from rotbits_jax import passes
 from rotbits_jax.coding import rans
 from rotbits_jax.coding import tables as tables_lib
 from rotbits_jax.coding.bits_back import numbers
@@ -50,7 +50,7 @@ class Encoded(NamedTuple):
   digests: dict[str, int]
 
 
-def refuse(source: symmetries.Source, options: options_lib.Options) -> None:
+def refuse(source: passes.Source, options: options_lib.Options) -> None:
   """Raises an error if a model cannot be coded. It reads only shapes and dtypes.
 
   Args:
@@ -83,7 +83,7 @@ def refuse(source: symmetries.Source, options: options_lib.Options) -> None:
 
 
 def encode(
-  source: symmetries.Source,
+  source: passes.Source,
   options: options_lib.Options,
   spill: word_stack.Spill,
   *,
@@ -156,7 +156,7 @@ class _Encoder:
 
   def __init__(
     self,
-    source: symmetries.Source,
+    source: passes.Source,
     options: options_lib.Options,
     spill: word_stack.Spill,
   ):

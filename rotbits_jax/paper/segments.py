@@ -12,7 +12,7 @@ import numpy as np
 
 from rotbits_jax import models
 from rotbits_jax import structured
-from rotbits_jax import symmetries
+from rotbits_jax import passes
 
 Shapes = dict[str, tuple[int, ...]]  # by paths like 'layers.3/attention/query/kernel'
 Arrays = dict[str, np.ndarray]
@@ -102,7 +102,7 @@ class Reader:
   It holds at most two layers, or one layer and the parameters outside the layers.
   """
 
-  def __init__(self, source: symmetries.Source):
+  def __init__(self, source: passes.Source):
     def unit(index: int | None) -> dict[str, Any]:
       tree = source.outer() if index is None else source.layer(index)
       return structured.flatten(tree)

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from rotbits_jax import models
 from rotbits_jax.file import fields
 from rotbits_jax.file import reader as reader_lib
-from rotbits_jax.symmetries import transform
+from rotbits_jax import passes
 
 
 class ReportLine(NamedTuple):
@@ -147,9 +147,9 @@ def from_reader(reader: reader_lib.Reader) -> Report:
   holders: list[Any] = []
   for own in reader.manifests:
     holders += own.units if own.message is None else [*own.units, own.message]
-  savings: dict[str, transform.Saving] = {}
+  savings: dict[str, passes.Saving] = {}
   for saving in (saving for holder in holders for saving in holder.savings):
-    total = savings.get(saving.name, transform.Saving(saving.name, 0, 0, []))
+    total = savings.get(saving.name, passes.Saving(saving.name, 0, 0, []))
     total.notes.extend(saving.notes)
     savings[saving.name] = total._replace(
       numbers=total.numbers + saving.numbers, bytes=total.bytes + saving.bytes

@@ -11,10 +11,10 @@ from flax import struct
 import ml_dtypes
 import numpy as np
 
-from rotbits_jax.structured import ordinals
+from rotbits_jax.structured import ulps
 from rotbits_jax.structured import packed
-from rotbits_jax.structured.base import Arrays
-from rotbits_jax.structured.base import Settings
+from rotbits_jax.structured.fields import Arrays
+from rotbits_jax.structured.fields import Settings
 from rotbits_jax.structured.base import register
 from rotbits_jax.structured.stored import Stored
 
@@ -58,7 +58,7 @@ class Levels(packed.Packed):
     exceptions: `[n]`, the numbers with the residual -128, line by line; or None.
   """
 
-  kind: ClassVar[str] = 'levels'
+  type_name: ClassVar[str] = 'levels'
 
   name: str = struct.field(pytree_node=False)
   index: Any
@@ -86,7 +86,7 @@ class Levels(packed.Packed):
         base[rows] = fitted.base.reshape(-1, per_line)
       computed = fitted.numbers.reshape(part.shape)
       if not np.array_equal(packed.bits(computed), packed.bits(part)):
-        off = ordinals.of_numbers(part) - ordinals.of_numbers(computed)  # wraps
+        off = ulps.index(part) - ulps.index(computed)  # wraps
         off = np.where(abs(off) < -_EXCEPTION, off, _EXCEPTION)
         residuals[rows] = off
         exceptions.append(part[residuals[rows] == _EXCEPTION])
@@ -117,7 +117,7 @@ class Levels(packed.Packed):
       part = part.reshape(step.shape[0], lines.shape[1])
       if self.residuals is not None:
         off = self.residuals[rows]
-        part = ordinals.to_numbers(ordinals.of_numbers(part) + off, self.dtype)
+        part = ulps.number(ulps.index(part) + off, self.dtype)
         odd = off == _EXCEPTION
         count = int(np.count_nonzero(odd))
         own = self.exceptions[used : used + count]
@@ -331,7 +331,7 @@ class Table(packed.Packed):
     index: uint8 `[L, N]`.
   """
 
-  kind: ClassVar[str] = 'table'
+  type_name: ClassVar[str] = 'table'
   MOST: ClassVar[int] = 256
 
   table: Any

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from rotbits_jax.structured.base import Settings
+from rotbits_jax.structured.fields import Settings
 from rotbits_jax.structured.base import Structured
 from rotbits_jax.structured.stored import MOST
 from rotbits_jax.structured.stored import Stored

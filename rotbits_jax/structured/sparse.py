@@ -6,8 +6,8 @@ from flax import struct
 import numpy as np
 
 from rotbits_jax.structured import packed
-from rotbits_jax.structured.base import Arrays
-from rotbits_jax.structured.base import Settings
+from rotbits_jax.structured.fields import Arrays
+from rotbits_jax.structured.fields import Settings
 from rotbits_jax.structured.base import register
 from rotbits_jax.structured.stored import Stored
 
@@ -30,7 +30,7 @@ class Sparse(packed.Packed):
     tail: the last nonzero numbers, `[m]`, where m < WIDTH.
   """
 
-  kind: ClassVar[str] = 'sparse'
+  type_name: ClassVar[str] = 'sparse'
   WIDTH: ClassVar[int] = 128
 
   across: bool = struct.field(pytree_node=False)
