@@ -111,16 +111,11 @@ def leaves() -> dict[str, Any]:
     'gram_of_rank_0': structured.IdentityMinusGram(lower(6, 0), lower(6, 0), columns=6),
     'triangle': structured.SymmetricTriangle(lower(5, 5), columns=7),
     'trapezoidal': structured.Trapezoidal(lower(7, 4)),
-    'row_trapezoids': structured.RowTrapezoids(
-      np.concatenate([normal(2, 8), np.triu(normal(5, 8)), np.triu(normal(3, 8))]),
-      blocks=(5, 3),
-      full=2,
-    ),
+    'trapezoidal_rows': structured.TrapezoidalRows(normal(2, 8), lower(8, 5)),
     'head_columns': structured.HeadColumns(normal(7, 8), normal(4, 6), heads=2),
-    'head_planes': structured.HeadPlanes(
-      normal(4, 36), normal(2, 14), groups=2, head_dim=6
+    'head_rows': structured.HeadRows(
+      normal(6, 2), normal(12, 5), groups=2, head_dim=3
     ),
-    'head_rows': structured.HeadRows(normal(6, 2), normal(12, 5), groups=2),
     'constant': structured.Constant.like(normal(3, 4), 1.5),
     'low_rank': structured.LowRank(normal(6, 2), normal(2, 5), names='asvd'),
     'reduced': structured.ReducedLowRank(
@@ -220,7 +215,7 @@ def stored_leaves() -> list[bytes]:
   for leaf in [*kinds, *([tied] if structured.is_structured(tied) else [])]:
     settings, arrays = leaf.stored()
     shapes = {n: [np.dtype(x.dtype).name, list(x.shape)] for n, x in arrays.items()}
-    value = {'kind': leaf.kind, 'settings': settings, 'arrays': shapes}
+    value = {'kind': leaf.type_name, 'settings': settings, 'arrays': shapes}
     found.append(json.dumps(value).encode())
   return found
 

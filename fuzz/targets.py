@@ -101,7 +101,7 @@ def _container(data: bytes) -> None:
 
 def _is_small(leaf: Any) -> bool:
   """Returns whether a leaf can be materialized here."""
-  alone = structured.is_structured(leaf) and not isinstance(leaf, structured.Dependent)
+  alone = structured.is_structured(leaf) and not leaf.needs
   return alone and math.prod(leaf.shape) <= _SMALL
 
 
@@ -125,7 +125,7 @@ def _leaf(data: bytes) -> None:
       raise ValueError('the file would be large')
     dtypes = weights.DTYPES
     named = {n: np.ones(shape, dtypes[d]) for n, (d, shape) in arrays.items()}
-    cls = structured.KINDS[kind]
+    cls = structured.TYPES[kind]
   except Exception as error:  # no leaf: the manifest's own checks come before this
     raise ValueError(str(error)) from error
   if not isinstance(settings, dict):

@@ -157,5 +157,5 @@ def test_names_of_factors():
 def test_every_kind_is_in_the_table():
   text = PAGE.read_text('utf-8')
   rows = re.findall(r'^\| ((?:`\w+`,? ?)+)\| (?:.*\| ){2}', text, re.M)
-  own = {k for k, x in structured.KINDS.items() if x.__module__.startswith('rotbits_')}
+  own = {k for k, x in structured.TYPES.items() if x.__module__.startswith('rotbits_')}
   assert own <= names(' '.join(rows))

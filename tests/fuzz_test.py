@@ -80,7 +80,7 @@ def test_every_kind_of_leaf_is_fuzzed():
   kinds = {json.loads(leaf)['kind'] for leaf in seeds.stored_leaves()}
   own = {
     kind
-    for kind, cls in structured.KINDS.items()
+    for kind, cls in structured.TYPES.items()
     if cls.__module__.startswith('rotbits_jax.')
   }
   assert kinds == own

@@ -18,8 +18,8 @@ from rotbits_jax import models
 from rotbits_jax import near
 from rotbits_jax import presets
 from rotbits_jax import structured
-from rotbits_jax import symmetries
-from rotbits_jax.symmetries import rounding
+from rotbits_jax import passes
+from rotbits_jax.passes import rounding
 
 TESTDATA = pathlib.Path(__file__).parent / 'testdata'
 TINY = 'llama-tiny-sliced-head-0.25'
@@ -61,7 +61,7 @@ class PresetTest(parameterized.TestCase):
 
   def test_decoding_gives_the_rounded_numbers(self):
     preset = presets.near(step=-5.0)
-    expected, _ = symmetries.run_chain(
+    expected, _ = passes.run_chain(
       (preset.transform,), _load().model, rounding=preset.rounding
     )
     decoded = rotbits_jax.decode(_file())

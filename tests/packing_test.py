@@ -101,7 +101,7 @@ class PackTest(parameterized.TestCase):
     _assert_same_bits(leaf.array(), array)
     settings, arrays = leaf.stored()
     settings = json.loads(json.dumps(settings))
-    again = structured.KINDS[leaf.kind].from_stored(settings, arrays)
+    again = structured.TYPES[leaf.kind].from_stored(settings, arrays)
     _assert_same_bits(again.array(), array)
     data = rotbits_jax.encode({'a': array}, preset='exact')
     _assert_same_bits(rotbits_jax.decode(data)['a'], array)

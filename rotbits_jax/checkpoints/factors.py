@@ -108,9 +108,9 @@ def split(tensors: Mapping[str, Any]) -> dict[str, Any]:
   """
   found = dict(tensors)
   for weight, leaf in tensors.items():
-    if isinstance(leaf, structured.FactorPair):
-      names = _names(leaf.names, weight)
-      pair = leaf if isinstance(leaf, structured.LowRank) else leaf.plain()
+    pair = structured.pair(leaf)
+    if pair is not None:
+      names = _names(pair.names, weight)
       del found[weight]
       if _bias(weight) in found:
         found[names.bias] = found.pop(_bias(weight))

@@ -21,8 +21,8 @@ def fix_pairs(
   tolerance: float = 2.0,
   dtype: Any = None,
   prefix: str = '',
-) -> list[transform.Note]:
-  """Fixes the gauge of every pair among parameters, in place.
+) -> tuple[transform.Params, list[transform.Note]]:
+  """Fixes the gauge of every pair among parameters.
 
   Args:
     params: arrays and structured leaves by path, unstacked. Each `structured.LowRank`
@@ -33,7 +33,7 @@ def fix_pairs(
     prefix: prefix of the paths in notes.
 
   Returns:
-    A note for each pair.
+    The parameters in their old dtypes, and a note for each pair.
   """
   pairs = {
     path: pair
@@ -44,7 +44,7 @@ def fix_pairs(
     path: _fix(pair.u, pair.v, dtype=np.dtype(dtype or pair.dtype))
     for path, pair in pairs.items()
   }
-  notes = []
+  params, notes = dict(params), []
   for path, errors in jax.device_get({p: own for p, (_, own) in fixed.items()}).items():
     details: transform.Note = {'rank': pairs[path].rank, 'plain_error': errors.plain}
     bound = max(tolerance * errors.plain, _FLOAT32_ERROR)
@@ -56,7 +56,7 @@ def fix_pairs(
       params[path] = leaf.replace(names=pairs[path].names)
       details['error'] = errors.fixed
     notes.append(transform.note(prefix + path, params[path], **details))
-  return notes
+  return params, notes
 
 
 def remove_low_rank_gauge(*, tolerance: float = 2.0) -> transform.Transform:
@@ -74,17 +74,16 @@ def remove_low_rank_gauge(*, tolerance: float = 2.0) -> transform.Transform:
   def layers(
     context: transform.Context, state: Any, first: int, given: list[transform.Params]
   ) -> transform.Noted:
-    names = models.names
-    notes = [
-      fix(layer, dtype=context.dtype, prefix=names.prefix(i))
+    results = [
+      fix(layer, dtype=context.dtype, prefix=models.names.prefix(i))
       for i, layer in enumerate(given, first)
     ]
-    return state, given, notes
+    return state, [params for params, _ in results], [own for _, own in results]
 
   def outer(
     context: transform.Context, state: Any, given: transform.Params
   ) -> tuple[transform.Params, list[transform.Note]]:
-    return given, fix(given, dtype=context.dtype)
+    return fix(given, dtype=context.dtype)
 
   return transform.make('low-rank gauge', layers=layers, outer=outer, takes='float32')
 

@@ -101,12 +101,15 @@ class State(NamedTuple):
     first: R_0, float32 `[d, d]`.
     rotation: the rotation of the segment that the next layer reads, float32 `[d, d]`.
     zeros: how many of the last rows of the first up kernel, and of the head, free
-      rotations make upper trapezoidal, int32 `[2]`.
+      rotations make upper trapezoidal, int32 `[2]`. If the first is 0, R_0 is the
+      identity.
+    is_rotated: 0 if the segment that the next layer reads is not rotated, int32 `[]`.
   """
 
   first: Any
   rotation: Any
   zeros: Any
+  is_rotated: Any
 
 
 def _init(context: transform.Context) -> State | tuple[()]:
@@ -115,11 +118,12 @@ def _init(context: transform.Context) -> State | tuple[()]:
     return ()
   rotation = None if _first_obstacle(context) else _first_rotation(context)
   if rotation is not None:
-    return State(rotation, rotation, np.array([len(rotation), 0], np.int32))
+    zeros = np.array([len(rotation), 0], np.int32)
+    return State(rotation, rotation, zeros, np.int32(1))
   if symmetries.stream:
     return ()
   eye = np.eye(context.config.segment_widths[0], dtype=np.float32)
-  return State(eye, eye, np.zeros(2, np.int32))
+  return State(eye, eye, np.zeros(2, np.int32), np.int32(0))
 
 
 def _layers(
@@ -191,8 +195,8 @@ def _outer(
   axes = models.layout.outer_axes(config)
   for path in list(params):
     read, written = rotations_lib.sides(axes[path])
-    rows = None if read is None else state.rotation
-    columns = None if written is None else state.first
+    rows = state.rotation if read is not None and state.is_rotated else None
+    columns = state.first if written is not None and state.zeros[0] else None
     params[path] = _rotate(params.pop(path), rows, columns)
   if rows := int(state.zeros[1]):
     params[_HEAD], error = _with_zeros(params[_HEAD], rows=rows)
@@ -272,10 +276,11 @@ def _find_gauges(
     ([{path: x.values for path, x in own.items()} for own in polars], used)
   )
   gauges, rotation, zeros = [], state.rotation, state.zeros
+  last = rotation if state.is_rotated else None
   for i, layer in enumerate(layers):
     index, widths = first + i, config.layer_widths(first + i)
     device = next(iter(layer.values())).device
-    gauge = _Gauge([jax.device_put(rotation, device)], polars[i], values[i], {})
+    gauge = _Gauge([jax.device_put(last, device)], polars[i], values[i], {})
     for s, path in enumerate(paths):
       d, e = widths[s], widths[s + 1]
       is_last = s + 1 == len(paths)
@@ -283,23 +288,22 @@ def _find_gauges(
       if is_last and not obstacle:
         after = index + 1 if index + 1 < config.num_layers else _OUTER
         obstacle = _obstacle(context, after, used[i + 1], -1 if after is _OUTER else 0)
+      before = _or_identity(last, d)
       if obstacle:
         gauge.obstacles[s + 1] = obstacle
-        gauge.rotations.append(None)
-        rotation = np.eye(e, dtype=np.float32)
-        continue
-      before = _or_identity(gauge.rotations[s], d)
-      if d > e:
-        rotation = _lower_factor(before, layer[path])[1]
+        last = None
+      elif d > e:
+        last = _lower_factor(before, layer[path])[1]
       else:
         step, free = polars[i][path].rotation, None
         if e > d and index + 1 == config.num_layers and is_last:
           free = _last_rotation(context, step, d)
           zeros = np.array([zeros[0], 0 if free is None else e - d], np.int32)
-        rotation = _next_rotation(step, before, free)
-      gauge.rotations.append(rotation)
+        last = _next_rotation(step, before, free)
+      gauge.rotations.append(last)
     gauges.append(gauge)
-  return gauges, State(state.first, rotation, zeros)
+  rotation = np.eye(e, dtype=np.float32) if last is None else last
+  return gauges, State(state.first, rotation, zeros, np.int32(last is not None))
 
 
 def _or_identity(rotation: Any, width: int) -> Any:
@@ -370,8 +374,8 @@ def _shortcut_paths(config: models.ModelConfig) -> list[str]:
 def _first_rotation(context: transform.Context) -> jax.Array | None:
   """Returns the R_0 that makes the up kernel of the first MLP upper trapezoidal.
 
-  It is None if that kernel is a pair of factors, or if a segment stands between the two
-  that is not rotated.
+  It is None if that kernel is a pair of factors, or if the segment that it reads has
+  another width or is not rotated.
   """
   config, layer = context.config, _source(context, 0)
   if structured.pair(layer[_UP]) is not None:
@@ -383,10 +387,10 @@ def _first_rotation(context: transform.Context) -> jax.Array | None:
   elif not config.parallel_block:
     d, e = config.layer_widths(0)[:2]
     used = jax.device_get(_range_used(context, 0, layer))
-    if d > e or _obstacle(context, 0, used, 1):
+    if d != e or _obstacle(context, 0, used, 1):
       return None
     shortcut = layer[_shortcut_paths(config)[0]]
-    kernel = _product(_polar(shortcut).rotation, kernel)[:d]
+    kernel = _product(_polar(shortcut).rotation, kernel)
   return _upper_rotation(kernel[:, : len(kernel)])
 
 
@@ -436,9 +440,10 @@ def _range_used(
   context: transform.Context, index: int | None, params: transform.Params
 ) -> dict[str, jax.Array]:
   """Returns `rotations.range_used` of a layer, or outside the layers, on the device."""
-  axes, prefix = _axes(context.config, index), models.names.prefix(index)
+  prefix = models.names.prefix(index)
   limits = {path: np.float32(context.limit(prefix + path)) for path in params}
-  return _jitted_range_used(params, limits, axes=tuple(axes.items()))
+  index = index if index is _OUTER else 0
+  return _jitted_range_used(params, limits, config=context.config, index=index)
 
 
 def _readers_used(context: transform.Context, index: int) -> dict[str, jax.Array]:
@@ -495,8 +500,7 @@ def _first_obstacle(context: transform.Context) -> transform.Note:
     return _obstacle(context, _OUTER, used) or _obstacle(context, 0, readers)
   for index in (_OUTER, *range(config.num_layers)):
     params = outer if index is _OUTER else _source(context, index)
-    folded = _fold(params, config=config, index=index and 0)
-    used = jax.device_get(_range_used(context, index, folded))
+    used = jax.device_get(_range_used(context, index, params))
     if obstacle := _obstacle(context, index, used):
       return obstacle
   return {}
@@ -551,7 +555,21 @@ def _fold(
   return norms.fold_norm_scales(params, config, _axes(config, index))
 
 
-_jitted_range_used = jax.jit(rotations_lib.range_used, static_argnames='axes')
+@functools.partial(jax.jit, static_argnames=('config', 'index'))
+def _jitted_range_used(
+  params: transform.Params,
+  limits: dict[str, jax.Array],
+  *,
+  config: models.ModelConfig,
+  index: int | None,
+) -> dict[str, jax.Array]:
+  axes = _axes(config, index)
+  if not config.sliced:
+    wide = structured.astype(params, jnp.float32)
+    params = norms.fold_norm_scales(wide, config, axes)
+  return rotations_lib.range_used(params, limits, axes=axes)
+
+
 _polar = jax.jit(canonical.polar)
 _product = jax.jit(products.matmul)
 _rotate = jax.jit(rotations_lib.rotate)

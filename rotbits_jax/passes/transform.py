@@ -31,7 +31,8 @@ from rotbits_jax import structured
 from rotbits_jax.passes import devices
 
 Params = dict[str, Any]  # leaves by path
-Note = dict[str, Any]  # JSON values; numbers may be arrays `[]` until `rewrite` yields
+Note = dict[str, Any]
+"""JSON values. Numbers may be arrays `[]`: `rewrite` rounds them to three digits."""
 State = Any  # a PyTree of arrays
 Noted = tuple[State, list[Params], list[list[Note]]]
 

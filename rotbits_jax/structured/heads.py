@@ -131,11 +131,11 @@ class HeadRows(Structured):
 
   def materialize(self, *needed: Any) -> jax.Array:
     *stack, _, width = self.shape
-    h, blocks = self.head_dim, (*self.first.shape[:-2], self.groups, -1, self.head_dim)
-    first = jnp.asarray(self.first, jnp.float32).reshape(*blocks, width - h)
+    h, groups = self.head_dim, (*stack, self.groups)
+    first = jnp.asarray(self.first, jnp.float32).reshape(*groups, 1, h, width - h)
     gram = jnp.einsum('...gin,...gjn->...ij', first, first, precision='highest')
     if self.others is not None:
-      others = jnp.asarray(self.others, jnp.float32).reshape(*blocks, width)
+      others = jnp.asarray(self.others, jnp.float32).reshape(*groups, -1, h, width)
       gram += jnp.einsum('...gin,...gjn->...ij', others, others, precision='highest')
     top = (jnp.eye(h, dtype=jnp.float32) - gram / 4)[..., None, :, :]
     heads = jnp.concatenate([top, first], axis=-1)

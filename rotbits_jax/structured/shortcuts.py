@@ -86,11 +86,11 @@ class IdentityMinusGram(Structured):
     return _pad_columns(y, self.columns)
 
   def singular_values(self) -> np.ndarray:
-    less, more = (
-      np.linalg.eigvalsh(x.T @ x) for x in (np.float64(self.b), np.float64(self.c))
-    )
-    ones = np.ones(self.b.shape[-2] - less.size - more.size)
-    return np.sort(np.abs(np.concatenate([1 - less, ones, 1 + more])))
+    if self.c.shape[-1]:  # its columns need not be orthogonal to those of B
+      return super().singular_values()
+    b = np.float64(self.b)
+    ones = np.ones(len(b) - b.shape[1])
+    return np.sort(np.abs(np.concatenate([1 - np.linalg.eigvalsh(b.T @ b), ones])))
 
   def _widths(self) -> tuple[int, int]:
     """Returns the columns of B and of C that are not zero in some layer."""

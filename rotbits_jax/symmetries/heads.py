@@ -3,8 +3,8 @@ r"""The gauges of attention heads: a change of basis within every head.
 A gauge is a choice of coordinates that does not change the function of the model. Two
 kernels share the h coordinates of a head, and they can change together:
 
-    value, output:  W_v -> W_v A^-1,  W_o -> A W_o          A in GL(h)
-    query, key:     W_q -> W_q A^T,   W_k -> W_k A^-1       A in GL(h), without RoPE
+    value, output:  W_v -> W_v A,  W_o -> A^-1 W_o          A in GL(h)
+    query, key:     W_q -> W_q A,  W_k -> W_k A^-T          A in GL(h), without RoPE
 
 GL(h) is the group of invertible matrices `[h, h]`. RoPE rotates the first r coordinates
 of a query or key in planes, and on these A must be the identity here. (Complex factors
@@ -12,10 +12,10 @@ commute with RoPE, too, but they are 0.004% of the numbers.) On the other m = h 
 coordinates A is in GL(m). All query heads that read the same key-value head share its
 A.
 
-To fix the gauge, the output kernel or the key kernel is replaced by a basis of its
-column space, see `structured.heads`. The kernel is this basis times A, and its partner
-is multiplied by A. This saves h^2 or m^2 numbers for each key-value head. No matrix is
-inverted that can be singular, so heads may have any rank.
+To fix the gauge, the output kernel (transposed) or the key kernel is replaced by a
+basis of its column space, see `structured.heads`. The kernel is this basis times A^T,
+and its partner is multiplied by A. This saves h^2 or m^2 numbers for each key-value
+head. No matrix is inverted that can be singular, so heads may have any rank.
 
 Biases change with their kernels, with one exception. The bias of the key does not
 change the output in coordinates that RoPE does not rotate, see `biases`; it becomes
@@ -43,7 +43,7 @@ class Basis(NamedTuple):
 
   Attributes:
     below: B, `[n - h, h]`.
-    factor: A, `[h, h]`.
+    factor: `[h, h]`.
   """
 
   below: jax.Array
@@ -145,11 +145,11 @@ class Fixed(NamedTuple):
 
   Attributes:
     params: the parameters by path, float32. One kernel is a structured leaf.
-    factors: A, float32 `[K, h, h]`, or `[K, m, m]` for queries and keys.
+    gauge: A, float32 `[K, h, h]`, or `[K, m, m]` for queries and keys.
   """
 
   params: models.Params
-  factors: jax.Array
+  gauge: jax.Array
 
 
 def fix_values(params: models.Params, *, kv_heads: int) -> Fixed:
@@ -172,10 +172,10 @@ def fix_values(params: models.Params, *, kv_heads: int) -> Fixed:
   first = jnp.swapaxes(first, 1, 2).reshape(kv_heads * h, width - h)
   others = jnp.swapaxes(others.reshape(kv_heads, -1, width, h), 2, 3)
   others = others.reshape(-1, width) if others.size else None
-  moved = jnp.matrix_transpose(factors)
-  fixed = {path: multiply(x, moved) for path, x in params.items() if path != out}
+  gauge = jnp.matrix_transpose(factors)
+  fixed = {path: multiply(x, gauge) for path, x in params.items() if path != out}
   fixed[out] = structured.HeadRows(first, others, groups=kv_heads, head_dim=h)
-  return Fixed(fixed, factors)
+  return Fixed(fixed, gauge)
 
 
 def fix_keys(params: models.Params, *, kv_heads: int, rotary: int) -> Fixed:
@@ -195,10 +195,10 @@ def fix_keys(params: models.Params, *, kv_heads: int, rotary: int) -> Fixed:
   d, h = params[key].shape[0], params[key].shape[1] // kv_heads
   heads = _stacked_heads(params[key], kv_heads, h)
   below, factors = jax.vmap(basis)(heads[..., rotary:])
-  kept = jnp.eye(rotary, dtype=jnp.float32)
-  moved = jax.vmap(lambda a: jax.scipy.linalg.block_diag(kept, a.T))(factors)
+  gauge, kept = jnp.matrix_transpose(factors), jnp.eye(rotary, dtype=jnp.float32)
+  whole = jax.vmap(lambda a: jax.scipy.linalg.block_diag(kept, a))(gauge)
   fixed = {
-    path: multiply(params[path], moved) for path in (query, query_bias) if path in params
+    path: multiply(params[path], whole) for path in (query, query_bias) if path in params
   }
   columns = params[key].astype(jnp.float32).reshape(d, kv_heads, h)[..., :rotary]
   fixed[key] = structured.HeadColumns(
@@ -209,7 +209,7 @@ def fix_keys(params: models.Params, *, kv_heads: int, rotary: int) -> Fixed:
   if key_bias in params:
     bias = params[key_bias].astype(jnp.float32).reshape(kv_heads, h)
     fixed[key_bias] = bias.at[:, rotary:].set(0).reshape(-1)
-  return Fixed(fixed, factors)
+  return Fixed(fixed, gauge)
 
 
 def _stacked_heads(kernel: jax.Array, kv_heads: int, h: int) -> jax.Array:

@@ -105,7 +105,9 @@ def rotate_parameters(
 
 
 def range_used(
-  params: dict[str, Any], limits: dict[str, jax.Array], *, axes: tuple[Any, ...]
+  params: dict[str, Any],
+  limits: dict[str, jax.Array],
+  axes: dict[str, tuple[Any, ...]],
 ) -> dict[str, jax.Array]:
   """Returns how much of the range of its dtype each parameter can use when rotated.
 
@@ -116,14 +118,14 @@ def range_used(
   Args:
     params: arrays, or low-rank leaves, by path.
     limits: the greatest number of the dtype of each parameter, by path.
-    axes: pairs of a path and the parameter's axes, see `models.layout`.
+    axes: the axes of each parameter by path, see `models.layout`.
 
   Returns:
     The bound, divided by the limit, for each parameter that reads or writes a segment.
     It is NaN or infinite if a number is not finite.
   """
   used = {}
-  for path, own in axes:
+  for path, own in axes.items():
     read, written = sides(own)
     if path not in params or read is None and written is None:
       continue
