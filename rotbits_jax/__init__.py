@@ -49,6 +49,7 @@ _NAMES = {
   'ModelConfig': 'models',
   'PRESETS': 'presets',
   'Preset': 'presets',
+  'canonicalise': 'symmetries',
   'decode': 'decoding',
   'decode_checkpoint': 'decoding',
   'decode_to_directory': 'decoding',

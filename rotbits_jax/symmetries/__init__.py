@@ -16,6 +16,7 @@ The modules, in the order of reading:
     biases        biases that the output does not need
     low_rank      the basis between two factors
     tied          the map from the head to an embedding
+    canonicalise  canonical weights of a whole model in one call
     steps         rounding to multiples of a step, also with error feedback
     products      matrix products that round equally on any number of threads
 """
@@ -28,6 +29,8 @@ from rotbits_jax.symmetries.canonical import polar
 from rotbits_jax.symmetries.canonical import polar_shortcut
 from rotbits_jax.symmetries.canonical import qr
 from rotbits_jax.symmetries.canonical import svd
+from rotbits_jax.symmetries.canonicalise import Gauges
+from rotbits_jax.symmetries.canonicalise import canonicalise
 from rotbits_jax.symmetries.heads import Basis
 from rotbits_jax.symmetries.heads import basis
 from rotbits_jax.symmetries.heads import fix_keys
@@ -48,8 +51,10 @@ __all__ = [
   'CANONICALISERS',
   'Basis',
   'Canonicaliser',
+  'Gauges',
   'Polar',
   'basis',
+  'canonicalise',
   'fix_keys',
   'fix_pair',
   'fix_values',
