@@ -27,9 +27,9 @@ import numpy as np
 import rotbits_jax
 from rotbits_jax import checkpoints
 from rotbits_jax import evaluation
+from rotbits_jax import passes
 from rotbits_jax import presets
 from rotbits_jax import slicing
-from rotbits_jax import passes
 from rotbits_jax.cli import program
 
 ROOT = pathlib.Path(__file__).parents[1]

@@ -27,8 +27,8 @@ import numpy as np
 
 from benchmarks import demo
 from rotbits_jax import models
-from rotbits_jax import structured
 from rotbits_jax import passes
+from rotbits_jax import structured
 from rotbits_jax.cli import program
 from rotbits_jax.models import generation
 from rotbits_jax.models import transformer

@@ -24,8 +24,8 @@ from benchmarks import demo
 import rotbits_jax
 from rotbits_jax import evaluation
 from rotbits_jax import models
-from rotbits_jax import structured
 from rotbits_jax import passes
+from rotbits_jax import structured
 from rotbits_jax.cli import program
 
 CHECKPOINT = demo.WEIGHTS.parent

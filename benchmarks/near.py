@@ -40,9 +40,9 @@ import rotbits_jax
 from rotbits_jax import evaluation
 from rotbits_jax import models
 from rotbits_jax import near
+from rotbits_jax import passes
 from rotbits_jax import presets
 from rotbits_jax import structured
-from rotbits_jax import passes
 from rotbits_jax.cli import program
 from rotbits_jax.report import charts
 from rotbits_jax.system import outputs

@@ -27,8 +27,8 @@ from benchmarks import near
 import rotbits_jax
 from rotbits_jax import checkpoints
 from rotbits_jax import evaluation
-from rotbits_jax import presets
 from rotbits_jax import passes
+from rotbits_jax import presets
 from rotbits_jax.cli import program
 from rotbits_jax.report import charts
 

@@ -113,9 +113,7 @@ def leaves() -> dict[str, Any]:
     'trapezoidal': structured.Trapezoidal(lower(7, 4)),
     'trapezoidal_rows': structured.TrapezoidalRows(normal(2, 8), lower(8, 5)),
     'head_columns': structured.HeadColumns(normal(7, 8), normal(4, 6), heads=2),
-    'head_rows': structured.HeadRows(
-      normal(6, 2), normal(12, 5), groups=2, head_dim=3
-    ),
+    'head_rows': structured.HeadRows(normal(6, 2), normal(12, 5), groups=2, head_dim=3),
     'constant': structured.Constant.like(normal(3, 4), 1.5),
     'low_rank': structured.LowRank(normal(6, 2), normal(2, 5), names='asvd'),
     'reduced': structured.ReducedLowRank(

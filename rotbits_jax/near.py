@@ -23,9 +23,9 @@ import numpy as np
 
 from rotbits_jax import evaluation
 from rotbits_jax import models
+from rotbits_jax import passes
 from rotbits_jax import presets
 from rotbits_jax import structured
-from rotbits_jax import passes
 from rotbits_jax.evaluation import perplexity
 from rotbits_jax.system import progress as progress_lib
 
@@ -312,9 +312,7 @@ def _rewritten(context: passes.Context) -> models.Model:
   }
   wide_context = context._replace(dtypes=wide)
   units = passes.rewrite(wide_context, presets.near().transform)
-  result = passes.to_model(
-    context.config, (unit for some, _ in units for unit in some)
-  )
+  result = passes.to_model(context.config, (unit for some, _ in units for unit in some))
   return dataclasses.replace(result, stored_as=context.dtype.name)
 
 

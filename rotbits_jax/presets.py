@@ -61,8 +61,8 @@ def free(
 
   Args:
     tolerance: see `passes.remove_residual_gauge`.
-    floor: see the offset of `passes.with_minimum_exponent`; None to round every number to the
-      nearest number of its dtype.
+    floor: see the offset of `passes.with_minimum_exponent`; None to round every number
+      to the nearest number of its dtype.
     transforms: further transforms, applied after those of the preset.
 
   Returns:

@@ -16,8 +16,8 @@ import numpy as np
 from rotbits_jax import checkpoints
 from rotbits_jax import file
 from rotbits_jax import models
-from rotbits_jax import structured
 from rotbits_jax import passes
+from rotbits_jax import structured
 
 _TOKENS = 256  # number of tokens for which predictions are compared
 _MOST_NOISE = 10  # greatest ratio of the divergence to the noise floor

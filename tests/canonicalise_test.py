@@ -38,7 +38,8 @@ FAMILIES = {
   'llama': GROUPS,
   'mistral': GROUPS | {'model_type': 'mistral', 'sliding_window': 5},
   'qwen2': GROUPS | {'model_type': 'qwen2'},
-  'phi3': LLAMA | {'model_type': 'phi3', 'num_key_value_heads': 2, 'rms_norm_eps': 1e-5},
+  'phi3': LLAMA
+  | {'model_type': 'phi3', 'num_key_value_heads': 2, 'rms_norm_eps': 1e-5},
   'opt': OPT,
   'phi2': PHI,
 }
@@ -99,7 +100,8 @@ def check_sharded():
   # Only rotations of segments are sent.
   sent = r'= \(?(\S+) (?:all-gather|all-reduce|all-to-all|collective-permute)\('
   shapes = re.findall(sent, compiled.as_text())
-  assert shapes and all('18,18]' in shape for shape in shapes), shapes
+  assert shapes
+  assert all('18,18]' in shape for shape in shapes), shapes
   expected, _ = _canonicalise(model.params, model.config)
   chex.assert_trees_all_close(jax.device_get(found), expected, atol=3e-5)
 

@@ -26,9 +26,9 @@ from fuzz import seeds
 import rotbits_jax
 from rotbits_jax import checkpoints
 from rotbits_jax import evaluation
+from rotbits_jax import passes
 from rotbits_jax import presets
 from rotbits_jax import structured
-from rotbits_jax import passes
 
 TESTDATA = pathlib.Path(__file__).parent / 'testdata'
 CHECKPOINTS = tuple(

@@ -13,8 +13,8 @@ import random_models
 import rotbits_jax
 from rotbits_jax import evaluation
 from rotbits_jax import models
-from rotbits_jax import structured
 from rotbits_jax import passes
+from rotbits_jax import structured
 
 pytest.importorskip('qwix')
 int8 = pytest.importorskip('benchmarks.int8')

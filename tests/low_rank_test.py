@@ -162,7 +162,6 @@ class LeavesTest(parameterized.TestCase):
   @parameterized.parameters(
     ('low_rank', {'u': np.zeros((7, 3)), 'v': np.zeros((2, 9))}),
     ('low_rank', {'u': np.zeros(7), 'v': np.zeros((7, 9))}),
-    ('low_rank', {'u': np.zeros((7, 3)), 'v': np.zeros((3, 9), np.float16)}),
     ('reduced_low_rank', {'below': np.zeros((4, 3)), 'other': np.zeros((4, 9))}),
     ('reduced_low_rank', {'below': np.zeros((3, 3)), 'other': np.zeros((3, 9))}),
     ('reduced_low_rank', {'below': np.zeros((4, 3)), 'other': np.zeros((3, 6))}),

@@ -10,8 +10,8 @@ import random_models
 
 from rotbits_jax import checkpoints
 from rotbits_jax import models
-from rotbits_jax import structured
 from rotbits_jax import passes
+from rotbits_jax import structured
 from tests import transform_checks
 
 TESTDATA = pathlib.Path(__file__).parent / 'testdata'

@@ -18,8 +18,8 @@ import rotbits_jax
 from rotbits_jax import checkpoints
 from rotbits_jax import models
 from rotbits_jax import paper
-from rotbits_jax import structured
 from rotbits_jax import passes
+from rotbits_jax import structured
 from rotbits_jax.paper import rotations
 
 TESTDATA = pathlib.Path(__file__).parent / 'testdata'

@@ -6,8 +6,8 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from rotbits_jax import structured
 from rotbits_jax import passes
+from rotbits_jax import structured
 from rotbits_jax.passes import rounding
 
 DTYPES = (np.float16, ml_dtypes.bfloat16, np.float32)

@@ -213,14 +213,6 @@ class StructuredTest(parameterized.TestCase):
       self.assertEqual(leaf.shape, shape)
     self.assertLess(tracemalloc.get_traced_memory()[1], 1 << 20)
 
-  def test_arrays_share_a_floating_point_dtype(self):
-    leaf = LEAVES['gram'](0)
-    settings, arrays = leaf.stored()
-    for dtype in (np.float32, np.int8):
-      c = {name: x.astype(dtype) for name, x in arrays.items() if name.startswith('c')}
-      with self.assertRaisesRegex(ValueError, 'one floating-point dtype'):
-        structured.IdentityMinusGram.from_stored(settings, arrays | c)
-
   def test_names_of_types_are_unique(self):
     with self.assertRaisesRegex(ValueError, 'trapezoidal'):
       structured.register(structured.Trapezoidal)

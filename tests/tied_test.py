@@ -367,7 +367,9 @@ class RetieExactlyTest(parameterized.TestCase):
     table, head = _matrices(np.float16)
     settings, arrays = _exactly(table, head)[0].stored()
     arrays[name] = arrays[name][:-1]
-    with self.assertRaisesRegex(ValueError, r'embedding of \(2048, 1[78]\) cannot have'):
+    with self.assertRaisesRegex(
+      ValueError, r'embedding of \(2048, 1[78]\) cannot have'
+    ):
       structured.TiedExactly.from_stored(settings, arrays)
 
   @parameterized.parameters(

@@ -19,9 +19,9 @@ import pytest
 from fuzz import seeds
 from rotbits_jax import checkpoints
 from rotbits_jax import models
+from rotbits_jax import passes
 from rotbits_jax import presets
 from rotbits_jax import structured
-from rotbits_jax import passes
 from tests import random_models
 from tests import transform_checks
 
@@ -141,9 +141,7 @@ class RunChainTest(parameterized.TestCase):
       return outer | {'head/kernel': _Kept(outer['head/kernel'] / 3)}, []
 
     model = random_models.sliced_llama([18] * 3, np.float16)
-    kept, (saving,) = passes.run_chain(
-      (passes.make('keep', outer=keep),), model
-    )
+    kept, (saving,) = passes.run_chain((passes.make('keep', outer=keep),), model)
     self.assertEqual(kept.params['head']['kernel'].dtype, np.float32)
     self.assertEqual(saving.numbers, 0)
     self.assertEqual(saving.bytes, -2 * model.params['head']['kernel'].size)
@@ -203,7 +201,8 @@ def running_sum():
     index, total = state
     assert int(index) == first
     arguments = [
-      (layer['mlp/down/kernel'], jnp.float32(i)) for i, layer in enumerate(layers, first)
+      (layer['mlp/down/kernel'], jnp.float32(i))
+      for i, layer in enumerate(layers, first)
     ]
     notes = []
     results = context.map_layers(core, arguments, factor=0.5)
@@ -316,9 +315,7 @@ class RewriteTest(parameterized.TestCase):
       if how == 'state' and k:  # as if the state was read from a file
         leaves = [np.asarray(x) for x in jax.tree.leaves(yielded[k - 1][1])]
         state = jax.tree.unflatten(jax.tree.structure(transform.init(context)), leaves)
-      rest = passes.rewrite(
-        context, transform, layers=range(k, count), state=state
-      )
+      rest = passes.rewrite(context, transform, layers=range(k, count), state=state)
       for (records, _), (expected, _) in zip(rest, yielded[k:], strict=True):
         transform_checks.assert_same_records(records, expected)
 

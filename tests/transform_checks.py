@@ -4,8 +4,8 @@ import jax
 import numpy as np
 
 from rotbits_jax import models
-from rotbits_jax import structured
 from rotbits_jax import passes
+from rotbits_jax import structured
 
 
 def apply(transform, model, **options):

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from rotbits_jax import checkpoints
-from rotbits_jax import structured
 from rotbits_jax import passes
+from rotbits_jax import structured
 from rotbits_jax.passes import leaves
 from tests import transform_checks
 

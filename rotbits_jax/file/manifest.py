@@ -20,11 +20,11 @@ import numpy as np
 
 from rotbits_jax import checkpoints
 from rotbits_jax import models
+from rotbits_jax import passes
 from rotbits_jax import structured
 from rotbits_jax.coding import weights
 from rotbits_jax.file import container
 from rotbits_jax.file import fields
-from rotbits_jax import passes
 
 ContainerError = container.ContainerError
 

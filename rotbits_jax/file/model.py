@@ -12,9 +12,9 @@ import numpy as np
 import rotbits_jax
 from rotbits_jax import checkpoints
 from rotbits_jax import models
+from rotbits_jax import passes
 from rotbits_jax import presets
 from rotbits_jax import structured
-from rotbits_jax import passes
 from rotbits_jax.file import manifest as manifest_lib
 from rotbits_jax.file import shards as shards_lib
 from rotbits_jax.file import writer as writer_lib

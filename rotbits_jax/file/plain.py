@@ -13,9 +13,9 @@ import jax
 import numpy as np
 
 from rotbits_jax import checkpoints
+from rotbits_jax import passes
 from rotbits_jax import presets
 from rotbits_jax import structured
-from rotbits_jax import passes
 from rotbits_jax.file import container
 from rotbits_jax.file import manifest as manifest_lib
 from rotbits_jax.file import shards as shards_lib

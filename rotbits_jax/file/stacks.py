@@ -113,4 +113,4 @@ def _row(stack: Any, row: int) -> Any:
   """Returns the arrays of one layer in the stacks of a leaf."""
   if isinstance(stack, structured.UniformlyQuantized):
     return stack.layer(row)
-  return [array[row] for array in stack]
+  return [array[row, ...] for array in stack]  # an array, also without axes

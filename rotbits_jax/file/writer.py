@@ -28,6 +28,7 @@ from zlib_ng import zlib_ng
 
 from rotbits_jax import checkpoints
 from rotbits_jax import models
+from rotbits_jax import passes
 from rotbits_jax import presets
 from rotbits_jax import structured
 from rotbits_jax.coding import weights
@@ -36,7 +37,6 @@ from rotbits_jax.file import fields
 from rotbits_jax.file import manifest as manifest_lib
 from rotbits_jax.file import packing
 from rotbits_jax.file import shards as shards_lib
-from rotbits_jax import passes
 from rotbits_jax.system import checksums as checksums_lib
 from rotbits_jax.system import outputs
 from rotbits_jax.system import strict_json

@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rotbits_jax import structured
 from rotbits_jax import passes
+from rotbits_jax import structured
 from rotbits_jax.coding import rans
 from rotbits_jax.coding import tables as tables_lib
 from rotbits_jax.coding.bits_back import numbers

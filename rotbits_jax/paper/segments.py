@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from rotbits_jax import models
-from rotbits_jax import structured
 from rotbits_jax import passes
+from rotbits_jax import structured
 
 Shapes = dict[str, tuple[int, ...]]  # by paths like 'layers.3/attention/query/kernel'
 Arrays = dict[str, np.ndarray]

@@ -1,6 +1,5 @@
 """Biases of attention that the output does not need, see `symmetries.biases`."""
 
-import functools
 from typing import Any
 
 import jax
@@ -31,7 +30,7 @@ def _layers(
   context: transform.Context, state: Any, first: int, layers: list[transform.Params]
 ) -> transform.Noted:
   valid = models.layout.symmetries(context.config)
-  removed = [{} for _ in layers]  # greatest number, by the path of the bias
+  removed: list[dict[str, Any]] = [{} for _ in layers]  # greatest number, by path
   moved = {}
   for i, layer in enumerate(layers):
     if valid.key_bias and structured.is_plain(layer.get(_KEY)):

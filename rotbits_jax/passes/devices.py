@@ -87,4 +87,6 @@ def _map_over_mesh(
   joined = jax.tree.map(join, *arguments)
   leaves, treedef = jax.tree.flatten(_sharded(core, settings, mesh)(joined))
   placed = [{x.device: x.data[0] for x in leaf.addressable_shards} for leaf in leaves]
-  return [jax.tree.unflatten(treedef, [x[device] for x in placed]) for device in devices]
+  return [
+    jax.tree.unflatten(treedef, [x[device] for x in placed]) for device in devices
+  ]

@@ -4,7 +4,6 @@ import functools
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from rotbits_jax import models
@@ -77,8 +76,8 @@ def _layers(
 ) -> transform.Noted:
   config, valid = context.config, models.layout.symmetries(context.config)
   notes: list[list[transform.Note]] = [[] for _ in layers]
-  rotary = None if is_values else config.rotary_dim
-  if not (valid.values if is_values else valid.queries and rotary < config.head_dim):
+  has_keys = valid.queries and config.rotary_dim < config.head_dim
+  if not (valid.values if is_values else has_keys):
     return state, layers, notes
   if tolerance is None:
     tolerance = 3.0 if valid.segments or valid.stream else 1.0
@@ -86,13 +85,15 @@ def _layers(
   kernel = f'attention/{"out" if is_values else "key"}/kernel'
   pairs = [_pair(layer, paths) for layer in layers]
   found = [
-    i for i, pair in enumerate(pairs) if pair and min(pair[kernel].shape) >= config.head_dim
+    i
+    for i, pair in enumerate(pairs)
+    if pair and min(pair[kernel].shape) >= config.head_dim
   ]
   results = context.map_layers(
     _fix,
     [(pairs[i],) for i in found],
     kv_heads=config.num_kv_heads,
-    rotary=rotary,
+    rotary=None if is_values else config.rotary_dim,
     dtype=context.dtype,
   )
   # The only wait for the devices.
@@ -115,7 +116,7 @@ def _pair(layer: transform.Params, paths: tuple[str, ...]) -> transform.Params:
   pair = {}
   for path in paths:
     leaf = layer.get(path)
-    if leaf is None or isinstance(leaf, structured.Constant) and not leaf.value:
+    if leaf is None or (isinstance(leaf, structured.Constant) and not leaf.value):
       continue  # a missing bias is zero
     if not structured.is_plain(leaf):
       return {}

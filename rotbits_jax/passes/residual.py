@@ -154,7 +154,10 @@ def _layers(
     notes[0].append(transform.note(path, layers[0][_UP], error=error))
   for i, gauge in enumerate(gauges):
     for s, path in enumerate(names):
-      leaf, kernel = _shortcut(context, gauge, s, kernels[i], tolerance), kernels[i][path]
+      leaf, kernel = (
+        _shortcut(context, gauge, s, kernels[i], tolerance),
+        kernels[i][path],
+      )
       layers[i][path] = leaf
       name, rank, error = models.names.prefix(first + i) + path, min(leaf.shape), 0.0
       if structured.is_structured(leaf):

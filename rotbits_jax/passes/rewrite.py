@@ -23,7 +23,6 @@ from rotbits_jax import structured
 from rotbits_jax.passes import rounding as rounding_lib
 from rotbits_jax.passes import transform as transform_lib
 from rotbits_jax.passes.transform import Context
-from rotbits_jax.passes.transform import Note
 from rotbits_jax.passes.transform import Params
 from rotbits_jax.passes.transform import Saving
 from rotbits_jax.passes.transform import Transform
@@ -274,10 +273,13 @@ def _checked(
     ValueError: if a note states an error that is too large.
   """
   most_errors = dict(transform.most_error)
+  # JAX sorts the keys of a dict.
+  values = iter(jax.device_get([tuple(n.values()) for x in savings for n in x.notes]))
   found = []
-  for saving in jax.device_get(savings):
+  for saving in savings:
     notes = []
-    for note in saving.notes:
+    for keys in saving.notes:
+      note = dict(zip(keys, next(values), strict=True))
       unit = max(context.roundoff, float(note.get('plain_error', 0)))
       most = most_errors.get(saving.name, transform_lib.MOST_ERROR * unit)
       if not note.get('error', 0) <= most:
@@ -285,23 +287,16 @@ def _checked(
           f'{saving.name}: {note["tensor"]} has a relative error of '
           f'{float(note["error"]):.3g}, which must be at most {most:.3g}'
         )
-      notes.append(_json(note))
+      notes.append({key: _json(value) for key, value in note.items()})
     found.append(saving._replace(notes=notes))
   return found
 
 
-def _json(note: Note) -> Note:
-  is_float = lambda x: isinstance(x, float) or (
-    isinstance(x, np.generic | np.ndarray) and jnp.issubdtype(x.dtype, jnp.floating)
-  )
-  return {
-    key: rounding_lib.three_digits(x)
-    if is_float(x)
-    else x.item()
-    if isinstance(x, np.generic | np.ndarray)
-    else x
-    for key, x in note.items()
-  }
+def _json(value: Any) -> Any:
+  """Returns a number of a note as a JSON value, with three digits."""
+  if isinstance(value, np.generic | np.ndarray):
+    value = value.item()
+  return rounding_lib.three_digits(value) if isinstance(value, float) else value
 
 
 ROUNDING = 'rounding'

@@ -211,9 +211,7 @@ def make(
     given, notes = outer(context, state, given)
     return given, [_saving(name, before, count(given, context), notes)]
 
-  def skipped(
-    context: Context, state: State, first: int, given: list[Params]
-  ) -> State:
+  def skipped(context: Context, state: State, first: int, given: list[Params]) -> State:
     if skip is not None:
       return skip(context, state, first, given)
     return state if layers is None else layers(context, state, first, given)[0]
@@ -248,14 +246,16 @@ def chain(*transforms: Transform) -> Transform:
         f'{part.reads_source!r} must be the first transform of a chain, because it '
         f'reads the source ahead, got it after {parts[i - 1].names[-1]!r}'
       )
-  takers = {x.takes: x.taker for x in parts if x.takes != 'any'}
+  takers: dict[Takes, str] = {x.takes: x.taker for x in parts if x.takes != 'any'}
   if len(takers) > 1:
     raise ValueError(
       f'{takers["stored"]!r} takes numbers as they are stored, and '
       f'{takers["float32"]!r} takes float32 numbers that are rounded at the end: they '
       'cannot be in one chain'
     )
-  takes: Takes = next(iter(takers), 'any')
+  takes: Takes = 'any'
+  for found in takers:
+    takes = found
 
   def init(context: Context) -> State:
     return tuple(part.init(context) for part in parts)

@@ -5,9 +5,9 @@ import textwrap
 from typing import Any, NamedTuple
 
 from rotbits_jax import models
+from rotbits_jax import passes
 from rotbits_jax.file import fields
 from rotbits_jax.file import reader as reader_lib
-from rotbits_jax import passes
 
 
 class ReportLine(NamedTuple):

@@ -169,14 +169,14 @@ class Structured(abc.ABC):
     leaf: Self = fields.load(cls, settings, arrays)
     return leaf
 
-  def check(self) -> None:
+  def check(self) -> None:  # noqa: B027
     """Checks how the fields of an unstacked leaf fit together; `from_stored` calls it.
 
     Raises:
       ValueError: if they do not.
     """
 
-  def check_needed(self, *shapes: tuple[int, ...]) -> None:
+  def check_needed(self, *shapes: tuple[int, ...]) -> None:  # noqa: B027
     """Checks the shapes of the arrays that the leaf needs.
 
     Raises:

@@ -15,8 +15,8 @@ import numpy as np
 from rotbits_jax.structured.base import Structured
 from rotbits_jax.structured.base import register
 from rotbits_jax.structured.fields import Array
+from rotbits_jax.structured.fields import Length
 from rotbits_jax.structured.fields import static
-from rotbits_jax.system import schema
 
 _MOST_AXES = 32
 
@@ -35,7 +35,7 @@ class Constant(Structured):
   type_name: ClassVar[str] = 'constant'
 
   value: Annotated[Any, Array(0)]
-  tail: tuple[schema.Size, ...] = static()
+  tail: tuple[Length, ...] = static()
 
   @classmethod
   def like(cls, array: Any, value: float) -> 'Constant':

@@ -3,7 +3,7 @@
 A leaf is a `flax.struct` dataclass. Its fields are of two kinds:
 
     b: Lower                           an array, annotated by an `Array`
-    columns: schema.Size = static()    a setting, checked by `system.schema`
+    columns: Length = static()         a setting, checked by `system.schema`
 
 `store` and `load` turn an unstacked leaf into settings and arrays and back. `load`
 takes untrusted input: it checks the annotations, and the method `check` of the leaf
@@ -19,7 +19,6 @@ import typing
 from typing import Annotated, Any
 
 from flax import struct
-import jax.numpy as jnp
 import numpy as np
 
 from rotbits_jax.structured import triangles
@@ -35,8 +34,7 @@ class Array:
 
   Attributes:
     axes: number of axes, if the leaf is unstacked.
-    dtype: dtype of the array; None for a floating-point dtype, which all such arrays of
-      a leaf share.
+    dtype: dtype of the array; None for any.
     lower: whether the entries above the diagonal of a matrix are zero and not stored.
     optional: whether None stands for an array without elements, which Orbax cannot
       save.
@@ -49,6 +47,9 @@ class Array:
   optional: bool = False
   several: bool = False
 
+
+Length = Annotated[int, schema.between(0, (1 << 31) - 1)]
+"""The length of an axis."""
 
 Matrix = Annotated[Any, Array(2)]
 Lower = Annotated[Any, Array(2, lower=True)]
@@ -86,7 +87,8 @@ def _fields(cls: Any) -> tuple[_Field, ...]:
 
 def _arrays(leaf: Any) -> Iterator[tuple[str, Array, Any]]:
   """Yields the name, the annotation and the value of each array of a leaf."""
-  for name, annotation in _fields(type(leaf)):
+  cls: Any = type(leaf)
+  for name, annotation in _fields(cls):
     value = getattr(leaf, name)
     if not isinstance(annotation, Array) or value is None:
       continue
@@ -97,9 +99,10 @@ def _arrays(leaf: Any) -> Iterator[tuple[str, Array, Any]]:
 
 def store(leaf: Any) -> tuple[Settings, Arrays]:
   """Returns the settings and arrays of an unstacked leaf."""
+  cls: Any = type(leaf)
   settings = {
     name: schema.dump(getattr(leaf, name))
-    for name, annotation in _fields(type(leaf))
+    for name, annotation in _fields(cls)
     if not isinstance(annotation, Array)
   }
   arrays = {}
@@ -115,9 +118,7 @@ def stored_sizes(leaf: Any) -> list[tuple[np.dtype, int]]:
   return [
     (
       np.dtype(array.dtype),
-      triangles.lower_size(array.shape)
-      if annotation.lower
-      else math.prod(array.shape),
+      triangles.lower_size(array.shape) if annotation.lower else math.prod(array.shape),
     )
     for _, annotation, array in _arrays(leaf)
   ]
@@ -147,9 +148,6 @@ def load(cls: Any, settings: Mapping[str, Any], arrays: Mapping[str, Any]) -> An
   if unknown := [*settings, *arrays]:
     raise ValueError(f'the leaf has {unknown[0][:40]!r}, which is not known')
   leaf = cls(**found)
-  dtypes = {x.dtype for _, annotation, x in _arrays(leaf) if annotation.dtype is None}
-  if len(dtypes) > 1 or not all(jnp.issubdtype(x, jnp.floating) for x in dtypes):
-    raise ValueError(f'the arrays must have one floating-point dtype, got {dtypes}')
   leaf.check()
   return leaf
 

@@ -34,9 +34,9 @@ import jax.numpy as jnp
 from rotbits_jax.structured.base import Structured
 from rotbits_jax.structured.base import register
 from rotbits_jax.structured.fields import Array
+from rotbits_jax.structured.fields import Length
 from rotbits_jax.structured.fields import Matrix
 from rotbits_jax.structured.fields import static
-from rotbits_jax.system import schema
 
 
 @register
@@ -58,7 +58,7 @@ class HeadColumns(Structured):
 
   rotary: Annotated[Any, Array(2, optional=True)]
   below: Matrix
-  heads: schema.Size = static()
+  heads: Length = static()
 
   @property
   def shape(self) -> tuple[int, ...]:
@@ -116,8 +116,8 @@ class HeadRows(Structured):
 
   first: Matrix
   others: Annotated[Any, Array(2, optional=True)]
-  groups: schema.Size = static()
-  head_dim: schema.Size = static()
+  groups: Length = static()
+  head_dim: Length = static()
 
   @property
   def shape(self) -> tuple[int, ...]:

@@ -11,11 +11,11 @@ from flax import struct
 import ml_dtypes
 import numpy as np
 
-from rotbits_jax.structured import ulps
 from rotbits_jax.structured import packed
+from rotbits_jax.structured import ulps
+from rotbits_jax.structured.base import register
 from rotbits_jax.structured.fields import Arrays
 from rotbits_jax.structured.fields import Settings
-from rotbits_jax.structured.base import register
 from rotbits_jax.structured.stored import Stored
 
 

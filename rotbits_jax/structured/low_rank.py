@@ -16,6 +16,7 @@ import numpy as np
 
 from rotbits_jax.structured.base import Structured
 from rotbits_jax.structured.base import register
+from rotbits_jax.structured.fields import Length
 from rotbits_jax.structured.fields import Matrix
 from rotbits_jax.structured.fields import Settings
 from rotbits_jax.structured.fields import of_stacks
@@ -81,7 +82,7 @@ class FactorPair(Structured):
     return (self.names,)
 
   @classmethod
-  def stored_rank(cls, shapes):  # old name
+  def stored_rank(cls, shapes: Any) -> Any:  # old name
     return shapes[cls._factor][0]
 
   def pair(self) -> 'LowRank':
@@ -193,7 +194,7 @@ class ReducedLowRank(FactorPair):
 
   below: Matrix
   other: Matrix
-  size: int = static()
+  size: Length = static()
   transposed: bool = static()
 
   @property
@@ -231,7 +232,7 @@ class ReducedLowRank(FactorPair):
 
   def _joined(self, first: jax.Array, last: jax.Array, axis: int) -> jax.Array:
     """Joins two parts along an axis of size s. They overlap only in padding."""
-    whole = 0
+    whole: Any = 0
     for part, is_last in ((first, False), (last, True)):
       spare, widths = self.size - part.shape[axis], [(0, 0)] * part.ndim
       widths[axis] = (spare, 0) if is_last else (0, spare)

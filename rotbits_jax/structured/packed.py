@@ -20,8 +20,8 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from rotbits_jax.structured.fields import Settings
 from rotbits_jax.structured.base import Structured
+from rotbits_jax.structured.fields import Settings
 from rotbits_jax.structured.stored import MOST
 from rotbits_jax.structured.stored import Stored
 from rotbits_jax.system import host

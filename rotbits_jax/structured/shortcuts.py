@@ -18,11 +18,11 @@ import numpy as np
 from rotbits_jax.structured.base import Structured
 from rotbits_jax.structured.base import register
 from rotbits_jax.structured.fields import Array
+from rotbits_jax.structured.fields import Length
 from rotbits_jax.structured.fields import Lower
 from rotbits_jax.structured.fields import of_stacks
 from rotbits_jax.structured.fields import static
 from rotbits_jax.system import host
-from rotbits_jax.system import schema
 
 
 @register
@@ -52,7 +52,7 @@ class IdentityMinusGram(Structured):
 
   b: Lower
   c: Lower
-  columns: schema.Size = static()
+  columns: Length = static()
   ranks: tuple[tuple[int, int], ...] | None = of_stacks()
 
   @property
@@ -88,7 +88,7 @@ class IdentityMinusGram(Structured):
   def singular_values(self) -> np.ndarray:
     if self.c.shape[-1]:  # its columns need not be orthogonal to those of B
       return super().singular_values()
-    b = np.float64(self.b)
+    b = np.asarray(self.b, np.float64)
     ones = np.ones(len(b) - b.shape[1])
     return np.sort(np.abs(np.concatenate([1 - np.linalg.eigvalsh(b.T @ b), ones])))
 
@@ -150,7 +150,7 @@ class SymmetricTriangle(Structured):
   type_name: ClassVar[str] = 'symmetric_triangle'
 
   lower: Lower
-  columns: schema.Size = static()
+  columns: Length = static()
 
   @property
   def shape(self) -> tuple[int, ...]:

@@ -23,21 +23,23 @@ from rotbits_jax.structured import ulps
 from rotbits_jax.structured.base import Structured
 from rotbits_jax.structured.base import register
 from rotbits_jax.structured.fields import Array
+from rotbits_jax.structured.fields import Length
 from rotbits_jax.structured.fields import Matrix
 from rotbits_jax.structured.fields import static
 from rotbits_jax.system import host
 from rotbits_jax.system import schema
 
 
-@struct.dataclass
 class _OfHead(Structured):
   """An embedding that is made from the head and a map `[D, d]`."""
 
   needs: ClassVar[tuple[str, ...]] = ('head/kernel',)
+  map: Any
+  tokens: int
 
   @property
   def shape(self) -> tuple[int, ...]:
-    return self.tokens, self.map.shape[-1]
+    return self.tokens, int(self.map.shape[-1])
 
   def check_needed(self, *shapes: tuple[int, ...]) -> None:
     expected = (len(self.map), self.tokens)
@@ -61,7 +63,7 @@ class Tied(_OfHead):
   type_name: ClassVar[str] = 'tied'
 
   map: Matrix
-  tokens: schema.Size = static()
+  tokens: Length = static()
 
   @property
   def dtype(self) -> Any:
@@ -121,7 +123,7 @@ class TiedExactly(_OfHead):
   shifts: Annotated[Any, Array(1, np.dtype(np.int16))]
   residuals: Annotated[Any, Array(1, np.dtype(np.int8), several=True)]
   exceptions: Annotated[Any, Array(1)]
-  tokens: schema.Size = static()
+  tokens: Length = static()
   scale: Annotated[schema.Integer, schema.between(-1000, 2000)] = static()
   first: int = static()
 
@@ -188,10 +190,10 @@ class TiedExactly(_OfHead):
       buckets = np.clip(_exponents(predicted, self.dtype) - self.first, 0, last)
       for bucket, stream in enumerate(residuals):
         own = buckets == bucket
-        off[own] = stream.take(np.count_nonzero(own))
+        off[own] = stream.take(int(np.count_nonzero(own)))
       numbers = ulps.number(predicted + off, self.dtype)
       odd = off == _EXCEPTION
-      numbers[odd] = exceptions.take(np.count_nonzero(odd))
+      numbers[odd] = exceptions.take(int(np.count_nonzero(odd)))
       table[tokens] = numbers
     for stream in (*residuals, exceptions):
       stream.finish()
@@ -235,7 +237,7 @@ class _Stream:
     Raises:
       ValueError: if too few values are left.
     """
-    self._next += int(count)
+    self._next += count
     if self._next > self._values.size:
       raise self._error()
     return self._values[self._next - count : self._next]

@@ -35,7 +35,7 @@ def materialize(tree: Any, *, keep_factors: bool = False) -> Any:
   """
 
   def array(leaf: Any) -> Any:
-    if not is_structured(leaf) or keep_factors and leaf.factored is not None:
+    if not is_structured(leaf) or (keep_factors and leaf.factored is not None):
       return leaf
     return _materialize(leaf)
 

@@ -43,7 +43,9 @@ def join_lower(corner: np.ndarray, below: np.ndarray) -> np.ndarray:
       matrix: a few numbers of untrusted input must not ask for much memory.
   """
   n, (rows, columns) = (math.isqrt(8 * corner.size + 1) - 1) // 2, below.shape
-  fits = n * (n + 1) // 2 == corner.size and (n == columns or n < columns and not rows)
+  fits = n * (n + 1) // 2 == corner.size and (
+    n == columns or (n < columns and not rows)
+  )
   if not fits or corner.dtype != below.dtype:
     raise ValueError(f'no triangle has {corner.size} numbers above {below.shape=}')
   rows += n

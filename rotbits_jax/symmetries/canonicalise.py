@@ -15,6 +15,7 @@ the source, and cuts what is masked. Shape letters are those of `models.config`.
 """
 
 import functools
+import itertools
 from typing import Any, NamedTuple
 
 import jax
@@ -100,7 +101,9 @@ def canonicalise(
   gauges = Gauges(None, {}, {}, {}, {})
   if valid.segments:
     dtype = params[keys[0][1]]['attention_shortcut']['kernel'].dtype
-    unit = max(float(jnp.finfo(dtype).eps) / 2, 2.0**-19)  # as `passes.Context.roundoff`
+    unit = max(
+      float(jnp.finfo(dtype).eps) / 2, 2.0**-19
+    )  # as `passes.Context.roundoff`
     tolerance = 0.7 * unit if tolerance is None else tolerance
     gauges = _rotate_segments(outer, stacks, config, tolerance, max_rank)
   elif valid.stream:
@@ -146,7 +149,7 @@ def _rotate_segments(
 ) -> Gauges:
   """Rotates the segments of a sliced model, in place."""
   widths = config.segment_widths
-  if any(e < d for d, e in zip(widths, widths[1:], strict=False)):
+  if any(e < d for d, e in itertools.pairwise(widths)):
     raise ValueError(
       'canonicalise takes segments that do not get narrower, got '
       f'{config.segment_widths=}; passes.remove_residual_gauge takes any widths'

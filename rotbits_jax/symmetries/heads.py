@@ -26,7 +26,7 @@ reads or writes, and G = H / K. G query heads that share a key-value head form a
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import chex
 import jax
@@ -170,11 +170,14 @@ def fix_values(params: models.Params, *, kv_heads: int) -> Fixed:
   # The first rows of the basis belong to the first head of a group.
   first, others = jnp.split(below, (width - h,), axis=1)
   first = jnp.swapaxes(first, 1, 2).reshape(kv_heads * h, width - h)
-  others = jnp.swapaxes(others.reshape(kv_heads, -1, width, h), 2, 3)
-  others = others.reshape(-1, width) if others.size else None
+  rows = jnp.swapaxes(others.reshape(kv_heads, -1, width, h), 2, 3).reshape(-1, width)
   gauge = jnp.matrix_transpose(factors)
-  fixed = {path: multiply(x, gauge) for path, x in params.items() if path != out}
-  fixed[out] = structured.HeadRows(first, others, groups=kv_heads, head_dim=h)
+  fixed: models.Params = {
+    path: multiply(x, gauge) for path, x in params.items() if path != out
+  }
+  fixed[out] = structured.HeadRows(
+    first, rows if rows.size else None, groups=kv_heads, head_dim=h
+  )
   return Fixed(fixed, gauge)
 
 
@@ -197,8 +200,10 @@ def fix_keys(params: models.Params, *, kv_heads: int, rotary: int) -> Fixed:
   below, factors = jax.vmap(basis)(heads[..., rotary:])
   gauge, kept = jnp.matrix_transpose(factors), jnp.eye(rotary, dtype=jnp.float32)
   whole = jax.vmap(lambda a: jax.scipy.linalg.block_diag(kept, a))(gauge)
-  fixed = {
-    path: multiply(params[path], whole) for path in (query, query_bias) if path in params
+  fixed: models.Params = {
+    path: multiply(params[path], whole)
+    for path in (query, query_bias)
+    if path in params
   }
   columns = params[key].astype(jnp.float32).reshape(d, kv_heads, h)[..., :rotary]
   fixed[key] = structured.HeadColumns(
@@ -218,7 +223,7 @@ def _stacked_heads(kernel: jax.Array, kv_heads: int, h: int) -> jax.Array:
   return heads.transpose(1, 2, 0, 3).reshape(kv_heads, -1, h)
 
 
-# ---- the error that rounding makes -----------------------------------------------------
+# ---- the error that rounding makes -------------------------------------------------
 
 
 class Errors(NamedTuple):
@@ -293,8 +298,9 @@ def _pair(params: models.Params, kv_heads: int) -> tuple[jax.Array, jax.Array]:
   """Returns both kernels as `[K, ..., h]`; only `left @ right^T` matters."""
   params = structured.materialize(params)
 
-  def side(name: str) -> jax.Array:  # a kernel, with its bias as one more row
-    kernel, bias = (params.get(f'attention/{name}/{x}') for x in ('kernel', 'bias'))
+  def side(name: str) -> Any:  # a kernel, with its bias as one more row
+    kernel = params[f'attention/{name}/kernel']
+    bias = params.get(f'attention/{name}/bias')
     return kernel if bias is None else jnp.concatenate([kernel, bias[None]])
 
   if 'attention/out/kernel' in params:

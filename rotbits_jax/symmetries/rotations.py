@@ -127,7 +127,7 @@ def range_used(
   used = {}
   for path, own in axes.items():
     read, written = sides(own)
-    if path not in params or read is None and written is None:
+    if path not in params or (read is None and written is None):
       continue
     pair = structured.pair(params[path])
     parts = [(params[path], read is not None, written is not None)]

@@ -79,7 +79,7 @@ def typical_size(array: jax.Array) -> Size:
     bound = rms * jnp.clip(jnp.sqrt(count) / 2, 4, 64)
     return jnp.where(greatest > 0, rms, 0), bound, greatest
 
-  State = tuple[jax.Array, tuple[jax.Array, ...], jax.Array]
+  State = tuple[jax.Array, tuple[jax.Array, jax.Array, jax.Array], jax.Array]
 
   def has_outliers(state: State) -> jax.Array:
     _, (_, bound, greatest), rounds = state

@@ -79,7 +79,7 @@ def least_squares(equations: Equations) -> np.ndarray:
 def row_norms(table: np.ndarray) -> np.ndarray:
   """Returns the norms of the rows of an embedding, float64 `[V]`."""
   blocks = (table[block] for block in tied.token_blocks(table.T))
-  return np.concatenate([np.linalg.norm(np.float64(x), axis=1) for x in blocks])
+  return np.concatenate([np.linalg.norm(x.astype(np.float64), axis=1) for x in blocks])
 
 
 def deviations(table: np.ndarray, head: np.ndarray, matrix: np.ndarray) -> np.ndarray:
@@ -87,8 +87,8 @@ def deviations(table: np.ndarray, head: np.ndarray, matrix: np.ndarray) -> np.nd
   chex.assert_shape(matrix, (len(head), table.shape[1]))
   off = []
   for block in tied.token_blocks(head):
-    predicted = np.float64(head[:, block]).T @ np.float64(matrix)
-    off.append(np.linalg.norm(np.float64(table[block]) - predicted, axis=1))
+    predicted = head[:, block].astype(np.float64).T @ matrix.astype(np.float64)
+    off.append(np.linalg.norm(table[block].astype(np.float64) - predicted, axis=1))
   return np.concatenate(off)
 
 
