@@ -122,7 +122,7 @@ def quantize_kernels() -> passes.Transform:
   Returns:
     The transform. Its notes tell the relative error of each kernel.
   """
-  return passes.make(
+  return passes.Transform(
     'int8', layers=_quantize_layers, outer=_quantize_outer, most_error=0.02
   )
 

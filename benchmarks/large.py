@@ -113,13 +113,14 @@ def measure(
   runs = [
     run(
       '-m',
-      'rotbits_jax.cli.encode',
+      'rotbits_jax',
+      'encode',
       f'--checkpoint={checkpoint}',
       f'--output={output}',
       f'--preset={preset}',
     ),
-    run('-m', 'rotbits_jax.cli.inspect', f'--input={output}'),
-    run('-m', 'rotbits_jax.cli.decode', f'--input={output}', f'--output={decoded}'),
+    run('-m', 'rotbits_jax', 'inspect', f'--input={output}'),
+    run('-m', 'rotbits_jax', 'decode', f'--input={output}', f'--output={decoded}'),
   ]
   shutil.rmtree(decoded)
   runs.append(run('-c', FILL, str(source.nbytes)))

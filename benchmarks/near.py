@@ -10,7 +10,7 @@ same text:
 
   near              `near` at several steps, one step for all kinds of parameters
   near, feedback    the same steps, rounded with error feedback
-  near, calibrated  with feedback, and the offsets of `near.calibrate`, whose mean is 0
+  near, calibrated  with feedback, and the offsets of `steps.calibrate`, whose mean is 0
   GGUF              blocks of 32 numbers, quantised by the package `gguf`
   int8              one scale for each output, quantised by the package `qwix`
 
@@ -39,11 +39,11 @@ from benchmarks import sections
 import rotbits_jax
 from rotbits_jax import evaluation
 from rotbits_jax import models
-from rotbits_jax import near
 from rotbits_jax import passes
 from rotbits_jax import presets
 from rotbits_jax import structured
 from rotbits_jax.cli import program
+from rotbits_jax.presets import steps as steps_lib
 from rotbits_jax.report import charts
 from rotbits_jax.system import outputs
 
@@ -130,7 +130,7 @@ def stored_by_near(
 
   Args:
     rewritten: the model after the transforms of `near`, which are the same for every
-      step; see `near.rewritten`.
+      step; see `steps_lib.rewritten`.
     step: see `presets.near`.
     offsets: see `presets.near`.
     inputs: see `presets.near`.
@@ -209,7 +209,7 @@ def _stored(
 def measure(
   model: models.Model,
   tokens: np.ndarray,
-  found: near.Calibration,
+  found: steps_lib.Calibration,
   steps: Sequence[float],
 ) -> list[Row]:
   """Measures each way to store a model.
@@ -223,7 +223,7 @@ def measure(
   Returns:
     The rows of the table.
   """
-  rewritten = near.rewritten(model)
+  rewritten = steps_lib.rewritten(model)
   model = jax.device_put(model)
   plans: list[tuple[str, str, Callable[[], Stored]]] = []
   ways = {
@@ -331,7 +331,7 @@ def main() -> None:
       ('calibration', _CALIBRATION.value, _CALIBRATION_TOKENS.value),
     )
   )
-  found = near.calibrate(checkpoint.model, calibration, progress=True)
+  found = steps_lib.calibrate(checkpoint.model, calibration, progress=True)
   steps = [float(step) for step in _STEPS.value]
   rows = measure(checkpoint.model, tokens, found, steps)
   tensor_bytes = passes.count_model(checkpoint.model)[1]

@@ -164,16 +164,16 @@ def run(directory: pathlib.Path, options: paper.Options) -> None:
 
 
 def main() -> None:
-  options = paper.Options(
-    canonicaliser=_CANONICALISER.value,
-    rotation_codec=_ROTATION_CODEC.value,
-    entropy=_ENTROPY.value,
-  ).check()
+  options: dict[str, Any] = {
+    'canonicaliser': _CANONICALISER.value,
+    'rotation_codec': _ROTATION_CODEC.value,
+    'entropy': _ENTROPY.value,
+  }
   with contextlib.ExitStack() as stack:
     directory = _DIRECTORY.value
     if directory is None:
       directory = stack.enter_context(tempfile.TemporaryDirectory())
-    run(pathlib.Path(directory), options)
+    run(pathlib.Path(directory), paper.Options(**options).check())
 
 
 if __name__ == '__main__':

@@ -23,9 +23,9 @@ import numpy as np
 from benchmarks import sections
 import rotbits_jax
 from rotbits_jax import evaluation
-from rotbits_jax import near
 from rotbits_jax import passes
 from rotbits_jax.cli import program
+from rotbits_jax.presets import steps as steps_lib
 
 FLAGS = flags.FlagValues()
 _CHECKPOINT = flags.DEFINE_string(
@@ -76,7 +76,7 @@ def main() -> None:
   text = program.read_text(_TEXT.value)
   tokens = evaluation.encode_text(checkpoint.files, text)
   # `near` has the transforms of `free`.
-  rewritten = near.rewritten(model)
+  rewritten = steps_lib.rewritten(model)
   context = passes.make_context(model)._replace(source=rewritten)
   again = passes.randomly_rotated(model, key=jax.random.key(0))
   measure = lambda compared: evaluation.compare(

@@ -236,8 +236,7 @@ def head_rows(s, a):
   return np.vstack(rows)
 LEAVES = {  # numbers, or bit patterns, of leaves with settings s and arrays a
   'constant': lambda s, a: np.full(s['tail'], a['value']),
-  'trapezoidal': lambda s, a: a['lower'], 'low_rank': lambda s, a: a['u'] @ a['v'],
-  'symmetric_triangle': lambda s, a: PAD(a['lower'] + np.tril(a['lower'], -1).T, s),
+  'low_rank': lambda s, a: a['u'] @ a['v'],
   'identity_minus_gram': lambda s, a: PAD(np.eye(len(a['b'])) - a['b'] @ a['b'].T
     + a['c'] @ a['c'].T, s),
   'trapezoidal_rows': lambda s, a: np.vstack([a[x] for x in ('full',) if x in a]

@@ -109,8 +109,6 @@ def leaves() -> dict[str, Any]:
   return {
     'gram': structured.IdentityMinusGram(lower(6, 3), lower(6, 1), columns=9),
     'gram_of_rank_0': structured.IdentityMinusGram(lower(6, 0), lower(6, 0), columns=6),
-    'triangle': structured.SymmetricTriangle(lower(5, 5), columns=7),
-    'trapezoidal': structured.Trapezoidal(lower(7, 4)),
     'trapezoidal_rows': structured.TrapezoidalRows(normal(2, 8), lower(8, 5)),
     'head_columns': structured.HeadColumns(normal(7, 8), normal(4, 6), heads=2),
     'head_rows': structured.HeadRows(normal(6, 2), normal(12, 5), groups=2, head_dim=3),

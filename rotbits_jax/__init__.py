@@ -17,7 +17,6 @@ Data flows through the modules in one direction:
     passes        transforms that leave fewer numbers to store
     coding        codes numbers as bits
     presets       combinations of transforms and a way to code
-    near          the search for the steps of the preset `near`
     file          the encoded file
     evaluation    perplexity and KL divergence of models
 """
@@ -33,7 +32,6 @@ _MODULES = (
   'evaluation',
   'file',
   'models',
-  'near',
   'passes',
   'presets',
   'report',

@@ -164,7 +164,7 @@ def encode_to_file(
       if sharded:
         shards_lib.write_index(work.path(index.name), paths)
       first = index.name if sharded else output.name
-      whole = made.name == 'exact' and len(made.names) == 1
+      whole = made.keeps == 'bits'
       read_all(work.path(first), source if whole else None)
     final = lambda x: shards_lib.published(output, x, paths[x]) if sharded else x
     if sharded and process == 0:

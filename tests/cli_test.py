@@ -9,6 +9,7 @@ import re
 import signal
 import subprocess
 import sys
+from unittest import mock
 import zipfile
 
 import numpy as np
@@ -59,7 +60,7 @@ def _readable(tmp_path_factory):
 
 def keys(value):
   """The fields of a command's JSON, as its help names them."""
-  nested = {'numbers', 'bytes'} if 'preset' in value else set()
+  nested = {'elements', 'bytes'} if 'preset' in value else set()
   return {
     *(key for key in value if key not in nested),
     *(f'{key}.{inner}' for key in nested for inner in value[key]),
@@ -108,12 +109,12 @@ class TestEncode:
     assert report['preset'] == preset
     assert report['family'] == 'llama'
     tensors = tensors_of(rotbits_jax.load_checkpoint(SLICED).model)
-    assert report['numbers']['input'] == sum(t.size for t in tensors.values())
+    assert report['elements']['input'] == sum(t.size for t in tensors.values())
     assert report['bytes']['input'] == sum(t.nbytes for t in tensors.values())
     assert report['bytes']['file'] == output.stat().st_size
     for line in report['lines']:
-      assert set(line) == {'name', 'numbers_saved', 'bytes_saved'}
-    for key, numbers in (('bytes_saved', 'bytes'), ('numbers_saved', 'numbers')):
+      assert set(line) == {'name', 'elements_saved', 'bytes_saved'}
+    for key, numbers in (('bytes_saved', 'bytes'), ('elements_saved', 'elements')):
       whole, part = report[numbers].values()
       assert sum(line[key] for line in report['lines']) == whole - part
     assert min(line['bytes_saved'] for line in report['lines']) < 0
@@ -192,7 +193,7 @@ class TestEncode:
       reports.append(json.loads(out))
     assert reports[0]['bytes']['file'] == (encoded / 'free').stat().st_size
     # Without a tolerance no singular value counts as 1, and fewer bytes are saved.
-    assert reports[1]['numbers']['stored'] > reports[0]['numbers']['stored']
+    assert reports[1]['elements']['stored'] > reports[0]['elements']['stored']
 
   @pytest.mark.parametrize('preset', list(rotbits_jax.PRESETS))
   def test_config_files_are_the_presets(self, rotbits, tmp_path, encoded, preset):
@@ -445,7 +446,7 @@ class TestBadInput:
     output.write_text('the old file stays')
     encode = ['encode', f'--checkpoint={SLICED}', '--preset=exact']
     encode.append(f'--output={output}')
-    self.check(rotbits, tmp_path, encode, f'{output}: the file exists')
+    self.check(rotbits, tmp_path, encode, f'{output}: the file exists; use --overwrite')
     (tmp_path / 'link').symlink_to('output')
     encode[-1] = f'--output={tmp_path / "link"}'
     self.check(rotbits, tmp_path, encode, f'{output}: the file exists')
@@ -461,6 +462,17 @@ class TestBadInput:
     code, _, _ = rotbits(*decode, '--overwrite')
     assert code == 0
     assert (tmp_path / 'out' / 'model.safetensors').exists()
+
+  @pytest.mark.parametrize(
+    ('path', 'words'),
+    [
+      ('gs://bucket/model', 'not a local path'),
+      ('facebook/opt-125m', 'hf download facebook/opt-125m --local-dir opt-125m'),
+    ],
+  )
+  def test_sources_elsewhere(self, rotbits, tmp_path, path, words):
+    args = ['encode', f'--checkpoint={path}', f'--output={tmp_path / "out"}']
+    self.check(rotbits, tmp_path, args, words)
 
   def test_no_other_kinds_of_files_are_replaced(self, rotbits, tmp_path):
     os.mkfifo(tmp_path / 'fifo')
@@ -513,6 +525,12 @@ class TestBadInput:
     args = ['evaluate', f'--model={SLICED}', f'--text={tmp_path / "text"}']
     self.check(rotbits, tmp_path, args, words)
 
+  def test_tokenizer_of_another_model(self, rotbits, tmp_path, readable):
+    for file in (*SLICED.iterdir(), TESTDATA / 'opt-small-sliced-0.2/tokenizer.json'):
+      (tmp_path / file.name).write_bytes(file.read_bytes())
+    args = ['evaluate', f'--model={tmp_path}', f'--text={readable / "text"}']
+    self.check(rotbits, tmp_path, args, 'is that of another model')
+
   def test_model_without_tokenizer(self, rotbits, tmp_path):
     args = ['evaluate', f'--model={SLICED}', f'--text={__file__}']
     self.check(rotbits, tmp_path, args, 'tokenizer.json')
@@ -543,6 +561,7 @@ class TestProgram:
   def test_help(self, rotbits, command):
     code, out, err = rotbits(command, '--help')
     assert (code, err) == (0, '')
+    assert rotbits('help', command) == (0, out, '')
     assert f'rotbits {command} --' in out
     listed = out.partition('\nflags:\n')[2].splitlines()
     assert listed
@@ -557,7 +576,7 @@ class TestProgram:
     module = importlib.import_module(f'rotbits_jax.cli.{command}')
     flags = re.findall(r'--(\w+)', example.replace('\\\n', ' ').splitlines()[0])
     assert flags
-    assert set(flags) <= set(module.FLAGS)
+    assert set(flags) <= set(module.FLAGS.values)
 
   @pytest.mark.parametrize('flag', ['--version', '-v'])
   def test_version(self, rotbits, flag):
@@ -606,6 +625,16 @@ class TestProgram:
     assert (code, err) == (0, '')
     for name in main.COMMANDS:
       assert name in script
+
+  def test_without_a_home_no_folder_appears(self, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv('XDG_CACHE_HOME')
+    monkeypatch.setattr(os.path, 'expanduser', lambda path: path)
+    config = mock.Mock(jax_compilation_cache_dir=None)
+    monkeypatch.setattr(program, 'jax', mock.Mock(config=config))
+    program._keep_programs()
+    config.update.assert_not_called()
+    assert list(tmp_path.iterdir()) == []
 
   def test_interrupted(self, rotbits, monkeypatch, encoded):
     monkeypatch.setattr(rotbits_jax, 'inspect', interrupt)
@@ -671,7 +700,8 @@ class TestProcess:
 
   def test_module_in_a_pipe(self, tmp_path):
     done = self.run(
-      'rotbits_jax.cli.encode',
+      'rotbits_jax',
+      'encode',
       f'--checkpoint={SLICED}',
       f'--output={tmp_path / "out"}',
       '--preset=exact',
@@ -691,14 +721,14 @@ class TestProcess:
       monkeypatch.setenv('JAX_COMPILATION_CACHE_DIR', str(other))
       monkeypatch.setenv('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0')
     arguments = f'--input={encoded / "exact"}', f'--output={tmp_path / "out"}'
-    done = self.run('rotbits_jax.cli.decode', *arguments)
+    done = self.run('rotbits_jax', 'decode', *arguments)
     assert (done.returncode, done.stderr) == (0, '')
     kept, empty = (other, home) if named else (home / 'rotbits_jax', other)
     assert any('decode_block' in path.name for path in kept.iterdir())
     assert not empty.exists()
 
   def test_error(self):
-    done = self.run('rotbits_jax.cli.main', 'inspect', '--input=missing')
+    done = self.run('rotbits_jax', 'inspect', '--input=missing')
     assert (done.returncode, done.stdout) == (2, '')
     assert done.stderr == 'rotbits inspect: missing: No such file or directory\n'
 
@@ -741,14 +771,13 @@ sys.exit(main.main())
     assert done.returncode == 0
     assert [path.name for path in tmp_path.iterdir()] == ['out']
 
-  def test_reader_that_stops(self, encoded):
+  @pytest.mark.parametrize('args', [['--help'], ['inspect', '--input=FILE']])
+  def test_reader_that_stops(self, encoded, args):
     reader, writer = os.pipe()
     os.close(reader)
+    args = [arg.replace('FILE', str(encoded / 'free')) for arg in args]
     done = subprocess.run(
-      [
-        *(sys.executable, '-m', 'rotbits_jax.cli.inspect'),
-        f'--input={encoded / "free"}',
-      ],
+      [sys.executable, '-m', 'rotbits_jax', *args],
       stdout=writer,
       stderr=subprocess.PIPE,
       cwd=ROOT,
@@ -756,6 +785,16 @@ sys.exit(main.main())
     )
     os.close(writer)
     assert (done.returncode, done.stderr) == (0, b'')
+
+  def test_characters_that_stdout_cannot_encode_are_escaped(
+    self, monkeypatch, tmp_path
+  ):
+    monkeypatch.setenv('PYTHONIOENCODING', 'ascii')
+    path = tmp_path / 'f\xfcr'
+    rotbits_jax.encode_to_file({'a': np.ones(3)}, path, preset='exact')
+    done = self.run('rotbits_jax', 'verify', f'--input={path}')
+    assert (done.returncode, done.stderr) == (0, '')
+    assert done.stdout.startswith(rf'{tmp_path}/f\xfcr: 1 tensors')
 
   def test_console_script(self):
     scripts = importlib.metadata.entry_points(group='console_scripts', name='rotbits')

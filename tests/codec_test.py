@@ -121,7 +121,7 @@ def _quantize_layers(context, state, first, layers):
   return state, layers, [[] for _ in layers]
 
 
-QUANTIZER = passes.make('int8', layers=_quantize_layers)
+QUANTIZER = passes.Transform('int8', layers=_quantize_layers)
 
 
 def _flip(data, stream, position=5):
@@ -163,11 +163,11 @@ class Checks(parameterized.TestCase):
     tensors = checkpoints.to_tensors(_load(name).model)
     self.assertEqual(report.file_bytes, len(data))
     self.assertEqual(report.input_bytes, sum(t.nbytes for t in tensors.values()))
-    self.assertEqual(report.input_numbers, sum(t.size for t in tensors.values()))
+    self.assertEqual(report.input_elements, sum(t.size for t in tensors.values()))
     saved = sum(line.bytes_saved for line in report.lines)
     self.assertEqual(saved, report.input_bytes - report.file_bytes)
-    numbers = sum(line.numbers_saved for line in report.lines)
-    self.assertEqual(numbers, report.input_numbers - report.stored_numbers)
+    numbers = sum(line.elements_saved for line in report.lines)
+    self.assertEqual(numbers, report.input_elements - report.stored_elements)
 
 
 class RoundTripTest(Checks):
@@ -413,7 +413,7 @@ class ErrorsTest(parameterized.TestCase):
         presets.make('free', **wrong)
     with self.assertRaisesRegex(ValueError, 'canonicaliser'):
       presets.make('paper', canonicaliser='best')
-    with self.assertRaisesRegex(ValueError, 'no transforms'):
+    with self.assertRaisesRegex(ValueError, "no option 'transforms'"):
       presets.make('paper', transforms=(QUANTIZER,))
 
   def test_presets_are_checked(self):

@@ -109,7 +109,6 @@ FUNCTIONS = {
     rotations.running_rotations,
     lambda r: (np.stack([_orthogonal(r, 4) for _ in range(5)]), _orthogonal(r, 4)),
   ),
-  'triangle': (shortcuts.triangle, lambda r: (_orthogonal(r, 6), _polar(r))),
   'range_used': (
     functools.partial(rotations.range_used, axes=AXES),
     lambda r: (_layer(r), dict.fromkeys(AXES, np.float32(65504))),

@@ -31,7 +31,7 @@ def pages_with(language):
 
 
 # Its examples compile many programs.
-SLOW = 'reference/near.md'
+SLOW = 'reference/steps.md'
 
 
 @pytest.mark.parametrize(
@@ -68,7 +68,7 @@ def test_commands(page, tmp_path):
     (ROOT / 'rotbits_jax' / 'data' / 'evaluation.txt').read_text().split()
   )
   (tmp_path / 'text.txt').write_text(words[:4000])
-  program = f'rotbits() {{ {sys.executable} -m rotbits_jax.cli.main "$@"; }}\n'
+  program = f'rotbits() {{ {sys.executable} -m rotbits_jax "$@"; }}\n'
   settings = {'CHECKPOINT': str(CHECKPOINT), 'TEXT': str(tmp_path / 'text.txt')}
   subprocess.run(
     ['bash', '-euo', 'pipefail', '-c', program + ''.join(blocks(page, 'bash'))],

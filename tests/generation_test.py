@@ -23,6 +23,7 @@ from rotbits_jax import structured
 from rotbits_jax.checkpoints import configs
 from rotbits_jax.cli import generate as generate_command
 from rotbits_jax.models import generation
+from rotbits_jax.models import transformer
 
 TESTDATA = pathlib.Path(__file__).parent / 'testdata'
 FIXTURES = sorted(path.parent.name for path in TESTDATA.glob('*/ref_logits.npz'))
@@ -38,14 +39,14 @@ def incremental_logits(model, first, rest):
   """Returns the logits of `[B, T]` tokens at once, then `[N, B]` tokens one by one."""
   batch, length = first.shape
   cache = generation.empty_cache(model, batch, length + len(rest) + 3)
-  begin, cache = generation.extend(model, cache, first)
+  begin = models.forward(model.params, model.config, first, cache=cache)
 
   def step(cache, tokens):
-    logits, cache = generation.extend(model, cache, tokens[:, None])
-    return cache, logits[:, 0]
+    own = models.forward(model.params, model.config, tokens[:, None], cache=cache)
+    return own.cache, own.logits[:, 0]
 
-  cache, end = jax.lax.scan(step, cache, rest)
-  return jnp.concatenate([begin, end.swapaxes(0, 1)], axis=1), cache.length
+  cache, end = jax.lax.scan(step, begin.cache, rest)
+  return jnp.concatenate([begin.logits, end.swapaxes(0, 1)], axis=1), cache.length
 
 
 def mixed_model():
@@ -142,11 +143,13 @@ class GenerateTest(chex.TestCase):
 
   def test_it_compiles_for_the_prompt_and_for_a_token(self):
     model = random_models.sliced_llama((24, 24, 24))
-    with mock.patch.object(generation, 'extend', wraps=generation.extend) as extend:
+    with mock.patch.object(
+      transformer, 'forward', wraps=transformer.forward
+    ) as forward:
       for length, max_tokens in ((3, 4), (17, 30), (40, 2)):
         tokens = np.zeros(length, np.int32)
         list(generation.generate(model, tokens, max_tokens=max_tokens))
-    assert extend.call_count == 2  # once for each trace
+    assert forward.call_count == 2  # once for each trace
 
   def test_predictions_that_are_not_finite_are_refused(self):
     scale = np.full_like(self.llama.params['final_norm']['scale'], np.nan)

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import random_models
 
-from rotbits_jax import near as near_lib
 from rotbits_jax import structured
-from rotbits_jax import symmetries
+from rotbits_jax import passes
+from rotbits_jax.presets import steps as steps_lib
 
 pytest.importorskip('qwix')
 pytest.importorskip('gguf')
@@ -32,7 +32,7 @@ def _model():
 
 
 def _pairs(model):
-  leaves = symmetries.transform.leaves
+  leaves = passes.leaves
   for (path, a), (other, b) in zip(leaves(_model()), leaves(model), strict=True):
     assert path == other
     yield path, np.float32(a), np.float32(b)
@@ -101,7 +101,7 @@ def test_picture_names_every_series_and_block_format():
 @pytest.mark.slow
 def test_measures_every_way_to_store():
   tokens = np.random.default_rng(0).integers(0, _model().config.vocab_size, 64)
-  found = near_lib.Calibration({'head/kernel': -1.0}, {}, {})
+  found = steps_lib.Calibration({'head/kernel': -1.0}, {}, {})
   rows = near.measure(_model(), tokens, found, [-6.0, -3.0])
   assert [row.series for row in rows].count(near.PLAIN) == 2
   assert len(rows) == 3 * 2 + len(near.BLOCKS) + 1

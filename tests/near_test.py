@@ -15,11 +15,11 @@ import rotbits_jax
 from rotbits_jax import checkpoints
 from rotbits_jax import evaluation
 from rotbits_jax import models
-from rotbits_jax import near
 from rotbits_jax import passes
 from rotbits_jax import presets
 from rotbits_jax import structured
 from rotbits_jax.passes import rounding
+from rotbits_jax.presets import steps as steps_lib
 
 TESTDATA = pathlib.Path(__file__).parent / 'testdata'
 TINY = 'llama-tiny-sliced-head-0.25'
@@ -218,7 +218,7 @@ class SearchTest(parameterized.TestCase):
   @pytest.mark.daily
   def test_the_divergence_of_the_file_is_below_the_bound(self, calibrated):
     model, tokens = _load().model, self._tokens()
-    found = near.search(model, tokens, max_kl=1e-3, calibrated=calibrated)
+    found = steps_lib.search(model, tokens, max_kl=1e-3, calibrated=calibrated)
     self.assertEqual(bool(found.offsets), calibrated)
     self.assertEqual(bool(found.inputs), calibrated)
     data = rotbits_jax.encode(
@@ -240,7 +240,7 @@ class SearchTest(parameterized.TestCase):
   def test_a_bound_that_cannot_be_kept(self):
     for wrong in (0.0, -1.0, np.inf, np.nan):
       with self.assertRaisesRegex(ValueError, 'max_kl'):
-        near.search(_load().model, self._tokens(), max_kl=wrong)
+        steps_lib.search(_load().model, self._tokens(), max_kl=wrong)
 
   def test_tokens_are_checked(self):
     model = _load().model
@@ -249,7 +249,7 @@ class SearchTest(parameterized.TestCase):
       (self._tokens() + model.config.vocab_size, 'vocabulary'),
     ):
       with self.assertRaisesRegex(ValueError, words):
-        near.search(model, wrong, max_kl=1e-3)
+        steps_lib.search(model, wrong, max_kl=1e-3)
 
   @parameterized.parameters(
     ({-5.0: 1e-3}, 1e-1),
@@ -258,7 +258,7 @@ class SearchTest(parameterized.TestCase):
     ({-5.0: 1e-3, -4.875: 1e-1}, 1e-2),
   )
   def test_steps_are_searched_between_the_bounds(self, curve, max_kl):
-    step = near._next_step(curve, max_kl)
+    step = steps_lib._next_step(curve, max_kl)
     fine = [s for s, kl in curve.items() if kl <= max_kl]
     coarse = [s for s, kl in curve.items() if kl > max_kl]
     self.assertTrue(not fine or step >= max(fine))

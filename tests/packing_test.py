@@ -15,12 +15,11 @@ import random_models
 from benchmarks import levels as benchmark
 import rotbits_jax
 from rotbits_jax import models
-from rotbits_jax import near
 from rotbits_jax import presets
 from rotbits_jax import structured
 from rotbits_jax.file import packing
+from rotbits_jax.presets import steps as steps_lib
 from rotbits_jax.structured import packed
-from rotbits_jax.symmetries import packings
 
 DTYPES = np.float16, ml_dtypes.bfloat16, np.float32
 SHAPE = 96, 256
@@ -273,7 +272,7 @@ class FileTest(parameterized.TestCase):
       layer['mlp']['up']['kernel'] = layers[0]['mlp']['up']['kernel']
     model = models.from_layers(model.config, model.outer(), layers, {})
     tokens = np.arange(24) % model.config.vocab_size
-    text = near._Text.make(model, tokens, None)
+    text = steps_lib._Text.make(model, tokens, None)
     rounded = list(text.rounded(-6.0, {}, {}).layers())
     data = rotbits_jax.encode(model, preset='near', step=-6)
     decoded = list(rotbits_jax.decode(data).layers())
@@ -281,8 +280,8 @@ class FileTest(parameterized.TestCase):
       kernels = [structured.flatten(x)[path] for x in (layer, rounded[i], decoded[i])]
       for kernel in kernels[1:]:
         np.testing.assert_array_equal(np.float32(kernel), np.float32(kernels[0]))
-    with mock.patch.object(near, 'PROBE', -6.0):
-      found = near.calibrate(model, tokens)
+    with mock.patch.object(steps_lib, 'PROBE', -6.0):
+      found = steps_lib.calibrate(model, tokens)
     self.assertIn('layers.*/mlp/down/kernel', found.offsets)
     self.assertNotIn(f'layers.*/{path}', found.offsets)
 
@@ -306,7 +305,7 @@ class FileTest(parameterized.TestCase):
         rotbits_jax.encode(model, preset='near')
       else:
         tokens = np.arange(24) % model.config.vocab_size
-        near.search(model, tokens, max_kl=0.1)
+        steps_lib.search(model, tokens, max_kl=0.1)
     self.assertIn('layers.0/attention/query/kernel', found)
     self.assertIn('layers.3/mlp/up/kernel', found)
     self.assertLen(found, len(set(found)))

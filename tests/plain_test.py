@@ -98,7 +98,6 @@ class TreeTest(parameterized.TestCase):
     ('constant', [1 << 31], 'tail/0: must be'),
     ('constant', [1 << 31, 0], 'tail/0: must be'),
     ('gram', [6, 1 << 31], 'columns: must be'),
-    ('trapezoidal', [7, 1 << 31], 'differs from the manifest'),
     ('trapezoidal_rows', [10, 1 << 31], 'differs from the manifest'),
     ('tied', [1 << 31, 3], 'tokens: must be'),
   )
@@ -161,7 +160,7 @@ class TreeTest(parameterized.TestCase):
     ({'a': {'b': np.zeros((1,) * 33)}}, 'a/b: .*up to 32 axes'),
     ({'a': {'b\ud800': np.zeros(2)}}, 'a/b\ud800: it cannot be stored'),
     ({'b': structured.Constant(np.float32(1), (1 << 31,))}, 'b: it cannot be stored'),
-    ({'b': structured.Trapezoidal(np.ones((3, 3)))}, "b: .* kind 'trapezoidal' store"),
+    ({'b': structured.TrapezoidalRows(None, np.ones((3, 3)))}, "b: .* kind '.*' store"),
     ({'b': _tied_exactly()}, "b: .* 'tied_exactly' comes back as its array"),
   )
   def test_what_cannot_be_stored_is_named(self, tree, words):

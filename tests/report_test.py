@@ -18,7 +18,6 @@ from fuzz import seeds
 import rotbits_jax
 from rotbits_jax import report
 from rotbits_jax import structured
-from rotbits_jax.cli import report as command
 
 ROOT = pathlib.Path(__file__).parents[1]
 BROWSERS = ('chromium', 'chromium-browser', 'google-chrome', 'google-chrome-stable')
@@ -131,26 +130,11 @@ def test_shortcuts_that_are_not_finite_are_left_out(encoded):
   report.report_page(containers.pack(streams, containers.to_json(manifest)))
 
 
-def test_command_writes_the_page(encoded, tmp_path, monkeypatch):
+def test_command_writes_the_page(encoded, tmp_path, rotbits):
   (tmp_path / 'model.rotbits').write_bytes(encoded['exact'])
-  arguments = [
-    'report',
-    f'--input={tmp_path}/model.rotbits',
-    f'--output={tmp_path}/a.html',
-  ]
-  monkeypatch.setattr('sys.argv', arguments)
-  assert command.run() == 0
+  arguments = f'--input={tmp_path}/model.rotbits', f'--output={tmp_path}/a.html'
+  assert rotbits('report', *arguments) == (0, '', '')
   assert (tmp_path / 'a.html').read_text('utf-8').startswith('<!doctype html>')
-
-
-def test_command_refuses_another_file(tmp_path, monkeypatch, capsys):
-  (tmp_path / 'model').write_bytes(b'no file of ours')
-  monkeypatch.setattr(
-    'sys.argv', ['report', f'--input={tmp_path}/model', f'--output={tmp_path}/a.html']
-  )
-  assert command.run() == 2
-  assert len(capsys.readouterr().err.splitlines()) == 1
-  assert not (tmp_path / 'a.html').exists()
 
 
 @pytest.mark.skipif(BROWSER is None, reason='no Chromium on PATH')

@@ -121,20 +121,15 @@ def segments(model, tokens):
 def _segments(model, tokens):
   """Returns the residual stream `[B, T, d]` at every segment."""
   config = model.config
-  apply = lambda module, params, *args: module.apply({'params': params}, *args)
-  norm = functools.partial(
-    transformer.rmsn, hidden_size=config.hidden_size, eps=config.norm_eps
-  )
   with jax.default_matmul_precision('highest'):
-    x = apply(transformer.Embedding(config), model.params['embed'], tokens, {})
+    x = transformer.embed(model.params, config, tokens)
     yield x
-    for i, layer in enumerate(model.layers()):
-      widths = config.layer_widths(i)
+    for layer in model.layers():
       if not config.parallel_block:
-        attention = transformer.Attention(config, widths[1])
-        shortcut = layer['attention_shortcut']['kernel']
-        yield x @ shortcut + apply(attention, layer['attention'], norm(x))
-      x = apply(transformer.Block(config, widths), layer, x)
+        normed = transformer.norm(None, config, x)
+        attended = transformer.attention(layer['attention'], config, normed).x
+        yield x @ layer['attention_shortcut']['kernel'] + attended
+      x = transformer.layer(layer, config, x).x
       yield x
 
 

@@ -31,14 +31,14 @@ LEAVES = {
   'gram_of_rank_0': lambda seed: structured.IdentityMinusGram(
     b=_lower(seed, 6, 0), c=_lower(seed, 6, 0), columns=9
   ),
-  'triangle': lambda seed: structured.SymmetricTriangle(_lower(seed, 5, 5), columns=7),
-  'trapezoidal': lambda seed: structured.Trapezoidal(_lower(seed, 7, 4)),
-  'trapezoidal_wide': lambda seed: structured.Trapezoidal(_lower(seed, 4, 7)),
   'trapezoidal_rows': lambda seed: structured.TrapezoidalRows(
     full=_normal(seed, 2, 8), lower=_lower(seed + 9, 8, 3)
   ),
   'trapezoidal_rows_only': lambda seed: structured.TrapezoidalRows(
     full=None, lower=_lower(seed, 8, 5)
+  ),
+  'trapezoidal_rows_wide': lambda seed: structured.TrapezoidalRows(
+    full=None, lower=_lower(seed, 4, 7)
   ),
   'head_columns': lambda seed: structured.HeadColumns(
     rotary=_normal(seed, 7, 8), below=_normal(seed + 9, 4, 6), heads=2
@@ -115,15 +115,15 @@ class StructuredTest(parameterized.TestCase):
 
   def test_trapezoids_store_nothing_above_the_diagonal(self):
     matrix = np.arange(1, 13).reshape(4, 3)
-    _, arrays = structured.Trapezoidal(matrix).stored()
+    _, arrays = structured.TrapezoidalRows(None, matrix).stored()
     self.assertEqual(arrays['lower_corner'].tolist(), [1, 4, 5, 7, 8, 9])
     self.assertEqual(arrays['lower'].tolist(), [[10, 11, 12]])
-    _, arrays = structured.Trapezoidal(matrix.T).stored()
+    _, arrays = structured.TrapezoidalRows(None, matrix.T).stored()
     self.assertEqual(arrays['lower_corner'].tolist(), [1, 2, 5, 3, 6, 9])
     self.assertEqual(arrays['lower'].shape, (0, 4))
     for corner, below in (((5,), (0, 3)), ((6,), (1, 4)), ((6,), (0, 2))):
       with self.assertRaisesRegex(ValueError, 'no triangle has'):
-        structured.Trapezoidal.from_stored(
+        structured.TrapezoidalRows.from_stored(
           {}, {'lower_corner': np.zeros(corner), 'lower': np.zeros(below)}
         )
 
@@ -196,7 +196,7 @@ class StructuredTest(parameterized.TestCase):
     one = {'lower_corner': np.ones(1, np.float16)}
     wide = np.zeros((0, 1 << 30), np.float16)
     with self.assertRaisesRegex(ValueError, '1 numbers are too few'):
-      structured.Trapezoidal.from_stored({}, one | {'lower': wide})
+      structured.TrapezoidalRows.from_stored({}, one | {'lower': wide})
     with self.assertRaisesRegex(ValueError, 'too large'):
       structured.Constant.from_stored(
         {'tail': [1 << 30] * 2}, {'value': np.array(1, np.float16)}
@@ -207,15 +207,15 @@ class StructuredTest(parameterized.TestCase):
     self.addCleanup(tracemalloc.stop)
     arrays = {'lower_corner': np.zeros(0, np.float16)}
     for shape in ((0, 1 << 24), (1 << 24, 0)):
-      leaf = structured.Trapezoidal.from_stored(
+      leaf = structured.TrapezoidalRows.from_stored(
         {}, arrays | {'lower': np.zeros(shape, np.float16)}
       )
-      self.assertEqual(leaf.shape, shape)
+      self.assertEqual(leaf.shape, shape[::-1])
     self.assertLess(tracemalloc.get_traced_memory()[1], 1 << 20)
 
   def test_names_of_types_are_unique(self):
-    with self.assertRaisesRegex(ValueError, 'trapezoidal'):
-      structured.register(structured.Trapezoidal)
+    with self.assertRaisesRegex(ValueError, 'tied'):
+      structured.register(structured.Tied)
 
 
 if __name__ == '__main__':

@@ -31,7 +31,7 @@ TESTDATA = pathlib.Path(__file__).parent / 'testdata'
 def _map(name, function):
   """Makes a transform that applies a function to every leaf."""
   on_all = lambda params: {path: function(x) for path, x in params.items()}
-  return passes.make(
+  return passes.Transform(
     name,
     layers=lambda context, state, first, layers: (
       state,
@@ -55,7 +55,7 @@ def _seen(formats):
     formats.append((context.dtype, outer['head/kernel'].dtype))
     return outer, []
 
-  return passes.make('seen', outer=outer)
+  return passes.Transform('seen', outer=outer)
 
 
 @struct.dataclass
@@ -141,7 +141,7 @@ class RunChainTest(parameterized.TestCase):
       return outer | {'head/kernel': _Kept(outer['head/kernel'] / 3)}, []
 
     model = random_models.sliced_llama([18] * 3, np.float16)
-    kept, (saving,) = passes.run_chain((passes.make('keep', outer=keep),), model)
+    kept, (saving,) = passes.run_chain((passes.Transform('keep', outer=keep),), model)
     self.assertEqual(kept.params['head']['kernel'].dtype, np.float32)
     self.assertEqual(saving.numbers, 0)
     self.assertEqual(saving.bytes, -2 * model.params['head']['kernel'].size)
@@ -220,7 +220,7 @@ def running_sum():
     outer['head/kernel'] = leaf = structured.Constant.like(kernel, 0.0)
     return outer, [passes.note('head/kernel', leaf)]
 
-  return passes.make('sums', init=init, layers=layers, outer=outer)
+  return passes.Transform('sums', init=init, layers=layers, outer=outer)
 
 
 class MakeTest(absltest.TestCase):
@@ -245,7 +245,7 @@ class MakeTest(absltest.TestCase):
 
   def test_what_is_left_out_stays(self):
     model = random_models.sliced_llama([18] * 3, np.float16)
-    same, savings = passes.run_chain((passes.make('nothing'),), model)
+    same, savings = passes.run_chain((passes.Transform('nothing'),), model)
     transform_checks.assert_same_bits(same, model)
     self.assertEqual(savings, [passes.Saving('nothing', 0, 0, [])])
 

@@ -22,8 +22,7 @@ def apply_outer(transform, model):
   """
   context = passes.make_context(model, stored_as=model.stored_as)
   params = structured.flatten(model.outer())
-  params, (saving,) = transform.outer(context, transform.init(context), params)
-  return params, saving.notes
+  return transform.outer(context, transform.init(context), params)
 
 
 def fast_logits(model, tokens):
@@ -69,5 +68,5 @@ def assert_same_records(actual, expected):
 def records(transform, source, **options):
   """Rewrites a source with a transform; returns all records."""
   context = passes.make_context(source)
-  rewritten = passes.rewrite(context, transform, **options)
+  rewritten = passes.rewrite(context, passes.chain(transform), **options)
   return [record for some, _ in rewritten for record in some]

@@ -150,26 +150,6 @@ class TransformerTest(chex.TestCase):
     logits = logits_of(model, tokens)
     np.testing.assert_allclose(logits, np.stack(expected), rtol=0, atol=1e-4)
 
-  @parameterized.named_parameters(*CASES)
-  def test_init_gives_the_shapes_of_the_config(self, config_json, widths):
-    config = parse(config_json, widths)
-    stacks = random_model(config).stacks
-    variables = jax.eval_shape(
-      models.Transformer(config, stacks).init,
-      jax.random.key(0),
-      jnp.zeros((1, 4), jnp.int32),
-    )
-    assert set(variables) == {'params'}
-    got = jax.tree.map(lambda x: x.shape, variables['params'])
-    expected = models.outer_shapes(config)
-    for layers in stacks:
-      expected[models.names.stack(layers)] = jax.tree.map(
-        lambda shape, layers=layers: (len(layers), *shape),
-        models.layer_shapes(config, layers.start),
-        is_leaf=lambda x: isinstance(x, tuple),
-      )
-    assert got == expected
-
   @parameterized.parameters('opt_sliced', 'llama_sliced', 'phi_sliced')
   def test_no_dtype_is_promoted_by_chance(self, name):
     config_json, widths = next(case[1:] for case in CASES if case[0] == name)
@@ -194,15 +174,30 @@ class TransformerTest(chex.TestCase):
     model.params['layers.0:3']['mlp']['up']['kernel'] = np.zeros(
       (3, 24, 35), np.float16
     )
-    with pytest.raises(ValueError, match=r'layers.0:3/mlp/up/kernel.*\(24, 35\)'):
+    with pytest.raises(ValueError, match=r'layers.0:3/mlp/up/kernel .*\(3, 24, 35\)'):
       trace(model, (1, 2))
 
-  @parameterized.parameters((range(2),), (range(1, 3), range(1)), ())
-  def test_stacks_that_are_not_all_layers_in_order_are_refused(self, *stacks):
+  @parameterized.parameters(
+    ('layers.0:3', 'layers.0:2', '3 layers'),
+    ('layers.0:3', 'layers.1:4', '3 layers'),
+    ('final_norm', 'last_norm', 'final_norm/scale is missing'),
+    ('embed', 'tail', 'embed/tokens is missing'),
+  )
+  def test_missing_parameters_are_refused_by_their_paths(self, key, renamed, message):
     model = random_model(parse(LLAMA, None))
-    transformer = models.Transformer(model.config, stacks)
-    with pytest.raises(ValueError, match='3 layers'):
-      transformer.apply({'params': model.params}, np.zeros((1, 2), np.int32))
+    model.params[renamed] = model.params.pop(key)
+    with pytest.raises(ValueError, match=message):
+      trace(model, (1, 2))
+
+  def test_unknown_parameters_are_refused_by_their_paths(self):
+    model = random_model(parse(LLAMA, None))
+    model.params['tail'] = {'kernel': np.zeros(3)}
+    with pytest.raises(ValueError, match='tail/kernel is not known'):
+      trace(model, (1, 2))
+
+  def test_tokens_without_a_batch_are_refused(self):
+    with pytest.raises(ValueError, match=r'tokens must be \[B, T\].*\(5,\)'):
+      trace(random_model(parse(LLAMA, None)), (5,))
 
 
 class StructuredLeavesTest(chex.TestCase):

@@ -28,7 +28,7 @@ TINY = tuple(
   )
 )
 TRANSFORMS = {
-  t.names[0]: t
+  t.name: t
   for t in (
     passes.remove_residual_gauge(),
     passes.retie_embedding(),
@@ -43,7 +43,7 @@ TRANSFORMS = {
 
 def _cases(names):
   return [
-    {'testcase_name': f'{t.names[0]}_{name}', 'transform': t, 'checkpoint': name}
+    {'testcase_name': f'{t.name}_{name}', 'transform': t, 'checkpoint': name}
     for t in TRANSFORMS.values()
     for name in names
   ]

@@ -26,7 +26,6 @@ JSON:
 
 import os
 import pathlib
-import sys
 from typing import Any
 
 from absl import flags
@@ -38,16 +37,13 @@ from rotbits_jax.cli import program
 from rotbits_jax.evaluation import accounting
 from rotbits_jax.evaluation import published
 
-FLAGS = flags.FlagValues()
-_MODEL = flags.DEFINE_string('model', None, 'A name, or a path.', flag_values=FLAGS)
-_SLICING = flags.DEFINE_float(
+FLAGS = program.Flags()
+_MODEL = FLAGS.text('model', 'A name, or a path.')
+_SLICING = FLAGS.number(
   'slicing',
-  None,
   'The part of the hidden size that slicing removes: at least 0, less than 1.',
-  flag_values=FLAGS,
 )
-_CONFIG = program.define_config_flag(FLAGS, 'An experiment, in place of both.')
-_JSON, _VERBOSE = program.define_output_flags(FLAGS)
+_CONFIG = FLAGS.config('An experiment, in place of both.')
 
 _LABELS = {
   'dense': 'dense',
@@ -116,7 +112,7 @@ def read_experiment() -> published.Experiment:
   return published.Experiment(model, read_config(model), slicing, {})
 
 
-def main() -> None:
+def main() -> program.Result:
   found = read_experiment()
   counts = accounting.accounting(found.config, found.slicing)
   bits_back = found.bits_back.get(found.slicing)
@@ -127,15 +123,4 @@ def main() -> None:
     'elements': counts.elements(),
     'reduction': counts.reduction() | {'bits_back_published': bits_back},
   }
-  if _JSON.value:
-    program.print_json(result)
-  else:
-    print(to_text(result))
-
-
-def run() -> int:
-  return program.run(main, FLAGS)
-
-
-if __name__ == '__main__':
-  sys.exit(run())
+  return result, to_text(result)

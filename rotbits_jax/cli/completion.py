@@ -9,26 +9,24 @@ Example:
 The line goes into ~/.bashrc or, with --shell=zsh, into ~/.zshrc. For fish:
 
   rotbits completion --shell=fish > ~/.config/fish/completions/rotbits.fish
+
+JSON:
+
+  script  the script
 """
 
 from collections.abc import Iterable
 import importlib
 import shlex
-import sys
 
 from absl import flags
 
 from rotbits_jax.cli import main as main_lib
 from rotbits_jax.cli import program
 
-FLAGS = flags.FlagValues()
-_SHELL = flags.DEFINE_enum(
-  'shell',
-  None,
-  ('bash', 'zsh', 'fish'),
-  'The shell to complete in.',
-  required=True,
-  flag_values=FLAGS,
+FLAGS = program.Flags()
+_SHELL = FLAGS.choice(
+  'shell', 'The shell to complete in.', ('bash', 'zsh', 'fish'), required=True
 )
 
 _BASH = """\
@@ -58,14 +56,15 @@ _rotbits() {{
 complete -F _rotbits rotbits"""
 
 
-def main() -> None:
+def main() -> program.Result:
   commands = {name: _flags_of(name) for name in main_lib.COMMANDS}
   if _SHELL.value == 'fish':
-    print(fish(commands))
+    script = fish(commands)
   else:
     zsh = _SHELL.value == 'zsh'
-    prefix = 'autoload -U +X bashcompinit && bashcompinit\n' if zsh else ''
-    print(prefix + bash(commands))
+    script = 'autoload -U +X bashcompinit && bashcompinit\n' if zsh else ''
+    script += bash(commands)
+  return {'script': script}, script
 
 
 def bash(commands: dict[str, list[flags.Flag]]) -> str:
@@ -102,7 +101,7 @@ def fish(commands: dict[str, list[flags.Flag]]) -> str:
 
 
 def _flags_of(command: str) -> list[flags.Flag]:
-  defined = importlib.import_module(f'rotbits_jax.cli.{command}').FLAGS
+  defined = importlib.import_module(f'rotbits_jax.cli.{command}').FLAGS.values
   found = {defined[name].name: defined[name] for name in defined}
   return [found[name] for name in sorted(found)]
 
@@ -117,11 +116,3 @@ def _values(flag: flags.Flag) -> list[str]:
 
 def _words(words: Iterable[str]) -> str:
   return shlex.quote(' '.join(words))
-
-
-def run() -> int:
-  return program.run(main, FLAGS)
-
-
-if __name__ == '__main__':
-  sys.exit(run())

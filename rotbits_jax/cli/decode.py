@@ -33,47 +33,32 @@ JSON:
 """
 
 import pathlib
-import sys
 import typing
-
-from absl import flags
 
 import rotbits_jax
 from rotbits_jax import checkpoints
 from rotbits_jax import file
 from rotbits_jax.cli import program
 
-FLAGS = flags.FlagValues()
-_INPUT = flags.DEFINE_string(
-  'input', None, 'The file to decode.', required=True, flag_values=FLAGS
-)
-_OUTPUT = flags.DEFINE_string(
-  'output', None, 'The directory to write to.', required=True, flag_values=FLAGS
-)
-_FORMAT = flags.DEFINE_enum(
+FLAGS = program.Flags()
+_INPUT = FLAGS.source('input', 'The file to decode.', required=True)
+_OUTPUT = FLAGS.text('output', 'The directory to write to.', required=True)
+_FORMAT = FLAGS.choice(
   'format',
-  'safetensors',
-  typing.get_args(checkpoints.Format),
   'Format of the weights.',
-  flag_values=FLAGS,
+  typing.get_args(checkpoints.Format),
+  default='safetensors',
 )
-_SHARD_SIZE = flags.DEFINE_string(
+_SHARD_SIZE = FLAGS.text(
   'shard_size',
-  None,
   'Greatest size of a weights file, like 2GB. By default there is one file.',
-  flag_values=FLAGS,
 )
-_DTYPE = flags.DEFINE_enum(
+_DTYPE = FLAGS.choice(
   'dtype',
-  None,
-  ('float32', 'bfloat16', 'float16'),
   'Dtype of the weights. By default they have that of the encoded checkpoint.',
-  flag_values=FLAGS,
+  ('float32', 'bfloat16', 'float16'),
 )
-_OVERWRITE = flags.DEFINE_bool(
-  'overwrite', False, 'Replace existing files.', flag_values=FLAGS
-)
-_JSON, _VERBOSE = program.define_output_flags(FLAGS)
+_OVERWRITE = FLAGS.switch('overwrite', 'Replace existing files.')
 
 SLICED = """The model is sliced: transformers cannot load it. To run it:
   rotbits generate --model={output} --prompt="Once upon a time"
@@ -81,11 +66,11 @@ or decode with --format=slicegpt and load it with Microsoft's SliceGPT; see
 rotbits decode --help."""
 
 
-def main() -> None:
+def main() -> program.Result:
   rotbits_jax.decode_to_directory(
     _INPUT.value,
     _OUTPUT.value,
-    format=typing.cast(checkpoints.Format, _FORMAT.value),
+    format=_FORMAT.value,
     shard_size=program.parse_size('shard_size', _SHARD_SIZE.value),
     dtype=_DTYPE.value,
     overwrite=_OVERWRITE.value,
@@ -94,24 +79,13 @@ def main() -> None:
   with file.Reader(_INPUT.value) as reader:
     sliced = None if reader.config is None else reader.config.sliced
   written = [path for path in pathlib.Path(_OUTPUT.value).iterdir() if path.is_file()]
-  if _JSON.value:
-    result = {
-      'output': _OUTPUT.value,
-      'files': sorted(path.name for path in written),
-      'bytes': sum(path.stat().st_size for path in written),
-      'sliced': sliced,
-    }
-    program.print_json(result)
-    return
-  program.say(f'wrote {_OUTPUT.value}')
+  result = {
+    'output': _OUTPUT.value,
+    'files': sorted(path.name for path in written),
+    'bytes': sum(path.stat().st_size for path in written),
+    'sliced': sliced,
+  }
+  lines = [f'wrote {_OUTPUT.value}']
   if sliced and _FORMAT.value == 'safetensors':
-    for line in SLICED.format(output=_OUTPUT.value).splitlines():
-      program.say(line)
-
-
-def run() -> int:
-  return program.run(main, FLAGS)
-
-
-if __name__ == '__main__':
-  sys.exit(run())
+    lines += SLICED.format(output=_OUTPUT.value).splitlines()
+  return result, '\n'.join(map(program.printable, lines))

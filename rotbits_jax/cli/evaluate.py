@@ -21,33 +21,20 @@ JSON:
 """
 
 import math
-import sys
 
-from absl import flags
 import jax
 
 from rotbits_jax import evaluation
 from rotbits_jax import passes
 from rotbits_jax.cli import program
 
-FLAGS = flags.FlagValues()
-_MODEL = flags.DEFINE_string(
-  'model', None, 'The model to measure.', required=True, flag_values=FLAGS
+FLAGS = program.Flags()
+_MODEL = FLAGS.source('model', 'The model to measure.', required=True)
+_TEXT = FLAGS.text('text', 'A text file in UTF-8.', required=True)
+_REFERENCE = FLAGS.source('reference', 'The model to compare predictions with.')
+_MAX_TOKENS = FLAGS.count(
+  'max_tokens', 'Number of tokens of the text to use; all by default.', least=2
 )
-_TEXT = flags.DEFINE_string(
-  'text', None, 'A text file in UTF-8.', required=True, flag_values=FLAGS
-)
-_REFERENCE = flags.DEFINE_string(
-  'reference', None, 'The model to compare predictions with.', flag_values=FLAGS
-)
-_MAX_TOKENS = flags.DEFINE_integer(
-  'max_tokens',
-  None,
-  'Number of tokens of the text to use; all by default.',
-  lower_bound=2,
-  flag_values=FLAGS,
-)
-_JSON, _VERBOSE = program.define_output_flags(FLAGS)
 
 
 def to_text(result: evaluation.Evaluation) -> str:
@@ -60,7 +47,7 @@ def to_text(result: evaluation.Evaluation) -> str:
   return '\n'.join(lines)
 
 
-def main() -> None:
+def main() -> program.Result:
   text = program.read_text(_TEXT.value)
   checkpoint = program.read_model(_MODEL.value)
   reference = rerounded = None
@@ -69,7 +56,7 @@ def main() -> None:
     rerounded = passes.randomly_rotated(reference, key=jax.random.key(0))
   result = evaluation.evaluate(
     checkpoint.model,
-    evaluation.encode_text(checkpoint.files, text),
+    program.read_tokens(checkpoint, text),
     reference=reference,
     rerounded=rerounded,
     max_tokens=_MAX_TOKENS.value,
@@ -77,15 +64,4 @@ def main() -> None:
   )
   if not all(math.isfinite(number) for number in result if number is not None):
     raise ValueError(f'{_MODEL.value}: the predictions are not finite')
-  if _JSON.value:
-    program.print_json(result._asdict())
-  else:
-    print(to_text(result))
-
-
-def run() -> int:
-  return program.run(main, FLAGS)
-
-
-if __name__ == '__main__':
-  sys.exit(run())
+  return result._asdict(), to_text(result)

@@ -20,9 +20,7 @@ JSON:
 """
 
 from collections.abc import Iterable, Iterator, Mapping
-import sys
 
-from absl import flags
 import jax
 
 from rotbits_jax import evaluation
@@ -30,30 +28,18 @@ from rotbits_jax.checkpoints import configs
 from rotbits_jax.cli import program
 from rotbits_jax.models import generation
 
-FLAGS = flags.FlagValues()
-_MODEL = flags.DEFINE_string(
-  'model', None, 'The model.', required=True, flag_values=FLAGS
-)
-_PROMPT = flags.DEFINE_string(
-  'prompt', None, 'The text to continue.', required=True, flag_values=FLAGS
-)
-_MAX_TOKENS = flags.DEFINE_integer(
-  'max_tokens', 128, 'Greatest number of tokens.', lower_bound=1, flag_values=FLAGS
-)
-_TEMPERATURE = flags.DEFINE_float(
+FLAGS = program.Flags()
+_MODEL = FLAGS.source('model', 'The model.', required=True)
+_PROMPT = FLAGS.text('prompt', 'The text to continue.', required=True)
+_MAX_TOKENS = FLAGS.count('max_tokens', 'Greatest number of tokens.', 128)
+_TEMPERATURE = FLAGS.number(
   'temperature',
-  0.0,
   'Tokens are drawn with probabilities to the power 1/temperature.',
+  0.0,
   lower_bound=0.0,
-  flag_values=FLAGS,
 )
-_TOP_K = flags.DEFINE_integer(
-  'top_k', None, 'Draw from this many of the most likely tokens.', flag_values=FLAGS
-)
-_SEED = flags.DEFINE_integer(
-  'seed', 0, 'The seed of the random draws.', flag_values=FLAGS
-)
-_JSON, _VERBOSE = program.define_output_flags(FLAGS)
+_TOP_K = FLAGS.count('top_k', 'Draw from this many of the most likely tokens.')
+_SEED = FLAGS.count('seed', 'The seed of the random draws.', 0, least=0)
 
 
 def stream_text(
@@ -85,33 +71,30 @@ def stream_text(
       yield piece
 
 
-def main() -> None:
+def main() -> program.Result:
   if not _PROMPT.value.strip():
     raise ValueError('--prompt has no words')
-  model, files, _ = program.read_model(_MODEL.value)
-  prompt = evaluation.encode_text(files, _PROMPT.value)
+  checkpoint = program.read_model(_MODEL.value)
+  prompt = program.read_tokens(checkpoint, _PROMPT.value)
   tokens = generation.generate(
-    model,
+    checkpoint.model,
     prompt,
     max_tokens=_MAX_TOKENS.value,
     temperature=_TEMPERATURE.value,
     top_k=_TOP_K.value,
     key=jax.random.key(_SEED.value),
-    stop_tokens=configs.stop_tokens(files),
+    stop_tokens=configs.stop_tokens(checkpoint.files),
   )
-  if _JSON.value:
-    written = [int(token) for token in tokens]
-    text = ''.join(stream_text(files, prompt, written))
-    program.print_json({'prompt': _PROMPT.value, 'text': text, 'tokens': written})
-    return
-  for piece in stream_text(files, prompt, tokens):
-    print(piece, end='', flush=True)
-  print()
+  written: list[int] = []
 
+  def noted() -> Iterator[int]:
+    for token in tokens:
+      written.append(int(token))
+      yield written[-1]
 
-def run() -> int:
-  return program.run(main, FLAGS)
-
-
-if __name__ == '__main__':
-  sys.exit(run())
+  text = ''
+  for piece in stream_text(checkpoint.files, prompt, noted()):
+    text += piece
+    if not FLAGS.json.value:
+      print(piece, end='', flush=True)
+  return {'prompt': _PROMPT.value, 'text': text, 'tokens': written}, ''

@@ -11,7 +11,7 @@ are one row; --verbose gives each of them a row. Only the header of the file is 
 `rotbits verify` reads and checks the rest.
 
 In the tables of the transforms, `form` is the kind of leaf that stands for a tensor;
-`array` says that it was left as it is. `saved` counts numbers. `error` is the greatest
+`array` says that it was left as it is. `saved` counts elements. `error` is the greatest
 relative error of a leaf, in the Frobenius norm. For an embedding that is left as it is,
 it is the error of its prediction from the head.
 
@@ -19,43 +19,25 @@ JSON:
 
   preset            name of the preset
   family            model family; null for plain arrays
-  numbers.input     count of the numbers in the input's tensors
-  numbers.stored    count of the numbers that the file keeps
+  elements.input    count of the elements of the input's tensors
+  elements.stored   count of the elements that the file keeps
   bytes.input       bytes of the input's tensors
   bytes.file        bytes of the file, or of all shards
-  lines             list of objects: name, numbers_saved, bytes_saved; they add up to
+  lines             list of objects: name, elements_saved, bytes_saved; they add up to
                     the differences above
   remarks           list of sentences on what the decoded weights are
   notes             with --verbose: for each transform, a list of objects
 """
 
-import sys
-
-from absl import flags
-
 import rotbits_jax
 from rotbits_jax.cli import program
 
-FLAGS = flags.FlagValues()
-_INPUT = flags.DEFINE_string(
-  'input', None, 'The file to inspect.', required=True, flag_values=FLAGS
-)
-_JSON, _VERBOSE = program.define_output_flags(FLAGS)
+FLAGS = program.Flags()
+_INPUT = FLAGS.source('input', 'The file to inspect.', required=True)
 
 
-def main() -> None:
+def main() -> program.Result:
   report = rotbits_jax.inspect(_INPUT.value)
-  if _JSON.value:
-    program.print_json(report.to_json(verbose=_VERBOSE.value))
-  else:
-    width = None if _VERBOSE.value else program.terminal_width()
-    print(report.to_text(verbose=_VERBOSE.value, width=width))
-    print('\nOnly the header was read; rotbits verify checks the rest.')
-
-
-def run() -> int:
-  return program.run(main, FLAGS)
-
-
-if __name__ == '__main__':
-  sys.exit(run())
+  text = program.report_text(report, FLAGS.verbose.value)
+  note = 'Only the header was read; rotbits verify checks the rest.'
+  return report.to_json(verbose=FLAGS.verbose.value), f'{text}\n\n{note}'

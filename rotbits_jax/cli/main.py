@@ -1,6 +1,8 @@
 """The `rotbits` program, which runs the command that the first argument names."""
 
 import importlib
+import io
+import os
 import sys
 
 import rotbits_jax
@@ -49,7 +51,21 @@ def main() -> int:
   Returns:
     The exit code.
   """
-  name = sys.argv[1] if len(sys.argv) > 1 else '--help'
+  if isinstance(sys.stdout, io.TextIOWrapper):  # it may have fewer characters
+    sys.stdout.reconfigure(errors='backslashreplace')
+  try:
+    code = _run(sys.argv[1] if len(sys.argv) > 1 else '--help')
+    sys.stdout.flush()
+  except BrokenPipeError:  # the reader of the pipe, such as `head`, has ended
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
+  return code
+
+
+def _run(name: str) -> int:
+  if name == 'help' and len(sys.argv) > 2:
+    name = sys.argv[2]
+    sys.argv[1:] = [name, '--help']
   if name in ('--help', '-h', 'help'):
     print(usage())
     return 0
@@ -57,15 +73,14 @@ def main() -> int:
     print(f'rotbits {rotbits_jax.__version__}')
     return 0
   if name not in COMMANDS:
+    names = ', '.join(COMMANDS)
     print(
-      f'rotbits: unknown command {name!r}; the commands are {", ".join(COMMANDS)}',
-      file=sys.stderr,
+      f'rotbits: unknown command {name!r}; the commands are {names}', file=sys.stderr
     )
     return 2
   del sys.argv[1]
   # Only this command is imported, because importing all of them would take seconds.
-  return importlib.import_module(f'rotbits_jax.cli.{name}').run()
-
-
-if __name__ == '__main__':
-  sys.exit(main())
+  command = importlib.import_module(f'rotbits_jax.cli.{name}')
+  return importlib.import_module('rotbits_jax.cli.program').run(
+    command.main, command.FLAGS
+  )

@@ -1,11 +1,14 @@
-"""Shared parts of the commands: running one, its errors, and reading a model.
+"""Shared parts of the commands: their flags, running one, its errors, reading a model.
+
+A command is a module with a docstring, which is its help, `FLAGS`, and `main`, which
+returns what it prints: the JSON object of --json, and the text for people.
 
 Exit codes: 0 success; 1 a fault of this program, with its traceback; 2 bad input, with
 one line on stderr and nothing written; 130 interrupted; 129 and 143 ended by SIGHUP and
 SIGTERM.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 import contextlib
 import inspect
 import json
@@ -21,12 +24,17 @@ from typing import Any
 
 from absl import flags
 import jax
+import numpy as np
 import safetensors
 
 import rotbits_jax
 from rotbits_jax.file import container
-from rotbits_jax.file import fields
+from rotbits_jax.file.fields import printable
+from rotbits_jax.report import savings
 from rotbits_jax.system import config_files
+
+Result = tuple[dict[str, Any], str | None]
+"""The JSON object and the text that a command prints."""
 
 BAD_INPUT = 2  # bad flags, too
 
@@ -34,33 +42,96 @@ BAD_INPUT = 2  # bad flags, too
 # read as one.
 _CHECKPOINT_SUFFIXES = ('.bin', '.gguf', '.json', '.pt', '.safetensors')
 
-
-def define_output_flags(
-  flag_values: flags.FlagValues,
-) -> tuple[flags.FlagHolder[bool], flags.FlagHolder[bool]]:
-  """Defines the flags that every command has.
-
-  Returns:
-    The flags --json and --verbose.
-  """
-  json_flag = flags.DEFINE_bool(
-    'json', False, 'Print one JSON object on one line.', flag_values=flag_values
-  )
-  verbose = flags.DEFINE_bool(
-    'verbose',
-    False,
-    'Print more: every row of a report, the traceback of an error.',
-    short_name='v',
-    flag_values=flag_values,
-  )
-  return json_flag, verbose
+_COMMON = 'flags of every command'
 
 
-def define_config_flag(flag_values: flags.FlagValues, help: str) -> flags.FlagHolder:
-  """Defines the flag --config. Its value is the path or the name of a config file."""
-  from ml_collections import config_flags  # slow to import
+class Flags:
+  """Defines the flags of a command, and --json and --verbose, which every one has."""
 
-  return config_flags.DEFINE_config_file('config', None, help, flag_values=flag_values)
+  def __init__(self) -> None:
+    """Defines the flags of every command."""
+    self.values = flags.FlagValues()
+    self._paths: list[str] = []
+    common: dict[str, Any] = {'flag_values': self.values, 'module_name': _COMMON}
+    self.json = flags.DEFINE_bool(
+      'json', False, 'Print one JSON object on one line.', **common
+    )
+    self.verbose = flags.DEFINE_bool(
+      'verbose',
+      False,
+      'Print more: every row of a report, the traceback of an error.',
+      short_name='v',
+      **common,
+    )
+
+  def text(self, name: str, help: str, **options: Any) -> flags.FlagHolder[Any]:
+    """Defines a flag that takes any text. Options are those of absl's function."""
+    return flags.DEFINE_string(name, None, help, flag_values=self.values, **options)
+
+  def source(self, name: str, help: str, **options: Any) -> flags.FlagHolder[Any]:
+    """Defines a flag that takes the path of a checkpoint or of an encoded file."""
+    self._paths.append(name)
+    return self.text(name, help, **options)
+
+  def switch(
+    self, name: str, help: str, default: bool | None = False
+  ) -> flags.FlagHolder[Any]:
+    """Defines a flag that is given or not."""
+    return flags.DEFINE_bool(name, default, help, flag_values=self.values)
+
+  def number(
+    self, name: str, help: str, default: float | None = None, **options: Any
+  ) -> flags.FlagHolder[Any]:
+    """Defines a flag that takes a number."""
+    define: Any = flags.DEFINE_float
+    return define(name, default, help, flag_values=self.values, **options)
+
+  def count(
+    self, name: str, help: str, default: int | None = None, least: int = 1
+  ) -> flags.FlagHolder[Any]:
+    """Defines a flag that takes an integer."""
+    return flags.DEFINE_integer(
+      name, default, help, lower_bound=least, flag_values=self.values
+    )
+
+  def choice(
+    self,
+    name: str,
+    help: str,
+    choices: Sequence[str],
+    default: str | None = None,
+    **options: Any,
+  ) -> flags.FlagHolder[Any]:
+    """Defines a flag that takes one of a few words."""
+    return flags.DEFINE_enum(
+      name, default, choices, help, flag_values=self.values, **options
+    )
+
+  def config(self, help: str) -> flags.FlagHolder[Any]:
+    """Defines the flag --config: the path or the name of a config file."""
+    from ml_collections import config_flags  # slow to import
+
+    return config_flags.DEFINE_config_file(
+      'config', None, help, flag_values=self.values
+    )
+
+  def check_sources(self) -> None:
+    """Checks that sources are paths, and not addresses or names of models.
+
+    Raises:
+      ValueError: if one is not. It says how to get the files.
+    """
+    for name in self._paths:
+      if (path := self.values[name].value) is None:
+        continue
+      if re.match(r'\w+://', path):
+        raise ValueError(f'{path}: not a local path; copy the files to a folder first')
+      is_name = name != 'input' and re.fullmatch(r'[\w.-]+/[\w.-]+', path)
+      if is_name and not os.path.exists(path):
+        raise ValueError(
+          f'{path}: No such file or directory; a model of the Hugging Face Hub is '
+          f'downloaded by: hf download {path} --local-dir {path.split("/")[1]}'
+        )
 
 
 class Stopped(KeyboardInterrupt):
@@ -98,41 +169,48 @@ def _signals() -> Iterator[None]:
         signal.signal(each, handler)
 
 
-def run(command: Callable[[], None], flag_values: flags.FlagValues) -> int:
-  """Parses `sys.argv` and runs a command.
+def run(command: Callable[[], Result | None], own: Flags | flags.FlagValues) -> int:
+  """Parses `sys.argv`, runs a command and prints its result.
 
   For bad input, it prints one line to stderr. Any other exception is a fault of this
   program and is raised with its traceback.
 
   Args:
-    command: the function to run. The docstring of its module is the help text.
-    flag_values: the flags of the command.
+    command: the function to run. The docstring of its module is the help text. It may
+      print by itself and return None.
+    own: the flags of the command.
 
   Returns:
     The exit code.
   """
+  values = own.values if isinstance(own, Flags) else own
   module = sys.modules[command.__module__]
   name = f'rotbits {pathlib.Path(str(module.__file__)).stem}'
   arguments = sys.argv[1:]
   if '--help' in arguments or '-h' in arguments:
-    print(f'{inspect.getdoc(module)}\n\nflags:\n{_flags_help(flag_values)}')
+    print(f'{inspect.getdoc(module)}\n\nflags:\n{_flags_help(values)}')
     return 0
   logging.getLogger('jax').setLevel(logging.ERROR)  # hides messages like "no GPU found"
   _keep_programs()
   try:
     with _signals():
-      _parse(flag_values)
-      command()
+      _parse(values)
+      if isinstance(own, Flags):
+        own.check_sources()
+      result = command()
+      if result is not None and values['json'].value:
+        print(json.dumps(result[0], allow_nan=False))
+      elif result is not None and result[1] is not None:
+        print(result[1])
       sys.stdout.flush()
   except Stopped as error:
     return 128 + error.signal  # the convention of shells
   except KeyboardInterrupt:
     return 128 + signal.SIGINT
-  except BrokenPipeError:  # the reader of the pipe, such as `head`, has ended
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return 0
+  except BrokenPipeError:
+    raise
   except (ValueError, OSError, flags.Error) as error:
-    if 'verbose' in flag_values and flag_values['verbose'].value:
+    if 'verbose' in values and values['verbose'].value:
       traceback.print_exc()
     hint = f'; see {name} --help' if isinstance(error, flags.Error) else ''
     print(f'{name}: {one_line(error)}{hint}', file=sys.stderr)
@@ -144,15 +222,17 @@ def _keep_programs() -> None:
   """Lets JAX keep compiled programs in the user's cache directory.
 
   A command then starts without compiling what an earlier one has compiled. What the
-  user told JAX, as by JAX_COMPILATION_CACHE_DIR, stays as it is.
+  user told JAX, as by JAX_COMPILATION_CACHE_DIR, is not changed.
   """
   if jax.config.jax_compilation_cache_dir is not None:
     return
   cache = os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache')
   folder = os.path.join(cache, 'rotbits_jax')
+  if not os.path.isabs(folder):  # the user has no home
+    return
   try:
     os.makedirs(folder, exist_ok=True)
-  except OSError:  # as for a user without a home
+  except OSError:
     return
   jax.config.update('jax_compilation_cache_dir', folder)
   # JAX keeps only programs that took a second to compile, unless told otherwise. Many
@@ -161,20 +241,17 @@ def _keep_programs() -> None:
 
 
 def one_line(error: BaseException) -> str:
-  """Returns the message of an error on one line."""
+  """Returns the message of an error on one line, for users of the command line."""
   if isinstance(error, OSError) and error.strerror and error.filename is not None:
-    return fields.printable(f'{error.filename}: {error.strerror}')
-  return fields.printable(' '.join(str(error).split())) or type(error).__name__
-
-
-def say(line: str) -> None:
-  """Prints a line that names files, whose names may hold any characters."""
-  print(fields.printable(line))
+    text = f'{error.filename}: {error.strerror}'
+  else:
+    text = ' '.join(str(error).split()) or type(error).__name__
+  return printable(text.replace('overwrite=True', '--overwrite'))
 
 
 def warn(text: str) -> None:
   """Prints a warning on stderr."""
-  print(f'warning: {fields.printable(text)}', file=sys.stderr)
+  print(f'warning: {printable(text)}', file=sys.stderr)
 
 
 def terminal_width() -> int | None:
@@ -182,9 +259,9 @@ def terminal_width() -> int | None:
   return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
 
 
-def print_json(value: dict[str, Any]) -> None:
-  """Prints a JSON object on one line."""
-  print(json.dumps(value, allow_nan=False))
+def report_text(report: savings.Report, verbose: bool) -> str:
+  """Returns a report as text that fits the terminal, or all of it if `verbose`."""
+  return report.to_text(verbose=verbose, width=None if verbose else terminal_width())
 
 
 def read_model(path: str) -> rotbits_jax.Checkpoint:
@@ -192,6 +269,24 @@ def read_model(path: str) -> rotbits_jax.Checkpoint:
   if _is_container(path):
     return rotbits_jax.decode_checkpoint(path, progress=True)
   return rotbits_jax.load_checkpoint(path)
+
+
+def read_tokens(checkpoint: rotbits_jax.Checkpoint, text: str) -> np.ndarray:
+  """Converts a text to tokens of a checkpoint: int32 `[N]`.
+
+  Raises:
+    ValueError: if the checkpoint has no tokenizer, or that of another model.
+  """
+  from rotbits_jax import evaluation  # slow to import
+
+  tokens = evaluation.encode_text(checkpoint.files, text)
+  count = checkpoint.model.config.vocab_size
+  if tokens.max(initial=0) >= count:
+    raise ValueError(
+      f'the tokenizer.json beside the model is that of another model: it makes token '
+      f'{tokens.max()}, and the model has {count} tokens'
+    )
+  return tokens
 
 
 def parse_size(name: str, text: str | None) -> int | None:
@@ -243,10 +338,10 @@ def _is_container(path: str) -> bool:
     return pathlib.Path(path).suffix not in _CHECKPOINT_SUFFIXES
 
 
-def _parse(flag_values: flags.FlagValues) -> None:
-  flag_values.unparse_flags()  # an earlier run in this process may have left values
+def _parse(values: flags.FlagValues) -> None:
+  values.unparse_flags()  # an earlier run in this process may have left values
   try:
-    unused = flag_values([config_files.named('config', x) for x in sys.argv])[1:]
+    unused = values([config_files.named('config', x) for x in sys.argv])[1:]
   except flags.Error as error:
     # absl says "Flag --x must have a value other than None."
     missing = re.search(r'flag (--\w+)=None: Flag', str(error))
@@ -260,11 +355,11 @@ def _parse(flag_values: flags.FlagValues) -> None:
     raise ValueError(f'unexpected argument {unused[0]!r}')
 
 
-def _flags_help(flag_values: flags.FlagValues) -> str:
+def _flags_help(values: flags.FlagValues) -> str:
   """Returns the help of a command's own flags, then that of the flags of every command.
 
   absl puts flags under the names of the modules that define them, which a user need not
   know.
   """
-  modules = sorted(flag_values.flags_by_module_dict(), key=lambda x: x == __name__)
-  return '\n'.join(flag_values.module_help(x).partition(':\n')[2] for x in modules)
+  modules = sorted(values.flags_by_module_dict(), key=lambda x: x == _COMMON)
+  return '\n'.join(values.module_help(x).partition(':\n')[2] for x in modules)

@@ -14,28 +14,17 @@ JSON:
   bytes   bytes of the page
 """
 
-import sys
-
-from absl import flags
-
 from rotbits_jax import report
 from rotbits_jax.cli import program
 from rotbits_jax.system import outputs
 
-FLAGS = flags.FlagValues()
-_INPUT = flags.DEFINE_string(
-  'input', None, 'The file to report on.', required=True, flag_values=FLAGS
-)
-_OUTPUT = flags.DEFINE_string(
-  'output', None, 'The page to write.', required=True, flag_values=FLAGS
-)
-_OVERWRITE = flags.DEFINE_bool(
-  'overwrite', False, 'Replace an existing file.', flag_values=FLAGS
-)
-_JSON, _VERBOSE = program.define_output_flags(FLAGS)
+FLAGS = program.Flags()
+_INPUT = FLAGS.source('input', 'The file to report on.', required=True)
+_OUTPUT = FLAGS.text('output', 'The page to write.', required=True)
+_OVERWRITE = FLAGS.switch('overwrite', 'Replace an existing file.')
 
 
-def main() -> None:
+def main() -> program.Result:
   target = outputs.resolved(_OUTPUT.value)
   outputs.check(target, overwrite=_OVERWRITE.value)
   page = report.report_page(_INPUT.value)
@@ -43,13 +32,4 @@ def main() -> None:
     written = folder / target.name
     written.write_text(page, encoding='utf-8')
     outputs.move(written, target)
-  if _JSON.value:
-    program.print_json({'output': str(target), 'bytes': target.stat().st_size})
-
-
-def run() -> int:
-  return program.run(main, FLAGS)
-
-
-if __name__ == '__main__':
-  sys.exit(run())
+  return {'output': str(target), 'bytes': target.stat().st_size}, None

@@ -1,4 +1,4 @@
-r"""Slices a dense checkpoint with SliceGPT: fewer numbers, similar predictions.
+r"""Slices a dense checkpoint with SliceGPT: fewer elements, similar predictions.
 
   rotbits slice --model=DIR|FILE --output=DIR --sparsity=0.25 --calibration=FILE
     [--dtype=same|float16|bfloat16|float32] [--final_orientation=random|pca]
@@ -14,7 +14,7 @@ Every width of the residual stream shrinks by the sparsity, rounded down to a mu
 of the interval. The calibration text decides which directions stay. The output is that
 of Microsoft's run_slicegpt.py: <name>_<sparsity>.pt, its .json, and the dense model's
 configs and tokenizer. The name is that of the model's directory or file. With --encoded
-the file that `rotbits encode --preset=free` makes is written, too, from the numbers
+the file that `rotbits encode --preset=free` makes is written, too, from the elements
 before they are rounded. Files that exist are replaced with --overwrite only. Slicing
 costs quality, most of all in small models: measure it with `rotbits evaluate`. A small
 model with a tied head does not even become smaller, because slicing unties the head
@@ -31,88 +31,55 @@ JSON:
 
 import dataclasses
 import pathlib
-import sys
-
-from absl import flags
 
 import rotbits_jax
-from rotbits_jax import evaluation
 from rotbits_jax import slicing
 from rotbits_jax.cli import program
 from rotbits_jax.system import outputs
 
 MAX_SEQUENCE_LENGTH = 2048  # SliceGPT's default
 
-FLAGS = flags.FlagValues()
-_MODEL = flags.DEFINE_string(
-  'model', None, 'The dense model to slice.', required=True, flag_values=FLAGS
-)
-_OUTPUT = flags.DEFINE_string(
-  'output', None, 'The directory to write to.', required=True, flag_values=FLAGS
-)
-_SPARSITY = flags.DEFINE_float(
+FLAGS = program.Flags()
+_MODEL = FLAGS.source('model', 'The dense model to slice.', required=True)
+_OUTPUT = FLAGS.text('output', 'The directory to write to.', required=True)
+_SPARSITY = FLAGS.number(
   'sparsity',
-  None,
   'The part of the hidden size to remove: at least 0, less than 1.',
   required=True,
-  flag_values=FLAGS,
 )
-_CALIBRATION = flags.DEFINE_string(
-  'calibration', None, 'A text file in UTF-8.', required=True, flag_values=FLAGS
-)
-_DTYPE = flags.DEFINE_enum(
+_CALIBRATION = FLAGS.text('calibration', 'A text file in UTF-8.', required=True)
+_DTYPE = FLAGS.choice(
   'dtype',
-  'same',
-  ['same', 'float16', 'bfloat16', 'float32'],
   'Dtype of the sliced model; by default that of the dense model.',
-  flag_values=FLAGS,
+  ('same', 'float16', 'bfloat16', 'float32'),
+  default='same',
 )
-_FINAL_ORIENTATION = flags.DEFINE_enum(
+_FINAL_ORIENTATION = FLAGS.choice(
   'final_orientation',
-  slicing.ORIENTATIONS[0],
-  slicing.ORIENTATIONS,
   'Coordinates of the residual stream: rotated at random, or principal components.',
-  flag_values=FLAGS,
+  slicing.ORIENTATIONS,
+  default=slicing.ORIENTATIONS[0],
 )
-_ROUND_INTERVAL = flags.DEFINE_integer(
-  'round_interval', 8, 'Widths are multiples of it.', lower_bound=1, flag_values=FLAGS
-)
-_SLICE_HEAD = flags.DEFINE_bool(
-  'slice_head', False, 'Slice the input of the head, too.', flag_values=FLAGS
-)
-_SEQUENCES = flags.DEFINE_integer(
+_ROUND_INTERVAL = FLAGS.count('round_interval', 'Widths are multiples of it.', 8)
+_SLICE_HEAD = FLAGS.switch('slice_head', 'Slice the input of the head, too.')
+_SEQUENCES = FLAGS.count(
   'sequences',
-  128,
   'Number of sequences of the text to calibrate with, drawn at random.',
-  lower_bound=1,
-  flag_values=FLAGS,
+  128,
 )
-_SEQUENCE_LENGTH = flags.DEFINE_integer(
+_SEQUENCE_LENGTH = FLAGS.count(
   'sequence_length',
-  None,
   'Number of tokens in a sequence; by default the number of positions of the model, '
   f'but at most {MAX_SEQUENCE_LENGTH}.',
-  lower_bound=1,
-  flag_values=FLAGS,
 )
-_SEED = flags.DEFINE_integer(
-  'seed', 42, 'The seed of all that is random.', lower_bound=0, flag_values=FLAGS
+_SEED = FLAGS.count('seed', 'The seed of all that is random.', 42, least=0)
+_ENCODED = FLAGS.text(
+  'encoded', 'A file for the sliced model, encoded with the preset free.'
 )
-_JSON, _VERBOSE = program.define_output_flags(FLAGS)
-
-_ENCODED = flags.DEFINE_string(
-  'encoded',
-  None,
-  'A file for the sliced model, encoded with the preset free.',
-  flag_values=FLAGS,
-)
-
-_OVERWRITE = flags.DEFINE_bool(
-  'overwrite', False, 'Replace existing files.', flag_values=FLAGS
-)
+_OVERWRITE = FLAGS.switch('overwrite', 'Replace existing files.')
 
 
-def main() -> None:
+def main() -> program.Result:
   overwrite = _OVERWRITE.value
   text = program.read_text(_CALIBRATION.value)
   dense = program.read_model(_MODEL.value)
@@ -122,7 +89,7 @@ def main() -> None:
   config = dense.model.config
   length = _SEQUENCE_LENGTH.value or min(config.max_positions, MAX_SEQUENCE_LENGTH)
   tokens = slicing.sample_sequences(
-    evaluation.encode_text(dense.files, text),
+    program.read_tokens(dense, text),
     sequences=_SEQUENCES.value,
     length=length,
     seed=_SEED.value,
@@ -156,20 +123,18 @@ def main() -> None:
     )
   weights = pathlib.Path(_OUTPUT.value, f'{stem}.pt')
   width = model.config.segment_widths[0]
-  if _JSON.value:
-    result = {
-      'weights': str(weights),
-      'encoded': _ENCODED.value,
-      'hidden_size': config.hidden_size,
-      'width': width,
-      'tokens': int(tokens.size),
-    }
-    program.print_json(result)
-    return
-  program.say(
+  result = {
+    'weights': str(weights),
+    'encoded': _ENCODED.value,
+    'hidden_size': config.hidden_size,
+    'width': width,
+    'tokens': int(tokens.size),
+  }
+  text = (
     f'wrote {weights}: width {width} of {config.hidden_size}, '
     f'calibrated on {tokens.size:,} tokens'
   )
+  return result, program.printable(text)
 
 
 def _check_outputs(names: list[str]) -> None:
@@ -184,11 +149,3 @@ def _check_outputs(names: list[str]) -> None:
   if _ENCODED.value is not None:
     encoded = outputs.resolved(_ENCODED.value)
     outputs.check(encoded, overwrite=_OVERWRITE.value)
-
-
-def run() -> int:
-  return program.run(main, FLAGS)
-
-
-if __name__ == '__main__':
-  sys.exit(run())

@@ -24,44 +24,25 @@ JSON:
   kl_rerounded  the noise floor in nats, or null
 """
 
-import sys
-
-from absl import flags
-
 import rotbits_jax
 from rotbits_jax.cli import program
 
-FLAGS = flags.FlagValues()
-_INPUT = flags.DEFINE_string(
-  'input', None, 'The file to verify.', required=True, flag_values=FLAGS
-)
-_AGAINST = flags.DEFINE_string(
-  'against', None, 'The checkpoint that was encoded.', flag_values=FLAGS
-)
-_JSON, _VERBOSE = program.define_output_flags(FLAGS)
+FLAGS = program.Flags()
+_INPUT = FLAGS.source('input', 'The file to verify.', required=True)
+_AGAINST = FLAGS.source('against', 'The checkpoint that was encoded.')
 
 
-def main() -> None:
+def main() -> program.Result:
   result = rotbits_jax.verify(_INPUT.value, against=_AGAINST.value, progress=True)
-  if _JSON.value:
-    program.print_json(result._asdict())
-    return
-  program.say(
+  lines = [
     f'{_INPUT.value}: {result.tensors} tensors and {result.files} other files are '
     'undamaged'
-  )
+  ]
   if result.same_bits:
-    program.say(f'all bits are those of {_AGAINST.value}')
+    lines.append(f'all bits are those of {_AGAINST.value}')
   if result.kl is not None:
-    program.say(
+    lines.append(
       f'KL divergence from {_AGAINST.value}: {result.kl:.3g}, '
       f'noise floor {result.kl_rerounded:.3g}'
     )
-
-
-def run() -> int:
-  return program.run(main, FLAGS)
-
-
-if __name__ == '__main__':
-  sys.exit(run())
+  return result._asdict(), '\n'.join(map(program.printable, lines))

@@ -42,7 +42,7 @@ class Job:
     writer_lib.check_files(self.files, *([] if stem is None else [stem]))
     self.buffers = dict(source.buffers)
     stored_as = getattr(source, 'stored_as', None)
-    if stored_as is not None and (preset.rounding is None or preset.message):
+    if stored_as is not None and preset.rounding is None:
       # Other presets round numbers at the end, so they use them before that.
       source, stored_as = source.rounded(), None
     is_uniform = preset.rounding is not None and preset.rounding.uniform
@@ -55,9 +55,7 @@ class Job:
     self.summary = writer_lib.Summary(preset, source.config, stem)
     self.sizes = _input_sizes(self.context, self.buffers)
     if preset.message is not None:
-      from rotbits_jax import paper  # its linear algebra is slow to import
-
-      paper.refuse(source, preset.message)
+      preset.message.refuse(source)
 
   @property
   def total(self) -> int:
@@ -69,9 +67,9 @@ class Job:
     Returns None if a run cannot be resumed.
     """
     preset = self.preset
-    if not isinstance(self.source, checkpoints.CheckpointReader) or preset.message:
+    if not isinstance(self.source, checkpoints.CheckpointReader):
       return None
-    if not preset.by_options:
+    if not preset.resumable:
       return None
     parts = [
       self.source.fingerprint(),
@@ -195,13 +193,11 @@ class Job:
   def _write_message(
     self, writer: writer_lib.FileWriter, bar: progress_lib.Progress
   ) -> None:
-    from rotbits_jax import paper  # its linear algebra is slow to import
-
+    assert self.preset.message is not None
     name, corrections, tables = manifest_lib.MESSAGE
-    encoded = paper.encode(
+    encoded = self.preset.message.encode(
       self.context.source,
-      self.preset.message,
-      lambda words: writer.extend(name, words),
+      spill=lambda words: writer.extend(name, words),
       progress=bar.shown,
     )
     streams = [writer.close(name)]

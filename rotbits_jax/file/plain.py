@@ -54,7 +54,7 @@ class Job:
       ValueError: if the preset is another, a file cannot be kept, or a unit has the
         name of another stream.
     """
-    if preset.name != 'exact' or len(preset.names) > 1:
+    if preset.keeps != 'bits':
       raise ValueError(
         f'the preset {preset.name!r} needs a model of a known family; plain arrays '
         "can be encoded with 'exact'"
@@ -149,7 +149,7 @@ def tensor_job(
     UnsupportedError: if the preset needs a model.
     ValueError: if a tensor has a name with an empty part.
   """
-  if preset.name != 'exact':
+  if preset.keeps != 'bits':
     raise checkpoints.UnsupportedError(
       f'{source.reason or source.path}; the preset exact stores such a checkpoint as '
       'plain tensors'

@@ -1,4 +1,4 @@
-"""Configs, parameters and Flax forward passes of dense and sliced transformers."""
+"""Configs, parameters and forward passes of dense and sliced transformers."""
 
 from rotbits_jax.models import generation
 from rotbits_jax.models import layout
@@ -17,18 +17,22 @@ from rotbits_jax.models.model import unstack_layer
 from rotbits_jax.models.shapes import count_elements
 from rotbits_jax.models.shapes import layer_shapes
 from rotbits_jax.models.shapes import outer_shapes
-from rotbits_jax.models.transformer import Transformer
+from rotbits_jax.models.transformer import Cache
+from rotbits_jax.models.transformer import Outputs
+from rotbits_jax.models.transformer import forward
 from rotbits_jax.models.transformer import input_moments
 from rotbits_jax.models.transformer import logits
 
 __all__ = [
+  'Cache',
   'Model',
   'ModelConfig',
+  'Outputs',
   'Params',
   'RopeScaling',
-  'Transformer',
   'count_elements',
   'expand',
+  'forward',
   'from_layers',
   'generation',
   'input_moments',

@@ -1,18 +1,17 @@
 """Text generation: one token after another, with a cache of keys and values.
 
-The cache keeps the attention keys and values of all earlier tokens, so that a step
-computes only the new tokens. `extend` is the pure step, for `jit`, `lax.scan` and
-`lax.while_loop`. `generate` loops over it on the host and yields each token as soon as
-it is known.
+The cache keeps the attention keys and values of all earlier tokens, so a step computes
+only the new tokens. `models.forward` with a cache is the pure step, for `jit`,
+`lax.scan` and `lax.while_loop`. `generate` loops over it on the host and yields each
+token as soon as it is known.
 
-Shape letters are those of `models.config` and `models.transformer`. In addition, a
-cache has room for `C` tokens, and `N` is the number of layers in a stack of layers.
+Shape letters are those of `models.config` and `models.transformer`.
 """
 
 from collections.abc import Collection, Iterator
 import dataclasses
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,55 +24,16 @@ from rotbits_jax.models import transformer
 PREFILL = 64  # tokens of the prompt in one step
 
 
-class Cache(NamedTuple):
-  """Attention keys and values of the tokens so far.
-
-  Attributes:
-    layers: `attention/key` and `attention/value` for each stack `layers.I:J`.
-    length: how many of the C rows are filled.
-  """
-
-  layers: dict[str, Any]  # leaves [N, B, C, K, h] float32
-  length: jax.Array  # [] int32
-
-
-def empty_cache(model: model_lib.Model, batch: int, room: int) -> Cache:
-  """Makes a cache for `batch` sequences of up to `room` tokens."""
+def empty_cache(model: model_lib.Model, batch: int, room: int) -> transformer.Cache:
+  """Makes a cache for `batch` sequences of up to `room` tokens, C in `Cache`."""
   config = model.config
   shape = (batch, room, config.num_kv_heads, config.head_dim)
   zeros = lambda size: jnp.zeros((size, *shape), jnp.float32)
   layers = {
-    names.stack(stack): {
-      'attention': {'key': zeros(len(stack)), 'value': zeros(len(stack))}
-    }
+    names.stack(stack): {name: zeros(len(stack)) for name in ('key', 'value')}
     for stack in model.stacks
   }
-  return Cache(layers, jnp.zeros((), jnp.int32))
-
-
-def extend(
-  model: model_lib.Model, cache: Cache, tokens: jax.Array
-) -> tuple[jax.Array, Cache]:
-  """Computes the next-token logits of tokens that follow the tokens in a cache.
-
-  The logits equal the last T rows of `transformer.logits` of the whole sequence.
-
-  Args:
-    model: the model, dense or sliced; it may have structured leaves.
-    cache: a cache of B sequences. It must have room for T more tokens, otherwise the
-      result is undefined.
-    tokens: `[B, T]` integers.
-
-  Returns:
-    `[B, T, V]` float32 logits, and the cache with the tokens added.
-  """
-  logits, updated = transformer.Transformer(model.config, model.stacks).apply(
-    {'params': model.params, 'cache': cache.layers},
-    tokens,
-    cache.length,
-    mutable=['cache'],
-  )
-  return logits, Cache(updated['cache'], cache.length + tokens.shape[1])
+  return transformer.Cache(layers, jnp.zeros((), jnp.int32))
 
 
 def sample(
@@ -194,14 +154,14 @@ def _stream(
 @functools.partial(jax.jit, static_argnames='top_k', donate_argnames='cache')
 def _next_token(
   model: model_lib.Model,
-  cache: Cache,
+  cache: transformer.Cache,
   tokens: jax.Array,
   count: jax.Array | int,
   *,
   key: jax.Array,
   temperature: jax.Array | float,
   top_k: int | None,
-) -> tuple[jax.Array, Cache]:
+) -> tuple[jax.Array, transformer.Cache]:
   """Draws the token after the first `count` of `[1, T]` tokens; the rest are padding.
 
   The padding leaves keys and values in the cache. They do no harm, because later tokens
@@ -210,11 +170,12 @@ def _next_token(
   Returns:
     The token, `[]` int32, or -1 if the logits are not finite; and the cache.
   """
-  logits, extended = extend(model, cache, tokens)
+  found = transformer.forward(model.params, model.config, tokens, cache=cache)
+  assert found.cache is not None
   length = cache.length + count
-  last = logits[0, count - 1]
+  last = found.logits[0, count - 1]
   token = sample(
     last, jax.random.fold_in(key, length), temperature=temperature, top_k=top_k
   )
   token = jnp.where(jnp.isfinite(last).all(), token, -1)
-  return token, extended._replace(length=length)
+  return token, found.cache._replace(length=length)

@@ -61,8 +61,7 @@ class Model:
   @property
   def stacks(self) -> tuple[range, ...]:
     """The layers of each stack, in order."""
-    found = [layers for key in self.params if (layers := names.stacked_layers(key))]
-    return tuple(sorted(found, key=lambda layers: layers.start))
+    return names.stacks(self.params)
 
   def outer(self) -> Params:
     """Returns the parameters outside the layers."""
@@ -240,7 +239,7 @@ def stack_ranges(layers: range, key: Callable[[int], Any]) -> list[range]:
 
   Args:
     layers: the indices of the layers.
-    key: maps an index to the `stack_key` of the layer.
+    key: maps an index to a value that is equal for layers that can share a stack.
   """
   runs = [list(run) for _, run in itertools.groupby(layers, key)]
   return [range(run[0], run[-1] + 1) for run in runs]

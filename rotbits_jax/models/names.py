@@ -6,6 +6,7 @@ first key of these paths. In memory, consecutive layers of the same shapes are s
 'layers.2:5' holds layers 2, 3 and 4 along a leading axis.
 """
 
+from collections.abc import Iterable
 import re
 
 _INDEX = '(0|[1-9][0-9]{0,6})'
@@ -39,6 +40,12 @@ def stacked_layers(path: str) -> range | None:
   """Returns the layers of a stack, given its name or a path in it; None elsewhere."""
   match = re.match(rf'layers\.{_INDEX}:{_INDEX}(/|\Z)', path)
   return None if match is None else range(int(match[1]), int(match[2]))
+
+
+def stacks(keys: Iterable[str]) -> tuple[range, ...]:
+  """Returns the layers of each stack among the keys of a model, in order."""
+  found = filter(None, map(stacked_layers, keys))
+  return tuple(sorted(found, key=lambda layers: layers.start))
 
 
 def pattern(path: str) -> str:

@@ -1,11 +1,14 @@
 """The shape of every parameter, from the config's sizes and the axes in `layout`."""
 
+from collections.abc import Iterable
 import math
 from typing import Any
 
 from rotbits_jax import structured
 from rotbits_jax.models import config as config_lib
 from rotbits_jax.models import layout
+from rotbits_jax.models import model as model_lib
+from rotbits_jax.models import names
 
 
 def layer_shapes(config: config_lib.ModelConfig, layer: int) -> dict[str, Any]:
@@ -17,6 +20,26 @@ def layer_shapes(config: config_lib.ModelConfig, layer: int) -> dict[str, Any]:
 def outer_shapes(config: config_lib.ModelConfig) -> dict[str, Any]:
   """Returns the shapes of the parameters outside the layers, as nested dicts."""
   return _shapes(config, layout.outer_axes(config), config.segment_widths)
+
+
+def stacked_shapes(
+  config: config_lib.ModelConfig, stacks: Iterable[range] | None = None
+) -> dict[str, tuple[int, ...]]:
+  """Returns the shape of every parameter of a model by path; kernels `[N, in, out]`.
+
+  Args:
+    config: sizes and switches.
+    stacks: the layers of each stack, which must have equal shapes. None for the fewest
+      stacks.
+  """
+  if stacks is None:
+    key = lambda layer: layer_shapes(config, layer)
+    stacks = model_lib.stack_ranges(range(config.num_layers), key)
+  found = structured.flatten(outer_shapes(config))
+  for stack in stacks:
+    for path, shape in structured.flatten(layer_shapes(config, stack.start)).items():
+      found[f'{names.stack(stack)}/{path}'] = (len(stack), *shape)
+  return found
 
 
 def count_elements(config: config_lib.ModelConfig) -> int:

@@ -1,22 +1,32 @@
-"""The forward pass of a dense or sliced decoder-only transformer.
+"""The forward pass of a dense or sliced decoder-only transformer, as pure functions.
 
-In a sliced model, a shortcut is the matrix that maps one residual segment to the next
-one; it takes the place of the identity of a dense model. `models.config` defines
-segments and sublayers.
+    x_0     = embed[tokens] (+ positions)
+    x_{s+1} = x_s @ M_s + sublayer_s(norm(x_s))
+    logits  = norm(x_S) @ head
 
-All computation is in float32, independent of the dtype of the parameters.
+In a sliced model, `M_s` is the shortcut, a matrix that takes the residual stream from
+segment s to segment s + 1. In a dense model it is the identity. With parallel blocks,
+attention and MLP are one sublayer. `models.config` defines segments and sublayers.
+
+The functions compute in float32, independent of the dtype of the parameters. A
+parameter may be a structured leaf, which is applied by its own methods. Shapes are
+checked when the functions are traced; `jax.jit` is left to the caller.
+
+Layers and sublayers also return the inputs of their linear layers, because calibration
+and error feedback need them. They cost nothing in a compiled program that does not use
+them.
 
 Shape letters are those of `models.config`. In addition:
   B  sequences                           T  tokens of a sequence
-  C  rows of the cache, see `models.generation`; T without a cache
-  r  numbers of a head that RoPE rotates
+  N  layers of a stack                   C  rows of the cache; T without a cache
+  r  coordinates of a head that RoPE rotates
 """
 
 from collections.abc import Callable
 import itertools
-from typing import Any
+from typing import Any, NamedTuple
 
-from flax import linen as nn
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -27,15 +37,56 @@ from rotbits_jax.models import model as model_lib
 from rotbits_jax.models import names
 from rotbits_jax.models import shapes as shapes_lib
 
+Params = model_lib.Params
+KeysAndValues = dict[str, jax.Array]
+
 ACTIVATIONS: dict[config_lib.Activation, Callable[[jax.Array], jax.Array]] = {
-  'relu': nn.relu,
-  'gelu_new': lambda x: nn.gelu(x, approximate=True),
-  'silu': nn.silu,
+  'relu': jax.nn.relu,
+  'gelu_new': lambda x: jax.nn.gelu(x, approximate=True),
+  'silu': jax.nn.silu,
 }
 
-_MOMENTS = 'moments'  # the collection that `input_moments` fills
-
 POSITION_OFFSET = 2  # OPT's position table begins with two unused rows
+
+
+class Cache(NamedTuple):
+  """Attention keys and values of the tokens so far.
+
+  Attributes:
+    layers: `key` and `value` of each stack of layers.
+    length: how many of the C rows are filled.
+  """
+
+  layers: dict[str, KeysAndValues]  # leaves [N, B, C, K, h] float32
+  length: jax.Array  # [] int32
+
+
+class Outputs(NamedTuple):
+  """The results of `forward`.
+
+  Attributes:
+    logits: the next-token logits.
+    cache: the cache with the tokens added; None without a cache.
+    moments: see `input_moments`; None unless they were asked for.
+  """
+
+  logits: jax.Array  # [B, T, V] float32
+  cache: Cache | None
+  moments: Params | None
+
+
+class Written(NamedTuple):
+  """The results of a layer or a sublayer.
+
+  Attributes:
+    x: the residual stream after a layer; what a sublayer adds to it.
+    inputs: the input of each linear layer, in the place of its kernel.
+    cache: keys and values of all tokens so far; None for an MLP, and without a cache.
+  """
+
+  x: jax.Array  # [B, T, d] float32
+  inputs: Params  # leaves [B, T, in] float32
+  cache: KeysAndValues | None = None  # leaves [B, C, K, h] float32
 
 
 def logits(model: model_lib.Model, tokens: jax.Array) -> jax.Array:
@@ -48,11 +99,10 @@ def logits(model: model_lib.Model, tokens: jax.Array) -> jax.Array:
   Returns:
     `[B, T, V]` float32.
   """
-  transformer = Transformer(model.config, model.stacks)
-  return jnp.asarray(transformer.apply({'params': model.params}, tokens))
+  return forward(model.params, model.config, tokens).logits
 
 
-def input_moments(model: model_lib.Model, tokens: jax.Array) -> model_lib.Params:
+def input_moments(model: model_lib.Model, tokens: jax.Array) -> Params:
   """Computes the second moments of the inputs of every linear layer.
 
   Args:
@@ -64,255 +114,246 @@ def input_moments(model: model_lib.Model, tokens: jax.Array) -> model_lib.Params
     in the place of its kernel in the model's parameters; `[N, in, in]` in a stack of
     layers. The moments of a tied head are in the place of the token embedding.
   """
-  transformer = Transformer(model.config, model.stacks)
-  _, found = transformer.apply({'params': model.params}, tokens, mutable=[_MOMENTS])
-  return dict(found[_MOMENTS])
+  moments = forward(model.params, model.config, tokens, with_moments=True).moments
+  assert moments is not None
+  return moments
 
 
-class Transformer(nn.Module):
-  """The whole model: embedding, layers, final norm and head.
+def forward(
+  params: Params,
+  config: config_lib.ModelConfig,
+  tokens: jax.Array,
+  *,
+  cache: Cache | None = None,
+  with_moments: bool = False,
+  precision: str = 'highest',
+) -> Outputs:
+  """Computes the logits of a model from its parameters.
 
-      x_0     = embed[tokens] (+ positions)
-      x_{s+1} = x_s @ M_s + sublayer_s(norm(x_s))
-      logits  = norm(x_S) @ head
-
-  `M_s` is the shortcut from segment s to segment s + 1 in a sliced model, and the
-  identity in a dense model. With parallel blocks, attention and MLP are one sublayer.
-
-  Attributes:
+  Args:
+    params: the parameters, see `Model.params`.
     config: sizes and switches.
-    stacks: the layers of each `layers.I:J` of the parameters, in order.
+    tokens: `[B, T]` integers. A token outside the vocabulary makes its sequence NaN.
+    cache: keys and values of earlier tokens. It must have room for T more tokens,
+      otherwise the result is undefined.
+    with_moments: whether to compute `Outputs.moments`.
     precision: precision of the matrix products, see `jax.lax.Precision`.
+
+  Returns:
+    The logits, and what else was asked for.
+
+  Raises:
+    ValueError: if a shape is wrong. The message names the parameter.
   """
-
-  config: config_lib.ModelConfig
-  stacks: tuple[range, ...]
-  precision: str = 'highest'
-
-  @nn.compact
-  def __call__(self, tokens: jax.Array, start: jax.Array | int = 0) -> jax.Array:
-    """Maps `[B, T]` tokens to `[B, T, V]` float32 logits.
-
-    Args:
-      tokens: `[B, T]` integers.
-      start: how many earlier tokens have keys and values in the collection `cache`,
-        see `Attention`.
-
-    Returns:
-      `[B, T, V]`.
-    """
-    config = self.config
-    if [*itertools.chain(*self.stacks)] != [*range(config.num_layers)]:
-      raise ValueError(
-        f'the stacks must hold {config.num_layers} layers in order, got {self.stacks}'
+  stacks = _check(params, config)
+  if tokens.ndim != 2:
+    raise ValueError(f'tokens must be [B, T], got {tokens.shape=}')
+  start = 0 if cache is None else cache.length
+  layers: dict[str, Any] = {}
+  moments: Params = {}
+  with jax.default_matmul_precision(precision):
+    x = embed(params, config, tokens, start=start)
+    for stack in stacks:
+      name = names.stack(stack)
+      stacked = params[name], None if cache is None else cache.layers[name]
+      x, layers[name], moments[name] = _apply_stack(
+        config, x, len(stack), stacked, start, with_moments
       )
-    with jax.default_matmul_precision(self.precision):
-      embed = Embedding(config, name='embed')
-      x = embed(tokens, self.variables.get('params', {}), start)
-      for layers in self.stacks:
-        widths = config.layer_widths(layers.start)
-        block = Block(config, widths, name=names.stack(layers))
-        x = _apply_stacked(block, len(layers), x, start)
-      x = _norm(config, 'final_norm')(x)
-      if config.tied_head:
-        return embed.attend(x)
-      return Linear(config.vocab_size, config.head_bias, name='head')(x)
-
-
-class Embedding(nn.Module):
-  """Token embedding, plus a position embedding if positions are learned."""
-
-  config: config_lib.ModelConfig
-
-  def setup(self) -> None:
-    shapes = shapes_lib.outer_shapes(self.config)['embed']
-    init = nn.initializers.normal(0.02)
-    self.tokens = _parameter(self, 'tokens', shapes['tokens'], init)
-    if self.config.learned_positions:
-      self.positions = _parameter(self, 'positions', shapes['positions'], init)
-
-  def __call__(
-    self, tokens: jax.Array, params: Any, start: jax.Array | int = 0
-  ) -> jax.Array:
-    """Embeds tokens.
-
-    Args:
-      tokens: `[B, T]` integers.
-      params: the model's parameters, from which a dependent token table is computed.
-      start: how many tokens precede these.
-
-    Returns:
-      Float32 `[B, T, d]`, d of the first segment.
-    """
-    if isinstance(self.tokens, structured.Dependent):
-      flat = structured.flatten(params)
-      needed = [_float32(flat[path]) for path in self.tokens.needs]
-      x = jax.tree.map(_upcast, self.tokens).rows(*needed, tokens)
+    x = norm(params.get('final_norm'), config, x)
+    if config.tied_head:
+      found = x @ _float32(params['embed']['tokens']).T
     else:
-      x = _take(self.tokens, tokens)
-    rows = self.config.learned_positions
-    if not rows:
+      found = linear(params['head'], x)
+    if with_moments:
+      head, name = ('embed', 'tokens') if config.tied_head else ('head', 'kernel')
+      moments[head] = {name: _moment(x)}
+  return Outputs(
+    found,
+    None if cache is None else Cache(layers, cache.length + tokens.shape[1]),
+    moments if with_moments else None,
+  )
+
+
+def embed(
+  params: Params,
+  config: config_lib.ModelConfig,
+  tokens: jax.Array,
+  *,
+  start: jax.Array | int = 0,
+) -> jax.Array:
+  """Embeds tokens, and adds the embeddings of their positions if these are learned.
+
+  Args:
+    params: the model's parameters: `embed`, and those that its leaves need.
+    config: sizes and switches.
+    tokens: `[B, T]` integers.
+    start: how many tokens precede these.
+
+  Returns:
+    `[B, T, d]` float32, d of the first segment.
+
+  Raises:
+    ValueError: if there are more tokens than positions.
+  """
+  x = _rows(params['embed']['tokens'], tokens, params)
+  if not config.learned_positions:
+    return x
+  most = config.learned_positions - POSITION_OFFSET
+  length = tokens.shape[-1]
+  if length > most:
+    raise ValueError(f'the model has {most} positions, got {tokens.shape=}')
+  positions = start + jnp.arange(length) + POSITION_OFFSET
+  return x + _rows(params['embed']['positions'], positions, params)
+
+
+def layer(
+  params: Params,
+  config: config_lib.ModelConfig,
+  x: jax.Array,
+  *,
+  start: jax.Array | int = 0,
+  cache: KeysAndValues | None = None,
+) -> Written:
+  """Applies a layer: attention and MLP, one after the other or side by side.
+
+  Args:
+    params: the parameters of the layer, unstacked.
+    config: sizes and switches.
+    x: `[B, T, d]` float32.
+    start: see `attention`.
+    cache: see `attention`.
+
+  Returns:
+    The residual stream after the layer.
+  """
+  inputs: Params = {}
+
+  def shortcut(name: str, x: jax.Array) -> jax.Array:
+    if not config.sliced:
       return x
-    length = tokens.shape[-1]
-    if length > rows - POSITION_OFFSET:
-      raise ValueError(
-        f'the model has {rows - POSITION_OFFSET} positions, got {tokens.shape=}'
-      )
-    return x + _take(self.positions, start + jnp.arange(length) + POSITION_OFFSET)
+    inputs[name] = {'kernel': x}
+    return linear(params[name], x)
 
-  def attend(self, x: jax.Array) -> jax.Array:
-    """Applies the tied head: `x @ tokens.T`."""
-    _sow_moments(self, 'tokens', x)
-    return x @ _float32(self.tokens).T
+  normed = norm(params.get('attention_norm'), config, x)
+  attended = attention(params['attention'], config, normed, start=start, cache=cache)
+  x = shortcut('attention_shortcut', x) + attended.x
+  if not config.parallel_block:
+    normed = norm(params.get('mlp_norm'), config, x)
+    x = shortcut('mlp_shortcut', x)
+  transformed = mlp(params['mlp'], config, normed)
+  inputs |= {'attention': attended.inputs, 'mlp': transformed.inputs}
+  return Written(x + transformed.x, inputs, attended.cache)
 
 
-class Block(nn.Module):
-  """One layer: attention and MLP, one after the other or side by side.
+def attention(
+  params: Params,
+  config: config_lib.ModelConfig,
+  x: jax.Array,
+  *,
+  start: jax.Array | int = 0,
+  cache: KeysAndValues | None = None,
+) -> Written:
+  """Computes causal grouped-query attention.
 
-  Attributes:
+  Args:
+    params: the parameters of the sublayer.
     config: sizes and switches.
-    widths: widths of the layer's segments, see `ModelConfig.layer_widths`.
+    x: `[B, T, d]` float32, the normed input.
+    start: how many tokens precede these.
+    cache: keys and values of C tokens. Those of the T tokens are written into it from
+      row `start` on, and the tokens also attend to the rows before `start`.
+
+  Returns:
+    What is added to the residual stream.
   """
+  chex.assert_rank(x, 3)
+  chex.assert_type(x, jnp.float32)
 
-  config: config_lib.ModelConfig
-  widths: tuple[int, ...]
+  def heads(name: str, count: int) -> jax.Array:
+    return linear(params[name], x).reshape(*x.shape[:-1], count, config.head_dim)
 
-  @nn.compact
-  def __call__(self, x: jax.Array, start: jax.Array | int = 0) -> jax.Array:
-    attention = Attention(self.config, self.widths[1], name='attention')
-    mlp = Mlp(self.config, self.widths[-1], name='mlp')
-    if self.config.parallel_block:
-      normed = _norm(self.config, 'attention_norm')(x)
-      return self._shortcut('attention', x) + attention(normed, start) + mlp(normed)
-    normed = _norm(self.config, 'attention_norm')(x)
-    x = self._shortcut('attention', x) + attention(normed, start)
-    normed = _norm(self.config, 'mlp_norm')(x)
-    return self._shortcut('mlp', x) + mlp(normed)
+  query = heads('query', config.num_heads)  # [B, T, H, h]
+  key = heads('key', config.num_kv_heads)  # [B, T, K, h]
+  value = heads('value', config.num_kv_heads)
+  positions = start + jnp.arange(x.shape[1])
+  if config.rotary_dim:
+    frequencies = rope_frequencies(config)
+    query = rope(query, positions, frequencies)
+    key = rope(key, positions, frequencies)
+  if cache is not None:
+    new = {'key': key, 'value': value}
+    cache = {
+      name: jax.lax.dynamic_update_slice_in_dim(cache[name], new[name], start, axis=1)
+      for name in new
+    }
+    key, value = cache['key'], cache['value']  # [B, C, K, h]
+  distance = positions[:, None] - jnp.arange(key.shape[1])  # [T, C]
+  seen = distance >= 0
+  if config.sliding_window is not None:
+    seen &= distance < config.sliding_window
+  mixed = jax.nn.dot_product_attention(
+    query, key, value, mask=seen[None, None], implementation='xla'
+  )
+  mixed = mixed.reshape(*x.shape[:-1], config.num_heads * config.head_dim)
+  inputs = {name: {'kernel': x} for name in ('query', 'key', 'value')}
+  inputs['out'] = {'kernel': mixed}
+  return Written(linear(params['out'], mixed), inputs, cache)
 
-  def _shortcut(self, sublayer: str, x: jax.Array) -> jax.Array:
-    if not self.config.sliced:
-      return x
-    width = self.widths[1] if sublayer == 'attention' else self.widths[-1]
-    return Linear(width, name=f'{sublayer}_shortcut')(x)
 
+def mlp(params: Params, config: config_lib.ModelConfig, x: jax.Array) -> Written:
+  """Computes the MLP: `down(act(up(x)))`, or with a gate `down(act(gate(x)) * up(x))`.
 
-class Attention(nn.Module):
-  """Causal grouped-query attention.
-
-  The variables may have a collection `cache` with a `key` and a `value`, both
-  `[B, C, K, h]`. Then the keys and values of the tokens are written into the cache from
-  row `start` on, and the tokens also attend to the rows before `start`.
-
-  Attributes:
+  Args:
+    params: the parameters of the sublayer.
     config: sizes and switches.
-    features: width of the output.
+    x: `[B, T, d]` float32, the normed input.
+
+  Returns:
+    What is added to the residual stream.
   """
-
-  config: config_lib.ModelConfig
-  features: int
-
-  @nn.compact
-  def __call__(self, x: jax.Array, start: jax.Array | int = 0) -> jax.Array:
-    config, h = self.config, self.config.head_dim
-    positions = start + jnp.arange(x.shape[1])
-
-    def heads(name: str, count: int) -> jax.Array:
-      projected = Linear(count * h, config.qkv_bias, name=name)(x)
-      return projected.reshape(*x.shape[:-1], count, h)
-
-    query = heads('query', config.num_heads)  # [B, T, H, h]
-    key = heads('key', config.num_kv_heads)  # [B, T, K, h]
-    value = heads('value', config.num_kv_heads)
-    if config.rotary_dim:
-      frequencies = rope_frequencies(config)
-      query = rope(query, positions, frequencies)
-      key = rope(key, positions, frequencies)
-    key = self._through_cache('key', key, start)  # [B, C, K, h]
-    value = self._through_cache('value', value, start)
-    distance = positions[:, None] - jnp.arange(key.shape[1])  # [T, C]
-    seen = distance >= 0
-    if config.sliding_window is not None:
-      seen &= distance < config.sliding_window
-    mixed = jax.nn.dot_product_attention(
-      query, key, value, mask=seen[None, None], implementation='xla'
-    )
-    return Linear(self.features, config.out_bias, name='out')(
-      mixed.reshape(*x.shape[:-1], config.num_heads * h)
-    )
-
-  def _through_cache(self, name: str, new: jax.Array, start: jax.Array | int) -> Any:
-    """Writes new rows into the cache and returns all of it.
-
-    Without a cache it returns the new rows.
-    """
-    if not self.has_variable('cache', name):
-      return new
-    cached: Any = self.get_variable('cache', name)
-    cached = jax.lax.dynamic_update_slice_in_dim(cached, new, start, axis=1)
-    self.put_variable('cache', name, cached)
-    return cached
+  chex.assert_rank(x, 3)
+  chex.assert_type(x, jnp.float32)
+  activation = ACTIVATIONS[config.activation]
+  inputs = {'up': {'kernel': x}}
+  hidden = linear(params['up'], x)
+  if config.gated_mlp:
+    inputs['gate'] = {'kernel': x}
+    hidden = activation(linear(params['gate'], x)) * hidden
+  else:
+    hidden = activation(hidden)
+  inputs['down'] = {'kernel': hidden}
+  return Written(linear(params['down'], hidden), inputs)
 
 
-class Mlp(nn.Module):
-  """The MLP: `down(act(up(x)))`, or with a gate `down(act(gate(x)) * up(x))`.
+def linear(params: Params, x: jax.Array) -> jax.Array:
+  """Computes `x @ kernel`, plus the bias if there is one."""
+  y = _apply(params['kernel'], x)
+  return y + _float32(params['bias']) if 'bias' in params else y
 
-  Attributes:
-    config: sizes and switches.
-    features: width of the output.
+
+def norm(
+  params: Params | None, config: config_lib.ModelConfig, x: jax.Array
+) -> jax.Array:
+  """Norms x: `x / sqrt(sum(x^2) / D + eps)`, then scale and bias if there are any.
+
+  D is the hidden size of the dense model, even where x is narrower; SliceGPT's RMSN
+  and RMSNorm are one formula. LayerNorm subtracts the mean first.
   """
-
-  config: config_lib.ModelConfig
-  features: int
-
-  @nn.compact
-  def __call__(self, x: jax.Array) -> jax.Array:
-    config, activation = self.config, ACTIVATIONS[self.config.activation]
-    hidden = Linear(config.intermediate_size, config.mlp_bias, name='up')(x)
-    if config.gated_mlp:
-      gate = Linear(config.intermediate_size, config.mlp_bias, name='gate')(x)
-      hidden = activation(gate) * hidden
-    else:
-      hidden = activation(hidden)
-    return Linear(self.features, config.mlp_bias, name='down')(hidden)
-
-
-class Linear(nn.Module):
-  """A linear layer, `x @ kernel + bias`; the kernel may be a structured leaf.
-
-  Attributes:
-    features: width of the output.
-    use_bias: whether there is a bias.
-  """
-
-  features: int
-  use_bias: bool = False
-
-  @nn.compact
-  def __call__(self, x: jax.Array) -> jax.Array:
-    shape = (x.shape[-1], self.features)
-    kernel = _parameter(self, 'kernel', shape, nn.initializers.lecun_normal())
-    if isinstance(kernel, _FACTORED) and kernel.is_thin:
-      y = kernel.apply(x)
-    else:
-      y = x @ _float32(kernel)
-    _sow_moments(self, 'kernel', x)
-    if not self.use_bias:
-      return y
-    bias = _parameter(self, 'bias', shape[1:], nn.initializers.zeros_init())
-    return y + _float32(bias)
-
-
-def rmsn(x: jax.Array, *, hidden_size: int, eps: float) -> jax.Array:
-  """Applies SliceGPT's norm: `x / sqrt(sum(x^2) / D + eps)` for x of any width."""
+  if config.norm == 'layernorm':
+    x = x - jnp.mean(x, axis=-1, keepdims=True)
   square = jnp.sum(jnp.square(x), axis=-1, keepdims=True)
-  return x * jax.lax.rsqrt(square / hidden_size + eps)
+  x = x * jax.lax.rsqrt(square / config.hidden_size + config.norm_eps)
+  if params is None:
+    return x
+  x = x * _float32(params['scale'])
+  return x + _float32(params['bias']) if 'bias' in params else x
 
 
 def rope(x: jax.Array, positions: jax.Array, frequencies: np.ndarray) -> jax.Array:
-  """Applies rotary position embedding, in Hugging Face's order of the numbers.
+  """Applies rotary position embedding, in Hugging Face's order of the coordinates.
 
   For `i < r/2`, the pair `(x_i, x_{i + r/2})` at position t is rotated by the angle
-  `t frequencies_i`. The numbers of a head from r on do not change.
+  `t frequencies_i`. The coordinates of a head from r on do not change.
 
   Args:
     x: `[B, T, H, h]`.
@@ -326,13 +367,13 @@ def rope(x: jax.Array, positions: jax.Array, frequencies: np.ndarray) -> jax.Arr
     Su et al., arXiv 2104.09864, section 3.2.
   """
   half = frequencies.size
-  turns = jnp.asarray(frequencies, jnp.float32)
-  angles = positions.astype(jnp.float32)[:, None] * turns
+  steps = jnp.asarray(frequencies, jnp.float32)
+  angles = positions.astype(jnp.float32)[:, None] * steps
   angles = angles[None, :, None]  # [1, T, 1, r/2]
   cos, sin = jnp.cos(angles), jnp.sin(angles)
-  first, second, rest = jnp.split(x, (half, 2 * half), axis=-1)
-  turned = (first * cos - second * sin, second * cos + first * sin, rest)
-  return jnp.concatenate(turned, axis=-1)
+  first, second, others = jnp.split(x, (half, 2 * half), axis=-1)
+  rotated = (first * cos - second * sin, second * cos + first * sin, others)
+  return jnp.concatenate(rotated, axis=-1)
 
 
 def rope_frequencies(config: config_lib.ModelConfig) -> np.ndarray:
@@ -357,86 +398,61 @@ def rope_frequencies(config: config_lib.ModelConfig) -> np.ndarray:
   return kept * frequencies + (1 - kept) * lowered
 
 
-class DenseNorm(nn.Module):
-  """A dense model's RMSNorm or LayerNorm; its parameters may be structured leaves.
+def _check(params: Params, config: config_lib.ModelConfig) -> tuple[range, ...]:
+  """Checks the paths and shapes of all parameters, and returns the stacks of layers.
 
-  Attributes:
-    config: sizes and switches.
+  Raises:
+    ValueError: naming a parameter that is missing, unknown or of another shape.
   """
-
-  config: config_lib.ModelConfig
-
-  @nn.compact
-  def __call__(self, x: jax.Array) -> jax.Array:
-    eps, width = self.config.norm_eps, (self.config.hidden_size,)
-    scale = _parameter(self, 'scale', width, nn.initializers.ones_init())
-    if self.config.norm == 'rmsnorm':
-      normed = nn.RMSNorm(eps, dtype=jnp.float32, use_scale=False)(x)
-      return normed * _float32(scale)
-    bias = _parameter(self, 'bias', width, nn.initializers.zeros_init())
-    normed = nn.LayerNorm(
-      eps, dtype=jnp.float32, use_scale=False, use_bias=False, use_fast_variance=False
-    )(x)
-    return normed * _float32(scale) + _float32(bias)
+  stacks = names.stacks(params)
+  if [*itertools.chain(*stacks)] != [*range(config.num_layers)]:
+    raise ValueError(f'the model has {config.num_layers} layers, got {stacks=}')
+  expected = shapes_lib.stacked_shapes(config, stacks)
+  got = {path: leaf.shape for path, leaf in structured.flatten(params).items()}
+  for path in sorted(expected | got):
+    if path not in got or path not in expected:
+      state = 'is not known' if path in got else 'is missing'
+      raise ValueError(f'the parameter {path} {state}')
+    if got[path] != expected[path]:
+      raise ValueError(f'{path} must have shape {expected[path]}, got {got[path]}')
+  return stacks
 
 
-def _norm(config: config_lib.ModelConfig, name: str) -> Callable[[Any], jax.Array]:
-  if config.norm == 'rmsn':
-    return lambda x: rmsn(x, hidden_size=config.hidden_size, eps=config.norm_eps)
-  return DenseNorm(config, name=name)
+def _apply_stack(
+  config: config_lib.ModelConfig,
+  x: jax.Array,
+  count: int,
+  stacked: tuple[Params, KeysAndValues | None],
+  start: jax.Array | int,
+  with_moments: bool,
+) -> tuple[jax.Array, Any, Any]:
+  """Applies the layers of a stack; returns x, and the caches and moments stacked."""
+
+  def step(x: jax.Array, own: tuple[Params, KeysAndValues | None]) -> Any:
+    params, cache = own
+    written = layer(params, config, x, start=start, cache=cache)
+    moments = jax.tree.map(_moment, written.inputs) if with_moments else None
+    return written.x, (written.cache, moments)
+
+  if count > 1:
+    x, found = jax.lax.scan(step, x, stacked)
+  else:
+    # A layer may change the width of the residual stream. A scan cannot, because its
+    # carry keeps one shape.
+    x, found = step(x, jax.tree.map(lambda leaf: leaf[0], stacked))
+    found = jax.tree.map(lambda leaf: leaf[None], found)
+  return x, *found
 
 
-def _apply_stacked(
-  block: Block, size: int, x: jax.Array, start: jax.Array | int
-) -> jax.Array:
-  """Applies the layers of a stack one after another."""
-  stacked: dict[str, Any] = {
-    'variable_axes': {'params': 0, 'cache': 0, _MOMENTS: 0},
-    'split_rngs': {'params': True},
-  }
-  if size > 1:
-    scan = nn.scan(
-      lambda block, x, start: (block(x, start), None),
-      length=size,
-      in_axes=nn.broadcast,
-      **stacked,
-    )
-    return scan(block, x, start)[0]
-  # A layer may change the width of the residual stream. A scan cannot, because its
-  # carry keeps one shape; so a stack of one layer is applied without a scan.
-  vmap = nn.vmap(
-    lambda block, x, start: block(x, start), in_axes=None, axis_size=1, **stacked
-  )
-  return vmap(block, x, start)[0]
-
-
-def _parameter(
-  module: nn.Module, name: str, shape: tuple[int, ...], init: Callable[..., Any]
-) -> Any:
-  """Returns a parameter as stored: an array of any float dtype or a structured leaf.
-
-  `module.param` alone would mistake the arrays of a structured leaf for the parameter.
-  """
-  if not module.has_variable('params', name):
-    return module.param(name, init, shape)
-  leaf: Any = module.get_variable('params', name)
-  if leaf.shape != shape:
-    path = '/'.join((*module.path, name))
-    raise ValueError(f'{path} must have shape {shape}, got {leaf.shape=}')
-  return leaf
-
-
-def _sow_moments(module: nn.Module, name: str, x: jax.Array) -> None:
-  """Stores the moments of a matrix's inputs, if `input_moments` asks for them."""
-  if module.is_mutable_collection(_MOMENTS) and not module.is_initializing():
-    rows = x.reshape(-1, x.shape[-1])
-    module.sow(_MOMENTS, name, rows.T @ rows, lambda _, new: new, lambda: None)
+def _moment(x: jax.Array) -> jax.Array:
+  rows = x.reshape(-1, x.shape[-1])
+  return rows.T @ rows
 
 
 def _float32(leaf: Any) -> jax.Array:
   """Returns a parameter as a float32 array.
 
-  A structured leaf is materialized in float32, so that it is not rounded to its dtype.
+  A structured leaf is materialized in float32, because its own dtype is coarser.
   """
   if not structured.is_structured(leaf):
     return jnp.asarray(leaf, jnp.float32)
@@ -449,13 +465,24 @@ def _upcast(array: Any) -> jax.Array:
   return array.astype(jnp.float32) if floating else array
 
 
-def _take(table: Any, rows: jax.Array) -> jax.Array:
+def _apply(kernel: Any, x: jax.Array) -> jax.Array:
+  """Computes `x @ kernel`."""
+  if isinstance(kernel, _FACTORED) and kernel.is_thin:
+    return kernel.apply(x)
+  return x @ _float32(kernel)
+
+
+def _rows(table: Any, indices: jax.Array, params: Params) -> jax.Array:
   """Returns rows of a table in float32; rows outside the table are NaN."""
+  if isinstance(table, structured.Dependent):
+    flat = structured.flatten(params)
+    needed = [_float32(flat[path]) for path in table.needs]
+    return jax.tree.map(_upcast, table).rows(*needed, indices)
   if isinstance(table, structured.UniformlyQuantized):
-    return table.rows(rows).astype(jnp.float32)
+    return table.rows(indices).astype(jnp.float32)
   if structured.is_structured(table):
     table = _float32(table)
-  taken = jnp.asarray(table).at[rows].get(mode='fill', fill_value=jnp.nan)
+  taken = jnp.asarray(table).at[indices].get(mode='fill', fill_value=jnp.nan)
   return taken.astype(jnp.float32)
 
 

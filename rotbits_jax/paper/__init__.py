@@ -80,6 +80,16 @@ from rotbits_jax.paper.decoder import decode
 from rotbits_jax.paper.encoder import Encoded
 from rotbits_jax.paper.encoder import encode
 from rotbits_jax.paper.encoder import refuse
+from rotbits_jax.paper.options import Canonicaliser
 from rotbits_jax.paper.options import Options
+from rotbits_jax.paper.options import RotationCodec
 
-__all__ = ['Encoded', 'Options', 'decode', 'encode', 'refuse']
+__all__ = [
+  'Canonicaliser',
+  'Encoded',
+  'Options',
+  'RotationCodec',
+  'decode',
+  'encode',
+  'refuse',
+]

@@ -5,12 +5,13 @@ follows from its frame; see `paper`.
 """
 
 import math
-from typing import NamedTuple
+import typing
+from typing import Literal, NamedTuple
 
 from rotbits_jax.coding.bits_back import rotation_codes
 
-CANONICALISERS = ('svd', 'qr', 'polar_shortcut')
-ROTATION_CODECS = ('symmetric_eig', 'haar')
+Canonicaliser = Literal['polar_shortcut', 'qr', 'svd']
+RotationCodec = Literal['haar', 'symmetric_eig']
 
 
 class Options(NamedTuple):
@@ -25,8 +26,8 @@ class Options(NamedTuple):
     entropy: whether numbers are entropy coded.
   """
 
-  canonicaliser: str = 'polar_shortcut'
-  rotation_codec: str = 'haar'
+  canonicaliser: Canonicaliser = 'polar_shortcut'
+  rotation_codec: RotationCodec = 'haar'
   threshold: float | None = None
   entropy: bool = False
 
@@ -36,13 +37,14 @@ class Options(NamedTuple):
     Raises:
       ValueError: if a value is unknown, or if two values cannot be combined.
     """
-    for value, known in (
-      (self.canonicaliser, CANONICALISERS),
-      (self.rotation_codec, ROTATION_CODECS),
-      (self.entropy, (False, True)),
+    for name, known in (
+      ('canonicaliser', typing.get_args(Canonicaliser)),
+      ('rotation_codec', typing.get_args(RotationCodec)),
+      ('entropy', (False, True)),
     ):
-      if value not in known:
-        raise ValueError(f'an option must be one of {known}, got {value!r}')
+      if (value := getattr(self, name)) not in known:
+        names = ', '.join(map(str, known))
+        raise ValueError(f'{name} must be one of {names}, got {value!r}')
     if self.threshold is None:
       return self
     if not isinstance(self.threshold, float) or not 0 <= self.threshold < math.inf:

@@ -23,14 +23,13 @@ The modules, in the order of reading:
 from rotbits_jax.passes.biases import remove_biases
 from rotbits_jax.passes.heads import remove_query_key_gauge
 from rotbits_jax.passes.heads import remove_value_gauge
-from rotbits_jax.passes.low_rank import fix_pairs
 from rotbits_jax.passes.low_rank import remove_low_rank_gauge
 from rotbits_jax.passes.noise import random_rotation
 from rotbits_jax.passes.noise import randomly_rotated
 from rotbits_jax.passes.residual import remove_residual_gauge
 from rotbits_jax.passes.rewrite import ROUNDING
 from rotbits_jax.passes.rewrite import Record
-from rotbits_jax.passes.rewrite import add_savings
+from rotbits_jax.passes.rewrite import Saving
 from rotbits_jax.passes.rewrite import count_model
 from rotbits_jax.passes.rewrite import leaves
 from rotbits_jax.passes.rewrite import make_context
@@ -48,15 +47,14 @@ from rotbits_jax.passes.rounding import with_minimum_exponent
 from rotbits_jax.passes.tied import retie_embedding
 from rotbits_jax.passes.tied import retie_exactly
 from rotbits_jax.passes.transform import MOST_ERROR
+from rotbits_jax.passes.transform import Chain
 from rotbits_jax.passes.transform import Context
 from rotbits_jax.passes.transform import Note
 from rotbits_jax.passes.transform import Params
-from rotbits_jax.passes.transform import Saving
 from rotbits_jax.passes.transform import Source
 from rotbits_jax.passes.transform import State
 from rotbits_jax.passes.transform import Transform
 from rotbits_jax.passes.transform import chain
-from rotbits_jax.passes.transform import make
 from rotbits_jax.passes.transform import note
 
 __all__ = [
@@ -64,6 +62,7 @@ __all__ = [
   'MOST_ERROR',
   'NEAREST',
   'ROUNDING',
+  'Chain',
   'Context',
   'Inputs',
   'Note',
@@ -74,13 +73,10 @@ __all__ = [
   'Source',
   'State',
   'Transform',
-  'add_savings',
   'chain',
   'count_model',
-  'fix_pairs',
   'is_matrix',
   'leaves',
-  'make',
   'make_context',
   'note',
   'random_rotation',

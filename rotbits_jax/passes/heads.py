@@ -27,7 +27,7 @@ def remove_value_gauge(*, tolerance: float | None = None) -> transform.Transform
     form and as plain arrays.
   """
   layers = functools.partial(_layers, is_values=True, tolerance=tolerance)
-  return transform.make('value gauge', layers=layers, takes='float32')
+  return transform.Transform('value gauge', layers=layers, takes='float32')
 
 
 def remove_query_key_gauge(*, tolerance: float | None = None) -> transform.Transform:
@@ -43,7 +43,7 @@ def remove_query_key_gauge(*, tolerance: float | None = None) -> transform.Trans
     figures as those of `remove_value_gauge`.
   """
   layers = functools.partial(_layers, is_values=False, tolerance=tolerance)
-  return transform.make('query-key gauge', layers=layers, takes='float32')
+  return transform.Transform('query-key gauge', layers=layers, takes='float32')
 
 
 class _Fixed(NamedTuple):

@@ -41,7 +41,7 @@ def randomly_rotated(model: models.Model, *, key: jax.Array) -> models.Model:
 
 def random_rotation(*, key: jax.Array) -> transform.Transform:
   """Makes the transform that `randomly_rotated` applies."""
-  return transform.make(
+  return transform.Transform(
     'rotation',
     layers=functools.partial(_layers, key=key),
     outer=functools.partial(_outer, key=key),

@@ -1,13 +1,14 @@
-"""Rewrites a model with a transform, a few layers at a time.
+"""Rewrites a model with a chain of transforms, a few layers at a time.
 
-The layers pass through a transform once, in order. `rewrite` reads one layer at a time
-from a source, or one for each device if there are several devices. It widens the
-numbers to float32, applies the transform, and rounds the numbers once to the dtypes of
+The layers pass through each transform once, in order. `rewrite` reads one layer at a
+time from a source, or one for each device if there are several devices. It widens the
+numbers to float32, applies the transforms, and rounds the numbers once to the dtypes of
 the source. The parameters outside the layers come last, because the embedding may be
 stored in terms of the head.
 
 A record is a part of the model that is stored and decoded on its own: a layer, the
-embedding, the final norm or the head.
+embedding, the final norm or the head. A saving is the count of numbers and bytes that a
+transform removed from a record.
 """
 
 import collections
@@ -22,10 +23,28 @@ from rotbits_jax import models
 from rotbits_jax import structured
 from rotbits_jax.passes import rounding as rounding_lib
 from rotbits_jax.passes import transform as transform_lib
+from rotbits_jax.passes.transform import Chain
 from rotbits_jax.passes.transform import Context
+from rotbits_jax.passes.transform import Note
 from rotbits_jax.passes.transform import Params
-from rotbits_jax.passes.transform import Saving
+from rotbits_jax.passes.transform import State
 from rotbits_jax.passes.transform import Transform
+
+
+class Saving(NamedTuple):
+  """The numbers and bytes that one transform removed from one record.
+
+  Attributes:
+    name: name of the transform.
+    numbers: how many numbers fewer are stored; negative if there are more.
+    bytes: how many bytes fewer those numbers take before they are coded.
+    notes: notes on the tensors of the record.
+  """
+
+  name: str
+  numbers: int
+  bytes: int
+  notes: list[Note]
 
 
 class Record(NamedTuple):
@@ -73,23 +92,23 @@ def make_context(
 
 def rewrite(
   context: Context,
-  transform: Transform,
+  chain: Chain,
   *,
   rounding: rounding_lib.Rounding | None = rounding_lib.NEAREST,
   layers: range | None = None,
-  state: Any = None,
+  state: State | None = None,
   outer: bool = True,
-) -> Iterator[tuple[list[Record], Any]]:
+) -> Iterator[tuple[list[Record], State]]:
   """Rewrites a model, a few layers at a time.
 
   Args:
     context: see `make_context`.
-    transform: the transform to apply; `chain` makes one from several.
-    rounding: how numbers are rounded after the transform, which gets float32 numbers.
-      If None, the transform gets the numbers as they are stored, so that it can keep
+    chain: the transforms to apply.
+    rounding: how numbers are rounded after the transforms, which get float32 numbers.
+      If None, the transforms get the numbers as they are stored, so that they can keep
       every bit.
     layers: the layers to rewrite; all by default. If no state is given, the layers
-      before them are skipped with `transform.skip`.
+      before them are skipped with `Transform.skip`.
     state: the state before the first of these layers, as an earlier call yielded it.
     outer: whether to rewrite the parameters outside the layers, too.
 
@@ -97,69 +116,97 @@ def rewrite(
     Complete records, and the state after them.
 
   Raises:
-    ValueError: if the transform takes other numbers than this rounding gives, or if the
-      transform notes an error that is too large, see `transform.MOST_ERROR`.
+    ValueError: if a transform takes other numbers than this rounding gives, or if it
+      notes an error that is too large, see `Transform`.
   """
-  given_takes = 'stored' if rounding is None else 'float32'
-  if transform.takes not in ('any', given_takes):
-    raise ValueError(
-      f'{transform.taker!r} takes {transform.takes} numbers, but the rounding gives '
-      f'{given_takes} numbers'
-    )
+  chain.check('stored' if rounding is None else 'float32')
   count = context.config.num_layers
   layers = range(count) if layers is None else layers
-  return _rewrite(context, transform, rounding, layers, state, outer)
+  return _rewrite(context, chain, rounding, layers, state, outer)
 
 
 def _rewrite(
   context: Context,
-  transform: Transform,
+  chain: Chain,
   rounding: rounding_lib.Rounding | None,
   layers: range,
-  state: Any,
+  state: State | None,
   outer: bool,
-) -> Iterator[tuple[list[Record], Any]]:
+) -> Iterator[tuple[list[Record], State]]:
   widen = rounding is not None
   step = 1 if context.mesh is None else context.mesh.size
   if state is None:
-    state = transform.init(context)
+    state = chain.init(context)
     for first in range(0, layers.start, step):
       before = range(first, min(first + step, layers.start))
-      state = transform.skip(context, state, first, _layers(context, before, widen))
+      state = _skip(context, chain, state, first, _layers(context, before, widen))
   for first in range(layers.start, layers.stop, step):
     indices = range(first, min(first + step, layers.stop))
-    state, given, savings = transform.layers(
-      context, state, first, _layers(context, indices, widen)
-    )
-    records = []
-    for i, saved in zip(indices, savings, strict=True):
+    given, states = _layers(context, indices, widen), []
+    effects: list[list[_Effect]] = [[] for _ in given]
+    for transform, own in zip(chain.transforms, state, strict=True):
+      sizes = [_count(context, i, x) for i, x in zip(indices, given, strict=True)]
+      own, given, notes = transform.layers(context, own, first, given)
+      states.append(own)
+      for k, i in enumerate(indices):
+        after = _count(context, i, given[k])
+        effects[k].append(_Effect(transform, sizes[k], after, notes[k]))
+    state, records = tuple(states), []
+    for i, found in zip(indices, effects, strict=True):
       params, more = _stored(given.pop(0), context, models.names.prefix(i), rounding)
-      saved = _checked(saved, context, transform)
-      records.append(Record(models.names.layer(i), params, saved + more))
+      savings = _savings(context, found)
+      records.append(Record(models.names.layer(i), params, savings + more))
     yield records, state
   if outer:
-    if context.mesh is not None:
-      # The state is on the device of the last layer. The parameters outside the layers
-      # are on the first device.
-      first_device = context.mesh.devices.flat[0]
-      put = lambda x: jax.device_put(x, first_device) if isinstance(x, jax.Array) else x
-      state = jax.tree.map(put, state)
-    params = {}
-    for name, tree in context.source.outer().items():
-      # One by one, because both dtypes of a parameter are in memory meanwhile.
-      params |= _given({name: tree}, widen)
-    params, saved = transform.outer(context, state, params)
-    names = list(dict.fromkeys(path.split('/')[0] for path in params))
-    records, saved = [], _checked(saved, context, transform)
-    for name in names:
-      paths = [path for path in params if path.split('/')[0] == name]
-      own, more = _stored({p: params.pop(p) for p in paths}, context, '', rounding)
-      records.append(Record(name, own, more if records else saved + more))
-    yield records, state
+    yield _outer(context, chain, rounding, state), state
+
+
+def _skip(
+  context: Context, chain: Chain, state: State, first: int, layers: list[Params]
+) -> State:
+  found = []
+  for transform, own in zip(chain.transforms, state, strict=True):
+    given = [dict(layer) for layer in layers]
+    if transform.skip is not None:
+      found.append(transform.skip(context, own, first, given))
+    else:
+      found.append(transform.layers(context, own, first, given)[0])
+  return tuple(found)
+
+
+def _outer(
+  context: Context,
+  chain: Chain,
+  rounding: rounding_lib.Rounding | None,
+  state: State,
+) -> list[Record]:
+  """Rewrites the parameters outside the layers."""
+  if context.mesh is not None:
+    # The state is on the device of the last layer. The parameters outside the layers
+    # are on the first device.
+    first = context.mesh.devices.flat[0]
+    put = lambda x: jax.device_put(x, first) if isinstance(x, jax.Array) else x
+    state = jax.tree.map(put, state)
+  params: Params = {}
+  for name, tree in context.source.outer().items():
+    # One by one, because both dtypes of a parameter are in memory meanwhile.
+    params |= _given({name: tree}, rounding is not None)
+  effects = []
+  for transform, own in zip(chain.transforms, state, strict=True):
+    before = _count(context, None, params)
+    params, notes = transform.outer(context, own, params)
+    after = _count(context, None, params)
+    effects.append(_Effect(transform, before, after, notes))
+  savings, records = _savings(context, effects), list[Record]()
+  for name in dict.fromkeys(path.split('/')[0] for path in params):
+    paths = [path for path in params if path.split('/')[0] == name]
+    stored, more = _stored({p: params.pop(p) for p in paths}, context, '', rounding)
+    records.append(Record(name, stored, more if records else savings + more))
+  return records
 
 
 def run_chain(
-  transforms: tuple[Transform, ...],
+  transforms: tuple[Transform | Chain, ...],
   model: models.Model,
   *,
   rounding: rounding_lib.Rounding | None = rounding_lib.NEAREST,
@@ -172,21 +219,21 @@ def run_chain(
     rounding: see `rewrite`.
 
   Returns:
-    The rewritten model, with NumPy arrays, and one saving for each transform; a chain
-    among them counts as its transforms.
+    The rewritten model, with NumPy arrays, and one saving for each transform.
 
   Raises:
     ValueError: see `rewrite` and `chain`.
   """
   context = make_context(model, stored_as=model.stored_as)
-  whole = transform_lib.chain(*transforms)
-  totals = [Saving(name, 0, 0, []) for name in whole.names]
-  records: list[Record] = []
-  for some, _ in rewrite(context, whole, rounding=rounding):
-    for record in some:
-      own = [saving for saving in record.savings if saving.name != ROUNDING]
-      totals = add_savings(totals, own)
-      records.append(record)
+  chain = transform_lib.chain(*transforms)
+  rewritten = rewrite(context, chain, rounding=rounding)
+  records = [record for some, _ in rewritten for record in some]
+  totals = []
+  for i, name in enumerate(chain.names):
+    own = [record.savings[i] for record in records if len(record.savings) > i]
+    own = [saving for saving in own if saving.name == name]
+    numbers, nbytes = sum(x.numbers for x in own), sum(x.bytes for x in own)
+    totals.append(Saving(name, numbers, nbytes, [n for x in own for n in x.notes]))
   return to_model(model.config, records, model.buffers), totals
 
 
@@ -206,24 +253,6 @@ def to_model(
   return models.from_layers(config, outer, layers, buffers)
 
 
-def add_savings(totals: list[Saving], more: list[Saving]) -> list[Saving]:
-  """Adds the savings of a record to the totals, transform by transform.
-
-  Args:
-    totals: one saving for each transform, in order.
-    more: the savings of one record in the same order, or an empty list.
-
-  Returns:
-    The new totals, with the names of `totals`.
-  """
-  if not more:
-    return totals
-  return [
-    Saving(a.name, a.numbers + b.numbers, a.bytes + b.bytes, a.notes + b.notes)
-    for a, b in zip(totals, more, strict=True)
-  ]
-
-
 def leaves(model: models.Model) -> Iterator[tuple[str, Any]]:
   """Yields each leaf, unstacked, with a path like 'layers.0/attention/query/kernel'."""
   yield from structured.flatten(model.outer()).items()
@@ -235,7 +264,7 @@ def leaves(model: models.Model) -> Iterator[tuple[str, Any]]:
 def count_model(model: models.Model) -> tuple[int, int]:
   """Returns how many numbers a model stores, and their bytes before coding."""
   context = make_context(model, stored_as=model.stored_as)
-  numbers, size = transform_lib.count(dict(leaves(model)), context)
+  numbers, size = _count(context, None, dict(leaves(model)))
   buffers = structured.count_elements(model.buffers)
   return numbers + buffers, size + structured.count_bytes(model.buffers)
 
@@ -264,39 +293,57 @@ def _widened(params: Params) -> Params:
   return structured.astype(structured.for_writing(params), jnp.float32)
 
 
-def _checked(
-  savings: list[Saving], context: Context, transform: Transform
-) -> list[Saving]:
-  """Returns savings with notes of JSON values.
+def _count(context: Context, index: int | None, params: Params) -> tuple[int, int]:
+  """Counts the numbers and bytes of a layer's parameters, rounded but not coded.
+
+  Args:
+    context: it has the dtypes to which the parameters are rounded.
+    index: the layer; None if the paths are those of the whole model.
+    params: unstacked parameters.
+  """
+  numbers, size, prefix = 0, 0, models.names.prefix(index)
+  for path, leaf in params.items():
+    dtype = context.dtypes.get(prefix + path, context.dtype)
+    # A rounded leaf is only described, and not computed.
+    rounded = jax.eval_shape(lambda x, dtype=dtype: structured.astype(x, dtype), leaf)
+    numbers += structured.count_elements(rounded)
+    size += structured.count_bytes(rounded)
+  return numbers, size
+
+
+class _Effect(NamedTuple):
+  """A transform, what it was given and what it made, see `_count`; and its notes."""
+
+  transform: Transform
+  before: tuple[int, int]
+  after: tuple[int, int]
+  notes: list[Note]
+
+
+def _savings(context: Context, effects: list[_Effect]) -> list[Saving]:
+  """Returns savings, whose notes are JSON values.
 
   Raises:
     ValueError: if a note states an error that is too large.
   """
-  most_errors = dict(transform.most_error)
   # JAX sorts the keys of a dict.
-  values = iter(jax.device_get([tuple(n.values()) for x in savings for n in x.notes]))
-  found = []
-  for saving in savings:
-    notes = []
-    for keys in saving.notes:
+  values = iter(jax.device_get([[*n.values()] for x in effects for n in x.notes]))
+  savings = []
+  for transform, before, after, notes in effects:
+    found = []
+    for keys in notes:
       note = dict(zip(keys, next(values), strict=True))
       unit = max(context.roundoff, float(note.get('plain_error', 0)))
-      most = most_errors.get(saving.name, transform_lib.MOST_ERROR * unit)
-      if not note.get('error', 0) <= most:
+      most = transform.most_error or transform_lib.MOST_ERROR * unit
+      if not note.get('error', 0) <= most:  # also if it is NaN
         raise ValueError(
-          f'{saving.name}: {note["tensor"]} has a relative error of '
+          f'{transform.name}: {note["tensor"]} has a relative error of '
           f'{float(note["error"]):.3g}, which must be at most {most:.3g}'
         )
-      notes.append({key: _json(value) for key, value in note.items()})
-    found.append(saving._replace(notes=notes))
-  return found
-
-
-def _json(value: Any) -> Any:
-  """Returns a number of a note as a JSON value, with three digits."""
-  if isinstance(value, np.generic | np.ndarray):
-    value = value.item()
-  return rounding_lib.three_digits(value) if isinstance(value, float) else value
+      found.append({key: rounding_lib.to_json(value) for key, value in note.items()})
+    numbers, nbytes = before[0] - after[0], before[1] - after[1]
+    savings.append(Saving(transform.name, numbers, nbytes, found))
+  return savings
 
 
 ROUNDING = 'rounding'

@@ -159,7 +159,7 @@ def apply(
   for path, effect in effects.items():
     if effect.step:
       error = np.sqrt(effect.squares / max(effect.norm, 1e-30))
-      note = {'step': three_digits(effect.step), 'error': three_digits(error)}
+      note = {'step': to_json(effect.step), 'error': to_json(error)}
       if effect.outliers:
         note['outliers'] = int(effect.outliers)
       notes.append({'tensor': prefix + path, **note})
@@ -167,9 +167,13 @@ def apply(
   return params, notes, bits
 
 
-def three_digits(number: Any) -> float | None:
-  """Returns a number rounded as in notes; None if it is not finite."""
-  return float(f'{float(number):.3g}') if np.isfinite(number) else None
+def to_json(value: Any) -> Any:
+  """Returns a number as in notes: with three digits, and None if it is not finite."""
+  if isinstance(value, np.generic | np.ndarray):
+    value = value.item()
+  if not isinstance(value, float):
+    return value
+  return float(f'{value:.3g}') if math.isfinite(value) else None
 
 
 class Effect(NamedTuple):

@@ -39,7 +39,7 @@ def retie_embedding(*, tolerance: float = 1.5) -> transform.Transform:
     `misfit` is the error that it would have.
   """
   outer = functools.partial(_retie_embedding, tolerance=tolerance)
-  return transform.make('tied embedding', outer=outer, takes='float32')
+  return transform.Transform('tied embedding', outer=outer, takes='float32')
 
 
 def retie_exactly() -> transform.Transform:
@@ -52,7 +52,9 @@ def retie_exactly() -> transform.Transform:
     A transform. Its note says whether the embedding is stored as T and residuals, and
     how many entries are exceptions, see `structured.TiedExactly`.
   """
-  return transform.make('exactly tied embedding', outer=_retie_exactly, takes='stored')
+  return transform.Transform(
+    'exactly tied embedding', outer=_retie_exactly, takes='stored'
+  )
 
 
 def _retie_embedding(

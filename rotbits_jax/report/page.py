@@ -19,8 +19,6 @@ import numpy as np
 from rotbits_jax import file
 from rotbits_jax import models
 from rotbits_jax import structured
-from rotbits_jax.evaluation import accounting as accounting_lib
-from rotbits_jax.evaluation import published
 from rotbits_jax.report import charts
 from rotbits_jax.report import savings
 
@@ -220,7 +218,7 @@ def errors(reader: file.Reader, report: savings.Report) -> str:
     if note.error:
       groups.setdefault(note.name, []).append((note.layer, note.error))
   if not groups:
-    return '<p>No tensor of this file differs from the input.</p>'
+    return '<p>The file has no notes on the errors of single tensors.</p>'
   dtypes = [x for x in reader.dtypes().values() if jnp.issubdtype(x, jnp.floating)]
   if not dtypes:
     return '<p>This file has no tensor of floating-point numbers.</p>'
@@ -261,6 +259,10 @@ def errors(reader: file.Reader, report: savings.Report) -> str:
 
 def table(reader: file.Reader, report: savings.Report) -> str:
   """Tabulates the reductions of published models and of this file."""
+  # They are slow to import.
+  from rotbits_jax.evaluation import accounting as accounting_lib
+  from rotbits_jax.evaluation import published
+
   rows = [
     '<tr><th>model</th><th>slicing</th><th>SliceGPT</th><th>bits-back, published</th>'
     '<th>gauge fixed</th><th>+ heads, retied</th></tr>'
@@ -268,7 +270,7 @@ def table(reader: file.Reader, report: savings.Report) -> str:
   if (own := own_reduction(reader, report)) is not None:
     rows.append(
       f'<tr class="own"><td>this file</td><td></td><td>{own[0]:.2f}%</td><td></td>'
-      f'<td colspan="2">{own[1]:.2f}% of the numbers, {own[2]:.2f}% of the bytes</td>'
+      f'<td colspan="2">{own[1]:.2f}% of the elements, {own[2]:.2f}% of the bytes</td>'
       '</tr>'
     )
   for name, model in published.experiments().items():
@@ -281,8 +283,8 @@ def table(reader: file.Reader, report: savings.Report) -> str:
       )
       rows.append(f'<tr><td>{name}</td><td>{sparsity:.0%}</td>{cells}</tr>')
   return (
-    '<p>Reductions relative to the dense model with an untied head, at 16 bits per '
-    'number, as the bits-back paper (arXiv 2410.01309) counts them. Its models are '
+    '<p>Reductions relative to the dense model with an untied head, at 16 bits an '
+    'element, as the bits-back paper (arXiv 2410.01309) counts them. Its models are '
     'counted from their sizes alone, before entropy coding.</p>'
     f'<div class="scroll"><table>{"".join(rows)}</table></div>'
   )
@@ -310,8 +312,8 @@ def own_reduction(
     return None
   percent = lambda n: 100 * (1 - n / dense)
   return (
-    percent(report.input_numbers),
-    percent(report.stored_numbers),
+    percent(report.input_elements),
+    percent(report.stored_elements),
     percent(report.file_bytes / 2),
   )
 

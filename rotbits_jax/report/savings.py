@@ -14,7 +14,7 @@ class ReportLine(NamedTuple):
   """A line of the report. All lines add up to the whole saving."""
 
   name: str
-  numbers_saved: int
+  elements_saved: int
   bytes_saved: int
 
 
@@ -24,19 +24,19 @@ class Report(NamedTuple):
   Attributes:
     preset: name of the preset with which the file was encoded.
     family: family of the model; None for a PyTree of arrays.
-    input_numbers: number of numbers in the tensors of the input.
-    stored_numbers: number of numbers that the file stores.
+    input_elements: number of elements of the tensors of the input.
+    stored_elements: number of elements that the file stores.
     input_bytes: number of bytes of the tensors of the input.
     file_bytes: size of the file.
-    lines: one for each cause of the difference between the sizes.
+    lines: one for each cause of a difference between the sizes.
     notes: the notes of each transform, by its name. A note tells what the transform did
       to a tensor.
   """
 
   preset: str
   family: str | None
-  input_numbers: int
-  stored_numbers: int
+  input_elements: int
+  stored_elements: int
   input_bytes: int
   file_bytes: int
   lines: list[ReportLine]
@@ -47,7 +47,7 @@ class Report(NamedTuple):
     value = {
       'preset': self.preset,
       'family': self.family,
-      'numbers': {'input': self.input_numbers, 'stored': self.stored_numbers},
+      'elements': {'input': self.input_elements, 'stored': self.stored_elements},
       'bytes': {'input': self.input_bytes, 'file': self.file_bytes},
       'lines': [line._asdict() for line in self.lines],
       'remarks': self.remarks(),
@@ -61,28 +61,29 @@ class Report(NamedTuple):
       verbose: whether every note has a line, rather than layers of one kind.
       width: the longest line, in characters; None for no limit.
     """
-    share = lambda n, whole: f'{100 * n / whole:7.2f}%' if whole else ''
+
+    def row(name: str, elements: int, size: int, sign: str = '') -> str:
+      share = f'{100 * size / whole:{sign}8.2f}%' if (whole := self.input_bytes) else ''
+      return f'{name:24}{elements:{sign}16,}{size:{sign}18,}{share}'
+
     lines = [
       f'preset {self.preset}, '
       + (f'family {self.family}' if self.family else 'plain tensors'),
-      f'{"":24}{"numbers":>16}{"bytes":>18}',
-      f'{"tensors":24}{self.input_numbers:16,}{self.input_bytes:18,}',
+      f'{"":24}{"elements":>16}{"bytes":>18}',
+      row('tensors', self.input_elements, self.input_bytes),
+      *(
+        row(f'  {x.name}', -x.elements_saved, -x.bytes_saved, '+')
+        for x in self.lines
+        if x.elements_saved or x.bytes_saved
+      ),
+      row('file', self.stored_elements, self.file_bytes),
     ]
-    lines += [
-      f'- {s.name:22}{-s.numbers_saved:16,}{-s.bytes_saved:18,}'
-      f'{share(-s.bytes_saved, self.input_bytes)}'
-      for s in self.lines
-    ]
-    lines.append(
-      f'{"file":24}{self.stored_numbers:16,}{self.file_bytes:18,}'
-      f'{share(self.file_bytes, self.input_bytes)}'
-    )
     for name, notes in self.notes.items():
       rows = _rows(notes) if verbose else summary(notes)
       lines += ['', *_table(name, rows)]
     lines = [fields.printable(line) for line in lines]
     if width is not None:
-      lines = [x if len(x) <= width else f'{x[: width - 1]}\u2026' for x in lines]
+      lines = [x if len(x) <= width else f'{x[: width - 3]}...' for x in lines]
     for remark in self.remarks():
       lines += ['', *textwrap.wrap(remark, width or 88)]
     return '\n'.join(lines)
@@ -154,7 +155,7 @@ def from_reader(reader: reader_lib.Reader) -> Report:
     savings[saving.name] = total._replace(
       numbers=total.numbers + saving.numbers, bytes=total.bytes + saving.bytes
     )
-  numbers = sum(holder.input_numbers for holder in holders)
+  elements = sum(holder.input_numbers for holder in holders)
   input_bytes = sum(holder.input_bytes for holder in holders)
   file_bytes = sum(file.nbytes for own in reader.manifests for file in own.files)
   coded_bytes = reader.stream_bytes() - file_bytes
@@ -171,8 +172,8 @@ def from_reader(reader: reader_lib.Reader) -> Report:
   return Report(
     preset=reader.preset,
     family=reader.config.family if reader.config else None,
-    input_numbers=numbers,
-    stored_numbers=numbers - sum(saving.numbers for saving in savings.values()),
+    input_elements=elements,
+    stored_elements=elements - sum(saving.numbers for saving in savings.values()),
     input_bytes=input_bytes,
     file_bytes=reader.size,
     lines=lines,

@@ -19,7 +19,6 @@ Shape letters: S sequences of T tokens, D hidden size, d width of a segment.
 Reference: SliceGPT, arXiv 2401.15024, section 3.3.
 """
 
-from collections.abc import Mapping
 import functools
 from typing import Any, NamedTuple
 
@@ -30,10 +29,7 @@ import numpy as np
 from rotbits_jax import models
 from rotbits_jax.models import transformer
 
-_SUBLAYERS: Mapping[str, Any] = {
-  'attention': transformer.Attention,
-  'mlp': transformer.Mlp,
-}
+_SUBLAYERS = {'attention': transformer.attention, 'mlp': transformer.mlp}
 
 
 class Basis(NamedTuple):
@@ -147,7 +143,7 @@ def _embed(
   params: models.Params, tokens: jax.Array, *, config: models.ModelConfig
 ) -> jax.Array:
   """Computes the activations `[T, D]` of tokens `[T]`."""
-  return transformer.Embedding(config).apply({'params': params}, tokens[None], {})[0]
+  return transformer.embed({'embed': params}, config, tokens[None])[0]
 
 
 @functools.partial(jax.jit, static_argnames='config')
@@ -157,10 +153,9 @@ def _advance(
   """Computes the activations `[T, D]` of the next segment for one sequence."""
   with jax.default_matmul_precision('highest'):
     x = x - (x @ cut) @ cut.T
-    normed = transformer.rmsn(x, hidden_size=config.hidden_size, eps=config.norm_eps)
+    normed = transformer.norm(None, config, x)
     written = [
-      _SUBLAYERS[name](config, config.hidden_size).apply({'params': p}, normed[None])[0]
-      for name, p in params.items()
+      _SUBLAYERS[name](own, config, normed[None]).x[0] for name, own in params.items()
     ]
     return x + sum(written)
 

@@ -40,8 +40,6 @@ from rotbits_jax.structured.low_rank import ReducedLowRank
 from rotbits_jax.structured.packed import PACKED_DTYPES
 from rotbits_jax.structured.packed import Packed
 from rotbits_jax.structured.shortcuts import IdentityMinusGram
-from rotbits_jax.structured.shortcuts import SymmetricTriangle
-from rotbits_jax.structured.shortcuts import Trapezoidal
 from rotbits_jax.structured.shortcuts import TrapezoidalRows
 from rotbits_jax.structured.sparse import Sparse
 from rotbits_jax.structured.stored import Stored
@@ -80,10 +78,8 @@ __all__ = [
   'Matrix',
   'ReducedLowRank',
   'Structured',
-  'SymmetricTriangle',
   'Tied',
   'TiedExactly',
-  'Trapezoidal',
   'TrapezoidalRows',
   'UniformlyQuantized',
   'astype',

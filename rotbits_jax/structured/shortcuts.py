@@ -139,68 +139,6 @@ class IdentityMinusGram(Structured):
 
 @register
 @struct.dataclass
-class SymmetricTriangle(Structured):
-  """The shortcut `[P, 0]` with a symmetric P, stored as the lower triangle of P.
-
-  Attributes:
-    lower: the lower triangle, `[..., d, d]`, with zeros above the diagonal.
-    columns: width of the shortcut; the columns from d on are zero.
-  """
-
-  type_name: ClassVar[str] = 'symmetric_triangle'
-
-  lower: Lower
-  columns: Length = static()
-
-  @property
-  def shape(self) -> tuple[int, ...]:
-    return (*self.lower.shape[:-1], self.columns)
-
-  @property
-  def dtype(self) -> Any:
-    return self.lower.dtype
-
-  def materialize(self, *needed: Any) -> jax.Array:
-    lower = jnp.asarray(self.lower)
-    symmetric = lower + jnp.matrix_transpose(jnp.tril(lower, -1))
-    return _pad_columns(symmetric, self.columns)
-
-  def check(self) -> None:
-    rows, columns = self.lower.shape
-    if rows != columns or self.columns < rows:
-      raise ValueError(
-        f'P must be square and no wider than the shortcut, got {self.lower.shape=} '
-        f'and {self.columns=}'
-      )
-
-
-@register
-@struct.dataclass
-class Trapezoidal(Structured):
-  """A matrix whose entries above the diagonal are zero.
-
-  Attributes:
-    lower: the matrix, `[..., rows, columns]`.
-  """
-
-  type_name: ClassVar[str] = 'trapezoidal'
-
-  lower: Lower
-
-  @property
-  def shape(self) -> tuple[int, ...]:
-    return tuple(self.lower.shape)
-
-  @property
-  def dtype(self) -> Any:
-    return self.lower.dtype
-
-  def materialize(self, *needed: Any) -> jax.Array:
-    return jnp.asarray(self.lower)
-
-
-@register
-@struct.dataclass
 class TrapezoidalRows(Structured):
   """A kernel whose last n rows are zero below their diagonal, which begins at the left.
 

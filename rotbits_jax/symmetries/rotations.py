@@ -122,7 +122,8 @@ def range_used(
 
   Returns:
     The bound, divided by the limit, for each parameter that reads or writes a segment.
-    It is NaN or infinite if a number is not finite.
+    It is NaN or infinite if a number is not finite. Rows of tokens and positions that
+    are not finite do not count, because a rotation keeps every row to itself.
   """
   used = {}
   for path, own in axes.items():
@@ -140,6 +141,8 @@ def range_used(
         squares = jnp.sum(squares, axis=0, keepdims=True)
       if over_columns:
         squares = jnp.sum(squares, axis=-1, keepdims=True)
+      if own[0] in ('vocabulary', 'position'):
+        squares = jnp.where(jnp.isfinite(squares), squares, 0)
       greatest.append(jnp.sqrt(jnp.max(squares, initial=0)))
     used[path] = jnp.max(jnp.stack(greatest))
   return used

@@ -55,18 +55,6 @@ def factors(
   return found[0], found[1]
 
 
-def triangle(rotation: jax.Array, polar: canonical.Polar) -> jax.Array:
-  """Returns the lower triangle of R^T P R, float32 `[d, d]`.
-
-  Args:
-    rotation: R, float32 `[d, d]`.
-    polar: the polar decomposition of the shortcut.
-  """
-  chex.assert_equal_shape([rotation, polar.u])
-  rotated = _matmul(rotation.T, polar.u)
-  return jnp.tril(_matmul(rotated * polar.values, rotated.T))
-
-
 def lower_factor(
   rotation: jax.Array, shortcut: jax.Array
 ) -> tuple[jax.Array, jax.Array]:

@@ -60,7 +60,7 @@ def check(target: pathlib.Path, *, overwrite: bool) -> None:
     if not stat.S_ISREG(mode):
       raise _error(errno.EINVAL, 'is not a regular file, and is not replaced', target)
     if not overwrite:
-      text = 'the file exists; use --overwrite (overwrite=True) to replace it'
+      text = 'the file exists; use overwrite=True to replace it'
       raise _error(errno.EEXIST, text, target)
     if not mode & 0o222:
       raise _error(errno.EACCES, 'the file is read-only', target)

@@ -24,9 +24,9 @@ import numpy as np
 from rotbits_jax import evaluation
 from rotbits_jax import models
 from rotbits_jax import passes
-from rotbits_jax import presets
 from rotbits_jax import structured
 from rotbits_jax.evaluation import perplexity
+from rotbits_jax.presets.near import near
 from rotbits_jax.system import progress as progress_lib
 
 PROBE = -5.0
@@ -311,7 +311,7 @@ def _rewritten(context: passes.Context) -> models.Model:
     for path, dtype in context.dtypes.items()
   }
   wide_context = context._replace(dtypes=wide)
-  units = passes.rewrite(wide_context, presets.near().transform)
+  units = passes.rewrite(wide_context, near().transform)
   result = passes.to_model(context.config, (unit for some, _ in units for unit in some))
   return dataclasses.replace(result, stored_as=context.dtype.name)
 

@@ -1,0 +1,106 @@
+"""Presets: ways to rewrite and code a model. Each preset has options of its own.
+
+free    keeps the function of the model up to rounding, and removes redundant elements
+exact   keeps every bit of the input
+near    removes the same elements as `free`, and rounds the others more coarsely, so
+        that the function changes a little and the file is much smaller
+paper   keeps the function up to rounding, and saves bits by rotating the model, as
+        published
+
+A gauge is a choice of coordinates that does not change the function of a model. A
+transform rewrites a model so that fewer elements need to be stored; see `passes`.
+
+Everything that others ask of a preset is in its `Preset`. Another package adds a preset
+by a function that makes one, and an entry point of the group `rotbits_jax.presets` with
+its name:
+
+    entry_points={'rotbits_jax.presets': ['mine = my_package:mine']}
+
+The parameters of the function that are numbers, switches or names (`Literal`) become
+flags of `rotbits encode`, with the help of the docstring.
+"""
+
+from collections.abc import Callable
+import functools
+import importlib.metadata
+import inspect
+from typing import Any
+
+from rotbits_jax import models
+from rotbits_jax.presets.exact import exact
+from rotbits_jax.presets.free import free
+from rotbits_jax.presets.near import near
+from rotbits_jax.presets.paper import paper
+from rotbits_jax.presets.preset import Keeps
+from rotbits_jax.presets.preset import MessageCodec
+from rotbits_jax.presets.preset import Preset
+
+__all__ = [
+  'PRESETS',
+  'Keeps',
+  'MessageCodec',
+  'Preset',
+  'default',
+  'exact',
+  'free',
+  'known',
+  'make',
+  'near',
+  'paper',
+]
+
+PRESETS: dict[str, Callable[..., Preset]] = {
+  'free': free,
+  'exact': exact,
+  'near': near,
+  'paper': paper,
+}
+"""Functions that take options and make a preset, by the name of the preset."""
+
+
+@functools.cache
+def known() -> dict[str, Callable[..., Preset]]:
+  """Returns `PRESETS` with those of other packages, which have entry points."""
+  others = importlib.metadata.entry_points(group='rotbits_jax.presets')
+  return PRESETS | {x.name: x.load() for x in others if x.name not in PRESETS}
+
+
+def default(config: models.ModelConfig | None) -> str:
+  """Returns the name of the preset that suits a checkpoint.
+
+  Args:
+    config: of the model; None for plain arrays.
+
+  Returns:
+    'free' for a sliced model, in which a fifth of the elements and more is redundant;
+    else 'exact', because on a dense model `free` changes elements and saves little.
+  """
+  return 'free' if config is not None and config.sliced else 'exact'
+
+
+def make(preset: str | Preset, **options: Any) -> Preset:
+  """Makes a preset from its name, or returns a given preset.
+
+  >>> make('free', tolerance=1.0).keeps
+  'function'
+
+  Args:
+    preset: a name in `known()`, or a preset.
+    options: the options of the preset; must be empty if `preset` is a preset.
+
+  Returns:
+    The preset.
+
+  Raises:
+    ValueError: if the name or an option is unknown.
+  """
+  if isinstance(preset, Preset):
+    if options:
+      raise ValueError('options can be given only with the name of a preset')
+    return preset
+  if preset not in known():
+    raise ValueError(f'the presets are {", ".join(known())}, got {preset!r}')
+  factory = known()[preset]
+  if unknown := sorted(options.keys() - inspect.signature(factory).parameters.keys()):
+    raise ValueError(f'the preset {preset!r} has no option {unknown[0]!r}')
+  return factory(**options)

@@ -1,0 +1,74 @@
+"""The type of presets: everything that the encoder and its callers ask of one."""
+
+from collections.abc import Callable
+import math
+from typing import Any, Literal, NamedTuple
+
+from rotbits_jax import passes
+
+Keeps = Literal['bits', 'function', 'approximation']
+
+
+class MessageCodec(NamedTuple):
+  """Codes a whole model as one message, in place of records.
+
+  Attributes:
+    refuse: takes a source, and raises a ValueError if its model cannot be coded. It
+      reads only shapes and dtypes.
+    encode: takes a source, a function that takes the words of the message piece by
+      piece, and the keyword `progress`; returns the rest, see `paper.Encoded`.
+  """
+
+  refuse: Callable[[passes.Source], None]
+  encode: Callable[..., Any]
+
+
+class Preset(NamedTuple):
+  """A way to rewrite and code a model.
+
+  Attributes:
+    name: the name of the preset in the file.
+    options: JSON values that the file keeps as a record of how it was made.
+    transform: the transforms that rewrite the model, see `passes.chain`.
+    rounding: how elements are rounded after the transforms, which see float32 elements.
+      None if the transforms see the elements in their stored dtype and keep them.
+    keeps: what comes back: the 'bits' of the input; its 'function' up to rounding; or
+      an 'approximation', whose divergence has no bound. `verify` checks it. Plain
+      tensors need a preset that keeps bits.
+    resumable: whether name and options determine everything else, so that a run can
+      continue the work of an interrupted run with the same options.
+    order_neurons: whether the neurons of an MLP are stored in an order that saves bits.
+    message: codes the whole model as one message; None to code record by record.
+  """
+
+  name: str
+  options: dict[str, Any]
+  transform: passes.Chain
+  rounding: passes.Rounding | None = passes.NEAREST
+  keeps: Keeps = 'function'
+  resumable: bool = False
+  order_neurons: bool = False
+  message: MessageCodec | None = None
+
+  @property
+  def names(self) -> tuple[str, ...]:
+    """The names of the savings, in order. The report has a line for each."""
+    return self.transform.names
+
+
+def check_finite(name: str, value: Any, *, least: float = -math.inf) -> float:
+  """Returns the value of an option as a float.
+
+  Args:
+    name: name of the option.
+    value: its value.
+    least: the least valid value.
+
+  Raises:
+    ValueError: if the value is not a finite number, or too small.
+  """
+  is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+  if not (is_number and math.isfinite(value) and value >= least):
+    bound = '' if least == -math.inf else f', at least {least:g}'
+    raise ValueError(f'{name} must be a finite number{bound}, got {value!r}')
+  return float(value)

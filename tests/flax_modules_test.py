@@ -1,0 +1,142 @@
+"""The Flax modules compute the same as the pure forward pass, and are trained."""
+
+import dataclasses
+
+from absl.testing import absltest
+from absl.testing import parameterized
+import chex
+import flax
+from flax import nnx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import random_models
+
+from rotbits_jax import models
+from rotbits_jax import structured
+from rotbits_jax.models import linen as linen_lib
+from rotbits_jax.models import nnx as nnx_lib
+
+TOKENS = np.random.default_rng(0).integers(40, size=(2, 7))
+
+
+def _plain() -> models.Model:
+  return random_models.sliced_llama((20, 20, 20, 20, 24))
+
+
+def _structured() -> models.Model:
+  """Makes a model with thin shortcuts and a quantised kernel."""
+  model = _plain()
+  layers = list(model.layers())
+  thin = np.tril(0.1 * np.random.default_rng(1).standard_normal((20, 3)))
+  layers[0]['attention_shortcut']['kernel'] = structured.IdentityMinusGram(
+    thin.astype(np.float16), np.zeros((20, 1), np.float16), 20
+  )
+  up = layers[0]['mlp']['up']
+  integers = np.rint(up['kernel'].astype(np.float32) * 64).astype(np.int8)
+  up['kernel'] = structured.UniformlyQuantized(integers, np.float32(1 / 64), 'float16')
+  return models.from_layers(model.config, model.outer(), layers)
+
+
+MODELS = {'plain': _plain, 'structured': _structured}
+
+
+def _loss(logits: jax.Array) -> jax.Array:
+  labels = jnp.asarray(TOKENS[:, 1:])
+  loss = optax.softmax_cross_entropy_with_integer_labels(logits[:, :-1], labels)
+  return loss.mean()
+
+
+def _float32(model: models.Model) -> models.Model:
+  return dataclasses.replace(model, params=structured.astype(model.params, np.float32))
+
+
+class LinenTest(parameterized.TestCase):
+  @parameterized.parameters(*MODELS)
+  def test_apply_gives_the_logits_of_the_parameters(self, name):
+    model = MODELS[name]()
+    module = linen_lib.Transformer.like(model)
+    actual = jax.jit(module.apply)({'params': model.params}, TOKENS)
+    chex.assert_trees_all_close(actual, models.logits(model, TOKENS), atol=1e-5)
+
+  def test_init_gives_a_model_of_the_config(self):
+    config = _plain().config
+    module = linen_lib.Transformer(config)
+    params = module.init(jax.random.key(0), TOKENS)['params']
+    model = models.Model(params, {}, config)
+    self.assertEqual(model.stacks, (range(1), range(1, 2)))
+    logits = models.logits(model, TOKENS)
+    self.assertTrue(np.isfinite(logits).all())
+    kernel = params['layers.0:1']['mlp']['down']['kernel']
+    self.assertAlmostEqual(float(kernel.std() * kernel.shape[-2] ** 0.5), 1, delta=0.2)
+
+  def test_init_has_the_structure_of_a_model(self):
+    model = _structured()
+    module = linen_lib.Transformer.like(model)
+    found = module.init(jax.random.key(0), TOKENS)['params']
+    chex.assert_trees_all_equal_shapes_and_dtypes(found, model.params)
+
+  def test_a_parameter_of_another_shape_is_refused(self):
+    module = linen_lib.Transformer.like(_plain())
+    params = random_models.sliced_llama((20, 20, 20, 20, 20)).params
+    with self.assertRaisesRegex(flax.errors.ScopeParamShapeError, '/head'):
+      module.apply({'params': params}, TOKENS)
+
+  def test_an_optax_step_lowers_the_loss(self):
+    model = _float32(_plain())
+    module, optimizer = linen_lib.Transformer.like(model), optax.sgd(0.1)
+
+    @jax.jit
+    def step(params):
+      loss = lambda params: _loss(module.apply({'params': params}, TOKENS))
+      value, grads = jax.value_and_grad(loss)(params)
+      updates, _ = optimizer.update(grads, optimizer.init(params))
+      return value, grads, optax.apply_updates(params, updates)
+
+    before, grads, params = step(model.params)
+    after, _, _ = step(params)
+    self.assertLess(after, before)
+    self.assertTrue(all(np.any(x != 0) for x in jax.tree.leaves(grads)))
+
+
+class NnxTest(parameterized.TestCase):
+  @parameterized.parameters(*MODELS)
+  def test_a_call_gives_the_logits_of_the_parameters(self, name):
+    model = MODELS[name]()
+    module = nnx_lib.Transformer(model.config, model.params)
+    actual = nnx.jit(lambda module: module(TOKENS))(module)
+    chex.assert_trees_all_close(actual, models.logits(model, TOKENS), atol=1e-5)
+
+  @parameterized.parameters(*MODELS)
+  def test_the_state_comes_back(self, name):
+    model = MODELS[name]()
+    module = nnx_lib.Transformer(model.config, model.params)
+    definition, state = nnx.split(module)
+    merged = nnx.merge(definition, jax.tree.map(jnp.copy, state))
+    chex.assert_trees_all_equal(merged.to_params(), model.params)
+    self.assertEqual(merged.config, model.config)
+
+  @parameterized.parameters(*MODELS)
+  def test_an_optax_step_lowers_the_loss(self, name):
+    model = _float32(MODELS[name]())
+    module = nnx_lib.Transformer(model.config, model.params)
+    optimizer = nnx.Optimizer(module, optax.sgd(0.1), wrt=nnx.Param)
+
+    @nnx.jit
+    def step(module, optimizer):
+      loss = lambda module: _loss(module(TOKENS))
+      value, grads = nnx.value_and_grad(loss)(module)
+      optimizer.update(module, grads)
+      return value
+
+    before = step(module, optimizer)
+    self.assertLess(step(module, optimizer), before)
+    trained = dataclasses.replace(model, params=module.to_params())
+    np.testing.assert_allclose(
+      _loss(models.logits(trained, TOKENS)), _loss(module(TOKENS)), rtol=1e-5
+    )
+
+
+if __name__ == '__main__':
+  absltest.main()
