@@ -109,9 +109,9 @@ FUNCTIONS = {
     rotations.running_rotations,
     lambda r: (np.stack([_orthogonal(r, 4) for _ in range(5)]), _orthogonal(r, 4)),
   ),
-  'range_used': (
-    functools.partial(rotations.range_used, axes=AXES),
-    lambda r: (_layer(r), dict.fromkeys(AXES, np.float32(65504))),
+  'largest_norm': (
+    functools.partial(rotations.largest_norm, axes=(0, -1)),
+    lambda r: (structured.LowRank(_normal(r, 6, 2), _normal(r, 2, 8)),),
   ),
   'fold_norm_scales': (
     functools.partial(
@@ -135,13 +135,13 @@ FUNCTIONS = {
   'canonical_qr': (canonical.qr, lambda r: (_normal(r, 6, 8),)),
   'canonical_polar': (canonical.polar_shortcut, lambda r: (_normal(r, 6, 8),)),
   'basis': (heads.basis, lambda r: (_normal(r, 8, 3),)),
-  'rotate_values': (
-    heads.rotate_values,
-    lambda r: (_layer(r), np.stack([_orthogonal(r, 2)] * 2)),
+  'rotate_heads': (
+    heads.rotate_heads,
+    lambda r: (_some(r, heads.VALUES), np.stack([_orthogonal(r, 2)] * 2)),
   ),
-  'rotate_keys': (
-    heads.rotate_keys,
-    lambda r: (_layer(r), np.stack([_orthogonal(r, 2)] * 2)),
+  'rounding_errors': (
+    functools.partial(heads.rounding_errors, dtype=np.float16),
+    lambda r: tuple((_normal(r, 2, 6, 3), _normal(r, 2, 5, 3)) for _ in range(3)),
   ),
   'fix_values': (
     functools.partial(heads.fix_values, kv_heads=2),

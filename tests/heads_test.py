@@ -263,15 +263,17 @@ class PairsTest(parameterized.TestCase):
     near = left + _random(left.shape, 2, 1e-3), right + _random(right.shape, 3, 1e-3)
     wide = lambda a, b: np.float64(a) @ np.float64(b).transpose(0, 2, 1)
     expected = np.linalg.norm(wide(left, right) - wide(*near))
-    got = jax.jit(heads.product_error)(left, right, *near)
+    got = jax.jit(heads.product_error)((left, right), near)
     np.testing.assert_allclose(got, expected, rtol=1e-4)
 
   def test_rotations_of_values_and_keys_keep_the_function(self):
     model = _model('opt')
     rotations = np.linalg.qr(_random((2, 2, 6, 6)))[0]
     layers = structured.flatten(model.params['layers.0:2'])
-    both = lambda x, r: heads.rotate_keys(heads.rotate_values(x, r), r)
-    rotated = jax.jit(jax.vmap(both))(layers, rotations)
+    rotate = jax.jit(jax.vmap(heads.rotate_heads))
+    rotated = dict(layers)
+    for paths in (heads.VALUES, heads.KEYS):
+      rotated |= rotate({path: layers[path] for path in paths}, rotations)
     params = model.params | {'layers.0:2': structured.unflatten(rotated)}
     moved = rotated[OUT] - layers[OUT]
     self.assertGreater(np.abs(moved).mean(), 0.1)

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import random_models
 
-from rotbits_jax import structured
 from rotbits_jax import passes
+from rotbits_jax import structured
 from rotbits_jax.presets import steps as steps_lib
 
 pytest.importorskip('qwix')

@@ -182,24 +182,26 @@ class PureFunctionsTest(parameterized.TestCase):
       'bias': (-1,),
       'none': ('neuron',),
     }
-    flat = {path: jnp.float32(x) for path, x in flat.items()}
-    limits = dict.fromkeys(flat, np.float32(4))
-    used = rotations.range_used(flat, limits, axes=axes)
-    self.assertEqual(used.keys(), flat.keys() - {'none'})
     # A rotation that aligns the largest row or column with an axis makes the largest
     # number.
-    norm = lambda x, axis: np.linalg.norm(np.asarray(x), axis=axis).max()
+    norm = lambda x, axis=None: np.linalg.norm(x, axis=axis).max()
     expected = {
-      'reads': norm(flat['reads'], 0) / 4,
-      'writes': norm(flat['writes'], 1) / 4,
-      'both': np.linalg.norm(flat['both']) / 4,
-      'bias': np.linalg.norm(flat['bias']) / 4,
+      'reads': norm(flat['reads'], 0),
+      'writes': norm(flat['writes'], 1),
+      'both': norm(flat['both']),
+      'bias': norm(flat['bias']),
+      'none': np.abs(flat['none']).max(),
     }
-    for path, part in expected.items():
-      np.testing.assert_allclose(used[path], part, rtol=1e-5, err_msg=path)
-    flat['reads'] = flat['reads'].at[2, 3].set(jnp.nan)
-    broken = rotations.range_used(flat, limits, axes=axes)
-    self.assertTrue(np.isnan(broken['reads']))
+    bound = jax.jit(rotations.largest_norm, static_argnums=1)
+    for path, largest in expected.items():
+      found = bound(jnp.float32(flat[path]), axes[path])
+      np.testing.assert_allclose(found, largest, rtol=1e-5, err_msg=path)
+    flat['reads'][2, 3] = np.nan
+    self.assertTrue(np.isnan(bound(jnp.float32(flat['reads']), axes['reads'])))
+    flat['writes'][2, 3] = np.inf
+    tokens = bound(jnp.float32(flat['writes']), ('vocabulary', 0))
+    finite = np.delete(flat['writes'], 2, axis=0)
+    np.testing.assert_allclose(tokens, norm(finite, 1), rtol=1e-5)
 
 
 class GaugeTest(parameterized.TestCase):

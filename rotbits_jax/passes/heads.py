@@ -1,9 +1,10 @@
 """The gauges of attention heads, see `symmetries.heads`."""
 
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from rotbits_jax import models
@@ -46,23 +47,17 @@ def remove_query_key_gauge(*, tolerance: float | None = None) -> transform.Trans
   return transform.Transform('query-key gauge', layers=layers, takes='float32')
 
 
-class _Fixed(NamedTuple):
-  """A pair with its gauge fixed, and the error of rounding it, see `heads.Errors`."""
-
-  params: models.Params
-  errors: heads.Errors
-
-
 def _fix(
   params: models.Params, *, kv_heads: int, rotary: int | None, dtype: np.dtype
-) -> _Fixed:
+) -> tuple[models.Params, heads.Errors]:
   """Fixes the gauge of values, or of keys if `rotary` is given."""
   if rotary is None:
     fixed = heads.fix_values(params, kv_heads=kv_heads).params
   else:
     fixed = heads.fix_keys(params, kv_heads=kv_heads, rotary=rotary).params
-  errors = heads.rounding_errors(params, fixed, kv_heads=kv_heads, dtype=dtype)
-  return _Fixed(fixed, errors)
+  rounded = structured.astype(structured.astype(fixed, dtype), jnp.float32)
+  sides = [heads.sides(x, kv_heads=kv_heads) for x in (params, fixed, rounded)]
+  return fixed, heads.rounding_errors(*sides, dtype=dtype)
 
 
 def _layers(
@@ -97,18 +92,41 @@ def _layers(
     dtype=context.dtype,
   )
   # The only wait for the devices.
-  errors = jax.device_get([fixed.errors for fixed in results])
-  for i, fixed, error in zip(found, results, errors, strict=True):
-    path = models.names.prefix(first + i) + kernel
-    details = {'plain_error': error.plain}
-    if not np.isfinite(error.plain):
-      details = {'obstacle': 'numbers that are not finite, or not after rounding'}
-    # If rounding makes a number infinite, the comparison is false.
-    elif error.fixed <= tolerance * error.plain:
-      layers[i] |= fixed.params
-      details['error'] = error.fixed
-    notes[i].append(transform.note(path, layers[i][kernel], **details))
+  errors = jax.device_get([own for _, own in results])
+  for i, (fixed, _), error in zip(found, results, errors, strict=True):
+    note = settle(layers[i], first + i, kernel, fixed, error, tolerance * error.plain)
+    notes[i].append(note)
   return state, layers, notes
+
+
+def settle(
+  params: transform.Params,
+  index: int | None,
+  path: str,
+  fixed: transform.Params,
+  errors: heads.Errors,
+  most: float,
+) -> transform.Note:
+  """Takes parameters with a fixed gauge if rounding them makes a small error.
+
+  Args:
+    params: the parameters of a layer, or outside the layers; changed in place.
+    index: the layer; None outside the layers.
+    path: path of the parameter that stores fewer numbers.
+    fixed: the parameters with their gauge fixed, by path.
+    errors: the errors of rounding, on the host.
+    most: the greatest error.
+
+  Returns:
+    A note on the parameter.
+  """
+  details: transform.Note = {'plain_error': errors.plain}
+  if not np.isfinite(errors.plain):
+    details = {'obstacle': 'it has numbers that are not finite, or not when rounded'}
+  elif errors.fixed <= most:  # false if rounding makes a number infinite
+    params |= fixed
+    details['error'] = errors.fixed
+  return transform.note(models.names.prefix(index) + path, params[path], **details)
 
 
 def _pair(layer: transform.Params, paths: tuple[str, ...]) -> transform.Params:

@@ -1,13 +1,15 @@
 """The gauge of low-rank pairs, see `symmetries.low_rank`."""
 
+import dataclasses
 import functools
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from rotbits_jax import models
 from rotbits_jax import structured
+from rotbits_jax.passes import heads as heads_lib
 from rotbits_jax.passes import transform
 from rotbits_jax.symmetries import heads
 from rotbits_jax.symmetries import low_rank
@@ -56,24 +58,24 @@ def _fix_pairs(
     for path, pair in params.items()
     if isinstance(pair, structured.LowRank) and pair.rank <= min(pair.shape)
   }
-  fixed = {path: _fix(x.u, x.v, dtype=context.dtype) for path, x in pairs.items()}
+  fixed = {path: _fix(pair, dtype=context.dtype) for path, pair in pairs.items()}
+  found = jax.device_get({path: errors for path, (_, errors) in fixed.items()})
   notes = []
-  for path, errors in jax.device_get({p: own for p, (_, own) in fixed.items()}).items():
-    details: transform.Note = {'rank': pairs[path].rank, 'plain_error': errors.plain}
-    if not np.isfinite(errors.plain):
-      del details['plain_error']
-      details['obstacle'] = 'numbers that are not finite, or not after rounding'
-    elif errors.fixed <= max(tolerance * errors.plain, _FLOAT32_ERROR):
-      params[path] = fixed[path][0].replace(names=pairs[path].names)
-      details['error'] = errors.fixed
-    name = models.names.prefix(index) + path
-    notes.append(transform.note(name, params[path], **details))
+  for path, errors in found.items():
+    most, leaf = max(tolerance * errors.plain, _FLOAT32_ERROR), {path: fixed[path][0]}
+    note = heads_lib.settle(params, index, path, leaf, errors, most)
+    notes.append(note | {'rank': pairs[path].rank})
   return notes
 
 
 @functools.partial(jax.jit, static_argnames='dtype')
 def _fix(
-  u: jax.Array, v: jax.Array, *, dtype: np.dtype
+  pair: structured.LowRank, *, dtype: np.dtype
 ) -> tuple[structured.ReducedLowRank, heads.Errors]:
-  leaf = low_rank.fix_pair(u, v)
-  return leaf, low_rank.rounding_errors(u, v, leaf, dtype)
+  fixed = low_rank.fix_pair(pair.u, pair.v)
+  fixed = dataclasses.replace(fixed, names=pair.names)
+  rounded = structured.astype(structured.astype(fixed, dtype), jnp.float32)
+  sides = [
+    (u[None], v.T[None]) for u, v in (x.factors() for x in (pair, fixed, rounded))
+  ]
+  return fixed, heads.rounding_errors(*sides, dtype=dtype)

@@ -68,12 +68,15 @@ def _layers(
       continue
     layers[k] = structured.expand(layers[k])
     own = jax.random.fold_in(key, i)
-    shape = config.num_kv_heads, config.head_dim
-    if valid.values:
-      layers[k] = _rotate_values(layers[k], _orthogonal(own, *shape))
-    if valid.queries and not config.rotary_dim:
-      own = jax.random.fold_in(own, 1)
-      layers[k] = _rotate_keys(layers[k], _orthogonal(own, *shape))
+    for paths, is_valid in (
+      (heads.VALUES, valid.values),
+      (heads.KEYS, valid.queries and not config.rotary_dim),
+    ):
+      if is_valid:
+        pair = {path: layers[k][path] for path in paths if path in layers[k]}
+        rotations = _orthogonal(own, config.num_kv_heads, config.head_dim)
+        layers[k] |= _rotate_heads(pair, rotations)
+        own = jax.random.fold_in(own, 1)
   return state, layers, [[] for _ in layers]
 
 
@@ -119,5 +122,4 @@ def _orthogonal(key: jax.Array, count: int, width: int) -> jax.Array:
 
 
 _rotate = jax.jit(rotations_lib.rotate)
-_rotate_values = jax.jit(heads.rotate_values)
-_rotate_keys = jax.jit(heads.rotate_keys)
+_rotate_heads = jax.jit(heads.rotate_heads)

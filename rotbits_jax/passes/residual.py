@@ -106,25 +106,14 @@ class State(NamedTuple):
   zeros: Any
 
 
-class Obstacle(NamedTuple):
-  """The state of a model that is not rotated because of one parameter.
-
-  Attributes:
-    layer: the layer of the parameter, int32 `[]`; -1 outside the layers.
-    place: the place of its path in `models.layout`, int32 `[]`.
-  """
-
-  layer: Any
-  place: Any
+def _is_valid(config: models.ModelConfig) -> bool:
+  symmetries = models.layout.symmetries(config)
+  return symmetries.segments or symmetries.stream
 
 
-def _init(context: transform.Context) -> State | Obstacle | tuple[()]:
-  symmetries = models.layout.symmetries(context.config)
-  if not (symmetries.segments or symmetries.stream):
+def _init(context: transform.Context) -> State | tuple[()]:
+  if not _is_valid(context.config) or _obstacle(context):
     return ()
-  obstacle = _find_obstacle(context)
-  if obstacle is not None:
-    return obstacle
   rotation, width = _first_rotation(context), context.config.segment_widths[0]
   if rotation is None:
     eye = np.eye(width, dtype=np.float32)
@@ -134,14 +123,14 @@ def _init(context: transform.Context) -> State | Obstacle | tuple[()]:
 
 def _layers(
   context: transform.Context,
-  state: State | Obstacle | tuple[()],
+  state: State,
   first: int,
   layers: list[transform.Params],
   *,
   tolerance: float,
 ) -> transform.Noted:
   notes: list[list[transform.Note]] = [[] for _ in layers]
-  if not isinstance(state, State):
+  if not state:
     return state, layers, notes
   config, axes = context.config, models.layout.layer_axes(context.config)
   layers = [structured.expand(layer, keep_factors=True) for layer in layers]
@@ -177,33 +166,29 @@ def _layers(
       path = models.names.prefix(first + i) + path
       notes[i].append(transform.note(path, leaf, error=error, rank=rank))
   if not config.sliced:
-    layers = [_with_constant_norms(layer) for layer in layers]
+    layers = [norms.with_constant_scales(layer) for layer in layers]
   return state, layers, notes
 
 
 def _skip(
-  context: transform.Context, state: Any, first: int, layers: list[transform.Params]
-) -> Any:
-  if not isinstance(state, State) or not context.config.sliced:
+  context: transform.Context, state: State, first: int, layers: list[transform.Params]
+) -> State:
+  if not state or not context.config.sliced:
     return state
   layers = [structured.expand(layer, keep_factors=True) for layer in layers]
   return _find_gauges(context, state, first, layers)[1]
 
 
 def _outer(
-  context: transform.Context,
-  state: State | Obstacle | tuple[()],
-  params: transform.Params,
+  context: transform.Context, state: State, params: transform.Params
 ) -> tuple[transform.Params, list[transform.Note]]:
   config = context.config
-  if isinstance(state, Obstacle):
-    index = None if state.layer < 0 else int(state.layer)
-    path = models.names.prefix(index) + list(_axes(config, index))[int(state.place)]
-    obstacle = f'{path} has numbers that are not finite, or too large to rotate'
-    note = transform.note('embed/tokens', params['embed/tokens'], obstacle=obstacle)
-    return params, [note]
-  if not isinstance(state, State):
-    return params, []
+  if not state:
+    table, obstacle = params['embed/tokens'], ''
+    if _is_valid(config):
+      obstacle = _obstacle(context)
+    note = transform.note('embed/tokens', table, obstacle=obstacle)
+    return params, [note] if obstacle else []
   params, notes = structured.expand(params, keep_factors=True), []
   if not config.sliced:
     params = _fold(params, config=config, is_outer=True)
@@ -215,15 +200,7 @@ def _outer(
   if state.zeros[1]:
     params[_HEAD], error = _with_zeros(params[_HEAD], rows=int(state.zeros[1]))
     notes.append(transform.note(_HEAD, params[_HEAD], error=error))
-  return (params if config.sliced else _with_constant_norms(params)), notes
-
-
-def _with_constant_norms(params: transform.Params) -> transform.Params:
-  """Replaces scales of 1 by leaves that store one number."""
-  return {
-    path: structured.Constant.like(leaf, 1.0) if path.endswith('_norm/scale') else leaf
-    for path, leaf in params.items()
-  }
+  return (params if config.sliced else norms.with_constant_scales(params)), notes
 
 
 # ---- the rotations of sliced models ------------------------------------------------
@@ -344,19 +321,15 @@ def _axes(config: models.ModelConfig, index: int | None) -> models.layout.Axes:
   return layout.outer_axes(config) if index is None else layout.layer_axes(config)
 
 
-def _find_obstacle(context: transform.Context) -> Obstacle | None:
-  """Returns the first parameter that cannot be rotated; None if all can be."""
-  config = context.config
-  for index in (None, *range(config.num_layers)):
+def _obstacle(context: transform.Context) -> str:
+  """Returns why the model cannot be rotated; '' if it can."""
+  for index in (None, *range(context.config.num_layers)):
     params, prefix = _source(context, index), models.names.prefix(index)
-    limits = {path: np.float32(context.limit(prefix + path)) for path in params}
-    used = jax.device_get(
-      _range_used(params, limits, config=config, is_outer=index is None)
-    )
-    for place, path in enumerate(_axes(config, index)):
-      if path in used and not used[path] <= _RANGE:  # also if it is NaN
-        return Obstacle(np.int32(-1 if index is None else index), np.int32(place))
-  return None
+    bounds = _norms(params, config=context.config, is_outer=index is None)
+    for path, norm in jax.device_get(bounds).items():
+      if not norm <= _RANGE * context.limit(prefix + path):  # also if it is NaN
+        return f'{prefix}{path} has numbers that are not finite, or too large to rotate'
+  return ''
 
 
 def _first_rotation(context: transform.Context) -> jax.Array | None:
@@ -436,8 +409,7 @@ def _with_zeros(kernel: jax.Array, *, rows: int) -> tuple[Any, jax.Array]:
   Returns:
     The leaf, and the relative error of its zeros in the Frobenius norm.
   """
-  first = kernel.shape[0] - rows
-  upper = jnp.concatenate([kernel[:first], jnp.triu(kernel[first:])])
+  upper = rotations_lib.upper_rows(kernel, rows)
   norm = jnp.maximum(jnp.linalg.norm(kernel), jnp.finfo(jnp.float32).tiny)
   leaf = structured.TrapezoidalRows.of(upper, rows)
   return leaf, jnp.linalg.norm(upper - kernel) / norm
@@ -452,18 +424,18 @@ def _fold(
 
 
 @functools.partial(jax.jit, static_argnames=('config', 'is_outer'))
-def _range_used(
-  params: transform.Params,
-  limits: dict[str, jax.Array],
-  *,
-  config: models.ModelConfig,
-  is_outer: bool,
+def _norms(
+  params: transform.Params, *, config: models.ModelConfig, is_outer: bool
 ) -> dict[str, jax.Array]:
+  """Returns a bound of the numbers of each parameter that can be rotated."""
+  axes = _axes(config, None if is_outer else 0)
   if not config.sliced:
     wide = structured.astype(params, jnp.float32)
-    params = _fold(wide, config=config, is_outer=is_outer)
-  axes = _axes(config, None if is_outer else 0)
-  return rotations_lib.range_used(params, limits, axes)
+    params = norms.fold_norm_scales(wide, config, axes)
+  rotated = [x for x in params if rotations_lib.sides(axes[x]) != (None, None)]
+  return {
+    path: rotations_lib.largest_norm(params[path], axes[path]) for path in rotated
+  }
 
 
 _polar = jax.jit(canonical.polar)

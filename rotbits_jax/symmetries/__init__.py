@@ -35,8 +35,7 @@ from rotbits_jax.symmetries.heads import Basis
 from rotbits_jax.symmetries.heads import basis
 from rotbits_jax.symmetries.heads import fix_keys
 from rotbits_jax.symmetries.heads import fix_values
-from rotbits_jax.symmetries.heads import rotate_keys
-from rotbits_jax.symmetries.heads import rotate_values
+from rotbits_jax.symmetries.heads import rotate_heads
 from rotbits_jax.symmetries.low_rank import fix_pair
 from rotbits_jax.symmetries.norms import fold_norm_scales
 from rotbits_jax.symmetries.rotations import next_rotation
@@ -64,9 +63,8 @@ __all__ = [
   'polar_shortcut',
   'qr',
   'rotate',
-  'rotate_keys',
+  'rotate_heads',
   'rotate_parameters',
-  'rotate_values',
   'running_rotations',
   'svd',
   'typical_size',

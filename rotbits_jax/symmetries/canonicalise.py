@@ -31,15 +31,14 @@ from rotbits_jax.symmetries import products
 from rotbits_jax.symmetries import rotations
 from rotbits_jax.symmetries import shortcuts
 
-Params = dict[str, Any]
+Params = dict[str, Any]  # leaves by path
 _UP, _HEAD = 'mlp/up/kernel', 'head/kernel'
 
 
 class Gauges(NamedTuple):
   """The coordinates that `canonicalise` chose, float32.
 
-  The keys of the dicts are those of the stacks, like 'layers.0:16'. A dict is empty if
-  the model has no such symmetry.
+  The keys of the dicts are those of the stacks, like 'layers.0:16'.
 
   Attributes:
     first: R_0, `[d, d]`, the rotation of the embedding; the rotation of all segments of
@@ -47,16 +46,15 @@ class Gauges(NamedTuple):
     segments: R of the segments that the sublayers of a sliced model write, `[N, e, e]`
       for each sublayer.
     singular_values: those of the shortcuts, `[N, d]` for each sublayer, descending.
-    values: A with `W_v -> W_v A`, `W_o -> A^-1 W_o`, `[N, K, h, h]`.
-    keys: A with `W_q -> W_q A`, `W_k -> W_k A^-T` in the m coordinates of a head that
+    heads: 'values' is A with `W_v -> W_v A`, `W_o -> A^-1 W_o`, `[N, K, h, h]`. 'keys'
+      is A with `W_q -> W_q A`, `W_k -> W_k A^-T` in the m coordinates of a head that
       RoPE does not rotate, `[N, K, m, m]`.
   """
 
   first: jax.Array | None
   segments: dict[str, tuple[jax.Array, ...]]
   singular_values: dict[str, tuple[jax.Array, ...]]
-  values: dict[str, jax.Array]
-  keys: dict[str, jax.Array]
+  heads: dict[str, dict[str, jax.Array]]
 
 
 def canonicalise(
@@ -93,12 +91,11 @@ def canonicalise(
     ValueError: if a segment is narrower than the one before it.
   """
   valid = models.layout.symmetries(config)
-  layers = {key: models.names.stacked_layers(key) for key in params}
-  keys = sorted((x.start, key) for key, x in layers.items() if x is not None)
-  stacks = {key: _arrays(structured.flatten(params[key])) for _, key in keys}
-  outer = structured.flatten({k: x for k, x in params.items() if k not in stacks})
-  outer = _arrays(outer)
-  gauges = Gauges(None, {}, {}, {}, {})
+  ranges = {key: models.names.stacked_layers(key) for key in params}
+  keys = sorted((x.start, key) for key, x in ranges.items() if x is not None)
+  stacks = {key: _widened(params[key]) for _, key in keys}
+  outer = _widened({key: x for key, x in params.items() if key not in stacks})
+  gauges = Gauges(None, {}, {}, {})
   if valid.segments:
     dtype = params[keys[0][1]]['attention_shortcut']['kernel'].dtype
     unit = max(
@@ -108,29 +105,16 @@ def canonicalise(
     gauges = _rotate_segments(outer, stacks, config, tolerance, max_rank)
   elif valid.stream:
     gauges = gauges._replace(first=_rotate_stream(outer, stacks, config))
+  fix = functools.partial(_fix_heads, config=config)
   for key, stack in stacks.items():
-    if valid.values and all(x in stack for x in (_OUT_BIAS, _VALUE_BIAS)):
-      _remove_value_bias(stack, config)
-    if valid.key_bias and _is_array(stack, _KEY_BIAS):
-      stack[_KEY_BIAS] = _constant(stack[_KEY_BIAS], 0.0)
-    for names, found, is_valid in (
-      (heads.VALUES, gauges.values, valid.values),
-      (heads.KEYS, gauges.keys, valid.queries and config.rotary_dim < config.head_dim),
-    ):
-      if is_valid and (gauge := _fix_heads(stack, names, config)) is not None:
-        found[key] = gauge
-  result = structured.unflatten(outer)
-  result |= {key: structured.unflatten(stack) for key, stack in stacks.items()}
-  return {key: result[key] for key in params}, gauges
+    stacks[key], gauges.heads[key] = jax.vmap(fix)(stack)
+  result = {key: structured.unflatten(stack) for key, stack in stacks.items()}
+  return structured.unflatten(outer) | result, gauges
 
 
-def _arrays(params: Params) -> Params:
-  wide = structured.astype(params, jnp.float32)
-  wide = {
-    path: leaf if structured.is_structured(leaf) else jnp.asarray(leaf)
-    for path, leaf in wide.items()
-  }
-  return structured.expand(wide, keep_factors=True)
+def _widened(params: models.Params) -> Params:
+  arrays = structured.flatten(jax.tree.map(jnp.asarray, params))
+  return structured.expand(structured.astype(arrays, jnp.float32), keep_factors=True)
 
 
 def _is_array(params: Params, path: str) -> bool:
@@ -154,63 +138,54 @@ def _rotate_segments(
       'canonicalise takes segments that do not get narrower, got '
       f'{config.segment_widths=}; passes.remove_residual_gauge takes any widths'
     )
-  sublayers = models.layout.SUBLAYERS[: config.segments_per_layer]
-  names = [f'{sublayer}_shortcut/kernel' for sublayer in sublayers]
-  axes = models.layout.layer_axes(config)
-  polars = {key: _polars([stack[x] for x in names]) for key, stack in stacks.items()}
-  first_stack, last_stack = next(iter(stacks)), list(stacks)[-1]
-  new = widths[-1] - widths[-2]  # dimensions of the last segment
-  first = jnp.eye(widths[0], dtype=jnp.float32)
-  kernel = stacks[first_stack][_UP]
-  has_upper = config.parallel_block or widths[0] == widths[1]
-  has_upper &= not structured.is_structured(kernel)
-  if has_upper:
-    before = polars[first_stack][0].rotation[0]
-    kernel = kernel[0] if config.parallel_block else products.matmul(before, kernel[0])
-    first = rotations.upper_rotation(kernel)
-  gauges = Gauges(first, {}, {}, {}, {})
-  rotation = first
+  polars = {key: _polars(stack, config) for key, stack in stacks.items()}
+  (first_stack, *_), last_polars = stacks.values(), list(polars.values())[-1]
+  rotation, up = jnp.eye(widths[0], dtype=jnp.float32), first_stack[_UP]
+  is_upper = _is_array(first_stack, _UP) and (
+    config.parallel_block or widths[0] == widths[1]
+  )
+  if is_upper:
+    step = next(iter(polars.values()))[0].rotation[0]
+    kernel = up[0] if config.parallel_block else products.matmul(step, up[0])
+    rotation = rotations.upper_rotation(kernel)
+  gauges = Gauges(rotation, {}, {}, {})
+  new, free = widths[-1] - widths[-2], None  # dimensions of the last segment
+  if new and _is_array(outer, _HEAD):
+    step = last_polars[-1].rotation[0, -new:]
+    free = rotations.upper_rotation(products.matmul(step, outer[_HEAD][:, :new]))
+  rotate = functools.partial(
+    _rotate_layer, config=config, tolerance=tolerance, max_rank=max_rank
+  )
   for key, stack in stacks.items():
-    free, steps = None, [polar.rotation for polar in polars[key]]
-    if key == last_stack and new and _is_array(outer, _HEAD):
-      rows = products.matmul(steps[-1][0, -new:], outer[_HEAD][:, :new])
-      free = rotations.upper_rotation(rows)
-    found = _walk(steps, rotation, free)
-    rotation = found[-1][-1]
-    kernels = {x: stack.pop(x) for x in names}
-    turn = functools.partial(rotations.rotate_parameters, axes=axes)
-    stack |= jax.vmap(turn)(stack, tuple(found))
-    for s, name in enumerate(names):
-      count = kernels[name].shape[1] if max_rank is None else max_rank
-      count = min(count, kernels[name].shape[1])
-      factor = functools.partial(
-        shortcuts.factors, tolerance=tolerance, columns=(count, count)
-      )
-      b, c = jax.vmap(factor)(found[s], polars[key][s])
-      columns = kernels[name].shape[2]
-      stack[name] = structured.IdentityMinusGram(b, c, columns=columns)
+    found = _walk([x.rotation for x in polars[key]], rotation, free)
+    stacks[key] = jax.vmap(rotate)(stack, found, polars[key])
     gauges.segments[key] = tuple(found[1:])
     gauges.singular_values[key] = tuple(polar.values for polar in polars[key])
-  ends = rotations.rotate_parameters(
-    outer, (first, rotation), models.layout.outer_axes(config)
-  )
-  outer |= ends
-  if has_upper:
-    up = stacks[first_stack][_UP]
-    stacks[first_stack][_UP] = up.at[0].set(jnp.triu(up[0]))
-  if new and _is_array(outer, _HEAD):
-    upper = jnp.concatenate([outer[_HEAD][:-new], jnp.triu(outer[_HEAD][-new:])])
+    rotation = found[-1][-1]
+  axes = models.layout.outer_axes(config)
+  outer |= rotations.rotate_parameters(outer, (gauges.first, rotation), axes)
+  if is_upper:
+    _set_upper(stacks)
+  if free is not None:
+    upper = rotations.upper_rows(outer[_HEAD], new)
     outer[_HEAD] = structured.TrapezoidalRows.of(upper, new)
   return gauges
 
 
-def _polars(kernels: list[jax.Array]) -> list[canonical.Polar]:
-  """Returns the polar decompositions of the shortcuts of all layers, by sublayer."""
+def _polars(stack: Params, config: models.ModelConfig) -> list[canonical.Polar]:
+  """Returns the polar decompositions of the shortcuts of a stack, by sublayer."""
+  kernels = [stack[path] for path in _shortcuts(config)]
   if len({kernel.shape for kernel in kernels}) > 1:
     return [jax.vmap(canonical.polar)(kernel) for kernel in kernels]
+  # One after the other, because LAPACK uses all CPUs for each.
   both = jax.vmap(jax.vmap(canonical.polar))(jnp.stack(kernels, axis=1))
-  split = lambda s: jax.tree.map(lambda x: x[:, s], both)
-  return [split(s) for s in range(len(kernels))]
+  of_sublayer = lambda s: jax.tree.map(lambda x: x[:, s], both)
+  return [of_sublayer(s) for s in range(len(kernels))]
+
+
+def _shortcuts(config: models.ModelConfig) -> list[str]:
+  sublayers = models.layout.SUBLAYERS[: config.segments_per_layer]
+  return [f'{sublayer}_shortcut/kernel' for sublayer in sublayers]
 
 
 def _walk(
@@ -226,91 +201,103 @@ def _walk(
   Returns:
     `[N, e, e]` for each segment of a layer.
   """
-  given = first[None]
-  if len(steps[0]) > 1:
-    whole = steps[0] if len(steps) == 1 else jax.vmap(products.matmul)(*steps)
-    written = rotations.running_rotations(whole, first)
-    given = jnp.concatenate([given, written[:-1]])
-  found = [given]
-  for step in steps:
-    is_last = len(found) == len(steps)
-    if is_last and len(step) > 1:
-      found.append(written)
-      continue
-    turn = functools.partial(rotations.next_rotation, free=free if is_last else None)
-    found.append(jax.vmap(turn)(step, found[-1]))
-  return found
+  if len(steps[0]) == 1:  # only such a stack can get wider
+    found = [first]
+    for i, (step,) in enumerate(steps, 1):
+      own = free if i == len(steps) else None
+      found.append(rotations.next_rotation(step, found[-1], own))
+    return [x[None] for x in found]
+  whole = steps[0] if len(steps) == 1 else jax.vmap(products.matmul)(*steps)
+  written = rotations.running_rotations(whole, first)
+  read = jnp.concatenate([first[None], written[:-1]])
+  between = [jax.vmap(rotations.next_rotation)(x, read) for x in steps[:-1]]
+  return [read, *between, written]
+
+
+def _rotate_layer(
+  params: Params,
+  found: list[jax.Array],
+  polars: list[canonical.Polar],
+  *,
+  config: models.ModelConfig,
+  tolerance: float,
+  max_rank: int | None,
+) -> Params:
+  """Rotates one layer of a sliced model."""
+  names, axes = _shortcuts(config), models.layout.layer_axes(config)
+  others = {path: leaf for path, leaf in params.items() if path not in names}
+  rotated = rotations.rotate_parameters(others, tuple(found), axes)
+  for rotation, polar, name in zip(found, polars, names, strict=False):
+    (d, width), most = params[name].shape, max_rank
+    count = d if most is None else min(most, d)
+    b, c = shortcuts.factors(
+      rotation, polar, tolerance=tolerance, columns=(count, count)
+    )
+    rotated[name] = structured.IdentityMinusGram(b, c, columns=width)
+  return rotated
 
 
 def _rotate_stream(
   outer: Params, stacks: dict[str, Params], config: models.ModelConfig
 ) -> jax.Array | None:
   """Folds the norms of a dense model and rotates its stream, in place."""
-  layer_axes, outer_axes = (
-    models.layout.layer_axes(config),
-    models.layout.outer_axes(config),
-  )
-  fold = functools.partial(norms.fold_norm_scales, config=config, axes=layer_axes)
-  for stack in stacks.values():
-    stack |= jax.vmap(fold)(stack)
-  outer |= norms.fold_norm_scales(outer, config, outer_axes)
-  first_stack = next(iter(stacks.values()))
-  rotation = None
-  if not structured.is_structured(first_stack[_UP]):
+  axes, outer_axes = models.layout.layer_axes(config), models.layout.outer_axes(config)
+  fold = functools.partial(norms.fold_norm_scales, config=config, axes=axes)
+  for key, stack in stacks.items():
+    stacks[key] = jax.vmap(fold)(stack)
+  first_stack, rotation = next(iter(stacks.values())), None
+  if _is_array(first_stack, _UP):
     rotation = rotations.upper_rotation(first_stack[_UP][0])
-  turn = functools.partial(
-    rotations.rotate_parameters, rotations=(rotation,) * 3, axes=layer_axes
-  )
-  for stack in stacks.values():
-    stack |= jax.vmap(turn)(stack)
-    stack |= {p: _constant(x, 1.0) for p, x in stack.items() if p.endswith(_SCALE)}
-  outer |= rotations.rotate_parameters(outer, (rotation,) * 2, outer_axes)
-  final = f'final{_SCALE}'
-  outer[final] = structured.Constant(jnp.float32(1), outer[final].shape)
+
+  def rotate(params: Params, axes: models.layout.Axes) -> Params:
+    return norms.with_constant_scales(
+      rotations.rotate_parameters(params, (rotation,) * 3, axes)
+    )
+
+  for key, stack in stacks.items():
+    stacks[key] = jax.vmap(functools.partial(rotate, axes=axes))(stack)
+  folded = norms.fold_norm_scales(outer, config, outer_axes)
+  outer |= rotate(folded, outer_axes)
   if rotation is not None:
-    up = first_stack[_UP]
-    first_stack[_UP] = up.at[0].set(jnp.triu(up[0]))
+    _set_upper(stacks)
   return rotation
+
+
+def _set_upper(stacks: dict[str, Params]) -> None:
+  """Sets the zeros of the up kernel of the first layer, in place."""
+  stack = next(iter(stacks.values()))
+  stack[_UP] = stack[_UP].at[0].set(jnp.triu(stack[_UP][0]))
 
 
 # ---- heads -------------------------------------------------------------------------
 
-_OUT_BIAS, _VALUE_BIAS, _KEY_BIAS = (
-  f'attention/{name}/bias' for name in ('out', 'value', 'key')
-)
-_SCALE = '_norm/scale'
-
-
-def _constant(stacked: jax.Array, value: float) -> structured.Constant:
-  values = jnp.full(len(stacked), value, jnp.float32)
-  return structured.Constant(values, stacked.shape[1:])
-
-
-def _remove_value_bias(stack: Params, config: models.ModelConfig) -> None:
-  kernel = structured.materialize(stack['attention/out/kernel'])
-  move = functools.partial(biases.with_value_bias, kv_heads=config.num_kv_heads)
-  stack[_OUT_BIAS] = jax.vmap(move)(stack[_OUT_BIAS], stack[_VALUE_BIAS], kernel)
-  stack[_VALUE_BIAS] = _constant(stack[_VALUE_BIAS], 0.0)
-
 
 def _fix_heads(
-  stack: Params, names: tuple[str, ...], config: models.ModelConfig
-) -> jax.Array | None:
-  """Fixes the gauge of heads, in place; returns it, or None for low-rank kernels."""
-  pair = {
-    path: stack[path]
-    for path in names
-    if path in stack and not isinstance(stack[path], structured.Constant)
-  }
-  kernels = [x for path, x in pair.items() if path.endswith('/kernel')]
-  if any(map(structured.is_structured, kernels)):
-    return None
-  if min(min(kernel.shape[1:]) for kernel in kernels) < config.head_dim:
-    return None
-  settings: dict[str, Any] = {'kv_heads': config.num_kv_heads}
-  if names is heads.KEYS:
-    settings['rotary'] = config.rotary_dim
-  fix = heads.fix_keys if names is heads.KEYS else heads.fix_values
-  fixed = jax.vmap(functools.partial(fix, **settings))(pair)
-  stack |= fixed.params
-  return fixed.gauge
+  params: Params, *, config: models.ModelConfig
+) -> tuple[Params, dict[str, jax.Array]]:
+  """Removes biases and fixes the gauges of the heads of one layer."""
+  valid, kv_heads = models.layout.symmetries(config), config.num_kv_heads
+  out, value, key = (f'attention/{name}/bias' for name in ('out', 'value', 'key'))
+  params, gauges = dict(params), {}
+  if valid.values and _is_array(params, out) and _is_array(params, value):
+    kernel = structured.materialize(params[heads.OUT])
+    params[out] = biases.with_value_bias(
+      params[out], params[value], kernel, kv_heads=kv_heads
+    )
+    params[value] = structured.Constant.like(params[value], 0.0)
+  if valid.key_bias and _is_array(params, key):
+    params[key] = structured.Constant.like(params[key], 0.0)
+  rotary = config.rotary_dim
+  for name, paths, kernel, is_valid in (
+    ('values', heads.VALUES, heads.OUT, valid.values),
+    ('keys', heads.KEYS, heads.KEY, valid.queries and rotary < config.head_dim),
+  ):
+    pair = {path: params[path] for path in paths if _is_array(params, path)}
+    kernels = [path for path in paths if path.endswith('/kernel')]
+    fits = is_valid and all(path in pair for path in kernels)
+    if fits and min(pair[kernel].shape) >= config.head_dim:
+      fix = functools.partial(heads.fix_keys, rotary=rotary)
+      fixed = (heads.fix_values if name == 'values' else fix)(pair, kv_heads=kv_heads)
+      params |= fixed.params
+      gauges[name] = fixed.gauge
+  return params, gauges

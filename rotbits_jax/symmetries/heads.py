@@ -91,53 +91,33 @@ def multiply(array: jax.Array, matrices: jax.Array) -> jax.Array:
   return product.reshape(array.shape)
 
 
-def rotate_values(layer: models.Params, rotations: jax.Array) -> models.Params:
-  """Rotates a layer's value heads: `W_v -> W_v Q`, `W_o -> Q^T W_o`.
+VALUE, OUT = 'attention/value/kernel', 'attention/out/kernel'
+QUERY, KEY = 'attention/query/kernel', 'attention/key/kernel'
+_QUERY_BIAS, _KEY_BIAS = 'attention/query/bias', 'attention/key/bias'
+
+VALUES = (VALUE, 'attention/value/bias', OUT)
+"""The parameters that share the gauge of values; the bias may be missing."""
+
+KEYS = (QUERY, _QUERY_BIAS, KEY, _KEY_BIAS)
+"""The parameters that share the gauge of keys; the biases may be missing."""
+
+
+def rotate_heads(params: models.Params, rotations: jax.Array) -> models.Params:
+  """Rotates heads: `W_v Q` and `Q^T W_o`; or without RoPE, `W_q Q` and `W_k Q`.
 
   Args:
-    layer: parameters of a layer by path; value and output must be arrays.
+    params: arrays, `VALUES` or `KEYS` by path.
     rotations: Q, float32 `[K, h, h]`, orthogonal.
 
   Returns:
     The parameters in their old dtypes.
   """
-  rotated = dict(layer)
-  for path in ('attention/value/kernel', 'attention/value/bias'):
-    if path in layer:
-      rotated[path] = multiply(layer[path], rotations).astype(layer[path].dtype)
-  out = layer['attention/out/kernel']
-  rotated['attention/out/kernel'] = multiply(out.T, rotations).T.astype(out.dtype)
-  return rotated
 
+  def rotate(path: str, x: jax.Array) -> jax.Array:
+    product = multiply(x.T, rotations).T if path == OUT else multiply(x, rotations)
+    return product.astype(x.dtype)
 
-def rotate_keys(layer: models.Params, rotations: jax.Array) -> models.Params:
-  """Rotates a layer's queries and keys: `W_q -> W_q Q`, `W_k -> W_k Q`.
-
-  Args:
-    layer: parameters of a layer by path, of a model without RoPE; query and key must be
-      arrays.
-    rotations: Q, float32 `[K, h, h]`, orthogonal.
-
-  Returns:
-    The parameters in their old dtypes.
-  """
-  rotated = dict(layer)
-  for name in ('query/kernel', 'query/bias', 'key/kernel', 'key/bias'):
-    if (path := f'attention/{name}') in layer:
-      rotated[path] = multiply(layer[path], rotations).astype(layer[path].dtype)
-  return rotated
-
-
-VALUES = ('attention/value/kernel', 'attention/value/bias', 'attention/out/kernel')
-"""The parameters that `fix_values` takes; the bias may be missing."""
-
-KEYS = (
-  'attention/query/kernel',
-  'attention/query/bias',
-  'attention/key/kernel',
-  'attention/key/bias',
-)
-"""The parameters that `fix_keys` takes; the biases may be missing."""
+  return {path: rotate(path, x) for path, x in params.items()}
 
 
 class Fixed(NamedTuple):
@@ -163,9 +143,8 @@ def fix_values(params: models.Params, *, kv_heads: int) -> Fixed:
   Returns:
     The parameters; W_o is a `structured.HeadRows`.
   """
-  value, _, out = VALUES
-  h, width = params[value].shape[1] // kv_heads, params[out].shape[1]
-  heads = _stacked_heads(params[out].T, kv_heads, h)  # [K, G d, h]
+  h, width = params[VALUE].shape[1] // kv_heads, params[OUT].shape[1]
+  heads = _stacked_heads(params[OUT].T, kv_heads, h)  # [K, G d, h]
   below, factors = jax.vmap(basis)(heads)
   # The first rows of the basis belong to the first head of a group.
   first, others = jnp.split(below, (width - h,), axis=1)
@@ -173,9 +152,9 @@ def fix_values(params: models.Params, *, kv_heads: int) -> Fixed:
   rows = jnp.swapaxes(others.reshape(kv_heads, -1, width, h), 2, 3).reshape(-1, width)
   gauge = jnp.matrix_transpose(factors)
   fixed: models.Params = {
-    path: multiply(x, gauge) for path, x in params.items() if path != out
+    path: multiply(x, gauge) for path, x in params.items() if path != OUT
   }
-  fixed[out] = structured.HeadRows(
+  fixed[OUT] = structured.HeadRows(
     first, rows if rows.size else None, groups=kv_heads, head_dim=h
   )
   return Fixed(fixed, gauge)
@@ -194,27 +173,52 @@ def fix_keys(params: models.Params, *, kv_heads: int, rotary: int) -> Fixed:
     The parameters. W_k is a `structured.HeadColumns`. The bias of the key is zero in
     these coordinates.
   """
-  query, query_bias, key, key_bias = KEYS
-  d, h = params[key].shape[0], params[key].shape[1] // kv_heads
-  heads = _stacked_heads(params[key], kv_heads, h)
+  d, h = params[KEY].shape[0], params[KEY].shape[1] // kv_heads
+  heads = _stacked_heads(params[KEY], kv_heads, h)
   below, factors = jax.vmap(basis)(heads[..., rotary:])
   gauge, kept = jnp.matrix_transpose(factors), jnp.eye(rotary, dtype=jnp.float32)
   whole = jax.vmap(lambda a: jax.scipy.linalg.block_diag(kept, a))(gauge)
   fixed: models.Params = {
     path: multiply(params[path], whole)
-    for path in (query, query_bias)
+    for path in (QUERY, _QUERY_BIAS)
     if path in params
   }
-  columns = params[key].astype(jnp.float32).reshape(d, kv_heads, h)[..., :rotary]
-  fixed[key] = structured.HeadColumns(
+  columns = params[KEY].astype(jnp.float32).reshape(d, kv_heads, h)[..., :rotary]
+  fixed[KEY] = structured.HeadColumns(
     rotary=columns.reshape(d, -1) if rotary else None,
     below=jnp.swapaxes(below, 0, 1).reshape(below.shape[1], -1),
     heads=kv_heads,
   )
-  if key_bias in params:
-    bias = params[key_bias].astype(jnp.float32).reshape(kv_heads, h)
-    fixed[key_bias] = bias.at[:, rotary:].set(0).reshape(-1)
+  if _KEY_BIAS in params:
+    bias = params[_KEY_BIAS].astype(jnp.float32).reshape(kv_heads, h)
+    fixed[_KEY_BIAS] = bias.at[:, rotary:].set(0).reshape(-1)
   return Fixed(fixed, gauge)
+
+
+def sides(params: models.Params, *, kv_heads: int) -> tuple[jax.Array, jax.Array]:
+  """Returns the two kernels of a pair, float32 `[K, ..., h]`.
+
+  Only `left @ right^T` matters for the function of the model. Biases are further rows.
+
+  Args:
+    params: `VALUES`, or `KEYS`, by path.
+    kv_heads: K.
+  """
+  params = structured.materialize(params)
+
+  def with_bias(name: str) -> jax.Array:
+    rows = [params[f'attention/{name}/kernel']]
+    if (bias := params.get(f'attention/{name}/bias')) is not None:
+      rows.append(bias[None])
+    return jnp.concatenate(rows)
+
+  if OUT in params:
+    left, right = with_bias('value'), params[OUT].T
+    h = left.shape[1] // kv_heads
+  else:
+    left, right = with_bias('query'), with_bias('key')
+    h = right.shape[1] // kv_heads
+  return _stacked_heads(left, kv_heads, h), _stacked_heads(right, kv_heads, h)
 
 
 def _stacked_heads(kernel: jax.Array, kv_heads: int, h: int) -> jax.Array:
@@ -240,73 +244,47 @@ class Errors(NamedTuple):
   plain: jax.Array
 
 
+Sides = tuple[jax.Array, jax.Array]
+"""float32 `[K, a, h]` and `[K, b, h]`, of K products `left @ right^T`."""
+
+
 def rounding_errors(
-  params: models.Params, fixed: models.Params, *, kv_heads: int, dtype: jnp.dtype
+  plain: Sides, fixed: Sides, rounded: Sides, *, dtype: Any
 ) -> Errors:
-  """Returns the errors that rounding makes in the products of a pair of kernels.
+  """Returns the errors that rounding makes in products.
 
   Args:
-    params: what `fix_values` or `fix_keys` took.
-    fixed: the parameters that it returned.
-    kv_heads: K.
+    plain: the sides before their gauge was fixed.
+    fixed: the sides after that.
+    rounded: these sides when what they are stored as is rounded.
     dtype: the dtype to which numbers are rounded.
   """
-  rounded = structured.astype(structured.astype(fixed, dtype), jnp.float32)
-  error = product_error(*_pair(fixed, kv_heads), *_pair(rounded, kv_heads))
   # The numbers of a checkpoint have no rounding error, because they are rounded
   # already. A multiple of them has the usual error.
-  left, right = _pair(params, kv_heads)
-  left, right = left * _SQRT2, right / _SQRT2
-  near = (x.astype(dtype).astype(jnp.float32) for x in (left, right))
-  plain_error = product_error(left, right, *near)
-  norm = jnp.maximum(product_norm(left, right), jnp.finfo(jnp.float32).tiny)
-  return Errors(error / norm, plain_error / norm)
+  left, right = plain[0] * _SQRT2, plain[1] / _SQRT2
+  round_off = lambda x: x.astype(dtype).astype(jnp.float32)
+  near = round_off(left), round_off(right)
+  norm = jnp.maximum(_product_norm(left, right), jnp.finfo(jnp.float32).tiny)
+  return Errors(
+    product_error(fixed, rounded) / norm, product_error((left, right), near) / norm
+  )
 
 
 _SQRT2 = 2**0.5
 
 
-def product_norm(left: jax.Array, right: jax.Array) -> jax.Array:
-  """Returns the Frobenius norm of the K matrices `left @ right^T` together.
+def product_error(sides: Sides, near: Sides) -> jax.Array:
+  """Returns the Frobenius norm of the difference of all products, float32.
 
-  Args:
-    left: float32 `[K, a, h]`.
-    right: float32 `[K, b, h]`.
-
-  Returns:
-    float32 `[]`.
+  The result is accurate even if the sides differ little.
   """
-  gram = lambda x: _matmul(jnp.matrix_transpose(x), x)
-  return jnp.sqrt(jnp.maximum(jnp.sum(gram(left) * gram(right)), 0))
-
-
-def product_error(
-  left: jax.Array, right: jax.Array, near_left: jax.Array, near_right: jax.Array
-) -> jax.Array:
-  """Returns the Frobenius norm of `left @ right^T - near_left @ near_right^T`.
-
-  The result is accurate even if `near_left` and `near_right` differ little from `left`
-  and `right`. Shapes are those of `product_norm`.
-  """
-  return product_norm(
+  (left, right), (near_left, near_right) = sides, near
+  return _product_norm(
     jnp.concatenate([near_left - left, near_left], axis=2),
     jnp.concatenate([right, near_right - right], axis=2),
   )
 
 
-def _pair(params: models.Params, kv_heads: int) -> tuple[jax.Array, jax.Array]:
-  """Returns both kernels as `[K, ..., h]`; only `left @ right^T` matters."""
-  params = structured.materialize(params)
-
-  def side(name: str) -> Any:  # a kernel, with its bias as one more row
-    kernel = params[f'attention/{name}/kernel']
-    bias = params.get(f'attention/{name}/bias')
-    return kernel if bias is None else jnp.concatenate([kernel, bias[None]])
-
-  if 'attention/out/kernel' in params:
-    left, right = side('value'), params['attention/out/kernel'].T
-    h = left.shape[1] // kv_heads
-  else:
-    left, right = side('query'), side('key')
-    h = right.shape[1] // kv_heads
-  return _stacked_heads(left, kv_heads, h), _stacked_heads(right, kv_heads, h)
+def _product_norm(left: jax.Array, right: jax.Array) -> jax.Array:
+  gram = lambda x: _matmul(jnp.matrix_transpose(x), x)
+  return jnp.sqrt(jnp.maximum(jnp.sum(gram(left) * gram(right)), 0))

@@ -57,26 +57,3 @@ def fix_pair(u: jax.Array, v: jax.Array) -> structured.ReducedLowRank:
   return structured.ReducedLowRank(
     basis.below, _matmul(basis.factor, v), size=size, transposed=transposed
   )
-
-
-def rounding_errors(
-  u: jax.Array, v: jax.Array, fixed: structured.ReducedLowRank, dtype: jnp.dtype
-) -> heads.Errors:
-  """Returns the errors that rounding makes in the product of a pair.
-
-  Args:
-    u: `[m, r]`.
-    v: `[r, n]`.
-    fixed: the result of `fix_pair`.
-    dtype: the dtype to which numbers are rounded.
-  """
-  u, v = u.astype(jnp.float32), v.astype(jnp.float32)
-  product = _matmul(u, v)
-  norm = jnp.maximum(jnp.linalg.norm(product), jnp.finfo(jnp.float32).tiny)
-
-  def error(pair: structured.FactorPair) -> jax.Array:
-    rounded = structured.astype(structured.astype(pair, dtype), jnp.float32)
-    return jnp.linalg.norm(rounded.materialize() - product) / norm
-
-  # As in `heads.rounding_errors`, for a multiple of the numbers of a checkpoint.
-  return heads.Errors(error(fixed), error(structured.LowRank(u * 2**0.5, v / 2**0.5)))

@@ -5,7 +5,6 @@ with that. Therefore the residual stream of a dense model can be rotated only af
 scales have been multiplied into the kernels.
 """
 
-from collections.abc import Iterator
 from typing import Any
 
 import chex
@@ -34,21 +33,6 @@ def scale_rows(kernel: Any, scale: jax.Array) -> Any:
   return product.astype(kernel.dtype)
 
 
-def readers(config: models.ModelConfig, axes: models.layout.Axes) -> Iterator[Any]:
-  """Yields the path of each kernel that reads a norm, and the path of its scale.
-
-  Args:
-    config: the config of a dense model.
-    axes: `models.layout.layer_axes`, or `models.layout.outer_axes`.
-  """
-  for path, own in axes.items():
-    if len(own) == 2 and isinstance(own[0], int):
-      first = path.split('/')[0]
-      is_head = first == 'head'
-      norm = 'final_norm' if is_head else models.layout.norm_of(config, first)
-      yield path, f'{norm}/scale'
-
-
 def fold_norm_scales(
   params: dict[str, Any], config: models.ModelConfig, axes: models.layout.Axes
 ) -> dict[str, Any]:
@@ -58,13 +42,25 @@ def fold_norm_scales(
     params: parameters of a layer, or parameters outside the layers, of a dense model,
       by path.
     config: its config.
-    axes: see `readers`.
+    axes: `models.layout.layer_axes`, or `models.layout.outer_axes`.
 
   Returns:
     The parameters in their old dtypes; the scales are 1.
   """
   folded = dict(params)
-  for kernel, scale in readers(config, axes):
-    folded[kernel] = scale_rows(params[kernel], params[scale])
-    folded[scale] = jnp.ones_like(params[scale])
+  for path, own in axes.items():
+    if len(own) == 2 and isinstance(own[0], int):  # it reads a segment
+      first, norm = path.split('/')[0], 'final_norm'
+      if first != 'head':
+        norm = models.layout.norm_of(config, first)
+      folded[path] = scale_rows(params[path], params[f'{norm}/scale'])
+      folded[f'{norm}/scale'] = jnp.ones_like(params[f'{norm}/scale'])
   return folded
+
+
+def with_constant_scales(params: dict[str, Any]) -> dict[str, Any]:
+  """Replaces scales of 1 by leaves that store one number."""
+  return {
+    path: structured.Constant.like(leaf, 1.0) if path.endswith('_norm/scale') else leaf
+    for path, leaf in params.items()
+  }

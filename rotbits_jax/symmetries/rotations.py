@@ -104,48 +104,35 @@ def rotate_parameters(
   }
 
 
-def range_used(
-  params: dict[str, Any],
-  limits: dict[str, jax.Array],
-  axes: dict[str, tuple[Any, ...]],
-) -> dict[str, jax.Array]:
-  """Returns how much of the range of its dtype each parameter can use when rotated.
+def largest_norm(leaf: Any, axes: tuple[Any, ...]) -> jax.Array:
+  """Returns a bound of all numbers that a rotation of a parameter can make.
 
-  A rotation of the rows of a parameter keeps the norm of each column, and a rotation of
-  the columns keeps the norm of each row. Therefore these norms bound every number that
-  a rotation can make.
+  A rotation of the rows keeps the norm of each column, and a rotation of the columns
+  keeps the norm of each row.
 
   Args:
-    params: arrays, or low-rank leaves, by path.
-    limits: the greatest number of the dtype of each parameter, by path.
-    axes: the axes of each parameter by path, see `models.layout`.
+    leaf: an array or a low-rank leaf.
+    axes: its axes, see `models.layout`.
 
   Returns:
-    The bound, divided by the limit, for each parameter that reads or writes a segment.
-    It is NaN or infinite if a number is not finite. Rows of tokens and positions that
-    are not finite do not count, because a rotation keeps every row to itself.
+    float32 `[]`. It is NaN or infinite if a number is not finite. Rows of tokens and
+    positions that are not finite do not count, because a rotation keeps every row to
+    itself.
   """
-  used = {}
-  for path, own in axes.items():
-    read, written = sides(own)
-    if path not in params or (read is None and written is None):
-      continue
-    pair = structured.pair(params[path])
-    parts = [(params[path], read is not None, written is not None)]
-    if pair is not None:
-      parts = [(pair.u, read is not None, False), (pair.v, False, written is not None)]
-    greatest = []
-    for array, over_rows, over_columns in parts:
-      squares = jnp.square(array.astype(jnp.float32) / limits[path])
-      if over_rows:
-        squares = jnp.sum(squares, axis=0, keepdims=True)
-      if over_columns:
-        squares = jnp.sum(squares, axis=-1, keepdims=True)
-      if own[0] in ('vocabulary', 'position'):
-        squares = jnp.where(jnp.isfinite(squares), squares, 0)
-      greatest.append(jnp.sqrt(jnp.max(squares, initial=0)))
-    used[path] = jnp.max(jnp.stack(greatest))
-  return used
+  read, written = (side is not None for side in sides(axes))
+  pair = structured.pair(leaf)
+  if pair is not None:
+    first, last = axes
+    return jnp.maximum(
+      largest_norm(pair.u, (first, 'rank')), largest_norm(pair.v, ('rank', last))
+    )
+  size = jnp.abs(leaf.astype(jnp.float32))
+  scale = jnp.maximum(jnp.max(jnp.where(jnp.isfinite(size), size, 0), initial=0), 1e-30)
+  rotated = (*([0] if read else []), *([-1] if written else []))
+  norms = scale * jnp.sqrt(jnp.sum(jnp.square(size / scale), axis=rotated))
+  if axes[0] in ('vocabulary', 'position'):
+    norms = jnp.where(jnp.isfinite(norms), norms, 0)
+  return jnp.max(norms, initial=0)
 
 
 def next_rotation(
@@ -199,6 +186,12 @@ def upper_rotation(matrix: jax.Array) -> jax.Array:
     product is not negative.
   """
   return canonical.reorthogonalize(canonical.qr(matrix)[1])
+
+
+def upper_rows(kernel: jax.Array, rows: int) -> jax.Array:
+  """Sets the entries of the last rows of a kernel to zero below their diagonal."""
+  first = kernel.shape[0] - rows
+  return jnp.concatenate([kernel[:first], jnp.triu(kernel[first:])])
 
 
 def lower(factor: jax.Array) -> jax.Array:
