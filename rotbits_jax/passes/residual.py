@@ -307,11 +307,18 @@ def _source(context: transform.Context, index: int | None) -> transform.Params:
   Structured leaves are replaced by the same float32 arrays as when their layer is
   rewritten. A source without structured leaves is not copied.
   """
+  return _wide(_given(context, index))
+
+
+def _given(context: transform.Context, index: int | None) -> transform.Params:
   source = context.source
-  flat = structured.flatten(source.outer() if index is None else source.layer(index))
+  return structured.flatten(source.outer() if index is None else source.layer(index))
+
+
+def _wide(params: transform.Params) -> transform.Params:
   wide = {
     path: leaf.astype(jnp.float32) if structured.is_structured(leaf) else leaf
-    for path, leaf in flat.items()
+    for path, leaf in params.items()
   }
   return structured.expand(wide, keep_factors=True)
 
@@ -324,7 +331,11 @@ def _axes(config: models.ModelConfig, index: int | None) -> models.layout.Axes:
 def _obstacle(context: transform.Context) -> str:
   """Returns why the model cannot be rotated; '' if it can."""
   for index in (None, *range(context.config.num_layers)):
-    params, prefix = _source(context, index), models.names.prefix(index)
+    prefix, given = models.names.prefix(index), _given(context, index)
+    codes = [path for path, leaf in given.items() if structured.is_in_files(leaf)]
+    if codes:
+      return f'{prefix}{codes[0]} has quantised codes, and a rotation would keep none'
+    params = _wide(given)
     bounds = _norms(params, config=context.config, is_outer=index is None)
     for path, norm in jax.device_get(bounds).items():
       if not norm <= _RANGE * context.limit(prefix + path):  # also if it is NaN

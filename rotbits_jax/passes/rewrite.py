@@ -281,11 +281,16 @@ def _layers(context: Context, indices: range, widen: bool) -> list[Params]:
 
 
 def _given(tree: models.Params, widen: bool, device: Any = None) -> Params:
-  """Returns the parameters for a transform: float32 on a device, or as stored."""
+  """Returns the parameters for a transform: float32 on a device, or as stored.
+
+  Leaves that stand for arrays in files, such as quantised codes, remain on the host.
+  """
   params = structured.flatten(tree)
   if not widen:
     return structured.for_writing(params)
-  return _widened(jax.device_put(params, device))
+  kept = {path: x for path, x in params.items() if structured.is_in_files(x)}
+  others = {path: x for path, x in params.items() if path not in kept}
+  return _widened(jax.device_put(others, device)) | kept
 
 
 @jax.jit

@@ -28,6 +28,7 @@ import numpy as np
 
 from rotbits_jax import models
 from rotbits_jax import structured
+from rotbits_jax.coding import weights
 from rotbits_jax.passes import transform
 from rotbits_jax.symmetries import steps
 
@@ -138,8 +139,11 @@ def apply(
   """
   effects: dict[str, Effect] = {}
   nearest: dict[str, np.dtype] = {}
+  codes: dict[str, Any] = {}
   for path in list(params):
     leaf, dtype = params[path], context.dtypes.get(prefix + path, context.dtype)
+    if structured.is_in_files(leaf) and rounding.uniform:
+      codes[path], leaf = leaf, jnp.asarray(leaf.materialize(), jnp.float32)
     is_on_device = any(isinstance(x, jax.Array) for x in jax.tree.leaves(leaf))
     is_vector = structured.is_plain(leaf) and not is_matrix(leaf)
     log2_step = rounding.log2_step(prefix + path, dtype)
@@ -155,6 +159,12 @@ def apply(
   # takes longer to compile.
   for path, dtype in nearest.items():
     params[path] = structured.astype(params[path], dtype)
+  # Codes have no error, so they remain if they take no more bytes.
+  for path, leaf in codes.items():
+    size = weights.estimate(list(leaf.stored()[1].values()))
+    if size <= weights.estimate([params[path]]):
+      params[path] = leaf
+      effects.pop(path, None)
   notes, bits = [], 0.0
   for path, effect in effects.items():
     if effect.step:

@@ -11,7 +11,8 @@ example, an embedding may be stored as a small matrix that is multiplied by the 
 A leaf may be stacked, like the layers of a model: its arrays then have a leading layer
 axis `[N, ...]`.
 
-A leaf of `UniformlyQuantized` stands for a plain array in memory only.
+`Quantized` stands for a plain array in a file only: the reader puts the array in its
+place. `UniformlyQuantized` stands for one in memory only.
 
 To add a leaf, write a dataclass with annotated fields, see `fields`, and `register` it.
 """
@@ -39,6 +40,7 @@ from rotbits_jax.structured.low_rank import LowRank
 from rotbits_jax.structured.low_rank import ReducedLowRank
 from rotbits_jax.structured.packed import PACKED_DTYPES
 from rotbits_jax.structured.packed import Packed
+from rotbits_jax.structured.quantized import Quantized
 from rotbits_jax.structured.shortcuts import IdentityMinusGram
 from rotbits_jax.structured.shortcuts import TrapezoidalRows
 from rotbits_jax.structured.sparse import Sparse
@@ -53,6 +55,7 @@ from rotbits_jax.structured.trees import empty_dicts
 from rotbits_jax.structured.trees import expand
 from rotbits_jax.structured.trees import flatten
 from rotbits_jax.structured.trees import for_writing
+from rotbits_jax.structured.trees import is_in_files
 from rotbits_jax.structured.trees import is_plain
 from rotbits_jax.structured.trees import is_structured
 from rotbits_jax.structured.trees import materialize
@@ -76,6 +79,7 @@ __all__ = [
   'LowRank',
   'Lower',
   'Matrix',
+  'Quantized',
   'ReducedLowRank',
   'Structured',
   'Tied',
@@ -89,6 +93,7 @@ __all__ = [
   'expand',
   'flatten',
   'for_writing',
+  'is_in_files',
   'is_plain',
   'is_structured',
   'materialize',

@@ -33,6 +33,7 @@ class Structured(abc.ABC):
     type_name: name of the class in the file format.
     needs: paths of the parameters that `materialize` takes, as in 'head/kernel'.
     expands_on_reading: whether the file reader puts the array in the place of the leaf.
+      It is then computed on the host, and transforms do not change the leaf.
     expands_on_writing: whether the encoder puts the array in the place of the leaf,
       because only memory holds such leaves.
     config_fields: the field of `ModelConfig` that a setting must equal, by the name of

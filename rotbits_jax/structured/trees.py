@@ -15,6 +15,11 @@ def is_structured(leaf: Any) -> bool:
   return isinstance(leaf, Structured)
 
 
+def is_in_files(leaf: Any) -> bool:
+  """Returns whether a leaf stands for an array in files only."""
+  return is_structured(leaf) and leaf.expands_on_reading
+
+
 def is_plain(leaf: Any) -> bool:
   """Returns whether a leaf is an array of floating-point numbers."""
   if leaf is None or is_structured(leaf):
@@ -37,7 +42,8 @@ def materialize(tree: Any, *, keep_factors: bool = False) -> Any:
   def array(leaf: Any) -> Any:
     if not is_structured(leaf) or (keep_factors and leaf.factored is not None):
       return leaf
-    return _materialize(leaf)
+    # Bits of leaves that stand for arrays in files do not depend on a compiler.
+    return leaf.materialize() if leaf.expands_on_reading else _materialize(leaf)
 
   return jax.tree.map(array, tree, is_leaf=is_structured)
 
