@@ -208,8 +208,9 @@ def main(argv: list[str]) -> None:
       f'{size / decode / 1e9:8.3f}{"":7}{share:10.4f}{100 * lanes:9.3f}%'
     )
   if _FILE.value is not None:
-    units = rotbits_jax.file.Reader(_FILE.value).units.values()
-    share = lane_bytes(unit.coder for unit in units) / os.path.getsize(_FILE.value)
+    records = rotbits_jax.file.Reader(_FILE.value).records.values()
+    specs = (record.stream_spec for record in records)
+    share = lane_bytes(specs) / os.path.getsize(_FILE.value)
     show(f'Lanes of {os.path.basename(_FILE.value)}: {100 * share:.3f}% of the file')
   if _RESULTS.value is not None:
     text = '\n'.join(lines)

@@ -287,13 +287,13 @@ def _blocks_alone(path: pathlib.Path) -> tuple[Callable[[], None], int]:
     A function that decodes them, and the number of their numbers.
   """
   with file.Reader(path) as reader:
-    units = reader.units.values()
+    units = reader.records.values()
   streams = container.StreamReader(path)
   given = [
     (
-      unit.coder,
-      streams.stream(unit.name).copy(),
-      [np.ones(x.shape, jnp.dtype(x.dtype)) for x in unit.coder.arrays],
+      unit.stream_spec,
+      np.frombuffer(streams.read(unit.name), np.uint8),
+      [np.ones(x.shape, jnp.dtype(x.dtype)) for x in unit.stream_spec.arrays],
     )
     for unit in units
   ]

@@ -169,7 +169,7 @@ def presets_for(config: rotbits_jax.ModelConfig) -> list[str]:
   The published scheme needs the shortcuts of a sliced one.
   """
   made = {name: presets.make(name) for name in rotbits_jax.PRESETS}
-  return [name for name, x in made.items() if config.sliced or x.message is None]
+  return [name for name, x in made.items() if config.sliced or x.coder != 'paper']
 
 
 def encoded_path(subject: str, preset: str, output: pathlib.Path) -> pathlib.Path:

@@ -153,7 +153,7 @@ def missing_noise(lines, take):  # the bytes that chose the order of these lines
       value = value * (i + 1) + digits[i]
     noise += value.to_bytes(size, 'little')
   return noise
-def read_record(coder, stream):  # returns the arrays of a unit, with their dtypes
+def read_record(coder, stream):  # returns the arrays of a record, with their dtypes
   take, specs, models, parts = io.BytesIO(stream).read, coder['arrays'], [], []
   axes, distinct = coder['order'] or ([], 0)
   moved, groups = {i for i, _ in axes}, iter(coder['groups'])
@@ -265,23 +265,24 @@ def main(path, output):
   data, tensors, empty = pathlib.Path(path).read_bytes(), {}, []
   start = 8 + int.from_bytes(data[:8], 'little')
   streams, data = json.loads(data[8:start]), data[start:]
-  if streams.pop('__metadata__').get('version') != '3':
-    raise ValueError('not a rotbits file of version 3')
+  if streams.pop('__metadata__').get('version') != '4':
+    raise ValueError('not a rotbits file of version 4')
   streams = {name: data[slice(*x['data_offsets'])] for name, x in streams.items()}
   manifest = json.loads(streams['manifest'])
-  for unit in sorted(manifest['units'], key=lambda unit: unit['name'] == 'embed'):
-    is_layer = bool(manifest['config']) and unit['name'].startswith('layers.')
-    arrays = read_record(unit['coder'], streams[unit['name']])
-    empty += unit.get('empty', [])
-    for leaf in unit['leaves']:
+  # Records with leaves that need others come last.
+  needy = lambda record: any('needs' in leaf for leaf in record['leaves'])
+  for record in sorted(manifest['records'], key=needy):
+    arrays = read_record(record['spec'], streams[record['name']])
+    empty += record.get('empty', [])
+    for leaf in record['leaves']:
       parts = {name: next(arrays) for name in leaf.get('arrays', [''])}
       bits, dtype = parts.get('', (None, leaf['dtype']))
-      if 'kind' in leaf:
-        s = leaf['settings'] | {'dtype': dtype, 'head': tensors.get('head/kernel')}
-        bits = expand(leaf['kind'], s, parts).reshape(leaf['shape'])
-        if leaf['expanded'] not in (None, zlib.crc32(bits.tobytes())):
+      if 'type_name' in leaf:
+        s = leaf.get('settings', {}) | {'dtype': dtype, 'head': tensors.get('head/kernel')}
+        bits = expand(leaf['type_name'], s, parts).reshape(leaf['shape'])
+        if leaf.get('crc32') not in (None, zlib.crc32(bits.tobytes())):
           raise ValueError(f'{leaf["path"]} is damaged')
-      tensors[f'{unit["name"]}/' * is_layer + leaf['path']] = bits, dtype
+      tensors[leaf['path']] = bits, dtype
   header, end = {'__metadata__': {'empty': json.dumps(empty)}}, 0
   for path, (bits, dtype) in tensors.items():
     dtype = dtype.replace('loat', '').replace('int', 'i').replace('ui', 'u').upper()

@@ -115,7 +115,7 @@ def digests(path):
 
 
 def names():
-  """The names of all golden files, such as 'v3/tree'; each may lack its digests."""
+  """The names of all golden files, such as 'v4/tree'; each may lack its digests."""
   found = (path.relative_to(FOLDER) for path in FOLDER.rglob('*.rotbits'))
   return sorted(path.with_suffix('').as_posix() for path in found)
 

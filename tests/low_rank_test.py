@@ -440,7 +440,7 @@ class FactorCheckpointsTest(parameterized.TestCase):
     left = 'model.decoder.layers.1.fc1.U'
     for change, message in (
       (lambda x: x[:, 1:], r'layers\.1\.fc1\.U and .*fc1\.V must be .*\(20, 3\)'),
-      (lambda x: x[1:], r'layers\.1\.fc1\.weight: expected shape \(20, 12\)'),
+      (lambda x: x[1:], r'layers\.1\.fc1\.U: expected shape \(20, 4\)'),
       (lambda x: x.astype(np.float16), r'fc1\.V must be float16 like .*float32'),
       (lambda x: x.ravel(), r'must be \[out, r\] and \[r, in\]'),
     ):

@@ -20,7 +20,7 @@ from tests import golden
 
 ROOT = pathlib.Path(__file__).parents[1]
 ROUNDOFF = {'bfloat16': 2.0**-7, 'float16': 2.0**-10, 'float32': 1e-5}
-UNITS = [name for name in rotbits_jax.PRESETS if name != 'paper']
+RECORDS = [name for name in rotbits_jax.PRESETS if name != 'paper']
 SMALL = [
   *('llama-tiny-dense', 'phi2-tiny-sliced-0.25', 'phi3-tiny-dense'),
   pytest.param('opt-small-sliced-0.2', marks=pytest.mark.slow),
@@ -47,14 +47,14 @@ def load_decoder():
 
 def parameters(decoded):
   """Arrays of a model or of nested dicts by path, and whether each was structured."""
-  units = [('', decoded, decoded)]
+  parts = [('', decoded, decoded)]
   if isinstance(decoded, rotbits_jax.Model):
     plain = decoded.materialize()
-    units = [('', decoded.outer(), plain.outer())]
+    parts = [('', decoded.outer(), plain.outer())]
     layers = zip(decoded.layers(), plain.layers(), strict=True)
-    units += [(f'layers.{i}/', *both) for i, both in enumerate(layers)]
+    parts += [(f'layers.{i}/', *both) for i, both in enumerate(layers)]
   found = {}
-  for prefix, leaves, arrays in units:
+  for prefix, leaves, arrays in parts:
     leaves, arrays = structured.flatten(leaves), structured.flatten(arrays)
     for path, array in arrays.items():
       is_leaf = structured.is_structured(leaves[path])
@@ -82,7 +82,7 @@ def assert_reads_the_same(file, output):
       np.testing.assert_array_equal(*bits, err_msg=path)
 
 
-@pytest.mark.parametrize('preset', UNITS)
+@pytest.mark.parametrize('preset', RECORDS)
 @pytest.mark.parametrize('name', SMALL)
 def test_reads_the_same_numbers(name, preset, tmp_path):
   file, output = tmp_path / 'model.rotbits', tmp_path / 'model.safetensors'
@@ -139,7 +139,7 @@ def test_reads_a_pruned_model(tmp_path):
   model = dataclasses.replace(model, params=pruned)
   rotbits_jax.encode_to_file(model, file, preset='exact')
   with file_lib.Reader(file) as reader:
-    leaves = [leaf for unit in reader.units.values() for leaf in unit.leaves]
+    leaves = [leaf for record in reader.records.values() for leaf in record.leaves]
   assert 'sparse' in {leaf.kind for leaf in leaves}
   assert_reads_the_same(file, output)
 

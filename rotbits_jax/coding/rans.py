@@ -101,6 +101,18 @@ def stacked(words: jax.Array, capacity: int) -> Message:
   return Message(message.state, stacks, size, lowest, highest)
 
 
+def unstacked(message: Message) -> np.ndarray:
+  """Returns the words that `stacked` made a message of. Not for use under `jit`.
+
+  Raises:
+    MessageError: if `stacked` cannot have made it.
+  """
+  state, size = np.asarray(message.state), np.asarray(message.size)
+  if (state >> 16 != 1).any() or (size != size[0]).any():
+    raise MessageError('the message is not one of words alone')
+  return np.concatenate([np.asarray(message.words)[: size[0]], payload(message)[None]])
+
+
 def payload(message: Message) -> jax.Array:
   """Returns the payload that `seeded` put below the content: uint16 `[N]`."""
   return message.state.astype(jnp.uint16)
@@ -347,6 +359,17 @@ def check(message: Message) -> Message:
       f'capacity of {message.capacity}'
     )
   return message
+
+
+def check_empty(message: Message) -> None:
+  """Checks that exactly the content of a message has been popped.
+
+  Raises:
+    MessageError: if content is left, or if more was popped than the message held.
+  """
+  check(message)
+  if np.any(np.asarray(message.size)) or np.any(np.asarray(message.state) != 1 << 16):
+    raise MessageError('the message holds more than it should')
 
 
 def content_bits(message: Message) -> float:

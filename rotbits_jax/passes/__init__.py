@@ -31,7 +31,6 @@ from rotbits_jax.passes.rewrite import ROUNDING
 from rotbits_jax.passes.rewrite import Record
 from rotbits_jax.passes.rewrite import Saving
 from rotbits_jax.passes.rewrite import count_model
-from rotbits_jax.passes.rewrite import leaves
 from rotbits_jax.passes.rewrite import make_context
 from rotbits_jax.passes.rewrite import rewrite
 from rotbits_jax.passes.rewrite import run_chain
@@ -76,7 +75,6 @@ __all__ = [
   'chain',
   'count_model',
   'is_matrix',
-  'leaves',
   'make_context',
   'note',
   'random_rotation',

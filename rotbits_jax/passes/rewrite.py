@@ -7,8 +7,8 @@ the source. The parameters outside the layers come last, because the embedding m
 stored in terms of the head.
 
 A record is a part of the model that is stored and decoded on its own: a layer, the
-embedding, the final norm or the head. A saving is the count of numbers and bytes that a
-transform removed from a record.
+embedding, the final norm or the head. A saving is the count of elements and bytes that
+a transform removed from a record.
 """
 
 import collections
@@ -32,19 +32,19 @@ from rotbits_jax.passes.transform import Transform
 
 
 class Saving(NamedTuple):
-  """The numbers and bytes that one transform removed from one record.
+  """The elements and bytes that one transform removed from one record.
 
   Attributes:
     name: name of the transform.
-    numbers: how many numbers fewer are stored; negative if there are more.
-    bytes: how many bytes fewer those numbers take before they are coded.
+    elements: how many elements fewer are stored; negative if there are more.
+    bytes: how many bytes fewer those elements take before they are coded.
     notes: notes on the tensors of the record.
   """
 
   name: str
-  numbers: int
+  elements: int
   bytes: int
-  notes: list[Note]
+  notes: tuple[Note, ...] = ()
 
 
 class Record(NamedTuple):
@@ -53,7 +53,7 @@ class Record(NamedTuple):
   Attributes:
     name: 'layers.0', 'layers.1', ..., 'embed', 'final_norm' or 'head'.
     params: the parameters as they are stored: nested dicts of NumPy arrays and
-      structured leaves. Outside the layers the first key is the name of the record.
+      structured leaves. The name of the record is the only key of the outermost dict.
     savings: the saving of each transform. The first record outside the layers has the
       savings of all records outside the layers; the others have none.
   """
@@ -79,13 +79,13 @@ def make_context(
   """
   dtypes: dict[str, np.dtype] = {}
   sizes = collections.Counter[np.dtype]()
-  for index in (None, *range(source.config.num_layers)):
-    for path, leaf in structured.flatten(source.specs(index)).items():
+  for record in (x for x in source.records if x != models.names.BUFFERS):
+    for path, leaf in structured.flatten(source.specs(record)).items():
       dtype = np.dtype(leaf.dtype)
       if jnp.issubdtype(dtype, jnp.floating):
         dtype = dtype if stored_as is None else np.dtype(jnp.dtype(stored_as))
         sizes[dtype] += int(np.prod(leaf.shape))
-      dtypes[models.names.prefix(index) + path] = dtype
+      dtypes[path] = dtype
   most = sizes.most_common(1)[0][0] if sizes else np.dtype(np.float32)
   return Context(source, dtypes, most, mesh)
 
@@ -153,9 +153,9 @@ def _rewrite(
         effects[k].append(_Effect(transform, sizes[k], after, notes[k]))
     state, records = tuple(states), []
     for i, found in zip(indices, effects, strict=True):
-      params, more = _stored(given.pop(0), context, models.names.prefix(i), rounding)
-      savings = _savings(context, found)
-      records.append(Record(models.names.layer(i), params, savings + more))
+      name, layer = models.names.layer(i), given.pop(0)
+      params = {f'{name}/{path}': layer.pop(path) for path in [*layer]}
+      records.append(_record(name, params, context, rounding, _savings(context, found)))
     yield records, state
   if outer:
     yield _outer(context, chain, rounding, state), state
@@ -200,8 +200,9 @@ def _outer(
   savings, records = _savings(context, effects), list[Record]()
   for name in dict.fromkeys(path.split('/')[0] for path in params):
     paths = [path for path in params if path.split('/')[0] == name]
-    stored, more = _stored({p: params.pop(p) for p in paths}, context, '', rounding)
-    records.append(Record(name, stored, more if records else savings + more))
+    own = {path: params.pop(path) for path in paths}
+    records.append(_record(name, own, context, rounding, savings))
+    savings = []
   return records
 
 
@@ -232,8 +233,9 @@ def run_chain(
   for i, name in enumerate(chain.names):
     own = [record.savings[i] for record in records if len(record.savings) > i]
     own = [saving for saving in own if saving.name == name]
-    numbers, nbytes = sum(x.numbers for x in own), sum(x.bytes for x in own)
-    totals.append(Saving(name, numbers, nbytes, [n for x in own for n in x.notes]))
+    elements, nbytes = sum(x.elements for x in own), sum(x.bytes for x in own)
+    notes = tuple(note for saving in own for note in saving.notes)
+    totals.append(Saving(name, elements, nbytes, notes))
   return to_model(model.config, records, model.buffers), totals
 
 
@@ -247,26 +249,18 @@ def to_model(
   outer: models.Params = {}
   for record in records:
     if models.names.layer_index(record.name) is not None:
-      layers.append(record.params)
+      layers.append(record.params[record.name])
     else:
       outer |= record.params
   return models.from_layers(config, outer, layers, buffers)
 
 
-def leaves(model: models.Model) -> Iterator[tuple[str, Any]]:
-  """Yields each leaf, unstacked, with a path like 'layers.0/attention/query/kernel'."""
-  yield from structured.flatten(model.outer()).items()
-  for i, layer in enumerate(model.layers()):
-    for path, leaf in structured.flatten(layer).items():
-      yield models.names.prefix(i) + path, leaf
-
-
 def count_model(model: models.Model) -> tuple[int, int]:
-  """Returns how many numbers a model stores, and their bytes before coding."""
+  """Returns how many elements a model stores, and their bytes before coding."""
   context = make_context(model, stored_as=model.stored_as)
-  numbers, size = _count(context, None, dict(leaves(model)))
+  elements, size = _count(context, None, dict(model.leaves()))
   buffers = structured.count_elements(model.buffers)
-  return numbers + buffers, size + structured.count_bytes(model.buffers)
+  return elements + buffers, size + structured.count_bytes(model.buffers)
 
 
 # ---- between the source and the transforms -----------------------------------------
@@ -299,21 +293,21 @@ def _widened(params: Params) -> Params:
 
 
 def _count(context: Context, index: int | None, params: Params) -> tuple[int, int]:
-  """Counts the numbers and bytes of a layer's parameters, rounded but not coded.
+  """Counts the elements and bytes of a layer's parameters, rounded but not coded.
 
   Args:
     context: it has the dtypes to which the parameters are rounded.
     index: the layer; None if the paths are those of the whole model.
     params: unstacked parameters.
   """
-  numbers, size, prefix = 0, 0, models.names.prefix(index)
+  elements, size, prefix = 0, 0, models.names.prefix(index)
   for path, leaf in params.items():
     dtype = context.dtypes.get(prefix + path, context.dtype)
     # A rounded leaf is only described, and not computed.
     rounded = jax.eval_shape(lambda x, dtype=dtype: structured.astype(x, dtype), leaf)
-    numbers += structured.count_elements(rounded)
+    elements += structured.count_elements(rounded)
     size += structured.count_bytes(rounded)
-  return numbers, size
+  return elements, size
 
 
 class _Effect(NamedTuple):
@@ -346,8 +340,8 @@ def _savings(context: Context, effects: list[_Effect]) -> list[Saving]:
           f'{float(note["error"]):.3g}, which must be at most {most:.3g}'
         )
       found.append({key: rounding_lib.to_json(value) for key, value in note.items()})
-    numbers, nbytes = before[0] - after[0], before[1] - after[1]
-    savings.append(Saving(transform.name, numbers, nbytes, found))
+    elements, nbytes = before[0] - after[0], before[1] - after[1]
+    savings.append(Saving(transform.name, elements, nbytes, tuple(found)))
   return savings
 
 
@@ -355,12 +349,16 @@ ROUNDING = 'rounding'
 """Name of the saving that rounding to a coarser step makes."""
 
 
-def _stored(
-  params: Params, context: Context, prefix: str, rounding: rounding_lib.Rounding | None
-) -> tuple[models.Params, list[Saving]]:
-  """Returns the parameters of a record on the host, and the saving of rounding."""
+def _record(
+  name: str,
+  params: Params,
+  context: Context,
+  rounding: rounding_lib.Rounding | None,
+  savings: list[Saving],
+) -> Record:
+  """Makes a record of its rewritten parameters, by whole paths, on the host."""
   if rounding is None:
-    return structured.unflatten(jax.device_get(params)), []
-  params, notes, bits = rounding_lib.apply(rounding, params, context, prefix)
-  saved = [Saving(ROUNDING, 0, int(bits / 8), notes)] if notes else []
-  return structured.unflatten(params), saved
+    return Record(name, structured.unflatten(jax.device_get(params)), savings)
+  params, notes, bits = rounding_lib.apply(rounding, params, context)
+  rounded = [Saving(ROUNDING, 0, int(bits / 8), tuple(notes))] if notes else []
+  return Record(name, structured.unflatten(params), savings + rounded)

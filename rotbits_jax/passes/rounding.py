@@ -123,7 +123,6 @@ def apply(
   rounding: Rounding,
   params: transform.Params,
   context: transform.Context,
-  prefix: str = '',
 ) -> tuple[transform.Params, list[transform.Note], float]:
   """Rounds matrices to their steps on their device, and fetches all parameters once.
 
@@ -131,7 +130,6 @@ def apply(
     rounding: the rule.
     params: leaves of a record by path, float32.
     context: it has the dtypes of the parameters.
-    prefix: the prefix of the parameters' paths in the whole model.
 
   Returns:
     The rounded parameters on the host; a note for each matrix that was rounded to a
@@ -141,16 +139,16 @@ def apply(
   nearest: dict[str, np.dtype] = {}
   codes: dict[str, Any] = {}
   for path in list(params):
-    leaf, dtype = params[path], context.dtypes.get(prefix + path, context.dtype)
+    leaf, dtype = params[path], context.dtypes.get(path, context.dtype)
     if structured.is_in_files(leaf) and rounding.uniform:
       codes[path], leaf = leaf, jnp.asarray(leaf.materialize(), jnp.float32)
     is_on_device = any(isinstance(x, jax.Array) for x in jax.tree.leaves(leaf))
     is_vector = structured.is_plain(leaf) and not is_matrix(leaf)
-    log2_step = rounding.log2_step(prefix + path, dtype)
+    log2_step = rounding.log2_step(path, dtype)
     if log2_step is None or is_vector or not is_on_device:
       nearest[path] = dtype
       continue
-    inputs = rounding.inputs.get(prefix + path)
+    inputs = rounding.inputs.get(path)
     params[path], effects[path] = round_leaf(
       leaf, dtype, log2_step, rounding.uniform, inputs
     )
@@ -172,7 +170,7 @@ def apply(
       note = {'step': to_json(effect.step), 'error': to_json(error)}
       if effect.outliers:
         note['outliers'] = int(effect.outliers)
-      notes.append({'tensor': prefix + path, **note})
+      notes.append({'tensor': path, **note})
       bits += float(effect.bits)
   return params, notes, bits
 

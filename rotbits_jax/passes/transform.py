@@ -47,14 +47,21 @@ class Source(Protocol):
   @property
   def config(self) -> models.ModelConfig: ...
 
+  @property
+  def records(self) -> tuple[str, ...]:
+    """Names of the records, see `models.names`."""
+
+  def read(self, record: str) -> models.Params:
+    """The parameters of a record, by whole paths."""
+
+  def specs(self, record: str) -> models.Params:
+    """The shapes and dtypes of the parameters of a record, by whole paths."""
+
   def outer(self) -> models.Params:
     """The parameters outside the layers."""
 
   def layer(self, index: int) -> models.Params:
-    """The parameters of one layer, unstacked."""
-
-  def specs(self, index: int | None) -> models.Params:
-    """The shapes and dtypes of `layer(index)`, or of `outer()` for None."""
+    """The parameters of one layer, by paths within the layer."""
 
 
 class Context(NamedTuple):
@@ -205,6 +212,6 @@ def note(path: str, leaf: Any, *, error: Any = 0.0, **details: Any) -> Note:
     'form': leaf.type_name if structured.is_structured(leaf) else 'array',
     'shape': list(leaf.shape),
     **details,
-    'numbers': structured.count_elements(leaf),
+    'elements': structured.count_elements(leaf),
     'error': error,
   }

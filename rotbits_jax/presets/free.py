@@ -36,7 +36,6 @@ def free(
     transform=without_gauges(tolerance, transforms),
     rounding=passes.NEAREST if floor is None else passes.with_minimum_exponent(floor),
     resumable=not transforms,
-    order_neurons=True,
   )
 
 

@@ -19,8 +19,8 @@ def near(
   """Makes the preset for nearly the same function in far fewer bytes.
 
   It fixes every gauge as `free` does. Then it rounds the elements of each array to
-  multiples of one step, so that an element costs few bits. A matrix that no transform
-  changed is packed instead if that takes fewer bytes, see `file.packing`.
+  multiples of one step, so that an element costs few bits. A matrix that a checkpoint
+  stores as quantised codes keeps them if they take fewer bytes.
 
   Args:
     step: log2 of the ratio of the step to the root mean square of an array's elements.
@@ -59,5 +59,4 @@ def near(
     rounding=passes.to_steps(step, offsets, inputs),
     keeps='approximation',
     resumable=not (transforms or inputs),
-    order_neurons=True,
   )

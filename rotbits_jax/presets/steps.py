@@ -242,11 +242,11 @@ class _Text(NamedTuple):
       if length == tokens.size:  # padding is no input
         moments = _input_moments(model, tokens)
         total = moments if total is None else jax.tree.map(jnp.add, total, moments)
-    leaves = dict(passes.leaves(model))
+    leaves = dict(model.leaves())
     of_layers = dataclasses.replace(model, params=jax.device_get(total))
     return {
       path: passes.Inputs(moments, 0 if path.endswith('/kernel') else 1)
-      for path, moments in passes.leaves(of_layers)
+      for path, moments in of_layers.leaves()
       if structured.is_plain(leaves[path])
     }
 
@@ -319,8 +319,8 @@ def _rewritten(context: passes.Context) -> models.Model:
 def _numbers(model: models.Model, rounded: models.Model) -> dict[str, int]:
   """Counts the numbers of the matrices that rounding changed, by kind of parameter."""
   counts: dict[str, int] = {}
-  results = dict(passes.leaves(rounded))
-  for path, leaf in passes.leaves(model):
+  results = dict(rounded.leaves())
+  for path, leaf in model.leaves():
     pairs = zip(jax.tree.leaves(leaf), jax.tree.leaves(results[path]), strict=True)
     if any(passes.is_matrix(x) and bool((x != y).any()) for x, y in pairs):
       name = models.names.pattern(path)

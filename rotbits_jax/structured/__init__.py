@@ -28,26 +28,14 @@ from rotbits_jax.structured.fields import of_stacks
 from rotbits_jax.structured.fields import static
 from rotbits_jax.structured.heads import HeadColumns
 from rotbits_jax.structured.heads import HeadRows
-
-# Old names, until all users have the new ones.
-from rotbits_jax.structured.levels import Grid
-from rotbits_jax.structured.levels import Levels
-from rotbits_jax.structured.levels import Table
-from rotbits_jax.structured.levels import fit
-from rotbits_jax.structured.levels import fit_counts
 from rotbits_jax.structured.low_rank import FactorPair
 from rotbits_jax.structured.low_rank import LowRank
 from rotbits_jax.structured.low_rank import ReducedLowRank
-from rotbits_jax.structured.packed import PACKED_DTYPES
-from rotbits_jax.structured.packed import Packed
 from rotbits_jax.structured.quantized import Quantized
 from rotbits_jax.structured.shortcuts import IdentityMinusGram
 from rotbits_jax.structured.shortcuts import TrapezoidalRows
-from rotbits_jax.structured.sparse import Sparse
-from rotbits_jax.structured.stored import Stored
 from rotbits_jax.structured.tied import Tied
 from rotbits_jax.structured.tied import TiedExactly
-from rotbits_jax.structured.tied import _OfHead as Dependent
 from rotbits_jax.structured.trees import astype
 from rotbits_jax.structured.trees import count_bytes
 from rotbits_jax.structured.trees import count_elements
@@ -63,10 +51,7 @@ from rotbits_jax.structured.trees import pair
 from rotbits_jax.structured.trees import same_bits
 from rotbits_jax.structured.trees import stack_key
 from rotbits_jax.structured.trees import unflatten
-from rotbits_jax.structured.triangles import lower_size
 from rotbits_jax.structured.uniform import UniformlyQuantized
-
-KINDS = TYPES
 
 __all__ = [
   'TYPES',

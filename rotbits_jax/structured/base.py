@@ -46,13 +46,6 @@ class Structured(abc.ABC):
   expands_on_writing: ClassVar[bool] = False
   config_fields: ClassVar[Mapping[str, str]] = types.MappingProxyType({})
 
-  # ---- old names, until all users have the new ones
-  kind = property(lambda self: self.type_name)
-  eager = property(lambda self: self.expands_on_reading)
-  is_thin = True
-  expand = lambda self, *needed: self.materialize(*needed)
-  map_numbers = lambda self, function: self.map_arrays(function)
-
   # ---- the array that the leaf stands for
 
   @property

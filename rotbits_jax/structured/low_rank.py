@@ -81,10 +81,6 @@ class FactorPair(Structured):
   def stack_key(self) -> tuple[str, ...]:
     return (self.names,)
 
-  @classmethod
-  def stored_rank(cls, shapes: Any) -> Any:  # old name
-    return shapes[cls._factor][0]
-
   def pair(self) -> 'LowRank':
     u, v = (x.astype(self.dtype) for x in self.factors())
     return LowRank(u, v, names=self.names, ranks=self.ranks)

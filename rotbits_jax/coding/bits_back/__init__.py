@@ -10,8 +10,7 @@ bits back. So the choice costs no bits. In the order of reading:
     symmetric_eig    rotations as eigenvectors of popped numbers, as published
     correction       exact integers from floats that were recovered inexactly
     rotation_codes   haar and symmetric_eig with corrections, behind one interface
-    word_stack       a message that may be longer than memory, and a window over it
-    numbers          arrays of numbers on such a message
+    word_stack       a stack of words that may be longer than memory
 
 `bits_back`, `permutation`, `haar`, `symmetric_eig` and `correction` make codecs (see
 `coding.codecs`) and can be used by themselves. `rotbits_jax.paper` needs the other
