@@ -199,7 +199,7 @@ def corrected(bits, residuals, exceptions):
   return bits
 def tied_exactly(s, a):
   _, exponent, mantissa = FLOATS[s['dtype']]
-  m = np.float64(a['map']) * 2 ** s['low'] + a.get('low', 0)
+  m = np.float64(a['map'])
   h = np.rint(np.ldexp(np.float64(widen(*s['head'])), a['shifts'][:, None]))
   p = np.ldexp(h.T @ m, -s['scale'])
   bits, least = lambda x: np.float64(x).view(np.int64), 2.0 ** (2 - 2 ** (exponent - 1))
@@ -224,31 +224,24 @@ def levels(s, a):
   bits = narrow(numbers.reshape(a['index'].shape), s['dtype'])
   return corrected(bits, a['residuals'], a['exceptions']) if 'residuals' in a else bits
 def head_rows(s, a):
-  rows, (first, others) = [], (np.split(a[x], s['groups']) for x in ('first', 'others'))
-  for f, o in zip(first, others, strict=True):
+  first, rows = a['first'], []
+  others = a.get('others', np.zeros((0, first.shape[1] + s['head_dim'])))
+  for f, o in zip(*(np.split(x, s['groups']) for x in (first, others)), strict=True):
     whole = np.hstack([f, *o.reshape(-1, len(f), o.shape[1])])
     rows += [np.hstack([BASIS(whole.T)[: len(f)], f]), o]
   return np.vstack(rows)
-def head_planes(below, top, head_dim):
-  half = (below.shape[1] // len(top) - top.shape[1]) // 2
-  row = np.pad(top, ((0, 0), (2 * half, 0))).reshape(1, -1)
-  heads = np.vstack([row, below]).reshape(len(below) + 1, len(top), -1, head_dim)
-  squares = (heads[..., : 2 * half] ** 2).sum((0, 2))
-  heads[0, :, 0, :half] = 1 - (squares[:, :half] + squares[:, half:]) / 4
-  return heads.reshape(len(heads), -1)
 LEAVES = {  # numbers, or bit patterns, of leaves with settings s and arrays a
-  'constant': lambda s, a: np.full(s['shape'], s['value']),
-  'trapezoidal': lambda s, a: a['lower'], 'low_rank': lambda s, a: a['u'] @ a['v'],
-  'symmetric_triangle': lambda s, a: PAD(a['lower'] + np.tril(a['lower'], -1).T, s),
+  'constant': lambda s, a: np.full(s['tail'], a['value']),
+  'low_rank': lambda s, a: a['u'] @ a['v'],
   'identity_minus_gram': lambda s, a: PAD(np.eye(len(a['b'])) - a['b'] @ a['b'].T
     + a['c'] @ a['c'].T, s),
-  'row_trapezoids': lambda s, a: unpack(a['upper'], np.vstack([np.ones((s['full'],
-    s['columns'])), *(np.triu(np.ones((n, s['columns']))) for n in s['blocks'])])),
+  'trapezoidal_rows': lambda s, a: np.vstack([a[x] for x in ('full',) if x in a]
+    + [a['lower'].T]),
   'reduced_low_rank': lambda s, a:
     np.roll(BASIS(a['below']), -len(a['other']), axis=0) @ a['other'],
-  'head_columns': lambda s, a: np.hstack([x for t, r in zip(*(np.split(a[n],
-    s['heads'], 1) for n in ('turned', 'rest')), strict=True) for x in (t, BASIS(r))]),
-  'head_planes': lambda s, a: head_planes(a['below'], a['top'], s['head_dim']),
+  'head_columns': lambda s, a: np.hstack([x for r, b in zip(*(np.split(a.get(n,
+    a['below'][:0]) if n in a else np.zeros((0, s['heads'])), s['heads'], 1)
+    for n in ('rotary', 'below')), strict=True) for x in (r, BASIS(b)) if x.size]),
   'tied': lambda s, a: widen(*s['head']).T @ a['map'], 'tied_exactly': tied_exactly,
   'table': lambda s, a: np.take_along_axis(a['table'], a['index'], axis=1),
   'head_rows': head_rows, 'sparse': sparse, 'levels': levels,
@@ -256,8 +249,10 @@ LEAVES = {  # numbers, or bit patterns, of leaves with settings s and arrays a
 def expand(kind, s, parts):  # the bit patterns that a leaf stands for
   exact = kind in ('tied_exactly', 'sparse', 'levels', 'table')  # made of bit patterns
   a = {name: x if exact else widen(x, dtype) for name, (x, dtype) in parts.items()}
-  for name in a.keys() & s.keys() if not exact else ():  # shapes of lower triangles
-    a[name] = unpack(a[name], np.tril(np.ones(s[name])))
+  for name in [x for x in a if f'{x}_corner' in a]:  # lower triangles
+    corner, below = a.pop(f'{name}_corner'), a[name]
+    n, columns = (math.isqrt(8 * corner.size + 1) - 1) // 2, below.shape[1]
+    a[name] = np.vstack([unpack(corner, np.tril(np.ones((n, columns)))), below])
   array = LEAVES[kind](s, a)
   array = array.T if s.get('transposed') else array
   return array if exact else narrow(array, s['dtype'])

@@ -110,18 +110,9 @@ def leaves() -> dict[str, Any]:
   return {
     'gram': structured.IdentityMinusGram(lower(6, 3), lower(6, 1), columns=9),
     'gram_of_rank_0': structured.IdentityMinusGram(lower(6, 0), lower(6, 0), columns=6),
-    'triangle': structured.SymmetricTriangle(lower(5, 5), columns=7),
-    'trapezoidal': structured.Trapezoidal(lower(7, 4)),
-    'row_trapezoids': structured.RowTrapezoids(
-      np.concatenate([normal(2, 8), np.triu(normal(5, 8)), np.triu(normal(3, 8))]),
-      blocks=(5, 3),
-      full=2,
-    ),
+    'trapezoidal_rows': structured.TrapezoidalRows(normal(2, 8), lower(8, 5)),
     'head_columns': structured.HeadColumns(normal(7, 8), normal(4, 6), heads=2),
-    'head_planes': structured.HeadPlanes(
-      normal(4, 36), normal(2, 14), groups=2, head_dim=6
-    ),
-    'head_rows': structured.HeadRows(normal(6, 2), normal(12, 5), groups=2),
+    'head_rows': structured.HeadRows(normal(6, 2), normal(12, 5), groups=2, head_dim=3),
     'constant': structured.Constant.like(normal(3, 4), 1.5),
     'low_rank': structured.LowRank(normal(6, 2), normal(2, 5), names='asvd'),
     'reduced': structured.ReducedLowRank(

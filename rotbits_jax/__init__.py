@@ -13,7 +13,8 @@ Data flows through the modules in one direction:
     models        configs, parameters and forward passes of transformers
     slicing       makes sliced models from dense ones (SliceGPT)
     structured    leaves that stand for arrays and store fewer numbers
-    symmetries    transforms that leave fewer numbers to store
+    symmetries    pure functions that fix the gauges of weights
+    passes        transforms that leave fewer numbers to store
     coding        codes numbers as bits
     presets       combinations of transforms and a way to code
     file          the encoded file
@@ -31,6 +32,7 @@ _MODULES = (
   'evaluation',
   'file',
   'models',
+  'passes',
   'presets',
   'report',
   'slicing',
@@ -45,6 +47,7 @@ _NAMES = {
   'ModelConfig': 'models',
   'PRESETS': 'presets',
   'Preset': 'presets',
+  'canonicalise': 'symmetries',
   'decode': 'api',
   'decode_checkpoint': 'api',
   'decode_to_directory': 'api',

@@ -8,7 +8,7 @@ import json
 import pathlib
 import struct as struct_lib
 import tempfile
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 from unittest import mock
 
 from absl.testing import absltest
@@ -26,9 +26,9 @@ from fuzz import seeds
 import rotbits_jax
 from rotbits_jax import checkpoints
 from rotbits_jax import evaluation
+from rotbits_jax import passes
 from rotbits_jax import presets
 from rotbits_jax import structured
-from rotbits_jax import symmetries
 
 TESTDATA = pathlib.Path(__file__).parent / 'testdata'
 CHECKPOINTS = tuple(
@@ -98,43 +98,30 @@ def _assert_same_bits(actual, expected):
 class Int8(structured.Structured):
   """A leaf of a third party: int8 numbers, with a float32 scale for each column."""
 
-  kind: ClassVar[str] = 'test.int8'
-  values: Any
-  scale: Any
+  type_name: ClassVar[str] = 'test.int8'
+  values: Annotated[Any, structured.Array(2, np.dtype(np.int8))]
+  scale: structured.Matrix
 
   shape = property(lambda self: self.values.shape)
   dtype = property(lambda self: np.dtype(np.float32))
 
-  def materialize(self):
+  def materialize(self, *needed):
     return jnp.float32(self.values) * self.scale
 
-  def map_numbers(self, function):
+  def map_arrays(self, function):
     return self  # it is quantised already
-
-  def stored(self):
-    return {}, {'values': np.asarray(self.values), 'scale': np.asarray(self.scale)}
-
-  @classmethod
-  def from_stored(cls, settings, arrays):
-    return cls(arrays['values'], arrays['scale'])
 
 
 def _quantize_layers(context, state, first, layers):
-  def leaf(path, x):
-    if 'mlp' not in path or structured.is_structured(x) or x.ndim != 2:
-      return x
-    scale = jnp.abs(jnp.float32(x)).max(axis=0, keepdims=True) / 127
-    return Int8(jnp.round(jnp.float32(x) / scale).astype(jnp.int8), scale)
-
-  flats = [structured.flatten(layer) for layer in layers]
-  rewritten = [
-    structured.unflatten({path: leaf(path, x) for path, x in flat.items()})
-    for flat in flats
-  ]
-  return state, rewritten, [[] for _ in layers]
+  for layer in layers:
+    for path, x in layer.items():
+      if 'mlp' in path and structured.is_plain(x) and x.ndim == 2:
+        scale = jnp.abs(jnp.float32(x)).max(axis=0, keepdims=True) / 127
+        layer[path] = Int8(jnp.round(jnp.float32(x) / scale).astype(jnp.int8), scale)
+  return state, layers, [[] for _ in layers]
 
 
-QUANTIZER = symmetries.make('int8', layers=_quantize_layers)
+QUANTIZER = passes.Transform('int8', layers=_quantize_layers)
 
 
 def _flip(data, stream, position=5):
@@ -160,7 +147,7 @@ class Checks(parameterized.TestCase):
 
   def check_free_gives_the_canonical_model_back(self, name):
     free = presets.free()
-    canonical, _ = symmetries.run_chain(
+    canonical, _ = passes.run_chain(
       (free.transform,), _load(name).model, rounding=free.rounding
     )
     decoded = rotbits_jax.decode(_encoded(name, 'free'))
@@ -323,7 +310,7 @@ class RoundTripTest(Checks):
     kernel = model.layer(1)['mlp']['down']['kernel']
     self.assertIsInstance(kernel, Int8)
     free = presets.free()
-    expected, _ = symmetries.run_chain(
+    expected, _ = passes.run_chain(
       (free.transform,), _load(TINY).model, rounding=free.rounding
     )
     original = np.float32(expected.layer(1)['mlp']['down']['kernel'])
@@ -353,7 +340,7 @@ class OtherCheckpointsTest(Checks):
     model = _cast(_load(name).model, dtype)
     free = rotbits_jax.load(rotbits_jax.encode(model, preset='free'))
     compared = {'same': model, 'free': free} | {
-      f'noise {i}': symmetries.randomly_rotated(model, key=jax.random.key(i))
+      f'noise {i}': passes.randomly_rotated(model, key=jax.random.key(i))
       for i in range(3)
     }
     found = evaluation.compare(compared, _tokens(name), {'it': model})
@@ -463,7 +450,7 @@ class ErrorsTest(parameterized.TestCase):
   def test_unknown_types_of_leaves_are_named(self):
     preset = presets.free(transforms=(QUANTIZER,))
     data = rotbits_jax.encode(_load(TINY).model, preset=preset)
-    known = {k: v for k, v in structured.TYPES.items() if k != Int8.kind}
+    known = {k: v for k, v in structured.TYPES.items() if k != Int8.type_name}
     self.enterContext(mock.patch.object(structured, 'TYPES', known))
     with self.assertRaisesRegex(rotbits_jax.ContainerError, 'test.int8'):
       rotbits_jax.decode(data)

@@ -18,9 +18,9 @@ import rotbits_jax
 from rotbits_jax import checkpoints
 from rotbits_jax import models
 from rotbits_jax import paper
+from rotbits_jax import passes
 from rotbits_jax import presets
 from rotbits_jax import structured
-from rotbits_jax import symmetries
 from rotbits_jax.paper import rotations
 from rotbits_jax.system import schema
 
@@ -98,7 +98,7 @@ class SchemeTestCase(parameterized.TestCase):
   def _assert_same_function(self, data, model):
     tokens = np.arange(24)[None] % model.config.vocab_size
     reference = _logits(model, tokens)
-    rerounded = symmetries.randomly_rotated(model, key=jax.random.key(0))
+    rerounded = passes.randomly_rotated(model, key=jax.random.key(0))
     noise = np.abs(_logits(rerounded, tokens) - reference).mean()
     error = np.abs(_logits(rotbits_jax.decode(data), tokens) - reference).mean()
     self.assertLess(error, 2 * noise)

@@ -6,14 +6,12 @@ SliceGPT gives to the weights and the slicing JSON, as in `<stem>.pt` and `<stem
 """
 
 from collections.abc import Callable, Iterable
-import dataclasses
 import os
 import pathlib
 from typing import Any
 
 import numpy as np
 
-from rotbits_jax import models
 from rotbits_jax.checkpoints import attributes
 from rotbits_jax.checkpoints import configs
 from rotbits_jax.checkpoints import errors
@@ -201,8 +199,7 @@ def save_checkpoint(
     OSError: if the directory cannot be written, or a file must not be replaced.
   """
   model, files, stem = checkpoint
-  model = dataclasses.replace(model, params=models.expand(model.params))
-  leaves = dict(model.leaves())
+  leaves = tensors_lib.leaves_of(model)
   with writer_lib.CheckpointWriter(
     directory,
     model.config,

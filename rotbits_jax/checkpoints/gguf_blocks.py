@@ -8,7 +8,7 @@ Reference: ggml's `ggml-common.h` and `ggml-quants.c`.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -52,10 +52,8 @@ def quantized(
   """
   parts = block.split(data.reshape(-1, block.nbytes))
   rows = lambda x: None if x is None else x.reshape(shape[0], -1)
-  codes, scales, offsets, scale_units, offset_units = map(rows, parts)
-  return structured.Quantized(
-    codes, scales, offsets, scale_units, offset_units, name=dtype.name
-  )
+  fields: dict[str, Any] = dict(zip(Parts._fields, map(rows, parts), strict=True))
+  return structured.Quantized(**fields | {'name': dtype.name})
 
 
 def _columns(blocks: np.ndarray, *sizes: int) -> list[np.ndarray]:

@@ -197,7 +197,7 @@ class CheckpointReader:
     Raises:
       CheckpointError: if a file has changed or is damaged.
     """
-    arrays = functools.partial(models.materialize, but=(structured.FactorPair,))
+    arrays = functools.partial(models.materialize, keep_factors=True)
     params = arrays(self.outer())
 
     def key(index: int) -> tuple[Any, ...]:

@@ -6,7 +6,6 @@ weight, see `factors`.
 """
 
 from collections.abc import Mapping, Sequence
-import dataclasses
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -74,8 +73,8 @@ class Entry(NamedTuple):
         materialized, unless factors are stored.
     """
     if self.factored is not None:
-      pair = leaves[0].T if self.transposed else leaves[0]
-      pair = pair if isinstance(pair, structured.LowRank) else pair.plain()
+      pair = leaves[0].pair()
+      pair = pair.T if self.transposed else pair
       stored = zip(self.stored(), (pair.u, pair.v), strict=True)
       return {name: [np.asarray(factor)] for name, factor in stored}
     arrays = [np.asarray(leaf) for leaf in structured.materialize(list(leaves))]
@@ -130,10 +129,20 @@ def _entries(
 def factored_leaves(leaves: Mapping[str, Any]) -> dict[str, factors.Factored]:
   """Returns how the pairs of factors among some leaves are stored, by path."""
   return {
-    path: factors.Factored(leaf.rank, leaf.names)
+    path: factors.Factored(*leaf.factored)
     for path, leaf in leaves.items()
-    if isinstance(leaf, structured.FactorPair)
+    if structured.is_structured(leaf) and leaf.factored is not None
   }
+
+
+def leaves_of(model: models.Model) -> dict[str, Any]:
+  """Returns the unstacked leaves of a model by path, each of which needs no other."""
+  found = dict(model.leaves())
+  for path, leaf in found.items():
+    if structured.is_structured(leaf) and leaf.needs:
+      own = {x: found[x] for x in (path, *leaf.needs)}
+      found[path] = structured.expand(own)[path]
+  return found
 
 
 def to_tensors(model: models.Model) -> dict[str, np.ndarray]:
@@ -145,7 +154,7 @@ def to_tensors(model: models.Model) -> dict[str, np.ndarray]:
   Returns:
     The tensors by their names in the checkpoint.
   """
-  leaves = dict(dataclasses.replace(model, params=models.expand(model.params)).leaves())
+  leaves = leaves_of(model)
   tensors = {name: np.asarray(x) for name, x in model.buffers.items()}
   for own in entries(model.config, factored_leaves(leaves)).values():
     for entry in own:

@@ -25,7 +25,7 @@ import math
 import jax
 
 from rotbits_jax import evaluation
-from rotbits_jax import symmetries
+from rotbits_jax import passes
 from rotbits_jax.cli import program
 
 FLAGS = program.Flags()
@@ -58,7 +58,7 @@ def main() -> program.Result:
   reference = rerounded = None
   if _REFERENCE.value is not None:
     reference = program.read_model(_REFERENCE.value).model
-    rerounded = symmetries.randomly_rotated(reference, key=jax.random.key(0))
+    rerounded = passes.randomly_rotated(reference, key=jax.random.key(0))
   result = evaluation.evaluate(
     checkpoint.model,
     program.read_tokens(checkpoint, text),

@@ -12,19 +12,18 @@ import numpy as np
 import rotbits_jax
 from rotbits_jax import checkpoints
 from rotbits_jax import models
+from rotbits_jax import passes
 from rotbits_jax import presets
 from rotbits_jax import structured
-from rotbits_jax import symmetries
 from rotbits_jax.file import coders
 from rotbits_jax.file import journal as journal_lib
 from rotbits_jax.file import manifest as manifest_lib
 from rotbits_jax.file import shards as shards_lib
 from rotbits_jax.file import sources
 from rotbits_jax.file import writer as writer_lib
-from rotbits_jax.symmetries import transform as transform_lib
 from rotbits_jax.system import progress as progress_lib
 
-Batch = tuple[list[symmetries.Record], Any]
+Batch = tuple[list[passes.Record], Any]
 
 
 class Job:
@@ -139,9 +138,10 @@ class Job:
     for writer in writers.values():
       writer.finish()
 
-  def _made_context(self, mesh: jax.sharding.Mesh | None) -> symmetries.Context | None:
+  def _made_context(self, mesh: jax.sharding.Mesh | None) -> passes.Context | None:
     """Returns the context of the transform; None for arrays of no known family."""
-    source, preset = self.source, self.preset
+    source: Any = self.source
+    preset = self.preset
     if source.config is None:
       if preset.keeps != 'bits':
         why = source.reason
@@ -150,7 +150,7 @@ class Job:
           'known family; the preset exact stores plain arrays'
         )
       return None
-    return symmetries.make_context(source, stored_as=source.stored_as, mesh=mesh)
+    return passes.make_context(source, stored_as=source.stored_as, mesh=mesh)
 
   def _check_record(self, name: str) -> None:
     """Checks, before the work, that parameters in memory would come back.
@@ -208,7 +208,7 @@ class Job:
       outer, others = len(names) > len(layers) + len(buffers), buffers
       end = self._context.config.num_layers
       if layers or outer:
-        for batch, reached in transform_lib.rewrite(
+        for batch, reached in passes.rewrite(
           self._context,
           self.preset.transform,
           rounding=self.preset.rounding,
@@ -217,11 +217,11 @@ class Job:
           outer=outer,
         ):
           state = reached
-          yield [_whole(x) for x in batch], state
+          yield batch, state
     for name in others:
-      yield [symmetries.Record(name, self.source.read(name), [])], state
+      yield [passes.Record(name, self.source.read(name), [])], state
 
-  def _resolver(self, batch: Sequence[symmetries.Record]) -> writer_lib.Resolve:
+  def _resolver(self, batch: Sequence[passes.Record]) -> writer_lib.Resolve:
     """Returns the function that finds the parameters that leaves of a batch need."""
     flat: dict[str, Any] = {}
     for record in batch:
@@ -278,10 +278,7 @@ class Job:
       lambda words: writer.extend(first, words),
       progress=bar.shown,
     )
-    given = encoded.saving
-    saving = manifest_lib.Saving(
-      name=given.name, elements=0, bytes=given.bytes, notes=tuple(given.notes)
-    )
+    saving = manifest_lib.Saving(**encoded.saving._asdict())
     own = [x for name, x in self.counts.items() if name != models.names.BUFFERS]
     writer.add_message(
       {first: None, **{name: encoded.streams[name] for name in others}},
@@ -293,19 +290,6 @@ class Job:
       savings=(saving,),
     )
     bar.update(len(own))
-
-
-def _whole(record: symmetries.Record) -> symmetries.Record:  # interim
-  savings = [
-    manifest_lib.Saving(
-      name=x.name, elements=x.numbers, bytes=x.bytes, notes=tuple(x.notes)
-    )
-    for x in record.savings
-  ]
-  params = record.params
-  if models.names.layer_index(record.name) is not None:
-    params = {record.name: params}
-  return record._replace(params=params, savings=savings)
 
 
 def _counts(specs: models.Params, dtypes: Mapping[str, np.dtype]) -> Any:

@@ -60,7 +60,8 @@ def _notes(value: tuple[dict[str, Any], ...]) -> str | None:
   """Checks the fields with which reports compute; others may be any JSON values."""
   try:
     for note in value:
-      known = {k: note[k] for k in ('tensor', 'shape', 'numbers', 'error') if k in note}
+      names = [field.name for field in dataclasses.fields(_Note)]
+      known = {name: note[name] for name in names if name in note}
       schema.load(_Note, known)
   except schema.SchemaError as error:
     return f'must be notes: {error}'
@@ -75,11 +76,11 @@ Dtype = Annotated[str, _dtype]
 class _Note:
   tensor: str = ''
   shape: Shape | None = None
-  numbers: schema.Integer | None = None
+  elements: schema.Integer | None = None
   error: float | None = None
 
   def __post_init__(self) -> None:
-    if self.shape is not None and self.numbers is None:
+    if self.shape is not None and self.elements is None:
       raise ValueError('a shape needs the number of elements')
 
 
@@ -102,7 +103,7 @@ class Deflated(Stream):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Saving:
-  """See `symmetries.Saving`."""
+  """See `passes.Saving`."""
 
   as_list = True
 

@@ -58,7 +58,7 @@ class Source:
       given = given.model
     known = models.Model, checkpoints.CheckpointReader, checkpoints.TensorFiles
     self._given: Any = given if isinstance(given, known) else trees.Records(given)
-    own = lambda name, default=None: getattr(self._given, name, default)
+    own: Any = lambda name, default=None: getattr(self._given, name, default)
     self.config: models.ModelConfig | None = own('config')
     self.records = tuple(self._given.records)
     self.stored_as: str | None = own('stored_as')

@@ -8,8 +8,8 @@ import jax
 import numpy as np
 
 from rotbits_jax import models
+from rotbits_jax import passes
 from rotbits_jax import structured
-from rotbits_jax import symmetries
 from rotbits_jax.file import container
 from rotbits_jax.file import reader as reader_lib
 from rotbits_jax.file import sources
@@ -128,7 +128,7 @@ def compare_function(
     dataclasses.replace(model, buffers={}),
     tokens,
     reference=reference,
-    rerounded=symmetries.randomly_rotated(reference, key=jax.random.key(0)),
+    rerounded=passes.randomly_rotated(reference, key=jax.random.key(0)),
   )
   kl, floor = result.kl, result.kl_rerounded
   assert kl is not None

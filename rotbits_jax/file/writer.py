@@ -11,9 +11,9 @@ import numpy as np
 from zlib_ng import zlib_ng
 
 from rotbits_jax import models
+from rotbits_jax import passes
 from rotbits_jax import presets
 from rotbits_jax import structured
-from rotbits_jax import symmetries
 from rotbits_jax.file import coders
 from rotbits_jax.file import container
 from rotbits_jax.file import manifest as manifest_lib
@@ -107,7 +107,7 @@ class FileWriter:
     self._message: manifest_lib.Message | None = None
 
   def add(
-    self, record: symmetries.Record, counts: manifest_lib.Counts, resolve: Resolve
+    self, record: passes.Record, counts: manifest_lib.Counts, resolve: Resolve
   ) -> manifest_lib.Record:
     """Codes a record and appends it.
 
@@ -212,7 +212,7 @@ class FileWriter:
 
 
 def encode_record(
-  record: symmetries.Record,
+  record: passes.Record,
   counts: manifest_lib.Counts,
   resolve: Resolve,
   coder_name: str,
@@ -251,7 +251,7 @@ def encode_record(
       coder=coder_name,
       spec=schema.dump(encoded.spec),
       input=counts,
-      savings=tuple(record.savings),
+      savings=tuple(manifest_lib.Saving(**x._asdict()) for x in record.savings),
       empty=tuple(structured.empty_dicts(record.params)),
     )
     text = json.dumps(schema.dump(entry_of_record), allow_nan=False)

@@ -2,9 +2,7 @@
 
 Consecutive layers of the same shapes are stacked along a leading axis. A structured
 leaf stores fewer elements than the array that it stands for, see `structured`. To
-materialize a leaf is to replace it by that array. A dependent leaf
-(`structured.Dependent`) stands for an array only together with other parameters. To
-expand a dependent leaf is to compute its array from those parameters.
+materialize a leaf is to replace it by that array.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -131,60 +129,21 @@ class Model:
         raise ValueError(f'{path} has elements that {dtype} cannot hold')
     return dataclasses.replace(self, params=params, stored_as=None)
 
-  def materialize(
-    self, *, but: tuple[type[structured.Structured], ...] = ()
-  ) -> 'Model':
-    """Replaces structured leaves by the arrays that they stand for.
-
-    Args:
-      but: classes of structured leaves to keep.
-
-    Returns:
-      The model.
-    """
-    return dataclasses.replace(self, params=materialize(self.params, but=but))
+  def materialize(self, *, keep_factors: bool = False) -> 'Model':
+    """Replaces structured leaves by their arrays, see the function `materialize`."""
+    params = materialize(self.params, keep_factors=keep_factors)
+    return dataclasses.replace(self, params=params)
 
 
-def materialize(
-  params: Params, *, but: tuple[type[structured.Structured], ...] = ()
-) -> Params:
+def materialize(params: Params, *, keep_factors: bool = False) -> Params:
   """Replaces structured leaves by the arrays that they stand for.
 
   Args:
-    params: nested dicts. They must contain the parameters that dependent leaves need.
-    but: classes of structured leaves to keep.
-
-  Returns:
-    The parameters.
+    params: nested dicts. They must contain the parameters that leaves need.
+    keep_factors: whether low-rank leaves remain, see `structured.Structured.factored`.
   """
-  own = {
-    path: leaf
-    if isinstance(leaf, (*but, structured.Dependent))
-    else structured.materialize(leaf)
-    for path, leaf in structured.flatten(params).items()
-  }
-  return expand(structured.unflatten(own), but=but)
-
-
-def expand(
-  params: Params, *, but: tuple[type[structured.Structured], ...] = ()
-) -> Params:
-  """Replaces dependent leaves by the arrays that they stand for.
-
-  Args:
-    params: nested dicts. They must contain the parameters that dependent leaves need.
-    but: classes of dependent leaves to keep.
-
-  Returns:
-    The parameters.
-  """
-  flat = structured.flatten(params)
-  expanded = {
-    path: leaf.expand(*(structured.materialize(flat[name]) for name in leaf.needs))
-    for path, leaf in flat.items()
-    if isinstance(leaf, structured.Dependent) and not isinstance(leaf, but)
-  }
-  return structured.unflatten(flat | expanded)
+  flat = structured.expand(structured.flatten(params), keep_factors=keep_factors)
+  return structured.unflatten(flat)
 
 
 def unstack_layer(stack: Params, index: int) -> Params:

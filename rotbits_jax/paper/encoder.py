@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rotbits_jax import passes
 from rotbits_jax import structured
-from rotbits_jax import symmetries
 from rotbits_jax.coding import rans
 from rotbits_jax.coding import weights
 from rotbits_jax.coding.bits_back import word_stack
@@ -41,10 +41,10 @@ class Encoded(NamedTuple):
 
   layout: dict[str, Any]
   streams: dict[str, np.ndarray]
-  saving: symmetries.Saving
+  saving: passes.Saving
 
 
-def refuse(source: symmetries.Source) -> None:
+def refuse(source: passes.Source) -> None:
   """Raises an error if a model cannot be coded. It reads only shapes and dtypes.
 
   Raises:
@@ -69,7 +69,7 @@ def refuse(source: symmetries.Source) -> None:
 
 
 def encode(
-  source: symmetries.Source,
+  source: passes.Source,
   options: options_lib.Options,
   spill: word_stack.Spill,
   *,
@@ -142,7 +142,7 @@ class _Encoder:
 
   def __init__(
     self,
-    source: symmetries.Source,
+    source: passes.Source,
     options: options_lib.Options,
     spill: word_stack.Spill,
   ):
@@ -174,7 +174,7 @@ class _Encoder:
     return Encoded(
       layout=schema.dump(layout),
       streams={'corrections': self.corrections.pop(self.corrections.size)},
-      saving=symmetries.Saving('rotations', 0, 2 * self.saved, self.notes),
+      saving=passes.Saving('rotations', 0, 2 * self.saved, tuple(self.notes)),
     )
 
   def _encode(self, t: int, segment: segments.Parts) -> None:

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from rotbits_jax import models
+from rotbits_jax import passes
 from rotbits_jax import structured
-from rotbits_jax import symmetries
 
 Shapes = dict[str, tuple[int, ...]]  # by paths like 'layers.3/attention/query/kernel'
 Arrays = dict[str, np.ndarray]
@@ -96,7 +96,7 @@ def _add(
       (found[read].biases if len(own) == 1 else found[read].readers).update(shape)
 
 
-def reader(source: symmetries.Source) -> Callable[[Parts], Parts]:
+def reader(source: passes.Source) -> Callable[[Parts], Parts]:
   """Returns a function that reads the arrays around a segment, given their shapes.
 
   It holds at most two records: two layers, or a layer and the embedding or the head.

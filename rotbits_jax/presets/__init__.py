@@ -8,7 +8,7 @@ paper   keeps the function up to rounding, and saves bits by rotating the model,
         published
 
 A gauge is a choice of coordinates that does not change the function of a model. A
-transform rewrites a model so that fewer elements need to be stored; see `symmetries`.
+transform rewrites a model so that fewer elements need to be stored; see `passes`.
 
 Everything that others ask of a preset is in its `Preset`. Another package adds a preset
 by a function that makes one, and an entry point of the group `rotbits_jax.presets` with

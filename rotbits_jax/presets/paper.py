@@ -1,7 +1,7 @@
 """The preset `paper`: the published scheme, see `rotbits_jax.paper`."""
 
 from rotbits_jax import paper as scheme
-from rotbits_jax import symmetries
+from rotbits_jax import passes
 from rotbits_jax.presets.preset import Preset
 from rotbits_jax.system import schema
 
@@ -47,7 +47,7 @@ def paper(
   return Preset(
     name='paper',
     options=schema.dump(options),
-    transform=symmetries.chain(),  # the scheme rotates and rounds by itself
+    transform=passes.chain(),  # the scheme rotates and rounds by itself
     rounding=None,
     coder='paper',
   )

@@ -3,7 +3,7 @@
 import math
 from typing import Any, Literal, NamedTuple
 
-from rotbits_jax import symmetries
+from rotbits_jax import passes
 
 Keeps = Literal['bits', 'function', 'approximation']
 
@@ -14,7 +14,7 @@ class Preset(NamedTuple):
   Attributes:
     name: the name of the preset in the file.
     options: JSON values that the file keeps as a record of how it was made.
-    transform: the transform that rewrites the model, see `symmetries.chain`.
+    transform: the transforms that rewrite the model, see `passes.chain`.
     rounding: how elements are rounded after the transforms, which see float32 elements.
       None if the transforms see the elements in their stored dtype and keep them.
     keeps: what comes back: the 'bits' of the input; its 'function' up to rounding; or
@@ -28,8 +28,8 @@ class Preset(NamedTuple):
 
   name: str
   options: dict[str, Any]
-  transform: symmetries.Transform
-  rounding: symmetries.Rounding | None = symmetries.NEAREST
+  transform: passes.Chain
+  rounding: passes.Rounding | None = passes.NEAREST
   keeps: Keeps = 'function'
   resumable: bool = False
   coder: str = 'weights'

@@ -8,7 +8,7 @@ dark theme of the browser, and fits a phone.
 """
 
 import html
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -191,24 +191,13 @@ def _spectra(reader: file.Reader, index: int) -> list[_Spectrum]:
     numbers = [np.asarray(x, np.float32) for x in jax.tree.leaves(leaf)]
     if not all(np.isfinite(x).all() for x in numbers):
       continue
-    count = min(leaf.shape)
-    if isinstance(leaf, structured.IdentityMinusGram):
-      less, more = (_squares(x) for x in (leaf.b, leaf.c))
-      values = np.concatenate(
-        [1 - less, 1 + more, np.ones(count - less.size - more.size)]
-      )
-      rank = less.size + more.size
+    if structured.is_structured(leaf):
+      values, rank = leaf.singular_values(), leaf.rank
     else:
-      matrix = np.asarray(structured.materialize(leaf), np.float32)
-      values, rank = np.linalg.svd(matrix, compute_uv=False), count
-    found.append(_Spectrum(models.names.prefix(index) + path, np.sort(values), rank))
+      matrix = np.asarray(leaf, np.float32)
+      values, rank = np.linalg.svd(matrix, compute_uv=False)[::-1], min(leaf.shape)
+    found.append(_Spectrum(models.names.prefix(index) + path, values, rank))
   return found
-
-
-def _squares(factor: Any) -> np.ndarray:
-  """Returns the eigenvalues of B^T B."""
-  wide = np.asarray(factor, np.float32).astype(np.float64)
-  return np.linalg.eigvalsh(wide.T @ wide)
 
 
 # ---- the errors ----------------------------------------------------------------------

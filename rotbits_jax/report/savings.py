@@ -129,7 +129,7 @@ def summary(notes: list[dict[str, Any]]) -> list[dict[str, Any]]:
     row: dict[str, Any] = dict(kind) | {'count': len(own)}
     if all('shape' in note for note in own):
       whole = sum(math.prod(note['shape']) for note in own)
-      row['saved'] = whole - sum(note['numbers'] for note in own)
+      row['saved'] = whole - sum(note['elements'] for note in own)
     else:
       numbers = [key for key, x in own[0].items() if not isinstance(x, str)]
       for key in numbers:

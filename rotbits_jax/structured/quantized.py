@@ -6,22 +6,19 @@ follow each other, and a super-block is several blocks.
 
 from collections.abc import Callable
 import dataclasses
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 from flax import struct
-import ml_dtypes
+import jax.numpy as jnp
 import numpy as np
 
-from rotbits_jax.structured.base import Arrays
-from rotbits_jax.structured.base import Settings
 from rotbits_jax.structured.base import Structured
 from rotbits_jax.structured.base import register
-from rotbits_jax.structured.stored import Stored
+from rotbits_jax.structured.fields import Array
+from rotbits_jax.structured.fields import static
 from rotbits_jax.system import host
 
-_DTYPES = {
-  np.dtype(d).name: np.dtype(d) for d in (np.float16, ml_dtypes.bfloat16, np.float32)
-}
+_INTEGERS = (np.dtype(np.int8), np.dtype(np.uint8))
 _CHUNK = 1 << 18  # elements that are expanded together, because they fit a cache
 
 
@@ -48,16 +45,16 @@ class Quantized(Structured):
     transposed: whether the array is the transposed matrix, `[C, R]`.
   """
 
-  kind: ClassVar[str] = 'quantized'
+  type_name: ClassVar[str] = 'quantized'
   expands_on_reading: ClassVar[bool] = True
 
-  codes: Any
-  scales: Any
-  offsets: Any
-  scale_units: Any
-  offset_units: Any
-  name: str = struct.field(pytree_node=False)
-  transposed: bool = struct.field(pytree_node=False, default=False)
+  codes: Annotated[Any, Array(2)]
+  scales: Annotated[Any, Array(2)]
+  offsets: Annotated[Any, Array(2, optional=True)]
+  scale_units: Annotated[Any, Array(2, np.float16, optional=True)]
+  offset_units: Annotated[Any, Array(2, np.float16, optional=True)]
+  name: Literal['float16', 'bfloat16', 'float32'] = static()
+  transposed: bool = static(default=False)
 
   @property
   def shape(self) -> tuple[int, ...]:
@@ -65,13 +62,13 @@ class Quantized(Structured):
 
   @property
   def dtype(self) -> Any:
-    return _DTYPES[self.name]
+    return np.dtype(jnp.dtype(self.name))
 
   @property
   def T(self) -> 'Quantized':  # noqa: N802
     return dataclasses.replace(self, transposed=not self.transposed)
 
-  def materialize(self) -> Any:
+  def materialize(self, *needed: Any) -> Any:
     """Returns the array: NumPy, because XLA may fuse a product with a sum."""
     rows, columns = self.codes.shape
     matrix = host.empty((rows, columns), self.dtype)
@@ -97,12 +94,12 @@ class Quantized(Structured):
         bound += float(np.abs(offset).max())
     return bound
 
-  def map_numbers(self, function: Callable[[Any], Any]) -> 'Quantized':
+  def map_arrays(self, function: Callable[[Any], Any]) -> 'Quantized':
     """Returns the leaf itself, whose codes no function may change."""
     return self
 
   def astype(self, dtype: Any) -> 'Quantized':
-    return dataclasses.replace(self, name=np.dtype(dtype).name)
+    return dataclasses.replace(self, name=np.dtype(jnp.dtype(dtype)).name)
 
   def take_rows(self, order: np.ndarray) -> 'Quantized':
     """Returns the leaf of the rows of the matrix in another order."""
@@ -110,56 +107,24 @@ class Quantized(Structured):
     arrays = {k: x[order] for k, x in fields.items() if isinstance(x, np.ndarray)}
     return dataclasses.replace(self, **arrays)
 
-  def stored(self) -> tuple[Settings, Arrays]:
-    arrays = {name: getattr(self, name) for name in _ARRAYS}
-    settings = {'dtype': self.name, 'transposed': self.transposed}
-    return settings, {name: x for name, x in arrays.items() if x is not None}
-
-  @classmethod
-  def from_stored(cls, settings: Settings, arrays: Arrays) -> 'Quantized':
-    given = Stored(settings, arrays)
-    name, transposed = given.text('dtype'), given.flag('transposed')
-    found = {x: given.array(x, 2) if x in given else None for x in _ARRAYS}
-    given.finish()
-    if name not in _DTYPES or found['codes'] is None or found['scales'] is None:
-      raise ValueError(f'codes, scales and a dtype are needed, got {name!r:.40}')
-    leaf = cls(**found, name=name, transposed=transposed)
-    leaf.check()
-    return leaf
-
   def check(self) -> None:
-    """Checks how the arrays fit together.
-
-    Raises:
-      ValueError: if they do not.
-    """
-    rows, columns = self.codes.shape
+    (rows, columns), blocks = self.codes.shape, self.scales.shape
     if self.codes.dtype not in _INTEGERS or not self.codes.size:
       raise ValueError(f'codes must be integers of 8 bits, got {self.codes.dtype}')
-    for values, units in (
-      (self.scales, self.scale_units),
-      (self.offsets, self.offset_units),
-    ):
-      if values is None:
-        if units is not None:
-          raise ValueError('there are units without offsets')
-        continue
-      expected = _INTEGERS if units is not None else (np.dtype(np.float16),)
-      if values.dtype not in expected or values.shape != self.scales.shape:
+    pairs = [(self.scales, self.scale_units)]
+    if self.offsets is not None:
+      pairs.append((self.offsets, self.offset_units))
+    elif self.offset_units is not None:
+      raise ValueError('there are units without offsets')
+    for values, units in pairs:
+      expected = (np.dtype(np.float16),) if units is None else _INTEGERS
+      if values.dtype not in expected or values.shape != blocks:
         raise ValueError(f'blocks cannot have {values.dtype} {values.shape}')
       parts = columns
-      for array in (values, units):
-        if array is None:
-          continue
+      for array in (values,) if units is None else (values, units):
         if array.shape[0] != rows or not array.shape[1] or parts % array.shape[1]:
           raise ValueError(f'{self.codes.shape} codes cannot have {array.shape} blocks')
         parts = array.shape[1]
-      if units is not None and units.dtype != np.float16:
-        raise ValueError(f'units must be float16, got {units.dtype}')
-
-
-_ARRAYS = ('codes', 'scales', 'offsets', 'scale_units', 'offset_units')
-_INTEGERS = (np.dtype(np.int8), np.dtype(np.uint8))
 
 
 def _blocks(values: np.ndarray, units: np.ndarray | None, rows: slice) -> np.ndarray:

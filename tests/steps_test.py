@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rotbits_jax import models
-from rotbits_jax.symmetries import feedback
+from rotbits_jax.symmetries import steps
 from tests import random_models
 
 STEP = 0.25
@@ -43,7 +43,7 @@ class FeedbackTest(parameterized.TestCase):
     inputs = _correlated(rng, count)
     moments = inputs.T @ inputs
     kernel = rng.standard_normal((count, 24))
-    found = feedback.round_to_steps(
+    found = steps.with_feedback(
       jnp.float32(kernel), jnp.float32(STEP), jnp.float32(moments)
     )
     np.testing.assert_array_equal(np.asarray(found) % STEP, 0)
@@ -56,8 +56,8 @@ class FeedbackTest(parameterized.TestCase):
     rng = np.random.default_rng(1)
     inputs, kernel = _correlated(rng, 200), rng.standard_normal((200, 50))
     arguments = jnp.float32(kernel), jnp.float32(STEP)
-    rounded = feedback.round_to_steps(*arguments, jnp.float32(inputs.T @ inputs))
-    plain = feedback.multiples(*arguments)
+    rounded = steps.with_feedback(*arguments, jnp.float32(inputs.T @ inputs))
+    plain = steps.multiples(*arguments)
     error = lambda x: np.square(inputs @ (np.asarray(x) - kernel)).sum()
     self.assertLess(error(rounded), 0.5 * error(plain))
 
@@ -65,8 +65,8 @@ class FeedbackTest(parameterized.TestCase):
   def test_without_correlations_numbers_are_rounded_to_the_nearest(self, moment):
     kernel = np.random.default_rng(2).standard_normal((70, 9)).astype(np.float32)
     moments = jnp.eye(70) * moment
-    rounded = feedback.round_to_steps(kernel, jnp.float32(STEP), moments)
-    np.testing.assert_array_equal(rounded, feedback.multiples(kernel, STEP))
+    rounded = steps.with_feedback(kernel, jnp.float32(STEP), moments)
+    np.testing.assert_array_equal(rounded, steps.multiples(kernel, STEP))
 
   def test_the_axis_of_the_inputs(self):
     rng = np.random.default_rng(3)
@@ -74,8 +74,8 @@ class FeedbackTest(parameterized.TestCase):
     arguments = jnp.float32(STEP), jnp.float32(inputs.T @ inputs)
     kernel = jnp.float32(kernel)
     np.testing.assert_array_equal(
-      feedback.round_to_steps(kernel.T, *arguments, axis=1).T,
-      feedback.round_to_steps(kernel, *arguments),
+      steps.with_feedback(kernel.T, *arguments, axis=1).T,
+      steps.with_feedback(kernel, *arguments),
     )
 
 

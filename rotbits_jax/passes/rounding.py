@@ -6,13 +6,13 @@ on the function of a model, because the errors of the large numbers of the same 
 are larger. Therefore all numbers of an array are rounded to multiples of one step 2^q,
 and then to the nearest number of the dtype, which is coarser only for large numbers:
 
-    q = floor(log2(rms) + octaves)
+    q = floor(log2(rms) + log2_step)
 
-Here rms is the root of the mean square of the numbers that are not zero. If the
-mantissa has m bits and octaves is -m, 2^q is the step of the dtype at the rms, and the
-numbers below 2 rms share it. They take about one bit less, see `coding.weights.floats`.
-The greatest error in the array does not change. The mean square of the errors grows by
-less than a factor of 2.
+Here rms is the typical size of the array's numbers, see `symmetries.typical_size`. If
+the mantissa has m bits and log2_step is -m, 2^q is the step of the dtype at the rms,
+and the numbers below 2 rms share it. They take about one bit less, see
+`coding.weights.floats`. The greatest error in the array does not change. The mean
+square of the errors grows by less than a factor of 2.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -28,7 +28,9 @@ import numpy as np
 
 from rotbits_jax import models
 from rotbits_jax import structured
-from rotbits_jax.symmetries import feedback
+from rotbits_jax.coding import weights
+from rotbits_jax.passes import transform
+from rotbits_jax.symmetries import steps
 
 
 class Inputs(NamedTuple):
@@ -48,11 +50,12 @@ class Rounding(NamedTuple):
   """A rule for the rounding of the parameters of a model.
 
   Attributes:
-    octaves: takes the path of a parameter and its dtype. Returns log2 of the step of an
-      array over its rms, see above; None to round to the nearest number of the dtype.
+    log2_step: takes the path of a parameter and its dtype. Returns log2 of the step of
+      an array over its rms, see above; None to round to the nearest number of the
+      dtype.
     uniform: if False, arrays have the dtype of the source. Their step is the power of
       two below, and numbers for which the dtype is coarser are rounded to the dtype.
-      An array stays as it is if all its numbers are numbers of the dtype already,
+      An array does not change if all its numbers are numbers of the dtype already,
       because no transform changed it. If True, all numbers of an array are multiples of
       the step. The array is float32, because the step is the nearest one of
       4, 5, 6, 7 times a power of two, and the dtype may not have its multiples.
@@ -60,7 +63,7 @@ class Rounding(NamedTuple):
       rounded with error feedback, if it is a plain array and `uniform` is set.
   """
 
-  octaves: Callable[[str, np.dtype], float | None]
+  log2_step: Callable[[str, np.dtype], float | None]
   uniform: bool = False
   inputs: Mapping[str, 'Inputs'] = types.MappingProxyType({})
 
@@ -69,27 +72,27 @@ NEAREST = Rounding(lambda path, dtype: None)
 """Rounds to the nearest numbers of the dtype."""
 
 
-def with_floor(offset: float = 0.0) -> Rounding:
+def with_minimum_exponent(offset: float = 0.0) -> Rounding:
   """Makes the rounding with the step that the dtype has at the rms of an array.
 
-  In dtypes with fewer than 10 bits of mantissa, the step of the head is two octaves
-  finer: no layer averages the head's errors, and on OPT in bfloat16 they are most of
+  In dtypes with fewer than 10 bits of mantissa, the step of the head is a quarter of
+  that: no layer averages the head's errors, and on OPT in bfloat16 they are most of
   what a common step adds to the divergence (measured, see RESULTS.md).
 
   Args:
-    offset: octaves by which the step is coarser; negative for a finer step.
+    offset: added to log2 of the step; negative for a finer step.
   """
 
-  def octaves(path: str, dtype: np.dtype) -> float:
+  def log2_step(path: str, dtype: np.dtype) -> float:
     mantissa = jnp.finfo(dtype).nmant
     is_sensitive = path.startswith('head/') and mantissa < 10
     return offset - mantissa - (2 if is_sensitive else 0)
 
-  return Rounding(octaves)
+  return Rounding(log2_step)
 
 
 FINEST = -12.0
-"""The finest uniform step, in octaves from the rms.
+"""The finest uniform step: log2 of the step over the rms.
 
 A normally distributed number then takes 14 bits, fewer than a number of any stored
 dtype but those of 8 bits.
@@ -105,38 +108,105 @@ def to_steps(
 
   Args:
     step: log2 of the step over the rms of the array.
-    offsets: octaves to add to the step, by pattern of a path, see
-      `models.names.pattern`. The offset of others is 0. No step is finer than `FINEST`.
+    offsets: added to `step`, by the pattern of the path, see `models.names.pattern`.
+      The offset of other parameters is 0. No step is finer than `FINEST`.
     inputs: see `Rounding`.
   """
-  by_kind = dict(offsets or {})
-  octaves = lambda path, dtype: max(
-    step + by_kind.get(models.names.pattern(path), 0.0), FINEST
+  by_pattern = dict(offsets or {})
+  log2_step = lambda path, dtype: max(
+    step + by_pattern.get(models.names.pattern(path), 0.0), FINEST
   )
-  return Rounding(octaves, uniform=True, inputs=inputs or {})
+  return Rounding(log2_step, uniform=True, inputs=inputs or {})
+
+
+def apply(
+  rounding: Rounding,
+  params: transform.Params,
+  context: transform.Context,
+) -> tuple[transform.Params, list[transform.Note], float]:
+  """Rounds matrices to their steps on their device, and fetches all parameters once.
+
+  Args:
+    rounding: the rule.
+    params: leaves of a record by path, float32.
+    context: it has the dtypes of the parameters.
+
+  Returns:
+    The rounded parameters on the host; a note for each matrix that was rounded to a
+    step; and about how many bits that saves an entropy coder.
+  """
+  effects: dict[str, Effect] = {}
+  nearest: dict[str, np.dtype] = {}
+  codes: dict[str, Any] = {}
+  for path in list(params):
+    leaf, dtype = params[path], context.dtypes.get(path, context.dtype)
+    if structured.is_in_files(leaf) and rounding.uniform:
+      codes[path], leaf = leaf, jnp.asarray(leaf.materialize(), jnp.float32)
+    is_on_device = any(isinstance(x, jax.Array) for x in jax.tree.leaves(leaf))
+    is_vector = structured.is_plain(leaf) and not is_matrix(leaf)
+    log2_step = rounding.log2_step(path, dtype)
+    if log2_step is None or is_vector or not is_on_device:
+      nearest[path] = dtype
+      continue
+    inputs = rounding.inputs.get(path)
+    params[path], effects[path] = round_leaf(
+      leaf, dtype, log2_step, rounding.uniform, inputs
+    )
+  params, effects = jax.device_get((params, effects))
+  # On the host, because these are vectors as a rule, and a program for so few numbers
+  # takes longer to compile.
+  for path, dtype in nearest.items():
+    params[path] = structured.astype(params[path], dtype)
+  # Codes have no error, so they remain if they take no more bytes.
+  for path, leaf in codes.items():
+    size = weights.estimate(list(leaf.stored()[1].values()))
+    if size <= weights.estimate([params[path]]):
+      params[path] = leaf
+      effects.pop(path, None)
+  notes, bits = [], 0.0
+  for path, effect in effects.items():
+    if effect.step:
+      error = np.sqrt(effect.squares / max(effect.norm, 1e-30))
+      note = {'step': to_json(effect.step), 'error': to_json(error)}
+      if effect.outliers:
+        note['outliers'] = int(effect.outliers)
+      notes.append({'tensor': path, **note})
+      bits += float(effect.bits)
+  return params, notes, bits
+
+
+def to_json(value: Any) -> Any:
+  """Returns a number as in notes: with three digits, and None if it is not finite."""
+  if isinstance(value, np.generic | np.ndarray):
+    value = value.item()
+  if not isinstance(value, float):
+    return value
+  return float(f'{value:.3g}') if math.isfinite(value) else None
 
 
 class Effect(NamedTuple):
   """The effect of rounding on the arrays of a leaf.
 
   Attributes:
-    squares: sum of the squares of the errors, float32.
-    norm: sum of the squares of the numbers, float32.
-    bits: octaves from the step of the dtype to the coarser step of the array, summed
-      over the numbers, float32. An entropy coder saves about as many bits.
+    squares: sum of the squares of the errors of finite numbers, float32.
+    norm: sum of the squares of the finite numbers, float32.
+    bits: log2 of the coarser step over the step of the dtype, summed over the numbers,
+      float32. An entropy coder saves about as many bits.
     step: the step of the largest array, float32; 0 if it was rounded without a step.
+    outliers: how many numbers did not count for the step, see `steps.Size`.
   """
 
   squares: Any
   norm: Any
   bits: Any
   step: Any
+  outliers: Any
 
 
 def round_leaf(
   leaf: Any,
   dtype: np.dtype,
-  octaves: float,
+  log2_step: float,
   uniform: bool,
   inputs: Inputs | None = None,
 ) -> tuple[Any, Effect]:
@@ -146,14 +216,14 @@ def round_leaf(
     leaf: the leaf, with float32 arrays. Arrays of integers are not changed. Arrays with
       one row or column have few numbers; they are rounded to the nearest number.
     dtype: dtype of the parameter.
-    octaves: log2 of the step over the rms, see `Rounding`.
+    log2_step: log2 of the step over the rms, see `Rounding`.
     uniform: see `Rounding`.
     inputs: see `Rounding`; only a matrix with a uniform step uses them.
 
   Returns:
     The leaf and the effect. Numbers that are too large for the dtype become infinite.
   """
-  octaves32 = np.float32(octaves)  # of one type, so that one program serves all
+  traced = np.float32(log2_step)  # of one type, so that one program serves all
   moments, axis = inputs or (None, 0)
   if not (uniform and structured.is_plain(leaf) and is_matrix(leaf)):
     moments = None
@@ -163,7 +233,7 @@ def round_leaf(
     is_row = moments is None and array.size < _SMALL
     result, effect = _round(
       _row(array) if is_row else array,
-      octaves32,
+      traced,
       moments,
       dtype,
       uniform,
@@ -174,7 +244,7 @@ def round_leaf(
     return _cut(result, array.shape) if is_row else result
 
   if structured.is_structured(leaf):
-    leaf = leaf.map_numbers(round_array)
+    leaf = leaf.map_arrays(round_array)
   elif structured.is_plain(leaf):
     leaf = round_array(leaf)
   return leaf, _total(effects)
@@ -204,7 +274,7 @@ def _cut(row: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 @functools.partial(jax.jit, static_argnums=(3, 4, 5, 6))
 def _round(
   array: jax.Array,
-  octaves: jax.Array,
+  log2_step: jax.Array,
   moments: jax.Array | None,
   dtype: np.dtype,
   uniform: bool,
@@ -213,36 +283,47 @@ def _round(
 ) -> tuple[jax.Array, Effect]:
   """Rounds an array; to a common step only if `common`."""
   nearest = array.astype(dtype)
+  zero = jnp.float32(0)
   if not common:
-    return nearest, _effect(array, nearest, jnp.float32(0), jnp.float32(0))
+    return nearest, _effect(array, nearest, zero, zero, jnp.int32(0))
+  size = steps.typical_size(array)
   if uniform:
-    step = _quarter_step(_rms(array), octaves)
+    step = _quarter_step(size.rms, log2_step)
     if moments is None:
-      result = feedback.multiples(array, step)
+      result = steps.multiples(array, step)
     else:
-      result = feedback.round_to_steps(array, step, moments, axis=axis)
-    return result, _effect(array, result, _bits_saved(array, step, dtype), step)
-  step = jnp.ldexp(jnp.float32(1), _exponent(_rms(array), octaves, dtype))
+      result = steps.with_feedback(array, step, moments, axis=axis)
+    bits = _bits_saved(array, step, dtype)
+    return result, _effect(array, result, bits, step, size.outliers)
+  step = jnp.ldexp(jnp.float32(1), _exponent(size.rms, log2_step, dtype))
   # Beyond, the dtype itself is coarser.
   is_small = jnp.abs(array) < step * (1 << jnp.finfo(dtype).nmant + 1)
-  result = jnp.where(is_small, feedback.multiples(array, step).astype(dtype), nearest)
-  same = jnp.all(nearest.astype(jnp.float32) == array)
+  result = jnp.where(is_small, steps.multiples(array, step).astype(dtype), nearest)
+  same = jnp.all((nearest.astype(jnp.float32) == array) | jnp.isnan(array))
   result = jnp.where(same, nearest, result)
   bits = jnp.where(same, 0, _bits_saved(array, step, dtype))
-  return result, _effect(array, result, bits, jnp.where(same, 0, step))
+  return result, _effect(
+    array, result, bits, jnp.where(same, 0, step), jnp.where(same, 0, size.outliers)
+  )
 
 
 def _effect(
-  array: jax.Array, result: jax.Array, bits: jax.Array, step: jax.Array
+  array: jax.Array,
+  result: jax.Array,
+  bits: jax.Array,
+  step: jax.Array,
+  outliers: jax.Array,
 ) -> Effect:
-  squares = jnp.square(result.astype(jnp.float32) - array).sum()
-  return Effect(squares, jnp.square(array).sum(), bits, step)
+  finite = jnp.isfinite(array)
+  error = jnp.where(finite, result.astype(jnp.float32) - array, 0)
+  norm = jnp.square(jnp.where(finite, array, 0)).sum()
+  return Effect(jnp.square(error).sum(), norm, bits, step, outliers)
 
 
 def _total(effects: Sequence[tuple[int, Effect]]) -> Effect:
   """Returns the effect on a leaf, given the size of each array and the effect on it."""
   if not effects:
-    return Effect(*np.zeros(4, np.float32))
+    return Effect(*np.zeros(5, np.float32))
   total = functools.reduce(
     lambda a, b: Effect(*map(operator.add, a, b)), [x for _, x in effects]
   )
@@ -255,26 +336,17 @@ def is_matrix(array: Any) -> bool:
   return array.ndim > 1 and min(array.shape[-2:]) > 1
 
 
-def _rms(array: jax.Array) -> jax.Array:
-  """Returns the root of the mean square of the numbers that are not zero."""
-  # The numbers are divided by the greatest, so that no square is infinite and not all
-  # squares are zero.
-  greatest = jnp.abs(array).max()
-  scale = jnp.where(greatest > 0, greatest, 1)
-  count = jnp.maximum(jnp.count_nonzero(array), 1).astype(jnp.float32)
-  return scale * jnp.sqrt(jnp.square(array / scale).sum() / count)
-
-
-def _exponent(rms: jax.Array, octaves: jax.Array, dtype: np.dtype) -> jax.Array:
+def _exponent(rms: jax.Array, log2_step: jax.Array, dtype: np.dtype) -> jax.Array:
   """Returns q, see above; int32."""
-  q = jnp.floor(jnp.log2(rms) + octaves).astype(jnp.int32)
+  q = jnp.floor(jnp.log2(rms) + log2_step)
   # The dtype has no finer step, and the inverse of 2^q must be a float32.
-  return jnp.clip(q, max(_least_exponent(dtype) - jnp.finfo(dtype).nmant, -126), 126)
+  least = max(_least_exponent(dtype) - jnp.finfo(dtype).nmant, -126)
+  return jnp.clip(q, least, 126).astype(jnp.int32)
 
 
-def _quarter_step(rms: jax.Array, octaves: jax.Array) -> jax.Array:
+def _quarter_step(rms: jax.Array, log2_step: jax.Array) -> jax.Array:
   """Returns the number of the form (4 + i) 2^(q - 2), i < 4, closest to the step."""
-  target = jnp.clip(jnp.log2(rms) + octaves, -120.0, 110.0)
+  target = jnp.clip(jnp.log2(rms) + log2_step, -120.0, 110.0)
   q = jnp.floor(target)
   # In the middle between two of these in log2 are the roots of 4 * 5, 5 * 6, ...
   middles = jnp.log2(jnp.sqrt(jnp.float32([20, 30, 42, 56])) / 4)

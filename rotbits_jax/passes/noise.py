@@ -13,10 +13,11 @@ import jax.numpy as jnp
 
 from rotbits_jax import models
 from rotbits_jax import structured
+from rotbits_jax.passes import rewrite
+from rotbits_jax.passes import transform
 from rotbits_jax.symmetries import heads
 from rotbits_jax.symmetries import norms
 from rotbits_jax.symmetries import rotations as rotations_lib
-from rotbits_jax.symmetries import transform
 
 
 def randomly_rotated(model: models.Model, *, key: jax.Array) -> models.Model:
@@ -35,15 +36,16 @@ def randomly_rotated(model: models.Model, *, key: jax.Array) -> models.Model:
   Returns:
     The rotated model in its old dtypes, with NumPy arrays.
   """
-  return transform.run_chain((random_rotation(key=key),), model)[0]
+  return rewrite.run_chain((random_rotation(key=key),), model)[0]
 
 
 def random_rotation(*, key: jax.Array) -> transform.Transform:
   """Makes the transform that `randomly_rotated` applies."""
-  return transform.make(
+  return transform.Transform(
     'rotation',
     layers=functools.partial(_layers, key=key),
     outer=functools.partial(_outer, key=key),
+    takes='float32',
   )
 
 
@@ -51,69 +53,73 @@ def _layers(
   context: transform.Context,
   state: Any,
   first: int,
-  layers: transform.Layers,
+  layers: list[transform.Params],
   *,
   key: jax.Array,
-) -> tuple[Any, transform.Layers, list[list[transform.Note]]]:
+) -> transform.Noted:
   config = context.config
   valid, steps = models.layout.symmetries(config), config.segments_per_layer
-  axes = tuple(models.layout.layer_axes(config).items())
-  rotated = []
-  for i, layer in enumerate(layers, first):
+  axes = models.layout.layer_axes(config)
+  for k, i in enumerate(range(first, first + len(layers))):
     if valid.segments or valid.stream:
-      flat = structured.flatten(_plain(layer))
-      if valid.stream:
-        flat = norms.folded(config, flat)
       segments = range(i * steps, (i + 1) * steps + 1)
       rotations = tuple(_rotation(config, s, key) for s in segments)
-      flat = rotations_lib.jitted_turn_parameters(flat, rotations, axes=axes)
-      rotated.append(structured.unflatten(flat))
+      layers[k] = _rotated(layers[k], rotations, valid.stream, config, axes)
       continue
-    turned = models.materialize(layer)
-    shape = config.num_kv_heads, config.head_dim
+    layers[k] = structured.expand(layers[k])
     own = jax.random.fold_in(key, i)
-    if valid.values:
-      heads_rotations = jax.random.orthogonal(own, shape[1], shape[:1])
-      turned = _rotate_values(turned, heads_rotations)
-    if valid.queries and not config.rotary_dim:
-      own = jax.random.fold_in(own, 1)
-      heads_rotations = jax.random.orthogonal(own, shape[1], shape[:1])
-      turned = _rotate_keys(turned, heads_rotations)
-    rotated.append(turned)
-  return state, rotated, [[] for _ in layers]
+    for paths, is_valid in (
+      (heads.VALUES, valid.values),
+      (heads.KEYS, valid.queries and not config.rotary_dim),
+    ):
+      if is_valid:
+        pair = {path: layers[k][path] for path in paths if path in layers[k]}
+        rotations = _orthogonal(own, config.num_kv_heads, config.head_dim)
+        layers[k] |= _rotate_heads(pair, rotations)
+        own = jax.random.fold_in(own, 1)
+  return state, layers, [[] for _ in layers]
 
 
 def _outer(
-  context: transform.Context, state: Any, outer: models.Params, *, key: jax.Array
-) -> tuple[models.Params, list[transform.Note]]:
+  context: transform.Context, state: Any, params: transform.Params, *, key: jax.Array
+) -> tuple[transform.Params, list[transform.Note]]:
   config = context.config
   valid = models.layout.symmetries(config)
   if not (valid.segments or valid.stream):
-    return outer, []
-  flat = structured.flatten(_plain(outer))
-  if valid.stream:
-    flat = norms.folded_outer(config, flat)
+    return params, []
   last = len(config.segment_widths) - 1
-  ends = _rotation(config, 0, key), _rotation(config, last, key)
-  axes = tuple(models.layout.outer_axes(config).items())
-  return structured.unflatten(
-    rotations_lib.jitted_turn_parameters(flat, ends, axes=axes)
-  ), []
+  rotations = _rotation(config, 0, key), _rotation(config, last, key)
+  axes = models.layout.outer_axes(config)
+  return _rotated(params, rotations, valid.stream, config, axes), []
 
 
-def _plain(tree: models.Params) -> models.Params:
-  return models.materialize(tree, but=(structured.FactorPair,))
+def _rotated(
+  params: transform.Params,
+  rotations: tuple[jax.Array, ...],
+  folds: bool,
+  config: models.ModelConfig,
+  axes: models.layout.Axes,
+) -> transform.Params:
+  params = structured.expand(params, keep_factors=True)
+  if folds:
+    params = norms.fold_norm_scales(params, config, axes)
+  return {
+    path: _rotate(leaf, *(None if s is None else rotations[s] for s in own))
+    for path, leaf in params.items()
+    for own in [rotations_lib.sides(axes[path])]
+  }
 
 
 def _rotation(config: models.ModelConfig, segment: int, key: jax.Array) -> jax.Array:
-  if not config.sliced:
-    segment = 0
+  segment = segment if config.sliced else 0
   width = config.segment_widths[segment]
-  return _orthogonal(jax.random.fold_in(key, segment), width)
+  return _orthogonal(jax.random.fold_in(key, segment), 1, width)[0]
 
 
-_orthogonal = jax.jit(
-  lambda key, width: jnp.asarray(jax.random.orthogonal(key, width)), static_argnums=1
-)
-_rotate_values = jax.jit(heads.rotate_values)
-_rotate_keys = jax.jit(heads.rotate_keys)
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _orthogonal(key: jax.Array, count: int, width: int) -> jax.Array:
+  return jnp.asarray(jax.random.orthogonal(key, width, (count,), jnp.float32))
+
+
+_rotate = jax.jit(rotations_lib.rotate)
+_rotate_heads = jax.jit(heads.rotate_heads)
