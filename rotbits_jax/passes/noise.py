@@ -27,7 +27,8 @@ def randomly_rotated(model: models.Model, *, key: jax.Array) -> models.Model:
   the residual stream gets its own rotation. In a dense model with RMSNorm, all segments
   get the same rotation. The residual stream of other dense models (with LayerNorm, or
   with a head that is the embedding) cannot be rotated. In these models, the attention
-  heads are rotated: the values and, if there is no RoPE, queries and keys.
+  heads are rotated: the values, and queries and keys in the coordinates that RoPE does
+  not rotate.
 
   Args:
     model: the model; structured leaves are materialized.
@@ -68,14 +69,16 @@ def _layers(
       continue
     layers[k] = structured.expand(layers[k])
     own = jax.random.fold_in(key, i)
-    for paths, is_valid in (
-      (heads.VALUES, valid.values),
-      (heads.KEYS, valid.queries and not config.rotary_dim),
+    for paths, is_valid, fixed in (
+      (heads.VALUES, valid.values, 0),
+      (heads.KEYS, valid.queries, config.rotary_dim),
     ):
-      if is_valid:
+      if is_valid and fixed < config.head_dim:
         pair = {path: layers[k][path] for path in paths if path in layers[k]}
-        rotations = _orthogonal(own, config.num_kv_heads, config.head_dim)
-        layers[k] |= _rotate_heads(pair, rotations)
+        width = config.head_dim - fixed
+        layers[k] |= _rotate_heads(
+          pair, _orthogonal(own, config.num_kv_heads, width, fixed)
+        )
         own = jax.random.fold_in(own, 1)
   return state, layers, [[] for _ in layers]
 
@@ -116,9 +119,12 @@ def _rotation(config: models.ModelConfig, segment: int, key: jax.Array) -> jax.A
   return _orthogonal(jax.random.fold_in(key, segment), 1, width)[0]
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2))
-def _orthogonal(key: jax.Array, count: int, width: int) -> jax.Array:
-  return jnp.asarray(jax.random.orthogonal(key, width, (count,), jnp.float32))
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def _orthogonal(key: jax.Array, count: int, width: int, fixed: int = 0) -> jax.Array:
+  """Returns random rotations of all coordinates but the first `fixed` ones."""
+  rotations = jax.random.orthogonal(key, width, (count,), jnp.float32)
+  kept = jnp.eye(fixed, dtype=jnp.float32)
+  return jax.vmap(lambda x: jax.scipy.linalg.block_diag(kept, x))(rotations)
 
 
 _rotate = jax.jit(rotations_lib.rotate)

@@ -15,10 +15,9 @@ and the numbers below 2 rms share it. They take about one bit less, see
 square of the errors grows by less than a factor of 2.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 import functools
 import math
-import operator
 import types
 from typing import Any, NamedTuple
 
@@ -188,18 +187,18 @@ class Effect(NamedTuple):
   """The effect of rounding on the arrays of a leaf.
 
   Attributes:
+    step: the step of the first array, float32; 0 if it was rounded without a step.
     squares: sum of the squares of the errors of finite numbers, float32.
     norm: sum of the squares of the finite numbers, float32.
     bits: log2 of the coarser step over the step of the dtype, summed over the numbers,
       float32. An entropy coder saves about as many bits.
-    step: the step of the largest array, float32; 0 if it was rounded without a step.
     outliers: how many numbers did not count for the step, see `steps.Size`.
   """
 
+  step: Any
   squares: Any
   norm: Any
   bits: Any
-  step: Any
   outliers: Any
 
 
@@ -225,42 +224,32 @@ def round_leaf(
   """
   traced = np.float32(log2_step)  # of one type, so that one program serves all
   moments, axis = inputs or (None, 0)
-  if not (uniform and structured.is_plain(leaf) and is_matrix(leaf)):
+  if not (uniform and structured.is_plain(leaf)):
     moments = None
-  effects: list[tuple[int, Effect]] = []
+  effects = [Effect(*np.zeros(5, np.float32))]
 
-  def round_array(array: Any) -> jax.Array:
-    is_row = moments is None and array.size < _SMALL
-    result, effect = _round(
-      _row(array) if is_row else array,
-      traced,
-      moments,
-      dtype,
-      uniform,
-      is_matrix(array),
-      axis,
-    )
-    effects.append((array.size, effect))
+  def round_array(array: Any) -> Any:
+    if not is_matrix(array):
+      return array.astype(dtype)
+    # Programs are compiled for few lengths of smaller arrays, because compilation takes
+    # longer than the work. Zeros do not change the step and the effect.
+    is_row = moments is None and array.size < 1 << 20
+    given = _row(array) if is_row else array
+    result, effect = _round(given, traced, moments, dtype, uniform, axis)
+    effects.append(effect)
     return _cut(result, array.shape) if is_row else result
 
   if structured.is_structured(leaf):
     leaf = leaf.map_arrays(round_array)
   elif structured.is_plain(leaf):
     leaf = round_array(leaf)
-  return leaf, _total(effects)
-
-
-# Programs are compiled for few lengths of smaller arrays, because compilation takes
-# longer than the work.
-_SMALL = 1 << 20
+  total = Effect(*map(sum, zip(*effects, strict=True)))
+  return leaf, total._replace(step=effects[min(1, len(effects) - 1)].step)
 
 
 @jax.jit
 def _row(array: jax.Array) -> jax.Array:
-  """Returns the numbers of an array in a row, and zeros up to a power of two.
-
-  The zeros do not change the step and the effect of the array.
-  """
+  """Returns the numbers of an array in a row, and zeros up to a power of two."""
   length = max(1 << (array.size - 1).bit_length(), 1 << 12)
   return jnp.pad(array.reshape(-1), (0, length - array.size))
 
@@ -271,64 +260,34 @@ def _cut(row: jax.Array, shape: tuple[int, ...]) -> jax.Array:
   return row[: math.prod(shape)].reshape(shape)
 
 
-@functools.partial(jax.jit, static_argnums=(3, 4, 5, 6))
+@functools.partial(jax.jit, static_argnums=(3, 4, 5))
 def _round(
   array: jax.Array,
   log2_step: jax.Array,
   moments: jax.Array | None,
   dtype: np.dtype,
   uniform: bool,
-  common: bool,
   axis: int,
 ) -> tuple[jax.Array, Effect]:
-  """Rounds an array; to a common step only if `common`."""
-  nearest = array.astype(dtype)
-  zero = jnp.float32(0)
-  if not common:
-    return nearest, _effect(array, nearest, zero, zero, jnp.int32(0))
-  size = steps.typical_size(array)
+  size, nearest = steps.typical_size(array), array.astype(dtype)
   if uniform:
-    step = _quarter_step(size.rms, log2_step)
+    step = steps.quarter_step(size.rms, log2_step)
     if moments is None:
       result = steps.multiples(array, step)
     else:
       result = steps.with_feedback(array, step, moments, axis=axis)
-    bits = _bits_saved(array, step, dtype)
-    return result, _effect(array, result, bits, step, size.outliers)
-  step = jnp.ldexp(jnp.float32(1), _exponent(size.rms, log2_step, dtype))
-  # Beyond, the dtype itself is coarser.
-  is_small = jnp.abs(array) < step * (1 << jnp.finfo(dtype).nmant + 1)
-  result = jnp.where(is_small, steps.multiples(array, step).astype(dtype), nearest)
-  same = jnp.all((nearest.astype(jnp.float32) == array) | jnp.isnan(array))
-  result = jnp.where(same, nearest, result)
-  bits = jnp.where(same, 0, _bits_saved(array, step, dtype))
-  return result, _effect(
-    array, result, bits, jnp.where(same, 0, step), jnp.where(same, 0, size.outliers)
-  )
-
-
-def _effect(
-  array: jax.Array,
-  result: jax.Array,
-  bits: jax.Array,
-  step: jax.Array,
-  outliers: jax.Array,
-) -> Effect:
+  else:
+    step = _power_step(size.rms, log2_step, dtype)
+    # Beyond, the dtype itself is coarser.
+    is_small = jnp.abs(array) < step * (1 << jnp.finfo(dtype).nmant + 1)
+    result = jnp.where(is_small, steps.multiples(array, step).astype(dtype), nearest)
+    same = jnp.all((nearest.astype(jnp.float32) == array) | jnp.isnan(array))
+    result, step = jnp.where(same, nearest, result), jnp.where(same, 0, step)
   finite = jnp.isfinite(array)
-  error = jnp.where(finite, result.astype(jnp.float32) - array, 0)
+  squares = jnp.square(jnp.where(finite, result.astype(jnp.float32) - array, 0)).sum()
   norm = jnp.square(jnp.where(finite, array, 0)).sum()
-  return Effect(jnp.square(error).sum(), norm, bits, step, outliers)
-
-
-def _total(effects: Sequence[tuple[int, Effect]]) -> Effect:
-  """Returns the effect on a leaf, given the size of each array and the effect on it."""
-  if not effects:
-    return Effect(*np.zeros(5, np.float32))
-  total = functools.reduce(
-    lambda a, b: Effect(*map(operator.add, a, b)), [x for _, x in effects]
-  )
-  _, largest = max(effects, key=lambda x: x[0])
-  return total._replace(step=largest.step)
+  bits = _bits_saved(array, step, dtype)
+  return result, Effect(step, squares, norm, bits, size.outliers)
 
 
 def is_matrix(array: Any) -> bool:
@@ -336,29 +295,19 @@ def is_matrix(array: Any) -> bool:
   return array.ndim > 1 and min(array.shape[-2:]) > 1
 
 
-def _exponent(rms: jax.Array, log2_step: jax.Array, dtype: np.dtype) -> jax.Array:
-  """Returns q, see above; int32."""
+def _power_step(rms: jax.Array, log2_step: jax.Array, dtype: np.dtype) -> jax.Array:
+  """Returns 2^q, see above."""
   q = jnp.floor(jnp.log2(rms) + log2_step)
   # The dtype has no finer step, and the inverse of 2^q must be a float32.
   least = max(_least_exponent(dtype) - jnp.finfo(dtype).nmant, -126)
-  return jnp.clip(q, least, 126).astype(jnp.int32)
-
-
-def _quarter_step(rms: jax.Array, log2_step: jax.Array) -> jax.Array:
-  """Returns the number of the form (4 + i) 2^(q - 2), i < 4, closest to the step."""
-  target = jnp.clip(jnp.log2(rms) + log2_step, -120.0, 110.0)
-  q = jnp.floor(target)
-  # In the middle between two of these in log2 are the roots of 4 * 5, 5 * 6, ...
-  middles = jnp.log2(jnp.sqrt(jnp.float32([20, 30, 42, 56])) / 4)
-  i = (target - q > middles).sum()
-  return jnp.ldexp((4 + i).astype(jnp.float32), q.astype(jnp.int32) - 2)
+  return jnp.ldexp(jnp.float32(1), jnp.clip(q, least, 126).astype(jnp.int32))
 
 
 def _bits_saved(array: jax.Array, step: jax.Array, dtype: np.dtype) -> jax.Array:
   bits = jax.lax.bitcast_convert_type(jnp.abs(array), jnp.int32)
   exponents = jnp.maximum((bits >> 23) - 127, _least_exponent(dtype))
-  octaves = jnp.log2(step) - (exponents - jnp.finfo(dtype).nmant)
-  return jnp.where(array != 0, jnp.maximum(octaves, 0), 0).sum()
+  saved = jnp.log2(step) - (exponents - jnp.finfo(dtype).nmant)
+  return jnp.where(array != 0, jnp.maximum(saved, 0), 0).sum()
 
 
 def _least_exponent(dtype: np.dtype) -> int:

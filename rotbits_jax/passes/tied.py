@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rotbits_jax import structured
+from rotbits_jax.coding import weights
 from rotbits_jax.passes import transform
 from rotbits_jax.structured import tied as leaves
 from rotbits_jax.symmetries import tied
@@ -18,8 +19,6 @@ from rotbits_jax.symmetries import tied
 # An embedding with a greater relative error was never tied. The relative error of an
 # unrelated embedding is about 1.
 _UNTIED = 0.1
-# Size of the sample of tokens that decides how finely T is rounded to integers.
-_SAMPLE = 4096
 
 _EMBED, _HEAD = 'embed/tokens', 'head/kernel'
 
@@ -95,7 +94,7 @@ def _retie_exactly(
     return params, []
   if _error_of_unseen_tokens(table, head) <= _UNTIED:
     leaf = _exact_leaf(table, head)
-    if _coded_bits(leaf, len(table)) < _float_bits(table):
+    if weights.estimate([*leaf.stored()[1].values()]) < weights.estimate([table]):
       params[_EMBED] = leaf
       count = leaf.exceptions.size
       return params, [transform.note(_EMBED, leaf, exceptions=count)]
@@ -154,21 +153,21 @@ def _error_of_unseen_tokens(table: np.ndarray, head: np.ndarray) -> float:
 
 
 def _exact_leaf(table: np.ndarray, head: np.ndarray) -> structured.TiedExactly:
-  """Makes the leaf and chooses how finely T is rounded, so that the bits are fewest."""
+  """Makes the leaf; chooses how finely T is rounded."""
   rank, tokens = head.shape
-  weights = tied.row_weights(tied.row_norms(table))
-  equations = tied.equations(table, head, weights)
+  scales = tied.row_weights(tied.row_norms(table))
+  equations = tied.equations(table, head, scales)
   matrix = tied.least_squares(equations)
-  errors = tied.deviations(table, head, matrix) * weights
+  errors = tied.deviations(table, head, matrix) * scales
   unit = float(jnp.finfo(table.dtype).eps) / 2
   odd = errors > 8 * max(float(np.median(errors)), unit)
   if odd.any():
     # Tokens that do not fit, for example because they were added later, become
     # exceptions. They must not influence T.
-    others = tied.equations(table[odd], head[:, odd], weights[odd])
+    others = tied.equations(table[odd], head[:, odd], scales[odd])
     equations = equations.without(others)
     matrix = tied.least_squares(equations)
-    errors = tied.deviations(table, head, matrix) * weights
+    errors = tied.deviations(table, head, matrix) * scales
   # Rounding row k of T to multiples of s_k adds sum_k mean_i(head[k, i]^2) s_k^2 / 12
   # to the variance v of the deviations. It is best if all terms of this sum are equal.
   # The best sum is v D / (V - D), because finer steps then cost as many bits in the
@@ -176,57 +175,13 @@ def _exact_leaf(table: np.ndarray, head: np.ndarray) -> structured.TiedExactly:
   variance = (np.mean(errors[~odd] ** 2) + unit**2 / 12) / table.shape[1]
   squares = np.maximum(np.diag(equations.gram) / tokens, 0)
   squares = np.where(squares > 0, squares, 1)
-  fineness = 0.5 * np.log2(squares * (tokens - rank) / (12 * variance))
-  sample = np.sort(np.random.default_rng(0).permutation(tokens)[:_SAMPLE])
-  few = table[sample], head[:, sample]
-
-  def with_map(
-    table: np.ndarray, head: np.ndarray, exponents: np.ndarray
-  ) -> structured.TiedExactly:
-    integers = np.rint(np.ldexp(matrix, exponents[:, None]))
-    limit = (1 << 23) - 1
-    integers = np.clip(integers, -limit, limit).astype(np.int32)
-    return structured.TiedExactly.from_table(table, head, integers, exponents)
-
-  choices = [np.rint(fineness + more).astype(np.int32) for more in (-1, 0, 1)]
-  best = min(choices, key=lambda e: _coded_bits(with_map(*few, e), tokens))
-  return with_map(table, head, best)
-
-
-def _coded_bits(leaf: structured.TiedExactly, tokens: int) -> float:
-  """Estimates how many bits a leaf takes once it is coded.
-
-  Args:
-    leaf: the leaf, which may be for a sample of the tokens only.
-    tokens: the number of all tokens; the bits of residuals and exceptions are scaled up
-      to it.
-  """
-  map = np.asarray(leaf.map)
-  low = max(int(np.abs(map).max(initial=0)).bit_length() - 7, 0)
-  bits = sum(_entropy(x.view(np.uint8)) for x in leaf.residuals)
-  bits = (bits + 16 * leaf.exceptions.size) * tokens / leaf.tokens
-  return bits + _entropy((map >> low).astype(np.int8).view(np.uint8)) + low * map.size
-
-
-def _float_bits(table: np.ndarray) -> float:
-  """Estimates how many bits 16-bit floats take once they are coded.
-
-  The coder models the exponent and the top 3 bits of the mantissa. The sign and the
-  other bits are stored as they are.
-  """
-  low = max(jnp.finfo(table.dtype).nmant - 3, 0)
-  bits = np.ascontiguousarray(table).view(np.uint16)
-  return _entropy((bits & 0x7FFF) >> low) + (1 + low) * table.size
-
-
-def _entropy(symbols: np.ndarray) -> float:
-  """Returns the entropy of all symbols together, in bits.
-
-  It includes 8 bits for each different symbol, for the decoder's frequency table.
-  """
-  counts = np.bincount(symbols.reshape(-1))
-  counts = counts[counts > 0]
-  return float(counts @ np.log2(counts.sum() / counts)) + 8 * counts.size
+  exponents = np.rint(0.5 * np.log2(squares * (tokens - rank) / (12 * variance)))
+  integers = np.rint(np.ldexp(matrix, exponents.astype(np.int32)[:, None]))
+  limit = (1 << 23) - 1
+  integers = np.clip(integers, -limit, limit).astype(np.int32)
+  return structured.TiedExactly.from_table(
+    table, head, integers, exponents.astype(np.int32)
+  )
 
 
 _TINY = float(np.finfo(np.float32).tiny)

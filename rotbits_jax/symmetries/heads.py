@@ -103,11 +103,12 @@ KEYS = (QUERY, _QUERY_BIAS, KEY, _KEY_BIAS)
 
 
 def rotate_heads(params: models.Params, rotations: jax.Array) -> models.Params:
-  """Rotates heads: `W_v Q` and `Q^T W_o`; or without RoPE, `W_q Q` and `W_k Q`.
+  """Rotates heads: `W_v Q` and `Q^T W_o`; or `W_q Q` and `W_k Q`.
 
   Args:
     params: arrays, `VALUES` or `KEYS` by path.
-    rotations: Q, float32 `[K, h, h]`, orthogonal.
+    rotations: Q, float32 `[K, h, h]`, orthogonal. For keys, it must be the identity on
+      the coordinates that RoPE rotates.
 
   Returns:
     The parameters in their old dtypes.

@@ -95,6 +95,19 @@ def typical_size(array: jax.Array) -> Size:
   return Size(rms, jnp.sum(~(size <= limit), dtype=jnp.int32))
 
 
+def quarter_step(rms: jax.Array, log2_step: jax.Array) -> jax.Array:
+  """Returns a step with a short mantissa, so that few multiples need float32.
+
+  It is the number of the form (4 + i) 2^(q - 2), i < 4, closest to `rms 2^log2_step`.
+  """
+  target = jnp.clip(jnp.log2(rms) + log2_step, -120.0, 110.0)
+  q = jnp.floor(target)
+  # In the middle between two of these in log2 are the roots of 4 * 5, 5 * 6, ...
+  middles = jnp.log2(jnp.sqrt(jnp.float32([20, 30, 42, 56])) / 4)
+  i = (target - q > middles).sum()
+  return jnp.ldexp((4 + i).astype(jnp.float32), q.astype(jnp.int32) - 2)
+
+
 def multiples(array: jax.Array, step: jax.Array) -> jax.Array:
   """Returns the nearest multiples of a step, in the shape of the array."""
   steps = jnp.rint(array / step)
