@@ -290,14 +290,15 @@ def main(argv: list[str]) -> None:
   for n in _ROTATIONS.value:
     popping, pushing, taken, back = rotation(int(n), runs)
     show(
-      f'{n:>14}{1e3 * popping:8.1f}{"":7}{1e3 * pushing:8.1f}{"":7}{taken:10.2f}{back:10.2f}'
+      f'{n:>14}{1e3 * popping:8.1f}{"":7}{1e3 * pushing:8.1f}{"":7}'
+      f'{taken:10.2f}{back:10.2f}'
     )
   show('Records, in GB of numbers per second; stream bytes per byte of numbers; lanes:')
   for dtype in (np.float16, ml_dtypes.bfloat16, np.float32):
-    size, encode, decode, share, lanes = record(_COUNT.value, dtype, runs)
+    size, encode, decode, ratio, lanes = record(_COUNT.value, dtype, runs)
     show(
       f'{np.dtype(dtype).name:14}{size / encode / 1e9:8.3f}{"":7}'
-      f'{size / decode / 1e9:8.3f}{"":7}{share:10.4f}{100 * lanes:9.3f}%'
+      f'{size / decode / 1e9:8.3f}{"":7}{ratio:10.4f}{100 * lanes:9.3f}%'
     )
   if _FILE.value is not None:
     records = rotbits_jax.file.Reader(_FILE.value).records.values()

@@ -128,7 +128,7 @@ def with_raw_bits(symbols, take, kind, dtype, r, f):  # the bit patterns of a bl
   return UNFOLD(symbols << r | raw, dtype)
 
 def parts_of(dtype, shape, groups, uniform, codebook):  # dtypes and shapes of the parts
-  if uniform or not codebook and len(groups) == 2:
+  if uniform or (not codebook and len(groups) == 2):
     return [(f'int{8 * uniform[1]}' if uniform else 'uint32', shape)] * len(groups)
   if not codebook:
     return [(dtype, shape)]
@@ -155,15 +155,16 @@ def joined(parts, dtype, shape, uniform, codebook):  # the bit patterns of an ar
     codes = codes[:, :, None] >> np.arange(0, 8, b, dtype=np.uint8) & (1 << b) - 1
     codes = codes.reshape(len(codes), -1)[:, : matrix[not transposed]]
   codes = codes.T if transposed else codes
-  line = {'all': 0, 'row': np.arange(matrix[0])[:, None], 'column': np.arange(matrix[1])}
-  bits = np.pad(values, ((0, 0), (0, 1)))[line[lists], codes]
-  target, other = (bits.T, codes.T == count) if across else (bits, codes == count)
+  row, column = np.arange(matrix[0])[:, None], np.arange(matrix[1])
+  line = {'all': 0, 'row': row, 'column': column}[lists]
+  bits = np.pad(values, ((0, 0), (0, 1)))[line, codes]
+  target, other = (bits.T, count == codes.T) if across else (bits, codes == count)
   target[other] = np.concatenate([x.reshape(-1) for x in others])
   return bits
 def read_record(coder, stream):  # returns the arrays of a record, with their dtypes
   take, specs, found = io.BytesIO(stream).read, coder['arrays'], {}
-  parts = [(dtype, shape, group, (i, j)) for i, x in enumerate(specs)
-    for j, ((dtype, shape), group) in enumerate(zip(parts_of(x[0], x[1], *x[3:]), x[3]))]
+  parts = [(*part, group, (i, j)) for i, x in enumerate(specs) for j, (part, group)
+    in enumerate(zip(parts_of(x[0], x[1], *x[3:]), x[3], strict=True))]
   groups = []
   for number, (kind, r, f, nbytes, *blocks) in enumerate(coder['groups']):
     own = [part for part in parts if part[2] == number]
@@ -184,7 +185,7 @@ def read_record(coder, stream):  # returns the arrays of a record, with their dt
       found[key] = np.frombuffer(data, BITS(dtype)).reshape(shape)
   for i, (dtype, shape, crc32, own, *form) in enumerate(specs):
     bits = joined([found[i, j] for j in range(len(own))], dtype, shape, *form)
-    bits = np.ascontiguousarray(bits.astype(BITS(dtype)).reshape(shape))
+    bits = np.ascontiguousarray(bits.astype(BITS(dtype))).reshape(shape)
     if zlib.crc32(bits.tobytes()) != crc32:
       raise ValueError('an array is damaged')
     yield bits, dtype
@@ -212,17 +213,14 @@ def tied_exactly(s, a):
   for i in range(count):
     off[c == i] = a[f'residuals_{i}']
   return corrected(np.uint16(np.where(p < 0, o | 0x8000, o)), off, a['exceptions'])
-def sparse(s, a):
-  count = math.prod(s['shape'][:-1] if s['transposed'] else s['shape'][-1:])
-  mask = np.unpackbits(a['mask'], 1, count).astype(a['tail'].dtype)
-  unpack(np.append(a['values'], a['tail']), mask.T if s['across'] else mask)
-  return mask
-def levels(s, a):
-  base = a.get('base', np.full_like(a['step'], 1 << 31))  # -0 changes no number
-  step, base = (x.view(np.float32)[..., None] for x in (a['step'], base))
-  numbers = a['index'].reshape(*step.shape[:2], -1) * step + base
-  bits = narrow(numbers.reshape(a['index'].shape), s['dtype'])
-  return corrected(bits, a['residuals'], a['exceptions']) if 'residuals' in a else bits
+def quantized(s, a):
+  grown = lambda x, n: np.repeat(np.float32(x), n // x.shape[1], axis=1)
+  def of_elements(name):  # the scales or the offsets of all elements
+    x, units = a[f'{name}s'], a.get(f'{name}_units')
+    x = x if units is None else np.float32(x) * grown(units, x.shape[1])
+    return grown(x, a['codes'].shape[1])
+  numbers = np.float32(a['codes']) * of_elements('scale')
+  return numbers + of_elements('offset') if 'offsets' in a else numbers
 def head_rows(s, a):
   first, rows = a['first'], []
   others = a.get('others', np.zeros((0, first.shape[1] + s['head_dim'])))
@@ -243,11 +241,10 @@ LEAVES = {  # numbers, or bit patterns, of leaves with settings s and arrays a
     a['below'][:0]) if n in a else np.zeros((0, s['heads'])), s['heads'], 1)
     for n in ('rotary', 'below')), strict=True) for x in (r, BASIS(b)) if x.size]),
   'tied': lambda s, a: widen(*s['head']).T @ a['map'], 'tied_exactly': tied_exactly,
-  'table': lambda s, a: np.take_along_axis(a['table'], a['index'], axis=1),
-  'head_rows': head_rows, 'sparse': sparse, 'levels': levels,
+  'head_rows': head_rows, 'quantized': quantized,
 }
 def expand(kind, s, parts):  # the bit patterns that a leaf stands for
-  exact = kind in ('tied_exactly', 'sparse', 'levels', 'table')  # made of bit patterns
+  exact = kind == 'tied_exactly'  # made of bit patterns
   a = {name: x if exact else widen(x, dtype) for name, (x, dtype) in parts.items()}
   for name in [x for x in a if f'{x}_corner' in a]:  # lower triangles
     corner, below = a.pop(f'{name}_corner'), a[name]
@@ -274,7 +271,8 @@ def main(path, output):
       parts = {name: next(arrays) for name in leaf.get('arrays', [''])}
       bits, dtype = parts.get('', (None, leaf['dtype']))
       if 'type_name' in leaf:
-        s = leaf.get('settings', {}) | {'dtype': dtype, 'head': tensors.get('head/kernel')}
+        s = {'dtype': dtype, 'head': tensors.get('head/kernel')}
+        s |= leaf.get('settings', {})
         bits = expand(leaf['type_name'], s, parts).reshape(leaf['shape'])
         if leaf.get('crc32') not in (None, zlib.crc32(bits.tobytes())):
           raise ValueError(f'{leaf["path"]} is damaged')

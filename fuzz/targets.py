@@ -6,6 +6,7 @@ are made right by the mutation.
 """
 
 from collections.abc import Callable, Iterable
+import contextlib
 import json
 import math
 import os
@@ -293,7 +294,7 @@ def _resume(data: bytes) -> None:
       changed = dict(reversed(tensors.items()))
     case 4:
       del changed[name]
-  real, coded = writer.encode_record, []
+  real, coded = writer.encode_record, list[str]()
 
   def encode_record(record: Any, *more: Any) -> Any:
     if len(coded) == kept:

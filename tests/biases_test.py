@@ -81,7 +81,7 @@ class BiasesTest(parameterized.TestCase):
     rewritten, (saving,) = passes.run_chain((passes.remove_biases(),), model)
     self.assertEqual([_removed(x) for x in rewritten.layers()], [removed] * 2)
     # A constant stores its value.
-    self.assertEqual(saving.numbers, 2 * (numbers - len(removed)))
+    self.assertEqual(saving.elements, 2 * (numbers - len(removed)))
     expected = _reference_logits(family, model)
     np.testing.assert_allclose(
       _reference_logits(family, rewritten), expected, rtol=0, atol=1e-5
@@ -92,7 +92,7 @@ class BiasesTest(parameterized.TestCase):
     names = [f'layers.{i}/attention/{n}/bias' for i in (0, 1) for n in ('key', 'value')]
     self.assertEqual([note['tensor'] for note in notes], names)
     for note in notes:
-      found = (note['form'], note['shape'], note['numbers'], note['error'])
+      found = (note['form'], note['shape'], note['elements'], note['error'])
       self.assertEqual(found, ('constant', [12], 1, 0.0))
 
   def test_value_biases_add_up_over_the_query_heads(self):
@@ -115,7 +115,7 @@ class BiasesTest(parameterized.TestCase):
       passes.remove_query_key_gauge(),
     )
     rewritten, savings = passes.run_chain(chain, model)
-    self.assertEqual([s.numbers for s in savings], [44, 144, 144])
+    self.assertEqual([s.elements for s in savings], [44, 144, 144])
     self.assertEqual([_removed(x) for x in rewritten.layers()], [{'key', 'value'}] * 2)
     expected = _reference_logits('opt', model)
     np.testing.assert_allclose(

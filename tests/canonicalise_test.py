@@ -141,9 +141,7 @@ class CanonicaliseTest(parameterized.TestCase):
     )
     streamed, _ = passes.run_chain(chain, model)
     found = models.from_layers(model.config, result.outer(), list(result.layers()))
-    for (path, a), (_, b) in zip(
-      passes.leaves(found), passes.leaves(streamed), strict=True
-    ):
+    for (path, a), (_, b) in zip(found.leaves(), streamed.leaves(), strict=True):
       a, b = (np.asarray(structured.materialize(x)) for x in (a, b))
       np.testing.assert_allclose(a, b, atol=5e-5, err_msg=path)
 

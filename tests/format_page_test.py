@@ -158,8 +158,6 @@ def test_settings_and_arrays_of_leaves(leaf):
     rf'^\*\*`{leaf.type_name}`\.\*\*(?:.+\n)+',
   )
   about = re.findall(f'{row}|{paragraph}', text, re.M)
-  if isinstance(leaf, structured.Packed):
-    about += re.findall(r'^The settings of all three kinds(?:.+\n)+', text, re.M)
   settings, arrays = leaf.stored()
   # There is an array of residuals for each class.
   written = {re.sub(r'residuals_\d+', 'residuals_0', x) for x in (*settings, *arrays)}

@@ -295,7 +295,7 @@ class TransformsTest(parameterized.TestCase):
     )
     layers, groups, m = 2, model.config.num_kv_heads, h - rotary
     self.assertEqual(
-      [s.numbers for s in savings],
+      [s.elements for s in savings],
       [layers * groups * h**2, layers * groups * m**2],
     )
 
@@ -325,7 +325,7 @@ class TransformsTest(parameterized.TestCase):
       self.assertEqual(note['tensor'], f'layers.1/attention/{name}/kernel')
       self.assertEqual(note['form'], leaf.type_name)
       self.assertEqual(note['shape'], list(leaf.shape))
-      self.assertEqual(note['numbers'], structured.count_elements(leaf))
+      self.assertEqual(note['elements'], structured.count_elements(leaf))
       self.assertEqual(leaf.dtype, np.float16)
       # Each of the two kernels has a rounding error of 0.42 roundoffs.
       for error in ('error', 'plain_error'):
@@ -383,7 +383,7 @@ class TransformsTest(parameterized.TestCase):
     for name in ('value', 'out', 'query', 'key'):
       model = _with_first(model, name, change)
     fixed, savings = passes.run_chain(CHAIN, model)
-    self.assertEqual([s.numbers for s in savings], [144, 144])
+    self.assertEqual([s.elements for s in savings], [144, 144])
     np.testing.assert_allclose(
       random_models.reference_logits(OPT, fixed),
       random_models.reference_logits(OPT, model),

@@ -226,7 +226,7 @@ class FixPairsTest(parameterized.TestCase):
       self.assertLess(error, 0.8 * unit)
       np.testing.assert_allclose(note['error'], error, rtol=0.02)
       np.testing.assert_allclose(note['plain_error'], 0.58 * unit, rtol=0.1)
-      self.assertEqual(note['numbers'], 24 * (64 + 48 - 24))
+      self.assertEqual(note['elements'], 24 * (64 + 48 - 24))
       self.assertEqual(note['rank'], 24)
       self.assertEqual(tuple(note['shape']), pair.shape)
     self.assertEqual([note['tensor'] for note in notes], ['a', 'b/c'])
@@ -242,7 +242,7 @@ class FixPairsTest(parameterized.TestCase):
     fixed, notes = _fix_pairs({'a': pair}, tolerance=0)
     self.assertIs(fixed['a'], pair)
     self.assertEqual(notes[0]['form'], 'low_rank')
-    self.assertEqual(notes[0]['numbers'], 8 * 40)
+    self.assertEqual(notes[0]['elements'], 8 * 40)
 
   def test_what_overflows_or_is_not_finite_or_no_pair_stays(self):
     huge = structured.LowRank(
@@ -301,7 +301,7 @@ class RemoveLowRankGaugeTest(parameterized.TestCase):
     self.assertEqual(model.stacks, (range(3),))  # different ranks do not split it
     rewritten, saving = _rewritten()
     self.assertLen(saving.notes, 3 * len(LOW_RANK))
-    self.assertEqual(saving.numbers, sum(n['rank'] ** 2 for n in saving.notes))
+    self.assertEqual(saving.elements, sum(n['rank'] ** 2 for n in saving.notes))
     self.assertEqual(rewritten.stacks, (range(3),))
     leaf = rewritten.params['layers.0:3']['mlp']['down']['kernel']
     self.assertEqual((leaf.dtype, leaf.ranks), (np.float16, (64, 64, 40)))

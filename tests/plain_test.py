@@ -106,7 +106,7 @@ class TreeTest(parameterized.TestCase):
     streams, manifest = containers.unpack(data)
     (entry,) = manifest['records'][0]['leaves']
     entry['shape'] = shape
-    settings = entry['settings']
+    settings = entry.get('settings', {})
     lengths = {'columns': shape[-1], 'tokens': shape[0], 'tail': shape}
     settings |= {key: lengths[key] for key in lengths if key in settings}
     data = containers.pack(streams, containers.to_json(manifest))
@@ -151,7 +151,7 @@ class TreeTest(parameterized.TestCase):
   @parameterized.parameters(
     ({'a': {'b': 'text'}}, 'a/b: not an array'),
     ({'a': [1.5]}, 'a/0: not an array.* numpy.asarray'),
-    ({'a': np.array(['x'])}, 'a: an array of <U1 .* frombuffer'),
+    ({'a': np.array(['x'])}, 'a: an array of <U1 .*frombuffer'),
     ({'a': jax.random.key(0)}, 'a: a key'),
     ({'a': np.zeros(2, np.complex64)}, 'a.*complex64'),
     ({'a/b': np.zeros(2)}, 'without a slash'),
@@ -159,10 +159,7 @@ class TreeTest(parameterized.TestCase):
     ({'manifest': np.zeros(2)}, 'manifest: the file has another entry'),
     ({'a': {'b': np.zeros((1,) * 33)}}, 'a: .* is too large'),
     ({'a': {'b\ud800': np.zeros(2)}}, 'a: .* lone surrogate'),
-    ({'b': structured.Constant(np.float32(np.inf), (3,))}, 'b: it cannot be stored'),
     ({'b': structured.Constant(np.float32(1), (1 << 31,))}, 'b: it cannot be stored'),
-    ({'b': structured.Constant(np.int64(1 << 62 | 1), (3,))}, "type 'constant' cannot"),
-    ({'b': structured.Trapezoidal(np.ones((3, 3)))}, "type 'trapezoidal' cannot"),
     ({'b': _tied_exactly()}, 'b: it cannot be stored'),
   )
   def test_what_cannot_be_stored_is_named(self, tree, words):

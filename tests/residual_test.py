@@ -229,9 +229,9 @@ class GaugeTest(parameterized.TestCase):
       rank = min(k, j)
       ideal += d * e - (d * rank - _triangle(rank))
     # Ranks are below D - d where slices overlap; rounding may add a column or two.
-    self.assertGreater(saving.numbers, 0.99 * ideal)
+    self.assertGreater(saving.elements, 0.99 * ideal)
     kernels = [n for n in saving.notes if n['form'] == 'trapezoidal_rows']
-    fewer = sum(np.prod(n['shape']) - n['numbers'] for n in kernels)
+    fewer = sum(np.prod(n['shape']) - n['elements'] for n in kernels)
     self.assertEqual(fewer, free)
 
   def test_exact_numbers_of_a_float32_model(self):
@@ -239,7 +239,7 @@ class GaugeTest(parameterized.TestCase):
     model = random_models.sliced_llama([18] * 5)
     gauged, notes = _gauge(model)
     self.assertEqual([n['rank'] for n in notes], [6] * 4)
-    self.assertEqual([n['numbers'] for n in notes], [18 * 6 - 15] * 4)
+    self.assertEqual([n['elements'] for n in notes], [18 * 6 - 15] * 4)
     np.testing.assert_allclose(_logits(gauged), _logits(model), atol=2e-4)
 
   @parameterized.named_parameters(
@@ -267,7 +267,7 @@ class GaugeTest(parameterized.TestCase):
 
   def test_unsliced_end_stores_nothing(self):
     gauged, notes = _gauge(random_models.sliced_llama([18, 18, 18, 18, 24]))
-    self.assertEqual(notes[-1]['numbers'], 0)
+    self.assertEqual(notes[-1]['elements'], 0)
     last = list(gauged.layers())[-1]['mlp_shortcut']['kernel'].materialize()
     np.testing.assert_array_equal(np.asarray(last), np.eye(18, 24))
 
@@ -385,7 +385,7 @@ class FreeRotationsTest(parameterized.TestCase):
     model = dataclasses.replace(model, params=params)
     after, (gauge,) = passes.run_chain((passes.remove_residual_gauge(),), model)
     norms = 2 * model.config.num_layers + 1
-    self.assertEqual(gauge.numbers, _triangle(128) + norms * 127)
+    self.assertEqual(gauge.elements, _triangle(128) + norms * 127)
     logits = _logits(model)
     self.assertLess(np.abs(_logits(after) - logits).max(), 1e-4 * np.abs(logits).max())
 
@@ -405,7 +405,7 @@ class FreeRotationsTest(parameterized.TestCase):
     transform = passes.remove_residual_gauge()
     after, (saving,) = passes.run_chain((transform,), model)
     transform_checks.assert_same_bits(after, model)
-    self.assertEqual(saving.numbers, 0)
+    self.assertEqual(saving.elements, 0)
     reasons = [note['obstacle'] for note in saving.notes]
     self.assertLen(reasons, case in ('large', 'nan'))
     for reason in reasons:

@@ -69,14 +69,14 @@ class RetieEmbeddingTest(parameterized.TestCase):
     leaf = after.params['embed']['tokens']
     self.assertIsInstance(leaf, structured.Tied)
     self.assertEqual((leaf.shape, leaf.dtype), (table.shape, table.dtype))
-    self.assertEqual(saving.numbers, (TOKENS - D) * WIDTH)
+    self.assertEqual(saving.elements, (TOKENS - D) * WIDTH)
     product = np.float64(head).T @ np.float64(leaf.map)
     off = np.float64(table) - product
     error = np.linalg.norm(off) / np.linalg.norm(np.float64(table))
     self.assertLess(error, 1.2 * passes.make_context(model).roundoff)
     (note,) = saving.notes
     self.assertEqual(note['form'], 'tied')
-    self.assertEqual(note['numbers'], D * WIDTH)
+    self.assertEqual(note['elements'], D * WIDTH)
     np.testing.assert_allclose(note['error'], error, rtol=0.02)
     worst = np.max(
       np.linalg.norm(off, axis=1) / np.linalg.norm(np.float64(table), axis=1)
@@ -116,7 +116,7 @@ class RetieEmbeddingTest(parameterized.TestCase):
       table, _ = _matrices(np.float16, seed=1, tokens=tokens)
       _, head = _matrices(np.float16, seed=2, tokens=tokens)
       (note,) = self._assert_left_alone(_model(table, head), reported=1)
-      self.assertEqual((note['form'], note['numbers']), ('array', table.size))
+      self.assertEqual((note['form'], note['elements']), ('array', table.size))
       self.assertGreater(note['misfit'], 0.1)
 
   def test_one_token_that_does_not_fit_is_enough_to_leave_it_alone(self):
@@ -239,7 +239,7 @@ class RetieExactlyTest(parameterized.TestCase):
     self.assertGreater(saved, 0.45 * table.nbytes)
     self.assertEqual(note['form'], 'tied_exactly')
     self.assertEqual(note['error'], 0.0)
-    self.assertEqual(note['numbers'], structured.count_elements(leaf))
+    self.assertEqual(note['elements'], structured.count_elements(leaf))
 
   @parameterized.parameters(np.float16, BF16)
   def test_residuals_take_few_bits(self, dtype):
@@ -354,7 +354,7 @@ class RetieExactlyTest(parameterized.TestCase):
       _, head = _matrices(np.float16, seed=2, tokens=tokens)
       leaf, note, _ = _exactly(table, head)
       self.assertIs(leaf, table)
-      self.assertEqual((note['form'], note['numbers']), ('array', table.size))
+      self.assertEqual((note['form'], note['elements']), ('array', table.size))
 
   def test_numbers_of_32_bits_are_left_alone(self):
     model = _model(*_matrices(np.float32))

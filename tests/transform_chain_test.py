@@ -122,17 +122,15 @@ class RunChainTest(parameterized.TestCase):
     layers = list(model.layers())
     layers[1]['mlp']['up'] = jax.tree.map(np.float32, layers[1]['mlp']['up'])
     mixed = models.from_layers(model.config, model.outer(), layers)
-    formats = [str(x.dtype) for _, x in passes.leaves(mixed)]
+    formats = [str(x.dtype) for _, x in mixed.leaves()]
     self.assertIn('float32', formats)
     context = passes.make_context(mixed)
     self.assertEqual(context.dtype, np.float16)
     self.assertEqual(context.limit('layers.1/mlp/down/kernel'), 65504)
     self.assertGreater(context.limit('layers.1/mlp/up/kernel'), 1e38)
     again, _ = passes.run_chain((_scaled(1),), mixed)
-    self.assertEqual([str(x.dtype) for _, x in passes.leaves(again)], formats)
-    for (path, before), (_, after) in zip(
-      passes.leaves(mixed), passes.leaves(again), strict=True
-    ):
+    self.assertEqual([str(x.dtype) for _, x in again.leaves()], formats)
+    for (path, before), (_, after) in zip(mixed.leaves(), again.leaves(), strict=True):
       np.testing.assert_array_equal(before, after, err_msg=path)
 
   def test_a_leaf_may_keep_its_numbers(self):
@@ -143,7 +141,7 @@ class RunChainTest(parameterized.TestCase):
     model = random_models.sliced_llama([18] * 3, np.float16)
     kept, (saving,) = passes.run_chain((passes.Transform('keep', outer=keep),), model)
     self.assertEqual(kept.params['head']['kernel'].dtype, np.float32)
-    self.assertEqual(saving.numbers, 0)
+    self.assertEqual(saving.elements, 0)
     self.assertEqual(saving.bytes, -2 * model.params['head']['kernel'].size)
 
   def test_a_model_that_is_not_rounded_yet_is_rounded_once(self):
@@ -155,7 +153,7 @@ class RunChainTest(parameterized.TestCase):
       tripled.params['head']['kernel'],
       np.float16(3 * model.params['head']['kernel']),
     )
-    self.assertEqual((saving.numbers, saving.bytes), (0, 0))
+    self.assertEqual((saving.elements, saving.bytes), (0, 0))
     numbers, size = passes.count_model(unrounded)
     self.assertEqual(size, 2 * numbers)
     for a, b in zip(
@@ -174,11 +172,11 @@ class RunChainTest(parameterized.TestCase):
     self.assertEqual(
       passes.count_model(after),
       (
-        numbers - sum(s.numbers for s in savings),
+        numbers - sum(s.elements for s in savings),
         size - sum(s.bytes for s in savings),
       ),
     )
-    self.assertGreater(min(s.numbers for s in savings), 0)
+    self.assertGreater(min(s.elements for s in savings), 0)
 
 
 # ---- a transform of a third party ----------------------------------------------------
@@ -228,8 +226,8 @@ class MakeTest(absltest.TestCase):
     model = random_models.sliced_llama([18] * 7, np.float16)
     after, (saving,) = passes.run_chain((running_sum(),), model)
     self.assertEqual(saving.name, 'sums')
-    self.assertEqual(saving.numbers, model.params['head']['kernel'].size - 1)
-    self.assertEqual(saving.bytes, 2 * saving.numbers)
+    self.assertEqual(saving.elements, model.params['head']['kernel'].size - 1)
+    self.assertEqual(saving.bytes, 2 * saving.elements)
     total = 3.0
     for i, (note, layer) in enumerate(zip(saving.notes, model.layers(), strict=False)):
       kernel = layer['mlp']['down']['kernel']

@@ -261,5 +261,5 @@ class StructuredLeavesTest(chex.TestCase):
           linear['kernel'] = edit(linear['kernel'])
       return models.from_layers(model.config, outer, layers)
 
-    trapezoid = lambda x: structured.Trapezoidal(np.tril(x))
-    self.assert_acts_as(edited(trapezoid), edited(np.tril))
+    trapezoid = lambda x: structured.TrapezoidalRows.of(np.triu(x), len(x))
+    self.assert_acts_as(edited(trapezoid), edited(np.triu))

@@ -15,7 +15,6 @@ import pytest
 from rotbits_jax import checkpoints
 from rotbits_jax import passes
 from rotbits_jax import structured
-from rotbits_jax.passes import leaves
 from tests import transform_checks
 
 TESTDATA = pathlib.Path(__file__).parent / 'testdata'
@@ -90,7 +89,7 @@ class Checks(parameterized.TestCase):
 
   def check_shapes(self, model, checkpoint):
     """Leaves stand for arrays of the same shape and dtype."""
-    kinds = lambda m: {p: (x.shape, x.dtype) for p, x in leaves(m)}
+    kinds = lambda m: {p: (x.shape, x.dtype) for p, x in m.leaves()}
     self.assertEqual(kinds(model.materialize()), kinds(_load(checkpoint)))
 
   def check_numbers(self, model, checkpoint):
@@ -102,10 +101,10 @@ class Checks(parameterized.TestCase):
 
   def check_notes(self, model, notes):
     """Notes name tensors and count what their leaves store."""
-    found = dict(leaves(model))
+    found = dict(model.leaves())
     for note in notes:
       self.assertEqual(
-        note['numbers'], structured.count_elements(found[note['tensor']])
+        note['elements'], structured.count_elements(found[note['tensor']])
       )
       self.assertEqual(tuple(note['shape']), found[note['tensor']].shape)
 

@@ -78,7 +78,7 @@ def start_stack(
   memory = memory_lib.allocate(entries, stacked=len(wanted), integers=integers)
   entries = [entries[k] for k in wanted]
   rows = [
-    {path: [array[row] for array in arrays] for path, arrays in memory.items()}
+    {path: [array[row, ...] for array in arrays] for path, arrays in memory.items()}
     for row in range(len(wanted))
   ]
   jobs = [

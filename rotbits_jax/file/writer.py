@@ -241,8 +241,8 @@ def encode_record(
   coder = coders.find(coder_name)
   if not isinstance(coder, coders.RecordCoder):
     raise ValueError(f'there is no coder of records of the name {coder_name!r}')
-  encoded = coder.encode(arrays)
   try:
+    encoded = coder.encode(arrays)
     entry_of_record = manifest_lib.Record(
       name=record.name,
       nbytes=encoded.spec.nbytes,
