@@ -4,7 +4,7 @@ import pathlib
 
 import setuptools
 
-TEXT = ['tokenizers>=0.21,<1']  # reads the tokenizer.json beside a checkpoint
+TEXT = ['tokenizers>=0.21.1,<1']  # reads the tokenizer.json beside a checkpoint
 INT8 = ['qwix>=0.1.8,<0.2']  # quantises in benchmarks/int8.py
 # Builds docs/, whose pages run in a Jupyter kernel.
 DOCS = [
@@ -13,7 +13,7 @@ DOCS = [
   'sphinx>=8.0,<10',
   'sphinx_book_theme>=1.1,<2',
 ]
-GGUF = ['gguf>=0.16,<1']  # reads llama.cpp's files
+GGUF = ['gguf>=0.16,<1']  # dequantises the IQ types of llama.cpp's files
 # Where atheris has wheels. To compile it takes Clang's fuzzer.
 ATHERIS = (
   'atheris>=3.0,<4; python_version < "3.15" and sys_platform == "linux" '
@@ -36,17 +36,15 @@ setuptools.setup(
   package_dir={'rotbits_jax.configs': 'configs'},
   package_data={'rotbits_jax': ['py.typed', 'data/*', 'checkpoints/remote_code/*.py']},
   entry_points={'console_scripts': ['rotbits = rotbits_jax.cli.main:main']},
-  # scripts/versions.sh tests the oldest versions and the newest.
+  # scripts/versions.sh tests the oldest versions, the newest, and a JAX between them.
   install_requires=[
     'absl-py>=2.1,<3',  # the commands' flags
-    'chex>=0.1.90,<0.2',
+    'chex>=0.1.90,<0.2',  # assertions of shapes while programs are traced
     'flax>=0.12,<0.13',  # forward passes and PyTree dataclasses
     'jax>=0.8,<0.13',
     'jaxlib>=0.8,<0.13',
     'ml_collections>=1.0,<2',  # config files of the presets
     'numpy>=2.1,<3',
-    'optax>=0.2.5,<0.3',  # the cross entropy of perplexity
-    'safetensors>=0.4.5,<1',  # the files
     'tqdm>=4.66,<5',  # progress bars
     'zlib-ng>=0.5.1,<2',  # checksums, eight times as fast as zlib's
   ],
@@ -81,10 +79,12 @@ setuptools.setup(
       'mypy>=1.13,<3',
       'nbclient>=0.10,<1',  # runs the notebooks
       'nbformat>=5.10,<6',  # reads the notebooks
+      'optax>=0.2.5,<0.3',  # a training step
       'pre-commit>=4.0,<5',
       'pytest>=8.3,<10',
       'pytest-xdist>=3.6,<4',  # the suite on two cores
       'ruff>=0.8,<1',
+      'safetensors>=0.4.5,<1',  # reads what is written here
     ],
   },
   classifiers=[

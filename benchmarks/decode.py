@@ -281,26 +281,27 @@ def limits(
 
 
 def _blocks_alone(path: pathlib.Path) -> tuple[Callable[[], None], int]:
-  """Prepares decoding all units into existing memory.
+  """Prepares decoding all records into existing memory.
 
   Returns:
     A function that decodes them, and the number of their numbers.
   """
   with file.Reader(path) as reader:
-    units = reader.units.values()
+    records = reader.records.values()
   streams = container.StreamReader(path)
   given = [
     (
-      unit.coder,
-      streams.stream(unit.name).copy(),
-      [np.ones(x.shape, jnp.dtype(x.dtype)) for x in unit.coder.arrays],
+      own.record_coder.decode,
+      own.stream_spec,
+      np.frombuffer(streams.read(own.name), np.uint8),
+      [np.ones(x.shape, jnp.dtype(x.dtype)) for x in own.stream_spec.arrays],
     )
-    for unit in units
+    for own in records
   ]
 
   def decode() -> None:
     with weights.record_jobs() as start:
-      jobs = [functools.partial(weights.decode, x, y, out=out) for x, y, out in given]
+      jobs = [functools.partial(decode, *own, out=out) for decode, *own, out in given]
       for future in [start(job) for job in jobs]:
         future.result()
 

@@ -27,9 +27,9 @@ import numpy as np
 import rotbits_jax
 from rotbits_jax import checkpoints
 from rotbits_jax import evaluation
+from rotbits_jax import passes
 from rotbits_jax import presets
 from rotbits_jax import slicing
-from rotbits_jax import symmetries
 from rotbits_jax.cli import program
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -169,7 +169,7 @@ def presets_for(config: rotbits_jax.ModelConfig) -> list[str]:
   The published scheme needs the shortcuts of a sliced one.
   """
   made = {name: presets.make(name) for name in rotbits_jax.PRESETS}
-  return [name for name, x in made.items() if config.sliced or x.message is None]
+  return [name for name, x in made.items() if config.sliced or x.coder != 'paper']
 
 
 def encoded_path(subject: str, preset: str, output: pathlib.Path) -> pathlib.Path:
@@ -193,7 +193,7 @@ def measure(
     The rows of the table.
   """
   checkpoint, model = subject.checkpoint, subject.checkpoint.model
-  sizes: dict[str, int] = {TENSORS: symmetries.count_model(model)[1]}
+  sizes: dict[str, int] = {TENSORS: passes.count_model(model)[1]}
   seconds = {}
   compared = {TENSORS: model}
   ways = [(name, checkpoint, name) for name in presets_for(model.config)]
@@ -209,7 +209,7 @@ def measure(
     seconds[name] = timed.encode_seconds, timed.decode_seconds
     # A model with the same bits has the same predictions.
     compared[name] = model if _same_bits(timed.model, model) else timed.model
-  compared[REROUNDED] = symmetries.randomly_rotated(model, key=jax.random.key(0))
+  compared[REROUNDED] = passes.randomly_rotated(model, key=jax.random.key(0))
   references = {'tensors': model}
   if subject.truth is not None:
     references['truth'] = subject.truth

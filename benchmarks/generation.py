@@ -27,8 +27,8 @@ import numpy as np
 
 from benchmarks import demo
 from rotbits_jax import models
+from rotbits_jax import passes
 from rotbits_jax import structured
-from rotbits_jax import symmetries
 from rotbits_jax.cli import program
 from rotbits_jax.models import generation
 from rotbits_jax.models import transformer
@@ -151,7 +151,7 @@ def main() -> None:
   model = program.read_model(_MODEL.value).model
   leaves = lambda: jax.tree.leaves(model.params, is_leaf=structured.is_structured)
   if not any(map(_is_shortcut, leaves())):
-    model, _ = symmetries.run_chain((symmetries.remove_residual_gauge(),), model)
+    model, _ = passes.run_chain((passes.remove_residual_gauge(),), model)
   if not any(map(_is_shortcut, leaves())):
     raise ValueError(f'{_MODEL.value}: no shortcut can be stored as I - B B^T')
   kinds = both_kinds(model)

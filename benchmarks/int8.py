@@ -24,8 +24,8 @@ from benchmarks import demo
 import rotbits_jax
 from rotbits_jax import evaluation
 from rotbits_jax import models
+from rotbits_jax import passes
 from rotbits_jax import structured
-from rotbits_jax import symmetries
 from rotbits_jax.cli import program
 
 CHECKPOINT = demo.WEIGHTS.parent
@@ -50,7 +50,7 @@ class Int8(structured.Structured):
       values has the scales `[..., 1, n]`.
   """
 
-  kind: ClassVar[str] = 'int8'
+  type_name: ClassVar[str] = 'int8'
 
   values: Any
   scales: Any
@@ -63,7 +63,7 @@ class Int8(structured.Structured):
   def dtype(self) -> Any:
     return self.scales.dtype
 
-  def materialize(self) -> jax.Array:
+  def materialize(self, *needed: Any) -> jax.Array:
     dequantized = jax.tree.map(_dequantize_array, self.values, self.scales)
     return structured.materialize(dequantized)
 
@@ -80,7 +80,7 @@ class Int8(structured.Structured):
   def stack_key(self) -> tuple[str, ...]:
     if not structured.is_structured(self.values):
       return ()
-    return self.values.kind, *self.values.stack_key()
+    return self.values.type_name, *self.values.stack_key()
 
   def stored_sizes(self) -> list[tuple[np.dtype, int]]:
     sizes = [(np.dtype(x.dtype), x.size) for x in jax.tree.leaves(self.scales)]
@@ -95,7 +95,7 @@ class Int8(structured.Structured):
     settings, arrays = {}, {'': np.asarray(self.values)}
     if structured.is_structured(self.values):
       inner, arrays = self.values.stored()
-      settings = {'kind': self.values.kind, 'settings': inner}
+      settings = {'kind': self.values.type_name, 'settings': inner}
     for i, scale in enumerate(jax.tree.leaves(self.scales)):
       arrays[f'scale_{i}'] = np.asarray(scale)
     return settings, arrays
@@ -108,7 +108,7 @@ class Int8(structured.Structured):
     values = {k: x for k, x in arrays.items() if not k.startswith('scale_')}
     leaf: Any = values.get('')
     if settings:
-      kind = structured.KINDS[settings['kind']]
+      kind = structured.TYPES[settings['kind']]
       leaf = kind.from_stored(settings['settings'], values)
     return cls(leaf, jax.tree.unflatten(jax.tree.structure(leaf), scales))
 
@@ -116,13 +116,15 @@ class Int8(structured.Structured):
 # ---- the transform -------------------------------------------------------------------
 
 
-def quantize_kernels() -> symmetries.Transform:
+def quantize_kernels() -> passes.Transform:
   """Makes the transform that rounds the numbers of every kernel to int8.
 
   Returns:
     The transform. Its notes tell the relative error of each kernel.
   """
-  return symmetries.make('int8', layers=_quantize_layers, outer=_quantize_outer)
+  return passes.Transform(
+    'int8', layers=_quantize_layers, outer=_quantize_outer, most_error=0.02
+  )
 
 
 def quantize(leaf: Any, dtype: Any) -> Int8:
@@ -155,31 +157,31 @@ def _dequantize_array(value: Any, scale: Any) -> jax.Array:
 
 
 def _quantize_layers(
-  context: symmetries.Context, state: Any, first: int, layers: list[models.Params]
-) -> tuple[Any, list[models.Params], list[list[symmetries.Note]]]:
-  quantized = [
+  context: passes.Context, state: Any, first: int, layers: list[passes.Params]
+) -> tuple[Any, list[passes.Params], list[list[passes.Note]]]:
+  notes = [
     _quantize_kernels(layer, context.dtype, models.names.prefix(i))
     for i, layer in enumerate(layers, first)
   ]
-  return state, [tree for tree, _ in quantized], [notes for _, notes in quantized]
+  return state, layers, notes
 
 
 def _quantize_outer(
-  context: symmetries.Context, state: Any, outer: models.Params
-) -> tuple[models.Params, list[symmetries.Note]]:
-  return _quantize_kernels(outer, context.dtype, '')
+  context: passes.Context, state: Any, params: passes.Params
+) -> tuple[passes.Params, list[passes.Note]]:
+  return params, _quantize_kernels(params, context.dtype, '')
 
 
 def _quantize_kernels(
-  tree: models.Params, dtype: np.dtype, prefix: str
-) -> tuple[models.Params, list[symmetries.Note]]:
-  flat, notes = structured.flatten(tree), []
-  for path, leaf in flat.items():
+  params: passes.Params, dtype: np.dtype, prefix: str
+) -> list[passes.Note]:
+  notes = []
+  for path, leaf in params.items():
     if path.endswith('/kernel'):
-      flat[path] = _quantize(leaf, dtype=dtype)
-      error = _relative_error(flat[path], leaf)
-      notes.append(symmetries.note(prefix + path, flat[path], error=error))
-  return structured.unflatten(flat), notes
+      params[path] = _quantize(leaf, dtype=dtype)
+      error = _relative_error(params[path], leaf)
+      notes.append(passes.note(prefix + path, params[path], error=error))
+  return notes
 
 
 def _relative_error(leaf: Int8, original: Any) -> float:
@@ -199,7 +201,7 @@ def measure(
 ) -> str:
   """Returns the table: bytes, perplexity, and KL divergence from the model."""
   int8 = (quantize_kernels(),)
-  quantized, _ = symmetries.run_chain(int8, model)
+  quantized, _ = passes.run_chain(int8, model)
   free, both = rotbits_jax.encode(model), rotbits_jax.encode(model, transforms=int8)
   rows = [
     ('exact', rotbits_jax.encode(model, preset='exact'), model),

@@ -39,9 +39,9 @@ from benchmarks import sections
 import rotbits_jax
 from rotbits_jax import evaluation
 from rotbits_jax import models
+from rotbits_jax import passes
 from rotbits_jax import presets
 from rotbits_jax import structured
-from rotbits_jax import symmetries
 from rotbits_jax.cli import program
 from rotbits_jax.presets import steps as steps_lib
 from rotbits_jax.report import charts
@@ -124,7 +124,7 @@ def stored_by_near(
   rewritten: models.Model,
   step: float,
   offsets: Mapping[str, float],
-  inputs: Mapping[str, symmetries.Inputs],
+  inputs: Mapping[str, passes.Inputs],
 ) -> Stored:
   """Encodes a model with the preset `near` and decodes it.
 
@@ -136,7 +136,7 @@ def stored_by_near(
     inputs: see `presets.near`.
   """
   preset = presets.near(step=step, offsets=offsets, inputs=inputs)
-  preset = preset._replace(transform=symmetries.chain())
+  preset = preset._replace(transform=passes.chain())
   data = rotbits_jax.encode(rewritten, preset=preset)
   return Stored(rotbits_jax.load(data), len(data))
 
@@ -334,7 +334,7 @@ def main() -> None:
   found = steps_lib.calibrate(checkpoint.model, calibration, progress=True)
   steps = [float(step) for step in _STEPS.value]
   rows = measure(checkpoint.model, tokens, found, steps)
-  tensor_bytes = symmetries.count_model(checkpoint.model)[1]
+  tensor_bytes = passes.count_model(checkpoint.model)[1]
   lines = [to_text(rows, tensor_bytes), '', f'{"offset":>8}{"KL at 2^-5":>12}']
   for kind, offset in sorted(found.offsets.items(), key=lambda item: item[1]):
     lines.append(f'{offset:8.2f}{found.sensitivities[kind]:12.2e}  {kind}')

@@ -28,8 +28,10 @@ from benchmarks import synthetic
 from rotbits_jax import checkpoints
 from rotbits_jax import models
 from rotbits_jax import paper
+from rotbits_jax import presets
 from rotbits_jax.cli import program
 from rotbits_jax.evaluation import published
+from rotbits_jax.system import schema
 
 FLAGS = flags.FlagValues()
 _MODEL = flags.DEFINE_enum(
@@ -67,18 +69,21 @@ class Clock:
     self.began = _now()
     self.layers: dict[int, np.ndarray] = {}
 
-  def outer(self) -> models.Params:
-    """Returns the parameters outside the layers."""
-    return self.source.outer()
+  @property
+  def records(self) -> tuple[str, ...]:
+    """Names of the records."""
+    return self.source.records
 
-  def specs(self, index: int | None) -> models.Params:
-    """Returns the shapes and dtypes of a layer's parameters."""
-    return self.source.specs(index)
+  def specs(self, record: str) -> models.Params:
+    """Returns the shapes and dtypes of a record."""
+    return self.source.specs(record)
 
-  def layer(self, index: int) -> models.Params:
-    """Returns the parameters of a layer."""
-    self.layers[index] = _now()
-    return self.source.layer(index)
+  def read(self, record: str) -> models.Params:
+    """Returns the parameters of a record."""
+    index = models.names.layer_index(record)
+    if index is not None:
+      self.layers[index] = _now()
+    return self.source.read(record)
 
   def report(self, task: str, layers: int, segments_per_layer: int) -> None:
     """Prints the seconds so far, per segment, and estimated for the whole model.
@@ -134,7 +139,7 @@ def run(directory: pathlib.Path, options: paper.Options) -> None:
     progress=True,
   )
   _peak()
-  clock = Clock(checkpoints.open_checkpoint(checkpoint))
+  clock: Any = Clock(checkpoints.open_checkpoint(checkpoint))
   with path.open('wb') as file:
 
     def spill(words: np.ndarray) -> None:
@@ -144,19 +149,20 @@ def run(directory: pathlib.Path, options: paper.Options) -> None:
   clock.report('encode', layers, step)
   widths = clock.config.segment_widths
   parameters = [d * (d - 1) / 2 for d in widths]
+  corrections = encoded.streams['corrections']
   print(
-    f'{encoded.net_bits / sum(parameters):.2f} bits per free number of the rotations; '
-    f'corrections {16 * encoded.corrections.size / sum(parameters):.2f}; '
-    f'{sum(x is None for x in encoded.layout["rows"])} of {len(widths)} not sampled'
+    f'{8 * encoded.saving.bytes / sum(parameters):.2f} bits per free number of the '
+    f'rotations; corrections {16 * corrections.size / sum(parameters):.2f}; '
+    f'{encoded.layout["sampled"].count(False)} of {len(widths)} not sampled'
   )
   given = models.count_elements(clock.config) * 2
-  stored = path.stat().st_size + encoded.corrections.nbytes + encoded.tables.nbytes
+  stored = path.stat().st_size + corrections.nbytes
   print(f'{given:,} bytes to {stored:,} ({100 * stored / given:.2f}%)')
 
   clock = Clock(clock.source)
-  message = np.memmap(path, np.uint16, 'r')
-  streams = message, encoded.corrections, encoded.tables
-  for name, _ in paper.decode(encoded.layout, *streams, clock.config, progress=True):
+  streams = {'message': np.memmap(path, np.uint16, 'r'), **encoded.streams}
+  layout, config = encoded.layout, clock.config
+  for name, _ in paper.decode(options, layout, streams, config, progress=True):
     index = models.names.layer_index(name)
     if index is not None:
       clock.layers.setdefault(index, _now())
@@ -173,7 +179,8 @@ def main() -> None:
     directory = _DIRECTORY.value
     if directory is None:
       directory = stack.enter_context(tempfile.TemporaryDirectory())
-    run(pathlib.Path(directory), paper.Options(**options).check())
+    made = schema.load(paper.Options, presets.paper(**options).options)
+    run(pathlib.Path(directory), made)
 
 
 if __name__ == '__main__':

@@ -27,8 +27,8 @@ from benchmarks import near
 import rotbits_jax
 from rotbits_jax import checkpoints
 from rotbits_jax import evaluation
+from rotbits_jax import passes
 from rotbits_jax import presets
-from rotbits_jax import symmetries
 from rotbits_jax.cli import program
 from rotbits_jax.report import charts
 
@@ -114,7 +114,7 @@ def measure(
     stored = near.stored_in_blocks(model, name)
     kl = divergence(stored.model)
     curve['GGUF'].append([stored.bytes / report.input_bytes, kl])
-  floor = divergence(symmetries.randomly_rotated(model, key=jax.random.key(0)))
+  floor = divergence(passes.randomly_rotated(model, key=jax.random.key(0)))
   return {
     'checkpoint': checkpoint.stem,
     'input': report.input_bytes,

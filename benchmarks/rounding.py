@@ -5,7 +5,7 @@
 
 The transforms of `free` are applied once. In a row some parameters are
 rounded to a step that is some octaves from the step of their dtype at the root mean
-square of the array (see `symmetries.rounding`), and the others to the nearest number of
+square of the array (see `passes.rounding`), and the others to the nearest number of
 their dtype. The columns are: the bytes that the step saves, estimated as in the report
 of a file; the mean KL divergence from the checkpoint's predictions in nats; and that
 divergence over the divergence of a random rotation that is rounded again.
@@ -23,10 +23,9 @@ import numpy as np
 from benchmarks import sections
 import rotbits_jax
 from rotbits_jax import evaluation
-from rotbits_jax import symmetries
+from rotbits_jax import passes
 from rotbits_jax.cli import program
 from rotbits_jax.presets import steps as steps_lib
-from rotbits_jax.symmetries import transform
 
 FLAGS = flags.FlagValues()
 _CHECKPOINT = flags.DEFINE_string(
@@ -64,11 +63,11 @@ ROWS = (
 """Name of a row, pattern of the paths that are rounded to a step, and octaves."""
 
 
-def rounding(pattern: str, offset: float) -> symmetries.Rounding:
+def rounding(pattern: str, offset: float) -> passes.Rounding:
   def octaves(path: str, dtype: np.dtype) -> float | None:
     return offset - jnp.finfo(dtype).nmant if re.search(pattern, path) else None
 
-  return symmetries.Rounding(octaves)
+  return passes.Rounding(octaves)
 
 
 def main() -> None:
@@ -78,8 +77,8 @@ def main() -> None:
   tokens = evaluation.encode_text(checkpoint.files, text)
   # `near` has the transforms of `free`.
   rewritten = steps_lib.rewritten(model)
-  context = symmetries.make_context(model)._replace(source=rewritten)
-  again = symmetries.randomly_rotated(model, key=jax.random.key(0))
+  context = passes.make_context(model)._replace(source=rewritten)
+  again = passes.randomly_rotated(model, key=jax.random.key(0))
   measure = lambda compared: evaluation.compare(
     {'it': compared}, tokens, {'model': model}, max_tokens=_MAX_TOKENS.value
   )['it']
@@ -98,8 +97,8 @@ def main() -> None:
   for name, pattern, offset in ROWS:
     units = [
       unit
-      for some, _ in symmetries.rewrite(
-        context, symmetries.chain(), rounding=rounding(pattern, offset)
+      for some, _ in passes.rewrite(
+        context, passes.chain(), rounding=rounding(pattern, offset)
       )
       for unit in some
     ]
@@ -107,9 +106,9 @@ def main() -> None:
       saving.bytes
       for unit in units
       for saving in unit.savings
-      if saving.name == transform.ROUNDING
+      if saving.name == passes.ROUNDING
     )
-    kl = measure(transform.to_model(model.config, units)).kl['model']
+    kl = measure(passes.to_model(model.config, units)).kl['model']
     show(name, f'{saved:,}', kl)
   if _RESULTS.value is not None:
     title = f'What a shared step costs: {pathlib.Path(_CHECKPOINT.value).name}'

@@ -340,9 +340,12 @@ def write(
         shortcuts.append(step.shortcut(own, following))
         if first is not None:
           first = step.advance(first, own)
-      writer.layer(index, _layer(weights, config, index, shortcuts))
+      layer = _layer(weights, config, index, shortcuts)
+      for path, leaf in structured.flatten(layer).items():
+        writer.add(models.names.prefix(index) + path, leaf)
     for outer in _outer(weights, config, first):
-      writer.outer(outer)
+      for path, leaf in structured.flatten(outer).items():
+        writer.add(path, leaf)
   return config
 
 

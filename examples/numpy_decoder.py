@@ -18,8 +18,10 @@ import numpy as np
 
 FLOATS = {'float16': (16, 5, 10), 'bfloat16': (16, 8, 7), 'float32': (32, 8, 23)}
 TOTAL, CEIL = 1 << 14, lambda a, b: -(-a // b)
-BITS = lambda dtype: np.dtype(f'u{FLOATS[dtype][0] // 8}' if dtype in FLOATS else dtype)
+BITS = lambda dtype: np.dtype(
+  f'u{int(dtype[-2:]) // 8}' if 'float' in dtype else dtype)
 INFLATE = lambda z, data: (np.frombuffer(z.decompress(data), np.uint8), z.unused_data)
+UNFOLD = lambda u, dtype: u if dtype[0] != 'i' else u >> 1 ^ 0 - (u & 1)
 PAD = lambda x, s: np.pad(x, ((0, 0), (0, s['columns'] - len(x))))
 BASIS = lambda b: np.concatenate([np.eye(b.shape[1]) - b.T @ b / 4, b])
 np.seterr(over='ignore', invalid='ignore')  # of numbers that are not final yet
@@ -33,15 +35,14 @@ def narrow(numbers, dtype):
     return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
   return np.ascontiguousarray(numbers.astype(dtype)).view(BITS(dtype))
 
-def normal_table(k, present, kind, dtype, rest, step):  # frequencies [A], class k
+def normal_table(k, present, kind, dtype, r, f):  # frequencies [A], class k
   symbol = np.arange(present.size)
   if kind == 'float':
     e, m = symbol >> 3, symbol % 8
-    w = np.maximum(e, 1) - (1 << FLOATS[dtype][1] - 1) - 2 + step
+    w = np.maximum(e, 1) - (1 << FLOATS[dtype][1] - 1) - 3 + f
     x, c = w - 1, 2 * (m + 8 * (e > 0)) + 1
   else:
-    w, x, c = (0, rest - 2, 2 * symbol + 1) if rest else (0, 0, (symbol + 1) // 2)
-    x, c = (x, c) if kind == 'int' else (x + step // 4 - 152, c * (4 + step % 4))
+    w, x, c = (0, r - 2, 2 * symbol + 1) if r else (0, 0, (symbol + 1) // 2)
   q, s = 8 * x - k, (8 * x - k >> 2) - 12
   square = c**2 * np.array([756388, 899502, 1069694, 1272087])[q % 4]
   bits = 256 * w - (square << np.clip(s, 0, 12) >> np.clip(-s, 0, 62))
@@ -51,17 +52,18 @@ def normal_table(k, present, kind, dtype, rest, step):  # frequencies [A], class
   least = weights.sum() // max(TOTAL - present.sum(), 1) + 1
   ends = np.cumsum(np.maximum(weights, least) * present)
   return np.diff((ends * TOTAL + ends[-1] // 2) // ends[-1], prepend=0)
-def read_model(data, shapes, layout):  # each number's table; frequencies [K + 1, A]
-  kind, dtype, rest, _ = layout
+def read_tables(data, shapes, layout):  # each element's table; frequencies [K + 1, A]
   part, data = INFLATE(zlib.decompressobj(-15), data)
   take, lines, runs, lattice, end = io.BytesIO(part).read, [], [], None, 0
   read = lambda n, has: np.int64(np.frombuffer(take(n) if has else b'\1' * n, np.uint8))
+  size = int.from_bytes(take(2), 'little')
   heads = np.frombuffer(take(6 * len(shapes)), '<i2').reshape(-1, 3).tolist()
-  for i, ((own, base, step), shape) in enumerate(zip(heads, shapes, strict=True)):
-    r = read(math.prod(shape[:-1]), own in (2, 4))[:, None]
-    c = read(math.prod(shape[-1:]), own in (3, 4))
-    runs += [(step, base % step, base, max(r.max() + c.max() - 1, 1), i)] if own else []
-    lines.append((own, np.where((r > 0) & (c > 0), r + c - 1, 0).reshape(-1)))
+  for i, ((mode, base, step), shape) in enumerate(zip(heads, shapes, strict=True)):
+    r = read(math.prod(shape[:-1]), mode in (2, 4))[:, None]
+    c = read(math.prod(shape[-1:]), mode in (3, 4))
+    top = max(r.max() + c.max() - 1, 1)
+    runs += [(step, base % step, base, top, i)] if mode else []
+    lines.append((mode, np.where((r > 0) & (c > 0), r + c - 1, 0).reshape(-1)))
   first, classes, contexts = {}, [], []
   for step, phase, base, top, i in sorted(runs):
     if (step, phase) != lattice or base > end:
@@ -70,19 +72,18 @@ def read_model(data, shapes, layout):  # each number's table; frequencies [K + 1
     classes += range(end, base + top * step, step)
     end = max(end, base + top * step)
   zero = len(classes)
-  classes += [-16384] * any(own and not label.all() for own, label in lines)
-  for i, (own, label) in enumerate(lines):
-    place = np.where(label > 0, first.get(i, 0) + label - 1, zero)
-    contexts.append(place if own else 0 * label + len(classes))
-    classes += [] if own else [None]
+  classes += [-16384] * any(mode and not bucket.all() for mode, bucket in lines)
+  for i, (mode, bucket) in enumerate(lines):
+    place = np.where(bucket > 0, first.get(i, 0) + bucket - 1, zero)
+    contexts.append(place if mode else 0 * bucket + len(classes))
+    classes += [] if mode else [None]
   part, data = INFLATE(zlib.decompressobj(-15), data)
-  count, bits = len(classes), min(8 * BITS(dtype).itemsize - rest, 14)
-  size = 1 << (FLOATS[dtype][1] + 3 if kind == 'float' else int(kind[4:] or bits))
+  count = len(classes)
   normal = np.unpackbits(part[: CEIL(count, 8)], count=count)
   present = iter(np.unpackbits(part[CEIL(count, 8) :]).reshape(-1, CEIL(size, 8) * 8))
   low, high = np.frombuffer(zlib.decompress(data), np.uint8).reshape(2, -1)
   values = iter((low + 256 * np.int64(high)).tolist())
-  # The last table is for places behind the last number: its symbol changes no state.
+  # The last table is for places after the last element: its symbol changes no state.
   frequencies = TOTAL * np.eye(1, size, dtype=np.int64).repeat(count + 1, 0)
   for k, own in enumerate(frequencies[:-1]):
     if not normal[k]:
@@ -90,16 +91,15 @@ def read_model(data, shapes, layout):  # each number's table; frequencies [K + 1
       own[first : last + 1] = [next(values) for _ in range(first, last + 1)]
     elif (symbols := np.int64(next(present)[:size])).any():
       own[:] = normal_table(classes[k], symbols, *layout)
-  return contexts, frequencies
+  return np.concatenate(contexts), frequencies
 
-def read_symbols(block, lanes, contexts, table):  # the symbols of a block
-  take = io.BytesIO(block).read
-  x = np.frombuffer(take(4 * lanes), '<u4').astype(np.uint32)
-  least, b = np.frombuffer(take(4), '<u2').tolist()
-  sizes = np.frombuffer(take(CEIL(lanes * b, 2) * 2)[: lanes * b], f'<u{b}')
-  ends = np.cumsum(sizes + np.int64(least))
-  place = np.concatenate([[0], ends[:-1]])
-  words = np.frombuffer(take() + bytes(2), '<u2').astype(np.uint32)
+def read_symbols(message, lanes, contexts, table):  # the symbols of a block
+  words = np.frombuffer(message, '<u2')
+  x = words[3 : 3 + 2 * lanes].astype(np.uint32).reshape(2, lanes)
+  x, b, start = x[0] | x[1] << 16, int(words[2]), 3 + 2 * lanes
+  least, stop = int(words[0]) | int(words[1]) << 16, start + CEIL(lanes * b, 2)
+  place = np.cumsum(words[start:stop].view(f'<u{b}')[:lanes] + np.int64(least))
+  words = np.append(words[stop:], 0).astype(np.uint32)
   owners = np.array([np.repeat(np.arange(f.size), f) for f in table])
   starts, table = np.uint32(np.cumsum(table, 1) - table), np.uint32(table)
   places = np.append(contexts, np.full(-contexts.size % lanes, len(owners) - 1))
@@ -108,90 +108,87 @@ def read_symbols(block, lanes, contexts, table):  # the symbols of a block
     slot = x & (TOTAL - 1)
     symbol = found[t] = owners[context, slot]
     x = table[context, symbol] * (x >> 14) + slot - starts[context, symbol]
-    dry = (x < 1 << 16) & (place < ends)
-    x = np.where(dry, x << 16 | words[place], x)
-    place += dry
+    place -= x < 1 << 16
+    x = np.where(x < 1 << 16, x << 16 | words[place], x)
   return found.reshape(-1)[: contexts.size]
-def with_rests(symbols, take, lanes, kind, dtype, rest, step):  # bit patterns
-  rests, shift = np.zeros(symbols.size, np.uint64), 0
-  for b in (8,) * (rest // 8) + tuple(b for b in (4, 2, 1) if rest & b):
-    width = lanes if b < 8 else 1
-    size = CEIL(CEIL(symbols.size, width) * b, 8) * width
-    plane = np.frombuffer(take(size), np.uint8).reshape(-1, 1, width)
+def with_raw_bits(symbols, take, kind, dtype, r, f):  # the bit patterns of a block
+  raw, shift = np.zeros(symbols.size, np.uint64), 0
+  for b in (8,) * (r // 8) + tuple(b for b in (4, 2, 1) if r & b):
+    plane = np.frombuffer(take(CEIL(symbols.size * b, 8)), np.uint8)
     plane = plane >> np.arange(0, 8, b, dtype=np.uint8)[:, None] & (1 << b) - 1
-    rests |= plane.reshape(-1)[: symbols.size].astype(np.uint64) << shift
+    raw |= plane.reshape(-1)[: symbols.size].astype(np.uint64) << shift
     shift += b
   if kind == 'float':
     width, e, m = FLOATS[dtype]
-    rests = rests << m - 2 - rest
-    large = symbols << m - 3 | rests & (1 << m - 3) - 1
-    small = np.ldexp(np.where(large >> m, 0.0, large), step + 2 - m - (1 << e - 1))
-    large = np.where(large >> m, large + (step << m), 0)
-    return rests >> m - 3 << width - 1 | large | narrow(small, dtype)
-  u = symbols << rest | rests
-  n = u if kind == 'int' and dtype[0] == 'u' else u >> 1 ^ 0 - (u & 1)
-  if kind == 'int':
-    return n
-  return narrow(np.ldexp(n.view(np.int64) * (4.0 + step % 4), step // 4 - 152), dtype)
+    raw = raw << m - 2 - r
+    large = symbols << m - 3 | raw & (1 << m - 3) - 1
+    small = np.ldexp(np.where(large >> m, 0.0, large), f + 1 - m - (1 << e - 1))
+    large = np.where(large >> m, large + (f - 1 << m), 0)
+    return raw >> m - 3 << width - 1 | large | narrow(small, dtype)
+  return UNFOLD(symbols << r | raw, dtype)
 
-def order_groups(distinct):  # returns the places, s and k of each group of an order
-  for places in (range(i, min(i + 256, distinct)) for i in range(1, distinct, 256)):
-    radix = math.prod(i + 1 for i in places)
-    size = CEIL(radix.bit_length(), 8) + 2
-    kept = (((1 << 8 * size) - 1) // radix).bit_length()
-    yield places, size, CEIL(kept, 8)
-def missing_noise(lines, take):  # the bytes that chose the order of these lines
-  count, noise = len(lines), b''
-  ranks = {line: i for i, line in enumerate(sorted(lines))}
-  v, where, digits = list(range(count)), list(range(count)), [0] * count
-  for i in range(count - 1, 0, -1):
-    j = digits[i] = where[ranks[lines[i]]]
-    v[i], v[j], where[v[i]], where[v[j]] = v[j], v[i], i, j
-  for places, size, kept in order_groups(count):
-    value = int.from_bytes(take(kept), 'little')
-    for i in reversed(places):
-      value = value * (i + 1) + digits[i]
-    noise += value.to_bytes(size, 'little')
-  return noise
-def read_record(coder, stream):  # returns the arrays of a unit, with their dtypes
-  take, specs, models, parts = io.BytesIO(stream).read, coder['arrays'], [], []
-  axes, distinct = coder['order'] or ([], 0)
-  moved, groups = {i for i, _ in axes}, iter(coder['groups'])
-  for number, (kind, rest, step, nbytes) in enumerate(coder['layouts']):
-    own = [i for i, spec in enumerate(specs) if spec[2] == number]
-    layout = kind, specs[own[0]][0], rest, step
-    tables, table = read_model(take(nbytes), [specs[i][1] for i in own], layout)
-    models.append((layout, dict(zip(own, tables, strict=True)), table))
-  for layout, tables, table in models:
-    for last in (False, True):
-      if members := [i for i in tables if (i in moved) == last]:
-        lanes, n, sizes = next(groups)
-        x = np.concatenate([tables[i] for i in members])
-        own = zip(sizes, np.split(x, range(n, x.size, n)), strict=True)
-        blocks = [read_symbols(take(size), lanes, x, table) for size, x in own]
-        parts.append((last, members, layout, lanes, blocks))
-  parts += [(i in moved, [i], 0, 0, 0) for i, x in enumerate(specs) if x[2] is None]
-  left = io.BytesIO(take(sum(kept for *_, kept in order_groups(distinct))))
-  noise, arrays = take(), [None] * len(specs)
-  def assemble(missing):
-    take = io.BytesIO(missing + noise).read
-    for _, members, layout, lanes, blocks in sorted(parts, key=lambda part: part[0]):
-      dtype, shape = BITS(specs[members[0]][0]), specs[members[0]][1]
-      if layout:
-        bits = np.concatenate([with_rests(x, take, lanes, *layout) for x in blocks])
-      else:
-        bits = np.frombuffer(take(math.prod(shape) * dtype.itemsize), dtype)
-      for i in members:
-        size = math.prod(specs[i][1])
-        arrays[i], bits = bits[:size].astype(dtype).reshape(specs[i][1]), bits[size:]
-  assemble(bytes(sum(size for _, size, _ in order_groups(distinct))))
-  if distinct:
-    lines = [np.moveaxis(arrays[i], axis, 0)[:distinct] for i, axis in axes]
-    lines = [b''.join(x[i].tobytes() for x in lines) for i in range(distinct)]
-    assemble(missing_noise(lines, left.read))
-  if [zlib.crc32(x.tobytes()) for x in arrays] != [spec[3] for spec in specs]:
-    raise ValueError('an array is damaged')
-  return zip(arrays, (spec[0] for spec in specs), strict=True)
+def parts_of(dtype, shape, groups, uniform, codebook):  # dtypes and shapes of the parts
+  if uniform or (not codebook and len(groups) == 2):
+    return [(f'int{8 * uniform[1]}' if uniform else 'uint32', shape)] * len(groups)
+  if not codebook:
+    return [(dtype, shape)]
+  lists, count, transposed, others, _ = codebook
+  rows, columns = math.prod(shape[:-1]), math.prod(shape[-1:])
+  number, length = (columns, rows) if transposed else (rows, columns)
+  b = next(b for b in (1, 2, 4, 8, 16) if count + (others > 0) <= 1 << b)
+  codes = ('uint16', length) if b == 16 else ('uint8', CEIL(length * b, 8))
+  return [(codes[0], [number, codes[1]]), (dtype, [{'all': 1, 'row': rows,
+    'column': columns}[lists], count]), (dtype, [others // 128, 128]),
+    (dtype, [others % 128])]
+def joined(parts, dtype, shape, uniform, codebook):  # the bit patterns of an array
+  if uniform:
+    unit = np.ldexp(4.0 + uniform[0] % 4, uniform[0] // 4 - 152)
+    return narrow(parts[0].view(f'i{uniform[1]}') * unit, dtype)
+  if not codebook:
+    whole = parts[0] if len(parts) == 1 else parts[0] | parts[1].astype('u8') << 32
+    return UNFOLD(whole, dtype) if len(parts) == 2 else whole
+  codes, values, *others = parts
+  lists, count, transposed, n, across = codebook
+  b = next(b for b in (1, 2, 4, 8, 16) if count + (n > 0) <= 1 << b)
+  matrix = math.prod(shape[:-1]), math.prod(shape[-1:])
+  if b < 8:
+    codes = codes[:, :, None] >> np.arange(0, 8, b, dtype=np.uint8) & (1 << b) - 1
+    codes = codes.reshape(len(codes), -1)[:, : matrix[not transposed]]
+  codes = codes.T if transposed else codes
+  row, column = np.arange(matrix[0])[:, None], np.arange(matrix[1])
+  line = {'all': 0, 'row': row, 'column': column}[lists]
+  bits = np.pad(values, ((0, 0), (0, 1)))[line, codes]
+  target, other = (bits.T, count == codes.T) if across else (bits, codes == count)
+  target[other] = np.concatenate([x.reshape(-1) for x in others])
+  return bits
+def read_record(coder, stream):  # returns the arrays of a record, with their dtypes
+  take, specs, found = io.BytesIO(stream).read, coder['arrays'], {}
+  parts = [(*part, group, (i, j)) for i, x in enumerate(specs) for j, (part, group)
+    in enumerate(zip(parts_of(x[0], x[1], *x[3:]), x[3], strict=True))]
+  groups = []
+  for number, (kind, r, f, nbytes, *blocks) in enumerate(coder['groups']):
+    own = [part for part in parts if part[2] == number]
+    layout = kind, own[0][0], r, f
+    tables = read_tables(take(nbytes), [shape for _, shape, *_ in own], layout)
+    groups.append((own, layout, tables, *blocks))
+  for own, layout, (contexts, table), lanes, n, sizes in groups:
+    own_contexts = np.split(contexts, range(n, contexts.size, n))
+    bits = np.concatenate([
+      with_raw_bits(read_symbols(take(size), lanes, x, table), take, *layout)
+      for size, x in zip(sizes, own_contexts, strict=True)])
+    for dtype, shape, _, key in own:
+      size = math.prod(shape)
+      found[key], bits = bits[:size].astype(BITS(dtype)).reshape(shape), bits[size:]
+  for dtype, shape, group, key in parts:
+    if group is None:
+      data = take(math.prod(shape) * BITS(dtype).itemsize)
+      found[key] = np.frombuffer(data, BITS(dtype)).reshape(shape)
+  for i, (dtype, shape, crc32, own, *form) in enumerate(specs):
+    bits = joined([found[i, j] for j in range(len(own))], dtype, shape, *form)
+    bits = np.ascontiguousarray(bits.astype(BITS(dtype))).reshape(shape)
+    if zlib.crc32(bits.tobytes()) != crc32:
+      raise ValueError('an array is damaged')
+    yield bits, dtype
 
 def unpack(values, mask):  # a matrix with values where the mask is not 0
   mask[mask > 0] = values
@@ -203,7 +200,7 @@ def corrected(bits, residuals, exceptions):
   return bits
 def tied_exactly(s, a):
   _, exponent, mantissa = FLOATS[s['dtype']]
-  m = np.float64(a['map']) * 2 ** s['low'] + a.get('low', 0)
+  m = np.float64(a['map'])
   h = np.rint(np.ldexp(np.float64(widen(*s['head'])), a['shifts'][:, None]))
   p = np.ldexp(h.T @ m, -s['scale'])
   bits, least = lambda x: np.float64(x).view(np.int64), 2.0 ** (2 - 2 ** (exponent - 1))
@@ -216,52 +213,43 @@ def tied_exactly(s, a):
   for i in range(count):
     off[c == i] = a[f'residuals_{i}']
   return corrected(np.uint16(np.where(p < 0, o | 0x8000, o)), off, a['exceptions'])
-def sparse(s, a):
-  count = math.prod(s['shape'][:-1] if s['transposed'] else s['shape'][-1:])
-  mask = np.unpackbits(a['mask'], 1, count).astype(a['tail'].dtype)
-  unpack(np.append(a['values'], a['tail']), mask.T if s['across'] else mask)
-  return mask
-def levels(s, a):
-  base = a.get('base', np.full_like(a['step'], 1 << 31))  # -0 changes no number
-  step, base = (x.view(np.float32)[..., None] for x in (a['step'], base))
-  numbers = a['index'].reshape(*step.shape[:2], -1) * step + base
-  bits = narrow(numbers.reshape(a['index'].shape), s['dtype'])
-  return corrected(bits, a['residuals'], a['exceptions']) if 'residuals' in a else bits
+def quantized(s, a):
+  grown = lambda x, n: np.repeat(np.float32(x), n // x.shape[1], axis=1)
+  def of_elements(name):  # the scales or the offsets of all elements
+    x, units = a[f'{name}s'], a.get(f'{name}_units')
+    x = x if units is None else np.float32(x) * grown(units, x.shape[1])
+    return grown(x, a['codes'].shape[1])
+  numbers = np.float32(a['codes']) * of_elements('scale')
+  return numbers + of_elements('offset') if 'offsets' in a else numbers
 def head_rows(s, a):
-  rows, (first, others) = [], (np.split(a[x], s['groups']) for x in ('first', 'others'))
-  for f, o in zip(first, others, strict=True):
+  first, rows = a['first'], []
+  others = a.get('others', np.zeros((0, first.shape[1] + s['head_dim'])))
+  for f, o in zip(*(np.split(x, s['groups']) for x in (first, others)), strict=True):
     whole = np.hstack([f, *o.reshape(-1, len(f), o.shape[1])])
     rows += [np.hstack([BASIS(whole.T)[: len(f)], f]), o]
   return np.vstack(rows)
-def head_planes(below, top, head_dim):
-  half = (below.shape[1] // len(top) - top.shape[1]) // 2
-  row = np.pad(top, ((0, 0), (2 * half, 0))).reshape(1, -1)
-  heads = np.vstack([row, below]).reshape(len(below) + 1, len(top), -1, head_dim)
-  squares = (heads[..., : 2 * half] ** 2).sum((0, 2))
-  heads[0, :, 0, :half] = 1 - (squares[:, :half] + squares[:, half:]) / 4
-  return heads.reshape(len(heads), -1)
 LEAVES = {  # numbers, or bit patterns, of leaves with settings s and arrays a
-  'constant': lambda s, a: np.full(s['shape'], s['value']),
-  'trapezoidal': lambda s, a: a['lower'], 'low_rank': lambda s, a: a['u'] @ a['v'],
-  'symmetric_triangle': lambda s, a: PAD(a['lower'] + np.tril(a['lower'], -1).T, s),
+  'constant': lambda s, a: np.full(s['tail'], a['value']),
+  'low_rank': lambda s, a: a['u'] @ a['v'],
   'identity_minus_gram': lambda s, a: PAD(np.eye(len(a['b'])) - a['b'] @ a['b'].T
     + a['c'] @ a['c'].T, s),
-  'row_trapezoids': lambda s, a: unpack(a['upper'], np.vstack([np.ones((s['full'],
-    s['columns'])), *(np.triu(np.ones((n, s['columns']))) for n in s['blocks'])])),
+  'trapezoidal_rows': lambda s, a: np.vstack([a[x] for x in ('full',) if x in a]
+    + [a['lower'].T]),
   'reduced_low_rank': lambda s, a:
     np.roll(BASIS(a['below']), -len(a['other']), axis=0) @ a['other'],
-  'head_columns': lambda s, a: np.hstack([x for t, r in zip(*(np.split(a[n],
-    s['heads'], 1) for n in ('turned', 'rest')), strict=True) for x in (t, BASIS(r))]),
-  'head_planes': lambda s, a: head_planes(a['below'], a['top'], s['head_dim']),
+  'head_columns': lambda s, a: np.hstack([x for r, b in zip(*(np.split(a.get(n,
+    a['below'][:0]) if n in a else np.zeros((0, s['heads'])), s['heads'], 1)
+    for n in ('rotary', 'below')), strict=True) for x in (r, BASIS(b)) if x.size]),
   'tied': lambda s, a: widen(*s['head']).T @ a['map'], 'tied_exactly': tied_exactly,
-  'table': lambda s, a: np.take_along_axis(a['table'], a['index'], axis=1),
-  'head_rows': head_rows, 'sparse': sparse, 'levels': levels,
+  'head_rows': head_rows, 'quantized': quantized,
 }
 def expand(kind, s, parts):  # the bit patterns that a leaf stands for
-  exact = kind in ('tied_exactly', 'sparse', 'levels', 'table')  # made of bit patterns
+  exact = kind == 'tied_exactly'  # made of bit patterns
   a = {name: x if exact else widen(x, dtype) for name, (x, dtype) in parts.items()}
-  for name in a.keys() & s.keys() if not exact else ():  # shapes of lower triangles
-    a[name] = unpack(a[name], np.tril(np.ones(s[name])))
+  for name in [x for x in a if f'{x}_corner' in a]:  # lower triangles
+    corner, below = a.pop(f'{name}_corner'), a[name]
+    n, columns = (math.isqrt(8 * corner.size + 1) - 1) // 2, below.shape[1]
+    a[name] = np.vstack([unpack(corner, np.tril(np.ones((n, columns)))), below])
   array = LEAVES[kind](s, a)
   array = array.T if s.get('transposed') else array
   return array if exact else narrow(array, s['dtype'])
@@ -270,23 +258,25 @@ def main(path, output):
   data, tensors, empty = pathlib.Path(path).read_bytes(), {}, []
   start = 8 + int.from_bytes(data[:8], 'little')
   streams, data = json.loads(data[8:start]), data[start:]
-  if streams.pop('__metadata__').get('version') != '3':
-    raise ValueError('not a rotbits file of version 3')
+  if streams.pop('__metadata__').get('version') != '4':
+    raise ValueError('not a rotbits file of version 4')
   streams = {name: data[slice(*x['data_offsets'])] for name, x in streams.items()}
   manifest = json.loads(streams['manifest'])
-  for unit in sorted(manifest['units'], key=lambda unit: unit['name'] == 'embed'):
-    is_layer = bool(manifest['config']) and unit['name'].startswith('layers.')
-    arrays = read_record(unit['coder'], streams[unit['name']])
-    empty += unit.get('empty', [])
-    for leaf in unit['leaves']:
+  # Records with leaves that need others come last.
+  needy = lambda record: any('needs' in leaf for leaf in record['leaves'])
+  for record in sorted(manifest['records'], key=needy):
+    arrays = read_record(record['spec'], streams[record['name']])
+    empty += record.get('empty', [])
+    for leaf in record['leaves']:
       parts = {name: next(arrays) for name in leaf.get('arrays', [''])}
       bits, dtype = parts.get('', (None, leaf['dtype']))
-      if 'kind' in leaf:
-        s = leaf['settings'] | {'dtype': dtype, 'head': tensors.get('head/kernel')}
-        bits = expand(leaf['kind'], s, parts).reshape(leaf['shape'])
-        if leaf['expanded'] not in (None, zlib.crc32(bits.tobytes())):
+      if 'type_name' in leaf:
+        s = {'dtype': dtype, 'head': tensors.get('head/kernel')}
+        s |= leaf.get('settings', {})
+        bits = expand(leaf['type_name'], s, parts).reshape(leaf['shape'])
+        if leaf.get('crc32') not in (None, zlib.crc32(bits.tobytes())):
           raise ValueError(f'{leaf["path"]} is damaged')
-      tensors[f'{unit["name"]}/' * is_layer + leaf['path']] = bits, dtype
+      tensors[leaf['path']] = bits, dtype
   header, end = {'__metadata__': {'empty': json.dumps(empty)}}, 0
   for path, (bits, dtype) in tensors.items():
     dtype = dtype.replace('loat', '').replace('int', 'i').replace('ui', 'u').upper()

@@ -74,7 +74,7 @@ CLASSES = {
   ),
   'shards and resume': Class(
     'missing and foreign shards, indices that lie, runs killed and continued',
-    ('tests/file_test.py::ShardsTest', 'tests/file_test.py::ResumeTest'),
+    ('tests/file_test.py::ShardsTest', 'tests/resume_test.py'),
   ),
   'inspect and verify': Class(
     'damage, other bits and other functions named; every field of the manifest',
@@ -92,11 +92,12 @@ CLASSES = {
       'tests/checkpoints_torch_zip_test.py::TestRefusals',
       'tests/checkpoints_torch_zip_test.py::TestPlaces',
       'tests/checkpoints_test.py::TestConfig',
+      'tests/configs_test.py',
       'tests/checkpoints_test.py::TestSlicing',
       'tests/checkpoints_test.py::TestSafetensors',
       'tests/gguf_test.py::TestRefused',
       'tests/strict_json_test.py',
-      'tests/fuzz_test.py::test_an_input_of_the_corpus_ends_in_the_error_that_is_promised',
+      'tests/fuzz_test.py::test_inputs_of_the_corpus_end_in_the_error_that_is_promised',
     ),
   ),
 }

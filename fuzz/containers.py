@@ -16,7 +16,7 @@ Json = dict[str, Any]
 def unpack(data: bytes) -> tuple[dict[str, bytes], Json]:
   """Returns the streams of a container without the manifest, and the manifest."""
   reader = container.StreamReader(data)
-  streams = {name: reader.stream(name).tobytes() for name in reader.names()}
+  streams = {name: reader.read(name) for name in reader.names()}
   return streams, json.loads(streams.pop(container.MANIFEST))
 
 
@@ -33,16 +33,16 @@ def pack(streams: Mapping[str, bytes], manifest: bytes) -> bytes:
 def sealed(streams: Mapping[str, bytes], manifest: Json) -> Json:
   """Returns the manifest with correct checksums of the streams."""
   crc = {name: zlib.crc32(data) for name, data in streams.items()}
-  units = manifest.get('units')
-  for unit in units if isinstance(units, list) else []:
-    if isinstance(unit, dict) and unit.get('name') in crc:
-      unit['crc32'] = crc[unit['name']]
+  records = manifest.get('records')
+  for record in records if isinstance(records, list) else []:
+    if isinstance(record, dict) and record.get('name') in crc:
+      record['crc32'] = crc[record['name']]
   message = manifest.get('message')
   parts = message.get('streams') if isinstance(message, dict) else None
-  for entries in (parts, manifest.get('files')):
-    for entry in entries if isinstance(entries, list) else []:
-      if isinstance(entry, list) and len(entry) > 2 and isinstance(entry[0], str):
-        entry[2] = crc.get(entry[0], entry[2])
+  for prefix, entries in (('', parts), ('files/', manifest.get('files'))):
+    for name, entry in entries.items() if isinstance(entries, dict) else ():
+      if isinstance(entry, list) and len(entry) > 1 and f'{prefix}{name}' in crc:
+        entry[1] = crc[f'{prefix}{name}']
   return manifest
 
 

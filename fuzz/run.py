@@ -1,4 +1,4 @@
-"""Fuzzes what reads files of strangers, guided by coverage.
+"""Fuzzes what reads untrusted files, guided by coverage.
 
   python -m fuzz.run [--target=container] [--jobs=2] [--results=RESULTS.md]
 

@@ -3,6 +3,7 @@
 import functools
 import io
 import json
+import os
 import pathlib
 import struct
 import tempfile
@@ -109,47 +110,24 @@ def leaves() -> dict[str, Any]:
   return {
     'gram': structured.IdentityMinusGram(lower(6, 3), lower(6, 1), columns=9),
     'gram_of_rank_0': structured.IdentityMinusGram(lower(6, 0), lower(6, 0), columns=6),
-    'triangle': structured.SymmetricTriangle(lower(5, 5), columns=7),
-    'trapezoidal': structured.Trapezoidal(lower(7, 4)),
-    'row_trapezoids': structured.RowTrapezoids(
-      np.concatenate([normal(2, 8), np.triu(normal(5, 8)), np.triu(normal(3, 8))]),
-      blocks=(5, 3),
-      full=2,
-    ),
+    'trapezoidal_rows': structured.TrapezoidalRows(normal(2, 8), lower(8, 5)),
     'head_columns': structured.HeadColumns(normal(7, 8), normal(4, 6), heads=2),
-    'head_planes': structured.HeadPlanes(
-      normal(4, 36), normal(2, 14), groups=2, head_dim=6
-    ),
-    'head_rows': structured.HeadRows(normal(6, 2), normal(12, 5), groups=2),
+    'head_rows': structured.HeadRows(normal(6, 2), normal(12, 5), groups=2, head_dim=3),
     'constant': structured.Constant.like(normal(3, 4), 1.5),
     'low_rank': structured.LowRank(normal(6, 2), normal(2, 5), names='asvd'),
     'reduced': structured.ReducedLowRank(
       normal(3, 2), normal(2, 7), size=5, transposed=True, names='factors'
     ),
     'tied': structured.Tied(normal(5, 3), tokens=9),
-    **packed_leaves(),
-  }
-
-
-def packed_leaves() -> dict[str, structured.Packed]:
-  """Returns leaves that stand for arrays with many zeros or few levels."""
-  rng = np.random.default_rng(2)
-  normal = np.asarray(rng.standard_normal((24, 32)), np.float16)
-  pruned = np.where(rng.random(normal.shape) < 0.1, normal, np.float16(0))
-  steps = np.repeat([0.5, 0.25, 0.125], 8)[:, None]
-  indices = rng.integers(-7, 8, normal.shape)
-  grid = structured.Grid(False, 32, has_base=False, counts=(7,), precision=11)
-  based = grid._replace(has_base=True, counts=(14,))
-  even = (steps * indices).astype(np.float16)
-  odd = even.copy()
-  odd[0, 0] = 3.14  # needs residuals
-  table = structured.Table.from_array(even, transposed=False, of_lines=True)
-  assert table is not None
-  return {
-    'sparse': structured.Sparse.from_array(pruned, transposed=True, across=False),
-    'levels': structured.Levels.from_array(odd, grid),
-    'levels_of_base': structured.Levels.from_array(even, based),
-    'table': table,
+    'quantized': structured.Quantized(
+      rng.integers(0, 16, (6, 64)).astype(np.uint8),
+      rng.integers(0, 64, (6, 4)).astype(np.uint8),
+      rng.integers(0, 64, (6, 4)).astype(np.uint8),
+      normal(6, 2),
+      normal(6, 2),
+      name='bfloat16',
+      transposed=True,
+    ),
   }
 
 
@@ -169,12 +147,6 @@ def containers_of_trees() -> dict[str, bytes]:
     'raw': {'double': np.arange(3.0), 'flags': np.array([True, False]), 'x': normal()},
     'empty': {'none': np.zeros((0, 3), np.float16), 'dict': {}},
   }
-  # The writer packs arrays itself, as those of `few`.
-  unpacked = {
-    name: leaf
-    for name, leaf in leaves().items()
-    if not isinstance(leaf, structured.Packed)
-  }
   steps = rng.integers(-7, 8, (64, 128)) * np.repeat([0.5, 0.25, 0.125, 1], 16)[:, None]
   few = {
     'levels': steps.astype(np.float16),
@@ -182,7 +154,7 @@ def containers_of_trees() -> dict[str, bytes]:
   }
   return {
     'arrays': rotbits_jax.encode(arrays, preset='exact', files=FILES),
-    'leaves': rotbits_jax.encode({'leaves': unpacked}, preset='exact'),
+    'leaves': rotbits_jax.encode({'leaves': leaves()}, preset='exact'),
     'few numbers': rotbits_jax.encode(few, preset='exact'),
     PLAIN: container(PLAIN),
   }
@@ -213,16 +185,19 @@ def containers_of_models() -> dict[str, bytes]:
 
 def stored_leaves() -> list[bytes]:
   """Returns the settings and shapes of structured leaves, as JSON."""
-  kinds = list(leaves().values())
-  with rotbits_jax.file.Reader(container('exact')) as reader:
-    tied = reader._units.decode('embed')['embed']['tokens']  # before it is expanded
   found = []
-  for leaf in [*kinds, *([tied] if structured.is_structured(tied) else [])]:
+  for leaf in leaves().values():
     settings, arrays = leaf.stored()
     shapes = {n: [np.dtype(x.dtype).name, list(x.shape)] for n, x in arrays.items()}
-    value = {'kind': leaf.kind, 'settings': settings, 'arrays': shapes}
-    found.append(json.dumps(value).encode())
-  return found
+    found.append({'type': leaf.type_name, 'settings': settings, 'arrays': shapes})
+  with rotbits_jax.file.Reader(container('exact')) as reader:
+    for leaf, specs in reader.records['embed'].leaf_specs():
+      pairs = zip(leaf.arrays, specs, strict=True)
+      shapes = {name: [x.dtype, list(x.shape)] for name, x in pairs}
+      if leaf.type_name:  # predicted from the head
+        value = {'type': leaf.type_name, 'settings': leaf.settings, 'arrays': shapes}
+        found.append(value)
+  return [json.dumps(value).encode() for value in found]
 
 
 def torch_files() -> list[bytes]:
@@ -274,6 +249,20 @@ def safetensors_files(seed: int = 0) -> list[bytes]:
   text = json.dumps(header).encode()
   body = np.random.default_rng(seed).bytes(20)
   return [struct.pack('<Q', len(text)) + text + body]
+
+
+def write_tensors(folder: pathlib.Path, tensors: dict[str, np.ndarray]) -> None:
+  """Writes a safetensors file of float16 and int16; its time is always the same."""
+  header, body = dict[str, Any](), b''
+  for name, x in tensors.items():
+    place = [len(body), len(body) + x.nbytes]
+    dtype = {'f': 'F16', 'i': 'I16'}[x.dtype.kind]
+    header[name] = {'dtype': dtype, 'shape': x.shape, 'data_offsets': place}
+    body += x.tobytes()
+  text = json.dumps(header).encode()
+  path = folder / 'model.safetensors'
+  path.write_bytes(struct.pack('<Q', len(text)) + text + body)
+  os.utime(path, ns=(0, 0))
 
 
 def shards_of_checkpoint() -> dict[str, bytes]:

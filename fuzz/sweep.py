@@ -140,7 +140,7 @@ def _exchanges(data: bytes, other: bytes) -> Iterator[Case]:
     make = functools.partial(containers.pack, exchanged, text)
     yield Case('exchange', name, name, make)
     # The streams of one message are read together, so that any may be named.
-    named = '' if manifest['message'] else name
+    named = '' if manifest.get('message') else name
     yield Case('exchange', f'{name}, sealed', named, _sealed(exchanged, manifest))
 
 
@@ -220,7 +220,7 @@ def numbers(data: rotbits_jax.file.Readable) -> dict[str, tuple[str, bytes]]:
     if reader.weights_files:  # as the command writes them
       with tempfile.TemporaryDirectory() as folder:
         rotbits_jax.decode_to_directory(data, folder)
-    decoded = reader.model()
+    decoded = reader.read()
     found = {name: ('', content) for name, content in reader.files().items()}
   if isinstance(decoded, models.Model):
     decoded = decoded.materialize()

@@ -13,7 +13,8 @@ Data flows through the modules in one direction:
     models        configs, parameters and forward passes of transformers
     slicing       makes sliced models from dense ones (SliceGPT)
     structured    leaves that stand for arrays and store fewer numbers
-    symmetries    transforms that leave fewer numbers to store
+    symmetries    pure functions that fix the gauges of weights
+    passes        transforms that leave fewer numbers to store
     coding        codes numbers as bits
     presets       combinations of transforms and a way to code
     file          the encoded file
@@ -31,6 +32,7 @@ _MODULES = (
   'evaluation',
   'file',
   'models',
+  'passes',
   'presets',
   'report',
   'slicing',
@@ -45,19 +47,20 @@ _NAMES = {
   'ModelConfig': 'models',
   'PRESETS': 'presets',
   'Preset': 'presets',
-  'decode': 'decoding',
-  'decode_checkpoint': 'decoding',
-  'decode_to_directory': 'decoding',
-  'encode': 'encoding',
-  'encode_to_file': 'encoding',
-  'inspect': 'decoding',
-  'load': 'decoding',
+  'canonicalise': 'symmetries',
+  'decode': 'api',
+  'decode_checkpoint': 'api',
+  'decode_to_directory': 'api',
+  'encode': 'api',
+  'encode_to_file': 'api',
+  'inspect': 'api',
+  'load': 'api',
   'load_checkpoint': 'checkpoints',
   'open_checkpoint': 'checkpoints',
-  'read_tensor': 'decoding',
-  'read_record': 'decoding',
+  'read_tensor': 'api',
+  'read_record': 'api',
   'save_checkpoint': 'checkpoints',
-  'verify': 'verification',
+  'verify': 'api',
 }
 
 __all__ = sorted([*_MODULES, *_NAMES])

@@ -268,7 +268,7 @@ def check_dtypes(case: Case) -> str:
     assert error <= most, f'{dtype}: logits are off by {error:.2g}'
     found.append(f'{str(dtype).removeprefix("torch.")} {error:.1e}')
   file = checkpoints.open_tensors(case.folder)
-  stored = {spec.dtype.name for spec in file.specs.values()}
+  stored = {tensor.dtype.name for tensor in file.tensors.values()}
   automatic = {str(x.dtype) for x in load(case.folder, dtype='auto').parameters()}
   assert automatic == {f'torch.{name}' for name in stored}
   return ', '.join(found)

@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
-# Tests the oldest versions of the dependencies that setup.py allows, or the newest, in a
-# virtual environment of their own; build/sbom-*.json is its bill of materials. Of the
+# Tests the oldest versions of the dependencies that setup.py allows, or the newest, or
+# the newest with a JAX between them, whose XLA compiles loops in another way. Each has a
+# virtual environment of its own; build/sbom-*.json is its bill of materials. Of the
 # extras, the benchmarks' packages run in tests and in a short benchmark, and the site is
 # built without running its pages.
-#   bash scripts/versions.sh oldest|newest [ARGS]   ARGS go to pytest
+#   bash scripts/versions.sh oldest|middle|newest [ARGS]   ARGS go to pytest
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/venv.sh
-which=${1:?oldest or newest}
+which=${1:?oldest, middle or newest}
 shift
 venv=.venv-$which
 extras=benchmark,docs,int8,text
@@ -30,6 +31,8 @@ def setup(install_requires, extras_require, **unused):
 setuptools.setup = setup
 runpy.run_path("setup.py")
 ' "$extras" >"$venv/constraints.txt"
+elif [[ "$which" == middle ]]; then
+  printf '%s\n' jax==0.10.2 jaxlib==0.10.2 >"$venv/constraints.txt"
 else
   : >"$venv/constraints.txt"
 fi
@@ -42,7 +45,7 @@ build/tools/bin/cyclonedx-py environment "$venv" --output-file "build/sbom-$whic
 # Without a kernel, the language of the pages' code is unknown.
 "$venv/bin/python" -m sphinx -W -q -b dummy -D nb_execution_mode=off \
   -D suppress_warnings=myst-nb.lexer docs build/site
-"$venv/bin/python" -m benchmarks.coder --count=100000 --runs=1 --lanes=256
+"$venv/bin/python" -m benchmarks.coder --count=100000 --runs=1 --rotations=64
 "$venv/bin/python" -m pip install --quiet --disable-pip-version-check pytest pytest-xdist
-tests=(tests/golden_test.py tests/int8_test.py tests/near_benchmark_test.py)
+tests=(tests/{golden,int8,native,near_benchmark}_test.py)
 exec "$venv/bin/python" -m pytest "${@:-${tests[@]}}" -m ''

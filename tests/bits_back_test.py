@@ -11,7 +11,6 @@ import numpy as np
 from rotbits_jax.coding import codecs
 from rotbits_jax.coding import rans
 from rotbits_jax.coding import tables
-from rotbits_jax.coding.bits_back import bits_back
 from rotbits_jax.coding.bits_back import haar
 from rotbits_jax.symmetries import canonical
 from tests import codec_checks
@@ -28,7 +27,7 @@ def _mixture(rng: np.random.Generator, shape: tuple[int, ...]):
     np.stack([tables.quantize((row * 1e9 + 1).astype(np.int64)) for row in p])
   )
   tables_of = [quantize(p) for p in (prior[None], likelihood, posterior)]
-  codec = bits_back.bits_back(
+  codec = codecs.bits_back(
     prior=codecs.categorical(jnp.zeros(shape, jnp.uint32), tables_of[0]),
     likelihood=lambda z: codecs.categorical(z, tables_of[1]),
     posterior=lambda x: codecs.categorical(x, tables_of[2]),
@@ -113,7 +112,7 @@ def _rotated_weights(batch: int, n: int, m: int) -> codecs.Codec:
 
     return codecs.Codec(push, pop)
 
-  return bits_back.bits_back(
+  return codecs.bits_back(
     prior=codecs.serial(weights_codec, corrections),
     likelihood=lambda latent: codecs.certain(canonicalise(unpack(latent[0]))[0]),
     posterior=posterior,

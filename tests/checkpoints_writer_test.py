@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import pathlib
 import shutil
 import tempfile
@@ -18,6 +19,7 @@ import safetensors
 import weights_files
 
 from rotbits_jax import checkpoints
+from rotbits_jax import models
 from rotbits_jax import structured
 from rotbits_jax.checkpoints import CheckpointWriter
 from rotbits_jax.checkpoints import lazy
@@ -35,12 +37,8 @@ def bits(x):
 
 def specs_of(source):
   """Returns shapes and dtypes of all parameters, by path in the model."""
-  units = [None, *range(source.config.num_layers)]
-  return {
-    ('' if unit is None else f'layers.{unit}/') + path: spec
-    for unit in units
-    for path, spec in structured.flatten(source.specs(unit)).items()
-  }
+  records = (structured.flatten(source.specs(record)) for record in source.records)
+  return {path: spec for specs in records for path, spec in specs.items()}
 
 
 def dtypes_of(source):
@@ -67,13 +65,20 @@ def writer_of(source, directory, **changes):
   return CheckpointWriter(directory, source.config, **known | changes)
 
 
+def add(writer, params):
+  for path, leaf in structured.flatten(params).items():
+    writer.add(path, leaf)
+
+
 def write_backwards(writer, source):
-  """Writes the head, then the layers from last to first, then the rest."""
-  rest = source.outer()
-  writer.outer({'head': rest.pop('head')})
-  for index in reversed(range(source.config.num_layers)):
-    writer.layer(index, source.layer(index))
-  writer.outer(rest)
+  """Writes the head, then the layers from last to first, then the others.
+
+  The parameters of a record come in reverse order.
+  """
+  for record in reversed(source.records):
+    if record != 'buffers':
+      for path, leaf in reversed(structured.flatten(source.read(record)).items()):
+        writer.add(path, leaf)
 
 
 class WriterTest(parameterized.TestCase):
@@ -161,17 +166,40 @@ class WriterTest(parameterized.TestCase):
       checkpoints.load_checkpoint(self.target).model, checkpoint.model
     )
 
+  def test_shards_are_those_of_the_index(self):
+    checkpoint = self.open().load()
+    checkpoints.save_checkpoint(checkpoint, self.target, shard_size=100_000)
+    again = checkpoints.load_checkpoint(self.target)
+    checkpoints.save_checkpoint(again, self.scratch / 'y')
+    for file in self.target.iterdir():
+      self.assertEqual((self.scratch / 'y' / file.name).read_bytes(), file.read_bytes())
+    # An index of other tensors is not followed.
+    model = again.model
+    widths = model.config.segment_widths[:3]
+    config = dataclasses.replace(model.config, num_layers=1, segment_widths=widths)
+    model = models.from_layers(config, model.outer(), [model.layer(0)])
+    checkpoints.save_checkpoint(again._replace(model=model), self.scratch / 'z')
+    self.assertNotIn('model.safetensors.index.json', os.listdir(self.scratch / 'z'))
+
+  def test_older_shards_are_removed(self):
+    checkpoint = self.open().load()
+    checkpoints.save_checkpoint(checkpoint, self.target, shard_size=100_000)
+    (self.target / 'mine.safetensors').write_text('mine')
+    checkpoints.save_checkpoint(checkpoint, self.target, shard_size=300_000)
+    index = json.loads((self.target / 'model.safetensors.index.json').read_text())
+    found = {file.name for file in self.target.glob('*.safetensors')}
+    self.assertEqual(found, {*index['weight_map'].values(), 'mine.safetensors'})
+
   def test_arrays_of_any_layout(self):
     source = self.open('phi3-tiny-sliced-0.25')
     with writer_of(source, self.target, dtypes='bfloat16') as writer:
       layouts = [np.ascontiguousarray, np.asfortranarray, jnp.asarray]
-      for index, layout in enumerate(layouts):
+      for record, layout in zip(source.records, layouts * 2, strict=False):
         layer = jax.tree.map(
           lambda x, layout=layout: layout(x.astype(ml_dtypes.bfloat16)),
-          source.layer(index),
+          source.read(record),
         )
-        writer.layer(index, layer)
-      writer.outer(jax.tree.map(lambda x: jnp.bfloat16(x), source.outer()))
+        add(writer, layer)
     again = checkpoints.open_checkpoint(self.target)
     for index in range(3):
       chex.assert_trees_all_equal(
@@ -219,19 +247,18 @@ class WriterTest(parameterized.TestCase):
       self.assertRaisesRegex(ValueError, f'{path}: expected factors, .*rank=4'),
       writer_of(source, self.target, factors={path: (4, 'asvd')}) as writer,
     ):
-      writer.layer(1, source.layer(1))
-    layer = source.layer(1)
-    layer['mlp']['up']['kernel'] = layer['mlp']['up']['kernel'].materialize()
+      add(writer, source.read('layers.1'))
+    product = source.layer(1)['mlp']['up']['kernel'].materialize()
     with (
       self.assertRaisesRegex(ValueError, f'{path}: expected factors, .*got None'),
       writer_of(source, self.target) as writer,
     ):
-      writer.layer(1, layer)
+      writer.add(path, product)
 
   def test_exceptions_leave_nothing(self):
     source = self.open()
     with self.assertRaises(KeyboardInterrupt), writer_of(source, self.target) as writer:
-      writer.layer(0, source.layer(0))
+      add(writer, source.read('layers.0'))
       self.assertNotEmpty(list(self.scratch.iterdir()))
       raise KeyboardInterrupt
     self.assert_nothing_is_left()
@@ -242,9 +269,9 @@ class WriterTest(parameterized.TestCase):
     match = r'9 tensors have not been written, such as model\.layers\.1'
     with self.assertRaisesRegex(ValueError, match):  # noqa: SIM117
       with writer_of(source, self.target, format=format) as writer:
-        writer.outer(source.outer())
-        writer.layer(0, source.layer(0))
-        writer.layer(2, source.layer(2))
+        add(writer, source.outer())
+        add(writer, source.read('layers.0'))
+        add(writer, source.read('layers.2'))
     self.assert_nothing_is_left()
 
   def test_a_failure_leaves_the_target_as_it_was(self):
@@ -324,28 +351,33 @@ class WriterTest(parameterized.TestCase):
 
   def test_parameters_that_are_refused(self):
     source = self.open('phi3-tiny-dense')
-    layer = lambda: structured.flatten(source.layer(0))
+    up = 'layers.0/mlp/up/kernel'
+    kernel = source.layer(0)['mlp']['up']['kernel']
     with writer_of(source, self.target) as writer:
-      for path, change, match in (
-        ('mlp/up/kernel', lambda x: x.T, r'layers\.0/mlp/up/kernel: expected float16'),
-        ('mlp/up/kernel', np.float32, r'mlp/up/kernel: .*got float32'),
-        ('mlp/up/bias', lambda x: x, r'layers\.0/mlp/up/bias: the model has no such'),
+      for path, leaf, match in (
+        (up, kernel.T, r'layers\.0/mlp/up/kernel: expected float16'),
+        (up, np.float32(kernel), r'layers\.0/mlp/up/kernel: .*got float32'),
+        ('layers.0/mlp/up/bias', kernel[0], r'layers\.0/mlp/up/bias: the model has'),
+        ('layers.3/mlp/up/kernel', kernel, r'layers\.3/mlp/up/kernel: the model has'),
       ):
-        params = layer()
-        params[path] = change(params.get(path, np.zeros(3, np.float16)))
         with self.assertRaisesRegex(ValueError, match):
-          writer.layer(0, structured.unflatten(params))
-      params = layer()
-      del params['attention/query/kernel']
-      with self.assertRaisesRegex(ValueError, r'qkv_proj\.weight needs all of .*query'):
-        writer.layer(0, structured.unflatten(params))
-      with self.assertRaisesRegex(IndexError, r'layers, got index=-1'):
-        writer.layer(-1, source.layer(0))
+          writer.add(path, leaf)
       write_backwards(writer, source)
       with self.assertRaisesRegex(ValueError, r'layers\.1\..* was written before'):
-        writer.layer(1, source.layer(1))
+        add(writer, source.read('layers.1'))
     with self.assertRaisesRegex(ValueError, 'not open'):
-      writer.layer(1, source.layer(1))
+      add(writer, source.read('layers.1'))
+
+  def test_parts_of_a_tensor_that_never_come_are_missing(self):
+    source = self.open('phi3-tiny-dense')
+    path = 'layers.1/attention/query/kernel'
+    with self.assertRaisesRegex(ValueError, r'1 tensors .*layers\.1\.self_attn\.qkv'):  # noqa: SIM117
+      with writer_of(source, self.target) as writer:
+        for record in source.records:
+          for own, leaf in structured.flatten(source.read(record)).items():
+            if own != path:
+              writer.add(own, leaf)
+    self.assert_nothing_is_left()
 
   def test_settings_that_are_refused(self):
     source = self.open('llama-tiny-sliced-head-0.25')
@@ -368,11 +400,8 @@ class WriterTest(parameterized.TestCase):
       (source, {'files': source.files | {'../x': b''}}, 'not the name of a file'),
       (
         source,
-        {
-          'files': source.files | {'model.safetensors.index.json': b''},
-          'shard_size': 1000,
-        },
-        'index.json is the name of the weights and of another file',
+        {'files': source.files | {'model.safetensors': b''}},
+        'two files have the name model.safetensors',
       ),
     ):
       with self.assertRaisesRegex(ValueError, match):

@@ -17,7 +17,7 @@ def random_message(seed: int, lanes: int, depth: int) -> rans.Message:
   size = jnp.asarray(rng.integers(depth - depth // 8, depth + 1, lanes), jnp.int32)
   return rans.Message(
     state=jnp.asarray(rng.integers(1 << 16, 1 << 32, lanes), jnp.uint32),
-    words=jnp.asarray(rng.integers(0, 1 << 16, (2 * depth + 1, lanes)), jnp.uint16),
+    words=jnp.asarray(rng.integers(0, 1 << 16, (lanes, 2 * depth)), jnp.uint16),
     size=size,
     lowest=size,
     highest=size,
@@ -28,10 +28,10 @@ def assert_same_message(a: rans.Message, b: rans.Message) -> None:
   """Asserts equal content; how deep and high a message has been does not matter."""
   np.testing.assert_array_equal(a.state, b.state)
   np.testing.assert_array_equal(a.size, b.size)
-  used = np.arange(a.words.shape[0])[:, None] < np.asarray(a.size)
-  np.testing.assert_array_equal(
-    np.asarray(a.words)[used], np.asarray(b.words)[: used.shape[0]][used]
-  )
+  depth = int(np.max(a.size, initial=0))
+  used = np.arange(depth) < np.asarray(a.size)[:, None]
+  stacks = [np.asarray(x.words)[:, :depth][used] for x in (a, b)]
+  np.testing.assert_array_equal(*stacks)
 
 
 def check_codec(

@@ -17,15 +17,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from rotbits_jax import checkpoints
+from rotbits_jax import models
 from rotbits_jax import structured
 from rotbits_jax.symmetries import biases
 from rotbits_jax.symmetries import canonical
 from rotbits_jax.symmetries import heads
 from rotbits_jax.symmetries import low_rank
 from rotbits_jax.symmetries import norms
-from rotbits_jax.symmetries import residual
 from rotbits_jax.symmetries import rotations
 from rotbits_jax.symmetries import shortcuts
+from rotbits_jax.symmetries import steps
+from tests import random_models
 
 STACK = 8  # layers
 
@@ -38,38 +41,29 @@ def _orthogonal(rng, n):
   return np.linalg.qr(rng.standard_normal((n, n)))[0].astype(np.float32)
 
 
-def _mlp(rng):
-  return {
-    'up': {'kernel': _normal(rng, 6, 8), 'bias': _normal(rng, 8)},
-    'down': {'kernel': _normal(rng, 8, 6) * 8, 'bias': _normal(rng, 6)},
-  }
-
-
-def _attention(rng):
-  linear = lambda n, m: {'kernel': _normal(rng, n, m), 'bias': _normal(rng, m)}
-  return {
-    'query': linear(6, 8),
-    'key': linear(6, 4),
-    'value': linear(6, 4),
-    'out': linear(8, 6),
-  }
+LINEARS = {
+  'attention/query': (6, 8),
+  'attention/key': (6, 4),
+  'attention/value': (6, 4),
+  'attention/out': (8, 6),
+  'mlp/down': (8, 6),
+}
 
 
 def _layer(rng):
-  layer = {
-    'attention': _attention(rng),
-    'mlp': _mlp(rng),
-    'attention_shortcut': {'kernel': _normal(rng, 6, 6)},
-    'mlp_shortcut': {'kernel': _normal(rng, 6, 6)},
-  }
-  layer['mlp']['up']['kernel'] = structured.LowRank(
-    _normal(rng, 6, 2), _normal(rng, 2, 8)
-  )
-  return structured.flatten(layer)
+  layer = {}
+  for path, (n, m) in LINEARS.items():
+    layer |= {f'{path}/kernel': _normal(rng, n, m), f'{path}/bias': _normal(rng, m)}
+  for name in ('attention', 'mlp'):
+    layer[f'{name}_shortcut/kernel'] = _normal(rng, 6, 6)
+  layer['mlp/up/kernel'] = structured.LowRank(_normal(rng, 6, 2), _normal(rng, 2, 8))
+  return layer
 
 
-def _norms(rng):
-  return {f'{name}_norm/scale': _normal(rng, 6) for name in ('attention', 'mlp')}
+def _dense_layer(rng):
+  layer = {path: x for path, x in _layer(rng).items() if '_shortcut' not in path}
+  layer['mlp/gate/kernel'] = _normal(rng, 6, 8)
+  return layer | {f'{x}_norm/scale': _normal(rng, 6) for x in ('attention', 'mlp')}
 
 
 def _polar(rng):
@@ -78,78 +72,84 @@ def _polar(rng):
 
 
 # The axes of the parameters above.
-AXES = (
-  ('attention/query/kernel', (0, 'query')),
-  ('attention/query/bias', ('query',)),
-  ('attention/out/kernel', ('query', 1)),
-  ('attention/out/bias', (1,)),
-  ('mlp/up/kernel', (1, 'neuron')),
-  ('mlp/down/kernel', ('neuron', -1)),
-  ('attention_shortcut/kernel', (0, 1)),
-  ('mlp_shortcut/kernel', (1, -1)),
-)
-NORMS = (('attention', 'attention_norm'), ('mlp', 'mlp_norm'))
+AXES = {
+  'attention/query/kernel': (0, 'query'),
+  'attention/query/bias': ('query',),
+  'attention/out/kernel': ('query', 1),
+  'attention/out/bias': (1,),
+  'mlp/up/kernel': (1, 'neuron'),
+  'mlp/down/kernel': ('neuron', -1),
+  'attention_shortcut/kernel': (0, 1),
+  'mlp_shortcut/kernel': (1, -1),
+}
+DENSE = checkpoints.parse_config(random_models.BASE | {'num_hidden_layers': 1}, None)
 
 
-def _pair(rng, *names):
-  attention = _attention(rng)
-  return {name: attention[name] for name in names}
-
-
-def _values(rng):
-  pair = _pair(rng, 'value', 'out')
-  return pair | {'out': {'kernel': pair['out']['kernel']}}
+def _some(rng, paths):
+  layer = _layer(rng)
+  return {path: layer[path] for path in paths}
 
 
 # Functions, each with a function that makes its float32 arguments from a generator.
 FUNCTIONS = {
   'polar': (canonical.polar, lambda r: (_normal(r, 6, 8),)),
-  'lower_factor': (shortcuts.lower_factor, lambda r: (_normal(r, 6, 5),)),
-  'gram_factor': (
-    functools.partial(shortcuts.gram_factor, k=3, dtype=np.float32),
-    lambda r: (_orthogonal(r, 6), _polar(r), np.int32(4), np.int32(6)),
+  'lower_factor': (
+    shortcuts.lower_factor,
+    lambda r: (_orthogonal(r, 6), _normal(r, 6, 5)),
   ),
-  'next_rotation': (
-    residual.next_rotation,
-    lambda r: (_orthogonal(r, 6), _orthogonal(r, 4), _orthogonal(r, 2)),
-  ),
-  'triangle': (
-    functools.partial(shortcuts.triangle, dtype=np.float32),
+  'factors': (
+    functools.partial(shortcuts.factors, tolerance=0.1, columns=(3, 2)),
     lambda r: (_orthogonal(r, 6), _polar(r)),
   ),
-  'range_used': (
-    functools.partial(residual.range_used, axes=AXES),
-    lambda r: (_layer(r), dict.fromkeys(dict(AXES), np.float32(65504))),
+  'next_rotation': (
+    rotations.next_rotation,
+    lambda r: (_orthogonal(r, 6), _orthogonal(r, 4), _orthogonal(r, 2)),
+  ),
+  'running_rotations': (
+    rotations.running_rotations,
+    lambda r: (np.stack([_orthogonal(r, 4) for _ in range(5)]), _orthogonal(r, 4)),
+  ),
+  'largest_norm': (
+    functools.partial(rotations.largest_norm, axes=(0, -1)),
+    lambda r: (structured.LowRank(_normal(r, 6, 2), _normal(r, 2, 8)),),
   ),
   'fold_norm_scales': (
-    functools.partial(norms.fold_norm_scales, axes=AXES, norms=NORMS),
-    lambda r: (_layer(r) | _norms(r),),
+    functools.partial(
+      norms.fold_norm_scales, config=DENSE, axes=models.layout.layer_axes(DENSE)
+    ),
+    lambda r: (_dense_layer(r),),
   ),
   'lower': (rotations.lower, lambda r: (_normal(r, 6, 3),)),
-  'turn': (
-    lambda array, rows: rotations.turn(array, rows=rows),
-    lambda r: (_normal(r, 6, 5), _orthogonal(r, 6)),
-  ),
-  'turn_parameters': (
-    functools.partial(rotations.turn_parameters, axes=AXES),
+  'rotate': (rotations.rotate, lambda r: (_normal(r, 6, 5), _orthogonal(r, 6))),
+  'rotate_parameters': (
+    functools.partial(rotations.rotate_parameters, axes=AXES),
     lambda r: (_layer(r), tuple(_orthogonal(r, 6) for _ in range(3))),
   ),
-  'upper_rotation': (residual.upper_rotation, lambda r: (_normal(r, 6, 8),)),
+  'upper_rotation': (rotations.upper_rotation, lambda r: (_normal(r, 6, 8),)),
+  'typical_size': (steps.typical_size, lambda r: (_normal(r, 6, 8),)),
+  'with_feedback': (
+    steps.with_feedback,
+    lambda r: (_normal(r, 6, 8), np.float32(0.5), np.eye(6, dtype=np.float32)),
+  ),
   'canonical_svd': (canonical.svd, lambda r: (_normal(r, 6, 8),)),
   'canonical_qr': (canonical.qr, lambda r: (_normal(r, 6, 8),)),
   'canonical_polar': (canonical.polar_shortcut, lambda r: (_normal(r, 6, 8),)),
   'basis': (heads.basis, lambda r: (_normal(r, 8, 3),)),
-  'rotate_values': (
-    lambda layer, q: heads.rotate_values({'attention': layer}, q),
-    lambda r: (_attention(r), np.stack([_orthogonal(r, 2)] * 2)),
+  'rotate_heads': (
+    heads.rotate_heads,
+    lambda r: (_some(r, heads.VALUES), np.stack([_orthogonal(r, 2)] * 2)),
+  ),
+  'rounding_errors': (
+    functools.partial(heads.rounding_errors, dtype=np.float16),
+    lambda r: tuple((_normal(r, 2, 6, 3), _normal(r, 2, 5, 3)) for _ in range(3)),
   ),
   'fix_values': (
     functools.partial(heads.fix_values, kv_heads=2),
-    lambda r: (_values(r),),
+    lambda r: (_some(r, heads.VALUES),),
   ),
   'fix_keys': (
     functools.partial(heads.fix_keys, kv_heads=1, rotary=2),
-    lambda r: (_pair(r, 'query', 'key'),),
+    lambda r: (_some(r, heads.KEYS),),
   ),
   'with_value_bias': (
     functools.partial(biases.with_value_bias, kv_heads=2),

@@ -10,6 +10,8 @@ import shutil
 import subprocess
 import sys
 
+import jax
+import numpy as np
 import pytest
 
 import rotbits_jax
@@ -30,6 +32,13 @@ def pages_with(language):
   return [page for page in PAGES if blocks(page, language)]
 
 
+def modules_with_examples():
+  paths = sorted((ROOT / 'rotbits_jax').rglob('*.py'))
+  return [
+    str(path.relative_to(ROOT)) for path in paths if '>>>' in path.read_text('utf-8')
+  ]
+
+
 # Its examples compile many programs.
 SLOW = 'reference/steps.md'
 
@@ -48,6 +57,17 @@ def test_examples(page):
   report = []
   runner = doctest.DocTestRunner(optionflags=flags)
   runner.run(test, out=report.append)
+  assert runner.summarize(verbose=False).failed == 0, ''.join(report)
+
+
+@pytest.mark.parametrize('path', modules_with_examples())
+def test_examples_in_docstrings(path):
+  module = importlib.import_module(path.replace('/', '.').removesuffix('.py'))
+  names = {'rotbits_jax': rotbits_jax, 'jax': jax, 'jnp': jax.numpy, 'np': np}
+  report = []
+  runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS)
+  for test in doctest.DocTestFinder().find(module, extraglobs=names):
+    runner.run(test, out=report.append)
   assert runner.summarize(verbose=False).failed == 0, ''.join(report)
 
 

@@ -19,6 +19,7 @@ from rotbits_jax import models
 from rotbits_jax.checkpoints import CheckpointError
 from rotbits_jax.models import config as models_config
 from rotbits_jax.models import transformer
+from rotbits_jax.system import schema
 
 LLAMA = {
   'model_type': 'llama',
@@ -145,7 +146,7 @@ class RopeFrequenciesTest(chex.TestCase):
   )
   def test_llama3(self, theta, head_dim, factor, low, high, positions):
     scaling = models_config.RopeScaling(
-      kind='llama3',
+      type_name='llama3',
       factor=factor,
       low_freq_factor=low,
       high_freq_factor=high,
@@ -175,7 +176,7 @@ class ConfigTest(chex.TestCase):
     newer = values | {'rope_parameters': LLAMA3 | {'rope_theta': 60.0}}
     assert checkpoints.parse_config(newer) == older
     assert older.rope_scaling == models_config.RopeScaling(
-      kind='llama3',
+      type_name='llama3',
       factor=4.0,
       low_freq_factor=1.0,
       high_freq_factor=3.0,
@@ -190,9 +191,9 @@ class ConfigTest(chex.TestCase):
   @parameterized.parameters((None,), ({'type': 'linear', 'factor': 2},), (LLAMA3,))
   def test_a_config_comes_back_from_json(self, scaling):
     config = checkpoints.parse_config(LLAMA | {'rope_scaling': scaling})
-    fields = json.loads(json.dumps(dataclasses.asdict(config)))
-    assert models.ModelConfig.from_json(fields) == config
-    assert hash(models.ModelConfig.from_json(fields)) == hash(config)
+    fields = json.loads(json.dumps(schema.dump(config)))
+    assert schema.load(models.ModelConfig, fields) == config
+    assert hash(schema.load(models.ModelConfig, fields)) == hash(config)
 
   def test_mistral(self):
     config = checkpoints.parse_config(MISTRAL | {'sliding_window': None})

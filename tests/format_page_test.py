@@ -16,9 +16,9 @@ from rotbits_jax import structured
 from rotbits_jax.coding import weights
 from rotbits_jax.file import manifest
 from rotbits_jax.file import shards
+from rotbits_jax.system import schema
 
 PAGE = pathlib.Path(__file__).parents[1] / 'docs' / 'format.md'
-STREAM = manifest.Stream(name='rest/x', nbytes=0, crc32=0)
 
 
 def names(text):
@@ -33,82 +33,103 @@ def documented(introduction):
   return names(''.join(row.split('|')[1] for row in table[1].splitlines()))
 
 
-def unit():
-  return manifest.Record(
+def without_defaults(cls, **fields):
+  """The JSON of an object in which no field is left out."""
+  return json.loads(json.dumps(schema.dump(cls(**fields))))
+
+
+COUNTS = manifest.Counts(elements=1, bytes=1)
+SAVING = manifest.Saving(name='x', elements=0, bytes=0, notes=())
+DEFLATED = manifest.Deflated(nbytes=0, crc32=0, size=0)
+
+
+def leaf():
+  return without_defaults(
+    manifest.Leaf,
+    path='a',
+    shape=(2,),
+    dtype='float16',
+    type_name='x',
+    stack_key=('x',),
+    settings={'x': 1},
+    arrays=('x',),
+    needs=('x',),
+    crc32=1,
+  )
+
+
+def record():
+  return without_defaults(
+    manifest.Record,
     name='a',
     nbytes=0,
     crc32=0,
     leaves=(),
-    coder=weights.StreamSpec(arrays=(), layouts=(), groups=()),
-    input_numbers=0,
-    input_bytes=0,
-    savings=(),
-    order_bits=0.0,
+    coder='other',
+    spec=None,
+    input=COUNTS,
+    savings=(SAVING,),
     empty=('a',),
   )
 
 
 def weights_file():
-  layout = checkpoints.WeightsFile('x', 0, ())
-  return manifest.WeightsFile(layout=layout, rest=STREAM)
-
-
-def whole_manifest():
-  """A manifest in which no field is left out."""
-  made = manifest.Manifest(
-    preset='exact',
-    options={},
-    config=None,
-    stem=None,
-    units=(),
-    message=None,
-    files=(),
-    sizes=(),
-    weights=(weights_file(),),
-  )
-  return json.loads(made.to_bytes())
+  layout = checkpoints.WeightsFile(name='x', nbytes=0, places=())
+  return manifest.WeightsFile(layout=layout, gaps=DEFLATED)
 
 
 def message():
   return manifest.Message(
-    layout={}, streams=(), input_numbers=0, input_bytes=0, savings=()
+    coder='other', layout={}, streams={}, input=COUNTS, savings=(SAVING,)
   )
+
+
+def whole_manifest():
+  fields = {
+    'preset': 'exact',
+    'options': {},
+    'keeps': 'bits',
+    'records': (),
+    'stem': 'x',
+    'files': {'x': DEFLATED},
+    'weights': (weights_file(),),
+    'dtypes': {'': 'float16'},
+    'plugins': (manifest.Plugin(group='leaves', name='x', package='x'),),
+  }
+  written = without_defaults(manifest.Manifest, **fields)
+  # A file has a config, and perhaps a message, or weights files.
+  return {*written, 'config', 'message'}
+
+
+def stream_spec():
+  return field_names(weights.StreamSpec)
 
 
 def field_names(cls):
   return {field.name for field in dataclasses.fields(cls)}
 
 
-def index(folder):
-  shards.write_index(folder / 'index', {})
-  return json.loads((folder / 'index').read_text())
-
-
 @pytest.mark.parametrize(
   ('introduction', 'written'),
   [
     ('The stream `manifest` is a JSON object.', whole_manifest()),
-    ('A *unit* decodes on its own', unit().to_json()),
-    (
-      'A *leaf* is one parameter:',
-      manifest.leaf_of('x', structured.Constant.like(np.ones(2), 1.0))[0].to_json(),
-    ),
-    ('The field `coder` of a unit describes its stream:', unit().coder.to_json()),
+    ('A *record* decodes on its own', record()),
+    ('A *leaf* is one parameter:', leaf()),
+    ('The field `spec` of a record describes its stream:', stream_spec()),
     ('`rotbits_jax.models.ModelConfig` says', field_names(models.ModelConfig)),
     ('The object `rope_scaling` has', field_names(models.RopeScaling)),
-    ('The preset `paper` has no units', message().to_json()),
-    ('says how a weights file', weights_file().to_json()),
+    ('A file with a message has no records', schema.dump(message())),
+    ('says how a weights file', schema.dump(weights_file())),
   ],
 )
 def test_fields_of_objects(introduction, written):
   assert documented(introduction) == set(written)
 
 
-def test_fields_of_the_index(tmp_path):
-  written = index(tmp_path)
-  assert documented('index, a JSON object in a file') == set(written)
+def test_fields_of_the_index():
+  assert documented('index, a JSON object in a file') == field_names(shards.Index)
   (row,) = re.findall(r'^\| `metadata` \| object: (.*)', PAGE.read_text('utf-8'), re.M)
-  assert set(written['metadata']) == names(row) - {'manifest'}
+  assert field_names(shards.Metadata) == names(row) - {'manifest'}
 
 
 def test_metadata_of_the_header():
@@ -117,11 +138,6 @@ def test_metadata_of_the_header():
   _, _, after = PAGE.read_text('utf-8').partition('The header maps `__metadata__`')
   listed = re.findall(r'^- `(\w+)` is ', after.partition('Every other key')[0], re.M)
   assert set(listed) == set(header['__metadata__'])
-
-
-def test_options_that_readers_need():
-  listed = re.findall(r'^- `([\w ]+)`: ', PAGE.read_text('utf-8'), re.M)
-  assert {manifest.DTYPE, manifest.OTHER_DTYPES} <= set(listed)
 
 
 def exact_embedding():
@@ -133,14 +149,15 @@ def exact_embedding():
 
 
 @pytest.mark.parametrize(
-  'leaf', [*seeds.leaves().values(), exact_embedding()], ids=lambda leaf: leaf.kind
+  'leaf', [*seeds.leaves().values(), exact_embedding()], ids=lambda leaf: leaf.type_name
 )
 def test_settings_and_arrays_of_leaves(leaf):
   text = PAGE.read_text('utf-8')
-  row, paragraph = rf'^\| `{leaf.kind}` \|.*', rf'^\*\*`{leaf.kind}`\.\*\*(?:.+\n)+'
+  row, paragraph = (
+    rf'^\| `{leaf.type_name}` \|.*',
+    rf'^\*\*`{leaf.type_name}`\.\*\*(?:.+\n)+',
+  )
   about = re.findall(f'{row}|{paragraph}', text, re.M)
-  if isinstance(leaf, structured.Packed):
-    about += re.findall(r'^The settings of all three kinds(?:.+\n)+', text, re.M)
   settings, arrays = leaf.stored()
   # There is an array of residuals for each class.
   written = {re.sub(r'residuals_\d+', 'residuals_0', x) for x in (*settings, *arrays)}
@@ -154,8 +171,8 @@ def test_names_of_factors():
   assert set(checkpoints.FACTORS) <= names(paragraph)
 
 
-def test_every_kind_is_in_the_table():
+def test_every_type_is_in_the_table():
   text = PAGE.read_text('utf-8')
   rows = re.findall(r'^\| ((?:`\w+`,? ?)+)\| (?:.*\| ){2}', text, re.M)
-  own = {k for k, x in structured.KINDS.items() if x.__module__.startswith('rotbits_')}
+  own = {k for k, x in structured.TYPES.items() if x.__module__.startswith('rotbits_')}
   assert own <= names(' '.join(rows))

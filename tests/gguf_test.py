@@ -6,6 +6,7 @@ import sys
 from unittest import mock
 
 import jax
+import ml_dtypes
 import numpy as np
 import pytest
 import reference_forward
@@ -14,7 +15,9 @@ import tokenizers
 from rotbits_jax import checkpoints
 from rotbits_jax import evaluation
 from rotbits_jax import models
+from rotbits_jax import structured
 from rotbits_jax.checkpoints import CheckpointError
+from rotbits_jax.checkpoints import gguf_blocks
 from rotbits_jax.checkpoints import gguf_files
 
 gguf = pytest.importorskip('gguf')
@@ -146,6 +149,20 @@ def write(
   return path
 
 
+def random_blocks(number, rows, count=4):
+  """Returns blocks of a quantised type with random codes, uint8 `[rows, ...]`."""
+  kind = gguf_blocks.TYPES[number]
+  rng = np.random.default_rng(number)
+  blocks = rng.integers(256, size=(rows, count, kind.nbytes)).astype(np.uint8)
+  # float16 scales and offsets between 0.01 and 0.02
+  last = {10: (80, 82), 11: (108,), 14: (208,)}
+  two = {3: (0, 2), 7: (0, 2), 12: (0, 2), 13: (0, 2)}
+  for place in last.get(number, two.get(number, (0,))):
+    halves = rng.uniform(0.01, 0.02, (rows, count, 1)).astype(np.float16)
+    blocks[..., place : place + 2] = halves.view(np.uint8)
+  return blocks.reshape(rows, -1)
+
+
 @pytest.fixture(scope='module', name='tied')
 def _tied(tmp_path_factory):
   path = tmp_path_factory.mktemp('gguf') / 'tied.gguf'
@@ -181,27 +198,47 @@ class TestModel:
     for name, expected in hugging_face_tensors(tied=True).items():
       np.testing.assert_array_equal(tensors[name], expected.astype(np.float16), name)
 
-  def test_quantised_weights_are_scale_times_integer_plus_offset(self, tmp_path):
-    rng = np.random.default_rng(2)
-    scale = rng.uniform(0.01, 0.02, (64, 1)).astype(np.float16)
-    offset = rng.uniform(-0.2, 0.1, (64, 1)).astype(np.float16)
-    integers = rng.integers(16, size=(64, 32)).astype(np.uint8)
-    # A block of Q4_1 is a scale, an offset, and 32 integers of 4 bits in two halves.
-    nibbles = integers[:, :16] | integers[:, 16:] << 4
-    blocks = np.concatenate([scale.view(np.uint8), offset.view(np.uint8), nibbles], 1)
-    q4_1 = blocks, gguf.GGMLQuantizationType.Q4_1
-    signed = rng.integers(-127, 128, size=(268, 32)).astype(np.int8)
-    steps = rng.uniform(0.01, 0.02, (268, 1)).astype(np.float16)
-    blocks = np.concatenate([steps.view(np.uint8), signed.view(np.uint8)], 1)
-    q8_0 = blocks, gguf.GGMLQuantizationType.Q8_0
+  @pytest.mark.parametrize('number', gguf_blocks.TYPES)
+  def test_codes_stand_for_the_arrays_of_the_package(self, number):
+    blocks = random_blocks(number, 24)
+    expected = gguf.quants.dequantize(blocks, gguf.GGMLQuantizationType(number))
+    for dtype in (np.float32, np.float16, ml_dtypes.bfloat16):
+      leaf = gguf_blocks.quantized(
+        gguf_blocks.TYPES[number], blocks, expected.shape, np.dtype(dtype)
+      )
+      leaf.check()
+      assert structured.same_bits(leaf.materialize(), expected.astype(dtype))
+      assert np.abs(expected).max() <= leaf.largest()
+
+  def test_a_layer_has_the_codes_of_the_file(self, tmp_path):
+    number, rows = 3, {'attn_q': 32, 'ffn_up': 64}
     tensors = gguf_tensors(hugging_face_tensors(tied=True))
-    tensors |= {'blk.1.ffn_up.weight': q4_1, 'token_embd.weight': q8_0}
+    for name, count in rows.items():
+      blocks = random_blocks(number, count, 1)
+      tensors[f'blk.1.{name}.weight'] = blocks, gguf.GGMLQuantizationType(number)
+    tensors['token_embd.weight'] = (
+      random_blocks(8, 268, 1), gguf.GGMLQuantizationType.Q8_0
+    )  # fmt: skip
     path = write(tmp_path / 'model.gguf', tensors)
-    read = checkpoints.to_tensors(gguf_files.read_gguf(path, dtype=np.float32).model)
-    up = scale.astype(np.float64) * integers + offset
-    np.testing.assert_allclose(read['model.layers.1.mlp.up_proj.weight'], up, rtol=1e-6)
-    embedding = steps.astype(np.float64) * signed
-    np.testing.assert_allclose(read['model.embed_tokens.weight'], embedding, rtol=1e-6)
+    source = gguf_files.open_gguf(path, dtype=np.float32)
+    layer, model = source.layer(1), gguf_files.read_gguf(path, dtype=np.float32).model
+    query, up = layer['attention']['query']['kernel'], layer['mlp']['up']['kernel']
+    assert isinstance(query, structured.Quantized)
+    assert isinstance(source.outer()['embed']['tokens'], structured.Quantized)
+    assert isinstance(layer['mlp']['down']['kernel'], np.ndarray)
+    assert structured.same_bits(
+      up.materialize(), np.asarray(model.layer(1)['mlp']['up']['kernel'])
+    )
+    read = checkpoints.to_tensors(model)
+    for name, hugging_face in (
+      ('attn_q', 'self_attn.q_proj'),
+      ('ffn_up', 'mlp.up_proj'),
+    ):
+      values = gguf.quants.dequantize(*tensors[f'blk.1.{name}.weight'])
+      got = read[f'model.layers.1.{hugging_face}.weight']
+      heads = {'attn_q': 4}.get(name)
+      got = got if heads is None else interleaved(got, heads)
+      np.testing.assert_array_equal(got, values)
 
   def test_it_saves_and_loads_as_a_hugging_face_checkpoint(self, tied, tmp_path):
     checkpoint = gguf_files.read_gguf(tied)
@@ -222,7 +259,7 @@ class TestModel:
     source = checkpoints.open_checkpoint(path)
     exact = gguf_files.read_gguf(path, dtype=np.float32)
     assert (source.config, source.files) == (exact.model.config, exact.files)
-    assert source.specs(None)['embed']['tokens'].dtype == np.float16
+    assert source.specs('embed')['embed']['tokens'].dtype == np.float16
     jax.tree.map(
       lambda x, y: np.testing.assert_array_equal(x, y.astype(np.float16)),
       [source.outer(), source.layer(0)],
@@ -302,7 +339,7 @@ class TestRefused:
     tensors = gguf_tensors(hugging_face_tensors(tied=True))
     tensors['output_norm.weight'] = np.full(32, 1e5, np.float32)
     path = write(tmp_path / 'model.gguf', tensors)
-    with pytest.raises(CheckpointError, match=r'output_norm\.weight has numbers that'):
+    with pytest.raises(CheckpointError, match=r'output_norm\.weight has elements that'):
       gguf_files.read_gguf(path)
     assert gguf_files.read_gguf(path, dtype=np.float32).model.config.num_layers == 2
 
@@ -315,15 +352,33 @@ class TestRefused:
         gguf_files.read_gguf(path)
 
   def test_missing_file(self, tmp_path):
-    with pytest.raises(CheckpointError, match=r'none\.gguf: there is no such file'):
+    with pytest.raises(CheckpointError, match=r'none\.gguf: No such file'):
       gguf_files.read_gguf(tmp_path / 'none.gguf')
 
-  def test_missing_package(self, tied):
+  def test_types_that_the_package_dequantises(self, tmp_path):
+    number = gguf.GGMLQuantizationType.IQ4_NL
+    tensors = gguf_tensors(hugging_face_tensors(tied=True))
+    blocks = np.random.default_rng(0).integers(100, size=(64, 18)).astype(np.uint8)
+    tensors['blk.1.ffn_up.weight'] = blocks, number
+    path = write(tmp_path / 'model.gguf', tensors)
+    source = gguf_files.open_gguf(path, dtype=np.float32)
+    kernel = source.layer(1)['mlp']['up']['kernel']
+    expected = gguf.quants.dequantize(blocks, number)
+    np.testing.assert_array_equal(kernel, expected.T)
     with (
       mock.patch.dict(sys.modules, {'gguf': None}),
       pytest.raises(CheckpointError, match='pip install gguf'),
     ):
-      gguf_files.read_gguf(tied)
+      gguf_files.read_gguf(path)
+
+  def test_a_type_that_is_not_known(self, tied, tmp_path):
+    content = bytearray(tied.read_bytes())
+    place = content.index(b'output_norm.weight') + len(b'output_norm.weight') + 4 + 8
+    content[place : place + 4] = (99).to_bytes(4, 'little')
+    path = tmp_path / 'model.gguf'
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r'output_norm\.weight: the type 99 is'):
+      gguf_files.read_gguf(path)
 
 
 class TestPackagedSmolLM2:

@@ -50,8 +50,8 @@ def tree():
   return {'floats': floats, 'integers': integers | unsigned, 'shapes': shapes}
 
 
-def packed():
-  """Arrays with many zeros or few distinct numbers, which are stored as `Packed`."""
+def few_values():
+  """Arrays with many zeros or few distinct numbers."""
   rng = np.random.default_rng(1)
   normal = rng.normal(size=(64, 128)).astype(np.float16)
   steps = rng.uniform(0.01, 0.02, (64, 4, 1)).astype(np.float16)
@@ -79,7 +79,7 @@ def cases():
     'free-dense-bfloat16': (dense, {'preset': 'free'}),
     'near': (sliced, {'preset': 'near', 'step': -4.75}),
     'near-dense-bfloat16': (dense, {'preset': 'near'}),
-    'packed': (packed(), {'preset': 'exact'}),
+    'few-values': (few_values(), {'preset': 'exact'}),
     'paper': (sliced, {'preset': 'paper'}),
     'paper-entropy': (sliced, {'preset': 'paper', 'entropy': True}),
     'paper-qr': (sliced, {'preset': 'paper', 'canonicaliser': 'qr'}),
@@ -115,7 +115,7 @@ def digests(path):
 
 
 def names():
-  """The names of all golden files, such as 'v3/tree'; each may lack its digests."""
+  """The names of all golden files, such as 'v4/tree'; each may lack its digests."""
   found = (path.relative_to(FOLDER) for path in FOLDER.rglob('*.rotbits'))
   return sorted(path.with_suffix('').as_posix() for path in found)
 

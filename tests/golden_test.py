@@ -85,30 +85,30 @@ def set_cases(monkeypatch, **numbers):
 def test_write_adds_files_and_keeps_those_that_exist(monkeypatch):
   set_cases(monkeypatch, first=2)
   golden.write()
-  old = golden.file_of('v3/first').read_bytes()
+  old = golden.file_of('v4/first').read_bytes()
   set_cases(monkeypatch, first=3, second=4)
   golden.write()
-  assert golden.names() == ['v3/first', 'v3/second'] == sorted(golden.recorded())
-  assert golden.file_of('v3/first').read_bytes() == old
+  assert golden.names() == ['v4/first', 'v4/second'] == sorted(golden.recorded())
+  assert golden.file_of('v4/first').read_bytes() == old
   assert golden.check() == ([], 2)
-  assert golden.recorded()['v3/second']['written by'] == rotbits_jax.__version__
+  assert golden.recorded()['v4/second']['written by'] == rotbits_jax.__version__
 
 
 @pytest.mark.usefixtures('empty_folder')
 def test_a_new_version_of_the_format_adds_a_folder(monkeypatch):
   set_cases(monkeypatch, first=2)
   golden.write()
-  monkeypatch.setattr(golden.container, 'VERSION', 4)
+  monkeypatch.setattr(golden.container, 'VERSION', 5)
   golden.write()
-  assert golden.names() == ['v3/first', 'v4/first']
+  assert golden.names() == ['v4/first', 'v5/first']
 
 
 @pytest.mark.usefixtures('empty_folder')
 def test_write_refuses_a_file_without_digests(monkeypatch):
   set_cases(monkeypatch, first=2)
-  golden.file_of('v3/first').parent.mkdir()
-  golden.file_of('v3/first').write_bytes(b'')
+  golden.file_of('v4/first').parent.mkdir()
+  golden.file_of('v4/first').write_bytes(b'')
   with pytest.raises(FileExistsError, match='first'):
     golden.write()
-  assert not golden.file_of('v3/first').read_bytes()
-  assert golden.check() == (['v3/first'], 0)
+  assert not golden.file_of('v4/first').read_bytes()
+  assert golden.check() == (['v4/first'], 0)

@@ -11,8 +11,8 @@ import numpy as np
 
 from rotbits_jax import checkpoints
 from rotbits_jax import models
+from rotbits_jax import passes
 from rotbits_jax import structured
-from rotbits_jax import symmetries
 from rotbits_jax.symmetries import heads
 from tests import random_models
 from tests import transform_checks
@@ -48,7 +48,7 @@ PHI = LLAMA | {
 PHI = {k: v for k, v in PHI.items() if k not in ('head_dim', 'rms_norm_eps')}
 QWEN2 = LLAMA | {'model_type': 'qwen2'}
 
-# Name, config.json, h and r. They save K h^2 and K ((h - r)^2 + r) numbers.
+# Name, config.json, h and r. They save K h^2 and K (h - r)^2 numbers.
 FAMILIES = (
   ('opt', OPT, 6, 0),
   ('llama_with_groups', LLAMA, 6, 6),
@@ -58,7 +58,7 @@ FAMILIES = (
 _basis = jax.jit(heads.basis)
 _fix_values = jax.jit(functools.partial(heads.fix_values, kv_heads=2))
 
-CHAIN = (symmetries.remove_value_gauge(), symmetries.remove_query_key_gauge())
+CHAIN = (passes.remove_value_gauge(), passes.remove_query_key_gauge())
 
 
 def _random(shape, seed=0, scale=1.0):
@@ -81,16 +81,14 @@ def _with_first(model, name, change):
 
 
 def _spanned(below):
-  """Returns `[I - B^H B / 4; B]` in float64."""
-  below = np.asarray(below)
-  below = below.astype(np.result_type(below, np.float64))
-  return np.concatenate([np.eye(below.shape[1]) - below.conj().T @ below / 4, below])
+  """Returns `[I - B^T B / 4; B]` in float64."""
+  below = np.float64(below)
+  return np.concatenate([np.eye(below.shape[1]) - below.T @ below / 4, below])
 
 
 MATRICES = {
   'random': _random((9, 4)),
   'square': _random((4, 4)),
-  'complex': _random((7, 1)) + 1j * _random((7, 1), 1),
   'of_rank_1': np.outer(_random(9), _random(4, 1)),
   'zero': np.zeros((9, 4), np.float32),
   'opposite_to_the_first_rows': np.eye(9, 4, dtype=np.float32) * -3,
@@ -133,171 +131,151 @@ class LeavesTest(parameterized.TestCase):
   @parameterized.parameters(0, 4)
   def test_columns_of_a_head_are_a_basis_beside_those_that_rope_turns(self, rotary):
     d, count, m = 7, 2, 3
-    turned = _random((d, count * rotary), 1)
+    turned = _random((d, count * rotary), 1) if rotary else None
     rest = _random((d - m, count * m), 2)
     leaf = structured.HeadColumns(turned, rest, heads=count)
     kernel = np.asarray(leaf.materialize())
     self.assertEqual(kernel.shape, leaf.shape)
     for i in range(count):
       head = kernel[:, i * (rotary + m) : (i + 1) * (rotary + m)]
-      known = turned[:, i * rotary : (i + 1) * rotary]
-      np.testing.assert_array_equal(head[:, :rotary], known)
+      if rotary:
+        known = turned[:, i * rotary : (i + 1) * rotary]
+        np.testing.assert_array_equal(head[:, :rotary], known)
       expected = _spanned(rest[:, i * m : (i + 1) * m])
       np.testing.assert_allclose(head[:, rotary:], expected, atol=1e-5)
-
-  @parameterized.parameters((1, 4, 0), (3, 4, 3))
-  def test_planes_of_a_group_are_one_complex_basis(self, group, rotary, m):
-    d, groups, h = 5, 2, rotary + m
-    below = _random((d - 1, groups * group * h), 1)
-    top = _random((groups, group * h - rotary), 2)
-    leaf = structured.HeadPlanes(below, top, groups=groups, head_dim=h)
-    kernel = np.asarray(leaf.materialize())
-    self.assertEqual(kernel.shape, leaf.shape)
-    np.testing.assert_array_equal(kernel[1:], below)
-    known = kernel[0].reshape(groups, group * h)[:, rotary:]
-    np.testing.assert_array_equal(known, top)
-    columns = kernel.reshape(d, groups, group, h)
-    for i in range(groups):
-      for j in range(rotary // 2):
-        plane = columns[:, i, :, j] + 1j * columns[:, i, :, j + rotary // 2]
-        basis = plane.T.reshape(-1, 1)
-        np.testing.assert_allclose(basis, _spanned(basis[1:]), atol=1e-5)
 
   @parameterized.parameters((1, 3), (2, 5), (3, 4))
   def test_rows_of_a_group_are_one_basis(self, group, width):
     h, groups = 3, 2
     first = _random((groups * h, width - h), 1)
-    others = _random((groups * (group - 1) * h, width), 2)
-    leaf = structured.HeadRows(first, others, groups=groups)
+    others = _random((groups * (group - 1) * h, width), 2) if group > 1 else None
+    leaf = structured.HeadRows(first, others, groups=groups, head_dim=h)
     kernel = np.asarray(leaf.materialize())
     self.assertEqual(kernel.shape, leaf.shape)
     for i in range(groups):
       block = kernel[i * group * h : (i + 1) * group * h]
       basis = np.concatenate(np.split(block, group), axis=1).T
       np.testing.assert_allclose(basis, _spanned(basis[h:]), atol=1e-5)
-      known = others.reshape(groups, -1, width)[i]
-      np.testing.assert_array_equal(block[h:], known)
+      if group > 1:
+        known = others.reshape(groups, -1, width)[i]
+        np.testing.assert_array_equal(block[h:], known)
       np.testing.assert_array_equal(block[:h, h:], first.reshape(groups, h, -1)[i])
 
   def test_sizes_that_do_not_fit_are_an_error(self):
-    columns = {'turned': np.zeros((7, 8)), 'rest': np.zeros((4, 6))}
+    columns = {'rotary': np.zeros((7, 8)), 'below': np.zeros((4, 6))}
     structured.HeadColumns.from_stored({'heads': 2}, columns)
     for count, name, shape in (
-      (2, 'turned', (5, 8)),
-      (2, 'turned', (7, 5)),
-      (2, 'rest', (4, 5)),
-      (4, 'rest', (4, 6)),
-      (0, 'rest', (4, 6)),
+      (2, 'rotary', (5, 8)),
+      (2, 'rotary', (7, 5)),
+      (2, 'below', (4, 5)),
+      (4, 'below', (4, 6)),
+      (0, 'below', (4, 6)),
     ):
-      with self.assertRaisesRegex(ValueError, 'a kernel .* cannot have'):
+      with self.assertRaisesRegex(ValueError, 'cannot have'):
         structured.HeadColumns.from_stored(
           {'heads': count}, columns | {name: np.zeros(shape)}
         )
-    planes = {'below': np.zeros((4, 36)), 'top': np.zeros((2, 14))}
-    structured.HeadPlanes.from_stored({'head_dim': 6}, planes)
-    for h, name, shape in (
-      (6, 'below', (4, 35)),
-      (6, 'top', (2, 13)),
-      (6, 'top', (2, 18)),
-      (6, 'top', (2, 10)),
-      (6, 'top', (0, 14)),
-      (0, 'top', (2, 14)),
-    ):
-      with self.assertRaisesRegex(ValueError, 'a kernel .* cannot have'):
-        structured.HeadPlanes.from_stored(
-          {'head_dim': h}, planes | {name: np.zeros(shape)}
-        )
     rows = {'first': np.zeros((6, 2)), 'others': np.zeros((12, 5))}
-    structured.HeadRows.from_stored({'groups': 2}, rows)
+    structured.HeadRows.from_stored({'groups': 2, 'head_dim': 3}, rows)
     for groups, name, shape in (
       (3, 'first', (6, 2)),
       (0, 'first', (0, 2)),
       (2, 'first', (6, 5)),
       (2, 'others', (10, 5)),
     ):
-      with self.assertRaisesRegex(ValueError, 'a kernel .* cannot have'):
+      with self.assertRaisesRegex(ValueError, 'cannot have'):
         structured.HeadRows.from_stored(
-          {'groups': groups}, rows | {name: np.zeros(shape)}
+          {'groups': groups, 'head_dim': 3}, rows | {name: np.zeros(shape)}
         )
+
+
+VALUE, VALUE_BIAS, OUT = heads.VALUES
+QUERY, QUERY_BIAS, KEY, KEY_BIAS = heads.KEYS
 
 
 class PairsTest(parameterized.TestCase):
   def test_values_and_outputs_keep_their_products(self):
     h = 3
     pair = {
-      'value': {'kernel': _random((7, 2 * h)), 'bias': _random(2 * h, 1)},
-      'out': {'kernel': _random((4 * h, 5), 2)},
+      VALUE: _random((7, 2 * h)),
+      VALUE_BIAS: _random(2 * h, 1),
+      OUT: _random((4 * h, 5), 2),
     }
-    fixed = structured.materialize(_fix_values(pair))
+    fixed, gauge = _fix_values(pair)
+    fixed = structured.materialize(fixed)
     for j in range(4):
       at = slice(j // 2 * h, j // 2 * h + h)
 
       def product(pair, j=j, at=at):
         wide = jax.tree.map(np.float64, pair)
-        rows = np.concatenate([wide['value']['kernel'], wide['value']['bias'][None]])
-        return rows[:, at] @ wide['out']['kernel'][j * h : j * h + h]
+        rows = np.concatenate([wide[VALUE], wide[VALUE_BIAS][None]])
+        return rows[:, at] @ wide[OUT][j * h : j * h + h]
 
       np.testing.assert_allclose(product(fixed), product(pair), atol=1e-5)
+      own = gauge[j // 2] @ fixed[OUT][j * h : j * h + h]
+      np.testing.assert_allclose(own, pair[OUT][j * h : j * h + h], atol=1e-5)
 
-  def test_queries_and_keys_keep_the_products_that_rope_turns(self):
-    d, groups, rotary, m = 7, 2, 4, 3
+  @parameterized.parameters(0, 4)
+  def test_queries_and_keys_keep_the_products_that_rope_does_not_rotate(self, rotary):
+    d, groups, m = 7, 2, 3
     h = rotary + m
     pair = {
-      'query': {
-        'kernel': _random((d, 2 * groups * h)),
-        'bias': _random(2 * groups * h, 1),
-      },
-      'key': {'kernel': _random((d, groups * h), 2), 'bias': _random(groups * h, 3)},
+      QUERY: _random((d, 2 * groups * h)),
+      QUERY_BIAS: _random(2 * groups * h, 1),
+      KEY: _random((d, groups * h), 2),
+      KEY_BIAS: _random(groups * h, 3),
     }
     fix = functools.partial(heads.fix_keys, kv_heads=groups, rotary=rotary)
-    fixed = structured.materialize(jax.jit(fix)(pair))
+    fixed = structured.materialize(jax.jit(fix)(pair).params)
 
     def products(pair, j):
-      """Returns the products of a query head with its key: by plane, and the rest."""
+      """Returns a query and a key head where RoPE rotates, and their product else."""
       sides = []
-      for name, i in (('query', j), ('key', j // 2)):
-        wide = jax.tree.map(np.float64, pair[name])
-        rows = np.concatenate([wide['kernel'], wide['bias'][None]])
+      for names, i in (((QUERY, QUERY_BIAS), j), ((KEY, KEY_BIAS), j // 2)):
+        kernel, bias = (np.float64(pair[name]) for name in names)
+        rows = np.concatenate([kernel, bias[None]])
         sides.append(rows[:, i * h : (i + 1) * h])
-      planes = [x[:, :2] + 1j * x[:, 2:rotary] for x in sides]
-      planes = np.einsum('ai,bi->iab', planes[0], planes[1].conj())
       # The last row is the bias of the key. It is left out where RoPE does not rotate,
       # because it adds the same number to all scores of a query there.
-      return planes, sides[0][:, rotary:] @ sides[1][:-1, rotary:].T
+      product = sides[0][:, rotary:] @ sides[1][:-1, rotary:].T
+      return [side[:, :rotary] for side in sides], product
 
     for j in range(2 * groups):
       chex.assert_trees_all_close(products(fixed, j), products(pair, j), atol=1e-4)
-    kept = np.asarray(fixed['key']['bias']).reshape(groups, h)
+    kept = np.asarray(fixed[KEY_BIAS]).reshape(groups, h)
     self.assertTrue((kept[:, rotary:] == 0).all())
     self.assertTrue((kept[:, :rotary] != 0).all())
 
   def test_layers_pass_through_vmap(self):
     pair = {
-      'value': {'kernel': _random((3, 7, 6)), 'bias': _random((3, 6), 1)},
-      'out': {'kernel': _random((3, 12, 5), 2)},
+      VALUE: _random((3, 7, 6)),
+      VALUE_BIAS: _random((3, 6), 1),
+      OUT: _random((3, 12, 5), 2),
     }
     stacked = jax.jit(jax.vmap(_fix_values))(pair)
     for i in range(3):
       alone = _fix_values(jax.tree.map(lambda x, i=i: x[i], pair))
-      layer = models.unstack_layer(stacked, i)
-      chex.assert_trees_all_close(layer, alone, atol=1e-5)
+      layer = models.unstack_layer(stacked.params, i)
+      chex.assert_trees_all_close(layer, alone.params, atol=1e-5)
 
   def test_errors_of_products_are_those_of_numpy(self):
     left, right = _random((2, 9, 3)), _random((2, 7, 3), 1)
     near = left + _random(left.shape, 2, 1e-3), right + _random(right.shape, 3, 1e-3)
     wide = lambda a, b: np.float64(a) @ np.float64(b).transpose(0, 2, 1)
     expected = np.linalg.norm(wide(left, right) - wide(*near))
-    got = jax.jit(heads.product_error)(left, right, *near)
+    got = jax.jit(heads.product_error)((left, right), near)
     np.testing.assert_allclose(got, expected, rtol=1e-4)
 
   def test_rotations_of_values_and_keys_keep_the_function(self):
     model = _model('opt')
     rotations = np.linalg.qr(_random((2, 2, 6, 6)))[0]
-    layers = model.params['layers.0:2']
-    both = lambda x, r: heads.rotate_keys(heads.rotate_values(x, r), r)
-    rotated = jax.jit(jax.vmap(both))(layers, rotations)
-    params = model.params | {'layers.0:2': rotated}
-    moved = rotated['attention']['out']['kernel'] - layers['attention']['out']['kernel']
+    layers = structured.flatten(model.params['layers.0:2'])
+    rotate = jax.jit(jax.vmap(heads.rotate_heads))
+    rotated = dict(layers)
+    for paths in (heads.VALUES, heads.KEYS):
+      rotated |= rotate({path: layers[path] for path in paths}, rotations)
+    params = model.params | {'layers.0:2': structured.unflatten(rotated)}
+    moved = rotated[OUT] - layers[OUT]
     self.assertGreater(np.abs(moved).mean(), 0.1)
     np.testing.assert_allclose(
       random_models.reference_logits(OPT, model.replace(params=params)),
@@ -310,24 +288,23 @@ class TransformsTest(parameterized.TestCase):
   @parameterized.named_parameters(*FAMILIES)
   def test_function_is_kept_and_numbers_are_saved(self, config_json, h, rotary):
     model = _model({id(c): n for n, c, *_ in FAMILIES}[id(config_json)])
-    fixed, savings = symmetries.run_chain(CHAIN, model)
+    fixed, savings = passes.run_chain(CHAIN, model)
     expected = random_models.reference_logits(config_json, model)
     np.testing.assert_allclose(
       random_models.reference_logits(config_json, fixed), expected, rtol=0, atol=1e-4
     )
     layers, groups, m = 2, model.config.num_kv_heads, h - rotary
     self.assertEqual(
-      [s.numbers for s in savings],
-      [layers * groups * h**2, layers * groups * (m**2 + rotary)],
+      [s.elements for s in savings],
+      [layers * groups * h**2, layers * groups * m**2],
     )
 
   def test_leaves_run_in_the_forward_pass(self):
     model = _model('phi_with_partial_rope_and_biases')
-    fixed, _ = symmetries.run_chain(CHAIN, model)
+    fixed, _ = passes.run_chain(CHAIN, model)
     attention = fixed.params['layers.0:2']['attention']
     self.assertIsInstance(attention['out']['kernel'], structured.HeadRows)
     self.assertIsInstance(attention['key']['kernel'], structured.HeadColumns)
-    self.assertIsInstance(attention['query']['kernel'], structured.HeadPlanes)
     tokens = np.random.default_rng(1).integers(31, size=(1, 9))
     np.testing.assert_allclose(
       jax.jit(models.logits)(fixed, tokens)[0],
@@ -337,14 +314,18 @@ class TransformsTest(parameterized.TestCase):
     )
 
   def test_notes_tell_the_form_the_numbers_and_the_errors(self):
-    model = _model('llama_with_groups', np.float16)
-    fixed, (values, keys) = symmetries.run_chain(CHAIN, model)
-    for note, name in ((values.notes[1], 'out'), (keys.notes[1], 'query')):
+    model = _model('phi_with_partial_rope_and_biases', np.float16)
+    chain = (
+      passes.remove_value_gauge(tolerance=3.0),
+      passes.remove_query_key_gauge(tolerance=3.0),
+    )
+    fixed, (values, keys) = passes.run_chain(chain, model)
+    for note, name in ((values.notes[1], 'out'), (keys.notes[1], 'key')):
       leaf = list(fixed.layers())[1]['attention'][name]['kernel']
       self.assertEqual(note['tensor'], f'layers.1/attention/{name}/kernel')
-      self.assertEqual(note['form'], leaf.kind)
+      self.assertEqual(note['form'], leaf.type_name)
       self.assertEqual(note['shape'], list(leaf.shape))
-      self.assertEqual(note['numbers'], structured.count_elements(leaf))
+      self.assertEqual(note['elements'], structured.count_elements(leaf))
       self.assertEqual(leaf.dtype, np.float16)
       # Each of the two kernels has a rounding error of 0.42 roundoffs.
       for error in ('error', 'plain_error'):
@@ -352,7 +333,7 @@ class TransformsTest(parameterized.TestCase):
 
   def test_error_in_the_notes_is_that_of_the_rounded_product(self):
     model = _model('llama_with_groups', np.float16)
-    fixed, (values, _) = symmetries.run_chain(CHAIN, model)
+    fixed, (values, _) = passes.run_chain(CHAIN, model)
 
     def product(model):
       attention = next(model.layers())['attention']
@@ -368,9 +349,9 @@ class TransformsTest(parameterized.TestCase):
     self.assertAlmostEqual(values.notes[0]['error'] / error, 1, delta=0.01)
 
   def test_a_layer_that_rounding_would_harm_stays_as_it_is(self):
-    model = _model('llama_with_groups', np.float16)
-    for factory in (symmetries.remove_value_gauge, symmetries.remove_query_key_gauge):
-      same, notes = transform_checks.apply(factory(tolerance=0.5), model)
+    model = _model('phi_with_partial_rope_and_biases', np.float16)
+    for factory in (passes.remove_value_gauge, passes.remove_query_key_gauge):
+      same, notes = transform_checks.apply(factory(tolerance=0.1), model)
       chex.assert_trees_all_equal(same, model)
       self.assertEqual([(n['form'], n['error']) for n in notes], [('array', 0.0)] * 2)
 
@@ -384,7 +365,7 @@ class TransformsTest(parameterized.TestCase):
     with np.errstate(invalid='ignore', over='ignore'):
       broken = _with_first(model, 'out', lambda x: change(x).astype(np.float16))
       broken = _with_first(broken, 'value', lambda x: x * np.float16(8))
-    fixed, _ = symmetries.run_chain(CHAIN[:1], broken)
+    fixed, _ = passes.run_chain(CHAIN[:1], broken)
     first, second = fixed.layers()
     self.assertNotIsInstance(first['attention']['out']['kernel'], structured.HeadRows)
     self.assertIsInstance(second['attention']['out']['kernel'], structured.HeadRows)
@@ -398,24 +379,16 @@ class TransformsTest(parameterized.TestCase):
     ('equal_rows', lambda x: np.broadcast_to(x[:1], x.shape)),
   )
   def test_degenerate_kernels_are_fixed_all_the_same(self, change):
-    model = _model('llama_with_groups')
+    model = _model('opt')
     for name in ('value', 'out', 'query', 'key'):
       model = _with_first(model, name, change)
-    fixed, savings = symmetries.run_chain(CHAIN, model)
-    self.assertEqual([s.numbers for s in savings], [144, 24])
+    fixed, savings = passes.run_chain(CHAIN, model)
+    self.assertEqual([s.elements for s in savings], [144, 144])
     np.testing.assert_allclose(
-      random_models.reference_logits(LLAMA, fixed),
-      random_models.reference_logits(LLAMA, model),
+      random_models.reference_logits(OPT, fixed),
+      random_models.reference_logits(OPT, model),
       atol=1e-4,
     )
-
-  def test_a_dead_plane_with_a_bias_stays_as_it_is(self):
-    # The factor of a dead plane is 0, and a bias cannot be divided by it.
-    model = _model('qwen2_with_biases_and_rope')
-    dead = lambda x: x * (np.arange(x.shape[-1]) % 3 != 1)
-    fixed, notes = transform_checks.apply(CHAIN[1], _with_first(model, 'query', dead))
-    self.assertEqual([n['form'] for n in notes], ['array', 'head_planes'])
-    self.assertTrue(all(np.isfinite(x).all() for x in jax.tree.leaves(fixed)))
 
   def test_what_is_not_known_is_left_alone(self):
     model = _model('llama_with_groups')

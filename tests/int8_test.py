@@ -13,8 +13,8 @@ import random_models
 import rotbits_jax
 from rotbits_jax import evaluation
 from rotbits_jax import models
+from rotbits_jax import passes
 from rotbits_jax import structured
-from rotbits_jax import symmetries
 
 pytest.importorskip('qwix')
 int8 = pytest.importorskip('benchmarks.int8')
@@ -34,9 +34,7 @@ LEAVES = {
   'gram': lambda seed: structured.IdentityMinusGram(
     b=_lower(seed, 6, 2 + seed), c=_lower(seed, 6, 0), columns=8
   ),
-  'trapezoids': lambda seed: structured.RowTrapezoids(
-    _lower(seed, 8, 5).T, blocks=(5,)
-  ),
+  'trapezoids': lambda seed: structured.TrapezoidalRows(None, _lower(seed, 8, 5)),
   'low_rank': lambda seed: structured.LowRank(
     _lower(seed, 6, 3), _lower(seed + 1, 7, 3).T
   ),
@@ -50,8 +48,8 @@ def _model():
 
 @functools.cache
 def _quantized(free):
-  chain = (symmetries.remove_residual_gauge(),) if free else ()
-  return symmetries.run_chain((*chain, int8.quantize_kernels()), _model())
+  chain = (passes.remove_residual_gauge(),) if free else ()
+  return passes.run_chain((*chain, int8.quantize_kernels()), _model())
 
 
 class Int8Test(parameterized.TestCase):
@@ -112,13 +110,13 @@ class Int8Test(parameterized.TestCase):
 
 class QuantizeKernelsTest(parameterized.TestCase):
   def test_structural_zeros_are_not_stored(self):
-    before, _ = symmetries.run_chain((symmetries.remove_residual_gauge(),), _model())
+    before, _ = passes.run_chain((passes.remove_residual_gauge(),), _model())
     after, savings = _quantized(free=True)
     shortcuts = 0
     for layer, quantized in zip(before.layers(), after.layers(), strict=True):
       for name in ('attention_shortcut', 'mlp_shortcut'):
         leaf, new = layer[name]['kernel'], quantized[name]['kernel']
-        shortcuts += leaf.kind == 'identity_minus_gram'
+        shortcuts += leaf.type_name == 'identity_minus_gram'
         self.assertIsInstance(new, int8.Int8)
         scales = sum(x.size for x in jax.tree.leaves(new.scales))
         numbers = structured.count_elements(leaf)

@@ -157,43 +157,11 @@ class _NewConfig(models.ModelConfig):
 
 class LayoutTest(parameterized.TestCase):
   @parameterized.parameters(*TABLE)
-  def test_axes_are_those_of_the_table(self, name, sliced, layer, outer):
+  def test_axes_sizes_and_ends_are_those_of_the_table(self, name, sliced, layer, outer):
     config = _config(name, sliced=sliced)
     self.assertEqual(layout.layer_axes(config), layer)
     self.assertEqual(layout.outer_axes(config), outer)
-
-  @parameterized.parameters(*TABLE)
-  def test_every_parameter_has_axes_of_these_sizes(self, name, sliced, layer, outer):
-    config = _config(name, sliced=sliced)
-    sizes = {
-      'query': 24,
-      'key': config.num_kv_heads * 6,
-      'neuron': 20,
-      'vocabulary': 31,
-      'position': 22,
-      'norm': 24,
-    }
-    numbers = 0
-    for axes, shapes, widths in (
-      (layer, models.layer_shapes(config, 1), config.layer_widths(1)),
-      (outer, models.outer_shapes(config), config.segment_widths),
-    ):
-      expected = {
-        path: tuple(widths[x] if isinstance(x, int) else sizes[x] for x in own)
-        for path, own in axes.items()
-      }
-      self.assertEqual(structured.flatten(shapes), expected)
-      numbers += sum(map(math.prod, expected.values()))
-    first = structured.flatten(models.layer_shapes(config, 0))
-    numbers += sum(map(math.prod, first.values()))
-    self.assertEqual(models.count_elements(config), numbers)
-
-  @parameterized.parameters(*TABLE)
-  def test_linear_layers_read_and_write_as_their_kernels_say(
-    self, name, sliced, layer, outer
-  ):
-    del outer
-    config = _config(name, sliced=sliced)
+    self._assert_sizes(config, layer, outer)
     linears = layout.linears(config)
     kernels = {
       path.removesuffix('/kernel'): axes
@@ -207,17 +175,35 @@ class LayoutTest(parameterized.TestCase):
       self.assertEqual(writes, None if isinstance(last, str) else last)
       # Each linear layer reads or writes a segment, but not both.
       self.assertEqual((reads is None) + (writes is None), 1)
-
-  @parameterized.parameters(*TABLE)
-  def test_neurons_are_where_the_table_has_them(self, name, sliced, layer, outer):
-    del outer
-    config = _config(name, sliced=sliced)
-    expected = {
+    neurons = {
       path: axes.index('neuron') for path, axes in layer.items() if 'neuron' in axes
     }
-    self.assertEqual(layout.neuron_axes(config), expected)
-    self.assertEqual(expected['mlp/up/kernel'], 1)
-    self.assertEqual(expected['mlp/down/kernel'], 0)
+    self.assertEqual(layout.neuron_axes(config), neurons)
+
+  def _assert_sizes(self, config, layer, outer):
+    """Checks the shapes of the parameters, and how many elements they have."""
+    sizes = {
+      'query': 24,
+      'key': config.num_kv_heads * 6,
+      'neuron': 20,
+      'vocabulary': 31,
+      'position': 22,
+      'norm': 24,
+    }
+    elements = 0
+    for axes, shapes, widths in (
+      (layer, models.layer_shapes(config, 1), config.layer_widths(1)),
+      (outer, models.outer_shapes(config), config.segment_widths),
+    ):
+      expected = {
+        path: tuple(widths[x] if isinstance(x, int) else sizes[x] for x in own)
+        for path, own in axes.items()
+      }
+      self.assertEqual(structured.flatten(shapes), expected)
+      elements += sum(map(math.prod, expected.values()))
+    first = structured.flatten(models.layer_shapes(config, 0))
+    elements += sum(map(math.prod, first.values()))
+    self.assertEqual(models.count_elements(config), elements)
 
   def test_parallel_blocks_read_one_norm(self):
     for name, norm in (('llama', 'mlp_norm'), ('phi', 'attention_norm')):
@@ -227,17 +213,14 @@ class LayoutTest(parameterized.TestCase):
 
 
 class SymmetriesTest(parameterized.TestCase):
-  @parameterized.parameters(*SYMMETRIES)
-  def test_symmetries_are_those_of_the_table(self, name, sliced):
-    config = _config(name, sliced=sliced)
-    self.assertEqual(layout.symmetries(config), SYMMETRIES[name, sliced])
-
-  @parameterized.parameters(*SYMMETRIES)
-  def test_a_config_with_a_field_that_is_not_known_has_none(self, name, sliced):
-    config = _config(name, sliced=sliced)
-    fields = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
-    self.assertEqual(layout.symmetries(_NewConfig(**fields)), layout.Symmetries())
-    self.assertFalse(any(layout.symmetries(_NewConfig(**fields))))
+  def test_symmetries_are_those_of_the_table(self):
+    for (name, sliced), expected in SYMMETRIES.items():
+      config = _config(name, sliced=sliced)
+      self.assertEqual(layout.symmetries(config), expected, (name, sliced))
+      # A config with a field that is not known has none.
+      fields = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
+      self.assertEqual(layout.symmetries(_NewConfig(**fields)), layout.Symmetries())
+    self.assertFalse(any(layout.Symmetries()))
 
   def test_a_norm_or_an_activation_that_is_not_known_has_none(self):
     config = _config('llama')

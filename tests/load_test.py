@@ -17,7 +17,9 @@ import random_models
 import rotbits_jax
 
 TREE = {
-  f'unit {i}': {'x': np.random.default_rng(i).normal(size=(64, 80)).astype(np.float16)}
+  f'record {i}': {
+    'x': np.random.default_rng(i).normal(size=(64, 80)).astype(np.float16)
+  }
   for i in range(4)
 }
 
@@ -47,7 +49,7 @@ class LoadTest(parameterized.TestCase):
       futures.ThreadPoolExecutor(16) as pool,
     ):
       names = list(TREE) * 4
-      for name, tree in zip(names, pool.map(reader.unit, names), strict=True):
+      for name, tree in zip(names, pool.map(reader.record, names), strict=True):
         assert_same_bits(tree[name], TREE[name])
 
   @parameterized.parameters('path', 'bytes')
@@ -72,7 +74,7 @@ class LoadTest(parameterized.TestCase):
     self.check_memory(1000)
 
   def check_memory(self, count):
-    tree = TREE['unit 0']
+    tree = TREE['record 0']
 
     def rounds(count):
       for _ in range(count):
@@ -91,17 +93,11 @@ class LoadTest(parameterized.TestCase):
     model = random_models.random_model(random_models.BASE | {'num_hidden_layers': 12})
     with rotbits_jax.file.Reader(rotbits_jax.encode(model, preset='exact')) as reader:
       alive: list[weakref.ref[np.ndarray]] = []
-      for index, params in reader.parts():
+      for name, flat in reader.each():
         alive = [x for x in alive if x() is not None]
-        self.assertLessEqual(len(alive), 3, f'layer {index}')
-        alive.append(
-          weakref.ref(
-            params['mlp']['up']['kernel']
-            if index is not None
-            else params['embed']['tokens']
-          )
-        )
-        del params
+        self.assertLessEqual(len(alive), 3, name)
+        alive.append(weakref.ref(next(iter(flat.values()))))
+        del flat
 
 
 if __name__ == '__main__':

@@ -8,7 +8,6 @@ import pytest
 import random_models
 
 from rotbits_jax import structured
-from rotbits_jax import symmetries
 from rotbits_jax.presets import steps as steps_lib
 
 pytest.importorskip('qwix')
@@ -32,8 +31,7 @@ def _model():
 
 
 def _pairs(model):
-  leaves = symmetries.transform.leaves
-  for (path, a), (other, b) in zip(leaves(_model()), leaves(model), strict=True):
+  for (path, a), (other, b) in zip(_model().leaves(), model.leaves(), strict=True):
     assert path == other
     yield path, np.float32(a), np.float32(b)
 

@@ -10,8 +10,8 @@ import random_models
 
 from rotbits_jax import checkpoints
 from rotbits_jax import models
+from rotbits_jax import passes
 from rotbits_jax import structured
-from rotbits_jax import symmetries
 from tests import transform_checks
 
 TESTDATA = pathlib.Path(__file__).parent / 'testdata'
@@ -34,7 +34,7 @@ class RandomlyRotatedTest(parameterized.TestCase):
     model = checkpoints.load_checkpoint(TESTDATA / name).model
     # The shape of the tokens is that of transforms_test, which compiles this, too.
     tokens = np.load(TESTDATA / name / 'ref_logits.npz')['input_ids'][:, :24]
-    rotated = symmetries.randomly_rotated(model, key=jax.random.key(0))
+    rotated = passes.randomly_rotated(model, key=jax.random.key(0))
     logits = transform_checks.fast_logits(model, tokens)
     error = np.abs(transform_checks.fast_logits(rotated, tokens) - logits)
     self.assertGreater(error.mean(), 0)
@@ -54,12 +54,12 @@ class RandomlyRotatedTest(parameterized.TestCase):
         u, v = rng.standard_normal((2, 12, 4)).astype(np.float32)
         layer['attention']['value']['kernel'] = structured.LowRank(u, v.T)
       model = models.from_layers(model.config, model.outer(), layers)
-      chain = (symmetries.remove_biases(),)
+      chain = (passes.remove_biases(),)
     else:
       model = random_models.sliced_llama([18, 18, 18, 18, 24])
-      chain = (symmetries.remove_residual_gauge(), symmetries.retie_embedding())
-    compact, _ = symmetries.run_chain(chain, model)
-    rotated = symmetries.randomly_rotated(compact, key=jax.random.key(0))
+      chain = (passes.remove_residual_gauge(), passes.retie_embedding())
+    compact, _ = passes.run_chain(chain, model)
+    rotated = passes.randomly_rotated(compact, key=jax.random.key(0))
     for leaf in jax.tree.leaves(rotated.params, is_leaf=structured.is_structured):
       self.assertFalse(structured.is_structured(leaf))
     tokens = np.arange(8)[None]

@@ -2,12 +2,10 @@
 
 import dataclasses
 import importlib.util
-import itertools
 import json
 import pathlib
 
 import jax
-import ml_dtypes
 import numpy as np
 import pytest
 import safetensors
@@ -20,7 +18,7 @@ from tests import golden
 
 ROOT = pathlib.Path(__file__).parents[1]
 ROUNDOFF = {'bfloat16': 2.0**-7, 'float16': 2.0**-10, 'float32': 1e-5}
-UNITS = [name for name in rotbits_jax.PRESETS if name != 'paper']
+RECORDS = [name for name in rotbits_jax.PRESETS if name != 'paper']
 SMALL = [
   *('llama-tiny-dense', 'phi2-tiny-sliced-0.25', 'phi3-tiny-dense'),
   pytest.param('opt-small-sliced-0.2', marks=pytest.mark.slow),
@@ -47,14 +45,14 @@ def load_decoder():
 
 def parameters(decoded):
   """Arrays of a model or of nested dicts by path, and whether each was structured."""
-  units = [('', decoded, decoded)]
+  parts = [('', decoded, decoded)]
   if isinstance(decoded, rotbits_jax.Model):
     plain = decoded.materialize()
-    units = [('', decoded.outer(), plain.outer())]
+    parts = [('', decoded.outer(), plain.outer())]
     layers = zip(decoded.layers(), plain.layers(), strict=True)
-    units += [(f'layers.{i}/', *both) for i, both in enumerate(layers)]
+    parts += [(f'layers.{i}/', *both) for i, both in enumerate(layers)]
   found = {}
-  for prefix, leaves, arrays in units:
+  for prefix, leaves, arrays in parts:
     leaves, arrays = structured.flatten(leaves), structured.flatten(arrays)
     for path, array in arrays.items():
       is_leaf = structured.is_structured(leaves[path])
@@ -82,7 +80,7 @@ def assert_reads_the_same(file, output):
       np.testing.assert_array_equal(*bits, err_msg=path)
 
 
-@pytest.mark.parametrize('preset', UNITS)
+@pytest.mark.parametrize('preset', RECORDS)
 @pytest.mark.parametrize('name', SMALL)
 def test_reads_the_same_numbers(name, preset, tmp_path):
   file, output = tmp_path / 'model.rotbits', tmp_path / 'model.safetensors'
@@ -95,40 +93,23 @@ def test_reads_golden_files(name, tmp_path):
   assert_reads_the_same(golden.file_of(name), tmp_path / 'model.safetensors')
 
 
-def packed_leaves():
-  """Packed leaves of every kind, in every form that the format has."""
-  rng = np.random.default_rng(2)
-  masked = rng.normal(size=(12, 2, 40)).astype(ml_dtypes.bfloat16)
-  masked[rng.random(masked.shape) < 0.5] = 0
-  for transposed, across in itertools.product((False, True), repeat=2):
-    yield structured.Sparse.from_array(masked, transposed=transposed, across=across)
-  index = rng.integers(-7, 8, (24, 4, 8))
-  steps = rng.uniform(0.01, 0.02, (24, 4, 1)).astype(np.float32)
-  steps[3] *= -1
-  levels = (np.float32(index) * steps).reshape(24, 32)
-  wrong = np.where(rng.random(levels.shape) < 0.1, 3, levels * 1.0001)
-  for numbers, transposed, has_base, dtype in (
-    (levels, False, False, np.float32),
-    (levels.T, True, False, np.float16),
-    (levels + np.float32(0.1), False, True, ml_dtypes.bfloat16),
-    (wrong, False, False, np.float16),
-    (wrong + 0.1, False, True, np.float32),
-  ):
-    grid = structured.Grid(transposed, 8, has_base, (7, 14), 24)
-    yield structured.Levels.from_array(numbers.astype(dtype), grid)
-  for transposed, of_lines in itertools.product((False, True), repeat=2):
-    few = masked[:2].reshape(4, 40)
-    yield structured.Table.from_array(few, transposed=transposed, of_lines=of_lines)
-
-
-@pytest.mark.parametrize('leaf', list(packed_leaves()), ids=lambda leaf: leaf.kind)
-def test_reads_packed_leaves(leaf):
+@pytest.mark.parametrize('units', [False, True])
+@pytest.mark.parametrize('transposed', [False, True])
+def test_reads_quantized_leaves(transposed, units):
+  rng = np.random.default_rng(0)
+  halves = lambda *shape: rng.normal(size=shape).astype(np.float16)
+  bytes = lambda *shape: rng.integers(0, 200, shape).astype(np.uint8)
+  blocks = bytes if units else halves
+  more = (halves(6, 2), halves(6, 2)) if units else (None, None)
+  leaf = structured.Quantized(
+    bytes(6, 64), blocks(6, 8), blocks(6, 8), *more, 'bfloat16', transposed
+  )
   settings, arrays = leaf.stored()
   bits = lambda x: x.view(f'u{x.itemsize}') if x.dtype.kind in 'fV' else x
   parts = {name: (bits(x), x.dtype.name) for name, x in arrays.items()}
   settings['dtype'] = leaf.dtype.name
-  found = load_decoder().expand(leaf.kind, settings, parts).reshape(leaf.shape)
-  np.testing.assert_array_equal(found, bits(leaf.array()))
+  found = load_decoder().expand('quantized', settings, parts)
+  np.testing.assert_array_equal(found, bits(leaf.materialize()))
 
 
 def test_reads_a_pruned_model(tmp_path):
@@ -139,8 +120,8 @@ def test_reads_a_pruned_model(tmp_path):
   model = dataclasses.replace(model, params=pruned)
   rotbits_jax.encode_to_file(model, file, preset='exact')
   with file_lib.Reader(file) as reader:
-    leaves = [leaf for unit in reader.units.values() for leaf in unit.leaves]
-  assert 'sparse' in {leaf.kind for leaf in leaves}
+    specs = [x for record in reader.records.values() for x in record.spec['arrays']]
+  assert any(isinstance(x[-1], list) for x in specs)  # a codebook
   assert_reads_the_same(file, output)
 
 

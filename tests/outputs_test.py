@@ -37,7 +37,7 @@ class CheckTest(Base):
   def test_a_file_that_exists_needs_overwrite(self):
     self.target.write_text('old')
     self.check()
-    with self.assertRaisesRegex(FileExistsError, '--overwrite'):
+    with self.assertRaisesRegex(FileExistsError, 'overwrite'):
       self.check(overwrite=False)
 
   def test_only_regular_files_are_replaced(self):

@@ -18,9 +18,11 @@ import rotbits_jax
 from rotbits_jax import checkpoints
 from rotbits_jax import models
 from rotbits_jax import paper
+from rotbits_jax import passes
+from rotbits_jax import presets
 from rotbits_jax import structured
-from rotbits_jax import symmetries
 from rotbits_jax.paper import rotations
+from rotbits_jax.system import schema
 
 TESTDATA = pathlib.Path(__file__).parent / 'testdata'
 TRAINED = 'opt-small-sliced-0.2'
@@ -44,9 +46,13 @@ def _notes(data):
   return rotbits_jax.inspect(data).notes['rotations']
 
 
+def options(**changes):
+  """Returns the options of the preset `paper`, with changes."""
+  return schema.load(paper.Options, presets.paper(**changes).options)
+
+
 def _size(encoded, message):
-  streams = message, encoded.corrections, encoded.tables
-  return sum(stream.nbytes for stream in streams)
+  return message.nbytes + encoded.streams['corrections'].nbytes
 
 
 def _logits(model, tokens):
@@ -56,50 +62,54 @@ def _logits(model, tokens):
   )
 
 
-def encode(model, options):
+def encode(model, **changes):
   """Returns the result of `paper.encode`, and the message."""
   words = [np.zeros(0, np.uint16)]
-  encoded = paper.encode(model, options, lambda x: words.append(np.array(x)))
+  spill = lambda x: words.append(np.array(x))
+  encoded = paper.encode(model, options(**changes), spill)
   return encoded, np.concatenate(words)
 
 
-def decode(encoded, message, config):
+def decode(encoded, message, config, **changes):
   layout = json.loads(json.dumps(encoded.layout))
-  return dict(
-    paper.decode(layout, message, encoded.corrections, encoded.tables, config)
-  )
+  streams = {'message': message, **encoded.streams}
+  return dict(paper.decode(options(**changes), layout, streams, config))
+
+
+def digests(encoded):
+  return {path: digest for path, (_, digest) in encoded.layout['arrays'].items()}
 
 
 class SchemeTestCase(parameterized.TestCase):
-  def _assert_exact(self, model, options):
+  def _assert_exact(self, model, **changes):
     """Encodes and decodes a model, and compares the digests."""
-    encoded, message = encode(model, options)
-    decoded = decode(encoded, message, model.config)
-    self.assertEqual(set(decoded), set(encoded.digests))
+    encoded, message = encode(model, **changes)
+    decoded = decode(encoded, message, model.config, **changes)
+    self.assertEqual(set(decoded), set(digests(encoded)))
     given = structured.flatten(model.outer())
     for i, layer in enumerate(model.layers()):
       given |= {f'layers.{i}/{k}': x for k, x in structured.flatten(layer).items()}
     chex.assert_trees_all_equal_shapes_and_dtypes(decoded, given)
     for path, array in decoded.items():
-      self.assertEqual(zlib.crc32(array.tobytes()), encoded.digests[path], path)
-    self.assertLen(encoded.notes, len(model.config.segment_widths))
+      self.assertEqual(zlib.crc32(array.tobytes()), digests(encoded)[path], path)
+    self.assertLen(encoded.saving.notes, len(model.config.segment_widths))
     return encoded, message, decoded
 
   def _assert_same_function(self, data, model):
     tokens = np.arange(24)[None] % model.config.vocab_size
     reference = _logits(model, tokens)
-    rerounded = symmetries.randomly_rotated(model, key=jax.random.key(0))
+    rerounded = passes.randomly_rotated(model, key=jax.random.key(0))
     noise = np.abs(_logits(rerounded, tokens) - reference).mean()
     error = np.abs(_logits(rotbits_jax.decode(data), tokens) - reference).mean()
     self.assertLess(error, 2 * noise)
 
   def check_decodes_exactly_and_gains(self, canonicaliser):
     model = _load(TINY[0])
-    encoded, message, _ = self._assert_exact(model, paper.Options(canonicaliser))
-    self.assertNotIn(None, encoded.layout['rows'])
+    encoded, message, _ = self._assert_exact(model, canonicaliser=canonicaliser)
+    self.assertTrue(all(encoded.layout['sampled']))
     whole = sum(x.nbytes for x in jax.tree.leaves(model.params))
     saved = whole - _size(encoded, message)
-    self.assertAlmostEqual(saved, encoded.net_bits / 8, delta=0.001 * whole)
+    self.assertAlmostEqual(saved, encoded.saving.bytes, delta=0.001 * whole)
 
 
 class SchemeTest(SchemeTestCase):
@@ -112,8 +122,8 @@ class MarginTest(SchemeTestCase):
 
   def decode_elsewhere(self, model, canonicaliser, error):
     """Encodes here, and decodes with a backward error of this many roundoffs."""
-    encoded, message = encode(model, paper.Options(canonicaliser))
-    self.assertLess(encoded.layout['rows'].count(None), len(encoded.notes))
+    encoded, message = encode(model, canonicaliser=canonicaliser)
+    self.assertTrue(any(encoded.layout['sampled']))
     real = rotations.recovered
 
     def recovered(*args):
@@ -127,9 +137,9 @@ class MarginTest(SchemeTestCase):
     with contextlib.ExitStack() as stack:
       for patch in elsewhere:
         stack.enter_context(patch)
-      decoded = decode(encoded, message, model.config)
+      decoded = decode(encoded, message, model.config, canonicaliser=canonicaliser)
     for path, array in decoded.items():
-      self.assertEqual(zlib.crc32(array.tobytes()), encoded.digests[path], path)
+      self.assertEqual(zlib.crc32(array.tobytes()), digests(encoded)[path], path)
 
   def model(self, dtype):
     """A model whose shortcuts have singular values from 1 down to 0.001."""
@@ -158,27 +168,27 @@ class SlowSchemeTest(SchemeTestCase):
   def test_rotations_that_cannot_be_recovered_are_not_sampled(self):
     zero = lambda rng, m: 0 * m
     model = random_models.sliced_llama([18] * 5, np.float16, shortcut=zero)
-    encoded, _ = encode(model, paper.Options())
-    self.assertEqual(encoded.layout['rows'][1:], [None] * 4)
+    encoded, _ = encode(model)
+    self.assertEqual(encoded.layout['sampled'][1:], [False] * 4)
 
   def test_entropy_coding_gains_on_top(self):
     model = _load(TINY[0])
-    encoded, message, _ = self._assert_exact(model, paper.Options(entropy=True))
-    plain = _size(*encode(model, paper.Options()))
+    encoded, message, _ = self._assert_exact(model, entropy=True)
+    plain = _size(*encode(model))
     self.assertLess(_size(encoded, message), 0.87 * plain)
 
   @pytest.mark.daily
   def test_published_threshold_leaves_errors_below_it_in(self):
     model = _load(TINY[0])
-    options = paper.Options('svd', 'symmetric_eig')
-    exact, message, rotated = self._assert_exact(model, options)
+    published = {'canonicaliser': 'svd', 'rotation_codec': 'symmetric_eig'}
+    exact, message, rotated = self._assert_exact(model, **published)
     lossy, shorter, decoded = self._assert_exact(
-      model, options._replace(threshold=1e-3)
+      model, **published, correction='threshold'
     )
     self.assertLess(_size(lossy, shorter), _size(exact, message))
     # Both sample the same rotations, except perhaps for the last segment, because its
     # rotation may save nothing.
-    sampled = [[row is None for row in x.layout['rows']] for x in (exact, lossy)]
+    sampled = [x.layout['sampled'] for x in (exact, lossy)]
     self.assertEqual(sampled[0][:-1], sampled[1][:-1])
     last = paper.segments.parts(model.config)[-1].all
     differs = last if sampled[0][-1] != sampled[1][-1] else {}
@@ -196,15 +206,15 @@ class SlowSchemeTest(SchemeTestCase):
   )
   def test_widths_may_vary(self, widths):
     model = random_models.sliced_llama(widths, np.float16)
-    self._assert_exact(model, paper.Options())
+    self._assert_exact(model)
 
   def test_numbers_that_are_not_finite_stay_where_they_are(self):
     model = random_models.sliced_llama([18] * 5, np.float16)
     layers = list(model.layers())
     layers[1]['attention']['value']['kernel'][2, 3] = np.nan
     broken = models.from_layers(model.config, model.outer(), layers)
-    encoded, _, decoded = self._assert_exact(broken, paper.Options())
-    self.assertIsNone(encoded.layout['rows'][2])
+    encoded, _, decoded = self._assert_exact(broken)
+    self.assertFalse(encoded.layout['sampled'][2])
     kernel = decoded['layers.1/attention/value/kernel']
     self.assertEqual(np.argwhere(np.isnan(kernel)).tolist(), [[2, 3]])
 
@@ -214,16 +224,16 @@ class SlowSchemeTest(SchemeTestCase):
     layers = list(model.layers())
     layers[0]['mlp_shortcut']['kernel'][2, 3] = value
     broken = models.from_layers(model.config, model.outer(), layers)
-    encoded, _, decoded = self._assert_exact(broken, paper.Options())
-    self.assertEqual(encoded.layout['rows'][1:3], [None, None])
+    encoded, _, decoded = self._assert_exact(broken)
+    self.assertEqual(encoded.layout['sampled'][1:3], [False, False])
     kernel = decoded['layers.0/mlp_shortcut/kernel']
     self.assertEqual(np.argwhere(~np.isfinite(kernel)).tolist(), [[2, 3]])
 
   def test_polar_shortcut_gives_back_eleven_bits_a_parameter(self):
-    encoded, _ = encode(_load(TRAINED), paper.Options())
+    encoded, _ = encode(_load(TRAINED))
     widths = _load(TRAINED).config.segment_widths
     parameters = sum(d * (d - 1) // 2 for d in widths)
-    self.assertGreater(encoded.net_bits / parameters, 11)
+    self.assertGreater(8 * encoded.saving.bytes / parameters, 11)
 
   @parameterized.parameters(*TINY)
   def test_every_family_keeps_its_function(self, name):
@@ -233,9 +243,10 @@ class SlowSchemeTest(SchemeTestCase):
 
   @parameterized.parameters('svd', 'polar_shortcut')
   def test_published_rotation_code_decodes_exactly(self, canonicaliser):
-    options = paper.Options(canonicaliser, 'symmetric_eig')
-    encoded, _, _ = self._assert_exact(_load(TINY[0]), options)
-    self.assertGreater(encoded.net_bits, 0)
+    encoded, _, _ = self._assert_exact(
+      _load(TINY[0]), canonicaliser=canonicaliser, rotation_codec='symmetric_eig'
+    )
+    self.assertGreater(encoded.saving.bytes, 0)
 
   @parameterized.named_parameters(
     ('zero', lambda rng, m: 0 * m),
@@ -244,20 +255,20 @@ class SlowSchemeTest(SchemeTestCase):
   )
   def test_degenerate_shortcuts(self, shortcut):
     model = random_models.sliced_llama([18] * 5, np.float16, shortcut=shortcut)
-    self._assert_exact(model, paper.Options())
+    self._assert_exact(model)
 
   @parameterized.parameters('bfloat16', 'float32')
   def test_other_formats(self, dtype):
     model = random_models.sliced_llama([18] * 5, jax.numpy.dtype(dtype))
     for entropy in (False, True):
-      self._assert_exact(model, paper.Options(entropy=entropy))
+      self._assert_exact(model, entropy=entropy)
 
   def test_same_bits_without_jit(self):
     model = random_models.sliced_llama([3, 3, 3], np.float16)
-    encoded, message = encode(model, paper.Options())
+    encoded, message = encode(model)
     with jax.disable_jit():
       # `decode` checks the digests.
-      self.assertLen(decode(encoded, message, model.config), len(encoded.digests))
+      self.assertLen(decode(encoded, message, model.config), len(digests(encoded)))
 
 
 class FileTest(parameterized.TestCase):
@@ -294,20 +305,22 @@ class FileTest(parameterized.TestCase):
     ):
       broken = models.from_layers(model.config, wrong, layers)
       with self.subTest(name), self.assertRaises(ValueError):
-        encode(broken, paper.Options())
+        encode(broken)
     with self.assertRaisesRegex(ValueError, 'dense'):
-      encode(_load('llama-tiny-dense'), paper.Options())
+      encode(_load('llama-tiny-dense'))
 
   @parameterized.parameters(
     {'canonicaliser': 'lu'},
-    {'rotation_codec': 'lu'},
-    {'threshold': 1e-3},
-    {'threshold': 1e-3, 'rotation_codec': 'symmetric_eig', 'entropy': True},
-    {'threshold': float('nan'), 'rotation_codec': 'symmetric_eig'},
+    {'rotation_codec': ['haar']},
+    {'entropy': 2},
+    {'correction': 'threshold'},
+    {'correction': 'threshold', 'rotation_codec': 'symmetric_eig', 'entropy': True},
+    {'threshold': float('nan')},
+    {'threshold': -1.0},
   )
-  def test_options_that_do_not_go_together_are_refused(self, **options):
+  def test_options_that_do_not_go_together_are_refused(self, **changes):
     with self.assertRaises(ValueError):
-      paper.Options(**options).check()
+      options(**changes)
 
 
 if __name__ == '__main__':

@@ -11,7 +11,6 @@ import numpy as np
 
 from rotbits_jax.coding import codecs
 from rotbits_jax.coding import rans
-from rotbits_jax.coding.bits_back import bits_back
 from rotbits_jax.coding.bits_back import permutation
 from tests import codec_checks
 
@@ -152,7 +151,7 @@ class BitsBackTest(parameterized.TestCase):
       message, bits = pop_raw(message)
       return message, np.asarray(bits).astype(np.uint16)
 
-    codec = bits_back.bits_back(
+    codec = codecs.bits_back(
       prior=codecs.Codec(lambda m, x: push_raw(m, jnp.asarray(x)), pop),
       likelihood=lambda stored: codecs.certain(canonical(stored)),
       posterior=posterior,

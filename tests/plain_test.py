@@ -24,6 +24,7 @@ from rotbits_jax import checkpoints
 from rotbits_jax import structured
 from rotbits_jax.file import manifest as manifest_lib
 from rotbits_jax.file import memory
+from rotbits_jax.file import writer
 
 TESTDATA = pathlib.Path(__file__).parent / 'testdata'
 PARAMS = {'kernel': jnp.arange(12.0).reshape(3, 4), 'bias': jnp.zeros(4, jnp.bfloat16)}
@@ -69,7 +70,7 @@ class TreeTest(parameterized.TestCase):
     np.testing.assert_array_equal(decoded['a']['b'], array)
     self.assertEqual(decoded['a']['b'].shape, shape)
 
-  def test_packed_arrays_with_many_axes(self):
+  def test_arrays_with_many_axes(self):
     array = np.zeros((2,) * 13, np.float32)
     decoded = rotbits_jax.decode(rotbits_jax.encode({'a': array}))
     np.testing.assert_array_equal(decoded['a'], array)
@@ -84,32 +85,29 @@ class TreeTest(parameterized.TestCase):
   @parameterized.parameters(*seeds.leaves())
   def test_a_structured_leaf_comes_back_or_is_refused(self, name):
     leaf = seeds.leaves()[name]
-    if isinstance(leaf, structured.Packed):
-      with self.assertRaisesRegex(ValueError, r'^a/b: a packed leaf'):
-        rotbits_jax.encode({'a': {'b': leaf}})
-      leaf = leaf.array()
+    decoded = rotbits_jax.decode(rotbits_jax.encode({'a': {'b': leaf}}))
+    if leaf.expands_on_reading:
+      leaf = np.asarray(leaf.materialize())
     else:
       with self.assertRaisesRegex(ValueError, r'^a/b: it cannot be stored: '):
         rotbits_jax.encode({'a': {'b': type(leaf).stack([leaf, leaf])}})
-    decoded = rotbits_jax.decode(rotbits_jax.encode({'a': {'b': leaf}}))
     self.assertTrue(structured.same_bits(decoded, {'a': {'b': leaf}}))
 
   @parameterized.parameters(
-    ('constant', [1 << 31], 'lengths of axes'),
-    ('constant', [1 << 31, 0], 'lengths of axes'),
-    ('gram', [6, 1 << 31], 'columns must be'),
-    ('trapezoidal', [7, 1 << 31], 'lengths of axes'),
-    ('row_trapezoids', [10, 1 << 31], 'columns must be'),
-    ('tied', [1 << 31, 3], 'tokens must be'),
+    ('constant', [1 << 31], 'tail/0: must be'),
+    ('constant', [1 << 31, 0], 'tail/0: must be'),
+    ('gram', [6, 1 << 31], 'columns: must be'),
+    ('trapezoidal_rows', [10, 1 << 31], 'differs from the manifest'),
+    ('tied', [1 << 31, 3], 'tokens: must be'),
   )
   def test_a_huge_shape_of_few_numbers_is_refused(self, name, shape, words):
     self.enterContext(mock.patch.object(memory, '_available', return_value=None))
     data = rotbits_jax.encode({'a': {'b': seeds.leaves()[name]}})
     streams, manifest = containers.unpack(data)
-    (entry,) = manifest['units'][0]['leaves']
+    (entry,) = manifest['records'][0]['leaves']
     entry['shape'] = shape
-    settings = entry['settings']
-    lengths = {'columns': shape[-1], 'tokens': shape[0], 'shape': shape, 'lower': shape}
+    settings = entry.get('settings', {})
+    lengths = {'columns': shape[-1], 'tokens': shape[0], 'tail': shape}
     settings |= {key: lengths[key] for key in lengths if key in settings}
     data = containers.pack(streams, containers.to_json(manifest))
     self.assertEqual(rotbits_jax.inspect(data).file_bytes, len(data))
@@ -120,7 +118,7 @@ class TreeTest(parameterized.TestCase):
   def test_a_leaf_under_another_key_is_refused(self):
     data = rotbits_jax.encode({'a': {'b': np.arange(8.0)}})
     streams, manifest = containers.unpack(data)
-    manifest['units'][0]['leaves'][0]['path'] = 'c/b'
+    manifest['records'][0]['leaves'][0]['path'] = 'c/b'
     data = containers.pack(streams, containers.to_json(manifest))
     with self.assertRaisesRegex(rotbits_jax.ContainerError, 'a: .* under its name'):
       rotbits_jax.load(data)
@@ -152,19 +150,17 @@ class TreeTest(parameterized.TestCase):
 
   @parameterized.parameters(
     ({'a': {'b': 'text'}}, 'a/b: not an array'),
-    ({'a': [1.5]}, 'a/0: not an array'),
+    ({'a': [1.5]}, 'a/0: not an array.* numpy.asarray'),
+    ({'a': np.array(['x'])}, 'a: an array of <U1 .*frombuffer'),
     ({'a': jax.random.key(0)}, 'a: a key'),
     ({'a': np.zeros(2, np.complex64)}, 'a.*complex64'),
     ({'a/b': np.zeros(2)}, 'without a slash'),
-    (np.zeros(2), 'put it into a dict'),
+    (np.zeros(2), 'at the top level'),
     ({'manifest': np.zeros(2)}, 'manifest: the file has another entry'),
-    ({'a': {'b': np.zeros((1,) * 33)}}, 'a/b: .*up to 32 axes'),
-    ({'a': {'b\ud800': np.zeros(2)}}, 'a/b\ud800: it cannot be stored'),
-    ({'b': structured.Constant(np.float32(np.inf), (3,))}, 'b: it cannot be stored'),
+    ({'a': {'b': np.zeros((1,) * 33)}}, 'a: .* is too large'),
+    ({'a': {'b\ud800': np.zeros(2)}}, 'a: .* lone surrogate'),
     ({'b': structured.Constant(np.float32(1), (1 << 31,))}, 'b: it cannot be stored'),
-    ({'b': structured.Constant(np.int64(1 << 62 | 1), (3,))}, "kind 'constant' store"),
-    ({'b': structured.Trapezoidal(np.ones((3, 3)))}, "b: .* kind 'trapezoidal' store"),
-    ({'b': _tied_exactly()}, "b: .* 'tied_exactly' comes back as its array"),
+    ({'b': _tied_exactly()}, 'b: it cannot be stored'),
   )
   def test_what_cannot_be_stored_is_named(self, tree, words):
     with self.assertRaisesRegex(ValueError, words):
@@ -246,11 +242,7 @@ class CheckpointTest(parameterized.TestCase):
       self.assertEqual(decoded[name].dtype, tensor.dtype)
       got = rotbits_jax.read_tensor(self.file, name)
       self.assertEqual(got.tobytes(), tensor.tobytes())
-    units = rotbits_jax.file.Reader(self.file).units
-    self.assertIn('h.1', units)
-    kinds = {leaf.path: leaf.kind for unit in units.values() for leaf in unit.leaves}
-    for name in ('pruned.weight', 'dequantised.weight'):
-      self.assertNotEmpty(kinds[name], name)
+    self.assertIn('h.1', rotbits_jax.file.Reader(self.file).records)
 
   def test_safetensors_with_dtypes_that_numpy_lacks(self):
     tensors = {'a': np.zeros(3, ml_dtypes.float8_e5m2), 'b': np.ones(2, np.int64)}
@@ -337,25 +329,22 @@ class CheckpointTest(parameterized.TestCase):
     weights_files.write_safetensors(self.source / 'model.safetensors', _tensors())
     rotbits_jax.encode_to_file(self.source, self.file)
     expected = self.file.read_bytes()
-    opened = checkpoints.open_tensors(self.source)
-    read = []
+    real, coded = writer.encode_record, []
 
-    def read_until(name):
-      if name == 'h.1.steps':
+    def encode_record(record, *args):
+      if record.name == 'h.1' and 'h.1' not in coded:
+        coded.append(record.name)
         raise KeyboardInterrupt
-      read.append(name)
-      return checkpoints.TensorFiles.read(opened, name)
+      coded.append(record.name)
+      return real(record, *args)
 
-    opened.read = read_until
+    self.enterContext(mock.patch.object(writer, 'encode_record', encode_record))
     with self.assertRaises(KeyboardInterrupt):
-      rotbits_jax.encode_to_file(opened, self.file)
-    again = checkpoints.open_tensors(self.source)
-    reread = []
-    again.read = lambda x: reread.append(x) or checkpoints.TensorFiles.read(again, x)
-    rotbits_jax.encode_to_file(again, self.file)
+      rotbits_jax.encode_to_file(self.source, self.file)
+    rotbits_jax.encode_to_file(self.source, self.file)
     self.assertEqual(self.file.read_bytes(), expected)
-    self.assertIn('h.0.attn.weight', read)
-    self.assertNotIn('h.0.attn.weight', reread)
+    self.assertEqual(coded.count('h.0'), 1)
+    self.assertEqual(coded.count('h.1'), 2)
 
   def test_damage_is_found(self):
     weights_files.write_safetensors(self.source / 'model.safetensors', _tensors())
@@ -381,11 +370,11 @@ class CheckpointTest(parameterized.TestCase):
       rotbits_jax.verify(self.file, against=self.source)
 
   def test_tensors_that_overlap_are_refused(self):
-    layout = checkpoints.WeightsFile('x', 10, (('a', 2), ('b', 5)))
-    self.assertEqual(layout.rest({'a': 3, 'b': 4}), [(0, 2), (9, 10)])
+    layout = checkpoints.WeightsFile(name='x', nbytes=10, places=(('a', 2), ('b', 5)))
+    self.assertEqual(layout.gaps({'a': 3, 'b': 4}), [(0, 2), (9, 10)])
     for sizes in ({'a': 4, 'b': 1}, {'a': 1, 'b': 6}):
       with self.assertRaisesRegex(ValueError, 'overlap'):
-        layout.rest(sizes)
+        layout.gaps(sizes)
 
   def test_a_weights_file_has_one_place_for_each_tensor(self):
     tensors = {'a': np.ones(3), 'b': np.zeros(3)}
@@ -393,13 +382,13 @@ class CheckpointTest(parameterized.TestCase):
     rotbits_jax.encode_to_file(self.source, self.file)
     streams, manifest = containers.unpack(self.file.read_bytes())
     (weights,) = manifest['weights']
-    places = weights['places']
+    places = weights['layout']['places']
     for changed, words in (
-      (places[:1], 'b: no weights file has a place'),
+      (places[:1], 'b: not a tensor with a place'),
       ([places[0], places[0]], 'a: the weights files have it twice'),
-      ([['c', places[0][1]], *places], 'c: a tensor of the weights files is missing'),
+      ([['c', places[0][1]], *places], 'c: not a tensor with a place'),
     ):
-      weights['places'] = changed
+      weights['layout']['places'] = changed
       data = containers.pack(streams, containers.to_json(manifest))
       with self.assertRaisesRegex(rotbits_jax.ContainerError, words):
         rotbits_jax.decode_to_directory(data, self.output)
@@ -412,12 +401,12 @@ class CheckpointTest(parameterized.TestCase):
     (self.source / 'model.safetensors.index.json').write_text(json.dumps(index))
     rotbits_jax.encode_to_file(self.source, self.file, files={})
     with rotbits_jax.file.Reader(self.file) as reader:
-      sizes = sorted(map(len, reader.rests().values()))
+      sizes = sorted(map(len, reader.gaps().values()))
       with (
         mock.patch.object(manifest_lib, 'MOST_FILES', sizes[-1]),
-        self.assertRaisesRegex(rotbits_jax.ContainerError, 'too many bytes'),
+        self.assertRaisesRegex(rotbits_jax.ContainerError, 'bytes between its tensors'),
       ):
-        reader.rests()
+        reader.gaps()
     with (
       mock.patch.object(manifest_lib, 'MOST_FILES', sizes[-1]),
       self.assertRaisesRegex(ValueError, 'are not in tensors'),
@@ -425,7 +414,7 @@ class CheckpointTest(parameterized.TestCase):
       rotbits_jax.encode_to_file(self.source, self.file, files={})
 
   @parameterized.parameters(
-    'manifest.weight', 'files/LICENSE', 'rest/model.safetensors.weight'
+    'manifest.weight', 'files/LICENSE', 'gaps/model.safetensors.weight'
   )
   def test_names_of_other_streams_are_refused_before_the_work(self, name):
     weights_files.write_safetensors(

@@ -44,18 +44,27 @@ def reference_logits(config_json, model):
 
 def sliced_llama(widths, dtype=np.float32, seed=0, shortcut=None):
   """Makes a random sliced Llama with these segment widths and hidden size 24."""
+  config_json = BASE | {'num_hidden_layers': (len(widths) - 1) // 2}
+  return sliced(config_json, widths, dtype, seed, shortcut)
+
+
+def sliced(config_json, widths, dtype=np.float32, seed=0, shortcut=None):
+  """Makes a random sliced model.
+
+  Args:
+    config_json: the config of the dense model.
+    widths: the widths of the segments.
+    dtype: dtype of the parameters.
+    seed: seed of the numbers.
+    shortcut: takes a generator and a block of an orthogonal matrix; returns the
+      shortcut. By default it is that block.
+
+  Returns:
+    The model.
+  """
   rng = np.random.default_rng(seed)
-  layers = (len(widths) - 1) // 2
-  dense = checkpoints.parse_config(BASE | {'num_hidden_layers': layers}, None)
-  config = models.ModelConfig(
-    **{
-      **{f: getattr(dense, f) for f in dense.__dataclass_fields__},
-      'norm': 'rmsn',
-      'tied_head': False,
-      'segment_widths': tuple(widths),
-    }
-  )
-  bases = [orthogonal(rng, 24)[:, :w] for w in widths]
+  config = checkpoints.parse_config(config_json, None).sliced_to(tuple(widths))
+  bases = [orthogonal(rng, config.hidden_size)[:, :w] for w in widths]
   filled = iter(bases[i].T @ bases[i + 1] for i in range(len(widths) - 1))
 
   def leaf(path, shape):
@@ -67,5 +76,5 @@ def sliced_llama(widths, dtype=np.float32, seed=0, shortcut=None):
   is_shape = lambda x: isinstance(x, tuple)
   fill = lambda shapes: jax.tree_util.tree_map_with_path(leaf, shapes, is_leaf=is_shape)
   outer = fill(models.outer_shapes(config))
-  stack = [fill(models.layer_shapes(config, i)) for i in range(layers)]
+  stack = [fill(models.layer_shapes(config, i)) for i in range(config.num_layers)]
   return models.from_layers(config, outer, stack)

@@ -21,7 +21,7 @@ class StackedTest(parameterized.TestCase):
       message = step(message)
     rans.check(message)
     self.assertEqual(message.size.tolist(), [depth - 1] * 5)
-    np.testing.assert_array_equal(message.words[: depth - 1], words[:-1])
+    np.testing.assert_array_equal(message.words[:, : depth - 1].T, words[:-1])
     np.testing.assert_array_equal(rans.payload(message), words[-1])
     for _ in range(depth - 1):
       message = pop(message)

@@ -6,9 +6,9 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
+from rotbits_jax import passes
 from rotbits_jax import structured
-from rotbits_jax import symmetries
-from rotbits_jax.symmetries import rounding
+from rotbits_jax.passes import rounding
 
 DTYPES = (np.float16, ml_dtypes.bfloat16, np.float32)
 
@@ -62,7 +62,7 @@ class RoundTest(parameterized.TestCase):
   @parameterized.parameters(np.float16, ml_dtypes.bfloat16)
   def test_a_floor_changes_no_number_above_it(self, dtype):
     values = _normal((60, 70))
-    octaves = symmetries.with_floor().octaves('mlp/up/kernel', np.dtype(dtype))
+    octaves = passes.with_minimum_exponent().log2_step('mlp/up/kernel', np.dtype(dtype))
     rounded, effect = _round(jnp.asarray(values), dtype, octaves)
     self.assertGreater(effect.step, 0)
     nearest = values.astype(dtype)

@@ -1,4 +1,4 @@
-"""Tests of the scales of lines, and of the normal distribution's integer tables."""
+"""Tests of scale buckets, and of the normal distribution's integer tables."""
 
 import math
 import zlib
@@ -10,8 +10,8 @@ import numpy as np
 
 from rotbits_jax.coding import tables
 from rotbits_jax.coding.weights import contexts
-from rotbits_jax.coding.weights import floats
 from rotbits_jax.coding.weights import layouts
+from rotbits_jax.coding.weights import plans
 from rotbits_jax.coding.weights import scales
 
 # Dtype, number of bits besides the symbol, and a common class.
@@ -26,16 +26,25 @@ FORMATS = (
 )
 
 
-def _layout(dtype, rest):
+def _layout(dtype, raw_bits):
   kind = layouts.Int if np.dtype(dtype).kind == 'i' else layouts.Float
-  return kind(np.dtype(dtype), rest)
+  return kind(np.dtype(dtype), raw_bits)
 
 
-def _labels(lines, shape, start=0, count=None):
-  """Returns the label of each number from `start` on."""
-  labels = np.full(math.prod(shape) if count is None else count, 255, np.uint8)
-  lines.write(labels, start, shape, 1, 0)
-  return labels if count is not None else labels.reshape(shape)
+def _weights(layout, classes):
+  return scales.normal_weights(layout, layout.alphabet, classes)
+
+
+def _sort(matrix):
+  (buckets,) = plans._sorted([np.ascontiguousarray(matrix)])
+  return buckets
+
+
+def _buckets(lines, shape, start=0, count=None):
+  """Returns the bucket of each element from `start` on."""
+  found = np.full(math.prod(shape) if count is None else count, 255, np.uint8)
+  lines.write(found, start, shape[1], 1, 0)
+  return found if count is not None else found.reshape(shape)
 
 
 def _below(x):
@@ -46,13 +55,12 @@ def _below(x):
 def _masses(layout, deviation):
   """Returns the share of each symbol in a normal distribution, float64 `[A]`."""
   if layout.dtype.kind == 'i':
-    n = np.arange(layout.alphabet << layout.rest)
+    n = np.arange(layout.alphabet << layout.raw_bits)
     value = np.where(n % 2, -(n + 1) // 2, n // 2)
     share = _below((value + 0.5) / deviation) - _below((value - 0.5) / deviation)
-    return share.reshape(-1, 1 << layout.rest).sum(axis=1)
-  bits = floats.LAYOUTS[layout.dtype]
-  low = bits.mantissa - bits.modelled_mantissa
-  infinite = ((1 << bits.exponent) - 1) << bits.modelled_mantissa
+    return share.reshape(-1, 1 << layout.raw_bits).sum(axis=1)
+  low = layout.most_raw_bits - 1
+  infinite = ((1 << layout.format.exponent) - 1) << 3
   patterns = (np.arange(infinite) << low).astype(layout.unsigned)
   edges = np.full(layout.alphabet + 1, np.inf)
   edges[:infinite] = patterns.view(layout.dtype).astype(np.float64)
@@ -63,7 +71,7 @@ class NormalTest(parameterized.TestCase):
   @parameterized.parameters(*FORMATS)
   def test_weights_are_the_normal_distribution(self, dtype, low, k):
     layout = _layout(dtype, low)
-    weights = scales.normal_weights(layout, np.array([k]))[0]
+    weights = _weights(layout, np.array([k]))[0]
     expected = _masses(layout, 2 ** (k / 8))
     share = weights / weights.sum()
     likely = expected > 2e-3
@@ -76,14 +84,14 @@ class NormalTest(parameterized.TestCase):
     classes = np.array([-1500, -200, -104, -37, -3, 0, 18, 90, 512, scales.ZERO])
     digest = 0
     for dtype, low, _ in FORMATS:
-      frequencies = tables.quantize(scales.normal_weights(_layout(dtype, low), classes))
+      frequencies = tables.quantize(_weights(_layout(dtype, low), classes))
       digest = zlib.crc32(frequencies.astype('<u2').tobytes(), digest)
     self.assertEqual(digest, 314723645)
 
   def test_any_class_gives_weights_that_make_tables(self):
     classes = np.array([-(1 << 15) - 255 * 32768, scales.ZERO, 1 << 15, 255 << 15])
     for dtype, low, _ in FORMATS:
-      weights = scales.normal_weights(_layout(dtype, low), classes)
+      weights = _weights(_layout(dtype, low), classes)
       self.assertGreaterEqual(weights.min(), 1)
       self.assertLessEqual(weights.max(), 1 << 30)
 
@@ -100,11 +108,11 @@ class SortTest(parameterized.TestCase):
 
   def _classes(self, lines, shape):
     """Returns the class of each number."""
-    return lines.classes(_labels(lines, shape))
+    return lines.classes(_buckets(lines, shape))
 
   def _check(self, matrix, octaves, rows, columns):
     """Checks which axes are sorted, and scales up to half a step for each axis."""
-    lines = scales.sort(matrix)
+    lines = _sort(matrix)
     self.assertEqual((lines.rows.size > 1, lines.columns.size > 1), (rows, columns))
     off = self._classes(lines, matrix.shape) / 8 - octaves
     self.assertLess(np.abs(off).max(), max(rows + columns, 1) * lines.step / 16 + 1e-6)
@@ -127,13 +135,11 @@ class SortTest(parameterized.TestCase):
   def test_one_scale_is_one_line(self):
     values = self._normal((40, 60), 0.25)
     self._check(values, np.log2(np.mean(values**2)) / 2, False, False)
-    self.assertEqual(set(self._classes(scales.sort(values), (40, 60)).flat), {-16})
+    self.assertEqual(set(self._classes(_sort(values), (40, 60)).flat), {-16})
 
   def test_long_lines_get_a_finer_step_than_short_ones(self):
     octaves = self._normal(200, 1.5, seed=1)[:, None]
-    short, long = (
-      scales.sort(self._normal((200, n), 2**octaves)) for n in (16, 20_000)
-    )
+    short, long = (_sort(self._normal((200, n), 2**octaves)) for n in (16, 20_000))
     self.assertEqual((short.columns.size, long.columns.size), (1, 1))
     self.assertEqual(long.step, 1)
     self.assertGreater(short.step, 1)
@@ -142,7 +148,7 @@ class SortTest(parameterized.TestCase):
     values = self._normal((64, 50))
     values[::3] = 0
     values[:, 7] = 0
-    lines = scales.sort(values)
+    lines = _sort(values)
     classes = self._classes(lines, values.shape)
     zeros = (np.arange(64) % 3 == 0)[:, None]
     if lines.columns.size > 1:
@@ -156,100 +162,101 @@ class SortTest(parameterized.TestCase):
     for shape in ((1, 1), (1, 50), (50, 1), (30, 40)):
       values = np.zeros(shape, np.float32)
       values[:, ::2] = value
-      lines = scales.sort(values)
+      lines = _sort(values)
       self.assertIn(lines.rows.size, (1, shape[0]))
       self.assertIn(lines.columns.size, (1, shape[1]))
       self.assertLess(np.abs(self._classes(lines, shape)).max(), 1 << 15)
 
-  def test_labels_are_those_of_numbers(self):
+  def test_buckets_are_those_of_elements(self):
     rng = np.random.default_rng(0)
     for low in (0, 1):
       rows, columns = (rng.integers(low, 9, n).astype(np.uint8) for n in (7, 5))
       for axes in ((rows, columns), (rows, columns[:1] | 1), (rows[:1] | 1, columns)):
-        lines = scales.Lines(-3, 2, *axes)
+        lines = scales.Buckets(-3, 2, *axes)
         both = np.broadcast_to(axes[0][:, None], (7, 5)), axes[1]
         expected = np.where(both[0] * both[1] > 0, both[0] + both[1].astype(int) - 1, 0)
-        np.testing.assert_array_equal(_labels(lines, (7, 5)), expected)
-        np.testing.assert_array_equal(lines.labels(), np.unique(expected))
+        np.testing.assert_array_equal(_buckets(lines, (7, 5)), expected)
+        np.testing.assert_array_equal(lines.used(), np.unique(expected))
         self.assertEqual(lines.has_zeros, 0 in expected)
         for start, stop in ((0, 35), (0, 5), (3, 4), (3, 17), (10, 20), (34, 35)):
-          part = _labels(lines, (7, 5), start, stop - start)
+          part = _buckets(lines, (7, 5), start, stop - start)
           np.testing.assert_array_equal(part, expected.reshape(-1)[start:stop])
 
-  def test_labels_are_less_than_a_byte_counts(self):
-    values = self._normal((300, 400), 2.0 ** np.linspace(-60, 60, 300)[:, None])
-    values *= 2.0 ** np.linspace(-60, 60, 400)
-    lines = scales.sort(values)
+  def test_buckets_are_less_than_a_byte_counts(self):
+    values = self._normal((300, 400), 2.0 ** np.linspace(-25, 25, 300)[:, None])
+    values *= 2.0 ** np.linspace(-25, 25, 400)
+    lines = _sort(values)
     self.assertGreater(lines.step, 1)
-    self.assertLess(lines.top, scales.MAX_LABELS)
+    self.assertLess(lines.top, scales.MAX_BUCKETS)
     self.assertGreater(min(lines.rows.max(), lines.columns.max()), 50)
 
 
 class ContextsTest(parameterized.TestCase):
-  """Models of four arrays with classes, and one with a table of its own."""
+  """Contexts of four arrays with classes, and of one with one table."""
 
   SHAPES = ((20, 30), (7, 11), (6, 5), (40,), (3, 5, 4))
   LAYOUT = layouts.Float(np.dtype(np.float16), 8)
 
-  def _model(self):
+  def _contexts(self):
     rng = np.random.default_rng(0)
-    labels = lambda low, n: rng.integers(low, 5, n).astype(np.uint8)
+    lines = lambda low, n: rng.integers(low, 5, n).astype(np.uint8)
     one = np.ones(1, np.uint8)
-    lines = (
-      scales.Lines(-40, 1, labels(0, 20), one),
-      scales.Lines(-38, 1, one, labels(1, 11)),
-      scales.Lines(-44, 4, labels(1, 6), labels(0, 5)),
-      scales.Lines(-80, 1, one, one),
+    buckets = (
+      scales.Buckets(-40, 1, lines(0, 20), one),
+      scales.Buckets(-38, 1, one, lines(1, 11)),
+      scales.Buckets(-44, 4, lines(1, 6), lines(0, 5)),
+      scales.Buckets(-80, 1, one, one),
       None,
     )
     counts = []
-    for line in lines:
-      used = line.labels() if line else np.zeros(1, int)
-      count = np.zeros((line.top + 1 if line else 1, self.LAYOUT.alphabet), np.int64)
-      for label in used:
+    for own in buckets:
+      used = own.used() if own else np.zeros(1, int)
+      count = np.zeros((own.top + 1 if own else 1, self.LAYOUT.alphabet), np.int64)
+      for bucket in used:
         occurring = rng.choice(self.LAYOUT.alphabet, 20, replace=False)
-        count[label, occurring] = rng.integers(1, 9, 20)
+        count[bucket, occurring] = rng.integers(1, 9, 20)
       counts.append(count)
-    return contexts.fit(self.LAYOUT, lines, counts), counts
+    return contexts.fit(self.LAYOUT, buckets, counts), counts
 
   def test_lines_of_one_class_share_a_table(self):
-    model, _ = self._model()
-    # -38 is label 3 of the first array and label 1 of the second.
-    self.assertEqual(model.first[1], model.first[0] + 2)
+    made, _ = self._contexts()
+    # -38 is bucket 3 of the first array and bucket 1 of the second.
+    self.assertEqual(made.first[1], made.first[0] + 2)
     # Another step, a distant class, zeros and the last array have other tables.
-    self.assertEqual(contexts.count_tables(model.lines), len(model.normal))
-    others = [model.first[2], model.first[3], model.zero, model.first[4]]
-    self.assertLen({*others, *range(model.first[0], model.first[0] + 6)}, 10)
+    self.assertTrue(contexts.fits(made.buckets, 256))
+    self.assertFalse(contexts.fits(made.buckets * 250, 256))
+    others = [made.first[2], made.first[3], made.zero, made.first[4]]
+    self.assertLen({*others, *range(made.first[0], made.first[0] + 6)}, 10)
 
   def test_every_number_gets_its_lines_table(self):
-    model, _ = self._model()
-    for i, (shape, lines) in enumerate(zip(self.SHAPES, model.lines, strict=True)):
-      written = np.zeros(math.prod(shape), np.uint16)
-      model.write(written, i, 0, shape)
+    made, _ = self._contexts()
+    for i, (shape, lines) in enumerate(zip(self.SHAPES, made.buckets, strict=True)):
+      written = np.zeros(math.prod(shape), np.uint8)
+      made.write(written, i, 0, shape)
       if lines is None:
-        expected = model.first[i]
+        expected = made.first[i]
       else:
-        labels = _labels(lines, scales.matrix_shape(shape)).reshape(-1).astype(int)
-        expected = np.where(labels, model.first[i] + labels - 1, model.zero)
+        own = _buckets(lines, scales.matrix_shape(shape)).reshape(-1).astype(int)
+        expected = np.where(own, made.first[i] + own - 1, made.zero)
       np.testing.assert_array_equal(written, expected)
 
   def test_every_symbol_counted_can_be_coded(self):
-    model, counts = self._model()
+    made, counts = self._contexts()
     for i, count in enumerate(counts):
       for label in np.flatnonzero(count.any(axis=1)):
-        table = model.zero if model.lines[i] and not label else model.first[i] + label
-        table -= model.lines[i] is not None and label > 0
-        self.assertTrue(np.all(model.frequencies[table][count[label] > 0] > 0))
+        table = made.zero if made.buckets[i] and not label else made.first[i] + label
+        table -= made.buckets[i] is not None and label > 0
+        self.assertTrue(np.all(made.frequencies[table][count[label] > 0] > 0))
 
   def test_bytes_round_trip(self):
-    model, _ = self._model()
-    self.assertIn(True, model.normal)
-    self.assertIn(False, model.normal)
-    back = contexts.from_bytes(contexts.to_bytes(model), self.LAYOUT, self.SHAPES)
-    np.testing.assert_array_equal(back.frequencies, model.frequencies)
-    np.testing.assert_array_equal(back.normal, model.normal)
-    self.assertEqual((back.first, back.zero), (model.first, model.zero))
-    for ours, theirs in zip(back.lines, model.lines, strict=True):
+    made, _ = self._contexts()
+    self.assertIn(True, made.normal)
+    self.assertIn(False, made.normal)
+    back = contexts.from_bytes(contexts.to_bytes(made), self.LAYOUT, self.SHAPES)
+    np.testing.assert_array_equal(back.frequencies, made.frequencies)
+    np.testing.assert_array_equal(back.normal, made.normal)
+    self.assertEqual((back.first, back.zero), (made.first, made.zero))
+    for ours, theirs in zip(back.buckets, made.buckets, strict=True):
       self.assertEqual(ours is None, theirs is None)
       if ours:
         self.assertEqual(ours[:2], theirs[:2])
@@ -257,8 +264,8 @@ class ContextsTest(parameterized.TestCase):
         np.testing.assert_array_equal(ours.columns, theirs.columns)
 
   def test_bad_bytes_are_refused(self):
-    model, _ = self._model()
-    data = contexts.to_bytes(model)
+    made, _ = self._contexts()
+    data = contexts.to_bytes(made)
     read = lambda data, shapes: contexts.from_bytes(data, self.LAYOUT, shapes)
     for size in range(0, len(data), 3):
       with self.assertRaises(ValueError):
@@ -269,7 +276,7 @@ class ContextsTest(parameterized.TestCase):
     for position in range(len(data)):
       damaged = bytearray(data)
       damaged[position] ^= 1 << position % 8
-      try:  # damage may also yield another model, which the checksum detects
+      try:  # damage may also yield another made, which the checksum detects
         read(bytes(damaged), self.SHAPES)
       except ValueError:
         continue
@@ -284,8 +291,8 @@ class ContextsTest(parameterized.TestCase):
     ([2, 0, 1], []),  # labels missing
     ([1, 0, 1], [1]),  # too many labels
   )
-  def test_bad_lines_are_refused(self, head, labels):
-    lined = np.array(head, '<i2').tobytes() + bytes(labels)
+  def test_bad_buckets_are_refused(self, head, labels):
+    lined = np.array([256, *head], '<i2').tobytes() + bytes(labels)
     data = contexts._deflate(lined) + contexts._deflate(b'\x80' + bytes(32))
     with self.assertRaises(ValueError):
       contexts.from_bytes(
@@ -294,10 +301,10 @@ class ContextsTest(parameterized.TestCase):
 
   def test_what_is_inflated_is_bounded(self):
     bomb = contexts._deflate(bytes(1 << 24))
-    for data in (bomb, contexts._deflate(bytes(6)) + bomb):
+    for data in (bomb, contexts._deflate(b'\0\1' + bytes(6)) + bomb):
       with self.assertRaisesRegex(ValueError, 'too long'):
         contexts.from_bytes(data, self.LAYOUT, ((1, 2),))
-    packed = contexts._deflate(bytes(6)) + contexts._deflate(bytes(1))
+    packed = contexts._deflate(b'\0\1' + bytes(6)) + contexts._deflate(bytes(1))
     with self.assertRaises(ValueError):
       contexts.from_bytes(
         packed + zlib.compress(bytes(1 << 24)), self.LAYOUT, ((1, 2),)

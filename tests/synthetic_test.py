@@ -111,7 +111,7 @@ class SyntheticTest(parameterized.TestCase):
     config, path = self.write('llama-2-7b', shard_size=100_000)
     self.assertGreater(len(list(path.glob('model-*.safetensors'))), 3)
     source = checkpoints.open_checkpoint(path)
-    self.assertEqual(source.numbers, models.count_elements(config))
+    self.assertEqual(source.elements, models.count_elements(config))
 
   def test_other_families_are_refused(self):
     config = dataclasses.replace(dense('llama-2-7b'), family='phi3')

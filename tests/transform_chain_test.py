@@ -19,10 +19,9 @@ import pytest
 from fuzz import seeds
 from rotbits_jax import checkpoints
 from rotbits_jax import models
+from rotbits_jax import passes
 from rotbits_jax import presets
 from rotbits_jax import structured
-from rotbits_jax import symmetries
-from rotbits_jax.symmetries import transform as transform_lib
 from tests import random_models
 from tests import transform_checks
 
@@ -31,15 +30,15 @@ TESTDATA = pathlib.Path(__file__).parent / 'testdata'
 
 def _map(name, function):
   """Makes a transform that applies a function to every leaf."""
-  on_tree = lambda tree: jax.tree.map(function, tree, is_leaf=structured.is_structured)
-  return symmetries.make(
+  on_all = lambda params: {path: function(x) for path, x in params.items()}
+  return passes.Transform(
     name,
     layers=lambda context, state, first, layers: (
       state,
-      [on_tree(layer) for layer in layers],
+      [on_all(layer) for layer in layers],
       [[] for _ in layers],
     ),
-    outer=lambda context, state, outer: (on_tree(outer), []),
+    outer=lambda context, state, params: (on_all(params), []),
   )
 
 
@@ -53,18 +52,18 @@ def _seen(formats):
 
   def outer(context, state, outer):
     del state
-    formats.append((context.dtype, outer['head']['kernel'].dtype))
+    formats.append((context.dtype, outer['head/kernel'].dtype))
     return outer, []
 
-  return symmetries.make('seen', outer=outer)
+  return passes.Transform('seen', outer=outer)
 
 
 @struct.dataclass
 class _Kept(structured.Structured):
   """A leaf whose numbers must not be rounded."""
 
-  kind = 'test.kept'
-  values: np.ndarray
+  type_name = 'test.kept'
+  values: structured.Matrix
 
   @property
   def shape(self):
@@ -74,24 +73,17 @@ class _Kept(structured.Structured):
   def dtype(self):
     return self.values.dtype
 
-  def materialize(self):
+  def materialize(self, *needed):
     return self.values
 
-  def map_numbers(self, function):
+  def map_arrays(self, function):
     return self
-
-  def stored(self):
-    return {}, {'values': self.values}
-
-  @classmethod
-  def from_stored(cls, settings, arrays):
-    return cls(arrays['values'])
 
 
 class RunChainTest(parameterized.TestCase):
   def test_numbers_are_rounded_once(self):
     model = random_models.sliced_llama([18] * 3, np.float16)
-    thirds, _ = symmetries.run_chain((_scaled(1 / 3), _scaled(3)), model)
+    thirds, _ = passes.run_chain((_scaled(1 / 3), _scaled(3)), model)
     for before, after in zip(
       jax.tree.leaves(model.params), jax.tree.leaves(thirds.params), strict=True
     ):
@@ -101,8 +93,8 @@ class RunChainTest(parameterized.TestCase):
   @parameterized.parameters(True, False)
   def test_an_empty_chain_changes_no_bit(self, widen):
     model = random_models.sliced_llama([18] * 3, np.float16)
-    same, savings = symmetries.run_chain(
-      (), model, rounding=symmetries.NEAREST if widen else None
+    same, savings = passes.run_chain(
+      (), model, rounding=passes.NEAREST if widen else None
     )
     transform_checks.assert_same_bits(same, model)
     self.assertEmpty(savings)
@@ -111,9 +103,9 @@ class RunChainTest(parameterized.TestCase):
     for dtype in (np.float16, ml_dtypes.bfloat16, np.float32):
       formats = []
       model = random_models.sliced_llama([18] * 3, dtype)
-      symmetries.run_chain((_seen(formats),), model)
+      passes.run_chain((_seen(formats),), model)
       self.assertEqual(formats, [(np.dtype(dtype), np.float32)])
-      symmetries.run_chain((_seen(formats),), model, rounding=None)
+      passes.run_chain((_seen(formats),), model, rounding=None)
       self.assertEqual(formats[1], (np.dtype(dtype), np.dtype(dtype)))
 
   def test_roundoff_is_that_of_the_format(self):
@@ -123,50 +115,46 @@ class RunChainTest(parameterized.TestCase):
       (np.float32, 2**-19),
     ):
       model = random_models.sliced_llama([18] * 3, dtype)
-      self.assertEqual(symmetries.make_context(model).roundoff, expected)
+      self.assertEqual(passes.make_context(model).roundoff, expected)
 
   def test_every_leaf_gets_its_own_format_back(self):
     model = random_models.sliced_llama([18] * 5, np.float16)
     layers = list(model.layers())
     layers[1]['mlp']['up'] = jax.tree.map(np.float32, layers[1]['mlp']['up'])
     mixed = models.from_layers(model.config, model.outer(), layers)
-    formats = [str(x.dtype) for _, x in transform_lib.leaves(mixed)]
+    formats = [str(x.dtype) for _, x in mixed.leaves()]
     self.assertIn('float32', formats)
-    context = symmetries.make_context(mixed)
+    context = passes.make_context(mixed)
     self.assertEqual(context.dtype, np.float16)
     self.assertEqual(context.limit('layers.1/mlp/down/kernel'), 65504)
     self.assertGreater(context.limit('layers.1/mlp/up/kernel'), 1e38)
-    again, _ = symmetries.run_chain((_scaled(1),), mixed)
-    self.assertEqual([str(x.dtype) for _, x in transform_lib.leaves(again)], formats)
-    for (path, before), (_, after) in zip(
-      transform_lib.leaves(mixed), transform_lib.leaves(again), strict=True
-    ):
+    again, _ = passes.run_chain((_scaled(1),), mixed)
+    self.assertEqual([str(x.dtype) for _, x in again.leaves()], formats)
+    for (path, before), (_, after) in zip(mixed.leaves(), again.leaves(), strict=True):
       np.testing.assert_array_equal(before, after, err_msg=path)
 
   def test_a_leaf_may_keep_its_numbers(self):
     def keep(context, state, outer):
       del context, state
-      return outer | {'head': {'kernel': _Kept(outer['head']['kernel'] / 3)}}, []
+      return outer | {'head/kernel': _Kept(outer['head/kernel'] / 3)}, []
 
     model = random_models.sliced_llama([18] * 3, np.float16)
-    kept, (saving,) = symmetries.run_chain(
-      (symmetries.make('keep', outer=keep),), model
-    )
+    kept, (saving,) = passes.run_chain((passes.Transform('keep', outer=keep),), model)
     self.assertEqual(kept.params['head']['kernel'].dtype, np.float32)
-    self.assertEqual(saving.numbers, 0)
+    self.assertEqual(saving.elements, 0)
     self.assertEqual(saving.bytes, -2 * model.params['head']['kernel'].size)
 
   def test_a_model_that_is_not_rounded_yet_is_rounded_once(self):
     model = random_models.sliced_llama([18] * 3, np.float32)
     unrounded = dataclasses.replace(model, stored_as='float16')
     expected = jax.tree.map(np.float16, model.params)
-    tripled, (saving,) = symmetries.run_chain((_scaled(3),), unrounded)
+    tripled, (saving,) = passes.run_chain((_scaled(3),), unrounded)
     np.testing.assert_array_equal(
       tripled.params['head']['kernel'],
       np.float16(3 * model.params['head']['kernel']),
     )
-    self.assertEqual((saving.numbers, saving.bytes), (0, 0))
-    numbers, size = symmetries.count_model(unrounded)
+    self.assertEqual((saving.elements, saving.bytes), (0, 0))
+    numbers, size = passes.count_model(unrounded)
     self.assertEqual(size, 2 * numbers)
     for a, b in zip(
       jax.tree.leaves(unrounded.rounded().params),
@@ -177,18 +165,18 @@ class RunChainTest(parameterized.TestCase):
 
   def test_savings_add_up(self):
     model = random_models.sliced_llama([18] * 5, np.float16)
-    chain = (symmetries.remove_residual_gauge(), symmetries.remove_value_gauge())
-    after, savings = symmetries.run_chain(chain, model)
+    chain = (passes.remove_residual_gauge(), passes.remove_value_gauge())
+    after, savings = passes.run_chain(chain, model)
     self.assertEqual([s.name for s in savings], ['residual gauge', 'value gauge'])
-    numbers, size = symmetries.count_model(model)
+    numbers, size = passes.count_model(model)
     self.assertEqual(
-      symmetries.count_model(after),
+      passes.count_model(after),
       (
-        numbers - sum(s.numbers for s in savings),
+        numbers - sum(s.elements for s in savings),
         size - sum(s.bytes for s in savings),
       ),
     )
-    self.assertGreater(min(s.numbers for s in savings), 0)
+    self.assertGreater(min(s.elements for s in savings), 0)
 
 
 # ---- a transform of a third party ----------------------------------------------------
@@ -211,55 +199,53 @@ def running_sum():
     index, total = state
     assert int(index) == first
     arguments = [
-      (layer['mlp']['down']['kernel'], jnp.float32(i))
+      (layer['mlp/down/kernel'], jnp.float32(i))
       for i, layer in enumerate(layers, first)
     ]
-    rewritten, notes = [], []
+    notes = []
     results = context.map_layers(core, arguments, factor=0.5)
     for i, (layer, (kernel, own)) in enumerate(zip(layers, results, strict=True)):
       total = jax.device_put(total, own.device) + own
-      mlp = layer['mlp'] | {'down': {'kernel': kernel - arguments[i][1]}}
-      rewritten.append(layer | {'mlp': mlp})
+      layer['mlp/down/kernel'] = kernel - arguments[i][1]
       path = f'layers.{first + i}/mlp/down/kernel'
-      notes.append([symmetries.note(path, kernel, sum=float(total))])
-    return (index + len(layers), total), rewritten, notes
+      notes.append([passes.note(path, kernel, sum=total)])
+    return (index + len(layers), total), layers, notes
 
   def outer(context, state, outer):
     index, total = state
     assert int(index) == context.config.num_layers
-    kernel = structured.materialize(outer['head']['kernel']) / total
-    leaf = structured.Constant.like(kernel, 0.0)
-    head = {'kernel': leaf}
-    return outer | {'head': head}, [symmetries.note('head/kernel', leaf)]
+    kernel = structured.materialize(outer['head/kernel']) / total
+    outer['head/kernel'] = leaf = structured.Constant.like(kernel, 0.0)
+    return outer, [passes.note('head/kernel', leaf)]
 
-  return symmetries.make('sums', init=init, layers=layers, outer=outer)
+  return passes.Transform('sums', init=init, layers=layers, outer=outer)
 
 
 class MakeTest(absltest.TestCase):
   def test_a_third_partys_transform_joins_a_chain(self):
     model = random_models.sliced_llama([18] * 7, np.float16)
-    after, (saving,) = symmetries.run_chain((running_sum(),), model)
+    after, (saving,) = passes.run_chain((running_sum(),), model)
     self.assertEqual(saving.name, 'sums')
-    self.assertEqual(saving.numbers, model.params['head']['kernel'].size)
-    self.assertEqual(saving.bytes, 2 * saving.numbers)
+    self.assertEqual(saving.elements, model.params['head']['kernel'].size - 1)
+    self.assertEqual(saving.bytes, 2 * saving.elements)
     total = 3.0
     for i, (note, layer) in enumerate(zip(saving.notes, model.layers(), strict=False)):
       kernel = layer['mlp']['down']['kernel']
       total += np.abs(np.float64(kernel)).sum()
       self.assertEqual(note['tensor'], f'layers.{i}/mlp/down/kernel')
-      np.testing.assert_allclose(note['sum'], total, rtol=1e-4)
+      np.testing.assert_allclose(note['sum'], total, rtol=5e-3)
       got = after.layer(i)['mlp']['down']['kernel']
       np.testing.assert_allclose(np.float32(got), np.float32(kernel) / 2, atol=2e-3)
     self.assertEqual(saving.notes[-1]['form'], 'constant')
-    chain = (symmetries.remove_residual_gauge(), running_sum())
-    _, savings = symmetries.run_chain(chain, model)
+    chain = (passes.remove_residual_gauge(), running_sum())
+    _, savings = passes.run_chain(chain, model)
     self.assertEqual([len(s.notes) for s in savings], [7, 4])
 
   def test_what_is_left_out_stays(self):
     model = random_models.sliced_llama([18] * 3, np.float16)
-    same, savings = symmetries.run_chain((symmetries.make('nothing'),), model)
+    same, savings = passes.run_chain((passes.Transform('nothing'),), model)
     transform_checks.assert_same_bits(same, model)
-    self.assertEqual(savings, [symmetries.Saving('nothing', 0, 0, [])])
+    self.assertEqual(savings, [passes.Saving('nothing', 0, 0, [])])
 
 
 # ---- chains of transforms, and a part of a model -------------------------------------
@@ -288,30 +274,30 @@ def _load(name):
 @functools.cache
 def _whole(name):
   """Returns the context, and all that `rewrite` yields for the chain of `free`."""
-  context = symmetries.make_context(SOURCES[name]())
-  return context, list(transform_lib.rewrite(context, presets.free().transform))
+  context = passes.make_context(SOURCES[name]())
+  return context, list(passes.rewrite(context, presets.free().transform))
 
 
 class ChainTest(parameterized.TestCase):
   @parameterized.parameters('wide', 'llama_dense')
   def test_chains_of_chains_are_chains(self, name):
     a, b, c = (
-      symmetries.remove_residual_gauge(),
-      symmetries.remove_value_gauge(),
+      passes.remove_residual_gauge(),
+      passes.remove_value_gauge(),
       running_sum(),
     )
     source = SOURCES[name]()
-    expected = transform_checks.units(symmetries.chain(a, b, c), source)
+    expected = transform_checks.records(passes.chain(a, b, c), source)
     self.assertEqual(
       [s.name for s in expected[0].savings], ['residual gauge', 'value gauge', 'sums']
     )
     for chain in (
-      symmetries.chain(symmetries.chain(a, b), c),
-      symmetries.chain(a, symmetries.chain(b, c)),
-      symmetries.chain(symmetries.chain(), a, symmetries.chain(b), c),
+      passes.chain(passes.chain(a, b), c),
+      passes.chain(a, passes.chain(b, c)),
+      passes.chain(passes.chain(), a, passes.chain(b), c),
     ):
-      transform_checks.assert_same_units(
-        transform_checks.units(chain, source), expected
+      transform_checks.assert_same_records(
+        transform_checks.records(chain, source), expected
       )
 
 
@@ -327,25 +313,23 @@ class RewriteTest(parameterized.TestCase):
       if how == 'state' and k:  # as if the state was read from a file
         leaves = [np.asarray(x) for x in jax.tree.leaves(yielded[k - 1][1])]
         state = jax.tree.unflatten(jax.tree.structure(transform.init(context)), leaves)
-      rest = transform_lib.rewrite(
-        context, transform, layers=range(k, count), state=state
-      )
-      for (units, _), (expected, _) in zip(rest, yielded[k:], strict=True):
-        transform_checks.assert_same_units(units, expected)
+      rest = passes.rewrite(context, transform, layers=range(k, count), state=state)
+      for (records, _), (expected, _) in zip(rest, yielded[k:], strict=True):
+        transform_checks.assert_same_records(records, expected)
 
   def test_some_layers_alone(self):
     context, yielded = _whole('wide')
-    some = transform_lib.rewrite(
+    some = passes.rewrite(
       context, presets.free().transform, layers=range(1, 2), outer=False
     )
-    ((units, _),) = some
-    transform_checks.assert_same_units(units, yielded[1][0])
+    ((records, _),) = some
+    transform_checks.assert_same_records(records, yielded[1][0])
 
-  def test_units_are_the_model(self):
+  def test_records_are_the_model(self):
     context, yielded = _whole('wide')
-    names = [unit.name for units, _ in yielded for unit in units]
+    names = [record.name for records, _ in yielded for record in records]
     self.assertEqual(names, ['layers.0', 'layers.1', 'layers.2', 'embed', 'head'])
-    savings = [unit.savings for units, _ in yielded for unit in units]
+    savings = [record.savings for records, _ in yielded for record in records]
     self.assertEqual([len(s) for s in savings], [6, 6, 6, 6, 0])
     self.assertEqual(context.config.num_layers, 3)
 
@@ -365,22 +349,22 @@ MESH_SOURCES = {
 
 
 def rewrite_over_devices(names):
-  """Prints a hash of each unit of some models, rewritten on all devices."""
+  """Prints a hash of each record of some models, rewritten on all devices."""
   import hashlib
 
   devices = jax.device_count()
   mesh = jax.make_mesh((devices,), ('layers',)) if devices > 1 else None
-  chain = symmetries.chain(presets.free().transform, running_sum())
+  chain = passes.chain(presets.free().transform, running_sum())
   for name in names:
-    context = symmetries.make_context(MESH_SOURCES[name](), mesh=mesh)
+    context = passes.make_context(MESH_SOURCES[name](), mesh=mesh)
     sizes = []
-    for units, _ in transform_lib.rewrite(context, chain):
-      sizes.append(len(units))
-      for unit in units:
-        for path, found in sorted(transform_checks.bits(unit.params).items()):
+    for records, _ in passes.rewrite(context, chain):
+      sizes.append(len(records))
+      for record in records:
+        for path, found in sorted(transform_checks.bits(record.params).items()):
           digest = hashlib.sha256(repr(found).encode()).hexdigest()
-          print(name, unit.name, path, digest)
-        print(name, unit.name, 'savings', repr(unit.savings))
+          print(name, record.name, path, digest)
+        print(name, record.name, 'savings', repr(record.savings))
     assert sizes[0] == devices, sizes
 
 

@@ -4,14 +4,13 @@ import jax
 import numpy as np
 
 from rotbits_jax import models
+from rotbits_jax import passes
 from rotbits_jax import structured
-from rotbits_jax import symmetries
-from rotbits_jax.symmetries import transform as transform_lib
 
 
 def apply(transform, model, **options):
   """Applies one transform to a model; returns the model and the notes."""
-  rewritten, (saving,) = symmetries.run_chain((transform,), model, **options)
+  rewritten, (saving,) = passes.run_chain((transform,), model, **options)
   return rewritten, saving.notes
 
 
@@ -21,9 +20,9 @@ def apply_outer(transform, model):
   Returns:
     The parameters and the notes. In contrast to `apply`, nothing is rounded.
   """
-  context = symmetries.make_context(model, stored_as=model.stored_as)
-  outer, (saving,) = transform.outer(context, transform.init(context), model.outer())
-  return outer, saving.notes
+  context = passes.make_context(model, stored_as=model.stored_as)
+  params = structured.flatten(model.outer())
+  return transform.outer(context, transform.init(context), params)
 
 
 def fast_logits(model, tokens):
@@ -37,7 +36,7 @@ _jitted_logits = jax.jit(
 
 
 def bits(tree):
-  """Returns kind, static fields and bytes of each leaf of a PyTree, by path."""
+  """Returns type, static fields and bytes of each leaf of a PyTree, by path."""
   found = {}
   for path, leaf in structured.flatten(tree).items():
     arrays, treedef = jax.tree.flatten(jax.device_get(leaf))
@@ -58,16 +57,16 @@ def assert_same_bits(a, b):
     assert differing(x, y) == []
 
 
-def assert_same_units(actual, expected):
-  """Asserts that two lists of units have the same bits and the same savings."""
-  assert [unit.name for unit in actual] == [unit.name for unit in expected]
+def assert_same_records(actual, expected):
+  """Asserts that two lists of records have the same bits and the same savings."""
+  assert [record.name for record in actual] == [record.name for record in expected]
   for a, b in zip(actual, expected, strict=True):
     assert differing(a.params, b.params) == [], a.name
     assert a.savings == b.savings, a.name
 
 
-def units(transform, source, **options):
-  """Rewrites a source with a transform; returns all units."""
-  context = symmetries.make_context(source)
-  rewritten = transform_lib.rewrite(context, transform, **options)
-  return [unit for some, _ in rewritten for unit in some]
+def records(transform, source, **options):
+  """Rewrites a source with a transform; returns all records."""
+  context = passes.make_context(source)
+  rewritten = passes.rewrite(context, passes.chain(transform), **options)
+  return [record for some, _ in rewritten for record in some]

@@ -195,6 +195,12 @@ class TransformerTest(chex.TestCase):
     with pytest.raises(ValueError, match='tail/kernel is not known'):
       trace(model, (1, 2))
 
+  def test_a_layer_of_a_stack_of_another_length_is_refused(self):
+    model = random_model(parse(LLAMA, None))
+    model.params['layers.0:2'] = model.params.pop('layers.0:3')
+    with pytest.raises(ValueError, match=r'layers.0:2/.*/kernel must have 2 layers'):
+      model.layer(1)
+
   def test_tokens_without_a_batch_are_refused(self):
     with pytest.raises(ValueError, match=r'tokens must be \[B, T\].*\(5,\)'):
       trace(random_model(parse(LLAMA, None)), (5,))
@@ -255,5 +261,5 @@ class StructuredLeavesTest(chex.TestCase):
           linear['kernel'] = edit(linear['kernel'])
       return models.from_layers(model.config, outer, layers)
 
-    trapezoid = lambda x: structured.Trapezoidal(np.tril(x))
-    self.assert_acts_as(edited(trapezoid), edited(np.tril))
+    trapezoid = lambda x: structured.TrapezoidalRows.of(np.triu(x), len(x))
+    self.assert_acts_as(edited(trapezoid), edited(np.triu))

@@ -300,5 +300,6 @@ def test_a_shortcut_without_factors_is_refused(tmp_path):
     format='transformers',
     shortcuts={'layers.0/mlp_shortcut/kernel': (3, 1)},
   )
+  path = 'layers.0/mlp_shortcut/kernel'
   with pytest.raises(ValueError, match=r'mlp_shortcut/kernel: .* factors'), writer:
-    writer.layer(0, next(model.layers()))
+    writer.add(path, dict(model.leaves())[path])

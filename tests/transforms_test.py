@@ -13,9 +13,8 @@ import numpy as np
 import pytest
 
 from rotbits_jax import checkpoints
+from rotbits_jax import passes
 from rotbits_jax import structured
-from rotbits_jax import symmetries
-from rotbits_jax.symmetries.transform import leaves
 from tests import transform_checks
 
 TESTDATA = pathlib.Path(__file__).parent / 'testdata'
@@ -28,22 +27,22 @@ TINY = tuple(
   )
 )
 TRANSFORMS = {
-  t.names[0]: t
+  t.name: t
   for t in (
-    symmetries.remove_residual_gauge(),
-    symmetries.retie_embedding(),
-    symmetries.remove_biases(),
-    symmetries.remove_value_gauge(),
-    symmetries.remove_query_key_gauge(),
-    symmetries.remove_low_rank_gauge(),
-    symmetries.random_rotation(key=jax.random.key(1)),
+    passes.remove_residual_gauge(),
+    passes.retie_embedding(),
+    passes.remove_biases(),
+    passes.remove_value_gauge(),
+    passes.remove_query_key_gauge(),
+    passes.remove_low_rank_gauge(),
+    passes.random_rotation(key=jax.random.key(1)),
   )
 }
 
 
 def _cases(names):
   return [
-    {'testcase_name': f'{t.names[0]}_{name}', 'transform': t, 'checkpoint': name}
+    {'testcase_name': f'{t.name}_{name}', 'transform': t, 'checkpoint': name}
     for t in TRANSFORMS.values()
     for name in names
   ]
@@ -56,7 +55,7 @@ def _load(checkpoint):
 
 @functools.cache
 def _applied(transform, checkpoint):
-  model, (saving,) = symmetries.run_chain((transform,), _load(checkpoint))
+  model, (saving,) = passes.run_chain((transform,), _load(checkpoint))
   return model, saving.notes
 
 
@@ -66,7 +65,7 @@ def _logits(checkpoint, transform=None, *, rerounded=False):
   if transform is not None:
     model, _ = _applied(transform, checkpoint)
   if rerounded:
-    model = symmetries.randomly_rotated(model, key=jax.random.key(0))
+    model = passes.randomly_rotated(model, key=jax.random.key(0))
   tokens = np.load(TESTDATA / checkpoint / 'ref_logits.npz')['input_ids'][:, :24]
   return transform_checks.fast_logits(model, tokens)
 
@@ -90,22 +89,22 @@ class Checks(parameterized.TestCase):
 
   def check_shapes(self, model, checkpoint):
     """Leaves stand for arrays of the same shape and dtype."""
-    kinds = lambda m: {p: (x.shape, x.dtype) for p, x in leaves(m)}
+    kinds = lambda m: {p: (x.shape, x.dtype) for p, x in m.leaves()}
     self.assertEqual(kinds(model.materialize()), kinds(_load(checkpoint)))
 
   def check_numbers(self, model, checkpoint):
     """No more numbers are stored, and all are finite."""
-    before, after = (symmetries.count_model(x) for x in (_load(checkpoint), model))
+    before, after = (passes.count_model(x) for x in (_load(checkpoint), model))
     self.assertLessEqual(after, before)
     for leaf in jax.tree.leaves(model):
       self.assertTrue(np.isfinite(np.float32(leaf)).all())
 
   def check_notes(self, model, notes):
     """Notes name tensors and count what their leaves store."""
-    found = dict(leaves(model))
+    found = dict(model.leaves())
     for note in notes:
       self.assertEqual(
-        note['numbers'], structured.count_elements(found[note['tensor']])
+        note['elements'], structured.count_elements(found[note['tensor']])
       )
       self.assertEqual(tuple(note['shape']), found[note['tensor']].shape)
 

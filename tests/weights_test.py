@@ -9,20 +9,18 @@ import math
 import tempfile
 import tracemalloc
 from unittest import mock
-import zlib
 
 from absl.testing import absltest
 from absl.testing import parameterized
-import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
 from rotbits_jax.coding import tables
 from rotbits_jax.coding import weights
 from rotbits_jax.coding.weights import blocks
-from rotbits_jax.coding.weights import floats
+from rotbits_jax.coding.weights import layouts
 from rotbits_jax.coding.weights import pool
-from rotbits_jax.coding.weights import specs
+from rotbits_jax.system import schema
 
 DTYPES = (np.float16, ml_dtypes.bfloat16, np.float32)
 INTEGERS = (np.int8, np.uint8, np.int16, np.uint16)
@@ -38,35 +36,38 @@ def _assert_same_bits(actual, expected):
   assert actual.tobytes() == expected.tobytes()
 
 
-def _through_json(spec):
-  return weights.StreamSpec.from_json(json.loads(json.dumps(spec.to_json())))
+def _load(value):
+  return schema.load(weights.StreamSpec, value)
+
+
+def _dump(spec):
+  return json.loads(json.dumps(schema.dump(spec)))
 
 
 def _round_trip(given):
   """Encodes and decodes arrays, checks the result, and returns the stream's length."""
   encoded = weights.encode(given)
-  assert _through_json(encoded.spec) == encoded.spec
+  assert _load(_dump(encoded.spec)) == encoded.spec
   assert encoded.data.dtype == np.uint8
   assert encoded.data.shape == (encoded.spec.nbytes,)
-  assert encoded.order_bits == 0
   decoded = weights.decode(encoded.spec, encoded.data)
-  for other in (decoded, encoded.arrays):
-    for actual, expected in zip(other, given, strict=True):
-      _assert_same_bits(actual, np.asarray(expected))
+  for actual, expected in zip(decoded, given, strict=True):
+    _assert_same_bits(actual, np.asarray(expected))
   return encoded.data.size
 
 
 def _modelled(values):
-  """Returns the entropy of the symbols of floats, and the size of the rests: bytes."""
-  layout = floats.LAYOUTS[values.dtype]
-  symbols = np.asarray(floats.split(jnp.asarray(values.reshape(-1)))[0])
+  """Returns the bytes of the entropy of the symbols of floats, and of the raw bits."""
+  layout = layouts.Float(values.dtype, 0)
+  bits = values.reshape(-1).view(layout.unsigned)
+  symbols = np.asarray(layout.split(bits, 1)[0])
   entropy = tables.entropy_bits(np.bincount(symbols)) / 8
-  return entropy, values.size * layout.rest_bits / 8
+  return entropy, values.size * layout.most_raw_bits / 8
 
 
-class UnitsTest(parameterized.TestCase):
+class RecordsTest(parameterized.TestCase):
   @parameterized.parameters(*DTYPES)
-  def test_many_shapes_in_one_unit(self, dtype):
+  def test_many_shapes_in_one_record(self, dtype):
     shapes = [(100, 300), (7,), (0, 3), (), (1, 1), (5000,), (2, 3, 4)]
     _round_trip([_normal(shape, dtype, i) for i, shape in enumerate(shapes)])
 
@@ -98,13 +99,13 @@ class UnitsTest(parameterized.TestCase):
       ]
     )
 
-  def test_other_dtypes_are_kept_as_they_are(self):
-    given = [np.arange(50), np.array([True, False]), np.zeros(3), np.int8([1, -1])]
+  def test_few_elements_are_kept_as_they_are(self):
+    given = [np.arange(20), np.array([True, False]), np.zeros(3), np.int8([1, -1])]
     self.assertEqual(_round_trip(given), sum(x.nbytes for x in given))
     with self.assertRaisesRegex(ValueError, 'complex64'):
       weights.encode([np.zeros(3, np.complex64)])
 
-  def test_all_dtypes_in_one_unit(self):
+  def test_all_dtypes_in_one_record(self):
     given = [_normal((60, 100), dtype) for dtype in DTYPES]
     given += [_normal((60, 100), dtype, scale=20) for dtype in (np.int8, np.int16)]
     given += [np.arange(9), _normal((60, 100), np.uint8, scale=0) + np.uint8(3)]
@@ -120,7 +121,7 @@ class UnitsTest(parameterized.TestCase):
       given = [_normal((70, 100), np.float16), _normal((31, 41), np.float16, 1)]
       given += [np.repeat(np.float16([2, 3]), 1500)]
       encoded = weights.encode(given)
-      self.assertLen(encoded.spec.groups[0].nbytes, 3)
+      self.assertLen(encoded.spec.groups[0].blocks, 3)
       _round_trip(given)
 
   @parameterized.parameters(*DTYPES)
@@ -142,9 +143,8 @@ class UnitsTest(parameterized.TestCase):
     self.assertLess(wide, 1.01 * size)
 
   def test_constant_arrays_cost_almost_nothing(self):
-    for value in (0, 1, -3):
-      self.assertLess(_round_trip([np.full(100_000, value, np.float16)]), 13_000)
-    self.assertLess(_round_trip([np.zeros(100_000, np.float16)]), 300)
+    for value in (0, 1, -3, 0.1):
+      self.assertLess(_round_trip([np.full(100_000, value, np.float16)]), 300)
 
   def test_a_lane_far_longer_than_the_others(self):
     # Every other column is constant, so that half of the lanes stay empty.
@@ -154,23 +154,24 @@ class UnitsTest(parameterized.TestCase):
 
 
 class DecodeTest(parameterized.TestCase):
+  given = _normal((70, 90), np.float16), np.arange(7), _normal(9000, np.float32)
+
   def _encoded(self):
-    given = [_normal((70, 90), np.float16), np.arange(7), _normal(9000, np.float32)]
-    return weights.encode(given)
+    return weights.encode(self.given)
 
   def test_into_given_arrays(self):
     encoded = self._encoded()
-    stacks = [np.zeros((3, *x.shape), x.dtype) for x in encoded.arrays]
+    stacks = [np.zeros((3, *x.shape), x.dtype) for x in self.given]
     out = [stack[1] for stack in stacks]
     decoded = weights.decode(encoded.spec, encoded.data, out=out)
-    for stack, actual, expected in zip(stacks, decoded, encoded.arrays, strict=True):
+    for stack, actual, expected in zip(stacks, decoded, self.given, strict=True):
       self.assertTrue(np.shares_memory(actual, stack))
       _assert_same_bits(stack[1], expected)
       self.assertFalse(stack[::2].any())
 
   def test_wrong_arrays_are_refused(self):
     encoded = self._encoded()
-    good = [np.zeros_like(x) for x in encoded.arrays]
+    good = [np.zeros_like(x) for x in self.given]
     frozen = np.zeros_like(good[1])
     frozen.flags.writeable = False
     for wrong in (
@@ -188,22 +189,19 @@ class DecodeTest(parameterized.TestCase):
     integers = [rng.normal(0, 20, x).astype(np.int8) for x in ((90, 64), (64, 90))]
     integers.append(rng.normal(0, 400, (50, 60)).astype(np.int16))
     given = [x * step for x in integers]
-    noise = rng.integers(0, 1 << 32, 999, np.uint32)
-    # The order of lines depends on the bytes of numbers. The first two arrays share a
-    # layout, and one of them gets numbers.
-    for axes in ({}, {0: 1, 1: 0}):
-      encoded = weights.encode([*given, noise], exchangeable=axes)
-      self.assertEqual(encoded.spec.order is not None, bool(axes))
-      dtypes = np.int8, np.float32, np.int16, np.uint32
-      out = [np.empty(x.shape, d) for x, d in zip(encoded.arrays, dtypes, strict=True)]
-      decoded = weights.decode(encoded.spec, encoded.data, out=out)
-      for i, expected in enumerate(encoded.arrays):
-        found = decoded[i] * step if i in (0, 2) else decoded[i]
-        _assert_same_bits(found, expected)
-        if i in (0, 2):
-          self.assertEqual(encoded.spec.grid(encoded.spec.arrays[i]).unit, step)
+    encoded = weights.encode(given)
+    # The first two arrays share a group, and one of them gets numbers.
+    dtypes = np.int8, np.float32, np.int16
+    out = [np.empty(x.shape, d) for x, d in zip(given, dtypes, strict=True)]
+    decoded = weights.decode(encoded.spec, encoded.data, out=out)
+    for i, expected in enumerate(given):
+      found = decoded[i] * step if i != 1 else decoded[i]
+      _assert_same_bits(found, expected)
+      grid = encoded.spec.grid(encoded.spec.arrays[i])
+      self.assertEqual((grid.unit, grid.dtype), (step, expected.dtype))
+      self.assertEqual(grid.integer_dtype, np.int16 if i == 2 else np.int8)
     arrays = list(encoded.spec.arrays)
-    arrays[2] = dataclasses.replace(arrays[2], checksum=1)
+    arrays[2] = dataclasses.replace(arrays[2], crc32=1)
     wrong = dataclasses.replace(encoded.spec, arrays=tuple(arrays))
     with self.assertRaisesRegex(ValueError, 'array 2 .* checksum differs'):
       weights.decode(wrong, encoded.data, out=out)
@@ -221,13 +219,13 @@ class DecodeTest(parameterized.TestCase):
     mapped = np.memmap(path, np.uint8, 'r', offset=1)
     for data in (memoryview(encoded.data.tobytes()), shifted[1:], mapped):
       decoded = weights.decode(encoded.spec, data)
-      for actual, expected in zip(decoded, encoded.arrays, strict=True):
+      for actual, expected in zip(decoded, self.given, strict=True):
         _assert_same_bits(actual, expected)
         self.assertFalse(np.shares_memory(actual, np.asarray(data)))
         self.assertTrue(actual.flags.writeable)
 
   def test_threads_do_not_matter(self):
-    given, axes = _mlp(40, 300)
+    given = [_normal((40, 300), np.float16, i) for i in range(3)]
     streams = set()
     for count in (1, 2, 5):
       with (
@@ -235,17 +233,18 @@ class DecodeTest(parameterized.TestCase):
         mock.patch.object(pool, '_pools', {}),
         mock.patch.object(blocks, 'CAPACITY', 4000),
       ):
-        encoded = weights.encode(given, exchangeable=axes)
+        encoded = weights.encode(given)
         streams.add((encoded.data.tobytes(), encoded.spec))
         weights.decode(encoded.spec, encoded.data)
     self.assertLen(streams, 1)
 
-  def test_units_side_by_side(self):
-    units = [weights.encode([_normal((40, 200), np.float16, i)] * 3) for i in range(4)]
+  def test_records_side_by_side(self):
+    given = [_normal((40, 200), np.float16, i) for i in range(4)]
+    records = [weights.encode([array] * 3) for array in given]
     with concurrent.futures.ThreadPoolExecutor(4) as callers:
-      results = callers.map(lambda x: weights.decode(x.spec, x.data), units * 4)
-      for unit, decoded in zip(units * 4, results, strict=True):
-        for actual, expected in zip(decoded, unit.arrays, strict=True):
+      results = callers.map(lambda x: weights.decode(x.spec, x.data), records * 4)
+      for expected, decoded in zip(given * 4, results, strict=True):
+        for actual in decoded:
           _assert_same_bits(actual, expected)
 
 
@@ -283,7 +282,7 @@ class ScalesTest(parameterized.TestCase):
 
   def test_arrays_of_one_scale_share_a_table(self):
     encoded = weights.encode([_normal((40, 50), np.float16, i) for i in range(50)])
-    self.assertLess(sum(x.nbytes for x in encoded.spec.layouts), 100)
+    self.assertLess(sum(x.contexts for x in encoded.spec.groups), 100)
 
   def test_rows_of_zeros_cost_nothing(self):
     values = _normal((1000, 200), np.float16)
@@ -302,12 +301,12 @@ class ScalesTest(parameterized.TestCase):
 
   @parameterized.parameters(300, 1100)
   def test_more_tables_than_a_byte_counts(self, count):
-    # Arrays beyond `contexts.MAX_TABLES` are stored without coding.
+    # A group has `contexts.MAX_TABLES` tables at most.
     rng = np.random.default_rng(0)
     given = [rng.permutation(256)[:4][rng.integers(0, 4, 300)] for _ in range(count)]
-    size = _round_trip([x.astype(np.uint8) for x in given])
-    coded = min(count, 1000)
-    self.assertLess(size, coded * (300 / 4 + 30) + (count - coded) * 300 + 300)
+    given = [x.astype(np.uint8) for x in given]
+    self.assertLess(_round_trip(given), count * (300 / 4 + 30) + 300)
+    self.assertLen(weights.encode(given).spec.groups, -(-count // 255))
 
 
 class IntegersTest(parameterized.TestCase):
@@ -370,153 +369,43 @@ class IntegersTest(parameterized.TestCase):
     self.assertLess(_round_trip([values]), 1.005 * self._entropy(values) + 250)
 
 
-def _mlp(width, neurons, dtype=np.float16, bias=None, seed=0):
-  """Returns an array and the arrays of an MLP, and the axes of its neurons."""
-  given = [
-    _normal((200, 200), dtype, seed),
-    _normal((width, neurons), dtype, seed + 1),
-    _normal((neurons,), bias or dtype, seed + 2),
-    _normal((neurons, width), dtype, seed + 3),
-  ]
-  return given, {1: 1, 2: 0, 3: 0}
-
-
-class NeuronsTest(parameterized.TestCase):
-  """The order of an MLP's neurons is free in a unit of arrays, exactly."""
-
-  def _neurons(self, given, axes):
-    rows = [np.moveaxis(given[i], axis, 0) for i, axis in axes.items()]
-    count = len(rows[0])
-    return [b''.join(row[i].tobytes() for row in rows) for i in range(count)]
-
-  def _encode(self, given, axes):
-    """Encodes and decodes arrays, checks the result, and returns the encoding."""
-    encoded = weights.encode(given, exchangeable=axes)
-    self.assertEqual(_through_json(encoded.spec), encoded.spec)
-    decoded = weights.decode(encoded.spec, encoded.data)
-    for i, (actual, stored) in enumerate(zip(decoded, encoded.arrays, strict=True)):
-      _assert_same_bits(actual, stored)
-      if i not in axes:
-        _assert_same_bits(actual, given[i])
-    before, after = (self._neurons(x, axes) for x in (given, decoded))
-    self.assertCountEqual(before, after)
-    if encoded.spec.order:
-      self.assertEqual(encoded.spec.order.axes, tuple(sorted(axes.items())))
-      self.assertNotEqual(before, after)
-    else:
-      self.assertEqual(encoded.order_bits, 0)
-      self.assertEqual(before, after)
-    return encoded
-
-  def _saved_bits(self, given, encoded):
-    """Returns by how many bits the order makes the stream shorter."""
-    return 8 * (weights.encode(given).data.size - encoded.data.size)
-
-  @parameterized.parameters(np.float16, ml_dtypes.bfloat16, np.float32, np.int8)
-  def test_saves_the_logarithm_of_the_factorial(self, dtype):
-    given, axes = _mlp(64, 500, np.float32, bias=np.float32)
-    scale = 400 if dtype == np.int8 else 1
-    given = [(x * scale).astype(dtype) for x in given]
-    encoded = self._encode(given, axes)
-    ideal = math.lgamma(501) / math.log(2)
-    self.assertAlmostEqual(encoded.order_bits / ideal, 1, delta=0.005)
-    # The division of the arrays into two groups takes about 20 bytes.
-    self.assertAlmostEqual(self._saved_bits(given, encoded) / ideal, 1, delta=0.06)
-
-  def test_equal_neurons_are_told_apart_by_nothing(self):
-    given, axes = _mlp(64, 500)
-    for i, axis in axes.items():
-      lines = np.moveaxis(given[i], axis, 0)
-      lines[:100] = lines[0]
-      lines[200:220] = lines[200]
-    encoded = self._encode(given, axes)
-    self.assertEqual(encoded.spec.order.distinct, 500 - 99 - 19)
-    ideal = math.lgamma(383) / math.log(2)
-    self.assertAlmostEqual(encoded.order_bits / ideal, 1, delta=0.005)
-
-  def test_all_neurons_equal(self):
-    given, axes = _mlp(64, 500)
-    given = [np.zeros_like(x) if i in axes else x for i, x in enumerate(given)]
-    encoded = self._encode(given, axes)
-    self.assertIsNone(encoded.spec.order)
-
-  def test_neurons_of_different_scale_and_dtype(self):
-    given, axes = _mlp(64, 500, bias=np.float32)
-    octaves = np.random.default_rng(5).standard_normal(500)
-    given[1] = (given[1] * 2**octaves).astype(np.float16)
-    given[3] = (given[3] * 2 ** octaves[:, None]).astype(np.float16)
-    encoded = self._encode(given, axes)
-    saved = self._saved_bits(given, encoded) * math.log(2) / math.lgamma(501)
-    self.assertAlmostEqual(saved, 1, delta=0.1)
-
-  def test_axes_in_the_middle(self):
-    given = [_normal((200, 200), np.float16), _normal((4, 500, 3), np.float16, 1)]
-    given += [_normal((5, 500, 4), np.int64, 2, scale=1e6)]
-    self._encode(given, {1: 1, 2: 1})
-
-  def test_noise_of_several_blocks_and_arrays(self):
-    given, axes = _mlp(4, 5000)
-    given = [*given, np.arange(9), _normal((90, 90), np.float32)]
-    with mock.patch.object(blocks, 'CAPACITY', 3000):
-      encoded = self._encode(given, axes)
-    self.assertGreater(encoded.spec.order.noise, 2 * 3000)
-
-  def test_is_left_out_where_it_cannot_be(self):
-    given, axes = _mlp(64, 500)
-    cases = (
-      (given, {1: 1, 3: 1}),  # 500 neurons and 64
-      ([given[0], given[1][:, :1], given[2][:1], given[3][:1]], axes),
-      ([given[0][0, :9], *given[1:]], axes),  # too few bits to choose an order
-      ([np.zeros((0, 3)), *given[1:]], axes),
-      (given, {}),
-      ([np.arange(6), np.arange(4), np.arange(4)], {1: 0, 2: 0}),  # saves a byte
-      ([given[0], np.zeros((0, 5)), np.zeros((5, 0))], {1: 1, 2: 0}),
-    )
-    for others, wrong in cases:
-      encoded = weights.encode(others, exchangeable=wrong)
-      self.assertIsNone(encoded.spec.order)
-      self.assertEqual(encoded.order_bits, 0)
-      decoded = weights.decode(encoded.spec, encoded.data)
-      for actual, expected in zip(decoded, others, strict=True):
-        _assert_same_bits(actual, expected)
-
-  def test_axes_that_are_none_are_refused(self):
-    given, _ = _mlp(20, 30)
-    for wrong in ({9: 0}, {-1: 0}, {1: 2}, {2: -1}):
-      with self.assertRaisesRegex(ValueError, 'no axis'):
-        weights.encode(given, exchangeable=wrong)
-
-
 class DamageTest(parameterized.TestCase):
   """A damaged file is decoded correctly or raises ValueError, in little memory."""
 
   @classmethod
   def setUpClass(cls):
     super().setUpClass()
-    given, axes = _mlp(30, 60)
-    given[0][:5] = 0
-    given[0] = (given[0] * 2 ** np.linspace(0, 4, 200)[:, None]).astype(np.float16)
-    given += [np.ones(300, np.float16), _normal((50, 40), np.float32), np.arange(5)]
-    given += [np.round(_normal((40, 40), float, scale=9)).astype(np.int8)]
-    encoded = weights.encode(given, exchangeable=axes)
-    cls.value = json.loads(json.dumps(encoded.spec.to_json()))
-    cls.data = encoded.data
-    cls.expected = [x.tobytes() for x in encoded.arrays]
-    cls.order = encoded.spec.order
+    scaled = _normal((200, 200), np.float32) * 2 ** np.linspace(0, 4, 200)[:, None]
+    scaled[:5] = 0
+    pruned = _normal((90, 60), np.float32)
+    pruned[np.random.default_rng(1).random(pruned.shape) < 0.8] = 0
+    cls.given = [
+      scaled.astype(np.float16),
+      np.ones(300, np.float16),
+      _normal((50, 40), np.float32),
+      np.arange(5),
+      np.round(_normal((40, 40), float, scale=9)).astype(np.int8),
+      pruned,
+      np.float32(np.round(_normal((40, 40), float, scale=30)) + 0.0),
+    ]
+    encoded = weights.encode(cls.given)
+    forms = {type(x.form).__name__ for x in encoded.spec.arrays}
+    assert forms == {'NoneType', 'Halves', 'Codebook', 'Uniform'}
+    cls.value, cls.data = _dump(encoded.spec), encoded.data
+    cls.expected = [x.tobytes() for x in cls.given]
 
   def _check(self, value, data):
     """Returns whether a file is refused; if it is not, its arrays must be right."""
     try:
-      decoded = weights.decode(weights.StreamSpec.from_json(value), data)
+      decoded = weights.decode(_load(value), data)
     except ValueError:
       return True
     self.assertEqual([x.tobytes() for x in decoded], self.expected)
     return False
 
   def test_flipped_bits(self):
-    self.assertIsNotNone(self.order)
     rng = np.random.default_rng(0)
-    head = sum(size for *_, size in self.value['layouts'])
+    head = sum(group[3] for group in self.value['groups'])
     positions = [*rng.permutation(head)[:150], *rng.integers(head, self.data.size, 100)]
     refused = 0
     for position in positions:
@@ -529,11 +418,11 @@ class DamageTest(parameterized.TestCase):
   def test_missing_bytes(self):
     for size in (0, 1, self.data.size // 2, self.data.size - 1):
       with self.assertRaisesRegex(ValueError, 'stream'):
-        weights.decode(weights.StreamSpec.from_json(self.value), self.data[:size])
+        weights.decode(_load(self.value), self.data[:size])
     longer = np.append(self.data, np.uint8(0))
     for wrong in (longer, self.data[None], self.data.view(np.int8), self.data > 0):
       with self.assertRaisesRegex(ValueError, 'stream'):
-        weights.decode(weights.StreamSpec.from_json(self.value), wrong)
+        weights.decode(_load(self.value), wrong)
 
   def test_other_numbers_under_right_sizes(self):
     for data in (np.zeros_like(self.data), ~self.data, self.data[::-1].copy()):
@@ -542,9 +431,9 @@ class DamageTest(parameterized.TestCase):
   def test_a_checksum_names_its_array(self):
     for i, array in enumerate(self.value['arrays']):
       value = copy.deepcopy(self.value)
-      value['arrays'][i][3] = array[3] ^ 1
+      value['arrays'][i][2] = array[2] ^ 1
       with self.assertRaisesRegex(ValueError, f'array {i} '):
-        weights.decode(weights.StreamSpec.from_json(value), self.data)
+        weights.decode(_load(value), self.data)
 
   def _paths(self, value, path=()):
     yield path
@@ -586,80 +475,60 @@ class DamageTest(parameterized.TestCase):
           continue
         if not self._check(self._changed(path, new), self.data):
           accepted.append((path, new))
-    # int64 and float64 have the same width.
-    self.assertEqual(accepted, [(('arrays', 6, 0), 'float64')])
-    self.assertLess(tracemalloc.get_traced_memory()[1], 30e6)
+    # Integers of 8 bits may be decoded to 16 bits first.
+    wider = [(('arrays', i, 4, 1), 2) for i in (1, 6)]
+    self.assertContainsSubset(accepted, wider)
+    self.assertLess(tracemalloc.get_traced_memory()[1], 100e6)
 
-  def test_layouts_and_tables_are_bounded(self):
-    arrays = [_normal((40, 40), np.float32), np.arange(1600, dtype=np.int16) % 40]
-    encoded = weights.encode(arrays)
-    self.assertLen(encoded.spec.layouts, 2)
-    with mock.patch.object(specs, '_MAX_TABLES', 31):
-      with self.assertRaisesRegex(ValueError, 'frequency tables'):
-        weights.decode(encoded.spec, encoded.data)
-      fewer = weights.encode(arrays)
-      self.assertLen(fewer.spec.layouts, 1)
-      for actual, expected in zip(
-        weights.decode(fewer.spec, fewer.data), arrays, strict=True
-      ):
-        _assert_same_bits(actual, expected)
+  def test_groups_are_bounded(self):
     value = {
-      'arrays': [['float16', [16], i, 0] for i in range(300)],
-      'layouts': [['float', 8, 0, 20]] * 300,
-      'groups': [[1, 16, [20]]] * 300,
-      'order': None,
+      'arrays': [['float16', [16], 0, [i], None, None] for i in range(300)],
+      'groups': [['float', 8, 1, 20, 1, 16, [20]]] * 300,
     }
-    with self.assertRaisesRegex(ValueError, '300 layouts are too many'):
-      weights.StreamSpec.from_json(value)
+    with self.assertRaisesRegex(ValueError, '300 groups are too many'):
+      _load(value)
 
-  def test_huge_arrays_are_refused_before_they_are_allocated(self):
-    for array in (
-      ['float16', [1 << 20, 1 << 20], 0, 0],
-      ['float64', [1 << 40], None, 0],
-      ['float64', [0, 1 << 70], None, 0],
-      ['float64', [1] * 65, None, 0],
-    ):
-      value = {
-        'arrays': [array],
-        'layouts': [['float', 8, 20]] if array[2] == 0 else [],
-        'groups': [[1, 10, [20]]] if array[2] == 0 else [],
-        'order': None,
-      }
-      with self.assertRaises(ValueError):
-        weights.decode(weights.StreamSpec.from_json(value), np.zeros(40, np.uint8))
+  @parameterized.parameters(
+    ('float16', [1 << 20, 1 << 20], 0),
+    ('float64', [1 << 40], None),
+    ('float64', [0, 1 << 70], None),
+    ('float64', [1] * 65, None),
+  )
+  def test_huge_arrays_are_refused_before_they_are_allocated(self, dtype, shape, group):
+    value = {
+      'arrays': [[dtype, shape, 0, [group], None, None]],
+      'groups': [['float', 8, 1, 20, 1, 10, [20]]] if group == 0 else [],
+    }
+    with self.assertRaises(ValueError):
+      weights.decode(_load(value), np.zeros(40, np.uint8))
 
 
 class FormatTest(parameterized.TestCase):
-  def test_golden_unit(self):
-    """This unit must stay readable, unless the version of the format changes."""
+  def test_golden_record(self):
+    """This record must stay readable, unless the version of the format changes."""
     i = np.arange(1200)
-    exchanged = (i * i % 1009 % 5 * (i % 7 < 3)).astype(np.int8).reshape(20, 60)
+    whole = (i * i % 1009 % 5 * (i % 7 < 3)).astype(np.int8).reshape(20, 60)
     powers = np.where(i * i % 7 > 2, -1, 1) * 2.0 ** (i // 30 % 4 - i % 3)
-    powers = powers.astype(np.float16).reshape(40, 30)
-    spec = weights.StreamSpec.from_json(json.loads(GOLDEN_SPEC))
+    given = [whole, powers.astype(np.float16).reshape(40, 30)]
+    spec = _load(json.loads(GOLDEN_SPEC))
     data = np.frombuffer(base64.b85decode(GOLDEN_STREAM), np.uint8)
-    decoded = weights.decode(spec, data)
-    _assert_same_bits(decoded[1], powers)
-    self.assertCountEqual(decoded[0].T.tolist(), exchanged.T.tolist())
-    self.assertEqual(zlib.crc32(decoded[0].tobytes()), GOLDEN_CRC)
-    self.assertEqual(spec.order.axes, ((0, 1),))
+    for actual, expected in zip(weights.decode(spec, data), given, strict=True):
+      _assert_same_bits(actual, expected)
 
 
-GOLDEN_CRC = 2444520116
 GOLDEN_SPEC = (
-  '{"arrays":[["int8",[20,60],0,2444520116],["float16",[40,30],1,566126355]],"layou'
-  'ts":[["int",0,0,39],["float",1,0,66]],"groups":[[1,1200,[244]],[1,1200,[10]]],"order'
-  '":[[[0,1]],60]}'
+  '{"arrays":[["int8",[20,60],3063479529,[0],null,null],["float16",[40,30],566126'
+  '355,[0],[592,1],null]],"groups":[["int",0,1,93,1,2400,[376]]]}'
 )
 GOLDEN_STREAM = (
-  'V_;xlU|;|MV*mhn+GF70VhCe+&5*zl%D|w_zzT#c46FblP69_`VfgT$k%5s@P?8ud$jOKY0RXG7udlCX'
-  '7zLwX6pR8|0RVW~%gA6TC}60lU}$Jy=;&aWFoA)A!2t~c0IXaGQLQ%t0CfNX0000ar@K`RY4tE4j}HC8'
-  'B-YnK`<MPR#ygsiEih1hS+gT8jloGme809|1WDh*Fqtss5T!1^K4)^YHKRn+qgDC&59c6^l`5!WtZGb+'
-  'mN!jFJopo#W;<Aq{SI1n5=c5AbQOP~XqUy7u@k{1?-n9y7YyyyAWJx8iS*;+CImTNOPmWw+_?D^pJqsn'
-  'YweUc3`PhFhO}Rn%V6pIvdGsp4M5wzG%5Y;4Bnu5u4TJ+kH`2oeCJ~6hvBi&AM~;4v6g}%f13Pxg?Qau'
-  'y-~f$4)t(==4Q;PEBQIB;c-?VV*q~5xpdtVoB#j-000010001cix7!KB9TZW5{X12kw_#Gi9{liNF)-8'
-  'L?V$$Boc{4B9TZW5{X12kw_#Gi9{liNF)-8L?V$$Boc{4B9TZW5{X12kw_#Gi9{liNF)-8L?V$$Boc{4'
-  'B9TZW5{X12kw_#Gi9{liNF)-8L?V$$Boc`'
+  'b7X)376t|eMg~SsK}lk;ASWXp1OThAudlCX7zJbl0C?JCWa=+uX6Y|v=XfK+FVJ5ouV8!F-r<c10|y'
+  'sF7{hCZ1cp!s1|eMt7Suy!YcsF{AqxX50RPttx3&NP0096N5d{DM03UoL5{W%Fc+XRK4{@5V^d|vgE'
+  'Af0qcvYNd_Lp8C8Cm%M-QB~I?=v-F$sAfOAZGu}M51h6WYcqJAUi7SAs%3%r6e2aSQ*x<^=c6TRdTj'
+  'gW1*pasBNQp&b2fQwc>6gzcl)jycmn#VRoG8&}0+qXx$vKkl7(J@z*it_x8#tE>hTus#~MMlzKnq5D'
+  'KLej(uu=<+RjcqsMio84G+l=&G7Kyed*fJX!TVt66=9OAA9n{M}|P`gp~OYoWqAzwzuqj=SK?`pjZ+'
+  'mVF42*t<A3^QrwdcT<EJ<r%S@+(_C)bdK0Q&^9#C%vJ0GZdihGa}t}pwNv{3;%MCFrGpF-e|fwi`;y'
+  '0L#i1jRSk3rZ4}k5JdOCN73QE&1ZqW=fa1QjcS#$}CJ>`B_FAETIoYU#!zrgzlGm{sLNn?rq=OMIKL'
+  '2KM0M=vEmKfyTk5IVNUb23wkoo6SPO;w~3|HMejdH'
 )
 
 

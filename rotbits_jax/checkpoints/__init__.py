@@ -21,15 +21,16 @@ from rotbits_jax.checkpoints.factors import FactorNames
 from rotbits_jax.checkpoints.families import FAMILIES
 from rotbits_jax.checkpoints.families import Family
 from rotbits_jax.checkpoints.families import TensorRow
+from rotbits_jax.checkpoints.gguf_files import open_gguf
 from rotbits_jax.checkpoints.gguf_files import packaged_smollm2
 from rotbits_jax.checkpoints.gguf_files import read_gguf
 from rotbits_jax.checkpoints.lazy import LazyTensor
 from rotbits_jax.checkpoints.lazy import TensorSpec
 from rotbits_jax.checkpoints.reader import CheckpointReader
+from rotbits_jax.checkpoints.reader import from_tensors
+from rotbits_jax.checkpoints.staging import WeightsFile
 from rotbits_jax.checkpoints.tensor_files import TensorFiles
 from rotbits_jax.checkpoints.tensor_files import TensorFilesWriter
-from rotbits_jax.checkpoints.tensor_files import WeightsFile
-from rotbits_jax.checkpoints.tensors import from_tensors
 from rotbits_jax.checkpoints.tensors import to_tensors
 from rotbits_jax.checkpoints.writer import CheckpointWriter
 from rotbits_jax.checkpoints.writer import Format
@@ -56,6 +57,7 @@ __all__ = [
   'load_checkpoint',
   'open_any',
   'open_checkpoint',
+  'open_gguf',
   'open_tensors',
   'packaged_smollm2',
   'parse_config',

@@ -5,29 +5,28 @@ sliced model, the slicing JSON with the segment widths. The stem is the name tha
 SliceGPT gives to the weights and the slicing JSON, as in `<stem>.pt` and `<stem>.json`.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 import os
 import pathlib
 from typing import Any
 
 import numpy as np
 
-from rotbits_jax import structured
 from rotbits_jax.checkpoints import attributes
 from rotbits_jax.checkpoints import configs
 from rotbits_jax.checkpoints import errors
 from rotbits_jax.checkpoints import gguf_files
+from rotbits_jax.checkpoints import indices
 from rotbits_jax.checkpoints import lazy
 from rotbits_jax.checkpoints import reader as reader_lib
 from rotbits_jax.checkpoints import safetensors_files
 from rotbits_jax.checkpoints import tensor_files
 from rotbits_jax.checkpoints import tensors as tensors_lib
 from rotbits_jax.checkpoints import torch_zip
+from rotbits_jax.checkpoints import transformers_files
 from rotbits_jax.checkpoints import writer as writer_lib
 from rotbits_jax.checkpoints.contents import CONFIG
 from rotbits_jax.checkpoints.contents import Checkpoint
-from rotbits_jax.checkpoints.safetensors_files import INDEX_SUFFIX
-from rotbits_jax.checkpoints.safetensors_files import WEIGHTS
 from rotbits_jax.checkpoints.writer import Format
 
 # Weights in other formats, arrays, and files that this package wrote.
@@ -45,7 +44,7 @@ _TORCH_INDEX = 'pytorch_model.bin.index.json'
 def open_checkpoint(path: str | os.PathLike[str]) -> reader_lib.CheckpointReader:
   """Opens a dense or a sliced checkpoint: names, shapes, dtypes and the config.
 
-  Three kinds of directories are supported: Hugging Face's (`model.safetensors`,
+  Three types of directories are supported: Hugging Face's (`model.safetensors`,
   `pytorch_model.bin`, or shards and their index), SliceGPT's (`<name>_<sparsity>.pt`
   and `.json`), and the directories of `save_checkpoint`. Weights with shortcuts are
   taken as a sliced model. `gguf_files.open_gguf` opens a `.gguf` file.
@@ -67,12 +66,16 @@ def open_checkpoint(path: str | os.PathLike[str]) -> reader_lib.CheckpointReader
   is_torch = _is_torch(weights)
   open_file = torch_zip.open_file if is_torch else safetensors_files.open_file
   shards: list[pathlib.Path] = []
+  content = b''
   if weights.suffix == '.json':
-    tensors, shards = safetensors_files.open_sharded(weights, open_file)
+    content = indices.read(weights)
+    tensors, shards = _open_shards(weights, content, open_file)
   else:
     tensors = open_file(weights)
 
   files, left_out = _read_sidecars(weights, shards)
+  if weights.name == indices.INDEX:
+    files[weights.name] = content  # the writer divides the tensors in the same way
   if CONFIG not in files:
     raise errors.UnsupportedError(
       f'{weights.parent}: there is no {CONFIG} other than a link that leaves the folder'
@@ -92,7 +95,13 @@ def open_checkpoint(path: str | os.PathLike[str]) -> reader_lib.CheckpointReader
   except errors.CheckpointError as e:
     raise errors.UnsupportedError(f'{weights}: {e}') from e
   return reader_lib.CheckpointReader(
-    weights, tensors, config, files=files, stem=stem, weights=shards, left_out=left_out
+    tensors,
+    config,
+    path=weights,
+    weights=shards,
+    files=files,
+    stem=stem,
+    left_out=left_out,
   )
 
 
@@ -115,12 +124,13 @@ def open_tensors(
   open_places = (
     torch_zip.open_places if _is_torch(weights) else safetensors_files.open_places
   )
-  shards = [weights]
+  shards, content = [weights], b''
   if weights.suffix == '.json':
-    shards = safetensors_files.shards_of(weights)
+    content = indices.read(weights)
+    shards = list(_shards(weights, content))
   files, left_out = _read_sidecars(weights, shards)
   if weights.suffix == '.json':
-    files[weights.name] = safetensors_files.read_index(weights)
+    files[weights.name] = content
   return tensor_files.TensorFiles(
     weights,
     {shard: open_places(shard) for shard in shards},
@@ -190,61 +200,42 @@ def save_checkpoint(
     OSError: if the directory cannot be written, or a file must not be replaced.
   """
   model, files, stem = checkpoint
-  leaves = [
-    (tensors_lib.unit_name(unit) + path, leaf)
-    for unit, params in [(None, model.outer()), *enumerate(model.layers())]
-    for path, leaf in structured.flatten(params).items()
-  ]
-  writer = writer_lib.CheckpointWriter(
+  leaves = tensors_lib.leaves_of(model)
+  with writer_lib.CheckpointWriter(
     directory,
     model.config,
-    dtypes={path: np.dtype(leaf.dtype) for path, leaf in leaves},
+    dtypes={path: np.dtype(leaf.dtype) for path, leaf in leaves.items()},
     files=files,
     stem=stem,
     format=format,
     shard_size=shard_size,
-    factors={
-      path: (leaf.rank, leaf.names)
-      for path, leaf in leaves
-      if isinstance(leaf, structured.FactorPair)
-    },
-    shortcuts={
-      path: (leaf.b.shape[-1], leaf.c.shape[-1])
-      for path, leaf in leaves
-      if format == 'transformers'
-      and isinstance(leaf, structured.IdentityMinusGram)
-      and leaf.is_thin
-    },
+    factors=tensors_lib.factored_leaves(leaves),
+    shortcuts=transformers_files.thin_shortcuts(leaves),
     buffers=model.buffers,
     overwrite=overwrite,
-  )
-  del leaves
-  with writer:
-    for unit, params in tensors_lib.unit_params(model):
-      if unit is None:
-        writer.outer(params)
-      else:
-        writer.layer(unit, params)
+  ) as writer:
+    for path in list(leaves):
+      writer.add(path, leaves.pop(path))
 
 
 def _find_weights(path: pathlib.Path) -> pathlib.Path:
   if path.is_file():
     if path.suffix in ('.bin', '.pt', '.safetensors') or path.name.endswith(
-      (INDEX_SUFFIX, _TORCH_INDEX)
+      (indices.SUFFIX, _TORCH_INDEX)
     ):
       return path
     raise errors.CheckpointError(
       f'{path}: weights are .safetensors, .bin, .pt or .gguf files, or the index of '
-      f'several, as in *{INDEX_SUFFIX}'
+      f'several, as in *{indices.SUFFIX}'
     )
   if not path.is_dir():
     raise errors.CheckpointError(f'{path}: there is no such file or directory')
   candidates = sorted(path.glob('*.pt'))
-  if (path / WEIGHTS).is_file():
-    candidates.append(path / WEIGHTS)
+  if (path / indices.WEIGHTS).is_file():
+    candidates.append(path / indices.WEIGHTS)
   else:
-    indices = sorted(path.glob(f'*{INDEX_SUFFIX}'))
-    candidates += indices or sorted(path.glob('*.safetensors'))
+    listed = sorted(path.glob(f'*{indices.SUFFIX}'))
+    candidates += listed or sorted(path.glob('*.safetensors'))
   for name in (_TORCH_WEIGHTS, _TORCH_INDEX):
     if not candidates and (path / name).is_file():
       candidates.append(path / name)
@@ -259,6 +250,52 @@ def _find_weights(path: pathlib.Path) -> pathlib.Path:
       f'{path}: the path must name one of the weights files {names}'
     )
   return candidates[0]
+
+
+def _shards(index: pathlib.Path, content: bytes) -> dict[pathlib.Path, list[str]]:
+  """Returns the names of the tensors in each shard of an index.
+
+  Raises:
+    CheckpointError: if the content is not that of an index, or a shard is missing.
+  """
+  found = {}
+  for name, tensors in indices.shards(content, str(index)).items():
+    found[index.parent / name] = tensors
+    if not os.path.isfile(index.parent / name):
+      raise errors.CheckpointError(f'{index}: the shard {errors.cut(name)} is missing')
+  return found
+
+
+def _open_shards(
+  index: pathlib.Path,
+  content: bytes,
+  open_shard: Callable[[pathlib.Path], dict[str, lazy.LazyTensor]],
+) -> tuple[dict[str, lazy.LazyTensor], list[pathlib.Path]]:
+  """Opens the shards that an index lists.
+
+  Args:
+    index: path of the index.
+    content: its content.
+    open_shard: returns the tensors of a shard by name.
+
+  Returns:
+    The tensors by name, and the shards.
+
+  Raises:
+    CheckpointError: if the index is damaged, or if the shards do not hold exactly the
+      tensors that it lists.
+  """
+  tensors: dict[str, lazy.LazyTensor] = {}
+  shards = _shards(index, content)
+  for path, listed in shards.items():
+    found = open_shard(path)
+    if differing := sorted(found.keys() ^ set(listed))[:8]:
+      raise errors.CheckpointError(
+        f'{index}: {path.name} and the index differ in '
+        f'{errors.cut(", ".join(differing))}'
+      )
+    tensors |= found
+  return tensors, list(shards)
 
 
 def _is_torch(weights: pathlib.Path) -> bool:
@@ -295,7 +332,7 @@ def _read_sidecars(
     ):
       left_out.append(file.name)
     else:
-      files[file.name] = lazy.File.of(file).read(_MOST_SIDECAR)
+      files[file.name] = lazy.content(file, _MOST_SIDECAR)
       room -= len(files[file.name])
   return files, tuple(left_out)
 
@@ -303,7 +340,7 @@ def _read_sidecars(
 def _is_inside(file: pathlib.Path) -> bool:
   """Returns whether a path is that of a regular file in its folder.
 
-  A stranger's folder may have links to files of ours, which encoding would give away.
+  An untrusted folder may have links to private files, which encoding would give away.
   The links of Hugging Face's cache lead from `snapshots/<revision>` into `blobs`.
   """
   folder = pathlib.Path(os.path.realpath(file.parent))

@@ -5,12 +5,14 @@ of a sliced model.
 """
 
 from collections.abc import Mapping
+import dataclasses
 from typing import Any
 
 from rotbits_jax import models
 from rotbits_jax.checkpoints import attributes
 from rotbits_jax.checkpoints import errors
 from rotbits_jax.checkpoints import families
+from rotbits_jax.system import schema
 
 SLICING_KEY = 'embedding_dimensions'  # distinguishes a slicing JSON from other files
 
@@ -67,6 +69,9 @@ def parse_config(
   model_type = config.take('model_type')
   if not isinstance(model_type, str) or model_type not in families.FAMILIES:
     config.refuse('model_type', model_type, ', '.join(families.FAMILIES))
+  config.demand(  # all families have these
+    'hidden_size', 'num_attention_heads', 'num_hidden_layers', 'vocab_size'
+  )
   config.require(
     is_encoder_decoder=False,
     add_cross_attention=False,
@@ -106,7 +111,7 @@ def slicing_json(config: models.ModelConfig) -> dict[str, Any]:
     'layers_num': config.num_layers,
     'do_slice_head': last < config.hidden_size,
     'parallel_blocks': config.parallel_block,
-    'embedding_dimensions': numbered([first] * _num_embeddings(config)),
+    'embedding_dimensions': numbered([first] * (2 if config.learned_positions else 1)),
     'attention_input_dimensions': numbered(width[0] for width in layers),
     'attention_output_dimensions': numbered(between),
     'mlp_input_dimensions': numbered(between),
@@ -143,54 +148,46 @@ def stop_tokens(files: Mapping[str, bytes]) -> tuple[int, ...]:
   return ()
 
 
-def _num_embeddings(config: models.ModelConfig) -> int:
-  return 2 if config.learned_positions else 1
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Slicing:
+  """The slicing JSON: widths by the index of the layer, as a string."""
+
+  hidden_size: int
+  layers_num: int
+  do_slice_head: bool
+  parallel_blocks: bool
+  embedding_dimensions: dict[str, int]
+  attention_input_dimensions: dict[str, int]
+  attention_output_dimensions: dict[str, int]
+  mlp_input_dimensions: dict[str, int]
+  mlp_output_dimensions: dict[str, int]
+  head_dimension: int
+  const_dimension: Any
 
 
 def _sliced(dense: models.ModelConfig, values: Any) -> models.ModelConfig:
-  slicing = attributes.Attributes(values, 'slicing JSON')
-  slicing.require(
-    hidden_size=dense.hidden_size,
-    layers_num=dense.num_layers,
-    parallel_blocks=dense.parallel_block,
-    const_dimension=None,
-  )
-  slicing.boolean('do_slice_head')
-  layers = dense.num_layers
-  between = 0 if dense.parallel_block else layers
-  embedding = _widths(slicing, 'embedding_dimensions', _num_embeddings(dense))
-  attention_in = _widths(slicing, 'attention_input_dimensions', layers)
-  attention_out = _widths(slicing, 'attention_output_dimensions', between)
-  mlp_in = _widths(slicing, 'mlp_input_dimensions', between)
-  mlp_out = _widths(slicing, 'mlp_output_dimensions', layers)
-  head = slicing.size('head_dimension')
-  slicing.finish()
+  """Returns the config of a sliced model.
 
-  # A sublayer must write the width that the next sublayer reads.
-  joints = [(width, attention_in[0], 'embedding_dimensions') for width in embedding]
-  for layer in range(layers):
-    if between:
-      key = f'attention_output_dimensions.{layer}'
-      joints.append((attention_out[layer], mlp_in[layer], key))
-    read = attention_in[layer + 1] if layer + 1 < layers else head
-    joints.append((mlp_out[layer], read, f'mlp_output_dimensions.{layer}'))
-  for written, read, key in joints:
-    if written != read:
-      slicing.refuse(key, written, f'{read}, the width that the next sublayer reads')
-
-  widths = [attention_in[0]]
-  for layer in range(layers):
-    widths += [*attention_out[layer : layer + 1], mlp_out[layer]]
-  if max(widths) > dense.hidden_size:
-    raise errors.CheckpointError(
-      f'slicing JSON: the width {max(widths)} exceeds hidden_size {dense.hidden_size}'
-    )
-  return dense.sliced_to(tuple(widths))
-
-
-def _widths(slicing: attributes.Attributes, key: str, count: int) -> list[int]:
-  """Reads the widths in an object whose keys are '0', '1', ..."""
-  widths = attributes.Attributes(slicing.take(key), f'{slicing.where}: {key}')
-  sizes = [widths.size(str(index)) for index in range(count)]
-  widths.finish()
-  return sizes
+  It takes the widths that sublayers write. The JSON must be the one that SliceGPT makes
+  for the result.
+  """
+  where = 'slicing JSON'
+  try:
+    given = schema.load(_Slicing, values, where)
+    widths = [given.attention_input_dimensions.get('0', 0)]
+    for index in map(str, range(dense.num_layers)):
+      if not dense.parallel_block:
+        widths.append(given.attention_output_dimensions.get(index, 0))
+      widths.append(given.mlp_output_dimensions.get(index, 0))
+    config = dense.sliced_to(tuple(widths))
+  except ValueError as e:
+    text = str(e).removeprefix(f'{where}: ')
+    raise errors.CheckpointError(f'{where}: {errors.cut(text)}') from e
+  expected = slicing_json(config) | {'do_slice_head': given.do_slice_head}
+  for name, value in expected.items():
+    if values[name] != value:
+      raise errors.CheckpointError(
+        f'{where}: {name} is {errors.cut(repr(values[name]))}, which does not fit the '
+        f'other widths; expected {errors.cut(repr(value))}'
+      )
+  return config

@@ -6,11 +6,11 @@ another method, add the names of its tensors to `FACTORS`.
 Shape letters: a weight is `[out, in]`, and its rank r is the width between the factors.
 """
 
-from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import NamedTuple
 
-from rotbits_jax import structured
 from rotbits_jax.checkpoints import errors
+from rotbits_jax.checkpoints import lazy
 
 
 class FactorNames(NamedTuple):
@@ -55,75 +55,32 @@ class Factored(NamedTuple):
   rank: int
   names: str
 
+  def names_of(self, weight: str) -> FactorNames:
+    """Returns the names of the factors of a weight, `<layer>.weight`."""
+    row = FACTORS[self.names]
+    layer = weight.removesuffix('.weight').removesuffix(row.drops)
+    return FactorNames(*(name.format(layer) for name in row))
 
-def join(tensors: Mapping[str, Any], weights: Iterable[str]) -> dict[str, Any]:
-  """Replaces the two factors of a weight by one `structured.LowRank` leaf.
 
-  Args:
-    tensors: arrays, or descriptions of arrays such as `lazy.LazyTensor`, by their names
-      in the checkpoint.
-    weights: names of weights, `<layer>.weight`, that may be stored as factors.
-
-  Returns:
-    The tensors. A leaf `[out, in]` has the name `<layer>.weight`, and the bias of its
-    layer has the name `<layer>.bias`.
+def find(tensors: Mapping[str, lazy.TensorSpec], weight: str) -> Factored | None:
+  """Returns how a weight is stored as two factors; None if it is not.
 
   Raises:
-    CheckpointError: if two factors differ in rank or dtype.
+    CheckpointError: if the factors differ in rank or dtype.
   """
-  joined = dict(tensors)
-  for weight in weights:
-    for row in FACTORS:
-      names = _names(row, weight)
-      if weight in joined or names.left not in joined or names.right not in joined:
-        continue
-      left, right = joined.pop(names.left), joined.pop(names.right)
-      if left.ndim != 2 or right.ndim != 2 or left.shape[1] != right.shape[0]:
-        raise errors.CheckpointError(
-          f'{names.left} and {names.right} must be [out, r] and [r, in], '
-          f'got {left.shape} and {right.shape}'
-        )
-      if left.dtype != right.dtype:
-        raise errors.CheckpointError(
-          f'{names.right} must be {left.dtype} like {names.left}, got {right.dtype}'
-        )
-      joined[weight] = structured.LowRank(left, right, names=row)
-      if names.bias in joined:
-        joined[_bias(weight)] = joined.pop(names.bias)
-  return joined
-
-
-def split(tensors: Mapping[str, Any]) -> dict[str, Any]:
-  """Replaces leaves by their two factors: the inverse of `join`.
-
-  The factors may differ from the original ones by the choice of a basis between them;
-  their product is the same.
-
-  Args:
-    tensors: arrays and unstacked `structured.FactorPair` leaves by name; or
-      descriptions of arrays, and `structured.LowRank` leaves of such descriptions.
-
-  Returns:
-    The tensors; factors have the leaf's dtype.
-  """
-  found = dict(tensors)
-  for weight, leaf in tensors.items():
-    if isinstance(leaf, structured.FactorPair):
-      names = _names(leaf.names, weight)
-      pair = leaf if isinstance(leaf, structured.LowRank) else leaf.plain()
-      del found[weight]
-      if _bias(weight) in found:
-        found[names.bias] = found.pop(_bias(weight))
-      found |= {names.left: pair.u, names.right: pair.v}
-  return found
-
-
-def _names(row: str, weight: str) -> FactorNames:
-  """Returns the names in a row of `FACTORS` for the layer of a weight."""
-  names = FACTORS[row]
-  layer = weight.removesuffix('.weight').removesuffix(names.drops)
-  return FactorNames(*(name.format(layer) for name in names))
-
-
-def _bias(weight: str) -> str:
-  return weight.removesuffix('.weight') + '.bias'
+  for row in FACTORS if weight not in tensors else ():
+    names = Factored(0, row).names_of(weight)
+    left, right = tensors.get(names.left), tensors.get(names.right)
+    if left is None or right is None:
+      continue
+    if left.ndim != 2 or right.ndim != 2 or left.shape[1] != right.shape[0]:
+      raise errors.CheckpointError(
+        f'{names.left} and {names.right} must be [out, r] and [r, in], '
+        f'got {left.shape} and {right.shape}'
+      )
+    if left.dtype != right.dtype:
+      raise errors.CheckpointError(
+        f'{names.right} must be {left.dtype} like {names.left}, got {right.dtype}'
+      )
+    return Factored(left.shape[1], row)
+  return None

@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 from rotbits_jax import models
 from rotbits_jax.checkpoints import attributes
 from rotbits_jax.checkpoints import errors
-from rotbits_jax.models import config as models_config
 
 SHORTCUT_SUFFIX = '_Q'  # of the names of shortcuts
 SHORTCUT_NAME = f'attn_shortcut{SHORTCUT_SUFFIX}'  # a tensor of every sliced layer
@@ -90,42 +89,28 @@ _SHORTCUTS = (
 
 
 def _opt(config: attributes.Attributes) -> models.ModelConfig:
-  hidden = config.size('hidden_size')
-  heads = config.size('num_attention_heads')
-  layers = config.size('num_hidden_layers', most=_MOST_LAYERS)
   positions = config.size('max_position_embeddings', most=2**31 - 3)
   config.require(
     do_layer_norm_before=True,
     enable_bias=True,
     layer_norm_elementwise_affine=True,
     _remove_final_layer_norm=False,
-    word_embed_proj_dim=hidden,
+    word_embed_proj_dim=config.size('hidden_size'),
   )
-  return models.ModelConfig(
+  return _decoder(
+    config,
     family='opt',
-    hidden_size=hidden,
     intermediate_size=config.size('ffn_dim'),
-    num_layers=layers,
-    num_heads=heads,
-    num_kv_heads=heads,
-    head_dim=_head_dim(config, hidden, heads),
-    vocab_size=config.size('vocab_size'),
+    num_kv_heads=config.size('num_attention_heads'),
     activation=_activation(config, 'activation_function', 'relu'),
-    gated_mlp=False,
-    parallel_block=False,
     qkv_bias=True,
     out_bias=True,
     mlp_bias=True,
-    head_bias=False,
     norm='layernorm',
     norm_eps=1e-5,
     max_positions=positions,
     learned_positions=positions + 2,
-    rotary_dim=0,
-    rope_theta=10000.0,
-    sliding_window=None,
     tied_head=config.boolean('tie_word_embeddings', True),
-    segment_widths=(hidden,) * (2 * layers + 1),
   )
 
 
@@ -138,7 +123,6 @@ def _llama(config: attributes.Attributes) -> models.ModelConfig:
     qkv_bias=attention_bias,
     out_bias=attention_bias,
     mlp_bias=config.boolean('mlp_bias', False),
-    sliding_window=None,
   )
 
 
@@ -146,14 +130,8 @@ def _mistral(config: attributes.Attributes) -> models.ModelConfig:
   # These attributes have other defaults in Mistral's config than in Llama's.
   config.demand('max_position_embeddings', 'num_key_value_heads', 'sliding_window')
   config.require(partial_rotary_factor=1.0)
-  return _rotary_gated(
-    config,
-    family='mistral',
-    qkv_bias=False,
-    out_bias=False,
-    mlp_bias=False,
-    sliding_window=_sliding_window(config),
-  )
+  window = _sliding_window(config)
+  return _rotary_gated(config, family='mistral', sliding_window=window)
 
 
 def _qwen2(config: attributes.Attributes) -> models.ModelConfig:
@@ -161,30 +139,84 @@ def _qwen2(config: attributes.Attributes) -> models.ModelConfig:
   config.require(use_sliding_window=False, partial_rotary_factor=1.0)
   for unused in ('sliding_window', 'max_window_layers'):
     config.take(unused, None)
-  kinds = config.take('layer_types', None)
+  types = config.take('layer_types', None)
   full = ['full_attention'] * config.size('num_hidden_layers', most=_MOST_LAYERS)
-  if kinds is not None and kinds != full:
-    config.refuse('layer_types', kinds, "'full_attention' for every layer")
-  return _rotary_gated(
-    config,
-    family='qwen2',
-    qkv_bias=True,
-    out_bias=False,
-    mlp_bias=False,
-    sliding_window=None,
-  )
+  if types is not None and types != full:
+    config.refuse('layer_types', types, "'full_attention' for every layer")
+  return _rotary_gated(config, family='qwen2', qkv_bias=True)
 
 
 def _phi3(config: attributes.Attributes) -> models.ModelConfig:
   config.demand('max_position_embeddings', 'rms_norm_eps')
   config.require(attention_bias=False, rope_scaling=None)
-  return _rotary_gated(
+  window = _sliding_window(config)
+  return _rotary_gated(config, family='phi3', sliding_window=window)
+
+
+def _phi(config: attributes.Attributes) -> models.ModelConfig:
+  config.require(qk_layernorm=False, tie_word_embeddings=False)
+  return _rotary(
     config,
-    family='phi3',
-    qkv_bias=False,
-    out_bias=False,
-    mlp_bias=False,
-    sliding_window=_sliding_window(config),
+    family='phi',
+    activation=_activation(config, 'hidden_act', 'gelu_new'),
+    parallel_block=True,
+    qkv_bias=True,
+    out_bias=True,
+    mlp_bias=True,
+    head_bias=True,
+    norm='layernorm',
+    norm_eps=config.number('layer_norm_eps', 1e-5),
+    rotary_factor=0.5,
+  )
+
+
+def _rotary_gated(config: attributes.Attributes, **switches: Any) -> models.ModelConfig:
+  """Makes the config of a family that resembles Llama."""
+  return _rotary(
+    config,
+    activation=_activation(config, 'hidden_act', 'silu'),
+    gated_mlp=True,
+    norm='rmsnorm',
+    norm_eps=config.number('rms_norm_eps', 1e-6),
+    tied_head=config.boolean('tie_word_embeddings', False),
+    **switches,
+  )
+
+
+def _rotary(
+  config: attributes.Attributes, rotary_factor: float = 1.0, **switches: Any
+) -> models.ModelConfig:
+  """Makes the config of a family with rotary positions.
+
+  Args:
+    config: the attributes of `config.json`.
+    rotary_factor: the part of a head that RoPE rotates, if no attribute sets it.
+    switches: the fields in which the family differs from others.
+  """
+  heads = config.size('num_attention_heads')
+  return _decoder(
+    config,
+    intermediate_size=config.size('intermediate_size'),
+    num_kv_heads=config.size('num_key_value_heads', heads),
+    max_positions=config.size('max_position_embeddings', 2048),
+    **_rope(config, rotary_factor),
+    **switches,
+  )
+
+
+def _decoder(config: attributes.Attributes, **fields: Any) -> models.ModelConfig:
+  """Makes a config from the attributes that all families have, and further fields."""
+  hidden = config.size('hidden_size')
+  layers = config.size('num_hidden_layers', most=_MOST_LAYERS)
+  segments = layers if fields.get('parallel_block') else 2 * layers
+  return models.ModelConfig(
+    hidden_size=hidden,
+    num_layers=layers,
+    num_heads=config.size('num_attention_heads'),
+    head_dim=_head_dim(config),
+    vocab_size=config.size('vocab_size'),
+    segment_widths=(hidden,) * (segments + 1),
+    **fields,
   )
 
 
@@ -194,81 +226,14 @@ def _sliding_window(config: attributes.Attributes) -> int | None:
   return config.size('sliding_window')
 
 
-def _rotary_gated(config: attributes.Attributes, **switches: Any) -> models.ModelConfig:
-  """Makes the config of a family that resembles Llama."""
-  hidden = config.size('hidden_size')
-  heads = config.size('num_attention_heads')
-  layers = config.size('num_hidden_layers', most=_MOST_LAYERS)
-  head_dim = _head_dim(config, hidden, heads)
-  theta, rotary_dim, scaling = _rope(config, head_dim, factor=1.0)
-  return models.ModelConfig(
-    hidden_size=hidden,
-    intermediate_size=config.size('intermediate_size'),
-    num_layers=layers,
-    num_heads=heads,
-    num_kv_heads=config.size('num_key_value_heads', heads),
-    head_dim=head_dim,
-    vocab_size=config.size('vocab_size'),
-    activation=_activation(config, 'hidden_act', 'silu'),
-    gated_mlp=True,
-    parallel_block=False,
-    head_bias=False,
-    norm='rmsnorm',
-    norm_eps=config.number('rms_norm_eps', 1e-6),
-    max_positions=config.size('max_position_embeddings', 2048),
-    learned_positions=0,
-    rotary_dim=rotary_dim,
-    rope_theta=theta,
-    rope_scaling=scaling,
-    tied_head=config.boolean('tie_word_embeddings', False),
-    segment_widths=(hidden,) * (2 * layers + 1),
-    **switches,
-  )
-
-
-def _phi(config: attributes.Attributes) -> models.ModelConfig:
-  hidden = config.size('hidden_size')
-  heads = config.size('num_attention_heads')
-  layers = config.size('num_hidden_layers', most=_MOST_LAYERS)
-  head_dim = _head_dim(config, hidden, heads)
-  config.require(qk_layernorm=False, tie_word_embeddings=False)
-  theta, rotary_dim, scaling = _rope(config, head_dim, factor=0.5)
-  return models.ModelConfig(
-    family='phi',
-    hidden_size=hidden,
-    intermediate_size=config.size('intermediate_size'),
-    num_layers=layers,
-    num_heads=heads,
-    num_kv_heads=config.size('num_key_value_heads', heads),
-    head_dim=head_dim,
-    vocab_size=config.size('vocab_size'),
-    activation=_activation(config, 'hidden_act', 'gelu_new'),
-    gated_mlp=False,
-    parallel_block=True,
-    qkv_bias=True,
-    out_bias=True,
-    mlp_bias=True,
-    head_bias=True,
-    norm='layernorm',
-    norm_eps=config.number('layer_norm_eps', 1e-5),
-    max_positions=config.size('max_position_embeddings', 2048),
-    learned_positions=0,
-    rotary_dim=rotary_dim,
-    rope_theta=theta,
-    rope_scaling=scaling,
-    sliding_window=None,
-    tied_head=False,
-    segment_widths=(hidden,) * (layers + 1),
-  )
-
-
 def _activation(config: attributes.Attributes, name: str, default: str) -> Any:
   return config.choice(name, ('relu', 'gelu_new', 'silu'), default)
 
 
-def _head_dim(config: attributes.Attributes, hidden: int, heads: int) -> int:
+def _head_dim(config: attributes.Attributes) -> int:
   if config.take('head_dim', None) is not None:
     return config.size('head_dim')
+  hidden, heads = config.size('hidden_size'), config.size('num_attention_heads')
   if hidden % heads:
     raise errors.CheckpointError(
       f'{config.where}: num_attention_heads {heads} does not divide '
@@ -277,9 +242,7 @@ def _head_dim(config: attributes.Attributes, hidden: int, heads: int) -> int:
   return hidden // heads
 
 
-def _rope(
-  config: attributes.Attributes, head_dim: int, factor: float
-) -> tuple[float, int, models_config.RopeScaling | None]:
+def _rope(config: attributes.Attributes, factor: float) -> dict[str, Any]:
   """Reads the settings of RoPE.
 
   transformers 5 has all settings in `rope_parameters`. Earlier versions have the
@@ -287,12 +250,10 @@ def _rope(
 
   Args:
     config: the attributes of `config.json`.
-    head_dim: width of a head.
     factor: the part of a head that RoPE rotates, if no attribute sets it.
 
   Returns:
-    The base of RoPE's wavelengths, how many numbers of a head RoPE rotates, and its
-    scaling.
+    The fields `rope_theta`, `rotary_dim` and `rope_scaling` of the config.
   """
   settings, scaling = config, None
   gathered = config.take('rope_parameters', None) is not None
@@ -308,26 +269,26 @@ def _rope(
   )
   if settings is not config:
     settings.finish()
-  rotary_dim = int(head_dim * min(factor, 1))
+  rotary_dim = int(_head_dim(config) * min(factor, 1))
   if factor > 1 or rotary_dim % 2 or rotary_dim == 0:
     settings.refuse(
       'partial_rotary_factor', factor, 'a part of the head with an even, positive width'
     )
-  return theta, rotary_dim, scaling
+  return {'rope_theta': theta, 'rotary_dim': rotary_dim, 'rope_scaling': scaling}
 
 
 def _rope_scaling(
   settings: attributes.Attributes,
-) -> models_config.RopeScaling | None:
+) -> models.RopeScaling | None:
   older = settings.take('type', 'default')
-  kind = settings.choice('rope_type', ('default', 'linear', 'llama3'), older)
-  if kind == 'default':
+  found = settings.choice('rope_type', ('default', 'linear', 'llama3'), older)
+  if found == 'default':
     return None
   factor = settings.number('factor')
-  if kind == 'linear':
-    return models_config.RopeScaling(kind='linear', factor=factor)
-  return models_config.RopeScaling(
-    kind='llama3',
+  if found == 'linear':
+    return models.RopeScaling(type_name='linear', factor=factor)
+  return models.RopeScaling(
+    type_name='llama3',
     factor=factor,
     low_freq_factor=settings.number('low_freq_factor'),
     high_freq_factor=settings.number('high_freq_factor'),

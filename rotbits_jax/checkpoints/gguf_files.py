@@ -1,28 +1,32 @@
 """GGUF files, read as the dense checkpoints that they were made from.
 
 GGUF is the file format of llama.cpp. Its weights are usually quantised: a block of
-weights is stored as small integers with a common scale. This file computes the plain
-weights again.
+weights is stored as small integers with a common scale. They are read as
+`structured.Quantized`, which stands for the plain weights.
 """
 
 import importlib.util
 import json
+import math
 import os
 import pathlib
 import re
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 from numpy.typing import DTypeLike
 
 from rotbits_jax.checkpoints import attributes
 from rotbits_jax.checkpoints import configs
 from rotbits_jax.checkpoints import errors
+from rotbits_jax.checkpoints import gguf_blocks
 from rotbits_jax.checkpoints import gguf_header
 from rotbits_jax.checkpoints import lazy
 from rotbits_jax.checkpoints import reader as reader_lib
 from rotbits_jax.checkpoints.contents import CONFIG
 from rotbits_jax.checkpoints.contents import Checkpoint
+from rotbits_jax.system import files
 
 # GGUF's names and Hugging Face's names. In `_LAYER` they lack the prefix of the layer,
 # which is `blk.N.` in GGUF.
@@ -47,7 +51,11 @@ _PERMUTED = {
   'attn_q.weight': 'num_attention_heads',
   'attn_k.weight': 'num_key_value_heads',
 }
-_KINDS = {str: 'strings', int: 'integers'}
+_PLAIN = {
+  number: np.dtype(dtype)
+  for number, dtype in ((0, np.float32), (1, np.float16), (30, ml_dtypes.bfloat16))
+}
+_TYPES = {str: 'strings', int: 'integers'}
 _CONTROL, _USER_DEFINED = 3, 4  # types of tokens that are neither split nor merged
 
 
@@ -57,8 +65,8 @@ def packaged_smollm2() -> pathlib.Path:
   The package is not imported, so it may be installed without its dependencies.
 
   Returns:
-    The path of the GGUF file. It has 98 MB; weights have 4 bits (Q4_1), and the numbers
-    of the embedding have 8 bits (Q8_0).
+    The path of the GGUF file. It has 98 MB; weights have 4 bits (Q4_1), and the
+    embedding has 8 (Q8_0).
 
   Raises:
     CheckpointError: if the package is not installed.
@@ -80,18 +88,19 @@ def open_gguf(
   """Opens the GGUF file of a Llama; see `read_gguf`.
 
   Returns:
-    The checkpoint. Parameters are dequantised when they are requested.
+    The checkpoint. Quantised tensors are `structured.Quantized` leaves, except those of
+    the IQ types, which are arrays.
   """
   path = pathlib.Path(path)
-  metadata, stored = _read(path)
+  file = lazy.opened(path)
   try:
+    metadata, stored = gguf_header.read(file)
     config_json = _config_json(metadata, tied='output.weight' not in stored)
-    files = {
+    sidecars = {
       CONFIG: _to_json(config_json),
       'tokenizer.json': _to_json(_tokenizer_json(metadata)),
     }
     config = configs.parse_config(config_json)
-    file = lazy.File.of(path)
     tensors = {}
     for name, tensor in stored.items():
       key, setting = _hugging_face_name(name)
@@ -99,7 +108,7 @@ def open_gguf(
       tensors[key] = _tensor(name, tensor, file, heads, np.dtype(dtype))
   except errors.CheckpointError as error:
     raise errors.CheckpointError(f'{path}: {error}') from error
-  return reader_lib.CheckpointReader(path, tensors, config, files=files, stem=None)
+  return reader_lib.CheckpointReader(tensors, config, path=path, files=sidecars)
 
 
 def read_gguf(
@@ -107,10 +116,10 @@ def read_gguf(
 ) -> Checkpoint:
   """Reads a Llama from a GGUF file.
 
-  Quantised weights `scale * integer + offset` become plain numbers. float32 holds these
-  numbers exactly. float16 rounds them to 11 bits, with a relative error of 2e-4. This
-  is a few hundredths of the error that the quantisation to 4 bits made. float16 is the
-  default, because checkpoints that are sliced or encoded are usually stored in it.
+  Quantised weights `scale * code + offset` become plain arrays. float16 rounds them to
+  11 bits, with a relative error of 2e-4. This is a few hundredths of the error that the
+  quantisation to 4 bits made. float16 is the default, because checkpoints that are
+  sliced or encoded are usually stored in it.
 
   Args:
     path: the file.
@@ -121,32 +130,11 @@ def read_gguf(
     of a Hugging Face checkpoint of the same model.
 
   Raises:
-    CheckpointError: if the package gguf is not installed, if the file is damaged, or if
-      the model is not a Llama with a known kind of tokenizer.
+    CheckpointError: if the file is damaged, if the model is not a Llama with a known
+      type of tokenizer, or if it has weights of an IQ type and the package gguf is not
+      installed.
   """
   return open_gguf(path, dtype=dtype).load()
-
-
-def _read(path: pathlib.Path) -> tuple[dict[str, Any], dict[str, Any]]:
-  """Returns the metadata of a file, and its tensors as the package gguf has them."""
-  try:
-    import gguf
-  except ImportError as error:
-    raise errors.CheckpointError(
-      'reading GGUF files requires the package gguf: pip install gguf'
-    ) from error
-  if not path.is_file():
-    raise errors.CheckpointError(f'{path}: there is no such file')
-  try:
-    gguf_header.check(lazy.File.of(path))
-  except errors.CheckpointError as error:
-    raise errors.CheckpointError(f'{path}: {error}') from error
-  try:
-    reader = gguf.GGUFReader(path)
-    metadata = {name: field.contents() for name, field in reader.fields.items()}
-  except (ValueError, LookupError) as error:
-    raise errors.CheckpointError(f'{path}: not a GGUF file: {error}') from error
-  return metadata, {tensor.name: tensor for tensor in reader.tensors}
 
 
 def _config_json(metadata: dict[str, Any], tied: bool) -> dict[str, Any]:
@@ -212,7 +200,7 @@ def _tokenizer_json(metadata: dict[str, Any]) -> dict[str, Any]:
       raise errors.CheckpointError(
         f'tokenizer.ggml.{key} is {errors.cut(repr(value))}; supported: {known}'
       )
-  tokens, kinds = _tokens(metadata), _entries(metadata, 'token_type', int)
+  tokens, types = _tokens(metadata), _entries(metadata, 'token_type', int)
   byte_level = {'type': 'ByteLevel', 'add_prefix_space': False, 'trim_offsets': True}
   return {
     'version': '1.0',
@@ -224,10 +212,10 @@ def _tokenizer_json(metadata: dict[str, Any]) -> dict[str, Any]:
         'lstrip': False,
         'rstrip': False,
         'normalized': False,
-        'special': kind == _CONTROL,
+        'special': token_type == _CONTROL,
       }
-      for index, (token, kind) in enumerate(zip(tokens, kinds, strict=False))
-      if kind in (_CONTROL, _USER_DEFINED)
+      for index, (token, token_type) in enumerate(zip(tokens, types, strict=False))
+      if token_type in (_CONTROL, _USER_DEFINED)
     ],
     # Splits off every digit, then splits the text into words as GPT-2 does.
     'pre_tokenizer': {
@@ -262,13 +250,13 @@ def _token(metadata: dict[str, Any], key: str) -> int:
   return value
 
 
-def _entries(metadata: dict[str, Any], key: str, kind: type) -> list[Any]:
+def _entries(metadata: dict[str, Any], key: str, entry: type) -> list[Any]:
   """Returns a list of the tokenizer, which is empty if the file lacks it."""
   values = metadata.get(f'tokenizer.ggml.{key}', [])
-  if not isinstance(values, list) or not all(type(x) is kind for x in values):
+  if not isinstance(values, list) or not all(type(x) is entry for x in values):
     raise errors.CheckpointError(
       f'tokenizer.ggml.{key} is {errors.cut(repr(values))}; '
-      f'supported: a list of {_KINDS[kind]}'
+      f'supported: a list of {_TYPES[entry]}'
     )
   return values
 
@@ -287,59 +275,95 @@ def _hugging_face_name(name: str) -> tuple[str, str | None]:
 
 
 def _tensor(
-  name: str, tensor: Any, file: lazy.File, heads: int | None, dtype: np.dtype
+  name: str,
+  tensor: gguf_header.Tensor,
+  file: files.File,
+  heads: int | None,
+  dtype: np.dtype,
 ) -> lazy.LazyTensor:
   """Makes a lazy tensor with its rows in the order of Hugging Face.
 
   Args:
     name: GGUF's name of the tensor.
-    tensor: the tensor as the package gguf describes it.
-    file: the file that holds the tensor.
+    tensor: its entry in the header.
+    file: the file.
     heads: number of heads, if their rows are permuted; None if not.
-    dtype: the dtype to which the numbers are rounded.
+    dtype: the dtype to which the elements are rounded.
   """
-  # The description refers to a memory map of the whole file. The map can be closed only
-  # if `read` does not keep the description.
-  kind, offset, size = tensor.tensor_type, int(tensor.data_offset), int(tensor.n_bytes)
-  stored_shape, stored_dtype = tensor.data.shape, tensor.data.dtype
+  number, shape = tensor.type_number, tensor.shape
+  elements, size = _block_sizes(name, number)
+  if not shape or shape[-1] % elements:
+    raise errors.CheckpointError(f'{name}: {shape=} does not fit its type {number}')
+  nbytes = math.prod(shape) // elements * size
 
-  def read() -> np.ndarray:
-    data = np.frombuffer(file.map(offset, size), stored_dtype).reshape(stored_shape)
-    try:
-      values = _dequantized(name, data, kind)
+  def read() -> Any:
+    found: Any = lazy.read(file, tensor.offset, nbytes)
+    if number in gguf_blocks.TYPES and len(shape) == 2:
+      found = gguf_blocks.quantized(gguf_blocks.TYPES[number], found, shape, dtype)
       if heads is not None:
-        values = _unpermuted(values, heads)
+        found = found.take_rows(_order(shape[0], heads))
+      is_finite = found.largest() <= _largest(dtype)
+      if not is_finite:  # the bound is a coarse one
+        is_finite = np.isfinite(found.materialize()).all()
+    else:
+      found = _array(found, number).reshape(shape)
+      found = found if heads is None else found[_order(shape[0], heads)]
       with np.errstate(over='ignore'):
-        values = values.astype(dtype)
-      if not np.isfinite(values).all():
-        raise errors.CheckpointError(f'{name} has numbers that {dtype} cannot hold')
-    except errors.CheckpointError as error:
-      raise errors.CheckpointError(f'{file.path}: {error}') from error
-    return values
+        found = found.astype(dtype)
+      is_finite = np.isfinite(found).all()
+    if not is_finite:
+      raise errors.CheckpointError(
+        f'{file.path}: {name} has elements that {dtype} cannot hold'
+      )
+    return found
 
-  shape = tuple(int(n) for n in reversed(tensor.shape))  # GGUF has the last axis first
   return lazy.LazyTensor(shape, dtype, read)
 
 
-def _dequantized(name: str, data: np.ndarray, kind: Any) -> np.ndarray:
-  """Returns the float32 numbers of a tensor in row-major order."""
+def _block_sizes(name: str, number: int) -> tuple[int, int]:
+  """Returns the elements and the bytes of a block of a type."""
+  if number in _PLAIN:
+    return 1, _PLAIN[number].itemsize
+  if number in gguf_blocks.TYPES:
+    return gguf_blocks.TYPES[number].elements, gguf_blocks.TYPES[number].nbytes
+  try:
+    import gguf
+
+    elements, nbytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(number)]
+    return int(elements), int(nbytes)
+  except ImportError as error:
+    raise errors.CheckpointError(
+      f'{name}: its type {number} requires the package gguf: pip install gguf'
+    ) from error
+  except (ValueError, KeyError) as error:
+    raise errors.CheckpointError(f'{name}: the type {number} is unknown') from error
+
+
+def _array(data: np.ndarray, number: int) -> np.ndarray:
+  """Returns the elements of a tensor whose codes are not kept."""
+  if number in _PLAIN:
+    return data.view(_PLAIN[number])
+  import gguf
   from gguf import quants
 
   try:
-    return quants.dequantize(data, kind)
+    return quants.dequantize(data, gguf.GGMLQuantizationType(number))
   except (NotImplementedError, ValueError) as error:
-    raise errors.CheckpointError(f'{name}: {error}') from error
+    raise errors.CheckpointError(f'type {number}: {error}') from error
 
 
-def _unpermuted(weight: np.ndarray, heads: int) -> np.ndarray:
-  """Reverses llama.cpp's permutation of the rows of a query or key projection.
+def _largest(dtype: np.dtype) -> float:
+  return float(ml_dtypes.finfo(dtype).max)
+
+
+def _order(rows: int, heads: int) -> np.ndarray:
+  """Returns the order that reverses llama.cpp's order of the rows of queries or keys.
 
   In llama.cpp, RoPE rotates the rows `(2i, 2i + 1)` of a head together; in Hugging
   Face's code, it rotates `(i, i + h/2)`.
   """
-  rows, columns = weight.shape
-  paired = weight.reshape(heads, rows // heads // 2, 2, columns)
-  return paired.swapaxes(1, 2).reshape(rows, columns)
+  paired = np.arange(rows).reshape(heads, rows // heads // 2, 2)
+  return paired.swapaxes(1, 2).reshape(-1)
 
 
 def _decimal(value: float) -> float:

@@ -1,116 +1,163 @@
-"""Checks the header of a GGUF file before the package gguf reads it.
+"""Reads the header of a GGUF file: its metadata, and where its tensors are.
 
-The package believes the counts and lengths in the header. It makes an object for each
-entry of an array, and does not notice where the file ends, so that a few bytes could
-ask for all memory and all time. After this check the work that it does is bounded by
-the size of the header.
+The counts and lengths in a header are untrusted. Each is checked against the size of
+the file before anything is read or made.
 """
 
 import math
 import struct
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from rotbits_jax.checkpoints import errors
 from rotbits_jax.checkpoints import lazy
+from rotbits_jax.system import files
 
 _MAGIC = 0x46554747
 _VERSIONS = (2, 3)
-_STRING, _ARRAY = 8, 9
-_SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
+_FORMATS = dict(zip((0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12), 'BbHhIif?Qqd', strict=True))
+_STRING, _ARRAY = 8, 9  # the other types of values
+_ALIGNMENT = 'general.alignment'
+_PIECE = 1 << 20  # bytes that are read at a time
+_MOST_BYTES = 1 << 28  # of a header; vocabularies take a few million
 _MOST_ENTRIES = 1 << 21  # of all arrays; vocabularies have up to 2^18 tokens
 _MOST_AXES = 4
 _MOST_SIZE = (1 << 31) - 1  # of an axis
-_MOST_ALIGNMENT = 1 << 16
-_WHERE = 'general.alignment'
 
 
-class _Header:
-  """The bytes of the file, read from the start."""
+class Tensor(NamedTuple):
+  """A tensor's entry in the header.
 
-  def __init__(self, data: memoryview):
-    self._data, self._position, self._entries = data, 0, 0
+  Attributes:
+    type_number: the number of its type, see `gguf_blocks`.
+    shape: the tensor's shape.
+    offset: offset of its first byte in the file.
+  """
 
-  def skip(self, size: int) -> memoryview:
-    """Passes over bytes and returns them."""
-    if size > len(self._data) - self._position:
-      raise errors.CheckpointError('the header of the GGUF file is cut short')
-    self._position += size
-    return self._data[self._position - size : self._position]
+  type_number: int
+  shape: tuple[int, ...]
+  offset: int
+
+
+class _Cursor:
+  """A place in the header, which moves forward."""
+
+  def __init__(self, file: files.File):
+    self._file, self._piece, self._place = file, b'', 0
+    self._begin = 0  # of the piece in the file
+    self._entries = 0
+
+  @property
+  def position(self) -> int:
+    return self._begin + self._place
+
+  def take(self, size: int) -> bytes:
+    """Returns the next bytes."""
+    self._check(size)
+    if self._place + size > len(self._piece):
+      self._begin, self._place = self.position, 0
+      count = min(max(size, _PIECE), self._file.size - self._begin)
+      self._piece = lazy.read(self._file, self._begin, count).tobytes()
+    self._place += size
+    return self._piece[self._place - size : self._place]
 
   def u32(self) -> int:
-    return struct.unpack('<I', self.skip(4))[0]
+    return struct.unpack('<I', self.take(4))[0]
 
   def u64(self) -> int:
-    return struct.unpack('<Q', self.skip(8))[0]
+    return struct.unpack('<Q', self.take(8))[0]
 
   def count(self, least: int) -> int:
     """Reads how many items follow, of at least `least` bytes each."""
     found = self.u64()
-    if found > (len(self._data) - self._position) // least:
-      raise errors.CheckpointError('the header of the GGUF file is cut short')
+    self._check(found * least)
     return found
 
-  def string(self) -> bytes:
-    return bytes(self.skip(self.count(1)))
+  def string(self) -> str:
+    return self.take(self.count(1)).decode()
 
-  def value(self, kind: int) -> None:
-    """Passes over a value of a kind."""
-    if kind in _SIZES:
-      self.skip(_SIZES[kind])
-    elif kind == _STRING:
-      self.string()
-    elif kind == _ARRAY:
-      self._array()
-    else:
-      raise errors.CheckpointError(f'a value of the unknown kind {kind}')
+  def value(self, type_number: int) -> Any:
+    """Reads a value of a type."""
+    if type_number in _FORMATS:
+      form = f'<{_FORMATS[type_number]}'
+      return struct.unpack(form, self.take(struct.calcsize(form)))[0]
+    if type_number == _STRING:
+      return self.string()
+    if type_number == _ARRAY:
+      return self._array()
+    raise errors.CheckpointError(f'a value of the unknown type {type_number}')
 
-  def _array(self) -> None:
-    kind = self.u32()
-    if kind not in _SIZES and kind != _STRING:
-      raise errors.CheckpointError(f'an array of the unknown kind {kind}')
-    count = self.count(_SIZES.get(kind, 8))
+  def _array(self) -> list[Any]:
+    type_number = self.u32()
+    form = _FORMATS.get(type_number)
+    if form is None and type_number != _STRING:
+      raise errors.CheckpointError(f'an array of the unknown type {type_number}')
+    count = self.count(8 if form is None else struct.calcsize(f'<{form}'))
     self._entries += count
     if self._entries > _MOST_ENTRIES:
       raise errors.CheckpointError(f'arrays of more than {_MOST_ENTRIES} entries')
-    if kind == _STRING:
-      for _ in range(count):
-        self.string()
-    else:
-      self.skip(count * _SIZES[kind])
+    if form is None:
+      return [self.string() for _ in range(count)]
+    dtype = np.dtype(f'<{form}' if form != '?' else '?')
+    return np.frombuffer(self.take(count * dtype.itemsize), dtype).tolist()
+
+  def _check(self, size: int) -> None:
+    if size > self._file.size - self.position:
+      raise errors.CheckpointError('the header of the GGUF file is cut short')
+    if self.position + size > _MOST_BYTES:
+      raise errors.CheckpointError(f'a header of more than {_MOST_BYTES} bytes')
 
 
-def check(file: lazy.File) -> None:
-  """Checks the header.
+def read(file: files.File) -> tuple[dict[str, Any], dict[str, Tensor]]:
+  """Reads a header.
 
   Args:
-    file: the GGUF file, little-endian.
+    file: a GGUF file, little-endian.
+
+  Returns:
+    The metadata and the tensors, by name.
 
   Raises:
-    CheckpointError: if a count or a length leads out of the file, if arrays are too
-      long, or if a tensor has a shape that none has.
+    CheckpointError: if the file is not a GGUF file, or if its header is damaged or too
+      large.
   """
-  header = _Header(file.map(0, file.size))
-  if header.u32() != _MAGIC or header.u32() not in _VERSIONS:
+  try:
+    return _read(file)
+  except UnicodeDecodeError as e:
+    raise errors.CheckpointError(f'a text of the header is not UTF-8: {e}') from e
+
+
+def _read(file: files.File) -> tuple[dict[str, Any], dict[str, Tensor]]:
+  cursor = _Cursor(file)
+  if cursor.u32() != _MAGIC or cursor.u32() not in _VERSIONS:
     raise errors.CheckpointError('not a GGUF file of version 2 or 3, little-endian')
-  # A tensor takes at least its name's length, axes, kind and offset; a field less.
-  tensors, fields = header.count(24), header.count(13)
-  names: set[bytes] = set()
+  # A tensor takes at least its name's length, axes, type and offset; a field less.
+  count, fields = cursor.count(24), cursor.count(13)
+  metadata: dict[str, Any] = {}
   for _ in range(fields):
-    name, kind = header.string(), header.u32()
-    if name in names:
+    name = cursor.string()
+    if name in metadata:
       raise errors.CheckpointError(f'the field {name[:40]!r} is there twice')
-    names.add(name)
-    if name == _WHERE.encode():
-      if kind != 4 or not 0 < header.u32() <= _MOST_ALIGNMENT:
-        raise errors.CheckpointError(f'{_WHERE} is out of range')
-    else:
-      header.value(kind)
-  for _ in range(tensors):
-    name, axes = header.string(), header.u32()
+    metadata[name] = cursor.value(cursor.u32())
+  tensors: dict[str, Tensor] = {}
+  for _ in range(count):
+    name, axes = cursor.string(), cursor.u32()
+    lazy.check_name(name)
+    if name in tensors:
+      raise errors.CheckpointError(f'the tensor {name[:40]!r} is there twice')
     if axes > _MOST_AXES:
       raise errors.CheckpointError(f'{name[:40]!r}: a tensor of {axes} axes')
-    shape = struct.unpack(f'<{axes}Q', header.skip(8 * axes))
+    shape = struct.unpack(f'<{axes}Q', cursor.take(8 * axes))
     if max(shape, default=0) > _MOST_SIZE or math.prod(shape) >= 1 << 48:
       raise errors.CheckpointError(f'{name[:40]!r}: a tensor of {shape=} is too large')
-    header.u32()
-    if header.u64() > file.size:
-      raise errors.CheckpointError(f'{name[:40]!r}: the tensor is outside the file')
+    # GGUF has the last axis first.
+    tensors[name] = Tensor(cursor.u32(), shape[::-1], cursor.u64())
+  alignment = metadata.get(_ALIGNMENT, 32)
+  if type(alignment) is not int or not 0 < alignment <= 1 << 16:
+    raise errors.CheckpointError(f'{_ALIGNMENT} is out of range')
+  start = -(-cursor.position // alignment) * alignment
+  return metadata, {
+    name: tensor._replace(offset=start + tensor.offset)
+    for name, tensor in tensors.items()
+  }

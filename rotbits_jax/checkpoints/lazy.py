@@ -1,20 +1,20 @@
-"""Tensors in files. Shape and dtype are known at once, the numbers are read later.
+"""Tensors in files. Shape and dtype are known at once, the elements are read later.
 
-The numbers of a tensor are read from a memory map: a part of a file that the operating
-system loads into memory when it is used.
+Files are read into memory, not mapped: a map of a file that shrinks ends the process.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+import contextlib
 import dataclasses
 import math
-import mmap
 import os
-import pathlib
-import stat
+from typing import Any
 
 import numpy as np
 
 from rotbits_jax.checkpoints import errors
+from rotbits_jax.system import files
+from rotbits_jax.system import host
 
 _PIECE = 1 << 23  # bytes that are made contiguous at a time
 MAX_AXES = 32  # of a tensor, because NumPy supports no more on all versions
@@ -32,6 +32,10 @@ class TensorSpec:
   @property
   def ndim(self) -> int:
     return len(self.shape)
+
+  @property
+  def T(self) -> 'TensorSpec':  # noqa: N802
+    return TensorSpec(self.shape[::-1], self.dtype)
 
   @property
   def size(self) -> int:
@@ -62,15 +66,18 @@ def check_name(name: str) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class LazyTensor(TensorSpec):
-  """A tensor whose numbers are read when they are requested.
+  """A tensor whose elements are read when they are requested.
 
   Attributes:
-    read: function that returns the numbers. If they are in a file, each call makes a
-      memory map, and the array is a read-only view of it. The map is closed when its
-      last view is deleted.
+    read: returns the tensor: an array, or a structured leaf that stands for it. Each
+      call reads the file again.
   """
 
-  read: Callable[[], np.ndarray]
+  read: Callable[[], Any]
+
+  @property
+  def spec(self) -> TensorSpec:
+    return TensorSpec(self.shape, self.dtype)
 
   @classmethod
   def of(cls, array: np.ndarray) -> 'LazyTensor':
@@ -78,90 +85,70 @@ class LazyTensor(TensorSpec):
     return cls(array.shape, array.dtype, lambda: array)
 
 
-@dataclasses.dataclass(frozen=True)
-class File:
-  """A file and its state when it was opened.
+@contextlib.contextmanager
+def _errors_name(path: str | os.PathLike[str]) -> Iterator[None]:
+  """Turns errors of the system into a `CheckpointError` with the path of the file."""
+  try:
+    yield
+  except OSError as e:
+    text = f'{path}: {e.strerror}' if e.strerror else str(e)
+    raise errors.CheckpointError(text) from e
 
-  Attributes:
-    path: path of the file.
-    size: size in bytes.
-    modified: time of the last change, in nanoseconds.
+
+def opened(path: str | os.PathLike[str]) -> files.File:
+  """Records the present state of a file.
+
+  Raises:
+    CheckpointError: if there is no such file, or it is a pipe or the like.
   """
-
-  path: pathlib.Path
-  size: int
-  modified: int
-
-  @classmethod
-  def of(cls, path: str | os.PathLike[str]) -> 'File':
-    """Records the present state of the file at a path.
-
-    Raises:
-      CheckpointError: if there is no such file, or it is a pipe or the like.
-    """
-    try:
-      found = os.stat(path)
-    except OSError as e:
-      raise errors.CheckpointError(f'{path}: {e.strerror}') from e
-    if not stat.S_ISREG(found.st_mode):  # a pipe waits, and a device may have no end
-      raise errors.CheckpointError(f'{path}: not a regular file')
-    return cls(pathlib.Path(path), found.st_size, found.st_mtime_ns)
-
-  def read(self, most: int) -> bytes:
-    """Reads the whole file into memory.
-
-    Args:
-      most: the greatest size in bytes.
-
-    Raises:
-      CheckpointError: if the file is larger, or changed after it was opened.
-    """
-    if self.size > most:
-      raise errors.CheckpointError(
-        f'{self.path}: the file has {self.size} bytes, more than {most}'
-      )
-    with open(self.path, 'rb') as file:
-      content = file.read(self.size + 1)
-    if len(content) != self.size:
-      raise errors.CheckpointError(f'{self.path}: the file changed after it was opened')
-    return content
-
-  def map(self, offset: int, size: int) -> memoryview:
-    """Maps a part of the file into memory, read-only.
-
-    Args:
-      offset: offset of the first byte.
-      size: number of bytes.
-
-    Returns:
-      The bytes. The memory map is closed when their last view is deleted.
-
-    Raises:
-      CheckpointError: if the file changed after it was opened, or does not contain this
-        part.
-    """
-    if File.of(self.path) != self:
-      raise errors.CheckpointError(f'{self.path}: the file changed after it was opened')
-    if offset < 0 or size < 0 or offset + size > self.size:
-      raise errors.CheckpointError(f'{self.path}: the file is truncated')
-    if not size:
-      return memoryview(b'')
-    before = offset % mmap.ALLOCATIONGRANULARITY
-    with open(self.path, 'rb') as file:
-      mapped = mmap.mmap(
-        file.fileno(), before + size, access=mmap.ACCESS_READ, offset=offset - before
-      )
-    return memoryview(mapped)[before:]
+  with _errors_name(path):
+    return files.File.of(path)
 
 
-def in_file(file: File, offset: int, spec: TensorSpec) -> LazyTensor:
-  """Returns the tensor whose numbers begin at an offset of a file, in C order."""
+def read(file: files.File, offset: int, size: int) -> np.ndarray:
+  """Reads a part of a file into memory, see `read_with_crc32`."""
+  return read_with_crc32(file, offset, size)[0]
 
-  def read() -> np.ndarray:
-    content = file.map(offset, spec.nbytes)
-    return np.frombuffer(content, spec.dtype).reshape(spec.shape)
 
-  return LazyTensor(spec.shape, spec.dtype, read)
+def read_with_crc32(file: files.File, offset: int, size: int) -> tuple[np.ndarray, int]:
+  """Reads a part of a file into memory.
+
+  Returns:
+    uint8 `[size]`, aligned so that JAX needs no copy; and its CRC-32.
+
+  Raises:
+    CheckpointError: if the file changed after it was opened, or does not contain this
+      part.
+  """
+  if offset < 0 or size < 0 or offset + size > file.size:
+    raise errors.CheckpointError(f'{file.path}: the file is truncated')
+  found = host.empty((size,), np.uint8)
+  with _errors_name(file.path):
+    crc = file.read(offset, found)
+  return found, crc
+
+
+def content(path: str | os.PathLike[str], most: int) -> bytes:
+  """Returns the content of a file of at most `most` bytes.
+
+  Raises:
+    CheckpointError: if there is no such file, or it is larger.
+  """
+  file = opened(path)
+  if file.size > most:
+    raise errors.CheckpointError(
+      f'{path}: the file has {file.size} bytes, more than {most}'
+    )
+  return read(file, 0, file.size).tobytes()
+
+
+def in_file(file: files.File, offset: int, spec: TensorSpec) -> LazyTensor:
+  """Returns the tensor whose elements begin at an offset of a file, in C order."""
+
+  def read_tensor() -> np.ndarray:
+    return read(file, offset, spec.nbytes).view(spec.dtype).reshape(spec.shape)
+
+  return LazyTensor(spec.shape, spec.dtype, read_tensor)
 
 
 def row_major(array: np.ndarray) -> Iterator[memoryview]:

@@ -1,28 +1,28 @@
-"""Safetensors files: one file, or several shards with an index.
+"""Safetensors files, read and written without the library.
 
-A shard is one of several files that share the tensors of a checkpoint. The index is a
-JSON file that names the shard of each tensor. Tensors are read when they are requested,
-and written one at a time.
+A file is the length of a header (8 bytes), the header (JSON), and the tensors one after
+the other. The header has the dtype, the shape and the place of each tensor.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
+import dataclasses
 import json
 import os
 import pathlib
 import struct
-from typing import Any, NamedTuple
+from typing import Any
 
 import ml_dtypes
 import numpy as np
-import safetensors
 
 from rotbits_jax.checkpoints import attributes
 from rotbits_jax.checkpoints import errors
+from rotbits_jax.checkpoints import indices
 from rotbits_jax.checkpoints import lazy
-
-WEIGHTS = 'model.safetensors'
-INDEX_SUFFIX = '.safetensors.index.json'
-INDEX = f'model{INDEX_SUFFIX}'
+from rotbits_jax.checkpoints import staging
+from rotbits_jax.system import files
+from rotbits_jax.system import outputs
+from rotbits_jax.system import schema
 
 _DTYPES: dict[str, np.dtype] = {
   'F64': np.dtype(np.float64),
@@ -44,8 +44,22 @@ _DTYPES: dict[str, np.dtype] = {
 
 Specs = Mapping[str, lazy.TensorSpec]
 
-# Bytes of a header or an index; the largest checkpoints have an index of 14 MB.
-_MOST_JSON = 1 << 25
+_MOST_HEADER = 1 << 25  # bytes
+
+
+@dataclasses.dataclass(frozen=True)
+class _Entry:
+  """A tensor's entry in the header.
+
+  Attributes:
+    dtype: the dtype code.
+    shape: the tensor's shape.
+    data_offsets: begin and end of its bytes, counted from the end of the header.
+  """
+
+  dtype: str
+  shape: tuple[schema.Size, ...]
+  data_offsets: tuple[schema.Size, schema.Size]
 
 
 def open_file(path: str | os.PathLike[str]) -> dict[str, lazy.LazyTensor]:
@@ -60,16 +74,14 @@ def open_file(path: str | os.PathLike[str]) -> dict[str, lazy.LazyTensor]:
   Raises:
     CheckpointError: if the file is damaged or has a dtype that NumPy lacks.
   """
-  file = lazy.File.of(path)
-  tensors = {}
-  for name, entry in _entries(file).items():
-    if entry.code not in _DTYPES:
+  found = {}
+  for name, (code, _, tensor) in _open(path).items():
+    if code not in _DTYPES:
       raise errors.UnsupportedError(
-        f'{path}: {name} has the dtype {entry.code}, which is not supported'
+        f'{path}: {name} has the dtype {errors.cut(code)}, which is not supported'
       )
-    spec = lazy.TensorSpec(entry.shape, _DTYPES[entry.code])
-    tensors[name] = lazy.in_file(file, entry.offset, spec)
-  return tensors
+    found[name] = tensor
+  return found
 
 
 def open_places(
@@ -87,123 +99,48 @@ def open_places(
   Raises:
     CheckpointError: if the file is damaged.
   """
-  file = lazy.File.of(path)
-  found = {}
-  for name, entry in _entries(file).items():
-    spec = lazy.TensorSpec((entry.nbytes,), np.dtype(np.uint8))
-    if entry.code in _DTYPES:
-      spec = lazy.TensorSpec(entry.shape, _DTYPES[entry.code])
-    found[name] = entry.offset, lazy.in_file(file, entry.offset, spec)
-  return found
+  return {name: (offset, tensor) for name, (_, offset, tensor) in _open(path).items()}
 
 
-class _Entry(NamedTuple):
-  """What the header says of a tensor.
+def _open(path: str | os.PathLike[str]) -> dict[str, tuple[str, int, lazy.LazyTensor]]:
+  """Returns dtype code, place and tensor by name."""
+  file = lazy.opened(path)
+  header, start = _header(file)
+  found: dict[str, tuple[str, int, lazy.LazyTensor]] = {}
+  end = 0
+  for name, entry in sorted(header.items(), key=lambda item: item[1].data_offsets):
+    lazy.check_name(name)
+    (begin, stop), shape = entry.data_offsets, entry.shape
+    dtype = _DTYPES.get(entry.dtype)
+    spec = lazy.TensorSpec((stop - begin,), np.dtype(np.uint8))
+    if dtype is not None:
+      spec = lazy.TensorSpec(shape, dtype)
+    if not lazy.numpy_holds(spec.shape, spec.dtype):
+      raise errors.CheckpointError(f'{path}: {name} has shape {errors.cut(str(shape))}')
+    if begin != end or stop < begin or spec.nbytes != stop - begin:
+      raise errors.CheckpointError(f'{path}: {name} has wrong offsets')
+    found[name] = entry.dtype, start + begin, lazy.in_file(file, start + begin, spec)
+    end = stop
+  if start + end != file.size:
+    raise errors.CheckpointError(f'{path}: the tensors do not fill the file')
+  return {name: found[name] for name in header}
 
-  Attributes:
-    code: of the dtype.
-    shape: of the tensor.
-    offset: of its first byte in the file.
-    nbytes: how many bytes it takes.
-  """
 
-  code: str
-  shape: tuple[int, ...]
-  offset: int
-  nbytes: int
-
-
-def _entries(file: lazy.File) -> dict[str, _Entry]:
-  """Returns the tensors of a file by name."""
+def _header(file: files.File) -> tuple[dict[str, _Entry], int]:
+  """Returns the entries of a header, and where it ends."""
+  (size,) = struct.unpack('<Q', lazy.read(file, 0, 8))
+  where = f'{file.path}: header'
+  if size > _MOST_HEADER:
+    raise errors.CheckpointError(f'{where}: {size} bytes are more than {_MOST_HEADER}')
+  content = lazy.read(file, 8, size).tobytes()
+  values = attributes.parse_json(content, where, most=_MOST_HEADER)
+  if not isinstance(values, dict):
+    raise errors.CheckpointError(f'{where}: expected an object')
+  values.pop('__metadata__', None)
   try:
-    # The library checks that the header is valid and that the tensors cover the file
-    # exactly.
-    with safetensors.safe_open(file.path, framework='np'):
-      pass
-  except safetensors.SafetensorError as e:
-    raise errors.CheckpointError(f'{file.path}: {errors.cut(str(e))}') from e
-  (header_size,) = struct.unpack('<Q', file.map(0, 8))
-  found = {}
-  content = bytes(file.map(8, header_size))
-  header = attributes.parse_json(content, f'{file.path}: header', most=_MOST_JSON)
-  for name, entry in header.items():
-    if name != '__metadata__':
-      lazy.check_name(name)
-      begin, end = (8 + header_size + offset for offset in entry['data_offsets'])
-      shape, code = tuple(entry['shape']), entry['dtype']
-      if not lazy.numpy_holds(shape, _DTYPES.get(code, np.dtype(np.uint8))):
-        raise errors.CheckpointError(
-          f'{file.path}: {name} has shape {errors.cut(str(shape))}'
-        )
-      found[name] = _Entry(code, shape, begin, end - begin)
-  return found
-
-
-def read_index(path: pathlib.Path) -> bytes:
-  """Returns the content of an index of shards.
-
-  Raises:
-    CheckpointError: if there is no such file, or it is larger than an index.
-  """
-  return lazy.File.of(path).read(_MOST_JSON)
-
-
-def shards_of(index_path: str | os.PathLike[str]) -> list[pathlib.Path]:
-  """Returns the shards that an index lists, by name.
-
-  Args:
-    index_path: the index.
-
-  Raises:
-    CheckpointError: if the index is malformed, or a shard is missing or elsewhere.
-  """
-  index_path = pathlib.Path(index_path)
-  shards = []
-  for shard in sorted(set(_weight_map(index_path).values())):
-    if pathlib.PurePath(shard).name != shard:
-      raise errors.CheckpointError(
-        f'{index_path}: the shard {errors.cut(repr(shard))} must be in the same '
-        'directory'
-      )
-    path = index_path.parent / shard
-    if not os.path.isfile(path):  # False for a name that is too long, too
-      raise errors.CheckpointError(
-        f'{index_path}: the shard {errors.cut(shard)} is missing'
-      )
-    shards.append(path)
-  return shards
-
-
-def open_sharded(
-  index_path: str | os.PathLike[str],
-  open_shard: Callable[[pathlib.Path], dict[str, lazy.LazyTensor]] = open_file,
-) -> tuple[dict[str, lazy.LazyTensor], list[pathlib.Path]]:
-  """Opens the shards that a `*.index.json` lists.
-
-  Args:
-    index_path: the index.
-    open_shard: gives the tensors of a shard by name.
-
-  Returns:
-    The tensors by name, and the shards.
-
-  Raises:
-    CheckpointError: if the index is damaged, or if the shards do not hold exactly the
-      tensors that it lists.
-  """
-  listed: dict[str, set[str]] = {}
-  for name, shard in _weight_map(pathlib.Path(index_path)).items():
-    listed.setdefault(shard, set()).add(name)
-  tensors, shards = {}, shards_of(index_path)
-  for path in shards:
-    found = open_shard(path)
-    if found.keys() != listed[path.name]:
-      raise errors.CheckpointError(
-        f'{index_path}: {path.name} and the index differ in '
-        f'{errors.cut(", ".join(sorted(found.keys() ^ listed[path.name])[:8]))}'
-      )
-    tensors.update(found)
-  return tensors, shards
+    return {k: schema.load(_Entry, x, k[:40]) for k, x in values.items()}, 8 + size
+  except schema.SchemaError as e:
+    raise errors.CheckpointError(f'{where}: {errors.cut(str(e))}') from e
 
 
 def plan_shards(specs: Specs, shard_size: int | None) -> dict[str, Specs]:
@@ -219,115 +156,59 @@ def plan_shards(specs: Specs, shard_size: int | None) -> dict[str, Specs]:
     `model.safetensors` if one file holds all tensors, or
     `model-00001-of-0000N.safetensors` and so on.
   """
-  shards: list[dict[str, lazy.TensorSpec]] = [{}]
-  filled = 0
-  for name, spec in specs.items():
-    if shard_size is not None and shards[-1] and filled + spec.nbytes > shard_size:
-      shards.append({})
-      filled = 0
-    shards[-1][name] = spec
-    filled += spec.nbytes
-  if len(shards) == 1:
-    return {WEIGHTS: shards[0]}
+  sizes = {name: spec.nbytes for name, spec in specs.items()}
+  groups = outputs.divided(sizes, shard_size)
+  names = [indices.WEIGHTS]
+  if len(groups) > 1:
+    names = outputs.numbered('model', '.safetensors', len(groups))
   return {
-    f'model-{number:05}-of-{len(shards):05}.safetensors': shard
-    for number, shard in enumerate(shards, 1)
+    file: {name: specs[name] for name in group}
+    for file, group in zip(names, groups, strict=True)
   }
 
 
-def index_json(shards: Mapping[str, Specs]) -> bytes:
-  """Makes the index of several files in the format of Hugging Face.
-
-  Args:
-    shards: the result of `plan_shards`.
-
-  Returns:
-    The content of the index file.
-  """
-  total = sum(spec.nbytes for shard in shards.values() for spec in shard.values())
-  weight_map = {name: file for file, shard in shards.items() for name in shard}
-  index = {'metadata': {'total_size': total}, 'weight_map': weight_map}
-  return (json.dumps(index, indent=2, sort_keys=True) + '\n').encode()
-
-
-class Writer:
+class Writer(staging.PlacedWriter):
   """Writes safetensors files. Tensors are added one at a time, in any order.
 
-  The constructor writes the headers, with the metadata that Hugging Face expects. A
-  file is complete when all of its tensors have been added.
+  The constructor writes the headers, with the metadata that Hugging Face expects.
   """
 
-  def __init__(self, directory: pathlib.Path, shards: Mapping[str, Specs]):
+  def __init__(self, folder: pathlib.Path, shards: Mapping[str, Specs]):
     """Makes the files.
 
     Args:
-      directory: the directory of the files.
+      folder: the folder of the files.
       shards: the tensors of each file by the name of the file.
 
     Raises:
       CheckpointError: if safetensors does not support a dtype.
     """
-    self._places: dict[str, tuple[pathlib.Path, int]] = {}
-    for file, specs in shards.items():
-      path = directory / file
-      offsets = _make(path, specs)
-      self._places |= {name: (path, offset) for name, offset in offsets.items()}
-
-  def add(self, name: str, pieces: Iterable[memoryview]) -> None:
-    """Writes a tensor.
-
-    Args:
-      name: name of the tensor.
-      pieces: bytes of the tensor in row-major order.
-    """
-    path, offset = self._places[name]
-    with open(path, 'r+b') as file:
-      file.seek(offset)
-      for piece in pieces:
-        file.write(piece)
-
-  def close(self) -> None:
-    """Does nothing, because no file is open between two tensors."""
-
-  def abandon(self) -> None:
-    """Does nothing, because no file is open between two tensors."""
+    super().__init__(folder)
+    for name, specs in shards.items():
+      layout, header = _layout(name, specs)
+      self.make(layout, [(0, len(header))], header)
 
 
-def _weight_map(index_path: pathlib.Path) -> dict[str, str]:
-  content = read_index(index_path)
-  index = attributes.parse_json(content, str(index_path), most=_MOST_JSON)
-  weight_map = index.get('weight_map') if isinstance(index, dict) else None
-  if not isinstance(weight_map, dict) or not all(
-    isinstance(shard, str) for shard in weight_map.values()
-  ):
-    raise errors.CheckpointError(f'{index_path}: weight_map must map names to files')
-  return weight_map
-
-
-def _make(path: pathlib.Path, specs: Specs) -> dict[str, int]:
-  """Makes a file with a header and zeros; returns the offset of each tensor in it."""
+def _layout(name: str, specs: Specs) -> tuple[staging.WeightsFile, bytes]:
+  """Returns the layout of a file, and its header."""
   codes = {dtype: code for code, dtype in _DTYPES.items()}
-  for name, spec in specs.items():
+  for tensor, spec in specs.items():
     if spec.dtype not in codes:
       raise errors.CheckpointError(
-        f'{name}: safetensors files do not support {spec.dtype}'
+        f'{tensor}: safetensors files do not support {spec.dtype}'
       )
   # If tensors of wider dtypes come first, every tensor is aligned.
-  order = sorted(specs, key=lambda name: (-specs[name].dtype.itemsize, name))
+  order = sorted(specs, key=lambda x: (-specs[x].dtype.itemsize, x))
   header: dict[str, Any] = {'__metadata__': {'format': 'pt'}}
   offsets, end = {}, 0
-  for name in order:
-    spec, begin = specs[name], end
-    offsets[name], end = begin, begin + spec.nbytes
-    header[name] = {
-      'dtype': codes[spec.dtype],
-      'shape': list(spec.shape),
-      'data_offsets': [begin, end],
-    }
+  for tensor in order:
+    spec, begin = specs[tensor], end
+    offsets[tensor], end = begin, begin + spec.nbytes
+    entry = _Entry(codes[spec.dtype], spec.shape, (begin, end))
+    header[tensor] = schema.dump(entry)
   encoded = json.dumps(header, separators=(',', ':'), ensure_ascii=False).encode()
   encoded += b' ' * (-len(encoded) % 8)
-  body = 8 + len(encoded)
-  with open(path, 'wb') as file:
-    file.write(struct.pack('<Q', len(encoded)) + encoded)
-    file.truncate(body + end)
-  return {name: body + offset for name, offset in offsets.items()}
+  start = 8 + len(encoded)
+  places = tuple((tensor, start + offset) for tensor, offset in offsets.items())
+  content = struct.pack('<Q', len(encoded)) + encoded
+  return staging.WeightsFile(name=name, nbytes=start + end, places=places), content

@@ -5,8 +5,8 @@ storages `<stem>/data/<number>`. A storage is the bytes of one or more tensors.
 `data.pkl` is a pickle of the state dict, which has the tensors by name. Each tensor in
 it is a view of a storage: an offset, a shape and strides.
 
-A pickle is a program, so a pickle from a stranger could run any code. The interpreter
-in this file knows tensors and dicts only, and it refuses every other name.
+A pickle is a program, so an untrusted pickle could run any code. The interpreter in
+this file knows tensors and dicts only, and it refuses every other name.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -26,6 +26,7 @@ import numpy as np
 
 from rotbits_jax.checkpoints import errors
 from rotbits_jax.checkpoints import lazy
+from rotbits_jax.system import files
 
 STORAGE_DTYPES: dict[str, np.dtype] = {
   'HalfStorage': np.dtype(np.float16),
@@ -67,7 +68,7 @@ def open_file(path: str | os.PathLike[str]) -> dict[str, lazy.LazyTensor]:
       tensors, or if a tensor reaches outside its storage. The `read` of a tensor also
       raises it, if the storage is damaged.
   """
-  file = lazy.File.of(path)
+  file = lazy.opened(path)
   with _errors_name(path):
     members = _Members(file)
     tensors = {
@@ -90,14 +91,14 @@ def open_places(
     path: the file.
 
   Returns:
-    Where each storage begins in the file, and its numbers, by the name of the first
-    tensor in it. Numbers have the shape of that tensor if it fills the storage, else
-    one axis.
+    Where each storage begins in the file, and its elements, by the name of the first
+    tensor in it. They have the shape of that tensor if it fills the storage, else one
+    axis.
 
   Raises:
     CheckpointError: see `open_file`.
   """
-  file = lazy.File.of(path)
+  file = lazy.opened(path)
   found: dict[str, tuple[int, lazy.LazyTensor]] = {}
   with _errors_name(path):
     members = _Members(file)
@@ -134,7 +135,7 @@ def _errors_name(path: str | os.PathLike[str]) -> Iterator[None]:
 class _Members:
   """The members of a zip file, by their names within its only top folder."""
 
-  def __init__(self, file: lazy.File):
+  def __init__(self, file: files.File):
     with zipfile.ZipFile(file.path) as archive:
       self._infos = {info.filename: info for info in archive.infolist()}
     suffix = '/data.pkl'
@@ -145,24 +146,30 @@ class _Members:
     self._root = roots[0].removesuffix(suffix)
     self._verified: set[str] = set()
 
-  def get(self, name: str, default: bytes) -> memoryview:
+  def get(self, name: str, default: bytes) -> bytes:
     """Returns the content of a member, or the default if there is no such member."""
-    found = f'{self._root}/{name}' in self._infos
-    return self.read(name) if found else memoryview(default)
+    if f'{self._root}/{name}' not in self._infos:
+      return default
+    return self.read(name, 0, self.size(name)).tobytes()
 
   def size(self, name: str) -> int:
     """Returns the size of a member's content in bytes."""
     return self._info(name).file_size
 
-  def read(self, name: str) -> memoryview:
-    """Returns the content of a member, in a memory map of its own."""
+  def read(self, name: str, offset: int, size: int) -> np.ndarray:
+    """Returns a part of the content of a member, uint8 `[size]`.
+
+    The checksum of the whole member is verified when the member is first read.
+    """
     info, start = self._info(name), self.place(name)
     # torch.serialization.set_crc32_options(False) leaves zeros.
-    if info.CRC and name not in self._verified:
-      if zlib.crc32(self.file.map(start, info.file_size)) != info.CRC:
-        raise errors.CheckpointError(f'the member {name} has a wrong checksum')
-      self._verified.add(name)
-    return self.file.map(start, info.file_size)
+    if not info.CRC or name in self._verified:
+      return lazy.read(self.file, start + offset, size)
+    content, crc = lazy.read_with_crc32(self.file, start, info.file_size)
+    if crc != info.CRC:
+      raise errors.CheckpointError(f'the member {name} has a wrong checksum')
+    self._verified.add(name)
+    return content[offset : offset + size]
 
   def place(self, name: str) -> int:
     """Returns where a member's content begins."""
@@ -171,7 +178,7 @@ class _Members:
     if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1:
       raise errors.CheckpointError(f'the member {name} is compressed or encrypted')
     # The local header's lengths may differ from the central directory's.
-    header = self.file.map(info.header_offset, 30)
+    header = lazy.read(self.file, info.header_offset, 30)
     signature, name_length, extra_length = struct.unpack('<4s22xHH', header)
     start = info.header_offset + 30 + name_length + extra_length
     if signature != b'PK\3\4' or start + info.file_size > self.file.size:
@@ -188,11 +195,11 @@ class _Members:
 
 def _state(members: _Members) -> dict[str, Any]:
   """Returns the state dict of a file: views, or dicts of views, by name."""
-  if bytes(members.get('byteorder', b'little')[:16]).strip() != b'little':
+  if members.get('byteorder', b'little').strip() != b'little':
     raise errors.CheckpointError('big-endian tensors are not supported')
   if members.size('data.pkl') > _MOST_PICKLE:
     raise errors.CheckpointError('data.pkl is too long for a state dict')
-  state = _unpickle(members.read('data.pkl'))
+  state = _unpickle(members.get('data.pkl', b''))
   if not isinstance(state, dict):
     raise errors.CheckpointError(
       f'expected a state dict of tensors, got {type(state).__name__}'
@@ -225,10 +232,10 @@ _GLOBALS = {
 }
 
 
-def _unpickle(program: memoryview) -> Any:
+def _unpickle(program: bytes) -> Any:
   """Runs the subset of pickle's opcodes that a state dict needs."""
   try:
-    return _run(bytes(program))
+    return _run(program)
   except (IndexError, KeyError, TypeError, AttributeError) as e:
     raise errors.CheckpointError(f'data.pkl is malformed: {e!r}') from e
 
@@ -381,21 +388,21 @@ def _tensor(name: str, view: Any, members: _Members) -> lazy.LazyTensor:
   content_size = members.size(f'data/{key}')
   if size < 0 or size * dtype.itemsize > content_size:
     raise errors.CheckpointError(
-      f'{name}: storage {errors.cut(key)} must hold {errors.cut(str(size))} numbers of '
-      f'{dtype}, got {content_size} bytes'
+      f'{name}: storage {errors.cut(key)} must hold {errors.cut(str(size))} elements '
+      f'of {dtype}, got {content_size} bytes'
     )
   shape, strides = view.shape, view.strides
-  numbers = (view.offset, *shape, *strides)
+  integers = (view.offset, *shape, *strides)
   # Not shown, because tuples of tuples may be exponentially long.
-  if len(numbers) > 1 + 2 * lazy.MAX_AXES or not all(
-    isinstance(n, int) for n in numbers
+  if len(integers) > 1 + 2 * lazy.MAX_AXES or not all(
+    isinstance(n, int) for n in integers
   ):
     raise errors.CheckpointError(
       f'{name}: the offset, shape and strides are not those of a tensor'
     )
   shown = errors.cut(f'{view.offset=}, {shape=}, {strides=}')
   if len(shape) != len(strides) or not all(
-    type(n) is int and 0 <= n < 2**63 for n in numbers
+    type(n) is int and 0 <= n < 2**63 for n in integers
   ):
     raise errors.CheckpointError(f'{name}: got {shown}')
   if not lazy.numpy_holds(shape, dtype):
@@ -406,17 +413,18 @@ def _tensor(name: str, view: Any, members: _Members) -> lazy.LazyTensor:
   if last >= size:
     raise errors.CheckpointError(
       f'{name}: got {shown}, which reach outside storage {errors.cut(key)} of {size} '
-      'numbers'
+      'elements'
     )
   if math.prod(shape) > size:
-    raise errors.CheckpointError(f'{name}: {shown} has numbers that overlap')
+    raise errors.CheckpointError(f'{name}: {shown} has elements that overlap')
 
   def read() -> np.ndarray:
     with _errors_name(members.file.path):
-      content = members.read(f'data/{key}')
       offset = view.offset * dtype.itemsize
+      nbytes = (last + 1) * dtype.itemsize - offset
+      content = members.read(f'data/{key}', offset, nbytes)
       steps = tuple(s * dtype.itemsize for s in strides)
-      return np.ndarray(shape, dtype, content, offset, steps)
+      return np.ndarray(shape, dtype, content, 0, steps)
 
   return lazy.LazyTensor(shape, dtype, read)
 

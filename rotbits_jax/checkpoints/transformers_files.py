@@ -14,10 +14,11 @@ The factors are for a shortcut that multiplies faster with them than with the ma
 `c` is left out if it has no columns.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 import importlib.resources
+import itertools
 import json
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -50,63 +51,73 @@ _CLASSES = {
 }
 
 
+class GramEntry(NamedTuple):
+  """The two tensors of a shortcut that is stored as factors; see `tensors.Entry`.
+
+  Attributes:
+    name: name of the shortcut.
+    shape: shape of the matrix `[in, out]`.
+    paths: path of the shortcut, alone.
+    ranks: the columns of B and of C.
+  """
+
+  name: str
+  shape: tuple[int, ...]
+  paths: tuple[str, ...]
+  ranks: tuple[int, int]
+
+  def stored(self) -> dict[str, tuple[int, ...]]:
+    """Returns the shapes of the factors that have columns, by their names."""
+    widths = zip('bc', self.ranks, strict=True)
+    return {f'{self.name}.{x}': (self.shape[0], width) for x, width in widths if width}
+
+  def parameters(self) -> dict[str, tuple[int, ...]]:
+    """Returns the shape of the shortcut by its path."""
+    return {self.paths[0]: self.shape}
+
+  def check(self, path: str, leaf: Any) -> None:
+    """Checks that a shortcut has these factors.
+
+    Raises:
+      ValueError: if it has not.
+    """
+    found = thin_shortcuts({path: leaf}).get(path)
+    if found != self.ranks:
+      raise ValueError(f'{path}: expected factors, {self.ranks}, got {found}')
+
+  def write(self, leaves: Sequence[Any]) -> dict[str, list[np.ndarray]]:
+    """Returns the factors by name, each as one part."""
+    return {name: [np.asarray(getattr(leaves[0], name[-1]))] for name in self.stored()}
+
+
+def thin_shortcuts(leaves: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
+  """Returns the columns of B and of C of the thin shortcuts among leaves, by path."""
+  return {
+    path: (leaf.b.shape[-1], leaf.c.shape[-1])
+    for path, leaf in leaves.items()
+    if isinstance(leaf, structured.IdentityMinusGram) and leaf.is_thin
+  }
+
+
 def entries(
-  config: models.ModelConfig, layer: int | None, ranks: Ranks
-) -> Iterator[tensors_lib.Entry]:
-  """Yields the tensors of a layer, or outside the layers if `layer` is None.
+  config: models.ModelConfig, ranks: Ranks
+) -> Iterator[tensors_lib.Entry | GramEntry]:
+  """Yields the tensors of a sliced model.
 
   Args:
-    config: config of a sliced model.
-    layer: the layer.
-    ranks: the columns of B and of C of each shortcut of the model that is stored as
-      factors, by its path. The paths of its factors are those of `factor_paths`.
+    config: config of the model.
+    ranks: the columns of B and of C of each shortcut that is stored as factors, by its
+      path.
   """
-  prefix = tensors_lib.unit_name(layer)
-  for entry in tensors_lib.entries(config, layer):
-    if not entry.name.endswith(families.SHORTCUT_SUFFIX):
-      yield entry
-      continue
+  for entry in itertools.chain(*tensors_lib.entries(config).values()):
     name, path = entry.name.removesuffix(families.SHORTCUT_SUFFIX), entry.paths[0]
-    rows, columns = entry.shape
-    if prefix + path not in ranks:
-      shape = columns, rows
-      yield tensors_lib.Entry(f'{name}.weight', (path,), (columns,), shape, True)
-      continue
-    own = ranks[prefix + path]
-    for factor, width in zip(factor_paths(path), own, strict=True):
-      if width:
-        shape = rows, width
-        name_of_factor = f'{name}.{factor[-1]}'
-        yield tensors_lib.Entry(name_of_factor, (factor,), (rows,), shape, False)
-
-
-def factor_paths(path: str) -> tuple[str, str]:
-  """Returns the paths of B and C of the shortcut with a path."""
-  parent = path.rpartition('/')[0]
-  return f'{parent}/b', f'{parent}/c'
-
-
-def split(params: Mapping[str, Any], prefix: str, ranks: Ranks) -> dict[str, Any]:
-  """Replaces shortcuts by their factors.
-
-  Args:
-    params: leaves by path.
-    prefix: what precedes these paths in the paths of the whole model.
-    ranks: see `entries`.
-
-  Raises:
-    ValueError: if a shortcut that `ranks` names has no factors.
-  """
-  found: dict[str, Any] = {}
-  for path, leaf in params.items():
-    if prefix + path not in ranks:
-      found[path] = leaf
-      continue
-    if not isinstance(leaf, structured.IdentityMinusGram):
-      raise ValueError(f'{prefix}{path}: expected factors, got {type(leaf).__name__}')
-    factors = zip(factor_paths(path), (leaf.b, leaf.c), strict=True)
-    found |= {name: factor for name, factor in factors if factor.size}
-  return found
+    if name == entry.name:
+      yield entry
+    elif path in ranks:
+      yield GramEntry(name, entry.shape, entry.paths, ranks[path])
+    else:
+      shape = entry.shape[::-1]
+      yield tensors_lib.Entry(f'{name}.weight', shape, entry.paths, shape[:1], True)
 
 
 def sidecars(
@@ -171,9 +182,9 @@ def _shortcut_ranks(
   config: models.ModelConfig, ranks: Ranks
 ) -> list[tuple[int, int] | None]:
   """Returns the ranks of all shortcuts in the order of the segments."""
-  sublayers = ('attention', 'mlp')[: config.segments_per_layer]
+  sublayers = models.layout.SUBLAYERS[: config.segments_per_layer]
   return [
-    ranks.get(f'{tensors_lib.unit_name(layer)}{sublayer}_shortcut/kernel')
+    ranks.get(f'{models.names.layer(layer)}/{sublayer}_shortcut/kernel')
     for layer in range(config.num_layers)
     for sublayer in sublayers
   ]

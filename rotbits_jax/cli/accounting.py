@@ -38,10 +38,11 @@ from rotbits_jax.evaluation import accounting
 from rotbits_jax.evaluation import published
 
 FLAGS = program.Flags()
-_MODEL = FLAGS.text('model', 'A name, or a path.')
-_SLICING = FLAGS.number(
+_MODEL = FLAGS.add('model', 'A name, or a path.')
+_SLICING = FLAGS.add(
   'slicing',
   'The part of the hidden size that slicing removes: at least 0, less than 1.',
+  float,
 )
 _CONFIG = FLAGS.config('An experiment, in place of both.')
 

@@ -25,7 +25,7 @@ from rotbits_jax.cli import main as main_lib
 from rotbits_jax.cli import program
 
 FLAGS = program.Flags()
-_SHELL = FLAGS.choice(
+_SHELL = FLAGS.add(
   'shell', 'The shell to complete in.', ('bash', 'zsh', 'fish'), required=True
 )
 

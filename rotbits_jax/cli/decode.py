@@ -45,24 +45,24 @@ from rotbits_jax import file
 from rotbits_jax.cli import program
 
 FLAGS = program.Flags()
-_INPUT = FLAGS.source('input', 'The file to decode.', required=True)
-_OUTPUT = FLAGS.text('output', 'The directory to write to.', required=True)
-_FORMAT = FLAGS.choice(
+_INPUT = FLAGS.add('input', 'The file to decode.', source=True, required=True)
+_OUTPUT = FLAGS.add('output', 'The directory to write to.', required=True)
+_FORMAT = FLAGS.add(
   'format',
   'Format of the weights.',
   typing.get_args(checkpoints.Format),
   default='safetensors',
 )
-_SHARD_SIZE = FLAGS.text(
+_SHARD_SIZE = FLAGS.add(
   'shard_size',
   'Greatest size of a weights file, like 2GB. By default there is one file.',
 )
-_DTYPE = FLAGS.choice(
+_DTYPE = FLAGS.add(
   'dtype',
   'Dtype of the weights. By default they have that of the encoded checkpoint.',
   ('float32', 'bfloat16', 'float16'),
 )
-_OVERWRITE = FLAGS.switch('overwrite', 'Replace existing files.')
+_OVERWRITE = FLAGS.add('overwrite', 'Replace existing files.', bool, False)
 
 SLICED = """The model is sliced: transformers cannot load this folder. To run it:
   rotbits generate --model={output} --prompt="Once upon a time"

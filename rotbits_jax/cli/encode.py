@@ -58,6 +58,7 @@ shards of its own layers. Outside of TPU VMs, say which process this is:
 JSON:
 
   preset            name of the preset
+  keeps             what comes back: bits, function or approximation
   family            model family; null for plain tensors
   elements.input    count of the elements of the input's tensors
   elements.stored   count of the elements that the file keeps
@@ -73,11 +74,10 @@ JSON:
   curve             list of objects: step, kl; what --max_kl measured, or null
 """
 
-from collections.abc import Callable
-import functools
 import inspect
 import re
 import sys
+import types
 import typing
 from typing import Any, Literal
 
@@ -89,39 +89,44 @@ import rotbits_jax
 from rotbits_jax import checkpoints
 from rotbits_jax import presets
 from rotbits_jax.cli import program
+from rotbits_jax.presets import steps
 from rotbits_jax.system import outputs
 
 FLAGS = program.Flags()
-_CHECKPOINT = FLAGS.source(
+_CHECKPOINT = FLAGS.add(
   'checkpoint',
   'A directory with weights and their config.json, or the weights file in it.',
+  source=True,
   required=True,
 )
-_OUTPUT = FLAGS.text('output', 'The file to write.', required=True)
-_PRESET = FLAGS.choice(
+_OUTPUT = FLAGS.add('output', 'The file to write.', required=True)
+_PRESET = FLAGS.add(
   'preset',
   'What to remove; by default free for sliced checkpoints and exact for others.',
   tuple(presets.known()),
 )
 _CONFIG = FLAGS.config('A preset with its options: a name or a file.')
-_MAX_KL = FLAGS.number(
+_MAX_KL = FLAGS.add(
   'max_kl',
   'Only for --preset=near: greatest mean KL divergence in nats, in place of --step.',
+  float,
   lower_bound=0.0,
 )
-_TEXT = FLAGS.text('text', 'The text on which --max_kl is measured.')
-_MAX_TOKENS = FLAGS.count(
-  'max_tokens', 'How many tokens of the text --max_kl uses.', 4096, least=2
+_TEXT = FLAGS.add('text', 'The text on which --max_kl is measured.')
+_MAX_TOKENS = FLAGS.add(
+  'max_tokens', 'How many tokens of the text --max_kl uses.', int, 4096, lower_bound=2
 )
-_SHARD_SIZE = FLAGS.text(
+_SHARD_SIZE = FLAGS.add(
   'shard_size', 'Greatest size of a file, like 2GB. By default there is one file.'
 )
-_OVERWRITE = FLAGS.switch('overwrite', 'Replace an existing file.')
-_VERIFY = FLAGS.switch('verify', 'Decode the file before it appears.')
-_DISTRIBUTED = FLAGS.switch('distributed', 'Share the work with other processes.')
-_COORDINATOR = FLAGS.text('coordinator', 'HOST:PORT of process 0.')
-_NUM_PROCESSES = FLAGS.count('num_processes', 'Number of processes.')
-_PROCESS_ID = FLAGS.count('process_id', 'Number of this process.', least=0)
+_OVERWRITE = FLAGS.add('overwrite', 'Replace an existing file.', bool, False)
+_VERIFY = FLAGS.add('verify', 'Decode the file before it appears.', bool, False)
+_DISTRIBUTED = FLAGS.add(
+  'distributed', 'Share the work with other processes.', bool, False
+)
+_COORDINATOR = FLAGS.add('coordinator', 'HOST:PORT of process 0.')
+_NUM_PROCESSES = FLAGS.add('num_processes', 'Number of processes.', int, lower_bound=1)
+_PROCESS_ID = FLAGS.add('process_id', 'Number of this process.', int, lower_bound=0)
 
 
 def _define_options() -> dict[str, flags.FlagHolder[Any]]:
@@ -137,21 +142,18 @@ def _define_options() -> dict[str, flags.FlagHolder[Any]]:
   for name, own in owners.items():
     factory = presets.known()[own[0]]
     option = inspect.signature(factory, eval_str=True).parameters[name]
-    words = typing.get_args(option.annotation)
-    define: Callable[..., flags.FlagHolder[Any]]
-    if typing.get_origin(option.annotation) is Literal:
-      define = functools.partial(FLAGS.choice, choices=words)
-    elif option.annotation is bool:
-      define = functools.partial(FLAGS.switch, default=None)
-    elif float in (option.annotation, *words):
-      define = FLAGS.number
-    else:
+    kind: Any = option.annotation
+    if isinstance(kind, types.UnionType):
+      kind = next(x for x in typing.get_args(kind) if x is not type(None))
+    elif typing.get_origin(kind) is Literal:
+      kind = typing.get_args(kind)
+    if not isinstance(kind, tuple) and kind not in (bool, float, int, str):
       continue
     doc = inspect.getdoc(factory) or ''
-    purpose = re.search(rf'^  {name}: (.*?)[.;]\s', doc, re.M | re.S)
+    purpose = re.search(rf'^  {name}: (.*?)[.;](?!\S)', doc, re.M | re.S)
     help = f'Only for --preset={"|".join(own)}: '
     help += f'{" ".join(purpose[1].split())}; ' if purpose else ''
-    options[name] = define(name, help=f'{help}{option.default} by default.')
+    options[name] = FLAGS.add(name, f'{help}{option.default} by default.', kind)
   return options
 
 
@@ -200,10 +202,8 @@ def read_preset(name: str) -> tuple[presets.Preset, list[dict[str, float]] | Non
   return preset, [point._asdict() for point in found.curve]
 
 
-def search(max_kl: float, text: str) -> Any:
-  """Returns a `steps.Found` for --max_kl and --text; its points go to stderr."""
-  from rotbits_jax.presets import steps  # slow to import
-
+def search(max_kl: float, text: str) -> steps.Found:
+  """Returns the steps that --max_kl and --text select; the points go to stderr."""
   outputs.check(outputs.resolved(_OUTPUT.value), overwrite=_OVERWRITE.value)
   checkpoint = rotbits_jax.load_checkpoint(_CHECKPOINT.value)
   found = steps.search(

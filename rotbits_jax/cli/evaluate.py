@@ -25,15 +25,20 @@ import math
 import jax
 
 from rotbits_jax import evaluation
-from rotbits_jax import symmetries
+from rotbits_jax import passes
 from rotbits_jax.cli import program
 
 FLAGS = program.Flags()
-_MODEL = FLAGS.source('model', 'The model to measure.', required=True)
-_TEXT = FLAGS.text('text', 'A text file in UTF-8.', required=True)
-_REFERENCE = FLAGS.source('reference', 'The model to compare predictions with.')
-_MAX_TOKENS = FLAGS.count(
-  'max_tokens', 'Number of tokens of the text to use; all by default.', least=2
+_MODEL = FLAGS.add('model', 'The model to measure.', source=True, required=True)
+_TEXT = FLAGS.add('text', 'A text file in UTF-8.', required=True)
+_REFERENCE = FLAGS.add(
+  'reference', 'The model to compare predictions with.', source=True
+)
+_MAX_TOKENS = FLAGS.add(
+  'max_tokens',
+  'Number of tokens of the text to use; all by default.',
+  int,
+  lower_bound=2,
 )
 
 
@@ -53,7 +58,7 @@ def main() -> program.Result:
   reference = rerounded = None
   if _REFERENCE.value is not None:
     reference = program.read_model(_REFERENCE.value).model
-    rerounded = symmetries.randomly_rotated(reference, key=jax.random.key(0))
+    rerounded = passes.randomly_rotated(reference, key=jax.random.key(0))
   result = evaluation.evaluate(
     checkpoint.model,
     program.read_tokens(checkpoint, text),

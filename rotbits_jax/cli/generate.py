@@ -29,17 +29,20 @@ from rotbits_jax.cli import program
 from rotbits_jax.models import generation
 
 FLAGS = program.Flags()
-_MODEL = FLAGS.source('model', 'The model.', required=True)
-_PROMPT = FLAGS.text('prompt', 'The text to continue.', required=True)
-_MAX_TOKENS = FLAGS.count('max_tokens', 'Greatest number of tokens.', 128)
-_TEMPERATURE = FLAGS.number(
+_MODEL = FLAGS.add('model', 'The model.', source=True, required=True)
+_PROMPT = FLAGS.add('prompt', 'The text to continue.', required=True)
+_MAX_TOKENS = FLAGS.add(
+  'max_tokens', 'Greatest number of tokens.', int, 128, lower_bound=1
+)
+_TEMPERATURE = FLAGS.add(
   'temperature',
   'Tokens are drawn with probabilities to the power 1/temperature.',
+  float,
   0.0,
   lower_bound=0.0,
 )
-_TOP_K = FLAGS.count('top_k', 'Draw from this many of the most likely tokens.')
-_SEED = FLAGS.count('seed', 'The seed of the random draws.', 0, least=0)
+_TOP_K = FLAGS.add('top_k', 'Draw from this many of the most likely tokens.', int)
+_SEED = FLAGS.add('seed', 'The seed of the random draws.', int, 0)
 
 
 def stream_text(

@@ -18,6 +18,7 @@ it is the error of its prediction from the head.
 JSON:
 
   preset            name of the preset
+  keeps             what comes back: bits, function or approximation
   family            model family; null for plain arrays
   elements.input    count of the elements of the input's tensors
   elements.stored   count of the elements that the file keeps
@@ -33,7 +34,7 @@ import rotbits_jax
 from rotbits_jax.cli import program
 
 FLAGS = program.Flags()
-_INPUT = FLAGS.source('input', 'The file to inspect.', required=True)
+_INPUT = FLAGS.add('input', 'The file to inspect.', source=True, required=True)
 
 
 def main() -> program.Result:

@@ -8,8 +8,7 @@ one line on stderr and nothing written; 130 interrupted; 129 and 143 ended by SI
 SIGTERM.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-import contextlib
+from collections.abc import Callable, Sequence
 import inspect
 import json
 import logging
@@ -25,13 +24,14 @@ from typing import Any
 from absl import flags
 import jax
 import numpy as np
-import safetensors
 
 import rotbits_jax
+from rotbits_jax import evaluation
 from rotbits_jax.file import container
-from rotbits_jax.file.fields import printable
 from rotbits_jax.report import savings
 from rotbits_jax.system import config_files
+from rotbits_jax.system import interrupts
+from rotbits_jax.system.text import printable
 
 Result = tuple[dict[str, Any], str | None]
 """The JSON object and the text that a command prints."""
@@ -44,6 +44,13 @@ _CHECKPOINT_SUFFIXES = ('.bin', '.gguf', '.json', '.pt', '.safetensors')
 
 _COMMON = 'flags of every command'
 
+_DEFINE: dict[type, Callable[..., flags.FlagHolder[Any]]] = {
+  str: flags.DEFINE_string,
+  int: flags.DEFINE_integer,
+  float: flags.DEFINE_float,
+  bool: flags.DEFINE_bool,
+}
+
 
 class Flags:
   """Defines the flags of a command, and --json and --verbose, which every one has."""
@@ -51,61 +58,45 @@ class Flags:
   def __init__(self) -> None:
     """Defines the flags of every command."""
     self.values = flags.FlagValues()
-    self._paths: list[str] = []
-    common: dict[str, Any] = {'flag_values': self.values, 'module_name': _COMMON}
-    self.json = flags.DEFINE_bool(
-      'json', False, 'Print one JSON object on one line.', **common
+    self._sources: list[str] = []
+    self.json = self.add(
+      'json', 'Print one JSON object on one line.', bool, False, module_name=_COMMON
     )
-    self.verbose = flags.DEFINE_bool(
+    self.verbose = self.add(
       'verbose',
-      False,
       'Print more: every row of a report, the traceback of an error.',
+      bool,
+      False,
       short_name='v',
-      **common,
+      module_name=_COMMON,
     )
 
-  def text(self, name: str, help: str, **options: Any) -> flags.FlagHolder[Any]:
-    """Defines a flag that takes any text. Options are those of absl's function."""
-    return flags.DEFINE_string(name, None, help, flag_values=self.values, **options)
-
-  def source(self, name: str, help: str, **options: Any) -> flags.FlagHolder[Any]:
-    """Defines a flag that takes the path of a checkpoint or of an encoded file."""
-    self._paths.append(name)
-    return self.text(name, help, **options)
-
-  def switch(
-    self, name: str, help: str, default: bool | None = False
-  ) -> flags.FlagHolder[Any]:
-    """Defines a flag that is given or not."""
-    return flags.DEFINE_bool(name, default, help, flag_values=self.values)
-
-  def number(
-    self, name: str, help: str, default: float | None = None, **options: Any
-  ) -> flags.FlagHolder[Any]:
-    """Defines a flag that takes a number."""
-    define: Any = flags.DEFINE_float
-    return define(name, default, help, flag_values=self.values, **options)
-
-  def count(
-    self, name: str, help: str, default: int | None = None, least: int = 1
-  ) -> flags.FlagHolder[Any]:
-    """Defines a flag that takes an integer."""
-    return flags.DEFINE_integer(
-      name, default, help, lower_bound=least, flag_values=self.values
-    )
-
-  def choice(
+  def add(
     self,
     name: str,
     help: str,
-    choices: Sequence[str],
-    default: str | None = None,
+    kind: type | Sequence[str] = str,
+    default: Any = None,
+    *,
+    source: bool = False,
     **options: Any,
   ) -> flags.FlagHolder[Any]:
-    """Defines a flag that takes one of a few words."""
-    return flags.DEFINE_enum(
-      name, default, choices, help, flag_values=self.values, **options
-    )
+    """Defines a flag.
+
+    Args:
+      name: name of the flag.
+      help: what it is for.
+      kind: type of its value: str, int, float or bool; or the words that it may be.
+      default: its value if it is not given.
+      source: whether it is the path of a checkpoint or of an encoded file.
+      options: keywords of absl's function, such as `required` and `lower_bound`.
+    """
+    if source:
+      self._sources.append(name)
+    options['flag_values'] = self.values
+    if not isinstance(kind, type):
+      return flags.DEFINE_enum(name, default, kind, help, **options)
+    return _DEFINE[kind](name, default, help, **options)
 
   def config(self, help: str) -> flags.FlagHolder[Any]:
     """Defines the flag --config: the path or the name of a config file."""
@@ -121,7 +112,7 @@ class Flags:
     Raises:
       ValueError: if one is not. It says how to get the files.
     """
-    for name in self._paths:
+    for name in self._sources:
       if (path := self.values[name].value) is None:
         continue
       if re.match(r'\w+://', path):
@@ -132,41 +123,6 @@ class Flags:
           f'{path}: No such file or directory; a model of the Hugging Face Hub is '
           f'downloaded by: hf download {path} --local-dir {path.split("/")[1]}'
         )
-
-
-class Stopped(KeyboardInterrupt):
-  """A signal that asks the process to end. Incomplete outputs are then removed.
-
-  Attributes:
-    signal: number of the signal.
-  """
-
-  def __init__(self, number: int):
-    """Stores the number of the signal."""
-    super().__init__()
-    self.signal = number
-
-
-@contextlib.contextmanager
-def _signals() -> Iterator[None]:
-  """Turns signals that end the process into exceptions, as Python does for SIGINT."""
-  handled = [signal.SIGTERM, getattr(signal, 'SIGHUP', signal.SIGTERM)]
-
-  def stop(number: int, frame: Any) -> None:
-    for each in handled:  # a second signal must not interrupt the removal of outputs
-      signal.signal(each, signal.SIG_IGN)
-    raise Stopped(number)
-
-  found = {each: signal.getsignal(each) for each in handled}
-  for each, handler in found.items():
-    if handler not in (signal.SIG_IGN, None):  # nohup ignores SIGHUP
-      signal.signal(each, stop)
-  try:
-    yield
-  finally:
-    for each, handler in found.items():
-      if handler is not None:
-        signal.signal(each, handler)
 
 
 def run(command: Callable[[], Result | None], own: Flags | flags.FlagValues) -> int:
@@ -193,7 +149,7 @@ def run(command: Callable[[], Result | None], own: Flags | flags.FlagValues) -> 
   logging.getLogger('jax').setLevel(logging.ERROR)  # hides messages like "no GPU found"
   _keep_programs()
   try:
-    with _signals():
+    with interrupts.raised():
       _parse(values)
       if isinstance(own, Flags):
         own.check_sources()
@@ -203,10 +159,8 @@ def run(command: Callable[[], Result | None], own: Flags | flags.FlagValues) -> 
       elif result is not None and result[1] is not None:
         print(result[1])
       sys.stdout.flush()
-  except Stopped as error:
-    return 128 + error.signal  # the convention of shells
-  except KeyboardInterrupt:
-    return 128 + signal.SIGINT
+  except KeyboardInterrupt as error:  # the exit code is the convention of shells
+    return 128 + getattr(error, 'signal', signal.SIGINT)
   except BrokenPipeError:
     raise
   except (ValueError, OSError, flags.Error) as error:
@@ -277,8 +231,6 @@ def read_tokens(checkpoint: rotbits_jax.Checkpoint, text: str) -> np.ndarray:
   Raises:
     ValueError: if the checkpoint has no tokenizer, or that of another model.
   """
-  from rotbits_jax import evaluation  # slow to import
-
   tokens = evaluation.encode_text(checkpoint.files, text)
   count = checkpoint.model.config.vocab_size
   if tokens.max(initial=0) >= count:
@@ -332,10 +284,10 @@ def _is_container(path: str) -> bool:
   if path.endswith('.index.json') and not path.endswith('.safetensors.index.json'):
     return True
   try:
-    with safetensors.safe_open(path, 'numpy') as file:
-      return (file.metadata() or {}).get('format') == container.FORMAT
-  except safetensors.SafetensorError:  # the file is damaged or has another format
+    container.StreamReader(path)
+  except container.ContainerError:  # the file is damaged or has another format
     return pathlib.Path(path).suffix not in _CHECKPOINT_SUFFIXES
+  return True
 
 
 def _parse(values: flags.FlagValues) -> None:

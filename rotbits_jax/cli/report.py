@@ -19,9 +19,9 @@ from rotbits_jax.cli import program
 from rotbits_jax.system import outputs
 
 FLAGS = program.Flags()
-_INPUT = FLAGS.source('input', 'The file to report on.', required=True)
-_OUTPUT = FLAGS.text('output', 'The page to write.', required=True)
-_OVERWRITE = FLAGS.switch('overwrite', 'Replace an existing file.')
+_INPUT = FLAGS.add('input', 'The file to report on.', source=True, required=True)
+_OUTPUT = FLAGS.add('output', 'The page to write.', required=True)
+_OVERWRITE = FLAGS.add('overwrite', 'Replace an existing file.', bool, False)
 
 
 def main() -> program.Result:

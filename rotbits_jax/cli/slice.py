@@ -40,43 +40,50 @@ from rotbits_jax.system import outputs
 MAX_SEQUENCE_LENGTH = 2048  # SliceGPT's default
 
 FLAGS = program.Flags()
-_MODEL = FLAGS.source('model', 'The dense model to slice.', required=True)
-_OUTPUT = FLAGS.text('output', 'The directory to write to.', required=True)
-_SPARSITY = FLAGS.number(
+_MODEL = FLAGS.add('model', 'The dense model to slice.', source=True, required=True)
+_OUTPUT = FLAGS.add('output', 'The directory to write to.', required=True)
+_SPARSITY = FLAGS.add(
   'sparsity',
   'The part of the hidden size to remove: at least 0, less than 1.',
+  float,
   required=True,
 )
-_CALIBRATION = FLAGS.text('calibration', 'A text file in UTF-8.', required=True)
-_DTYPE = FLAGS.choice(
+_CALIBRATION = FLAGS.add('calibration', 'A text file in UTF-8.', required=True)
+_DTYPE = FLAGS.add(
   'dtype',
   'Dtype of the sliced model; by default that of the dense model.',
   ('same', 'float16', 'bfloat16', 'float32'),
   default='same',
 )
-_FINAL_ORIENTATION = FLAGS.choice(
+_FINAL_ORIENTATION = FLAGS.add(
   'final_orientation',
   'Coordinates of the residual stream: rotated at random, or principal components.',
   slicing.ORIENTATIONS,
   default=slicing.ORIENTATIONS[0],
 )
-_ROUND_INTERVAL = FLAGS.count('round_interval', 'Widths are multiples of it.', 8)
-_SLICE_HEAD = FLAGS.switch('slice_head', 'Slice the input of the head, too.')
-_SEQUENCES = FLAGS.count(
+_ROUND_INTERVAL = FLAGS.add(
+  'round_interval', 'Widths are multiples of it.', int, 8, lower_bound=1
+)
+_SLICE_HEAD = FLAGS.add('slice_head', 'Slice the input of the head, too.', bool, False)
+_SEQUENCES = FLAGS.add(
   'sequences',
   'Number of sequences of the text to calibrate with, drawn at random.',
+  int,
   128,
+  lower_bound=1,
 )
-_SEQUENCE_LENGTH = FLAGS.count(
+_SEQUENCE_LENGTH = FLAGS.add(
   'sequence_length',
   'Number of tokens in a sequence; by default the number of positions of the model, '
   f'but at most {MAX_SEQUENCE_LENGTH}.',
+  int,
+  lower_bound=1,
 )
-_SEED = FLAGS.count('seed', 'The seed of all that is random.', 42, least=0)
-_ENCODED = FLAGS.text(
+_SEED = FLAGS.add('seed', 'The seed of all that is random.', int, 42, lower_bound=0)
+_ENCODED = FLAGS.add(
   'encoded', 'A file for the sliced model, encoded with the preset free.'
 )
-_OVERWRITE = FLAGS.switch('overwrite', 'Replace existing files.')
+_OVERWRITE = FLAGS.add('overwrite', 'Replace existing files.', bool, False)
 
 
 def main() -> program.Result:

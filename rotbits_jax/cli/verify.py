@@ -6,7 +6,7 @@ Example:
 
   rotbits verify --input=smollm2.rotbits --against=SmolLM2-135M
 
-Every checksum must hold, and every array must decode to the numbers that were encoded.
+Every checksum must hold, and every array must decode to the elements that were encoded.
 With --against a file of the preset `exact` must have the checkpoint's bits. One of
 `free` or `paper` must have its function: the predictions for random tokens differ from
 the checkpoint's by no more than a few times what a random rotation and rounding make.
@@ -16,7 +16,7 @@ only.
 
 JSON:
 
-  units         count of the units that were decoded
+  records       count of the records that were decoded: layers, embedding, head
   tensors       count of the parameters that were decoded
   files         count of the other files that were read
   same_bits     whether all bits were compared with the checkpoint's, and are the same
@@ -28,8 +28,8 @@ import rotbits_jax
 from rotbits_jax.cli import program
 
 FLAGS = program.Flags()
-_INPUT = FLAGS.source('input', 'The file to verify.', required=True)
-_AGAINST = FLAGS.source('against', 'The checkpoint that was encoded.')
+_INPUT = FLAGS.add('input', 'The file to verify.', source=True, required=True)
+_AGAINST = FLAGS.add('against', 'The checkpoint that was encoded.', source=True)
 
 
 def main() -> program.Result:

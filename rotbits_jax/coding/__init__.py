@@ -7,7 +7,16 @@ symbol of an alphabet is. In the order of reading:
     rans         the coder: pushes symbols onto a message and pops them
     tables       integer frequency tables
     codecs       codecs, which are pairs (push, pop), and functions that combine them
-    categorical  many symbols under few tables: the fast path
-    weights/     arrays of weights to a stream of bytes and back
     bits_back/   bits-back coding: rotations and row orders that cost no bits
+    weights/     arrays of weights to a stream of bytes and back
 """
+
+from rotbits_jax.coding import bits_back
+from rotbits_jax.coding import codecs
+from rotbits_jax.coding import rans
+from rotbits_jax.coding import tables
+from rotbits_jax.coding import weights
+from rotbits_jax.coding.bits_back import haar
+from rotbits_jax.coding.bits_back import permutation
+
+__all__ = ['bits_back', 'codecs', 'haar', 'permutation', 'rans', 'tables', 'weights']

@@ -8,19 +8,31 @@ frequency / 2^precision. To push it is to set
 
     x' = (x // frequency) * 2^precision + x % frequency + start.
 
-If x' would not fit into 32 bits, the low 16 bits of x are moved to the stack first.
-`pop` undoes both steps. Every step is integer arithmetic on uint32, so a message means
-the same on every device. `push` and `pop` are exact inverses in both orders. Therefore
-symbols may also be *popped* from a message that holds other data, as bits-back coding
-does.
+If x' would not fit into 32 bits, the low 16 bits of x move to the stack first. To pop
+undoes both steps. `push_step` and `pop_step` are these steps; everything that codes
+uses them. They are integer arithmetic on uint32, so a message means the same on every
+device. They are exact inverses in both orders. Therefore symbols may also be *popped*
+from a message that holds other data, as bits-back coding does.
 
-All functions are pure. `push` and `pop` take one symbol per lane; `push_all` and
-`pop_all` scan over many. A message overflows if a lane needs more words than its
-capacity; it underflows, or runs dry, if a lane is asked for more words than it has.
-Neither raises an error under `jit`. Both are recorded in the message, and `check`
-raises the error on the host.
+    >>> import jax.numpy as jnp
+    >>> message = empty(lanes=2, capacity=4)
+    >>> start = jnp.array([3, 0], jnp.uint32)
+    >>> frequency = jnp.array([1, 1 << 11], jnp.uint32)  # 12 bits and 1 bit
+    >>> message = push(message, start, frequency, precision=12)
+    >>> content_bits(message)
+    13.0
+    >>> owner = lambda slot: (slot < 4, start, frequency)
+    >>> message, symbols = pop(message, owner, precision=12)
+    >>> symbols.tolist(), content_bits(message)
+    ([True, True], 0.0)
 
-Shape letters: N lanes, C capacity of a lane's stack in words.
+All functions but those that say so are pure and can be jitted. `push` and `pop` take
+one symbol per lane; `push_all` and `pop_all` take many. A message overflows if a lane
+needs more words than its capacity; it underflows, or runs dry, if a lane is asked for
+more words than it has. Neither raises an error under `jit`. Both are recorded in the
+message, and `check` raises the error on the host.
+
+Shape letters: N lanes, C capacity of a lane's stack in words, T symbols of a lane.
 
 References:
   J. Duda, Asymmetric numeral systems, arXiv 1311.2540.
@@ -34,284 +46,89 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-Lookup = Callable[[jax.Array], tuple[Any, jax.Array, jax.Array]]
+from rotbits_jax.system import native
+
+Interval = tuple[jax.Array, jax.Array]
+"""The start and the frequency of a symbol for each lane, uint32 `[N]`."""
+
+Lookup = Callable[..., tuple[Any, jax.Array, jax.Array]]
 
 
 class Message(NamedTuple):
   """A stack of coded symbols."""
 
   state: jax.Array  # uint32 [N], at least 2^16
-  words: jax.Array  # uint16 [C + 1, N]; the last row is scratch
+  words: jax.Array  # uint16 [N, C], the stack of each lane from its bottom
   size: jax.Array  # int32 [N], words on each lane's stack
   lowest: jax.Array  # int32 [N], the least size so far; below 0 after underflow
   highest: jax.Array  # int32 [N], the greatest size so far; above C after overflow
 
   @property
   def lanes(self) -> int:
-    return self.state.shape[0]
+    return self.words.shape[0]
 
   @property
   def capacity(self) -> int:
-    return self.words.shape[0] - 1
+    return self.words.shape[1]
 
 
 class MessageError(ValueError):
   """Raised for a message that overflowed, that ran dry, or that is not valid."""
 
 
-def empty(lanes: int, capacity: int) -> Message:
-  """Returns a message without content; each lane has room for `capacity` words."""
-  return seeded(jnp.zeros(lanes, jnp.uint16), capacity)
+# ---- the two steps -------------------------------------------------------------------
 
 
-def seeded(payload: jax.Array, capacity: int) -> Message:
-  """Returns a message whose states hold 16 bits of payload each.
-
-  The payload costs no bits, because an empty state has room for it. When all symbols
-  have been popped again, the function `payload` reads it back.
+def push_step(
+  state: jax.Array, start: jax.Array, frequency: jax.Array, precision: int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Pushes a symbol onto each state.
 
   Args:
-    payload: uint16 `[N]`.
-    capacity: C.
-  """
-  # Three arrays and not one thrice, because a caller may donate the message's buffers.
-  size, lowest, highest = (jnp.zeros(payload.shape, jnp.int32) for _ in range(3))
-  return Message(
-    state=payload.astype(jnp.uint32) | jnp.uint32(1 << 16),
-    words=jnp.zeros((capacity + 1, *payload.shape), jnp.uint16),
-    size=size,
-    lowest=lowest,
-    highest=highest,
-  )
-
-
-def stacked(words: jax.Array, capacity: int) -> Message:
-  """Returns a message that holds the given words.
-
-  The last row becomes the payload of the states (see `seeded`), and the rows before it
-  become the stacks. A caller may pop symbols of almost 16 (W - 1) bits from every lane.
-
-  Args:
-    words: uint16 `[W, N]`, with W from 1 to C + 1.
-    capacity: C.
-  """
-  message, depth = seeded(words[-1], capacity), words.shape[0] - 1
-  size, lowest, highest = (x + depth for x in message[2:])
-  stacks = message.words.at[:depth].set(words[:-1])
-  return Message(message.state, stacks, size, lowest, highest)
-
-
-def payload(message: Message) -> jax.Array:
-  """Returns the payload that `seeded` put below the content: uint16 `[N]`."""
-  return message.state.astype(jnp.uint16)
-
-
-def push(
-  message: Message, start: jax.Array, frequency: jax.Array, precision: int
-) -> Message:
-  """Pushes one symbol onto each lane.
-
-  Args:
-    message: the message.
+    state: uint32 `[N]`.
     start: uint32 `[N]`, the start of each symbol's interval.
     frequency: uint32 `[N]`, the length of each interval, at least 1. A frequency of
       2^precision with start 0 does not change the lane.
     precision: the intervals divide [0, 2^precision); from 10 to 16.
 
   Returns:
-    The message with the symbols on top.
+    The new states, uint32 `[N]`; the low words of the old states, uint16 `[N]`; and
+    whether each low word moves to its stack, bool `[N]`.
   """
-  _check_precision(precision)
-  lanes = message.state, message.words.reshape(-1), message.size
-  return _pushed(message, _push_step(lanes, start, frequency, precision))
-
-
-def pop(message: Message, lookup: Lookup, precision: int) -> tuple[Message, Any]:
-  """Pops one symbol from each lane: the inverse of `push`.
-
-  Args:
-    message: the message.
-    lookup: takes one slot for each lane, uint32 `[N]`; a slot is an integer in
-      [0, 2^precision). Returns the symbols whose intervals contain the slots, and the
-      starts and frequencies of these intervals.
-    precision: as in `push`.
-
-  Returns:
-    The message without the symbols, and the symbols.
-  """
-  _check_precision(precision)
-  words = message.words.reshape(-1)
-  lanes, symbol = _pop_step((message.state, message.size), words, lookup, precision)
-  return _popped(message, lanes), symbol
-
-
-def push_all(
-  message: Message,
-  symbols: Any,
-  interval: Callable[[Any], tuple[jax.Array, jax.Array]],
-  precision: int,
-) -> Message:
-  """Pushes T symbols onto each lane, the last one first.
-
-  In this order, `pop_all` returns the first one first.
-
-  Args:
-    message: the message.
-    symbols: a PyTree of arrays `[T, ...]`.
-    interval: takes the symbols of one step; returns their starts and frequencies, as
-      in `push`.
-    precision: as in `push`.
-
-  Returns:
-    The message with the symbols on top.
-  """
-  _check_precision(precision)
-
-  def step(lanes: _Pushing, x: Any) -> tuple[_Pushing, None]:
-    return _push_step(lanes, *interval(x), precision), None
-
-  lanes = message.state, message.words.reshape(-1), message.size
-  return _pushed(message, jax.lax.scan(step, lanes, symbols, reverse=True)[0])
-
-
-def pop_all(
-  message: Message,
-  contexts: Any,
-  lookup: Callable[[jax.Array, Any], tuple[Any, jax.Array, jax.Array]],
-  precision: int,
-  *,
-  length: int | None = None,
-) -> tuple[Message, Any]:
-  """Pops T symbols from each lane: the inverse of `push_all`.
-
-  Args:
-    message: the message.
-    contexts: a PyTree of arrays `[T, ...]`, or None.
-    lookup: as in `pop`; its second argument is the contexts of one step.
-    precision: as in `push`.
-    length: T; needed only if `contexts` is None.
-
-  Returns:
-    The message without the symbols, and the symbols, `[T, ...]`.
-  """
-  _check_precision(precision)
-  words = message.words.reshape(-1)
-
-  def step(lanes: _Popping, x: Any) -> tuple[_Popping, Any]:
-    return _pop_step(lanes, words, lambda slot: lookup(slot, x), precision)
-
-  lanes = message.state, message.size
-  lanes, symbols = jax.lax.scan(step, lanes, contexts, length=length)
-  return _popped(message, lanes), symbols
-
-
-_Pushing = tuple[jax.Array, jax.Array, jax.Array]  # state, flat words, size
-_Popping = tuple[jax.Array, jax.Array]  # state, size
-
-
-def _push_step(
-  lanes: _Pushing, start: jax.Array, frequency: jax.Array, precision: int
-) -> _Pushing:
-  state, words, size = lanes
-  count = state.shape[0]
-  # Every lane writes a word, because the scatter then needs no mask. If the lane is not
-  # full, its size does not grow and the next push overwrites the word. The indices are
-  # flat, because XLA for CPU does not vectorise a scatter with two-dimensional ones.
-  row = jnp.minimum(size, words.shape[0] // max(count, 1) - 1)
-  words = words.at[row * count + jnp.arange(count, dtype=jnp.int32)].set(
-    state.astype(jnp.uint16), mode='promise_in_bounds', unique_indices=True
-  )
-  state, full = push_state(state, start, frequency, precision)
-  return state, words, size + full.astype(jnp.int32)
-
-
-def _pop_step(
-  lanes: _Popping, words: jax.Array, lookup: Lookup, precision: int
-) -> tuple[_Popping, Any]:
-  state, size = lanes
-  count = state.shape[0]
-  slot = state & jnp.uint32((1 << precision) - 1)
-  symbol, start, frequency = lookup(slot)
-  state, dry = pop_state(state, start, frequency, precision)
-  size = size - dry.astype(jnp.int32)
-  # After underflow the size is negative. Clipping keeps the index in bounds.
-  row = jnp.clip(size, 0, words.shape[0] // max(count, 1) - 1)
-  word = words.at[row * count + jnp.arange(count, dtype=jnp.int32)].get(
-    mode='promise_in_bounds'
-  )
-  state = jnp.where(dry, (state << 16) | word.astype(jnp.uint32), state)
-  return (state, size), symbol
-
-
-def _pushed(message: Message, lanes: _Pushing) -> Message:
-  state, words, size = lanes
-  return Message(
-    state=state,
-    words=words.reshape(message.words.shape),
-    size=size,
-    lowest=message.lowest,
-    # Sizes only grow in a push, so the last size is the greatest.
-    highest=jnp.maximum(message.highest, size),
-  )
-
-
-def _popped(message: Message, lanes: _Popping) -> Message:
-  state, size = lanes
-  # Sizes only shrink in a pop, so the last size is the least.
-  lowest = jnp.minimum(message.lowest, size)
-  return message._replace(state=state, size=size, lowest=lowest)
-
-
-def push_state(
-  state: jax.Array, start: jax.Array, frequency: jax.Array, precision: int
-) -> tuple[jax.Array, jax.Array]:
-  """Computes the states after a push.
-
-  Args:
-    state: uint32 `[N]`.
-    start: as in `push`.
-    frequency: as in `push`.
-    precision: as in `push`.
-
-  Returns:
-    The new states; and whether the low 16 bits of each old state move to the stack,
-    bool `[N]`.
-  """
-  full = (state >> 16) >= (frequency << (16 - precision))
-  state = jnp.where(full, state >> 16, state)
+  word = state.astype(jnp.uint16)
+  moved = (state >> 16) >= (frequency << (16 - precision))
+  state = jnp.where(moved, state >> 16, state)
   quotient, remainder = _divmod(state, frequency)
-  return (quotient << precision) + remainder + start, full
+  return (quotient << precision) + remainder + start, word, moved
 
 
-def pop_state(
-  state: jax.Array, start: jax.Array, frequency: jax.Array, precision: int
+def pop_step(
+  state: jax.Array,
+  word: jax.Array,
+  start: jax.Array,
+  frequency: jax.Array,
+  precision: int,
 ) -> tuple[jax.Array, jax.Array]:
-  """Computes the states after a pop, before words are read from the stacks.
+  """Pops a symbol from each state: the inverse of `push_step`.
 
   Args:
     state: uint32 `[N]`.
+    word: uint16 `[N]`, the word on top of each stack.
     start: uint32 `[N]`, start of the interval that contains the slot of the state. The
       slot is the low `precision` bits.
     frequency: uint32 `[N]`, length of that interval.
-    precision: as in `push`.
+    precision: as in `push_step`.
 
   Returns:
-    The new states; and whether each must still be shifted by 16 bits to take in a word
-    from its stack, bool `[N]`.
+    The new states, uint32 `[N]`; and whether each took its word, bool `[N]`.
   """
-  slot = state & jnp.uint32((1 << precision) - 1)
-  state = frequency * (state >> precision) + slot - start
-  return state, state < jnp.uint32(1 << 16)
+  state = frequency * (state >> precision) + _slot(state, precision) - start
+  taken = state < jnp.uint32(1 << 16)
+  return jnp.where(taken, state << 16 | word.astype(jnp.uint32), state), taken
 
 
-def _check_precision(precision: int) -> None:
-  """Raises an error unless the precision is from 10 to 16.
-
-  A push divides a state by a frequency. The quotient is below 2^(32 - precision), and
-  `_divmod` needs a quotient below 2^22.
-  """
-  if not 10 <= precision <= 16:
-    raise ValueError(f'precision must be from 10 to 16, got {precision=}')
+def _slot(state: jax.Array, precision: int) -> jax.Array:
+  return state & jnp.uint32((1 << precision) - 1)
 
 
 def _divmod(x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -328,6 +145,279 @@ def _divmod(x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
   quotient = quotient - low.astype(jnp.uint32) + high.astype(jnp.uint32)
   remainder = remainder + jnp.where(low, divisor, 0) - jnp.where(high, divisor, 0)
   return quotient, remainder.astype(jnp.uint32)
+
+
+def _check_precision(precision: int) -> None:
+  """Raises an error unless the precision is from 10 to 16.
+
+  A push divides a state by a frequency. The quotient is below 2^(32 - precision), and
+  `_divmod` needs a quotient below 2^22.
+  """
+  if not 10 <= precision <= 16:
+    raise ValueError(f'precision must be from 10 to 16, got {precision=}')
+
+
+# ---- messages ------------------------------------------------------------------------
+
+
+def empty(lanes: int, capacity: int) -> Message:
+  """Returns a message without content; each lane has room for `capacity` words."""
+  return seeded(jnp.zeros(lanes, jnp.uint16), capacity)
+
+
+def seeded(payload: jax.Array, capacity: int) -> Message:
+  """Returns a message whose states hold 16 bits of payload each.
+
+  The payload costs no bits, because an empty state has room for it. When all symbols
+  have been popped again, the function `payload` reads it back.
+
+  Args:
+    payload: uint16 `[N]`.
+    capacity: C, at least 1.
+  """
+  if capacity < 1:
+    raise ValueError(f'capacity must be at least 1, got {capacity=}')
+  size = jnp.zeros(payload.shape, jnp.int32)
+  return Message(
+    state=payload.astype(jnp.uint32) | jnp.uint32(1 << 16),
+    words=jnp.zeros((*payload.shape, capacity), jnp.uint16),
+    size=size,
+    lowest=size,
+    highest=size,
+  )
+
+
+def stacked(words: jax.Array, capacity: int) -> Message:
+  """Returns a message that holds the given words.
+
+  The last row becomes the payload of the states (see `seeded`), and the rows before it
+  become the stacks. A caller may pop symbols of almost 16 (W - 1) bits from every lane.
+
+  Args:
+    words: uint16 `[W, N]`, with W from 1 to C + 1.
+    capacity: C.
+  """
+  message, depth = seeded(words[-1], capacity), words.shape[0] - 1
+  size = message.size + depth
+  stacks = message.words.at[:, :depth].set(words[:-1].T)
+  return Message(message.state, stacks, size, size, size)
+
+
+def unstacked(message: Message) -> np.ndarray:
+  """Returns the words that `stacked` made a message of. Not for use under `jit`.
+
+  Raises:
+    MessageError: if `stacked` cannot have made it.
+  """
+  state, size = np.asarray(message.state), np.asarray(message.size)
+  if (state >> 16 != 1).any() or (size != size[0]).any():
+    raise MessageError('the message is not one of words alone')
+  rows = np.asarray(message.words)[:, : size[0]].T
+  return np.concatenate([rows, payload(message)[None]])
+
+
+def payload(message: Message) -> jax.Array:
+  """Returns the payload that `seeded` put below the content: uint16 `[N]`."""
+  return message.state.astype(jnp.uint16)
+
+
+def push(
+  message: Message, start: jax.Array, frequency: jax.Array, precision: int
+) -> Message:
+  """Pushes one symbol onto each lane.
+
+  Args:
+    message: the message.
+    start: as in `push_step`.
+    frequency: as in `push_step`.
+    precision: as in `push_step`.
+
+  Returns:
+    The message with the symbols on top.
+  """
+  _check_precision(precision)
+  state, word, moved = push_step(message.state, start, frequency, precision)
+  return _placed(message, state, word[None], moved[None])
+
+
+def pop(message: Message, lookup: Lookup, precision: int) -> tuple[Message, Any]:
+  """Pops one symbol from each lane: the inverse of `push`.
+
+  Args:
+    message: the message.
+    lookup: takes one slot for each lane, uint32 `[N]`; a slot is an integer in
+      [0, 2^precision). Returns the symbols whose intervals contain the slots, and the
+      starts and frequencies of these intervals.
+    precision: as in `push_step`.
+
+  Returns:
+    The message without the symbols, and the symbols.
+  """
+  _check_precision(precision)
+  word = _top(message.words.reshape(-1), message.size)
+  symbol, start, frequency = lookup(_slot(message.state, precision))
+  state, taken = pop_step(message.state, word, start, frequency, precision)
+  return _popped(message, state, message.size - taken.astype(jnp.int32)), symbol
+
+
+def push_all(
+  message: Message,
+  symbols: Any,
+  interval: Callable[[Any], Interval],
+  precision: int,
+) -> Message:
+  """Pushes T symbols onto each lane, the last one first.
+
+  In this order, `pop_all` returns the first one first.
+
+  Args:
+    message: the message.
+    symbols: a PyTree of arrays `[T, ...]`.
+    interval: takes the symbols of one row; returns their starts and frequencies.
+    precision: as in `push_step`.
+
+  Returns:
+    The message with the symbols on top.
+  """
+  return _placed(message, *push_rows(message.state, symbols, interval, precision))
+
+
+def push_rows(
+  state: jax.Array,
+  symbols: Any,
+  interval: Callable[[Any], Interval],
+  precision: int,
+  steps: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Pushes T symbols onto each state, the last one first.
+
+  Args:
+    state: uint32 `[N]`.
+    symbols: as in `push_all`.
+    interval: as in `push_all`.
+    precision: as in `push_step`.
+    steps: int32, how many of the T rows are pushed, the first ones; all by default.
+
+  Returns:
+    The states; and in each row, in the order of pushing, what `push_step` returns: the
+    low words, uint16 `[T, N]`, and whether they move to the stacks, bool `[T, N]`.
+  """
+  _check_precision(precision)
+  total = len(jax.tree.leaves(symbols)[0])
+
+  def rows(state: jax.Array, symbols: Any, steps: jax.Array) -> Any:
+    def step(i: jax.Array, carry: Any) -> Any:
+      state, out = carry
+      start, frequency = interval(_row(symbols, steps - 1 - i))
+      state, *found = push_step(state, start, frequency, precision)
+      return state, _with_row(out, i, tuple(found))
+
+    out = tuple(jnp.zeros((total, *state.shape), x) for x in (jnp.uint16, bool))
+    carry = state, out
+    state, out = jax.lax.fori_loop(0, steps, step, carry) if total else carry
+    return state, *out
+
+  return native.loop(rows)(state, symbols, jnp.int32(total) if steps is None else steps)
+
+
+def pop_all(
+  message: Message,
+  contexts: Any,
+  lookup: Lookup,
+  precision: int,
+  *,
+  length: int | None = None,
+  steps: jax.Array | None = None,
+) -> tuple[Message, Any]:
+  """Pops T symbols from each lane: the inverse of `push_all`.
+
+  Args:
+    message: the message.
+    contexts: a PyTree of arrays `[T, ...]`, or None.
+    lookup: as in `pop`; its second argument is the contexts of one row.
+    precision: as in `push_step`.
+    length: T; needed only if `contexts` is None.
+    steps: int32, how many of the T rows are popped, the first ones; all by default. The
+      symbols of the others are 0.
+
+  Returns:
+    The message without the symbols, and the symbols, `[T, ...]`.
+  """
+  _check_precision(precision)
+  total = len(jax.tree.leaves(contexts)[0]) if length is None else length
+
+  def rows(
+    state: jax.Array, size: jax.Array, words: jax.Array, contexts: Any, steps: jax.Array
+  ) -> Any:
+    def symbols(state: jax.Array, context: Any) -> Any:
+      return lookup(_slot(state, precision), context)
+
+    def step(t: jax.Array, carry: Any) -> Any:
+      state, size, out = carry
+      symbol, start, frequency = symbols(state, _row(contexts, t))
+      word = _top(words, size)
+      state, taken = pop_step(state, word, start, frequency, precision)
+      return state, size - taken.astype(jnp.int32), _with_row(out, t, symbol)
+
+    row = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), contexts)
+    shapes = jax.eval_shape(symbols, state, row)[0]
+    out = jax.tree.map(lambda x: jnp.zeros((total, *x.shape), x.dtype), shapes)
+    carry = state, size, out
+    return jax.lax.fori_loop(0, steps, step, carry) if total else carry
+
+  state, size, popped = native.loop(rows)(
+    message.state,
+    message.size,
+    message.words.reshape(-1),
+    contexts,
+    jnp.int32(total) if steps is None else steps,
+  )
+  return _popped(message, state, size), popped
+
+
+def _placed(
+  message: Message, state: jax.Array, words: jax.Array, moved: jax.Array
+) -> Message:
+  """Returns the message after a push, given what `push_rows` returns."""
+  # A word that does not move is put beyond the capacity, and dropped.
+  counts = jnp.cumsum(moved, axis=0, dtype=jnp.int32)
+  place = jnp.where(moved, message.size[None] + counts - 1, message.capacity)
+  lane = jnp.arange(message.lanes, dtype=jnp.int32)[None]
+  stacks = message.words.at[lane, place].set(words, mode='drop')
+  size = message.size + counts[-1] if len(words) else message.size
+  highest = jnp.maximum(message.highest, size)
+  return Message(state, stacks, size, message.lowest, highest)
+
+
+def _popped(message: Message, state: jax.Array, size: jax.Array) -> Message:
+  lowest = jnp.minimum(message.lowest, size)
+  return Message(state, message.words, size, lowest, message.highest)
+
+
+def _top(words: jax.Array, size: jax.Array) -> jax.Array:
+  """Returns the word on top of each stack, or any word if the stack is empty.
+
+  Args:
+    words: uint16 `[N C]`, the stacks one after the other.
+    size: int32 `[N]`.
+  """
+  capacity = words.size // size.size
+  start = jnp.arange(size.size, dtype=jnp.int32) * capacity
+  index = start + jnp.clip(size, 1, capacity) - 1
+  return words.at[index].get(mode='promise_in_bounds')
+
+
+def _row(rows: Any, i: jax.Array) -> Any:
+  take = lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False)
+  return jax.tree.map(take, rows)
+
+
+def _with_row(rows: Any, i: jax.Array, row: Any) -> Any:
+  put = lambda x, y: jax.lax.dynamic_update_index_in_dim(x, y, i, 0)
+  return jax.tree.map(put, rows, row)
+
+
+# ---- on the host ---------------------------------------------------------------------
 
 
 def check(message: Message) -> Message:
@@ -349,8 +439,19 @@ def check(message: Message) -> Message:
   return message
 
 
+def check_empty(message: Message) -> None:
+  """Checks that exactly the content of a message has been popped.
+
+  Raises:
+    MessageError: if content is left, or if more was popped than the message held.
+  """
+  check(message)
+  if np.any(np.asarray(message.size)) or np.any(np.asarray(message.state) != 1 << 16):
+    raise MessageError('the message holds more than it should')
+
+
 def content_bits(message: Message) -> float:
-  """Returns the content of the message in bits.
+  """Returns the content of the message in bits. Not for use under `jit`.
 
   A word counts 16 bits, and a state x counts log2(x) - 16 bits.
   """
@@ -359,39 +460,16 @@ def content_bits(message: Message) -> float:
 
 
 def to_words(message: Message) -> np.ndarray:
-  """Serialises a message into uint16 words.
-
-  The words are, in this order:
-
-  * the least size of a lane's stack, 2 words, the low half first;
-  * b, the number of bytes of a size below: 1 word, 1 or 2;
-  * the low halves of the states, N words, then their high halves, N words;
-  * the size of each stack minus the least size, b bytes each, padded to whole words;
-  * the stacks, row by row from the bottom: the words of the lanes that reach the row.
+  """Serialises a message into uint16 words; `split_words` describes them.
 
   Raises:
     MessageError: if the message overflowed or ran dry, or if its lanes' sizes differ
       by 2^16 or more.
   """
   check(message)
-  state, size = np.asarray(message.state), np.asarray(message.size)
-  base = int(size.min()) if size.size else 0
-  excess = size - base
-  if excess.max(initial=0) > 0xFFFF:
-    raise MessageError('the sizes of the lanes differ by 2^16 or more words')
-  width = 1 if excess.max(initial=0) <= 0xFF else 2
-  packed = excess.astype(f'<u{width}')
-  packed = np.pad(packed, (0, packed.nbytes % 2)).view(np.uint16)
-  rows = np.arange(size.max(initial=0))[:, None] < size
-  return np.concatenate(
-    [
-      np.array([base & 0xFFFF, base >> 16, width], np.uint16),
-      state.astype(np.uint16),
-      (state >> 16).astype(np.uint16),
-      packed,
-      np.asarray(message.words)[: rows.shape[0]][rows],
-    ]
-  )
+  size = np.asarray(message.size)
+  used = np.arange(message.capacity) < size[:, None]
+  return join_words(np.asarray(message.state), size, np.asarray(message.words)[used])
 
 
 def from_words(words: np.ndarray, lanes: int, capacity: int | None = None) -> Message:
@@ -409,6 +487,54 @@ def from_words(words: np.ndarray, lanes: int, capacity: int | None = None) -> Me
     MessageError: if the words are not a message with N lanes, or if a stack has more
       than C words.
   """
+  state, size, stacks = split_words(words, lanes)
+  depth = int(np.max(size, initial=1))
+  capacity = depth if capacity is None else capacity
+  if depth > capacity:
+    raise MessageError(f'a lane has {depth} words, but its capacity is {capacity}')
+  rows = np.zeros((lanes, capacity), np.uint16)
+  rows[np.arange(capacity) < size[:, None]] = stacks
+  size32 = jnp.asarray(size, jnp.int32)
+  return Message(jnp.asarray(state), jnp.asarray(rows), size32, size32, size32)
+
+
+def join_words(state: np.ndarray, size: np.ndarray, stacks: np.ndarray) -> np.ndarray:
+  """Serialises the parts of a message: the inverse of `split_words`."""
+  base = int(size.min()) if size.size else 0
+  excess = size - base
+  if excess.max(initial=0) > 0xFFFF:
+    raise MessageError('the sizes of the lanes differ by 2^16 or more words')
+  width = 1 if excess.max(initial=0) <= 0xFF else 2
+  packed = excess.astype(f'<u{width}').view(np.uint8)
+  packed = np.pad(packed, (0, packed.size % 2)).view('<u2')
+  low, high = state.astype(np.uint16), (state >> 16).astype(np.uint16)
+  head = np.array([base & 0xFFFF, base >> 16, width], np.uint16)
+  return np.concatenate([head, low, high, packed, stacks])
+
+
+def split_words(
+  words: np.ndarray, lanes: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+  """Finds the parts of a serialised message in its words.
+
+  The words are, in this order:
+
+  * the least size of a lane's stack, 2 words, the low half first;
+  * b, the number of bytes of a size below: 1 word, 1 or 2;
+  * the low halves of the states, N words, then their high halves, N words;
+  * the size of each stack minus the least size, b bytes each, padded to whole words;
+  * the stacks, lane after lane, each from its bottom.
+
+  Args:
+    words: uint16.
+    lanes: N.
+
+  Returns:
+    The states, uint32 `[N]`; the sizes, int64 `[N]`; and the stacks, uint16.
+
+  Raises:
+    MessageError: if the words are not a message with N lanes.
+  """
   width = int(words[2]) if words.size > 2 else 0
   start = 3 + 2 * lanes  # where the sizes begin
   stop = start + -(-lanes * width // 2)
@@ -420,17 +546,4 @@ def from_words(words: np.ndarray, lanes: int, capacity: int | None = None) -> Me
   stacks = words[stop:]
   if stacks.size != size.sum() or not high.all():
     raise MessageError(f'the words are not a message with {lanes} lanes')
-  depth = int(np.max(size, initial=0))
-  capacity = depth if capacity is None else capacity
-  if depth > capacity:
-    raise MessageError(f'a lane has {depth} words, but its capacity is {capacity}')
-  rows = np.zeros((capacity + 1, lanes), np.uint16)
-  rows[np.arange(capacity + 1)[:, None] < size] = stacks
-  size32 = jnp.asarray(size, jnp.int32)
-  return Message(
-    state=jnp.asarray(low | high << 16),
-    words=jnp.asarray(rows),
-    size=size32,
-    lowest=size32,
-    highest=size32,
-  )
+  return low | high << 16, size, stacks

@@ -1,4 +1,4 @@
-"""The number of numbers that each scheme stores for a sliced model, from shapes alone.
+"""Counts the elements that each scheme stores for a sliced model, from shapes alone.
 
 The schemes differ in how they use gauges. A gauge is a choice of coordinates that does
 not change the function of a model, such as a rotation of a residual segment. A shortcut
@@ -11,23 +11,23 @@ in LLMs* (arXiv 2410.01309), so that they can be compared with its table:
   - The reduction is relative to the dense model as SliceGPT (arXiv 2401.15024) counts
     it, after norm fusion: norms have no parameters, and the head is untied. The head
     has a bias if the model had LayerNorm. Other biases and the position table count.
-  - Every number takes 16 bits; nothing is entropy coded.
+  - Every element takes 16 bits; nothing is entropy coded.
   - The width is `int((1 - sparsity) D)`, rounded down to a multiple of 8. The last
     segment is not sliced: the last shortcut is `[d, D]`, and the last layer writes D
-    numbers.
+    elements.
 
 With S shortcuts and `m = D - d`, the schemes store the following:
 
   SliceGPT         SliceGPT's checkpoint.
-  ideal bits-back  `S d(d-1)/2` numbers fewer: a rotation for each sliced segment. The
+  ideal bits-back  `S d(d-1)/2` elements fewer: a rotation for each sliced segment. The
                    last segment, which is not sliced, saves nothing.
   gauge-fixed      For each shortcut `[d, d]`, the matrix B of `I - B B^T`, which is
-                   `d k - k(k-1)/2` numbers with `k = min(m, d)`. Nothing for the last
+                   `d k - k(k-1)/2` elements with `k = min(m, d)`. Nothing for the last
                    shortcut, because it becomes `[I 0]`. The remaining global rotation
-                   saves `d(d-1)/2` numbers.
-  + heads          For each key-value head, `h^2` numbers fewer, because GL(h) acts
-                   between value and output, and `r + (h - r)^2` numbers fewer between
-                   query and key, where RoPE rotates r numbers of a head.
+                   saves `d(d-1)/2` elements.
+  + heads          For each key-value head, `h^2` elements fewer, because GL(h) acts
+                   between value and output, and `r + (h - r)^2` elements fewer between
+                   query and key, where RoPE rotates r elements of a head.
   + retied         A matrix T `[D, d]` in place of the embedding `[V, d]`, if the head
                    of the dense model is tied to the embedding.
 """
@@ -40,7 +40,7 @@ from rotbits_jax import slicing
 
 
 class Accounting(NamedTuple):
-  """The number of numbers that each scheme stores; the module docstring defines them.
+  """The elements that each scheme stores; the module docstring defines them.
 
   Attributes:
     width: d, the width of the sliced segments.
@@ -74,7 +74,7 @@ class Accounting(NamedTuple):
 def accounting(
   config: models.ModelConfig, sparsity: float, *, round_interval: int = 8
 ) -> Accounting:
-  """Counts the numbers that each scheme stores for a model after slicing.
+  """Counts the elements that each scheme stores for a model after slicing.
 
   Args:
     config: config of the dense model.
@@ -93,14 +93,13 @@ def accounting(
   hidden = config.hidden_size
   width = slicing.sliced_width(hidden, sparsity, round_interval)
   segments = len(config.segment_widths) - 1
-  unsliced = config.sliced_to((hidden,) * (segments + 1))
   sliced = config.sliced_to((width,) * segments + (hidden,))
   rotation = width * (width - 1) // 2
   slicegpt = models.count_elements(sliced)
 
   rank = min(hidden - width, width)
   factors = (segments - 1) * (width * rank - rank * (rank - 1) // 2)
-  gauge_fixed = slicegpt - _shortcut_numbers(sliced) + factors - rotation
+  gauge_fixed = slicegpt - _shortcut_elements(sliced) + factors - rotation
 
   turned, still = config.rotary_dim, config.head_dim - config.rotary_dim
   head_gauge = config.head_dim**2 + turned + still**2
@@ -108,7 +107,7 @@ def accounting(
   retied = heads - (config.vocab_size - hidden) * width
   return Accounting(
     width=width,
-    dense=models.count_elements(unsliced) - _shortcut_numbers(unsliced),
+    dense=dense_elements(config),
     slicegpt=slicegpt,
     bits_back_ideal=slicegpt - segments * rotation,
     gauge_fixed=gauge_fixed,
@@ -117,5 +116,16 @@ def accounting(
   )
 
 
-def _shortcut_numbers(config: models.ModelConfig) -> int:
+def dense_elements(config: models.ModelConfig) -> int:
+  """Counts the elements of a dense model with an untied head, as SliceGPT does.
+
+  Args:
+    config: of the dense model, or of a sliced one that was made of it.
+  """
+  widths = (config.hidden_size,) * len(config.segment_widths)
+  unsliced = config.sliced_to(widths)
+  return models.count_elements(unsliced) - _shortcut_elements(unsliced)
+
+
+def _shortcut_elements(config: models.ModelConfig) -> int:
   return sum(a * b for a, b in itertools.pairwise(config.segment_widths))

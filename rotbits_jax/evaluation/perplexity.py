@@ -7,7 +7,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from rotbits_jax import models
 from rotbits_jax.system.progress import track
@@ -39,10 +38,12 @@ class Comparison(NamedTuple):
   Attributes:
     perplexity: `exp` of the mean negative log-likelihood of a token.
     kl: mean of KL(reference || model) in nats, by the name of the reference.
+    tokens: number of predicted tokens.
   """
 
   perplexity: float
   kl: dict[str, float]
+  tokens: int
 
 
 def evaluate(
@@ -81,7 +82,7 @@ def evaluate(
   if rerounded is not None and reference is None:
     raise ValueError('a rerounded model needs a reference to be compared with')
   others = {} if rerounded is None else {'rerounded model': rerounded}
-  measured, count = _compare(
+  measured = compare(
     {'model': model} | others,
     tokens,
     {} if reference is None else {'reference': reference},
@@ -89,12 +90,12 @@ def evaluate(
     window=window,
     progress=progress,
   )
-  kl = lambda name: measured[name].kl['reference']
+  kl = {name: found.kl.get('reference') for name, found in measured.items()}
   return Evaluation(
     perplexity=measured['model'].perplexity,
-    tokens=count,
-    kl=None if reference is None else kl('model'),
-    kl_rerounded=None if rerounded is None else kl('rerounded model'),
+    tokens=measured['model'].tokens,
+    kl=kl['model'],
+    kl_rerounded=kl.get('rerounded model'),
   )
 
 
@@ -104,6 +105,7 @@ def compare(
   references: Mapping[str, models.Model],
   *,
   max_tokens: int | None = None,
+  window: int | None = None,
   progress: bool = False,
 ) -> dict[str, Comparison]:
   """Measures the perplexity of models, and the divergence of each from each reference.
@@ -113,7 +115,8 @@ def compare(
     tokens: `[N]` token ids, which are cut into windows as in `evaluate`.
     references: models with the same vocabulary, whose predictions are compared, by
       name.
-    max_tokens: number of tokens to use; None for all.
+    max_tokens: see `evaluate`.
+    window: see `evaluate`.
     progress: whether to show the progress on stderr.
 
   Returns:
@@ -122,27 +125,12 @@ def compare(
   Raises:
     ValueError: as for `evaluate`.
   """
-  return _compare(
-    compared, tokens, references, max_tokens=max_tokens, window=None, progress=progress
-  )[0]
-
-
-def _compare(
-  compared: Mapping[str, models.Model],
-  tokens: np.ndarray,
-  references: Mapping[str, models.Model],
-  *,
-  max_tokens: int | None,
-  window: int | None,
-  progress: bool,
-) -> tuple[dict[str, Comparison], int]:
-  """Returns the result of `compare` and the number of predicted tokens."""
   config = next(iter(compared.values())).config
   for name, model in (*compared.items(), *references.items()):
     if model.config.vocab_size != config.vocab_size:
       raise ValueError(
-        f'the {name} must have a vocabulary of {config.vocab_size} tokens like the '
-        f'model, got {model.config.vocab_size}'
+        f'predictions are compared token by token: the {name} must have a vocabulary '
+        f'of {config.vocab_size} tokens like the model, got {model.config.vocab_size}'
       )
   cut = windows(tokens, config, max_tokens=max_tokens, window=window)
 
@@ -170,9 +158,10 @@ def _compare(
     name: Comparison(
       perplexity=float(np.exp(total[0] / count)),
       kl=dict(zip(references, (total[1:] / count).tolist(), strict=True)),
+      tokens=count,
     )
     for name, total in totals.items()
-  }, count
+  }
 
 
 def windows(
@@ -233,7 +222,8 @@ def _measure(
     expected: logits `[T - 1, V]` of each reference.
     tokens: `[1, T]`.
   """
-  loss = optax.softmax_cross_entropy_with_integer_labels(predicted, tokens[0, 1:])
+  log_probabilities = jax.nn.log_softmax(predicted)
+  loss = -jnp.take_along_axis(log_probabilities, tokens[0, 1:, None], axis=-1)[:, 0]
   return jnp.stack([loss, *(kl_divergence(e, predicted) for e in expected)])
 
 

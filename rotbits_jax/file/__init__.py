@@ -1,23 +1,34 @@
 """The encoded file: its format, its writer and its reader.
 
-A unit is a part of a model that decodes on its own: the embedding, a layer, the head. A
-stream is a run of bytes in the file; each unit is one stream.
+A record is a part of a model that decodes on its own: the embedding, a layer, the head.
+A stream is a run of bytes in the file; each record is one stream.
 
-container         stores streams in a safetensors file
-fields            reads JSON objects from untrusted files
-manifest          describes the content of a file, and validates the description
-shards            divides a model among several files, with an index
-model             the job of encoding a model: rewrites layers, writes units
-plain             the job of encoding a PyTree, or a checkpoint of an unknown family
-packing           finds arrays whose numbers carry less than their dtype allows
-writer            writes one file or several, one unit at a time
-reader            reads a unit without the others, or the whole model
-units             decodes one unit, into given arrays or into new ones
-stacks            decodes layers straight into their places in a stack
-messages          reads the message on which the preset `paper` has a whole model
-checkpoint_files  reads the files of a checkpoint, and what is between its tensors
-memory            refuses what memory cannot hold, before it is allocated
-placement         places decoded arrays on devices
+The format:
+
+container     stores streams in a safetensors file
+manifest      describes the content of a file, and validates the description
+shards        divides a model among several files, with an index
+coders        finds the coder of records, or of a whole model, by its name
+
+Writing:
+
+sources       gives models, checkpoints and PyTrees one face: records
+trees         turns PyTrees into nested dicts and back
+job           the work of encoding a source: rewrites records, and writes them
+writer        codes records and appends them to one file
+journal       the hidden folder of a run, from which the next run resumes
+encode        writes files, which appear when they are complete
+
+Reading:
+
+reader        reads a record without the others, or the whole content
+records       decodes one record, into given memory or into new memory
+stacks        decodes layers straight into their places in a stack
+messages      decodes a message that holds a whole model
+memory        allocates memory for records, and refuses what it cannot hold
+placement     places decoded arrays on devices
+directory     writes the checkpoint that a file holds
+verification  compares a file with a source
 """
 
 from rotbits_jax.file.container import ContainerError

@@ -2,7 +2,7 @@
 
     8 bytes, little-endian: length of the header
     header, JSON, padded with spaces:
-        {"__metadata__": {"format": "rotbits", "version": "3",
+        {"__metadata__": {"format": "rotbits", "version": "4",
                           "manifest_crc32": "..."},
          "<stream>": {"dtype": "U8", "shape": [n], "data_offsets": [begin, end]}, ...}
     the streams, one after the other
@@ -14,10 +14,10 @@ because the names of the streams bound the length of the header. Any safetensors
 opens the file.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+import contextlib
 import json
 import os
-import pathlib
 import struct
 import threading
 from typing import Any, BinaryIO
@@ -25,10 +25,11 @@ from typing import Any, BinaryIO
 import numpy as np
 from zlib_ng import zlib_ng
 
+from rotbits_jax.system import files
 from rotbits_jax.system import strict_json
 
 FORMAT = 'rotbits'
-VERSION = 3
+VERSION = 4
 MANIFEST = 'manifest'
 _METADATA = '__metadata__'  # the header's one entry that is no stream
 
@@ -36,6 +37,7 @@ Readable = str | os.PathLike[str] | bytes | bytearray | memoryview | BinaryIO
 """The path of a file, its bytes, or an open binary file."""
 
 _MOST = 10**15  # greatest size of a file in bytes, from which the room follows
+_PIECE = 1 << 23  # bytes of a long stream that are read at a time
 _MOST_HEADER = 100_000_000  # bytes; the safetensors library's own limit
 _SHOWN = 400  # characters of each end of an error's message
 
@@ -158,12 +160,22 @@ def _header(streams: dict[str, tuple[int, int]], manifest_crc32: int) -> bytes:
   return text + b' ' * (-len(text) % 8)
 
 
-class StreamReader:
-  """Reads the streams of a container.
+class Words:
+  """16-bit words in a file, `[size]`, which are read where they are sliced."""
 
-  Each stream of a file on disk has a memory map of its own, so that its pages are
-  released with it.
-  """
+  dtype, ndim = np.dtype(np.uint16), 1
+
+  def __init__(self, size: int, read: Callable[[int, int], np.ndarray]):
+    """Stores the number of words, and the function of a place and a number of words."""
+    self.size, self._read = size, read
+
+  def __getitem__(self, part: slice) -> np.ndarray:
+    start, stop, _ = part.indices(self.size)
+    return self._read(start, max(stop - start, 0))
+
+
+class StreamReader:
+  """Reads the streams of a container."""
 
   def __init__(self, source: Readable):
     """Reads the header.
@@ -172,14 +184,14 @@ class StreamReader:
       ContainerError: if this is not a rotbits file, or if its header is damaged.
       OSError: if the path cannot be read.
     """
-    self._source, self._lock = source, threading.Lock()
+    self._source: Any = source
+    self._lock, self._buffers = threading.Lock(), files.Buffers()
     if isinstance(source, (str, os.PathLike)):
-      self.name = os.fspath(source)
-      self.size = pathlib.Path(source).stat().st_size
-      if not pathlib.Path(source).is_file():
-        raise ContainerError(f'{self.name}: not a file')
+      self._source = files.File.of(source)
+      self.name, self.size = os.fspath(source), self._source.size
     elif isinstance(source, (bytes, bytearray, memoryview)):
-      self.name, self.size = '', memoryview(source).nbytes
+      self._source = np.frombuffer(memoryview(source).cast('B'), np.uint8)
+      self.name, self.size = '', self._source.size
     else:
       self.name = str(getattr(source, 'name', ''))
       self.size = source.seek(0, os.SEEK_END)
@@ -199,53 +211,83 @@ class StreamReader:
     begin, end = self._streams[name]
     return end - begin
 
-  def stream(self, name: str) -> np.ndarray:
-    """Returns the bytes of a stream: uint8 `[n]`, read-only.
+  def read(self, name: str, crc32: int | None = None) -> bytes:
+    """Returns the bytes of a stream, see `checked`."""
+    with self.checked(name, crc32) as data:
+      return data.tobytes()
+
+  def words(self, name: str, crc32: int) -> 'Words':
+    """Returns a stream of 16-bit words that may be longer than memory, see `checked`.
 
     Raises:
-      ContainerError: if there is no such stream.
+      ContainerError: if it is damaged, or has an odd number of bytes.
+    """
+    size, crc = self.nbytes(name), 0
+    begin = self._start + self._streams[name][0]
+
+    def read(place: int, count: int) -> np.ndarray:
+      with self._bytes(begin + 2 * place, 2 * count) as (data, _):
+        return np.frombuffer(data.tobytes(), '<u2')
+
+    for start in range(0, size, _PIECE):
+      with self._bytes(begin + start, min(_PIECE, size - start)) as (data, _):
+        crc = zlib_ng.crc32(data, crc)
+    if crc != crc32 or size % 2:
+      raise ContainerError(f'{name}: the stream is damaged: its checksum differs')
+    return Words(size // 2, read)
+
+  @contextlib.contextmanager
+  def checked(self, name: str, crc32: int | None = None) -> Iterator[np.ndarray]:
+    """Reads a stream.
+
+    Args:
+      name: name of the stream.
+      crc32: the checksum that it must have; None for any.
+
+    Yields:
+      The bytes: uint8 `[n]`. They are valid until the context ends.
+
+    Raises:
+      ContainerError: if there is no such stream, or if it is damaged.
     """
     if name not in self._streams:
       raise ContainerError(f'{name}: no such stream')
     begin, end = self._streams[name]
-    return self._bytes(self._start + begin, end - begin)
+    with self._bytes(self._start + begin, end - begin) as (data, found):
+      if crc32 not in (None, found):
+        raise ContainerError(f'{name}: the stream is damaged: its checksum differs')
+      yield data
 
-  def checked(self, name: str, nbytes: int, crc32: int) -> np.ndarray:
-    """Returns the bytes of a stream after checking its length and its CRC-32.
-
-    Raises:
-      ContainerError: if the stream is damaged or missing.
-    """
-    data = self.stream(name)
-    if data.size != nbytes or zlib_ng.crc32(data) != crc32:
-      raise ContainerError(f'{name}: the stream is damaged: its checksum differs')
-    return data
-
-  def _bytes(self, begin: int, count: int) -> np.ndarray:
-    source = self._source
-    if not count:
-      return np.zeros(0, np.uint8)
-    if isinstance(source, (str, os.PathLike)):
-      # A view as a plain array, because a memory map is slow to slice.
-      return np.memmap(source, np.uint8, 'r', begin, (count,)).view(np.ndarray)
-    if isinstance(source, (bytes, bytearray, memoryview)):
-      return np.frombuffer(
-        memoryview(source).cast('B')[begin : begin + count], np.uint8
-      )
-    with self._lock:  # units are read side by side
-      source.seek(begin)
-      data = np.frombuffer(source.read(count), np.uint8)
+  @contextlib.contextmanager
+  def _bytes(self, begin: int, count: int) -> Iterator[tuple[np.ndarray, int]]:
+    """Reads a part of the file; yields it with its CRC-32."""
+    if isinstance(self._source, files.File):
+      with self._buffers.lend(count) as out:
+        try:
+          crc = self._source.read(begin, out)
+        except files.ChangedError as error:
+          raise ContainerError(str(error)) from error
+        yield out, crc
+      return
+    if isinstance(self._source, np.ndarray):
+      data = self._source[begin : begin + count]
+    else:
+      with self._lock:  # records are read side by side
+        self._source.seek(begin)
+        data = np.frombuffer(self._source.read(count), np.uint8)
     if data.size != count:
       raise ContainerError('the file is cut short')
-    return data
+    yield data, zlib_ng.crc32(data)
 
   def _read_header(self) -> tuple[dict[str, tuple[int, int]], int, int]:
     if self.size < 8:
       raise ContainerError('not a rotbits file: it has fewer than 8 bytes')
-    (length,) = struct.unpack('<Q', self._bytes(0, 8).tobytes())
+    with self._bytes(0, 8) as (data, _):
+      (length,) = struct.unpack('<Q', data)
     if length > min(self.size - 8, _MOST_HEADER):
       raise ContainerError('not a rotbits file, or cut short within its header')
-    header = parse_json(self._bytes(8, length).tobytes(), 'header')
+    with self._bytes(8, length) as (data, _):
+      header = parse_json(data.tobytes(), 'header')
     metadata = header.pop(_METADATA, None) if isinstance(header, dict) else None
     if not isinstance(metadata, dict) or metadata.get('format') != FORMAT:
       raise ContainerError('not a rotbits file')
@@ -310,7 +352,7 @@ class _Named:
 
 
 def parse_json(data: bytes, where: str) -> Any:
-  """Parses JSON that a stranger may have written.
+  """Parses JSON that may be untrusted.
 
   Raises:
     ContainerError: if it is not JSON as `strict_json` has it.

@@ -1,11 +1,57 @@
-"""The memory that decoding may take: more is refused before it is allocated."""
+"""The memory for decoded records: too much is refused before it is allocated."""
 
+from collections.abc import Sequence
 import contextlib
 import functools
 import os
 import pathlib
 
+import numpy as np
+
+from rotbits_jax.file import manifest as manifest_lib
 from rotbits_jax.file.container import ContainerError
+from rotbits_jax.system import host
+
+
+def allocate(
+  entries: Sequence[manifest_lib.Record],
+  *,
+  stacked: int | None = None,
+  integers: bool = False,
+) -> dict[str, list[np.ndarray]]:
+  """Makes the memory for the leaves of a record, or of several in a stack.
+
+  Args:
+    entries: the manifest's entries of the records, which have equal stack keys.
+    stacked: the length of the leading axis of the arrays; None if there is none.
+    integers: whether matrices that are multiples of one step get memory for integers.
+
+  Returns:
+    The arrays for each leaf, by its path within a record. A leaf that is stored as
+    arrays of different shapes in different records has none.
+
+  Raises:
+    ContainerError: if memory cannot hold them.
+  """
+  lead = () if stacked is None else (stacked,)
+  specs = [{x.inner(leaf.path): y for leaf, y in x.leaf_specs()} for x in entries]
+  grids = [{x.inner(path): y for path, y in x.grids().items()} for x in entries]
+  found: dict[str, list[np.ndarray]] = {}
+  for leaf in entries[0].leaves:
+    path = entries[0].inner(leaf.path)
+    widths = [own[path].integer_dtype for own in grids if integers and path in own]
+    wanted = [(x.shape, x.dtype) for x in specs[0][path]]
+    if len(widths) == len(entries):
+      wanted = [(leaf.shape, max(widths, key=lambda x: x.itemsize).name)]
+    elif leaf.is_array:
+      wanted = [(leaf.shape, leaf.dtype)]
+    elif any([(x.shape, x.dtype) for x in own[path]] != wanted for own in specs):
+      continue
+    try:
+      found[path] = [host.empty((*lead, *shape), dtype) for shape, dtype in wanted]
+    except MemoryError:
+      raise too_large(leaf.path, sum(x.decoded_bytes for x in entries)) from None
+  return found
 
 
 def check(name: str, nbytes: int) -> None:

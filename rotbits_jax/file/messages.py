@@ -1,6 +1,5 @@
-"""The message of the preset `paper`, on which bits-back coding has a whole model."""
+"""A message that holds a whole model, as the preset `paper` writes it."""
 
-import collections
 from collections.abc import Iterator
 import math
 from typing import Any
@@ -9,115 +8,102 @@ import numpy as np
 
 from rotbits_jax import models
 from rotbits_jax import structured
+from rotbits_jax.file import coders
 from rotbits_jax.file import container
 from rotbits_jax.file import manifest as manifest_lib
 from rotbits_jax.file import memory
 from rotbits_jax.file.container import ContainerError
 
-Tree = dict[str, Any]
 
+class Message:
+  """The message of a file."""
 
-def arrays(
-  file: container.StreamReader, own: manifest_lib.Manifest, *, show_progress: bool
-) -> Iterator[tuple[str, np.ndarray]]:
-  """Yields the parameters of the model on a message, the last segment's first.
+  def __init__(self, file: container.StreamReader, own: manifest_lib.Manifest):
+    """Finds the coder.
 
-  Args:
-    file: the file.
-    own: its manifest.
-    show_progress: whether to show the progress on stderr.
+    Args:
+      file: the file.
+      own: its manifest, which has a message.
 
-  Raises:
-    ContainerError: if there is no message, or if it is damaged.
-  """
-  from rotbits_jax import paper  # its linear algebra is slow to import
+    Raises:
+      ContainerError: if the coder is not installed.
+    """
+    assert own.message is not None
+    assert own.config is not None
+    self._file, self._entry, self._config = file, own.message, own.config
+    self._options = own.options
+    coder = coders.find(own.message.coder)
+    if not isinstance(coder, coders.ModelCoder):
+      raise ContainerError(f'the coder {own.message.coder!r:.100} is not installed')
+    self._coder = coder
+    names = [models.names.layer(i) for i in range(own.config.num_layers)]
+    self._records = {
+      **{x: models.layer_shapes(own.config, i) for i, x in enumerate(names)},
+      **models.outer_shapes(own.config),
+    }
 
-  message, config = own.message, own.config
-  if message is None or config is None:
-    raise ContainerError('the file does not hold a message of bits-back coding')
-  with file.errors():
-    parts = [map(math.prod, x.values()) for x in _shapes_of_parts(config)]
-    memory.check('message', 4 * max(map(sum, parts)))
-    streams = {}
-    for stream in message.streams:
-      data: Any = file.checked(stream.name, stream.nbytes, stream.crc32)
-      if stream.name != 'tables':
-        if data.size % 2:
-          raise ContainerError(f'{stream.name}: the number of bytes must be even')
-        data = data.view('<u2')
-      streams[stream.name] = data
-    try:
-      yield from paper.decode(
-        message.layout,
-        streams['message'],
-        streams['corrections'],
-        streams['tables'],
-        config,
-        progress=show_progress,
+  @property
+  def records(self) -> tuple[str, ...]:
+    """The names of the records of the model."""
+    return tuple(self._records)
+
+  def shapes(self, record: str) -> dict[str, tuple[int, ...]]:
+    """Returns the shape of each parameter of a record, by path."""
+    return structured.flatten({record: self._records[record]})
+
+  def dtypes(self) -> dict[str, np.dtype]:
+    """Returns the dtype of every parameter, by path.
+
+    Raises:
+      ContainerError: if the layout of the message is damaged.
+    """
+    with self._file.errors(), _errors():
+      return dict(self._coder.dtypes(self._entry.layout))
+
+  def nbytes(self) -> int:
+    """Returns the bytes of all parameters."""
+    dtypes = self.dtypes()
+    return sum(
+      math.prod(shape) * dtypes[path].itemsize
+      for record in self._records
+      for path, shape in self.shapes(record).items()
+    )
+
+  def decode(self, *, show_progress: bool) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yields the name and the parameters of each record, when it is complete.
+
+    The last layer comes first.
+
+    Raises:
+      ContainerError: if the message is damaged.
+    """
+    sizes = [sum(map(math.prod, self.shapes(x).values())) for x in self._records]
+    memory.check('message', 4 * max(sizes))
+    words = lambda name: self._file.words(name, self._entry.streams[name].crc32)
+    first, *others = self._coder.streams
+    streams = {first: words(first), **{name: words(name)[:] for name in others}}
+    found: dict[str, dict[str, Any]] = {}
+    with self._file.errors(), _errors():
+      options = self._coder.load(self._options)
+      arrays = self._coder.decode(
+        options, self._entry.layout, streams, self._config, progress=show_progress
       )
-    except ValueError as error:
+      for path, array in arrays:
+        record = path.partition('/')[0]
+        own = found.setdefault(record, {})
+        own[path] = array
+        if len(own) == len(self.shapes(record)):
+          yield record, found.pop(record)
+    if found:
+      raise ContainerError(f'{min(found)}: the message has only a part of it')
+
+
+class _errors:  # noqa: N801
+  """A context that turns a ValueError of the coder into a `ContainerError`."""
+
+  def __enter__(self) -> None:
+    return None
+
+  def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+    if isinstance(error, ValueError) and not isinstance(error, ContainerError):
       raise ContainerError(f'message: {error}') from error
-
-
-def dtypes(
-  file: container.StreamReader, own: manifest_lib.Manifest
-) -> dict[str, np.dtype]:
-  """Returns the dtype of every parameter on the message of a file, if it has one.
-
-  Raises:
-    ContainerError: if the layout of the message is damaged.
-  """
-  if own.message is None or own.config is None:
-    return {}
-  from rotbits_jax.paper import layout as layout_lib  # slow to import
-
-  with file.errors():
-    try:
-      words = file.nbytes('message') // 2
-      layout = layout_lib.from_json(own.message.layout, own.config, words)
-    except ValueError as error:
-      raise ContainerError(f'message: {error}') from error
-  return {path: np.dtype(x.dtype) for path, x in layout.arrays.items()}
-
-
-def layers(
-  file: container.StreamReader,
-  own: manifest_lib.Manifest,
-  wanted: range,
-  *,
-  show_progress: bool,
-) -> tuple[Tree, list[Tree]]:
-  """Reads the parameters outside the layers, and some layers.
-
-  Args:
-    file: the file.
-    own: its manifest.
-    wanted: the layers.
-    show_progress: whether to show the progress on stderr.
-
-  Raises:
-    ContainerError: see `arrays`; or if memory cannot hold the model.
-  """
-  assert own.config is not None
-  flat: Tree = {}
-  found = dtypes(file, own)
-  shapes = collections.ChainMap(*_shapes_of_parts(own.config))
-  memory.check(
-    'the model',
-    sum(math.prod(x) * found[path].itemsize for path, x in shapes.items()),
-  )
-  for path, array in arrays(file, own, show_progress=show_progress):
-    index = models.names.layer_index(path.split('/')[0])
-    if index is None or index in wanted:
-      flat[path] = array
-  tree = structured.unflatten(flat)
-  stack = [tree.pop(models.names.layer(i)) for i in wanted]
-  return tree, stack
-
-
-def _shapes_of_parts(config: models.ModelConfig) -> list[dict[str, tuple[int, ...]]]:
-  """Returns the shapes of all parameters outside the layers, and of each layer."""
-  trees: list[Tree] = [models.outer_shapes(config)]
-  for i in range(config.num_layers):
-    trees.append({models.names.layer(i): models.layer_shapes(config, i)})
-  return [structured.flatten(tree) for tree in trees]

@@ -1,34 +1,31 @@
-"""The reader of files: reads a unit without the others, or the whole model.
+"""The reader of files: reads a record without the others, or the whole content.
 
     with Reader(path) as file:
-      layer = file.unit('layers.3')      # nested dicts of NumPy arrays and leaves
-      model = file.model()               # layers stacked
+      layer = file.record('layers.3')    # nested dicts of NumPy arrays and leaves
+      model = file.read()                # layers stacked
 
-A unit is a part of a model that decodes on its own; `manifest` describes units and
-leaves. The reader checks the whole manifest before it allocates memory. Several units
-decode side by side: the checksum of one stream is computed while the blocks of another
-are decoded.
+A record is a part of a model that decodes on its own; `manifest` describes records and
+leaves. The reader checks the whole manifest before it allocates memory. Several records
+decode side by side: one stream is read while the blocks of another are decoded.
 """
 
 import collections
-from collections.abc import Iterator
-import dataclasses
+from collections.abc import Collection, Iterator, Mapping
 import functools
-import itertools
 import os
 from typing import Any, Self
+import zlib
 
+import jax
 import numpy as np
-from zlib_ng import zlib_ng
 
 from rotbits_jax import checkpoints
 from rotbits_jax import models
 from rotbits_jax import structured
 from rotbits_jax.coding import weights
-from rotbits_jax.file import checkpoint_files
 from rotbits_jax.file import container
 from rotbits_jax.file import manifest as manifest_lib
-from rotbits_jax.file import memory
+from rotbits_jax.file import memory as memory_lib
 from rotbits_jax.file import messages
 from rotbits_jax.file import placement
 from rotbits_jax.file import records as records_lib
@@ -46,7 +43,8 @@ class Reader:
   Attributes:
     preset: name of the preset with which the file was encoded.
     options: options of the preset.
-    config: config of the model; None for a PyTree of arrays.
+    keeps: see `presets.Preset`.
+    config: config of the model; None for a PyTree of arrays, and for plain tensors.
     stem: name of the weights and of the slicing JSON in a checkpoint of SliceGPT.
     manifests: the manifest of the file, or of each shard.
     size: size of all files in bytes.
@@ -65,139 +63,134 @@ class Reader:
     """
     files, index = shards.find(source)
     self._files = [container.StreamReader(file) for file in files]
-    if index is not None:
-      for file in self._files:
-        if index.checksums[os.path.basename(file.name)] != file.manifest_crc32:
-          raise ContainerError(
-            f'{file.name}: the index names another shard of this name'
-          )
     self.size = sum(file.size for file in self._files)
     self.manifests = [_manifest(file) for file in self._files]
     first = self.manifests[0]
-    self.preset, self.options = first.preset, first.options
+    self.preset, self.options, self.keeps = first.preset, first.options, first.keeps
     self.config, self.stem = first.config, first.stem
     for file, own in zip(self._files, self.manifests, strict=True):
       with file.errors():
         if (own.preset, own.config) != (first.preset, first.config):
           raise ContainerError('the shards belong to different models')
-    self._units = records_lib.Records(self._files, self.manifests)
+    self._records = records_lib.Records(self._files, self.manifests)
+    self._message: messages.Message | None = None
+    if first.message is not None:
+      self._message = messages.Message(self._files[0], first)
     if index is not None:
       self._check_index(index)
     if self.config is None:
       self._check_paths()
-    if self.weights_files:
-      checkpoint_files.check_places(self.manifests, self.tensor_sizes())
-
-  def _check_index(self, index: shards.Index) -> None:
-    """Checks that the index of the shards names each unit and its shard.
-
-    Raises:
-      ContainerError: if it does not.
-    """
-    found = {
-      name: os.path.basename(own.name) for name, own in self._units.files.items()
-    }
-    if wrong := sorted(found.items() ^ index.units.items()):
-      raise ContainerError(
-        f'{wrong[0][0]}: the index and the shards differ in this unit'
-      )
-    if self.size != index.total_size:
-      raise ContainerError(
-        f'the shards must have {index.total_size} bytes by their index, got {self.size}'
-      )
-
-  def _check_paths(self) -> None:
-    """Checks the paths of leaves, if there is no model to check them by.
-
-    A unit of a PyTree has all leaves under one key of the outermost level, which is its
-    name. Tensors of a checkpoint are not in a tree, and the names of two may begin
-    alike.
-
-    Raises:
-      ContainerError: if a leaf has another place, or two leaves have one.
-    """
-    seen: set[str] = set()
-    is_tree = not self.weights_files
-    for name, unit in self.units.items():
-      own = unit.first_keys() if is_tree else {leaf.path for leaf in unit.leaves}
-      with self._units.files[name].errors():
-        if is_tree and own != {name}:
-          raise ContainerError(f'{name}: a leaf of the unit is not under its name')
-        if seen & own:
-          raise ContainerError(f'{name}: it has a leaf of another unit')
-      seen |= own
 
   def __enter__(self) -> Self:
     return self
 
   def __exit__(self, *unused: object) -> None:
-    """Does nothing, because no file stays open: streams are mapped when read."""
+    """Does nothing, because no file stays open between two streams."""
+
+  # ---- the parts of a file -----------------------------------------------------------
 
   @property
-  def weights_files(self) -> dict[str, checkpoints.WeightsFile]:
-    """The weights files whose tensors are the units, by name; empty for a model."""
-    return {x.layout.name: x.layout for own in self.manifests for x in own.weights}
+  def records(self) -> dict[str, manifest_lib.Record]:
+    """The manifest's entries of all records, by name; those of a message have none."""
+    return dict(self._records.entries)
 
-  def rests(self) -> dict[str, bytes]:
-    """Returns what is between the tensors of each weights file, joined.
-
-    Raises:
-      ContainerError: if a part is damaged, or the tensors do not fit their file.
-    """
-    return checkpoint_files.rests(self._files, self.manifests, self.tensor_sizes())
-
-  def tensor_sizes(self) -> dict[str, int]:
-    """Returns the bytes of every array in units, by its path."""
-    return {
-      leaf.path: leaf.nbytes
-      for unit in self.units.values()
-      for leaf in unit.leaves
-      if leaf.is_array
-    }
-
-  def tensors(self, *, show_progress: bool = False) -> Iterator[tuple[str, np.ndarray]]:
-    """Yields the tensors of a checkpoint that is stored as plain tensors, by name."""
-    total = len(self.units)
-    with progress.Progress('decode', total, 'unit', show=show_progress) as bar:
-      for name in self.units:
-        yield from structured.flatten(self._units.decode(name)).items()
-        bar.update()
-
-  @property
-  def units(self) -> dict[str, manifest_lib.Record]:
-    """The manifest's entries of all units, by name."""
-    return dict(self._units.entries)
-
-  def unit(self, name: str) -> Tree:
-    """Reads one unit, and other units only if its leaves depend on them.
+  def record(self, name: str) -> Tree:
+    """Reads one record, and other records only if its leaves need them.
 
     Args:
       name: 'layers.0', 'layers.1', ..., 'embed', 'final_norm', 'head' or 'buffers'. The
-        units of a PyTree are its top-level keys.
+        records of a PyTree are its top-level keys.
 
     Returns:
-      The parameters as NumPy arrays and structured leaves. A layer is not stacked.
+      The parameters as NumPy arrays and structured leaves, in nested dicts of which the
+      first key is the name. A layer is not stacked.
 
     Raises:
-      ContainerError: if there is no such unit, or if it is damaged.
+      ContainerError: if there is no such record, or if it is damaged.
     """
-    return self._units.expanded(name, functools.cache(self._units.decode))
+    entry = self._records.entry(name)
+    return entry.tree(self._records.decode(name))
 
   def tensor(self, path: str) -> Any:
-    """Reads one parameter, such as 'layers.3/attention/query/kernel'; see `unit`."""
-    name, is_layer = path.split('/')[0], False
-    if self.config is None:
-      holders = {x.path: name for name, unit in self.units.items() for x in unit.leaves}
-      name = holders.get(path, name)
-    else:
-      is_layer = records_lib.is_layer(name)
-    tree = self.unit(name)
-    flat = structured.flatten({name: tree} if is_layer else tree)
-    if path not in flat:
+    """Reads one parameter, such as 'layers.3/attention/query/kernel'; see `record`."""
+    if path not in self._records.holders:
       raise ContainerError(f'{path}: no such parameter')
-    return flat[path]
+    return self._records.decode(self._records.holders[path])[path]
 
-  def model(
+  def buffers(self) -> Tree:
+    """Reads the tensors that the forward pass does not use; returns them by name."""
+    name = models.names.BUFFERS
+    if self.config is None or name not in self._records.entries:
+      return {}
+    return self.record(name)[name]
+
+  def dtypes(self) -> dict[str, np.dtype]:
+    """Returns the dtype of every parameter, by path."""
+    found = {path: np.dtype(x.dtype) for path, x in self._records.leaves.items()}
+    return found if self._message is None else found | self._message.dtypes()
+
+  def dtypes_on_disk(self) -> dict[str, np.dtype]:
+    """Returns the dtype of every parameter in the checkpoint that was encoded."""
+    others: dict[str, str] = {}
+    for own in self.manifests:
+      others |= own.dtypes
+    return {
+      path: np.dtype(others.get(path, others.get('', dtype)))
+      if dtype == np.float32
+      else dtype
+      for path, dtype in self.dtypes().items()
+    }
+
+  def factors(self) -> dict[str, tuple[int, str]]:
+    """Returns rank and naming of the parameters stored as two factors, by path."""
+    found: dict[str, tuple[int, str]] = {}
+    for leaf, shapes in self._leaves():
+      cls = leaf.leaf_class
+      pair = None if cls is None else cls.stored_factored(leaf.settings, shapes)
+      if pair is not None:
+        found[leaf.path] = pair
+    return found
+
+  def thin_shortcuts(self) -> dict[str, tuple[int, int]]:
+    """Returns the columns of B and of C of thin shortcuts, by path.
+
+    See `structured.IdentityMinusGram.is_thin`.
+    """
+    gram = structured.IdentityMinusGram
+    found: dict[str, tuple[int, int]] = {}
+    for leaf, shapes in self._leaves():
+      if leaf.leaf_class is not gram:
+        continue
+      try:
+        ranks = gram.stored_ranks(shapes, leaf.shape[-1])
+      except LookupError:
+        raise ContainerError(f'{leaf.path}: the leaf has not two factors') from None
+      if ranks is not None:
+        found[leaf.path] = ranks
+    return found
+
+  def _leaves(self) -> Iterator[tuple[manifest_lib.Leaf, dict[str, tuple[int, ...]]]]:
+    """Yields the manifest's entry of each leaf, and the shapes of its stored arrays."""
+    for name in self._records.entries:
+      for leaf, specs in self._records.entry(name).leaf_specs():
+        yield leaf, dict(zip(leaf.arrays, (x.shape for x in specs), strict=True))
+
+  def streams(self) -> list[tuple[str, int]]:
+    """Returns the names and the bytes of all streams but the manifests, in order."""
+    return [
+      (name, file.nbytes(name))
+      for file in self._files
+      for name in file.names()
+      if name != container.MANIFEST
+    ]
+
+  def stream_bytes(self) -> int:
+    """Returns the bytes of all these streams. The rest of the files is overhead."""
+    return sum(nbytes for _, nbytes in self.streams())
+
+  # ---- the whole content -------------------------------------------------------------
+
+  def read(
     self,
     *,
     layers: range | None = None,
@@ -213,7 +206,7 @@ class Reader:
       place: the sharding of arrays; by default they are NumPy arrays.
         Layers that no device of this process gets are not decoded.
       integers: whether matrices that the file stores as multiples of one step become
-        `structured.UniformlyQuantized`, so that their numbers are never floats.
+        `structured.UniformlyQuantized`, so that their elements are never floats.
       show_progress: whether to show the progress on stderr.
 
     Returns:
@@ -223,212 +216,287 @@ class Reader:
 
     Raises:
       ContainerError: if the file is damaged or incomplete.
+      ValueError: if there are no such layers.
     """
-    if self.config is None:
-      return self._tree(integers, show_progress)
-    count = self.config.num_layers
+    count = 0 if self.config is None else self.config.num_layers
     layers = range(count) if layers is None else layers
     if not 0 <= layers.start <= layers.stop <= count or layers.step != 1:
       raise ValueError(f'the file has {count} layers, got {layers}')
-    if self.manifests[0].message is not None:
+    if self._message is not None:
       return self._message_model(layers, place, show_progress)
-    outer = self._outer_names()
-    names = [*outer, *(models.names.layer(i) for i in layers)]
-    entries = [self._units.entry(name) for name in names]
-    memory.check('the model', sum(entry.memory_bytes(integers) for entry in entries))
-    params: Tree = {}
+    outer = self._outer()
+    names = [*outer, *map(models.names.layer, layers)]
+    entries = [self._records.entry(name) for name in names]
+    memory_lib.check(
+      'the whole content', sum(x.memory_bytes(integers) for x in entries)
+    )
+    flat: Tree = {}
     with (
-      progress.Progress('decode', len(names), 'unit', show=show_progress) as bar,
+      progress.Progress('decode', len(names), 'record', show=show_progress) as bar,
       weights.record_jobs() as start,
     ):
-      expanding = self._units.start(outer, start, integers)
-      key = lambda i: self._units.entry(models.names.layer(i)).stack_key()
+      started: dict[str, Any] = {}
+      resolve = self._resolver(started)
+      for name in outer:
+        memory = memory_lib.allocate([self._records.entry(name)], integers=integers)
+        job = functools.partial(self._records.decode, name, memory, resolve)
+        started[name] = start(job)
+      key = lambda i: self._records.entry(models.names.layer(i)).stack_key()
       stacks = [
-        stacks_lib.start_stack(self._units, run, place, start, integers)
+        stacks_lib.start_stack(self._records, run, place, start, resolve, integers)
         for run in models.stack_ranges(layers, key)
       ]
-      for future in expanding:
-        params |= placement.placed(future.result(), place)
+      for future in started.values():
+        flat |= placement.placed(future.result(), place)
         bar.update()
       for stack in stacks:
-        tree = {stack.name: stack.result(bar)}
-        params |= placement.placed_stack(tree, place, stack.wanted, stack.total)
+        own = stack.result(bar)
+        flat |= placement.placed_stack(own, place, stack.wanted, stack.total)
+    if self.config is None:
+      return self._tree(flat)
+    return self._model(flat)
+
+  def _model(self, flat: Tree) -> models.Model:
+    assert self.config is not None
+    params = structured.unflatten(flat)
     return models.Model(params=params, buffers=self.buffers(), config=self.config)
 
-  def parts(self, *, show_progress: bool = False) -> Iterator[tuple[int | None, Tree]]:
-    """Reads a model in parts, one at a time, so that a checkpoint can be written.
+  def each(
+    self, *, keep: Collection[str] | None = None, show_progress: bool = False
+  ) -> Iterator[tuple[str, Tree]]:
+    """Reads the records one at a time, so that a checkpoint can be written.
+
+    Args:
+      keep: paths of the structured leaves that stay; the others are replaced by their
+        arrays. By default all stay.
+      show_progress: whether to show the progress on stderr.
 
     Yields:
-      Pairs: the index of a layer and its parameters; and None with the parameters
-      outside the layers. The preset `paper` decodes the last layer first, and yields
-      parts of layers, because it decodes the parameters around one residual segment at
-      a time.
+      The name of each record, and its leaves by path. Layers come first; those of a
+      message come in reverse.
 
     Raises:
-      ContainerError: if the file is damaged, or if it does not hold a model.
+      ContainerError: if the file is damaged or incomplete.
     """
-    if self.config is None:
-      raise ContainerError('the file holds a PyTree, not a model')
-    if self.manifests[0].message is not None:
-      for path, array in self.message_arrays(show_progress=show_progress):
-        name, _, rest = path.partition('/')
-        index = models.names.layer_index(name)
-        own = path if index is None else rest
-        yield index, structured.unflatten({own: array})
-      return
-    outer = self._outer_names()
-    names = [models.names.layer(i) for i in range(self.config.num_layers)]
+    if self._message is not None:
+      yield from self._message.decode(show_progress=show_progress)
+    names = self._names()
     for name in names:
-      self._units.entry(name)
-    memory.check(
-      'what is outside the layers',
-      sum(self._units.entry(x).decoded_bytes for x in outer),
-    )
-    total = len(names) + len(outer)
+      self._records.entry(name)
+    needed = {path for leaf in self._records.leaves.values() for path in leaf.needs}
+    held = {self._records.holders.get(path) for path in needed}
+    kept: dict[str, Any] = {}
+    resolve = self._resolver(kept)
     with (
-      progress.Progress('decode', total, 'unit', show=show_progress) as bar,
+      progress.Progress('decode', len(names), 'record', show=show_progress) as bar,
       weights.record_jobs() as start,
     ):
-      # One layer is decoded while the caller works on the layer before it.
-      jobs = (functools.partial(self._units.decode, name) for name in names)
-      ahead = collections.deque(start(job) for job in itertools.islice(jobs, 2))
-      for index in range(len(names)):
-        yield index, ahead.popleft().result()
-        ahead.extend(start(job) for job in itertools.islice(jobs, 1))
+      ahead: collections.deque[Any] = collections.deque()
+      for i, name in enumerate(names):
+        # One record is decoded while the caller works on the one before it.
+        for other in names[i + len(ahead) : i + 2]:
+          ahead.append(
+            start(functools.partial(self._records.decode, other, None, resolve))
+          )
+          if other in held:
+            kept[other] = ahead[-1]
+        flat = ahead.popleft().result()
+        if keep is not None:
+          flat = {
+            path: leaf if path in keep else _array(leaf, resolve)
+            for path, leaf in flat.items()
+          }
+        yield name, flat
+        del flat
         bar.update()
-      params: Tree = {}
-      for future in self._units.start(outer, start):
-        params |= future.result()
-        bar.update()
-      yield None, params
 
-  def dtypes(self) -> dict[str, np.dtype]:
-    """Returns the dtype of every parameter of a model, by path."""
-    found: dict[str, np.dtype] = {}
-    for path, leaf, _ in self._units.leaves():
-      found[path] = np.dtype(leaf.dtype)
-    for file, own in zip(self._files, self.manifests, strict=True):
-      found |= messages.dtypes(file, own)
-    return found
+  def _resolver(self, started: Mapping[str, Any]) -> records_lib.Resolve:
+    """Returns a function of the path of a parameter, which returns its array.
 
-  def factors(self) -> dict[str, tuple[int, str]]:
-    """Returns rank and naming of the parameters stored as two factors, by path."""
-    found: dict[str, tuple[int, str]] = {}
-    for path, leaf, specs in self._units.leaves():
-      kind = structured.KINDS.get(leaf.kind)
-      if kind is not None and issubclass(kind, structured.FactorPair):
-        shapes = {n: s.shape for n, s in zip(leaf.arrays, specs, strict=True)}
-        try:
-          found[path] = kind.stored_rank(shapes), leaf.names[0]
-        except LookupError:
-          raise ContainerError(f'{path}: the leaf has not two factors') from None
-    return found
-
-  def thin_shortcuts(self) -> dict[str, tuple[int, int]]:
-    """Returns the columns of B and of C of thin shortcuts, by path.
-
-    See `structured.IdentityMinusGram.is_thin`.
+    Args:
+      started: futures of records. Other records are decoded when they are needed.
     """
-    found: dict[str, tuple[int, int]] = {}
-    for path, leaf, _ in self._units.leaves():
-      if leaf.kind == structured.IdentityMinusGram.kind:
-        try:
-          ranks = structured.IdentityMinusGram.stored_ranks(leaf.settings)
-        except ValueError as error:
-          raise ContainerError(f'{path}: {error}') from error
-        if ranks is not None:
-          found[path] = ranks
-    return found
+    decode = self._records.decode
+    return self._records.resolver(
+      lambda name: started[name].result() if name in started else decode(name)
+    )
 
-  def buffers(self) -> dict[str, Any]:
-    """Reads the tensors that the forward pass does not use; returns them by name."""
-    name = manifest_lib.BUFFERS
-    return self._units.decode(name)[name] if name in self.units else {}
+  def _names(self) -> list[str]:
+    """Returns all records in an order in which they can be read one at a time."""
+    if self._message is not None or self.config is None:
+      return self._outer()
+    layers = map(models.names.layer, range(self.config.num_layers))
+    own = self._records.entries
+    return [*layers, *self._outer(), *(x for x in own if x == models.names.BUFFERS)]
 
-  def files(self) -> dict[str, bytes]:
-    """Reads the sidecar files of the checkpoint; returns their bytes by name.
+  def _outer(self) -> list[str]:
+    """Returns the records outside the layers. Those that need others come last."""
+    names = list(self._records.entries)
+    if self.config is not None and self._message is None:
+      names = list(models.outer_shapes(self.config))
+    return sorted(
+      names, key=lambda x: any(y.needs for y in self._records.entry(x).leaves)
+    )
 
-    Raises:
-      ContainerError: if a file is damaged.
-    """
-    return checkpoint_files.others(self._files, self.manifests)
-
-  def streams(self) -> list[tuple[str, int]]:
-    """Returns the names and the bytes of all streams but the manifests, in order."""
-    return [
-      (name, file.nbytes(name))
-      for file in self._files
-      for name in file.names()
-      if name != container.MANIFEST
-    ]
-
-  def stream_bytes(self) -> int:
-    """Returns the bytes of all these streams. The rest of the files is overhead."""
-    return sum(nbytes for _, nbytes in self.streams())
-
-  # ---- the parts of a model ---------------------------------------------------------
-
-  def _outer_names(self) -> list[str]:
-    """Returns the units outside the layers. Records that need others come last."""
-    assert self.config is not None
-    return sorted(models.outer_shapes(self.config), key=self._units.needs_others)
-
-  def _tree(self, integers: bool, show_progress: bool) -> Tree:
-    nbytes = sum(unit.memory_bytes(integers) for unit in self.units.values())
-    memory.check('the whole content', nbytes)
-    decode = functools.partial(self._units.decode, integers=integers)
+  def _tree(self, flat: Tree) -> Tree:
+    """Returns a PyTree, or the tensors by name."""
     if self.weights_files:
-      return dict(self.tensors(show_progress=show_progress))
-    with (
-      progress.Progress('decode', len(self.units), 'unit', show=show_progress) as bar,
-      weights.record_jobs() as start,
-    ):
-      tree: Tree = {}
-      for future in [start(functools.partial(decode, x)) for x in self.units]:
-        tree |= future.result()
-        bar.update()
-    return tree
-
-  # ---- the preset paper -------------------------------------------------------------
-
-  def message_arrays(self, *, show_progress: bool) -> Iterator[tuple[str, np.ndarray]]:
-    """Yields the parameters of a model on one message, the last segment's first."""
-    return messages.arrays(
-      self._files[0], self.manifests[0], show_progress=show_progress
-    )
+      return flat
+    empty = [x for entry in self.records.values() for x in entry.empty]
+    return structured.unflatten([*flat.items(), *((x, {}) for x in empty)])
 
   def _message_model(
     self, layers: range, place: placement.Place | None, show_progress: bool
   ) -> models.Model:
+    assert self._message is not None
     assert self.config is not None
-    outer, stack = messages.layers(
-      self._files[0], self.manifests[0], layers, show_progress=show_progress
-    )
-    model = models.from_layers(self.config, outer, stack, self.buffers())
-    return (
-      model
-      if place is None
-      else dataclasses.replace(model, params=placement.placed(model.params, place))
-    )
+    memory_lib.check('the model', self._message.nbytes())
+    flat: Tree = {}
+    for name, own in self._message.decode(show_progress=show_progress):
+      index = models.names.layer_index(name)
+      if index is None or index in layers:
+        flat |= own
+    params = structured.unflatten(flat)
+    key = lambda i: models.stack_key(params[models.names.layer(i)])
+    for run in models.stack_ranges(layers, key):
+      layer = [params.pop(models.names.layer(i)) for i in run]
+      params[models.names.stack(run)] = models.stack_layers(layer, len(run))
+    flat = placement.placed(structured.flatten(params), place)
+    return self._model(flat)
+
+  # ---- the other files of a checkpoint -----------------------------------------------
+
+  @property
+  def weights_files(self) -> dict[str, checkpoints.WeightsFile]:
+    """The weights files whose tensors are the records, by name; empty for a model."""
+    return {x.layout.name: x.layout for own in self.manifests for x in own.weights}
+
+  def tensor_sizes(self) -> dict[str, int]:
+    """Returns the bytes of every array, by its path."""
+    leaves = self._records.leaves
+    return {path: leaf.nbytes for path, leaf in leaves.items() if leaf.is_array}
+
+  def gaps(self) -> dict[str, bytes]:
+    """Returns what is between the tensors of each weights file, joined.
+
+    Raises:
+      ContainerError: if a part is damaged, or the tensors do not fit their file.
+    """
+    found, sizes, left = {}, self.tensor_sizes(), manifest_lib.MOST_FILES
+    for file, own in zip(self._files, self.manifests, strict=True):
+      for entry in own.weights:
+        with file.errors():
+          name = entry.layout.name
+          try:
+            parts = entry.layout.gaps(sizes)
+          except ValueError as error:
+            raise ContainerError(str(error)) from error
+          size = sum(end - begin for begin, end in parts)
+          left -= entry.gaps.size
+          if size != entry.gaps.size or left < 0:
+            raise ContainerError(f'{name}: it has {size} bytes between its tensors')
+          found[name] = _inflate(file, f'{manifest_lib.GAPS}{name}', entry.gaps)
+    return found
+
+  def files(self) -> dict[str, bytes]:
+    """Reads the other files of the checkpoint; returns their bytes by name.
+
+    Raises:
+      ContainerError: if a file is damaged.
+    """
+    found = {}
+    for file, own in zip(self._files, self.manifests, strict=True):
+      for name, entry in own.files.items():
+        with file.errors():
+          found[name] = _inflate(file, f'{manifest_lib.FILES}{name}', entry)
+    return found
+
+  # ---- checks ------------------------------------------------------------------------
+
+  def _check_index(self, index: shards.Index) -> None:
+    """Checks that the index of the shards names each record and its shard.
+
+    Raises:
+      ContainerError: if it does not.
+    """
+    metadata = index.metadata
+    for file in self._files:
+      if metadata.manifest_crc32[os.path.basename(file.name)] != file.manifest_crc32:
+        raise ContainerError(f'{file.name}: the index names another shard of this name')
+    found = {
+      name: os.path.basename(own.name) for name, own in self._records.files.items()
+    }
+    if wrong := sorted(found.items() ^ index.weight_map.items()):
+      raise ContainerError(
+        f'{wrong[0][0]}: the index and the shards differ in this record'
+      )
+    if self.size != metadata.total_size:
+      raise ContainerError(
+        f'the shards must have {metadata.total_size} bytes by their index, '
+        f'got {self.size}'
+      )
+
+  def _check_paths(self) -> None:
+    """Checks the paths of leaves, if there is no model to check them by.
+
+    The leaves of a record of a PyTree have its name for their first key. Tensors of a
+    checkpoint are not in a tree; each has one place in one of the weights files.
+
+    Raises:
+      ContainerError: naming a leaf or a file.
+    """
+    names = [name for own in self.manifests for name in own.files]
+    names += [x.layout.name for own in self.manifests for x in own.weights]
+    places = [
+      path for own in self.manifests for x in own.weights for path, _ in x.layout.places
+    ]
+    for listed in (names, places):
+      if twice := [x for x, n in collections.Counter(listed).items() if n > 1]:
+        raise ContainerError(f'{twice[0]}: the weights files have it twice')
+    if self.weights_files:
+      arrays = self.tensor_sizes().keys()
+      if wrong := sorted(arrays ^ set(places)) or sorted(self.dtypes().keys() - arrays):
+        raise ContainerError(f'{wrong[0]}: not a tensor with a place in a weights file')
+      return
+    for name, entry in self._records.entries.items():
+      keys = {x.split('/')[0] for x in (*entry.empty, *(y.path for y in entry.leaves))}
+      if keys != {name}:
+        raise ContainerError(f'{name}: a leaf of the record is not under its name')
+
+
+def _array(leaf: Any, resolve: records_lib.Resolve) -> Any:
+  """Returns the array of a leaf."""
+  if not structured.is_structured(leaf):
+    return leaf
+  if leaf.needs:
+    return jax.device_get(leaf.materialize(*map(resolve, leaf.needs)))
+  return jax.device_get(structured.materialize(leaf))
 
 
 def _manifest(file: container.StreamReader) -> manifest_lib.Manifest:
   """Reads the manifest of one file, and checks it against the header."""
   with file.errors():
-    data = file.stream(container.MANIFEST)
-    if zlib_ng.crc32(data) != file.manifest_crc32:
-      raise ContainerError('the manifest is damaged: its checksum differs')
-    try:
-      own = manifest_lib.Manifest.from_bytes(data.tobytes())
-    except ContainerError:
-      raise
-    except ValueError as error:
-      raise ContainerError(f'the manifest is damaged: {error}') from error
+    data = file.read(container.MANIFEST, file.manifest_crc32)
+    own = manifest_lib.Manifest.from_bytes(data)
     found = {n: file.nbytes(n) for n in file.names() if n != container.MANIFEST}
-    named = {name: nbytes for name, (nbytes, _) in own.streams().items()}
+    named = own.sizes()
     for name in {**found, **named}:
       if found.get(name) != named.get(name):
         raise ContainerError(
           f'{name}: the header and the manifest differ in this stream'
         )
     return own
+
+
+def _inflate(
+  file: container.StreamReader, name: str, entry: manifest_lib.Deflated
+) -> bytes:
+  """Inflates a stream, and checks the size of its content."""
+  data, unpacker = file.read(name, entry.crc32), zlib.decompressobj()
+  try:
+    content = unpacker.decompress(data, entry.size + 1)
+  except zlib.error as error:
+    raise ContainerError(f'{name}: {error}') from error
+  if len(content) != entry.size or not unpacker.eof or unpacker.unused_data:
+    raise ContainerError(f'{name}: it must inflate to {entry.size} bytes')
+  return content

@@ -1,31 +1,36 @@
-"""The units of a file: decodes one of them, into given arrays or into new ones."""
+"""The records of a file: decodes them, into given memory or into new memory."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent import futures
+from collections.abc import Callable, Mapping, Sequence
 import functools
 from typing import Any
 
+import jax
 import numpy as np
 
-from rotbits_jax import models
 from rotbits_jax import structured
-from rotbits_jax.coding import weights
 from rotbits_jax.file import container
 from rotbits_jax.file import manifest as manifest_lib
-from rotbits_jax.file import memory
+from rotbits_jax.file import memory as memory_lib
 from rotbits_jax.file.container import ContainerError
-from rotbits_jax.system import checksums as checksums_lib
+from rotbits_jax.system import checksums
 from rotbits_jax.system import host
+from rotbits_jax.system import plugins
 
-Tree = dict[str, Any]
+Flat = dict[str, Any]
+"""Leaves by path."""
+
+Resolve = Callable[[str], Any]
+"""Takes the path of a parameter; returns its array."""
 
 
 class Records:
-  """The units of a file, or of all shards of one.
+  """The records of a file, or of all shards of one.
 
   Attributes:
-    files: the file of each unit, by the name of the unit.
-    entries: the manifest's entry of each unit, by its name.
+    files: the file of each record, by the name of the record.
+    entries: the manifest's entry of each record, by its name.
+    leaves: the manifest's entry of each leaf, by its path.
+    holders: the name of the record of each leaf, by its path.
   """
 
   def __init__(
@@ -33,234 +38,181 @@ class Records:
     files: Sequence[container.StreamReader],
     manifests: Sequence[manifest_lib.Manifest],
   ):
-    """Finds the units.
+    """Finds the records.
 
     Args:
       files: the files.
       manifests: the manifest of each file.
 
     Raises:
-      ContainerError: if two files have a unit of one name.
+      ContainerError: if two records have one name, two leaves have one path, or a leaf
+        needs another one that needs others itself.
     """
-    self._is_model = manifests[0].config is not None
     self.files: dict[str, container.StreamReader] = {}
     self.entries: dict[str, manifest_lib.Record] = {}
+    self.leaves: dict[str, manifest_lib.Leaf] = {}
+    self.holders: dict[str, str] = {}
+    self._packages = {
+      (x.group, x.name): x.package for own in manifests for x in own.plugins
+    }
     for file, own in zip(files, manifests, strict=True):
       with file.errors():
-        for unit in own.units:
-          if unit.name in self.entries:
-            raise ContainerError(f'{unit.name}: two shards have this unit')
-          self.files[unit.name], self.entries[unit.name] = file, unit
+        for record in own.records:
+          if record.name in self.entries:
+            raise ContainerError(f'{record.name}: two shards have this record')
+          self.files[record.name], self.entries[record.name] = file, record
+          for leaf in record.leaves:
+            if leaf.path in self.leaves:
+              raise ContainerError(f'{leaf.path}: another record has this leaf, too')
+            self.leaves[leaf.path], self.holders[leaf.path] = leaf, record.name
+    for path, leaf in self.leaves.items():
+      for other in leaf.needs:
+        if other in self.leaves and self.leaves[other].needs:
+          raise ContainerError(f'{path}: it needs {other}, which needs others')
+        if other not in self.leaves and other.split('/')[0] in self.entries:
+          raise ContainerError(f'{path}: it needs {other}, which is missing')
 
   def entry(self, name: str) -> manifest_lib.Record:
-    """Returns the entry of a unit.
+    """Returns the entry of a record.
 
     Raises:
-      ContainerError: if there is no such unit.
+      ContainerError: if there is no such record, or if it needs a part of a package
+        that is not installed.
     """
     if name not in self.entries:
-      raise ContainerError(f'{name}: no such unit')
-    return self.entries[name]
+      raise ContainerError(f'{name}: no such record')
+    entry = self.entries[name]
+    if not entry.is_known:
+      raise self._unknown('coders', 'coder', entry.coder)
+    for leaf in entry.leaves:
+      if leaf.type_name and leaf.leaf_class is None:
+        raise self._unknown('leaves', 'leaf type', leaf.type_name)
+    return entry
 
-  def leaves(self) -> Iterator[tuple[str, manifest_lib.Leaf, list[Any]]]:
-    """Yields the path, the entry and the specs of the arrays of every leaf."""
-    for name, unit in self.entries.items():
-      prefix = f'{name}/' if is_layer(name) else ''
-      for leaf, specs in unit.leaf_specs():
-        yield prefix + leaf.path, leaf, specs
+  def resolver(self, decoded: Callable[[str], Flat]) -> Resolve:
+    """Returns a function that takes the path of a parameter and returns its array.
+
+    Args:
+      decoded: takes the name of a record; returns its leaves.
+    """
+
+    def resolve(path: str) -> Any:
+      if path not in self.holders:
+        raise ContainerError(f'{path}: other parameters need it, but it is missing')
+      leaf = decoded(self.holders[path])[path]
+      return jax.device_get(structured.materialize(leaf))
+
+    return resolve
 
   def decode(
     self,
     name: str,
-    out: Mapping[str, list[np.ndarray] | structured.UniformlyQuantized] | None = None,
-    integers: bool = False,
-  ) -> Tree:
-    """Decodes a unit.
+    memory: Mapping[str, list[np.ndarray]] | None = None,
+    resolve: Resolve | None = None,
+  ) -> Flat:
+    """Decodes a record.
 
     Args:
-      name: name of the unit.
-      out: arrays to decode leaves into, by path; the integers of `UniformlyQuantized`.
-      integers: whether the other matrices on grids become `UniformlyQuantized`.
+      name: name of the record.
+      memory: where to decode leaves to, see `memory.allocate`; new memory by default.
+      resolve: returns the parameters that leaves of the record need. By default they
+        are decoded, too.
 
     Returns:
-      The parameters as NumPy arrays and structured leaves. Dependent leaves are not
-      expanded, see `expanded`.
+      The leaves by path: NumPy arrays, those in `memory` where it has some, and
+      structured leaves.
 
     Raises:
-      ContainerError: if there is no such unit, or if it is damaged.
+      ContainerError: if there is no such record, or if it is damaged.
     """
-    unit = self.entry(name)
-    file = self.files[name]
-    with file.errors():
-      memory.check(name, unit.memory_bytes(integers))
-      data = file.checked(name, unit.nbytes, unit.crc32)
-      flat: Tree = {}
+    entry = self.entry(name)
+    if resolve is None:
+      resolve = self.resolver(functools.cache(self.decode))
+    with self.files[name].errors():
       try:
-        given: dict[str, Any] = {}
-        if integers:
-          shapes = {leaf.path: leaf.shape for leaf in unit.leaves}
-          for path, grid in unit.grids().items():
-            given[path] = structured.UniformlyQuantized(
-              host.empty(shapes[path], grid.integer_dtype),
-              np.asarray(grid.unit),
-              grid.dtype.name,
-            )
-        given |= {} if out is None else out
-        targets = []
-        for leaf, specs in unit.leaf_specs():
-          target = None if leaf.is_packed else given.get(leaf.path)
-          if isinstance(target, structured.UniformlyQuantized):
-            targets.append(target.integers)
-          elif target is not None:
-            pairs = zip(target, specs, strict=True)
-            targets += [array.view(spec.dtype) for array, spec in pairs]
-          else:
-            targets += [host.empty(x.shape, x.dtype) for x in specs]
-        arrays = iter(weights.decode(unit.coder, data, out=targets))
-        for leaf in unit.leaves:
-          parts = {key: next(arrays) for key in leaf.arrays}
-          own = given.get(leaf.path)
-          if isinstance(own, structured.UniformlyQuantized):
-            flat[leaf.path] = own
-            continue
-          found = _leaf(name, leaf, parts)
-          if isinstance(found, structured.Dependent):
-            self._check_needed(name, leaf, found)
-          if leaf.is_packed and own is not None:
-            (target,) = own
-            target[...] = found
-            found = target
-          flat[leaf.path] = found
+        if memory is None:
+          memory_lib.check(name, entry.decoded_bytes)
+          memory = memory_lib.allocate([entry])
+        targets = [
+          _target(leaf, specs, memory.get(entry.inner(leaf.path)))
+          for leaf, specs in entry.leaf_specs()
+        ]
+        with self.files[name].checked(name, entry.crc32) as data:
+          arrays = [array for own in targets for array in own]
+          entry.record_coder.decode(entry.stream_spec, data, out=arrays)
+        flat = {
+          leaf.path: self._leaf(leaf, parts, entry, resolve)
+          for leaf, parts in zip(entry.leaves, targets, strict=True)
+        }
+        for path, leaf in flat.items():
+          own = memory.get(entry.inner(path))
+          if self.leaves[path].crc32 is not None and own is not None:
+            own[0][...] = leaf
+            flat[path] = own[0]
       except MemoryError:
-        raise memory.too_large(name, unit.decoded_bytes) from None
+        raise memory_lib.too_large(name, entry.decoded_bytes) from None
       except ContainerError:
         raise
       except ValueError as error:
         raise ContainerError(f'{name}: {error}') from error
-    return unit.tree(flat)
+    return flat
 
-  def _check_needed(
-    self, name: str, entry: manifest_lib.Leaf, leaf: structured.Dependent
-  ) -> None:
-    """Refuses a leaf that could not be expanded, before anything needs it to be."""
-    path = _path(name, entry)
-    if self._is_model and is_layer(name):
-      raise ContainerError(f'{path}: parameters of a layer cannot depend on others')
-    if leaf.eager and entry.expanded is None:
-      raise ContainerError(f'{path}: the checksum of the expanded array is missing')
-    shapes = []
-    for needed in leaf.needs:
-      unit = self.entries.get(needed.split('/')[0])
-      if unit is None:  # in another shard
-        return
-      found = {x.path: x for x in unit.leaves}
-      if needed not in found:
-        raise ContainerError(f'{path}: it needs {needed}, which is missing')
-      kind = structured.KINDS.get(found[needed].kind)
-      if kind is not None and issubclass(kind, structured.Dependent):
-        raise ContainerError(f'{path}: it needs {needed}, which depends on others')
-      shapes.append(found[needed].shape)
-    try:
-      leaf.check_needed(*shapes)
-    except ValueError as error:
-      raise ContainerError(f'{path}: {error}') from error
-
-  def start(
-    self, names: Sequence[str], start: weights.Start, integers: bool = False
-  ) -> 'list[futures.Future[Tree]]':
-    """Starts to decode and expand several units.
-
-    Args:
-      names: names of the units. Records come after those that they need.
-      start: starts a job.
-      integers: see `decode`.
-
-    Returns:
-      The parameters of each unit, without eager dependent leaves.
-    """
-    decode = functools.partial(self.decode, integers=integers)
-    decoded = {name: start(functools.partial(decode, name)) for name in names}
-    other = lambda name: decoded[name].result() if name in decoded else {}
-    # A job that only waits for a decoded unit would keep a thread from other units.
-    return [
-      start(functools.partial(self.expanded, name, other))
-      if self.needs_others(name)
-      else decoded[name]
-      for name in names
-    ]
-
-  def needs_others(self, name: str) -> bool:
-    """Tells whether leaves of a unit are expanded with parameters of other units."""
-    return any(
-      leaf.expanded is not None and not leaf.is_packed
-      for leaf in self.entry(name).leaves
-    )
-
-  def expanded(self, name: str, decoded: Callable[[str], Tree]) -> Tree:
-    """Replaces the eager dependent leaves of a unit by the arrays they stand for.
-
-    Args:
-      name: name of the unit.
-      decoded: takes the name of a unit; returns its decoded leaves.
+  def _leaf(
+    self,
+    entry: manifest_lib.Leaf,
+    parts: list[np.ndarray],
+    record: manifest_lib.Record,
+    resolve: Resolve,
+  ) -> Any:
+    """Returns the array or the leaf of an entry.
 
     Raises:
-      ContainerError: if a leaf cannot be expanded, or differs from what was encoded.
+      ContainerError: if the parts do not make it up.
     """
-    flat = structured.flatten(decoded(name))
-    for entry in self.entry(name).leaves:
-      if entry.expanded is None or entry.is_packed:
-        continue
-      path = _path(name, entry)
-      leaf = flat[entry.path]
-      if not isinstance(leaf, structured.Dependent):
-        raise ContainerError(f'{path}: the leaf does not depend on other parameters')
-      needed = []
-      for other in leaf.needs:
-        found = structured.flatten(decoded(other.split('/')[0]))
-        if other not in found:
-          raise ContainerError(f'{path}: it needs {other}, which is missing')
-        needed.append(structured.materialize(found[other]))
-      try:
-        array = leaf.expand(*needed)
-      except ValueError as error:
-        raise ContainerError(f'{path}: {error}') from error
-      if checksums_lib.of_array(array) != entry.expanded:
-        raise ContainerError(f'{path}: {_DIFFERENT}')
-      flat[entry.path] = array
-    return self.entry(name).tree(flat)
+    if not entry.type_name:
+      (part,) = parts
+      if part.dtype == manifest_lib.stored_dtype(entry.dtype):
+        return part.view(np.dtype(entry.dtype))
+      step = np.asarray(record.grids()[entry.path].unit)
+      return structured.UniformlyQuantized(part, step, entry.dtype)
+    try:
+      leaf = entry.make(parts)
+      known = [self.leaves[x].shape for x in entry.needs if x in self.leaves]
+      if entry.needs and len(known) == len(entry.needs):
+        leaf.check_needed(*known)
+      if entry.crc32 is None:
+        return leaf
+      array = np.asarray(leaf.materialize(*map(resolve, entry.needs)))
+    except ContainerError:
+      raise
+    except ValueError as error:
+      raise ContainerError(f'{entry.path}: {error}') from error
+    if checksums.of_array(array) != entry.crc32:
+      raise ContainerError(
+        f'{entry.path}: decoded elements differ from the encoded ones'
+      )
+    return array
+
+  def _unknown(self, group: plugins.Group, noun: str, name: str) -> ContainerError:
+    """Returns the error for a part of another package that is not installed."""
+    package = self._packages.get((group, name))
+    cure = 'import its module' if package is None else f'install {package!r:.100}'
+    return ContainerError(f'the {noun} {name!r:.100} is not known: {cure}')
 
 
-def _leaf(name: str, leaf: manifest_lib.Leaf, parts: dict[str, np.ndarray]) -> Any:
-  if not leaf.kind:
-    return parts[''].view(np.dtype(leaf.dtype))
-  if leaf.kind not in structured.KINDS:
-    raise ContainerError(
-      f'{name}/{leaf.path}: leaves of kind {leaf.kind!r} are unknown; '
-      'import their module'
-    )
-  try:
-    found: Any = structured.KINDS[leaf.kind].from_stored(leaf.settings, parts)
-    key = leaf.kind, leaf.shape, leaf.dtype, leaf.names
-    same = structured.stack_key(found) == key
-    if same and isinstance(found, structured.Packed):
-      found = found.array()
-  except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-    raise ContainerError(f'{name}/{leaf.path}: {error}') from error
-  if not same:
-    raise ContainerError(f'{name}/{leaf.path}: the leaf differs from the manifest')
-  if leaf.is_packed and checksums_lib.of_array(found) != leaf.expanded:
-    raise ContainerError(f'{name}/{leaf.path}: {_DIFFERENT}')
-  return found
+def _target(
+  leaf: manifest_lib.Leaf, specs: Sequence[Any], own: list[np.ndarray] | None
+) -> list[np.ndarray]:
+  """Returns the arrays to decode a leaf into.
 
-
-_DIFFERENT = 'decoded numbers differ from the encoded numbers'
-
-
-def _path(name: str, leaf: manifest_lib.Leaf) -> str:
-  """Returns the path of a leaf of a unit."""
-  return f'{name}/{leaf.path}' if is_layer(name) else leaf.path
-
-
-def is_layer(name: str) -> bool:
-  """Tells whether a unit is a layer."""
-  return models.names.layer_index(name) is not None
+  Args:
+    leaf: the entry of the leaf.
+    specs: the specs of its arrays.
+    own: its memory; None for new memory.
+  """
+  if own is None or leaf.crc32 is not None:
+    return [host.empty(x.shape, x.dtype) for x in specs]
+  uniform = not leaf.type_name and own[0].dtype != np.dtype(leaf.dtype)
+  if uniform:
+    return own
+  return [array.view(x.dtype) for array, x in zip(own, specs, strict=True)]

@@ -1,8 +1,8 @@
 """Shards: a model in several files, with an index beside them.
 
-The index is a JSON file in the format of Hugging Face. It names the shard of each unit,
-and holds the checksum of each shard's manifest, so that shards of different runs are
-not taken for one model.
+The index is a JSON file in the format of Hugging Face. It names the shard of each
+record, and holds the checksum of each shard's manifest, so that shards of different
+runs are not taken for one model.
 
 The name of a shard has this checksum, too. So the shards of a new result lie beside
 those of an older one, and the result is replaced when its index is, at once. The shards
@@ -11,112 +11,115 @@ that no index names are removed afterwards.
 
 from collections.abc import Mapping
 import contextlib
+import dataclasses
 import json
 import os
 import pathlib
 import re
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 from rotbits_jax.file import container
-from rotbits_jax.file import fields
+from rotbits_jax.system import outputs
+from rotbits_jax.system import schema
 
 ContainerError = container.ContainerError
 
+INDEX = '.index.json'
+"""The end of the name of an index."""
 
-class Index(NamedTuple):
-  """The content of an index.
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Metadata:
+  """Facts about the shards.
 
   Attributes:
     total_size: bytes of all shards.
-    checksums: CRC-32 of the manifest of each shard, by the name of the shard.
-    units: the name of the shard of each unit, by the name of the unit.
+    manifest_crc32: CRC-32 of the manifest of each shard, by the name of the shard.
   """
 
-  total_size: int
-  checksums: dict[str, int]
-  units: dict[str, str]
+  total_size: schema.Size
+  manifest_crc32: dict[str, schema.Crc32]
+
+  def __post_init__(self) -> None:
+    if not self.manifest_crc32:
+      raise ValueError('it names no shards')
+    for name in self.manifest_crc32:
+      if not schema.is_file_name(name):
+        raise ValueError(f'{name!r:.100} is not the name of a shard')
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Index:
+  """The content of an index.
+
+  Attributes:
+    metadata: facts about the shards.
+    weight_map: the name of the shard of each record, by the name of the record.
+  """
+
+  metadata: Metadata
+  weight_map: dict[str, str]
+
+  def __post_init__(self) -> None:
+    for name in self.weight_map.values():
+      if name not in self.metadata.manifest_crc32:
+        raise ValueError(f'{name!r:.100} is not the name of a shard')
 
   @classmethod
-  def from_bytes(cls, data: bytes, where: str) -> 'Index':
-    """Makes an index from the bytes of its file.
-
-    Args:
-      data: the bytes, which may be a stranger's.
-      where: path of the index, for error messages.
+  def read(cls, path: pathlib.Path) -> Self:
+    """Reads an index.
 
     Raises:
-      ContainerError: if the bytes are not an index.
+      ContainerError: if the file is not an index.
+      OSError: if it cannot be read.
     """
-    given = fields.Fields(container.parse_json(data, 'index'), where)
-    metadata = fields.Fields(given.object('metadata'), where)
-    size = metadata.integer('total_size')
-    checksums, units = metadata.object('manifest_crc32'), given.object('weight_map')
-    metadata.finish()
-    given.finish()
-    if not checksums:
-      raise metadata.error('manifest_crc32', 'names no shards')
-    for name, checksum in checksums.items():
-      if not fields.is_file_name(name):
-        raise ContainerError(f'{where}: {name!r} is not the name of a shard')
-      if type(checksum) is not int:
-        raise metadata.error('manifest_crc32', 'must map shards to integers')
-    for name in units.values():
-      if not isinstance(name, str) or name not in checksums:
-        raise ContainerError(f'{where}: {name!r} is not the name of a shard')
-    return cls(size, checksums, units)
+    value = container.parse_json(path.read_bytes(), 'index')
+    try:
+      return schema.load(cls, value, str(path))
+    except ValueError as error:
+      raise ContainerError(str(error)) from error
 
 
 class Shard(NamedTuple):
-  """A file of the output: its name, and the names of the units in it.
+  """A file of the output: its name, and the names of the records in it.
 
   `plan` gives it a name before the file is there, and `published` the final one.
   """
 
   name: str
-  units: tuple[str, ...]
+  records: tuple[str, ...]
 
 
 def plan(
   path: pathlib.Path, sizes: Mapping[str, int], shard_size: int | None, least: int
 ) -> list[Shard]:
-  """Divides units among files.
+  """Divides records among files.
 
   The plan depends only on the sizes before coding, so it is known from the start. No
-  file exceeds `shard_size`, unless a single unit does.
+  file exceeds `shard_size`, unless a single record does.
 
   Args:
     path: path of the output.
-    sizes: bytes of each unit before coding, in order.
+    sizes: bytes of each record before coding, in order.
     shard_size: greatest size of a shard in bytes; None for no limit.
-    least: the least number of shards, if there are enough units.
+    least: the least number of shards, if there are enough records.
 
   Returns:
     The shards, in order.
   """
-  total = sum(sizes.values())
   if least > 1:
-    even = -(-total // least)
+    even = -(-sum(sizes.values()) // least)
     shard_size = even if shard_size is None else min(shard_size, even)
-  groups: list[list[str]] = [[]]
-  filled = 0
-  for name, size in sizes.items():
-    if shard_size is not None and groups[-1] and filled + size > shard_size:
-      groups.append([])
-      filled = 0
-    groups[-1].append(name)
-    filled += size
+  groups = outputs.divided(sizes, shard_size)
   if len(groups) == 1 and shard_size is None:
-    return [Shard(path.name, tuple(groups[0]))]
-  count = len(groups)
-  return [
-    Shard(f'{path.stem}-{i:05}-of-{count:05}{path.suffix}', tuple(group))
-    for i, group in enumerate(groups, 1)
-  ]
+    return [Shard(path.name, groups[0])]
+  names = outputs.numbered(path.stem, path.suffix, len(groups))
+  return [Shard(*pair) for pair in zip(names, groups, strict=True)]
 
 
 def index_name(path: pathlib.Path) -> str:
   """Returns the name of the index that is written beside the shards of an output."""
-  return f'{path.name}.index.json'
+  return f'{path.name}{INDEX}'
 
 
 def published(path: pathlib.Path, shard: Shard, file: pathlib.Path) -> Shard:
@@ -133,16 +136,16 @@ def published(path: pathlib.Path, shard: Shard, file: pathlib.Path) -> Shard:
 
 
 def existing(path: pathlib.Path) -> list[pathlib.Path]:
-  """Returns the shards of an output that lie beside it, whether an index names them.
+  """Returns the shards of an output that lie beside it, even if no index names them.
 
-  A file is a shard if it has the name of one and is a container. A checksum in the name
-  must be its own; earlier versions of this package wrote names without one.
+  A file is a shard if it has the name of one and is a container, and if the checksum in
+  the name is its own.
 
   Args:
     path: path of the output.
   """
   stem, suffix = re.escape(path.stem), re.escape(path.suffix)
-  name = re.compile(f'{stem}-[0-9]{{5,}}-of-[0-9]{{5,}}(?:-([0-9a-f]{{8}}))?{suffix}')
+  name = re.compile(f'{stem}-[0-9]{{5,}}-of-[0-9]{{5,}}-([0-9a-f]{{8}}){suffix}')
   found = []
   for file in sorted(path.parent.iterdir()):
     match = name.fullmatch(file.name)
@@ -150,7 +153,7 @@ def existing(path: pathlib.Path) -> list[pathlib.Path]:
       continue
     with contextlib.suppress(ContainerError, OSError):
       checksum = container.StreamReader(file).manifest_crc32
-      if match[1] in (None, f'{checksum:08x}'):
+      if match[1] == f'{checksum:08x}':
         found.append(file)
   return found
 
@@ -168,7 +171,7 @@ def remove_unnamed(path: pathlib.Path) -> None:
   named: Mapping[str, int] = {}
   if index.exists():
     try:
-      named = Index.from_bytes(index.read_bytes(), str(index)).checksums
+      named = Index.read(index).metadata.manifest_crc32
     except ContainerError:
       return
   for file in existing(path):
@@ -185,16 +188,16 @@ def write_index(path: pathlib.Path, shards: Mapping[Shard, pathlib.Path]) -> Non
     path: path of the index.
     shards: the current path of each shard's file.
   """
-  metadata = {
-    'total_size': sum(file.stat().st_size for file in shards.values()),
-    'manifest_crc32': {
+  metadata = Metadata(
+    total_size=sum(file.stat().st_size for file in shards.values()),
+    manifest_crc32={
       shard.name: container.StreamReader(file).manifest_crc32
       for shard, file in shards.items()
     },
-  }
-  names = {unit: shard.name for shard in shards for unit in shard.units}
-  text = json.dumps({'metadata': metadata, 'weight_map': names}, indent=2)
-  path.write_text(text + '\n')
+  )
+  names = {record: shard.name for shard in shards for record in shard.records}
+  index = Index(metadata=metadata, weight_map=names)
+  path.write_text(f'{json.dumps(schema.dump(index), indent=2)}\n')
 
 
 def find(
@@ -216,12 +219,13 @@ def find(
     return [source], None
   path = pathlib.Path(source)
   index = path.with_name(index_name(path))
-  if path.name.endswith('.index.json'):
+  if path.name.endswith(INDEX):
     index = path
   elif path.exists() or not index.exists():
     return [path], None
-  found = Index.from_bytes(index.read_bytes(), str(index))
-  for name in found.checksums:
+  found = Index.read(index)
+  names = list(found.metadata.manifest_crc32)
+  for name in names:
     if not (index.parent / name).is_file():
       raise ContainerError(f'{index}: the shard {name} is missing')
-  return [index.parent / name for name in found.checksums], found
+  return [index.parent / name for name in names], found

@@ -1,4 +1,4 @@
-"""Stacks of layers: each layer is decoded straight into its place in the stack."""
+"""Parts of a model while they are decoded: a record, or several layers in a stack."""
 
 from concurrent import futures
 import functools
@@ -9,108 +9,80 @@ import numpy as np
 from rotbits_jax import models
 from rotbits_jax import structured
 from rotbits_jax.coding import weights
+from rotbits_jax.file import manifest as manifest_lib
+from rotbits_jax.file import memory as memory_lib
 from rotbits_jax.file import placement
 from rotbits_jax.file import records as records_lib
-from rotbits_jax.system import host
 from rotbits_jax.system import progress
 
-Tree = dict[str, Any]
+Memory = dict[str, list[np.ndarray]]
 
 
 class Stack(NamedTuple):
-  """The layers of a stack while they are decoded.
+  """Layers that are decoded straight into their places in a stack.
 
   Attributes:
     name: the name of the stack, see `models.names`.
     wanted: places of the layers that this process needs.
     total: number of layers of the whole stack.
-    layers: the layers that this process needs.
-    plain: the stacked plain arrays and `UniformlyQuantized`, by path.
+    entries: the manifest's entries of the layers that this process needs.
+    memory: see `memory.allocate`.
+    layers: the leaves of each of these layers, by path.
   """
 
   name: str
   wanted: range
   total: int
-  layers: 'list[futures.Future[Tree]]'
-  plain: dict[str, Any]
+  entries: list[manifest_lib.Record]
+  memory: Memory
+  layers: 'list[futures.Future[records_lib.Flat]]'
 
-  def result(self, bar: progress.Progress) -> Tree:
-    """Waits for the layers, and returns them stacked."""
-    others: dict[str, list[Any]] = {}
-    for layer in self.layers:
-      for path, leaf in structured.flatten(layer.result()).items():
-        if path not in self.plain:
-          others.setdefault(path, []).append(leaf)
+  def result(self, bar: progress.Progress) -> records_lib.Flat:
+    """Waits for the layers, and returns the stacked leaves by path."""
+    rows: dict[str, list[Any]] = {}
+    for entry, layer in zip(self.entries, self.layers, strict=True):
+      for path, leaf in layer.result().items():
+        rows.setdefault(f'{self.name}/{entry.inner(path)}', []).append(leaf)
       bar.update()
     bar.update(self.total - len(self.layers))
-    stacked = self.plain | {
-      path: type(leaves[0]).stack(leaves) for path, leaves in others.items()
+    return {
+      path: type(leaves[0]).stack(leaves)
+      if structured.is_structured(leaves[0])
+      else self.memory[path.partition('/')[2]][0]
+      for path, leaves in rows.items()
     }
-    return structured.unflatten(stacked)
 
 
 def start_stack(
-  units: records_lib.Records,
-  indices: range,
+  records: records_lib.Records,
+  layers: range,
   place: placement.Place | None,
   start: weights.Start,
+  resolve: records_lib.Resolve,
   integers: bool,
 ) -> Stack:
-  """Starts to decode layers into their places in a stack.
+  """Starts to decode layers, into their places in the stack.
 
   Args:
-    units: the units of the file.
-    indices: the layers of the stack, which have equal keys, see
-      `manifest.Record.stack_key`.
+    records: the records of the file.
+    layers: the layers, which have equal keys, see `manifest.Record.stack_key`.
     place: the sharding of arrays; None if this process needs all layers.
     start: starts a job.
+    resolve: returns the parameters that leaves of the layers need.
     integers: whether matrices on grids become `UniformlyQuantized`.
   """
-  entries = [units.entry(models.names.layer(i)) for i in indices]
-  name, entry, count = models.names.stack(indices), entries[0], len(entries)
-  wanted = range(count)
+  entries = [records.entry(models.names.layer(i)) for i in layers]
+  name, wanted = models.names.stack(layers), range(len(entries))
   if place is not None:
-    wanted = placement.local_layers(place, name, entry, count)
-  specs = [{leaf.path: own for leaf, own in x.leaf_specs()} for x in entries]
-  grids = [x.grids() for x in entries] if integers else []
-  stacks: dict[str, Any] = {}
-  for leaf, own in entry.leaf_specs():
-    found = [x[leaf.path] for x in grids if leaf.path in x]
-    if len(found) == count:
-      dtype = max((x.integer_dtype for x in found), key=lambda x: x.itemsize)
-      stacks[leaf.path] = structured.UniformlyQuantized(
-        host.empty((len(wanted), *leaf.shape), dtype),
-        np.array([found[k].unit for k in wanted], np.float32),
-        leaf.dtype,
-      )
-      continue
-    if leaf.is_array:
-      stacks[leaf.path] = [host.empty((len(wanted), *leaf.shape), np.dtype(leaf.dtype))]
-      continue
-    shapes = [x.shape for x in own]
-    # Equal leaves may be stored as arrays of different shapes. Such arrays are not
-    # decoded into a stack.
-    if all([x.shape for x in other[leaf.path]] == shapes for other in specs):
-      stacks[leaf.path] = [host.empty((len(wanted), *x.shape), x.dtype) for x in own]
-  layers = [
-    start(
-      functools.partial(
-        units.decode,
-        models.names.layer(indices[k]),
-        {path: _row(stack, row) for path, stack in stacks.items()},
-      )
-    )
-    for row, k in enumerate(wanted)
+    wanted = placement.local_layers(place, name, entries[0], len(entries))
+  memory = memory_lib.allocate(entries, stacked=len(wanted), integers=integers)
+  entries = [entries[k] for k in wanted]
+  rows = [
+    {path: [array[row, ...] for array in arrays] for path, arrays in memory.items()}
+    for row in range(len(wanted))
   ]
-  plain = {
-    path: stack if isinstance(stack, structured.UniformlyQuantized) else stack[0]
-    for path, stack in ((x.path, stacks[x.path]) for x in entry.leaves if x.is_array)
-  }
-  return Stack(name, wanted, count, layers, plain)
-
-
-def _row(stack: Any, row: int) -> Any:
-  """Returns the arrays of one layer in the stacks of a leaf."""
-  if isinstance(stack, structured.UniformlyQuantized):
-    return stack.layer(row)
-  return [array[row] for array in stack]
+  jobs = [
+    start(functools.partial(records.decode, entry.name, row, resolve))
+    for entry, row in zip(entries, rows, strict=True)
+  ]
+  return Stack(name, wanted, len(layers), entries, memory, jobs)

@@ -7,7 +7,6 @@ from rotbits_jax.models.config import ModelConfig
 from rotbits_jax.models.config import RopeScaling
 from rotbits_jax.models.model import Model
 from rotbits_jax.models.model import Params
-from rotbits_jax.models.model import expand
 from rotbits_jax.models.model import from_layers
 from rotbits_jax.models.model import materialize
 from rotbits_jax.models.model import stack_key
@@ -31,7 +30,6 @@ __all__ = [
   'Params',
   'RopeScaling',
   'count_elements',
-  'expand',
   'forward',
   'from_layers',
   'generation',

@@ -20,8 +20,8 @@ Axis = int | Literal['query', 'key', 'neuron', 'vocabulary', 'position', 'norm']
 An integer is a residual segment. For a parameter of a layer, 0 is the layer's input and
 -1 its output; 1 is the segment between attention and MLP, if there is one. For a
 parameter outside the layers, 0 is the model's first segment and -1 its last. 'query' is
-H heads of h numbers, and 'key' is K heads of h numbers. 'norm' is a segment whose
-numbers are scaled one by one; rotations do not commute with this scaling.
+H heads of width h, and 'key' is K heads of width h. 'norm' is a segment whose
+coordinates are scaled one by one; rotations do not commute with this scaling.
 """
 
 Axes = dict[str, tuple[Axis, ...]]
@@ -72,8 +72,8 @@ def outer_axes(config: config_lib.ModelConfig) -> Axes:
 
 
 def _norm(name: str, config: config_lib.ModelConfig) -> Axes:
-  kinds = ('scale', 'bias') if config.norm == 'layernorm' else ('scale',)
-  return {f'{name}/{kind}': ('norm',) for kind in kinds}
+  parameters = ('scale', 'bias') if config.norm == 'layernorm' else ('scale',)
+  return {f'{name}/{parameter}': ('norm',) for parameter in parameters}
 
 
 class Linear(NamedTuple):
@@ -121,7 +121,7 @@ class Symmetries(NamedTuple):
       must first be folded into the kernels that read the norms.
     values: whether GL(h) acts between value and output of every key-value head.
     queries: whether GL acts between query and key of every key-value head, on the
-      numbers that RoPE does not rotate. On each plane that RoPE rotates, a complex
+      coordinates that RoPE does not rotate. On each plane that RoPE rotates, a complex
       factor acts.
     key_bias: whether the key bias changes no output; true where there is no RoPE.
     neurons: whether the neurons of an MLP can be put in any order.

@@ -1,10 +1,8 @@
 """A model in memory: its parameters as a Flax PyTree with stacked layers.
 
 Consecutive layers of the same shapes are stacked along a leading axis. A structured
-leaf stores fewer numbers than the array that it stands for; see
-`structured`. To materialize a leaf is to replace it by that array. A dependent leaf
-(`structured.Dependent`) stands for an array only together with other parameters. To
-expand a dependent leaf is to compute its array from those parameters.
+leaf stores fewer elements than the array that it stands for, see `structured`. To
+materialize a leaf is to replace it by that array.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -48,14 +46,14 @@ class Model:
   stored_as: str | None = struct.field(pytree_node=False, default=None)
 
   def __repr__(self) -> str:
-    """Returns one line: a notebook would print every number of the parameters."""
+    """Returns one line: a notebook would print every element of the parameters."""
     leaves = jax.tree.leaves(self.params)
     dtypes = sorted({np.dtype(x.dtype).name for x in leaves if hasattr(x, 'dtype')})
-    numbers = sum(int(np.prod(x.shape)) for x in leaves if hasattr(x, 'shape'))
-    kind = 'sliced' if self.config.sliced else 'dense'
+    elements = sum(int(np.prod(x.shape)) for x in leaves if hasattr(x, 'shape'))
+    sliced = 'sliced' if self.config.sliced else 'dense'
     return (
-      f'Model({self.config.family}, {kind}, {self.config.num_layers} layers, '
-      f'{numbers:,} numbers, {", ".join(dtypes)})'
+      f'Model({self.config.family}, {sliced}, {self.config.num_layers} layers, '
+      f'{elements:,} elements, {", ".join(dtypes)})'
     )
 
   @property
@@ -69,29 +67,58 @@ class Model:
 
   def layers(self) -> Iterator[Params]:
     """Yields the parameters of each layer in order, unstacked."""
-    for stack in self.stacks:
-      yield from map(self.layer, stack)
+    yield from map(self.layer, itertools.chain(*self.stacks))
 
   def layer(self, index: int) -> Params:
-    """Returns the parameters of one layer, unstacked."""
+    """Returns the parameters of one layer, unstacked.
+
+    Raises:
+      IndexError: if there is no such layer.
+      ValueError: if a leaf of its stack has not as many layers as the stack.
+    """
     for stack in self.stacks:
       if index in stack:
-        return unstack_layer(self.params[names.stack(stack)], index - stack.start)
+        name = names.stack(stack)
+        for path, leaf in structured.flatten(self.params[name]).items():
+          if leaf.shape[:1] != (len(stack),):  # JAX would clip the index
+            raise ValueError(
+              f'{name}/{path} must have {len(stack)} layers, got {leaf.shape=}'
+            )
+        return unstack_layer(self.params[name], index - stack.start)
     raise IndexError(f'the model has the layers {self.stacks}, got {index}')
 
-  def specs(self, index: int | None) -> Params:
-    """Returns `layer(index)`, or `outer()` for None.
+  def leaves(self) -> Iterator[tuple[str, Any]]:
+    """Yields each leaf, unstacked, with a path like 'layers.0/attention/out/kernel'."""
+    yield from structured.flatten(self.outer()).items()
+    for index in itertools.chain(*self.stacks):
+      for path, leaf in structured.flatten(self.layer(index)).items():
+        yield names.prefix(index) + path, leaf
 
-    `checkpoints.CheckpointReader.specs` is its counterpart, which gives shapes and
-    dtypes only.
+  @property
+  def records(self) -> tuple[str, ...]:
+    """Names of the records: the layers, those outside the layers, and the buffers."""
+    layers = map(names.layer, itertools.chain(*self.stacks))
+    return (*layers, *self.outer(), *([names.BUFFERS] if self.buffers else []))
+
+  def read(self, record: str) -> Params:
+    """Returns a record, unstacked: nested dicts with the record as their only key."""
+    if record == names.BUFFERS:
+      return {record: self.buffers}
+    index = names.layer_index(record)
+    return {record: self.params[record] if index is None else self.layer(index)}
+
+  def specs(self, record: str) -> Params:
+    """Returns leaves with the shapes and dtypes of a record: the record itself.
+
+    `checkpoints.CheckpointReader.specs` is its counterpart for a checkpoint on disk.
     """
-    return self.outer() if index is None else self.layer(index)
+    return self.read(record)
 
   def rounded(self) -> 'Model':
     """Rounds the parameters to `stored_as`, if it is set.
 
     Raises:
-      ValueError: if a number is too large for that dtype.
+      ValueError: if an element is too large for that dtype.
     """
     if self.stored_as is None:
       return self
@@ -99,63 +126,24 @@ class Model:
     params = structured.astype(jax.device_get(self.params), dtype)
     for path, leaf in structured.flatten(params).items():
       if not all(np.isfinite(np.float32(x)).all() for x in jax.tree.leaves(leaf)):
-        raise ValueError(f'{path} has numbers that {dtype} cannot hold')
+        raise ValueError(f'{path} has elements that {dtype} cannot hold')
     return dataclasses.replace(self, params=params, stored_as=None)
 
-  def materialize(
-    self, *, but: tuple[type[structured.Structured], ...] = ()
-  ) -> 'Model':
-    """Replaces structured leaves by the arrays that they stand for.
-
-    Args:
-      but: classes of structured leaves to keep.
-
-    Returns:
-      The model.
-    """
-    return dataclasses.replace(self, params=materialize(self.params, but=but))
+  def materialize(self, *, keep_factors: bool = False) -> 'Model':
+    """Replaces structured leaves by their arrays, see the function `materialize`."""
+    params = materialize(self.params, keep_factors=keep_factors)
+    return dataclasses.replace(self, params=params)
 
 
-def materialize(
-  params: Params, *, but: tuple[type[structured.Structured], ...] = ()
-) -> Params:
+def materialize(params: Params, *, keep_factors: bool = False) -> Params:
   """Replaces structured leaves by the arrays that they stand for.
 
   Args:
-    params: nested dicts. They must contain the parameters that dependent leaves need.
-    but: classes of structured leaves to keep.
-
-  Returns:
-    The parameters.
+    params: nested dicts. They must contain the parameters that leaves need.
+    keep_factors: whether low-rank leaves remain, see `structured.Structured.factored`.
   """
-  own = {
-    path: leaf
-    if isinstance(leaf, (*but, structured.Dependent))
-    else structured.materialize(leaf)
-    for path, leaf in structured.flatten(params).items()
-  }
-  return expand(structured.unflatten(own), but=but)
-
-
-def expand(
-  params: Params, *, but: tuple[type[structured.Structured], ...] = ()
-) -> Params:
-  """Replaces dependent leaves by the arrays that they stand for.
-
-  Args:
-    params: nested dicts. They must contain the parameters that dependent leaves need.
-    but: classes of dependent leaves to keep.
-
-  Returns:
-    The parameters.
-  """
-  flat = structured.flatten(params)
-  expanded = {
-    path: leaf.expand(*(structured.materialize(flat[name]) for name in leaf.needs))
-    for path, leaf in flat.items()
-    if isinstance(leaf, structured.Dependent) and not isinstance(leaf, but)
-  }
-  return structured.unflatten(flat | expanded)
+  flat = structured.expand(structured.flatten(params), keep_factors=keep_factors)
+  return structured.unflatten(flat)
 
 
 def unstack_layer(stack: Params, index: int) -> Params:

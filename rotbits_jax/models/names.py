@@ -12,6 +12,10 @@ import re
 _INDEX = '(0|[1-9][0-9]{0,6})'
 
 
+BUFFERS = 'buffers'
+"""Name of the record of the tensors that the forward pass does not use."""
+
+
 def layer(index: int) -> str:
   """Returns the name of the record of a layer."""
   return f'layers.{index}'

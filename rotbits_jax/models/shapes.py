@@ -43,7 +43,7 @@ def stacked_shapes(
 
 
 def count_elements(config: config_lib.ModelConfig) -> int:
-  """Counts the numbers in the checkpoint of a model with this config."""
+  """Counts the elements in the checkpoint of a model with this config."""
   trees = [outer_shapes(config)]
   trees += [layer_shapes(config, layer) for layer in range(config.num_layers)]
   return sum(math.prod(s) for tree in trees for s in structured.flatten(tree).values())

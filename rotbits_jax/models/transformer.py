@@ -79,7 +79,7 @@ class Written(NamedTuple):
   """The results of a layer or a sublayer.
 
   Attributes:
-    x: the residual stream after a layer; what a sublayer adds to it.
+    x: the residual stream after a layer, or the update that a sublayer adds to it.
     inputs: the input of each linear layer, in the place of its kernel.
     cache: keys and values of all tokens so far; None for an MLP, and without a cache.
   """
@@ -137,10 +137,11 @@ def forward(
     cache: keys and values of earlier tokens. It must have room for T more tokens,
       otherwise the result is undefined.
     with_moments: whether to compute `Outputs.moments`.
-    precision: precision of the matrix products, see `jax.lax.Precision`.
+    precision: precision of the products with arrays, see `jax.lax.Precision`. Those
+      with structured leaves have the highest.
 
   Returns:
-    The logits, and what else was asked for.
+    The logits, and the cache and moments that were asked for.
 
   Raises:
     ValueError: if a shape is wrong. The message names the parameter.
@@ -264,7 +265,7 @@ def attention(
       row `start` on, and the tokens also attend to the rows before `start`.
 
   Returns:
-    What is added to the residual stream.
+    The update of the residual stream.
   """
   chex.assert_rank(x, 3)
   chex.assert_type(x, jnp.float32)
@@ -309,7 +310,7 @@ def mlp(params: Params, config: config_lib.ModelConfig, x: jax.Array) -> Written
     x: `[B, T, d]` float32, the normed input.
 
   Returns:
-    What is added to the residual stream.
+    The update of the residual stream.
   """
   chex.assert_rank(x, 3)
   chex.assert_type(x, jnp.float32)
@@ -327,7 +328,8 @@ def mlp(params: Params, config: config_lib.ModelConfig, x: jax.Array) -> Written
 
 def linear(params: Params, x: jax.Array) -> jax.Array:
   """Computes `x @ kernel`, plus the bias if there is one."""
-  y = _apply(params['kernel'], x)
+  kernel = params['kernel']
+  y = kernel.apply(x) if structured.is_structured(kernel) else x @ _float32(kernel)
   return y + _float32(params['bias']) if 'bias' in params else y
 
 
@@ -390,7 +392,7 @@ def rope_frequencies(config: config_lib.ModelConfig) -> np.ndarray:
   if scaling is None:
     return frequencies
   lowered = frequencies / scaling.factor
-  if scaling.kind == 'linear':
+  if scaling.type_name == 'linear':
     return lowered
   turns = scaling.original_positions * frequencies / (2 * np.pi)
   low, high = scaling.low_freq_factor, scaling.high_freq_factor
@@ -454,36 +456,16 @@ def _float32(leaf: Any) -> jax.Array:
 
   A structured leaf is materialized in float32, because its own dtype is coarser.
   """
-  if not structured.is_structured(leaf):
-    return jnp.asarray(leaf, jnp.float32)
-  return jax.tree.map(_upcast, leaf).materialize().astype(jnp.float32)
-
-
-def _upcast(array: Any) -> jax.Array:
-  array = jnp.asarray(array)
-  floating = jnp.issubdtype(array.dtype, jnp.floating)
-  return array.astype(jnp.float32) if floating else array
-
-
-def _apply(kernel: Any, x: jax.Array) -> jax.Array:
-  """Computes `x @ kernel`."""
-  if isinstance(kernel, _FACTORED) and kernel.is_thin:
-    return kernel.apply(x)
-  return x @ _float32(kernel)
+  if structured.is_structured(leaf):
+    leaf = leaf.astype(jnp.float32).materialize()
+  return jnp.asarray(leaf, jnp.float32)
 
 
 def _rows(table: Any, indices: jax.Array, params: Params) -> jax.Array:
   """Returns rows of a table in float32; rows outside the table are NaN."""
-  if isinstance(table, structured.Dependent):
+  if structured.is_structured(table):
     flat = structured.flatten(params)
     needed = [_float32(flat[path]) for path in table.needs]
-    return jax.tree.map(_upcast, table).rows(*needed, indices)
-  if isinstance(table, structured.UniformlyQuantized):
-    return table.rows(indices).astype(jnp.float32)
-  if structured.is_structured(table):
-    table = _float32(table)
+    return jnp.asarray(table.astype(jnp.float32).rows(*needed, indices))
   taken = jnp.asarray(table).at[indices].get(mode='fill', fill_value=jnp.nan)
   return taken.astype(jnp.float32)
-
-
-_FACTORED = (structured.IdentityMinusGram, structured.FactorPair)

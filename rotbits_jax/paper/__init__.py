@@ -6,9 +6,9 @@ model's function, if the parameters that read or write it are rotated, too. A sh
 is the matrix that leads from one segment to the next. The model is coded by bits-back
 coding (see `coding.bits_back`), with the rotations as latents.
 
-All numbers of the model are pushed onto one message, plain or entropy coded. Before the
-parameters around a segment are pushed, a rotation T of the segment is *popped* from the
-message and applied to them. The decoder finds the rotated parameters, recovers the
+All elements of the model are pushed onto one message, plain or entropy coded. Before
+the parameters around a segment are pushed, a rotation T of the segment is *popped* from
+the message and applied to them. The decoder finds the rotated parameters, recovers the
 rotation from them, and pushes it back. With segments 0 .. S, the encoder does this:
 
     push the first columns of the embeddings        they pay for the first rotation
@@ -46,26 +46,27 @@ the matrix at hand: it factorises the matrix a second time after a change as lar
 the backward error of a factorisation, and takes twelve times the root mean square of
 the differences (`coding.bits_back.correction.spread`), or more. A segment for which
 both recoveries do not give the same integers is not sampled. Then the decoder returns
-the rotated model bit for bit. A machine beyond the margin decodes other numbers; a
+the rotated model bit for bit. A machine beyond the margin decodes other elements; a
 digest of each array notices that, and the file is refused there.
 
 **The streams.**
 
-* `message`, uint16: the words of a stack (`bits_back.word_stack`) from the bottom up,
-  and then the window over it (`rans.to_words`), if a rotation was sampled. The stack
-  holds the arrays in the order in which they were pushed (see `segments.parts`), in C
-  order, as `bits_back.numbers` writes them. To sample the rotation of segment t,
-  `rows[t]` rows are moved from the top of the stack to the bottom of the window; the
-  first time one more row is moved, for the states. These words are missing in the
-  stream at the place where they were pushed; the decoder gets them back with the
-  rotation.
-* `corrections`, uint16: another stack, with a block for each sampled segment.
-* `tables`: the frequency tables of the segments in order. For each segment, the tables
-  of its arrays come first, if they are entropy coded, and then those of its correction.
+* `message`, uint16: the words of a stack (`bits_back.word_stack`) from the bottom up.
+  It holds the arrays in the order in which they were pushed (see `segments.parts`), in
+  C order. If they are entropy coded, the arrays of a segment are one stream of
+  `coding.weights`. To sample a rotation, the encoder pops rows of words and makes a
+  message of them. What is left of the message goes back onto the stack as a block. The
+  decoder makes a message of the block, pushes the integers of the recovered rotation
+  onto it, and so gets back the words.
+* `corrections`, uint16: another stack, with a block for each sampled segment (see
+  `bits_back.rotation_codes`). It is apart from the message, because the words of the
+  message are what the next rotation is sampled from, and a threshold leaves errors in
+  them.
 
 The modules:
 
-    options    the options of the scheme, and the frame of each segment
+    options    the options of the scheme
+    frames     the frame of each segment
     segments   the parameters around each segment
     rotations  rotates these parameters, and recovers the rotation
     layout     the values that a decoder needs, validated
@@ -76,20 +77,26 @@ Reference: J. He, G. Flamich, J. M. Hernandez-Lobato, Getting Free Bits Back fro
 Rotational Symmetries in LLMs, arXiv 2410.01309, section 3.
 """
 
+from rotbits_jax.paper.decoder import STREAMS
 from rotbits_jax.paper.decoder import decode
 from rotbits_jax.paper.encoder import Encoded
 from rotbits_jax.paper.encoder import encode
 from rotbits_jax.paper.encoder import refuse
+from rotbits_jax.paper.layout import dtypes
 from rotbits_jax.paper.options import Canonicaliser
+from rotbits_jax.paper.options import Correction
 from rotbits_jax.paper.options import Options
 from rotbits_jax.paper.options import RotationCodec
 
 __all__ = [
+  'STREAMS',
   'Canonicaliser',
+  'Correction',
   'Encoded',
   'Options',
   'RotationCodec',
   'decode',
+  'dtypes',
   'encode',
   'refuse',
 ]

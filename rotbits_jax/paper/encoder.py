@@ -4,28 +4,29 @@ It reads a few layers at a time from a source. It hands out the words of the mes
 soon as no rotation can be sampled from them.
 """
 
+from collections.abc import Iterable
 import tempfile
+import typing
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rotbits_jax import passes
 from rotbits_jax import structured
-from rotbits_jax import symmetries
 from rotbits_jax.coding import rans
-from rotbits_jax.coding import tables as tables_lib
-from rotbits_jax.coding.bits_back import numbers
+from rotbits_jax.coding import weights
 from rotbits_jax.coding.bits_back import word_stack
 from rotbits_jax.paper import decoder
+from rotbits_jax.paper import frames
 from rotbits_jax.paper import layout as layout_lib
 from rotbits_jax.paper import options as options_lib
 from rotbits_jax.paper import rotations
 from rotbits_jax.paper import segments
 from rotbits_jax.system import checksums as checksums_lib
+from rotbits_jax.system import schema
 from rotbits_jax.system.progress import track
-
-Note = dict[str, Any]  # JSON values
 
 
 class Encoded(NamedTuple):
@@ -33,57 +34,42 @@ class Encoded(NamedTuple):
 
   Attributes:
     layout: JSON values that `decode` needs.
-    corrections: uint16, the stream of corrections.
-    tables: uint8, the stream of frequency tables.
-    notes: for each segment, the popped bits, the bits of the correction, and the
-      difference.
-    net_bits: bits that all rotations saved.
-    digests: the CRC-32 of each stored array's bytes in C order, by path. `layout`
-      contains them, too, and `decode` checks them.
+    streams: the other streams that `decode` needs, uint16 `[n]`, by name.
+    saving: the bytes that all rotations saved. It has a note for each segment: the
+      popped bits, the bits of the correction, and the difference.
   """
 
   layout: dict[str, Any]
-  corrections: np.ndarray
-  tables: np.ndarray
-  notes: list[Note]
-  net_bits: float
-  digests: dict[str, int]
+  streams: dict[str, np.ndarray]
+  saving: passes.Saving
 
 
-def refuse(source: symmetries.Source, options: options_lib.Options) -> None:
+def refuse(source: passes.Source) -> None:
   """Raises an error if a model cannot be coded. It reads only shapes and dtypes.
 
-  Args:
-    source: the model.
-    options: the options of the scheme.
-
   Raises:
-    ValueError: if the options cannot be combined, if the model is dense, or if a
-      parameter is not an array of floats with the shape that the config implies.
+    ValueError: if the model is dense, or if a parameter is not an array of floats with
+      the shape that the config implies.
   """
-  options.check()
   if not source.config.sliced:
     raise ValueError(
       'a dense model has no shortcuts, so its segments cannot be rotated'
     )
-  reader = segments.Reader(source)
+  trees = map(source.specs, source.records)
+  specs = {path: x for tree in trees for path, x in structured.flatten(tree).items()}
   for part in segments.parts(source.config):
     for path, shape in part.all.items():
-      leaf = reader.leaf(path)
+      leaf = specs.get(path)
       if leaf is None or structured.is_structured(leaf):
-        raise ValueError(
-          f'{path}: the parameter must be an array, got {type(leaf).__name__}'
-        )
-      if np.dtype(leaf.dtype).name not in layout_lib.DTYPES:
-        raise ValueError(f'{path}: numbers must be floats, got {leaf.dtype}')
+        raise ValueError(f'{path}: expected an array, got {type(leaf).__name__}')
+      if np.dtype(leaf.dtype).name not in typing.get_args(layout_lib.Dtype):
+        raise ValueError(f'{path}: expected floats of 16 or 32 bits, got {leaf.dtype}')
       if tuple(leaf.shape) != shape:
-        raise ValueError(
-          f'{path}: the config implies the shape {shape}, got {leaf.shape=}'
-        )
+        raise ValueError(f'{path}: expected the shape {shape}, got {leaf.shape=}')
 
 
 def encode(
-  source: symmetries.Source,
+  source: passes.Source,
   options: options_lib.Options,
   spill: word_stack.Spill,
   *,
@@ -97,7 +83,7 @@ def encode(
     spill: takes the words of the message, uint16, piece by piece in the order of the
       stream. It must not keep an array after it returns. With a threshold, the words
       are also written to a temporary file, because only decoding shows which errors
-      the numbers keep.
+      the elements keep.
     progress: whether to show the progress on stderr.
 
   Returns:
@@ -106,8 +92,8 @@ def encode(
   Raises:
     ValueError: see `refuse`.
   """
-  refuse(source, options)
-  if options.threshold is None:
+  refuse(source)
+  if options.exact:
     return _Encoder(source, options, spill).run(progress)
   with tempfile.TemporaryFile() as file:
 
@@ -117,38 +103,38 @@ def encode(
 
     encoded = _Encoder(source, options, tee).run(progress)
     file.flush()
-    message = np.memmap(file, np.uint16, mode='r')
-    arrays = decoder.decode_unchecked(
-      encoded.layout, message, encoded.corrections, encoded.tables, source.config
+    streams = {'message': np.memmap(file, np.uint16, mode='r'), **encoded.streams}
+    decoded = decoder.decode(
+      options, encoded.layout, streams, source.config, check=False
     )
-    digests = {path: checksums_lib.of_array(array) for path, array in arrays}
-  stored = encoded.layout['arrays']
-  layout = encoded.layout | {
-    'arrays': {path: [stored[path][0], digests[path]] for path in stored}
-  }
-  return encoded._replace(layout=layout, digests=digests)
+    arrays = {path: schema.dump(_stored(array)) for path, array in decoded}
+  return encoded._replace(layout=encoded.layout | {'arrays': arrays})
 
 
-class _Trial(NamedTuple):
-  """A segment with a sampled rotation that the decoder can recover."""
+def _stored(array: np.ndarray) -> layout_lib.Stored:
+  dtype: Any = array.dtype.name
+  return layout_lib.Stored(dtype=dtype, digest=checksums_lib.of_array(array))
 
-  arrays: segments.Arrays  # the rotated parameters
+
+class _Sample(NamedTuple):
+  """A rotation that was sampled and that the decoder can recover."""
+
   rotation: jax.Array
-  window: rans.Message  # the window after the rotation was popped
-  rows: int  # number of rows that were moved to the window for this rotation
+  arrays: segments.Arrays  # the rotated parameters
+  left: np.ndarray  # words of the message that the rotation was popped from
   correction: np.ndarray  # words of the correction
-  table: np.ndarray  # frequency tables of the correction
-  popped: float  # bits that were popped
+  popped: int  # words that were popped
+  # A block on a stack has two words for its length.
 
   @property
-  def cost(self) -> float:
-    """Bits of the correction, including the length of its block."""
-    return 16.0 * (self.correction.size + 2)
+  def cost(self) -> int:
+    """Words of the correction."""
+    return self.correction.size + 2
 
   @property
-  def net(self) -> float:
-    """Bits that the rotation saves."""
-    return self.popped - self.cost
+  def net(self) -> int:
+    """Words that the rotation saves."""
+    return self.popped - self.left.size - 2 - self.cost
 
 
 class _Encoder:
@@ -156,122 +142,98 @@ class _Encoder:
 
   def __init__(
     self,
-    source: symmetries.Source,
+    source: passes.Source,
     options: options_lib.Options,
     spill: word_stack.Spill,
   ):
-    self.config, self.options, self.spill = source.config, options, spill
-    self.widths = source.config.segment_widths
-    self.reader = segments.Reader(source)
-    self.parts = segments.parts(source.config)
+    self.options, self.widths = options, source.config.segment_widths
+    self.read, self.parts = segments.reader(source), segments.parts(source.config)
     self.stack = word_stack.WordStack(spill=spill)
     self.corrections = word_stack.WordStack()
-    self.window: rans.Message | None = None
-    self.tables: list[np.ndarray] = []
-    self.lanes = options_lib.max_lanes(self.widths)
-    self.capacity = options_lib.capacity(self.widths, self.lanes, options)
+    self.lanes = frames.lanes(self.widths)
     self.fixed = 0
     self.before: jax.Array | None = None  # the rotation of the previous segment
+    self.coders: list[weights.StreamSpec] = []
     self.stored: dict[str, layout_lib.Stored] = {}
-    self.rows: list[int | None] = []
-    self.notes: list[Note] = []
-    self.net_bits = 0.0
+    self.samples: list[bool] = []
+    self.notes: list[dict[str, Any]] = []
+    self.saved = 0  # words
 
   def run(self, progress: bool) -> Encoded:
     """Encodes the whole model."""
     count = len(self.parts)
     for t in track(range(count), 'encode', 'segment', total=count, show=progress):
-      self._code(t)
+      self._encode(t, self.read(self.parts[t]))
     self.stack.settle(0)
-    window = np.zeros(0, np.uint16)
-    if self.window is not None:
-      window = rans.to_words(self.window)
-      self.spill(window)
     layout = layout_lib.Layout(
-      options=self.options,
-      lanes=self.lanes,
       fixed=self.fixed,
-      window=window.size,
-      rows=tuple(self.rows),
+      sampled=tuple(self.samples),
       arrays=self.stored,
+      coders=tuple(self.coders),
     )
-    tables = tables_lib.to_bytes(layout_lib.padded(self.tables))
     return Encoded(
-      layout=layout.to_json(),
-      corrections=self.corrections.pop(self.corrections.size),
-      tables=np.frombuffer(tables, np.uint8),
-      notes=self.notes,
-      net_bits=self.net_bits,
-      digests={path: stored.digest for path, stored in self.stored.items()},
+      layout=schema.dump(layout),
+      streams={'corrections': self.corrections.pop(self.corrections.size)},
+      saving=passes.Saving('rotations', 0, 2 * self.saved, tuple(self.notes)),
     )
 
-  def _code(self, t: int) -> None:
+  def _encode(self, t: int, segment: segments.Parts) -> None:
     """Encodes one segment."""
-    segment = rotations.Segment(
-      self.widths[t], *(self.reader.arrays(shapes) for shapes in self.parts[t])
-    )
-    can_turn = rotations.can_turn(segment)
-    neutral = self._neutral(t, segment) if can_turn else None
+    can_rotate = rotations.can_rotate(segment)
+    neutral = None  # the canonical rotation of the readers
+    if can_rotate and not self._frame(t).from_shortcut:
+      neutral = rotations.reader_rotation(
+        segment.readers.values(), self.options.canonicaliser
+      )
     first = {} if t else self._push_first(segment, neutral)
-    trial = self._sample(t, segment, neutral) if can_turn else None
-    if trial is None:
+    sample = self._sample(t, segment, neutral) if can_rotate else None
+    if sample is None:
       # The columns that `_push_first` pushed are already in canonical form.
       rotation = None if t else neutral
-      arrays = rotations.turned(segment, self.before, rotation)
+      arrays = rotations.rotated(segment, self.before, rotation)
     else:
-      rotation, arrays = trial.rotation, trial.arrays
-      self.window = trial.window
-      self.net_bits += trial.net
-    for path in self.parts[t].all:
-      array = arrays[path]
-      if path in first:
-        rest = np.ascontiguousarray(array[:, self.fixed :])
-        self._push(rest)
-        array = np.concatenate([first[path], rest], axis=1)
-      else:
-        self._push(array)
-      self.stored[path] = layout_lib.Stored(
-        array.dtype.name, checksums_lib.of_array(array)
-      )
-    if trial is not None:
-      self.corrections.push_block(trial.correction)
-      self.tables.extend(trial.table)
+      rotation, arrays = sample.rotation, sample.arrays
+      self.stack.push_block(sample.left)
+      self.corrections.push_block(sample.correction)
+      self.saved += sample.net
+    arrays = {path: arrays[path] for path in self.parts[t].all}
+    pushed = arrays | {path: arrays[path][:, self.fixed :] for path in first}
+    self._push(pushed.values())
+    for path, array in first.items():
+      arrays[path] = np.concatenate([array, pushed[path]], axis=1)
+    self.stored |= {path: _stored(array) for path, array in arrays.items()}
     self.before = rotation
-    self.rows.append(None if trial is None else trial.rows)
-    self.notes.append(self._note(t, trial))
+    self.samples.append(sample is not None)
+    self.notes.append(self._note(t, sample))
 
-  def _note(self, t: int, trial: _Trial | None) -> Note:
-    note: Note = {'segment': t, 'width': self.widths[t], 'found in': None}
-    if trial is None:
+  def _note(self, t: int, sample: _Sample | None) -> dict[str, Any]:
+    width = self.widths[t]
+    note: dict[str, Any] = {'segment': t, 'width': width, 'found in': None}
+    if sample is None:
       return note
     return note | {
       'found in': 'shortcut' if self._frame(t).from_shortcut else 'readers',
-      'popped': round(trial.popped),
-      'correction': round(trial.cost),
-      'net': round(trial.net),
-      'of 16 d(d-1)/2': round(trial.net / _ideal(self.widths[t]), 4),
+      'popped': 16 * (sample.net + sample.cost),
+      'correction': 16 * sample.cost,
+      'net': 16 * sample.net,
+      'of 16 d(d-1)/2': round(2 * sample.net / max(width * (width - 1), 1), 4),
     }
 
-  def _frame(self, t: int) -> options_lib.Frame:
-    return options_lib.frame(self.widths, t, self.fixed, self.options)
+  def _frame(self, t: int) -> frames.Frame:
+    return frames.frame(self.widths, t, self.fixed, self.options)
 
-  def _push(self, array: np.ndarray) -> None:
-    """Pushes an array, and spills the words from which no rotation will be sampled."""
-    table = numbers.push(self.stack, array, entropy=self.options.entropy)
-    if table is not None:
-      self.tables.append(table)
-    self.stack.settle((self.capacity + 1) * self.lanes)
-
-  def _neutral(self, t: int, segment: rotations.Segment) -> jax.Array | None:
-    """Returns the canonical rotation of the readers; None if T is found otherwise."""
-    if self._frame(t).from_shortcut:
-      return None
-    return rotations.reader_rotation(
-      segment.readers.values(), self.options.canonicaliser
-    )
+  def _push(self, arrays: Iterable[np.ndarray]) -> None:
+    """Pushes arrays, and spills the words from which no rotation will be sampled."""
+    if self.options.entropy:
+      encoded = weights.encode(list(arrays))
+      self.coders.append(encoded.spec)
+      arrays = [np.pad(encoded.data, (0, encoded.data.size % 2))]
+    for array in arrays:
+      self.stack.push(np.ascontiguousarray(array).reshape(-1).view(np.uint16))
+    self.stack.settle(frames.max_words(self.widths, self.options))
 
   def _push_first(
-    self, segment: rotations.Segment, neutral: jax.Array | None
+    self, segment: segments.Parts, neutral: jax.Array | None
   ) -> segments.Arrays:
     """Pushes the first columns of the embeddings, from which a rotation is sampled.
 
@@ -282,70 +244,71 @@ class _Encoder:
       The pushed columns, by path.
     """
     tables = {k: x for k, x in segment.writers.items() if k.startswith('embed/')}
-    dtypes = {x.dtype for x in tables.values()}
-    bits = min(8 * x.itemsize for x in dtypes) * (0.6 if self.options.entropy else 1.0)
-    bits *= sum(x.shape[0] for x in tables.values())  # bits of a column, about
-
-    def needed(n: int) -> int:
-      return 9 * n * (n + 1) + 64 * self.lanes
-
-    enough = (f for f in range(segment.width) if f * bits >= needed(segment.width - f))
-    self.fixed = next(enough, segment.width)
+    bits = min(8 * x.itemsize for x in tables.values())
+    bits *= sum(x.shape[0] for x in tables.values())  # bits of a column
+    bits *= 0.6 if self.options.entropy else 1.0  # about
+    width = self.widths[0]
+    needed = lambda n: 9 * n * (n + 1) + 64 * self.lanes
+    enough = (f for f in range(width) if f * bits >= needed(width - f))
+    self.fixed = next(enough, width)
     columns = None if neutral is None else neutral[:, : self.fixed]
     first = {
-      k: rotations.turn_columns(x[:, : self.fixed] if columns is None else x, columns)
+      k: rotations.rotate(x[:, : self.fixed] if columns is None else x, columns)
       for k, x in tables.items()
     }
-    for array in first.values():
-      self._push(array)
+    self._push(first.values())
     return first
 
   def _sample(
-    self, t: int, segment: rotations.Segment, neutral: jax.Array | None
-  ) -> _Trial | None:
+    self, t: int, segment: segments.Parts, neutral: jax.Array | None
+  ) -> _Sample | None:
     """Samples a segment's rotation; None if that is impossible or saves nothing."""
-    shape, new = self._frame(t), self.window is None
+    shape = self._frame(t)
     if not shape.n:
       return None
-    code = options_lib.code(shape, self.options)
-    least = 0 if self.window is None else int(np.min(self.window.size))
-    available = self.stack.size // self.lanes - new
-    rows = max(min(code.max_rows(self.lanes) - least, available), 0)
-    if new and not rows:
+    code = frames.code(shape, self.options)
+    capacity = code.max_rows(self.lanes)
+    rows = min(capacity, self.stack.size // self.lanes)
+    if not rows:
       return None
-    try:
-      window = word_stack.refill(
-        self.window, self.stack, rows, self.lanes, self.capacity
-      )
-    except ValueError:  # the fullest lane has no room for the rows
+    words = self.stack.pop(rows * self.lanes)
+    message = rans.stacked(jnp.asarray(words.reshape(rows, -1)), capacity)
+    sample = self._try(t, segment, neutral, words.size, *code.sample(message))
+    if sample is None or sample.net <= 0:
+      self.stack.push(words)
       return None
-    trial = self._trial(t, segment, neutral, window, rows)
-    if trial is None:
-      window = word_stack.drain(window, self.stack, rows, last=new)
-      self.window = None if new else window
-    return trial
+    return sample
 
-  def _trial(
+  def _try(
     self,
     t: int,
-    segment: rotations.Segment,
+    segment: segments.Parts,
     neutral: jax.Array | None,
-    window: rans.Message,
-    rows: int,
-  ) -> _Trial | None:
-    """Samples a rotation from a refilled window, and recovers it as the decoder will.
+    popped: int,
+    message: rans.Message,
+    latent: Any,
+    q: jax.Array,
+  ) -> _Sample | None:
+    """Rotates a segment by a sampled frame, and recovers it as the decoder will.
+
+    Args:
+      t: index of the segment.
+      segment: the parameters.
+      neutral: the canonical rotation of the readers.
+      popped: the number of words that the message was made of.
+      message: the message after the frame was popped.
+      latent: the integers of the frame.
+      q: the frame.
 
     Returns:
-      The result; None if the decoder could not recover the rotation, or if it saves
-      nothing.
+      The result; None if the decoder could not recover the rotation.
     """
-    shape = self._frame(t)
-    code = options_lib.code(shape, self.options)
-    sampled, latent, q = code.sample(window)
-    if int(np.min(sampled.lowest)) < 0 or int(np.max(sampled.highest)) > self.capacity:
+    if int(np.min(message.lowest)) < 0:
       return None
+    shape = self._frame(t)
+    code = frames.code(shape, self.options)
     rotation = rotations.sampled_rotation(shape, segment, neutral, self.before, q)
-    arrays = rotations.turned(segment, self.before, rotation)
+    arrays = rotations.rotated(segment, self.before, rotation)
     recovered, other = (
       rotations.recovered(
         shape, self.parts[t], arrays, self.options.canonicaliser, disturb=disturb
@@ -353,25 +316,11 @@ class _Encoder:
       for disturb in (False, True)
     )
     correction = code.correct(recovered, latent, q, other)
-    table = code.fit(correction)
     # The decoder's own steps on two machines, tried before anything is written.
-    for frame in (recovered, other) if self.options.threshold is None else ():
-      _, again = code.restore(sampled, frame, correction)
+    for frame in (recovered, other) if self.options.exact else ():
+      _, again = code.restore(message, frame, correction)
       same = jax.tree.map(lambda a, b: bool(jnp.array_equal(a, b)), again, latent)
       if not all(jax.tree.leaves(same)):
         return None
-    trial = _Trial(
-      arrays=arrays,
-      rotation=rotation,
-      window=sampled,
-      rows=rows,
-      correction=code.pack(correction, table),
-      table=table,
-      popped=rans.content_bits(window) - rans.content_bits(sampled),
-    )
-    return trial if trial.net > 0 else None
-
-
-def _ideal(width: int) -> float:
-  """Returns the ideal saving: 16 bits for each free number of a rotation."""
-  return max(8.0 * width * (width - 1), 1.0)
+    left, packed = rans.to_words(message), code.pack(correction)
+    return _Sample(rotation, arrays, left, packed, popped)

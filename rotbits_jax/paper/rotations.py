@@ -2,51 +2,43 @@
 
 A rotation T is a float32 array `[d, d]` on the device; None means that the segment is
 not rotated. Large arrays are widened to float32 one slab at a time. Frames are defined
-in `options`, readers and writers in `segments`.
+in `frames`, readers and writers in `segments`.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 import functools
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rotbits_jax.paper import options as options_lib
+from rotbits_jax.paper import frames
 from rotbits_jax.paper import segments
 from rotbits_jax.symmetries import canonical
 
-_SLAB = 8192  # number of rows or columns that are rotated at once
+_SLAB = 8192  # number of rows that are rotated at once
 
 _matmul = functools.partial(jnp.matmul, precision='highest')
 
 
-class Segment(NamedTuple):
-  """The parameters around one residual segment, as `segments.Parts` lists them."""
-
-  width: int
-  readers: segments.Arrays
-  writers: segments.Arrays
-  shortcut: segments.Arrays
-  biases: segments.Arrays
-  leaving: segments.Arrays
+def can_rotate(segment: segments.Parts) -> bool:
+  """Tells whether every rotated element will be within the range of its dtype."""
+  rows = [x.T for x in segment.readers.values()]
+  rows += [np.atleast_2d(x) for x in segment.writers.values()]
+  # A shortcut is rotated on both sides, so an element may be as great as its norm.
+  rows += [x.reshape(1, -1) for x in (segment.shortcut | segment.leaving).values()]
+  return all(_greatest_norm(x) < 0.99 * float(jnp.finfo(x.dtype).max) for x in rows)
 
 
-def can_turn(segment: Segment) -> bool:
-  """Tells whether every rotated number will be within the range of its dtype."""
-  # A shortcut is rotated on both sides, so a number may be as great as its norm.
-  norms = [
-    *((x, _greatest_norm(x, 0)) for x in segment.readers.values()),
-    *((x, _greatest_norm(np.atleast_2d(x), 1)) for x in segment.writers.values()),
-    *((x, _greatest_norm(x.reshape(1, -1), 1)) for x in segment.shortcut.values()),
-    *((x, _greatest_norm(x.reshape(1, -1), 1)) for x in segment.leaving.values()),
-  ]
-  return all(norm < 0.99 * float(jnp.finfo(x.dtype).max) for x, norm in norms)
+def _greatest_norm(rows: np.ndarray) -> float:
+  """Returns the greatest norm of a row; NaN if a norm is NaN."""
+  slabs = range(0, rows.shape[0], _SLAB)
+  squares = [float(_greatest_square(rows[i : i + _SLAB])) for i in slabs]
+  return float(np.sqrt(np.max(squares, initial=0.0)))
 
 
-def turned(
-  segment: Segment, before: jax.Array | None, rotation: jax.Array | None
+def rotated(
+  segment: segments.Parts, before: jax.Array | None, rotation: jax.Array | None
 ) -> segments.Arrays:
   """Rotates the parameters around a segment.
 
@@ -58,35 +50,25 @@ def turned(
   Returns:
     The rotated arrays by path, rounded to their dtypes.
   """
-  arrays = {k: turn_rows(x, rotation) for k, x in segment.readers.items()}
-  arrays |= {k: turn_columns(x, rotation) for k, x in segment.writers.items()}
+  arrays = {k: rotate(x.T, rotation).T for k, x in segment.readers.items()}
+  arrays |= {k: rotate(x, rotation) for k, x in segment.writers.items()}
   for path, matrix in segment.shortcut.items():
     product = jnp.asarray(matrix, jnp.float32)
-    product = product if before is None else _rows(product, before)
-    product = product if rotation is None else _columns(product, rotation)
+    product = product if before is None else _matmul(before.T, product)
+    product = product if rotation is None else _product(product, rotation)
     arrays[path] = np.asarray(_round(product, matrix.dtype))
-  return arrays | {k: np.ascontiguousarray(x) for k, x in segment.biases.items()}
+  arrays |= segment.biases
+  return {k: np.ascontiguousarray(x) for k, x in arrays.items()}
 
 
-def turn_rows(matrix: np.ndarray, rotation: jax.Array | None) -> np.ndarray:
-  """Returns `rotation^T @ matrix`, rounded to the dtype of the matrix: `[d, m]`."""
-  if rotation is None:
-    return np.ascontiguousarray(matrix)
-  out = np.empty(matrix.shape, matrix.dtype)
-  for i in range(0, matrix.shape[1], _SLAB):
-    slab = _rows(jnp.asarray(matrix[:, i : i + _SLAB]), rotation)
-    out[:, i : i + _SLAB] = np.asarray(_round(slab, matrix.dtype))
-  return out
-
-
-def turn_columns(matrix: np.ndarray, rotation: jax.Array | None) -> np.ndarray:
+def rotate(matrix: np.ndarray, rotation: jax.Array | None) -> np.ndarray:
   """Returns `matrix @ rotation`, rounded to the dtype of the matrix: `[..., d]`."""
   if rotation is None:
-    return np.ascontiguousarray(matrix)
+    return matrix
   rows = np.atleast_2d(matrix)
   out = np.empty((rows.shape[0], rotation.shape[1]), matrix.dtype)
   for i in range(0, rows.shape[0], _SLAB):
-    slab = _columns(jnp.asarray(rows[i : i + _SLAB]), rotation)
+    slab = _product(jnp.asarray(rows[i : i + _SLAB]), rotation)
     out[i : i + _SLAB] = np.asarray(_round(slab, matrix.dtype))
   return out.reshape(*matrix.shape[:-1], rotation.shape[1])
 
@@ -104,7 +86,7 @@ def reader_rotation(
   parts = list(readers)
   if canonicaliser == 'svd':
     matrix = np.concatenate([np.asarray(x, np.float32) for x in parts], axis=1)
-    return _canonicalisers['svd'](_disturbed(jnp.asarray(matrix), disturb))
+    return _svd(_disturbed(jnp.asarray(matrix), disturb))
   width = parts[0].shape[0]
   folded, place = np.zeros((width, width), np.float32), 0
   for matrix in parts:
@@ -113,12 +95,12 @@ def reader_rotation(
       count = min(width - place, matrix.shape[1] - start)
       folded[:, place : place + count] += matrix[:, start : start + count]
       start, place = start + count, (place + count) % width
-  return _canonicalisers['qr'](_disturbed(jnp.asarray(folded), disturb))
+  return _qr(_disturbed(jnp.asarray(folded), disturb))
 
 
 def sampled_rotation(
-  frame: options_lib.Frame,
-  segment: Segment,
+  frame: frames.Frame,
+  segment: segments.Parts,
   neutral: jax.Array | None,
   before: jax.Array | None,
   q: jax.Array,
@@ -140,11 +122,11 @@ def sampled_rotation(
     (shortcut,) = segment.shortcut.values()
     before = jnp.eye(frame.k, dtype=jnp.float32) if before is None else before
     return _chained(shortcut, before, q)
-  return _counter_turned(neutral, q)
+  return _counter_rotated(neutral, q)
 
 
 def recovered(
-  frame: options_lib.Frame,
+  frame: frames.Frame,
   parts: segments.Parts,
   arrays: segments.Arrays,
   canonicaliser: str,
@@ -187,36 +169,19 @@ def _disturbed(matrix: jax.Array, disturb: bool) -> jax.Array:
   return matrix + _BACKWARD_ERROR * scale * noise
 
 
-def _greatest_norm(matrix: np.ndarray, axis: int) -> float:
-  """Returns the greatest norm of a column (axis 0) or of a row (axis 1).
-
-  The result is NaN if a norm is NaN.
-  """
-  slabs = (
-    matrix[i : i + _SLAB] if axis else matrix[:, i : i + _SLAB]
-    for i in range(0, matrix.shape[1 - axis], _SLAB)
-  )
-  squares = [float(_greatest_square(slab, axis)) for slab in slabs]
-  return float(np.sqrt(np.max(squares, initial=0.0)))
-
-
-@functools.partial(jax.jit, static_argnums=1)
-def _greatest_square(matrix: jax.Array, axis: int) -> jax.Array:
-  x = matrix.astype(jnp.float32)
-  return jnp.square(x).sum(axis=axis).max(initial=0)
+@jax.jit
+def _greatest_square(rows: jax.Array) -> jax.Array:
+  return jnp.square(rows.astype(jnp.float32)).sum(axis=1).max(initial=0)
 
 
 @jax.jit
-def _rows(matrix: jax.Array, rotation: jax.Array) -> jax.Array:
-  return _matmul(rotation.T, matrix.astype(jnp.float32))
-
-
-@jax.jit
-def _columns(matrix: jax.Array, rotation: jax.Array) -> jax.Array:
+def _product(matrix: jax.Array, rotation: jax.Array) -> jax.Array:
   return _matmul(matrix.astype(jnp.float32), rotation)
 
 
 _round = jax.jit(lambda x, dtype: x.astype(dtype), static_argnums=1)
+_svd = jax.jit(lambda w: canonical.svd(w)[1])
+_qr = jax.jit(lambda w: canonical.qr(w)[1])
 
 
 @jax.jit
@@ -238,14 +203,8 @@ def _chained(shortcut: jax.Array, before: jax.Array, q: jax.Array) -> jax.Array:
 
 
 @jax.jit
-def _counter_turned(neutral: jax.Array, q: jax.Array) -> jax.Array:
+def _counter_rotated(neutral: jax.Array, q: jax.Array) -> jax.Array:
   """Returns `C (I + Q)^T`, where I + Q is block diagonal."""
   width, n = neutral.shape[0], q.shape[0]
   whole = jnp.eye(width, dtype=jnp.float32).at[width - n :, width - n :].set(q)
   return canonical.reorthogonalize(_matmul(neutral, whole.T))
-
-
-_canonicalisers: dict[str, Callable[[jax.Array], jax.Array]] = {
-  name: jax.jit(lambda w, split=split: split(w)[1])
-  for name, split in canonical.CANONICALISERS.items()
-}

@@ -5,52 +5,53 @@ by it; a writer is a parameter whose output is added to it. A shortcut leads fro
 segment to the next. The parameters are read from a source one layer at a time.
 """
 
+from collections.abc import Callable
 import functools
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from rotbits_jax import models
+from rotbits_jax import passes
 from rotbits_jax import structured
-from rotbits_jax import symmetries
 
 Shapes = dict[str, tuple[int, ...]]  # by paths like 'layers.3/attention/query/kernel'
 Arrays = dict[str, np.ndarray]
 
 
 class Parts(NamedTuple):
-  """The shapes of the parameters around one residual segment, by path.
+  """The shapes or the arrays of the parameters around one residual segment, by path.
 
   Every parameter of the model is in one of the first four fields of exactly one
   segment.
   """
 
-  readers: Shapes  # [d, out]: kernels that are multiplied by the segment
-  writers: Shapes  # [in, d] or [d]: kernels and biases whose outputs are added to it
-  shortcut: Shapes  # [d', d]: the shortcut that leads into it, or nothing
-  biases: Shapes  # biases of the readers, which no rotation changes
-  leaving: Shapes  # [d, d'']: the shortcut that leads out of it, or nothing
+  readers: dict[str, Any]  # [d, out]: kernels that are multiplied by the segment
+  writers: dict[str, Any]  # [in, d] or [d]: kernels and biases that are added to it
+  shortcut: dict[str, Any]  # [d', d]: the shortcut that leads into it, or nothing
+  biases: dict[str, Any]  # biases of the readers, which no rotation changes
+  leaving: dict[str, Any]  # [d, d'']: the shortcut that leads out of it, or nothing
 
   @property
-  def all(self) -> Shapes:
+  def all(self) -> dict[str, Any]:
     """The parameters of this segment in the order in which they are pushed.
 
-    The kernels come last, so that rotations are sampled from their numbers, as
-    published. The numbers of a shortcut are far greater, so a threshold would leave
-    greater errors in the numbers around them.
+    The kernels come last, so that rotations are sampled from their elements, as
+    published. The elements of a shortcut are far greater, so a threshold would leave
+    greater errors in the elements around them.
     """
     return self.shortcut | self.biases | self.readers | self.writers
 
 
 def parts(config: models.ModelConfig) -> list[Parts]:
-  """Returns the parameters around each segment of a sliced model, in order."""
+  """Returns the shapes around each segment of a sliced model, in order."""
   found = [Parts({}, {}, {}, {}, {}) for _ in config.segment_widths]
-  step, last = config.segments_per_layer, len(found) - 1
   outer = models.layout.outer_axes(config), models.outer_shapes(config)
-  _add(found, '', *outer, first=0, last=last)
+  _add(found, '', *outer, 0, len(found) - 1)
+  axes, step = models.layout.layer_axes(config), config.segments_per_layer
   for i in range(config.num_layers):
-    layer = models.layout.layer_axes(config), models.layer_shapes(config, i)
-    _add(found, models.names.prefix(i), *layer, first=i * step, last=(i + 1) * step)
+    shapes = models.layer_shapes(config, i)
+    _add(found, models.names.prefix(i), axes, shapes, i * step, (i + 1) * step)
   return found
 
 
@@ -59,7 +60,6 @@ def _add(
   prefix: str,
   axes: models.layout.Axes,
   shapes: dict[str, Any],
-  *,
   first: int,
   last: int,
 ) -> None:
@@ -96,24 +96,17 @@ def _add(
       (found[read].biases if len(own) == 1 else found[read].readers).update(shape)
 
 
-class Reader:
-  """Takes parameters out of a source by their paths.
+def reader(source: passes.Source) -> Callable[[Parts], Parts]:
+  """Returns a function that reads the arrays around a segment, given their shapes.
 
-  It holds at most two layers, or one layer and the parameters outside the layers.
+  It holds at most two records: two layers, or a layer and the embedding or the head.
   """
 
-  def __init__(self, source: symmetries.Source):
-    def unit(index: int | None) -> dict[str, Any]:
-      tree = source.outer() if index is None else source.layer(index)
-      return structured.flatten(tree)
+  @functools.lru_cache(2)
+  def record(name: str) -> dict[str, Any]:
+    return structured.flatten(source.read(name))
 
-    self._unit = functools.lru_cache(2)(unit)
+  def array(path: str) -> np.ndarray:
+    return np.asarray(record(path.partition('/')[0])[path])
 
-  def leaf(self, path: str) -> Any:
-    """Returns a parameter's leaf; None if the source does not have the parameter."""
-    index = models.names.layer_index(path)
-    return self._unit(index).get(path.removeprefix(models.names.prefix(index)))
-
-  def arrays(self, shapes: Shapes) -> Arrays:
-    """Returns the parameters with these paths as arrays."""
-    return {path: np.asarray(self.leaf(path)) for path in shapes}
+  return lambda part: Parts(*({path: array(path) for path in x} for x in part))

@@ -8,7 +8,7 @@ paper   keeps the function up to rounding, and saves bits by rotating the model,
         published
 
 A gauge is a choice of coordinates that does not change the function of a model. A
-transform rewrites a model so that fewer elements need to be stored; see `symmetries`.
+transform rewrites a model so that fewer elements need to be stored; see `passes`.
 
 Everything that others ask of a preset is in its `Preset`. Another package adds a preset
 by a function that makes one, and an entry point of the group `rotbits_jax.presets` with
@@ -21,8 +21,6 @@ flags of `rotbits encode`, with the help of the docstring.
 """
 
 from collections.abc import Callable
-import functools
-import importlib.metadata
 import inspect
 from typing import Any
 
@@ -32,13 +30,12 @@ from rotbits_jax.presets.free import free
 from rotbits_jax.presets.near import near
 from rotbits_jax.presets.paper import paper
 from rotbits_jax.presets.preset import Keeps
-from rotbits_jax.presets.preset import MessageCodec
 from rotbits_jax.presets.preset import Preset
+from rotbits_jax.system import plugins
 
 __all__ = [
   'PRESETS',
   'Keeps',
-  'MessageCodec',
   'Preset',
   'default',
   'exact',
@@ -58,11 +55,9 @@ PRESETS: dict[str, Callable[..., Preset]] = {
 """Functions that take options and make a preset, by the name of the preset."""
 
 
-@functools.cache
 def known() -> dict[str, Callable[..., Preset]]:
   """Returns `PRESETS` with those of other packages, which have entry points."""
-  others = importlib.metadata.entry_points(group='rotbits_jax.presets')
-  return PRESETS | {x.name: x.load() for x in others if x.name not in PRESETS}
+  return PRESETS | plugins.load('presets', PRESETS)
 
 
 def default(config: models.ModelConfig | None) -> str:

@@ -1,6 +1,6 @@
 """The preset `free`, which keeps the function and removes redundant elements."""
 
-from rotbits_jax import symmetries
+from rotbits_jax import passes
 from rotbits_jax.presets.preset import Preset
 from rotbits_jax.presets.preset import check_finite
 
@@ -9,7 +9,7 @@ def free(
   *,
   tolerance: float = 0.7,
   floor: float | None = 0.0,
-  transforms: tuple[symmetries.Transform, ...] = (),
+  transforms: tuple[passes.Transform, ...] = (),
 ) -> Preset:
   """Makes the preset that fixes every gauge, rounds once, and codes the other elements.
 
@@ -19,7 +19,7 @@ def free(
     tolerance: how far a singular value of a shortcut may be from 1 and count as 1, in
       units of the storage format's roundoff.
     floor: log2 of the factor by which the step that small elements share is coarser.
-      None rounds every element to its own step. See `symmetries.with_floor`.
+      None rounds every element to its own step. See `passes.with_minimum_exponent`.
     transforms: further transforms, applied after those of the preset.
 
   Returns:
@@ -34,32 +34,31 @@ def free(
     name='free',
     options={'tolerance': tolerance, 'floor': floor},
     transform=without_gauges(tolerance, transforms),
-    rounding=symmetries.NEAREST if floor is None else symmetries.with_floor(floor),
+    rounding=passes.NEAREST if floor is None else passes.with_minimum_exponent(floor),
     resumable=not transforms,
-    order_neurons=True,
   )
 
 
 def without_gauges(
   tolerance: float,
-  transforms: tuple[symmetries.Transform, ...],
+  transforms: tuple[passes.Transform, ...],
   heads: float | None = None,
-) -> symmetries.Transform:
-  """Returns the transform that fixes every gauge, and further ones after it.
+) -> passes.Chain:
+  """Returns the transforms that fix every gauge, and further ones after them.
 
   Args:
     tolerance: see `free`.
     transforms: the further ones.
-    heads: see the tolerance of `symmetries.remove_value_gauge`.
+    heads: see the tolerance of `passes.remove_value_gauge`.
   """
-  return symmetries.chain(
+  return passes.chain(
     # Rotations come first, because the other transforms look for structure in the
     # coordinates that they choose.
-    symmetries.remove_residual_gauge(tolerance=tolerance),
-    symmetries.retie_embedding(),
-    symmetries.remove_biases(),
-    symmetries.remove_value_gauge(tolerance=heads),
-    symmetries.remove_query_key_gauge(tolerance=heads),
-    symmetries.remove_low_rank_gauge(),
+    passes.remove_residual_gauge(tolerance=tolerance),
+    passes.retie_embedding(),
+    passes.remove_biases(),
+    passes.remove_value_gauge(tolerance=heads),
+    passes.remove_query_key_gauge(tolerance=heads),
+    passes.remove_low_rank_gauge(),
     *transforms,
   )

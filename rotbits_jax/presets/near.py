@@ -2,32 +2,31 @@
 
 from collections.abc import Mapping
 
-from rotbits_jax import symmetries
+from rotbits_jax import passes
 from rotbits_jax.presets.free import without_gauges
 from rotbits_jax.presets.preset import Preset
 from rotbits_jax.presets.preset import check_finite
-from rotbits_jax.symmetries import rounding
 
 
 def near(
   *,
   step: float = -5.0,
   offsets: Mapping[str, float] | None = None,
-  inputs: Mapping[str, symmetries.Inputs] | None = None,
+  inputs: Mapping[str, passes.Inputs] | None = None,
   tolerance: float = 0.7,
-  transforms: tuple[symmetries.Transform, ...] = (),
+  transforms: tuple[passes.Transform, ...] = (),
 ) -> Preset:
   """Makes the preset for nearly the same function in far fewer bytes.
 
   It fixes every gauge as `free` does. Then it rounds the elements of each array to
-  multiples of one step, so that an element costs few bits. A matrix that no transform
-  changed is packed instead if that takes fewer bytes, see `file.packing`.
+  multiples of one step, so that an element costs few bits. A matrix that a checkpoint
+  stores as quantised codes keeps them if they take fewer bytes.
 
   Args:
     step: log2 of the ratio of the step to the root mean square of an array's elements.
     offsets: numbers to add to `step`, by pattern of paths, see `models.names.pattern`.
       `presets.steps.search` finds good ones.
-    inputs: see `symmetries.Rounding`; `presets.steps.search` measures them.
+    inputs: see `passes.Rounding`; `presets.steps.search` measures them.
     tolerance: how far a singular value of a shortcut may be from 1 and count as 1, in
       units of the storage format's roundoff.
     transforms: further transforms, applied after those of the preset.
@@ -40,9 +39,9 @@ def near(
       is too fine to save bytes.
   """
   step = check_finite('step', step)
-  if step < rounding.FINEST:
+  if step < passes.FINEST:
     raise ValueError(
-      f'step must be at least {rounding.FINEST:g}, got {step}: `free` keeps more'
+      f'step must be at least {passes.FINEST:g}, got {step}: `free` keeps more'
     )
   offsets = {key: check_finite(key, value) for key, value in (offsets or {}).items()}
   tolerance = check_finite('tolerance', tolerance, least=0)
@@ -57,8 +56,7 @@ def near(
     # Rounding to the step dominates the rounding to a dtype, for which the default
     # tolerance of heads was chosen.
     transform=without_gauges(tolerance, transforms, heads=3.0),
-    rounding=symmetries.to_steps(step, offsets, inputs),
+    rounding=passes.to_steps(step, offsets, inputs),
     keeps='approximation',
     resumable=not (transforms or inputs),
-    order_neurons=True,
   )

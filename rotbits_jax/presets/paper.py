@@ -1,20 +1,16 @@
 """The preset `paper`: the published scheme, see `rotbits_jax.paper`."""
 
-import functools
-from typing import Literal
-
 from rotbits_jax import paper as scheme
-from rotbits_jax import symmetries
-from rotbits_jax.presets.preset import MessageCodec
+from rotbits_jax import passes
 from rotbits_jax.presets.preset import Preset
-from rotbits_jax.presets.preset import check_finite
+from rotbits_jax.system import schema
 
 
 def paper(
   *,
   canonicaliser: scheme.Canonicaliser = 'polar_shortcut',
   rotation_codec: scheme.RotationCodec = 'haar',
-  correction: Literal['exact', 'threshold'] = 'exact',
+  correction: scheme.Correction = 'exact',
   threshold: float = 1e-3,
   entropy: bool = False,
 ) -> Preset:
@@ -38,28 +34,20 @@ def paper(
   Raises:
     ValueError: if an option is unknown, or if two options cannot be combined.
   """
-  if correction not in ('exact', 'threshold'):
-    raise ValueError(f'correction must be exact or threshold, got {correction!r}')
-  threshold = check_finite('threshold', threshold, least=0)
-  options = scheme.Options(
-    canonicaliser=canonicaliser,
-    rotation_codec=rotation_codec,
-    threshold=threshold if correction == 'threshold' else None,
-    entropy=entropy,
-  ).check()
-  return Preset(
-    name='paper',
-    options={
+  options = schema.load(
+    scheme.Options,
+    {
       'canonicaliser': canonicaliser,
       'rotation_codec': rotation_codec,
       'correction': correction,
       'threshold': threshold,
       'entropy': entropy,
     },
-    transform=symmetries.make('rotations'),
-    rounding=None,  # the scheme rounds the rotated elements itself
-    message=MessageCodec(
-      refuse=functools.partial(scheme.refuse, options=options),
-      encode=functools.partial(scheme.encode, options=options),
-    ),
+  )
+  return Preset(
+    name='paper',
+    options=schema.dump(options),
+    transform=passes.chain(),  # the scheme rotates and rounds by itself
+    rounding=None,
+    coder='paper',
   )

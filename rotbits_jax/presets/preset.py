@@ -1,26 +1,11 @@
 """The type of presets: everything that the encoder and its callers ask of one."""
 
-from collections.abc import Callable
 import math
 from typing import Any, Literal, NamedTuple
 
-from rotbits_jax import symmetries
+from rotbits_jax import passes
 
 Keeps = Literal['bits', 'function', 'approximation']
-
-
-class MessageCodec(NamedTuple):
-  """Codes a whole model as one message, in place of records.
-
-  Attributes:
-    refuse: takes a source, and raises a ValueError if its model cannot be coded. It
-      reads only shapes and dtypes.
-    encode: takes a source, a function that takes the words of the message piece by
-      piece, and the keyword `progress`; returns the rest, see `paper.Encoded`.
-  """
-
-  refuse: Callable[[symmetries.Source], None]
-  encode: Callable[..., Any]
 
 
 class Preset(NamedTuple):
@@ -29,7 +14,7 @@ class Preset(NamedTuple):
   Attributes:
     name: the name of the preset in the file.
     options: JSON values that the file keeps as a record of how it was made.
-    transform: the transform that rewrites the model, see `symmetries.chain`.
+    transform: the transforms that rewrite the model, see `passes.chain`.
     rounding: how elements are rounded after the transforms, which see float32 elements.
       None if the transforms see the elements in their stored dtype and keep them.
     keeps: what comes back: the 'bits' of the input; its 'function' up to rounding; or
@@ -37,18 +22,17 @@ class Preset(NamedTuple):
       tensors need a preset that keeps bits.
     resumable: whether name and options determine everything else, so that a run can
       continue the work of an interrupted run with the same options.
-    order_neurons: whether the neurons of an MLP are stored in an order that saves bits.
-    message: codes the whole model as one message; None to code record by record.
+    coder: name of the coder of records, or of a coder that codes a whole model as one
+      message, see `file.coders`.
   """
 
   name: str
   options: dict[str, Any]
-  transform: symmetries.Transform
-  rounding: symmetries.Rounding | None = symmetries.NEAREST
+  transform: passes.Chain
+  rounding: passes.Rounding | None = passes.NEAREST
   keeps: Keeps = 'function'
   resumable: bool = False
-  order_neurons: bool = False
-  message: MessageCodec | None = None
+  coder: str = 'weights'
 
   @property
   def names(self) -> tuple[str, ...]:

@@ -10,8 +10,7 @@ numbers causes the divergence k 4^s at the step s, the least bytes have
 
 and each kind causes a divergence in proportion to its numbers. Each k is measured, by
 rounding the parameters of this kind alone. Matrices are rounded with error feedback,
-see `symmetries.feedback`; the moments of their inputs are measured first. A matrix that
-the encoder packs in place of rounding has no step and causes no divergence.
+see `symmetries.steps`; the moments of their inputs are measured first.
 """
 
 import dataclasses
@@ -24,14 +23,10 @@ import numpy as np
 
 from rotbits_jax import evaluation
 from rotbits_jax import models
+from rotbits_jax import passes
 from rotbits_jax import structured
-from rotbits_jax import symmetries
 from rotbits_jax.evaluation import perplexity
-from rotbits_jax.file import packing
 from rotbits_jax.presets.near import near
-from rotbits_jax.symmetries import packings
-from rotbits_jax.symmetries import rounding as rounding_lib
-from rotbits_jax.symmetries import transform
 from rotbits_jax.system import progress as progress_lib
 
 PROBE = -5.0
@@ -58,12 +53,12 @@ class Calibration(NamedTuple):
     offsets: octaves to add to the step, by kind of parameter. Their mean over the
       numbers that rounding changes is about zero.
     sensitivities: the mean KL in nats that each kind causes alone at the step `PROBE`.
-    inputs: the inputs of matrices, see `symmetries.Rounding`.
+    inputs: the inputs of matrices, see `passes.Rounding`.
   """
 
   offsets: dict[str, float]
   sensitivities: dict[str, float]
-  inputs: dict[str, symmetries.Inputs]
+  inputs: dict[str, passes.Inputs]
 
 
 class Found(NamedTuple):
@@ -74,14 +69,14 @@ class Found(NamedTuple):
     offsets: octaves to add to it, by kind of parameter.
     curve: all measurements at such offsets, from the finest step on.
     sensitivities: the divergence that each kind causes alone at the step `PROBE`.
-    inputs: the inputs of matrices, see `symmetries.Rounding`.
+    inputs: the inputs of matrices, see `passes.Rounding`.
   """
 
   step: float
   offsets: dict[str, float]
   curve: list[Point]
   sensitivities: dict[str, float]
-  inputs: dict[str, symmetries.Inputs]
+  inputs: dict[str, passes.Inputs]
 
 
 def calibrate(
@@ -93,9 +88,8 @@ def calibrate(
 ) -> Calibration:
   """Divides the bits among the kinds of parameters, see above.
 
-  The whole model is held in memory, in its own dtype and in float32, the moments of the
-  inputs of every kernel `[in, out]`, float32 `[in, in]`, and the matrices that can be
-  packed once more, in their own dtype and packed.
+  The whole model is held in memory, in its own dtype and in float32, and the
+  moments of the inputs of every kernel `[in, out]`, float32 `[in, in]`.
 
   Args:
     model: the model.
@@ -167,14 +161,14 @@ class _Text(NamedTuple):
   """A text on which a model is compared with its rounded versions.
 
   Attributes:
-    context: see `symmetries.make_context`.
+    context: see `passes.make_context`.
     unrounded: the float32 model after the transforms of `near`.
     reference: the model.
     tokens: `[N]` token ids of the text.
     max_tokens: number of tokens to use; None for all.
   """
 
-  context: symmetries.Context
+  context: passes.Context
   unrounded: models.Model
   reference: models.Model
   tokens: np.ndarray
@@ -184,7 +178,7 @@ class _Text(NamedTuple):
   def make(
     cls, model: models.Model, tokens: np.ndarray, max_tokens: int | None
   ) -> '_Text':
-    context = _context(model)
+    context = passes.make_context(model, stored_as=model.stored_as)
     unrounded = jax.device_put(_rewritten(context))
     reference = jax.device_put(dataclasses.replace(model.rounded(), buffers={}))
     return cls(context, unrounded, reference, tokens, max_tokens)
@@ -193,10 +187,10 @@ class _Text(NamedTuple):
     self,
     step: float,
     offsets: dict[str, float],
-    inputs: dict[str, symmetries.Inputs],
+    inputs: dict[str, passes.Inputs],
   ) -> models.Model:
     """Rounds the model as the preset `near` does."""
-    rounding = symmetries.to_steps(step, offsets, inputs)
+    rounding = passes.to_steps(step, offsets, inputs)
     return jax.device_put(_rounded(self.unrounded, self.context, rounding))
 
   def compare(
@@ -238,7 +232,7 @@ class _Text(NamedTuple):
     sensitivities = self.compare({kind: alone(kind) for kind in kinds}, progress)
     return Calibration(_offsets(kinds, sensitivities), sensitivities, inputs)
 
-  def inputs(self) -> dict[str, symmetries.Inputs]:
+  def inputs(self) -> dict[str, passes.Inputs]:
     """Measures the inputs of the matrices that are plain arrays."""
     model = dataclasses.replace(self.unrounded, buffers={}, stored_as=None)
     total: Any = None
@@ -248,11 +242,11 @@ class _Text(NamedTuple):
       if length == tokens.size:  # padding is no input
         moments = _input_moments(model, tokens)
         total = moments if total is None else jax.tree.map(jnp.add, total, moments)
-    leaves = dict(transform.leaves(model))
+    leaves = dict(model.leaves())
     of_layers = dataclasses.replace(model, params=jax.device_get(total))
     return {
-      path: symmetries.Inputs(moments, 0 if path.endswith('/kernel') else 1)
-      for path, moments in transform.leaves(of_layers)
+      path: passes.Inputs(moments, 0 if path.endswith('/kernel') else 1)
+      for path, moments in of_layers.leaves()
       if structured.is_plain(leaves[path])
     }
 
@@ -275,7 +269,7 @@ def _next_step(curve: dict[float, float], max_kl: float) -> float:
     step = last + _PRECISION
   elif coarse and not fine and step >= min(coarse):
     step = min(coarse) - 2 * _PRECISION
-  return float(min(max(step, rounding_lib.FINEST), 0.0))
+  return float(min(max(step, passes.FINEST), 0.0))
 
 
 def _offsets(
@@ -308,60 +302,38 @@ def rewritten(model: models.Model) -> models.Model:
     The model with float32 parameters. Its `stored_as` is the dtype of most parameters
     of `model`.
   """
-  return _rewritten(_context(model))
+  return _rewritten(passes.make_context(model, stored_as=model.stored_as))
 
 
-def _rewritten(context: symmetries.Context) -> models.Model:
+def _rewritten(context: passes.Context) -> models.Model:
   wide = {
     path: np.dtype(np.float32) if jnp.issubdtype(dtype, jnp.floating) else dtype
     for path, dtype in context.dtypes.items()
   }
   wide_context = context._replace(dtypes=wide)
-  units = symmetries.rewrite(wide_context, near().transform)
-  result = transform.to_model(
-    context.config, (unit for some, _ in units for unit in some)
-  )
+  units = passes.rewrite(wide_context, near().transform)
+  result = passes.to_model(context.config, (unit for some, _ in units for unit in some))
   return dataclasses.replace(result, stored_as=context.dtype.name)
-
-
-def _context(model: models.Model) -> symmetries.Context:
-  """Returns the context with which the preset `near` encodes a model.
-
-  It keeps the packed leaves of matrices, because they are the same at every step.
-  """
-  pack = packings.once(packing.find)
-  return symmetries.make_context(model, stored_as=model.stored_as, pack=pack)
 
 
 def _numbers(model: models.Model, rounded: models.Model) -> dict[str, int]:
   """Counts the numbers of the matrices that rounding changed, by kind of parameter."""
   counts: dict[str, int] = {}
-  results = dict(transform.leaves(rounded))
-  for path, leaf in transform.leaves(model):
+  results = dict(rounded.leaves())
+  for path, leaf in model.leaves():
     pairs = zip(jax.tree.leaves(leaf), jax.tree.leaves(results[path]), strict=True)
-    if any(rounding_lib.is_matrix(x) and bool((x != y).any()) for x, y in pairs):
+    if any(passes.is_matrix(x) and bool((x != y).any()) for x, y in pairs):
       name = models.names.pattern(path)
       counts[name] = counts.get(name, 0) + structured.count_elements(leaf)
   return counts
 
 
 def _rounded(
-  model: models.Model, context: symmetries.Context, rounding: symmetries.Rounding
+  model: models.Model, context: passes.Context, rounding: passes.Rounding
 ) -> models.Model:
-  """Rounds a float32 model as the encoder does.
-
-  Matrices that the encoder packs keep their numbers, in float32 as all others.
-  """
-
-  def unpacked(unit: symmetries.Record) -> symmetries.Record:
-    params = structured.flatten(unit.params)
-    for path, leaf in params.items():
-      if isinstance(leaf, structured.Packed):
-        params[path] = leaf.array().astype(np.float32)
-    return unit._replace(params=structured.unflatten(params))
-
-  own, chain = context._replace(source=model), symmetries.chain()
-  units = symmetries.rewrite(own, chain, rounding=rounding)
-  return transform.to_model(
-    model.config, (unpacked(unit) for some, _ in units for unit in some)
+  """Rounds a float32 model as the encoder does."""
+  own, chain = context._replace(source=model), passes.chain()
+  records = passes.rewrite(own, chain, rounding=rounding)
+  return passes.to_model(
+    model.config, (record for some, _ in records for record in some)
   )

@@ -7,10 +7,8 @@ from one residual segment of a sliced model to the next. The page follows the li
 dark theme of the browser, and fits a phone.
 """
 
-import dataclasses
 import html
-import itertools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +17,8 @@ import numpy as np
 from rotbits_jax import file
 from rotbits_jax import models
 from rotbits_jax import structured
+from rotbits_jax.evaluation import accounting as accounting_lib
+from rotbits_jax.evaluation import published
 from rotbits_jax.report import charts
 from rotbits_jax.report import savings
 
@@ -59,7 +59,9 @@ def report_page(source: file.Readable) -> str:
       ('The file', layout(reader)),
     ]
   body = ''.join(
-    f'<section><h2>{name}</h2>{content}</section>' for name, content in sections
+    f'<section><h2>{name}</h2>{content}</section>'
+    for name, content in sections
+    if content
   )
   share = report.file_bytes / max(report.input_bytes, 1)
   family = f', family {html.escape(report.family)}' if report.family else ''
@@ -125,10 +127,10 @@ class _Spectrum(NamedTuple):
 
 
 def shortcuts(reader: file.Reader, report: savings.Report) -> str:
-  """Draws the spectra of some shortcuts, and the ranks of all."""
+  """Draws the spectra of some shortcuts, and the ranks of all; '' if there are none."""
   notes = [x for x in _notes(report) if x.rank is not None and 'shortcut' in x.name]
   if not notes:
-    return '<p>No shortcut of this file is stored in a structured form.</p>'
+    return ''
   indices = sorted({note.layer for note in notes})
   places = np.linspace(0, len(indices) - 1, min(len(indices), _LAYERS))
   chosen = [indices[i] for i in sorted({round(place) for place in places})]
@@ -182,46 +184,36 @@ def _ranks(notes: list['_Note'], most: int) -> str:
 def _spectra(reader: file.Reader, index: int) -> list[_Spectrum]:
   """Computes the spectra of one layer's shortcuts."""
   found = []
-  for path, leaf in structured.flatten(reader.unit(models.names.layer(index))).items():
+  name = models.names.layer(index)
+  for path, leaf in structured.flatten(reader.record(name)[name]).items():
     if 'shortcut' not in path:
       continue
     numbers = [np.asarray(x, np.float32) for x in jax.tree.leaves(leaf)]
     if not all(np.isfinite(x).all() for x in numbers):
       continue
-    count = min(leaf.shape)
-    if isinstance(leaf, structured.IdentityMinusGram):
-      less, more = (_squares(x) for x in (leaf.b, leaf.c))
-      values = np.concatenate(
-        [1 - less, 1 + more, np.ones(count - less.size - more.size)]
-      )
-      rank = less.size + more.size
+    if structured.is_structured(leaf):
+      values, rank = leaf.singular_values(), leaf.rank
     else:
-      matrix = np.asarray(structured.materialize(leaf), np.float32)
-      values, rank = np.linalg.svd(matrix, compute_uv=False), count
-    found.append(_Spectrum(models.names.prefix(index) + path, np.sort(values), rank))
+      matrix = np.asarray(leaf, np.float32)
+      values, rank = np.linalg.svd(matrix, compute_uv=False)[::-1], min(leaf.shape)
+    found.append(_Spectrum(models.names.prefix(index) + path, values, rank))
   return found
-
-
-def _squares(factor: Any) -> np.ndarray:
-  """Returns the eigenvalues of B^T B."""
-  wide = np.asarray(factor, np.float32).astype(np.float64)
-  return np.linalg.eigvalsh(wide.T @ wide)
 
 
 # ---- the errors ----------------------------------------------------------------------
 
 
 def errors(reader: file.Reader, report: savings.Report) -> str:
-  """Draws the error of every rewritten tensor, beside that of rounding alone."""
+  """Draws the errors that the notes tell, beside that of rounding; '' without notes."""
   groups: dict[str, list[tuple[int, float]]] = {}
   for note in _notes(report):
     if note.error:
-      groups.setdefault(note.name, []).append((note.layer, note.error))
-  if not groups:
-    return '<p>The file has no notes on the errors of single tensors.</p>'
-  dtypes = [x for x in reader.dtypes().values() if jnp.issubdtype(x, jnp.floating)]
-  if not dtypes:
-    return '<p>This file has no tensor of floating-point numbers.</p>'
+      name = f'{note.name} ({note.transform})'
+      groups.setdefault(name, []).append((note.layer, note.error))
+  on_disk = reader.dtypes_on_disk().values()
+  dtypes = [x for x in on_disk if jnp.issubdtype(x, jnp.floating)]
+  if not (groups and dtypes):
+    return ''
   dtype = max(set(dtypes), key=dtypes.count)
   floor = _ROUNDING * float(jnp.finfo(dtype).eps) / 2
   names = list(groups)[:_TENSORS]
@@ -258,21 +250,20 @@ def errors(reader: file.Reader, report: savings.Report) -> str:
 
 
 def table(reader: file.Reader, report: savings.Report) -> str:
-  """Tabulates the reductions of published models and of this file."""
-  # They are slow to import.
-  from rotbits_jax.evaluation import accounting as accounting_lib
-  from rotbits_jax.evaluation import published
-
+  """Tabulates reductions of published models and of this file; '' if it has none."""
+  config = reader.config
+  dense = accounting_lib.dense_elements(config) if config and config.sliced else 0
+  if dense <= 0:
+    return ''
+  sizes = report.input_elements, report.stored_elements, report.file_bytes / 2
+  own = [100 * (1 - n / dense) for n in sizes]
   rows = [
     '<tr><th>model</th><th>slicing</th><th>SliceGPT</th><th>bits-back, published</th>'
-    '<th>gauge fixed</th><th>+ heads, retied</th></tr>'
+    '<th>gauge fixed</th><th>+ heads, retied</th></tr>',
+    f'<tr class="own"><td>this file</td><td></td><td>{own[0]:.2f}%</td><td></td>'
+    f'<td colspan="2">{own[1]:.2f}% of the elements, {own[2]:.2f}% of the bytes</td>'
+    '</tr>',
   ]
-  if (own := own_reduction(reader, report)) is not None:
-    rows.append(
-      f'<tr class="own"><td>this file</td><td></td><td>{own[0]:.2f}%</td><td></td>'
-      f'<td colspan="2">{own[1]:.2f}% of the elements, {own[2]:.2f}% of the bytes</td>'
-      '</tr>'
-    )
   for name, model in published.experiments().items():
     for sparsity, bits_back in model.bits_back.items():
       found = accounting_lib.accounting(model.config, sparsity).reduction()
@@ -287,34 +278,6 @@ def table(reader: file.Reader, report: savings.Report) -> str:
     'element, as the bits-back paper (arXiv 2410.01309) counts them. Its models are '
     'counted from their sizes alone, before entropy coding.</p>'
     f'<div class="scroll"><table>{"".join(rows)}</table></div>'
-  )
-
-
-def own_reduction(
-  reader: file.Reader, report: savings.Report
-) -> tuple[float, float, float] | None:
-  """Counts this file in the way of the published table.
-
-  Returns:
-    Three reductions in percent, relative to the numbers of the dense model: that of the
-    numbers of the sliced checkpoint, that of the numbers stored in the file, and that
-    of the bytes of the file at 2 bytes per number. None if the file does not hold a
-    sliced model, or the dense model has no numbers.
-  """
-  config = reader.config
-  if config is None or not config.sliced:
-    return None
-  hidden, segments = config.hidden_size, len(config.segment_widths)
-  whole = dataclasses.replace(config, segment_widths=(hidden,) * segments)
-  dense = models.count_elements(whole)
-  dense -= sum(a * b for a, b in itertools.pairwise(whole.segment_widths))
-  if dense <= 0:
-    return None
-  percent = lambda n: 100 * (1 - n / dense)
-  return (
-    percent(report.input_elements),
-    percent(report.stored_elements),
-    percent(report.file_bytes / 2),
   )
 
 
@@ -354,12 +317,14 @@ class _Note(NamedTuple):
   """A note about a tensor of a layer.
 
   Attributes:
+    transform: the transform that made the note.
     layer: index of the layer.
     name: path of the tensor within the layer.
     rank: rank of a shortcut; None if the note has no rank.
     error: relative error; None if the note has no error.
   """
 
+  transform: str
   layer: int
   name: str
   rank: int | None
@@ -369,13 +334,14 @@ class _Note(NamedTuple):
 def _notes(report: savings.Report) -> list[_Note]:
   """Returns the notes about tensors of layers. They may be from an untrusted file."""
   found = []
-  for note in itertools.chain.from_iterable(report.notes.values()):
+  for transform, note in ((key, x) for key, own in report.notes.items() for x in own):
     unit, _, name = str(note.get('tensor')).partition('/')
     layer = models.names.layer_index(unit)
     rank, error = note.get('rank'), note.get('error')
     if layer is not None:
       found.append(
         _Note(
+          transform,
           layer,
           name,
           rank if type(rank) is int and 0 <= rank < 1 << 31 else None,

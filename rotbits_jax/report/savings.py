@@ -5,9 +5,9 @@ import textwrap
 from typing import Any, NamedTuple
 
 from rotbits_jax import models
-from rotbits_jax.file import fields
+from rotbits_jax import presets
 from rotbits_jax.file import reader as reader_lib
-from rotbits_jax.symmetries import transform
+from rotbits_jax.system import text
 
 
 class ReportLine(NamedTuple):
@@ -23,6 +23,7 @@ class Report(NamedTuple):
 
   Attributes:
     preset: name of the preset with which the file was encoded.
+    keeps: what comes back, see `presets.Preset`.
     family: family of the model; None for a PyTree of arrays.
     input_elements: number of elements of the tensors of the input.
     stored_elements: number of elements that the file stores.
@@ -34,6 +35,7 @@ class Report(NamedTuple):
   """
 
   preset: str
+  keeps: presets.Keeps
   family: str | None
   input_elements: int
   stored_elements: int
@@ -46,6 +48,7 @@ class Report(NamedTuple):
     """Returns the report as JSON values, with the notes if `verbose`."""
     value = {
       'preset': self.preset,
+      'keeps': self.keeps,
       'family': self.family,
       'elements': {'input': self.input_elements, 'stored': self.stored_elements},
       'bytes': {'input': self.input_bytes, 'file': self.file_bytes},
@@ -81,7 +84,7 @@ class Report(NamedTuple):
     for name, notes in self.notes.items():
       rows = _rows(notes) if verbose else summary(notes)
       lines += ['', *_table(name, rows)]
-    lines = [fields.printable(line) for line in lines]
+    lines = [text.printable(line) for line in lines]
     if width is not None:
       lines = [x if len(x) <= width else f'{x[: width - 3]}...' for x in lines]
     for remark in self.remarks():
@@ -90,20 +93,18 @@ class Report(NamedTuple):
 
   def remarks(self) -> list[str]:
     """Returns what a user of the decoded weights must know, a sentence or two each."""
-    return [_REMARKS[self.preset]] if self.preset in _REMARKS else []
-
-
-_REMARKS = {
-  'free': 'The decoded model computes the same function up to rounding, in other '
-  'coordinates: its weights are not those of the input. Adapters (LoRA) that were '
-  'trained on the input do not fit it. Merge them first, or use the preset exact.',
-  'near': 'The decoded model computes nearly the same function, in other coordinates: '
-  'measure it with `rotbits evaluate`. Adapters (LoRA) that were trained on the input '
-  'do not fit it. Merge them first, or use the preset exact.',
-  'paper': 'The decoded weights are rotated: they compute the same function up to '
-  'rounding, but they are not those of the input. Adapters (LoRA) that were trained on '
-  'the input do not fit them.',
-}
+    if self.keeps == 'bits':
+      return []
+    same = 'the same' if self.keeps == 'function' else 'nearly the same'
+    up_to = 'up to rounding, ' if self.keeps == 'function' else ''
+    remarks = [
+      f'The decoded model computes {same} function {up_to}in other coordinates: its '
+      'weights are not those of the input. Adapters (LoRA) that were trained on the '
+      'input do not fit it. Merge them first, or use the preset exact.'
+    ]
+    if self.keeps == 'approximation':
+      remarks.append('Measure how much it differs with `rotbits evaluate`.')
+    return remarks
 
 
 def summary(notes: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -114,7 +115,7 @@ def summary(notes: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
   Returns:
     Rows with `tensor` (an asterisk stands for the layer's number) and `form`; the count
-    of tensors, the numbers saved and the greatest error. Notes without a tensor get a
+    of tensors, the elements saved and the greatest error. Notes without a tensor get a
     row for each kind, with the range of each number.
   """
   kinds: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
@@ -128,7 +129,7 @@ def summary(notes: list[dict[str, Any]]) -> list[dict[str, Any]]:
     row: dict[str, Any] = dict(kind) | {'count': len(own)}
     if all('shape' in note for note in own):
       whole = sum(math.prod(note['shape']) for note in own)
-      row['saved'] = whole - sum(note['numbers'] for note in own)
+      row['saved'] = whole - sum(note['elements'] for note in own)
     else:
       numbers = [key for key, x in own[0].items() if not isinstance(x, str)]
       for key in numbers:
@@ -145,39 +146,37 @@ def summary(notes: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def from_reader(reader: reader_lib.Reader) -> Report:
   """Makes the report on an opened file, or on all its shards."""
-  holders: list[Any] = []
-  for own in reader.manifests:
-    holders += own.units if own.message is None else [*own.units, own.message]
-  savings: dict[str, transform.Saving] = {}
+  holders: list[Any] = list(reader.records.values())
+  holders += [own.message for own in reader.manifests if own.message is not None]
+  lines: dict[str, ReportLine] = {}
+  notes: dict[str, list[dict[str, Any]]] = {}
   for saving in (saving for holder in holders for saving in holder.savings):
-    total = savings.get(saving.name, transform.Saving(saving.name, 0, 0, []))
-    total.notes.extend(saving.notes)
-    savings[saving.name] = total._replace(
-      numbers=total.numbers + saving.numbers, bytes=total.bytes + saving.bytes
+    _, elements, size = lines.get(saving.name, ReportLine(saving.name, 0, 0))
+    lines[saving.name] = ReportLine(
+      saving.name, elements + saving.elements, size + saving.bytes
     )
-  elements = sum(holder.input_numbers for holder in holders)
-  input_bytes = sum(holder.input_bytes for holder in holders)
-  file_bytes = sum(file.nbytes for own in reader.manifests for file in own.files)
-  coded_bytes = reader.stream_bytes() - file_bytes
-  uncoded_bytes = input_bytes - sum(saving.bytes for saving in savings.values())
-  lines = [ReportLine(x.name, x.numbers, x.bytes) for x in savings.values()]
-  order_bytes = int(sum(unit.order_bits for unit in reader.units.values()) // 8)
-  if order_bytes:
-    lines.append(ReportLine('neuron order', 0, order_bytes))
-  lines += [
-    ReportLine('coding', 0, uncoded_bytes - coded_bytes - order_bytes),
-    ReportLine('tokenizer and settings', 0, -file_bytes),
-    ReportLine('file overhead', 0, reader.stream_bytes() - reader.size),
-  ]
+    if saving.notes:
+      notes.setdefault(saving.name, []).extend(saving.notes)
+  input_elements = sum(holder.input.elements for holder in holders)
+  input_bytes = sum(holder.input.bytes for holder in holders)
+  uncoded_bytes = input_bytes - sum(line.bytes_saved for line in lines.values())
+  other_bytes = sum(x.nbytes for own in reader.manifests for x in own.files.values())
+  coded_bytes = reader.stream_bytes() - other_bytes
   return Report(
     preset=reader.preset,
+    keeps=reader.keeps,
     family=reader.config.family if reader.config else None,
-    input_elements=elements,
-    stored_elements=elements - sum(saving.numbers for saving in savings.values()),
+    input_elements=input_elements,
+    stored_elements=input_elements - sum(x.elements_saved for x in lines.values()),
     input_bytes=input_bytes,
     file_bytes=reader.size,
-    lines=lines,
-    notes={saving.name: saving.notes for saving in savings.values() if saving.notes},
+    lines=[
+      *lines.values(),
+      ReportLine('coding', 0, uncoded_bytes - coded_bytes),
+      ReportLine('tokenizer and settings', 0, -other_bytes),
+      ReportLine('file overhead', 0, reader.stream_bytes() - reader.size),
+    ],
+    notes=notes,
   )
 
 

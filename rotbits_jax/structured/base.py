@@ -1,34 +1,52 @@
-"""The base classes of structured leaves, and functions of PyTrees that contain them.
+"""The base class of structured leaves.
 
 A leaf of a PyTree is an array or a structured leaf. A structured leaf stands for an
-array but stores fewer numbers; `structured` gives an overview. A dependent leaf is a
-structured leaf that stands for an array only together with other parameters.
+array but stores fewer numbers; `structured` gives an overview.
 """
 
 import abc
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
+import types
 from typing import Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rotbits_jax.structured import fields
+from rotbits_jax.structured.fields import Arrays
+from rotbits_jax.structured.fields import Settings
 from rotbits_jax.system import host
-
-Settings = dict[str, Any]  # JSON values
-Arrays = dict[str, np.ndarray]
 
 
 class Structured(abc.ABC):
   """Base class of all structured leaves.
 
-  A leaf is stacked if its arrays have a leading layer axis `[N, ...]`.
+  A subclass is a `flax.struct` dataclass, and `fields` describes its annotations. It is
+  unstacked, or its arrays have a leading layer axis `[N, ...]`.
+
+  Most leaves stand for an array alone. Others need further parameters of the model; for
+  example, an embedding may be a linear image of the head. `Model.materialize`, the
+  forward pass and the file reader look up the parameters that `needs` names.
 
   Attributes:
-    kind: name of the class in the file format.
+    type_name: name of the class in the file format.
+    needs: paths of the parameters that `materialize` takes, as in 'head/kernel'.
+    expands_on_reading: whether the file reader puts the array in the place of the leaf.
+      It is then computed on the host, and transforms do not change the leaf.
+    expands_on_writing: whether the encoder puts the array in the place of the leaf,
+      because only memory holds such leaves.
+    config_fields: the field of `ModelConfig` that a setting must equal, by the name of
+      the setting. The arrays of a leaf may not tell how many heads there are.
   """
 
-  kind: ClassVar[str]
+  type_name: ClassVar[str]
+  needs: ClassVar[tuple[str, ...]] = ()
+  expands_on_reading: ClassVar[bool] = False
+  expands_on_writing: ClassVar[bool] = False
+  config_fields: ClassVar[Mapping[str, str]] = types.MappingProxyType({})
+
+  # ---- the array that the leaf stands for
 
   @property
   @abc.abstractmethod
@@ -41,11 +59,56 @@ class Structured(abc.ABC):
     """Dtype of that array."""
 
   @abc.abstractmethod
-  def materialize(self) -> jax.Array:
+  def materialize(self, *needed: Any) -> Any:
     """Returns the array that the leaf stands for.
 
     `structured.materialize` compiles this method, so its arrays may be tracers.
+
+    Args:
+      needed: the arrays that `needs` names.
+
+    Raises:
+      ValueError: if the leaf cannot have been made with these arrays.
     """
+
+  def rows(self, *needed_and_indices: Any) -> jax.Array:
+    """Returns rows of the matrix, in float32.
+
+    Args:
+      needed_and_indices: the arrays that `needs` names, then the indices of the rows,
+        integers `[...]`.
+
+    Returns:
+      The rows, `[..., columns]`. A row beyond the last is NaN.
+    """
+    *needed, indices = needed_and_indices
+    table = jnp.asarray(self.materialize(*needed))
+    return table.at[indices].get(mode='fill', fill_value=jnp.nan).astype(jnp.float32)
+
+  def apply(self, x: jax.Array) -> jax.Array:
+    """Returns `x @ matrix` for x `[..., rows]`, in the cheapest way and x's dtype."""
+    return jnp.matmul(x, self.astype(x.dtype).materialize(), precision='highest')
+
+  @property
+  def factored(self) -> tuple[int, str] | None:
+    """The rank and a key of `checkpoints.FACTORS`, if two factors make the matrix."""
+    return None
+
+  def pair(self) -> Any:
+    """Returns the matrix as a `LowRank` of two factors; None if there are none."""
+    return None
+
+  @property
+  def rank(self) -> int:
+    """An upper bound of the rank of the difference from a multiple of the identity."""
+    return int(min(self.shape[-2:]))
+
+  def singular_values(self) -> np.ndarray:
+    """Returns the singular values of an unstacked matrix, float64, ascending."""
+    matrix = np.asarray(self.astype(np.float32).materialize(), np.float64)
+    return np.linalg.svd(matrix, compute_uv=False)[::-1]
+
+  # ---- stacks
 
   def layer(self, index: int) -> Self:
     """Returns one layer of a stacked leaf, unstacked."""
@@ -56,243 +119,96 @@ class Structured(abc.ABC):
     """Stacks unstacked leaves with equal `structured.stack_key`: inverse of `layer`."""
     return jax.tree.map(_stack, *leaves)
 
-  def map_numbers(self, function: Callable[[Any], Any]) -> Self:
+  def stack_key(self) -> tuple[str, ...]:
+    """Returns further names that must be equal in leaves that share a stack.
+
+    Type, shape and dtype must be equal, too; see the function `stack_key`.
+    """
+    return ()
+
+  # ---- the numbers
+
+  def map_arrays(self, function: Callable[[Any], Any]) -> Self:
     """Applies a function to each array of floating-point numbers, such as a rounding.
 
-    A leaf whose numbers must stay as they are overrides this method.
+    A leaf whose numbers must not change overrides this method.
     """
-    return jax.tree.map(lambda x: function(x) if is_plain(x) else x, self)
+    is_float = lambda x: jnp.issubdtype(x.dtype, jnp.floating)
+    return jax.tree.map(lambda x: function(x) if is_float(x) else x, self)
 
   def astype(self, dtype: Any) -> Self:
     """Returns the leaf with its floating-point numbers in another dtype."""
-    return self.map_numbers(lambda x: _astype(x, dtype))
+    return self.map_arrays(lambda x: convert(x, dtype))
+
+  # ---- the file
+
+  def stored(self) -> tuple[Settings, Arrays]:
+    """Returns the content of an unstacked leaf in the file: settings and arrays."""
+    return fields.store(self)
 
   def stored_sizes(self) -> list[tuple[np.dtype, int]]:
     """Returns the dtype and the size of each array of `stored`, without computing them.
 
-    The leaf must be unstacked. A leaf whose arrays have more numbers than it stores
-    overrides this method.
+    The leaf must be unstacked.
     """
-    return [(np.dtype(x.dtype), int(np.prod(x.shape))) for x in jax.tree.leaves(self)]
-
-  def stack_key(self) -> tuple[str, ...]:
-    """Returns further names that must be equal in leaves that share a stack.
-
-    Kind, shape and dtype must be equal, too; see the function `stack_key`.
-    """
-    return ()
-
-  @abc.abstractmethod
-  def stored(self) -> tuple[Settings, Arrays]:
-    """Returns the content of an unstacked leaf in the file: settings and arrays."""
+    return fields.stored_sizes(self)
 
   @classmethod
-  @abc.abstractmethod
   def from_stored(cls, settings: Settings, arrays: Arrays) -> Self:
     """Makes the unstacked leaf from its content in a file: the inverse of `stored`.
 
     Raises:
       ValueError: if the settings and arrays do not fit together.
     """
+    leaf: Self = fields.load(cls, settings, arrays)
+    return leaf
 
+  def check(self) -> None:  # noqa: B027
+    """Checks how the fields of an unstacked leaf fit together; `from_stored` calls it.
 
-class Dependent(Structured):
-  """A leaf that stands for an array only together with other parameters.
+    Raises:
+      ValueError: if they do not.
+    """
 
-  An example is an embedding that is a linear image of the head. `Model.materialize`,
-  the forward pass and the file reader look up the parameters that `needs` names.
-
-  Attributes:
-    needs: paths of the other parameters, as in 'head/kernel'.
-    eager: whether the file reader replaces the leaf by its array. It must do so for a
-      leaf with which the forward pass cannot compute.
-  """
-
-  needs: ClassVar[tuple[str, ...]]
-  eager: ClassVar[bool] = False
-
-  @abc.abstractmethod
-  def expand(self, *needed: Any) -> Any:
-    """Returns the array that the leaf stands for, given the arrays that it needs."""
-
-  def check_needed(self, *shapes: tuple[int, ...]) -> None:
+  def check_needed(self, *shapes: tuple[int, ...]) -> None:  # noqa: B027
     """Checks the shapes of the arrays that the leaf needs.
 
     Raises:
-      ValueError: if `expand` cannot take arrays of these shapes.
+      ValueError: if `materialize` cannot take arrays of these shapes.
     """
 
-  def rows(self, *needed_and_indices: Any) -> jax.Array:
-    """Returns rows of that array in float32.
-
-    Args:
-      needed_and_indices: the arrays that the leaf needs, then the indices of the rows,
-        integers `[...]`.
-
-    Returns:
-      The rows, `[..., columns]`. A row beyond the last is NaN.
-    """
-    *needed, indices = needed_and_indices
-    table = jnp.asarray(self.expand(*needed))
-    return table.at[indices].get(mode='fill', fill_value=jnp.nan).astype(jnp.float32)
-
-  def materialize(self) -> jax.Array:
-    raise ValueError(
-      f'a leaf of kind {self.kind!r} needs {", ".join(self.needs)} to be materialized'
-    )
+  @classmethod
+  def stored_factored(
+    cls, settings: Settings, shapes: Mapping[str, tuple[int, ...]]
+  ) -> tuple[int, str] | None:
+    """Returns `factored` of a leaf in a file, from the shapes of its stored arrays."""
+    return None
 
 
-KINDS: dict[str, type[Structured]] = {}
+TYPES: dict[str, type[Structured]] = {}
 
 
 def register(cls: type[Any]) -> type[Any]:
   """Registers a class of leaves with the file format; a class decorator.
 
   Raises:
-    ValueError: if another class has the same `kind`.
+    ValueError: if another class has the same `type_name`.
   """
-  if cls.kind in KINDS:
-    raise ValueError(f'a structured leaf of kind {cls.kind!r} exists already')
-  KINDS[cls.kind] = cls
+  if cls.type_name in TYPES:
+    raise ValueError(f'a structured leaf of type {cls.type_name!r} exists already')
+  TYPES[cls.type_name] = cls
   return cls
 
 
-def nonempty(array: Any) -> Any:
-  """Returns the array, or None if it has no entries.
+def convert(array: Any, dtype: Any) -> Any:
+  """Rounds an array of floating-point numbers to the nearest numbers of a dtype.
 
-  Leaves hold None in place of an array without entries, because Orbax cannot save such
-  an array.
+  Numbers that are too large for the dtype become infinite. Other arrays do not change.
   """
-  return array if array.size else None
-
-
-def or_empty(array: Any, shape: tuple[int, ...], dtype: Any) -> Any:
-  """Returns the inverse of `nonempty`: NumPy zeros of the shape in place of None."""
-  return np.zeros(shape, dtype) if array is None else array
-
-
-def is_structured(leaf: Any) -> bool:
-  return isinstance(leaf, Structured)
-
-
-def is_plain(leaf: Any) -> bool:
-  """Returns whether a leaf is an array of floating-point numbers."""
-  if leaf is None or is_structured(leaf):
-    return False
-  return bool(jnp.issubdtype(leaf.dtype, jnp.floating))
-
-
-def materialize(tree: Any) -> Any:
-  """Replaces every structured leaf of a PyTree by the array that it stands for.
-
-  Raises:
-    ValueError: if a leaf is dependent; `models.materialize` materializes these, too.
-  """
-  return jax.tree.map(
-    lambda x: _materialize(x) if is_structured(x) else x, tree, is_leaf=is_structured
-  )
-
-
-@jax.jit
-def _materialize(leaf: Structured) -> jax.Array:
-  return leaf.materialize()
-
-
-def astype(tree: Any, dtype: Any) -> Any:
-  """Converts all floating-point numbers of a PyTree to another dtype."""
-  return jax.tree.map(
-    lambda x: x.astype(dtype) if is_structured(x) else _astype(x, dtype),
-    tree,
-    is_leaf=is_structured,
-  )
-
-
-def count_elements(tree: Any) -> int:
-  """Returns how many numbers a PyTree of unstacked leaves stores."""
-  return sum(size for _, size in _stored_sizes(tree))
-
-
-def count_bytes(tree: Any) -> int:
-  """Returns how many bytes these numbers take before they are coded."""
-  return sum(dtype.itemsize * size for dtype, size in _stored_sizes(tree))
-
-
-def flatten(tree: Mapping[str, Any]) -> dict[str, Any]:
-  """Returns the leaves of nested dicts by path.
-
-  A path is the keys joined by '/', as in 'attention/query/kernel'. The whole package
-  names parameters in this way.
-
-  Raises:
-    ValueError: if a key is not a string, is empty, or contains a slash.
-  """
-  found: dict[str, Any] = {}
-  for key, value in tree.items():
-    if not isinstance(key, str) or not key or '/' in key:
-      raise ValueError(f'{key!r}: keys must be nonempty strings without a slash')
-    if isinstance(value, Mapping):
-      found |= {f'{key}/{path}': leaf for path, leaf in flatten(value).items()}
-    else:
-      found[key] = value
-  return found
-
-
-def empty_dicts(tree: Mapping[str, Any]) -> list[str]:
-  """Returns the paths of the dicts that are empty, which `flatten` leaves out."""
-  found = []
-  for key, value in tree.items():
-    if isinstance(value, Mapping):
-      found += [f'{key}/{path}' for path in empty_dicts(value)] if value else [key]
-  return found
-
-
-def unflatten(flat: Mapping[str, Any] | Iterable[tuple[str, Any]]) -> dict[str, Any]:
-  """Makes nested dicts from leaves by path: the inverse of `flatten`.
-
-  Raises:
-    ValueError: if two leaves have the same path, or if the path of one leaf is the
-      beginning of another path.
-  """
-  tree: dict[str, Any] = {}
-  for path, leaf in flat.items() if isinstance(flat, Mapping) else flat:
-    *parents, last = path.split('/')
-    node = tree
-    for parent in parents:
-      node = node.setdefault(parent, {})
-      if not isinstance(node, dict):
-        raise ValueError(f'{path}: another leaf has this path or the beginning of it')
-    if last in node:
-      raise ValueError(f'{path}: another leaf has this path or a path that begins so')
-    node[last] = leaf
-  return tree
-
-
-def stack_key(leaf: Any) -> tuple[Any, ...]:
-  """Returns a key that is equal for two leaves if they can share a stack.
-
-  It consists of the kind, the shape, the dtype, and the names of the leaf's own
-  `stack_key`.
-  """
-  kind, names = '', ()
-  if is_structured(leaf):
-    kind, names = leaf.kind, leaf.stack_key()
-  return kind, tuple(leaf.shape), np.dtype(leaf.dtype).name, tuple(names)
-
-
-def same_bits(a: Any, b: Any) -> bool:
-  """Returns whether two PyTrees have the same structure and bits."""
-  trees: Any = jax.tree.structure(a), jax.tree.structure(b)
-  if trees[0] != trees[1]:
-    return False
-  pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
-  return all(_same_array(np.asarray(x), np.asarray(y)) for x, y in pairs)
-
-
-def _same_array(x: np.ndarray, y: np.ndarray) -> bool:
-  if (x.shape, x.dtype) != (y.shape, y.dtype):
-    return False
-  bits = np.dtype(f'u{x.dtype.itemsize}')
-  return np.array_equal(x.view(bits), y.view(bits))
+  if not jnp.issubdtype(array.dtype, jnp.floating):
+    return array
+  with np.errstate(over='ignore'):
+    return array.astype(dtype, copy=False)
 
 
 def _stack(*arrays: Any) -> Any:
@@ -312,21 +228,3 @@ def _stack(*arrays: Any) -> Any:
     return np.lib.stride_tricks.as_strided(first, (len(arrays), *first.shape), strides)
   stacked = host.empty((len(arrays), *first.shape), first.dtype)
   return np.stack(arrays, out=stacked)
-
-
-def _astype(array: Any, dtype: Any) -> Any:
-  """Rounds to nearest. Numbers that are too large for the dtype become infinite."""
-  if not jnp.issubdtype(array.dtype, jnp.floating):
-    return array
-  with np.errstate(over='ignore'):
-    return array.astype(dtype, copy=False)
-
-
-def _stored_sizes(tree: Any) -> list[tuple[np.dtype, int]]:
-  sizes: list[tuple[np.dtype, int]] = []
-  for leaf in jax.tree.leaves(tree, is_leaf=is_structured):
-    if is_structured(leaf):
-      sizes += leaf.stored_sizes()
-    else:
-      sizes.append((np.dtype(leaf.dtype), int(np.prod(leaf.shape))))
-  return sizes

@@ -5,18 +5,18 @@ the norm: all its entries are then 1.
 """
 
 import math
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 from flax import struct
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rotbits_jax.structured.base import Arrays
-from rotbits_jax.structured.base import Settings
 from rotbits_jax.structured.base import Structured
 from rotbits_jax.structured.base import register
-from rotbits_jax.structured.stored import Stored
+from rotbits_jax.structured.fields import Array
+from rotbits_jax.structured.fields import Length
+from rotbits_jax.structured.fields import static
 
 _MOST_AXES = 32
 
@@ -24,18 +24,18 @@ _MOST_AXES = 32
 @register
 @struct.dataclass
 class Constant(Structured):
-  """An array whose entries all have one value. The file stores no numbers for it.
+  """An array whose entries all have one value, which is all that the file stores.
 
   Attributes:
     value: `[...]`, the value. It is an array, because a stacked leaf has one value a
-      layer, and because Orbax cannot save arrays without entries.
+      layer.
     tail: shape of the array `[..., *tail]`, without the layer axis.
   """
 
-  kind: ClassVar[str] = 'constant'
+  type_name: ClassVar[str] = 'constant'
 
-  value: Any
-  tail: tuple[int, ...] = struct.field(pytree_node=False)
+  value: Annotated[Any, Array(0)]
+  tail: tuple[Length, ...] = static()
 
   @classmethod
   def like(cls, array: Any, value: float) -> 'Constant':
@@ -50,30 +50,12 @@ class Constant(Structured):
   def dtype(self) -> Any:
     return self.value.dtype
 
-  def materialize(self) -> jax.Array:
-    value = jnp.asarray(self.value)
-    return jnp.broadcast_to(jnp.expand_dims(value, self._tail_axes()), self.shape)
+  def materialize(self, *needed: Any) -> jax.Array:
+    axes = tuple(range(-len(self.tail), 0))
+    return jnp.broadcast_to(jnp.expand_dims(self.value, axes), self.shape)
 
-  def stored_sizes(self) -> list[tuple[np.dtype, int]]:
-    return [(np.dtype(self.dtype), 0)]
-
-  def stored(self) -> tuple[Settings, Arrays]:
-    settings = {'value': float(self.value), 'shape': list(self.shape)}
-    return settings, {'empty': np.zeros(0, self.dtype)}
-
-  @classmethod
-  def from_stored(cls, settings: Settings, arrays: Arrays) -> 'Constant':
-    given = Stored(settings, arrays)
-    shape, value = given.sizes('shape'), given.number('value')
-    empty = given.array('empty', 1)
-    given.finish()
-    if empty.size or len(shape) > _MOST_AXES:
-      raise ValueError(f'no constant is made of {empty.shape=} and {len(shape)} axes')
+  def check(self) -> None:
     # NumPy multiplies the lengths of the other axes, even if one of them is 0.
-    if math.prod(n for n in shape if n) >= 1 << 48:
-      raise ValueError(f'a constant of {shape=} is too large')
-    with np.errstate(over='ignore'):
-      return cls(np.array(value, empty.dtype), shape)
-
-  def _tail_axes(self) -> tuple[int, ...]:
-    return tuple(range(-len(self.tail), 0))
+    size = math.prod(n for n in self.tail if n)
+    if len(self.tail) > _MOST_AXES or size >= 1 << 48:
+      raise ValueError(f'a constant of {self.tail!r:.80} is too large')

@@ -25,20 +25,18 @@ Reference:
   inverse is needed.
 """
 
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 from flax import struct
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from rotbits_jax.structured.base import Arrays
-from rotbits_jax.structured.base import Settings
 from rotbits_jax.structured.base import Structured
-from rotbits_jax.structured.base import nonempty
-from rotbits_jax.structured.base import or_empty
 from rotbits_jax.structured.base import register
-from rotbits_jax.structured.stored import Stored
+from rotbits_jax.structured.fields import Array
+from rotbits_jax.structured.fields import Length
+from rotbits_jax.structured.fields import Matrix
+from rotbits_jax.structured.fields import static
 
 
 @register
@@ -49,132 +47,52 @@ class HeadColumns(Structured):
   RoPE rotates the first h - m columns of a key head. They are stored unchanged.
 
   Attributes:
-    turned: `[..., d, K (h - m)]`, the columns that are stored unchanged; None if there
+    rotary: `[..., d, K (h - m)]`, the columns that are stored unchanged; None if there
       are none.
-    rest: `[..., d - m, K m]`, the matrices B side by side.
+    below: `[..., d - m, K m]`, the matrices B side by side.
     heads: K.
   """
 
-  kind: ClassVar[str] = 'head_columns'
+  type_name: ClassVar[str] = 'head_columns'
+  config_fields: ClassVar = {'heads': 'num_kv_heads'}
 
-  turned: Any
-  rest: Any
-  heads: int = struct.field(pytree_node=False)
-
-  @property
-  def shape(self) -> tuple[int, ...]:
-    *stack, rows, columns = self.rest.shape
-    turned = 0 if self.turned is None else self.turned.shape[-1]
-    return (*stack, rows + columns // self.heads, turned + columns)
-
-  @property
-  def dtype(self) -> Any:
-    return self.rest.dtype
-
-  def materialize(self) -> jax.Array:
-    turned, rest = (_split(x, self.heads) for x in (self._turned(), self.rest))
-    gram = jnp.einsum('...nki,...nkj->...ikj', rest, rest, precision='highest')
-    top = jnp.eye(rest.shape[-1], dtype=jnp.float32)[:, None] - gram / 4
-    basis = jnp.concatenate([top, rest], axis=-3)
-    heads = jnp.concatenate([turned, basis], axis=-1)
-    return heads.reshape(self.shape).astype(self.dtype)
-
-  def stored(self) -> tuple[Settings, Arrays]:
-    arrays = {'turned': np.asarray(self._turned()), 'rest': np.asarray(self.rest)}
-    return {'heads': self.heads}, arrays
-
-  def _turned(self) -> Any:
-    return or_empty(self.turned, (*self.shape[:-1], 0), self.dtype)
-
-  @classmethod
-  def from_stored(cls, settings: Settings, arrays: Arrays) -> 'HeadColumns':
-    given = Stored(settings, arrays)
-    heads = given.size('heads')
-    turned, rest = given.array('turned', 2), given.array('rest', 2)
-    given.finish()
-    whole = heads > 0 and not turned.shape[1] % heads and not rest.shape[1] % heads
-    if not whole or turned.shape[0] != rest.shape[0] + rest.shape[1] // heads:
-      raise ValueError(
-        f'a kernel of {heads} heads cannot have {turned.shape=} and {rest.shape=}'
-      )
-    return cls(nonempty(turned), rest, heads)
-
-
-@register
-@struct.dataclass
-class HeadPlanes(Structured):
-  """A query kernel `[d, H h]` whose planes have a known first row.
-
-  RoPE rotates the first r columns of a head as r/2 planes: columns i and i + r/2 are
-  the real and the imaginary part of one complex column. RoPE permits no basis change of
-  such a plane but a complex factor. For each plane, the complex columns of the G heads
-  of a group, one below the other, have the form `[1 - |b|^2 / 4; b]`. Therefore the
-  first entry of the first head follows from the other entries. The columns that RoPE
-  does not rotate are stored unchanged.
-
-  Attributes:
-    below: `[..., d - 1, H h]`, all rows except the first.
-    top: `[..., K, G h - r]`, the numbers of the first row that do not follow from
-      others; None if all follow.
-    groups: K.
-    head_dim: h.
-  """
-
-  kind: ClassVar[str] = 'head_planes'
-
-  below: Any
-  top: Any
-  groups: int = struct.field(pytree_node=False)
-  head_dim: int = struct.field(pytree_node=False)
+  rotary: Annotated[Any, Array(2, optional=True)]
+  below: Matrix
+  heads: Length = static()
 
   @property
   def shape(self) -> tuple[int, ...]:
     *stack, rows, columns = self.below.shape
-    return (*stack, rows + 1, columns)
+    rotary = 0 if self.rotary is None else self.rotary.shape[-1]
+    return (*stack, rows + columns // self.heads, rotary + columns)
 
   @property
   def dtype(self) -> Any:
     return self.below.dtype
 
-  def materialize(self) -> jax.Array:
-    *stack, rows, columns = self.shape
-    groups = self.groups
-    below = jnp.asarray(self.below, jnp.float32)
-    top = jnp.asarray(self._top(), jnp.float32)
-    rotary = columns // groups - top.shape[-1]
-    top = jnp.concatenate([jnp.zeros((*stack, groups, rotary)), top], axis=-1)
-    heads = jnp.concatenate([top.reshape(*stack, 1, columns), below], axis=-2)
-    heads = heads.reshape(*stack, rows, groups, -1, self.head_dim)
-    squares = jnp.sum(jnp.square(heads[..., :rotary]), axis=(-4, -2))  # [..., K, r]
-    real, imaginary = jnp.split(squares, 2, axis=-1)
-    first = 1 - (real + imaginary) / 4
-    heads = heads.at[..., 0, :, 0, : rotary // 2].set(first)
+  def materialize(self, *needed: Any) -> jax.Array:
+    split = lambda x: jnp.asarray(x, jnp.float32).reshape(
+      *x.shape[:-1], self.heads, x.shape[-1] // self.heads
+    )
+    below = split(self.below)
+    gram = jnp.einsum('...nki,...nkj->...ikj', below, below, precision='highest')
+    top = jnp.eye(below.shape[-1], dtype=jnp.float32)[:, None] - gram / 4
+    heads = jnp.concatenate([top, below], axis=-3)
+    if self.rotary is not None:
+      heads = jnp.concatenate([split(self.rotary), heads], axis=-1)
     return heads.reshape(self.shape).astype(self.dtype)
 
-  def stored(self) -> tuple[Settings, Arrays]:
-    arrays = {'below': np.asarray(self.below), 'top': np.asarray(self._top())}
-    return {'head_dim': self.head_dim}, arrays
-
-  def _top(self) -> Any:
-    return or_empty(self.top, (*self.below.shape[:-2], self.groups, 0), self.dtype)
-
-  @classmethod
-  def from_stored(cls, settings: Settings, arrays: Arrays) -> 'HeadPlanes':
-    given = Stored(settings, arrays)
-    h, below, top = (
-      given.size('head_dim'),
-      given.array('below', 2),
-      given.array('top', 2),
-    )
-    given.finish()
-    groups, known = top.shape
-    whole = h > 0 and groups > 0 and not below.shape[1] % (groups * h)
-    rotary = below.shape[1] // groups - known if whole else 0
-    if not 0 < rotary <= h or rotary % 2:
+  def check(self) -> None:
+    heads, (rows, columns) = self.heads, self.below.shape
+    fits = heads > 0 and columns > 0 and columns % heads == 0
+    if fits and self.rotary is not None:
+      expected = rows + columns // heads
+      fits = len(self.rotary) == expected and self.rotary.shape[1] % heads == 0
+    if not fits:
+      rotary = None if self.rotary is None else self.rotary.shape
       raise ValueError(
-        f'a kernel with head_dim {h} cannot have {below.shape=} and {top.shape=}'
+        f'a kernel of {heads} heads cannot have {rotary=} and {self.below.shape=}'
       )
-    return cls(below, nonempty(top), groups, h)
 
 
 @register
@@ -190,68 +108,46 @@ class HeadRows(Structured):
     first: `[..., K h, d - h]`, the other columns of the first head of each group.
     others: `[..., K (G - 1) h, d]`, the other heads; None if G is 1.
     groups: K.
+    head_dim: h.
   """
 
-  kind: ClassVar[str] = 'head_rows'
+  type_name: ClassVar[str] = 'head_rows'
+  config_fields: ClassVar = {'groups': 'num_kv_heads', 'head_dim': 'head_dim'}
 
-  first: Any
-  others: Any
-  groups: int = struct.field(pytree_node=False)
+  first: Matrix
+  others: Annotated[Any, Array(2, optional=True)]
+  groups: Length = static()
+  head_dim: Length = static()
 
   @property
   def shape(self) -> tuple[int, ...]:
     *stack, rows, columns = self.first.shape
     others = 0 if self.others is None else self.others.shape[-2]
-    return (*stack, rows + others, columns + rows // self.groups)
+    return (*stack, rows + others, columns + self.head_dim)
 
   @property
   def dtype(self) -> Any:
     return self.first.dtype
 
-  def materialize(self) -> jax.Array:
+  def materialize(self, *needed: Any) -> jax.Array:
     *stack, _, width = self.shape
-    h = width - self.first.shape[-1]
-    first = jnp.asarray(self.first, jnp.float32)
-    first = first.reshape(*stack, self.groups, 1, h, width - h)
-    others = jnp.asarray(self._others(), jnp.float32)
-    more = others.shape[-2] // (self.groups * h)
-    others = others.reshape(*stack, self.groups, more, h, width)
-    gram = sum(
-      jnp.einsum('...gin,...gjn->...ij', x, x, precision='highest')
-      for x in (first, others)
-    )
+    h, groups = self.head_dim, (*stack, self.groups)
+    first = jnp.asarray(self.first, jnp.float32).reshape(*groups, 1, h, width - h)
+    gram = jnp.einsum('...gin,...gjn->...ij', first, first, precision='highest')
+    if self.others is not None:
+      others = jnp.asarray(self.others, jnp.float32).reshape(*groups, -1, h, width)
+      gram += jnp.einsum('...gin,...gjn->...ij', others, others, precision='highest')
     top = (jnp.eye(h, dtype=jnp.float32) - gram / 4)[..., None, :, :]
-    first = jnp.concatenate([top, first], axis=-1)
-    heads = jnp.concatenate([first, others], axis=-3)
+    heads = jnp.concatenate([top, first], axis=-1)
+    if self.others is not None:
+      heads = jnp.concatenate([heads, others], axis=-3)
     return heads.reshape(self.shape).astype(self.dtype)
 
-  def stored(self) -> tuple[Settings, Arrays]:
-    arrays = {'first': np.asarray(self.first), 'others': np.asarray(self._others())}
-    return {'groups': self.groups}, arrays
-
-  def _others(self) -> Any:
-    stack, width = self.first.shape[:-2], self.shape[-1]
-    return or_empty(self.others, (*stack, 0, width), self.dtype)
-
-  @classmethod
-  def from_stored(cls, settings: Settings, arrays: Arrays) -> 'HeadRows':
-    given = Stored(settings, arrays)
-    groups = given.size('groups')
-    first, others = given.array('first', 2), given.array('others', 2)
-    given.finish()
-    h = others.shape[1] - first.shape[1]
-    if (
-      h < 1 or not 0 < first.shape[0] == groups * h or others.shape[0] % first.shape[0]
-    ):
+  def check(self) -> None:
+    rows, columns = self.groups * self.head_dim, self.first.shape[1] + self.head_dim
+    others = (0, columns) if self.others is None else self.others.shape
+    if not 0 < rows == len(self.first) or others[0] % rows or others[1] != columns:
       raise ValueError(
-        f'a kernel of {groups} groups of heads cannot have {first.shape=} and '
-        f'{others.shape=}'
+        f'{self.groups} groups of heads of {self.head_dim} cannot have '
+        f'{self.first.shape=} and {others=}'
       )
-    return cls(first, nonempty(others), groups)
-
-
-def _split(columns: Any, heads: int) -> jax.Array:
-  """Reshapes `[..., n, K c]` to float32 `[..., n, K, c]`."""
-  *stack, n, width = columns.shape
-  columns = jnp.asarray(columns, jnp.float32)
-  return columns.reshape(*stack, n, heads, width // heads)

@@ -5,6 +5,7 @@ V `[r, n]`. The smaller of m and n is s, and the larger is l.
 """
 
 import abc
+from collections.abc import Mapping
 import dataclasses
 from typing import Any, ClassVar, Self
 
@@ -13,11 +14,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rotbits_jax.structured.base import Arrays
-from rotbits_jax.structured.base import Settings
 from rotbits_jax.structured.base import Structured
 from rotbits_jax.structured.base import register
-from rotbits_jax.structured.stored import Stored
+from rotbits_jax.structured.fields import Length
+from rotbits_jax.structured.fields import Matrix
+from rotbits_jax.structured.fields import Settings
+from rotbits_jax.structured.fields import of_stacks
+from rotbits_jax.structured.fields import static
+
+_product = lambda a, b: jnp.matmul(a, b, precision='highest')
 
 
 @struct.dataclass(kw_only=True)
@@ -33,13 +38,10 @@ class FactorPair(Structured):
       else None.
   """
 
-  names: str = struct.field(pytree_node=False, default='factors')
-  ranks: tuple[int, ...] | None = struct.field(pytree_node=False, default=None)
+  names: str = static(default='factors')
+  ranks: tuple[int, ...] | None = of_stacks()
 
-  @property
-  @abc.abstractmethod
-  def rank(self) -> int:
-    """The rank r; the greatest rank of a stacked leaf."""
+  _factor: ClassVar[str]  # field of a factor with r rows
 
   @property
   @abc.abstractmethod
@@ -51,13 +53,8 @@ class FactorPair(Structured):
     """Returns U `[..., m, r]` and V `[..., r, n]` in float32, not rounded."""
 
   @abc.abstractmethod
-  def apply(self, x: jax.Array) -> jax.Array:
-    """Returns `x @ materialize()`, `[..., m]` to `[..., n]`, without materializing."""
-
-  @classmethod
-  @abc.abstractmethod
-  def stored_rank(cls, shapes: dict[str, tuple[int, ...]]) -> int:
-    """Returns the rank of an unstacked leaf from the shapes of its stored arrays."""
+  def _multiplied(self, x: jax.Array) -> jax.Array:
+    """Returns `x @ U @ V` without the product of the factors."""
 
   @abc.abstractmethod
   def _padded(self, rank: int) -> Self:
@@ -67,23 +64,33 @@ class FactorPair(Structured):
   def _cut(self, rank: int) -> Self:
     """Removes the padding from an unstacked leaf: the inverse of `_padded`."""
 
+  @property
+  def rank(self) -> int:
+    return int(getattr(self, self._factor).shape[-2])
+
+  @property
+  def factored(self) -> tuple[int, str]:
+    return self.rank, self.names
+
+  @classmethod
+  def stored_factored(
+    cls, settings: Settings, shapes: Mapping[str, tuple[int, ...]]
+  ) -> tuple[int, str]:
+    return shapes[cls._factor][0], settings['names']
+
   def stack_key(self) -> tuple[str, ...]:
     return (self.names,)
 
-  def plain(self) -> 'LowRank':
-    """Returns the pair as a `LowRank` leaf; both factors are rounded to its dtype."""
+  def pair(self) -> 'LowRank':
     u, v = (x.astype(self.dtype) for x in self.factors())
     return LowRank(u, v, names=self.names, ranks=self.ranks)
 
-  @property
-  def is_thin(self) -> bool:
-    """Whether `apply` takes fewer multiplications than the materialized matrix."""
-    m, n = self.shape[-2:]
-    return self.rank * (m + n) < m * n
+  def materialize(self, *needed: Any) -> jax.Array:
+    return _product(*self.factors()).astype(self.dtype)
 
-  def materialize(self) -> jax.Array:
-    u, v = self.factors()
-    return jnp.matmul(u, v, precision='highest').astype(self.dtype)
+  def apply(self, x: jax.Array) -> jax.Array:
+    m, n = self.shape[-2:]
+    return self._multiplied(x) if self.rank * (m + n) < m * n else super().apply(x)
 
   def layer(self, index: int) -> Self:
     leaf = super().layer(index)
@@ -108,10 +115,11 @@ class LowRank(FactorPair):
     v: V, `[..., r, n]`.
   """
 
-  kind: ClassVar[str] = 'low_rank'
+  type_name: ClassVar[str] = 'low_rank'
+  _factor: ClassVar[str] = 'v'
 
-  u: Any
-  v: Any
+  u: Matrix
+  v: Matrix
 
   @property
   def shape(self) -> tuple[int, ...]:
@@ -122,10 +130,6 @@ class LowRank(FactorPair):
     return self.u.dtype
 
   @property
-  def rank(self) -> int:
-    return self.u.shape[-1]
-
-  @property
   def T(self) -> 'LowRank':  # noqa: N802
     u, v = (x.swapaxes(-1, -2) for x in (self.v, self.u))
     return dataclasses.replace(self, u=u, v=v)
@@ -133,10 +137,12 @@ class LowRank(FactorPair):
   def factors(self) -> tuple[jax.Array, jax.Array]:
     return jnp.asarray(self.u, jnp.float32), jnp.asarray(self.v, jnp.float32)
 
-  def apply(self, x: jax.Array) -> jax.Array:
-    for factor in (self.u, self.v):
-      x = jnp.matmul(x, jnp.asarray(factor, x.dtype), precision='highest')
-    return x
+  def pair(self) -> 'LowRank':
+    return self
+
+  def _multiplied(self, x: jax.Array) -> jax.Array:
+    u, v = (jnp.asarray(factor, x.dtype) for factor in (self.u, self.v))
+    return _product(_product(x, u), v)
 
   def _padded(self, rank: int) -> 'LowRank':
     zeros = (rank - self.rank, 0)
@@ -147,23 +153,12 @@ class LowRank(FactorPair):
     first = self.rank - rank
     return dataclasses.replace(self, u=self.u[:, first:], v=self.v[first:])
 
-  @classmethod
-  def stored_rank(cls, shapes: dict[str, tuple[int, ...]]) -> int:
-    return shapes['u'][-1]
-
-  def stored(self) -> tuple[Settings, Arrays]:
-    return {'names': self.names}, {'u': np.asarray(self.u), 'v': np.asarray(self.v)}
-
-  @classmethod
-  def from_stored(cls, settings: Settings, arrays: Arrays) -> 'LowRank':
-    given = Stored(settings, arrays)
-    u, v, names = given.array('u', 2), given.array('v', 2), given.text('names')
-    given.finish()
-    if u.shape[1] != v.shape[0]:
+  def check(self) -> None:
+    if self.u.shape[1] != len(self.v):
       raise ValueError(
-        f'the factors must be [m, r] and [r, n], got {u.shape=} and {v.shape=}'
+        f'the factors must be [m, r] and [r, n], got {self.u.shape=} and '
+        f'{self.v.shape=}'
       )
-    return cls(u, v, names=names)
 
 
 @register
@@ -190,12 +185,13 @@ class ReducedLowRank(FactorPair):
     transposed: whether m > n.
   """
 
-  kind: ClassVar[str] = 'reduced_low_rank'
+  type_name: ClassVar[str] = 'reduced_low_rank'
+  _factor: ClassVar[str] = 'other'
 
-  below: Any
-  other: Any
-  size: int = struct.field(pytree_node=False)
-  transposed: bool = struct.field(pytree_node=False)
+  below: Matrix
+  other: Matrix
+  size: Length = static()
+  transposed: bool = static()
 
   @property
   def shape(self) -> tuple[int, ...]:
@@ -207,40 +203,37 @@ class ReducedLowRank(FactorPair):
     return self.other.dtype
 
   @property
-  def rank(self) -> int:
-    return self.other.shape[-2]
-
-  @property
   def T(self) -> 'ReducedLowRank':  # noqa: N802
     return dataclasses.replace(self, transposed=not self.transposed)
 
   def factors(self) -> tuple[jax.Array, jax.Array]:
     below = jnp.asarray(self.below, jnp.float32)
     other = jnp.asarray(self.other, jnp.float32)
-    gram = jnp.matmul(jnp.matrix_transpose(below), below, precision='highest')
+    gram = _product(jnp.matrix_transpose(below), below)
     square = jnp.eye(self.rank, dtype=jnp.float32) - gram / 4
     basis = self._joined(below, square, axis=-2)
     if self.transposed:
       return jnp.matrix_transpose(other), jnp.matrix_transpose(basis)
     return basis, other
 
-  def apply(self, x: jax.Array) -> jax.Array:
-    matmul = lambda a, b: jnp.matmul(a, b, precision='highest')
-    below = jnp.asarray(self.below, x.dtype)
-    other = jnp.asarray(self.other, x.dtype)
+  def _multiplied(self, x: jax.Array) -> jax.Array:
+    below, other = (jnp.asarray(y, x.dtype) for y in (self.below, self.other))
     if self.transposed:
-      x = matmul(x, other.T)
-      above = matmul(x, below.T)
-      return self._joined(above, x - matmul(above, below) / 4, axis=-1)
+      x = _product(x, other.T)
+      above = _product(x, below.T)
+      return self._joined(above, x - _product(above, below) / 4, axis=-1)
     last = x[..., self.size - self.rank :]
-    above = x[..., : below.shape[0]] - matmul(last, below.T) / 4
-    return matmul(last + matmul(above, below), other)
+    above = x[..., : below.shape[0]] - _product(last, below.T) / 4
+    return _product(last + _product(above, below), other)
 
   def _joined(self, first: jax.Array, last: jax.Array, axis: int) -> jax.Array:
     """Joins two parts along an axis of size s. They overlap only in padding."""
-    return _among_zeros(first, self.size, axis=axis, last=False) + _among_zeros(
-      last, self.size, axis=axis, last=True
-    )
+    whole: Any = 0
+    for part, is_last in ((first, False), (last, True)):
+      spare, widths = self.size - part.shape[axis], [(0, 0)] * part.ndim
+      widths[axis] = (spare, 0) if is_last else (0, spare)
+      whole += jnp.pad(part, widths)
+    return jnp.asarray(whole)
 
   def _padded(self, rank: int) -> 'ReducedLowRank':
     zeros = (rank - self.rank, 0)
@@ -256,45 +249,20 @@ class ReducedLowRank(FactorPair):
 
   @classmethod
   def stack(cls, leaves: list['ReducedLowRank']) -> 'ReducedLowRank':
-    rows = max(leaf.below.shape[0] for leaf in leaves)
+    rows = max(len(leaf.below) for leaf in leaves)
+    pad = lambda x: _pad(x, ((0, rows - len(x)), (0, 0)))
     return super().stack(
-      [
-        dataclasses.replace(
-          leaf, below=_pad(leaf.below, ((0, rows - leaf.below.shape[0]), (0, 0)))
-        )
-        for leaf in leaves
-      ]
+      [dataclasses.replace(leaf, below=pad(leaf.below)) for leaf in leaves]
     )
 
-  @classmethod
-  def stored_rank(cls, shapes: dict[str, tuple[int, ...]]) -> int:
-    return shapes['below'][-1]
-
-  def stored(self) -> tuple[Settings, Arrays]:
-    settings = {'transposed': self.transposed, 'names': self.names}
-    return settings, {'below': np.asarray(self.below), 'other': np.asarray(self.other)}
-
-  @classmethod
-  def from_stored(cls, settings: Settings, arrays: Arrays) -> 'ReducedLowRank':
-    given = Stored(settings, arrays)
-    below, other = given.array('below', 2), given.array('other', 2)
-    transposed, names = given.flag('transposed'), given.text('names')
-    given.finish()
-    if below.shape[1] != other.shape[0]:
-      raise ValueError(f'low-rank factors cannot be {below.shape=} and {other.shape=}')
-    size = sum(below.shape)
-    if size > other.shape[1]:
-      raise ValueError(f'the shorter side cannot have {size} rows, got {other.shape=}')
-    return cls(below, other, size, transposed, names=names)
+  def check(self) -> None:
+    rows, rank = self.below.shape
+    if rank != len(self.other) or not self.size == rows + rank <= self.other.shape[1]:
+      raise ValueError(
+        f'low-rank factors of size {self.size} cannot be {self.below.shape=} and '
+        f'{self.other.shape=}'
+      )
 
 
 def _pad(matrix: Any, widths: tuple[tuple[int, int], tuple[int, int]]) -> Any:
   return (np if isinstance(matrix, np.ndarray) else jnp).pad(matrix, widths)
-
-
-def _among_zeros(array: jax.Array, size: int, *, axis: int, last: bool) -> jax.Array:
-  """Pads an axis with zeros to a size, before the array if `last`, else after it."""
-  spare = size - array.shape[axis]
-  widths = [(0, 0)] * array.ndim
-  widths[axis] = (spare, 0) if last else (0, spare)
-  return jnp.pad(array, widths)

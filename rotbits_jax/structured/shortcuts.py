@@ -1,28 +1,28 @@
-"""Leaves for the shortcuts of a sliced model.
+"""Leaves for matrices with triangles of zeros, among them the shortcuts of a model.
 
 In a sliced model, every segment of the residual stream has coordinates of its own;
 `models.config` defines segments. A shortcut is the matrix that takes the residual
-stream from one segment to the next, past a sublayer. `symmetries.residual` chooses the
+stream from one segment to the next, past a sublayer. `passes.residual` chooses the
 coordinates so that the shortcuts become symmetric, with zeros in the further columns if
 the next segment is wider.
 """
 
+from collections.abc import Mapping
 import dataclasses
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 from flax import struct
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rotbits_jax.structured.base import Arrays
-from rotbits_jax.structured.base import Settings
 from rotbits_jax.structured.base import Structured
 from rotbits_jax.structured.base import register
-from rotbits_jax.structured.stored import Stored
-from rotbits_jax.structured.triangles import lower_size
-from rotbits_jax.structured.triangles import pack_lower
-from rotbits_jax.structured.triangles import unpack_lower
+from rotbits_jax.structured.fields import Array
+from rotbits_jax.structured.fields import Length
+from rotbits_jax.structured.fields import Lower
+from rotbits_jax.structured.fields import of_stacks
+from rotbits_jax.structured.fields import static
 from rotbits_jax.system import host
 
 
@@ -37,23 +37,24 @@ class IdentityMinusGram(Structured):
   only a fine-tuned shortcut has. Rotating the columns of B or C changes nothing.
   Therefore both are rotated to lower trapezoidal form: `B[i, j] = 0` for `j > i`.
 
+  In a stack, the columns that a layer does not need are zero and come last.
+
   Attributes:
     b: B, `[..., d, k]`.
     c: C, `[..., d, j]`.
     columns: width of the shortcut; the columns from d on are zero.
-    ranks: the `(k, j)` of each layer, if the leaf is stacked; columns beyond them are
-      zero. A stacked B or C has at least one column, because Orbax cannot save arrays
-      without entries. None for an unstacked leaf.
+    ranks: the `(k, j)` of each layer, if the leaf is a stack of leaves. None for an
+      unstacked leaf, and for a stack that was computed as one: there `layer` looks for
+      the columns of zeros. A stack has at least one column in B and C, because Orbax
+      cannot save arrays without elements.
   """
 
-  kind: ClassVar[str] = 'identity_minus_gram'
+  type_name: ClassVar[str] = 'identity_minus_gram'
 
-  b: Any
-  c: Any
-  columns: int = struct.field(pytree_node=False)
-  ranks: tuple[tuple[int, int], ...] | None = struct.field(
-    pytree_node=False, default=None
-  )
+  b: Lower
+  c: Lower
+  columns: Length = static()
+  ranks: tuple[tuple[int, int], ...] | None = of_stacks()
 
   @property
   def shape(self) -> tuple[int, ...]:
@@ -64,25 +65,23 @@ class IdentityMinusGram(Structured):
     return self.b.dtype
 
   @property
+  def rank(self) -> int:
+    return sum(self._widths())
+
+  @property
   def is_thin(self) -> bool:
     """Whether `apply` takes fewer multiplications than the materialized matrix."""
     return _is_thin(self._widths(), self.columns)
 
-  def materialize(self) -> jax.Array:
+  def materialize(self, *needed: Any) -> jax.Array:
     b, c = jnp.asarray(self.b, jnp.float32), jnp.asarray(self.c, jnp.float32)
     gram = lambda x: jnp.matmul(x, jnp.matrix_transpose(x), precision='highest')
     matrix = jnp.eye(b.shape[-2], dtype=jnp.float32) - gram(b) + gram(c)
     return _pad_columns(matrix, self.columns).astype(self.dtype)
 
   def apply(self, x: jax.Array) -> jax.Array:
-    """Returns `x @ materialize()` without materializing.
-
-    Args:
-      x: `[..., d]`.
-
-    Returns:
-      `[..., columns]`.
-    """
+    if not self.is_thin:
+      return super().apply(x)
     y = x
     factors = ((self.b, -1), (self.c, 1))
     for (factor, sign), width in zip(factors, self._widths(), strict=True):
@@ -92,6 +91,13 @@ class IdentityMinusGram(Structured):
         y = y + sign * jnp.matmul(coordinates, factor.T, precision='highest')
     return _pad_columns(y, self.columns)
 
+  def singular_values(self) -> np.ndarray:
+    if self.c.shape[-1]:  # its columns need not be orthogonal to those of B
+      return super().singular_values()
+    b = np.asarray(self.b, np.float64)
+    ones = np.ones(len(b) - b.shape[1])
+    return np.sort(np.abs(np.concatenate([1 - np.linalg.eigvalsh(b.T @ b), ones])))
+
   def _widths(self) -> tuple[int, int]:
     """Returns the columns of B and of C that are not zero in some layer."""
     if self.ranks is None:
@@ -99,12 +105,16 @@ class IdentityMinusGram(Structured):
     return max(k for k, _ in self.ranks), max(j for _, j in self.ranks)
 
   def layer(self, index: int) -> 'IdentityMinusGram':
-    if self.ranks is None:
+    if self.b.ndim < 3:
       raise ValueError('the leaf is not stacked')
-    k, j = self.ranks[index]
-    return dataclasses.replace(
-      self, b=self.b[index, :, :k], c=self.c[index, :, :j], ranks=None
-    )
+    b, c = self.b[index], self.c[index]
+    if self.ranks is not None:
+      k, j = self.ranks[index]
+    elif isinstance(b, jax.core.Tracer):
+      return dataclasses.replace(self, b=b, c=c)
+    else:
+      k, j = (np.trim_zeros(np.any(x, axis=0), 'b').size for x in (b, c))
+    return dataclasses.replace(self, b=b[:, :k], c=c[:, :j], ranks=None)
 
   @classmethod
   def stack(cls, leaves: list['IdentityMinusGram']) -> 'IdentityMinusGram':
@@ -125,86 +135,78 @@ class IdentityMinusGram(Structured):
       ranks=tuple((x.b.shape[-1], x.c.shape[-1]) for x in leaves),
     )
 
-  def stored_sizes(self) -> list[tuple[np.dtype, int]]:
-    return [(np.dtype(x.dtype), lower_size(x.shape)) for x in (self.b, self.c)]
-
-  def stored(self) -> tuple[Settings, Arrays]:
-    settings = {
-      'columns': self.columns,
-      'b': list(self.b.shape),
-      'c': list(self.c.shape),
-    }
-    return settings, {'b': pack_lower(self.b), 'c': pack_lower(self.c)}
-
   @classmethod
-  def stored_ranks(cls, settings: Settings) -> tuple[int, int] | None:
-    """Returns the columns of B and of C of a stored leaf; None if it is not thin.
+  def stored_ranks(
+    cls, shapes: Mapping[str, tuple[int, ...]], columns: int
+  ) -> tuple[int, int] | None:
+    """Returns the columns of B and of C of a leaf in a file; None if it is not thin.
 
-    Raises:
-      ValueError: if the settings are not those of a leaf.
+    Args:
+      shapes: shapes of the stored arrays.
+      columns: width of the shortcut.
     """
-    given = Stored(settings, {})
-    ranks = given.sizes('b', 2)[1], given.sizes('c', 2)[1]
-    return ranks if _is_thin(ranks, given.size('columns')) else None
+    ranks = shapes['b'][1], shapes['c'][1]
+    return ranks if _is_thin(ranks, columns) else None
 
-  @classmethod
-  def from_stored(cls, settings: Settings, arrays: Arrays) -> 'IdentityMinusGram':
-    given = Stored(settings, arrays)
-    b_shape, c_shape = given.sizes('b', 2), given.sizes('c', 2)
-    if b_shape[0] != c_shape[0]:
+  def check(self) -> None:
+    if len(self.b) != len(self.c) or self.columns < len(self.b):
       raise ValueError(
-        f'B and C must have equally many rows, got {b_shape} and {c_shape}'
+        'B and C must have equally many rows, and at most `columns`, '
+        f'got {self.b.shape=}, {self.c.shape=} and {self.columns=}'
       )
-    columns = given.size('columns', b_shape[0])
-    b, c = given.array('b', 1), given.array('c', 1)
-    given.finish()
-    return cls(unpack_lower(b, b_shape), unpack_lower(c, c_shape), columns)
 
 
 @register
 @struct.dataclass
-class SymmetricTriangle(Structured):
-  """The shortcut `[P, 0]` with a symmetric P, stored as the lower triangle of P.
+class TrapezoidalRows(Structured):
+  """A kernel whose last n rows are zero below their diagonal, which begins at the left.
 
   Attributes:
-    lower: the lower triangle, `[..., d, d]`, with zeros above the diagonal.
-    columns: width of the shortcut; the columns from d on are zero.
+    full: the other rows, `[..., m, columns]`; None if there are none.
+    lower: the transposed last rows, `[..., columns, n]`.
   """
 
-  kind: ClassVar[str] = 'symmetric_triangle'
+  type_name: ClassVar[str] = 'trapezoidal_rows'
 
-  lower: Any
-  columns: int = struct.field(pytree_node=False)
+  full: Annotated[Any, Array(2, optional=True)]
+  lower: Lower
+
+  @classmethod
+  def of(cls, kernel: Any, rows: int) -> 'TrapezoidalRows':
+    """Makes the leaf of an unstacked kernel from the number n of its last rows."""
+    first = len(kernel) - rows
+    return cls(kernel[:first] if first else None, kernel[first:].T)
 
   @property
   def shape(self) -> tuple[int, ...]:
-    return (*self.lower.shape[:-1], self.columns)
+    *stack, columns, rows = self.lower.shape
+    return (*stack, rows + self._full, columns)
+
+  @property
+  def _full(self) -> int:
+    return 0 if self.full is None else int(self.full.shape[-2])
 
   @property
   def dtype(self) -> Any:
     return self.lower.dtype
 
-  def materialize(self) -> jax.Array:
-    lower = jnp.asarray(self.lower)
-    symmetric = lower + jnp.matrix_transpose(jnp.tril(lower, -1))
-    return _pad_columns(symmetric, self.columns)
+  def materialize(self, *needed: Any) -> jax.Array:
+    upper = jnp.matrix_transpose(jnp.asarray(self.lower))
+    return upper if self.full is None else jnp.concatenate([self.full, upper], axis=-2)
 
-  def stored_sizes(self) -> list[tuple[np.dtype, int]]:
-    return [(np.dtype(self.dtype), lower_size(self.lower.shape))]
+  def apply(self, x: jax.Array) -> jax.Array:
+    product = lambda x, y: jnp.matmul(x, jnp.asarray(y, x.dtype), precision='highest')
+    y = product(x[..., self._full :], jnp.matrix_transpose(self.lower))
+    return y if self.full is None else y + product(x[..., : self._full], self.full)
 
-  def stored(self) -> tuple[Settings, Arrays]:
-    settings = {'columns': self.columns, 'lower': list(self.lower.shape)}
-    return settings, {'lower': pack_lower(self.lower)}
+  def stack_key(self) -> tuple[str, ...]:
+    return (str(self._full),)  # layers of one shape may differ in it
 
-  @classmethod
-  def from_stored(cls, settings: Settings, arrays: Arrays) -> 'SymmetricTriangle':
-    given = Stored(settings, arrays)
-    shape = given.sizes('lower', 2)
-    columns, values = given.size('columns', shape[0]), given.array('lower', 1)
-    given.finish()
-    if shape[0] != shape[1]:
-      raise ValueError(f'no symmetric matrix has the triangle of a {shape} matrix')
-    return cls(unpack_lower(values, shape), columns)
+  def check(self) -> None:
+    if self.full is not None and self.full.shape[1] != len(self.lower):
+      raise ValueError(
+        f'the rows must be equally long, got {self.full.shape=}, {self.lower.shape=}'
+      )
 
 
 def _is_thin(ranks: tuple[int, int], columns: int) -> bool:

@@ -9,8 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rotbits_jax.structured.base import Arrays
-from rotbits_jax.structured.base import Settings
 from rotbits_jax.structured.base import Structured
 
 
@@ -28,7 +26,8 @@ class UniformlyQuantized(Structured):
     name: name of the dtype of the array.
   """
 
-  kind: ClassVar[str] = 'multiples'
+  type_name: ClassVar[str] = 'uniformly_quantized'
+  expands_on_writing: ClassVar[bool] = True
 
   integers: Any
   step: Any
@@ -42,27 +41,21 @@ class UniformlyQuantized(Structured):
   def dtype(self) -> Any:
     return np.dtype(jnp.dtype(self.name))
 
-  def materialize(self) -> jax.Array:
+  def materialize(self, *needed: Any) -> jax.Array:
     step = jnp.asarray(self.step)
     step = jnp.expand_dims(step, tuple(range(step.ndim, self.integers.ndim)))
     return (jnp.asarray(self.integers, jnp.float32) * step).astype(self.dtype)
 
-  def rows(self, indices: jax.Array) -> jax.Array:
-    """Returns rows of an unstacked matrix.
-
-    Args:
-      indices: the indices of the rows, integers `[...]`.
-
-    Returns:
-      The rows, `[..., columns]`. A row beyond the last is NaN.
-    """
+  def rows(self, *needed_and_indices: Any) -> jax.Array:
+    (indices,) = needed_and_indices
     integers = jnp.asarray(self.integers)
     steps = jnp.full(len(integers), self.step)
     taken = integers.at[indices].get(mode='fill', fill_value=0)
     step = steps.at[indices].get(mode='fill', fill_value=jnp.nan)
-    return (taken.astype(jnp.float32) * step[..., None]).astype(self.dtype)
+    rows = (taken.astype(jnp.float32) * step[..., None]).astype(self.dtype)
+    return rows.astype(jnp.float32)
 
-  def map_numbers(self, function: Callable[[Any], Any]) -> Any:
+  def map_arrays(self, function: Callable[[Any], Any]) -> Any:
     """Returns the function of the array, which need not be multiples of a step."""
     return function(self.materialize())
 
@@ -74,10 +67,3 @@ class UniformlyQuantized(Structured):
 
   def stored_sizes(self) -> list[tuple[np.dtype, int]]:
     return [(self.dtype, int(np.prod(self.shape)))]
-
-  def stored(self) -> tuple[Settings, Arrays]:
-    raise ValueError('a file has no multiples of a step: materialize them')
-
-  @classmethod
-  def from_stored(cls, settings: Settings, arrays: Arrays) -> 'UniformlyQuantized':
-    raise ValueError('a file has no multiples of a step')

@@ -28,6 +28,7 @@ Reference: N. J. Higham, Functions of Matrices, SIAM 2008, chapter 8.
 from collections.abc import Callable
 from typing import NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 
@@ -45,7 +46,7 @@ def svd(w: jax.Array) -> tuple[jax.Array, jax.Array]:
   so that no row of W_ref has a negative sum. If a sum is near 0, rounding may change
   the sign; a correction of the rotation stores such signs (`haar.Correction.flips`).
   """
-  w = w.astype(jnp.float32)
+  w = _matrix(w)
   n, m = w.shape
   q, _, _ = jnp.linalg.svd(w, full_matrices=m < n)
   reference = _matmul(q.T, w)
@@ -58,12 +59,17 @@ def qr(w: jax.Array) -> tuple[jax.Array, jax.Array]:
 
   These columns of W_ref are upper triangular, and their diagonal is not negative.
   """
-  w = w.astype(jnp.float32)
+  w = _matrix(w)
   n, m = w.shape
   q, r = jnp.linalg.qr(w[:, :n], mode='complete')
   diagonal = jnp.pad(jnp.diagonal(r), (0, n - min(n, m)))
   q = q * jnp.where(diagonal < 0, jnp.float32(-1), jnp.float32(1))
   return _matmul(q.T, w), q
+
+
+def _matrix(w: jax.Array) -> jax.Array:
+  chex.assert_rank(w, 2)
+  return w.astype(jnp.float32)
 
 
 class Polar(NamedTuple):
@@ -82,6 +88,7 @@ class Polar(NamedTuple):
 
 def polar(matrix: jax.Array) -> Polar:
   """Returns the left polar decomposition of a matrix M `[d, e]`, d <= e, in float32."""
+  chex.assert_rank(matrix, 2)
   d, e = matrix.shape
   u, values, vt = jnp.linalg.svd(matrix.astype(jnp.float32), full_matrices=False)
   frame = _matmul(u, vt)  # the first d rows of O
@@ -98,7 +105,7 @@ def polar_shortcut(w: jax.Array) -> tuple[jax.Array, jax.Array]:
   shortcut. Q is the polar factor, which is the rotation nearest to the columns and has
   no free signs. If there are fewer than n columns, zeros take the place of the others.
   """
-  w = w.astype(jnp.float32)
+  w = _matrix(w)
   n, m = w.shape
   block = jnp.pad(w[:, :n], ((0, 0), (0, max(n - m, 0))))
   # One more step halves the rounding errors of the decomposition.
@@ -110,13 +117,13 @@ def reorthogonalize(q: jax.Array) -> jax.Array:
   """Makes one Newton-Schulz step, which restores orthogonality that rounding lost.
 
   Args:
-    q: float32 `[..., n, n]`, orthogonal up to rounding errors.
+    q: float32 `[n, n]`, orthogonal up to rounding errors.
 
   Returns:
-    A matrix that is closer to orthogonal, `[..., n, n]`.
+    A matrix that is closer to orthogonal, `[n, n]`.
   """
-  gram = _matmul(jnp.matrix_transpose(q), q)
-  return 1.5 * q - 0.5 * _matmul(q, gram)
+  chex.assert_shape(q, (len(q), len(q)))
+  return 1.5 * q - 0.5 * _matmul(q, _matmul(q.T, q))
 
 
 CANONICALISERS: dict[str, Canonicaliser] = {

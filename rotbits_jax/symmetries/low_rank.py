@@ -17,7 +17,7 @@ of rounding U and V, and it grows with the rank. Here the error is 1.03 to 1.14 
 large. No matrix is inverted that can be singular, so the product may have a lower rank
 than r.
 
-Shape letters are those of `structured.low_rank`. Use `vmap` for several pairs.
+Shape letters are those of `structured.low_rank`.
 
 References:
   Zhao, Zhang and Cannistraci, Pivoting Factorization (PIFA), ICML 2025, arXiv
@@ -25,16 +25,13 @@ References:
 """
 
 import functools
-from typing import Any, NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from rotbits_jax import models
 from rotbits_jax import structured
 from rotbits_jax.symmetries import heads
-from rotbits_jax.symmetries import transform
 
 _matmul = functools.partial(jnp.matmul, precision='highest')
 
@@ -49,6 +46,7 @@ def fix_pair(u: jax.Array, v: jax.Array) -> structured.ReducedLowRank:
   Returns:
     A leaf for `u @ v`, in float32.
   """
+  chex.assert_shape(v, (u.shape[1], None))
   u, v = u.astype(jnp.float32), v.astype(jnp.float32)
   transposed = u.shape[0] > v.shape[1]
   if transposed:
@@ -59,112 +57,3 @@ def fix_pair(u: jax.Array, v: jax.Array) -> structured.ReducedLowRank:
   return structured.ReducedLowRank(
     basis.below, _matmul(basis.factor, v), size=size, transposed=transposed
   )
-
-
-def fix_pairs(
-  tree: models.Params,
-  *,
-  tolerance: float = 2.0,
-  dtype: Any = None,
-  prefix: str = '',
-) -> tuple[models.Params, list[transform.Note]]:
-  """Fixes the gauge of every pair in a PyTree.
-
-  Args:
-    tree: nested dicts of arrays and structured leaves, unstacked. Each
-      `structured.LowRank` is reduced if that is smaller and accurate enough. Other
-      leaves are not changed.
-    tolerance: the factor by which the rounding error of the product may grow. A pair
-      whose error grows more is not changed.
-    dtype: the dtype to which the numbers will be rounded; None for their own dtype.
-    prefix: prefix of the paths in notes.
-
-  Returns:
-    The tree in its old dtypes, and a note for each pair.
-  """
-  flat, notes = structured.flatten(tree), []
-  for path, pair in flat.items():
-    if not isinstance(pair, structured.LowRank) or pair.rank > min(pair.shape):
-      continue
-    fixed = _fix_jitted(pair.u, pair.v, tolerance, dtype=np.dtype(dtype or pair.dtype))
-    accepted = bool(fixed.accepted)
-    if accepted:
-      flat[path] = fixed.leaf.astype(pair.dtype).replace(names=pair.names)
-    if np.isfinite(float(fixed.plain_error)):
-      error = float(fixed.error) if accepted else 0.0
-      details = {'plain_error': transform.three_digits(fixed.plain_error)}
-      note = transform.note(prefix + path, flat[path], error=error, rank=pair.rank)
-      notes.append(note | details)
-  return structured.unflatten(flat), notes
-
-
-def remove_low_rank_gauge(*, tolerance: float = 2.0) -> transform.Transform:
-  """Makes the transform that fixes the gauge of every low-rank pair of a model.
-
-  Args:
-    tolerance: see `fix_pairs`.
-
-  Returns:
-    A transform. Its notes give, for each pair, the form, the rank, the count of numbers
-    and the relative rounding error of the product, in this form and as plain factors.
-  """
-  fix = functools.partial(fix_pairs, tolerance=tolerance)
-
-  def layers(
-    context: transform.Context, state: Any, first: int, given: transform.Layers
-  ) -> tuple[Any, transform.Layers, list[list[transform.Note]]]:
-    results = [
-      fix(layer, dtype=context.dtype, prefix=models.names.prefix(i))
-      for i, layer in enumerate(given, first)
-    ]
-    return state, [tree for tree, _ in results], [own for _, own in results]
-
-  def outer(
-    context: transform.Context, state: Any, given: models.Params
-  ) -> tuple[models.Params, list[transform.Note]]:
-    return fix(given, dtype=context.dtype)
-
-  return transform.make('low-rank gauge', layers=layers, outer=outer)
-
-
-class _Fixed(NamedTuple):
-  """A reduced pair, and the error of rounding it.
-
-  Attributes:
-    leaf: the pair in float32.
-    error: relative error that rounding the pair makes in the product, in the Frobenius
-      norm.
-    plain_error: the same error for the pair before its gauge was fixed.
-    accepted: bool, whether `error` is small enough.
-  """
-
-  leaf: structured.ReducedLowRank
-  error: jax.Array
-  plain_error: jax.Array
-  accepted: jax.Array
-
-
-def _fix(u: jax.Array, v: jax.Array, tolerance: jax.Array, dtype: Any) -> _Fixed:
-  u, v = u.astype(jnp.float32), v.astype(jnp.float32)
-  product = _matmul(u, v)
-  norm = jnp.maximum(jnp.linalg.norm(product), jnp.finfo(jnp.float32).tiny)
-
-  def error(pair: structured.FactorPair) -> jax.Array:
-    rounded = structured.astype(structured.astype(pair, dtype), jnp.float32)
-    return jnp.linalg.norm(rounded.materialize() - product) / norm
-
-  fixed = fix_pair(u, v)
-  # The numbers of a checkpoint have no rounding error, because they are rounded
-  # already. A multiple of them has the usual error.
-  plain = structured.LowRank(u * _SQRT2, v / _SQRT2)
-  fixed_error, plain_error = error(fixed), error(plain)
-  bound = jnp.maximum(tolerance * plain_error, _FLOAT32_ERROR)
-  accepted = jnp.isfinite(bound) & (fixed_error <= bound)
-  return _Fixed(fixed, fixed_error, plain_error, accepted)
-
-
-_SQRT2 = 2**0.5
-_FLOAT32_ERROR = 2.0**-19  # float32 arithmetic cannot measure a smaller error
-
-
-_fix_jitted = jax.jit(_fix, static_argnames='dtype')

@@ -5,9 +5,9 @@ with that. Therefore the residual stream of a dense model can be rotated only af
 scales have been multiplied into the kernels.
 """
 
-import dataclasses
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 
@@ -15,60 +15,52 @@ from rotbits_jax import models
 from rotbits_jax import structured
 
 
-def fold_norm_scales(
-  flat: dict[str, Any], *, axes: tuple[Any, ...], norms: tuple[Any, ...]
-) -> dict[str, Any]:
-  """Moves the scales of RMSNorms into the kernels that read them.
+def scale_rows(kernel: Any, scale: jax.Array) -> Any:
+  """Returns `diag(scale) @ kernel`, computed in float32, in the kernel's dtype.
+
+  >>> scale_rows(jnp.array([[1.0, 2.0], [3.0, 4.0]]), jnp.array([10.0, 1.0])).tolist()
+  [[10.0, 20.0], [3.0, 4.0]]
 
   Args:
-    flat: parameters of a layer, or parameters outside the layers, of a dense model, by
-      path.
-    axes: pairs of a path and the parameter's axes, see `models.layout`.
-    norms: pairs of the first key of a path, and the name of the norm that kernels with
-      such a path read.
-
-  Returns:
-    The parameters in their old dtypes; the scales are 1.
+    kernel: an array or a low-rank leaf, `[n, m]`.
+    scale: `[n]`.
   """
-  folded = dict(flat)
-  for path, own in axes:
-    norm = dict(norms).get(path.split('/')[0])
-    if norm and len(own) == 2 and isinstance(own[0], int):
-      folded[path] = scaled(flat[path], flat[f'{norm}/scale'])
-  for path in flat:
-    if path.endswith('_norm/scale'):
-      folded[path] = jnp.ones_like(flat[path])
-  return folded
-
-
-def scaled(kernel: Any, scale: jax.Array) -> Any:
-  """Returns `diag(scale) @ kernel`, computed in float32, in the kernel's dtype."""
-  if isinstance(kernel, structured.FactorPair):
-    pair = kernel.plain()
-    return dataclasses.replace(pair, u=scaled(pair.u, scale))
+  pair = structured.pair(kernel)
+  if pair is not None:
+    return pair.replace(u=scale_rows(pair.u, scale))
+  chex.assert_shape(scale, (kernel.shape[0],))
   product = kernel.astype(jnp.float32) * scale.astype(jnp.float32)[:, None]
   return product.astype(kernel.dtype)
 
 
-def folded(config: models.ModelConfig, flat: dict[str, Any]) -> dict[str, Any]:
-  """Folds the norm scales of a layer of a dense model; parameters are by path."""
-  axes = tuple(models.layout.layer_axes(config).items())
-  norms = [(x, models.layout.norm_of(config, x)) for x in models.layout.SUBLAYERS]
-  return _fold_norm_scales(flat, axes=axes, norms=tuple(norms))
+def fold_norm_scales(
+  params: dict[str, Any], config: models.ModelConfig, axes: models.layout.Axes
+) -> dict[str, Any]:
+  """Moves the scales of RMSNorms into the kernels that read them.
+
+  Args:
+    params: parameters of a layer, or parameters outside the layers, of a dense model,
+      by path.
+    config: its config.
+    axes: `models.layout.layer_axes`, or `models.layout.outer_axes`.
+
+  Returns:
+    The parameters in their old dtypes; the scales are 1.
+  """
+  folded = dict(params)
+  for path, own in axes.items():
+    if len(own) == 2 and isinstance(own[0], int):  # it reads a segment
+      first, norm = path.split('/')[0], 'final_norm'
+      if first != 'head':
+        norm = models.layout.norm_of(config, first)
+      folded[path] = scale_rows(params[path], params[f'{norm}/scale'])
+      folded[f'{norm}/scale'] = jnp.ones_like(params[f'{norm}/scale'])
+  return folded
 
 
-def folded_outer(config: models.ModelConfig, flat: dict[str, Any]) -> dict[str, Any]:
-  """Folds the scale of the last norm into the head; parameters are by path."""
-  axes = tuple(models.layout.outer_axes(config).items())
-  return _fold_norm_scales(flat, axes=axes, norms=(('head', 'final_norm'),))
-
-
-def with_constant_norms(flat: dict[str, Any]) -> dict[str, Any]:
-  """Replaces scales of 1 by leaves that store no numbers."""
+def with_constant_scales(params: dict[str, Any]) -> dict[str, Any]:
+  """Replaces scales of 1 by leaves that store one number."""
   return {
     path: structured.Constant.like(leaf, 1.0) if path.endswith('_norm/scale') else leaf
-    for path, leaf in flat.items()
+    for path, leaf in params.items()
   }
-
-
-_fold_norm_scales = jax.jit(fold_norm_scales, static_argnames=('axes', 'norms'))

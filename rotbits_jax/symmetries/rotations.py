@@ -13,93 +13,199 @@ multiplied by R_s from the right. A kernel that reads segment s is multiplied by
 from the left. A shortcut becomes R_s^T M_s R_{s+1}. `models.layout` says which axis of
 a parameter belongs to which segment.
 
-In this file d is the width of a segment. Rotations include reflections.
+**Polar gauge.** Let M_s = [P_s 0] O_s, with P_s symmetric and positive semidefinite,
+and O_s orthogonal. With R_{s+1} = O_s^T diag(R_s, Z), every shortcut becomes symmetric.
+Z rotates the dimensions by which segment s + 1 is wider. R_0 and Z are free.
+
+In this file d is the width of a segment, and e >= d is the width of the next segment.
+Rotations include reflections.
 
 Reference: SliceGPT, arXiv 2401.15024, section 3.
 """
 
-import dataclasses
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 
 from rotbits_jax import structured
+from rotbits_jax.symmetries import canonical
 from rotbits_jax.symmetries import products
 
 _matmul = products.matmul
 
 
-def turn(
-  array: Any, *, rows: jax.Array | None = None, columns: jax.Array | None = None
+def rotate(
+  array: Any, rows: jax.Array | None = None, columns: jax.Array | None = None
 ) -> Any:
   """Rotates one array: returns `rows^T @ array @ columns` in the array's dtype.
 
-  The product is computed in float32. If a rotation is the identity, the array keeps
-  every bit, even if a number is not finite. If the array is a pair of factors, each
-  factor is rotated separately.
+  The product is computed in float32. If the array is a low-rank leaf, each factor is
+  rotated alone.
+
+  >>> quarter = jnp.array([[0.0, 1.0], [-1.0, 0.0]])
+  >>> rotate(jnp.array([1.0, 2.0]), columns=quarter).tolist()
+  [-2.0, 1.0]
 
   Args:
-    array: an array `[n, m]` or `[m]`, or a `structured.FactorPair`.
+    array: an array `[n, m]` or `[m]`, or a low-rank leaf `[n, m]`.
     rows: float32 `[n, n]`; None for no rotation.
     columns: float32 `[m, m]`; None for no rotation.
 
   Returns:
-    The rotated array, or a `structured.LowRank` for a pair of factors.
+    The rotated array or leaf.
   """
-  if isinstance(array, structured.FactorPair):
-    pair = array.plain()
-    u, v = turn(pair.u, rows=rows), turn(pair.v, columns=columns)
-    return dataclasses.replace(pair, u=u, v=v)
+  pair = structured.pair(array)
+  if pair is not None:
+    return pair.replace(u=rotate(pair.u, rows), v=rotate(pair.v, None, columns))
   product = array.astype(jnp.float32)
   if rows is not None:
-    product = jnp.where(_is_identity(rows), product, _matmul(rows.T, product))
+    chex.assert_shape(rows, (array.shape[0], array.shape[0]))
+    product = _matmul(rows.T, product)
   if columns is not None:
-    product = jnp.where(_is_identity(columns), product, _matmul(product, columns))
+    chex.assert_shape(columns, (array.shape[-1], array.shape[-1]))
+    product = _matmul(product, columns)
   return product.astype(array.dtype)
 
 
-def _is_identity(rotation: jax.Array) -> jax.Array:
-  return jnp.all(rotation == jnp.eye(rotation.shape[0], dtype=rotation.dtype))
+def sides(axes: tuple[Any, ...]) -> tuple[int | None, int | None]:
+  """Returns the segments that a parameter reads and writes, from its axes.
+
+  The axes are those of `models.layout`. None stands for an axis that is no segment.
+  """
+  segment = lambda axis: axis if isinstance(axis, int) else None
+  return (segment(axes[0]) if len(axes) == 2 else None), segment(axes[-1])
 
 
-def turn_parameters(
-  flat: dict[str, Any], rotations: tuple[jax.Array, ...], *, axes: tuple[Any, ...]
+def rotate_parameters(
+  params: dict[str, Any],
+  rotations: tuple[jax.Array | None, ...],
+  axes: dict[str, tuple[Any, ...]],
 ) -> dict[str, Any]:
   """Rotates the parameters of a layer, or the parameters outside the layers.
 
   Args:
-    flat: arrays, or pairs of factors, by path.
-    rotations: float32 `[d, d]` for each segment that the parameters read or write. For
-      a layer, these are its input, the segment between attention and MLP (unless they
-      are parallel), and its output. For the parameters outside the layers, they are the
-      first and the last segment of the model.
-    axes: pairs of a path and the parameter's axes, see `models.layout`. Paths that are
-      not in `flat` are skipped.
+    params: arrays, or low-rank leaves, by path.
+    rotations: float32 `[d, d]`, or None, for each segment that the parameters read or
+      write. For a layer, these are its input, the segment between attention and MLP
+      (unless they are parallel), and its output. For the parameters outside the layers,
+      they are the first and the last segment of the model.
+    axes: the axes of each parameter by path, see `models.layout`. Other parameters do
+      not change.
 
   Returns:
     The parameters in their old dtypes.
   """
-  turned = dict(flat)
-  for path, own in axes:
-    if path in flat:
-      rows = rotations[own[0]] if len(own) == 2 and isinstance(own[0], int) else None
-      columns = rotations[own[-1]] if isinstance(own[-1], int) else None
-      turned[path] = turn(flat[path], rows=rows, columns=columns)
-  return turned
+  of = lambda segment: None if segment is None else rotations[segment]
+  return {
+    path: rotate(leaf, *map(of, sides(axes[path]))) if path in axes else leaf
+    for path, leaf in params.items()
+  }
+
+
+def largest_norm(leaf: Any, axes: tuple[Any, ...]) -> jax.Array:
+  """Returns a bound of all numbers that a rotation of a parameter can make.
+
+  A rotation of the rows keeps the norm of each column, and a rotation of the columns
+  keeps the norm of each row.
+
+  Args:
+    leaf: an array or a low-rank leaf.
+    axes: its axes, see `models.layout`.
+
+  Returns:
+    float32 `[]`. It is NaN or infinite if a number is not finite. Rows of tokens and
+    positions that are not finite do not count, because a rotation keeps every row to
+    itself.
+  """
+  read, written = (side is not None for side in sides(axes))
+  pair = structured.pair(leaf)
+  if pair is not None:
+    first, last = axes
+    return jnp.maximum(
+      largest_norm(pair.u, (first, 'rank')), largest_norm(pair.v, ('rank', last))
+    )
+  size = jnp.abs(leaf.astype(jnp.float32))
+  scale = jnp.maximum(jnp.max(jnp.where(jnp.isfinite(size), size, 0), initial=0), 1e-30)
+  rotated = (*([0] if read else []), *([-1] if written else []))
+  norms = scale * jnp.sqrt(jnp.sum(jnp.square(size / scale), axis=rotated))
+  if axes[0] in ('vocabulary', 'position'):
+    norms = jnp.where(jnp.isfinite(norms), norms, 0)
+  return jnp.max(norms, initial=0)
+
+
+def next_rotation(
+  step: jax.Array, rotation: jax.Array, free: jax.Array | None = None
+) -> jax.Array:
+  """Returns R_{s+1} = O_s^T diag(R_s, Z).
+
+  Args:
+    step: O_s, float32 `[e, e]`.
+    rotation: R_s, float32 `[d, d]`.
+    free: Z, float32 `[e - d, e - d]`; None for the identity.
+
+  Returns:
+    R_{s+1}, float32 `[e, e]`, orthogonal up to the rounding of float32.
+  """
+  chex.assert_rank([step, rotation], 2)
+  if len(step) > len(rotation):
+    if free is None:
+      free = jnp.eye(len(step) - len(rotation), dtype=jnp.float32)
+    rotation = jax.scipy.linalg.block_diag(rotation, free)
+  return canonical.reorthogonalize(_matmul(step.T, rotation))
+
+
+def running_rotations(steps: jax.Array, first: jax.Array) -> jax.Array:
+  """Returns R_1, ..., R_N for segments of one width, by an associative scan.
+
+  R_{s+1} = O_s^T ... O_0^T R_0.
+
+  Args:
+    steps: O_0, ..., O_{N-1}, float32 `[N, d, d]`.
+    first: R_0, float32 `[d, d]`.
+
+  Returns:
+    float32 `[N, d, d]`, orthogonal up to the rounding of float32.
+  """
+  chex.assert_rank(steps, 3)
+  multiply = jax.vmap(lambda earlier, later: _matmul(later, earlier))
+  products = jax.lax.associative_scan(multiply, jnp.matrix_transpose(steps))
+  finish = lambda product: canonical.reorthogonalize(_matmul(product, first))
+  return jax.vmap(finish)(products)
+
+
+def upper_rotation(matrix: jax.Array) -> jax.Array:
+  """Returns the rotation G that makes `G^T @ matrix` upper trapezoidal.
+
+  Args:
+    matrix: `[d, V]`.
+
+  Returns:
+    G, float32 `[d, d]`, orthogonal up to the rounding of float32. The diagonal of the
+    product is not negative.
+  """
+  return canonical.reorthogonalize(canonical.qr(matrix)[1])
+
+
+def upper_rows(kernel: jax.Array, rows: int) -> jax.Array:
+  """Sets the entries of the last rows of a kernel to zero below their diagonal."""
+  first = kernel.shape[0] - rows
+  return jnp.concatenate([kernel[:first], jnp.triu(kernel[first:])])
 
 
 def lower(factor: jax.Array) -> jax.Array:
   """Returns the lower trapezoidal B `[d, k]` with the same `B B^T` as the factor.
 
   Args:
-    factor: `[d, k]`.
+    factor: `[d, k]`. If its last columns are zero, so are those of B.
+
+  Returns:
+    B, float32. Its diagonal is not negative.
   """
+  chex.assert_rank(factor, 2)
   # In the QR factorisation of the transposed factor, R is upper trapezoidal, and R^T
   # is B.
   r = jnp.linalg.qr(factor.T.astype(jnp.float32), mode='r')
-  padding = ((0, 0), (0, factor.shape[1] - r.shape[0]))
-  return jnp.tril(jnp.pad(r.T, padding)).astype(factor.dtype)
-
-
-jitted_turn_parameters = jax.jit(turn_parameters, static_argnames='axes')
+  r = jnp.where(jnp.diagonal(r)[:, None] < 0, -r, r)
+  return jnp.tril(jnp.pad(r.T, ((0, 0), (0, factor.shape[1] - len(r)))))

@@ -1,1 +1,1 @@
-"""The machine: shared memory, checksums, safe outputs, progress, strict JSON."""
+"""The machine: files, memory, checksums, plugins, signals, progress, typed JSON."""

@@ -36,3 +36,13 @@ def empty(shape: tuple[int, ...], dtype: np.dtype | type | str) -> np.ndarray:
   buffer = np.empty(size + _ALIGNMENT, np.uint8)
   start = -buffer.ctypes.data % _ALIGNMENT
   return buffer[start : start + size].view(kind).reshape(shape)
+
+
+def contiguous(array: np.ndarray) -> np.ndarray:
+  """Returns the array in C order: the array itself if it is, else a copy."""
+  if array.flags.c_contiguous:
+    return array
+  if array.ndim > 1 and array.dtype.itemsize <= 4:
+    # JAX transposes small elements many times faster than NumPy does.
+    return np.asarray(jax.device_put(array, device())).reshape(array.shape)
+  return np.ascontiguousarray(array)

@@ -12,7 +12,7 @@ depends only on the target, so the next run finds the files of a killed run. The
 is locked, so two runs cannot write the same target.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 import contextlib
 import errno
 import os
@@ -171,6 +171,33 @@ def remove(target: pathlib.Path) -> None:
   """Removes a file if it exists. Its name is off the disk when the function returns."""
   target.unlink(missing_ok=True)
   _sync(target.parent)
+
+
+def divided(sizes: Mapping[str, int], most: int | None) -> list[tuple[str, ...]]:
+  """Divides items among files.
+
+  Args:
+    sizes: the bytes of each item, in order.
+    most: the greatest number of bytes in a file with more than one item; None for one
+      file.
+
+  Returns:
+    The items of each file, in order. There is at least one file.
+  """
+  groups: list[list[str]] = [[]]
+  filled = 0
+  for name, size in sizes.items():
+    if most is not None and groups[-1] and filled + size > most:
+      groups.append([])
+      filled = 0
+    groups[-1].append(name)
+    filled += size
+  return [tuple(group) for group in groups]
+
+
+def numbered(stem: str, suffix: str, count: int) -> list[str]:
+  """Returns the names of several files, like those of Hugging Face's shards."""
+  return [f'{stem}-{i:05}-of-{count:05}{suffix}' for i in range(1, count + 1)]
 
 
 @contextlib.contextmanager

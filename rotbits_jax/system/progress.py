@@ -8,6 +8,8 @@ from typing import Self, TypeVar
 
 import tqdm
 
+from rotbits_jax.system import interrupts
+
 T = TypeVar('T')
 
 _SECONDS = 60.0  # time between two lines if stderr is not a terminal
@@ -53,7 +55,12 @@ class Progress:
     self._tell()
 
   def update(self, count: int = 1) -> None:
-    """Counts `count` more units as done."""
+    """Counts `count` more units as done.
+
+    Raises:
+      Stopped: if a signal has come whose exception was lost, see `interrupts`.
+    """
+    interrupts.check()
     self._done += count
     if not self._first[0]:
       # Programs are compiled for the first unit. The time of the others is like that of

@@ -1,4 +1,4 @@
-"""Parses JSON that a stranger may have written.
+"""Parses JSON that may be untrusted.
 
 `json.loads` accepts more than this package can handle: NaN and infinity, numbers that
 overflow to infinity, repeated keys, lone surrogates, integers of any size, and deep

@@ -1,19 +1,31 @@
 """Bits-back coding of rotations and of row orders.
 
-If a choice does not matter, such as the order of an MLP's neurons, the encoder makes it
-by popping bits from the message. The decoder finds out the choice and pushes the same
-bits back. So the choice costs no bits. In the order of reading:
+If a choice does not matter, such as the order of rows or the rotation of a residual
+stream, the encoder makes it by popping bits from the message. The decoder finds out the
+choice and pushes the same bits back. So the choice costs no bits. `codecs.bits_back`
+does this for any latent variable model.
 
-    bits_back        the idea: a codec made from a latent variable model
+**Symmetries.** Suppose that a group acts on y and that only the orbit of y matters.
+Then x is the canonical element of the orbit, and z = y is an element of the orbit that
+the encoder may choose:
+
+    prior        the codec of y, as if there were no symmetry
+    likelihood   y -> codecs.certain(canonical(y))
+    posterior    x -> a codec of the elements of x's orbit, all equally probable
+
+The message grows by the bits that y costs under the prior, minus log2 of the number of
+elements in the orbit. In the order of reading:
+
     permutation      the order of rows, which the decoder finds by sorting
     haar             rotations under the Haar measure, the uniform distribution
     symmetric_eig    rotations as eigenvectors of popped numbers, as published
     correction       exact integers from floats that were recovered inexactly
     rotation_codes   haar and symmetric_eig with corrections, behind one interface
-    word_stack       a message that may be longer than memory, and a window over it
-    numbers          arrays of numbers on such a message
+    word_stack       a stack of words that may be longer than memory
 
-`bits_back`, `permutation`, `haar`, `symmetric_eig` and `correction` make codecs (see
+`permutation`, `haar`, `symmetric_eig` and `correction` make codecs (see
 `coding.codecs`) and can be used by themselves. `rotbits_jax.paper` needs the other
 modules to code a whole checkpoint.
+
+Reference: J. He, G. Flamich, J. M. Hernandez-Lobato, arXiv 2410.01309.
 """

@@ -41,6 +41,8 @@ _RELATIVE_MARGIN = 1 / 32
 # machine may err twice as much.
 SAFETY = 12.0
 
+_NEIGHBOURS = 9  # groups whose differences are taken together
+
 # The estimated cost in bits of an integer that needs level c in a group with this base
 # level: the residue, and the code of the extra level (measured on Gaussian errors).
 # `correct` chooses base levels by it.
@@ -62,24 +64,39 @@ class Correction(NamedTuple):
 
 
 def spread(
-  positions: jax.Array, others: jax.Array, groups: jax.Array, count: int
+  positions: jax.Array,
+  others: jax.Array,
+  sensitivity: jax.Array | float,
+  groups: jax.Array,
+  count: int,
 ) -> jax.Array:
   """Returns how much positions may differ between machines: float32 `[S]`.
 
   Args:
     positions: float32 `[S]`.
     others: the positions after a change as large as the errors of another machine.
+    sensitivity: how strongly an error of what positions are computed from changes each
+      of them, `[S]` or a number. Divided by it, the errors of a group are alike.
     groups: int32 `[S]`, the group of each integer.
     count: G.
 
   Returns:
-    For each position `SAFETY` times the root mean square of the differences in its
-    group. NaN where a position is NaN.
+    For each position its sensitivity times `SAFETY` times the root mean square of the
+    differences in its group and the neighbouring groups. NaN where a position is NaN.
   """
-  squares = jnp.square(positions - others)
+  squares = jnp.square(_wrapped(positions - others) / sensitivity)
   sums = jnp.zeros((2, count), jnp.float32)
   sums = sums.at[:, groups].add(jnp.stack([squares, jnp.ones_like(squares)]))
-  return SAFETY * jnp.sqrt(sums[0] / jnp.maximum(sums[1], 1))[groups]
+  # A group may have a single integer, whose difference may be small by chance.
+  window = 1, _NEIGHBOURS
+  sums = jax.lax.reduce_window(sums, 0.0, jax.lax.add, window, (1, 1), 'SAME')
+  rms = jnp.sqrt(sums[0] / jnp.maximum(sums[1], 1))
+  return SAFETY * rms[groups] * sensitivity
+
+
+def _wrapped(difference: jax.Array) -> jax.Array:
+  """Returns differences of positions modulo 2^16, from -2^15 to 2^15."""
+  return difference - 65536 * jnp.round(difference / 65536)
 
 
 def correct(
@@ -101,8 +118,7 @@ def correct(
   Returns:
     The correction.
   """
-  distance = positions - integers.astype(jnp.float32)
-  distance = jnp.abs(distance - 65536 * jnp.round(distance / 65536))
+  distance = jnp.abs(_wrapped(positions - integers.astype(jnp.float32)))
   modulus = jnp.exp2(jnp.arange(LEVELS - 1, dtype=jnp.float32))
   slack = jnp.maximum(
     modulus * _RELATIVE_MARGIN, jnp.broadcast_to(margin, distance.shape)[:, None]

@@ -59,6 +59,7 @@ from rotbits_jax.coding import codecs
 from rotbits_jax.coding import rans
 from rotbits_jax.coding import tables
 from rotbits_jax.coding.bits_back import correction as correction_lib
+from rotbits_jax.system import native
 
 _BINS = 64
 _FINE_BITS = 10
@@ -175,17 +176,20 @@ def correct(
     flips = (frame * recovered).sum(axis=0) < 0
     factor = _compact_factor(vectors)
 
-    def positions(recovered: jax.Array) -> jax.Array:
+    def remaining(recovered: jax.Array) -> jax.Array:
       flipped = jnp.where(flips, -recovered, recovered)
       # All columns are reflected at once, each by the reflections of the columns before
       # it.
       inner = _solve(factor, _matmul(vectors.T, flipped), transpose=True)
-      remaining = flipped - _matmul(vectors, jnp.triu(inner, 1))
-      return _pack(_positions(jnp.tril(remaining)), n, k)
+      return jnp.tril(flipped - _matmul(vectors, jnp.triu(inner, 1)))
 
-    position = positions(recovered)
+    own = remaining(recovered)
+    position = _pack(_positions(own), n, k)
     if other is not None:
-      spread = correction_lib.spread(position, positions(other), column, k)
+      # An error of a coordinate x_i changes the ratio t_i by its part of |x_i, ...|.
+      sensitivity = _pack(1 / _norms(own), n, k)
+      others = _pack(_positions(remaining(other)), n, k)
+      spread = correction_lib.spread(position, others, sensitivity, column, k)
       # The maximum of a number and NaN is NaN.
       margin = jnp.maximum(spread, margin)
   return Correction(flips, correction_lib.correct(position, cells, margin, column, k))
@@ -252,13 +256,17 @@ def _recover_columns(
     vector = jnp.where(j < k, vector[:, 0], 0)
     scale = 2 / jnp.maximum(_matmul(vector, vector), 1)
     panel = panel - jnp.outer(scale * vector, _matmul(vector, panel))
-    return panel, vectors.at[:, c].set(vector), cells.at[:, c].set(cell)
+    put = lambda x, column: jax.lax.dynamic_update_index_in_dim(x, column, c, 1)
+    return panel, put(vectors, vector), put(cells, cell)
+
+  def read_columns(panel: jax.Array, start: jax.Array) -> _Panel:
+    carry = panel, jnp.zeros_like(panel), jnp.zeros(panel.shape, jnp.uint16)
+    step = functools.partial(read, start)
+    return jax.lax.fori_loop(0, _PANEL, step, carry)
 
   def read_panel(remaining: jax.Array, start: jax.Array) -> tuple[jax.Array, jax.Array]:
     panel = jax.lax.dynamic_slice_in_dim(remaining, start, _PANEL, axis=1)
-    carry = panel, jnp.zeros_like(panel), jnp.zeros(panel.shape, jnp.uint16)
-    step = functools.partial(read, start)
-    _, vectors, cells = jax.lax.fori_loop(0, _PANEL, step, carry)
+    _, vectors, cells = native.loop(read_columns)(panel, start)
     inner = _matmul(vectors.T, remaining)
     inner = _solve(_compact_factor(vectors), inner, transpose=True)
     return remaining - _matmul(vectors, inner), cells
@@ -401,12 +409,17 @@ def _positions(x: jax.Array) -> jax.Array:
   """
   n = x.shape[0]
   rows = jnp.arange(n, dtype=jnp.int32)[:, None]
-  norm = jnp.sqrt(jax.lax.cumsum(x * x, axis=0, reverse=True))
-  t = x / jnp.maximum(norm, 1e-30)
+  t = x / _norms(x)
   position = 32767.5 + 32768 * jnp.clip(t / _reach(n), -1, 1)
   angle = jnp.arctan2(x[-1], x[max(n - 2, 0)]) * (_CELLS / (2 * np.pi)) - 0.5
   position = jnp.where(rows == n - 2, angle, position)
   return jnp.where(rows == n - 1, (x > 0).astype(jnp.float32), position)
+
+
+def _norms(x: jax.Array) -> jax.Array:
+  """Returns the norms |x_i, ..., x_{n-1}| of vectors, at least 1e-30: `[n, c]`."""
+  squares = jax.lax.cumsum(x * x, axis=0, reverse=True)
+  return jnp.maximum(jnp.sqrt(squares), 1e-30)
 
 
 def _compose(vectors: jax.Array, signs: jax.Array) -> jax.Array:

@@ -30,6 +30,7 @@ import numpy as np
 
 from rotbits_jax.coding import codecs
 from rotbits_jax.coding import rans
+from rotbits_jax.system import native
 
 # Each value of a digit with at most 2^12 values owns at least 2^4 of 2^16 slots.
 # Therefore their unequal shares cost less than 1e-3 bits.
@@ -58,29 +59,45 @@ def uniform(starts: jax.Array) -> codecs.Codec:
   one_digit = starts.size <= 1 << _DIGIT_BITS
   choices = codecs.uniform(sizes) if one_digit else _two_digits(sizes)
 
-  def swap(values: jax.Array, i: jax.Array, j: jax.Array) -> jax.Array:
-    return values.at[jnp.stack([i, j])].set(values[jnp.stack([j, i])])
-
   def push(message: rans.Message, permutation: jax.Array) -> rans.Message:
-    def step(
-      carry: tuple[jax.Array, jax.Array], i: jax.Array
-    ) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
-      values, where = carry
-      j = where[permutation[i]]
-      carry = swap(values, i, j), swap(where, values[i], values[j])
-      return carry, j - starts[i]
-
-    _, symbols = jax.lax.scan(step, (places, places), places, reverse=True)
+    symbols = native.loop(_choices)(permutation, starts)
     return choices.push(message, symbols.astype(jnp.uint32))
 
   def pop(message: rans.Message) -> tuple[rans.Message, jax.Array]:
     message, symbols = choices.pop(message)
-    chosen = starts + symbols.astype(jnp.int32)
-    step = lambda values, x: (swap(values, *x), None)
-    values, _ = jax.lax.scan(step, places, (places, chosen), reverse=True)
-    return message, values
+    return message, native.loop(_shuffled)(starts + symbols.astype(jnp.int32))
 
   return codecs.Codec(push, pop)
+
+
+def _shuffled(chosen: jax.Array) -> jax.Array:
+  """Swaps each place, from the last one down, with the place that is chosen for it."""
+  places = jnp.arange(chosen.size, dtype=jnp.int32)
+  step = lambda values, x: (_swap(values, *x), None)
+  return jax.lax.scan(step, places, (places, chosen), reverse=True)[0]
+
+
+def _choices(permutation: jax.Array, starts: jax.Array) -> jax.Array:
+  """Returns `chosen - starts` for the chosen places: the inverse of `_shuffled`."""
+  places = jnp.arange(starts.size, dtype=jnp.int32)
+
+  def step(
+    carry: tuple[jax.Array, jax.Array], x: tuple[jax.Array, jax.Array, jax.Array]
+  ) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
+    values, where = carry
+    i, row, start = x
+    j = where[row]
+    carry = _swap(values, i, j), _swap(where, values[i], values[j])
+    return carry, j - start
+
+  carry, rows = (places, places), (places, permutation, starts)
+  return jax.lax.scan(step, carry, rows, reverse=True)[1]
+
+
+def _swap(values: jax.Array, i: jax.Array, j: jax.Array) -> jax.Array:
+  # Two updates and not a scatter, which a native loop cannot contain.
+  first, second = values[i], values[j]
+  return values.at[i].set(second).at[j].set(first)
 
 
 def arrangements(starts: jax.Array) -> codecs.Codec:

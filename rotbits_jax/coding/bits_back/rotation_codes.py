@@ -18,9 +18,9 @@ import numpy as np
 
 from rotbits_jax.coding import codecs
 from rotbits_jax.coding import rans
+from rotbits_jax.coding import tables
 from rotbits_jax.coding.bits_back import correction as correction_lib
 from rotbits_jax.coding.bits_back import haar
-from rotbits_jax.coding.bits_back import numbers
 from rotbits_jax.coding.bits_back import symmetric_eig
 
 _MAX_LANES = 1024
@@ -37,22 +37,19 @@ class RotationCode(NamedTuple):
       which `restore` finds the integers on both.
     restore: takes a message, the recovered frame and the correction; returns the
       message with the integers on top, and the integers.
-    fit: takes a correction; returns its frequency tables, int64 `[R, 17]`.
-    pack: takes a correction and its tables; returns uint16 words.
-    unpack: takes words and tables; returns the correction. Raises a ValueError if the
-      words do not hold a correction.
+    pack: takes a correction; returns uint16 words: the length of its frequency tables
+      in bytes, the tables, and the words of a message.
+    unpack: takes words; returns the correction. Raises a ValueError if the words do not
+      hold a correction.
     num_integers: S.
-    num_tables: R.
   """
 
   sample: Callable[..., Any]
   correct: Callable[..., Any]
   restore: Callable[..., Any]
-  fit: Callable[..., np.ndarray]
-  pack: Callable[..., np.ndarray]
-  unpack: Callable[..., Any]
+  pack: Callable[[Any], np.ndarray]
+  unpack: Callable[[np.ndarray], Any]
   num_integers: int
-  num_tables: int
 
   def max_rows(self, lanes: int) -> int:
     """Returns the words that a lane of the message must hold for `sample`.
@@ -80,16 +77,15 @@ def haar_code(n: int, k: int) -> RotationCode:
     return codec.push(message, cells), cells
 
   size = haar.num_cells(n, k)
-  pack, unpack = _packing(functools.partial(haar.correction_codec, n, k), size)
+  codec_of = functools.partial(haar.correction_codec, n, k)
+  pack, unpack = _packing(codec_of, haar.fit, size, num_tables=3)
   return RotationCode(
     sample=jax.jit(sample),
     correct=jax.jit(haar.correct),
     restore=jax.jit(restore),
-    fit=haar.fit,
     pack=pack,
     unpack=unpack,
     num_integers=size,
-    num_tables=3,
   )
 
 
@@ -135,27 +131,31 @@ def symmetric_eig_code(n: int, even: bool, threshold: float | None) -> RotationC
     return codecs.serial(spectra, symmetric_eig.correction_codec(n, frequencies))
 
   size = symmetric_eig.num_numbers(n)
-  pack, unpack = _packing(both, size)
+  fit = lambda correction: correction_lib.fit(correction[1])
+  pack, unpack = _packing(both, fit, size, num_tables=2)
   return RotationCode(
     sample=jax.jit(sample),
     correct=jax.jit(correct),
     restore=jax.jit(restore),
-    fit=lambda correction: correction_lib.fit(correction[1]),
     pack=pack,
     unpack=unpack,
     num_integers=size,
-    num_tables=2,
   )
 
 
 def _packing(
-  codec: Callable[..., codecs.Codec], size: int
-) -> tuple[Callable[..., np.ndarray], Callable[..., Any]]:
+  codec: Callable[..., codecs.Codec],
+  fit: Callable[[Any], np.ndarray],
+  size: int,
+  num_tables: int,
+) -> tuple[Callable[[Any], np.ndarray], Callable[[np.ndarray], Any]]:
   """Returns `RotationCode.pack` and `unpack`. A correction is a message of its own.
 
   Args:
     codec: takes `frequencies`; returns the codec of the correction.
+    fit: takes a correction; returns its frequency tables, int64 `[R, 17]`.
     size: S.
+    num_tables: R.
   """
   lanes = 1 << min(max(size >> 12, 1), _MAX_LANES).bit_length() - 1
   # An integer has a residue of at most 16 bits and two levels of at most 14 bits each.
@@ -168,14 +168,23 @@ def _packing(
   )
   pop = jax.jit(lambda message, table: codec(frequencies=table).pop(message))
 
-  def pack(correction: Any, table: np.ndarray) -> np.ndarray:
-    empty = rans.empty(lanes, capacity)
-    return rans.to_words(push(empty, jnp.asarray(table), correction))
+  def pack(correction: Any) -> np.ndarray:
+    frequencies = fit(correction)
+    data = tables.to_bytes(frequencies)
+    head = np.frombuffer(data + b'\0' * (len(data) % 2), np.uint16)
+    message = push(rans.empty(lanes, capacity), jnp.asarray(frequencies), correction)
+    return np.concatenate([[np.uint16(len(data))], head, rans.to_words(message)])
 
-  def unpack(words: np.ndarray, table: np.ndarray) -> Any:
-    message = rans.from_words(words, lanes, capacity)
-    message, correction = pop(message, jnp.asarray(table))
-    numbers.check_empty(message)
+  def unpack(words: np.ndarray) -> Any:
+    if not words.size:
+      raise ValueError('a correction is cut short')
+    nbytes = int(words[0])
+    start = 1 + -(-nbytes // 2)
+    data = words[1:start].tobytes()[:nbytes]
+    frequencies = tables.from_bytes(data, num_tables, correction_lib.LEVELS)
+    message = rans.from_words(words[start:], lanes, capacity)
+    message, correction = pop(message, jnp.asarray(frequencies))
+    rans.check_empty(message)
     return correction
 
   return pack, unpack

@@ -166,7 +166,8 @@ def correct(
   margin = wobble + 1 / 8
   if other is not None:
     others = spacing.position(_triangle(_rebuild(other, spectrum)))
-    margin = jnp.maximum(margin, correction_lib.spread(position, others, row, n))
+    spread = correction_lib.spread(position, others, 1.0, row, n)
+    margin = jnp.maximum(margin, spread)
   return correction_lib.correct(position, ordinals, margin, row, n)
 
 

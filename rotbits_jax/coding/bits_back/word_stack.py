@@ -1,27 +1,18 @@
-"""A stack of words that may be far longer than memory, and a window over its top.
+"""A stack of 16-bit words that may be far longer than memory.
 
-Bits-back coding pops bits that were pushed long before, but few at once: sampling a
-rotation needs the words of one rotation. Therefore most of a message is a plain stack
-of 16-bit words. The encoder keeps the top of the stack in memory and writes the rest to
-a file. The decoder reads the stack backwards from its end. To push words without
-entropy coding is to append them. rANS does the same with uniform 16-bit symbols: a lane
-whose state is `high << 16 | low` moves `low` to its stack and puts the symbol in its
-place.
+Bits-back coding pops bits that were pushed long before, but few at once. Therefore the
+encoder keeps the top of the stack in memory and writes the rest to a file. The decoder
+reads the stack backwards from its end.
 
-Symbols with other probabilities need a `rans.Message`. It is a small *window* over the
-stack. `refill` moves words from the top of the stack to the bottom of the window's
-lanes, in full rows. `drain` moves them back and is the exact inverse.
-
-Positions in the stack are Python integers. Shape letters: N lanes, R rows.
+Words from the top of the stack become a message by `rans.stacked`. Symbols are popped
+from the message, and the words that are left of it, `rans.to_words`, go back onto the
+stack. Positions in the stack are Python integers.
 """
 
 from collections.abc import Callable
 import mmap
 
-import jax.numpy as jnp
 import numpy as np
-
-from rotbits_jax.coding import rans
 
 Spill = Callable[[np.ndarray], None]
 
@@ -136,70 +127,3 @@ def _give_back(words: np.ndarray, start: int) -> None:
     page = -(-offset // mmap.PAGESIZE) * mmap.PAGESIZE
     if page < len(mapped):
       mapped.madvise(mmap.MADV_DONTNEED, page)
-
-
-def refill(
-  window: rans.Message | None, stack: WordStack, rows: int, lanes: int, capacity: int
-) -> rans.Message:
-  """Moves rows from the top of a stack to the bottom of a window.
-
-  Args:
-    window: the message; None to make a new one, whose states take one more row.
-    stack: the words; changed in place.
-    rows: R.
-    lanes: N.
-    capacity: capacity of the window, in words per lane.
-
-  Returns:
-    The window. Its `lowest` and `highest` are set to the new sizes.
-
-  Raises:
-    ValueError: if the stack has fewer words, or if the window has no room for them.
-  """
-  deepest = 0 if window is None else int(np.max(window.size, initial=0))
-  if deepest + rows > capacity:
-    raise ValueError(f'a window of {capacity} rows has no room for {rows} more')
-  if window is None:
-    words = stack.pop((rows + 1) * lanes).reshape(-1, lanes)
-    return rans.stacked(jnp.asarray(words), capacity)
-  words = stack.pop(rows * lanes).reshape(-1, lanes)
-  # The rows that are cut off at the end are above the stacks of all lanes.
-  stacks = np.concatenate([words, np.asarray(window.words)[: capacity + 1 - rows]])
-  return _renewed(window, stacks, np.asarray(window.size) + rows)
-
-
-def drain(
-  window: rans.Message, stack: WordStack, rows: int, *, last: bool
-) -> rans.Message:
-  """Moves rows from the bottom of a window to a stack: the inverse of `refill`.
-
-  Args:
-    window: the message.
-    stack: the words; changed in place.
-    rows: R.
-    last: whether `refill` made a new window from these rows. If so, the payload of the
-      states is moved, too.
-
-  Returns:
-    The window without the rows. Its `lowest` and `highest` are set to the new sizes.
-
-  Raises:
-    ValueError: if a lane has fewer than R words, or if `last` is set and the window
-      holds anything but the rows and the payload.
-  """
-  size = np.asarray(window.size)
-  fits = (size == rows).all() if last else (size >= rows).all()
-  if not fits or (last and (np.asarray(window.state) >> 16 != 1).any()):
-    raise ValueError('the window over the message does not hold the words put there')
-  words = np.asarray(window.words)
-  stack.push(words[:rows].reshape(-1))
-  if last:
-    stack.push(np.asarray(rans.payload(window)))
-  rest = np.concatenate([words[rows:], np.zeros_like(words[:rows])])
-  return _renewed(window, rest, size - rows)
-
-
-def _renewed(window: rans.Message, words: np.ndarray, size: np.ndarray) -> rans.Message:
-  """Returns a message with these stacks, `lowest` and `highest` being the new sizes."""
-  sizes = jnp.asarray(size, jnp.int32)
-  return rans.Message(window.state, jnp.asarray(words), sizes, sizes, sizes)

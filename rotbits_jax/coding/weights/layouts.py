@@ -1,398 +1,447 @@
-"""Layouts: how a number divides into a symbol and a rest, one class for each kind.
+r"""Layouts: how the bits of an element divide into a symbol and raw bits.
 
-The symbol is modelled and coded; the rest is stored unchanged. To add a kind, write a
-subclass of `Layout` and add it to `KINDS`.
+The symbol is worth modelling and is coded; the raw bits are noise and are stored as
+they are. A layout belongs to one dtype; it is one of two types.
 
-Shape letters: A symbols in the alphabet.
+**Floats.** The bits of a float, from the top, are its sign, its exponent and its
+mantissa. In trained weights only the exponent and the first bits of the mantissa are
+predictable.
+
+    bits     = [ sign | exponent e | mantissa m ]
+    symbol   = [ exponent e | top t of the mantissa ]        t = min(3, m)
+    raw bits = [ sign | low m - t of the mantissa ]
+
+The raw bits do not contain low bits that are zero in all elements, because elements
+that were widened from a shorter dtype end in zeros.
+
+Elements may be rounded so that all small ones share one step. In IEEE 754 the exponents
+0 and 1 share a step. The *minimum exponent* f is the greatest exponent that shares the
+step of all exponents below it, so that of IEEE 754 itself is 1. A magnitude is
+[ exponent | mantissa ]. With a minimum exponent f it is replaced by
+
+    magnitude - (f - 1) 2^m                  if its exponent is at least f,
+    the value divided by the step            otherwise.
+
+The second line is an integer. Both lines give the same result for the exponent f,
+because IEEE 754 defines subnormal numbers in this way. Exponents are biased, as they
+are in the bits.
+
+**Integers.** Signed integers are folded first: 0, -1, 1, -2, ... become 0, 1, 2, 3, ...
+Then small magnitudes have small symbols. For the folded integer n and r raw bits,
+
+    symbol = n >> r          raw bits = n & (2^r - 1)
+
+To add a type, write a subclass of `Layout` and add it to `TYPES`. Shape letters: A
+symbols in the alphabet.
 """
 
 import abc
 import dataclasses
-import math
-from typing import Any, ClassVar, Self
+import functools
+from typing import Any, ClassVar, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from rotbits_jax.coding.weights import floats
-from rotbits_jax.coding.weights import integers
-
-DTYPES = {
-  np.dtype(d).name: np.dtype(d)
-  for d in (
-    *(ml_dtypes.bfloat16, np.float16, np.float32, np.float64, np.bool_),
-    *(np.int8, np.int16, np.int32, np.int64),
-    *(np.uint8, np.uint16, np.uint32, np.uint64),
-  )
-}
-"""The dtypes that can be stored, by name.
-
-Arrays of a dtype for which there is no layout are stored unchanged.
-"""
-
 
 @dataclasses.dataclass(frozen=True)
 class Layout(abc.ABC):
-  """A way to divide numbers.
+  """A way to divide elements.
 
   Attributes:
-    dtype: dtype of the numbers.
-    rest: number of bits of a rest.
-    step: a parameter of the kind, such as the floor; 0 if the kind has none. Layouts
-      that differ only in the step share their compiled programs.
+    dtype: dtype of the elements.
+    raw_bits: number of raw bits of an element.
+    min_exponent: the minimum exponent of floats; 1 for integers.
   """
 
   dtype: np.dtype
-  rest: int
-  step: int = 0
+  raw_bits: int
+  min_exponent: int = 1
 
-  kind: ClassVar[str]
+  type_name: ClassVar[str]
 
   @property
   def unsigned(self) -> np.dtype:
-    """Dtype of the bit patterns of the numbers."""
+    """Dtype of the bit patterns of the elements."""
     return np.dtype(f'u{self.dtype.itemsize}')
 
   @property
   def program(self) -> Self:
     """The layout with which the programs that this layout uses are compiled."""
-    return dataclasses.replace(self, step=min(self.step, 1))
+    return dataclasses.replace(self, min_exponent=min(self.min_exponent, 2))
 
   @property
   @abc.abstractmethod
   def alphabet(self) -> int:
-    """A, the number of symbols."""
+    """A, the number of symbols; at most 2^14."""
 
   @property
   @abc.abstractmethod
   def has_scale(self) -> bool:
-    """Whether numbers are distributed around zero, so that lines have scales."""
-
-  @classmethod
-  @abc.abstractmethod
-  def takes(cls, dtype: np.dtype, rest: int, step: int) -> bool:
-    """Returns whether the kind has a layout of this dtype, rest and step."""
+    """Whether elements are distributed around zero, so that rows have scales."""
 
   @abc.abstractmethod
-  def split(self, bits: jax.Array, step: Any) -> tuple[jax.Array, jax.Array]:
-    """Divides numbers into symbols and rests.
+  def is_valid(self) -> bool:
+    """Returns whether the type has a layout of these attributes."""
+
+  @abc.abstractmethod
+  def split(self, bits: jax.Array, min_exponent: Any) -> tuple[jax.Array, jax.Array]:
+    """Divides elements into symbols and raw bits.
 
     Args:
-      bits: bit patterns of the numbers.
-      step: the step of the layout. It may be traced; then `self` is its `program`.
+      bits: bit patterns of the elements.
+      min_exponent: the attribute, which may be traced, so that layouts share programs.
+        Then that of `self` only tells whether it is 1.
 
     Returns:
-      The symbols, uint16, and the rests, which are as wide as the patterns.
+      The symbols, uint16, and the raw bits, which are as wide as the patterns.
     """
 
   @abc.abstractmethod
-  def join(self, symbols: jax.Array, rests: jax.Array, step: Any) -> jax.Array:
+  def join(self, symbols: jax.Array, raw: jax.Array, min_exponent: Any) -> jax.Array:
     """Returns the bit patterns: the inverse of `split`.
 
-    Symbols and rests that no number has give any bits, but no error.
+    Symbols and raw bits that no element has give any bits, but no error.
     """
 
   @abc.abstractmethod
-  def cells(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Returns the magnitudes for which each symbol stands, as three int64 `[A]`.
+  def cells(self, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Returns the magnitudes for which the first symbols stand, as three int64 arrays.
 
     The three are centre, exponent and width. The magnitudes lie around
     centre * 2^exponent, in a cell of width 2^width times a factor that all symbols
     share.
+
+    Args:
+      count: number of symbols.
     """
+
+
+class Format(NamedTuple):
+  """How many bits of a dtype the exponent and the mantissa have."""
+
+  width: int
+  exponent: int
+  mantissa: int
+
+  @property
+  def bias(self) -> int:
+    return (1 << self.exponent - 1) - 1
+
+
+FORMATS = {
+  np.dtype(np.float16): Format(width=16, exponent=5, mantissa=10),
+  np.dtype(ml_dtypes.bfloat16): Format(width=16, exponent=8, mantissa=7),
+  np.dtype(np.float32): Format(width=32, exponent=8, mantissa=23),
+}
+"""The dtypes of `Float`."""
+
+_MODELLED_MANTISSA_BITS = 3
 
 
 @dataclasses.dataclass(frozen=True)
 class Float(Layout):
-  """The symbol is the exponent and the top of the mantissa; see `floats`.
+  """The symbol is the exponent and the top of the mantissa."""
 
-  The rest does not contain low bits that are zero in all numbers, because numbers that
-  were widened from a shorter dtype end in zeros. The step is the floor minus 1.
-  """
+  type_name: ClassVar[str] = 'float'
 
-  kind: ClassVar[str] = 'float'
+  @property
+  def format(self) -> Format:
+    return FORMATS[self.dtype]
+
+  @property
+  def _low(self) -> int:
+    """The number of bits below the symbol."""
+    return self.format.mantissa - _MODELLED_MANTISSA_BITS
+
+  @property
+  def most_raw_bits(self) -> int:
+    return self._low + 1
 
   @property
   def alphabet(self) -> int:
-    return floats.LAYOUTS[self.dtype].alphabet
+    return 1 << self.format.exponent + _MODELLED_MANTISSA_BITS
 
   @property
   def has_scale(self) -> bool:
     return True
 
-  @property
-  def _zeros(self) -> int:
-    return floats.LAYOUTS[self.dtype].rest_bits - self.rest
+  def is_valid(self) -> bool:
+    return (
+      self.dtype in FORMATS
+      and 0 <= self.raw_bits <= self.most_raw_bits
+      and 1 <= self.min_exponent < (1 << self.format.exponent) - 1
+    )
 
-  @classmethod
-  def takes(cls, dtype: np.dtype, rest: int, step: int) -> bool:
-    if dtype not in floats.LAYOUTS:
-      return False
-    layout = floats.LAYOUTS[dtype]
-    return 0 <= rest <= layout.rest_bits and 0 <= step < (1 << layout.exponent) - 2
+  def split(self, bits: jax.Array, min_exponent: Any) -> tuple[jax.Array, jax.Array]:
+    if self.min_exponent > 1:
+      bits = raised(bits, self.format, min_exponent)
+    kind, low = self.unsigned.type, self._low
+    symbols = bits >> low & kind(self.alphabet - 1)
+    raw = bits >> self.format.width - 1 << low | bits & kind((1 << low) - 1)
+    return symbols.astype(jnp.uint16), raw >> self.most_raw_bits - self.raw_bits
 
-  def split(self, bits: jax.Array, step: Any) -> tuple[jax.Array, jax.Array]:
-    layout = floats.LAYOUTS[self.dtype]
-    if self.step:
-      bits = floats.raise_floor(bits, layout, step + 1)
-    symbols, rests = floats.split_bits(bits, layout)
-    return symbols, rests >> self._zeros
+  def join(self, symbols: jax.Array, raw: jax.Array, min_exponent: Any) -> jax.Array:
+    kind, low = self.unsigned.type, self._low
+    raw = raw << self.most_raw_bits - self.raw_bits
+    sign = raw >> low << self.format.width - 1
+    bits = sign | symbols.astype(self.unsigned) << low | raw & kind((1 << low) - 1)
+    if self.min_exponent > 1:
+      bits = lowered(bits, self.format, min_exponent)
+    return bits
 
-  def join(self, symbols: jax.Array, rests: jax.Array, step: Any) -> jax.Array:
-    layout = floats.LAYOUTS[self.dtype]
-    bits = floats.join_bits(symbols, rests << self._zeros, layout)
-    return floats.lower_floor(bits, layout, step + 1) if self.step else bits
-
-  def cells(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    symbols = np.arange(self.alphabet, dtype=np.int64)
-    layout = floats.LAYOUTS[self.dtype]
-    top = layout.modelled_mantissa
+  def cells(self, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    symbols, top = np.arange(count, dtype=np.int64), _MODELLED_MANTISSA_BITS
     exponent, mantissa = symbols >> top, symbols & ((1 << top) - 1)
     # Numbers with the exponent 0 have no leading 1, and the spacing of the exponent 1.
     leading = np.where(exponent > 0, 1 << top, 0)
-    width = np.maximum(exponent, 1) - (1 << (layout.exponent - 1)) + 1 - top
-    width += self.step
+    width = np.maximum(exponent, 1) - self.format.bias - top + self.min_exponent - 1
     return 2 * (leading + mantissa) + 1, width - 1, width
+
+
+def raised(bits: jax.Array, form: Format, min_exponent: Any) -> jax.Array:
+  """Replaces the magnitudes in bit patterns by those of a minimum exponent.
+
+  Args:
+    bits: unsigned integers as wide as the elements. Elements with a lower exponent must
+      be multiples of the step of the minimum exponent.
+    form: format of the dtype.
+    min_exponent: f, an integer of at least 1; it may be traced. 1 changes nothing.
+
+  Returns:
+    Unsigned integers of the same shape and width.
+  """
+  kind, top = bits.dtype.type, form.mantissa
+  magnitude = bits & kind((1 << form.width - 1) - 1)
+  least = jnp.asarray(min_exponent).astype(bits.dtype)
+  exponent = jnp.maximum(magnitude >> top, kind(1))
+  shift = jnp.where(exponent < least, least - exponent, kind(0))
+  leading = (magnitude >> top > 0).astype(bits.dtype) << top
+  significand = magnitude & kind((1 << top) - 1) | leading
+  steps = significand >> jnp.minimum(shift, kind(form.width - 1))
+  return bits - magnitude | jnp.where(
+    shift > 0, steps, magnitude - (least - kind(1) << top)
+  )
+
+
+def lowered(bits: jax.Array, form: Format, min_exponent: Any) -> jax.Array:
+  """Restores the magnitudes: the inverse of `raised`."""
+  kind, top = bits.dtype.type, form.mantissa
+  magnitude = bits & kind((1 << form.width - 1) - 1)
+  least = jnp.asarray(min_exponent).astype(jnp.int32)
+  # A float32 holds an integer below 2^24 exactly, and its bits tell the exponent.
+  wide = jax.lax.bitcast_convert_type(magnitude.astype(jnp.float32), jnp.int32)
+  below = least - jnp.int32(127 + top)
+  normal = ((wide >> (23 - top)) + (below << top)).astype(bits.dtype)
+  subnormal = magnitude << jnp.clip(least - 1, 0, form.width - 1).astype(bits.dtype)
+  small = jnp.where((wide >> 23) + below >= 1, normal, subnormal)
+  small = jnp.where(magnitude > 0, small, kind(0))
+  large = magnitude + ((least - 1) << top).astype(bits.dtype)
+  return bits - magnitude | jnp.where(magnitude >> top > 0, large, small)
+
+
+_MOST_SYMBOL_BITS = 14  # a frequency table has as many slots
 
 
 @dataclasses.dataclass(frozen=True)
 class Int(Layout):
-  """The symbol is the top bits of the folded integer; see `integers`."""
+  """The symbol is the top of the folded integer."""
 
-  kind: ClassVar[str] = 'int'
+  type_name: ClassVar[str] = 'int'
 
   @property
   def alphabet(self) -> int:
-    return 1 << min(8 * self.dtype.itemsize - self.rest, integers.MODELLED_BITS)
+    return 1 << min(8 * self.dtype.itemsize - self.raw_bits, _MOST_SYMBOL_BITS)
 
   @property
   def has_scale(self) -> bool:
     return self.dtype.kind == 'i'
 
-  @classmethod
-  def takes(cls, dtype: np.dtype, rest: int, step: int) -> bool:
-    known = dtype in integers.DTYPES
-    return known and 0 <= rest < 8 * dtype.itemsize and step == 0
+  def is_valid(self) -> bool:
+    known = self.dtype.kind in 'iu' and self.dtype.itemsize <= 4
+    return (
+      known and 0 <= self.raw_bits < 8 * self.dtype.itemsize and self.min_exponent == 1
+    )
 
-  def split(self, bits: jax.Array, step: Any) -> tuple[jax.Array, jax.Array]:
-    return integers.split_bits(bits, self.rest, self.has_scale)
+  def split(self, bits: jax.Array, min_exponent: Any) -> tuple[jax.Array, jax.Array]:
+    kind = bits.dtype.type
+    if self.has_scale:
+      sign = bits >> (8 * bits.dtype.itemsize - 1)
+      bits = (bits << 1) ^ (kind(0) - sign)
+    symbols = (bits >> self.raw_bits).astype(jnp.uint16)
+    return symbols, bits & kind((1 << self.raw_bits) - 1)
 
-  def join(self, symbols: jax.Array, rests: jax.Array, step: Any) -> jax.Array:
-    return integers.join_bits(symbols, rests, self.rest, self.dtype)
+  def join(self, symbols: jax.Array, raw: jax.Array, min_exponent: Any) -> jax.Array:
+    folded = symbols.astype(self.unsigned) << self.raw_bits | raw
+    if not self.has_scale:
+      return folded
+    kind = self.unsigned.type
+    return (folded >> 1) ^ (kind(0) - (folded & kind(1)))
 
-  def cells(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    return integers.cells(self.alphabet, self.rest)
+  def cells(self, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    symbols = np.arange(count, dtype=np.int64)
+    zeros = np.zeros_like(symbols)
+    if self.raw_bits:
+      return 2 * symbols + 1, zeros + self.raw_bits - 2, zeros
+    return (symbols + 1) // 2, zeros, zeros
 
 
-@dataclasses.dataclass(frozen=True)
-class Grid(Layout):
-  """Floats that are integer multiples of one unit; the integer k has 16 bits.
+TYPES: dict[str, type[Layout]] = {cls.type_name: cls for cls in (Float, Int)}
+"""The types of layouts, by their names in a file."""
 
-  The unit is a small integer times a power of two, because each product is then exact:
 
-      value = k (4 + i) 2^(e - 152)        step = 4 e + i, i < 4
+# ---- the choice of a layout ----------------------------------------------------------
 
-  The symbol and the rest are those of k, as in `Int`. This kind suits numbers that have
-  few levels. It stores no sign for k = 0, while `Float` stores a sign for every zero.
-  Subclasses differ in the size of the alphabet, because a small alphabet decodes
-  faster.
+# A minimum exponent that is further below the scale saves less than 0.03 bits.
+_MOST_BELOW = 6
+_MOST_ABOVE = 2
+
+_CHUNK = 1 << 16  # elements that are looked at at once, so that they fit the cache
+_SAMPLES = 4  # chunks that are looked at first
+
+
+class Survey(NamedTuple):
+  """Properties of some floats.
+
+  Attributes:
+    used: the union of their bit patterns.
+    greatest: the greatest of their magnitudes.
+    lowest: an exponent. All elements are multiples of the step that the minimum
+      exponent `lowest + 1` has, and not of a coarser one; it may be negative or large.
+    scale: about log2 of their standard deviation, biased as exponents are.
+    negative_zeros: whether an element is -0.
   """
 
-  symbol_bits: ClassVar[int]
-
-  # The least positive number of a grid is a normal float32, and the greatest is finite.
-  LEAST_STEP: ClassVar[int] = 4 * (152 - 126)
-  MOST_STEP: ClassVar[int] = 4 * (152 + 108) + 3
-
-  @property
-  def alphabet(self) -> int:
-    return 1 << self.symbol_bits
-
-  @property
-  def has_scale(self) -> bool:
-    return True
-
-  @property
-  def program(self) -> Self:
-    return dataclasses.replace(self, step=self.LEAST_STEP)
-
-  @property
-  def unit(self) -> np.float32:
-    return np.ldexp(np.float32(4 + self.step % 4), self.step // 4 - 152)
-
-  @property
-  def integers(self) -> Int:
-    """The layout of the integers k, which have the symbols and rests of the numbers."""
-    return Int(np.dtype(np.int16), self.rest)
-
-  @property
-  def integer_dtype(self) -> np.dtype:
-    """The shortest dtype that holds every k."""
-    return np.dtype(np.int8 if self.symbol_bits + self.rest <= 8 else np.int16)
-
-  def numbers(self, integers: np.ndarray) -> np.ndarray:
-    """Returns the numbers of integers k, bit for bit those of `join`."""
-    with np.errstate(over='ignore'):  # in a damaged file
-      return (integers.astype(np.float32) * self.unit).astype(self.dtype)
-
-  @classmethod
-  def takes(cls, dtype: np.dtype, rest: int, step: int) -> bool:
-    known = dtype in floats.LAYOUTS and 0 <= rest <= 16 - cls.symbol_bits
-    return known and cls.LEAST_STEP <= step <= cls.MOST_STEP
-
-  def split(self, bits: jax.Array, step: Any) -> tuple[jax.Array, jax.Array]:
-    values = jax.lax.bitcast_convert_type(bits, self.dtype).astype(jnp.float32)
-    exponent, factor = _unit(step)
-    # It multiplies twice, because the inverse of a large power is not a normal float32.
-    scaled = values * _power(-(exponent // 2)) * _power(exponent // 2 - exponent)
-    # The quotient is an integer up to the rounding error of the division.
-    whole = jnp.rint(scaled / factor).astype(jnp.int16)
-    symbols, rests = integers.split_bits(
-      jax.lax.bitcast_convert_type(whole, jnp.uint16), self.rest, True
-    )
-    return symbols, rests.astype(self.unsigned)
-
-  def join(self, symbols: jax.Array, rests: jax.Array, step: Any) -> jax.Array:
-    bits = integers.join_bits(symbols, rests, self.rest, np.dtype(np.int16))
-    whole = jax.lax.bitcast_convert_type(bits, jnp.int16).astype(jnp.float32)
-    exponent, factor = _unit(step)
-    values = whole * factor * _power(exponent)
-    return jax.lax.bitcast_convert_type(values.astype(self.dtype), self.unsigned)
-
-  def cells(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    centre, exponent, width = integers.cells(self.alphabet, self.rest)
-    return centre * (4 + self.step % 4), exponent + self.step // 4 - 152, width
+  used: int
+  greatest: int
+  lowest: int
+  scale: int
+  negative_zeros: bool
 
 
-def _unit(step: Any) -> tuple[jax.Array, jax.Array]:
-  """Returns the exponent, int32, and the factor, float32, of the unit of a grid."""
-  step = jnp.asarray(step, jnp.int32)
-  return step // 4 - 152, (4 + step % 4).astype(jnp.float32)
+def survey(bits: np.ndarray, form: Format) -> Survey | None:
+  """Looks at the bit patterns of elements, not empty; None if all elements are 0."""
+  used = greatest = exponents = count = 0
+  lowest, negative_zeros = 1 << 30, False
+  for start in range(0, bits.size, _CHUNK):
+    part = bits[start : start + _CHUNK]
+    used |= _union(part)
+    magnitude = part & part.dtype.type((1 << form.width - 1) - 1)
+    present = magnitude > 0
+    if not present.all():
+      negative_zeros = negative_zeros or bool(part[~present].any())
+      magnitude = magnitude[present]
+    if not magnitude.size:
+      continue
+    greatest = max(greatest, int(magnitude.max()))
+    exponent = np.maximum(magnitude >> form.mantissa, 1).astype(np.int32)
+    significand = magnitude & magnitude.dtype.type((1 << form.mantissa) - 1)
+    significand |= (magnitude >> form.mantissa > 0).astype(part.dtype) << form.mantissa
+    # A float32 holds a power of two exactly, and its bits tell the exponent.
+    lowest_bit = (significand & -significand).astype(np.float32).view(np.int32) >> 23
+    lowest = min(lowest, int((exponent + lowest_bit).min()) - 128)
+    exponents += int(exponent.sum())
+    count += magnitude.size
+  if not count:
+    return None
+  # For a normal distribution the mean of log2 |x| is 0.92 less than log2 of the
+  # standard deviation, and the exponent is on average 0.5 less than log2.
+  scale = int(exponents / count + 1.42)
+  return Survey(used, greatest, lowest, scale, negative_zeros)
 
 
-@dataclasses.dataclass(frozen=True)
-class SmallGrid(Grid):
-  """A grid of 2^8 symbols."""
-
-  kind: ClassVar[str] = 'grid8'
-  symbol_bits: ClassVar[int] = 8
+def _union(bits: np.ndarray) -> int:
+  return int(np.bitwise_or.reduce(bits))  # type: ignore[call-overload]
 
 
-@dataclasses.dataclass(frozen=True)
-class LargeGrid(Grid):
-  """A grid of 2^11 symbols."""
-
-  kind: ClassVar[str] = 'grid11'
-  symbol_bits: ClassVar[int] = 11
-
-
-def _power(exponent: jax.Array) -> jax.Array:
-  """Returns 2^exponent, float32, of int32 exponents from -126 to 127."""
-  return jax.lax.bitcast_convert_type((exponent + 127) << 23, jnp.float32)
-
-
-KINDS: dict[str, type[Layout]] = {
-  cls.kind: cls for cls in (Float, Int, SmallGrid, LargeGrid)
-}
-"""The kinds of layouts, by their names in a file."""
-
-
-def layout(kind: str, dtype: np.dtype, rest: int, step: int) -> Layout:
-  """Makes the layout of a kind.
-
-  Raises:
-    ValueError: if the kind is unknown, or has no layout of this dtype, rest and step.
-  """
-  if kind not in KINDS:
-    raise ValueError(f'there is no layout of the kind {kind!r}')
-  if not KINDS[kind].takes(dtype, rest, step):
-    raise ValueError(
-      f'the layout {kind!r} of {dtype} cannot have rests of {rest} bits and {step=}'
-    )
-  return KINDS[kind](dtype, rest, step)
-
-
-# A grid is used if the scale of the numbers is less than 2^12 steps, because its
-# integers have 16 bits and must hold numbers of 8 times the scale. The dtype must also
-# be able to represent every multiple of the step near the scale. Otherwise the rests of
-# large numbers end in zeros, and the grid stores these zeros.
-_GRID_OCTAVES = 12
-_BEYOND_OCTAVES = 2
-
-_ABOVE_OCTAVES = 2
-
-# A floor that is further below the scale saves less than 0.03 bits per number.
-_FLOOR_OCTAVES = 6
-
-# A symbol of a small grid is at most a quarter of the scale wide, because wider symbols
-# lose more than 0.1% of the bits.
-_WIDEST_SYMBOL = 2
-
-
-def of_floats(bits: np.ndarray, dtype: np.dtype) -> Float | Grid:
+def of_floats(bits: np.ndarray, dtype: np.dtype) -> tuple[Float, Survey | None]:
   """Chooses the layout of floats by the bits that they use.
 
   Args:
     bits: the bit patterns, unsigned integers `[n]`.
-    dtype: dtype of the numbers, in `floats.LAYOUTS`.
+    dtype: dtype of the elements, in `FORMATS`.
 
   Returns:
-    A grid if the numbers are small multiples of a power of two. Otherwise a `Float`
-    with the highest floor that the numbers allow; its rest does not contain the low
-    bits that are zero in all numbers.
+    The layout, with the highest minimum exponent that the elements allow and without
+    low bits that are zero in all of them; and a survey of the elements. If the layout
+    has no such property, the survey is one of a sample.
   """
-  layout = floats.LAYOUTS[dtype]
-  found = floats.survey(bits, layout)
-  if not found.count:
-    return Float(dtype, int(found.used > 0))
-  # log2 of the scale. For a normal distribution the mean of log2 |x| is 0.92 less than
-  # log2 of the standard deviation, and the exponent is on average 0.5 less than log2.
-  scale = int(found.exponents / found.count + 1.42)
-  if not found.negative_zeros:
-    grid = _grid(bits, dtype, found, scale)
-    if grid is not None:
-      return grid
-  # The rest is the sign and the low bits of the mantissa.
-  low = layout.rest_bits - 1
-  used = found.used >> (layout.width - 1) << low | found.used & ((1 << low) - 1)
-  zeros = (used & -used).bit_length() - 1 if used else layout.rest_bits
-  # Numbers above the floor end in this many zeros, so numbers below it must, too.
-  floor = found.lowest + 1 - min(zeros, layout.mantissa)
-  # With a higher floor too few symbols would be left for the numbers below it.
-  floor = min(floor, scale + _ABOVE_OCTAVES)
-  floor = min(floor, (1 << layout.exponent) - 2)  # NaN must stay above the floor
-  floor = floor if floor > max(scale - _FLOOR_OCTAVES, 1) else 1
-  return Float(dtype, layout.rest_bits - zeros, floor - 1)
+  form = FORMATS[dtype]
+  # With more elements `used` only grows and `lowest` only falls.
+  starts = np.linspace(0, max(bits.size - _CHUNK, 0), _SAMPLES).astype(int)
+  sample = np.concatenate([bits[start : start + _CHUNK // 4] for start in starts])
+  for part in (sample, bits):
+    found = survey(part, form)
+    layout = _layout(found, _union(part), dtype)
+    if layout == Float(dtype, layout.most_raw_bits):
+      break
+  return layout, found
 
 
-def _grid(
-  bits: np.ndarray, dtype: np.dtype, found: floats.Survey, scale: int
-) -> Grid | None:
-  """Returns the grid that suits numbers; None if they have too many levels."""
-  layout = floats.LAYOUTS[dtype]
-  bias = (1 << layout.exponent - 1) - 1
-  # All numbers are multiples of 2^unit, and perhaps of an odd number times 2^unit.
-  unit = found.lowest + 1 - bias - layout.mantissa
-  octaves = scale - bias - unit
-  most = min(_GRID_OCTAVES, layout.mantissa - _BEYOND_OCTAVES)
-  greatest = np.array(found.greatest, bits.dtype).view(dtype)
-  steps = np.ldexp(np.float64(greatest), -unit)
-  if not (octaves < most + 3 and steps < 7 << 15):
-    return None
-  divisor = floats.divisor(bits, layout, unit)
-  octaves -= round(math.log2(divisor))
-  largest = int(steps) // divisor
-  if not (octaves < most and largest < 1 << 15):
-    return None
-  # The divisor is written as 4, 5, 6 or 7 times a power of two.
-  shift = {1: 2, 3: 1, 5: 0, 7: 0}[divisor]
-  step = 4 * (unit - shift + 152) + (divisor << shift) - 4
-  for kind in (SmallGrid, LargeGrid):
-    rest = integers.least_low(largest, -largest, True, kind.symbol_bits)
-    # Folding doubles the numbers.
-    fits = rest <= max(octaves + 1 - _WIDEST_SYMBOL, 0) or kind is LargeGrid
-    if fits and kind.takes(dtype, rest, step):
-      return kind(dtype, rest, step)
-  return None
+def _layout(found: Survey | None, used: int, dtype: np.dtype) -> Float:
+  if found is None:
+    return Float(dtype, int(used > 0))
+  form, most = FORMATS[dtype], Float(dtype, 0).most_raw_bits
+  # The raw bits are the sign and the low bits of the mantissa.
+  low = found.used >> (form.width - 1) << most - 1 | found.used & ((1 << most - 1) - 1)
+  zeros = (low & -low).bit_length() - 1 if low else most
+  # Elements above the minimum exponent end in this many zeros, so those below must.
+  least = found.lowest + 1 - min(zeros, form.mantissa)
+  # With a higher one too few symbols would be left for the elements below it.
+  least = min(least, found.scale + _MOST_ABOVE)
+  least = min(least, (1 << form.exponent) - 2)  # NaN must stay above it
+  least = least if least > max(found.scale - _MOST_BELOW, 1) else 1
+  return Float(dtype, most - zeros, least)
+
+
+def most_folded(array: np.ndarray) -> int:
+  """Returns the greatest of some integers, not empty, after folding."""
+  largest, least = int(array.max()), int(array.min())
+  return max(2 * largest, -2 * least - 1) if array.dtype.kind == 'i' else largest
+
+
+def least_raw_bits(array: np.ndarray) -> int:
+  """Returns the fewest raw bits that a layout of some integers, not empty, can have."""
+  return max(most_folded(array).bit_length() - _MOST_SYMBOL_BITS, 0)
+
+
+# ---- programs ------------------------------------------------------------------------
+
+
+def piece_widths(raw_bits: int) -> tuple[int, ...]:
+  """Returns the widths of the pieces into which raw bits are cut, from the lowest on.
+
+  All are 8 but the last ones, which are 4, 2 and 1, each at most once.
+  """
+  return (8,) * (raw_bits // 8) + tuple(b for b in (4, 2, 1) if raw_bits & b)
+
+
+@functools.partial(jax.jit, static_argnames='layout')
+def split(
+  bits: jax.Array, min_exponent: jax.Array, *, layout: Layout
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+  """Divides elements into symbols, uint16, and pieces of raw bits, uint8."""
+  symbols, raw = layout.split(bits, min_exponent)
+  pieces, shift = [], 0
+  for width in piece_widths(layout.raw_bits):
+    pieces.append((raw >> shift).astype(jnp.uint8) & jnp.uint8((1 << width) - 1))
+    shift += width
+  return symbols, tuple(pieces)
+
+
+@functools.partial(jax.jit, static_argnames='layout')
+def join(
+  symbols: jax.Array,
+  pieces: tuple[jax.Array, ...],
+  min_exponent: jax.Array,
+  *,
+  layout: Layout,
+) -> jax.Array:
+  """Returns the bit patterns of elements: the inverse of `split`."""
+  raw, shift = jnp.zeros(symbols.shape, layout.unsigned), 0
+  for width, piece in zip(piece_widths(layout.raw_bits), pieces, strict=True):
+    raw = raw | piece.astype(layout.unsigned) << shift
+    shift += width
+  return layout.join(symbols, raw, min_exponent)

@@ -1,47 +1,48 @@
-"""Plans: chooses how each array of a unit is stored.
+"""Plans: chooses how each array of a record is stored.
 
-Floats and short integers are coded. The coder uses one frequency table for the array,
-or a table for each class of lines. An array that coding would not make shorter is
-stored unchanged.
+An array is coded as it is or as the parts of a form (see `forms`). Each part is coded
+with one frequency table, or with a table for each class of its rows and columns, or it
+is stored as it is. The plan is the choice with the fewest bytes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+import dataclasses
 import functools
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
 from rotbits_jax.coding import tables
 from rotbits_jax.coding.weights import blocks
 from rotbits_jax.coding.weights import contexts
-from rotbits_jax.coding.weights import floats
-from rotbits_jax.coding.weights import integers
+from rotbits_jax.coding.weights import forms
 from rotbits_jax.coding.weights import layouts
-from rotbits_jax.coding.weights import numbers
 from rotbits_jax.coding.weights import pool
 from rotbits_jax.coding.weights import scales
 
+_Result = TypeVar('_Result')
+
 
 class Coded(NamedTuple):
-  """How an array is coded.
+  """How a part is coded.
 
   Attributes:
-    layout: layout of the numbers.
-    lines: the lines with their scales; None if one table codes the array.
-    counts: int64 `[labels, A]`, how often each symbol occurs in lines with each label.
+    layout: layout of the elements.
+    buckets: the scale buckets; None if one table codes the part.
+    counts: int64 `[B, A]`, how often each symbol occurs in each bucket.
   """
 
   layout: layouts.Layout
-  lines: scales.Lines | None
+  buckets: scales.Buckets | None
   counts: np.ndarray
 
 
-class Plan(NamedTuple):
-  """How an array is stored.
+class Part(NamedTuple):
+  """How a part is stored.
 
   Attributes:
-    array: the array, contiguous.
-    coded: how it is coded; None if it is stored unchanged.
+    array: the part, contiguous.
+    coded: how it is coded; None if it is stored as it is.
     saved: about how many bytes coding saves.
   """
 
@@ -50,146 +51,275 @@ class Plan(NamedTuple):
   saved: float = 0.0
 
 
+class Plan(NamedTuple):
+  """How an array is stored.
+
+  Attributes:
+    array: the array, contiguous.
+    form: the form; None if the only part is the array.
+    parts: the parts.
+  """
+
+  array: np.ndarray
+  form: forms.Form | None
+  parts: tuple[Part, ...]
+
+  @property
+  def nbytes(self) -> float:
+    """About how many bytes the array takes."""
+    return sum(part.array.nbytes - part.saved for part in self.parts)
+
+
 def plan(arrays: Sequence[np.ndarray]) -> list[Plan]:
   """Chooses the plan with the fewest bytes for each array.
 
-  An array may be stored unchanged, coded with one table, or coded with a table for each
-  class of lines.
-
   Args:
-    arrays: arrays of dtypes in `layouts.DTYPES`.
+    arrays: arrays of dtypes in `specs.DTYPES`, contiguous.
 
   Returns:
     The plans.
-
-  Raises:
-    ValueError: if an array has another dtype.
   """
-  for array in arrays:
-    if array.dtype.name not in layouts.DTYPES:
-      raise ValueError(f'arrays of this dtype cannot be stored, got {array.dtype=}')
-  drafts = pool.run(functools.partial(_draft, array) for array in arrays)
-  drafts = _joined(drafts)
-  counted = [
-    (i, start)
-    for i, draft in enumerate(drafts)
-    if draft.coded
-    for start in range(0, draft.array.size, blocks.CAPACITY)
-  ]
-  parts = pool.run(functools.partial(_count, drafts[i], start) for i, start in counted)
-  totals: dict[int, np.ndarray] = {}
-  for (i, _), part in zip(counted, parts, strict=True):
-    totals[i] = totals[i] + part if i in totals else part
-  chosen = {
-    i: functools.partial(_choose, drafts[i], total) for i, total in totals.items()
-  }
-  plans = dict(zip(chosen, pool.run(chosen.values()), strict=True))
-  return [plans.get(i, draft) for i, draft in enumerate(drafts)]
+  found = pool.run(functools.partial(_candidates, array) for array in arrays)
+  drafts = [x for own in found for _, parts in own for x in parts if x.layout]
+  planned = iter(_planned(_alike(drafts)))
+  plans = []
+  for array, own in zip(arrays, found, strict=True):
+    made = [
+      Plan(
+        array, form, tuple(next(planned) if x.layout else Part(x.array) for x in parts)
+      )
+      for form, parts in own
+    ]
+    # Each part takes some bytes beside the others.
+    plans.append(min(made, key=lambda x: x.nbytes + _PART_BYTES * len(x.parts)))
+  return plans
 
 
-def _draft(array: np.ndarray) -> Plan:
-  """Returns a plan to code an array, without the counts, if its dtype has a layout."""
-  plain = Plan(numbers.contiguous(array))
+_PART_BYTES = 16
+
+
+# ---- layouts and forms ---------------------------------------------------------------
+
+
+class _Draft(NamedTuple):
+  """A part and its layout; None if it is stored as it is."""
+
+  array: np.ndarray
+  layout: layouts.Layout | None
+
+
+def _candidates(array: np.ndarray) -> list[tuple[forms.Form | None, list[_Draft]]]:
+  """Returns the forms that may suit an array, each with its parts."""
   if not array.size:
-    return plain
-  bits = numbers.bits(plain.array)
-  if array.dtype in floats.LAYOUTS:
-    layout: layouts.Layout = layouts.of_floats(bits, array.dtype)
-  elif array.dtype in integers.DTYPES:
-    layout = layouts.Int(array.dtype, _low_bits(plain.array))
-  else:
-    return plain
-  matrix = plain.array.reshape(scales.matrix_shape(array.shape))
-  lines = scales.sort(matrix) if layout.has_scale else None
-  return plain._replace(coded=Coded(layout, lines, np.zeros((0, 0), np.int64)))
+    return [(None, [_Draft(array, None)])]
+  found: list[tuple[forms.Form | None, list[_Draft]]] = [(None, [_Draft(array, None)])]
+  is_uniform, bits = False, forms.bit_patterns(array)
+  if array.dtype in layouts.FORMATS:
+    layout, survey = layouts.of_floats(bits, array.dtype)
+    is_plain = layout == layouts.Float(array.dtype, layout.most_raw_bits)
+    if survey and not is_plain and (made := forms.uniform(array, survey)):
+      found.append(_drafted(*made))
+      is_uniform = True
+    else:
+      found = [(None, [_Draft(array, layout)])]
+  elif array.dtype.itemsize == 8:
+    found.append(_drafted(*forms.halves(array)))
+  elif array.dtype.kind in 'iu':
+    found = [(None, [_Draft(array, _of_integers(array))])]
+  if is_uniform and np.count_nonzero(bits) > array.size // 2:
+    return found
+  return [*found, *(_drafted(*made) for made in forms.codebooks(array))]
+
+
+def _drafted(
+  form: forms.Form, parts: Sequence[np.ndarray]
+) -> tuple[forms.Form, list[_Draft]]:
+  drafts = []
+  for part in parts:
+    layout: layouts.Layout | None = None
+    if part.size and part.dtype in layouts.FORMATS:
+      layout, _ = layouts.of_floats(forms.bit_patterns(part), part.dtype)
+    elif part.size and part.dtype.kind in 'iu' and part.dtype.itemsize <= 4:
+      layout = _of_integers(part)
+    drafts.append(_Draft(part, layout))
+  return form, drafts
+
+
+_SAMPLE = 1 << 18  # elements by which the raw bits of integers are chosen
+
+
+def _of_integers(array: np.ndarray) -> layouts.Int:
+  """Returns the layout of integers whose raw bits make them shortest."""
+  least = layouts.least_raw_bits(array)
+  layout, bits = layouts.Int(array.dtype, least), forms.bit_patterns(array)
+  sample = np.ascontiguousarray(bits[:: -(-bits.size // _SAMPLE)])
+  shape = 1, layout.alphabet
+  counts = blocks.histogram(_copy_of(sample), _zeros, sample.size, shape, layout)
+  costs = []
+  for raw_bits in range(least, least + layout.alphabet.bit_length() - 1):
+    cost = contexts.choose(layout, None, counts).cost
+    costs.append(cost + sample.size * raw_bits / 8)
+    counts = counts[:, ::2] + counts[:, 1::2]
+  return layouts.Int(array.dtype, least + int(np.argmin(costs)))
+
+
+def _copy_of(part: np.ndarray) -> blocks.Fill:
+  return lambda out: np.copyto(out, part)
+
+
+def _zeros(out: np.ndarray) -> None:
+  out[:] = 0
 
 
 # About how many bytes a layout and its blocks take.
 _LAYOUT_BYTES = 64
 
 
-def _joined(drafts: list[Plan]) -> list[Plan]:
-  """Gives a small array the layout of another array if its own layout costs more."""
-  sizes: dict[layouts.Layout, int] = {}
-  for draft in drafts:
-    if draft.coded:
-      layout = draft.coded.layout
-      sizes[layout] = sizes.get(layout, 0) + draft.array.size
-  joined = []
-  for draft in drafts:
-    if draft.coded and isinstance(draft.coded.layout, layouts.Float):
-      layout = draft.coded.layout
-      # A layout with a lower floor and a longer rest fits the numbers, too, but takes
-      # more bits for each of them.
-      wider = {
-        other: sizes[layout] * (other.rest - layout.rest + layout.step - other.step)
-        for other in sizes
-        if type(other) is layouts.Float
-        and other.dtype == layout.dtype
-        and other != layout
-        and other.rest >= layout.rest
-        and other.step <= layout.step
-      }
-      if wider and min(wider.values()) < 8 * _LAYOUT_BYTES:
-        best = min(wider, key=lambda other: wider[other])
-        draft = draft._replace(coded=draft.coded._replace(layout=best))
-    joined.append(draft)
-  return joined
+def _alike(drafts: list[_Draft]) -> list[_Draft]:
+  """Gives a small part the layout of another part if its own layout costs more."""
+  sizes: dict[layouts.Layout | None, int] = {}
+  for array, layout in drafts:
+    sizes[layout] = sizes.get(layout, 0) + array.size
+  floats = [layout for layout in sizes if isinstance(layout, layouts.Float)]
+  chosen: dict[layouts.Layout | None, layouts.Layout | None] = {}
+  for own in floats:
+    # A layout with a lower minimum exponent and more raw bits fits the elements, too,
+    # but takes more bits for each of them.
+    wider = {
+      other: other.raw_bits - own.raw_bits + own.min_exponent - other.min_exponent
+      for other in floats
+      if other.dtype == own.dtype
+      and other != own
+      and other.raw_bits >= own.raw_bits
+      and other.min_exponent <= own.min_exponent
+    }
+    if wider:
+      best = min(wider, key=wider.__getitem__)
+      chosen[own] = best if wider[best] * sizes[own] < 8 * _LAYOUT_BYTES else own
+  return [_Draft(array, chosen.get(layout, layout)) for array, layout in drafts]
 
 
-def _count(draft: Plan, start: int) -> np.ndarray:
-  """Counts the symbols with each label in the block that starts at `start`."""
-  assert draft.coded
-  lines, bits = draft.coded.lines, numbers.bits(draft.array)
-  part = bits[start : start + blocks.CAPACITY]
-  shape = scales.matrix_shape(draft.array.shape)
-
-  def fill(out: np.ndarray, labels: np.ndarray) -> None:
-    out[:] = part
-    if lines is None:
-      labels[:] = 0
-    else:
-      lines.write(labels, start, shape, 1, 0)
-
-  labels = 1 if lines is None else max(lines.top, 1) + 1
-  return blocks.count(fill, part.size, draft.coded.layout, labels)
+# ---- tables --------------------------------------------------------------------------
 
 
-def _choose(draft: Plan, counts: np.ndarray) -> Plan:
-  """Returns the plan with the fewest bytes, given the counts."""
-  assert draft.coded
-  array, (layout, lines, _) = draft.array, draft.coded
+def _planned(drafts: list[_Draft]) -> list[Part]:
+  """Chooses the tables of parts with a layout."""
+  scaled = [i for i, x in enumerate(drafts) if x.layout and x.layout.has_scale]
+  found = _sorted([drafts[i].array for i in scaled])
+  of_parts = dict(zip(scaled, found, strict=True))
+  buckets = [of_parts.get(i) for i in range(len(drafts))]
+  jobs, fitted = [], []
+  for draft, own in zip(drafts, buckets, strict=True):
+    assert draft.layout
+    layout, shape = _fitted(draft.array, draft.layout, own)
+    fitted.append(layout)
+    jobs.append(_counting(draft.array, layout, own, shape))
+  counts = [np.sum(own, axis=0) for own in _run_all(jobs)]
+  arrays = [draft.array for draft in drafts]
+  return pool.run(
+    functools.partial(_choose, *args)
+    for args in zip(arrays, fitted, buckets, counts, strict=True)
+  )
+
+
+def _run_all(jobs: Sequence[Sequence[Callable[[], _Result]]]) -> list[list[_Result]]:
+  """Runs lists of jobs side by side; returns the results of each list."""
+  results = iter(pool.run(job for own in jobs for job in own))
+  return [[next(results) for _ in own] for own in jobs]
+
+
+_VECTOR = 1 << 10  # columns of a matrix that stands for a vector
+
+
+def _sorted(arrays: Sequence[np.ndarray]) -> list[scales.Buckets]:
+  """Sorts the rows and columns of each array into scale buckets."""
+  matrices = [x.reshape(scales.matrix_shape(x.shape)) for x in arrays]
+  vectors = [min(x.shape) == 1 for x in matrices]
+  for i, matrix in enumerate(matrices):
+    if vectors[i]:
+      # The scale of a vector is that of its rows, wherever it is cut.
+      width = min(matrix.size, _VECTOR)
+      whole = matrix.size // width * width
+      matrices[i] = matrix.reshape(-1)[:whole].reshape(-1, width)
+  exponents = [scales.exponent_of(x) for x in matrices]
+  weights = [np.full(x.shape[1], 1 / x.shape[1], np.float32) for x in matrices]
+  found = []
+  for _ in range(2):
+    jobs = [
+      [functools.partial(scales.sums, rows, own, exponent) for rows in _cut(matrix)]
+      for matrix, own, exponent in zip(matrices, weights, exponents, strict=True)
+    ]
+    found.append([scales.joined(sums) for sums in _run_all(jobs)])
+    weights = [scales.inverse_weights(x.weighted) for x in found[0]]
+  return pool.run(
+    functools.partial(scales.unsorted, first, exponent)
+    if is_vector
+    else functools.partial(scales.sort, first, second, exponent)
+    for first, second, exponent, is_vector in zip(
+      *found, exponents, vectors, strict=True
+    )
+  )
+
+
+def _cut(matrix: np.ndarray) -> list[np.ndarray]:
+  """Cuts a matrix into parts of whole rows."""
+  step = max(blocks.CAPACITY // matrix.shape[1], 1)
+  return [matrix[start : start + step] for start in range(0, len(matrix), step)]
+
+
+def _fitted(
+  array: np.ndarray, layout: layouts.Layout, buckets: scales.Buckets | None
+) -> tuple[layouts.Layout, tuple[int, int]]:
+  """Adds raw bits to a layout until the tables of all buckets have room.
+
+  Returns:
+    The layout; and the number of buckets, and a bound for the symbols.
+  """
+  count = 1 if buckets is None else max(buckets.top, 1) + 1
+  alphabet = layout.alphabet
+  if isinstance(layout, layouts.Int):
+    alphabet = (layouts.most_folded(array) >> layout.raw_bits) + 1
+  while (count + 1) * alphabet > contexts.MAX_ENTRIES:
+    layout = dataclasses.replace(layout, raw_bits=layout.raw_bits + 1)
+    alphabet = -(-alphabet // 2)
+  return layout, (count, alphabet)
+
+
+def _counting(
+  array: np.ndarray,
+  layout: layouts.Layout,
+  buckets: scales.Buckets | None,
+  shape: tuple[int, int],
+) -> list[Callable[[], np.ndarray]]:
+  """Returns a job for each block of a part that counts its symbols in each bucket."""
+  bits, (_, columns) = forms.bit_patterns(array), scales.matrix_shape(array.shape)
+
+  def job(start: int) -> np.ndarray:
+    part, fill = bits[start : start + blocks.CAPACITY], _zeros
+    if buckets is not None:
+      fill = lambda out: buckets.write(out, start, columns, 1, 0)
+    return blocks.histogram(_copy_of(part), fill, part.size, shape, layout)
+
+  return [functools.partial(job, x) for x in range(0, array.size, blocks.CAPACITY)]
+
+
+def _choose(
+  array: np.ndarray,
+  layout: layouts.Layout,
+  buckets: scales.Buckets | None,
+  counts: np.ndarray,
+) -> Part:
+  """Returns the part with the fewest bytes, given the counts."""
+  counts = counts[:, : np.flatnonzero(counts.any(axis=0))[-1] + 1]
   total = counts.sum(axis=0, keepdims=True)
   cost = contexts.choose(layout, None, total).cost
   coded = Coded(layout, None, total)
-  if lines:
-    (used,) = np.nonzero(counts.any(axis=1))
-    other = contexts.choose(layout, lines.classes(used), counts[used]).cost
-    for labels in (lines.rows, lines.columns):
-      other += tables.entropy_bits(np.bincount(labels)) / 8
+  if buckets:
+    (own,) = np.nonzero(counts.any(axis=1))
+    other = contexts.choose(layout, buckets.classes(own), counts[own]).cost
+    for lines in (buckets.rows, buckets.columns):
+      other += tables.entropy_bits(np.bincount(lines)) / 8
     if other < cost:
-      cost, coded = other, Coded(layout, lines, counts)
-  saved = array.nbytes - array.size * layout.rest / 8 - cost
-  return Plan(array, coded, saved) if saved > 0 else Plan(array)
-
-
-def _low_bits(values: np.ndarray) -> int:
-  """Returns the number of low bits that make the integers shortest as rests."""
-  signed, most = values.dtype.kind == 'i', integers.MODELLED_BITS
-  least = integers.least_low(int(values.max()), int(values.min()), signed, most)
-  layout, bits = layouts.Int(values.dtype, least), numbers.bits(values)
-  counts = np.zeros((1, layout.alphabet), np.int64)
-  for start in range(0, bits.size, blocks.CAPACITY):
-    part = bits[start : start + blocks.CAPACITY]
-
-    def fill(out: np.ndarray, labels: np.ndarray, part: np.ndarray = part) -> None:
-      out[:] = part
-      labels[:] = 0
-
-    counts += blocks.count(fill, part.size, layout, 1)
-  costs = []
-  for low in range(least, min(8 * values.dtype.itemsize, integers.MODELLED_BITS)):
-    cost = contexts.choose(layouts.Int(values.dtype, low), None, counts).cost
-    costs.append(cost + values.size * low / 8)
-    counts = counts[:, ::2] + counts[:, 1::2]
-  return least + int(np.argmin(costs))
+      cost, coded = other, Coded(layout, buckets, counts)
+  saved = array.nbytes - array.size * layout.raw_bits / 8 - cost
+  return Part(array, coded, saved) if saved > 0 else Part(array)

@@ -44,7 +44,11 @@ def run(jobs: Iterable[Callable[[], _Result]]) -> list[_Result]:
   pool = _pool('blocks')
   started = [pool.submit(_on_processor, job) for job in jobs]
   futures.wait(started)
-  return [job.result() for job in started]
+  try:
+    return [job.result() for job in started]
+  finally:
+    # The exception of a job refers to this frame, which must not keep all results.
+    started.clear()
 
 
 Start = Callable[[Callable[[], _Result]], 'futures.Future[_Result]']
@@ -88,7 +92,11 @@ def _pool(name: str) -> futures.ThreadPoolExecutor:
 
 
 def _on_processor(job: Callable[[], _Result]) -> _Result:
-  # The programs of the coder take NumPy arrays and are always compiled, because their
-  # loops would take hours without.
-  with jax.default_device(host.device()), jax.disable_jit(False):
+  # The programs take NumPy arrays, which are in the memory of the processor already.
+  # They are always compiled, because their loops would take hours without.
+  with (
+    jax.default_device(host.device()),
+    jax.disable_jit(False),
+    jax.transfer_guard('allow'),
+  ):
     return job()

@@ -1,12 +1,13 @@
-r"""Classes of scale for the lines of an array, and the normal distribution in integers.
+r"""Scale buckets of rows and columns, and the normal distribution in integers.
 
-A line is a row or a column of an array. Trained weights are nearly normally
-distributed. Their standard deviation depends on the row, on the column, or on both as a
-product. (After a random rotation, weights are nearly normal by the central limit
-theorem.) Class k stands for a standard deviation of 2^(k / 8). The class of a number is
-the class of its row plus the class of its column. Classes are absolute, so that few
-classes, and few frequency tables, serve many arrays. If a class is wrong by half a
-step, a number costs 2.7e-3 bits more; the average cost of rounding is 0.9e-3 bits.
+Trained weights are nearly normally distributed. Their standard deviation depends on the
+row, on the column, or on both as a product. (After a random rotation, weights are
+nearly normal by the central limit theorem.) Class k stands for a standard deviation of
+2^(k / 8). Rows and columns are sorted into *scale buckets* by their classes; the class
+of an element is the class of its row plus the class of its column. Classes are
+absolute, so that few classes, and few frequency tables, serve many arrays. If a class
+is wrong by half a step, an element costs 2.7e-3 bits more; the average cost of rounding
+is 0.9e-3 bits.
 
 The frequency table of a class need not be stored. It follows from k and from the
 symbols that occur, by integer arithmetic alone:
@@ -14,12 +15,14 @@ symbols that occur, by integer arithmetic alone:
     weight(symbol) = 2^width exp(-x^2 / 2 s^2)
                    = 2^(width - x^2 / s^2 * log2(e) / 2),        s = 2^(k / 8)
 
-Here x is the centre of the symbol's cell, the range of the numbers that have this
+Here x is the centre of the symbol's cell, the range of the elements that have this
 symbol, and 2^width is the width of the cell.
 
-Shape letters: R rows, C columns, K classes, A symbols in the alphabet.
+An array is taken as a matrix: its last axis is that of columns, and all others together
+are that of rows. Shape letters: R rows, C columns, K classes, A symbols.
 """
 
+from collections.abc import Sequence
 import functools
 import math
 from typing import NamedTuple
@@ -28,33 +31,37 @@ import numpy as np
 
 from rotbits_jax.coding import tables
 from rotbits_jax.coding.weights import layouts
-from rotbits_jax.coding.weights import numbers
 
 STEPS = 8
 """The number of classes for a factor of 2 in the standard deviation."""
 
 ZERO = -(1 << 14)
-"""The class of numbers in lines that are zero throughout; far below other classes."""
+"""The class of elements in lines that are zero throughout; far below other classes."""
 
 TABLE_BYTES = 8
 """Estimated bytes for the list of symbols that occur in a class."""
 
-MAX_LABELS = 254
-"""The labels of numbers are below this bound, so that a label fits a byte."""
+MAX_BUCKETS = 254
+"""The buckets of elements are below this bound, so that a bucket fits a byte."""
 
 
-class Lines(NamedTuple):
-  """The rows and columns of an array, sorted into classes.
+def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
+  """Returns R and C of an array: the product of all axes but the last; the last."""
+  return math.prod(shape[:-1]), math.prod(shape[-1:])
 
-  A row or a column has the label 0 if it is zero throughout. The label of a number is 0
-  if its row or its column has the label 0; else it is the sum of both labels minus 1.
-  The class of a number is `ZERO` if its label is 0, else base + (label - 1) * step.
+
+class Buckets(NamedTuple):
+  """The rows and columns of an array, sorted into scale buckets.
+
+  A line (a row or a column) is in bucket 0 if it is zero throughout. The bucket of an
+  element is 0 if that of its row or its column is 0; else it is the sum of both minus
+  1. The class of an element is `ZERO` in bucket 0, else base + (bucket - 1) * step.
 
   Attributes:
     base: the least class.
     step: the distance between neighbouring classes.
-    rows: labels of the rows, uint8 `[R]`; or a single 1 if rows are not sorted.
-    columns: labels of the columns, uint8 `[C]`; or a single 1 if columns are not
+    rows: buckets of the rows, uint8 `[R]`; or a single 1 if rows are not sorted.
+    columns: buckets of the columns, uint8 `[C]`; or a single 1 if columns are not
       sorted.
   """
 
@@ -63,17 +70,20 @@ class Lines(NamedTuple):
   rows: np.ndarray
   columns: np.ndarray
 
-  def classes(self, labels: np.ndarray) -> np.ndarray:
-    """Returns the classes of numbers, given their labels: int64."""
-    return np.where(labels, self.base + (labels.astype(np.int64) - 1) * self.step, ZERO)
+  def classes(self, buckets: np.ndarray) -> np.ndarray:
+    """Returns the classes of elements, given their buckets: int64."""
+    above = self.base + (buckets.astype(np.int64) - 1) * self.step
+    return np.where(buckets, above, ZERO)
 
-  def labels(self) -> np.ndarray:
-    """Returns the labels of numbers that occur, in ascending order."""
-    return np.unique(_label(np.unique(self.rows)[:, None], np.unique(self.columns)))
+  def used(self) -> np.ndarray:
+    """Returns the buckets of elements that occur, in ascending order."""
+    rows, columns = np.unique(self.rows)[:, None].astype(int), np.unique(self.columns)
+    both = (rows > 0) & (columns > 0)
+    return np.unique(np.where(both, rows + columns - 1, 0))
 
   @property
   def top(self) -> int:
-    """The greatest label that a number may have."""
+    """The greatest bucket that an element may be in."""
     return int(self.rows.max()) + int(self.columns.max()) - 1
 
   @property
@@ -82,88 +92,290 @@ class Lines(NamedTuple):
     return not (self.rows.all() and self.columns.all())
 
   def write(
-    self, out: np.ndarray, start: int, shape: tuple[int, int], first: int, zero: int
+    self, out: np.ndarray, start: int, columns: int, first: int, zero: int
   ) -> None:
-    """Writes the index of each number's table.
+    """Writes the index of each element's table.
 
-    The table is `zero` for the label 0, and `first + label - 1` for other labels.
+    The table is `zero` for bucket 0, and `first + bucket - 1` for other buckets.
 
     Args:
-      out: unsigned integers `[n]` to write into, for n numbers in C order.
-      start: the first of the n numbers, counted within the array.
-      shape: R and C.
-      first: the table of label 1.
-      zero: the table of label 0.
+      out: uint8 `[n]` to write into, for n elements in C order.
+      start: the first of the n elements, counted within the array.
+      columns: C.
+      first: the table of bucket 1.
+      zero: the table of bucket 0.
     """
     if self.rows.size == self.columns.size == 1:
       out[:] = first
       return
-    width = shape[1]
-    low, high = start // width, -(-(start + out.size) // width)
+    low, high = start // columns, -(-(start + out.size) // columns)
     rows = self.rows[low:high] if self.rows.size > 1 else self.rows
     # `first - 2` may be negative, because unsigned integers wrap.
     offset = np.asarray(first - 2).astype(out.dtype)
     terms = (rows.astype(out.dtype) + offset)[:, None], self.columns.astype(out.dtype)
-    whole = start == low * width and out.size == (high - low) * width
-    grid = out.reshape(high - low, width) if whole else None
+    whole = start == low * columns and out.size == (high - low) * columns
+    grid = out.reshape(high - low, columns) if whole else None
     if grid is None:
-      grid = np.empty((high - low, width), out.dtype)
+      grid = np.empty((high - low, columns), out.dtype)
     np.add(*terms, out=grid)
-    for axis, labels in ((grid, rows), (grid.T, self.columns)):
-      if not labels.all():
-        axis[labels == 0 if labels.size > 1 else ...] = zero
+    for axis, buckets in ((grid, rows), (grid.T, self.columns)):
+      if not buckets.all():
+        axis[buckets == 0 if buckets.size > 1 else ...] = zero
     if not whole:
-      out[:] = grid.reshape(-1)[start - low * width :][: out.size]
+      out[:] = grid.reshape(-1)[start - low * columns :][: out.size]
 
 
-def _label(rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
-  both = (rows > 0) & (columns > 0)
-  return np.where(both, rows.astype(np.int32) + columns.astype(np.int32) - 1, 0)
+# ---- the choice of buckets -----------------------------------------------------------
+
+_CHUNK = 1 << 16  # elements that are squared at once, so that they fit the CPU's cache
+
+_MOST_EXPONENT = 32
+_GREATEST = 2.0**60
+
+# The greatest number of steps between the classes of the lines of an axis. With this
+# bound for both axes, the buckets of elements are below `MAX_BUCKETS`.
+_RANGE = 125
 
 
-def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
-  """Returns R and C of an array: the product of all axes but the last; the last."""
-  return math.prod(shape[:-1]), math.prod(shape[-1:])
+class Sums(NamedTuple):
+  """Sums of the squares of elements of some rows.
+
+  Attributes:
+    rows: the sum of each row, weighted by columns, float64 `[r]`.
+    columns: the sum of each column, float64 `[C]`.
+    weighted: the sum of each column, weighted by the inverse of `rows`, float64 `[C]`.
+  """
+
+  rows: np.ndarray
+  columns: np.ndarray
+  weighted: np.ndarray
 
 
-def sort(matrix: np.ndarray) -> Lines:
-  """Sorts the rows of an array, its columns, both or neither into classes.
+def sums(matrix: np.ndarray, weights: np.ndarray, exponent: int) -> Sums:
+  """Sums squares of elements, divided by 4^exponent.
 
-  The function takes the choice with the least cost. The cost is an estimate: the bits
-  of normally distributed numbers and of the labels. Only the size of the file depends
-  on it.
+  The order of the additions depends on the shape of the matrix alone. (BLAS would sum
+  in an order that depends on its number of threads.)
 
   Args:
-    matrix: numbers `[R, C]`, not empty.
+    matrix: floats or integers `[r, C]`, contiguous.
+    weights: float32 `[C]`, of the columns.
+    exponent: from `exponent_of`.
+  """
+  count, width = matrix.shape
+  step = max(_CHUNK // width, 1)
+  rows, columns, weighted = np.zeros(count), np.zeros(width), np.zeros(width)
+  for start in range(0, count, step):
+    squares = _squares(matrix[start : start + step], exponent)
+    own = np.einsum('rc,c->r', squares, weights)
+    rows[start : start + step] = own
+    weighted += np.einsum('r,rc->c', _inverse(own), squares)
+    columns += np.einsum('rc->c', squares)
+  return Sums(rows, columns, weighted)
+
+
+def _squares(matrix: np.ndarray, exponent: int) -> np.ndarray:
+  """Returns the squares of elements divided by 4^exponent: finite, float32."""
+  wide: np.ndarray
+  if matrix.dtype == np.float16:
+    # NumPy converts float16 slowly. Magnitudes are shifted to the place of float32's,
+    # and multiplied by the quotient of the units. Infinity becomes 2^16.
+    wide = np.bitwise_and(matrix.view(np.uint16), 0x7FFF).astype(np.uint32)
+    wide = np.left_shift(wide, 13, out=wide).view(np.float32)
+    np.multiply(wide, np.float32(2.0**112), out=wide)
+    return np.multiply(wide, wide, out=wide)
+  wide = matrix.astype(np.float32)
+  with np.errstate(over='ignore', invalid='ignore'):
+    if exponent:
+      np.ldexp(wide, -exponent, out=wide)
+    if matrix.dtype.kind != 'i' and not wide.max() - wide.min() < _GREATEST:
+      wide = np.clip(np.nan_to_num(wide), -_GREATEST, _GREATEST)
+  return np.multiply(wide, wide, out=wide)
+
+
+def exponent_of(matrix: np.ndarray) -> int:
+  """Returns the exponent by which elements are divided before they are squared.
+
+  It is 0 if their squares are far from the limits of float32.
+  """
+  sample = np.abs(matrix.reshape(-1)[: 1 << 12].astype(np.float32))
+  sample = sample[np.isfinite(sample) & (sample > 0)]
+  exponent = int(np.log2(sample).mean()) if sample.size else 0
+  return exponent if abs(exponent) > _MOST_EXPONENT else 0
+
+
+def inverse_weights(mean_squares: np.ndarray) -> np.ndarray:
+  """Returns weights for which `Sums.rows` is the mean of squares / mean_squares."""
+  weights = np.minimum(_inverse(mean_squares), _GREATEST)
+  return (weights / max(np.count_nonzero(weights), 1)).astype(np.float32)
+
+
+def _inverse(squares: np.ndarray) -> np.ndarray:
+  """Returns 1 / x, and 0 where x is 0."""
+  return np.divide(1, squares, where=squares > 0, out=np.zeros_like(squares))
+
+
+def unsorted(found: Sums, exponent: int) -> Buckets:
+  """Returns buckets of which all rows and columns are in one.
+
+  Args:
+    found: sums over all rows with the weights 1 / C.
+    exponent: that of the sums.
+  """
+  mean = 4.0**exponent * found.rows.mean(keepdims=True)
+  return _sorted(mean, np.ones(1), found.rows.size, (1,))[0][1]
+
+
+def sort(first: Sums, second: Sums, exponent: int) -> Buckets:
+  """Sorts the rows of an array, its columns, both or neither into buckets.
+
+  The function takes the choice with the least cost. The cost is an estimate: the bits
+  of normally distributed elements and of the buckets. Only the size of the file depends
+  on it.
+
+  The factors of rows and columns whose products model the squares are close to the
+  maximum-likelihood factors. The factor of a row is the mean of its squares, each
+  divided by the factor of its column; and vice versa.
+
+  Args:
+    first: sums over all rows with the weights 1 / C.
+    second: sums over all rows with the weights that follow from `first.weighted`.
+    exponent: that of the sums.
 
   Returns:
-    The lines.
+    The buckets.
   """
-  one = np.ones(1)
-  if min(matrix.shape) == 1:
-    return _sorted(_mean_square(matrix.reshape(-1)), one, matrix.size, 1)[1]
-  rows, columns, row_factors, column_factors = _mean_squares(matrix)
-  candidates = [_sorted(rows.mean(keepdims=True), one, matrix.size, 1)]
-  pairs = (rows, one), (one, columns), (row_factors, column_factors)
-  candidates += [
-    _sorted(of_rows, of_columns, matrix.size, step)
-    for of_rows, of_columns in pairs
-    for step in (1, 2, 4, 8)
-  ]
+  count, width = first.rows.size, first.columns.size
+  one, scale = np.ones(1), 4.0**exponent
+  present = max(np.count_nonzero(second.rows), 1)
+  pairs = (
+    (scale * first.rows, one),
+    (one, scale * first.columns / count),
+    (scale * second.rows, second.weighted / present),
+  )
+  mean = scale * first.rows.mean(keepdims=True)
+  candidates = _sorted(mean, one, count * width, (1,))
+  for rows, columns in pairs:
+    candidates += _sorted(rows, columns, count * width, (1, 2, 4, 8))
   return min(candidates, key=lambda candidate: candidate[0])[1]
 
 
-def normal_weights(layout: layouts.Layout, classes: np.ndarray) -> np.ndarray:
+def _sorted(
+  rows: np.ndarray, columns: np.ndarray, size: int, steps: Sequence[int]
+) -> list[tuple[float, Buckets]]:
+  """Sorts lines into buckets.
+
+  Args:
+    rows: mean squares of the rows, or factors of them: `[R]`, or `[1]` if rows are not
+      sorted.
+    columns: the same for columns.
+    size: the number of elements in the array.
+    steps: distances between neighbouring classes.
+
+  Returns:
+    For each distance, the estimated cost in bits, and the buckets.
+  """
+  found = []
+  for step, of_rows, of_columns in zip(
+    steps, _quantized(rows, steps), _quantized(columns, steps), strict=True
+  ):
+    buckets = Buckets(
+      of_rows.base + of_columns.base, step, of_rows.buckets, of_columns.buckets
+    )
+    bits = math.inf
+    if buckets.top < MAX_BUCKETS:
+      error = of_rows.error * of_columns.error / math.log(4)
+      bits = size * (of_rows.mean_log + of_columns.mean_log + error)
+      bits += of_rows.entropy + of_columns.entropy
+      bits += 8 * TABLE_BYTES * buckets.used().size
+    found.append((bits, buckets))
+  return found
+
+
+class _Quantized(NamedTuple):
+  """The scales of the lines along one axis, rounded to classes.
+
+  Attributes:
+    base: the least class.
+    buckets: uint8, the bucket of each line.
+    mean_log: mean log2 of the classes' scales.
+    error: mean of the squares divided by the squared scales.
+    entropy: bits of the buckets.
+  """
+
+  base: int
+  buckets: np.ndarray
+  mean_log: float
+  error: float
+  entropy: float
+
+
+def _quantized(squares: np.ndarray, steps: Sequence[int]) -> list[_Quantized]:
+  """Rounds the scales of the lines along one axis to classes.
+
+  A line of zeros costs no bits, because its bucket 0 has a table of its own. Without
+  buckets, each of its elements would be a rare and costly symbol. The estimate accounts
+  for the difference: the scale of such a line counts as ten octaves below all others.
+
+  Args:
+    squares: mean squares of the lines, or factors of them.
+    steps: distances between neighbouring classes.
+
+  Returns:
+    The rounded scales for each distance.
+  """
+  if squares.size == 1 and not squares[0]:
+    return [_Quantized(ZERO, np.ones(1, np.uint8), 0.0, 1.0, 0.0)] * len(steps)
+  present = squares > 0
+  least = squares.min(where=present, initial=2.0**256)
+  exact = STEPS / 2 * np.log2(np.where(present, squares, least / 2.0**20))
+  found = []
+  for step in steps:
+    classes = np.round(exact / step).astype(np.int64) * step
+    top = int(np.max(classes))
+    classes = np.clip(classes, top - _RANGE * step, top)
+    base = int(np.min(classes, where=present, initial=top))
+    buckets = np.where(present, 1 + (classes - base) // step, 0).astype(np.uint8)
+    entropy = tables.entropy_bits(np.bincount(buckets))
+    if np.all(buckets == 1):
+      buckets = buckets[:1]
+    error = float(np.exp2((exact - classes) / (STEPS / 2)).mean())
+    mean_log = float(classes.mean()) / STEPS
+    found.append(_Quantized(base, buckets, mean_log, error, entropy))
+  return found
+
+
+def joined(parts: Sequence[Sums]) -> Sums:
+  """Returns the sums over all rows, given those over parts of the rows, in order."""
+  return Sums(
+    np.concatenate([part.rows for part in parts]),
+    *(sum(x) for x in zip(*(part[1:] for part in parts), strict=True)),  # type: ignore[arg-type]
+  )
+
+
+# ---- the normal distribution ---------------------------------------------------------
+
+# log2(e) / 2 * 2^(i / 4) for i = 0, ..., 3.
+_HALF_LOG2_E_BITS = 20
+_HALF_LOG2_E = 756388, 899502, 1069694, 1272087
+
+_FRACTION = 8
+
+
+def normal_weights(
+  layout: layouts.Layout, alphabet: int, classes: np.ndarray
+) -> np.ndarray:
   """Returns the weights of symbols under the normal distribution.
 
   Args:
-    layout: layout of the numbers; its `has_scale` must be true.
+    layout: layout of the elements; its `has_scale` must be true.
+    alphabet: A, the number of symbols in use.
     classes: integers `[K]`.
 
   Returns:
     int64 `[K, A]`, from 1 to 2^30. `tables.quantize` scales them to frequencies.
   """
-  centre, exponent, width = layout.cells()
+  centre, exponent, width = layout.cells(alphabet)
   # x^2 / s^2 = centre^2 * 2^(quarters / 4)
   quarters = STEPS * exponent - np.asarray(classes, np.int64)[:, None]
   mantissa = centre**2 * np.array(_HALF_LOG2_E, np.int64)[quarters & 3]
@@ -173,19 +385,6 @@ def normal_weights(layout: layouts.Layout, classes: np.ndarray) -> np.ndarray:
   below = bits.max(axis=-1, keepdims=True) - bits
   whole, part = below >> _FRACTION, below & ((1 << _FRACTION) - 1)
   return np.maximum(_powers()[part] >> np.minimum(whole, 62), 1)
-
-
-_BLOCK = 1 << 18  # numbers that are read at once, so that they fit the CPU's cache
-
-# The greatest number of steps between the classes of the lines of an axis. With this
-# bound for both axes, the labels of numbers are below `MAX_LABELS`.
-_RANGE = 125
-
-# log2(e) / 2 * 2^(i / 4) for i = 0, ..., 3.
-_HALF_LOG2_E_BITS = 20
-_HALF_LOG2_E = 756388, 899502, 1069694, 1272087
-
-_FRACTION = 8
 
 
 @functools.cache
@@ -198,122 +397,3 @@ def _powers() -> np.ndarray:
       power = math.isqrt(power)
     powers.append(power)
   return np.array(powers, np.int64)
-
-
-def _mean_square(line: np.ndarray) -> np.ndarray:
-  """Returns the mean square of numbers `[n]`: float64 `[1]`."""
-  total = 0.0
-  for start in range(0, line.size, _BLOCK):
-    squares = numbers.squares(line[start : start + _BLOCK]).astype(np.float64)
-    total += float(np.nan_to_num(squares, posinf=2.0**256).sum())
-  return np.array([total / line.size])
-
-
-def _mean_squares(
-  matrix: np.ndarray,
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-  """Returns mean squares of lines, and factors whose products model the squares.
-
-  The factors are close to the maximum-likelihood factors. The factor of a row is the
-  mean of its squares, each divided by the factor of its column; and vice versa.
-
-  Args:
-    matrix: numbers `[R, C]`.
-
-  Returns:
-    The mean squares of rows, float64 `[R]`, and of columns, `[C]`; the factors of rows,
-    `[R]`, and of columns, `[C]`.
-  """
-  count, width = matrix.shape
-  step = max(_BLOCK // width, 1)
-
-  def factors(divisors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Returns factors of rows, given factors of columns, and new factors of columns.
-
-    Returns:
-      The factors of rows, `[R]`; and `[2, C]`, the factors of columns that follow from
-      these, and the mean squares of columns.
-    """
-    rows, sums = np.zeros(count), np.zeros((2, width))
-    weights = _inverse(divisors)
-    weights /= max(np.count_nonzero(weights), 1)
-    for start in range(0, count, step):
-      squares = numbers.squares(matrix[start : start + step])
-      # einsum runs on this thread. BLAS would sum in an order that depends on its
-      # number of threads.
-      of_rows = lambda x: np.einsum('rc,c->r', x, weights.astype(x.dtype))
-      own = of_rows(squares)
-      if not np.isfinite(own).all():
-        squares = np.nan_to_num(squares.astype(np.float64), posinf=2.0**256)
-        own = of_rows(squares)
-      rows[start : start + step] = own
-      inverse = _inverse(rows[start : start + step]).astype(squares.dtype)
-      sums[0] += np.einsum('r,rc->c', inverse, squares)
-      sums[1] += np.einsum('rc->c', squares)
-    return rows, sums / np.array([[max(np.count_nonzero(rows), 1)], [count]])
-
-  rows, (first, columns) = factors(np.ones(width))
-  row_factors, (column_factors, _) = factors(first)
-  return rows, columns, row_factors, column_factors
-
-
-def _inverse(squares: np.ndarray) -> np.ndarray:
-  """Returns 1 / x, and 0 where x is 0."""
-  return np.divide(1, squares, where=squares > 0, out=np.zeros_like(squares))
-
-
-def _sorted(
-  rows: np.ndarray, columns: np.ndarray, numbers: int, step: int
-) -> tuple[float, Lines]:
-  """Sorts lines into classes.
-
-  Args:
-    rows: mean squares of the rows, or factors of them: `[R]`, or `[1]` if rows are not
-      sorted.
-    columns: the same for columns.
-    numbers: the number of numbers in the array.
-    step: the distance between neighbouring classes.
-
-  Returns:
-    The estimated cost in bits, and the lines.
-  """
-  row_base, row_labels, row_log, row_error = _quantized(rows, step)
-  column_base, column_labels, column_log, column_error = _quantized(columns, step)
-  lines = Lines(row_base + column_base, step, row_labels, column_labels)
-  if lines.top >= MAX_LABELS:
-    return math.inf, lines
-  bits = numbers * (row_log + column_log + row_error * column_error / math.log(4))
-  for labels in (row_labels, column_labels):
-    bits += tables.entropy_bits(np.bincount(labels))
-  return bits + 8 * TABLE_BYTES * lines.labels().size, lines
-
-
-def _quantized(squares: np.ndarray, step: int) -> tuple[int, np.ndarray, float, float]:
-  """Rounds the scales of the lines along one axis to classes.
-
-  A line of zeros costs no bits, because its label 0 has a table of its own. Without
-  labels, each of its numbers would be a rare and costly symbol. The estimate accounts
-  for the difference: the scale of such a line counts as ten octaves below all others.
-
-  Args:
-    squares: mean squares of the lines, or factors of them.
-    step: the distance between neighbouring classes.
-
-  Returns:
-    The least class; the labels; the mean log2 of the classes' scales; and the mean of
-    the squares divided by the squared scales.
-  """
-  if squares.size == 1 and not squares[0]:
-    return ZERO, np.ones(1, np.uint8), 0.0, 1.0
-  present = squares > 0
-  least = squares.min(where=present, initial=2.0**256)
-  squares = np.where(present, squares, least / 2.0**20)
-  classes = np.round(STEPS / 2 * np.log2(squares) / step).astype(np.int64) * step
-  top = int(np.max(classes))
-  classes = np.clip(classes, top - _RANGE * step, top)
-  base = int(np.min(classes, where=present, initial=top))
-  labels = np.where(present, 1 + (classes - base) // step, 0).astype(np.uint8)
-  if np.all(labels == 1):
-    labels = labels[:1]
-  error = squares / np.exp2(classes / (STEPS / 2))
-  return base, labels, float(classes.mean()) / STEPS, float(error.mean())

@@ -1,22 +1,18 @@
-"""Encoding and decoding of a unit: a list of arrays that decodes on its own.
+"""Encoding and decoding of a record: a list of arrays that decodes on its own.
 
-`coding.weights` describes the stream of a unit, and defines lines, layouts, groups,
-rests and noise.
+`coding.weights` describes the stream of a record.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-import dataclasses
+from collections.abc import Callable, Iterator, Sequence
 import functools
-import types
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from rotbits_jax.coding.weights import blocks
-from rotbits_jax.coding.weights import contexts
+from rotbits_jax.coding.weights import contexts as contexts_lib
+from rotbits_jax.coding.weights import forms
 from rotbits_jax.coding.weights import layouts
-from rotbits_jax.coding.weights import numbers
-from rotbits_jax.coding.weights import order
 from rotbits_jax.coding.weights import plans
 from rotbits_jax.coding.weights import pool
 from rotbits_jax.coding.weights import specs
@@ -25,121 +21,74 @@ from rotbits_jax.system import host
 
 
 class Encoded(NamedTuple):
-  """An encoded unit.
+  """An encoded record.
 
   Attributes:
-    spec: the numbers that are needed to read the stream.
+    spec: what is needed to read the stream.
     data: uint8 `[spec.nbytes]`, the stream.
-    arrays: the arrays that `decode` will return. They equal the given arrays except for
-      the order of exchanged lines.
-    order_bits: bits that this order saved.
   """
 
   spec: specs.StreamSpec
   data: np.ndarray
-  arrays: list[np.ndarray]
-  order_bits: float
 
 
-def encode(
-  arrays: Sequence[np.ndarray], *, exchangeable: Mapping[int, int] | None = None
-) -> Encoded:
-  """Encodes arrays as one unit.
+def encode(arrays: Sequence[np.ndarray]) -> Encoded:
+  """Encodes arrays as one record.
 
   Args:
-    arrays: arrays of dtypes in `layouts.DTYPES`, with any strides.
-    exchangeable: maps the indices of arrays to the axis along which the lines of that
-      array may be reordered. All these arrays are reordered alike. F lines save
-      log2 F! bits. The lines keep their order if the axes differ in length, or if the
-      other arrays hold too few bits to choose an order.
+    arrays: arrays of dtypes in `specs.DTYPES`, with any strides.
 
   Returns:
-    The encoded unit.
+    The encoded record.
 
   Raises:
-    ValueError: if a dtype cannot be stored, or if an index or an axis does not exist.
+    ValueError: if a dtype cannot be stored.
   """
-  arrays = [np.asarray(array) for array in arrays]
-  axes = _axes([array.shape for array in arrays], exchangeable or {})
-  planned = _worthwhile(plans.plan(arrays))
-  used, models = _models(planned)
-  stored = [plan.array for plan in planned]
-  entries = tuple(
-    specs.ArraySpec(
-      shape=plan.array.shape,
-      dtype=plan.array.dtype.name,
-      layout=used.index(plan.coded.layout) if plan.coded else None,
-      checksum=0,
-    )
-    for plan in planned
-  )
-  lines, exchanged = _sorted_lines(planned, axes)
-  tables = [blocks.tables_of(model.frequencies, decoding=False) for model in models]
-  moved = set(dict(exchanged.axes)) if exchanged else set()
-  groups = specs.grouping(entries, moved)
-  coded: dict[tuple[int, ...], list[tuple[np.ndarray, np.ndarray]]] = {}
-
-  def encode_groups(last: bool) -> list[np.ndarray]:
-    """Encodes the groups with exchanged lines (`last`) or without; returns noise."""
-    jobs: dict[tuple[int, ...], list[Callable[[], tuple[np.ndarray, np.ndarray]]]] = {}
-    for layout, members in groups:
-      if (members[0] in moved) == last:
-        model = _model_of(models[layout], entries, layout, members)
-        group = _Group(
-          used[layout], model, tables[layout], [stored[i] for i in members]
-        )
-        jobs[members] = group.encode_jobs()
-    results = iter(pool.run(job for of_group in jobs.values() for job in of_group))
-    for members, of_group in jobs.items():
-      coded[members] = [next(results) for _ in of_group]
-    noise = [rests for members in jobs for _, rests in coded[members]]
-    for i, entry in enumerate(entries):
-      if entry.layout is None and (i in moved) == last:
-        noise.append(_bytes(stored[i]))
-    return noise
-
-  noise, prefix, order_bits = encode_groups(last=False), np.zeros(0, np.uint8), 0.0
-  if exchanged:
-    joined = np.concatenate(noise)
-    popped, prefix = order.pop(joined[: exchanged.noise], exchanged.distinct)
-    noise = [joined[exchanged.noise :]]
-    order_bits = 8.0 * (exchanged.noise - exchanged.nbytes)
-    lines[: exchanged.distinct] = lines[popped]
-    for i, axis in exchanged.axes:
-      stored[i] = np.ascontiguousarray(stored[i].take(lines, axis))
-      if (layout := entries[i].layout) is not None:
-        within = _members(entries, layout).index(i)
-        models[layout] = models[layout].take(within, lines, axis, entries[i].shape)
-    noise += encode_groups(last=True)
-  heads = [np.frombuffer(contexts.to_bytes(model), np.uint8) for model in models]
-  bodies = [part for _, members in groups for part, _ in coded[members]]
-  data = np.concatenate([np.zeros(0, np.uint8), *heads, *bodies, prefix, *noise])
-  spec = specs.StreamSpec(
-    arrays=tuple(
-      dataclasses.replace(entry, checksum=checksums_lib.of_array(array))
-      for entry, array in zip(entries, stored, strict=True)
-    ),
-    layouts=tuple(
-      specs.LayoutSpec(layout=layout, nbytes=head.size)
-      for layout, head in zip(used, heads, strict=True)
-    ),
-    groups=tuple(
+  planned = _planned(arrays)
+  groups = _grouped(planned)
+  index = {(i, j): g for g, own in enumerate(groups) for i, j in own.members}
+  jobs: list[Callable[[], Any]] = [x for own in groups for x in own.encode_jobs()]
+  jobs += [functools.partial(checksums_lib.of_array, x.array) for x in planned]
+  results = iter(pool.run(jobs))
+  heads: list[np.ndarray] = []
+  bodies: list[np.ndarray] = []
+  of_groups = []
+  for group in groups:
+    coded = [next(results) for _ in range(group.num_blocks)]
+    heads.append(np.frombuffer(contexts_lib.to_bytes(group.contexts), np.uint8))
+    bodies += [x for words, planes in coded for x in (words, *planes)]
+    of_groups.append(
       specs.GroupSpec(
-        layout=layout,
-        arrays=members,
-        nbytes=tuple(part.size for part, _ in coded[members]),
-        **_geometry(sum(stored[i].size for i in members))._asdict(),
+        type_name=group.layout.type_name,
+        raw_bits=group.layout.raw_bits,
+        min_exponent=group.layout.min_exponent,
+        contexts=heads[-1].size,
+        lanes=group.lanes,
+        elements=group.elements,
+        blocks=tuple(words.size for words, _ in coded),
       )
-      for layout, members in groups
-    ),
-    order=exchanged,
-  )
-  return Encoded(spec, data, stored, order_bits)
+    )
+  entries = []
+  for i, plan in enumerate(planned):
+    form = plan.form
+    entries.append(
+      specs.ArraySpec(
+        dtype=plan.array.dtype.name,
+        shape=plan.array.shape,
+        crc32=next(results),
+        groups=tuple(index.get((i, j)) for j in range(len(plan.parts))),
+        uniform=form if isinstance(form, forms.Uniform) else None,
+        codebook=form if isinstance(form, forms.Codebook) else None,
+      )
+    )
+    bodies += [_bytes(part.array) for part in plan.parts if not part.coded]
+  spec = specs.StreamSpec(arrays=tuple(entries), groups=tuple(of_groups))
+  return Encoded(spec, np.concatenate([np.zeros(0, np.uint8), *heads, *bodies]))
 
 
 def estimate(arrays: Sequence[np.ndarray]) -> float:
-  """Estimates how many bytes arrays take in a unit, without coding them."""
-  return sum(plan.array.nbytes - plan.saved for plan in plans.plan(arrays))
+  """Estimates how many bytes arrays take in a record, without coding them."""
+  return sum(plan.nbytes for plan in _planned(arrays))
 
 
 def decode(
@@ -148,407 +97,233 @@ def decode(
   *,
   out: Sequence[np.ndarray] | None = None,
 ) -> list[np.ndarray]:
-  """Decodes a unit: the inverse of `encode`.
+  """Decodes a record: the inverse of `encode`.
 
   Args:
-    spec: the spec of the unit.
+    spec: the spec of the record.
     data: uint8 `[spec.nbytes]`, the stream; it may be a memory map.
     out: arrays to decode into, in C order, with the shapes and dtypes of the spec. By
-      default the function makes new arrays. An array of a grid may be of int16, or of
-      its `integer_dtype`: it gets the integers in place of the numbers.
+      default the function makes new arrays. An array with a `StreamSpec.grid` may be of
+      its `integer_dtype`: it gets the integers in place of the multiples.
 
   Returns:
-    The arrays, equal to `Encoded.arrays` bit for bit. They do not share memory with
-    `data`.
+    The arrays, bit for bit. They do not share memory with `data`.
 
   Raises:
     ValueError: if the stream does not fit the spec, or if the checksum of an array
       differs from the spec's.
   """
   # A view as a plain array, because a memory map is slow to slice.
-  stream = np.asarray(data).view(np.ndarray)
-  if stream.dtype != np.uint8 or stream.shape != (spec.nbytes,):
+  stream, sizes = np.asarray(data).view(np.ndarray), spec.sizes()
+  if stream.dtype != np.uint8 or stream.shape != (sum(sizes),):
     raise ValueError(
-      f'the stream must be uint8 [{spec.nbytes}], got {stream.dtype} '
+      f'the stream must be uint8 [{sum(sizes)}], got {stream.dtype} '
       f'{list(stream.shape)}'
     )
-  position = 0
-
-  def read(size: int) -> np.ndarray:
-    nonlocal position
-    position += size
-    return stream[position - size : position]
-
-  models: list[contexts.Model] = []
-  tables_left = spec.max_tables
-  for number, entry in enumerate(spec.layouts):
-    shapes = [spec.arrays[i].shape for i in _members(spec.arrays, number)]
-    of_layout = read(entry.nbytes).tobytes()
-    models.append(contexts.from_bytes(of_layout, entry.layout, shapes))
-    tables_left -= blocks.padded_count(len(models[-1].frequencies))
-    if tables_left < 0:
-      raise ValueError(f'the layouts have more than {spec.max_tables} frequency tables')
-  bodies = [[read(size) for size in group.nbytes] for group in spec.groups]
-  prefix = read(spec.order.nbytes if spec.order else 0)
-  noise = read(stream.size - position)
-
   arrays = _outputs(spec, out)
-  grids = {
-    i: grid
-    for i, entry in enumerate(spec.arrays)
-    if (grid := spec.grid(entry)) is not None and arrays[i].dtype.kind == 'i'
-  }
-  tables = [blocks.tables_of(model.frequencies, decoding=True) for model in models]
-  # The parts of the noise in order: the size of each, and a function that reads it.
-  readers: list[tuple[int, Callable[[np.ndarray], None]]] = []
-  moved = spec.exchanged
-  for last in (False, True):
-    for group, parts in zip(spec.groups, bodies, strict=True):
-      if (group.arrays[0] in moved) == last:
-        layout = group.layout
-        readers += _Group(
-          spec.layouts[layout].layout,
-          _model_of(models[layout], spec.arrays, layout, group.arrays),
-          tables[layout],
-          [arrays[i] for i in group.arrays],
-        ).decode_jobs(group, parts)
-    for i, array in enumerate(spec.arrays):
-      if array.layout is None and (i in moved) == last:
-        readers.append((array.nbytes, functools.partial(_read_bytes, arrays[i])))
-  # The first bytes of the noise are missing if they chose an order. They become known
-  # when the arrays with exchanged lines are decoded. Readers of these bytes run late.
-  missing = spec.order.noise if spec.order else 0
-  early, late, start = [], [], 0
-  for size, job in readers:
-    if start >= missing:
-      part = noise[start - missing : start - missing + size]
-      early.append(functools.partial(job, part))
-    else:
-      late.append((start, size, job))
-    start += size
-  pool.run(early)
-  if spec.order:
-    stop = max(start + size for start, size, _ in late)
-    head = _recovered(spec.order, arrays, grids, prefix)
-    head = np.concatenate([head, noise[: max(stop - missing, 0)]])
-    pool.run(
-      functools.partial(job, head[start : start + size]) for start, size, job in late
+  ends = np.cumsum(sizes).tolist()
+  pieces = iter(stream[end - n : end] for end, n in zip(ends, sizes, strict=True))
+  parts = [_parts(*pair) for pair in zip(spec.arrays, arrays, strict=True)]
+  *coded, whole = spec.members()
+  groups = [
+    _Group.read(group, own, [parts[x.array][x.part] for x in own], next(pieces))
+    for group, own in zip(spec.groups, coded, strict=True)
+  ]
+  jobs = [job for group in groups for job in group.decode_jobs(pieces)]
+  for member in whole:
+    jobs.append(
+      functools.partial(_read_bytes, parts[member.array][member.part], next(pieces))
     )
-  for i, found in enumerate(arrays):
-    # Not in the pool, because a checksum takes less time than starting a job does.
-    if _checksum(found, grids.get(i)) != spec.arrays[i].checksum:
-      raise ValueError(f'array {i} of the unit is damaged: its checksum differs')
+  pool.run(jobs)
+  pool.run(
+    functools.partial(_finish, i, array, own, out)
+    for i, (array, own, out) in enumerate(zip(spec.arrays, parts, arrays, strict=True))
+  )
   return arrays
 
 
 # ---- groups --------------------------------------------------------------------------
 
 
-class _Geometry(NamedTuple):
-  """The lanes of each block of a group, and the numbers of each block but the last."""
-
-  lanes: int
-  numbers: int
-
-
-def _geometry(total: int) -> _Geometry:
-  """Divides `total` numbers into as few blocks as possible, of similar sizes."""
-  count = -(-total // blocks.CAPACITY)
-  size = -(-total // count)
-  return _Geometry(blocks.lanes_for(size), size)
-
-
 class _Group(NamedTuple):
-  """A group: the numbers of some arrays of one layout, one array after the other."""
+  """A group: the elements of some parts of one layout, one part after the other.
+
+  Attributes:
+    layout: the layout.
+    contexts: the contexts of the parts.
+    members: the index of the array and of the part in it, of each part.
+    arrays: the parts, contiguous.
+    lanes: lanes of each block.
+    elements: elements of each block but the last.
+  """
 
   layout: layouts.Layout
-  model: contexts.Model  # model of these arrays only
-  tables: blocks.Tables
-  arrays: list[np.ndarray]  # contiguous
+  contexts: contexts_lib.Contexts
+  members: list[tuple[int, int]]
+  arrays: list[np.ndarray]
+  lanes: int
+  elements: int
 
-  def encode_jobs(self) -> list[Callable[[], tuple[np.ndarray, np.ndarray]]]:
-    """Returns a job for each block; it returns the coded bytes and the rests."""
-    total = sum(array.size for array in self.arrays)
-    lanes, size = _geometry(total)
+  @classmethod
+  def make(
+    cls,
+    layout: layouts.Layout,
+    contexts: contexts_lib.Contexts,
+    members: list[tuple[int, int]],
+    arrays: list[np.ndarray],
+  ) -> '_Group':
+    """Divides the elements into as few blocks as possible, of similar sizes."""
+    total = sum(array.size for array in arrays)
+    elements = -(-total // -(-total // blocks.CAPACITY))
+    lanes = blocks.lanes_for(elements)
+    return cls(layout, contexts, members, arrays, lanes, elements)
 
-    def encode_one(start: int) -> tuple[np.ndarray, np.ndarray]:
-      def fill(bits: np.ndarray, places: np.ndarray) -> None:
-        self._read(start, bits)
-        self._contexts(start, places)
+  @classmethod
+  def read(
+    cls,
+    spec: specs.GroupSpec,
+    own: list[specs.Member],
+    arrays: list[np.ndarray],
+    data: np.ndarray,
+  ) -> '_Group':
+    """Reads the contexts of a group."""
+    layout = spec.layout(own[0].dtype)
+    shapes = [member.shape for member in own]
+    contexts = contexts_lib.from_bytes(data.tobytes(), layout, shapes)
+    members = [(member.array, member.part) for member in own]
+    return cls(layout, contexts, members, arrays, spec.lanes, spec.elements)
 
-      count = min(size, total - start)
-      return blocks.encode(fill, count, lanes, self.layout, self.tables)
+  @property
+  def total(self) -> int:
+    return sum(array.size for array in self.arrays)
 
-    return [functools.partial(encode_one, x) for x in range(0, total, size)]
+  @property
+  def num_blocks(self) -> int:
+    return -(-self.total // self.elements)
 
-  def decode_jobs(
-    self, spec: specs.GroupSpec, parts: list[np.ndarray]
-  ) -> list[tuple[int, Callable[[np.ndarray], None]]]:
-    """Returns, for each block, the size of its rests and a job that decodes it.
+  def encode_jobs(self) -> list[Callable[[], tuple[np.ndarray, list[np.ndarray]]]]:
+    """Returns a job for each block; it returns the coded bytes and the planes."""
+    made = blocks.tables_of(self.contexts.frequencies, decoding=False)
+
+    def job(start: int) -> tuple[np.ndarray, list[np.ndarray]]:
+      return blocks.encode(
+        functools.partial(self._read, start),
+        functools.partial(self._write_contexts, start),
+        min(self.elements, self.total - start),
+        self.lanes,
+        self.layout,
+        made,
+      )
+
+    return [functools.partial(job, i * self.elements) for i in range(self.num_blocks)]
+
+  def decode_jobs(self, pieces: Iterator[np.ndarray]) -> list[Callable[[], None]]:
+    """Returns a job for each block, which decodes it into the arrays.
 
     Args:
-      spec: the spec of the group.
-      parts: the coded bytes of each block.
-
-    Returns:
-      Pairs of the size in bytes and a function that takes the rests.
+      pieces: the coded bytes and the planes of each block in turn.
     """
-    total, layout = sum(array.size for array in self.arrays), self.layout
-    if isinstance(layout, layouts.Grid) and any(
-      array.dtype.kind == 'i' for array in self.arrays
-    ):
-      layout = layout.integers
+    made = blocks.tables_of(self.contexts.frequencies, decoding=True)
 
-    def decode_one(start: int, part: np.ndarray, rests: np.ndarray) -> None:
-      blocks.decode(
-        part,
-        rests,
-        functools.partial(self._contexts, start),
-        functools.partial(self._write, start, layout.dtype),
-        min(spec.numbers, total - start),
-        spec.lanes,
-        layout,
-        self.tables,
+    def job(start: int, coded: np.ndarray, planes: np.ndarray) -> None:
+      count = min(self.elements, self.total - start)
+      contexts = functools.partial(self._write_contexts, start)
+      bits = blocks.decode(
+        coded, planes, contexts, count, self.lanes, self.layout, made
       )
+      for i, place, size, first in self._spans(start, count):
+        own = forms.bit_patterns(self.arrays[i])
+        own[first : first + size] = bits[place : place + size]
 
     return [
-      (
-        blocks.rest_size(min(spec.numbers, total - x), spec.lanes, layout),
-        functools.partial(decode_one, x, part),
-      )
-      for x, part in zip(range(0, total, spec.numbers), parts, strict=True)
+      functools.partial(job, i * self.elements, next(pieces), next(pieces))
+      for i in range(self.num_blocks)
     ]
 
-  def _contexts(self, start: int, out: np.ndarray) -> None:
-    """Writes the index of the table of each number from `start` on."""
-    for i, place, size, first in self._parts(start, out.size):
-      self.model.write(out[place : place + size], i, first, self.arrays[i].shape)
+  def _write_contexts(self, start: int, out: np.ndarray) -> None:
+    """Writes the index of the table of each element from `start` on."""
+    for i, place, size, first in self._spans(start, out.size):
+      shape = self.arrays[i].shape
+      self.contexts.write(out[place : place + size], i, first, shape)
 
-  def _read(self, start: int, bits: np.ndarray) -> None:
-    """Copies the bit patterns of the numbers from `start` on into an array `[n]`."""
-    for i, place, size, first in self._parts(start, bits.size):
-      own = numbers.bits(self.arrays[i])[first : first + size]
-      bits[place : place + size] = own
+  def _read(self, start: int, out: np.ndarray) -> None:
+    """Copies the bit patterns of the elements from `start` on."""
+    for i, place, size, first in self._spans(start, out.size):
+      own = forms.bit_patterns(self.arrays[i])
+      out[place : place + size] = own[first : first + size]
 
-  def _write(self, start: int, dtype: np.dtype, bits: np.ndarray) -> None:
-    """Copies bit patterns into the arrays.
+  def _spans(self, start: int, count: int) -> Iterator[tuple[int, int, int, int]]:
+    """Finds the parts that hold `count` elements from `start` on.
 
-    Args:
-      start: the first number, counted within the group.
-      dtype: dtype of the numbers with these patterns: int16 for the integers of a grid.
-      bits: unsigned integers `[n]`.
+    Yields:
+      For each part: its index, its first place among these elements, how many of them
+      it holds, and the place of the first of them in the part.
     """
-    for i, place, size, first in self._parts(start, bits.size):
-      own = self.arrays[i].reshape(-1)[first : first + size]
-      found = bits[place : place + size].view(dtype)
-      if dtype != self.layout.dtype and own.dtype.kind != 'i':
-        assert isinstance(self.layout, layouts.Grid)
-        found = self.layout.numbers(found)
-      own[:] = found
-
-  def _parts(self, start: int, count: int) -> list[tuple[int, int, int, int]]:
-    """Finds the arrays that hold `count` numbers from `start` on.
-
-    Returns:
-      For each array: its index, its first place among these numbers, how many of them
-      it holds, and the place of the first of them in the array.
-    """
-    parts, begin = [], 0
+    begin = 0
     for i, array in enumerate(self.arrays):
       low, high = max(start, begin), min(start + count, begin + array.size)
       if low < high:
-        parts.append((i, low - start, high - low, low - begin))
+        yield i, low - start, high - low, low - begin
       begin += array.size
-    return parts
 
 
-def _members(entries: Sequence[specs.ArraySpec], layout: int) -> list[int]:
-  """Returns the indices of the arrays of a layout."""
-  return [i for i, entry in enumerate(entries) if entry.layout == layout]
+# Estimated bytes of a group in the spec and in the stream.
+_GROUP_BYTES = 128
 
 
-def _model_of(
-  model: contexts.Model,
-  entries: Sequence[specs.ArraySpec],
-  layout: int,
-  members: tuple[int, ...],
-) -> contexts.Model:
-  """Returns the part of a layout's model that concerns some of its arrays."""
-  within = [_members(entries, layout).index(i) for i in members]
-  return model._replace(
-    lines=tuple(model.lines[i] for i in within),
-    first=tuple(model.first[i] for i in within),
-  )
-
-
-# ---- plans ---------------------------------------------------------------------------
-
-
-# Estimated bytes of a layout in the spec and in the stream.
-_LAYOUT_BYTES = 128
-
-
-def _worthwhile(planned: list[plans.Plan]) -> list[plans.Plan]:
-  """Returns plans in which every layout saves more than it takes.
-
-  The arrays of other layouts are stored as they are.
-  """
+def _planned(arrays: Sequence[np.ndarray]) -> list[plans.Plan]:
+  """Returns plans in which every layout saves more than it takes."""
+  for array in arrays:
+    if np.asarray(array).dtype.name not in specs.DTYPES:
+      raise ValueError(f'arrays of this dtype cannot be stored, got {array.dtype=}')
+  contiguous = (functools.partial(host.contiguous, np.asarray(x)) for x in arrays)
+  planned = plans.plan(pool.run(contiguous))
   saved: dict[layouts.Layout, float] = {}
   for plan in planned:
-    if plan.coded:
-      layout = plan.coded.layout
-      saved[layout] = saved.get(layout, 0.0) + plan.saved
+    for part in plan.parts:
+      if part.coded:
+        saved[part.coded.layout] = saved.get(part.coded.layout, 0.0) + part.saved
   return [
-    plans.Plan(plan.array)
-    if plan.coded and saved[plan.coded.layout] < _LAYOUT_BYTES
-    else plan
+    plan._replace(
+      parts=tuple(
+        plans.Part(part.array)
+        if part.coded and saved[part.coded.layout] < _GROUP_BYTES
+        else part
+        for part in plan.parts
+      )
+    )
     for plan in planned
   ]
 
 
-def _models(
-  planned: list[plans.Plan],
-) -> tuple[list[layouts.Layout], list[contexts.Model]]:
-  """Returns the layouts in use and their models.
-
-  If a layout needs more than `contexts.MAX_TABLES` tables, the arrays that save least
-  are stored as they are. If all layouts together need more than `specs.max_tables`, the
-  layouts that save least are not used. The function changes `planned` in place.
-  """
-  coded: dict[layouts.Layout, dict[int, plans.Coded]] = {}
+def _grouped(planned: list[plans.Plan]) -> list[_Group]:
+  """Puts parts of one layout into a group, or into several if one has no room."""
+  open_: dict[layouts.Layout, list[tuple[tuple[int, int], plans.Coded]]] = {}
+  closed: list[list[tuple[tuple[int, int], plans.Coded]]] = []
   for i, plan in enumerate(planned):
-    if plan.coded:
-      coded.setdefault(plan.coded.layout, {})[i] = plan.coded
-  counts: dict[layouts.Layout, int] = {}
-  for layout, own in coded.items():
-    while (count := _count_tables(own)) > contexts.MAX_TABLES:
-      least = min(own, key=lambda i: planned[i].saved)
-      planned[least] = plans.Plan(planned[least].array)
-      del own[least]
-    counts[layout] = blocks.padded_count(count)
-  size = {layout: sum(planned[i].array.size for i in x) for layout, x in coded.items()}
-  saved = {layout: sum(planned[i].saved for i in x) for layout, x in coded.items()}
-  for layout in sorted(coded, key=saved.__getitem__):
-    if sum(counts.values()) <= specs.max_tables(sum(size.values())):
-      break
-    for i in coded.pop(layout):
-      planned[i] = plans.Plan(planned[i].array)
-    del counts[layout], size[layout]
-  models = []
-  for layout, own in coded.items():
-    lines = [x.lines for x in own.values()]
-    models.append(contexts.fit(layout, lines, [x.counts for x in own.values()]))
-  return list(coded), models
+    for j, part in enumerate(plan.parts):
+      if part.coded:
+        own = open_.setdefault(part.coded.layout, [])
+        more = [*own, ((i, j), part.coded)]
+        if own and not _fits([coded for _, coded in more]):
+          closed.append(own)
+          more = more[-1:]
+        open_[part.coded.layout] = more
+  groups = []
+  for own in (*closed, *open_.values()):
+    members, coded = zip(*own, strict=True)
+    layout = coded[0].layout
+    contexts = contexts_lib.fit(
+      layout, [x.buckets for x in coded], [x.counts for x in coded]
+    )
+    arrays = [planned[i].parts[j].array for i, j in members]
+    groups.append(_Group.make(layout, contexts, list(members), arrays))
+  return groups
 
 
-def _count_tables(coded: Mapping[int, plans.Coded]) -> int:
-  return contexts.count_tables([x.lines for x in coded.values()])
-
-
-# ---- the order of lines --------------------------------------------------------------
-
-
-def _axes(
-  shapes: list[tuple[int, ...]], exchangeable: Mapping[int, int]
-) -> tuple[tuple[int, int], ...]:
-  """Returns the index and the axis of each array whose lines may be exchanged.
-
-  Returns an empty tuple if the axes differ in length, if they have too few or too many
-  lines, or if an array is empty.
-
-  Raises:
-    ValueError: if there is no such array or axis.
-  """
-  for index, axis in exchangeable.items():
-    if not (0 <= index < len(shapes) and 0 <= axis < len(shapes[index])):
-      raise ValueError(f'no axis {axis} of array {index} to exchange lines along')
-  counts = {shapes[index][axis] for index, axis in exchangeable.items()}
-  if any(0 in shapes[index] for index in exchangeable) or len(counts) != 1:
-    return ()
-  if not 2 <= counts.pop() <= order.MAX_LINES:
-    return ()
-  return tuple(sorted(exchangeable.items()))
-
-
-def _sorted_lines(
-  planned: list[plans.Plan], axes: tuple[tuple[int, int], ...]
-) -> tuple[np.ndarray, specs.OrderSpec | None]:
-  """Sorts exchangeable lines, if an order saves bits and there is noise to choose it.
-
-  Returns:
-    The indices of the sorted lines and the spec of their order; or else an empty array
-    and None.
-  """
-  none = np.zeros(0, np.int64)
-  if not axes:
-    return none, None
-  lines, distinct = _sort([plan.array for plan in planned], axes)
-  spec = specs.OrderSpec(axes=axes, distinct=distinct)
-  available = sum(
-    plan.array.size * plan.coded.layout.rest // 8 if plan.coded else plan.array.nbytes
-    for i, plan in enumerate(planned)
-    if i not in dict(axes)
-  )
-  # The spec takes some bytes.
-  pays = distinct > 1 and spec.noise - spec.nbytes > 16 and spec.noise <= available
-  return (lines, spec) if pays else (none, None)
-
-
-def _sort(
-  arrays: Sequence[np.ndarray],
-  axes: tuple[tuple[int, int], ...],
-  grids: Mapping[int, layouts.Grid] = types.MappingProxyType({}),
-) -> tuple[np.ndarray, int]:
-  """Sorts exchangeable lines; see `order.sort`.
-
-  The bytes of a line are its parts in all arrays, one after the other.
-
-  Args:
-    arrays: the arrays.
-    axes: the index and the axis of each array with exchangeable lines.
-    grids: the grids of the arrays that hold integers in place of numbers, by index.
-  """
-  views = [(np.moveaxis(arrays[i], axis, 0), grids.get(i)) for i, axis in axes]
-
-  def lines(
-    rows: np.ndarray | slice, views: list[tuple[np.ndarray, layouts.Grid | None]]
-  ) -> np.ndarray:
-    parts = [grid.numbers(x[rows]) if grid else x[rows] for x, grid in views]
-    parts = [np.ascontiguousarray(part) for part in parts]
-    return np.concatenate([x.reshape(len(x), -1).view(np.uint8) for x in parts], axis=1)
-
-  first, grid = views[0]
-  if first.ndim == 2:
-    dtype = grid.dtype if grid else first.dtype
-    first = first[:, : max(8 // dtype.itemsize, 1)]
-  prefixes = lines(slice(None), [(first, grid)])[:, :8]
-  return order.sort(prefixes, lambda rows: lines(rows, views))
-
-
-def _recovered(
-  spec: specs.OrderSpec,
-  arrays: Sequence[np.ndarray],
-  grids: Mapping[int, layouts.Grid],
-  prefix: np.ndarray,
-) -> np.ndarray:
-  """Returns the noise that chose the order of lines.
-
-  Args:
-    spec: the spec of the order.
-    arrays: the decoded arrays.
-    grids: see `_sort`.
-    prefix: uint8, the bytes that are stored in place of the noise.
-
-  Raises:
-    ValueError: if the lines or the bytes are damaged.
-  """
-  found, distinct = _sort(arrays, spec.axes, grids)
-  places = found[:distinct]
-  if distinct != spec.distinct or places.max() >= distinct:
-    raise ValueError('the exchanged lines are damaged')
-  ranks = np.empty_like(places)
-  ranks[places] = np.arange(distinct)
-  return order.push(prefix, ranks)
+def _fits(coded: Sequence[plans.Coded]) -> bool:
+  alphabet = max(x.counts.shape[1] for x in coded)
+  return contexts_lib.fits([x.buckets for x in coded], alphabet)
 
 
 # ---- arrays --------------------------------------------------------------------------
@@ -562,34 +337,46 @@ def _outputs(
   Raises:
     ValueError: if the arrays do not fit.
   """
-  wanted = [(array.shape, layouts.DTYPES[array.dtype]) for array in spec.arrays]
+  wanted = [(array.shape, array.numpy_dtype) for array in spec.arrays]
   if out is None:
     return [host.empty(shape, dtype) for shape, dtype in wanted]
   if len(out) != len(wanted):
-    raise ValueError(f'the unit has {len(wanted)} arrays, got {len(out)} in `out`')
+    raise ValueError(f'the record has {len(wanted)} arrays, got {len(out)} in `out`')
   for i, (array, (shape, dtype)) in enumerate(zip(out, wanted, strict=True)):
     grid = spec.grid(spec.arrays[i])
-    known = (dtype, np.int16, grid.integer_dtype) if grid else (dtype,)
+    known = (dtype, grid.integer_dtype) if grid else (dtype,)
     if array.shape != shape or array.dtype not in known:
       raise ValueError(
-        f'array {i} of the unit is {dtype} {shape}, got {array.dtype=} {array.shape=}'
+        f'array {i} of the record is {dtype} {shape}, got {array.dtype=} {array.shape=}'
       )
     if not (array.flags.c_contiguous and array.flags.writeable):
       raise ValueError(f'array {i} of `out` must be contiguous and writeable')
   return list(out)
 
 
-_CHUNK = 1 << 18  # numbers
+def _parts(spec: specs.ArraySpec, array: np.ndarray) -> list[np.ndarray]:
+  """Returns arrays to decode the parts of an array into."""
+  if spec.form is None or array.dtype != spec.numpy_dtype:
+    return [array]
+  return [host.empty(shape, dtype) for dtype, shape in spec.parts]
 
 
-def _checksum(array: np.ndarray, grid: layouts.Grid | None) -> int:
-  """Returns the checksum of an array, or of the numbers of integers on a grid."""
-  if grid is None:
-    return checksums_lib.of_array(array)
-  flat = array.reshape(-1)
-  return checksums_lib.of_parts(
-    grid.numbers(flat[start : start + _CHUNK]) for start in range(0, flat.size, _CHUNK)
-  )
+def _finish(
+  index: int, spec: specs.ArraySpec, parts: list[np.ndarray], array: np.ndarray
+) -> None:
+  """Makes an array of its parts, and checks it."""
+  if parts[0] is not array:
+    assert spec.form
+    spec.form.join(parts, array)
+  if array.dtype == spec.numpy_dtype:
+    found = checksums_lib.of_array(array)
+  else:
+    assert spec.uniform
+    found = checksums_lib.of_parts(
+      spec.uniform.numbers(part, spec.numpy_dtype) for part in forms.chunks(array)
+    )
+  if found != spec.crc32:
+    raise ValueError(f'array {index} of the record is damaged: its checksum differs')
 
 
 def _bytes(array: np.ndarray) -> np.ndarray:

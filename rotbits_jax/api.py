@@ -1,0 +1,407 @@
+"""The functions of a session: encode, decode, load, verify.
+
+Functions that read a file take its path, its bytes, or an open binary file. `decode`
+and `load` hold the whole model in memory; `encode_to_file`, `decode_to_directory` and
+`verify` hold a few layers.
+"""
+
+from collections.abc import Mapping
+import io
+import os
+from typing import Any, Literal, TypeAlias, TypeVar, overload
+
+import jax
+from numpy.typing import DTypeLike
+
+from rotbits_jax import checkpoints
+from rotbits_jax import file
+from rotbits_jax import models
+from rotbits_jax import presets
+from rotbits_jax import structured
+from rotbits_jax.file import directory as directory_lib
+from rotbits_jax.file import encode as encode_lib
+from rotbits_jax.file import job as job_lib
+from rotbits_jax.file import placement
+from rotbits_jax.file import shards
+from rotbits_jax.file import sources
+from rotbits_jax.file import trees
+from rotbits_jax.file import verification
+from rotbits_jax.report import savings
+from rotbits_jax.system import progress as progress_lib
+
+T = TypeVar('T')
+
+Path: TypeAlias = str | os.PathLike[str]
+
+PyTree: TypeAlias = Any
+"""Arrays in any nested containers that JAX knows."""
+
+Tree: TypeAlias = dict[str, Any]
+"""Arrays and structured leaves in nested dicts."""
+
+Encodable: TypeAlias = (
+  models.Model
+  | checkpoints.Checkpoint
+  | checkpoints.CheckpointReader
+  | checkpoints.TensorFiles
+  | PyTree
+)
+"""What can be encoded: a model, a checkpoint that is loaded or opened, or a PyTree."""
+
+PresetName: TypeAlias = Literal['exact', 'free', 'near', 'paper']
+"""The names of presets; `presets.make` finds those of other packages, too."""
+
+
+def encode(
+  source: Encodable,
+  *,
+  preset: PresetName | presets.Preset | None = None,
+  files: Mapping[str, bytes] | None = None,
+  stem: str | None = None,
+  mesh: jax.sharding.Mesh | None = None,
+  progress: bool = False,
+  **options: Any,
+) -> bytes:
+  """Stores a model, or any PyTree of arrays, in few bytes.
+
+  >>> data = rotbits_jax.encode({'weights': np.ones((64, 64), np.float16)})
+  >>> rotbits_jax.decode(data)['weights'].shape
+  (64, 64)
+
+  Args:
+    source: a `Model`; a checkpoint, opened or loaded; or any PyTree of arrays. A PyTree
+      needs a preset that keeps all bits, because its symmetries are not known. A model
+      with `stored_as` is not rounded yet; it is rounded at the end.
+    preset: a name, or a preset that a factory in `presets` made. 'exact' keeps every
+      bit of the input; 'free' removes elements on which the function does not depend;
+      'near' also rounds to coarser steps; 'paper' rotates the weights and gets the bits
+      of the rotations back as published. The default is 'free' for a sliced model and
+      'exact' for everything else.
+    files: the other files of the checkpoint, which are kept whole; by default those of
+      a checkpoint that is opened or loaded.
+    stem: the name that SliceGPT gives to the weights and the slicing JSON; by default
+      that of the checkpoint.
+    mesh: devices along one axis, 'layers', that share the layers. The bytes are the
+      same for any number of devices.
+    progress: whether to show the progress on stderr.
+    options: options of the preset, if it is given by its name.
+
+  Returns:
+    The bytes of a file, see `file`.
+
+  Raises:
+    ValueError: if the preset or an option is unknown, or if the source cannot be
+      stored.
+  """
+  job = _job(source, preset, options, files, stem, mesh)
+  memory, shard = io.BytesIO(), shards.Shard('', tuple(job.counts))
+  with progress_lib.Progress('encode', len(job.counts), 'record', show=progress) as bar:
+    job.write([shard], lambda _: memory, bar)
+  return memory.getvalue()
+
+
+def encode_to_file(
+  source: Path | Encodable,
+  path: Path,
+  *,
+  preset: PresetName | presets.Preset | None = None,
+  files: Mapping[str, bytes] | None = None,
+  stem: str | None = None,
+  shard_size: int | None = None,
+  mesh: jax.sharding.Mesh | None = None,
+  overwrite: bool = True,
+  check: bool = False,
+  progress: bool = False,
+  **options: Any,
+) -> None:
+  """Encodes a checkpoint to a file, or to shards, a few layers at a time.
+
+  The file appears when it is complete; shards do so with their index, and then those of
+  an older result are removed. If a run was killed or interrupted, the next run with the
+  same input and settings resumes it, except with 'paper' and with transforms besides
+  those of the preset. If several processes of `jax.distributed` call the function, each
+  process writes shards of the layers that it owns.
+
+  Args:
+    source: the path of a checkpoint, or what `encode` takes. A checkpoint at a path
+      that is not of a known family is stored as plain tensors, with 'exact'.
+    path: path of the file. Shards have their number and a checksum before the suffix,
+      and their index in Hugging Face's format is written beside them.
+    preset: see `encode`.
+    files: see `encode`.
+    stem: see `encode`.
+    shard_size: greatest size of a shard in bytes; None for one file, or for as many
+      shards as there are processes.
+    mesh: see `encode`.
+    overwrite: whether an existing file may be replaced.
+    check: whether to decode everything that was written before a file is replaced, and
+      to compare it with the source if the preset keeps all bits, see `verify`. It needs
+      a single process.
+    progress: whether to show the progress on stderr.
+    options: options of the preset, if it is given by its name.
+
+  Raises:
+    ValueError: see `encode`.
+    CheckpointError: if the checkpoint cannot be read.
+    ContainerError: if the check fails.
+    OSError: if the file cannot be written or must not be replaced.
+  """
+  if isinstance(source, str | os.PathLike):
+    source = checkpoints.open_any(source)
+  output = encode_lib.Output(path, shard_size=shard_size, overwrite=overwrite)
+  job = _job(output.without(source), preset, options, files, stem, mesh)
+  output.write(job, check=check, progress=progress)
+
+
+@overload
+def decode(source: file.Readable, *, progress: bool = ...) -> models.Model | Tree: ...
+
+
+@overload
+def decode(source: file.Readable, *, like: T, progress: bool = ...) -> T: ...
+
+
+def decode(source: file.Readable, *, like: Any = None, progress: bool = False) -> Any:
+  """Returns the model, or the PyTree, in a file, as NumPy arrays.
+
+  >>> data = rotbits_jax.encode({'layers': [np.zeros(3), np.ones(2)]})
+  >>> rotbits_jax.decode(data)
+  {'layers': {'0': array([0., 0., 0.]), '1': array([1., 1.])}}
+  >>> rotbits_jax.decode(data, like={'layers': [np.zeros(3), np.zeros(2)]})
+  {'layers': [array([0., 0., 0.]), array([1., 1.])]}
+
+  Args:
+    source: a path, bytes, or a binary file.
+    like: a PyTree whose structure the PyTree in the file gets: lists, tuples, Optax
+      states. Its arrays give shapes and dtypes, which must be those in the file.
+    progress: whether to show the progress on stderr.
+
+  Returns:
+    The `Model` with NumPy arrays; structured leaves stay structured. Memory holds at
+    most a few layers more than the model. For a PyTree and without `like`, the function
+    returns nested dicts whose keys are keys of dicts, indices and names of fields. For
+    a checkpoint that is stored as plain tensors, it returns the tensors by name.
+
+  Raises:
+    ContainerError: if the file is not of this format or is damaged.
+    ValueError: if `like` has other leaves than the PyTree in the file.
+    OSError: if the path cannot be read.
+  """
+  with file.Reader(source) as reader:
+    found = reader.read(show_progress=progress)
+  if like is None:
+    return found
+  if isinstance(found, models.Model):
+    raise ValueError('the file holds a model, which has a structure: leave out `like`')
+  return trees.unflatten_like(like, found)
+
+
+def load(
+  source: file.Readable,
+  *,
+  layers: range | None = None,
+  sharding: file.Place | None = None,
+  dtype: DTypeLike | None = None,
+  integers: bool = False,
+  progress: bool = False,
+) -> models.Model | Tree:
+  """Loads the model in a file as JAX arrays; structured leaves stay structured.
+
+  Args:
+    source: a path, bytes, or an open binary file.
+    layers: the layers to load; all by default. Other layers are not read.
+    sharding: a `jax.sharding.Sharding` for all arrays, or a function that takes the
+      path and the shape of a parameter and returns one. Layers are stacked along the
+      first axis, and have paths like 'layers.0:12/mlp/up/kernel'. Where an axis of a
+      mesh does not divide the length of an axis, the array is replicated. Layers that
+      no device of this process gets are not read.
+    dtype: dtype for all floating-point elements, rounded to nearest; None for the dtype
+      of each array in the file. Arrays that `near` has rounded are float32 there.
+    integers: whether a matrix that the file stores as multiples of one step, as `near`
+      does, stays integers with a step, see `structured.UniformlyQuantized`. It takes a
+      quarter of the memory of float32 in int8, and half of it in int16, which a matrix
+      gets if int8 is too short. The elements are the same, bit for bit.
+    progress: whether to show the progress on stderr.
+
+  Returns:
+    See `decode`.
+
+  Raises:
+    ContainerError: as for `decode`.
+    OSError: if the path cannot be read.
+  """
+  with file.Reader(source) as reader:
+    found = reader.read(
+      layers=layers, place=sharding, integers=integers, show_progress=progress
+    )
+  if dtype is not None:
+    found = structured.astype(found, dtype)
+  return placement.on_device(found)
+
+
+def decode_checkpoint(
+  source: file.Readable, *, progress: bool = False
+) -> checkpoints.Checkpoint:
+  """Decodes the model in a file with its sidecar files and its stem.
+
+  Raises:
+    ContainerError: as for `decode`, or if the file does not hold a model.
+    OSError: if the path cannot be read.
+  """
+  with file.Reader(source) as reader:
+    model = reader.read(show_progress=progress)
+    if not isinstance(model, models.Model):
+      raise file.ContainerError(
+        'the file holds plain tensors, not a model of a known family'
+      )
+    return checkpoints.Checkpoint(model, reader.files(), reader.stem)
+
+
+def decode_to_directory(
+  source: file.Readable,
+  directory: Path,
+  *,
+  format: checkpoints.Format = 'safetensors',
+  shard_size: int | None = None,
+  dtype: DTypeLike | None = None,
+  overwrite: bool = True,
+  progress: bool = False,
+) -> None:
+  """Decodes a file to a checkpoint on disk, one layer at a time.
+
+  Args:
+    source: a path, bytes, or an open binary file.
+    directory: the directory for the checkpoint.
+    format: see `checkpoints.save_checkpoint`. Plain tensors come back in the files that
+      they were encoded from.
+    shard_size: greatest size of the tensors in a weights file, in bytes; None for one
+      file.
+    dtype: dtype for all floating-point elements, rounded to nearest. By default they
+      keep the dtype of the encoded checkpoint.
+    overwrite: whether existing files may be replaced.
+    progress: whether to show the progress on stderr.
+
+  Raises:
+    ContainerError: as for `decode_checkpoint`.
+    ValueError: if the format does not suit the model.
+    OSError: if a path cannot be read or written, or a file must not be replaced.
+  """
+  with file.Reader(source) as reader:
+    if not reader.weights_files:
+      directory_lib.write_model(
+        reader,
+        directory,
+        format=format,
+        shard_size=shard_size,
+        dtype=dtype,
+        overwrite=overwrite,
+        progress=progress,
+      )
+      return
+    if format != 'safetensors' or dtype is not None:
+      raise ValueError(
+        'plain tensors come back in the files and dtypes that they were encoded from: '
+        'leave out format and dtype'
+      )
+    directory_lib.write_tensors(
+      reader, directory, overwrite=overwrite, progress=progress
+    )
+
+
+def read_record(source: file.Readable, name: str) -> Tree:
+  """Reads one record, such as a layer, without the others; see `file.Reader.record`.
+
+  Raises:
+    ContainerError: as for `decode`, or if there is no such record.
+    OSError: if the path cannot be read.
+  """
+  with file.Reader(source) as reader:
+    return reader.record(name)
+
+
+def read_tensor(source: file.Readable, path: str) -> Any:
+  """Reads one parameter, such as 'layers.3/attention/query/kernel'.
+
+  Only the record of the parameter is read, and records that it needs.
+
+  Raises:
+    ContainerError: as for `decode`, or if there is no such parameter.
+    OSError: if the path cannot be read.
+  """
+  with file.Reader(source) as reader:
+    return reader.tensor(path)
+
+
+def inspect(source: file.Readable) -> savings.Report:
+  """Reports the content of a file and the savings of each step, without decoding.
+
+  Raises:
+    ContainerError: if the source is not of this format or its manifest is damaged.
+    OSError: if the path cannot be read.
+  """
+  with file.Reader(source) as reader:
+    return savings.from_reader(reader)
+
+
+def verify(
+  source: file.Readable, *, against: Path | None = None, progress: bool = False
+) -> verification.Verification:
+  """Decodes everything in a file, and compares it with a checkpoint.
+
+  Without a checkpoint, memory holds one record at a time. A file whose preset keeps all
+  bits must have those of the checkpoint; they are compared one record at a time. For
+  other files memory holds both models. The divergence of the predictions for random
+  tokens is measured; unless the preset is an approximation, it must be at most a few
+  times the noise floor, which rounding alone makes.
+
+  Args:
+    source: a path, bytes, or an open binary file.
+    against: the checkpoint that was encoded: its directory or its weights file.
+    progress: whether to show the progress on stderr.
+
+  Returns:
+    The counts and measurements.
+
+  Raises:
+    ContainerError: if the file is damaged, or if it differs from the checkpoint.
+    CheckpointError: if the checkpoint cannot be read.
+    OSError: if a path cannot be read.
+  """
+  if against is None:
+    return verification.read_all(source, progress=progress)
+  with file.Reader(source) as reader:
+    is_plain = bool(reader.weights_files)
+    opened = checkpoints.open_tensors if is_plain else checkpoints.open_checkpoint
+    expected = sources.Source(opened(against))
+    if reader.config != expected.config:
+      raise file.ContainerError(
+        f'the file is of another model: its config is not that of {against}'
+      )
+    verification.compare_files(reader, expected)
+    keeps = reader.keeps
+  bits = expected if keeps == 'bits' else None
+  found = verification.read_all(source, bits, progress=progress)
+  if bits is not None:
+    return found
+  with file.Reader(source) as reader:
+    kl, floor = verification.compare_function(
+      reader,
+      checkpoints.load_checkpoint(against).model,
+      bounded=keeps == 'function',
+      progress=progress,
+    )
+  return found._replace(kl=kl, kl_rerounded=floor)
+
+
+def _job(
+  source: Encodable,
+  preset: PresetName | presets.Preset | None,
+  options: dict[str, Any],
+  files: Mapping[str, bytes] | None,
+  stem: str | None,
+  mesh: jax.sharding.Mesh | None,
+) -> job_lib.Job:
+  """Returns the work to do for what `encode` takes."""
+  found = sources.Source(source, files, stem)
+  made = presets.make(preset or presets.default(found.config), **options)
+  return job_lib.Job(found, made, mesh)

@@ -1,0 +1,245 @@
+"""Weights files that are written a tensor at a time, and the files beside them.
+
+The files are written to a hidden folder beside the target, `.<name>.partial`, and moved
+into the target when all are complete, see `outputs`. A target that does not exist
+appears at once. If the target exists, its config and weights are removed before
+anything is moved, and the new ones are moved last; the shards of older weights are
+removed, and other files stay. After an exception the hidden folder is removed. If the
+process was killed, the next writer of the same target removes it.
+"""
+
+import abc
+from collections.abc import Iterable, Mapping
+import contextlib
+import dataclasses
+import itertools
+import os
+import pathlib
+import shutil
+from typing import Any, Protocol, Self
+
+import numpy as np
+
+from rotbits_jax.checkpoints import errors
+from rotbits_jax.checkpoints import indices
+from rotbits_jax.checkpoints import lazy
+from rotbits_jax.checkpoints.contents import CONFIG
+from rotbits_jax.system import outputs
+from rotbits_jax.system import schema
+
+_SHOWN = 8  # names listed in an error
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WeightsFile:
+  """How a weights file divides into tensors and the gaps between them.
+
+  The header of a safetensors file is a gap, and so are the directory and the pickle of
+  a PyTorch zip.
+
+  Attributes:
+    name: name of the file.
+    nbytes: size of the file.
+    places: the name of each tensor and its offset in bytes, by rising offset.
+  """
+
+  name: schema.FileName
+  nbytes: schema.Size
+  places: tuple[tuple[str, schema.Size], ...]
+
+  def gaps(self, sizes: Mapping[str, int]) -> list[tuple[int, int]]:
+    """Returns begin and end of each gap.
+
+    Args:
+      sizes: bytes of each tensor.
+
+    Raises:
+      ValueError: if tensors overlap or reach beyond the end of the file.
+    """
+    parts, end = [], 0
+    for name, offset in (*self.places, (self.name, self.nbytes)):
+      if offset < end:
+        raise ValueError(f'{self.name}: tensors overlap, or the file is too short')
+      parts.append((end, offset))
+      end = offset + sizes.get(name, 0)
+    return [(begin, end) for begin, end in parts if begin < end]
+
+
+class TensorWriter(Protocol):
+  """Writes the tensors of open weights files, in any order."""
+
+  def add(self, name: str, pieces: Iterable[memoryview]) -> None:
+    """Writes a tensor from its bytes in row-major order."""
+
+  def close(self) -> None:
+    """Completes the files, after all tensors have been added."""
+
+  def abandon(self) -> None:
+    """Closes files that are not complete; does nothing after `close`."""
+
+
+class PlacedWriter:
+  """Writes weights files whose layouts are known; a `TensorWriter`."""
+
+  def __init__(self, folder: pathlib.Path):
+    """Stores the folder of the files."""
+    self._folder = folder
+    self._places: dict[str, tuple[pathlib.Path, int]] = {}
+
+  def make(
+    self, layout: WeightsFile, gaps: Iterable[tuple[int, int]], content: bytes
+  ) -> None:
+    """Makes a file, with the content of all gaps."""
+    path, rest = self._folder / layout.name, memoryview(content)
+    with path.open('wb') as file:
+      file.truncate(layout.nbytes)
+      for begin, end in gaps:
+        file.seek(begin)
+        file.write(rest[: end - begin])
+        rest = rest[end - begin :]
+    self._places |= {name: (path, offset) for name, offset in layout.places}
+
+  def add(self, name: str, pieces: Iterable[memoryview]) -> None:
+    path, offset = self._places[name]
+    with path.open('r+b') as file:
+      file.seek(offset)
+      for piece in pieces:
+        file.write(piece)
+
+  def close(self) -> None:
+    """Does nothing, because no file is open between two tensors."""
+
+  def abandon(self) -> None:
+    """Does nothing, because no file is open between two tensors."""
+
+
+class StagedWriter(abc.ABC):
+  """Base class of the writers of checkpoints; a context manager."""
+
+  def __init__(
+    self,
+    path: str | os.PathLike[str],
+    *,
+    weights: Iterable[str],
+    tensors: Iterable[str],
+    files: Mapping[str, bytes],
+    overwrite: bool,
+  ):
+    """Checks the names of the files. Nothing is written yet.
+
+    Args:
+      path: the target directory, which is made if it does not exist.
+      weights: names of the weights files.
+      tensors: names of the tensors in them.
+      files: the files to put beside the weights, by name.
+      overwrite: whether existing files may be replaced.
+
+    Raises:
+      CheckpointError: if a name is not that of a file, or is used twice.
+    """
+    self._path, self._overwrite = path, overwrite
+    self._weights, self._files = list(weights), dict(files)
+    self._missing = dict.fromkeys(tensors)
+    self._stack: contextlib.ExitStack | None = None
+    seen = set()
+    for name in (*self._files, *self._weights):
+      if not schema.is_file_name(name):
+        raise errors.CheckpointError(f'{name!r} is not the name of a file')
+      if name in seen:
+        raise errors.CheckpointError(f'two files have the name {name}')
+      seen.add(name)
+
+  @abc.abstractmethod
+  def _open(self, folder: pathlib.Path) -> TensorWriter:
+    """Makes the weights files in a folder."""
+
+  def __enter__(self) -> Self:
+    """Makes the hidden folder.
+
+    Raises:
+      CheckpointError: if the format does not support the dtype of a tensor.
+      OSError: if the directory cannot be written, if a file in it must not be replaced,
+        or if another process writes to it.
+    """
+    self._directory = outputs.directory_target(self._path)
+    if self._directory.exists():
+      for name in (*self._files, *self._weights):
+        outputs.check(self._directory / name, overwrite=self._overwrite)
+    with contextlib.ExitStack() as stack:
+      stack.enter_context(outputs.named(self._path))
+      self._folder = stack.enter_context(outputs.fresh(_staging(self._directory)))
+      for name, content in self._files.items():
+        (self._folder / name).write_bytes(content)
+      self._writer = self._open(self._folder)
+      stack.callback(self._writer.abandon)
+      self._stack = stack.pop_all()
+    return self
+
+  def __exit__(self, error_type: Any, error: Any, trace: Any) -> None:
+    """Moves the files into place, or removes them after an exception.
+
+    Raises:
+      ValueError: if a tensor was not written.
+    """
+    stack, self._stack = self._stack, None
+    assert stack is not None
+    if error_type is not None:
+      stack.__exit__(error_type, error, trace)  # names a full disk; the error goes on
+      return
+    with stack:
+      if self._missing:
+        shown = ', '.join(itertools.islice(self._missing, _SHOWN))
+        raise ValueError(
+          f'{len(self._missing)} tensors have not been written, such as {shown}'
+        )
+      self._writer.close()
+      self._move()
+
+  def _add(self, name: str, parts: Iterable[np.ndarray]) -> None:
+    """Writes a tensor from its parts along the first axis."""
+    if self._stack is None:
+      raise ValueError('the writer is not open; it is a context manager')
+    if name not in self._missing:
+      raise ValueError(f'{name} was written before')
+    self._writer.add(name, itertools.chain.from_iterable(map(lazy.row_major, parts)))
+    del self._missing[name]
+
+  def _move(self) -> None:
+    """Moves the files into their directory, or makes their folder the directory."""
+    directory = self._directory
+    if not directory.exists():
+      outputs.move(self._folder, directory)
+      return
+    # A folder without its config, its weights and their index is not a checkpoint.
+    # These are removed first and come last, so that a mixture of old and new files is
+    # never taken for a checkpoint.
+    files = {file.name: file for file in self._folder.iterdir()}
+    last = [*self._weights, indices.INDEX, CONFIG]
+    stale = {indices.INDEX, *_shards(directory / indices.INDEX)} - files.keys()
+    if indices.INDEX in files:
+      stale.add(indices.WEIGHTS)
+    for name in (*(name for name in reversed(last) if name in files), *stale):
+      old = directory / name
+      if name in files and old.exists():
+        shutil.copymode(old, files[name])
+      old.unlink(missing_ok=True)
+    for name in (*(name for name in files if name not in last), *last):
+      if name in files:
+        outputs.move(files[name], directory / name)
+
+
+def _shards(index: pathlib.Path) -> set[str]:
+  """Returns the names of the shards of an older checkpoint; none without an index."""
+  try:
+    names = indices.shards(indices.read(index), str(index))
+  except errors.CheckpointError:
+    return set()
+  return {name for name in names if name.endswith('.safetensors')}
+
+
+def _staging(directory: pathlib.Path) -> pathlib.Path:
+  """Returns the hidden folder from which files can be moved into a directory."""
+  beside = outputs.staging(directory)
+  if directory.exists() and directory.stat().st_dev != directory.parent.stat().st_dev:
+    return directory / beside.name  # because files move only within a file system
+  return beside

@@ -1,0 +1,159 @@
+"""Coders by their names in files: of the arrays of a record, or of a whole model.
+
+The coder of records is `coding.weights`. A package adds another one as an entry point
+of the group `rotbits_jax.coders`, see `system.plugins`, or registers it:
+
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Spec(coders.Spec):
+      level: int
+
+    coders.register(coders.RecordCoder('zstd', Spec, encode, decode))
+    rotbits_jax.encode(model, preset=presets.exact()._replace(coder='zstd'))
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from rotbits_jax.coding import weights
+from rotbits_jax.system import plugins
+from rotbits_jax.system import schema
+
+
+class ArraySpec(Protocol):
+  """One array of a record."""
+
+  @property
+  def shape(self) -> tuple[int, ...]: ...
+
+  @property
+  def dtype(self) -> str: ...
+
+  @property
+  def nbytes(self) -> int: ...
+
+
+class StreamSpec(Protocol):
+  """Describes the stream of a record; a schema dataclass, see `system.schema`."""
+
+  @property
+  def arrays(self) -> Sequence[ArraySpec]:
+    """The arrays, in order."""
+
+  @property
+  def nbytes(self) -> int:
+    """Length of the stream in bytes."""
+
+  def grid(self, array: Any) -> weights.Grid | None:
+    """The step of which an array holds integer multiples; None if there is none."""
+
+
+class Encoded(Protocol):
+  """An encoded record."""
+
+  @property
+  def spec(self) -> StreamSpec: ...
+
+  @property
+  def data(self) -> np.ndarray: ...
+
+
+class RecordCoder(NamedTuple):
+  """Codes the arrays of a record as one stream of bytes.
+
+  Attributes:
+    name: name of the coder in files.
+    spec: class of the spec of a stream.
+    encode: takes arrays, contiguous; returns the spec and the stream, uint8 `[n]`.
+    decode: takes a spec, a stream, and as `out` the arrays to decode into. It raises a
+      ValueError if the stream or an array is damaged.
+  """
+
+  name: str
+  spec: type[Any]
+  encode: Callable[[Sequence[np.ndarray]], Encoded]
+  decode: Callable[..., Any]
+
+  def load(self, value: Any) -> StreamSpec:
+    """Makes a spec from a JSON value.
+
+    Raises:
+      ValueError: if the value is not a spec.
+    """
+    return schema.load(self.spec, value)
+
+
+class ModelCoder(NamedTuple):
+  """Codes a whole model as one message: several streams of 16-bit words.
+
+  Attributes:
+    name: name of the coder in files.
+    streams: names of the streams. The first may be longer than memory.
+    options: class of the coder's options, which are those of the preset; a schema
+      dataclass.
+    refuse: takes a source; raises a ValueError if its model cannot be coded.
+    encode: takes a source, the options, and a function that takes the words of the
+      first stream, piece after piece; returns the layout (JSON values), the other
+      streams by name, and the saving, see `paper.Encoded`.
+    decode: takes the options, the layout, the streams by name and the config; yields
+      the parameters as pairs (path, array).
+    dtypes: takes the layout; returns the dtype of each parameter by path.
+  """
+
+  name: str
+  streams: tuple[str, ...]
+  options: type[Any]
+  refuse: Callable[[Any], None]
+  encode: Callable[..., Any]
+  decode: Callable[..., Iterator[tuple[str, np.ndarray]]]
+  dtypes: Callable[[Any], Mapping[str, np.dtype]]
+
+  def load(self, options: Mapping[str, Any]) -> Any:
+    """Makes the options from those of a preset.
+
+    Raises:
+      ValueError: if they are not options of the coder.
+    """
+    return schema.load(self.options, dict(options), 'options')
+
+
+Coder = RecordCoder | ModelCoder
+
+
+def register(coder: Coder) -> Coder:
+  """Registers a coder under its name.
+
+  Raises:
+    ValueError: if another coder has this name.
+  """
+  if coder.name in _KNOWN:
+    raise ValueError(f'a coder of the name {coder.name!r} exists already')
+  _KNOWN[coder.name] = coder
+  return coder
+
+
+def find(name: str) -> Coder | None:
+  """Returns the coder of a name; None if no installed package has it."""
+  if name == 'paper' and name not in _KNOWN:
+    register(_paper())  # its linear algebra is slow to import
+  return plugins.find('coders', name, _KNOWN)
+
+
+_KNOWN: dict[str, Coder] = {
+  'weights': RecordCoder('weights', weights.StreamSpec, weights.encode, weights.decode)
+}
+
+
+def _paper() -> ModelCoder:
+  from rotbits_jax import paper
+
+  return ModelCoder(
+    'paper',
+    paper.STREAMS,
+    paper.Options,
+    paper.refuse,
+    paper.encode,
+    paper.decode,
+    paper.dtypes,
+  )

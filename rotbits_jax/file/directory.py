@@ -1,0 +1,105 @@
+"""Decoding of a file to a checkpoint on disk, one record at a time."""
+
+from collections.abc import Iterator
+import contextlib
+import os
+
+import jax.numpy as jnp
+import numpy as np
+from numpy.typing import DTypeLike
+
+from rotbits_jax import checkpoints
+from rotbits_jax import models
+from rotbits_jax import structured
+from rotbits_jax.file import reader as reader_lib
+from rotbits_jax.file.container import ContainerError
+
+
+def write_model(
+  reader: reader_lib.Reader,
+  directory: str | os.PathLike[str],
+  *,
+  format: checkpoints.Format,
+  shard_size: int | None,
+  dtype: DTypeLike | None,
+  overwrite: bool,
+  progress: bool,
+) -> None:
+  """Writes the checkpoint of a model, see `api.decode_to_directory`."""
+  config = reader.config
+  if config is None:
+    raise ContainerError(
+      'the file holds a PyTree, not a checkpoint; `decode` in Python reads it'
+    )
+  files = reader.files()
+  if 'config.json' not in files:
+    raise ContainerError(
+      'the file holds a model without its config.json; pass the whole checkpoint to '
+      '`encode`, or its files and stem'
+    )
+  if config.family not in checkpoints.FAMILIES:
+    raise ContainerError(
+      f'the file holds a model of the family {config.family!r:.100}, whose '
+      'checkpoints are not known'
+    )
+  dtypes = reader.dtypes_on_disk()
+  if dtype is not None:
+    wanted = np.dtype(jnp.dtype(dtype))
+    dtypes = {
+      path: wanted if jnp.issubdtype(own, jnp.floating) else own
+      for path, own in dtypes.items()
+    }
+  factors, shortcuts = reader.factors(), reader.thin_shortcuts()
+  with _errors_of_file():
+    writer = checkpoints.CheckpointWriter(
+      directory,
+      config,
+      dtypes=dtypes,
+      files=files,
+      stem=reader.stem,
+      format=format,
+      shard_size=shard_size,
+      factors=factors,
+      shortcuts=shortcuts,
+      buffers=reader.buffers(),
+      overwrite=overwrite,
+    )
+  keep = shortcuts if format == 'transformers' else factors
+  with writer:
+    for name, flat in reader.each(keep=keep.keys(), show_progress=progress):
+      if name == models.names.BUFFERS:
+        continue
+      for path, leaf in flat.items():
+        writer.add(path, structured.astype(leaf, dtypes[path]))
+
+
+def write_tensors(
+  reader: reader_lib.Reader,
+  directory: str | os.PathLike[str],
+  *,
+  overwrite: bool,
+  progress: bool,
+) -> None:
+  """Writes the weights files of a checkpoint that is stored as plain tensors."""
+  with _errors_of_file():
+    writer = checkpoints.TensorFilesWriter(
+      directory,
+      tuple(reader.weights_files.values()),
+      sizes=reader.tensor_sizes(),
+      gaps=reader.gaps(),
+      files=reader.files(),
+      overwrite=overwrite,
+    )
+  with writer:
+    for _, flat in reader.each(show_progress=progress):
+      for name, tensor in flat.items():
+        writer.add(name, tensor)
+
+
+@contextlib.contextmanager
+def _errors_of_file() -> Iterator[None]:
+  """Turns errors of a writer into errors of the file from which it has all names."""
+  try:
+    yield
+  except checkpoints.CheckpointError as error:
+    raise ContainerError(f'no checkpoint can be made of the file: {error}') from error

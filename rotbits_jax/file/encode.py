@@ -1,0 +1,164 @@
+"""Encoding to files, which appear when they are complete: one file, or shards."""
+
+import contextlib
+import copy
+import os
+import pathlib
+from typing import Any
+
+import jax
+
+from rotbits_jax import checkpoints
+from rotbits_jax.file import job as job_lib
+from rotbits_jax.file import journal as journal_lib
+from rotbits_jax.file import shards as shards_lib
+from rotbits_jax.file import verification
+from rotbits_jax.system import outputs
+from rotbits_jax.system import progress as progress_lib
+
+
+class Output:
+  """The files that a run writes, see `api.encode_to_file`."""
+
+  def __init__(
+    self, path: str | os.PathLike[str], *, shard_size: int | None, overwrite: bool
+  ):
+    """Checks the path, before the work.
+
+    Args:
+      path: path of the output.
+      shard_size: greatest size of a shard in bytes; None for one file, or for as many
+        shards as there are processes.
+      overwrite: whether existing files may be replaced.
+
+    Raises:
+      ValueError: if the size is not positive.
+      OSError: if the output cannot be written or must not be replaced.
+    """
+    if shard_size is not None and shard_size < 1:
+      raise ValueError(f'shard_size must be positive, got {shard_size}')
+    self._process, self._processes = jax.process_index(), jax.process_count()
+    self._shard_size = shard_size
+    self._is_sharded = shard_size is not None or self._processes > 1
+    resolved = outputs.resolved(path)
+    self._path = pathlib.Path(path).absolute() if self._is_sharded else resolved
+    if self._path.name.endswith(shards_lib.INDEX):
+      raise ValueError(f'{path}: {shards_lib.INDEX} is the end of names of indices')
+    self._index = self._path.with_name(shards_lib.index_name(self._path))
+    self._older = [self._path, self._index]
+    for target in self._older:
+      outputs.check(target, overwrite=overwrite)
+    for target in shards_lib.existing(self._path):
+      outputs.check(target, overwrite=overwrite)
+      self._older.append(target)
+
+  def without(self, source: Any) -> Any:
+    """Returns a checkpoint that does not have its older output for one of its files."""
+    if not isinstance(source, checkpoints.CheckpointReader | checkpoints.TensorFiles):
+      return source
+    if source.path is None or source.path.absolute().parent != self._path.parent:
+      return source
+    older = {path.name for path in self._older}
+    found = copy.copy(source)
+    found.files = {name: x for name, x in source.files.items() if name not in older}
+    return found
+
+  def write(self, job: job_lib.Job, *, check: bool, progress: bool) -> None:
+    """Does the work, and moves the files into place.
+
+    Args:
+      job: the work.
+      check: whether to decode everything that was written before a file is replaced,
+        and to compare it with the source if the preset keeps all bits.
+      progress: whether to show the progress on stderr.
+
+    Raises:
+      ValueError: if the job cannot be divided among files or processes, or if the
+        source cannot be stored.
+      ContainerError: if the check fails.
+      OSError: if a file cannot be written.
+    """
+    if self._is_sharded and not job.divides:
+      raise ValueError(
+        f'the preset {job.preset.name!r} writes one message, which cannot be in shards'
+      )
+    if check and self._processes > 1:
+      raise ValueError('check needs one process; verify the file when all are done')
+    sizes = {name: counts.bytes for name, counts in job.counts.items()}
+    shards = shards_lib.plan(self._path, sizes, self._shard_size, self._processes)
+    owners = {x: i * self._processes // len(shards) for i, x in enumerate(shards)}
+    own = [shard for shard, owner in owners.items() if owner == self._process]
+    total = sum(len(shard.records) for shard in own)
+    fingerprint = job.fingerprint(shards)
+    with (
+      outputs.named(self._path),
+      journal_lib.Journal(self._path, self._process, fingerprint) as journal,
+      progress_lib.Progress('encode', total, 'record', show=progress) as bar,
+    ):
+      if self._process == 0:
+        shards_lib.remove_unnamed(self._path)  # a killed run may have left them
+      if journal.done:
+        bar.say(f'finds {len(journal.done)} of {total} records of an earlier run')
+      with contextlib.ExitStack() as stack:
+        open_shard = lambda shard: stack.enter_context(journal.open(shard))
+        job.write(own, open_shard, bar, journal)
+      self._barrier()
+      paths = {x: journal.path(x.name, process=i) for x, i in owners.items()}
+      if check:
+        bar.stage('checking')
+        self._check(job, journal, paths)
+      self._publish(own, journal, paths)
+
+  def _check(
+    self,
+    job: job_lib.Job,
+    journal: journal_lib.Journal,
+    paths: dict[shards_lib.Shard, pathlib.Path],
+  ) -> None:
+    first = journal.path(self._path.name)
+    if self._is_sharded:
+      first = journal.path(self._index.name)
+      shards_lib.write_index(first, paths)
+    expected = job.source if job.preset.keeps == 'bits' else None
+    verification.read_all(first, expected)
+
+  def _publish(
+    self,
+    own: list[shards_lib.Shard],
+    journal: journal_lib.Journal,
+    paths: dict[shards_lib.Shard, pathlib.Path],
+  ) -> None:
+    """Moves complete files into place, and removes those of an older result.
+
+    Readers get an older result until the index is moved, because the shards of that
+    result have other names or the same bytes.
+    """
+    if not self._is_sharded:
+      for shard in own:
+        outputs.move(paths[shard], self._path)
+      outputs.remove(self._index)
+    else:
+      published = {
+        shard: shards_lib.published(self._path, shard, place)
+        for shard, place in paths.items()
+      }
+      index = journal.path(self._index.name)
+      if self._process == 0:
+        named = {published[shard]: place for shard, place in paths.items()}
+        shards_lib.write_index(index, named)
+      self._barrier()
+      for shard in own:
+        target = self._path.with_name(published[shard].name)
+        outputs.move(paths[shard], target)
+      self._barrier()
+      if self._process == 0:
+        outputs.move(index, self._index)
+        outputs.remove(self._path)  # an older file, which readers would prefer
+    if self._process == 0:
+      shards_lib.remove_unnamed(self._path)
+
+  def _barrier(self) -> None:
+    if self._processes > 1:
+      from jax.experimental import multihost_utils
+
+      multihost_utils.sync_global_devices('rotbits_jax')

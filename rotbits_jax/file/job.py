@@ -1,0 +1,308 @@
+"""The work of encoding a source to one file or several."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+import hashlib
+import json
+from typing import Any, BinaryIO
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import rotbits_jax
+from rotbits_jax import checkpoints
+from rotbits_jax import models
+from rotbits_jax import passes
+from rotbits_jax import presets
+from rotbits_jax import structured
+from rotbits_jax.file import coders
+from rotbits_jax.file import journal as journal_lib
+from rotbits_jax.file import manifest as manifest_lib
+from rotbits_jax.file import shards as shards_lib
+from rotbits_jax.file import sources
+from rotbits_jax.file import writer as writer_lib
+from rotbits_jax.system import progress as progress_lib
+
+Batch = tuple[list[passes.Record], Any]
+
+
+class Job:
+  """The work of encoding a source.
+
+  Attributes:
+    source: what is encoded.
+    preset: the preset.
+    counts: elements and bytes of each record before it is rewritten, by its name, in
+      the order of the file.
+  """
+
+  def __init__(
+    self,
+    source: sources.Source,
+    preset: presets.Preset,
+    mesh: jax.sharding.Mesh | None = None,
+  ):
+    """Checks the source, before the work.
+
+    Args:
+      source: what to encode.
+      preset: how to encode it.
+      mesh: devices along one axis, 'layers', that share the layers.
+
+    Raises:
+      ValueError: if the preset does not suit the source, or if the source cannot be
+        stored.
+    """
+    coder = coders.find(preset.coder)
+    if coder is None:
+      raise ValueError(f'there is no coder of the name {preset.coder!r}')
+    if preset.rounding is None:
+      source = source.rounded()  # other presets round at the end
+    self.preset, self.source = preset, source
+    self._coder = coder
+    writer_lib.check_source(source, self._streams(source.records))
+    for name in source.records:
+      self._check_record(name)
+    self._context = self._made_context(mesh)
+    if isinstance(coder, coders.ModelCoder):
+      coder.refuse(self.source)
+    dtypes = self._context.dtypes if self._context else {}
+    self.counts = {name: _counts(source.specs(name), dtypes) for name in source.records}
+
+  @property
+  def divides(self) -> bool:
+    """Whether the records may be divided among several files."""
+    return isinstance(self._coder, coders.RecordCoder)
+
+  def fingerprint(self, shards: Sequence[shards_lib.Shard]) -> str | None:
+    """Returns a hash of everything that determines the bytes, but for the elements.
+
+    Returns None if a run cannot be resumed.
+    """
+    preset = self.preset
+    own = self.source.fingerprint() if preset.resumable else None
+    if own is None:
+      return None
+    parts = [own, preset.name, preset.options, preset.keeps, preset.coder, shards]
+    versions = [rotbits_jax.__version__, jax.__version__]
+    return hashlib.sha256(json.dumps([*parts, *versions]).encode()).hexdigest()
+
+  def write(
+    self,
+    shards: Sequence[shards_lib.Shard],
+    open_shard: Callable[[shards_lib.Shard], BinaryIO],
+    bar: progress_lib.Progress,
+    journal: journal_lib.Journal | None = None,
+  ) -> None:
+    """Writes shards whose records follow each other.
+
+    Args:
+      shards: the shards in order.
+      open_shard: takes a shard; returns its file.
+      bar: shows the progress.
+      journal: has the records of an earlier run, and gets those of this one; None if
+        the run cannot be resumed.
+    """
+    writers: dict[str, writer_lib.FileWriter] = {}
+    home: dict[str, str] = {}
+    for shard in shards:
+      is_last = shard.records[-1:] == tuple(self.counts)[-1:]
+      writers[shard.name] = writer_lib.FileWriter(
+        open_shard(shard),
+        self._summary(),
+        self._streams(shard.records),
+        self.source if is_last else None,
+      )
+      home |= dict.fromkeys(shard.records, shard.name)
+    kept, known = self._keep(writers, list(home), journal) if journal else (0, None)
+    bar.update(kept)
+    waiting = list(home)[kept:]
+    if isinstance(self._coder, coders.ModelCoder):
+      (writer,) = writers.values()
+      self._write_message(self._coder, writer, bar)
+      waiting = [name for name in waiting if name == models.names.BUFFERS]
+    bar.stage('rewriting')
+    for batch, state in self._batches(waiting, known):
+      bar.stage('coding')
+      resolve, written = self._resolver(batch), []
+      while batch:
+        record = batch.pop(0)  # its memory is freed when it is written
+        if record.name in waiting:
+          name = home[record.name]
+          counts = self.counts[record.name]
+          written.append((name, writers[name].add(record, counts, resolve)))
+          bar.update()
+      if journal is not None:
+        journal.note(written, self.source.checksums, state)
+      bar.stage('rewriting')
+    for writer in writers.values():
+      writer.finish()
+
+  def _made_context(self, mesh: jax.sharding.Mesh | None) -> passes.Context | None:
+    """Returns the context of the transform; None for arrays of no known family."""
+    source: Any = self.source
+    preset = self.preset
+    if source.config is None:
+      if preset.keeps != 'bits':
+        why = source.reason
+        raise checkpoints.UnsupportedError(
+          f'{f"{why}; " if why else ""}the preset {preset.name!r} needs a model of a '
+          'known family; the preset exact stores plain arrays'
+        )
+      return None
+    return passes.make_context(source, stored_as=source.stored_as, mesh=mesh)
+
+  def _check_record(self, name: str) -> None:
+    """Checks, before the work, that parameters in memory would come back.
+
+    Raises:
+      ValueError: naming a parameter that would not.
+    """
+    source, specs = self.source, structured.flatten(self.source.specs(name))
+    if source.config is not None:
+      shapes = {path: tuple(leaf.shape) for path, leaf in specs.items()}
+      manifest_lib.check_shapes(name, shapes, source.config)
+    if source.is_on_disk or not any(map(structured.is_structured, specs.values())):
+      return
+    for path, leaf in structured.flatten(source.read(name)).items():
+      if not structured.is_structured(leaf) or leaf.expands_on_writing:
+        continue
+      writer_lib.entry_of(path, leaf, self.source.resolve)
+      if source.config is not None and leaf.needs:
+        try:
+          leaf.check_needed(*(self.source.resolve(x).shape for x in leaf.needs))
+        except ValueError as error:
+          raise ValueError(f'{path}: {error}') from error
+
+  def _summary(self) -> writer_lib.Summary:
+    source, context = self.source, self._context
+    dtypes: dict[str, str] = {}
+    rounding = self.preset.rounding
+    if context is not None and rounding is not None and rounding.uniform:
+      # The parameters are float32 in the file.
+      dtypes = {
+        path: dtype.name
+        for path, dtype in context.dtypes.items()
+        if dtype != context.dtype and jnp.issubdtype(dtype, jnp.floating)
+      }
+      dtypes[''] = context.dtype.name
+    return writer_lib.Summary(self.preset, source.config, source.stem, dtypes)
+
+  def _streams(self, records: Sequence[str]) -> list[str]:
+    """Returns the names of the streams of records."""
+    if isinstance(self._coder, coders.RecordCoder):
+      return list(records)
+    return [*self._coder.streams, *(x for x in records if x == models.names.BUFFERS)]
+
+  def _batches(self, names: Sequence[str], state: Any) -> Iterator[Batch]:
+    """Yields records, and the state of the transform after them.
+
+    Args:
+      names: the records that are wanted, in order. Others may come, too.
+      state: the state before them; None if it is unknown.
+    """
+    layers = [i for x in names if (i := models.names.layer_index(x)) is not None]
+    others = list(names)
+    if self._context is not None:
+      buffers = [name for name in names if name == models.names.BUFFERS]
+      outer, others = len(names) > len(layers) + len(buffers), buffers
+      end = self._context.config.num_layers
+      if layers or outer:
+        for batch, reached in passes.rewrite(
+          self._context,
+          self.preset.transform,
+          rounding=self.preset.rounding,
+          layers=range(layers[0], layers[-1] + 1) if layers else range(end, end),
+          state=state,
+          outer=outer,
+        ):
+          state = reached
+          yield batch, state
+    for name in others:
+      yield [passes.Record(name, self.source.read(name), [])], state
+
+  def _resolver(self, batch: Sequence[passes.Record]) -> writer_lib.Resolve:
+    """Returns the function that finds the parameters that leaves of a batch need."""
+    flat: dict[str, Any] = {}
+    for record in batch:
+      flat |= structured.flatten(record.params)
+    needs = {x for leaf in flat.values() for x in getattr(leaf, 'needs', ())}
+    beside = {path: leaf for path, leaf in flat.items() if path in needs}
+
+    def resolve(path: str) -> Any:
+      if path in beside:
+        return structured.materialize(beside[path])
+      if self._context is not None:
+        raise ValueError(f'the leaf needs {path}, which is not beside it')
+      return self.source.resolve(path)
+
+    return resolve
+
+  def _keep(
+    self,
+    writers: Mapping[str, writer_lib.FileWriter],
+    names: Sequence[str],
+    journal: journal_lib.Journal,
+  ) -> tuple[int, Any]:
+    """Keeps the first records of an earlier run that still hold.
+
+    Returns:
+      How many these are; and the state after them, or None if it is unknown.
+    """
+    kept = len(journal.done)
+    for i, (entry, name) in enumerate(zip(journal.done, names, strict=False)):
+      is_same = entry.record.name == name and self.source.holds(entry.sources)
+      if not is_same or not writers[entry.shard].keep(entry.record):
+        journal.forget(i)
+        kept = i
+        break
+    if not kept or journal.state is None or self._context is None:
+      return kept, None
+    expected = self.preset.transform.init(self._context)
+    leaves, structure = jax.tree.flatten(expected)
+    kinds = [[(x.ndim, x.dtype) for x in y] for y in (leaves, journal.state)]
+    if kinds[0] != kinds[1]:
+      return kept, None
+    return kept, jax.tree.unflatten(structure, jax.device_put(journal.state))
+
+  def _write_message(
+    self,
+    coder: coders.ModelCoder,
+    writer: writer_lib.FileWriter,
+    bar: progress_lib.Progress,
+  ) -> None:
+    first, *others = coder.streams
+    encoded = coder.encode(
+      self.source,
+      coder.load(self.preset.options),
+      lambda words: writer.extend(first, words),
+      progress=bar.shown,
+    )
+    saving = manifest_lib.Saving(**encoded.saving._asdict())
+    own = [x for name, x in self.counts.items() if name != models.names.BUFFERS]
+    writer.add_message(
+      {first: None, **{name: encoded.streams[name] for name in others}},
+      coder=coder.name,
+      layout=encoded.layout,
+      input=manifest_lib.Counts(
+        elements=sum(x.elements for x in own), bytes=sum(x.bytes for x in own)
+      ),
+      savings=(saving,),
+    )
+    bar.update(len(own))
+
+
+def _counts(specs: models.Params, dtypes: Mapping[str, np.dtype]) -> Any:
+  """Returns the elements and bytes of a record before it is rewritten.
+
+  Args:
+    specs: shapes and dtypes of its parameters.
+    dtypes: dtypes to which parameters are rounded at the end, by path.
+  """
+  elements = nbytes = 0
+  for path, leaf in structured.flatten(specs).items():
+    count = structured.count_elements(leaf)
+    dtype = dtypes.get(path)
+    elements += count
+    nbytes += structured.count_bytes(leaf) if dtype is None else count * dtype.itemsize
+  return manifest_lib.Counts(elements=elements, bytes=nbytes)

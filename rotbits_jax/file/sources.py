@@ -1,0 +1,149 @@
+"""Sources: what is encoded, a record at a time.
+
+A source is a model, a checkpoint that is opened, or a PyTree. `Source` gives all of
+them one face, and remembers the checksums of what is read.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+import zlib
+
+import jax
+import numpy as np
+
+from rotbits_jax import checkpoints
+from rotbits_jax import models
+from rotbits_jax import structured
+from rotbits_jax.file import trees
+from rotbits_jax.system import checksums
+
+
+class Source:
+  """What is encoded: records, and the files that are kept besides them.
+
+  The records of a model are those of `models.names`. Every key of the outermost level
+  of a PyTree is a record. Paths are those of the whole model.
+
+  Attributes:
+    config: config of the model; None for plain arrays.
+    stored_as: see `models.Model`.
+    records: names of the records, in the order of the file.
+    files: bytes of the other files of a checkpoint, by name.
+    stem: name of the weights and of the slicing JSON in a checkpoint of SliceGPT.
+    weights: how each weights file divides, if its tensors are the records.
+    reason: why a checkpoint is stored as plain tensors; None if there is no reason.
+    is_on_disk: whether the source is on disk, where it may change.
+    checksums: CRC-32 of each record that was read from disk, by its name.
+  """
+
+  def __init__(
+    self,
+    given: Any,
+    files: Mapping[str, bytes] | None = None,
+    stem: str | None = None,
+  ):
+    """Takes what `api.encode` takes.
+
+    Args:
+      given: the model, checkpoint or PyTree.
+      files: see the class; None for those of the checkpoint.
+      stem: see the class; None for that of the checkpoint.
+
+    Raises:
+      ValueError: if a leaf of a PyTree is no array, or if it has no name.
+    """
+    if isinstance(given, checkpoints.Checkpoint):
+      files = given.files if files is None else files
+      stem = given.stem if stem is None else stem
+      given = given.model
+    known = models.Model, checkpoints.CheckpointReader, checkpoints.TensorFiles
+    self._given: Any = given if isinstance(given, known) else trees.Records(given)
+    own: Any = lambda name, default=None: getattr(self._given, name, default)
+    self.config: models.ModelConfig | None = own('config')
+    self.records = tuple(self._given.records)
+    self.stored_as: str | None = own('stored_as')
+    self.reason: str | None = own('reason')
+    self.files: dict[str, bytes] = dict(own('files', {}) if files is None else files)
+    self.stem: str | None = own('stem') if stem is None else stem
+    self.weights: tuple[checkpoints.WeightsFile, ...] = own('weights', ())
+    self.is_on_disk = hasattr(self._given, 'fingerprint')
+    self.checksums: dict[str, int] = {}
+
+  def rounded(self) -> 'Source':
+    """Returns the source after its parameters are rounded to `stored_as`."""
+    if self.stored_as is None:
+      return self
+    return Source(self._given.rounded(), self.files, self.stem)
+
+  def specs(self, record: str) -> models.Params:
+    """Returns the shapes and dtypes of a record; nothing is read from disk."""
+    found: models.Params = self._given.specs(record)
+    return found
+
+  def read(self, record: str) -> models.Params:
+    """Returns a record: nested dicts with whole paths.
+
+    Raises:
+      CheckpointError: if it cannot be read, or differs from an earlier reading.
+    """
+    params: models.Params = self._given.read(record)
+    if self.is_on_disk:
+      found = _checksum(params)
+      if self.checksums.setdefault(record, found) != found:
+        raise checkpoints.CheckpointError(f'{record}: it changed after it was read')
+    return params
+
+  def layer(self, index: int) -> models.Params:
+    """Returns the parameters of a layer, with paths within it."""
+    name = models.names.layer(index)
+    return self.read(name)[name]
+
+  def outer(self) -> models.Params:
+    """Returns the parameters outside the layers."""
+    found: models.Params = {}
+    for name in self.records:
+      if name != models.names.BUFFERS and models.names.layer_index(name) is None:
+        found |= self.read(name)
+    return found
+
+  def resolve(self, path: str) -> Any:
+    """Returns the array of a parameter, which other parameters may need.
+
+    Raises:
+      ValueError: if there is no such parameter, or if it needs others itself.
+    """
+    record = path.partition('/')[0]
+    found = structured.flatten(self.read(record)) if record in self.records else {}
+    if path not in found:
+      raise ValueError(f'{path} is needed, but missing')
+    return structured.materialize(found[path])
+
+  def gaps(self, file: checkpoints.WeightsFile) -> Iterator[memoryview]:
+    """Yields the bytes between the tensors of a weights file, in order."""
+    yield from self._given.gaps(file)
+
+  def fingerprint(self) -> str | None:
+    """Returns a digest of everything but the elements; None for a source in memory."""
+    return self._given.fingerprint() if self.is_on_disk else None
+
+  def holds(self, checksums: Mapping[str, int]) -> bool:
+    """Returns whether records have these checksums."""
+    for name, checksum in checksums.items():
+      if name not in self.records:
+        return False
+      self.read(name)
+      if self.checksums[name] != checksum:
+        return False
+    return True
+
+
+def _checksum(params: models.Params) -> int:
+  """Returns the CRC-32 of the paths, dtypes, shapes and elements of parameters."""
+  crc = 0
+  for path, leaf in structured.flatten(params).items():
+    for array in map(np.asarray, jax.tree.leaves(leaf)):
+      crc = zlib.crc32(f'{path} {array.dtype} {array.shape}'.encode(), crc)
+      # The transpose of a transposed array needs no copy.
+      bits = array.T if array.flags.f_contiguous else array
+      crc = checksums.of_array(bits, crc)
+  return crc

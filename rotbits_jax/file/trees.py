@@ -1,0 +1,118 @@
+"""PyTrees as nested dicts, whose outermost keys are records, and back."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from rotbits_jax import structured
+
+Tree = dict[str, Any]
+
+
+class Records:
+  """A PyTree as records; see `sources.Source`.
+
+  Attributes:
+    records: the keys of the outermost level.
+  """
+
+  def __init__(self, tree: Any):
+    """Names the leaves.
+
+    Raises:
+      ValueError: if a leaf is no array, or if it has no name.
+    """
+    self._tree = to_dicts(tree)
+    self.records = tuple(self._tree)
+
+  def specs(self, record: str) -> Tree:
+    """Returns the leaves themselves."""
+    return self.read(record)
+
+  def read(self, record: str) -> Tree:
+    """Returns the leaves of a record."""
+    return {record: self._tree[record]}
+
+
+def to_dicts(tree: Any) -> Tree:
+  """Returns any PyTree as nested dicts with the same leaves.
+
+  The keys are those of dicts, the indices of sequences and the names of fields. Dicts
+  may be empty.
+
+  Raises:
+    ValueError: if a leaf is no array, if keys cannot be told apart, or if the tree is
+      an array itself.
+  """
+  nested = _to_dicts(tree, '', _array)
+  if not isinstance(nested, dict):
+    raise ValueError('expected a dict or a sequence at the top level')
+  return nested
+
+
+def _to_dicts(tree: Any, where: str, leaf: Callable[[Any, str], Any]) -> Any:
+  """Returns a part of a PyTree as nested dicts; `leaf` gets every leaf and its path."""
+  if structured.is_structured(tree):
+    return tree
+  if isinstance(tree, Mapping) and all(isinstance(key, str) for key in tree):
+    children = list(tree.items())
+  else:
+    found = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: x is not tree)
+    if [keys for keys, _ in found] == [()]:
+      return leaf(tree, where.removesuffix('/'))
+    children = [(''.join(map(_part, keys)), child) for keys, child in found]
+  nested: Tree = {}
+  for key, child in children:
+    if not key or '/' in key or key in nested:
+      raise ValueError(
+        f'{where}{key!r}: keys must be different, not empty and without a slash'
+      )
+    nested[key] = _to_dicts(child, f'{where}{key}/', leaf)
+  return nested
+
+
+def _array(leaf: Any, path: str) -> Any:
+  if not isinstance(leaf, (np.ndarray, np.generic, jax.Array)):
+    raise ValueError(
+      f'{path}: not an array, got {type(leaf).__name__}; numpy.asarray makes arrays of '
+      'numbers. Leave out functions and text: of a TrainState, encode the params and '
+      'the opt_state'
+    )
+  if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+    raise ValueError(f'{path}: a key; jax.random.key_data gives its numbers')
+  if leaf.dtype.kind in 'OSUMm':
+    raise ValueError(
+      f'{path}: an array of {leaf.dtype} cannot be stored; text becomes an array by '
+      'numpy.frombuffer(text.encode(), numpy.uint8)'
+    )
+  return leaf
+
+
+def _part(key: Any) -> str:
+  """Returns the name of one step into a PyTree."""
+  for name in ('key', 'idx', 'name'):  # of dicts, of sequences, of classes
+    if hasattr(key, name):
+      return str(getattr(key, name))
+  raise ValueError(f'{key!r}: a key of this class has no name')
+
+
+def unflatten_like(like: Any, found: Tree) -> Any:
+  """Returns a PyTree with the structure of another and the leaves of `to_dicts`.
+
+  Raises:
+    ValueError: if the paths, shapes or dtypes differ.
+  """
+  flat, expected = structured.flatten(found), structured.flatten(to_dicts(like))
+  if wrong := sorted(expected.keys() ^ flat.keys()):
+    raise ValueError(f'{wrong[0]}: only one of the file and `like` has it')
+  for path, leaf in expected.items():
+    kinds = [structured.stack_key(x) for x in (leaf, flat[path])]
+    if kinds[0] != kinds[1]:
+      raise ValueError(f'{path}: `like` has {kinds[0][1:3]}, the file {kinds[1][1:3]}')
+  treedef = jax.tree.structure(like, is_leaf=structured.is_structured)
+  numbered = jax.tree.unflatten(treedef, range(len(expected)))
+  numbers = structured.flatten(_to_dicts(numbered, '', lambda leaf, _: leaf))
+  paths = sorted(numbers, key=lambda path: numbers[path])
+  return jax.tree.unflatten(treedef, [flat[path] for path in paths])

@@ -1,0 +1,151 @@
+"""Verification of files: decodes everything, and compares it with a source."""
+
+import dataclasses
+import math
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from rotbits_jax import models
+from rotbits_jax import passes
+from rotbits_jax import structured
+from rotbits_jax.file import container
+from rotbits_jax.file import reader as reader_lib
+from rotbits_jax.file import sources
+from rotbits_jax.file.container import ContainerError
+
+_TOKENS = 256  # number of tokens for which predictions are compared
+_MOST_NOISE = 10  # greatest ratio of the divergence to the noise floor
+_LEAST_LIMIT = 1e-7  # in nats; the divergence of float32 arithmetic alone
+
+
+class Verification(NamedTuple):
+  """The result of `verify`.
+
+  Attributes:
+    records: number of decoded records.
+    tensors: number of decoded parameters.
+    files: number of sidecar files that were read.
+    same_bits: whether all bits were compared with those of the checkpoint, and are
+      equal.
+    kl: mean KL divergence from the checkpoint's predictions, in nats; None if the
+      function was not compared.
+    kl_rerounded: the noise floor: the divergence of the checkpoint after a random
+      rotation and rounding.
+  """
+
+  records: int
+  tensors: int
+  files: int
+  same_bits: bool
+  kl: float | None
+  kl_rerounded: float | None
+
+
+def read_all(
+  source: container.Readable,
+  expected: sources.Source | None = None,
+  *,
+  progress: bool = False,
+) -> Verification:
+  """Decodes everything in a file, one record at a time.
+
+  Args:
+    source: a path, bytes, or an open binary file.
+    expected: the source whose bits the file must have; None for none.
+    progress: whether to show the progress on stderr.
+
+  Returns:
+    The counts.
+
+  Raises:
+    ContainerError: if the file is damaged, or if its bits differ from the expected.
+    OSError: if the path cannot be read.
+  """
+  records = tensors = 0
+  with reader_lib.Reader(source) as reader:
+    for name, flat in reader.each(show_progress=progress):
+      records += 1
+      tensors += len(flat)
+      if expected is None:
+        continue
+      known = name in expected.records
+      given = structured.flatten(expected.read(name)) if known else {}
+      for path in sorted(flat.keys() | given.keys()):
+        if not _same(flat.get(path), given.get(path)):
+          raise ContainerError(f'{path}: differs from the checkpoint')
+    if expected is not None and records != len(expected.records):
+      raise ContainerError('the checkpoint has other records than the file')
+    gaps, files = reader.gaps(), reader.files()
+    if expected is not None:
+      layouts = {layout.name: layout for layout in expected.weights}
+      if reader.weights_files != layouts:
+        raise ContainerError('the layouts of the weights files differ')
+      for name, layout in layouts.items():
+        if b''.join(expected.gaps(layout)) != gaps[name]:
+          raise ContainerError(f'{name}: differs from the checkpoint')
+  return Verification(records, tensors, len(files), expected is not None, None, None)
+
+
+def compare_files(reader: reader_lib.Reader, expected: sources.Source) -> None:
+  """Compares the other files of a checkpoint.
+
+  Raises:
+    ContainerError: naming a file that differs.
+  """
+  own = reader.files()
+  for name in sorted(own.keys() | expected.files.keys()):
+    if own.get(name) != expected.files.get(name):
+      raise ContainerError(f'{name}: differs from that of the checkpoint')
+
+
+def compare_function(
+  reader: reader_lib.Reader, reference: models.Model, *, bounded: bool, progress: bool
+) -> tuple[float, float]:
+  """Compares the predictions of the model in a file for random tokens.
+
+  Args:
+    reader: the file.
+    reference: the model that was encoded.
+    bounded: whether the divergence must be near the noise floor.
+    progress: whether to show the progress on stderr.
+
+  Returns:
+    The divergence from the reference, and the noise floor, see `Verification`.
+
+  Raises:
+    ContainerError: if the divergence is too large.
+  """
+  from rotbits_jax import evaluation  # optax and pictures are slow to import
+
+  model, config = reader.read(show_progress=progress), reference.config
+  if not isinstance(model, models.Model):
+    raise ContainerError('the file holds a PyTree, not a model')
+  count = min(_TOKENS, config.max_positions)
+  tokens = np.random.default_rng(0).integers(0, config.vocab_size, count)
+  result = evaluation.evaluate(
+    dataclasses.replace(model, buffers={}),
+    tokens,
+    reference=reference,
+    rerounded=passes.randomly_rotated(reference, key=jax.random.key(0)),
+  )
+  kl, floor = result.kl, result.kl_rerounded
+  assert kl is not None
+  assert floor is not None
+  most = max(_MOST_NOISE * floor, _LEAST_LIMIT) if bounded else math.inf
+  if not kl <= most:  # true if kl is NaN
+    raise ContainerError(
+      f'its function is another one: KL {kl:.3g}, noise floor {floor:.3g}'
+    )
+  return kl, floor
+
+
+def _same(found: Any, given: Any) -> bool:
+  """Returns whether a decoded leaf has the bits of a source's leaf.
+
+  The reader puts arrays in the places of leaves that stand for them in files only.
+  """
+  if structured.is_structured(given) and not structured.is_structured(found):
+    given = given.materialize()
+  return structured.same_bits(found, given)

@@ -1,0 +1,142 @@
+"""The gauges of attention heads, see `symmetries.heads`."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rotbits_jax import models
+from rotbits_jax import structured
+from rotbits_jax.passes import transform
+from rotbits_jax.symmetries import heads
+
+
+def remove_value_gauge(*, tolerance: float | None = None) -> transform.Transform:
+  """Makes the transform that fixes the gauge between value and output of every layer.
+
+  Args:
+    tolerance: the factor by which the rounding error of the product of the two kernels
+      may grow. A layer whose error grows more is not changed. By default it is 3 in
+      models whose residual stream is rotated, because there the other parameters make
+      most of the error. In other models heads make all of it, and the factor is 1.
+
+  Returns:
+    A transform. Its notes give, for each layer, the form of the output kernel, the
+    count of numbers, and the rounding error of the product of the two kernels, in this
+    form and as plain arrays.
+  """
+  layers = functools.partial(_layers, is_values=True, tolerance=tolerance)
+  return transform.Transform('value gauge', layers=layers, takes='float32')
+
+
+def remove_query_key_gauge(*, tolerance: float | None = None) -> transform.Transform:
+  """Makes the transform that fixes the gauge between query and key of every layer.
+
+  It changes nothing in models whose RoPE rotates all coordinates of a head.
+
+  Args:
+    tolerance: see `remove_value_gauge`.
+
+  Returns:
+    A transform. Its notes give the form of the key kernel of each layer, and the same
+    figures as those of `remove_value_gauge`.
+  """
+  layers = functools.partial(_layers, is_values=False, tolerance=tolerance)
+  return transform.Transform('query-key gauge', layers=layers, takes='float32')
+
+
+def _fix(
+  params: models.Params, *, kv_heads: int, rotary: int | None, dtype: np.dtype
+) -> tuple[models.Params, heads.Errors]:
+  """Fixes the gauge of values, or of keys if `rotary` is given."""
+  if rotary is None:
+    fixed = heads.fix_values(params, kv_heads=kv_heads).params
+  else:
+    fixed = heads.fix_keys(params, kv_heads=kv_heads, rotary=rotary).params
+  rounded = structured.astype(structured.astype(fixed, dtype), jnp.float32)
+  sides = [heads.sides(x, kv_heads=kv_heads) for x in (params, fixed, rounded)]
+  return fixed, heads.rounding_errors(*sides, dtype=dtype)
+
+
+def _layers(
+  context: transform.Context,
+  state: Any,
+  first: int,
+  layers: list[transform.Params],
+  *,
+  is_values: bool,
+  tolerance: float | None,
+) -> transform.Noted:
+  config, valid = context.config, models.layout.symmetries(context.config)
+  notes: list[list[transform.Note]] = [[] for _ in layers]
+  has_keys = valid.queries and config.rotary_dim < config.head_dim
+  if not (valid.values if is_values else has_keys):
+    return state, layers, notes
+  if tolerance is None:
+    tolerance = 3.0 if valid.segments or valid.stream else 1.0
+  paths = heads.VALUES if is_values else heads.KEYS
+  kernel = f'attention/{"out" if is_values else "key"}/kernel'
+  pairs = [_pair(layer, paths) for layer in layers]
+  found = [
+    i
+    for i, pair in enumerate(pairs)
+    if pair and min(pair[kernel].shape) >= config.head_dim
+  ]
+  results = context.map_layers(
+    _fix,
+    [(pairs[i],) for i in found],
+    kv_heads=config.num_kv_heads,
+    rotary=None if is_values else config.rotary_dim,
+    dtype=context.dtype,
+  )
+  # The only wait for the devices.
+  errors = jax.device_get([own for _, own in results])
+  for i, (fixed, _), error in zip(found, results, errors, strict=True):
+    note = settle(layers[i], first + i, kernel, fixed, error, tolerance * error.plain)
+    notes[i].append(note)
+  return state, layers, notes
+
+
+def settle(
+  params: transform.Params,
+  index: int | None,
+  path: str,
+  fixed: transform.Params,
+  errors: heads.Errors,
+  most: float,
+) -> transform.Note:
+  """Takes parameters with a fixed gauge if rounding them makes a small error.
+
+  Args:
+    params: the parameters of a layer, or outside the layers; changed in place.
+    index: the layer; None outside the layers.
+    path: path of the parameter that stores fewer numbers.
+    fixed: the parameters with their gauge fixed, by path.
+    errors: the errors of rounding, on the host.
+    most: the greatest error.
+
+  Returns:
+    A note on the parameter.
+  """
+  details: transform.Note = {'plain_error': errors.plain}
+  if not np.isfinite(errors.plain):
+    details = {'obstacle': 'it has numbers that are not finite, or not when rounded'}
+  elif errors.fixed <= most:  # false if rounding makes a number infinite
+    params |= fixed
+    details['error'] = errors.fixed
+  return transform.note(models.names.prefix(index) + path, params[path], **details)
+
+
+def _pair(layer: transform.Params, paths: tuple[str, ...]) -> transform.Params:
+  """Returns parameters of a layer; none if one is not a plain array."""
+  pair = {}
+  for path in paths:
+    leaf = layer.get(path)
+    if leaf is None or (isinstance(leaf, structured.Constant) and not leaf.value):
+      continue  # a missing bias is zero
+    if not structured.is_plain(leaf):
+      return {}
+    pair[path] = leaf
+  return pair

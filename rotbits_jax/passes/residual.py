@@ -1,0 +1,458 @@
+r"""The residual gauge: a rotation of every segment of the residual stream.
+
+`symmetries.rotations` explains why the segments can be rotated, and the polar gauge in
+which all shortcuts are symmetric. `symmetries.shortcuts` gives their low-rank form.
+This pass finds the rotations layer by layer, because R_0 needs the first layer and O_s
+needs M_s. It rotates every kernel once.
+
+**Free rotations.** R_0 is free. It makes the up kernel of the first MLP upper
+trapezoidal. If the last segment is wider than the one before, a rotation of the new
+dimensions is free, too. It makes the last rows of the head upper trapezoidal. The head
+could serve for R_0 as well, but it would make the rounding errors twice as harmful
+(measured). The reason is that the rows of the head share a mean, and so do the
+activations that they are multiplied with; the trapezoidal form puts both means along
+one axis.
+
+**Exceptions.** A shortcut that narrows the stream becomes lower trapezoidal, by an LQ
+factorisation. A P_s whose low-rank form would not be accurate remains an array, too.
+Nothing is rotated if a rotation could make a number larger than its dtype can
+hold, or if a number is not finite; a note names the parameter. Tokens whose row of the
+embedding is not finite do not count, because a rotation keeps every row to itself.
+
+**Dense models with RMSNorm** have no shortcuts. The scales of the norms are first
+folded into the kernels that read them. Then all segments share one rotation, which is
+free. If the head is the embedding, nothing can be rotated, because the scale of the
+last norm stands between the two.
+
+In this file, d and e are the widths of a shortcut's two segments, and D is the hidden
+size.
+
+References:
+  SliceGPT, arXiv 2401.15024, section 3: the rotations and the shortcuts.
+  Getting Free Bits Back from Rotational Symmetries in LLMs, arXiv 2410.01309: the same
+  freedom, removed by bits-back coding.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rotbits_jax import models
+from rotbits_jax import structured
+from rotbits_jax.passes import transform
+from rotbits_jax.symmetries import canonical
+from rotbits_jax.symmetries import norms
+from rotbits_jax.symmetries import products
+from rotbits_jax.symmetries import rotations as rotations_lib
+from rotbits_jax.symmetries import shortcuts
+
+# Norms of rows and columns may be at most this part of the greatest number of a dtype.
+_RANGE = 0.99
+
+# The low-rank form is accurate enough if its relative error is at most this multiple of
+# the roundoff. Rounding a dense matrix makes an error of 0.4, and SliceGPT's own
+# shortcuts have 0.6 in this form.
+_MOST_ERROR = 2.0
+
+_UP, _HEAD = 'mlp/up/kernel', 'head/kernel'
+
+
+def remove_residual_gauge(*, tolerance: float = 0.7) -> transform.Transform:
+  """Makes the transform that fixes the rotations of the residual stream.
+
+  The transform must be the first in a chain, because it reads the layers of the source
+  to choose the free rotations.
+
+  Args:
+    tolerance: a singular value of a shortcut counts as 1 if it differs from 1 by at
+      most this multiple of the roundoff of the stored dtype. The roundoff is 2^-11 for
+      float16 and 2^-8 for bfloat16. For float32 it is 2^-19, the error of float32
+      linear algebra. In SliceGPT's shortcuts, the singular values that should be 1
+      spread by 0.9 roundoffs. With a tolerance of 1.5 all of them count as 1. This
+      removes SliceGPT's own rounding errors from the shortcuts, and it changes the
+      model as much as storing it in other coordinates does. With 0.7 the larger of
+      these errors are kept.
+
+  Returns:
+    A transform. Its notes give, for each shortcut, the form, the rank, the count of
+    numbers and the relative error. They also name the kernels that are trapezoidal.
+  """
+  return transform.Transform(
+    'residual gauge',
+    init=_init,
+    layers=functools.partial(_layers, tolerance=tolerance),
+    outer=_outer,
+    skip=_skip,
+    reads_source=True,
+    takes='float32',
+  )
+
+
+class State(NamedTuple):
+  """The state of the transform between two layers.
+
+  Attributes:
+    first: R_0, float32 `[d, d]`.
+    rotation: the rotation of the segment that the next layer reads, float32 `[d, d]`.
+    zeros: how many of the last rows of the first up kernel, and of the head, free
+      rotations make upper trapezoidal, int32 `[2]`.
+  """
+
+  first: Any
+  rotation: Any
+  zeros: Any
+
+
+def _is_valid(config: models.ModelConfig) -> bool:
+  symmetries = models.layout.symmetries(config)
+  return symmetries.segments or symmetries.stream
+
+
+def _init(context: transform.Context) -> State | tuple[()]:
+  if not _is_valid(context.config) or _obstacle(context):
+    return ()
+  rotation, width = _first_rotation(context), context.config.segment_widths[0]
+  if rotation is None:
+    eye = np.eye(width, dtype=np.float32)
+    return State(eye, eye, np.zeros(2, np.int32))
+  return State(rotation, rotation, np.array([width, 0], np.int32))
+
+
+def _layers(
+  context: transform.Context,
+  state: State,
+  first: int,
+  layers: list[transform.Params],
+  *,
+  tolerance: float,
+) -> transform.Noted:
+  notes: list[list[transform.Note]] = [[] for _ in layers]
+  if not state:
+    return state, layers, notes
+  config, axes = context.config, models.layout.layer_axes(context.config)
+  layers = [structured.expand(layer, keep_factors=True) for layer in layers]
+  gauges: list[_Gauge] = []
+  rotations = [[state.rotation] * 3] * len(layers)
+  if config.sliced:
+    gauges, state = _find_gauges(context, state, first, layers)
+    rotations = [gauge.rotations for gauge in gauges]
+  else:
+    layers = [_fold(layer, config=config, is_outer=False) for layer in layers]
+  names = _shortcut_paths(config)
+  kernels = [{path: layer.pop(path) for path in names} for layer in layers]
+  for path in list(layers[0]):
+    sides = rotations_lib.sides(axes[path])
+    arguments = [
+      (layer.pop(path), *(None if s is None else own[s] for s in sides))
+      for layer, own in zip(layers, rotations, strict=True)
+    ]
+    results = context.map_layers(rotations_lib.rotate, arguments)
+    del arguments  # they would keep the memory of what was rotated
+    for layer, result in zip(layers, results, strict=True):
+      layer[path] = result
+  if first == 0 and state.zeros[0]:
+    layers[0][_UP], error = _with_zeros(layers[0][_UP], rows=int(state.zeros[0]))
+    path = models.names.prefix(0) + _UP
+    notes[0].append(transform.note(path, layers[0][_UP], error=error))
+  for i, gauge in enumerate(gauges):
+    for s, (path, kernel) in enumerate(kernels[i].items()):
+      leaf = _shortcut(context, gauge, s, kernel, tolerance)
+      error = _error(leaf, kernel, *gauge.rotations[s : s + 2], dtype=context.dtype)
+      rank = leaf.rank if structured.is_structured(leaf) else min(leaf.shape)
+      layers[i][path] = leaf
+      path = models.names.prefix(first + i) + path
+      notes[i].append(transform.note(path, leaf, error=error, rank=rank))
+  if not config.sliced:
+    layers = [norms.with_constant_scales(layer) for layer in layers]
+  return state, layers, notes
+
+
+def _skip(
+  context: transform.Context, state: State, first: int, layers: list[transform.Params]
+) -> State:
+  if not state or not context.config.sliced:
+    return state
+  layers = [structured.expand(layer, keep_factors=True) for layer in layers]
+  return _find_gauges(context, state, first, layers)[1]
+
+
+def _outer(
+  context: transform.Context, state: State, params: transform.Params
+) -> tuple[transform.Params, list[transform.Note]]:
+  config = context.config
+  if not state:
+    table, obstacle = params['embed/tokens'], ''
+    if _is_valid(config):
+      obstacle = _obstacle(context)
+    note = transform.note('embed/tokens', table, obstacle=obstacle)
+    return params, [note] if obstacle else []
+  params, notes = structured.expand(params, keep_factors=True), []
+  if not config.sliced:
+    params = _fold(params, config=config, is_outer=True)
+  for path, axes in models.layout.outer_axes(config).items():
+    sides = rotations_lib.sides(axes)
+    ends = state.first, state.rotation
+    rows, columns = (None if s is None else ends[s] for s in sides)
+    params[path] = _rotate(params.pop(path), rows, columns)
+  if state.zeros[1]:
+    params[_HEAD], error = _with_zeros(params[_HEAD], rows=int(state.zeros[1]))
+    notes.append(transform.note(_HEAD, params[_HEAD], error=error))
+  return (params if config.sliced else norms.with_constant_scales(params)), notes
+
+
+# ---- the rotations of sliced models ------------------------------------------------
+
+
+class _Gauge(NamedTuple):
+  """The rotations of one layer.
+
+  Attributes:
+    rotations: R_s for the segments that the layer reads or writes.
+    polars: polar decompositions of the shortcuts; None for those that narrow the
+      stream.
+    values: their singular values, on the host.
+  """
+
+  rotations: list[jax.Array]
+  polars: list[canonical.Polar | None]
+  values: list[np.ndarray | None]
+
+
+def _find_gauges(
+  context: transform.Context, state: State, first: int, layers: list[transform.Params]
+) -> tuple[list[_Gauge], State]:
+  """Returns the gauges of consecutive layers, and the state after these layers."""
+  config, paths = context.config, _shortcut_paths(context.config)
+  kernels = [[layer[path] for path in paths] for layer in layers]
+  polars = context.map_layers(_polars, [(own,) for own in kernels])
+  # The only wait for the devices.
+  values = jax.device_get([[x and x.values for x in own] for own in polars])
+  gauges, rotation, zeros = [], state.rotation, state.zeros
+  for i, own in enumerate(kernels):
+    rotation = jax.device_put(rotation, own[0].device)
+    gauge = _Gauge([rotation], polars[i], values[i])
+    for s, kernel in enumerate(own):
+      d, e = kernel.shape
+      polar, free = polars[i][s], None
+      if polar is None:
+        rotation = _lower_factor(rotation, kernel)[1]
+      else:
+        if e > d and first + i + 1 == config.num_layers and s + 1 == len(own):
+          free = _last_rotation(context, polar.rotation, d)
+          zeros = np.array([zeros[0], 0 if free is None else e - d], np.int32)
+        rotation = _next_rotation(polar.rotation, rotation, free)
+      gauge.rotations.append(rotation)
+    gauges.append(gauge)
+  return gauges, State(state.first, rotation, zeros)
+
+
+def _shortcut(
+  context: transform.Context,
+  gauge: _Gauge,
+  place: int,
+  kernel: jax.Array,
+  tolerance: float,
+) -> Any:
+  """Returns a shortcut in the gauge, float32.
+
+  Args:
+    context: the context of the transform.
+    gauge: the gauge of the layer.
+    place: the place of the shortcut in the layer.
+    kernel: the shortcut.
+    tolerance: see `remove_residual_gauge`.
+  """
+  rows, columns = gauge.rotations[place : place + 2]
+  polar, values = gauge.polars[place], gauge.values[place]
+  if polar is None or values is None:
+    return jnp.tril(_rotate(kernel, rows, columns))
+  (d, width), unit = kernel.shape, context.roundoff
+  off = np.abs(values.astype(np.float64) - 1)
+  counted = off > tolerance * unit
+  less, more = (int(np.sum(counted & x)) for x in (values < 1, values > 1))
+  # The values that count as 1 are an error. So is the rounding of B and C: for a column
+  # whose square is w, about 0.6 w roundoffs.
+  error = np.linalg.norm(off * np.where(counted, 0.6 * unit, 1))
+  if not error <= _MOST_ERROR * unit * np.linalg.norm(values):
+    return _rotate(kernel, rows, columns)
+  most = tuple(_padded(count, d) for count in (less, more))
+  b, c = _factors(rows, polar, tolerance=tolerance * unit, columns=most)
+  return structured.IdentityMinusGram(b[:, :less], c[:, :more], columns=width)
+
+
+def _padded(rank: int, most: int) -> int:
+  """Rounds a rank up, so that few different programs are compiled.
+
+  Between a power of two and the next there are four results, all multiples of 16; but
+  none exceeds `most`.
+  """
+  grain = 1 << max(rank.bit_length() - 3, 4)
+  return min(-(-rank // grain) * grain, most)
+
+
+def _shortcut_paths(config: models.ModelConfig) -> list[str]:
+  sublayers = models.layout.SUBLAYERS[: config.segments_per_layer]
+  return [f'{x}_shortcut/kernel' for x in sublayers] if config.sliced else []
+
+
+# ---- what is read from the source --------------------------------------------------
+
+
+def _source(context: transform.Context, index: int | None) -> transform.Params:
+  """Returns the parameters of a layer of the source, or outside the layers, by path.
+
+  Structured leaves are replaced by the same float32 arrays as when their layer is
+  rewritten. A source without structured leaves is not copied.
+  """
+  return _wide(_given(context, index))
+
+
+def _given(context: transform.Context, index: int | None) -> transform.Params:
+  source = context.source
+  return structured.flatten(source.outer() if index is None else source.layer(index))
+
+
+def _wide(params: transform.Params) -> transform.Params:
+  wide = {
+    path: leaf.astype(jnp.float32) if structured.is_structured(leaf) else leaf
+    for path, leaf in params.items()
+  }
+  return structured.expand(wide, keep_factors=True)
+
+
+def _axes(config: models.ModelConfig, index: int | None) -> models.layout.Axes:
+  layout = models.layout
+  return layout.outer_axes(config) if index is None else layout.layer_axes(config)
+
+
+def _obstacle(context: transform.Context) -> str:
+  """Returns why the model cannot be rotated; '' if it can."""
+  for index in (None, *range(context.config.num_layers)):
+    prefix, given = models.names.prefix(index), _given(context, index)
+    codes = [path for path, leaf in given.items() if structured.is_in_files(leaf)]
+    if codes:
+      return f'{prefix}{codes[0]} has quantised codes, and a rotation would keep none'
+    params = _wide(given)
+    bounds = _norms(params, config=context.config, is_outer=index is None)
+    for path, norm in jax.device_get(bounds).items():
+      if not norm <= _RANGE * context.limit(prefix + path):  # also if it is NaN
+        return f'{prefix}{path} has numbers that are not finite, or too large to rotate'
+  return ''
+
+
+def _first_rotation(context: transform.Context) -> jax.Array | None:
+  """Returns the R_0 that makes the up kernel of the first MLP upper trapezoidal.
+
+  It is None if that kernel is a pair of factors, or if the segment that it reads has
+  another width.
+  """
+  config, layer = context.config, _source(context, 0)
+  if structured.pair(layer[_UP]) is not None:
+    return None
+  kernel = jnp.asarray(layer[_UP], jnp.float32)
+  if not config.sliced:
+    scale = layer[f'{models.layout.norm_of(config, "mlp")}/scale']
+    kernel = norms.scale_rows(kernel, jnp.asarray(scale))
+  elif not config.parallel_block:
+    shortcut = layer[_shortcut_paths(config)[0]]
+    if shortcut.shape[0] != shortcut.shape[1]:
+      return None
+    kernel = _product(_polar(shortcut).rotation, kernel)
+  return _upper_rotation(kernel[:, : len(kernel)])
+
+
+def _last_rotation(
+  context: transform.Context, step: jax.Array, width: int
+) -> jax.Array | None:
+  """Returns the rotation Z that makes the last rows of the head upper trapezoidal.
+
+  It is None if the head is a pair of factors.
+
+  Args:
+    context: the context of the transform.
+    step: O of the last shortcut, `[e, e]`.
+    width: d, the width of the segment before.
+  """
+  head = _source(context, None)[_HEAD]
+  if structured.pair(head) is not None:
+    return None
+  columns = jax.device_put(head[:, : len(head) - width], step.device)
+  return _upper_rotation(_product(step[width:], columns.astype(jnp.float32)))
+
+
+# ---- compiled functions ------------------------------------------------------------
+
+
+def _polars(kernels: list[jax.Array]) -> list[canonical.Polar | None]:
+  found: list[canonical.Polar | None] = []
+  last = None
+  for kernel in kernels:
+    if last is not None:
+      # LAPACK uses all CPUs. Two decompositions at a time would take four times as long
+      # as one, so that each waits for the one before it.
+      kernel, _ = jax.lax.optimization_barrier((kernel, last.values))
+    if kernel.shape[0] <= kernel.shape[1]:
+      last = canonical.polar(kernel)
+    found.append(last if kernel.shape[0] <= kernel.shape[1] else None)
+  return found
+
+
+@functools.partial(jax.jit, static_argnames='dtype')
+def _error(
+  leaf: Any, kernel: jax.Array, rows: jax.Array, columns: jax.Array, *, dtype: np.dtype
+) -> jax.Array:
+  """Returns the relative error of a rounded leaf that stands for a rotated kernel."""
+  expected = rotations_lib.rotate(kernel, rows, columns)
+  rounded = structured.astype(structured.astype(leaf, dtype), jnp.float32)
+  off = structured.materialize(rounded) - expected
+  # Rounding errors do not get smaller below the least normal number.
+  least = float(jnp.finfo(dtype).smallest_normal) * expected.size**0.5
+  return jnp.linalg.norm(off) / jnp.maximum(jnp.linalg.norm(expected), least)
+
+
+@functools.partial(jax.jit, static_argnames='rows')
+def _with_zeros(kernel: jax.Array, *, rows: int) -> tuple[Any, jax.Array]:
+  """Makes the leaf of a kernel whose last rows are upper trapezoidal.
+
+  Returns:
+    The leaf, and the relative error of its zeros in the Frobenius norm.
+  """
+  upper = rotations_lib.upper_rows(kernel, rows)
+  norm = jnp.maximum(jnp.linalg.norm(kernel), jnp.finfo(jnp.float32).tiny)
+  leaf = structured.TrapezoidalRows.of(upper, rows)
+  return leaf, jnp.linalg.norm(upper - kernel) / norm
+
+
+@functools.partial(jax.jit, static_argnames=('config', 'is_outer'))
+def _fold(
+  params: transform.Params, *, config: models.ModelConfig, is_outer: bool
+) -> transform.Params:
+  axes = _axes(config, None if is_outer else 0)
+  return norms.fold_norm_scales(params, config, axes)
+
+
+@functools.partial(jax.jit, static_argnames=('config', 'is_outer'))
+def _norms(
+  params: transform.Params, *, config: models.ModelConfig, is_outer: bool
+) -> dict[str, jax.Array]:
+  """Returns a bound of the numbers of each parameter that can be rotated."""
+  axes = _axes(config, None if is_outer else 0)
+  if not config.sliced:
+    wide = structured.astype(params, jnp.float32)
+    params = norms.fold_norm_scales(wide, config, axes)
+  rotated = [x for x in params if rotations_lib.sides(axes[x]) != (None, None)]
+  return {
+    path: rotations_lib.largest_norm(params[path], axes[path]) for path in rotated
+  }
+
+
+_polar = jax.jit(canonical.polar)
+_product = jax.jit(products.matmul)
+_rotate = jax.jit(rotations_lib.rotate)
+_next_rotation = jax.jit(rotations_lib.next_rotation)
+_upper_rotation = jax.jit(rotations_lib.upper_rotation)
+_lower_factor = jax.jit(shortcuts.lower_factor)
+_factors = jax.jit(shortcuts.factors, static_argnames=('tolerance', 'columns'))

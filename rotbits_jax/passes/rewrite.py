@@ -1,0 +1,364 @@
+"""Rewrites a model with a chain of transforms, a few layers at a time.
+
+The layers pass through each transform once, in order. `rewrite` reads one layer at a
+time from a source, or one for each device if there are several devices. It widens the
+numbers to float32, applies the transforms, and rounds the numbers once to the dtypes of
+the source. The parameters outside the layers come last, because the embedding may be
+stored in terms of the head.
+
+A record is a part of the model that is stored and decoded on its own: a layer, the
+embedding, the final norm or the head. A saving is the count of elements and bytes that
+a transform removed from a record.
+"""
+
+import collections
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rotbits_jax import models
+from rotbits_jax import structured
+from rotbits_jax.passes import rounding as rounding_lib
+from rotbits_jax.passes import transform as transform_lib
+from rotbits_jax.passes.transform import Chain
+from rotbits_jax.passes.transform import Context
+from rotbits_jax.passes.transform import Note
+from rotbits_jax.passes.transform import Params
+from rotbits_jax.passes.transform import State
+from rotbits_jax.passes.transform import Transform
+
+
+class Saving(NamedTuple):
+  """The elements and bytes that one transform removed from one record.
+
+  Attributes:
+    name: name of the transform.
+    elements: how many elements fewer are stored; negative if there are more.
+    bytes: how many bytes fewer those elements take before they are coded.
+    notes: notes on the tensors of the record.
+  """
+
+  name: str
+  elements: int
+  bytes: int
+  notes: tuple[Note, ...] = ()
+
+
+class Record(NamedTuple):
+  """A part of a model that is stored and decoded on its own.
+
+  Attributes:
+    name: 'layers.0', 'layers.1', ..., 'embed', 'final_norm' or 'head'.
+    params: the parameters as they are stored: nested dicts of NumPy arrays and
+      structured leaves. The name of the record is the only key of the outermost dict.
+    savings: the saving of each transform. The first record outside the layers has the
+      savings of all records outside the layers; the others have none.
+  """
+
+  name: str
+  params: models.Params
+  savings: list[Saving]
+
+
+def make_context(
+  source: transform_lib.Source,
+  *,
+  stored_as: str | None = None,
+  mesh: jax.sharding.Mesh | None = None,
+) -> Context:
+  """Makes the context for a source.
+
+  Args:
+    source: the model.
+    stored_as: the dtype to which all floating-point numbers are rounded, for a source
+      that is not rounded yet; None to keep the dtype of each parameter.
+    mesh: see `Context`.
+  """
+  dtypes: dict[str, np.dtype] = {}
+  sizes = collections.Counter[np.dtype]()
+  for record in (x for x in source.records if x != models.names.BUFFERS):
+    for path, leaf in structured.flatten(source.specs(record)).items():
+      dtype = np.dtype(leaf.dtype)
+      if jnp.issubdtype(dtype, jnp.floating):
+        dtype = dtype if stored_as is None else np.dtype(jnp.dtype(stored_as))
+        sizes[dtype] += int(np.prod(leaf.shape))
+      dtypes[path] = dtype
+  most = sizes.most_common(1)[0][0] if sizes else np.dtype(np.float32)
+  return Context(source, dtypes, most, mesh)
+
+
+def rewrite(
+  context: Context,
+  chain: Chain,
+  *,
+  rounding: rounding_lib.Rounding | None = rounding_lib.NEAREST,
+  layers: range | None = None,
+  state: State | None = None,
+  outer: bool = True,
+) -> Iterator[tuple[list[Record], State]]:
+  """Rewrites a model, a few layers at a time.
+
+  Args:
+    context: see `make_context`.
+    chain: the transforms to apply.
+    rounding: how numbers are rounded after the transforms, which get float32 numbers.
+      If None, the transforms get the numbers as they are stored, so that they can keep
+      every bit.
+    layers: the layers to rewrite; all by default. If no state is given, the layers
+      before them are skipped with `Transform.skip`.
+    state: the state before the first of these layers, as an earlier call yielded it.
+    outer: whether to rewrite the parameters outside the layers, too.
+
+  Yields:
+    Complete records, and the state after them.
+
+  Raises:
+    ValueError: if a transform takes other numbers than this rounding gives, or if it
+      notes an error that is too large, see `Transform`.
+  """
+  chain.check('stored' if rounding is None else 'float32')
+  count = context.config.num_layers
+  layers = range(count) if layers is None else layers
+  return _rewrite(context, chain, rounding, layers, state, outer)
+
+
+def _rewrite(
+  context: Context,
+  chain: Chain,
+  rounding: rounding_lib.Rounding | None,
+  layers: range,
+  state: State | None,
+  outer: bool,
+) -> Iterator[tuple[list[Record], State]]:
+  widen = rounding is not None
+  step = 1 if context.mesh is None else context.mesh.size
+  if state is None:
+    state = chain.init(context)
+    for first in range(0, layers.start, step):
+      before = range(first, min(first + step, layers.start))
+      state = _skip(context, chain, state, first, _layers(context, before, widen))
+  for first in range(layers.start, layers.stop, step):
+    indices = range(first, min(first + step, layers.stop))
+    given, states = _layers(context, indices, widen), []
+    effects: list[list[_Effect]] = [[] for _ in given]
+    for transform, own in zip(chain.transforms, state, strict=True):
+      sizes = [_count(context, i, x) for i, x in zip(indices, given, strict=True)]
+      own, given, notes = transform.layers(context, own, first, given)
+      states.append(own)
+      for k, i in enumerate(indices):
+        after = _count(context, i, given[k])
+        effects[k].append(_Effect(transform, sizes[k], after, notes[k]))
+    state, records = tuple(states), []
+    for i, found in zip(indices, effects, strict=True):
+      name, layer = models.names.layer(i), given.pop(0)
+      params = {f'{name}/{path}': layer.pop(path) for path in [*layer]}
+      records.append(_record(name, params, context, rounding, _savings(context, found)))
+    yield records, state
+  if outer:
+    yield _outer(context, chain, rounding, state), state
+
+
+def _skip(
+  context: Context, chain: Chain, state: State, first: int, layers: list[Params]
+) -> State:
+  found = []
+  for transform, own in zip(chain.transforms, state, strict=True):
+    given = [dict(layer) for layer in layers]
+    if transform.skip is not None:
+      found.append(transform.skip(context, own, first, given))
+    else:
+      found.append(transform.layers(context, own, first, given)[0])
+  return tuple(found)
+
+
+def _outer(
+  context: Context,
+  chain: Chain,
+  rounding: rounding_lib.Rounding | None,
+  state: State,
+) -> list[Record]:
+  """Rewrites the parameters outside the layers."""
+  if context.mesh is not None:
+    # The state is on the device of the last layer. The parameters outside the layers
+    # are on the first device.
+    first = context.mesh.devices.flat[0]
+    put = lambda x: jax.device_put(x, first) if isinstance(x, jax.Array) else x
+    state = jax.tree.map(put, state)
+  params: Params = {}
+  for name, tree in context.source.outer().items():
+    # One by one, because both dtypes of a parameter are in memory meanwhile.
+    params |= _given({name: tree}, rounding is not None)
+  effects = []
+  for transform, own in zip(chain.transforms, state, strict=True):
+    before = _count(context, None, params)
+    params, notes = transform.outer(context, own, params)
+    after = _count(context, None, params)
+    effects.append(_Effect(transform, before, after, notes))
+  savings, records = _savings(context, effects), list[Record]()
+  for name in dict.fromkeys(path.split('/')[0] for path in params):
+    paths = [path for path in params if path.split('/')[0] == name]
+    own = {path: params.pop(path) for path in paths}
+    records.append(_record(name, own, context, rounding, savings))
+    savings = []
+  return records
+
+
+def run_chain(
+  transforms: tuple[Transform | Chain, ...],
+  model: models.Model,
+  *,
+  rounding: rounding_lib.Rounding | None = rounding_lib.NEAREST,
+) -> tuple[models.Model, list[Saving]]:
+  """Applies transforms, in order, to a whole model in memory.
+
+  Args:
+    transforms: the transforms.
+    model: the model. If its `stored_as` is set, that is the dtype to round to.
+    rounding: see `rewrite`.
+
+  Returns:
+    The rewritten model, with NumPy arrays, and one saving for each transform.
+
+  Raises:
+    ValueError: see `rewrite` and `chain`.
+  """
+  context = make_context(model, stored_as=model.stored_as)
+  chain = transform_lib.chain(*transforms)
+  rewritten = rewrite(context, chain, rounding=rounding)
+  records = [record for some, _ in rewritten for record in some]
+  totals = []
+  for i, name in enumerate(chain.names):
+    own = [record.savings[i] for record in records if len(record.savings) > i]
+    own = [saving for saving in own if saving.name == name]
+    elements, nbytes = sum(x.elements for x in own), sum(x.bytes for x in own)
+    notes = tuple(note for saving in own for note in saving.notes)
+    totals.append(Saving(name, elements, nbytes, notes))
+  return to_model(model.config, records, model.buffers), totals
+
+
+def to_model(
+  config: models.ModelConfig,
+  records: Iterable[Record],
+  buffers: dict[str, Any] | None = None,
+) -> models.Model:
+  """Makes a model from all records that `rewrite` yields."""
+  layers: list[models.Params] = []
+  outer: models.Params = {}
+  for record in records:
+    if models.names.layer_index(record.name) is not None:
+      layers.append(record.params[record.name])
+    else:
+      outer |= record.params
+  return models.from_layers(config, outer, layers, buffers)
+
+
+def count_model(model: models.Model) -> tuple[int, int]:
+  """Returns how many elements a model stores, and their bytes before coding."""
+  context = make_context(model, stored_as=model.stored_as)
+  elements, size = _count(context, None, dict(model.leaves()))
+  buffers = structured.count_elements(model.buffers)
+  return elements + buffers, size + structured.count_bytes(model.buffers)
+
+
+# ---- between the source and the transforms -----------------------------------------
+
+
+def _layers(context: Context, indices: range, widen: bool) -> list[Params]:
+  devices = [None] if context.mesh is None else list(context.mesh.devices.flat)
+  return [
+    _given(context.source.layer(i), widen, devices[k % len(devices)])
+    for k, i in enumerate(indices)
+  ]
+
+
+def _given(tree: models.Params, widen: bool, device: Any = None) -> Params:
+  """Returns the parameters for a transform: float32 on a device, or as stored.
+
+  Leaves that stand for arrays in files, such as quantised codes, remain on the host.
+  """
+  params = structured.flatten(tree)
+  if not widen:
+    return structured.for_writing(params)
+  kept = {path: x for path, x in params.items() if structured.is_in_files(x)}
+  others = {path: x for path, x in params.items() if path not in kept}
+  return _widened(jax.device_put(others, device)) | kept
+
+
+@jax.jit
+def _widened(params: Params) -> Params:
+  return structured.astype(structured.for_writing(params), jnp.float32)
+
+
+def _count(context: Context, index: int | None, params: Params) -> tuple[int, int]:
+  """Counts the elements and bytes of a layer's parameters, rounded but not coded.
+
+  Args:
+    context: it has the dtypes to which the parameters are rounded.
+    index: the layer; None if the paths are those of the whole model.
+    params: unstacked parameters.
+  """
+  elements, size, prefix = 0, 0, models.names.prefix(index)
+  for path, leaf in params.items():
+    dtype = context.dtypes.get(prefix + path, context.dtype)
+    # A rounded leaf is only described, and not computed.
+    rounded = jax.eval_shape(lambda x, dtype=dtype: structured.astype(x, dtype), leaf)
+    elements += structured.count_elements(rounded)
+    size += structured.count_bytes(rounded)
+  return elements, size
+
+
+class _Effect(NamedTuple):
+  """A transform, what it was given and what it made, see `_count`; and its notes."""
+
+  transform: Transform
+  before: tuple[int, int]
+  after: tuple[int, int]
+  notes: list[Note]
+
+
+def _savings(context: Context, effects: list[_Effect]) -> list[Saving]:
+  """Returns savings, whose notes are JSON values.
+
+  Raises:
+    ValueError: if a note states an error that is too large.
+  """
+  # JAX sorts the keys of a dict.
+  values = iter(jax.device_get([[*n.values()] for x in effects for n in x.notes]))
+  savings = []
+  for transform, before, after, notes in effects:
+    found = []
+    for keys in notes:
+      note = dict(zip(keys, next(values), strict=True))
+      unit = max(context.roundoff, float(note.get('plain_error', 0)))
+      most = transform.most_error or transform_lib.MOST_ERROR * unit
+      if not note.get('error', 0) <= most:  # also if it is NaN
+        raise ValueError(
+          f'{transform.name}: {note["tensor"]} has a relative error of '
+          f'{float(note["error"]):.3g}, which must be at most {most:.3g}'
+        )
+      found.append({key: rounding_lib.to_json(value) for key, value in note.items()})
+    elements, nbytes = before[0] - after[0], before[1] - after[1]
+    savings.append(Saving(transform.name, elements, nbytes, tuple(found)))
+  return savings
+
+
+ROUNDING = 'rounding'
+"""Name of the saving that rounding to a coarser step makes."""
+
+
+def _record(
+  name: str,
+  params: Params,
+  context: Context,
+  rounding: rounding_lib.Rounding | None,
+  savings: list[Saving],
+) -> Record:
+  """Makes a record of its rewritten parameters, by whole paths, on the host."""
+  if rounding is None:
+    return Record(name, structured.unflatten(jax.device_get(params)), savings)
+  params, notes, bits = rounding_lib.apply(rounding, params, context)
+  rounded = [Saving(ROUNDING, 0, int(bits / 8), tuple(notes))] if notes else []
+  return Record(name, structured.unflatten(params), savings + rounded)

@@ -1,0 +1,315 @@
+"""The rounding of float32 numbers to the stored dtype, once, after all transforms.
+
+The step of a dtype is the distance between neighbouring numbers. A floating-point dtype
+has a finer step for small numbers than for large ones. This precision has little effect
+on the function of a model, because the errors of the large numbers of the same array
+are larger. Therefore all numbers of an array are rounded to multiples of one step 2^q,
+and then to the nearest number of the dtype, which is coarser only for large numbers:
+
+    q = floor(log2(rms) + log2_step)
+
+Here rms is the typical size of the array's numbers, see `symmetries.typical_size`. If
+the mantissa has m bits and log2_step is -m, 2^q is the step of the dtype at the rms,
+and the numbers below 2 rms share it. They take about one bit less, see
+`coding.weights.floats`. The greatest error in the array does not change. The mean
+square of the errors grows by less than a factor of 2.
+"""
+
+from collections.abc import Callable, Mapping
+import functools
+import math
+import types
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rotbits_jax import models
+from rotbits_jax import structured
+from rotbits_jax.coding import weights
+from rotbits_jax.passes import transform
+from rotbits_jax.symmetries import steps
+
+
+class Inputs(NamedTuple):
+  """The inputs of a matrix on a text.
+
+  Attributes:
+    moments: float32 `[n, n]`, the sum of `x^T x` over the inputs x `[n]`.
+    axis: the axis of the matrix that the inputs meet: 0 for a kernel, 1 for an
+      embedding that is the head, too.
+  """
+
+  moments: Any
+  axis: int
+
+
+class Rounding(NamedTuple):
+  """A rule for the rounding of the parameters of a model.
+
+  Attributes:
+    log2_step: takes the path of a parameter and its dtype. Returns log2 of the step of
+      an array over its rms, see above; None to round to the nearest number of the
+      dtype.
+    uniform: if False, arrays have the dtype of the source. Their step is the power of
+      two below, and numbers for which the dtype is coarser are rounded to the dtype.
+      An array does not change if all its numbers are numbers of the dtype already,
+      because no transform changed it. If True, all numbers of an array are multiples of
+      the step. The array is float32, because the step is the nearest one of
+      4, 5, 6, 7 times a power of two, and the dtype may not have its multiples.
+    inputs: the inputs of a matrix, by the path of the parameter. Such a matrix is
+      rounded with error feedback, if it is a plain array and `uniform` is set.
+  """
+
+  log2_step: Callable[[str, np.dtype], float | None]
+  uniform: bool = False
+  inputs: Mapping[str, 'Inputs'] = types.MappingProxyType({})
+
+
+NEAREST = Rounding(lambda path, dtype: None)
+"""Rounds to the nearest numbers of the dtype."""
+
+
+def with_minimum_exponent(offset: float = 0.0) -> Rounding:
+  """Makes the rounding with the step that the dtype has at the rms of an array.
+
+  In dtypes with fewer than 10 bits of mantissa, the step of the head is a quarter of
+  that: no layer averages the head's errors, and on OPT in bfloat16 they are most of
+  what a common step adds to the divergence (measured, see RESULTS.md).
+
+  Args:
+    offset: added to log2 of the step; negative for a finer step.
+  """
+
+  def log2_step(path: str, dtype: np.dtype) -> float:
+    mantissa = jnp.finfo(dtype).nmant
+    is_sensitive = path.startswith('head/') and mantissa < 10
+    return offset - mantissa - (2 if is_sensitive else 0)
+
+  return Rounding(log2_step)
+
+
+FINEST = -12.0
+"""The finest uniform step: log2 of the step over the rms.
+
+A normally distributed number then takes 14 bits, fewer than a number of any stored
+dtype but those of 8 bits.
+"""
+
+
+def to_steps(
+  step: float,
+  offsets: Mapping[str, float] | None = None,
+  inputs: Mapping[str, Inputs] | None = None,
+) -> Rounding:
+  """Makes the rounding of all numbers of an array to multiples of one step.
+
+  Args:
+    step: log2 of the step over the rms of the array.
+    offsets: added to `step`, by the pattern of the path, see `models.names.pattern`.
+      The offset of other parameters is 0. No step is finer than `FINEST`.
+    inputs: see `Rounding`.
+  """
+  by_pattern = dict(offsets or {})
+  log2_step = lambda path, dtype: max(
+    step + by_pattern.get(models.names.pattern(path), 0.0), FINEST
+  )
+  return Rounding(log2_step, uniform=True, inputs=inputs or {})
+
+
+def apply(
+  rounding: Rounding,
+  params: transform.Params,
+  context: transform.Context,
+) -> tuple[transform.Params, list[transform.Note], float]:
+  """Rounds matrices to their steps on their device, and fetches all parameters once.
+
+  Args:
+    rounding: the rule.
+    params: leaves of a record by path, float32.
+    context: it has the dtypes of the parameters.
+
+  Returns:
+    The rounded parameters on the host; a note for each matrix that was rounded to a
+    step; and about how many bits that saves an entropy coder.
+  """
+  effects: dict[str, Effect] = {}
+  nearest: dict[str, np.dtype] = {}
+  codes: dict[str, Any] = {}
+  for path in list(params):
+    leaf, dtype = params[path], context.dtypes.get(path, context.dtype)
+    if structured.is_in_files(leaf) and rounding.uniform:
+      codes[path], leaf = leaf, jnp.asarray(leaf.materialize(), jnp.float32)
+    is_on_device = any(isinstance(x, jax.Array) for x in jax.tree.leaves(leaf))
+    is_vector = structured.is_plain(leaf) and not is_matrix(leaf)
+    log2_step = rounding.log2_step(path, dtype)
+    if log2_step is None or is_vector or not is_on_device:
+      nearest[path] = dtype
+      continue
+    inputs = rounding.inputs.get(path)
+    params[path], effects[path] = round_leaf(
+      leaf, dtype, log2_step, rounding.uniform, inputs
+    )
+  params, effects = jax.device_get((params, effects))
+  # On the host, because these are vectors as a rule, and a program for so few numbers
+  # takes longer to compile.
+  for path, dtype in nearest.items():
+    params[path] = structured.astype(params[path], dtype)
+  # Codes have no error, so they remain if they take no more bytes.
+  for path, leaf in codes.items():
+    size = weights.estimate(list(leaf.stored()[1].values()))
+    if size <= weights.estimate([params[path]]):
+      params[path] = leaf
+      effects.pop(path, None)
+  notes, bits = [], 0.0
+  for path, effect in effects.items():
+    if effect.step:
+      error = np.sqrt(effect.squares / max(effect.norm, 1e-30))
+      note = {'step': to_json(effect.step), 'error': to_json(error)}
+      if effect.outliers:
+        note['outliers'] = int(effect.outliers)
+      notes.append({'tensor': path, **note})
+      bits += float(effect.bits)
+  return params, notes, bits
+
+
+def to_json(value: Any) -> Any:
+  """Returns a number as in notes: with three digits, and None if it is not finite."""
+  if isinstance(value, np.generic | np.ndarray):
+    value = value.item()
+  if not isinstance(value, float):
+    return value
+  return float(f'{value:.3g}') if math.isfinite(value) else None
+
+
+class Effect(NamedTuple):
+  """The effect of rounding on the arrays of a leaf.
+
+  Attributes:
+    step: the step of the first array, float32; 0 if it was rounded without a step.
+    squares: sum of the squares of the errors of finite numbers, float32.
+    norm: sum of the squares of the finite numbers, float32.
+    bits: log2 of the coarser step over the step of the dtype, summed over the numbers,
+      float32. An entropy coder saves about as many bits.
+    outliers: how many numbers did not count for the step, see `steps.Size`.
+  """
+
+  step: Any
+  squares: Any
+  norm: Any
+  bits: Any
+  outliers: Any
+
+
+def round_leaf(
+  leaf: Any,
+  dtype: np.dtype,
+  log2_step: float,
+  uniform: bool,
+  inputs: Inputs | None = None,
+) -> tuple[Any, Effect]:
+  """Rounds an array or a structured leaf on its device to a common step.
+
+  Args:
+    leaf: the leaf, with float32 arrays. Arrays of integers are not changed. Arrays with
+      one row or column have few numbers; they are rounded to the nearest number.
+    dtype: dtype of the parameter.
+    log2_step: log2 of the step over the rms, see `Rounding`.
+    uniform: see `Rounding`.
+    inputs: see `Rounding`; only a matrix with a uniform step uses them.
+
+  Returns:
+    The leaf and the effect. Numbers that are too large for the dtype become infinite.
+  """
+  traced = np.float32(log2_step)  # of one type, so that one program serves all
+  moments, axis = inputs or (None, 0)
+  if not (uniform and structured.is_plain(leaf)):
+    moments = None
+  effects = [Effect(*np.zeros(5, np.float32))]
+
+  def round_array(array: Any) -> Any:
+    if not is_matrix(array):
+      return array.astype(dtype)
+    # Programs are compiled for few lengths of smaller arrays, because compilation takes
+    # longer than the work. Zeros do not change the step and the effect.
+    is_row = moments is None and array.size < 1 << 20
+    given = _row(array) if is_row else array
+    result, effect = _round(given, traced, moments, dtype, uniform, axis)
+    effects.append(effect)
+    return _cut(result, array.shape) if is_row else result
+
+  if structured.is_structured(leaf):
+    leaf = leaf.map_arrays(round_array)
+  elif structured.is_plain(leaf):
+    leaf = round_array(leaf)
+  total = Effect(*map(sum, zip(*effects, strict=True)))
+  return leaf, total._replace(step=effects[min(1, len(effects) - 1)].step)
+
+
+@jax.jit
+def _row(array: jax.Array) -> jax.Array:
+  """Returns the numbers of an array in a row, and zeros up to a power of two."""
+  length = max(1 << (array.size - 1).bit_length(), 1 << 12)
+  return jnp.pad(array.reshape(-1), (0, length - array.size))
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _cut(row: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+  """Returns the array of a row: the inverse of `_row`."""
+  return row[: math.prod(shape)].reshape(shape)
+
+
+@functools.partial(jax.jit, static_argnums=(3, 4, 5))
+def _round(
+  array: jax.Array,
+  log2_step: jax.Array,
+  moments: jax.Array | None,
+  dtype: np.dtype,
+  uniform: bool,
+  axis: int,
+) -> tuple[jax.Array, Effect]:
+  size, nearest = steps.typical_size(array), array.astype(dtype)
+  if uniform:
+    step = steps.quarter_step(size.rms, log2_step)
+    if moments is None:
+      result = steps.multiples(array, step)
+    else:
+      result = steps.with_feedback(array, step, moments, axis=axis)
+  else:
+    step = _power_step(size.rms, log2_step, dtype)
+    # Beyond, the dtype itself is coarser.
+    is_small = jnp.abs(array) < step * (1 << jnp.finfo(dtype).nmant + 1)
+    result = jnp.where(is_small, steps.multiples(array, step).astype(dtype), nearest)
+    same = jnp.all((nearest.astype(jnp.float32) == array) | jnp.isnan(array))
+    result, step = jnp.where(same, nearest, result), jnp.where(same, 0, step)
+  finite = jnp.isfinite(array)
+  squares = jnp.square(jnp.where(finite, result.astype(jnp.float32) - array, 0)).sum()
+  norm = jnp.square(jnp.where(finite, array, 0)).sum()
+  bits = _bits_saved(array, step, dtype)
+  return result, Effect(step, squares, norm, bits, size.outliers)
+
+
+def is_matrix(array: Any) -> bool:
+  """Tells whether an array has several rows and several columns."""
+  return array.ndim > 1 and min(array.shape[-2:]) > 1
+
+
+def _power_step(rms: jax.Array, log2_step: jax.Array, dtype: np.dtype) -> jax.Array:
+  """Returns 2^q, see above."""
+  q = jnp.floor(jnp.log2(rms) + log2_step)
+  # The dtype has no finer step, and the inverse of 2^q must be a float32.
+  least = max(_least_exponent(dtype) - jnp.finfo(dtype).nmant, -126)
+  return jnp.ldexp(jnp.float32(1), jnp.clip(q, least, 126).astype(jnp.int32))
+
+
+def _bits_saved(array: jax.Array, step: jax.Array, dtype: np.dtype) -> jax.Array:
+  bits = jax.lax.bitcast_convert_type(jnp.abs(array), jnp.int32)
+  exponents = jnp.maximum((bits >> 23) - 127, _least_exponent(dtype))
+  saved = jnp.log2(step) - (exponents - jnp.finfo(dtype).nmant)
+  return jnp.where(array != 0, jnp.maximum(saved, 0), 0).sum()
+
+
+def _least_exponent(dtype: np.dtype) -> int:
+  """Returns the exponent of the smallest normal number of a dtype."""
+  return int(np.log2(float(jnp.finfo(dtype).smallest_normal)))

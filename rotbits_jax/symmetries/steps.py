@@ -1,0 +1,177 @@
+r"""Rounding to multiples of a step, also with error feedback.
+
+The step of an array is a fraction of its typical size, the root of the mean square of
+its numbers, see `typical_size`.
+
+**Error feedback.** A kernel W `[n, m]` is applied to inputs x as `x W`. Let Q be the
+rounded kernel, and `E = W - Q`. The mean square of the error `x E` of the outputs is
+`tr(E^T H E)`, where `H = mean(x^T x)` are the second moments of the inputs. With
+`H = L D L^T`, L unit lower triangular and D diagonal, it is
+
+    sum_i D_i |E_i + sum_{j > i} L_ji E_j|^2
+
+So rows are rounded from the last to the first, and row i is rounded to the multiple of
+the step that is nearest to
+
+    W_i + sum_{j > i} L_ji (W_j - Q_j)
+
+Each square is then that of one rounding error, and no other factorisation of H has a
+smaller trace of D. The rows of inputs with large moments come first, because the errors
+of later rows can make up for theirs. Blocks of rows are updated by one product.
+
+References:
+  Frantar et al., GPTQ, arXiv 2210.17323: the rule, by the inverse of H.
+  Chee et al., QuIP, arXiv 2307.13304, section 3: the rule in the form above.
+"""
+
+import functools
+from typing import NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from rotbits_jax.symmetries import products
+
+_BLOCK = 128  # number of rows that are updated together
+_DAMPING = 0.01  # of the mean moment, so that no pivot is close to 0
+_ROUNDS = 8  # of removing outliers
+
+_matmul = products.matmul
+
+
+class Size(NamedTuple):
+  """The typical size of the numbers of an array.
+
+  Attributes:
+    rms: the root of their mean square, float32; 0 if no number counts.
+    outliers: how many numbers are infinite, NaN or outliers, int32.
+  """
+
+  rms: jax.Array
+  outliers: jax.Array
+
+
+def typical_size(array: jax.Array) -> Size:
+  """Returns the root of the mean square of an array's numbers, without outliers.
+
+  Zeros do not count, because structure makes them. Of n numbers, those above 64 rms or
+  `sqrt(n) / 2` rms are outliers: one such number alone would make a large part of the
+  mean square. They are removed until there are none.
+
+  >>> int(typical_size(jnp.array([1.0, -1.0, 0.0, jnp.inf])).rms)
+  1
+
+  Args:
+    array: float32.
+  """
+  size = jnp.abs(array)
+
+  def measure(limit: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    counted = (size > 0) & (size <= limit)
+    greatest = jnp.max(jnp.where(counted, size, 0), initial=0)
+    count = jnp.maximum(jnp.sum(counted), 1).astype(jnp.float32)
+    # The numbers are divided by the greatest, so that no square is infinite and not all
+    # squares are zero.
+    scale = jnp.where(greatest > 0, greatest, 1)
+    squares = jnp.square(jnp.where(counted, size, 0) / scale)
+    rms = scale * jnp.sqrt(jnp.sum(squares) / count)
+    bound = rms * jnp.clip(jnp.sqrt(count) / 2, 4, 64)
+    return jnp.where(greatest > 0, rms, 0), bound, greatest
+
+  State = tuple[jax.Array, tuple[jax.Array, jax.Array, jax.Array], jax.Array]
+
+  def has_outliers(state: State) -> jax.Array:
+    _, (_, bound, greatest), rounds = state
+    return (greatest > bound) & (rounds < _ROUNDS)
+
+  def remove(state: State) -> State:
+    _, (_, bound, _), rounds = state
+    return bound, measure(bound), rounds + 1
+
+  largest = jnp.float32(jnp.finfo(jnp.float32).max)
+  start = largest, measure(largest), jnp.int32(0)
+  limit, (rms, _, _), _ = jax.lax.while_loop(has_outliers, remove, start)
+  return Size(rms, jnp.sum(~(size <= limit), dtype=jnp.int32))
+
+
+def quarter_step(rms: jax.Array, log2_step: jax.Array) -> jax.Array:
+  """Returns a step with a short mantissa, so that few multiples need float32.
+
+  It is the number of the form (4 + i) 2^(q - 2), i < 4, closest to `rms 2^log2_step`.
+  """
+  target = jnp.clip(jnp.log2(rms) + log2_step, -120.0, 110.0)
+  q = jnp.floor(target)
+  # In the middle between two of these in log2 are the roots of 4 * 5, 5 * 6, ...
+  middles = jnp.log2(jnp.sqrt(jnp.float32([20, 30, 42, 56])) / 4)
+  i = (target - q > middles).sum()
+  return jnp.ldexp((4 + i).astype(jnp.float32), q.astype(jnp.int32) - 2)
+
+
+def multiples(array: jax.Array, step: jax.Array) -> jax.Array:
+  """Returns the nearest multiples of a step, in the shape of the array."""
+  steps = jnp.rint(array / step)
+  # This turns -0 into 0. Adding 0 would not, because XLA replaces x + 0 by x.
+  return jnp.where(steps == 0, 0, steps * step)
+
+
+@functools.partial(jax.jit, static_argnames='axis')
+def with_feedback(
+  array: jax.Array, step: jax.Array, moments: jax.Array, *, axis: int = 0
+) -> jax.Array:
+  """Rounds a matrix to multiples of a step with error feedback.
+
+  Args:
+    array: float32 `[n, m]`, or `[m, n]` if `axis` is 1.
+    step: float32 `[]`, positive.
+    moments: float32 `[n, n]`, sums or means of products of the inputs. If they are not
+      finite, there is no feedback.
+    axis: the axis of the inputs.
+
+  Returns:
+    Multiples of the step, float32 with the shape of the array.
+  """
+  kernel = array if axis == 0 else array.T
+  count, width = kernel.shape
+  chex.assert_shape(moments, (count, count))
+  diagonal = jnp.diagonal(moments)
+  order = jnp.argsort(diagonal)  # the last row is rounded first
+  mean = jnp.mean(diagonal)
+  damping = _DAMPING * jnp.where(mean > 0, mean, 1)
+  damped = moments[order][:, order] + damping * jnp.eye(count, dtype=jnp.float32)
+  lower = jnp.linalg.cholesky(damped)
+  lower = lower / jnp.diagonal(lower)
+  lower = jnp.where(jnp.isfinite(lower).all(), lower, jnp.eye(count, dtype=jnp.float32))
+  # Rows of zeros in front fill the first block.
+  padding = -count % _BLOCK
+  lower = jnp.pad(lower, ((padding, 0), (padding, 0)))
+  rows = jnp.pad(kernel[order], ((padding, 0), (0, 0)))
+
+  def round_block(errors: jax.Array, start: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Rounds rows, given the errors of the rows after them, `[n, m]`."""
+    columns = jax.lax.dynamic_slice_in_dim(lower, start, _BLOCK, axis=1)
+    own = jax.lax.dynamic_slice_in_dim(columns, start, _BLOCK)
+    given = jax.lax.dynamic_slice_in_dim(rows, start, _BLOCK)
+    wanted = given + _matmul(columns.T, errors)
+
+    def round_row(
+      k: jax.Array, carry: tuple[jax.Array, jax.Array]
+    ) -> tuple[jax.Array, jax.Array]:
+      found, block_errors = carry
+      i = _BLOCK - 1 - k
+      after = jnp.where(jnp.arange(_BLOCK) > i, own[:, i], 0)
+      rounded = multiples(wanted[i] + _matmul(after, block_errors), step)
+      error = given[i] - rounded
+      error = jnp.where(jnp.isfinite(error), error, 0)
+      return found.at[i].set(rounded), block_errors.at[i].set(error)
+
+    zeros = jnp.zeros((_BLOCK, width), jnp.float32)
+    found, block_errors = jax.lax.fori_loop(0, _BLOCK, round_row, (zeros, zeros))
+    errors = jax.lax.dynamic_update_slice_in_dim(errors, block_errors, start, axis=0)
+    return errors, found
+
+  starts = jnp.arange(0, count + padding, _BLOCK)
+  _, blocks = jax.lax.scan(round_block, jnp.zeros_like(rows), starts, reverse=True)
+  found = blocks.reshape(-1, width)[padding:]
+  found = jnp.zeros_like(kernel).at[order].set(found)
+  return found if axis == 0 else found.T

@@ -1,0 +1,68 @@
+"""Parts that other packages add: leaves, presets and coders, which have names in files.
+
+A package offers a part as an entry point of the group `rotbits_jax.leaves`,
+`rotbits_jax.presets` or `rotbits_jax.coders`, here in its pyproject.toml:
+
+    [project.entry-points."rotbits_jax.coders"]
+    zstd = "their_package.coder:CODER"
+
+The package is imported when the name is met. A part need not be an entry point: whoever
+imports its module may pass it as a value, or register it.
+"""
+
+from collections.abc import Mapping
+import functools
+import importlib.metadata
+import sys
+from typing import Any, Literal, TypeVar
+
+Group = Literal['leaves', 'presets', 'coders']
+T = TypeVar('T')
+
+_OWN = __name__.partition('.')[0]
+
+
+def find(group: Group, name: str, known: Mapping[str, T]) -> T | None:
+  """Returns the part of a name; None if no installed package has it.
+
+  Args:
+    group: what kind of part.
+    name: name of the part.
+    known: the parts that need no search, by name.
+  """
+  if name in known:
+    return known[name]
+  for point in _points(group, tuple(sys.path)):
+    if point.name == name:
+      return point.load()
+  return None
+
+
+def load(group: Group, known: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns the parts of other packages by name, without those of names in `known`."""
+  return {
+    x.name: x.load() for x in _points(group, tuple(sys.path)) if x.name not in known
+  }
+
+
+def package(group: Group, name: str, part: Any) -> str | None:
+  """Returns the distribution that has a part; None for a part of this package.
+
+  Args:
+    group: what kind of part.
+    name: name of the part.
+    part: the part: a class, a function or another object.
+  """
+  module = getattr(part, '__module__', type(part).__module__).partition('.')[0]
+  if module == _OWN:
+    return None
+  for point in _points(group, tuple(sys.path)):
+    if point.name == name and point.dist is not None:
+      return point.dist.name
+  return importlib.metadata.packages_distributions().get(module, [module])[0]
+
+
+@functools.cache
+def _points(group: Group, path: tuple[str, ...]) -> importlib.metadata.EntryPoints:
+  """Returns the entry points of a group on a path; finding them reads many files."""
+  return importlib.metadata.entry_points(group=f'{_OWN}.{group}')

@@ -1,0 +1,230 @@
+"""Canonical weights of stacked layers in one call, beside the way that streams."""
+
+import functools
+import os
+import pathlib
+import subprocess
+import sys
+
+from absl.testing import absltest
+from absl.testing import parameterized
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import rotbits_jax
+from rotbits_jax import models
+from rotbits_jax import passes
+from rotbits_jax import structured
+from tests import random_models
+from tests import transform_checks
+
+LLAMA = random_models.BASE | {'num_hidden_layers': 4}
+GROUPS = LLAMA | {'num_attention_heads': 4, 'num_key_value_heads': 2, 'head_dim': 8}
+OPT = {
+  'model_type': 'opt',
+  'hidden_size': 24,
+  'ffn_dim': 40,
+  'num_hidden_layers': 4,
+  'num_attention_heads': 3,
+  'vocab_size': 40,
+  'max_position_embeddings': 30,
+  'word_embed_proj_dim': 24,
+}
+PHI = LLAMA | {'model_type': 'phi', 'partial_rotary_factor': 0.5}
+FAMILIES = {
+  'llama': GROUPS,
+  'mistral': GROUPS | {'model_type': 'mistral', 'sliding_window': 5},
+  'qwen2': GROUPS | {'model_type': 'qwen2'},
+  'phi3': LLAMA
+  | {'model_type': 'phi3', 'num_key_value_heads': 2, 'rms_norm_eps': 1e-5},
+  'opt': OPT,
+  'phi2': PHI,
+}
+TOKENS = np.arange(12)[None]
+_canonicalise = jax.jit(rotbits_jax.canonicalise, static_argnums=1)
+
+
+@functools.cache
+def _model(family, kind):
+  """Makes a dense model, or a sliced one whose head is sliced or not."""
+  config_json = FAMILIES[family]
+  if kind == 'dense':
+    return random_models.random_model(config_json)
+  steps = 1 if family == 'phi2' else 2
+  widths = [18] * (steps * config_json['num_hidden_layers'] + 1)
+  if kind == 'sliced':
+    widths[-1] = config_json['hidden_size']
+  return random_models.sliced(config_json, widths)
+
+
+CASES = [
+  {'testcase_name': f'{family}_{kind}', 'family': family, 'kind': kind}
+  for family in FAMILIES
+  for kind in ('dense', 'sliced', 'sliced head')
+]
+
+
+@functools.cache
+def _result(family, kind):
+  model = _model(family, kind)
+  params, gauges = _canonicalise(model.params, model.config)
+  return model.replace(params=params), gauges
+
+
+def _arrays(params):
+  wide = structured.flatten(jax.tree.map(jnp.asarray, params))
+  return {path: np.asarray(structured.materialize(x)) for path, x in wide.items()}
+
+
+def check_sharded():
+  """Checks a model whose layer axis is sharded over all devices."""
+  import re
+
+  model = random_models.sliced_llama([18] * 33)
+  mesh = jax.sharding.Mesh(jax.devices(), 'layers')
+
+  def put(key, tree):
+    axes = ('layers',) if models.names.stacked_layers(key) else ()
+    spec = jax.sharding.PartitionSpec(*axes)
+    return jax.device_put(tree, jax.sharding.NamedSharding(mesh, spec))
+
+  params = {key: put(key, tree) for key, tree in model.params.items()}
+  compiled = _canonicalise.lower(params, model.config).compile()
+  found, _ = compiled(params)
+  for leaf in jax.tree.leaves(found['layers.0:16']):
+    assert len(leaf.sharding.device_set) == 8
+    assert leaf.sharding.shard_shape(leaf.shape)[0] == 2
+  # Only rotations of segments are sent.
+  sent = r'= \(?(\S+) (?:all-gather|all-reduce|all-to-all|collective-permute)\('
+  shapes = re.findall(sent, compiled.as_text())
+  assert shapes
+  assert all('18,18]' in shape for shape in shapes), shapes
+  expected, _ = _canonicalise(model.params, model.config)
+  chex.assert_trees_all_close(jax.device_get(found), expected, atol=3e-5)
+
+
+class CanonicaliseTest(parameterized.TestCase):
+  @parameterized.named_parameters(*CASES)
+  def test_the_function_is_kept_with_fewer_numbers(self, family, kind):
+    model, (result, gauges) = _model(family, kind), _result(family, kind)
+    logits = transform_checks.fast_logits(model, TOKENS)
+    found = transform_checks.fast_logits(result, TOKENS)
+    np.testing.assert_allclose(found, logits, atol=3e-5 * np.abs(logits).max())
+    for leaf in jax.tree.leaves(result.params):
+      self.assertEqual(leaf.dtype, np.float32)
+    expected = models.layout.symmetries(model.config)
+    self.assertEqual(gauges.first is not None, expected.segments or expected.stream)
+    self.assertEqual(bool(gauges.segments), expected.segments)
+    self.assertLess(passes.count_model(result), passes.count_model(model))
+
+  @parameterized.named_parameters(*CASES)
+  def test_a_second_time_changes_nothing(self, family, kind):
+    once, _ = _result(family, kind)
+    params, gauges = _canonicalise(once.params, once.config)
+    chex.assert_trees_all_close(_arrays(params), _arrays(once.params), atol=5e-5)
+    if gauges.first is not None:
+      eye = np.eye(len(gauges.first))
+      np.testing.assert_allclose(gauges.first, eye, atol=5e-5)
+
+  @parameterized.named_parameters(*CASES)
+  def test_the_way_that_streams_agrees(self, family, kind):
+    model, (result, _) = _model(family, kind), _result(family, kind)
+    # A tolerance for everything, because float32 numbers have no rounding error.
+    chain = (
+      passes.remove_residual_gauge(),
+      passes.remove_biases(),
+      passes.remove_value_gauge(tolerance=1e9),
+      passes.remove_query_key_gauge(tolerance=1e9),
+    )
+    streamed, _ = passes.run_chain(chain, model)
+    found = models.from_layers(model.config, result.outer(), list(result.layers()))
+    for (path, a), (_, b) in zip(found.leaves(), streamed.leaves(), strict=True):
+      a, b = (np.asarray(structured.materialize(x)) for x in (a, b))
+      np.testing.assert_allclose(a, b, atol=5e-5, err_msg=path)
+
+  @parameterized.parameters('opt', 'llama')
+  def test_uncompiled_it_is_the_same(self, family):
+    model, (result, gauges) = _model(family, 'sliced'), _result(family, 'sliced')
+    found = rotbits_jax.canonicalise(model.params, model.config)
+    chex.assert_trees_all_close(found, (result.params, gauges), atol=3e-5)
+
+  def test_an_outer_vmap_maps_over_models(self):
+    pair = [random_models.sliced_llama([18] * 9, seed=seed) for seed in range(2)]
+    config = pair[0].config
+    stack = jax.tree.map(lambda *x: np.stack(x), *(model.params for model in pair))
+    function = functools.partial(rotbits_jax.canonicalise, config=config)
+    both = jax.jit(jax.vmap(function))(stack)
+    for i, model in enumerate(pair):
+      expected = _canonicalise(model.params, config)
+      own = jax.tree.map(lambda x, i=i: x[i], both)
+      chex.assert_trees_all_close(own, expected, atol=3e-5)
+
+  def test_bfloat16_input_is_widened_first(self):
+    model = _model('llama', 'sliced head')
+    narrow = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), model)
+    wide = jax.tree.map(lambda x: np.asarray(x, np.float32), narrow)
+    found, gauges = _canonicalise(narrow.params, model.config)
+    tolerance = 0.7 * 2**-8
+    function = functools.partial(rotbits_jax.canonicalise, tolerance=tolerance)
+    expected, _ = jax.jit(function, static_argnums=1)(wide.params, model.config)
+    chex.assert_trees_all_close(found, expected, atol=3e-5)
+    # The columns that are left are those of the values that differ from 1.
+    canonical = model.replace(params=found)
+    for i, layer in enumerate(canonical.layers()):
+      for name, values in zip(
+        ('attention_shortcut', 'mlp_shortcut'),
+        gauges.singular_values['layers.0:4'],
+        strict=True,
+      ):
+        leaf = layer[name]['kernel']
+        self.assertEqual(leaf.b.shape[1], (values[i] < 1 - tolerance).sum())
+        self.assertEqual(leaf.c.shape[1], (values[i] > 1 + tolerance).sum())
+
+  def test_columns_are_at_most_max_rank(self):
+    model = random_models.sliced_llama([18] * 9)  # D - d = 6
+    function = functools.partial(rotbits_jax.canonicalise, max_rank=6)
+    params, _ = jax.jit(function, static_argnums=1)(model.params, model.config)
+    self.assertEqual(params['layers.0:4']['mlp_shortcut']['kernel'].b.shape, (4, 18, 6))
+    logits = transform_checks.fast_logits(model, TOKENS)
+    found = transform_checks.fast_logits(model.replace(params=params), TOKENS)
+    np.testing.assert_allclose(found, logits, atol=1e-4)
+
+  def test_not_a_number_spreads_and_ends(self):
+    model = random_models.sliced_llama([18] * 9)
+    params = jax.tree.map(np.array, model.params)
+    params['layers.0:4']['attention_shortcut']['kernel'][1, 2, 3] = np.nan
+    found, _ = _canonicalise(params, model.config)
+    query = found['layers.0:4']['attention']['query']['kernel']
+    finite = np.isfinite(query).all(axis=(1, 2))
+    self.assertEqual(finite.tolist(), [True, True, False, False])
+
+  def test_segments_that_get_narrower_are_refused(self):
+    model = random_models.sliced_llama([18, 18, 16, 16, 24])
+    with self.assertRaisesRegex(ValueError, 'do not get narrower'):
+      rotbits_jax.canonicalise(model.params, model.config)
+
+  @pytest.mark.slow
+  @pytest.mark.daily
+  def test_a_sharded_layer_axis_stays_sharded(self):
+    flags = os.environ.get('XLA_FLAGS', '')
+    environment = os.environ | {
+      'JAX_PLATFORMS': 'cpu',
+      'XLA_FLAGS': f'{flags} --xla_force_host_platform_device_count=8',
+    }
+    program = 'from tests import canonicalise_test as t; t.check_sharded()'
+    done = subprocess.run(
+      [sys.executable, '-c', program],
+      cwd=pathlib.Path(__file__).parents[1],
+      env=environment,
+      capture_output=True,
+      text=True,
+      check=False,
+    )
+    self.assertEqual(done.returncode, 0, done.stderr)
+
+
+if __name__ == '__main__':
+  absltest.main()

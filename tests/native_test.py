@@ -1,0 +1,115 @@
+"""Loops of the coder are one native function on the CPU, and as usual elsewhere."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rotbits_jax.coding import codecs
+from rotbits_jax.coding import haar
+from rotbits_jax.coding import permutation
+from rotbits_jax.coding import rans
+from rotbits_jax.coding.weights import blocks
+from rotbits_jax.system import native
+
+
+def loops_of_thunks(function, *arguments):
+  """Returns the loops of a compiled program that an executor of thunks would run.
+
+  They are those of the entry, and of the bodies of such loops.
+  """
+  text = jax.jit(function).lower(*arguments).compile().as_text()
+  bodies = dict(part.split(' ', 1) for part in text.split('\n%') if ' ' in part)
+  entry = text[text.index('\nENTRY') :]
+  found, left = [], [entry]
+  while left:
+    for line in left.pop().split('\n'):
+      if ' while(' in line:
+        body = line.split('body=%')[1].split(',')[0]
+        found.append(body)
+        left.append(bodies[body].split('\n}')[0])
+  return found
+
+
+def doubled(x, n):
+  return jax.lax.fori_loop(0, n, lambda i, x: x + x[i], x)
+
+
+def test_a_loop_is_not_a_loop_of_thunks():
+  x = jnp.ones(64)
+  assert not loops_of_thunks(native.loop(doubled), x, 3)
+  np.testing.assert_array_equal(native.loop(doubled)(x, 3), doubled(x, 3))
+
+
+@pytest.mark.skipif(jax.__version_info__ >= (0, 12), reason='XLA does so by itself')
+def test_it_would_be_one_without():
+  assert loops_of_thunks(doubled, jnp.ones(64), 3)
+
+
+def test_other_platforms_have_no_attributes():
+  exported = jax.export.export(jax.jit(native.loop(doubled)), platforms=['cuda'])
+  assert 'small_call' not in exported(jnp.ones(64), 3).mlir_module()
+
+
+@pytest.mark.parametrize('size', [8, 1 << 14])
+def test_closures_and_constants(size):
+  """XLA aborts if an operand of a native function is a large constant."""
+  rng = np.random.default_rng(0)
+  table, own = rng.integers(0, 9, (2, size)), jnp.arange(size)
+
+  def looked_up(x, n):
+    step = lambda i, x: x + jnp.asarray(table[0])[i] + own[i]
+    return jax.lax.fori_loop(0, n, step, x)
+
+  found = jax.jit(native.loop(looked_up))(jnp.asarray(table[1]), 5)
+  np.testing.assert_array_equal(found, table[1] + table[0][:5].sum() + 10)
+
+
+def test_vmap():
+  x = jnp.arange(12.0).reshape(2, 6)
+  expected = jnp.stack([doubled(row, n) for row, n in zip(x, (3, 4), strict=True)])
+  batched = jax.vmap(native.loop(doubled))(x, jnp.array([3, 4]))
+  np.testing.assert_array_equal(batched, expected)
+
+
+def message():
+  rows = np.random.default_rng(0).integers(0, 1 << 16, (200, 8))
+  return rans.stacked(jnp.asarray(rows, jnp.uint16), 300)
+
+
+FREQUENCIES = jnp.full((3, 4), 1 << 12)
+CODECS = {
+  'uniform': codecs.uniform(jnp.full(100, 9)),
+  'categorical': codecs.categorical(jnp.arange(100) % 3, FREQUENCIES),
+  'haar': haar.codec(5, 5),
+  'permutation': permutation.uniform(jnp.zeros(70, jnp.int32)),
+}
+
+
+@pytest.mark.parametrize('name', CODECS)
+def test_codecs(name):
+  codec = CODECS[name]
+  rest, symbols = jax.jit(codec.pop)(message())
+  assert not loops_of_thunks(codec.pop, message())
+  assert not loops_of_thunks(codec.push, rest, symbols)
+
+
+def test_recovery_of_a_rotation_steps_through_panels_only():
+  cells = jnp.zeros(haar.num_cells(40, 40), jnp.uint16)
+  q = haar.rotation(cells, 40, 40)
+  correction = jax.jit(haar.correct)(q, cells)
+  assert len(loops_of_thunks(haar.recover, q, correction)) == 1
+
+
+def test_blocks():
+  made = blocks.tables_of(np.asarray(FREQUENCIES, np.int64), decoding=True)
+  bytes_, words = (np.zeros(blocks.CAPACITY, x) for x in (np.uint8, np.uint16))
+  numbers = made.entries, np.uint32(made.alphabet), np.int32(9)
+  assert not loops_of_thunks(blocks._push, words, bytes_, *numbers)
+  stacks = np.zeros((blocks.LANES, blocks._STACK), np.uint16)
+  empty = rans.empty(blocks.LANES, 1)._replace(words=stacks)
+  pop = functools.partial(blocks._pop, empty, bytes_, made.entries)
+  assert not loops_of_thunks(pop, made.slots, *numbers[1:])
+  assert not loops_of_thunks(blocks._count, words, bytes_, np.int32(4), np.int32(8))

@@ -1,0 +1,110 @@
+"""Presets by name, their options, and presets of other packages."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+import rotbits_jax
+from rotbits_jax import presets
+from rotbits_jax import symmetries
+
+ROOT = pathlib.Path(__file__).parents[1]
+SLICED = ROOT / 'tests' / 'testdata' / 'llama-tiny-sliced-head-0.25'
+# What another package needs for a preset: this file and an entry point.
+PACKAGE = '''
+from typing import Literal
+
+from rotbits_jax import presets
+
+
+def plain(*, gauge: Literal['free', 'kept'] = 'kept') -> presets.Preset:
+  """Makes a preset that rounds once.
+
+  Args:
+    gauge: what becomes of the gauges.
+  """
+  made = presets.free()
+  kept = presets.exact().transform
+  return made._replace(
+    name='plain',
+    options={'gauge': gauge},
+    transform=made.transform if gauge == 'free' else kept,
+  )
+'''
+
+
+class TestMake:
+  def test_a_preset_is_returned(self):
+    preset = presets.free()
+    assert presets.make(preset) is preset
+    with pytest.raises(ValueError, match='only with the name'):
+      presets.make(preset, tolerance=1.0)
+
+  def test_unknown_names_and_options(self):
+    with pytest.raises(ValueError, match=r"free, exact, near, paper.*got 'fre'"):
+      presets.make('fre')
+    with pytest.raises(ValueError, match="'paper' has no option 'transforms'"):
+      presets.make('paper', transforms=())
+
+  @pytest.mark.parametrize(
+    ('name', 'options', 'words'),
+    [
+      ('free', {'tolerance': -1.0}, 'tolerance .* at least 0, got -1.0'),
+      ('free', {'tolerance': True}, 'tolerance must be a finite number'),
+      ('free', {'floor': float('nan')}, 'floor must be a finite number, got nan'),
+      ('near', {'step': float('inf')}, 'step must be a finite number'),
+      ('near', {'step': -30}, '`free` keeps more'),
+      ('near', {'offsets': {'head/kernel': 'x'}}, 'head/kernel must be a finite'),
+      ('paper', {'canonicaliser': 'best'}, 'canonicaliser: .*polar_shortcut, qr, svd'),
+      ('paper', {'threshold': -1.0}, 'threshold: must not be negative'),
+      ('paper', {'correction': 'threshold'}, 'needs symmetric_eig'),
+    ],
+  )
+  def test_options_are_checked(self, name, options, words):
+    with pytest.raises(ValueError, match=words):
+      presets.make(name, **options)
+
+  def test_options_are_json(self):
+    for name in presets.PRESETS:
+      options = presets.make(name).options
+      assert json.loads(json.dumps(options)) == options
+
+
+def test_exact_with_transforms_keeps_the_function_only():
+  assert presets.exact().keeps == 'bits'
+  made = presets.exact(transforms=(symmetries.make('nothing'),))
+  assert (made.keeps, made.resumable) == ('function', False)
+  with pytest.raises(ValueError, match='needs a model'):
+    rotbits_jax.encode({'a': np.zeros(3)}, preset=made)
+
+
+def test_another_package_adds_a_preset(tmp_path):
+  (tmp_path / 'plain_preset.py').write_text(PACKAGE)
+  metadata = tmp_path / 'plain_preset-1.0.dist-info'
+  metadata.mkdir()
+  (metadata / 'METADATA').write_text('Name: plain-preset\nVersion: 1.0\n')
+  entry = '[rotbits_jax.presets]\nplain = plain_preset:plain\n'
+  (metadata / 'entry_points.txt').write_text(entry)
+
+  def run(*args):
+    paths = os.pathsep.join([str(tmp_path), str(ROOT)])
+    return subprocess.run(
+      [sys.executable, '-m', 'rotbits_jax', *args],
+      capture_output=True,
+      check=True,
+      env=os.environ | {'PYTHONPATH': paths},
+      text=True,
+    ).stdout
+
+  help = ' '.join(run('encode', '--help').split())
+  assert 'Only for --preset=plain: what becomes of the gauges; kept by default.' in help
+  flags = f'--checkpoint={SLICED}', f'--output={tmp_path / "out"}', '--json'
+  report = json.loads(run('encode', *flags, '--preset=plain', '--gauge=free'))
+  assert report['preset'] == 'plain'
+  # Nothing is needed to read the file.
+  assert rotbits_jax.decode(tmp_path / 'out').config.num_layers == 3

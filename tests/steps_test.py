@@ -1,0 +1,98 @@
+"""Rounding with error feedback."""
+
+from absl.testing import absltest
+from absl.testing import parameterized
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rotbits_jax import models
+from rotbits_jax.symmetries import steps
+from tests import random_models
+
+STEP = 0.25
+
+
+def _correlated(rng, count, rows=2000):
+  """Draws inputs of which a few directions hold most of the variance."""
+  mixing = rng.standard_normal((count, count)) / np.arange(1, count + 1)[:, None]
+  return rng.standard_normal((rows, count)) @ mixing
+
+
+def _reference(kernel, step, moments):
+  """Rounds one number after the other in float64, by the inverse of the moments."""
+  kernel, count = np.float64(kernel).copy(), len(kernel)
+  damped = moments + 0.01 * np.mean(np.diag(moments)) * np.eye(count)
+  order = np.argsort(np.diag(moments), kind='stable')[::-1]
+  rounded = np.zeros_like(kernel)
+  left = list(order)
+  while left:
+    i = left[0]
+    rounded[i] = np.rint(kernel[i] / step) * step
+    inverse = np.linalg.inv(damped[np.ix_(left, left)])
+    change = inverse[:, 0] / inverse[0, 0]
+    kernel[left] -= np.outer(change, kernel[i] - rounded[i])
+    left = left[1:]
+  return rounded
+
+
+class FeedbackTest(parameterized.TestCase):
+  @parameterized.parameters(40, 130)
+  def test_numbers_are_those_of_the_reference(self, count):
+    rng = np.random.default_rng(0)
+    inputs = _correlated(rng, count)
+    moments = inputs.T @ inputs
+    kernel = rng.standard_normal((count, 24))
+    found = steps.with_feedback(
+      jnp.float32(kernel), jnp.float32(STEP), jnp.float32(moments)
+    )
+    np.testing.assert_array_equal(np.asarray(found) % STEP, 0)
+    # A number in the middle between two multiples may be rounded to either, and then
+    # the numbers after it in its column differ, too.
+    same = np.asarray(found) == _reference(kernel, STEP, moments)
+    self.assertGreater(same.all(axis=0).mean(), 0.9)
+
+  def test_outputs_have_smaller_errors(self):
+    rng = np.random.default_rng(1)
+    inputs, kernel = _correlated(rng, 200), rng.standard_normal((200, 50))
+    arguments = jnp.float32(kernel), jnp.float32(STEP)
+    rounded = steps.with_feedback(*arguments, jnp.float32(inputs.T @ inputs))
+    plain = steps.multiples(*arguments)
+    error = lambda x: np.square(inputs @ (np.asarray(x) - kernel)).sum()
+    self.assertLess(error(rounded), 0.5 * error(plain))
+
+  @parameterized.parameters(0.0, 1.0, np.nan)
+  def test_without_correlations_numbers_are_rounded_to_the_nearest(self, moment):
+    kernel = np.random.default_rng(2).standard_normal((70, 9)).astype(np.float32)
+    moments = jnp.eye(70) * moment
+    rounded = steps.with_feedback(kernel, jnp.float32(STEP), moments)
+    np.testing.assert_array_equal(rounded, steps.multiples(kernel, STEP))
+
+  def test_the_axis_of_the_inputs(self):
+    rng = np.random.default_rng(3)
+    inputs, kernel = _correlated(rng, 30), rng.standard_normal((30, 40))
+    arguments = jnp.float32(STEP), jnp.float32(inputs.T @ inputs)
+    kernel = jnp.float32(kernel)
+    np.testing.assert_array_equal(
+      steps.with_feedback(kernel.T, *arguments, axis=1).T,
+      steps.with_feedback(kernel, *arguments),
+    )
+
+
+class InputMomentsTest(parameterized.TestCase):
+  def test_the_moments_of_the_first_layer_are_those_of_its_inputs(self):
+    model = random_models.sliced_llama([18] * 7)
+    tokens = np.random.default_rng(0).integers(0, 40, (2, 9))
+    found = models.input_moments(model, jnp.asarray(tokens))
+    shapes = jax.tree.map(jnp.shape, found)
+    self.assertEqual(shapes['layers.0:3']['mlp']['down']['kernel'], (3, 32, 32))
+    self.assertEqual(shapes['head']['kernel'], (18, 18))
+    x = np.float64(model.params['embed']['tokens'])[tokens].reshape(-1, 18)
+    hidden = model.config.hidden_size
+    x /= np.sqrt(np.square(x).sum(-1, keepdims=True) / hidden + model.config.norm_eps)
+    moments = found['layers.0:3']['attention']['query']['kernel'][0]
+    np.testing.assert_allclose(moments, x.T @ x, rtol=1e-4, atol=1e-4)
+
+
+if __name__ == '__main__':
+  absltest.main()
