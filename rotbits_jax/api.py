@@ -27,6 +27,7 @@ from rotbits_jax.file import sources
 from rotbits_jax.file import trees
 from rotbits_jax.file import verification
 from rotbits_jax.report import savings
+from rotbits_jax.system import host
 from rotbits_jax.system import progress as progress_lib
 
 T = TypeVar('T')
@@ -52,6 +53,7 @@ PresetName: TypeAlias = Literal['exact', 'free', 'near', 'paper']
 """The names of presets; `presets.make` finds those of other packages, too."""
 
 
+@host.own_settings()
 def encode(
   source: Encodable,
   *,
@@ -100,6 +102,7 @@ def encode(
   return memory.getvalue()
 
 
+@host.own_settings()
 def encode_to_file(
   source: Path | Encodable,
   path: Path,
@@ -161,6 +164,7 @@ def decode(source: file.Readable, *, progress: bool = ...) -> models.Model | Tre
 def decode(source: file.Readable, *, like: T, progress: bool = ...) -> T: ...
 
 
+@host.own_settings()
 def decode(source: file.Readable, *, like: Any = None, progress: bool = False) -> Any:
   """Returns the model, or the PyTree, in a file, as NumPy arrays.
 
@@ -196,6 +200,7 @@ def decode(source: file.Readable, *, like: Any = None, progress: bool = False) -
   return trees.unflatten_like(like, found)
 
 
+@host.own_settings()
 def load(
   source: file.Readable,
   *,
@@ -239,6 +244,7 @@ def load(
   return placement.on_device(found)
 
 
+@host.own_settings()
 def decode_checkpoint(
   source: file.Readable, *, progress: bool = False
 ) -> checkpoints.Checkpoint:
@@ -257,6 +263,7 @@ def decode_checkpoint(
     return checkpoints.Checkpoint(model, reader.files(), reader.stem)
 
 
+@host.own_settings()
 def decode_to_directory(
   source: file.Readable,
   directory: Path,
@@ -308,6 +315,7 @@ def decode_to_directory(
     )
 
 
+@host.own_settings()
 def read_record(source: file.Readable, name: str) -> Tree:
   """Reads one record, such as a layer, without the others; see `file.Reader.record`.
 
@@ -319,6 +327,7 @@ def read_record(source: file.Readable, name: str) -> Tree:
     return reader.record(name)
 
 
+@host.own_settings()
 def read_tensor(source: file.Readable, path: str) -> Any:
   """Reads one parameter, such as 'layers.3/attention/query/kernel'.
 
@@ -343,6 +352,7 @@ def inspect(source: file.Readable) -> savings.Report:
     return savings.from_reader(reader)
 
 
+@host.own_settings()
 def verify(
   source: file.Readable, *, against: Path | None = None, progress: bool = False
 ) -> verification.Verification:

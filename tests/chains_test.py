@@ -137,7 +137,7 @@ class RefusalsTest(parameterized.TestCase):
       presets.exact(transforms=(rotation,))
     with self.assertRaisesRegex(ValueError, "'residual gauge' must be the first"):
       presets.free(transforms=(TRANSFORMS['residual gauge'],))
-    with self.assertRaisesRegex(ValueError, 'takes float32 numbers .* as they are st'):
+    with self.assertRaisesRegex(ValueError, 'takes float32 numbers, .*got numbers as'):
       presets.near(transforms=(TRANSFORMS['exactly tied embedding'],))
     presets.free(transforms=(rotation,))
 

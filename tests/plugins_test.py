@@ -11,7 +11,7 @@ from rotbits_jax import structured
 from rotbits_jax.file import coders
 
 LEAF = '''
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 from flax import struct
 import numpy as np
@@ -24,22 +24,15 @@ from rotbits_jax import structured
 class Doubled(structured.Structured):
   """An array that is stored as its half."""
 
-  kind: ClassVar[str] = 'acme.doubled'
+  type_name: ClassVar[str] = 'acme.doubled'
 
-  half: Any
+  half: Annotated[Any, structured.Array(2)]
 
   shape = property(lambda self: self.half.shape)
   dtype = property(lambda self: np.dtype(self.half.dtype))
 
-  def materialize(self):
+  def materialize(self, *needed):
     return self.half * 2
-
-  def stored(self):
-    return {}, {'half': np.asarray(self.half)}
-
-  @classmethod
-  def from_stored(cls, settings, arrays):
-    return cls(arrays['half'])
 '''
 
 CODER = """

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 import rotbits_jax
+from rotbits_jax import passes
 from rotbits_jax import presets
-from rotbits_jax import symmetries
 
 ROOT = pathlib.Path(__file__).parents[1]
 SLICED = ROOT / 'tests' / 'testdata' / 'llama-tiny-sliced-head-0.25'
@@ -19,6 +19,7 @@ SLICED = ROOT / 'tests' / 'testdata' / 'llama-tiny-sliced-head-0.25'
 PACKAGE = '''
 from typing import Literal
 
+from rotbits_jax import passes
 from rotbits_jax import presets
 
 
@@ -77,7 +78,7 @@ class TestMake:
 
 def test_exact_with_transforms_keeps_the_function_only():
   assert presets.exact().keeps == 'bits'
-  made = presets.exact(transforms=(symmetries.make('nothing'),))
+  made = presets.exact(transforms=(passes.Transform('nothing'),))
   assert (made.keeps, made.resumable) == ('function', False)
   with pytest.raises(ValueError, match='needs a model'):
     rotbits_jax.encode({'a': np.zeros(3)}, preset=made)

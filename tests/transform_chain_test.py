@@ -245,7 +245,7 @@ class MakeTest(absltest.TestCase):
     model = random_models.sliced_llama([18] * 3, np.float16)
     same, savings = passes.run_chain((passes.Transform('nothing'),), model)
     transform_checks.assert_same_bits(same, model)
-    self.assertEqual(savings, [passes.Saving('nothing', 0, 0, [])])
+    self.assertEqual(savings, [passes.Saving('nothing', 0, 0)])
 
 
 # ---- chains of transforms, and a part of a model -------------------------------------

@@ -307,7 +307,11 @@ def _predict(
 @contextlib.contextmanager
 def _float64() -> Iterator[None]:
   """Makes JAX use float64, on the CPU."""
-  with jax.enable_x64(True), jax.default_device(host.device()):
+  with (
+    host.own_settings(),
+    jax.enable_x64(True),
+    jax.default_device(host.device()),
+  ):
     yield
 
 

@@ -1,5 +1,7 @@
-"""The host as a JAX device, and arrays in memory that NumPy and XLA share."""
+"""The host as a JAX device, JAX's settings, and arrays that NumPy and XLA share."""
 
+from collections.abc import Iterator
+import contextlib
 import functools
 import math
 
@@ -19,6 +21,26 @@ def device() -> jax.Device | None:
     return jax.local_devices(backend='cpu')[0]
   except RuntimeError:
     return None
+
+
+@contextlib.contextmanager
+def own_settings() -> Iterator[None]:
+  """Gives JAX the settings that this package is written for, in this thread.
+
+  Users set others for their own programs. Functions are always compiled, because the
+  loops of the coder would take hours without; weights may have NaNs; and NumPy arrays
+  go to programs as they are.
+  """
+  with (
+    jax.enable_x64(False),
+    jax.numpy_rank_promotion('allow'),
+    jax.numpy_dtype_promotion('standard'),
+    jax.transfer_guard('allow'),
+    jax.debug_nans(False),
+    jax.debug_infs(False),
+    jax.disable_jit(False),
+  ):
+    yield
 
 
 def empty(shape: tuple[int, ...], dtype: np.dtype | type | str) -> np.ndarray:

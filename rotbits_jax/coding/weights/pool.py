@@ -93,10 +93,5 @@ def _pool(name: str) -> futures.ThreadPoolExecutor:
 
 def _on_processor(job: Callable[[], _Result]) -> _Result:
   # The programs take NumPy arrays, which are in the memory of the processor already.
-  # They are always compiled, because their loops would take hours without.
-  with (
-    jax.default_device(host.device()),
-    jax.disable_jit(False),
-    jax.transfer_guard('allow'),
-  ):
+  with jax.default_device(host.device()), host.own_settings():
     return job()
