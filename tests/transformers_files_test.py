@@ -63,7 +63,7 @@ def gram(k, j):
 
   def make(matrix):
     b, c = (rng.standard_normal((matrix.shape[0], n)) / 4 for n in (k, j))
-    b, c = b.astype(matrix.dtype), c.astype(matrix.dtype)
+    b, c = (np.tril(x).astype(matrix.dtype) for x in (b, c))
     return structured.IdentityMinusGram(b, c, matrix.shape[1])
 
   return make
@@ -195,8 +195,9 @@ def test_other_structured_leaves_are_matrices(tmp_path):
   (layer,) = model.layers()
   layer['mlp']['up']['kernel'] = pair
   model = models.from_layers(model.config, model.outer(), [layer])
-  checkpoints.save_checkpoint(checkpoint_of(model), tmp_path, 'transformers')
-  tensors, config = read(tmp_path)
+  checkpoint = checkpoint_of(model)
+  checkpoints.save_checkpoint(checkpoint, tmp_path / 'x', 'transformers')
+  tensors, config = read(tmp_path / 'x')
   assert config['shortcut_ranks'] == [None, None]
   shortcut = layer['mlp_shortcut']['kernel'].materialize()
   np.testing.assert_array_equal(
@@ -205,6 +206,10 @@ def test_other_structured_leaves_are_matrices(tmp_path):
   np.testing.assert_array_equal(
     tensors['model.layers.0.mlp.up_proj.weight'], pair.materialize().T
   )
+  encoded = rotbits_jax.encode(checkpoint, preset='exact')
+  rotbits_jax.decode_to_directory(encoded, tmp_path / 'y', format='transformers')
+  for file in (tmp_path / 'x').iterdir():
+    assert file.read_bytes() == (tmp_path / 'y' / file.name).read_bytes()
 
 
 @pytest.fixture(name='encoded', scope='module')
