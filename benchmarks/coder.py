@@ -295,10 +295,10 @@ def main(argv: list[str]) -> None:
     )
   show('Records, in GB of numbers per second; stream bytes per byte of numbers; lanes:')
   for dtype in (np.float16, ml_dtypes.bfloat16, np.float32):
-    size, encode, decode, ratio, share = record(_COUNT.value, dtype, runs)
+    size, encode, decode, ratio, overhead = record(_COUNT.value, dtype, runs)
     show(
       f'{np.dtype(dtype).name:14}{size / encode / 1e9:8.3f}{"":7}'
-      f'{size / decode / 1e9:8.3f}{"":7}{ratio:10.4f}{100 * share:9.3f}%'
+      f'{size / decode / 1e9:8.3f}{"":7}{ratio:10.4f}{100 * overhead:9.3f}%'
     )
   if _FILE.value is not None:
     records = rotbits_jax.file.Reader(_FILE.value).records.values()
