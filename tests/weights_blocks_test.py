@@ -32,7 +32,10 @@ class BlocksTest(parameterized.TestCase):
 
   def _decode(self, coded, planes, contexts, layout, made, lanes):
     fill = lambda out: np.copyto(out, contexts, 'unsafe')
-    return blocks.decode(coded, planes, fill, contexts.size, lanes, layout, made)
+    found = np.empty(contexts.size, layout.unsigned)
+    write = lambda bits: np.copyto(found, bits)
+    blocks.decode(coded, planes, fill, contexts.size, lanes, layout, made, write)
+    return found
 
   @parameterized.product(
     dtype=[np.float16, ml_dtypes.bfloat16, np.float32],

@@ -27,7 +27,8 @@ def _check_round_trip(layout, bits):
   assert int(symbols.max(initial=0)) < layout.alphabet
   for piece, width in zip(pieces, layouts.piece_widths(layout.raw_bits), strict=True):
     assert int(piece.max(initial=0)) < 1 << width
-  joined = np.asarray(layouts.join(symbols, pieces, least, layout=layout.program))
+  out = jnp.zeros(bits.shape, bits.dtype)
+  joined = np.asarray(layouts.join(out, symbols, pieces, least, layout=layout.program))
   assert joined.dtype == bits.dtype
   np.testing.assert_array_equal(joined, bits)
 

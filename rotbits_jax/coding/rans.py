@@ -328,6 +328,7 @@ def pop_all(
   *,
   length: int | None = None,
   steps: jax.Array | None = None,
+  out: Any = None,
 ) -> tuple[Message, Any]:
   """Pops T symbols from each lane: the inverse of `push_all`.
 
@@ -338,7 +339,9 @@ def pop_all(
     precision: as in `push_step`.
     length: T; needed only if `contexts` is None.
     steps: int32, how many of the T rows are popped, the first ones; all by default. The
-      symbols of the others are 0.
+      symbols of the others are those of `out`.
+    out: a PyTree of arrays `[T, ...]` into which the symbols are written, so that their
+      memory may be donated; zeros by default.
 
   Returns:
     The message without the symbols, and the symbols, `[T, ...]`.
@@ -347,7 +350,12 @@ def pop_all(
   total = len(jax.tree.leaves(contexts)[0]) if length is None else length
 
   def rows(
-    state: jax.Array, size: jax.Array, words: jax.Array, contexts: Any, steps: jax.Array
+    state: jax.Array,
+    size: jax.Array,
+    words: jax.Array,
+    contexts: Any,
+    steps: jax.Array,
+    out: Any,
   ) -> Any:
     def symbols(state: jax.Array, context: Any) -> Any:
       return lookup(_slot(state, precision), context)
@@ -359,9 +367,10 @@ def pop_all(
       state, taken = pop_step(state, word, start, frequency, precision)
       return state, size - taken.astype(jnp.int32), _with_row(out, t, symbol)
 
-    row = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), contexts)
-    shapes = jax.eval_shape(symbols, state, row)[0]
-    out = jax.tree.map(lambda x: jnp.zeros((total, *x.shape), x.dtype), shapes)
+    if out is None:
+      row = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), contexts)
+      shapes = jax.eval_shape(symbols, state, row)[0]
+      out = jax.tree.map(lambda x: jnp.zeros((total, *x.shape), x.dtype), shapes)
     carry = state, size, out
     return jax.lax.fori_loop(0, steps, step, carry) if total else carry
 
@@ -371,6 +380,7 @@ def pop_all(
     message.words.reshape(-1),
     contexts,
     jnp.int32(total) if steps is None else steps,
+    out,
   )
   return _popped(message, state, size), popped
 

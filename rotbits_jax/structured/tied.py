@@ -186,15 +186,20 @@ class TiedExactly(_OfHead):
     for tokens, predicted in _predict(
       head, self.map, self.shifts, self.scale, self.dtype
     ):
-      off = np.empty(predicted.shape, np.int8)
-      buckets = np.clip(_exponents(predicted, self.dtype) - self.first, 0, last)
-      for bucket, stream in enumerate(residuals):
-        own = buckets == bucket
-        off[own] = stream.take(int(np.count_nonzero(own)))
-      numbers = ulps.number(predicted + off, self.dtype)
-      odd = off == _EXCEPTION
-      numbers[odd] = exceptions.take(int(np.count_nonzero(odd)))
-      table[tokens] = numbers
+      flat, whole = table[tokens].reshape(-1), predicted.reshape(-1)
+      for start in range(0, flat.size, _PIECE):
+        piece = slice(start, start + _PIECE)
+        own = np.clip(_exponents(whole[piece], self.dtype) - self.first, 0, last)
+        # A stable sort keeps the row-major order of the entries within each bucket.
+        order = np.argsort(own.astype(np.uint8), kind='stable')
+        counts = np.bincount(own, minlength=last + 1).tolist()
+        off = np.empty(order.size, np.int8)
+        off[order] = np.concatenate(
+          [x.take(n) for x, n in zip(residuals, counts, strict=True)]
+        )
+        flat[piece] = ulps.number(whole[piece] + off, self.dtype)
+        (odd,) = np.nonzero(off == _EXCEPTION)
+        flat[piece][odd] = exceptions.take(odd.size)
     for stream in (*residuals, exceptions):
       stream.finish()
     return table
@@ -217,6 +222,7 @@ class TiedExactly(_OfHead):
 EXACT_DTYPES = (np.dtype(np.float16), np.dtype(jnp.bfloat16))
 _EXCEPTION = -128
 _TOKENS = 1024  # in a block of P
+_PIECE = 1 << 16  # entries that are looked at at once, so that they fit the cache
 
 
 def token_blocks(head: Any, numbers: int = 1 << 23) -> Iterator[slice]:

@@ -13,6 +13,7 @@ Shape letters: n elements, N lanes in use, T rows, K tables, A symbols in use.
 """
 
 from collections.abc import Callable
+import functools
 import threading
 from typing import NamedTuple
 
@@ -125,8 +126,9 @@ def _push(
   return rans.push_rows(state, rows, interval, tables.PRECISION, steps)
 
 
-@jax.jit
+@functools.partial(jax.jit, donate_argnums=0)
 def _pop(
+  out: jax.Array,  # uint16 [64 T]
   message: rans.Message,
   contexts: jax.Array,  # uint8 [64 T]
   entries: jax.Array,
@@ -142,7 +144,16 @@ def _pop(
     return symbol, *_interval(entries, context, symbol, alphabet)
 
   rows = contexts.reshape(-1, LANES)
-  return rans.pop_all(message, rows, lookup, tables.PRECISION, steps=steps)
+  message, symbols = rans.pop_all(
+    message,
+    rows,
+    lookup,
+    tables.PRECISION,
+    steps=steps,
+    out=out.reshape(-1, LANES),
+  )
+  # The caller has the words already, and would get a copy of them.
+  return message._replace(words=None), symbols.reshape(-1)  # type: ignore[arg-type]
 
 
 _UNROLLED = 4  # elements that one step counts
@@ -230,7 +241,8 @@ def decode(
   lanes: int,
   layout: layouts.Layout,
   made: Tables,
-) -> np.ndarray:
+  write: Callable[[np.ndarray], None],
+) -> None:
   """Decodes a block on this thread: the inverse of `encode`.
 
   Args:
@@ -241,9 +253,8 @@ def decode(
     lanes: as in `encode`.
     layout: as in `encode`.
     made: the tables.
-
-  Returns:
-    The bit patterns of the elements, unsigned integers `[n]`.
+    write: takes the bit patterns of the elements, unsigned integers `[n]`, and copies
+      them; the array is used again afterwards.
 
   Raises:
     ValueError: if the bytes are not a block of n elements.
@@ -265,6 +276,7 @@ def decode(
   sizes = np.zeros(LANES, np.int32)
   sizes[:lanes] = size
   message, symbols = _pop(
+    _taken('symbols', _ROOM, np.uint16),
     rans.Message(states, stacks, sizes, sizes, sizes),  # type: ignore[arg-type]
     _dealt(places, count, lanes, 'rows of contexts', made.void),
     made.entries,
@@ -272,8 +284,11 @@ def decode(
     np.uint32(made.alphabet),
     np.int32(steps),
   )
-  rans.check_empty(message)
-  return _join(np.asarray(symbols), planes, count, lanes, layout)
+  rans.check_empty(message._replace(words=stacks))  # type: ignore[arg-type]
+  bits = _join(symbols, planes, count, lanes, layout)
+  write(np.asarray(bits)[:count])
+  _keep('symbols', symbols)
+  _keep('bits', bits)
 
 
 def histogram(
@@ -323,18 +338,18 @@ def _split(
 
 
 def _join(
-  symbols: np.ndarray,
+  symbols: jax.Array,
   planes: np.ndarray,
   count: int,
   lanes: int,
   layout: layouts.Layout,
-) -> np.ndarray:
+) -> jax.Array:
   """Returns the bit patterns of elements, given rows of symbols and the planes."""
   room = _SMALL if count <= _SMALL else _ROOM
-  steps, flat = -(-count // lanes), symbols.reshape(-1)
+  steps, flat = -(-count // lanes), np.asarray(symbols)
   if lanes < LANES:
-    flat = _buffer('symbols', np.uint16)
-    flat[: steps * lanes] = symbols[:steps, :lanes].reshape(-1)
+    rows, flat = flat.reshape(-1, LANES), _buffer('symbols', np.uint16)
+    flat[: steps * lanes] = rows[:steps, :lanes].reshape(-1)
   pieces, position = [], 0
   for i, width in enumerate(layouts.piece_widths(layout.raw_bits)):
     size = -(-count * width // 8)
@@ -343,8 +358,8 @@ def _join(
     pieces.append(piece)
     position += size
   least = layout.unsigned.type(layout.min_exponent)
-  joined = layouts.join(flat[:room], tuple(pieces), least, layout=layout.program)
-  return np.asarray(joined)[:count]
+  out = _taken('bits', room, layout.unsigned)
+  return layouts.join(out, flat[:room], tuple(pieces), least, layout=layout.program)
 
 
 def _packed(pieces: np.ndarray, width: int) -> np.ndarray:
@@ -406,6 +421,18 @@ def _buffer(name: str, dtype: np.dtype | type) -> np.ndarray:
     buffers[key] = host.empty((_ROOM,), dtype)
     buffers[key][...] = 0
   return buffers[key]
+
+
+def _taken(name: str, size: int, dtype: np.dtype | type) -> jax.Array:
+  """Takes this thread's array of this name, size and dtype, to donate it."""
+  arrays = _local.__dict__.setdefault('arrays', {})
+  array: jax.Array | None = arrays.pop((name, size, np.dtype(dtype)), None)
+  return jnp.zeros(size, dtype) if array is None else array
+
+
+def _keep(name: str, array: jax.Array) -> None:
+  """Keeps an array for `_taken`."""
+  _local.arrays[name, array.size, array.dtype] = array
 
 
 def _stacks() -> np.ndarray:

@@ -38,12 +38,15 @@ symbols in the alphabet.
 import abc
 import dataclasses
 import functools
+import math
 from typing import Any, ClassVar, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+
+from rotbits_jax.system import native
 
 
 @dataclasses.dataclass(frozen=True)
@@ -431,17 +434,46 @@ def split(
   return symbols, tuple(pieces)
 
 
-@functools.partial(jax.jit, static_argnames='layout')
+_JOINED = 1 << 12  # elements that one step joins
+
+
+@functools.partial(jax.jit, static_argnames='layout', donate_argnums=0)
 def join(
+  out: jax.Array,
   symbols: jax.Array,
   pieces: tuple[jax.Array, ...],
   min_exponent: jax.Array,
   *,
   layout: Layout,
 ) -> jax.Array:
-  """Returns the bit patterns of elements: the inverse of `split`."""
-  raw, shift = jnp.zeros(symbols.shape, layout.unsigned), 0
-  for width, piece in zip(piece_widths(layout.raw_bits), pieces, strict=True):
-    raw = raw | piece.astype(layout.unsigned) << shift
-    shift += width
-  return layout.join(symbols, raw, min_exponent)
+  """Returns the bit patterns of elements: the inverse of `split`.
+
+  Args:
+    out: unsigned integers `[n]`, whose memory the result gets.
+    symbols: as `split` returns them.
+    pieces: as `split` returns them.
+    min_exponent: as for `split`.
+    layout: as for `split`.
+  """
+
+  def loop(
+    out: jax.Array,
+    symbols: jax.Array,
+    pieces: tuple[jax.Array, ...],
+    min_exponent: jax.Array,
+  ) -> jax.Array:
+    size = math.gcd(out.size, _JOINED)
+    some = lambda x, i: jax.lax.dynamic_slice(x, (i * size,), (size,))
+
+    def step(i: jax.Array, out: jax.Array) -> jax.Array:
+      raw, shift = jnp.zeros(size, layout.unsigned), 0
+      for width, piece in zip(piece_widths(layout.raw_bits), pieces, strict=True):
+        raw = raw | some(piece, i).astype(layout.unsigned) << shift
+        shift += width
+      bits = layout.join(some(symbols, i), raw, min_exponent)
+      return jax.lax.dynamic_update_slice(out, bits, (i * size,))
+
+    return jax.lax.fori_loop(0, out.size // size, step, out)
+
+  # On one thread, because the others have blocks of their own.
+  return native.loop(loop)(out, symbols, pieces, min_exponent)

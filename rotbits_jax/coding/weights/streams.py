@@ -228,12 +228,10 @@ class _Group(NamedTuple):
     def job(start: int, coded: np.ndarray, planes: np.ndarray) -> None:
       count = min(self.elements, self.total - start)
       contexts = functools.partial(self._write_contexts, start)
-      bits = blocks.decode(
-        coded, planes, contexts, count, self.lanes, self.layout, made
+      write = functools.partial(self._write, start)
+      blocks.decode(
+        coded, planes, contexts, count, self.lanes, self.layout, made, write
       )
-      for i, place, size, first in self._spans(start, count):
-        own = forms.bit_patterns(self.arrays[i])
-        own[first : first + size] = bits[place : place + size]
 
     return [
       functools.partial(job, i * self.elements, next(pieces), next(pieces))
@@ -251,6 +249,12 @@ class _Group(NamedTuple):
     for i, place, size, first in self._spans(start, out.size):
       own = forms.bit_patterns(self.arrays[i])
       out[place : place + size] = own[first : first + size]
+
+  def _write(self, start: int, bits: np.ndarray) -> None:
+    """Copies bit patterns to the elements from `start` on."""
+    for i, place, size, first in self._spans(start, bits.size):
+      own = forms.bit_patterns(self.arrays[i])
+      own[first : first + size] = bits[place : place + size]
 
   def _spans(self, start: int, count: int) -> Iterator[tuple[int, int, int, int]]:
     """Finds the parts that hold `count` elements from `start` on.
