@@ -110,6 +110,6 @@ def test_blocks():
   assert not loops_of_thunks(blocks._push, words, bytes_, *numbers)
   stacks = np.zeros((blocks.LANES, blocks._STACK), np.uint16)
   empty = rans.empty(blocks.LANES, 1)._replace(words=stacks)
-  pop = functools.partial(blocks._pop, empty, bytes_, made.entries)
+  pop = functools.partial(blocks._pop, words, empty, bytes_, made.entries)
   assert not loops_of_thunks(pop, made.slots, *numbers[1:])
   assert not loops_of_thunks(blocks._count, words, bytes_, np.int32(4), np.int32(8))

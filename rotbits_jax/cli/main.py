@@ -79,6 +79,8 @@ def _run(name: str) -> int:
     )
     return 2
   del sys.argv[1]
+  # Before SciPy is imported, whose LAPACK JAX calls; see `host.lapack_is_serial`.
+  os.environ.setdefault('OPENBLAS_NUM_THREADS', '1')
   # Only this command is imported, because importing all of them would take seconds.
   command = importlib.import_module(f'rotbits_jax.cli.{name}')
   return importlib.import_module('rotbits_jax.cli.program').run(

@@ -1,12 +1,15 @@
 """Applies a function of one layer to several layers, on one device or side by side."""
 
 from collections.abc import Callable, Sequence
+from concurrent import futures
 import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from rotbits_jax.system import host
 
 Core = Callable[..., Any]
 Settings = tuple[tuple[str, Any], ...]
@@ -39,6 +42,17 @@ def map_layers(
     if len(specs) == 1:
       return _map_over_mesh(core, arguments, settings, mesh)
   return [_jitted(core, settings)(*_together(own)) for own in arguments]
+
+
+def side_by_side(core: Core, arguments: Sequence[jax.Array]) -> list[Any]:
+  """Returns the results of a compiled function of one array, computed in threads."""
+
+  def call(x: jax.Array) -> Any:
+    with host.own_settings():
+      return jax.block_until_ready(core(x))
+
+  with futures.ThreadPoolExecutor(len(arguments)) as pool:
+    return list(pool.map(call, arguments))
 
 
 def _together(arguments: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -42,12 +42,14 @@ import numpy as np
 
 from rotbits_jax import models
 from rotbits_jax import structured
+from rotbits_jax.passes import devices
 from rotbits_jax.passes import transform
 from rotbits_jax.symmetries import canonical
 from rotbits_jax.symmetries import norms
 from rotbits_jax.symmetries import products
 from rotbits_jax.symmetries import rotations as rotations_lib
 from rotbits_jax.symmetries import shortcuts
+from rotbits_jax.system import host
 
 # Norms of rows and columns may be at most this part of the greatest number of a dtype.
 _RANGE = 0.99
@@ -227,7 +229,10 @@ def _find_gauges(
   """Returns the gauges of consecutive layers, and the state after these layers."""
   config, paths = context.config, _shortcut_paths(context.config)
   kernels = [[layer[path] for path in paths] for layer in layers]
-  polars = context.map_layers(_polars, [(own,) for own in kernels])
+  if context.mesh is None and host.lapack_is_serial():
+    polars = [devices.side_by_side(_polar_if_wide, own) for own in kernels]
+  else:
+    polars = context.map_layers(_polars, [(own,) for own in kernels])
   # The only wait for the devices.
   values = jax.device_get([[x and x.values for x in own] for own in polars])
   gauges, rotation, zeros = [], state.rotation, state.zeros
@@ -384,6 +389,11 @@ def _last_rotation(
 
 
 # ---- compiled functions ------------------------------------------------------------
+
+
+@jax.jit
+def _polar_if_wide(kernel: jax.Array) -> canonical.Polar | None:
+  return canonical.polar(kernel) if kernel.shape[0] <= kernel.shape[1] else None
 
 
 def _polars(kernels: list[jax.Array]) -> list[canonical.Polar | None]:

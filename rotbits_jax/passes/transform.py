@@ -192,8 +192,9 @@ def chain(*transforms: Transform | Chain) -> Chain:
         f'the source ahead, got it after {before.name!r}'
       )
   made = Chain(tuple(found))
-  for takes in {x.takes for x in found} - {'any'}:
-    made.check(takes)
+  for transform in found:
+    if transform.takes != 'any':
+      made.check(transform.takes)
   return made
 
 

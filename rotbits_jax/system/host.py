@@ -4,6 +4,7 @@ from collections.abc import Iterator
 import contextlib
 import functools
 import math
+import os
 
 import jax
 import numpy as np
@@ -41,6 +42,16 @@ def own_settings() -> Iterator[None]:
     jax.disable_jit(False),
   ):
     yield
+
+
+def lapack_is_serial() -> bool:
+  """Returns whether LAPACK uses one thread on the CPU, so that calls can be parallel.
+
+  The threads of OpenBLAS wait for each other in loops. Of two cores of which others use
+  one, they make a decomposition a hundred times slower.
+  """
+  is_one = os.environ.get('OPENBLAS_NUM_THREADS') == '1'
+  return is_one and jax.default_backend() == 'cpu'
 
 
 def empty(shape: tuple[int, ...], dtype: np.dtype | type | str) -> np.ndarray:
