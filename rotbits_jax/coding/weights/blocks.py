@@ -284,7 +284,7 @@ def decode(
     np.uint32(made.alphabet),
     np.int32(steps),
   )
-  rans.check_empty(message._replace(words=stacks))  # type: ignore[arg-type]
+  rans.check_empty(message._replace(words=stacks))
   bits = _join(symbols, planes, count, lanes, layout)
   write(np.asarray(bits)[:count])
   _keep('symbols', symbols)
