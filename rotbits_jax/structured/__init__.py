@@ -32,6 +32,10 @@ from rotbits_jax.structured.low_rank import FactorPair
 from rotbits_jax.structured.low_rank import LowRank
 from rotbits_jax.structured.low_rank import ReducedLowRank
 from rotbits_jax.structured.quantized import Quantized
+from rotbits_jax.structured.relative import Patched
+from rotbits_jax.structured.relative import Relative
+from rotbits_jax.structured.relative import Same
+from rotbits_jax.structured.relative import fits as fits_base
 from rotbits_jax.structured.shortcuts import IdentityMinusGram
 from rotbits_jax.structured.shortcuts import TrapezoidalRows
 from rotbits_jax.structured.tied import Tied
@@ -64,8 +68,11 @@ __all__ = [
   'LowRank',
   'Lower',
   'Matrix',
+  'Patched',
   'Quantized',
   'ReducedLowRank',
+  'Relative',
+  'Same',
   'Structured',
   'Tied',
   'TiedExactly',
@@ -76,6 +83,7 @@ __all__ = [
   'count_elements',
   'empty_dicts',
   'expand',
+  'fits_base',
   'flatten',
   'for_writing',
   'is_in_files',

@@ -1,0 +1,307 @@
+"""Chooses how an array is stored beside one of a base, see `structured.relative`.
+
+A fine-tune differs from its base by numbers whose scales depend on the row and the
+column. Many fine-tunes are the base plus a product of two small matrices, or nearly so:
+such a product is stored, where it saves more than it takes.
+"""
+
+import dataclasses
+import itertools
+import math
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from rotbits_jax import structured
+from rotbits_jax.structured import relative
+
+_SAMPLE = 1 << 17  # elements by which leaves are compared
+_LINES = 1 << 10  # elements of a row, or of a column, that tell its scale
+_LEAST_LINES = 16  # rows or columns for which scales of columns or rows are kept
+_SPARSE = 1 / 16  # the greatest share of changed elements of a patch
+_STEP = 1  # levels of a quarter of an octave
+_OCTAVE = 4  # levels
+_LOWEST = -6 * _OCTAVE  # differences of 2^-6 ULPs and less share a class
+_NARROW = 3 * _OCTAVE  # the level from which int8 is too short for differences
+_BAND = 6 * _OCTAVE
+_LEAF_BITS = 8 * 300  # what a leaf takes beside its arrays
+
+
+def beside(target: np.ndarray, base: np.ndarray) -> Any:
+  """Returns the leaf that stores an array beside one of a base.
+
+  Args:
+    target: the array.
+    base: an array of the base.
+
+  Returns:
+    A structured leaf; None if the array takes fewer bytes alone, or cannot be stored
+    beside this base.
+  """
+  dtype = target.dtype
+  if not relative.fits(target.shape, dtype, base.shape, base.dtype):
+    return None
+  bits = relative.bits_of(target)
+  known = relative.base_bits(base, target.shape, dtype)
+  changed = int(np.count_nonzero(bits != known))
+  if not changed:
+    return structured.Same(target.shape, dtype.name)
+  if dtype.itemsize > 4 or _is_sparse(bits, known, changed / bits.size, dtype):
+    if changed > _SPARSE * bits.size:
+      return None
+    return structured.Patched.of(target, known)
+  leaf = _relative(target, bits, known)
+  if _bits_of_leaf(leaf, bits) > _bits_alone(bits, dtype):
+    return None
+  return leaf
+
+
+def _is_sparse(
+  bits: np.ndarray, base: np.ndarray, share: float, dtype: np.dtype
+) -> bool:
+  """Returns whether a mask of the changed elements is about as short as classes."""
+  if share > _SPARSE:
+    return False
+  mantissa = relative.mantissa_bits(dtype)
+  if mantissa is None:
+    return True
+  sample = slice(None, None, -(-bits.size // _SAMPLE))
+  known = base[sample]
+  changed = bits[sample] != known
+  exponents = (known & np.iinfo(known.dtype).max) >> mantissa
+  counts = np.bincount(exponents, minlength=1)
+  own = np.bincount(exponents[changed], minlength=counts.size)
+  alone = _binary_entropy(own.sum(), counts.sum())
+  return float(_binary_entropy(own, counts).sum()) > 0.9 * float(alone)
+
+
+def _binary_entropy(ones: Any, counts: Any) -> Any:
+  """Returns the bits that tell which `ones` of `counts` elements are changed."""
+  p = np.clip(ones / np.maximum(counts, 1), 1e-9, 1 - 1e-9)
+  return -counts * (p * np.log2(p) + (1 - p) * np.log2(1 - p))
+
+
+# ---- differences ---------------------------------------------------------------------
+
+
+class _Scales(NamedTuple):
+  """Logarithms of the scales of rows and columns, in eighths of an octave."""
+
+  rows: np.ndarray
+  columns: np.ndarray | None
+
+
+def _relative(
+  target: np.ndarray, bits: np.ndarray, base: np.ndarray
+) -> structured.Relative:
+  dtype = target.dtype
+  width = target.shape[-1] if target.ndim > 1 else bits.size
+  if width < _LEAST_LINES:
+    width = bits.size
+  matrices = bits.reshape(-1, width), base.reshape(-1, width)
+  scales = _scales(*matrices, dtype)
+  draft = structured.Relative(
+    row_scales=scales.rows,
+    column_scales=scales.columns,
+    left=None,
+    right=None,
+    residuals=(),
+    exceptions=None,
+    values=None,
+    lengths=target.shape,
+    name=dtype.name,
+    width=width,
+    step=_STEP,
+    first=_LOWEST,
+    bands=_bands(dtype),
+  )
+  return _with_residuals(draft, bits, base)
+
+
+def _bands(dtype: np.dtype) -> tuple[int, ...]:
+  """Returns the numbers of classes of bands, for differences up to half of a number."""
+  mantissa = relative.mantissa_bits(dtype)
+  highest = 8 * dtype.itemsize if mantissa is None else mantissa - 1
+  edges = [_LOWEST, _NARROW]
+  while edges[-1] < highest * _OCTAVE:
+    edges.append(edges[-1] + _BAND)
+  edges[-1] = highest * _OCTAVE
+  return tuple(b - a for a, b in itertools.pairwise(edges) if b > a)
+
+
+def _scales(bits: np.ndarray, base: np.ndarray, dtype: np.dtype) -> _Scales:
+  """Measures the scales of the differences of rows and columns.
+
+  The mean of square roots is used, because few large differences change it little.
+
+  Args:
+    bits: bits of the array, `[R, C]`.
+    base: bits of its base, `[R, C]`.
+    dtype: their dtype.
+  """
+  rows, columns = bits.shape
+  equal = (bits == base).all(axis=1)
+  few = slice(None, None, max(columns // _LINES, 1))
+  some = slice(None, None, max(rows // _LINES, 1))
+  if rows < _LEAST_LINES:
+    of_rows, of_columns = _roots(bits, base, dtype).mean(axis=1), None
+  else:
+    sample = _roots(bits[:, few], base[:, few], dtype)
+    of_rows = sample.mean(axis=1)
+    other = _roots(bits[some], base[some], dtype)
+    of_columns = _shares(other, of_rows[some], axis=0)
+    of_rows = _shares(sample, of_columns[few], axis=1)
+  bias = 0.0
+  if (mantissa := relative.mantissa_bits(dtype)) is not None:
+    one = int(np.array(1, dtype).view(bits.dtype)) >> mantissa
+    bias = 8.0 * (one + mantissa)
+  logs = _logs(of_rows, bias)
+  logs[equal] = relative.EQUAL
+  return _Scales(logs, None if of_columns is None else _logs(of_columns, 0.0))
+
+
+def _shares(roots: np.ndarray, scales: np.ndarray, axis: int) -> np.ndarray:
+  """Returns the mean of each line after division by the scales of the other lines."""
+  weights = 1 / np.maximum(scales, 1e-30)
+  weights[scales <= 0] = 0
+  count = max(np.count_nonzero(weights), 1)
+  found = roots @ weights if axis else weights @ roots
+  return np.asarray(found / count)
+
+
+def _logs(roots: np.ndarray, bias: float) -> np.ndarray:
+  logs = np.round(16 * np.log2(np.maximum(roots, 1e-30)) + bias)
+  bound = relative.MOST_SCALE
+  return np.clip(logs, -bound, bound).astype(np.int16)
+
+
+def _roots(bits: np.ndarray, base: np.ndarray, dtype: np.dtype) -> np.ndarray:
+  """Returns the square roots of the absolute differences; 0 for those not finite."""
+  with np.errstate(all='ignore'):
+    if dtype.kind in 'iub':
+      far = np.float32(bits - base)
+    else:
+      far = _wide(bits, dtype) - _wide(base, dtype)
+    roots = np.sqrt(np.abs(far))
+  roots[~np.isfinite(roots)] = 0
+  return roots
+
+
+def _wide(bits: np.ndarray, dtype: np.dtype) -> np.ndarray:
+  if dtype == np.dtype('bfloat16'):
+    return (bits.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+  return np.ascontiguousarray(bits).view(dtype).astype(np.float32)
+
+
+def _with_residuals(
+  leaf: structured.Relative, bits: np.ndarray, base: np.ndarray
+) -> structured.Relative:
+  """Returns the leaf with its residuals, exceptions and values."""
+  dtype, count = leaf.dtype, sum(leaf.bands)
+  target = bits.reshape(-1, leaf.width)
+  pieces: list[list[np.ndarray]] = [[] for _ in range(count + 1)]
+  for block in leaf.prediction(base):
+    own = leaf.classes(block)
+    wanted = np.ascontiguousarray(target[block.rows, block.columns]).reshape(-1)
+    far = relative.indices(wanted, dtype) - relative.indices(
+      block.bits.reshape(-1), dtype
+    )
+    order = np.argsort(own, kind='stable')
+    ends = np.cumsum(np.bincount(own, minlength=count + 1)).tolist()
+    sorted_ = far[order]
+    for k, (begin, end) in enumerate(zip([0, *ends], ends, strict=False)):
+      if k == count:
+        sorted_[begin:] = wanted[order[begin:]]
+      if begin < end:
+        pieces[k].append(sorted_[begin:end])
+  edges = relative.edges_of(leaf.bands)
+  empty = np.zeros(0, bits.dtype)
+  joined = [
+    np.concatenate([empty, *(x for own in pieces[a:b] for x in own)])
+    for a, b in itertools.pairwise(edges)
+  ]
+  shortened = [_shortened(x) for x in joined]
+  exceptions = np.concatenate([empty, *(x for _, x in shortened)])
+  values = np.concatenate([empty, *pieces[count]])
+  stored = relative.stored_dtype(dtype)
+  return dataclasses.replace(
+    leaf,
+    residuals=tuple(relative.filled(x) for x, _ in shortened),
+    exceptions=exceptions if exceptions.size else None,
+    values=relative.filled(values.view(stored)) if values.size else None,
+  )
+
+
+def _shortened(far: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+  """Returns differences in a shorter dtype, and those that it cannot hold."""
+  for width in (1, 2):
+    info = np.iinfo(f'i{width}')
+    if width >= far.dtype.itemsize:
+      break
+    odd = (far <= info.min) | (far > info.max)
+    if np.count_nonzero(odd) <= far.size // 512:
+      return np.where(odd, info.min, far).astype(info.dtype), far[odd]
+  return far, far[:0]
+
+
+# ---- the choice ----------------------------------------------------------------------
+
+
+def _bits_of_leaf(leaf: structured.Relative, bits: np.ndarray) -> float:
+  """Estimates the bits that a leaf takes."""
+  total = float(_LEAF_BITS) + 4 * leaf.row_scales.size
+  if leaf.column_scales is not None:
+    total += 6 * leaf.column_scales.size
+  for array in leaf.residuals:
+    total += _entropy(array.reshape(-1))
+  if leaf.exceptions is not None:
+    total += 8 * leaf.exceptions.nbytes
+  if leaf.values is not None:
+    values = leaf.values.reshape(-1).view(bits.dtype)
+    total += _bits_alone(values, leaf.dtype)
+  return total
+
+
+_SEGMENTS = 64  # of a sorted array, whose entropies are measured
+
+
+def _entropy(flat: np.ndarray) -> float:
+  """Estimates the bits of an array of integers that is sorted by their sizes."""
+  total = 0.0
+  for part in np.array_split(flat, min(_SEGMENTS, flat.size // 256 + 1)):
+    sample = part[:: max(part.size * _SEGMENTS // _SAMPLE, 1)]
+    if sample.size:
+      size = float(np.abs(sample.astype(np.float64)).mean())
+      # The entropy of a geometric distribution of this mean, and the signs.
+      some = size / (1 + size)
+      total += part.size * (math.log2(1 + size) + some)
+      total += part.size * size * math.log2(1 + 1 / size) if size else 0.0
+  return total
+
+
+def _bits_alone(bits: np.ndarray, dtype: np.dtype) -> float:
+  """Estimates the bits that an array takes alone."""
+  sample = bits[:: -(-bits.size // _SAMPLE)]
+  mantissa = relative.mantissa_bits(dtype)
+  found = np.unique(sample, return_counts=True)[1]
+  cost = 8.0 * bits.dtype.itemsize
+  if found.size <= sample.size // 16:  # more values than that are not seen in a sample
+    cost = _entropy_of(found)
+  if mantissa is not None and mantissa > 3:
+    low = mantissa - 3
+    top = np.bincount((sample & np.iinfo(bits.dtype).max) >> low)
+    used = _union(sample) & ((1 << low) - 1)
+    zeros = (used & -used).bit_length() - 1 if used else low
+    raw = np.count_nonzero(sample) / sample.size * (low - zeros + 1)
+    cost = min(_entropy_of(top) + float(raw), cost)
+  return cost * bits.size
+
+
+def _entropy_of(counts: np.ndarray) -> float:
+  """Returns the bits of an element."""
+  p = counts[counts > 0] / counts.sum()
+  return float(-(p * np.log2(p)).sum())
+
+
+def _union(bits: np.ndarray) -> int:
+  return int(np.bitwise_or.reduce(bits))  # type: ignore[call-overload]
