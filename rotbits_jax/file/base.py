@@ -6,7 +6,7 @@ by their paths. Tensors of unknown families are also found if their names differ
 prefix such as 'model.'.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 import functools
 import hashlib
 import json
@@ -89,13 +89,16 @@ class Base:
     Args:
       path: its own path, as `find` returns it.
     """
+    return host.contiguous(self._array(path))
+
+  def _array(self, path: str) -> np.ndarray:
     with self._lock:
       leaf = self._record(self._specs[path][0])[path]
     if not structured.is_structured(leaf):
-      return host.contiguous(np.asarray(leaf))
+      return np.asarray(leaf)
     if leaf.needs:
-      leaf = leaf.materialize(*map(self.array, leaf.needs))
-    return host.contiguous(np.asarray(jax.device_get(structured.materialize(leaf))))
+      leaf = leaf.materialize(*map(self._array, leaf.needs))
+    return np.asarray(jax.device_get(structured.materialize(leaf)))
 
   def _read(self, record: str) -> dict[str, Any]:
     return structured.flatten(self._source.read(record))
@@ -146,29 +149,16 @@ class Base:
     Returns:
       How to store these arrays, by path.
     """
-    paths = [
-      path
-      for path, leaf in params.items()
-      if not structured.is_structured(leaf) and self.find(path) is not None
-    ]
-    found = weights.run(_job(self._beside, path, params[path]) for path in paths)
-    pairs = zip(paths, found, strict=True)
+    jobs = {}
+    for path, leaf in params.items():
+      own = None if structured.is_structured(leaf) else self.find(path)
+      if own is not None:
+        _, shape, dtype = self._specs[own]
+        if structured.fits_base(leaf.shape, np.dtype(leaf.dtype), shape, dtype):
+          # The base is read here, because an encoded file takes jobs of its own.
+          jobs[path] = functools.partial(_beside, leaf, self._array(own), own)
+    pairs = zip(jobs, weights.run(jobs.values()), strict=True)
     return {path: own for path, own in pairs if own is not None}
-
-  def _beside(self, path: str, leaf: Any) -> Beside | None:
-    found = self.find(path)
-    assert found is not None
-    _, shape, dtype = self._specs[found]
-    if not structured.fits_base(leaf.shape, np.dtype(leaf.dtype), shape, dtype):
-      return None
-    target, base = host.contiguous(np.asarray(leaf)), self.array(found)
-    made = relative.beside(target, base)
-    if made is None:
-      return None
-    needed = manifest_lib.BaseArray(
-      path=found, shape=shape, dtype=dtype, crc32=checksums.of_array(base)
-    )
-    return Beside(made, needed, checksums.of_array(target))
 
   def holds(self, entry: manifest_lib.Record) -> bool:
     """Returns whether the base has the arrays that a record was encoded beside."""
@@ -189,10 +179,17 @@ class Base:
     return hashlib.sha256(summary.encode()).hexdigest()
 
 
-def _job(
-  function: Callable[..., Beside | None], *args: Any
-) -> Callable[[], Beside | None]:
-  return functools.partial(function, *args)
+def _beside(leaf: Any, given: np.ndarray, path: str) -> Beside | None:
+  """Returns how to store an array beside one of the base, whose path is given."""
+  target, base = host.contiguous(np.asarray(leaf)), host.contiguous(given)
+  made = relative.beside(target, base)
+  if made is None:
+    return None
+  crc32 = checksums.of_array(base)
+  own = manifest_lib.BaseArray(
+    path=path, shape=base.shape, dtype=base.dtype.name, crc32=crc32
+  )
+  return Beside(made, own, checksums.of_array(target))
 
 
 def _short(path: str) -> str:

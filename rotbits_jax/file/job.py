@@ -64,14 +64,14 @@ class Job:
       source = source.rounded()  # other presets round at the end
     self.preset, self.source, self.base = preset, source, base
     self._coder = coder
+    if base is not None:
+      self._check_base(base)
     writer_lib.check_source(source, self._streams(source.records))
     for name in source.records:
       self._check_record(name)
     self._context = self._made_context(mesh)
     if isinstance(coder, coders.ModelCoder):
       coder.refuse(self.source)
-    if base is not None:
-      self._check_base(base)
     dtypes = self._context.dtypes if self._context else {}
     self.counts = {name: _counts(source.specs(name), dtypes) for name in source.records}
 
