@@ -84,6 +84,14 @@ def _binary_entropy(ones: Any, counts: Any) -> Any:
 # ---- differences ---------------------------------------------------------------------
 
 
+class _Factors(NamedTuple):
+  """A product that predicts differences, see `structured.Relative`."""
+
+  left: np.ndarray
+  right: np.ndarray
+  unit: int
+
+
 class _Scales(NamedTuple):
   """Logarithms of the scales of rows and columns, in eighths of an octave."""
 
@@ -98,13 +106,14 @@ def _relative(
   width = target.shape[-1] if target.ndim > 1 else bits.size
   if width < _LEAST_LINES:
     width = bits.size
-  matrices = bits.reshape(-1, width), base.reshape(-1, width)
-  scales = _scales(*matrices, dtype)
+  own, known = bits.reshape(-1, width), base.reshape(-1, width)
+  equal = (own == known).all(axis=1)
+  factors = _factors(own, known, dtype)
   draft = structured.Relative(
-    row_scales=scales.rows,
-    column_scales=scales.columns,
-    left=None,
-    right=None,
+    row_scales=np.where(equal, relative.EQUAL, 0).astype(np.int16),
+    column_scales=None,
+    left=factors.left if factors else None,
+    right=factors.right if factors else None,
     residuals=(),
     exceptions=None,
     values=None,
@@ -114,6 +123,16 @@ def _relative(
     step=_STEP,
     first=_LOWEST,
     bands=_bands(dtype),
+    unit=factors.unit if factors else 0,
+  )
+  if factors:
+    known = known.copy()
+    for block in draft.prediction(base):
+      known[block.rows, block.columns] = block.bits
+  scales = _scales(own, known, dtype)
+  scales.rows[equal] = relative.EQUAL
+  draft = dataclasses.replace(
+    draft, row_scales=scales.rows, column_scales=scales.columns
   )
   return _with_residuals(draft, bits, base)
 
@@ -140,7 +159,6 @@ def _scales(bits: np.ndarray, base: np.ndarray, dtype: np.dtype) -> _Scales:
     dtype: their dtype.
   """
   rows, columns = bits.shape
-  equal = (bits == base).all(axis=1)
   few = slice(None, None, max(columns // _LINES, 1))
   some = slice(None, None, max(rows // _LINES, 1))
   if rows < _LEAST_LINES:
@@ -155,9 +173,9 @@ def _scales(bits: np.ndarray, base: np.ndarray, dtype: np.dtype) -> _Scales:
   if (mantissa := relative.mantissa_bits(dtype)) is not None:
     one = int(np.array(1, dtype).view(bits.dtype)) >> mantissa
     bias = 8.0 * (one + mantissa)
-  logs = _logs(of_rows, bias)
-  logs[equal] = relative.EQUAL
-  return _Scales(logs, None if of_columns is None else _logs(of_columns, 0.0))
+  return _Scales(
+    _logs(of_rows, bias), None if of_columns is None else _logs(of_columns, 0.0)
+  )
 
 
 def _shares(roots: np.ndarray, scales: np.ndarray, axis: int) -> np.ndarray:
@@ -244,12 +262,108 @@ def _shortened(far: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
   return far, far[:0]
 
 
+# ---- factors -------------------------------------------------------------------------
+
+_LEAST_FACTORED = 64  # rows and columns of a matrix for which factors are tried
+_RANKS = (16, 64)  # the greatest rank that is tried first, and then
+_MORE = 8  # columns of a sketch beyond the rank
+_FINER = 5  # how much finer factors are rounded than what they leave
+_MOST = (1 << 15) - 1
+
+
+def _factors(bits: np.ndarray, base: np.ndarray, dtype: np.dtype) -> _Factors | None:
+  """Finds a product of small matrices that predicts the differences.
+
+  Args:
+    bits: bits of the array, `[R, C]`.
+    base: bits of its base, `[R, C]`.
+    dtype: their dtype.
+
+  Returns:
+    The factors; None if none save more than they take.
+  """
+  floats = relative.mantissa_bits(dtype) if dtype.itemsize > 1 else None
+  if floats is None or min(bits.shape) < _LEAST_FACTORED:
+    return None
+  with np.errstate(all='ignore'):
+    known = _wide(base, dtype)
+    far = _wide(bits, dtype) - known
+    far[~np.isfinite(far)] = 0
+    # What a rounding to the dtype leaves, at most numbers.
+    least = float(np.nanmedian(np.abs(known[:: len(known) // 32]))) * 2.0 ** -(
+      floats + 2
+    )
+  scale = float(np.abs(far).max(initial=0))
+  if not 1e-30 < scale < 1e30:
+    return None
+  far /= np.float32(scale)
+  for most in _RANKS:
+    found, rank = _product(far, most, least / scale)
+    if rank < most:
+      break
+  if found is None:
+    return None
+  left, right, step = found
+  # The unit is a power of two, and so is its root.
+  exponent = math.floor(math.log2(step * math.sqrt(scale)))
+  root = math.sqrt(scale) * 2.0**-exponent
+  rounded = [np.rint(x * root).clip(-_MOST, _MOST) for x in (left, right)]
+  return _Factors(*(x.astype(np.int16) for x in rounded), 2 * exponent)
+
+
+def _product(
+  far: np.ndarray, most: int, least: float
+) -> tuple[tuple[np.ndarray, np.ndarray, float] | None, int]:
+  """Finds the product of a rank that saves most.
+
+  Args:
+    far: float32 `[R, C]`, differences.
+    most: the greatest rank.
+    least: root mean square that no product removes.
+
+  Returns:
+    The factors and the step to which they are rounded, or None; and the rank.
+  """
+  width = min(most + _MORE, min(far.shape) // 2)
+  sketch = far.T @ (far @ _random(far.shape[1], width))
+  basis, _ = np.linalg.qr(sketch)
+  tall = far @ basis
+  energies, turn = np.linalg.eigh((tall.T @ tall).astype(np.float64))
+  energies, turn = energies[::-1].clip(0), turn[:, ::-1]
+  total = float(np.square(far, dtype=np.float64).sum())
+  rest = np.maximum(total - np.cumsum(energies), 0) / far.size + least**2
+  ranks = np.arange(1, width + 1)
+  # Both factors have the same mean squares, and are rounded to the same step.
+  roots = np.sqrt(np.maximum(energies, 1e-30))
+  square = np.cumsum(roots) * (1 / far.shape[0] + 1 / far.shape[1])
+  steps = np.sqrt(12 * rest / np.maximum(square, 1e-30)) / _FINER
+  numbers = np.log2(1 + np.sqrt(np.cumsum(roots) / ranks / min(far.shape)) / steps) + 2
+  saved = 0.5 * far.size * np.log2((total / far.size + least**2) / rest)
+  saved -= numbers * ranks * sum(far.shape)
+  best = int(np.argmax(saved[:most]))
+  if saved[best] <= 0:
+    return None, 0
+  turned = turn[:, : best + 1]
+  halves = np.sqrt(roots[: best + 1])
+  left = tall.astype(np.float64) @ turned / halves
+  right = halves[:, None] * (basis.astype(np.float64) @ turned).T
+  largest = max(float(np.abs(x).max()) for x in (left, right))
+  return (left, right, max(float(steps[best]), 2 * largest / _MOST)), best + 1
+
+
+def _random(rows: int, columns: int) -> np.ndarray:
+  return np.random.default_rng(0).standard_normal((rows, columns), np.float32)
+
+
 # ---- the choice ----------------------------------------------------------------------
 
 
 def _bits_of_leaf(leaf: structured.Relative, bits: np.ndarray) -> float:
   """Estimates the bits that a leaf takes."""
   total = float(_LEAF_BITS) + 4 * leaf.row_scales.size
+  for factor in (leaf.left, leaf.right):
+    if factor is not None:
+      total += factor.size * math.log2(2 + 4 * float(np.abs(factor).mean()))
   if leaf.column_scales is not None:
     total += 6 * leaf.column_scales.size
   for array in leaf.residuals:
