@@ -120,6 +120,8 @@ def test_reads_a_tree_beside_a_base(dtype, own, tmp_path):
   base = {name: 9 * rng.normal(size=(90, 100)) for name in 'abc'}
   near = {name: x + 0.1 * rng.normal(size=x.shape) for name, x in base.items()}
   near['b'][1:] = base['b'][1:]
+  base['d'] = rng.normal(size=(90, 100))
+  near['d'] = base['d'] + rng.normal(size=(90, 2)) @ rng.normal(size=(2, 100))
   near['c'] = np.vstack([base['c'], near['b']])
   as_type = lambda tree, name: {k: x.astype(jnp.dtype(name)) for k, x in tree.items()}
   base, near = as_type(base, own), as_type(near, dtype)

@@ -123,6 +123,30 @@ def test_another_number_of_rows(rows):
   assert passes.beside(target[:, :95], base) is None
 
 
+@pytest.mark.parametrize('dtype', FLOATS)
+def test_a_merged_adapter_takes_its_factors(dtype):
+  rng = np.random.default_rng(0)
+  base = rng.normal(size=(300, 400))
+  update = 0.02 * rng.normal(size=(300, 8)) @ rng.normal(size=(8, 400))
+  dtype = relative.dtype_of(dtype)
+  wide = base.astype(dtype).astype(np.float64)
+  target, base = (wide + update).astype(dtype), base.astype(dtype)
+  base[0, :3], target[1, :3] = [np.inf, np.nan, 0], [np.inf, np.nan, 0]
+  leaf = assert_comes_back(target, base, 'relative')
+  assert 8 <= leaf.left.shape[1] < 12
+  without = dataclasses.replace(leaf, left=None, right=None)
+  bits = relative.bits_of(target)
+  without = passes._with_residuals(without, bits, relative.bits_of(base))
+  assert coded_bytes(leaf) < 0.75 * coded_bytes(without)
+  settings, arrays = leaf.stored()
+  for name, damage in (('left', lambda x: x[:-1]), ('right', lambda x: x[:, 1:])):
+    with pytest.raises(ValueError, match='factors of shapes'):
+      type(leaf).from_stored(settings, arrays | {name: damage(arrays[name])})
+  del arrays['left']
+  with pytest.raises(ValueError, match='one of two factors'):
+    type(leaf).from_stored(settings, arrays)
+
+
 def test_a_step_takes_a_patch():
   rng = np.random.default_rng(0)
   base = rng.normal(size=(1000, 400)).astype(ml_dtypes.bfloat16)

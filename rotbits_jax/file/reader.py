@@ -113,6 +113,26 @@ class Reader:
     leaves = self._records.leaves.values()
     return {leaf.base.path: leaf.base for leaf in leaves if leaf.base is not None}
 
+  def uses_of_base(self) -> dict[str, str]:
+    """Returns the last record that needs each array of a base, by the array's path."""
+    last: dict[str, str] = {}
+    for name in self._names():
+      for leaf in self._records.entries[name].leaves:
+        if leaf.base is not None:
+          last[leaf.base.path] = name
+    return last
+
+  def unchanged(self) -> set[str]:
+    """Returns the paths of the arrays that are those of the base."""
+    return {
+      path
+      for path, leaf in self._records.leaves.items()
+      if leaf.leaf_class is structured.Same
+      and leaf.base is not None
+      and (leaf.base.path, leaf.base.crc32) == (path, leaf.crc32)
+      and (leaf.base.shape, leaf.base.dtype) == (leaf.shape, leaf.dtype)
+    }
+
   def fingerprint(self) -> str | None:
     """Returns a digest of the content; None if it needs a base that is in memory."""
     own = [str(file.manifest_crc32) for file in self._files]

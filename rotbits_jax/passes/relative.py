@@ -307,8 +307,8 @@ def _factors(bits: np.ndarray, base: np.ndarray, dtype: np.dtype) -> _Factors | 
   # The unit is a power of two, and so is its root.
   exponent = math.floor(math.log2(step * math.sqrt(scale)))
   root = math.sqrt(scale) * 2.0**-exponent
-  rounded = [np.rint(x * root).clip(-_MOST, _MOST) for x in (left, right)]
-  return _Factors(*(x.astype(np.int16) for x in rounded), 2 * exponent)
+  rounded = lambda x: np.rint(x * root).clip(-_MOST, _MOST).astype(np.int16)
+  return _Factors(rounded(left), rounded(right), 2 * exponent)
 
 
 def _product(
