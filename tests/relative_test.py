@@ -105,7 +105,7 @@ def test_equal_rows_cost_nothing():
   assert_comes_back(target, base)
   leaf = passes._relative(target, relative.bits_of(target), relative.bits_of(base))
   assert structured.same_bits(leaf.materialize(base), target)
-  assert sum(x.size for x in leaf.residuals) < 20 * 96 + 2 * 128
+  assert sum(x.size for x in leaf.residuals) < 20 * 96 + 2 * 512
   assert coded_bytes(leaf) < 0.02 * base.nbytes
 
 
@@ -194,8 +194,8 @@ DAMAGED = [
   ('column_scales', lambda x: x * 0 + relative.EQUAL, 'marked'),
   ('residuals_0', lambda x: x.astype(np.uint8), 'cannot be uint8'),
   ('residuals_0', lambda x: x.astype(np.int32), 'cannot be int32'),
-  ('residuals_0', lambda x: x.reshape(-1, 64), 'must have 128 columns'),
-  ('residuals_0', lambda x: np.tile(x, (9, 1)), 'too many residuals'),
+  ('residuals_0', lambda x: x.reshape(-1, 64), 'must have 512 columns'),
+  ('residuals_0', lambda x: np.tile(x, (99, 1)), 'too many residuals'),
   ('residuals_0', lambda x: x[:-1], None),
   ('values', lambda x: x[:-1], None),
   ('values', lambda x: x.astype(np.float32), 'cannot be float32'),

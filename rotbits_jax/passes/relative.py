@@ -24,6 +24,7 @@ _OCTAVE = 4  # levels
 _LOWEST = -6 * _OCTAVE  # differences of 2^-6 ULPs and less share a class
 _NARROW = 3 * _OCTAVE  # the level from which int8 is too short for differences
 _BAND = 6 * _OCTAVE
+_LEAST = 1 << 12  # elements of an array for which classes are worth their arrays
 _LEAF_BITS = 8 * 300  # what a leaf takes beside its arrays
 
 
@@ -50,6 +51,8 @@ def beside(target: np.ndarray, base: np.ndarray) -> Any:
     if changed > _SPARSE * bits.size:
       return None
     return structured.Patched.of(target, known)
+  if bits.size < _LEAST:
+    return None
   leaf = _relative(target, bits, known)
   if _bits_of_leaf(leaf, bits) > _bits_alone(bits, dtype):
     return None
@@ -266,6 +269,7 @@ def _shortened(far: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 _LEAST_FACTORED = 64  # rows and columns of a matrix for which factors are tried
 _RANKS = (16, 64)  # the greatest rank that is tried first, and then
+_SKETCHED = 1 << 9  # rows that tell whether factors may be worth it
 _MORE = 8  # columns of a sketch beyond the rank
 _FINER = 5  # how much finer factors are rounded than what they leave
 _MOST = (1 << 15) - 1
@@ -285,23 +289,24 @@ def _factors(bits: np.ndarray, base: np.ndarray, dtype: np.dtype) -> _Factors | 
   floats = relative.mantissa_bits(dtype) if dtype.itemsize > 1 else None
   if floats is None or min(bits.shape) < _LEAST_FACTORED:
     return None
+  # Some rows tell whether there may be a product.
+  some = slice(None, None, max(len(bits) // _SKETCHED, 1))
   with np.errstate(all='ignore'):
-    known = _wide(base, dtype)
-    far = _wide(bits, dtype) - known
-    far[~np.isfinite(far)] = 0
-    # What a rounding to the dtype leaves, at most numbers.
-    least = float(np.nanmedian(np.abs(known[:: len(known) // 32]))) * 2.0 ** -(
-      floats + 2
-    )
-  scale = float(np.abs(far).max(initial=0))
+    sizes = np.abs(_wide(base[some][:, :_SKETCHED], dtype))
+  # What a rounding to the dtype leaves, at most numbers.
+  least = float(np.nanmedian(sizes)) * 2.0 ** -(floats + 2)
+  far, scale = _differences(bits[some], base[some], dtype)
   if not 1e-30 < scale < 1e30:
     return None
-  far /= np.float32(scale)
   for most in _RANKS:
-    found, rank = _product(far, most, least / scale)
-    if rank < most:
+    basis = _basis(far, most)
+    found = _product(far, basis, most, least / scale, len(bits))
+    if found is None or len(found.right) < most:
       break
-  if found is None:
+  if found is not None and len(far) < len(bits):
+    far, scale = _differences(bits, base, dtype)
+    found = _product(far, basis, most, least / scale, len(bits))
+  if found is None or not scale < 1e30:
     return None
   left, right, step = found
   # The unit is a power of two, and so is its root.
@@ -311,44 +316,73 @@ def _factors(bits: np.ndarray, base: np.ndarray, dtype: np.dtype) -> _Factors | 
   return _Factors(rounded(left), rounded(right), 2 * exponent)
 
 
+def _differences(
+  bits: np.ndarray, base: np.ndarray, dtype: np.dtype
+) -> tuple[np.ndarray, float]:
+  """Returns the differences, float32, divided by the greatest; and the greatest."""
+  with np.errstate(all='ignore'):
+    far = _wide(bits, dtype) - _wide(base, dtype)
+  far[~np.isfinite(far)] = 0
+  scale = float(np.abs(far).max(initial=0))
+  return far / np.float32(scale or 1), scale
+
+
+class _Product(NamedTuple):
+  """Factors `[R, k]` and `[k, C]`, and the step to which they are rounded."""
+
+  left: np.ndarray
+  right: np.ndarray
+  step: float
+
+
+def _basis(far: np.ndarray, most: int) -> np.ndarray:
+  """Returns an orthonormal basis `[C, k]` of what rows of differences share."""
+  width = min(most + _MORE, min(far.shape) // 2)
+  sketch = relative.small_products(far, _random(far.shape[1], width))
+  rows = relative.small_products(far.T, sketch).astype(np.float64)
+  energies, turn = np.linalg.eigh(relative.small_products(rows.T, rows))
+  turn /= np.sqrt(np.maximum(energies, 1e-12 * energies[-1] + 1e-300))
+  return relative.small_products(rows, turn).astype(np.float32)
+
+
 def _product(
-  far: np.ndarray, most: int, least: float
-) -> tuple[tuple[np.ndarray, np.ndarray, float] | None, int]:
+  far: np.ndarray, basis: np.ndarray, most: int, least: float, rows: int
+) -> _Product | None:
   """Finds the product of a rank that saves most.
 
   Args:
     far: float32 `[R, C]`, differences.
+    basis: of their rows, `[C, k]`.
     most: the greatest rank.
     least: root mean square that no product removes.
+    rows: the rows of the whole matrix, of which `far` may have some.
 
   Returns:
-    The factors and the step to which they are rounded, or None; and the rank.
+    The product; None if none saves more than it takes.
   """
-  width = min(most + _MORE, min(far.shape) // 2)
-  sketch = far.T @ (far @ _random(far.shape[1], width))
-  basis, _ = np.linalg.qr(sketch)
-  tall = far @ basis
-  energies, turn = np.linalg.eigh((tall.T @ tall).astype(np.float64))
+  tall = relative.small_products(far, basis)
+  squares = relative.small_products(tall.T, tall).astype(np.float64)
+  energies, turn = np.linalg.eigh(squares)
   energies, turn = energies[::-1].clip(0), turn[:, ::-1]
-  total = float(np.square(far, dtype=np.float64).sum())
+  total = float(np.square(far).mean(axis=1, dtype=np.float64).sum()) * far.shape[1]
   rest = np.maximum(total - np.cumsum(energies), 0) / far.size + least**2
-  ranks = np.arange(1, width + 1)
+  ranks = np.arange(1, len(energies) + 1)
   # Both factors have the same mean squares, and are rounded to the same step.
   roots = np.sqrt(np.maximum(energies, 1e-30))
   square = np.cumsum(roots) * (1 / far.shape[0] + 1 / far.shape[1])
   steps = np.sqrt(12 * rest / np.maximum(square, 1e-30)) / _FINER
   numbers = np.log2(1 + np.sqrt(np.cumsum(roots) / ranks / min(far.shape)) / steps) + 2
-  saved = 0.5 * far.size * np.log2((total / far.size + least**2) / rest)
-  saved -= numbers * ranks * sum(far.shape)
+  saved = np.log2((total / far.size + least**2) / rest) / 2 * rows * far.shape[1]
+  saved -= numbers * ranks * (rows + far.shape[1])
   best = int(np.argmax(saved[:most]))
   if saved[best] <= 0:
-    return None, 0
+    return None
   turned = turn[:, : best + 1]
   halves = np.sqrt(roots[: best + 1])
-  left = tall.astype(np.float64) @ turned / halves
-  right = halves[:, None] * (basis.astype(np.float64) @ turned).T
+  left = relative.small_products(tall, np.float32(turned)) / halves
+  right = halves[:, None] * relative.small_products(basis, np.float32(turned)).T
   largest = max(float(np.abs(x).max()) for x in (left, right))
-  return (left, right, max(float(steps[best]), 2 * largest / _MOST)), best + 1
+  return _Product(left, right, max(float(steps[best]), 2 * largest / _MOST))
 
 
 def _random(rows: int, columns: int) -> np.ndarray:

@@ -39,8 +39,9 @@ EQUAL = -(1 << 15)
 MOST_SCALE = 8000
 """Bound of the other scales, so that sums of them fit int16."""
 
-WIDTH = 128  # columns of the arrays that store residuals and values
+WIDTH = 512  # columns of the arrays that store residuals and values
 MOST_CLASSES = 254
+_SINGLE = 1 << 18  # products of numbers for which BLAS takes no threads
 _BLOCK = 1 << 16  # elements that are taken together, so that they fit a cache
 
 _FLOATS = {
@@ -268,12 +269,12 @@ class Relative(_BesideBase):
     column_scales: int16 `[C]`, the scales of columns; None for zeros.
     left: int16 `[R, k]`, or None.
     right: int16 `[k, C]`, or None.
-    residuals: for each band, int8, int16 or int32 `[m, 128]` in the order of the
+    residuals: for each band, int8, int16 or int32 `[m, 512]` in the order of the
       classes, filled with zeros. The least integer of a dtype that is narrower than
       that of the array marks an exception.
     exceptions: `[m]`, the differences of exceptions, in this order; integers as wide as
       the dtype. None if there are none.
-    values: `[m, 128]`, the elements of class n, filled with zeros. None if there are
+    values: `[m, 512]`, the elements of class n, filled with zeros. None if there are
       none.
     lengths: shape of the array.
     name: name of its dtype.
@@ -325,7 +326,7 @@ class Relative(_BesideBase):
       return bits
     base = bits.view(self.dtype)
     left, right = self.left[rows], self.right[:, columns]
-    product = left.astype(np.float64) @ right.astype(np.float64)
+    product = small_products(left.astype(np.float64), right.astype(np.float64))
     with np.errstate(all='ignore'):
       numbers = base.astype(np.float64)
       numbers += np.ldexp(product, self.unit)
@@ -459,6 +460,20 @@ class Block:
 
   def __init__(self, rows: Any, columns: slice, bits: np.ndarray):
     self.rows, self.columns, self.bits = rows, columns, bits
+
+
+def small_products(left: np.ndarray, right: np.ndarray) -> np.ndarray:
+  """Returns the product of matrices, a few rows at a time.
+
+  BLAS computes so small products on one thread. Its threads would wait for those that
+  code blocks.
+  """
+  found = np.empty((len(left), right.shape[1]), left.dtype)
+  step = max(_SINGLE // max(right.size, 1), 1)
+  for start in range(0, len(left), step):
+    rows = slice(start, start + step)
+    np.matmul(left[rows], right, out=found[rows])
+  return found
 
 
 def levels(
