@@ -51,7 +51,7 @@ def coded_bytes(leaf):
 def test_a_fine_tune_takes_fewer_bytes_than_alone(dtype):
   target, base = pair(dtype)
   leaf = assert_comes_back(target, base, 'relative')
-  assert coded_bytes(leaf) < 0.8 * weights.encode([target]).data.size
+  assert coded_bytes(leaf) < 0.85 * weights.encode([target]).data.size
 
 
 @pytest.mark.parametrize('dtype', [*FLOATS, *OTHERS])

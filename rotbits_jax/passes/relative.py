@@ -379,8 +379,8 @@ def _product(
     return None
   turned = turn[:, : best + 1]
   halves = np.sqrt(roots[: best + 1])
-  left = relative.small_products(tall, np.float32(turned)) / halves
-  right = halves[:, None] * relative.small_products(basis, np.float32(turned)).T
+  left = relative.small_products(tall, turned.astype(np.float32)) / halves
+  right = halves[:, None] * relative.small_products(basis, turned.astype(np.float32)).T
   largest = max(float(np.abs(x).max()) for x in (left, right))
   return _Product(left, right, max(float(steps[best]), 2 * largest / _MOST))
 
