@@ -136,7 +136,8 @@ def test_a_merged_adapter_takes_its_factors(dtype):
   assert 8 <= leaf.left.shape[1] < 12
   without = dataclasses.replace(leaf, left=None, right=None)
   bits = relative.bits_of(target)
-  without = passes._with_residuals(without, bits, relative.bits_of(base))
+  blocks = list(without.prediction(relative.bits_of(base)))
+  without = passes._with_residuals(without, bits, blocks)
   assert coded_bytes(leaf) < 0.75 * coded_bytes(without)
   settings, arrays = leaf.stored()
   for name, damage in (('left', lambda x: x[:-1]), ('right', lambda x: x[:, 1:])):

@@ -5,6 +5,7 @@ column. Many fine-tunes are the base plus a product of two small matrices, or ne
 such a product is stored, where it saves more than it takes.
 """
 
+from collections.abc import Sequence
 import dataclasses
 import itertools
 import math
@@ -128,16 +129,17 @@ def _relative(
     bands=_bands(dtype),
     unit=factors.unit if factors else 0,
   )
+  blocks = list(draft.prediction(base))
   if factors:
     known = known.copy()
-    for block in draft.prediction(base):
+    for block in blocks:
       known[block.rows, block.columns] = block.bits
   scales = _scales(own, known, dtype)
   scales.rows[equal] = relative.EQUAL
   draft = dataclasses.replace(
     draft, row_scales=scales.rows, column_scales=scales.columns
   )
-  return _with_residuals(draft, bits, base)
+  return _with_residuals(draft, bits, blocks)
 
 
 def _bands(dtype: np.dtype) -> tuple[int, ...]:
@@ -215,13 +217,19 @@ def _wide(bits: np.ndarray, dtype: np.dtype) -> np.ndarray:
 
 
 def _with_residuals(
-  leaf: structured.Relative, bits: np.ndarray, base: np.ndarray
+  leaf: structured.Relative, bits: np.ndarray, blocks: Sequence[relative.Block]
 ) -> structured.Relative:
-  """Returns the leaf with its residuals, exceptions and values."""
+  """Returns the leaf with its residuals, exceptions and values.
+
+  Args:
+    leaf: the leaf without them.
+    bits: bits of the array, `[n]`.
+    blocks: what `leaf.prediction` yields.
+  """
   dtype, count = leaf.dtype, sum(leaf.bands)
   target = bits.reshape(-1, leaf.width)
   pieces: list[list[np.ndarray]] = [[] for _ in range(count + 1)]
-  for block in leaf.prediction(base):
+  for block in blocks:
     own = leaf.classes(block)
     wanted = np.ascontiguousarray(target[block.rows, block.columns]).reshape(-1)
     far = relative.indices(wanted, dtype) - relative.indices(

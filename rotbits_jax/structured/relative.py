@@ -349,8 +349,8 @@ class Relative(_BesideBase):
     base = self._base(needed)
     count = sum(self.bands)
     sizes = [np.zeros(count + 1, np.int64)]
-    classes = []
-    for block in self.prediction(base):
+    blocks, classes = list(self.prediction(base)), []
+    for block in blocks:
       classes.append(self.classes(block))
       sizes.append(np.bincount(classes[-1], minlength=count + 1))
     begins = np.cumsum(sizes, axis=0)
@@ -360,7 +360,7 @@ class Relative(_BesideBase):
     matrix = found.reshape(-1, max(self.width, 1))
     values = None if self.values is None else bits_of(np.asarray(self.values))
     taken = 0
-    for i, (block, own) in enumerate(zip(self.prediction(base), classes, strict=True)):
+    for i, (block, own) in enumerate(zip(blocks, classes, strict=True)):
       order = np.argsort(own, kind='stable')
       ends = begins[i + 1]
       parts = [stream[a:b] for a, b in zip(begins[i], ends, strict=True) if a < b]
