@@ -12,7 +12,8 @@ A leaf may be stacked, like the layers of a model: its arrays then have a leadin
 axis `[N, ...]`.
 
 `Quantized` stands for a plain array in a file only: the reader puts the array in its
-place. `UniformlyQuantized` stands for one in memory only.
+place. So do `Same`, `Patched` and `Relative`, which need an array of another model, see
+`relative`. `UniformlyQuantized` stands for one in memory only.
 
 To add a leaf, write a dataclass with annotated fields, see `fields`, and `register` it.
 """
