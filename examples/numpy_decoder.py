@@ -1,6 +1,6 @@
 """A second reader of rotbits files, in plain NumPy, written from docs/format.md alone.
 
-  python examples/numpy_decoder.py FILE OUTPUT.safetensors
+  python examples/numpy_decoder.py FILE OUTPUT.safetensors [BASE.safetensors]
 
 It writes the parameters by their paths, and shares no code with the package. It checks
 checksums only: give it no files from strangers. Arrays are bit patterns.
@@ -221,6 +221,50 @@ def quantized(s, a):
     return grown(x, a['codes'].shape[1])
   numbers = np.float32(a['codes']) * of_elements('scale')
   return numbers + of_elements('offset') if 'offsets' in a else numbers
+FLIP = lambda x: x ^ (x >> 8 * x.itemsize - 1 & np.iinfo(x.dtype).max)
+SIGNED = lambda x: x.view(f'i{x.itemsize}')
+MANTISSA = {'float8_e4m3fn': 3, 'float8_e5m2': 2} | {k: x[2] for k, x in FLOATS.items()}
+def base_of(s):  # the bits of the base, and the ordinals of bits and back
+  (bits, dtype), n = s['base'], math.prod(s['lengths'])
+  if dtype != s['name']:
+    bits = narrow(widen(bits, dtype), s['name'])
+  bits = SIGNED(np.ravel(bits)[:n])
+  return np.pad(bits, (0, n - bits.size)), FLIP if 'float' in s['name'] else lambda x: x
+def patched(s, a):
+  bits, ordinal = base_of(s)
+  mask = np.unpackbits(a['mask'], count=bits.size, bitorder='little') > 0
+  bits[mask] = ordinal(ordinal(bits[mask]) + SIGNED(a['changes']).astype(bits.dtype))
+  return bits
+def relative(s, a):
+  bits, ordinal = base_of(s)
+  a = {name: x if name == 'values' else SIGNED(x) for name, x in a.items()}
+  whole, name = bits.reshape(-1, s['width']), s['name']
+  rows = a['row_scales'] != -32768
+  b = whole[rows]
+  if 'left' in a:
+    product = np.ldexp(np.float64(a['left'][rows]) @ a['right'], s['unit'])
+    wide = widen(b.view(BITS(name)), name)
+    found = SIGNED(narrow(np.float32(np.float64(wide) + product), name))
+    b = np.where(np.isfinite(wide), found, b)
+  level = np.int64(a['row_scales'][rows])[:, None] + a.get('column_scales', 0)
+  if name in MANTISSA:
+    level = level - 8 * np.maximum((b & np.iinfo(b.dtype).max) >> MANTISSA[name], 1)
+  own = np.clip((level >> s['step']) - s['first'], 0, sum(s['bands'])).ravel()
+  counts, ends = np.bincount(own, minlength=sum(s['bands']) + 1), np.cumsum(s['bands'])
+  order, at, far, odd = np.argsort(own, kind='stable'), 0, np.zeros(b.size, b.dtype), []
+  for k, size in enumerate(map(sum, np.split(counts, ends)[:-1])):
+    x = a[f'residuals_{k}'].ravel()[:size]
+    far[at : at + size] = x
+    if x.dtype != b.dtype:
+      odd += list(at + np.flatnonzero(x == np.iinfo(x.dtype).min))
+    at += size
+  far[np.array(odd, int)] = a.get('exceptions', 0)
+  found = ordinal(ordinal(b.ravel()[order]) + far)
+  if at < found.size:
+    found[at:] = SIGNED(a['values']).ravel()[: found.size - at]
+  b.ravel()[order] = found
+  whole[rows] = b
+  return bits
 def head_rows(s, a):
   first, rows = a['first'], []
   others = a.get('others', np.zeros((0, first.shape[1] + s['head_dim'])))
@@ -242,9 +286,10 @@ LEAVES = {  # numbers, or bit patterns, of leaves with settings s and arrays a
     for n in ('rotary', 'below')), strict=True) for x in (r, BASIS(b)) if x.size]),
   'tied': lambda s, a: widen(*s['head']).T @ a['map'], 'tied_exactly': tied_exactly,
   'head_rows': head_rows, 'quantized': quantized,
+  'same': lambda s, a: base_of(s)[0], 'patched': patched, 'relative': relative,
 }
 def expand(kind, s, parts):  # the bit patterns that a leaf stands for
-  exact = kind == 'tied_exactly'  # made of bit patterns
+  exact = kind in ('tied_exactly', 'same', 'patched', 'relative')  # of bit patterns
   a = {name: x if exact else widen(x, dtype) for name, (x, dtype) in parts.items()}
   for name in [x for x in a if f'{x}_corner' in a]:  # lower triangles
     corner, below = a.pop(f'{name}_corner'), a[name]
@@ -254,7 +299,22 @@ def expand(kind, s, parts):  # the bit patterns that a leaf stands for
   array = array.T if s.get('transposed') else array
   return array if exact else narrow(array, s['dtype'])
 
-def main(path, output):
+def read_base(path):  # the bits and dtypes of a safetensors file
+  data = pathlib.Path(path).read_bytes()
+  start, names = 8 + int.from_bytes(data[:8], 'little'), {
+    'F16': 'float16', 'BF16': 'bfloat16', 'F32': 'float32', 'F8_E4M3': 'float8_e4m3fn',
+    'F8_E5M2': 'float8_e5m2', 'BOOL': 'bool'}
+  found = {}
+  for key, x in json.loads(data[8:start]).items():
+    if key != '__metadata__':
+      dtype = x['dtype']
+      dtype = names.get(dtype, dtype.replace('U', 'uint').replace('I', 'int'))
+      bits = 'uint8' if '8_' in dtype else BITS(dtype)
+      part = data[start:][slice(*x['data_offsets'])]
+      found[key] = np.frombuffer(part, bits).reshape(x['shape']), dtype
+  return found
+def main(path, output, base=None):
+  base = read_base(base) if base else {}
   data, tensors, empty = pathlib.Path(path).read_bytes(), {}, []
   start = 8 + int.from_bytes(data[:8], 'little')
   streams, data = json.loads(data[8:start]), data[start:]
@@ -272,7 +332,11 @@ def main(path, output):
       bits, dtype = parts.get('', (None, leaf['dtype']))
       if 'type_name' in leaf:
         s = {'dtype': dtype, 'head': tensors.get('head/kernel')}
-        s |= leaf.get('settings', {})
+        s |= {'unit': 0} | leaf.get('settings', {})
+        if 'base' in leaf:
+          s['base'] = base[leaf['base'][0]]
+          if zlib.crc32(s['base'][0].tobytes()) != leaf['base'][3]:
+            raise ValueError(f'{leaf["path"]} needs another base')
         bits = expand(leaf['type_name'], s, parts).reshape(leaf['shape'])
         if leaf.get('crc32') not in (None, zlib.crc32(bits.tobytes())):
           raise ValueError(f'{leaf["path"]} is damaged')

@@ -21,6 +21,7 @@ from rotbits_jax import presets
 from rotbits_jax import structured
 from rotbits_jax.checkpoints import lazy
 from rotbits_jax.checkpoints import torch_zip
+from rotbits_jax.passes import relative
 
 LLAMA: dict[str, Any] = {
   'model_type': 'llama',
@@ -131,6 +132,18 @@ def leaves() -> dict[str, Any]:
   }
 
 
+def leaves_beside_base() -> dict[str, tuple[Any, np.ndarray]]:
+  """Returns a leaf of every kind that needs an array of a base, and the array."""
+  rng = np.random.default_rng(0)
+  base = rng.standard_normal((80, 128)).astype(np.float16)
+  near = (base + 0.01 * rng.standard_normal(base.shape)).astype(np.float16)
+  near[0, :3] = 100, -100, np.inf
+  few = base.copy()
+  few[3, :9] = near[3, :9]
+  arrays = {'relative': near, 'patched': few, 'same': base}
+  return {name: (relative.beside(x, base), base) for name, x in arrays.items()}
+
+
 @functools.cache
 def containers_of_trees() -> dict[str, bytes]:
   """Encodes PyTrees whose arrays are stored in all possible ways."""
@@ -186,7 +199,8 @@ def containers_of_models() -> dict[str, bytes]:
 def stored_leaves() -> list[bytes]:
   """Returns the settings and shapes of structured leaves, as JSON."""
   found = []
-  for leaf in leaves().values():
+  beside_base = [leaf for leaf, _ in leaves_beside_base().values()]
+  for leaf in (*leaves().values(), *beside_base):
     settings, arrays = leaf.stored()
     shapes = {n: [np.dtype(x.dtype).name, list(x.shape)] for n, x in arrays.items()}
     found.append({'type': leaf.type_name, 'settings': settings, 'arrays': shapes})

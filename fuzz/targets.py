@@ -103,8 +103,9 @@ def _container(data: bytes) -> None:
 
 def _is_small(leaf: Any) -> bool:
   """Returns whether a leaf can be materialized here."""
-  alone = structured.is_structured(leaf) and not leaf.needs
-  return alone and math.prod(leaf.shape) <= _SMALL
+  if not structured.is_structured(leaf) or leaf.needs or leaf.needs_base:
+    return False
+  return math.prod(leaf.shape) <= _SMALL
 
 
 def _manifest(data: bytes) -> None:
@@ -135,6 +136,9 @@ def _leaf(data: bytes) -> None:
   leaf = cls.from_stored(settings, named)
   structured.stack_key(leaf)
   leaf.stored_sizes()
+  if leaf.needs_base and math.prod(leaf.shape) <= _SMALL:
+    with contextlib.suppress(ValueError):  # the elements are those of another base
+      leaf.materialize(np.ones(leaf.shape, leaf.dtype))
   if _is_small(leaf):
     assert np.asarray(leaf.materialize()).shape == leaf.shape
     again = leaf.stored()

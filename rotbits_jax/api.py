@@ -18,10 +18,12 @@ from rotbits_jax import file
 from rotbits_jax import models
 from rotbits_jax import presets
 from rotbits_jax import structured
+from rotbits_jax.file import base as base_lib
 from rotbits_jax.file import directory as directory_lib
 from rotbits_jax.file import encode as encode_lib
 from rotbits_jax.file import job as job_lib
 from rotbits_jax.file import placement
+from rotbits_jax.file import reader as reader_lib
 from rotbits_jax.file import shards
 from rotbits_jax.file import sources
 from rotbits_jax.file import trees
@@ -49,6 +51,10 @@ Encodable: TypeAlias = (
 )
 """What can be encoded: a model, a checkpoint that is loaded or opened, or a PyTree."""
 
+Base: TypeAlias = Path | bytes | file.Reader | list[Any] | Encodable
+"""What can be a base: what can be encoded, or the path of it; an encoded file; or a
+list of an encoded file, the base that it needs, the base of that, and so on."""
+
 PresetName: TypeAlias = Literal['exact', 'free', 'near', 'paper']
 """The names of presets; `presets.make` finds those of other packages, too."""
 
@@ -58,6 +64,7 @@ def encode(
   source: Encodable,
   *,
   preset: PresetName | presets.Preset | None = None,
+  base: Base | None = None,
   files: Mapping[str, bytes] | None = None,
   stem: str | None = None,
   mesh: jax.sharding.Mesh | None = None,
@@ -79,6 +86,10 @@ def encode(
       'near' also rounds to coarser steps; 'paper' rotates the weights and gets the bits
       of the rotations back as published. The default is 'free' for a sliced model and
       'exact' for everything else.
+    base: a model or PyTree that the receiver has and that differs little, such as the
+      base of a fine-tune. What it has is not stored again, and whoever decodes the file
+      passes it, too. Arrays are found by their paths. It needs the preset 'exact',
+      which is then the default.
     files: the other files of the checkpoint, which are kept whole; by default those of
       a checkpoint that is opened or loaded.
     stem: the name that SliceGPT gives to the weights and the slicing JSON; by default
@@ -92,14 +103,11 @@ def encode(
     The bytes of a file, see `file`.
 
   Raises:
-    ValueError: if the preset or an option is unknown, or if the source cannot be
-      stored.
+    ValueError: if the preset or an option is unknown, if the source cannot be stored,
+      or if the base has none of its arrays.
   """
-  job = _job(source, preset, options, files, stem, mesh)
-  memory, shard = io.BytesIO(), shards.Shard('', tuple(job.counts))
-  with progress_lib.Progress('encode', len(job.counts), 'record', show=progress) as bar:
-    job.write([shard], lambda _: memory, bar)
-  return memory.getvalue()
+  job = _job(source, preset, options, files, stem, mesh, base)
+  return _written(job, progress=progress)
 
 
 @host.own_settings()
@@ -108,6 +116,7 @@ def encode_to_file(
   path: Path,
   *,
   preset: PresetName | presets.Preset | None = None,
+  base: Base | None = None,
   files: Mapping[str, bytes] | None = None,
   stem: str | None = None,
   shard_size: int | None = None,
@@ -131,6 +140,7 @@ def encode_to_file(
     path: path of the file. Shards have their number and a checksum before the suffix,
       and their index in Hugging Face's format is written beside them.
     preset: see `encode`.
+    base: see `encode`.
     files: see `encode`.
     stem: see `encode`.
     shard_size: greatest size of a shard in bytes; None for one file, or for as many
@@ -152,20 +162,30 @@ def encode_to_file(
   if isinstance(source, str | os.PathLike):
     source = checkpoints.open_any(source)
   output = encode_lib.Output(path, shard_size=shard_size, overwrite=overwrite)
-  job = _job(output.without(source), preset, options, files, stem, mesh)
+  job = _job(output.without(source), preset, options, files, stem, mesh, base)
   output.write(job, check=check, progress=progress)
 
 
 @overload
-def decode(source: file.Readable, *, progress: bool = ...) -> models.Model | Tree: ...
+def decode(
+  source: file.Readable, *, base: Base | None = ..., progress: bool = ...
+) -> models.Model | Tree: ...
 
 
 @overload
-def decode(source: file.Readable, *, like: T, progress: bool = ...) -> T: ...
+def decode(
+  source: file.Readable, *, like: T, base: Base | None = ..., progress: bool = ...
+) -> T: ...
 
 
 @host.own_settings()
-def decode(source: file.Readable, *, like: Any = None, progress: bool = False) -> Any:
+def decode(
+  source: file.Readable,
+  *,
+  like: Any = None,
+  base: Base | None = None,
+  progress: bool = False,
+) -> Any:
   """Returns the model, or the PyTree, in a file, as NumPy arrays.
 
   >>> data = rotbits_jax.encode({'layers': [np.zeros(3), np.ones(2)]})
@@ -178,6 +198,7 @@ def decode(source: file.Readable, *, like: Any = None, progress: bool = False) -
     source: a path, bytes, or a binary file.
     like: a PyTree whose structure the PyTree in the file gets: lists, tuples, Optax
       states. Its arrays give shapes and dtypes, which must be those in the file.
+    base: what was passed to `encode` as the base.
     progress: whether to show the progress on stderr.
 
   Returns:
@@ -187,11 +208,12 @@ def decode(source: file.Readable, *, like: Any = None, progress: bool = False) -
     a checkpoint that is stored as plain tensors, it returns the tensors by name.
 
   Raises:
-    ContainerError: if the file is not of this format or is damaged.
+    ContainerError: if the file is not of this format or is damaged, or if the base is
+      missing or another one.
     ValueError: if `like` has other leaves than the PyTree in the file.
     OSError: if the path cannot be read.
   """
-  with file.Reader(source) as reader:
+  with file.Reader(source, base=base) as reader:
     found = reader.read(show_progress=progress)
   if like is None:
     return found
@@ -204,6 +226,7 @@ def decode(source: file.Readable, *, like: Any = None, progress: bool = False) -
 def load(
   source: file.Readable,
   *,
+  base: Base | None = None,
   layers: range | None = None,
   sharding: file.Place | None = None,
   dtype: DTypeLike | None = None,
@@ -214,6 +237,7 @@ def load(
 
   Args:
     source: a path, bytes, or an open binary file.
+    base: see `decode`.
     layers: the layers to load; all by default. Other layers are not read.
     sharding: a `jax.sharding.Sharding` for all arrays, or a function that takes the
       path and the shape of a parameter and returns one. Layers are stacked along the
@@ -235,7 +259,7 @@ def load(
     ContainerError: as for `decode`.
     OSError: if the path cannot be read.
   """
-  with file.Reader(source) as reader:
+  with file.Reader(source, base=base) as reader:
     found = reader.read(
       layers=layers, place=sharding, integers=integers, show_progress=progress
     )
@@ -246,15 +270,15 @@ def load(
 
 @host.own_settings()
 def decode_checkpoint(
-  source: file.Readable, *, progress: bool = False
+  source: file.Readable, *, base: Base | None = None, progress: bool = False
 ) -> checkpoints.Checkpoint:
-  """Decodes the model in a file with its sidecar files and its stem.
+  """Decodes the model in a file with its sidecar files and its stem; see `decode`.
 
   Raises:
     ContainerError: as for `decode`, or if the file does not hold a model.
     OSError: if the path cannot be read.
   """
-  with file.Reader(source) as reader:
+  with file.Reader(source, base=base) as reader:
     model = reader.read(show_progress=progress)
     if not isinstance(model, models.Model):
       raise file.ContainerError(
@@ -268,6 +292,7 @@ def decode_to_directory(
   source: file.Readable,
   directory: Path,
   *,
+  base: Base | None = None,
   format: checkpoints.Format = 'safetensors',
   shard_size: int | None = None,
   dtype: DTypeLike | None = None,
@@ -279,6 +304,7 @@ def decode_to_directory(
   Args:
     source: a path, bytes, or an open binary file.
     directory: the directory for the checkpoint.
+    base: see `decode`.
     format: see `checkpoints.save_checkpoint`. Plain tensors come back in the files that
       they were encoded from.
     shard_size: greatest size of the tensors in a weights file, in bytes; None for one
@@ -293,7 +319,7 @@ def decode_to_directory(
     ValueError: if the format does not suit the model.
     OSError: if a path cannot be read or written, or a file must not be replaced.
   """
-  with file.Reader(source) as reader:
+  with file.Reader(source, base=base) as reader:
     if not reader.weights_files:
       directory_lib.write_model(
         reader,
@@ -316,19 +342,19 @@ def decode_to_directory(
 
 
 @host.own_settings()
-def read_record(source: file.Readable, name: str) -> Tree:
+def read_record(source: file.Readable, name: str, *, base: Base | None = None) -> Tree:
   """Reads one record, such as a layer, without the others; see `file.Reader.record`.
 
   Raises:
     ContainerError: as for `decode`, or if there is no such record.
     OSError: if the path cannot be read.
   """
-  with file.Reader(source) as reader:
+  with file.Reader(source, base=base) as reader:
     return reader.record(name)
 
 
 @host.own_settings()
-def read_tensor(source: file.Readable, path: str) -> Any:
+def read_tensor(source: file.Readable, path: str, *, base: Base | None = None) -> Any:
   """Reads one parameter, such as 'layers.3/attention/query/kernel'.
 
   Only the record of the parameter is read, and records that it needs.
@@ -337,8 +363,94 @@ def read_tensor(source: file.Readable, path: str) -> Any:
     ContainerError: as for `decode`, or if there is no such parameter.
     OSError: if the path cannot be read.
   """
-  with file.Reader(source) as reader:
+  with file.Reader(source, base=base) as reader:
     return reader.tensor(path)
+
+
+@host.own_settings()
+def delta(new: PyTree, old: PyTree) -> bytes:
+  """Returns the bytes that turn one PyTree of arrays into another, bit for bit.
+
+  A trainer sends them to samplers after each step: most numbers in bfloat16 do not
+  change in a step of reinforcement learning.
+
+  >>> old = {'w': np.zeros((64, 64), np.float32)}
+  >>> new = {'w': np.eye(64, dtype=np.float32)}
+  >>> data = rotbits_jax.delta(new, old)
+  >>> bool((rotbits_jax.apply(data, old)['w'] == new['w']).all())
+  True
+
+  Args:
+    new: arrays in any containers, on the host or on devices.
+    old: the PyTree that the receiver has.
+
+  Returns:
+    The bytes of a file beside a base, see `encode`. They hold a checksum of every array
+    of `old` that they need.
+
+  Raises:
+    ValueError: if a leaf is no array, or if the PyTrees have no paths in common.
+  """
+  source = sources.Source(new)
+  base = base_lib.Base(sources.Source(old), plain=False)
+  job = job_lib.Job(source, presets.make('exact'), None, base)
+  return _written(job, progress=False)
+
+
+@host.own_settings()
+def apply(
+  data: file.Readable,
+  params: T,
+  *,
+  sharding: file.Place | None = None,
+  donate: bool = False,
+) -> T:
+  """Applies what `delta` returned: turns the old PyTree into the new one.
+
+  Args:
+    data: the bytes of `delta`, or the path of a file with them.
+    params: the old PyTree.
+    sharding: see `load`; by default a JAX array gets the sharding of the old one, and
+      a NumPy array stays one.
+    donate: whether the JAX arrays of `params` may be deleted, each when it is replaced,
+      so that devices never hold both PyTrees. After an error some may be gone.
+
+  Returns:
+    The new PyTree, in the containers of the old one. An array that did not change is
+    the old one itself, unless `sharding` is given.
+
+  Raises:
+    ContainerError: if `params` are not those that `delta` got, such as those of another
+      step, or if the data are damaged.
+    ValueError: if the new PyTree has other paths, shapes or dtypes.
+  """
+  old = structured.flatten(trees.to_dicts(params))
+  base = base_lib.Base(sources.Source(params), plain=False)
+  found: dict[str, Any] = {}
+  with file.Reader(data, base=base) as reader:
+    uses, same = reader.uses_of_base(), reader.unchanged()
+    for record, flat in reader.each():
+      for path, array in flat.items():
+        if path in same and sharding is None and path in old:
+          found[path] = old[path]
+        else:
+          found[path] = _like(old.get(path), path, array, sharding)
+      for path in [x for x, last in uses.items() if last == record]:
+        replaced = donate and old[path] is not found.get(path)
+        if replaced and isinstance(old[path], jax.Array):
+          old[path].delete()
+    if empty := [x for entry in reader.records.values() for x in entry.empty]:
+      found |= {path: {} for path in empty}
+  return trees.unflatten_like(params, structured.unflatten(found))
+
+
+def _like(old: Any, path: str, array: Any, sharding: file.Place | None) -> Any:
+  """Returns a new array where the old one is, or with the sharding that is given."""
+  if sharding is not None:
+    return placement.placed({path: array}, sharding)[path]
+  if isinstance(old, jax.Array):
+    return jax.device_put(array, old.sharding)
+  return array
 
 
 def inspect(source: file.Readable) -> savings.Report:
@@ -354,7 +466,11 @@ def inspect(source: file.Readable) -> savings.Report:
 
 @host.own_settings()
 def verify(
-  source: file.Readable, *, against: Path | None = None, progress: bool = False
+  source: file.Readable,
+  *,
+  against: Path | None = None,
+  base: Base | None = None,
+  progress: bool = False,
 ) -> verification.Verification:
   """Decodes everything in a file, and compares it with a checkpoint.
 
@@ -367,6 +483,7 @@ def verify(
   Args:
     source: a path, bytes, or an open binary file.
     against: the checkpoint that was encoded: its directory or its weights file.
+    base: see `decode`.
     progress: whether to show the progress on stderr.
 
   Returns:
@@ -377,9 +494,11 @@ def verify(
     CheckpointError: if the checkpoint cannot be read.
     OSError: if a path cannot be read.
   """
-  if against is None:
-    return verification.read_all(source, progress=progress)
   with file.Reader(source) as reader:
+    opened_base = _opened(base, reader.config)
+  if against is None:
+    return verification.read_all(source, base=opened_base, progress=progress)
+  with file.Reader(source, base=opened_base) as reader:
     is_plain = bool(reader.weights_files)
     opened = checkpoints.open_tensors if is_plain else checkpoints.open_checkpoint
     expected = sources.Source(opened(against))
@@ -390,10 +509,10 @@ def verify(
     verification.compare_files(reader, expected)
     keeps = reader.keeps
   bits = expected if keeps == 'bits' else None
-  found = verification.read_all(source, bits, progress=progress)
+  found = verification.read_all(source, bits, base=opened_base, progress=progress)
   if bits is not None:
     return found
-  with file.Reader(source) as reader:
+  with file.Reader(source, base=opened_base) as reader:
     kl, floor = verification.compare_function(
       reader,
       checkpoints.load_checkpoint(against).model,
@@ -403,6 +522,14 @@ def verify(
   return found._replace(kl=kl, kl_rerounded=floor)
 
 
+def _written(job: job_lib.Job, *, progress: bool) -> bytes:
+  """Does the work in memory."""
+  memory, shard = io.BytesIO(), shards.Shard('', tuple(job.counts))
+  with progress_lib.Progress('encode', len(job.counts), 'record', show=progress) as bar:
+    job.write([shard], lambda _: memory, bar)
+  return memory.getvalue()
+
+
 def _job(
   source: Encodable,
   preset: PresetName | presets.Preset | None,
@@ -410,8 +537,17 @@ def _job(
   files: Mapping[str, bytes] | None,
   stem: str | None,
   mesh: jax.sharding.Mesh | None,
+  base: Base | None,
 ) -> job_lib.Job:
   """Returns the work to do for what `encode` takes."""
   found = sources.Source(source, files, stem)
-  made = presets.make(preset or presets.default(found.config), **options)
-  return job_lib.Job(found, made, mesh)
+  default = presets.default(found.config) if base is None else 'exact'
+  made = presets.make(preset or default, **options)
+  return job_lib.Job(found, made, mesh, _opened(base, found.config))
+
+
+def _opened(
+  base: Base | None, config: models.ModelConfig | None
+) -> base_lib.Base | None:
+  """Opens the base of a model with this config; None if there is no base."""
+  return None if base is None else reader_lib.open_base(base, plain=config is None)

@@ -287,7 +287,7 @@ class TestVerify:
     assert json.loads(out)['same_bits'] is True
 
   def test_encode_verifies(self, rotbits, tmp_path, monkeypatch):
-    def refuse(*args):
+    def refuse(*args, **options):
       raise rotbits_jax.ContainerError('layers.0: decoded numbers differ')
 
     monkeypatch.setattr(verification, 'read_all', refuse)

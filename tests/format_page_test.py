@@ -54,6 +54,7 @@ def leaf():
     settings={'x': 1},
     arrays=('x',),
     needs=('x',),
+    base=manifest.BaseArray(path='x', shape=(), dtype='float16', crc32=1),
     crc32=1,
   )
 
@@ -149,7 +150,13 @@ def exact_embedding():
 
 
 @pytest.mark.parametrize(
-  'leaf', [*seeds.leaves().values(), exact_embedding()], ids=lambda leaf: leaf.type_name
+  'leaf',
+  [
+    *seeds.leaves().values(),
+    *(leaf for leaf, _ in seeds.leaves_beside_base().values()),
+    exact_embedding(),
+  ],
+  ids=lambda leaf: leaf.type_name,
 )
 def test_settings_and_arrays_of_leaves(leaf):
   text = PAGE.read_text('utf-8')

@@ -6,6 +6,7 @@ import json
 import pathlib
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors
@@ -60,10 +61,10 @@ def parameters(decoded):
   return found
 
 
-def assert_reads_the_same(file, output):
-  load_decoder().main(file, output)
+def assert_reads_the_same(file, output, base=None):
+  load_decoder().main(file, output, base)
   got = safetensors_numpy.load_file(output)
-  expected = parameters(rotbits_jax.decode(file))
+  expected = parameters(rotbits_jax.decode(file, base=base))
   assert set(got) == set(expected)
   for path, (array, is_leaf) in expected.items():
     assert (got[path].dtype, got[path].shape) == (array.dtype, array.shape)
@@ -112,6 +113,24 @@ def test_reads_quantized_leaves(transposed, units):
   np.testing.assert_array_equal(found, bits(leaf.materialize()))
 
 
+@pytest.mark.parametrize('own', ['float16', 'bfloat16', 'float32', 'int16'])
+@pytest.mark.parametrize('dtype', ['float16', 'bfloat16', 'float32', 'int16'])
+def test_reads_a_tree_beside_a_base(dtype, own, tmp_path):
+  rng = np.random.default_rng(0)
+  base = {name: 9 * rng.normal(size=(90, 100)) for name in 'abc'}
+  near = {name: x + 0.1 * rng.normal(size=x.shape) for name, x in base.items()}
+  near['b'][1:] = base['b'][1:]
+  base['d'] = rng.normal(size=(90, 100))
+  near['d'] = base['d'] + rng.normal(size=(90, 2)) @ rng.normal(size=(2, 100))
+  near['c'] = np.vstack([base['c'], near['b']])
+  as_type = lambda tree, name: {k: x.astype(jnp.dtype(name)) for k, x in tree.items()}
+  base, near = as_type(base, own), as_type(near, dtype)
+  file, output = tmp_path / 'x.rotbits', tmp_path / 'x.safetensors'
+  safetensors_numpy.save_file(base, tmp_path / 'base.safetensors')
+  rotbits_jax.encode_to_file(near, file, base=tmp_path / 'base.safetensors')
+  assert_reads_the_same(file, output, tmp_path / 'base.safetensors')
+
+
 def test_reads_a_pruned_model(tmp_path):
   file, output = tmp_path / 'model.rotbits', tmp_path / 'model.safetensors'
   model = load_last_layer(SMALL[0])
@@ -136,4 +155,4 @@ def test_reads_trees_with_names_of_a_model_and_empty_dicts(tmp_path):
 
 def test_is_short():
   lines = (ROOT / 'examples' / 'numpy_decoder.py').read_text().splitlines()
-  assert len(lines) < 300
+  assert len(lines) < 360

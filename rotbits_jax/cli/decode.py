@@ -1,8 +1,8 @@
 """Decodes a file to a checkpoint.
 
-  rotbits decode --input=FILE --output=DIR [--format=safetensors|slicegpt|transformers]
-    [--shard_size=2GB] [--dtype=float32|bfloat16|float16] [--overwrite]
-    [--json] [--verbose]
+  rotbits decode --input=FILE --output=DIR [--base=DIR|FILE]
+    [--format=safetensors|slicegpt|transformers] [--shard_size=2GB]
+    [--dtype=float32|bfloat16|float16] [--overwrite] [--json] [--verbose]
 
 Example:
 
@@ -46,6 +46,7 @@ from rotbits_jax.cli import program
 
 FLAGS = program.Flags()
 _INPUT = FLAGS.add('input', 'The file to decode.', source=True, required=True)
+_BASE = FLAGS.bases()
 _OUTPUT = FLAGS.add('output', 'The directory to write to.', required=True)
 _FORMAT = FLAGS.add(
   'format',
@@ -74,6 +75,7 @@ def main() -> program.Result:
   rotbits_jax.decode_to_directory(
     _INPUT.value,
     _OUTPUT.value,
+    base=_BASE.value,
     format=_FORMAT.value,
     shard_size=program.parse_size('shard_size', _SHARD_SIZE.value),
     dtype=_DTYPE.value,

@@ -1,7 +1,7 @@
 r"""Encodes a checkpoint as one smaller file, or as several (shards).
 
   rotbits encode --checkpoint=DIR --output=FILE [--preset=free|exact|near|paper]
-    [--shard_size=2GB] [--overwrite] [--verify] [--json] [--verbose]
+    [--base=DIR|FILE] [--shard_size=2GB] [--overwrite] [--verify] [--json] [--verbose]
     [--canonicaliser=polar_shortcut|qr|svd] [--rotation_codec=haar|symmetric_eig]
     [--correction=exact|threshold] [--entropy]
     [--step=-5] [--max_kl=1e-3 --text=FILE [--max_tokens=4096]]
@@ -42,6 +42,14 @@ model in float32:
 
   rotbits encode --checkpoint=DIR --output=FILE --preset=near --max_kl=1e-3 --text=FILE
 
+With --base the file holds only how a model differs from one that the receiver has, such
+as the base of a fine-tune or an earlier checkpoint of one run. Every bit comes back.
+Whoever decodes the file gives the same base. A base may be a rotbits file that needs a
+base itself, which then follows by another --base:
+
+  rotbits encode --checkpoint=TUNED --base=BASE --output=tuned.rotbits
+  rotbits decode --input=tuned.rotbits --base=BASE --output=TUNED-again
+
 The file appears when it is complete. An existing file is replaced only with
 --overwrite. With --verify the file is decoded before it appears; if the preset is
 `exact`, the result is compared with the checkpoint.
@@ -67,6 +75,8 @@ JSON:
   lines             list of objects: name, elements_saved, bytes_saved; they add up to
                     the differences above
   remarks           list of sentences on what the decoded weights are
+  base              list of the tensors of a base that the file needs, each as the list
+                    of its path, shape, dtype and CRC-32
   notes             with --verbose: for each transform, a list of objects
   given_bytes       bytes of the weights files of the input; null if unknown
   left_out          list of the files and folders beside the weights that are not kept
@@ -105,6 +115,7 @@ _PRESET = FLAGS.add(
   'What to remove; by default free for sliced checkpoints and exact for others.',
   tuple(presets.known()),
 )
+_BASE = FLAGS.bases()
 _CONFIG = FLAGS.config('A preset with its options: a name or a file.')
 _MAX_KL = FLAGS.add(
   'max_kl',
@@ -226,11 +237,13 @@ def main() -> program.Result | None:
       _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value
     )
   source = checkpoints.open_any(_CHECKPOINT.value)
-  preset, curve = read_preset(presets.default(getattr(source, 'config', None)))
+  default = presets.default(getattr(source, 'config', None))
+  preset, curve = read_preset('exact' if _BASE.value else default)
   rotbits_jax.encode_to_file(
     source,
     _OUTPUT.value,
     preset=preset,
+    base=_BASE.value,
     shard_size=shard_size,
     mesh=local_mesh(),
     overwrite=_OVERWRITE.value,

@@ -1,7 +1,7 @@
 """Measures the perplexity of a model on a text, and its divergence from a reference.
 
   rotbits evaluate --model=DIR|FILE --text=FILE [--reference=DIR|FILE]
-    [--max_tokens=N] [--json] [--verbose]
+    [--base=DIR|FILE] [--max_tokens=N] [--json] [--verbose]
 
 Example:
 
@@ -30,6 +30,7 @@ from rotbits_jax.cli import program
 
 FLAGS = program.Flags()
 _MODEL = FLAGS.add('model', 'The model to measure.', source=True, required=True)
+_BASE = FLAGS.bases()
 _TEXT = FLAGS.add('text', 'A text file in UTF-8.', required=True)
 _REFERENCE = FLAGS.add(
   'reference', 'The model to compare predictions with.', source=True
@@ -54,7 +55,7 @@ def to_text(result: evaluation.Evaluation) -> str:
 
 def main() -> program.Result:
   text = program.read_text(_TEXT.value)
-  checkpoint = program.read_model(_MODEL.value)
+  checkpoint = program.read_model(_MODEL.value, _BASE.value)
   reference = rerounded = None
   if _REFERENCE.value is not None:
     reference = program.read_model(_REFERENCE.value).model

@@ -1,7 +1,7 @@
 """Continues a text: prints the text that a model generates after a prompt.
 
-  rotbits generate --model=DIR|FILE --prompt=TEXT [--max_tokens=N] [--temperature=T]
-    [--top_k=K] [--seed=N] [--json] [--verbose]
+  rotbits generate --model=DIR|FILE --prompt=TEXT [--base=DIR|FILE] [--max_tokens=N]
+    [--temperature=T] [--top_k=K] [--seed=N] [--json] [--verbose]
 
 Example:
 
@@ -30,6 +30,7 @@ from rotbits_jax.models import generation
 
 FLAGS = program.Flags()
 _MODEL = FLAGS.add('model', 'The model.', source=True, required=True)
+_BASE = FLAGS.bases()
 _PROMPT = FLAGS.add('prompt', 'The text to continue.', required=True)
 _MAX_TOKENS = FLAGS.add(
   'max_tokens', 'Greatest number of tokens.', int, 128, lower_bound=1
@@ -77,7 +78,7 @@ def stream_text(
 def main() -> program.Result:
   if not _PROMPT.value.strip():
     raise ValueError('--prompt has no words')
-  checkpoint = program.read_model(_MODEL.value)
+  checkpoint = program.read_model(_MODEL.value, _BASE.value)
   prompt = program.read_tokens(checkpoint, _PROMPT.value)
   tokens = generation.generate(
     checkpoint.model,

@@ -27,7 +27,7 @@ import numpy as np
 
 import rotbits_jax
 from rotbits_jax import evaluation
-from rotbits_jax.file import container
+from rotbits_jax.file import shards
 from rotbits_jax.report import savings
 from rotbits_jax.system import config_files
 from rotbits_jax.system import interrupts
@@ -37,10 +37,6 @@ Result = tuple[dict[str, Any], str | None]
 """The JSON object and the text that a command prints."""
 
 BAD_INPUT = 2  # bad flags, too
-
-# A file with such a suffix belongs to a checkpoint, even if it is damaged and cannot be
-# read as one.
-_CHECKPOINT_SUFFIXES = ('.bin', '.gguf', '.json', '.pt', '.safetensors')
 
 _COMMON = 'flags of every command'
 
@@ -98,6 +94,17 @@ class Flags:
       return flags.DEFINE_enum(name, default, kind, help, **options)
     return _DEFINE[kind](name, default, help, **options)
 
+  def bases(self) -> flags.FlagHolder[Any]:
+    """Defines the flag --base, which may be given several times."""
+    self._sources.append('base')
+    return flags.DEFINE_multi_string(
+      'base',
+      None,
+      'The model beside which the file is encoded: a checkpoint or an encoded file. If '
+      'it is a file with a base of its own, give that one next, by another --base.',
+      flag_values=self.values,
+    )
+
   def config(self, help: str) -> flags.FlagHolder[Any]:
     """Defines the flag --config: the path or the name of a config file."""
     from ml_collections import config_flags  # slow to import
@@ -113,16 +120,21 @@ class Flags:
       ValueError: if one is not. It says how to get the files.
     """
     for name in self._sources:
-      if (path := self.values[name].value) is None:
-        continue
-      if re.match(r'\w+://', path):
-        raise ValueError(f'{path}: not a local path; copy the files to a folder first')
-      is_name = name != 'input' and re.fullmatch(r'[\w.-]+/[\w.-]+', path)
-      if is_name and not os.path.exists(path):
-        raise ValueError(
-          f'{path}: No such file or directory; a model of the Hugging Face Hub is '
-          f'downloaded by: hf download {path} --local-dir {path.split("/")[1]}'
-        )
+      value = self.values[name].value
+      for path in value if isinstance(value, list) else [value]:
+        self._check_source(name, path)
+
+  def _check_source(self, name: str, path: str | None) -> None:
+    if path is None:
+      return
+    if re.match(r'\w+://', path):
+      raise ValueError(f'{path}: not a local path; copy the files to a folder first')
+    is_name = name != 'input' and re.fullmatch(r'[\w.-]+/[\w.-]+', path)
+    if is_name and not os.path.exists(path):
+      raise ValueError(
+        f'{path}: No such file or directory; a model of the Hugging Face Hub is '
+        f'downloaded by: hf download {path} --local-dir {path.split("/")[1]}'
+      )
 
 
 def run(command: Callable[[], Result | None], own: Flags | flags.FlagValues) -> int:
@@ -218,10 +230,15 @@ def report_text(report: savings.Report, verbose: bool) -> str:
   return report.to_text(verbose=verbose, width=None if verbose else terminal_width())
 
 
-def read_model(path: str) -> rotbits_jax.Checkpoint:
-  """Reads a checkpoint from its directory, its weights file, or a rotbits file."""
-  if _is_container(path):
-    return rotbits_jax.decode_checkpoint(path, progress=True)
+def read_model(path: str, base: Any = None) -> rotbits_jax.Checkpoint:
+  """Reads a checkpoint from its directory, its weights file, or a rotbits file.
+
+  Args:
+    path: the path.
+    base: the base that a rotbits file needs, see `rotbits_jax.decode`.
+  """
+  if shards.is_encoded(path):
+    return rotbits_jax.decode_checkpoint(path, base=base, progress=True)
   return rotbits_jax.load_checkpoint(path)
 
 
@@ -275,19 +292,6 @@ def read_text(path: str) -> str:
   if not text.strip():
     raise ValueError(f'{path}: the text has no words')
   return text
-
-
-def _is_container(path: str) -> bool:
-  """Returns whether a path names an encoded file, its shards, or their index."""
-  if not os.path.isfile(path):
-    return os.path.isfile(f'{path}.index.json')
-  if path.endswith('.index.json') and not path.endswith('.safetensors.index.json'):
-    return True
-  try:
-    container.StreamReader(path)
-  except container.ContainerError:  # the file is damaged or has another format
-    return pathlib.Path(path).suffix not in _CHECKPOINT_SUFFIXES
-  return True
 
 
 def _parse(values: flags.FlagValues) -> None:

@@ -1,6 +1,6 @@
 """Decodes and checks everything in a file, and compares it with a checkpoint.
 
-  rotbits verify --input=FILE [--against=DIR] [--json] [--verbose]
+  rotbits verify --input=FILE [--against=DIR] [--base=DIR|FILE] [--json] [--verbose]
 
 Example:
 
@@ -29,11 +29,14 @@ from rotbits_jax.cli import program
 
 FLAGS = program.Flags()
 _INPUT = FLAGS.add('input', 'The file to verify.', source=True, required=True)
+_BASE = FLAGS.bases()
 _AGAINST = FLAGS.add('against', 'The checkpoint that was encoded.', source=True)
 
 
 def main() -> program.Result:
-  result = rotbits_jax.verify(_INPUT.value, against=_AGAINST.value, progress=True)
+  result = rotbits_jax.verify(
+    _INPUT.value, against=_AGAINST.value, base=_BASE.value, progress=True
+  )
   lines = [
     f'{_INPUT.value}: {result.tensors} tensors and {result.files} other files are '
     'undamaged'

@@ -120,7 +120,7 @@ class Output:
       first = journal.path(self._index.name)
       shards_lib.write_index(first, paths)
     expected = job.source if job.preset.keeps == 'bits' else None
-    verification.read_all(first, expected)
+    verification.read_all(first, expected, base=job.base)
 
   def _publish(
     self,

@@ -15,6 +15,7 @@ from rotbits_jax import models
 from rotbits_jax import passes
 from rotbits_jax import presets
 from rotbits_jax import structured
+from rotbits_jax.file import base as base_lib
 from rotbits_jax.file import coders
 from rotbits_jax.file import journal as journal_lib
 from rotbits_jax.file import manifest as manifest_lib
@@ -32,6 +33,7 @@ class Job:
   Attributes:
     source: what is encoded.
     preset: the preset.
+    base: the base beside which arrays are stored; None for none.
     counts: elements and bytes of each record before it is rewritten, by its name, in
       the order of the file.
   """
@@ -41,6 +43,7 @@ class Job:
     source: sources.Source,
     preset: presets.Preset,
     mesh: jax.sharding.Mesh | None = None,
+    base: base_lib.Base | None = None,
   ):
     """Checks the source, before the work.
 
@@ -48,18 +51,21 @@ class Job:
       source: what to encode.
       preset: how to encode it.
       mesh: devices along one axis, 'layers', that share the layers.
+      base: see the class.
 
     Raises:
-      ValueError: if the preset does not suit the source, or if the source cannot be
-        stored.
+      ValueError: if the preset does not suit the source or the base, if the source
+        cannot be stored, or if the base has none of its arrays.
     """
     coder = coders.find(preset.coder)
     if coder is None:
       raise ValueError(f'there is no coder of the name {preset.coder!r}')
     if preset.rounding is None:
       source = source.rounded()  # other presets round at the end
-    self.preset, self.source = preset, source
+    self.preset, self.source, self.base = preset, source, base
     self._coder = coder
+    if base is not None:
+      self._check_base(base)
     writer_lib.check_source(source, self._streams(source.records))
     for name in source.records:
       self._check_record(name)
@@ -83,7 +89,10 @@ class Job:
     own = self.source.fingerprint() if preset.resumable else None
     if own is None:
       return None
-    parts = [own, preset.name, preset.options, preset.keeps, preset.coder, shards]
+    base = None if self.base is None else self.base.fingerprint()
+    if self.base is not None and base is None:
+      return None
+    parts = [own, base, preset.name, preset.options, preset.keeps, preset.coder, shards]
     versions = [rotbits_jax.__version__, jax.__version__]
     return hashlib.sha256(json.dumps([*parts, *versions]).encode()).hexdigest()
 
@@ -130,7 +139,8 @@ class Job:
         if record.name in waiting:
           name = home[record.name]
           counts = self.counts[record.name]
-          written.append((name, writers[name].add(record, counts, resolve)))
+          entry = writers[name].add(record, counts, resolve, self.base)
+          written.append((name, entry))
           bar.update()
       if journal is not None:
         journal.note(written, self.source.checksums, state)
@@ -151,6 +161,21 @@ class Job:
         )
       return None
     return passes.make_context(source, stored_as=source.stored_as, mesh=mesh)
+
+  def _check_base(self, base: base_lib.Base) -> None:
+    """Checks that arrays can be stored beside a base.
+
+    Raises:
+      ValueError: if the preset changes elements, or if the base has none of the arrays.
+    """
+    if self.preset.keeps != 'bits' or not isinstance(self._coder, coders.RecordCoder):
+      raise ValueError(
+        f'the preset {self.preset.name!r} takes no base; the preset exact does'
+      )
+    specs = map(self.source.specs, self.source.records)
+    paths = [path for own in specs for path in structured.flatten(own)]
+    if paths and not any(base.find(path) is not None for path in paths):
+      raise ValueError(f'the base has no {paths[0]}, nor any other array of the model')
 
   def _check_record(self, name: str) -> None:
     """Checks, before the work, that parameters in memory would come back.
@@ -252,6 +277,7 @@ class Job:
     kept = len(journal.done)
     for i, (entry, name) in enumerate(zip(journal.done, names, strict=False)):
       is_same = entry.record.name == name and self.source.holds(entry.sources)
+      is_same = is_same and (self.base is None or self.base.holds(entry.record))
       if not is_same or not writers[entry.shard].keep(entry.record):
         journal.forget(i)
         kept = i

@@ -124,6 +124,25 @@ class Counts:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class BaseArray:
+  """An array of another model or PyTree that a leaf needs, see `base`.
+
+  Attributes:
+    path: its path there.
+    shape: its shape.
+    dtype: its dtype.
+    crc32: CRC-32 of its bytes in C order.
+  """
+
+  as_list = True
+
+  path: schema.Path
+  shape: Shape
+  dtype: Dtype
+  crc32: schema.Crc32
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Leaf:
   """A stored parameter.
 
@@ -137,6 +156,7 @@ class Leaf:
     arrays: names of the arrays as which the leaf is stored; one empty name for an
       array.
     needs: paths of the parameters that are needed to compute the array.
+    base: the array of a base that is needed to compute the array; None for none.
     crc32: CRC-32 of the array that the leaf stands for, if the reader puts that array
       in the leaf's place; else None.
   """
@@ -149,17 +169,20 @@ class Leaf:
   settings: dict[str, Any] = dataclasses.field(default_factory=dict)
   arrays: tuple[str, ...] = ('',)
   needs: tuple[schema.Path, ...] = ()
+  base: BaseArray | None = None
   crc32: schema.Crc32 | None = None
 
   def __post_init__(self) -> None:
     if len(set(self.arrays)) != len(self.arrays):
       raise ValueError(f'{self.path}: the names of the arrays must differ')
-    own = self.stack_key, self.settings, self.arrays, self.needs, self.crc32
-    if not self.type_name and own != ((), {}, ('',), (), None):
+    own = self.stack_key, self.settings, self.arrays, self.needs, self.base, self.crc32
+    if not self.type_name and own != ((), {}, ('',), (), None, None):
       raise ValueError(f'{self.path}: an array has fields of a structured leaf')
     cls = self.leaf_class
     if cls is not None and cls.expands_on_reading != (self.crc32 is not None):
       raise ValueError(f'{self.path}: leaves of its type have a checksum, or have none')
+    if cls is not None and cls.needs_base != (self.base is not None):
+      raise ValueError(f'{self.path}: leaves of its type need a base, or need none')
     is_of_layer = models.names.layer_index(self.path) is not None
     if self.needs and not self.is_array and is_of_layer:
       raise ValueError(f'{self.path}: a leaf of a stack cannot need other parameters')
@@ -192,12 +215,19 @@ class Leaf:
       raise ValueError('the leaf differs from the manifest')
     if leaf.needs != self.needs:
       raise ValueError('the leaf needs other parameters than the manifest says')
+    if self.base is not None:
+      leaf.check_needed(self.base.shape)
     return leaf
 
   @property
   def is_array(self) -> bool:
     """Whether the parameter is an array for those who read the file."""
     return not self.type_name or self.crc32 is not None
+
+  @property
+  def base_size(self) -> int:
+    """The number of elements of the array of the base; 0 without one."""
+    return 0 if self.base is None else math.prod(self.base.shape)
 
   @property
   def size(self) -> int:
@@ -266,7 +296,9 @@ class Record:
           raise ValueError(
             f'{leaf.path}: the leaf and the coder differ in the shape or the dtype'
           )
-      elif leaf.is_array and leaf.size > 8 * sum(array.nbytes for array in arrays):
+      elif leaf.is_array and leaf.size - leaf.base_size > 8 * sum(
+        array.nbytes for array in arrays
+      ):
         # The reader allocates the array before it has decoded the leaf.
         raise ValueError(f'{leaf.path}: too few bytes stand for {leaf.size} elements')
 

@@ -10,8 +10,9 @@ decode side by side: one stream is read while the blocks of another are decoded.
 """
 
 import collections
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 import functools
+import hashlib
 import os
 from typing import Any, Self
 import zlib
@@ -23,6 +24,7 @@ from rotbits_jax import checkpoints
 from rotbits_jax import models
 from rotbits_jax import structured
 from rotbits_jax.coding import weights
+from rotbits_jax.file import base as base_lib
 from rotbits_jax.file import container
 from rotbits_jax.file import manifest as manifest_lib
 from rotbits_jax.file import memory as memory_lib
@@ -30,6 +32,7 @@ from rotbits_jax.file import messages
 from rotbits_jax.file import placement
 from rotbits_jax.file import records as records_lib
 from rotbits_jax.file import shards
+from rotbits_jax.file import sources
 from rotbits_jax.file import stacks as stacks_lib
 from rotbits_jax.file.container import ContainerError
 from rotbits_jax.system import progress
@@ -50,15 +53,18 @@ class Reader:
     size: size of all files in bytes.
   """
 
-  def __init__(self, source: container.Readable):
+  def __init__(self, source: container.Readable, base: Any = None):
     """Reads and checks the headers and the manifests.
 
     Args:
       source: a path, bytes, or an open binary file. For shards, the path of their index
         or the path of the output without the numbers.
+      base: the model beside which the file was encoded, see `open_base`; None for none.
 
     Raises:
-      ContainerError: if this is not a rotbits file, or if its manifest is damaged.
+      ContainerError: if this is not a rotbits file, if its manifest is damaged, or if
+        the base lacks an array that the file needs.
+      CheckpointError: if the base cannot be read.
       OSError: if a path cannot be read.
     """
     files, index = shards.find(source)
@@ -72,7 +78,9 @@ class Reader:
       with file.errors():
         if (own.preset, own.config) != (first.preset, first.config):
           raise ContainerError('the shards belong to different models')
-    self._records = records_lib.Records(self._files, self.manifests)
+    opened = None if base is None else open_base(base, plain=self.config is None)
+    self._base = opened
+    self._records = records_lib.Records(self._files, self.manifests, opened)
     self._message: messages.Message | None = None
     if first.message is not None:
       self._message = messages.Message(self._files[0], first)
@@ -93,6 +101,47 @@ class Reader:
   def records(self) -> dict[str, manifest_lib.Record]:
     """The manifest's entries of all records, by name; those of a message have none."""
     return dict(self._records.entries)
+
+  def specs(self, name: str) -> Tree:
+    """Returns the shapes and dtypes of a record, without reading it."""
+    leaves = self._records.entries[name].leaves
+    spec = lambda leaf: checkpoints.TensorSpec(leaf.shape, np.dtype(leaf.dtype))
+    return structured.unflatten({leaf.path: spec(leaf) for leaf in leaves})
+
+  def needed_arrays(self) -> dict[str, manifest_lib.BaseArray]:
+    """Returns the arrays of a base that the file needs, by their paths in the base."""
+    leaves = self._records.leaves.values()
+    return {leaf.base.path: leaf.base for leaf in leaves if leaf.base is not None}
+
+  def uses_of_base(self) -> dict[str, str]:
+    """Returns the last record that needs each array of a base, by the array's path."""
+    last: dict[str, str] = {}
+    for name in self._names():
+      for leaf in self._records.entries[name].leaves:
+        if leaf.base is not None:
+          last[leaf.base.path] = name
+    return last
+
+  def unchanged(self) -> set[str]:
+    """Returns the paths of the arrays that are those of the base."""
+    return {
+      path
+      for path, leaf in self._records.leaves.items()
+      if leaf.leaf_class is structured.Same
+      and leaf.base is not None
+      and (leaf.base.path, leaf.base.crc32) == (path, leaf.crc32)
+      and (leaf.base.shape, leaf.base.dtype) == (leaf.shape, leaf.dtype)
+    }
+
+  def fingerprint(self) -> str | None:
+    """Returns a digest of the content; None if it needs a base that is in memory."""
+    own = [str(file.manifest_crc32) for file in self._files]
+    if self._base is not None:
+      below = self._base.fingerprint()
+      if below is None:
+        return None
+      own.append(below)
+    return hashlib.sha256(' '.join(own).encode()).hexdigest()
 
   def record(self, name: str) -> Tree:
     """Reads one record, and other records only if its leaves need them.
@@ -462,6 +511,64 @@ class Reader:
       keys = {x.split('/')[0] for x in (*entry.empty, *(y.path for y in entry.leaves))}
       if keys != {name}:
         raise ContainerError(f'{name}: a leaf of the record is not under its name')
+
+
+class _OfFile:
+  """A file as the source of a base."""
+
+  def __init__(self, reader: Reader):
+    if any(own.message is not None for own in reader.manifests):
+      raise ValueError(f'a file of the preset {reader.preset!r} cannot be a base')
+    self._reader = reader
+    self.records = tuple(reader.records)
+    self.specs, self.read = reader.specs, reader.record
+    self.fingerprint = reader.fingerprint
+
+
+def open_base(given: Any, *, plain: bool) -> base_lib.Base:
+  """Opens the base beside which a file is encoded or decoded.
+
+  Args:
+    given: what `api.encode` takes; the path of a checkpoint or of an encoded file; the
+      bytes of an encoded file; or a `Reader`. An encoded file may need a base itself: a
+      list of such a file, its base, the base of that, and so on.
+    plain: whether the model is stored as plain tensors, or is a PyTree; a checkpoint at
+      a path is then opened in this way.
+
+  Returns:
+    The base.
+
+  Raises:
+    CheckpointError: if a checkpoint cannot be read.
+    ContainerError: if an encoded file cannot be read, or needs another base.
+    ValueError: if more bases are given than are needed.
+    OSError: if a path cannot be read.
+  """
+  if isinstance(given, base_lib.Base):
+    return given
+  kinds = str, os.PathLike, bytes, bytearray, memoryview, Reader
+  chain: Sequence[Any] = [given]
+  if isinstance(given, list | tuple) and given and isinstance(given[0], kinds):
+    chain = given
+  first, rest = chain[0], list(chain[1:]) or None
+  if rest is not None and len(rest) == 1 and not isinstance(rest[0], kinds):
+    rest = rest[0]
+  is_path = isinstance(first, str | os.PathLike)
+  if isinstance(first, bytes | bytearray | memoryview) or (
+    is_path and shards.is_encoded(first)
+  ):
+    first, rest = Reader(first, base=rest), None
+  elif is_path:
+    is_gguf = os.fspath(first).endswith('.gguf')
+    opened = checkpoints.open_tensors if plain and not is_gguf else checkpoints.open_any
+    first = opened(first)
+  if rest is not None:
+    raise ValueError('a base that is no encoded file needs no base itself')
+  if isinstance(first, Reader):
+    first = _OfFile(first)
+  elif not isinstance(first, checkpoints.CheckpointReader | checkpoints.TensorFiles):
+    first = sources.Source(first).rounded()
+  return base_lib.Base(first, plain=plain)
 
 
 def _array(leaf: Any, resolve: records_lib.Resolve) -> Any:

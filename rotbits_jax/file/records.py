@@ -8,6 +8,7 @@ import jax
 import numpy as np
 
 from rotbits_jax import structured
+from rotbits_jax.file import base as base_lib
 from rotbits_jax.file import container
 from rotbits_jax.file import manifest as manifest_lib
 from rotbits_jax.file import memory as memory_lib
@@ -37,17 +38,21 @@ class Records:
     self,
     files: Sequence[container.StreamReader],
     manifests: Sequence[manifest_lib.Manifest],
+    base: base_lib.Base | None = None,
   ):
     """Finds the records.
 
     Args:
       files: the files.
       manifests: the manifest of each file.
+      base: has the arrays that leaves need and the files do not hold.
 
     Raises:
       ContainerError: if two records have one name, two leaves have one path, or a leaf
-        needs another one that needs others itself.
+        needs another one that needs others itself; or if the base is not the one that
+        the files need.
     """
+    self._base = base
     self.files: dict[str, container.StreamReader] = {}
     self.entries: dict[str, manifest_lib.Record] = {}
     self.leaves: dict[str, manifest_lib.Leaf] = {}
@@ -71,13 +76,15 @@ class Records:
           raise ContainerError(f'{path}: it needs {other}, which needs others')
         if other not in self.leaves and other.split('/')[0] in self.entries:
           raise ContainerError(f'{path}: it needs {other}, which is missing')
+      if base is not None and leaf.base is not None:
+        base.check(path, leaf.base)
 
   def entry(self, name: str) -> manifest_lib.Record:
     """Returns the entry of a record.
 
     Raises:
-      ContainerError: if there is no such record, or if it needs a part of a package
-        that is not installed.
+      ContainerError: if there is no such record, if it needs a part of a package that
+        is not installed, or if it needs a base and none is given.
     """
     if name not in self.entries:
       raise ContainerError(f'{name}: no such record')
@@ -87,6 +94,11 @@ class Records:
     for leaf in entry.leaves:
       if leaf.type_name and leaf.leaf_class is None:
         raise self._unknown('leaves', 'leaf type', leaf.type_name)
+      if leaf.base is not None and self._base is None:
+        raise ContainerError(
+          f'{leaf.path}: it is stored beside {leaf.base.path} of another model: give '
+          'that model as the base'
+        )
     return entry
 
   def resolver(self, decoded: Callable[[str], Flat]) -> Resolve:
@@ -182,7 +194,11 @@ class Records:
         leaf.check_needed(*known)
       if entry.crc32 is None:
         return leaf
-      array = np.asarray(leaf.materialize(*map(resolve, entry.needs)))
+      needed = list(map(resolve, entry.needs))
+      if entry.base is not None:
+        assert self._base is not None
+        needed.append(self._base.get(entry.path, entry.base))
+      array = np.asarray(leaf.materialize(*needed))
     except ContainerError:
       raise
     except ValueError as error:

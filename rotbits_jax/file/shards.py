@@ -25,6 +25,10 @@ from rotbits_jax.system import schema
 ContainerError = container.ContainerError
 
 INDEX = '.index.json'
+
+# A file with such a suffix belongs to a checkpoint, even if it is damaged and cannot be
+# read as one.
+_CHECKPOINT_SUFFIXES = ('.bin', '.gguf', '.json', '.pt', '.safetensors')
 """The end of the name of an index."""
 
 
@@ -198,6 +202,20 @@ def write_index(path: pathlib.Path, shards: Mapping[Shard, pathlib.Path]) -> Non
   names = {record: shard.name for shard in shards for record in shard.records}
   index = Index(metadata=metadata, weight_map=names)
   path.write_text(f'{json.dumps(schema.dump(index), indent=2)}\n')
+
+
+def is_encoded(path: str | os.PathLike[str]) -> bool:
+  """Returns whether a path names an encoded file, its shards, or their index."""
+  name = os.fspath(path)
+  if not os.path.isfile(name):
+    return os.path.isfile(f'{name}{INDEX}')
+  if name.endswith(INDEX) and not name.endswith(f'.safetensors{INDEX}'):
+    return True
+  try:
+    container.StreamReader(name)
+  except ContainerError:  # the file is damaged or has another format
+    return pathlib.Path(name).suffix not in _CHECKPOINT_SUFFIXES
+  return True
 
 
 def find(

@@ -10,6 +10,7 @@ import numpy as np
 from rotbits_jax import models
 from rotbits_jax import passes
 from rotbits_jax import structured
+from rotbits_jax.file import base as base_lib
 from rotbits_jax.file import container
 from rotbits_jax.file import reader as reader_lib
 from rotbits_jax.file import sources
@@ -47,6 +48,7 @@ def read_all(
   source: container.Readable,
   expected: sources.Source | None = None,
   *,
+  base: base_lib.Base | None = None,
   progress: bool = False,
 ) -> Verification:
   """Decodes everything in a file, one record at a time.
@@ -54,6 +56,7 @@ def read_all(
   Args:
     source: a path, bytes, or an open binary file.
     expected: the source whose bits the file must have; None for none.
+    base: the base beside which the file was encoded; None for none.
     progress: whether to show the progress on stderr.
 
   Returns:
@@ -64,7 +67,7 @@ def read_all(
     OSError: if the path cannot be read.
   """
   records = tensors = 0
-  with reader_lib.Reader(source) as reader:
+  with reader_lib.Reader(source, base=base) as reader:
     for name, flat in reader.each(show_progress=progress):
       records += 1
       tensors += len(flat)

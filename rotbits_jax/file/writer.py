@@ -14,6 +14,7 @@ from rotbits_jax import models
 from rotbits_jax import passes
 from rotbits_jax import presets
 from rotbits_jax import structured
+from rotbits_jax.file import base as base_lib
 from rotbits_jax.file import coders
 from rotbits_jax.file import container
 from rotbits_jax.file import manifest as manifest_lib
@@ -26,6 +27,9 @@ from rotbits_jax.system import strict_json
 
 Resolve = Callable[[str], Any]
 """Takes the path of a parameter; returns its array."""
+
+BESIDE = 'beside a base'
+"""The name of what a base saves."""
 
 
 class Summary(NamedTuple):
@@ -107,7 +111,11 @@ class FileWriter:
     self._message: manifest_lib.Message | None = None
 
   def add(
-    self, record: passes.Record, counts: manifest_lib.Counts, resolve: Resolve
+    self,
+    record: passes.Record,
+    counts: manifest_lib.Counts,
+    resolve: Resolve,
+    base: base_lib.Base | None = None,
   ) -> manifest_lib.Record:
     """Codes a record and appends it.
 
@@ -115,6 +123,7 @@ class FileWriter:
       record: the record.
       counts: elements and bytes of the record before it was rewritten.
       resolve: returns the parameters that leaves of the record need.
+      base: the base beside which arrays may be stored; None for none.
 
     Returns:
       The entry of the record in the manifest.
@@ -122,7 +131,8 @@ class FileWriter:
     Raises:
       ValueError: if a reader would refuse the record. It names the parameter.
     """
-    entry, data = encode_record(record, counts, resolve, self._summary.preset.coder)
+    coder = self._summary.preset.coder
+    entry, data = encode_record(record, counts, resolve, coder, base)
     stream = self._append(record.name, [data])
     entry = dataclasses.replace(entry, crc32=stream.crc32)
     self._records.append(entry)
@@ -216,6 +226,7 @@ def encode_record(
   counts: manifest_lib.Counts,
   resolve: Resolve,
   coder_name: str,
+  base: base_lib.Base | None = None,
 ) -> tuple[manifest_lib.Record, np.ndarray]:
   """Codes a record.
 
@@ -224,6 +235,7 @@ def encode_record(
     counts: elements and bytes of the record before it was rewritten.
     resolve: returns the parameters that leaves of the record need.
     coder_name: name of the coder.
+    base: see `FileWriter.add`.
 
   Returns:
     The entry of the record in the manifest, without the checksum of the stream; and the
@@ -234,8 +246,16 @@ def encode_record(
   """
   leaves: list[manifest_lib.Leaf] = []
   arrays: list[np.ndarray] = []
-  for path, leaf in structured.flatten(record.params).items():
-    entry, parts = entry_of(path, leaf, resolve)
+  params = structured.flatten(record.params)
+  beside = {} if base is None else base.beside(params)
+  savings = [manifest_lib.Saving(**x._asdict()) for x in record.savings]
+  if base is not None:
+    savings.append(_saving(params, beside))
+  for path, leaf in params.items():
+    if path in beside:
+      entry, parts = _entry_beside(path, beside[path])
+    else:
+      entry, parts = entry_of(path, leaf, resolve)
     leaves.append(entry)
     arrays += map(host.contiguous, parts)
   coder = coders.find(coder_name)
@@ -251,7 +271,7 @@ def encode_record(
       coder=coder_name,
       spec=schema.dump(encoded.spec),
       input=counts,
-      savings=tuple(manifest_lib.Saving(**x._asdict()) for x in record.savings),
+      savings=tuple(savings),
       empty=tuple(structured.empty_dicts(record.params)),
     )
     text = json.dumps(schema.dump(entry_of_record), allow_nan=False)
@@ -316,6 +336,40 @@ def _entry_of(
     crc32=crc32,
   )
   return entry, [np.asarray(array) for array in arrays.values()]
+
+
+def _entry_beside(
+  path: str, beside: base_lib.Beside
+) -> tuple[manifest_lib.Leaf, list[np.ndarray]]:
+  """Makes the entry of an array that is stored beside one of a base."""
+  leaf = beside.leaf
+  settings, arrays = leaf.stored()
+  entry = manifest_lib.Leaf(
+    path=path,
+    shape=leaf.shape,
+    dtype=np.dtype(leaf.dtype).name,
+    type_name=leaf.type_name,
+    settings=settings,
+    arrays=tuple(arrays),
+    base=beside.base,
+    crc32=beside.crc32,
+  )
+  return entry, list(arrays.values())
+
+
+def _saving(
+  params: Mapping[str, Any], beside: Mapping[str, base_lib.Beside]
+) -> manifest_lib.Saving:
+  """Returns what the base saves before anything is coded."""
+  arrays = [params[path] for path in beside]
+  leaves = [x.leaf for x in beside.values()]
+  count, size = structured.count_elements, structured.count_bytes
+  return manifest_lib.Saving(
+    name=BESIDE,
+    elements=count(arrays) - count(leaves),
+    bytes=size(arrays) - size(leaves),
+    notes=(),
+  )
 
 
 def _plugins(

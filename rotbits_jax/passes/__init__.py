@@ -17,6 +17,7 @@ The modules, in the order of reading:
     biases      biases that the output does not need
     tied        an embedding that is a linear image of the head
     low_rank    the basis between two factors
+    relative    an array beside one of a base: which leaf stores it
     noise       the change that rounding alone makes, as a yardstick
 """
 

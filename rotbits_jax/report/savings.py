@@ -6,7 +6,10 @@ from typing import Any, NamedTuple
 
 from rotbits_jax import models
 from rotbits_jax import presets
+from rotbits_jax.file import manifest as manifest_lib
 from rotbits_jax.file import reader as reader_lib
+from rotbits_jax.file import writer as writer_lib
+from rotbits_jax.system import schema
 from rotbits_jax.system import text
 
 
@@ -30,6 +33,7 @@ class Report(NamedTuple):
     input_bytes: number of bytes of the tensors of the input.
     file_bytes: size of the file.
     lines: one for each cause of a difference between the sizes.
+    needs: the arrays of a base that are needed to decode the file, by their paths.
     notes: the notes of each transform, by its name. A note tells what the transform did
       to a tensor.
   """
@@ -42,6 +46,7 @@ class Report(NamedTuple):
   input_bytes: int
   file_bytes: int
   lines: list[ReportLine]
+  needs: dict[str, manifest_lib.BaseArray]
   notes: dict[str, list[dict[str, Any]]]
 
   def to_json(self, *, verbose: bool = False) -> dict[str, Any]:
@@ -54,6 +59,7 @@ class Report(NamedTuple):
       'bytes': {'input': self.input_bytes, 'file': self.file_bytes},
       'lines': [line._asdict() for line in self.lines],
       'remarks': self.remarks(),
+      'base': [schema.dump(array) for array in self.needs.values()],
     }
     return value | {'notes': self.notes} if verbose else value
 
@@ -93,14 +99,22 @@ class Report(NamedTuple):
 
   def remarks(self) -> list[str]:
     """Returns what a user of the decoded weights must know, a sentence or two each."""
+    base = []
+    if self.needs:
+      size, first = sum(_size(x) for x in self.needs.values()), next(iter(self.needs))
+      base.append(
+        f'The file needs {len(self.needs)} tensors of a base, {size:,} numbers, such '
+        f'as {first}: whoever decodes it passes that model with --base.'
+      )
     if self.keeps == 'bits':
-      return []
+      return base
     same = 'the same' if self.keeps == 'function' else 'nearly the same'
     up_to = 'up to rounding, ' if self.keeps == 'function' else ''
     remarks = [
+      *base,
       f'The decoded model computes {same} function {up_to}in other coordinates: its '
       'weights are not those of the input. Adapters (LoRA) that were trained on the '
-      'input do not fit it. Merge them first, or use the preset exact.'
+      'input do not fit it. Merge them first, or use the preset exact.',
     ]
     if self.keeps == 'approximation':
       remarks.append('Measure how much it differs with `rotbits evaluate`.')
@@ -176,8 +190,27 @@ def from_reader(reader: reader_lib.Reader) -> Report:
       ReportLine('tokenizer and settings', 0, -other_bytes),
       ReportLine('file overhead', 0, reader.stream_bytes() - reader.size),
     ],
-    notes=notes,
+    needs=reader.needed_arrays(),
+    notes=notes | _beside_base(reader),
   )
+
+
+def _beside_base(reader: reader_lib.Reader) -> dict[str, list[dict[str, Any]]]:
+  """Returns how each tensor is stored beside a base, as notes; none without a base."""
+  leaves = [x for record in reader.records.values() for x in record.leaves]
+  if not any(leaf.base for leaf in leaves):
+    return {}
+  notes = []
+  for leaf in leaves:
+    note: dict[str, Any] = {'tensor': leaf.path, 'form': leaf.type_name or 'array'}
+    if leaf.base is not None and leaf.base.path != leaf.path:
+      note['base'] = leaf.base.path
+    notes.append(note)
+  return {writer_lib.BESIDE: notes}
+
+
+def _size(array: manifest_lib.BaseArray) -> int:
+  return math.prod(array.shape)
 
 
 def _rows(notes: list[dict[str, Any]]) -> list[dict[str, Any]]:

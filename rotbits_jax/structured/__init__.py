@@ -12,7 +12,8 @@ A leaf may be stacked, like the layers of a model: its arrays then have a leadin
 axis `[N, ...]`.
 
 `Quantized` stands for a plain array in a file only: the reader puts the array in its
-place. `UniformlyQuantized` stands for one in memory only.
+place. So do `Same`, `Patched` and `Relative`, which need an array of another model, see
+`relative`. `UniformlyQuantized` stands for one in memory only.
 
 To add a leaf, write a dataclass with annotated fields, see `fields`, and `register` it.
 """
@@ -32,6 +33,10 @@ from rotbits_jax.structured.low_rank import FactorPair
 from rotbits_jax.structured.low_rank import LowRank
 from rotbits_jax.structured.low_rank import ReducedLowRank
 from rotbits_jax.structured.quantized import Quantized
+from rotbits_jax.structured.relative import Patched
+from rotbits_jax.structured.relative import Relative
+from rotbits_jax.structured.relative import Same
+from rotbits_jax.structured.relative import fits as fits_base
 from rotbits_jax.structured.shortcuts import IdentityMinusGram
 from rotbits_jax.structured.shortcuts import TrapezoidalRows
 from rotbits_jax.structured.tied import Tied
@@ -64,8 +69,11 @@ __all__ = [
   'LowRank',
   'Lower',
   'Matrix',
+  'Patched',
   'Quantized',
   'ReducedLowRank',
+  'Relative',
+  'Same',
   'Structured',
   'Tied',
   'TiedExactly',
@@ -76,6 +84,7 @@ __all__ = [
   'count_elements',
   'empty_dicts',
   'expand',
+  'fits_base',
   'flatten',
   'for_writing',
   'is_in_files',

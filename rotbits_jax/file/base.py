@@ -1,0 +1,199 @@
+"""The base of a file: arrays that it needs and does not hold.
+
+A leaf of `structured.relative` is made from one array of another model, which the
+receiver has: the base of a fine-tune, or an earlier step of one run. Arrays are found
+by their paths. Tensors of unknown families are also found if their names differ by a
+prefix such as 'model.'.
+"""
+
+from collections.abc import Mapping
+import functools
+import hashlib
+import json
+import threading
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import numpy as np
+
+from rotbits_jax import structured
+from rotbits_jax.coding import weights
+from rotbits_jax.file import manifest as manifest_lib
+from rotbits_jax.file.container import ContainerError
+from rotbits_jax.passes import relative
+from rotbits_jax.system import checksums
+from rotbits_jax.system import host
+
+_PREFIXES = ('base_model.', 'model.', 'module.', 'transformer.', '_orig_mod.')
+_MOST_RECORDS = 4  # that are held, because records are decoded side by side
+
+
+class Source(Protocol):
+  """What a base is read from, see `sources.Source`."""
+
+  @property
+  def records(self) -> Any: ...
+
+  def specs(self, record: str) -> Any: ...
+
+  def read(self, record: str) -> Any: ...
+
+  def fingerprint(self) -> str | None: ...
+
+
+class Beside(NamedTuple):
+  """An array beside one of the base.
+
+  Attributes:
+    leaf: the structured leaf.
+    base: what it needs.
+    crc32: CRC-32 of the array that it stands for.
+  """
+
+  leaf: structured.Structured
+  base: manifest_lib.BaseArray
+  crc32: int
+
+
+class Base:
+  """The arrays of a base, by path, a record at a time."""
+
+  def __init__(self, source: Source, *, plain: bool):
+    """Reads names, shapes and dtypes.
+
+    Args:
+      source: what to read arrays from.
+      plain: whether names that differ by a prefix are the same.
+    """
+    self._source, self._plain = source, plain
+    self._specs: dict[str, tuple[str, tuple[int, ...], str]] = {}
+    for record in source.records:
+      for path, leaf in structured.flatten(source.specs(record)).items():
+        self._specs[path] = record, tuple(leaf.shape), np.dtype(leaf.dtype).name
+    self._short: dict[str, list[str]] = {}
+    for path in self._specs if plain else ():
+      self._short.setdefault(_short(path), []).append(path)
+    self._lock = threading.RLock()
+    self._record = functools.lru_cache(_MOST_RECORDS)(self._read)
+
+  def find(self, path: str) -> str | None:
+    """Returns the path of the base's array for a path; None if it has none."""
+    if path in self._specs:
+      return path
+    found = self._short.get(_short(path), ())
+    return found[0] if len(found) == 1 else None
+
+  def array(self, path: str) -> np.ndarray:
+    """Returns an array of the base, contiguous.
+
+    Args:
+      path: its own path, as `find` returns it.
+    """
+    return host.contiguous(self._array(path))
+
+  def _array(self, path: str) -> np.ndarray:
+    with self._lock:
+      leaf = self._record(self._specs[path][0])[path]
+    if not structured.is_structured(leaf):
+      return np.asarray(leaf)
+    if leaf.needs:
+      leaf = leaf.materialize(*map(self._array, leaf.needs))
+    return np.asarray(jax.device_get(structured.materialize(leaf)))
+
+  def _read(self, record: str) -> dict[str, Any]:
+    return structured.flatten(self._source.read(record))
+
+  def check(self, path: str, wanted: manifest_lib.BaseArray) -> None:
+    """Checks that the base has the array of a leaf; its elements are not read.
+
+    Args:
+      path: path of the leaf.
+      wanted: what it needs.
+
+    Raises:
+      ContainerError: naming the array, if it is missing or another one.
+    """
+    found = self.find(wanted.path)
+    if found is None:
+      raise ContainerError(f'{path}: the base has no {wanted.path}, which it needs')
+    _, shape, dtype = self._specs[found]
+    if (shape, dtype) != (wanted.shape, wanted.dtype):
+      raise ContainerError(
+        f'{path}: it needs {wanted.path} of the base as {wanted.dtype} '
+        f'{list(wanted.shape)}, and that of this base is {dtype} {list(shape)}'
+      )
+
+  def get(self, path: str, wanted: manifest_lib.BaseArray) -> np.ndarray:
+    """Returns the array that a leaf needs.
+
+    Raises:
+      ContainerError: naming the array, if it is missing or another one.
+    """
+    self.check(path, wanted)
+    found = self.find(wanted.path)
+    assert found is not None
+    array = self.array(found)
+    if checksums.of_array(array) != wanted.crc32:
+      raise ContainerError(
+        f'{path}: {found} of this base has other elements than that of the base beside '
+        'which the file was encoded'
+      )
+    return array
+
+  def beside(self, params: Mapping[str, Any]) -> dict[str, Beside]:
+    """Finds the arrays that take fewer bytes beside the base.
+
+    Args:
+      params: leaves by path.
+
+    Returns:
+      How to store these arrays, by path.
+    """
+    jobs = {}
+    for path, leaf in params.items():
+      own = None if structured.is_structured(leaf) else self.find(path)
+      if own is not None:
+        _, shape, dtype = self._specs[own]
+        if structured.fits_base(leaf.shape, np.dtype(leaf.dtype), shape, dtype):
+          # The base is read here, because an encoded file takes jobs of its own.
+          jobs[path] = functools.partial(_beside, leaf, self._array(own), own)
+    pairs = zip(jobs, weights.run(jobs.values()), strict=True)
+    return {path: own for path, own in pairs if own is not None}
+
+  def holds(self, entry: manifest_lib.Record) -> bool:
+    """Returns whether the base has the arrays that a record was encoded beside."""
+    try:
+      for leaf in entry.leaves:
+        if leaf.base is not None:
+          self.get(leaf.path, leaf.base)
+    except ContainerError:
+      return False
+    return True
+
+  def fingerprint(self) -> str | None:
+    """Returns a digest of the base, but for its elements; None if it is in memory."""
+    own = self._source.fingerprint()
+    if own is None:
+      return None
+    summary = json.dumps([own, self._plain, list(self._specs.items())])
+    return hashlib.sha256(summary.encode()).hexdigest()
+
+
+def _beside(leaf: Any, given: np.ndarray, path: str) -> Beside | None:
+  """Returns how to store an array beside one of the base, whose path is given."""
+  target, base = host.contiguous(np.asarray(leaf)), host.contiguous(given)
+  made = relative.beside(target, base)
+  if made is None:
+    return None
+  crc32 = checksums.of_array(base)
+  own = manifest_lib.BaseArray(
+    path=path, shape=base.shape, dtype=base.dtype.name, crc32=crc32
+  )
+  return Beside(made, own, checksums.of_array(target))
+
+
+def _short(path: str) -> str:
+  """Returns the name of a tensor without the prefixes that wrappers add."""
+  while prefix := next((x for x in _PREFIXES if path.startswith(x)), None):
+    path = path.removeprefix(prefix)
+  return path

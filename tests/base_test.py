@@ -1,0 +1,323 @@
+"""Files beside a base: API, CLI, chains, wrong bases, shards, resume."""
+
+import dataclasses
+import json
+import pathlib
+import shutil
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors import numpy as safetensors_numpy
+
+import rotbits_jax
+from rotbits_jax import file
+from rotbits_jax import models
+from rotbits_jax import structured
+
+TESTDATA = pathlib.Path(__file__).parent / 'testdata'
+DENSE = TESTDATA / 'llama-tiny-dense'
+
+
+def near(array, *, seed=0, scale=2.0**-8):
+  """An array that differs from another as a fine-tune does."""
+  rng = np.random.default_rng(seed)
+  wide = np.asarray(array, np.float64)
+  return (wide + scale * wide.std() * rng.normal(size=wide.shape)).astype(array.dtype)
+
+
+def tree(seed=0, dtype=ml_dtypes.bfloat16):
+  rng = np.random.default_rng(seed)
+  normal = lambda *shape: rng.normal(size=shape).astype(dtype)
+  return {'a': {'w': normal(200, 96), 'b': normal(96)}, 'c': normal(64, 128)}
+
+
+def tuned(base, seed=1):
+  return jax.tree.map(lambda x: near(x, seed=seed), base)
+
+
+def tuned_checkpoint(folder, *, source=DENSE, seed=1):
+  """A fine-tune of a checkpoint of the tests, in a folder."""
+  checkpoint = rotbits_jax.load_checkpoint(source)
+  model = checkpoint.model
+  params = jax.tree.map(lambda x: near(np.asarray(x), seed=seed), model.params)
+  tuned = checkpoint._replace(model=dataclasses.replace(model, params=params))
+  rotbits_jax.save_checkpoint(tuned, folder)
+  return folder
+
+
+def plain_checkpoint(folder, tensors, *, kind='unknown'):
+  folder.mkdir(parents=True)
+  (folder / 'config.json').write_text(json.dumps({'model_type': kind}))
+  safetensors_numpy.save_file(tensors, folder / 'model.safetensors')
+  return folder
+
+
+def same_files(a, b):
+  names = lambda folder: sorted(x.name for x in folder.iterdir())
+  assert names(a) == names(b)
+  return all((b / x.name).read_bytes() == x.read_bytes() for x in a.iterdir())
+
+
+def tensors_of(folder):
+  return safetensors_numpy.load_file(folder / 'model.safetensors')
+
+
+@pytest.mark.parametrize('dtype', ['float16', 'bfloat16', 'float32'])
+def test_a_tree_beside_another_comes_back(dtype):
+  base = tree(dtype=jnp.dtype(dtype))
+  new = tuned(base)
+  data = rotbits_jax.encode(new, base=base)
+  assert len(data) < 0.8 * len(rotbits_jax.encode(new))
+  assert structured.same_bits(rotbits_jax.decode(data, base=base), new)
+  assert structured.same_bits(rotbits_jax.decode(data, base=base, like=new), new)
+  loaded = rotbits_jax.load(data, base=base)
+  assert structured.same_bits(jax.device_get(loaded), new)
+  found = rotbits_jax.read_tensor(data, 'a/w', base=base)
+  assert structured.same_bits(found, new['a']['w'])
+  found = rotbits_jax.read_record(data, 'c', base=base)
+  assert structured.same_bits(found, {'c': new['c']})
+  assert rotbits_jax.verify(data, base=base).tensors == 3
+  with file.Reader(data, base=base) as reader:
+    assert structured.same_bits(reader.tensor('c'), new['c'])
+
+
+def test_an_equal_tree_takes_a_header():
+  base = tree()
+  data = rotbits_jax.encode(base, base=base)
+  assert len(data) < 4000
+  assert structured.same_bits(rotbits_jax.decode(data, base=base), base)
+
+
+def test_decoded_arrays_are_not_those_of_the_base():
+  base = tree()
+  found = rotbits_jax.decode(rotbits_jax.encode(base, base=base), base=base)
+  found['c'][...] = 0
+  assert base['c'].any()
+
+
+def test_what_the_base_lacks_is_stored_alone():
+  base = tree()
+  new = tuned(base) | {'more': near(base['c']), 'few': np.arange(3)}
+  del base['a']['b']
+  data = rotbits_jax.encode(new, base=base)
+  assert structured.same_bits(rotbits_jax.decode(data, base=base), new)
+  needs = rotbits_jax.inspect(data).needs
+  assert sorted(needs) == ['a/w', 'c']
+  assert needs['a/w'].shape == (200, 96)
+  assert needs['a/w'].dtype == 'bfloat16'
+
+
+def test_an_optimizer_and_empty_arrays():
+  base = {
+    'm': (np.zeros((0, 3), np.float16), np.float32(3)),
+    'd': {},
+    'n': np.arange(9),
+  }
+  new = {'m': (np.zeros((0, 3), np.float16), np.float32(4)), 'd': {}, 'n': np.arange(9)}
+  data = rotbits_jax.encode(new, base=base)
+  found = rotbits_jax.decode(data, base=base, like=new)
+  assert structured.same_bits(found, new)
+
+
+def test_a_wrong_base_is_refused_by_name():
+  base = tree()
+  data = rotbits_jax.encode(tuned(base), base=base)
+  decode = rotbits_jax.decode
+  with pytest.raises(file.ContainerError, match='give that model as the base'):
+    decode(data)
+  with pytest.raises(file.ContainerError, match='the base has no c, which it needs'):
+    decode(data, base={'a': base['a']})
+  other = base | {'c': base['c'].astype(np.float32)}
+  with pytest.raises(
+    file.ContainerError, match=r'c: it needs c of the base as bfloat16'
+  ):
+    decode(data, base=other)
+  other = base | {'c': base['c'][:-1]}
+  with pytest.raises(file.ContainerError, match=r'c: it needs c of the base'):
+    decode(data, base=other)
+  other = base | {'c': tuned(base['c'])}
+  with pytest.raises(file.ContainerError, match='c: c of this base has other elements'):
+    decode(data, base=other)
+  with pytest.raises(ValueError, match=r'the base has no .*, nor any other array'):
+    rotbits_jax.encode(tree(), base={'x': base['c']})
+
+
+def test_only_exact_takes_a_base():
+  model = rotbits_jax.load_checkpoint(DENSE).model
+  for preset in ('free', 'near', 'paper'):
+    with pytest.raises(ValueError, match='takes no base'):
+      rotbits_jax.encode(model, preset=preset, base=model)
+
+
+def test_a_model_beside_another(tmp_path):
+  path = tuned_checkpoint(tmp_path / 'tuned')
+  base = rotbits_jax.load_checkpoint(DENSE).model
+  model = rotbits_jax.load_checkpoint(path).model
+  data = rotbits_jax.encode(model, base=base)
+  assert len(data) < 0.6 * len(rotbits_jax.encode(model, preset='exact'))
+  for own in (base, DENSE, str(DENSE), rotbits_jax.open_checkpoint(DENSE)):
+    found = rotbits_jax.decode(data, base=own)
+    assert isinstance(found, models.Model)
+    assert structured.same_bits(found.params, model.params)
+  whole = rotbits_jax.encode(base, preset='exact')
+  for own in (whole, file.Reader(whole)):
+    assert structured.same_bits(rotbits_jax.decode(data, base=own).params, model.params)
+
+
+def test_checkpoints_on_disk(tmp_path):
+  path = tuned_checkpoint(tmp_path / 'tuned')
+  encoded = tmp_path / 'x.rotbits'
+  rotbits_jax.encode_to_file(path, encoded, base=DENSE, check=True)
+  rotbits_jax.decode_to_directory(encoded, tmp_path / 'again', base=DENSE)
+  assert structured.same_bits(tensors_of(tmp_path / 'again'), tensors_of(path))
+  assert rotbits_jax.verify(encoded, against=path, base=DENSE).same_bits
+  with pytest.raises(file.ContainerError, match='differs from the checkpoint'):
+    rotbits_jax.verify(encoded, against=DENSE, base=DENSE)
+  with pytest.raises(file.ContainerError, match='other elements'):
+    rotbits_jax.decode_to_directory(encoded, tmp_path / 'other', base=path)
+  assert not (tmp_path / 'other').exists()
+  found = rotbits_jax.decode_checkpoint(encoded, base=DENSE)
+  assert 'config.json' in found.files
+
+
+def test_shards_beside_shards(tmp_path):
+  path = tuned_checkpoint(tmp_path / 'tuned')
+  size = 40_000
+  rotbits_jax.encode_to_file(DENSE, tmp_path / 'b.rotbits', shard_size=size)
+  base = tmp_path / 'b.rotbits'
+  rotbits_jax.encode_to_file(path, tmp_path / 'x.rotbits', base=base, shard_size=size)
+  assert len(list(tmp_path.glob('x-*.rotbits'))) > 1
+  for own in (base, tmp_path / 'b.rotbits.index.json', DENSE):
+    found = rotbits_jax.verify(tmp_path / 'x.rotbits', against=path, base=own)
+    assert found.same_bits
+
+
+def test_a_chain_of_bases(tmp_path):
+  steps = [tree()]
+  for i in range(3):
+    steps.append(tuned(steps[-1], seed=i))
+  paths = [tmp_path / f'{i}.rotbits' for i in range(4)]
+  rotbits_jax.encode_to_file(steps[0], paths[0])
+  for i in range(1, 4):
+    below = [paths[j] for j in range(i - 1, -1, -1)]
+    rotbits_jax.encode_to_file(steps[i], paths[i], base=below)
+  chain = paths[2::-1]
+  decode = rotbits_jax.decode
+  assert structured.same_bits(decode(paths[3], base=chain), steps[3])
+  assert structured.same_bits(decode(paths[3], base=[*chain[:2], steps[0]]), steps[3])
+  reader = file.Reader(paths[2], base=[paths[1], steps[0]])
+  assert structured.same_bits(decode(paths[3], base=reader), steps[3])
+  with pytest.raises(file.ContainerError, match='give that model as the base'):
+    decode(paths[3], base=paths[2])
+  with pytest.raises(ValueError, match='needs no base'):
+    decode(
+      paths[1], base=[str(plain_checkpoint(tmp_path / 'p', steps[0]['a'])), paths[0]]
+    )
+
+
+def test_a_file_of_a_message_is_no_base():
+  model = rotbits_jax.load_checkpoint(TESTDATA / 'phi2-tiny-sliced-0.25').model
+  data = rotbits_jax.encode(model, preset='paper')
+  with pytest.raises(ValueError, match='cannot be a base'):
+    rotbits_jax.encode(model, preset='exact', base=data)
+
+
+@pytest.mark.parametrize('prefixes', [('', 'model.'), ('base_model.model.', 'model.')])
+def test_names_that_differ_by_a_prefix(prefixes, tmp_path):
+  rng = np.random.default_rng(0)
+  base = {f'h.{i}.weight': rng.normal(size=(64, 80)).astype(np.float16) for i in (0, 1)}
+  new = {name: near(x) for name, x in base.items()}
+  with_prefix = lambda p, tensors: {f'{p}{name}': x for name, x in tensors.items()}
+  own = plain_checkpoint(tmp_path / 'base', with_prefix(prefixes[0], base))
+  path = plain_checkpoint(tmp_path / 'new', with_prefix(prefixes[1], new))
+  encoded = tmp_path / 'x.rotbits'
+  rotbits_jax.encode_to_file(path, encoded, base=own)
+  assert sorted(rotbits_jax.inspect(encoded).needs) == sorted(tensors_of(own))
+  notes = rotbits_jax.inspect(encoded).notes['beside a base']
+  assert notes[0]['base'] == f'{prefixes[0]}{notes[0]["tensor"][len(prefixes[1]) :]}'
+  rotbits_jax.decode_to_directory(encoded, tmp_path / 'again', base=own)
+  assert same_files(path, tmp_path / 'again')
+  # Any folder with these tensors will do.
+  renamed = plain_checkpoint(tmp_path / 'renamed', with_prefix('module.', base))
+  assert rotbits_jax.verify(encoded, against=path, base=renamed).same_bits
+
+
+def test_a_run_that_was_interrupted_goes_on(tmp_path, monkeypatch):
+  path = tuned_checkpoint(tmp_path / 'tuned')
+  base = tmp_path / 'base'
+  shutil.copytree(DENSE, base)
+  encode = lambda: rotbits_jax.encode_to_file(path, tmp_path / 'x.rotbits', base=base)
+  encode()
+  whole = (tmp_path / 'x.rotbits').read_bytes()
+  (tmp_path / 'x.rotbits').unlink()
+  from rotbits_jax.file import writer
+
+  own, calls = writer.encode_record, []
+
+  def interrupted(record, *args):
+    calls.append(record.name)
+    if len(calls) == 2:
+      raise KeyboardInterrupt
+    return own(record, *args)
+
+  monkeypatch.setattr(writer, 'encode_record', interrupted)
+  with pytest.raises(KeyboardInterrupt):
+    encode()
+  names = list(calls)
+  encode()
+  assert calls[2:].count(names[0]) == 0  # it was kept
+  assert (tmp_path / 'x.rotbits').read_bytes() == whole
+  # Another base has another fingerprint.
+  del calls[:]
+  with pytest.raises(KeyboardInterrupt):
+    encode()
+  tensors = tensors_of(base)
+  name = max(tensors, key=lambda x: tensors[x].size)
+  tensors[name] = near(tensors[name])
+  safetensors_numpy.save_file(tensors, base / 'model.safetensors')
+  encode()
+  assert calls.count(names[0]) == 2
+  assert rotbits_jax.verify(tmp_path / 'x.rotbits', against=path, base=base).same_bits
+
+
+def test_commands(rotbits, tmp_path):
+  path = tuned_checkpoint(tmp_path / 'tuned')
+  encoded, again = tmp_path / 'x.rotbits', tmp_path / 'again'
+  both = f'--checkpoint={path}', f'--base={DENSE}'
+  code, out, _ = rotbits('encode', *both, f'--output={encoded}', '--verify', '--json')
+  assert code == 0
+  needed = json.loads(out)['base']
+  assert ['layers.0/mlp/down/kernel', [256, 128]] in [x[:2] for x in needed]
+  assert json.loads(out)['preset'] == 'exact'
+  source = f'--input={encoded}'
+  code, out, _ = rotbits('inspect', source)
+  assert code == 0
+  assert 'beside a base' in out
+  assert f'needs {len(needed)} tensors of a base' in ' '.join(out.split())
+  code, _, err = rotbits('decode', source, f'--output={again}')
+  assert code == 2
+  assert 'give that model as the base' in err
+  code, _, err = rotbits('decode', source, f'--output={again}', f'--base={path}')
+  assert code == 2
+  assert 'has other elements' in err
+  assert not again.exists()
+  code, _, err = rotbits('decode', source, f'--output={again}', f'--base={DENSE}')
+  assert code == 0
+  code, out, _ = rotbits('verify', source, f'--against={path}', f'--base={DENSE}')
+  assert code == 0
+  assert 'all bits are those' in out
+  code, _, err = rotbits('verify', source, '--base=http://x/y')
+  assert code == 2
+  assert 'not a local path' in err
+  # A chain: the file of a second fine-tune needs the first file, and that its base.
+  second = tuned_checkpoint(tmp_path / 'second', source=path, seed=2)
+  chain = f'--base={encoded}', f'--base={DENSE}'
+  own = f'--checkpoint={second}', f'--output={tmp_path / "y.rotbits"}'
+  code, _, err = rotbits('encode', *own, *chain)
+  assert code == 0, err
+  source = f'--input={tmp_path / "y.rotbits"}'
+  code, _, err = rotbits('verify', source, f'--against={second}', *chain)
+  assert code == 0, err

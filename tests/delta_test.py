@@ -1,0 +1,136 @@
+"""Weights of each step of a training, sent as what changed."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import rotbits_jax
+from rotbits_jax import structured
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+def params(dtype=jnp.bfloat16):
+  keys = jax.random.split(jax.random.key(0), 2)
+  normal = lambda key, *shape: jax.random.normal(key, shape, dtype)
+  return {
+    'layers': [{'w': normal(keys[0], 64, 96), 'b': jnp.zeros(96, dtype)}],
+    'head': normal(keys[1], 96, 10),
+  }
+
+
+def moved(tree, seed=0):
+  """The PyTree after a step that moves a hundredth of the numbers by an ulp."""
+  rng = np.random.default_rng(seed)
+
+  def move(x):
+    bits = np.asarray(x).view(np.int16).copy()
+    bits[rng.random(bits.shape) < 0.01] += 1
+    return jnp.asarray(bits.view(x.dtype))
+
+  return jax.tree.map(move, tree)
+
+
+def assert_same(a, b):
+  assert jax.tree.structure(a) == jax.tree.structure(b)
+  assert structured.same_bits(jax.device_get(a), jax.device_get(b))
+
+
+def test_a_delta_turns_one_tree_into_another():
+  old = params()
+  new = moved(old)
+  data = rotbits_jax.delta(new, old)
+  found = rotbits_jax.apply(data, old)
+  assert_same(found, new)
+  assert isinstance(found['head'], jax.Array)
+  assert_same(rotbits_jax.apply(data, jax.device_get(old)), jax.device_get(new))
+
+
+def test_arrays_that_do_not_change_are_not_moved():
+  old = params()
+  new = old | {'head': old['head'] + 1}
+  found = rotbits_jax.apply(rotbits_jax.delta(new, old), old)
+  assert found['layers'][0]['w'] is old['layers'][0]['w']
+  assert_same(found, new)
+
+
+def test_donated_arrays_are_deleted():
+  old = params()
+  new = moved(old)
+  host = jax.device_get(new)
+  data = rotbits_jax.delta(new, old)
+  found = rotbits_jax.apply(data, old, donate=True)
+  assert_same(found, host)
+  assert old['layers'][0]['w'].is_deleted()
+  # The biases did not change, and stay.
+  assert found['layers'][0]['b'] is old['layers'][0]['b'] or (
+    old['layers'][0]['b'].is_deleted()
+  )
+
+
+def test_a_sharding_places_the_arrays():
+  old = params()
+  new = moved(old)
+  place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  found = rotbits_jax.apply(rotbits_jax.delta(new, old), old, sharding=place)
+  assert_same(found, new)
+  assert found['head'].sharding == place
+
+
+def test_a_step_out_of_order_is_refused():
+  steps = [params()]
+  for seed in range(2):
+    steps.append(moved(steps[-1], seed))
+  second = rotbits_jax.delta(steps[2], steps[1])
+  with pytest.raises(rotbits_jax.ContainerError, match='has other elements'):
+    rotbits_jax.apply(second, steps[0])
+  with pytest.raises(rotbits_jax.ContainerError, match='the base has no'):
+    rotbits_jax.apply(second, {'x': steps[1]})
+  with pytest.raises(ValueError, match='only one of the file and'):
+    rotbits_jax.apply(second, steps[1] | {'more': jnp.ones(3)})
+
+
+def test_a_sampler_follows_a_training():
+  x = jax.random.normal(jax.random.key(1), (128, 64), jnp.bfloat16)
+  y = x @ jax.random.normal(jax.random.key(2), (64, 10), jnp.bfloat16)
+  optimizer = optax.adam(1e-4)
+
+  def loss(weights):
+    hidden = jnp.tanh(x @ weights['layers'][0]['w'] + weights['layers'][0]['b'])
+    return jnp.mean(jnp.square(hidden @ weights['head'] - y).astype(jnp.float32))
+
+  @jax.jit
+  def step(weights, state):
+    updates, state = optimizer.update(jax.grad(loss)(weights), state)
+    return optax.apply_updates(weights, updates), state
+
+  trained = params()
+  state = optimizer.init(trained)
+  sampled, sizes = trained, []
+  for _ in range(3):
+    new, state = step(trained, state)
+    data = rotbits_jax.delta(new, trained)
+    sizes.append(len(data))
+    sampled, trained = rotbits_jax.apply(data, sampled), new
+    assert_same(sampled, trained)
+  # The state of the optimizer is a PyTree, too.
+  later = step(trained, state)[1]
+  assert_same(rotbits_jax.apply(rotbits_jax.delta(later, state), state), later)
+  assert sizes[-1] < len(rotbits_jax.encode(trained))
+
+
+def test_two_processes(tmp_path):
+  path = ROOT / 'examples' / 'weight_sync.py'
+  run = [sys.executable, str(path), str(tmp_path), '--steps=4', '--anchor_every=3']
+  env = os.environ | {'PYTHONPATH': str(ROOT)}
+  done = subprocess.run(run, env=env, capture_output=True, text=True, timeout=300)
+  assert done.returncode == 0, done.stderr
+  assert 'step 4' in done.stdout
+  assert 'the sampler has the weights of step 4' in done.stdout

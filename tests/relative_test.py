@@ -1,0 +1,274 @@
+"""Arrays beside a base come back, and damaged leaves are refused."""
+
+import dataclasses
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from rotbits_jax import structured
+from rotbits_jax.coding import weights
+from rotbits_jax.passes import relative as passes
+from rotbits_jax.structured import relative
+
+FLOATS = ['float16', 'bfloat16', 'float32']
+OTHERS = ['float8_e4m3fn', 'float8_e5m2', 'int8', 'uint8', 'int16', 'int32', 'uint32']
+
+
+def pair(dtype='bfloat16', shape=(200, 96), *, scale=0.01, seed=0):
+  """A base, and an array near it whose rows and columns differ in their scales."""
+  rng = np.random.default_rng(seed)
+  base = rng.normal(size=shape)
+  rows = np.exp(rng.normal(size=(*shape[:-1], 1)))
+  columns = np.exp(rng.normal(size=shape[-1:]))
+  target = base + scale * rng.normal(size=shape) * rows * columns
+  dtype = relative.dtype_of(dtype)
+  if dtype.kind in 'iu':
+    base, target = 50 + 9 * base, 50 + 9 * target
+  return target.astype(dtype), base.astype(dtype)
+
+
+def assert_comes_back(target, base, kind=None):
+  """Stores an array beside a base, and returns the leaf."""
+  leaf = passes.beside(target, base)
+  assert leaf is not None
+  assert kind in (None, leaf.type_name)
+  settings, arrays = leaf.stored()
+  encoded = weights.encode(list(arrays.values()))
+  decoded = weights.decode(encoded.spec, encoded.data)
+  again = type(leaf).from_stored(settings, dict(zip(arrays, decoded, strict=True)))
+  assert structured.same_bits(again, leaf)
+  assert structured.same_bits(again.materialize(base), target)
+  assert (again.shape, again.dtype) == (target.shape, target.dtype)
+  return leaf
+
+
+def coded_bytes(leaf):
+  return weights.encode(list(leaf.stored()[1].values())).data.size
+
+
+@pytest.mark.parametrize('dtype', FLOATS)
+def test_a_fine_tune_takes_fewer_bytes_than_alone(dtype):
+  target, base = pair(dtype)
+  leaf = assert_comes_back(target, base, 'relative')
+  assert coded_bytes(leaf) < 0.85 * weights.encode([target]).data.size
+
+
+@pytest.mark.parametrize('dtype', [*FLOATS, *OTHERS])
+@pytest.mark.parametrize('shape', [(40, 50), (2, 3, 40), (700,), (5, 3), (1, 70000)])
+def test_any_dtype_and_shape_comes_back(dtype, shape):
+  target, base = pair(dtype, shape, scale=0.1)
+  leaf = passes._relative(target, relative.bits_of(target), relative.bits_of(base))
+  found = leaf.from_stored(*leaf.stored()).materialize(base)
+  assert structured.same_bits(found, target)
+  patch = structured.Patched.of(target, relative.bits_of(base))
+  found = patch.from_stored(*patch.stored()).materialize(base)
+  assert structured.same_bits(found, target)
+
+
+@pytest.mark.parametrize('dtype', FLOATS)
+def test_special_numbers_come_back(dtype):
+  target, base = pair(dtype)
+  odd = [np.nan, -np.nan, np.inf, -np.inf, 0.0, -0.0, 1e-7, -1e-7]
+  base[0, :8], target[1, :8] = odd, odd
+  base[2, :8], target[2, :8] = odd, odd[::-1]
+  target[3], base[4], target[4] = 0, 0, -0.0
+  bits = target.view(f'u{target.itemsize}')
+  bits[5] = np.arange(bits.shape[1]) + np.array(np.nan, dtype=target.dtype).view(
+    bits.dtype
+  )
+  assert_comes_back(target, base, 'relative')
+
+
+@pytest.mark.parametrize('dtype', ['bfloat16', 'int64', 'float64', 'bool', 'int4'])
+def test_an_equal_array_stores_nothing(dtype):
+  own = np.dtype(getattr(ml_dtypes, dtype, None) or dtype)
+  base = np.arange(60).reshape(3, 20).astype(np.int8).astype(own)
+  leaf = assert_comes_back(base.copy(), base, 'same')
+  assert not leaf.stored()[1]
+
+
+def test_the_base_is_rounded_first():
+  base = np.random.default_rng(0).normal(size=(40, 50)).astype(np.float32)
+  for dtype in (np.float16, ml_dtypes.bfloat16):
+    assert_comes_back(base.astype(dtype), base, 'same')
+  wide = base.astype(np.float64)
+  assert_comes_back(base, wide, 'same')
+  assert passes.beside(wide, base) is None
+  assert passes.beside(base.astype(np.int32), base) is None
+
+
+def test_equal_rows_cost_nothing():
+  target, base = pair(shape=(2000, 96))
+  some = np.arange(2000) % 100 != 3
+  target[some] = base[some]
+  assert_comes_back(target, base)
+  leaf = passes._relative(target, relative.bits_of(target), relative.bits_of(base))
+  assert structured.same_bits(leaf.materialize(base), target)
+  assert sum(x.size for x in leaf.residuals) < 20 * 96 + 2 * 512
+  assert coded_bytes(leaf) < 0.02 * base.nbytes
+
+
+@pytest.mark.parametrize('rows', [150, 200, 260])
+def test_another_number_of_rows(rows):
+  target, _ = pair(shape=(rows, 96), seed=0)
+  _, base = pair(shape=(200, 96), seed=0)
+  common = min(rows, 200)
+  rng = np.random.default_rng(1)
+  far = 1e-3 * rng.normal(size=(common, 96))
+  target[:common] = (base[:common].astype(np.float32) + far).astype(base.dtype)
+  leaf = assert_comes_back(target, base, 'relative')
+  alone = weights.encode([target]).data.size
+  assert coded_bytes(leaf) < 0.7 * alone
+  assert passes.beside(target[:, :95], base) is None
+
+
+@pytest.mark.parametrize('dtype', FLOATS)
+def test_a_merged_adapter_takes_its_factors(dtype):
+  rng = np.random.default_rng(0)
+  base = rng.normal(size=(300, 400))
+  update = 0.02 * rng.normal(size=(300, 8)) @ rng.normal(size=(8, 400))
+  dtype = relative.dtype_of(dtype)
+  wide = base.astype(dtype).astype(np.float64)
+  target, base = (wide + update).astype(dtype), base.astype(dtype)
+  base[0, :3], target[1, :3] = [np.inf, np.nan, 0], [np.inf, np.nan, 0]
+  leaf = assert_comes_back(target, base, 'relative')
+  assert 8 <= leaf.left.shape[1] < 12
+  without = dataclasses.replace(leaf, left=None, right=None)
+  bits = relative.bits_of(target)
+  blocks = list(without.prediction(relative.bits_of(base)))
+  without = passes._with_residuals(without, bits, blocks)
+  assert coded_bytes(leaf) < 0.75 * coded_bytes(without)
+  settings, arrays = leaf.stored()
+  for name, damage in (('left', lambda x: x[:-1]), ('right', lambda x: x[:, 1:])):
+    with pytest.raises(ValueError, match='factors of shapes'):
+      type(leaf).from_stored(settings, arrays | {name: damage(arrays[name])})
+  del arrays['left']
+  with pytest.raises(ValueError, match='one of two factors'):
+    type(leaf).from_stored(settings, arrays)
+
+
+def test_a_step_takes_a_patch():
+  rng = np.random.default_rng(0)
+  base = rng.normal(size=(1000, 400)).astype(ml_dtypes.bfloat16)
+  bits = base.view(np.int16).copy()
+  changed = rng.random(bits.shape) < 0.01
+  bits[changed] += rng.choice([-1, 1], np.count_nonzero(changed)).astype(np.int16)
+  leaf = assert_comes_back(bits.view(base.dtype), base, 'patched')
+  assert coded_bytes(leaf) < 0.0065 * base.nbytes
+  # Small numbers change, as they do when an optimizer takes small steps.
+  small = abs(base.astype(np.float32)) < 0.02
+  bits = base.view(np.int16).copy()
+  bits[small] += 1
+  assert_comes_back(bits.view(base.dtype), base, 'relative')
+
+
+def test_another_model_is_stored_alone():
+  target, _ = pair(seed=0)
+  _, base = pair(seed=1)
+  assert passes.beside(target, base) is None
+  sparse = np.where(np.random.default_rng(0).random(target.shape) < 0.02, target, 0)
+  assert passes.beside(sparse.astype(target.dtype), base) is None
+
+
+def test_another_base_is_refused():
+  target, base = pair()
+  leaf = passes.beside(target, base)
+  with pytest.raises(ValueError, match='cannot be made from'):
+    leaf.materialize(base[:, :40])
+  with pytest.raises(ValueError, match='cannot be made from'):
+    leaf.materialize(base.astype(np.int16))
+  # Other classes have other sizes, or other elements come back.
+  other = base[::-1].copy()
+  try:
+    found = leaf.materialize(other)
+  except ValueError:
+    return
+  assert not structured.same_bits(found, target)
+
+
+DAMAGED = [
+  ('row_scales', lambda x: x[:-1], 'rows of 96'),
+  ('row_scales', lambda x: x.astype(np.int32), "'row_scales' must have"),
+  ('row_scales', lambda x: x * 0 + 9000, 'scales must be within'),
+  ('column_scales', lambda x: x[:-1], 'cannot have 95 scales'),
+  ('column_scales', lambda x: x * 0 + relative.EQUAL, 'marked'),
+  ('residuals_0', lambda x: x.astype(np.uint8), 'cannot be uint8'),
+  ('residuals_0', lambda x: x.astype(np.int32), 'cannot be int32'),
+  ('residuals_0', lambda x: x.reshape(-1, 64), 'must have 512 columns'),
+  ('residuals_0', lambda x: np.tile(x, (99, 1)), 'too many residuals'),
+  ('residuals_0', lambda x: x[:-1], None),
+  ('values', lambda x: x[:-1], None),
+  ('values', lambda x: x.astype(np.float32), 'cannot be float32'),
+  ('residuals_0', lambda x: np.full_like(x, -128), None),
+]
+
+
+@pytest.mark.parametrize(('name', 'damage', 'message'), DAMAGED)
+def test_damaged_arrays_are_refused(name, damage, message):
+  target, base = pair(scale=0.03)
+  leaf = passes.beside(target, base)
+  settings, arrays = leaf.stored()
+  arrays[name] = damage(arrays[name])
+  if message is not None:
+    with pytest.raises(ValueError, match=message):
+      type(leaf).from_stored(settings, arrays)
+    return
+  again = type(leaf).from_stored(settings, arrays)
+  with pytest.raises(ValueError, match=r'cannot be in|are marked'):
+    again.materialize(base)
+
+
+SETTINGS = [
+  {'lengths': [200, 97]},
+  {'lengths': [1 << 30] * 5},
+  {'lengths': [2] * 40},
+  {'name': 'object'},
+  {'name': 'no such dtype'},
+  {'name': 'datetime64[s]'},
+  {'name': 'float64'},
+  {'name': 'U3'},
+  {'name': 'float16'},
+  {'width': 95},
+  {'width': 0},
+  {'step': 4},
+  {'first': 20000},
+  {'bands': [255]},
+  {'bands': [0, 48]},
+  {'bands': []},
+  {'unit': 1000},
+]
+
+
+@pytest.mark.parametrize('damage', SETTINGS, ids=str)
+def test_damaged_settings_are_refused(damage):
+  target, base = pair(scale=0.03)
+  leaf = passes.beside(target, base)
+  settings, arrays = leaf.stored()
+  with pytest.raises(ValueError, match=r'cannot|must|not|too large'):
+    type(leaf).from_stored(settings | damage, arrays)
+
+
+def test_damaged_patches_are_refused():
+  target, base = pair(shape=(30, 20))
+  target[1:] = base[1:]
+  leaf = structured.Patched.of(target, relative.bits_of(base))
+  with pytest.raises(ValueError, match='changed elements'):
+    dataclasses.replace(leaf, changes=leaf.changes[:-1]).materialize(base)
+  settings, arrays = leaf.stored()
+  for damage in (
+    {'mask': arrays['mask'][:-1]},
+    {'changes': arrays['changes'].astype(np.int32)},
+    {'changes': arrays['changes'].astype(np.float32)},
+    {'changes': np.zeros(601, np.int8)},
+  ):
+    with pytest.raises(ValueError, match='cannot'):
+      type(leaf).from_stored(settings, arrays | damage)
+
+
+def test_rounding_and_functions_leave_the_leaf_as_it_is():
+  target, base = pair()
+  leaf = passes.beside(target, base)
+  assert leaf.astype(np.float32) is leaf
+  with pytest.raises(ValueError, match='cannot be made'):
+    leaf.check_needed((3, 96, 1))
