@@ -737,6 +737,47 @@ sys.exit(main.main())
     assert (done.returncode, done.stdout, done.stderr) == (128 + number, '', '')
     assert list(tmp_path.iterdir()) == []
 
+  @pytest.mark.parametrize('command', ['decode', 'report'])
+  def test_a_signal_during_start_up_leaves_nothing(self, tmp_path, encoded, command):
+    program = f"""
+import os, sys
+class Finder:
+  def find_spec(self, name, path, target=None):
+    if name == 'jax':
+      os.kill(os.getpid(), {int(signal.SIGTERM)})
+sys.meta_path.insert(0, Finder())
+from rotbits_jax.cli import main
+sys.argv = ['rotbits', {command!r}, {f'--input={encoded / "exact"}'!r},
+            {f'--output={tmp_path / "a" / "out"}'!r}]
+sys.exit(main.main())
+"""
+    done = self.run_code(program)
+    assert (done.returncode, done.stderr) == (128 + signal.SIGTERM, '')
+    assert list(tmp_path.iterdir()) == []
+
+  def test_an_interrupted_run_says_what_it_keeps(self, tmp_path):
+    program = f"""
+import os, sys
+from rotbits_jax.cli import main
+from rotbits_jax.file import journal
+note = journal.Journal.note
+def stopped(self, *args):
+  note(self, *args)
+  os.kill(os.getpid(), {int(signal.SIGINT)})
+journal.Journal.note = stopped
+sys.argv = ['rotbits', 'encode', {f'--checkpoint={SLICED}'!r}, '--preset=exact',
+            {f'--output={tmp_path / "out"}'!r}]
+sys.exit(main.main())
+"""
+    done = self.run_code(program)
+    assert done.returncode == 128 + signal.SIGINT
+    kept = tmp_path / '.out.partial'
+    assert done.stderr == (
+      f'rotbits encode: 1 records are kept in {kept}: the same command continues after '
+      'them; remove the folder if you do not want that\n'
+    )
+    assert list(tmp_path.iterdir()) == [kept]
+
   def test_progress_that_nobody_reads(self, tmp_path):
     program = f"""
 import sys

@@ -16,7 +16,6 @@ import os
 import pathlib
 import re
 import shutil
-import signal
 import sys
 import traceback
 from typing import Any
@@ -159,8 +158,10 @@ def run(command: Callable[[], Result | None], own: Flags | flags.FlagValues) -> 
       elif result is not None and result[1] is not None:
         print(result[1])
       sys.stdout.flush()
-  except KeyboardInterrupt as error:  # the exit code is the convention of shells
-    return 128 + getattr(error, 'signal', signal.SIGINT)
+  except KeyboardInterrupt as error:
+    for note in getattr(error, '__notes__', ()):  # of what is kept
+      print(f'{name}: {printable(note)}', file=sys.stderr)
+    return interrupts.exit_code(error)
   except BrokenPipeError:
     raise
   except (ValueError, OSError, flags.Error) as error:
