@@ -81,6 +81,44 @@ def test_programs(page, tmp_path, monkeypatch):
   exec(compile(''.join(blocks(page, 'python')), page, 'exec'), {})
 
 
+EIGHT_DEVICES = """
+import functools, jax, numpy as np, rotbits_jax
+from fuzz import seeds
+from rotbits_jax import models
+
+assert jax.device_count() == 8
+config = seeds.LLAMA | {'num_hidden_layers': 8}
+rotbits_jax.encode_to_file(seeds.sliced_model(config), 'model.rotbits', preset=PRESET)
+tokens = np.arange(16)[None]
+logits = jax.jit(models.logits)
+expected = np.asarray(logits(rotbits_jax.load('model.rotbits'), tokens))
+make_mesh = jax.make_mesh
+for kind in jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit:
+  jax.make_mesh = functools.partial(make_mesh, axis_types=(kind,))
+  exec(PAGE)
+  devices = [len(x.sharding.device_set) for x in jax.tree.leaves(model.params)]
+  assert set(devices) == {8}
+  kernel = model.params[list(model.params)[-1]]['mlp']['down']['kernel']
+  assert kernel.sharding.is_fully_replicated == (PRESET == 'free')
+  np.testing.assert_allclose(logits(model, tokens), expected, atol=1e-5)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.daily
+@pytest.mark.parametrize('preset', ['exact', 'free'])  # one stack; stacks of 1 and 7
+def test_the_page_on_several_devices_on_eight(preset, tmp_path):
+  page = ''.join(blocks('howto/tpu.md', 'python'))
+  flags = f'{os.environ["XLA_FLAGS"]} --xla_force_host_platform_device_count=8'
+  subprocess.run(
+    [sys.executable, '-c', f'PAGE, PRESET = {page!r}, {preset!r}\n{EIGHT_DEVICES}'],
+    check=True,
+    cwd=tmp_path,
+    env=os.environ | {'PYTHONPATH': str(ROOT), 'XLA_FLAGS': flags},
+    timeout=300,
+  )
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize('page', pages_with('bash'))
 def test_commands(page, tmp_path):
