@@ -38,6 +38,8 @@ _NO_SIDECARS = frozenset([
 _MOST_SIDECAR = 1 << 28  # bytes; tokenizers have up to 40 MB
 _MOST_SIDECARS = 1 << 30  # bytes of all together
 _TORCH_WEIGHTS = 'pytorch_model.bin'
+# What a Trainer of transformers leaves beside the weights.
+_TRAINING = frozenset(['optimizer.pt', 'scheduler.pt', 'scaler.pt'])
 _TORCH_INDEX = 'pytorch_model.bin.index.json'
 
 
@@ -230,7 +232,7 @@ def _find_weights(path: pathlib.Path) -> pathlib.Path:
     )
   if not path.is_dir():
     raise errors.CheckpointError(f'{path}: there is no such file or directory')
-  candidates = sorted(path.glob('*.pt'))
+  candidates = sorted(x for x in path.glob('*.pt') if x.name not in _TRAINING)
   if (path / indices.WEIGHTS).is_file():
     candidates.append(path / indices.WEIGHTS)
   else:

@@ -105,12 +105,17 @@ class Flags:
       'config', None, help, flag_values=self.values
     )
 
-  def check_sources(self) -> None:
+  def check_paths(self) -> None:
     """Checks that sources are paths, and not addresses or names of models.
+
+    Nor is a source or the output `-`, which other programs take for a pipe.
 
     Raises:
       ValueError: if one is not. It says how to get the files.
     """
+    for name in {*self._sources, 'output'} & {*self.values}:
+      if self.values[name].value == '-':
+        raise ValueError(f'--{name}=- is no file; pipes are not supported')
     for name in self._sources:
       if (path := self.values[name].value) is None:
         continue
@@ -151,7 +156,7 @@ def run(command: Callable[[], Result | None], own: Flags | flags.FlagValues) -> 
     with interrupts.raised():
       _parse(values)
       if isinstance(own, Flags):
-        own.check_sources()
+        own.check_paths()
       result = command()
       if result is not None and values['json'].value:
         print(json.dumps(result[0], allow_nan=False))
@@ -164,13 +169,22 @@ def run(command: Callable[[], Result | None], own: Flags | flags.FlagValues) -> 
     return interrupts.exit_code(error)
   except BrokenPipeError:
     raise
-  except (ValueError, OSError, flags.Error) as error:
+  except Exception as error:
+    if not _is_bad_input(error):
+      raise
     if 'verbose' in values and values['verbose'].value:
       traceback.print_exc()
     hint = f'; see {name} --help' if isinstance(error, flags.Error) else ''
     print(f'{name}: {one_line(error)}{hint}', file=sys.stderr)
     return BAD_INPUT
   return 0
+
+
+def _is_bad_input(error: Exception) -> bool:
+  """Returns whether an error is of what the user gave, and not of this program."""
+  if isinstance(error, RuntimeError):  # JAX_PLATFORMS names devices that are not there
+    return str(error).startswith('Unable to initialize backend')
+  return isinstance(error, ValueError | OSError | flags.Error)
 
 
 def _keep_programs() -> None:
