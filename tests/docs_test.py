@@ -6,9 +6,11 @@ import inspect
 import os
 import pathlib
 import re
+import runpy
 import shutil
 import subprocess
 import sys
+from unittest import mock
 
 import jax
 import numpy as np
@@ -58,6 +60,49 @@ def test_examples(page):
   runner = doctest.DocTestRunner(optionflags=flags)
   runner.run(test, out=report.append)
   assert runner.summarize(verbose=False).failed == 0, ''.join(report)
+
+
+INSTALLED = r"""
+import doctest, pathlib, re, sys
+import rotbits_jax
+
+assert pathlib.Path(rotbits_jax.__file__).is_relative_to(pathlib.Path.cwd())
+for page in sys.argv[1:]:
+  text = pathlib.Path(page).read_text('utf-8')
+  find = lambda language: re.findall(rf'^```{language}\n(.*?)^```$', text, re.M | re.S)
+  code = re.sub(r'^:tags:.*$', '', ''.join(find('{code-cell} ipython3')), flags=re.M)
+  exec(compile(code, page, 'exec'), {})
+  code = ''.join(find('pycon'))
+  examples = doctest.DocTestParser().get_doctest(code, {}, page, page, 0)
+  flags = doctest.ELLIPSIS | doctest.IGNORE_EXCEPTION_DETAIL
+  assert not doctest.DocTestRunner(optionflags=flags).run(examples).failed, page
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.daily
+def test_examples_run_after_a_plain_install(tmp_path):
+  """What pip would install has the data that examples need."""
+  shutil.copytree(ROOT / 'rotbits_jax', tmp_path / 'rotbits_jax')
+  tools = mock.Mock(find_packages=lambda include: [])
+  with mock.patch.dict(sys.modules, setuptools=tools):
+    runpy.run_path(str(ROOT / 'setup.py'))
+  setup = tools.setup.call_args.kwargs
+  for package, source in setup['package_dir'].items():
+    for pattern in setup['package_data'].get(package, ['*.py']):
+      for path in (ROOT / source).glob(pattern):
+        target = tmp_path / package.replace('.', '/') / path.relative_to(ROOT / source)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, target)
+  pages = [x for x in PAGES if blocks(x, 'pycon') or blocks(x, '{code-cell} ipython3')]
+  assert {'tutorial.md', 'howto/transform.md', 'reference/top.md'} < set(pages)
+  subprocess.run(
+    [sys.executable, '-c', INSTALLED, *(DOCS / page for page in pages)],
+    check=True,
+    cwd=tmp_path,
+    env=os.environ | {'PYTHONPATH': str(tmp_path)},
+    timeout=600,
+  )
 
 
 @pytest.mark.parametrize('path', modules_with_examples())

@@ -43,6 +43,23 @@ _TRAINING = frozenset(['optimizer.pt', 'scheduler.pt', 'scaler.pt'])
 _TORCH_INDEX = 'pytorch_model.bin.index.json'
 
 
+def example(name: str = 'phi2-tiny-sliced-0.25') -> pathlib.Path:
+  """Returns the folder of a small checkpoint of random weights, for examples.
+
+  Args:
+    name: 'phi2-tiny-sliced-0.25', 'phi2-tiny-dense' or 'llama-tiny-dense'.
+
+  Raises:
+    CheckpointError: if there is none of this name.
+  """
+  package = pathlib.Path(__file__).parents[1]
+  # setup.py copies some of the folders of the repository into the package.
+  for folder in (package / 'testdata', package.parent / 'tests' / 'testdata'):
+    if (folder / name / CONFIG).is_file():
+      return folder / name
+  raise errors.CheckpointError(f'there is no example {name!r}')
+
+
 def open_checkpoint(path: str | os.PathLike[str]) -> reader_lib.CheckpointReader:
   """Opens a dense or a sliced checkpoint: names, shapes, dtypes and the config.
 

@@ -17,10 +17,10 @@ or of Microsoft's SliceGPT, or the path of a GGUF file. The presets:
 
   exact  keeps every bit. The default for dense checkpoints. Checkpoints of unknown
          families are stored as plain tensors, and decode to the same files.
-  free   keeps the function that the model computes and changes its coordinates. The
-         default for sliced checkpoints, which it makes two fifths smaller. On dense
-         ones it saves little more than exact. Adapters that were trained on the input
-         do not fit the decoded model.
+  free   keeps the function that the model computes, up to rounding, and changes its
+         coordinates. The default for sliced checkpoints, which it makes two fifths
+         smaller. On dense ones it saves about a bit an element more than exact.
+         Adapters that were trained on the input do not fit the decoded model.
   near   changes the function a little and makes the file much smaller: elements are
          rounded to coarse steps. Measure what it costs with `rotbits evaluate`.
   paper  rotates the weights at random and gets the bits of the rotations back, as in

@@ -192,7 +192,7 @@ def chain(*transforms: Transform | Chain) -> Chain:
         f'the source ahead, got it after {before.name!r}'
       )
   made = Chain(tuple(found))
-  for takes in {x.takes for x in found} - {'any'}:
+  for takes in sorted({x.takes for x in found} - {'any'}, reverse=True):
     made.check(takes)
   return made
 
