@@ -144,7 +144,9 @@ class Rotbits:
 
     import rotbits_jax
 
-    return jax.block_until_ready(jax.tree.leaves(rotbits_jax.load(path).params))
+    model = rotbits_jax.load(path)
+    assert isinstance(model, rotbits_jax.Model)
+    return jax.block_until_ready(jax.tree.leaves(model.params))
 
 
 PEERS: dict[str, Callable[[], Any]] = {

@@ -104,6 +104,10 @@ def _container(data: bytes) -> None:
         np.asarray(leaf.materialize())
 
 
+def _decode(path: pathlib.Path) -> None:
+  rotbits_jax.decode(path)
+
+
 def _is_small(leaf: Any) -> bool:
   """Returns whether a leaf can be materialized here."""
   alone = structured.is_structured(leaf) and not leaf.needs
@@ -360,25 +364,28 @@ def _chain(data: bytes) -> None:
   assert np.abs(found - expected).max() < 1e-4 * np.abs(expected).max()
 
 
-def _special_numbers(data: bytes) -> None:
+def _special_numbers(given: bytes) -> None:
   """Puts a number that is not finite anywhere, and compares the other predictions."""
-  if len(data) != 6:
+  if len(given) != 6:
     raise ValueError('no input')
-  model = _models()[data[1] % 2]
+  model = _models()[given[1] % 2]
   flat = structured.flatten(model.params)
-  path = list(flat)[data[2] % len(flat)]
+  path = list(flat)[given[2] % len(flat)]
   leaf = flat[path]
   # With `near`, a factor of the number may become 0, or get another sign.
   presets = ('exact', 'free', *(['near'] if path.startswith('embed/') else []))
-  preset = presets[data[0] % len(presets)]
+  preset = presets[given[0] % len(presets)]
   array = leaf.u if structured.is_structured(leaf) else leaf
   changed = np.array(array)
-  place = int.from_bytes(data[4:]) * changed.size >> 16
-  changed.reshape(-1)[place] = (np.nan, np.inf, -np.inf)[data[3] % 3]
+  place = int.from_bytes(given[4:]) * changed.size >> 16
+  changed.reshape(-1)[place] = (np.nan, np.inf, -np.inf)[given[3] % 3]
   params = jax.tree.map(lambda x: changed if x is array else x, model.params)
   model = dataclasses.replace(model, params=params)
   expected = _logits(model)
-  found = _logits(rotbits_jax.decode(rotbits_jax.encode(model, preset=preset)))
+  data = rotbits_jax.encode(model, preset=rotbits_jax.presets.make(preset))
+  decoded = rotbits_jax.decode(data)
+  assert isinstance(decoded, models.Model)
+  found = _logits(decoded)
   finite = np.isfinite(expected)
   assert np.array_equal(np.isfinite(found), finite)
   if finite.any():
@@ -462,7 +469,7 @@ TARGETS: dict[str, Target] = {
   'shards_index': Target(
     lambda: seeds.indices(seeds.shards_of_container()),
     mutations.mutate_json,
-    _with_file(rotbits_jax.decode, 'x.index.json', seeds.shards_of_container),
+    _with_file(_decode, 'x.index.json', seeds.shards_of_container),
     (rotbits_jax.ContainerError,),
   ),
   'resume': Target(
