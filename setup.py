@@ -20,6 +20,9 @@ ATHERIS = (
   'and platform_machine == "x86_64"'
 )
 
+# Small checkpoints for the examples of the documentation, see `checkpoints.example`.
+EXAMPLES = ['llama-tiny-dense', 'phi2-tiny-dense', 'phi2-tiny-sliced-0.25']
+
 setuptools.setup(
   name='rotbits_jax',
   version='0.1.0',
@@ -32,9 +35,20 @@ setuptools.setup(
   packages=[
     *setuptools.find_packages(include=['rotbits_jax', 'rotbits_jax.*']),
     'rotbits_jax.configs',
+    'rotbits_jax.testdata',
   ],
-  package_dir={'rotbits_jax.configs': 'configs'},
-  package_data={'rotbits_jax': ['py.typed', 'data/*', 'checkpoints/remote_code/*.py']},
+  package_dir={
+    'rotbits_jax.configs': 'configs',
+    'rotbits_jax.testdata': 'tests/testdata',
+  },
+  package_data={
+    'rotbits_jax': ['py.typed', 'data/*', 'checkpoints/remote_code/*.py'],
+    'rotbits_jax.testdata': [
+      f'{name}/{files}'
+      for name in EXAMPLES
+      for files in ('*.json', '*.safetensors', '*.pt')
+    ],
+  },
   entry_points={'console_scripts': ['rotbits = rotbits_jax.cli.main:main']},
   # scripts/versions.sh tests the oldest versions, the newest, and a JAX between them.
   install_requires=[

@@ -305,7 +305,8 @@ def main(argv: list[str]) -> None:
     )
   if _FILE.value is not None:
     records = rotbits_jax.file.Reader(_FILE.value).records.values()
-    specs = (record.stream_spec for record in records)
+    coded = [record.stream_spec for record in records]
+    specs = [spec for spec in coded if isinstance(spec, weights.StreamSpec)]
     share = lane_bytes(specs) / os.path.getsize(_FILE.value)
     show(f'Lanes of {os.path.basename(_FILE.value)}: {100 * share:.3f}% of the file')
   if _RESULTS.value is not None:

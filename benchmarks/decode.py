@@ -392,7 +392,9 @@ def prepare(
       args = ['benchmarks/peers.py', name, 'compress', str(tensors), str(path)]
       subprocess.run([peers_python, *args], cwd=ROOT, check=True)
     else:
-      path.write_bytes(rotbits_jax.encode(checkpoint.model, preset=name, progress=True))
+      preset = rotbits_jax.presets.make(name)
+      data = rotbits_jax.encode(checkpoint.model, preset=preset, progress=True)
+      path.write_bytes(data)
   return tensors, files
 
 

@@ -150,16 +150,16 @@ def encode_and_load(
   start = time.perf_counter()
   data = rotbits_jax.encode(
     checkpoint.model,
-    preset=preset,
+    preset=presets.make(preset, **options),
     files=checkpoint.files,
     stem=checkpoint.stem,
     progress=True,
-    **options,
   )
   path.write_bytes(data)
   encoded = time.perf_counter()
   model = jax.block_until_ready(rotbits_jax.load(path, progress=True))
   stop = time.perf_counter()
+  assert isinstance(model, rotbits_jax.Model)
   return Timed(model, len(data), encoded - start, stop - encoded)
 
 
@@ -225,8 +225,8 @@ def measure(
     name = f'{GIVEN}, {subject.given.suffix}'
     rows.append(Row(subject.name, name, subject.given.stat().st_size))
   for name, found in measured.items():
-    kl, truth = found.kl['tensors'], found.kl.get('truth')
-    own = sizes.get(name), found.perplexity, kl, truth, *seconds.get(name, ())
+    kl, kl_truth = found.kl['tensors'], found.kl.get('truth')
+    own = sizes.get(name), found.perplexity, kl, kl_truth, *seconds.get(name, ())
     rows.append(Row(subject.name, name, *own))
   return rows
 

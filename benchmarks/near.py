@@ -138,7 +138,9 @@ def stored_by_near(
   preset = presets.near(step=step, offsets=offsets, inputs=inputs)
   preset = preset._replace(transform=passes.chain())
   data = rotbits_jax.encode(rewritten, preset=preset)
-  return Stored(rotbits_jax.load(data), len(data))
+  loaded = rotbits_jax.load(data)
+  assert isinstance(loaded, rotbits_jax.Model)
+  return Stored(loaded, len(data))
 
 
 def stored_in_blocks(model: models.Model, name: str) -> Stored:

@@ -18,6 +18,7 @@ from collections.abc import Callable
 import json
 import os
 import pathlib
+import struct
 import subprocess
 import sys
 import tempfile
@@ -38,6 +39,15 @@ def split(data: Any) -> Arrays:
   header.pop('__metadata__', None)
   offsets = [entry['data_offsets'] for entry in header.values()]
   return [view[start + begin : start + end] for begin, end in offsets]
+
+
+def is_bfloat16(data: bytes) -> bool:
+  """Returns whether most tensors of a safetensors file are bfloat16."""
+  (length,) = struct.unpack('<Q', data[:8])
+  header = json.loads(data[8 : 8 + length])
+  header.pop('__metadata__', None)
+  dtypes = [entry['dtype'] for entry in header.values()]
+  return 2 * dtypes.count('BF16') > len(dtypes)
 
 
 def _memory_file() -> str:
@@ -92,20 +102,21 @@ class Zstandard:
 
 
 class Zipnn:
-  """ZipNN, set to float16 numbers."""
-
-  def __init__(self) -> None:
-    import zipnn
-
-    threads = os.cpu_count()
-    self._coder = zipnn.ZipNN(bytearray_dtype='float16', threads=threads)
+  """ZipNN, set to the dtype of most tensors of the file."""
 
   def compress(self, source: str, output: str) -> None:
     data = pathlib.Path(source).read_bytes()
-    pathlib.Path(output).write_bytes(self._coder.compress(data))
+    coder = self._coder('bfloat16' if is_bfloat16(data) else 'float16')
+    pathlib.Path(output).write_bytes(coder.compress(data))
 
   def decode(self, path: str) -> Arrays:
-    return split(self._coder.decompress(pathlib.Path(path).read_bytes()))
+    # The compressed file says which dtype it has.
+    return split(self._coder('float16').decompress(pathlib.Path(path).read_bytes()))
+
+  def _coder(self, dtype: str) -> Any:
+    import zipnn
+
+    return zipnn.ZipNN(bytearray_dtype=dtype, threads=os.cpu_count())
 
 
 class Lmzip:
@@ -133,7 +144,9 @@ class Rotbits:
 
     import rotbits_jax
 
-    return jax.block_until_ready(jax.tree.leaves(rotbits_jax.load(path).params))
+    model = rotbits_jax.load(path)
+    assert isinstance(model, rotbits_jax.Model)
+    return jax.block_until_ready(jax.tree.leaves(model.params))
 
 
 PEERS: dict[str, Callable[[], Any]] = {

@@ -108,7 +108,9 @@ def measure(
   curve: dict[str, list[list[float]]] = {'this library': [], 'GGUF': []}
   for preset in (presets.free(), *(presets.near(step=x) for x in STEPS)):
     data = rotbits_jax.encode(model, preset=preset)
-    kl = divergence(rotbits_jax.load(data))
+    loaded = rotbits_jax.load(data)
+    assert isinstance(loaded, rotbits_jax.Model)
+    kl = divergence(loaded)
     curve['this library'].append([len(data) / report.input_bytes, kl])
   for name in BLOCKS:
     stored = near.stored_in_blocks(model, name)

@@ -99,7 +99,7 @@ def dequantised_table() -> str:
 
 def main() -> None:
   body = (
-    f'Written by `python -m benchmarks.levels` on {sections.machine()}.\n'
+    f'Written by `python -m benchmarks.quantised` on {sections.machine()}.\n'
     'Entropy is that of the pattern of zeros and of rounded normal numbers.\n\n'
     f'{pruned_table()}\n\n{dequantised_table()}\n'
   )

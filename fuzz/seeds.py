@@ -77,6 +77,16 @@ def sliced_model(
   return models.from_layers(config, outer, layers)
 
 
+def low_rank_model() -> models.Model:
+  """Makes the sliced Llama with a kernel of rank 3 as two factors."""
+  model = sliced_model(LLAMA)
+  (layer,) = model.layers()
+  kernel = layer['mlp']['up']['kernel']
+  ones = np.ones((3, kernel.shape[1]), np.float16)
+  layer['mlp']['up'] = {'kernel': structured.LowRank(kernel[:, :3], ones, names='asvd')}
+  return models.from_layers(model.config, model.outer(), [layer])
+
+
 def presets_of_sweep() -> dict[str, presets.Preset]:
   """Returns every preset, and variants whose files other code reads."""
   found = {name: presets.make(name) for name in presets.PRESETS}
@@ -193,6 +203,7 @@ def containers_of_models() -> dict[str, bytes]:
   }
   for name in ('free', 'exact'):
     found[f'opt {name}'] = rotbits_jax.encode(model, preset=name)
+    found[f'low rank {name}'] = rotbits_jax.encode(low_rank_model(), preset=name)
   return found
 
 

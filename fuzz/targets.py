@@ -7,6 +7,8 @@ are made right by the mutation.
 
 from collections.abc import Callable, Iterable
 import contextlib
+import dataclasses
+import functools
 import json
 import math
 import os
@@ -25,6 +27,7 @@ from fuzz import seeds
 import rotbits_jax
 from rotbits_jax import checkpoints
 from rotbits_jax import models
+from rotbits_jax import passes
 from rotbits_jax import report as report_lib
 from rotbits_jax import structured
 from rotbits_jax.checkpoints import attributes
@@ -99,6 +102,10 @@ def _container(data: bytes) -> None:
     for leaf in structured.flatten(params).values():
       if _is_small(leaf):
         np.asarray(leaf.materialize())
+
+
+def _decode(path: pathlib.Path) -> None:
+  rotbits_jax.decode(path)
 
 
 def _is_small(leaf: Any) -> bool:
@@ -321,10 +328,82 @@ def _resume(data: bytes) -> None:
     assert output.read_bytes() == output.with_name('y').read_bytes()
 
 
+def _transforms() -> list[passes.Transform]:
+  return [
+    passes.remove_residual_gauge(),
+    passes.retie_embedding(),
+    passes.remove_biases(),
+    passes.remove_value_gauge(),
+    passes.remove_query_key_gauge(),
+    passes.remove_low_rank_gauge(),
+    passes.random_rotation(key=jax.random.key(1)),
+    passes.retie_exactly(),
+  ]
+
+
+@functools.cache
+def _models() -> list[models.Model]:
+  """Returns small models: a Llama with factors and an OPT, both sliced."""
+  return [seeds.low_rank_model(), seeds.sliced_model(seeds.OPT)]
+
+
+_jitted_logits = jax.jit(models.logits)
+
+
+def _logits(model: models.Model) -> np.ndarray:
+  return np.asarray(_jitted_logits(model.materialize(), np.arange(8)[None]))
+
+
+def _chain(data: bytes) -> None:
+  """Applies a chain of transforms, and compares predictions."""
+  if not 1 < len(data) < 8:
+    raise ValueError('no input')
+  known = _transforms()
+  chain = passes.chain(*(known[x % len(known)] for x in data[1:]))
+  model = structured.astype(_models()[data[0] % 2], np.float32)
+  is_stored = {x.takes for x in chain.transforms} == {'stored'}
+  rounding = None if is_stored else passes.NEAREST
+  found = _logits(passes.run_chain((chain,), model, rounding=rounding)[0])
+  expected = _logits(model)
+  assert np.abs(found - expected).max() < 1e-4 * np.abs(expected).max()
+
+
+def _special_numbers(given: bytes) -> None:
+  """Puts a number that is not finite anywhere, and compares the other predictions."""
+  if len(given) != 6:
+    raise ValueError('no input')
+  model = _models()[given[1] % 2]
+  flat = structured.flatten(model.params)
+  path = list(flat)[given[2] % len(flat)]
+  leaf = flat[path]
+  # With `near`, a factor of the number may become 0, or get another sign.
+  presets = ('exact', 'free', *(['near'] if path.startswith('embed/') else []))
+  preset = presets[given[0] % len(presets)]
+  array = leaf.u if structured.is_structured(leaf) else leaf
+  changed = np.array(array)
+  place = int.from_bytes(given[4:]) * changed.size >> 16
+  changed.reshape(-1)[place] = (np.nan, np.inf, -np.inf)[given[3] % 3]
+  params = jax.tree.map(lambda x: changed if x is array else x, model.params)
+  model = dataclasses.replace(model, params=params)
+  expected = _logits(model)
+  data = rotbits_jax.encode(model, preset=rotbits_jax.presets.make(preset))
+  decoded = rotbits_jax.decode(data)
+  assert isinstance(decoded, models.Model)
+  found = _logits(decoded)
+  finite = np.isfinite(expected)
+  assert np.array_equal(np.isfinite(found), finite)
+  if finite.any():
+    most = {'free': 0.05, 'near': 0.5, 'exact': 0}[preset]
+    off = np.abs(found - expected, where=finite, out=np.zeros_like(found))
+    assert off.max() <= most * np.std(expected, where=finite)
+
+
 def _codec_seeds() -> list[bytes]:
   rng = np.random.default_rng(0)
   return [bytes([choice]) + rng.bytes(64) for choice in range(0, 256, 3)]
 
+
+_CHAINS = ((1, 2, 3, 4, 5), (6, 3), (5, 6, 2), (3, 3, 4), (2, 6, 1, 3))
 
 TARGETS: dict[str, Target] = {
   'container': Target(
@@ -394,13 +473,25 @@ TARGETS: dict[str, Target] = {
   'shards_index': Target(
     lambda: seeds.indices(seeds.shards_of_container()),
     mutations.mutate_json,
-    _with_file(rotbits_jax.decode, 'x.index.json', seeds.shards_of_container),
+    _with_file(_decode, 'x.index.json', seeds.shards_of_container),
     (rotbits_jax.ContainerError,),
   ),
   'resume': Target(
     lambda: [bytes([kept, 1, change, 0]) for kept in range(4) for change in range(6)],
     lambda data, rng, mutate: mutate(data),
     _resume,
+    (ValueError,),
+  ),
+  'chains': Target(
+    lambda: [bytes([kind, 0, *rest]) for kind in range(2) for rest in _CHAINS],
+    lambda data, rng, mutate: mutate(data),
+    _chain,
+    (ValueError,),
+  ),
+  'special_numbers': Target(
+    lambda: [bytes([i, i // 3, 3 * i, i // 2, 8 * i, i]) for i in range(12)],
+    lambda data, rng, mutate: mutate(data),
+    _special_numbers,
     (ValueError,),
   ),
   'config': Target(

@@ -22,7 +22,41 @@ Data flows through the modules in one direction:
 """
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # what `__getattr__` imports
+  from rotbits_jax import checkpoints as checkpoints
+  from rotbits_jax import coding as coding
+  from rotbits_jax import evaluation as evaluation
+  from rotbits_jax import file as file
+  from rotbits_jax import models as models
+  from rotbits_jax import passes as passes
+  from rotbits_jax import presets as presets
+  from rotbits_jax import report as report
+  from rotbits_jax import slicing as slicing
+  from rotbits_jax import structured as structured
+  from rotbits_jax import symmetries as symmetries
+  from rotbits_jax.api import decode as decode
+  from rotbits_jax.api import decode_checkpoint as decode_checkpoint
+  from rotbits_jax.api import decode_to_directory as decode_to_directory
+  from rotbits_jax.api import encode as encode
+  from rotbits_jax.api import encode_to_file as encode_to_file
+  from rotbits_jax.api import inspect as inspect
+  from rotbits_jax.api import load as load
+  from rotbits_jax.api import read_record as read_record
+  from rotbits_jax.api import read_tensor as read_tensor
+  from rotbits_jax.api import verify as verify
+  from rotbits_jax.checkpoints import Checkpoint as Checkpoint
+  from rotbits_jax.checkpoints import CheckpointError as CheckpointError
+  from rotbits_jax.checkpoints import load_checkpoint as load_checkpoint
+  from rotbits_jax.checkpoints import open_checkpoint as open_checkpoint
+  from rotbits_jax.checkpoints import save_checkpoint as save_checkpoint
+  from rotbits_jax.file import ContainerError as ContainerError
+  from rotbits_jax.models import Model as Model
+  from rotbits_jax.models import ModelConfig as ModelConfig
+  from rotbits_jax.presets import PRESETS as PRESETS
+  from rotbits_jax.presets import Preset as Preset
+  from rotbits_jax.symmetries import canonicalise as canonicalise  # type: ignore[no-redef]
 
 # Names are imported when they are first used, because decoding a file does not need the
 # modules of evaluation, slicing and encoding.

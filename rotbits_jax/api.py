@@ -242,8 +242,8 @@ def load(
     sharding: a `jax.sharding.Sharding` for all arrays, or a function that takes the
       path and the shape of a parameter and returns one. Layers are stacked along the
       first axis, and have paths like 'layers.0:12/mlp/up/kernel'. Where an axis of a
-      mesh does not divide the length of an axis, the array is replicated. Layers that
-      no device of this process gets are not read.
+      mesh does not divide the length of an axis, the array is replicated. Axes of a
+      mesh become `Auto`. Layers that no device of this process gets are not read.
     dtype: dtype for all floating-point elements, rounded to nearest; None for the dtype
       of each array in the file. Arrays that `near` has rounded are float32 there.
     integers: whether a matrix that the file stores as multiples of one step, as `near`

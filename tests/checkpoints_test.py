@@ -681,6 +681,18 @@ class TestDirectory:
     assert files['merges.txt'] == b'a\r\nb'
     assert files['tokenizer.model'] == b'\0\xff'
 
+  def test_the_state_of_a_trainer_is_left_out(self, tmp_path):
+    shutil.copytree(TESTDATA / 'llama-tiny-dense', tmp_path, dirs_exist_ok=True)
+    state = ('optimizer.pt', 'rng_state.pth', 'scheduler.pt', 'training_args.bin')
+    for name in state:
+      (tmp_path / name).write_text('not kept')
+    for source in (
+      checkpoints.open_checkpoint(tmp_path),
+      checkpoints.open_tensors(tmp_path),
+    ):
+      assert source.path == tmp_path / 'model.safetensors'
+      assert set(state) < set(source.left_out)
+
   def test_a_link_that_leaves_the_folder_is_left_out(self, tmp_path):
     folder = tmp_path / 'x'
     shutil.copytree(TESTDATA / 'llama-tiny-dense', folder)

@@ -150,6 +150,28 @@ class TestEncode:
     for name in ('model.safetensors', 'config.json', 'LICENSE'):
       assert (tmp_path / 'out' / name).read_bytes() == (source / name).read_bytes()
 
+  def test_the_layout_of_files_is_said_and_can_be_kept(self, rotbits, tmp_path):
+    source, output = tmp_path / 'source', tmp_path / 'model.rotbits'
+    source.mkdir()
+    (source / 'config.json').write_bytes((DENSE / 'config.json').read_bytes())
+    tensors = tensors_of(rotbits_jax.load_checkpoint(DENSE).model)
+    weights_files.write_torch(source / 'pytorch_model.bin', tensors, 'x')
+    args = f'--checkpoint={source}', f'--output={output}', '--overwrite'
+    code, out, _ = rotbits('encode', *args)
+    assert code == 0
+    assert 'come back as safetensors; with --same_files' in out
+    code, out, _ = rotbits('encode', *args, '--same_files', '--verify')
+    assert code == 0
+    assert '--same_files' not in out
+    decoded = tmp_path / 'out'
+    assert rotbits('decode', f'--input={output}', f'--output={decoded}')[0] == 0
+    assert {x.name: x.read_bytes() for x in decoded.iterdir()} == {
+      x.name: x.read_bytes() for x in source.iterdir()
+    }
+    code, _, err = rotbits('encode', *args, '--same_files', '--preset=free')
+    assert code == 2
+    assert "the preset 'free' needs a model of a known family" in err
+
   def test_a_nested_state_dict_is_stored_as_plain_tensors(self, rotbits, tmp_path):
     source, output = tmp_path / 'source', tmp_path / 'model.rotbits'
     source.mkdir()
@@ -461,6 +483,28 @@ class TestBadInput:
     args = ['encode', f'--checkpoint={path}', f'--output={tmp_path / "out"}']
     self.check(rotbits, tmp_path, args, words)
 
+  @pytest.mark.parametrize(
+    ('command', 'flag'),
+    [('encode', 'checkpoint'), ('encode', 'output'), ('decode', 'input')],
+  )
+  def test_pipes(self, rotbits, tmp_path, monkeypatch, command, flag):
+    monkeypatch.chdir(tmp_path)
+    names = {'encode': ('checkpoint', 'output'), 'decode': ('input', 'output')}[command]
+    args = [f'--{x}={"-" if x == flag else tmp_path / x}' for x in names]
+    code, _, err = rotbits(command, *args)
+    assert (code, err.strip()) == (
+      2,
+      f'rotbits {command}: --{flag}=- is no file; pipes are not supported',
+    )
+    assert list(tmp_path.iterdir()) == []
+
+  def test_devices_that_are_not_there(self, rotbits, monkeypatch, encoded):
+    text = "Unable to initialize backend 'tpu': no libtpu.so"
+    failing = mock.Mock(side_effect=RuntimeError(text))
+    monkeypatch.setattr(rotbits_jax, 'inspect', failing)
+    code, _, err = rotbits('inspect', f'--input={encoded / "free"}')
+    assert (code, err) == (2, f'rotbits inspect: {text}\n')
+
   def test_no_other_kinds_of_files_are_replaced(self, rotbits, tmp_path):
     os.mkfifo(tmp_path / 'fifo')
     args = ['encode', f'--checkpoint={SLICED}', '--overwrite', '--output=OUT']
@@ -736,6 +780,47 @@ sys.exit(main.main())
     done = self.run_code(program)
     assert (done.returncode, done.stdout, done.stderr) == (128 + number, '', '')
     assert list(tmp_path.iterdir()) == []
+
+  @pytest.mark.parametrize('command', ['decode', 'report'])
+  def test_a_signal_during_start_up_leaves_nothing(self, tmp_path, encoded, command):
+    program = f"""
+import os, sys
+class Finder:
+  def find_spec(self, name, path, target=None):
+    if name == 'jax':
+      os.kill(os.getpid(), {int(signal.SIGTERM)})
+sys.meta_path.insert(0, Finder())
+from rotbits_jax.cli import main
+sys.argv = ['rotbits', {command!r}, {f'--input={encoded / "exact"}'!r},
+            {f'--output={tmp_path / "a" / "out"}'!r}]
+sys.exit(main.main())
+"""
+    done = self.run_code(program)
+    assert (done.returncode, done.stderr) == (128 + signal.SIGTERM, '')
+    assert list(tmp_path.iterdir()) == []
+
+  def test_an_interrupted_run_says_what_it_keeps(self, tmp_path):
+    program = f"""
+import os, sys
+from rotbits_jax.cli import main
+from rotbits_jax.file import journal
+note = journal.Journal.note
+def stopped(self, *args):
+  note(self, *args)
+  os.kill(os.getpid(), {int(signal.SIGINT)})
+journal.Journal.note = stopped
+sys.argv = ['rotbits', 'encode', {f'--checkpoint={SLICED}'!r}, '--preset=exact',
+            {f'--output={tmp_path / "out"}'!r}]
+sys.exit(main.main())
+"""
+    done = self.run_code(program)
+    assert done.returncode == 128 + signal.SIGINT
+    kept = tmp_path / '.out.partial'
+    assert done.stderr == (
+      f'rotbits encode: 1 records are kept in {kept}: the same command continues after '
+      'them; remove the folder if you do not want that\n'
+    )
+    assert list(tmp_path.iterdir()) == [kept]
 
   def test_progress_that_nobody_reads(self, tmp_path):
     program = f"""

@@ -46,3 +46,11 @@ def test_a_checkpoint_comes_back(tmp_path, name, preset):
     assert expected == rotbits_jax.load_checkpoint(TESTDATA / name).model.config
   assert all(x == written['safetensors'] for x in written.values())
   assert (written['safetensors'] == bits) == (preset == 'exact')
+  if 'sliced' in name:  # only transformers loads it: scripts/transformers.sh does
+    folder = tmp_path / 'transformers'
+    rotbits_jax.decode_to_directory(output, folder, format='transformers')
+    opened = checkpoints.open_tensors(folder).tensors
+    others = {x for x in specs if 'shortcut' not in x}
+    assert others <= opened.keys()
+    assert all((opened[x].shape, opened[x].dtype) == specs[x] for x in others)
+    assert list(folder.glob('modeling_*.py'))

@@ -6,9 +6,11 @@ import inspect
 import os
 import pathlib
 import re
+import runpy
 import shutil
 import subprocess
 import sys
+from unittest import mock
 
 import jax
 import numpy as np
@@ -60,6 +62,49 @@ def test_examples(page):
   assert runner.summarize(verbose=False).failed == 0, ''.join(report)
 
 
+INSTALLED = r"""
+import doctest, pathlib, re, sys
+import rotbits_jax
+
+assert pathlib.Path(rotbits_jax.__file__).is_relative_to(pathlib.Path.cwd())
+for page in sys.argv[1:]:
+  text = pathlib.Path(page).read_text('utf-8')
+  find = lambda language: re.findall(rf'^```{language}\n(.*?)^```$', text, re.M | re.S)
+  code = re.sub(r'^:tags:.*$', '', ''.join(find('{code-cell} ipython3')), flags=re.M)
+  exec(compile(code, page, 'exec'), {})
+  code = ''.join(find('pycon'))
+  examples = doctest.DocTestParser().get_doctest(code, {}, page, page, 0)
+  flags = doctest.ELLIPSIS | doctest.IGNORE_EXCEPTION_DETAIL
+  assert not doctest.DocTestRunner(optionflags=flags).run(examples).failed, page
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.daily
+def test_examples_run_after_a_plain_install(tmp_path):
+  """What pip would install has the data that examples need."""
+  shutil.copytree(ROOT / 'rotbits_jax', tmp_path / 'rotbits_jax')
+  tools = mock.Mock(find_packages=lambda include: [])
+  with mock.patch.dict(sys.modules, setuptools=tools):
+    runpy.run_path(str(ROOT / 'setup.py'))
+  setup = tools.setup.call_args.kwargs
+  for package, source in setup['package_dir'].items():
+    for pattern in setup['package_data'].get(package, ['*.py']):
+      for path in (ROOT / source).glob(pattern):
+        target = tmp_path / package.replace('.', '/') / path.relative_to(ROOT / source)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, target)
+  pages = [x for x in PAGES if blocks(x, 'pycon') or blocks(x, '{code-cell} ipython3')]
+  assert {'tutorial.md', 'howto/transform.md', 'reference/top.md'} < set(pages)
+  subprocess.run(
+    [sys.executable, '-c', INSTALLED, *(DOCS / page for page in pages)],
+    check=True,
+    cwd=tmp_path,
+    env=os.environ | {'PYTHONPATH': str(tmp_path)},
+    timeout=600,
+  )
+
+
 @pytest.mark.parametrize('path', modules_with_examples())
 def test_examples_in_docstrings(path):
   module = importlib.import_module(path.replace('/', '.').removesuffix('.py'))
@@ -79,6 +124,44 @@ def test_programs(page, tmp_path, monkeypatch):
     (tmp_path / f'{name}.rotbits').write_bytes(data)
   monkeypatch.chdir(tmp_path)
   exec(compile(''.join(blocks(page, 'python')), page, 'exec'), {})
+
+
+EIGHT_DEVICES = """
+import functools, jax, numpy as np, rotbits_jax
+from fuzz import seeds
+from rotbits_jax import models
+
+assert jax.device_count() == 8
+config = seeds.LLAMA | {'num_hidden_layers': 8}
+rotbits_jax.encode_to_file(seeds.sliced_model(config), 'model.rotbits', preset=PRESET)
+tokens = np.arange(16)[None]
+logits = jax.jit(models.logits)
+expected = np.asarray(logits(rotbits_jax.load('model.rotbits'), tokens))
+make_mesh = jax.make_mesh
+for kind in jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit:
+  jax.make_mesh = functools.partial(make_mesh, axis_types=(kind,))
+  exec(PAGE)
+  devices = [len(x.sharding.device_set) for x in jax.tree.leaves(model.params)]
+  assert set(devices) == {8}
+  kernel = model.params[list(model.params)[-1]]['mlp']['down']['kernel']
+  assert kernel.sharding.is_fully_replicated == (PRESET == 'free')
+  np.testing.assert_allclose(logits(model, tokens), expected, atol=1e-5)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.daily
+@pytest.mark.parametrize('preset', ['exact', 'free'])  # one stack; stacks of 1 and 7
+def test_the_page_on_several_devices_on_eight(preset, tmp_path):
+  page = ''.join(blocks('howto/tpu.md', 'python'))
+  flags = f'{os.environ["XLA_FLAGS"]} --xla_force_host_platform_device_count=8'
+  subprocess.run(
+    [sys.executable, '-c', f'PAGE, PRESET = {page!r}, {preset!r}\n{EIGHT_DEVICES}'],
+    check=True,
+    cwd=tmp_path,
+    env=os.environ | {'PYTHONPATH': str(ROOT), 'XLA_FLAGS': flags},
+    timeout=300,
+  )
 
 
 @pytest.mark.slow

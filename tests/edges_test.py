@@ -8,6 +8,7 @@ import numpy as np
 import random_models
 import transform_checks
 
+from fuzz import seeds
 import rotbits_jax
 from rotbits_jax import models
 from rotbits_jax import structured
@@ -114,14 +115,11 @@ class ModelTest(parameterized.TestCase):
 
   @parameterized.product(
     name=('attention_shortcut/kernel', 'attention/query/kernel', 'mlp/down/kernel'),
-    edit=('NaN', 'infinite', 'zero', 'subnormal', 'greatest'),
+    edit=('zero', 'subnormal', 'greatest'),
   )
   def test_free(self, name, edit):
     def change(x):
-      if edit in ('NaN', 'infinite'):
-        x[1, 2] = np.nan if edit == 'NaN' else -np.inf
-      else:
-        x = {'zero': x * 0, 'subnormal': x * 2.0**-22}.get(edit, np.sign(x) * 65504)
+      x = {'zero': x * 0, 'subnormal': x * 2.0**-22}.get(edit, np.sign(x) * 65504)
       return x.astype(np.float16)
 
     model = self.edited(name, change)
@@ -129,9 +127,18 @@ class ModelTest(parameterized.TestCase):
     tokens = np.arange(12)[None]
     expected = transform_checks.fast_logits(model, tokens)
     actual = transform_checks.fast_logits(decoded, tokens)
-    self.assertEqual(np.isfinite(actual).all(), np.isfinite(expected).all())
-    if np.isfinite(expected).all():
-      np.testing.assert_allclose(actual, expected, atol=0.02 * expected.std())
+    self.assertTrue(np.isfinite(expected).all())
+    np.testing.assert_allclose(actual, expected, atol=0.02 * expected.std())
+
+  @parameterized.parameters('exact', 'free', 'near')
+  def test_a_hidden_size_of_1(self, preset):
+    sizes = {'hidden_size': 1, 'word_embed_proj_dim': 1, 'num_attention_heads': 1}
+    model = random_models.random_model(seeds.OPT | sizes, np.float16)
+    decoded = rotbits_jax.decode(rotbits_jax.encode(model, preset=preset))
+    tokens = np.arange(10)[None]
+    expected = transform_checks.fast_logits(model, tokens)
+    actual = transform_checks.fast_logits(decoded, tokens)
+    np.testing.assert_allclose(actual, expected, atol=0.05 * expected.std())
 
 
 if __name__ == '__main__':

@@ -39,7 +39,7 @@ def test_inputs_of_the_corpus_end_in_the_error_that_is_promised(name):
 
 
 # Targets that read models of several presets, for which many programs are compiled.
-OF_MODELS = ('container', 'manifest', 'paper')
+OF_MODELS = ('chains', 'container', 'manifest', 'paper', 'special_numbers')
 
 
 @pytest.mark.parametrize(

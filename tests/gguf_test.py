@@ -46,6 +46,7 @@ SETTINGS = {
   'llama.rope.freq_base': 50.0,
   'llama.rope.dimension_count': 8,
   'llama.vocab_size': 268,
+  'tokenizer.chat_template': '{{ messages }}',
 }
 SPECIAL = ['<|end|>', '<|start|>']
 MERGES = ['Ġ t', 'h e', 'Ġt he', '1 2', 'Ã ©', 'Ċ Ċ', 'c a', 'ca t', 'Ġ cat']
@@ -251,6 +252,9 @@ class TestModel:
     config_json = json.loads(checkpoint.files['config.json'])
     assert config_json | CONFIG == config_json
     assert (config_json['bos_token_id'], config_json['eos_token_id']) == (1, 0)
+    tokenizer = json.loads(checkpoint.files['tokenizer_config.json'])
+    assert (tokenizer['bos_token'], tokenizer['eos_token']) == (TOKENS[1], TOKENS[0])
+    assert tokenizer['chat_template'] == SETTINGS['tokenizer.chat_template']
 
   def test_a_layer_is_dequantised_when_it_is_asked_for(self, tmp_path):
     tensors = gguf_tensors(hugging_face_tensors(tied=True))
@@ -319,6 +323,8 @@ class TestRefused:
       ({'fields': {'token_type': [0.5]}}, r'token_type is \[0\.5\]; supported'),
       ({'fields': {'merges': 'a b'}}, "merges is 'a b'; supported: a list of strings"),
       ({'fields': {'eos_token_id': '0'}}, "eos_token_id is '0'; supported: an integer"),
+      ({'fields': {'eos_token_id': 999}}, 'eos token is 999; supported: one of'),
+      ({'settings': {'tokenizer.chat_template': 7}}, 'chat_template is 7; supported'),
     ],
   )
   def test_what_would_be_read_wrongly(self, tmp_path, arguments, match):

@@ -37,6 +37,17 @@ def test_a_lost_exception_is_raised_at_the_next_record():
       bar.update()
 
 
+def test_an_error_that_a_signal_becomes_is_the_signal():
+  def load():
+    try:
+      signal.raise_signal(signal.SIGTERM)
+    except interrupts.Stopped as error:
+      raise ImportError('of an extension') from error
+
+  with pytest.raises(interrupts.Stopped), interrupts.raised():
+    load()
+
+
 def test_an_ignored_signal_stays_ignored():
   before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
   try:

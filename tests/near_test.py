@@ -20,6 +20,7 @@ from rotbits_jax import presets
 from rotbits_jax import structured
 from rotbits_jax.passes import rounding
 from rotbits_jax.presets import steps as steps_lib
+from tests import random_models
 
 TESTDATA = pathlib.Path(__file__).parent / 'testdata'
 TINY = 'llama-tiny-sliced-head-0.25'
@@ -133,6 +134,20 @@ class IntegersTest(parameterized.TestCase):
     numbers = sum(int(np.prod(x.shape)) for x in found)
     saved = numbers * (4 - np.dtype(dtype).itemsize) - sum(x.step.nbytes for x in found)
     self.assertEqual(_nbytes(plain.params) - _nbytes(loaded.params), saved)
+
+  def test_layers_of_int8_and_of_int16_share_a_stack(self):
+    config = random_models.BASE | {'num_hidden_layers': 2}
+    model = random_models.random_model(config, np.float16)
+    kernel = model.params['layers.0:2']['mlp']['up']['kernel']
+    kernel[1, 0, 0] = 6 * kernel.std()  # 192 steps
+    preset = presets.near()._replace(transform=passes.chain())
+    data = rotbits_jax.encode(model, preset=preset)
+    with rotbits_jax.file.Reader(data) as reader:
+      grids = [reader.records[f'layers.{i}'].grids() for i in range(2)]
+    found = [grids[i][f'layers.{i}/mlp/up/kernel'].integer_dtype for i in range(2)]
+    self.assertEqual(found, [np.int8, np.int16])
+    loaded = rotbits_jax.load(data, integers=True)
+    self.assert_same_bits(rotbits_jax.load(data), loaded)
 
   def test_memory_is_halved(self):
     plain, loaded = (rotbits_jax.load(_file(-3.0), integers=x) for x in (False, True))

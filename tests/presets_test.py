@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -82,6 +83,25 @@ def test_exact_with_transforms_keeps_the_function_only():
   assert (made.keeps, made.resumable) == ('function', False)
   with pytest.raises(ValueError, match='needs a model'):
     rotbits_jax.encode({'a': np.zeros(3)}, preset=made)
+
+
+@pytest.mark.slow
+def test_a_type_checker_finds_an_unknown_preset(tmp_path):
+  program = tmp_path / 'program.py'
+  program.write_text(
+    "import rotbits_jax\nrotbits_jax.encode({}, preset='exact')\n"
+    "rotbits_jax.encode({}, preset='fre')\n"
+  )
+  command = [sys.executable, '-m', 'mypy', '--follow-imports=silent', program]
+  done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+  (line,) = [x for x in done.stdout.splitlines() if 'error:' in x]
+  assert 'program.py:3: error: Argument "preset" to "encode"' in line
+
+
+def test_every_name_of_the_package_is_known_to_type_checkers():
+  source = pathlib.Path(rotbits_jax.__file__).read_text()
+  names = set(re.findall(r'^  from [\w.]+ import (\w+) as \1', source, re.M))
+  assert names == set(rotbits_jax.__all__)
 
 
 def test_another_package_adds_a_preset(tmp_path):

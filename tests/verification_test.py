@@ -51,6 +51,14 @@ class VerifyTest(parameterized.TestCase):
     checkpoints.save_checkpoint(saved, self.folder / 'x')
     return self.folder / 'x'
 
+  def test_tokens_that_are_not_finite_are_not_compared(self):
+    checkpoint = checkpoints.load_checkpoint(TESTDATA / NAME)
+    checkpoint.model.params['embed']['tokens'][1::2] = np.nan
+    checkpoints.save_checkpoint(checkpoint, self.folder / 'x')
+    data = rotbits_jax.encode(checkpoint, preset='free')
+    found = rotbits_jax.verify(data, against=self.folder / 'x')
+    self.assertLess(found.kl, 10 * found.kl_rerounded)
+
   @parameterized.parameters('exact', 'free')
   def test_a_whole_file(self, preset):
     result = rotbits_jax.verify(_encoded(preset))

@@ -5,6 +5,7 @@ files. The checkpoint of a sliced model also has a slicing JSON, in which SliceG
 the width of every residual segment.
 """
 
+from rotbits_jax.checkpoints.checkpoint import example
 from rotbits_jax.checkpoints.checkpoint import load_checkpoint
 from rotbits_jax.checkpoints.checkpoint import open_any
 from rotbits_jax.checkpoints.checkpoint import open_checkpoint
@@ -53,6 +54,7 @@ __all__ = [
   'TensorSpec',
   'UnsupportedError',
   'WeightsFile',
+  'example',
   'from_tensors',
   'load_checkpoint',
   'open_any',

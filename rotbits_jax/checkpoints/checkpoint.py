@@ -38,7 +38,26 @@ _NO_SIDECARS = frozenset([
 _MOST_SIDECAR = 1 << 28  # bytes; tokenizers have up to 40 MB
 _MOST_SIDECARS = 1 << 30  # bytes of all together
 _TORCH_WEIGHTS = 'pytorch_model.bin'
+# What a Trainer of transformers leaves beside the weights.
+_TRAINING = frozenset(['optimizer.pt', 'scheduler.pt', 'scaler.pt'])
 _TORCH_INDEX = 'pytorch_model.bin.index.json'
+
+
+def example(name: str = 'phi2-tiny-sliced-0.25') -> pathlib.Path:
+  """Returns the folder of a small checkpoint of random weights, for examples.
+
+  Args:
+    name: 'phi2-tiny-sliced-0.25', 'phi2-tiny-dense' or 'llama-tiny-dense'.
+
+  Raises:
+    CheckpointError: if there is none of this name.
+  """
+  package = pathlib.Path(__file__).parents[1]
+  # setup.py copies some of the folders of the repository into the package.
+  for folder in (package / 'testdata', package.parent / 'tests' / 'testdata'):
+    if (folder / name / CONFIG).is_file():
+      return folder / name
+  raise errors.CheckpointError(f'there is no example {name!r}')
 
 
 def open_checkpoint(path: str | os.PathLike[str]) -> reader_lib.CheckpointReader:
@@ -230,7 +249,7 @@ def _find_weights(path: pathlib.Path) -> pathlib.Path:
     )
   if not path.is_dir():
     raise errors.CheckpointError(f'{path}: there is no such file or directory')
-  candidates = sorted(path.glob('*.pt'))
+  candidates = sorted(x for x in path.glob('*.pt') if x.name not in _TRAINING)
   if (path / indices.WEIGHTS).is_file():
     candidates.append(path / indices.WEIGHTS)
   else:

@@ -99,6 +99,7 @@ def open_gguf(
     sidecars = {
       CONFIG: _to_json(config_json),
       'tokenizer.json': _to_json(_tokenizer_json(metadata)),
+      'tokenizer_config.json': _to_json(_tokenizer_config(metadata)),
     }
     config = configs.parse_config(config_json)
     tensors = {}
@@ -126,8 +127,8 @@ def read_gguf(
     dtype: dtype of the parameters, float16 or float32.
 
   Returns:
-    The dense model. Its sidecar files are the `config.json` and the `tokenizer.json`
-    of a Hugging Face checkpoint of the same model.
+    The dense model. Its sidecar files are the `config.json`, the `tokenizer.json` and
+    the `tokenizer_config.json` of a Hugging Face checkpoint of the same model.
 
   Raises:
     CheckpointError: if the file is damaged, if the model is not a Llama with a known
@@ -163,11 +164,7 @@ def _config_json(metadata: dict[str, Any], tied: bool) -> dict[str, Any]:
       'tensor_data_layout': '',
     }
   )
-  tokens = {
-    f'{name}_token_id': _token(metadata, f'tokenizer.ggml.{key}_token_id')
-    for name, key in (('bos', 'bos'), ('eos', 'eos'), ('pad', 'padding'))
-    if f'tokenizer.ggml.{key}_token_id' in metadata
-  }
+  tokens = {f'{name}_token_id': x for name, x in _special_tokens(metadata).items()}
   config_json = {
     'architectures': ['LlamaForCausalLM'],
     'model_type': 'llama',
@@ -231,6 +228,38 @@ def _tokenizer_json(metadata: dict[str, Any]) -> dict[str, Any]:
       'vocab': {token: index for index, token in enumerate(tokens)},
       'merges': _entries(metadata, 'merges', str),
     },
+  }
+
+
+def _tokenizer_config(metadata: dict[str, Any]) -> dict[str, Any]:
+  """Makes the `tokenizer_config.json`: the special tokens and the chat template.
+
+  Raises:
+    CheckpointError: if the template is no text, or if a token is none of the tokens.
+  """
+  tokens = _tokens(metadata)
+  found: dict[str, Any] = {'tokenizer_class': 'PreTrainedTokenizerFast'}
+  for name, token in _special_tokens(metadata).items():
+    if not 0 <= token < len(tokens):
+      raise errors.CheckpointError(
+        f'the {name} token is {token}; supported: one of {len(tokens)} tokens'
+      )
+    found[f'{name}_token'] = tokens[token]
+  if (template := metadata.get('tokenizer.chat_template')) is not None:
+    if not isinstance(template, str):
+      raise errors.CheckpointError(
+        f'tokenizer.chat_template is {errors.cut(repr(template))}; supported: a text'
+      )
+    found['chat_template'] = template
+  return found
+
+
+def _special_tokens(metadata: dict[str, Any]) -> dict[str, int]:
+  """Returns the tokens that begin, end and pad a text, by Hugging Face's names."""
+  return {
+    name: _token(metadata, f'tokenizer.ggml.{key}_token_id')
+    for name, key in (('bos', 'bos'), ('eos', 'eos'), ('pad', 'padding'))
+    if f'tokenizer.ggml.{key}_token_id' in metadata
   }
 
 

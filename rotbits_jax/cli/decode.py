@@ -9,13 +9,14 @@ Example:
   rotbits decode --input=smollm2.rotbits --output=SmolLM2-again
 
 The weights get the tensor names, shapes and dtypes of the checkpoint that was encoded,
-in DIR/model.safetensors or, with --shard_size, in shards and an index, whatever files
-they came from. The other files come back too: configs, tokenizer, license, model card,
-code. `slicegpt` writes the .pt and .json that Microsoft's SliceGPT reads. Plain tensors
-(a checkpoint of an unknown family) come back in the files that they were in, byte for
-byte. FILE may be the path that shards were written to, or their index. One layer at a
-time is in memory. Files in DIR that exist are replaced with --overwrite only; other
-files stay.
+in DIR/model.safetensors; in the shards that it had, if they were safetensors; or, with
+--shard_size, in shards of that size. Weights from .bin files come back as safetensors,
+see `rotbits encode --same_files`. The other files come back too: configs, tokenizer,
+license, model card, code. `slicegpt` writes the .pt and .json that Microsoft's SliceGPT
+reads. Plain tensors (a checkpoint of an unknown family) come back in the files that
+they were in, byte for byte. FILE may be the path that shards were written to, or their
+index. One layer at a time is in memory. Files in DIR that exist are replaced with
+--overwrite only; other files stay.
 
 A dense checkpoint loads in transformers. A sliced one does after --format=transformers,
 which writes the code of the model, too:

@@ -6,6 +6,7 @@ import os
 import sys
 
 import rotbits_jax
+from rotbits_jax.system import interrupts
 
 COMMANDS = {
   'encode': 'encodes a checkpoint as a smaller file',
@@ -54,8 +55,11 @@ def main() -> int:
   if isinstance(sys.stdout, io.TextIOWrapper):  # it may have fewer characters
     sys.stdout.reconfigure(errors='backslashreplace')
   try:
-    code = _run(sys.argv[1] if len(sys.argv) > 1 else '--help')
-    sys.stdout.flush()
+    with interrupts.raised():  # also while modules are imported, which takes seconds
+      code = _run(sys.argv[1] if len(sys.argv) > 1 else '--help')
+      sys.stdout.flush()
+  except KeyboardInterrupt as error:
+    return interrupts.exit_code(error)
   except BrokenPipeError:  # the reader of the pipe, such as `head`, has ended
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
@@ -83,6 +87,7 @@ def _run(name: str) -> int:
   os.environ.setdefault('OPENBLAS_NUM_THREADS', '1')
   # Only this command is imported, because importing all of them would take seconds.
   command = importlib.import_module(f'rotbits_jax.cli.{name}')
-  return importlib.import_module('rotbits_jax.cli.program').run(
-    command.main, command.FLAGS
-  )
+  program = importlib.import_module('rotbits_jax.cli.program')
+  interrupts.check()
+  code: int = program.run(command.main, command.FLAGS)
+  return code

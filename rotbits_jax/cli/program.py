@@ -16,7 +16,6 @@ import os
 import pathlib
 import re
 import shutil
-import signal
 import sys
 import traceback
 from typing import Any
@@ -113,12 +112,17 @@ class Flags:
       'config', None, help, flag_values=self.values
     )
 
-  def check_sources(self) -> None:
+  def check_paths(self) -> None:
     """Checks that sources are paths, and not addresses or names of models.
+
+    Nor is a source or the output `-`, which other programs take for a pipe.
 
     Raises:
       ValueError: if one is not. It says how to get the files.
     """
+    for name in {*self._sources, 'output'} & {*self.values}:
+      if self.values[name].value == '-':
+        raise ValueError(f'--{name}=- is no file; pipes are not supported')
     for name in self._sources:
       value = self.values[name].value
       for path in value if isinstance(value, list) else [value]:
@@ -164,24 +168,35 @@ def run(command: Callable[[], Result | None], own: Flags | flags.FlagValues) -> 
     with interrupts.raised():
       _parse(values)
       if isinstance(own, Flags):
-        own.check_sources()
+        own.check_paths()
       result = command()
       if result is not None and values['json'].value:
         print(json.dumps(result[0], allow_nan=False))
       elif result is not None and result[1] is not None:
         print(result[1])
       sys.stdout.flush()
-  except KeyboardInterrupt as error:  # the exit code is the convention of shells
-    return 128 + getattr(error, 'signal', signal.SIGINT)
+  except KeyboardInterrupt as error:
+    for note in getattr(error, '__notes__', ()):  # of what is kept
+      print(f'{name}: {printable(note)}', file=sys.stderr)
+    return interrupts.exit_code(error)
   except BrokenPipeError:
     raise
-  except (ValueError, OSError, flags.Error) as error:
+  except Exception as error:
+    if not _is_bad_input(error):
+      raise
     if 'verbose' in values and values['verbose'].value:
       traceback.print_exc()
     hint = f'; see {name} --help' if isinstance(error, flags.Error) else ''
     print(f'{name}: {one_line(error)}{hint}', file=sys.stderr)
     return BAD_INPUT
   return 0
+
+
+def _is_bad_input(error: Exception) -> bool:
+  """Returns whether an error is of what the user gave, and not of this program."""
+  if isinstance(error, RuntimeError):  # JAX_PLATFORMS names devices that are not there
+    return str(error).startswith('Unable to initialize backend')
+  return isinstance(error, ValueError | OSError | flags.Error)
 
 
 def _keep_programs() -> None:

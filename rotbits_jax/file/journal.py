@@ -13,6 +13,7 @@ import dataclasses
 import json
 import pathlib
 import shutil
+import types
 from typing import Any, BinaryIO, Self
 import zipfile
 import zlib
@@ -91,15 +92,25 @@ class Journal:
       self._stack = stack.pop_all()
     return self
 
-  def __exit__(self, kind: type[BaseException] | None, *unused: object) -> None:
-    """Removes the folder, or keeps it for the next run."""
-    interrupted = kind is not None and not issubclass(kind, Exception)
+  def __exit__(
+    self,
+    kind: type[BaseException] | None,
+    error: BaseException | None,
+    traceback: types.TracebackType | None,
+  ) -> None:
+    """Removes the folder, or keeps it for the next run and notes that in the error."""
+    is_kept = bool(self.done and self._fingerprint)
     with self._stack:
-      if not (interrupted and self.done and self._fingerprint):
-        # An earlier run may have had more processes. The first process removes all
-        # parts of the folder.
-        first = kind is None and not self._process
-        shutil.rmtree(self._root if first else self._folder, ignore_errors=True)
+      if is_kept and error is not None and not isinstance(error, Exception):
+        error.add_note(
+          f'{len(self.done)} records are kept in {self._root}: the same command '
+          'continues after them; remove the folder if you do not want that'
+        )
+        return
+      # An earlier run may have had more processes. The first process removes all parts
+      # of the folder.
+      first = error is None and not self._process
+      shutil.rmtree(self._root if first else self._folder, ignore_errors=True)
 
   def _remove_root(self) -> None:
     with contextlib.suppress(OSError):  # another process writes beside this one

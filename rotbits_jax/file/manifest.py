@@ -44,6 +44,9 @@ MOST_FILES = 1 << 28
 
 _MOST_ELEMENTS = 1 << 48  # of an array
 
+# A leaf whose settings and arrays a stranger wrote may raise any of these.
+_UNTRUSTED = ArithmeticError, AttributeError, LookupError, TypeError
+
 
 def _shape(value: tuple[int, ...]) -> str | None:
   # NumPy multiplies the lengths of the other axes, even if one of them is 0.
@@ -204,12 +207,11 @@ class Leaf:
     cls = self.leaf_class
     if cls is None:
       raise ValueError(f'leaves of type {self.type_name!r:.100} are unknown')
-    # An untrusted leaf may raise any of these.
     try:
       named = dict(zip(self.arrays, arrays, strict=True))
       leaf = cls.from_stored(self.settings, named)
       key = structured.stack_key(leaf)
-    except (ArithmeticError, AttributeError, LookupError, TypeError) as error:
+    except _UNTRUSTED as error:
       raise ValueError(str(error)) from error
     if key != (self.type_name, self.shape, self.dtype, self.stack_key):
       raise ValueError('the leaf differs from the manifest')
@@ -218,6 +220,26 @@ class Leaf:
     if self.base is not None:
       leaf.check_needed(self.base.shape)
     return leaf
+
+  def check_shapes(self, shapes: Sequence[tuple[int, ...]]) -> None:
+    """Checks that the leaf has the settings and arrays that tell of two factors.
+
+    Args:
+      shapes: shapes of the arrays as which it is stored.
+
+    Raises:
+      ValueError: if one is missing.
+    """
+    if (cls := self.leaf_class) is None:
+      return
+    try:
+      found = cls.stored_factored(
+        self.settings, dict(zip(self.arrays, shapes, strict=True))
+      )
+      if found is not None and not isinstance(found[1], str):
+        raise TypeError('their name is no text')
+    except _UNTRUSTED as error:
+      raise ValueError(f'{self.path}: the leaf has not two factors: {error}') from error
 
   @property
   def is_array(self) -> bool:
@@ -291,6 +313,7 @@ class Record:
     if sum(len(leaf.arrays) for leaf in self.leaves) != len(spec.arrays):
       raise ValueError('the leaves and the coder list different arrays')
     for leaf, arrays in self.leaf_specs():
+      leaf.check_shapes([array.shape for array in arrays])
       if not leaf.type_name:
         if (arrays[0].shape, arrays[0].dtype) != (leaf.shape, stored_dtype(leaf.dtype)):
           raise ValueError(

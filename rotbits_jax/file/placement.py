@@ -83,7 +83,9 @@ def _sharding(place: Place, path: str, shape: tuple[int, ...]) -> jax.sharding.S
 
   Where a named axis of devices does not divide the length of an axis of the array, the
   array is replicated. A vector beside a matrix, such as the steps of a stack, has the
-  first axes of the sharding only.
+  first axes of the sharding only. The axes of the mesh become `Auto`: forward passes
+  leave it to the compiler where intermediate arrays are, and `scan` refuses stacks that
+  are divided along an `Explicit` axis.
   """
   found = place(path, shape) if callable(place) else place
   if not isinstance(found, jax.sharding.NamedSharding):
@@ -93,8 +95,11 @@ def _sharding(place: Place, path: str, shape: tuple[int, ...]) -> jax.sharding.S
     axes = names if isinstance(names, tuple) else (names,)
     devices = math.prod(found.mesh.shape[x] for x in axes if x is not None)
     spec.append(None if length % devices else names)
+  mesh = found.mesh
+  if isinstance(mesh, jax.sharding.Mesh):
+    mesh = jax.sharding.Mesh(mesh.devices, mesh.axis_names)
   return jax.sharding.NamedSharding(
-    found.mesh, jax.sharding.PartitionSpec(*spec), memory_kind=found.memory_kind
+    mesh, jax.sharding.PartitionSpec(*spec), memory_kind=found.memory_kind
   )
 
 

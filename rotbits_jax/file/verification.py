@@ -126,7 +126,11 @@ def compare_function(
   if not isinstance(model, models.Model):
     raise ContainerError('the file holds a PyTree, not a model')
   count = min(_TOKENS, config.max_positions)
-  tokens = np.random.default_rng(0).integers(0, config.vocab_size, count)
+  table = structured.materialize(reference.params['embed']['tokens'])
+  usable = np.flatnonzero(np.isfinite(np.asarray(table)).all(axis=1))
+  if not usable.size:
+    raise ContainerError('no token of the model has finite numbers')
+  tokens = np.random.default_rng(0).choice(usable, count)
   result = evaluation.evaluate(
     dataclasses.replace(model, buffers={}),
     tokens,

@@ -68,7 +68,8 @@ def default(config: models.ModelConfig | None) -> str:
 
   Returns:
     'free' for a sliced model, in which a fifth of the elements and more is redundant;
-    else 'exact', because on a dense model `free` changes elements and saves little.
+    else 'exact', because on a dense model `free` changes elements to save about a bit
+    of each.
   """
   return 'free' if config is not None and config.sliced else 'exact'
 

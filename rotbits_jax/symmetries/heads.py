@@ -187,7 +187,7 @@ def fix_keys(params: models.Params, *, kv_heads: int, rotary: int) -> Fixed:
   columns = params[KEY].astype(jnp.float32).reshape(d, kv_heads, h)[..., :rotary]
   fixed[KEY] = structured.HeadColumns(
     rotary=columns.reshape(d, -1) if rotary else None,
-    below=jnp.swapaxes(below, 0, 1).reshape(below.shape[1], -1),
+    below=jnp.swapaxes(below, 0, 1).reshape(d - h + rotary, kv_heads * (h - rotary)),
     heads=kv_heads,
   )
   if _KEY_BIAS in params:

@@ -55,9 +55,10 @@ class Size(NamedTuple):
 def typical_size(array: jax.Array) -> Size:
   """Returns the root of the mean square of an array's numbers, without outliers.
 
-  Zeros do not count, because structure makes them. Of n numbers, those above 64 rms or
-  `sqrt(n) / 2` rms are outliers: one such number alone would make a large part of the
-  mean square. They are removed until there are none.
+  Zeros do not count, because structure makes them. If the rms is more than twice the
+  mean magnitude, a few numbers make most of the squares: those above 8 mean magnitudes
+  are outliers. They are removed until there are none. Of normally distributed numbers,
+  the rms is 1.25 mean magnitudes.
 
   >>> int(typical_size(jnp.array([1.0, -1.0, 0.0, jnp.inf])).rms)
   1
@@ -74,10 +75,10 @@ def typical_size(array: jax.Array) -> Size:
     # The numbers are divided by the greatest, so that no square is infinite and not all
     # squares are zero.
     scale = jnp.where(greatest > 0, greatest, 1)
-    squares = jnp.square(jnp.where(counted, size, 0) / scale)
-    rms = scale * jnp.sqrt(jnp.sum(squares) / count)
-    bound = rms * jnp.clip(jnp.sqrt(count) / 2, 4, 64)
-    return jnp.where(greatest > 0, rms, 0), bound, greatest
+    parts = jnp.where(counted, size, 0) / scale
+    rms, mean = jnp.sqrt(jnp.sum(jnp.square(parts)) / count), jnp.sum(parts) / count
+    bound = jnp.where(rms > 2 * mean, 8 * mean, 1) * scale
+    return scale * rms, bound, greatest
 
   State = tuple[jax.Array, tuple[jax.Array, jax.Array, jax.Array], jax.Array]
 

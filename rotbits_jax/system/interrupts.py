@@ -31,7 +31,8 @@ _pending: Stopped | None = None
 def raised() -> Iterator[None]:
   """Raises `Stopped` for SIGINT, SIGTERM and SIGHUP, in the main thread.
 
-  A signal that the process ignores, as nohup ignores SIGHUP, stays ignored.
+  A signal that the process ignores, as nohup ignores SIGHUP, stays ignored. An error
+  after a signal counts as the signal.
   """
   once = [signal.SIGTERM, getattr(signal, 'SIGHUP', signal.SIGTERM)]
 
@@ -48,6 +49,9 @@ def raised() -> Iterator[None]:
       signal.signal(each, stop)
   try:
     yield
+  except Exception:
+    check()  # an import that a signal interrupts may end in an ImportError
+    raise
   finally:
     _forget()
     for each, handler in found.items():
@@ -63,6 +67,11 @@ def check() -> None:
   """
   if _pending is not None:
     raise _pending
+
+
+def exit_code(error: KeyboardInterrupt) -> int:
+  """Returns the exit code of a process that a signal ended, as shells give it."""
+  return 128 + getattr(error, 'signal', signal.SIGINT)
 
 
 def _forget() -> None:

@@ -103,7 +103,12 @@ def locked(folder: pathlib.Path) -> Iterator[pathlib.Path]:
     OSError: if the folder cannot be made, is a symbolic link, or if another process
       holds the lock.
   """
-  handle = _lock(folder)
+  try:
+    handle = _lock(folder)
+  except KeyboardInterrupt:
+    with contextlib.suppress(OSError):  # it stays if it is not empty
+      folder.rmdir()
+    raise
   try:
     yield folder
   finally:
@@ -119,8 +124,8 @@ def fresh(folder: pathlib.Path) -> Iterator[pathlib.Path]:
   context, they are removed again.
   """
   made = [parent for parent in folder.parents if not parent.exists()]
-  folder.parent.mkdir(parents=True, exist_ok=True)
   try:
+    folder.parent.mkdir(parents=True, exist_ok=True)
     with locked(folder):
       clear(folder)
       try:
@@ -221,15 +226,10 @@ def _error(number: int, text: str | None, path: Path) -> OSError:
 
 
 def _lock(folder: pathlib.Path) -> int | None:
-  try:
-    folder.mkdir(parents=True, exist_ok=True)
-    if fcntl is None:
-      return None
-    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-  except KeyboardInterrupt:
-    with contextlib.suppress(OSError):  # it stays if it is not empty
-      folder.rmdir()
-    raise
+  folder.mkdir(parents=True, exist_ok=True)
+  if fcntl is None:
+    return None
+  handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
   try:
     fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     # The process that held the lock may have removed the folder meanwhile.

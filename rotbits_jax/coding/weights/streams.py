@@ -104,7 +104,7 @@ def decode(
     data: uint8 `[spec.nbytes]`, the stream; it may be a memory map.
     out: arrays to decode into, in C order, with the shapes and dtypes of the spec. By
       default the function makes new arrays. An array with a `StreamSpec.grid` may be of
-      its `integer_dtype`: it gets the integers in place of the multiples.
+      its `integer_dtype`, or of int16: it gets the integers in place of the multiples.
 
   Returns:
     The arrays, bit for bit. They do not share memory with `data`.
@@ -348,7 +348,7 @@ def _outputs(
     raise ValueError(f'the record has {len(wanted)} arrays, got {len(out)} in `out`')
   for i, (array, (shape, dtype)) in enumerate(zip(out, wanted, strict=True)):
     grid = spec.grid(spec.arrays[i])
-    known = (dtype, grid.integer_dtype) if grid else (dtype,)
+    known = (dtype, grid.integer_dtype, np.dtype(np.int16)) if grid else (dtype,)
     if array.shape != shape or array.dtype not in known:
       raise ValueError(
         f'array {i} of the record is {dtype} {shape}, got {array.dtype=} {array.shape=}'
@@ -360,7 +360,8 @@ def _outputs(
 
 def _parts(spec: specs.ArraySpec, array: np.ndarray) -> list[np.ndarray]:
   """Returns arrays to decode the parts of an array into."""
-  if spec.form is None or array.dtype != spec.numpy_dtype:
+  is_part = array.dtype != spec.numpy_dtype and array.dtype == spec.parts[0][0]
+  if spec.form is None or is_part:
     return [array]
   return [host.empty(shape, dtype) for dtype, shape in spec.parts]
 
@@ -369,9 +370,11 @@ def _finish(
   index: int, spec: specs.ArraySpec, parts: list[np.ndarray], array: np.ndarray
 ) -> None:
   """Makes an array of its parts, and checks it."""
-  if parts[0] is not array:
+  if parts[0] is not array and array.dtype == spec.numpy_dtype:
     assert spec.form
     spec.form.join(parts, array)
+  elif parts[0] is not array:
+    array[...] = parts[0]  # integers, in a wider dtype
   if array.dtype == spec.numpy_dtype:
     found = checksums_lib.of_array(array)
   else:
