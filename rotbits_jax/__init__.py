@@ -36,9 +36,11 @@ if TYPE_CHECKING:  # what `__getattr__` imports
   from rotbits_jax import slicing as slicing
   from rotbits_jax import structured as structured
   from rotbits_jax import symmetries as symmetries
+  from rotbits_jax.api import apply as apply
   from rotbits_jax.api import decode as decode
   from rotbits_jax.api import decode_checkpoint as decode_checkpoint
   from rotbits_jax.api import decode_to_directory as decode_to_directory
+  from rotbits_jax.api import delta as delta
   from rotbits_jax.api import encode as encode
   from rotbits_jax.api import encode_to_file as encode_to_file
   from rotbits_jax.api import inspect as inspect
@@ -56,7 +58,7 @@ if TYPE_CHECKING:  # what `__getattr__` imports
   from rotbits_jax.models import ModelConfig as ModelConfig
   from rotbits_jax.presets import PRESETS as PRESETS
   from rotbits_jax.presets import Preset as Preset
-  from rotbits_jax.symmetries import canonicalise as canonicalise  # type: ignore[no-redef]
+  from rotbits_jax.symmetries import canonicalise as canonicalise
 
 # Names are imported when they are first used, because decoding a file does not need the
 # modules of evaluation, slicing and encoding.

@@ -1,8 +1,8 @@
 r"""Encodes a checkpoint as one smaller file, or as several (shards).
 
   rotbits encode --checkpoint=DIR --output=FILE [--preset=free|exact|near|paper]
-    [--base=DIR|FILE] [--shard_size=2GB] [--overwrite] [--verify] [--same_files] [--json]
-    [--verbose]
+    [--base=DIR|FILE] [--same_files] [--shard_size=2GB] [--overwrite] [--verify]
+    [--json] [--verbose]
     [--canonicaliser=polar_shortcut|qr|svd] [--rotation_codec=haar|symmetric_eig]
     [--correction=exact|threshold] [--entropy]
     [--step=-5] [--max_kl=1e-3 --text=FILE [--max_tokens=4096]]

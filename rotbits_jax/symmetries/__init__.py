@@ -16,7 +16,7 @@ The modules, in the order of reading:
     biases        biases that the output does not need
     low_rank      the basis between two factors
     tied          the map from the head to an embedding
-    canonicalise  canonical weights of a whole model in one call
+    stacked       canonical weights of a whole model in one call
     steps         rounding to multiples of a step, also with error feedback
     products      matrix products that round equally on any number of threads
 """
@@ -29,8 +29,8 @@ from rotbits_jax.symmetries.canonical import polar
 from rotbits_jax.symmetries.canonical import polar_shortcut
 from rotbits_jax.symmetries.canonical import qr
 from rotbits_jax.symmetries.canonical import svd
-from rotbits_jax.symmetries.canonicalise import Gauges
-from rotbits_jax.symmetries.canonicalise import canonicalise
+from rotbits_jax.symmetries.stacked import Gauges
+from rotbits_jax.symmetries.stacked import canonicalise
 from rotbits_jax.symmetries.heads import Basis
 from rotbits_jax.symmetries.heads import basis
 from rotbits_jax.symmetries.heads import fix_keys
