@@ -29,8 +29,6 @@ from rotbits_jax.symmetries.canonical import polar
 from rotbits_jax.symmetries.canonical import polar_shortcut
 from rotbits_jax.symmetries.canonical import qr
 from rotbits_jax.symmetries.canonical import svd
-from rotbits_jax.symmetries.stacked import Gauges
-from rotbits_jax.symmetries.stacked import canonicalise
 from rotbits_jax.symmetries.heads import Basis
 from rotbits_jax.symmetries.heads import basis
 from rotbits_jax.symmetries.heads import fix_keys
@@ -43,6 +41,8 @@ from rotbits_jax.symmetries.rotations import rotate
 from rotbits_jax.symmetries.rotations import rotate_parameters
 from rotbits_jax.symmetries.rotations import running_rotations
 from rotbits_jax.symmetries.rotations import upper_rotation
+from rotbits_jax.symmetries.stacked import Gauges
+from rotbits_jax.symmetries.stacked import canonicalise
 from rotbits_jax.symmetries.steps import typical_size
 from rotbits_jax.symmetries.steps import with_feedback
 
