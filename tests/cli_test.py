@@ -412,6 +412,7 @@ class TestBadInput:
       (['--output=OUT', '--json=perhaps'], '--json'),
       (['--output=OUT/missing/file'], 'no such directory'),
       (['--output=.'], 'directory'),
+      (['--output=OUT.index.json'], 'names of indices'),
       (['--output=OUT', '--preset=free', '--config=free'], 'cannot be combined'),
       (['--output=OUT', '--config=no_such.py'], 'no_such.py'),
       (['--output=OUT', f'--config={LICENSE}'], 'config'),
