@@ -334,7 +334,7 @@ def main() -> None:
       f'Slicing took {seconds:.0f} s. The truth is the sliced model before it was '
       f'rounded to float16; the line "{UNROUNDED}" rounds it once, as `rotbits slice '
       '--encoded` does. Dense weights are those of a GGUF of 4 bits, dequantised '
-      'to bfloat16, and `exact` finds the 4 bits again.'
+      'to bfloat16; `exact` of the GGUF itself stores its integers, in fewer bytes.'
     )
   print('\n'.join('\n' + textwrap.fill(note, 88) for note in notes if note))
   example = encoded_path(subjects[-1].name, 'free', output)
