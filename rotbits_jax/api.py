@@ -49,11 +49,11 @@ Encodable: TypeAlias = (
   | checkpoints.TensorFiles
   | PyTree
 )
-"""What can be encoded: a model, a checkpoint that is loaded or opened, or a PyTree."""
+"""A model, a checkpoint that is loaded or opened, or a PyTree."""
 
 Base: TypeAlias = Path | bytes | file.Reader | list[Any] | Encodable
-"""What can be a base: what can be encoded, or the path of it; an encoded file; or a
-list of an encoded file, the base that it needs, the base of that, and so on."""
+"""A model, a checkpoint or a PyTree, or the path of one; an encoded file; or a list of
+an encoded file, the base that it needs, the base of that, and so on."""
 
 PresetName: TypeAlias = Literal['exact', 'free', 'near', 'paper']
 """The names of presets; `presets.make` finds those of other packages, too."""
@@ -494,29 +494,25 @@ def verify(
     CheckpointError: if the checkpoint cannot be read.
     OSError: if a path cannot be read.
   """
-  with file.Reader(source) as reader:
-    opened_base = _opened(base, reader.config)
-  if against is None:
-    return verification.read_all(source, base=opened_base, progress=progress)
-  with file.Reader(source, base=opened_base) as reader:
-    is_plain = bool(reader.weights_files)
-    opened = checkpoints.open_tensors if is_plain else checkpoints.open_checkpoint
-    expected = sources.Source(opened(against))
-    if reader.config != expected.config:
-      raise file.ContainerError(
-        f'the file is of another model: its config is not that of {against}'
-      )
-    verification.compare_files(reader, expected)
-    keeps = reader.keeps
-  bits = expected if keeps == 'bits' else None
-  found = verification.read_all(source, bits, base=opened_base, progress=progress)
-  if bits is not None:
-    return found
-  with file.Reader(source, base=opened_base) as reader:
+  with file.Reader(source, base=base) as reader:
+    expected = None
+    if against is not None:
+      is_plain = bool(reader.weights_files)
+      opened = checkpoints.open_tensors if is_plain else checkpoints.open_checkpoint
+      expected = sources.Source(opened(against))
+      if reader.config != expected.config:
+        raise file.ContainerError(
+          f'the file is of another model: its config is not that of {against}'
+        )
+      verification.compare_files(reader, expected)
+    bits = expected if reader.keeps == 'bits' else None
+    found = verification.read_all(reader, bits, progress=progress)
+    if against is None or bits is not None:
+      return found
     kl, floor = verification.compare_function(
       reader,
       checkpoints.load_checkpoint(against).model,
-      bounded=keeps == 'function',
+      bounded=reader.keeps == 'function',
       progress=progress,
     )
   return found._replace(kl=kl, kl_rerounded=floor)
@@ -543,11 +539,7 @@ def _job(
   found = sources.Source(source, files, stem)
   default = presets.default(found.config) if base is None else 'exact'
   made = presets.make(preset or default, **options)
-  return job_lib.Job(found, made, mesh, _opened(base, found.config))
-
-
-def _opened(
-  base: Base | None, config: models.ModelConfig | None
-) -> base_lib.Base | None:
-  """Opens the base of a model with this config; None if there is no base."""
-  return None if base is None else reader_lib.open_base(base, plain=config is None)
+  opened = None
+  if base is not None:
+    opened = reader_lib.open_base(base, plain=found.config is None)
+  return job_lib.Job(found, made, mesh, opened)

@@ -83,14 +83,6 @@ class Base:
     found = self._short.get(_short(path), ())
     return found[0] if len(found) == 1 else None
 
-  def array(self, path: str) -> np.ndarray:
-    """Returns an array of the base, contiguous.
-
-    Args:
-      path: its own path, as `find` returns it.
-    """
-    return host.contiguous(self._array(path))
-
   def _array(self, path: str) -> np.ndarray:
     with self._lock:
       leaf = self._record(self._specs[path][0])[path]
@@ -132,7 +124,7 @@ class Base:
     self.check(path, wanted)
     found = self.find(wanted.path)
     assert found is not None
-    array = self.array(found)
+    array = host.contiguous(self._array(found))
     if checksums.of_array(array) != wanted.crc32:
       raise ContainerError(
         f'{path}: {found} of this base has other elements than that of the base beside '

@@ -11,6 +11,7 @@ import jax
 from rotbits_jax import checkpoints
 from rotbits_jax.file import job as job_lib
 from rotbits_jax.file import journal as journal_lib
+from rotbits_jax.file import reader as reader_lib
 from rotbits_jax.file import shards as shards_lib
 from rotbits_jax.file import verification
 from rotbits_jax.system import outputs
@@ -120,7 +121,8 @@ class Output:
       first = journal.path(self._index.name)
       shards_lib.write_index(first, paths)
     expected = job.source if job.preset.keeps == 'bits' else None
-    verification.read_all(first, expected, base=job.base)
+    with reader_lib.Reader(first, base=job.base) as reader:
+      verification.read_all(reader, expected)
 
   def _publish(
     self,

@@ -10,8 +10,6 @@ import numpy as np
 from rotbits_jax import models
 from rotbits_jax import passes
 from rotbits_jax import structured
-from rotbits_jax.file import base as base_lib
-from rotbits_jax.file import container
 from rotbits_jax.file import reader as reader_lib
 from rotbits_jax.file import sources
 from rotbits_jax.file.container import ContainerError
@@ -45,18 +43,16 @@ class Verification(NamedTuple):
 
 
 def read_all(
-  source: container.Readable,
+  reader: reader_lib.Reader,
   expected: sources.Source | None = None,
   *,
-  base: base_lib.Base | None = None,
   progress: bool = False,
 ) -> Verification:
   """Decodes everything in a file, one record at a time.
 
   Args:
-    source: a path, bytes, or an open binary file.
+    reader: the file.
     expected: the source whose bits the file must have; None for none.
-    base: the base beside which the file was encoded; None for none.
     progress: whether to show the progress on stderr.
 
   Returns:
@@ -64,30 +60,28 @@ def read_all(
 
   Raises:
     ContainerError: if the file is damaged, or if its bits differ from the expected.
-    OSError: if the path cannot be read.
   """
   records = tensors = 0
-  with reader_lib.Reader(source, base=base) as reader:
-    for name, flat in reader.each(show_progress=progress):
-      records += 1
-      tensors += len(flat)
-      if expected is None:
-        continue
-      known = name in expected.records
-      given = structured.flatten(expected.read(name)) if known else {}
-      for path in sorted(flat.keys() | given.keys()):
-        if not _same(flat.get(path), given.get(path)):
-          raise ContainerError(f'{path}: differs from the checkpoint')
-    if expected is not None and records != len(expected.records):
-      raise ContainerError('the checkpoint has other records than the file')
-    gaps, files = reader.gaps(), reader.files()
-    if expected is not None:
-      layouts = {layout.name: layout for layout in expected.weights}
-      if reader.weights_files != layouts:
-        raise ContainerError('the layouts of the weights files differ')
-      for name, layout in layouts.items():
-        if b''.join(expected.gaps(layout)) != gaps[name]:
-          raise ContainerError(f'{name}: differs from the checkpoint')
+  for name, flat in reader.each(show_progress=progress):
+    records += 1
+    tensors += len(flat)
+    if expected is None:
+      continue
+    known = name in expected.records
+    given = structured.flatten(expected.read(name)) if known else {}
+    for path in sorted(flat.keys() | given.keys()):
+      if not _same(flat.get(path), given.get(path)):
+        raise ContainerError(f'{path}: differs from the checkpoint')
+  if expected is not None and records != len(expected.records):
+    raise ContainerError('the checkpoint has other records than the file')
+  gaps, files = reader.gaps(), reader.files()
+  if expected is not None:
+    layouts = {layout.name: layout for layout in expected.weights}
+    if reader.weights_files != layouts:
+      raise ContainerError('the layouts of the weights files differ')
+    for name, layout in layouts.items():
+      if b''.join(expected.gaps(layout)) != gaps[name]:
+        raise ContainerError(f'{name}: differs from the checkpoint')
   return Verification(records, tensors, len(files), expected is not None, None, None)
 
 

@@ -253,7 +253,10 @@ def encode_record(
     savings.append(_saving(params, beside))
   for path, leaf in params.items():
     if path in beside:
-      entry, parts = _entry_beside(path, beside[path])
+      own = beside[path]
+      entry, parts = _entry_of_leaf(
+        path, own.leaf, own.leaf.stored(), own.crc32, own.base
+      )
     else:
       entry, parts = entry_of(path, leaf, resolve)
     leaves.append(entry)
@@ -313,7 +316,7 @@ def entry_of(
 def _entry_of(
   path: str, leaf: Any, resolve: Resolve
 ) -> tuple[manifest_lib.Leaf, list[np.ndarray]]:
-  type_name, shape, dtype, stack_key = structured.stack_key(leaf)
+  type_name, shape, dtype, _ = structured.stack_key(leaf)
   if not type_name:
     stored = np.asarray(leaf).view(manifest_lib.stored_dtype(dtype))
     return manifest_lib.Leaf(path=path, shape=shape, dtype=dtype), [stored]
@@ -324,6 +327,27 @@ def _entry_of(
   if leaf.expands_on_reading:
     array = leaf.materialize(*map(resolve, leaf.needs))
     crc32 = checksums.of_array(jax.device_get(array))
+  return _entry_of_leaf(path, leaf, (settings, arrays), crc32)
+
+
+def _entry_of_leaf(
+  path: str,
+  leaf: structured.Structured,
+  stored: tuple[dict[str, Any], dict[str, np.ndarray]],
+  crc32: int | None,
+  base: manifest_lib.BaseArray | None = None,
+) -> tuple[manifest_lib.Leaf, list[np.ndarray]]:
+  """Makes the entry of a structured leaf.
+
+  Args:
+    path: path of the parameter.
+    leaf: the leaf.
+    stored: its settings and arrays, see `Structured.stored`.
+    crc32: see `manifest.Leaf`.
+    base: see `manifest.Leaf`.
+  """
+  type_name, shape, dtype, stack_key = structured.stack_key(leaf)
+  settings, arrays = stored
   entry = manifest_lib.Leaf(
     path=path,
     shape=shape,
@@ -333,28 +357,10 @@ def _entry_of(
     settings=settings,
     arrays=tuple(arrays),
     needs=leaf.needs,
+    base=base,
     crc32=crc32,
   )
   return entry, [np.asarray(array) for array in arrays.values()]
-
-
-def _entry_beside(
-  path: str, beside: base_lib.Beside
-) -> tuple[manifest_lib.Leaf, list[np.ndarray]]:
-  """Makes the entry of an array that is stored beside one of a base."""
-  leaf = beside.leaf
-  settings, arrays = leaf.stored()
-  entry = manifest_lib.Leaf(
-    path=path,
-    shape=leaf.shape,
-    dtype=np.dtype(leaf.dtype).name,
-    type_name=leaf.type_name,
-    settings=settings,
-    arrays=tuple(arrays),
-    base=beside.base,
-    crc32=beside.crc32,
-  )
-  return entry, list(arrays.values())
 
 
 def _saving(

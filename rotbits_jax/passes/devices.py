@@ -45,11 +45,12 @@ def map_layers(
 
 
 def side_by_side(core: Core, arguments: Sequence[jax.Array]) -> list[Any]:
-  """Returns the results of a compiled function of one array, computed in threads."""
+  """Returns the results of a pure function of one array, computed in threads."""
+  compiled = _jitted(core, ())
 
   def call(x: jax.Array) -> Any:
     with host.own_settings():
-      return jax.block_until_ready(core(x))
+      return jax.block_until_ready(compiled(x))
 
   with futures.ThreadPoolExecutor(len(arguments)) as pool:
     return list(pool.map(call, arguments))

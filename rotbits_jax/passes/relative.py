@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from rotbits_jax import structured
+from rotbits_jax.coding import tables
 from rotbits_jax.structured import relative
 
 _SAMPLE = 1 << 17  # elements by which leaves are compared
@@ -211,8 +212,6 @@ def _roots(bits: np.ndarray, base: np.ndarray, dtype: np.dtype) -> np.ndarray:
 
 
 def _wide(bits: np.ndarray, dtype: np.dtype) -> np.ndarray:
-  if dtype == np.dtype('bfloat16'):
-    return (bits.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
   return np.ascontiguousarray(bits).view(dtype).astype(np.float32)
 
 
@@ -442,22 +441,13 @@ def _bits_alone(bits: np.ndarray, dtype: np.dtype) -> float:
   found = np.unique(sample, return_counts=True)[1]
   cost = 8.0 * bits.dtype.itemsize
   if found.size <= sample.size // 16:  # more values than that are not seen in a sample
-    cost = _entropy_of(found)
+    cost = tables.entropy_bits(found) / sample.size
   if mantissa is not None and mantissa > 3:
     low = mantissa - 3
     top = np.bincount((sample & np.iinfo(bits.dtype).max) >> low)
-    used = _union(sample) & ((1 << low) - 1)
+    union: Any = np.bitwise_or.reduce(sample)  # type: ignore[call-overload]
+    used = int(union) & ((1 << low) - 1)
     zeros = (used & -used).bit_length() - 1 if used else low
     raw = np.count_nonzero(sample) / sample.size * (low - zeros + 1)
-    cost = min(_entropy_of(top) + float(raw), cost)
+    cost = min(tables.entropy_bits(top) / sample.size + float(raw), cost)
   return cost * bits.size
-
-
-def _entropy_of(counts: np.ndarray) -> float:
-  """Returns the bits of an element."""
-  p = counts[counts > 0] / counts.sum()
-  return float(-(p * np.log2(p)).sum())
-
-
-def _union(bits: np.ndarray) -> int:
-  return int(np.bitwise_or.reduce(bits))  # type: ignore[call-overload]

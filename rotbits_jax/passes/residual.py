@@ -391,22 +391,20 @@ def _last_rotation(
 # ---- compiled functions ------------------------------------------------------------
 
 
-@jax.jit
 def _polar_if_wide(kernel: jax.Array) -> canonical.Polar | None:
   return canonical.polar(kernel) if kernel.shape[0] <= kernel.shape[1] else None
 
 
 def _polars(kernels: list[jax.Array]) -> list[canonical.Polar | None]:
   found: list[canonical.Polar | None] = []
-  last = None
+  last: canonical.Polar | None = None
   for kernel in kernels:
     if last is not None:
       # LAPACK uses all CPUs. Two decompositions at a time would take four times as long
       # as one, so that each waits for the one before it.
       kernel, _ = jax.lax.optimization_barrier((kernel, last.values))
-    if kernel.shape[0] <= kernel.shape[1]:
-      last = canonical.polar(kernel)
-    found.append(last if kernel.shape[0] <= kernel.shape[1] else None)
+    found.append(_polar_if_wide(kernel))
+    last = found[-1] or last
   return found
 
 

@@ -144,13 +144,13 @@ def _rewrite(
     indices = range(first, min(first + step, layers.stop))
     given, states = _layers(context, indices, widen), []
     effects: list[list[_Effect]] = [[] for _ in given]
+    sizes = [_count(context, i, x) for i, x in zip(indices, given, strict=True)]
     for transform, own in zip(chain.transforms, state, strict=True):
-      sizes = [_count(context, i, x) for i, x in zip(indices, given, strict=True)]
       own, given, notes = transform.layers(context, own, first, given)
       states.append(own)
       for k, i in enumerate(indices):
-        after = _count(context, i, given[k])
-        effects[k].append(_Effect(transform, sizes[k], after, notes[k]))
+        size, sizes[k] = sizes[k], _count(context, i, given[k])
+        effects[k].append(_Effect(transform, size, sizes[k], notes[k]))
     state, records = tuple(states), []
     for i, found in zip(indices, effects, strict=True):
       name, layer = models.names.layer(i), given.pop(0)
@@ -191,12 +191,11 @@ def _outer(
   for name, tree in context.source.outer().items():
     # One by one, because both dtypes of a parameter are in memory meanwhile.
     params |= _given({name: tree}, rounding is not None)
-  effects = []
+  effects, size = [], _count(context, None, params)
   for transform, own in zip(chain.transforms, state, strict=True):
-    before = _count(context, None, params)
     params, notes = transform.outer(context, own, params)
-    after = _count(context, None, params)
-    effects.append(_Effect(transform, before, after, notes))
+    before, size = size, _count(context, None, params)
+    effects.append(_Effect(transform, before, size, notes))
   savings, records = _savings(context, effects), list[Record]()
   for name in dict.fromkeys(path.split('/')[0] for path in params):
     paths = [path for path in params if path.split('/')[0] == name]

@@ -239,10 +239,8 @@ def round_leaf(
     effects.append(effect)
     return _cut(result, array.shape) if is_row else result
 
-  if isinstance(leaf, structured.TrapezoidalRows):  # parts of one matrix, with one step
-    leaf = leaf.of(round_array(leaf.materialize()), leaf.lower.shape[1])
-  elif structured.is_structured(leaf):
-    leaf = leaf.map_arrays(round_array)
+  if structured.is_structured(leaf):
+    leaf = leaf.rounded(round_array)
   elif structured.is_plain(leaf):
     leaf = round_array(leaf)
   total = Effect(*map(sum, zip(*effects, strict=True)))

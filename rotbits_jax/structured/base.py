@@ -138,6 +138,14 @@ class Structured(abc.ABC):
     is_float = lambda x: jnp.issubdtype(x.dtype, jnp.floating)
     return jax.tree.map(lambda x: function(x) if is_float(x) else x, self)
 
+  def rounded(self, function: Callable[[Any], Any]) -> Self:
+    """Applies a rounding with a step that depends on the numbers, to each array.
+
+    A leaf whose arrays are parts of one matrix overrides this method, so that all of
+    them get one step. The leaf is not stacked.
+    """
+    return self.map_arrays(function)
+
   def astype(self, dtype: Any) -> Self:
     """Returns the leaf with its floating-point numbers in another dtype."""
     return self.map_arrays(lambda x: convert(x, dtype))

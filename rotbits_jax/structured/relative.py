@@ -18,7 +18,7 @@ a matrix.
 from collections.abc import Callable, Iterator
 import itertools
 import math
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, NamedTuple
 
 from flax import struct
 import ml_dtypes
@@ -73,9 +73,13 @@ def fits(
     shape: shape of the base.
     own: dtype of the base.
   """
-  if len(lengths) != len(shape) or lengths[1:] != shape[1:]:
+  if not _fits_shape(lengths, shape):
     return False
   return dtype == own or (dtype in _ROUNDED and own in (*_ROUNDED, np.float64))
+
+
+def _fits_shape(lengths: tuple[int, ...], shape: tuple[int, ...]) -> bool:
+  return len(lengths) == len(shape) and lengths[1:] == shape[1:]
 
 
 class _BesideBase(Structured):
@@ -99,7 +103,7 @@ class _BesideBase(Structured):
     return self
 
   def check_needed(self, *shapes: tuple[int, ...]) -> None:
-    if not all(fits(self.lengths, 0, shape, 0) for shape in shapes):
+    if not all(_fits_shape(self.lengths, shape) for shape in shapes):
       raise ValueError(f'an array of {self.lengths} cannot be made from {shapes}')
 
   def check(self) -> None:
@@ -449,7 +453,7 @@ class Relative(_BesideBase):
         raise ValueError(f'{self.name} has no factors')
 
 
-class Block:
+class Block(NamedTuple):
   """A block of a matrix.
 
   Attributes:
@@ -458,8 +462,9 @@ class Block:
     bits: the bits of the predicted numbers, `[r, c]`.
   """
 
-  def __init__(self, rows: Any, columns: slice, bits: np.ndarray):
-    self.rows, self.columns, self.bits = rows, columns, bits
+  rows: Any
+  columns: slice
+  bits: np.ndarray
 
 
 def small_products(left: np.ndarray, right: np.ndarray) -> np.ndarray:

@@ -7,7 +7,7 @@ coordinates so that the shortcuts become symmetric, with zeros in the further co
 the next segment is wider.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 import dataclasses
 from typing import Annotated, Any, ClassVar
 
@@ -176,6 +176,9 @@ class TrapezoidalRows(Structured):
     """Makes the leaf of an unstacked kernel from the number n of its last rows."""
     first = len(kernel) - rows
     return cls(kernel[:first] if first else None, kernel[first:].T)
+
+  def rounded(self, function: Callable[[Any], Any]) -> 'TrapezoidalRows':
+    return self.of(function(self.materialize()), self.lower.shape[1])
 
   @property
   def shape(self) -> tuple[int, ...]:

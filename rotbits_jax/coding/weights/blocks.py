@@ -265,7 +265,8 @@ def decode(
   steps = -(-count // lanes)
   if int(size.max()) > steps:
     raise ValueError('a lane of a block has more words than elements')
-  places, stacks = _buffer('contexts', np.uint8), _stacks()
+  places = _buffer('contexts', np.uint8)
+  stacks = _buffer('stacks', np.uint16, (LANES, _STACK))
   contexts(places[:count])
   ends = np.cumsum(size).tolist()
   for lane, end in enumerate(ends):
@@ -413,12 +414,14 @@ def _dealt(
 _local = threading.local()
 
 
-def _buffer(name: str, dtype: np.dtype | type) -> np.ndarray:
-  """Returns this thread's buffer of `_ROOM` elements of this name and dtype."""
+def _buffer(
+  name: str, dtype: np.dtype | type, shape: tuple[int, ...] = (_ROOM,)
+) -> np.ndarray:
+  """Returns this thread's buffer of this name and dtype, always of one shape."""
   buffers = _local.__dict__.setdefault('buffers', {})
   key = name, np.dtype(dtype)
   if key not in buffers:
-    buffers[key] = host.empty((_ROOM,), dtype)
+    buffers[key] = host.empty(shape, dtype)
     buffers[key][...] = 0
   return buffers[key]
 
@@ -433,11 +436,3 @@ def _taken(name: str, size: int, dtype: np.dtype | type) -> jax.Array:
 def _keep(name: str, array: jax.Array) -> None:
   """Keeps an array for `_taken`."""
   _local.arrays[name, array.size, array.dtype] = array
-
-
-def _stacks() -> np.ndarray:
-  """Returns this thread's buffer for the stacks of a message."""
-  if 'stacks' not in _local.__dict__:
-    _local.stacks = host.empty((LANES, _STACK), np.uint16)
-    _local.stacks[...] = 0
-  return _local.stacks
