@@ -17,6 +17,7 @@ from fuzz import gguf_parts
 import rotbits_jax
 from rotbits_jax import checkpoints
 from rotbits_jax import models
+from rotbits_jax import passes
 from rotbits_jax import presets
 from rotbits_jax import structured
 from rotbits_jax.checkpoints import lazy
@@ -111,6 +112,21 @@ def container(name: str, seed: int = 0) -> bytes:
     return _plain_tensors(seed)
   model, preset = sliced_model(LLAMA, seed=seed), presets_of_sweep()[name]
   return rotbits_jax.encode(model, preset=preset, files=FILES, stem='tiny')
+
+
+def transforms() -> dict[str, passes.Transform]:
+  """Returns all transforms of the package, by name."""
+  found = (
+    passes.remove_residual_gauge(),
+    passes.retie_embedding(),
+    passes.remove_biases(),
+    passes.remove_value_gauge(),
+    passes.remove_query_key_gauge(),
+    passes.remove_low_rank_gauge(),
+    passes.random_rotation(key=jax.random.key(1)),
+    passes.retie_exactly(),
+  )
+  return {transform.name: transform for transform in found}
 
 
 def leaves() -> dict[str, Any]:

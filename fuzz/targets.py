@@ -328,19 +328,6 @@ def _resume(data: bytes) -> None:
     assert output.read_bytes() == output.with_name('y').read_bytes()
 
 
-def _transforms() -> list[passes.Transform]:
-  return [
-    passes.remove_residual_gauge(),
-    passes.retie_embedding(),
-    passes.remove_biases(),
-    passes.remove_value_gauge(),
-    passes.remove_query_key_gauge(),
-    passes.remove_low_rank_gauge(),
-    passes.random_rotation(key=jax.random.key(1)),
-    passes.retie_exactly(),
-  ]
-
-
 @functools.cache
 def _models() -> list[models.Model]:
   """Returns small models: a Llama with factors and an OPT, both sliced."""
@@ -358,7 +345,7 @@ def _chain(data: bytes) -> None:
   """Applies a chain of transforms, and compares predictions."""
   if not 1 < len(data) < 8:
     raise ValueError('no input')
-  known = _transforms()
+  known = list(seeds.transforms().values())
   chain = passes.chain(*(known[x % len(known)] for x in data[1:]))
   model = structured.astype(_models()[data[0] % 2], np.float32)
   is_stored = {x.takes for x in chain.transforms} == {'stored'}

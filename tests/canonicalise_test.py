@@ -1,10 +1,6 @@
 """Canonical weights of stacked layers in one call, beside the way that streams."""
 
 import functools
-import os
-import pathlib
-import subprocess
-import sys
 
 from absl.testing import absltest
 from absl.testing import parameterized
@@ -18,6 +14,7 @@ import rotbits_jax
 from rotbits_jax import models
 from rotbits_jax import passes
 from rotbits_jax import structured
+from tests import devices
 from tests import random_models
 from tests import transform_checks
 
@@ -236,21 +233,7 @@ class CanonicaliseTest(parameterized.TestCase):
   @pytest.mark.slow
   @pytest.mark.daily
   def test_a_sharded_layer_axis_stays_sharded(self):
-    flags = os.environ.get('XLA_FLAGS', '')
-    environment = os.environ | {
-      'JAX_PLATFORMS': 'cpu',
-      'XLA_FLAGS': f'{flags} --xla_force_host_platform_device_count=8',
-    }
-    program = 'from tests import canonicalise_test as t; t.check_sharded()'
-    done = subprocess.run(
-      [sys.executable, '-c', program],
-      cwd=pathlib.Path(__file__).parents[1],
-      env=environment,
-      capture_output=True,
-      text=True,
-      check=False,
-    )
-    self.assertEqual(done.returncode, 0, done.stderr)
+    devices.run('from tests import canonicalise_test as t; t.check_sharded()')
 
 
 if __name__ == '__main__':

@@ -4,9 +4,9 @@ import functools
 
 from absl.testing import absltest
 from absl.testing import parameterized
-import jax
 import numpy as np
 
+from fuzz import seeds
 import rotbits_jax
 from rotbits_jax import models
 from rotbits_jax import passes
@@ -15,19 +15,7 @@ from rotbits_jax import structured
 from tests import random_models
 from tests import transform_checks
 
-TRANSFORMS = {
-  t.name: t
-  for t in (
-    passes.remove_residual_gauge(),
-    passes.retie_embedding(),
-    passes.remove_biases(),
-    passes.remove_value_gauge(),
-    passes.remove_query_key_gauge(),
-    passes.remove_low_rank_gauge(),
-    passes.random_rotation(key=jax.random.key(1)),
-    passes.retie_exactly(),
-  )
-}
+TRANSFORMS = seeds.transforms()
 TOKENS = np.arange(12)[None]
 OPT = {
   'model_type': 'opt',

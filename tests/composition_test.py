@@ -4,10 +4,6 @@ To add a function to all these tests, add a row to `FUNCTIONS`.
 """
 
 import functools
-import os
-import pathlib
-import subprocess
-import sys
 
 from absl.testing import absltest
 from absl.testing import parameterized
@@ -28,6 +24,7 @@ from rotbits_jax.symmetries import norms
 from rotbits_jax.symmetries import rotations
 from rotbits_jax.symmetries import shortcuts
 from rotbits_jax.symmetries import steps
+from tests import devices
 from tests import random_models
 
 STACK = 8  # layers
@@ -202,27 +199,13 @@ class CompositionTest(parameterized.TestCase):
 
   @pytest.mark.slow
   def test_eight_devices_do_what_one_does(self):
-    flags = os.environ.get('XLA_FLAGS', '')
-    environment = os.environ | {
-      'JAX_PLATFORMS': 'cpu',
-      'PYTHONPATH': str(pathlib.Path(__file__).parents[1]),
-      'XLA_FLAGS': f'{flags} --xla_force_host_platform_device_count=8',
-    }
-    program = (
-      'import jax, composition_test as t\n'
+    devices.run(
+      'import jax\n'
+      'from tests import composition_test as t\n'
       'assert jax.device_count() == 8\n'
       'for name in t.FUNCTIONS:\n'
       '  t.check_sharded(name)\n'
     )
-    done = subprocess.run(
-      [sys.executable, '-c', program],
-      cwd=pathlib.Path(__file__).parent,
-      env=environment,
-      capture_output=True,
-      text=True,
-      check=False,
-    )
-    self.assertEqual(done.returncode, 0, done.stderr)
 
 
 if __name__ == '__main__':

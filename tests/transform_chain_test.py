@@ -2,10 +2,7 @@
 
 import dataclasses
 import functools
-import os
 import pathlib
-import subprocess
-import sys
 
 from absl.testing import absltest
 from absl.testing import parameterized
@@ -22,6 +19,7 @@ from rotbits_jax import models
 from rotbits_jax import passes
 from rotbits_jax import presets
 from rotbits_jax import structured
+from tests import devices
 from tests import random_models
 from tests import transform_checks
 
@@ -380,32 +378,17 @@ class MeshTest(absltest.TestCase):
 
   def check_devices(self, names):
     outputs = []
-    for devices in (1, 8):
-      flags = os.environ.get('XLA_FLAGS', '')
-      environment = os.environ | {
-        'JAX_PLATFORMS': 'cpu',
-        # XLA has at least one thread for each device. The number of threads must not
-        # differ, because it decides how a CPU divides the sums of a product.
-        'NPROC': '8',
-        'PYTHONPATH': str(pathlib.Path(__file__).parents[1]),
-        'XLA_FLAGS': f'{flags} --xla_force_host_platform_device_count={devices}',
-      }
+    for count in (1, 8):
       program = (
         'import jax\n'
         'from tests import transform_chain_test as t\n'
-        f'assert jax.device_count() == {devices}\n'
+        f'assert jax.device_count() == {count}\n'
         f't.rewrite_over_devices({names})\n'
       )
-      done = subprocess.run(
-        [sys.executable, '-c', program],
-        cwd=pathlib.Path(__file__).parents[1],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-      )
-      self.assertEqual(done.returncode, 0, done.stderr)
-      outputs.append(done.stdout.splitlines())
+      # XLA has at least one thread for each device. The number of threads must not
+      # differ, because it decides how a CPU divides the sums of a product.
+      output = devices.run(program, devices=count, NPROC='8')
+      outputs.append(output.splitlines())
     self.assertNotEmpty(outputs[0])
     self.assertEqual(outputs[1], outputs[0])
 

@@ -1,6 +1,6 @@
 """Checks of every transform on every family.
 
-To add a transform to all these tests, add a row to `TRANSFORMS`.
+To add a transform to all these tests, add it to `fuzz.seeds.transforms`.
 """
 
 import functools
@@ -12,6 +12,7 @@ import jax
 import numpy as np
 import pytest
 
+from fuzz import seeds
 from rotbits_jax import checkpoints
 from rotbits_jax import passes
 from rotbits_jax import structured
@@ -26,18 +27,7 @@ TINY = tuple(
     if (path / 'config.json').exists() and path.name != TRAINED
   )
 )
-TRANSFORMS = {
-  t.name: t
-  for t in (
-    passes.remove_residual_gauge(),
-    passes.retie_embedding(),
-    passes.remove_biases(),
-    passes.remove_value_gauge(),
-    passes.remove_query_key_gauge(),
-    passes.remove_low_rank_gauge(),
-    passes.random_rotation(key=jax.random.key(1)),
-  )
-}
+TRANSFORMS = {name: t for name, t in seeds.transforms().items() if t.takes != 'stored'}
 
 
 def _cases(names):
