@@ -14,6 +14,7 @@ from rotbits_jax import checkpoints
 from rotbits_jax import models
 from rotbits_jax import structured
 from rotbits_jax.coding import weights
+from rotbits_jax.file import leaves
 from rotbits_jax.file import manifest
 from rotbits_jax.file import shards
 from rotbits_jax.system import schema
@@ -45,7 +46,7 @@ DEFLATED = manifest.Deflated(nbytes=0, crc32=0, size=0)
 
 def leaf():
   return without_defaults(
-    manifest.Leaf,
+    leaves.Leaf,
     path='a',
     shape=(2,),
     dtype='float16',
@@ -54,7 +55,7 @@ def leaf():
     settings={'x': 1},
     arrays=('x',),
     needs=('x',),
-    base=manifest.BaseArray(path='x', shape=(), dtype='float16', crc32=1),
+    base=leaves.BaseArray(path='x', shape=(), dtype='float16', crc32=1),
     crc32=1,
   )
 

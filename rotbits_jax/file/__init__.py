@@ -7,6 +7,7 @@ The format:
 
 container     stores streams in a safetensors file
 manifest      describes the content of a file, and validates the description
+leaves        the part of the manifest that describes parameters
 shards        divides a model among several files, with an index
 coders        finds the coder of records, or of a whole model, by its name
 
@@ -26,6 +27,7 @@ reader        reads a record without the others, or the whole content
 records       decodes one record, into given memory or into new memory
 stacks        decodes layers straight into their places in a stack
 messages      decodes a message that holds a whole model
+sidecars      reads the other files of a checkpoint
 memory        allocates memory for records, and refuses what it cannot hold
 placement     places decoded arrays on devices
 directory     writes the checkpoint that a file holds

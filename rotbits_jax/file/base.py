@@ -18,6 +18,7 @@ import numpy as np
 
 from rotbits_jax import structured
 from rotbits_jax.coding import weights
+from rotbits_jax.file import leaves as leaves_lib
 from rotbits_jax.file import manifest as manifest_lib
 from rotbits_jax.file.container import ContainerError
 from rotbits_jax.passes import relative
@@ -51,7 +52,7 @@ class Beside(NamedTuple):
   """
 
   leaf: structured.Structured
-  base: manifest_lib.BaseArray
+  base: leaves_lib.BaseArray
   crc32: int
 
 
@@ -95,7 +96,7 @@ class Base:
   def _read(self, record: str) -> dict[str, Any]:
     return structured.flatten(self._source.read(record))
 
-  def check(self, path: str, wanted: manifest_lib.BaseArray) -> None:
+  def check(self, path: str, wanted: leaves_lib.BaseArray) -> None:
     """Checks that the base has the array of a leaf; its elements are not read.
 
     Args:
@@ -115,7 +116,7 @@ class Base:
         f'{list(wanted.shape)}, and that of this base is {dtype} {list(shape)}'
       )
 
-  def get(self, path: str, wanted: manifest_lib.BaseArray) -> np.ndarray:
+  def get(self, path: str, wanted: leaves_lib.BaseArray) -> np.ndarray:
     """Returns the array that a leaf needs.
 
     Raises:
@@ -178,7 +179,7 @@ def _beside(leaf: Any, given: np.ndarray, path: str) -> Beside | None:
   if made is None:
     return None
   crc32 = checksums.of_array(base)
-  own = manifest_lib.BaseArray(
+  own = leaves_lib.BaseArray(
     path=path, shape=base.shape, dtype=base.dtype.name, crc32=crc32
   )
   return Beside(made, own, checksums.of_array(target))

@@ -15,7 +15,6 @@ import functools
 import hashlib
 import os
 from typing import Any, Self
-import zlib
 
 import jax
 import numpy as np
@@ -26,12 +25,14 @@ from rotbits_jax import structured
 from rotbits_jax.coding import weights
 from rotbits_jax.file import base as base_lib
 from rotbits_jax.file import container
+from rotbits_jax.file import leaves as leaves_lib
 from rotbits_jax.file import manifest as manifest_lib
 from rotbits_jax.file import memory as memory_lib
 from rotbits_jax.file import messages
 from rotbits_jax.file import placement
 from rotbits_jax.file import records as records_lib
 from rotbits_jax.file import shards
+from rotbits_jax.file import sidecars
 from rotbits_jax.file import sources
 from rotbits_jax.file import stacks as stacks_lib
 from rotbits_jax.file.container import ContainerError
@@ -108,7 +109,7 @@ class Reader:
     spec = lambda leaf: checkpoints.TensorSpec(leaf.shape, np.dtype(leaf.dtype))
     return structured.unflatten({leaf.path: spec(leaf) for leaf in leaves})
 
-  def needed_arrays(self) -> dict[str, manifest_lib.BaseArray]:
+  def needed_arrays(self) -> dict[str, leaves_lib.BaseArray]:
     """Returns the arrays of a base that the file needs, by their paths in the base."""
     leaves = self._records.leaves.values()
     return {leaf.base.path: leaf.base for leaf in leaves if leaf.base is not None}
@@ -218,7 +219,7 @@ class Reader:
         found[leaf.path] = ranks
     return found
 
-  def _leaves(self) -> Iterator[tuple[manifest_lib.Leaf, dict[str, tuple[int, ...]]]]:
+  def _leaves(self) -> Iterator[tuple[leaves_lib.Leaf, dict[str, tuple[int, ...]]]]:
     """Yields the manifest's entry of each leaf, and the shapes of its stored arrays."""
     for name in self._records.entries:
       for leaf, specs in self._records.entry(name).leaf_specs():
@@ -426,26 +427,12 @@ class Reader:
     return {path: leaf.nbytes for path, leaf in leaves.items() if leaf.is_array}
 
   def gaps(self) -> dict[str, bytes]:
-    """Returns what is between the tensors of each weights file, joined.
+    """Reads the bytes between the tensors of each weights file, joined.
 
     Raises:
       ContainerError: if a part is damaged, or the tensors do not fit their file.
     """
-    found, sizes, left = {}, self.tensor_sizes(), manifest_lib.MOST_FILES
-    for file, own in zip(self._files, self.manifests, strict=True):
-      for entry in own.weights:
-        with file.errors():
-          name = entry.layout.name
-          try:
-            parts = entry.layout.gaps(sizes)
-          except ValueError as error:
-            raise ContainerError(str(error)) from error
-          size = sum(end - begin for begin, end in parts)
-          left -= entry.gaps.size
-          if size != entry.gaps.size or left < 0:
-            raise ContainerError(f'{name}: it has {size} bytes between its tensors')
-          found[name] = _inflate(file, f'{manifest_lib.GAPS}{name}', entry.gaps)
-    return found
+    return sidecars.gaps(self._files, self.manifests, self.tensor_sizes())
 
   def files(self) -> dict[str, bytes]:
     """Reads the other files of the checkpoint; returns their bytes by name.
@@ -453,12 +440,7 @@ class Reader:
     Raises:
       ContainerError: if a file is damaged.
     """
-    found = {}
-    for file, own in zip(self._files, self.manifests, strict=True):
-      for name, entry in own.files.items():
-        with file.errors():
-          found[name] = _inflate(file, f'{manifest_lib.FILES}{name}', entry)
-    return found
+    return sidecars.files(self._files, self.manifests)
 
   # ---- checks ------------------------------------------------------------------------
 
@@ -593,17 +575,3 @@ def _manifest(file: container.StreamReader) -> manifest_lib.Manifest:
           f'{name}: the header and the manifest differ in this stream'
         )
     return own
-
-
-def _inflate(
-  file: container.StreamReader, name: str, entry: manifest_lib.Deflated
-) -> bytes:
-  """Inflates a stream, and checks the size of its content."""
-  data, unpacker = file.read(name, entry.crc32), zlib.decompressobj()
-  try:
-    content = unpacker.decompress(data, entry.size + 1)
-  except zlib.error as error:
-    raise ContainerError(f'{name}: {error}') from error
-  if len(content) != entry.size or not unpacker.eof or unpacker.unused_data:
-    raise ContainerError(f'{name}: it must inflate to {entry.size} bytes')
-  return content

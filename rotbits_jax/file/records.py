@@ -10,6 +10,7 @@ import numpy as np
 from rotbits_jax import structured
 from rotbits_jax.file import base as base_lib
 from rotbits_jax.file import container
+from rotbits_jax.file import leaves as leaves_lib
 from rotbits_jax.file import manifest as manifest_lib
 from rotbits_jax.file import memory as memory_lib
 from rotbits_jax.file.container import ContainerError
@@ -55,7 +56,7 @@ class Records:
     self._base = base
     self.files: dict[str, container.StreamReader] = {}
     self.entries: dict[str, manifest_lib.Record] = {}
-    self.leaves: dict[str, manifest_lib.Leaf] = {}
+    self.leaves: dict[str, leaves_lib.Leaf] = {}
     self.holders: dict[str, str] = {}
     self._packages = {
       (x.group, x.name): x.package for own in manifests for x in own.plugins
@@ -171,7 +172,7 @@ class Records:
 
   def _leaf(
     self,
-    entry: manifest_lib.Leaf,
+    entry: leaves_lib.Leaf,
     parts: list[np.ndarray],
     record: manifest_lib.Record,
     resolve: Resolve,
@@ -183,7 +184,7 @@ class Records:
     """
     if not entry.type_name:
       (part,) = parts
-      if part.dtype == manifest_lib.stored_dtype(entry.dtype):
+      if part.dtype == leaves_lib.stored_dtype(entry.dtype):
         return part.view(np.dtype(entry.dtype))
       step = np.asarray(record.grids()[entry.path].unit)
       return structured.UniformlyQuantized(part, step, entry.dtype)
@@ -217,7 +218,7 @@ class Records:
 
 
 def _target(
-  leaf: manifest_lib.Leaf, specs: Sequence[Any], own: list[np.ndarray] | None
+  leaf: leaves_lib.Leaf, specs: Sequence[Any], own: list[np.ndarray] | None
 ) -> list[np.ndarray]:
   """Returns the arrays to decode a leaf into.
 

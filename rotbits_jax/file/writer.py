@@ -17,6 +17,7 @@ from rotbits_jax import structured
 from rotbits_jax.file import base as base_lib
 from rotbits_jax.file import coders
 from rotbits_jax.file import container
+from rotbits_jax.file import leaves as leaves_lib
 from rotbits_jax.file import manifest as manifest_lib
 from rotbits_jax.file import sources
 from rotbits_jax.system import checksums
@@ -244,7 +245,7 @@ def encode_record(
   Raises:
     ValueError: if a reader would refuse a parameter. It names the parameter.
   """
-  leaves: list[manifest_lib.Leaf] = []
+  leaves: list[leaves_lib.Leaf] = []
   arrays: list[np.ndarray] = []
   params = structured.flatten(record.params)
   beside = {} if base is None else base.beside(params)
@@ -286,7 +287,7 @@ def encode_record(
 
 def entry_of(
   path: str, leaf: Any, resolve: Resolve
-) -> tuple[manifest_lib.Leaf, list[np.ndarray]]:
+) -> tuple[leaves_lib.Leaf, list[np.ndarray]]:
   """Makes the entry of a parameter in the manifest.
 
   Args:
@@ -303,23 +304,17 @@ def entry_of(
   try:
     return _entry_of(path, leaf, resolve)
   # A leaf that is stacked, or should be, raises any of these.
-  except (
-    ArithmeticError,
-    AttributeError,
-    LookupError,
-    TypeError,
-    ValueError,
-  ) as error:
+  except (*leaves_lib.UNTRUSTED, ValueError) as error:
     raise ValueError(f'{path}: it cannot be stored: {error}') from error
 
 
 def _entry_of(
   path: str, leaf: Any, resolve: Resolve
-) -> tuple[manifest_lib.Leaf, list[np.ndarray]]:
+) -> tuple[leaves_lib.Leaf, list[np.ndarray]]:
   type_name, shape, dtype, _ = structured.stack_key(leaf)
   if not type_name:
-    stored = np.asarray(leaf).view(manifest_lib.stored_dtype(dtype))
-    return manifest_lib.Leaf(path=path, shape=shape, dtype=dtype), [stored]
+    stored = np.asarray(leaf).view(leaves_lib.stored_dtype(dtype))
+    return leaves_lib.Leaf(path=path, shape=shape, dtype=dtype), [stored]
   settings, arrays = leaf.stored()
   if not structured.same_bits(type(leaf).from_stored(settings, arrays), leaf):
     raise ValueError(f'a leaf of type {type_name!r} cannot store all of this value')
@@ -335,8 +330,8 @@ def _entry_of_leaf(
   leaf: structured.Structured,
   stored: tuple[dict[str, Any], dict[str, np.ndarray]],
   crc32: int | None,
-  base: manifest_lib.BaseArray | None = None,
-) -> tuple[manifest_lib.Leaf, list[np.ndarray]]:
+  base: leaves_lib.BaseArray | None = None,
+) -> tuple[leaves_lib.Leaf, list[np.ndarray]]:
   """Makes the entry of a structured leaf.
 
   Args:
@@ -348,7 +343,7 @@ def _entry_of_leaf(
   """
   type_name, shape, dtype, stack_key = structured.stack_key(leaf)
   settings, arrays = stored
-  entry = manifest_lib.Leaf(
+  entry = leaves_lib.Leaf(
     path=path,
     shape=shape,
     dtype=dtype,

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from rotbits_jax import models
 from rotbits_jax import presets
-from rotbits_jax.file import manifest as manifest_lib
+from rotbits_jax.file import leaves as leaves_lib
 from rotbits_jax.file import reader as reader_lib
 from rotbits_jax.file import writer as writer_lib
 from rotbits_jax.system import schema
@@ -46,7 +46,7 @@ class Report(NamedTuple):
   input_bytes: int
   file_bytes: int
   lines: list[ReportLine]
-  needs: dict[str, manifest_lib.BaseArray]
+  needs: dict[str, leaves_lib.BaseArray]
   notes: dict[str, list[dict[str, Any]]]
 
   def to_json(self, *, verbose: bool = False) -> dict[str, Any]:
@@ -209,7 +209,7 @@ def _beside_base(reader: reader_lib.Reader) -> dict[str, list[dict[str, Any]]]:
   return {writer_lib.BESIDE: notes}
 
 
-def _size(array: manifest_lib.BaseArray) -> int:
+def _size(array: leaves_lib.BaseArray) -> int:
   return math.prod(array.shape)
 
 

@@ -1,0 +1,191 @@
+"""The entries of leaves in the manifest: how a parameter is stored, and what it needs.
+
+A leaf is an array or a structured leaf, see `structured`. It is stored as one or more
+arrays of its record, see `manifest`.
+"""
+
+from collections.abc import Sequence
+import dataclasses
+import math
+from typing import Annotated, Any
+
+import ml_dtypes
+import numpy as np
+
+from rotbits_jax import models
+from rotbits_jax import structured
+from rotbits_jax.coding import weights
+from rotbits_jax.system import plugins
+from rotbits_jax.system import schema
+
+_MOST_ELEMENTS = 1 << 48  # of an array
+
+UNTRUSTED = ArithmeticError, AttributeError, LookupError, TypeError
+"""The errors, besides ValueError, of a leaf whose settings and arrays do not fit."""
+
+
+def _shape(value: tuple[int, ...]) -> str | None:
+  # NumPy multiplies the lengths of the other axes, even if one of them is 0.
+  fits = len(value) <= 32 and math.prod(n for n in value if n) <= _MOST_ELEMENTS
+  return None if fits else 'must be the shape of an array of up to 32 axes'
+
+
+def _dtype(value: str) -> str | None:
+  known = stored_dtype(value) in weights.DTYPES
+  return None if known else 'must be the name of a dtype'
+
+
+Shape = Annotated[tuple[int, ...], _shape]
+Dtype = Annotated[str, _dtype]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BaseArray:
+  """An array of another model or PyTree that a leaf needs, see `base`.
+
+  Attributes:
+    path: its path there.
+    shape: its shape.
+    dtype: its dtype.
+    crc32: CRC-32 of its bytes in C order.
+  """
+
+  as_list = True
+
+  path: schema.Path
+  shape: Shape
+  dtype: Dtype
+  crc32: schema.Crc32
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Leaf:
+  """A stored parameter.
+
+  Attributes:
+    path: path of the parameter in the model.
+    shape: shape of the array that the leaf stands for.
+    dtype: dtype of that array.
+    type_name: type of the structured leaf; empty for an array.
+    stack_key: see `structured.Structured.stack_key`.
+    settings: settings of the structured leaf.
+    arrays: names of the arrays as which the leaf is stored; one empty name for an
+      array.
+    needs: paths of the parameters that are needed to compute the array.
+    base: the array of a base that is needed to compute the array; None for none.
+    crc32: CRC-32 of the array that the leaf stands for, if the reader puts that array
+      in the leaf's place; else None.
+  """
+
+  path: schema.Path
+  shape: Shape
+  dtype: Dtype
+  type_name: str = ''
+  stack_key: tuple[str, ...] = ()
+  settings: dict[str, Any] = dataclasses.field(default_factory=dict)
+  arrays: tuple[str, ...] = ('',)
+  needs: tuple[schema.Path, ...] = ()
+  base: BaseArray | None = None
+  crc32: schema.Crc32 | None = None
+
+  def __post_init__(self) -> None:
+    if len(set(self.arrays)) != len(self.arrays):
+      raise ValueError(f'{self.path}: the names of the arrays must differ')
+    own = self.stack_key, self.settings, self.arrays, self.needs, self.base, self.crc32
+    if not self.type_name and own != ((), {}, ('',), (), None, None):
+      raise ValueError(f'{self.path}: an array has fields of a structured leaf')
+    cls = self.leaf_class
+    if cls is not None and cls.expands_on_reading != (self.crc32 is not None):
+      raise ValueError(f'{self.path}: leaves of its type have a checksum, or have none')
+    if cls is not None and cls.needs_base != (self.base is not None):
+      raise ValueError(f'{self.path}: leaves of its type need a base, or need none')
+    is_of_layer = models.names.layer_index(self.path) is not None
+    if self.needs and not self.is_array and is_of_layer:
+      raise ValueError(f'{self.path}: a leaf of a stack cannot need other parameters')
+
+  @property
+  def leaf_class(self) -> type[structured.Structured] | None:
+    """The class of the structured leaf; None for an array, or if it is unknown."""
+    if not self.type_name:
+      return None
+    return plugins.find('leaves', self.type_name, structured.TYPES)
+
+  def make(self, arrays: Sequence[np.ndarray]) -> structured.Structured:
+    """Makes the structured leaf from the arrays as which it is stored.
+
+    Raises:
+      ValueError: if the arrays, the settings and this entry do not fit together, or if
+        the type is unknown.
+    """
+    cls = self.leaf_class
+    if cls is None:
+      raise ValueError(f'leaves of type {self.type_name!r:.100} are unknown')
+    try:
+      named = dict(zip(self.arrays, arrays, strict=True))
+      leaf = cls.from_stored(self.settings, named)
+      key = structured.stack_key(leaf)
+    except UNTRUSTED as error:
+      raise ValueError(str(error)) from error
+    if key != (self.type_name, self.shape, self.dtype, self.stack_key):
+      raise ValueError('the leaf differs from the manifest')
+    if leaf.needs != self.needs:
+      raise ValueError('the leaf needs other parameters than the manifest says')
+    if self.base is not None:
+      leaf.check_needed(self.base.shape)
+    return leaf
+
+  def check_shapes(self, shapes: Sequence[tuple[int, ...]]) -> None:
+    """Checks that the leaf has the settings and arrays that tell of two factors.
+
+    Args:
+      shapes: shapes of the arrays as which it is stored.
+
+    Raises:
+      ValueError: if one is missing.
+    """
+    if (cls := self.leaf_class) is None:
+      return
+    try:
+      found = cls.stored_factored(
+        self.settings, dict(zip(self.arrays, shapes, strict=True))
+      )
+      if found is not None and not isinstance(found[1], str):
+        raise TypeError('their name is no text')
+    except UNTRUSTED as error:
+      raise ValueError(f'{self.path}: the leaf has not two factors: {error}') from error
+
+  @property
+  def is_array(self) -> bool:
+    """Whether the parameter is an array for those who read the file."""
+    return not self.type_name or self.crc32 is not None
+
+  @property
+  def base_size(self) -> int:
+    """The number of elements of the array of the base; 0 without one."""
+    return 0 if self.base is None else math.prod(self.base.shape)
+
+  @property
+  def size(self) -> int:
+    """The number of elements of the array that the leaf stands for."""
+    return math.prod(self.shape)
+
+  @property
+  def nbytes(self) -> int:
+    """The bytes of that array."""
+    return self.size * np.dtype(stored_dtype(self.dtype)).itemsize
+
+
+_STORED_AS = {'int2': 'int8', 'int4': 'int8'} | {
+  name: 'uint8'
+  for name in dir(ml_dtypes)
+  if name.startswith(('uint2', 'uint4', 'float4_', 'float6_', 'float8_'))
+}
+
+
+def stored_dtype(dtype: str) -> str:
+  """Returns the dtype of the array that stores a plain array.
+
+  The coder models no floats of 8 bits or fewer and no integers of 4. It gets their bit
+  patterns as NumPy keeps them, one a byte.
+  """
+  return _STORED_AS.get(dtype, dtype)

@@ -1,0 +1,73 @@
+"""The content of a file besides its records: the checkpoint's other files, and gaps."""
+
+from collections.abc import Mapping, Sequence
+import zlib
+
+from rotbits_jax.file import container
+from rotbits_jax.file import manifest as manifest_lib
+from rotbits_jax.file.container import ContainerError
+
+Streams = Sequence[container.StreamReader]
+Manifests = Sequence[manifest_lib.Manifest]
+
+
+def files(streams: Streams, manifests: Manifests) -> dict[str, bytes]:
+  """Reads the other files of a checkpoint; returns their bytes by name.
+
+  Args:
+    streams: the file, or its shards.
+    manifests: the manifest of each.
+
+  Raises:
+    ContainerError: if a file is damaged.
+  """
+  found = {}
+  for file, own in zip(streams, manifests, strict=True):
+    for name, entry in own.files.items():
+      with file.errors():
+        found[name] = _inflate(file, f'{manifest_lib.FILES}{name}', entry)
+  return found
+
+
+def gaps(
+  streams: Streams, manifests: Manifests, sizes: Mapping[str, int]
+) -> dict[str, bytes]:
+  """Reads the bytes between the tensors of each weights file, joined.
+
+  Args:
+    streams: see `files`.
+    manifests: see `files`.
+    sizes: the bytes of each tensor.
+
+  Raises:
+    ContainerError: if a part is damaged, or the tensors do not fit their file.
+  """
+  found, left = {}, manifest_lib.MOST_FILES
+  for file, own in zip(streams, manifests, strict=True):
+    for entry in own.weights:
+      with file.errors():
+        name = entry.layout.name
+        try:
+          parts = entry.layout.gaps(sizes)
+        except ValueError as error:
+          raise ContainerError(str(error)) from error
+        size = sum(end - begin for begin, end in parts)
+        left -= entry.gaps.size
+        if size != entry.gaps.size or left < 0:
+          raise ContainerError(f'{name}: it has {size} bytes between its tensors')
+        found[name] = _inflate(file, f'{manifest_lib.GAPS}{name}', entry.gaps)
+  return found
+
+
+def _inflate(
+  file: container.StreamReader, name: str, entry: manifest_lib.Deflated
+) -> bytes:
+  """Inflates a stream, and checks the size of its content."""
+  data, unpacker = file.read(name, entry.crc32), zlib.decompressobj()
+  try:
+    content = unpacker.decompress(data, entry.size + 1)
+  except zlib.error as error:
+    raise ContainerError(f'{name}: {error}') from error
+  if len(content) != entry.size or not unpacker.eof or unpacker.unused_data:
+    raise ContainerError(f'{name}: it must inflate to {entry.size} bytes')
+  return content
