@@ -24,7 +24,7 @@ Data flows through the modules in one direction:
 import importlib
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:  # what `__getattr__` imports
+if TYPE_CHECKING:  # the imports of `__getattr__`
   from rotbits_jax import checkpoints as checkpoints
   from rotbits_jax import coding as coding
   from rotbits_jax import evaluation as evaluation

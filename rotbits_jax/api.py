@@ -135,7 +135,7 @@ def encode_to_file(
   process writes shards of the layers that it owns.
 
   Args:
-    source: the path of a checkpoint, or what `encode` takes. A checkpoint at a path
+    source: the path of a checkpoint, or a source of `encode`. A checkpoint at a path
       that is not of a known family is stored as plain tensors, with 'exact'.
     path: path of the file. Shards have their number and a checksum before the suffix,
       and their index in Hugging Face's format is written beside them.
@@ -198,7 +198,7 @@ def decode(
     source: a path, bytes, or a binary file.
     like: a PyTree whose structure the PyTree in the file gets: lists, tuples, Optax
       states. Its arrays give shapes and dtypes, which must be those in the file.
-    base: what was passed to `encode` as the base.
+    base: the base of `encode`.
     progress: whether to show the progress on stderr.
 
   Returns:
@@ -405,7 +405,7 @@ def apply(
   sharding: file.Place | None = None,
   donate: bool = False,
 ) -> T:
-  """Applies what `delta` returned: turns the old PyTree into the new one.
+  """Applies the bytes of `delta`: turns the old PyTree into the new one.
 
   Args:
     data: the bytes of `delta`, or the path of a file with them.
@@ -535,7 +535,7 @@ def _job(
   mesh: jax.sharding.Mesh | None,
   base: Base | None,
 ) -> job_lib.Job:
-  """Returns the work to do for what `encode` takes."""
+  """Returns the work of encoding a source."""
   found = sources.Source(source, files, stem)
   default = presets.default(found.config) if base is None else 'exact'
   made = presets.make(preset or default, **options)

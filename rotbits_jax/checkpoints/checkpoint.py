@@ -134,7 +134,7 @@ def open_tensors(
     reason: why the checkpoint is not opened as a model, if there is a reason.
 
   Returns:
-    The tensors, and what is between and beside them.
+    The tensors, the bytes between them, and the other files.
 
   Raises:
     CheckpointError: if a file is missing or damaged.

@@ -23,7 +23,7 @@ or of Microsoft's SliceGPT, or the path of a GGUF file. The presets:
          smaller. On dense ones it saves about a bit an element more than exact.
          Adapters that were trained on the input do not fit the decoded model.
   near   changes the function a little and makes the file much smaller: elements are
-         rounded to coarse steps. Measure what it costs with `rotbits evaluate`.
+         rounded to coarse steps. Measure the cost with `rotbits evaluate`.
   paper  rotates the weights at random and gets the bits of the rotations back, as in
          arXiv 2410.01309. The function stays, the elements change. Dense models are
          refused. --canonicaliser, --rotation_codec and --correction choose its parts:
@@ -79,14 +79,14 @@ JSON:
   bytes.file        bytes of the file, or of all shards
   lines             list of objects: name, elements_saved, bytes_saved; they add up to
                     the differences above
-  remarks           list of sentences on what the decoded weights are
+  remarks           list of sentences on the decoded weights
   base              list of the tensors of a base that the file needs, each as the list
                     of its path, shape, dtype and CRC-32
   notes             with --verbose: for each transform, a list of objects
   given_bytes       bytes of the weights files of the input; null if unknown
   left_out          list of the files and folders beside the weights that are not kept
   plain_because     why the checkpoint is stored as plain tensors, or null
-  curve             list of objects: step, kl; what --max_kl measured, or null
+  curve             list of objects: step, kl; the points of --max_kl, or null
 """
 
 import inspect

@@ -15,7 +15,7 @@ temperature each token is the likeliest one. The model needs a tokenizer.json.
 JSON:
 
   prompt  as it was given
-  text    what the model wrote
+  text    the text of the model
   tokens  list of the tokens that it wrote
 """
 

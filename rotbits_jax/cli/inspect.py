@@ -26,7 +26,7 @@ JSON:
   bytes.file        bytes of the file, or of all shards
   lines             list of objects: name, elements_saved, bytes_saved; they add up to
                     the differences above
-  remarks           list of sentences on what the decoded weights are
+  remarks           list of sentences on the decoded weights
   base              list of the tensors of a base that the file needs, each as the list
                     of its path, shape, dtype and CRC-32
   notes             with --verbose: for each transform, a list of objects

@@ -80,7 +80,7 @@ class Flags:
 
     Args:
       name: name of the flag.
-      help: what it is for.
+      help: its purpose.
       kind: type of its value: str, int, float or bool; or the words that it may be.
       default: its value if it is not given.
       source: whether it is the path of a checkpoint or of an encoded file.
@@ -176,7 +176,7 @@ def run(command: Callable[[], Result | None], own: Flags | flags.FlagValues) -> 
         print(result[1])
       sys.stdout.flush()
   except KeyboardInterrupt as error:
-    for note in getattr(error, '__notes__', ()):  # of what is kept
+    for note in getattr(error, '__notes__', ()):  # on the files that are kept
       print(f'{name}: {printable(note)}', file=sys.stderr)
     return interrupts.exit_code(error)
   except BrokenPipeError:
@@ -193,7 +193,7 @@ def run(command: Callable[[], Result | None], own: Flags | flags.FlagValues) -> 
 
 
 def _is_bad_input(error: Exception) -> bool:
-  """Returns whether an error is of what the user gave, and not of this program."""
+  """Returns whether an error is one of the input, and not of this program."""
   if isinstance(error, RuntimeError):  # JAX_PLATFORMS names devices that are not there
     return str(error).startswith('Unable to initialize backend')
   return isinstance(error, ValueError | OSError | flags.Error)

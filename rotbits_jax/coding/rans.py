@@ -299,8 +299,8 @@ def push_rows(
     steps: int32, how many of the T rows are pushed, the first ones; all by default.
 
   Returns:
-    The states; and in each row, in the order of pushing, what `push_step` returns: the
-    low words, uint16 `[T, N]`, and whether they move to the stacks, bool `[T, N]`.
+    The states; and in each row, in the order of pushing, the results of `push_step`:
+    the low words, uint16 `[T, N]`, and whether they move to the stacks, bool `[T, N]`.
   """
   _check_precision(precision)
   total = len(jax.tree.leaves(symbols)[0])
@@ -388,7 +388,7 @@ def pop_all(
 def _placed(
   message: Message, state: jax.Array, words: jax.Array, moved: jax.Array
 ) -> Message:
-  """Returns the message after a push, given what `push_rows` returns."""
+  """Returns the message after a push, given the results of `push_rows`."""
   # A word that does not move is put beyond the capacity, and dropped.
   counts = jnp.cumsum(moved, axis=0, dtype=jnp.int32)
   place = jnp.where(moved, message.size[None] + counts - 1, message.capacity)

@@ -30,7 +30,7 @@ _MOST_RECORDS = 4  # that are held, because records are decoded side by side
 
 
 class Source(Protocol):
-  """What a base is read from, see `sources.Source`."""
+  """The source of a base, see `sources.Source`."""
 
   @property
   def records(self) -> Any: ...
@@ -47,7 +47,7 @@ class Beside(NamedTuple):
 
   Attributes:
     leaf: the structured leaf.
-    base: what it needs.
+    base: the array of the base that it needs.
     crc32: CRC-32 of the array that it stands for.
   """
 
@@ -63,7 +63,7 @@ class Base:
     """Reads names, shapes and dtypes.
 
     Args:
-      source: what to read arrays from.
+      source: has the arrays.
       plain: whether names that differ by a prefix are the same.
     """
     self._source, self._plain = source, plain
@@ -101,7 +101,7 @@ class Base:
 
     Args:
       path: path of the leaf.
-      wanted: what it needs.
+      wanted: the array that it needs.
 
     Raises:
       ContainerError: naming the array, if it is missing or another one.

@@ -31,7 +31,7 @@ class Job:
   """The work of encoding a source.
 
   Attributes:
-    source: what is encoded.
+    source: the input.
     preset: the preset.
     base: the base beside which arrays are stored; None for none.
     counts: elements and bytes of each record before it is rewritten, by its name, in
@@ -48,7 +48,7 @@ class Job:
     """Checks the source, before the work.
 
     Args:
-      source: what to encode.
+      source: the input.
       preset: how to encode it.
       mesh: devices along one axis, 'layers', that share the layers.
       base: see the class.

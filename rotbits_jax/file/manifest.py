@@ -116,7 +116,7 @@ class Record:
     spec: the coder's description of the stream, whose arrays are in the order of the
       leaves.
     input: elements and bytes of the record before it was rewritten.
-    savings: what each transform saved.
+    savings: the saving of each transform.
     empty: paths of the dicts in the record that are empty.
   """
 
@@ -256,7 +256,7 @@ class Message:
     layout: the values that the coder needs.
     streams: the parts of the message, by their names.
     input: elements and bytes of the model.
-    savings: what the coder saved.
+    savings: the savings of the coder.
   """
 
   coder: str

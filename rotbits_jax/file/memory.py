@@ -60,7 +60,7 @@ def check(name: str, nbytes: int) -> None:
   The size of a file is no bound, because zeros take hardly any bytes in it.
 
   Args:
-    name: what is decoded, for the error.
+    name: name of the content, for the error.
     nbytes: the bytes that it takes in memory.
 
   Raises:

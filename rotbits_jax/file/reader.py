@@ -511,7 +511,7 @@ def open_base(given: Any, *, plain: bool) -> base_lib.Base:
   """Opens the base beside which a file is encoded or decoded.
 
   Args:
-    given: what `api.encode` takes; the path of a checkpoint or of an encoded file; the
+    given: a source of `api.encode`; the path of a checkpoint or of an encoded file; the
       bytes of an encoded file; or a `Reader`. An encoded file may need a base itself: a
       list of such a file, its base, the base of that, and so on.
     plain: whether the model is stored as plain tensors, or is a PyTree; a checkpoint at

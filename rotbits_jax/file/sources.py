@@ -1,7 +1,7 @@
-"""Sources: what is encoded, a record at a time.
+"""Sources of encoding, which are read a record at a time.
 
 A source is a model, a checkpoint that is opened, or a PyTree. `Source` gives all of
-them one face, and remembers the checksums of what is read.
+them one face, and remembers the checksums of records.
 """
 
 from collections.abc import Iterator, Mapping
@@ -19,7 +19,7 @@ from rotbits_jax.system import checksums
 
 
 class Source:
-  """What is encoded: records, and the files that are kept besides them.
+  """The input of encoding: records, and the files that are kept besides them.
 
   The records of a model are those of `models.names`. Every key of the outermost level
   of a PyTree is a record. Paths are those of the whole model.
@@ -42,7 +42,7 @@ class Source:
     files: Mapping[str, bytes] | None = None,
     stem: str | None = None,
   ):
-    """Takes what `api.encode` takes.
+    """Takes a source of `api.encode`.
 
     Args:
       given: the model, checkpoint or PyTree.

@@ -30,7 +30,7 @@ Resolve = Callable[[str], Any]
 """Takes the path of a parameter; returns its array."""
 
 BESIDE = 'beside a base'
-"""The name of what a base saves."""
+"""The name of the saving of a base."""
 
 
 class Summary(NamedTuple):
@@ -50,7 +50,7 @@ class Summary(NamedTuple):
 
 
 def check_source(source: sources.Source, streams: Iterable[str]) -> None:
-  """Checks what a container keeps besides records, before the work.
+  """Checks the content of a container besides records, before the work.
 
   Args:
     source: has the other files and the layouts of weights files.
@@ -98,7 +98,7 @@ class FileWriter:
     """Reserves room for the header.
 
     Args:
-      file: empty, or what an earlier run left; open for reading and writing.
+      file: empty, or with the records of an earlier run; open for reading and writing.
       summary: of all records.
       streams: names of the records that will come, in order, or of the streams of a
         message.
@@ -171,7 +171,7 @@ class FileWriter:
     self._message = manifest_lib.Message(streams=entries, **facts)
 
   def finish(self) -> None:
-    """Appends what is kept of the source and the manifest, and writes the header.
+    """Appends the other files, the gaps and the manifest, and writes the header.
 
     Raises:
       ValueError: if a reader would refuse the manifest.
@@ -361,7 +361,7 @@ def _entry_of_leaf(
 def _saving(
   params: Mapping[str, Any], beside: Mapping[str, base_lib.Beside]
 ) -> manifest_lib.Saving:
-  """Returns what the base saves before anything is coded."""
+  """Returns the saving of the base before anything is coded."""
   arrays = [params[path] for path in beside]
   leaves = [x.leaf for x in beside.values()]
   count, size = structured.count_elements, structured.count_bytes

@@ -1,7 +1,7 @@
 """Transforms: passes over a model that leave fewer numbers to store.
 
 A transform rewrites a model, a few layers at a time. It calls the pure functions of
-`symmetries`, decides by measurement what to keep, and says in notes what it did. To
+`symmetries`, decides by measurement which forms to keep, and notes its choices. To
 apply transforms to a model in memory:
 
     model, savings = passes.run_chain((passes.remove_biases(),), model)

@@ -27,7 +27,7 @@ _LOWEST = -6 * _OCTAVE  # differences of 2^-6 ULPs and less share a class
 _NARROW = 3 * _OCTAVE  # the level from which int8 is too short for differences
 _BAND = 6 * _OCTAVE
 _LEAST = 1 << 12  # elements of an array for which classes are worth their arrays
-_LEAF_BITS = 8 * 300  # what a leaf takes beside its arrays
+_LEAF_BITS = 8 * 300  # of a leaf beside its arrays
 
 
 def beside(target: np.ndarray, base: np.ndarray) -> Any:
@@ -223,7 +223,7 @@ def _with_residuals(
   Args:
     leaf: the leaf without them.
     bits: bits of the array, `[n]`.
-    blocks: what `leaf.prediction` yields.
+    blocks: the blocks of `leaf.prediction`.
   """
   dtype, count = leaf.dtype, sum(leaf.bands)
   target = bits.reshape(-1, leaf.width)
@@ -278,7 +278,7 @@ _LEAST_FACTORED = 64  # rows and columns of a matrix for which factors are tried
 _RANKS = (16, 64)  # the greatest rank that is tried first, and then
 _SKETCHED = 1 << 9  # rows that tell whether factors may be worth it
 _MORE = 8  # columns of a sketch beyond the rank
-_FINER = 5  # how much finer factors are rounded than what they leave
+_FINER = 5  # the differences that are left, over the error of rounded factors
 _MOST = (1 << 15) - 1
 
 
@@ -300,7 +300,7 @@ def _factors(bits: np.ndarray, base: np.ndarray, dtype: np.dtype) -> _Factors | 
   some = slice(None, None, max(len(bits) // _SKETCHED, 1))
   with np.errstate(all='ignore'):
     sizes = np.abs(_wide(base[some][:, :_SKETCHED], dtype))
-  # What a rounding to the dtype leaves, at most numbers.
+  # The rounding error of the dtype, at most numbers.
   least = float(np.nanmedian(sizes)) * 2.0 ** -(floats + 2)
   far, scale = _differences(bits[some], base[some], dtype)
   if not 1e-30 < scale < 1e30:
@@ -343,7 +343,7 @@ class _Product(NamedTuple):
 
 
 def _basis(far: np.ndarray, most: int) -> np.ndarray:
-  """Returns an orthonormal basis `[C, k]` of what rows of differences share."""
+  """Returns an orthonormal basis `[C, k]` of most of the rows of differences."""
   width = min(most + _MORE, min(far.shape) // 2)
   sketch = relative.small_products(far, _random(far.shape[1], width))
   rows = relative.small_products(far.T, sketch).astype(np.float64)

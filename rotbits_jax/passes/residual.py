@@ -152,7 +152,7 @@ def _layers(
       for layer, own in zip(layers, rotations, strict=True)
     ]
     results = context.map_layers(rotations_lib.rotate, arguments)
-    del arguments  # they would keep the memory of what was rotated
+    del arguments  # they would keep the memory of rotated arrays
     for layer, result in zip(layers, results, strict=True):
       layer[path] = result
   if first == 0 and state.zeros[0]:
@@ -303,7 +303,7 @@ def _shortcut_paths(config: models.ModelConfig) -> list[str]:
   return [f'{x}_shortcut/kernel' for x in sublayers] if config.sliced else []
 
 
-# ---- what is read from the source --------------------------------------------------
+# ---- the source ----------------------------------------------------------------------
 
 
 def _source(context: transform.Context, index: int | None) -> transform.Params:

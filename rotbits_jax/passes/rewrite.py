@@ -310,7 +310,7 @@ def _count(context: Context, index: int | None, params: Params) -> tuple[int, in
 
 
 class _Effect(NamedTuple):
-  """A transform, what it was given and what it made, see `_count`; and its notes."""
+  """A transform, the sizes before and after it, see `_count`; and its notes."""
 
   transform: Transform
   before: tuple[int, int]

@@ -1,4 +1,4 @@
-"""The algebra of transforms: what a transform is, and which ones make a chain.
+"""The algebra of transforms: their definition, and which ones make a chain.
 
 A transform rewrites the parameters of a model so that they store fewer numbers. It
 replaces arrays by structured leaves, which store fewer numbers than the arrays that

@@ -1,4 +1,4 @@
-"""The report on a file: what each step of the encoder saved, to the byte."""
+"""The report on a file: the saving of each step of the encoder, to the byte."""
 
 import math
 import textwrap
@@ -98,7 +98,7 @@ class Report(NamedTuple):
     return '\n'.join(lines)
 
   def remarks(self) -> list[str]:
-    """Returns what a user of the decoded weights must know, a sentence or two each."""
+    """Returns remarks for users of the decoded weights, a sentence or two each."""
     base = []
     if self.needs:
       size, first = sum(_size(x) for x in self.needs.values()), next(iter(self.needs))

@@ -257,7 +257,7 @@ def rounding_errors(
   Args:
     plain: the sides before their gauge was fixed.
     fixed: the sides after that.
-    rounded: these sides when what they are stored as is rounded.
+    rounded: these sides after their stored arrays are rounded.
     dtype: the dtype to which numbers are rounded.
   """
   # The numbers of a checkpoint have no rounding error, because they are rounded

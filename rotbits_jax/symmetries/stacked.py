@@ -11,7 +11,7 @@ depend on numbers are masks. If the layer axis is sharded over devices, only the
 communicates.
 
 `passes` makes the same canonical form a few layers at a time, rounds it to the dtype of
-the source, and cuts what is masked. Shape letters are those of `models.config`.
+the source, and cuts masked columns. Shape letters are those of `models.config`.
 """
 
 import functools

@@ -30,7 +30,7 @@ class Progress:
     self._task, self._total, self._unit = task, total, unit
     self._done, self._stage = 0, ''
     self._started = self._told = time.monotonic()
-    self._first = 0, self._started  # what was done first, and when
+    self._first = 0, self._started  # the count at the beginning, and its time
     terminal = sys.stderr.isatty()
     self._show, self._lines = show, show and not terminal
     self._bar = tqdm.tqdm(

@@ -11,7 +11,7 @@ The annotations of a dataclass say what its fields may hold:
     stream = schema.load(Stream, {'name': 'embed', 'nbytes': 12}, 'manifest')
     schema.dump(stream) == {'name': 'embed', 'nbytes': 12}
 
-`load` accepts what `dump` returns, and refuses everything else: missing and unknown
+`load` accepts the values of `dump`, and refuses everything else: missing and unknown
 fields, wrong types, numbers out of range. It allocates nothing in proportion to a
 number that it reads. A dataclass checks how its fields fit together in `__post_init__`,
 which raises a ValueError.

@@ -2,7 +2,7 @@
 
 
 def printable(text: str) -> str:
-  """Returns text on one line, with escapes for what would steer a terminal."""
+  """Returns text on one line, with escapes for characters that steer a terminal."""
   if text.isprintable():
     return text
   escape = lambda c: c.encode('unicode_escape').decode()

@@ -87,7 +87,7 @@ def resize(
 
 
 def layer_output(hidden_states: torch.Tensor, weights: torch.Tensor | None):
-  """Returns what a layer of OPT or Phi returns: a tuple before transformers 5.4.
+  """Returns the output of a layer of OPT or Phi: a tuple before transformers 5.4.
 
   The layers of the other families return one tensor in all versions.
   """

@@ -75,7 +75,7 @@ def spread(
   Args:
     positions: float32 `[S]`.
     others: the positions after a change as large as the errors of another machine.
-    sensitivity: how strongly an error of what positions are computed from changes each
+    sensitivity: how strongly an error of the input of positions changes each
       of them, `[S]` or a number. Divided by it, the errors of a group are alike.
     groups: int32 `[S]`, the group of each integer.
     count: G.

@@ -24,7 +24,7 @@ class Encoded(NamedTuple):
   """An encoded record.
 
   Attributes:
-    spec: what is needed to read the stream.
+    spec: the description of the stream.
     data: uint8 `[spec.nbytes]`, the stream.
   """
 
