@@ -48,7 +48,7 @@ def lapack_is_serial() -> bool:
   """Returns whether LAPACK uses one thread on the CPU, so that calls can be parallel.
 
   The threads of OpenBLAS wait for each other in loops. Of two cores of which others use
-  one, they make a decomposition a hundred times slower.
+  one, they make a small decomposition many times slower.
   """
   is_one = os.environ.get('OPENBLAS_NUM_THREADS') == '1'
   return is_one and jax.default_backend() == 'cpu'
