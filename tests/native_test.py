@@ -12,6 +12,8 @@ from rotbits_jax.coding import haar
 from rotbits_jax.coding import permutation
 from rotbits_jax.coding import rans
 from rotbits_jax.coding.weights import blocks
+from rotbits_jax.coding.weights import contexts
+from rotbits_jax.coding.weights import statistics
 from rotbits_jax.system import native
 
 
@@ -107,9 +109,21 @@ def test_blocks():
   made = blocks.tables_of(np.asarray(FREQUENCIES, np.int64), decoding=True)
   bytes_, words = (np.zeros(blocks.CAPACITY, x) for x in (np.uint8, np.uint16))
   numbers = made.entries, np.uint32(made.alphabet), np.int32(9)
-  assert not loops_of_thunks(blocks._push, words, bytes_, *numbers)
+  moved = bytes_.astype(bool)
+  assert not loops_of_thunks(blocks._push, words, moved, words, bytes_, *numbers)
   stacks = np.zeros((blocks.LANES, blocks._STACK), np.uint16)
   empty = rans.empty(blocks.LANES, 1)._replace(words=stacks)
   pop = functools.partial(blocks._pop, words, empty, bytes_, made.entries)
   assert not loops_of_thunks(pop, made.slots, *numbers[1:])
-  assert not loops_of_thunks(blocks._count, words, bytes_, np.int32(4), np.int32(8))
+
+
+def test_statistics():
+  bytes_, words = (np.zeros(statistics._ROOM, x) for x in (np.uint8, np.uint16))
+  counts = np.zeros(contexts.MAX_ENTRIES, np.int32)
+  sizes = np.int32(4), np.int32(12), np.int32(8)
+  assert not loops_of_thunks(statistics._count, counts, words, bytes_, *sizes)
+  sums = [np.zeros(statistics._PADDED, np.float32) for _ in range(3)]
+  bits, one = np.zeros(statistics._PADDED, np.uint16), np.float32(1)
+  of_floats = functools.partial(statistics._sums, dtype=np.dtype(np.float16))
+  sizes = one, np.int32(2), np.int32(9)
+  assert not loops_of_thunks(of_floats, tuple(sums), bits, sums[0], *sizes)

@@ -139,13 +139,13 @@ class ResumeTest(parameterized.TestCase):
   @BOTH
   def test_a_source_that_changes_during_the_run(self, preset, write):
     self.put(write)
-    real, output = writer.encode_record, self.output
+    real, output = writer.FileWriter.add, self.output
 
-    def encode_record(record, *args):
-      self.put(write, seed=len(record.name))
-      return real(record, *args)
+    def add(own, entry, data):
+      self.put(write, seed=len(entry.name))
+      return real(own, entry, data)
 
-    changing = absltest.mock.patch.object(writer, 'encode_record', encode_record)
+    changing = absltest.mock.patch.object(writer.FileWriter, 'add', add)
     with changing, self.assertRaisesRegex(checkpoints.CheckpointError, 'it changed'):
       # Names, sizes and times stay. The check reads everything again.
       rotbits_jax.encode_to_file(self.source, output, preset='exact', check=True)

@@ -36,7 +36,7 @@ def _weights(layout, classes):
 
 
 def _sort(matrix):
-  (buckets,) = plans._sorted([np.ascontiguousarray(matrix)])
+  (buckets,) = plans._sorted([np.ascontiguousarray(matrix, np.float32)])
   return buckets
 
 

@@ -8,6 +8,7 @@ import numpy as np
 from rotbits_jax.coding import tables
 from rotbits_jax.coding.weights import blocks
 from rotbits_jax.coding.weights import layouts
+from rotbits_jax.coding.weights import statistics
 
 
 def _example(dtype, count, seed=0):
@@ -82,7 +83,7 @@ class BlocksTest(parameterized.TestCase):
     shape = 3, layout.alphabet
     expected = np.zeros(shape, np.int64)
     np.add.at(expected, (buckets, np.asarray(layout.split(bits, 1)[0])), 1)
-    found = blocks.histogram(*fills, count, shape, layout)
+    found = statistics.histogram(*fills, count, shape, layout)
     np.testing.assert_array_equal(found, expected)
 
 

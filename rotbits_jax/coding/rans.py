@@ -287,7 +287,9 @@ def push_rows(
   symbols: Any,
   interval: Callable[[Any], Interval],
   precision: int,
+  *,
   steps: jax.Array | None = None,
+  out: tuple[jax.Array, jax.Array] | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
   """Pushes T symbols onto each state, the last one first.
 
@@ -297,6 +299,8 @@ def push_rows(
     interval: as in `push_all`.
     precision: as in `push_step`.
     steps: int32, how many of the T rows are pushed, the first ones; all by default.
+    out: two arrays like the results, into which these are written, so that their memory
+      may be donated; zeros by default. Rows that are not pushed remain at its end.
 
   Returns:
     The states; and in each row, in the order of pushing, the results of `push_step`:
@@ -305,19 +309,21 @@ def push_rows(
   _check_precision(precision)
   total = len(jax.tree.leaves(symbols)[0])
 
-  def rows(state: jax.Array, symbols: Any, steps: jax.Array) -> Any:
+  def rows(state: jax.Array, symbols: Any, steps: jax.Array, out: Any) -> Any:
     def step(i: jax.Array, carry: Any) -> Any:
       state, out = carry
       start, frequency = interval(_row(symbols, steps - 1 - i))
       state, *found = push_step(state, start, frequency, precision)
       return state, _with_row(out, i, tuple(found))
 
-    out = tuple(jnp.zeros((total, *state.shape), x) for x in (jnp.uint16, bool))
+    if out is None:
+      out = tuple(jnp.zeros((total, *state.shape), x) for x in (jnp.uint16, bool))
     carry = state, out
     state, out = jax.lax.fori_loop(0, steps, step, carry) if total else carry
     return state, *out
 
-  return native.loop(rows)(state, symbols, jnp.int32(total) if steps is None else steps)
+  steps = jnp.int32(total) if steps is None else steps
+  return native.loop(rows)(state, symbols, steps, out)
 
 
 def pop_all(

@@ -1,9 +1,12 @@
 """The work of encoding a source to one file or several."""
 
+import collections
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent import futures
+import functools
 import hashlib
 import json
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +18,7 @@ from rotbits_jax import models
 from rotbits_jax import passes
 from rotbits_jax import presets
 from rotbits_jax import structured
+from rotbits_jax.coding import weights
 from rotbits_jax.file import base as base_lib
 from rotbits_jax.file import coders
 from rotbits_jax.file import journal as journal_lib
@@ -25,6 +29,20 @@ from rotbits_jax.file import writer as writer_lib
 from rotbits_jax.system import progress as progress_lib
 
 Batch = tuple[list[passes.Record], Any]
+
+
+class _Coded(NamedTuple):
+  """A batch that is being coded.
+
+  Attributes:
+    records: the name of each record, and the future of its entry and its stream.
+    sources: checksums of the source's records up to this batch.
+    state: the state of the transform after the batch.
+  """
+
+  records: 'list[tuple[str, futures.Future[writer_lib.EncodedRecord]]]'
+  sources: dict[str, int]
+  state: Any
 
 
 class Job:
@@ -130,21 +148,14 @@ class Job:
       (writer,) = writers.values()
       self._write_message(self._coder, writer, bar)
       waiting = [name for name in waiting if name == models.names.BUFFERS]
-    bar.stage('rewriting')
-    for batch, state in self._batches(waiting, known):
-      bar.stage('coding')
-      resolve, written = self._resolver(batch), []
-      while batch:
-        record = batch.pop(0)  # its memory is freed when it is written
-        if record.name in waiting:
-          name = home[record.name]
-          counts = self.counts[record.name]
-          entry = writers[name].add(record, counts, resolve, self.base)
-          written.append((name, entry))
-          bar.update()
+    bar.stage('encoding')
+    for batch in self._coded(waiting, known):
+      written = []
+      for name, coded in batch.records:
+        written.append((home[name], writers[home[name]].add(*coded.result())))
+        bar.update()
       if journal is not None:
-        journal.note(written, self.source.checksums, state)
-      bar.stage('rewriting')
+        journal.note(written, batch.sources, batch.state)
     for writer in writers.values():
       writer.finish()
 
@@ -245,6 +256,32 @@ class Job:
           yield batch, state
     for name in others:
       yield [passes.Record(name, self.source.read(name), [])], state
+
+  def _coded(self, waiting: Sequence[str], known: Any) -> Iterator[_Coded]:
+    """Codes records while the next ones are rewritten.
+
+    Args:
+      waiting: the records that are wanted, in order.
+      known: the state of the transform before them; None if it is unknown.
+    """
+    ahead = collections.deque[_Coded]()
+    with weights.record_jobs() as start:
+      for batch, state in self._batches(waiting, known):
+        resolve, records = self._resolver(batch), []
+        while batch:
+          record = batch.pop(0)  # its memory is freed when it is coded
+          if record.name in waiting:
+            counts, coder = self.counts[record.name], self.preset.coder
+            own = record, counts, resolve, coder, self.base
+            job = functools.partial(writer_lib.encode_record, *own)
+            records.append((record.name, start(job)))
+            del record, own, job
+        ahead.append(_Coded(records, dict(self.source.checksums), state))
+        del records
+        if len(ahead) > 1:
+          yield ahead.popleft()
+      while ahead:
+        yield ahead.popleft()
 
   def _resolver(self, batch: Sequence[passes.Record]) -> writer_lib.Resolve:
     """Returns the function that finds the parameters that leaves of a batch need."""

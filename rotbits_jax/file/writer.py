@@ -29,6 +29,9 @@ from rotbits_jax.system import strict_json
 Resolve = Callable[[str], Any]
 """Takes the path of a parameter; returns its array."""
 
+EncodedRecord = tuple[manifest_lib.Record, np.ndarray]
+"""A record's entry in the manifest, without the checksum of its stream; the stream."""
+
 BESIDE = 'beside a base'
 """The name of the saving of a base."""
 
@@ -111,30 +114,13 @@ class FileWriter:
     self._records: list[manifest_lib.Record] = []
     self._message: manifest_lib.Message | None = None
 
-  def add(
-    self,
-    record: passes.Record,
-    counts: manifest_lib.Counts,
-    resolve: Resolve,
-    base: base_lib.Base | None = None,
-  ) -> manifest_lib.Record:
-    """Codes a record and appends it.
-
-    Args:
-      record: the record.
-      counts: elements and bytes of the record before it was rewritten.
-      resolve: returns the parameters that leaves of the record need.
-      base: the base beside which arrays may be stored; None for none.
+  def add(self, entry: manifest_lib.Record, data: np.ndarray) -> manifest_lib.Record:
+    """Appends a record that `encode_record` coded.
 
     Returns:
-      The entry of the record in the manifest.
-
-    Raises:
-      ValueError: if a reader would refuse the record. It names the parameter.
+      The entry of the record, with the checksum of its stream.
     """
-    coder = self._summary.preset.coder
-    entry, data = encode_record(record, counts, resolve, coder, base)
-    stream = self._append(record.name, [data])
+    stream = self._append(entry.name, [data])
     entry = dataclasses.replace(entry, crc32=stream.crc32)
     self._records.append(entry)
     return entry
@@ -228,7 +214,7 @@ def encode_record(
   resolve: Resolve,
   coder_name: str,
   base: base_lib.Base | None = None,
-) -> tuple[manifest_lib.Record, np.ndarray]:
+) -> EncodedRecord:
   """Codes a record.
 
   Args:
@@ -236,11 +222,7 @@ def encode_record(
     counts: elements and bytes of the record before it was rewritten.
     resolve: returns the parameters that leaves of the record need.
     coder_name: name of the coder.
-    base: see `FileWriter.add`.
-
-  Returns:
-    The entry of the record in the manifest, without the checksum of the stream; and the
-    stream.
+    base: the base beside which arrays may be stored; None for none.
 
   Raises:
     ValueError: if a reader would refuse a parameter. It names the parameter.

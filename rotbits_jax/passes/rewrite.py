@@ -13,6 +13,7 @@ a transform removed from a record.
 
 import collections
 from collections.abc import Iterable, Iterator
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -302,8 +303,11 @@ def _count(context: Context, index: int | None, params: Params) -> tuple[int, in
   elements, size, prefix = 0, 0, models.names.prefix(index)
   for path, leaf in params.items():
     dtype = context.dtypes.get(prefix + path, context.dtype)
-    # A rounded leaf is only described, and not computed.
-    rounded = jax.eval_shape(lambda x, dtype=dtype: structured.astype(x, dtype), leaf)
+    rounded = leaf
+    if leaf.dtype != dtype:
+      # The rounded leaf is only described, and not computed.
+      convert = functools.partial(structured.astype, dtype=dtype)
+      rounded = jax.eval_shape(convert, leaf)
     elements += structured.count_elements(rounded)
     size += structured.count_bytes(rounded)
   return elements, size

@@ -5,7 +5,7 @@ i // n, so in each step the lanes code n neighbouring elements. The raw bits of 
 elements are cut into *pieces* of 8, 4, 2 or 1 bits, see `layouts.piece_widths`. The
 pieces of one width are a *plane*.
 
-All blocks share the programs that push, pop and count, because these know neither
+All blocks share the programs that push and pop, because these know neither
 layouts nor the number of elements: they code rows of 64 lanes, of which some may be
 void.
 
@@ -14,7 +14,6 @@ Shape letters: n elements, N lanes in use, T rows, K tables, A symbols in use.
 
 from collections.abc import Callable
 import functools
-import threading
 from typing import NamedTuple
 
 import jax
@@ -23,10 +22,10 @@ import numpy as np
 
 from rotbits_jax.coding import rans
 from rotbits_jax.coding import tables
+from rotbits_jax.coding.weights import buffers
 from rotbits_jax.coding.weights import contexts as contexts_lib
 from rotbits_jax.coding.weights import layouts
 from rotbits_jax.system import host
-from rotbits_jax.system import native
 
 LANES = 64
 """The greatest N, and the number of lanes of the programs."""
@@ -38,6 +37,7 @@ CAPACITY = LANES * STEPS
 """The greatest n."""
 
 _ROOM = CAPACITY  # elements of the arrays that the programs are compiled for
+
 
 _SMALL = 1 << 14  # elements of small blocks, which are split and joined as quickly
 
@@ -112,8 +112,10 @@ def _interval(
   return entry & 0xFFFF, (entry >> 16) + 1
 
 
-@jax.jit
+@functools.partial(jax.jit, donate_argnums=(0, 1))
 def _push(
+  words: jax.Array,  # uint16 [64 T]
+  moved: jax.Array,  # bool [64 T]
   symbols: jax.Array,  # uint16 [64 T]
   contexts: jax.Array,  # uint8 [64 T]
   entries: jax.Array,
@@ -122,8 +124,16 @@ def _push(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
   interval = lambda row: _interval(entries, row[0], row[1], alphabet)
   state = jnp.full(LANES, 1 << 16, jnp.uint32)
-  rows = contexts.reshape(-1, LANES), symbols.reshape(-1, LANES)
-  return rans.push_rows(state, rows, interval, tables.PRECISION, steps)
+  deal = lambda x: x.reshape(-1, LANES)
+  state, *out = rans.push_rows(
+    state,
+    (deal(contexts), deal(symbols)),
+    interval,
+    tables.PRECISION,
+    steps=steps,
+    out=(deal(words), deal(moved)),
+  )
+  return state, out[0].reshape(-1), out[1].reshape(-1)
 
 
 @functools.partial(jax.jit, donate_argnums=0)
@@ -156,35 +166,6 @@ def _pop(
   return message._replace(words=None), symbols.reshape(-1)  # type: ignore[arg-type]
 
 
-_UNROLLED = 4  # elements that one step counts
-
-
-@jax.jit
-def _count(
-  symbols: jax.Array,  # uint16 [2^20]
-  buckets: jax.Array,  # uint8 [2^20]
-  alphabet: jax.Array,
-  count: jax.Array,
-) -> jax.Array:
-  def loop(
-    symbols: jax.Array, buckets: jax.Array, alphabet: jax.Array, count: jax.Array
-  ) -> jax.Array:
-    def step(i: jax.Array, counts: jax.Array) -> jax.Array:
-      own = (
-        jax.lax.dynamic_slice(x, (i * _UNROLLED,), (_UNROLLED,)).astype(jnp.int32)
-        for x in (symbols, buckets)
-      )
-      index = next(own) + next(own) * alphabet
-      for j in index:
-        counts = jax.lax.dynamic_update_index_in_dim(counts, counts[j] + 1, j, 0)
-      return counts
-
-    counts = jnp.zeros(contexts_lib.MAX_ENTRIES, jnp.int32)
-    return jax.lax.fori_loop(0, count // _UNROLLED, step, counts)
-
-  return native.loop(loop)(symbols, buckets, alphabet, count)
-
-
 # ---- one block on the host -----------------------------------------------------------
 
 
@@ -209,10 +190,12 @@ def encode(
   Returns:
     The words of the message, and the planes: uint8.
   """
-  symbols, pieces = _split(bits, count, layout)
-  steps, places = -(-count // lanes), _buffer('contexts', np.uint8)
+  symbols, pieces = split(bits, count, layout)
+  steps, places = -(-count // lanes), buffers.scratch('contexts', _ROOM, np.uint8)
   contexts(places[:count])
   state, words, moved = _push(
+    buffers.taken('words', _ROOM, np.uint16),
+    buffers.taken('moved', _ROOM, np.bool_),
     _dealt(symbols, count, lanes, 'symbols', 0),
     _dealt(places, count, lanes, 'rows of contexts', made.void),
     made.entries,
@@ -220,11 +203,15 @@ def encode(
     np.int32(steps),
   )
   # The stacks come lane after lane.
-  used = host.contiguous(np.asarray(moved)[:steps, :lanes].T)
-  low = host.contiguous(np.asarray(words)[:steps, :lanes].T)
+  used, low = (
+    host.contiguous(np.asarray(x).reshape(-1, LANES)[:steps, :lanes].T)
+    for x in (moved, words)
+  )
   stacks = np.compress(used.reshape(-1), low.reshape(-1))
-  sizes = np.count_nonzero(used, axis=1)
+  sizes = np.array([np.count_nonzero(lane) for lane in used])
   coded = rans.join_words(np.asarray(state)[:lanes], sizes, stacks)
+  buffers.keep('words', words)
+  buffers.keep('moved', moved)
   widths = layouts.piece_widths(layout.raw_bits)
   planes = [
     _packed(np.asarray(piece)[:count], width)
@@ -265,8 +252,8 @@ def decode(
   steps = -(-count // lanes)
   if int(size.max()) > steps:
     raise ValueError('a lane of a block has more words than elements')
-  places = _buffer('contexts', np.uint8)
-  stacks = _buffer('stacks', np.uint16, (LANES, _STACK))
+  places = buffers.scratch('contexts', _ROOM, np.uint8)
+  stacks = buffers.scratch('stacks', LANES * _STACK, np.uint16).reshape(LANES, _STACK)
   contexts(places[:count])
   ends = np.cumsum(size).tolist()
   for lane, end in enumerate(ends):
@@ -277,7 +264,7 @@ def decode(
   sizes = np.zeros(LANES, np.int32)
   sizes[:lanes] = size
   message, symbols = _pop(
-    _taken('symbols', _ROOM, np.uint16),
+    buffers.taken('symbols', _ROOM, np.uint16),
     rans.Message(states, stacks, sizes, sizes, sizes),  # type: ignore[arg-type]
     _dealt(places, count, lanes, 'rows of contexts', made.void),
     made.entries,
@@ -288,37 +275,8 @@ def decode(
   rans.check_empty(message._replace(words=stacks))
   bits = _join(symbols, planes, count, lanes, layout)
   write(np.asarray(bits)[:count])
-  _keep('symbols', symbols)
-  _keep('bits', bits)
-
-
-def histogram(
-  bits: Fill, buckets: Fill, count: int, shape: tuple[int, int], layout: layouts.Layout
-) -> np.ndarray:
-  """Counts how often each symbol occurs in each scale bucket, on this thread.
-
-  Args:
-    bits: as in `encode`.
-    buckets: writes the bucket of each element.
-    count: n.
-    shape: the number of buckets B, and a bound A for the symbols. `(B + 1) * A` is at
-      most `contexts.MAX_ENTRIES`.
-    layout: layout of the elements.
-
-  Returns:
-    int64 `[*shape]`.
-  """
-  symbols, _ = _split(bits, count, layout)
-  places, whole = _buffer('contexts', np.uint8), -(-count // _UNROLLED) * _UNROLLED
-  buckets(places[:count])
-  places[count:whole] = shape[0]
-  if symbols.size < _ROOM:
-    flat = _buffer('symbols', np.uint16)
-    flat[:whole] = np.asarray(symbols)[:whole]
-    symbols = flat  # type: ignore[assignment]
-  counts = _count(symbols, places, np.int32(shape[1]), np.int32(whole))
-  found = np.asarray(counts)[: shape[0] * shape[1]].reshape(shape)
-  return found.astype(np.int64)
+  buffers.keep('symbols', symbols)
+  buffers.keep('bits', bits)
 
 
 def planes_size(count: int, layout: layouts.Layout) -> int:
@@ -326,12 +284,22 @@ def planes_size(count: int, layout: layouts.Layout) -> int:
   return sum(-(-count * b // 8) for b in layouts.piece_widths(layout.raw_bits))
 
 
-def _split(
+def split(
   bits: Fill, count: int, layout: layouts.Layout
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-  """Returns the symbols and the pieces of the elements, and of some more."""
+  """Returns the symbols and the pieces of the elements, and of some more.
+
+  Args:
+    bits: as in `encode`.
+    count: as in `encode`.
+    layout: as in `encode`.
+
+  Returns:
+    The symbols, uint16, and the pieces, uint8; of 2^20 elements, or of 2^14 if `count`
+    is not more.
+  """
   room = _SMALL if count <= _SMALL else _ROOM
-  patterns = _buffer('bits', layout.unsigned)[:room]
+  patterns = buffers.scratch('bits', _ROOM, layout.unsigned)[:room]
   bits(patterns[:count])
   patterns[count : count + LANES] = 0  # the symbols of a row's void places are 0
   least = layout.unsigned.type(layout.min_exponent)
@@ -349,17 +317,20 @@ def _join(
   room = _SMALL if count <= _SMALL else _ROOM
   steps, flat = -(-count // lanes), np.asarray(symbols)
   if lanes < LANES:
-    rows, flat = flat.reshape(-1, LANES), _buffer('symbols', np.uint16)
+    rows, flat = (
+      flat.reshape(-1, LANES),
+      buffers.scratch('symbols', _ROOM, np.uint16),
+    )
     flat[: steps * lanes] = rows[:steps, :lanes].reshape(-1)
   pieces, position = [], 0
   for i, width in enumerate(layouts.piece_widths(layout.raw_bits)):
     size = -(-count * width // 8)
-    piece = _buffer(f'piece {i}', np.uint8)[:room]
+    piece = buffers.scratch(f'piece {i}', _ROOM, np.uint8)[:room]
     _unpack(planes[position : position + size], width, piece[:count])
     pieces.append(piece)
     position += size
   least = layout.unsigned.type(layout.min_exponent)
-  out = _taken('bits', room, layout.unsigned)
+  out = buffers.taken('bits', room, layout.unsigned)
   return layouts.join(out, flat[:room], tuple(pieces), least, layout=layout.program)
 
 
@@ -401,38 +372,8 @@ def _dealt(
     return flat
   dealt = np.full(steps * lanes, void, flat.dtype)
   dealt[:count] = np.asarray(flat)[:count]
-  buffer = _buffer(name, flat.dtype)
+  buffer = buffers.scratch(name, _ROOM, flat.dtype)
   rows = buffer[: steps * LANES].reshape(steps, LANES)
   rows[:, :lanes] = dealt.reshape(steps, lanes)
   rows[:, lanes:] = void
   return buffer
-
-
-# Each thread keeps its buffers and uses them again, because fresh memory costs more
-# time than the work on it does. They are aligned because XLA then uses them without a
-# copy.
-_local = threading.local()
-
-
-def _buffer(
-  name: str, dtype: np.dtype | type, shape: tuple[int, ...] = (_ROOM,)
-) -> np.ndarray:
-  """Returns this thread's buffer of this name and dtype, always of one shape."""
-  buffers = _local.__dict__.setdefault('buffers', {})
-  key = name, np.dtype(dtype)
-  if key not in buffers:
-    buffers[key] = host.empty(shape, dtype)
-    buffers[key][...] = 0
-  return buffers[key]
-
-
-def _taken(name: str, size: int, dtype: np.dtype | type) -> jax.Array:
-  """Takes this thread's array of this name, size and dtype, to donate it."""
-  arrays = _local.__dict__.setdefault('arrays', {})
-  array: jax.Array | None = arrays.pop((name, size, np.dtype(dtype)), None)
-  return jnp.zeros(size, dtype) if array is None else array
-
-
-def _keep(name: str, array: jax.Array) -> None:
-  """Keeps an array for `_taken`."""
-  _local.arrays[name, array.size, array.dtype] = array

@@ -135,16 +135,20 @@ def choose(
   Returns:
     The shorter choice for each table.
   """
+  frequencies = np.zeros_like(counts)
+  (used,) = np.nonzero(counts.any(axis=0))
+  counts = counts[:, used]
   stored = tables.quantize(counts)
   # A stored frequency takes about a byte.
   cost = tables.cost_bits(counts, stored) / 8 + np.count_nonzero(stored, axis=1)
   if classes is None:
-    return Choice(np.zeros(len(counts), bool), stored, float(cost.sum()))
-  weights = scales.normal_weights(layout, counts.shape[1], classes)
-  frequencies = tables.quantize(np.where(counts > 0, weights, 0))
-  other = tables.cost_bits(counts, frequencies) / 8 + scales.TABLE_BYTES
+    frequencies[:, used] = stored
+    return Choice(np.zeros(len(counts), bool), frequencies, float(cost.sum()))
+  weights = scales.normal_weights(layout, frequencies.shape[1], classes)[:, used]
+  chosen = tables.quantize(np.where(counts > 0, weights, 0))
+  other = tables.cost_bits(counts, chosen) / 8 + scales.TABLE_BYTES
   normal = other < cost
-  frequencies = np.where(normal[:, None], frequencies, stored)
+  frequencies[:, used] = np.where(normal[:, None], chosen, stored)
   return Choice(normal, frequencies, float(np.where(normal, other, cost).sum()))
 
 

@@ -19,6 +19,7 @@ from rotbits_jax.coding.weights import forms
 from rotbits_jax.coding.weights import layouts
 from rotbits_jax.coding.weights import pool
 from rotbits_jax.coding.weights import scales
+from rotbits_jax.coding.weights import statistics
 
 _Result = TypeVar('_Result')
 
@@ -154,7 +155,7 @@ def _of_integers(array: np.ndarray) -> layouts.Int:
   layout, bits = layouts.Int(array.dtype, least), forms.bit_patterns(array)
   sample = np.ascontiguousarray(bits[:: -(-bits.size // _SAMPLE)])
   shape = 1, layout.alphabet
-  counts = blocks.histogram(_copy_of(sample), _zeros, sample.size, shape, layout)
+  counts = statistics.histogram(_copy_of(sample), _zeros, sample.size, shape, layout)
   costs = []
   for raw_bits in range(least, least + layout.alphabet.bit_length() - 1):
     cost = contexts.choose(layout, None, counts).cost
@@ -234,7 +235,8 @@ _VECTOR = 1 << 10  # columns of a matrix that stands for a vector
 def _sorted(arrays: Sequence[np.ndarray]) -> list[scales.Buckets]:
   """Sorts the rows and columns of each array into scale buckets."""
   matrices = [x.reshape(scales.matrix_shape(x.shape)) for x in arrays]
-  vectors = [min(x.shape) == 1 for x in matrices]
+  # The sums of a row are made at once.
+  vectors = [min(x.shape) == 1 or x.shape[1] > blocks.CAPACITY for x in matrices]
   for i, matrix in enumerate(matrices):
     if vectors[i]:
       # The scale of a vector is that of its rows, wherever it is cut.
@@ -246,7 +248,7 @@ def _sorted(arrays: Sequence[np.ndarray]) -> list[scales.Buckets]:
   found = []
   for _ in range(2):
     jobs = [
-      [functools.partial(scales.sums, rows, own, exponent) for rows in _cut(matrix)]
+      [functools.partial(statistics.sums, rows, own, exponent) for rows in _cut(matrix)]
       for matrix, own, exponent in zip(matrices, weights, exponents, strict=True)
     ]
     found.append([scales.joined(sums) for sums in _run_all(jobs)])
@@ -298,7 +300,7 @@ def _counting(
     part, fill = bits[start : start + blocks.CAPACITY], _zeros
     if buckets is not None:
       fill = lambda out: buckets.write(out, start, columns, 1, 0)
-    return blocks.histogram(_copy_of(part), fill, part.size, shape, layout)
+    return statistics.histogram(_copy_of(part), fill, part.size, shape, layout)
 
   return [functools.partial(job, x) for x in range(0, array.size, blocks.CAPACITY)]
 

@@ -1,4 +1,4 @@
-"""The pools of threads that code blocks and units. The process has one of each.
+"""The pools of threads that code blocks and records. The process has one of each.
 
 A job of `run` waits for no other job, so several callers may share the pool. A job of
 `record_jobs` may call `run` and wait for earlier jobs of `record_jobs`. Several of
@@ -42,7 +42,7 @@ def run(jobs: Iterable[Callable[[], _Result]]) -> list[_Result]:
     Exception: the exception of the first job that failed, after all jobs have ended.
   """
   pool = _pool('blocks')
-  started = [pool.submit(_on_processor, job) for job in jobs]
+  started = [pool.submit(job) for job in jobs]
   futures.wait(started)
   try:
     return [job.result() for job in started]
@@ -66,10 +66,15 @@ def record_jobs() -> Iterator[Start]:
   cancelled and the others are waited for.
   """
   # Futures that are done leave the set, because they hold their results.
-  pool, started = _pool('units'), set[futures.Future[Any]]()
+  pool, started = _pool('records'), set[futures.Future[Any]]()
+  device = jax.config.jax_default_device  # settings are those of a thread
+
+  def on_device(job: Callable[[], _Result]) -> _Result:
+    with jax.default_device(device):
+      return job()
 
   def start(job: Callable[[], _Result]) -> 'futures.Future[_Result]':
-    future = pool.submit(job)
+    future = pool.submit(on_device, job)
     started.add(future)
     future.add_done_callback(started.discard)
     return future
@@ -87,11 +92,15 @@ def _pool(name: str) -> futures.ThreadPoolExecutor:
   with _lock:
     if name not in _pools:
       # One more than processors, because a thread often waits for Python's lock.
-      _pools[name] = futures.ThreadPoolExecutor(threads() + 1, f'rotbits-{name}')
+      _pools[name] = futures.ThreadPoolExecutor(
+        threads() + 1, f'rotbits-{name}', initializer=_set
+      )
     return _pools[name]
 
 
-def _on_processor(job: Callable[[], _Result]) -> _Result:
-  # The programs take NumPy arrays, which are in the memory of the processor already.
-  with jax.default_device(host.device()), host.own_settings():
-    return job()
+def _set() -> None:
+  """Gives JAX the settings of this package in this thread, for good."""
+  settings = contextlib.ExitStack()
+  settings.enter_context(host.own_settings())
+  # Programs take NumPy arrays, which are in the memory of the processor already.
+  settings.enter_context(jax.default_device(host.device()))

@@ -127,9 +127,8 @@ class Buckets(NamedTuple):
 
 # ---- the choice of buckets -----------------------------------------------------------
 
-_CHUNK = 1 << 16  # elements that are squared at once, so that they fit the CPU's cache
-
 _MOST_EXPONENT = 32
+_LARGE = 1 << 18
 _GREATEST = 2.0**60
 
 # The greatest number of steps between the classes of the lines of an axis. With this
@@ -149,48 +148,6 @@ class Sums(NamedTuple):
   rows: np.ndarray
   columns: np.ndarray
   weighted: np.ndarray
-
-
-def sums(matrix: np.ndarray, weights: np.ndarray, exponent: int) -> Sums:
-  """Sums squares of elements, divided by 4^exponent.
-
-  The order of the additions depends on the shape of the matrix alone. (BLAS would sum
-  in an order that depends on its number of threads.)
-
-  Args:
-    matrix: floats or integers `[r, C]`, contiguous.
-    weights: float32 `[C]`, of the columns.
-    exponent: from `exponent_of`.
-  """
-  count, width = matrix.shape
-  step = max(_CHUNK // width, 1)
-  rows, columns, weighted = np.zeros(count), np.zeros(width), np.zeros(width)
-  for start in range(0, count, step):
-    squares = _squares(matrix[start : start + step], exponent)
-    own = np.einsum('rc,c->r', squares, weights)
-    rows[start : start + step] = own
-    weighted += np.einsum('r,rc->c', _inverse(own), squares)
-    columns += np.einsum('rc->c', squares)
-  return Sums(rows, columns, weighted)
-
-
-def _squares(matrix: np.ndarray, exponent: int) -> np.ndarray:
-  """Returns the squares of elements divided by 4^exponent: finite, float32."""
-  wide: np.ndarray
-  if matrix.dtype == np.float16:
-    # NumPy converts float16 slowly. Magnitudes are shifted to the place of float32's,
-    # and multiplied by the quotient of the units. Infinity becomes 2^16.
-    wide = np.bitwise_and(matrix.view(np.uint16), 0x7FFF).astype(np.uint32)
-    wide = np.left_shift(wide, 13, out=wide).view(np.float32)
-    np.multiply(wide, np.float32(2.0**112), out=wide)
-    return np.multiply(wide, wide, out=wide)
-  wide = matrix.astype(np.float32)
-  with np.errstate(over='ignore', invalid='ignore'):
-    if exponent:
-      np.ldexp(wide, -exponent, out=wide)
-    if matrix.dtype.kind != 'i' and not wide.max() - wide.min() < _GREATEST:
-      wide = np.clip(np.nan_to_num(wide), -_GREATEST, _GREATEST)
-  return np.multiply(wide, wide, out=wide)
 
 
 def exponent_of(matrix: np.ndarray) -> int:
@@ -253,10 +210,12 @@ def sort(first: Sums, second: Sums, exponent: int) -> Buckets:
     (one, scale * first.columns / count),
     (scale * second.rows, second.weighted / present),
   )
-  mean = scale * first.rows.mean(keepdims=True)
-  candidates = _sorted(mean, one, count * width, (1,))
+  mean, size = scale * first.rows.mean(keepdims=True), count * width
+  candidates = _sorted(mean, one, size, (1,))
+  # The tables of fewer classes save less than they cost, if there are many elements.
+  steps = (1,) if size >= _LARGE else (1, 2, 4, 8)
   for rows, columns in pairs:
-    candidates += _sorted(rows, columns, count * width, (1, 2, 4, 8))
+    candidates += _sorted(rows, columns, size, steps)
   return min(candidates, key=lambda candidate: candidate[0])[1]
 
 

@@ -1,0 +1,217 @@
+"""Statistics of up to 2^20 elements, by which `plans` chooses how arrays are stored.
+
+Shape letters: n elements, R rows, C columns, B buckets, A symbols.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rotbits_jax.coding.weights import blocks
+from rotbits_jax.coding.weights import buffers
+from rotbits_jax.coding.weights import contexts as contexts_lib
+from rotbits_jax.coding.weights import layouts
+from rotbits_jax.coding.weights import scales
+from rotbits_jax.system import native
+
+_ROOM = blocks.CAPACITY  # elements of the arrays that the programs are compiled for
+
+# ---- symbols -------------------------------------------------------------------------
+
+_UNROLLED = 4  # elements that one step counts
+
+
+_ZEROS = 1 << 12  # counts that one step clears
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _count(
+  counts: jax.Array,  # int32 [2^20]
+  symbols: jax.Array,  # uint16 [2^20]
+  buckets: jax.Array,  # uint8 [2^20]
+  alphabet: jax.Array,
+  used: jax.Array,
+  count: jax.Array,
+) -> jax.Array:
+  def loop(
+    counts: jax.Array,
+    symbols: jax.Array,
+    buckets: jax.Array,
+    alphabet: jax.Array,
+    used: jax.Array,
+    count: jax.Array,
+  ) -> jax.Array:
+    zeros = jnp.zeros(_ZEROS, counts.dtype)
+    clear = lambda i, x: jax.lax.dynamic_update_slice(x, zeros, (i * _ZEROS,))
+    counts = jax.lax.fori_loop(0, -(-used // _ZEROS), clear, counts)
+
+    def step(i: jax.Array, counts: jax.Array) -> jax.Array:
+      own = (
+        jax.lax.dynamic_slice(x, (i * _UNROLLED,), (_UNROLLED,)).astype(jnp.int32)
+        for x in (symbols, buckets)
+      )
+      index = next(own) + next(own) * alphabet
+      for j in index:
+        counts = jax.lax.dynamic_update_index_in_dim(counts, counts[j] + 1, j, 0)
+      return counts
+
+    return jax.lax.fori_loop(0, count // _UNROLLED, step, counts)
+
+  return native.loop(loop)(counts, symbols, buckets, alphabet, used, count)
+
+
+def histogram(
+  bits: blocks.Fill,
+  buckets: blocks.Fill,
+  count: int,
+  shape: tuple[int, int],
+  layout: layouts.Layout,
+) -> np.ndarray:
+  """Counts how often each symbol occurs in each scale bucket, on this thread.
+
+  Args:
+    bits: writes the bit patterns of the elements.
+    buckets: writes the bucket of each element.
+    count: n.
+    shape: the number of buckets B, and a bound A for the symbols. `(B + 1) * A` is at
+      most `contexts.MAX_ENTRIES`.
+    layout: layout of the elements.
+
+  Returns:
+    int64 `[*shape]`.
+  """
+  symbols, _ = blocks.split(bits, count, layout)
+  places, whole = (
+    buffers.scratch('contexts', _ROOM, np.uint8),
+    -(-count // _UNROLLED) * _UNROLLED,
+  )
+  buckets(places[:count])
+  places[count:whole] = shape[0]
+  if symbols.size < _ROOM:
+    flat = buffers.scratch('symbols', _ROOM, np.uint16)
+    flat[:whole] = np.asarray(symbols)[:whole]
+    symbols = flat  # type: ignore[assignment]
+  used = shape[0] * shape[1]
+  counts = _count(
+    buffers.taken('counts', contexts_lib.MAX_ENTRIES, np.int32),
+    symbols,
+    places,
+    np.int32(shape[1]),
+    np.int32(used + shape[1]),
+    np.int32(whole),
+  )
+  found = np.asarray(counts)[:used].reshape(shape).astype(np.int64)
+  buffers.keep('counts', counts)
+  return found
+
+
+# ---- squares -------------------------------------------------------------------------
+
+_WIDTH = 128  # elements of a row that one step squares
+_PADDED = _ROOM + _WIDTH  # because the last step of a row may go beyond it
+
+_GREATEST = 2.0**60  # elements are limited to it, so that their squares are finite
+_MOST_EXPONENT = 126
+
+
+@functools.partial(jax.jit, static_argnames='dtype', donate_argnums=0)
+def _sums(
+  out: tuple[jax.Array, jax.Array, jax.Array],  # float32 [2^20 + 128] each
+  bits: jax.Array,  # unsigned integers [2^20 + 128]
+  weights: jax.Array,  # float32 [2^20 + 128], 0 from C on
+  unit: jax.Array,
+  rows: jax.Array,
+  columns: jax.Array,
+  *,
+  dtype: np.dtype,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  part = lambda x, start: jax.lax.dynamic_slice(x, (start,), (_WIDTH,))
+  put = lambda x, own, start: jax.lax.dynamic_update_slice(x, own, (start,))
+
+  def loop(
+    out: tuple[jax.Array, jax.Array, jax.Array],
+    bits: jax.Array,
+    weights: jax.Array,
+    unit: jax.Array,
+    rows: jax.Array,
+    columns: jax.Array,
+  ) -> tuple[jax.Array, jax.Array, jax.Array]:
+    steps = -(-columns // _WIDTH)
+
+    def squares(start: jax.Array) -> jax.Array:
+      x = part(bits, start)
+      if dtype == jnp.bfloat16:  # which XLA converts slowly
+        x = jax.lax.bitcast_convert_type(x.astype(jnp.uint32) << 16, jnp.float32)
+      else:
+        x = jax.lax.bitcast_convert_type(x, dtype).astype(jnp.float32)
+      x = jnp.abs(x * unit)
+      return jnp.square(jnp.where(x < _GREATEST, x, jnp.float32(_GREATEST)))
+
+    def clear(j: jax.Array, sums: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+      return tuple(put(x, jnp.zeros(_WIDTH, x.dtype), j * _WIDTH) for x in sums)
+
+    def row(r: jax.Array, out: tuple[jax.Array, jax.Array, jax.Array]) -> Any:
+      of_rows, *of_columns = out
+      add = lambda j, x: (
+        x + squares(r * columns + j * _WIDTH) * part(weights, j * _WIDTH)
+      )
+      own = jax.lax.fori_loop(0, steps, add, jnp.zeros(_WIDTH, jnp.float32)).sum()
+      factors = jnp.float32(1), jnp.where(own > 0, 1 / own, 0)
+
+      def below(j: jax.Array, sums: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        start, found = j * _WIDTH, squares(r * columns + j * _WIDTH)
+        return tuple(
+          put(x, part(x, start) + found * factor, start)
+          for x, factor in zip(sums, factors, strict=True)
+        )
+
+      of_columns = jax.lax.fori_loop(0, steps, below, tuple(of_columns))
+      own = jax.lax.dynamic_update_index_in_dim(of_rows, own, r, 0)
+      return own, *of_columns
+
+    of_rows, *of_columns = out
+    of_columns = jax.lax.fori_loop(0, steps, clear, tuple(of_columns))
+    return jax.lax.fori_loop(0, rows, row, (of_rows, *of_columns))
+
+  return native.loop(loop)(out, bits, weights, unit, rows, columns)
+
+
+def sums(matrix: np.ndarray, weights: np.ndarray, exponent: int) -> scales.Sums:
+  """Sums squares of elements, divided by 4^exponent, on this thread.
+
+  The order of the additions depends on the shape of the matrix alone.
+
+  Args:
+    matrix: floats or integers `[R, C]`, contiguous, of at most 2^20 elements.
+    weights: float32 `[C]`, of the columns.
+    exponent: from `scales.exponent_of`.
+  """
+  rows, columns = matrix.shape
+  unsigned = np.dtype(f'u{matrix.dtype.itemsize}')
+  padded = buffers.scratch('padded', _PADDED, unsigned)
+  padded[: matrix.size] = matrix.reshape(-1).view(unsigned)
+  # What is beyond a row counts nothing.
+  of_columns = buffers.scratch('weights', _PADDED, np.float32)
+  of_columns[:columns] = weights
+  of_columns[columns : columns + _WIDTH] = 0
+  names = 'rows', 'columns', 'weighted'
+  exponent = int(np.clip(exponent, -_MOST_EXPONENT, _MOST_EXPONENT))
+  found = _sums(
+    tuple(buffers.taken(name, _PADDED, np.float32) for name in names),
+    padded,
+    of_columns,
+    np.float32(2.0**-exponent),
+    np.int32(rows),
+    np.int32(columns),
+    dtype=matrix.dtype,
+  )
+  sizes = rows, columns, columns
+  made = [
+    np.asarray(x)[:n].astype(np.float64) for x, n in zip(found, sizes, strict=True)
+  ]
+  for name, array in zip(names, found, strict=True):
+    buffers.keep(name, array)
+  return scales.Sums(*made)
