@@ -65,7 +65,7 @@ _OPT = 'tests/testdata/opt-small-sliced-0.2'
 _SMOLLM2 = f'demo_output/{demo.STEM}_0.25'
 _PICTURES = 'docs/pictures'
 
-BENCHMARKS = (
+BENCHMARKS: tuple[Benchmark, ...] = (
   Benchmark('benchmarks.demo', results=None),
   Benchmark('benchmarks.results', results='output'),
   Benchmark('benchmarks.dense', peers=True),
