@@ -45,8 +45,10 @@ if TYPE_CHECKING:  # the imports of `__getattr__`
   from rotbits_jax.api import encode_to_file as encode_to_file
   from rotbits_jax.api import inspect as inspect
   from rotbits_jax.api import load as load
+  from rotbits_jax.api import prune_snapshots as prune_snapshots
   from rotbits_jax.api import read_record as read_record
   from rotbits_jax.api import read_tensor as read_tensor
+  from rotbits_jax.api import snapshot as snapshot
   from rotbits_jax.api import verify as verify
   from rotbits_jax.checkpoints import Checkpoint as Checkpoint
   from rotbits_jax.checkpoints import CheckpointError as CheckpointError
@@ -95,9 +97,11 @@ _NAMES = {
   'load': 'api',
   'load_checkpoint': 'checkpoints',
   'open_checkpoint': 'checkpoints',
+  'prune_snapshots': 'api',
   'read_tensor': 'api',
   'read_record': 'api',
   'save_checkpoint': 'checkpoints',
+  'snapshot': 'api',
   'verify': 'api',
 }
 

@@ -4,7 +4,8 @@
 
 The models are Microsoft's sliced checkpoints in tests/testdata, encoded with `exact`
 and `free`, and random sliced models of all families whose segments differ in width.
-Each is written with the format `transformers` and loaded by transformers. Its logits
+Each is written with the format `transformers`, those of files as snapshots, and loaded
+by transformers. Its logits
 must be those of our forward pass, and Microsoft's. The other checks compare the model
 with itself: its cache, padding, dtypes, devices, gradients and copies.
 """
@@ -12,6 +13,7 @@ with itself: its cache, padding, dtypes, devices, gradients and copies.
 from collections.abc import Callable, Iterator
 import contextlib
 import logging
+import os
 import pathlib
 import sys
 import tempfile
@@ -72,10 +74,12 @@ class Case(NamedTuple):
 
 
 def fixture(name: str, preset: str, folder: pathlib.Path) -> Case:
-  """Encodes and decodes one of Microsoft's checkpoints."""
+  """Encodes one of Microsoft's checkpoints; the folder is a snapshot."""
   reference = np.load(TESTDATA / name / 'ref_logits.npz')
-  file = rotbits_jax.encode(checkpoints.open_checkpoint(TESTDATA / name), preset=preset)
-  rotbits_jax.decode_to_directory(file, folder, format='transformers')
+  file = folder.with_name('file')
+  rotbits_jax.encode_to_file(TESTDATA / name, file, preset=preset)
+  os.environ['ROTBITS_JAX_CACHE'] = str(folder.parent)
+  folder = rotbits_jax.snapshot(file)
   tokens = reference['input_ids']
   expected = {'ours': logits_of(rotbits_jax.decode(file), tokens)}
   if preset == 'exact':

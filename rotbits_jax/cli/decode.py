@@ -62,7 +62,7 @@ _SHARD_SIZE = FLAGS.add(
 _DTYPE = FLAGS.add(
   'dtype',
   'Dtype of the weights. By default they have that of the encoded checkpoint.',
-  ('float32', 'bfloat16', 'float16'),
+  program.DTYPES,
 )
 _OVERWRITE = FLAGS.add('overwrite', 'Replace existing files.', bool, False)
 

@@ -11,6 +11,7 @@ from rotbits_jax.system import interrupts
 COMMANDS = {
   'encode': 'encodes a checkpoint as a smaller file',
   'decode': 'decodes a file to a checkpoint',
+  'snapshot': 'decodes a file once, into a cache, for programs that load a folder',
   'inspect': 'shows the content of a file and the bytes that each step saved',
   'report': 'writes a web page about a file, with pictures',
   'verify': 'checks that a file is undamaged and matches its checkpoint',

@@ -28,6 +28,7 @@ import rotbits_jax
 from rotbits_jax import evaluation
 from rotbits_jax.file import shards
 from rotbits_jax.report import savings
+from rotbits_jax.system import cache
 from rotbits_jax.system import config_files
 from rotbits_jax.system import interrupts
 from rotbits_jax.system.text import printable
@@ -36,6 +37,9 @@ Result = tuple[dict[str, Any], str | None]
 """The JSON object and the text that a command prints."""
 
 BAD_INPUT = 2  # bad flags, too
+
+DTYPES = 'float32', 'bfloat16', 'float16'
+"""The values of the flag --dtype."""
 
 _COMMON = 'flags of every command'
 
@@ -207,15 +211,14 @@ def _keep_programs() -> None:
   """
   if jax.config.jax_compilation_cache_dir is not None:
     return
-  cache = os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache')
-  folder = os.path.join(cache, 'rotbits_jax')
-  if not os.path.isabs(folder):  # the user has no home
+  folder = cache.root()
+  if folder is None:
     return
   try:
-    os.makedirs(folder, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
   except OSError:
     return
-  jax.config.update('jax_compilation_cache_dir', folder)
+  jax.config.update('jax_compilation_cache_dir', str(folder))
   # JAX keeps only programs that took a second to compile, unless told otherwise. Many
   # of these take less.
   jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)

@@ -15,7 +15,37 @@ from rotbits_jax.file import reader as reader_lib
 from rotbits_jax.file.container import ContainerError
 
 
-def write_model(
+def write(
+  reader: reader_lib.Reader,
+  directory: str | os.PathLike[str],
+  *,
+  format: checkpoints.Format = 'safetensors',
+  shard_size: int | None = None,
+  dtype: DTypeLike | None = None,
+  overwrite: bool = True,
+  progress: bool = False,
+) -> None:
+  """Writes a checkpoint, see `api.decode_to_directory`."""
+  if not reader.weights_files:
+    _write_model(
+      reader,
+      directory,
+      format=format,
+      shard_size=shard_size,
+      dtype=dtype,
+      overwrite=overwrite,
+      progress=progress,
+    )
+    return
+  if format != 'safetensors' or dtype is not None:
+    raise ValueError(
+      'plain tensors come back in the files and dtypes that they were encoded from: '
+      'leave out format and dtype'
+    )
+  _write_tensors(reader, directory, overwrite=overwrite, progress=progress)
+
+
+def _write_model(
   reader: reader_lib.Reader,
   directory: str | os.PathLike[str],
   *,
@@ -25,7 +55,7 @@ def write_model(
   overwrite: bool,
   progress: bool,
 ) -> None:
-  """Writes the checkpoint of a model, see `api.decode_to_directory`."""
+  """Writes the checkpoint of a model."""
   config = reader.config
   if config is None:
     raise ContainerError(
@@ -73,7 +103,7 @@ def write_model(
         writer.add(path, structured.astype(leaf, dtypes[path]))
 
 
-def write_tensors(
+def _write_tensors(
   reader: reader_lib.Reader,
   directory: str | os.PathLike[str],
   *,

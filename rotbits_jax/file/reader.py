@@ -134,15 +134,26 @@ class Reader:
       and (leaf.base.shape, leaf.base.dtype) == (leaf.shape, leaf.dtype)
     }
 
+  def check_base(self) -> None:
+    """Checks that a base is given if the file needs one.
+
+    Raises:
+      ContainerError: naming the first array that needs it.
+    """
+    for name in self._records.entries:
+      self._records.entry(name)
+
   def fingerprint(self) -> str | None:
     """Returns a digest of the content; None if it needs a base that is in memory."""
-    own = [str(file.manifest_crc32) for file in self._files]
+    digest = hashlib.sha256()
+    for own in self.manifests:  # they have the checksums of all that they describe
+      digest.update(own.to_bytes())
     if self._base is not None:
       below = self._base.fingerprint()
       if below is None:
         return None
-      own.append(below)
-    return hashlib.sha256(' '.join(own).encode()).hexdigest()
+      digest.update(below.encode())
+    return digest.hexdigest()
 
   def record(self, name: str) -> Tree:
     """Reads one record, and other records only if its leaves need them.
