@@ -94,6 +94,7 @@ setuptools.setup(
       'nbclient>=0.10,<1',  # runs the notebooks
       'nbformat>=5.10,<6',  # reads the notebooks
       'optax>=0.2.5,<0.3',  # a training step
+      'orbax-checkpoint>=0.12,<0.13',  # saves and loads what is written here
       'pre-commit>=4.0,<5',
       'pytest>=8.3,<10',
       'pytest-xdist>=3.6,<4',  # the suite on two cores

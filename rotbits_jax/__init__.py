@@ -50,6 +50,7 @@ if TYPE_CHECKING:  # the imports of `__getattr__`
   from rotbits_jax.api import read_tensor as read_tensor
   from rotbits_jax.api import snapshot as snapshot
   from rotbits_jax.api import verify as verify
+  from rotbits_jax.checkpointable import Checkpointable as Checkpointable
   from rotbits_jax.checkpoints import Checkpoint as Checkpoint
   from rotbits_jax.checkpoints import CheckpointError as CheckpointError
   from rotbits_jax.checkpoints import load_checkpoint as load_checkpoint
@@ -80,6 +81,7 @@ _MODULES = (
 _NAMES = {
   'Checkpoint': 'checkpoints',
   'CheckpointError': 'checkpoints',
+  'Checkpointable': 'checkpointable',
   'ContainerError': 'file',
   'Model': 'models',
   'ModelConfig': 'models',

@@ -205,7 +205,8 @@ def decode(
   Args:
     source: a path, bytes, or a binary file.
     like: a PyTree whose structure the PyTree in the file gets: lists, tuples, Optax
-      states. Its arrays give shapes and dtypes, which must be those in the file.
+      states. Its arrays, or each `jax.ShapeDtypeStruct` in place of one, give shapes
+      and dtypes, which must be those in the file.
     base: the base of `encode`.
     progress: whether to show the progress on stderr.
 

@@ -5,6 +5,7 @@ import dataclasses
 from absl.testing import absltest
 from absl.testing import parameterized
 import chex
+import devices
 import flax
 from flax import nnx
 import jax
@@ -13,6 +14,7 @@ import numpy as np
 import optax
 import random_models
 
+import rotbits_jax
 from rotbits_jax import models
 from rotbits_jax import structured
 from rotbits_jax.models import linen as linen_lib
@@ -50,6 +52,52 @@ def _loss(logits: jax.Array) -> jax.Array:
 
 def _float32(model: models.Model) -> models.Model:
   return dataclasses.replace(model, params=structured.astype(model.params, np.float32))
+
+
+# Loads a model whose layers eight devices share, and trains it in both modules.
+SHARDED = """
+import flax.nnx, jax, numpy as np, optax, rotbits_jax
+from fuzz import seeds
+from jax.sharding import NamedSharding, PartitionSpec
+from rotbits_jax import models
+from rotbits_jax.models import linen, nnx
+
+given = seeds.sliced_model(seeds.LLAMA | {'num_hidden_layers': 8})
+mesh = jax.make_mesh((8,), ('layers',))
+by_layer = NamedSharding(mesh, PartitionSpec('layers'))
+everywhere = NamedSharding(mesh, PartitionSpec())
+place = lambda path, shape: by_layer if path.startswith('layers') else everywhere
+data = rotbits_jax.encode(given, preset='exact')
+model = rotbits_jax.load(data, sharding=place, dtype=np.float32)
+shardings = jax.tree.map(lambda x: x.sharding, model.params)
+tokens = np.arange(16)[None]
+loss = lambda logits: logits.var()
+
+def check(params, logits):
+  is_same = lambda x, y: x.sharding.is_equivalent_to(y, x.ndim)
+  assert all(jax.tree.leaves(jax.tree.map(is_same, params, shardings)))
+  data = rotbits_jax.encode(model.replace(params=params))
+  found = rotbits_jax.load(data, sharding=place)
+  np.testing.assert_allclose(models.logits(found, tokens), logits, atol=1e-4)
+
+module = nnx.Transformer(model.config, model.params)
+optimizer = flax.nnx.Optimizer(module, optax.sgd(0.1), wrt=flax.nnx.Param)
+
+@flax.nnx.jit
+def step(module, optimizer):
+  optimizer.update(module, flax.nnx.grad(lambda module: loss(module(tokens)))(module))
+
+step(module, optimizer)
+check(module.to_params(), module(tokens))
+
+module = linen.Transformer.like(model)
+apply = lambda params: module.apply({'params': params}, tokens)
+grads = jax.jit(jax.grad(lambda params: loss(apply(params))))(model.params)
+params = jax.jit(lambda x, y: jax.tree.map(lambda x, y: x - 0.1 * y, x, y))(
+  model.params, grads
+)
+check(params, apply(params))
+"""
 
 
 class LinenTest(parameterized.TestCase):
@@ -136,6 +184,33 @@ class NnxTest(parameterized.TestCase):
     np.testing.assert_allclose(
       _loss(models.logits(trained, TOKENS)), _loss(module(TOKENS)), rtol=1e-5
     )
+
+  def test_a_file_becomes_a_module_and_its_state_a_file(self):
+    model = _float32(_structured())
+    loaded = rotbits_jax.load(rotbits_jax.encode(model, preset='exact'))
+    module = nnx_lib.Transformer(loaded.config, loaded.params)
+    optimizer = nnx.Optimizer(module, optax.sgd(0.1), wrt=nnx.Param)
+    optimizer.update(module, nnx.grad(lambda module: _loss(module(TOKENS)))(module))
+    with self.subTest('its state'):
+      state = nnx.state(module)
+      again = rotbits_jax.decode(rotbits_jax.encode(state), like=state)
+      other = nnx_lib.Transformer(loaded.config, loaded.params)
+      nnx.update(other, again)
+      chex.assert_trees_all_equal(other.to_params(), module.to_params())
+    trained = dataclasses.replace(loaded, params=module.to_params())
+    with (
+      self.subTest('the step has filled the zeros of a structured leaf'),
+      self.assertRaisesRegex(ValueError, 'attention_shortcut/kernel: it cannot'),
+    ):
+      rotbits_jax.encode(trained, preset='exact')
+    with self.subTest('the model, beside the one before'):
+      trained = trained.materialize()
+      data = rotbits_jax.encode(trained, base=loaded)
+      found = rotbits_jax.load(data, base=loaded)
+      chex.assert_trees_all_equal(found.params, trained.params)
+
+  def test_modules_keep_the_sharding_of_what_is_loaded(self):
+    devices.run(SHARDED)
 
 
 if __name__ == '__main__':

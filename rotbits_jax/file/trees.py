@@ -90,6 +90,10 @@ def _array(leaf: Any, path: str) -> Any:
   return leaf
 
 
+def _spec(leaf: Any, path: str) -> Any:
+  return leaf if isinstance(leaf, jax.ShapeDtypeStruct) else _array(leaf, path)
+
+
 def _part(key: Any) -> str:
   """Returns the name of one step into a PyTree."""
   for name in ('key', 'idx', 'name'):  # of dicts, of sequences, of classes
@@ -101,10 +105,17 @@ def _part(key: Any) -> str:
 def unflatten_like(like: Any, found: Tree) -> Any:
   """Returns a PyTree with the structure of another and the leaves of `to_dicts`.
 
+  Args:
+    like: the other one; its leaves may be `jax.ShapeDtypeStruct`.
+    found: the leaves.
+
   Raises:
     ValueError: if the paths, shapes or dtypes differ.
   """
-  flat, expected = structured.flatten(found), structured.flatten(to_dicts(like))
+  flat, expected = (
+    structured.flatten(found),
+    structured.flatten(_to_dicts(like, '', _spec)),
+  )
   if wrong := sorted(expected.keys() ^ flat.keys()):
     raise ValueError(f'{wrong[0]}: only one of the file and `like` has it')
   for path, leaf in expected.items():

@@ -34,6 +34,14 @@ _MAX_GROUPS = 16  # of few elements
 _ELEMENTS_PER_GROUP = 1 << 17
 
 
+def most_groups(elements: int) -> int:
+  """Returns how many groups a record with this many coded elements may have.
+
+  The tables of a group take up to 12 MiB, but hardly any bytes in the stream.
+  """
+  return _MAX_GROUPS + elements // _ELEMENTS_PER_GROUP
+
+
 def _known_dtype(name: Any) -> str | None:
   return None if name in DTYPES else f'must be one of {", ".join(DTYPES)}'
 
@@ -200,8 +208,7 @@ class StreamSpec:
       if group.elements > total or len(group.blocks) != -(-total // group.elements):
         raise ValueError(f'{len(group.blocks)} blocks for {total} elements')
       coded += total
-    # The tables of a group take up to 12 MiB, but hardly any bytes in the stream.
-    if len(self.groups) > _MAX_GROUPS + coded // _ELEMENTS_PER_GROUP:
+    if len(self.groups) > most_groups(coded):
       raise ValueError(f'{len(self.groups)} groups are too many for {coded} elements')
 
   def members(self) -> list[list[Member]]:

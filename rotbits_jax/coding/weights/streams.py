@@ -45,7 +45,7 @@ def encode(arrays: Sequence[np.ndarray]) -> Encoded:
     ValueError: if a dtype cannot be stored.
   """
   planned = _planned(arrays)
-  groups = _grouped(planned)
+  groups = _allowed(planned, _grouped(planned))
   index = {(i, j): g for g, own in enumerate(groups) for i, j in own.members}
   jobs: list[Callable[[], Any]] = [x for own in groups for x in own.encode_jobs()]
   jobs += [functools.partial(checksums_lib.of_array, x.array) for x in planned]
@@ -322,6 +322,19 @@ def _grouped(planned: list[plans.Plan]) -> list[_Group]:
     )
     arrays = [planned[i].parts[j].array for i, j in members]
     groups.append(_Group.make(layout, contexts, list(members), arrays))
+  return groups
+
+
+def _allowed(planned: list[plans.Plan], groups: list[_Group]) -> list[_Group]:
+  """Returns as many groups as a record may have; the parts of others get no coding."""
+  saving = lambda own: sum(planned[i].parts[j].saved for i, j in own.members)
+  size = lambda own: sum(array.size for array in own.arrays)
+  while len(groups) > specs.most_groups(sum(map(size, groups))):
+    least = min(range(len(groups)), key=lambda g: saving(groups[g]))
+    for i, j in groups.pop(least).members:
+      parts = list(planned[i].parts)
+      parts[j] = plans.Part(parts[j].array)
+      planned[i] = planned[i]._replace(parts=tuple(parts))
   return groups
 
 

@@ -1,0 +1,117 @@
+"""Models and PyTrees that Orbax saves and loads as files of this package."""
+
+import asyncio
+import pathlib
+from typing import Any
+
+import jax
+import numpy as np
+
+from rotbits_jax import api
+from rotbits_jax import file
+from rotbits_jax import models
+from rotbits_jax import presets
+from rotbits_jax import structured
+from rotbits_jax.file import placement
+from rotbits_jax.file import trees
+
+_NAME = 'model.rotbits'
+
+
+class Checkpointable:
+  """Orbax v1's `StatefulCheckpointable` around a model or a PyTree of arrays.
+
+    ocp.save_checkpointables(path, {'state': Checkpointable(state)})
+    found = ocp.load_checkpointables(path, {'state': Checkpointable(state)})
+    found['state'].value  # the state that was saved
+
+  Orbax makes the directory, and gives it its name when it is complete. It has one file
+  in it, which any function of this package reads. The class does not import Orbax.
+
+  Attributes:
+    value: what is saved. For loading, it gives the structure and the shardings of the
+      PyTree, whose arrays may be `jax.ShapeDtypeStruct`; None, or a `Model`, for what
+      is in the file. After loading, it is what was loaded.
+  """
+
+  def __init__(
+    self,
+    value: Any = None,
+    *,
+    base: api.Base | None = None,
+    sharding: file.Place | None = None,
+    preset: api.PresetName | presets.Preset = 'exact',
+    **options: Any,
+  ):
+    """Stores the settings.
+
+    Args:
+      value: see the class.
+      base: see `encode`; the weights before a fine-tune, for example. Loading needs it,
+        too.
+      sharding: see `load`; by default arrays are where those of `value` are.
+      preset: see `encode`. It is 'exact' also for a sliced model, because the state of
+        an optimizer has the coordinates of the weights.
+      options: further options of `encode`. With `files` and `stem` the file decodes to
+        a checkpoint.
+    """
+    self.value = value
+    self._base, self._sharding = base, sharding
+    self._preset, self._options = preset, options
+
+  async def save(self, directory: Any) -> Any:
+    """Copies the arrays to the host; the awaitable that it returns stores them.
+
+    In a job of several processes, the first one writes, and all arrays must be
+    replicated or on its devices.
+
+    Raises:
+      ValueError: if a leaf of a PyTree cannot be stored.
+    """
+    if not isinstance(self.value, models.Model):
+      trees.to_dicts(self.value)
+    # The program may donate or change its arrays when this returns.
+    value = jax.tree.map(np.array, jax.device_get(self.value))
+
+    async def write() -> None:
+      folder = await directory.await_creation()
+      if jax.process_index() == 0:
+        await asyncio.to_thread(self._write, folder / _NAME, value)
+
+    return write()
+
+  async def load(self, directory: Any) -> Any:
+    """Reads the file, and sets `value`.
+
+    Raises:
+      ContainerError: see `decode`.
+      ValueError: if the PyTree in the file is another one.
+    """
+    # Not in the awaitable, whose errors Orbax takes for those of another handler.
+    self.value = await asyncio.to_thread(self._read, directory / _NAME)
+
+    async def done() -> None:
+      pass
+
+    return done()
+
+  # Orbax's paths may be those of a bucket, so that they open and write their files.
+
+  def _write(self, path: pathlib.Path, value: Any) -> None:
+    data = api.encode(value, preset=self._preset, base=self._base, **self._options)
+    path.write_bytes(data)
+
+  def _read(self, path: pathlib.Path) -> Any:
+    with path.open('rb') as opened:
+      if self.value is None or isinstance(self.value, models.Model):
+        return api.load(opened, base=self._base, sharding=self._sharding)
+      found: Any = api.decode(opened, base=self._base, like=self.value)
+    if self._sharding is None:
+      return jax.tree.map(_placed_like, self.value, found)
+    flat = placement.placed(structured.flatten(trees.to_dicts(found)), self._sharding)
+    return trees.unflatten_like(self.value, structured.unflatten(flat))
+
+
+def _placed_like(old: Any, new: np.ndarray) -> Any:
+  is_numpy = isinstance(old, np.ndarray | np.generic)
+  return new if is_numpy else jax.device_put(new, old.sharding)
