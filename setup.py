@@ -1,6 +1,8 @@
 """The package's metadata; pyproject.toml holds only the tools' tables."""
 
+import os
 import pathlib
+import re
 
 import setuptools
 
@@ -23,12 +25,42 @@ ATHERIS = (
 # Small checkpoints for the examples of the documentation, see `checkpoints.example`.
 EXAMPLES = ['llama-tiny-dense', 'phi2-tiny-dense', 'phi2-tiny-sliced-0.25']
 
+ROOT = pathlib.Path(__file__).parent
+
+# The address of the repository, without a slash at its end; the workflow of a release
+# sets it. Without it the package has no URLs, and README keeps its relative links.
+ADDRESS = os.environ.get('ROTBITS_JAX_ADDRESS', '')
+
+
+def version() -> str:
+  """Returns `__version__` of the package, which must not be imported yet."""
+  text = (ROOT / 'rotbits_jax' / '__init__.py').read_text('utf-8')
+  return re.search(r"^__version__ = '(.*)'$", text, re.M)[1]
+
+
+def description() -> str:
+  """Returns README.md, with addresses in place of paths, which an index cannot show."""
+  text = (ROOT / 'README.md').read_text('utf-8')
+  for link, kind in ((r'!\[[^\]]*\]\(', 'raw'), (r'(?<!!)\[[^\]]*\]\(', 'blob')):
+    target = rf'\1{ADDRESS}/{kind}/v{version()}/' if ADDRESS else r'\1'
+    text = re.sub(rf'({link})(?!\w+:|#)', target, text)
+  return text
+
+
 setuptools.setup(
   name='rotbits_jax',
-  version='0.1.0',
+  version=version(),
   description='Makes checkpoints of transformers smaller, and gives them back.',
-  long_description=pathlib.Path(__file__).with_name('README.md').read_text('utf-8'),
+  long_description=description(),
   long_description_content_type='text/markdown',
+  project_urls={
+    'Homepage': ADDRESS,
+    'Documentation': f'{ADDRESS}/tree/main/docs',
+    'Changelog': f'{ADDRESS}/blob/main/CHANGELOG.md',
+    'Issues': f'{ADDRESS}/issues',
+  }
+  if ADDRESS
+  else {},
   license='Apache-2.0',
   license_files=['LICENSE'],
   python_requires='>=3.11',
@@ -103,8 +135,17 @@ setuptools.setup(
     ],
   },
   classifiers=[
+    'Development Status :: 4 - Beta',
+    'Environment :: Console',
+    'Intended Audience :: Developers',
     'Intended Audience :: Science/Research',
+    'Operating System :: POSIX :: Linux',
     'Programming Language :: Python :: 3',
+    'Programming Language :: Python :: 3.11',
+    'Programming Language :: Python :: 3.12',
+    'Programming Language :: Python :: 3.13',
+    'Topic :: System :: Archiving :: Compression',
+    'Typing :: Typed',
     'Topic :: Scientific/Engineering :: Artificial Intelligence',
   ],
 )

@@ -5,8 +5,10 @@ import pathlib
 import shutil
 import subprocess
 import sys
+import types
 import venv
 
+import jax
 import nbclient
 import nbformat
 import pytest
@@ -35,6 +37,23 @@ def source_of_installation(path):
   return source
 
 
+@pytest.fixture(name='pip')
+def _pip(monkeypatch):
+  """Fails in place of pip, unless `succeeds` is set; notes constraints and packages."""
+  pip = types.SimpleNamespace(succeeds=False, calls=[])
+  run = subprocess.run
+
+  def instead(command, **options):
+    if 'pip' not in command:
+      return run(command, **options)
+    *_, constraints, package = command
+    pip.calls.append((constraints.read_text(), package))
+    return subprocess.CompletedProcess(command, not pip.succeeds)
+
+  monkeypatch.setattr(subprocess, 'run', instead)
+  return pip
+
+
 @pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda path: path.stem)
 class TestColabs:
   def test_outputs_are_stripped(self, path):
@@ -42,6 +61,20 @@ class TestColabs:
       assert not cell.get('outputs')
       assert cell.get('execution_count') is None
 
+  def test_outside_of_a_clone_the_index_has_the_package(
+    self, path, tmp_path, monkeypatch, pip
+  ):
+    if 'from the package index' not in source_of_installation(path):
+      pytest.skip('it needs checkpoints that are in the repository only')
+    monkeypatch.chdir(tmp_path)
+    pip.succeeds = True
+    exec(source_of_installation(path), {})
+    ((constraints, package),) = pip.calls
+    assert f'jax=={jax.__version__}' in constraints.splitlines()
+    assert package.startswith('rotbits_jax[')
+    assert not list(tmp_path.iterdir())
+
+  @pytest.mark.usefixtures('pip')
   def test_outside_of_a_clone_it_asks_for_the_repository(
     self, path, tmp_path, monkeypatch
   ):
@@ -49,6 +82,7 @@ class TestColabs:
     with pytest.raises(ValueError, match='set REPOSITORY'):
       exec(source_of_installation(path), {})
 
+  @pytest.mark.usefixtures('pip')
   def test_outside_of_a_clone_it_clones_the_repository(
     self, path, tmp_path, monkeypatch
   ):

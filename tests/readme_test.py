@@ -2,10 +2,14 @@
 
 import pathlib
 import re
+import runpy
 import shlex
+import sys
+from unittest import mock
 
 import pytest
 
+import rotbits_jax
 from rotbits_jax.cli import main
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -72,3 +76,21 @@ def test_it_names_every_extra_and_command():
 def test_links_lead_somewhere():
   for target in re.findall(r'\]\((?!https?:)([^)#]+)', README):
     assert (ROOT / target).exists(), target
+
+
+def test_an_index_shows_its_pictures_and_links(monkeypatch):
+  monkeypatch.setenv('ROTBITS_JAX_ADDRESS', 'https://example.org/us/rotbits')
+  tools = mock.Mock(find_packages=lambda include: [])
+  with mock.patch.dict(sys.modules, setuptools=tools):
+    runpy.run_path(str(ROOT / 'setup.py'))
+  metadata = tools.setup.call_args.kwargs
+  assert metadata['version'] == rotbits_jax.__version__
+  given = re.findall(r'(!?)\[[^\]]*\]\(([^)]*)\)', README)
+  found = re.findall(r'(!?)\[[^\]]*\]\(([^)]*)\)', metadata['long_description'])
+  assert {mark for mark, _ in given} == {'', '!'}
+  for (mark, target), (_, address) in zip(given, found, strict=True):
+    if not target.startswith(('https://', '#')):
+      kind = 'raw' if mark else 'blob'
+      tag = f'v{rotbits_jax.__version__}'
+      target = f'https://example.org/us/rotbits/{kind}/{tag}/{target}'
+    assert address == target
