@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,8 @@ import jax
 import nbclient
 import nbformat
 import pytest
+
+from scripts import address as address_lib
 
 ROOT = pathlib.Path(__file__).parents[1]
 COLABS = ROOT / 'colabs'
@@ -28,13 +31,13 @@ for path in sys.argv[2:]:
 """
 
 
-def source_of_installation(path):
+def source_of_installation(path, repository=''):
   (source,) = (
     cell.source
     for cell in nbformat.read(path, as_version=4).cells
     if 'REPOSITORY' in cell.source
   )
-  return source
+  return re.sub(r"REPOSITORY = '.*?'", f"REPOSITORY = '{repository}'", source)
 
 
 @pytest.fixture(name='pip')
@@ -96,8 +99,7 @@ class TestColabs:
     (tmp_path / 'here').mkdir()
     monkeypatch.chdir(tmp_path / 'here')
     monkeypatch.setattr(sys, 'path', list(sys.path))
-    source = source_of_installation(path)
-    exec(source.replace("REPOSITORY = ''", f"REPOSITORY = 'file://{repository}'"), {})
+    exec(source_of_installation(path, f'file://{repository}'), {})
     clone = tmp_path / 'here' / 'rotbits_jax'
     assert (clone / 'rotbits_jax' / '__init__.py').exists()
     assert sys.path[0] == str(clone)
@@ -112,6 +114,25 @@ class TestColabs:
     outputs = [out for cell in notebook.cells for out in cell.get('outputs', [])]
     assert outputs
     assert not [out.text for out in outputs if out.get('name') == 'stderr']
+
+
+def test_the_address_of_the_repository_is_written_everywhere(tmp_path):
+  shutil.copytree(COLABS, tmp_path / 'colabs')
+  shutil.copy(ROOT / 'CITATION.cff', tmp_path)
+  files = [*tmp_path.glob('colabs/*.ipynb'), tmp_path / 'CITATION.cff']
+  texts = []
+  for address in ('github.com/us/first', 'github.com/us/x', 'github.com/us/x/'):
+    address_lib.main(f'https://{address}', tmp_path)
+    texts.append([path.read_text('utf-8') for path in files])
+  assert texts[1] == texts[2]
+  for path, text in zip(files, texts[2], strict=True):
+    assert 'us/first' not in text
+    assert "REPOSITORY = 'https://github.com/us/x'" in text or path.suffix == '.cff'
+    assert text.count('https://github.com/us/x') == 1
+    opens = f'colab.research.google.com/github/us/x/blob/main/colabs/{path.name})'
+    assert text.count(opens) == (path.suffix == '.ipynb')
+  with pytest.raises(ValueError, match='expected https'):
+    address_lib.main('https://example.org/us/x', tmp_path)
 
 
 @pytest.mark.slow
