@@ -140,6 +140,12 @@ class CacheTest(Base):
     self.assertEqual((self.scratch / 'log').read_text(), 'made\n')
     self.assertEqual(self.names(), ['x'])
 
+  def test_another_process_removes_its_folder_before_the_lock(self):
+    found = [FileNotFoundError, *[mock.DEFAULT] * 20]
+    with mock.patch.object(os, 'open', wraps=os.open, side_effect=found):
+      cache.made('x', pathlib.Path.mkdir, show=False)
+    self.assertEqual(self.names(), ['x'])
+
   def test_one_that_is_being_made_stays_and_the_rest_of_a_killed_one_goes(self):
     process = self.start(60)
     self.wait_for_line(process)

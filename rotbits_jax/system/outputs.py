@@ -229,10 +229,13 @@ def _lock(folder: pathlib.Path) -> int | None:
   folder.mkdir(parents=True, exist_ok=True)
   if fcntl is None:
     return None
-  handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+  try:
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+  except FileNotFoundError as error:  # the process that held the lock has removed it
+    raise _error(errno.EAGAIN, 'another process writes here', folder) from error
   try:
     fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    # The process that held the lock may have removed the folder meanwhile.
+    # It may have been removed after it was opened, too.
     if not folder.exists() or not os.path.samestat(os.fstat(handle), folder.lstat()):
       raise BlockingIOError
   except BlockingIOError as error:
