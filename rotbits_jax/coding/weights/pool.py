@@ -21,6 +21,7 @@ _Result = TypeVar('_Result')
 
 _lock = threading.Lock()
 _pools: dict[str, futures.ThreadPoolExecutor] = {}
+_local = threading.local()
 
 
 def threads() -> int:
@@ -104,3 +105,4 @@ def _set() -> None:
   settings.enter_context(host.own_settings())
   # Programs take NumPy arrays, which are in the memory of the processor already.
   settings.enter_context(jax.default_device(host.device()))
+  _local.settings = settings  # a context ends when nothing refers to it
