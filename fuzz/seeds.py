@@ -393,6 +393,10 @@ def configs() -> list[bytes]:
     'mistral': {'sliding_window': 4096},
     'qwen2': {'layer_types': ['full_attention'], 'use_sliding_window': False},
     'phi3': {'rms_norm_eps': 1e-5, 'sliding_window': None},
+    'qwen3': {'head_dim': 8, 'use_sliding_window': False},
+    'smollm3': {'no_rope_layers': [0], 'use_sliding_window': False},
+    'gemma2': {'head_dim': 8, 'sliding_window': 4, 'attn_logit_softcapping': 50.0},
+    'gemma3_text': {'head_dim': 8, 'sliding_window': 4, 'sliding_window_pattern': 6},
     'phi': {'partial_rotary_factor': 0.5, 'layer_norm_eps': 1e-5},
   }
   found: list[dict[str, Any]] = [

@@ -33,6 +33,10 @@ KNOWN = {
   'llama': GROUPS,
   'mistral': GROUPS | {'sliding_window': 32},
   'qwen2': GROUPS,
+  'qwen3': GROUPS | {'head_dim': 8},
+  'smollm3': GROUPS | {'no_rope_layer_interval': 2, 'pad_token_id': 0},
+  'gemma2': GROUPS | {'head_dim': 8, 'sliding_window': 16},
+  'gemma3_text': GROUPS | {'head_dim': 8, 'sliding_window': 16},
   'phi': SIZES,
   'phi3': GROUPS | {'pad_token_id': 0},
   'opt': {
@@ -51,7 +55,6 @@ OTHERS = {
   },
   'gemma': GROUPS | {'head_dim': 8},
   'mixtral': GROUPS | {'num_local_experts': 2},
-  'qwen3': GROUPS | {'head_dim': 8},
 }
 MOST_ERROR = 2e-2  # of logits of size 1, after rounding to bfloat16
 

@@ -35,6 +35,7 @@ FAMILIES = {
   'llama': GROUPS,
   'mistral': GROUPS | {'model_type': 'mistral', 'sliding_window': 5},
   'qwen2': GROUPS | {'model_type': 'qwen2'},
+  'qwen3': GROUPS | {'model_type': 'qwen3'},
   'phi3': LLAMA
   | {'model_type': 'phi3', 'num_key_value_heads': 2, 'rms_norm_eps': 1e-5},
   'opt': OPT,
@@ -61,6 +62,7 @@ _KINDS = {  # of each family; `test_every_kind` has the others
   'llama': ('dense', 'sliced', 'sliced head'),
   'mistral': ('dense',),
   'qwen2': ('sliced',),
+  'qwen3': ('dense', 'sliced'),
   'phi3': ('sliced head',),
   'opt': ('dense', 'sliced'),
   'phi2': ('sliced head',),

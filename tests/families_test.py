@@ -1,7 +1,8 @@
-"""Configs and forward passes of RoPE scaling (Llama 3.1, linear), Mistral and Qwen2.
+"""Configs of the families, and forward passes of RoPE scaling, Mistral and Qwen2.
 
 The tensors are random and have Hugging Face's names. The expected logits are those of a
-second forward pass in NumPy.
+second forward pass in NumPy. `transformer_test` compares the logits of the checkpoints
+in `testdata`, among them Qwen3, SmolLM3 and Gemma, with those of transformers.
 """
 
 import dataclasses
@@ -49,6 +50,10 @@ QWEN2 = LLAMA | {
   'max_window_layers': 1,
   'layer_types': ['full_attention'] * 2,
 }
+QWEN3 = QWEN2 | {'model_type': 'qwen3'}
+SMOLLM3 = LLAMA | {'model_type': 'smollm3', 'num_hidden_layers': 4}
+GEMMA2 = LLAMA | {'model_type': 'gemma2', 'sliding_window': 4}
+GEMMA3 = GEMMA2 | {'model_type': 'gemma3_text', 'num_hidden_layers': 6}
 TIED = {'tie_word_embeddings': True}
 
 # Name, config.json, differences in the reference's config, widths (None if dense).
@@ -205,6 +210,64 @@ class ConfigTest(chex.TestCase):
     assert (config.qkv_bias, config.out_bias, config.mlp_bias) == (True, False, False)
     assert config.sliding_window is None
 
+  def test_qwen3(self):
+    config = checkpoints.parse_config(QWEN3 | {'attention_bias': True})
+    assert (config.qkv_bias, config.out_bias, config.tied_head) == (True, True, False)
+    # The norms of queries and keys keep their epsilon in a sliced model.
+    assert config.sliced_to(config.segment_widths).qk_norm_eps == 1e-3
+
+  def test_smollm3(self):
+    config = checkpoints.parse_config(SMOLLM3)
+    assert (config.alternate_layers, config.alternate) == ((3,), models.Positions())
+    assert config.tied_head
+    for change, layers in (
+      ({'no_rope_layer_interval': 2}, (1, 3)),
+      ({'no_rope_layers': [0, 1, 1, 0, 0]}, (0, 3)),
+      ({'no_rope_layers': [1, 1, 1, 1]}, ()),
+    ):
+      assert checkpoints.parse_config(SMOLLM3 | change).alternate_layers == layers
+    newer = {k: v for k, v in SMOLLM3.items() if k != 'rope_theta'}
+    newer |= {'rope_parameters': {'rope_type': 'default', 'rope_theta': 60.0}}
+    assert checkpoints.parse_config(newer) == config
+    absent = {k: v for k, v in SMOLLM3.items() if k != 'rope_theta'}
+    assert checkpoints.parse_config(absent).rope_theta == 2e6
+
+  def test_gemma2(self):
+    config = checkpoints.parse_config(GEMMA2 | {'hidden_act': 'gelu'})
+    assert config.activation == 'gelu_new'
+    assert (config.alternate_layers, config.alternate.sliding_window) == ((0,), 4)
+    assert (config.attention_softcap, config.logit_softcap) == (50, 30)
+    none = {'attn_logit_softcapping': None, 'final_logit_softcapping': None}
+    config = checkpoints.parse_config(GEMMA2 | none)
+    assert (config.attention_softcap, config.logit_softcap) == (None, None)
+    with pytest.raises(ValueError, match='slicing cannot move'):
+      config.sliced_to(config.segment_widths)
+
+  def test_gemma3(self):
+    scaling = {'rope_type': 'linear', 'factor': 8.0}
+    older = checkpoints.parse_config(
+      GEMMA3
+      | {'rope_local_base_freq': 20.0, 'sliding_window_pattern': 3}
+      | {'rope_scaling': scaling, 'torch_dtype': 'bfloat16'}
+    )
+    assert older.alternate_layers == (0, 1, 3, 4)
+    assert (older.rope_theta, older.rope_scaling.factor) == (60.0, 8.0)
+    local = models.Positions(rotary_dim=12, rope_theta=20.0, sliding_window=4)
+    assert older.alternate == local
+    types = [*['sliding_attention'] * 2, 'full_attention'] * 2
+    newer = {k: v for k, v in GEMMA3.items() if k != 'rope_theta'} | {
+      'layer_types': types,
+      'dtype': 'bfloat16',
+      'rope_parameters': {
+        'full_attention': scaling | {'rope_theta': 60.0},
+        'sliding_attention': {'rope_type': 'default', 'rope_theta': 20.0},
+      },
+    }
+    assert checkpoints.parse_config(newer) == older
+    fields = json.loads(json.dumps(schema.dump(older)))
+    assert schema.load(models.ModelConfig, fields) == older
+    assert checkpoints.parse_config(GEMMA3).alternate.rope_theta == 1e4
+
   def test_published_sizes(self):
     qwen = QWEN2 | {
       'hidden_size': 896, 'intermediate_size': 4864, 'num_hidden_layers': 24,
@@ -218,6 +281,19 @@ class ConfigTest(chex.TestCase):
       'vocab_size': 32000,
     }  # fmt: skip
     assert models.count_elements(checkpoints.parse_config(mistral)) == 7241732096
+    names = (
+      'hidden_size', 'intermediate_size', 'num_hidden_layers', 'num_attention_heads',
+      'num_key_value_heads', 'head_dim', 'vocab_size',
+    )  # fmt: skip
+    for base, sizes, elements in (
+      (QWEN3 | TIED, (1024, 3072, 28, 16, 8, 128, 151936), 596049920),
+      (SMOLLM3, (2048, 11008, 36, 16, 4, 128, 128256), 3075098624),
+      (GEMMA2, (2304, 9216, 26, 8, 4, 256, 256000), 2614341888),
+      (GEMMA3, (1152, 6912, 26, 4, 1, 256, 262144), 999885952),
+    ):
+      sizes = dict(zip(names, sizes, strict=True)) | {'layer_types': None}
+      config = checkpoints.parse_config(base | sizes)
+      assert models.count_elements(config) == elements
 
   @parameterized.parameters(
     (LLAMA, {'rope_scaling': {'rope_type': 'yarn', 'factor': 2.0}},
@@ -241,6 +317,23 @@ class ConfigTest(chex.TestCase):
     (QWEN2, {'num_hidden_layers': 2**31 - 1}, 'num_hidden_layers'),
     (QWEN2, {'layer_types': ['full_attention', 'sliding_attention']},
      'layer_types is'),
+    (QWEN3, {'head_dim': ...}, 'head_dim is missing'),
+    (QWEN3, {'use_sliding_window': True}, 'use_sliding_window is True'),
+    (QWEN3, {'use_qk_norm': False}, 'use_qk_norm is False; supported: no attribute'),
+    (SMOLLM3, {'no_rope_layers': [1, 1, 0]}, 'no_rope_layers is'),
+    (SMOLLM3, {'no_rope_layers': [1, 1, 0, 2]}, 'no_rope_layers is'),
+    (SMOLLM3, {'use_sliding_window': True}, 'use_sliding_window is True'),
+    (GEMMA2, {'sliding_window': ...}, 'sliding_window is missing'),
+    (GEMMA2, {'use_bidirectional_attention': True}, 'use_bidirectional_attention is'),
+    (GEMMA2, {'layer_types': ['full_attention']}, 'layer_types is'),
+    (GEMMA2, {'layer_types': ['full_attention', 'linear_attention']},
+     'layer_types is'),
+    (GEMMA2, {'attn_logit_softcapping': 0.0}, 'attn_logit_softcapping is 0.0'),
+    (GEMMA3, {'attn_logit_softcapping': 50.0}, 'attn_logit_softcapping is 50.0'),
+    (GEMMA3, {'query_pre_attn_scalar': None}, 'query_pre_attn_scalar is None'),
+    (GEMMA3, {'rope_parameters': {'full_attention': {'rope_type': 'default'}}},
+     'rope_parameters: sliding_attention is missing'),
+    (GEMMA3, {'final_norm_bias': True}, 'final_norm_bias is True'),
   )  # fmt: skip
   def test_refused(self, values, change, match):
     values = {k: v for k, v in (values | change).items() if v is not ...}

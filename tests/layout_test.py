@@ -42,6 +42,12 @@ CONFIGS = {
   'llama_tied': LLAMA | {'tie_word_embeddings': True},
   'phi3': LLAMA | {'model_type': 'phi3', 'sliding_window': 5},
   'qwen2': LLAMA | {'model_type': 'qwen2'},
+  'qwen3': LLAMA | {'model_type': 'qwen3', 'head_dim': 6},
+  'smollm3': LLAMA | {'model_type': 'smollm3', 'no_rope_layers': [1, 0]},
+  'gemma3': LLAMA | {'model_type': 'gemma3_text', 'head_dim': 6, 'sliding_window': 5},
+  'gemma3_untied': LLAMA
+  | {'model_type': 'gemma3_text', 'head_dim': 6, 'sliding_window': 5}
+  | {'tie_word_embeddings': False},
   'opt': OPT,
   'phi': PHI,
 }
@@ -72,6 +78,14 @@ GATED_MLP = {
   'mlp/gate/kernel': (1, 'neuron'),
   'mlp/up/kernel': (1, 'neuron'),
   'mlp/down/kernel': ('neuron', -1),
+}
+QK_NORMS = {
+  'attention/query_norm/scale': ('head',),
+  'attention/key_norm/scale': ('head',),
+}
+POST_NORMS = {
+  'attention_post_norm/scale': ('norm',),
+  'mlp_post_norm/scale': ('norm',),
 }
 RMS_NORMS = {'attention_norm/scale': ('norm',), 'mlp_norm/scale': ('norm',)}
 SHORTCUTS = {'attention_shortcut/kernel': (0, 1), 'mlp_shortcut/kernel': (1, -1)}
@@ -105,6 +119,15 @@ TABLE = (
   ('phi3', False, LLAMA_LAYER | RMS_NORMS, EMBED | FINAL | HEAD),
   ('phi3', True, LLAMA_LAYER | SHORTCUTS, EMBED | HEAD),
   ('qwen2', False, LLAMA_LAYER | QKV_BIASES | RMS_NORMS, EMBED | FINAL | HEAD),
+  ('qwen3', False, LLAMA_LAYER | QK_NORMS | RMS_NORMS, EMBED | FINAL | HEAD),
+  ('qwen3', True, LLAMA_LAYER | QK_NORMS | SHORTCUTS, EMBED | HEAD),
+  ('smollm3', False, LLAMA_LAYER | RMS_NORMS, EMBED | FINAL),
+  (
+    'gemma3',
+    False,
+    LLAMA_LAYER | QK_NORMS | RMS_NORMS | POST_NORMS,
+    EMBED | FINAL,
+  ),
   (
     'opt',
     False,
@@ -141,6 +164,12 @@ SYMMETRIES = {
   ('phi3', False): EVERY._replace(segments=False, stream=True),
   ('phi3', True): EVERY,
   ('qwen2', False): EVERY._replace(segments=False, stream=True),
+  ('qwen3', False): EVERY._replace(segments=False, stream=True, queries=False),
+  ('qwen3', True): EVERY._replace(queries=False),
+  ('smollm3', False): EVERY._replace(segments=False),
+  ('smollm3', True): EVERY,
+  ('gemma3', False): EVERY._replace(segments=False, queries=False),
+  ('gemma3_untied', False): EVERY._replace(segments=False, queries=False),
   ('opt', False): EVERY._replace(segments=False, key_bias=True),
   ('opt', True): EVERY._replace(key_bias=True),
   ('phi', False): EVERY._replace(segments=False),
@@ -152,7 +181,7 @@ SYMMETRIES = {
 class _NewConfig(models.ModelConfig):
   """A config with a switch that `layout.symmetries` does not know."""
 
-  logit_softcap: float = 0.0
+  residual_scale: float = 1.0
 
 
 class LayoutTest(parameterized.TestCase):
@@ -189,6 +218,7 @@ class LayoutTest(parameterized.TestCase):
       'vocabulary': 31,
       'position': 22,
       'norm': 24,
+      'head': 6,
     }
     elements = 0
     for axes, shapes, widths in (
@@ -221,6 +251,15 @@ class SymmetriesTest(parameterized.TestCase):
       fields = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
       self.assertEqual(layout.symmetries(_NewConfig(**fields)), layout.Symmetries())
     self.assertFalse(any(layout.Symmetries()))
+
+  def test_a_soft_cap_makes_the_bias_of_the_key_matter(self):
+    capped = dataclasses.replace(_config('opt'), attention_softcap=1.0)
+    valid = layout.symmetries(capped)
+    self.assertEqual(
+      (valid.key_bias, valid.queries, valid.values), (False, False, True)
+    )
+    no_bias = dataclasses.replace(capped, qkv_bias=False)
+    self.assertTrue(layout.symmetries(no_bias).queries)
 
   def test_a_norm_or_an_activation_that_is_not_known_has_none(self):
     config = _config('llama')

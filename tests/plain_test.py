@@ -244,6 +244,17 @@ class CheckpointTest(parameterized.TestCase):
       self.assertEqual(got.tobytes(), tensor.tobytes())
     self.assertIn('h.1', rotbits_jax.file.Reader(self.file).records)
 
+  def test_experts_are_records(self):
+    prefix = 'model.layers.0.mlp'
+    names = [f'{prefix}.experts.{i}.{x}_proj.weight' for i in (0, 10) for x in 'ab']
+    names += [f'{prefix}.gate.weight', 'model.layers.0.norm.weight', 'lm_head.weight']
+    tensors = {name: np.ones((2, 3), np.float16) for name in names}
+    weights_files.write_safetensors(self.source / 'model.safetensors', tensors)
+    self.check_round_trip()
+    records = {'lm_head', 'model.layers.0'}
+    records |= {f'{prefix}.experts.{i}' for i in (0, 10)}
+    self.assertEqual({*rotbits_jax.file.Reader(self.file).records}, records)
+
   def test_safetensors_with_dtypes_that_numpy_lacks(self):
     tensors = {'a': np.zeros(3, ml_dtypes.float8_e5m2), 'b': np.ones(2, np.int64)}
     path = self.source / 'model.safetensors'

@@ -47,7 +47,14 @@ LLAMA = {
 }
 # Dense models are named after a fixture or a random model. The random models have
 # biases, norms of every size, and a tied head.
-RANDOM = {'opt-random': OPT, 'llama-random': LLAMA}
+RANDOM = {
+  'opt-random': OPT,
+  'llama-random': LLAMA,
+  'qwen3-random': LLAMA
+  | {'model_type': 'qwen3', 'head_dim': 6, 'max_position_embeddings': 48},
+  'smollm3-random': LLAMA
+  | {'model_type': 'smollm3', 'no_rope_layers': [1, 0], 'max_position_embeddings': 48},
+}
 # A dense model, the result of Microsoft's SliceGPT, and whether its head is sliced.
 FIXTURES = (
   ('llama-tiny-dense', 'llama-tiny-sliced-head-0.25', True),
@@ -124,12 +131,13 @@ def _segments(model, tokens):
   with jax.default_matmul_precision('highest'):
     x = transformer.embed(model.params, config, tokens)
     yield x
-    for layer in model.layers():
+    for index, layer in enumerate(model.layers()):
+      reach = transformer.reach(config, index)
       if not config.parallel_block:
         normed = transformer.norm(None, config, x)
-        attended = transformer.attention(layer['attention'], config, normed).x
+        attended = transformer.attention(layer['attention'], config, normed, reach).x
         yield x @ layer['attention_shortcut']['kernel'] + attended
-      x = transformer.layer(layer, config, x).x
+      x = transformer.layer(layer, config, x, reach).x
       yield x
 
 
@@ -194,6 +202,8 @@ class PrincipalComponentsTest(parameterized.TestCase):
 class SliceModelTest(parameterized.TestCase):
   @parameterized.parameters(
     ('llama-random', 0.0, 8, 32),
+    ('qwen3-random', 0.0, 8, 32),
+    ('smollm3-random', 0.0, 8, 32),
     ('phi2-tiny-dense', 0.0, 8, 128),
     ('opt-random', 1 / 32, 31, 31),  # LayerNorm removes the direction of the mean
   )

@@ -135,15 +135,158 @@ def _mistral(config: attributes.Attributes) -> models.ModelConfig:
 
 
 def _qwen2(config: attributes.Attributes) -> models.ModelConfig:
-  config.demand('max_position_embeddings', 'num_key_value_heads')
-  config.require(use_sliding_window=False, partial_rotary_factor=1.0)
-  for unused in ('sliding_window', 'max_window_layers'):
-    config.take(unused, None)
-  types = config.take('layer_types', None)
-  full = ['full_attention'] * config.size('num_hidden_layers', most=_MOST_LAYERS)
-  if types is not None and types != full:
-    config.refuse('layer_types', types, "'full_attention' for every layer")
+  _require_full_attention(config)
   return _rotary_gated(config, family='qwen2', qkv_bias=True)
+
+
+def _qwen3(config: attributes.Attributes) -> models.ModelConfig:
+  config.demand('head_dim')
+  _require_full_attention(config)
+  attention_bias = config.boolean('attention_bias', False)
+  return _rotary_gated(
+    config,
+    family='qwen3',
+    qkv_bias=attention_bias,
+    out_bias=attention_bias,
+    qk_norm_eps=_norm_eps(config),
+  )
+
+
+def _smollm3(config: attributes.Attributes) -> models.ModelConfig:
+  _require_full_attention(config)
+  layers = config.size('num_hidden_layers', most=_MOST_LAYERS)
+  interval = config.size('no_rope_layer_interval', 4)
+  rotary = config.take('no_rope_layers', None)  # 1 for a layer with RoPE
+  if rotary is None:
+    rotary = [int((layer + 1) % interval > 0) for layer in range(layers)]
+  if (
+    not isinstance(rotary, list)
+    or len(rotary) < layers
+    or [x for x in rotary if x not in (0, 1)]
+  ):
+    config.refuse('no_rope_layers', rotary, f'a list of {layers} numbers, 0 or 1')
+  without = tuple(layer for layer in range(layers) if not rotary[layer])
+  attention_bias = config.boolean('attention_bias', False)
+  return _rotary_gated(
+    config,
+    family='smollm3',
+    rope_theta=2000000.0,
+    tied_head=True,
+    qkv_bias=attention_bias,
+    out_bias=attention_bias,
+    mlp_bias=config.boolean('mlp_bias', False),
+    alternate=models.Positions() if without else None,
+    alternate_layers=without,
+  )
+
+
+def _gemma2(config: attributes.Attributes) -> models.ModelConfig:
+  # transformers reads `hidden_activation` and `sliding_window` only.
+  for unused in ('hidden_act', 'sliding_window_size'):
+    config.take(unused, None)
+  rope = _rope(config, 1.0)
+  window = models.Positions(**rope, sliding_window=_sliding_window(config))
+  return _gemma(
+    config,
+    family='gemma2',
+    rope=rope,
+    alternate=window,
+    interval=2,
+    attention_softcap=_softcap(config, 'attn_logit_softcapping', 50.0),
+    logit_softcap=_softcap(config, 'final_logit_softcapping', 30.0),
+  )
+
+
+def _gemma3(config: attributes.Attributes) -> models.ModelConfig:
+  # transformers does not apply this cap to Gemma 3.
+  config.require(attn_logit_softcapping=None)
+  names, settings = ('full_attention', 'sliding_attention'), None
+  parameters = config.take('rope_parameters', None)
+  if parameters is not None:
+    config.require(rope_scaling=None)
+    where = f'{config.where}: rope_parameters'
+    both = attributes.Attributes(parameters, where)
+    settings = [attributes.Attributes(both.take(x), f'{where}: {x}') for x in names]
+    both.finish()
+  thetas = (
+    config.number('rope_theta', 1e6),
+    config.number('rope_local_base_freq', 1e4),
+  )
+  if settings is None:
+    full = _rope(config, 1.0, thetas[0])
+    local = full | {'rope_theta': thetas[1], 'rope_scaling': None}
+  else:
+    full, local = (
+      _rope_of(own, config, 1.0, theta)
+      for own, theta in zip(settings, thetas, strict=True)
+    )
+  interval = config.size('sliding_window_pattern', 6)
+  return _gemma(
+    config,
+    family='gemma3_text',
+    rope=full,
+    alternate=models.Positions(**local, sliding_window=_sliding_window(config)),
+    interval=config.size('_sliding_window_pattern', interval),
+    qk_norm_eps=_norm_eps(config),
+    logit_softcap=_softcap(config, 'final_logit_softcapping', None),
+  )
+
+
+def _gemma(
+  config: attributes.Attributes,
+  *,
+  rope: dict[str, Any],
+  alternate: models.Positions,
+  interval: int,
+  **switches: Any,
+) -> models.ModelConfig:
+  """Makes the config of Gemma 2 or 3.
+
+  Args:
+    config: the attributes of `config.json`.
+    rope: the settings of RoPE in the layers without a window, see `_rope`.
+    alternate: the positions of the layers with a window.
+    interval: every layer has a window, but for one of so many, unless the config lists
+      the layers.
+    switches: the fields in which the two differ.
+  """
+  config.demand('head_dim', 'max_position_embeddings', 'num_key_value_heads')
+  config.demand('sliding_window')
+  config.require(attention_bias=False, partial_rotary_factor=1.0)
+  config.take('cache_implementation', None)
+  if config.take('use_bidirectional_attention', None) is not None:
+    config.require(use_bidirectional_attention=False)
+  layers = config.size('num_hidden_layers', most=_MOST_LAYERS)
+  types = config.take('layer_types', None)
+  names = ('full_attention', 'sliding_attention')
+  if types is None:
+    types = [names[(layer + 1) % interval > 0] for layer in range(layers)]
+  if (
+    not isinstance(types, list)
+    or len(types) != layers
+    or [x for x in types if x not in names]
+  ):
+    config.refuse('layer_types', types, f'{layers} times {" or ".join(names)}')
+  local = tuple(layer for layer, name in enumerate(types) if name == names[1])
+  return _decoder(
+    config,
+    intermediate_size=config.size('intermediate_size'),
+    num_kv_heads=config.size('num_key_value_heads'),
+    activation=_activation(config, 'hidden_activation', 'gelu_new'),
+    gated_mlp=True,
+    norm='rmsnorm',
+    norm_eps=_norm_eps(config),
+    max_positions=config.size('max_position_embeddings'),
+    alternate=alternate if local else None,
+    alternate_layers=local,
+    query_scalar=config.number('query_pre_attn_scalar', 256.0),
+    post_norms=True,
+    zero_centred_scales=True,
+    scaled_embedding=True,
+    tied_head=config.boolean('tie_word_embeddings', True),
+    **rope,
+    **switches,
+  )
 
 
 def _phi3(config: attributes.Attributes) -> models.ModelConfig:
@@ -170,27 +313,39 @@ def _phi(config: attributes.Attributes) -> models.ModelConfig:
   )
 
 
-def _rotary_gated(config: attributes.Attributes, **switches: Any) -> models.ModelConfig:
-  """Makes the config of a family that resembles Llama."""
+def _rotary_gated(
+  config: attributes.Attributes, *, tied_head: bool = False, **switches: Any
+) -> models.ModelConfig:
+  """Makes the config of a family that resembles Llama.
+
+  Args:
+    config: the attributes of `config.json`.
+    tied_head: whether the head is tied, if no attribute says so.
+    switches: see `_rotary`.
+  """
   return _rotary(
     config,
     activation=_activation(config, 'hidden_act', 'silu'),
     gated_mlp=True,
     norm='rmsnorm',
-    norm_eps=config.number('rms_norm_eps', 1e-6),
-    tied_head=config.boolean('tie_word_embeddings', False),
+    norm_eps=_norm_eps(config),
+    tied_head=config.boolean('tie_word_embeddings', tied_head),
     **switches,
   )
 
 
 def _rotary(
-  config: attributes.Attributes, rotary_factor: float = 1.0, **switches: Any
+  config: attributes.Attributes,
+  rotary_factor: float = 1.0,
+  rope_theta: float = 10000.0,
+  **switches: Any,
 ) -> models.ModelConfig:
   """Makes the config of a family with rotary positions.
 
   Args:
     config: the attributes of `config.json`.
     rotary_factor: the part of a head that RoPE rotates, if no attribute sets it.
+    rope_theta: the base of RoPE's wavelengths, if no attribute sets it.
     switches: the fields in which the family differs from others.
   """
   heads = config.size('num_attention_heads')
@@ -199,7 +354,7 @@ def _rotary(
     intermediate_size=config.size('intermediate_size'),
     num_kv_heads=config.size('num_key_value_heads', heads),
     max_positions=config.size('max_position_embeddings', 2048),
-    **_rope(config, rotary_factor),
+    **_rope(config, rotary_factor, rope_theta),
     **switches,
   )
 
@@ -220,6 +375,28 @@ def _decoder(config: attributes.Attributes, **fields: Any) -> models.ModelConfig
   )
 
 
+def _require_full_attention(config: attributes.Attributes) -> None:
+  """Refuses a Qwen or a SmolLM3 with a window in some layers."""
+  config.demand('max_position_embeddings', 'num_key_value_heads')
+  config.require(use_sliding_window=False, partial_rotary_factor=1.0)
+  for unused in ('sliding_window', 'max_window_layers'):
+    config.take(unused, None)
+  types = config.take('layer_types', None)
+  full = ['full_attention'] * config.size('num_hidden_layers', most=_MOST_LAYERS)
+  if types is not None and types != full:
+    config.refuse('layer_types', types, "'full_attention' for every layer")
+
+
+def _softcap(
+  config: attributes.Attributes, name: str, default: float | None
+) -> float | None:
+  return None if config.take(name, default) is None else config.number(name, default)
+
+
+def _norm_eps(config: attributes.Attributes) -> float:
+  return config.number('rms_norm_eps', 1e-6)
+
+
 def _sliding_window(config: attributes.Attributes) -> int | None:
   if config.take('sliding_window', None) is None:
     return None
@@ -227,7 +404,9 @@ def _sliding_window(config: attributes.Attributes) -> int | None:
 
 
 def _activation(config: attributes.Attributes, name: str, default: str) -> Any:
-  return config.choice(name, ('relu', 'gelu_new', 'silu'), default)
+  known = ('relu', 'gelu_new', 'gelu_pytorch_tanh', 'silu')
+  found = config.choice(name, known, default)
+  return 'gelu_new' if found == 'gelu_pytorch_tanh' else found  # two names of one
 
 
 def _head_dim(config: attributes.Attributes) -> int:
@@ -242,7 +421,9 @@ def _head_dim(config: attributes.Attributes) -> int:
   return hidden // heads
 
 
-def _rope(config: attributes.Attributes, factor: float) -> dict[str, Any]:
+def _rope(
+  config: attributes.Attributes, factor: float, theta: float = 10000.0
+) -> dict[str, Any]:
   """Reads the settings of RoPE.
 
   transformers 5 has all settings in `rope_parameters`. Earlier versions have the
@@ -251,22 +432,35 @@ def _rope(config: attributes.Attributes, factor: float) -> dict[str, Any]:
   Args:
     config: the attributes of `config.json`.
     factor: the part of a head that RoPE rotates, if no attribute sets it.
+    theta: the base of RoPE's wavelengths, if no attribute sets it.
 
   Returns:
-    The fields `rope_theta`, `rotary_dim` and `rope_scaling` of the config.
+    The fields of `models.Positions` that are RoPE's.
   """
-  settings, scaling = config, None
+  settings = config
   gathered = config.take('rope_parameters', None) is not None
   if gathered:
     config.require(rope_scaling=None)
   if gathered or config.take('rope_scaling', None) is not None:
     name = 'rope_parameters' if gathered else 'rope_scaling'
     settings = attributes.Attributes(config.take(name), f'{config.where}: {name}')
-    scaling = _rope_scaling(settings)
-  theta = settings.number('rope_theta', config.take('rope_theta', 10000.0))
-  factor = settings.number(
-    'partial_rotary_factor', config.take('partial_rotary_factor', factor)
-  )
+  theta = config.take('rope_theta', theta)
+  return _rope_of(settings, config, config.take('partial_rotary_factor', factor), theta)
+
+
+def _rope_of(
+  settings: attributes.Attributes,
+  config: attributes.Attributes,
+  factor: float,
+  theta: float,
+) -> dict[str, Any]:
+  """Reads the settings of RoPE from the object that has them, or from the config.
+
+  The arguments and the result are those of `_rope`.
+  """
+  scaling = None if settings is config else _rope_scaling(settings)
+  theta = settings.number('rope_theta', theta)
+  factor = settings.number('partial_rotary_factor', factor)
   if settings is not config:
     settings.finish()
   rotary_dim = int(_head_dim(config) * min(factor, 1))
@@ -316,6 +510,18 @@ _LLAMA = Family(
     *_norm('post_attention_layernorm', 'mlp_norm'),
   ),
   parse=_llama,
+)
+
+_QK_NORMS = (
+  *_norm('self_attn.q_norm', 'attention/query_norm'),
+  *_norm('self_attn.k_norm', 'attention/key_norm'),
+)
+
+_GEMMA_LAYER = (
+  *(row for row in _LLAMA.layer if not row.paths[0].startswith('mlp_norm/')),
+  *_norm('post_attention_layernorm', 'attention_post_norm'),
+  *_norm('pre_feedforward_layernorm', 'mlp_norm'),
+  *_norm('post_feedforward_layernorm', 'mlp_post_norm'),
 )
 
 FAMILIES: dict[str, Family] = {
@@ -382,6 +588,12 @@ FAMILIES: dict[str, Family] = {
   ),
   'mistral': dataclasses.replace(_LLAMA, parse=_mistral),
   'qwen2': dataclasses.replace(_LLAMA, parse=_qwen2),
+  'qwen3': dataclasses.replace(_LLAMA, layer=(*_LLAMA.layer, *_QK_NORMS), parse=_qwen3),
+  'smollm3': dataclasses.replace(_LLAMA, parse=_smollm3),
+  'gemma2': dataclasses.replace(_LLAMA, layer=_GEMMA_LAYER, parse=_gemma2),
+  'gemma3_text': dataclasses.replace(
+    _LLAMA, layer=(*_GEMMA_LAYER, *_QK_NORMS), parse=_gemma3
+  ),
 }
 
 

@@ -27,7 +27,9 @@ class TensorFiles:
   """The weights files of a checkpoint of any family, read a record at a time.
 
   A record is a layer: its tensors have the same number in their names, like 3 in
-  'transformer.h.3.attn.weight'. Elsewhere weight and bias of one name are a record.
+  'transformer.h.3.attn.weight'. So is each expert of a layer, like expert 5 in
+  'model.layers.3.mlp.experts.5.up_proj.weight', because a layer may have hundreds.
+  Elsewhere weight and bias of one name are a record.
 
   Attributes:
     path: the weights file, or the index of several.
@@ -136,8 +138,9 @@ class TensorFiles:
 
 def _record_of(name: str) -> str:
   parts = name.split('.')
-  number = next((i for i, x in enumerate(parts) if x.isdecimal()), None)
-  last = number + 1 if number is not None else max(len(parts) - 1, 1)
+  numbers = [i for i, x in enumerate(parts) if x.isdecimal()]
+  experts = [i for i in numbers if i and parts[i - 1] == 'experts']
+  last = (*experts, *numbers, max(len(parts) - 2, 0))[0] + 1
   return '.'.join(parts[:last])
 
 

@@ -48,6 +48,8 @@ _CLASSES = {
   'phi': ('Phi', 'CodeGenTokenizer'),
   'phi3': ('Phi3', 'LlamaTokenizer'),
   'qwen2': ('Qwen2', 'Qwen2Tokenizer'),
+  'qwen3': ('Qwen3', 'Qwen2Tokenizer'),
+  'smollm3': ('SmolLM3', 'PreTrainedTokenizerFast'),
 }
 
 

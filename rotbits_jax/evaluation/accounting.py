@@ -27,7 +27,8 @@ With S shortcuts and `m = D - d`, the schemes store the following:
                    saves `d(d-1)/2` elements.
   + heads          For each key-value head, `h^2` elements fewer, because GL(h) acts
                    between value and output, and `r + (h - r)^2` elements fewer between
-                   query and key, where RoPE rotates r elements of a head.
+                   query and key, where RoPE rotates r elements of a head. The latter
+                   are not saved in a model that norms queries and keys.
   + retied         A matrix T `[D, d]` in place of the embedding `[V, d]`, if the head
                    of the dense model is tied to the embedding.
 """
@@ -101,9 +102,12 @@ def accounting(
   factors = (segments - 1) * (width * rank - rank * (rank - 1) // 2)
   gauge_fixed = slicegpt - _shortcut_elements(sliced) + factors - rotation
 
-  turned, still = config.rotary_dim, config.head_dim - config.rotary_dim
-  head_gauge = config.head_dim**2 + turned + still**2
-  heads = gauge_fixed - config.num_layers * config.num_kv_heads * head_gauge
+  valid, head_gauge = models.layout.symmetries(sliced), 0
+  for layer in range(config.num_layers):
+    turned = config.positions(layer).rotary_dim
+    queries = turned + (config.head_dim - turned) ** 2
+    head_gauge += config.head_dim**2 + valid.queries * queries
+  heads = gauge_fixed - config.num_kv_heads * head_gauge
   retied = heads - (config.vocab_size - hidden) * width
   return Accounting(
     width=width,

@@ -4,6 +4,7 @@ from rotbits_jax.models import generation
 from rotbits_jax.models import layout
 from rotbits_jax.models import names
 from rotbits_jax.models.config import ModelConfig
+from rotbits_jax.models.config import Positions
 from rotbits_jax.models.config import RopeScaling
 from rotbits_jax.models.model import Model
 from rotbits_jax.models.model import Params
@@ -28,6 +29,7 @@ __all__ = [
   'ModelConfig',
   'Outputs',
   'Params',
+  'Positions',
   'RopeScaling',
   'count_elements',
   'forward',

@@ -62,12 +62,30 @@ class RopeScaling:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ModelConfig:
+class Positions:
+  """How the attention of a layer depends on the positions of tokens.
+
+  Attributes:
+    rotary_dim: how many leading coordinates of a head RoPE rotates; 0 for no RoPE.
+    rope_theta: base of RoPE's wavelengths.
+    rope_scaling: how RoPE's frequencies are lowered; None if they are not.
+    sliding_window: how many tokens a token attends to, itself included; None for all.
+  """
+
+  rotary_dim: Count = 0
+  rope_theta: float = 10000.0
+  rope_scaling: RopeScaling | None = None
+  sliding_window: Count | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelConfig(Positions):
   """Sizes and switches of one dense or sliced decoder-only transformer.
 
   A switch stands for one thing that a family does otherwise, so that another family is
   another combination of them. `schema.load` and `schema.dump` convert a config from and
-  to JSON.
+  to JSON. The attributes of `Positions` are those of the layers that are not among
+  `alternate_layers`.
 
   Attributes:
     family: key of `checkpoints.FAMILIES`, whose row names the tensors.
@@ -92,10 +110,18 @@ class ModelConfig:
     max_positions: length of the longest sequence that the model was trained for.
     learned_positions: rows of the position table, including the 2 unused rows at its
       start; 0 where positions are rotary.
-    rotary_dim: how many leading coordinates of a head RoPE rotates; 0 for no RoPE.
-    rope_theta: base of RoPE's wavelengths.
-    rope_scaling: how RoPE's frequencies are lowered; None if they are not.
-    sliding_window: how many tokens a token attends to, itself included; None for all.
+    alternate: the positions of the `alternate_layers`; None if there are none. RoPE
+      rotates as many coordinates there as in the other layers, or none.
+    alternate_layers: the indices of these layers, ascending.
+    qk_norm_eps: number that the RMSNorm of every query and key adds to the mean square;
+      None if queries and keys have no norm.
+    query_scalar: number whose root divides the scores of attention; None for h.
+    attention_softcap: bound c of the scores, which become `c tanh(score / c)`; None for
+      no bound.
+    logit_softcap: bound of the logits in the same way.
+    post_norms: whether the output of a sublayer is normed, too.
+    zero_centred_scales: whether a norm multiplies by 1 + scale in place of the scale.
+    scaled_embedding: whether the embedding of a token is multiplied by the root of D.
     tied_head: whether the head is the transposed embedding and is not stored.
     segment_widths: width of each residual segment, `[S + 1]`; S is 2L, or L with
       parallel blocks.
@@ -120,10 +146,15 @@ class ModelConfig:
   norm_eps: float
   max_positions: Count
   learned_positions: Count = 0
-  rotary_dim: Count = 0
-  rope_theta: float = 10000.0
-  rope_scaling: RopeScaling | None = None
-  sliding_window: Count | None = None
+  alternate: Positions | None = None
+  alternate_layers: tuple[Count, ...] = ()
+  qk_norm_eps: float | None = None
+  query_scalar: float | None = None
+  attention_softcap: float | None = None
+  logit_softcap: float | None = None
+  post_norms: bool = False
+  zero_centred_scales: bool = False
+  scaled_embedding: bool = False
   tied_head: bool = False
   segment_widths: tuple[Count, ...]
 
@@ -149,6 +180,26 @@ class ModelConfig:
         f'segments of a width other than hidden_size require norm="rmsn", '
         f'got {self.norm=}'
       )
+    if self.sliced and (self.post_norms or self.zero_centred_scales):
+      raise ValueError(
+        'the norms after the sublayers have scales that slicing cannot move elsewhere'
+      )
+    found, ascending = self.alternate_layers, sorted(set(self.alternate_layers))
+    if list(found) != ascending or any(x >= self.num_layers for x in found):
+      raise ValueError(f'alternate_layers must be ascending layers, got {found}')
+    if (self.alternate is None) != (not found):
+      raise ValueError(f'alternate_layers need positions of their own, got {found}')
+    if self.alternate and self.alternate.rotary_dim not in (0, self.rotary_dim):
+      raise ValueError(
+        f'rotary_dim must be {self.rotary_dim} or 0 in the alternate layers, '
+        f'got {self.alternate.rotary_dim}'
+      )
+
+  def positions(self, layer: int) -> Positions:
+    """Returns the positions of a layer."""
+    if self.alternate is None or layer not in self.alternate_layers:
+      return self
+    return self.alternate
 
   def check_tokens(self, tokens: np.ndarray) -> None:
     """Checks that all tokens are in the vocabulary.

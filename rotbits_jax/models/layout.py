@@ -14,19 +14,21 @@ from typing import Literal, NamedTuple
 
 from rotbits_jax.models import config as config_lib
 
-Axis = int | Literal['query', 'key', 'neuron', 'vocabulary', 'position', 'norm']
+Axis = int | Literal['query', 'key', 'head', 'neuron', 'vocabulary', 'position', 'norm']
 """The meaning of one axis of a parameter.
 
 An integer is a residual segment. For a parameter of a layer, 0 is the layer's input and
 -1 its output; 1 is the segment between attention and MLP, if there is one. For a
 parameter outside the layers, 0 is the model's first segment and -1 its last. 'query' is
 H heads of width h, and 'key' is K heads of width h. 'norm' is a segment whose
-coordinates are scaled one by one; rotations do not commute with this scaling.
+coordinates are scaled one by one; rotations do not commute with this scaling. 'head' is
+the same for the h coordinates of every head.
 """
 
 Axes = dict[str, tuple[Axis, ...]]
 
 SUBLAYERS = ('attention', 'mlp')
+QK_NORMS = ('attention/query_norm/scale', 'attention/key_norm/scale')
 
 
 def layer_axes(config: config_lib.ModelConfig) -> Axes:
@@ -48,12 +50,16 @@ def layer_axes(config: config_lib.ModelConfig) -> Axes:
   linear('mlp/down', 'neuron', -1, config.mlp_bias)
   if config.gated_mlp:
     linear('mlp/gate', between, 'neuron', config.mlp_bias)
+  if config.qk_norm_eps is not None:
+    axes |= dict.fromkeys(QK_NORMS, ('head',))
   for sublayer in SUBLAYERS[: config.segments_per_layer]:
     if config.sliced:
       ends = (0, after) if sublayer == 'attention' else (between, -1)
       linear(f'{sublayer}_shortcut', *ends, bias=False)
     else:
       axes |= _norm(f'{sublayer}_norm', config)
+    if config.post_norms:
+      axes |= _norm(f'{sublayer}_post_norm', config)
   return axes
 
 
@@ -118,11 +124,12 @@ class Symmetries(NamedTuple):
   Attributes:
     segments: whether each segment of the residual stream has a rotation of its own.
     stream: whether one rotation acts on all segments at once. The scales of the norms
-      must first be folded into the kernels that read the norms.
+      must first be folded into the kernels that read the norms. False if the outputs of
+      the sublayers are normed, because no kernel reads these norms alone.
     values: whether GL(h) acts between value and output of every key-value head.
     queries: whether GL acts between query and key of every key-value head, on the
-      coordinates that RoPE does not rotate. On each plane that RoPE rotates, a complex
-      factor acts.
+      coordinates that RoPE does not rotate in the layer. On each plane that RoPE
+      rotates, a complex factor acts. False if queries and keys are normed.
     key_bias: whether the key bias changes no output; true where there is no RoPE.
     neurons: whether the neurons of an MLP can be put in any order.
   """
@@ -143,7 +150,9 @@ _UNDERSTOOD = frozenset([
   'num_kv_heads', 'head_dim', 'vocab_size', 'activation', 'gated_mlp',
   'parallel_block', 'qkv_bias', 'out_bias', 'mlp_bias', 'head_bias', 'norm', 'norm_eps',
   'max_positions', 'learned_positions', 'rotary_dim', 'rope_theta', 'rope_scaling',
-  'sliding_window', 'tied_head', 'segment_widths',
+  'sliding_window', 'alternate', 'alternate_layers', 'qk_norm_eps', 'query_scalar',
+  'attention_softcap', 'logit_softcap', 'post_norms', 'zero_centred_scales',
+  'scaled_embedding', 'tied_head', 'segment_widths',
 ])  # fmt: skip
 _NORMS = ('layernorm', 'rmsnorm', 'rmsn')
 _POINTWISE = ('relu', 'gelu_new', 'silu')
@@ -158,11 +167,16 @@ def symmetries(config: config_lib.ModelConfig) -> Symmetries:
   fields = {field.name for field in dataclasses.fields(config)}
   if fields != _UNDERSTOOD or config.norm not in _NORMS:
     return Symmetries()
+  # The scale of a norm after a sublayer acts on the residual stream itself. A soft cap
+  # is not linear: with it, the number that a key's bias adds to the scores matters.
+  bends = config.attention_softcap is not None
+  normed = config.qk_norm_eps is not None
+  folds = not (config.tied_head or config.post_norms or config.zero_centred_scales)
   return Symmetries(
     segments=config.sliced and not config.tied_head,
-    stream=config.norm == 'rmsnorm' and not config.tied_head,
+    stream=config.norm == 'rmsnorm' and folds,
     values=True,
-    queries=True,
-    key_bias=not config.rotary_dim,
+    queries=not normed and not (bends and config.qkv_bias),
+    key_bias=not (config.rotary_dim or normed or bends),
     neurons=config.activation in _POINTWISE,
   )

@@ -55,6 +55,7 @@ def _shapes(
   sizes: dict[layout.Axis, int] = {
     'query': config.num_heads * config.head_dim,
     'key': config.num_kv_heads * config.head_dim,
+    'head': config.head_dim,
     'neuron': config.intermediate_size,
     'vocabulary': config.vocab_size,
     'position': config.learned_positions,

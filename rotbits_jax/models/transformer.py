@@ -6,7 +6,8 @@
 
 In a sliced model, `M_s` is the shortcut, a matrix that takes the residual stream from
 segment s to segment s + 1. In a dense model it is the identity. With parallel blocks,
-attention and MLP are one sublayer. `models.config` defines segments and sublayers.
+attention and MLP are one sublayer. With post-norms, the output of a sublayer is normed
+before it is added. `models.config` defines segments and sublayers.
 
 The functions compute in float32, independent of the dtype of the parameters. A
 parameter may be a structured leaf, which is applied by its own methods. Shapes are
@@ -47,6 +48,19 @@ ACTIVATIONS: dict[config_lib.Activation, Callable[[jax.Array], jax.Array]] = {
 }
 
 POSITION_OFFSET = 2  # OPT's position table begins with two unused rows
+_EVERY_TOKEN = 2**31 - 1  # a window that no sequence fills
+
+
+class Reach(NamedTuple):
+  """The positions of a layer as arrays, so that layers that differ share a program.
+
+  Attributes:
+    frequencies: RoPE's, see `rope_frequencies`; zeros in a layer without RoPE.
+    window: how many tokens a token attends to, itself included.
+  """
+
+  frequencies: jax.Array | np.ndarray  # [r/2] float32
+  window: jax.Array | np.ndarray  # [] int32
 
 
 class Cache(NamedTuple):
@@ -156,7 +170,8 @@ def forward(
     x = embed(params, config, tokens, start=start)
     for stack in stacks:
       name = names.stack(stack)
-      stacked = params[name], None if cache is None else cache.layers[name]
+      reaches = jax.tree.map(lambda *x: np.stack(x), *(reach(config, i) for i in stack))
+      stacked = params[name], reaches, None if cache is None else cache.layers[name]
       x, layers[name], moments[name] = _apply_stack(
         config, x, len(stack), stacked, start, with_moments
       )
@@ -165,6 +180,7 @@ def forward(
       found = x @ _float32(params['embed']['tokens']).T
     else:
       found = linear(params['head'], x)
+    found = softcap(found, config.logit_softcap)
     if with_moments:
       head, name = ('embed', 'tokens') if config.tied_head else ('head', 'kernel')
       moments[head] = {name: _moment(x)}
@@ -197,6 +213,8 @@ def embed(
     ValueError: if there are more tokens than positions.
   """
   x = _rows(params['embed']['tokens'], tokens, params)
+  if config.scaled_embedding:
+    x = x * config.hidden_size**0.5
   if not config.learned_positions:
     return x
   most = config.learned_positions - POSITION_OFFSET
@@ -211,6 +229,7 @@ def layer(
   params: Params,
   config: config_lib.ModelConfig,
   x: jax.Array,
+  own: Reach,
   *,
   start: jax.Array | int = 0,
   cache: KeysAndValues | None = None,
@@ -221,6 +240,7 @@ def layer(
     params: the parameters of the layer, unstacked.
     config: sizes and switches.
     x: `[B, T, d]` float32.
+    own: the positions of the layer, see `reach`.
     start: see `attention`.
     cache: see `attention`.
 
@@ -235,21 +255,28 @@ def layer(
     inputs[name] = {'kernel': x}
     return linear(params[name], x)
 
+  def update(name: str, x: jax.Array) -> jax.Array:
+    return norm(params[name], config, x) if config.post_norms else x
+
   normed = norm(params.get('attention_norm'), config, x)
-  attended = attention(params['attention'], config, normed, start=start, cache=cache)
-  x = shortcut('attention_shortcut', x) + attended.x
+  attended = attention(
+    params['attention'], config, normed, own, start=start, cache=cache
+  )
+  x = shortcut('attention_shortcut', x) + update('attention_post_norm', attended.x)
   if not config.parallel_block:
     normed = norm(params.get('mlp_norm'), config, x)
     x = shortcut('mlp_shortcut', x)
   transformed = mlp(params['mlp'], config, normed)
   inputs |= {'attention': attended.inputs, 'mlp': transformed.inputs}
-  return Written(x + transformed.x, inputs, attended.cache)
+  x = x + update('mlp_post_norm', transformed.x)
+  return Written(x, inputs, attended.cache)
 
 
 def attention(
   params: Params,
   config: config_lib.ModelConfig,
   x: jax.Array,
+  own: Reach,
   *,
   start: jax.Array | int = 0,
   cache: KeysAndValues | None = None,
@@ -260,6 +287,7 @@ def attention(
     params: the parameters of the sublayer.
     config: sizes and switches.
     x: `[B, T, d]` float32, the normed input.
+    own: the positions of the layer, see `reach`.
     start: how many tokens precede these.
     cache: keys and values of C tokens. Those of the T tokens are written into it from
       row `start` on, and the tokens also attend to the rows before `start`.
@@ -276,11 +304,13 @@ def attention(
   query = heads('query', config.num_heads)  # [B, T, H, h]
   key = heads('key', config.num_kv_heads)  # [B, T, K, h]
   value = heads('value', config.num_kv_heads)
+  if config.qk_norm_eps is not None:
+    query = _head_norm(params['query_norm'], config, query)
+    key = _head_norm(params['key_norm'], config, key)
   positions = start + jnp.arange(x.shape[1])
   if config.rotary_dim:
-    frequencies = rope_frequencies(config)
-    query = rope(query, positions, frequencies)
-    key = rope(key, positions, frequencies)
+    query = rope(query, positions, own.frequencies)
+    key = rope(key, positions, own.frequencies)
   if cache is not None:
     new = {'key': key, 'value': value}
     cache = {
@@ -289,12 +319,14 @@ def attention(
     }
     key, value = cache['key'], cache['value']  # [B, C, K, h]
   distance = positions[:, None] - jnp.arange(key.shape[1])  # [T, C]
-  seen = distance >= 0
-  if config.sliding_window is not None:
-    seen &= distance < config.sliding_window
-  mixed = jax.nn.dot_product_attention(
-    query, key, value, mask=seen[None, None], implementation='xla'
-  )
+  seen = (distance >= 0) & (distance < own.window)
+  # H / K consecutive query heads read the same key-value head.
+  query = query.reshape(*x.shape[:-1], config.num_kv_heads, -1, config.head_dim)
+  scores = jnp.einsum('btkgh,bckh->bkgtc', query, key)
+  scores = scores * (config.query_scalar or config.head_dim) ** -0.5
+  scores = softcap(scores, config.attention_softcap)
+  weights = jax.nn.softmax(jnp.where(seen, scores, -jnp.inf), axis=-1)
+  mixed = jnp.einsum('bkgtc,bckh->btkgh', weights, value)
   mixed = mixed.reshape(*x.shape[:-1], config.num_heads * config.head_dim)
   inputs = {name: {'kernel': x} for name in ('query', 'key', 'value')}
   inputs['out'] = {'kernel': mixed}
@@ -343,15 +375,43 @@ def norm(
   """
   if config.norm == 'layernorm':
     x = x - jnp.mean(x, axis=-1, keepdims=True)
-  square = jnp.sum(jnp.square(x), axis=-1, keepdims=True)
-  x = x * jax.lax.rsqrt(square / config.hidden_size + config.norm_eps)
+  x = _divided_by_rms(x, config.hidden_size, config.norm_eps)
   if params is None:
     return x
-  x = x * _float32(params['scale'])
+  x = x * _scale(params, config)
   return x + _float32(params['bias']) if 'bias' in params else x
 
 
-def rope(x: jax.Array, positions: jax.Array, frequencies: np.ndarray) -> jax.Array:
+def _head_norm(
+  params: Params, config: config_lib.ModelConfig, x: jax.Array
+) -> jax.Array:
+  """Norms every head of `[B, T, H, h]`: RMSNorm, also in a sliced model."""
+  assert config.qk_norm_eps is not None
+  x = _divided_by_rms(x, config.head_dim, config.qk_norm_eps)
+  return x * _scale(params, config)
+
+
+def _divided_by_rms(x: jax.Array, size: int, eps: float) -> jax.Array:
+  square = jnp.sum(jnp.square(x), axis=-1, keepdims=True)
+  return x * jax.lax.rsqrt(square / size + eps)
+
+
+def _scale(params: Params, config: config_lib.ModelConfig) -> jax.Array:
+  scale = _float32(params['scale'])
+  return 1 + scale if config.zero_centred_scales else scale
+
+
+def softcap(x: jax.Array, cap: float | None) -> jax.Array:
+  """Returns `cap tanh(x / cap)`, which is between -cap and cap; x if there is no cap.
+
+  Reference: Gemma 2, arXiv 2408.00118, section 2.
+  """
+  return x if cap is None else cap * jnp.tanh(x / cap)
+
+
+def rope(
+  x: jax.Array, positions: jax.Array, frequencies: jax.Array | np.ndarray
+) -> jax.Array:
   """Applies rotary position embedding, in Hugging Face's order of the coordinates.
 
   For `i < r/2`, the pair `(x_i, x_{i + r/2})` at position t is rotated by the angle
@@ -378,7 +438,15 @@ def rope(x: jax.Array, positions: jax.Array, frequencies: np.ndarray) -> jax.Arr
   return jnp.concatenate(rotated, axis=-1)
 
 
-def rope_frequencies(config: config_lib.ModelConfig) -> np.ndarray:
+def reach(config: config_lib.ModelConfig, layer: int) -> Reach:
+  """Returns the positions of a layer as arrays."""
+  own, half = config.positions(layer), config.rotary_dim // 2
+  frequencies = rope_frequencies(own) if own.rotary_dim else np.zeros(half)
+  window = _EVERY_TOKEN if own.sliding_window is None else own.sliding_window
+  return Reach(frequencies.astype(np.float32), np.asarray(window, np.int32))
+
+
+def rope_frequencies(config: config_lib.Positions) -> np.ndarray:
   """Returns RoPE's frequencies: `theta^(-2i/r)` for `i < r/2`, scaled by the config.
 
   Here r is `rotary_dim`; see `RopeScaling` for the scaling.
@@ -424,15 +492,15 @@ def _apply_stack(
   config: config_lib.ModelConfig,
   x: jax.Array,
   count: int,
-  stacked: tuple[Params, KeysAndValues | None],
+  stacked: tuple[Params, Reach, KeysAndValues | None],
   start: jax.Array | int,
   with_moments: bool,
 ) -> tuple[jax.Array, Any, Any]:
   """Applies the layers of a stack; returns x, and the caches and moments stacked."""
 
-  def step(x: jax.Array, own: tuple[Params, KeysAndValues | None]) -> Any:
-    params, cache = own
-    written = layer(params, config, x, start=start, cache=cache)
+  def step(x: jax.Array, own: tuple[Params, Reach, KeysAndValues | None]) -> Any:
+    params, reached, cache = own
+    written = layer(params, config, x, reached, start=start, cache=cache)
     moments = jax.tree.map(_moment, written.inputs) if with_moments else None
     return written.x, (written.cache, moments)
 

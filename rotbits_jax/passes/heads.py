@@ -34,7 +34,8 @@ def remove_value_gauge(*, tolerance: float | None = None) -> transform.Transform
 def remove_query_key_gauge(*, tolerance: float | None = None) -> transform.Transform:
   """Makes the transform that fixes the gauge between query and key of every layer.
 
-  It changes nothing in models whose RoPE rotates all coordinates of a head.
+  It changes nothing in layers whose RoPE rotates all coordinates of a head, and in
+  models that norm queries and keys.
 
   Args:
     tolerance: see `remove_value_gauge`.
@@ -71,29 +72,34 @@ def _layers(
 ) -> transform.Noted:
   config, valid = context.config, models.layout.symmetries(context.config)
   notes: list[list[transform.Note]] = [[] for _ in layers]
-  has_keys = valid.queries and config.rotary_dim < config.head_dim
-  if not (valid.values if is_values else has_keys):
+  if not (valid.values if is_values else valid.queries):
     return state, layers, notes
   if tolerance is None:
     tolerance = 3.0 if valid.segments or valid.stream else 1.0
   paths = heads.VALUES if is_values else heads.KEYS
   kernel = f'attention/{"out" if is_values else "key"}/kernel'
+  places: dict[int | None, list[int]] = {}  # of the layers, by what RoPE rotates there
   pairs = [_pair(layer, paths) for layer in layers]
-  found = [
-    i
-    for i, pair in enumerate(pairs)
-    if pair and min(pair[kernel].shape) >= config.head_dim
-  ]
-  results = context.map_layers(
-    _fix,
-    [(pairs[i],) for i in found],
-    kv_heads=config.num_kv_heads,
-    rotary=None if is_values else config.rotary_dim,
-    dtype=context.dtype,
-  )
+  for i, pair in enumerate(pairs):
+    rotary = None if is_values else config.positions(first + i).rotary_dim
+    if (rotary or 0) < config.head_dim and (
+      pair and min(pair[kernel].shape) >= config.head_dim
+    ):
+      places.setdefault(rotary, []).append(i)
+  results: dict[int, tuple[models.Params, heads.Errors]] = {}
+  for rotary, found in places.items():
+    made = context.map_layers(
+      _fix,
+      [(pairs[i],) for i in found],
+      kv_heads=config.num_kv_heads,
+      rotary=rotary,
+      dtype=context.dtype,
+    )
+    results |= dict(zip(found, made, strict=True))
   # The only wait for the devices.
-  errors = jax.device_get([own for _, own in results])
-  for i, (fixed, _), error in zip(found, results, errors, strict=True):
+  errors = jax.device_get({i: own for i, (_, own) in results.items()})
+  for i, error in sorted(errors.items()):
+    fixed, _ = results[i]
     note = settle(layers[i], first + i, kernel, fixed, error, tolerance * error.plain)
     notes[i].append(note)
   return state, layers, notes

@@ -168,7 +168,7 @@ def _layers(
       path = models.names.prefix(first + i) + path
       notes[i].append(transform.note(path, leaf, error=error, rank=rank))
   if not config.sliced:
-    layers = [norms.with_constant_scales(layer) for layer in layers]
+    layers = [norms.with_constant_scales(layer, axes) for layer in layers]
   return state, layers, notes
 
 
@@ -194,15 +194,16 @@ def _outer(
   params, notes = structured.expand(params, keep_factors=True), []
   if not config.sliced:
     params = _fold(params, config=config, is_outer=True)
-  for path, axes in models.layout.outer_axes(config).items():
-    sides = rotations_lib.sides(axes)
+  axes = models.layout.outer_axes(config)
+  for path, own in axes.items():
+    sides = rotations_lib.sides(own)
     ends = state.first, state.rotation
     rows, columns = (None if s is None else ends[s] for s in sides)
     params[path] = _rotate(params.pop(path), rows, columns)
   if state.zeros[1]:
     params[_HEAD], error = _with_zeros(params[_HEAD], rows=int(state.zeros[1]))
     notes.append(transform.note(_HEAD, params[_HEAD], error=error))
-  return (params if config.sliced else norms.with_constant_scales(params)), notes
+  return params if config.sliced else norms.with_constant_scales(params, axes), notes
 
 
 # ---- the rotations of sliced models ------------------------------------------------

@@ -29,8 +29,6 @@ import numpy as np
 from rotbits_jax import models
 from rotbits_jax.models import transformer
 
-_SUBLAYERS = {'attention': transformer.attention, 'mlp': transformer.mlp}
-
 
 class Basis(NamedTuple):
   """The principal components of a segment; all columns form an orthogonal matrix.
@@ -100,6 +98,7 @@ def advance(
   sublayers: models.Params,
   basis: Basis,
   config: models.ModelConfig,
+  layer: int,
 ) -> None:
   """Replaces the activations of a segment by those of the next segment.
 
@@ -108,10 +107,12 @@ def advance(
     sublayers: parameters of the fused sublayers between the two segments, by name.
     basis: principal components of segment s.
     config: config of the fused model.
+    layer: index of the layer of the sublayers.
   """
   params, cut = _device_float32((sublayers, basis.cut))
+  reach = transformer.reach(config, layer)
   for i, sequence in enumerate(activations):
-    activations[i] = _advance(params, cut, sequence, config=config)
+    activations[i] = _advance(params, cut, sequence, reach, config=config)
 
 
 def principal_components(activations: np.ndarray, width: int) -> Basis:
@@ -148,16 +149,23 @@ def _embed(
 
 @functools.partial(jax.jit, static_argnames='config')
 def _advance(
-  params: models.Params, cut: jax.Array, x: jax.Array, *, config: models.ModelConfig
+  params: models.Params,
+  cut: jax.Array,
+  x: jax.Array,
+  reach: transformer.Reach,
+  *,
+  config: models.ModelConfig,
 ) -> jax.Array:
   """Computes the activations `[T, D]` of the next segment for one sequence."""
   with jax.default_matmul_precision('highest'):
     x = x - (x @ cut) @ cut.T
-    normed = transformer.norm(None, config, x)
-    written = [
-      _SUBLAYERS[name](own, config, normed[None]).x[0] for name, own in params.items()
-    ]
-    return x + sum(written)
+    normed = transformer.norm(None, config, x)[None]
+    if 'attention' in params:
+      attended = transformer.attention(params['attention'], config, normed, reach)
+      x = x + attended.x[0]
+    if 'mlp' in params:
+      x = x + transformer.mlp(params['mlp'], config, normed).x[0]
+    return x
 
 
 def _device_float32(tree: Any) -> Any:

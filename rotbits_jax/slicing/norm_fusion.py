@@ -55,7 +55,8 @@ def fused(config: models.ModelConfig) -> models.ModelConfig:
   """Returns the config of a dense model after norm fusion.
 
   Raises:
-    ValueError: if the config is that of a sliced model.
+    ValueError: if the config is that of a sliced model, or of a model with norms that
+      cannot be fused.
   """
   if config.sliced:
     raise ValueError(f'only a dense model can be sliced, got {config.norm=}')
@@ -74,6 +75,10 @@ def fuse_layer(layer: models.Params, config: models.ModelConfig) -> models.Param
   """
   layer = _float64(layer)
   fused_layer: models.Params = {name: {} for name in models.layout.SUBLAYERS}
+  for path in models.layout.QK_NORMS:
+    sublayer, name, _ = path.split('/')
+    if name in layer[sublayer]:
+      fused_layer[sublayer][name] = layer[sublayer][name]
   for path, ends in models.layout.linears(config).items():
     sublayer, name = path.split('/')
     linear = layer[sublayer][name]

@@ -125,7 +125,7 @@ def slice_model(
     fused = norm_fusion.fuse_layer(layer, dense.config)
     steps = [fused] if config.parallel_block else [{k: v} for k, v in fused.items()]
     for sublayers in steps:
-      calibration.advance(activations, sublayers, bases[-1], config)
+      calibration.advance(activations, sublayers, bases[-1], config, i)
       bases.append(next_basis())
     sliced = slice_layer(fused, tuple(basis.kept for basis in bases), config)
     layers.append(_rounded(sliced, dtype, models.names.layer(i)))

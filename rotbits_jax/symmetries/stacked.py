@@ -48,7 +48,7 @@ class Gauges(NamedTuple):
     singular_values: those of the shortcuts, `[N, d]` for each sublayer, descending.
     heads: 'values' is A with `W_v -> W_v A`, `W_o -> A^-1 W_o`, `[N, K, h, h]`. 'keys'
       is A with `W_q -> W_q A`, `W_k -> W_k A^-T` in the m coordinates of a head that
-      RoPE does not rotate, `[N, K, m, m]`.
+      RoPE rotates in no layer of the stack, `[N, K, m, m]`.
   """
 
   first: jax.Array | None
@@ -105,8 +105,12 @@ def canonicalise(
     gauges = _rotate_segments(outer, stacks, config, tolerance, max_rank)
   elif valid.stream:
     gauges = gauges._replace(first=_rotate_stream(outer, stacks, config))
-  fix = functools.partial(_fix_heads, config=config)
-  for key, stack in stacks.items():
+  for (start, key), stack in zip(keys, stacks.values(), strict=True):
+    # The layers of a stack keep leaves of one shape. If RoPE is not in all of them, the
+    # coordinates that it rotates in some are not changed in the others.
+    layers = range(start, start + len(next(iter(stack.values()))))
+    rotary = max(config.positions(layer).rotary_dim for layer in layers)
+    fix = functools.partial(_fix_heads, config=config, rotary=rotary)
     stacks[key], gauges.heads[key] = jax.vmap(fix)(stack)
   result = {key: structured.unflatten(stack) for key, stack in stacks.items()}
   return structured.unflatten(outer) | result, gauges
@@ -250,9 +254,8 @@ def _rotate_stream(
     rotation = rotations.upper_rotation(first_stack[_UP][0])
 
   def rotate(params: Params, axes: models.layout.Axes) -> Params:
-    return norms.with_constant_scales(
-      rotations.rotate_parameters(params, (rotation,) * 3, axes)
-    )
+    rotated = rotations.rotate_parameters(params, (rotation,) * 3, axes)
+    return norms.with_constant_scales(rotated, axes)
 
   for key, stack in stacks.items():
     stacks[key] = jax.vmap(functools.partial(rotate, axes=axes))(stack)
@@ -273,7 +276,7 @@ def _set_upper(stacks: dict[str, Params]) -> None:
 
 
 def _fix_heads(
-  params: Params, *, config: models.ModelConfig
+  params: Params, *, config: models.ModelConfig, rotary: int
 ) -> tuple[Params, dict[str, jax.Array]]:
   """Removes biases and fixes the gauges of the heads of one layer."""
   valid, kv_heads = models.layout.symmetries(config), config.num_kv_heads
@@ -287,7 +290,6 @@ def _fix_heads(
     params[value] = structured.Constant.like(params[value], 0.0)
   if valid.key_bias and _is_array(params, key):
     params[key] = structured.Constant.like(params[key], 0.0)
-  rotary = config.rotary_dim
   for name, paths, kernel, is_valid in (
     ('values', heads.VALUES, heads.OUT, valid.values),
     ('keys', heads.KEYS, heads.KEY, valid.queries and rotary < config.head_dim),

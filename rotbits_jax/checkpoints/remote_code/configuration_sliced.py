@@ -14,6 +14,8 @@ from transformers import OPTConfig
 from transformers import Phi3Config
 from transformers import PhiConfig
 from transformers import Qwen2Config
+from transformers import Qwen3Config
+from transformers import SmolLM3Config
 
 
 class SlicedLlamaConfig(LlamaConfig):
@@ -38,3 +40,11 @@ class SlicedPhi3Config(Phi3Config):
 
 class SlicedQwen2Config(Qwen2Config):
   model_type = 'sliced_qwen2'
+
+
+class SlicedQwen3Config(Qwen3Config):
+  model_type = 'sliced_qwen3'
+
+
+class SlicedSmolLM3Config(SmolLM3Config):
+  model_type = 'sliced_smollm3'
