@@ -48,6 +48,7 @@ FILES = {
   'config.json': b'{"model_type": "llama"}',
   'tiny.json': b'{}',
   'notes.txt': b'a' * 2000,
+  'adapter/notes.txt': b'b',
 }
 
 PLAIN = 'plain tensors'

@@ -21,6 +21,7 @@ import rotbits_jax
 from rotbits_jax import checkpoints
 from rotbits_jax import file
 from rotbits_jax import models
+from rotbits_jax import passes
 from rotbits_jax import presets
 from rotbits_jax import structured
 from rotbits_jax.file import base as base_lib
@@ -73,6 +74,7 @@ def encode(
   *,
   preset: PresetName | presets.Preset | None = None,
   base: Base | None = None,
+  adapters: Sequence[Path] = (),
   files: Mapping[str, bytes] | None = None,
   stem: str | None = None,
   mesh: jax.sharding.Mesh | None = None,
@@ -98,6 +100,9 @@ def encode(
       base of a fine-tune. What it has is not stored again, and whoever decodes the file
       passes it, too. Arrays are found by their paths. It needs the preset 'exact',
       which is then the default.
+    adapters: folders of LoRA adapters in PEFT's layout that were trained on the source.
+      They are taken to the coordinates that 'free' or 'near' chooses, and come back in
+      a sub-folder of the checkpoint with the name of their folder.
     files: the other files of the checkpoint, which are kept whole; by default those of
       a checkpoint that is opened or loaded.
     stem: the name that SliceGPT gives to the weights and the slicing JSON; by default
@@ -112,9 +117,9 @@ def encode(
 
   Raises:
     ValueError: if the preset or an option is unknown, if the source cannot be stored,
-      or if the base has none of its arrays.
+      if the base has none of its arrays, or if an adapter cannot be carried.
   """
-  job = _job(source, preset, options, files, stem, mesh, base)
+  job = _job(source, preset, options, files, stem, mesh, base, adapters)
   return _written(job, progress=progress)
 
 
@@ -125,6 +130,7 @@ def encode_to_file(
   *,
   preset: PresetName | presets.Preset | None = None,
   base: Base | None = None,
+  adapters: Sequence[Path] = (),
   files: Mapping[str, bytes] | None = None,
   stem: str | None = None,
   shard_size: int | None = None,
@@ -149,6 +155,7 @@ def encode_to_file(
       and their index in Hugging Face's format is written beside them.
     preset: see `encode`.
     base: see `encode`.
+    adapters: see `encode`.
     files: see `encode`.
     stem: see `encode`.
     shard_size: greatest size of a shard in bytes; None for one file, or for as many
@@ -170,7 +177,8 @@ def encode_to_file(
   if isinstance(source, str | os.PathLike):
     source = checkpoints.open_any(source)
   output = encode_lib.Output(path, shard_size=shard_size, overwrite=overwrite)
-  job = _job(output.without(source), preset, options, files, stem, mesh, base)
+  given = output.without(source)
+  job = _job(given, preset, options, files, stem, mesh, base, adapters)
   output.write(job, check=check, progress=progress)
 
 
@@ -610,6 +618,7 @@ def _job(
   stem: str | None,
   mesh: jax.sharding.Mesh | None,
   base: Base | None,
+  adapters: Sequence[Path],
 ) -> job_lib.Job:
   """Returns the work of encoding a source."""
   found = sources.Source(source, files, stem)
@@ -618,4 +627,26 @@ def _job(
   opened = None
   if base is not None:
     opened = reader_lib.open_base(base, plain=found.config is None)
+  found.files |= _carried(found, made, adapters)
   return job_lib.Job(found, made, mesh, opened)
+
+
+def _carried(
+  source: sources.Source, preset: presets.Preset, adapters: Sequence[Path]
+) -> dict[str, bytes]:
+  """Returns the files of adapters in the coordinates that a preset chooses."""
+  files: dict[str, bytes] = {}
+  given: Any = source
+  for path in adapters:
+    if source.config is None or preset.rounding is None:
+      raise ValueError(
+        f'the preset {preset.name!r} carries no adapter: free and near do, for models '
+        'of known families, and an adapter fits the weights that exact keeps as it is'
+      )
+    adapter = checkpoints.read_adapter(path, given)
+    context = passes.make_context(given, stored_as=source.stored_as)
+    factors = passes.carry(context, preset.transform, adapter.factors)
+    for name, content in adapter.files(factors).items():
+      if files.setdefault(f'{adapter.name}/{name}', content) is not content:
+        raise ValueError(f'two adapters have folders of the name {adapter.name!r}')
+  return files

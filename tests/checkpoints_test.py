@@ -261,7 +261,7 @@ def write_directory(directory, config, tensors):
 class TestRoundTrip:
   def test_fixtures_are_there(self):
     assert len(SLICED) == 4
-    assert len(DENSE) == 3
+    assert len(DENSE) == 7
 
   @pytest.mark.parametrize('name', FIXTURES)
   def test_tensors(self, name):
@@ -660,15 +660,19 @@ class TestDirectory:
       (tmp_path / name).write_text(name)
     for name in ('tf_model.h5', 'optimizer.pt'):
       (tmp_path / name).write_text('not kept')
-    for name in ('onnx', '.cache'):
-      (tmp_path / name).mkdir()
+    for name in ('onnx', '.cache', 'checkpoint-500', '1_Pooling/inner'):
+      (tmp_path / name).mkdir(parents=True)
+      (tmp_path / name / 'config.json').write_text('{}')
+    (tmp_path / '1_Pooling' / 'x.npy').write_text('not kept')
     source = checkpoints.open_checkpoint(tmp_path / 'model.safetensors')
     files = source.files
     assert source.left_out == (
-      *('onnx/', 'optimizer.pt', 'ref_logits.npz', 'tf_model.h5'),
+      *('1_Pooling/x.npy', 'checkpoint-500/', 'onnx/', 'optimizer.pt'),
+      *('ref_logits.npz', 'tf_model.h5'),
     )
     assert sorted(files) == [
       '.gitattributes',
+      '1_Pooling/inner/config.json',
       'LICENSE',
       'README.md',
       'config.json',
@@ -701,9 +705,16 @@ class TestDirectory:
     (folder / 'more').mkdir()
     (folder / 'more' / 'inside').write_text('inside')
     (folder / 'inside.txt').symlink_to('more/inside')
+    (tmp_path / 'outside').mkdir()
+    (tmp_path / 'outside' / 'key').write_text('a key')
+    (folder / 'linked').symlink_to('../outside')
+    (folder / 'more' / 'up').symlink_to('../../private')
+    (folder / 'more' / 'root').symlink_to('..')
     source = checkpoints.open_checkpoint(folder)
-    assert 'notes.txt' in source.left_out
-    assert 'notes.txt' not in source.files
+    links = {'notes.txt', 'linked/', 'more/up', 'more/root/'}
+    assert links <= set(source.left_out)
+    found = {'inside.txt', 'more/inside'}
+    assert source.files.keys() - {'config.json', 'generation_config.json'} == found
     assert source.files['inside.txt'] == b'inside'
     (folder / 'config.json').rename(tmp_path / 'config.json')
     (folder / 'config.json').symlink_to('../config.json')

@@ -349,6 +349,33 @@ class WriterTest(parameterized.TestCase):
       writer_of(source, self.target).__enter__()
     self.assertLen(list(outside.iterdir()), 4)
 
+  def test_files_in_sub_folders(self):
+    source = self.open()
+    source.files['1_Pooling/deep/config.json'] = b'{}'
+    for _ in range(2):  # into a new folder, and into one that exists
+      with writer_of(source, self.target) as writer:
+        write_backwards(writer, source)
+      written = self.target / '1_Pooling' / 'deep' / 'config.json'
+      self.assertEqual(written.read_bytes(), b'{}')
+    outside = self.scratch / 'outside'
+    outside.mkdir()
+    shutil.rmtree(self.target / '1_Pooling')
+    (self.target / '1_Pooling').symlink_to(outside)
+    with self.assertRaisesRegex(OSError, 'is not a folder'):
+      writer_of(source, self.target).__enter__()
+    self.assertEmpty(list(outside.iterdir()))
+    for name, message in (
+      ('1_Pooling/deep', 'cannot be a file and a folder'),
+      ('model.safetensors/x', 'cannot be a file and a folder'),
+      ('a/../../x', 'is not the name of a file'),
+      ('/x', 'is not the name of a file'),
+      ('a//x', 'is not the name of a file'),
+      ('/'.join('abcdefghi'), 'is not the name of a file'),
+    ):
+      wrong = source.files | {name: b''}
+      with self.assertRaisesRegex(checkpoints.CheckpointError, message):
+        writer_of(source, self.target, files=wrong)
+
   def test_parameters_that_are_refused(self):
     source = self.open('phi3-tiny-dense')
     up = 'layers.0/mlp/up/kernel'

@@ -603,14 +603,14 @@ class ReaderTest(Base):
 
   def test_other_files_have_names_that_lead_nowhere(self):
     tree = {'a': {'b': np.arange(3)}}
-    for name in ('', '..', '../x', '/x', 'x/y', 'x\\y', 'x\0', 'x\n', 'x' * 300):
+    for name in ('', '..', '../x', '/x', 'x//y', 'x\\y', 'x\0', 'x\n', 'x' * 300):
       with self.assertRaisesRegex(ValueError, 'not the name of a file'):
         rotbits_jax.encode(tree, preset='exact', files={name: b'x'})
     streams, manifest = containers.unpack(
       rotbits_jax.encode(tree, preset='exact', files={'x': b'x'})
     )
     entry = manifest['files']['x']
-    for name in ('../x', '', '/x', '\x1b'):
+    for name in ('../x', '', '/x', 'x/../../y', '\x1b'):
       renamed = {
         f'files/{name}' if key == 'files/x' else key: x for key, x in streams.items()
       }

@@ -5,6 +5,9 @@ files. The checkpoint of a sliced model also has a slicing JSON, in which SliceG
 the width of every residual segment.
 """
 
+from rotbits_jax.checkpoints.adapters import ADAPTER_CONFIG
+from rotbits_jax.checkpoints.adapters import Adapter
+from rotbits_jax.checkpoints.adapters import read_adapter
 from rotbits_jax.checkpoints.checkpoint import example
 from rotbits_jax.checkpoints.checkpoint import load_checkpoint
 from rotbits_jax.checkpoints.checkpoint import open_any
@@ -37,8 +40,10 @@ from rotbits_jax.checkpoints.writer import CheckpointWriter
 from rotbits_jax.checkpoints.writer import Format
 
 __all__ = [
+  'ADAPTER_CONFIG',
   'FACTORS',
   'FAMILIES',
+  'Adapter',
   'Checkpoint',
   'CheckpointError',
   'CheckpointReader',
@@ -63,6 +68,7 @@ __all__ = [
   'open_tensors',
   'packaged_smollm2',
   'parse_config',
+  'read_adapter',
   'read_gguf',
   'save_checkpoint',
   'slicing_json',

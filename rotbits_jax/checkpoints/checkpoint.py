@@ -5,9 +5,10 @@ sliced model, the slicing JSON with the segment widths. The stem is the name tha
 SliceGPT gives to the weights and the slicing JSON, as in `<stem>.pt` and `<stem>.json`.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 import os
 import pathlib
+import re
 from typing import Any
 
 import numpy as np
@@ -37,6 +38,13 @@ _NO_SIDECARS = frozenset([
 ])  # fmt: skip
 _MOST_SIDECAR = 1 << 28  # bytes; tokenizers have up to 40 MB
 _MOST_SIDECARS = 1 << 30  # bytes of all together
+_MOST_FILES = 1 << 12
+_MOST_LEVELS = 7  # of sub-folders
+# Sub-folders with the model in other formats, and with what a training leaves behind.
+_OTHER_FOLDERS = re.compile(
+  'onnx.*|openvino|coreml|tflite|tf|flax|gguf|runs|logs|wandb|mlruns|__pycache__|'
+  'checkpoint-[0-9]+|global_step[0-9]+'
+)
 _TORCH_WEIGHTS = 'pytorch_model.bin'
 # What a Trainer of transformers leaves beside the weights.
 _TRAINING = frozenset(['optimizer.pt', 'scheduler.pt', 'scaler.pt'])
@@ -331,38 +339,54 @@ def _read_sidecars(
     shards: the other files that hold the tensors.
 
   Returns:
-    The files by name, and the names of the files and folders that are no sidecars:
-    other weights and arrays, large files, links that leave the folder, what is no
-    regular file, and folders that are not hidden.
+    The files by their relative paths, and the paths of the files and folders that are
+    no sidecars: other weights and arrays, large files, links that leave the folder,
+    what is no regular file, and folders that `_OTHER_FOLDERS` lists. Hidden folders
+    are left out without a word.
   """
-  files, left_out, room = {}, [], _MOST_SIDECARS
-  own = {weights, *shards}
-  for file in sorted(weights.parent.iterdir()):
-    if file in own or not os.path.exists(file):
+  files: dict[str, bytes] = {}
+  left_out, room = [], _MOST_SIDECARS
+  root, own = weights.parent, {weights, *shards}
+  for file in _walk(root):
+    name = file.relative_to(root).as_posix()
+    if file in own or file.name.endswith('.index.json'):
       continue
     if file.is_dir():
-      left_out += [] if file.name.startswith('.') else [f'{file.name}/']
-    elif file.name.endswith('.index.json'):
-      continue
+      left_out.append(f'{name}/')
     elif (
       file.suffix in _NO_SIDECARS
-      or not _is_inside(file)
+      or not _is_inside(file, root)
       or file.stat().st_size > min(_MOST_SIDECAR, room)
+      or len(files) == _MOST_FILES
     ):
-      left_out.append(file.name)
+      left_out.append(name)
     else:
-      files[file.name] = lazy.content(file, _MOST_SIDECAR)
-      room -= len(files[file.name])
+      files[name] = lazy.content(file, _MOST_SIDECAR)
+      room -= len(files[name])
   return files, tuple(left_out)
 
 
-def _is_inside(file: pathlib.Path) -> bool:
-  """Returns whether a path is that of a regular file in its folder.
+def _walk(folder: pathlib.Path, levels: int = _MOST_LEVELS) -> Iterator[pathlib.Path]:
+  """Yields the files in a folder and its sub-folders, and the folders not entered."""
+  for file in sorted(folder.iterdir()):
+    if not file.is_dir():
+      if os.path.exists(file):
+        yield file
+    elif not file.name.startswith('.'):
+      enters = levels and not _OTHER_FOLDERS.fullmatch(file.name)
+      if enters and not file.is_symlink():
+        yield from _walk(file, levels - 1)
+      else:
+        yield file
+
+
+def _is_inside(file: pathlib.Path, root: pathlib.Path) -> bool:
+  """Returns whether a path is that of a regular file in a folder.
 
   An untrusted folder may have links to private files, which encoding would give away.
   The links of Hugging Face's cache lead from `snapshots/<revision>` into `blobs`.
   """
-  folder = pathlib.Path(os.path.realpath(file.parent))
+  folder = pathlib.Path(os.path.realpath(root))
   real = pathlib.Path(os.path.realpath(file))
   blobs = folder.parent.parent / 'blobs'
   return real.is_file() and (real.is_relative_to(folder) or real.parent == blobs)
@@ -376,7 +400,8 @@ def _parse(directory: pathlib.Path, files: dict[str, bytes], name: str) -> Any:
 def _slicing_stems(directory: pathlib.Path, files: dict[str, bytes]) -> set[str]:
   """Returns the stems of the slicing JSONs among the sidecar files."""
   key = f'"{configs.SLICING_KEY}"'.encode()
-  names = [name for name, x in files.items() if name.endswith('.json') and key in x]
+  own = [name for name in files if name.endswith('.json') and '/' not in name]
+  names = [name for name in own if key in files[name]]
   return {
     name.removesuffix('.json')
     for name in names

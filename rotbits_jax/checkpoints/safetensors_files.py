@@ -143,6 +143,18 @@ def _header(file: files.File) -> tuple[dict[str, _Entry], int]:
     raise errors.CheckpointError(f'{where}: {errors.cut(str(e))}') from e
 
 
+def to_bytes(tensors: Mapping[str, np.ndarray]) -> bytes:
+  """Returns the content of a file with these tensors.
+
+  Raises:
+    CheckpointError: if safetensors does not support a dtype.
+  """
+  specs = {name: lazy.TensorSpec(x.shape, x.dtype) for name, x in tensors.items()}
+  layout, header = _layout(indices.WEIGHTS, specs)
+  parts = [np.ascontiguousarray(tensors[name]).tobytes() for name, _ in layout.places]
+  return b''.join([header, *parts])
+
+
 def plan_shards(specs: Specs, shard_size: int | None) -> dict[str, Specs]:
   """Divides tensors among files as Hugging Face does.
 

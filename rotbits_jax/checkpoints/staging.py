@@ -141,13 +141,15 @@ class StagedWriter(abc.ABC):
     self._weights, self._files = list(weights), dict(files)
     self._missing = dict.fromkeys(tensors)
     self._stack: contextlib.ExitStack | None = None
-    seen = set()
-    for name in (*self._files, *self._weights):
-      if not schema.is_file_name(name):
+    seen: set[str] = set()
+    for name in (*self._weights, *self._files):
+      if not schema.is_relative_path(name):
         raise errors.CheckpointError(f'{name!r} is not the name of a file')
       if name in seen:
         raise errors.CheckpointError(f'two files have the name {name}')
       seen.add(name)
+    if clashing := sorted(seen & _folders(seen)):
+      raise errors.CheckpointError(f'{clashing[0]} cannot be a file and a folder')
 
   @abc.abstractmethod
   def _open(self, folder: pathlib.Path) -> TensorWriter:
@@ -163,11 +165,17 @@ class StagedWriter(abc.ABC):
     """
     self._directory = outputs.directory_target(self._path)
     if self._directory.exists():
-      for name in (*self._files, *self._weights):
-        outputs.check(self._directory / name, overwrite=self._overwrite)
+      names = (*self._files, *self._weights)
+      for folder in sorted(_folders(names)):
+        outputs.check_folder(self._directory / folder)
+      for name in names:
+        if (self._directory / name).parent.exists():
+          outputs.check(self._directory / name, overwrite=self._overwrite)
     with contextlib.ExitStack() as stack:
       stack.enter_context(outputs.named(self._path))
       self._folder = stack.enter_context(outputs.fresh(_staging(self._directory)))
+      for folder in _folders((*self._files, *self._weights)):
+        (self._folder / folder).mkdir(parents=True, exist_ok=True)
       for name, content in self._files.items():
         (self._folder / name).write_bytes(content)
       self._writer = self._open(self._folder)
@@ -213,7 +221,10 @@ class StagedWriter(abc.ABC):
     # A folder without its config, its weights and their index is not a checkpoint.
     # These are removed first and come last, so that a mixture of old and new files is
     # never taken for a checkpoint.
-    files = {file.name: file for file in self._folder.iterdir()}
+    found = (file for file in self._folder.rglob('*') if file.is_file())
+    files = {file.relative_to(self._folder).as_posix(): file for file in found}
+    for folder in _folders(files):
+      (directory / folder).mkdir(parents=True, exist_ok=True)
     last = [*self._weights, indices.INDEX, CONFIG]
     stale = {indices.INDEX, *_shards(directory / indices.INDEX)} - files.keys()
     if indices.INDEX in files:
@@ -226,6 +237,12 @@ class StagedWriter(abc.ABC):
     for name in (*(name for name in files if name not in last), *last):
       if name in files:
         outputs.move(files[name], directory / name)
+
+
+def _folders(names: Iterable[str]) -> set[str]:
+  """Returns the folders that files with these relative paths are in."""
+  parents = {x for name in names for x in pathlib.PurePosixPath(name).parents}
+  return {x.as_posix() for x in parents} - {'.'}
 
 
 def _shards(index: pathlib.Path) -> set[str]:

@@ -1,8 +1,8 @@
 r"""Encodes a checkpoint as one smaller file, or as several (shards).
 
   rotbits encode --checkpoint=DIR --output=FILE [--preset=free|exact|near|paper]
-    [--base=DIR|FILE] [--same_files] [--shard_size=2GB] [--overwrite] [--verify]
-    [--json] [--verbose]
+    [--base=DIR|FILE] [--adapter=DIR] [--same_files] [--shard_size=2GB]
+    [--overwrite] [--verify] [--json] [--verbose]
     [--canonicaliser=polar_shortcut|qr|svd] [--rotation_codec=haar|symmetric_eig]
     [--correction=exact|threshold] [--entropy]
     [--step=-5] [--max_kl=1e-3 --text=FILE [--max_tokens=4096]]
@@ -21,7 +21,8 @@ or of Microsoft's SliceGPT, or the path of a GGUF file. The presets:
   free   keeps the function that the model computes, up to rounding, and changes its
          coordinates. The default for sliced checkpoints, which it makes two fifths
          smaller. On dense ones it saves about a bit an element more than exact.
-         Adapters that were trained on the input do not fit the decoded model.
+         Adapters that were trained on the input do not fit the decoded model,
+         unless --adapter carries them into its coordinates.
   near   changes the function a little and makes the file much smaller: elements are
          rounded to coarse steps. Measure the cost with `rotbits evaluate`.
   paper  rotates the weights at random and gets the bits of the rotations back, as in
@@ -54,6 +55,13 @@ base itself, which then follows by another --base:
 
   rotbits encode --checkpoint=TUNED --base=BASE --output=tuned.rotbits
   rotbits decode --input=tuned.rotbits --base=BASE --output=TUNED-again
+
+With --adapter, which may be given several times, `free` and `near` carry a LoRA adapter
+in PEFT's layout into the coordinates that they choose. `decode` writes it beside the
+weights, in a folder of the same name. Adapters that are more than products of two
+factors (DoRA, biases, whole modules) are refused.
+
+  rotbits encode --checkpoint=DIR --output=FILE --preset=free --adapter=LORA
 
 The file appears when it is complete. An existing file is replaced only with
 --overwrite. With --verify the file is decoded before it appears; if the preset is
@@ -121,6 +129,7 @@ _PRESET = FLAGS.add(
   tuple(presets.known()),
 )
 _BASE = FLAGS.bases()
+_ADAPTER = FLAGS.adapters()
 _CONFIG = FLAGS.config('A preset with its options: a name or a file.')
 _MAX_KL = FLAGS.add(
   'max_kl',
@@ -257,6 +266,7 @@ def main() -> program.Result | None:
     _OUTPUT.value,
     preset=preset,
     base=_BASE.value,
+    adapters=_ADAPTER.value or (),
     shard_size=shard_size,
     mesh=local_mesh(),
     overwrite=_OVERWRITE.value,
@@ -283,6 +293,12 @@ def main() -> program.Result | None:
         'the weights come back as safetensors; with --same_files they come back in the '
         'files that they are in'
       )
+  if checkpoints.ADAPTER_CONFIG in source.files and not _ADAPTER.value:
+    fits = 'fits' if preset.keeps == 'bits' else 'does not fit'
+    parts.append(
+      f'the folder holds an adapter ({checkpoints.ADAPTER_CONFIG}), which {fits} the '
+      'decoded weights of its model: free and near carry it with --adapter=DIR'
+    )
   if reason is not None:
     parts.append(program.printable(f'stored as plain tensors, because {reason}'))
   if report.file_bytes >= source.input_bytes:

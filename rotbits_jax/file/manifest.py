@@ -342,7 +342,7 @@ class Manifest:
     if len(set(found)) != len(found):
       raise ValueError('two streams have the same name')
     for name in self.files:
-      if not schema.is_file_name(name):
+      if not schema.is_relative_path(name):
         raise ValueError(f'{name!r:.100}: not the name of a file')
     if sum(file.size for file in self.files.values()) > MOST_FILES:
       raise ValueError(f'the other files have more than {MOST_FILES} bytes')

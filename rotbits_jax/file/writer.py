@@ -65,9 +65,12 @@ def check_source(source: sources.Source, streams: Iterable[str]) -> None:
   """
   stem = [] if source.stem is None else [source.stem]
   weights = [layout.name for layout in source.weights]
-  for name in (*source.files, *stem, *weights):
+  for name in (*stem, *weights):
     if not schema.is_file_name(name):
       raise ValueError(f'{name!r} is not the name of a file')
+  for name in source.files:
+    if not schema.is_relative_path(name):
+      raise ValueError(f'{name!r} is not the name of a file in a folder')
   container.check_names([*streams, *_other_streams(source)])
   if sum(map(len, source.files.values())) > manifest_lib.MOST_FILES:
     raise ValueError(

@@ -63,6 +63,23 @@ def layer_axes(config: config_lib.ModelConfig) -> Axes:
   return axes
 
 
+def adapter_of(path: str) -> str:
+  """Returns the path of the adapter beside a kernel or an embedding.
+
+  >>> adapter_of('layers.3/mlp/up/kernel'), adapter_of('embed/tokens')
+  ('layers.3/mlp/up/adapter', 'embed/adapter')
+
+  Other parameters have no adapters; their path is returned.
+  """
+  parent, _, name = path.rpartition('/')
+  return f'{parent}/adapter' if name in ('kernel', 'tokens') else path
+
+
+def with_adapters(axes: Axes) -> Axes:
+  """Adds the axes of adapters, which are those of the kernels beside them."""
+  return {adapter_of(path): own for path, own in axes.items()} | axes
+
+
 def outer_axes(config: config_lib.ModelConfig) -> Axes:
   """Returns the axes of the parameters outside the layers, by path."""
   axes: Axes = {'embed/tokens': ('vocabulary', 0)}

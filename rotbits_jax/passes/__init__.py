@@ -21,6 +21,7 @@ The modules, in the order of reading:
     noise       the change that rounding alone makes, as a yardstick
 """
 
+from rotbits_jax.passes.adapters import carry
 from rotbits_jax.passes.biases import remove_biases
 from rotbits_jax.passes.heads import remove_query_key_gauge
 from rotbits_jax.passes.heads import remove_value_gauge
@@ -73,6 +74,7 @@ __all__ = [
   'Source',
   'State',
   'Transform',
+  'carry',
   'chain',
   'count_model',
   'is_matrix',

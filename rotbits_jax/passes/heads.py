@@ -52,13 +52,16 @@ def _fix(
   params: models.Params, *, kv_heads: int, rotary: int | None, dtype: np.dtype
 ) -> tuple[models.Params, heads.Errors]:
   """Fixes the gauge of values, or of keys if `rotary` is given."""
+  pairs = {path: x for path, x in params.items() if structured.is_structured(x)}
+  params = {path: x for path, x in params.items() if path not in pairs}
   if rotary is None:
-    fixed = heads.fix_values(params, kv_heads=kv_heads).params
+    fixed, gauge = heads.fix_values(params, kv_heads=kv_heads)
   else:
-    fixed = heads.fix_keys(params, kv_heads=kv_heads, rotary=rotary).params
+    fixed, gauge = heads.fix_keys(params, kv_heads=kv_heads, rotary=rotary)
   rounded = structured.astype(structured.astype(fixed, dtype), jnp.float32)
   sides = [heads.sides(x, kv_heads=kv_heads) for x in (params, fixed, rounded)]
-  return fixed, heads.rounding_errors(*sides, dtype=dtype)
+  errors = heads.rounding_errors(*sides, dtype=dtype)
+  return fixed | heads.in_gauge(pairs, gauge, rotary=rotary or 0), errors
 
 
 def _layers(
@@ -145,4 +148,5 @@ def _pair(layer: transform.Params, paths: tuple[str, ...]) -> transform.Params:
     if not structured.is_plain(leaf):
       return {}
     pair[path] = leaf
-  return pair
+  beside = {models.layout.adapter_of(path) for path in paths} & layer.keys() - {*paths}
+  return pair | {path: layer[path] for path in sorted(beside)}

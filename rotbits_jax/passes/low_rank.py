@@ -56,7 +56,9 @@ def _fix_pairs(
   pairs = {
     path: pair
     for path, pair in params.items()
-    if isinstance(pair, structured.LowRank) and pair.rank <= min(pair.shape)
+    if isinstance(pair, structured.LowRank)
+    and pair.rank <= min(pair.shape)
+    and not path.endswith('/adapter')  # its factors stay two factors
   }
   fixed = {path: _fix(pair, dtype=context.dtype) for path, pair in pairs.items()}
   found = jax.device_get({path: errors for path, (_, errors) in fixed.items()})

@@ -134,7 +134,7 @@ def _layers(
   notes: list[list[transform.Note]] = [[] for _ in layers]
   if not state:
     return state, layers, notes
-  config, axes = context.config, models.layout.layer_axes(context.config)
+  config, axes = context.config, _axes(context.config, 0)
   layers = [structured.expand(layer, keep_factors=True) for layer in layers]
   gauges: list[_Gauge] = []
   rotations = [[state.rotation] * 3] * len(layers)
@@ -194,9 +194,9 @@ def _outer(
   params, notes = structured.expand(params, keep_factors=True), []
   if not config.sliced:
     params = _fold(params, config=config, is_outer=True)
-  axes = models.layout.outer_axes(config)
-  for path, own in axes.items():
-    sides = rotations_lib.sides(own)
+  axes = _axes(config, None)
+  for path in list(params):
+    sides = rotations_lib.sides(axes[path])
     ends = state.first, state.rotation
     rows, columns = (None if s is None else ends[s] for s in sides)
     params[path] = _rotate(params.pop(path), rows, columns)
@@ -331,7 +331,9 @@ def _wide(params: transform.Params) -> transform.Params:
 
 def _axes(config: models.ModelConfig, index: int | None) -> models.layout.Axes:
   layout = models.layout
-  return layout.outer_axes(config) if index is None else layout.layer_axes(config)
+  is_outer = index is None
+  axes = layout.outer_axes(config) if is_outer else layout.layer_axes(config)
+  return layout.with_adapters(axes)
 
 
 def _obstacle(context: transform.Context) -> str:

@@ -114,7 +114,8 @@ class Report(NamedTuple):
       *base,
       f'The decoded model computes {same} function {up_to}in other coordinates: its '
       'weights are not those of the input. Adapters (LoRA) that were trained on the '
-      'input do not fit it. Merge them first, or use the preset exact.',
+      'input do not fit it. Merge them first, give them to encode with --adapter, or '
+      'use the preset exact.',
     ]
     if self.keeps == 'approximation':
       remarks.append('Measure how much it differs with `rotbits evaluate`.')

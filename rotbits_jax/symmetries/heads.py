@@ -95,6 +95,10 @@ VALUE, OUT = 'attention/value/kernel', 'attention/out/kernel'
 QUERY, KEY = 'attention/query/kernel', 'attention/key/kernel'
 _QUERY_BIAS, _KEY_BIAS = 'attention/query/bias', 'attention/key/bias'
 
+_OUT_ADAPTER = models.layout.adapter_of(OUT)
+# Adapters of kernels that are multiplied by A, not by its inverse.
+_DIRECT = tuple(map(models.layout.adapter_of, (VALUE, QUERY)))
+
 VALUES = (VALUE, 'attention/value/bias', OUT)
 """The parameters that share the gauge of values; the bias may be missing."""
 
@@ -194,6 +198,32 @@ def fix_keys(params: models.Params, *, kv_heads: int, rotary: int) -> Fixed:
     bias = params[_KEY_BIAS].astype(jnp.float32).reshape(kv_heads, h)
     fixed[_KEY_BIAS] = bias.at[:, rotary:].set(0).reshape(-1)
   return Fixed(fixed, gauge)
+
+
+def in_gauge(pairs: models.Params, gauge: jax.Array, *, rotary: int) -> models.Params:
+  """Returns low-rank updates of kernels in a gauge: of `W_v`, `W_o`, `W_q`, `W_k`.
+
+  Args:
+    pairs: low-rank leaves, float32, by the paths of adapters.
+    gauge: A, as `fix_values` or `fix_keys` returned it.
+    rotary: r for queries and keys, 0 for values.
+
+  Returns:
+    The leaves. They are not finite if A has no inverse.
+  """
+  kept = jnp.eye(rotary, dtype=jnp.float32)
+  whole = jax.vmap(lambda a: jax.scipy.linalg.block_diag(kept, a))(gauge)
+  found = {}
+  for path, pair in pairs.items():
+    if path in _DIRECT:
+      found[path] = pair.replace(v=multiply(pair.v, whole))
+      continue
+    inverse = jnp.matrix_transpose(jnp.linalg.inv(whole))
+    if path == _OUT_ADAPTER:
+      found[path] = pair.replace(u=multiply(pair.u.T, inverse).T)
+    else:
+      found[path] = pair.replace(v=multiply(pair.v, inverse))
+  return found
 
 
 def sides(params: models.Params, *, kv_heads: int) -> tuple[jax.Array, jax.Array]:

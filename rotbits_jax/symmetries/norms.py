@@ -49,7 +49,7 @@ def fold_norm_scales(
   """
   folded = dict(params)
   for path, own in axes.items():
-    if len(own) == 2 and isinstance(own[0], int):  # it reads a segment
+    if path in params and len(own) == 2 and isinstance(own[0], int):  # it reads one
       first, norm = path.split('/')[0], 'final_norm'
       if first != 'head':
         norm = models.layout.norm_of(config, first)

@@ -67,6 +67,16 @@ def check(target: pathlib.Path, *, overwrite: bool) -> None:
   _check_writable(target.parent, target)
 
 
+def check_folder(folder: pathlib.Path) -> None:
+  """Checks, before the work, that files can be written into a sub-folder of a result.
+
+  Raises:
+    OSError: if it exists and is a link, which may lead elsewhere, or no folder.
+  """
+  if os.path.lexists(folder) and (folder.is_symlink() or not folder.is_dir()):
+    raise _error(errno.ENOTDIR, 'is not a folder, and is not replaced', folder)
+
+
 def directory_target(path: Path) -> pathlib.Path:
   """Returns the directory of a path, after following symbolic links.
 
@@ -162,7 +172,7 @@ def move(source: pathlib.Path, target: pathlib.Path) -> None:
   The content is on the disk before the name, and the name is on the disk when the
   function returns. The new file takes the mode of the file that it replaces.
   """
-  for path in source.iterdir() if source.is_dir() else [source]:
+  for path in source.rglob('*') if source.is_dir() else [source]:
     _sync(path)
   if source.is_dir():
     _sync(source)

@@ -37,6 +37,7 @@ T = TypeVar('T')
 _Parser = Callable[[Any, str], Any]
 
 _GREATEST = 1 << 53
+_MOST_LEVELS = 8  # of folders
 _SHOWN = 60  # characters of a wrong value in an error
 
 
@@ -58,6 +59,16 @@ def is_file_name(name: str) -> bool:
     and len(name.encode()) <= 255  # the limit of file systems
     and not any(c in name for c in '/\\')
   )
+
+
+def is_relative_path(name: str) -> bool:
+  """Returns whether a string names a file in a folder or in its sub-folders.
+
+  >>> is_relative_path('1_Pooling/config.json'), is_relative_path('../config.json')
+  (True, False)
+  """
+  parts = name.split('/')
+  return len(parts) <= _MOST_LEVELS and all(map(is_file_name, parts))
 
 
 def _file_name(value: Any) -> str | None:
