@@ -225,8 +225,11 @@ class CheckpointTest(parameterized.TestCase):
     rotbits_jax.encode_to_file(source or self.source, self.file)
     rotbits_jax.decode_to_directory(self.file, self.output)
     self.assertTrue(rotbits_jax.verify(self.file, against=self.output).same_bits)
-    given = {x.name: x.read_bytes() for x in self.source.iterdir()}
-    self.assertEqual({x.name: x.read_bytes() for x in self.output.iterdir()}, given)
+    given, found = (
+      {x.relative_to(folder): x.read_bytes() for x in folder.rglob('*') if x.is_file()}
+      for folder in (self.source, self.output)
+    )
+    self.assertEqual(found, given)
     report = rotbits_jax.inspect(self.file)
     self.assertIsNone(report.family)
     saved = sum(line.bytes_saved for line in report.lines)
@@ -243,6 +246,32 @@ class CheckpointTest(parameterized.TestCase):
       got = rotbits_jax.read_tensor(self.file, name)
       self.assertEqual(got.tobytes(), tensor.tobytes())
     self.assertIn('h.1', rotbits_jax.file.Reader(self.file).records)
+
+  def test_weights_in_sub_folders(self):
+    tensors = {'down.0.weight': np.ones((4, 3), np.float32), 'bias': np.zeros(3)}
+    names = ('unet/x.safetensors', 'unet/x.fp16.safetensors', 'vae/x.safetensors')
+    for name in names:
+      (self.source / name).parent.mkdir(exist_ok=True)
+      weights_files.write_safetensors(self.source / name, tensors)
+    (self.source / 'unet' / 'config.json').write_text('{}')
+    # Without a list of parts, the folder may be a collection of models.
+    with self.assertRaisesRegex(checkpoints.CheckpointError, 'there are no .pt or'):
+      rotbits_jax.encode_to_file(self.source, self.file)
+    (self.source / 'model_index.json').write_text('{}')
+    self.check_round_trip()
+    decoded = rotbits_jax.decode(self.file)
+    unet = [f'unet/{name}' for name in tensors]
+    more = [f'unet/x.safetensors/{name}' for name in tensors]
+    self.assertEqual(decoded.keys(), {*unet, *more, *(f'vae/{x}' for x in tensors)})
+    # Beside weights of their own, as in sentence-transformers.
+    weights_files.write_safetensors(self.source / 'model.safetensors', tensors)
+    self.output = self.output.with_name('again')
+    self.check_round_trip()
+    (self.source / 'vae' / 'x.safetensors').rename(self.source.parent / 'private')
+    (self.source / 'vae' / 'x.safetensors').symlink_to('../../private')
+    source = checkpoints.open_tensors(self.source)
+    self.assertEqual(source.left_out, ('vae/x.safetensors',))
+    self.assertLen(source.weights, 3)
 
   def test_experts_are_records(self):
     prefix = 'model.layers.0.mlp'

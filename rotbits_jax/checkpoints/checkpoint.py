@@ -5,7 +5,7 @@ sliced model, the slicing JSON with the segment widths. The stem is the name tha
 SliceGPT gives to the weights and the slicing JSON, as in `<stem>.pt` and `<stem>.json`.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterator
 import os
 import pathlib
 import re
@@ -29,6 +29,7 @@ from rotbits_jax.checkpoints import writer as writer_lib
 from rotbits_jax.checkpoints.contents import CONFIG
 from rotbits_jax.checkpoints.contents import Checkpoint
 from rotbits_jax.checkpoints.writer import Format
+from rotbits_jax.system import schema
 
 # Weights in other formats, arrays, and files that this package wrote.
 _NO_SIDECARS = frozenset([
@@ -48,6 +49,8 @@ _OTHER_FOLDERS = re.compile(
 _TORCH_WEIGHTS = 'pytorch_model.bin'
 # What a Trainer of transformers leaves beside the weights.
 _TRAINING = frozenset(['optimizer.pt', 'scheduler.pt', 'scaler.pt'])
+# These list the parts of a model of diffusers, or of sentence-transformers.
+_PIPELINES = ('model_index.json', 'modules.json')
 _TORCH_INDEX = 'pytorch_model.bin.index.json'
 
 
@@ -100,7 +103,7 @@ def open_checkpoint(path: str | os.PathLike[str]) -> reader_lib.CheckpointReader
   else:
     tensors = open_file(weights)
 
-  files, left_out = _read_sidecars(weights, shards)
+  files, left_out = _read_sidecars(weights.parent, {weights, *shards})
   if weights.name == indices.INDEX:
     files[weights.name] = content  # the writer divides the tensors in the same way
   if CONFIG not in files:
@@ -138,7 +141,8 @@ def open_tensors(
   """Opens the weights files of a checkpoint of any family.
 
   Args:
-    path: see `open_checkpoint`; a `config.json` is not needed.
+    path: see `open_checkpoint`; a `config.json` is not needed. The weights may be in
+      sub-folders, too, as safetensors.
     reason: why the checkpoint is not opened as a model, if there is a reason.
 
   Returns:
@@ -147,20 +151,29 @@ def open_tensors(
   Raises:
     CheckpointError: if a file is missing or damaged.
   """
-  weights = _find_weights(pathlib.Path(path))
-  open_places = (
-    torch_zip.open_places if _is_torch(weights) else safetensors_files.open_places
-  )
-  shards, content = [weights], b''
+  given = pathlib.Path(path)
+  root = given if given.is_dir() else given.parent
+  nested, found, content = _nested_weights(root), [], b''
+  if _is_divided(given):
+    weights = nested[0]
+  else:
+    weights = _find_weights(given)
+    found = [weights]
   if weights.suffix == '.json':
     content = indices.read(weights)
-    shards = list(_shards(weights, content))
-  files, left_out = _read_sidecars(weights, shards)
+    found = list(_shards(weights, content))
+  files, left_out = _read_sidecars(root, {weights, *found, *nested})
   if weights.suffix == '.json':
     files[weights.name] = content
   return tensor_files.TensorFiles(
     weights,
-    {shard: open_places(shard) for shard in shards},
+    {
+      file.relative_to(root).as_posix(): (
+        file,
+        (torch_zip if _is_torch(file) else safetensors_files).open_places(file),
+      )
+      for file in (*found, *nested)
+    },
     files=files,
     left_out=left_out,
     reason=reason,
@@ -257,15 +270,9 @@ def _find_weights(path: pathlib.Path) -> pathlib.Path:
     )
   if not path.is_dir():
     raise errors.CheckpointError(f'{path}: there is no such file or directory')
-  candidates = sorted(x for x in path.glob('*.pt') if x.name not in _TRAINING)
-  if (path / indices.WEIGHTS).is_file():
-    candidates.append(path / indices.WEIGHTS)
-  else:
-    listed = sorted(path.glob(f'*{indices.SUFFIX}'))
-    candidates += listed or sorted(path.glob('*.safetensors'))
-  for name in (_TORCH_WEIGHTS, _TORCH_INDEX):
-    if not candidates and (path / name).is_file():
-      candidates.append(path / name)
+  candidates = _candidates(path)
+  if _is_divided(path):
+    raise errors.UnsupportedError(f'{path}: the weights are in sub-folders')
   if not candidates:
     raise errors.CheckpointError(
       f'{path}: there are no .pt or .safetensors files and no {_TORCH_WEIGHTS}; a '
@@ -277,6 +284,41 @@ def _find_weights(path: pathlib.Path) -> pathlib.Path:
       f'{path}: the path must name one of the weights files {names}'
     )
   return candidates[0]
+
+
+def _candidates(path: pathlib.Path) -> list[pathlib.Path]:
+  """Returns the weights files and indices in a folder, of which it should have one."""
+  candidates = sorted(x for x in path.glob('*.pt') if x.name not in _TRAINING)
+  if (path / indices.WEIGHTS).is_file():
+    candidates.append(path / indices.WEIGHTS)
+  else:
+    listed = sorted(path.glob(f'*{indices.SUFFIX}'))
+    candidates += listed or sorted(path.glob('*.safetensors'))
+  for name in (_TORCH_WEIGHTS, _TORCH_INDEX):
+    if not candidates and (path / name).is_file():
+      candidates.append(path / name)
+  return candidates
+
+
+def _is_divided(path: pathlib.Path) -> bool:
+  """Returns whether a folder is that of a pipeline, with weights in sub-folders only.
+
+  Other folders of folders may be collections of models, which nobody wants in one file.
+  """
+  is_pipeline = any((path / name).is_file() for name in _PIPELINES)
+  return is_pipeline and not _candidates(path) and bool(_nested_weights(path))
+
+
+def _nested_weights(root: pathlib.Path) -> list[pathlib.Path]:
+  """Returns the safetensors files in the sub-folders of a folder."""
+  return [
+    file
+    for file in _walk(root)
+    if file.suffix == '.safetensors'
+    and file.parent != root
+    and _is_inside(file, root)
+    and schema.is_relative_path(file.relative_to(root).as_posix())
+  ]
 
 
 def _shards(index: pathlib.Path, content: bytes) -> dict[pathlib.Path, list[str]]:
@@ -330,26 +372,25 @@ def _is_torch(weights: pathlib.Path) -> bool:
 
 
 def _read_sidecars(
-  weights: pathlib.Path, shards: Iterable[pathlib.Path]
+  root: pathlib.Path, own: Collection[pathlib.Path]
 ) -> tuple[dict[str, bytes], tuple[str, ...]]:
   """Reads the files beside the weights.
 
   Args:
-    weights: the weights file, or the index of several.
-    shards: the other files that hold the tensors.
+    root: the folder of the checkpoint.
+    own: the weights files and their index.
 
   Returns:
     The files by their relative paths, and the paths of the files and folders that are
     no sidecars: other weights and arrays, large files, links that leave the folder,
-    what is no regular file, and folders that `_OTHER_FOLDERS` lists. Hidden folders
-    are left out without a word.
+    what is no regular file, names that cannot be printed, empty folders, and those
+    that `_OTHER_FOLDERS` lists. Hidden folders are left out without a word.
   """
   files: dict[str, bytes] = {}
   left_out, room = [], _MOST_SIDECARS
-  root, own = weights.parent, {weights, *shards}
   for file in _walk(root):
     name = file.relative_to(root).as_posix()
-    if file in own or file.name.endswith('.index.json'):
+    if file in own or (file.parent == root and name.endswith('.index.json')):
       continue
     if file.is_dir():
       left_out.append(f'{name}/')
@@ -358,6 +399,7 @@ def _read_sidecars(
       or not _is_inside(file, root)
       or file.stat().st_size > min(_MOST_SIDECAR, room)
       or len(files) == _MOST_FILES
+      or not schema.is_relative_path(name)
     ):
       left_out.append(name)
     else:
@@ -367,14 +409,17 @@ def _read_sidecars(
 
 
 def _walk(folder: pathlib.Path, levels: int = _MOST_LEVELS) -> Iterator[pathlib.Path]:
-  """Yields the files in a folder and its sub-folders, and the folders not entered."""
+  """Yields the files in a folder and its sub-folders.
+
+  It also yields the sub-folders that are not entered and those that are empty.
+  """
   for file in sorted(folder.iterdir()):
     if not file.is_dir():
       if os.path.exists(file):
         yield file
     elif not file.name.startswith('.'):
       enters = levels and not _OTHER_FOLDERS.fullmatch(file.name)
-      if enters and not file.is_symlink():
+      if enters and not file.is_symlink() and any(file.iterdir()):
         yield from _walk(file, levels - 1)
       else:
         yield file

@@ -38,12 +38,12 @@ class WeightsFile:
   a PyTorch zip.
 
   Attributes:
-    name: name of the file.
+    name: path of the file in the folder of the checkpoint.
     nbytes: size of the file.
     places: the name of each tensor and its offset in bytes, by rising offset.
   """
 
-  name: schema.FileName
+  name: schema.RelativePath
   nbytes: schema.Size
   places: tuple[tuple[str, schema.Size], ...]
 

@@ -4,7 +4,7 @@ Tensors and gaps together give a weights file back, byte for byte, whatever mode
 tensors belong to.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 import hashlib
 import json
 import os
@@ -32,12 +32,13 @@ class TensorFiles:
   Elsewhere weight and bias of one name are a record.
 
   Attributes:
-    path: the weights file, or the index of several.
+    path: the weights file, or the index of several; the first of those in sub-folders
+      if there are no others.
     files: the files beside the weights, byte for byte. An index is one of them.
     left_out: names of files and folders beside the weights that are not kept.
     reason: why the checkpoint is not opened as a model; None if nobody tried.
     weights: how each weights file divides.
-    tensors: the tensors by name.
+    tensors: the tensors by name. Names in a sub-folder begin with its path.
     records: names of the records.
   """
 
@@ -47,7 +48,7 @@ class TensorFiles:
   def __init__(
     self,
     path: pathlib.Path,
-    weights: Mapping[pathlib.Path, Places],
+    weights: Mapping[str, tuple[pathlib.Path, Places]],
     *,
     files: Mapping[str, bytes],
     left_out: tuple[str, ...] = (),
@@ -57,7 +58,8 @@ class TensorFiles:
 
     Args:
       path: see the class.
-      weights: the tensors of each file by name: offset and tensor.
+      weights: each file by its path in the folder; and its tensors by name, with their
+        offsets.
       files: see the class.
       left_out: see the class.
       reason: see the class.
@@ -68,10 +70,11 @@ class TensorFiles:
     """
     self.path, self.files = path, dict(files)
     self.left_out, self.reason = left_out, reason
-    self._opened = {file.name: lazy.opened(file) for file in weights}
+    self._opened = {file: lazy.opened(at) for file, (at, _) in weights.items()}
     self.tensors: dict[str, lazy.LazyTensor] = {}
     divided = []
-    for file, places in weights.items():
+    for file, (_, given) in weights.items():
+      places = _with_folder(file, given, self.tensors)
       if twice := self.tensors.keys() & places.keys():
         raise errors.CheckpointError(f'{file}: {min(twice)} is in another file, too')
       self.tensors |= {name: tensor for name, (_, tensor) in places.items()}
@@ -79,7 +82,7 @@ class TensorFiles:
       offsets = sorted((at, x.nbytes, name) for name, (at, x) in places.items())
       ordered = tuple((name, at) for at, _, name in offsets)
       divided.append(
-        WeightsFile(name=file.name, nbytes=self._opened[file.name].size, places=ordered)
+        WeightsFile(name=file, nbytes=self._opened[file].size, places=ordered)
       )
     self.weights = tuple(divided)
     try:
@@ -134,6 +137,19 @@ class TensorFiles:
       {name: hashlib.sha256(data).hexdigest() for name, data in self.files.items()},
     ]
     return hashlib.sha256(json.dumps(summary).encode()).hexdigest()
+
+
+def _with_folder(file: str, places: Places, others: Container[str]) -> Places:
+  """Returns the tensors of a file in a sub-folder by names that begin with its path.
+
+  That is the path of the folder, or of the file if another one there has such names.
+  """
+  folder = file.rpartition('/')[0]
+  if not folder:
+    return places
+  if any(f'{folder}/{name}' in others for name in places):
+    folder = file
+  return {f'{folder}/{name}': place for name, place in places.items()}
 
 
 def _record_of(name: str) -> str:

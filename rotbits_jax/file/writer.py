@@ -65,10 +65,10 @@ def check_source(source: sources.Source, streams: Iterable[str]) -> None:
   """
   stem = [] if source.stem is None else [source.stem]
   weights = [layout.name for layout in source.weights]
-  for name in (*stem, *weights):
+  for name in stem:
     if not schema.is_file_name(name):
       raise ValueError(f'{name!r} is not the name of a file')
-  for name in source.files:
+  for name in (*source.files, *weights):
     if not schema.is_relative_path(name):
       raise ValueError(f'{name!r} is not the name of a file in a folder')
   container.check_names([*streams, *_other_streams(source)])

@@ -75,6 +75,10 @@ def _file_name(value: Any) -> str | None:
   return None if is_file_name(value) else 'must be the name of a file'
 
 
+def _relative_path(value: Any) -> str | None:
+  return None if is_relative_path(value) else 'must be the path of a file in a folder'
+
+
 def _path(value: Any) -> str | None:
   parts = value.split('/')
   is_path = all(parts) and len(parts) <= 64  # trees are walked recursively
@@ -90,6 +94,7 @@ Size = Annotated[int, between(0, 1 << 48)]
 
 Crc32 = Annotated[int, between(0, 0xFFFFFFFF)]
 FileName = Annotated[str, _file_name]
+RelativePath = Annotated[str, _relative_path]
 Path = Annotated[str, _path]
 """The path of a parameter: keys joined by slashes."""
 
