@@ -71,6 +71,7 @@ BENCHMARKS: tuple[Benchmark, ...] = (
   Benchmark('benchmarks.dense', peers=True),
   Benchmark('benchmarks.base'),
   Benchmark('benchmarks.quantised'),
+  Benchmark('benchmarks.low_rank'),
   Benchmark('benchmarks.canonicalise'),
   Benchmark(
     'benchmarks.rounding',

