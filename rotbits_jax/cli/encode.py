@@ -293,7 +293,10 @@ def main() -> program.Result | None:
         'the weights come back as safetensors; with --same_files they come back in the '
         'files that they are in'
       )
-  if checkpoints.ADAPTER_CONFIG in source.files and not _ADAPTER.value:
+  if _ADAPTER.value:
+    paths = ', '.join(_ADAPTER.value)
+    parts.append(program.printable(f'carried into the new coordinates: {paths}'))
+  elif checkpoints.ADAPTER_CONFIG in source.files:
     fits = 'fits' if preset.keeps == 'bits' else 'does not fit'
     parts.append(
       f'the folder holds an adapter ({checkpoints.ADAPTER_CONFIG}), which {fits} the '
