@@ -145,10 +145,10 @@ def test_a_wrong_base_is_refused_by_name():
     rotbits_jax.encode(tree(), base={'x': base['c']})
 
 
-def test_only_exact_takes_a_base():
+def test_only_exact_takes_any_base():
   model = rotbits_jax.load_checkpoint(DENSE).model
   for preset in ('free', 'near', 'paper'):
-    with pytest.raises(ValueError, match='takes no base'):
+    with pytest.raises(ValueError, match=r'takes no (such )?base'):
       rotbits_jax.encode(model, preset=preset, base=model)
 
 

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import numpy as np
 
+from rotbits_jax import models
 from rotbits_jax import structured
 from rotbits_jax.coding import weights
 from rotbits_jax.file import leaves as leaves_lib
@@ -47,17 +48,21 @@ class Beside(NamedTuple):
 
   Attributes:
     leaf: the structured leaf.
-    base: the array of the base that it needs.
+    base: the array of the base that it needs, or a product with one.
     crc32: CRC-32 of the array that it stands for.
   """
 
   leaf: structured.Structured
-  base: leaves_lib.BaseArray
+  base: leaves_lib.BaseArray | leaves_lib.Product
   crc32: int
 
 
 class Base:
-  """The arrays of a base, by path, a record at a time."""
+  """The arrays of a base, by path, a record at a time.
+
+  Attributes:
+    config: config of the model; None for plain arrays.
+  """
 
   def __init__(self, source: Source, *, plain: bool):
     """Reads names, shapes and dtypes.
@@ -67,6 +72,7 @@ class Base:
       plain: whether names that differ by a prefix are the same.
     """
     self._source, self._plain = source, plain
+    self.config: models.ModelConfig | None = getattr(source, 'config', None)
     self._specs: dict[str, tuple[str, tuple[int, ...], str]] = {}
     for record in source.records:
       for path, leaf in structured.flatten(source.specs(record)).items():
@@ -83,6 +89,10 @@ class Base:
       return path
     found = self._short.get(_short(path), ())
     return found[0] if len(found) == 1 else None
+
+  def array(self, path: str) -> np.ndarray | None:
+    """Returns the array of the base with exactly this path; None if it has none."""
+    return host.contiguous(self._array(path)) if path in self._specs else None
 
   def _array(self, path: str) -> np.ndarray:
     with self._lock:
@@ -157,8 +167,8 @@ class Base:
     """Returns whether the base has the arrays that a record was encoded beside."""
     try:
       for leaf in entry.leaves:
-        if leaf.base is not None:
-          self.get(leaf.path, leaf.base)
+        for array in leaf.base_arrays:
+          self.get(leaf.path, array)
     except ContainerError:
       return False
     return True
@@ -178,11 +188,29 @@ def _beside(leaf: Any, given: np.ndarray, path: str) -> Beside | None:
   made = relative.beside(target, base)
   if made is None:
     return None
-  crc32 = checksums.of_array(base)
-  own = leaves_lib.BaseArray(
-    path=path, shape=base.shape, dtype=base.dtype.name, crc32=crc32
+  return Beside(made, entry_of(path, base), checksums.of_array(target))
+
+
+def beside_product(
+  target: np.ndarray, made: np.ndarray, product: leaves_lib.Product
+) -> Beside | None:
+  """Returns how to store an array beside a product; None if it is smaller alone.
+
+  Args:
+    target: the array, in C order.
+    made: the array of the product.
+    product: the product.
+  """
+  leaf = relative.beside(target, host.contiguous(made))
+  return None if leaf is None else Beside(leaf, product, checksums.of_array(target))
+
+
+def entry_of(path: str, array: np.ndarray) -> leaves_lib.BaseArray:
+  """Returns the manifest's entry of an array of a base."""
+  crc32 = checksums.of_array(array)
+  return leaves_lib.BaseArray(
+    path=path, shape=array.shape, dtype=array.dtype.name, crc32=crc32
   )
-  return Beside(made, own, checksums.of_array(target))
 
 
 def _short(path: str) -> str:

@@ -23,6 +23,7 @@ from rotbits_jax.file import base as base_lib
 from rotbits_jax.file import coders
 from rotbits_jax.file import journal as journal_lib
 from rotbits_jax.file import manifest as manifest_lib
+from rotbits_jax.file import recipe as recipe_lib
 from rotbits_jax.file import shards as shards_lib
 from rotbits_jax.file import sources
 from rotbits_jax.file import writer as writer_lib
@@ -82,16 +83,19 @@ class Job:
       source = source.rounded()  # other presets round at the end
     self.preset, self.source, self.base = preset, source, base
     self._coder = coder
-    if base is not None:
+    self._recipe = None if base is None else self._find_recipe(base)
+    if base is not None and self._recipe is None:
       self._check_base(base)
-    writer_lib.check_source(source, self._streams(source.records))
+    self._records = self._recipe or source
+    writer_lib.check_source(source, self._streams(self._records.records))
     for name in source.records:
       self._check_record(name)
     self._context = self._made_context(mesh)
     if isinstance(coder, coders.ModelCoder):
       coder.refuse(self.source)
     dtypes = self._context.dtypes if self._context else {}
-    self.counts = {name: _counts(source.specs(name), dtypes) for name in source.records}
+    specs, names = self._records.specs, self._records.records
+    self.counts = {name: _counts(specs(name), dtypes) for name in names}
 
   @property
   def divides(self) -> bool:
@@ -171,7 +175,24 @@ class Job:
           'known family; the preset exact stores plain arrays'
         )
       return None
-    return passes.make_context(source, stored_as=source.stored_as, mesh=mesh)
+    return passes.make_context(self._records, stored_as=source.stored_as, mesh=mesh)
+
+  def _find_recipe(self, base: base_lib.Base) -> recipe_lib.Recipe | None:
+    """Returns the model as products with the base; None if it was not sliced from it.
+
+    The transforms of the preset are left out then, because they would choose other
+    coordinates.
+    """
+    preset, is_exact = self.preset, self.preset.keeps == 'bits'
+    takes = preset.resumable and (is_exact or preset.name == 'free')
+    if not takes or not recipe_lib.suits(self.source, base):
+      return None
+    found = recipe_lib.Recipe(self.source, base, keeps_bits=is_exact)
+    if not found.is_related:
+      return None
+    rounding = None if is_exact else passes.NEAREST
+    self.preset = preset._replace(transform=passes.chain(), rounding=rounding)
+    return found
 
   def _check_base(self, base: base_lib.Base) -> None:
     """Checks that arrays can be stored beside a base.
@@ -180,8 +201,11 @@ class Job:
       ValueError: if the preset changes elements, or if the base has none of the arrays.
     """
     if self.preset.keeps != 'bits' or not isinstance(self._coder, coders.RecordCoder):
+      free = self.preset.name == 'free'
+      why = ', because the model was not sliced from it' if free else ''
       raise ValueError(
-        f'the preset {self.preset.name!r} takes no base; the preset exact does'
+        f'the preset {self.preset.name!r} takes no {"such " if free else ""}base{why}; '
+        'the preset exact does'
       )
     specs = map(self.source.specs, self.source.records)
     paths = [path for own in specs for path in structured.flatten(own)]
@@ -238,10 +262,13 @@ class Job:
       state: the state before them; None if it is unknown.
     """
     layers = [i for x in names if (i := models.names.layer_index(x)) is not None]
-    others = list(names)
+    bases, others = [], list(names)
     if self._context is not None:
-      buffers = [name for name in names if name == models.names.BUFFERS]
-      outer, others = len(names) > len(layers) + len(buffers), buffers
+      known = models.outer_shapes(self._context.config)
+      outer = any(name in known for name in names)
+      index = models.names.subspace_index
+      bases = [name for name in names if index(name) is not None]
+      others = [name for name in names if name == models.names.BUFFERS]
       end = self._context.config.num_layers
       if layers or outer:
         for batch, reached in passes.rewrite(
@@ -253,9 +280,21 @@ class Job:
           outer=outer,
         ):
           state = reached
-          yield batch, state
-    for name in others:
-      yield [passes.Record(name, self.source.read(name), [])], state
+          yield self._with_bases(batch, bases), state
+    for name in (*bases, *others):
+      yield [self._record(name)], state
+
+  def _with_bases(self, batch: list[passes.Record], bases: list[str]) -> Any:
+    """Returns a batch with the bases that come before its layers; takes them away."""
+    found, places = [], {name: i for i, name in enumerate(self.counts)}
+    for record in batch:
+      while bases and places[bases[0]] < places[record.name]:
+        found.append(self._record(bases.pop(0)))
+      found.append(record)
+    return found
+
+  def _record(self, name: str) -> passes.Record:
+    return passes.Record(name, self._records.read(name), [])
 
   def _coded(self, waiting: Sequence[str], known: Any) -> Iterator[_Coded]:
     """Codes records while the next ones are rewritten.
@@ -272,7 +311,7 @@ class Job:
           record = batch.pop(0)  # its memory is freed when it is coded
           if record.name in waiting:
             counts, coder = self.counts[record.name], self.preset.coder
-            own = record, counts, resolve, coder, self.base
+            own = record, counts, resolve, coder, self._recipe or self.base
             job = functools.partial(writer_lib.encode_record, *own)
             records.append((record.name, start(job)))
             del record, own, job

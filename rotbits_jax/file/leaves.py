@@ -15,6 +15,7 @@ import numpy as np
 from rotbits_jax import models
 from rotbits_jax import structured
 from rotbits_jax.coding import weights
+from rotbits_jax.structured import subspaces
 from rotbits_jax.system import plugins
 from rotbits_jax.system import schema
 
@@ -59,6 +60,41 @@ class BaseArray:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Product:
+  """A tensor of a sliced model as a product, see `structured.subspaces`.
+
+  Attributes:
+    kind: see `subspaces.Way`, as `transposed`, `centred` and `rounded`.
+    arrays: the arrays of the base that are needed.
+    segments: the segments of the sliced model whose bases are needed.
+  """
+
+  kind: subspaces.Kind
+  arrays: tuple[BaseArray, ...] = ()
+  segments: tuple[models.config.Count, ...] = ()
+  transposed: bool = False
+  centred: bool = False
+  rounded: bool = False
+
+  def __post_init__(self) -> None:
+    arrays, segments = {
+      'reads': ((2,), 1),
+      'writes': ((1,), 1),
+      'shortcut': ((0,), 2),
+      'bias': ((2, 3), 0),
+    }[self.kind]
+    if len(self.arrays) not in arrays or len(self.segments) != segments:
+      raise ValueError(
+        f'a product of kind {self.kind!r} cannot take {len(self.arrays)} arrays and '
+        f'{len(self.segments)} bases'
+      )
+
+  @property
+  def way(self) -> subspaces.Way:
+    return subspaces.Way(self.kind, self.transposed, self.centred, self.rounded)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Leaf:
   """A stored parameter.
 
@@ -73,6 +109,7 @@ class Leaf:
       array.
     needs: paths of the parameters that are needed to compute the array.
     base: the array of a base that is needed to compute the array; None for none.
+    product: a product that is needed in its place; None for none.
     crc32: CRC-32 of the array that the leaf stands for, if the reader puts that array
       in the leaf's place; else None.
   """
@@ -86,18 +123,22 @@ class Leaf:
   arrays: tuple[str, ...] = ('',)
   needs: tuple[schema.Path, ...] = ()
   base: BaseArray | None = None
+  product: Product | None = None
   crc32: schema.Crc32 | None = None
 
   def __post_init__(self) -> None:
     if len(set(self.arrays)) != len(self.arrays):
       raise ValueError(f'{self.path}: the names of the arrays must differ')
-    own = self.stack_key, self.settings, self.arrays, self.needs, self.base, self.crc32
-    if not self.type_name and own != ((), {}, ('',), (), None, None):
+    own = self.stack_key, self.settings, self.arrays, self.needs, self.crc32
+    if not self.type_name and (
+      own != ((), {}, ('',), (), None) or self.base is not None or self.product
+    ):
       raise ValueError(f'{self.path}: an array has fields of a structured leaf')
     cls = self.leaf_class
     if cls is not None and cls.expands_on_reading != (self.crc32 is not None):
       raise ValueError(f'{self.path}: leaves of its type have a checksum, or have none')
-    if cls is not None and cls.needs_base != (self.base is not None):
+    bases = (self.base is not None) + (self.product is not None)
+    if cls is not None and bases != cls.needs_base:
       raise ValueError(f'{self.path}: leaves of its type need a base, or need none')
     is_of_layer = models.names.layer_index(self.path) is not None
     if self.needs and not self.is_array and is_of_layer:
@@ -130,8 +171,8 @@ class Leaf:
       raise ValueError('the leaf differs from the manifest')
     if leaf.needs != self.needs:
       raise ValueError('the leaf needs other parameters than the manifest says')
-    if self.base is not None:
-      leaf.check_needed(self.base.shape)
+    if cls.needs_base:
+      leaf.check_needed(self.shape if self.base is None else self.base.shape)
     return leaf
 
   def check_shapes(self, shapes: Sequence[tuple[int, ...]]) -> None:
@@ -161,8 +202,17 @@ class Leaf:
 
   @property
   def base_size(self) -> int:
-    """The number of elements of the array of the base; 0 without one."""
-    return 0 if self.base is None else math.prod(self.base.shape)
+    """The number of elements that the base and bases of subspaces give."""
+    if self.product is not None and self.product.kind == 'shortcut':
+      return self.size  # the bases have more
+    return sum(math.prod(x.shape) for x in self.base_arrays)
+
+  @property
+  def base_arrays(self) -> tuple[BaseArray, ...]:
+    """The arrays of a base that are needed."""
+    if self.product is not None:
+      return self.product.arrays
+    return () if self.base is None else (self.base,)
 
   @property
   def size(self) -> int:

@@ -155,6 +155,8 @@ class Record:
       raise ValueError('the leaves and the coder list different arrays')
     for leaf, arrays in self.leaf_specs():
       leaf.check_shapes([array.shape for array in arrays])
+      # The config of the model bounds the size of a basis.
+      is_expanded = leaf.is_array and leaf.leaf_class is not structured.Subspace
       if not leaf.type_name:
         if (arrays[0].shape, arrays[0].dtype) != (
           leaf.shape,
@@ -163,7 +165,7 @@ class Record:
           raise ValueError(
             f'{leaf.path}: the leaf and the coder differ in the shape or the dtype'
           )
-      elif leaf.is_array and leaf.size - leaf.base_size > 8 * sum(
+      elif is_expanded and leaf.size - leaf.base_size > 8 * sum(
         array.nbytes for array in arrays
       ):
         # The reader allocates the array before it has decoded the leaf.
@@ -363,6 +365,9 @@ class Manifest:
       if record.empty:
         raise ValueError(f'{record.name}: a model has no empty dicts')
       shapes = {leaf.path: leaf.shape for leaf in record.leaves}
+      if models.names.subspace_index(record.name) is not None:
+        _check_basis(record, config)
+        continue
       check_shapes(record.name, shapes, config)
       if record.name == models.names.BUFFERS and any(
         leaf.type_name for leaf in record.leaves
@@ -401,6 +406,22 @@ class Manifest:
       return schema.load(cls, value, container.MANIFEST)
     except ValueError as error:
       raise ContainerError(str(error)) from error
+
+
+def _check_basis(record: Record, config: models.ModelConfig) -> None:
+  """Checks the record of a basis, see `structured.subspaces`.
+
+  Raises:
+    ValueError: if the model has no such segment, or the record is none of a basis.
+  """
+  segment = models.names.subspace_index(record.name)
+  assert segment is not None
+  known = segment < len(config.segment_widths)
+  shape = (config.hidden_size, config.segment_widths[segment]) if known else ()
+  found = [(x.path, x.shape, x.dtype) for x in record.leaves]
+  own = models.names.basis(segment), shape, 'int32'
+  if not known or found not in ([], [own]):
+    raise ValueError(f'{record.name}: it is not the basis of a segment')
 
 
 def _check_leaf(

@@ -112,15 +112,14 @@ class Reader:
   def needed_arrays(self) -> dict[str, leaves_lib.BaseArray]:
     """Returns the arrays of a base that the file needs, by their paths in the base."""
     leaves = self._records.leaves.values()
-    return {leaf.base.path: leaf.base for leaf in leaves if leaf.base is not None}
+    return {array.path: array for leaf in leaves for array in leaf.base_arrays}
 
   def uses_of_base(self) -> dict[str, str]:
     """Returns the last record that needs each array of a base, by the array's path."""
     last: dict[str, str] = {}
     for name in self._names():
       for leaf in self._records.entries[name].leaves:
-        if leaf.base is not None:
-          last[leaf.base.path] = name
+        last |= dict.fromkeys((array.path for array in leaf.base_arrays), name)
     return last
 
   def unchanged(self) -> set[str]:

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from rotbits_jax import models
 from rotbits_jax import structured
 from rotbits_jax.file import base as base_lib
 from rotbits_jax.file import container
@@ -14,9 +15,12 @@ from rotbits_jax.file import leaves as leaves_lib
 from rotbits_jax.file import manifest as manifest_lib
 from rotbits_jax.file import memory as memory_lib
 from rotbits_jax.file.container import ContainerError
+from rotbits_jax.structured import subspaces
 from rotbits_jax.system import checksums
 from rotbits_jax.system import host
 from rotbits_jax.system import plugins
+
+_MOST_BASES = 8  # that are held, because several parameters need one
 
 Flat = dict[str, Any]
 """Leaves by path."""
@@ -54,6 +58,7 @@ class Records:
         the files need.
     """
     self._base = base
+    self._basis = functools.lru_cache(_MOST_BASES)(self._read_basis)
     self.files: dict[str, container.StreamReader] = {}
     self.entries: dict[str, manifest_lib.Record] = {}
     self.leaves: dict[str, leaves_lib.Leaf] = {}
@@ -77,8 +82,35 @@ class Records:
           raise ContainerError(f'{path}: it needs {other}, which needs others')
         if other not in self.leaves and other.split('/')[0] in self.entries:
           raise ContainerError(f'{path}: it needs {other}, which is missing')
-      if base is not None and leaf.base is not None:
-        base.check(path, leaf.base)
+      for array in leaf.base_arrays if base is not None else ():
+        base.check(path, array)
+      if leaf.product is not None:
+        self._check_segments(leaf, manifests[0].config)
+
+  def _check_segments(
+    self, leaf: leaves_lib.Leaf, config: models.ModelConfig | None
+  ) -> None:
+    """Checks that the bases of a product are there; a missing one is the identity.
+
+    Raises:
+      ContainerError: if one is not.
+    """
+    assert leaf.product is not None
+    identities = set()
+    if config is not None:
+      widths = enumerate(config.segment_widths)
+      identities = {i for i, width in widths if width == config.hidden_size}
+    for segment in leaf.product.segments:
+      if models.names.basis(segment) not in self.leaves and segment not in identities:
+        raise ContainerError(f'{leaf.path}: the basis {segment} is missing')
+
+  def _read_basis(self, segment: int) -> np.ndarray | None:
+    """Returns the basis of a segment; None for the identity."""
+    path = models.names.basis(segment)
+    if path not in self.leaves:
+      return None
+    found: np.ndarray = self.decode(self.holders[path])[path]
+    return found
 
   def entry(self, name: str) -> manifest_lib.Record:
     """Returns the entry of a record.
@@ -95,10 +127,10 @@ class Records:
     for leaf in entry.leaves:
       if leaf.type_name and leaf.leaf_class is None:
         raise self._unknown('leaves', 'leaf type', leaf.type_name)
-      if leaf.base is not None and self._base is None:
+      if leaf.base_arrays and self._base is None:
         raise ContainerError(
-          f'{leaf.path}: it is stored beside {leaf.base.path} of another model: give '
-          'that model as the base'
+          f'{leaf.path}: it is stored beside {leaf.base_arrays[0].path} of another '
+          'model: give that model as the base'
         )
     return entry
 
@@ -199,6 +231,8 @@ class Records:
       if entry.base is not None:
         assert self._base is not None
         needed.append(self._base.get(entry.path, entry.base))
+      if entry.product is not None:
+        needed.append(self._product(entry, entry.product))
       array = np.asarray(leaf.materialize(*needed))
     except ContainerError:
       raise
@@ -209,6 +243,16 @@ class Records:
         f'{entry.path}: decoded elements differ from the encoded ones'
       )
     return array
+
+  def _product(self, entry: leaves_lib.Leaf, product: leaves_lib.Product) -> np.ndarray:
+    """Returns the product that an array is stored beside."""
+    arrays = []
+    for array in product.arrays:
+      assert self._base is not None
+      arrays.append(self._base.get(entry.path, array))
+    bases = [self._basis(segment) for segment in product.segments]
+    dtype = np.dtype(entry.dtype)
+    return subspaces.tensor(product.way, arrays, bases, entry.shape, dtype)
 
   def _unknown(self, group: plugins.Group, noun: str, name: str) -> ContainerError:
     """Returns the error for a part of another package that is not installed."""

@@ -19,6 +19,7 @@ from rotbits_jax.file import coders
 from rotbits_jax.file import container
 from rotbits_jax.file import leaves as leaves_lib
 from rotbits_jax.file import manifest as manifest_lib
+from rotbits_jax.file import recipe as recipe_lib
 from rotbits_jax.file import sources
 from rotbits_jax.system import checksums
 from rotbits_jax.system import host
@@ -216,7 +217,7 @@ def encode_record(
   counts: manifest_lib.Counts,
   resolve: Resolve,
   coder_name: str,
-  base: base_lib.Base | None = None,
+  base: base_lib.Base | recipe_lib.Recipe | None = None,
 ) -> EncodedRecord:
   """Codes a record.
 
@@ -315,7 +316,7 @@ def _entry_of_leaf(
   leaf: structured.Structured,
   stored: tuple[dict[str, Any], dict[str, np.ndarray]],
   crc32: int | None,
-  base: leaves_lib.BaseArray | None = None,
+  base: leaves_lib.BaseArray | leaves_lib.Product | None = None,
 ) -> tuple[leaves_lib.Leaf, list[np.ndarray]]:
   """Makes the entry of a structured leaf.
 
@@ -324,7 +325,7 @@ def _entry_of_leaf(
     leaf: the leaf.
     stored: its settings and arrays, see `Structured.stored`.
     crc32: see `manifest.Leaf`.
-    base: see `manifest.Leaf`.
+    base: see `base` and `product` of `leaves.Leaf`.
   """
   type_name, shape, dtype, stack_key = structured.stack_key(leaf)
   settings, arrays = stored
@@ -337,7 +338,8 @@ def _entry_of_leaf(
     settings=settings,
     arrays=tuple(arrays),
     needs=leaf.needs,
-    base=base,
+    base=base if isinstance(base, leaves_lib.BaseArray) else None,
+    product=base if isinstance(base, leaves_lib.Product) else None,
     crc32=crc32,
   )
   return entry, [np.asarray(array) for array in arrays.values()]
@@ -349,6 +351,8 @@ def _saving(
   """Returns the saving of the base before anything is coded."""
   arrays = [params[path] for path in beside]
   leaves = [x.leaf for x in beside.values()]
+  is_basis = lambda path: models.names.subspace_index(path) is not None
+  leaves += [x for path, x in params.items() if is_basis(path)]
   count, size = structured.count_elements, structured.count_bytes
   return manifest_lib.Saving(
     name=BESIDE,

@@ -16,6 +16,22 @@ BUFFERS = 'buffers'
 """Name of the record of the tensors that the forward pass does not use."""
 
 
+def subspace(segment: int) -> str:
+  """Returns the name of the record of a segment's basis, see `structured.subspaces`."""
+  return f'subspaces.{segment}'
+
+
+def basis(segment: int) -> str:
+  """Returns the path of a segment's basis."""
+  return f'{subspace(segment)}/basis'
+
+
+def subspace_index(path: str) -> int | None:
+  """Returns the segment of a path or of a record of a basis; None for others."""
+  match = re.match(rf'subspaces\.{_INDEX}(/basis)?\Z', path)
+  return None if match is None else int(match[1])
+
+
 def layer(index: int) -> str:
   """Returns the name of the record of a layer."""
   return f'layers.{index}'

@@ -199,13 +199,15 @@ def from_reader(reader: reader_lib.Reader) -> Report:
 def _beside_base(reader: reader_lib.Reader) -> dict[str, list[dict[str, Any]]]:
   """Returns how each tensor is stored beside a base, as notes; none without a base."""
   leaves = [x for record in reader.records.values() for x in record.leaves]
-  if not any(leaf.base for leaf in leaves):
+  if not any(leaf.base_arrays or leaf.product for leaf in leaves):
     return {}
   notes = []
   for leaf in leaves:
     note: dict[str, Any] = {'tensor': leaf.path, 'form': leaf.type_name or 'array'}
     if leaf.base is not None and leaf.base.path != leaf.path:
       note['base'] = leaf.base.path
+    if leaf.product is not None:
+      note['product'] = leaf.product.kind
     notes.append(note)
   return {writer_lib.BESIDE: notes}
 

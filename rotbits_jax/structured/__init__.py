@@ -39,6 +39,8 @@ from rotbits_jax.structured.relative import Same
 from rotbits_jax.structured.relative import fits as fits_base
 from rotbits_jax.structured.shortcuts import IdentityMinusGram
 from rotbits_jax.structured.shortcuts import TrapezoidalRows
+from rotbits_jax.structured.subspaces import Basis
+from rotbits_jax.structured.subspaces import Subspace
 from rotbits_jax.structured.tied import Tied
 from rotbits_jax.structured.tied import TiedExactly
 from rotbits_jax.structured.trees import astype
@@ -61,6 +63,7 @@ from rotbits_jax.structured.uniform import UniformlyQuantized
 __all__ = [
   'TYPES',
   'Array',
+  'Basis',
   'Constant',
   'FactorPair',
   'HeadColumns',
@@ -75,6 +78,7 @@ __all__ = [
   'Relative',
   'Same',
   'Structured',
+  'Subspace',
   'Tied',
   'TiedExactly',
   'TrapezoidalRows',

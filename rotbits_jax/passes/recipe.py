@@ -1,0 +1,287 @@
+r"""Finds the subspaces of a sliced model beside its base, see `structured.subspaces`.
+
+The tensors that read or write segment s are products with its basis V_s. So V_s is a
+least-squares solution, for which the kernels of two sublayers are enough, and the
+rounding errors of all numbers of these average. The rows are weighted by the inverse of
+their norms, as in `symmetries.tied`. The nearest matrix with orthonormal columns is
+taken then.
+
+Shape letters are those of `structured.subspaces`. Everything is computed in float64.
+"""
+
+from collections.abc import Iterator
+import math
+from typing import NamedTuple
+
+import numpy as np
+import scipy.linalg
+
+from rotbits_jax import models
+from rotbits_jax import structured
+from rotbits_jax.structured import subspaces
+
+_ROOTS = 40  # most steps of the Newton-Schulz iteration
+_SAMPLE = 1 << 9  # vectors of a tensor by which its error is measured
+_MOST_ERROR = 2  # roundoffs; SliceGPT's tensors have errors of up to 1
+_SMALL = 0.3  # share of the median norm of rows that smaller rows count as
+
+
+class Ingredients(NamedTuple):
+  """What a tensor of a sliced model is made of.
+
+  Attributes:
+    way: how it is made.
+    paths: of tensors of the base, in the order of `structured.subspaces.tensor`.
+    segments: the segments of the model whose bases are needed.
+  """
+
+  way: subspaces.Way
+  paths: tuple[str, ...]
+  segments: tuple[int, ...]
+
+
+def ingredients(
+  dense: models.ModelConfig, sliced: models.ModelConfig
+) -> dict[str, Ingredients]:
+  """Returns what the parameters of a sliced model are made of, by path.
+
+  A parameter that slicing does not change is not there.
+
+  Args:
+    dense: config of the base.
+    sliced: config of the sliced model.
+  """
+  layer, outer = models.layout.layer_axes(sliced), models.layout.outer_axes(sliced)
+  step, found = sliced.segments_per_layer, {}
+  has_mean = dense.norm == 'layernorm'
+  known = {*models.layout.layer_axes(dense), *models.layout.outer_axes(dense)}
+
+  def add(
+    name: str, axes: models.layout.Axes, path: str, norm: str, first: int, last: int
+  ) -> None:
+    segment = lambda axis: first + axis if axis >= 0 else last
+    own, head = axes[path], path.startswith('head/')
+    kernel = f'{path.rpartition("/")[0]}/kernel'
+    source = 'embed/tokens' if head and dense.tied_head else f'{name}{kernel}'
+    tied = head and dense.tied_head
+    if '_shortcut' in path:
+      made = Ingredients(
+        subspaces.Way('shortcut'), (), (segment(own[0]), segment(own[1]))
+      )
+    elif isinstance(own[-1], int):
+      way = subspaces.Way('writes', centred=has_mean)
+      made = Ingredients(way, (f'{name}{path}',), (segment(own[-1]),))
+    elif isinstance(own[0], int):
+      way = subspaces.Way('reads', transposed=tied)
+      made = Ingredients(way, (source, f'{norm}/scale'), (segment(own[0]),))
+    elif has_mean and isinstance(axes.get(kernel, ('',))[0], int):
+      way = subspaces.Way('bias', transposed=tied)
+      bias = (f'{name}{path}',) if path in known else ()
+      made = Ingredients(way, (source, f'{norm}/bias', *bias), ())
+    else:
+      return
+    found[f'{name}{path}'] = made
+
+  for i in range(sliced.num_layers):
+    name = models.names.prefix(i)
+    for path in layer:
+      norm = models.layout.norm_of(dense, path.partition('/')[0])
+      add(name, layer, path, f'{name}{norm}', i * step, (i + 1) * step)
+  for path in outer:
+    add('', outer, path, 'final_norm', 0, sliced.num_layers * step)
+  return found
+
+
+class Pair(NamedTuple):
+  """A tensor of the sliced model that is a product with one basis.
+
+  Attributes:
+    way: how it is made.
+    arrays: the tensors of the base.
+    target: the tensor.
+  """
+
+  way: subspaces.Way
+  arrays: list[np.ndarray]
+  target: np.ndarray
+
+
+class Found(NamedTuple):
+  """A basis, float64 `[D, d]`, and the relative error of tensors made with it.
+
+  The basis is None if no matrix with orthonormal columns is near a solution.
+  """
+
+  basis: np.ndarray | None
+  error: float
+
+
+def fit(
+  pairs: list[Pair], shape: tuple[int, ...], *, rounded: bool, roundoff: float
+) -> Found:
+  """Finds the basis of a segment from the tensors that read or write it.
+
+  A tensor that was changed after slicing is left out, if the others fit much better
+  without it.
+
+  Args:
+    pairs: the tensors.
+    shape: of the basis.
+    rounded: see `structured.subspaces.Way`.
+    roundoff: unit roundoff of the tensors.
+  """
+  pairs = [x._replace(way=x.way._replace(rounded=rounded)) for x in pairs]
+  samples = [_sample(pair) for pair in pairs]
+  gram, moments = np.zeros((shape[0], shape[0])), np.zeros(shape)
+  for pair in pairs:
+    _add(gram, moments, pair, 1)
+  best = _solve(gram, moments, samples)
+  errors = _errors(best.basis, samples)
+  while len(samples) > 1 and not max(errors) <= _MOST_ERROR * roundoff:
+    worst = int(np.argmax(errors))
+    _add(gram, moments, pairs.pop(worst), -1)
+    del samples[worst]
+    found = _solve(gram, moments, samples)
+    errors = _errors(found.basis, samples)
+    if max(errors) <= _MOST_ERROR * roundoff:
+      return found
+  return best
+
+
+def _sample(pair: Pair) -> tuple[np.ndarray, np.ndarray]:
+  """Returns some equations `rows @ V = wanted` of a tensor."""
+  rows, wanted = [], []
+  for block, own in _blocks(pair):
+    some = slice(None, None, max(_count(pair) // _SAMPLE, 1))
+    rows.append(block[some])
+    wanted.append(own[some])
+  return np.concatenate(rows), np.concatenate(wanted)
+
+
+def _count(pair: Pair) -> int:
+  return pair.target.shape[-1] if pair.way.kind == 'reads' else pair.target.size
+
+
+def _blocks(pair: Pair) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+  """Yields the equations of a tensor, weighted, in blocks."""
+  way, target = pair.way, pair.target
+  whole = target.T if way.kind == 'reads' else np.atleast_2d(target)
+  for block in subspaces.blocks(way, pair.arrays):
+    rows = subspaces.fused(way, pair.arrays, target.dtype, block)
+    wanted = whole[block].astype(np.float64)
+    norms = np.linalg.norm(wanted, axis=1)
+    weights = 1 / np.maximum(norms, _SMALL * (np.median(norms) or 1))[:, None]
+    yield rows * weights, wanted * weights
+
+
+def _add(gram: np.ndarray, moments: np.ndarray, pair: Pair, sign: int) -> None:
+  """Adds the normal equations of a tensor, or subtracts them."""
+  for rows, wanted in _blocks(pair):
+    gram += sign * (rows.T @ rows)
+    moments += sign * (rows.T @ wanted)
+
+
+def _solve(
+  gram: np.ndarray, moments: np.ndarray, samples: list[tuple[np.ndarray, np.ndarray]]
+) -> Found:
+  least = 1e-10 * np.trace(gram) / len(gram) + 1e-300
+  basis = orthonormal(np.linalg.solve(gram + least * np.eye(len(gram)), moments))
+  return Found(basis, max(_errors(basis, samples), default=math.inf))
+
+
+def _errors(
+  basis: np.ndarray | None, samples: list[tuple[np.ndarray, np.ndarray]]
+) -> list[float]:
+  """Returns the relative error of each tensor."""
+  if basis is None:
+    # The tensor whose equations contradict the others has the greatest numbers.
+    return [math.inf for _ in samples]
+  return [
+    float(np.linalg.norm(rows @ basis - wanted) / max(np.linalg.norm(wanted), 1e-300))
+    for rows, wanted in samples
+  ]
+
+
+def orthonormal(matrix: np.ndarray) -> np.ndarray | None:
+  """Returns the nearest matrix with orthonormal columns; None if none is near."""
+  identity = np.eye(matrix.shape[1])
+  for i in range(_ROOTS):
+    off = matrix.T @ matrix - identity
+    error = float(np.linalg.norm(off, 2 if i == 0 else None))
+    if not (error < 0.9 if i == 0 else math.isfinite(error)):
+      return None
+    if error < 1e-13 * len(identity):
+      return matrix
+    matrix = matrix - matrix @ (off / 2)
+  return matrix
+
+
+def as_basis(basis: np.ndarray, roundoff: float) -> structured.Basis:
+  """Returns the leaf of a basis.
+
+  Args:
+    basis: float64 `[D, d]`.
+    roundoff: unit roundoff of the sliced model's tensors. The error of the leaf is a
+      small part of that.
+  """
+  step = _step(roundoff / 4 / math.sqrt(len(basis)))
+  numbers = np.rint(basis * (2.0**subspaces.UNIT / step)).astype(np.int32)
+  return structured.Basis(numbers, step)
+
+
+def as_subspace(basis: np.ndarray, roundoff: float) -> structured.Subspace:
+  """Returns the leaf of the subspace of a basis; see `as_basis`.
+
+  The rows J are chosen so that the matrix M is not singular: the error of A, and its
+  numbers, are smaller then.
+  """
+  hidden, width = basis.shape
+  order = scipy.linalg.qr(basis.T, mode='r', pivoting=True)[1]
+  rows = np.zeros(hidden, bool)
+  rows[order[:width]] = True
+  turn, sizes, back = np.linalg.svd(basis[rows])
+  # The rotation `back^T turn^T` makes M symmetric.
+  upper = (turn * sizes) @ turn.T
+  lower = basis[~rows] @ back.T @ turn.T
+  tangent = np.linalg.solve(np.eye(width) + upper, lower.T).T
+  step = _step(roundoff * math.sqrt(12 / max(hidden - width, 1)) / 4)
+  return structured.Subspace.of(tangent, rows, step)
+
+
+def _step(size: float) -> int:
+  """Returns a step below a size, in units of 2^-25: 4, 5, 6 or 7 times a power of 2."""
+  units = max(int(size * 2.0**subspaces.UNIT), 1)
+  shift = max(units.bit_length() - 3, 0)
+  return min(units >> shift << shift, 1 << subspaces.UNIT)
+
+
+def turn(basis: np.ndarray, other: np.ndarray) -> np.ndarray:
+  """Returns the rotation R, float64 `[d, d]`, for which `basis @ R` is near another."""
+  left, _, right = np.linalg.svd(basis.T @ other)
+  return left @ right
+
+
+def follows(target: np.ndarray, made: np.ndarray, roundoff: float) -> bool:
+  """Returns whether a tensor is what a product makes of the base, up to rounding.
+
+  Args:
+    target: the tensor, rounded.
+    made: the product, rounded.
+    roundoff: unit roundoff of the dtype.
+  """
+  given, found = (np.atleast_2d(x).astype(np.float32) for x in (target, made))
+  off, sizes = np.square(given - found), np.square(given)
+  mean = float(sizes.sum())
+  # SliceGPT's tensors were rounded once or twice, and products are rounded.
+  return float(off.sum()) <= roundoff**2 * mean and all(
+    float(off.sum(axis).max(initial=0))
+    <= (8 * roundoff) ** 2 * mean / off.shape[1 - axis]
+    for axis in (0, 1)
+  )
+
+
+def mean_error(target: np.ndarray, made: np.ndarray) -> float:
+  """Returns the relative error of a product in the Frobenius norm."""
+  given, found = (x.astype(np.float32) for x in (target, made))
+  norm = float(np.linalg.norm(given))
+  return float(np.linalg.norm(given - found)) / (norm or 1.0)

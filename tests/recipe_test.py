@@ -1,0 +1,242 @@
+"""A sliced model beside the dense model that it was sliced from."""
+
+import dataclasses
+import pathlib
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+
+import rotbits_jax
+from rotbits_jax import file
+from rotbits_jax import models
+from rotbits_jax import passes
+from rotbits_jax import structured
+from rotbits_jax.file import writer
+from rotbits_jax.passes import recipe
+from rotbits_jax.slicing import norm_fusion
+from rotbits_jax.slicing import slicegpt
+from rotbits_jax.structured import subspaces
+from tests import random_models
+
+TESTDATA = pathlib.Path(__file__).parent / 'testdata'
+MICROSOFT = {
+  'llama-tiny': 'llama-tiny-sliced-head-0.25',
+  'phi2-tiny': 'phi2-tiny-sliced-0.25',
+  'phi3-tiny': 'phi3-tiny-sliced-0.25',
+}
+OPT = {
+  'model_type': 'opt',
+  'hidden_size': 48,
+  'word_embed_proj_dim': 48,
+  'ffn_dim': 96,
+  'num_hidden_layers': 2,
+  'num_attention_heads': 4,
+  'vocab_size': 200,
+  'max_position_embeddings': 30,
+}
+WIDTHS = (40, 36, 36, 44, 48)
+
+
+def sliced_from(dense, widths, dtype, seed=0):
+  """Slices a model with random subspaces, whatever the widths."""
+  rng, config = np.random.default_rng(seed), norm_fusion.fused(dense.config)
+  hidden = config.hidden_size
+  bases = [random_models.orthogonal(rng, hidden)[:, :n] for n in widths]
+  outer, step = dense.outer(), config.segments_per_layer
+  embed = norm_fusion.fuse_embeddings(outer, dense.config)
+  head = norm_fusion.fuse_head(outer, dense.config)
+  head['kernel'] = bases[-1].T @ head['kernel']
+  outer = {'embed': {k: x @ bases[0] for k, x in embed.items()}, 'head': head}
+  layers = [
+    slicegpt.slice_layer(
+      norm_fusion.fuse_layer(layer, dense.config),
+      tuple(bases[i * step : (i + 1) * step + 1]),
+      config,
+    )
+    for i, layer in enumerate(dense.layers())
+  ]
+  outer, layers = jax.tree.map(lambda x: x.astype(dtype), (outer, layers))
+  return models.from_layers(config.sliced_to(widths), outer, layers)
+
+
+def opt_pair(dtype=np.float16):
+  dense = random_models.random_model(OPT, dtype)
+  return dense, sliced_from(dense, WIDTHS, dtype)
+
+
+def size_of(model):
+  return passes.count_model(model)[1]
+
+
+def stream_bytes(data):
+  with file.Reader(data) as reader:
+    return reader.stream_bytes()
+
+
+def forms(data):
+  """How each parameter is stored, by path."""
+  notes = rotbits_jax.inspect(data).notes[writer.BESIDE]
+  return {note['tensor']: (note['form'], note.get('product')) for note in notes}
+
+
+@pytest.mark.parametrize(
+  ('name', 'exact', 'free'),
+  [('llama-tiny', 0.31, 0.085), ('phi2-tiny', 0.18, 0.032), ('phi3-tiny', 0.31, 0.075)],
+)
+def test_checkpoints_that_microsoft_sliced(name, exact, free):
+  path, base = TESTDATA / MICROSOFT[name], TESTDATA / f'{name}-dense'
+  checkpoint = rotbits_jax.open_checkpoint(path)
+  model = rotbits_jax.load_checkpoint(path).model
+  data = rotbits_jax.encode(checkpoint, base=base, preset='exact')
+  assert stream_bytes(data) < exact * size_of(model)
+  decoded = rotbits_jax.decode(data, base=base)
+  assert structured.same_bits(decoded.params, model.params)
+  data = rotbits_jax.encode(checkpoint, base=base, preset='free')
+  assert stream_bytes(data) < free * size_of(model)
+  found = rotbits_jax.verify(data, against=path, base=base)
+  # SliceGPT rounds the embedding of a Llama twice.
+  assert found.kl < (2.5 if name == 'llama-tiny' else 2) * found.kl_rerounded
+  stored = {
+    'relative' if product == 'shortcut' else 'same'
+    for form, product in forms(data).values()
+    if product is not None
+  }
+  assert stored == {'relative', 'same'}
+
+
+@pytest.mark.parametrize('dtype', [np.float16, ml_dtypes.bfloat16, np.float32])
+def test_widths_that_differ_biases_and_a_tied_head(dtype):
+  dense, model = opt_pair(dtype)
+  for preset, share in {'exact': 0.75, 'free': 0.6}.items():
+    data = rotbits_jax.encode(model, base=dense, preset=preset)
+    assert stream_bytes(data) < share * size_of(model), preset
+    found = rotbits_jax.decode(data, base=dense)
+    if preset == 'exact':
+      assert structured.same_bits(found.params, model.params)
+    own, other = (x.outer()['head']['kernel'] for x in (found, model))
+    norms = [np.linalg.norm(np.float32(x), axis=0) for x in (own, other)]
+    np.testing.assert_allclose(*norms, rtol=8 * float(ml_dtypes.finfo(dtype).eps))
+
+
+def test_a_tensor_that_was_changed_after_slicing_is_a_difference():
+  dense = rotbits_jax.load_checkpoint(TESTDATA / 'llama-tiny-dense').model
+  model = rotbits_jax.load_checkpoint(TESTDATA / MICROSOFT['llama-tiny']).model
+  layers, rng = list(model.layers()), np.random.default_rng(0)
+  kernel = layers[1]['mlp']['up']['kernel']
+  update = rng.normal(size=(96, 2)) @ rng.normal(size=(2, 256)) * 0.01
+  layers[1]['mlp']['up']['kernel'] = (kernel + update).astype(kernel.dtype)
+  layers[1]['mlp']['down']['kernel'] = rng.normal(size=(256, 96)).astype(kernel.dtype)
+  tuned = models.from_layers(model.config, model.outer(), layers)
+  data = rotbits_jax.encode(tuned, base=dense, preset='free')
+  found = forms(data)
+  assert found['layers.1/mlp/up/kernel'] == ('relative', 'reads')
+  assert found['layers.1/mlp/down/kernel'] == ('array', None)
+  assert found['layers.1/mlp/gate/kernel'] == ('same', 'reads')
+  data = rotbits_jax.encode(tuned, base=dense, preset='exact')
+  assert structured.same_bits(rotbits_jax.decode(data, base=dense).params, tuned.params)
+
+
+def test_a_base_that_the_model_was_not_sliced_from():
+  dense, model = opt_pair()
+  flipped = jax.tree.map(lambda x: x[..., ::-1].copy(), dense.params)
+  other = dataclasses.replace(dense, params=flipped)
+  with pytest.raises(ValueError, match='was not sliced from it'):
+    rotbits_jax.encode(model, base=other, preset='free')
+  data = rotbits_jax.encode(model, base=dense, preset='free')
+  with pytest.raises(file.ContainerError, match='other elements than that of the base'):
+    rotbits_jax.decode(data, base=other)
+  with pytest.raises(file.ContainerError, match='give that model as the base'):
+    rotbits_jax.decode(data)
+
+
+def test_parts_and_shards(tmp_path):
+  dense, model = opt_pair()
+  data = rotbits_jax.encode(model, base=dense, preset='exact')
+  path = 'layers.1/attention/query/kernel'
+  found = rotbits_jax.read_tensor(data, path, base=dense)
+  assert structured.same_bits(found, model.layer(1)['attention']['query']['kernel'])
+  target = tmp_path / 'x.rotbits'
+  for size in (None, 3000):
+    rotbits_jax.encode_to_file(
+      model, target, base=dense, preset='exact', shard_size=size, check=True
+    )
+    found = rotbits_jax.load(target, base=dense)
+    assert structured.same_bits(jax.device_get(found.params), model.params)
+  assert len(list(tmp_path.glob('*.rotbits'))) > 3
+
+
+def as_integers(array):
+  return [[int(x) for x in row] for row in array]
+
+
+def times(a, b):
+  return [
+    [
+      sum(x * y for x, y in zip(row, column, strict=True))
+      for column in zip(*b, strict=True)
+    ]
+    for row in a
+  ]
+
+
+def scaled(a):
+  """Multiples of 2^-50 as the nearest ones of 2^-25; ties to even."""
+  return [[int(np.rint(x / 2**25)) for x in row] for row in a]
+
+
+def test_a_subspace_is_made_of_integers():
+  rng = np.random.default_rng(0)
+  basis = random_models.orthogonal(rng, 11)[:, :8]
+  leaf = recipe.as_subspace(basis, 2.0**-11)
+  found = leaf.materialize()
+  one = 1 << 25
+  np.testing.assert_allclose(found.T @ (found / one**2), np.eye(8), atol=1e-6)
+  # It is the same subspace.
+  np.testing.assert_allclose(
+    basis @ (basis.T @ found) / one, found / one, atol=2.0**-12
+  )
+  tangent = as_integers(leaf.tangent.astype(int) * leaf.step)
+  flipped = [list(x) for x in zip(*tangent, strict=True)]
+  unit = lambda n, x: [[x * (i == k) for k in range(n)] for i in range(n)]
+  plus = lambda a, b, s=1: [
+    [x + s * y for x, y in zip(*rows, strict=True)] for rows in zip(a, b, strict=True)
+  ]
+  gram = plus(scaled(times(tangent, flipped)), unit(3, one))
+  inverse = unit(3, int(np.rint(one * 2 / 3)))
+  for _ in range(5):
+    off = plus(unit(3, 2 * one), scaled(times(gram, inverse)), -1)
+    inverse = scaled(times(inverse, off))
+  lower = [[2 * x for x in row] for row in scaled(times(inverse, tangent))]
+  upper = plus(unit(8, one), scaled(times(flipped, lower)), -1)
+  rows = np.unpackbits(leaf.mask, count=11, bitorder='little').astype(bool)
+  assert found[rows].tolist() == upper
+  assert found[~rows].tolist() == lower
+
+
+def test_products_with_numbers_that_cannot_be_added_exactly_are_refused():
+  way = subspaces.Way('writes')
+  kernel, huge = np.ones((4, 6), np.float16), np.full((6, 3), 2**30, np.int32)
+  make = lambda array, basis: subspaces.tensor(
+    way, [array], [basis], (4, 3), np.dtype(np.float16)
+  )
+  with pytest.raises(ValueError, match='too large'):
+    make(kernel, huge)
+  with pytest.raises(ValueError, match='not finite'):
+    make(np.full_like(kernel, np.inf), huge // 2**8)
+  with pytest.raises(ValueError, match='cannot take rows of 6'):
+    make(kernel, huge[:5] // 2**8)
+
+
+def test_a_basis_must_have_as_many_rows_as_it_says():
+  leaf = recipe.as_subspace(
+    random_models.orthogonal(np.random.default_rng(0), 11)[:, :8], 2.0**-11
+  )
+  settings, arrays = leaf.stored()
+  wrong = arrays | {'mask': np.full(2, 255, np.uint8)}
+  with pytest.raises(ValueError, match='must have 8 rows'):
+    structured.Subspace.from_stored(settings, wrong)
+  greater = dataclasses.replace(leaf, tangent=leaf.tangent * 100)
+  with pytest.raises(ValueError, match='too large'):
+    greater.materialize()
