@@ -265,6 +265,47 @@ def relative(s, a):
   b.ravel()[order] = found
   whole[rows] = b
   return bits
+def basis(s, a):
+  return np.int32(a['numbers'] * s['step']).view(BITS('int32'))
+def subspace(s, a):
+  t, (m, d) = np.float64(a['tangent']) * s['step'], a['tangent'].shape
+  one = lambda n: 2.0**25 * np.eye(n)
+  scaled = lambda x: np.rint(x * 2.0**-25)
+  g, z = scaled(t @ t.T) + one(m), np.rint(one(m) * (2 / 3))
+  for _ in range(5):
+    z = scaled(z @ (2 * one(m) - scaled(g @ z)))
+  low = 2 * scaled(z @ t)
+  top = np.unpackbits(a['mask'], count=m + d, bitorder='little') > 0
+  found = np.empty((m + d, d), np.int32)
+  found[top], found[~top] = one(d) - scaled(t.T @ low), low
+  return found.view(BITS('int32'))
+def product(p, arrays, bases, name, hidden):  # the bit patterns of a product
+  rounded = lambda x: np.float64(widen(narrow(np.float32(x), name), name)
+    if p.get('rounded') else x)
+  power = lambda x, k: k - np.frexp(abs(x).max(-1, keepdims=True))[1]
+  k = 26 - (hidden.bit_length() + 1) // 2
+  if p['kind'] == 'shortcut':
+    v, w = (2.0**25 * np.eye(hidden) if x is None else x for x in bases)
+    return narrow(np.float32(np.ldexp(v.T @ w, -50)), name)
+  whole = np.float64(arrays[0])
+  across = p['kind'] != 'writes' and not p.get('transposed')
+  x, e = rounded(whole.T if across else whole), 25
+  if p['kind'] == 'bias':
+    o = rounded(arrays[1])
+    n = power(o, k)
+    bases, e = [np.rint(np.ldexp(o, n))], n
+  elif p['kind'] == 'reads':
+    x = rounded(x * rounded(arrays[1]))
+  elif p.get('centred'):
+    n = power(x, 52 - (hidden - 1).bit_length())
+    i = np.rint(np.ldexp(x, n))
+    x = rounded(np.ldexp(i - i.sum(-1, keepdims=True) / hidden, -n))
+  if bases[0] is not None:
+    n = power(x, k)
+    y = np.rint(np.ldexp(x, n)) @ bases[0]
+    x = np.ldexp(y, -(n[:, 0] if p['kind'] == 'bias' else n) - e)
+  x = x + rounded(arrays[2]) if len(arrays) > 2 else x
+  return narrow(np.float32(x.T if p['kind'] == 'reads' else x), name)
 def head_rows(s, a):
   first, rows = a['first'], []
   others = a.get('others', np.zeros((0, first.shape[1] + s['head_dim'])))
@@ -287,10 +328,13 @@ LEAVES = {  # numbers, or bit patterns, of leaves with settings s and arrays a
   'tied': lambda s, a: widen(*s['head']).T @ a['map'], 'tied_exactly': tied_exactly,
   'head_rows': head_rows, 'quantized': quantized,
   'same': lambda s, a: base_of(s)[0], 'patched': patched, 'relative': relative,
+  'basis': basis, 'subspace': subspace,
 }
 def expand(kind, s, parts):  # the bit patterns that a leaf stands for
-  exact = kind in ('tied_exactly', 'same', 'patched', 'relative')  # of bit patterns
-  a = {name: x if exact else widen(x, dtype) for name, (x, dtype) in parts.items()}
+  exact = kind in (  # of bit patterns
+    'tied_exactly', 'same', 'patched', 'relative', 'basis', 'subspace')
+  a = {name: SIGNED(x) if dtype == 'int32' and kind in ('basis', 'subspace')
+    else x if exact else widen(x, dtype) for name, (x, dtype) in parts.items()}
   for name in [x for x in a if f'{x}_corner' in a]:  # lower triangles
     corner, below = a.pop(f'{name}_corner'), a[name]
     n, columns = (math.isqrt(8 * corner.size + 1) - 1) // 2, below.shape[1]
@@ -333,14 +377,25 @@ def main(path, output, base=None):
       if 'type_name' in leaf:
         s = {'dtype': dtype, 'head': tensors.get('head/kernel')}
         s |= {'unit': 0} | leaf.get('settings', {})
-        if 'base' in leaf:
-          s['base'] = base[leaf['base'][0]]
-          if zlib.crc32(s['base'][0].tobytes()) != leaf['base'][3]:
+        p = leaf.get('product')
+        arrays_of_base = p.get('arrays', []) if p else [leaf[x] for x in ('base',)
+          if x in leaf]
+        for own, *_, crc32 in arrays_of_base:
+          s['base'] = base[own]
+          if zlib.crc32(s['base'][0].tobytes()) != crc32:
             raise ValueError(f'{leaf["path"]} needs another base')
+        if p:
+          bases = (f'subspaces.{i}/basis' for i in p.get('segments', []))
+          bases = [np.float64(SIGNED(tensors[x][0])) if x in tensors else None
+            for x in bases]
+          own = [widen(*base[x[0]]) for x in arrays_of_base]
+          hidden = manifest['config']['hidden_size']
+          s['base'] = product(p, own, bases, dtype, hidden), dtype
         bits = expand(leaf['type_name'], s, parts).reshape(leaf['shape'])
         if leaf.get('crc32') not in (None, zlib.crc32(bits.tobytes())):
           raise ValueError(f'{leaf["path"]} is damaged')
       tensors[leaf['path']] = bits, dtype
+  tensors = {k: x for k, x in tensors.items() if not k.startswith('subspaces.')}
   header, end = {'__metadata__': {'empty': json.dumps(empty)}}, 0
   for path, (bits, dtype) in tensors.items():
     dtype = dtype.replace('loat', '').replace('int', 'i').replace('ui', 'u').upper()

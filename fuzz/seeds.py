@@ -23,6 +23,8 @@ from rotbits_jax import structured
 from rotbits_jax.checkpoints import lazy
 from rotbits_jax.checkpoints import torch_zip
 from rotbits_jax.passes import relative
+from rotbits_jax.slicing import norm_fusion
+from rotbits_jax.slicing import slicegpt
 
 LLAMA: dict[str, Any] = {
   'model_type': 'llama',
@@ -77,6 +79,67 @@ def sliced_model(
   outer['embed']['tokens'] = image.astype(np.float16)
   layers = [fill(models.layer_shapes(config, i)) for i in range(config.num_layers)]
   return models.from_layers(config, outer, layers)
+
+
+def dense_model(config_json: dict[str, Any], *, seed: int = 0) -> models.Model:
+  """Makes a random dense model in float16."""
+  config = checkpoints.parse_config(config_json, None)
+  rng = np.random.default_rng(seed)
+  draw = lambda shape: (rng.standard_normal(shape) / 3).astype(np.float16)
+  fill = functools.partial(jax.tree.map, draw, is_leaf=lambda x: isinstance(x, tuple))
+  layers = [fill(models.layer_shapes(config, i)) for i in range(config.num_layers)]
+  return models.from_layers(config, fill(models.outer_shapes(config)), layers)
+
+
+def sliced_from(
+  dense: models.Model, widths: tuple[int, ...], dtype: Any = np.float16, seed: int = 0
+) -> models.Model:
+  """Slices a model with random subspaces, without a text."""
+  rng, config = np.random.default_rng(seed), norm_fusion.fused(dense.config)
+  hidden, step = config.hidden_size, config.segments_per_layer
+  whole = (np.linalg.qr(rng.standard_normal((hidden, hidden)))[0] for _ in widths)
+  bases = [x[:, :n] for x, n in zip(whole, widths, strict=True)]
+  embed = norm_fusion.fuse_embeddings(dense.outer(), dense.config)
+  head = norm_fusion.fuse_head(dense.outer(), dense.config)
+  head['kernel'] = bases[-1].T @ head['kernel']
+  outer = {'embed': {k: x @ bases[0] for k, x in embed.items()}, 'head': head}
+  layers = [
+    slicegpt.slice_layer(
+      norm_fusion.fuse_layer(layer, dense.config),
+      tuple(bases[i * step : (i + 1) * step + 1]),
+      config,
+    )
+    for i, layer in enumerate(dense.layers())
+  ]
+  outer, layers = jax.tree.map(lambda x: x.astype(dtype), (outer, layers))
+  return models.from_layers(config.sliced_to(widths), outer, layers)
+
+
+@functools.cache
+def base() -> dict[str, Any]:
+  """Returns the base of `containers_beside_base`: a dense model, and other arrays."""
+  dense = dense_model(OPT | {'hidden_size': 32, 'word_embed_proj_dim': 32})
+  layers = {models.names.layer(i): x for i, x in enumerate(dense.layers())}
+  arrays = {name: array for name, (_, array) in leaves_beside_base().items()}
+  return {**dense.outer(), **layers, 'arrays': arrays}
+
+
+@functools.cache
+def containers_beside_base() -> dict[str, bytes]:
+  """Encodes arrays and a sliced model beside `base`."""
+  dense = dense_model(OPT | {'hidden_size': 32, 'word_embed_proj_dim': 32})
+  model = sliced_from(dense, (24, 28, 32))
+  arrays = {
+    name: leaf.materialize(array)
+    for name, (leaf, array) in leaves_beside_base().items()
+  }
+  return {
+    'arrays beside a base': rotbits_jax.encode({'arrays': arrays}, base=base()),
+    **{
+      f'{preset} beside a base': rotbits_jax.encode(model, preset=preset, base=dense)
+      for preset in ('exact', 'free')
+    },
+  }
 
 
 def low_rank_model() -> models.Model:
@@ -155,6 +218,10 @@ def leaves() -> dict[str, Any]:
       normal(6, 2),
       name='bfloat16',
       transposed=True,
+    ),
+    'basis': structured.Basis(rng.integers(-90, 90, (6, 4)).astype(np.int32), 1 << 17),
+    'subspace': structured.Subspace.of(
+      0.2 * np.float64(normal(3, 5)), np.arange(8) % 3 > 0, 1 << 10
     ),
   }
 

@@ -104,6 +104,11 @@ def _container(data: bytes) -> None:
         np.asarray(leaf.materialize())
 
 
+def _beside_base(data: bytes) -> None:
+  with rotbits_jax.file.Reader(data, base=seeds.base()) as reader:
+    reader.read()
+
+
 def _decode(path: pathlib.Path) -> None:
   rotbits_jax.decode(path)
 
@@ -400,6 +405,12 @@ TARGETS: dict[str, Target] = {
     ],
     mutations.mutate_container,
     _container,
+    (rotbits_jax.ContainerError,),
+  ),
+  'beside a base': Target(
+    lambda: seeds.containers_beside_base().values(),
+    mutations.mutate_container,
+    _beside_base,
     (rotbits_jax.ContainerError,),
   ),
   'paper': Target(

@@ -56,6 +56,7 @@ def leaf():
     arrays=('x',),
     needs=('x',),
     base=leaves.BaseArray(path='x', shape=(), dtype='float16', crc32=1),
+    product=leaves.Product(kind='shortcut', segments=(0, 1)),
     crc32=1,
   )
 
@@ -119,6 +120,7 @@ def field_names(cls):
     ('A *leaf* is one parameter:', leaf()),
     ('The field `spec` of a record describes its stream:', stream_spec()),
     ('`rotbits_jax.models.ModelConfig` says', field_names(models.ModelConfig)),
+    ('The object `product` has', field_names(leaves.Product)),
     ('The object `rope_scaling` has', field_names(models.RopeScaling)),
     ('A file with a message has no records', schema.dump(message())),
     ('says how a weights file', schema.dump(weights_file())),

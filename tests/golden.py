@@ -11,6 +11,7 @@ The test of golden files checks them under other settings of JAX, which must not
 what is decoded.
 """
 
+import dataclasses
 import hashlib
 import json
 import pathlib
@@ -20,7 +21,9 @@ import jax
 import ml_dtypes
 import numpy as np
 
+from fuzz import seeds
 import rotbits_jax
+from rotbits_jax import models
 from rotbits_jax import structured
 from rotbits_jax.file import container
 from tests import random_models
@@ -64,21 +67,60 @@ def few_values():
   }
 
 
+def dense():
+  """The base of files: the first layer and tokens of a checkpoint of the tests."""
+  model = rotbits_jax.load_checkpoint(FOLDER.parent / 'phi2-tiny-dense').model
+  outer, tokens = model.outer(), 64
+  outer['embed'] = {'tokens': outer['embed']['tokens'][:tokens]}
+  outer['head'] = {key: x[..., :tokens] for key, x in outer['head'].items()}
+  config = dataclasses.replace(
+    model.config,
+    num_layers=1,
+    vocab_size=tokens,
+    segment_widths=model.config.segment_widths[:2],
+  )
+  return models.from_layers(config, outer, [model.layer(0)])
+
+
+def base_of(name):
+  """The base that a golden file needs; None for none."""
+  case = name.rpartition('/')[2]
+  if case == 'beside-base':
+    return dense().layer(0)
+  return dense() if case.startswith('recipe') else None
+
+
+def beside_base():
+  """Arrays that differ little from those of a base."""
+  found, rng = dense().layer(0), np.random.default_rng(2)
+  up = np.float32(found['mlp']['up']['kernel'])
+  up += 0.01 * up.std() * rng.normal(size=up.shape)
+  found['mlp']['up']['kernel'] = up.astype(np.float16)
+  few = found['mlp']['down']['kernel'].copy()
+  few[3, :9] += np.float16(1)
+  found['mlp']['down']['kernel'] = few
+  return found
+
+
 def cases():
   """What is encoded, and how, by the name of the file."""
   sliced = random_models.sliced_llama(WIDTHS, np.float16)
   wide = random_models.sliced_llama(WIDTHS, np.float32, seed=1)
-  dense = random_models.random_model(
+  bfloat16 = random_models.random_model(
     random_models.BASE | {'num_hidden_layers': 2}, ml_dtypes.bfloat16
   )
+  recipe = seeds.sliced_from(dense(), (96, 112))
   return {
     'tree': (tree(), {'preset': 'exact'}),
+    'beside-base': (beside_base(), {'base': base_of('beside-base')}),
+    'recipe': (recipe, {'base': dense(), 'preset': 'free'}),
+    'recipe-exact': (recipe, {'base': dense(), 'preset': 'exact'}),
     'exact': (sliced, {'preset': 'exact'}),
     'free': (sliced, {'preset': 'free'}),
     'free-float32': (wide, {'preset': 'free'}),
-    'free-dense-bfloat16': (dense, {'preset': 'free'}),
+    'free-dense-bfloat16': (bfloat16, {'preset': 'free'}),
     'near': (sliced, {'preset': 'near', 'step': -4.75}),
-    'near-dense-bfloat16': (dense, {'preset': 'near'}),
+    'near-dense-bfloat16': (bfloat16, {'preset': 'near'}),
     'few-values': (few_values(), {'preset': 'exact'}),
     'paper': (sliced, {'preset': 'paper'}),
     'paper-entropy': (sliced, {'preset': 'paper', 'entropy': True}),
@@ -95,9 +137,9 @@ def cases():
   }
 
 
-def digests(path):
+def digests(path, base=None):
   """Dtype, shape and SHA-256 of every array in a file, by its path."""
-  decoded = rotbits_jax.decode(path)
+  decoded = rotbits_jax.decode(path, base=base)
   trees = {'': decoded}
   if isinstance(decoded, rotbits_jax.Model):
     trees = {f'layers.{i}/': layer for i, layer in enumerate(decoded.layers())}
@@ -143,7 +185,10 @@ def write():
     file_of(name).parent.mkdir(exist_ok=True)
     with file_of(name).open('xb') as file:
       file.write(rotbits_jax.encode(model, **options))
-    own = {'written by': rotbits_jax.__version__, 'arrays': digests(file_of(name))}
+    own = {
+      'written by': rotbits_jax.__version__,
+      'arrays': digests(file_of(name), base_of(name)),
+    }
     DIGESTS.write_text(json.dumps(found := found | {name: own}, indent=0) + '\n')
 
 
@@ -154,7 +199,7 @@ def check():
     if name not in entries or not file_of(name).exists():
       wrong.append(name)
       continue
-    expected, found = entries[name]['arrays'], digests(file_of(name))
+    expected, found = entries[name]['arrays'], digests(file_of(name), base_of(name))
     count += len(expected)
     wrong += [
       f'{name}/{path}'

@@ -16,6 +16,7 @@ import rotbits_jax
 from rotbits_jax import file as file_lib
 from rotbits_jax import structured
 from tests import golden
+from tests import recipe_test
 
 ROOT = pathlib.Path(__file__).parents[1]
 ROUNDOFF = {'bfloat16': 2.0**-7, 'float16': 2.0**-10, 'float32': 1e-5}
@@ -61,10 +62,19 @@ def parameters(decoded):
   return found
 
 
-def assert_reads_the_same(file, output, base=None):
+def save_base(base, folder):
+  is_model = isinstance(base, rotbits_jax.Model)
+  leaves = dict(base.leaves()) if is_model else structured.flatten(base)
+  arrays = {path: np.ascontiguousarray(x) for path, x in leaves.items()}
+  safetensors_numpy.save_file(arrays, folder / 'base.safetensors')
+  return folder / 'base.safetensors'
+
+
+def assert_reads_the_same(file, output, base=None, dense=None):
   load_decoder().main(file, output, base)
   got = safetensors_numpy.load_file(output)
-  expected = parameters(rotbits_jax.decode(file, base=base))
+  decoded = rotbits_jax.decode(file, base=base if dense is None else dense)
+  expected = parameters(decoded)
   assert set(got) == set(expected)
   for path, (array, is_leaf) in expected.items():
     assert (got[path].dtype, got[path].shape) == (array.dtype, array.shape)
@@ -91,7 +101,9 @@ def test_reads_the_same_numbers(name, preset, tmp_path):
 
 @pytest.mark.parametrize('name', [x for x in golden.names() if 'paper' not in x])
 def test_reads_golden_files(name, tmp_path):
-  assert_reads_the_same(golden.file_of(name), tmp_path / 'model.safetensors')
+  output, base = tmp_path / 'model.safetensors', golden.base_of(name)
+  path = None if base is None else save_base(base, tmp_path)
+  assert_reads_the_same(golden.file_of(name), output, path, base)
 
 
 @pytest.mark.parametrize('units', [False, True])
@@ -131,6 +143,14 @@ def test_reads_a_tree_beside_a_base(dtype, own, tmp_path):
   assert_reads_the_same(file, output, tmp_path / 'base.safetensors')
 
 
+@pytest.mark.parametrize('preset', ['free', 'exact'])
+def test_reads_a_sliced_model_beside_its_dense_model(preset, tmp_path):
+  dense, model = recipe_test.opt_pair(jnp.bfloat16)
+  file, output = tmp_path / 'x.rotbits', tmp_path / 'x.safetensors'
+  rotbits_jax.encode_to_file(model, file, base=dense, preset=preset)
+  assert_reads_the_same(file, output, save_base(dense, tmp_path), dense)
+
+
 def test_reads_a_pruned_model(tmp_path):
   file, output = tmp_path / 'model.rotbits', tmp_path / 'model.safetensors'
   model = load_last_layer(SMALL[0])
@@ -155,4 +175,4 @@ def test_reads_trees_with_names_of_a_model_and_empty_dicts(tmp_path):
 
 def test_is_short():
   lines = (ROOT / 'examples' / 'numpy_decoder.py').read_text().splitlines()
-  assert len(lines) < 360
+  assert len(lines) < 420

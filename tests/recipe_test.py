@@ -8,6 +8,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from fuzz import seeds
 import rotbits_jax
 from rotbits_jax import file
 from rotbits_jax import models
@@ -15,8 +16,6 @@ from rotbits_jax import passes
 from rotbits_jax import structured
 from rotbits_jax.file import writer
 from rotbits_jax.passes import recipe
-from rotbits_jax.slicing import norm_fusion
-from rotbits_jax.slicing import slicegpt
 from rotbits_jax.structured import subspaces
 from tests import random_models
 
@@ -39,31 +38,9 @@ OPT = {
 WIDTHS = (40, 36, 36, 44, 48)
 
 
-def sliced_from(dense, widths, dtype, seed=0):
-  """Slices a model with random subspaces, whatever the widths."""
-  rng, config = np.random.default_rng(seed), norm_fusion.fused(dense.config)
-  hidden = config.hidden_size
-  bases = [random_models.orthogonal(rng, hidden)[:, :n] for n in widths]
-  outer, step = dense.outer(), config.segments_per_layer
-  embed = norm_fusion.fuse_embeddings(outer, dense.config)
-  head = norm_fusion.fuse_head(outer, dense.config)
-  head['kernel'] = bases[-1].T @ head['kernel']
-  outer = {'embed': {k: x @ bases[0] for k, x in embed.items()}, 'head': head}
-  layers = [
-    slicegpt.slice_layer(
-      norm_fusion.fuse_layer(layer, dense.config),
-      tuple(bases[i * step : (i + 1) * step + 1]),
-      config,
-    )
-    for i, layer in enumerate(dense.layers())
-  ]
-  outer, layers = jax.tree.map(lambda x: x.astype(dtype), (outer, layers))
-  return models.from_layers(config.sliced_to(widths), outer, layers)
-
-
 def opt_pair(dtype=np.float16):
   dense = random_models.random_model(OPT, dtype)
-  return dense, sliced_from(dense, WIDTHS, dtype)
+  return dense, seeds.sliced_from(dense, WIDTHS, dtype)
 
 
 def size_of(model):

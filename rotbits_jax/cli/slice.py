@@ -3,7 +3,7 @@ r"""Slices a dense checkpoint with SliceGPT: fewer elements, similar predictions
   rotbits slice --model=DIR|FILE --output=DIR --sparsity=0.25 --calibration=FILE
     [--dtype=same|float16|bfloat16|float32] [--final_orientation=random|pca]
     [--round_interval=8] [--slice_head] [--sequences=128] [--sequence_length=N]
-    [--seed=42] [--encoded=FILE] [--overwrite] [--json] [--verbose]
+    [--seed=42] [--encoded=FILE] [--recipe=FILE] [--overwrite] [--json] [--verbose]
 
 Example:
 
@@ -15,15 +15,17 @@ of the interval. The calibration text decides which directions stay. The output 
 of Microsoft's run_slicegpt.py: <name>_<sparsity>.pt, its .json, and the dense model's
 configs and tokenizer. The name is that of the model's directory or file. With --encoded
 the file that `rotbits encode --preset=free` makes is written, too, from the elements
-before they are rounded. Files that exist are replaced with --overwrite only. Slicing
-costs quality, most of all in small models: measure it with `rotbits evaluate`. A small
-model with a tied head does not even become smaller, because slicing unties the head
-from the embedding.
+before they are rounded. With --recipe the same is written beside the dense model, which
+whoever decodes the file passes with --base. Files that exist are replaced with
+--overwrite only. Slicing costs quality, most of all in small models: measure it with
+`rotbits evaluate`. A small model with a tied head does not even become smaller, because
+slicing unties the head from the embedding.
 
 JSON:
 
   weights      path of the .pt file
   encoded      path of the encoded file, or null
+  recipe       path of the encoded file that needs the dense model, or null
   hidden_size  width of the dense model
   width        width of the first segment of the sliced model
   tokens       count of the tokens that calibrated the slicing
@@ -83,6 +85,9 @@ _SEED = FLAGS.add('seed', 'The seed of all that is random.', int, 42, lower_boun
 _ENCODED = FLAGS.add(
   'encoded', 'A file for the sliced model, encoded with the preset free.'
 )
+_RECIPE = FLAGS.add(
+  'recipe', 'A file for the sliced model that needs the dense model to be decoded.'
+)
 _OVERWRITE = FLAGS.add('overwrite', 'Replace existing files.', bool, False)
 
 
@@ -119,10 +124,15 @@ def main() -> program.Result:
   rotbits_jax.save_checkpoint(
     checkpoint, _OUTPUT.value, format='slicegpt', overwrite=overwrite
   )
-  if _ENCODED.value is not None:
+  bases = {_ENCODED.value: None, _RECIPE.value: dense.model}
+  for encoded, base in bases.items():
+    if encoded is None:
+      continue
     rotbits_jax.encode_to_file(
       unrounded,
-      _ENCODED.value,
+      encoded,
+      preset='free',
+      base=base,
       files=checkpoint.files,
       stem=stem,
       overwrite=overwrite,
@@ -133,6 +143,7 @@ def main() -> program.Result:
   result = {
     'weights': str(weights),
     'encoded': _ENCODED.value,
+    'recipe': _RECIPE.value,
     'hidden_size': config.hidden_size,
     'width': width,
     'tokens': int(tokens.size),
@@ -153,6 +164,6 @@ def _check_outputs(names: list[str]) -> None:
   directory = outputs.directory_target(_OUTPUT.value)
   for name in names if directory.exists() else []:
     outputs.check(directory / name, overwrite=_OVERWRITE.value)
-  if _ENCODED.value is not None:
-    encoded = outputs.resolved(_ENCODED.value)
-    outputs.check(encoded, overwrite=_OVERWRITE.value)
+  for encoded in (_ENCODED.value, _RECIPE.value):
+    if encoded is not None:
+      outputs.check(outputs.resolved(encoded), overwrite=_OVERWRITE.value)

@@ -86,7 +86,7 @@ class Job:
     self._recipe = None if base is None else self._find_recipe(base)
     if base is not None and self._recipe is None:
       self._check_base(base)
-    self._records = self._recipe or source
+    self._records: Any = self._recipe or source
     writer_lib.check_source(source, self._streams(self._records.records))
     for name in source.records:
       self._check_record(name)

@@ -67,7 +67,8 @@ class Recipe:
     self.config = source.config
     self._source, self._base, self._keeps_bits = source, base, keeps_bits
     self._made_of = recipe_lib.ingredients(base.config, self.config)
-    self._context = passes.make_context(source, stored_as=source.stored_as)
+    given: Any = source
+    self._context = passes.make_context(given, stored_as=source.stored_as)
     self.segment = functools.lru_cache(_MOST_SEGMENTS)(self._segment)
     self._given = functools.lru_cache(2)(self._read)
     step = self.config.segments_per_layer

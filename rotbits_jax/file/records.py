@@ -82,8 +82,9 @@ class Records:
           raise ContainerError(f'{path}: it needs {other}, which needs others')
         if other not in self.leaves and other.split('/')[0] in self.entries:
           raise ContainerError(f'{path}: it needs {other}, which is missing')
-      for array in leaf.base_arrays if base is not None else ():
-        base.check(path, array)
+      if base is not None:
+        for array in leaf.base_arrays:
+          base.check(path, array)
       if leaf.product is not None:
         self._check_segments(leaf, manifests[0].config)
 
