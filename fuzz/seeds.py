@@ -85,7 +85,7 @@ def dense_model(config_json: dict[str, Any], *, seed: int = 0) -> models.Model:
   """Makes a random dense model in float16."""
   config = checkpoints.parse_config(config_json, None)
   rng = np.random.default_rng(seed)
-  draw = lambda shape: (rng.standard_normal(shape) / 3).astype(np.float16)
+  draw = lambda shape: np.asarray(rng.standard_normal(shape) / 3, np.float16)
   fill = functools.partial(jax.tree.map, draw, is_leaf=lambda x: isinstance(x, tuple))
   layers = [fill(models.layer_shapes(config, i)) for i in range(config.num_layers)]
   return models.from_layers(config, fill(models.outer_shapes(config)), layers)
@@ -221,7 +221,7 @@ def leaves() -> dict[str, Any]:
     ),
     'basis': structured.Basis(rng.integers(-90, 90, (6, 4)).astype(np.int32), 1 << 17),
     'subspace': structured.Subspace.of(
-      0.2 * np.float64(normal(3, 5)), np.arange(8) % 3 > 0, 1 << 10
+      0.2 * normal(3, 5).astype(np.float64), np.arange(8) % 3 > 0, 1 << 10
     ),
   }
 

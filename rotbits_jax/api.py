@@ -99,7 +99,8 @@ def encode(
     base: a model or PyTree that the receiver has and that differs little, such as the
       base of a fine-tune. What it has is not stored again, and whoever decodes the file
       passes it, too. Arrays are found by their paths. It needs the preset 'exact',
-      which is then the default.
+      which is then the default; or 'free', for a sliced model beside its dense one, of
+      which both presets find the subspaces that slicing kept.
     adapters: folders of LoRA adapters in PEFT's layout that were trained on the source.
       They are taken to the coordinates that 'free' or 'near' chooses, and come back in
       a sub-folder of the checkpoint with the name of their folder.

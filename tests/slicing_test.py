@@ -375,6 +375,7 @@ class TestSlice:
       '--sparsity=0.25',
       '--sequence_length=48',
       f'--encoded={output.parent / "free.rotbits"}',
+      f'--recipe={output.parent / "recipe.rotbits"}',
     )
     assert (code, err) == (0, '')
     stem = 'phi2-tiny-dense_0.25'
@@ -382,6 +383,9 @@ class TestSlice:
     tensors = checkpoints.to_tensors(rotbits_jax.load_checkpoint(output).model)
     assert encoded.input_bytes == sum(tensor.nbytes for tensor in tensors.values())
     assert encoded.file_bytes < encoded.input_bytes
+    recipe = rotbits_jax.inspect(output.parent / 'recipe.rotbits')
+    assert recipe.file_bytes < 0.2 * encoded.file_bytes
+    assert 'layers.0/mlp/up/kernel' in recipe.needs
     assert f'{stem}.pt: width 96 of 128, calibrated on 576 tokens' in out
     names = {f'{stem}.pt', f'{stem}.json', 'tokenizer.json', 'config.json'}
     assert {file.name for file in output.iterdir()} == names | {

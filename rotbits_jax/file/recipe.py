@@ -27,6 +27,7 @@ from rotbits_jax.symmetries import rotations
 from rotbits_jax.system import host
 
 _MOST_SEGMENTS = 4  # that are held; a layer needs three
+_MOST_ARRAYS = 32  # of the base, that are held
 _UNRELATED = 0.3  # the relative error of equations from which there is no subspace
 
 
@@ -44,6 +45,13 @@ class _Segment(NamedTuple):
   basis: np.ndarray | None
   turn: np.ndarray | None
   known: bool
+
+
+class _Array(NamedTuple):
+  """An array of the base, and its entry in the manifest."""
+
+  array: np.ndarray
+  entry: leaves_lib.BaseArray
 
 
 class Recipe:
@@ -70,6 +78,7 @@ class Recipe:
     given: Any = source
     self._context = passes.make_context(given, stored_as=source.stored_as)
     self.segment = functools.lru_cache(_MOST_SEGMENTS)(self._segment)
+    self._array = functools.lru_cache(_MOST_ARRAYS)(self._find)
     self._given = functools.lru_cache(2)(self._read)
     step = self.config.segments_per_layer
     self.records: tuple[str, ...] = ()
@@ -169,13 +178,14 @@ class Recipe:
 
   def _arrays(self, made_of: recipe_lib.Ingredients) -> list[np.ndarray] | None:
     """Returns the arrays of the base; None if it lacks one that can be multiplied."""
-    found = []
-    for path in made_of.paths:
-      array = self._base.array(path)
-      if array is None or not np.isfinite(array.astype(np.float32)).all():
-        return None
-      found.append(array)
-    return found
+    found = [self._array(path) for path in made_of.paths]
+    return None if any(x is None for x in found) else [x.array for x in found if x]
+
+  def _find(self, path: str) -> _Array | None:
+    array = self._base.array(path)
+    if array is None or not np.isfinite(array).all():
+      return None
+    return _Array(array, base_lib.entry_of(path, array))
 
   def _segment(self, segment: int) -> _Segment:
     if segment == 0:
@@ -230,7 +240,7 @@ class Recipe:
     )
     product = leaves_lib.Product(
       kind=way.kind,
-      arrays=tuple(map(base_lib.entry_of, own.paths, arrays)),
+      arrays=tuple(x.entry for x in map(self._array, own.paths) if x),
       segments=own.segments,
       transposed=way.transposed,
       centred=way.centred,
