@@ -210,7 +210,7 @@ def table(cases: Mapping[str, tuple[Tensors, Tensors]]) -> str:
 def recipes(dense: str, sliced: list[str]) -> str:
   """Measures sliced models beside their dense model; returns a table in Markdown."""
   lines = [
-    '| sliced | preset | bytes | of the tensors | KL | noise floor | encode s | decode s |',
+    '| sliced | preset | bytes | of the tensors | KL | floor | encode s | decode s |',
     '|---|---|---|---|---|---|---|---|',
   ]
   for path in sliced:

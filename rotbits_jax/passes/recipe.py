@@ -20,7 +20,7 @@ from rotbits_jax import models
 from rotbits_jax import structured
 from rotbits_jax.structured import subspaces
 
-_ROOTS = 40  # most steps of the Newton-Schulz iteration
+_ROOTS = 8  # steps of the Newton-Schulz iteration, which is quadratic
 _SAMPLE = 1 << 9  # vectors of a tensor by which its error is measured
 _MOST_ERROR = 2  # roundoffs; SliceGPT's tensors have errors of up to 1
 _SMALL = 0.3  # share of the median norm of rows that smaller rows count as
@@ -135,17 +135,16 @@ def fit(
   gram, moments = np.zeros((shape[0], shape[0])), np.zeros(shape)
   for pair in pairs:
     _add(gram, moments, pair, 1)
-  best = _solve(gram, moments, samples)
-  errors = _errors(best.basis, samples)
+  best = basis, errors = _solve(gram, moments, samples)
   while len(samples) > 1 and not max(errors) <= _MOST_ERROR * roundoff:
     worst = int(np.argmax(errors))
     _add(gram, moments, pairs.pop(worst), -1)
     del samples[worst]
-    found = _solve(gram, moments, samples)
-    errors = _errors(found.basis, samples)
-    if max(errors) <= _MOST_ERROR * roundoff:
-      return found
-  return best
+    basis, errors = _solve(gram, moments, samples)
+    if basis is not None and max(errors) <= _MOST_ERROR * roundoff:
+      best = basis, errors
+  basis, errors = best
+  return Found(basis, max(errors, default=math.inf))
 
 
 def _sample(pair: Pair) -> tuple[np.ndarray, np.ndarray]:
@@ -183,36 +182,28 @@ def _add(gram: np.ndarray, moments: np.ndarray, pair: Pair, sign: int) -> None:
 
 def _solve(
   gram: np.ndarray, moments: np.ndarray, samples: list[tuple[np.ndarray, np.ndarray]]
-) -> Found:
+) -> tuple[np.ndarray | None, list[float]]:
+  """Returns the basis, see `Found`, and the relative error of each tensor."""
   least = 1e-10 * np.trace(gram) / len(gram) + 1e-300
-  basis = orthonormal(np.linalg.solve(gram + least * np.eye(len(gram)), moments))
-  return Found(basis, max(_errors(basis, samples), default=math.inf))
-
-
-def _errors(
-  basis: np.ndarray | None, samples: list[tuple[np.ndarray, np.ndarray]]
-) -> list[float]:
-  """Returns the relative error of each tensor."""
-  if basis is None:
-    # The tensor whose equations contradict the others has the greatest numbers.
-    return [math.inf for _ in samples]
-  return [
-    float(np.linalg.norm(rows @ basis - wanted) / max(np.linalg.norm(wanted), 1e-300))
+  solution = np.linalg.solve(gram + least * np.eye(len(gram)), moments)
+  basis = orthonormal(solution)
+  used = solution if basis is None else basis
+  errors = [
+    float(np.linalg.norm(rows @ used - wanted) / max(np.linalg.norm(wanted), 1e-300))
     for rows, wanted in samples
   ]
+  return basis, errors
 
 
 def orthonormal(matrix: np.ndarray) -> np.ndarray | None:
   """Returns the nearest matrix with orthonormal columns; None if none is near."""
   identity = np.eye(matrix.shape[1])
-  for i in range(_ROOTS):
-    off = matrix.T @ matrix - identity
-    error = float(np.linalg.norm(off, 2 if i == 0 else None))
-    if not (error < 0.9 if i == 0 else math.isfinite(error)):
-      return None
-    if error < 1e-13 * len(identity):
-      return matrix
+  off = matrix.T @ matrix - identity
+  if not np.isfinite(off).all() or np.abs(np.linalg.eigvalsh(off)).max() > 0.9:
+    return None
+  for _ in range(_ROOTS):
     matrix = matrix - matrix @ (off / 2)
+    off = matrix.T @ matrix - identity
   return matrix
 
 
@@ -256,9 +247,13 @@ def _step(size: float) -> int:
 
 
 def turn(basis: np.ndarray, other: np.ndarray) -> np.ndarray:
-  """Returns the rotation R, float64 `[d, d]`, for which `basis @ R` is near another."""
-  left, _, right = np.linalg.svd(basis.T @ other)
-  return left @ right
+  """Returns the rotation R, float64 `[d, d]`, for which `basis @ R` is near another.
+
+  The two have the same subspace, up to rounding.
+  """
+  found = orthonormal(basis.T @ other)
+  assert found is not None
+  return found
 
 
 def follows(target: np.ndarray, made: np.ndarray, roundoff: float) -> bool:
@@ -278,10 +273,3 @@ def follows(target: np.ndarray, made: np.ndarray, roundoff: float) -> bool:
     <= (8 * roundoff) ** 2 * mean / off.shape[1 - axis]
     for axis in (0, 1)
   )
-
-
-def mean_error(target: np.ndarray, made: np.ndarray) -> float:
-  """Returns the relative error of a product in the Frobenius norm."""
-  given, found = (x.astype(np.float32) for x in (target, made))
-  norm = float(np.linalg.norm(given))
-  return float(np.linalg.norm(given - found)) / (norm or 1.0)
