@@ -256,20 +256,19 @@ def turn(basis: np.ndarray, other: np.ndarray) -> np.ndarray:
   return found
 
 
-def follows(target: np.ndarray, made: np.ndarray, roundoff: float) -> bool:
+def follows(target: np.ndarray, made: np.ndarray, limit: float) -> bool:
   """Returns whether a tensor is what a product makes of the base, up to rounding.
 
   Args:
     target: the tensor, rounded.
     made: the product, rounded.
-    roundoff: unit roundoff of the dtype.
+    limit: the greatest relative error in the Frobenius norm. That of a row or column
+      may be eight times as large.
   """
   given, found = (np.atleast_2d(x).astype(np.float32) for x in (target, made))
   off, sizes = np.square(given - found), np.square(given)
   mean = float(sizes.sum())
-  # SliceGPT's tensors were rounded once or twice, and products are rounded.
-  return float(off.sum()) <= roundoff**2 * mean and all(
-    float(off.sum(axis).max(initial=0))
-    <= (8 * roundoff) ** 2 * mean / off.shape[1 - axis]
+  return float(off.sum()) <= limit**2 * mean and all(
+    float(off.sum(axis).max(initial=0)) <= (8 * limit) ** 2 * mean / off.shape[1 - axis]
     for axis in (0, 1)
   )
