@@ -153,8 +153,11 @@ class Recipe:
       axes = {f'{prefix}{path}': x for path, x in own.items()}
       segments = range(index * step, (index + 1) * step + 1)
     turns = [self.segment(i).turn for i in segments]
-    turned = tuple(None if x is None else jnp.asarray(x, jnp.float32) for x in turns)
-    return rotations.rotate_parameters(params, turned, axes)
+    of = lambda segment: None if segment is None else turns[segment]
+    return {
+      path: _rotated(leaf, *map(of, rotations.sides(axes[path])))
+      for path, leaf in params.items()
+    }
 
   # ---- the segments
 
@@ -256,6 +259,19 @@ class Recipe:
       if recipe_lib.follows(target, made, limit * self._context.roundoff):
         target = made
     return base_lib.beside_product(target, made, product)
+
+
+def _rotated(leaf: Any, rows: np.ndarray | None, columns: np.ndarray | None) -> Any:
+  """Returns `rows^T @ leaf @ columns` in float32."""
+  if structured.is_structured(leaf):
+    turns = (
+      None if x is None else jnp.asarray(x, jnp.float32) for x in (rows, columns)
+    )
+    return rotations.rotate(leaf, *turns)
+  # NumPy needs no program for each shape.
+  found = np.asarray(leaf, np.float32)
+  found = found if rows is None else rows.T.astype(np.float32) @ found
+  return found if columns is None else found @ columns.astype(np.float32)
 
 
 def suits(source: sources.Source, base: base_lib.Base) -> bool:

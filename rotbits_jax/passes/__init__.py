@@ -18,6 +18,7 @@ The modules, in the order of reading:
     tied        an embedding that is a linear image of the head
     low_rank    the basis between two factors
     relative    an array beside one of a base: which leaf stores it
+    recipe      the subspaces of a sliced model, from its dense base
     noise       the change that rounding alone makes, as a yardstick
 """
 
