@@ -13,7 +13,8 @@ axis `[N, ...]`.
 
 `Quantized` stands for a plain array in a file only: the reader puts the array in its
 place. So do `Same`, `Patched` and `Relative`, which need an array of another model, see
-`relative`, and `Basis` and `Subspace`, of which a sliced model is made, see `subspaces`. `UniformlyQuantized` stands for one in memory only.
+`relative`, and `Basis` and `Subspace`, of which a sliced model is made, see
+`subspaces`. `UniformlyQuantized` stands for one in memory only.
 
 To add a leaf, write a dataclass with annotated fields, see `fields`, and `register` it.
 """
