@@ -407,7 +407,7 @@ TARGETS: dict[str, Target] = {
     _container,
     (rotbits_jax.ContainerError,),
   ),
-  'beside a base': Target(
+  'beside_base': Target(
     lambda: seeds.containers_beside_base().values(),
     mutations.mutate_container,
     _beside_base,
