@@ -10,6 +10,7 @@ follows its product is that product.
 
 from collections.abc import Mapping
 import functools
+import threading
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -26,7 +27,7 @@ from rotbits_jax.structured import subspaces
 from rotbits_jax.symmetries import rotations
 from rotbits_jax.system import host
 
-_MOST_SEGMENTS = 4  # that are held; a layer needs three
+_MOST_SEGMENTS = 8  # that are held; two layers at a time need five
 _MOST_ARRAYS = 32  # of the base, that are held
 _UNRELATED = 0.3  # the relative error of equations from which there is no subspace
 
@@ -82,7 +83,8 @@ class Recipe:
     self._made_of = recipe_lib.ingredients(base.config, self.config)
     given: Any = source
     self._context = passes.make_context(given, stored_as=source.stored_as)
-    self.segment = functools.lru_cache(_MOST_SEGMENTS)(self._segment)
+    self._lock = threading.RLock()
+    self._segments = functools.lru_cache(_MOST_SEGMENTS)(self._segment)
     self._array = functools.lru_cache(_MOST_ARRAYS)(self._find)
     self._given = functools.lru_cache(2)(self._read)
     step = self.config.segments_per_layer
@@ -160,6 +162,11 @@ class Recipe:
     }
 
   # ---- the segments
+
+  def segment(self, segment: int) -> _Segment:
+    """Returns a segment; threads that need the same one wait for it."""
+    with self._lock:
+      return self._segments(segment)
 
   def _fit(self, segment: int, rounded: bool) -> recipe_lib.Found:
     """Finds the basis of a segment from the tensors that read or write it."""
