@@ -253,6 +253,8 @@ def main() -> None:
   cases['an equal model, bfloat16'] = old, old
   found = table(cases)
   if _SLICED.value:
+    if _DENSE.value is None:
+      raise ValueError('--sliced needs --dense')
     found += f'\n\n{recipes(_DENSE.value, _SLICED.value)}'
   if _RESULTS.value is not None:
     about = (

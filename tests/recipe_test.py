@@ -217,3 +217,25 @@ def test_a_basis_must_have_as_many_rows_as_it_says():
   greater = dataclasses.replace(leaf, tangent=leaf.tangent * 100)
   with pytest.raises(ValueError, match='too large'):
     greater.materialize()
+
+
+def test_a_run_that_was_interrupted_goes_on(tmp_path, monkeypatch):
+  source, base = TESTDATA / MICROSOFT['phi2-tiny'], TESTDATA / 'phi2-tiny-dense'
+  target, calls, own = tmp_path / 'x.rotbits', [], writer.encode_record
+  encode = lambda: rotbits_jax.encode_to_file(source, target, base=base, preset='free')
+  encode()
+  whole = target.read_bytes()
+  target.unlink()
+
+  def interrupted(record, *args):
+    calls.append(record.name)
+    if calls.count('layers.1') == 1 and record.name == 'layers.1':
+      raise KeyboardInterrupt
+    return own(record, *args)
+
+  monkeypatch.setattr(writer, 'encode_record', interrupted)
+  with pytest.raises(KeyboardInterrupt):
+    encode()
+  encode()
+  assert calls.count('subspaces.0') == calls.count('layers.0') == 1  # they were kept
+  assert target.read_bytes() == whole
