@@ -606,7 +606,8 @@ def verify(
 def _written(job: job_lib.Job, *, progress: bool) -> bytes:
   """Does the work in memory."""
   memory, shard = io.BytesIO(), shards.Shard('', tuple(job.counts))
-  with progress_lib.Progress('encode', len(job.counts), 'record', show=progress) as bar:
+  total = sum(x.bytes for x in job.counts.values())
+  with progress_lib.Progress('encode', total, 'B', show=progress) as bar:
     job.write([shard], lambda _: memory, bar)
   return memory.getvalue()
 

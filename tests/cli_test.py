@@ -124,7 +124,13 @@ class TestEncode:
     code, out, _ = rotbits('encode', f'--checkpoint={SLICED}', f'--output={output}')
     assert code == 0
     assert output.read_bytes() == (encoded / 'free').read_bytes()
-    assert 'residual gauge' in out
+    last = out.splitlines()[-1]
+    assert re.fullmatch(
+      rf'\d\d[.]\d\d% \([\d.]+ kB => [\d.]+ kB, {output}\) in \d+ s; the same function '
+      'comes back, in other weights',
+      last,
+    )
+    assert 'residual gauge' not in out
 
   def test_exact_is_the_default_for_dense_checkpoints(self, rotbits, tmp_path):
     output = tmp_path / 'model.rotbits'
@@ -406,7 +412,7 @@ class TestBadInput:
     ('flags', 'words'),
     [
       ([], '--output'),
-      (['--output=OUT', '--chekpoint=x'], "'chekpoint'"),
+      (['--output=OUT', '--chekpoint=x'], '--chekpoint; did you mean --checkpoint?'),
       (['--output=OUT', 'more'], "'more'"),
       (['--output=OUT', '--preset=none'], 'free|exact'),
       (['--output=OUT', '--json=perhaps'], '--json'),
@@ -601,10 +607,11 @@ class TestProgram:
       assert f'\n  {name} ' in out
 
   def test_unknown_command(self, rotbits):
-    code, out, err = rotbits('enkode')
-    assert (code, out) == (2, '')
-    assert err.startswith("rotbits: unknown command 'enkode'")
-    assert len(err.splitlines()) == 1
+    for words in (['enkode'], ['help', 'enkode']):
+      code, out, err = rotbits(*words)
+      expected = "rotbits: unknown command 'enkode'; did you mean encode?\n"
+      assert (code, out, err) == (2, '', expected)
+    assert rotbits('xyz')[2].endswith('it is one of ' + ', '.join(main.COMMANDS) + '\n')
 
   @pytest.mark.parametrize('command', main.COMMANDS)
   def test_help(self, rotbits, command):
@@ -612,14 +619,13 @@ class TestProgram:
     assert (code, err) == (0, '')
     assert rotbits('help', command) == (0, out, '')
     assert f'rotbits {command} --' in out
-    listed = out.partition('\nflags:\n')[2].splitlines()
-    assert listed
-    # No heading with the name of a module; the flags of every command come last.
-    assert all(line.startswith('  ') for line in listed)
-    if command != 'completion':
-      names = re.findall(r'^  (?:-v,)?--(?:\[no\])?(\w+):', '\n'.join(listed), re.M)
-      assert names[-2:] == ['json', 'verbose']
-      assert len(names) > 2
+    assert max(map(len, out.splitlines())) <= 80
+    # Flags that are needed come first, those of every command last.
+    names = re.findall(r'^  (?:-v, )?--(\w+)', out.partition('\n\nJSON:')[0], re.M)
+    assert names[-2:] == ['json', 'verbose']
+    headings = re.findall(r'^(required|flags.*|only with --preset=.*):$', out, re.M)
+    assert headings[-1] == 'flags of every command'
+    assert 'required' not in headings[1:]
     # The example parses: every flag in it is one.
     example = out.partition('Example:\n\n')[2].partition('\n\n')[0]
     module = importlib.import_module(f'rotbits_jax.cli.{command}')

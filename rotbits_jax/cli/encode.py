@@ -2,16 +2,16 @@ r"""Encodes a checkpoint as one smaller file, or as several (shards).
 
   rotbits encode --checkpoint=DIR --output=FILE [--preset=free|exact|near|paper]
     [--base=DIR|FILE] [--adapter=DIR] [--same_files] [--shard_size=2GB]
-    [--overwrite] [--verify] [--json] [--verbose]
-    [--canonicaliser=polar_shortcut|qr|svd] [--rotation_codec=haar|symmetric_eig]
-    [--correction=exact|threshold] [--entropy]
-    [--step=-5] [--max_kl=1e-3 --text=FILE [--max_tokens=4096]]
-    [--config=NAME|FILE] [--distributed]
+    [--overwrite] [--verify] [--config=NAME|FILE] [--distributed] [--json] [--verbose]
 
 Example:
 
   rotbits encode --checkpoint=SmolLM2-135M --output=smollm2.rotbits
   rotbits decode --input=smollm2.rotbits --output=SmolLM2-again
+
+It ends with one line: the share of the bytes, the sizes, the file, the
+time, and what comes back. `rotbits inspect` shows what is in the file, and
+`rotbits estimate` says beforehand what each preset would give.
 
 DIR is a checkpoint of Hugging Face (safetensors or pytorch_model.bin, sharded or not)
 or of Microsoft's SliceGPT, or the path of a GGUF file. The presets:
@@ -38,7 +38,8 @@ the preset must be `exact`, and the file holds plain tensors, as of an unknown f
 those in the folder configs of the repository, which has the presets and the published
 experiments:
 
-  rotbits encode --checkpoint=DIR --output=FILE --config=free --config.tolerance=1.0
+  rotbits encode --checkpoint=DIR --output=FILE --config=free \
+    --config.tolerance=1.0
   rotbits encode --checkpoint=DIR --output=FILE --config=opt_6_7b
 
 The preset `near` rounds the elements of an array to multiples of a step, which is near
@@ -46,7 +47,8 @@ The preset `near` rounds the elements of an array to multiples of a step, which 
 keep the mean KL divergence on a text below a bound, and needs memory for the whole
 model in float32:
 
-  rotbits encode --checkpoint=DIR --output=FILE --preset=near --max_kl=1e-3 --text=FILE
+  rotbits encode --checkpoint=DIR --output=FILE --preset=near --max_kl=1e-3 \
+    --text=FILE
 
 With --base the file holds only how a model differs from one that the receiver has, such
 as the base of a fine-tune or an earlier checkpoint of one run. Every bit comes back.
@@ -99,7 +101,7 @@ JSON:
 
 import inspect
 import re
-import sys
+import time
 import types
 import typing
 from typing import Any, Literal
@@ -113,7 +115,10 @@ from rotbits_jax import checkpoints
 from rotbits_jax import presets
 from rotbits_jax.cli import program
 from rotbits_jax.presets import steps
+from rotbits_jax.report import savings
 from rotbits_jax.system import outputs
+from rotbits_jax.system import status
+from rotbits_jax.system import text as text_lib
 
 FLAGS = program.Flags()
 _CHECKPOINT = FLAGS.add(
@@ -137,9 +142,15 @@ _MAX_KL = FLAGS.add(
   float,
   lower_bound=0.0,
 )
-_TEXT = FLAGS.add('text', 'The text on which --max_kl is measured.')
+_TEXT = FLAGS.add(
+  'text', 'Only for --preset=near: the text on which --max_kl is measured.'
+)
 _MAX_TOKENS = FLAGS.add(
-  'max_tokens', 'How many tokens of the text --max_kl uses.', int, 4096, lower_bound=2
+  'max_tokens',
+  'Only for --preset=near: how many tokens of the text --max_kl uses.',
+  int,
+  4096,
+  lower_bound=2,
 )
 _SHARD_SIZE = FLAGS.add(
   'shard_size', 'Greatest size of a file, like 2GB. By default there is one file.'
@@ -148,8 +159,8 @@ _OVERWRITE = FLAGS.add('overwrite', 'Replace an existing file.', bool, False)
 _VERIFY = FLAGS.add('verify', 'Decode the file before it appears.', bool, False)
 _SAME_FILES = FLAGS.add(
   'same_files',
-  'Give back the same weights files, byte for byte, as for unknown families. Only with '
-  '--preset=exact.',
+  'Only for --preset=exact: give back the same weights files, byte for byte, as for '
+  'unknown families.',
   bool,
   False,
 )
@@ -192,14 +203,14 @@ def _define_options() -> dict[str, flags.FlagHolder[Any]]:
 _OPTIONS = _define_options()
 
 
-def read_preset(name: str) -> tuple[presets.Preset, list[dict[str, float]] | None]:
+def read_preset(name: str) -> tuple[presets.Preset, steps.Found | None]:
   """Returns the preset and its options, from the flags.
 
   Args:
     name: name of the preset that suits the checkpoint, if no flag names one.
 
   Returns:
-    The preset; and with --max_kl the points that the search measured, for JSON.
+    The preset; and with --max_kl the result of the search.
 
   Raises:
     ValueError: if two flags cannot be combined, if the config has an unknown field, or
@@ -231,36 +242,66 @@ def read_preset(name: str) -> tuple[presets.Preset, list[dict[str, float]] | Non
   preset = presets.near(
     step=found.step, offsets=found.offsets, inputs=found.inputs, **options
   )
-  return preset, [point._asdict() for point in found.curve]
+  return preset, found
 
 
 def search(max_kl: float, text: str) -> steps.Found:
-  """Returns the steps that --max_kl and --text select; the points go to stderr."""
+  """Returns the steps that --max_kl and --text select."""
   outputs.check(outputs.resolved(_OUTPUT.value), overwrite=_OVERWRITE.value)
   checkpoint = rotbits_jax.load_checkpoint(_CHECKPOINT.value)
-  found = steps.search(
+  return steps.search(
     checkpoint.model,
     program.read_tokens(checkpoint, program.read_text(text)),
     max_kl=max_kl,
     max_tokens=_MAX_TOKENS.value,
     progress=True,
   )
-  for point in found.curve:
-    print(f'step 2^{point.step:<7} KL {point.kl:.3g}', file=sys.stderr)
-  print(f'chosen: 2^{found.step}', file=sys.stderr)
-  return found
+
+
+BACK = {
+  'bits': 'every bit comes back',
+  'function': 'the same function comes back, in other weights',
+  'approximation': 'nearly the same function comes back',
+}
+"""What a decoded file is, by what its preset keeps."""
+
+
+def last_line(
+  report: savings.Report, given: int, seconds: float, found: steps.Found | None
+) -> str:
+  """Returns the line with which the command ends.
+
+  Args:
+    report: the report on the file.
+    given: bytes of the input.
+    seconds: the time that it took.
+    found: the result of the search for the steps; None without one.
+  """
+  back = BACK[report.keeps]
+  if found is not None:
+    back += f': KL {found.kl:.2g} nats, step 2^{found.step}'
+  elif report.keeps == 'approximation':
+    back += '; measure it with rotbits evaluate'
+  elif report.needs:
+    back += ', beside the same --base'
+  sizes = f'{text_lib.of_bytes(given)} => {text_lib.of_bytes(report.file_bytes)}'
+  name = text_lib.printable(_OUTPUT.value)
+  share = report.file_bytes / max(given, 1)
+  return f'{share:.2%} ({sizes}, {name}) in {seconds:.0f} s; {back}'
 
 
 def main() -> program.Result | None:
+  start = time.monotonic()
   shard_size = program.parse_size('shard_size', _SHARD_SIZE.value)
   if _DISTRIBUTED.value:
     jax.distributed.initialize(
       _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value
     )
   opened = checkpoints.open_tensors if _SAME_FILES.value else checkpoints.open_any
+  status.show(f'encode: reading {text_lib.printable(_CHECKPOINT.value)} ...')
   source = opened(_CHECKPOINT.value)
   default = presets.default(getattr(source, 'config', None))
-  preset, curve = read_preset('exact' if _BASE.value else default)
+  preset, found = read_preset('exact' if _BASE.value else default)
   rotbits_jax.encode_to_file(
     source,
     _OUTPUT.value,
@@ -281,9 +322,9 @@ def main() -> program.Result | None:
     'given_bytes': source.input_bytes,
     'left_out': list(source.left_out),
     'plain_because': reason,
-    'curve': curve,
+    'curve': None if found is None else [point._asdict() for point in found.curve],
   }
-  parts = [program.report_text(report, FLAGS.verbose.value)]
+  parts = [program.report_text(report, True), ''] if FLAGS.verbose.value else []
   if source.left_out:
     parts.append(program.printable(f'not kept: {", ".join(source.left_out)}'))
   if preset.keeps == 'bits' and isinstance(source, checkpoints.CheckpointReader):
@@ -309,7 +350,10 @@ def main() -> program.Result | None:
       f'{_OUTPUT.value} has {report.file_bytes:,} bytes, and the weights that were '
       f'given have {source.input_bytes:,}: keep those'
     )
-  return result, '\n\n'.join(parts)
+  # The weights files may hold more than the tensors, and a GGUF file holds less.
+  given = min(source.input_bytes or report.input_bytes, report.input_bytes)
+  parts.append(last_line(report, given, time.monotonic() - start, found))
+  return result, '\n'.join(parts)
 
 
 def local_mesh() -> jax.sharding.Mesh | None:

@@ -7,6 +7,7 @@ import sys
 
 import rotbits_jax
 from rotbits_jax.system import interrupts
+from rotbits_jax.system import status
 
 COMMANDS = {
   'encode': 'encodes a checkpoint as a smaller file',
@@ -64,6 +65,8 @@ def main() -> int:
   except BrokenPipeError:  # the reader of the pipe, such as `head`, has ended
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
+  finally:
+    status.clear()
   return code
 
 
@@ -78,14 +81,16 @@ def _run(name: str) -> int:
     print(f'rotbits {rotbits_jax.__version__}')
     return 0
   if name not in COMMANDS:
-    names = ', '.join(COMMANDS)
-    print(
-      f'rotbits: unknown command {name!r}; the commands are {names}', file=sys.stderr
-    )
+    import difflib
+
+    near = difflib.get_close_matches(name, COMMANDS, 1)
+    hint = f'did you mean {near[0]}?' if near else f'it is one of {", ".join(COMMANDS)}'
+    print(f'rotbits: unknown command {name!r}; {hint}', file=sys.stderr)
     return 2
   del sys.argv[1]
   # Before SciPy is imported, whose LAPACK JAX calls; see `host.lapack_is_serial`.
   os.environ.setdefault('OPENBLAS_NUM_THREADS', '1')
+  status.show(f'{name}: starting ...')
   # Only this command is imported, because importing all of them would take seconds.
   command = importlib.import_module(f'rotbits_jax.cli.{name}')
   program = importlib.import_module('rotbits_jax.cli.program')

@@ -9,7 +9,7 @@ SIGTERM.
 """
 
 from collections.abc import Callable, Sequence
-import inspect
+import difflib
 import json
 import logging
 import os
@@ -26,11 +26,13 @@ import numpy as np
 
 import rotbits_jax
 from rotbits_jax import evaluation
+from rotbits_jax.cli import help as help_lib
 from rotbits_jax.file import shards
 from rotbits_jax.report import savings
 from rotbits_jax.system import cache
 from rotbits_jax.system import config_files
 from rotbits_jax.system import interrupts
+from rotbits_jax.system import status
 from rotbits_jax.system.text import printable
 
 Result = tuple[dict[str, Any], str | None]
@@ -40,8 +42,6 @@ BAD_INPUT = 2  # bad flags, too
 
 DTYPES = 'float32', 'bfloat16', 'float16'
 """The values of the flag --dtype."""
-
-_COMMON = 'flags of every command'
 
 _DEFINE: dict[type, Callable[..., flags.FlagHolder[Any]]] = {
   str: flags.DEFINE_string,
@@ -57,9 +57,14 @@ class Flags:
   def __init__(self) -> None:
     """Defines the flags of every command."""
     self.values = flags.FlagValues()
+    self.required: list[str] = []
     self._sources: list[str] = []
     self.json = self.add(
-      'json', 'Print one JSON object on one line.', bool, False, module_name=_COMMON
+      'json',
+      'Print one JSON object on one line.',
+      bool,
+      False,
+      module_name=help_lib.COMMON,
     )
     self.verbose = self.add(
       'verbose',
@@ -67,7 +72,7 @@ class Flags:
       bool,
       False,
       short_name='v',
-      module_name=_COMMON,
+      module_name=help_lib.COMMON,
     )
 
   def add(
@@ -92,6 +97,8 @@ class Flags:
     """
     if source:
       self._sources.append(name)
+    if options.get('required'):
+      self.required.append(name)
     options['flag_values'] = self.values
     if not isinstance(kind, type):
       return flags.DEFINE_enum(name, default, kind, help, **options)
@@ -175,16 +182,21 @@ def run(command: Callable[[], Result | None], own: Flags | flags.FlagValues) -> 
   name = f'rotbits {pathlib.Path(str(module.__file__)).stem}'
   arguments = sys.argv[1:]
   if '--help' in arguments or '-h' in arguments:
-    print(f'{inspect.getdoc(module)}\n\nflags:\n{_flags_help(values)}')
+    status.clear()
+    required = own.required if isinstance(own, Flags) else []
+    print(help_lib.text(module, values, required))
     return 0
   logging.getLogger('jax').setLevel(logging.ERROR)  # hides messages like "no GPU found"
   _keep_programs()
   try:
     with interrupts.raised():
-      _parse(values)
-      if isinstance(own, Flags):
-        own.check_paths()
-      result = command()
+      try:
+        _parse(values)
+        if isinstance(own, Flags):
+          own.check_paths()
+        result = command()
+      finally:
+        status.clear()
       if result is not None and values['json'].value:
         print(json.dumps(result[0], allow_nan=False))
       elif result is not None and result[1] is not None:
@@ -327,6 +339,10 @@ def _parse(values: flags.FlagValues) -> None:
   values.unparse_flags()  # an earlier run in this process may have left values
   try:
     unused = values([config_files.named('config', x) for x in sys.argv])[1:]
+  except flags.UnrecognizedFlagError as error:
+    near = difflib.get_close_matches(error.flagname, list(values), 1)
+    meant = f'; did you mean --{near[0]}?' if near else ''
+    raise flags.Error(f'unknown flag --{error.flagname}{meant}') from error
   except flags.Error as error:
     # absl says "Flag --x must have a value other than None."
     missing = re.search(r'flag (--\w+)=None: Flag', str(error))
@@ -338,13 +354,3 @@ def _parse(values: flags.FlagValues) -> None:
     raise ValueError(f'the config cannot be used: {name}: {error}') from error
   if unused:
     raise ValueError(f'unexpected argument {unused[0]!r}')
-
-
-def _flags_help(values: flags.FlagValues) -> str:
-  """Returns the help of a command's own flags, then that of the flags of every command.
-
-  absl puts flags under the names of the modules that define them, which a user need not
-  know.
-  """
-  modules = sorted(values.flags_by_module_dict(), key=lambda x: x == _COMMON)
-  return '\n'.join(values.module_help(x).partition(':\n')[2] for x in modules)

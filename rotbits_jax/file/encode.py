@@ -89,17 +89,18 @@ class Output:
     shards = shards_lib.plan(self._path, sizes, self._shard_size, self._processes)
     owners = {x: i * self._processes // len(shards) for i, x in enumerate(shards)}
     own = [shard for shard, owner in owners.items() if owner == self._process]
-    total = sum(len(shard.records) for shard in own)
+    names = [name for shard in own for name in shard.records]
+    total = sum(sizes[name] for name in names)
     fingerprint = job.fingerprint(shards)
     with (
       outputs.named(self._path),
       journal_lib.Journal(self._path, self._process, fingerprint) as journal,
-      progress_lib.Progress('encode', total, 'record', show=progress) as bar,
+      progress_lib.Progress('encode', total, 'B', show=progress) as bar,
     ):
       if self._process == 0:
         shards_lib.remove_unnamed(self._path)  # a killed run may have left them
       if journal.done:
-        bar.say(f'finds {len(journal.done)} of {total} records of an earlier run')
+        bar.say(f'finds {len(journal.done)} of {len(names)} records of an earlier run')
       with contextlib.ExitStack() as stack:
         open_shard = lambda shard: stack.enter_context(journal.open(shard))
         job.write(own, open_shard, bar, journal)

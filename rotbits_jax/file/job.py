@@ -146,18 +146,19 @@ class Job:
       )
       home |= dict.fromkeys(shard.records, shard.name)
     kept, known = self._keep(writers, list(home), journal) if journal else (0, None)
-    bar.update(kept)
+    bar.update(sum(self.counts[name].bytes for name in list(home)[:kept]))
     waiting = list(home)[kept:]
     if isinstance(self._coder, coders.ModelCoder):
       (writer,) = writers.values()
       self._write_message(self._coder, writer, bar)
       waiting = [name for name in waiting if name == models.names.BUFFERS]
-    bar.stage('encoding')
+    bar.stage('reading, compiling')
     for batch in self._coded(waiting, known):
+      bar.stage('encoding')
       written = []
       for name, coded in batch.records:
         written.append((home[name], writers[home[name]].add(*coded.result())))
-        bar.update()
+        bar.update(self.counts[name].bytes)
       if journal is not None:
         journal.note(written, batch.sources, batch.state)
     for writer in writers.values():
@@ -391,7 +392,7 @@ class Job:
       ),
       savings=(saving,),
     )
-    bar.update(len(own))
+    bar.update(sum(x.bytes for x in own))
 
 
 def _counts(specs: models.Params, dtypes: Mapping[str, np.dtype]) -> Any:

@@ -291,8 +291,9 @@ class Reader:
       'the whole content', sum(x.memory_bytes(integers) for x in entries)
     )
     flat: Tree = {}
+    total = sum(entry.input.bytes for entry in entries)
     with (
-      progress.Progress('decode', len(names), 'record', show=show_progress) as bar,
+      progress.Progress('decode', total, 'B', show=show_progress) as bar,
       weights.record_jobs() as start,
     ):
       started: dict[str, Any] = {}
@@ -306,9 +307,9 @@ class Reader:
         stacks_lib.start_stack(self._records, run, place, start, resolve, integers)
         for run in models.stack_ranges(layers, key)
       ]
-      for future in started.values():
+      for name, future in started.items():
         flat |= placement.placed(future.result(), place)
-        bar.update()
+        bar.update(self._records.entry(name).input.bytes)
       for stack in stacks:
         own = stack.result(bar)
         flat |= placement.placed_stack(own, place, stack.wanted, stack.total)
@@ -341,14 +342,14 @@ class Reader:
     if self._message is not None:
       yield from self._message.decode(show_progress=show_progress)
     names = self._names()
-    for name in names:
-      self._records.entry(name)
+    sizes = {name: self._records.entry(name).input.bytes for name in names}
+    total = sum(sizes.values())
     needed = {path for leaf in self._records.leaves.values() for path in leaf.needs}
     held = {self._records.holders.get(path) for path in needed}
     kept: dict[str, Any] = {}
     resolve = self._resolver(kept)
     with (
-      progress.Progress('decode', len(names), 'record', show=show_progress) as bar,
+      progress.Progress('decode', total, 'B', show=show_progress) as bar,
       weights.record_jobs() as start,
     ):
       ahead: collections.deque[Any] = collections.deque()
@@ -368,7 +369,7 @@ class Reader:
           }
         yield name, flat
         del flat
-        bar.update()
+        bar.update(sizes[name])
 
   def _resolver(self, started: Mapping[str, Any]) -> records_lib.Resolve:
     """Returns a function of the path of a parameter, which returns its array.

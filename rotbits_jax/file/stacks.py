@@ -26,6 +26,7 @@ class Stack(NamedTuple):
     wanted: places of the layers that this process needs.
     total: number of layers of the whole stack.
     entries: the manifest's entries of the layers that this process needs.
+    elsewhere: bytes of the layers that it does not need.
     memory: see `memory.allocate`.
     layers: the leaves of each of these layers, by path.
   """
@@ -34,6 +35,7 @@ class Stack(NamedTuple):
   wanted: range
   total: int
   entries: list[manifest_lib.Record]
+  elsewhere: int
   memory: Memory
   layers: 'list[futures.Future[records_lib.Flat]]'
 
@@ -43,8 +45,8 @@ class Stack(NamedTuple):
     for entry, layer in zip(self.entries, self.layers, strict=True):
       for path, leaf in layer.result().items():
         rows.setdefault(f'{self.name}/{entry.inner(path)}', []).append(leaf)
-      bar.update()
-    bar.update(self.total - len(self.layers))
+      bar.update(entry.input.bytes)
+    bar.update(self.elsewhere)
     return {
       path: type(leaves[0]).stack(leaves)
       if structured.is_structured(leaves[0])
@@ -76,6 +78,7 @@ def start_stack(
   if place is not None:
     wanted = placement.local_layers(place, name, entries[0], len(entries))
   memory = memory_lib.allocate(entries, stacked=len(wanted), integers=integers)
+  whole = sum(entry.input.bytes for entry in entries)
   entries = [entries[k] for k in wanted]
   rows = [
     {path: [array[row, ...] for array in arrays] for path, arrays in memory.items()}
@@ -85,4 +88,5 @@ def start_stack(
     start(functools.partial(records.decode, entry.name, row, resolve))
     for entry, row in zip(entries, rows, strict=True)
   ]
-  return Stack(name, wanted, len(layers), entries, memory, jobs)
+  elsewhere = whole - sum(entry.input.bytes for entry in entries)
+  return Stack(name, wanted, len(layers), entries, elsewhere, memory, jobs)

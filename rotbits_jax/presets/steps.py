@@ -78,6 +78,11 @@ class Found(NamedTuple):
   sensitivities: dict[str, float]
   inputs: dict[str, passes.Inputs]
 
+  @property
+  def kl(self) -> float:
+    """The mean divergence that was measured at the step."""
+    return next(point.kl for point in self.curve if point.step == self.step)
+
 
 def calibrate(
   model: models.Model,
@@ -135,18 +140,22 @@ def search(
   """
   if not (math.isfinite(max_kl) and max_kl > 0):
     raise ValueError(f'max_kl must be positive and finite, got {max_kl}')
-  text = _Text.make(model, tokens, max_tokens)
-  found = text.calibrate(progress) if calibrated else Calibration({}, {}, {})
-  with progress_lib.Progress(
-    'search', _EVALUATIONS, 'evaluation', show=progress
-  ) as bar:
+  with progress_lib.Progress('search', 2 + _EVALUATIONS, 'step', show=progress) as bar:
+    bar.stage('compiling, removing gauges')
+    text = _Text.make(model, tokens, max_tokens)
+    bar.update()
+    bar.stage('rounding each kind alone')
+    found = text.calibrate(progress=False) if calibrated else Calibration({}, {}, {})
+    bar.update()
     curve: dict[float, float] = {}
     step = PROBE
     while len(curve) < _EVALUATIONS and step not in curve:
+      bar.stage(f'2^{step:g}')
       rounded = text.rounded(step, found.offsets, found.inputs)
       curve[step] = text.compare({'rounded': rounded})['rounded']
       bar.update()
       step = _next_step(curve, max_kl)
+    bar.finish()
   below = [step for step, kl in curve.items() if kl <= max_kl]
   if not below:
     raise ValueError(

@@ -73,7 +73,8 @@ class Report(NamedTuple):
 
     def row(name: str, elements: int, size: int, sign: str = '') -> str:
       share = f'{100 * size / whole:{sign}8.2f}%' if (whole := self.input_bytes) else ''
-      return f'{name:24}{elements:{sign}16,}{size:{sign}18,}{share}'
+      count = f'{elements:{sign},}' if elements or not sign else ''
+      return f'{name:24}{count:>16}{size:{sign}18,}{share}'
 
     lines = [
       f'preset {self.preset}, '

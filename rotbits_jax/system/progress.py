@@ -9,6 +9,8 @@ from typing import Self, TypeVar
 import tqdm
 
 from rotbits_jax.system import interrupts
+from rotbits_jax.system import status
+from rotbits_jax.system import text as text_lib
 
 T = TypeVar('T')
 
@@ -16,7 +18,10 @@ _SECONDS = 60.0  # time between two lines if stderr is not a terminal
 
 
 class Progress:
-  """A context manager that shows the progress of a task whose size is known."""
+  """A context manager that shows the progress of a task whose size is known.
+
+  Units of the name 'B' are bytes.
+  """
 
   def __init__(self, task: str, total: int, unit: str, *, show: bool):
     """Starts the task.
@@ -31,10 +36,16 @@ class Progress:
     self._done, self._stage = 0, ''
     self._started = self._told = time.monotonic()
     self._first = 0, self._started  # the count at the beginning, and its time
-    terminal = sys.stderr.isatty()
+    terminal = status.is_terminal()
     self._show, self._lines = show, show and not terminal
+    if show:
+      status.clear()
     self._bar = tqdm.tqdm(
-      total=total, desc=task, unit=unit, disable=not (show and terminal)
+      total=total,
+      desc=task,
+      unit=unit if unit == 'B' else f' {unit}s',
+      unit_scale=unit == 'B',
+      disable=not (show and terminal),
     )
 
   def __enter__(self) -> Self:
@@ -69,6 +80,10 @@ class Progress:
     self._bar.update(count)
     self._tell()
 
+  def finish(self) -> None:
+    """Counts the rest as done, if a search ends before its greatest length."""
+    self.update(self._total - self._done)
+
   def say(self, text: str) -> None:
     """Shows a line at once."""
     if not self._show:
@@ -85,7 +100,11 @@ class Progress:
       return
     self._told = now
     spent = now - self._started
-    text = f'{self._done} of {self._total} {self._unit}s, {_clock(spent)}'
+    if self._unit == 'B':
+      text = f'{text_lib.of_bytes(self._done)} of {text_lib.of_bytes(self._total)}'
+    else:
+      text = f'{self._done} of {self._total} {self._unit}s'
+    text += f', {_clock(spent)}'
     done, since = self._first
     if self._done > done:
       to_go = (now - since) / (self._done - done) * (self._total - self._done)
