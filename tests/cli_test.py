@@ -22,6 +22,7 @@ import rotbits_jax
 from rotbits_jax import checkpoints
 from rotbits_jax.cli import main
 from rotbits_jax.cli import program
+from rotbits_jax.file import estimation
 from rotbits_jax.file import verification
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -260,6 +261,35 @@ class TestDecode:
     expected = tensors_of(rotbits_jax.load_checkpoint(SLICED).model)
     form = lambda tensors: {n: (t.shape, t.dtype) for n, t in tensors.items()}
     assert form(actual) == form(expected)
+
+
+class TestEstimate:
+  def test_it_is_close_to_the_files(self, rotbits, encoded):
+    code, out, err = rotbits('estimate', SLICED, f'--base={SLICED}', '--json')
+    assert (code, err) == (0, '')
+    result = json.loads(out)
+    assert set(result) == documented('estimate')
+    found = {x['preset']: x['bytes'] for x in result['presets']}
+    assert list(found) == ['exact', 'exact --base', 'free', 'near']
+    for preset, most in (('exact', 0.01), ('free', 0.03), ('near', 0.03)):
+      size = (encoded / preset).stat().st_size
+      assert abs(found[preset] / size - 1) < most, preset
+    assert found['exact --base'] < 0.1 * found['exact']
+
+  def test_rows_stand_for_an_array(self, monkeypatch):
+    """Samples of two sizes tell the cost of more rows, and what all rows share."""
+    size_of = lambda x: 1000 + 3.0 * x.shape[1] + 2.5 * len(x)
+    array = np.zeros((5000, 400), np.float16)
+    monkeypatch.setattr(estimation, '_ELEMENTS', 1 << 14)
+    found = estimation._extrapolated(array, size_of)
+    np.testing.assert_allclose(found, size_of(array))
+
+  def test_files_of_other_families(self, rotbits, tmp_path):
+    source = with_config(tmp_path, '{"model_type": "bert"}')
+    code, out, err = rotbits('estimate', source)
+    assert (code, err) == (0, '')
+    assert 'no free and near: ' in out
+    assert "model_type is 'bert'" in out
 
 
 class TestInspect:
@@ -618,7 +648,7 @@ class TestProgram:
     code, out, err = rotbits(command, '--help')
     assert (code, err) == (0, '')
     assert rotbits('help', command) == (0, out, '')
-    assert f'rotbits {command} --' in out
+    assert re.search(rf'^  rotbits {command} (--|PATH)', out, re.M)
     assert max(map(len, out.splitlines())) <= 80
     # Flags that are needed come first, those of every command last.
     names = re.findall(r'^  (?:-v, )?--(\w+)', out.partition('\n\nJSON:')[0], re.M)
@@ -629,7 +659,7 @@ class TestProgram:
     # The example parses: every flag in it is one.
     example = out.partition('Example:\n\n')[2].partition('\n\n')[0]
     module = importlib.import_module(f'rotbits_jax.cli.{command}')
-    flags = re.findall(r'--(\w+)', example.replace('\\\n', ' ').splitlines()[0])
+    flags = re.findall(r'--(\w+)', example.replace('\\\n', ' ').splitlines()[-1])
     assert flags
     assert set(flags) <= set(module.FLAGS.values)
     # Without flags it says which one is missing.

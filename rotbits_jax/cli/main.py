@@ -13,6 +13,7 @@ COMMANDS = {
   'encode': 'encodes a checkpoint as a smaller file',
   'decode': 'decodes a file to a checkpoint',
   'snapshot': 'decodes a file once, into a cache, for programs that load a folder',
+  'estimate': 'says in seconds what each preset would take of a checkpoint',
   'inspect': 'shows the content of a file and the bytes that each step saved',
   'report': 'writes a web page about a file, with pictures',
   'verify': 'checks that a file is undamaged and matches its checkpoint',

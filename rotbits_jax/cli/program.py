@@ -54,8 +54,13 @@ _DEFINE: dict[type, Callable[..., flags.FlagHolder[Any]]] = {
 class Flags:
   """Defines the flags of a command, and --json and --verbose, which every one has."""
 
-  def __init__(self) -> None:
-    """Defines the flags of every command."""
+  def __init__(self, *, first: str | None = None) -> None:
+    """Defines the flags of every command.
+
+    Args:
+      first: the flag whose value may be given as the first argument, without its name.
+    """
+    self.first = first
     self.values = flags.FlagValues()
     self.required: list[str] = []
     self._sources: list[str] = []
@@ -191,6 +196,9 @@ def run(command: Callable[[], Result | None], own: Flags | flags.FlagValues) -> 
   try:
     with interrupts.raised():
       try:
+        first = own.first if isinstance(own, Flags) else None
+        if first and arguments and not arguments[0].startswith('-'):
+          sys.argv[1] = f'--{first}={arguments[0]}'
         _parse(values)
         if isinstance(own, Flags):
           own.check_paths()

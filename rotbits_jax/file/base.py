@@ -91,8 +91,9 @@ class Base:
     return found[0] if len(found) == 1 else None
 
   def array(self, path: str) -> np.ndarray | None:
-    """Returns the array of the base with exactly this path; None if it has none."""
-    return host.contiguous(self._array(path)) if path in self._specs else None
+    """Returns the base's array for a path; None if it has none."""
+    found = self.find(path)
+    return None if found is None else host.contiguous(self._array(found))
 
   def _array(self, path: str) -> np.ndarray:
     with self._lock:
