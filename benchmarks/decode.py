@@ -47,6 +47,7 @@ from rotbits_jax.cli import program
 from rotbits_jax.coding import weights
 from rotbits_jax.coding.weights import pool
 from rotbits_jax.file import container
+from rotbits_jax.report import charts
 
 FLAGS = flags.FlagValues()
 _PEERS_PYTHON = flags.DEFINE_string(
@@ -80,6 +81,7 @@ SPARSITY = 0.25
 PEERS = ('zstd', 'zstandard', 'zipnn', 'lmzip')
 RAW = 'safetensors'
 LINKS = (10, 30, 100, 300, 1000, 3000)  # MB/s
+MOST = 2.5  # the greatest relative time in the picture
 TITLE = 'Decoding, from file to arrays'
 
 
@@ -200,33 +202,28 @@ def times_to_weights(rows: Sequence[Row]) -> str:
   return '\n'.join(lines)
 
 
-def plot(rows: Sequence[Row], path: str) -> None:
+def picture(rows: Sequence[Row]) -> str:
   """Draws the time to weights, relative to that of the safetensors file."""
-  import matplotlib
-
-  matplotlib.use('svg')
-  import matplotlib.pyplot as plt
-
-  speeds = np.geomspace(min(LINKS), max(LINKS), 200)
+  speeds = np.geomspace(min(LINKS), max(LINKS), 100)
   time_of = lambda row: row.bytes / (1e6 * speeds) + row.seconds
   raw = next(time_of(row) for row in rows if row.name == RAW)
-  with plt.rc_context({'svg.hashsalt': 'rotbits', 'svg.fonttype': 'none'}):
-    figure, axes = plt.subplots(figsize=(7, 4), layout='constrained')
-    for row in rows:
-      ours = row.name not in (RAW, *PEERS)
-      axes.plot(
-        speeds, time_of(row) / raw, label=row.name, linewidth=2.5 if ours else 1
-      )
-    axes.set(
-      xscale='log',
-      xlabel='link, MB/s',
-      ylabel='time to weights / that of safetensors',
-      ylim=(0.5, 2.5),
+  shown = [row for row in rows if row.name not in (RAW, 'zstandard')]
+  series = []
+  for i, row in enumerate(shown):
+    labels = [''] * len(speeds)
+    labels[10 + 16 * i] = row.name
+    relative = np.minimum(time_of(row) / raw, MOST).tolist()
+    series.append(
+      charts.Series(row.name, speeds.tolist(), relative, markers=False, labels=labels)
     )
-    axes.grid(alpha=0.3)
-    axes.legend(ncols=2)
-    figure.savefig(path, metadata={'Date': None})
-    plt.close(figure)
+  drawn = charts.chart(
+    series,
+    charts.Axis('link, MB/s', min(LINKS), max(LINKS), log=True, ticks=LINKS),
+    charts.Axis('time to weights, safetensors = 1', 0.5, MOST),
+    title='The time to weights over the speed of a link',
+    legend=False,
+  )
+  return charts.standalone(drawn) + '\n'
 
 
 def limits(
@@ -424,7 +421,7 @@ def main() -> None:
     f'```\n{times_to_weights(rows)}\n```\n'
   )
   if _PLOT.value is not None:
-    plot(rows, _PLOT.value)
+    pathlib.Path(_PLOT.value).write_text(picture(rows))
     body += f'\n![Time to weights]({_PLOT.value})\n'
   print(body)
   if _RESULTS.value is not None:

@@ -30,6 +30,7 @@ import rotbits_jax
 from rotbits_jax import checkpoints
 from rotbits_jax import models
 from rotbits_jax.cli import program
+from rotbits_jax.report import charts
 
 FLAGS = flags.FlagValues()
 _SIZES = flags.DEFINE_list(
@@ -158,32 +159,24 @@ def table(points: Sequence[Point]) -> str:
   return '\n'.join(lines)
 
 
-def plot(points: Sequence[Point], path: str) -> None:
-  """Draws seconds and memory over the tensors' bytes."""
-  import matplotlib
-
-  matplotlib.use('svg')
-  import matplotlib.pyplot as plt
-
-  with plt.rc_context({'svg.hashsalt': 'rotbits', 'svg.fonttype': 'none'}):
-    figure, panels = plt.subplots(1, 2, figsize=(9, 4), layout='constrained')
-    for preset in dict.fromkeys(point.preset for point in points):
-      own = [point for point in points if point.preset == preset]
-      sizes = [point.bytes for point in own]
-      for what, style in (('encode', '-'), ('load', '--')):
-        costs = [getattr(point, what) for point in own]
-        label = f'{what}, {preset}'
-        panels[0].plot(
-          sizes, [x.seconds for x in costs], style, marker='.', label=label
-        )
-        memory = [x.memory / 1e9 for x in costs]
-        panels[1].plot(sizes, memory, style, marker='.', label=label)
-    for axes, label in zip(panels, ('seconds', 'peak memory, GB'), strict=True):
-      axes.set(xscale='log', yscale='log', xlabel='bytes of the tensors', ylabel=label)
-      axes.grid(alpha=0.3)
-    panels[0].legend()
-    figure.savefig(path, metadata={'Date': None})
-    plt.close(figure)
+def picture(points: Sequence[Point]) -> str:
+  """Draws the seconds over the tensors' bytes."""
+  series = []
+  for preset in dict.fromkeys(point.preset for point in points):
+    own = sorted((x for x in points if x.preset == preset), key=lambda x: x.bytes)
+    for what in ('encode', 'load'):
+      seconds = [getattr(x, what).seconds for x in own]
+      labels = [*[''] * (len(own) - 2), f'{what}, {preset}', '']
+      series.append(charts.Series(what, [x.bytes for x in own], seconds, labels=labels))
+  low, high = (f(x.bytes for x in points) for f in (min, max))
+  drawn = charts.chart(
+    series,
+    charts.Axis('bytes of the tensors', low, high, log=True),
+    charts.Axis('seconds', 1e-2, 1e3, log=True),
+    title='Seconds to encode and to load over the bytes of the tensors',
+    legend=False,
+  )
+  return charts.standalone(drawn) + '\n'
 
 
 def main() -> None:
@@ -199,8 +192,8 @@ def main() -> None:
     f'that from one size to the next.\n\n```\n{table(points)}\n```\n'
   )
   if _PLOT.value is not None:
-    plot(points, _PLOT.value)
-    body += f'\n![Time and memory over size]({_PLOT.value})\n'
+    pathlib.Path(_PLOT.value).write_text(picture(points))
+    body += f'\n![Time over size]({_PLOT.value})\n'
   if _RESULTS.value is not None:
     sections.write(_RESULTS.value, TITLE, body)
 

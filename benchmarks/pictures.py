@@ -6,12 +6,14 @@
 `waterfall.svg` shows how the bytes of a sliced checkpoint become those of a file, and
 other compressors on the same tensors, see benchmarks/peers.py. `curve.svg` shows bytes
 against KL divergence, beside the block formats of GGUF. The numbers are kept in
-`measured.json`; `--draw` draws them again.
+`measured.json`; `--draw` draws them again, and with them the pictures of the benchmarks
+growth, decode and near, from their tables in RESULTS.md.
 """
 
 import html
 import json
 import pathlib
+import re
 import subprocess
 import sys
 import tempfile
@@ -22,7 +24,9 @@ import jax
 import numpy as np
 import safetensors.numpy
 
+from benchmarks import decode
 from benchmarks import demo
+from benchmarks import growth
 from benchmarks import near
 import rotbits_jax
 from rotbits_jax import checkpoints
@@ -64,6 +68,12 @@ STEPS = (-7.0, -6.0, -5.0, -4.0, -3.0)
 BLOCKS = ('Q8_0', 'Q5_0', 'Q4_0')
 """GGUF's formats in the curve."""
 
+NEAR = {
+  'opt-small-dense': '`near` beside other formats: opt-small-dense',
+  'smollm2': '`near` beside other formats: SmolLM2-135M, sliced by 25%',
+}
+"""The sections of RESULTS.md for the pictures of `benchmarks.near`."""
+
 Measured = dict[str, Any]  # JSON values
 
 
@@ -96,6 +106,7 @@ def measure(
   """Measures all that the pictures show."""
   model = checkpoint.model
   report = rotbits_jax.inspect(rotbits_jax.encode(model, preset='free'))
+  exact = len(rotbits_jax.encode(model, preset='exact'))
   tokens = evaluation.encode_text(checkpoint.files, demo.read_data('evaluation.txt'))
 
   def divergence(other: rotbits_jax.Model) -> float:
@@ -121,6 +132,7 @@ def measure(
     'checkpoint': checkpoint.stem,
     'input': report.input_bytes,
     'file': report.file_bytes,
+    'exact': exact,
     'lines': [[x.name, x.bytes_saved] for x in report.lines],
     'peers': peers(model, python) if python else {},
     'curve': curve,
@@ -153,9 +165,11 @@ def waterfall(measured: Measured) -> str:
     if abs(saved) >= whole / 1000:
       rows.append((name, min(left, after), abs(saved), 'less' if saved > 0 else 'more'))
     left = after
-  rows.append(('file', 0, measured['file'], 'whole'))
+  rows.append(('free', 0, measured['file'], 'whole'))
+  rows.append(('exact, every bit', 0, measured['exact'], 'whole'))
   rows += [(name, 0, size, 'peer') for name, size in measured['peers'].items()]
-  parts = [f'<style>{charts.STYLE}{_STYLE}</style>{_HATCH}']
+  ground = '<rect width="100%" height="100%" style="fill: var(--page)"/>'
+  parts = [f'<style>{charts.STYLE}{_STYLE}</style>{_HATCH}{ground}']
   for i, (name, begin, size, kind) in enumerate(rows):
     y = 8 + i * _ROW
     x, width = 150 + 280 * begin / whole, max(280 * size / whole, 1.5)
@@ -206,6 +220,54 @@ def curve(measured: Measured) -> str:
   return charts.standalone(picture[:end] + labels + picture[end:]) + '\n'
 
 
+# ---- tables of RESULTS.md ------------------------------------------------------------
+
+
+def rows_of(title: str, pattern: str) -> list[re.Match[str]]:
+  """Returns the lines of a section of RESULTS.md that match a pattern."""
+  text = (demo.ROOT / 'RESULTS.md').read_text()
+  section = re.search(rf'^## {title}\n(.*?)(?=^## |\Z)', text, re.M | re.S)
+  if section is None:
+    raise ValueError(f'RESULTS.md has no section {title!r}')
+  return list(re.finditer(rf'^{pattern}', section[1], re.M))
+
+
+def number(text: str) -> float:
+  return float(text.replace(',', ''))
+
+
+def of_growth() -> str:
+  points = []
+  for row in rows_of('How cost grows with size', r'(exact|free) .*$'):
+    preset, size, *cells = row[0].split()
+    values = [float(x) for x in cells]
+    # Cost and slope in turn; the first row of a preset has no slopes.
+    seconds = values[:: 2 if len(values) == 8 else 1]
+    encode, _, load, _ = (growth.Cost(x, 0.0) for x in seconds)
+    points.append(growth.Point(preset, int(number(size)), encode, load))
+  return growth.picture(points)
+
+
+def of_decode() -> str:
+  rows = rows_of(
+    'Decoding, from file to arrays', r'(\w+) +([\d,]+) +\d[.]\d{4} +(\S+) .*$'
+  )
+  found = [(x[1], int(number(x[2])), float(x[3])) for x in rows]
+  return decode.picture([decode.Row(*x) for x in found])
+
+
+def of_near(title: str) -> str:
+  """Draws a table of `benchmarks.near`; the first row of a series has its name."""
+  cells = r'(2\^-?\d+|Q\d_\d|) +([\d,]+) +[\d.]+% +([\d.]+) +(\d[.]\d\de[-+]\d\d)'
+  rows, series, whole = [], '', 0.0
+  for row in rows_of(title, rf'(.{{18}}){cells}.*$'):
+    series = row[1].strip() or series
+    size = int(number(row[3]))
+    rows.append(near.Row(series, row[2], size, float(row[4]), float(row[5])))
+    whole = size / (float(re.search(r'([\d.]+)%', row[0])[1]) / 100)
+  return near.picture(rows, round(whole))
+
+
 def main() -> None:
   output = pathlib.Path(_OUTPUT.value)
   output.mkdir(exist_ok=True, parents=True)
@@ -217,6 +279,11 @@ def main() -> None:
   measured = json.loads(numbers.read_text())
   (output / 'waterfall.svg').write_text(waterfall(measured))
   (output / 'curve.svg').write_text(curve(measured))
+  if _DRAW.value:
+    (output / 'growth.svg').write_text(of_growth())
+    (output / 'time-to-weights.svg').write_text(of_decode())
+    for name, title in NEAR.items():
+      (output / f'near-{name}.svg').write_text(of_near(title))
 
 
 if __name__ == '__main__':

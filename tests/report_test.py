@@ -25,13 +25,15 @@ BROWSER = next(filter(None, map(shutil.which, BROWSERS)), None)
 HEADINGS = {
   'free': [
     'The bytes',
+    'The tensors',
     'The shortcuts',
     'The errors',
     'The published table',
     'The file',
+    'To load it',
   ],
-  'exact': ['The bytes', 'The published table', 'The file'],
-  'dense': ['The bytes', 'The file'],
+  'exact': ['The bytes', 'The tensors', 'The file', 'To load it'],
+  'dense': ['The bytes', 'The tensors', 'The file', 'To load it'],
 }
 # A frame as wide as a phone or a desk holds the page, and the script tells its sizes.
 FRAME = """<iframe width="{width}" height="900" srcdoc="{page}"></iframe><script>
@@ -95,6 +97,22 @@ def test_says_what_inspect_says(encoded):
   for line in rotbits_jax.inspect(encoded['free']).lines:
     if line.bytes_saved:
       assert f'{abs(line.bytes_saved):,}<' in page, line
+
+
+def test_first_line_says_what_comes_back(encoded, tmp_path, rotbits):
+  """Also for `paper`, which rotates every tensor and notes none of them."""
+  source, path = ROOT / 'tests/testdata/phi2-tiny-sliced-0.25', tmp_path / 'phi.rotbits'
+  rotbits_jax.encode_to_file(source, path, preset='exact')
+  arguments = f'--input={path}', f'--output={tmp_path}/a.html', f'--against={source}'
+  assert rotbits('report', *arguments)[0] == 0
+  page = (tmp_path / 'a.html').read_text('utf-8')
+  assert re.search('<title>phi.rotbits: [0-9.]+ MB to [0-9]+ kB</title>', page)
+  assert (
+    'Every bit of the weights comes back. Compared with the checkpoint: all' in page
+  )
+  assert 'rotbits decode --input=phi.rotbits' in page
+  page = report.report_page(seeds.container('paper'))
+  assert 'The same function comes back, up to rounding, in other weights.' in page
 
 
 def test_escapes_what_a_stranger_wrote():

@@ -1,12 +1,14 @@
 """Writes a web page about a file: its content and the bytes that each step saved.
 
-  rotbits report --input=FILE --output=report.html [--overwrite] [--json] [--verbose]
+  rotbits report --input=FILE --output=report.html [--against=DIR] [--overwrite]
+    [--json] [--verbose]
 
 Example:
 
   rotbits report --input=smollm2.rotbits --output=report.html
 
-The page stands alone: it loads nothing from a network.
+The page stands alone: it loads nothing from a network. With --against it says how much
+the decoded model differs from the checkpoint, as `rotbits verify` measures it.
 
 JSON:
 
@@ -14,6 +16,7 @@ JSON:
   bytes   bytes of the page
 """
 
+import rotbits_jax
 from rotbits_jax import report
 from rotbits_jax.cli import program
 from rotbits_jax.system import outputs
@@ -21,13 +24,17 @@ from rotbits_jax.system import outputs
 FLAGS = program.Flags()
 _INPUT = FLAGS.add('input', 'The file to report on.', source=True, required=True)
 _OUTPUT = FLAGS.add('output', 'The page to write.', required=True)
+_AGAINST = FLAGS.add('against', 'The checkpoint that was encoded.', source=True)
 _OVERWRITE = FLAGS.add('overwrite', 'Replace an existing file.', bool, False)
 
 
 def main() -> program.Result:
   target = outputs.resolved(_OUTPUT.value)
   outputs.check(target, overwrite=_OVERWRITE.value)
-  page = report.report_page(_INPUT.value)
+  verified = None
+  if _AGAINST.value is not None:
+    verified = rotbits_jax.verify(_INPUT.value, against=_AGAINST.value, progress=True)
+  page = report.report_page(_INPUT.value, verified=verified)
   with outputs.fresh(outputs.staging(target)) as folder:
     written = folder / target.name
     written.write_text(page, encoding='utf-8')

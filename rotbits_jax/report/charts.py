@@ -44,7 +44,9 @@ class Series(NamedTuple):
     y: vertical coordinates of the points.
     line: whether to join the points by lines.
     markers: whether to mark the points.
-    labels: text beside each point; None for no text.
+    labels: text beside each point, '' for none; None for no text.
+    style: index of the colour, the dashes and the marker; None for the place among the
+      series. The legend has one entry for all series of a name.
   """
 
   name: str
@@ -53,6 +55,7 @@ class Series(NamedTuple):
   line: bool = True
   markers: bool = True
   labels: Sequence[str] | None = None
+  style: int | None = None
 
 
 class Axis(NamedTuple):
@@ -113,7 +116,8 @@ def chart(
     [(across(a), up(b)) for a, b in zip(own.x, own.y, strict=True)] for own in series
   ]
   labels = _Labels(places, [own.line for own in series])
-  for i, (own, points) in enumerate(zip(series, places, strict=True)):
+  for k, (own, points) in enumerate(zip(series, places, strict=True)):
+    i = k if own.style is None else own.style
     if own.line and points:
       path = 'M' + 'L'.join(f'{a:.1f} {b:.1f}' for a, b in points)
       parts.append(
@@ -125,6 +129,7 @@ def chart(
     parts += [
       labels.draw(point, label)
       for point, label in zip(points, own.labels or (), strict=False)
+      if label
     ]
   if legend and inside:
     parts.append(_legend_inside(series))
@@ -161,11 +166,14 @@ class _Labels:
 
   # Where a text begins or ends, relative to its point.
   SIDES = (
-    (6, -4, 'start'),
-    (6, -18, 'start'),
-    (-6, -4, 'end'),
-    (6, 13, 'start'),
-    (-6, 13, 'end'),
+    (8, -6, 'start'),
+    (8, -18, 'start'),
+    (-8, -6, 'end'),
+    (8, 16, 'start'),
+    (-8, 16, 'end'),
+    (-8, -20, 'end'),
+    (10, 4, 'start'),
+    (-10, 4, 'end'),
   )
   CHARACTER = 7  # the width of a character in the font of `STYLE`
 
@@ -183,7 +191,7 @@ class _Labels:
     def covered(side: tuple[int, int, str]) -> int:
       left = point[0] + side[0] - (width if side[2] == 'end' else 0)
       low = point[1] + side[1]
-      inside = lambda x, y: left - 2 < x < left + width + 2 and low - 12 < y < low + 3
+      inside = lambda x, y: left - 5 < x < left + width + 5 and low - 15 < y < low + 6
       return sum(inside(x, y) for x, y in self._taken)
 
     x, y, anchor = min(self.SIDES, key=covered)
@@ -239,19 +247,28 @@ def _text(x: float, y: float, text: str, *, anchor: str = 'start') -> str:
 
 def _legend(series: Sequence[Series]) -> str:
   keys = []
-  for i, own in enumerate(series):
+  for i, own in _named(series):
     picture = f'<svg viewBox="0 0 28 14" aria-hidden="true">{_key(i, own)}</svg>'
     keys.append(f'<span>{picture}{html.escape(own.name)}</span>')
   return f'<p class="legend">{"".join(keys)}</p>'
 
 
 def _legend_inside(series: Sequence[Series]) -> str:
-  top = HEIGHT - _BOTTOM - 4 - 16 * len(series)
+  named = _named(series)
+  top = HEIGHT - _BOTTOM - 4 - 16 * len(named)
   return ''.join(
-    f'<g transform="translate({_LEFT + 6} {top + 16 * i})">{_key(i, own)}'
+    f'<g transform="translate({_LEFT + 6} {top + 16 * k})">{_key(i, own)}'
     f'{_text(34, 11, own.name)}</g>'
-    for i, own in enumerate(series)
+    for k, (i, own) in enumerate(named)
   )
+
+
+def _named(series: Sequence[Series]) -> list[tuple[int, Series]]:
+  """Returns the first series of each name, with its style."""
+  found: dict[str, tuple[int, Series]] = {}
+  for k, own in enumerate(series):
+    found.setdefault(own.name, (k if own.style is None else own.style, own))
+  return list(found.values())
 
 
 def _key(index: int, series: Series) -> str:

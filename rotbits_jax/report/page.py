@@ -7,26 +7,38 @@ from one residual segment of a sliced model to the next. The page follows the li
 dark theme of the browser, and fits a phone.
 """
 
+import datetime
 import html
-from typing import NamedTuple
+import os
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+import rotbits_jax
 from rotbits_jax import file
 from rotbits_jax import models
 from rotbits_jax import structured
+from rotbits_jax.coding import weights
 from rotbits_jax.evaluation import accounting as accounting_lib
 from rotbits_jax.evaluation import published
+from rotbits_jax.file import verification
 from rotbits_jax.report import charts
 from rotbits_jax.report import savings
+from rotbits_jax.system import text
 
 _LAYERS = 6
 """The greatest number of layers whose spectra are shown."""
 
 _TENSORS = 8
 """The greatest number of kinds of tensors whose errors are shown."""
+
+_KINDS = 16
+"""The greatest number of kinds of tensors whose bits are shown."""
+
+_OFTEN = 8
+"""How often a value must occur on average, so that counts tell its probability."""
 
 _MOST_ERROR = 1e9
 """The least relative error that is not shown, because charts cannot show any number."""
@@ -35,12 +47,23 @@ _ROUNDING = 0.4
 """The relative error of rounding a matrix (Frobenius norm), in units of roundoff."""
 
 
-def report_page(source: file.Readable) -> str:
+BACK = {
+  'bits': 'Every bit of the weights comes back.',
+  'function': 'The same function comes back, up to rounding, in other weights.',
+  'approximation': 'Nearly the same function comes back, in other weights.',
+}
+"""What a decoded file is, by what its preset keeps."""
+
+
+def report_page(
+  source: file.Readable, *, verified: verification.Verification | None = None
+) -> str:
   """Makes the report of a file as a web page.
 
   Args:
     source: a path, bytes, or an open binary file. A few layers are decoded for the
-      spectra of their shortcuts.
+      spectra of their shortcuts and the bits of their elements.
+    verified: the result of `verify` against the checkpoint, which the page then tells.
 
   Returns:
     The page, HTML.
@@ -49,32 +72,130 @@ def report_page(source: file.Readable) -> str:
     ContainerError: if the source is not of this format or is damaged.
     OSError: if the path cannot be read.
   """
+  path = os.path.basename(source) if isinstance(source, str | os.PathLike) else ''
+  name = html.escape(path or 'a rotbits file')
   with file.Reader(source) as reader:
     report = savings.from_reader(reader)
+    records = _some_records(reader)
     sections = [
       ('The bytes', waterfall(report)),
-      ('The shortcuts', shortcuts(reader, report)),
+      ('The tensors', tensors(records)),
+      ('The shortcuts', shortcuts(records, report)),
       ('The errors', errors(reader, report)),
       ('The published table', table(reader, report)),
       ('The file', layout(reader)),
+      ('To load it', loading(html.escape(path or 'FILE'), reader, report)),
     ]
   body = ''.join(
-    f'<section><h2>{name}</h2>{content}</section>'
-    for name, content in sections
+    f'<section><h2>{heading}</h2>{content}</section>'
+    for heading, content in sections
     if content
   )
+  before, after = map(text.of_bytes, (report.input_bytes, report.file_bytes))
   share = report.file_bytes / max(report.input_bytes, 1)
   family = f', family {html.escape(report.family)}' if report.family else ''
+  remarks = ''.join(f'<p>{html.escape(x)}</p>' for x in report.remarks())
   return (
     '<!doctype html><html lang="en"><head><meta charset="utf-8">'
     '<meta name="viewport" content="width=device-width, initial-scale=1">'
-    f'<title>rotbits report</title><style>{charts.STYLE}{_CSS}</style></head>'
-    '<body><main>'
-    f'<h1>{share:.1%} of the bytes</h1>'
+    f'<title>{name}: {before} to {after}</title>'
+    f'<style>{charts.STYLE}{_CSS}</style></head><body><main>'
+    f'<h1>{name}: {before} &rarr; {after}, {share:.1%}</h1>'
+    f'<p class="lead">{BACK[report.keeps]}{_measured(verified)}</p>'
     f'<p>{report.file_bytes:,} bytes in the file for {report.input_bytes:,} bytes of '
-    f'tensors. Preset {html.escape(report.preset)}{family}.</p>{body}</main></body>'
-    '</html>\n'
+    f'tensors. Preset {html.escape(report.preset)}{family}.</p>{remarks}{body}'
+    f'<footer>rotbits_jax {rotbits_jax.__version__}, '
+    f'{datetime.date.today().isoformat()}</footer></main></body></html>\n'
   )
+
+
+def _measured(verified: verification.Verification | None) -> str:
+  if verified is None:
+    return ''
+  if verified.same_bits:
+    return ' Compared with the checkpoint: all bits are the same.'
+  if verified.kl is None:
+    return ''
+  return (
+    f' Its predictions differ from those of the checkpoint by {verified.kl:.2g} nats '
+    f'(KL, random tokens); rounding alone makes {verified.kl_rerounded or 0:.2g}.'
+  )
+
+
+def loading(name: str, reader: file.Reader, report: savings.Report) -> str:
+  """Shows how the file is decoded and loaded."""
+  base = ' --base=BASE' if report.needs else ''
+  given = ', base=BASE' if report.needs else ''
+  lines = f'rotbits decode --input={name} --output=DIR{base}'
+  if reader.config is not None:
+    lines += (
+      f"\n\nimport rotbits_jax\nmodel = rotbits_jax.load('{name}'{given})  # JAX arrays"
+    )
+  return f'<pre>{lines}</pre>'
+
+
+# ---- the tensors ---------------------------------------------------------------------
+
+
+def _some_records(reader: file.Reader) -> dict[str, dict[str, Any]]:
+  """Decodes some records: the leaves of each by path."""
+  names = list(reader.records)
+  layers = [x for x in names if models.names.layer_index(x) is not None]
+  places = np.linspace(0, len(layers) - 1, min(len(layers), _LAYERS))
+  wanted = {layers[round(place)] for place in places} | ({*names} - {*layers})
+  if reader.config is None:
+    wanted = {*names[:_LAYERS]}
+  wanted = {x for x in wanted if not any(y.base for y in reader.records[x].leaves)}
+  return {x: structured.flatten(reader.record(x)) for x in names if x in wanted}
+
+
+def tensors(records: dict[str, dict[str, Any]]) -> str:
+  """Tabulates the bits of an element for each kind of tensor; '' without records."""
+  kinds: dict[str, list[list[np.ndarray]]] = {}
+  for own in records.values():
+    for path, leaf in own.items():
+      arrays = [leaf]
+      if structured.is_structured(leaf):
+        arrays = list(leaf.stored()[1].values())
+      kind = models.names.pattern(path).removesuffix('/kernel')
+      kinds.setdefault(kind, []).append([np.asarray(x) for x in arrays])
+  rows = []
+  for kind, found in kinds.items():
+    count = sum(x.size for arrays in found for x in arrays)
+    held = sum(x.nbytes for arrays in found for x in arrays)
+    if not count or any(x.dtype.name not in weights.DTYPES for y in found for x in y):
+      continue
+    size = sum(map(weights.estimate, found))
+    least = _entropy([x for arrays in found for x in arrays])
+    rows.append((size, kind, count, 8 * held / count, 8 * size / count, least))
+  if not rows:
+    return ''
+  rows.sort(reverse=True)
+  cells = ''.join(
+    f'<tr><td>{html.escape(kind)}</td><td>{count:,}</td><td>{held:.0f}</td>'
+    f'<td>{bits:.2f}</td><td>{"" if least is None else f"{least:.2f}"}</td></tr>'
+    for _, kind, count, held, bits, least in rows[:_KINDS]
+  )
+  return (
+    f'<p>Bits of an element, in {len(records)} records. The entropy is that of the '
+    'elements of the kind, one by one: without the scales of rows and columns, which '
+    'this coder knows, none takes fewer bits.</p>'
+    '<div class="scroll"><table><tr><th>tensor</th><th>elements</th><th>bits</th>'
+    f'<th>bits in the file</th><th>entropy</th></tr>{cells}</table></div>'
+  )
+
+
+def _entropy(arrays: list[np.ndarray]) -> float | None:
+  """Returns the entropy of elements in bits; None if too few tell it."""
+  counts = []
+  for dtype in {x.dtype for x in arrays}:
+    own = [x.reshape(-1) for x in arrays if x.dtype == dtype]
+    bits = np.concatenate(own).view(f'u{dtype.itemsize}')
+    counts.append(np.unique(bits, return_counts=True)[1])
+  present = np.concatenate(counts)
+  if present.sum() < _OFTEN * present.size:
+    return None
+  return float((present * np.log2(present.sum() / present)).sum() / present.sum())
 
 
 # ---- the bytes -----------------------------------------------------------------------
@@ -112,56 +233,43 @@ def waterfall(report: savings.Report) -> str:
 
 
 class _Spectrum(NamedTuple):
-  """The singular values of a shortcut.
+  """The singular values of a shortcut, ascending, and its name within the layer."""
 
-  Attributes:
-    path: path of the shortcut.
-    values: the singular values in ascending order.
-    rank: the number of columns that the file stores, which is the number of values that
-      count as different from 1.
-  """
-
-  path: str
+  kind: str
   values: np.ndarray
-  rank: int
 
 
-def shortcuts(reader: file.Reader, report: savings.Report) -> str:
+def shortcuts(records: dict[str, dict[str, Any]], report: savings.Report) -> str:
   """Draws the spectra of some shortcuts, and the ranks of all; '' if there are none."""
   notes = [x for x in _notes(report) if x.rank is not None and 'shortcut' in x.name]
-  if not notes:
+  found = [x for name, own in records.items() for x in _spectra(name, own)]
+  if not notes or not found:
     return ''
-  indices = sorted({note.layer for note in notes})
-  places = np.linspace(0, len(indices) - 1, min(len(indices), _LAYERS))
-  chosen = [indices[i] for i in sorted({round(place) for place in places})]
-  parts, most = [], 1
-  for index in chosen:
-    for spectrum in _spectra(reader, index):
-      count = spectrum.values.size
-      most = max(most, count)
-      whole = charts.Series(
-        'values', range(1, count + 1), spectrum.values.tolist(), markers=False
-      )
-      mark = charts.Series(
-        'rank', [spectrum.rank] * 2, [0, 1.02], line=True, markers=False
-      )
-      picture = charts.chart(
-        [whole, mark],
-        charts.Axis('values, from the least up', 1, max(count, 2)),
-        charts.Axis('singular value', 0, max(1.02, float(spectrum.values.max()))),
-        title=f'{spectrum.path}: {spectrum.rank} of {count} values differ from 1',
-        legend=False,
-      )
-      parts.append(
-        f'<figure>{picture}<figcaption>{html.escape(spectrum.path)}: rank '
-        f'{spectrum.rank} of {count}</figcaption></figure>'
-      )
+  most = max(x.values.size for x in found)
+  kinds = list(dict.fromkeys(x.kind for x in found))
+  series = [
+    charts.Series(
+      spectrum.kind,
+      range(1, spectrum.values.size + 1),
+      spectrum.values.tolist(),
+      markers=False,
+      style=kinds.index(spectrum.kind),
+    )
+    for spectrum in found
+  ]
+  highest = max(float(x.values.max()) for x in found)
+  picture = charts.chart(
+    series,
+    charts.Axis('values, from the least up', 1, max(most, 2)),
+    charts.Axis('singular value', 0, max(1.02, highest)),
+    title=f'the singular values of {len(found)} shortcuts',
+  )
   return (
-    '<p>The singular values of shortcuts. Only values left of the dashed line differ '
-    'from 1 by more than the tolerance; the file stores one column for each.</p>'
-    f'<div class="figures">{"".join(parts)}</div>'
-    '<p>The rank of every shortcut:</p>'
-    f'<div class="figures one"><figure>{_ranks(notes, most)}</figure></div>'
+    f'<p>The singular values of {len(found)} shortcuts. The file stores one column for '
+    'each value that differs from 1 by more than the tolerance. Their count is the '
+    'rank.</p><div class="figures">'
+    f'<figure>{picture}<figcaption>Spectra</figcaption></figure>'
+    f'<figure>{_ranks(notes, most)}<figcaption>Ranks</figcaption></figure></div>'
   )
 
 
@@ -181,22 +289,22 @@ def _ranks(notes: list['_Note'], most: int) -> str:
   )
 
 
-def _spectra(reader: file.Reader, index: int) -> list[_Spectrum]:
+def _spectra(name: str, leaves: dict[str, Any]) -> list[_Spectrum]:
   """Computes the spectra of one layer's shortcuts."""
   found = []
-  name = models.names.layer(index)
-  for path, leaf in structured.flatten(reader.record(name)[name]).items():
+  for path, leaf in leaves.items():
     if 'shortcut' not in path:
       continue
     numbers = [np.asarray(x, np.float32) for x in jax.tree.leaves(leaf)]
     if not all(np.isfinite(x).all() for x in numbers):
       continue
     if structured.is_structured(leaf):
-      values, rank = leaf.singular_values(), leaf.rank
+      values = leaf.singular_values()
     else:
       matrix = np.asarray(leaf, np.float32)
-      values, rank = np.linalg.svd(matrix, compute_uv=False)[::-1], min(leaf.shape)
-    found.append(_Spectrum(models.names.prefix(index) + path, values, rank))
+      values = np.linalg.svd(matrix, compute_uv=False)[::-1]
+    kind = path.removeprefix(f'{name}/').removesuffix('/kernel')
+    found.append(_Spectrum(kind, values))
   return found
 
 
@@ -252,7 +360,9 @@ def errors(reader: file.Reader, report: savings.Report) -> str:
 def table(reader: file.Reader, report: savings.Report) -> str:
   """Tabulates reductions of published models and of this file; '' if it has none."""
   config = reader.config
-  dense = accounting_lib.dense_elements(config) if config and config.sliced else 0
+  if config is None or not config.sliced or report.keeps != 'function':
+    return ''
+  dense = accounting_lib.dense_elements(config)
   if dense <= 0:
     return ''
   sizes = report.input_elements, report.stored_elements, report.file_bytes / 2
@@ -394,6 +504,20 @@ th:first-child, td:first-child { text-align: left; padding-left: 0; }
 .strip b { display: block; padding: 11px 6px; font: 12px/20px inherit;
   font-size: 12px; font-weight: 400; white-space: nowrap; }
 summary { cursor: pointer; }
+.lead { font-size: 1.125rem; }
+pre { overflow-x: auto; padding: 12px; border: 1px solid var(--line); }
+footer { margin-top: 48px; color: var(--soft); font-size: .875rem; }
+@media print {
+  @page { margin: 16mm; }
+  :root { color-scheme: light; }
+  main { max-width: none; padding: 0; }
+  figure, tr, li, .strip, pre { break-inside: avoid; }
+  h2 { break-after: avoid; }
+  .figures { grid-template-columns: 1fr 1fr; }
+  .scroll { overflow: visible; }
+  table { font-size: 9pt; }
+  pre { white-space: pre-wrap; }
+}
 @media (max-width: 640px) {
   .waterfall li { grid-template-columns: 1fr auto auto; padding: 6px 0; }
   .waterfall .track { grid-column: 1 / -1; grid-row: 2; }
