@@ -81,6 +81,7 @@ SPARSITY = 0.25
 PEERS = ('zstd', 'zstandard', 'zipnn', 'lmzip')
 RAW = 'safetensors'
 LINKS = (10, 30, 100, 300, 1000, 3000)  # MB/s
+LABELS = {'zstd': 4, 'zipnn': 88, 'lmzip': 86, 'free': 10}  # where lines are apart
 MOST = 2.5  # the greatest relative time in the picture
 TITLE = 'Decoding, from file to arrays'
 
@@ -209,9 +210,9 @@ def picture(rows: Sequence[Row]) -> str:
   raw = next(time_of(row) for row in rows if row.name == RAW)
   shown = [row for row in rows if row.name not in (RAW, 'zstandard')]
   series = []
-  for i, row in enumerate(shown):
+  for row in shown:
     labels = [''] * len(speeds)
-    labels[10 + 16 * i] = row.name
+    labels[LABELS.get(row.name, 50)] = row.name
     relative = np.minimum(time_of(row) / raw, MOST).tolist()
     series.append(
       charts.Series(row.name, speeds.tolist(), relative, markers=False, labels=labels)

@@ -166,7 +166,8 @@ def picture(points: Sequence[Point]) -> str:
     own = sorted((x for x in points if x.preset == preset), key=lambda x: x.bytes)
     for what in ('encode', 'load'):
       seconds = [getattr(x, what).seconds for x in own]
-      labels = [*[''] * (len(own) - 2), f'{what}, {preset}', '']
+      labels = [''] * len(own)
+      labels[1 if preset == 'exact' else -2] = f'{what}, {preset}'  # not side by side
       series.append(charts.Series(what, [x.bytes for x in own], seconds, labels=labels))
   low, high = (f(x.bytes for x in points) for f in (min, max))
   drawn = charts.chart(

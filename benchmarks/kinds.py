@@ -93,8 +93,8 @@ def main() -> None:
   print(found)
   if _RESULTS.value is not None:
     about = (
-      f'Written by `python -m benchmarks.kinds` on {sections.machine()}. `exact`, unless '
-      'another preset is named.'
+      f'Written by `python -m benchmarks.kinds` on {sections.machine()}. The preset is '
+      '`exact`, unless another one is named.'
     )
     sections.write(_RESULTS.value, TITLE, f'{about}\n\n{found}')
 

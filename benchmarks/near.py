@@ -297,7 +297,7 @@ def picture(rows: Sequence[Row], tensor_bytes: int) -> str:
         name,
         [100 * row.bytes / tensor_bytes for row in points],
         [row.kl for row in points],
-        line=name in (PLAIN, CALIBRATED),  # formats are no steps of one thing
+        line=name not in (GGUF, INT8),  # formats are no steps of one thing
         labels=[row.name for row in points] if name == GGUF else None,
       )
     )

@@ -167,13 +167,13 @@ class _Labels:
   # Where a text begins or ends, relative to its point.
   SIDES = (
     (8, -6, 'start'),
+    (8, 16, 'start'),
+    (0, -10, 'middle'),
+    (0, 19, 'middle'),
     (8, -18, 'start'),
     (-8, -6, 'end'),
-    (8, 16, 'start'),
     (-8, 16, 'end'),
     (-8, -20, 'end'),
-    (10, 4, 'start'),
-    (-10, 4, 'end'),
   )
   CHARACTER = 7  # the width of a character in the font of `STYLE`
 
@@ -187,15 +187,16 @@ class _Labels:
   def draw(self, point: tuple[float, float], text: str) -> str:
     """Draws a text beside a point."""
     width = self.CHARACTER * len(text)
+    shift = {'start': 0.0, 'middle': width / 2, 'end': width}
 
     def covered(side: tuple[int, int, str]) -> int:
-      left = point[0] + side[0] - (width if side[2] == 'end' else 0)
+      left = point[0] + side[0] - shift[side[2]]
       low = point[1] + side[1]
       inside = lambda x, y: left - 5 < x < left + width + 5 and low - 15 < y < low + 6
       return sum(inside(x, y) for x, y in self._taken)
 
     x, y, anchor = min(self.SIDES, key=covered)
-    left = point[0] + x - (width if anchor == 'end' else 0)
+    left = point[0] + x - shift[anchor]
     self._taken += [
       (left + k * width / 8, point[1] + y - h) for k in range(9) for h in (0, 3, 6, 9)
     ]
