@@ -1,21 +1,38 @@
 """Builds the documentation: sphinx-build -W -b html docs build/docs."""
 
+import os
+import pathlib
 import re
 
 project = 'rotbits_jax'
 author = 'the rotbits_jax authors'
 copyright = 'the rotbits_jax authors, Apache-2.0'
 
+_SETUP = pathlib.Path(__file__).parents[1] / 'setup.py'
+version = release = re.search(r"version='([^']+)'", _SETUP.read_text())[1]
+
 extensions = [
   'myst_nb',
   'sphinx.ext.autodoc',
+  'sphinx.ext.mathjax',
   'sphinx.ext.napoleon',
+  'sphinx.ext.viewcode',
 ]
+if 'CI' in os.environ:  # the inventories of others need a network
+  extensions.append('sphinx.ext.intersphinx')
+  intersphinx_mapping = {
+    'jax': ('https://docs.jax.dev/en/latest/', None),
+    'numpy': ('https://numpy.org/doc/stable/', None),
+    'python': ('https://docs.python.org/3/', None),
+  }
 exclude_patterns = ['build']
+mathjax_path = 'mathjax/tex-chtml.js'  # of MathJax 3.2.2, beside its fonts
 html_theme = 'sphinx_book_theme'
-html_title = 'rotbits_jax'
+html_title = f'rotbits_jax {version}'
+html_favicon = 'static/favicon.svg'
 html_static_path = ['static']
 html_css_files = ['site.css']
+html_js_files = [('gauge.js', {'defer': 'defer'})]
 html_show_sourcelink = False
 html_theme_options = {
   'show_toc_level': 2,
@@ -23,7 +40,16 @@ html_theme_options = {
   'navbar_persistent': [],  # the sidebar has the search
 }
 
+if 'GITHUB_REPOSITORY' in os.environ:
+  html_theme_options |= {
+    'repository_url': f'https://github.com/{os.environ["GITHUB_REPOSITORY"]}',
+    'use_repository_button': True,
+  }
+
+myst_enable_extensions = ['dollarmath']
 myst_heading_anchors = 3
+# The pages that stand in the repository have links to files beside them.
+suppress_warnings = ['myst.xref_missing']
 # Pages with code run when the site is built, and an error in them is the build's.
 nb_execution_mode = 'force'
 nb_execution_raise_on_error = True
@@ -31,7 +57,8 @@ nb_execution_timeout = 600
 nb_merge_streams = True
 
 autodoc_default_options = {'member-order': 'bysource'}
-autodoc_typehints = 'none'
+autodoc_typehints = 'signature'
+autodoc_typehints_format = 'short'
 autodoc_preserve_defaults = True
 napoleon_use_rtype = False
 # NamedTuples and dataclasses describe their fields in the class.
@@ -91,5 +118,20 @@ def _escaped(line):
   return line[:start] + ''.join(parts)
 
 
+def _public_types(app, what, name, obj, options, signature, returns):
+  """Names types as users import them: no private module is in a signature."""
+  del app, what, name, obj, options
+  public = lambda text: (
+    text
+    and re.sub(
+      r'~?\b(jax|flax|numpy|rotbits_jax)\.(_src\.)?(\w+\.)*(?=[A-Z])',
+      lambda found: '' if found[1] == 'rotbits_jax' else f'{found[1]}.',
+      text,
+    )
+  )
+  return public(signature), public(returns)
+
+
 def setup(app):
+  app.connect('autodoc-process-signature', _public_types)
   app.connect('autodoc-process-docstring', _as_text, priority=100)

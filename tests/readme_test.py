@@ -23,6 +23,7 @@ def _clone(tmp_path):
   for path in ROOT.iterdir():
     if not path.name.startswith('.') and path.suffix != '.rotbits':
       (tmp_path / path.name).symlink_to(path)
+  (tmp_path / 'MY-MODEL').symlink_to(ROOT / 'tests/testdata/opt-small-sliced-0.2')
   return tmp_path
 
 
@@ -58,7 +59,9 @@ def test_all_blocks(clone, rotbits, monkeypatch, calibrates):
       else:
         assert line == "pip install '.[text]'"  # what the tests run in
   assert ran.count('rotbits') > 5
-  (clone / 'opt.rotbits').unlink()  # Python encodes without asking, but so is it new
+  (
+    clone / 'my-model.rotbits'
+  ).unlink()  # Python encodes without asking, but so is it new
   exec(compile(python, 'README.md', 'exec'), {})
 
 
@@ -68,9 +71,13 @@ def test_it_names_every_extra_and_command():
   extras = re.findall(r"^    '(\w+)': ", requires, re.MULTILINE)
   assert extras
   for extra in extras:
-    assert f'| `{extra}` |' in README
+    assert f'| `{extra}` |' in (ROOT / 'CONTRIBUTING.md').read_text()
   for command in main.COMMANDS:
     assert f'| `rotbits {command}` |' in README
+
+
+def test_it_is_short():
+  assert len(README.split()) <= 1200
 
 
 def test_links_lead_somewhere():
