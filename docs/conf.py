@@ -49,7 +49,10 @@ if 'GITHUB_REPOSITORY' in os.environ:
 myst_enable_extensions = ['dollarmath']
 myst_heading_anchors = 3
 # The pages that stand in the repository have links to files beside them.
-suppress_warnings = ['myst.xref_missing']
+suppress_warnings = [
+  'myst.xref_missing',
+  'ref.python',
+]  # types in signatures have short names
 # Pages with code run when the site is built, and an error in them is the build's.
 nb_execution_mode = 'force'
 nb_execution_raise_on_error = True

@@ -6,9 +6,10 @@ samples of different sizes tell what more rows cost, and what an array costs how
 many rows it has, such as its frequency tables.
 
 `free` and `near` change coordinates. So they rewrite a small model that is cut out of
-the checkpoint: a few layers, and in each of them a few heads, neurons and tokens, but
-the whole residual stream. The bytes of each of its tensors then stand for those of the
-whole.
+the checkpoint: a few layers, and in each of them a few heads, neurons and tokens. The
+bytes of each of its tensors then stand for those of the whole. A residual stream of
+more than 768 coordinates is cut, too, because decompositions would take too long. Then
+a shortcut counts as one of full rank, and the embedding as one that is not tied.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -37,9 +38,9 @@ Opened = checkpoints.CheckpointReader | checkpoints.TensorFiles
 _RECORDS = 3  # of one kind that are read
 _ELEMENTS = 1 << 19  # of a sample
 _LAYERS = 4  # of the model that is cut out
-_PART = 1 << 23  # the greatest number of elements of one of its layers, about
+_PART = 1 << 22  # the greatest number of elements of one of its layers, about
 _TOKENS = 4096  # of its vocabulary
-_WIDE = 1024  # models that are wider are represented by one layer
+_WIDE = 768  # the greatest width of its residual stream
 _ENTRY = 250  # bytes of a tensor's entry in the manifest, about
 _NOTE = 200  # bytes of the notes of a tensor that is rewritten
 
@@ -214,11 +215,13 @@ class _CutOut(NamedTuple):
     opened: the checkpoint.
     model: the model.
     counts: how many layers of the checkpoint each of its layers stands for.
+    shapes: the shapes in the checkpoint, by the path in the model.
   """
 
   opened: checkpoints.CheckpointReader
   model: models.Model
   counts: list[float]
+  shapes: dict[str, tuple[int, ...]]
 
   @classmethod
   def make(cls, opened: checkpoints.CheckpointReader) -> '_CutOut':
@@ -226,10 +229,17 @@ class _CutOut(NamedTuple):
     indices, counts = _layers(config)
     chosen = _chosen(config)
     part = _config(config, indices, {x: len(y) for x, y in chosen.items()})
-    axes = models.layout.layer_axes(config)
-    layers = [_cut(opened.layer(i), axes, chosen) for i in indices]
-    outer = _cut(opened.outer(), models.layout.outer_axes(config), chosen)
-    return cls(opened, models.from_layers(part, outer, layers, {}), counts)
+    axes, shapes = models.layout.layer_axes(config), {}
+    layers = []
+    for k, i in enumerate(indices):
+      layer, prefix = opened.layer(i), models.names.prefix(k)
+      for path, leaf in structured.flatten(layer).items():
+        shapes[prefix + path] = tuple(leaf.shape)
+      layers.append(_cut(layer, axes, chosen, config.hidden_size))
+    given, axes = opened.outer(), models.layout.outer_axes(config)
+    shapes |= {x: tuple(y.shape) for x, y in structured.flatten(given).items()}
+    outer = _cut(given, axes, chosen, config.hidden_size)
+    return cls(opened, models.from_layers(part, outer, layers, {}), counts, shapes)
 
   def predictable(self) -> float:
     """Returns the bytes that `exact` saves of an embedding beside its head."""
@@ -265,50 +275,31 @@ class _CutOut(NamedTuple):
     """
     index = models.names.layer_index(path)
     likes = 1.0 if index is None else self.counts[index]
-    whole, part = self._elements(path), math.prod(leaf.shape)
+    whole, part = math.prod(self.shapes[path]), math.prod(leaf.shape)
     if not structured.is_structured(leaf):
       return likes * whole / part * weights.estimate([np.asarray(leaf)])
     stored = {name: np.asarray(x) for name, x in leaf.stored()[1].items()}
     fixed = [x for name, x in stored.items() if leaf.needs and x.ndim == 2]
     fixed += [x for name, x in stored.items() if name == 'shifts']
     others = [x for x in stored.values() if not any(x is y for y in fixed)]
-    growth = whole / part
+    growth, hidden = whole / part, self.opened.config.hidden_size
+    narrower = _narrow(hidden, hidden) / hidden
+    if 'shortcut' in path and narrower < 1:
+      bits = weights.estimate(list(stored.values())) / sum(
+        x.size for x in stored.values()
+      )
+      rows, columns = self.shapes[path]
+      rank = min(hidden - rows, rows) if rows == columns else 0
+      return likes * bits * (rows * rank - rank * (rank - 1) / 2)
     if leaf.type_name == 'trapezoidal_rows':  # its triangle does not grow
       kept = sum(x.size for x in others)
-      growth = (whole - part + kept) / kept
+      growth = (whole - (part - kept) / narrower**2) / kept
     return likes * (weights.estimate(fixed) + growth * weights.estimate(others))
-
-  def _elements(self, path: str) -> int:
-    """Returns how many elements the parameter of the checkpoint has."""
-    config, part = self.opened.config, self.model.config
-    sizes, small = _lengths(config), _lengths(part)
-    inner = path
-    if models.names.layer_index(path) is not None:
-      inner = path.partition('/')[2]
-    axes = models.layout.layer_axes(part) | models.layout.outer_axes(part)
-    leaf = dict(self.model.leaves())[path]
-    return math.prod(
-      size * sizes[x] // small[x] if isinstance(x, str) and x in sizes else size
-      for x, size in zip(axes[inner], leaf.shape, strict=True)
-    )
-
-
-def _lengths(config: models.ModelConfig) -> dict[str, int]:
-  """Returns the lengths of the axes that are cut."""
-  return {
-    'query': config.num_heads * config.head_dim,
-    'key': config.num_kv_heads * config.head_dim,
-    'neuron': config.intermediate_size,
-    'vocabulary': config.vocab_size,
-    'position': config.learned_positions,
-  }
 
 
 def _layers(config: models.ModelConfig) -> tuple[list[int], list[float]]:
   """Chooses layers, and says how many layers each of them stands for."""
   count = config.num_layers
-  if config.hidden_size > _WIDE and count:  # the decompositions would take too long
-    return [count // 2], [count]
   if count <= _LAYERS:
     return list(range(count)), [1.0] * count
   between = _spread(range(1, count - 1), _LAYERS - 2)
@@ -322,6 +313,7 @@ def _layers(config: models.ModelConfig) -> tuple[list[int], list[float]]:
 def _chosen(config: models.ModelConfig) -> dict[str, np.ndarray]:
   """Chooses the places of each axis that is cut."""
   elements = models.count_elements(config) / max(config.num_layers, 1)
+  elements *= _narrow(config.hidden_size, config.hidden_size) / config.hidden_size
   share = min(_PART / elements, 1.0)
   most = lambda length, least: min(length, max(int(share * length), least))
   spread = lambda length, count: np.arange(count) * length // max(count, 1)
@@ -330,7 +322,8 @@ def _chosen(config: models.ModelConfig) -> dict[str, np.ndarray]:
   queries = (heads[:, None] * group + np.arange(group)).reshape(-1)
   columns = lambda x: (x[:, None] * h + np.arange(h)).reshape(-1)
   # Fewer tokens than coordinates would always be a linear image of the head.
-  tokens = max(_TOKENS, 2 * config.hidden_size if config.sliced else 0)
+  narrow = _narrow(config.hidden_size, config.hidden_size)
+  tokens = max(_TOKENS, 4 * narrow if config.sliced else 0)
   neurons, positions = config.intermediate_size, config.learned_positions
   return {
     'query': columns(queries),
@@ -348,28 +341,42 @@ def _config(
   widths = list(config.layer_widths(layers[0])[:1])
   for i in layers:
     widths += config.layer_widths(i)[1:]
+  hidden = config.hidden_size
   return dataclasses.replace(
     config,
+    hidden_size=_narrow(hidden, hidden),
     num_layers=len(layers),
     num_heads=lengths['query'] // config.head_dim,
     num_kv_heads=lengths['key'] // config.head_dim,
     intermediate_size=lengths['neuron'],
     vocab_size=lengths['vocabulary'],
     learned_positions=lengths['position'],
-    segment_widths=tuple(widths),
+    segment_widths=tuple(_narrow(width, hidden) for width in widths),
   )
 
 
+def _narrow(width: int, hidden: int) -> int:
+  """Returns the width of a residual segment in the model that is cut out."""
+  return width if hidden <= _WIDE else max(width * _WIDE // hidden, 1)
+
+
 def _cut(
-  tree: models.Params, axes: models.layout.Axes, chosen: dict[str, np.ndarray]
+  tree: models.Params,
+  axes: models.layout.Axes,
+  chosen: dict[str, np.ndarray],
+  hidden: int,
 ) -> models.Params:
   """Cuts the axes of parameters."""
   found = {}
   for path, leaf in structured.flatten(tree).items():
     array = np.asarray(leaf)
     for k, axis in enumerate(axes[path]):
-      places = chosen.get(axis) if isinstance(axis, str) else None
-      if places is not None and len(places) < array.shape[k]:
+      if isinstance(axis, str) and axis in chosen:
+        places = chosen[axis]
+      else:
+        count = _narrow(array.shape[k], hidden)
+        places = np.arange(count) * array.shape[k] // count
+      if len(places) < array.shape[k]:
         array = np.take(array, places, k)
     found[path] = array
   return structured.unflatten(found)
