@@ -258,13 +258,13 @@ def of_decode() -> str:
 
 def of_near(title: str) -> str:
   """Draws a table of `benchmarks.near`; the first row of a series has its name."""
-  cells = r'(2\^-?\d+|Q\d_\d|) +([\d,]+) +[\d.]+% +([\d.]+) +(\d[.]\d\de[-+]\d\d)'
+  cells = r'(2\^-?\d+|Q\d_\d|) +([\d,]+) +([\d.]+)% +([\d.]+) +(\d[.]\d\de[-+]\d\d)'
   rows, series, whole = [], '', 0.0
   for row in rows_of(title, rf'(.{{18}}){cells}.*$'):
     series = row[1].strip() or series
     size = int(number(row[3]))
-    rows.append(near.Row(series, row[2], size, float(row[4]), float(row[5])))
-    whole = size / (float(re.search(r'([\d.]+)%', row[0])[1]) / 100)
+    rows.append(near.Row(series, row[2], size, float(row[5]), float(row[6])))
+    whole = size / (float(row[4]) / 100)
   return near.picture(rows, round(whole))
 
 

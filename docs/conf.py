@@ -135,6 +135,13 @@ def _public_types(app, what, name, obj, options, signature, returns):
   return public(signature), public(returns)
 
 
+def _public_lines(app, what, name, obj, options, lines):
+  """Does the same for the types of fields, which Napoleon writes."""
+  del app, what, name, obj, options
+  lines[:] = [re.sub(r'\bjax\._src\.(\w+\.)*', 'jax.', line) for line in lines]
+
+
 def setup(app):
+  app.connect('autodoc-process-docstring', _public_lines, priority=900)
   app.connect('autodoc-process-signature', _public_types)
   app.connect('autodoc-process-docstring', _as_text, priority=100)

@@ -195,7 +195,8 @@ def _entropy(arrays: list[np.ndarray]) -> float | None:
   present = np.concatenate(counts)
   if present.sum() < _OFTEN * present.size:
     return None
-  return float((present * np.log2(present.sum() / present)).sum() / present.sum())
+  shares = np.float64(present) / float(present.sum())
+  return float(-(shares * np.log2(shares)).sum())
 
 
 # ---- the bytes -----------------------------------------------------------------------
