@@ -69,7 +69,14 @@ BENCHMARKS: tuple[Benchmark, ...] = (
   Benchmark('benchmarks.demo', results=None),
   Benchmark('benchmarks.results', results='output'),
   Benchmark('benchmarks.dense', peers=True),
-  Benchmark('benchmarks.base'),
+  Benchmark('benchmarks.kinds'),
+  Benchmark(
+    'benchmarks.base',
+    (
+      '--dense=tests/testdata/phi2-tiny-dense',
+      '--sliced=tests/testdata/phi2-tiny-sliced-0.25',
+    ),
+  ),
   Benchmark('benchmarks.quantised'),
   Benchmark('benchmarks.low_rank'),
   Benchmark('benchmarks.canonicalise'),

@@ -241,10 +241,7 @@ def main() -> None:
   cases, names = {}, (TUNED, BASE)
   if _BASE.value is not None and _TUNED.value is not None:
     names = _TUNED.value, _BASE.value
-  paths = [
-    str(packages.model(x) / 'model.safetensors') if x in packages.MODELS else x
-    for x in names
-  ]
+  paths = [packages.weights(x) if x in packages.MODELS else x for x in names]
   for dtype in DTYPES:
     new, old = (read(path, dtype) for path in paths)
     cases[f'fine-tune, {dtype}'] = new, old

