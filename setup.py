@@ -127,7 +127,7 @@ setuptools.setup(
       'optax>=0.2.5,<0.3',  # a training step
       'orbax-checkpoint>=0.12,<0.13',  # saves and loads what is written here
       'pre-commit>=4.0,<5',
-      'pytest>=8.3,<10',
+      'pytest>=9,<10',
       'pytest-xdist>=3.6,<4',  # the suite on two cores
       'ruff>=0.8,<1',
       'safetensors>=0.4.5,<1',  # reads what is written here

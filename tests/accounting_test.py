@@ -207,10 +207,13 @@ class TestAccounting:
       )
       assert counts.width == width
 
-  @pytest.mark.parametrize('sparsity', [-0.1, 1.0, math.nan])
-  def test_sparsity_out_of_range(self, sparsity):
-    with pytest.raises(ValueError, match=rf'\[0, 1\), got {sparsity}'):
-      accounting.accounting(config_of('opt-1.3b'), sparsity)
+  def test_sparsity_out_of_range(self, subtests):
+    for sparsity in (-0.1, 1.0, math.nan):
+      with (
+        subtests.test(sparsity=sparsity),
+        pytest.raises(ValueError, match=rf'\[0, 1\), got {sparsity}'),
+      ):
+        accounting.accounting(config_of('opt-1.3b'), sparsity)
 
   def test_nothing_left(self):
     with pytest.raises(ValueError, match='leaves nothing of the hidden size 2048'):
@@ -233,27 +236,25 @@ def _accounting_of(rotbits):
 
 
 class TestCommand:
-  @pytest.mark.parametrize(
-    ('args', 'name', 'slicing', 'bits_back'),
-    [
+  def test_json(self, accounting_of, subtests):
+    for args, name, slicing, bits_back in (
       (['--model=OPT-6.7B', '--slicing=0.20'], 'opt-6.7b', 0.2, 14.07),
       (['--model=opt-6.7b', '--slicing=0.1'], 'opt-6.7b', 0.1, None),
       (['--model=Llama-2-13B', '--slicing=0.25'], 'llama-2-13b', 0.25, None),
       (['--config=opt_6_7b:0.3'], 'opt-6.7b', 0.3, 24.84),
       ([f'--config={ROOT / "configs" / "opt_6_7b.py"}'], 'opt-6.7b', 0.25, 19.29),
-    ],
-  )
-  def test_json(self, accounting_of, args, name, slicing, bits_back):
-    code, out, err = accounting_of(*args, '--json')
-    assert (code, err) == (0, '')
-    counts = accounting.accounting(config_of(name), slicing)
-    assert json.loads(out.splitlines()[-1]) == {
-      'model': name,
-      'slicing': slicing,
-      'width': counts.width,
-      'elements': counts.elements(),
-      'reduction': {**counts.reduction(), 'bits_back_published': bits_back},
-    }
+    ):
+      with subtests.test(args=args):
+        code, out, err = accounting_of(*args, '--json')
+        assert (code, err) == (0, '')
+        counts = accounting.accounting(config_of(name), slicing)
+        assert json.loads(out.splitlines()[-1]) == {
+          'model': name,
+          'slicing': slicing,
+          'width': counts.width,
+          'elements': counts.elements(),
+          'reduction': {**counts.reduction(), 'bits_back_published': bits_back},
+        }
 
   def test_fields_of_a_config_are_overridden(self, accounting_of):
     flags = '--config.experiment.slicing=0.5', '--config.experiment.model.vocab_size=9'
@@ -286,9 +287,8 @@ class TestCommand:
     shown = {word for word in ('retied', 'published') if word in out}
     assert shown == {'retied', 'published'} - left_out
 
-  @pytest.mark.parametrize(
-    ('args', 'words'),
-    [
+  def test_bad_input(self, accounting_of, subtests):
+    for args, words in (
       (['--model=opt-1.3b'], '--slicing'),
       (['--slicing=0.2'], '--model'),
       (['--model=opt-6.6b', '--slicing=0.2'], 'llama-2-7b'),
@@ -299,30 +299,26 @@ class TestCommand:
       (['--config=free'], 'no field experiment'),
       (['--config=opt_6_7b:some'], 'ValueError: could not convert string to float'),
       (['--config=no_such.py'], 'no_such.py'),
-    ],
-  )
-  def test_bad_input(self, accounting_of, args, words):
-    self.check(accounting_of, args, words)
+    ):
+      with subtests.test(args=args):
+        self.check(accounting_of, args, words)
 
-  @pytest.mark.parametrize(
-    ('content', 'words'),
-    [
+  def test_bad_config(self, accounting_of, tmp_path, subtests):
+    for content, words in (
       (b'{"model_type": ', 'not JSON'),
       (b'\xff', 'not JSON'),
       (b'[' * 100_000, 'not JSON'),
       (b'[]', 'expected an object'),
       (b'{"model_type": "bert"}', 'bert'),
       (b'{"model_type": "llama"}', 'hidden_size is missing'),
-    ],
-    ids=['cut', 'bytes', 'deep', 'list', 'family', 'missing'],
-  )
-  def test_bad_config(self, accounting_of, tmp_path, content, words):
-    path = tmp_path / 'config.json'
-    path.write_bytes(content)
-    for model in (path, tmp_path):
-      err = self.check(accounting_of, [f'--model={model}', '--slicing=0.2'], words)
-      assert str(path) in err
-      assert 'config.json: config.json' not in err
+    ):
+      with subtests.test(content=content[:20]):
+        path = tmp_path / 'config.json'
+        path.write_bytes(content)
+        for model in (path, tmp_path):
+          err = self.check(accounting_of, [f'--model={model}', '--slicing=0.2'], words)
+          assert str(path) in err
+          assert 'config.json: config.json' not in err
 
   def check(self, accounting_of, args, words):
     code, out, err = accounting_of(*args)

@@ -263,12 +263,13 @@ class TestRoundTrip:
     assert len(SLICED) == 4
     assert len(DENSE) == 7
 
-  @pytest.mark.parametrize('name', FIXTURES)
-  def test_tensors(self, name):
-    checkpoint = checkpoints.load_checkpoint(TESTDATA / name)
-    assert checkpoint.model.config.sliced == ('sliced' in name)
-    got = checkpoints.to_tensors(checkpoint.model)
-    assert_same_tensors(got, file_tensors(TESTDATA / name))
+  def test_tensors(self, subtests):
+    for name in FIXTURES:
+      with subtests.test(name=name):
+        checkpoint = checkpoints.load_checkpoint(TESTDATA / name)
+        assert checkpoint.model.config.sliced == ('sliced' in name)
+        got = checkpoints.to_tensors(checkpoint.model)
+        assert_same_tensors(got, file_tensors(TESTDATA / name))
 
   @pytest.mark.parametrize('format', ['safetensors', 'slicegpt'])
   @pytest.mark.parametrize('name', SLICED)
@@ -386,13 +387,14 @@ class TestTensors:
     with pytest.raises(CheckpointError, match=match):
       self.from_tensors(tensors)
 
-  @pytest.mark.parametrize('dtype', [np.float64, np.int8, np.bool_])
-  def test_wrong_dtype(self, dtype):
-    tensors = random_tensors(tiny_shapes())
-    tensors['lm_head.weight'] = tensors['lm_head.weight'].astype(dtype)
-    match = f'lm_head.weight: .* got {np.dtype(dtype)}'
-    with pytest.raises(CheckpointError, match=match):
-      self.from_tensors(tensors)
+  def test_wrong_dtype(self, subtests):
+    for dtype in (np.float64, np.int8, np.bool_):
+      with subtests.test(dtype=dtype):
+        tensors = random_tensors(tiny_shapes())
+        tensors['lm_head.weight'] = tensors['lm_head.weight'].astype(dtype)
+        match = f'lm_head.weight: .* got {np.dtype(dtype)}'
+        with pytest.raises(CheckpointError, match=match):
+          self.from_tensors(tensors)
 
   def test_buffers_come_back(self):
     tensors = random_tensors(tiny_shapes()) | {
@@ -500,9 +502,8 @@ class TestConfig:
     assert checkpoints.parse_config(SMOLLM2 | {'head_dim': 32}).head_dim == 32
     assert checkpoints.parse_config(SMOLLM2 | {'head_dim': None}).head_dim == 64
 
-  @pytest.mark.parametrize(
-    ('family', 'name', 'value'),
-    [
+  def test_refused_by_name_and_value(self, subtests):
+    for family, name, value in (
       ('opt', 'do_layer_norm_before', False),
       ('opt', 'enable_bias', False),
       ('opt', 'layer_norm_elementwise_affine', False),
@@ -536,16 +537,14 @@ class TestConfig:
       ('phi3', 'sliding_window', 0),
       ('phi3', 'attention_bias', True),
       ('phi3', 'rope_scaling', {'type': 'longrope'}),
-    ],
-  )
-  def test_refused_by_name_and_value(self, family, name, value):
-    with pytest.raises(CheckpointError) as e:
-      checkpoints.parse_config(CONFIGS[family] | {name: value})
-    assert f'config.json: {name} is {value!r}' in str(e.value)
+    ):
+      with subtests.test(family=family, name=name, value=value):
+        with pytest.raises(CheckpointError) as e:
+          checkpoints.parse_config(CONFIGS[family] | {name: value})
+        assert f'config.json: {name} is {value!r}' in str(e.value)
 
-  @pytest.mark.parametrize(
-    ('name', 'value', 'match'),
-    [
+  def test_refused_otherwise(self, subtests):
+    for name, value, match in (
       ('rope_parameters', 'default', "rope_parameters: expected an object, got 'def"),
       (
         'rope_parameters',
@@ -555,34 +554,39 @@ class TestConfig:
       ('rope_parameters', {'factor': 2.0}, 'rope_parameters: factor is 2.0'),
       ('num_attention_heads', 7, 'num_attention_heads 7 does not divide hidden_size'),
       ('num_key_value_heads', 2, 'num_heads must be a multiple of num_kv_heads'),
-    ],
-  )
-  def test_refused_otherwise(self, name, value, match):
-    with pytest.raises(CheckpointError, match=match):
-      checkpoints.parse_config(SMOLLM2 | {name: value})
+    ):
+      with (
+        subtests.test(name=name, value=value),
+        pytest.raises(CheckpointError, match=match),
+      ):
+        checkpoints.parse_config(SMOLLM2 | {name: value})
 
   def test_known_families_are_named(self):
     known = 'supported: opt, llama, phi, phi3, mistral, qwen2, qwen3, smollm3, gemma2'
     with pytest.raises(CheckpointError, match=known):
       checkpoints.parse_config({'model_type': 'gemma'})
 
-  @pytest.mark.parametrize('family', CONFIGS)
-  def test_missing(self, family):
-    for name in ('model_type', 'hidden_size', 'num_hidden_layers', 'vocab_size'):
-      values = {k: v for k, v in CONFIGS[family].items() if k != name}
-      with pytest.raises(CheckpointError, match=f'config.json: {name} is missing'):
-        checkpoints.parse_config(values)
+  def test_missing(self, subtests):
+    for family in CONFIGS:
+      with subtests.test(family=family):
+        for name in ('model_type', 'hidden_size', 'num_hidden_layers', 'vocab_size'):
+          values = {k: v for k, v in CONFIGS[family].items() if k != name}
+          with pytest.raises(CheckpointError, match=f'config.json: {name} is missing'):
+            checkpoints.parse_config(values)
 
-  @pytest.mark.parametrize('value', [None, [], 'x', 3])
-  def test_not_an_object(self, value):
-    with pytest.raises(CheckpointError, match=r'config\.json: expected an object'):
-      checkpoints.parse_config(value)
+  def test_not_an_object(self, subtests):
+    for value in (None, [], 'x', 3):
+      with (
+        subtests.test(value=value),
+        pytest.raises(CheckpointError, match=r'config\.json: expected an object'),
+      ):
+        checkpoints.parse_config(value)
 
-  @pytest.mark.parametrize('config', ['x' * 10**5, LLAMA1 | {'y' * 10**5: 'x' * 10**5}])
-  def test_errors_show_the_beginning_of_a_value(self, config):
-    with pytest.raises(CheckpointError) as e:
-      checkpoints.parse_config(config)
-    assert len(str(e.value)) < 600
+  def test_errors_show_the_beginning_of_a_value(self, subtests):
+    for config in ('x' * 10**5, LLAMA1 | {'y' * 10**5: 'x' * 10**5}):
+      with pytest.raises(CheckpointError) as e:
+        checkpoints.parse_config(config)
+      assert len(str(e.value)) < 600
 
 
 class TestSlicing:
@@ -598,11 +602,12 @@ class TestSlicing:
     assert sliced.config.head_bias
     assert sliced.params['head']['bias'].shape == (4096,)
 
-  @pytest.mark.parametrize('name', SLICED)
-  def test_slicing_json_is_what_slicegpt_writes(self, name):
-    checkpoint = checkpoints.load_checkpoint(TESTDATA / name)
-    got = json.dumps(checkpoints.slicing_json(checkpoint.model.config)).encode()
-    assert got == checkpoint.files[f'{checkpoint.stem}.json']
+  def test_slicing_json_is_what_slicegpt_writes(self, subtests):
+    for name in SLICED:
+      with subtests.test(name=name):
+        checkpoint = checkpoints.load_checkpoint(TESTDATA / name)
+        got = json.dumps(checkpoints.slicing_json(checkpoint.model.config)).encode()
+        assert got == checkpoint.files[f'{checkpoint.stem}.json']
 
   def test_slicing_json_of_different_widths(self):
     config = checkpoints.parse_config(TINY, TINY_SLICING)
@@ -612,9 +617,8 @@ class TestSlicing:
     with pytest.raises(ValueError, match='only a sliced model'):
       checkpoints.slicing_json(checkpoints.parse_config(TINY))
 
-  @pytest.mark.parametrize(
-    ('change', 'match'),
-    [
+  def test_refused(self, subtests):
+    for change, match in (
       ({'hidden_size': 16}, 'hidden_size is 16, .*; expected 8'),
       ({'parallel_blocks': True}, 'parallel_blocks is True, .*; expected False'),
       ({'const_dimension': 8}, 'const_dimension is 8'),
@@ -627,19 +631,21 @@ class TestSlicing:
       ({'mlp_output_dimensions': {'0': 5}}, 'segment_widths must be from 1 .*got 0'),
       ({'mlp_output_dimensions': {'0': 5, '1': 9}}, 'hidden_size 8, got 3 to 9'),
       ({'head_dimension': 7}, 'head_dimension is 7'),
-    ],
-  )
-  def test_refused(self, change, match):
-    with pytest.raises(CheckpointError, match=f'slicing JSON.*{match}'):
-      checkpoints.parse_config(TINY, TINY_SLICING | change)
+    ):
+      with (
+        subtests.test(change=change),
+        pytest.raises(CheckpointError, match=f'slicing JSON.*{match}'),
+      ):
+        checkpoints.parse_config(TINY, TINY_SLICING | change)
 
-  @pytest.mark.parametrize(
-    'name', [n for n in TINY_SLICING if 'dimension' in n and n != 'const_dimension']
-  )
-  def test_missing(self, name):
-    values = {k: v for k, v in TINY_SLICING.items() if k != name}
-    with pytest.raises(CheckpointError, match=f'{name}: is missing'):
-      checkpoints.parse_config(TINY, values)
+  def test_missing(self, subtests):
+    for name in [
+      n for n in TINY_SLICING if 'dimension' in n and n != 'const_dimension'
+    ]:
+      with subtests.test(name=name):
+        values = {k: v for k, v in TINY_SLICING.items() if k != name}
+        with pytest.raises(CheckpointError, match=f'{name}: is missing'):
+          checkpoints.parse_config(TINY, values)
 
 
 class TestDirectory:
@@ -862,22 +868,20 @@ class TestDirectory:
       checkpoints.save_checkpoint(broken, tmp_path / 'x')
     assert not list(tmp_path.iterdir())
 
-  @pytest.mark.parametrize(
-    ('name', 'match'),
-    [
+  def test_save_refuses_file_name(self, tmp_path, subtests):
+    for name, match in (
       ('../x', 'not the name of a file'),
       ('a\\b', 'not the name of a file'),
       ('..', 'not the name of a file'),
       ('', 'not the name of a file'),
       ('model.safetensors', 'two files have the name model.safetensors'),
-    ],
-  )
-  def test_save_refuses_file_name(self, tmp_path, name, match):
-    checkpoint = checkpoints.load_checkpoint(TESTDATA / 'llama-tiny-dense')
-    checkpoint.files[name] = b''
-    with pytest.raises(ValueError, match=match):
-      checkpoints.save_checkpoint(checkpoint, tmp_path / 'x')
-    assert not list(tmp_path.iterdir())
+    ):
+      with subtests.test(name=name):
+        checkpoint = checkpoints.load_checkpoint(TESTDATA / 'llama-tiny-dense')
+        checkpoint.files[name] = b''
+        with pytest.raises(ValueError, match=match):
+          checkpoints.save_checkpoint(checkpoint, tmp_path / 'x')
+        assert not list(tmp_path.iterdir())
 
   def test_save_refuses(self, tmp_path):
     dense = checkpoints.load_checkpoint(TESTDATA / 'llama-tiny-dense')

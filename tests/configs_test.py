@@ -18,23 +18,24 @@ print(pathlib.Path(config_files.__file__).parents[2])
 """
 
 
-@pytest.mark.parametrize('name', config_files.paths())
-def test_makes_a_preset(name):
-  fields = config_files.load(config_files.paths()[name])
-  experiment = fields.pop('experiment', None)
-  made = presets.make(fields.pop('preset'), **fields)
-  if experiment is None:
-    # The file states every option and its default.
-    assert made.name == name
-    assert made.options == presets.make(name).options
-  else:
-    # As in the paper.
-    expected = {
-      'canonicaliser': 'svd',
-      'rotation_codec': 'symmetric_eig',
-      'correction': 'threshold',
-    }
-    assert expected.items() <= made.options.items()
+def test_makes_a_preset(subtests):
+  for name in config_files.paths():
+    with subtests.test(name=name):
+      fields = config_files.load(config_files.paths()[name])
+      experiment = fields.pop('experiment', None)
+      made = presets.make(fields.pop('preset'), **fields)
+      if experiment is None:
+        # The file states every option and its default.
+        assert made.name == name
+        assert made.options == presets.make(name).options
+      else:
+        # As in the paper.
+        expected = {
+          'canonicaliser': 'svd',
+          'rotation_codec': 'symmetric_eig',
+          'correction': 'threshold',
+        }
+        assert expected.items() <= made.options.items()
 
 
 def test_every_preset_has_one():

@@ -6,7 +6,6 @@ import pathlib
 import re
 
 import numpy as np
-import pytest
 
 from fuzz import seeds
 import rotbits_jax
@@ -112,9 +111,8 @@ def field_names(cls):
   return {field.name for field in dataclasses.fields(cls)}
 
 
-@pytest.mark.parametrize(
-  ('introduction', 'written'),
-  [
+def test_fields_of_objects(subtests):
+  for introduction, written in (
     ('The stream `manifest` is a JSON object.', whole_manifest()),
     ('A *record* decodes on its own', record()),
     ('A *leaf* is one parameter:', leaf()),
@@ -124,10 +122,9 @@ def field_names(cls):
     ('The object `rope_scaling` has', field_names(models.RopeScaling)),
     ('A file with a message has no records', schema.dump(message())),
     ('says how a weights file', schema.dump(weights_file())),
-  ],
-)
-def test_fields_of_objects(introduction, written):
-  assert documented(introduction) == set(written)
+  ):
+    with subtests.test(introduction=introduction):
+      assert documented(introduction) == set(written)
 
 
 def test_fields_of_the_index():
@@ -152,26 +149,25 @@ def exact_embedding():
   return structured.TiedExactly.from_table(table, head, map, np.full(6, 20))
 
 
-@pytest.mark.parametrize(
-  'leaf',
-  [
+def test_settings_and_arrays_of_leaves(subtests):
+  for leaf in (
     *seeds.leaves().values(),
     *(leaf for leaf, _ in seeds.leaves_beside_base().values()),
     exact_embedding(),
-  ],
-  ids=lambda leaf: leaf.type_name,
-)
-def test_settings_and_arrays_of_leaves(leaf):
-  text = PAGE.read_text('utf-8')
-  row, paragraph = (
-    rf'^\| `{leaf.type_name}` \|.*',
-    rf'^\*\*`{leaf.type_name}`\.\*\*(?:.+\n)+',
-  )
-  about = re.findall(f'{row}|{paragraph}', text, re.M)
-  settings, arrays = leaf.stored()
-  # There is an array of residuals for each class.
-  written = {re.sub(r'residuals_\d+', 'residuals_0', x) for x in (*settings, *arrays)}
-  assert written <= names(' '.join(about))
+  ):
+    with subtests.test(leaf=leaf.type_name):
+      text = PAGE.read_text('utf-8')
+      row, paragraph = (
+        rf'^\| `{leaf.type_name}` \|.*',
+        rf'^\*\*`{leaf.type_name}`\.\*\*(?:.+\n)+',
+      )
+      about = re.findall(f'{row}|{paragraph}', text, re.M)
+      settings, arrays = leaf.stored()
+      # There is an array of residuals for each class.
+      written = {
+        re.sub(r'residuals_\d+', 'residuals_0', x) for x in (*settings, *arrays)
+      }
+      assert written <= names(' '.join(about))
 
 
 def test_names_of_factors():

@@ -4,7 +4,6 @@ import dataclasses
 import math
 
 from absl.testing import absltest
-from absl.testing import parameterized
 import jax
 import numpy as np
 import random_models
@@ -184,30 +183,31 @@ class _NewConfig(models.ModelConfig):
   residual_scale: float = 1.0
 
 
-class LayoutTest(parameterized.TestCase):
-  @parameterized.parameters(*TABLE)
-  def test_axes_sizes_and_ends_are_those_of_the_table(self, name, sliced, layer, outer):
-    config = _config(name, sliced=sliced)
-    self.assertEqual(layout.layer_axes(config), layer)
-    self.assertEqual(layout.outer_axes(config), outer)
-    self._assert_sizes(config, layer, outer)
-    linears = layout.linears(config)
-    kernels = {
-      path.removesuffix('/kernel'): axes
-      for path, axes in layer.items()
-      if path.endswith('/kernel') and 'shortcut' not in path
-    }
-    self.assertEqual(linears.keys(), kernels.keys())
-    for path, (reads, writes) in linears.items():
-      first, last = kernels[path]
-      self.assertEqual(reads, None if isinstance(first, str) else first)
-      self.assertEqual(writes, None if isinstance(last, str) else last)
-      # Each linear layer reads or writes a segment, but not both.
-      self.assertEqual((reads is None) + (writes is None), 1)
-    neurons = {
-      path: axes.index('neuron') for path, axes in layer.items() if 'neuron' in axes
-    }
-    self.assertEqual(layout.neuron_axes(config), neurons)
+class LayoutTest(absltest.TestCase):
+  def test_axes_sizes_and_ends_are_those_of_the_table(self):
+    for name, sliced, layer, outer in TABLE:
+      with self.subTest(name=name, sliced=sliced):
+        config = _config(name, sliced=sliced)
+        self.assertEqual(layout.layer_axes(config), layer)
+        self.assertEqual(layout.outer_axes(config), outer)
+        self._assert_sizes(config, layer, outer)
+        linears = layout.linears(config)
+        kernels = {
+          path.removesuffix('/kernel'): axes
+          for path, axes in layer.items()
+          if path.endswith('/kernel') and 'shortcut' not in path
+        }
+        self.assertEqual(linears.keys(), kernels.keys())
+        for path, (reads, writes) in linears.items():
+          first, last = kernels[path]
+          self.assertEqual(reads, None if isinstance(first, str) else first)
+          self.assertEqual(writes, None if isinstance(last, str) else last)
+          # Each linear layer reads or writes a segment, but not both.
+          self.assertEqual((reads is None) + (writes is None), 1)
+        neurons = {
+          path: axes.index('neuron') for path, axes in layer.items() if 'neuron' in axes
+        }
+        self.assertEqual(layout.neuron_axes(config), neurons)
 
   def _assert_sizes(self, config, layer, outer):
     """Checks the shapes of the parameters, and how many elements they have."""
@@ -242,7 +242,7 @@ class LayoutTest(parameterized.TestCase):
       self.assertEqual(layout.norm_of(config, 'mlp'), norm)
 
 
-class SymmetriesTest(parameterized.TestCase):
+class SymmetriesTest(absltest.TestCase):
   def test_symmetries_are_those_of_the_table(self):
     for (name, sliced), expected in SYMMETRIES.items():
       config = _config(name, sliced=sliced)
@@ -270,25 +270,26 @@ class SymmetriesTest(parameterized.TestCase):
       layout.symmetries(other), layout.symmetries(config)._replace(neurons=False)
     )
 
-  @parameterized.parameters('llama', 'opt', 'phi', 'qwen2')
-  def test_the_order_of_neurons_does_not_matter(self, name):
-    config_json = CONFIGS[name]
-    model = random_models.random_model(config_json)
-    rng = np.random.default_rng(0)
-    layers = []
-    for layer in model.layers():
-      flat, order = structured.flatten(layer), rng.permutation(20)
-      for path, axis in layout.neuron_axes(model.config).items():
-        flat[path] = np.take(flat[path], order, axis)
-      layers.append(structured.unflatten(flat))
-    permuted = models.from_layers(model.config, model.outer(), layers)
-    moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), model, permuted)
-    self.assertGreater(max(jax.tree.leaves(moved)), 0.1)
-    np.testing.assert_allclose(
-      random_models.reference_logits(config_json, permuted),
-      random_models.reference_logits(config_json, model),
-      atol=1e-9,
-    )
+  def test_the_order_of_neurons_does_not_matter(self):
+    for name in ('llama', 'opt', 'phi', 'qwen2'):
+      with self.subTest(name=name):
+        config_json = CONFIGS[name]
+        model = random_models.random_model(config_json)
+        rng = np.random.default_rng(0)
+        layers = []
+        for layer in model.layers():
+          flat, order = structured.flatten(layer), rng.permutation(20)
+          for path, axis in layout.neuron_axes(model.config).items():
+            flat[path] = np.take(flat[path], order, axis)
+          layers.append(structured.unflatten(flat))
+        permuted = models.from_layers(model.config, model.outer(), layers)
+        moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), model, permuted)
+        self.assertGreater(max(jax.tree.leaves(moved)), 0.1)
+        np.testing.assert_allclose(
+          random_models.reference_logits(config_json, permuted),
+          random_models.reference_logits(config_json, model),
+          atol=1e-9,
+        )
 
 
 if __name__ == '__main__':

@@ -53,9 +53,8 @@ class TestMake:
     with pytest.raises(ValueError, match="'paper' has no option 'transforms'"):
       presets.make('paper', transforms=())
 
-  @pytest.mark.parametrize(
-    ('name', 'options', 'words'),
-    [
+  def test_options_are_checked(self, subtests):
+    for name, options, words in (
       ('free', {'tolerance': -1.0}, 'tolerance .* at least 0, got -1.0'),
       ('free', {'tolerance': True}, 'tolerance must be a finite number'),
       ('free', {'floor': float('nan')}, 'floor must be a finite number, got nan'),
@@ -65,11 +64,12 @@ class TestMake:
       ('paper', {'canonicaliser': 'best'}, 'canonicaliser: .*polar_shortcut, qr, svd'),
       ('paper', {'threshold': -1.0}, 'threshold: must not be negative'),
       ('paper', {'correction': 'threshold'}, 'needs symmetric_eig'),
-    ],
-  )
-  def test_options_are_checked(self, name, options, words):
-    with pytest.raises(ValueError, match=words):
-      presets.make(name, **options)
+    ):
+      with (
+        subtests.test(name=name, options=options),
+        pytest.raises(ValueError, match=words),
+      ):
+        presets.make(name, **options)
 
   def test_options_are_json(self):
     for name in presets.PRESETS:

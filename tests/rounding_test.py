@@ -1,5 +1,7 @@
 """Numbers are rounded once, small ones to one step, beside a reference in float64."""
 
+import itertools
+
 from absl.testing import absltest
 from absl.testing import parameterized
 import jax.numpy as jnp
@@ -24,18 +26,20 @@ def _round(leaf, dtype, octaves, uniform=False):
 
 
 class RoundTest(parameterized.TestCase):
-  @parameterized.product(
-    dtype=[np.float16, ml_dtypes.bfloat16], scale=[1.0, 0.03], octaves=[-7.0, -3.5]
-  )
-  def test_numbers_are_multiples_of_a_power_of_two(self, dtype, scale, octaves):
-    self.check_multiples(_normal((40, 50), scale), dtype, octaves)
+  def test_numbers_are_multiples_of_a_power_of_two(self):
+    for dtype, scale, octaves in itertools.product(
+      [np.float16, ml_dtypes.bfloat16], [1.0, 0.03], [-7.0, -3.5]
+    ):
+      with self.subTest(dtype=dtype, scale=scale, octaves=octaves):
+        self.check_multiples(_normal((40, 50), scale), dtype, octaves)
 
-  # The sizes are those at which other programs round an array.
-  @parameterized.parameters(
-    *((64, 64), (64, 65), (3, 5, 7), (1024, 1023), (1024, 1024), (1025, 1024))
-  )
-  def test_arrays_of_all_sizes_are_rounded_alike(self, *shape):
-    self.check_multiples(_normal(shape), np.float16, -7.0)
+  def test_arrays_of_all_sizes_are_rounded_alike(self):
+    # The sizes are those at which other programs round an array.
+    for shape in (
+      *((64, 64), (64, 65), (3, 5, 7), (1024, 1023), (1024, 1024), (1025, 1024)),
+    ):
+      with self.subTest(shape=shape):
+        self.check_multiples(_normal(shape), np.float16, -7.0)
 
   def check_multiples(self, values, dtype, octaves):
     rounded, effect = _round(jnp.asarray(values), dtype, octaves)
@@ -48,16 +52,17 @@ class RoundTest(parameterized.TestCase):
     squares = np.sum((expected - values) ** 2)
     self.assertAlmostEqual(effect.squares / squares, 1, delta=1e-4)
 
-  @parameterized.product(dtype=DTYPES, octaves=[-5.0, -4.8, -4.55, -4.3])
-  def test_uniform_steps_are_quarters_of_an_octave_apart(self, dtype, octaves):
-    values = _normal((40, 50))
-    rounded, effect = _round(jnp.asarray(values), dtype, octaves, uniform=True)
-    self.assertEqual(rounded.dtype, np.float32)
-    rms = np.sqrt(np.mean(np.float64(values) ** 2))
-    self.assertLess(abs(np.log2(effect.step / rms) - octaves), 0.17)
-    self.assertIn(np.frexp(effect.step)[0] * 8, (4, 5, 6, 7))
-    steps = np.rint(values / np.float32(effect.step)).astype(np.float64)
-    np.testing.assert_array_equal(np.asarray(rounded), steps * effect.step)
+  def test_uniform_steps_are_quarters_of_an_octave_apart(self):
+    for dtype, octaves in itertools.product(DTYPES, [-5.0, -4.8, -4.55, -4.3]):
+      with self.subTest(dtype=dtype, octaves=octaves):
+        values = _normal((40, 50))
+        rounded, effect = _round(jnp.asarray(values), dtype, octaves, uniform=True)
+        self.assertEqual(rounded.dtype, np.float32)
+        rms = np.sqrt(np.mean(np.float64(values) ** 2))
+        self.assertLess(abs(np.log2(effect.step / rms) - octaves), 0.17)
+        self.assertIn(np.frexp(effect.step)[0] * 8, (4, 5, 6, 7))
+        steps = np.rint(values / np.float32(effect.step)).astype(np.float64)
+        np.testing.assert_array_equal(np.asarray(rounded), steps * effect.step)
 
   @parameterized.parameters(np.float16, ml_dtypes.bfloat16)
   def test_a_floor_changes_no_number_above_it(self, dtype):
@@ -106,11 +111,12 @@ class RoundTest(parameterized.TestCase):
     np.testing.assert_array_equal(rounded, values.astype(np.float16))
     self.assertEqual(effect.step, 0)
 
-  @parameterized.parameters(0.0, 1e-30, 3e38)
-  def test_extreme_scales(self, scale):
-    values = np.full((2, 3), scale, np.float32)
-    rounded, _ = _round(jnp.asarray(values), np.float32, -4.0, uniform=True)
-    np.testing.assert_allclose(rounded, values, rtol=2.0**-4)
+  def test_extreme_scales(self):
+    for scale in (0.0, 1e-30, 3e38):
+      with self.subTest(scale=scale):
+        values = np.full((2, 3), scale, np.float32)
+        rounded, _ = _round(jnp.asarray(values), np.float32, -4.0, uniform=True)
+        np.testing.assert_allclose(rounded, values, rtol=2.0**-4)
 
   def test_no_zero_is_negative(self):
     values = np.float32([[1, -1], [-1e-4, 1e-4]])

@@ -60,9 +60,8 @@ def test_defaults_are_left_out_and_short_records_are_lists():
   assert schema.dump(FULL)['pairs'] == [['p', 3], ['q', 0]]
 
 
-@pytest.mark.parametrize(
-  ('change', 'message'),
-  [
+def test_wrong_values_are_refused_by_name(subtests):
+  for change, message in (
     ({'name': None}, 'here/name: must be a string, got None'),
     ({'name': 'x//y'}, 'here/name: must be up to 64 keys'),
     ({'kind': 'c'}, 'here/kind: must be one of a, b'),
@@ -82,12 +81,11 @@ def test_defaults_are_left_out_and_short_records_are_lists():
     ({'by_name': {'n': 'm'}}, 'here/by_name/n: must be an integer'),
     ({'by_name': []}, 'here/by_name: must be an object'),
     ({'other': 1}, 'here/other: is not known'),
-  ],
-)
-def test_wrong_values_are_refused_by_name(change, message):
-  with pytest.raises(schema.SchemaError) as error:
-    schema.load(Record, LEAST | change, 'here')
-  assert str(error.value).startswith(message)
+  ):
+    with subtests.test(change=change):
+      with pytest.raises(schema.SchemaError) as error:
+        schema.load(Record, LEAST | change, 'here')
+      assert str(error.value).startswith(message)
 
 
 def test_missing_fields_are_refused_by_name():
@@ -103,7 +101,8 @@ def test_long_values_are_cut_in_errors():
   assert len(str(error.value)) < 300
 
 
-@pytest.mark.parametrize('name', ['', '.', '..', 'a/b', 'a\\b', 'a\n', 'x' * 256])
-def test_names_of_files_lead_nowhere_else(name):
-  assert not schema.is_file_name(name)
-  assert schema.is_file_name('model-00001.safetensors')
+def test_names_of_files_lead_nowhere_else(subtests):
+  for name in ('', '.', '..', 'a/b', 'a\\b', 'a\n', 'x' * 256):
+    with subtests.test(name=name):
+      assert not schema.is_file_name(name)
+      assert schema.is_file_name('model-00001.safetensors')

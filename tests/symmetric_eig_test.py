@@ -1,5 +1,6 @@
 """The published rotation codec is exact, or within its threshold if it has one."""
 
+import itertools
 import math
 
 from absl.testing import absltest
@@ -79,21 +80,22 @@ class SpacingTest(parameterized.TestCase):
 
 
 class SymmetricEigTest(parameterized.TestCase):
-  @parameterized.product(
-    content=[_weights, _bits], spacing=list(SPACINGS), noise=[2e-4, 5e-2]
-  )
-  def test_numbers_come_back_whatever_the_last_bits(self, content, spacing, noise):
-    patterns = content(N)
-    q, spectrum = _rotation(patterns, N, spacing)
-    np.testing.assert_allclose(q.T @ q, np.eye(N), atol=5e-6)
-    recovered = _noisy(q, noise)
-    correction = _correct(recovered, spectrum, patterns, spacing)
-    for seed in range(3):
-      np.testing.assert_array_equal(
-        _recover(recovered, spectrum, correction, spacing), patterns
-      )
-      steps = np.random.default_rng(seed).integers(-4, 5, (N, N)).astype(np.float32)
-      recovered = _noisy(q, noise) + steps * np.spacing(_noisy(q, noise))
+  def test_numbers_come_back_whatever_the_last_bits(self):
+    for content, spacing, noise in itertools.product(
+      [_weights, _bits], list(SPACINGS), [2e-4, 5e-2]
+    ):
+      with self.subTest(content=content, spacing=spacing, noise=noise):
+        patterns = content(N)
+        q, spectrum = _rotation(patterns, N, spacing)
+        np.testing.assert_allclose(q.T @ q, np.eye(N), atol=5e-6)
+        recovered = _noisy(q, noise)
+        correction = _correct(recovered, spectrum, patterns, spacing)
+        for seed in range(3):
+          np.testing.assert_array_equal(
+            _recover(recovered, spectrum, correction, spacing), patterns
+          )
+          steps = np.random.default_rng(seed).integers(-4, 5, (N, N)).astype(np.float32)
+          recovered = _noisy(q, noise) + steps * np.spacing(_noisy(q, noise))
 
   @parameterized.parameters(0, 1)
   def test_few_dimensions(self, n):

@@ -1,7 +1,8 @@
 """Elements are split into symbols and raw bits and joined again."""
 
+import itertools
+
 from absl.testing import absltest
-from absl.testing import parameterized
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -33,11 +34,12 @@ def _check_round_trip(layout, bits):
   np.testing.assert_array_equal(joined, bits)
 
 
-class FloatsTest(parameterized.TestCase):
-  @parameterized.parameters(*FLOATS)
-  def test_join_undoes_split_for_every_kind_of_number(self, dtype):
-    full = layouts.Float(np.dtype(dtype), 0).most_raw_bits
-    _check_round_trip(layouts.Float(np.dtype(dtype), full), _patterns(dtype))
+class FloatsTest(absltest.TestCase):
+  def test_join_undoes_split_for_every_kind_of_number(self):
+    for dtype in FLOATS:
+      with self.subTest(dtype=dtype):
+        full = layouts.Float(np.dtype(dtype), 0).most_raw_bits
+        _check_round_trip(layouts.Float(np.dtype(dtype), full), _patterns(dtype))
 
   def test_symbol_is_exponent_and_top_of_the_mantissa(self):
     bits = np.array([-1.5], np.float16).view(np.uint16)
@@ -45,14 +47,15 @@ class FloatsTest(parameterized.TestCase):
     self.assertEqual(int(symbols[0]), 15 << 3 | 0b100)
     self.assertEqual(int(raw[0]), 1 << 7)
 
-  @parameterized.parameters((np.float16, 8), (np.float16, 5), (np.float32, 8))
-  def test_zeros_at_the_end_are_left_out(self, dtype, raw_bits):
-    dtype = np.dtype(dtype)
-    zeros = layouts.Float(dtype, 0).most_raw_bits - raw_bits
-    bits = _patterns(dtype) >> zeros << zeros
-    layout, _ = layouts.of_floats(bits, dtype)
-    self.assertEqual(layout, layouts.Float(dtype, raw_bits))
-    _check_round_trip(layout, bits)
+  def test_zeros_at_the_end_are_left_out(self):
+    for dtype, raw_bits in ((np.float16, 8), (np.float16, 5), (np.float32, 8)):
+      with self.subTest(dtype=dtype, raw_bits=raw_bits):
+        dtype = np.dtype(dtype)
+        zeros = layouts.Float(dtype, 0).most_raw_bits - raw_bits
+        bits = _patterns(dtype) >> zeros << zeros
+        layout, _ = layouts.of_floats(bits, dtype)
+        self.assertEqual(layout, layouts.Float(dtype, raw_bits))
+        _check_round_trip(layout, bits)
 
   def test_numbers_without_raw_bits(self):
     dtype = np.dtype(np.float16)
@@ -62,10 +65,13 @@ class FloatsTest(parameterized.TestCase):
       self.assertLessEqual(layout.raw_bits, raw_bits)
       _check_round_trip(layout, bits)
 
-  @parameterized.product(dtype=FLOATS, value=[np.inf, np.nan, 1.0])
-  def test_any_numbers_have_a_layout(self, dtype, value):
-    bits = np.array([0, value, 1e-7, -3], dtype).view(f'u{np.dtype(dtype).itemsize}')
-    _check_round_trip(layouts.of_floats(bits, np.dtype(dtype))[0], bits)
+  def test_any_numbers_have_a_layout(self):
+    for dtype, value in itertools.product(FLOATS, [np.inf, np.nan, 1.0]):
+      with self.subTest(dtype=dtype, value=value):
+        bits = np.array([0, value, 1e-7, -3], dtype).view(
+          f'u{np.dtype(dtype).itemsize}'
+        )
+        _check_round_trip(layouts.of_floats(bits, np.dtype(dtype))[0], bits)
 
   def test_a_rare_number_changes_the_layout(self):
     # Samples do not have it.
@@ -76,38 +82,40 @@ class FloatsTest(parameterized.TestCase):
     _check_round_trip(layout, bits)
 
 
-class MinimumExponentTest(parameterized.TestCase):
+class MinimumExponentTest(absltest.TestCase):
   """Small numbers share a step; the reference counts the steps in float64."""
 
-  @parameterized.product(dtype=FLOATS, least=[1, 2, 9, 25])
-  def test_magnitudes_above_a_minimum_exponent(self, dtype, least):
-    dtype = np.dtype(dtype)
-    form = layouts.FORMATS[dtype]
-    bits = _rounded(_patterns(dtype), form, least)
-    raised = np.asarray(layouts.raised(jnp.asarray(bits), form, least))
-    top = form.mantissa
-    with np.errstate(invalid='ignore'):
-      values = np.abs(bits.view(dtype).astype(np.float64))
-    small = values < 2.0 ** (least + 1 - form.bias)
-    steps = np.ldexp(values[small], form.bias + top - least)
-    magnitude = (1 << form.width - 1) - 1
-    np.testing.assert_array_equal(raised[small] & magnitude, steps)
-    np.testing.assert_array_equal(
-      raised[~small], bits[~small] - np.array((least - 1) << top, bits.dtype)
-    )
-    lowered = np.asarray(layouts.lowered(jnp.asarray(raised), form, least))
-    np.testing.assert_array_equal(lowered, bits)
+  def test_magnitudes_above_a_minimum_exponent(self):
+    for dtype, least in itertools.product(FLOATS, [1, 2, 9, 25]):
+      with self.subTest(dtype=dtype, least=least):
+        dtype = np.dtype(dtype)
+        form = layouts.FORMATS[dtype]
+        bits = _rounded(_patterns(dtype), form, least)
+        raised = np.asarray(layouts.raised(jnp.asarray(bits), form, least))
+        top = form.mantissa
+        with np.errstate(invalid='ignore'):
+          values = np.abs(bits.view(dtype).astype(np.float64))
+        small = values < 2.0 ** (least + 1 - form.bias)
+        steps = np.ldexp(values[small], form.bias + top - least)
+        magnitude = (1 << form.width - 1) - 1
+        np.testing.assert_array_equal(raised[small] & magnitude, steps)
+        np.testing.assert_array_equal(
+          raised[~small], bits[~small] - np.array((least - 1) << top, bits.dtype)
+        )
+        lowered = np.asarray(layouts.lowered(jnp.asarray(raised), form, least))
+        np.testing.assert_array_equal(lowered, bits)
 
-  @parameterized.parameters(*FLOATS)
-  def test_it_is_found(self, dtype):
-    dtype = np.dtype(dtype)
-    form = layouts.FORMATS[dtype]
-    values = np.random.default_rng(0).normal(size=20_000) * 2.0**-5
-    least = form.bias - 5
-    bits = _rounded(values.astype(dtype).view(f'u{dtype.itemsize}'), form, least)
-    found, _ = layouts.of_floats(bits, dtype)
-    self.assertEqual(found, layouts.Float(dtype, found.most_raw_bits, least))
-    _check_round_trip(found, bits)
+  def test_it_is_found(self):
+    for dtype in FLOATS:
+      with self.subTest(dtype=dtype):
+        dtype = np.dtype(dtype)
+        form = layouts.FORMATS[dtype]
+        values = np.random.default_rng(0).normal(size=20_000) * 2.0**-5
+        least = form.bias - 5
+        bits = _rounded(values.astype(dtype).view(f'u{dtype.itemsize}'), form, least)
+        found, _ = layouts.of_floats(bits, dtype)
+        self.assertEqual(found, layouts.Float(dtype, found.most_raw_bits, least))
+        _check_round_trip(found, bits)
 
 
 def _rounded(bits, form, least):
@@ -121,15 +129,16 @@ def _rounded(bits, form, least):
   return cut.astype(bits.dtype)
 
 
-class IntegersTest(parameterized.TestCase):
-  @parameterized.parameters(*INTEGERS)
-  def test_join_undoes_split_for_every_number(self, dtype):
-    bits = _patterns(dtype)
-    width = 8 * np.dtype(dtype).itemsize
-    least = layouts.least_raw_bits(bits.view(dtype))
-    self.assertEqual(least, max(width - 14, 0))
-    for raw_bits in range(least, width):
-      _check_round_trip(layouts.Int(np.dtype(dtype), raw_bits), bits)
+class IntegersTest(absltest.TestCase):
+  def test_join_undoes_split_for_every_number(self):
+    for dtype in INTEGERS:
+      with self.subTest(dtype=dtype):
+        bits = _patterns(dtype)
+        width = 8 * np.dtype(dtype).itemsize
+        least = layouts.least_raw_bits(bits.view(dtype))
+        self.assertEqual(least, max(width - 14, 0))
+        for raw_bits in range(least, width):
+          _check_round_trip(layouts.Int(np.dtype(dtype), raw_bits), bits)
 
   def test_small_magnitudes_are_small_symbols(self):
     bits = np.int16([0, -1, 1, -2, 2]).view(np.uint16)
@@ -137,21 +146,24 @@ class IntegersTest(parameterized.TestCase):
     self.assertEqual(symbols.tolist(), [0, 1, 2, 3, 4])
 
 
-class LayoutTest(parameterized.TestCase):
-  @parameterized.parameters(
-    ('float', np.float16, 9, 1),
-    ('float', np.float16, -1, 1),
-    ('float', np.float16, 8, 31),
-    ('float', np.float16, 8, 0),
-    ('float', np.int8, 1, 1),
-    ('int', np.int8, 8, 1),
-    ('int', np.int8, 0, 2),
-    ('int', np.int64, 40, 1),
-    ('int', np.float16, 0, 1),
-  )
-  def test_unknown_ones_are_refused(self, name, dtype, raw_bits, min_exponent):
-    layout = layouts.TYPES[name](np.dtype(dtype), raw_bits, min_exponent)
-    self.assertFalse(layout.is_valid())
+class LayoutTest(absltest.TestCase):
+  def test_unknown_ones_are_refused(self):
+    for name, dtype, raw_bits, min_exponent in (
+      ('float', np.float16, 9, 1),
+      ('float', np.float16, -1, 1),
+      ('float', np.float16, 8, 31),
+      ('float', np.float16, 8, 0),
+      ('float', np.int8, 1, 1),
+      ('int', np.int8, 8, 1),
+      ('int', np.int8, 0, 2),
+      ('int', np.int64, 40, 1),
+      ('int', np.float16, 0, 1),
+    ):
+      with self.subTest(
+        name=name, dtype=dtype, raw_bits=raw_bits, min_exponent=min_exponent
+      ):
+        layout = layouts.TYPES[name](np.dtype(dtype), raw_bits, min_exponent)
+        self.assertFalse(layout.is_valid())
 
 
 if __name__ == '__main__':
