@@ -1,6 +1,7 @@
 """Tests of writing checkpoints one layer at a time."""
 
 import dataclasses
+import itertools
 import json
 import os
 import pathlib
@@ -436,21 +437,23 @@ class WriterTest(parameterized.TestCase):
     self.assert_nothing_is_left()
 
 
-class RowMajorTest(parameterized.TestCase):
-  @parameterized.product(
-    dtype=[np.float16, ml_dtypes.bfloat16, np.float32, np.float64, np.int8, np.bool_],
-    piece=[1, 10_000, 1 << 23],
-  )
-  def test_bytes(self, dtype, piece):
-    rng = np.random.default_rng(0)
-    x = rng.integers(0, 2 if dtype == np.bool_ else 100, (150, 130)).astype(dtype)
-    with absltest.mock.patch.object(lazy, '_PIECE', piece):
-      for array in (
-        x, x.T, x[::2, ::-1], x[:, 3:70].T, x[:0].T, x[:, :0], x[0], x[:, 0], x[3, 4],
-        x.reshape(15, 10, 130).swapaxes(0, 2), np.broadcast_to(x[0], (70, 130)),
-      ):  # fmt: skip
-        got = b''.join(bytes(part) for part in lazy.row_major(np.asarray(array)))
-        self.assertEqual(got, array.tobytes())
+class RowMajorTest(absltest.TestCase):
+  def test_bytes(self):
+    for dtype, piece in itertools.product(
+      [np.float16, ml_dtypes.bfloat16, np.float32, np.float64, np.int8, np.bool_],
+      [1, 10_000, 1 << 23],
+    ):
+      with self.subTest(dtype=dtype, piece=piece):
+        rng = np.random.default_rng(0)
+        x = rng.integers(0, 2 if dtype == np.bool_ else 100, (150, 130)).astype(dtype)
+        with absltest.mock.patch.object(lazy, '_PIECE', piece):
+          for array in (
+            x, x.T, x[::2, ::-1], x[:, 3:70].T, x[:0].T, x[:, :0], x[0], x[:, 0],
+            x[3, 4], x.reshape(15, 10, 130).swapaxes(0, 2),
+            np.broadcast_to(x[0], (70, 130)),
+          ):  # fmt: skip
+            got = b''.join(bytes(part) for part in lazy.row_major(np.asarray(array)))
+            self.assertEqual(got, array.tobytes())
 
 
 if __name__ == '__main__':

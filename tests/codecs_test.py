@@ -18,26 +18,28 @@ def _every_slot(bits: int) -> rans.Message:
   )
 
 
-class UniformTest(parameterized.TestCase):
-  @parameterized.parameters(((40,), 1), ((3, 5), 4), ((2, 3, 4), 7), ((0,), 3))
-  def test_is_exact(self, shape, lanes):
-    rng = np.random.default_rng(lanes)
-    sizes = rng.integers(1, 65537, shape)
-    sizes.flat[:3] = [1, 65536, 65535]
-    codec = codecs.uniform(jnp.asarray(sizes, jnp.uint32))
-    symbol = jnp.asarray(rng.integers(0, sizes), jnp.uint32)
-    message = codec_checks.random_message(lanes, lanes, 60)
-    sampled = codec_checks.check_codec(codec, symbol, message, eager=lanes == 4)
-    self.assertTrue((np.asarray(sampled) < sizes).all())
+class UniformTest(absltest.TestCase):
+  def test_is_exact(self):
+    for shape, lanes in (((40,), 1), ((3, 5), 4), ((2, 3, 4), 7), ((0,), 3)):
+      with self.subTest(shape=shape, lanes=lanes):
+        rng = np.random.default_rng(lanes)
+        sizes = rng.integers(1, 65537, shape)
+        sizes.flat[:3] = [1, 65536, 65535]
+        codec = codecs.uniform(jnp.asarray(sizes, jnp.uint32))
+        symbol = jnp.asarray(rng.integers(0, sizes), jnp.uint32)
+        message = codec_checks.random_message(lanes, lanes, 60)
+        sampled = codec_checks.check_codec(codec, symbol, message, eager=lanes == 4)
+        self.assertTrue((np.asarray(sampled) < sizes).all())
 
-  @parameterized.parameters(1, 2, 3, 1000, 32767, 65535, 65536)
-  def test_slots_are_shared_out_evenly(self, size):
-    codec = codecs.uniform(jnp.full(1 << 16, size, jnp.uint32))
-    _, symbols = codec.pop(_every_slot(16))
-    counts = np.bincount(np.asarray(symbols), minlength=size)
-    self.assertEqual(counts.size, size)
-    self.assertLessEqual(abs(counts - 65536 / size).max(), 1)
-    self.assertTrue((np.diff(np.asarray(symbols).astype(np.int64)) >= 0).all())
+  def test_slots_are_shared_out_evenly(self):
+    for size in (1, 2, 3, 1000, 32767, 65535, 65536):
+      with self.subTest(size=size):
+        codec = codecs.uniform(jnp.full(1 << 16, size, jnp.uint32))
+        _, symbols = codec.pop(_every_slot(16))
+        counts = np.bincount(np.asarray(symbols), minlength=size)
+        self.assertEqual(counts.size, size)
+        self.assertLessEqual(abs(counts - 65536 / size).max(), 1)
+        self.assertTrue((np.diff(np.asarray(symbols).astype(np.int64)) >= 0).all())
 
   def test_costs_the_logarithm_of_the_size(self):
     rng = np.random.default_rng(0)
@@ -50,20 +52,21 @@ class UniformTest(parameterized.TestCase):
     self.assertAlmostEqual(cost / np.log2(sizes).sum(), 1, delta=2e-3)
 
 
-class CategoricalTest(parameterized.TestCase):
-  @parameterized.parameters((1, 1, 1), (3, 2, 2), (5, 17, 3), (9, 64, 8))
-  def test_is_exact(self, count, alphabet, lanes):
-    rng = np.random.default_rng(alphabet)
-    counts = rng.integers(0, 50, (count, alphabet)) * rng.integers(0, 2, alphabet)
-    counts[:, alphabet // 2] = 1
-    frequencies = np.stack([tables.quantize(row) for row in counts])
-    contexts = rng.integers(0, count, (6, 7))
-    symbol = [rng.choice(np.flatnonzero(frequencies[c])) for c in contexts.flat]
-    codec = codecs.categorical(jnp.asarray(contexts), jnp.asarray(frequencies))
-    symbol = jnp.asarray(symbol, jnp.uint32).reshape(6, 7)
-    message = codec_checks.random_message(count, lanes, 60)
-    sampled = codec_checks.check_codec(codec, symbol, message, eager=lanes == 3)
-    self.assertTrue((frequencies[contexts, np.asarray(sampled)] > 0).all())
+class CategoricalTest(absltest.TestCase):
+  def test_is_exact(self):
+    for count, alphabet, lanes in ((1, 1, 1), (3, 2, 2), (5, 17, 3), (9, 64, 8)):
+      with self.subTest(count=count, alphabet=alphabet, lanes=lanes):
+        rng = np.random.default_rng(alphabet)
+        counts = rng.integers(0, 50, (count, alphabet)) * rng.integers(0, 2, alphabet)
+        counts[:, alphabet // 2] = 1
+        frequencies = np.stack([tables.quantize(row) for row in counts])
+        contexts = rng.integers(0, count, (6, 7))
+        symbol = [rng.choice(np.flatnonzero(frequencies[c])) for c in contexts.flat]
+        codec = codecs.categorical(jnp.asarray(contexts), jnp.asarray(frequencies))
+        symbol = jnp.asarray(symbol, jnp.uint32).reshape(6, 7)
+        message = codec_checks.random_message(count, lanes, 60)
+        sampled = codec_checks.check_codec(codec, symbol, message, eager=lanes == 3)
+        self.assertTrue((frequencies[contexts, np.asarray(sampled)] > 0).all())
 
   def test_every_slot_is_its_owner_s(self):
     frequencies = tables.quantize(np.array([0, 5, 0, 0, 90, 1, 1, 0, 300, 0]))[None]

@@ -158,30 +158,30 @@ class GenerateTest(chex.TestCase):
     with pytest.raises(ValueError, match='not finite'):
       next(generation.generate(model, self.prompt, max_tokens=6))
 
-  @parameterized.parameters(
-    ({'tokens': np.zeros((1, 3), int)}, r'tokens must be \[T\] integers.*\(1, 3\)'),
-    ({'tokens': np.zeros(3)}, 'tokens must be .*float64'),
-    ({'tokens': np.zeros(0, int)}, 'the prompt has no tokens'),
-    ({'tokens': np.array([3, 69])}, 'token 69 is outside .* vocabulary of 69'),
-    ({'tokens': np.array([-1])}, 'token -1 is outside'),
-    ({'max_tokens': 0}, 'max_tokens must be positive, got 0'),
-    ({'max_tokens': 10**6}, 'positions, got 3 tokens and max_tokens=1000000'),
-    ({'temperature': -0.5}, 'temperature must be finite and not negative, got -0.5'),
-    ({'temperature': float('nan')}, 'temperature must be finite'),
-    ({'temperature': 0.5}, 'a temperature of 0.5 needs a key'),
-    ({'top_k': 0}, 'top_k must be from 1 to 69, got 0'),
-    ({'top_k': 70}, 'top_k must be from 1 to 69, got 70'),
-  )
-  def test_refused_before_the_first_token(self, options, match):
-    arguments = {'tokens': np.zeros(3, int), 'max_tokens': 4} | options
-    with pytest.raises(ValueError, match=match):
-      generation.generate(self.llama, **arguments)
+  def test_refused_before_the_first_token(self):
+    for options, match in (
+      ({'tokens': np.zeros((1, 3), int)}, r'tokens must be \[T\] integers.*\(1, 3\)'),
+      ({'tokens': np.zeros(3)}, 'tokens must be .*float64'),
+      ({'tokens': np.zeros(0, int)}, 'the prompt has no tokens'),
+      ({'tokens': np.array([3, 69])}, 'token 69 is outside .* vocabulary of 69'),
+      ({'tokens': np.array([-1])}, 'token -1 is outside'),
+      ({'max_tokens': 0}, 'max_tokens must be positive, got 0'),
+      ({'max_tokens': 10**6}, 'positions, got 3 tokens and max_tokens=1000000'),
+      ({'temperature': -0.5}, 'temperature must be finite and not negative, got -0.5'),
+      ({'temperature': float('nan')}, 'temperature must be finite'),
+      ({'temperature': 0.5}, 'a temperature of 0.5 needs a key'),
+      ({'top_k': 0}, 'top_k must be from 1 to 69, got 0'),
+      ({'top_k': 70}, 'top_k must be from 1 to 69, got 70'),
+    ):
+      with self.subTest(options=options):
+        arguments = {'tokens': np.zeros(3, int), 'max_tokens': 4} | options
+        with pytest.raises(ValueError, match=match):
+          generation.generate(self.llama, **arguments)
 
 
 class TestStopTokens:
-  @pytest.mark.parametrize(
-    ('files', 'expected'),
-    [
+  def test_stop_tokens(self, subtests):
+    for files, expected in (
       ({}, ()),
       ({'config.json': {'eos_token_id': 2}}, (2,)),
       ({'config.json': {'eos_token_id': None}}, ()),
@@ -194,23 +194,22 @@ class TestStopTokens:
         (3,),
       ),
       ({'config.json': {'eos_token_id': 2}, 'generation_config.json': {}}, (2,)),
-    ],
-  )
-  def test_stop_tokens(self, files, expected):
-    files = {name: json.dumps(content).encode() for name, content in files.items()}
-    assert configs.stop_tokens(files) == expected
+    ):
+      with subtests.test(files=files):
+        files = {name: json.dumps(content).encode() for name, content in files.items()}
+        assert configs.stop_tokens(files) == expected
 
-  @pytest.mark.parametrize(
-    ('content', 'match'),
-    [
+  def test_refused(self, subtests):
+    for content, match in (
       (b'{"eos_token_id": "x"}', r"config\.json: eos_token_id is \['x'\]"),
       (b'[]', r'config\.json: expected an object'),
       (b'{', r'config\.json: not JSON'),
-    ],
-  )
-  def test_refused(self, content, match):
-    with pytest.raises(checkpoints.CheckpointError, match=match):
-      configs.stop_tokens({'config.json': content})
+    ):
+      with (
+        subtests.test(content=content),
+        pytest.raises(checkpoints.CheckpointError, match=match),
+      ):
+        configs.stop_tokens({'config.json': content})
 
 
 def byte_tokenizer():
@@ -283,24 +282,20 @@ class TestCommand:
     assert draw(1) == draw(1)
     assert draw(1) != draw(2)
 
-  @pytest.mark.parametrize(
-    ('arguments', 'match'),
-    [
+  def test_bad_input_is_one_line_and_exit_code_2(self, run, directory, subtests):
+    for arguments, match in (
       (['--prompt= '], '--prompt has no words'),
       (['--prompt=w1', '--max_tokens=100000'], 'positions, got 1 tokens'),
       (['--prompt=w1', '--temperature=-1'], 'temperature'),
       (['--prompt=w1', '--top_k=0'], 'top_k must be from 1 to 69'),
       ([], 'prompt'),
-    ],
-  )
-  def test_bad_input_is_one_line_and_exit_code_2(
-    self, run, directory, arguments, match
-  ):
-    code, out, err = run(f'--model={directory}', *arguments)
-    assert (code, out) == (2, '')
-    assert err.startswith('rotbits generate: ')
-    assert err.count('\n') == 1
-    assert match in err
+    ):
+      with subtests.test(arguments=arguments):
+        code, out, err = run(f'--model={directory}', *arguments)
+        assert (code, out) == (2, '')
+        assert err.startswith('rotbits generate: ')
+        assert err.count('\n') == 1
+        assert match in err
 
   def test_a_checkpoint_without_tokenizer(self, run):
     code, _, err = run(f'--model={TESTDATA / "llama-tiny-dense"}', '--prompt=x')

@@ -1,6 +1,7 @@
 """The Haar codec is exact, uniform over the group, and robust to rounding."""
 
 import functools
+import itertools
 import math
 import zlib
 
@@ -76,27 +77,32 @@ def _ks_distance(a: np.ndarray, b: np.ndarray) -> float:
   return float(abs(cdfs[0] - cdfs[1]).max() / (1.95 * math.sqrt(2 / a.size)))
 
 
-class CodecTest(parameterized.TestCase):
-  @parameterized.parameters(
-    (0, 0, (), 1), (1, 1, (), 1), (3, 1, (2, 2), 3), (9, 9, (3,), 8)
-  )  # fmt: skip
-  def test_is_exact(self, n, k, batch, lanes):
-    shape = (*batch, haar.num_cells(n, k))
-    cells = _sample(n, k, batch)
-    message = codec_checks.random_message(n, lanes, 2 * cells.size // lanes + 40)
-    sampled = codec_checks.check_codec(haar.codec(n, k, batch), cells, message)
-    chex.assert_shape(sampled, shape)
-    chex.assert_type(sampled, jnp.uint16)
+class CodecTest(absltest.TestCase):
+  def test_is_exact(self):
+    for n, k, batch, lanes in (
+      (0, 0, (), 1),
+      (1, 1, (), 1),
+      (3, 1, (2, 2), 3),
+      (9, 9, (3,), 8),
+    ):
+      with self.subTest(n=n, k=k, batch=batch, lanes=lanes):
+        shape = (*batch, haar.num_cells(n, k))
+        cells = _sample(n, k, batch)
+        message = codec_checks.random_message(n, lanes, 2 * cells.size // lanes + 40)
+        sampled = codec_checks.check_codec(haar.codec(n, k, batch), cells, message)
+        chex.assert_shape(sampled, shape)
+        chex.assert_type(sampled, jnp.uint16)
 
-  @parameterized.parameters(2, 3, 4, 5, 8, 16, 17, 40, 300)
-  def test_bins_have_the_probability_of_a_ratio(self, v):
-    frequencies = haar.bin_tables(300)[v - 2]
-    if v == 2:  # uniform on the circle
-      np.testing.assert_array_equal(frequencies, tables.TOTAL // 64)
-      return
-    edges = np.linspace(-1, 1, 65) * min(1, 4 / math.sqrt(v))
-    expected = np.diff(_distribution(v, edges)) * tables.TOTAL
-    self.assertLess(abs(frequencies - expected).max(), 2)
+  def test_bins_have_the_probability_of_a_ratio(self):
+    for v in (2, 3, 4, 5, 8, 16, 17, 40, 300):
+      with self.subTest(v=v):
+        frequencies = haar.bin_tables(300)[v - 2]
+        if v == 2:  # uniform on the circle
+          np.testing.assert_array_equal(frequencies, tables.TOTAL // 64)
+          continue
+        edges = np.linspace(-1, 1, 65) * min(1, 4 / math.sqrt(v))
+        expected = np.diff(_distribution(v, edges)) * tables.TOTAL
+        self.assertLess(abs(frequencies - expected).max(), 2)
 
   def test_bins_follow_a_normal_distribution_in_many_dimensions(self):
     edges = np.linspace(-4, 4, 65)
@@ -118,11 +124,12 @@ class CodecTest(parameterized.TestCase):
       haar.correct(jnp.eye(3), jnp.zeros(5, jnp.uint16))
 
 
-class RotationTest(parameterized.TestCase):
-  @parameterized.parameters((1, 1), (2, 2), (40, 40), (40, 32))
-  def test_is_orthogonal(self, n, k):
-    q = np.asarray(rotate(_sample(n, k), n, k), np.float64)
-    np.testing.assert_allclose(q.T @ q, np.eye(k), atol=2e-6)
+class RotationTest(absltest.TestCase):
+  def test_is_orthogonal(self):
+    for n, k in ((1, 1), (2, 2), (40, 40), (40, 32)):
+      with self.subTest(n=n, k=k):
+        q = np.asarray(rotate(_sample(n, k), n, k), np.float64)
+        np.testing.assert_allclose(q.T @ q, np.eye(k), atol=2e-6)
 
   def test_is_a_product_of_reflections(self):
     n = 40
@@ -199,19 +206,19 @@ class UniformityTest(parameterized.TestCase):
 
 
 class RecoveryTest(parameterized.TestCase):
-  @parameterized.product(
-    shape=[(1, 1), (2, 2), (40, 40), (40, 32)],
-    noise=[0.0, 1e-4, 1e-3, 1e-2],
-  )
-  def test_a_few_ulps_change_nothing(self, shape, noise):
-    cells = _sample(*shape)
-    recovered = _noisy(rotate(cells, *shape), noise)
-    correction = correct(recovered, cells)
-    np.testing.assert_array_equal(recover(recovered, correction), cells)
-    for seed in range(3):
-      moved = _ulps(recovered, seed)
-      self.assertTrue((moved != recovered).any())
-      np.testing.assert_array_equal(recover(moved, correction), cells)
+  def test_a_few_ulps_change_nothing(self):
+    for shape, noise in itertools.product(
+      [(1, 1), (2, 2), (40, 40), (40, 32)], [0.0, 1e-4, 1e-3, 1e-2]
+    ):
+      with self.subTest(shape=shape, noise=noise):
+        cells = _sample(*shape)
+        recovered = _noisy(rotate(cells, *shape), noise)
+        correction = correct(recovered, cells)
+        np.testing.assert_array_equal(recover(recovered, correction), cells)
+        for seed in range(3):
+          moved = _ulps(recovered, seed)
+          self.assertTrue((moved != recovered).any())
+          np.testing.assert_array_equal(recover(moved, correction), cells)
 
   def test_no_dimensions(self):
     nothing = jnp.zeros((0, 0))

@@ -99,19 +99,20 @@ MATRICES = {
 }
 
 
-class BasisTest(parameterized.TestCase):
-  @parameterized.parameters(*MATRICES)
-  def test_spans_a_matrix_of_any_rank_and_is_well_conditioned(self, name):
-    matrix = MATRICES[name]
-    below, factor = _basis(matrix)
-    self.assertEqual(below.dtype, matrix.dtype)
-    spanned = _spanned(below)
-    wide = np.asarray(factor, spanned.dtype)
-    tolerance = 2e-6 * max(np.linalg.norm(matrix), 1e-30)
-    np.testing.assert_allclose(spanned @ wide, matrix, rtol=0, atol=tolerance)
-    self.assertLess(np.linalg.cond(spanned), 2 + 1e-5)
-    if below.size:
-      self.assertLess(np.linalg.norm(below, 2), 2 + 1e-5)
+class BasisTest(absltest.TestCase):
+  def test_spans_a_matrix_of_any_rank_and_is_well_conditioned(self):
+    for name in MATRICES:
+      with self.subTest(name=name):
+        matrix = MATRICES[name]
+        below, factor = _basis(matrix)
+        self.assertEqual(below.dtype, matrix.dtype)
+        spanned = _spanned(below)
+        wide = np.asarray(factor, spanned.dtype)
+        tolerance = 2e-6 * max(np.linalg.norm(matrix), 1e-30)
+        np.testing.assert_allclose(spanned @ wide, matrix, rtol=0, atol=tolerance)
+        self.assertLess(np.linalg.cond(spanned), 2 + 1e-5)
+        if below.size:
+          self.assertLess(np.linalg.norm(below, 2), 2 + 1e-5)
 
   def test_a_change_of_basis_changes_nothing(self):
     matrix = MATRICES['random']

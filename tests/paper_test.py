@@ -309,18 +309,18 @@ class FileTest(parameterized.TestCase):
     with self.assertRaisesRegex(ValueError, 'dense'):
       encode(_load('llama-tiny-dense'))
 
-  @parameterized.parameters(
-    {'canonicaliser': 'lu'},
-    {'rotation_codec': ['haar']},
-    {'entropy': 2},
-    {'correction': 'threshold'},
-    {'correction': 'threshold', 'rotation_codec': 'symmetric_eig', 'entropy': True},
-    {'threshold': float('nan')},
-    {'threshold': -1.0},
-  )
-  def test_options_that_do_not_go_together_are_refused(self, **changes):
-    with self.assertRaises(ValueError):
-      options(**changes)
+  def test_options_that_do_not_go_together_are_refused(self):
+    for changes in (
+      {'canonicaliser': 'lu'},
+      {'rotation_codec': ['haar']},
+      {'entropy': 2},
+      {'correction': 'threshold'},
+      {'correction': 'threshold', 'rotation_codec': 'symmetric_eig', 'entropy': True},
+      {'threshold': float('nan')},
+      {'threshold': -1.0},
+    ):
+      with self.subTest(changes=changes), self.assertRaises(ValueError):
+        options(**changes)
 
 
 if __name__ == '__main__':

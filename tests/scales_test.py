@@ -4,7 +4,6 @@ import math
 import zlib
 
 from absl.testing import absltest
-from absl.testing import parameterized
 import ml_dtypes
 import numpy as np
 
@@ -67,17 +66,18 @@ def _masses(layout, deviation):
   return 2 * np.diff(_below(edges / deviation))
 
 
-class NormalTest(parameterized.TestCase):
-  @parameterized.parameters(*FORMATS)
-  def test_weights_are_the_normal_distribution(self, dtype, low, k):
-    layout = _layout(dtype, low)
-    weights = _weights(layout, np.array([k]))[0]
-    expected = _masses(layout, 2 ** (k / 8))
-    share = weights / weights.sum()
-    likely = expected > 2e-3
-    np.testing.assert_allclose(share[likely], expected[likely], rtol=0.02)
-    loss = expected * np.log2(np.maximum(expected, 1e-300) / share)
-    self.assertLess(loss.sum(), 2e-5)
+class NormalTest(absltest.TestCase):
+  def test_weights_are_the_normal_distribution(self):
+    for dtype, low, k in FORMATS:
+      with self.subTest(dtype=dtype, low=low, k=k):
+        layout = _layout(dtype, low)
+        weights = _weights(layout, np.array([k]))[0]
+        expected = _masses(layout, 2 ** (k / 8))
+        share = weights / weights.sum()
+        likely = expected > 2e-3
+        np.testing.assert_allclose(share[likely], expected[likely], rtol=0.02)
+        loss = expected * np.log2(np.maximum(expected, 1e-300) / share)
+        self.assertLess(loss.sum(), 2e-5)
 
   def test_tables_are_the_same_on_every_machine(self):
     """The tables are part of the format, so a change here breaks every file."""
@@ -95,14 +95,15 @@ class NormalTest(parameterized.TestCase):
       self.assertGreaterEqual(weights.min(), 1)
       self.assertLessEqual(weights.max(), 1 << 30)
 
-  @parameterized.parameters(0, 37, 255)
-  def test_powers_are_exact(self, i):
-    power = int(scales._powers()[i])
-    self.assertLessEqual(power**256, 2 ** (30 * 256 - i))
-    self.assertGreater((power + 1) ** 256, 2 ** (30 * 256 - i))
+  def test_powers_are_exact(self):
+    for i in (0, 37, 255):
+      with self.subTest(i=i):
+        power = int(scales._powers()[i])
+        self.assertLessEqual(power**256, 2 ** (30 * 256 - i))
+        self.assertGreater((power + 1) ** 256, 2 ** (30 * 256 - i))
 
 
-class SortTest(parameterized.TestCase):
+class SortTest(absltest.TestCase):
   def _normal(self, shape, deviation=1.0, seed=0):
     return np.random.default_rng(seed).standard_normal(shape) * deviation
 
@@ -117,14 +118,17 @@ class SortTest(parameterized.TestCase):
     off = self._classes(lines, matrix.shape) / 8 - octaves
     self.assertLess(np.abs(off).max(), max(rows + columns, 1) * lines.step / 16 + 1e-6)
 
-  @parameterized.parameters(np.float16, ml_dtypes.bfloat16, np.float32, np.int16)
-  def test_lines_of_different_scale_are_found(self, dtype):
-    amplify = 100 if dtype == np.int16 else 1
-    values = self._normal((100, 300), amplify * 2 ** np.linspace(0, 3, 100)[:, None])
-    values = values.astype(dtype)
-    squares = np.mean(np.float64(values) ** 2, axis=1, keepdims=True)
-    self._check(values, np.log2(squares) / 2, True, False)
-    self._check(values.T.copy(), np.log2(squares.T) / 2, False, True)
+  def test_lines_of_different_scale_are_found(self):
+    for dtype in (np.float16, ml_dtypes.bfloat16, np.float32, np.int16):
+      with self.subTest(dtype=dtype):
+        amplify = 100 if dtype == np.int16 else 1
+        values = self._normal(
+          (100, 300), amplify * 2 ** np.linspace(0, 3, 100)[:, None]
+        )
+        values = values.astype(dtype)
+        squares = np.mean(np.float64(values) ** 2, axis=1, keepdims=True)
+        self._check(values, np.log2(squares) / 2, True, False)
+        self._check(values.T.copy(), np.log2(squares.T) / 2, False, True)
 
   def test_scales_of_rows_and_columns_multiply(self):
     rows, columns = 2 ** self._normal((100, 1)), 2 ** self._normal((1, 300), seed=1)
@@ -157,15 +161,16 @@ class SortTest(parameterized.TestCase):
       classes == scales.ZERO, np.broadcast_to(zeros, classes.shape)
     )
 
-  @parameterized.parameters(0.0, np.nan, np.inf, 1e-45, 3e38)
-  def test_special_numbers_are_sorted_somewhere(self, value):
-    for shape in ((1, 1), (1, 50), (50, 1), (30, 40)):
-      values = np.zeros(shape, np.float32)
-      values[:, ::2] = value
-      lines = _sort(values)
-      self.assertIn(lines.rows.size, (1, shape[0]))
-      self.assertIn(lines.columns.size, (1, shape[1]))
-      self.assertLess(np.abs(self._classes(lines, shape)).max(), 1 << 15)
+  def test_special_numbers_are_sorted_somewhere(self):
+    for value in (0.0, np.nan, np.inf, 1e-45, 3e38):
+      with self.subTest(value=value):
+        for shape in ((1, 1), (1, 50), (50, 1), (30, 40)):
+          values = np.zeros(shape, np.float32)
+          values[:, ::2] = value
+          lines = _sort(values)
+          self.assertIn(lines.rows.size, (1, shape[0]))
+          self.assertIn(lines.columns.size, (1, shape[1]))
+          self.assertLess(np.abs(self._classes(lines, shape)).max(), 1 << 15)
 
   def test_buckets_are_those_of_elements(self):
     rng = np.random.default_rng(0)
@@ -191,7 +196,7 @@ class SortTest(parameterized.TestCase):
     self.assertGreater(min(lines.rows.max(), lines.columns.max()), 50)
 
 
-class ContextsTest(parameterized.TestCase):
+class ContextsTest(absltest.TestCase):
   """Contexts of four arrays with classes, and of one with one table."""
 
   SHAPES = ((20, 30), (7, 11), (6, 5), (40,), (3, 5, 4))
@@ -281,23 +286,24 @@ class ContextsTest(parameterized.TestCase):
       except ValueError:
         continue
 
-  @parameterized.parameters(
-    ([5, 0, 1], []),  # no such kind
-    ([1, 0, 0], []),  # no step
-    ([1, 0, 9], []),
-    ([-1, 0, 1], []),
-    ([2, 0, 1], [255]),  # labels out of range
-    ([4, 0, 1], [200, 200, 200]),
-    ([2, 0, 1], []),  # labels missing
-    ([1, 0, 1], [1]),  # too many labels
-  )
-  def test_bad_buckets_are_refused(self, head, labels):
-    lined = np.array([256, *head], '<i2').tobytes() + bytes(labels)
-    data = contexts._deflate(lined) + contexts._deflate(b'\x80' + bytes(32))
-    with self.assertRaises(ValueError):
-      contexts.from_bytes(
-        data + tables.to_bytes(np.zeros((0, 256), int)), self.LAYOUT, ((1, 2),)
-      )
+  def test_bad_buckets_are_refused(self):
+    for head, labels in (
+      ([5, 0, 1], []),
+      ([1, 0, 0], []),
+      ([1, 0, 9], []),
+      ([-1, 0, 1], []),
+      ([2, 0, 1], [255]),
+      ([4, 0, 1], [200, 200, 200]),
+      ([2, 0, 1], []),
+      ([1, 0, 1], [1]),
+    ):
+      with self.subTest(head=head, labels=labels):
+        lined = np.array([256, *head], '<i2').tobytes() + bytes(labels)
+        data = contexts._deflate(lined) + contexts._deflate(b'\x80' + bytes(32))
+        with self.assertRaises(ValueError):
+          contexts.from_bytes(
+            data + tables.to_bytes(np.zeros((0, 256), int)), self.LAYOUT, ((1, 2),)
+          )
 
   def test_what_is_inflated_is_bounded(self):
     bomb = contexts._deflate(bytes(1 << 24))

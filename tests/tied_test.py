@@ -2,6 +2,7 @@
 
 import dataclasses
 from fractions import Fraction
+import itertools
 
 from absl.testing import absltest
 from absl.testing import parameterized
@@ -280,33 +281,34 @@ class RetieExactlyTest(parameterized.TestCase):
     self.assertIsInstance(leaf, structured.TiedExactly)
     np.testing.assert_array_equal(_bits(leaf.materialize(head)), _bits(table))
 
-  @parameterized.product(
-    dtype=(np.float16, BF16), exponents=('least', 'usual', 'wide', 'greatest')
-  )
-  def test_predictions_are_the_exact_products(self, dtype, exponents):
-    info, rng = jnp.finfo(dtype), np.random.default_rng(0)
-    # Exponents of the tokens; the exponents of the products are up to 3 higher.
-    low, high = {
-      'least': (info.minexp - info.nmant - 3, info.minexp + 3),
-      'usual': (-9, 3),
-      'wide': (-38, 3),  # a wider range than fixed point has
-      'greatest': (info.maxexp - 9, info.maxexp - 3),
-    }[exponents]
-    sizes = 2.0 ** rng.integers(low, high, (1, 32))
-    head = (rng.uniform(-1, 1, (5, 32)) * sizes).astype(dtype)
-    map = rng.integers(-(1 << 14), 1 << 14, (5, 3))
-    steps = np.array([14, 15, 13, 14, 14])
-    table = np.float64(head).T @ np.ldexp(map, -steps[:, None])
-    table *= 1 + info.eps * rng.integers(-9, 9, table.shape)
-    table = table.astype(dtype)
-    table[0] *= -1
-    leaf = structured.TiedExactly.from_table(table, head, np.int32(map), steps)
-    self.assertLen(leaf.residuals, 1)  # too few numbers for several classes
-    expected = _reference_residuals(table, head, map, leaf.shifts, leaf.scale)
-    self.assertGreater(len(np.unique(expected)), 10)
-    marked = np.where(np.abs(expected) < 128, expected, -128)
-    np.testing.assert_array_equal(leaf.residuals[0], marked.reshape(-1))
-    np.testing.assert_array_equal(_bits(leaf.materialize(head)), _bits(table))
+  def test_predictions_are_the_exact_products(self):
+    for dtype, exponents in itertools.product(
+      (np.float16, BF16), ('least', 'usual', 'wide', 'greatest')
+    ):
+      with self.subTest(dtype=dtype, exponents=exponents):
+        info, rng = jnp.finfo(dtype), np.random.default_rng(0)
+        # Exponents of the tokens; the exponents of the products are up to 3 higher.
+        low, high = {
+          'least': (info.minexp - info.nmant - 3, info.minexp + 3),
+          'usual': (-9, 3),
+          'wide': (-38, 3),  # a wider range than fixed point has
+          'greatest': (info.maxexp - 9, info.maxexp - 3),
+        }[exponents]
+        sizes = 2.0 ** rng.integers(low, high, (1, 32))
+        head = (rng.uniform(-1, 1, (5, 32)) * sizes).astype(dtype)
+        map = rng.integers(-(1 << 14), 1 << 14, (5, 3))
+        steps = np.array([14, 15, 13, 14, 14])
+        table = np.float64(head).T @ np.ldexp(map, -steps[:, None])
+        table *= 1 + info.eps * rng.integers(-9, 9, table.shape)
+        table = table.astype(dtype)
+        table[0] *= -1
+        leaf = structured.TiedExactly.from_table(table, head, np.int32(map), steps)
+        self.assertLen(leaf.residuals, 1)  # too few numbers for several classes
+        expected = _reference_residuals(table, head, map, leaf.shifts, leaf.scale)
+        self.assertGreater(len(np.unique(expected)), 10)
+        marked = np.where(np.abs(expected) < 128, expected, -128)
+        np.testing.assert_array_equal(leaf.residuals[0], marked.reshape(-1))
+        np.testing.assert_array_equal(_bits(leaf.materialize(head)), _bits(table))
 
   def test_products_that_overflow_come_back(self):
     table, head = _matrices(np.float16)
@@ -362,23 +364,29 @@ class RetieExactlyTest(parameterized.TestCase):
     transform_checks.assert_same_bits(after, model)
     self.assertEmpty(notes)
 
-  @parameterized.parameters('map', 'shifts', 'residuals_0', 'residuals_1')
-  def test_arrays_of_other_sizes_are_refused(self, name):
-    table, head = _matrices(np.float16)
-    settings, arrays = _exactly(table, head)[0].stored()
-    arrays[name] = arrays[name][:-1]
-    with self.assertRaisesRegex(
-      ValueError, r'embedding of \(2048, 1[78]\) cannot have'
-    ):
-      structured.TiedExactly.from_stored(settings, arrays)
+  def test_arrays_of_other_sizes_are_refused(self):
+    for name in ('map', 'shifts', 'residuals_0', 'residuals_1'):
+      with self.subTest(name=name):
+        table, head = _matrices(np.float16)
+        settings, arrays = _exactly(table, head)[0].stored()
+        arrays[name] = arrays[name][:-1]
+        with self.assertRaisesRegex(
+          ValueError, r'embedding of \(2048, 1[78]\) cannot have'
+        ):
+          structured.TiedExactly.from_stored(settings, arrays)
 
-  @parameterized.parameters(
-    ('scale', 4000), ('scale', '47'), ('first', -1), ('first', None), ('first', 256)
-  )
-  def test_settings_of_no_embedding_are_refused(self, name, value):
-    settings, arrays = _exactly(*_matrices(np.float16))[0].stored()
-    with self.assertRaises(ValueError):
-      structured.TiedExactly.from_stored(settings | {name: value}, arrays)
+  def test_settings_of_no_embedding_are_refused(self):
+    for name, value in (
+      ('scale', 4000),
+      ('scale', '47'),
+      ('first', -1),
+      ('first', None),
+      ('first', 256),
+    ):
+      with self.subTest(name=name, value=value):
+        settings, arrays = _exactly(*_matrices(np.float16))[0].stored()
+        with self.assertRaises(ValueError):
+          structured.TiedExactly.from_stored(settings | {name: value}, arrays)
 
   def test_another_head_is_refused(self):
     table, head = _matrices(np.float16)

@@ -1,5 +1,7 @@
 """Blocks are exact for any number of lanes, and damaged blocks are refused."""
 
+import itertools
+
 from absl.testing import absltest
 from absl.testing import parameterized
 import ml_dtypes
@@ -38,18 +40,19 @@ class BlocksTest(parameterized.TestCase):
     blocks.decode(coded, planes, fill, contexts.size, lanes, layout, made, write)
     return found
 
-  @parameterized.product(
-    dtype=[np.float16, ml_dtypes.bfloat16, np.float32],
-    shape=[(1, 1), (100, 1), (1000, 7), (5000, 64), (20_000, 64), (70, 64)],
-  )
-  def test_any_number_of_lanes(self, dtype, shape):
-    count, lanes = shape
-    bits, contexts, layout, frequencies = _example(dtype, count)
-    coded, planes, made = self._encode(bits, contexts, layout, frequencies, lanes)
-    self.assertEqual(planes.size, blocks.planes_size(count, layout))
-    self.assertLess(planes.size, layout.raw_bits * (count + 8) / 8)
-    decoded = self._decode(coded, planes, contexts, layout, made, lanes)
-    np.testing.assert_array_equal(decoded, bits)
+  def test_any_number_of_lanes(self):
+    for dtype, shape in itertools.product(
+      [np.float16, ml_dtypes.bfloat16, np.float32],
+      [(1, 1), (100, 1), (1000, 7), (5000, 64), (20_000, 64), (70, 64)],
+    ):
+      with self.subTest(dtype=dtype, shape=shape):
+        count, lanes = shape
+        bits, contexts, layout, frequencies = _example(dtype, count)
+        coded, planes, made = self._encode(bits, contexts, layout, frequencies, lanes)
+        self.assertEqual(planes.size, blocks.planes_size(count, layout))
+        self.assertLess(planes.size, layout.raw_bits * (count + 8) / 8)
+        decoded = self._decode(coded, planes, contexts, layout, made, lanes)
+        np.testing.assert_array_equal(decoded, bits)
 
   def test_a_lane_costs_four_bytes(self):
     sizes = {}
@@ -58,10 +61,11 @@ class BlocksTest(parameterized.TestCase):
       sizes[lanes] = self._encode(bits, contexts, layout, frequencies, lanes)[0].size
     self.assertLess((sizes[64] - sizes[2]) / 62, 4.5)
 
-  @parameterized.parameters((1, 1), (8191, 1), (16_384, 2), (1 << 20, 64))
-  def test_lanes_are_worth_their_bytes(self, count, lanes):
-    self.assertEqual(blocks.lanes_for(count), lanes)
-    self.assertLessEqual(-(-count // lanes), blocks.STEPS)
+  def test_lanes_are_worth_their_bytes(self):
+    for count, lanes in ((1, 1), (8191, 1), (16_384, 2), (1 << 20, 64)):
+      with self.subTest(count=count, lanes=lanes):
+        self.assertEqual(blocks.lanes_for(count), lanes)
+        self.assertLessEqual(-(-count // lanes), blocks.STEPS)
 
   def test_bytes_that_are_no_block_are_refused(self):
     bits, contexts, layout, frequencies = _example(np.float16, 900)
