@@ -106,24 +106,29 @@ def numbers(size, dtype, seed=0):
 
 
 class TestRead:
-  @pytest.mark.parametrize('dtype', torch_zip.STORAGE_DTYPES.values(), ids=str)
-  def test_strided_views_of_a_shared_storage(self, tmp_path, dtype):
-    rng = np.random.default_rng(1)
-    storage = numbers(500, dtype)
-    state, expected = collections.OrderedDict(), {}
-    for index in range(30):
-      shape = rng.integers(1, 5, rng.integers(0, 4))
-      strides = rng.integers(0, 25, len(shape))
-      reach = int(((shape - 1) * strides).sum())
-      offset = int(rng.integers(0, storage.size - reach))
-      state[f't{index}'] = Tensor(storage, map(int, shape), map(int, strides), offset)
-      expected[f't{index}'] = np.lib.stride_tricks.as_strided(
-        storage[offset:], shape, strides * dtype.itemsize
-      )
-    got = weights_files.read_torch(make_zip(tmp_path / 'x.pt', dump(state), [storage]))
-    assert list(got) == list(expected)
-    for name in expected:
-      assert bits(got[name]) == bits(expected[name]), name
+  def test_strided_views_of_a_shared_storage(self, tmp_path, subtests):
+    for dtype in torch_zip.STORAGE_DTYPES.values():
+      with subtests.test(dtype=dtype):
+        rng = np.random.default_rng(1)
+        storage = numbers(500, dtype)
+        state, expected = collections.OrderedDict(), {}
+        for index in range(30):
+          shape = rng.integers(1, 5, rng.integers(0, 4))
+          strides = rng.integers(0, 25, len(shape))
+          reach = int(((shape - 1) * strides).sum())
+          offset = int(rng.integers(0, storage.size - reach))
+          state[f't{index}'] = Tensor(
+            storage, map(int, shape), map(int, strides), offset
+          )
+          expected[f't{index}'] = np.lib.stride_tricks.as_strided(
+            storage[offset:], shape, strides * dtype.itemsize
+          )
+        got = weights_files.read_torch(
+          make_zip(tmp_path / 'x.pt', dump(state), [storage])
+        )
+        assert list(got) == list(expected)
+        for name in expected:
+          assert bits(got[name]) == bits(expected[name]), name
 
   def test_strides_are_those_of_the_file(self, tmp_path):
     storage = numbers(12, np.dtype(np.float32))
@@ -141,14 +146,15 @@ class TestRead:
     ]
     assert bits(got[1, 1]) == bits(storage[9])
 
-  @pytest.mark.parametrize('shape', [(0,), (3, 0), (0, 2**40)])
-  def test_empty_tensor(self, tmp_path, shape):
-    storage = numbers(0, np.dtype(np.float32))
-    state = {'a': Tensor(storage, shape, (1,) * len(shape))}
-    got = weights_files.read_torch(make_zip(tmp_path / 'x.pt', dump(state), [storage]))[
-      'a'
-    ]
-    assert got.shape == shape
+  def test_empty_tensor(self, tmp_path, subtests):
+    for shape in ((0,), (3, 0), (0, 2**40)):
+      with subtests.test(shape=shape):
+        storage = numbers(0, np.dtype(np.float32))
+        state = {'a': Tensor(storage, shape, (1,) * len(shape))}
+        got = weights_files.read_torch(
+          make_zip(tmp_path / 'x.pt', dump(state), [storage])
+        )['a']
+        assert got.shape == shape
 
   def test_numbers_that_overlap_are_refused(self, tmp_path):
     storage = numbers(4, np.dtype(np.float32))
@@ -181,15 +187,14 @@ class TestRead:
     got = weights_files.read_torch(make_zip(tmp_path / 'x.pt', dump(state), [storage]))
     assert bits(got['a']) == bits(storage)
 
-  @pytest.mark.parametrize(
-    'method', [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA]
-  )
-  def test_compressed_members_are_refused(self, tmp_path, method):
-    storage = np.zeros(1 << 20, np.float32)
-    program = dump({'a': Tensor(storage, storage.shape, (1,))})
-    path = make_zip(tmp_path / 'x.pt', program, [storage], compression=method)
-    with pytest.raises(CheckpointError, match='byteorder is compressed'):
-      weights_files.read_torch(path)
+  def test_compressed_members_are_refused(self, tmp_path, subtests):
+    for method in (zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA):
+      with subtests.test(method=method):
+        storage = np.zeros(1 << 20, np.float32)
+        program = dump({'a': Tensor(storage, storage.shape, (1,))})
+        path = make_zip(tmp_path / 'x.pt', program, [storage], compression=method)
+        with pytest.raises(CheckpointError, match='byteorder is compressed'):
+          weights_files.read_torch(path)
 
   def test_checksums_of_zero_are_not_verified(self, tmp_path):
     storage = numbers(4, np.dtype(np.float32))
@@ -208,9 +213,8 @@ class TestRefusals:
       weights_files.read_torch(path)
     assert str(path) in str(e.value)
 
-  @pytest.mark.parametrize(
-    ('kwargs', 'match'),
-    [
+  def test_view(self, tmp_path, subtests):
+    for kwargs, match in (
       ({'shape': (10,), 'strides': (1,), 'offset': 1}, 'reach outside storage 0 of 10'),
       ({'shape': (2, 3), 'strides': (8, 1)}, 'reach outside'),
       ({'shape': (1,), 'strides': (1,), 'offset': 10}, 'reach outside'),
@@ -230,11 +234,10 @@ class TestRefusals:
         {'shape': (2,), 'strides': (1,), 'dtype': 'ComplexFloatStorage'},
         'torch.ComplexFloatStorage: refused',
       ),
-    ],
-  )
-  def test_view(self, tmp_path, kwargs, match):
-    storage = numbers(10, np.dtype(np.float32))
-    self.refuse(tmp_path, {'w': Tensor(storage, **kwargs)}, match, [storage])
+    ):
+      with subtests.test(kwargs=kwargs):
+        storage = numbers(10, np.dtype(np.float32))
+        self.refuse(tmp_path, {'w': Tensor(storage, **kwargs)}, match, [storage])
 
   @pytest.mark.parametrize(
     ('function', 'args', 'match'),
@@ -265,9 +268,8 @@ class TestRefusals:
     state.copy = 'shadowed'
     self.refuse(tmp_path, state, 'state other than _metadata')
 
-  @pytest.mark.parametrize(
-    ('program', 'match'),
-    [
+  def test_program(self, tmp_path, subtests):
+    for program, match in (
       (b'', 'exhausted'),
       (b'\x80\x02.', 'malformed'),
       (b'\x80\x02}', 'exhausted'),
@@ -284,10 +286,9 @@ class TestRefusals:
       (b'\x80\x02c__main__\nx\n.', '__main__.x: refused'),
       (b'\x80\x04\x8c\x02os\x8c\x06system\x93.', 'opcode SHORT_BINUNICODE'),
       (b'\x80\x02X\x02\x00\x00\x00osX\x01\x00\x00\x00x\x93.', 'opcode STACK_GLOBAL'),
-    ],
-  )
-  def test_program(self, tmp_path, program, match):
-    self.refuse(tmp_path, program, match)
+    ):
+      with subtests.test(program=program):
+        self.refuse(tmp_path, program, match)
 
   def test_big_endian(self, tmp_path):
     path = make_zip(tmp_path / 'x.pt', dump({}))
@@ -304,12 +305,13 @@ class TestRefusals:
     extra = {'c/data.pkl': dump({})}
     self.refuse(tmp_path, {}, 'expected one data.pkl, got 2', extra=extra)
 
-  @pytest.mark.parametrize('content', [b'', b'\x80\x02}.', b'PK\3\4' * 10])
-  def test_not_a_zip(self, tmp_path, content):
-    path = tmp_path / 'x.pt'
-    path.write_bytes(content)
-    with pytest.raises(CheckpointError, match=re.escape(str(path))):
-      weights_files.read_torch(path)
+  def test_not_a_zip(self, tmp_path, subtests):
+    for content in (b'', b'\x80\x02}.', b'PK\3\4' * 10):
+      with subtests.test(content=content):
+        path = tmp_path / 'x.pt'
+        path.write_bytes(content)
+        with pytest.raises(CheckpointError, match=re.escape(str(path))):
+          weights_files.read_torch(path)
 
   def test_truncated_and_corrupt_files(self, tmp_path):
     """Damage causes an error, or does no harm (in dates, for example)."""
@@ -401,11 +403,12 @@ class TestPlaces:
     with pytest.raises(CheckpointError, match='the name has 532 characters'):
       self.places(tmp_path, dump(state), [storage])
 
-  @pytest.mark.parametrize('read', [torch_zip.open_file, torch_zip.open_places])
-  def test_a_program_has_a_greatest_length(self, tmp_path, read):
-    path = make_zip(tmp_path / 'x.pt', dump({}) + bytes(1 << 22))
-    with pytest.raises(CheckpointError, match=r'data\.pkl is too long'):
-      read(path)
+  def test_a_program_has_a_greatest_length(self, tmp_path, subtests):
+    for read in (torch_zip.open_file, torch_zip.open_places):
+      with subtests.test(read=read):
+        path = make_zip(tmp_path / 'x.pt', dump({}) + bytes(1 << 22))
+        with pytest.raises(CheckpointError, match=r'data\.pkl is too long'):
+          read(path)
 
 
 class TestWrite:

@@ -109,43 +109,46 @@ LEAVES = {
 }
 
 
-class LeavesTest(parameterized.TestCase):
-  @parameterized.parameters(*LEAVES)
-  def test_stored_numbers_give_the_leaf_back(self, name):
-    leaf = LEAVES[name](0)
-    settings, arrays = leaf.stored()
-    again = structured.TYPES[leaf.type_name].from_stored(
-      json.loads(json.dumps(settings)), arrays
-    )
-    chex.assert_trees_all_equal(again, leaf)
-    self.assertEqual((again.shape, again.names), (leaf.shape, leaf.names))
-    self.assertEqual(again.dtype, np.float16)
+class LeavesTest(absltest.TestCase):
+  def test_stored_numbers_give_the_leaf_back(self):
+    for name in LEAVES:
+      with self.subTest(name=name):
+        leaf = LEAVES[name](0)
+        settings, arrays = leaf.stored()
+        again = structured.TYPES[leaf.type_name].from_stored(
+          json.loads(json.dumps(settings)), arrays
+        )
+        chex.assert_trees_all_equal(again, leaf)
+        self.assertEqual((again.shape, again.names), (leaf.shape, leaf.names))
+        self.assertEqual(again.dtype, np.float16)
 
-  @parameterized.parameters(*LEAVES)
-  def test_stands_for_the_product_of_its_definition(self, name):
-    leaf = LEAVES[name](1).astype(np.float32)
-    expected = _product(leaf) if 'low_rank' in name else _definition(leaf)
-    self.assertEqual(leaf.shape, expected.shape)
-    np.testing.assert_allclose(leaf.materialize(), expected, atol=1e-5)
-    np.testing.assert_allclose(leaf.T.materialize(), expected.T, atol=1e-5)
-    x = np.random.default_rng(0).standard_normal((2, 3, leaf.shape[0]))
-    np.testing.assert_allclose(leaf.apply(np.float32(x)), x @ expected, atol=1e-4)
+  def test_stands_for_the_product_of_its_definition(self):
+    for name in LEAVES:
+      with self.subTest(name=name):
+        leaf = LEAVES[name](1).astype(np.float32)
+        expected = _product(leaf) if 'low_rank' in name else _definition(leaf)
+        self.assertEqual(leaf.shape, expected.shape)
+        np.testing.assert_allclose(leaf.materialize(), expected, atol=1e-5)
+        np.testing.assert_allclose(leaf.T.materialize(), expected.T, atol=1e-5)
+        x = np.random.default_rng(0).standard_normal((2, 3, leaf.shape[0]))
+        np.testing.assert_allclose(leaf.apply(np.float32(x)), x @ expected, atol=1e-4)
 
-  @parameterized.parameters(*LEAVES)
-  def test_a_stack_of_leaves_of_any_rank_is_applied_and_comes_apart(self, name):
-    leaves = [LEAVES[name](seed) for seed in range(3)]
-    stack = type(leaves[0]).stack(leaves)
-    self.assertEqual(stack.shape, (3, *leaves[0].shape))
-    x = np.random.default_rng(0).standard_normal((4, leaves[0].shape[0]))
-    x = x.astype(np.float32)
-    wide = stack.astype(np.float32)
-    applied = jax.jit(jax.vmap(lambda leaf: leaf.apply(x)))(wide)
-    matrices = jax.jit(jax.vmap(lambda leaf: leaf.materialize()))(wide)
-    for i, leaf in enumerate(leaves):
-      chex.assert_trees_all_equal(stack.layer(i), leaf)
-      expected = leaf.astype(np.float32).materialize()
-      np.testing.assert_allclose(matrices[i], expected, atol=1e-5)
-      np.testing.assert_allclose(applied[i], x @ np.asarray(expected), atol=1e-4)
+  def test_a_stack_of_leaves_of_any_rank_is_applied_and_comes_apart(self):
+    for name in LEAVES:
+      with self.subTest(name=name):
+        leaves = [LEAVES[name](seed) for seed in range(3)]
+        stack = type(leaves[0]).stack(leaves)
+        self.assertEqual(stack.shape, (3, *leaves[0].shape))
+        x = np.random.default_rng(0).standard_normal((4, leaves[0].shape[0]))
+        x = x.astype(np.float32)
+        wide = stack.astype(np.float32)
+        applied = jax.jit(jax.vmap(lambda leaf, x=x: leaf.apply(x)))(wide)
+        matrices = jax.jit(jax.vmap(lambda leaf: leaf.materialize()))(wide)
+        for i, leaf in enumerate(leaves):
+          chex.assert_trees_all_equal(stack.layer(i), leaf)
+          expected = leaf.astype(np.float32).materialize()
+          np.testing.assert_allclose(matrices[i], expected, atol=1e-5)
+          np.testing.assert_allclose(applied[i], x @ np.asarray(expected), atol=1e-4)
 
   def test_reduced_leaf_stores_the_square_of_the_rank_fewer(self):
     for m, n, r in ((7, 9, 3), (9, 7, 3), (7, 9, 7), (7, 9, 1)):
@@ -159,31 +162,33 @@ class LeavesTest(parameterized.TestCase):
     self.assertEqual(plain.names, 'linears')
     np.testing.assert_allclose(_product(plain), _definition(leaf), atol=1e-5)
 
-  @parameterized.parameters(
-    ('low_rank', {'u': np.zeros((7, 3)), 'v': np.zeros((2, 9))}),
-    ('low_rank', {'u': np.zeros(7), 'v': np.zeros((7, 9))}),
-    ('reduced_low_rank', {'below': np.zeros((4, 3)), 'other': np.zeros((4, 9))}),
-    ('reduced_low_rank', {'below': np.zeros((3, 3)), 'other': np.zeros((3, 9))}),
-    ('reduced_low_rank', {'below': np.zeros((4, 3)), 'other': np.zeros((3, 6))}),
-    ('reduced_low_rank', {'below': np.zeros(3), 'other': np.zeros((3, 6))}),
-  )
-  def test_arrays_of_wrong_shapes_are_refused(self, kind, arrays):
-    settings = {'names': 'asvd'}
-    if kind == 'reduced_low_rank':
-      settings |= {'transposed': False, 'size': 7}
-    with self.assertRaisesRegex(ValueError, r'\(.*\)'):
-      structured.TYPES[kind].from_stored(settings, arrays)
+  def test_arrays_of_wrong_shapes_are_refused(self):
+    for kind, arrays in (
+      ('low_rank', {'u': np.zeros((7, 3)), 'v': np.zeros((2, 9))}),
+      ('low_rank', {'u': np.zeros(7), 'v': np.zeros((7, 9))}),
+      ('reduced_low_rank', {'below': np.zeros((4, 3)), 'other': np.zeros((4, 9))}),
+      ('reduced_low_rank', {'below': np.zeros((3, 3)), 'other': np.zeros((3, 9))}),
+      ('reduced_low_rank', {'below': np.zeros((4, 3)), 'other': np.zeros((3, 6))}),
+      ('reduced_low_rank', {'below': np.zeros(3), 'other': np.zeros((3, 6))}),
+    ):
+      with self.subTest(kind=kind, arrays=arrays):
+        settings = {'names': 'asvd'}
+        if kind == 'reduced_low_rank':
+          settings |= {'transposed': False, 'size': 7}
+        with self.assertRaisesRegex(ValueError, r'\(.*\)'):
+          structured.TYPES[kind].from_stored(settings, arrays)
 
 
-class FixPairTest(parameterized.TestCase):
-  @parameterized.parameters((24, 16, 8), (16, 24, 8), (16, 16, 16), (16, 24, 1))
-  def test_product_is_kept_and_no_number_is_large(self, m, n, rank):
-    pair = _pair(m, n, rank, np.float32)
-    fixed = _fix_pair(pair.u, pair.v)
-    self.assertLess(_relative(_definition(fixed), _product(pair)), 2e-6)
-    self.assertLessEqual(np.linalg.norm(fixed.below, 2), 2 + 1e-5)
-    self.assertEqual(fixed.shape, (m, n))
-    self.assertEqual(fixed.transposed, m > n)
+class FixPairTest(absltest.TestCase):
+  def test_product_is_kept_and_no_number_is_large(self):
+    for m, n, rank in ((24, 16, 8), (16, 24, 8), (16, 16, 16), (16, 24, 1)):
+      with self.subTest(m=m, n=n, rank=rank):
+        pair = _pair(m, n, rank, np.float32)
+        fixed = _fix_pair(pair.u, pair.v)
+        self.assertLess(_relative(_definition(fixed), _product(pair)), 2e-6)
+        self.assertLessEqual(np.linalg.norm(fixed.below, 2), 2 + 1e-5)
+        self.assertEqual(fixed.shape, (m, n))
+        self.assertEqual(fixed.transposed, m > n)
 
   def test_factors_of_any_rank_and_scale_are_kept(self):
     pair = _pair(24, 16, 8, np.float32)

@@ -126,27 +126,28 @@ class EvaluateTest(chex.TestCase):
           outputs.append('window' in stderr.getvalue())
     assert outputs == [False, False, False, True]
 
-  @parameterized.named_parameters(
-    (
-      'vocabulary',
-      'vocabulary of 69.* got 4096',
-      {'reference': 'opt-small-sliced-0.2'},
-    ),
-    ('no_reference', 'reference', {'rerounded': 'llama-tiny-dense'}),
-    ('one_token', 'at least 2 tokens.* got 1', {'tokens': [3]}),
-    ('cut_to_one', 'at least 2 tokens.* got 1', {'max_tokens': 1}),
-    ('large_id', 'token 69 ', {'tokens': [3, 69, 70]}),
-    ('negative_id', 'token -1 ', {'tokens': [3, -1]}),
-    ('batched', r'tokens.shape=\(1, 2\)', {'tokens': [[3, 4]]}),
-    ('floats', r'dtype\(.float64.\)', {'tokens': [3.0, 4.0]}),
-    ('window', 'window=1', {'window': 1}),
-  )
-  def test_wrong_arguments_are_refused(self, message, arguments):
-    arguments = {'tokens': self.tokens} | arguments
-    for name in arguments.keys() & {'reference', 'rerounded'}:
-      arguments[name] = load(arguments[name]).model
-    with pytest.raises(ValueError, match=message):
-      evaluation.evaluate(self.dense, **arguments)
+  def test_wrong_arguments_are_refused(self):
+    for case, message, arguments in (
+      (
+        'vocabulary',
+        'vocabulary of 69.* got 4096',
+        {'reference': 'opt-small-sliced-0.2'},
+      ),
+      ('no_reference', 'reference', {'rerounded': 'llama-tiny-dense'}),
+      ('one_token', 'at least 2 tokens.* got 1', {'tokens': [3]}),
+      ('cut_to_one', 'at least 2 tokens.* got 1', {'max_tokens': 1}),
+      ('large_id', 'token 69 ', {'tokens': [3, 69, 70]}),
+      ('negative_id', 'token -1 ', {'tokens': [3, -1]}),
+      ('batched', r'tokens.shape=\(1, 2\)', {'tokens': [[3, 4]]}),
+      ('floats', r'dtype\(.float64.\)', {'tokens': [3.0, 4.0]}),
+      ('window', 'window=1', {'window': 1}),
+    ):
+      with self.subTest(case=case):
+        arguments = {'tokens': self.tokens} | arguments
+        for name in arguments.keys() & {'reference', 'rerounded'}:
+          arguments[name] = load(arguments[name]).model
+        with pytest.raises(ValueError, match=message):
+          evaluation.evaluate(self.dense, **arguments)
 
 
 class KlDivergenceTest(chex.TestCase):

@@ -61,14 +61,13 @@ class TreeTest(parameterized.TestCase):
       self.assertEqual(got.dtype, expected.dtype)
       self.assertEqual(got.tobytes(), np.asarray(expected).tobytes())
 
-  @parameterized.parameters(
-    *((1,) * 9, (2,) * 12, (1,) * 32, (1 << 31, 0), (0, 1 << 40)),
-  )
-  def test_shapes(self, *shape):
-    array = np.arange(np.prod(shape), dtype=np.float32).reshape(shape)
-    decoded = rotbits_jax.decode(rotbits_jax.encode({'a': {'b': array}}))
-    np.testing.assert_array_equal(decoded['a']['b'], array)
-    self.assertEqual(decoded['a']['b'].shape, shape)
+  def test_shapes(self):
+    for shape in ((1,) * 9, (2,) * 12, (1,) * 32, (1 << 31, 0), (0, 1 << 40)):
+      with self.subTest(shape=shape):
+        array = np.arange(np.prod(shape), dtype=np.float32).reshape(shape)
+        decoded = rotbits_jax.decode(rotbits_jax.encode({'a': {'b': array}}))
+        np.testing.assert_array_equal(decoded['a']['b'], array)
+        self.assertEqual(decoded['a']['b'].shape, shape)
 
   def test_arrays_with_many_axes(self):
     array = np.zeros((2,) * 13, np.float32)
@@ -82,38 +81,40 @@ class TreeTest(parameterized.TestCase):
     np.testing.assert_array_equal(first, np.ones(2))
     np.testing.assert_array_equal(second, zeros)
 
-  @parameterized.parameters(*seeds.leaves())
-  def test_a_structured_leaf_comes_back_or_is_refused(self, name):
-    leaf = seeds.leaves()[name]
-    decoded = rotbits_jax.decode(rotbits_jax.encode({'a': {'b': leaf}}))
-    if leaf.expands_on_reading:
-      leaf = np.asarray(leaf.materialize())
-    else:
-      with self.assertRaisesRegex(ValueError, r'^a/b: it cannot be stored: '):
-        rotbits_jax.encode({'a': {'b': type(leaf).stack([leaf, leaf])}})
-    self.assertTrue(structured.same_bits(decoded, {'a': {'b': leaf}}))
+  def test_a_structured_leaf_comes_back_or_is_refused(self):
+    for name in seeds.leaves():
+      with self.subTest(name=name):
+        leaf = seeds.leaves()[name]
+        decoded = rotbits_jax.decode(rotbits_jax.encode({'a': {'b': leaf}}))
+        if leaf.expands_on_reading:
+          leaf = np.asarray(leaf.materialize())
+        else:
+          with self.assertRaisesRegex(ValueError, r'^a/b: it cannot be stored: '):
+            rotbits_jax.encode({'a': {'b': type(leaf).stack([leaf, leaf])}})
+        self.assertTrue(structured.same_bits(decoded, {'a': {'b': leaf}}))
 
-  @parameterized.parameters(
-    ('constant', [1 << 31], 'tail/0: must be'),
-    ('constant', [1 << 31, 0], 'tail/0: must be'),
-    ('gram', [6, 1 << 31], 'columns: must be'),
-    ('trapezoidal_rows', [10, 1 << 31], 'differs from the manifest'),
-    ('tied', [1 << 31, 3], 'tokens: must be'),
-  )
-  def test_a_huge_shape_of_few_numbers_is_refused(self, name, shape, words):
-    self.enterContext(mock.patch.object(memory, '_available', return_value=None))
-    data = rotbits_jax.encode({'a': {'b': seeds.leaves()[name]}})
-    streams, manifest = containers.unpack(data)
-    (entry,) = manifest['records'][0]['leaves']
-    entry['shape'] = shape
-    settings = entry.get('settings', {})
-    lengths = {'columns': shape[-1], 'tokens': shape[0], 'tail': shape}
-    settings |= {key: lengths[key] for key in lengths if key in settings}
-    data = containers.pack(streams, containers.to_json(manifest))
-    self.assertEqual(rotbits_jax.inspect(data).file_bytes, len(data))
-    for read in (rotbits_jax.decode, rotbits_jax.load, rotbits_jax.verify):
-      with self.assertRaisesRegex(rotbits_jax.ContainerError, words):
-        read(data)
+  def test_a_huge_shape_of_few_numbers_is_refused(self):
+    for name, shape, words in (
+      ('constant', [1 << 31], 'tail/0: must be'),
+      ('constant', [1 << 31, 0], 'tail/0: must be'),
+      ('gram', [6, 1 << 31], 'columns: must be'),
+      ('trapezoidal_rows', [10, 1 << 31], 'differs from the manifest'),
+      ('tied', [1 << 31, 3], 'tokens: must be'),
+    ):
+      with self.subTest(name=name, shape=shape, words=words):
+        self.enterContext(mock.patch.object(memory, '_available', return_value=None))
+        data = rotbits_jax.encode({'a': {'b': seeds.leaves()[name]}})
+        streams, manifest = containers.unpack(data)
+        (entry,) = manifest['records'][0]['leaves']
+        entry['shape'] = shape
+        settings = entry.get('settings', {})
+        lengths = {'columns': shape[-1], 'tokens': shape[0], 'tail': shape}
+        settings |= {key: lengths[key] for key in lengths if key in settings}
+        data = containers.pack(streams, containers.to_json(manifest))
+        self.assertEqual(rotbits_jax.inspect(data).file_bytes, len(data))
+        for read in (rotbits_jax.decode, rotbits_jax.load, rotbits_jax.verify):
+          with self.assertRaisesRegex(rotbits_jax.ContainerError, words):
+            read(data)
 
   def test_a_leaf_under_another_key_is_refused(self):
     data = rotbits_jax.encode({'a': {'b': np.arange(8.0)}})
@@ -135,46 +136,56 @@ class TreeTest(parameterized.TestCase):
       {'0': {'bias': (4,), 'kernel': (3, 4)}, '1': {'0': (4,)}},
     )
 
-  @parameterized.parameters(
-    *('float8_e4m3fn', 'float8_e5m2', 'float4_e2m1fn', 'int4', 'uint4', 'int2', 'bool'),
-    *('int64', 'float64', 'uint32'),
-  )
-  def test_dtypes(self, dtype):
-    numbers = np.arange(16).reshape(2, 8) % 2
-    tree = {'x': numbers.astype(jnp.dtype(dtype)).T}
-    data = rotbits_jax.encode(tree)
-    decoded = rotbits_jax.decode(data)['x']
-    self.assertEqual(decoded.dtype.name, dtype)
-    self.assertEqual(decoded.tobytes(), tree['x'].tobytes())
-    self.assertEqual(rotbits_jax.load(data)['x'].dtype.name, dtype)
+  def test_dtypes(self):
+    for dtype in (
+      *(
+        'float8_e4m3fn',
+        'float8_e5m2',
+        'float4_e2m1fn',
+        'int4',
+        'uint4',
+        'int2',
+        'bool',
+      ),
+      *('int64', 'float64', 'uint32'),
+    ):
+      with self.subTest(dtype=dtype):
+        numbers = np.arange(16).reshape(2, 8) % 2
+        tree = {'x': numbers.astype(jnp.dtype(dtype)).T}
+        data = rotbits_jax.encode(tree)
+        decoded = rotbits_jax.decode(data)['x']
+        self.assertEqual(decoded.dtype.name, dtype)
+        self.assertEqual(decoded.tobytes(), tree['x'].tobytes())
+        self.assertEqual(rotbits_jax.load(data)['x'].dtype.name, dtype)
 
-  @parameterized.parameters(
-    ({'a': {'b': 'text'}}, 'a/b: not an array'),
-    ({'a': [1.5]}, 'a/0: not an array.* numpy.asarray'),
-    ({'a': np.array(['x'])}, 'a: an array of <U1 .*frombuffer'),
-    ({'a': jax.random.key(0)}, 'a: a key'),
-    ({'a': np.zeros(2, np.complex64)}, 'a.*complex64'),
-    ({'a/b': np.zeros(2)}, 'without a slash'),
-    (np.zeros(2), 'at the top level'),
-    ({'manifest': np.zeros(2)}, 'manifest: the file has another entry'),
-    ({'a': {'b': np.zeros((1,) * 33)}}, 'a: .* is too large'),
-    ({'a': {'b\ud800': np.zeros(2)}}, 'a: .* lone surrogate'),
-    ({'b': structured.Constant(np.float32(1), (1 << 31,))}, 'b: it cannot be stored'),
-    ({'b': _tied_exactly()}, 'b: it cannot be stored'),
-  )
-  def test_what_cannot_be_stored_is_named(self, tree, words):
-    with self.assertRaisesRegex(ValueError, words):
-      rotbits_jax.encode(tree)
+  def test_what_cannot_be_stored_is_named(self):
+    for tree, words in (
+      ({'a': {'b': 'text'}}, 'a/b: not an array'),
+      ({'a': [1.5]}, 'a/0: not an array.* numpy.asarray'),
+      ({'a': np.array(['x'])}, 'a: an array of <U1 .*frombuffer'),
+      ({'a': jax.random.key(0)}, 'a: a key'),
+      ({'a': np.zeros(2, np.complex64)}, 'a.*complex64'),
+      ({'a/b': np.zeros(2)}, 'without a slash'),
+      (np.zeros(2), 'at the top level'),
+      ({'manifest': np.zeros(2)}, 'manifest: the file has another entry'),
+      ({'a': {'b': np.zeros((1,) * 33)}}, 'a: .* is too large'),
+      ({'a': {'b\ud800': np.zeros(2)}}, 'a: .* lone surrogate'),
+      ({'b': structured.Constant(np.float32(1), (1 << 31,))}, 'b: it cannot be stored'),
+      ({'b': _tied_exactly()}, 'b: it cannot be stored'),
+    ):
+      with self.subTest(words=words), self.assertRaisesRegex(ValueError, words):
+        rotbits_jax.encode(tree)
 
-  @parameterized.parameters(
-    ({'x': np.zeros(3)}, 'y: only one'),
-    ({'x': np.zeros(3), 'y': np.zeros(4)}, 'y: `like` has'),
-    ({'x': np.zeros(3), 'y': np.zeros(3, np.float32)}, 'y: `like` has'),
-  )
-  def test_another_structure_is_refused(self, like, words):
-    data = rotbits_jax.encode({'x': np.zeros(3), 'y': np.zeros(3)})
-    with self.assertRaisesRegex(ValueError, words):
-      rotbits_jax.decode(data, like=like)
+  def test_another_structure_is_refused(self):
+    for like, words in (
+      ({'x': np.zeros(3)}, 'y: only one'),
+      ({'x': np.zeros(3), 'y': np.zeros(4)}, 'y: `like` has'),
+      ({'x': np.zeros(3), 'y': np.zeros(3, np.float32)}, 'y: `like` has'),
+    ):
+      with self.subTest(words=words):
+        data = rotbits_jax.encode({'x': np.zeros(3), 'y': np.zeros(3)})
+        with self.assertRaisesRegex(ValueError, words):
+          rotbits_jax.decode(data, like=like)
 
   def test_free_is_for_models(self):
     with self.assertRaisesRegex(ValueError, 'known family'):

@@ -1,6 +1,7 @@
 """Arrays beside a base come back, and damaged leaves are refused."""
 
 import dataclasses
+import itertools
 
 import ml_dtypes
 import numpy as np
@@ -54,38 +55,42 @@ def test_a_fine_tune_takes_fewer_bytes_than_alone(dtype):
   assert coded_bytes(leaf) < 0.85 * weights.encode([target]).data.size
 
 
-@pytest.mark.parametrize('dtype', [*FLOATS, *OTHERS])
-@pytest.mark.parametrize('shape', [(40, 50), (2, 3, 40), (700,), (5, 3), (1, 70000)])
-def test_any_dtype_and_shape_comes_back(dtype, shape):
-  target, base = pair(dtype, shape, scale=0.1)
-  leaf = passes._relative(target, relative.bits_of(target), relative.bits_of(base))
-  found = leaf.from_stored(*leaf.stored()).materialize(base)
-  assert structured.same_bits(found, target)
-  patch = structured.Patched.of(target, relative.bits_of(base))
-  found = patch.from_stored(*patch.stored()).materialize(base)
-  assert structured.same_bits(found, target)
+def test_any_dtype_and_shape_comes_back(subtests):
+  for dtype, shape in itertools.product(
+    (*FLOATS, *OTHERS), ((40, 50), (2, 3, 40), (700,), (5, 3), (1, 70000))
+  ):
+    with subtests.test(dtype=dtype, shape=shape):
+      target, base = pair(dtype, shape, scale=0.1)
+      leaf = passes._relative(target, relative.bits_of(target), relative.bits_of(base))
+      found = leaf.from_stored(*leaf.stored()).materialize(base)
+      assert structured.same_bits(found, target)
+      patch = structured.Patched.of(target, relative.bits_of(base))
+      found = patch.from_stored(*patch.stored()).materialize(base)
+      assert structured.same_bits(found, target)
 
 
-@pytest.mark.parametrize('dtype', FLOATS)
-def test_special_numbers_come_back(dtype):
-  target, base = pair(dtype)
-  odd = [np.nan, -np.nan, np.inf, -np.inf, 0.0, -0.0, 1e-7, -1e-7]
-  base[0, :8], target[1, :8] = odd, odd
-  base[2, :8], target[2, :8] = odd, odd[::-1]
-  target[3], base[4], target[4] = 0, 0, -0.0
-  bits = target.view(f'u{target.itemsize}')
-  bits[5] = np.arange(bits.shape[1]) + np.array(np.nan, dtype=target.dtype).view(
-    bits.dtype
-  )
-  assert_comes_back(target, base, 'relative')
+def test_special_numbers_come_back(subtests):
+  for dtype in FLOATS:
+    with subtests.test(dtype=dtype):
+      target, base = pair(dtype)
+      odd = [np.nan, -np.nan, np.inf, -np.inf, 0.0, -0.0, 1e-7, -1e-7]
+      base[0, :8], target[1, :8] = odd, odd
+      base[2, :8], target[2, :8] = odd, odd[::-1]
+      target[3], base[4], target[4] = 0, 0, -0.0
+      bits = target.view(f'u{target.itemsize}')
+      bits[5] = np.arange(bits.shape[1]) + np.array(np.nan, dtype=target.dtype).view(
+        bits.dtype
+      )
+      assert_comes_back(target, base, 'relative')
 
 
-@pytest.mark.parametrize('dtype', ['bfloat16', 'int64', 'float64', 'bool', 'int4'])
-def test_an_equal_array_stores_nothing(dtype):
-  own = np.dtype(getattr(ml_dtypes, dtype, None) or dtype)
-  base = np.arange(60).reshape(3, 20).astype(np.int8).astype(own)
-  leaf = assert_comes_back(base.copy(), base, 'same')
-  assert not leaf.stored()[1]
+def test_an_equal_array_stores_nothing(subtests):
+  for dtype in ('bfloat16', 'int64', 'float64', 'bool', 'int4'):
+    with subtests.test(dtype=dtype):
+      own = np.dtype(getattr(ml_dtypes, dtype, None) or dtype)
+      base = np.arange(60).reshape(3, 20).astype(np.int8).astype(own)
+      leaf = assert_comes_back(base.copy(), base, 'same')
+      assert not leaf.stored()[1]
 
 
 def test_the_base_is_rounded_first():
@@ -204,19 +209,20 @@ DAMAGED = [
 ]
 
 
-@pytest.mark.parametrize(('name', 'damage', 'message'), DAMAGED)
-def test_damaged_arrays_are_refused(name, damage, message):
-  target, base = pair(scale=0.03)
-  leaf = passes.beside(target, base)
-  settings, arrays = leaf.stored()
-  arrays[name] = damage(arrays[name])
-  if message is not None:
-    with pytest.raises(ValueError, match=message):
-      type(leaf).from_stored(settings, arrays)
-    return
-  again = type(leaf).from_stored(settings, arrays)
-  with pytest.raises(ValueError, match=r'cannot be in|are marked'):
-    again.materialize(base)
+def test_damaged_arrays_are_refused(subtests):
+  for name, damage, message in DAMAGED:
+    with subtests.test(name=name, message=message):
+      target, base = pair(scale=0.03)
+      leaf = passes.beside(target, base)
+      settings, arrays = leaf.stored()
+      arrays[name] = damage(arrays[name])
+      if message is not None:
+        with pytest.raises(ValueError, match=message):
+          type(leaf).from_stored(settings, arrays)
+        continue
+      again = type(leaf).from_stored(settings, arrays)
+      with pytest.raises(ValueError, match=r'cannot be in|are marked'):
+        again.materialize(base)
 
 
 SETTINGS = [
@@ -240,13 +246,14 @@ SETTINGS = [
 ]
 
 
-@pytest.mark.parametrize('damage', SETTINGS, ids=str)
-def test_damaged_settings_are_refused(damage):
-  target, base = pair(scale=0.03)
-  leaf = passes.beside(target, base)
-  settings, arrays = leaf.stored()
-  with pytest.raises(ValueError, match=r'cannot|must|not|too large'):
-    type(leaf).from_stored(settings | damage, arrays)
+def test_damaged_settings_are_refused(subtests):
+  for damage in SETTINGS:
+    with subtests.test(damage=damage):
+      target, base = pair(scale=0.03)
+      leaf = passes.beside(target, base)
+      settings, arrays = leaf.stored()
+      with pytest.raises(ValueError, match=r'cannot|must|not|too large'):
+        type(leaf).from_stored(settings | damage, arrays)
 
 
 def test_damaged_patches_are_refused():

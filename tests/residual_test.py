@@ -50,17 +50,20 @@ def _triangle(n):
 
 
 class PureFunctionsTest(parameterized.TestCase):
-  @parameterized.parameters((5, 5), (4, 7), (1, 1), (1, 3))
-  def test_polar_agrees_with_numpy(self, d, e):
-    matrix = np.random.default_rng(d).standard_normal((d, e))
-    got = jax.jit(canonical.polar)(jnp.float32(matrix))
-    u, o = np.float64(got.u), np.float64(got.rotation)
-    psd = u * np.float64(got.values) @ u.T
-    values, vectors = np.linalg.eigh(matrix @ matrix.T)
-    expected = vectors * np.sqrt(np.maximum(values, 0)) @ vectors.T
-    np.testing.assert_allclose(psd, expected, atol=1e-5)
-    np.testing.assert_allclose(o @ o.T, np.eye(e), atol=1e-5)
-    np.testing.assert_allclose(np.pad(psd, ((0, 0), (0, e - d))) @ o, matrix, atol=1e-5)
+  def test_polar_agrees_with_numpy(self):
+    for d, e in ((5, 5), (4, 7), (1, 1), (1, 3)):
+      with self.subTest(d=d, e=e):
+        matrix = np.random.default_rng(d).standard_normal((d, e))
+        got = jax.jit(canonical.polar)(jnp.float32(matrix))
+        u, o = np.float64(got.u), np.float64(got.rotation)
+        psd = u * np.float64(got.values) @ u.T
+        values, vectors = np.linalg.eigh(matrix @ matrix.T)
+        expected = vectors * np.sqrt(np.maximum(values, 0)) @ vectors.T
+        np.testing.assert_allclose(psd, expected, atol=1e-5)
+        np.testing.assert_allclose(o @ o.T, np.eye(e), atol=1e-5)
+        np.testing.assert_allclose(
+          np.pad(psd, ((0, 0), (0, e - d))) @ o, matrix, atol=1e-5
+        )
 
   def test_next_rotation_is_the_product_of_its_definition(self):
     rng = np.random.default_rng(0)
@@ -286,26 +289,27 @@ class GaugeTest(parameterized.TestCase):
     gauged, _ = _gauge(model)
     np.testing.assert_allclose(_logits(gauged), _logits(model), atol=3e-4)
 
-  @parameterized.parameters(
-    *(f'attention/{name}/kernel' for name in ('query', 'out')),
-    *('attention_shortcut/kernel', 'mlp/down/kernel', 'head/kernel', 'large'),
-  )
-  def test_a_model_that_cannot_be_rotated_is_left_alone(self, case):
-    model = random_models.sliced_llama([18] * 5, np.float16)
-    layers = [structured.flatten(layer) for layer in model.layers()]
-    outer = structured.flatten(jax.tree.map(np.array, model.outer()))
-    path = 'mlp/down/kernel' if case == 'large' else case
-    changed = outer if path in outer else layers[1]
-    changed[path][2, 3] = np.nan
-    if case == 'large':
-      changed[path][2] = 60_000  # a rotation could make it 250,000
-    layers = [structured.unflatten(layer) for layer in layers]
-    broken = models.from_layers(model.config, structured.unflatten(outer), layers)
-    same, (saving,) = passes.run_chain((passes.remove_residual_gauge(),), broken)
-    transform_checks.assert_same_bits(same, broken)
-    (note,) = saving.notes
-    prefix = '' if path in outer else 'layers.1/'
-    self.assertStartsWith(note['obstacle'], f'{prefix}{path} has numbers')
+  def test_a_model_that_cannot_be_rotated_is_left_alone(self):
+    for case in (
+      *(f'attention/{name}/kernel' for name in ('query', 'out')),
+      *('attention_shortcut/kernel', 'mlp/down/kernel', 'head/kernel', 'large'),
+    ):
+      with self.subTest(case=case):
+        model = random_models.sliced_llama([18] * 5, np.float16)
+        layers = [structured.flatten(layer) for layer in model.layers()]
+        outer = structured.flatten(jax.tree.map(np.array, model.outer()))
+        path = 'mlp/down/kernel' if case == 'large' else case
+        changed = outer if path in outer else layers[1]
+        changed[path][2, 3] = np.nan
+        if case == 'large':
+          changed[path][2] = 60_000  # a rotation could make it 250,000
+        layers = [structured.unflatten(layer) for layer in layers]
+        broken = models.from_layers(model.config, structured.unflatten(outer), layers)
+        same, (saving,) = passes.run_chain((passes.remove_residual_gauge(),), broken)
+        transform_checks.assert_same_bits(same, broken)
+        (note,) = saving.notes
+        prefix = '' if path in outer else 'layers.1/'
+        self.assertStartsWith(note['obstacle'], f'{prefix}{path} has numbers')
 
   def test_tokens_that_are_not_finite_do_not_matter(self):
     model = random_models.sliced_llama([18] * 5, np.float16)

@@ -3,7 +3,6 @@
 import tracemalloc
 
 from absl.testing import absltest
-from absl.testing import parameterized
 import chex
 import jax
 import jax.numpy as jnp
@@ -51,38 +50,42 @@ LEAVES = {
 """Every type of leaf; a new one joins all tests by a row here."""
 
 
-class StructuredTest(parameterized.TestCase):
-  @parameterized.parameters(*LEAVES)
-  def test_stored_numbers_give_the_leaf_back(self, name):
-    leaf = LEAVES[name](0)
-    settings, arrays = leaf.stored()
-    again = structured.TYPES[leaf.type_name].from_stored(settings, arrays)
-    chex.assert_trees_all_equal(again, leaf)
-    self.assertEqual(again.shape, leaf.materialize().shape)
-    self.assertEqual(again.dtype, leaf.materialize().dtype)
+class StructuredTest(absltest.TestCase):
+  def test_stored_numbers_give_the_leaf_back(self):
+    for name in LEAVES:
+      with self.subTest(name=name):
+        leaf = LEAVES[name](0)
+        settings, arrays = leaf.stored()
+        again = structured.TYPES[leaf.type_name].from_stored(settings, arrays)
+        chex.assert_trees_all_equal(again, leaf)
+        self.assertEqual(again.shape, leaf.materialize().shape)
+        self.assertEqual(again.dtype, leaf.materialize().dtype)
 
-  @parameterized.parameters(*LEAVES)
-  def test_layers_undo_stack(self, name):
-    leaves = [LEAVES[name](seed) for seed in range(3)]
-    stack = type(leaves[0]).stack(leaves)
-    self.assertEqual(stack.shape, (3, *leaves[0].shape))
-    for i, leaf in enumerate(leaves):
-      chex.assert_trees_all_equal(stack.layer(i), leaf)
-      chex.assert_trees_all_equal(stack.materialize()[i], leaf.materialize())
+  def test_layers_undo_stack(self):
+    for name in LEAVES:
+      with self.subTest(name=name):
+        leaves = [LEAVES[name](seed) for seed in range(3)]
+        stack = type(leaves[0]).stack(leaves)
+        self.assertEqual(stack.shape, (3, *leaves[0].shape))
+        for i, leaf in enumerate(leaves):
+          chex.assert_trees_all_equal(stack.layer(i), leaf)
+          chex.assert_trees_all_equal(stack.materialize()[i], leaf.materialize())
 
-  @parameterized.parameters(*LEAVES)
-  def test_passes_through_jit_and_vmap(self, name):
-    stack = type(LEAVES[name](0)).stack([LEAVES[name](i) for i in range(2)])
-    unbatched = jax.jit(jax.vmap(lambda leaf: leaf.materialize()))(stack)
-    chex.assert_trees_all_equal(unbatched, stack.materialize())
+  def test_passes_through_jit_and_vmap(self):
+    for name in LEAVES:
+      with self.subTest(name=name):
+        stack = type(LEAVES[name](0)).stack([LEAVES[name](i) for i in range(2)])
+        unbatched = jax.jit(jax.vmap(lambda leaf: leaf.materialize()))(stack)
+        chex.assert_trees_all_equal(unbatched, stack.materialize())
 
-  @parameterized.parameters(*LEAVES)
-  def test_counts_what_is_stored(self, name):
-    leaf = LEAVES[name](0)
-    _, arrays = leaf.stored()
-    numbers = sum(a.size for a in arrays.values())
-    self.assertEqual(structured.count_elements([leaf]), numbers)
-    self.assertEqual(structured.count_bytes({'x': leaf}), 2 * numbers)
+  def test_counts_what_is_stored(self):
+    for name in LEAVES:
+      with self.subTest(name=name):
+        leaf = LEAVES[name](0)
+        _, arrays = leaf.stored()
+        numbers = sum(a.size for a in arrays.values())
+        self.assertEqual(structured.count_elements([leaf]), numbers)
+        self.assertEqual(structured.count_bytes({'x': leaf}), 2 * numbers)
 
   def test_gram_stands_for_the_identity_less_b_bt_plus_c_ct(self):
     leaf = LEAVES['gram'](0)
@@ -90,20 +93,21 @@ class StructuredTest(parameterized.TestCase):
     expected = np.eye(6) - b @ b.T + c @ c.T
     np.testing.assert_allclose(np.float64(leaf.materialize()), expected, atol=1e-3)
 
-  @parameterized.parameters(*LEAVES)
-  def test_apply_rows_and_values_are_those_of_the_matrix(self, name):
-    leaf = LEAVES[name](1)
-    matrix = np.float64(leaf.astype(np.float32).materialize())
-    x = np.random.default_rng(0).standard_normal((2, 3, len(matrix)))
-    found = leaf.apply(jnp.float32(x))
-    self.assertEqual(found.dtype, jnp.float32)
-    np.testing.assert_allclose(found, x @ matrix, atol=1e-4)
-    rows = leaf.astype(np.float32).rows(jnp.asarray([[1, 99]]))
-    np.testing.assert_allclose(rows[0, 0], matrix[1], atol=1e-5)
-    self.assertTrue(np.isnan(rows[0, 1]).all())
-    values = np.linalg.svd(matrix, compute_uv=False)
-    np.testing.assert_allclose(leaf.singular_values()[::-1], values, atol=1e-2)
-    self.assertLessEqual(leaf.rank, min(leaf.shape))
+  def test_apply_rows_and_values_are_those_of_the_matrix(self):
+    for name in LEAVES:
+      with self.subTest(name=name):
+        leaf = LEAVES[name](1)
+        matrix = np.float64(leaf.astype(np.float32).materialize())
+        x = np.random.default_rng(0).standard_normal((2, 3, len(matrix)))
+        found = leaf.apply(jnp.float32(x))
+        self.assertEqual(found.dtype, jnp.float32)
+        np.testing.assert_allclose(found, x @ matrix, atol=1e-4)
+        rows = leaf.astype(np.float32).rows(jnp.asarray([[1, 99]]))
+        np.testing.assert_allclose(rows[0, 0], matrix[1], atol=1e-5)
+        self.assertTrue(np.isnan(rows[0, 1]).all())
+        values = np.linalg.svd(matrix, compute_uv=False)
+        np.testing.assert_allclose(leaf.singular_values()[::-1], values, atol=1e-2)
+        self.assertLessEqual(leaf.rank, min(leaf.shape))
 
   def test_a_stack_that_was_computed_as_one_is_cut_where_columns_are_zero(self):
     leaves = [LEAVES['gram'](seed) for seed in range(3)]
@@ -163,34 +167,36 @@ class StructuredTest(parameterized.TestCase):
     self.assertTrue(np.isnan(rows[1, 1]).all())
     self.assertEqual(structured.count_bytes(layers[0]), expected[0].nbytes)
 
-  @parameterized.parameters(*LEAVES)
-  def test_rounds_its_numbers(self, name):
-    leaf = LEAVES[name](0).astype(np.float32)
-    self.assertEqual(leaf.dtype, np.float32)
-    chex.assert_trees_all_equal(leaf.astype(np.float16), LEAVES[name](0))
+  def test_rounds_its_numbers(self):
+    for name in LEAVES:
+      with self.subTest(name=name):
+        leaf = LEAVES[name](0).astype(np.float32)
+        self.assertEqual(leaf.dtype, np.float32)
+        chex.assert_trees_all_equal(leaf.astype(np.float16), LEAVES[name](0))
 
-  @parameterized.parameters(*LEAVES)
-  def test_untrusted_input_is_a_value_error_or_has_another_shape(self, name):
-    leaf = LEAVES[name](0)
-    settings, arrays = leaf.stored()
-    wrong = None, True, -1, 1.5, 1 << 62, 10**400, 'x', [], [[]], [1 << 40], {}
-    changed = [(settings | {'unknown': 1}, arrays)]
-    changed.append((settings, arrays | {'unknown': np.zeros(1)}))
-    for key in settings:
-      changed.append(({k: x for k, x in settings.items() if k != key}, arrays))
-      changed += [(settings | {key: new}, arrays) for new in wrong]
-    for key, old in arrays.items():
-      changed.append((settings, {k: x for k, x in arrays.items() if k != key}))
-      changed.append((settings, arrays | {key: old[None]}))
-      changed.append((settings, arrays | {key: old.reshape(-1)[:0, None]}))
-    for case, (own_settings, own_arrays) in enumerate(changed):
-      with self.subTest(case=case):
-        try:
-          other = type(leaf).from_stored(own_settings, own_arrays)
-        except ValueError:
-          continue
-        # The manifest has the shape, too.
-        self.assertNotEqual(other.shape, leaf.shape)
+  def test_untrusted_input_is_a_value_error_or_has_another_shape(self):
+    for name in LEAVES:
+      with self.subTest(name=name):
+        leaf = LEAVES[name](0)
+        settings, arrays = leaf.stored()
+        wrong = None, True, -1, 1.5, 1 << 62, 10**400, 'x', [], [[]], [1 << 40], {}
+        changed = [(settings | {'unknown': 1}, arrays)]
+        changed.append((settings, arrays | {'unknown': np.zeros(1)}))
+        for key in settings:
+          changed.append(({k: x for k, x in settings.items() if k != key}, arrays))
+          changed += [(settings | {key: new}, arrays) for new in wrong]
+        for key, old in arrays.items():
+          changed.append((settings, {k: x for k, x in arrays.items() if k != key}))
+          changed.append((settings, arrays | {key: old[None]}))
+          changed.append((settings, arrays | {key: old.reshape(-1)[:0, None]}))
+        for case, (own_settings, own_arrays) in enumerate(changed):
+          with self.subTest(case=case):
+            try:
+              other = type(leaf).from_stored(own_settings, own_arrays)
+            except ValueError:
+              continue
+            # The manifest has the shape, too.
+            self.assertNotEqual(other.shape, leaf.shape)
 
   def test_few_numbers_do_not_ask_for_a_large_matrix(self):
     one = {'lower_corner': np.ones(1, np.float16)}

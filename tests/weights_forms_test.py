@@ -1,5 +1,6 @@
 """Arrays that carry less than their dtype allows come back, and take little more."""
 
+import itertools
 import json
 import lzma
 
@@ -64,26 +65,30 @@ def _entropy(values):
 
 
 class CodebookTest(parameterized.TestCase):
-  @parameterized.product(name=list(ARRAYS), dtype=FLOATS)
-  def test_arrays_come_back_in_fewer_bytes(self, name, dtype):
-    lists, numbers = ARRAYS[name]
-    form, size = _size(numbers.astype(dtype))
-    self.assertIsInstance(form, forms.Codebook)
-    self.assertEqual(form.lists, lists)
-    plain = numbers.astype(dtype).nbytes
-    self.assertLess(size, plain / 1.7)
+  def test_arrays_come_back_in_fewer_bytes(self):
+    for name, dtype in itertools.product(list(ARRAYS), FLOATS):
+      with self.subTest(name=name, dtype=dtype):
+        lists, numbers = ARRAYS[name]
+        form, size = _size(numbers.astype(dtype))
+        self.assertIsInstance(form, forms.Codebook)
+        self.assertEqual(form.lists, lists)
+        plain = numbers.astype(dtype).nbytes
+        self.assertLess(size, plain / 1.7)
 
-  @parameterized.product(name=list(ARRAYS), dtype=FLOATS)
-  def test_special_numbers_are_kept(self, name, dtype):
-    array = ARRAYS[name][1].astype(dtype)
-    array[3, 7], array[4, 9], array[5, 11] = np.nan, np.inf, -np.inf
-    array[6, 1], array[6, 2] = -0.0, ml_dtypes.finfo(dtype).smallest_subnormal
-    _bits(array).reshape(array.shape)[50, 60] = _bits(array[3])[7] + 1  # another NaN
-    _size(array)
+  def test_special_numbers_are_kept(self):
+    for name, dtype in itertools.product(list(ARRAYS), FLOATS):
+      with self.subTest(name=name, dtype=dtype):
+        array = ARRAYS[name][1].astype(dtype)
+        array[3, 7], array[4, 9], array[5, 11] = np.nan, np.inf, -np.inf
+        array[6, 1], array[6, 2] = -0.0, ml_dtypes.finfo(dtype).smallest_subnormal
+        # Another NaN.
+        _bits(array).reshape(array.shape)[50, 60] = _bits(array[3])[7] + 1
+        _size(array)
 
-  @parameterized.parameters(*FLOATS)
-  def test_dense_arrays_have_no_form(self, dtype):
-    self.assertIsNone(_size(_normal((256, 256)).astype(dtype))[0])
+  def test_dense_arrays_have_no_form(self):
+    for dtype in FLOATS:
+      with self.subTest(dtype=dtype):
+        self.assertIsNone(_size(_normal((256, 256)).astype(dtype))[0])
 
   @parameterized.parameters((np.float16, 13.46), (ml_dtypes.bfloat16, 10.46))
   def test_pruned_arrays_take_their_entropy(self, dtype, of_number):
@@ -92,15 +97,16 @@ class CodebookTest(parameterized.TestCase):
     ideal = zeros + np.count_nonzero(array) * of_number / 8
     self.assertLess(_size(array)[1], 1.02 * ideal)
 
-  @parameterized.parameters(False, True)
-  def test_two_zeros_in_four_take_their_entropy(self, transposed):
-    rng = np.random.default_rng(0)
-    order = rng.random((512 * 128, 4)).argsort(axis=1).reshape(512, 512)
-    array = np.where(order < 2, 0, _normal((512, 512))).astype(np.float16)
-    form, size = _size(array.T if transposed else array)
-    self.assertEqual(form.transposed, transposed)
-    ideal = (np.log2(6) / 4 + 13.46 / 2) * array.size / 8
-    self.assertLess(size, 1.02 * ideal)
+  def test_two_zeros_in_four_take_their_entropy(self):
+    for transposed in (False, True):
+      with self.subTest(transposed=transposed):
+        rng = np.random.default_rng(0)
+        order = rng.random((512 * 128, 4)).argsort(axis=1).reshape(512, 512)
+        array = np.where(order < 2, 0, _normal((512, 512))).astype(np.float16)
+        form, size = _size(array.T if transposed else array)
+        self.assertEqual(form.transposed, transposed)
+        ideal = (np.log2(6) / 4 + 13.46 / 2) * array.size / 8
+        self.assertLess(size, 1.02 * ideal)
 
   def test_signs_of_zeros_cost_a_bit(self):
     array = _pruned((512, 512), 0.9).astype(np.float16)
@@ -119,52 +125,56 @@ class CodebookTest(parameterized.TestCase):
       array = array.astype(np.float16)
       self.assertLess(_size(array)[1], len(lzma.compress(array.tobytes())))
 
-  @parameterized.product(
-    dtype=['bool', 'int8', 'uint16', 'int32', 'int64', 'uint64', 'float64', 'float16'],
-    value=[0, 1],
-  )
-  def test_constants_take_nothing(self, dtype, value):
-    self.assertLess(_size(np.full(1 << 17, value, dtype))[1], 400)
+  def test_constants_take_nothing(self):
+    for dtype, value in itertools.product(
+      ['bool', 'int8', 'uint16', 'int32', 'int64', 'uint64', 'float64', 'float16'],
+      [0, 1],
+    ):
+      with self.subTest(dtype=dtype, value=value):
+        self.assertLess(_size(np.full(1 << 17, value, dtype))[1], 400)
 
   def test_booleans_take_their_entropy(self):
     array = np.random.default_rng(0).random((300, 1000)) < 0.1
     self.assertLess(_size(array)[1], 1.02 * _entropy(array) + 300)
 
-  @parameterized.parameters('int16', 'int32', 'int64', 'uint32', 'uint64')
-  def test_integers_take_their_entropy(self, dtype):
-    values = np.random.default_rng(0).normal(size=(300, 1000)) * 100
-    values = np.abs(values) if dtype[0] == 'u' else values
-    array = np.round(values).astype(dtype)
-    self.assertLess(_size(array)[1], 1.01 * _entropy(array) + 500)
+  def test_integers_take_their_entropy(self):
+    for dtype in ('int16', 'int32', 'int64', 'uint32', 'uint64'):
+      with self.subTest(dtype=dtype):
+        values = np.random.default_rng(0).normal(size=(300, 1000)) * 100
+        values = np.abs(values) if dtype[0] == 'u' else values
+        array = np.round(values).astype(dtype)
+        self.assertLess(_size(array)[1], 1.01 * _entropy(array) + 500)
 
   def test_tokens_take_little_more_than_their_entropy(self):
     array = (np.random.default_rng(0).zipf(1.3, 200_000) % 50_000).astype(np.int64)
     self.assertLess(_size(array)[1], 1.3 * _entropy(array))
 
-  @parameterized.parameters(1, 3, 17, 255, 256, 900)
-  def test_any_number_of_values(self, count):
-    rng = np.random.default_rng(0)
-    values = np.unique(rng.integers(0, 1 << 31, count))
-    array = values.astype(np.int32)[rng.integers(0, values.size, (100, 333))]
-    codes = array.size * np.log2(values.size) / 8
-    self.assertLess(_size(array)[1], 1.02 * codes + 8 * count + 600)
+  def test_any_number_of_values(self):
+    for count in (1, 3, 17, 255, 256, 900):
+      with self.subTest(count=count):
+        rng = np.random.default_rng(0)
+        values = np.unique(rng.integers(0, 1 << 31, count))
+        array = values.astype(np.int32)[rng.integers(0, values.size, (100, 333))]
+        codes = array.size * np.log2(values.size) / 8
+        self.assertLess(_size(array)[1], 1.02 * codes + 8 * count + 600)
 
 
-class DamageTest(parameterized.TestCase):
+class DamageTest(absltest.TestCase):
   def _parts(self, name):
     array = ARRAYS[name][1].astype(np.float16)
     found = list(forms.codebooks(np.ascontiguousarray(array)))
     form, parts = next(x for x in found if x[0].lists == ARRAYS[name][0])
     return array, form, parts
 
-  @parameterized.parameters(*ARRAYS)
-  def test_join_makes_the_array(self, name):
-    array, form, parts = self._parts(name)
-    shapes = [(part.dtype, part.shape) for part in parts]
-    self.assertEqual(form.parts(array.dtype, array.shape), shapes)
-    out = np.zeros(array.shape, array.dtype)
-    form.join(parts, out)
-    np.testing.assert_array_equal(_bits(out), _bits(array))
+  def test_join_makes_the_array(self):
+    for name in ARRAYS:
+      with self.subTest(name=name):
+        array, form, parts = self._parts(name)
+        shapes = [(part.dtype, part.shape) for part in parts]
+        self.assertEqual(form.parts(array.dtype, array.shape), shapes)
+        out = np.zeros(array.shape, array.dtype)
+        form.join(parts, out)
+        np.testing.assert_array_equal(_bits(out), _bits(array))
 
   def test_codes_beyond_the_codebook_are_refused(self):
     array = np.arange(4096).reshape(64, 64).astype(np.uint16) % 20
@@ -181,33 +191,33 @@ class DamageTest(parameterized.TestCase):
       form.join(parts, np.zeros(array.shape, array.dtype))
 
 
-class UniformTest(parameterized.TestCase):
-  @parameterized.product(
-    given=[(3, 1), (30, 1), (150, 2)],
-    factor=[1, 3, 5, 7],
-    dtype=[np.float32, np.float16],
-  )
-  def test_multiples_of_a_unit_are_integers(self, given, factor, dtype):
-    scale, nbytes = given
-    if dtype == np.float16 and scale * factor > 100:
-      self.skipTest('float16 does not have these numbers')
-    whole = np.rint(np.random.default_rng(0).normal(size=9999) * scale)
-    array = (np.ldexp(factor * whole, -9) + 0.0).astype(dtype)  # no -0
-    form, size = _size(array)
-    self.assertIsInstance(form, forms.Uniform)
-    self.assertEqual(form.unit, factor * 2.0**-9)
-    self.assertLessEqual(form.nbytes, nbytes)
-    self.assertLess(size, 1.02 * _entropy(whole) + 200)
+class UniformTest(absltest.TestCase):
+  def test_multiples_of_a_unit_are_integers(self):
+    for given, factor, dtype in itertools.product(
+      [(3, 1), (30, 1), (150, 2)], [1, 3, 5, 7], [np.float32, np.float16]
+    ):
+      with self.subTest(given=given, factor=factor, dtype=dtype):
+        scale, nbytes = given
+        if dtype == np.float16 and scale * factor > 100:
+          continue  # float16 does not have these numbers
+        whole = np.rint(np.random.default_rng(0).normal(size=9999) * scale)
+        array = (np.ldexp(factor * whole, -9) + 0.0).astype(dtype)  # no -0
+        form, size = _size(array)
+        self.assertIsInstance(form, forms.Uniform)
+        self.assertEqual(form.unit, factor * 2.0**-9)
+        self.assertLessEqual(form.nbytes, nbytes)
+        self.assertLess(size, 1.02 * _entropy(whole) + 200)
 
-  @parameterized.parameters(*range(4))
-  def test_units_at_the_limits(self, i):
-    whole = np.arange(1 - (1 << 15), 1 << 15)
-    for exponent in (-126, -20, 106):
-      form = forms.Uniform(4 * (exponent + 152) + i, 2)
-      array = (whole * (4.0 + i) * 2.0**exponent).astype(np.float32)
-      out = np.empty_like(array)
-      form.join([whole.astype(np.int16)], out)
-      np.testing.assert_array_equal(out, array)
+  def test_units_at_the_limits(self):
+    for i in range(4):
+      with self.subTest(i=i):
+        whole = np.arange(1 - (1 << 15), 1 << 15)
+        for exponent in (-126, -20, 106):
+          form = forms.Uniform(4 * (exponent + 152) + i, 2)
+          array = (whole * (4.0 + i) * 2.0**exponent).astype(np.float32)
+          out = np.empty_like(array)
+          form.join([whole.astype(np.int16)], out)
+          np.testing.assert_array_equal(out, array)
 
   def test_a_negative_zero_is_kept(self):
     array = np.float32([0.0, -0.0, 1.0, 2.0] * 2000)

@@ -4,6 +4,7 @@ import base64
 import concurrent.futures
 import copy
 import dataclasses
+import itertools
 import json
 import math
 import tempfile
@@ -65,39 +66,43 @@ def _modelled(values):
   return entropy, values.size * layout.most_raw_bits / 8
 
 
-class RecordsTest(parameterized.TestCase):
-  @parameterized.parameters(*DTYPES)
-  def test_many_shapes_in_one_record(self, dtype):
-    shapes = [(100, 300), (7,), (0, 3), (), (1, 1), (5000,), (2, 3, 4)]
-    _round_trip([_normal(shape, dtype, i) for i, shape in enumerate(shapes)])
+class RecordsTest(absltest.TestCase):
+  def test_many_shapes_in_one_record(self):
+    for dtype in DTYPES:
+      with self.subTest(dtype=dtype):
+        shapes = [(100, 300), (7,), (0, 3), (), (1, 1), (5000,), (2, 3, 4)]
+        _round_trip([_normal(shape, dtype, i) for i, shape in enumerate(shapes)])
 
-  @parameterized.parameters(*DTYPES)
-  def test_special_numbers(self, dtype):
-    values = _normal(20_000, np.float32)
-    values[:6] = [np.nan, np.inf, -np.inf, -0.0, 1e-8, 6e4]
-    _round_trip([values.astype(dtype), values.reshape(50, -1).astype(dtype)])
+  def test_special_numbers(self):
+    for dtype in DTYPES:
+      with self.subTest(dtype=dtype):
+        values = _normal(20_000, np.float32)
+        values[:6] = [np.nan, np.inf, -np.inf, -0.0, 1e-8, 6e4]
+        _round_trip([values.astype(dtype), values.reshape(50, -1).astype(dtype)])
 
-  @parameterized.parameters(*DTYPES)
-  def test_every_bit_pattern(self, dtype):
-    width = np.dtype(dtype).itemsize
-    bits = np.arange(1 << 16).astype(f'u{width}') << 8 * (width - 2)
-    _round_trip([np.concatenate([bits, np.zeros_like(bits)]).view(dtype)])
+  def test_every_bit_pattern(self):
+    for dtype in DTYPES:
+      with self.subTest(dtype=dtype):
+        width = np.dtype(dtype).itemsize
+        bits = np.arange(1 << 16).astype(f'u{width}') << 8 * (width - 2)
+        _round_trip([np.concatenate([bits, np.zeros_like(bits)]).view(dtype)])
 
-  @parameterized.parameters(*DTYPES, *INTEGERS)
-  def test_any_order_in_memory(self, dtype):
-    values = _normal((90, 110), dtype, scale=25)
-    _round_trip(
-      [
-        *(
-          values.T,
-          values[::2, 3:],
-          values[:, ::-1],
-          np.broadcast_to(values[0], (9, 110)),
-        ),
-        values.reshape(9, 10, 110).transpose(2, 0, 1),
-        values.astype(np.float64).T,
-      ]
-    )
+  def test_any_order_in_memory(self):
+    for dtype in (*DTYPES, *INTEGERS):
+      with self.subTest(dtype=dtype):
+        values = _normal((90, 110), dtype, scale=25)
+        _round_trip(
+          [
+            *(
+              values.T,
+              values[::2, 3:],
+              values[:, ::-1],
+              np.broadcast_to(values[0], (9, 110)),
+            ),
+            values.reshape(9, 10, 110).transpose(2, 0, 1),
+            values.astype(np.float64).T,
+          ]
+        )
 
   def test_few_elements_are_kept_as_they_are(self):
     given = [np.arange(20), np.array([True, False]), np.zeros(3), np.int8([1, -1])]
@@ -124,18 +129,22 @@ class RecordsTest(parameterized.TestCase):
       self.assertLen(encoded.spec.groups[0].blocks, 3)
       _round_trip(given)
 
-  @parameterized.parameters(*DTYPES)
-  def test_modelled_part_is_within_03_percent_of_its_entropy(self, dtype):
-    values = _normal(500_000, dtype)
-    entropy, rest = _modelled(values)
-    self.assertLess(_round_trip([values]) - rest, 1.003 * entropy)
+  def test_modelled_part_is_within_03_percent_of_its_entropy(self):
+    for dtype in DTYPES:
+      with self.subTest(dtype=dtype):
+        values = _normal(500_000, dtype)
+        entropy, rest = _modelled(values)
+        self.assertLess(_round_trip([values]) - rest, 1.003 * entropy)
 
-  @parameterized.parameters(*DTYPES)
-  def test_noise_and_tiny_tensors_cost_no_more_than_they_hold(self, dtype):
-    width = np.dtype(dtype).itemsize
-    noise = np.random.default_rng(0).integers(0, 256, 50_000 * width).astype(np.uint8)
-    self.assertEqual(_round_trip([noise.view(dtype)]), noise.size)
-    self.assertLessEqual(_round_trip([_normal(10, dtype)]), 10 * width)
+  def test_noise_and_tiny_tensors_cost_no_more_than_they_hold(self):
+    for dtype in DTYPES:
+      with self.subTest(dtype=dtype):
+        width = np.dtype(dtype).itemsize
+        noise = (
+          np.random.default_rng(0).integers(0, 256, 50_000 * width).astype(np.uint8)
+        )
+        self.assertEqual(_round_trip([noise.view(dtype)]), noise.size)
+        self.assertLessEqual(_round_trip([_normal(10, dtype)]), 10 * width)
 
   def test_numbers_widened_from_a_shorter_format_cost_what_they_did(self):
     narrow = _normal(100_000, np.float16)
@@ -258,18 +267,19 @@ class ScalesTest(parameterized.TestCase):
     ]
     return np.mean(sizes)
 
-  @parameterized.product(dtype=DTYPES, axis=[0, 1])
-  def test_rows_or_columns_of_different_scale(self, dtype, axis):
-    shape = (200, 500) if axis == 0 else (500, 200)
-    values = _normal(shape, np.float32)
-    octaves = np.random.default_rng(1).standard_normal(200)
-    values *= np.expand_dims(2**octaves, 1 - axis).astype(np.float32)
-    size = _round_trip([values.astype(dtype)])
-    # 200 labels of less than 8 bits, a few tables, and the loss due to rounded labels.
-    self.assertLess(size, self._one_scale(shape, dtype) + 200 + 400)
-    # One table for all numbers would take 0.2 bits more for each number.
-    one_table = sum(_modelled(values.astype(dtype)))
-    self.assertGreater(one_table - size, 0.1 / 8 * 100_000)
+  def test_rows_or_columns_of_different_scale(self):
+    for dtype, axis in itertools.product(DTYPES, [0, 1]):
+      with self.subTest(dtype=dtype, axis=axis):
+        shape = (200, 500) if axis == 0 else (500, 200)
+        values = _normal(shape, np.float32)
+        octaves = np.random.default_rng(1).standard_normal(200)
+        values *= np.expand_dims(2**octaves, 1 - axis).astype(np.float32)
+        size = _round_trip([values.astype(dtype)])
+        # 200 labels of less than 8 bits, a few tables, and the loss of rounded labels.
+        self.assertLess(size, self._one_scale(shape, dtype) + 200 + 400)
+        # One table for all numbers would take 0.2 bits more for each number.
+        one_table = sum(_modelled(values.astype(dtype)))
+        self.assertGreater(one_table - size, 0.1 / 8 * 100_000)
 
   @parameterized.parameters(np.float16, np.float32)
   def test_rows_and_columns_of_different_scale(self, dtype):
@@ -314,12 +324,13 @@ class IntegersTest(parameterized.TestCase):
     _, counts = np.unique(values, return_counts=True)
     return tables.entropy_bits(counts) / 8
 
-  @parameterized.parameters((np.int8, 0.8), *((dtype, 25) for dtype in INTEGERS))
-  def test_come_near_their_entropy(self, dtype, deviation):
-    centre = 120 if np.dtype(dtype).kind == 'u' else 0
-    values = np.round(_normal((200, 500), float, scale=deviation) + centre)
-    values = values.astype(dtype)
-    self.assertLess(_round_trip([values]), 1.005 * self._entropy(values) + 250)
+  def test_come_near_their_entropy(self):
+    for dtype, deviation in ((np.int8, 0.8), *((dtype, 25) for dtype in INTEGERS)):
+      with self.subTest(dtype=dtype, deviation=deviation):
+        centre = 120 if np.dtype(dtype).kind == 'u' else 0
+        values = np.round(_normal((200, 500), float, scale=deviation) + centre)
+        values = values.astype(dtype)
+        self.assertLess(_round_trip([values]), 1.005 * self._entropy(values) + 250)
 
   def test_weights_with_structural_zeros(self):
     values = np.round(_normal((200, 500), float, scale=25)).astype(np.int8)
@@ -341,20 +352,22 @@ class IntegersTest(parameterized.TestCase):
     ideal -= values.size / 8 if dtype == np.uint16 else 0
     self.assertLess(_round_trip([np.round(values).astype(dtype)]), 1.005 * ideal + 500)
 
-  @parameterized.parameters(*INTEGERS)
-  def test_noise_and_few_numbers_cost_no_more_than_they_hold(self, dtype):
-    info = np.iinfo(dtype)
-    noise = np.random.default_rng(0).integers(info.min, info.max + 1, 50_000)
-    self.assertEqual(_round_trip([noise.astype(dtype)]), 50_000 * info.bits // 8)
-    few = np.array([info.min, info.max, 0, 1], dtype)
-    self.assertEqual(_round_trip([few]), few.nbytes)
+  def test_noise_and_few_numbers_cost_no_more_than_they_hold(self):
+    for dtype in INTEGERS:
+      with self.subTest(dtype=dtype):
+        info = np.iinfo(dtype)
+        noise = np.random.default_rng(0).integers(info.min, info.max + 1, 50_000)
+        self.assertEqual(_round_trip([noise.astype(dtype)]), 50_000 * info.bits // 8)
+        few = np.array([info.min, info.max, 0, 1], dtype)
+        self.assertEqual(_round_trip([few]), few.nbytes)
 
-  @parameterized.parameters(*INTEGERS)
-  def test_extremes(self, dtype):
-    values = np.zeros((50, 80), dtype)
-    values[3, 4:6] = np.iinfo(dtype).min, np.iinfo(dtype).max
-    size = _round_trip([values])
-    self.assertLess(size, 300 + 4000 * (np.iinfo(dtype).bits - 8) // 32)
+  def test_extremes(self):
+    for dtype in INTEGERS:
+      with self.subTest(dtype=dtype):
+        values = np.zeros((50, 80), dtype)
+        values[3, 4:6] = np.iinfo(dtype).min, np.iinfo(dtype).max
+        size = _round_trip([values])
+        self.assertLess(size, 300 + 4000 * (np.iinfo(dtype).bits - 8) // 32)
 
   @parameterized.parameters(2**8.2, 2**11.6)
   def test_multiples_of_a_fine_step_cost_their_entropy(self, deviation):
@@ -369,7 +382,7 @@ class IntegersTest(parameterized.TestCase):
     self.assertLess(_round_trip([values]), 1.005 * self._entropy(values) + 250)
 
 
-class DamageTest(parameterized.TestCase):
+class DamageTest(absltest.TestCase):
   """A damaged file is decoded correctly or raises ValueError, in little memory."""
 
   @classmethod
@@ -500,19 +513,20 @@ class DamageTest(parameterized.TestCase):
     for actual, expected in zip(decoded, arrays, strict=True):
       _assert_same_bits(actual, expected)
 
-  @parameterized.parameters(
-    ('float16', [1 << 20, 1 << 20], 0),
-    ('float64', [1 << 40], None),
-    ('float64', [0, 1 << 70], None),
-    ('float64', [1] * 65, None),
-  )
-  def test_huge_arrays_are_refused_before_they_are_allocated(self, dtype, shape, group):
-    value = {
-      'arrays': [[dtype, shape, 0, [group], None, None]],
-      'groups': [['float', 8, 1, 20, 1, 10, [20]]] if group == 0 else [],
-    }
-    with self.assertRaises(ValueError):
-      weights.decode(_load(value), np.zeros(40, np.uint8))
+  def test_huge_arrays_are_refused_before_they_are_allocated(self):
+    for dtype, shape, group in (
+      ('float16', [1 << 20, 1 << 20], 0),
+      ('float64', [1 << 40], None),
+      ('float64', [0, 1 << 70], None),
+      ('float64', [1] * 65, None),
+    ):
+      with self.subTest(dtype=dtype, shape=shape, group=group):
+        value = {
+          'arrays': [[dtype, shape, 0, [group], None, None]],
+          'groups': [['float', 8, 1, 20, 1, 10, [20]]] if group == 0 else [],
+        }
+        with self.assertRaises(ValueError):
+          weights.decode(_load(value), np.zeros(40, np.uint8))
 
 
 class FormatTest(parameterized.TestCase):
