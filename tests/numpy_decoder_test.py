@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import itertools
 import json
 import pathlib
 
@@ -125,22 +126,27 @@ def test_reads_quantized_leaves(transposed, units):
   np.testing.assert_array_equal(found, bits(leaf.materialize()))
 
 
-@pytest.mark.parametrize('own', ['float16', 'bfloat16', 'float32', 'int16'])
-@pytest.mark.parametrize('dtype', ['float16', 'bfloat16', 'float32', 'int16'])
-def test_reads_a_tree_beside_a_base(dtype, own, tmp_path):
-  rng = np.random.default_rng(0)
-  base = {name: 9 * rng.normal(size=(90, 100)) for name in 'abc'}
-  near = {name: x + 0.1 * rng.normal(size=x.shape) for name, x in base.items()}
-  near['b'][1:] = base['b'][1:]
-  base['d'] = rng.normal(size=(90, 100))
-  near['d'] = base['d'] + rng.normal(size=(90, 2)) @ rng.normal(size=(2, 100))
-  near['c'] = np.vstack([base['c'], near['b']])
-  as_type = lambda tree, name: {k: x.astype(jnp.dtype(name)) for k, x in tree.items()}
-  base, near = as_type(base, own), as_type(near, dtype)
-  file, output = tmp_path / 'x.rotbits', tmp_path / 'x.safetensors'
-  safetensors_numpy.save_file(base, tmp_path / 'base.safetensors')
-  rotbits_jax.encode_to_file(near, file, base=tmp_path / 'base.safetensors')
-  assert_reads_the_same(file, output, tmp_path / 'base.safetensors')
+def test_reads_a_tree_beside_a_base(tmp_path, subtests):
+  for own, dtype in itertools.product(
+    ('float16', 'bfloat16', 'float32', 'int16'),
+    ('float16', 'bfloat16', 'float32', 'int16'),
+  ):
+    with subtests.test(own=own, dtype=dtype):
+      rng = np.random.default_rng(0)
+      base = {name: 9 * rng.normal(size=(90, 100)) for name in 'abc'}
+      near = {name: x + 0.1 * rng.normal(size=x.shape) for name, x in base.items()}
+      near['b'][1:] = base['b'][1:]
+      base['d'] = rng.normal(size=(90, 100))
+      near['d'] = base['d'] + rng.normal(size=(90, 2)) @ rng.normal(size=(2, 100))
+      near['c'] = np.vstack([base['c'], near['b']])
+      as_type = lambda tree, name: {
+        k: x.astype(jnp.dtype(name)) for k, x in tree.items()
+      }
+      base, near = as_type(base, own), as_type(near, dtype)
+      file, output = tmp_path / 'x.rotbits', tmp_path / 'x.safetensors'
+      safetensors_numpy.save_file(base, tmp_path / 'base.safetensors')
+      rotbits_jax.encode_to_file(near, file, base=tmp_path / 'base.safetensors')
+      assert_reads_the_same(file, output, tmp_path / 'base.safetensors')
 
 
 @pytest.mark.parametrize('preset', ['free', 'exact'])

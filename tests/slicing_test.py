@@ -290,21 +290,21 @@ class SliceModelTest(parameterized.TestCase):
     with self.assertRaisesRegex(ValueError, 'layers.0/mlp/down/kernel has .* float16'):
       slicing.slice_model(model, CALIBRATION, sparsity=0.25, dtype=np.float16)
 
-  @parameterized.parameters(
-    ({}, CALIBRATION[0], r'tokens must be \[S, T\] integers'),
-    ({}, CALIBRATION + 0.5, r'tokens must be \[S, T\] integers'),
-    ({}, CALIBRATION + 1, 'token 69 is outside'),
-    ({}, CALIBRATION - 1, 'token -1 is outside'),
-    ({}, CALIBRATION.reshape(6, 96), '48 positions, got sequences of 96'),
-    ({}, CALIBRATION[:1, :31], 'hidden size 32, got 31'),
-    ({'sparsity': 1.0}, CALIBRATION, r'sparsity must be in \[0, 1\), got 1.0'),
-    ({'final_orientation': 'qr'}, CALIBRATION, "final_orientation .* got 'qr'"),
-  )
-  def test_refuses(self, settings, tokens, message):
-    with self.assertRaisesRegex(ValueError, message):
-      slicing.slice_model(
-        dense('opt-random'), tokens, **({'sparsity': 0.25} | settings)
-      )
+  def test_refuses(self):
+    for settings, tokens, message in (
+      ({}, CALIBRATION[0], r'tokens must be \[S, T\] integers'),
+      ({}, CALIBRATION + 0.5, r'tokens must be \[S, T\] integers'),
+      ({}, CALIBRATION + 1, 'token 69 is outside'),
+      ({}, CALIBRATION - 1, 'token -1 is outside'),
+      ({}, CALIBRATION.reshape(6, 96), '48 positions, got sequences of 96'),
+      ({}, CALIBRATION[:1, :31], 'hidden size 32, got 31'),
+      ({'sparsity': 1.0}, CALIBRATION, r'sparsity must be in \[0, 1\), got 1.0'),
+      ({'final_orientation': 'qr'}, CALIBRATION, "final_orientation .* got 'qr'"),
+    ):
+      with self.subTest(message=message), self.assertRaisesRegex(ValueError, message):
+        slicing.slice_model(
+          dense('opt-random'), tokens, **({'sparsity': 0.25} | settings)
+        )
 
 
 class WidthTest(parameterized.TestCase):
@@ -429,9 +429,8 @@ class TestSlice:
     assert loaded.model.config.segment_widths == (80, 80, 80, 80)
     assert loaded.model.params['embed']['tokens'].dtype == ml_dtypes.bfloat16
 
-  @pytest.mark.parametrize(
-    ('changed', 'message'),
-    [
+  def test_bad_input_writes_nothing(self, sliced, paths, subtests):
+    for changed, message in (
       ({'model': 'missing'}, 'there is no such file or directory'),
       ({'model': str(TESTDATA / FIXTURES[1][1])}, 'has no tokenizer.json'),
       ({'calibration': 'missing'}, 'No such file'),
@@ -443,27 +442,26 @@ class TestSlice:
       ({'dtype': 'int8'}, 'dtype'),
       ({'final_orientation': 'qr'}, 'final_orientation'),
       ({'output': str(pathlib.Path(__file__))}, 'is a file, not a directory'),
-    ],
-  )
-  def test_bad_input_writes_nothing(self, sliced, paths, changed, message):
-    source, text, output = paths
-    text.write_text(word_checkpoints.random_text(3000))
-    flags = {
-      'model': source,
-      'output': output,
-      'calibration': text,
-      'sparsity': 0.25,
-      'sequence_length': 48,
-    }
-    code, out, err = sliced(*(f'--{k}={v}' for k, v in (flags | changed).items()))
-    assert (code, out) == (2, '')
-    assert message in err
-    assert len(err.splitlines()) == 1
-    assert not output.exists()
-    assert sorted(file.name for file in output.parent.iterdir()) == [
-      source.name,
-      'text',
-    ]
+    ):
+      with subtests.test(changed=changed):
+        source, text, output = paths
+        text.write_text(word_checkpoints.random_text(3000))
+        flags = {
+          'model': source,
+          'output': output,
+          'calibration': text,
+          'sparsity': 0.25,
+          'sequence_length': 48,
+        }
+        code, out, err = sliced(*(f'--{k}={v}' for k, v in (flags | changed).items()))
+        assert (code, out) == (2, '')
+        assert message in err
+        assert len(err.splitlines()) == 1
+        assert not output.exists()
+        assert sorted(file.name for file in output.parent.iterdir()) == [
+          source.name,
+          'text',
+        ]
 
 
 if __name__ == '__main__':
