@@ -30,14 +30,6 @@ TINY = tuple(
 TRANSFORMS = {name: t for name, t in seeds.transforms().items() if t.takes != 'stored'}
 
 
-def _cases(names):
-  return [
-    {'testcase_name': f'{t.name}_{name}', 'transform': t, 'checkpoint': name}
-    for t in TRANSFORMS.values()
-    for name in names
-  ]
-
-
 @functools.cache
 def _load(checkpoint):
   return checkpoints.load_checkpoint(TESTDATA / checkpoint).model
@@ -63,12 +55,14 @@ def _logits(checkpoint, transform=None, *, rerounded=False):
 class Checks(parameterized.TestCase):
   """Checks that every transform must pass on every checkpoint."""
 
-  def check_all(self, transform, checkpoint):
-    self.check_function(transform, checkpoint)
-    model, notes = _applied(transform, checkpoint)
-    self.check_shapes(model, checkpoint)
-    self.check_numbers(model, checkpoint)
-    self.check_notes(model, notes)
+  def check_all(self, checkpoint):
+    for name, transform in TRANSFORMS.items():
+      with self.subTest(transform=name):
+        self.check_function(transform, checkpoint)
+        model, notes = _applied(transform, checkpoint)
+        self.check_shapes(model, checkpoint)
+        self.check_numbers(model, checkpoint)
+        self.check_notes(model, notes)
 
   def check_function(self, transform, checkpoint):
     """The function is kept to the storage format's rounding."""
@@ -100,16 +94,15 @@ class Checks(parameterized.TestCase):
 
 
 class TransformsTest(Checks):
-  @parameterized.named_parameters(*_cases(TINY))
-  def test_all_checks(self, transform, checkpoint):
-    self.check_all(transform, checkpoint)
+  @parameterized.parameters(*TINY)
+  def test_all_checks(self, checkpoint):
+    self.check_all(checkpoint)
 
 
 @pytest.mark.slow
 class TrainedCheckpointTest(Checks):
-  @parameterized.named_parameters(*_cases([TRAINED]))
-  def test_all_checks(self, transform, checkpoint):
-    self.check_all(transform, checkpoint)
+  def test_all_checks(self):
+    self.check_all(TRAINED)
 
 
 if __name__ == '__main__':
