@@ -81,7 +81,8 @@ def test_switches_together(given, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('name', SWITCHES)
 @pytest.mark.parametrize('given', INPUTS)
-def test_each_switch(given, name, tmp_path):
-  check(given, {name: SWITCHES[name]}, tmp_path)
+def test_each_switch(given, tmp_path, subtests):
+  for name in SWITCHES:
+    with subtests.test(name=name):
+      check(given, {name: SWITCHES[name]}, tmp_path / name)
