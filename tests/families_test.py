@@ -337,6 +337,6 @@ class ConfigTest(chex.TestCase):
       (GEMMA3, {'final_norm_bias': True}, 'final_norm_bias is True'),
     )  # fmt: skip
     for values, change, match in cases:
+      given = {k: v for k, v in (values | change).items() if v is not ...}
       with self.subTest(change=change), pytest.raises(CheckpointError, match=match):
-        given = {k: v for k, v in (values | change).items() if v is not ...}
         checkpoints.parse_config(given)
