@@ -167,7 +167,7 @@ def _of_record(
       continue
     array = np.asarray(leaf)
     own = _extrapolated(array, lambda x: weights.estimate([x]))
-    known = None if base is None else base.array_of(path)
+    known = None if base is None else base.array(path)
     alone += own
     if known is not None and known.shape == array.shape:
       own = min(own, _extrapolated(array, _beside, known))
