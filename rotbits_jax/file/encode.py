@@ -85,6 +85,8 @@ class Output:
       )
     if check and self._processes > 1:
       raise ValueError('check needs one process; verify the file when all are done')
+    if job.is_fitted and self._processes > 1:
+      raise ValueError('a sliced model beside its dense model needs one process')
     sizes = {name: counts.bytes for name, counts in job.counts.items()}
     shards = shards_lib.plan(self._path, sizes, self._shard_size, self._processes)
     owners = {x: i * self._processes // len(shards) for i, x in enumerate(shards)}

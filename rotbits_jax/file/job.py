@@ -102,6 +102,11 @@ class Job:
     """Whether the records may be divided among several files."""
     return isinstance(self._coder, coders.RecordCoder)
 
+  @property
+  def is_fitted(self) -> bool:
+    """Whether records depend on bases, which other machines may fit in other bits."""
+    return self._recipe is not None
+
   def fingerprint(self, shards: Sequence[shards_lib.Shard]) -> str | None:
     """Returns a hash of everything that determines the bytes, but for the elements.
 
