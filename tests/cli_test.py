@@ -659,7 +659,9 @@ class TestProgram:
     # The example parses: every flag in it is one.
     example = out.partition('Example:\n\n')[2].partition('\n\n')[0]
     module = importlib.import_module(f'rotbits_jax.cli.{command}')
-    flags = re.findall(r'--(\w+)', example.replace('\\\n', ' ').splitlines()[-1])
+    lines = example.replace('\\\n', ' ').splitlines()
+    own = ' '.join(line for line in lines if f'rotbits {command} ' in line)
+    flags = re.findall(r'--(\w+)', own)
     assert flags
     assert set(flags) <= set(module.FLAGS.values)
     # Without flags it says which one is missing.
