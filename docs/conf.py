@@ -1,15 +1,15 @@
 """Builds the documentation: sphinx-build -W -b html docs build/docs."""
 
 import os
-import pathlib
 import re
+
+import rotbits_jax
 
 project = 'rotbits_jax'
 author = 'the rotbits_jax authors'
 copyright = 'the rotbits_jax authors, Apache-2.0'
 
-_SETUP = pathlib.Path(__file__).parents[1] / 'setup.py'
-version = release = re.search(r"version='([^']+)'", _SETUP.read_text())[1]
+version = release = rotbits_jax.__version__
 
 extensions = [
   'myst_nb',

@@ -236,6 +236,8 @@ def test_site_is_built_without_warnings(tmp_path):
   pytest.importorskip('sphinx')
   # Pages with code write beside themselves, so that they get a copy.
   docs = shutil.copytree(DOCS, tmp_path / 'docs')
+  for name in ('RESULTS.md', 'CHANGELOG.md', 'SECURITY.md'):  # pages include them
+    shutil.copy(ROOT / name, tmp_path)
   command = [sys.executable, '-m', 'sphinx', '-W', '--keep-going', '-q', '-b', 'html']
   found = subprocess.run(
     [*command, docs, tmp_path / 'site'],
