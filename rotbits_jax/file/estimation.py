@@ -377,7 +377,10 @@ def _cut(
         count = _narrow(array.shape[k], hidden)
         places = np.arange(count) * array.shape[k] // count
       if len(places) < array.shape[k]:
-        array = np.take(array, places, k)
+        if array.flags.f_contiguous:  # a transposed kernel: its columns are in order
+          array = np.take(array.T, places, array.ndim - 1 - k).T
+        else:
+          array = np.take(array, places, k)
     found[path] = array
   return structured.unflatten(found)
 
