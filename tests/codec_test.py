@@ -347,7 +347,7 @@ class OtherCheckpointsTest(Checks):
     noise = np.mean([x.kl['it'] for key, x in found.items() if 'noise' in key])
     self.assertLess(found['free'].kl['it'], max(2 * noise, 1e-9))
     ratio = found['free'].perplexity / found['same'].perplexity
-    # If log-probabilities differ by noise, the mean square of the noise is twice the KL.
+    # If log-probabilities differ by noise, its mean square is twice the divergence.
     noise = np.sqrt(2 * found['free'].kl['it'] / found['free'].tokens)
     self.assertLess(abs(ratio - 1), max(0.001, 3 * noise))
 
