@@ -128,7 +128,7 @@ class Buckets(NamedTuple):
 # ---- the choice of buckets -----------------------------------------------------------
 
 _MOST_EXPONENT = 32
-_LARGE = 1 << 18
+_MANY = 1 << 9
 _GREATEST = 2.0**60
 
 # The greatest number of steps between the classes of the lines of an axis. With this
@@ -212,8 +212,8 @@ def sort(first: Sums, second: Sums, exponent: int) -> Buckets:
   )
   mean, size = scale * first.rows.mean(keepdims=True), count * width
   candidates = _sorted(mean, one, size, (1,))
-  # The tables of fewer classes save less than they cost, if there are many elements.
-  steps = (1,) if size >= _LARGE else (1, 2, 4, 8)
+  # Fewer classes save less than they cost, if lines have many elements.
+  steps = (1,) if min(count, width) >= _MANY else (1, 2, 4, 8)
   for rows, columns in pairs:
     candidates += _sorted(rows, columns, size, steps)
   return min(candidates, key=lambda candidate: candidate[0])[1]
