@@ -69,7 +69,7 @@ BLOCKS = ('Q8_0', 'Q5_0', 'Q4_0')
 """GGUF's formats in the curve."""
 
 NEAR = {
-  'opt-small-dense': '`near` beside other formats: opt-small-dense',
+  'opt-small': '`near` beside other formats: opt-small-sliced-0.2',
   'smollm2': '`near` beside other formats: SmolLM2-135M, sliced by 25%',
 }
 """The sections of RESULTS.md for the pictures of `benchmarks.near`."""

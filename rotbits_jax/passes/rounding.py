@@ -76,7 +76,7 @@ def with_minimum_exponent(offset: float = 0.0) -> Rounding:
 
   In dtypes with fewer than 10 bits of mantissa, the step of the head is a quarter of
   that: no layer averages the head's errors, and on OPT in bfloat16 they are most of
-  what a common step adds to the divergence (measured, see RESULTS.md).
+  what a common step adds to the divergence (measured).
 
   Args:
     offset: added to log2 of the step; negative for a finer step.
