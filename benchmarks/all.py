@@ -84,7 +84,14 @@ BENCHMARKS: tuple[Benchmark, ...] = (
     'benchmarks.rounding',
     (f'--checkpoint={_OPT}', '--text=rotbits_jax/data/evaluation.txt'),
   ),
-  Benchmark('benchmarks.near', ('--name=opt-small-sliced-0.2', f'--checkpoint={_OPT}')),
+  Benchmark(
+    'benchmarks.near',
+    (
+      '--name=opt-small-sliced-0.2',
+      f'--checkpoint={_OPT}',
+      f'--picture={_PICTURES}/near-opt-small.svg',
+    ),
+  ),
   Benchmark(
     'benchmarks.near',
     (
