@@ -45,10 +45,8 @@ if TYPE_CHECKING:  # the imports of `__getattr__`
   from rotbits_jax.api import encode_to_file as encode_to_file
   from rotbits_jax.api import inspect as inspect
   from rotbits_jax.api import load as load
-  from rotbits_jax.api import prune_snapshots as prune_snapshots
   from rotbits_jax.api import read_record as read_record
   from rotbits_jax.api import read_tensor as read_tensor
-  from rotbits_jax.api import snapshot as snapshot
   from rotbits_jax.api import verify as verify
   from rotbits_jax.checkpointable import Checkpointable as Checkpointable
   from rotbits_jax.checkpoints import Checkpoint as Checkpoint
@@ -61,6 +59,8 @@ if TYPE_CHECKING:  # the imports of `__getattr__`
   from rotbits_jax.models import ModelConfig as ModelConfig
   from rotbits_jax.presets import PRESETS as PRESETS
   from rotbits_jax.presets import Preset as Preset
+  from rotbits_jax.snapshots import prune_snapshots as prune_snapshots
+  from rotbits_jax.snapshots import snapshot as snapshot
   from rotbits_jax.symmetries import canonicalise as canonicalise
 
 # Names are imported when they are first used, because decoding a file does not need the
@@ -99,11 +99,11 @@ _NAMES = {
   'load': 'api',
   'load_checkpoint': 'checkpoints',
   'open_checkpoint': 'checkpoints',
-  'prune_snapshots': 'api',
+  'prune_snapshots': 'snapshots',
   'read_tensor': 'api',
   'read_record': 'api',
   'save_checkpoint': 'checkpoints',
-  'snapshot': 'api',
+  'snapshot': 'snapshots',
   'verify': 'api',
 }
 

@@ -6,18 +6,13 @@ and `load` hold the whole model in memory; `encode_to_file`, `decode_to_director
 """
 
 from collections.abc import Mapping, Sequence
-import hashlib
 import io
-import json
 import os
-import pathlib
 from typing import Any, Literal, TypeAlias, TypeVar, overload
 
 import jax
-import jax.numpy as jnp
 from numpy.typing import DTypeLike
 
-import rotbits_jax
 from rotbits_jax import checkpoints
 from rotbits_jax import file
 from rotbits_jax import models
@@ -35,7 +30,6 @@ from rotbits_jax.file import sources
 from rotbits_jax.file import trees
 from rotbits_jax.file import verification
 from rotbits_jax.report import savings
-from rotbits_jax.system import cache
 from rotbits_jax.system import host
 from rotbits_jax.system import progress as progress_lib
 
@@ -61,8 +55,6 @@ Encodable: TypeAlias = (
 Base: TypeAlias = Path | bytes | file.Reader | list[Any] | Encodable
 """A model, a checkpoint or a PyTree, or the path of one; an encoded file; or a list of
 an encoded file, the base that it needs, the base of that, and so on."""
-
-_DIGITS = 40  # of the name of a snapshot, as in Hugging Face's cache
 
 PresetName: TypeAlias = Literal['exact', 'free', 'near', 'paper']
 """The names of presets; `presets.make` finds those of other packages, too."""
@@ -347,83 +339,6 @@ def decode_to_directory(
       overwrite=overwrite,
       progress=progress,
     )
-
-
-@host.own_settings()
-def snapshot(
-  path: Path,
-  base: Path | Sequence[Path] | None = None,
-  *,
-  format: checkpoints.Format | None = None,
-  dtype: DTypeLike | None = None,
-  limit: int | None = None,
-  progress: bool = False,
-) -> pathlib.Path:
-  """Decodes a file to a folder of the user's cache, once.
-
-  The folder is for programs that load a checkpoint: transformers, vLLM, MaxText, Tunix,
-  Keras. It appears when it is complete, and processes that need the same one at the
-  same time decode it once. Do not write into it. The cache is the folder that the
-  variable ROTBITS_JAX_CACHE names, or `rotbits_jax` in XDG_CACHE_HOME or in ~/.cache.
-
-  A folder is found by the checksums in the file, the base, the format, the dtype and
-  the version of this package, so that finding one reads the manifest and no weights.
-
-  Args:
-    path: the path of a file, or of shards.
-    base: the path of the base of `encode`, or those of an encoded file and of the bases
-      below it.
-    format: see `checkpoints.save_checkpoint`. The default is 'transformers' for a
-      sliced model, and the checkpoint's own layout for everything else.
-    dtype: see `decode_to_directory`.
-    limit: greatest number of bytes of all snapshots, see `prune_snapshots`. The new one
-      stays in any case. By default none is removed.
-    progress: whether to show the progress on stderr.
-
-  Returns:
-    The folder.
-
-  Raises:
-    ContainerError: as for `decode_to_directory`, also if the folder is there.
-    ValueError: if the format does not suit the model, or the base is not on disk.
-    OSError: if a path cannot be read, or if the cache cannot be written.
-  """
-  with file.Reader(path, base=base) as reader:
-    reader.check_base()
-    content = reader.fingerprint()
-    if content is None:
-      raise ValueError('the base of a snapshot must be on disk: give its path')
-    sliced = reader.config is not None and reader.config.sliced
-    format = format or ('transformers' if sliced else 'safetensors')
-    wanted = None if dtype is None else jnp.dtype(dtype).name
-    key = json.dumps([content, format, wanted, rotbits_jax.__version__])
-
-    def write(folder: pathlib.Path) -> None:
-      directory_lib.write(reader, folder, format=format, dtype=dtype, progress=progress)
-
-    name = hashlib.sha256(key.encode()).hexdigest()[:_DIGITS]
-    found = cache.made(name, write, show=progress)
-  if limit is not None:
-    cache.prune(limit, keep=found)
-  return found
-
-
-def prune_snapshots(limit: int = 0) -> list[pathlib.Path]:
-  """Removes the folders of `snapshot` that were not used for the longest time.
-
-  A folder is used when `snapshot` returns it. One that is being written stays, and the
-  rest of one whose process was killed goes.
-
-  Args:
-    limit: greatest number of bytes of the folders that stay.
-
-  Returns:
-    The folders that were removed.
-
-  Raises:
-    OSError: if a folder cannot be removed.
-  """
-  return cache.prune(limit)
 
 
 @host.own_settings()

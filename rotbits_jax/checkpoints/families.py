@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from rotbits_jax import models
 from rotbits_jax.checkpoints import attributes
 from rotbits_jax.checkpoints import errors
+from rotbits_jax.checkpoints import rope as rope_lib
 
 SHORTCUT_SUFFIX = '_Q'  # of the names of shortcuts
 SHORTCUT_NAME = f'attn_shortcut{SHORTCUT_SUFFIX}'  # a tensor of every sliced layer
@@ -184,7 +185,7 @@ def _gemma2(config: attributes.Attributes) -> models.ModelConfig:
   # transformers reads `hidden_activation` and `sliding_window` only.
   for unused in ('hidden_act', 'sliding_window_size'):
     config.take(unused, None)
-  rope = _rope(config, 1.0)
+  rope = rope_lib.positions(config, 1.0)
   window = models.Positions(**rope, sliding_window=_sliding_window(config))
   return _gemma(
     config,
@@ -213,11 +214,11 @@ def _gemma3(config: attributes.Attributes) -> models.ModelConfig:
     config.number('rope_local_base_freq', 1e4),
   )
   if settings is None:
-    full = _rope(config, 1.0, thetas[0])
+    full = rope_lib.positions(config, 1.0, thetas[0])
     local = full | {'rope_theta': thetas[1], 'rope_scaling': None}
   else:
     full, local = (
-      _rope_of(own, config, 1.0, theta)
+      rope_lib.positions_of(own, config, 1.0, theta)
       for own, theta in zip(settings, thetas, strict=True)
     )
   interval = config.size('sliding_window_pattern', 6)
@@ -244,7 +245,7 @@ def _gemma(
 
   Args:
     config: the attributes of `config.json`.
-    rope: the settings of RoPE in the layers without a window, see `_rope`.
+    rope: the settings of RoPE in the layers without a window, see `rope.positions`.
     alternate: the positions of the layers with a window.
     interval: every layer has a window, but for one of so many, unless the config lists
       the layers.
@@ -354,7 +355,7 @@ def _rotary(
     intermediate_size=config.size('intermediate_size'),
     num_kv_heads=config.size('num_key_value_heads', heads),
     max_positions=config.size('max_position_embeddings', 2048),
-    **_rope(config, rotary_factor, rope_theta),
+    **rope_lib.positions(config, rotary_factor, rope_theta),
     **switches,
   )
 
@@ -368,7 +369,7 @@ def _decoder(config: attributes.Attributes, **fields: Any) -> models.ModelConfig
     hidden_size=hidden,
     num_layers=layers,
     num_heads=config.size('num_attention_heads'),
-    head_dim=_head_dim(config),
+    head_dim=rope_lib.head_dim(config),
     vocab_size=config.size('vocab_size'),
     segment_widths=(hidden,) * (segments + 1),
     **fields,
@@ -407,87 +408,6 @@ def _activation(config: attributes.Attributes, name: str, default: str) -> Any:
   known = ('relu', 'gelu_new', 'gelu_pytorch_tanh', 'silu')
   found = config.choice(name, known, default)
   return 'gelu_new' if found == 'gelu_pytorch_tanh' else found  # two names of one
-
-
-def _head_dim(config: attributes.Attributes) -> int:
-  if config.take('head_dim', None) is not None:
-    return config.size('head_dim')
-  hidden, heads = config.size('hidden_size'), config.size('num_attention_heads')
-  if hidden % heads:
-    raise errors.CheckpointError(
-      f'{config.where}: num_attention_heads {heads} does not divide '
-      f'hidden_size {hidden}'
-    )
-  return hidden // heads
-
-
-def _rope(
-  config: attributes.Attributes, factor: float, theta: float = 10000.0
-) -> dict[str, Any]:
-  """Reads the settings of RoPE.
-
-  transformers 5 has all settings in `rope_parameters`. Earlier versions have the
-  settings of the scaling in `rope_scaling`, and the other settings beside it.
-
-  Args:
-    config: the attributes of `config.json`.
-    factor: the part of a head that RoPE rotates, if no attribute sets it.
-    theta: the base of RoPE's wavelengths, if no attribute sets it.
-
-  Returns:
-    The fields of `models.Positions` that are RoPE's.
-  """
-  settings = config
-  gathered = config.take('rope_parameters', None) is not None
-  if gathered:
-    config.require(rope_scaling=None)
-  if gathered or config.take('rope_scaling', None) is not None:
-    name = 'rope_parameters' if gathered else 'rope_scaling'
-    settings = attributes.Attributes(config.take(name), f'{config.where}: {name}')
-  theta = config.take('rope_theta', theta)
-  return _rope_of(settings, config, config.take('partial_rotary_factor', factor), theta)
-
-
-def _rope_of(
-  settings: attributes.Attributes,
-  config: attributes.Attributes,
-  factor: float,
-  theta: float,
-) -> dict[str, Any]:
-  """Reads the settings of RoPE from the object that has them, or from the config.
-
-  The arguments and the result are those of `_rope`.
-  """
-  scaling = None if settings is config else _rope_scaling(settings)
-  theta = settings.number('rope_theta', theta)
-  factor = settings.number('partial_rotary_factor', factor)
-  if settings is not config:
-    settings.finish()
-  rotary_dim = int(_head_dim(config) * min(factor, 1))
-  if factor > 1 or rotary_dim % 2 or rotary_dim == 0:
-    settings.refuse(
-      'partial_rotary_factor', factor, 'a part of the head with an even, positive width'
-    )
-  return {'rope_theta': theta, 'rotary_dim': rotary_dim, 'rope_scaling': scaling}
-
-
-def _rope_scaling(
-  settings: attributes.Attributes,
-) -> models.RopeScaling | None:
-  older = settings.take('type', 'default')
-  found = settings.choice('rope_type', ('default', 'linear', 'llama3'), older)
-  if found == 'default':
-    return None
-  factor = settings.number('factor')
-  if found == 'linear':
-    return models.RopeScaling(type_name='linear', factor=factor)
-  return models.RopeScaling(
-    type_name='llama3',
-    factor=factor,
-    low_freq_factor=settings.number('low_freq_factor'),
-    high_freq_factor=settings.number('high_freq_factor'),
-    original_positions=settings.size('original_max_position_embeddings'),
-  )
 
 
 _LLAMA = Family(

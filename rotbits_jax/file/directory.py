@@ -26,36 +26,14 @@ def write(
   progress: bool = False,
 ) -> None:
   """Writes a checkpoint, see `api.decode_to_directory`."""
-  if not reader.weights_files:
-    _write_model(
-      reader,
-      directory,
-      format=format,
-      shard_size=shard_size,
-      dtype=dtype,
-      overwrite=overwrite,
-      progress=progress,
-    )
+  if reader.weights_files:
+    if format != 'safetensors' or dtype is not None:
+      raise ValueError(
+        'plain tensors come back in the files and dtypes that they were encoded from: '
+        'leave out format and dtype'
+      )
+    _write_tensors(reader, directory, overwrite=overwrite, progress=progress)
     return
-  if format != 'safetensors' or dtype is not None:
-    raise ValueError(
-      'plain tensors come back in the files and dtypes that they were encoded from: '
-      'leave out format and dtype'
-    )
-  _write_tensors(reader, directory, overwrite=overwrite, progress=progress)
-
-
-def _write_model(
-  reader: reader_lib.Reader,
-  directory: str | os.PathLike[str],
-  *,
-  format: checkpoints.Format,
-  shard_size: int | None,
-  dtype: DTypeLike | None,
-  overwrite: bool,
-  progress: bool,
-) -> None:
-  """Writes the checkpoint of a model."""
   config = reader.config
   if config is None:
     raise ContainerError(

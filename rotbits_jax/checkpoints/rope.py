@@ -1,0 +1,91 @@
+"""The attributes of `config.json` that tell the heads, and how RoPE rotates them."""
+
+from typing import Any
+
+from rotbits_jax import models
+from rotbits_jax.checkpoints import attributes
+from rotbits_jax.checkpoints import errors
+
+
+def head_dim(config: attributes.Attributes) -> int:
+  """Returns the width of a head."""
+  if config.take('head_dim', None) is not None:
+    return config.size('head_dim')
+  hidden, heads = config.size('hidden_size'), config.size('num_attention_heads')
+  if hidden % heads:
+    raise errors.CheckpointError(
+      f'{config.where}: num_attention_heads {heads} does not divide '
+      f'hidden_size {hidden}'
+    )
+  return hidden // heads
+
+
+def positions(
+  config: attributes.Attributes, factor: float, theta: float = 10000.0
+) -> dict[str, Any]:
+  """Reads the settings of RoPE.
+
+  transformers 5 has all settings in `rope_parameters`. Earlier versions have the
+  settings of the scaling in `rope_scaling`, and the other settings beside it.
+
+  Args:
+    config: the attributes of `config.json`.
+    factor: the part of a head that RoPE rotates, if no attribute sets it.
+    theta: the base of RoPE's wavelengths, if no attribute sets it.
+
+  Returns:
+    The fields of `models.Positions` that are RoPE's.
+  """
+  settings = config
+  gathered = config.take('rope_parameters', None) is not None
+  if gathered:
+    config.require(rope_scaling=None)
+  if gathered or config.take('rope_scaling', None) is not None:
+    name = 'rope_parameters' if gathered else 'rope_scaling'
+    settings = attributes.Attributes(config.take(name), f'{config.where}: {name}')
+  theta = config.take('rope_theta', theta)
+  return positions_of(
+    settings, config, config.take('partial_rotary_factor', factor), theta
+  )
+
+
+def positions_of(
+  settings: attributes.Attributes,
+  config: attributes.Attributes,
+  factor: float,
+  theta: float,
+) -> dict[str, Any]:
+  """Reads the settings of RoPE from the object that has them, or from the config.
+
+  The arguments and the result are those of `positions`.
+  """
+  scaling = None if settings is config else _scaling(settings)
+  theta = settings.number('rope_theta', theta)
+  factor = settings.number('partial_rotary_factor', factor)
+  if settings is not config:
+    settings.finish()
+  rotary_dim = int(head_dim(config) * min(factor, 1))
+  if factor > 1 or rotary_dim % 2 or rotary_dim == 0:
+    settings.refuse(
+      'partial_rotary_factor', factor, 'a part of the head with an even, positive width'
+    )
+  return {'rope_theta': theta, 'rotary_dim': rotary_dim, 'rope_scaling': scaling}
+
+
+def _scaling(
+  settings: attributes.Attributes,
+) -> models.RopeScaling | None:
+  older = settings.take('type', 'default')
+  found = settings.choice('rope_type', ('default', 'linear', 'llama3'), older)
+  if found == 'default':
+    return None
+  factor = settings.number('factor')
+  if found == 'linear':
+    return models.RopeScaling(type_name='linear', factor=factor)
+  return models.RopeScaling(
+    type_name='llama3',
+    factor=factor,
+    low_freq_factor=settings.number('low_freq_factor'),
+    high_freq_factor=settings.number('high_freq_factor'),
+    original_positions=settings.size('original_max_position_embeddings'),
+  )
