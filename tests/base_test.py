@@ -259,16 +259,15 @@ def test_a_run_that_was_interrupted_goes_on(tmp_path, monkeypatch):
 
   def interrupted(record, *args):
     calls.append(record.name)
-    if len(calls) == 2:
+    if record.name == 'layers.1' and calls.count('layers.1') == 1:
       raise KeyboardInterrupt
     return own(record, *args)
 
   monkeypatch.setattr(writer, 'encode_record', interrupted)
   with pytest.raises(KeyboardInterrupt):
     encode()
-  names = list(calls)
   encode()
-  assert calls[2:].count(names[0]) == 0  # it was kept
+  assert calls.count('layers.0') == 1  # it was kept
   assert (tmp_path / 'x.rotbits').read_bytes() == whole
   # Another base has another fingerprint.
   del calls[:]
@@ -279,7 +278,7 @@ def test_a_run_that_was_interrupted_goes_on(tmp_path, monkeypatch):
   tensors[name] = near(tensors[name])
   safetensors_numpy.save_file(tensors, base / 'model.safetensors')
   encode()
-  assert calls.count(names[0]) == 2
+  assert calls.count('layers.0') == 2
   assert rotbits_jax.verify(tmp_path / 'x.rotbits', against=path, base=base).same_bits
 
 
