@@ -446,7 +446,7 @@ def check(message: Message) -> Message:
   missing = -np.minimum(np.asarray(message.lowest), 0).sum()
   if missing:
     raise MessageError(f'the message ran dry: {16 * missing} bits were missing')
-  excess = int(np.max(message.highest, initial=0)) - message.capacity
+  excess = int(np.asarray(message.highest).max(initial=0)) - message.capacity
   if excess > 0:
     raise MessageError(
       f'the message overflowed: a lane needs {excess} words more than its '

@@ -145,7 +145,7 @@ def _pop(
   slots: jax.Array,
   alphabet: jax.Array,
   steps: jax.Array,
-) -> tuple[rans.Message, jax.Array]:
+) -> tuple[jax.Array, jax.Array, jax.Array]:
   def lookup(
     slot: jax.Array, context: jax.Array
   ) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -162,8 +162,7 @@ def _pop(
     steps=steps,
     out=out.reshape(-1, LANES),
   )
-  # The caller has the words already, and would get a copy of them.
-  return message._replace(words=None), symbols.reshape(-1)  # type: ignore[arg-type]
+  return message.state, message.size, symbols.reshape(-1)
 
 
 # ---- one block on the host -----------------------------------------------------------
@@ -263,7 +262,7 @@ def decode(
   states[:lanes] = state
   sizes = np.zeros(LANES, np.int32)
   sizes[:lanes] = size
-  message, symbols = _pop(
+  *popped, symbols = _pop(
     buffers.taken('symbols', _ROOM, np.uint16),
     rans.Message(states, stacks, sizes, sizes, sizes),  # type: ignore[arg-type]
     _dealt(places, count, lanes, 'rows of contexts', made.void),
@@ -272,7 +271,9 @@ def decode(
     np.uint32(made.alphabet),
     np.int32(steps),
   )
-  rans.check_empty(message._replace(words=stacks))
+  # The sizes only fall, so the last ones are the least.
+  state, left = map(np.asarray, popped)
+  rans.check_empty(rans.Message(state, stacks, left, left, sizes))  # type: ignore[arg-type]
   bits = _join(symbols, planes, count, lanes, layout)
   write(np.asarray(bits)[:count])
   buffers.keep('symbols', symbols)
