@@ -105,7 +105,7 @@ BENCHMARKS: tuple[Benchmark, ...] = (
     (f'--checkpoint={_SMOLLM2}', f'--plot={_PICTURES}/time-to-weights.svg'),
     peers=True,
   ),
-  Benchmark('benchmarks.growth', (f'--plot={_PICTURES}/growth.svg',)),
+  Benchmark('benchmarks.growth', (f'--plot={_PICTURES}/growth.svg',), peers=True),
   Benchmark('benchmarks.coder'),
   Benchmark('benchmarks.large', ('--model=llama-2-7b', '--slicing=0.25')),
   Benchmark('fuzz.sweep'),

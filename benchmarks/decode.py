@@ -1,7 +1,8 @@
 """Measures decoders side by side, from a file to arrays.
 
   python -m benchmarks.decode --peers_python=PYTHON [--checkpoint=DIR] [--runs=5]
-    [--presets=free,exact] [--work=DIR] [--results=RESULTS.md] [--plot=FILE.svg]
+    [--presets=free,exact] [--pythons=PYTHON,...] [--work=DIR] [--results=RESULTS.md]
+    [--plot=FILE.svg]
 
 The program writes the tensors of a checkpoint to a safetensors file. By default the
 checkpoint is SmolLM2-135M, sliced by 25% as in demo.sh. The peers compress that file:
@@ -13,8 +14,12 @@ are compiled.
 
 The second table has the limits: the parts of decoding that no program can avoid, each
 measured alone; and the time from the start of a Python process to the arrays of a small
-file. The third table has the time to weights, which is the time to read the
-file over a link plus the time to decode it.
+file. The third table has the time of one block, as XLA compiles its loop for 1, 2 and
+16 processors (the variable NPROC). The fourth table has the time to weights, which is
+the time to read the file over a link plus the time to decode it.
+
+`--pythons` are further Pythons, with other versions of JAX. They decode the files of
+the presets and the block, too.
 
 PYTHON is a Python with the packages of the peers: `python -m venv DIR; DIR/bin/pip
 install numpy zstandard zipnn lmzip`.
@@ -63,6 +68,9 @@ _CHECKPOINT = flags.DEFINE_string(
 _PRESETS = flags.DEFINE_list(
   'presets', ['free', 'exact'], 'The presets to measure.', flag_values=FLAGS
 )
+_PYTHONS = flags.DEFINE_list(
+  'pythons', [], 'Pythons with other versions of JAX.', flag_values=FLAGS
+)
 _RUNS = flags.DEFINE_integer(
   'runs', 5, 'Number of timed runs.', lower_bound=1, flag_values=FLAGS
 )
@@ -82,6 +90,7 @@ PEERS = ('zstd', 'zstandard', 'zipnn', 'lmzip')
 RAW = 'safetensors'
 LINKS = (10, 30, 100, 300, 1000, 3000)  # MB/s
 LABELS = {'zstd': 4, 'zipnn': 88, 'lmzip': 86, 'free': 10}  # where lines are apart
+PROCESSORS = (1, 2, 16)
 MOST = 2.5  # the greatest relative time in the picture
 TITLE = 'Decoding, from file to arrays'
 
@@ -130,7 +139,11 @@ class Decoder:
 
 
 def measure(
-  tensors: pathlib.Path, files: dict[str, pathlib.Path], peers_python: str, runs: int
+  tensors: pathlib.Path,
+  files: dict[str, pathlib.Path],
+  peers_python: str,
+  pythons: dict[str, str],
+  runs: int,
 ) -> list[Row]:
   """Measures all decoders, which take turns.
 
@@ -138,6 +151,7 @@ def measure(
     tensors: the safetensors file. The peers must return its tensors.
     files: the file of each peer and of each preset, by name.
     peers_python: the Python that runs the peers.
+    pythons: further Pythons that decode the files of the presets, by their JAX.
     runs: number of timed runs.
 
   Returns:
@@ -146,15 +160,18 @@ def measure(
   Raises:
     ValueError: if a decoder fails, or if a peer returns other tensors.
   """
-  paths = {RAW: tensors} | files
+  chosen = {
+    name: (peers_python, name, path)
+    for name, path in ({RAW: tensors} | files).items()
+    if name in (RAW, *PEERS)
+  }
+  for version, python in ({'': sys.executable} | pythons).items():
+    for name, path in files.items():
+      if name not in PEERS:
+        chosen[f'{name} {version}'.strip()] = (python, 'rotbits', path)
   with contextlib.ExitStack() as stack:
     decoders = {
-      name: stack.enter_context(
-        Decoder(peers_python, name, path)
-        if name in (RAW, *PEERS)
-        else Decoder(sys.executable, 'rotbits', path)
-      )
-      for name, path in paths.items()
+      name: stack.enter_context(Decoder(*own)) for name, own in chosen.items()
     }
     expected = None
     for name, decoder in decoders.items():
@@ -168,7 +185,7 @@ def measure(
         decoder.seconds.append(decoder.run()[0])
   return [
     Row(name, path.stat().st_size, statistics.median(decoders[name].seconds))
-    for name, path in paths.items()
+    for name, (*_, path) in chosen.items()
   ]
 
 
@@ -181,10 +198,10 @@ def table(rows: Sequence[Row]) -> str:
   """Formats sizes, seconds, and their ratios to `zstd_seconds`."""
   raw = next(row.bytes for row in rows if row.name == RAW)
   base = zstd_seconds(rows)
-  lines = [f'{"":14}{"bytes":>13}{"share":>8}{"seconds":>9}{"GB/s":>7}{"x zstd":>8}']
+  lines = [f'{"":18}{"bytes":>13}{"share":>8}{"seconds":>9}{"GB/s":>7}{"x zstd":>8}']
   for row in rows:
     lines.append(
-      f'{row.name:14}{row.bytes:13,}{row.bytes / raw:8.4f}{row.seconds:9.3f}'
+      f'{row.name:18}{row.bytes:13,}{row.bytes / raw:8.4f}{row.seconds:9.3f}'
       f'{raw / row.seconds / 1e9:7.2f}{base / row.seconds:8.2f}'
     )
   return '\n'.join(lines)
@@ -341,10 +358,43 @@ def _start(cache: str | None) -> None:
   """
   kept = {} if cache is None else {'JAX_COMPILATION_CACHE_DIR': cache}
   kept |= {'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0', 'PYTHONPATH': str(ROOT)}
-  path = ROOT / 'tests' / 'testdata' / 'golden' / 'v3' / 'free.rotbits'
+  path = ROOT / 'tests' / 'testdata' / 'golden' / 'v4' / 'free.rotbits'
   given = {k: v for k, v in os.environ.items() if k != 'JAX_COMPILATION_CACHE_DIR'}
   command = [sys.executable, '-c', _START, str(path)]
   subprocess.run(command, env=given | kept, check=True)
+
+
+_BLOCK = """
+import json, sys
+from benchmarks import decode
+print(json.dumps(decode.block_seconds(int(sys.argv[1]))))
+"""
+
+
+def block_seconds(runs: int) -> float:
+  """Returns the median seconds to decode one block on one thread."""
+  return _median(_block_on_each(1)[0], runs)
+
+
+def blocks_by_processors(pythons: dict[str, str], runs: int) -> str:
+  """Formats the milliseconds of a block by version of JAX and number of processors."""
+  heads = ''.join(f'{f"NPROC={count}":>10}' for count in PROCESSORS)
+  lines = [f'{"":18}{heads}']
+  for version, python in ({f'jax {jax.__version__}': sys.executable} | pythons).items():
+    cells = ''
+    for count in PROCESSORS:
+      own = {'NPROC': str(count), 'PYTHONPATH': str(ROOT)}
+      command = [python, '-c', _BLOCK, str(runs)]
+      output = subprocess.check_output(command, env=os.environ | own, cwd=ROOT)
+      cells += f'{1e3 * json.loads(output):10.2f}'
+    lines.append(f'{version:18}{cells}')
+  return '\n'.join(lines)
+
+
+def _version(python: str) -> str:
+  """Returns the version of JAX that a Python has."""
+  code = 'import jax; print(f"jax {jax.__version__}")'
+  return subprocess.check_output([python, '-c', code], text=True).strip()
 
 
 def _product_alone(hidden: int, tokens: int, width: int) -> Callable[[], Any]:
@@ -408,21 +458,26 @@ def main() -> None:
     tensors, files = prepare(checkpoint, work, presets, _PEERS_PYTHON.value)
     stem = checkpoint.stem
     del checkpoint
-    rows = measure(tensors, files, _PEERS_PYTHON.value, runs)
+    pythons = {_version(python): python for python in _PYTHONS.value}
+    rows = measure(tensors, files, _PEERS_PYTHON.value, pythons, runs)
     own = [files[name] for name in presets]
     exact = files.get('exact')
     other = exact if exact != own[0] else None
     found = limits(own[0], other, runs, zstd_seconds(rows))
+    processors = blocks_by_processors(pythons, runs)
+  links = [row for row in rows if row.name in (RAW, *files)]
   body = (
     f'Written by `python -m benchmarks.decode`: {stem} on {sections.machine()}.\n'
     f'Medians of {runs} runs, in which all took turns. Files are in the page cache.\n\n'
     f'```\n{table(rows)}\n```\n\n'
     f'Parts of decoding alone, in seconds:\n\n```\n{found}\n```\n\n'
+    'A block of 2^20 elements on one thread, in milliseconds, by the number of\n'
+    f'processors for which XLA compiles:\n\n```\n{processors}\n```\n\n'
     'Time to weights, in seconds: reading over a link and decoding. * is the least.\n\n'
-    f'```\n{times_to_weights(rows)}\n```\n'
+    f'```\n{times_to_weights(links)}\n```\n'
   )
   if _PLOT.value is not None:
-    pathlib.Path(_PLOT.value).write_text(picture(rows))
+    pathlib.Path(_PLOT.value).write_text(picture(links))
     body += f'\n![Time to weights]({_PLOT.value})\n'
   print(body)
   if _RESULTS.value is not None:

@@ -1,14 +1,21 @@
-"""How time and memory grow with the size of a model, over three decades.
+"""How time, memory and bytes grow with the size of a model, over three decades.
 
-  python -m benchmarks.growth [--sizes=256x2,512x5,1024x12,2048x36]
-    [--presets=free,exact] [--work=DIR] [--results=RESULTS.md] [--plot=FILE.svg]
+  python -m benchmarks.growth [--sizes=256x2,512x5,512x48,1024x12,2048x36]
+    [--presets=free,exact] [--peers_python=PYTHON] [--work=DIR] [--results=RESULTS.md]
+    [--plot=FILE.svg]
 
 A size is the width of a dense Llama and its layers; the sliced model of it (25%) has
-random weights, see benchmarks/synthetic.py. Each is encoded to a file, and loaded as
-JAX arrays, by processes of their own. Seconds are those of a second time in the same
-process, so that nothing is compiled. Memory is the peak resident size of the process;
-mapped pages of files and the arrays that `load` returns count in it. A slope is that of
-the logarithm of one size and the next: 1 is in proportion to the tensors' bytes.
+random weights, see benchmarks/synthetic.py. Two sizes of equal bytes show what depth
+costs. Each is encoded to a file, and loaded as JAX arrays, by processes of their own.
+So do the peers with the safetensors file of the same tensors, see benchmarks/peers.py
+and benchmarks/decode.py. Seconds are those of a second time in the same process, so
+that nothing is compiled. Memory is the peak resident size of the process; mapped pages
+of files and the arrays that `load` returns count in it; zstd's program has a process of
+its own that does not count. A slope is that of the logarithm of one size and the next:
+1 is in proportion to the tensors' bytes.
+
+The second table has one of the models by the processors that there are: one, all of
+this machine, and those that XLA is told of (NPROC=16).
 """
 
 from collections.abc import Sequence
@@ -16,6 +23,7 @@ import json
 import math
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -23,7 +31,6 @@ from typing import NamedTuple
 
 from absl import flags
 
-from benchmarks import large
 from benchmarks import sections
 from benchmarks import synthetic
 import rotbits_jax
@@ -35,12 +42,15 @@ from rotbits_jax.report import charts
 FLAGS = flags.FlagValues()
 _SIZES = flags.DEFINE_list(
   'sizes',
-  ['256x2', '512x5', '1024x12', '2048x36'],
+  ['256x2', '512x5', '512x48', '1024x12', '2048x36'],
   'Widths and layers of dense models, ascending.',
   flag_values=FLAGS,
 )
 _PRESETS = flags.DEFINE_list(
   'presets', ['free', 'exact'], 'What to encode with.', flag_values=FLAGS
+)
+_PEERS_PYTHON = flags.DEFINE_string(
+  'peers_python', None, 'A Python with the packages of the peers.', flag_values=FLAGS
 )
 _WORK = flags.DEFINE_string('work', None, 'Where files are written.', flag_values=FLAGS)
 _RESULTS = flags.DEFINE_string(
@@ -48,24 +58,25 @@ _RESULTS = flags.DEFINE_string(
 )
 _PLOT = flags.DEFINE_string('plot', None, 'Where to write the plot.', flag_values=FLAGS)
 
+ROOT = pathlib.Path(__file__).parents[1]
+BY_PROCESSORS = '1024x12'
+PEERS = ('zstd', 'zipnn', 'lmzip', 'openzl')
 SPARSITY = 0.25
 TOKENS = 1024  # few, so that layers are most of the model
 TITLE = 'How cost grows with size'
 
 ENCODE = """
-rotbits_jax.encode_to_file(*sys.argv[1:3], preset=sys.argv[3], overwrite=True)
+  rotbits_jax.encode_to_file(*sys.argv[1:3], preset=sys.argv[3], overwrite=True)
 """
 LOAD = """
-jax.block_until_ready(jax.tree.leaves(rotbits_jax.load(sys.argv[1]).params))
+  jax.block_until_ready(jax.tree.leaves(rotbits_jax.load(sys.argv[1]).params))
 """
 TIMED = """
-import json, sys, time
+import sys
 import jax
 import rotbits_jax
-for _ in range(2):
-  start = time.perf_counter()
-  {}
-print(json.dumps(time.perf_counter() - start))
+from benchmarks import peers
+peers.print_cost(lambda: {})
 """
 
 
@@ -77,26 +88,28 @@ class Cost(NamedTuple):
 
 
 class Point(NamedTuple):
-  """A model and its costs."""
+  """A model and what a preset, or a peer, takes for it."""
 
-  preset: str
+  name: str
+  size: str  # width and layers
   bytes: int  # of the tensors
+  coded: int  # bytes of the file
   encode: Cost
   load: Cost
 
 
-def run(statement: str, *args: str) -> Cost:
+def run(command: Sequence[str], **variables: str) -> Cost:
+  """Runs a process that prints what its work cost."""
+  given = os.environ | {'PYTHONPATH': str(ROOT)} | variables
+  output = subprocess.run(command, stdout=subprocess.PIPE, check=True, env=given)
+  return Cost(*json.loads(output.stdout))
+
+
+def run_twice(statement: str, *args: str, cpu: str = '', **variables: str) -> Cost:
   """Runs a statement twice in a process of its own, and times the second time."""
   code = TIMED.format(statement.strip())
-  process = subprocess.Popen(
-    [sys.executable, '-c', code, *args], stdout=subprocess.PIPE, text=True
-  )
-  assert process.stdout
-  output = process.stdout.read()
-  _, status, usage = os.wait4(process.pid, 0)
-  if os.waitstatus_to_exitcode(status):
-    raise ValueError(f'{statement.strip()} failed')
-  return Cost(json.loads(output), usage.ru_maxrss * large.RSS_UNIT)
+  pinned = ['taskset', '--cpu-list', cpu] if cpu else []
+  return run([*pinned, sys.executable, '-c', code, *args], **variables)
 
 
 def dense_config(hidden: int, layers: int) -> models.ModelConfig:
@@ -116,85 +129,141 @@ def dense_config(hidden: int, layers: int) -> models.ModelConfig:
   )
 
 
-def measure(
-  hidden: int, layers: int, presets: Sequence[str], work: pathlib.Path
-) -> list[Point]:
-  """Writes a model, encodes it with each preset and loads it."""
-  checkpoint, encoded = work / f'{hidden}x{layers}', work / 'encoded'
+def make(hidden: int, layers: int, work: pathlib.Path) -> tuple[pathlib.Path, int]:
+  """Writes a model; returns its folder and the bytes of its tensors."""
+  checkpoint = work / f'{hidden}x{layers}'
   synthetic.write(
     checkpoint, dense_config(hidden, layers), sparsity=SPARSITY, name='llama'
   )
-  size = rotbits_jax.open_checkpoint(checkpoint).nbytes
+  return checkpoint, rotbits_jax.open_checkpoint(checkpoint).nbytes
+
+
+def measure(
+  checkpoint: pathlib.Path,
+  size: int,
+  presets: Sequence[str],
+  peers_python: str | None,
+  work: pathlib.Path,
+) -> list[Point]:
+  """Encodes a model with each preset and loads it, and has the peers do the same."""
+  encoded = work / 'encoded'
   points = []
   for preset in presets:
-    encode = run(ENCODE, str(checkpoint), str(encoded), preset)
-    points.append(Point(preset, size, encode, run(LOAD, str(encoded))))
-    encoded.unlink()
-  for path in checkpoint.iterdir():
-    path.unlink()
-  checkpoint.rmdir()
+    encode = run_twice(ENCODE, str(checkpoint), str(encoded), preset)
+    coded, load = encoded.stat().st_size, run_twice(LOAD, str(encoded))
+    points.append(Point(preset, checkpoint.name, size, coded, encode, load))
+  if peers_python is not None:
+    plain = work / 'plain'
+    rotbits_jax.decode_to_directory(encoded, plain, format='safetensors')
+    (tensors,) = plain.glob('*.safetensors')
+    for name in PEERS:
+      base = [peers_python, str(ROOT / 'benchmarks' / 'peers.py'), name, 'time']
+      encode = run([*base, 'compress', str(tensors), str(encoded)])
+      coded, load = encoded.stat().st_size, run([*base, 'decode', str(encoded)])
+      points.append(Point(name, checkpoint.name, size, coded, encode, load))
+    shutil.rmtree(plain)
   return points
 
 
 def table(points: Sequence[Point]) -> str:
-  """Costs of each preset, and their slopes."""
+  """Costs of each preset and peer, and their slopes."""
   names = [f'{what} {unit}' for what in ('encode', 'load') for unit in ('s', 'GB')]
-  lines = [
-    f'{"preset":8}{"bytes":>15}' + ''.join(f'{x:>11}{"slope":>7}' for x in names)
-  ]
+  heads = ''.join(f'{x:>10}{"slope":>6}' for x in names)
+  lines = [f'{"":7}{"size":>8}{"bytes":>14}{"share":>7}{heads}']
   before: dict[str, Point] = {}
-  for point in sorted(points, key=lambda x: (x.preset, x.bytes)):
-    last = before.get(point.preset)
+  order = list(dict.fromkeys(point.name for point in points))
+  for point in sorted(points, key=lambda x: (order.index(x.name), x.bytes)):
+    last = before.get(point.name)
     cells = ''
     values = [*point.encode, *point.load]
     slopes = [''] * len(values)
-    if last is not None:
+    # Nearly equal sizes have no slope.
+    if last is not None and point.bytes > 1.5 * last.bytes:
       decade = math.log(point.bytes / last.bytes)
       pairs = zip(values, [*last.encode, *last.load], strict=True)
       slopes = [f'{math.log(a / b) / decade:.2f}' for a, b in pairs]
     for value, slope, unit in zip(values, slopes, (1, 1e9, 1, 1e9), strict=True):
-      cells += f'{value / unit:11.3f}{slope:>7}'
-    lines.append(f'{point.preset:8}{point.bytes:15,}{cells}')
-    before[point.preset] = point
+      cells += f'{value / unit:10.3f}{slope:>6}'
+    share = point.coded / point.bytes
+    lines.append(f'{point.name:7}{point.size:>8}{point.bytes:14,}{share:7.3f}{cells}')
+    before[point.name] = point
+  return '\n'.join(lines)
+
+
+def by_processors(
+  checkpoint: pathlib.Path, presets: Sequence[str], work: pathlib.Path
+) -> str:
+  """Formats the seconds for one model by the number of processors."""
+  encoded = work / 'encoded'
+  here = len(os.sched_getaffinity(0))
+  rows: dict[str, dict[str, str]] = {
+    '1 processor': {'cpu': '0'},
+    f'{here} processors': {},
+    f'{here}, NPROC=16': {'NPROC': '16'},
+  }
+  heads = [f'{what}, {preset}' for preset in presets for what in ('encode', 'load')]
+  lines = [f'{"":16}' + ''.join(f'{x:>15}' for x in heads)]
+  for name, given in rows.items():
+    cells = ''
+    for preset in presets:
+      encode = run_twice(ENCODE, str(checkpoint), str(encoded), preset, **given)
+      load = run_twice(LOAD, str(encoded), **given)
+      cells += f'{encode.seconds:15.3f}{load.seconds:15.3f}'
+    lines.append(f'{name:16}{cells}')
   return '\n'.join(lines)
 
 
 def picture(points: Sequence[Point]) -> str:
-  """Draws the seconds over the tensors' bytes."""
-  series = []
-  for preset in dict.fromkeys(point.preset for point in points):
-    own = sorted((x for x in points if x.preset == preset), key=lambda x: x.bytes)
-    for what in ('encode', 'load'):
-      seconds = [getattr(x, what).seconds for x in own]
+  """Draws the speed of loading and that of encoding over the tensors' bytes."""
+  drawn = []
+  for what in ('encode', 'load'):
+    series = []
+    for k, name in enumerate(dict.fromkeys(point.name for point in points)):
+      own = sorted((x for x in points if x.name == name), key=lambda x: x.bytes)
+      speeds = [x.bytes / getattr(x, what).seconds / 1e6 for x in own]
       labels = [''] * len(own)
-      labels[1 if preset == 'exact' else -2] = f'{what}, {preset}'  # not side by side
-      series.append(charts.Series(what, [x.bytes for x in own], seconds, labels=labels))
-  low, high = (f(x.bytes for x in points) for f in (min, max))
-  drawn = charts.chart(
-    series,
-    charts.Axis('bytes of the tensors', low, high, log=True),
-    charts.Axis('seconds', 1e-2, 1e3, log=True),
-    title='Seconds to encode and to load over the bytes of the tensors',
-    legend=False,
-  )
-  return charts.standalone(drawn) + '\n'
+      labels[k % len(own)] = name  # not below each other
+      series.append(charts.Series(name, [x.bytes for x in own], speeds, labels=labels))
+    low, high = (f(x.bytes for x in points) for f in (min, max))
+    drawn.append(
+      charts.chart(
+        series,
+        charts.Axis('bytes of the tensors', low, high, log=True),
+        charts.Axis(f'{what}, MB/s', 3, 3000, log=True),
+        title=f'MB/s to {what} over the bytes of the tensors',
+        legend=False,
+      )
+    )
+  return charts.side_by_side(drawn, 'Speed over size') + '\n'
 
 
 def main() -> None:
-  sizes = [tuple(map(int, size.split('x'))) for size in _SIZES.value]
+  presets, peers_python = _PRESETS.value, _PEERS_PYTHON.value
   points: list[Point] = []
+  processors = ''
   with tempfile.TemporaryDirectory(dir=_WORK.value) as folder:
-    for hidden, layers in sizes:
-      points += measure(hidden, layers, _PRESETS.value, pathlib.Path(folder))
+    work = pathlib.Path(folder)
+    for given in _SIZES.value:
+      checkpoint, size = make(*map(int, given.split('x')), work)
+      points += measure(checkpoint, size, presets, peers_python, work)
       print(table(points), flush=True)
+      if given == BY_PROCESSORS:
+        processors = by_processors(checkpoint, presets, work)
+        print(processors, flush=True)
+      shutil.rmtree(checkpoint)
   body = (
     f'Written by `python -m benchmarks.growth` on {sections.machine()}. Sliced Llamas\n'
     'with random weights, float16. Nothing is compiled in what is timed; a slope is\n'
     f'that from one size to the next.\n\n```\n{table(points)}\n```\n'
   )
+  if processors:
+    body += (
+      f'\nSeconds for the size {BY_PROCESSORS}, by the processors:\n\n'
+      f'```\n{processors}\n```\n'
+    )
   if _PLOT.value is not None:
     pathlib.Path(_PLOT.value).write_text(picture(points))
-    body += f'\n![Time over size]({_PLOT.value})\n'
+    body += f'\n![Speed over size]({_PLOT.value})\n'
   if _RESULTS.value is not None:
     sections.write(_RESULTS.value, TITLE, body)
 

@@ -3,17 +3,20 @@
   python benchmarks/peers.py NAME compress FILE OUTPUT
   python benchmarks/peers.py NAME decompress FILE OUTPUT
   python benchmarks/peers.py NAME serve FILE
+  python benchmarks/peers.py NAME time compress FILE OUTPUT
+  python benchmarks/peers.py NAME time decode FILE
 
 `compress` compresses a safetensors file with NAME, and `decompress` makes it again, for
-benchmarks/dense.py. `serve` decodes FILE to arrays once
-for each line on stdin. It prints the seconds, and the CRC-32 of the bytes of all arrays
-from the first time. benchmarks/decode.py runs this module. The module imports nothing
-of this project at its top, because it must run in a Python that has only the packages
-of the peers.
+benchmarks/dense.py. `serve` decodes FILE to arrays once for each line on stdin. It
+prints the seconds, and the CRC-32 of the bytes of all arrays from the first time, for
+benchmarks/decode.py. `time` does its work twice and prints the seconds of the second
+time, for benchmarks/growth.py. The module imports nothing of this project at its top,
+because it must run in a Python that has only the packages of the peers.
 
 `zstd` is the program; it decompresses into a file in memory, which is then mapped.
 `zstandard` is its Python library. Both compress at level 3. ZipNN and lmzip run with
-one thread for each CPU.
+one thread for each CPU. OpenZL separates exponents, and takes the best of its entropy
+coders for each stream; it has one thread.
 """
 
 from collections.abc import Callable
@@ -150,6 +153,39 @@ class Lmzip:
     return _mapped(output)
 
 
+class Openzl:
+  """OpenZL's graph for floats. The header of the safetensors file stays as it is."""
+
+  def __init__(self) -> None:
+    from openzl import ext
+
+    self._module = ext
+
+  def compress(self, source: str, output: str) -> None:
+    ext, data = self._module, pathlib.Path(source).read_bytes()
+    compressor = ext.Compressor()
+    compressor.set_parameter(ext.CParam.FormatVersion, ext.MAX_FORMAT_VERSION)
+    kinds = ext.graphs.Store, ext.graphs.Huffman, ext.graphs.Fse
+    best = ext.graphs.BruteForce([kind()(compressor) for kind in kinds])(compressor)
+    names = ext.nodes.Float16Deconstruct, ext.nodes.BFloat16Deconstruct
+    node = names[is_bfloat16(data)]()
+    compressor.select_starting_graph(node(compressor, best, best))
+    context = ext.CCtx()
+    context.ref_compressor(compressor)
+    start = 8 + int.from_bytes(data[:8], 'little')
+    numbers = np.frombuffer(data, np.uint16, offset=start)
+    frame = context.compress([ext.Input(ext.Type.Numeric, numbers)])
+    pathlib.Path(output).write_bytes(data[:start] + frame)
+
+  def decode(self, path: str) -> Arrays:
+    data = pathlib.Path(path).read_bytes()
+    start = 8 + int.from_bytes(data[:8], 'little')
+    (found,) = self._module.DCtx().decompress(data[start:])
+    numbers = found.content.as_nparray().view(np.uint8)
+    header = np.frombuffer(data[:start], np.uint8)
+    return split(np.concatenate([header, numbers]))
+
+
 class Rotbits:
   """This project: `rotbits_jax.load`, which returns JAX arrays."""
 
@@ -169,6 +205,7 @@ PEERS: dict[str, Callable[[], Any]] = {
   'zstandard': Zstandard,
   'zipnn': Zipnn,
   'lmzip': Lmzip,
+  'openzl': Openzl,
   'rotbits': Rotbits,
 }
 
@@ -188,10 +225,26 @@ def serve(peer: Any, path: str) -> None:
     print(json.dumps([seconds, checksum]), flush=True)
 
 
+def print_cost(work: Callable[[], Any]) -> None:
+  """Prints the seconds of a second time, and the process's peak of memory in bytes.
+
+  For the second time caches are warm. The system's own count of the peak has that of
+  the process that started this one in it, so the peak is that of Linux's `/proc`.
+  """
+  for _ in range(2):
+    start = time.perf_counter()
+    work()
+    seconds = time.perf_counter() - start
+  status = pathlib.Path('/proc/self/status').read_text()
+  print(json.dumps([seconds, 1024 * int(status.split('VmHWM:')[1].split()[0])]))
+
+
 def main() -> None:
   name, command, source, *output = sys.argv[1:]
   peer = PEERS[name]()
-  if command == 'compress':
+  if command == 'time':
+    print_cost(lambda: getattr(peer, source)(*output))
+  elif command == 'compress':
     peer.compress(source, *output)
   elif command == 'decompress':
     peer.decompress(source, *output)

@@ -7,7 +7,7 @@
 other compressors on the same tensors, see benchmarks/peers.py. `curve.svg` shows bytes
 against KL divergence, beside the block formats of GGUF. The numbers are kept in
 `measured.json`; `--draw` draws them again, and with them the pictures of the benchmarks
-growth, decode and near, from their tables in RESULTS.md.
+decode and near, from their tables in RESULTS.md.
 """
 
 import html
@@ -26,7 +26,6 @@ import safetensors.numpy
 
 from benchmarks import decode
 from benchmarks import demo
-from benchmarks import growth
 from benchmarks import near
 import rotbits_jax
 from rotbits_jax import checkpoints
@@ -236,18 +235,6 @@ def number(text: str) -> float:
   return float(text.replace(',', ''))
 
 
-def of_growth() -> str:
-  points = []
-  for row in rows_of('How cost grows with size', r'(exact|free) .*$'):
-    preset, size, *cells = row[0].split()
-    values = [float(x) for x in cells]
-    # Cost and slope in turn; the first row of a preset has no slopes.
-    seconds = values[:: 2 if len(values) == 8 else 1]
-    encode, _, load, _ = (growth.Cost(x, 0.0) for x in seconds)
-    points.append(growth.Point(preset, int(number(size)), encode, load))
-  return growth.picture(points)
-
-
 def of_decode() -> str:
   rows = rows_of(
     'Decoding, from file to arrays', r'(\w+) +([\d,]+) +\d[.]\d{4} +(\S+) .*$'
@@ -280,7 +267,6 @@ def main() -> None:
   (output / 'waterfall.svg').write_text(waterfall(measured))
   (output / 'curve.svg').write_text(curve(measured))
   if _DRAW.value:
-    (output / 'growth.svg').write_text(of_growth())
     (output / 'time-to-weights.svg').write_text(of_decode())
     for name, title in NEAR.items():
       (output / f'near-{name}.svg').write_text(of_near(title))

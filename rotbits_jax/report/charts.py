@@ -14,25 +14,26 @@ from typing import NamedTuple
 STYLE = """
 :root { color-scheme: light dark; --page: #fff; --ink: #1c2128; --soft: #57606a;
   --line: #d0d7de; --s0: #0b62b5; --s1: #a6430d; --s2: #1a7f37; --s3: #7a3fb5;
-  --s4: #9c1a6b; }
+  --s4: #9c1a6b; --s5: #6b5a00; }
 @media (prefers-color-scheme: dark) { :root { --page: #14181d; --ink: #e6edf3;
   --soft: #a3adb8; --line: #363d46; --s0: #79b8ff; --s1: #ffa868; --s2: #6fdc8c;
-  --s3: #d2a8ff; --s4: #ff9bd2; } }
+  --s3: #d2a8ff; --s4: #ff9bd2; --s5: #d6c657; } }
 svg text { fill: var(--soft); font-size: 12px; font-family: system-ui, sans-serif; }
 .grid { stroke: var(--line); fill: none; }
 .line { fill: none; stroke-width: 2; }
 .mark { fill: var(--page); stroke-width: 2; }
 .s0 { stroke: var(--s0); } .s1 { stroke: var(--s1); }
 .s2 { stroke: var(--s2); } .s3 { stroke: var(--s3); }
-.s4 { stroke: var(--s4); }
+.s4 { stroke: var(--s4); } .s5 { stroke: var(--s5); }
 """
 """The colours of charts in a light and a dark theme."""
 
 WIDTH, HEIGHT = 360, 230
 _LEFT, _RIGHT, _TOP, _BOTTOM = 44, 14, 24, 36
-_MARKERS = ('circle', 'square', 'triangle', 'diamond', 'wedge')
-_DASHES = ('', '6 3', '2 3', '8 3 2 3', '1 2')
+_MARKERS = ('circle', 'square', 'triangle', 'diamond', 'wedge', 'bar')
+_DASHES = ('', '6 3', '2 3', '8 3 2 3', '1 2', '12 3')
 _STYLES = len(_MARKERS)
+_PAGE = '<rect width="100%" height="100%" style="fill: var(--page)"/>'
 
 
 class Series(NamedTuple):
@@ -88,7 +89,7 @@ def chart(
   """Draws series in a frame with two axes.
 
   Args:
-    series: the series to draw. At most five can be distinguished.
+    series: the series to draw. At most six can be distinguished.
     x: the horizontal axis.
     y: the vertical axis.
     title: a description of the chart for screen readers.
@@ -148,17 +149,27 @@ def marker(index: int, x: float, y: float) -> str:
     'triangle': ((0, -4.5), (4, 3), (-4, 3)),
     'diamond': ((0, -4.5), (4.5, 0), (0, 4.5), (-4.5, 0)),
     'wedge': ((0, 4.5), (4, -3), (-4, -3)),
+    'bar': ((-4.5, -1.5), (4.5, -1.5), (4.5, 1.5), (-4.5, 1.5)),
   }[shape]
   points = ' '.join(f'{x + a:.1f},{y + b:.1f}' for a, b in corners)
   return f'<polygon {name} points="{points}"/>'
+
+
+def side_by_side(pictures: Sequence[str], title: str) -> str:
+  """Returns charts without legends as one complete picture that has its colours."""
+  placed = [
+    picture.replace('<svg ', f'<svg x="{WIDTH * i}" width="{WIDTH}" ', 1)
+    for i, picture in enumerate(pictures)
+  ]
+  parts = [f'<style>{STYLE}</style>', _PAGE, *placed]
+  return _svg(WIDTH * len(pictures), HEIGHT, parts, title)
 
 
 def standalone(svg: str) -> str:
   """Returns an `<svg>` element as a complete picture that contains its colours."""
   start = svg.index('>') + 1
   end = svg.index('</svg>') + 6
-  page = '<rect width="100%" height="100%" style="fill: var(--page)"/>'
-  return f'{svg[:start]}<style>{STYLE}</style>{page}{svg[start:end]}'
+  return f'{svg[:start]}<style>{STYLE}</style>{_PAGE}{svg[start:end]}'
 
 
 class _Labels:

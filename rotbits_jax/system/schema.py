@@ -280,7 +280,10 @@ def _dataclass(cls: Any) -> _Parser:
   fields = {field.name: field for field in dataclasses.fields(cls)}
   hints = typing.get_type_hints(cls, include_extras=True)
   as_list = getattr(cls, 'as_list', False)
-  parsers: dict[str, _Parser] = {}
+
+  @functools.cache  # at the first value, because classes may refer to each other
+  def parsers() -> dict[str, _Parser]:
+    return {name: _parser(hints[name]) for name in fields}
 
   def parse(value: Any, where: str) -> Any:
     if as_list:
@@ -292,12 +295,10 @@ def _dataclass(cls: Any) -> _Parser:
     for name in value:
       if name not in fields:
         _refuse(_within(where, f'{name:.40}'), 'is not known')
-    if not parsers:  # at the first value, because classes may refer to each other
-      parsers.update((name, _parser(hints[name])) for name in fields)
     found = {}
     for name, field in fields.items():
       if name in value:
-        found[name] = parsers[name](value[name], _within(where, name))
+        found[name] = parsers()[name](value[name], _within(where, name))
       elif (default := _default(field)) is _NONE:
         _refuse(_within(where, name), 'is missing')
       else:
