@@ -244,7 +244,8 @@ def main() -> None:
   with tempfile.TemporaryDirectory(dir=_WORK.value) as folder:
     work = pathlib.Path(folder)
     for given in _SIZES.value:
-      checkpoint, size = make(*map(int, given.split('x')), work)
+      hidden, layers = map(int, given.split('x'))
+      checkpoint, size = make(hidden, layers, work)
       points += measure(checkpoint, size, presets, peers_python, work)
       print(table(points), flush=True)
       if given == BY_PROCESSORS:
