@@ -30,7 +30,8 @@ def make(family: str, sizes: dict[str, int]) -> Any:
   linear = {
     name.rpartition('.')[2]
     for name, module in model.named_modules()
-    if isinstance(module, torch.nn.Linear)
+    # Adapters of experts are refused.
+    if isinstance(module, torch.nn.Linear) and '.experts.' not in name
   }
   # The output projections of OPT and Phi multiply the biases of the values, too.
   targets = linear - {'out_proj', 'dense'} | {'embed_tokens'}

@@ -37,6 +37,11 @@ KNOWN = {
   'smollm3': GROUPS | {'no_rope_layer_interval': 2, 'pad_token_id': 0},
   'gemma2': GROUPS | {'head_dim': 8, 'sliding_window': 16},
   'gemma3_text': GROUPS | {'head_dim': 8, 'sliding_window': 16},
+  # Every token takes all experts: rounding would choose others for some tokens.
+  'mixtral': GROUPS | {'num_local_experts': 2},
+  'qwen3_moe': GROUPS
+  | {'head_dim': 8, 'moe_intermediate_size': 24}
+  | {'num_experts': 3, 'num_experts_per_tok': 3, 'norm_topk_prob': True},
   'phi': SIZES,
   'phi3': GROUPS | {'pad_token_id': 0},
   'opt': {
@@ -54,7 +59,7 @@ OTHERS = {
     'n_positions': 64,
   },
   'gemma': GROUPS | {'head_dim': 8},
-  'mixtral': GROUPS | {'num_local_experts': 2},
+  'olmoe': GROUPS | {'num_experts': 4, 'num_experts_per_tok': 2},
 }
 MOST_ERROR = 2e-2  # of logits of size 1, after rounding to bfloat16
 

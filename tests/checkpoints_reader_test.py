@@ -192,6 +192,21 @@ class SourceTest(parameterized.TestCase):
     source = checkpoints.open_checkpoint(directory)
     self.assertFalse(source.config.tied_head)
 
+  def test_experts_that_do_not_fit_together_are_refused(self):
+    model = checkpoints.load_checkpoint(TESTDATA / 'mixtral-tiny-dense').model
+    tensors = checkpoints.to_tensors(model)
+    prefix = 'model.layers.1.block_sparse_moe.experts'
+    name = f'{prefix}.3.w2.weight'
+    without = {key: x for key, x in tensors.items() if key != name}
+    for changed, match in (
+      (without, f'missing: {name}'),
+      (tensors | {f'{prefix}.4.w2.weight': tensors[name]}, 'unknown: .*experts.4.w2'),
+      (tensors | {name: tensors[name].T}, f'{name}: expected shape'),
+      (tensors | {name: np.float32(tensors[name])}, 'experts have several dtypes'),
+    ):
+      with self.subTest(match), self.assertRaisesRegex(CheckpointError, match):
+        checkpoints.from_tensors(changed, model.config)
+
   def test_buffers_are_read_when_they_are_asked_for(self):
     directory = self.copy('llama-tiny-dense')
     path = directory / 'model.safetensors'

@@ -53,6 +53,17 @@ QWEN2 = LLAMA | {
 QWEN3 = QWEN2 | {'model_type': 'qwen3'}
 SMOLLM3 = LLAMA | {'model_type': 'smollm3', 'num_hidden_layers': 4}
 GEMMA2 = LLAMA | {'model_type': 'gemma2', 'sliding_window': 4}
+MIXTRAL = MISTRAL | {
+  'model_type': 'mixtral',
+  'num_local_experts': 8,
+  'num_experts_per_tok': 2,
+}
+QWEN3_MOE = QWEN3 | {
+  'model_type': 'qwen3_moe',
+  'moe_intermediate_size': 16,
+  'num_experts': 8,
+  'num_experts_per_tok': 3,
+}
 GEMMA3 = GEMMA2 | {'model_type': 'gemma3_text', 'num_hidden_layers': 6}
 TIED = {'tie_word_embeddings': True}
 
@@ -268,6 +279,25 @@ class ConfigTest(chex.TestCase):
     assert schema.load(models.ModelConfig, fields) == older
     assert checkpoints.parse_config(GEMMA3).alternate.rope_theta == 1e4
 
+  def test_mixtures_of_experts(self):
+    trained = {'output_router_logits': True, 'router_aux_loss_coef': 0.1}
+    config = checkpoints.parse_config(MIXTRAL | trained | {'router_jitter_noise': 0.1})
+    assert (config.num_experts, config.experts_per_token) == (8, 2)
+    assert config.unit_expert_weights
+    assert config.sliding_window == 4
+    absent = {k: v for k, v in MIXTRAL.items() if k != 'rope_theta'}
+    assert checkpoints.parse_config(absent).rope_theta == 1e6
+    config = checkpoints.parse_config(QWEN3_MOE | {'mlp_only_layers': None})
+    assert (config.intermediate_size, config.unit_expert_weights) == (16, False)
+    # transformers 5 writes the other name.
+    newer = {k: v for k, v in QWEN3_MOE.items() if k != 'num_experts'}
+    newer |= {'num_local_experts': 8, 'mlp_only_layers': [], 'decoder_sparse_step': 1}
+    assert checkpoints.parse_config(newer) == config
+    normed = checkpoints.parse_config(QWEN3_MOE | {'norm_topk_prob': True})
+    assert normed.unit_expert_weights
+    with pytest.raises(ValueError, match='neither sliced nor parallel'):
+      config.sliced_to(config.segment_widths)
+
   def test_published_sizes(self):
     qwen = QWEN2 | {
       'hidden_size': 896, 'intermediate_size': 4864, 'num_hidden_layers': 24,
@@ -290,9 +320,16 @@ class ConfigTest(chex.TestCase):
       (SMOLLM3, (2048, 11008, 36, 16, 4, 128, 128256), 3075098624),
       (GEMMA2, (2304, 9216, 26, 8, 4, 256, 256000), 2614341888),
       (GEMMA3, (1152, 6912, 26, 4, 1, 256, 262144), 999885952),
+      (MIXTRAL, (4096, 14336, 32, 32, 8, 128, 32000), 46702792704),
+      (
+        QWEN3_MOE | {'num_experts': 128, 'moe_intermediate_size': 768},
+        (2048, 6144, 48, 32, 4, 128, 151936),
+        30532122624,
+      ),
     ):
-      sizes = dict(zip(names, sizes, strict=True)) | {'layer_types': None}
-      config = checkpoints.parse_config(base | sizes)
+      given = base | dict(zip(names, sizes, strict=True))
+      given.pop('layer_types', None)  # it lists two layers
+      config = checkpoints.parse_config(given)
       assert models.count_elements(config) == elements
 
   def test_refused(self):
@@ -335,6 +372,16 @@ class ConfigTest(chex.TestCase):
       (GEMMA3, {'rope_parameters': {'full_attention': {'rope_type': 'default'}}},
        'rope_parameters: sliding_attention is missing'),
       (GEMMA3, {'final_norm_bias': True}, 'final_norm_bias is True'),
+      (MIXTRAL, {'num_local_experts': ...}, 'num_local_experts is missing'),
+      (MIXTRAL, {'num_local_experts': 1}, 'experts_per_token must be from 1 to'),
+      (MIXTRAL, {'num_local_experts': 1 << 20}, 'all layers may have 65536 experts'),
+      (MIXTRAL, {'num_experts_per_tok': 0}, 'num_experts_per_tok is 0'),
+      (MIXTRAL, {'num_experts': 4}, 'num_local_experts is 8; supported: 4'),
+      (MIXTRAL, {'router_bias': True}, 'router_bias is True'),
+      (QWEN3_MOE, {'mlp_only_layers': [0]}, 'mlp_only_layers is'),
+      (QWEN3_MOE, {'decoder_sparse_step': 2}, 'decoder_sparse_step is 2'),
+      (QWEN3_MOE, {'norm_topk_prob': 1}, 'norm_topk_prob is 1'),
+      (QWEN3_MOE, {'moe_intermediate_size': ...}, 'moe_intermediate_size is missing'),
     )  # fmt: skip
     for values, change, match in cases:
       given = {k: v for k, v in (values | change).items() if v is not ...}

@@ -47,6 +47,12 @@ CONFIGS = {
   'gemma3_untied': LLAMA
   | {'model_type': 'gemma3_text', 'head_dim': 6, 'sliding_window': 5}
   | {'tie_word_embeddings': False},
+  'mixtral': LLAMA
+  | {'model_type': 'mixtral', 'sliding_window': 5}
+  | {'num_local_experts': 5, 'num_experts_per_tok': 2},
+  'qwen3_moe': LLAMA
+  | {'model_type': 'qwen3_moe', 'head_dim': 6, 'moe_intermediate_size': 20}
+  | {'num_experts': 5, 'num_experts_per_tok': 2},
   'opt': OPT,
   'phi': PHI,
 }
@@ -77,6 +83,10 @@ GATED_MLP = {
   'mlp/gate/kernel': (1, 'neuron'),
   'mlp/up/kernel': (1, 'neuron'),
   'mlp/down/kernel': ('neuron', -1),
+}
+EXPERTS = {
+  'mlp/router/kernel': (1, 'expert'),
+  **{path: ('expert', *own) for path, own in GATED_MLP.items()},
 }
 QK_NORMS = {
   'attention/query_norm/scale': ('head',),
@@ -127,6 +137,13 @@ TABLE = (
     LLAMA_LAYER | QK_NORMS | RMS_NORMS | POST_NORMS,
     EMBED | FINAL,
   ),
+  ('mixtral', False, ROTARY_ATTENTION | EXPERTS | RMS_NORMS, EMBED | FINAL | HEAD),
+  (
+    'qwen3_moe',
+    False,
+    ROTARY_ATTENTION | EXPERTS | QK_NORMS | RMS_NORMS,
+    EMBED | FINAL | HEAD,
+  ),
   (
     'opt',
     False,
@@ -169,6 +186,8 @@ SYMMETRIES = {
   ('smollm3', True): EVERY,
   ('gemma3', False): EVERY._replace(segments=False, queries=False),
   ('gemma3_untied', False): EVERY._replace(segments=False, queries=False),
+  ('mixtral', False): EVERY._replace(segments=False, stream=True),
+  ('qwen3_moe', False): EVERY._replace(segments=False, stream=True, queries=False),
   ('opt', False): EVERY._replace(segments=False, key_bias=True),
   ('opt', True): EVERY._replace(key_bias=True),
   ('phi', False): EVERY._replace(segments=False),
@@ -199,7 +218,7 @@ class LayoutTest(absltest.TestCase):
         }
         self.assertEqual(linears.keys(), kernels.keys())
         for path, (reads, writes) in linears.items():
-          first, last = kernels[path]
+          *_, first, last = kernels[path]
           self.assertEqual(reads, None if isinstance(first, str) else first)
           self.assertEqual(writes, None if isinstance(last, str) else last)
           # Each linear layer reads or writes a segment, but not both.
@@ -215,6 +234,7 @@ class LayoutTest(absltest.TestCase):
       'query': 24,
       'key': config.num_kv_heads * 6,
       'neuron': 20,
+      'expert': 5,
       'vocabulary': 31,
       'position': 22,
       'norm': 24,

@@ -117,7 +117,7 @@ def read_adapter(path: str | os.PathLike[str], source: Source) -> Adapter:
   _check_config(parsed, str(file))
   found = safetensors_files.open_file(folder / _WEIGHTS)
   named = tensors_lib.entries(source.config).values()
-  known = {entry.name: entry for own in named for entry in own}
+  known = {entry.name: entry for own in named for entry in own if not entry.experts}
   entries: dict[str, tensors_lib.Entry] = {}
   for name in [name for name in found if _COPY.fullmatch(name)]:
     _check_copy(known, source, name, found.pop(name), str(folder / _WEIGHTS))

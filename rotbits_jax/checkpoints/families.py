@@ -34,6 +34,7 @@ class TensorRow(NamedTuple):
 
   Attributes:
     name: name of the tensor, without the prefix of the layer if it belongs to a layer.
+      With '*' for the index of an expert, the tensors of all experts hold a parameter.
     paths: paths of the parameters that the tensor holds, stacked along its first axis.
     transposed: whether the tensor is `[out, in]` and the parameters are `[in, out]`.
   """
@@ -290,6 +291,54 @@ def _gemma(
   )
 
 
+def _mixtral(config: attributes.Attributes) -> models.ModelConfig:
+  config.demand('max_position_embeddings', 'num_key_value_heads', 'rms_norm_eps')
+  config.require(partial_rotary_factor=1.0)
+  return _rotary_gated(
+    config,
+    family='mixtral',
+    rope_theta=1e6,
+    sliding_window=_sliding_window(config),
+    unit_expert_weights=True,
+    **_mixture(config),
+  )
+
+
+def _qwen3_moe(config: attributes.Attributes) -> models.ModelConfig:
+  _require_full_attention(config)
+  if config.take('mlp_only_layers', None) is not None:
+    config.require(mlp_only_layers=[])
+  config.require(decoder_sparse_step=1)
+  config.take('intermediate_size', None)  # of layers without experts
+  attention_bias = config.boolean('attention_bias', False)
+  return _rotary_gated(
+    config,
+    family='qwen3_moe',
+    width='moe_intermediate_size',
+    qkv_bias=attention_bias,
+    out_bias=attention_bias,
+    qk_norm_eps=_norm_eps(config),
+    unit_expert_weights=config.boolean('norm_topk_prob', False),
+    **_mixture(config),
+  )
+
+
+def _mixture(config: attributes.Attributes) -> dict[str, Any]:
+  """Reads the numbers of experts. transformers has two names for one of them."""
+  first, second = ('num_experts', 'num_local_experts')
+  if first not in config:
+    first, second = second, first
+  experts = config.size(first)
+  config.require(**{second: experts})
+  # These matter in training only.
+  for unused in ('output_router_logits', 'router_aux_loss_coef', 'router_jitter_noise'):
+    config.take(unused, None)
+  return {
+    'num_experts': experts,
+    'experts_per_token': config.size('num_experts_per_tok'),
+  }
+
+
 def _phi3(config: attributes.Attributes) -> models.ModelConfig:
   config.demand('max_position_embeddings', 'rms_norm_eps')
   config.require(attention_bias=False, rope_scaling=None)
@@ -339,6 +388,7 @@ def _rotary(
   config: attributes.Attributes,
   rotary_factor: float = 1.0,
   rope_theta: float = 10000.0,
+  width: str = 'intermediate_size',
   **switches: Any,
 ) -> models.ModelConfig:
   """Makes the config of a family with rotary positions.
@@ -347,12 +397,13 @@ def _rotary(
     config: the attributes of `config.json`.
     rotary_factor: the part of a head that RoPE rotates, if no attribute sets it.
     rope_theta: the base of RoPE's wavelengths, if no attribute sets it.
+    width: the attribute that sets the width of an MLP.
     switches: the fields in which the family differs from others.
   """
   heads = config.size('num_attention_heads')
   return _decoder(
     config,
-    intermediate_size=config.size('intermediate_size'),
+    intermediate_size=config.size(width),
     num_kv_heads=config.size('num_key_value_heads', heads),
     max_positions=config.size('max_position_embeddings', 2048),
     **rope_lib.positions(config, rotary_factor, rope_theta),
@@ -431,6 +482,18 @@ _LLAMA = Family(
   ),
   parse=_llama,
 )
+
+
+def _mixture_layer(router: str, gate: str, up: str, down: str) -> tuple[TensorRow, ...]:
+  """Returns the tensors of a layer of a Llama whose MLP is a mixture of experts."""
+  return (
+    *(row for row in _LLAMA.layer if not row.paths[0].startswith('mlp/')),
+    *_linear(router, 'mlp/router'),
+    *_linear(gate, 'mlp/gate'),
+    *_linear(up, 'mlp/up'),
+    *_linear(down, 'mlp/down'),
+  )
+
 
 _QK_NORMS = (
   *_norm('self_attn.q_norm', 'attention/query_norm'),
@@ -513,6 +576,24 @@ FAMILIES: dict[str, Family] = {
   'gemma2': dataclasses.replace(_LLAMA, layer=_GEMMA_LAYER, parse=_gemma2),
   'gemma3_text': dataclasses.replace(
     _LLAMA, layer=(*_GEMMA_LAYER, *_QK_NORMS), parse=_gemma3
+  ),
+  'mixtral': dataclasses.replace(
+    _LLAMA,
+    layer=_mixture_layer(
+      'block_sparse_moe.gate',
+      *(f'block_sparse_moe.experts.*.{name}' for name in ('w1', 'w3', 'w2')),
+    ),
+    parse=_mixtral,
+  ),
+  'qwen3_moe': dataclasses.replace(
+    _LLAMA,
+    layer=(
+      *_mixture_layer(
+        'mlp.gate', *(f'mlp.experts.*.{x}_proj' for x in ('gate', 'up', 'down'))
+      ),
+      *_QK_NORMS,
+    ),
+    parse=_qwen3_moe,
   ),
 }
 

@@ -273,6 +273,9 @@ def _match(
       raise errors.CheckpointError(
         f'{name}: expected float16, bfloat16 or float32, got {tensor.dtype}'
       )
+  for entry in itertools.chain(*records.values()):
+    if entry.experts and len({tensors[name].dtype for name in entry.stored()}) > 1:
+      raise errors.CheckpointError(f'{entry.name}: the experts have several dtypes')
   return records
 
 

@@ -2,7 +2,7 @@
 
 A tensor may differ from the parameters that it holds: it may be transposed, and it may
 hold several parameters, stacked along its first axis. Two factors may stand for a
-weight, see `factors`.
+weight, see `factors`. The kernels of experts are a tensor each, and one parameter.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,15 +17,17 @@ from rotbits_jax.checkpoints import families
 
 
 class Entry(NamedTuple):
-  """A tensor that a checkpoint with a given config must have.
+  """A tensor that a checkpoint with a given config must have, or one of each expert.
 
   Attributes:
-    name: name of the tensor in the checkpoint.
+    name: name of the tensor in the checkpoint, with '*' for the index of an expert.
     shape: shape of the tensor.
     paths: paths of the parameters that it holds, stacked along its first axis.
     lengths: length of each parameter's part along the first axis.
     transposed: whether the tensor is `[out, in]` and the parameters are `[in, out]`.
     factored: the factors that stand for the tensor; None if it is stored itself.
+    experts: how many tensors the parameter is divided among along a first axis of its
+      own; 0 if it is not divided.
   """
 
   name: str
@@ -34,9 +36,12 @@ class Entry(NamedTuple):
   lengths: tuple[int, ...]
   transposed: bool
   factored: factors.Factored | None = None
+  experts: int = 0
 
   def stored(self) -> dict[str, tuple[int, ...]]:
-    """Returns the shape of the tensor, or of its factors, by their names."""
+    """Returns the shapes of the tensor, of its factors or of all experts, by name."""
+    if self.experts:
+      return {self.name.replace('*', str(i)): self.shape for i in range(self.experts)}
     if self.factored is None:
       return {self.name: self.shape}
     names = self.factored.names_of(self.name)
@@ -47,17 +52,22 @@ class Entry(NamedTuple):
     """Returns the shapes of the parameters by path."""
     parts = [(length, *self.shape[1:]) for length in self.lengths]
     shapes = [part[::-1] for part in parts] if self.transposed else parts
+    if self.experts:
+      shapes = [(self.experts, *shape) for shape in shapes]
     return dict(zip(self.paths, shapes, strict=True))
 
   def read(self, stored: Sequence[Any]) -> dict[str, Any]:
-    """Returns the parameters by path; they are views.
+    """Returns the parameters by path; they are views, unless they are of experts.
 
     Args:
-      stored: the tensor, or its two factors.
+      stored: the tensor, its two factors, or those of all experts.
     """
     if self.factored is not None:
       u, v = [x.T for x in stored[::-1]] if self.transposed else stored
       return {self.paths[0]: structured.LowRank(u, v, names=self.factored.names)}
+    if self.experts:
+      stack = np.stack(stored)
+      return {self.paths[0]: stack.swapaxes(1, 2) if self.transposed else stack}
     if len(self.paths) > 1:
       parts = np.split(stored[0], np.cumsum(self.lengths)[:-1])
     else:
@@ -88,7 +98,11 @@ class Entry(NamedTuple):
       stored = zip(self.stored(), (pair.u, pair.v), strict=True)
       return {name: [np.asarray(factor)] for name, factor in stored}
     arrays = [np.asarray(leaf) for leaf in structured.materialize(list(leaves))]
-    return {self.name: [x.T for x in arrays] if self.transposed else arrays}
+    arrays = list(arrays[0]) if self.experts else arrays
+    arrays = [x.T for x in arrays] if self.transposed else arrays
+    if self.experts:
+      return {name: [x] for name, x in zip(self.stored(), arrays, strict=True)}
+    return {self.name: arrays}
 
 
 def entries(
@@ -123,7 +137,9 @@ def _entries(
   for row in rows:
     if row.paths[0] not in flat:  # the model has no such tensor
       continue
-    parts = [flat[path] for path in row.paths]
+    parts, experts = [flat[path] for path in row.paths], 0
+    if '*' in row.name:
+      experts, parts = parts[0][0], [part[1:] for part in parts]
     parts = [part[::-1] for part in parts] if row.transposed else parts
     lengths = tuple(part[0] for part in parts)
     shape, name = (sum(lengths), *parts[0][1:]), prefix + row.name
@@ -132,7 +148,7 @@ def _entries(
     if pair is not None:
       renamed[f'{name.removesuffix(".weight")}.bias'] = pair.names_of(name).bias
     name = renamed.get(name, name)
-    found.append(Entry(name, shape, paths, lengths, row.transposed, pair))
+    found.append(Entry(name, shape, paths, lengths, row.transposed, pair, experts))
   return found
 
 

@@ -312,7 +312,9 @@ def _layers(config: models.ModelConfig) -> tuple[list[int], list[float]]:
 
 def _chosen(config: models.ModelConfig) -> dict[str, np.ndarray]:
   """Chooses the places of each axis that is cut."""
-  elements = models.count_elements(config) / max(config.num_layers, 1)
+  experts = min(config.num_experts, config.experts_per_token)
+  cut = dataclasses.replace(config, num_experts=experts)
+  elements = models.count_elements(cut) / max(config.num_layers, 1)
   elements *= _narrow(config.hidden_size, config.hidden_size) / config.hidden_size
   share = min(_PART / elements, 1.0)
   most = lambda length, least: min(length, max(int(share * length), least))
@@ -329,6 +331,7 @@ def _chosen(config: models.ModelConfig) -> dict[str, np.ndarray]:
     'query': columns(queries),
     'key': columns(heads),
     'neuron': spread(neurons, most(neurons, 64)),
+    'expert': spread(config.num_experts, experts),
     'vocabulary': spread(config.vocab_size, min(config.vocab_size, tokens)),
     'position': spread(positions, min(positions, _TOKENS)),
   }
@@ -349,6 +352,7 @@ def _config(
     num_heads=lengths['query'] // config.head_dim,
     num_kv_heads=lengths['key'] // config.head_dim,
     intermediate_size=lengths['neuron'],
+    num_experts=lengths['expert'],
     vocab_size=lengths['vocabulary'],
     learned_positions=lengths['position'],
     segment_widths=tuple(_narrow(width, hidden) for width in widths),

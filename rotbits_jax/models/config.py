@@ -9,8 +9,9 @@ SliceGPT makes segments narrower.
 Shape letters used throughout the package:
   D  hidden size of the dense model      d  width of a residual segment (d <= D)
   L  layers                              S  residual segments, minus one
-  F  MLP width                           V  vocabulary
+  F  MLP width, of one expert            E  experts of an MLP
   H  query heads, K key-value heads      h  width of one head
+                                         V  vocabulary
 """
 
 import dataclasses
@@ -25,6 +26,9 @@ Norm = Literal['layernorm', 'rmsnorm', 'rmsn']
 
 Count = Annotated[int, schema.between(0, (1 << 31) - 1)]
 """The length of an axis, or a number of layers or heads."""
+
+MOST_EXPERTS = 1 << 16
+"""The greatest number of experts of all layers: a checkpoint names each of them."""
 
 SLICED_NORM_EPS = 1e-5  # SliceGPT's RMSN ignores the epsilon of the dense config
 
@@ -99,6 +103,9 @@ class ModelConfig(Positions):
     activation: activation function of the MLP.
     gated_mlp: whether the MLP is `down(act(gate(x)) * up(x))` and not
       `down(act(up(x)))`.
+    num_experts: E, if the MLP of every layer is a mixture of experts; 0 if it is not.
+    experts_per_token: how many experts a token takes, those with the greatest weights.
+    unit_expert_weights: whether the weights of these experts are divided by their sum.
     parallel_block: whether attention and MLP run side by side: they read the same
       input and share one shortcut.
     qkv_bias: whether query, key and value have biases.
@@ -137,6 +144,9 @@ class ModelConfig(Positions):
   vocab_size: Count
   activation: Activation
   gated_mlp: bool = False
+  num_experts: Count = 0
+  experts_per_token: Count = 0
+  unit_expert_weights: bool = False
   parallel_block: bool = False
   qkv_bias: bool = False
   out_bias: bool = False
@@ -184,6 +194,20 @@ class ModelConfig(Positions):
       raise ValueError(
         'the norms after the sublayers have scales that slicing cannot move elsewhere'
       )
+    if not (self.experts_per_token > 0) <= self.experts_per_token <= self.num_experts:
+      raise ValueError(
+        f'experts_per_token must be from 1 to num_experts {self.num_experts}, '
+        f'got {self.experts_per_token}'
+      )
+    if self.num_experts * self.num_layers > MOST_EXPERTS:
+      raise ValueError(
+        f'all layers may have {MOST_EXPERTS} experts, got {self.num_layers} times '
+        f'{self.num_experts}'
+      )
+    if self.num_experts and (self.mlp_bias or not self.gated_mlp):
+      raise ValueError('experts must have a gate and no biases')
+    if self.num_experts and (self.sliced or self.parallel_block):
+      raise ValueError('mixtures of experts are neither sliced nor parallel blocks')
     found, ascending = self.alternate_layers, sorted(set(self.alternate_layers))
     if list(found) != ascending or any(x >= self.num_layers for x in found):
       raise ValueError(f'alternate_layers must be ascending layers, got {found}')

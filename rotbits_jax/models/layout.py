@@ -6,7 +6,8 @@ coordinates keep the function of a model. Such a change is a symmetry.
 `models.config` defines segments.
 
 A parameter's path is its keys joined by '/', as in 'attention/query/kernel'. Kernels
-are `[in, out]`. Shape letters are those of `models.config`.
+are `[in, out]`, and those of experts `[E, in, out]`. Shape letters are those of
+`models.config`.
 """
 
 import dataclasses
@@ -14,15 +15,21 @@ from typing import Literal, NamedTuple
 
 from rotbits_jax.models import config as config_lib
 
-Axis = int | Literal['query', 'key', 'head', 'neuron', 'vocabulary', 'position', 'norm']
+Axis = (
+  int
+  | Literal[
+    'query', 'key', 'head', 'neuron', 'expert', 'vocabulary', 'position', 'norm'
+  ]
+)
 """The meaning of one axis of a parameter.
 
 An integer is a residual segment. For a parameter of a layer, 0 is the layer's input and
 -1 its output; 1 is the segment between attention and MLP, if there is one. For a
 parameter outside the layers, 0 is the model's first segment and -1 its last. 'query' is
-H heads of width h, and 'key' is K heads of width h. 'norm' is a segment whose
-coordinates are scaled one by one; rotations do not commute with this scaling. 'head' is
-the same for the h coordinates of every head.
+H heads of width h, and 'key' is K heads of width h. 'expert' is the E experts of a
+mixture: the first axis of their kernels, and the outputs of the router. 'norm' is a
+segment whose coordinates are scaled one by one; rotations do not commute with this
+scaling. 'head' is the same for the h coordinates of every head.
 """
 
 Axes = dict[str, tuple[Axis, ...]]
@@ -36,8 +43,10 @@ def layer_axes(config: config_lib.ModelConfig) -> Axes:
   between = 0 if config.parallel_block else 1
   axes: Axes = {}
 
-  def linear(path: str, inputs: Axis, outputs: Axis, bias: bool) -> None:
-    axes[f'{path}/kernel'] = (inputs, outputs)
+  def linear(
+    path: str, inputs: Axis, outputs: Axis, bias: bool, each: tuple[Axis, ...] = ()
+  ) -> None:
+    axes[f'{path}/kernel'] = (*each, inputs, outputs)
     if bias:
       axes[f'{path}/bias'] = (outputs,)
 
@@ -46,10 +55,14 @@ def layer_axes(config: config_lib.ModelConfig) -> Axes:
   linear('attention/key', 0, 'key', config.qkv_bias)
   linear('attention/value', 0, 'key', config.qkv_bias)
   linear('attention/out', 'query', after, config.out_bias)
-  linear('mlp/up', between, 'neuron', config.mlp_bias)
-  linear('mlp/down', 'neuron', -1, config.mlp_bias)
+  each: tuple[Axis, ...] = ()
+  if config.num_experts:
+    each = ('expert',)
+    linear('mlp/router', between, 'expert', bias=False)
+  linear('mlp/up', between, 'neuron', config.mlp_bias, each)
+  linear('mlp/down', 'neuron', -1, config.mlp_bias, each)
   if config.gated_mlp:
-    linear('mlp/gate', between, 'neuron', config.mlp_bias)
+    linear('mlp/gate', between, 'neuron', config.mlp_bias, each)
   if config.qk_norm_eps is not None:
     axes |= dict.fromkeys(QK_NORMS, ('head',))
   for sublayer in SUBLAYERS[: config.segments_per_layer]:
@@ -115,7 +128,7 @@ def linears(config: config_lib.ModelConfig) -> dict[str, Linear]:
   """Returns the linear layers of both sublayers, by paths like 'attention/query'."""
   segment = lambda axis: axis if isinstance(axis, int) else None
   return {
-    path.removesuffix('/kernel'): Linear(segment(axes[0]), segment(axes[-1]))
+    path.removesuffix('/kernel'): Linear(segment(axes[-2]), segment(axes[-1]))
     for path, axes in layer_axes(config).items()
     if path.endswith('/kernel') and path.split('/')[0] in SUBLAYERS
   }
@@ -135,6 +148,15 @@ def norm_of(config: config_lib.ModelConfig, sublayer: str) -> str:
   return 'attention_norm' if config.parallel_block else f'{sublayer}_norm'
 
 
+def upper_kernel(config: config_lib.ModelConfig) -> str:
+  """Returns the kernel that the free rotation of the first segment makes triangular.
+
+  It is the up kernel of the first MLP. A mixture of experts has many of these, and the
+  query kernel takes their place.
+  """
+  return 'attention/query/kernel' if config.num_experts else 'mlp/up/kernel'
+
+
 class Symmetries(NamedTuple):
   """The symmetries of a model: which changes of coordinates keep its function.
 
@@ -148,7 +170,7 @@ class Symmetries(NamedTuple):
       coordinates that RoPE does not rotate in the layer. On each plane that RoPE
       rotates, a complex factor acts. False if queries and keys are normed.
     key_bias: whether the key bias changes no output; true where there is no RoPE.
-    neurons: whether the neurons of an MLP can be put in any order.
+    neurons: whether the neurons of an MLP, or of an expert, can be put in any order.
   """
 
   segments: bool = False
@@ -165,7 +187,8 @@ class Symmetries(NamedTuple):
 _UNDERSTOOD = frozenset([
   'family', 'hidden_size', 'intermediate_size', 'num_layers', 'num_heads',
   'num_kv_heads', 'head_dim', 'vocab_size', 'activation', 'gated_mlp',
-  'parallel_block', 'qkv_bias', 'out_bias', 'mlp_bias', 'head_bias', 'norm', 'norm_eps',
+  'num_experts', 'experts_per_token', 'unit_expert_weights', 'parallel_block',
+  'qkv_bias', 'out_bias', 'mlp_bias', 'head_bias', 'norm', 'norm_eps',
   'max_positions', 'learned_positions', 'rotary_dim', 'rope_theta', 'rope_scaling',
   'sliding_window', 'alternate', 'alternate_layers', 'qk_norm_eps', 'query_scalar',
   'attention_softcap', 'logit_softcap', 'post_norms', 'zero_centred_scales',

@@ -57,6 +57,7 @@ def _shapes(
     'key': config.num_kv_heads * config.head_dim,
     'head': config.head_dim,
     'neuron': config.intermediate_size,
+    'expert': config.num_experts,
     'vocabulary': config.vocab_size,
     'position': config.learned_positions,
     'norm': config.hidden_size,

@@ -336,6 +336,8 @@ def attention(
 def mlp(params: Params, config: config_lib.ModelConfig, x: jax.Array) -> Written:
   """Computes the MLP: `down(act(up(x)))`, or with a gate `down(act(gate(x)) * up(x))`.
 
+  A mixture of experts is the weighted sum of such MLPs, see `expert_weights`.
+
   Args:
     params: the parameters of the sublayer.
     config: sizes and switches.
@@ -346,6 +348,8 @@ def mlp(params: Params, config: config_lib.ModelConfig, x: jax.Array) -> Written
   """
   chex.assert_rank(x, 3)
   chex.assert_type(x, jnp.float32)
+  if config.num_experts:
+    return _experts(params, config, x)
   activation = ACTIVATIONS[config.activation]
   inputs = {'up': {'kernel': x}}
   hidden = linear(params['up'], x)
@@ -356,6 +360,53 @@ def mlp(params: Params, config: config_lib.ModelConfig, x: jax.Array) -> Written
     hidden = activation(hidden)
   inputs['down'] = {'kernel': hidden}
   return Written(linear(params['down'], hidden), inputs)
+
+
+def _experts(params: Params, config: config_lib.ModelConfig, x: jax.Array) -> Written:
+  """Computes a mixture of experts: all experts, of which most have the weight 0.
+
+  The inputs of the experts' kernels are not among the returned ones.
+  """
+  activation = ACTIVATIONS[config.activation]
+  weights = expert_weights(params['router'], config, x)
+  kernels = [params[name]['kernel'] for name in ('gate', 'up', 'down')]
+  kernels = [_float32(k) if structured.is_structured(k) else k for k in kernels]
+
+  def add(total: jax.Array, own: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
+    gate, up, down, weight = map(_float32, own)
+    hidden = activation(x @ gate) * (x @ up)
+    return total + weight[..., None] * (hidden @ down), None
+
+  # One after the other: side by side, their hidden states would take much memory.
+  every = (*map(jnp.asarray, kernels), jnp.moveaxis(weights, -1, 0))
+  update, _ = jax.lax.scan(add, jnp.zeros_like(x), every)
+  return Written(update, {'router': {'kernel': x}})
+
+
+def expert_weights(
+  params: Params, config: config_lib.ModelConfig, x: jax.Array
+) -> jax.Array:
+  """Computes the weight of every expert for every token.
+
+  It is the softmax of the router's output for the `experts_per_token` greatest, divided
+  by their sum if `unit_expert_weights` is set, and 0 for the others.
+
+  Args:
+    params: the router.
+    config: sizes and switches.
+    x: `[B, T, d]` float32, the normed input.
+
+  Returns:
+    `[B, T, E]` float32.
+
+  Reference: Mixtral of Experts, arXiv 2401.04088, section 2.1.
+  """
+  every = jax.nn.softmax(linear(params, x), axis=-1)
+  greatest, places = jax.lax.top_k(every, config.experts_per_token)
+  if config.unit_expert_weights:
+    greatest = greatest / jnp.sum(greatest, axis=-1, keepdims=True)
+  chosen = jax.nn.one_hot(places, config.num_experts)  # [B, T, experts_per_token, E]
+  return jnp.einsum('btk,btke->bte', greatest, chosen)
 
 
 def linear(params: Params, x: jax.Array) -> jax.Array:

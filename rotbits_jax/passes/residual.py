@@ -6,9 +6,10 @@ This pass finds the rotations layer by layer, because R_0 needs the first layer 
 needs M_s. It rotates every kernel once.
 
 **Free rotations.** R_0 is free. It makes the up kernel of the first MLP upper
-trapezoidal. If the last segment is wider than the one before, a rotation of the new
-dimensions is free, too. It makes the last rows of the head upper trapezoidal. The head
-could serve for R_0 as well, but it would make the rounding errors twice as harmful
+trapezoidal, or the first query kernel in a mixture of experts. If the last segment is
+wider than the one before, a rotation of the new dimensions is free, too. It makes the
+last rows of the head upper trapezoidal. The head could serve for R_0 as well, but it
+would make the rounding errors twice as harmful
 (measured). The reason is that the rows of the head share a mean, and so do the
 activations that they are multiplied with; the trapezoidal form puts both means along
 one axis.
@@ -59,7 +60,7 @@ _RANGE = 0.99
 # shortcuts have 0.6 in this form.
 _MOST_ERROR = 2.0
 
-_UP, _HEAD = 'mlp/up/kernel', 'head/kernel'
+_HEAD = 'head/kernel'
 
 
 def remove_residual_gauge(*, tolerance: float = 0.7) -> transform.Transform:
@@ -99,8 +100,8 @@ class State(NamedTuple):
   Attributes:
     first: R_0, float32 `[d, d]`.
     rotation: the rotation of the segment that the next layer reads, float32 `[d, d]`.
-    zeros: how many of the last rows of the first up kernel, and of the head, free
-      rotations make upper trapezoidal, int32 `[2]`.
+    zeros: how many of the last rows of `models.layout.upper_kernel` in the first layer,
+      and of the head, free rotations make upper trapezoidal, int32 `[2]`.
   """
 
   first: Any
@@ -156,9 +157,10 @@ def _layers(
     for layer, result in zip(layers, results, strict=True):
       layer[path] = result
   if first == 0 and state.zeros[0]:
-    layers[0][_UP], error = _with_zeros(layers[0][_UP], rows=int(state.zeros[0]))
-    path = models.names.prefix(0) + _UP
-    notes[0].append(transform.note(path, layers[0][_UP], error=error))
+    path = models.layout.upper_kernel(config)
+    layers[0][path], error = _with_zeros(layers[0][path], rows=int(state.zeros[0]))
+    upper = models.names.prefix(0) + path
+    notes[0].append(transform.note(upper, layers[0][path], error=error))
   for i, gauge in enumerate(gauges):
     for s, (path, kernel) in enumerate(kernels[i].items()):
       leaf = _shortcut(context, gauge, s, kernel, tolerance)
@@ -352,17 +354,19 @@ def _obstacle(context: transform.Context) -> str:
 
 
 def _first_rotation(context: transform.Context) -> jax.Array | None:
-  """Returns the R_0 that makes the up kernel of the first MLP upper trapezoidal.
+  """Returns the R_0 that makes a kernel of the first layer upper trapezoidal.
 
-  It is None if that kernel is a pair of factors, or if the segment that it reads has
-  another width.
+  The kernel is `models.layout.upper_kernel`. It is None if that kernel is a pair of
+  factors, or if the segment that it reads has another width.
   """
   config, layer = context.config, _source(context, 0)
-  if structured.pair(layer[_UP]) is not None:
+  path = models.layout.upper_kernel(config)
+  if structured.pair(layer[path]) is not None:
     return None
-  kernel = jnp.asarray(layer[_UP], jnp.float32)
+  kernel = jnp.asarray(layer[path], jnp.float32)
   if not config.sliced:
-    scale = layer[f'{models.layout.norm_of(config, "mlp")}/scale']
+    norm = models.layout.norm_of(config, path.partition('/')[0])
+    scale = layer[f'{norm}/scale']
     kernel = norms.scale_rows(kernel, jnp.asarray(scale))
   elif not config.parallel_block:
     shortcut = layer[_shortcut_paths(config)[0]]

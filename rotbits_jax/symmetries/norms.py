@@ -22,13 +22,13 @@ def scale_rows(kernel: Any, scale: jax.Array) -> Any:
   [[10.0, 20.0], [3.0, 4.0]]
 
   Args:
-    kernel: an array or a low-rank leaf, `[n, m]`.
+    kernel: an array `[..., n, m]`, or a low-rank leaf `[n, m]`.
     scale: `[n]`.
   """
   pair = structured.pair(kernel)
   if pair is not None:
     return pair.replace(u=scale_rows(pair.u, scale))
-  chex.assert_shape(scale, (kernel.shape[0],))
+  chex.assert_shape(scale, (kernel.shape[-2],))
   product = kernel.astype(jnp.float32) * scale.astype(jnp.float32)[:, None]
   return product.astype(kernel.dtype)
 
@@ -49,7 +49,7 @@ def fold_norm_scales(
   """
   folded = dict(params)
   for path, own in axes.items():
-    if path in params and len(own) == 2 and isinstance(own[0], int):  # it reads one
+    if path in params and len(own) > 1 and isinstance(own[-2], int):  # it reads one
       first, norm = path.split('/')[0], 'final_norm'
       if first != 'head':
         norm = models.layout.norm_of(config, first)

@@ -49,7 +49,8 @@ def rotate(
   [-2.0, 1.0]
 
   Args:
-    array: an array `[n, m]` or `[m]`, or a low-rank leaf `[n, m]`.
+    array: an array `[n, m]` or `[m]`, or a low-rank leaf `[n, m]`; or `[E, n, m]`, of
+      which each matrix is rotated.
     rows: float32 `[n, n]`; None for no rotation.
     columns: float32 `[m, m]`; None for no rotation.
 
@@ -59,6 +60,8 @@ def rotate(
   pair = structured.pair(array)
   if pair is not None:
     return pair.replace(u=rotate(pair.u, rows), v=rotate(pair.v, None, columns))
+  if array.ndim > 2:
+    return jax.vmap(lambda own: rotate(own, rows, columns))(array)
   product = array.astype(jnp.float32)
   if rows is not None:
     chex.assert_shape(rows, (array.shape[0], array.shape[0]))
@@ -75,7 +78,7 @@ def sides(axes: tuple[Any, ...]) -> tuple[int | None, int | None]:
   The axes are those of `models.layout`. None stands for an axis that is no segment.
   """
   segment = lambda axis: axis if isinstance(axis, int) else None
-  return (segment(axes[0]) if len(axes) == 2 else None), segment(axes[-1])
+  return (segment(axes[-2]) if len(axes) > 1 else None), segment(axes[-1])
 
 
 def rotate_parameters(
@@ -128,7 +131,7 @@ def largest_norm(leaf: Any, axes: tuple[Any, ...]) -> jax.Array:
     )
   size = jnp.abs(leaf.astype(jnp.float32))
   scale = jnp.maximum(jnp.max(jnp.where(jnp.isfinite(size), size, 0), initial=0), 1e-30)
-  rotated = (*([0] if read else []), *([-1] if written else []))
+  rotated = (*([-2] if read else []), *([-1] if written else []))
   norms = scale * jnp.sqrt(jnp.sum(jnp.square(size / scale), axis=rotated))
   if axes[0] in ('vocabulary', 'position'):
     norms = jnp.where(jnp.isfinite(norms), norms, 0)

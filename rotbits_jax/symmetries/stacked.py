@@ -32,7 +32,7 @@ from rotbits_jax.symmetries import rotations
 from rotbits_jax.symmetries import shortcuts
 
 Params = dict[str, Any]  # leaves by path
-_UP, _HEAD = 'mlp/up/kernel', 'head/kernel'
+_HEAD = 'head/kernel'
 
 
 class Gauges(NamedTuple):
@@ -144,8 +144,9 @@ def _rotate_segments(
     )
   polars = {key: _polars(stack, config) for key, stack in stacks.items()}
   (first_stack, *_), last_polars = stacks.values(), list(polars.values())[-1]
-  rotation, up = jnp.eye(widths[0], dtype=jnp.float32), first_stack[_UP]
-  is_upper = _is_array(first_stack, _UP) and (
+  path = models.layout.upper_kernel(config)
+  rotation, up = jnp.eye(widths[0], dtype=jnp.float32), first_stack[path]
+  is_upper = _is_array(first_stack, path) and (
     config.parallel_block or widths[0] == widths[1]
   )
   if is_upper:
@@ -169,7 +170,7 @@ def _rotate_segments(
   axes = models.layout.outer_axes(config)
   outer |= rotations.rotate_parameters(outer, (gauges.first, rotation), axes)
   if is_upper:
-    _set_upper(stacks)
+    _set_upper(stacks, path)
   if free is not None:
     upper = rotations.upper_rows(outer[_HEAD], new)
     outer[_HEAD] = structured.TrapezoidalRows.of(upper, new)
@@ -250,8 +251,9 @@ def _rotate_stream(
   for key, stack in stacks.items():
     stacks[key] = jax.vmap(fold)(stack)
   first_stack, rotation = next(iter(stacks.values())), None
-  if _is_array(first_stack, _UP):
-    rotation = rotations.upper_rotation(first_stack[_UP][0])
+  path = models.layout.upper_kernel(config)
+  if _is_array(first_stack, path):
+    rotation = rotations.upper_rotation(first_stack[path][0])
 
   def rotate(params: Params, axes: models.layout.Axes) -> Params:
     rotated = rotations.rotate_parameters(params, (rotation,) * 3, axes)
@@ -262,14 +264,14 @@ def _rotate_stream(
   folded = norms.fold_norm_scales(outer, config, outer_axes)
   outer |= rotate(folded, outer_axes)
   if rotation is not None:
-    _set_upper(stacks)
+    _set_upper(stacks, path)
   return rotation
 
 
-def _set_upper(stacks: dict[str, Params]) -> None:
-  """Sets the zeros of the up kernel of the first layer, in place."""
+def _set_upper(stacks: dict[str, Params], path: str) -> None:
+  """Sets the zeros of a kernel of the first layer, in place."""
   stack = next(iter(stacks.values()))
-  stack[_UP] = stack[_UP].at[0].set(jnp.triu(stack[_UP][0]))
+  stack[path] = stack[path].at[0].set(jnp.triu(stack[path][0]))
 
 
 # ---- heads -------------------------------------------------------------------------
