@@ -4,6 +4,7 @@ import os
 import re
 
 import rotbits_jax
+from rotbits_jax import structured
 
 project = 'rotbits_jax'
 author = 'the rotbits_jax authors'
@@ -34,6 +35,7 @@ html_static_path = ['static']
 html_css_files = ['site.css']
 html_js_files = [('gauge.js', {'defer': 'defer'})]
 html_show_sourcelink = False
+html_search_scorer = os.path.join(os.path.dirname(__file__), 'static', 'scorer.js')
 html_theme_options = {
   'show_toc_level': 2,
   'home_page_in_toc': True,
@@ -44,6 +46,8 @@ if 'GITHUB_REPOSITORY' in os.environ:
   html_theme_options |= {
     'repository_url': f'https://github.com/{os.environ["GITHUB_REPOSITORY"]}',
     'use_repository_button': True,
+    'path_to_docs': 'docs',
+    'launch_buttons': {'colab_url': 'https://colab.research.google.com'},
   }
 
 myst_enable_extensions = ['dollarmath']
@@ -56,6 +60,8 @@ suppress_warnings = [
 # Pages with code run when the site is built, and an error in them is the build's.
 nb_execution_mode = 'force'
 nb_execution_raise_on_error = True
+# These have stored outputs, see scripts/notebooks.py.
+nb_execution_excludepatterns = ['notebooks/*.ipynb']
 nb_execution_timeout = 600
 nb_merge_streams = True
 
@@ -141,7 +147,21 @@ def _public_lines(app, what, name, obj, options, lines):
   lines[:] = [re.sub(r'\bjax\._src\.(\w+\.)*', 'jax.', line) for line in lines]
 
 
+def _skip(app, what, name, obj, skip, options):
+  """Leaves say of methods that all of them have only what the base class says."""
+  del app, what, options
+  obj = getattr(obj, 'fget', obj)
+  home = getattr(obj, '__module__', None) or ''
+  owner = getattr(obj, '__qualname__', '').partition('.')[0]
+  is_leaf = home.startswith('rotbits_jax.structured') and owner != 'Structured'
+  return True if is_leaf and name in _OF_ALL_LEAVES else skip
+
+
+_OF_ALL_LEAVES = {*vars(structured.Structured), 'replace'}
+
+
 def setup(app):
+  app.connect('autodoc-skip-member', _skip)
   app.connect('autodoc-process-docstring', _public_lines, priority=900)
   app.connect('autodoc-process-signature', _public_types)
   app.connect('autodoc-process-docstring', _as_text, priority=100)

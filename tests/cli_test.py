@@ -275,6 +275,9 @@ class TestEstimate:
       size = (encoded / preset).stat().st_size
       assert abs(found[preset] / size - 1) < most, preset
     assert found['exact --base'] < 0.1 * found['exact']
+    needs = {x['preset']: (x['seconds'], x['memory']) for x in result['presets']}
+    assert 0 < needs['exact'][0] < needs['free'][0] < 60
+    assert 1 << 28 < needs['exact'][1] < needs['free'][1] < 1 << 30
 
   def test_rows_stand_for_an_array(self, monkeypatch):
     """Samples of two sizes tell the cost of more rows, and what all rows share."""
@@ -283,6 +286,13 @@ class TestEstimate:
     monkeypatch.setattr(estimation, '_ELEMENTS', 1 << 14)
     found = estimation._extrapolated(array, size_of)
     np.testing.assert_allclose(found, size_of(array))
+
+  def test_a_wide_embedding_is_found_to_be_tied(self):
+    rng = np.random.default_rng(0)
+    kernel, matrix = (rng.normal(size=x) for x in ((64, 600), (64, 48)))
+    table = (kernel.T @ matrix).astype(np.float16)
+    assert estimation._is_tied(table, kernel.astype(np.float16))
+    assert not estimation._is_tied(table[::-1], kernel)
 
   def test_files_of_other_families(self, rotbits, tmp_path):
     source = with_config(tmp_path, '{"model_type": "bert"}')

@@ -207,7 +207,7 @@ def modules_of_notebooks():
 def test_every_public_symbol_is_documented():
   text = ''.join((DOCS / page).read_text('utf-8') for page in PAGES)
   documented = set()
-  for home, name in re.findall(r'currentmodule:: (\S+)\n|autofunction:: (\w+)', text):
+  for home, name in re.findall(r'currentmodule:: (\S+)\n|auto(?:function|class|exception):: (\w+)', text):
     if home:
       module = importlib.import_module(home)
     else:
@@ -219,7 +219,7 @@ def test_every_public_symbol_is_documented():
       is_found = inspect.isclass(value) or inspect.isroutine(value)
       if is_own or (is_found and ':imported-members:' in options):
         documented.add((name, id(value)))
-  listed = set(re.findall(r'^- `(\w+)`: ', text, re.M))
+  listed = set(re.findall(r'^\.\. py:data:: [\w.]*?(\w+)$', text, re.M))
   public = [rotbits_jax, *modules_of_notebooks()]
   missing = set()
   for module in public:  # grows by the modules in it

@@ -10,12 +10,14 @@ Example:
 PATH is what `rotbits encode --checkpoint=PATH` takes. Only samples are read, and
 nothing is written. The estimates come from the coder's own plans for these samples,
 and for `free` and `near` from a small model that is cut out of the checkpoint and
-rewritten. `near` is that of its default step.
+rewritten. `near` is that of its default step. Times are those of two cores at the rates
+of RESULTS.md.
 
 JSON:
 
   bytes    bytes of the weights files, or of the tensors if these are fewer
-  presets  list of objects: preset, bytes; the size of the file that encode would write
+  presets  list of objects: preset; bytes of the file that encode would write; about
+           how many seconds that takes, and how many bytes of memory
   without  why there are no estimates of free and near, or null
 """
 
@@ -34,11 +36,11 @@ _CHECKPOINT = FLAGS.add(
 )
 _BASE = FLAGS.bases()
 
-NEEDS = {
-  'exact': 'every bit comes back',
-  'exact --base': 'every bit comes back, beside the same --base',
-  'free': 'the same function, in other weights: no adapters (LoRA) of the input',
-  'near': 'nearly the same function: measure it with rotbits evaluate',
+_KEPT = {
+  'exact': 'every bit',
+  'exact --base': 'every bit, beside the base',
+  'free': 'the function; not for LoRAs',
+  'near': 'nearly the function',
 }
 
 
@@ -49,14 +51,19 @@ def main() -> program.Result:
   found, without = estimation.estimate(opened, base=_BASE.value, progress=True)
   result = {
     'bytes': given,
-    'presets': [{'preset': x.preset, 'bytes': x.nbytes} for x in found],
+    'presets': [x._asdict() for x in found],
     'without': without,
   }
-  lines = [f'{"":14}{text_lib.of_bytes(given):>8}']
+  for own in result['presets']:
+    own['bytes'] = own.pop('nbytes')
+  lines = [
+    f'{"":13}{text_lib.of_bytes(given):>8}{"time":>15}{"memory":>9}  what comes back'
+  ]
   for own in found:
     lines.append(
-      f'{own.preset:14}{text_lib.of_bytes(own.nbytes):>8}'
-      f'{own.nbytes / max(given, 1):8.1%}  {NEEDS[own.preset]}'
+      f'{own.preset:13}{text_lib.of_bytes(own.nbytes):>8}'
+      f'{own.nbytes / max(given, 1):7.1%}{text_lib.of_seconds(own.seconds):>8}'
+      f'{text_lib.of_bytes(own.memory):>9}  {_KEPT[own.preset]}'
     )
   if without is not None:
     lines.append(f'no free and near: {text_lib.printable(without)}')

@@ -6,14 +6,19 @@ samples of different sizes tell what more rows cost, and what an array costs how
 many rows it has, such as its frequency tables.
 
 `free` and `near` change coordinates. So they rewrite a small model that is cut out of
-the checkpoint: a few layers, and in each of them a few heads, neurons and tokens. The
-bytes of each of its tensors then stand for those of the whole. A residual stream of
-more than 768 coordinates is cut, too, because decompositions would take too long. Then
-a shortcut counts as one of full rank, and the embedding as one that is not tied.
+the same layers: in each of them a few heads and neurons, and a few tokens. The bytes of
+each of its tensors then stand for those of the whole. A residual stream of more than
+768 coordinates is cut, too, because decompositions would take too long. Then a shortcut
+counts as one of full rank. Whether the embedding of a sliced model still follows from
+the head is found in a few of its columns.
+
+Most of the time is the compilation of programs. So arrays of the small model have few
+sizes.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 import dataclasses
+import functools
 import itertools
 import math
 from typing import Any, NamedTuple
@@ -36,13 +41,17 @@ from rotbits_jax.system import progress as progress_lib
 Opened = checkpoints.CheckpointReader | checkpoints.TensorFiles
 
 _RECORDS = 3  # of one kind that are read
-_ELEMENTS = 1 << 19  # of a sample
+_ELEMENTS = 1 << 18  # of a sample
 _LAYERS = 4  # of the model that is cut out
-_PART = 1 << 22  # the greatest number of elements of one of its layers, about
-_TOKENS = 4096  # of its vocabulary
+_PART = 1 << 18  # the greatest number of elements of one of its matrices, about
+_TOKENS = 1024  # of its vocabulary
 _WIDE = 768  # the greatest width of its residual stream
 _ENTRY = 250  # bytes of a tensor's entry in the manifest, about
 _NOTE = 200  # bytes of the notes of a tensor that is rewritten
+_EMBED, _HEAD = 'embed/tokens', 'head/kernel'
+_COLUMNS, _UNSEEN, _STEPS = 4, 256, 20  # by which an embedding is found to be tied
+_RESIDUAL, _INTEGER = 2.25, 13.2  # bits of a tied element, on OPT
+_TINY = float(np.finfo(np.float32).tiny)
 
 
 class Estimate(NamedTuple):
@@ -51,10 +60,21 @@ class Estimate(NamedTuple):
   Attributes:
     preset: name of the preset.
     nbytes: the estimated size of the file.
+    seconds: about how long two cores take to write it.
+    memory: about how many bytes of memory that takes.
   """
 
   preset: str
   nbytes: int
+  seconds: float
+  memory: int
+
+
+# By "How large may a model be?" and "How cost grows with size" in RESULTS.md.
+_CODED = 84e6  # bytes that are coded in a second
+_ROTATED = 4e10  # elements times width that are rewritten in a second
+_LEAST_MEMORY = 1 << 28
+_MOST_RECORDS = {True: 5, False: 12}  # in memory, as bytes: exact, or rewritten
 
 
 def estimate(
@@ -81,31 +101,48 @@ def estimate(
     why = opened.reason or 'it is of no known family'
   elif any(map(structured.is_structured, _specs(opened).values())):
     why = 'the weights are quantised, or products of factors'
-  groups = _groups(opened)
-  count = sum(len(own.chosen) for own in groups) + 2
+  cutter = None
+  if why is None and isinstance(opened, checkpoints.CheckpointReader):
+    cutter = _Cutter(opened)
+  groups = _groups(opened, {} if cutter is None else cutter.layers)
+  count = sum(map(len, groups)) + (0 if cutter is None else 2)
   with progress_lib.Progress('estimate', count, 'part', show=progress) as bar:
     bar.stage('exact')
     alone = beside = float(_overhead(opened))
-    for own in groups:
-      for record in own.chosen:
-        sizes = _of_record(opened, record, found)
-        alone += sizes[0] * own.size / len(own.chosen)
-        beside += sizes[1] * own.size / len(own.chosen)
-        bar.update()
-    results = [Estimate('exact', round(alone))]
+    for record, likes in itertools.chain.from_iterable(x.items() for x in groups):
+      given = opened.read(record)
+      sizes = _of_record(structured.flatten(given), found)
+      alone += sizes[0] * likes
+      beside += sizes[1] * likes
+      if cutter is not None:
+        cutter.add(record, given)
+      bar.update()
+    sized = {'exact': alone}
     if found is not None:
-      results.append(Estimate('exact --base', round(beside)))
-    if why is None and isinstance(opened, checkpoints.CheckpointReader):
+      sized['exact --base'] = beside
+    if cutter is not None:
       bar.stage('free, near')
-      cut = _CutOut.make(opened)
-      results[0] = Estimate('exact', round(alone - cut.predictable()))
+      cut = cutter.made()
+      sized['exact'] -= cut.predictable()
       bar.update()
       others = [presets.free(), presets.near()]
       for preset, size in zip(others, cut.sizes(others), strict=True):
-        size += _overhead(opened) + _NOTE * len(_specs(opened))
-        results.append(Estimate(preset.name, round(size)))
+        sized[preset.name] = size + _overhead(opened) + _NOTE * len(_specs(opened))
       bar.update()
-  return results, why
+  return [_with_needs(opened, *x) for x in sized.items()], why
+
+
+def _with_needs(opened: Opened, preset: str, size: float) -> Estimate:
+  """Adds about what it takes to write a file of this size."""
+  is_exact = preset.startswith('exact')
+  seconds = tensor_bytes(opened) / _CODED
+  if not is_exact and opened.config is not None:
+    elements = sum(x.size for x in _specs(opened).values())
+    seconds += elements * opened.config.hidden_size / _ROTATED
+  of_records = (structured.flatten(opened.specs(x)).values() for x in opened.records)
+  largest = max((sum(map(structured.count_bytes, x)) for x in of_records), default=0)
+  memory = _LEAST_MEMORY + _MOST_RECORDS[is_exact] * largest
+  return Estimate(preset, round(size), seconds, memory)
 
 
 def _specs(opened: Opened) -> dict[str, Any]:
@@ -130,14 +167,16 @@ def _overhead(opened: Opened) -> int:
 # ---- exact ---------------------------------------------------------------------------
 
 
-class _Group(NamedTuple):
-  """Records with parameters of the same shapes: how many, and those that are read."""
+def _groups(opened: Opened, layers: Mapping[int, float]) -> list[dict[str, float]]:
+  """Groups records with parameters of the same shapes, and chooses some of each group.
 
-  size: int
-  chosen: list[str]
+  Args:
+    opened: the checkpoint.
+    layers: layers that are chosen in any case, and for how many each of them stands.
 
-
-def _groups(opened: Opened) -> list[_Group]:
+  Returns:
+    For each group, the records that are read, and how many each of them stands for.
+  """
   groups: dict[tuple[Any, ...], list[str]] = {}
   for record in opened.records:
     specs = structured.flatten(opened.specs(record))
@@ -146,7 +185,14 @@ def _groups(opened: Opened) -> list[_Group]:
       for path, x in specs.items()
     )
     groups.setdefault(key, []).append(record)
-  return [_Group(len(own), _spread(own, _RECORDS)) for own in groups.values()]
+  names = {models.names.layer(i): likes for i, likes in layers.items()}
+  found = []
+  for own in groups.values():
+    chosen = {x: names[x] for x in own if x in names}
+    chosen = chosen or dict.fromkeys(_spread(own, _RECORDS), 1.0)
+    total = sum(chosen.values())
+    found.append({x: likes * len(own) / total for x, likes in chosen.items()})
+  return found
 
 
 def _spread(items: Sequence[Any], most: int) -> list[Any]:
@@ -156,11 +202,11 @@ def _spread(items: Sequence[Any], most: int) -> list[Any]:
 
 
 def _of_record(
-  opened: Opened, record: str, base: base_lib.Base | None
+  params: Mapping[str, Any], base: base_lib.Base | None
 ) -> tuple[float, float]:
   """Returns about the bytes of a record: alone, and beside the base."""
   alone = beside = 0.0
-  for path, leaf in structured.flatten(opened.read(record)).items():
+  for path, leaf in params.items():
     if structured.is_structured(leaf):
       own = weights.estimate(list(leaf.stored()[1].values()))
       alone, beside = alone + own, beside + own
@@ -208,41 +254,79 @@ def _beside(array: np.ndarray, known: np.ndarray) -> float:
 # ---- free and near -------------------------------------------------------------------
 
 
+class _Cutter:
+  """Cuts a small model out of a checkpoint, whose records come in any order.
+
+  Attributes:
+    layers: the layers that it takes, and for how many each of them stands.
+  """
+
+  def __init__(self, opened: checkpoints.CheckpointReader):
+    self._config = opened.config
+    self.layers = dict(zip(*_layers(opened.config), strict=True))
+    self._chosen = _chosen(opened.config)
+    self._axes = models.layout.outer_axes(opened.config)
+    self._pieces: dict[int, models.Params] = {}
+    self._outer: models.Params = {}
+    self._shapes = {x: tuple(y.shape) for x, y in _specs(opened).items()}
+    self._columns: dict[str, np.ndarray] = {}
+
+  def add(self, record: str, given: models.Params) -> None:
+    """Takes what it needs of a record."""
+    cut = functools.partial(_cut, chosen=self._chosen, hidden=self._config.hidden_size)
+    index = models.names.layer_index(record)
+    if index in self.layers:
+      axes = models.layout.layer_axes(self._config)
+      self._pieces[index] = cut(given[record], axes)
+    elif index is None and record != models.names.BUFFERS:
+      self._outer |= cut(given, self._axes)
+      if self._config.sliced and self._config.hidden_size > _WIDE:
+        self._columns |= structured.flatten(given)
+
+  def made(self) -> '_CutOut':
+    """Returns the model, when all records are there."""
+    config = self._config
+    lengths = {x: len(y) for x, y in self._chosen.items()}
+    part, shapes = _config(config, list(self.layers), lengths), {}
+    for path, shape in self._shapes.items():
+      index = models.names.layer_index(path)
+      if index is None:
+        shapes[path] = shape
+      elif index in self.layers:
+        place, inner = list(self.layers).index(index), path.split('/', 1)[1]
+        shapes[models.names.prefix(place) + inner] = shape
+    layers = [self._pieces[i] for i in self.layers]
+    model = models.from_layers(part, self._outer, layers, {})
+    is_tied = False
+    if _HEAD in self._columns:
+      is_tied = _is_tied(self._columns[_EMBED], self._columns[_HEAD])
+    return _CutOut(config, model, list(self.layers.values()), shapes, is_tied)
+
+
 class _CutOut(NamedTuple):
   """A small model that is cut out of a checkpoint.
 
   Attributes:
-    opened: the checkpoint.
+    config: config of the checkpoint.
     model: the model.
     counts: how many layers of the checkpoint each of its layers stands for.
     shapes: the shapes in the checkpoint, by the path in the model.
+    is_tied: whether the embedding follows from the head, but not that of the model.
   """
 
-  opened: checkpoints.CheckpointReader
+  config: models.ModelConfig
   model: models.Model
   counts: list[float]
   shapes: dict[str, tuple[int, ...]]
-
-  @classmethod
-  def make(cls, opened: checkpoints.CheckpointReader) -> '_CutOut':
-    config = opened.config
-    indices, counts = _layers(config)
-    chosen = _chosen(config)
-    part = _config(config, indices, {x: len(y) for x, y in chosen.items()})
-    axes, shapes = models.layout.layer_axes(config), {}
-    layers = []
-    for k, i in enumerate(indices):
-      layer, prefix = opened.layer(i), models.names.prefix(k)
-      for path, leaf in structured.flatten(layer).items():
-        shapes[prefix + path] = tuple(leaf.shape)
-      layers.append(_cut(layer, axes, chosen, config.hidden_size))
-    given, axes = opened.outer(), models.layout.outer_axes(config)
-    shapes |= {x: tuple(y.shape) for x, y in structured.flatten(given).items()}
-    outer = _cut(given, axes, chosen, config.hidden_size)
-    return cls(opened, models.from_layers(part, outer, layers, {}), counts, shapes)
+  is_tied: bool
 
   def predictable(self) -> float:
     """Returns the bytes that `exact` saves of an embedding beside its head."""
+    if self.is_tied:
+      table = dict(self.model.leaves())[_EMBED]
+      tokens, width = self.shapes[_EMBED]
+      kept = tokens * width * _RESIDUAL + self.config.hidden_size * width * _INTEGER
+      return max(self._size(_EMBED, table) - kept / 8, 0.0)
     none = range(self.model.config.num_layers, self.model.config.num_layers)
     before, saved = dict(self.model.leaves()), 0.0
     context, chain = passes.make_context(self.model), presets.exact().transform
@@ -256,15 +340,14 @@ class _CutOut(NamedTuple):
     """Returns the bytes that presets take, which rewrite with the same transforms."""
     context = passes.make_context(self.model)
     unrounded = context._replace(source=steps.rewritten(self.model))
-    return [
-      sum(
-        self._size(path, leaf)
-        for path, leaf in _flat(
-          passes.rewrite(unrounded, passes.chain(), rounding=preset.rounding)
-        ).items()
-      )
-      for preset in all_presets
-    ]
+    found = []
+    for preset in all_presets:
+      records = passes.rewrite(unrounded, passes.chain(), rounding=preset.rounding)
+      sizes = {path: self._size(path, leaf) for path, leaf in _flat(records).items()}
+      if self.is_tied:  # a matrix with a row for each coordinate stands for it
+        sizes[_EMBED] *= self.config.hidden_size / self.shapes[_EMBED][0]
+      found.append(sum(sizes.values()))
+    return found
 
   def _size(self, path: str, leaf: Any) -> float:
     """Returns about the bytes of a parameter of the checkpoint, and of those like it.
@@ -282,7 +365,7 @@ class _CutOut(NamedTuple):
     fixed = [x for name, x in stored.items() if leaf.needs and x.ndim == 2]
     fixed += [x for name, x in stored.items() if name == 'shifts']
     others = [x for x in stored.values() if not any(x is y for y in fixed)]
-    growth, hidden = whole / part, self.opened.config.hidden_size
+    growth, hidden = whole / part, self.config.hidden_size
     narrower = _narrow(hidden, hidden) / hidden
     if 'shortcut' in path and narrower < 1:
       bits = weights.estimate(list(stored.values())) / sum(
@@ -295,6 +378,37 @@ class _CutOut(NamedTuple):
       kept = sum(x.size for x in others)
       growth = (whole - (part - kept) / narrower**2) / kept
     return likes * (weights.estimate(fixed) + growth * weights.estimate(others))
+
+
+def _is_tied(table: np.ndarray, kernel: np.ndarray) -> bool:
+  """Returns whether an embedding is about the head times some matrix.
+
+  A few of its columns are predicted for some tokens from those of others, by conjugate
+  gradients; a decomposition of a wide head would take too long.
+
+  Args:
+    table: the embedding, `[V, d]`.
+    kernel: the head, `[D, V]`.
+  """
+  rank, tokens = kernel.shape
+  if 3 * rank > tokens:
+    return False
+  few = min(rank, _UNSEEN)
+  chosen = np.sort(np.random.default_rng(0).permutation(tokens)[: 2 * rank + few])
+  given = np.asarray(kernel.T[chosen], np.float32)
+  wanted = np.asarray(table[chosen][:, :_COLUMNS], np.float32)
+  is_seen = np.arange(len(given)) % (len(given) // few) > 0
+  (seen, unseen), (fit, test) = ((x[is_seen], x[~is_seen]) for x in (given, wanted))
+  matrix = np.zeros((rank, wanted.shape[1]), np.float32)
+  left = direction = seen.T @ fit
+  with np.errstate(all='ignore'):  # numbers that are not finite are never tied
+    for _ in range(_STEPS):
+      squares, image = np.square(left).sum(0), seen.T @ (seen @ direction)
+      length = squares / np.maximum((direction * image).sum(0), _TINY)
+      matrix, left = matrix + length * direction, left - length * image
+      direction = left + np.square(left).sum(0) / np.maximum(squares, _TINY) * direction
+    off = np.linalg.norm(unseen @ matrix - test, axis=1)
+    return bool(np.median(off / np.maximum(np.linalg.norm(test, axis=1), _TINY)) < 0.3)
 
 
 def _layers(config: models.ModelConfig) -> tuple[list[int], list[float]]:
@@ -313,24 +427,21 @@ def _layers(config: models.ModelConfig) -> tuple[list[int], list[float]]:
 def _chosen(config: models.ModelConfig) -> dict[str, np.ndarray]:
   """Chooses the places of each axis that is cut."""
   experts = min(config.num_experts, config.experts_per_token)
-  cut = dataclasses.replace(config, num_experts=experts)
-  elements = models.count_elements(cut) / max(config.num_layers, 1)
-  elements *= _narrow(config.hidden_size, config.hidden_size) / config.hidden_size
-  share = min(_PART / elements, 1.0)
-  most = lambda length, least: min(length, max(int(share * length), least))
+  narrow = _narrow(config.hidden_size, config.hidden_size)
+  most = max(_PART // narrow, 64)
   spread = lambda length, count: np.arange(count) * length // max(count, 1)
-  heads = spread(config.num_kv_heads, most(config.num_kv_heads, 1))
   group, h = config.num_heads // config.num_kv_heads, config.head_dim
+  count = min(config.num_kv_heads, max(most // (group * h), 1))
+  heads = spread(config.num_kv_heads, count)
   queries = (heads[:, None] * group + np.arange(group)).reshape(-1)
   columns = lambda x: (x[:, None] * h + np.arange(h)).reshape(-1)
   # Fewer tokens than coordinates would always be a linear image of the head.
-  narrow = _narrow(config.hidden_size, config.hidden_size)
   tokens = max(_TOKENS, 4 * narrow if config.sliced else 0)
   neurons, positions = config.intermediate_size, config.learned_positions
   return {
     'query': columns(queries),
     'key': columns(heads),
-    'neuron': spread(neurons, most(neurons, 64)),
+    'neuron': spread(neurons, min(neurons, max(most // max(experts, 1), 64))),
     'expert': spread(config.num_experts, experts),
     'vocabulary': spread(config.vocab_size, min(config.vocab_size, tokens)),
     'position': spread(positions, min(positions, _TOKENS)),

@@ -510,7 +510,8 @@ pre { overflow-x: auto; padding: 12px; border: 1px solid var(--line); }
 footer { margin-top: 48px; color: var(--soft); font-size: .875rem; }
 @media print {
   @page { margin: 16mm; }
-  :root { color-scheme: light; }
+  :root { color-scheme: light; print-color-adjust: exact;
+    -webkit-print-color-adjust: exact; }
   main { max-width: none; padding: 0; }
   figure, tr, li, .strip, pre { break-inside: avoid; }
   h2 { break-after: avoid; }
