@@ -374,7 +374,7 @@ class TestEvaluate:
     result = self.evaluate(rotbits, readable, readable / DENSE.name, '--max_tokens=17')
     assert result['tokens'] == 16
     assert result['perplexity'] > 1
-    assert (result['kl'], result['kl_rerounded']) == (None, None)
+    assert result['kl'] is result['kl_rerounded'] is result['ear'] is None
 
   def test_a_file_beside_its_checkpoint(self, rotbits, readable, tmp_path):
     reference = readable / SLICED.name
@@ -403,7 +403,7 @@ class TestEvaluate:
     )
     assert code == 0
     heads = [line.split('  ')[0] for line in out.splitlines()]
-    assert heads == ['perplexity', 'KL', 'noise floor']
+    assert heads == ['perplexity', 'KL', 'EAR', 'noise floor']
 
 
 def truncated(tmp_path):
