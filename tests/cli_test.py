@@ -457,6 +457,11 @@ class TestBadInput:
       (['--output=OUT', '--config=free', '--config.preset=none'], 'none'),
       (['--output=OUT', '--shard_size=0MB'], 'size like 2GB'),
       (['--output=OUT', '--preset=paper', '--shard_size=1MB'], 'in shards'),
+      (['--output=OUT', '--preset=free', '--bits=4'], '--bits is not for'),
+      (['--output=OUT', '--preset=near', '--bits=4', '--step=-5'], '--bits finds the'),
+      (['--output=OUT', '--preset=near', '--bits=4', '--max_kl=1'], '--max_kl finds'),
+      (['--output=OUT', '--preset=near', '--text=x'], '--text is for'),
+      (['--output=OUT', '--preset=near', '--target_size=4XB'], 'size like 2GB'),
     ],
   )
   def test_flags(self, rotbits, tmp_path, flags, words):

@@ -29,6 +29,7 @@ from rotbits_jax import structured
 from rotbits_jax.coding import weights
 from rotbits_jax.file import base as base_lib
 from rotbits_jax.file import reader as reader_lib
+from rotbits_jax.file import sources
 from rotbits_jax.passes import relative
 from rotbits_jax.presets import steps
 from rotbits_jax.system import progress as progress_lib
@@ -85,7 +86,7 @@ def estimate(
   count = sum(len(own.chosen) for own in groups) + 2
   with progress_lib.Progress('estimate', count, 'part', show=progress) as bar:
     bar.stage('exact')
-    alone = beside = float(_overhead(opened))
+    alone = beside = float(overhead(opened))
     for own in groups:
       for record in own.chosen:
         sizes = _of_record(opened, record, found)
@@ -102,13 +103,13 @@ def estimate(
       bar.update()
       others = [presets.free(), presets.near()]
       for preset, size in zip(others, cut.sizes(others), strict=True):
-        size += _overhead(opened) + _NOTE * len(_specs(opened))
+        size += overhead(opened, is_rewritten=True)
         results.append(Estimate(preset.name, round(size)))
       bar.update()
   return results, why
 
 
-def _specs(opened: Opened) -> dict[str, Any]:
+def _specs(opened: Opened | sources.Source) -> dict[str, Any]:
   """Returns the shapes of all parameters by path; nothing is read."""
   specs: dict[str, Any] = {}
   for record in opened.records:
@@ -121,10 +122,20 @@ def tensor_bytes(opened: Opened) -> int:
   return sum(structured.count_bytes(x) for x in _specs(opened).values())
 
 
-def _overhead(opened: Opened) -> int:
-  """Returns about how many bytes a file has besides its tensors."""
+def elements(opened: Opened) -> int:
+  """Returns how many elements the tensors have."""
+  return sum(map(structured.count_elements, _specs(opened).values()))
+
+
+def overhead(opened: Opened | sources.Source, *, is_rewritten: bool = False) -> int:
+  """Returns about how many bytes a file has besides its tensors.
+
+  Args:
+    opened: the checkpoint.
+    is_rewritten: whether the manifest has notes on how tensors were rewritten.
+  """
   files = sum(len(zlib.compress(x)) for x in opened.files.values())
-  return files + _ENTRY * len(_specs(opened))
+  return files + (_ENTRY + _NOTE * is_rewritten) * len(_specs(opened))
 
 
 # ---- exact ---------------------------------------------------------------------------
@@ -146,10 +157,10 @@ def _groups(opened: Opened) -> list[_Group]:
       for path, x in specs.items()
     )
     groups.setdefault(key, []).append(record)
-  return [_Group(len(own), _spread(own, _RECORDS)) for own in groups.values()]
+  return [_Group(len(own), spread(own, _RECORDS)) for own in groups.values()]
 
 
-def _spread(items: Sequence[Any], most: int) -> list[Any]:
+def spread(items: Sequence[Any], most: int) -> list[Any]:
   """Returns at most so many items, at equal distances."""
   count = min(len(items), most)
   return [items[int((k + 0.5) * len(items) / count)] for k in range(count)]
@@ -161,18 +172,21 @@ def _of_record(
   """Returns about the bytes of a record: alone, and beside the base."""
   alone = beside = 0.0
   for path, leaf in structured.flatten(opened.read(record)).items():
-    if structured.is_structured(leaf):
-      own = weights.estimate(list(leaf.stored()[1].values()))
-      alone, beside = alone + own, beside + own
-      continue
-    array = np.asarray(leaf)
-    own = _extrapolated(array, lambda x: weights.estimate([x]))
-    known = None if base is None else base.array(path)
+    own = of_leaf(leaf)
     alone += own
-    if known is not None and known.shape == array.shape:
-      own = min(own, _extrapolated(array, _beside, known))
+    if not structured.is_structured(leaf):
+      known = None if base is None else base.array(path)
+      if known is not None and known.shape == leaf.shape:
+        own = min(own, _extrapolated(np.asarray(leaf), _beside, known))
     beside += own
   return alone, beside
+
+
+def of_leaf(leaf: Any) -> float:
+  """Returns about the bytes of an array or a structured leaf."""
+  if structured.is_structured(leaf):
+    return weights.estimate(list(leaf.stored()[1].values()))
+  return _extrapolated(np.asarray(leaf), lambda x: weights.estimate([x]))
 
 
 def _extrapolated(
@@ -247,7 +261,7 @@ class _CutOut(NamedTuple):
     before, saved = dict(self.model.leaves()), 0.0
     context, chain = passes.make_context(self.model), presets.exact().transform
     records = passes.rewrite(context, chain, rounding=None, layers=none)
-    for path, leaf in _flat(records).items():
+    for path, leaf in flat(records).items():
       if structured.is_structured(leaf):
         saved += self._size(path, before[path]) - self._size(path, leaf)
     return saved
@@ -259,7 +273,7 @@ class _CutOut(NamedTuple):
     return [
       sum(
         self._size(path, leaf)
-        for path, leaf in _flat(
+        for path, leaf in flat(
           passes.rewrite(unrounded, passes.chain(), rounding=preset.rounding)
         ).items()
       )
@@ -302,7 +316,7 @@ def _layers(config: models.ModelConfig) -> tuple[list[int], list[float]]:
   count = config.num_layers
   if count <= _LAYERS:
     return list(range(count)), [1.0] * count
-  between = _spread(range(1, count - 1), _LAYERS - 2)
+  between = spread(range(1, count - 1), _LAYERS - 2)
   found = [0, *between, count - 1]
   widths = [config.layer_widths(i) for i in found]
   if all(a[-1] == b[0] for a, b in itertools.pairwise(widths)):
@@ -385,7 +399,7 @@ def _cut(
   return structured.unflatten(found)
 
 
-def _flat(batches: Iterable[tuple[list[passes.Record], Any]]) -> dict[str, Any]:
+def flat(batches: Iterable[tuple[list[passes.Record], Any]]) -> dict[str, Any]:
   """Returns the leaves of all records by path."""
   flat: dict[str, Any] = {}
   for records, _ in batches:

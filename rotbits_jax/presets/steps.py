@@ -315,12 +315,7 @@ def rewritten(model: models.Model) -> models.Model:
 
 
 def _rewritten(context: passes.Context) -> models.Model:
-  wide = {
-    path: np.dtype(np.float32) if jnp.issubdtype(dtype, jnp.floating) else dtype
-    for path, dtype in context.dtypes.items()
-  }
-  wide_context = context._replace(dtypes=wide)
-  units = passes.rewrite(wide_context, near().transform)
+  units = passes.rewrite(context.widened(), near().transform)
   result = passes.to_model(context.config, (unit for some, _ in units for unit in some))
   return dataclasses.replace(result, stored_as=context.dtype.name)
 
