@@ -302,8 +302,13 @@ def main() -> None:
   rows = measure(checkpoint.model, tokens, found, inputs, steps)
   elements = passes.count_model(checkpoint.model)[0]
   lines = [to_text(rows, elements), '', f'{"offset":>8}{"KL at 2^-5":>12}']
-  for kind, offset in sorted(found.offsets.items(), key=lambda item: item[1]):
-    lines.append(f'{offset:8.2f}{found.sensitivities[kind]:12.2e}  {kind}')
+  kinds: dict[str, list[str]] = {}
+  for path in sorted(found.offsets, key=found.offsets.__getitem__):
+    kinds.setdefault(models.names.pattern(path), []).append(path)
+  for kind, paths in kinds.items():
+    offset = sum(found.offsets[x] for x in paths) / len(paths)
+    kl = sum(found.sensitivities[x] for x in paths)
+    lines.append(f'{offset:8.2f}{kl:12.2e}  {kind}')
   text = '\n'.join(lines)
   print(text)
   if _PICTURE.value:

@@ -22,6 +22,7 @@ from rotbits_jax import presets
 from rotbits_jax.file import estimation
 from rotbits_jax.file import sources
 from rotbits_jax.system import progress as progress_lib
+from rotbits_jax.system import status
 from rotbits_jax.system import text as text_lib
 
 WITHIN = 0.01
@@ -84,15 +85,19 @@ def write(
   """
   if source.config is None or jax.process_count() > 1:
     raise ValueError('a target size needs a model of a known family, and one process')
-  with progress_lib.Progress(
-    'sizes', source.config.num_layers + 1, 'record', show=progress
-  ) as bar:
+  count = source.config.num_layers + 2
+  with progress_lib.Progress('sizes', count, 'record', show=progress) as bar:
+    bar.stage('compiling, removing gauges')
     sizes = Sizes(source, options, bar)
     bar.stage('finding the step')
     rest = float(estimation.overhead(source, is_rewritten=True))
     found = sizes.meet(target, _AIMS[0], rest, _START)
+    bar.finish()
+  size = 0
   for k, aim in enumerate(_AIMS):
     if k:
+      if progress:
+        status.show(f'sizes: it has {size:,} bytes; finding another step ...')
       found = sizes.meet(target, aim, rest, found.step)
     given = options | {'step': found.step, 'offsets': found.offsets}
     least = min((1 - WITHIN) * target, (aim - WITHIN / 2) / aim * (found.nbytes + rest))
@@ -119,7 +124,7 @@ class Sizes:
       options: those of `near`, but for the step.
       bar: gets a unit for each layer and one for the others.
     """
-    self._options = {**options, 'inputs': None}  # feedback hardly changes the bytes
+    self._options = dict(options)
     self._offsets = dict(options.get('offsets') or {})
     given: Any = source
     self._context = passes.make_context(given, stored_as=source.stored_as)
@@ -148,8 +153,10 @@ class Sizes:
       step: of all kinds of parameters but those that are held.
       held: the steps of these.
     """
-    own = {x: self._offsets.get(x, 0.0) + at - step for x, at in held.items()}
-    offsets = self._offsets | own
+    offsets = dict(self._offsets)
+    for kind, at in held.items():
+      for path in {kind, *(x for x in offsets if models.names.pattern(x) == kind)}:
+        offsets[path] = self._offsets.get(path, 0.0) + at - step
     preset = presets.near(**self._options | {'step': step, 'offsets': offsets})
     kept: Any = self._kept
     context, found = self._context._replace(source=kept), dict[str, float]()

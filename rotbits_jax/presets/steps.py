@@ -151,8 +151,10 @@ def search(
     step = PROBE
     while len(curve) < _EVALUATIONS and step not in curve:
       bar.stage(f'2^{step:g}')
-      rounded = text.rounded(step, found.offsets, found.inputs)
-      curve[step] = text.compare({'rounded': rounded})['rounded']
+      # No name keeps a rounded model, so that there is one of them at a time.
+      curve[step] = text.compare(
+        {'rounded': text.rounded(step, found.offsets, found.inputs)}
+      )['rounded']
       bar.update()
       step = _next_step(curve, max_kl)
     bar.finish()
