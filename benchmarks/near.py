@@ -1,4 +1,4 @@
-"""Bytes against KL divergence: the preset `near` beside block formats and int8.
+"""Bits a number against KL divergence and agreement: `near` beside other formats.
 
   pip install '.[text,benchmark]'
   python -m benchmarks.near --checkpoint=DIR [--text=FILE] [--max_tokens=N]
@@ -6,20 +6,23 @@
     [--results=RESULTS.md --name=NAME]
 
 The same matrices are stored in different ways, and the same code measures each on the
-same text:
+same text. DIR is any checkpoint, sliced or dense:
 
   near              `near` at several steps, one step for all kinds of parameters
   near, feedback    the same steps, rounded with error feedback
   near, calibrated  with feedback, and the offsets of `steps.calibrate`, whose mean is 0
-  GGUF              blocks of 32 numbers, quantised by the package `gguf`
-  int8              one scale for each output, quantised by the package `qwix`
+  GGUF              blocks of 32 or 256 numbers with scales of their own
+  rows, zstd        integers with one scale for each output, compressed by zstd
+  WaterSIC-style    a step for each input feature, with feedback, on the same text
 
 Bytes are those of the whole file for `near`, but without a tokenizer. For the others
-they are those of the numbers alone. The last columns tell at which share of the bytes
-`near` has the same divergence, by linear interpolation of the bytes in log KL.
+they are those of the numbers alone; `benchmarks.formats` says how these are made. The
+last columns tell at which share of the bytes `near` has the same divergence, by linear
+interpolation of the bytes in log KL.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+import dataclasses
 import functools
 import itertools
 import math
@@ -29,20 +32,19 @@ import sys
 from typing import Any, NamedTuple
 
 from absl import flags
-import gguf
 import jax
 import numpy as np
 
 from benchmarks import demo
-from benchmarks import int8
+from benchmarks import formats
 from benchmarks import sections
 import rotbits_jax
 from rotbits_jax import evaluation
 from rotbits_jax import models
 from rotbits_jax import passes
 from rotbits_jax import presets
-from rotbits_jax import structured
 from rotbits_jax.cli import program
+from rotbits_jax.evaluation import perplexity
 from rotbits_jax.presets import steps as steps_lib
 from rotbits_jax.report import charts
 from rotbits_jax.system import outputs
@@ -82,11 +84,17 @@ _NAME = flags.DEFINE_string(
   'name', None, 'What the section calls the model.', flag_values=FLAGS
 )
 
-BLOCKS = ('Q8_0', 'Q5_1', 'Q5_0', 'Q4_1', 'Q4_0')
+BLOCKS = (
+  *('Q8_0', 'Q6_K', 'Q5_1', 'Q5_K', 'Q5_0', 'Q4_1', 'Q4_K', 'Q4_0'),
+  *('IQ4_NL', 'IQ4_XS', 'Q3_K'),
+)
 """GGUF's formats, from the largest to the smallest."""
 
+WIDTHS = (8, 6, 5, 4)
+"""Bits of the integers of rows."""
+
 PLAIN, FEEDBACK, CALIBRATED = 'near', 'near, feedback', 'near, calibrated'
-GGUF, INT8 = 'GGUF', 'int8, Qwix'
+GGUF, ROWS, WATERSIC = 'GGUF', 'rows, zstd', 'WaterSIC-style'
 
 _TOGETHER = 3
 """How many models are in memory at once, so that the reference predicts less often."""
@@ -96,11 +104,12 @@ class Row(NamedTuple):
   """A line of the table.
 
   Attributes:
-    series: one of `PLAIN`, `FEEDBACK`, `CALIBRATED`, `GGUF` and `INT8`.
+    series: one of `PLAIN`, `FEEDBACK`, `CALIBRATED`, `GGUF`, `ROWS` and `WATERSIC`.
     name: the step or the format.
     bytes: the bytes that the model takes.
     perplexity: perplexity on the text.
     kl: mean KL divergence from the model's own predictions, in nats.
+    ear: mean expected agreement rate with these predictions.
   """
 
   series: str
@@ -108,13 +117,7 @@ class Row(NamedTuple):
   bytes: int
   perplexity: float
   kl: float
-
-
-class Stored(NamedTuple):
-  """A model whose numbers were rounded, and the bytes that it takes."""
-
-  model: models.Model
-  bytes: int
+  ear: float
 
 
 # ---- the models ----------------------------------------------------------------------
@@ -125,7 +128,7 @@ def stored_by_near(
   step: float,
   offsets: Mapping[str, float],
   inputs: Mapping[str, passes.Inputs],
-) -> Stored:
+) -> formats.Stored:
   """Encodes a model with the preset `near` and decodes it.
 
   Args:
@@ -140,69 +143,20 @@ def stored_by_near(
   data = rotbits_jax.encode(rewritten, preset=preset)
   loaded = rotbits_jax.load(data)
   assert isinstance(loaded, rotbits_jax.Model)
-  return Stored(loaded, len(data))
+  return formats.Stored(loaded, len(data))
 
 
-def stored_in_blocks(model: models.Model, name: str) -> Stored:
-  """Quantises the matrices of a model to a block format of GGUF, and dequantises them.
-
-  A block has 32 numbers that meet the inputs of one output, as in llama.cpp's files. If
-  the number of inputs is not a multiple of 32, blocks run on into the next output.
-  """
-  kind = gguf.GGMLQuantizationType[name]
-  length, size = gguf.GGML_QUANT_SIZES[kind]
-
-  def rounded(rows: np.ndarray) -> tuple[np.ndarray, int]:
-    flat = np.pad(rows.reshape(-1), (0, -rows.size % length)).reshape(-1, length)
-    numbers = gguf.quants.dequantize(gguf.quants.quantize(flat, kind), kind)
-    return numbers.reshape(-1)[: rows.size].reshape(rows.shape), len(flat) * size
-
-  return _stored(model, rounded)
-
-
-def stored_as_int8(model: models.Model) -> Stored:
-  """Quantises the matrices of a model to int8 with Qwix, and dequantises them."""
-
-  def rounded(rows: np.ndarray) -> tuple[np.ndarray, int]:
-    leaf = int8.quantize(rows.T, np.float16)
-    size = structured.count_bytes(leaf)
-    # The products of values and scales are not rounded to the dtype of the scales.
-    leaf = int8.Int8(leaf.values, leaf.scales.astype(np.float32))
-    return np.asarray(leaf.materialize()).T, size
-
-  return _stored(model, rounded)
-
-
-def _stored(
-  model: models.Model, rounded: Callable[[np.ndarray], tuple[np.ndarray, int]]
-) -> Stored:
-  """Rounds the matrices of a model; vectors keep their dtype.
-
-  Args:
-    model: the model.
-    rounded: takes float32 rows, one for each output or each token. Returns the rounded
-      rows and their bytes.
-  """
-  total = 0
-
-  def round_tree(tree: models.Params) -> models.Params:
-    nonlocal total
-    flat = structured.flatten(tree)
-    for path, leaf in flat.items():
-      array = np.asarray(leaf)
-      if array.ndim < 2:
-        total += array.nbytes
-        continue
-      # A kernel `[inputs, outputs]` has a row for each input.
-      turn = np.transpose if path.endswith('/kernel') else np.asarray
-      rows, size = rounded(np.ascontiguousarray(turn(array), np.float32))
-      flat[path] = np.ascontiguousarray(turn(rows))
-      total += size
-    return structured.unflatten(flat)
-
-  layers = [round_tree(layer) for layer in model.layers()]
-  outer = round_tree(model.outer())
-  return Stored(models.from_layers(model.config, outer, layers), total)
+def inputs_of(model: models.Model, tokens: np.ndarray) -> dict[str, passes.Inputs]:
+  """Measures the inputs of a model's own matrices on a text."""
+  moments = jax.jit(models.input_moments)
+  given = dataclasses.replace(model, buffers={})
+  cut = perplexity.windows(tokens, model.config)
+  found = [moments(given, x) for x, length in cut if length == x.size]
+  total = jax.device_get(jax.tree.map(lambda *x: sum(x), *found))
+  return {
+    path: passes.Inputs(x, 0)
+    for path, x in dataclasses.replace(given, params=total).leaves()
+  }
 
 
 # ---- the measurements ----------------------------------------------------------------
@@ -212,6 +166,7 @@ def measure(
   model: models.Model,
   tokens: np.ndarray,
   found: steps_lib.Calibration,
+  inputs: Mapping[str, passes.Inputs],
   steps: Sequence[float],
 ) -> list[Row]:
   """Measures each way to store a model.
@@ -220,6 +175,7 @@ def measure(
     model: the model.
     tokens: `[N]` tokens of the text to evaluate on.
     found: the calibration of the model on another text.
+    inputs: the inputs of the model's own matrices on that text.
     steps: steps of `near`, from the finest to the coarsest.
 
   Returns:
@@ -227,19 +183,23 @@ def measure(
   """
   rewritten = steps_lib.rewritten(model)
   model = jax.device_put(model)
-  plans: list[tuple[str, str, Callable[[], Stored]]] = []
+  plans: list[tuple[str, str, Callable[[], formats.Stored]]] = []
   ways = {
     PLAIN: ({}, {}),
     FEEDBACK: ({}, found.inputs),
     CALIBRATED: (found.offsets, found.inputs),
   }
-  for name, (offsets, inputs) in ways.items():
+  for name, (offsets, own_inputs) in ways.items():
     for step in steps:
-      make = functools.partial(stored_by_near, rewritten, step, offsets, inputs)
+      make = functools.partial(stored_by_near, rewritten, step, offsets, own_inputs)
       plans.append((name, f'2^{step:g}', make))
   for name in BLOCKS:
-    plans.append((GGUF, name, functools.partial(stored_in_blocks, model, name)))
-  plans.append((INT8, '', functools.partial(stored_as_int8, model)))
+    plans.append((GGUF, name, functools.partial(formats.in_blocks, model, name)))
+  for bits in WIDTHS:
+    plans.append((ROWS, f'int{bits}', functools.partial(formats.in_rows, model, bits)))
+  for step in steps:
+    make = functools.partial(formats.like_watersic, model, step, inputs)
+    plans.append((WATERSIC, f'2^{step:g}', make))
   rows = []
   for some in _batched(plans, _TOGETHER):
     stored = {(series, name): make() for series, name, make in some}
@@ -251,7 +211,8 @@ def measure(
     )
     for key, x in stored.items():
       own = measured[' '.join(key)]
-      rows.append(Row(*key, x.bytes, own.perplexity, own.kl['model']))
+      measures = own.perplexity, own.kl['model'], own.ear['model']
+      rows.append(Row(*key, x.bytes, *measures))
   return rows
 
 
@@ -265,50 +226,52 @@ def bytes_at(rows: Sequence[Row], series: str, kl: float) -> float | None:
   return None
 
 
-def to_text(rows: Sequence[Row], tensor_bytes: int) -> str:
-  """Formats the table. Percentages are relative to the bytes of the tensors."""
+def to_text(rows: Sequence[Row], elements: int) -> str:
+  """Formats the table. Bits are those of the bytes for each element of the model."""
   lines = [
-    f'{"":18}{"":6}{"bytes":>13}{"":>8}{"perplexity":>12}{"KL":>10}'
+    f'{"":18}{"":6}{"bytes":>13}{"bits":>8}{"perplexity":>12}{"KL":>10}{"EAR":>9}'
     f'{"near there":>12}{"calibrated":>12}'
   ]
   shown = None
   for row in rows:
     ours = ''
-    if row.series in (GGUF, INT8):
+    if row.series in (GGUF, ROWS, WATERSIC):
       for series in (PLAIN, CALIBRATED):
         size = bytes_at(rows, series, row.kl)
         ours += f'{"" if size is None else f"{size / row.bytes:.3f}":>12}'
     lines.append(
       f'{row.series if row.series != shown else "":18}{row.name:6}{row.bytes:13,}'
-      f'{row.bytes / tensor_bytes:8.1%}{row.perplexity:12.3f}{row.kl:10.2e}'
-      f'{ours.rstrip()}'
+      f'{8 * row.bytes / elements:8.3f}{row.perplexity:12.3f}{row.kl:10.2e}'
+      f'{row.ear:9.2%}{ours.rstrip()}'
     )
     shown = row.series
   return '\n'.join(lines)
 
 
-def picture(rows: Sequence[Row], tensor_bytes: int) -> str:
-  """Draws bytes against divergence, as an SVG file."""
+def picture(rows: Sequence[Row], elements: int) -> str:
+  """Draws bits a number against divergence, as an SVG file."""
   series = []
   for name, own in itertools.groupby(rows, lambda row: row.series):
+    if name == FEEDBACK:  # it is close to the series beside it
+      continue
     points = list(own)
     series.append(
       charts.Series(
         name,
-        [100 * row.bytes / tensor_bytes for row in points],
+        [8 * row.bytes / elements for row in points],
         [row.kl for row in points],
-        line=name not in (GGUF, INT8),  # formats are no steps of one thing
-        labels=[row.name for row in points] if name == GGUF else None,
+        line=name not in (GGUF, ROWS),  # formats are no steps of one thing
+        labels=[row.name for row in points] if name in (GGUF, ROWS) else None,
       )
     )
   low = 10.0 ** math.floor(math.log10(min(row.kl for row in rows)))
   high = 10.0 ** math.ceil(math.log10(max(row.kl for row in rows)))
-  right = 10 * math.ceil(max(x for own in series for x in own.x) / 10)
+  bits = [x for own in series for x in own.x]
   drawn = charts.chart(
     series,
-    charts.Axis('bytes, % of the tensors', 10, right),
+    charts.Axis('bits a number', math.floor(min(bits)), math.ceil(max(bits))),
     charts.Axis('KL divergence, nats a token', low, high, log=True),
-    title='Bytes against KL divergence of near, GGUF block formats and int8',
+    title='Bits a number against KL divergence of near and of other formats',
     inside=True,
   )
   return charts.standalone(drawn) + '\n'
@@ -335,25 +298,31 @@ def main() -> None:
   )
   found = steps_lib.calibrate(checkpoint.model, calibration, progress=True)
   steps = [float(step) for step in _STEPS.value]
-  rows = measure(checkpoint.model, tokens, found, steps)
-  tensor_bytes = passes.count_model(checkpoint.model)[1]
-  lines = [to_text(rows, tensor_bytes), '', f'{"offset":>8}{"KL at 2^-5":>12}']
-  for kind, offset in sorted(found.offsets.items(), key=lambda item: item[1]):
-    lines.append(f'{offset:8.2f}{found.sensitivities[kind]:12.2e}  {kind}')
+  inputs = inputs_of(checkpoint.model, calibration)
+  rows = measure(checkpoint.model, tokens, found, inputs, steps)
+  elements = passes.count_model(checkpoint.model)[0]
+  lines = [to_text(rows, elements), '', f'{"offset":>8}{"KL at 2^-5":>12}']
+  kinds: dict[str, list[str]] = {}
+  for path in sorted(found.offsets, key=found.offsets.__getitem__):
+    kinds.setdefault(models.names.pattern(path), []).append(path)
+  for kind, paths in kinds.items():
+    offset = sum(found.offsets[x] for x in paths) / len(paths)
+    kl = sum(found.sensitivities[x] for x in paths)
+    lines.append(f'{offset:8.2f}{kl:12.2e}  {kind}')
   text = '\n'.join(lines)
   print(text)
   if _PICTURE.value:
-    pathlib.Path(_PICTURE.value).write_text(picture(rows, tensor_bytes))
+    pathlib.Path(_PICTURE.value).write_text(picture(rows, elements))
   if _RESULTS.value:
     name = _NAME.value or pathlib.Path(_CHECKPOINT.value).name
     about = (
-      f'`python -m benchmarks.near`, {sections.machine()}.\nPerplexity and KL on '
+      f'`python -m benchmarks.near`, {sections.machine()}.\nPerplexity, KL and EAR on '
       f'{len(tokens):,} tokens; offsets calibrated on {len(calibration):,} others.'
     )
     body = sections.with_table(about, text)
     if _PICTURE.value:
       link = os.path.relpath(_PICTURE.value, pathlib.Path(_RESULTS.value).parent)
-      body += f'\n\n![Bytes against KL divergence on {name}]({link})'
+      body += f'\n\n![Bits a number against KL divergence on {name}]({link})'
     sections.write(_RESULTS.value, f'`near` beside other formats: {name}', body)
 
 

@@ -26,6 +26,7 @@ import safetensors.numpy
 
 from benchmarks import decode
 from benchmarks import demo
+from benchmarks import formats
 from benchmarks import near
 import rotbits_jax
 from rotbits_jax import checkpoints
@@ -123,7 +124,7 @@ def measure(
     kl = divergence(loaded)
     curve['this library'].append([len(data) / report.input_bytes, kl])
   for name in BLOCKS:
-    stored = near.stored_in_blocks(model, name)
+    stored = formats.in_blocks(model, name)
     kl = divergence(stored.model)
     curve['GGUF'].append([stored.bytes / report.input_bytes, kl])
   floor = divergence(passes.randomly_rotated(model, key=jax.random.key(0)))
@@ -245,14 +246,15 @@ def of_decode() -> str:
 
 def of_near(title: str) -> str:
   """Draws a table of `benchmarks.near`; the first row of a series has its name."""
-  cells = r'(2\^-?\d+|Q\d_\d|) +([\d,]+) +([\d.]+)% +([\d.]+) +(\d[.]\d\de[-+]\d\d)'
-  rows, series, whole = [], '', 0.0
+  cells = r'(2\^-?\d+|I?Q\d_\w+|int\d) +([\d,]+) +([\d.]+) +([\d.]+) +(\S+) +([\d.]+)%'
+  rows, series, elements = [], '', 0.0
   for row in rows_of(title, rf'(.{{18}}){cells}.*$'):
     series = row[1].strip() or series
     size = int(number(row[3]))
-    rows.append(near.Row(series, row[2], size, float(row[5]), float(row[6])))
-    whole = size / (float(row[4]) / 100)
-  return near.picture(rows, round(whole))
+    perplexity, kl, ear = map(float, (row[5], row[6], row[7]))
+    rows.append(near.Row(series, row[2], size, perplexity, kl, ear / 100))
+    elements = 8 * size / float(row[4])
+  return near.picture(rows, round(elements))
 
 
 def main() -> None:

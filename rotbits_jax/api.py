@@ -26,6 +26,7 @@ from rotbits_jax.file import job as job_lib
 from rotbits_jax.file import placement
 from rotbits_jax.file import reader as reader_lib
 from rotbits_jax.file import shards
+from rotbits_jax.file import sizing
 from rotbits_jax.file import sources
 from rotbits_jax.file import trees
 from rotbits_jax.file import verification
@@ -127,6 +128,7 @@ def encode_to_file(
   files: Mapping[str, bytes] | None = None,
   stem: str | None = None,
   shard_size: int | None = None,
+  target_size: int | None = None,
   mesh: jax.sharding.Mesh | None = None,
   overwrite: bool = True,
   check: bool = False,
@@ -153,6 +155,9 @@ def encode_to_file(
     stem: see `encode`.
     shard_size: greatest size of a shard in bytes; None for one file, or for as many
       shards as there are processes.
+    target_size: the greatest number of bytes of the file, or of all shards, in place of
+      the option `step` of 'near', which is found so that the file has at least 99% of
+      them. The preset is given by its name.
     mesh: see `encode`.
     overwrite: whether an existing file may be replaced.
     check: whether to decode everything that was written before a file is replaced, and
@@ -171,8 +176,24 @@ def encode_to_file(
     source = checkpoints.open_any(source)
   output = encode_lib.Output(path, shard_size=shard_size, overwrite=overwrite)
   given = output.without(source)
-  job = _job(given, preset, options, files, stem, mesh, base, adapters)
-  output.write(job, check=check, progress=progress)
+  rest = files, stem, mesh, base, adapters
+  if target_size is None:
+    output.write(_job(given, preset, options, *rest), check=check, progress=progress)
+    return
+  if preset != 'near' or 'step' in options:
+    raise ValueError(
+      "target_size finds the step of the preset 'near', given by its name"
+    )
+  found = sources.Source(given, files, stem)
+  sizing.write(
+    found,
+    target_size,
+    lambda made, accepted: output.write(
+      _job(given, made, {}, *rest), check=check, progress=progress, accepted=accepted
+    ),
+    progress=progress,
+    **options,
+  )
 
 
 @overload

@@ -384,7 +384,7 @@ class TestEvaluate:
     result = self.evaluate(rotbits, readable, readable / DENSE.name, '--max_tokens=17')
     assert result['tokens'] == 16
     assert result['perplexity'] > 1
-    assert (result['kl'], result['kl_rerounded']) == (None, None)
+    assert result['kl'] is result['kl_rerounded'] is result['ear'] is None
 
   def test_a_file_beside_its_checkpoint(self, rotbits, readable, tmp_path):
     reference = readable / SLICED.name
@@ -413,7 +413,7 @@ class TestEvaluate:
     )
     assert code == 0
     heads = [line.split('  ')[0] for line in out.splitlines()]
-    assert heads == ['perplexity', 'KL', 'noise floor']
+    assert heads == ['perplexity', 'KL', 'EAR', 'noise floor']
 
 
 def truncated(tmp_path):
@@ -467,6 +467,11 @@ class TestBadInput:
       (['--output=OUT', '--config=free', '--config.preset=none'], 'none'),
       (['--output=OUT', '--shard_size=0MB'], 'size like 2GB'),
       (['--output=OUT', '--preset=paper', '--shard_size=1MB'], 'in shards'),
+      (['--output=OUT', '--preset=free', '--bits=4'], '--bits is not for'),
+      (['--output=OUT', '--preset=near', '--bits=4', '--step=-5'], '--bits finds the'),
+      (['--output=OUT', '--preset=near', '--bits=4', '--max_kl=1'], '--max_kl finds'),
+      (['--output=OUT', '--preset=near', '--text=x'], '--text is for'),
+      (['--output=OUT', '--preset=near', '--target_size=4XB'], 'size like 2GB'),
     ],
   )
   def test_flags(self, rotbits, tmp_path, flags, words):

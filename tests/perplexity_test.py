@@ -79,6 +79,8 @@ class EvaluateTest(chex.TestCase):
     assert got.tokens == count == len(targets)
     np.testing.assert_allclose(got.perplexity, np.exp(nll), rtol=1e-5)
     np.testing.assert_allclose(got.kl, expected_kl(log_p, log_q).mean(), rtol=1e-5)
+    both = np.exp(np.minimum(log_p, log_q)).sum(-1)
+    np.testing.assert_allclose(got.ear, both.mean(), rtol=1e-6)
     assert got.kl_rerounded is None
 
   def test_rerounded_is_compared_with_the_reference(self):
@@ -92,7 +94,7 @@ class EvaluateTest(chex.TestCase):
     other = evaluation.evaluate(
       self.sliced, self.tokens, reference=self.dense, window=40
     )
-    assert got.kl == 0
+    assert (got.kl, got.ear) == (0, 1)
     assert got.kl_rerounded == pytest.approx(other.kl, rel=1e-6)
 
   def test_max_tokens_cuts_the_text(self):

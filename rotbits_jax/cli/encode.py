@@ -1,6 +1,7 @@
 r"""Encodes a checkpoint as one smaller file, or as several (shards).
 
   rotbits encode --checkpoint=DIR --output=FILE [--preset=free|exact|near|paper]
+    [--max_kl=KL|--target_size=90MB|--bits=B] [--text=FILE]
     [--base=DIR|FILE] [--adapter=DIR] [--same_files] [--shard_size=2GB]
     [--overwrite] [--verify] [--config=NAME|FILE] [--distributed] [--json] [--verbose]
 
@@ -45,10 +46,14 @@ experiments:
 The preset `near` rounds the elements of an array to multiples of a step, which is near
 2^step times their root mean square. With --max_kl it searches the coarsest steps that
 keep the mean KL divergence on a text below a bound, and needs memory for the whole
-model in float32:
+model in float32. With --target_size or --bits it searches the finest step with which
+the file is at most so large, and within 1% of it; --bits are those of the whole file
+for each element of the input. A --text then divides the bits among the kinds of
+parameters:
 
   rotbits encode --checkpoint=DIR --output=FILE --preset=near --max_kl=1e-3 \
     --text=FILE
+  rotbits encode --checkpoint=DIR --output=FILE --preset=near --target_size=90MB
 
 With --base the file holds only how a model differs from one that the receiver has, such
 as the base of a fine-tune or an earlier checkpoint of one run. Every bit comes back.
@@ -104,7 +109,7 @@ import re
 import time
 import types
 import typing
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from absl import flags
 import jax
@@ -114,6 +119,7 @@ import rotbits_jax
 from rotbits_jax import checkpoints
 from rotbits_jax import presets
 from rotbits_jax.cli import program
+from rotbits_jax.file import estimation
 from rotbits_jax.presets import steps
 from rotbits_jax.report import savings
 from rotbits_jax.system import outputs
@@ -142,12 +148,25 @@ _MAX_KL = FLAGS.add(
   float,
   lower_bound=0.0,
 )
+_TARGET_SIZE = FLAGS.add(
+  'target_size',
+  'Only for --preset=near: greatest size of the file, like 90MB, in place of --step.',
+)
+_BITS = FLAGS.add(
+  'bits',
+  'Only for --preset=near: greatest number of bits of the file for each element of the '
+  'input, in place of --step.',
+  float,
+  lower_bound=0.0,
+)
 _TEXT = FLAGS.add(
-  'text', 'Only for --preset=near: the text on which --max_kl is measured.'
+  'text',
+  'Only for --preset=near: the text on which --max_kl is measured; with --target_size '
+  'or --bits, one that divides the bits.',
 )
 _MAX_TOKENS = FLAGS.add(
   'max_tokens',
-  'Only for --preset=near: how many tokens of the text --max_kl uses.',
+  'Only for --preset=near: how many tokens of the text to use.',
   int,
   4096,
   lower_bound=2,
@@ -203,59 +222,83 @@ def _define_options() -> dict[str, flags.FlagHolder[Any]]:
 _OPTIONS = _define_options()
 
 
-def read_preset(name: str) -> tuple[presets.Preset, steps.Found | None]:
-  """Returns the preset and its options, from the flags.
+class Choice(NamedTuple):
+  """What the flags choose.
+
+  Attributes:
+    name: name of the preset.
+    options: its options.
+    found: with --max_kl the result of the search.
+    target_size: greatest number of bytes of the file, in place of a step.
+  """
+
+  name: str
+  options: dict[str, Any]
+  found: steps.Found | None = None
+  target_size: int | None = None
+
+  @property
+  def keeps(self) -> str:
+    return presets.make(self.name, **self.options).keeps
+
+
+def read_choice(name: str, elements: int) -> Choice:
+  """Reads the preset and its options from the flags.
 
   Args:
     name: name of the preset that suits the checkpoint, if no flag names one.
-
-  Returns:
-    The preset; and with --max_kl the result of the search.
+    elements: how many elements the checkpoint has.
 
   Raises:
     ValueError: if two flags cannot be combined, if the config has an unknown field, or
       if a flag is for another preset.
   """
   options = {key: x.value for key, x in _OPTIONS.items() if x.value is not None}
-  max_kl, text = _MAX_KL.value, _TEXT.value
+  max_kl, text, bits = _MAX_KL.value, _TEXT.value, _BITS.value
+  target = program.parse_size('target_size', _TARGET_SIZE.value)
+  of_near = _MAX_KL, _TARGET_SIZE, _BITS, _TEXT
+  given = [x.name for x in of_near if x.value is not None]
   if _CONFIG.value is not None:
-    if options or any(x is not None for x in (_PRESET.value, max_kl, text)):
+    if options or given or _PRESET.value is not None:
       raise ValueError('--config cannot be combined with --preset or its options')
     fields = _CONFIG.value.to_dict()
     fields.pop('experiment', None)  # `rotbits accounting` takes it
     if 'preset' not in fields:
       raise ValueError('--config has no field preset')
-    return presets.make(fields.pop('preset'), **fields), None
+    return Choice(fields.pop('preset'), fields)
   name = _PRESET.value or name
   own = {*inspect.signature(presets.known()[name]).parameters}
-  own |= {'max_kl', 'text'} if name == 'near' else set()
-  for key in (*options, *(x.name for x in (_MAX_KL, _TEXT) if x.value is not None)):
+  own |= {x.name for x in of_near} if name == 'near' else set()
+  for key in (*options, *given):
     if key not in own:
       raise ValueError(f'--{key} is not for --preset={name}')
-  if (max_kl is None) != (text is None):
+  goals = [x for x in ('max_kl', 'target_size', 'bits') if x in given]
+  if len(goals) > 1 or (goals and 'step' in options):
+    others = [*goals[1:], *(['step'] if 'step' in options else [])]
+    raise ValueError(f'--{goals[0]} finds the step: --{others[0]} cannot be given, too')
+  if not goals and text is not None:
+    raise ValueError('--text is for --max_kl, --target_size or --bits')
+  if max_kl is not None and text is None:
     raise ValueError('--max_kl and --text are needed together')
-  if max_kl is None:
-    return presets.make(name, **options), None
-  if 'step' in options:
-    raise ValueError('--max_kl finds the step: --step cannot be given, too')
-  found = search(max_kl, text)
-  preset = presets.near(
-    step=found.step, offsets=found.offsets, inputs=found.inputs, **options
-  )
-  return preset, found
-
-
-def search(max_kl: float, text: str) -> steps.Found:
-  """Returns the steps that --max_kl and --text select."""
+  if not goals:
+    return Choice(name, options)
   outputs.check(outputs.resolved(_OUTPUT.value), overwrite=_OVERWRITE.value)
-  checkpoint = rotbits_jax.load_checkpoint(_CHECKPOINT.value)
-  return steps.search(
-    checkpoint.model,
-    program.read_tokens(checkpoint, program.read_text(text)),
-    max_kl=max_kl,
-    max_tokens=_MAX_TOKENS.value,
-    progress=True,
-  )
+  found: steps.Found | steps.Calibration | None = None
+  if text is not None:
+    status.show(f'encode: loading {text_lib.printable(_CHECKPOINT.value)} ...')
+    checkpoint = rotbits_jax.load_checkpoint(_CHECKPOINT.value)
+    tokens = program.read_tokens(checkpoint, program.read_text(text))
+    settings: Any = {'max_tokens': _MAX_TOKENS.value, 'progress': True}
+    if max_kl is None:
+      found = steps.calibrate(checkpoint.model, tokens, **settings)
+    else:
+      found = steps.search(checkpoint.model, tokens, max_kl=max_kl, **settings)
+    options |= {'offsets': found.offsets, 'inputs': found.inputs}
+  if isinstance(found, steps.Found):
+    return Choice(name, options | {'step': found.step}, found)
+  if bits is not None:
+    target = int(bits * elements / 8)
+  return Choice(name, options, target_size=target)
 
 
 BACK = {
@@ -267,7 +310,7 @@ BACK = {
 
 
 def last_line(
-  report: savings.Report, given: int, seconds: float, found: steps.Found | None
+  report: savings.Report, given: int, seconds: float, choice: Choice
 ) -> str:
   """Returns the line with which the command ends.
 
@@ -275,11 +318,11 @@ def last_line(
     report: the report on the file.
     given: bytes of the input.
     seconds: the time that it took.
-    found: the result of the search for the steps; None without one.
+    choice: what the flags chose.
   """
   back = BACK[report.keeps]
-  if found is not None:
-    back += f': KL {found.kl:.2g} nats, step 2^{found.step}'
+  if choice.found is not None:
+    back += f': KL {choice.found.kl:.2g} nats, step 2^{choice.found.step}'
   elif report.keeps == 'approximation':
     back += '; measure it with rotbits evaluate'
   elif report.needs:
@@ -301,11 +344,13 @@ def main() -> program.Result | None:
   status.show(f'encode: reading {text_lib.printable(_CHECKPOINT.value)} ...')
   source = opened(_CHECKPOINT.value)
   default = presets.default(getattr(source, 'config', None))
-  preset, found = read_preset('exact' if _BASE.value else default)
+  choice = read_choice('exact' if _BASE.value else default, estimation.elements(source))
+  name: Any = choice.name  # also those of other packages
   rotbits_jax.encode_to_file(
     source,
     _OUTPUT.value,
-    preset=preset,
+    preset=name,
+    target_size=choice.target_size,
     base=_BASE.value,
     adapters=_ADAPTER.value or (),
     shard_size=shard_size,
@@ -313,6 +358,7 @@ def main() -> program.Result | None:
     overwrite=_OVERWRITE.value,
     check=_VERIFY.value,
     progress=True,
+    **choice.options,
   )
   if jax.process_index():
     return None
@@ -322,12 +368,12 @@ def main() -> program.Result | None:
     'given_bytes': source.input_bytes,
     'left_out': list(source.left_out),
     'plain_because': reason,
-    'curve': None if found is None else [point._asdict() for point in found.curve],
+    'curve': choice.found and [point._asdict() for point in choice.found.curve],
   }
   parts = [program.report_text(report, True), ''] if FLAGS.verbose.value else []
   if source.left_out:
     parts.append(program.printable(f'not kept: {", ".join(source.left_out)}'))
-  if preset.keeps == 'bits' and isinstance(source, checkpoints.CheckpointReader):
+  if choice.keeps == 'bits' and isinstance(source, checkpoints.CheckpointReader):
     assert source.path
     if '.bin' in source.path.suffixes:
       parts.append(
@@ -338,7 +384,7 @@ def main() -> program.Result | None:
     paths = ', '.join(_ADAPTER.value)
     parts.append(program.printable(f'carried into the new coordinates: {paths}'))
   elif checkpoints.ADAPTER_CONFIG in source.files:
-    fits = 'fits' if preset.keeps == 'bits' else 'does not fit'
+    fits = 'fits' if choice.keeps == 'bits' else 'does not fit'
     parts.append(
       f'the folder holds an adapter ({checkpoints.ADAPTER_CONFIG}), which {fits} the '
       'decoded weights of its model: free and near carry it with --adapter=DIR'
@@ -352,7 +398,7 @@ def main() -> program.Result | None:
     )
   # The weights files may hold more than the tensors, and a GGUF file holds less.
   given = min(source.input_bytes or report.input_bytes, report.input_bytes)
-  parts.append(last_line(report, given, time.monotonic() - start, found))
+  parts.append(last_line(report, given, time.monotonic() - start, choice))
   return result, '\n'.join(parts)
 
 

@@ -9,8 +9,10 @@ Example:
 
 A model is a checkpoint's directory, its weights file, or a file that `rotbits encode`
 wrote. With a reference, the mean KL divergence from its predictions is measured too,
-and beside it the noise floor: the divergence that appears when the reference is merely
-rotated at random and rounded to its dtype again. The model needs a tokenizer.json.
+and the expected agreement rate (EAR): the share of tokens that can be the same if both
+models draw them, which is the sum over the vocabulary of the smaller probability. The
+noise floor is the divergence that appears when the reference is merely rotated at
+random and rounded to its dtype again. The model needs a tokenizer.json.
 
 JSON:
 
@@ -18,6 +20,7 @@ JSON:
   tokens        count of the tokens that were predicted
   kl            mean KL divergence from the reference in nats, or null
   kl_rerounded  the noise floor in nats, or null
+  ear           mean expected agreement rate, from 0 to 1, or null
 """
 
 import math
@@ -48,6 +51,8 @@ def to_text(result: evaluation.Evaluation) -> str:
   lines = [f'perplexity   {result.perplexity:.4f} on {result.tokens:,} tokens']
   if result.kl is not None:
     lines.append(f'KL           {result.kl:.3g} from the reference')
+  if result.ear is not None:
+    lines.append(f'EAR          {result.ear:.2%} of tokens agree with the reference')
   if result.kl_rerounded is not None:
     lines.append(f'noise floor  {result.kl_rerounded:.3g} by rotation and rounding')
   return '\n'.join(lines)

@@ -9,6 +9,7 @@ SIGTERM.
 """
 
 from collections.abc import Callable, Sequence
+import decimal
 import difflib
 import json
 import logging
@@ -308,7 +309,7 @@ def read_tokens(checkpoint: rotbits_jax.Checkpoint, text: str) -> np.ndarray:
 
 
 def parse_size(name: str, text: str | None) -> int | None:
-  """Parses a number of bytes like 2GB or 500MB.
+  """Parses a number of bytes like 2GB, 1.5MB or 3000000.
 
   Args:
     name: name of the flag, for the error message.
@@ -322,10 +323,12 @@ def parse_size(name: str, text: str | None) -> int | None:
   """
   if text is None:
     return None
-  found = re.fullmatch(r'(\d{1,12})(KB|MB|GB)', text.strip(), re.ASCII)
-  if found is None or not int(found[1]):
+  found = re.fullmatch(r'(\d{1,12}(?:\.\d{1,3})?)(KB|MB|GB|)', text.strip(), re.ASCII)
+  units = {'': 1, 'KB': 10**3, 'MB': 10**6, 'GB': 10**9}
+  size = int(decimal.Decimal(found[1]) * units[found[2]]) if found else 0
+  if not size:
     raise ValueError(f'--{name} must be a size like 2GB or 500MB, got {text!r}')
-  return int(found[1]) * {'KB': 10**3, 'MB': 10**6, 'GB': 10**9}[found[2]]
+  return size
 
 
 def read_text(path: str) -> str:

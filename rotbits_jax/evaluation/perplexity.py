@@ -1,4 +1,4 @@
-"""Perplexity of a model, and KL divergence of its predictions from another model's."""
+"""Perplexity of a model, and how far its predictions are from another model's."""
 
 from collections.abc import Mapping
 import dataclasses
@@ -24,12 +24,15 @@ class Evaluation(NamedTuple):
       a reference.
     kl_rerounded: mean of KL(reference || rerounded), in nats; None without a rerounded
       model.
+    ear: mean of the expected agreement rate with the reference, see `agreement`; None
+      without a reference.
   """
 
   perplexity: float
   tokens: int
   kl: float | None
   kl_rerounded: float | None
+  ear: float | None
 
 
 class Comparison(NamedTuple):
@@ -38,11 +41,13 @@ class Comparison(NamedTuple):
   Attributes:
     perplexity: `exp` of the mean negative log-likelihood of a token.
     kl: mean of KL(reference || model) in nats, by the name of the reference.
+    ear: mean of the expected agreement rate, see `agreement`, by the same name.
     tokens: number of predicted tokens.
   """
 
   perplexity: float
   kl: dict[str, float]
+  ear: dict[str, float]
   tokens: int
 
 
@@ -56,7 +61,7 @@ def evaluate(
   window: int | None = None,
   progress: bool = False,
 ) -> Evaluation:
-  """Measures the perplexity and the KL divergence of next-token predictions.
+  """Measures the perplexity, KL divergence and agreement of next-token predictions.
 
   The tokens are cut into windows that do not overlap. In each window the model predicts
   every token but the first. The last window may be shorter.
@@ -96,6 +101,7 @@ def evaluate(
     tokens=measured['model'].tokens,
     kl=kl['model'],
     kl_rerounded=kl.get('rerounded model'),
+    ear=measured['model'].ear.get('reference'),
   )
 
 
@@ -140,7 +146,7 @@ def compare(
   by_id = {
     key: jax.device_put(dataclasses.replace(m, buffers={})) for key, m in by_id.items()
   }
-  totals = {name: np.zeros(1 + len(references)) for name in compared}
+  totals = {name: np.zeros(1 + 2 * len(references)) for name in compared}
   count = 0
   tracked = track(cut, 'evaluate', 'window', total=len(cut), show=progress)
   for padded, length in tracked:
@@ -154,14 +160,13 @@ def compare(
       measured = np.asarray(_measure(predicted, stacked, padded), np.float64)
       totals[name] += measured[:, : length - 1].sum(axis=1)
     count += length - 1
-  return {
-    name: Comparison(
-      perplexity=float(np.exp(total[0] / count)),
-      kl=dict(zip(references, (total[1:] / count).tolist(), strict=True)),
-      tokens=count,
-    )
-    for name, total in totals.items()
-  }
+  results = {}
+  for name, total in totals.items():
+    loss, *others = (total / count).tolist()
+    kl = dict(zip(references, others[: len(references)], strict=True))
+    ear = dict(zip(references, others[len(references) :], strict=True))
+    results[name] = Comparison(float(np.exp(loss)), kl, ear, count)
+  return results
 
 
 def windows(
@@ -215,7 +220,7 @@ def _predictions(model: models.Model, tokens: jax.Array) -> jax.Array:
 def _measure(
   predicted: jax.Array, expected: list[jax.Array], tokens: jax.Array
 ) -> jax.Array:
-  """Returns the losses and the divergences from each of R references: `[1 + R, T - 1]`.
+  """Returns losses, divergences from R references, agreement: `[1 + 2 R, T - 1]`.
 
   Args:
     predicted: logits `[T - 1, V]` of the model.
@@ -224,7 +229,8 @@ def _measure(
   """
   log_probabilities = jax.nn.log_softmax(predicted)
   loss = -jnp.take_along_axis(log_probabilities, tokens[0, 1:, None], axis=-1)[:, 0]
-  return jnp.stack([loss, *(kl_divergence(e, predicted) for e in expected)])
+  kl = [kl_divergence(e, predicted) for e in expected]
+  return jnp.stack([loss, *kl, *(agreement(e, predicted) for e in expected)])
 
 
 def kl_divergence(reference: jax.Array, model: jax.Array) -> jax.Array:
@@ -238,3 +244,24 @@ def kl_divergence(reference: jax.Array, model: jax.Array) -> jax.Array:
   p, ratio = jnp.exp(log_p), log_q - log_p
   excess = jnp.where(ratio < 1, p * jnp.expm1(ratio), jnp.exp(log_q) - p)
   return jnp.sum(excess - p * ratio, axis=-1)
+
+
+def agreement(reference: jax.Array, model: jax.Array) -> jax.Array:
+  """Returns the expected agreement rate (EAR), `[...]`, given logits `[..., V]`.
+
+  This is the sum over the vocabulary of `min(p, q)`, where p and q are the
+  probabilities: 1 minus their total variation distance. No way to sample a token from
+  each model gives the same token more often, and speculative decoding, which drafts
+  with one model for the other, accepts a token that often. 1 - EAR is at most
+  `sqrt(KL / 2)` (Pinsker's inequality).
+
+  >>> logits = jnp.log(jnp.array([[0.5, 0.25, 0.25], [0.25, 0.25, 0.5]]))
+  >>> round(float(agreement(logits[0], logits[1])), 6)
+  0.75
+
+  References:
+    Leviathan et al., Fast Inference from Transformers via Speculative Decoding,
+      arXiv 2211.17192, definition 3.2 and theorem 3.5: the rate of acceptance.
+  """
+  p, q = jax.nn.softmax(reference), jax.nn.softmax(model)
+  return 1 - jnp.abs(p - q).sum(axis=-1) / 2

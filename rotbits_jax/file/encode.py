@@ -64,7 +64,14 @@ class Output:
     found.files = {name: x for name, x in source.files.items() if name not in older}
     return found
 
-  def write(self, job: job_lib.Job, *, check: bool, progress: bool) -> None:
+  def write(
+    self,
+    job: job_lib.Job,
+    *,
+    check: bool,
+    progress: bool,
+    accepted: range | None = None,
+  ) -> int:
     """Does the work, and moves the files into place.
 
     Args:
@@ -72,6 +79,11 @@ class Output:
       check: whether to decode everything that was written before a file is replaced,
         and to compare it with the source if the preset keeps all bits.
       progress: whether to show the progress on stderr.
+      accepted: the sizes to accept: files of another size are removed, and nothing
+        changes. None for all.
+
+    Returns:
+      The bytes of all files that this process wrote.
 
     Raises:
       ValueError: if the job cannot be divided among files or processes, or if the
@@ -108,10 +120,14 @@ class Output:
         job.write(own, open_shard, bar, journal)
       self._barrier()
       paths = {x: journal.path(x.name, process=i) for x, i in owners.items()}
+      size = sum(paths[shard].stat().st_size for shard in own)
+      if accepted is not None and size not in accepted:
+        return size
       if check:
         bar.stage('checking')
         self._check(job, journal, paths)
       self._publish(own, journal, paths)
+    return size
 
   def _check(
     self,

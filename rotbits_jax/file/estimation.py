@@ -34,6 +34,7 @@ from rotbits_jax import structured
 from rotbits_jax.coding import weights
 from rotbits_jax.file import base as base_lib
 from rotbits_jax.file import reader as reader_lib
+from rotbits_jax.file import sources
 from rotbits_jax.passes import relative
 from rotbits_jax.presets import steps
 from rotbits_jax.system import progress as progress_lib
@@ -108,7 +109,7 @@ def estimate(
   count = sum(map(len, groups)) + (0 if cutter is None else 2)
   with progress_lib.Progress('estimate', count, 'part', show=progress) as bar:
     bar.stage('exact')
-    alone = beside = float(_overhead(opened))
+    alone = beside = float(overhead(opened))
     for record, likes in itertools.chain.from_iterable(x.items() for x in groups):
       given = opened.read(record)
       sizes = _of_record(structured.flatten(given), found)
@@ -127,7 +128,7 @@ def estimate(
       bar.update()
       others = [presets.free(), presets.near()]
       for preset, size in zip(others, cut.sizes(others), strict=True):
-        sized[preset.name] = size + _overhead(opened) + _NOTE * len(_specs(opened))
+        sized[preset.name] = size + overhead(opened, is_rewritten=True)
       bar.update()
   return [_with_needs(opened, *x) for x in sized.items()], why
 
@@ -145,7 +146,7 @@ def _with_needs(opened: Opened, preset: str, size: float) -> Estimate:
   return Estimate(preset, round(size), seconds, memory)
 
 
-def _specs(opened: Opened) -> dict[str, Any]:
+def _specs(opened: Opened | sources.Source) -> dict[str, Any]:
   """Returns the shapes of all parameters by path; nothing is read."""
   specs: dict[str, Any] = {}
   for record in opened.records:
@@ -158,10 +159,20 @@ def tensor_bytes(opened: Opened) -> int:
   return sum(structured.count_bytes(x) for x in _specs(opened).values())
 
 
-def _overhead(opened: Opened) -> int:
-  """Returns about how many bytes a file has besides its tensors."""
+def elements(opened: Opened) -> int:
+  """Returns how many elements the tensors have."""
+  return sum(map(structured.count_elements, _specs(opened).values()))
+
+
+def overhead(opened: Opened | sources.Source, *, is_rewritten: bool = False) -> int:
+  """Returns about how many bytes a file has besides its tensors.
+
+  Args:
+    opened: the checkpoint.
+    is_rewritten: whether the manifest has notes on how tensors were rewritten.
+  """
   files = sum(len(zlib.compress(x)) for x in opened.files.values())
-  return files + _ENTRY * len(_specs(opened))
+  return files + (_ENTRY + _NOTE * is_rewritten) * len(_specs(opened))
 
 
 # ---- exact ---------------------------------------------------------------------------
@@ -189,13 +200,13 @@ def _groups(opened: Opened, layers: Mapping[int, float]) -> list[dict[str, float
   found = []
   for own in groups.values():
     chosen = {x: names[x] for x in own if x in names}
-    chosen = chosen or dict.fromkeys(_spread(own, _RECORDS), 1.0)
+    chosen = chosen or dict.fromkeys(spread(own, _RECORDS), 1.0)
     total = sum(chosen.values())
     found.append({x: likes * len(own) / total for x, likes in chosen.items()})
   return found
 
 
-def _spread(items: Sequence[Any], most: int) -> list[Any]:
+def spread(items: Sequence[Any], most: int) -> list[Any]:
   """Returns at most so many items, at equal distances."""
   count = min(len(items), most)
   return [items[int((k + 0.5) * len(items) / count)] for k in range(count)]
@@ -207,18 +218,21 @@ def _of_record(
   """Returns about the bytes of a record: alone, and beside the base."""
   alone = beside = 0.0
   for path, leaf in params.items():
-    if structured.is_structured(leaf):
-      own = weights.estimate(list(leaf.stored()[1].values()))
-      alone, beside = alone + own, beside + own
-      continue
-    array = np.asarray(leaf)
-    own = _extrapolated(array, lambda x: weights.estimate([x]))
-    known = None if base is None else base.array(path)
+    own = of_leaf(leaf)
     alone += own
-    if known is not None and known.shape == array.shape:
-      own = min(own, _extrapolated(array, _beside, known))
+    if not structured.is_structured(leaf):
+      known = None if base is None else base.array(path)
+      if known is not None and known.shape == leaf.shape:
+        own = min(own, _extrapolated(np.asarray(leaf), _beside, known))
     beside += own
   return alone, beside
+
+
+def of_leaf(leaf: Any) -> float:
+  """Returns about the bytes of an array or a structured leaf."""
+  if structured.is_structured(leaf):
+    return weights.estimate(list(leaf.stored()[1].values()))
+  return _extrapolated(np.asarray(leaf), lambda x: weights.estimate([x]))
 
 
 def _extrapolated(
@@ -331,7 +345,7 @@ class _CutOut(NamedTuple):
     before, saved = dict(self.model.leaves()), 0.0
     context, chain = passes.make_context(self.model), presets.exact().transform
     records = passes.rewrite(context, chain, rounding=None, layers=none)
-    for path, leaf in _flat(records).items():
+    for path, leaf in flat(records).items():
       if structured.is_structured(leaf):
         saved += self._size(path, before[path]) - self._size(path, leaf)
     return saved
@@ -343,7 +357,7 @@ class _CutOut(NamedTuple):
     found = []
     for preset in all_presets:
       records = passes.rewrite(unrounded, passes.chain(), rounding=preset.rounding)
-      sizes = {path: self._size(path, leaf) for path, leaf in _flat(records).items()}
+      sizes = {path: self._size(path, leaf) for path, leaf in flat(records).items()}
       if self.is_tied:  # a matrix with a row for each coordinate stands for it
         sizes[_EMBED] *= self.config.hidden_size / self.shapes[_EMBED][0]
       found.append(sum(sizes.values()))
@@ -416,7 +430,7 @@ def _layers(config: models.ModelConfig) -> tuple[list[int], list[float]]:
   count = config.num_layers
   if count <= _LAYERS:
     return list(range(count)), [1.0] * count
-  between = _spread(range(1, count - 1), _LAYERS - 2)
+  between = spread(range(1, count - 1), _LAYERS - 2)
   found = [0, *between, count - 1]
   widths = [config.layer_widths(i) for i in found]
   if all(a[-1] == b[0] for a, b in itertools.pairwise(widths)):
@@ -500,7 +514,7 @@ def _cut(
   return structured.unflatten(found)
 
 
-def _flat(batches: Iterable[tuple[list[passes.Record], Any]]) -> dict[str, Any]:
+def flat(batches: Iterable[tuple[list[passes.Record], Any]]) -> dict[str, Any]:
   """Returns the leaves of all records by path."""
   flat: dict[str, Any] = {}
   for records, _ in batches:

@@ -94,6 +94,14 @@ class Context(NamedTuple):
     least = 16 * float(jnp.finfo(jnp.float32).eps)
     return max(float(jnp.finfo(self.dtype).eps) / 2, least)
 
+  def widened(self) -> 'Context':
+    """Returns the context with which numbers stay float32 at the end."""
+    wide = {
+      path: np.dtype(np.float32) if jnp.issubdtype(dtype, jnp.floating) else dtype
+      for path, dtype in self.dtypes.items()
+    }
+    return self._replace(dtypes=wide)
+
   def limit(self, path: str) -> float:
     """Returns the greatest finite number of the dtype of a parameter."""
     return float(jnp.finfo(self.dtypes[path]).max)

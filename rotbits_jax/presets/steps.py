@@ -151,8 +151,10 @@ def search(
     step = PROBE
     while len(curve) < _EVALUATIONS and step not in curve:
       bar.stage(f'2^{step:g}')
-      rounded = text.rounded(step, found.offsets, found.inputs)
-      curve[step] = text.compare({'rounded': rounded})['rounded']
+      # No name keeps a rounded model, so that there is one of them at a time.
+      curve[step] = text.compare(
+        {'rounded': text.rounded(step, found.offsets, found.inputs)}
+      )['rounded']
       bar.update()
       step = _next_step(curve, max_kl)
     bar.finish()
@@ -315,12 +317,7 @@ def rewritten(model: models.Model) -> models.Model:
 
 
 def _rewritten(context: passes.Context) -> models.Model:
-  wide = {
-    path: np.dtype(np.float32) if jnp.issubdtype(dtype, jnp.floating) else dtype
-    for path, dtype in context.dtypes.items()
-  }
-  wide_context = context._replace(dtypes=wide)
-  units = passes.rewrite(wide_context, near().transform)
+  units = passes.rewrite(context.widened(), near().transform)
   result = passes.to_model(context.config, (unit for some, _ in units for unit in some))
   return dataclasses.replace(result, stored_as=context.dtype.name)
 
