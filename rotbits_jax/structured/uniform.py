@@ -99,7 +99,9 @@ class UniformlyQuantized(Structured):
     return (np.dtype(self.integers.dtype).name,) if self.expands_on_writing else ()
 
   def stored_sizes(self) -> list[tuple[np.dtype, int]]:
-    return [(self.dtype, int(np.prod(self.shape)))]
+    if self.expands_on_writing:
+      return [(self.dtype, int(np.prod(self.shape)))]
+    return super().stored_sizes()
 
   def check(self) -> None:
     lines = self.row_exponents.shape + self.column_exponents.shape
