@@ -221,6 +221,10 @@ def quantized(s, a):
     return grown(x, a['codes'].shape[1])
   numbers = np.float32(a['codes']) * of_elements('scale')
   return numbers + of_elements('offset') if 'offsets' in a else numbers
+def multiples(s, a):
+  factor = lambda e: np.ldexp(np.float32(4 + e % 4), e // 4 - 2)
+  rows, columns = (factor(np.int32(a[f'{x}_exponents'])) for x in ('row', 'column'))
+  return a['integers'] * a['step'] * rows[:, None] * columns
 FLIP = lambda x: x ^ (x >> 8 * x.itemsize - 1 & np.iinfo(x.dtype).max)
 SIGNED = lambda x: x.view(f'i{x.itemsize}')
 MANTISSA = {'float8_e4m3fn': 3, 'float8_e5m2': 2} | {k: x[2] for k, x in FLOATS.items()}
@@ -326,7 +330,7 @@ LEAVES = {  # numbers, or bit patterns, of leaves with settings s and arrays a
     a['below'][:0]) if n in a else np.zeros((0, s['heads'])), s['heads'], 1)
     for n in ('rotary', 'below')), strict=True) for x in (r, BASIS(b)) if x.size]),
   'tied': lambda s, a: widen(*s['head']).T @ a['map'], 'tied_exactly': tied_exactly,
-  'head_rows': head_rows, 'quantized': quantized,
+  'head_rows': head_rows, 'quantized': quantized, 'uniformly_quantized': multiples,
   'same': lambda s, a: base_of(s)[0], 'patched': patched, 'relative': relative,
   'basis': basis, 'subspace': subspace,
 }

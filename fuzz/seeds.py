@@ -219,6 +219,13 @@ def leaves() -> dict[str, Any]:
       name='bfloat16',
       transposed=True,
     ),
+    'multiples': structured.UniformlyQuantized(
+      rng.integers(-900, 900, (6, 5)).astype(np.int16),
+      np.float32(0.625),
+      'float16',
+      rng.integers(-9, 9, 6).astype(np.int8),
+      rng.integers(-9, 9, 5).astype(np.int8),
+    ),
     'basis': structured.Basis(rng.integers(-90, 90, (6, 4)).astype(np.int32), 1 << 17),
     # The mask is a byte 1, as in the target, whose arrays have ones.
     'subspace': structured.Subspace.of(

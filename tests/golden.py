@@ -24,8 +24,10 @@ import numpy as np
 from fuzz import seeds
 import rotbits_jax
 from rotbits_jax import models
+from rotbits_jax import presets
 from rotbits_jax import structured
 from rotbits_jax.file import container
+from rotbits_jax.presets import steps
 from tests import random_models
 
 FOLDER = pathlib.Path(__file__).parent / 'testdata' / 'golden'
@@ -109,6 +111,8 @@ def cases():
   bfloat16 = random_models.random_model(
     random_models.BASE | {'num_hidden_layers': 2}, ml_dtypes.bfloat16
   )
+  calibration = steps.calibrate(sliced, np.arange(40))
+  lines = presets.near(offsets=calibration.offsets, inputs=calibration.inputs)
   recipe = seeds.sliced_from(dense(), (96, 112))
   return {
     'tree': (tree(), {'preset': 'exact'}),
@@ -121,6 +125,7 @@ def cases():
     'free-dense-bfloat16': (bfloat16, {'preset': 'free'}),
     'near': (sliced, {'preset': 'near', 'step': -4.75}),
     'near-dense-bfloat16': (bfloat16, {'preset': 'near'}),
+    'near-lines': (sliced, {'preset': lines}),
     'few-values': (few_values(), {'preset': 'exact'}),
     'paper': (sliced, {'preset': 'paper'}),
     'paper-entropy': (sliced, {'preset': 'paper', 'entropy': True}),

@@ -46,6 +46,13 @@ LEAVES = {
     first=_normal(seed, 6, 2), others=_normal(seed + 9, 12, 5), groups=2, head_dim=3
   ),
   'constant': lambda seed: structured.Constant.like(_lower(seed, 3, 4), 1.5),
+  'multiples': lambda seed: structured.UniformlyQuantized(
+    integers=np.arange(-15, 15, dtype=np.int16).reshape(6, 5) * (1 + seed),
+    step=np.float32(0.625),
+    name='float16',
+    row_exponents=np.arange(-3, 3, dtype=np.int8),
+    column_exponents=np.arange(5, dtype=np.int8) - np.int8(seed),
+  ),
 }
 """Every type of leaf; a new one joins all tests by a row here."""
 
@@ -85,7 +92,8 @@ class StructuredTest(absltest.TestCase):
         _, arrays = leaf.stored()
         numbers = sum(a.size for a in arrays.values())
         self.assertEqual(structured.count_elements([leaf]), numbers)
-        self.assertEqual(structured.count_bytes({'x': leaf}), 2 * numbers)
+        stored = sum(a.nbytes for a in arrays.values())
+        self.assertEqual(structured.count_bytes({'x': leaf}), stored)
 
   def test_gram_stands_for_the_identity_less_b_bt_plus_c_ct(self):
     leaf = LEAVES['gram'](0)
@@ -166,6 +174,29 @@ class StructuredTest(absltest.TestCase):
     chex.assert_trees_all_equal(rows[0], expected[1, [2, 0]])
     self.assertTrue(np.isnan(rows[1, 1]).all())
     self.assertEqual(structured.count_bytes(layers[0]), expected[0].nbytes)
+
+  def test_multiples_of_steps_of_lines(self):
+    leaf = LEAVES['multiples'](1).astype(np.float32)
+    factors = lambda x: (4 + x % 4) * 2.0 ** (x // 4 - 2)
+    rows, columns = factors(leaf.row_exponents), factors(leaf.column_exponents)
+    expected = np.float32(leaf.integers * 0.625 * rows[:, None] * columns)
+    chex.assert_trees_all_equal(np.asarray(leaf.materialize()), expected)
+    found = np.asarray(leaf.rows(jnp.asarray([5, 0, 6])))
+    chex.assert_trees_all_equal(found[:2], expected[[5, 0]])
+    self.assertTrue(np.isnan(found[2]).all())
+    settings, arrays = leaf.stored()
+    for key, wrong, words in (
+      ('row_exponents', np.full(6, 65, np.int8), 'at most 64'),
+      ('column_exponents', np.full(5, -128, np.int8), 'at most 64'),
+      ('column_exponents', np.zeros(4, np.int8), 'cannot have'),
+      ('step', np.float32(np.nan), 'no step'),
+      ('step', np.float32(0.6), 'no step'),
+      ('step', np.float32(2.0**70), 'no step'),
+    ):
+      with self.subTest(key=key, words=words), self.assertRaisesRegex(ValueError, words):
+        structured.UniformlyQuantized.from_stored(
+          settings, arrays | {key: np.asarray(wrong)}
+        )
 
   def test_rounds_its_numbers(self):
     for name in LEAVES:

@@ -6,6 +6,8 @@ from rotbits_jax.models import names
 from rotbits_jax.models.config import ModelConfig
 from rotbits_jax.models.config import Positions
 from rotbits_jax.models.config import RopeScaling
+from rotbits_jax.models.gradients import Gradients
+from rotbits_jax.models.gradients import output_gradients
 from rotbits_jax.models.model import Model
 from rotbits_jax.models.model import Params
 from rotbits_jax.models.model import from_layers
@@ -25,6 +27,7 @@ from rotbits_jax.models.transformer import logits
 
 __all__ = [
   'Cache',
+  'Gradients',
   'Model',
   'ModelConfig',
   'Outputs',
@@ -42,6 +45,7 @@ __all__ = [
   'materialize',
   'names',
   'outer_shapes',
+  'output_gradients',
   'stack_key',
   'stack_layers',
   'stack_ranges',

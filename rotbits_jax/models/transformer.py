@@ -175,11 +175,7 @@ def forward(
       x, layers[name], moments[name] = _apply_stack(
         config, x, len(stack), stacked, start, with_moments
       )
-    x = norm(params.get('final_norm'), config, x)
-    if config.tied_head:
-      found = x @ _float32(params['embed']['tokens']).T
-    else:
-      found = linear(params['head'], x)
+    x, found = unembed(params, config, x)
     found = softcap(found, config.logit_softcap)
     if with_moments:
       head, name = ('embed', 'tokens') if config.tied_head else ('head', 'kernel')
@@ -223,6 +219,26 @@ def embed(
     raise ValueError(f'the model has {most} positions, got {tokens.shape=}')
   positions = start + jnp.arange(length) + POSITION_OFFSET
   return x + _rows(params['embed']['positions'], positions, params)
+
+
+def unembed(
+  params: Params, config: config_lib.ModelConfig, x: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+  """Applies the final norm and the head to the residual stream.
+
+  Args:
+    params: the parameters outside the layers.
+    config: sizes and switches.
+    x: `[B, T, d]` float32, d of the last segment.
+
+  Returns:
+    The input of the head `[B, T, d]`, and its output `[B, T, V]`: the logits, before
+    they are capped.
+  """
+  x = norm(params.get('final_norm'), config, x)
+  if config.tied_head:
+    return x, x @ _float32(params['embed']['tokens']).T
+  return x, linear(params['head'], x)
 
 
 def layer(

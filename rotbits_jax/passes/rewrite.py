@@ -289,7 +289,13 @@ def _given(tree: models.Params, widen: bool, device: Any = None) -> Params:
 
 @jax.jit
 def _widened(params: Params) -> Params:
-  return structured.astype(structured.for_writing(params), jnp.float32)
+  # Transforms see the arrays of multiples of steps.
+  multiples = structured.UniformlyQuantized
+  plain = {
+    path: x.materialize() if isinstance(x, multiples) else x
+    for path, x in params.items()
+  }
+  return structured.astype(plain, jnp.float32)
 
 
 def _count(context: Context, index: int | None, params: Params) -> tuple[int, int]:

@@ -16,6 +16,8 @@ square of the errors grows by less than a factor of 2.
 """
 
 from collections.abc import Callable, Mapping
+import contextlib
+import dataclasses
 import functools
 import math
 import types
@@ -33,16 +35,19 @@ from rotbits_jax.symmetries import steps
 
 
 class Inputs(NamedTuple):
-  """The inputs of a matrix on a text.
+  """The inputs of a matrix on a text, and how much its outputs count.
 
   Attributes:
-    moments: float32 `[n, n]`, the sum of `x^T x` over the inputs x `[n]`.
+    moments: float32 `[n, n]`, the sum or the mean of `x^T x` over the inputs x `[n]`.
     axis: the axis of the matrix that the inputs meet: 0 for a kernel, 1 for an
-      embedding that is the head, too.
+      embedding. Those of an embedding are gradients, which meet its errors so.
+    outputs: float32 `[m]`, how much the square of an error of each output counts; None
+      if the lines of the matrix have no steps of their own.
   """
 
   moments: Any
   axis: int
+  outputs: Any = None
 
 
 class Rounding(NamedTuple):
@@ -58,8 +63,9 @@ class Rounding(NamedTuple):
       because no transform changed it. If True, all numbers of an array are multiples of
       the step. The array is float32, because the step is the nearest one of
       4, 5, 6, 7 times a power of two, and the dtype may not have its multiples.
-    inputs: the inputs of a matrix, by the path of the parameter. Such a matrix is
-      rounded with error feedback, if it is a plain array and `uniform` is set.
+    inputs: the inputs of a matrix, by the path of the parameter. If `uniform` is set,
+      such a matrix is rounded with error feedback. Its lines have steps of their own if
+      it is a plain array or the head: the result is `structured.UniformlyQuantized`.
   """
 
   log2_step: Callable[[str, np.dtype], float | None]
@@ -107,14 +113,17 @@ def to_steps(
 
   Args:
     step: log2 of the step over the rms of the array.
-    offsets: added to `step`, by the pattern of the path, see `models.names.pattern`.
+    offsets: added to `step`, by the path or by its pattern, see `models.names.pattern`.
       The offset of other parameters is 0. No step is finer than `FINEST`.
     inputs: see `Rounding`.
   """
-  by_pattern = dict(offsets or {})
-  log2_step = lambda path, dtype: max(
-    step + by_pattern.get(models.names.pattern(path), 0.0), FINEST
-  )
+  known = dict(offsets or {})
+
+  def log2_step(path: str, dtype: np.dtype) -> float:
+    del dtype
+    offset = known.get(path, known.get(models.names.pattern(path), 0.0))
+    return max(step + offset, FINEST)
+
   return Rounding(log2_step, uniform=True, inputs=inputs or {})
 
 
@@ -148,10 +157,16 @@ def apply(
       nearest[path] = dtype
       continue
     inputs = rounding.inputs.get(path)
+    if inputs is not None and path == 'head/kernel':
+      # Steps of its columns save more than the zeros of a structured leaf.
+      leaf = structured.materialize(leaf)
     params[path], effects[path] = round_leaf(
       leaf, dtype, log2_step, rounding.uniform, inputs
     )
   params, effects = jax.device_get((params, effects))
+  for path, leaf in params.items():
+    if isinstance(leaf, structured.UniformlyQuantized):
+      params[path] = _in_files(leaf)
   # On the host, because these are vectors as a rule, and a program for so few numbers
   # takes longer to compile.
   for path, dtype in nearest.items():
@@ -172,6 +187,16 @@ def apply(
       notes.append({'tensor': path, **note})
       bits += float(effect.bits)
   return params, notes, bits
+
+
+def _in_files(leaf: structured.UniformlyQuantized) -> Any:
+  """Returns a leaf with int32 integers as in files; its array if it does not fit."""
+  if np.abs(leaf.integers).max(initial=0) < 1 << 15:
+    narrow = dataclasses.replace(leaf, integers=leaf.integers.astype(np.int16))
+    with contextlib.suppress(ValueError):
+      narrow.check()
+      return narrow
+  return np.asarray(leaf.materialize())
 
 
 def to_json(value: Any) -> Any:
@@ -223,9 +248,13 @@ def round_leaf(
     The leaf and the effect. Numbers that are too large for the dtype become infinite.
   """
   traced = np.float32(log2_step)  # of one type, so that one program serves all
-  moments, axis = inputs or (None, 0)
-  if not (uniform and structured.is_plain(leaf)):
-    moments = None
+  moments, axis, outputs = inputs or (None, 0, None)
+  is_whole = structured.is_plain(leaf) and is_matrix(leaf)
+  if not (uniform and (is_whole or isinstance(leaf, structured.TrapezoidalRows))):
+    moments = outputs = None
+  # Infinite numbers are no multiples.
+  if outputs is not None and is_whole and bool(jnp.isfinite(leaf).all()):
+    return _round_lines(leaf, traced, moments, outputs, dtype, axis)
   effects = [Effect(*np.zeros(5, np.float32))]
 
   def round_array(array: Any) -> Any:
@@ -245,6 +274,28 @@ def round_leaf(
     leaf = round_array(leaf)
   total = Effect(*map(sum, zip(*effects, strict=True)))
   return leaf, total._replace(step=effects[min(1, len(effects) - 1)].step)
+
+
+@functools.partial(jax.jit, static_argnums=(4, 5))
+def _round_lines(
+  array: jax.Array,
+  log2_step: jax.Array,
+  moments: jax.Array,
+  outputs: jax.Array,
+  dtype: np.dtype,
+  axis: int,
+) -> tuple[structured.UniformlyQuantized, Effect]:
+  size = steps.typical_size(array)
+  step = steps.quarter_step(size.rms, log2_step)
+  found = steps.with_lines(array, step, moments, outputs, axis=axis)
+  leaf = structured.UniformlyQuantized(
+    found.integers.astype(jnp.int32),
+    step,
+    'float32',
+    found.row_exponents,
+    found.column_exponents,
+  )
+  return leaf, _effect(array, leaf.materialize(), step, dtype, size.outliers)
 
 
 @jax.jit
@@ -283,11 +334,20 @@ def _round(
     result = jnp.where(is_small, steps.multiples(array, step).astype(dtype), nearest)
     same = jnp.all((nearest.astype(jnp.float32) == array) | jnp.isnan(array))
     result, step = jnp.where(same, nearest, result), jnp.where(same, 0, step)
+  return result, _effect(array, result, step, dtype, size.outliers)
+
+
+def _effect(
+  array: jax.Array,
+  result: jax.Array,
+  step: jax.Array,
+  dtype: np.dtype,
+  outliers: jax.Array,
+) -> Effect:
   finite = jnp.isfinite(array)
   squares = jnp.square(jnp.where(finite, result.astype(jnp.float32) - array, 0)).sum()
   norm = jnp.square(jnp.where(finite, array, 0)).sum()
-  bits = _bits_saved(array, step, dtype)
-  return result, Effect(step, squares, norm, bits, size.outliers)
+  return Effect(step, squares, norm, _bits_saved(array, step, dtype), outliers)
 
 
 def is_matrix(array: Any) -> bool:

@@ -3,14 +3,15 @@
     model -> transforms of `near`, float32 -> steps -> divergence on a text
 
 The divergence grows with the square of the steps. So the bits that a bound allows are
-divided among the kinds of parameters as reverse water-filling does: if a kind of n
-numbers causes the divergence k 4^s at the step s, the least bytes have
+divided among the parameters as reverse water-filling does: if a matrix of n numbers
+causes the divergence k 4^s at the step s, the least bytes have
 
     s = log2(n / k) / 2 + constant
 
-and each kind causes a divergence in proportion to its numbers. Each k is measured, by
-rounding the parameters of this kind alone. Matrices are rounded with error feedback,
-see `symmetries.steps`; the moments of their inputs are measured first.
+and each matrix causes a divergence in proportion to its numbers. Each k follows from
+the errors of one rounding and the sensitivities of the predictions, see
+`sensitivities`. By the same rule lines of a matrix have steps of their own, and it is
+rounded with error feedback, see `symmetries.steps`.
 """
 
 import dataclasses
@@ -26,14 +27,15 @@ from rotbits_jax import models
 from rotbits_jax import passes
 from rotbits_jax import structured
 from rotbits_jax.evaluation import perplexity
+from rotbits_jax.presets import sensitivities
 from rotbits_jax.presets.near import near
 from rotbits_jax.system import progress as progress_lib
 
 PROBE = -5.0
-"""The step at which the divergence of each kind is measured."""
+"""The step at which the divergence of each parameter is estimated."""
 
-MOST_OFFSET = 3.0
-"""Bound of the offsets in octaves: the divergence of a kind may be close to zero."""
+MOST_OFFSET = 4.0
+"""Bound of the offsets in octaves: a parameter may hardly cause any divergence."""
 
 _PRECISION = 0.125  # octaves
 _EVALUATIONS = 8
@@ -50,9 +52,9 @@ class Calibration(NamedTuple):
   """The result of `calibrate`.
 
   Attributes:
-    offsets: octaves to add to the step, by kind of parameter. Their mean over the
+    offsets: octaves to add to the step, by the path of a parameter. Their mean over the
       numbers that rounding changes is about zero.
-    sensitivities: the mean KL in nats that each kind causes alone at the step `PROBE`.
+    sensitivities: about the mean KL in nats that each causes alone at the step `PROBE`.
     inputs: the inputs of matrices, see `passes.Rounding`.
   """
 
@@ -66,9 +68,9 @@ class Found(NamedTuple):
 
   Attributes:
     step: the coarsest step whose measured divergence is below the bound.
-    offsets: octaves to add to it, by kind of parameter.
+    offsets: octaves to add to it, by the path of a parameter.
     curve: all measurements at such offsets, from the finest step on.
-    sensitivities: the divergence that each kind causes alone at the step `PROBE`.
+    sensitivities: about the divergence that each causes alone at the step `PROBE`.
     inputs: the inputs of matrices, see `passes.Rounding`.
   """
 
@@ -91,7 +93,7 @@ def calibrate(
   max_tokens: int | None = 4096,
   progress: bool = False,
 ) -> Calibration:
-  """Divides the bits among the kinds of parameters, see above.
+  """Divides the bits among the parameters, see above.
 
   The whole model is held in memory, in its own dtype and in float32, and the
   moments of the inputs of every kernel `[in, out]`, float32 `[in, in]`.
@@ -105,7 +107,12 @@ def calibrate(
   Returns:
     The offsets and the measurements.
   """
-  return _Text.make(model, tokens, max_tokens).calibrate(progress)
+  with progress_lib.Progress('calibrate', 1, 'step', show=progress) as bar:
+    bar.stage('gradients')
+    found = _Text.make(model, tokens, max_tokens).calibrate()
+    bar.update()
+    bar.finish()
+  return found
 
 
 def search(
@@ -126,9 +133,9 @@ def search(
     tokens: `[N]` token ids of the text.
     max_kl: bound of the mean KL(model || rounded model) over the tokens, in nats.
     max_tokens: number of tokens to use; None for all.
-    calibrated: whether each kind of parameter gets its own offset, and matrices are
-      rounded with error feedback; else all offsets are zero, and numbers are rounded to
-      the nearest multiples.
+    calibrated: whether each parameter gets its own offset, and matrices are rounded
+      with error feedback, to a step for each line; else all offsets are zero, and
+      numbers are rounded to the nearest multiples.
     progress: whether to show the progress on stderr.
 
   Returns:
@@ -144,8 +151,8 @@ def search(
     bar.stage('compiling, removing gauges')
     text = _Text.make(model, tokens, max_tokens)
     bar.update()
-    bar.stage('rounding each kind alone')
-    found = text.calibrate(progress=False) if calibrated else Calibration({}, {}, {})
+    bar.stage('gradients of the predictions')
+    found = text.calibrate() if calibrated else Calibration({}, {}, {})
     bar.update()
     curve: dict[float, float] = {}
     step = PROBE
@@ -204,65 +211,40 @@ class _Text(NamedTuple):
     rounding = passes.to_steps(step, offsets, inputs)
     return jax.device_put(_rounded(self.unrounded, self.context, rounding))
 
-  def compare(
-    self, compared: dict[str, models.Model], progress: bool = False
-  ) -> dict[str, float]:
+  def compare(self, compared: dict[str, models.Model]) -> dict[str, float]:
     """Measures the divergence of each model from the reference."""
     measured = evaluation.compare(
-      compared,
-      self.tokens,
-      {'model': self.reference},
-      max_tokens=self.max_tokens,
-      progress=progress,
+      compared, self.tokens, {'model': self.reference}, max_tokens=self.max_tokens
     )
     return {name: found.kl['model'] for name, found in measured.items()}
 
-  def calibrate(self, progress: bool) -> Calibration:
-    """Measures models in which one kind of parameters is rounded."""
-    inputs = self.inputs()
-    probe = self.rounded(PROBE, {}, inputs)
-    kinds = _numbers(self.unrounded, probe)
-    rounded = structured.flatten(probe.params)
-    exact = {
-      # All models have the same dtypes, so that one compiled program serves all.
-      path: jax.tree.map(lambda x, y: x.astype(y.dtype), leaf, rounded[path])
-      for path, leaf in structured.flatten(self.unrounded.params).items()
-    }
-
-    def alone(kind: str) -> models.Model:
-      # Vectors have no kind in `kinds`, because they have no step.
-      own = {
-        path: exact[path]
-        if models.names.pattern(path) in kinds.keys() - {kind}
-        else rounded[path]
-        for path in exact
-      }
-      params = structured.unflatten(own)
-      return dataclasses.replace(self.unrounded, params=params)
-
-    sensitivities = self.compare({kind: alone(kind) for kind in kinds}, progress)
-    return Calibration(_offsets(kinds, sensitivities), sensitivities, inputs)
-
-  def inputs(self) -> dict[str, passes.Inputs]:
-    """Measures the inputs of the matrices that are plain arrays."""
-    model = dataclasses.replace(self.unrounded, buffers={}, stored_as=None)
-    total: Any = None
-    for tokens, length in perplexity.windows(
-      self.tokens, model.config, max_tokens=self.max_tokens
-    ):
-      if length == tokens.size:  # padding is no input
-        moments = _input_moments(model, tokens)
-        total = moments if total is None else jax.tree.map(jnp.add, total, moments)
-    leaves = dict(model.leaves())
-    of_layers = dataclasses.replace(model, params=jax.device_get(total))
-    return {
-      path: passes.Inputs(moments, 0 if path.endswith('/kernel') else 1)
-      for path, moments in of_layers.leaves()
-      if structured.is_plain(leaves[path])
-    }
+  def calibrate(self) -> Calibration:
+    """Estimates the divergence of each parameter, and divides the bits."""
+    cut = perplexity.windows(
+      self.tokens, self.unrounded.config, max_tokens=self.max_tokens
+    )
+    # Padding is no input.
+    windows = [tokens for tokens, length in cut if length == tokens.size]
+    inputs = sensitivities.measure(self.unrounded, windows)
+    rounded = dict(self.rounded(PROBE, {}, inputs).leaves())
+    exact = dict(self.unrounded.leaves())
+    counts, found = {}, {}
+    for path, leaf in exact.items():
+      count = _count(leaf, rounded[path])
+      if count and path in inputs:
+        needed = [structured.materialize(exact[x]) for x in getattr(leaf, 'needs', ())]
+        error = _error(leaf, rounded[path], *needed)
+        counts[path] = count
+        found[path] = sensitivities.divergence(inputs[path], error)
+    return Calibration(_offsets(counts, found), found, inputs)
 
 
-_input_moments = jax.jit(models.input_moments)
+@jax.jit
+def _error(leaf: Any, rounded: Any, *needed: jax.Array) -> jax.Array:
+  array = lambda x: x.materialize(*needed) if structured.is_structured(x) else x
+  return array(structured.astype(leaf, jnp.float32)) - array(
+    structured.astype(rounded, jnp.float32)
+  )
 
 
 def _next_step(curve: dict[float, float], max_kl: float) -> float:
@@ -283,23 +265,21 @@ def _next_step(curve: dict[float, float], max_kl: float) -> float:
   return float(min(max(step, passes.FINEST), 0.0))
 
 
-def _offsets(
-  kinds: dict[str, int], sensitivities: dict[str, float]
-) -> dict[str, float]:
+def _offsets(counts: dict[str, int], divergences: dict[str, float]) -> dict[str, float]:
   """Divides the bits, see above. The mean offset of a number is zero."""
-  if not kinds:
+  if not counts:
     return {}
-  # A divergence that rounding errors of the evaluation hide counts as a small one.
-  least = max(sensitivities.values()) * 2.0 ** (-4 * MOST_OFFSET)
+  # A divergence that is close to zero counts as a small one.
+  least = max(divergences.values()) * 2.0 ** (-4 * MOST_OFFSET)
   offsets = {
-    name: math.log2(count / max(sensitivities[name], least, 1e-12)) / 2
-    for name, count in kinds.items()
+    path: math.log2(count / max(divergences[path], least, 1e-12)) / 2
+    for path, count in counts.items()
   }
-  total = sum(kinds.values())
-  mean = sum(kinds[name] * offset for name, offset in offsets.items()) / total
+  total = sum(counts.values())
+  mean = sum(counts[path] * offset for path, offset in offsets.items()) / total
   return {
-    name: round(min(max(offset - mean, -MOST_OFFSET), MOST_OFFSET), 3)
-    for name, offset in offsets.items()
+    path: round(min(max(offset - mean, -MOST_OFFSET), MOST_OFFSET), 3)
+    for path, offset in offsets.items()
   }
 
 
@@ -322,16 +302,13 @@ def _rewritten(context: passes.Context) -> models.Model:
   return dataclasses.replace(result, stored_as=context.dtype.name)
 
 
-def _numbers(model: models.Model, rounded: models.Model) -> dict[str, int]:
-  """Counts the numbers of the matrices that rounding changed, by kind of parameter."""
-  counts: dict[str, int] = {}
-  results = dict(rounded.leaves())
-  for path, leaf in model.leaves():
-    pairs = zip(jax.tree.leaves(leaf), jax.tree.leaves(results[path]), strict=True)
-    if any(passes.is_matrix(x) and bool((x != y).any()) for x, y in pairs):
-      name = models.names.pattern(path)
-      counts[name] = counts.get(name, 0) + structured.count_elements(leaf)
-  return counts
+def _count(leaf: Any, rounded: Any) -> int:
+  """Returns the numbers of a leaf with a matrix that rounding changed, or 0."""
+  if structured.is_plain(rounded) and not structured.is_plain(leaf):
+    leaf = structured.materialize(leaf)
+  pairs = zip(jax.tree.leaves(leaf), jax.tree.leaves(rounded), strict=True)
+  changed = any(passes.is_matrix(x) and bool((x != y).any()) for x, y in pairs)
+  return structured.count_elements(leaf) if changed else 0
 
 
 def _rounded(
@@ -340,6 +317,14 @@ def _rounded(
   """Rounds a float32 model as the encoder does."""
   own, chain = context._replace(source=model), passes.chain()
   records = passes.rewrite(own, chain, rounding=rounding)
-  return passes.to_model(
+  result = passes.to_model(
     model.config, (record for some, _ in records for record in some)
   )
+  # Arrays in place of integers, so that one compiled program serves all steps.
+  multiples = lambda x: isinstance(x, structured.UniformlyQuantized)
+  params = jax.tree.map(
+    lambda x: np.asarray(x.materialize()) if multiples(x) else x,
+    result.params,
+    is_leaf=multiples,
+  )
+  return dataclasses.replace(result, params=params)

@@ -14,7 +14,7 @@ axis `[N, ...]`.
 `Quantized` stands for a plain array in a file only: the reader puts the array in its
 place. So do `Same`, `Patched` and `Relative`, which need an array of another model, see
 `relative`, and `Basis` and `Subspace`, of which a sliced model is made, see
-`subspaces`. `UniformlyQuantized` stands for one in memory only.
+`subspaces`. `UniformlyQuantized` stands for a plain array, in memory too.
 
 To add a leaf, write a dataclass with annotated fields, see `fields`, and `register` it.
 """
@@ -60,6 +60,7 @@ from rotbits_jax.structured.trees import same_bits
 from rotbits_jax.structured.trees import stack_key
 from rotbits_jax.structured.trees import unflatten
 from rotbits_jax.structured.uniform import UniformlyQuantized
+from rotbits_jax.structured.uniform import line_factors
 
 __all__ = [
   'TYPES',
@@ -95,6 +96,7 @@ __all__ = [
   'is_in_files',
   'is_plain',
   'is_structured',
+  'line_factors',
   'materialize',
   'of_stacks',
   'pair',

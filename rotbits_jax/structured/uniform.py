@@ -1,8 +1,11 @@
-"""The leaf for an array of small multiples of one step, in memory only."""
+"""The leaf for an array of small multiples of steps.
+
+Shape letters: a matrix has R rows of C elements.
+"""
 
 from collections.abc import Callable
 import dataclasses
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 from flax import struct
 import jax
@@ -10,28 +13,50 @@ import jax.numpy as jnp
 import numpy as np
 
 from rotbits_jax.structured.base import Structured
+from rotbits_jax.structured.base import register
+from rotbits_jax.structured.fields import Array
+from rotbits_jax.structured.fields import static
+
+MOST_EXPONENT = 64
+"""Bound of the magnitude of a line's exponent."""
+
+_MOST_OCTAVES = 60  # of a step with lines, so that every element is a normal float32
 
 
+@register
 @struct.dataclass
 class UniformlyQuantized(Structured):
-  """An array whose numbers are integers times one step.
+  """An array whose elements are integers times a step.
 
-  The file reader makes it of an array that a file stores so. A product is exact in
-  float32, so that the leaf stands for the array bit for bit. A file has no such leaf:
-  the encoder stores the array.
+      element = integer * step * factor of its row * factor of its column
+
+  The factor of a line is (4 + i) 2^(q - 2) for its exponent e = 4 q + i, i < 4. Every
+  product is exact in float32, so that the leaf stands for the array bit for bit.
+
+  A file holds the leaf of a matrix whose lines have exponents. One without them is in
+  memory only: the file reader makes it of an array that the coder stores so, and the
+  encoder stores the array.
 
   Attributes:
-    integers: int8 or int16, in the shape of the array.
+    integers: int16 `[R, C]`; int8 or int16 in the shape of the array if lines have no
+      exponents.
     step: float32 `[]`; `[N]` if the leaf is stacked.
     name: name of the dtype of the array.
+    row_exponents: int8 `[R]`, or None.
+    column_exponents: int8 `[C]`, or None.
   """
 
   type_name: ClassVar[str] = 'uniformly_quantized'
-  expands_on_writing: ClassVar[bool] = True
 
-  integers: Any
-  step: Any
-  name: str = struct.field(pytree_node=False)
+  integers: Annotated[Any, Array(2, np.int16)]
+  step: Annotated[Any, Array(0, np.float32)]
+  name: Literal['float16', 'bfloat16', 'float32'] = static()
+  row_exponents: Annotated[Any, Array(1, np.int8)] = None
+  column_exponents: Annotated[Any, Array(1, np.int8)] = None
+
+  @property
+  def expands_on_writing(self) -> bool:  # type: ignore[override]
+    return self.row_exponents is None
 
   @property
   def shape(self) -> tuple[int, ...]:
@@ -44,16 +69,24 @@ class UniformlyQuantized(Structured):
   def materialize(self, *needed: Any) -> jax.Array:
     step = jnp.asarray(self.step)
     step = jnp.expand_dims(step, tuple(range(step.ndim, self.integers.ndim)))
-    return (jnp.asarray(self.integers, jnp.float32) * step).astype(self.dtype)
+    found = jnp.asarray(self.integers, jnp.float32) * step
+    if self.row_exponents is not None:
+      found = found * line_factors(self.row_exponents)[..., :, None]
+      found = found * line_factors(self.column_exponents)[..., None, :]
+    return found.astype(self.dtype)
 
   def rows(self, *needed_and_indices: Any) -> jax.Array:
     (indices,) = needed_and_indices
     integers = jnp.asarray(self.integers)
     steps = jnp.full(len(integers), self.step)
+    if self.row_exponents is not None:
+      steps = steps * line_factors(self.row_exponents)
     taken = integers.at[indices].get(mode='fill', fill_value=0)
     step = steps.at[indices].get(mode='fill', fill_value=jnp.nan)
-    rows = (taken.astype(jnp.float32) * step[..., None]).astype(self.dtype)
-    return rows.astype(jnp.float32)
+    rows = taken.astype(jnp.float32) * step[..., None]
+    if self.column_exponents is not None:
+      rows = rows * line_factors(self.column_exponents)
+    return rows.astype(self.dtype).astype(jnp.float32)
 
   def map_arrays(self, function: Callable[[Any], Any]) -> Any:
     """Returns the function of the array, which need not be multiples of a step."""
@@ -63,7 +96,31 @@ class UniformlyQuantized(Structured):
     return dataclasses.replace(self, name=np.dtype(jnp.dtype(dtype)).name)
 
   def stack_key(self) -> tuple[str, ...]:
-    return (np.dtype(self.integers.dtype).name,)
+    return (np.dtype(self.integers.dtype).name,) if self.expands_on_writing else ()
 
   def stored_sizes(self) -> list[tuple[np.dtype, int]]:
-    return [(self.dtype, int(np.prod(self.shape)))]
+    if self.expands_on_writing:
+      return [(self.dtype, int(np.prod(self.shape)))]
+    return super().stored_sizes()
+
+  def check(self) -> None:
+    lines = self.row_exponents.shape + self.column_exponents.shape
+    if lines != self.integers.shape:
+      raise ValueError(f'integers {self.integers.shape} cannot have {lines} exponents')
+    for exponents in (self.row_exponents, self.column_exponents):
+      if np.abs(exponents.astype(np.int16)).max(initial=0) > MOST_EXPONENT:
+        raise ValueError(f'exponents of lines must be at most {MOST_EXPONENT}')
+    mantissa, octave = np.frexp(np.float32(self.step))
+    is_short = 8 * mantissa in (4, 5, 6, 7) and abs(octave) <= _MOST_OCTAVES
+    if not is_short:  # also if it is NaN
+      raise ValueError(f'{self.step!r} is no step of lines')
+
+
+def line_factors(exponents: Any) -> jax.Array:
+  """Returns the factors of lines, float32, for integer exponents of the same shape.
+
+  >>> line_factors(np.array([0, 1, 4, -4])).tolist()
+  [1.0, 1.25, 2.0, 0.5]
+  """
+  quarters = jnp.asarray(exponents, jnp.int32)
+  return jnp.ldexp((4 + quarters % 4).astype(jnp.float32), quarters // 4 - 2)

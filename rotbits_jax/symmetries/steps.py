@@ -19,9 +19,17 @@ Each square is then that of one rounding error, and no other factorisation of H 
 smaller trace of D. The rows of inputs with large moments come first, because the errors
 of later rows can make up for theirs. Blocks of rows are updated by one product.
 
+**A step for each line.** If output j counts g_j times, the mean square of the error is
+`sum_ij D_i g_j d_ij^2 / 12` for steps d_ij. With the mean of `log2 d_ij` fixed, and so
+the bits of an entropy coder, it is least for `d_ij = d / sqrt(D_i g_j)`: each element
+then adds the same to it. So rows have steps of their own by the pivots D_i, and columns
+by g_j. Lines are divided by their factors first, which scales H and L; then the rule
+above goes on with one step.
+
 References:
   Frantar et al., GPTQ, arXiv 2210.17323: the rule, by the inverse of H.
   Chee et al., QuIP, arXiv 2307.13304, section 3: the rule in the form above.
+  Lifar et al., WaterSIC, arXiv 2603.04956: steps of rows by the pivots.
 """
 
 import functools
@@ -31,11 +39,14 @@ import chex
 import jax
 import jax.numpy as jnp
 
+from rotbits_jax import structured
 from rotbits_jax.symmetries import products
 
 _BLOCK = 128  # number of rows that are updated together
 _DAMPING = 0.01  # of the mean moment, so that no pivot is close to 0
 _ROUNDS = 8  # of removing outliers
+_LEAST_COUNT = 0.01  # of the mean, because sensitivities are measured on little text
+_MOST_OCTAVES = 3  # of a line's step from that of its matrix
 
 _matmul = products.matmul
 
@@ -102,11 +113,16 @@ def quarter_step(rms: jax.Array, log2_step: jax.Array) -> jax.Array:
   It is the number of the form (4 + i) 2^(q - 2), i < 4, closest to `rms 2^log2_step`.
   """
   target = jnp.clip(jnp.log2(rms) + log2_step, -120.0, 110.0)
-  q = jnp.floor(target)
+  return structured.line_factors(_quarters(target))
+
+
+def _quarters(log2: jax.Array) -> jax.Array:
+  """Returns 4 q + i of the numbers (4 + i) 2^(q - 2), i < 4, closest to given ones."""
+  q = jnp.floor(log2)
   # In the middle between two of these in log2 are the roots of 4 * 5, 5 * 6, ...
   middles = jnp.log2(jnp.sqrt(jnp.float32([20, 30, 42, 56])) / 4)
-  i = (target - q > middles).sum()
-  return jnp.ldexp((4 + i).astype(jnp.float32), q.astype(jnp.int32) - 2)
+  i = ((log2 - q)[..., None] > middles).sum(axis=-1)
+  return 4 * q.astype(jnp.int32) + i
 
 
 def multiples(array: jax.Array, step: jax.Array) -> jax.Array:
@@ -122,6 +138,8 @@ def with_feedback(
 ) -> jax.Array:
   """Rounds a matrix to multiples of a step with error feedback.
 
+  Zeros remain, because structure makes them.
+
   Args:
     array: float32 `[n, m]`, or `[m, n]` if `axis` is 1.
     step: float32 `[]`, positive.
@@ -133,20 +151,103 @@ def with_feedback(
     Multiples of the step, float32 with the shape of the array.
   """
   kernel = array if axis == 0 else array.T
-  count, width = kernel.shape
-  chex.assert_shape(moments, (count, count))
-  diagonal = jnp.diagonal(moments)
+  chex.assert_shape(moments, (len(kernel),) * 2)
+  order, lower, _ = _factors(moments)
+  found = _round_rows(kernel[order], step, lower)
+  found = jnp.zeros_like(kernel).at[order].set(found)
+  return found if axis == 0 else found.T
+
+
+class Lines(NamedTuple):
+  """A matrix of integers times steps of lines, see `structured.UniformlyQuantized`.
+
+  Attributes:
+    integers: float32, in the shape of the matrix.
+    row_exponents: int8, one for each row.
+    column_exponents: int8, one for each column.
+  """
+
+  integers: jax.Array
+  row_exponents: jax.Array
+  column_exponents: jax.Array
+
+
+@functools.partial(jax.jit, static_argnames='axis')
+def with_lines(
+  array: jax.Array,
+  step: jax.Array,
+  moments: jax.Array,
+  outputs: jax.Array,
+  *,
+  axis: int = 0,
+) -> Lines:
+  """Rounds a matrix with error feedback to multiples of a step for each line.
+
+  Args:
+    array: float32 `[n, m]`, or `[m, n]` if `axis` is 1.
+    step: float32 `[]`, positive: the geometric mean of the steps, roughly.
+    moments: float32 `[n, n]`, see `with_feedback`.
+    outputs: float32 `[m]`, how much the square of an error of each output counts.
+    axis: the axis of the inputs.
+
+  Returns:
+    The integers and the exponents of rows and columns.
+  """
+  kernel = array if axis == 0 else array.T
+  chex.assert_shape(moments, (len(kernel),) * 2)
+  order, lower, pivots = _factors(moments)
+  of_inputs, of_outputs = _exponents(pivots), _exponents(outputs)
+  rows, columns = map(structured.line_factors, (of_inputs, of_outputs))
+  scaled = kernel[order] / (rows[:, None] * columns)
+  found = _round_rows(scaled, step, lower * (rows[:, None] / rows))
+  integers = jnp.zeros_like(kernel).at[order].set(jnp.rint(found / step))
+  of_inputs = jnp.zeros_like(of_inputs).at[order].set(of_inputs)
+  if axis == 0:
+    return Lines(integers, of_inputs, of_outputs)
+  return Lines(integers.T, of_outputs, of_inputs)
+
+
+def _exponents(counts: jax.Array) -> jax.Array:
+  """Returns exponents of lines for steps in proportion to `counts^(-1/2)`, int8."""
+  mean = jnp.mean(counts)
+  is_useful = jnp.isfinite(counts).all() & (mean > 0)
+  counts = jnp.where(is_useful, counts / jnp.where(is_useful, mean, 1), 1)
+  log2 = -jnp.log2(jnp.maximum(counts, 0) + _LEAST_COUNT) / 2
+  log2 = jnp.clip(log2 - jnp.mean(log2), -_MOST_OCTAVES, _MOST_OCTAVES)
+  return _quarters(log2).astype(jnp.int8)
+
+
+def _factors(moments: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Returns the order of the inputs; and L and the diagonal of D in this order."""
+  count, diagonal = len(moments), jnp.diagonal(moments)
   order = jnp.argsort(diagonal)  # the last row is rounded first
   mean = jnp.mean(diagonal)
   damping = _DAMPING * jnp.where(mean > 0, mean, 1)
   damped = moments[order][:, order] + damping * jnp.eye(count, dtype=jnp.float32)
   lower = jnp.linalg.cholesky(damped)
-  lower = lower / jnp.diagonal(lower)
-  lower = jnp.where(jnp.isfinite(lower).all(), lower, jnp.eye(count, dtype=jnp.float32))
+  roots = jnp.diagonal(lower)
+  lower = lower / roots
+  is_finite = jnp.isfinite(lower).all()
+  lower = jnp.where(is_finite, lower, jnp.eye(count, dtype=jnp.float32))
+  return order, lower, jnp.where(is_finite, jnp.square(roots), 1)
+
+
+def _round_rows(rows: jax.Array, step: jax.Array, lower: jax.Array) -> jax.Array:
+  """Rounds rows from the last to the first, see above.
+
+  Args:
+    rows: float32 `[n, m]`.
+    step: float32 `[]`.
+    lower: L, float32 `[n, n]`.
+
+  Returns:
+    Multiples of the step, float32 `[n, m]`.
+  """
+  count, width = rows.shape
   # Rows of zeros in front fill the first block.
   padding = -count % _BLOCK
   lower = jnp.pad(lower, ((padding, 0), (padding, 0)))
-  rows = jnp.pad(kernel[order], ((padding, 0), (0, 0)))
+  rows = jnp.pad(rows, ((padding, 0), (0, 0)))
 
   def round_block(errors: jax.Array, start: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Rounds rows, given the errors of the rows after them, `[n, m]`."""
@@ -162,6 +263,7 @@ def with_feedback(
       i = _BLOCK - 1 - k
       after = jnp.where(jnp.arange(_BLOCK) > i, own[:, i], 0)
       rounded = multiples(wanted[i] + _matmul(after, block_errors), step)
+      rounded = jnp.where(given[i] == 0, 0, rounded)
       error = given[i] - rounded
       error = jnp.where(jnp.isfinite(error), error, 0)
       return found.at[i].set(rounded), block_errors.at[i].set(error)
@@ -173,6 +275,4 @@ def with_feedback(
 
   starts = jnp.arange(0, count + padding, _BLOCK)
   _, blocks = jax.lax.scan(round_block, jnp.zeros_like(rows), starts, reverse=True)
-  found = blocks.reshape(-1, width)[padding:]
-  found = jnp.zeros_like(kernel).at[order].set(found)
-  return found if axis == 0 else found.T
+  return blocks.reshape(-1, width)[padding:]
