@@ -193,7 +193,10 @@ class StructuredTest(absltest.TestCase):
       ('step', np.float32(0.6), 'no step'),
       ('step', np.float32(2.0**70), 'no step'),
     ):
-      with self.subTest(key=key, words=words), self.assertRaisesRegex(ValueError, words):
+      with (
+        self.subTest(key=key, words=words),
+        self.assertRaisesRegex(ValueError, words),
+      ):
         structured.UniformlyQuantized.from_stored(
           settings, arrays | {key: np.asarray(wrong)}
         )
