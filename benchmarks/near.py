@@ -90,6 +90,9 @@ BLOCKS = (
 )
 """GGUF's formats, from the largest to the smallest."""
 
+DRAWN = ('Q8_0', 'Q6_K', 'Q5_K', 'Q4_K', 'IQ4_XS', 'Q3_K', 'int8', 'int4')
+"""The formats in the picture, where the names of all would cover each other."""
+
 WIDTHS = (8, 6, 5, 4)
 """Bits of the integers of rows."""
 
@@ -254,22 +257,23 @@ def picture(rows: Sequence[Row], elements: int) -> str:
   for name, own in itertools.groupby(rows, lambda row: row.series):
     if name == FEEDBACK:  # it is close to the series beside it
       continue
-    points = list(own)
+    is_format = name in (GGUF, ROWS)
+    points = [row for row in own if row.name in DRAWN or not is_format]
     series.append(
       charts.Series(
         name,
         [8 * row.bytes / elements for row in points],
         [row.kl for row in points],
-        line=name not in (GGUF, ROWS),  # formats are no steps of one thing
-        labels=[row.name for row in points] if name in (GGUF, ROWS) else None,
+        line=not is_format,  # formats are no steps of one thing
+        labels=[row.name for row in points] if is_format else None,
       )
     )
   low = 10.0 ** math.floor(math.log10(min(row.kl for row in rows)))
   high = 10.0 ** math.ceil(math.log10(max(row.kl for row in rows)))
-  bits = [x for own in series for x in own.x]
+  right = math.ceil(max(x for own in series for x in own.x))
   drawn = charts.chart(
     series,
-    charts.Axis('bits a number', math.floor(min(bits)), math.ceil(max(bits))),
+    charts.Axis('bits a number', 0, right),
     charts.Axis('KL divergence, nats a token', low, high, log=True),
     title='Bits a number against KL divergence of near and of other formats',
     inside=True,

@@ -21,7 +21,7 @@ ROWS = [
   near.Row(near.CALIBRATED, '2^-6', 480, 20.0, 1e-5, 0.99),
   near.Row(near.CALIBRATED, '2^-4', 280, 20.1, 5e-4, 0.99),
   near.Row(near.GGUF, 'Q8_0', 532, 20.0, 1e-4, 0.99),
-  near.Row(near.GGUF, 'Q4_0', 282, 20.5, 9e-4, 0.99),
+  near.Row(near.GGUF, 'Q4_K', 282, 20.5, 9e-4, 0.99),
   near.Row(near.ROWS, 'int8', 501, 20.0, 1e-4, 0.99),
 ]
 
@@ -111,7 +111,7 @@ def test_table_has_the_ratio_at_the_same_divergence():
 def test_picture_names_every_series_and_block_format():
   picture = ElementTree.fromstring(near.picture(ROWS, 1000))
   words = {text.text for text in picture.iter('{http://www.w3.org/2000/svg}text')}
-  assert {near.PLAIN, near.CALIBRATED, near.GGUF, near.ROWS, 'Q8_0', 'Q4_0'} <= words
+  assert {near.PLAIN, near.CALIBRATED, near.GGUF, near.ROWS, 'Q8_0', 'Q4_K'} <= words
   assert 'prefers-color-scheme: dark' in near.picture(ROWS, 1000)
 
 

@@ -173,7 +173,7 @@ def standalone(svg: str) -> str:
 
 
 class _Labels:
-  """Puts text beside points, where it covers the fewest points, lines and texts."""
+  """Puts text beside points, in the frame, where it covers the least."""
 
   # Where a text begins or ends, relative to its point.
   SIDES = (
@@ -185,6 +185,8 @@ class _Labels:
     (-8, -6, 'end'),
     (-8, 16, 'end'),
     (-8, -20, 'end'),
+    (10, 4, 'start'),
+    (-10, 4, 'end'),
   )
   CHARACTER = 7  # the width of a character in the font of `STYLE`
 
@@ -204,7 +206,8 @@ class _Labels:
       left = point[0] + side[0] - shift[side[2]]
       low = point[1] + side[1]
       inside = lambda x, y: left - 5 < x < left + width + 5 and low - 15 < y < low + 6
-      return sum(inside(x, y) for x, y in self._taken)
+      is_out = left < _LEFT or left + width > WIDTH or low < _TOP + 4
+      return sum(inside(x, y) for x, y in self._taken) + 100 * is_out
 
     x, y, anchor = min(self.SIDES, key=covered)
     left = point[0] + x - shift[anchor]
