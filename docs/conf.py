@@ -27,6 +27,7 @@ if 'CI' in os.environ:  # the inventories of others need a network
     'python': ('https://docs.python.org/3/', None),
   }
 exclude_patterns = ['build']
+highlight_language = 'text'  # blocks that name none are tables and outputs
 mathjax_path = 'mathjax/tex-chtml.js'  # of MathJax 3.2.2, beside its fonts
 html_theme = 'sphinx_book_theme'
 html_title = f'rotbits_jax {version}'
