@@ -27,6 +27,7 @@ if 'CI' in os.environ:  # the inventories of others need a network
     'python': ('https://docs.python.org/3/', None),
   }
 exclude_patterns = ['build']
+highlight_language = 'text'  # blocks that name none are tables and outputs
 mathjax_path = 'mathjax/tex-chtml.js'  # of MathJax 3.2.2, beside its fonts
 html_theme = 'sphinx_book_theme'
 html_title = f'rotbits_jax {version}'
@@ -152,9 +153,9 @@ def _skip(app, what, name, obj, skip, options):
   del app, what, options
   obj = getattr(obj, 'fget', obj)
   home = getattr(obj, '__module__', None) or ''
-  owner = getattr(obj, '__qualname__', '').partition('.')[0]
+  owner, _, method = getattr(obj, '__qualname__', '').partition('.')
   is_leaf = home.startswith('rotbits_jax.structured') and owner != 'Structured'
-  return True if is_leaf and name in _OF_ALL_LEAVES else skip
+  return True if is_leaf and method and name in _OF_ALL_LEAVES else skip
 
 
 _OF_ALL_LEAVES = {*vars(structured.Structured), 'replace'}

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Builds the sdist and the wheel into dist/, and tries both outside the clone, in fresh
-# environments of the oldest and the newest Python: the wheel there, the sdist here.
+# environments of the oldest and the newest Python: the wheel there, with the notebooks
+# that need nothing else, and the sdist here.
 #   bash scripts/release_check.sh
 # ROTBITS_JAX_ADDRESS is the address of the repository, see setup.py.
 set -euo pipefail
@@ -10,7 +11,8 @@ build/tools/bin/python -m pip install --quiet --disable-pip-version-check build 
 rm -rf dist
 build/tools/bin/python -m build --quiet --outdir dist .
 build/tools/bin/python -m twine check --strict dist/*
-dist=$PWD/dist
+root=$PWD
+dist=$root/dist
 for version in 3.11 3.13; do
   folder=$(mktemp -d)
   "python$version" -m venv "$folder/venv"
@@ -31,6 +33,11 @@ for version in 3.11 3.13; do
     rotbits verify --input=x.rotbits --against="$example"
     snapshot=$(rotbits snapshot --input=x.rotbits)
     [[ -f $snapshot/modeling_sliced_phi.py ]]
+    if [[ $version == 3.11 ]]; then
+      python -m pip install --quiet --disable-pip-version-check ipykernel nbclient
+      cp "$root"/colabs/0[1246]_*.ipynb .
+      jupyter execute 0*.ipynb
+    fi
   )
   rm -rf "$folder"
 done

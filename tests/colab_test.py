@@ -71,7 +71,8 @@ class TestColabs:
     assert [x.source for x in stored.cells] == [x.source for x in given.cells]
     outputs = [out for cell in stored.cells for out in cell.get('outputs', [])]
     assert outputs
-    assert {'error', 'stderr'}.isdisjoint({x.get('name', x.output_type) for x in outputs})
+    kinds = {x.get('name', x.output_type) for x in outputs}
+    assert kinds.isdisjoint({'error', 'stderr'})
 
   def test_outside_of_a_clone_the_index_has_the_package(
     self, path, tmp_path, monkeypatch, pip

@@ -207,7 +207,8 @@ def modules_of_notebooks():
 def test_every_public_symbol_is_documented():
   text = ''.join((DOCS / page).read_text('utf-8') for page in PAGES)
   documented = set()
-  for home, name in re.findall(r'currentmodule:: (\S+)\n|auto(?:function|class|exception):: (\w+)', text):
+  kinds = r'currentmodule:: (\S+)\n|auto(?:function|class|exception):: (\w+)'
+  for home, name in re.findall(kinds, text):
     if home:
       module = importlib.import_module(home)
     else:

@@ -51,7 +51,7 @@ _ENTRY = 250  # bytes of a tensor's entry in the manifest, about
 _NOTE = 200  # bytes of the notes of a tensor that is rewritten
 _EMBED, _HEAD = 'embed/tokens', 'head/kernel'
 _COLUMNS, _UNSEEN, _STEPS = 4, 256, 20  # by which an embedding is found to be tied
-_RESIDUAL, _INTEGER = 2.25, 13.2  # bits of a tied element, on OPT
+_RESIDUAL, _INTEGER = 2.0, 13.2  # bits of a tied element, on OPT
 _TINY = float(np.finfo(np.float32).tiny)
 
 
