@@ -220,7 +220,8 @@ class Records:
       if part.dtype == leaves_lib.stored_dtype(entry.dtype):
         return part.view(np.dtype(entry.dtype))
       step = np.asarray(record.grids()[entry.path].unit)
-      return structured.UniformlyQuantized(part, step, entry.dtype)
+      dtype: Any = entry.dtype
+      return structured.UniformlyQuantized(part, step, dtype)
     try:
       leaf = entry.make(parts)
       known = [self.leaves[x].shape for x in entry.needs if x in self.leaves]

@@ -43,10 +43,8 @@ def measure(
   total: Any = None
   count = 0
   for i, tokens in enumerate(windows):
-    found = (
-      _input_moments(model, tokens),
-      models.output_gradients(model, tokens, jax.random.key(_SEED + i)),
-    )
+    own, key = jnp.asarray(tokens), jax.random.key(_SEED + i)
+    found = _input_moments(model, own), models.output_gradients(model, own, key)
     total = found if total is None else jax.tree.map(jnp.add, total, found)
     count += tokens.size
   moments, gradients = jax.tree.map(lambda x: np.asarray(x) / count, total)
