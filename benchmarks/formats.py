@@ -12,10 +12,11 @@ matrix, and its mixtures take other formats for some tensors.
 The WaterSIC-style rows are the idea of WaterSIC (ICML 2026) without its refinements: a
 step for each input feature in proportion to 1 / L_ii, where `L L^T` are the second
 moments of the inputs, errors that feed back (successive interference cancellation), and
-as its size the entropy of the integers of each feature, without any tables.
+as its size the entropy of the integers of features of like size, without any tables.
 """
 
 from collections.abc import Callable, Mapping
+import math
 from typing import NamedTuple
 
 import gguf
@@ -252,9 +253,17 @@ def _cancelled(
 
 
 def _entropy(q: np.ndarray) -> float:
-  """Returns the bits of the rows of integers, each coded by its own frequencies."""
+  """Returns the bits of the rows of integers.
+
+  Rows whose root mean squares are within half an octave have common frequencies. The
+  entropy of few integers is at most log2 of their count, which is too little; so each
+  entropy has Miller's and Madow's correction, too.
+  """
   bits = 0.0
-  for row in q:
-    counts = np.unique(row, return_counts=True)[1]
-    bits -= float((counts * np.log2(counts / len(row))).sum())
+  classes = np.rint(np.log2(np.square(q).mean(1) + 1e-30))
+  for own in np.unique(classes):
+    some = q[classes == own]
+    counts = np.unique(some, return_counts=True)[1]
+    bits -= float((counts * np.log2(counts / some.size)).sum())
+    bits += (len(counts) - 1) / (2 * math.log(2))
   return bits

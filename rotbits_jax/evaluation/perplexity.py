@@ -13,6 +13,8 @@ from rotbits_jax.system.progress import track
 
 DEFAULT_WINDOW = 1024
 
+_TOKENS = 64  # whose predictions are compared at once
+
 
 class Evaluation(NamedTuple):
   """The result of `evaluate`.
@@ -227,10 +229,15 @@ def _measure(
     expected: logits `[T - 1, V]` of each reference.
     tokens: `[1, T]`.
   """
-  log_probabilities = jax.nn.log_softmax(predicted)
-  loss = -jnp.take_along_axis(log_probabilities, tokens[0, 1:, None], axis=-1)[:, 0]
-  kl = [kl_divergence(e, predicted) for e in expected]
-  return jnp.stack([loss, *kl, *(agreement(e, predicted) for e in expected)])
+
+  def of_token(i: jax.Array) -> jax.Array:
+    own, others = predicted[i], [logits[i] for logits in expected]
+    loss = -jax.nn.log_softmax(own)[tokens[0, i + 1]]
+    kl = [kl_divergence(other, own) for other in others]
+    return jnp.stack([loss, *kl, *(agreement(other, own) for other in others)])
+
+  # A few tokens at a time, because each has several arrays as long as the vocabulary.
+  return jax.lax.map(of_token, jnp.arange(len(predicted)), batch_size=_TOKENS).T
 
 
 def kl_divergence(reference: jax.Array, model: jax.Array) -> jax.Array:
