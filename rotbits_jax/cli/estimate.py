@@ -51,11 +51,12 @@ def main() -> program.Result:
   found, without = estimation.estimate(opened, base=_BASE.value, progress=True)
   result = {
     'bytes': given,
-    'presets': [x._asdict() for x in found],
+    'presets': [
+      {'preset': x.preset, 'bytes': x.nbytes, 'seconds': x.seconds, 'memory': x.memory}
+      for x in found
+    ],
     'without': without,
   }
-  for own in result['presets']:
-    own['bytes'] = own.pop('nbytes')
   lines = [
     f'{"":13}{text_lib.of_bytes(given):>8}{"time":>15}{"memory":>9}  what comes back'
   ]
