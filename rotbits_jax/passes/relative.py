@@ -209,7 +209,7 @@ def _far(bits: np.ndarray, base: np.ndarray, dtype: np.dtype) -> np.ndarray:
   """Returns the differences, float32; 0 for those not finite."""
   with np.errstate(all='ignore'):
     if dtype.kind in 'iub':
-      return np.float32(bits - base)
+      return (bits - base).astype(np.float32)
     far = _wide(bits, dtype)
     far -= _wide(base, dtype)
     if not np.isfinite(far.sum()):
