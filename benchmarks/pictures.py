@@ -7,7 +7,7 @@
 other compressors on the same tensors, see benchmarks/peers.py. `curve.svg` shows bytes
 against KL divergence, beside the block formats of GGUF. The numbers are kept in
 `measured.json`; `--draw` draws them again, and with them the pictures of the benchmarks
-decode and near, from their tables in RESULTS.md.
+decode, near and base, from their tables in RESULTS.md.
 """
 
 import html
@@ -24,6 +24,7 @@ import jax
 import numpy as np
 import safetensors.numpy
 
+from benchmarks import base
 from benchmarks import decode
 from benchmarks import demo
 from benchmarks import formats
@@ -223,13 +224,18 @@ def curve(measured: Measured) -> str:
 # ---- tables of RESULTS.md ------------------------------------------------------------
 
 
-def rows_of(title: str, pattern: str) -> list[re.Match[str]]:
-  """Returns the lines of a section of RESULTS.md that match a pattern."""
+def section(title: str) -> str:
+  """Returns a section of RESULTS.md."""
   text = (demo.ROOT / 'RESULTS.md').read_text()
-  section = re.search(rf'^## {title}\n(.*?)(?=^## |\Z)', text, re.M | re.S)
-  if section is None:
+  found = re.search(rf'^## {title}\n(.*?)(?=^## |\Z)', text, re.M | re.S)
+  if found is None:
     raise ValueError(f'RESULTS.md has no section {title!r}')
-  return list(re.finditer(rf'^{pattern}', section[1], re.M))
+  return found[1]
+
+
+def rows_of(title: str, pattern: str) -> list[re.Match[str]]:
+  """Returns the lines of a section that match a pattern."""
+  return list(re.finditer(rf'^{pattern}', section(title), re.M))
 
 
 def number(text: str) -> float:
@@ -270,6 +276,7 @@ def main() -> None:
   (output / 'curve.svg').write_text(curve(measured))
   if _DRAW.value:
     (output / 'time-to-weights.svg').write_text(of_decode())
+    (output / 'base.svg').write_text(base.picture(section(base.TITLE)))
     for name, title in NEAR.items():
       (output / f'near-{name}.svg').write_text(of_near(title))
 

@@ -193,6 +193,25 @@ def test_a_subspace_is_made_of_integers():
   assert found[~rows].tolist() == lower
 
 
+def test_a_subspace_is_finer_where_a_kernel_lies_mostly_beside_it():
+  rng, roundoff = np.random.default_rng(0), 2.0**-11
+  within, beside = np.split(random_models.orthogonal(rng, 64), [48], axis=1)
+  kernel = 0.1 * within @ rng.normal(size=(48, 300)) + beside @ rng.normal(
+    size=(16, 300)
+  )
+  target, way = (within.T @ kernel).astype(np.float16), subspaces.Way('reads')
+  arrays = [kernel, np.ones(64)]
+  found = recipe.fit(
+    [recipe.Pair(way, arrays, target)], (64, 48), rounded=False, roundoff=roundoff
+  )
+  assert 4 < found.growth < 8
+  made_of = recipe.as_subspace(found.basis, roundoff, found.growth).materialize()
+  turn = recipe.turn(found.basis, made_of * 2.0**-25)
+  made = subspaces.tensor(way, arrays, [made_of], (48, 300), np.dtype(np.float32))
+  wanted = turn.T @ target
+  assert np.linalg.norm(made - wanted) < 0.6 * roundoff * np.linalg.norm(wanted)
+
+
 def test_products_with_numbers_that_cannot_be_added_exactly_are_refused():
   way = subspaces.Way('writes')
   kernel, huge = np.ones((4, 6), np.float16), np.full((6, 3), 2**30, np.int32)

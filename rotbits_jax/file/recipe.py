@@ -204,9 +204,9 @@ class Recipe:
 
   def _segment(self, segment: int) -> _Segment:
     if segment == 0:
-      basis, error = self._first[self._rounded]
+      basis, error, growth = self._first[self._rounded]
     else:
-      basis, error = self._fit(segment, self._rounded)
+      basis, error, growth = self._fit(segment, self._rounded)
     if basis is None or error > _UNRELATED:
       return _Segment(None, None, None, False)
     roundoff = self._context.roundoff
@@ -215,7 +215,7 @@ class Recipe:
       return _Segment(leaf, leaf.materialize(), None, True)
     if basis.shape[0] == basis.shape[1]:
       return _Segment(None, None, basis.T, True)
-    leaf = recipe_lib.as_subspace(basis, roundoff)
+    leaf = recipe_lib.as_subspace(basis, roundoff, growth)
     found = leaf.materialize()
     turn = recipe_lib.turn(basis, np.ldexp(found.astype(np.float64), -subspaces.UNIT))
     return _Segment(leaf, found, turn, True)

@@ -107,13 +107,19 @@ class Pair(NamedTuple):
 
 
 class Found(NamedTuple):
-  """A basis, float64 `[D, d]`, and the relative error of tensors made with it.
+  """The basis of a segment.
 
-  The basis is None if no matrix with orthonormal columns is near a solution.
+  Attributes:
+    basis: float64 `[D, d]`; None if no matrix with orthonormal columns is near a
+      solution.
+    error: the relative error of tensors made with it.
+    growth: by how much errors of the basis are greater, relative to a tensor, because
+      its vectors lie beside the subspace.
   """
 
   basis: np.ndarray | None
   error: float
+  growth: float
 
 
 def fit(
@@ -144,7 +150,9 @@ def fit(
     if basis is not None and max(errors) <= _MOST_ERROR * roundoff:
       best = basis, errors
   basis, errors = best
-  return Found(basis, max(errors, default=math.inf))
+  norms = [[float(np.linalg.norm(x)) for x in pair] for pair in samples]
+  growth = max((whole / own for whole, own in norms if own), default=1.0)
+  return Found(basis, max(errors, default=math.inf), growth)
 
 
 def _sample(pair: Pair) -> tuple[np.ndarray, np.ndarray]:
@@ -220,11 +228,18 @@ def as_basis(basis: np.ndarray, roundoff: float) -> structured.Basis:
   return structured.Basis(numbers, step)
 
 
-def as_subspace(basis: np.ndarray, roundoff: float) -> structured.Subspace:
+def as_subspace(
+  basis: np.ndarray, roundoff: float, growth: float = 1.0
+) -> structured.Subspace:
   """Returns the leaf of the subspace of a basis; see `as_basis`.
 
   The rows J are chosen so that the matrix M is not singular: the error of A, and its
   numbers, are smaller then.
+
+  Args:
+    basis: see `as_basis`.
+    roundoff: see `as_basis`.
+    growth: see `Found`.
   """
   hidden, width = basis.shape
   order = scipy.linalg.qr(basis.T, mode='r', pivoting=True)[1]
@@ -236,7 +251,7 @@ def as_subspace(basis: np.ndarray, roundoff: float) -> structured.Subspace:
   upper = (turn * sizes) @ turn.T
   lower = basis[~rows] @ basis[rows].T @ ((turn / sizes) @ turn.T)
   tangent = np.linalg.solve(np.eye(width) + upper, lower.T).T
-  step = _step(roundoff * math.sqrt(12 / max(hidden - width, 1)) / 4)
+  step = _step(roundoff * math.sqrt(12 / max(hidden - width, 1)) / (6 * growth))
   return structured.Subspace.of(tangent, rows, step)
 
 

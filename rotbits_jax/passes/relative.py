@@ -201,14 +201,20 @@ def _logs(roots: np.ndarray, bias: float) -> np.ndarray:
 
 def _roots(bits: np.ndarray, base: np.ndarray, dtype: np.dtype) -> np.ndarray:
   """Returns the square roots of the absolute differences; 0 for those not finite."""
+  roots = _far(bits, base, dtype)
+  return np.sqrt(np.abs(roots, out=roots), out=roots)
+
+
+def _far(bits: np.ndarray, base: np.ndarray, dtype: np.dtype) -> np.ndarray:
+  """Returns the differences, float32; 0 for those not finite."""
   with np.errstate(all='ignore'):
     if dtype.kind in 'iub':
-      far = np.float32(bits - base)
-    else:
-      far = _wide(bits, dtype) - _wide(base, dtype)
-    roots = np.sqrt(np.abs(far))
-  roots[~np.isfinite(roots)] = 0
-  return roots
+      return (bits - base).astype(np.float32)
+    far = _wide(bits, dtype)
+    far -= _wide(base, dtype)
+    if not np.isfinite(far.sum()):
+      far[~np.isfinite(far)] = 0
+  return far
 
 
 def _wide(bits: np.ndarray, dtype: np.dtype) -> np.ndarray:
@@ -277,6 +283,7 @@ def _shortened(far: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 _LEAST_FACTORED = 64  # rows and columns of a matrix for which factors are tried
 _RANKS = (16, 64)  # the greatest rank that is tried first, and then
 _SKETCHED = 1 << 9  # rows that tell whether factors may be worth it
+_TYPICAL = 1 << 14  # elements that tell the rounding error of the dtype
 _MORE = 8  # columns of a sketch beyond the rank
 _FINER = 5  # the differences that are left, over the error of rounded factors
 _MOST = (1 << 15) - 1
@@ -299,7 +306,7 @@ def _factors(bits: np.ndarray, base: np.ndarray, dtype: np.dtype) -> _Factors | 
   # Some rows tell whether there may be a product.
   some = slice(None, None, max(len(bits) // _SKETCHED, 1))
   with np.errstate(all='ignore'):
-    sizes = np.abs(_wide(base[some][:, :_SKETCHED], dtype))
+    sizes = np.abs(_wide(base.reshape(-1)[:: -(-base.size // _TYPICAL)], dtype))
   # The rounding error of the dtype, at most numbers.
   least = float(np.nanmedian(sizes)) * 2.0 ** -(floats + 2)
   far, scale = _differences(bits[some], base[some], dtype)
@@ -327,11 +334,10 @@ def _differences(
   bits: np.ndarray, base: np.ndarray, dtype: np.dtype
 ) -> tuple[np.ndarray, float]:
   """Returns the differences, float32, divided by the greatest; and the greatest."""
-  with np.errstate(all='ignore'):
-    far = _wide(bits, dtype) - _wide(base, dtype)
-  far[~np.isfinite(far)] = 0
+  far = _far(bits, base, dtype)
   scale = float(np.abs(far).max(initial=0))
-  return far / np.float32(scale or 1), scale
+  far /= np.float32(scale or 1)
+  return far, scale
 
 
 class _Product(NamedTuple):

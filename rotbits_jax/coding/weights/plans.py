@@ -146,22 +146,27 @@ def _drafted(
   return form, drafts
 
 
-_SAMPLE = 1 << 18  # elements by which the raw bits of integers are chosen
+# Elements by which the raw bits of integers are chosen; bytes have few values.
+_SAMPLE, _SAMPLE_OF_BYTES = 1 << 18, 1 << 14
 
 
 def _of_integers(array: np.ndarray) -> layouts.Int:
   """Returns the layout of integers whose raw bits make them shortest."""
-  least = layouts.least_raw_bits(array)
-  layout, bits = layouts.Int(array.dtype, least), forms.bit_patterns(array)
-  sample = np.ascontiguousarray(bits[:: -(-bits.size // _SAMPLE)])
-  shape = 1, layout.alphabet
-  counts = statistics.histogram(_copy_of(sample), _zeros, sample.size, shape, layout)
-  costs = []
-  for raw_bits in range(least, least + layout.alphabet.bit_length() - 1):
-    cost = contexts.choose(layout, None, counts).cost
-    costs.append(cost + sample.size * raw_bits / 8)
-    counts = counts[:, ::2] + counts[:, 1::2]
-  return layouts.Int(array.dtype, least + int(np.argmin(costs)))
+  least, flat = layouts.least_raw_bits(array), array.reshape(-1)
+  stride = -(-flat.size // (_SAMPLE if array.itemsize > 1 else _SAMPLE_OF_BYTES))
+  numbers = flat[::stride].astype(np.int64)
+  if array.dtype.kind == 'i':
+    numbers = np.where(numbers < 0, -2 * numbers - 1, 2 * numbers)
+  counts, costs = np.bincount(numbers >> least), list[float]()
+  while True:
+    raw, used = len(costs) * numbers.size, counts[counts > 0]
+    coded = float(tables.cost_bits(used, tables.quantize(used))) + raw
+    # A stored frequency takes about a byte.
+    costs.append(coded * stride + 8 * used.size)
+    # More raw bits save nothing but frequencies.
+    if counts.size == 1 or (tables.entropy_bits(used) + raw) * stride > min(costs):
+      return layouts.Int(array.dtype, least + int(np.argmin(costs)))
+    counts = np.append(counts, [0] * (counts.size % 2)).reshape(-1, 2).sum(axis=1)
 
 
 def _copy_of(part: np.ndarray) -> blocks.Fill:
