@@ -261,7 +261,7 @@ def write_directory(directory, config, tensors):
 class TestRoundTrip:
   def test_fixtures_are_there(self):
     assert len(SLICED) == 4
-    assert len(DENSE) == 7
+    assert len(DENSE) == 9
 
   def test_tensors(self, subtests):
     for name in FIXTURES:

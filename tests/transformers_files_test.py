@@ -147,7 +147,7 @@ def test_tokenizers_have_a_class(given, expected, tmp_path):
 
 def test_every_family_has_code():
   for family in checkpoints.FAMILIES:
-    if family.startswith('gemma'):  # these cannot be sliced
+    if family.startswith(('gemma', 'mixtral', 'qwen3_moe')):  # these cannot be sliced
       continue
     assert (CODE / f'modeling_sliced_{family}.py').is_file()
     assert (

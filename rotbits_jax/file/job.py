@@ -6,6 +6,7 @@ from concurrent import futures
 import functools
 import hashlib
 import json
+import platform
 from typing import Any, BinaryIO, NamedTuple
 
 import jax
@@ -121,6 +122,8 @@ class Job:
       return None
     parts = [own, base, preset.name, preset.options, preset.keeps, preset.coder, shards]
     versions = [rotbits_jax.__version__, jax.__version__]
+    if self.is_fitted:  # another processor rounds bases in another way
+      versions.append(platform.node())
     return hashlib.sha256(json.dumps([*parts, *versions]).encode()).hexdigest()
 
   def write(
