@@ -78,6 +78,7 @@ BENCHMARKS: tuple[Benchmark, ...] = (
     'benchmarks.rounding',
     (f'--checkpoint={_OPT}', '--text=rotbits_jax/data/evaluation.txt'),
   ),
+  Benchmark('benchmarks.gauges'),
   Benchmark(
     'benchmarks.near',
     (

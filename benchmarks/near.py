@@ -72,7 +72,10 @@ _CALIBRATION_TOKENS = flags.DEFINE_integer(
   'calibration_tokens', 2048, 'Number of its tokens to use.', flag_values=FLAGS
 )
 _STEPS = flags.DEFINE_list(
-  'steps', ['-7', '-6', '-5', '-4', '-3', '-2'], 'Steps of near.', flag_values=FLAGS
+  'steps',
+  ['-6', '-5', '-4', '-3', '-2', '-1', '0'],
+  'Steps of near.',
+  flag_values=FLAGS,
 )
 _PICTURE = flags.DEFINE_string(
   'picture', None, 'The SVG file to write.', flag_values=FLAGS
