@@ -102,8 +102,8 @@ def main() -> None:
   if _RESULTS.value is not None:
     about = (
       f'`python -m benchmarks.gauges`: {checkpoint.stem}, {sections.machine()}.\nBytes '
-      f'are those of the matrices; KL is on {_MAX_TOKENS.value:,} tokens. The canonical '
-      'gauge wins at every step,\nbecause its zeros need no bits.'
+      f'are those of the matrices; KL is on {_MAX_TOKENS.value:,} tokens. The '
+      'canonical gauge wins at every step,\nbecause its zeros need no bits.'
     )
     text = '\n'.join(lines)
     sections.write(_RESULTS.value, TITLE, sections.with_table(about, text))
