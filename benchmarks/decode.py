@@ -89,7 +89,6 @@ SPARSITY = 0.25
 PEERS = ('zstd', 'zstandard', 'zipnn', 'lmzip')
 RAW = 'safetensors'
 LINKS = (10, 30, 100, 300, 1000, 3000)  # MB/s
-LABELS = {'zstd': 4, 'zipnn': 88, 'lmzip': 86, 'free': 10}  # where lines are apart
 PROCESSORS = (1, 2, 16)
 MOST = 2.5  # the greatest relative time in the picture
 TITLE = 'Decoding, from file to arrays'
@@ -228,15 +227,14 @@ def picture(rows: Sequence[Row]) -> str:
   shown = [row for row in rows if row.name not in (RAW, 'zstandard')]
   series = []
   for row in shown:
-    labels = [''] * len(speeds)
-    labels[LABELS.get(row.name, 50)] = row.name
-    relative = np.minimum(time_of(row) / raw, MOST).tolist()
-    series.append(
-      charts.Series(row.name, speeds.tolist(), relative, markers=False, labels=labels)
-    )
+    relative = time_of(row) / raw
+    count = int((relative <= MOST).sum())  # it grows with the speed
+    x, y = speeds[:count].tolist(), relative[:count].tolist()
+    labels = [*[''] * (count - 1), row.name]
+    series.append(charts.Series(row.name, x, y, markers=False, labels=labels))
   drawn = charts.chart(
     series,
-    charts.Axis('link, MB/s', min(LINKS), max(LINKS), log=True, ticks=LINKS),
+    charts.Axis('link, MB/s', min(LINKS), 3 * max(LINKS), log=True, ticks=LINKS),
     charts.Axis('time to weights, safetensors = 1', 0.5, MOST),
     title='The time to weights over the speed of a link',
     legend=False,

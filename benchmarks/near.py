@@ -93,7 +93,7 @@ BLOCKS = (
 )
 """GGUF's formats, from the largest to the smallest."""
 
-DRAWN = ('Q8_0', 'Q6_K', 'Q5_K', 'Q4_K', 'IQ4_XS', 'Q3_K', 'int8', 'int4')
+DRAWN = ('Q8_0', 'Q6_K', 'Q5_K', 'Q4_K', 'Q3_K', 'int8', 'int4')
 """The formats in the picture, where the names of all would cover each other."""
 
 WIDTHS = (8, 6, 5, 4)

@@ -1,4 +1,4 @@
-"""A second reader of rotbits files, in plain NumPy, written from docs/format.md alone.
+"""A second reader of rotbits files, in plain NumPy, from docs/format*.md alone.
 
   python examples/numpy_decoder.py FILE OUTPUT.safetensors [BASE.safetensors]
 

@@ -18,7 +18,10 @@ from rotbits_jax.file import manifest
 from rotbits_jax.file import shards
 from rotbits_jax.system import schema
 
-PAGE = pathlib.Path(__file__).parents[1] / 'docs' / 'format.md'
+DOCS = pathlib.Path(__file__).parents[1] / 'docs'
+PAGES = ''.join(
+  (DOCS / x).read_text('utf-8') for x in ('format.md', 'format_leaves.md')
+)
 
 
 def names(text):
@@ -28,7 +31,7 @@ def names(text):
 def documented(introduction):
   """The names in the first column of the table that follows a sentence of the page."""
   words = r'\s+'.join(map(re.escape, introduction.split()))
-  _, after = re.split(words, PAGE.read_text('utf-8'))
+  _, after = re.split(words, PAGES)
   table = re.search(r'\| field \| value \|\n\|---\|---\|\n((?:\|.*\n)+)', after)
   return names(''.join(row.split('|')[1] for row in table[1].splitlines()))
 
@@ -129,14 +132,14 @@ def test_fields_of_objects(subtests):
 
 def test_fields_of_the_index():
   assert documented('index, a JSON object in a file') == field_names(shards.Index)
-  (row,) = re.findall(r'^\| `metadata` \| object: (.*)', PAGE.read_text('utf-8'), re.M)
+  (row,) = re.findall(r'^\| `metadata` \| object: (.*)', PAGES, re.M)
   assert field_names(shards.Metadata) == names(row) - {'manifest'}
 
 
 def test_metadata_of_the_header():
   data = rotbits_jax.encode({'x': np.arange(2)})
   header = json.loads(data[8 : 8 + int.from_bytes(data[:8], 'little')])
-  _, _, after = PAGE.read_text('utf-8').partition('The header maps `__metadata__`')
+  _, _, after = PAGES.partition('The header maps `__metadata__`')
   listed = re.findall(r'^- `(\w+)` is ', after.partition('Every other key')[0], re.M)
   assert set(listed) == set(header['__metadata__'])
 
@@ -156,7 +159,7 @@ def test_settings_and_arrays_of_leaves(subtests):
     exact_embedding(),
   ):
     with subtests.test(leaf=leaf.type_name):
-      text = PAGE.read_text('utf-8')
+      text = PAGES
       row, paragraph = (
         rf'^\| `{leaf.type_name}` \|.*',
         rf'^\*\*`{leaf.type_name}`\.\*\*(?:.+\n)+',
@@ -172,13 +175,13 @@ def test_settings_and_arrays_of_leaves(subtests):
 
 def test_names_of_factors():
   (paragraph,) = re.findall(
-    r'^\*\*`low_rank`, `reduced_low_rank`\.\*\*(?:.+\n)+', PAGE.read_text('utf-8'), re.M
+    r'^\*\*`low_rank`, `reduced_low_rank`\.\*\*(?:.+\n)+', PAGES, re.M
   )
   assert set(checkpoints.FACTORS) <= names(paragraph)
 
 
 def test_every_type_is_in_the_table():
-  text = PAGE.read_text('utf-8')
+  text = PAGES
   rows = re.findall(r'^\| ((?:`\w+`,? ?)+)\| (?:.*\| ){2}', text, re.M)
   own = {k for k, x in structured.TYPES.items() if x.__module__.startswith('rotbits_')}
   assert own <= names(' '.join(rows))

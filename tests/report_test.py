@@ -129,7 +129,7 @@ def test_streams_are_those_of_the_file(tmp_path):
     assert f'<td>{stream}</td>' in page
 
 
-@pytest.mark.parametrize('error', [1e308, 1e-308])
+@pytest.mark.parametrize('error', [1e308, 1e8, 1e-308])
 def test_errors_that_a_stranger_wrote(encoded, error):
   streams, manifest = containers.unpack(encoded['free'])
   notes = [{'tensor': 'layers.0/mlp/up/kernel', 'error': error}]

@@ -151,7 +151,7 @@ def search(
     bar.stage('compiling, removing gauges')
     text = _Text.make(model, tokens, max_tokens)
     bar.update()
-    bar.stage('gradients of the predictions')
+    bar.stage('gradients')
     found = text.calibrate() if calibrated else Calibration({}, {}, {})
     bar.update()
     curve: dict[float, float] = {}

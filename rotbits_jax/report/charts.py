@@ -13,11 +13,11 @@ from typing import NamedTuple
 
 STYLE = """
 :root { color-scheme: light dark; --page: #fff; --ink: #1c2128; --soft: #57606a;
-  --line: #d0d7de; --s0: #0b62b5; --s1: #a6430d; --s2: #1a7f37; --s3: #7a3fb5;
-  --s4: #9c1a6b; --s5: #6b5a00; }
+  --line: #d0d7de; --s0: #0b62b5; --s1: #da5e0d; --s2: #232b33; --s3: #560066;
+  --s4: #b9727e; --s5: #6c260c; }
 @media (prefers-color-scheme: dark) { :root { --page: #14181d; --ink: #e6edf3;
-  --soft: #a3adb8; --line: #363d46; --s0: #79b8ff; --s1: #ffa868; --s2: #6fdc8c;
-  --s3: #d2a8ff; --s4: #ff9bd2; --s5: #d6c657; } }
+  --soft: #a3adb8; --line: #363d46; --s0: #79b8ff; --s1: #ff8c63; --s2: #19ffaf;
+  --s3: #b558ff; --s4: #b5afcc; --s5: #ffeb84; } }
 svg text { fill: var(--soft); font-size: 12px; font-family: system-ui, sans-serif; }
 .grid { stroke: var(--line); fill: none; }
 .line { fill: none; stroke-width: 2; }
@@ -26,10 +26,10 @@ svg text { fill: var(--soft); font-size: 12px; font-family: system-ui, sans-seri
 .s2 { stroke: var(--s2); } .s3 { stroke: var(--s3); }
 .s4 { stroke: var(--s4); } .s5 { stroke: var(--s5); }
 """
-"""The colours of charts in a light and a dark theme."""
+"""The colours of charts in a light and a dark theme, also for the colour-blind."""
 
 WIDTH, HEIGHT = 360, 230
-_LEFT, _RIGHT, _TOP, _BOTTOM = 44, 14, 24, 36
+_LEFT, _RIGHT, _TOP, _BOTTOM = 44, 18, 24, 36
 _MARKERS = ('circle', 'square', 'triangle', 'diamond', 'wedge', 'bar')
 _DASHES = ('', '6 3', '2 3', '8 3 2 3', '1 2', '12 3')
 _STYLES = len(_MARKERS)
@@ -128,7 +128,7 @@ def chart(
     if own.markers:
       parts += [marker(i, a, b) for a, b in points]
     parts += [
-      labels.draw(point, label)
+      labels.draw(k, point, label)
       for point, label in zip(points, own.labels or (), strict=False)
       if label
     ]
@@ -191,23 +191,34 @@ class _Labels:
   CHARACTER = 7  # the width of a character in the font of `STYLE`
 
   def __init__(self, places: Sequence[list[tuple[float, float]]], lines: list[bool]):
+    self._places, self._lines = places, lines
     self._taken = [point for points in places for point in points]
     for points, joined in zip(places, lines, strict=True):
       for (a, b), (c, d) in itertools.pairwise(points) if joined else ():
         parts = [k / 16 for k in range(1, 16)]
         self._taken += [(a + k * (c - a), b + k * (d - b)) for k in parts]
 
-  def draw(self, point: tuple[float, float], text: str) -> str:
-    """Draws a text beside a point."""
+  def draw(self, series: int, point: tuple[float, float], text: str) -> str:
+    """Draws a text beside a point of a series."""
     width = self.CHARACTER * len(text)
     shift = {'start': 0.0, 'middle': width / 2, 'end': width}
+    named = self._places[series] if self._lines[series] else [point]
+    others = [x for own in self._places for x in own if x not in named]
 
     def covered(side: tuple[int, int, str]) -> int:
       left = point[0] + side[0] - shift[side[2]]
       low = point[1] + side[1]
       inside = lambda x, y: left - 5 < x < left + width + 5 and low - 15 < y < low + 6
-      is_out = left < _LEFT or left + width > WIDTH or low < _TOP + 4
-      return sum(inside(x, y) for x, y in self._taken) + 100 * is_out
+      is_out = (
+        left < _LEFT or left + width > WIDTH or not _TOP + 4 <= low < HEIGHT - _BOTTOM
+      )
+      # A text that is closer to another point seems to be of that one.
+      from_text = lambda x, y: math.hypot(
+        max(left - x, 0, x - left - width), max(low - 9 - y, 0, y - low)
+      )
+      own = min(from_text(*x) for x in named)
+      closer = sum(from_text(*x) < own + 2 for x in others)
+      return sum(inside(*x) for x in self._taken) + 20 * closer + 100 * is_out
 
     x, y, anchor = min(self.SIDES, key=covered)
     left = point[0] + x - shift[anchor]

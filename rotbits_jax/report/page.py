@@ -10,6 +10,7 @@ dark theme of the browser, and fits a phone.
 import datetime
 import html
 import os
+import re
 from typing import Any, NamedTuple
 
 import jax
@@ -43,6 +44,9 @@ _OFTEN = 8
 
 _MOST_ERROR = 1e9
 """The least relative error that is not shown, because charts cannot show any number."""
+
+_WIDE = 30
+"""The ratio of an error to the noise floor from which on the axis is logarithmic."""
 
 _ROUNDING = 0.4
 """The relative error of rounding a matrix (Frobenius norm), in units of roundoff."""
@@ -96,6 +100,7 @@ def report_page(
   share = report.file_bytes / max(report.input_bytes, 1)
   family = f', family {html.escape(report.family)}' if report.family else ''
   remarks = ''.join(f'<p>{html.escape(x)}</p>' for x in report.remarks())
+  remarks = re.sub('`(.*?)`', r'<code>\1</code>', remarks)
   return (
     '<!doctype html><html lang="en"><head><meta charset="utf-8">'
     '<meta name="viewport" content="width=device-width, initial-scale=1">'
@@ -329,6 +334,8 @@ def errors(reader: file.Reader, report: savings.Report) -> str:
   most = max(y for name in names for _, y in groups[name]) / floor
   last = max(x for name in names for x, _ in groups[name])
   axis = charts.Axis('error / noise floor', 0, max(2.0, 1.1 * most))
+  if most > _WIDE:
+    axis = axis._replace(low=0.1, high=10.0 ** np.ceil(np.log10(most)), log=True)
   parts = []
   for name in names:
     points = sorted(groups[name])
@@ -515,7 +522,8 @@ footer { margin-top: 48px; color: var(--soft); font-size: .875rem; }
   main { max-width: none; padding: 0; }
   figure, tr, li, .strip, pre { break-inside: avoid; }
   h2 { break-after: avoid; }
-  .figures { grid-template-columns: 1fr 1fr; }
+  .figures { grid-template-columns: 1fr 1fr; gap: 12px 20px; }
+  figure > svg { max-height: 44mm; }
   .scroll { overflow: visible; }
   table { font-size: 9pt; }
   pre { white-space: pre-wrap; }

@@ -1,7 +1,8 @@
 """A word on the terminal about work whose end is not known: the next output covers it.
 
-Nothing is shown in a pipe or a log. This module imports nothing slow, because a command
-shows its first word before JAX is imported.
+A dumb terminal keeps each word on a line of its own. Nothing is shown in a pipe or a
+log. This module imports nothing slow, because a command shows its first word before JAX
+is imported.
 """
 
 import contextlib
@@ -17,13 +18,17 @@ def is_terminal() -> bool:
 
 
 def show(text: str) -> None:
-  """Shows a line, in place of the one before."""
+  """Shows a line, in place of the one before if the terminal can."""
   global _shown
-  if is_terminal():
-    _shown = True
-    with contextlib.suppress(OSError):  # the terminal is gone; the work goes on
+  if not sys.stderr.isatty():
+    return
+  with contextlib.suppress(OSError):  # the terminal is gone; the work goes on
+    if is_terminal():
+      _shown = True
       width = os.get_terminal_size(sys.stderr.fileno()).columns or 80
       print(f'\r\x1b[K{text[: width - 1]}', end='', file=sys.stderr, flush=True)
+    else:
+      print(text, file=sys.stderr, flush=True)
 
 
 def clear() -> None:
