@@ -7,7 +7,7 @@
 other compressors on the same tensors, see benchmarks/peers.py. `curve.svg` shows bytes
 against KL divergence, beside the block formats of GGUF. The numbers are kept in
 `measured.json`; `--draw` draws them again, and with them the pictures of the benchmarks
-decode, near and base, from their tables in RESULTS.md.
+decode, growth, near and base, from their tables in RESULTS.md.
 """
 
 import html
@@ -28,6 +28,7 @@ from benchmarks import base
 from benchmarks import decode
 from benchmarks import demo
 from benchmarks import formats
+from benchmarks import growth
 from benchmarks import near
 import rotbits_jax
 from rotbits_jax import checkpoints
@@ -250,6 +251,17 @@ def of_decode() -> str:
   return decode.picture([decode.Row(*x) for x in found])
 
 
+def of_growth() -> str:
+  (header,) = rows_of(growth.TITLE, r'preset .*$')
+  end = header[0].index('load s') + len('load s')  # columns before it may be empty
+  points = []
+  for row in rows_of(growth.TITLE, r'(\w+) +([\d,]+) +(\d+[.]\d{3}) .*$'):
+    size, load = int(number(row[2])), float(row[0][:end].split()[-1])
+    costs = [growth.Cost(seconds, 0) for seconds in (float(row[3]), load)]
+    points.append(growth.Point(row[1], '', size, 0, *costs))
+  return growth.picture(points)
+
+
 def of_near(title: str) -> str:
   """Draws a table of `benchmarks.near`; the first row of a series has its name."""
   cells = r'(2\^-?\d+|I?Q\d_\w+|int\d) +([\d,]+) +([\d.]+) +([\d.]+) +(\S+) +([\d.]+)%'
@@ -276,6 +288,7 @@ def main() -> None:
   (output / 'curve.svg').write_text(curve(measured))
   if _DRAW.value:
     (output / 'time-to-weights.svg').write_text(of_decode())
+    (output / 'growth.svg').write_text(of_growth())
     (output / 'base.svg').write_text(base.picture(section(base.TITLE)))
     for name, title in NEAR.items():
       (output / f'near-{name}.svg').write_text(of_near(title))

@@ -248,7 +248,8 @@ class _Scale:
     if axis.ticks is not None:
       return list(axis.ticks)
     if axis.log:
-      first, last = round(math.log10(axis.low)), round(math.log10(axis.high))
+      first = math.ceil(math.log10(axis.low) - 1e-9)
+      last = math.floor(math.log10(axis.high) + 1e-9)
       return [10.0**i for i in range(first, last + 1)]
     span = (axis.high - axis.low) or 1
     step = 10.0 ** math.floor(math.log10(span / 3))
