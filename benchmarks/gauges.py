@@ -56,7 +56,7 @@ GAUGES = {
 }
 
 
-def in_gauge(context: passes.Context, transform: passes.Transform) -> models.Model:
+def in_gauge(context: passes.Context, transform: passes.Chain) -> models.Model:
   """Returns the model after a transform, with float32 parameters."""
   units = passes.rewrite(context.widened(), transform)
   model = passes.to_model(context.config, (x for some, _ in units for x in some))
