@@ -72,11 +72,7 @@ def measure(
     evaluation.encode_text(checkpoint.files, demo.read_data(name))[: _MAX_TOKENS.value]
     for name in ('calibration.txt', 'evaluation.txt')
   )
-  windows = [
-    cut
-    for cut, length in perplexity.windows(calibration, model.config)
-    if length == cut.size
-  ]
+  windows = perplexity.full_windows(calibration, model.config)
   context = passes.make_context(model, stored_as=model.stored_as)
   reference = {'model': dataclasses.replace(model.rounded(), buffers={})}
   for name, transform in GAUGES.items():

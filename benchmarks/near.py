@@ -156,8 +156,7 @@ def inputs_of(model: models.Model, tokens: np.ndarray) -> dict[str, passes.Input
   """Measures the inputs of a model's own matrices on a text."""
   moments = jax.jit(models.input_moments)
   given = dataclasses.replace(model, buffers={})
-  cut = perplexity.windows(tokens, model.config)
-  found = [moments(given, x) for x, length in cut if length == x.size]
+  found = [moments(given, x) for x in perplexity.full_windows(tokens, model.config)]
   total = jax.device_get(jax.tree.map(lambda *x: sum(x), *found))
   return {
     path: passes.Inputs(x, 0)

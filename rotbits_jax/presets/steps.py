@@ -159,9 +159,7 @@ def search(
     while len(curve) < _EVALUATIONS and step not in curve:
       bar.stage(f'2^{step:g}')
       # No name keeps a rounded model, so that there is one of them at a time.
-      curve[step] = text.compare(
-        {'rounded': text.rounded(step, found.offsets, found.inputs)}
-      )['rounded']
+      curve[step] = text.divergence(text.rounded(step, found.offsets, found.inputs))
       bar.update()
       step = _next_step(curve, max_kl)
     bar.finish()
@@ -211,20 +209,18 @@ class _Text(NamedTuple):
     rounding = passes.to_steps(step, offsets, inputs)
     return jax.device_put(_rounded(self.unrounded, self.context, rounding))
 
-  def compare(self, compared: dict[str, models.Model]) -> dict[str, float]:
-    """Measures the divergence of each model from the reference."""
+  def divergence(self, model: models.Model) -> float:
+    """Measures the divergence of a model from the reference."""
+    references = {'model': self.reference}
     measured = evaluation.compare(
-      compared, self.tokens, {'model': self.reference}, max_tokens=self.max_tokens
+      {'rounded': model}, self.tokens, references, max_tokens=self.max_tokens
     )
-    return {name: found.kl['model'] for name, found in measured.items()}
+    return measured['rounded'].kl['model']
 
   def calibrate(self) -> Calibration:
     """Estimates the divergence of each parameter, and divides the bits."""
-    cut = perplexity.windows(
-      self.tokens, self.unrounded.config, max_tokens=self.max_tokens
-    )
-    # Padding is no input.
-    windows = [tokens for tokens, length in cut if length == tokens.size]
+    config = self.unrounded.config
+    windows = perplexity.full_windows(self.tokens, config, self.max_tokens)
     inputs = sensitivities.measure(self.unrounded, windows)
     rounded = dict(self.rounded(PROBE, {}, inputs).leaves())
     exact = dict(self.unrounded.leaves())
