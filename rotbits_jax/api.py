@@ -266,6 +266,9 @@ def load(
 ) -> models.Model | Tree:
   """Loads the model in a file as JAX arrays; structured leaves stay structured.
 
+  >>> rotbits_jax.load(rotbits_jax.encode({'w': np.ones(2)}))['w'].tolist()
+  [1.0, 1.0]
+
   Args:
     source: a path, bytes, or an open binary file.
     base: see `decode`.
@@ -366,6 +369,10 @@ def decode_to_directory(
 def read_record(source: file.Readable, name: str, *, base: Base | None = None) -> Tree:
   """Reads one record, such as a layer, without the others; see `file.Reader.record`.
 
+  >>> data = rotbits_jax.encode({'w': np.ones(2), 'b': np.zeros(2)})
+  >>> rotbits_jax.read_record(data, 'w')
+  {'w': array([1., 1.])}
+
   Raises:
     ContainerError: as for `decode`, or if there is no such record.
     OSError: if the path cannot be read.
@@ -379,6 +386,10 @@ def read_tensor(source: file.Readable, path: str, *, base: Base | None = None) -
   """Reads one parameter, such as 'layers.3/attention/query/kernel'.
 
   Only the record of the parameter is read, and records that it needs.
+
+  >>> data = rotbits_jax.encode({'layer': {'w': np.ones(2)}})
+  >>> rotbits_jax.read_tensor(data, 'layer/w').tolist()
+  [1.0, 1.0]
 
   Raises:
     ContainerError: as for `decode`, or if there is no such parameter.
@@ -477,6 +488,10 @@ def _like(old: Any, path: str, array: Any, sharding: file.Place | None) -> Any:
 def inspect(source: file.Readable) -> savings.Report:
   """Reports the content of a file and the savings of each step, without decoding.
 
+  >>> report = rotbits_jax.inspect(rotbits_jax.encode({'w': np.ones((64, 64))}))
+  >>> report.preset, report.input_bytes
+  ('exact', 32768)
+
   Raises:
     ContainerError: if the source is not of this format or its manifest is damaged.
     OSError: if the path cannot be read.
@@ -500,6 +515,9 @@ def verify(
   other files memory holds both models. The divergence of the predictions for random
   tokens is measured; unless the preset is an approximation, it must be at most a few
   times the noise floor, which rounding alone makes.
+
+  >>> rotbits_jax.verify(rotbits_jax.encode({'w': np.ones(2)})).tensors
+  1
 
   Args:
     source: a path, bytes, or an open binary file.

@@ -270,6 +270,18 @@ def push_all(
 
   In this order, `pop_all` returns the first one first.
 
+  >>> frequencies = jnp.array([1, 1023], jnp.uint32)
+  >>> starts = jnp.array([0, 1], jnp.uint32)
+  >>> interval = lambda symbol: (starts[symbol], frequencies[symbol])
+  >>> symbols = jnp.array([[1], [0], [1]])  # of one lane
+  >>> message = push_all(empty(1, 4), symbols, interval, precision=10)
+  >>> round(content_bits(message))
+  10
+  >>> owner = lambda slot: (slot > 0).astype(jnp.int32)
+  >>> lookup = lambda slot, _: (owner(slot), *interval(owner(slot)))
+  >>> pop_all(message, None, lookup, precision=10, length=3)[1].tolist()
+  [[1], [0], [1]]
+
   Args:
     message: the message.
     symbols: a PyTree of arrays `[T, ...]`.
@@ -477,6 +489,11 @@ def content_bits(message: Message) -> float:
 
 def to_words(message: Message) -> np.ndarray:
   """Serialises a message into uint16 words; `split_words` describes them.
+
+  >>> message = push(empty(2, 1), jnp.uint32([5, 5]), jnp.uint32([1, 1]), precision=12)
+  >>> again = from_words(to_words(message), lanes=2)
+  >>> again.state.tolist() == message.state.tolist()
+  True
 
   Raises:
     MessageError: if the message overflowed or ran dry, or if its lanes' sizes differ

@@ -68,6 +68,12 @@ def evaluate(
   The tokens are cut into windows that do not overlap. In each window the model predicts
   every token but the first. The last window may be shorter.
 
+  >>> path = rotbits_jax.checkpoints.example('llama-tiny-dense')
+  >>> model = rotbits_jax.load_checkpoint(path).model
+  >>> found = evaluate(model, np.arange(33) % 7)
+  >>> found.tokens
+  32
+
   Args:
     model: the model to measure.
     tokens: `[N]` token ids.
@@ -257,6 +263,10 @@ def kl_divergence(reference: jax.Array, model: jax.Array) -> jax.Array:
   Let p and q be the probabilities of the reference and of the model, and
   `r = log q - log p`. The divergence is the sum of `p (e^r - 1 - r)`, because `q - p`
   sums to zero. No term is negative, so float32 resolves divergences of 1e-9.
+
+  >>> logits = jnp.log(jnp.array([[0.5, 0.5], [0.25, 0.75]]))
+  >>> round(float(kl_divergence(logits[0], logits[1])), 4)  # log(2 / sqrt(3))
+  0.1438
   """
   log_p, log_q = jax.nn.log_softmax(reference), jax.nn.log_softmax(model)
   p, ratio = jnp.exp(log_p), log_q - log_p

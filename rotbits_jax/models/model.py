@@ -187,6 +187,10 @@ def from_layers(
 def stack_layers(layers: Iterable[Params], count: int) -> Params:
   """Stacks layers: the inverse of `unstack_layer`.
 
+  >>> stack = stack_layers([{'scale': jnp.zeros(2)}, {'scale': jnp.ones(2)}], 2)
+  >>> stack['scale'].tolist(), unstack_layer(stack, 1)['scale'].tolist()
+  ([[0.0, 0.0], [1.0, 1.0]], [1.0, 1.0])
+
   Args:
     layers: the layers, with equal `stack_key`. NumPy arrays are copied one layer at a
       time, so an iterator does not need to hold more than one layer.
@@ -224,6 +228,9 @@ def _join(leaves: list[Any]) -> Any:
 
 def stack_ranges(layers: range, key: Callable[[int], Any]) -> list[range]:
   """Divides consecutive layers into the fewest stacks whose layers have equal keys.
+
+  >>> stack_ranges(range(3), key=lambda i: i < 2)
+  [range(0, 2), range(2, 3)]
 
   Args:
     layers: the indices of the layers.

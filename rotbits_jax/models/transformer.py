@@ -106,6 +106,11 @@ class Written(NamedTuple):
 def logits(model: model_lib.Model, tokens: jax.Array) -> jax.Array:
   """Computes the next-token logits of a model.
 
+  >>> path = rotbits_jax.checkpoints.example('llama-tiny-dense')
+  >>> model = rotbits_jax.load_checkpoint(path).model
+  >>> logits(model, jnp.array([[1, 2, 3]])).shape
+  (1, 3, 69)
+
   Args:
     model: the model, dense or sliced; it may have structured leaves.
     tokens: `[B, T]` integers.
@@ -118,6 +123,12 @@ def logits(model: model_lib.Model, tokens: jax.Array) -> jax.Array:
 
 def input_moments(model: model_lib.Model, tokens: jax.Array) -> Params:
   """Computes the second moments of the inputs of every linear layer.
+
+  >>> path = rotbits_jax.checkpoints.example('llama-tiny-dense')
+  >>> model = rotbits_jax.load_checkpoint(path).model
+  >>> moments = input_moments(model, jnp.array([[1, 2, 3]]))
+  >>> moments['layers.0:3']['mlp']['up']['kernel'].shape
+  (3, 128, 128)
 
   Args:
     model: as for `logits`.

@@ -102,6 +102,11 @@ def rewrite(
 ) -> Iterator[tuple[list[Record], State]]:
   """Rewrites a model, a few layers at a time.
 
+  >>> model = rotbits_jax.load_checkpoint(rotbits_jax.checkpoints.example()).model
+  >>> rewritten = rewrite(make_context(model), rotbits_jax.passes.chain())
+  >>> [record.name for records, _ in rewritten for record in records]
+  ['layers.0', 'layers.1', 'layers.2', 'embed', 'head']
+
   Args:
     context: see `make_context`.
     chain: the transforms to apply.
@@ -214,6 +219,11 @@ def run_chain(
 ) -> tuple[models.Model, list[Saving]]:
   """Applies transforms, in order, to a whole model in memory.
 
+  >>> model = rotbits_jax.load_checkpoint(rotbits_jax.checkpoints.example()).model
+  >>> found, savings = run_chain([rotbits_jax.passes.remove_biases()], model)
+  >>> savings[0].name, savings[0].elements
+  ('biases', 381)
+
   Args:
     transforms: the transforms.
     model: the model. If its `stored_as` is set, that is the dtype to round to.
@@ -256,7 +266,12 @@ def to_model(
 
 
 def count_model(model: models.Model) -> tuple[int, int]:
-  """Returns how many elements a model stores, and their bytes before coding."""
+  """Returns how many elements a model stores, and their bytes before coding.
+
+  >>> model = rotbits_jax.load_checkpoint(rotbits_jax.checkpoints.example()).model
+  >>> count_model(model)  # elements, bytes
+  (512421, 1024842)
+  """
   context = make_context(model, stored_as=model.stored_as)
   elements, size = _count(context, None, dict(model.leaves()))
   buffers = structured.count_elements(model.buffers)

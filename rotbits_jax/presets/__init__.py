@@ -56,12 +56,19 @@ PRESETS: dict[str, Callable[..., Preset]] = {
 
 
 def known() -> dict[str, Callable[..., Preset]]:
-  """Returns `PRESETS` with those of other packages, which have entry points."""
+  """Returns `PRESETS` with those of other packages, which have entry points.
+
+  >>> sorted(known())
+  ['exact', 'free', 'near', 'paper']
+  """
   return PRESETS | plugins.load('presets', PRESETS)
 
 
 def default(config: models.ModelConfig | None) -> str:
   """Returns the name of the preset that suits a checkpoint.
+
+  >>> default(None)
+  'exact'
 
   Args:
     config: of the model; None for plain arrays.

@@ -22,6 +22,9 @@ def near(
   multiples of one step, so that an element costs few bits. A matrix that a checkpoint
   stores as quantised codes keeps them if they take fewer bytes.
 
+  >>> near(step=-4).keeps
+  'approximation'
+
   Args:
     step: log2 of the ratio of the step to the root mean square of an array's elements.
     offsets: numbers to add to `step`, by pattern of paths, see `models.names.pattern`.

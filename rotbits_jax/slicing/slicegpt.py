@@ -33,6 +33,9 @@ ORIENTATIONS = ('random', 'pca')
 def sliced_width(hidden_size: int, sparsity: float, round_interval: int = 8) -> int:
   """Returns d, the width of a sliced segment, with SliceGPT's rounding.
 
+  >>> sliced_width(768, 0.2)
+  608
+
   Args:
     hidden_size: D.
     sparsity: the part of the hidden size that slicing removes, in [0, 1).

@@ -26,6 +26,10 @@ _MOST_AXES = 32
 class Constant(Structured):
   """An array whose entries all have one value, which is all that the file stores.
 
+  >>> leaf = Constant.like(jnp.zeros(3), 1.0)
+  >>> leaf.materialize().tolist()
+  [1.0, 1.0, 1.0]
+
   Attributes:
     value: `[...]`, the value. It is an array, because a stacked leaf has one value a
       layer.

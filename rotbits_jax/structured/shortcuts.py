@@ -39,6 +39,10 @@ class IdentityMinusGram(Structured):
 
   In a stack, the columns that a layer does not need are zero and come last.
 
+  >>> leaf = IdentityMinusGram(jnp.array([[0.6], [0.8]]), jnp.zeros((2, 0)), 2)
+  >>> np.round(np.float64(leaf.materialize()), 2).tolist()
+  [[0.64, -0.48], [-0.48, 0.36]]
+
   Attributes:
     b: B, `[..., d, k]`.
     c: C, `[..., d, j]`.

@@ -30,6 +30,10 @@ def is_plain(leaf: Any) -> bool:
 def materialize(tree: Any, *, keep_factors: bool = False) -> Any:
   """Replaces every structured leaf of a PyTree by the array that it stands for.
 
+  >>> u, v = jnp.ones((3, 1)), jnp.ones((1, 2))
+  >>> materialize({'kernel': rotbits_jax.structured.LowRank(u, v)})['kernel'].shape
+  (3, 2)
+
   Args:
     tree: the PyTree.
     keep_factors: whether low-rank leaves remain, see `Structured.pair`.
@@ -85,7 +89,11 @@ def pair(leaf: Any) -> Any:
 
 
 def astype(tree: Any, dtype: Any) -> Any:
-  """Converts all floating-point numbers of a PyTree to another dtype."""
+  """Converts all floating-point numbers of a PyTree to another dtype.
+
+  >>> astype({'w': jnp.ones(2), 'count': jnp.array(3)}, jnp.bfloat16)['w'].dtype
+  dtype(bfloat16)
+  """
   return jax.tree.map(
     lambda x: x.astype(dtype) if is_structured(x) else convert(x, dtype),
     tree,
@@ -94,7 +102,12 @@ def astype(tree: Any, dtype: Any) -> Any:
 
 
 def count_elements(tree: Any) -> int:
-  """Returns how many numbers a PyTree of unstacked leaves stores."""
+  """Returns how many numbers a PyTree of unstacked leaves stores.
+
+  >>> u, v = jnp.ones((3, 1)), jnp.ones((1, 2))
+  >>> count_elements({'kernel': rotbits_jax.structured.LowRank(u, v), 'bias': v})
+  7
+  """
   return sum(size for _, size in _stored_sizes(tree))
 
 
@@ -182,7 +195,11 @@ def stack_key(leaf: Any) -> tuple[Any, ...]:
 
 
 def same_bits(a: Any, b: Any) -> bool:
-  """Returns whether two PyTrees have the same structure and bits."""
+  """Returns whether two PyTrees have the same structure and bits.
+
+  >>> same_bits({'w': np.float32([0.0])}, {'w': np.float32([-0.0])})
+  False
+  """
   trees: Any = jax.tree.structure(a), jax.tree.structure(b)
   if trees[0] != trees[1]:
     return False

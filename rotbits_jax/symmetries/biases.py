@@ -23,6 +23,9 @@ def with_value_bias(
 ) -> jax.Array:
   """Returns the output bias that includes the value bias: `b_o + b_v W_o`.
 
+  >>> with_value_bias(jnp.zeros(2), jnp.ones(2), jnp.eye(2), kv_heads=1).tolist()
+  [1.0, 1.0]
+
   Args:
     out_bias: `[d]`.
     value_bias: `[K h]`.

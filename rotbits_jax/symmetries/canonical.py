@@ -45,6 +45,11 @@ def svd(w: jax.Array) -> tuple[jax.Array, jax.Array]:
   The rows of `W_ref = S V^T` are orthogonal, and their norms descend. Signs are chosen
   so that no row of W_ref has a negative sum. If a sum is near 0, rounding may change
   the sign; a correction of the rotation stores such signs (`haar.Correction.flips`).
+
+  >>> w = jnp.array([[0.0, 3.0], [1.0, 0.0]])
+  >>> quarter = jnp.array([[0.0, 1.0], [-1.0, 0.0]])
+  >>> bool(jnp.allclose(svd(w)[0], svd(quarter @ w)[0], atol=1e-6))
+  True
   """
   w = _matrix(w)
   n, m = w.shape
@@ -58,6 +63,10 @@ def qr(w: jax.Array) -> tuple[jax.Array, jax.Array]:
   """Canonicalises by a QR factorisation of the leading n columns.
 
   These columns of W_ref are upper triangular, and their diagonal is not negative.
+
+  >>> reference, rotation = qr(jnp.array([[0.0, 1.0], [2.0, 3.0]]))
+  >>> np.rint(reference).tolist(), np.rint(rotation @ reference).tolist()
+  ([[2.0, 3.0], [0.0, 1.0]], [[0.0, 1.0], [2.0, 3.0]])
   """
   w = _matrix(w)
   n, m = w.shape
@@ -87,7 +96,14 @@ class Polar(NamedTuple):
 
 
 def polar(matrix: jax.Array) -> Polar:
-  """Returns the left polar decomposition of a matrix M `[d, e]`, d <= e, in float32."""
+  """Returns the left polar decomposition of a matrix M `[d, e]`, d <= e, in float32.
+
+  >>> found = polar(jnp.array([[0.0, 2.0], [1.0, 0.0]]))
+  >>> np.rint(found.values).tolist()
+  [2.0, 1.0]
+  >>> np.rint((found.u * found.values) @ found.u.T @ found.rotation).tolist()
+  [[0.0, 2.0], [1.0, 0.0]]
+  """
   chex.assert_rank(matrix, 2)
   d, e = matrix.shape
   u, values, vt = jnp.linalg.svd(matrix.astype(jnp.float32), full_matrices=False)
@@ -104,6 +120,9 @@ def polar_shortcut(w: jax.Array) -> tuple[jax.Array, jax.Array]:
   These columns of W_ref are symmetric and positive semidefinite. In practice they are a
   shortcut. Q is the polar factor, which is the rotation nearest to the columns and has
   no free signs. If there are fewer than n columns, zeros take the place of the others.
+
+  >>> np.rint(polar_shortcut(jnp.array([[0.0, 2.0], [1.0, 0.0]]))[0]).tolist()
+  [[1.0, 0.0], [0.0, 2.0]]
   """
   w = _matrix(w)
   n, m = w.shape

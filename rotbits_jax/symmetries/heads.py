@@ -109,6 +109,11 @@ KEYS = (QUERY, _QUERY_BIAS, KEY, _KEY_BIAS)
 def rotate_heads(params: models.Params, rotations: jax.Array) -> models.Params:
   """Rotates heads: `W_v Q` and `Q^T W_o`; or `W_q Q` and `W_k Q`.
 
+  >>> params = {VALUE: jnp.eye(2), OUT: jnp.eye(2)}
+  >>> rotated = rotate_heads(params, jnp.array([[[0.0, 1.0], [-1.0, 0.0]]]))
+  >>> rotated[VALUE].tolist(), (rotated[VALUE] @ rotated[OUT]).tolist()
+  ([[0.0, 1.0], [-1.0, 0.0]], [[1.0, 0.0], [0.0, 1.0]])
+
   Args:
     params: arrays, `VALUES` or `KEYS` by path.
     rotations: Q, float32 `[K, h, h]`, orthogonal. For keys, it must be the identity on
@@ -140,6 +145,14 @@ class Fixed(NamedTuple):
 def fix_values(params: models.Params, *, kv_heads: int) -> Fixed:
   """Fixes the gauge between value and output.
 
+  >>> params = {VALUE: jnp.eye(2), OUT: jnp.arange(8.0).reshape(2, 4)}
+  >>> fixed = fix_values(params, kv_heads=1).params
+  >>> structured.count_elements(params), structured.count_elements(fixed)
+  (12, 8)
+  >>> product = fixed[VALUE] @ fixed[OUT].materialize()
+  >>> bool(jnp.allclose(product, params[VALUE] @ params[OUT], atol=1e-5))
+  True
+
   Args:
     params: `VALUES`, by path. The kernels are arrays, and W_o has at least h columns. A
       missing bias is zero.
@@ -167,6 +180,14 @@ def fix_values(params: models.Params, *, kv_heads: int) -> Fixed:
 
 def fix_keys(params: models.Params, *, kv_heads: int, rotary: int) -> Fixed:
   """Fixes the gauge between query and key in the coordinates that RoPE does not rotate.
+
+  >>> params = {QUERY: jnp.eye(4, 2), KEY: jnp.arange(8.0).reshape(4, 2)}
+  >>> fixed = fix_keys(params, kv_heads=1, rotary=0).params
+  >>> structured.count_elements(params), structured.count_elements(fixed)
+  (16, 12)
+  >>> scores = fixed[QUERY] @ fixed[KEY].materialize().T
+  >>> bool(jnp.allclose(scores, params[QUERY] @ params[KEY].T, atol=1e-5))
+  True
 
   Args:
     params: `KEYS`, by path. The kernels are arrays, and W_k has at least m rows. A

@@ -39,6 +39,13 @@ _matmul = functools.partial(jnp.matmul, precision='highest')
 def fix_pair(u: jax.Array, v: jax.Array) -> structured.ReducedLowRank:
   """Fixes the gauge of one pair.
 
+  >>> u, v = jnp.arange(6.0).reshape(3, 2), jnp.ones((2, 3))
+  >>> fixed = fix_pair(u, v)
+  >>> structured.count_elements([u, v]), structured.count_elements(fixed)
+  (12, 8)
+  >>> bool(jnp.allclose(fixed.materialize(), u @ v, atol=1e-5))
+  True
+
   Args:
     u: `[m, r]`, r <= min(m, n).
     v: `[r, n]`.

@@ -38,6 +38,13 @@ def fold_norm_scales(
 ) -> dict[str, Any]:
   """Moves the scales of RMSNorms into the kernels that read them.
 
+  >>> checkpoint = rotbits_jax.checkpoints.example('llama-tiny-dense')
+  >>> model = rotbits_jax.load_checkpoint(checkpoint).model
+  >>> layer, axes = model.layer(0), models.layout.layer_axes(model.config)
+  >>> folded = fold_norm_scales(structured.flatten(layer), model.config, axes)
+  >>> set(folded['mlp_norm/scale'].tolist())
+  {1.0}
+
   Args:
     params: parameters of a layer, or parameters outside the layers, of a dense model,
       by path.

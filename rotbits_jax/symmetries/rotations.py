@@ -88,6 +88,13 @@ def rotate_parameters(
 ) -> dict[str, Any]:
   """Rotates the parameters of a layer, or the parameters outside the layers.
 
+  >>> quarter = jnp.array([[0.0, 1.0], [-1.0, 0.0]])
+  >>> params = {'down': jnp.eye(2), 'up': jnp.eye(2)}
+  >>> axes = {'down': ('hidden', 0), 'up': (0, 'hidden')}
+  >>> rotated = rotate_parameters(params, (quarter,), axes)
+  >>> (rotated['down'] @ rotated['up']).tolist()
+  [[1.0, 0.0], [0.0, 1.0]]
+
   Args:
     params: arrays, or low-rank leaves, by path.
     rotations: float32 `[d, d]`, or None, for each segment that the parameters read or
@@ -143,6 +150,11 @@ def next_rotation(
 ) -> jax.Array:
   """Returns R_{s+1} = O_s^T diag(R_s, Z).
 
+  >>> shortcut = jnp.array([[0.0, 2.0], [1.0, 0.0]])
+  >>> step = canonical.polar(shortcut).rotation
+  >>> np.rint(shortcut @ next_rotation(step, jnp.eye(2))).tolist()
+  [[2.0, 0.0], [0.0, 1.0]]
+
   Args:
     step: O_s, float32 `[e, e]`.
     rotation: R_s, float32 `[d, d]`.
@@ -164,6 +176,10 @@ def running_rotations(steps: jax.Array, first: jax.Array) -> jax.Array:
 
   R_{s+1} = O_s^T ... O_0^T R_0.
 
+  >>> quarter = jnp.array([[0.0, 1.0], [-1.0, 0.0]])
+  >>> running_rotations(jnp.stack([quarter] * 4), jnp.eye(2))[3].tolist()
+  [[1.0, 0.0], [0.0, 1.0]]
+
   Args:
     steps: O_0, ..., O_{N-1}, float32 `[N, d, d]`.
     first: R_0, float32 `[d, d]`.
@@ -180,6 +196,10 @@ def running_rotations(steps: jax.Array, first: jax.Array) -> jax.Array:
 
 def upper_rotation(matrix: jax.Array) -> jax.Array:
   """Returns the rotation G that makes `G^T @ matrix` upper trapezoidal.
+
+  >>> matrix = jnp.array([[0.0, 1.0], [2.0, 3.0]])
+  >>> np.rint(upper_rotation(matrix).T @ matrix).tolist()
+  [[2.0, 3.0], [0.0, 1.0]]
 
   Args:
     matrix: `[d, V]`.
