@@ -280,7 +280,7 @@ def _predict(
   """
   count = head.shape[1]
   step = max(min(_TOKENS, count), 1)
-  powers = np.ldexp(1.0, np.asarray(shifts, np.int32))[:, None]
+  powers = np.ldexp(1.0, np.asarray(shifts, np.int32))
   with _float64():
     constants = (
       jnp.asarray(map, jnp.float64),
@@ -293,7 +293,8 @@ def _predict(
     # block overlaps the block before it.
     first = min(start, count - step)
     # NumPy converts subnormal numbers, which XLA may replace by zeros.
-    integers = np.rint(head[:, first : first + step].astype(np.float64) * powers)
+    given = head[:, first : first + step].T.astype(np.float64, order='C')
+    integers = np.rint(given * powers)
     with _float64():
       made = _block(integers, *constants, dtype=dtype)
     return slice(start, start + step), start - first, made
@@ -333,7 +334,7 @@ def _block(
   """Computes a block of P and a bound on its sums.
 
   Args:
-    integers: the integers of the head for n tokens, float64 `[D, n]`.
+    integers: the integers of the head for n tokens, float64 `[n, D]`.
     map: float64 `[D, d]`.
     greatest: the greatest absolute value in each row of the map, float64 `[D]`.
     unit: 2^-scale, float64.
@@ -345,9 +346,8 @@ def _block(
   # This bounds the absolute value of every partial sum of the product below. The
   # bound is a sum of integers that are not negative, so it is exact if it is below
   # 2^53.
-  bound = jnp.max(greatest @ jnp.abs(integers), initial=0.0)
-  product = jax.lax.dot_general(integers, map, (((0,), (0,)), ((), ())))
-  return _rounded(product * unit, dtype), bound
+  bound = jnp.max(jnp.abs(integers) @ greatest, initial=0.0)
+  return _rounded((integers @ map) * unit, dtype), bound
 
 
 def _greatest(map: Any) -> np.ndarray:
