@@ -93,7 +93,7 @@ setuptools.setup(
     'ml_collections>=1.0,<2',  # config files of the presets
     'numpy>=2.1,<3',
     'tqdm>=4.66,<5',  # progress bars
-    'zlib-ng>=0.5.1,<2',  # checksums, eight times as fast as zlib's
+    'zlib-ng>=0.5.1,<2',  # checksums and Deflate, several times as fast as zlib's
   ],
   extras_require={
     # Perplexity of a text, slicing, generation; everything else works without.

@@ -419,13 +419,14 @@ class DamageTest(absltest.TestCase):
   def test_flipped_bits(self):
     rng = np.random.default_rng(0)
     head = sum(group[3] for group in self.value['groups'])
-    positions = [*rng.permutation(head)[:150], *rng.integers(head, self.data.size, 100)]
+    positions = [*range(head), *rng.integers(head, self.data.size, 350)]
     refused = 0
     for position in positions:
       damaged = self.data.copy()
       damaged[position] ^= 1 << rng.integers(0, 8)
       refused += self._check(self.value, damaged)
-    # Some bits at the ends of streams have no meaning.
+    # Some bits have no meaning: at the ends of streams, and where two scale buckets
+    # share a table.
     self.assertGreater(refused, 0.97 * len(positions))
 
   def test_missing_bytes(self):

@@ -4,7 +4,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import dataclasses
 import json
 from typing import Any, BinaryIO, NamedTuple
-import zlib
 
 import jax
 import numpy as np
@@ -204,7 +203,7 @@ class FileWriter:
     return manifest_lib.Stream(nbytes=nbytes, crc32=crc32)
 
   def _deflated(self, name: str, parts: Iterable[memoryview]) -> manifest_lib.Deflated:
-    packer, size = zlib.compressobj(9), 0
+    packer, size = zlib_ng.compressobj(9), 0
     for part in parts:
       size += part.nbytes
       self.extend(name, np.frombuffer(packer.compress(part), np.uint8))

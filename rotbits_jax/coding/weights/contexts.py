@@ -19,6 +19,7 @@ from typing import NamedTuple
 import zlib
 
 import numpy as np
+from zlib_ng import zlib_ng
 
 from rotbits_jax.coding import tables
 from rotbits_jax.coding.weights import layouts
@@ -268,10 +269,13 @@ def _buckets(
 
 
 def _deflate(data: bytes) -> bytes:
-  # Buckets and bits are close to noise. Z_FILTERED looks for fewer matches, because
-  # matches in noise are chance.
-  packer = zlib.compressobj(9, zlib.DEFLATED, -15, 9, zlib.Z_FILTERED)
-  return packer.compress(data) + packer.flush()
+  # Some buckets are close to noise, where matches are chance and cost more than they
+  # save. Others repeat.
+  found = []
+  for strategy in (zlib.Z_RLE, zlib.Z_DEFAULT_STRATEGY):
+    packer = zlib_ng.compressobj(6, zlib.DEFLATED, -15, 9, strategy)
+    found.append(packer.compress(data) + packer.flush())
+  return min(found, key=len)
 
 
 def _inflate(data: bytes, most: int) -> tuple[np.ndarray, bytes]:
