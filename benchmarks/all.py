@@ -62,7 +62,8 @@ class Benchmark(NamedTuple):
 
 
 _OPT = 'tests/testdata/opt-small-sliced-0.2'
-_SMOLLM2 = f'demo_output/{demo.STEM}_0.25'
+_DENSE = f'demo_output/{demo.STEM}'
+_SMOLLM2 = f'{_DENSE}_0.25'
 _PICTURES = 'docs/pictures'
 
 BENCHMARKS: tuple[Benchmark, ...] = (
@@ -93,6 +94,16 @@ BENCHMARKS: tuple[Benchmark, ...] = (
       '--name=SmolLM2-135M, sliced by 25%',
       f'--checkpoint={_SMOLLM2}',
       f'--picture={_PICTURES}/near-smollm2.svg',
+      '--steps=-5,-4,-3,-2,-1',
+    ),
+  ),
+  Benchmark(
+    'benchmarks.near',
+    (
+      '--name=SmolLM2-135M, dense',
+      f'--checkpoint={_DENSE}',
+      f'--picture={_PICTURES}/near-smollm2-dense.svg',
+      '--steps=-5,-4,-3,-2,-1',
     ),
   ),
   Benchmark(

@@ -315,8 +315,10 @@ def main() -> None:
     subjects = [Subject('sliced 20%', rotbits_jax.load_checkpoint(WEIGHTS), WEIGHTS)]
     tokens, seconds = QUICK_TOKENS, None
   else:
+    dense = dense_smollm2()
+    rotbits_jax.save_checkpoint(dense.checkpoint, output / STEM)  # for other benchmarks
     sliced, seconds = slice_smollm2(_SPARSITY.value, output)
-    subjects, tokens = [dense_smollm2(), sliced], EVALUATION_TOKENS
+    subjects, tokens = [dense, sliced], EVALUATION_TOKENS
   rows = [
     row
     for subject in subjects

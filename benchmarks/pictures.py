@@ -73,6 +73,7 @@ BLOCKS = ('Q8_0', 'Q5_0', 'Q4_0')
 NEAR = {
   'opt-small': '`near` beside other formats: opt-small-sliced-0.2',
   'smollm2': '`near` beside other formats: SmolLM2-135M, sliced by 25%',
+  'smollm2-dense': '`near` beside other formats: SmolLM2-135M, dense',
 }
 """The sections of RESULTS.md for the pictures of `benchmarks.near`."""
 
