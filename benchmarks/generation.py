@@ -31,7 +31,7 @@ from rotbits_jax import passes
 from rotbits_jax import structured
 from rotbits_jax.cli import program
 from rotbits_jax.models import generation
-from rotbits_jax.models import transformer
+from rotbits_jax.models import linear
 
 PROMPT_TOKENS = 16
 SIZES = ((432, 144), (3072, 1024))  # d, k: SmolLM2-135M and a model of 4096, 25% sliced
@@ -122,7 +122,7 @@ def product_seconds(kernel: Any, x: jax.Array) -> float:
   return (time.perf_counter() - start) / PRODUCTS
 
 
-_linear = jax.jit(transformer.linear)
+_linear = jax.jit(linear.apply)
 
 
 def product_rows(runs: int) -> list[str]:

@@ -11,6 +11,7 @@ of rank r stays the same function under GL(r): `r^2` of its elements say nothing
 """
 
 import dataclasses
+import math
 import pathlib
 import sys
 import tempfile
@@ -62,33 +63,62 @@ def factors(
   return np.linalg.solve(root, left[:, :rank] * scale), scale[:, None] * right[:rank]
 
 
-def compress(
+def decompose(
   model: models.Model, moments: models.Params, ratio: float
+) -> list[dict[str, tuple[np.ndarray, np.ndarray]]]:
+  """Returns the U and V of each linear layer by path, for each layer of a model.
+
+  Args:
+    model: the model.
+    moments: see `models.input_moments`.
+    ratio: the part of the elements of a layer that its factors have.
+  """
+  found = []
+  (stack,) = model.stacks
+  for index, layer in enumerate(model.layers()):
+    own = models.unstack_layer(moments[models.names.stack(stack)], index)
+    kernels = structured.flatten(layer)
+    found.append(
+      {
+        path: factors(
+          np.asarray(kernels[path], np.float64),
+          np.asarray(moment, np.float64),
+          rank(kernels[path].shape, ratio),
+        )
+        for path, moment in structured.flatten(own).items()
+      }
+    )
+  return found
+
+
+def rank(shape: tuple[int, ...], ratio: float) -> int:
+  """Returns the rank at which two factors have a part of the elements of a kernel."""
+  return int(ratio * math.prod(shape) / sum(shape))
+
+
+def compress(
+  model: models.Model,
+  pairs: list[dict[str, tuple[np.ndarray, np.ndarray]]],
+  ratio: float,
 ) -> tuple[models.Model, int]:
   """Compresses the linear layers of a model.
 
   Args:
     model: the model.
-    moments: see `models.input_moments`.
+    pairs: see `decompose`, of this ratio or a greater one.
     ratio: the part of the elements of a layer that its factors have.
 
   Returns:
     The model; and how many elements of the factors their gauges are.
   """
   layers, gauges = [], 0
-  (stack,) = model.stacks
-  for index, layer in enumerate(model.layers()):
+  for layer, own in zip(model.layers(), pairs, strict=True):
     flat = structured.flatten(layer)
-    own = structured.flatten(
-      models.unstack_layer(moments[models.names.stack(stack)], index)
-    )
-    for path, moment in own.items():
-      kernel = np.asarray(flat[path], np.float64)
-      rank = int(ratio * kernel.size / sum(kernel.shape))
-      u, v = factors(kernel, np.asarray(moment, np.float64), rank)
-      u, v = (x.astype(ml_dtypes.bfloat16) for x in (u, v))
+    for path, (u, v) in own.items():
+      count = rank(flat[path].shape, ratio)
+      u, v = (x.astype(ml_dtypes.bfloat16) for x in (u[:, :count], v[:count]))
       flat[path] = structured.LowRank(u, v, names='svd_llm')
-      gauges += rank**2
+      gauges += count**2
     layers.append(structured.unflatten(flat))
   return models.from_layers(model.config, model.outer(), layers), gauges
 
@@ -124,10 +154,13 @@ def main() -> None:
   )
   rows = ['| | preset | bytes | of its tensors | KL |', '|---|---|---|---|---|']
   text = evaluation.encode_text(dense.files, demo.read_data('evaluation.txt'))
-  for ratio in map(float, _RATIOS.value):
-    compressed, gauges = compress(model, moments, ratio)
-    pairs = [x for _, x in compressed.leaves() if structured.is_structured(x)]
-    elements = sum(map(structured.count_elements, pairs))
+  ratios = [float(x) for x in _RATIOS.value]
+  # Those of a smaller ratio are their first columns and rows.
+  decomposed = decompose(model, moments, max(ratios))
+  for ratio in ratios:
+    compressed, gauges = compress(model, decomposed, ratio)
+    leaves = [x for _, x in compressed.leaves() if structured.is_structured(x)]
+    elements = sum(map(structured.count_elements, leaves))
     whole = sum(structured.count_bytes(x) for _, x in compressed.leaves())
     name = f'{ratio:.0%} of the elements'
     rows.append(
@@ -157,9 +190,7 @@ def main() -> None:
     'embedding, a fifth of the elements, is not. The share of GL(r) is of the '
     'elements of the factors. KL is the divergence from the compressed model on '
     f'{EVALUATION_TOKENS:,} tokens, in nats. In random bases, every pair is rotated '
-    'and rounded again, which is what storing other numbers of the same product does. '
-    '`free` moves the function more than that: it rounds a factor to one step, while '
-    'SVD-LLM makes the rows of U small whose inputs are large.'
+    'and rounded again, which is what storing other numbers of the same product does.'
     '\n\n' + '\n'.join(rows)
   )
   print(body)

@@ -221,10 +221,12 @@ def quantized(s, a):
     return grown(x, a['codes'].shape[1])
   numbers = np.float32(a['codes']) * of_elements('scale')
   return numbers + of_elements('offset') if 'offsets' in a else numbers
+def lines(a, *names):
+  found = [np.int32(a.get(f'{x}_exponents', [0])) for x in names]
+  rows, columns = (np.ldexp(np.float32(4 + e % 4), e // 4 - 2) for e in found)
+  return rows[:, None] * columns
 def multiples(s, a):
-  factor = lambda e: np.ldexp(np.float32(4 + e % 4), e // 4 - 2)
-  rows, columns = (factor(np.int32(a[f'{x}_exponents'])) for x in ('row', 'column'))
-  return a['integers'] * a['step'] * rows[:, None] * columns
+  return a['integers'] * a['step'] * lines(a, 'row', 'column')
 FLIP = lambda x: x ^ (x >> 8 * x.itemsize - 1 & np.iinfo(x.dtype).max)
 SIGNED = lambda x: x.view(f'i{x.itemsize}')
 MANTISSA = {'float8_e4m3fn': 3, 'float8_e5m2': 2} | {k: x[2] for k, x in FLOATS.items()}
@@ -325,7 +327,8 @@ LEAVES = {  # numbers, or bit patterns, of leaves with settings s and arrays a
   'trapezoidal_rows': lambda s, a: np.vstack([a[x] for x in ('full',) if x in a]
     + [a['lower'].T]),
   'reduced_low_rank': lambda s, a:
-    np.roll(BASIS(a['below']), -len(a['other']), axis=0) @ a['other'],
+    np.roll(BASIS(a['below']), -len(a['other']), axis=0) @ a['other']
+    * lines(a, 'basis', 'other'),
   'head_columns': lambda s, a: np.hstack([x for r, b in zip(*(np.split(a.get(n,
     a['below'][:0]) if n in a else np.zeros((0, s['heads'])), s['heads'], 1)
     for n in ('rotary', 'below')), strict=True) for x in (r, BASIS(b)) if x.size]),

@@ -209,6 +209,14 @@ def leaves() -> dict[str, Any]:
     'reduced': structured.ReducedLowRank(
       normal(3, 2), normal(2, 7), size=5, transposed=True, names='factors'
     ),
+    'reduced_lines': structured.ReducedLowRank(
+      normal(3, 2),
+      normal(2, 7),
+      size=5,
+      transposed=True,
+      basis_exponents=np.arange(-2, 3, dtype=np.int8),
+      other_exponents=np.arange(7, dtype=np.int8),
+    ),
     'tied': structured.Tied(normal(5, 3), tokens=9),
     'quantized': structured.Quantized(
       rng.integers(0, 16, (6, 64)).astype(np.uint8),

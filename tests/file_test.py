@@ -24,6 +24,7 @@ import rotbits_jax
 from rotbits_jax import file
 from rotbits_jax import models
 from rotbits_jax import structured
+from rotbits_jax.file import job
 from rotbits_jax.file import memory
 from rotbits_jax.file import records
 from rotbits_jax.file import shards as shards_lib
@@ -530,6 +531,31 @@ class ReaderTest(Base):
     memory._available.cache_clear()
     with limits:
       rotbits_jax.decode(data)
+
+  def test_beside_a_large_record_no_other_is_held(self):
+    tree, steps = {name: np.full(9, i) for i, name in enumerate('abc')}, []
+
+    def noted(owner, name, step):
+      function = getattr(owner, name)
+
+      def call(*args, **kwargs):
+        found = function(*args, **kwargs)
+        steps.append(step)
+        return found
+
+      return absltest.mock.patch.object(owner, name, call)
+
+    with (
+      absltest.mock.patch.object(memory, 'LARGE', 0),
+      noted(job.sources.Source, 'read', 'read'),
+      noted(job.writer_lib, 'encode_record', 'code'),
+      noted(records.Records, 'decode', 'decode'),
+    ):
+      data = rotbits_jax.encode(tree)
+      with file.Reader(data) as reader:
+        for _ in reader.each():
+          steps.append('use')
+    self.assertEqual(steps, ['read', 'code'] * 3 + ['decode', 'use'] * 3)
 
   def test_errors_are_not_as_long_as_the_names_in_a_file(self):
     name = 'x' * 100_000

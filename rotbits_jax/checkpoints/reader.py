@@ -114,7 +114,7 @@ class CheckpointReader:
       return {record: {name: self._tensors[name].read() for name in self._buffers}}
     found: models.Params = {}
     for entry in self._entries[record]:
-      found |= entry.read([self._tensors[name].read() for name in entry.stored()])
+      found |= entry.read(self._tensors[name].read() for name in entry.stored())
     return structured.unflatten(found)
 
   def specs(self, record: str) -> models.Params:

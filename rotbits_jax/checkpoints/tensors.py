@@ -5,7 +5,7 @@ hold several parameters, stacked along its first axis. Two factors may stand for
 weight, see `factors`. The kernels of experts are a tensor each, and one parameter.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,6 +14,7 @@ from rotbits_jax import models
 from rotbits_jax import structured
 from rotbits_jax.checkpoints import factors
 from rotbits_jax.checkpoints import families
+from rotbits_jax.system import host
 
 
 class Entry(NamedTuple):
@@ -56,18 +57,25 @@ class Entry(NamedTuple):
       shapes = [(self.experts, *shape) for shape in shapes]
     return dict(zip(self.paths, shapes, strict=True))
 
-  def read(self, stored: Sequence[Any]) -> dict[str, Any]:
+  def read(self, stored: Iterable[Any]) -> dict[str, Any]:
     """Returns the parameters by path; they are views, unless they are of experts.
 
     Args:
       stored: the tensor, its two factors, or those of all experts.
     """
+    if self.experts:
+      # One by one, and in the order in which they are coded: a layer may fill memory.
+      whole: Any = None
+      for place, tensor in enumerate(stored):
+        own = host.contiguous(tensor.T if self.transposed else tensor)
+        if whole is None:
+          whole = host.empty((self.experts, *own.shape), own.dtype)
+        whole[place] = own
+      return {self.paths[0]: whole}
+    stored = list(stored)
     if self.factored is not None:
       u, v = [x.T for x in stored[::-1]] if self.transposed else stored
       return {self.paths[0]: structured.LowRank(u, v, names=self.factored.names)}
-    if self.experts:
-      stack = np.stack(stored)
-      return {self.paths[0]: stack.swapaxes(1, 2) if self.transposed else stack}
     if len(self.paths) > 1:
       parts = np.split(stored[0], np.cumsum(self.lengths)[:-1])
     else:

@@ -24,6 +24,7 @@ from rotbits_jax.file import base as base_lib
 from rotbits_jax.file import coders
 from rotbits_jax.file import journal as journal_lib
 from rotbits_jax.file import manifest as manifest_lib
+from rotbits_jax.file import memory as memory_lib
 from rotbits_jax.file import recipe as recipe_lib
 from rotbits_jax.file import shards as shards_lib
 from rotbits_jax.file import sources
@@ -325,8 +326,9 @@ class Job:
             records.append((record.name, start(job)))
             del record, own, job
         ahead.append(_Coded(records, dict(self.source.checksums), state))
+        size = sum(self.counts[name].bytes for name, _ in records)
         del records
-        if len(ahead) > 1:
+        while len(ahead) > (0 if size >= memory_lib.LARGE else 1):
           yield ahead.popleft()
       while ahead:
         yield ahead.popleft()

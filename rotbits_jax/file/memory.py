@@ -12,6 +12,9 @@ from rotbits_jax.file import manifest as manifest_lib
 from rotbits_jax.file.container import ContainerError
 from rotbits_jax.system import host
 
+LARGE = 1 << 30
+"""Bytes of records beside which no others are held, as those of layers of experts."""
+
 
 def allocate(
   entries: Sequence[manifest_lib.Record],

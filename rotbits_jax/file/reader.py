@@ -355,7 +355,8 @@ class Reader:
       ahead: collections.deque[Any] = collections.deque()
       for i, name in enumerate(names):
         # One record is decoded while the caller works on the one before it.
-        for other in names[i + len(ahead) : i + 2]:
+        wanted = 1 if sizes[name] >= memory_lib.LARGE else 2
+        for other in names[i + len(ahead) : i + wanted]:
           ahead.append(
             start(functools.partial(self._records.decode, other, None, resolve))
           )

@@ -34,6 +34,8 @@ import numpy as np
 
 from rotbits_jax import structured
 from rotbits_jax.models import config as config_lib
+from rotbits_jax.models import experts
+from rotbits_jax.models import linear
 from rotbits_jax.models import model as model_lib
 from rotbits_jax.models import names
 from rotbits_jax.models import shapes as shapes_lib
@@ -248,8 +250,8 @@ def unembed(
   """
   x = norm(params.get('final_norm'), config, x)
   if config.tied_head:
-    return x, x @ _float32(params['embed']['tokens']).T
-  return x, linear(params['head'], x)
+    return x, x @ linear.float32(params['embed']['tokens']).T
+  return x, linear.apply(params['head'], x)
 
 
 def layer(
@@ -280,7 +282,7 @@ def layer(
     if not config.sliced:
       return x
     inputs[name] = {'kernel': x}
-    return linear(params[name], x)
+    return linear.apply(params[name], x)
 
   def update(name: str, x: jax.Array) -> jax.Array:
     return norm(params[name], config, x) if config.post_norms else x
@@ -326,7 +328,7 @@ def attention(
   chex.assert_type(x, jnp.float32)
 
   def heads(name: str, count: int) -> jax.Array:
-    return linear(params[name], x).reshape(*x.shape[:-1], count, config.head_dim)
+    return linear.apply(params[name], x).reshape(*x.shape[:-1], count, config.head_dim)
 
   query = heads('query', config.num_heads)  # [B, T, H, h]
   key = heads('key', config.num_kv_heads)  # [B, T, K, h]
@@ -357,13 +359,14 @@ def attention(
   mixed = mixed.reshape(*x.shape[:-1], config.num_heads * config.head_dim)
   inputs = {name: {'kernel': x} for name in ('query', 'key', 'value')}
   inputs['out'] = {'kernel': mixed}
-  return Written(linear(params['out'], mixed), inputs, cache)
+  return Written(linear.apply(params['out'], mixed), inputs, cache)
 
 
 def mlp(params: Params, config: config_lib.ModelConfig, x: jax.Array) -> Written:
   """Computes the MLP: `down(act(up(x)))`, or with a gate `down(act(gate(x)) * up(x))`.
 
-  A mixture of experts is the weighted sum of such MLPs, see `expert_weights`.
+  A mixture of experts is the weighted sum of such MLPs, see `experts`. The inputs of
+  their kernels are not among the returned ones.
 
   Args:
     params: the parameters of the sublayer.
@@ -375,72 +378,19 @@ def mlp(params: Params, config: config_lib.ModelConfig, x: jax.Array) -> Written
   """
   chex.assert_rank(x, 3)
   chex.assert_type(x, jnp.float32)
-  if config.num_experts:
-    return _experts(params, config, x)
   activation = ACTIVATIONS[config.activation]
+  if config.num_experts:
+    update = experts.mixture(params, config, x, activation)
+    return Written(update, {'router': {'kernel': x}})
   inputs = {'up': {'kernel': x}}
-  hidden = linear(params['up'], x)
+  hidden = linear.apply(params['up'], x)
   if config.gated_mlp:
     inputs['gate'] = {'kernel': x}
-    hidden = activation(linear(params['gate'], x)) * hidden
+    hidden = activation(linear.apply(params['gate'], x)) * hidden
   else:
     hidden = activation(hidden)
   inputs['down'] = {'kernel': hidden}
-  return Written(linear(params['down'], hidden), inputs)
-
-
-def _experts(params: Params, config: config_lib.ModelConfig, x: jax.Array) -> Written:
-  """Computes a mixture of experts: all experts, of which most have the weight 0.
-
-  The inputs of the experts' kernels are not among the returned ones.
-  """
-  activation = ACTIVATIONS[config.activation]
-  weights = expert_weights(params['router'], config, x)
-  kernels = [params[name]['kernel'] for name in ('gate', 'up', 'down')]
-  kernels = [_float32(k) if structured.is_structured(k) else k for k in kernels]
-
-  def add(total: jax.Array, own: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
-    gate, up, down, weight = map(_float32, own)
-    hidden = activation(x @ gate) * (x @ up)
-    return total + weight[..., None] * (hidden @ down), None
-
-  # One after the other: side by side, their hidden states would take much memory.
-  every = (*map(jnp.asarray, kernels), jnp.moveaxis(weights, -1, 0))
-  update, _ = jax.lax.scan(add, jnp.zeros_like(x), every)
-  return Written(update, {'router': {'kernel': x}})
-
-
-def expert_weights(
-  params: Params, config: config_lib.ModelConfig, x: jax.Array
-) -> jax.Array:
-  """Computes the weight of every expert for every token.
-
-  It is the softmax of the router's output for the `experts_per_token` greatest, divided
-  by their sum if `unit_expert_weights` is set, and 0 for the others.
-
-  Args:
-    params: the router.
-    config: sizes and switches.
-    x: `[B, T, d]` float32, the normed input.
-
-  Returns:
-    `[B, T, E]` float32.
-
-  Reference: Mixtral of Experts, arXiv 2401.04088, section 2.1.
-  """
-  every = jax.nn.softmax(linear(params, x), axis=-1)
-  greatest, places = jax.lax.top_k(every, config.experts_per_token)
-  if config.unit_expert_weights:
-    greatest = greatest / jnp.sum(greatest, axis=-1, keepdims=True)
-  chosen = jax.nn.one_hot(places, config.num_experts)  # [B, T, experts_per_token, E]
-  return jnp.einsum('btk,btke->bte', greatest, chosen)
-
-
-def linear(params: Params, x: jax.Array) -> jax.Array:
-  """Computes `x @ kernel`, plus the bias if there is one."""
-  kernel = params['kernel']
-  y = kernel.apply(x) if structured.is_structured(kernel) else x @ _float32(kernel)
-  return y + _float32(params['bias']) if 'bias' in params else y
+  return Written(linear.apply(params['down'], hidden), inputs)
 
 
 def norm(
@@ -457,7 +407,7 @@ def norm(
   if params is None:
     return x
   x = x * _scale(params, config)
-  return x + _float32(params['bias']) if 'bias' in params else x
+  return x + linear.float32(params['bias']) if 'bias' in params else x
 
 
 def _head_norm(
@@ -475,7 +425,7 @@ def _divided_by_rms(x: jax.Array, size: int, eps: float) -> jax.Array:
 
 
 def _scale(params: Params, config: config_lib.ModelConfig) -> jax.Array:
-  scale = _float32(params['scale'])
+  scale = linear.float32(params['scale'])
   return 1 + scale if config.zero_centred_scales else scale
 
 
@@ -597,21 +547,11 @@ def _moment(x: jax.Array) -> jax.Array:
   return rows.T @ rows
 
 
-def _float32(leaf: Any) -> jax.Array:
-  """Returns a parameter as a float32 array.
-
-  A structured leaf is materialized in float32, because its own dtype is coarser.
-  """
-  if structured.is_structured(leaf):
-    leaf = leaf.astype(jnp.float32).materialize()
-  return jnp.asarray(leaf, jnp.float32)
-
-
 def _rows(table: Any, indices: jax.Array, params: Params) -> jax.Array:
   """Returns rows of a table in float32; rows outside the table are NaN."""
   if structured.is_structured(table):
     flat = structured.flatten(params)
-    needed = [_float32(flat[path]) for path in table.needs]
+    needed = [linear.float32(flat[path]) for path in table.needs]
     return jnp.asarray(table.astype(jnp.float32).rows(*needed, indices))
   taken = jnp.asarray(table).at[indices].get(mode='fill', fill_value=jnp.nan)
   return taken.astype(jnp.float32)

@@ -21,12 +21,14 @@ def remove_low_rank_gauge(*, tolerance: float = 2.0) -> transform.Transform:
   """Makes the transform that fixes the gauge of every low-rank pair of a model.
 
   Args:
-    tolerance: the factor by which the rounding error of the product may grow. A pair
-      whose error grows more is not changed.
+    tolerance: the factor by which the rounding error of the product may exceed that of
+      the pair in random bases, see `symmetries.low_rank.spread`. A pair whose error
+      exceeds it more is not changed.
 
   Returns:
     A transform. Its notes give, for each pair, the form, the rank, the count of numbers
     and the relative rounding error of the product, in this form and as plain factors.
+    Lines of the product count alike in the error, whatever their size.
   """
   fix = functools.partial(_fix_pairs, tolerance=tolerance)
 
@@ -57,14 +59,15 @@ def _fix_pairs(
     path: pair
     for path, pair in params.items()
     if isinstance(pair, structured.LowRank)
-    and pair.rank <= min(pair.shape)
+    and 1 <= pair.rank <= min(pair.shape)
     and not path.endswith('/adapter')  # its factors stay two factors
   }
   fixed = {path: _fix(pair, dtype=context.dtype) for path, pair in pairs.items()}
-  found = jax.device_get({path: errors for path, (_, errors) in fixed.items()})
+  found = jax.device_get({path: others for path, (_, *others) in fixed.items()})
   notes = []
-  for path, errors in found.items():
-    most, leaf = max(tolerance * errors.plain, _FLOAT32_ERROR), {path: fixed[path][0]}
+  for path, (errors, spread) in found.items():
+    most = max(tolerance * errors.plain / spread, _FLOAT32_ERROR)
+    leaf = {path: fixed[path][0]}
     note = heads_lib.settle(params, index, path, leaf, errors, most)
     notes.append(note | {'rank': pairs[path].rank})
   return notes
@@ -73,11 +76,12 @@ def _fix_pairs(
 @functools.partial(jax.jit, static_argnames='dtype')
 def _fix(
   pair: structured.LowRank, *, dtype: np.dtype
-) -> tuple[structured.ReducedLowRank, heads.Errors]:
-  fixed = low_rank.fix_pair(pair.u, pair.v)
-  fixed = dataclasses.replace(fixed, names=pair.names)
-  rounded = structured.astype(structured.astype(fixed, dtype), jnp.float32)
-  sides = [
-    (u[None], v.T[None]) for u, v in (x.factors() for x in (pair, fixed, rounded))
-  ]
-  return fixed, heads.rounding_errors(*sides, dtype=dtype)
+) -> tuple[structured.ReducedLowRank, heads.Errors, jax.Array]:
+  fixed = dataclasses.replace(low_rank.fix_pair(pair.u, pair.v), names=pair.names)
+  even = fixed.without_lines()
+  rounded = structured.astype(structured.astype(even, dtype), jnp.float32)
+  factors = fixed.divided(*pair.factors()), even.factors(), rounded.factors()
+  sides = [(u[None], v.T[None]) for u, v in factors]
+  (u, v), *_ = factors
+  spread = jnp.maximum(low_rank.spread(u), low_rank.spread(v.T))
+  return fixed, heads.rounding_errors(*sides, dtype=dtype), spread

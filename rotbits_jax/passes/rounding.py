@@ -82,7 +82,8 @@ def with_minimum_exponent(offset: float = 0.0) -> Rounding:
 
   In dtypes with fewer than 10 bits of mantissa, the step of the head is a quarter of
   that: no layer averages the head's errors, and on OPT in bfloat16 they are most of
-  what a common step adds to the divergence (measured).
+  what a common step adds to the divergence (measured). The step of low-rank factors is
+  half of the usual one, see `apply`.
 
   Args:
     offset: added to log2 of the step; negative for a finer step.
@@ -156,6 +157,10 @@ def apply(
     if log2_step is None or is_vector or not is_on_device:
       nearest[path] = dtype
       continue
+    if isinstance(leaf, structured.FactorPair) and not rounding.uniform:
+      # The usual one would make twice the divergence that rounding other factors makes,
+      # because the errors of two factors add up and a basis has errors of its own.
+      log2_step -= 1
     inputs = rounding.inputs.get(path)
     if inputs is not None and path == 'head/kernel':
       # Steps of its columns save more than the zeros of a structured leaf.

@@ -7,7 +7,7 @@ V `[r, n]`. The smaller of m and n is s, and the larger is l.
 import abc
 from collections.abc import Mapping
 import dataclasses
-from typing import Any, ClassVar, Self
+from typing import Annotated, Any, ClassVar, Self
 
 from flax import struct
 import jax
@@ -16,11 +16,14 @@ import numpy as np
 
 from rotbits_jax.structured.base import Structured
 from rotbits_jax.structured.base import register
+from rotbits_jax.structured.fields import Array
 from rotbits_jax.structured.fields import Length
 from rotbits_jax.structured.fields import Matrix
 from rotbits_jax.structured.fields import Settings
 from rotbits_jax.structured.fields import of_stacks
 from rotbits_jax.structured.fields import static
+from rotbits_jax.structured.uniform import MOST_EXPONENT
+from rotbits_jax.structured.uniform import line_factors
 
 _product = lambda a, b: jnp.matmul(a, b, precision='highest')
 
@@ -161,6 +164,9 @@ class LowRank(FactorPair):
       )
 
 
+_Exponents = Annotated[Any, Array(1, np.int8, optional=True)]
+
+
 @register
 @struct.dataclass
 class ReducedLowRank(FactorPair):
@@ -176,6 +182,11 @@ class ReducedLowRank(FactorPair):
   no more harm than rounding U, because the singular values of B are at most 2 and the
   condition number of the basis is at most 2. If m > n, V^T has this basis instead of U.
 
+  Rows of U are small where inputs are large, if the inputs were whitened. One step for
+  all rows would be too coarse for these. So the lines of the matrix have factors, and
+  the basis and the other factor are those of the matrix divided by them. A gauge mixes
+  columns of U and rows of V only, so that its lines keep their sizes.
+
   Attributes:
     below: B, `[..., s - r, r]`. A stack of leaves with several ranks has as many rows
       as its leaf of least rank, and as many columns as its leaf of greatest rank. In
@@ -183,6 +194,9 @@ class ReducedLowRank(FactorPair):
     other: the other factor, `[..., r, l]`: A^-1 V or, if m > n, A^-1 U^T.
     size: s.
     transposed: whether m > n.
+    basis_exponents: int8 `[..., s]`, the exponents of the factors of the basis's rows,
+      see `line_factors`; None if they are 1.
+    other_exponents: int8 `[..., l]`, those of the other factor's columns, likewise.
   """
 
   type_name: ClassVar[str] = 'reduced_low_rank'
@@ -192,6 +206,8 @@ class ReducedLowRank(FactorPair):
   other: Matrix
   size: Length = static()
   transposed: bool = static()
+  basis_exponents: _Exponents = None
+  other_exponents: _Exponents = None
 
   @property
   def shape(self) -> tuple[int, ...]:
@@ -211,20 +227,42 @@ class ReducedLowRank(FactorPair):
     other = jnp.asarray(self.other, jnp.float32)
     gram = _product(jnp.matrix_transpose(below), below)
     square = jnp.eye(self.rank, dtype=jnp.float32) - gram / 4
-    basis = self._joined(below, square, axis=-2)
+    basis = self._joined(below, square, axis=-2) * self._lines()[0][..., None]
+    other = other * self._lines()[1][..., None, :]
     if self.transposed:
       return jnp.matrix_transpose(other), jnp.matrix_transpose(basis)
     return basis, other
 
   def _multiplied(self, x: jax.Array) -> jax.Array:
     below, other = (jnp.asarray(y, x.dtype) for y in (self.below, self.other))
+    of_basis, of_other = (y.astype(x.dtype) for y in self._lines())
     if self.transposed:
-      x = _product(x, other.T)
+      x = _product(x * of_other, other.T)
       above = _product(x, below.T)
-      return self._joined(above, x - _product(above, below) / 4, axis=-1)
+      return of_basis * self._joined(above, x - _product(above, below) / 4, axis=-1)
+    x = x * of_basis
     last = x[..., self.size - self.rank :]
     above = x[..., : below.shape[0]] - _product(last, below.T) / 4
-    return _product(last + _product(above, below), other)
+    return _product(last + _product(above, below), other) * of_other
+
+  def _lines(self) -> tuple[jax.Array, jax.Array]:
+    """Returns the factors of the basis's rows and of the other factor's columns."""
+    if self.basis_exponents is None:
+      return jnp.ones(self.size), jnp.ones(self.other.shape[-1])
+    return line_factors(self.basis_exponents), line_factors(self.other_exponents)
+
+  def without_lines(self) -> 'ReducedLowRank':
+    """Returns the leaf of the matrix divided by the factors of its lines."""
+    return dataclasses.replace(self, basis_exponents=None, other_exponents=None)
+
+  def divided(self, u: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns the U and V of another pair divided by the factors of the lines."""
+    rows, columns = self._lines()[:: -1 if self.transposed else 1]
+    return u / rows[..., None], v / columns[..., None, :]
+
+  def stack_key(self) -> tuple[str, ...]:
+    lines = () if self.basis_exponents is None else ('lines',)
+    return (*super().stack_key(), *lines)
 
   def _joined(self, first: jax.Array, last: jax.Array, axis: int) -> jax.Array:
     """Joins two parts along an axis of size s. They overlap only in padding."""
@@ -262,6 +300,12 @@ class ReducedLowRank(FactorPair):
         f'low-rank factors of size {self.size} cannot be {self.below.shape=} and '
         f'{self.other.shape=}'
       )
+    found = [x for x in (self.basis_exponents, self.other_exponents) if x is not None]
+    lengths = self.size, self.other.shape[1]
+    if found and tuple(map(len, found)) != lengths:
+      raise ValueError(f'the exponents of lines must be {lengths}')
+    if any(np.abs(x.astype(np.int16)).max(initial=0) > MOST_EXPONENT for x in found):
+      raise ValueError(f'exponents of lines must be at most {MOST_EXPONENT}')
 
 
 def _pad(matrix: Any, widths: tuple[tuple[int, int], tuple[int, int]]) -> Any:

@@ -113,10 +113,10 @@ def quarter_step(rms: jax.Array, log2_step: jax.Array) -> jax.Array:
   It is the number of the form (4 + i) 2^(q - 2), i < 4, closest to `rms 2^log2_step`.
   """
   target = jnp.clip(jnp.log2(rms) + log2_step, -120.0, 110.0)
-  return structured.line_factors(_quarters(target))
+  return structured.line_factors(quarters(target))
 
 
-def _quarters(log2: jax.Array) -> jax.Array:
+def quarters(log2: jax.Array) -> jax.Array:
   """Returns 4 q + i of the numbers (4 + i) 2^(q - 2), i < 4, closest to given ones."""
   q = jnp.floor(log2)
   # In the middle between two of these in log2 are the roots of 4 * 5, 5 * 6, ...
@@ -218,7 +218,7 @@ def _exponents(counts: jax.Array) -> jax.Array:
   counts = jnp.where(is_useful, counts / jnp.where(is_useful, mean, 1), 1)
   log2 = -jnp.log2(jnp.maximum(counts, 0) + _LEAST_COUNT) / 2
   log2 = jnp.clip(log2 - jnp.mean(log2), -_MOST_OCTAVES, _MOST_OCTAVES)
-  return _quarters(log2).astype(jnp.int8)
+  return quarters(log2).astype(jnp.int8)
 
 
 def _factors(moments: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
