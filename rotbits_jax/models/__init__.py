@@ -6,8 +6,8 @@ from rotbits_jax.models import names
 from rotbits_jax.models.config import ModelConfig
 from rotbits_jax.models.config import Positions
 from rotbits_jax.models.config import RopeScaling
-from rotbits_jax.models.gradients import Gradients
-from rotbits_jax.models.gradients import output_gradients
+from rotbits_jax.models.gradients import Factors
+from rotbits_jax.models.gradients import fisher_factors
 from rotbits_jax.models.model import Model
 from rotbits_jax.models.model import Params
 from rotbits_jax.models.model import from_layers
@@ -19,6 +19,8 @@ from rotbits_jax.models.model import unstack_layer
 from rotbits_jax.models.shapes import count_elements
 from rotbits_jax.models.shapes import layer_shapes
 from rotbits_jax.models.shapes import outer_shapes
+from rotbits_jax.models.streams import Layers
+from rotbits_jax.models.streams import streams
 from rotbits_jax.models.transformer import Cache
 from rotbits_jax.models.transformer import Outputs
 from rotbits_jax.models.transformer import forward
@@ -27,7 +29,8 @@ from rotbits_jax.models.transformer import logits
 
 __all__ = [
   'Cache',
-  'Gradients',
+  'Factors',
+  'Layers',
   'Model',
   'ModelConfig',
   'Outputs',
@@ -35,6 +38,7 @@ __all__ = [
   'Positions',
   'RopeScaling',
   'count_elements',
+  'fisher_factors',
   'forward',
   'from_layers',
   'generation',
@@ -45,9 +49,9 @@ __all__ = [
   'materialize',
   'names',
   'outer_shapes',
-  'output_gradients',
   'stack_key',
   'stack_layers',
   'stack_ranges',
+  'streams',
   'unstack_layer',
 ]

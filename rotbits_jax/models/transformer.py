@@ -179,7 +179,7 @@ def forward(
     found = softcap(found, config.logit_softcap)
     if with_moments:
       head, name = ('embed', 'tokens') if config.tied_head else ('head', 'kernel')
-      moments[head] = {name: _moment(x)}
+      moments[head] = {name: moment(x)}
   return Outputs(
     found,
     None if cache is None else Cache(layers, cache.length + tokens.shape[1]),
@@ -568,7 +568,7 @@ def _apply_stack(
   def step(x: jax.Array, own: tuple[Params, Reach, KeysAndValues | None]) -> Any:
     params, reached, cache = own
     written = layer(params, config, x, reached, start=start, cache=cache)
-    moments = jax.tree.map(_moment, written.inputs) if with_moments else None
+    moments = jax.tree.map(moment, written.inputs) if with_moments else None
     return written.x, (written.cache, moments)
 
   if count > 1:
@@ -581,7 +581,7 @@ def _apply_stack(
   return x, *found
 
 
-def _moment(x: jax.Array) -> jax.Array:
+def moment(x: jax.Array) -> jax.Array:
   rows = x.reshape(-1, x.shape[-1])
   return rows.T @ rows
 
