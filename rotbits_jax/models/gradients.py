@@ -41,6 +41,10 @@ class Factors(NamedTuple):
   moments: dict[tuple[str, ...], Any]
   squares: dict[str, Any]
 
+  def by_path(self) -> dict[str, Any]:
+    """Returns the moments of each matrix by its path."""
+    return {path: x for paths, x in self.moments.items() for path in paths}
+
 
 def fisher_factors(
   model: streams_lib.Layers,
@@ -91,7 +95,7 @@ def fisher_factors(
     squares = {prefix + path: g for path, g in total.squares.items()}
     yield names.layer(i), Factors(moments, squares)
   scale = config.hidden_size if config.scaled_embedding else 1
-  met = sum(scale * transformer.moment(gradient) for gradient in gradients)
+  met = sum(scale * transformer.second_moments(gradient) for gradient in gradients)
   yield 'embed', Factors({('embed/tokens',): met}, {'embed/tokens': probabilities})
 
 
@@ -114,7 +118,7 @@ def _predictions(
     p = jax.nn.softmax(logits)
     drawn = jax.random.categorical(key, logits)
     (gradient,) = pull((p - jax.nn.one_hot(drawn, p.shape[-1])) * slope)
-    moments = {('head/kernel',): transformer.moment(normed)}
+    moments = {('head/kernel',): transformer.second_moments(normed)}
   # The mean over all tokens that may be drawn has no noise.
   squares = p * (1 - p) * jnp.square(slope)
   head = Factors(moments, {'head/kernel': squares.sum((0, 1))})
@@ -149,8 +153,10 @@ def _backward(
     shared: dict[int, list[str]] = {}
     for path, own in inputs.items():
       shared.setdefault(id(own), []).append(path)
-    every = map(tuple, shared.values())
-    return written.x, {paths: transformer.moment(inputs[paths[0]]) for paths in every}
+    return written.x, {
+      tuple(paths): transformer.second_moments(inputs[paths[0]])
+      for paths in shared.values()
+    }
 
   with jax.default_matmul_precision('highest'):
     _, pull, moments = jax.vjp(apply, x, zeros, has_aux=True)

@@ -54,8 +54,7 @@ def measure(
     else:
       yield {
         path: passes.Inputs(moments, 0, found.squares[path])
-        for paths, moments in found.moments.items()
-        for path in paths
+        for path, moments in found.by_path().items()
       }
 
 
