@@ -45,11 +45,11 @@ experiments:
 
 The preset `near` rounds the elements of an array to multiples of a step, which is near
 2^step times their root mean square. With --max_kl it searches the coarsest steps that
-keep the mean KL divergence on a text below a bound, and needs memory for the whole
-model in float32. With --target_size or --bits it searches the finest step with which
-the file is at most so large, and within 1% of it; --bits are those of the whole file
-for each element of the input. A --text then divides the bits among the kinds of
-parameters:
+keep the mean KL divergence on a text below a bound. With --target_size or --bits it
+searches the finest step with which the file is at most so large, and within 1% of it;
+--bits are those of the whole file for each element of the input. A --text then divides
+the bits among the parameters. The work on a text is layer by layer, too, and has a
+temporary file beside the output, which is several times as large as the model:
 
   rotbits encode --checkpoint=DIR --output=FILE --preset=near --max_kl=1e-3 \
     --text=FILE

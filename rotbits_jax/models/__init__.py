@@ -8,6 +8,8 @@ from rotbits_jax.models.config import Positions
 from rotbits_jax.models.config import RopeScaling
 from rotbits_jax.models.gradients import Factors
 from rotbits_jax.models.gradients import fisher_factors
+from rotbits_jax.models.layerwise import Layers
+from rotbits_jax.models.layerwise import streams
 from rotbits_jax.models.model import Model
 from rotbits_jax.models.model import Params
 from rotbits_jax.models.model import from_layers
@@ -19,8 +21,6 @@ from rotbits_jax.models.model import unstack_layer
 from rotbits_jax.models.shapes import count_elements
 from rotbits_jax.models.shapes import layer_shapes
 from rotbits_jax.models.shapes import outer_shapes
-from rotbits_jax.models.streams import Layers
-from rotbits_jax.models.streams import streams
 from rotbits_jax.models.transformer import Cache
 from rotbits_jax.models.transformer import Outputs
 from rotbits_jax.models.transformer import forward
