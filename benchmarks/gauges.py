@@ -77,16 +77,18 @@ def measure(
   reference = {'model': dataclasses.replace(model.rounded(), buffers={})}
   for name, transform in GAUGES.items():
     unrounded = in_gauge(context, transform)
-    inputs = sensitivities.measure(unrounded, windows)
+    inputs = {
+      k: x for own in sensitivities.measure(unrounded, windows) for k, x in own.items()
+    }
     for step in _STEPS.value:
       rounding = passes.to_steps(float(step), {}, inputs)
-      own = context._replace(source=unrounded)
-      batches = list(passes.rewrite(own, passes.chain(), rounding=rounding))
-      size = sum(map(estimation.of_leaf, estimation.flat(batches).values()))
-      records = (record for some, _ in batches for record in some)
-      rounded = structured.astype(passes.to_model(context.config, records), 'float32')
-      found = evaluation.compare({'rounded': rounded}, tokens, reference)
-      yield name, step, round(size), found['rounded'].kl['model']
+      own, places = context._replace(source=unrounded), range(context.config.num_layers)
+      outer, *layers = (passes.round_part(own, i, rounding) for i in (None, *places))
+      rounded = models.from_layers(context.config, outer, layers)
+      size = sum(estimation.of_leaf(leaf) for _, leaf in rounded.leaves())
+      rounded = structured.astype(rounded, 'float32')
+      measured = evaluation.compare({'rounded': rounded}, tokens, reference)
+      yield name, step, round(size), measured['rounded'].kl['model']
 
 
 def main() -> None:

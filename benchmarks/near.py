@@ -22,7 +22,6 @@ interpolation of the bytes in log KL.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-import dataclasses
 import functools
 import itertools
 import math
@@ -154,14 +153,15 @@ def stored_by_near(
 
 def inputs_of(model: models.Model, tokens: np.ndarray) -> dict[str, passes.Inputs]:
   """Measures the inputs of a model's own matrices on a text."""
-  moments = jax.jit(models.input_moments)
-  given = dataclasses.replace(model, buffers={})
-  found = [moments(given, x) for x in perplexity.full_windows(tokens, model.config)]
-  total = jax.device_get(jax.tree.map(lambda *x: sum(x), *found))
-  return {
-    path: passes.Inputs(x, 0)
-    for path, x in dataclasses.replace(given, params=total).leaves()
-  }
+  found: dict[str, passes.Inputs] = {}
+  windows = perplexity.full_windows(tokens, model.config)
+  for name, factors in models.fisher_factors(model, windows):
+    if name != 'embed':
+      own = jax.device_get(factors.by_path())
+      found |= {path: passes.Inputs(moments, 0) for path, moments in own.items()}
+  if model.config.tied_head:
+    found['embed/tokens'] = found.pop('head/kernel')
+  return found
 
 
 # ---- the measurements ----------------------------------------------------------------

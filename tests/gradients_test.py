@@ -15,12 +15,13 @@ from rotbits_jax.presets import sensitivities
 from tests import random_models
 
 TINY = pathlib.Path(__file__).parent / 'testdata' / 'llama-tiny-sliced-head-0.25'
-KEY = jax.random.key(3)
+SEED = 3
 
 
 def gradients_of_parameters(model, tokens):
   """The gradients of the loss of the tokens that the same key draws."""
-  drawn = jax.random.categorical(KEY, models.logits(model, tokens))
+  key = jax.random.key(SEED)
+  drawn = jax.random.categorical(key, models.logits(model, tokens))
 
   def loss(params):
     logits = models.logits(dataclasses.replace(model, params=params), tokens)
@@ -32,29 +33,28 @@ def gradients_of_parameters(model, tokens):
 
 def test_those_of_one_token_are_factors_of_those_of_kernels():
   model, tokens = random_models.sliced_llama([18] * 7), jnp.asarray([[5]])
-  found = models.output_gradients(model, tokens, KEY)
-  moments = models.input_moments(model, tokens)
+  found = dict(models.fisher_factors(model, [tokens], seed=SEED))
   for path, own in gradients_of_parameters(model, tokens).leaves():
     if path.startswith('layers.') and path.endswith('/kernel'):
-      index = models.names.layer_index(path)
-      inputs = structured.flatten(moments['layers.0:3'])
-      size = np.trace(inputs[path.partition('/')[2]][index])
-      expected = np.square(own).sum(axis=0) / size
-      got = found.outputs[path]
+      factors = found[path.partition('/')[0]]
+      expected = np.square(own).sum(axis=0) / np.trace(factors.by_path()[path])
+      got = factors.squares[path]
       np.testing.assert_allclose(got, expected, rtol=1e-3, atol=1e-9, err_msg=path)
 
 
 def test_those_at_the_embedding_and_the_head():
   model = random_models.sliced_llama([18] * 7)
   tokens = jnp.asarray([[7, 1, 9, 30, 2]])
-  found = models.output_gradients(model, tokens, KEY)
+  found = dict(models.fisher_factors(model, [tokens], seed=SEED))
   table = gradients_of_parameters(model, tokens).params['embed']['tokens']
   rows = np.asarray(table)[tokens[0]]
-  np.testing.assert_allclose(found.embedding, rows.T @ rows, rtol=1e-3, atol=1e-9)
+  (met,), seen = found['embed'].moments.values(), found['embed'].squares['embed/tokens']
+  np.testing.assert_allclose(met, rows.T @ rows, rtol=1e-3, atol=1e-9)
   p = np.asarray(jax.nn.softmax(models.logits(model, tokens)))[0]
-  np.testing.assert_allclose(found.probabilities, p.sum(axis=0), rtol=1e-4)
+  np.testing.assert_allclose(seen, p.sum(axis=0), rtol=1e-4)
   squares = (p * (1 - p)).sum(axis=0)
-  np.testing.assert_allclose(found.outputs['head/kernel'], squares, rtol=1e-4)
+  got = found['head'].squares['head/kernel']
+  np.testing.assert_allclose(got, squares, rtol=1e-4)
 
 
 def test_sensitivities_foretell_the_divergence():
@@ -64,7 +64,9 @@ def test_sensitivities_foretell_the_divergence():
   )
   rng = np.random.default_rng(0)
   tokens = rng.integers(0, model.config.vocab_size, 256)
-  inputs = sensitivities.measure(model, [tokens[None]])
+  inputs = {}
+  for found in sensitivities.measure(model, [tokens[None]]):
+    inputs |= found
   for path in ('embed/tokens', 'head/kernel', 'layers.0/mlp/down/kernel'):
     array = np.asarray(dict(model.leaves())[path])
     error = 0.02 * array.std() * rng.standard_normal(array.shape).astype(np.float32)

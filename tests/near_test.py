@@ -3,6 +3,8 @@
 import functools
 import pathlib
 import tempfile
+from unittest import mock
+import weakref
 
 from absl.testing import absltest
 from absl.testing import parameterized
@@ -20,6 +22,7 @@ from rotbits_jax import presets
 from rotbits_jax import structured
 from rotbits_jax.passes import rounding
 from rotbits_jax.presets import steps as steps_lib
+from rotbits_jax.system import spool
 from tests import random_models
 
 TESTDATA = pathlib.Path(__file__).parent / 'testdata'
@@ -214,6 +217,33 @@ class IntegersTest(parameterized.TestCase):
     self.assert_same_bits(plain.materialize(), loaded.materialize())
 
 
+class _Watched:
+  """A model that counts the arrays of one kernel of its layers that are in memory."""
+
+  def __init__(self, model):
+    self._model, self.config, self.records = model, model.config, model.records
+    self.specs = model.specs
+    self._shape = model.layer(0)['mlp']['down']['kernel'].shape
+    self._alive = []
+    self.most = self.reads = 0
+
+  def note(self, tree):
+    for x in jax.tree.leaves(tree):
+      if x.shape == self._shape:
+        self._alive.append(weakref.ref(x))
+        self.reads += 1
+    self._alive = [x for x in self._alive if x() is not None]
+    on_device = sum(x.shape == self._shape for x in jax.live_arrays())
+    self.most = max(self.most, len(self._alive) + on_device)
+    return tree
+
+  def layer(self, index):
+    return self.note(jax.tree.map(np.copy, self._model.layer(index)))
+
+  def outer(self):
+    return self._model.outer()
+
+
 class SearchTest(parameterized.TestCase):
   def _tokens(self, count=256):
     vocabulary = _load().model.config.vocab_size
@@ -242,6 +272,16 @@ class SearchTest(parameterized.TestCase):
     # The next step that was measured is too coarse.
     coarser = [point.kl for point in found.curve if point.step > found.step]
     self.assertTrue(all(kl > 1e-3 for kl in coarser))
+
+  def test_a_few_layers_are_in_memory(self):
+    config = random_models.BASE | {'num_hidden_layers': 12, 'intermediate_size': 57}
+    source = _Watched(random_models.random_model(config, np.float16))
+    read = spool.Spool.__getitem__
+    noted = lambda own, key: source.note(read(own, key))
+    with mock.patch.object(spool.Spool, '__getitem__', noted):
+      steps_lib.search(source, np.arange(32), max_kl=1e-2)
+    self.assertGreater(source.reads, 4 * 12)
+    self.assertLessEqual(source.most, 6)
 
   def test_a_bound_that_cannot_be_kept(self):
     for wrong in (0.0, -1.0, np.inf, np.nan):

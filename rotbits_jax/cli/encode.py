@@ -45,11 +45,11 @@ experiments:
 
 The preset `near` rounds the elements of an array to multiples of a step, which is near
 2^step times their root mean square. With --max_kl it searches the coarsest steps that
-keep the mean KL divergence on a text below a bound, and needs memory for the whole
-model in float32. With --target_size or --bits it searches the finest step with which
-the file is at most so large, and within 1% of it; --bits are those of the whole file
-for each element of the input. A --text then divides the bits among the kinds of
-parameters:
+keep the mean KL divergence on a text below a bound. With --target_size or --bits it
+searches the finest step with which the file is at most so large, and within 1% of it;
+--bits are those of the whole file for each element of the input. A --text then divides
+the bits among the parameters. The work on a text is layer by layer, too, and has a
+temporary file beside the output, which is several times as large as the model:
 
   rotbits encode --checkpoint=DIR --output=FILE --preset=near --max_kl=1e-3 \
     --text=FILE
@@ -282,17 +282,21 @@ def read_choice(name: str, elements: int) -> Choice:
     raise ValueError('--max_kl and --text are needed together')
   if not goals:
     return Choice(name, options)
-  outputs.check(outputs.resolved(_OUTPUT.value), overwrite=_OVERWRITE.value)
+  output = outputs.resolved(_OUTPUT.value)
+  outputs.check(output, overwrite=_OVERWRITE.value)
   found: steps.Found | steps.Calibration | None = None
   if text is not None:
-    status.show(f'encode: loading {text_lib.printable(_CHECKPOINT.value)} ...')
-    checkpoint = rotbits_jax.load_checkpoint(_CHECKPOINT.value)
-    tokens = program.read_tokens(checkpoint, program.read_text(text))
-    settings: Any = {'max_tokens': _MAX_TOKENS.value, 'progress': True}
+    given = checkpoints.open_checkpoint(_CHECKPOINT.value)
+    tokens = program.read_tokens(given.files, given.config, program.read_text(text))
+    settings: Any = {
+      'max_tokens': _MAX_TOKENS.value,
+      'folder': output.parent,
+      'progress': True,
+    }
     if max_kl is None:
-      found = steps.calibrate(checkpoint.model, tokens, **settings)
+      found = steps.calibrate(given, tokens, **settings)
     else:
-      found = steps.search(checkpoint.model, tokens, max_kl=max_kl, **settings)
+      found = steps.search(given, tokens, max_kl=max_kl, **settings)
     options |= {'offsets': found.offsets, 'inputs': found.inputs}
   if isinstance(found, steps.Found):
     return Choice(name, options | {'step': found.step}, found)

@@ -67,7 +67,7 @@ def main() -> program.Result:
     rerounded = passes.randomly_rotated(reference, key=jax.random.key(0))
   result = evaluation.evaluate(
     checkpoint.model,
-    program.read_tokens(checkpoint, text),
+    program.read_tokens(checkpoint.files, checkpoint.model.config, text),
     reference=reference,
     rerounded=rerounded,
     max_tokens=_MAX_TOKENS.value,

@@ -79,7 +79,7 @@ def main() -> program.Result:
   if not _PROMPT.value.strip():
     raise ValueError('--prompt has no words')
   checkpoint = program.read_model(_MODEL.value, _BASE.value)
-  prompt = program.read_tokens(checkpoint, _PROMPT.value)
+  prompt = program.read_tokens(checkpoint.files, checkpoint.model.config, _PROMPT.value)
   tokens = generation.generate(
     checkpoint.model,
     prompt,

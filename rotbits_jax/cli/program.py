@@ -8,7 +8,7 @@ one line on stderr and nothing written; 130 interrupted; 129 and 143 ended by SI
 SIGTERM.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 import decimal
 import difflib
 import json
@@ -292,14 +292,21 @@ def read_model(path: str, base: Any = None) -> rotbits_jax.Checkpoint:
   return rotbits_jax.load_checkpoint(path)
 
 
-def read_tokens(checkpoint: rotbits_jax.Checkpoint, text: str) -> np.ndarray:
+def read_tokens(
+  files: Mapping[str, bytes], config: rotbits_jax.ModelConfig, text: str
+) -> np.ndarray:
   """Converts a text to tokens of a checkpoint: int32 `[N]`.
+
+  Args:
+    files: the files beside its weights.
+    config: of its model.
+    text: the text.
 
   Raises:
     ValueError: if the checkpoint has no tokenizer, or that of another model.
   """
-  tokens = evaluation.encode_text(checkpoint.files, text)
-  count = checkpoint.model.config.vocab_size
+  tokens = evaluation.encode_text(files, text)
+  count = config.vocab_size
   if tokens.max(initial=0) >= count:
     raise ValueError(
       f'the tokenizer.json beside the model is that of another model: it makes token '

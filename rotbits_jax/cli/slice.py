@@ -101,7 +101,7 @@ def main() -> program.Result:
   config = dense.model.config
   length = _SEQUENCE_LENGTH.value or min(config.max_positions, MAX_SEQUENCE_LENGTH)
   tokens = slicing.sample_sequences(
-    program.read_tokens(dense, text),
+    program.read_tokens(dense.files, dense.model.config, text),
     sequences=_SEQUENCES.value,
     length=length,
     seed=_SEED.value,

@@ -1,7 +1,8 @@
 """Perplexity of a model, and how far its predictions are from another model's."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 import dataclasses
+import functools
 from typing import NamedTuple
 
 import jax
@@ -9,6 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from rotbits_jax import models
+from rotbits_jax import structured
+from rotbits_jax.models import transformer
 from rotbits_jax.system.progress import track
 
 DEFAULT_WINDOW = 1024
@@ -255,6 +258,50 @@ def _measure(
 
   # A few tokens at a time, because each has several arrays as long as the vocabulary.
   return jax.lax.map(of_token, jnp.arange(len(predicted)), batch_size=_TOKENS).T
+
+
+def mean_divergence(
+  config: models.ModelConfig,
+  reference: tuple[models.Params, Sequence[jax.Array]],
+  model: tuple[models.Params, Sequence[jax.Array]],
+  lengths: Sequence[int],
+) -> float:
+  """Returns the mean of KL(reference || model) over the predictions of a text.
+
+  Args:
+    config: of both models.
+    reference: the parameters outside the layers, and the residual stream `[1, T, d]` of
+      each window after the last layer, see `models.streams`.
+    model: the same.
+    lengths: how many tokens of each window are not padding, see `windows`.
+  """
+  total, count = 0.0, sum(lengths) - len(lengths)
+  (outer, others), (own_outer, own) = reference, model
+  for other, x, length in zip(others, own, lengths, strict=True):
+    found = _divergences(config, (outer, other), (own_outer, x))
+    total += np.asarray(found, np.float64)[: length - 1].sum()
+  return float(total / count)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _divergences(
+  config: models.ModelConfig,
+  reference: tuple[models.Params, jax.Array],
+  model: tuple[models.Params, jax.Array],
+) -> jax.Array:
+  """Returns KL(reference || model) `[T]`, given parameters and streams `[1, T, d]`."""
+  # Before the loop, so that structured leaves are materialized once.
+  ends = [
+    (models.materialize(structured.astype(outer, jnp.float32)), x[0])
+    for outer, x in (reference, model)
+  ]
+
+  def of_token(i: jax.Array) -> jax.Array:
+    raw = [transformer.unembed(outer, config, x[i])[1] for outer, x in ends]
+    return kl_divergence(*(transformer.softcap(y, config.logit_softcap) for y in raw))
+
+  with jax.default_matmul_precision('highest'):
+    return jax.lax.map(of_token, jnp.arange(len(ends[0][1])), batch_size=_TOKENS)
 
 
 def kl_divergence(reference: jax.Array, model: jax.Array) -> jax.Array:

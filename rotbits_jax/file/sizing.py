@@ -19,6 +19,7 @@ import jax
 from rotbits_jax import models
 from rotbits_jax import passes
 from rotbits_jax import presets
+from rotbits_jax import structured
 from rotbits_jax.file import estimation
 from rotbits_jax.file import sources
 from rotbits_jax.system import progress as progress_lib
@@ -131,20 +132,15 @@ class Sizes:
     config = self._context.config
     largest = models.count_elements(config) // max(config.num_layers, 1)
     most = max(_ELEMENTS // max(largest, 1), 2)
-    kept = dict.fromkeys(estimation.spread(range(config.num_layers), most))
-    layers: dict[int, models.Params] = {}
-    outer: models.Params = {}
+    kept = [None, *estimation.spread(range(config.num_layers), most)]
+    parts: Any = passes.Parts(config, {})
     transform = presets.near(**self._options).transform
     for records, _ in passes.rewrite(self._context.widened(), transform):
-      for record in records:
-        index = models.names.layer_index(record.name)
-        if index is None:
-          outer |= record.params
-        elif index in kept:
-          layers[index] = record.params[record.name]
+      parts.add(x for x in records if models.names.layer_index(x.name) in kept)
       bar.update()
-    self._likes = config.num_layers / max(len(layers), 1)
-    self._kept = _Kept(config, layers, outer)
+    self._likes = config.num_layers / max(len(kept) - 1, 1)
+    self._context = self._context._replace(source=parts)
+    self._kept = parts.parts
 
   def at(self, step: float, held: Mapping[str, float]) -> Steps:
     """Estimates the bytes at a step.
@@ -158,22 +154,13 @@ class Sizes:
       for path in {kind, *(x for x in offsets if models.names.pattern(x) == kind)}:
         offsets[path] = self._offsets.get(path, 0.0) + at - step
     preset = presets.near(**self._options | {'step': step, 'offsets': offsets})
-    kept: Any = self._kept
-    context, found = self._context._replace(source=kept), dict[str, float]()
-    end = self._context.config.num_layers
-    parts = [(range(i, i + 1), False) for i in kept.layers]
-    for layers, outer in (*parts, (range(end, end), True)):
-      batches = passes.rewrite(
-        context,
-        passes.chain(),
-        rounding=preset.rounding,
-        layers=layers,
-        state=(),
-        outer=outer,
-      )
-      for path, leaf in estimation.flat(batches).items():
-        kind = models.names.pattern(path)
-        size = estimation.of_leaf(leaf) * (1 if outer else self._likes)
+    rounding, found = preset.rounding, dict[str, float]()
+    assert rounding is not None
+    for index in self._kept:
+      rounded = passes.round_part(self._context, index, rounding)
+      for path, leaf in structured.flatten(rounded).items():
+        kind = models.names.pattern(models.names.prefix(index) + path)
+        size = estimation.of_leaf(leaf) * (1 if index is None else self._likes)
         found[kind] = found.get(kind, 0.0) + size
     return Steps(step, offsets, found)
 
@@ -246,17 +233,3 @@ class Sizes:
       f'near makes files of about {least} to {most} of this model, '
       f'which {text_lib.of_bytes(target)} is not'
     )
-
-
-class _Kept(NamedTuple):
-  """Some layers of a model, and the parameters outside the layers."""
-
-  config: models.ModelConfig
-  layers: dict[int, models.Params]
-  rest: models.Params
-
-  def layer(self, index: int) -> models.Params:
-    return self.layers[index]
-
-  def outer(self) -> models.Params:
-    return self.rest

@@ -6,8 +6,10 @@ from rotbits_jax.models import names
 from rotbits_jax.models.config import ModelConfig
 from rotbits_jax.models.config import Positions
 from rotbits_jax.models.config import RopeScaling
-from rotbits_jax.models.gradients import Gradients
-from rotbits_jax.models.gradients import output_gradients
+from rotbits_jax.models.gradients import Factors
+from rotbits_jax.models.gradients import fisher_factors
+from rotbits_jax.models.layerwise import Layers
+from rotbits_jax.models.layerwise import streams
 from rotbits_jax.models.model import Model
 from rotbits_jax.models.model import Params
 from rotbits_jax.models.model import from_layers
@@ -22,12 +24,12 @@ from rotbits_jax.models.shapes import outer_shapes
 from rotbits_jax.models.transformer import Cache
 from rotbits_jax.models.transformer import Outputs
 from rotbits_jax.models.transformer import forward
-from rotbits_jax.models.transformer import input_moments
 from rotbits_jax.models.transformer import logits
 
 __all__ = [
   'Cache',
-  'Gradients',
+  'Factors',
+  'Layers',
   'Model',
   'ModelConfig',
   'Outputs',
@@ -35,19 +37,19 @@ __all__ = [
   'Positions',
   'RopeScaling',
   'count_elements',
+  'fisher_factors',
   'forward',
   'from_layers',
   'generation',
-  'input_moments',
   'layer_shapes',
   'layout',
   'logits',
   'materialize',
   'names',
   'outer_shapes',
-  'output_gradients',
   'stack_key',
   'stack_layers',
   'stack_ranges',
+  'streams',
   'unstack_layer',
 ]

@@ -6,141 +6,160 @@ the token is drawn from the prediction itself. The gradient of a kernel is a sum
 products x g^T over the inputs x and the gradients g at the outputs; so the second
 moments of x and of g approximate it, as in K-FAC.
 
-Layers are differentiated one by one, from the last to the first. Only the residual
-stream in front of each layer is kept meanwhile.
+Layers are differentiated one by one, from the last to the first. The residual stream in
+front of each layer is kept meanwhile. A layer is read when it is needed, once on the
+way forward and once on the way back.
 
 References:
   Martens and Grosse, arXiv 1503.05671: K-FAC.
 """
 
+from collections.abc import Iterator, Sequence
 import functools
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from rotbits_jax import structured
 from rotbits_jax.models import config as config_lib
-from rotbits_jax.models import model as model_lib
+from rotbits_jax.models import layerwise
 from rotbits_jax.models import names
 from rotbits_jax.models import transformer
 
 
-class Gradients(NamedTuple):
-  """Sums over the tokens of a text.
+class Factors(NamedTuple):
+  """Sums over the tokens of a text, for the matrices of a record.
 
   Attributes:
-    outputs: the squares of the gradients at the outputs of each linear layer, float32
-      `[out]`, by the path of its kernel as `Model.leaves` has it. The path of a head is
-      'head/kernel', also if it is tied.
-    embedding: the second moments of the gradient at an embedding, float32 `[d, d]`.
-    probabilities: of each token of the vocabulary, float32 `[V]`.
+    moments: the second moments of the inputs, float32 `[in, in]`, by the paths of the
+      matrices that have these inputs.
+    squares: the squares of the gradients at the outputs, float32 `[out]`, by path.
   """
 
-  outputs: dict[str, Any]
-  embedding: Any
-  probabilities: Any
+  moments: dict[tuple[str, ...], Any]
+  squares: dict[str, Any]
+
+  def by_path(self) -> dict[str, Any]:
+    """Returns the moments of each matrix by its path."""
+    return {path: x for paths, x in self.moments.items() for path in paths}
 
 
-def output_gradients(
-  model: model_lib.Model, tokens: jax.Array, key: jax.Array
-) -> Gradients:
-  """Computes the second moments of the gradients of the model's own predictions.
+def fisher_factors(
+  model: layerwise.Layers,
+  windows: Sequence[np.ndarray],
+  *,
+  seed: int = 0,
+  kept: Any = None,
+) -> Iterator[tuple[str, Factors]]:
+  """Computes the factors of the Fisher information of a model's own predictions.
 
   Args:
     model: the model, dense or sliced; it may have structured leaves.
-    tokens: `[B, T]` integers.
-    key: draws the tokens whose losses are differentiated.
+    windows: the tokens of the text, integers `[B, T]` each.
+    seed: draws the tokens whose losses are differentiated.
+    kept: a mutable mapping, which gets the residual streams; None for one in memory.
 
-  Returns:
-    The sums over all tokens.
+  Yields:
+    The name of each record and its factors: 'head', then the layers from the last to
+    the first, then 'embed'. Paths are those of the whole model. The path of the head is
+    'head/kernel', also if it is tied. The inputs of an embedding are the gradients that
+    it meets, and its squares are the probabilities of the tokens, `[V]`.
   """
-  config, outer = model.config, model.outer()
-  # A layer is taken out of its stack in the program, as a scan does, so that layers
-  # share one.
-  layers = [
-    (model.params[names.stack(stack)], k, transformer.reach(config, i))
-    for stack in model.stacks
-    for k, i in enumerate(stack)
-  ]
-  streams = [_embed(outer, config, tokens)]
-  for own in layers:
-    streams.append(_layer(*own, config, streams[-1]))
-  gradient, head, probabilities = _predictions(outer, config, streams.pop(), key)
-  outputs = {'head/kernel': head}
+  config, kept = model.config, {} if kept is None else kept
+  xs: list[jax.Array] = []
+  for i, xs in enumerate(layerwise.streams(model, windows)):
+    for k, x in enumerate(xs if i < config.num_layers else ()):
+      kept[i, k] = x
+  outer = jax.device_put(model.outer())
+  gradients, total = [], None
+  for k, x in enumerate(xs):
+    gradient, *own = _predictions(outer, config, x, jax.random.key(seed + k))
+    gradients.append(gradient)
+    total = own if total is None else _add(total, own)
+  del outer, xs, x
+  head, probabilities = total
+  yield 'head', head
   for i in reversed(range(config.num_layers)):
-    gradient, squares = _backward(*layers[i], config, streams.pop(), gradient)
-    outputs |= {names.prefix(i) + path: x for path, x in squares.items()}
-  rows = gradient.reshape(-1, gradient.shape[-1])
-  if config.scaled_embedding:
-    rows = rows * config.hidden_size**0.5
-  return Gradients(outputs, rows.T @ rows, probabilities)
+    layer, reach = jax.device_put(model.layer(i)), transformer.reach(config, i)
+    total = None
+    for k, gradient in enumerate(gradients):
+      gradients[k], own = _backward(layer, reach, config, kept[i, k], gradient)
+      total = own if total is None else _add(total, own)
+    del layer
+    prefix = names.prefix(i)
+    moments = {
+      tuple(prefix + x for x in paths): a for paths, a in total.moments.items()
+    }
+    squares = {prefix + path: g for path, g in total.squares.items()}
+    yield names.layer(i), Factors(moments, squares)
+  scale = config.hidden_size if config.scaled_embedding else 1
+  met = sum(scale * transformer.second_moments(gradient) for gradient in gradients)
+  yield 'embed', Factors({('embed/tokens',): met}, {'embed/tokens': probabilities})
 
 
-@functools.partial(jax.jit, static_argnums=1)
-def _embed(outer: Any, config: config_lib.ModelConfig, tokens: jax.Array) -> jax.Array:
-  return transformer.embed(outer, config, tokens)
-
-
-@functools.partial(jax.jit, static_argnums=3)
-def _layer(
-  stack: Any,
-  index: jax.Array,
-  reach: transformer.Reach,
-  config: config_lib.ModelConfig,
-  x: jax.Array,
-) -> jax.Array:
-  params = jax.tree.map(lambda x: x[index], stack)
-  with jax.default_matmul_precision('highest'):
-    return transformer.layer(params, config, x, reach).x
+_add = jax.jit(lambda a, b: jax.tree.map(jnp.add, a, b), donate_argnums=0)
 
 
 @functools.partial(jax.jit, static_argnums=1)
 def _predictions(
   outer: Any, config: config_lib.ModelConfig, x: jax.Array, key: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """Returns the gradient at x, and sums of the head's squares and of probabilities."""
+) -> tuple[jax.Array, Factors, jax.Array]:
+  """Returns the gradient at x, the head's factors, and the sum of probabilities."""
   with jax.default_matmul_precision('highest'):
-    raw, pull = jax.vjp(lambda x: transformer.unembed(outer, config, x)[1], x)
+
+    def unembed(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+      return transformer.unembed(outer, config, x)[::-1]
+
+    raw, pull, normed = jax.vjp(unembed, x, has_aux=True)
     cap = lambda y: transformer.softcap(y, config.logit_softcap)
     logits, slope = jax.jvp(cap, (raw,), (jnp.ones_like(raw),))
     p = jax.nn.softmax(logits)
     drawn = jax.random.categorical(key, logits)
     (gradient,) = pull((p - jax.nn.one_hot(drawn, p.shape[-1])) * slope)
+    moments = {('head/kernel',): transformer.second_moments(normed)}
   # The mean over all tokens that may be drawn has no noise.
   squares = p * (1 - p) * jnp.square(slope)
-  return gradient, squares.sum((0, 1)), p.sum((0, 1))
+  head = Factors(moments, {'head/kernel': squares.sum((0, 1))})
+  return gradient, head, p.sum((0, 1))
 
 
-@functools.partial(jax.jit, static_argnums=3)
+@functools.partial(jax.jit, static_argnums=2)
 def _backward(
-  stack: Any,
-  index: jax.Array,
+  params: Any,
   reach: transformer.Reach,
   config: config_lib.ModelConfig,
   x: jax.Array,
   gradient: jax.Array,
-) -> tuple[jax.Array, dict[str, jax.Array]]:
-  """Returns the gradient at the input x of a layer, and the squares at its outputs."""
-  flat = structured.flatten(jax.tree.map(lambda x: x[index], stack))
-  kernels = [path for path in flat if path.endswith('/kernel')]
+) -> tuple[jax.Array, Factors]:
+  """Returns the gradient at the input x of a layer, and the layer's factors."""
+  flat = structured.flatten(params)
   zeros = {
-    path: jnp.zeros((*x.shape[:2], flat[path].shape[-1]), jnp.float32)
-    for path in kernels
+    path: jnp.zeros((*x.shape[:2], leaf.shape[-1]), jnp.float32)
+    for path, leaf in flat.items()
+    if path.endswith('/kernel')
   }
 
-  def apply(x: jax.Array, added: dict[str, jax.Array]) -> jax.Array:
+  def apply(x: jax.Array, added: dict[str, jax.Array]) -> tuple[jax.Array, Any]:
     # What is added to a bias of each token is added to its output.
     given = dict(flat)
     for path, own_zeros in added.items():
       bias = f'{path.removesuffix("kernel")}bias'
       old = structured.materialize(flat[bias]) if bias in flat else 0.0
       given[bias] = own_zeros + old
-    layer = structured.unflatten(given)
-    return transformer.layer(layer, config, x, reach).x
+    written = transformer.layer(structured.unflatten(given), config, x, reach)
+    inputs = structured.flatten(written.inputs)
+    shared: dict[int, list[str]] = {}
+    for path, own in inputs.items():
+      shared.setdefault(id(own), []).append(path)
+    return written.x, {
+      tuple(paths): transformer.second_moments(inputs[paths[0]])
+      for paths in shared.values()
+    }
 
   with jax.default_matmul_precision('highest'):
-    _, pull = jax.vjp(apply, x, zeros)
+    _, pull, moments = jax.vjp(apply, x, zeros, has_aux=True)
     at_input, at_outputs = pull(gradient)
   squares = {path: jnp.square(g).sum((0, 1)) for path, g in at_outputs.items()}
-  return at_input, squares
+  return at_input, Factors(moments, squares)

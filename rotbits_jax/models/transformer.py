@@ -83,12 +83,10 @@ class Outputs(NamedTuple):
   Attributes:
     logits: the next-token logits.
     cache: the cache with the tokens added; None without a cache.
-    moments: see `input_moments`; None unless they were asked for.
   """
 
   logits: jax.Array  # [B, T, V] float32
   cache: Cache | None
-  moments: Params | None
 
 
 class Written(NamedTuple):
@@ -123,36 +121,12 @@ def logits(model: model_lib.Model, tokens: jax.Array) -> jax.Array:
   return forward(model.params, model.config, tokens).logits
 
 
-def input_moments(model: model_lib.Model, tokens: jax.Array) -> Params:
-  """Computes the second moments of the inputs of every linear layer.
-
-  >>> path = rotbits_jax.checkpoints.example('llama-tiny-dense')
-  >>> model = rotbits_jax.load_checkpoint(path).model
-  >>> moments = input_moments(model, jnp.array([[1, 2, 3]]))
-  >>> moments['layers.0:3']['mlp']['up']['kernel'].shape
-  (3, 128, 128)
-
-  Args:
-    model: as for `logits`.
-    tokens: `[B, T]` integers.
-
-  Returns:
-    The sum of `x^T x` over all inputs x `[in]` of a linear layer, float32 `[in, in]`,
-    in the place of its kernel in the model's parameters; `[N, in, in]` in a stack of
-    layers. The moments of a tied head are in the place of the token embedding.
-  """
-  moments = forward(model.params, model.config, tokens, with_moments=True).moments
-  assert moments is not None
-  return moments
-
-
 def forward(
   params: Params,
   config: config_lib.ModelConfig,
   tokens: jax.Array,
   *,
   cache: Cache | None = None,
-  with_moments: bool = False,
   precision: str = 'highest',
 ) -> Outputs:
   """Computes the logits of a model from its parameters.
@@ -163,12 +137,11 @@ def forward(
     tokens: `[B, T]` integers. A token outside the vocabulary makes its sequence NaN.
     cache: keys and values of earlier tokens. It must have room for T more tokens,
       otherwise the result is undefined.
-    with_moments: whether to compute `Outputs.moments`.
     precision: precision of the products with arrays, see `jax.lax.Precision`. Those
       with structured leaves have the highest.
 
   Returns:
-    The logits, and the cache and moments that were asked for.
+    The logits; and the cache if there is one.
 
   Raises:
     ValueError: if a shape is wrong. The message names the parameter.
@@ -178,25 +151,17 @@ def forward(
     raise ValueError(f'tokens must be [B, T], got {tokens.shape=}')
   start = 0 if cache is None else cache.length
   layers: dict[str, Any] = {}
-  moments: Params = {}
   with jax.default_matmul_precision(precision):
     x = embed(params, config, tokens, start=start)
     for stack in stacks:
       name = names.stack(stack)
       reaches = jax.tree.map(lambda *x: np.stack(x), *(reach(config, i) for i in stack))
       stacked = params[name], reaches, None if cache is None else cache.layers[name]
-      x, layers[name], moments[name] = _apply_stack(
-        config, x, len(stack), stacked, start, with_moments
-      )
-    x, found = unembed(params, config, x)
-    found = softcap(found, config.logit_softcap)
-    if with_moments:
-      head, name = ('embed', 'tokens') if config.tied_head else ('head', 'kernel')
-      moments[head] = {name: _moment(x)}
+      x, layers[name] = _apply_stack(config, x, len(stack), stacked, start)
+    _, found = unembed(params, config, x)
   return Outputs(
-    found,
+    softcap(found, config.logit_softcap),
     None if cache is None else Cache(layers, cache.length + tokens.shape[1]),
-    moments if with_moments else None,
   )
 
 
@@ -522,15 +487,13 @@ def _apply_stack(
   count: int,
   stacked: tuple[Params, Reach, KeysAndValues | None],
   start: jax.Array | int,
-  with_moments: bool,
-) -> tuple[jax.Array, Any, Any]:
-  """Applies the layers of a stack; returns x, and the caches and moments stacked."""
+) -> tuple[jax.Array, Any]:
+  """Applies the layers of a stack; returns x, and the caches stacked."""
 
   def step(x: jax.Array, own: tuple[Params, Reach, KeysAndValues | None]) -> Any:
     params, reached, cache = own
     written = layer(params, config, x, reached, start=start, cache=cache)
-    moments = jax.tree.map(_moment, written.inputs) if with_moments else None
-    return written.x, (written.cache, moments)
+    return written.x, written.cache
 
   if count > 1:
     x, found = jax.lax.scan(step, x, stacked)
@@ -539,10 +502,11 @@ def _apply_stack(
     # carry keeps one shape.
     x, found = step(x, jax.tree.map(lambda leaf: leaf[0], stacked))
     found = jax.tree.map(lambda leaf: leaf[None], found)
-  return x, *found
+  return x, found
 
 
-def _moment(x: jax.Array) -> jax.Array:
+def second_moments(x: jax.Array) -> jax.Array:
+  """Returns the sum of `x^T x` over all vectors x `[n]` of an array, `[n, n]`."""
   rows = x.reshape(-1, x.shape[-1])
   return rows.T @ rows
 

@@ -31,13 +31,16 @@ from rotbits_jax.passes.noise import random_rotation
 from rotbits_jax.passes.noise import randomly_rotated
 from rotbits_jax.passes.residual import remove_residual_gauge
 from rotbits_jax.passes.rewrite import ROUNDING
+from rotbits_jax.passes.rewrite import Parts
 from rotbits_jax.passes.rewrite import Record
 from rotbits_jax.passes.rewrite import Saving
 from rotbits_jax.passes.rewrite import count_model
 from rotbits_jax.passes.rewrite import make_context
 from rotbits_jax.passes.rewrite import rewrite
+from rotbits_jax.passes.rewrite import round_part
 from rotbits_jax.passes.rewrite import run_chain
 from rotbits_jax.passes.rewrite import to_model
+from rotbits_jax.passes.rewrite import widened
 from rotbits_jax.passes.rounding import FINEST
 from rotbits_jax.passes.rounding import NEAREST
 from rotbits_jax.passes.rounding import Inputs
@@ -69,6 +72,7 @@ __all__ = [
   'Inputs',
   'Note',
   'Params',
+  'Parts',
   'Record',
   'Rounding',
   'Saving',
@@ -92,8 +96,10 @@ __all__ = [
   'retie_exactly',
   'rewrite',
   'round_leaf',
+  'round_part',
   'run_chain',
   'to_model',
   'to_steps',
+  'widened',
   'with_minimum_exponent',
 ]

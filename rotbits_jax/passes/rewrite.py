@@ -211,6 +211,60 @@ def _outer(
   return records
 
 
+class Parts(NamedTuple):
+  """A model whose parts are in a mapping, after transforms: a source of `round_part`.
+
+  Attributes:
+    config: sizes and switches.
+    parts: the parameters of a layer by its index, and those outside the layers by None.
+  """
+
+  config: models.ModelConfig
+  parts: Any
+
+  def add(self, records: Iterable[Record]) -> None:
+    """Adds layers, or all parameters outside the layers."""
+    outer: models.Params = {}
+    for record in records:
+      index = models.names.layer_index(record.name)
+      if index is None:
+        outer |= record.params
+      else:
+        self.parts[index] = record.params[record.name]
+    if outer:
+      self.parts[None] = outer
+
+  def layer(self, index: int) -> models.Params:
+    found: models.Params = self.parts[index]
+    return found
+
+  def outer(self) -> models.Params:
+    found: models.Params = self.parts[None]
+    return found
+
+
+def round_part(
+  context: Context, index: int | None, rounding: rounding_lib.Rounding
+) -> models.Params:
+  """Rounds a part of a model as `rewrite` does, without transforms.
+
+  Args:
+    context: its source has at least this part, see `Parts`.
+    index: the layer; None for the parameters outside the layers.
+    rounding: the rule.
+
+  Returns:
+    The parameters as `Source.layer` and `Source.outer` give them, on the host.
+  """
+  start = context.config.num_layers if index is None else index
+  layers = range(start, start + (index is not None))
+  chain, found = transform_lib.chain(), dict[str, Any]()
+  for records, _ in _rewrite(context, chain, rounding, layers, (), index is None):
+    for record in records:
+      found |= record.params
+  return found if index is None else found[models.names.layer(index)]
+
+
 def run_chain(
   transforms: tuple[Transform | Chain, ...],
   model: models.Model,
@@ -290,13 +344,19 @@ def _layers(context: Context, indices: range, widen: bool) -> list[Params]:
 
 
 def _given(tree: models.Params, widen: bool, device: Any = None) -> Params:
-  """Returns the parameters for a transform: float32 on a device, or as stored.
+  """Returns the parameters for a transform: float32 on a device, or as stored."""
+  if not widen:
+    return structured.for_writing(structured.flatten(tree))
+  return widened(tree, device)
 
-  Leaves that stand for arrays in files, such as quantised codes, remain on the host.
+
+def widened(tree: models.Params, device: Any = None) -> Params:
+  """Returns parameters in float32 on a device, by path.
+
+  Arrays take the place of multiples of steps. Leaves that stand for arrays in files,
+  such as quantised codes, remain on the host.
   """
   params = structured.flatten(tree)
-  if not widen:
-    return structured.for_writing(params)
   kept = {path: x for path, x in params.items() if structured.is_in_files(x)}
   others = {path: x for path, x in params.items() if path not in kept}
   return _widened(jax.device_put(others, device)) | kept
@@ -304,7 +364,6 @@ def _given(tree: models.Params, widen: bool, device: Any = None) -> Params:
 
 @jax.jit
 def _widened(params: Params) -> Params:
-  # Transforms see the arrays of multiples of steps.
   multiples = structured.UniformlyQuantized
   plain = {
     path: x.materialize() if isinstance(x, multiples) else x

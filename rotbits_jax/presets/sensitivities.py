@@ -13,8 +13,9 @@ A head that is the embedding as well, or that a tied embedding is made of, cause
 errors. Then the sum of both is approximated by a product of the same form.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterator, Mapping, Sequence
 import functools
+import os
 from typing import Any
 
 import jax
@@ -24,62 +25,58 @@ import numpy as np
 from rotbits_jax import models
 from rotbits_jax import passes
 from rotbits_jax import structured
-
-_SEED = 0  # draws the tokens whose losses are differentiated
+from rotbits_jax.system import spool
 
 
 def measure(
-  model: models.Model, windows: Iterable[np.ndarray]
-) -> dict[str, passes.Inputs]:
+  model: models.Layers, windows: Sequence[np.ndarray], kept: Any = None
+) -> Iterator[dict[str, passes.Inputs]]:
   """Measures A and g of every matrix of a model on a text.
 
   Args:
     model: the model, dense or sliced; it may have structured leaves.
     windows: the tokens of the text, `[1, T]` each.
+    kept: see `models.fisher_factors`.
 
-  Returns:
-    For the path of each matrix, as `Model.leaves` has it, A and g, float32.
+  Yields:
+    For each layer, from the last to the first, and then for the parameters outside the
+    layers: A and g, float32, by the paths of its matrices. Matrices with the same
+    inputs share one A.
   """
-  total: Any = None
-  count = 0
-  for i, tokens in enumerate(windows):
-    own, key = jnp.asarray(tokens), jax.random.key(_SEED + i)
-    found = _input_moments(model, own), models.output_gradients(model, own, key)
-    total = found if total is None else jax.tree.map(jnp.add, total, found)
-    count += tokens.size
-  moments, gradients = jax.tree.map(lambda x: np.asarray(x) / count, total)
-  inputs = {}
-  for index in range(model.config.num_layers):
-    name = models.names.layer(index)
-    stack, k = next((x, index - x.start) for x in model.stacks if index in x)
-    for path, own in structured.flatten(moments[models.names.stack(stack)]).items():
-      path = f'{name}/{path}'
-      inputs[path] = passes.Inputs(own[k], 0, gradients.outputs[path])
-  return inputs | _outer(model, moments, gradients)
+  count = sum(tokens.size for tokens in windows)
+  head: Any = None
+  for name, factors in models.fisher_factors(model, windows, kept=kept):
+    found = jax.tree.map(lambda x: np.asarray(x) / count, factors)
+    if name == 'head':
+      head = found
+    elif name == 'embed':
+      yield _outer(model, head, found)
+    else:
+      yield {
+        path: passes.Inputs(moments, 0, found.squares[path])
+        for path, moments in found.by_path().items()
+      }
 
 
 def _outer(
-  model: models.Model, moments: Any, gradients: models.Gradients
+  model: models.Layers, of_head: models.Factors, of_embedding: models.Factors
 ) -> dict[str, passes.Inputs]:
   """Returns A and g of the head and of embeddings."""
-  embed, seen = model.params['embed'], gradients.probabilities
-  at_embedding, head = gradients.embedding, gradients.outputs['head/kernel']
-  found = {}
+  (own,), head = of_head.moments.values(), of_head.squares['head/kernel']
+  (met,), seen = of_embedding.moments.values(), of_embedding.squares['embed/tokens']
+  embed, found = model.outer()['embed'], {}
   if model.config.tied_head:
-    own = moments['embed']['tokens']
-    found['embed/tokens'] = _sum((own, head), (at_embedding, seen), axis=1)
+    found['embed/tokens'] = _sum((own, head), (met, seen), axis=1)
   else:
-    own, tokens = moments['head']['kernel'], embed['tokens']
-    found['embed/tokens'] = passes.Inputs(at_embedding, 1, seen)
+    found['embed/tokens'] = passes.Inputs(met, 1, seen)
     found['head/kernel'] = passes.Inputs(own, 0, head)
-    if isinstance(tokens, structured.Tied):
-      map = np.asarray(tokens.map)
-      mapped = map @ at_embedding @ map.T
-      found['head/kernel'] = _sum((own, head), (mapped, seen), axis=0)
+    if isinstance(embed['tokens'], structured.Tied):
+      map = np.asarray(embed['tokens'].map)
+      found['head/kernel'] = _sum((own, head), (map @ met @ map.T, seen), axis=0)
   if 'positions' in embed:
     count = len(embed['positions'])
     every = np.full(count, 1 / count, np.float32)
-    found['embed/positions'] = passes.Inputs(at_embedding, 1, every)
+    found['embed/positions'] = passes.Inputs(met, 1, every)
   return found
 
 
@@ -90,7 +87,32 @@ def _sum(*pairs: tuple[np.ndarray, np.ndarray], axis: int) -> passes.Inputs:
   return passes.Inputs(moments, axis, outputs / max(np.trace(moments), 1e-30))
 
 
-_input_moments = jax.jit(models.input_moments)
+class OnDisk(Mapping[str, passes.Inputs]):
+  """Inputs of matrices by path, whose moments are in a temporary file."""
+
+  def __init__(self, folder: str | os.PathLike[str] | None = None):
+    """Makes the file, see `spool.Spool`."""
+    self._moments = spool.Spool(folder)
+    self._inputs: dict[str, passes.Inputs] = {}
+
+  def add(self, inputs: Mapping[str, passes.Inputs]) -> None:
+    """Adds the inputs of the matrices of a record."""
+    shared: dict[int, str] = {}
+    for path, own in inputs.items():
+      first = shared.setdefault(id(own.moments), path)
+      if first == path:
+        self._moments[path] = own.moments
+      self._inputs[path] = own._replace(moments=first)
+
+  def __getitem__(self, path: str) -> passes.Inputs:
+    found = self._inputs[path]
+    return found._replace(moments=self._moments[found.moments])
+
+  def __iter__(self) -> Iterator[str]:
+    return iter(self._inputs)
+
+  def __len__(self) -> int:
+    return len(self._inputs)
 
 
 @functools.partial(jax.jit, static_argnames='axis')

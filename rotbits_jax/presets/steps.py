@@ -12,17 +12,21 @@ and each matrix causes a divergence in proportion to its numbers. Each k follows
 the errors of one rounding and the sensitivities of the predictions, see
 `sensitivities`. By the same rule lines of a matrix have steps of their own, and it is
 rounded with error feedback, see `symmetries.steps`.
+
+The model is read layer by layer. What is needed several times is in a temporary file:
+the layers after the transforms, in float32; the moments of the inputs of kernels; and
+the residual stream in front of each layer.
 """
 
+from collections.abc import Callable, Sequence
 import dataclasses
 import math
+import os
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from rotbits_jax import evaluation
 from rotbits_jax import models
 from rotbits_jax import passes
 from rotbits_jax import structured
@@ -30,6 +34,7 @@ from rotbits_jax.evaluation import perplexity
 from rotbits_jax.presets import sensitivities
 from rotbits_jax.presets.near import near
 from rotbits_jax.system import progress as progress_lib
+from rotbits_jax.system import spool
 
 PROBE = -5.0
 """The step at which the divergence of each parameter is estimated."""
@@ -87,55 +92,56 @@ class Found(NamedTuple):
 
 
 def calibrate(
-  model: models.Model,
+  model: passes.Source,
   tokens: np.ndarray,
   *,
   max_tokens: int | None = 4096,
+  folder: str | os.PathLike[str] | None = None,
   progress: bool = False,
 ) -> Calibration:
   """Divides the bits among the parameters, see above.
 
-  The whole model is held in memory, in its own dtype and in float32, and the
-  moments of the inputs of every kernel `[in, out]`, float32 `[in, in]`.
-
   Args:
-    model: the model.
+    model: the model, in memory or on disk.
     tokens: `[N]` token ids of the text on which divergences are measured.
     max_tokens: number of tokens to use; None for all.
+    folder: where the temporary file is; None for the system's folder for such files.
     progress: whether to show the progress on stderr.
 
   Returns:
-    The offsets and the measurements.
+    The offsets and the measurements. The moments of the inputs remain in the file.
+
+  Raises:
+    ValueError: if the tokens are not those of a text for this model.
+    OSError: if the file cannot be written.
   """
-  with progress_lib.Progress('calibrate', 1, 'step', show=progress) as bar:
-    bar.stage('gradients')
-    found = _Text.make(model, tokens, max_tokens).calibrate()
-    bar.update()
-    bar.finish()
-  return found
+  windows = perplexity.full_windows(tokens, model.config, max_tokens)
+  count = 2 * (model.config.num_layers + 1)
+  with progress_lib.Progress('calibrate', count, 'record', show=progress) as bar:
+    return _calibrated(_rewritten(model, folder, bar), windows, folder, bar)
 
 
 def search(
-  model: models.Model,
+  model: passes.Source,
   tokens: np.ndarray,
   *,
   max_kl: float,
   max_tokens: int | None = 4096,
   calibrated: bool = True,
+  folder: str | os.PathLike[str] | None = None,
   progress: bool = False,
 ) -> Found:
   """Finds the coarsest steps that keep the mean divergence on a text below a bound.
 
-  The whole model is held in memory, as in `calibrate`.
-
   Args:
-    model: the model.
+    model: the model, in memory or on disk.
     tokens: `[N]` token ids of the text.
     max_kl: bound of the mean KL(model || rounded model) over the tokens, in nats.
     max_tokens: number of tokens to use; None for all.
     calibrated: whether each parameter gets its own offset, and matrices are rounded
       with error feedback, to a step for each line; else all offsets are zero, and
       numbers are rounded to the nearest multiples.
+    folder: see `calibrate`.
     progress: whether to show the progress on stderr.
 
   Returns:
@@ -144,23 +150,35 @@ def search(
   Raises:
     ValueError: if the bound is not positive, or if not even the finest step is
       fine enough.
+    OSError: see `calibrate`.
   """
   if not (math.isfinite(max_kl) and max_kl > 0):
     raise ValueError(f'max_kl must be positive and finite, got {max_kl}')
-  with progress_lib.Progress('search', 2 + _EVALUATIONS, 'step', show=progress) as bar:
-    bar.stage('compiling, removing gauges')
-    text = _Text.make(model, tokens, max_tokens)
-    bar.update()
-    bar.stage('gradients')
-    found = text.calibrate() if calibrated else Calibration({}, {}, {})
-    bar.update()
+  config = model.config
+  cut = perplexity.windows(tokens, config, max_tokens=max_tokens)
+  full = perplexity.full_windows(tokens, config, max_tokens)
+  count = (2 + calibrated + _EVALUATIONS) * (config.num_layers + 1)
+  with progress_lib.Progress('search', count, 'record', show=progress) as bar:
+    context = _rewritten(model, folder, bar)
+    found = Calibration({}, {}, {})
+    if calibrated:
+      found = _calibrated(context, full, folder, bar)
+    bar.stage('predictions')
+    reference, windows = _Arrays.of(_own(model)), [window for window, _ in cut]
+    expected = _last_streams(reference, windows, bar)
     curve: dict[float, float] = {}
     step = PROBE
     while len(curve) < _EVALUATIONS and step not in curve:
       bar.stage(f'2^{step:g}')
-      # No name keeps a rounded model, so that there is one of them at a time.
-      curve[step] = text.divergence(text.rounded(step, found.offsets, found.inputs))
-      bar.update()
+      rounding = passes.to_steps(step, found.offsets, found.inputs)
+      rounded = _Arrays.rounded(context, rounding)
+      curve[step] = perplexity.mean_divergence(
+        config,
+        (reference.outer(), expected),
+        (rounded.outer(), _last_streams(rounded, windows, bar)),
+        [length for _, length in cut],
+      )
+      del rounded
       step = _next_step(curve, max_kl)
     bar.finish()
   below = [step for step, kl in curve.items() if kl <= max_kl]
@@ -173,74 +191,104 @@ def search(
   return Found(max(below), found.offsets, points, found.sensitivities, found.inputs)
 
 
-class _Text(NamedTuple):
-  """A text on which a model is compared with its rounded versions.
+class _Arrays(NamedTuple):
+  """A model that is read part by part, as the forward pass takes it, see `_arrays`."""
 
-  Attributes:
-    context: see `passes.make_context`.
-    unrounded: the float32 model after the transforms of `near`.
-    reference: the model.
-    tokens: `[N]` token ids of the text.
-    max_tokens: number of tokens to use; None for all.
-  """
-
-  context: passes.Context
-  unrounded: models.Model
-  reference: models.Model
-  tokens: np.ndarray
-  max_tokens: int | None
+  config: models.ModelConfig
+  layer: Callable[[int], models.Params]
+  outer: Callable[[], models.Params]
 
   @classmethod
-  def make(
-    cls, model: models.Model, tokens: np.ndarray, max_tokens: int | None
-  ) -> '_Text':
-    context = passes.make_context(model, stored_as=model.stored_as)
-    unrounded = jax.device_put(_rewritten(context))
-    reference = jax.device_put(dataclasses.replace(model.rounded(), buffers={}))
-    return cls(context, unrounded, reference, tokens, max_tokens)
-
-  def rounded(
-    self,
-    step: float,
-    offsets: dict[str, float],
-    inputs: dict[str, passes.Inputs],
-  ) -> models.Model:
-    """Rounds the model as the preset `near` does."""
-    rounding = passes.to_steps(step, offsets, inputs)
-    return jax.device_put(_rounded(self.unrounded, self.context, rounding))
-
-  def divergence(self, model: models.Model) -> float:
-    """Measures the divergence of a model from the reference."""
-    references = {'model': self.reference}
-    measured = evaluation.compare(
-      {'rounded': model}, self.tokens, references, max_tokens=self.max_tokens
+  def of(cls, model: passes.Source) -> '_Arrays':
+    return cls(
+      model.config,
+      lambda index: structured.unflatten(_arrays(model.layer(index))),
+      lambda: structured.unflatten(_arrays(model.outer())),
     )
-    return measured['rounded'].kl['model']
 
-  def calibrate(self) -> Calibration:
-    """Estimates the divergence of each parameter, and divides the bits."""
-    config = self.unrounded.config
-    windows = perplexity.full_windows(self.tokens, config, self.max_tokens)
-    inputs = sensitivities.measure(self.unrounded, windows)
-    rounded = dict(self.rounded(PROBE, {}, inputs).leaves())
-    exact = dict(self.unrounded.leaves())
-    counts, found = {}, {}
-    for path, leaf in exact.items():
-      count = _count(leaf, rounded[path])
-      if count and path in inputs:
+  @classmethod
+  def rounded(cls, context: passes.Context, rounding: passes.Rounding) -> '_Arrays':
+    """Returns a model that is rounded part by part, as the preset `near` does it."""
+    part = lambda index: structured.unflatten(
+      _arrays(passes.round_part(context, index, rounding))
+    )
+    outer = part(None)  # it is needed before the layers and after them
+    return cls(context.config, part, lambda: outer)
+
+
+def _arrays(params: models.Params) -> dict[str, Any]:
+  """Returns parameters in float32 on the device, by path.
+
+  Arrays take the place of integers, so that one compiled program serves all steps.
+  """
+  plain = lambda x: structured.materialize(x) if structured.is_in_files(x) else x
+  return passes.widened(jax.tree.map(plain, params, is_leaf=structured.is_structured))
+
+
+def _own(model: Any) -> Any:
+  """Returns the model in its own dtype."""
+  return model.rounded() if getattr(model, 'stored_as', None) else model
+
+
+def _last_streams(
+  model: models.Layers, windows: Sequence[np.ndarray], bar: progress_lib.Progress
+) -> list[jax.Array]:
+  """Returns the residual stream of each window after the last layer."""
+  last: list[jax.Array] = []
+  for xs in models.streams(model, windows):
+    last = xs
+    bar.update()
+  return last
+
+
+def _rewritten(
+  model: Any, folder: str | os.PathLike[str] | None, bar: progress_lib.Progress
+) -> passes.Context:
+  """Applies the transforms of `near`; the result is the source of the context."""
+  bar.stage('compiling, removing gauges')
+  context = passes.make_context(model, stored_as=getattr(model, 'stored_as', None))
+  parts: Any = passes.Parts(context.config, spool.Spool(folder))
+  for records, _ in passes.rewrite(context.widened(), near().transform):
+    parts.add(records)
+    bar.update()
+  return context._replace(source=parts)
+
+
+def _calibrated(
+  context: passes.Context,
+  windows: Sequence[np.ndarray],
+  folder: str | os.PathLike[str] | None,
+  bar: progress_lib.Progress,
+) -> Calibration:
+  """Estimates the divergence of each parameter, and divides the bits."""
+  bar.stage('gradients')
+  inputs = sensitivities.OnDisk(folder)
+  counts, found = {}, {}
+  parts: Any = context.source
+  kept = spool.Spool(folder)
+  for own in sensitivities.measure(_Arrays.of(parts), windows, kept):
+    inputs.add(own)
+    index = models.names.layer_index(next(iter(own)))
+    rounding = passes.to_steps(PROBE, {}, own)
+    exact = _arrays(parts.parts[index])
+    rounded = _arrays(passes.round_part(context, index, rounding))
+    for path, own_inputs in own.items():
+      inner = path.removeprefix(models.names.prefix(index))
+      leaf = exact[inner]
+      count = _count(leaf, rounded[inner])
+      if count:
         needed = [structured.materialize(exact[x]) for x in getattr(leaf, 'needs', ())]
-        error = _error(leaf, rounded[path], *needed)
+        error = _error(leaf, rounded[inner], *needed)
         counts[path] = count
-        found[path] = sensitivities.divergence(inputs[path], error)
-    return Calibration(_offsets(counts, found), found, inputs)
+        found[path] = sensitivities.divergence(own_inputs, error)
+    bar.update()
+  return Calibration(_offsets(counts, found), found, inputs)
 
 
 @jax.jit
 def _error(leaf: Any, rounded: Any, *needed: jax.Array) -> jax.Array:
   array = lambda x: x.materialize(*needed) if structured.is_structured(x) else x
-  return array(structured.astype(leaf, jnp.float32)) - array(
-    structured.astype(rounded, jnp.float32)
-  )
+  return array(leaf) - array(rounded)
 
 
 def _next_step(curve: dict[float, float], max_kl: float) -> float:
@@ -275,7 +323,7 @@ def _offsets(counts: dict[str, int], divergences: dict[str, float]) -> dict[str,
   mean = sum(counts[path] * offset for path, offset in offsets.items()) / total
   return {
     path: round(min(max(offset - mean, -MOST_OFFSET), MOST_OFFSET), 3)
-    for path, offset in offsets.items()
+    for path, offset in sorted(offsets.items())
   }
 
 
@@ -289,10 +337,7 @@ def rewritten(model: models.Model) -> models.Model:
     The model with float32 parameters. Its `stored_as` is the dtype of most parameters
     of `model`.
   """
-  return _rewritten(passes.make_context(model, stored_as=model.stored_as))
-
-
-def _rewritten(context: passes.Context) -> models.Model:
+  context = passes.make_context(model, stored_as=model.stored_as)
   units = passes.rewrite(context.widened(), near().transform)
   result = passes.to_model(context.config, (unit for some, _ in units for unit in some))
   return dataclasses.replace(result, stored_as=context.dtype.name)
@@ -305,22 +350,3 @@ def _count(leaf: Any, rounded: Any) -> int:
   pairs = zip(jax.tree.leaves(leaf), jax.tree.leaves(rounded), strict=True)
   changed = any(passes.is_matrix(x) and bool((x != y).any()) for x, y in pairs)
   return structured.count_elements(leaf) if changed else 0
-
-
-def _rounded(
-  model: models.Model, context: passes.Context, rounding: passes.Rounding
-) -> models.Model:
-  """Rounds a float32 model as the encoder does."""
-  own, chain = context._replace(source=model), passes.chain()
-  records = passes.rewrite(own, chain, rounding=rounding)
-  result = passes.to_model(
-    model.config, (record for some, _ in records for record in some)
-  )
-  # Arrays in place of integers, so that one compiled program serves all steps.
-  multiples = lambda x: isinstance(x, structured.UniformlyQuantized)
-  params = jax.tree.map(
-    lambda x: np.asarray(x.materialize()) if multiples(x) else x,
-    result.params,
-    is_leaf=multiples,
-  )
-  return dataclasses.replace(result, params=params)
