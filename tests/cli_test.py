@@ -649,6 +649,7 @@ class TestProgram:
     for arg in ('help', '--help', '-h'):
       assert rotbits(arg) == (0, out, '')
     assert 'usage: rotbits' in out
+    assert max(map(len, out.splitlines())) <= 80
     assert '129 and 143 ended by SIGHUP and SIGTERM' in out
     for name in main.COMMANDS:
       assert f'\n  {name} ' in out
