@@ -284,15 +284,17 @@ class TestEstimate:
     size_of = lambda x: 1000 + 3.0 * x.shape[1] + 2.5 * len(x)
     array = np.zeros((5000, 400), np.float16)
     monkeypatch.setattr(estimation, '_ELEMENTS', 1 << 14)
-    found = estimation._extrapolated(array, size_of)
+    found = estimation._Sample.of(array).nbytes(size_of)
     np.testing.assert_allclose(found, size_of(array))
 
   def test_a_wide_embedding_is_found_to_be_tied(self):
     rng = np.random.default_rng(0)
     kernel, matrix = (rng.normal(size=x) for x in ((64, 600), (64, 48)))
     table = (kernel.T @ matrix).astype(np.float16)
-    assert estimation._is_tied(table, kernel.astype(np.float16))
-    assert not estimation._is_tied(table[::-1], kernel)
+    outer = {'embed/tokens': table, 'head/kernel': kernel.astype(np.float16)}
+    assert estimation._is_tied(outer)
+    assert not estimation._is_tied(outer | {'embed/tokens': table[::-1]})
+    assert not estimation._is_tied({})
 
   def test_files_of_other_families(self, rotbits, tmp_path):
     source = with_config(tmp_path, '{"model_type": "bert"}')
@@ -647,6 +649,7 @@ class TestProgram:
     for arg in ('help', '--help', '-h'):
       assert rotbits(arg) == (0, out, '')
     assert 'usage: rotbits' in out
+    assert max(map(len, out.splitlines())) <= 80
     assert '129 and 143 ended by SIGHUP and SIGTERM' in out
     for name in main.COMMANDS:
       assert f'\n  {name} ' in out

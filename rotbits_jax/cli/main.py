@@ -25,7 +25,7 @@ COMMANDS = {
 }
 
 USAGE = """\
-Stores transformer checkpoints without the bits that their symmetries make redundant.
+Stores transformer checkpoints without what their symmetries make redundant.
 
 usage: rotbits COMMAND [--flag=value ...]
        rotbits --version
@@ -40,7 +40,8 @@ To make a checkpoint smaller, and get it back:
 
 `rotbits COMMAND --help` shows an example, the flags, and the fields of --json.
 Exit codes: 0 success, 2 bad input (one line on stderr, nothing written),
-130 interrupted, 129 and 143 ended by SIGHUP and SIGTERM, 1 a fault of this program."""
+130 interrupted, 129 and 143 ended by SIGHUP and SIGTERM, 1 a fault of this
+program."""
 
 
 def usage() -> str:

@@ -8,15 +8,16 @@ many rows it has, such as its frequency tables.
 `free` and `near` change coordinates. So they rewrite a small model that is cut out of
 the same layers: in each of them a few heads and neurons, and a few tokens. The bytes of
 each of its tensors then stand for those of the whole. A residual stream of more than
-768 coordinates is cut, too, because decompositions would take too long. Then a shortcut
-counts as one of full rank. Whether the embedding of a sliced model still follows from
-the head is found in a few of its columns.
+768 coordinates is cut to 512, because decompositions would take too long. Then a
+shortcut counts as one of full rank. Whether the embedding of a sliced model still
+follows from the head is found in a few of its columns.
 
 Most of the time is the compilation of programs. So arrays of the small model have few
-sizes.
+sizes. Meanwhile other threads plan the samples for `exact`.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent import futures
 import dataclasses
 import functools
 import itertools
@@ -46,11 +47,12 @@ _ELEMENTS = 1 << 18  # of a sample
 _LAYERS = 4  # of the model that is cut out
 _PART = 1 << 18  # the greatest number of elements of one of its matrices, about
 _TOKENS = 1024  # of its vocabulary
-_WIDE = 768  # the greatest width of its residual stream
+_WIDE, _CUT = 768, 512  # a wider residual stream is cut to this width
 _ENTRY = 250  # bytes of a tensor's entry in the manifest, about
 _NOTE = 200  # bytes of the notes of a tensor that is rewritten
 _EMBED, _HEAD = 'embed/tokens', 'head/kernel'
 _COLUMNS, _UNSEEN, _STEPS = 4, 256, 20  # by which an embedding is found to be tied
+_LEFT = 1e-3  # of the squares of a gradient, at which the search for a matrix ends
 _RESIDUAL, _INTEGER = 2.0, 13.2  # bits of a tied element, on OPT
 _TINY = float(np.finfo(np.float32).tiny)
 
@@ -107,30 +109,35 @@ def estimate(
     cutter = _Cutter(opened)
   groups = _groups(opened, {} if cutter is None else cutter.layers)
   count = sum(map(len, groups)) + (0 if cutter is None else 2)
-  with progress_lib.Progress('estimate', count, 'part', show=progress) as bar:
+  with (
+    progress_lib.Progress('estimate', count, 'part', show=progress) as bar,
+    weights.record_jobs() as start,
+  ):
+    rest = start(functools.partial(overhead, opened))
     bar.stage('exact')
-    alone = beside = float(overhead(opened))
+    planned = []
     for record, likes in itertools.chain.from_iterable(x.items() for x in groups):
       given = opened.read(record)
-      sizes = _of_record(structured.flatten(given), found)
-      alone += sizes[0] * likes
-      beside += sizes[1] * likes
+      sampled = _sampled(structured.flatten(given), found)
+      planned.append((start(functools.partial(_of_record, sampled)), likes))
       if cutter is not None:
         cutter.add(record, given)
+      del given
       bar.update()
-    sized = {'exact': alone}
-    if found is not None:
-      sized['exact --base'] = beside
+    sized = {}
     if cutter is not None:
       bar.stage('free, near')
-      cut = cutter.made()
-      sized['exact'] -= cut.predictable()
-      bar.update()
+      cut = cutter.made(start)
       others = [presets.free(), presets.near()]
-      for preset, size in zip(others, cut.sizes(others), strict=True):
-        sized[preset.name] = size + overhead(opened, is_rewritten=True)
+      for preset, size in zip(others, cut.sizes(others, start), strict=True):
+        sized[preset.name] = sum(rest.result()) + size
       bar.update()
-  return [_with_needs(opened, *x) for x in sized.items()], why
+    alone, both = rest.result()[0] + sum(x.result() * likes for x, likes in planned)
+    if cutter is not None:
+      alone -= cut.predictable()
+      bar.update()
+  exact = {'exact': alone} if found is None else {'exact': alone, 'exact --base': both}
+  return [_with_needs(opened, *x) for x in (exact | sized).items()], why
 
 
 def _with_needs(opened: Opened, preset: str, size: float) -> Estimate:
@@ -164,15 +171,15 @@ def elements(opened: Opened) -> int:
   return sum(map(structured.count_elements, _specs(opened).values()))
 
 
-def overhead(opened: Opened | sources.Source, *, is_rewritten: bool = False) -> int:
+def overhead(opened: Opened | sources.Source) -> tuple[int, int]:
   """Returns about how many bytes a file has besides its tensors.
 
-  Args:
-    opened: the checkpoint.
-    is_rewritten: whether the manifest has notes on how tensors were rewritten.
+  Returns:
+    The bytes, and those of notes on how tensors were rewritten.
   """
   files = sum(len(zlib.compress(x)) for x in opened.files.values())
-  return files + (_ENTRY + _NOTE * is_rewritten) * len(_specs(opened))
+  count = len(_specs(opened))
+  return files + _ENTRY * count, _NOTE * count
 
 
 # ---- exact ---------------------------------------------------------------------------
@@ -212,51 +219,79 @@ def spread(items: Sequence[Any], most: int) -> list[Any]:
   return [items[int((k + 0.5) * len(items) / count)] for k in range(count)]
 
 
-def _of_record(
-  params: Mapping[str, Any], base: base_lib.Base | None
-) -> tuple[float, float]:
-  """Returns about the bytes of a record: alone, and beside the base."""
-  alone = beside = 0.0
+class _Sample(NamedTuple):
+  """Rows of an array that stand for it, beside those of another array or alone.
+
+  Attributes:
+    count: how many rows the array has.
+    parts: some of them, and half as many; or all of them. Each part has the same rows
+      of both arrays.
+  """
+
+  count: int
+  parts: list[tuple[np.ndarray, ...]]
+
+  @classmethod
+  def of(cls, *arrays: np.ndarray) -> '_Sample':
+    """Takes rows of arrays of one shape."""
+    columns = arrays[0].shape[-1] if arrays[0].ndim > 1 else 1
+    whole = [x.reshape(-1, columns) for x in arrays]
+    count = len(whole[0])
+    many = max(_ELEMENTS // max(columns, 1), 64)
+    if many >= count:
+      return cls(count, [tuple(map(np.ascontiguousarray, whole))])
+    places = [np.arange(rows) * count // rows for rows in (many, many // 2)]
+    return cls(count, [tuple(x[own] for x in whole) for own in places])
+
+  def nbytes(self, size_of: Callable[..., float]) -> float:
+    """Returns about the bytes of the array.
+
+    Args:
+      size_of: takes the same rows of both arrays, and returns bytes.
+    """
+    sizes = [float(size_of(*part)) for part in self.parts]
+    if len(sizes) == 1:
+      return sizes[0]
+    many, few = (len(part[0]) for part in self.parts)
+    return sizes[0] + (sizes[0] - sizes[1]) / (many - few) * (self.count - many)
+
+
+def _sampled(params: Mapping[str, Any], base: base_lib.Base | None) -> list[Any]:
+  """Returns structured leaves of a record, and samples of its arrays."""
+  found: list[Any] = []
   for path, leaf in params.items():
-    own = of_leaf(leaf)
-    alone += own
-    if not structured.is_structured(leaf):
-      known = None if base is None else base.array(path)
-      if known is not None and known.shape == leaf.shape:
-        own = min(own, _extrapolated(np.asarray(leaf), _beside, known))
-    beside += own
-  return alone, beside
+    if structured.is_structured(leaf):
+      found.append(leaf)
+      continue
+    known = None if base is None else base.array(path)
+    is_like = known is not None and known.shape == leaf.shape
+    found.append(_Sample.of(np.asarray(leaf), *([known] if is_like else [])))
+  return found
+
+
+def _of_record(sampled: Sequence[Any]) -> np.ndarray:
+  """Returns about the bytes of a record: alone, and beside the base."""
+  total = np.zeros(2)
+  for own in sampled:
+    alone = both = _size_of(own)
+    if isinstance(own, _Sample) and len(own.parts[0]) > 1:
+      both = min(alone, own.nbytes(_beside))
+    total += alone, both
+  return total
+
+
+def _size_of(own: Any) -> float:
+  """Returns about the bytes of a structured leaf or of a sampled array."""
+  if isinstance(own, _Sample):
+    return own.nbytes(lambda array, *_: weights.estimate([array]))
+  return weights.estimate(list(own.stored()[1].values()))
 
 
 def of_leaf(leaf: Any) -> float:
   """Returns about the bytes of an array or a structured leaf."""
-  if structured.is_structured(leaf):
-    return weights.estimate(list(leaf.stored()[1].values()))
-  return _extrapolated(np.asarray(leaf), lambda x: weights.estimate([x]))
-
-
-def _extrapolated(
-  array: np.ndarray, size_of: Callable[..., float], *others: np.ndarray
-) -> float:
-  """Returns about the bytes of an array, from those of two samples of its rows.
-
-  Args:
-    array: the array.
-    size_of: takes the same rows of the array and of the others, and returns bytes.
-    others: arrays of the same shape.
-  """
-  columns = array.shape[-1] if array.ndim > 1 else 1
-  whole = [x.reshape(-1, columns) for x in (array, *others)]
-  count = len(whole[0])
-  many = max(_ELEMENTS // max(columns, 1), 64)
-  if many >= count:
-    return float(size_of(*map(np.ascontiguousarray, whole)))
-  sizes = []
-  for rows in (many // 2, many):
-    places = np.arange(rows) * count // rows
-    sizes.append(size_of(*(np.ascontiguousarray(x[places]) for x in whole)))
-  slope = (sizes[1] - sizes[0]) / (many - many // 2)
-  return float(sizes[1] + slope * (count - many))
+  return _size_of(
+    leaf if structured.is_structured(leaf) else _Sample.of(np.asarray(leaf))
+  )
 
 
 def _beside(array: np.ndarray, known: np.ndarray) -> float:
@@ -297,8 +332,12 @@ class _Cutter:
       if self._config.sliced and self._config.hidden_size > _WIDE:
         self._columns |= structured.flatten(given)
 
-  def made(self) -> '_CutOut':
-    """Returns the model, when all records are there."""
+  def made(self, start: weights.Start[Any]) -> '_CutOut':
+    """Returns the model, when all records are there.
+
+    Args:
+      start: starts a job beside this thread.
+    """
     config = self._config
     lengths = {x: len(y) for x, y in self._chosen.items()}
     part, shapes = _config(config, list(self.layers), lengths), {}
@@ -311,9 +350,7 @@ class _Cutter:
         shapes[models.names.prefix(place) + inner] = shape
     layers = [self._pieces[i] for i in self.layers]
     model = models.from_layers(part, self._outer, layers, {})
-    is_tied = False
-    if _HEAD in self._columns:
-      is_tied = _is_tied(self._columns[_EMBED], self._columns[_HEAD])
+    is_tied = start(functools.partial(_is_tied, self._columns))
     return _CutOut(config, model, list(self.layers.values()), shapes, is_tied)
 
 
@@ -325,22 +362,25 @@ class _CutOut(NamedTuple):
     model: the model.
     counts: how many layers of the checkpoint each of its layers stands for.
     shapes: the shapes in the checkpoint, by the path in the model.
-    is_tied: whether the embedding follows from the head, but not that of the model.
+    is_tied: whether the embedding follows from the head, but not that of the model,
+      when that is known.
   """
 
   config: models.ModelConfig
   model: models.Model
   counts: list[float]
   shapes: dict[str, tuple[int, ...]]
-  is_tied: bool
+  is_tied: futures.Future[bool]
 
   def predictable(self) -> float:
     """Returns the bytes that `exact` saves of an embedding beside its head."""
-    if self.is_tied:
+    if self.is_tied.result():
       table = dict(self.model.leaves())[_EMBED]
       tokens, width = self.shapes[_EMBED]
       kept = tokens * width * _RESIDUAL + self.config.hidden_size * width * _INTEGER
       return max(self._size(_EMBED, table) - kept / 8, 0.0)
+    if self.model.config.hidden_size < self.config.hidden_size:
+      return 0.0
     none = range(self.model.config.num_layers, self.model.config.num_layers)
     before, saved = dict(self.model.leaves()), 0.0
     context, chain = passes.make_context(self.model), presets.exact().transform
@@ -350,15 +390,30 @@ class _CutOut(NamedTuple):
         saved += self._size(path, before[path]) - self._size(path, leaf)
     return saved
 
-  def sizes(self, all_presets: Sequence[presets.Preset]) -> list[float]:
-    """Returns the bytes that presets take, which rewrite with the same transforms."""
+  def sizes(
+    self, all_presets: Sequence[presets.Preset], start: weights.Start[Any]
+  ) -> list[float]:
+    """Returns the bytes that presets take, which rewrite with the same transforms.
+
+    Args:
+      all_presets: the presets.
+      start: starts a job beside this thread.
+    """
     context = passes.make_context(self.model)
     unrounded = context._replace(source=steps.rewritten(self.model))
-    found = []
+    planned = []
     for preset in all_presets:
       records = passes.rewrite(unrounded, passes.chain(), rounding=preset.rounding)
-      sizes = {path: self._size(path, leaf) for path, leaf in flat(records).items()}
-      if self.is_tied:  # a matrix with a row for each coordinate stands for it
+      planned.append(
+        {
+          path: start(functools.partial(self._size, path, leaf))
+          for path, leaf in flat(records).items()
+        }
+      )
+    found = []
+    for own in planned:
+      sizes = {path: size.result() for path, size in own.items()}
+      if self.is_tied.result():  # a matrix with a row for each coordinate stands for it
         sizes[_EMBED] *= self.config.hidden_size / self.shapes[_EMBED][0]
       found.append(sum(sizes.values()))
     return found
@@ -394,35 +449,42 @@ class _CutOut(NamedTuple):
     return likes * (weights.estimate(fixed) + growth * weights.estimate(others))
 
 
-def _is_tied(table: np.ndarray, kernel: np.ndarray) -> bool:
+def _is_tied(outer: Mapping[str, np.ndarray]) -> bool:
   """Returns whether an embedding is about the head times some matrix.
 
   A few of its columns are predicted for some tokens from those of others, by conjugate
   gradients; a decomposition of a wide head would take too long.
 
   Args:
-    table: the embedding, `[V, d]`.
-    kernel: the head, `[D, V]`.
+    outer: the embedding, `[V, d]`, and the head, `[D, V]`, by path; or nothing.
   """
+  if _HEAD not in outer:
+    return False
+  table, kernel = outer[_EMBED], outer[_HEAD]
   rank, tokens = kernel.shape
   if 3 * rank > tokens:
     return False
   few = min(rank, _UNSEEN)
   chosen = np.sort(np.random.default_rng(0).permutation(tokens)[: 2 * rank + few])
-  given = np.asarray(kernel.T[chosen], np.float32)
-  wanted = np.asarray(table[chosen][:, :_COLUMNS], np.float32)
-  is_seen = np.arange(len(given)) % (len(given) // few) > 0
-  (seen, unseen), (fit, test) = ((x[is_seen], x[~is_seen]) for x in (given, wanted))
-  matrix = np.zeros((rank, wanted.shape[1]), np.float32)
-  left = direction = seen.T @ fit
+  is_seen = np.arange(len(chosen)) % (len(chosen) // few) > 0
+  (seen, fit), (unseen, test) = (
+    (np.asarray(x, np.float32) for x in (kernel.T[own], table[own][:, :_COLUMNS]))
+    for own in (chosen[is_seen], chosen[~is_seen])
+  )
   with np.errstate(all='ignore'):  # numbers that are not finite are never tied
+    norms = np.maximum(np.linalg.norm(test, axis=1), _TINY)
+    matrix, left = np.zeros((rank, fit.shape[1]), np.float32), seen.T @ fit
+    direction, least = left, _LEFT * np.square(left).sum()
     for _ in range(_STEPS):
       squares, image = np.square(left).sum(0), seen.T @ (seen @ direction)
       length = squares / np.maximum((direction * image).sum(0), _TINY)
       matrix, left = matrix + length * direction, left - length * image
+      if np.median(np.linalg.norm(unseen @ matrix - test, axis=1) / norms) < 0.3:
+        return True
+      if np.square(left).sum() < least:
+        break
       direction = left + np.square(left).sum(0) / np.maximum(squares, _TINY) * direction
-    off = np.linalg.norm(unseen @ matrix - test, axis=1)
-    return bool(np.median(off / np.maximum(np.linalg.norm(test, axis=1), _TINY)) < 0.3)
+  return False
 
 
 def _layers(config: models.ModelConfig) -> tuple[list[int], list[float]]:
@@ -447,15 +509,19 @@ def _chosen(config: models.ModelConfig) -> dict[str, np.ndarray]:
   group, h = config.num_heads // config.num_kv_heads, config.head_dim
   count = min(config.num_kv_heads, max(most // (group * h), 1))
   heads = spread(config.num_kv_heads, count)
-  queries = (heads[:, None] * group + np.arange(group)).reshape(-1)
   columns = lambda x: (x[:, None] * h + np.arange(h)).reshape(-1)
-  # Fewer tokens than coordinates would always be a linear image of the head.
+  queries = columns((heads[:, None] * group + np.arange(group)).reshape(-1))
+  # Fewer tokens than coordinates would always be a linear image of the head. If it is
+  # cut, it is another head in any case.
   tokens = max(_TOKENS, 4 * narrow if config.sliced else 0)
+  if narrow < config.hidden_size:
+    tokens = _CUT
   neurons, positions = config.intermediate_size, config.learned_positions
   return {
-    'query': columns(queries),
+    'query': queries,
     'key': columns(heads),
-    'neuron': spread(neurons, min(neurons, max(most // max(experts, 1), 64))),
+    # As many as columns of queries, so that kernels have few shapes.
+    'neuron': spread(neurons, min(neurons, max(len(queries) // max(experts, 1), 64))),
     'expert': spread(config.num_experts, experts),
     'vocabulary': spread(config.vocab_size, min(config.vocab_size, tokens)),
     'position': spread(positions, min(positions, _TOKENS)),
@@ -486,7 +552,7 @@ def _config(
 
 def _narrow(width: int, hidden: int) -> int:
   """Returns the width of a residual segment in the model that is cut out."""
-  return width if hidden <= _WIDE else max(width * _WIDE // hidden, 1)
+  return width if hidden <= _WIDE else max(width * _CUT // hidden, 1)
 
 
 def _cut(

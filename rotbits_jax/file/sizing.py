@@ -91,7 +91,7 @@ def write(
     bar.stage('compiling, removing gauges')
     sizes = Sizes(source, options, bar)
     bar.stage('finding the step')
-    rest = float(estimation.overhead(source, is_rewritten=True))
+    rest = float(sum(estimation.overhead(source)))
     found = sizes.meet(target, _AIMS[0], rest, _START)
     bar.finish()
   size = 0

@@ -35,6 +35,7 @@ References:
 """
 
 import functools
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -346,11 +347,26 @@ def _obstacle(context: transform.Context) -> str:
     if codes:
       return f'{prefix}{codes[0]} has quantised codes, and a rotation would keep none'
     params = _wide(given)
+    if _rough_norm(params) <= _RANGE * min(context.limit(prefix + x) for x in params):
+      continue
     bounds = _norms(params, config=context.config, is_outer=index is None)
     for path, norm in jax.device_get(bounds).items():
       if not norm <= _RANGE * context.limit(prefix + path):  # also if it is NaN
         return f'{prefix}{path} has numbers that are not finite, or too large to rotate'
   return ''
+
+
+def _rough_norm(params: transform.Params) -> float:
+  """Returns a bound of `_norms` that costs no program; infinite or NaN if unknown."""
+  greatest, longest = 0.0, 1
+  for x in jax.tree.leaves(params):
+    if not isinstance(x, np.ndarray):
+      return math.inf
+    bits = x.view(f'u{x.itemsize}')  # without their sign, they are in order
+    top = np.max(bits << 1, initial=0) >> 1
+    greatest = float(np.maximum(greatest, float(top.view(x.dtype))))
+    longest = max((longest, *x.shape))
+  return (1 + greatest) ** 2 * math.sqrt(longest)  # a scale may be folded into a kernel
 
 
 def _first_rotation(context: transform.Context) -> jax.Array | None:
@@ -372,7 +388,9 @@ def _first_rotation(context: transform.Context) -> jax.Array | None:
     shortcut = layer[_shortcut_paths(config)[0]]
     if shortcut.shape[0] != shortcut.shape[1]:
       return None
-    kernel = _product(_polar(shortcut).rotation, kernel)
+    wide = [jnp.asarray(np.asarray(shortcut, np.float32))]
+    (polar,) = devices.side_by_side(_polar_if_wide, wide)
+    kernel = _product(polar.rotation, kernel)
   return _upper_rotation(kernel[:, : len(kernel)])
 
 
@@ -464,7 +482,6 @@ def _norms(
   }
 
 
-_polar = jax.jit(canonical.polar)
 _product = jax.jit(products.matmul)
 _rotate = jax.jit(rotations_lib.rotate)
 _next_rotation = jax.jit(rotations_lib.next_rotation)

@@ -32,6 +32,7 @@ from rotbits_jax import structured
 from rotbits_jax.coding import weights
 from rotbits_jax.passes import transform
 from rotbits_jax.symmetries import steps
+from rotbits_jax.system import host
 
 
 class Inputs(NamedTuple):
@@ -265,13 +266,11 @@ def round_leaf(
   def round_array(array: Any) -> Any:
     if not is_matrix(array):
       return array.astype(dtype)
-    # Programs are compiled for few lengths of smaller arrays, because compilation takes
-    # longer than the work. Zeros do not change the step and the effect.
     is_row = moments is None and array.size < 1 << 20
     given = _row(array) if is_row else array
     result, effect = _round(given, traced, moments, dtype, uniform, axis)
     effects.append(effect)
-    return _cut(result, array.shape) if is_row else result
+    return np.asarray(result)[: array.size].reshape(array.shape) if is_row else result
 
   if structured.is_structured(leaf):
     leaf = leaf.rounded(round_array)
@@ -303,17 +302,17 @@ def _round_lines(
   return leaf, _effect(array, leaf.materialize(), step, dtype, size.outliers)
 
 
-@jax.jit
-def _row(array: jax.Array) -> jax.Array:
-  """Returns the numbers of an array in a row, and zeros up to a power of two."""
-  length = max(1 << (array.size - 1).bit_length(), 1 << 12)
-  return jnp.pad(array.reshape(-1), (0, length - array.size))
+def _row(array: Any) -> jax.Array:
+  """Returns the numbers of an array in a row, and zeros up to a power of four.
 
-
-@functools.partial(jax.jit, static_argnums=1)
-def _cut(row: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-  """Returns the array of a row: the inverse of `_row`."""
-  return row[: math.prod(shape)].reshape(shape)
+  Programs are then compiled for few lengths, because compilation takes longer than the
+  work. Zeros do not change the step and the effect. The host makes the row, because
+  another program would do it for each shape.
+  """
+  row = host.empty((4 ** max(-(-(array.size - 1).bit_length() // 2), 6),), np.float32)
+  row[: array.size] = np.asarray(array).reshape(-1)
+  row[array.size :] = 0
+  return jax.device_put(row, array.device)
 
 
 @functools.partial(jax.jit, static_argnums=(3, 4, 5))
