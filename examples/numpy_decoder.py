@@ -23,6 +23,7 @@ BITS = lambda dtype: np.dtype(
 INFLATE = lambda z, data: (np.frombuffer(z.decompress(data), np.uint8), z.unused_data)
 UNFOLD = lambda u, dtype: u if dtype[0] != 'i' else u >> 1 ^ 0 - (u & 1)
 PAD = lambda x, s: np.pad(x, ((0, 0), (0, s['columns'] - len(x))))
+TURN = lambda x, s: x.T if s.get('columns_first') else x
 BASIS = lambda b: np.concatenate([np.eye(b.shape[1]) - b.T @ b / 4, b])
 np.seterr(over='ignore', invalid='ignore')  # of numbers that are not final yet
 def widen(bits, dtype):
@@ -34,7 +35,6 @@ def narrow(numbers, dtype):
     bits = np.float32(numbers).view(np.uint32)
     return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
   return np.ascontiguousarray(numbers.astype(dtype)).view(BITS(dtype))
-
 def normal_table(k, present, kind, dtype, r, f):  # frequencies [A], class k
   symbol = np.arange(present.size)
   if kind == 'float':
@@ -81,18 +81,19 @@ def read_tables(data, shapes, layout):  # each element's table; frequencies [K +
   count = len(classes)
   normal = np.unpackbits(part[: CEIL(count, 8)], count=count)
   present = iter(np.unpackbits(part[CEIL(count, 8) :]).reshape(-1, CEIL(size, 8) * 8))
-  low, high = np.frombuffer(zlib.decompress(data), np.uint8).reshape(2, -1)
-  values = iter((low + 256 * np.int64(high)).tolist())
-  # The last table is for places after the last element: its symbol changes no state.
-  frequencies = TOTAL * np.eye(1, size, dtype=np.int64).repeat(count + 1, 0)
+  frequencies = stored_tables(data, normal == 0, size)
   for k, own in enumerate(frequencies[:-1]):
-    if not normal[k]:
-      own[0], first, last = 0, next(values), next(values)
-      own[first : last + 1] = [next(values) for _ in range(first, last + 1)]
-    elif (symbols := np.int64(next(present)[:size])).any():
+    if normal[k] and (symbols := np.int64(next(present)[:size])).any():
       own[:] = normal_table(classes[k], symbols, *layout)
   return np.concatenate(contexts), frequencies
-
+def stored_tables(data, stored, size):  # frequencies [K + 1, A], of void places last
+  low, high = np.frombuffer(zlib.decompress(data), np.uint8).reshape(2, -1)
+  values = iter((low + 256 * np.int64(high)).tolist())
+  frequencies = TOTAL * np.eye(1, size, dtype=np.int64).repeat(stored.size + 1, 0)
+  for own in (frequencies[k] for k in np.flatnonzero(stored)):
+    own[0], first, last = 0, next(values), next(values) + 1
+    own[first:last] = [next(values) for _ in range(first, last)]
+  return frequencies
 def read_symbols(message, lanes, contexts, table):  # the symbols of a block
   words = np.frombuffer(message, '<u2')
   x = words[3 : 3 + 2 * lanes].astype(np.uint32).reshape(2, lanes)
@@ -111,12 +112,13 @@ def read_symbols(message, lanes, contexts, table):  # the symbols of a block
     place -= x < 1 << 16
     x = np.where(x < 1 << 16, x << 16 | words[place], x)
   return found.reshape(-1)[: contexts.size]
+def read_plane(data, b, n):  # n pieces of b bits
+  planes = np.frombuffer(data, np.uint8) >> np.arange(0, 8, b, dtype=np.uint8)[:, None]
+  return (planes & (1 << b) - 1).reshape(-1)[:n].astype(np.uint64)
 def with_raw_bits(symbols, take, kind, dtype, r, f):  # the bit patterns of a block
   raw, shift = np.zeros(symbols.size, np.uint64), 0
   for b in (8,) * (r // 8) + tuple(b for b in (4, 2, 1) if r & b):
-    plane = np.frombuffer(take(CEIL(symbols.size * b, 8)), np.uint8)
-    plane = plane >> np.arange(0, 8, b, dtype=np.uint8)[:, None] & (1 << b) - 1
-    raw |= plane.reshape(-1)[: symbols.size].astype(np.uint64) << shift
+    raw |= read_plane(take(CEIL(symbols.size * b, 8)), b, symbols.size) << shift
     shift += b
   if kind == 'float':
     width, e, m = FLOATS[dtype]
@@ -126,7 +128,6 @@ def with_raw_bits(symbols, take, kind, dtype, r, f):  # the bit patterns of a bl
     large = np.where(large >> m, large + (f - 1 << m), 0)
     return raw >> m - 3 << width - 1 | large | narrow(small, dtype)
   return UNFOLD(symbols << r | raw, dtype)
-
 def parts_of(dtype, shape, groups, uniform, codebook):  # dtypes and shapes of the parts
   if uniform or (not codebook and len(groups) == 2):
     return [(f'int{8 * uniform[1]}' if uniform else 'uint32', shape)] * len(groups)
@@ -189,7 +190,6 @@ def read_record(coder, stream):  # returns the arrays of a record, with their dt
     if zlib.crc32(bits.tobytes()) != crc32:
       raise ValueError('an array is damaged')
     yield bits, dtype
-
 def unpack(values, mask):  # a matrix with values where the mask is not 0
   mask[mask > 0] = values
   return mask
@@ -232,45 +232,55 @@ SIGNED = lambda x: x.view(f'i{x.itemsize}')
 MANTISSA = {'float8_e4m3fn': 3, 'float8_e5m2': 2} | {k: x[2] for k, x in FLOATS.items()}
 def base_of(s):  # the bits of the base, and the ordinals of bits and back
   (bits, dtype), n = s['base'], math.prod(s['lengths'])
-  if dtype != s['name']:
-    bits = narrow(widen(bits, dtype), s['name'])
+  bits = bits if dtype == s['name'] else narrow(widen(bits, dtype), s['name'])
   bits = SIGNED(np.ravel(bits)[:n])
   return np.pad(bits, (0, n - bits.size)), FLIP if 'float' in s['name'] else lambda x: x
+def read_given(a, s, contexts, shifts=(0, 0)):  # symbols with their raw bits
+  table, *blocks = np.split(a['coded'], np.cumsum(s['parts'])[:-1])
+  table = stored_tables(table.tobytes(), np.ones(len(shifts)), 256)
+  n, found = max(CEIL(contexts.size, len(blocks) or 1), 1), [np.uint64([])]
+  for block, start in zip(blocks, range(0, contexts.size, n), strict=True):
+    s = np.uint64(shifts)[own := contexts[start : start + n]]
+    planes = [(8, s > low + 7, 0 * s + low) for low in np.uint64([0, 8, 16])]
+    planes += [(b, s & b > 0, s & 256 - 2 * b) for b in np.uint64([4, 2, 1])]
+    sizes = [CEIL(int(has.sum() * b), 8) for b, has, _ in planes]
+    words, *raw = np.split(block, block.size - np.cumsum(sizes[::-1])[::-1])
+    lanes = min(max(n // 8192, 1), 64)
+    found.append(read_symbols(words.tobytes(), lanes, own, table) << s)
+    for (b, has, low), plane in zip(planes, raw, strict=True):
+      found[-1][has] |= read_plane(plane, int(b), has.sum()) << low[has]
+  return np.int64(np.concatenate(found))
 def patched(s, a):
   bits, ordinal = base_of(s)
-  mask = np.unpackbits(a['mask'], count=bits.size, bitorder='little') > 0
-  bits[mask] = ordinal(ordinal(bits[mask]) + SIGNED(a['changes']).astype(bits.dtype))
-  return bits
+  x = read_given(a, s, np.arange(2).repeat((n := CEIL(bits.size, 8), s['changes'])))
+  x, mask = x[n:], np.unpackbits(np.uint8(x[:n]), count=bits.size, bitorder='little')
+  found = ordinal(ordinal(bits[mask > 0]) + (x - 128).astype(bits.dtype))
+  found[x == 0] = SIGNED(a.get('values', found[:0]))
+  bits[mask > 0] = found
+  return bits.reshape(s['lengths'])
 def relative(s, a):
-  bits, ordinal = base_of(s)
-  a = {name: x if name == 'values' else SIGNED(x) for name, x in a.items()}
-  whole, name = bits.reshape(-1, s['width']), s['name']
-  rows = a['row_scales'] != -32768
-  b = whole[rows]
+  (bits, ordinal), name = base_of(s), s['name']
+  head, whole = zlib.decompress(a['head']), bits.reshape(-1, s['width'])
+  sizes, shifts = np.int64(list(head[1 : (n := 1 + 2 * head[0])])).reshape(2, -1)
+  scales = np.frombuffer(head[n:], np.uint8).reshape(2, -1).T.copy().view('<i2').ravel()
+  b = whole[rows := scales[: len(whole)] != -32768]
   if 'left' in a:
-    product = np.ldexp(np.float64(a['left'][rows]) @ a['right'], s['unit'])
     wide = widen(b.view(BITS(name)), name)
-    found = SIGNED(narrow(np.float32(np.float64(wide) + product), name))
-    b = np.where(np.isfinite(wide), found, b)
-  level = np.int64(a['row_scales'][rows])[:, None] + a.get('column_scales', 0)
-  if name in MANTISSA:
-    level = level - 8 * np.maximum((b & np.iinfo(b.dtype).max) >> MANTISSA[name], 1)
-  own = np.clip((level >> s['step']) - s['first'], 0, sum(s['bands'])).ravel()
-  counts, ends = np.bincount(own, minlength=sum(s['bands']) + 1), np.cumsum(s['bands'])
-  order, at, far, odd = np.argsort(own, kind='stable'), 0, np.zeros(b.size, b.dtype), []
-  for k, size in enumerate(map(sum, np.split(counts, ends)[:-1])):
-    x = a[f'residuals_{k}'].ravel()[:size]
-    far[at : at + size] = x
-    if x.dtype != b.dtype:
-      odd += list(at + np.flatnonzero(x == np.iinfo(x.dtype).min))
-    at += size
-  far[np.array(odd, int)] = a.get('exceptions', 0)
-  found = ordinal(ordinal(b.ravel()[order]) + far)
-  if at < found.size:
-    found[at:] = SIGNED(a['values']).ravel()[: found.size - at]
-  b.ravel()[order] = found
-  whole[rows] = b
-  return bits
+    product = np.float64(SIGNED(a['left'])[rows]) @ SIGNED(a['right'])
+    found = narrow(np.float32(wide + np.ldexp(product, s['unit'])), name)
+    b = np.where(np.isfinite(wide), SIGNED(found), b)
+  level = np.int64(scales[: len(whole)][rows])[:, None] + scales[len(whole) :]
+  level -= 8 * np.maximum((b & np.iinfo(b.dtype).max) >> MANTISSA[name], 1
+    ) if name in MANTISSA else 0
+  own = np.arange(sizes.size).repeat(sizes)[
+    np.clip((level >> 1) - s['first'], 0, sizes.sum() - 1).ravel()]
+  x, b = read_given(a, s, own, shifts), b.ravel()
+  found = ordinal(ordinal(b) + (x - (128 << shifts[own])).astype(b.dtype))
+  far = own == sizes.size - 1
+  found[far] = (x[far] >> 1 | x[far] << 8 * b.itemsize - 1).astype(b.dtype)
+  found[x >> shifts[own] == 0] = SIGNED(a.get('values', found[:0]))
+  whole[rows] = found.reshape(-1, s['width'])
+  return bits.reshape(s['lengths'])
 def basis(s, a):
   return np.int32(a['numbers'] * s['step']).view(BITS('int32'))
 def subspace(s, a):
@@ -324,8 +334,7 @@ LEAVES = {  # numbers, or bit patterns, of leaves with settings s and arrays a
   'low_rank': lambda s, a: a['u'] @ a['v'],
   'identity_minus_gram': lambda s, a: PAD(np.eye(len(a['b'])) - a['b'] @ a['b'].T
     + a['c'] @ a['c'].T, s),
-  'trapezoidal_rows': lambda s, a: np.vstack([a[x] for x in ('full',) if x in a]
-    + [a['lower'].T]),
+  'trapezoidal_rows': lambda s, a: np.vstack([*a.get('full', []), *a['lower'].T]),
   'reduced_low_rank': lambda s, a:
     np.roll(BASIS(a['below']), -len(a['other']), axis=0) @ a['other']
     * lines(a, 'basis', 'other'),
@@ -334,12 +343,11 @@ LEAVES = {  # numbers, or bit patterns, of leaves with settings s and arrays a
     for n in ('rotary', 'below')), strict=True) for x in (r, BASIS(b)) if x.size]),
   'tied': lambda s, a: widen(*s['head']).T @ a['map'], 'tied_exactly': tied_exactly,
   'head_rows': head_rows, 'quantized': quantized, 'uniformly_quantized': multiples,
-  'same': lambda s, a: base_of(s)[0], 'patched': patched, 'relative': relative,
-  'basis': basis, 'subspace': subspace,
+  'same': lambda s, a: base_of(s)[0].reshape(s['lengths']), 'patched': patched,
+  'relative': relative, 'basis': basis, 'subspace': subspace,
 }
 def expand(kind, s, parts):  # the bit patterns that a leaf stands for
-  exact = kind in (  # of bit patterns
-    'tied_exactly', 'same', 'patched', 'relative', 'basis', 'subspace')
+  exact = kind in ('tied_exactly', 'same', 'patched', 'relative', 'basis', 'subspace')
   a = {name: SIGNED(x) if dtype == 'int32' and kind in ('basis', 'subspace')
     else x if exact else widen(x, dtype) for name, (x, dtype) in parts.items()}
   for name in [x for x in a if f'{x}_corner' in a]:  # lower triangles
@@ -347,9 +355,8 @@ def expand(kind, s, parts):  # the bit patterns that a leaf stands for
     n, columns = (math.isqrt(8 * corner.size + 1) - 1) // 2, below.shape[1]
     a[name] = np.vstack([unpack(corner, np.tril(np.ones((n, columns)))), below])
   array = LEAVES[kind](s, a)
-  array = array.T if s.get('transposed') else array
+  array = TURN(array.T if s.get('transposed') else array, s)
   return array if exact else narrow(array, s['dtype'])
-
 def read_base(path):  # the bits and dtypes of a safetensors file
   data = pathlib.Path(path).read_bytes()
   start, names = 8 + int.from_bytes(data[:8], 'little'), {
@@ -388,7 +395,7 @@ def main(path, output, base=None):
         arrays_of_base = p.get('arrays', []) if p else [leaf[x] for x in ('base',)
           if x in leaf]
         for own, *_, crc32 in arrays_of_base:
-          s['base'] = base[own]
+          s['base'] = TURN(base[own][0], s), base[own][1]
           if zlib.crc32(s['base'][0].tobytes()) != crc32:
             raise ValueError(f'{leaf["path"]} needs another base')
         if p:
@@ -399,7 +406,7 @@ def main(path, output, base=None):
           hidden = manifest['config']['hidden_size']
           s['base'] = product(p, own, bases, dtype, hidden), dtype
         bits = expand(leaf['type_name'], s, parts).reshape(leaf['shape'])
-        if leaf.get('crc32') not in (None, zlib.crc32(bits.tobytes())):
+        if leaf.get('crc32') not in (None, zlib.crc32(TURN(bits, s).tobytes())):
           raise ValueError(f'{leaf["path"]} is damaged')
       tensors[leaf['path']] = bits, dtype
   tensors = {k: x for k, x in tensors.items() if not k.startswith('subspaces.')}

@@ -9,6 +9,7 @@ symbol of an alphabet is. In the order of reading:
     codecs       codecs, which are pairs (push, pop), and functions that combine them
     bits_back/   bits-back coding: rotations and row orders that cost no bits
     weights/     arrays of weights to a stream of bytes and back
+    given        numbers whose contexts the decoder knows from elsewhere
 """
 
 from rotbits_jax.coding import bits_back

@@ -7,6 +7,7 @@ prefix such as 'model.'.
 """
 
 from collections.abc import Mapping
+import dataclasses
 import functools
 import hashlib
 import json
@@ -127,8 +128,15 @@ class Base:
         f'{list(wanted.shape)}, and that of this base is {dtype} {list(shape)}'
       )
 
-  def get(self, path: str, wanted: leaves_lib.BaseArray) -> np.ndarray:
+  def get(
+    self, path: str, wanted: leaves_lib.BaseArray, transposed: bool = False
+  ) -> np.ndarray:
     """Returns the array that a leaf needs.
+
+    Args:
+      path: path of the leaf.
+      wanted: the array.
+      transposed: whether its checksum is that of the transpose.
 
     Raises:
       ContainerError: naming the array, if it is missing or another one.
@@ -136,13 +144,14 @@ class Base:
     self.check(path, wanted)
     found = self.find(wanted.path)
     assert found is not None
-    array = host.contiguous(self._array(found))
+    array = self._array(found)
+    array = host.contiguous(array.T if transposed else array)
     if checksums.of_array(array) != wanted.crc32:
       raise ContainerError(
         f'{path}: {found} of this base has other elements than that of the base beside '
         'which the file was encoded'
       )
-    return array
+    return array.T if transposed else array
 
   def beside(self, params: Mapping[str, Any]) -> dict[str, Beside]:
     """Finds the arrays that take fewer bytes beside the base.
@@ -169,7 +178,7 @@ class Base:
     try:
       for leaf in entry.leaves:
         for array in leaf.base_arrays:
-          self.get(leaf.path, array)
+          self.get(leaf.path, array, bool(leaf.settings.get('columns_first')))
     except ContainerError:
       return False
     return True
@@ -185,11 +194,21 @@ class Base:
 
 def _beside(leaf: Any, given: np.ndarray, path: str) -> Beside | None:
   """Returns how to store an array beside one of the base, whose path is given."""
-  target, base = host.contiguous(np.asarray(leaf)), host.contiguous(given)
+  target, base = np.asarray(leaf), given
+  # The tensors of kernels are transposed: nothing moves them.
+  transposed = target.shape == base.shape and all(
+    x.ndim == 2 and x.flags.f_contiguous and not x.flags.c_contiguous
+    for x in (target, base)
+  )
+  if transposed:
+    target, base = target.T, base.T
+  target, base = host.contiguous(target), host.contiguous(base)
   made = relative.beside(target, base)
   if made is None:
     return None
-  return Beside(made, entry_of(path, base), checksums.of_array(target))
+  made = dataclasses.replace(made, columns_first=transposed)
+  entry = dataclasses.replace(entry_of(path, base), shape=given.shape)
+  return Beside(made, entry, checksums.of_array(target))
 
 
 def beside_product(

@@ -193,7 +193,7 @@ class Records:
         for path, leaf in flat.items():
           own = memory.get(entry.inner(path))
           if self.leaves[path].crc32 is not None and own is not None:
-            own[0][...] = leaf
+            own[0][...] = host.contiguous(leaf)
             flat[path] = own[0]
       except MemoryError:
         raise memory_lib.too_large(name, entry.decoded_bytes) from None
@@ -232,7 +232,7 @@ class Records:
       needed = list(map(resolve, entry.needs))
       if entry.base is not None:
         assert self._base is not None
-        needed.append(self._base.get(entry.path, entry.base))
+        needed.append(self._base.get(entry.path, entry.base, leaf.columns_first))
       if entry.product is not None:
         needed.append(self._product(entry, entry.product))
       array = np.asarray(leaf.materialize(*needed))
@@ -240,7 +240,7 @@ class Records:
       raise
     except ValueError as error:
       raise ContainerError(f'{entry.path}: {error}') from error
-    if checksums.of_array(array) != entry.crc32:
+    if checksums.of_array(array.T if leaf.columns_first else array) != entry.crc32:
       raise ContainerError(
         f'{entry.path}: decoded elements differ from the encoded ones'
       )

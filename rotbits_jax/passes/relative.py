@@ -7,25 +7,25 @@ such a product is stored, where it saves more than it takes.
 
 from collections.abc import Sequence
 import dataclasses
-import itertools
 import math
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from rotbits_jax import structured
+from rotbits_jax.coding import given
 from rotbits_jax.coding import tables
 from rotbits_jax.structured import relative
 
 _SAMPLE = 1 << 17  # elements by which leaves are compared
-_LINES = 1 << 10  # elements of a row, or of a column, that tell its scale
+_PART = 1 << 16  # elements that are divided together, so that they fit a cache
+_LINES = 1 << 9  # elements of a row, or of a column, that tell its scale
 _LEAST_LINES = 16  # rows or columns for which scales of columns or rows are kept
 _SPARSE = 1 / 16  # the greatest share of changed elements of a patch
-_STEP = 1  # levels of a quarter of an octave
 _OCTAVE = 4  # levels
 _LOWEST = -6 * _OCTAVE  # differences of 2^-6 ULPs and less share a class
-_NARROW = 3 * _OCTAVE  # the level from which int8 is too short for differences
-_BAND = 6 * _OCTAVE
+_BITS = 3  # the octaves of a difference that symbols tell
+_PER_TABLE = 1 << 13  # elements for which a frequency table is worth its bytes
 _LEAST = 1 << 12  # elements of an array for which classes are worth their arrays
 _LEAF_BITS = 8 * 300  # of a leaf beside its arrays
 
@@ -55,10 +55,7 @@ def beside(target: np.ndarray, base: np.ndarray) -> Any:
     return structured.Patched.of(target, known)
   if bits.size < _LEAST:
     return None
-  leaf = _relative(target, bits, known)
-  if _bits_of_leaf(leaf, bits) > _bits_alone(bits, dtype):
-    return None
-  return leaf
+  return _relative(target, bits, known, _bits_alone(bits, dtype))
 
 
 def _is_sparse(
@@ -97,64 +94,42 @@ class _Factors(NamedTuple):
   unit: int
 
 
-class _Scales(NamedTuple):
-  """Logarithms of the scales of rows and columns, in eighths of an octave."""
-
-  rows: np.ndarray
-  columns: np.ndarray | None
-
-
 def _relative(
-  target: np.ndarray, bits: np.ndarray, base: np.ndarray
-) -> structured.Relative:
+  target: np.ndarray, bits: np.ndarray, base: np.ndarray, alone: float
+) -> structured.Relative | None:
+  """Returns the leaf of differences; None if it takes more bits than `alone`."""
   dtype = target.dtype
   width = target.shape[-1] if target.ndim > 1 else bits.size
   if width < _LEAST_LINES:
     width = bits.size
-  own, known = bits.reshape(-1, width), base.reshape(-1, width)
-  equal = (own == known).all(axis=1)
-  factors = _factors(own, known, dtype)
+  wanted, known = bits.reshape(-1, width), base.reshape(-1, width)
+  (own,) = np.nonzero((wanted != known).any(axis=1))
+  factors = _factors(wanted, known, dtype)
   draft = structured.Relative(
-    row_scales=np.where(equal, relative.EQUAL, 0).astype(np.int16),
-    column_scales=None,
+    head=np.zeros(0, np.uint8),
     left=factors.left if factors else None,
     right=factors.right if factors else None,
-    residuals=(),
-    exceptions=None,
+    coded=np.zeros(0, np.uint8),
     values=None,
     lengths=target.shape,
     name=dtype.name,
     width=width,
-    step=_STEP,
     first=_LOWEST,
-    bands=_bands(dtype),
+    parts=(),
     unit=factors.unit if factors else 0,
   )
-  blocks = list(draft.prediction(base))
-  if factors:
-    known = known.copy()
-    for block in blocks:
-      known[block.rows, block.columns] = block.bits
-  scales = _scales(own, known, dtype)
-  scales.rows[equal] = relative.EQUAL
-  draft = dataclasses.replace(
-    draft, row_scales=scales.rows, column_scales=scales.columns
-  )
-  return _with_residuals(draft, bits, blocks)
+  whole = own.size == len(wanted)
+  known = draft.predicted(base, None if whole else own)
+  wanted = wanted if whole else wanted[own]
+  rows = np.full(bits.size // width, relative.EQUAL, np.int16)
+  rows[own], columns = _scales(wanted, known, dtype)
+  head = relative.Head(rows, columns, *np.zeros((2, 0), np.uint8))
+  return _coded(draft, head, wanted.reshape(-1), known, alone)
 
 
-def _bands(dtype: np.dtype) -> tuple[int, ...]:
-  """Returns the numbers of classes of bands, for differences up to half of a number."""
-  mantissa = relative.mantissa_bits(dtype)
-  highest = 8 * dtype.itemsize if mantissa is None else mantissa - 1
-  edges = [_LOWEST, _NARROW]
-  while edges[-1] < highest * _OCTAVE:
-    edges.append(edges[-1] + _BAND)
-  edges[-1] = highest * _OCTAVE
-  return tuple(b - a for a, b in itertools.pairwise(edges) if b > a)
-
-
-def _scales(bits: np.ndarray, base: np.ndarray, dtype: np.dtype) -> _Scales:
+def _scales(
+  bits: np.ndarray, base: np.ndarray, dtype: np.dtype
+) -> tuple[np.ndarray, np.ndarray]:
   """Measures the scales of the differences of rows and columns.
 
   The mean of square roots is used, because few large differences change it little.
@@ -165,10 +140,10 @@ def _scales(bits: np.ndarray, base: np.ndarray, dtype: np.dtype) -> _Scales:
     dtype: their dtype.
   """
   rows, columns = bits.shape
-  few = slice(None, None, max(columns // _LINES, 1))
-  some = slice(None, None, max(rows // _LINES, 1))
+  few = slice(None, None, -(-columns // _LINES))
+  some = slice(None, None, -(-rows // _LINES))
   if rows < _LEAST_LINES:
-    of_rows, of_columns = _roots(bits, base, dtype).mean(axis=1), None
+    of_rows, of_columns = _roots(bits, base, dtype).mean(axis=1), np.ones(columns)
   else:
     sample = _roots(bits[:, few], base[:, few], dtype)
     of_rows = sample.mean(axis=1)
@@ -179,9 +154,7 @@ def _scales(bits: np.ndarray, base: np.ndarray, dtype: np.dtype) -> _Scales:
   if (mantissa := relative.mantissa_bits(dtype)) is not None:
     one = int(np.array(1, dtype).view(bits.dtype)) >> mantissa
     bias = 8.0 * (one + mantissa)
-  return _Scales(
-    _logs(of_rows, bias), None if of_columns is None else _logs(of_columns, 0.0)
-  )
+  return _logs(of_rows, bias), _logs(of_columns, 0.0)
 
 
 def _shares(roots: np.ndarray, scales: np.ndarray, axis: int) -> np.ndarray:
@@ -218,71 +191,149 @@ def _far(bits: np.ndarray, base: np.ndarray, dtype: np.dtype) -> np.ndarray:
 
 
 def _wide(bits: np.ndarray, dtype: np.dtype) -> np.ndarray:
+  if relative.mantissa_bits(dtype) == 7:  # bfloat16, which NumPy converts slowly
+    return (bits.astype(np.int32) << 16).view(np.float32)
   return np.ascontiguousarray(bits).view(dtype).astype(np.float32)
 
 
-def _with_residuals(
-  leaf: structured.Relative, bits: np.ndarray, blocks: Sequence[relative.Block]
-) -> structured.Relative:
-  """Returns the leaf with its residuals, exceptions and values.
+def _coded(
+  leaf: structured.Relative,
+  head: relative.Head,
+  bits: np.ndarray,
+  known: np.ndarray,
+  alone: float,
+) -> structured.Relative | None:
+  """Codes the differences; returns None if they take too many bits.
 
   Args:
-    leaf: the leaf without them.
-    bits: bits of the array, `[n]`.
-    blocks: the blocks of `leaf.prediction`.
+    leaf: a draft, with factors.
+    head: has the scales.
+    bits: bits of the rows that differ, `[n]`.
+    known: the bits that predict them, `[r, C]`.
+    alone: the most bits.
   """
-  dtype, count = leaf.dtype, sum(leaf.bands)
-  target = bits.reshape(-1, leaf.width)
-  pieces: list[list[np.ndarray]] = [[] for _ in range(count + 1)]
-  for block in blocks:
-    own = leaf.classes(block)
-    wanted = np.ascontiguousarray(target[block.rows, block.columns]).reshape(-1)
-    far = relative.indices(wanted, dtype) - relative.indices(
-      block.bits.reshape(-1), dtype
-    )
-    order = np.argsort(own, kind='stable')
-    ends = np.cumsum(np.bincount(own, minlength=count + 1)).tolist()
-    sorted_ = far[order]
-    for k, (begin, end) in enumerate(zip([0, *ends], ends, strict=False)):
-      if k == count:
-        sorted_[begin:] = wanted[order[begin:]]
-      if begin < end:
-        pieces[k].append(sorted_[begin:end])
-  edges = relative.edges_of(leaf.bands)
-  empty = np.zeros(0, bits.dtype)
-  joined = [
-    np.concatenate([empty, *(x for own in pieces[a:b] for x in own)])
-    for a, b in itertools.pairwise(edges)
-  ]
-  shortened = [_shortened(x) for x in joined]
-  exceptions = np.concatenate([empty, *(x for _, x in shortened)])
-  values = np.concatenate([empty, *pieces[count]])
-  stored = relative.stored_dtype(dtype)
+  dtype, mantissa = leaf.dtype, relative.mantissa_bits(leaf.dtype)
+  # Differences in the last class are more than half of a number.
+  highest = 8 * dtype.itemsize if mantissa is None else mantissa - 1
+  levels = range(leaf.first, highest * _OCTAVE)
+  shifts = [max(i // _OCTAVE - _BITS, 0) for i in levels] + [8 * dtype.itemsize - 8]
+  shifts = [min(x, 8 * dtype.itemsize - 8) for x in shifts]
+  classes = head.classes(known, dtype, leaf.first, len(shifts)).reshape(-1)
+  made = _symbols(bits, known.reshape(-1), classes, shifts, dtype)
+  bands, of_bands = _bands(made.counts, shifts)
+  head = head._replace(bands=np.uint8(bands), shifts=np.uint8(of_bands))
+  counts = np.add.reduceat(made.counts, np.cumsum([0, *bands[:-1]]))
+  used, frequencies = counts.any(axis=1), np.zeros_like(counts)
+  frequencies[:, 0] = tables.TOTAL
+  frequencies[used] = tables.quantize(counts[used])
+  leaf = dataclasses.replace(
+    leaf,
+    values=made.values if made.values.size else None,
+    head=head.to_bytes(),
+  )
+  size = float(tables.cost_bits(counts, frequencies).sum())
+  size += float((counts.sum(axis=1) * np.array(of_bands)).sum())
+  size += 8.0 * np.count_nonzero(frequencies)  # a stored frequency takes about a byte
+  if size + _side_bits(leaf) > alone:
+    return None
+  contexts = given.looked_up(head.of_classes, classes)
+  coded = given.encode(made.symbols, made.raw, contexts, frequencies, of_bands)
   return dataclasses.replace(
     leaf,
-    residuals=tuple(relative.filled(x) for x, _ in shortened),
-    exceptions=exceptions if exceptions.size else None,
-    values=relative.filled(values.view(stored)) if values.size else None,
+    coded=np.concatenate(coded),
+    parts=tuple(x.size for x in coded),
   )
 
 
-def _shortened(far: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-  """Returns differences in a shorter dtype, and those that it cannot hold."""
-  for width in (1, 2):
-    info = np.iinfo(f'i{width}')
-    if width >= far.dtype.itemsize:
-      break
-    odd = (far <= info.min) | (far > info.max)
-    if np.count_nonzero(odd) <= far.size // 512:
-      return np.where(odd, info.min, far).astype(info.dtype), far[odd]
-  return far, far[:0]
+class _Symbols(NamedTuple):
+  """What is coded of n elements.
+
+  Attributes:
+    symbols: uint8 `[n]`.
+    raw: uint32, the raw bits of elements that have some.
+    values: the bits of elements with the symbol 0.
+    counts: int64 `[classes, 256]`, how often each symbol occurs.
+  """
+
+  symbols: np.ndarray
+  raw: np.ndarray
+  values: np.ndarray
+  counts: np.ndarray
+
+
+def _symbols(
+  bits: np.ndarray,
+  known: np.ndarray,
+  classes: np.ndarray,
+  shifts: Sequence[int],
+  dtype: np.dtype,
+) -> _Symbols:
+  """Divides elements `[n]` into symbols and raw bits, see `structured.Relative`."""
+  wide, last = np.promote_types(bits.dtype, np.int16), len(shifts) - 1
+  of_classes = np.array(shifts, np.uint8)
+  found = np.empty(bits.size, np.uint8)
+  counts = np.zeros(len(shifts) << 8, np.int64)
+  raw: list[np.ndarray] = [np.zeros(0, np.uint32)]
+  values: list[np.ndarray] = [bits[:0]]
+  for start in range(0, bits.size, _PART):
+    part = slice(start, start + _PART)
+    far = relative.indices(bits[part], dtype) - relative.indices(known[part], dtype)
+    far, own = far.astype(wide, copy=False), classes[part]
+    some = given.looked_up(of_classes, own)
+    (at,) = np.nonzero(some)
+    some, low = some[at], far[at].astype(np.int32)
+    (alone,) = np.nonzero(own == last)
+    numbers = relative.sign_last(bits[part][alone])
+    if shifts[-1]:
+      low[np.searchsorted(at, alone)] = numbers.astype(np.uint32).view(np.int32)
+    raw.append(low.view(np.uint32) & (np.uint32(1) << some) - np.uint32(1))
+    far[at] = low >> some
+    far += 128
+    odd = (far - 1).view(f'u{wide.itemsize}') >= 255
+    far[alone] = numbers >> shifts[-1]
+    odd[alone] = far[alone] == 0
+    (at,) = np.nonzero(odd)
+    far[at] = 0
+    values.append(bits[part][at])
+    found[part] = far
+    key = own.astype(np.uint16) << np.uint16(8)
+    key |= found[part]
+    counts += np.bincount(key, minlength=counts.size)
+  return _Symbols(
+    found, np.concatenate(raw), np.concatenate(values), counts.reshape(-1, 256)
+  )
+
+
+def _bands(counts: np.ndarray, shifts: Sequence[int]) -> tuple[list[int], list[int]]:
+  """Puts neighbouring classes of one shift together until they have many elements.
+
+  Args:
+    counts: `[classes, 256]`.
+    shifts: of the classes.
+
+  Returns:
+    The number of classes of each band, and its shift.
+  """
+  sizes = counts.sum(axis=1).tolist()
+  bands, of_bands, size = [1], [shifts[0]], sizes[0]
+  last = len(sizes) - 1
+  for i in range(1, len(sizes)):
+    if shifts[i] == of_bands[-1] and size < _PER_TABLE and i < last:
+      bands[-1] += 1
+      size += sizes[i]
+    else:
+      bands.append(1)
+      of_bands.append(shifts[i])
+      size = sizes[i]
+  return bands, of_bands
 
 
 # ---- factors -------------------------------------------------------------------------
 
 _LEAST_FACTORED = 64  # rows and columns of a matrix for which factors are tried
 _RANKS = (16, 64)  # the greatest rank that is tried first, and then
-_SKETCHED = 1 << 9  # rows that tell whether factors may be worth it
+_SKETCHED = 1 << 5  # rows for each rank that tell whether factors are worth it
+_BASIS = 1 << 10  # rows that tell the basis
 _TYPICAL = 1 << 14  # elements that tell the rounding error of the dtype
 _MORE = 8  # columns of a sketch beyond the rank
 _FINER = 5  # the differences that are left, over the error of rounded factors
@@ -303,22 +354,23 @@ def _factors(bits: np.ndarray, base: np.ndarray, dtype: np.dtype) -> _Factors | 
   floats = relative.mantissa_bits(dtype) if dtype.itemsize > 1 else None
   if floats is None or min(bits.shape) < _LEAST_FACTORED:
     return None
-  # Some rows tell whether there may be a product.
-  some = slice(None, None, max(len(bits) // _SKETCHED, 1))
   with np.errstate(all='ignore'):
     sizes = np.abs(_wide(base.reshape(-1)[:: -(-base.size // _TYPICAL)], dtype))
   # The rounding error of the dtype, at most numbers.
   least = float(np.nanmedian(sizes)) * 2.0 ** -(floats + 2)
-  far, scale = _differences(bits[some], base[some], dtype)
-  if not 1e-30 < scale < 1e30:
-    return None
   for most in _RANKS:
-    basis = _basis(far, most)
-    found = _product(far, basis, most, least / scale, len(bits))
+    # Some rows tell a basis, and some others whether it saves anything.
+    some = slice(None, None, -(-len(bits) // (_SKETCHED * most)))
+    far, scale = _differences(bits[some], base[some], dtype)
+    if not 1e-30 < scale < 1e30:
+      return None
+    basis = _basis(far[::2], most)
+    found = _product(far[1::2], basis, most, least / scale, len(bits))
     if found is None or len(found.right) < most:
       break
-  if found is not None and len(far) < len(bits):
+  if found is not None:
     far, scale = _differences(bits, base, dtype)
+    basis = _basis(far[:: -(-len(far) // _BASIS)], most)
     found = _product(far, basis, most, least / scale, len(bits))
   if found is None or not scale < 1e30:
     return None
@@ -405,39 +457,13 @@ def _random(rows: int, columns: int) -> np.ndarray:
 # ---- the choice ----------------------------------------------------------------------
 
 
-def _bits_of_leaf(leaf: structured.Relative, bits: np.ndarray) -> float:
-  """Estimates the bits that a leaf takes."""
-  total = float(_LEAF_BITS) + 4 * leaf.row_scales.size
+def _side_bits(leaf: structured.Relative) -> float:
+  """Estimates the bits of a leaf beside its symbols and raw bits."""
+  total = float(_LEAF_BITS) + 8 * leaf.head.size
   for factor in (leaf.left, leaf.right):
     if factor is not None:
       total += factor.size * math.log2(2 + 4 * float(np.abs(factor).mean()))
-  if leaf.column_scales is not None:
-    total += 6 * leaf.column_scales.size
-  for array in leaf.residuals:
-    total += _entropy(array.reshape(-1))
-  if leaf.exceptions is not None:
-    total += 8 * leaf.exceptions.nbytes
-  if leaf.values is not None:
-    values = leaf.values.reshape(-1).view(bits.dtype)
-    total += _bits_alone(values, leaf.dtype)
-  return total
-
-
-_SEGMENTS = 64  # of a sorted array, whose entropies are measured
-
-
-def _entropy(flat: np.ndarray) -> float:
-  """Estimates the bits of an array of integers that is sorted by their sizes."""
-  total = 0.0
-  for part in np.array_split(flat, min(_SEGMENTS, flat.size // 256 + 1)):
-    sample = part[:: max(part.size * _SEGMENTS // _SAMPLE, 1)]
-    if sample.size:
-      size = float(np.abs(sample.astype(np.float64)).mean())
-      # The entropy of a geometric distribution of this mean, and the signs.
-      some = size / (1 + size)
-      total += part.size * (math.log2(1 + size) + some)
-      total += part.size * size * math.log2(1 + 1 / size) if size else 0.0
-  return total
+  return total if leaf.values is None else total + 8 * leaf.values.nbytes
 
 
 def _bits_alone(bits: np.ndarray, dtype: np.dtype) -> float:

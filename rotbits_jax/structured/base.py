@@ -33,6 +33,8 @@ class Structured(abc.ABC):
     type_name: name of the class in the file format.
     needs: paths of the parameters that `materialize` takes, as in 'head/kernel'.
     needs_base: whether `materialize` takes an array of a base, see `relative`.
+    columns_first: whether the checksums of the array and of that of the base are those
+      of their transposes.
     expands_on_reading: whether the file reader puts the array in the place of the leaf.
       It is then computed on the host, and transforms do not change the leaf.
     expands_on_writing: whether the encoder puts the array in the place of the leaf,
@@ -44,6 +46,7 @@ class Structured(abc.ABC):
   type_name: ClassVar[str]
   needs: ClassVar[tuple[str, ...]] = ()
   needs_base: ClassVar[bool] = False
+  columns_first: bool = False
   expands_on_reading: ClassVar[bool] = False
   expands_on_writing: ClassVar[bool] = False
   config_fields: ClassVar[Mapping[str, str]] = types.MappingProxyType({})

@@ -5,10 +5,13 @@ base may have another dtype of floats, and then it is rounded to the target's. I
 have another length of the first axis: rows that it lacks are zeros, and rows that it
 has beyond the target's are not used.
 
+All of a leaf, the base too, may be that of the transposed array, which is in C order if
+the tensor of a kernel comes from PyTorch.
+
 * `Same`: the target is the base.
 * `Patched`: few elements differ. A mask tells which.
 * `Relative`: all elements may differ. Each is stored as the difference of ULP indices,
-  see `ulps`, and differences of one expected size lie together.
+  see `ulps`, and differences of one expected size share a frequency table.
 
 `passes.relative` chooses among them. Everything here is exact: integers, and sums of
 floats that are rounded once. Shape letters: R rows and C columns of the array taken as
@@ -16,14 +19,16 @@ a matrix.
 """
 
 from collections.abc import Callable, Iterator
-import itertools
 import math
 from typing import Annotated, Any, ClassVar, NamedTuple
+import zlib
 
 from flax import struct
 import ml_dtypes
 import numpy as np
 
+from rotbits_jax.coding import given
+from rotbits_jax.coding import tables
 from rotbits_jax.structured import ulps
 from rotbits_jax.structured.base import Structured
 from rotbits_jax.structured.base import register
@@ -39,7 +44,6 @@ EQUAL = -(1 << 15)
 MOST_SCALE = 8000
 """Bound of the other scales, so that sums of them fit int16."""
 
-WIDTH = 512  # columns of the arrays that store residuals and values
 MOST_CLASSES = 254
 _SINGLE = 1 << 18  # products of numbers for which BLAS takes no threads
 _BLOCK = 1 << 16  # elements that are taken together, so that they fit a cache
@@ -92,7 +96,7 @@ class _BesideBase(Structured):
 
   @property
   def shape(self) -> tuple[int, ...]:
-    return self.lengths
+    return self.lengths[::-1] if self.columns_first else self.lengths
 
   @property
   def dtype(self) -> Any:
@@ -103,6 +107,8 @@ class _BesideBase(Structured):
     return self
 
   def check_needed(self, *shapes: tuple[int, ...]) -> None:
+    if self.columns_first:
+      shapes = tuple(shape[::-1] for shape in shapes)
     if not all(_fits_shape(self.lengths, shape) for shape in shapes):
       raise ValueError(f'an array of {self.lengths} cannot be made from {shapes}')
 
@@ -116,6 +122,7 @@ class _BesideBase(Structured):
   def _base(self, needed: tuple[Any, ...]) -> np.ndarray:
     """Returns the base as the bits of the target's dtype: signed integers `[n]`."""
     (base,) = needed
+    base = base.T if self.columns_first else base
     if not fits(self.lengths, self.dtype, base.shape, np.dtype(base.dtype)):
       raise ValueError(
         f'an array of {self.name} {self.lengths} cannot be made from {base.dtype} '
@@ -123,8 +130,14 @@ class _BesideBase(Structured):
       )
     return base_bits(np.asarray(base), self.lengths, self.dtype)
 
+  def _check_values(self, values: Any) -> None:
+    kind = 'i', self.dtype.itemsize
+    if values is not None and (values.dtype.kind, values.dtype.itemsize) != kind:
+      raise ValueError(f'values of {self.name} cannot be {values.dtype}')
+
   def _array(self, bits: np.ndarray) -> np.ndarray:
-    return bits.view(self.dtype).reshape(self.lengths)
+    array = bits.view(self.dtype).reshape(self.lengths)
+    return array.T if self.columns_first else array
 
 
 def dtype_of(name: str) -> np.dtype:
@@ -166,7 +179,7 @@ class Same(_BesideBase):
   """The base itself.
 
   Attributes:
-    lengths: shape of the array.
+    lengths: shape of the array, or of its transpose.
     name: name of its dtype.
   """
 
@@ -174,6 +187,7 @@ class Same(_BesideBase):
 
   lengths: tuple[Length, ...] = static()
   name: Name = static()
+  columns_first: bool = static(default=False)
 
   def materialize(self, *needed: Any) -> np.ndarray:
     return self._array(self._base(needed))
@@ -184,287 +198,357 @@ class Same(_BesideBase):
 class Patched(_BesideBase):
   """The base, of which few elements are changed.
 
+  A mask has a bit for each element, 1 where it is changed, 8 to a byte from the lowest
+  on. `coding.given` codes its bytes, with the context 0, and then a symbol for each
+  changed element, with the context 1: 128 plus the difference of ULP indices; or 0 for
+  an element of `values`.
+
   Attributes:
-    mask: uint8 `[ceil(n / 8)]`; a bit for each element in C order, low bits first.
-    changes: int8, int16, int32 or int64 `[m]`: the difference of ULP indices of each
-      element whose bit is set, in C order. They add up modulo 2^w for a dtype of w
-      bits.
-    lengths: shape of the array.
+    coded: uint8, the bytes of `coding.given`.
+    values: elements that are far from the base, signed integers with their bits. None
+      if there are none.
+    lengths: shape of the array, or of its transpose.
     name: name of its dtype.
+    changes: the number of changed elements.
+    parts: how many bytes the tables have, and each block.
   """
 
   type_name: ClassVar[str] = 'patched'
 
-  mask: Annotated[Any, Array(1, np.dtype(np.uint8))]
-  changes: Annotated[Any, Array(1)]
+  coded: Annotated[Any, Array(1, np.dtype(np.uint8))]
+  values: Annotated[Any, Array(1, optional=True)]
   lengths: tuple[Length, ...] = static()
   name: Name = static()
+  changes: schema.Size = static()
+  parts: tuple[schema.Size, ...] = static()
+  columns_first: bool = static(default=False)
 
   @classmethod
   def of(cls, target: np.ndarray, base: np.ndarray) -> 'Patched':
     """Makes the leaf.
 
     Args:
-      target: the array.
+      target: the array; an element differs from the base.
       base: its base, see `base_bits`.
     """
-    bits = bits_of(target)
+    bits, dtype = bits_of(target), target.dtype
     changed = bits != base
     (places,) = np.nonzero(changed)
-    dtype = target.dtype
-    far = indices(bits[places], dtype) - indices(base[places], dtype)
+    own = bits[places]
+    far = indices(own, dtype) - indices(base[places], dtype)
+    far = far.astype(np.promote_types(far.dtype, np.int16), copy=False)
+    odd = (far <= -128) | (far > 127)
+    numbers = np.where(odd, 0, far + 128).astype(np.uint8)
+    mask = np.packbits(changed, bitorder='little')
+    counts = [np.bincount(x, minlength=given.ALPHABET) for x in (mask, numbers)]
+    frequencies = tables.quantize(np.stack(counts))
+    contexts = np.repeat(np.arange(2, dtype=np.uint8), (mask.size, numbers.size))
+    symbols, none = np.concatenate([mask, numbers]), np.zeros(0, np.uint32)
+    coded = given.encode(symbols, none, contexts, frequencies, (0, 0))
     return cls(
-      np.packbits(changed, bitorder='little'),
-      _shortest(far),
+      np.concatenate(coded),
+      own[odd] if odd.any() else None,
       target.shape,
       dtype.name,
+      places.size,
+      tuple(x.size for x in coded),
     )
 
   def materialize(self, *needed: Any) -> np.ndarray:
     bits = self._base(needed).copy()
-    mask = np.unpackbits(np.asarray(self.mask), count=bits.size, bitorder='little')
+    size = -(-bits.size // 8)
+    contexts = np.repeat(np.arange(2, dtype=np.uint8), (size, self.changes))
+    symbols = np.empty(contexts.size, np.uint8)
+
+    def write(start: int, own: np.ndarray, *_: np.ndarray) -> None:
+      symbols[start : start + own.size] = own
+
+    given.decode(np.asarray(self.coded), self.parts, contexts, (0, 0), write)
+    mask = np.unpackbits(symbols[:size], count=bits.size, bitorder='little')
     (places,) = np.nonzero(mask.view(bool))
-    if places.size != self.changes.size:
+    numbers = symbols[size:]
+    (odd,) = np.nonzero(numbers == 0)
+    values = np.zeros(0, bits.dtype) if self.values is None else self.values
+    if (places.size, odd.size) != (numbers.size, values.size):
       raise ValueError(
-        f'{places.size} changed elements have {self.changes.size} changes'
+        f'{places.size} changed elements, {odd.size} of them far, have '
+        f'{numbers.size} changes and {values.size} values'
       )
-    found = indices(bits[places], self.dtype) + self.changes.astype(bits.dtype)
-    bits[places] = _bits(found, self.dtype)
+    far = (numbers.astype(np.int16) - 128).astype(bits.dtype)
+    found = _bits(indices(bits[places], self.dtype) + far, self.dtype)
+    found[odd] = values
+    bits[places] = found
     return self._array(bits)
 
   def check(self) -> None:
     super().check()
-    size, changes = math.prod(self.lengths), self.changes
-    if self.mask.size != -(-size // 8) or changes.size > size:
-      raise ValueError(
-        f'an array of {self.lengths} cannot have a mask of {self.mask.size} bytes'
-      )
-    if changes.dtype.kind != 'i' or changes.dtype.itemsize > self.dtype.itemsize:
-      raise ValueError(f'changes of {self.name} cannot be {changes.dtype}')
+    size = math.prod(self.lengths)
+    if self.changes > size:
+      raise ValueError(f'an array of {self.lengths} cannot have {self.changes} changes')
+    self._check_values(self.values)
 
 
 @register
 @struct.dataclass
 class Relative(_BesideBase):
-  """Differences of ULP indices, sorted by their expected size.
+  """Differences of ULP indices, coded with a table for each expected size.
 
   The array is taken as a matrix of `width` columns. The expected size of a difference
   is the product of a scale of its row and a scale of its column. How many ULPs these
   are depends on the exponent of the base's number. Logarithms of both give the level of
-  an element, in steps of 2^(step - 3) octaves:
+  an element, in quarters of an octave:
 
-      level = (row_scales[i] + column_scales[j] - 8 e) >> step
-      class = min(max(level - first, 0), n)
+      level = (row_scales[i] + column_scales[j] - 8 e) >> 1
+      class = min(max(level - first, 0), n - 1)
 
-  e is the biased exponent, at least 1, and n the sum of `bands`.
+  e is the biased exponent, at least 1; 0 for integers. n is the number of classes, and
+  a band is some neighbouring ones. Each band has a frequency table and a shift s, and
+  an element has a number below 2^(s + 8): the difference plus 2^(s + 7). Elements of
+  the last band are so far from the base that the number is their own bits, the sign
+  moved to the lowest place. The top 8 bits of a number are a symbol, and the others are
+  raw. An element whose symbol is 0 is one of `values`.
 
-  e is 0 for integers. Elements are sorted by class, and stay in C order within a class.
-  Elements of class n are so far from the base that their own values are stored. Those
-  of the first `bands[0]` classes have their differences in `residuals_0`, those of the
-  next `bands[1]` in `residuals_1`, and so on. Rows of the scale `EQUAL` equal the base;
-  nothing else is stored of them.
+  Rows of the scale `EQUAL` equal the base; nothing else is stored of them. The elements
+  of the others, in C order, are coded by `coding.given`.
 
   If there are factors, the base's number b is replaced by a prediction before all this:
   `b + (left @ right)[i, j] 2^unit`, in float64, where b is finite, rounded to float32
   and then to the dtype.
 
   Attributes:
-    row_scales: int16 `[R]`, the scales of rows.
-    column_scales: int16 `[C]`, the scales of columns; None for zeros.
+    head: uint8, the scales and the bands, see `Head`.
     left: int16 `[R, k]`, or None.
     right: int16 `[k, C]`, or None.
-    residuals: for each band, int8, int16 or int32 `[m, 512]` in the order of the
-      classes, filled with zeros. The least integer of a dtype that is narrower than
-      that of the array marks an exception.
-    exceptions: `[m]`, the differences of exceptions, in this order; integers as wide as
-      the dtype. None if there are none.
-    values: `[m, 512]`, the elements of class n, filled with zeros. None if there are
-      none.
-    lengths: shape of the array.
+    coded: uint8, the bytes of `coding.given`.
+    values: the elements of the symbol 0, signed integers with their bits. None if there
+      are none.
+    lengths: shape of the array, or of its transpose.
     name: name of its dtype.
     width: C.
-    step: see above.
     first: the level of class 0.
-    bands: the number of classes of each band.
+    parts: how many bytes the tables have, and each block.
     unit: see above.
   """
 
   type_name: ClassVar[str] = 'relative'
 
-  row_scales: Annotated[Any, Array(1, np.dtype(np.int16))]
-  column_scales: Annotated[Any, Array(1, np.dtype(np.int16), optional=True)]
+  head: Annotated[Any, Array(1, np.dtype(np.uint8))]
   left: Annotated[Any, Array(2, np.dtype(np.int16), optional=True)]
   right: Annotated[Any, Array(2, np.dtype(np.int16), optional=True)]
-  residuals: Annotated[Any, Array(2, several=True)]
-  exceptions: Annotated[Any, Array(1, optional=True)]
-  values: Annotated[Any, Array(2, optional=True)]
+  coded: Annotated[Any, Array(1, np.dtype(np.uint8))]
+  values: Annotated[Any, Array(1, optional=True)]
   lengths: tuple[Length, ...] = static()
   name: Name = static()
   width: Length = static()
-  step: Annotated[int, schema.between(0, 3)] = static()
   first: Annotated[schema.Integer, schema.between(-10000, 10000)] = static()
-  bands: tuple[Annotated[int, schema.between(1, MOST_CLASSES)], ...] = static()
+  parts: tuple[schema.Size, ...] = static()
+  columns_first: bool = static(default=False)
   unit: Annotated[schema.Integer, schema.between(-900, 900)] = static(default=0)
 
-  def prediction(self, base: np.ndarray) -> Iterator['Block']:
-    """Yields the rows that differ in blocks, in C order, with their predictions.
+  def predicted(self, base: np.ndarray, own: np.ndarray | None) -> np.ndarray:
+    """Returns the bits that predict rows, `[r, C]`.
 
     Args:
       base: see `base_bits`.
+      own: the indices of the rows; None for all.
     """
     matrix = base.reshape(-1, max(self.width, 1))
-    (own,) = np.nonzero(np.asarray(self.row_scales) != EQUAL)
-    whole = own.size == len(matrix)
-    count = max(_BLOCK // max(self.width, 1), 1)
-    for start in range(0, own.size, count):
-      rows: Any = own[start : start + count]
-      if whole:
-        rows = slice(start, start + count)
-      for left in range(0, self.width, _BLOCK):
-        columns = slice(left, left + _BLOCK)
-        bits = np.ascontiguousarray(matrix[rows, columns])
-        yield Block(rows, columns, self._predicted(bits, rows, columns))
-
-  def _predicted(self, bits: np.ndarray, rows: Any, columns: slice) -> np.ndarray:
+    if own is not None:
+      matrix = matrix[own]
     if self.left is None or self.right is None:
-      return bits
-    base = bits.view(self.dtype)
-    left, right = self.left[rows], self.right[:, columns]
-    product = small_products(left.astype(np.float64), right.astype(np.float64))
-    with np.errstate(all='ignore'):
-      numbers = base.astype(np.float64)
-      numbers += np.ldexp(product, self.unit)
-      found = numbers.astype(np.float32).astype(self.dtype).view(bits.dtype)
-    return np.where(_is_finite(bits, self.dtype), found, bits)
-
-  def classes(self, block: 'Block') -> np.ndarray:
-    """Returns the classes of the elements of a block, uint8 `[n]`."""
-    level = levels(
-      block.bits,
-      self.row_scales[block.rows],
-      None if self.column_scales is None else self.column_scales[block.columns],
-      self.dtype,
-      self.step,
-    )
-    level -= np.int16(self.first)
-    return np.clip(level, 0, sum(self.bands)).astype(np.uint8).reshape(-1)
+      return matrix
+    found, left = np.empty_like(matrix), self.left if own is None else self.left[own]
+    right = self.right.astype(np.float64)
+    for rows in _row_parts(matrix.shape):
+      bits = matrix[rows]
+      product = small_products(left[rows].astype(np.float64), right)
+      with np.errstate(all='ignore'):
+        numbers = bits.view(self.dtype).astype(np.float64)
+        numbers += np.ldexp(product, self.unit)
+        near = numbers.astype(np.float32).astype(self.dtype).view(bits.dtype)
+      found[rows] = np.where(_is_finite(bits, self.dtype), near, bits)
+    return found
 
   def materialize(self, *needed: Any) -> np.ndarray:
-    base = self._base(needed)
-    count = sum(self.bands)
-    sizes = [np.zeros(count + 1, np.int64)]
-    blocks, classes = list(self.prediction(base)), []
-    for block in blocks:
-      classes.append(self.classes(block))
-      sizes.append(np.bincount(classes[-1], minlength=count + 1))
-    begins = np.cumsum(sizes, axis=0)
-    stream = self._stream(begins[-1])
-    begins = begins + np.concatenate([[0], np.cumsum(begins[-1])[:-1]])
-    found = base.copy()
-    matrix = found.reshape(-1, max(self.width, 1))
-    values = None if self.values is None else bits_of(np.asarray(self.values))
-    taken = 0
-    for i, (block, own) in enumerate(zip(blocks, classes, strict=True)):
-      order = np.argsort(own, kind='stable')
-      ends = begins[i + 1]
-      parts = [stream[a:b] for a, b in zip(begins[i], ends, strict=True) if a < b]
-      far = np.empty(own.size, stream.dtype)
-      far[order] = np.concatenate(parts)
-      own_bits = _bits(indices(block.bits.reshape(-1), self.dtype) + far, self.dtype)
-      if absolute := int(sizes[i + 1][-1]):
-        assert values is not None
-        own_bits[order[-absolute:]] = values[taken : taken + absolute]
-        taken += absolute
-      matrix[block.rows, block.columns] = own_bits.reshape(block.bits.shape)
-    return self._array(found)
+    base, dtype = self._base(needed), self.dtype
+    head = Head.from_bytes(self.head, math.prod(self.lengths), self.width)
+    own = head.own_rows
+    known = self.predicted(base, own)
+    classes = head.classes(known, dtype, self.first, int(head.bands.sum()))
+    places = given.looked_up(head.of_classes, classes.reshape(-1))
+    found, flat = np.empty_like(known), known.reshape(-1)
+    bits, wide = found.reshape(-1), np.promote_types(known.dtype, np.int16)
+    beyond = (128 << head.shifts.astype(np.int64)) - 128
+    beyond = beyond.astype(wide)
+    last = head.bands.size - 1
 
-  def _stream(self, sizes: np.ndarray) -> np.ndarray:
-    """Returns the differences of all elements by class; zeros for those of class n.
+    def write(start: int, symbols: np.ndarray, at: np.ndarray, far: np.ndarray) -> None:
+      for begin in range(0, symbols.size, _BLOCK):
+        part = slice(begin, begin + _BLOCK)
+        own = slice(start + begin, start + begin + symbols[part].size)
+        numbers, of_part = symbols[part].astype(wide), places[own]
+        some = slice(*np.searchsorted(at, (begin, begin + _BLOCK)))
+        where = at[some] - begin
+        numbers[where] = far[some]
+        (alone,) = np.nonzero(of_part == last)
+        of_alone = sign_first(numbers[alone], known.dtype)
+        numbers -= 128
+        numbers[where] -= beyond[of_part[where]]
+        numbers = numbers.astype(known.dtype, copy=False)
+        numbers += indices(flat[own], dtype)
+        numbers = _bits(numbers, dtype)
+        numbers[alone] = of_alone
+        bits[own] = numbers
 
-    Args:
-      sizes: the number of elements of each class.
-
-    Raises:
-      ValueError: if the arrays have other sizes.
-    """
-    wide = np.dtype(f'i{self.dtype.itemsize}')
-    stream, place, edge = np.zeros(sizes.sum(), wide), 0, 0
-    marked = []
-    for array, band in zip(self.residuals, self.bands, strict=True):
-      size = int(sizes[edge : edge + band].sum())
-      edge += band
-      flat = _unfilled(array, size, 'residuals')
-      stream[place : place + size] = flat
-      if array.dtype != wide:
-        marked.append(place + np.flatnonzero(flat == np.iinfo(array.dtype).min))
-      place += size
-    places = np.concatenate([np.zeros(0, np.int64), *marked])
-    exceptions = np.zeros(0, wide) if self.exceptions is None else self.exceptions
-    if places.size != exceptions.size:
-      raise ValueError(f'{places.size} exceptions are marked, got {exceptions.size}')
-    stream[places] = exceptions
-    values = np.zeros((0, WIDTH)) if self.values is None else self.values
-    _unfilled(values, int(sizes[-1]), 'values')
-    return stream
+    coded = np.asarray(self.coded)
+    odd = given.decode(coded, self.parts, places, head.shifts, write)
+    values = np.zeros(0, known.dtype) if self.values is None else self.values
+    if odd.size != values.size:
+      raise ValueError(f'{odd.size} elements have no symbol, got {values.size} values')
+    bits[odd] = values
+    if own is None:
+      return self._array(bits)
+    whole = base.copy()
+    whole.reshape(-1, max(self.width, 1))[own] = found
+    return self._array(whole)
 
   def check(self) -> None:
     super().check()
-    size, width, dtype = math.prod(self.lengths), self.width, self.dtype
-    if dtype.itemsize > 4 or self.row_scales.size * width != size:
-      raise ValueError(
-        f'an array of {self.name} {self.lengths} cannot have '
-        f'{self.row_scales.size} rows of {width}'
-      )
-    if self.column_scales is not None and self.column_scales.size != width:
-      raise ValueError(f'{width} columns cannot have {self.column_scales.size} scales')
-    for scales in (self.row_scales, self.column_scales):
-      if scales is not None and _greatest(scales[scales != EQUAL]) > MOST_SCALE:
-        raise ValueError(f'scales must be within {MOST_SCALE}')
-    if self.column_scales is not None and (self.column_scales == EQUAL).any():
-      raise ValueError('columns cannot be marked')
-    if sum(self.bands) > MOST_CLASSES or len(self.bands) != len(self.residuals):
-      raise ValueError(f'{len(self.residuals)} bands cannot have {self.bands} classes')
-    self._check_arrays()
-
-  def _check_arrays(self) -> None:
-    size, dtype = math.prod(self.lengths), self.dtype
-    for array in self.residuals:
-      if array.dtype.kind != 'i' or array.dtype.itemsize > dtype.itemsize:
-        raise ValueError(f'residuals of {self.name} cannot be {array.dtype}')
-    wide = np.dtype(f'i{dtype.itemsize}')
-    if self.exceptions is not None and self.exceptions.dtype != wide:
-      raise ValueError(f'exceptions of {self.name} cannot be {self.exceptions.dtype}')
-    stored = stored_dtype(dtype)
-    if self.values is not None and self.values.dtype != stored:
-      raise ValueError(f'values of {self.name} cannot be {self.values.dtype}')
-    arrays = [*self.residuals, *(() if self.values is None else (self.values,))]
-    if any(x.shape[1] != WIDTH for x in arrays):
-      raise ValueError(f'residuals and values must have {WIDTH} columns')
-    if sum(x.size for x in arrays) >= size + WIDTH * (len(arrays) + 1):
-      raise ValueError(f'an array of {self.lengths} has too many residuals')
+    dtype = self.dtype
+    if dtype.itemsize > 4:
+      raise ValueError(f'an array of {self.name} has no differences')
+    head = Head.from_bytes(self.head, math.prod(self.lengths), self.width)
+    if int(head.shifts.max()) + 8 > 8 * dtype.itemsize:
+      raise ValueError(f'differences of {self.name} cannot have {head.shifts.max()=}')
+    self._check_values(self.values)
     if (self.left is None) != (self.right is None):
       raise ValueError('one of two factors is missing')
     if self.left is not None and self.right is not None:
       shapes = self.left.shape, self.right.shape
       rank = shapes[0][1]
-      if shapes != ((self.row_scales.size, rank), (rank, self.width)) or rank > 1 << 12:
+      if shapes != ((head.rows.size, rank), (rank, self.width)) or rank > 1 << 12:
         raise ValueError(f'factors of shapes {shapes} do not fit {self.lengths}')
       if dtype not in _ROUNDED:
         raise ValueError(f'{self.name} has no factors')
 
 
-class Block(NamedTuple):
-  """A block of a matrix.
+def _row_parts(shape: tuple[int, ...]) -> Iterator[slice]:
+  """Yields parts of the rows of a matrix that fit a cache."""
+  step = max(_BLOCK // max(shape[1], 1), 1)
+  return (slice(start, start + step) for start in range(0, shape[0], step))
+
+
+def _parts(shape: tuple[int, ...]) -> Iterator[tuple[slice, slice]]:
+  """Yields parts of a matrix that fit a cache."""
+  for rows in _row_parts(shape):
+    for left in range(0, shape[1], _BLOCK):
+      yield rows, slice(left, left + _BLOCK)
+
+
+class Head(NamedTuple):
+  """The scales and the bands, see `Relative`.
 
   Attributes:
-    rows: a slice, or the indices of rows.
-    columns: a slice.
-    bits: the bits of the predicted numbers, `[r, c]`.
+    rows: int16 `[R]`, the scales of rows.
+    columns: int16 `[C]`, the scales of columns.
+    bands: uint8, the number of classes of each band.
+    shifts: uint8, the shift of each band.
   """
 
-  rows: Any
-  columns: slice
-  bits: np.ndarray
+  rows: np.ndarray
+  columns: np.ndarray
+  bands: np.ndarray
+  shifts: np.ndarray
+
+  @property
+  def of_classes(self) -> np.ndarray:
+    """The band of each class, uint8."""
+    return np.repeat(np.arange(self.bands.size, dtype=np.uint8), self.bands)
+
+  @property
+  def own_rows(self) -> np.ndarray | None:
+    """The indices of the rows that may differ; None if all may."""
+    (own,) = np.nonzero(self.rows != EQUAL)
+    return None if own.size == self.rows.size else own
+
+  def classes(
+    self, known: np.ndarray, dtype: np.dtype, first: int, count: int
+  ) -> np.ndarray:
+    """Returns the classes of elements, uint8 `[r, C]`.
+
+    Args:
+      known: see `Relative.predicted`.
+      dtype: dtype of the numbers.
+      first: the level of class 0.
+      count: the number of classes.
+    """
+    rows = self.rows if self.own_rows is None else self.rows[self.own_rows]
+    found, mantissa = np.empty(known.shape, np.uint8), mantissa_bits(dtype)
+    for part in _parts(known.shape):
+      bits = known[part]
+      level = rows[part[0]][:, None] + (self.columns[part[1]] - np.int16(2 * first))
+      if mantissa is not None:
+        exponents = (bits & np.iinfo(bits.dtype).max) >> mantissa
+        exponents = np.maximum(exponents, 1, out=exponents).astype(np.int16, copy=False)
+        exponents <<= 3
+        level -= exponents
+      level >>= 1
+      found[part] = np.clip(level, 0, count - 1, out=level)
+    return found
+
+  def to_bytes(self) -> np.ndarray:
+    """Returns the bytes, uint8: the inverse of `from_bytes`."""
+    both = np.concatenate([self.rows, self.columns]).astype('<i2').view(np.uint8)
+    parts = [bytes([self.bands.size]), self.bands.tobytes(), self.shifts.tobytes()]
+    packer = zlib.compressobj(9, zlib.DEFLATED, 15, 9, zlib.Z_FILTERED)
+    plain = b''.join([*parts, both.reshape(-1, 2).T.tobytes()])
+    return np.frombuffer(packer.compress(plain) + packer.flush(), np.uint8)
+
+  @classmethod
+  def from_bytes(cls, data: np.ndarray, size: int, width: int) -> 'Head':
+    """Returns the head of an array of `size` elements.
+
+    The bytes are a zlib stream of: the number of bands, the number of classes and the
+    shift of each band, the low bytes of the scales of rows and then of columns, and
+    their high bytes.
+
+    Raises:
+      ValueError: if the bytes are not such a head.
+    """
+    rows = size // width if width else 0
+    if rows * width != size:
+      raise ValueError(f'{size} elements cannot have rows of {width}')
+    unpacker, most = zlib.decompressobj(), 2 * (rows + width) + 512
+    try:
+      plain = unpacker.decompress(np.asarray(data).tobytes(), most)
+    except zlib.error as error:
+      raise ValueError(f'the head cannot be read: {error}') from error
+    count = plain[0] if plain else 0
+    wanted = 1 + 2 * count + 2 * (rows + width)
+    if not unpacker.eof or unpacker.unused_data or len(plain) != wanted or not count:
+      raise ValueError(f'the head is not that of {rows} rows and {width} columns')
+    of_bands = np.frombuffer(plain, np.uint8, 2 * count, 1).reshape(2, -1)
+    if not of_bands[0].all() or int(of_bands[0].sum()) > MOST_CLASSES:
+      raise ValueError(f'{count} bands cannot have {of_bands[0].sum()} classes')
+    both = np.frombuffer(plain, np.uint8, offset=1 + 2 * count).reshape(2, -1)
+    scales = both.T.copy().view('<i2').reshape(-1).astype(np.int16)
+    if _greatest(scales[scales != EQUAL]) > MOST_SCALE:
+      raise ValueError(f'scales must be within {MOST_SCALE}')
+    if (scales[rows:] == EQUAL).any():
+      raise ValueError('columns cannot be marked')
+    return cls(scales[:rows], scales[rows:], *of_bands)
+
+
+def sign_last(bits: np.ndarray) -> np.ndarray:
+  """Moves the sign of bits to the lowest place: unsigned integers."""
+  unsigned = bits.view(f'u{bits.itemsize}')
+  return unsigned << 1 | unsigned >> 8 * bits.itemsize - 1
+
+
+def sign_first(numbers: np.ndarray, dtype: np.dtype) -> np.ndarray:
+  """Returns bits of a signed dtype: the inverse of `sign_last`, of any integers."""
+  unsigned = numbers.astype(f'u{dtype.itemsize}')
+  return (unsigned >> 1 | unsigned << 8 * dtype.itemsize - 1).view(dtype)
 
 
 def small_products(left: np.ndarray, right: np.ndarray) -> np.ndarray:
@@ -481,41 +565,6 @@ def small_products(left: np.ndarray, right: np.ndarray) -> np.ndarray:
   return found
 
 
-def levels(
-  bits: np.ndarray,
-  rows: np.ndarray,
-  columns: np.ndarray | None,
-  dtype: np.dtype,
-  step: int,
-) -> np.ndarray:
-  """Returns the levels of elements, int16 `[r, c]`, see `Relative`.
-
-  Args:
-    bits: bits of the predicted numbers, `[r, c]`.
-    rows: int16 `[r]`.
-    columns: int16 `[c]`, or None for zeros.
-    dtype: dtype of the numbers.
-    step: see `Relative`.
-  """
-  found = np.empty(bits.shape, np.int16)
-  found[...] = np.asarray(rows)[:, None]
-  if columns is not None:
-    found += np.asarray(columns)
-  mantissa = mantissa_bits(dtype)
-  if mantissa is not None:
-    exponents = (bits & np.iinfo(bits.dtype).max) >> mantissa
-    exponents = np.maximum(exponents, 1, out=exponents).astype(np.int16, copy=False)
-    exponents <<= 3
-    found -= exponents
-  found >>= step
-  return found
-
-
-def stored_dtype(dtype: np.dtype) -> np.dtype:
-  """Returns the dtype of stored values: bit patterns where coders have no floats."""
-  return dtype if dtype in _ROUNDED else np.dtype(f'i{dtype.itemsize}')
-
-
 def indices(bits: np.ndarray, dtype: np.dtype) -> np.ndarray:
   """Returns the ULP indices of bits; integers stand for themselves."""
   return bits if dtype.kind in 'iub' else ulps.index(bits)
@@ -526,30 +575,6 @@ def _bits(found: np.ndarray, dtype: np.dtype) -> np.ndarray:
   return found if dtype.kind in 'iub' else ulps.number(found, found.dtype)
 
 
-def filled(flat: np.ndarray) -> np.ndarray:
-  """Returns an array with zeros at its end as rows of `WIDTH`."""
-  zeros = np.zeros(-flat.size % WIDTH, flat.dtype)
-  return np.concatenate([flat, zeros]).reshape(-1, WIDTH)
-
-
-def _unfilled(array: Any, size: int, noun: str) -> np.ndarray:
-  """Returns the first elements of rows: the inverse of `filled`."""
-  flat = np.asarray(array).reshape(-1)
-  if flat.size != size + -size % WIDTH:
-    raise ValueError(f'{size} {noun} cannot be in an array of {flat.size}')
-  return flat[:size]
-
-
-def _shortest(far: np.ndarray) -> np.ndarray:
-  """Returns integers in the shortest dtype that holds them all."""
-  most, least = int(far.max(initial=0)), int(far.min(initial=0))
-  for width in (1, 2, 4):
-    info = np.iinfo(f'i{width}')
-    if width < far.dtype.itemsize and info.min <= least and most <= info.max:
-      return far.astype(info.dtype)
-  return far
-
-
 def _is_finite(bits: np.ndarray, dtype: np.dtype) -> np.ndarray:
   infinite = np.array(np.inf, dtype).view(bits.dtype)
   return bits & np.iinfo(bits.dtype).max < infinite
@@ -557,8 +582,3 @@ def _is_finite(bits: np.ndarray, dtype: np.dtype) -> np.ndarray:
 
 def _greatest(scales: Any) -> int:
   return int(np.abs(np.asarray(scales, np.int32)).max(initial=0))
-
-
-def edges_of(bands: tuple[int, ...]) -> list[int]:
-  """Returns the first class of each band, and the class after the last."""
-  return [0, *itertools.accumulate(bands)]

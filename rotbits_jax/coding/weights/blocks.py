@@ -190,6 +190,34 @@ def encode(
     The words of the message, and the planes: uint8.
   """
   symbols, pieces = split(bits, count, layout)
+  coded = push(symbols, contexts, count, lanes, made)
+  widths = layouts.piece_widths(layout.raw_bits)
+  planes = [
+    packed(np.asarray(piece)[:count], width)
+    for piece, width in zip(pieces, widths, strict=True)
+  ]
+  return coded, planes
+
+
+def push(
+  symbols: np.ndarray | jax.Array,
+  contexts: Fill,
+  count: int,
+  lanes: int,
+  made: Tables,
+) -> np.ndarray:
+  """Encodes symbols on this thread.
+
+  Args:
+    symbols: uint16, at least n; those of a row's void places are 0.
+    contexts: as in `encode`.
+    count: as in `encode`.
+    lanes: as in `encode`.
+    made: as in `encode`.
+
+  Returns:
+    The words of the message: uint8.
+  """
   steps, places = -(-count // lanes), buffers.scratch('contexts', _ROOM, np.uint8)
   contexts(places[:count])
   state, words, moved = _push(
@@ -211,12 +239,7 @@ def encode(
   coded = rans.join_words(np.asarray(state)[:lanes], sizes, stacks)
   buffers.keep('words', words)
   buffers.keep('moved', moved)
-  widths = layouts.piece_widths(layout.raw_bits)
-  planes = [
-    _packed(np.asarray(piece)[:count], width)
-    for piece, width in zip(pieces, widths, strict=True)
-  ]
-  return coded.view(np.uint8), planes
+  return coded.view(np.uint8)
 
 
 def decode(
@@ -241,6 +264,31 @@ def decode(
     made: the tables.
     write: takes the bit patterns of the elements, unsigned integers `[n]`, and copies
       them; the array is used again afterwards.
+
+  Raises:
+    ValueError: if the bytes are not a block of n elements.
+  """
+  symbols = pop(coded, contexts, count, lanes, made)
+  bits = _join(symbols, planes, count, layout)
+  write(np.asarray(bits)[:count])
+  buffers.keep('bits', bits)
+
+
+def pop(
+  coded: np.ndarray, contexts: Fill, count: int, lanes: int, made: Tables
+) -> np.ndarray:
+  """Decodes symbols on this thread: the inverse of `push`.
+
+  Args:
+    coded: uint8, the words of the message.
+    contexts: as in `encode`.
+    count: as in `encode`.
+    lanes: as in `encode`.
+    made: as in `encode`.
+
+  Returns:
+    uint16 `[2^20]`, of which the first n are the symbols. The next call on this thread
+    uses the array again.
 
   Raises:
     ValueError: if the bytes are not a block of n elements.
@@ -274,10 +322,12 @@ def decode(
   # The sizes only fall, so the last ones are the least.
   state, left = map(np.asarray, popped)
   rans.check_empty(rans.Message(state, stacks, left, left, sizes))  # type: ignore[arg-type]
-  bits = _join(symbols, planes, count, lanes, layout)
-  write(np.asarray(bits)[:count])
+  flat = np.asarray(symbols)
+  if lanes < LANES:
+    rows, flat = flat.reshape(-1, LANES), buffers.scratch('symbols', _ROOM, np.uint16)
+    flat[: steps * lanes] = rows[:steps, :lanes].reshape(-1)
   buffers.keep('symbols', symbols)
-  buffers.keep('bits', bits)
+  return flat
 
 
 def planes_size(count: int, layout: layouts.Layout) -> int:
@@ -308,34 +358,23 @@ def split(
 
 
 def _join(
-  symbols: jax.Array,
-  planes: np.ndarray,
-  count: int,
-  lanes: int,
-  layout: layouts.Layout,
+  symbols: np.ndarray, planes: np.ndarray, count: int, layout: layouts.Layout
 ) -> jax.Array:
-  """Returns the bit patterns of elements, given rows of symbols and the planes."""
+  """Returns the bit patterns of elements, given their symbols and the planes."""
   room = _SMALL if count <= _SMALL else _ROOM
-  steps, flat = -(-count // lanes), np.asarray(symbols)
-  if lanes < LANES:
-    rows, flat = (
-      flat.reshape(-1, LANES),
-      buffers.scratch('symbols', _ROOM, np.uint16),
-    )
-    flat[: steps * lanes] = rows[:steps, :lanes].reshape(-1)
   pieces, position = [], 0
   for i, width in enumerate(layouts.piece_widths(layout.raw_bits)):
     size = -(-count * width // 8)
     piece = buffers.scratch(f'piece {i}', _ROOM, np.uint8)[:room]
-    _unpack(planes[position : position + size], width, piece[:count])
+    unpack(planes[position : position + size], width, piece[:count])
     pieces.append(piece)
     position += size
   least = layout.unsigned.type(layout.min_exponent)
   out = buffers.taken('bits', room, layout.unsigned)
-  return layouts.join(out, flat[:room], tuple(pieces), least, layout=layout.program)
+  return layouts.join(out, symbols[:room], tuple(pieces), least, layout=layout.program)
 
 
-def _packed(pieces: np.ndarray, width: int) -> np.ndarray:
+def packed(pieces: np.ndarray, width: int) -> np.ndarray:
   """Returns the plane of pieces, uint8 `[n]` below 2^width.
 
   The plane has `m = ceil(n width / 8)` bytes. Byte j holds, from its lowest bits on,
@@ -351,8 +390,8 @@ def _packed(pieces: np.ndarray, width: int) -> np.ndarray:
   return plane
 
 
-def _unpack(plane: np.ndarray, width: int, out: np.ndarray) -> None:
-  """Writes the pieces of a plane, `[n]`: the inverse of `_packed`."""
+def unpack(plane: np.ndarray, width: int, out: np.ndarray) -> None:
+  """Writes the pieces of a plane, `[n]`: the inverse of `packed`."""
   if width == 8:
     out[:] = plane
     return

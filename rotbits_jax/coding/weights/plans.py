@@ -125,6 +125,8 @@ def _candidates(array: np.ndarray) -> list[tuple[forms.Form | None, list[_Draft]
       found = [(None, [_Draft(array, layout)])]
   elif array.dtype.itemsize == 8:
     found.append(_drafted(*forms.halves(array)))
+  elif array.dtype == np.uint8 and _is_noise(array):
+    return found
   elif array.dtype.kind in 'iu':
     found = [(None, [_Draft(array, _of_integers(array))])]
   if is_uniform and np.count_nonzero(bits) > array.size // 2:
@@ -167,6 +169,18 @@ def _of_integers(array: np.ndarray) -> layouts.Int:
     if counts.size == 1 or (tables.entropy_bits(used) + raw) * stride > min(costs):
       return layouts.Int(array.dtype, least + int(np.argmin(costs)))
     counts = np.append(counts, [0] * (counts.size % 2)).reshape(-1, 2).sum(axis=1)
+
+
+_NOISE = 0.98  # bits of a bit, from which coding is not worth its time
+
+
+def _is_noise(array: np.ndarray) -> bool:
+  """Returns whether bytes, by the look of a sample, are coded or random already."""
+  sample = array.reshape(-1)[:: -(-array.size // _SAMPLE_OF_BYTES)]
+  counts = np.bincount(sample, minlength=256)
+  # A sample of n bytes has about 2^8 / (2 n ln 2) bits an element less than its source.
+  missing = 185 * np.count_nonzero(counts) / 256
+  return tables.entropy_bits(counts) + missing > 8 * _NOISE * sample.size
 
 
 def _copy_of(part: np.ndarray) -> blocks.Fill:
