@@ -168,17 +168,23 @@ def search(
     expected = _last_streams(reference, windows, bar)
     curve: dict[float, float] = {}
     step = PROBE
+    if calibrated:
+      estimates = (4 ** found.offsets[x] * kl for x, kl in found.sensitivities.items())
+      step = _next_step({PROBE: sum(estimates)}, max_kl)
     while len(curve) < _EVALUATIONS and step not in curve:
       bar.stage(f'2^{step:g}')
       rounding = passes.to_steps(step, found.offsets, found.inputs)
       rounded = _Arrays.rounded(context, rounding)
+      last = _last_streams(rounded, windows, bar)
       curve[step] = perplexity.mean_divergence(
         config,
         (reference.outer(), expected),
-        (rounded.outer(), _last_streams(rounded, windows, bar)),
+        (rounded.outer(), last),
         [length for _, length in cut],
       )
-      del rounded
+      if not math.isfinite(curve[step]):
+        raise ValueError('the predictions are not finite')
+      del rounded, last
       step = _next_step(curve, max_kl)
     bar.finish()
   below = [step for step, kl in curve.items() if kl <= max_kl]
