@@ -124,7 +124,7 @@ def estimate(
         cutter.add(record, given)
       del given
       bar.update()
-    sized = {}
+    sized: dict[str, float] = {}
     if cutter is not None:
       bar.stage('free, near')
       cut = cutter.made(start)
