@@ -1,13 +1,13 @@
 """Numbers whose contexts the decoder knows: coded with one frequency table for each.
 
 An element has a symbol below 256 and s raw bits; its context tells the table and the
-shift s. First come the tables, see `tables.to_bytes`, and then blocks of equally many
-elements, of which the last one has fewer. A block is a message of the symbols, see
-`weights.blocks`, and then the raw bits. Those of an element are cut into pieces from
-the lowest on, see `layouts.piece_widths`: of 8 bits and then of 4, 2 and 1, each at
-most once. Planes follow each other: the first pieces of 8 bits of all elements that
-have one, the second ones, the third ones, and the pieces of 4, of 2 and of 1 bits.
-`blocks.packed` packs a plane.
+shift s. Contexts without raw bits come before the others. First come the tables, see
+`tables.to_bytes`, and then blocks of equally many elements, of which the last one has
+fewer. A block is a message of the symbols, see `weights.blocks`, and then the raw bits.
+Those of an element are cut into pieces from the lowest on, see `layouts.piece_widths`:
+of 8 bits and then of 4, 2 and 1, each at most once. Planes follow each other: the first
+pieces of 8 bits of all elements that have one, the second ones, the third ones, and the
+pieces of 4, of 2 and of 1 bits. `blocks.packed` packs a plane.
 
 Shape letters: n elements, m elements with raw bits, K contexts.
 """
@@ -19,12 +19,14 @@ import numpy as np
 
 from rotbits_jax.coding import tables
 from rotbits_jax.coding.weights import blocks
+from rotbits_jax.coding.weights import buffers
 from rotbits_jax.coding.weights import pool
 
 ALPHABET = 256
 MOST_SHIFT = 24
 
 Write = Callable[[int, np.ndarray, np.ndarray, np.ndarray], None]
+"""Takes what is decoded of a block, see `decode`."""
 
 
 def encode(
@@ -48,15 +50,14 @@ def encode(
   """
   made, taken = blocks.tables_of(frequencies, decoding=False), 0
   found = [np.frombuffer(tables.to_bytes(frequencies), np.uint8)]
-  of_contexts = np.array(shifts, np.uint8)
+  of_contexts, first = np.array(shifts, np.uint8), _first(shifts)
   for part, lanes in _blocks(symbols.size):
     own = contexts[part]
-    widened = np.zeros(own.size + blocks.LANES, np.uint16)
+    widened = buffers.scratch('given', blocks.CAPACITY, np.uint16)
     widened[: own.size] = symbols[part]
     fill = functools.partial(_copy, own)
     pieces = [blocks.push(widened, fill, own.size, lanes, made)]
-    some = looked_up(of_contexts, own)
-    some = some[some > 0]
+    some = of_contexts[own[own >= first]]
     bits = raw[taken : taken + some.size]
     taken += some.size
     for width, at, low in _planes(some):
@@ -97,14 +98,13 @@ def decode(
     )
   frequencies = tables.from_bytes(data[: sizes[0]].tobytes(), len(shifts), ALPHABET)
   made = blocks.tables_of(frequencies, decoding=True)
-  of_contexts = np.array(shifts, np.uint8)
+  of_contexts, first = np.array(shifts, np.uint8), _first(shifts)
   ends = np.cumsum(sizes, dtype=np.int64).tolist()
 
   def job(part: slice, lanes: int, own: np.ndarray) -> np.ndarray:
     places = contexts[part]
-    some = looked_up(of_contexts, places)
-    (at,) = np.nonzero(some)
-    some = some[at]
+    (at,) = np.nonzero(places >= first)
+    some = of_contexts[places[at]]
     planes = [(*plane, -(-_count(plane[1]) * plane[0] // 8)) for plane in _planes(some)]
     words = own.size - sum(plane[-1] for plane in planes)
     if words < 0:
@@ -125,6 +125,18 @@ def decode(
     for pair, size, end in zip(parts, sizes[1:], ends[1:], strict=True)
   ]
   return np.concatenate([np.zeros(0, np.int64), *pool.run(jobs)])
+
+
+def _first(shifts: Sequence[int]) -> int:
+  """Returns the first context with raw bits.
+
+  Raises:
+    ValueError: if one without raw bits comes later.
+  """
+  first = sum(x == 0 for x in shifts)
+  if any(shifts[:first]):
+    raise ValueError('contexts without raw bits come last')
+  return first
 
 
 def looked_up(table: np.ndarray, indices: np.ndarray) -> np.ndarray:

@@ -333,8 +333,8 @@ class Reader:
       show_progress: whether to show the progress on stderr.
 
     Yields:
-      The name of each record, and its leaves by path. Layers come first; those of a
-      message come in reverse.
+      The name of each record, and its leaves by path, which may share the memory of
+      the base. Layers come first; those of a message come in reverse.
 
     Raises:
       ContainerError: if the file is damaged or incomplete.
@@ -358,7 +358,7 @@ class Reader:
         wanted = 1 if sizes[name] >= memory_lib.LARGE else 2
         for other in names[i + len(ahead) : i + wanted]:
           ahead.append(
-            start(functools.partial(self._records.decode, other, None, resolve))
+            start(functools.partial(self._records.decode, other, {}, resolve))
           )
           if other in held:
             kept[other] = ahead[-1]

@@ -161,6 +161,7 @@ class Records:
     Args:
       name: name of the record.
       memory: where to decode leaves to, see `memory.allocate`; new memory by default.
+        Leaves that it lacks may share the memory of the base, and have any strides.
       resolve: returns the parameters that leaves of the record need. By default they
         are decoded, too.
 
@@ -176,8 +177,9 @@ class Records:
       resolve = self.resolver(functools.cache(self.decode))
     with self.files[name].errors():
       try:
-        if memory is None:
+        if not memory:
           memory_lib.check(name, entry.decoded_bytes)
+        if memory is None:
           memory = memory_lib.allocate([entry])
         targets = [
           _target(leaf, specs, memory.get(entry.inner(leaf.path)))

@@ -265,12 +265,12 @@ def _symbols(
   bits: np.ndarray,
   known: np.ndarray,
   classes: np.ndarray,
-  shifts: Sequence[int],
+  shifts: list[int],
   dtype: np.dtype,
 ) -> _Symbols:
   """Divides elements `[n]` into symbols and raw bits, see `structured.Relative`."""
   wide, last = np.promote_types(bits.dtype, np.int16), len(shifts) - 1
-  of_classes = np.array(shifts, np.uint8)
+  of_classes, first = np.array(shifts, np.uint8), shifts.count(0)
   found = np.empty(bits.size, np.uint8)
   counts = np.zeros(len(shifts) << 8, np.int64)
   raw: list[np.ndarray] = [np.zeros(0, np.uint32)]
@@ -279,9 +279,8 @@ def _symbols(
     part = slice(start, start + _PART)
     far = relative.indices(bits[part], dtype) - relative.indices(known[part], dtype)
     far, own = far.astype(wide, copy=False), classes[part]
-    some = given.looked_up(of_classes, own)
-    (at,) = np.nonzero(some)
-    some, low = some[at], far[at].astype(np.int32)
+    (at,) = np.nonzero(own >= first)
+    some, low = of_classes[own[at]], far[at].astype(np.int32)
     (alone,) = np.nonzero(own == last)
     numbers = relative.sign_last(bits[part][alone])
     if shifts[-1]:

@@ -209,7 +209,7 @@ def push(
   """Encodes symbols on this thread.
 
   Args:
-    symbols: uint16, at least n; those of a row's void places are 0.
+    symbols: uint16, at least n, of which a jax.Array has 0 in a row's void places.
     contexts: as in `encode`.
     count: as in `encode`.
     lanes: as in `encode`.
