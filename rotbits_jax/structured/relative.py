@@ -401,7 +401,8 @@ class Relative(_BesideBase):
         bits[own] = numbers
 
     coded = np.asarray(self.coded)
-    odd = given.decode(coded, self.parts, places, head.shifts, write)
+    shifts = head.shifts.tolist()
+    odd = given.decode(coded, self.parts, places, shifts, write)
     values = np.zeros(0, known.dtype) if self.values is None else self.values
     if odd.size != values.size:
       raise ValueError(f'{odd.size} elements have no symbol, got {values.size} values')

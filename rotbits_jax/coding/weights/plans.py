@@ -180,7 +180,7 @@ def _is_noise(array: np.ndarray) -> bool:
   counts = np.bincount(sample, minlength=256)
   # A sample of n bytes has about 2^8 / (2 n ln 2) bits an element less than its source.
   missing = 185 * np.count_nonzero(counts) / 256
-  return tables.entropy_bits(counts) + missing > 8 * _NOISE * sample.size
+  return bool(tables.entropy_bits(counts) + missing > 8 * _NOISE * sample.size)
 
 
 def _copy_of(part: np.ndarray) -> blocks.Fill:
