@@ -337,7 +337,7 @@ def torch_files() -> list[bytes]:
   with tempfile.TemporaryDirectory() as folder:
     path = pathlib.Path(folder) / 'x.pt'
     specs = {name: lazy.TensorSpec(x.shape, x.dtype) for name, x in tensors.items()}
-    writer = torch_zip.Writer(path, specs, 'x')
+    writer = torch_zip.TorchZipWriter(path, specs, 'x')
     for name, x in tensors.items():
       writer.add(name, lazy.row_major(x))
     writer.close()

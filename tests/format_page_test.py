@@ -42,7 +42,7 @@ def without_defaults(cls, **fields):
 
 
 COUNTS = manifest.Counts(elements=1, bytes=1)
-SAVING = manifest.Saving(name='x', elements=0, bytes=0, notes=())
+SAVING = manifest.SavingEntry(name='x', elements=0, bytes=0, notes=())
 DEFLATED = manifest.Deflated(nbytes=0, crc32=0, size=0)
 
 
@@ -65,7 +65,7 @@ def leaf():
 
 def record():
   return without_defaults(
-    manifest.Record,
+    manifest.RecordEntry,
     name='a',
     nbytes=0,
     crc32=0,
@@ -80,11 +80,11 @@ def record():
 
 def weights_file():
   layout = checkpoints.WeightsFile(name='x', nbytes=0, places=())
-  return manifest.WeightsFile(layout=layout, gaps=DEFLATED)
+  return manifest.WeightsFileEntry(layout=layout, gaps=DEFLATED)
 
 
 def message():
-  return manifest.Message(
+  return manifest.MessageEntry(
     coder='other', layout={}, streams={}, input=COUNTS, savings=(SAVING,)
   )
 
@@ -131,7 +131,7 @@ def test_fields_of_objects(subtests):
 
 
 def test_fields_of_the_index():
-  assert documented('index, a JSON object in a file') == field_names(shards.Index)
+  assert documented('index, a JSON object in a file') == field_names(shards.ShardIndex)
   (row,) = re.findall(r'^\| `metadata` \| object: (.*)', PAGES, re.M)
   assert field_names(shards.Metadata) == names(row) - {'manifest'}
 

@@ -291,7 +291,7 @@ class RecoveryTest(parameterized.TestCase):
     rng = np.random.default_rng(0)
     shape = (3, haar.num_cells(4, 3))
     extra = rng.integers(0, 3, shape)
-    correction = haar.Correction(
+    correction = haar.FrameCorrection(
       flips=jnp.asarray(rng.integers(0, 2, (3, 3)), bool),
       cells=correction_lib.Correction(
         base=jnp.ones((3, 3), jnp.uint8),

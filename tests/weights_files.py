@@ -24,12 +24,12 @@ def read_safetensors(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
 
 def write_torch(path: pathlib.Path, tensors: Tensors, stem: str) -> None:
   """Writes a file whose top folder in the zip is the stem."""
-  _write(torch_zip.Writer(path, _specs(tensors), stem), tensors)
+  _write(torch_zip.TorchZipWriter(path, _specs(tensors), stem), tensors)
 
 
 def write_safetensors(path: pathlib.Path, tensors: Tensors) -> None:
   shards = {path.name: _specs(tensors)}
-  _write(safetensors_files.Writer(path.parent, shards), tensors)
+  _write(safetensors_files.SafetensorsWriter(path.parent, shards), tensors)
 
 
 def _specs(tensors: Tensors) -> dict[str, lazy.TensorSpec]:
@@ -37,7 +37,8 @@ def _specs(tensors: Tensors) -> dict[str, lazy.TensorSpec]:
 
 
 def _write(
-  writer: torch_zip.Writer | safetensors_files.Writer, tensors: Tensors
+  writer: torch_zip.TorchZipWriter | safetensors_files.SafetensorsWriter,
+  tensors: Tensors,
 ) -> None:
   for name, tensor in tensors.items():
     writer.add(name, lazy.row_major(tensor))

@@ -46,7 +46,7 @@ _IGNORED = frozenset([
 ])  # fmt: skip
 
 
-class Source(Protocol):
+class AdaptedModel(Protocol):
   """The model of an adapter."""
 
   @property
@@ -69,7 +69,7 @@ class Adapter(NamedTuple):
 
   name: str
   config: dict[str, Any]
-  entries: Mapping[str, tensors_lib.Entry]
+  entries: Mapping[str, tensors_lib.ExpectedTensor]
   factors: Mapping[str, structured.LowRank]
 
   def files(self, factors: Mapping[str, structured.LowRank]) -> dict[str, bytes]:
@@ -91,7 +91,7 @@ class Adapter(NamedTuple):
     }
 
 
-def read_adapter(path: str | os.PathLike[str], source: Source) -> Adapter:
+def read_adapter(path: str | os.PathLike[str], source: AdaptedModel) -> Adapter:
   """Reads an adapter.
 
   Args:
@@ -118,7 +118,7 @@ def read_adapter(path: str | os.PathLike[str], source: Source) -> Adapter:
   found = safetensors_files.open_file(folder / _WEIGHTS)
   named = tensors_lib.entries(source.config).values()
   known = {entry.name: entry for own in named for entry in own if not entry.experts}
-  entries: dict[str, tensors_lib.Entry] = {}
+  entries: dict[str, tensors_lib.ExpectedTensor] = {}
   for name in [name for name in found if _COPY.fullmatch(name)]:
     _check_copy(known, source, name, found.pop(name), str(folder / _WEIGHTS))
   for name in found:
@@ -175,8 +175,8 @@ def _check_config(parsed: Any, where: str) -> None:
 
 
 def _check_copy(
-  known: Mapping[str, tensors_lib.Entry],
-  source: Source,
+  known: Mapping[str, tensors_lib.ExpectedTensor],
+  source: AdaptedModel,
   name: str,
   tensor: lazy.LazyTensor,
   where: str,
@@ -199,7 +199,7 @@ def _check_copy(
   raise errors.CheckpointError(f'{where}: {name} is not the weight of the model')
 
 
-def _name(module: str, side: str, entry: tensors_lib.Entry) -> str:
+def _name(module: str, side: str, entry: tensors_lib.ExpectedTensor) -> str:
   """Returns the name that PEFT gives to a factor."""
   kind = f'{side}.weight' if entry.transposed else f'embedding_{side}'
   return f'base_model.model.{module}.lora_{kind}'

@@ -15,7 +15,7 @@ import numpy as np
 from rotbits_jax import structured
 
 
-class Parts(NamedTuple):
+class BlockFields(NamedTuple):
   """The fields of `structured.Quantized` for n blocks, `[n, ...]`."""
 
   codes: np.ndarray
@@ -36,7 +36,7 @@ class Type(NamedTuple):
 
   elements: int
   nbytes: int
-  split: Callable[[np.ndarray], Parts]
+  split: Callable[[np.ndarray], BlockFields]
 
 
 def quantized(
@@ -52,7 +52,7 @@ def quantized(
   """
   parts = block.split(data.reshape(-1, block.nbytes))
   rows = lambda x: None if x is None else x.reshape(shape[0], -1)
-  fields: dict[str, Any] = dict(zip(Parts._fields, map(rows, parts), strict=True))
+  fields: dict[str, Any] = dict(zip(BlockFields._fields, map(rows, parts), strict=True))
   return structured.Quantized(**fields | {'name': dtype.name})
 
 
@@ -77,14 +77,14 @@ def _signed(codes: np.ndarray, zero: int) -> np.ndarray:
   return codes.astype(np.int8) - np.int8(zero)
 
 
-def _q4_0(blocks: np.ndarray) -> Parts:
+def _q4_0(blocks: np.ndarray) -> BlockFields:
   scale, codes = _columns(blocks, 2, 16)
-  return Parts(_signed(_unpack(codes, 4, 16), 8), _halves(scale))
+  return BlockFields(_signed(_unpack(codes, 4, 16), 8), _halves(scale))
 
 
-def _q4_1(blocks: np.ndarray) -> Parts:
+def _q4_1(blocks: np.ndarray) -> BlockFields:
   scale, offset, codes = _columns(blocks, 2, 2, 16)
-  return Parts(_unpack(codes, 4, 16), _halves(scale), _halves(offset))
+  return BlockFields(_unpack(codes, 4, 16), _halves(scale), _halves(offset))
 
 
 def _five_bits(high: np.ndarray, low: np.ndarray) -> np.ndarray:
@@ -92,32 +92,34 @@ def _five_bits(high: np.ndarray, low: np.ndarray) -> np.ndarray:
   return _unpack(low, 4, 16) | top << np.uint8(4)
 
 
-def _q5_0(blocks: np.ndarray) -> Parts:
+def _q5_0(blocks: np.ndarray) -> BlockFields:
   scale, high, low = _columns(blocks, 2, 4, 16)
-  return Parts(_signed(_five_bits(high, low), 16), _halves(scale))
+  return BlockFields(_signed(_five_bits(high, low), 16), _halves(scale))
 
 
-def _q5_1(blocks: np.ndarray) -> Parts:
+def _q5_1(blocks: np.ndarray) -> BlockFields:
   scale, offset, high, low = _columns(blocks, 2, 2, 4, 16)
-  return Parts(_five_bits(high, low), _halves(scale), _halves(offset))
+  return BlockFields(_five_bits(high, low), _halves(scale), _halves(offset))
 
 
-def _q8_0(blocks: np.ndarray) -> Parts:
+def _q8_0(blocks: np.ndarray) -> BlockFields:
   scale, codes = _columns(blocks, 2, 32)
-  return Parts(np.ascontiguousarray(codes).view(np.int8), _halves(scale))
+  return BlockFields(np.ascontiguousarray(codes).view(np.int8), _halves(scale))
 
 
-def _q2_k(blocks: np.ndarray) -> Parts:
+def _q2_k(blocks: np.ndarray) -> BlockFields:
   both, codes, unit, least = _columns(blocks, 16, 64, 2, 2)
   scales, offsets = both & np.uint8(15), both >> np.uint8(4)
-  return Parts(_unpack(codes, 2, 32), scales, offsets, _halves(unit), -_halves(least))
+  return BlockFields(
+    _unpack(codes, 2, 32), scales, offsets, _halves(unit), -_halves(least)
+  )
 
 
-def _q3_k(blocks: np.ndarray) -> Parts:
+def _q3_k(blocks: np.ndarray) -> BlockFields:
   high, low, low_scales, high_scales, unit = _columns(blocks, 32, 64, 8, 4, 2)
   codes = _unpack(low, 2, 32) | _unpack(high, 1, 32) << np.uint8(2)
   scales = _unpack(low_scales, 4, 8) | _unpack(high_scales, 2, 4) << np.uint8(4)
-  return Parts(_signed(codes, 4), _signed(scales, 32), scale_units=_halves(unit))
+  return BlockFields(_signed(codes, 4), _signed(scales, 32), scale_units=_halves(unit))
 
 
 def _six_bits(data: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -132,23 +134,23 @@ def _six_bits(data: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
   )
 
 
-def _q4_k(blocks: np.ndarray) -> Parts:
+def _q4_k(blocks: np.ndarray) -> BlockFields:
   unit, least, both, codes = _columns(blocks, 2, 2, 12, 128)
   units = _halves(unit), -_halves(least)
-  return Parts(_unpack(codes, 4, 32), *_six_bits(both), *units)
+  return BlockFields(_unpack(codes, 4, 32), *_six_bits(both), *units)
 
 
-def _q5_k(blocks: np.ndarray) -> Parts:
+def _q5_k(blocks: np.ndarray) -> BlockFields:
   unit, least, both, high, low = _columns(blocks, 2, 2, 12, 32, 128)
   codes = _unpack(low, 4, 32) | _unpack(high, 1, 32) << np.uint8(4)
-  return Parts(codes, *_six_bits(both), _halves(unit), -_halves(least))
+  return BlockFields(codes, *_six_bits(both), _halves(unit), -_halves(least))
 
 
-def _q6_k(blocks: np.ndarray) -> Parts:
+def _q6_k(blocks: np.ndarray) -> BlockFields:
   low, high, scales, unit = _columns(blocks, 128, 64, 16, 2)
   codes = _unpack(low, 4, 64) | _unpack(high, 2, 32) << np.uint8(4)
   scales = np.ascontiguousarray(scales).view(np.int8)
-  return Parts(_signed(codes, 32), scales, scale_units=_halves(unit))
+  return BlockFields(_signed(codes, 32), scales, scale_units=_halves(unit))
 
 
 TYPES: dict[int, Type] = {

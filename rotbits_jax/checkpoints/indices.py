@@ -23,7 +23,7 @@ _MOST_BYTES = 1 << 25  # the largest checkpoints have an index of 14 MB
 
 
 @dataclasses.dataclass(frozen=True)
-class Index:
+class WeightIndex:
   """The content of an index.
 
   Attributes:
@@ -56,7 +56,7 @@ def shards(content: bytes, where: str) -> dict[str, list[str]]:
   """
   value = attributes.parse_json(content, where, most=_MOST_BYTES)
   try:
-    index = schema.load(Index, value, where)
+    index = schema.load(WeightIndex, value, where)
   except schema.SchemaError as e:
     raise errors.CheckpointError(str(e)) from e
   found: dict[str, list[str]] = {}

@@ -239,7 +239,7 @@ def from_tensors(
 
 def _match(
   tensors: Mapping[str, lazy.LazyTensor], config: models.ModelConfig
-) -> dict[str, list[tensors_lib.Entry]]:
+) -> dict[str, list[tensors_lib.ExpectedTensor]]:
   """Returns the entries of all records, after checking the tensors.
 
   Raises:

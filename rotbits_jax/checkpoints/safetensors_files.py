@@ -179,7 +179,7 @@ def plan_shards(specs: Specs, shard_size: int | None) -> dict[str, Specs]:
   }
 
 
-class Writer(staging.PlacedWriter):
+class SafetensorsWriter(staging.PlacedWriter):
   """Writes safetensors files. Tensors are added one at a time, in any order.
 
   The constructor writes the headers, with the metadata that Hugging Face expects.

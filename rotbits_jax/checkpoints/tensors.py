@@ -17,7 +17,7 @@ from rotbits_jax.checkpoints import families
 from rotbits_jax.system import host
 
 
-class Entry(NamedTuple):
+class ExpectedTensor(NamedTuple):
   """A tensor that a checkpoint with a given config must have, or one of each expert.
 
   Attributes:
@@ -115,7 +115,7 @@ class Entry(NamedTuple):
 
 def entries(
   config: models.ModelConfig, factored: Mapping[str, factors.Factored] | None = None
-) -> dict[str, list[Entry]]:
+) -> dict[str, list[ExpectedTensor]]:
   """Returns the tensors of a checkpoint by record, see `models.names`.
 
   Args:
@@ -140,7 +140,7 @@ def _entries(
   prefix: str,
   path_prefix: str,
   factored: Mapping[str, factors.Factored],
-) -> list[Entry]:
+) -> list[ExpectedTensor]:
   flat, found, renamed = structured.flatten(shapes), [], {}
   for row in rows:
     if row.paths[0] not in flat:  # the model has no such tensor
@@ -156,7 +156,9 @@ def _entries(
     if pair is not None:
       renamed[f'{name.removesuffix(".weight")}.bias'] = pair.names_of(name).bias
     name = renamed.get(name, name)
-    found.append(Entry(name, shape, paths, lengths, row.transposed, pair, experts))
+    found.append(
+      ExpectedTensor(name, shape, paths, lengths, row.transposed, pair, experts)
+    )
   return found
 
 

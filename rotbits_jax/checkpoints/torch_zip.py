@@ -429,7 +429,7 @@ def _tensor(name: str, view: Any, members: _Members) -> lazy.LazyTensor:
   return lazy.LazyTensor(shape, dtype, read)
 
 
-class Writer:
+class TorchZipWriter:
   """Writes a file as `torch.save` would. Tensors are added one at a time, in any order.
 
   `torch.load(path, weights_only=True)` reads the file. Each tensor is contiguous and

@@ -54,7 +54,7 @@ _CLASSES = {
 
 
 class GramEntry(NamedTuple):
-  """The two tensors of a shortcut that is stored as factors; see `tensors.Entry`.
+  """The two tensors of a shortcut that is stored as factors.
 
   Attributes:
     name: name of the shortcut.
@@ -103,7 +103,7 @@ def thin_shortcuts(leaves: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
 
 def entries(
   config: models.ModelConfig, ranks: Ranks
-) -> Iterator[tensors_lib.Entry | GramEntry]:
+) -> Iterator[tensors_lib.ExpectedTensor | GramEntry]:
   """Yields the tensors of a sliced model.
 
   Args:
@@ -119,7 +119,9 @@ def entries(
       yield GramEntry(name, entry.shape, entry.paths, ranks[path])
     else:
       shape = entry.shape[::-1]
-      yield tensors_lib.Entry(f'{name}.weight', shape, entry.paths, shape[:1], True)
+      yield tensors_lib.ExpectedTensor(
+        f'{name}.weight', shape, entry.paths, shape[:1], True
+      )
 
 
 def sidecars(

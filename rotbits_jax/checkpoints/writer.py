@@ -23,7 +23,7 @@ from rotbits_jax.checkpoints import transformers_files
 from rotbits_jax.checkpoints.contents import CONFIG
 
 Format = Literal['safetensors', 'slicegpt', 'transformers']
-_Entry: TypeAlias = tensors_lib.Entry | transformers_files.GramEntry
+_Entry: TypeAlias = tensors_lib.ExpectedTensor | transformers_files.GramEntry
 Dtypes: TypeAlias = Mapping[str, DTypeLike] | np.dtype | type[Any] | str
 
 
@@ -198,8 +198,8 @@ class CheckpointWriter(staging.StagedWriter):
   def _open(self, folder: pathlib.Path) -> staging.TensorWriter:
     if self._format == 'slicegpt':
       path = folder / f'{self._stem}.pt'
-      return torch_zip.Writer(path, self._specs, str(self._stem))
-    return safetensors_files.Writer(folder, self._shards)
+      return torch_zip.TorchZipWriter(path, self._specs, str(self._stem))
+    return safetensors_files.SafetensorsWriter(folder, self._shards)
 
   def _check(self, entry: _Entry, path: str, leaf: Any) -> None:
     """Checks that a parameter is as planned.

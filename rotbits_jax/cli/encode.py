@@ -222,7 +222,7 @@ def _define_options() -> dict[str, flags.FlagHolder[Any]]:
 _OPTIONS = _define_options()
 
 
-class Choice(NamedTuple):
+class PresetChoice(NamedTuple):
   """What the flags choose.
 
   Attributes:
@@ -234,7 +234,7 @@ class Choice(NamedTuple):
 
   name: str
   options: dict[str, Any]
-  found: steps.Found | None = None
+  found: steps.SearchResult | None = None
   target_size: int | None = None
 
   @property
@@ -242,7 +242,7 @@ class Choice(NamedTuple):
     return presets.make(self.name, **self.options).keeps
 
 
-def read_choice(name: str, elements: int) -> Choice:
+def read_choice(name: str, elements: int) -> PresetChoice:
   """Reads the preset and its options from the flags.
 
   Args:
@@ -265,7 +265,7 @@ def read_choice(name: str, elements: int) -> Choice:
     fields.pop('experiment', None)  # `rotbits accounting` takes it
     if 'preset' not in fields:
       raise ValueError('--config has no field preset')
-    return Choice(fields.pop('preset'), fields)
+    return PresetChoice(fields.pop('preset'), fields)
   name = _PRESET.value or name
   own = {*inspect.signature(presets.known()[name]).parameters}
   own |= {x.name for x in of_near} if name == 'near' else set()
@@ -281,10 +281,10 @@ def read_choice(name: str, elements: int) -> Choice:
   if max_kl is not None and text is None:
     raise ValueError('--max_kl and --text are needed together')
   if not goals:
-    return Choice(name, options)
+    return PresetChoice(name, options)
   output = outputs.resolved(_OUTPUT.value)
   outputs.check(output, overwrite=_OVERWRITE.value)
-  found: steps.Found | steps.Calibration | None = None
+  found: steps.SearchResult | steps.Calibration | None = None
   if text is not None:
     given = checkpoints.open_checkpoint(_CHECKPOINT.value)
     tokens = program.read_tokens(given.files, given.config, program.read_text(text))
@@ -298,11 +298,11 @@ def read_choice(name: str, elements: int) -> Choice:
     else:
       found = steps.search(given, tokens, max_kl=max_kl, **settings)
     options |= {'offsets': found.offsets, 'inputs': found.inputs}
-  if isinstance(found, steps.Found):
-    return Choice(name, options | {'step': found.step}, found)
+  if isinstance(found, steps.SearchResult):
+    return PresetChoice(name, options | {'step': found.step}, found)
   if bits is not None:
     target = int(bits * elements / 8)
-  return Choice(name, options, target_size=target)
+  return PresetChoice(name, options, target_size=target)
 
 
 BACK = {
@@ -314,7 +314,7 @@ BACK = {
 
 
 def last_line(
-  report: savings.Report, given: int, seconds: float, choice: Choice
+  report: savings.Report, given: int, seconds: float, choice: PresetChoice
 ) -> str:
   """Returns the line with which the command ends.
 

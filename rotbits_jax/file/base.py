@@ -31,7 +31,7 @@ _PREFIXES = ('base_model.', 'model.', 'module.', 'transformer.', '_orig_mod.')
 _MOST_RECORDS = 4  # that are held, because records are decoded side by side
 
 
-class Source(Protocol):
+class BaseSource(Protocol):
   """The source of a base, see `sources.Source`."""
 
   @property
@@ -65,7 +65,7 @@ class Base:
     config: config of the model; None for plain arrays.
   """
 
-  def __init__(self, source: Source, *, plain: bool):
+  def __init__(self, source: BaseSource, *, plain: bool):
     """Reads names, shapes and dtypes.
 
     Args:
@@ -173,7 +173,7 @@ class Base:
     pairs = zip(jobs, weights.run(jobs.values()), strict=True)
     return {path: own for path, own in pairs if own is not None}
 
-  def holds(self, entry: manifest_lib.Record) -> bool:
+  def holds(self, entry: manifest_lib.RecordEntry) -> bool:
     """Returns whether the base has the arrays that a record was encoded beside."""
     try:
       for leaf in entry.leaves:

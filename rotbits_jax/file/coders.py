@@ -95,7 +95,7 @@ class ModelCoder(NamedTuple):
     refuse: takes a source; raises a ValueError if its model cannot be coded.
     encode: takes a source, the options, and a function that takes the words of the
       first stream, piece after piece; returns the layout (JSON values), the other
-      streams by name, and the saving, see `paper.Encoded`.
+      streams by name, and the saving, see `paper.EncodedModel`.
     decode: takes the options, the layout, the streams by name and the config; yields
       the parameters as pairs (path, array).
     dtypes: takes the layout; returns the dtype of each parameter by path.

@@ -391,7 +391,7 @@ class Job:
       lambda words: writer.extend(first, words),
       progress=bar.shown,
     )
-    saving = manifest_lib.Saving(**encoded.saving._asdict())
+    saving = manifest_lib.SavingEntry(**encoded.saving._asdict())
     own = [x for name, x in self.counts.items() if name != models.names.BUFFERS]
     writer.add_message(
       {first: None, **{name: encoded.streams[name] for name in others}},

@@ -29,7 +29,7 @@ from rotbits_jax.system import strict_json
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Entry:
+class JournalEntry:
   """A record that is written.
 
   Attributes:
@@ -40,7 +40,7 @@ class Entry:
   """
 
   shard: str
-  record: manifest_lib.Record
+  record: manifest_lib.RecordEntry
   sources: dict[str, schema.Crc32]
 
 
@@ -69,7 +69,7 @@ class Journal:
     self._process, self._folder = process, self._root / f'process-{process}'
     self._path = self._folder / 'journal.jsonl'
     self._fingerprint = fingerprint
-    self.done: list[Entry] = []
+    self.done: list[JournalEntry] = []
     self.state: list[np.ndarray] | None = None
 
   def __enter__(self) -> Self:
@@ -129,7 +129,7 @@ class Journal:
 
   def note(
     self,
-    records: Sequence[tuple[str, manifest_lib.Record]],
+    records: Sequence[tuple[str, manifest_lib.RecordEntry]],
     sources: Mapping[str, int],
     state: Any,
   ) -> None:
@@ -144,7 +144,7 @@ class Journal:
     before, known = len(self.done), {x for entry in self.done for x in entry.sources}
     new = {name: x for name, x in sources.items() if name not in known}
     for shard, record in records:
-      self.done.append(Entry(shard=shard, record=record, sources=new))
+      self.done.append(JournalEntry(shard=shard, record=record, sources=new))
       new = {}
     with self._state_path(len(self.done)).open('wb') as file:
       np.savez(file, *jax.device_get(jax.tree.leaves(state)))
@@ -184,7 +184,7 @@ class Journal:
       return False
     for line in lines[1:]:
       try:
-        self.done.append(schema.load(Entry, strict_json.loads(line), 'journal'))
+        self.done.append(schema.load(JournalEntry, strict_json.loads(line), 'journal'))
       except ValueError:  # the run was killed while it wrote this line
         break
     self._keep_lines(len(self.done))  # the next line must not follow half a line

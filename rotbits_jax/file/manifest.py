@@ -6,9 +6,9 @@ parameters outside the layers form a record for each first key of their paths ('
 are arrays or structured leaves (see `structured`). A leaf is stored as one or more
 arrays. All paths are those of the whole model, like 'layers.3/mlp/up/kernel'.
 
-Some presets store one message for the whole model in place of records, see `Message`. A
-checkpoint of an unknown family is stored as records of plain tensors, and a
-`WeightsFile` says how its weights files are made of them.
+Some presets store one message for the whole model in place of records, see
+`MessageEntry`. A checkpoint of an unknown family is stored as records of plain tensors,
+and a `WeightsFileEntry` says how its weights files are made of them.
 """
 
 from collections.abc import Mapping, Sequence
@@ -82,7 +82,7 @@ class Deflated(Stream):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Saving:
+class SavingEntry:
   """See `passes.Saving`."""
 
   as_list = True
@@ -104,7 +104,7 @@ class Counts:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Record:
+class RecordEntry:
   """A part of a model that decodes on its own.
 
   Attributes:
@@ -127,7 +127,7 @@ class Record:
   coder: str = 'weights'
   spec: Any
   input: Counts
-  savings: tuple[Saving, ...] = ()
+  savings: tuple[SavingEntry, ...] = ()
   empty: tuple[schema.Path, ...] = ()
 
   def __post_init__(self) -> None:
@@ -250,7 +250,7 @@ class Record:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Message:
+class MessageEntry:
   """A whole model as one message.
 
   Attributes:
@@ -265,7 +265,7 @@ class Message:
   layout: dict[str, Any]
   streams: dict[str, Stream]
   input: Counts
-  savings: tuple[Saving, ...]
+  savings: tuple[SavingEntry, ...]
 
   def __post_init__(self) -> None:
     coder = coders.find(self.coder)
@@ -276,7 +276,7 @@ class Message:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class WeightsFile:
+class WeightsFileEntry:
   """A weights file that is stored as tensors and the gaps between them.
 
   Attributes:
@@ -332,10 +332,10 @@ class Manifest:
   keeps: presets.Keeps
   config: models.ModelConfig | None = None
   stem: schema.FileName | None = None
-  records: tuple[Record, ...]
-  message: Message | None = None
+  records: tuple[RecordEntry, ...]
+  message: MessageEntry | None = None
   files: dict[str, Deflated] = dataclasses.field(default_factory=dict)
-  weights: tuple[WeightsFile, ...] = ()
+  weights: tuple[WeightsFileEntry, ...] = ()
   dtypes: dict[str, leaves_lib.Dtype] = dataclasses.field(default_factory=dict)
   plugins: tuple[Plugin, ...] = ()
 
@@ -408,7 +408,7 @@ class Manifest:
       raise ContainerError(str(error)) from error
 
 
-def _check_basis(record: Record, config: models.ModelConfig) -> None:
+def _check_basis(record: RecordEntry, config: models.ModelConfig) -> None:
   """Checks the record of a basis, see `structured.subspaces`.
 
   Raises:

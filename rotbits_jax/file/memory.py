@@ -17,7 +17,7 @@ LARGE = 1 << 30
 
 
 def allocate(
-  entries: Sequence[manifest_lib.Record],
+  entries: Sequence[manifest_lib.RecordEntry],
   *,
   stacked: int | None = None,
   integers: bool = False,

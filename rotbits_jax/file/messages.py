@@ -15,7 +15,7 @@ from rotbits_jax.file import memory
 from rotbits_jax.file.container import ContainerError
 
 
-class Message:
+class StoredMessage:
   """The message of a file."""
 
   def __init__(self, file: container.StreamReader, own: manifest_lib.Manifest):

@@ -57,7 +57,7 @@ def placed_stack(
 
 
 def local_layers(
-  place: Place, name: str, entry: manifest_lib.Record, count: int
+  place: Place, name: str, entry: manifest_lib.RecordEntry, count: int
 ) -> range:
   """Returns the places in a stack of layers that devices of this process get.
 

@@ -82,9 +82,9 @@ class Reader:
     opened = None if base is None else open_base(base, plain=self.config is None)
     self._base = opened
     self._records = records_lib.Records(self._files, self.manifests, opened)
-    self._message: messages.Message | None = None
+    self._message: messages.StoredMessage | None = None
     if first.message is not None:
-      self._message = messages.Message(self._files[0], first)
+      self._message = messages.StoredMessage(self._files[0], first)
     if index is not None:
       self._check_index(index)
     if self.config is None:
@@ -99,7 +99,7 @@ class Reader:
   # ---- the parts of a file -----------------------------------------------------------
 
   @property
-  def records(self) -> dict[str, manifest_lib.Record]:
+  def records(self) -> dict[str, manifest_lib.RecordEntry]:
     """The manifest's entries of all records, by name; those of a message have none."""
     return dict(self._records.entries)
 
@@ -456,7 +456,7 @@ class Reader:
 
   # ---- checks ------------------------------------------------------------------------
 
-  def _check_index(self, index: shards.Index) -> None:
+  def _check_index(self, index: shards.ShardIndex) -> None:
     """Checks that the index of the shards names each record and its shard.
 
     Raises:

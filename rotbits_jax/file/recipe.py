@@ -102,7 +102,7 @@ class Recipe:
     return min(x.error for x in self._first.values()) < _UNRELATED
 
   @functools.cached_property
-  def _first(self) -> dict[bool, recipe_lib.Found]:
+  def _first(self) -> dict[bool, recipe_lib.FoundBasis]:
     return {x: self._fit(0, x) for x in (False, True)}
 
   @functools.cached_property
@@ -168,7 +168,7 @@ class Recipe:
     with self._lock:
       return self._segments(segment)
 
-  def _fit(self, segment: int, rounded: bool) -> recipe_lib.Found:
+  def _fit(self, segment: int, rounded: bool) -> recipe_lib.FoundBasis:
     """Finds the basis of a segment from the tensors that read or write it."""
     config = self.config
     step = config.segments_per_layer

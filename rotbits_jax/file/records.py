@@ -60,7 +60,7 @@ class Records:
     self._base = base
     self._basis = functools.lru_cache(_MOST_BASES)(self._read_basis)
     self.files: dict[str, container.StreamReader] = {}
-    self.entries: dict[str, manifest_lib.Record] = {}
+    self.entries: dict[str, manifest_lib.RecordEntry] = {}
     self.leaves: dict[str, leaves_lib.Leaf] = {}
     self.holders: dict[str, str] = {}
     self._packages = {
@@ -113,7 +113,7 @@ class Records:
     found: np.ndarray = self.decode(self.holders[path])[path]
     return found
 
-  def entry(self, name: str) -> manifest_lib.Record:
+  def entry(self, name: str) -> manifest_lib.RecordEntry:
     """Returns the entry of a record.
 
     Raises:
@@ -209,7 +209,7 @@ class Records:
     self,
     entry: leaves_lib.Leaf,
     parts: list[np.ndarray],
-    record: manifest_lib.Record,
+    record: manifest_lib.RecordEntry,
     resolve: Resolve,
   ) -> Any:
     """Returns the array or the leaf of an entry.

@@ -53,7 +53,7 @@ class Metadata:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Index:
+class ShardIndex:
   """The content of an index.
 
   Attributes:
@@ -175,7 +175,7 @@ def remove_unnamed(path: pathlib.Path) -> None:
   named: Mapping[str, int] = {}
   if index.exists():
     try:
-      named = Index.read(index).metadata.manifest_crc32
+      named = ShardIndex.read(index).metadata.manifest_crc32
     except ContainerError:
       return
   for file in existing(path):
@@ -200,7 +200,7 @@ def write_index(path: pathlib.Path, shards: Mapping[Shard, pathlib.Path]) -> Non
     },
   )
   names = {record: shard.name for shard in shards for record in shard.records}
-  index = Index(metadata=metadata, weight_map=names)
+  index = ShardIndex(metadata=metadata, weight_map=names)
   path.write_text(f'{json.dumps(schema.dump(index), indent=2)}\n')
 
 
@@ -220,7 +220,7 @@ def is_encoded(path: str | os.PathLike[str]) -> bool:
 
 def find(
   source: container.Readable,
-) -> tuple[list[container.Readable], Index | None]:
+) -> tuple[list[container.Readable], ShardIndex | None]:
   """Finds the files of a source.
 
   Args:
@@ -241,7 +241,7 @@ def find(
     index = path
   elif path.exists() or not index.exists():
     return [path], None
-  found = Index.read(index)
+  found = ShardIndex.read(index)
   names = list(found.metadata.manifest_crc32)
   for name in names:
     if not (index.parent / name).is_file():

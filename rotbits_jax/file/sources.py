@@ -57,7 +57,7 @@ class Source:
       stem = given.stem if stem is None else stem
       given = given.model
     known = models.Model, checkpoints.CheckpointReader, checkpoints.TensorFiles
-    self._given: Any = given if isinstance(given, known) else trees.Records(given)
+    self._given: Any = given if isinstance(given, known) else trees.TreeRecords(given)
     own: Any = lambda name, default=None: getattr(self._given, name, default)
     self.config: models.ModelConfig | None = own('config')
     self.records = tuple(self._given.records)

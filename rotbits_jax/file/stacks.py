@@ -34,7 +34,7 @@ class Stack(NamedTuple):
   name: str
   wanted: range
   total: int
-  entries: list[manifest_lib.Record]
+  entries: list[manifest_lib.RecordEntry]
   elsewhere: int
   memory: Memory
   layers: 'list[futures.Future[records_lib.Flat]]'
@@ -67,7 +67,7 @@ def start_stack(
 
   Args:
     records: the records of the file.
-    layers: the layers, which have equal keys, see `manifest.Record.stack_key`.
+    layers: the layers, which have equal keys, see `manifest.RecordEntry.stack_key`.
     place: the sharding of arrays; None if this process needs all layers.
     start: starts a job.
     resolve: returns the parameters that leaves of the layers need.

@@ -11,7 +11,7 @@ from rotbits_jax import structured
 Tree = dict[str, Any]
 
 
-class Records:
+class TreeRecords:
   """A PyTree as records; see `sources.Source`.
 
   Attributes:

@@ -29,7 +29,7 @@ from rotbits_jax.system import strict_json
 Resolve = Callable[[str], Any]
 """Takes the path of a parameter; returns its array."""
 
-EncodedRecord = tuple[manifest_lib.Record, np.ndarray]
+EncodedRecord = tuple[manifest_lib.RecordEntry, np.ndarray]
 """A record's entry in the manifest, without the checksum of its stream; the stream."""
 
 BESIDE = 'beside a base'
@@ -114,10 +114,12 @@ class FileWriter:
     others = [] if source is None else _other_streams(source)
     self._streams = container.StreamWriter(file, [*streams, *others])
     self._file, self._summary, self._source = file, summary, source
-    self._records: list[manifest_lib.Record] = []
-    self._message: manifest_lib.Message | None = None
+    self._records: list[manifest_lib.RecordEntry] = []
+    self._message: manifest_lib.MessageEntry | None = None
 
-  def add(self, entry: manifest_lib.Record, data: np.ndarray) -> manifest_lib.Record:
+  def add(
+    self, entry: manifest_lib.RecordEntry, data: np.ndarray
+  ) -> manifest_lib.RecordEntry:
     """Appends a record that `encode_record` coded.
 
     Returns:
@@ -128,7 +130,7 @@ class FileWriter:
     self._records.append(entry)
     return entry
 
-  def keep(self, entry: manifest_lib.Record) -> bool:
+  def keep(self, entry: manifest_lib.RecordEntry) -> bool:
     """Takes over a record that an earlier run wrote, and returns True.
 
     If the record is damaged, returns False; it is written over.
@@ -151,13 +153,13 @@ class FileWriter:
 
     Args:
       streams: the streams by name; None for one that is appended already.
-      facts: the other fields of `manifest.Message`.
+      facts: the other fields of `manifest.MessageEntry`.
     """
     entries = {
       name: self._append(name, [] if data is None else [data])
       for name, data in streams.items()
     }
-    self._message = manifest_lib.Message(streams=entries, **facts)
+    self._message = manifest_lib.MessageEntry(streams=entries, **facts)
 
   def finish(self) -> None:
     """Appends the other files, the gaps and the manifest, and writes the header.
@@ -166,12 +168,12 @@ class FileWriter:
       ValueError: if a reader would refuse the manifest.
     """
     files: dict[str, manifest_lib.Deflated] = {}
-    weights: list[manifest_lib.WeightsFile] = []
+    weights: list[manifest_lib.WeightsFileEntry] = []
     if self._source is not None:
       for layout in self._source.weights:
         gaps = self._source.gaps(layout)
         packed = self._deflated(f'{manifest_lib.GAPS}{layout.name}', gaps)
-        weights.append(manifest_lib.WeightsFile(layout=layout, gaps=packed))
+        weights.append(manifest_lib.WeightsFileEntry(layout=layout, gaps=packed))
       for name, data in self._source.files.items():
         parts = [memoryview(data)]
         files[name] = self._deflated(f'{manifest_lib.FILES}{name}', parts)
@@ -234,7 +236,7 @@ def encode_record(
   arrays: list[np.ndarray] = []
   params = structured.flatten(record.params)
   beside = {} if base is None else base.beside(params)
-  savings = [manifest_lib.Saving(**x._asdict()) for x in record.savings]
+  savings = [manifest_lib.SavingEntry(**x._asdict()) for x in record.savings]
   if base is not None:
     savings.append(_saving(params, beside))
   for path, leaf in params.items():
@@ -252,7 +254,7 @@ def encode_record(
     raise ValueError(f'there is no coder of records of the name {coder_name!r}')
   try:
     encoded = coder.encode(arrays)
-    entry_of_record = manifest_lib.Record(
+    entry_of_record = manifest_lib.RecordEntry(
       name=record.name,
       nbytes=encoded.spec.nbytes,
       crc32=0,
@@ -264,7 +266,7 @@ def encode_record(
       empty=tuple(structured.empty_dicts(record.params)),
     )
     text = json.dumps(schema.dump(entry_of_record), allow_nan=False)
-    schema.load(manifest_lib.Record, strict_json.loads(text), record.name)
+    schema.load(manifest_lib.RecordEntry, strict_json.loads(text), record.name)
   except ValueError as error:
     raise ValueError(f'{record.name}: it cannot be stored: {error}') from error
   return entry_of_record, encoded.data
@@ -346,14 +348,14 @@ def _entry_of_leaf(
 
 def _saving(
   params: Mapping[str, Any], beside: Mapping[str, base_lib.Beside]
-) -> manifest_lib.Saving:
+) -> manifest_lib.SavingEntry:
   """Returns the saving of the base before anything is coded."""
   arrays = [params[path] for path in beside]
   leaves = [x.leaf for x in beside.values()]
   is_basis = lambda path: models.names.subspace_index(path) is not None
   leaves += [x for path, x in params.items() if is_basis(path)]
   count, size = structured.count_elements, structured.count_bytes
-  return manifest_lib.Saving(
+  return manifest_lib.SavingEntry(
     name=BESIDE,
     elements=count(arrays) - count(leaves),
     bytes=size(arrays) - size(leaves),
@@ -362,7 +364,7 @@ def _saving(
 
 
 def _plugins(
-  records: Sequence[manifest_lib.Record], message: manifest_lib.Message | None
+  records: Sequence[manifest_lib.RecordEntry], message: manifest_lib.MessageEntry | None
 ) -> tuple[manifest_lib.Plugin, ...]:
   """Returns the parts of other packages that are needed to decode a file."""
   used: dict[tuple[plugins.Group, str], Any] = {}

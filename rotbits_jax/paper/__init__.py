@@ -79,20 +79,20 @@ Rotational Symmetries in LLMs, arXiv 2410.01309, section 3.
 
 from rotbits_jax.paper.decoder import STREAMS
 from rotbits_jax.paper.decoder import decode
-from rotbits_jax.paper.encoder import Encoded
+from rotbits_jax.paper.encoder import EncodedModel
 from rotbits_jax.paper.encoder import encode
 from rotbits_jax.paper.encoder import refuse
 from rotbits_jax.paper.layout import dtypes
 from rotbits_jax.paper.options import Canonicaliser
-from rotbits_jax.paper.options import Correction
+from rotbits_jax.paper.options import CorrectionMethod
 from rotbits_jax.paper.options import Options
 from rotbits_jax.paper.options import RotationCodec
 
 __all__ = [
   'STREAMS',
   'Canonicaliser',
-  'Correction',
-  'Encoded',
+  'CorrectionMethod',
+  'EncodedModel',
   'Options',
   'RotationCodec',
   'decode',

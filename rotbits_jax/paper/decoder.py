@@ -45,10 +45,11 @@ def decode(
 
   Args:
     options: the options with which the model was encoded.
-    layout: the JSON values of `Encoded.layout`. They may come from an untrusted file.
+    layout: the JSON values of `EncodedModel.layout`. They may come from an untrusted
+      file.
     streams: uint16 `[n]`: `message`, the words that `encode` spilled, and the streams
-      of `Encoded`. A stream may be a memory map; it is read from its end, and its pages
-      are given back.
+      of `EncodedModel`. A stream may be a memory map; it is read from its end, and its
+      pages are given back.
     config: config of the model.
     check: whether to check the digest of each array.
     progress: whether to show the progress on stderr.
@@ -78,7 +79,7 @@ def decode(
 
 def _decode(
   options: options_lib.Options,
-  layout: layout_lib.Layout,
+  layout: layout_lib.MessageLayout,
   streams: Mapping[str, np.ndarray],
   config: models.ModelConfig,
   progress: bool,
@@ -134,7 +135,7 @@ def _pop_coded(
   stack: word_stack.WordStack,
   coder: weights.StreamSpec,
   shapes: segments.Shapes,
-  layout: layout_lib.Layout,
+  layout: layout_lib.MessageLayout,
 ) -> segments.Arrays:
   found = [(array.dtype, array.shape) for array in coder.arrays]
   if found != [(layout.arrays[path].dtype, x) for path, x in shapes.items()]:

@@ -29,7 +29,7 @@ from rotbits_jax.system import schema
 from rotbits_jax.system.progress import track
 
 
-class Encoded(NamedTuple):
+class EncodedModel(NamedTuple):
   """An encoded model without the words of its message.
 
   Attributes:
@@ -44,7 +44,7 @@ class Encoded(NamedTuple):
   saving: passes.Saving
 
 
-def refuse(source: passes.Source) -> None:
+def refuse(source: passes.ModelSource) -> None:
   """Raises an error if a model cannot be coded. It reads only shapes and dtypes.
 
   Raises:
@@ -69,12 +69,12 @@ def refuse(source: passes.Source) -> None:
 
 
 def encode(
-  source: passes.Source,
+  source: passes.ModelSource,
   options: options_lib.Options,
   spill: word_stack.Spill,
   *,
   progress: bool = False,
-) -> Encoded:
+) -> EncodedModel:
   """Encodes a sliced model by the published scheme.
 
   Args:
@@ -142,7 +142,7 @@ class _Encoder:
 
   def __init__(
     self,
-    source: passes.Source,
+    source: passes.ModelSource,
     options: options_lib.Options,
     spill: word_stack.Spill,
   ):
@@ -159,25 +159,25 @@ class _Encoder:
     self.notes: list[dict[str, Any]] = []
     self.saved = 0  # words
 
-  def run(self, progress: bool) -> Encoded:
+  def run(self, progress: bool) -> EncodedModel:
     """Encodes the whole model."""
     count = len(self.parts)
     for t in track(range(count), 'encode', 'segment', total=count, show=progress):
       self._encode(t, self.read(self.parts[t]))
     self.stack.settle(0)
-    layout = layout_lib.Layout(
+    layout = layout_lib.MessageLayout(
       fixed=self.fixed,
       sampled=tuple(self.samples),
       arrays=self.stored,
       coders=tuple(self.coders),
     )
-    return Encoded(
+    return EncodedModel(
       layout=schema.dump(layout),
       streams={'corrections': self.corrections.pop(self.corrections.size)},
       saving=passes.Saving('rotations', 0, 2 * self.saved, tuple(self.notes)),
     )
 
-  def _encode(self, t: int, segment: segments.Parts) -> None:
+  def _encode(self, t: int, segment: segments.SegmentParameters) -> None:
     """Encodes one segment."""
     can_rotate = rotations.can_rotate(segment)
     neutral = None  # the canonical rotation of the readers
@@ -233,7 +233,7 @@ class _Encoder:
     self.stack.settle(frames.max_words(self.widths, self.options))
 
   def _push_first(
-    self, segment: segments.Parts, neutral: jax.Array | None
+    self, segment: segments.SegmentParameters, neutral: jax.Array | None
   ) -> segments.Arrays:
     """Pushes the first columns of the embeddings, from which a rotation is sampled.
 
@@ -260,7 +260,7 @@ class _Encoder:
     return first
 
   def _sample(
-    self, t: int, segment: segments.Parts, neutral: jax.Array | None
+    self, t: int, segment: segments.SegmentParameters, neutral: jax.Array | None
   ) -> _Sample | None:
     """Samples a segment's rotation; None if that is impossible or saves nothing."""
     shape = self._frame(t)
@@ -282,7 +282,7 @@ class _Encoder:
   def _try(
     self,
     t: int,
-    segment: segments.Parts,
+    segment: segments.SegmentParameters,
     neutral: jax.Array | None,
     popped: int,
     message: rans.Message,

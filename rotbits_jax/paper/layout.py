@@ -32,7 +32,7 @@ class Stored:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Layout:
+class MessageLayout:
   """The values that a decoder needs beside config and options.
 
   Attributes:
@@ -51,7 +51,7 @@ class Layout:
 
 def load(
   value: Any, options: options_lib.Options, config: models.ModelConfig, words: int
-) -> Layout:
+) -> MessageLayout:
   """Makes a layout from JSON values.
 
   Args:
@@ -68,7 +68,7 @@ def load(
   """
   if not config.sliced:
     raise ValueError('a dense model has no segments that can be rotated')
-  layout = schema.load(Layout, value, 'layout')
+  layout = schema.load(MessageLayout, value, 'layout')
   widths = config.segment_widths
   shapes = {k: x for part in segments.parts(config) for k, x in part.all.items()}
   if layout.fixed > widths[0] or len(layout.sampled) != len(widths):
@@ -98,5 +98,5 @@ def dtypes(value: Any) -> dict[str, np.dtype]:
   Raises:
     ValueError: if the values are not a layout.
   """
-  layout = schema.load(Layout, value, 'layout')
+  layout = schema.load(MessageLayout, value, 'layout')
   return {path: jnp.dtype(x.dtype) for path, x in layout.arrays.items()}

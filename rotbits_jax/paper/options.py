@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 Canonicaliser = Literal['polar_shortcut', 'qr', 'svd']
 RotationCodec = Literal['haar', 'symmetric_eig']
-Correction = Literal['exact', 'threshold']
+CorrectionMethod = Literal['exact', 'threshold']
 
 
 def _not_negative(value: float) -> str | None:
@@ -27,7 +27,7 @@ class Options:
 
   canonicaliser: Canonicaliser
   rotation_codec: RotationCodec
-  correction: Correction
+  correction: CorrectionMethod
   threshold: Annotated[float, _not_negative]
   entropy: bool
 

@@ -21,7 +21,7 @@ _SLAB = 8192  # number of rows that are rotated at once
 _matmul = functools.partial(jnp.matmul, precision='highest')
 
 
-def can_rotate(segment: segments.Parts) -> bool:
+def can_rotate(segment: segments.SegmentParameters) -> bool:
   """Tells whether every rotated element will be within the range of its dtype."""
   rows = [x.T for x in segment.readers.values()]
   rows += [np.atleast_2d(x) for x in segment.writers.values()]
@@ -38,7 +38,9 @@ def _greatest_norm(rows: np.ndarray) -> float:
 
 
 def rotated(
-  segment: segments.Parts, before: jax.Array | None, rotation: jax.Array | None
+  segment: segments.SegmentParameters,
+  before: jax.Array | None,
+  rotation: jax.Array | None,
 ) -> segments.Arrays:
   """Rotates the parameters around a segment.
 
@@ -100,7 +102,7 @@ def reader_rotation(
 
 def sampled_rotation(
   frame: frames.Frame,
-  segment: segments.Parts,
+  segment: segments.SegmentParameters,
   neutral: jax.Array | None,
   before: jax.Array | None,
   q: jax.Array,
@@ -127,7 +129,7 @@ def sampled_rotation(
 
 def recovered(
   frame: frames.Frame,
-  parts: segments.Parts,
+  parts: segments.SegmentParameters,
   arrays: segments.Arrays,
   canonicaliser: str,
   *,

@@ -19,7 +19,7 @@ Shapes = dict[str, tuple[int, ...]]  # by paths like 'layers.3/attention/query/k
 Arrays = dict[str, np.ndarray]
 
 
-class Parts(NamedTuple):
+class SegmentParameters(NamedTuple):
   """The shapes or the arrays of the parameters around one residual segment, by path.
 
   Every parameter of the model is in one of the first four fields of exactly one
@@ -43,9 +43,9 @@ class Parts(NamedTuple):
     return self.shortcut | self.biases | self.readers | self.writers
 
 
-def parts(config: models.ModelConfig) -> list[Parts]:
+def parts(config: models.ModelConfig) -> list[SegmentParameters]:
   """Returns the shapes around each segment of a sliced model, in order."""
-  found = [Parts({}, {}, {}, {}, {}) for _ in config.segment_widths]
+  found = [SegmentParameters({}, {}, {}, {}, {}) for _ in config.segment_widths]
   outer = models.layout.outer_axes(config), models.outer_shapes(config)
   _add(found, '', *outer, 0, len(found) - 1)
   axes, step = models.layout.layer_axes(config), config.segments_per_layer
@@ -56,7 +56,7 @@ def parts(config: models.ModelConfig) -> list[Parts]:
 
 
 def _add(
-  found: list[Parts],
+  found: list[SegmentParameters],
   prefix: str,
   axes: models.layout.Axes,
   shapes: dict[str, Any],
@@ -96,7 +96,9 @@ def _add(
       (found[read].biases if len(own) == 1 else found[read].readers).update(shape)
 
 
-def reader(source: passes.Source) -> Callable[[Parts], Parts]:
+def reader(
+  source: passes.ModelSource,
+) -> Callable[[SegmentParameters], SegmentParameters]:
   """Returns a function that reads the arrays around a segment, given their shapes.
 
   It holds at most two records: two layers, or a layer and the embedding or the head.
@@ -109,4 +111,6 @@ def reader(source: passes.Source) -> Callable[[Parts], Parts]:
   def array(path: str) -> np.ndarray:
     return np.asarray(record(path.partition('/')[0])[path])
 
-  return lambda part: Parts(*({path: array(path) for path in x} for x in part))
+  return lambda part: SegmentParameters(
+    *({path: array(path) for path in x} for x in part)
+  )

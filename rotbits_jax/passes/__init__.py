@@ -54,9 +54,9 @@ from rotbits_jax.passes.tied import retie_exactly
 from rotbits_jax.passes.transform import MOST_ERROR
 from rotbits_jax.passes.transform import Chain
 from rotbits_jax.passes.transform import Context
+from rotbits_jax.passes.transform import ModelSource
 from rotbits_jax.passes.transform import Note
 from rotbits_jax.passes.transform import Params
-from rotbits_jax.passes.transform import Source
 from rotbits_jax.passes.transform import State
 from rotbits_jax.passes.transform import Transform
 from rotbits_jax.passes.transform import chain
@@ -70,13 +70,13 @@ __all__ = [
   'Chain',
   'Context',
   'Inputs',
+  'ModelSource',
   'Note',
   'Params',
   'Parts',
   'Record',
   'Rounding',
   'Saving',
-  'Source',
   'State',
   'Transform',
   'carry',

@@ -63,10 +63,10 @@ def carry(
 
 
 class _Adapted:
-  """A `transform.Source` with adapters beside the kernels."""
+  """A `transform.ModelSource` with adapters beside the kernels."""
 
   def __init__(
-    self, source: transform.Source, factors: Mapping[str, structured.LowRank]
+    self, source: transform.ModelSource, factors: Mapping[str, structured.LowRank]
   ):
     self._source, self._factors = source, factors
     self.config, self.records = source.config, source.records

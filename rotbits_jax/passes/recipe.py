@@ -106,7 +106,7 @@ class Pair(NamedTuple):
   target: np.ndarray
 
 
-class Found(NamedTuple):
+class FoundBasis(NamedTuple):
   """The basis of a segment.
 
   Attributes:
@@ -124,7 +124,7 @@ class Found(NamedTuple):
 
 def fit(
   pairs: list[Pair], shape: tuple[int, ...], *, rounded: bool, roundoff: float
-) -> Found:
+) -> FoundBasis:
   """Finds the basis of a segment from the tensors that read or write it.
 
   A tensor that was changed after slicing is left out, if the others fit much better
@@ -152,7 +152,7 @@ def fit(
   basis, errors = best
   norms = [[float(np.linalg.norm(x)) for x in pair] for pair in samples]
   growth = max((whole / own for whole, own in norms if own), default=1.0)
-  return Found(basis, max(errors, default=math.inf), growth)
+  return FoundBasis(basis, max(errors, default=math.inf), growth)
 
 
 def _sample(pair: Pair) -> tuple[np.ndarray, np.ndarray]:
@@ -191,7 +191,7 @@ def _add(gram: np.ndarray, moments: np.ndarray, pair: Pair, sign: int) -> None:
 def _solve(
   gram: np.ndarray, moments: np.ndarray, samples: list[tuple[np.ndarray, np.ndarray]]
 ) -> tuple[np.ndarray | None, list[float]]:
-  """Returns the basis, see `Found`, and the relative error of each tensor."""
+  """Returns the basis, see `FoundBasis`, and the relative error of each tensor."""
   least = 1e-10 * np.trace(gram) / len(gram) + 1e-300
   solution = np.linalg.solve(gram + least * np.eye(len(gram)), moments)
   basis = orthonormal(solution)
@@ -239,7 +239,7 @@ def as_subspace(
   Args:
     basis: see `as_basis`.
     roundoff: see `as_basis`.
-    growth: see `Found`.
+    growth: see `FoundBasis`.
   """
   hidden, width = basis.shape
   order = scipy.linalg.qr(basis.T, mode='r', pivoting=True)[1]

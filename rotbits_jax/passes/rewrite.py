@@ -65,7 +65,7 @@ class Record(NamedTuple):
 
 
 def make_context(
-  source: transform_lib.Source,
+  source: transform_lib.ModelSource,
   *,
   stored_as: str | None = None,
   mesh: jax.sharding.Mesh | None = None,

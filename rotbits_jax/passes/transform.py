@@ -41,7 +41,7 @@ times that error.
 """
 
 
-class Source(Protocol):
+class ModelSource(Protocol):
   """A model to read from: a `models.Model`, or a checkpoint that stays on disk."""
 
   @property
@@ -75,7 +75,7 @@ class Context(NamedTuple):
     mesh: devices along one axis, 'layers', that share the layers; None for one device.
   """
 
-  source: Source
+  source: ModelSource
   dtypes: Mapping[str, np.dtype]
   dtype: np.dtype
   mesh: jax.sharding.Mesh | None = None

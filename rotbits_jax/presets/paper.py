@@ -10,7 +10,7 @@ def paper(
   *,
   canonicaliser: scheme.Canonicaliser = 'polar_shortcut',
   rotation_codec: scheme.RotationCodec = 'haar',
-  correction: scheme.Correction = 'exact',
+  correction: scheme.CorrectionMethod = 'exact',
   threshold: float = 1e-3,
   entropy: bool = False,
 ) -> Preset:

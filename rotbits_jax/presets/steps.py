@@ -68,7 +68,7 @@ class Calibration(NamedTuple):
   inputs: dict[str, passes.Inputs]
 
 
-class Found(NamedTuple):
+class SearchResult(NamedTuple):
   """The result of `search`.
 
   Attributes:
@@ -92,7 +92,7 @@ class Found(NamedTuple):
 
 
 def calibrate(
-  model: passes.Source,
+  model: passes.ModelSource,
   tokens: np.ndarray,
   *,
   max_tokens: int | None = 4096,
@@ -122,7 +122,7 @@ def calibrate(
 
 
 def search(
-  model: passes.Source,
+  model: passes.ModelSource,
   tokens: np.ndarray,
   *,
   max_kl: float,
@@ -130,7 +130,7 @@ def search(
   calibrated: bool = True,
   folder: str | os.PathLike[str] | None = None,
   progress: bool = False,
-) -> Found:
+) -> SearchResult:
   """Finds the coarsest steps that keep the mean divergence on a text below a bound.
 
   Args:
@@ -194,7 +194,9 @@ def search(
       f'{min(curve.values()):.3g}; a preset that keeps more is `free`'
     )
   points = [Point(step, curve[step]) for step in sorted(curve)]
-  return Found(max(below), found.offsets, points, found.sensitivities, found.inputs)
+  return SearchResult(
+    max(below), found.offsets, points, found.sensitivities, found.inputs
+  )
 
 
 class _Arrays(NamedTuple):
@@ -205,7 +207,7 @@ class _Arrays(NamedTuple):
   outer: Callable[[], models.Params]
 
   @classmethod
-  def of(cls, model: passes.Source) -> '_Arrays':
+  def of(cls, model: passes.ModelSource) -> '_Arrays':
     return cls(
       model.config,
       lambda index: structured.unflatten(_arrays(model.layer(index))),

@@ -279,7 +279,7 @@ def shortcuts(records: dict[str, dict[str, Any]], report: savings.Report) -> str
   )
 
 
-def _ranks(notes: list['_Note'], most: int) -> str:
+def _ranks(notes: list['_TensorNote'], most: int) -> str:
   series = []
   for name in dict.fromkeys(note.name for note in notes):
     own = [note for note in notes if note.name == name]
@@ -431,7 +431,7 @@ def _layer_axis(last: int) -> charts.Axis:
   return charts.Axis('layer', 0, max(last, 1), ticks=ticks)
 
 
-class _Note(NamedTuple):
+class _TensorNote(NamedTuple):
   """A note about a tensor of a layer.
 
   Attributes:
@@ -449,7 +449,7 @@ class _Note(NamedTuple):
   error: float | None
 
 
-def _notes(report: savings.Report) -> list[_Note]:
+def _notes(report: savings.Report) -> list[_TensorNote]:
   """Returns the notes about tensors of layers. They may be from an untrusted file."""
   found = []
   for transform, note in ((key, x) for key, own in report.notes.items() for x in own):
@@ -458,7 +458,7 @@ def _notes(report: savings.Report) -> list[_Note]:
     rank, error = note.get('rank'), note.get('error')
     if layer is not None:
       found.append(
-        _Note(
+        _TensorNote(
           transform,
           layer,
           name,

@@ -30,7 +30,7 @@ from rotbits_jax import models
 from rotbits_jax.models import transformer
 
 
-class Basis(NamedTuple):
+class PrincipalComponents(NamedTuple):
   """The principal components of a segment; all columns form an orthogonal matrix.
 
   Attributes:
@@ -96,7 +96,7 @@ def embed(
 def advance(
   activations: np.ndarray,
   sublayers: models.Params,
-  basis: Basis,
+  basis: PrincipalComponents,
   config: models.ModelConfig,
   layer: int,
 ) -> None:
@@ -115,7 +115,7 @@ def advance(
     activations[i] = _advance(params, cut, sequence, reach, config=config)
 
 
-def principal_components(activations: np.ndarray, width: int) -> Basis:
+def principal_components(activations: np.ndarray, width: int) -> PrincipalComponents:
   """Computes the principal components of a segment.
 
   Args:
@@ -136,7 +136,9 @@ def principal_components(activations: np.ndarray, width: int) -> Basis:
   if not np.isfinite(gram).all():
     raise ValueError('the activations on the calibration text are not finite')
   _, vectors = np.linalg.eigh(gram)  # eigenvalues ascend
-  return Basis(vectors[:, hidden - width :][:, ::-1], vectors[:, : hidden - width])
+  return PrincipalComponents(
+    vectors[:, hidden - width :][:, ::-1], vectors[:, : hidden - width]
+  )
 
 
 @functools.partial(jax.jit, static_argnames='config')

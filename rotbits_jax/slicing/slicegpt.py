@@ -110,7 +110,7 @@ def slice_model(
   dtype = jnp.dtype(np.float32 if dtype is None else dtype)
   remaining = iter(widths)
 
-  def next_basis() -> calibration.Basis:
+  def next_basis() -> calibration.PrincipalComponents:
     basis = calibration.principal_components(activations, next(remaining))
     if rng is None:
       return basis

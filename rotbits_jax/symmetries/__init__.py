@@ -29,7 +29,7 @@ from rotbits_jax.symmetries.canonical import polar
 from rotbits_jax.symmetries.canonical import polar_shortcut
 from rotbits_jax.symmetries.canonical import qr
 from rotbits_jax.symmetries.canonical import svd
-from rotbits_jax.symmetries.heads import Basis
+from rotbits_jax.symmetries.heads import BasisAndFactor
 from rotbits_jax.symmetries.heads import basis
 from rotbits_jax.symmetries.heads import fix_keys
 from rotbits_jax.symmetries.heads import fix_values
@@ -48,7 +48,7 @@ from rotbits_jax.symmetries.steps import with_feedback
 
 __all__ = [
   'CANONICALISERS',
-  'Basis',
+  'BasisAndFactor',
   'Canonicaliser',
   'Gauges',
   'Polar',

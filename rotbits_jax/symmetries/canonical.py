@@ -44,7 +44,7 @@ def svd(w: jax.Array) -> tuple[jax.Array, jax.Array]:
 
   The rows of `W_ref = S V^T` are orthogonal, and their norms descend. Signs are chosen
   so that no row of W_ref has a negative sum. If a sum is near 0, rounding may change
-  the sign; a correction of the rotation stores such signs (`haar.Correction.flips`).
+  the sign; the correction of a rotation stores such signs, see `haar.FrameCorrection`.
 
   >>> w = jnp.array([[0.0, 3.0], [1.0, 0.0]])
   >>> quarter = jnp.array([[0.0, 1.0], [-1.0, 0.0]])

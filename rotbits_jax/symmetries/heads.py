@@ -38,7 +38,7 @@ from rotbits_jax import structured
 _matmul = functools.partial(jnp.matmul, precision='highest')
 
 
-class Basis(NamedTuple):
+class BasisAndFactor(NamedTuple):
   """A matrix `[n, h]` as a basis and a factor: `[I - B^T B / 4; B] @ factor`.
 
   Attributes:
@@ -50,7 +50,7 @@ class Basis(NamedTuple):
   factor: jax.Array
 
 
-def basis(matrix: jax.Array) -> Basis:
+def basis(matrix: jax.Array) -> BasisAndFactor:
   """Returns the basis of a matrix's column space that `structured.heads` describes.
 
   Let Q = [C; D] be an orthonormal basis of the column space. A polar decomposition
@@ -71,7 +71,7 @@ def basis(matrix: jax.Array) -> Basis:
   u, cosines, vt = jnp.linalg.svd(q[:h])
   inverse = _matmul(vt.T / (1 + cosines), u.T)
   factor = _matmul(u * (1 + cosines) / 2, _matmul(vt, r))
-  return Basis(2 * _matmul(q[h:], inverse), factor)
+  return BasisAndFactor(2 * _matmul(q[h:], inverse), factor)
 
 
 def multiply(array: jax.Array, matrices: jax.Array) -> jax.Array:

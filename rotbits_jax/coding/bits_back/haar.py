@@ -29,10 +29,10 @@ uniform. Even steps of t sqrt(v) suit the errors of a recovered rotation, becaus
 are about equal everywhere. Even steps of probability would cost 0.7 bits more, because
 they are finest in the middle.
 
-**Recovery.** The decoder has a frame Q_hat near Q and a `Correction`, which makes every
-cell exact (see `correction`). It reads the columns from left to right. Before it reads
-a column, it applies the exact reflections of all columns before that one, so errors do
-not accumulate. The algorithm is Householder QR with corrections.
+**Recovery.** The decoder has a frame Q_hat near Q and a `FrameCorrection`, which makes
+every cell exact (see `correction`). It reads the columns from left to right. Before it
+reads a column, it applies the exact reflections of all columns before that one, so
+errors do not accumulate. The algorithm is Householder QR with corrections.
 
 Cells and corrections are integers, and the margin of a correction covers differences
 between the floats of machines, as far as `correct` was told them. A machine whose
@@ -73,7 +73,7 @@ _Panel = tuple[jax.Array, jax.Array, jax.Array]  # columns, reflectors, cells
 _matmul = functools.partial(jnp.matmul, precision='highest')
 
 
-class Correction(NamedTuple):
+class FrameCorrection(NamedTuple):
   """The data that the decoder needs to get exact cells from a recovered frame."""
 
   flips: jax.Array  # bool [k], whether each column was recovered with a wrong sign
@@ -147,7 +147,7 @@ def correct(
   cells: jax.Array,
   frame: jax.Array | None = None,
   other: jax.Array | None = None,
-) -> Correction:
+) -> FrameCorrection:
   """Returns the correction with which `recover` finds the cells.
 
   Args:
@@ -192,10 +192,12 @@ def correct(
       spread = correction_lib.spread(position, others, sensitivity, column, k)
       # The maximum of a number and NaN is NaN.
       margin = jnp.maximum(spread, margin)
-  return Correction(flips, correction_lib.correct(position, cells, margin, column, k))
+  return FrameCorrection(
+    flips, correction_lib.correct(position, cells, margin, column, k)
+  )
 
 
-def recover(recovered: jax.Array, correction: Correction) -> jax.Array:
+def recover(recovered: jax.Array, correction: FrameCorrection) -> jax.Array:
   """Returns the exact cells of a frame that was recovered inexactly.
 
   Args:
@@ -277,7 +279,7 @@ def _recover_columns(
   return remaining, panels.transpose(1, 0, 2).reshape(rows.size, count)
 
 
-def fit(correction: Correction) -> np.ndarray:
+def fit(correction: FrameCorrection) -> np.ndarray:
   """Returns frequency tables for a correction: int64 `[3, 17]`.
 
   They are for base levels, for extra levels, and for flips.
@@ -309,12 +311,12 @@ def correction_codec(
     )
   )
 
-  def push(message: rans.Message, correction: Correction) -> rans.Message:
+  def push(message: rans.Message, correction: FrameCorrection) -> rans.Message:
     return parts.push(message, (correction.cells, correction.flips))
 
-  def pop(message: rans.Message) -> tuple[rans.Message, Correction]:
+  def pop(message: rans.Message) -> tuple[rans.Message, FrameCorrection]:
     message, (cells, flips) = parts.pop(message)
-    return message, Correction(flips.astype(bool), cells)
+    return message, FrameCorrection(flips.astype(bool), cells)
 
   return codecs.Codec(push, pop)
 

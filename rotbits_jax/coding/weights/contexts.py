@@ -114,7 +114,7 @@ def fit(
   return Contexts(tuple(buckets), first, zero, normal, frequencies)
 
 
-class Choice(NamedTuple):
+class TableChoice(NamedTuple):
   """K tables and their cost."""
 
   normal: np.ndarray  # bool [K], whether each is that of the normal distribution
@@ -124,7 +124,7 @@ class Choice(NamedTuple):
 
 def choose(
   layout: layouts.Layout, classes: np.ndarray | None, counts: np.ndarray
-) -> Choice:
+) -> TableChoice:
   """Chooses, for each table, between the normal distribution and stored frequencies.
 
   Args:
@@ -144,13 +144,13 @@ def choose(
   cost = tables.cost_bits(counts, stored) / 8 + np.count_nonzero(stored, axis=1)
   if classes is None:
     frequencies[:, used] = stored
-    return Choice(np.zeros(len(counts), bool), frequencies, float(cost.sum()))
+    return TableChoice(np.zeros(len(counts), bool), frequencies, float(cost.sum()))
   weights = scales.normal_weights(layout, frequencies.shape[1], classes)[:, used]
   chosen = tables.quantize(np.where(counts > 0, weights, 0))
   other = tables.cost_bits(counts, chosen) / 8 + scales.TABLE_BYTES
   normal = other < cost
   frequencies[:, used] = np.where(normal[:, None], chosen, stored)
-  return Choice(normal, frequencies, float(np.where(normal, other, cost).sum()))
+  return TableChoice(normal, frequencies, float(np.where(normal, other, cost).sum()))
 
 
 def to_bytes(contexts: Contexts) -> bytes:
