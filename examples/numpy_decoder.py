@@ -307,18 +307,15 @@ def product(p, arrays, bases, name, hidden):  # the bit patterns of a product
   across = p['kind'] != 'writes' and not p.get('transposed')
   x, e = rounded(whole.T if across else whole), 25
   if p['kind'] == 'bias':
-    o = rounded(arrays[1])
-    n = power(o, k)
+    n = power(o := rounded(arrays[1]), k)
     bases, e = [np.rint(np.ldexp(o, n))], n
   elif p['kind'] == 'reads':
     x = rounded(x * rounded(arrays[1]))
   elif p.get('centred'):
-    n = power(x, 52 - (hidden - 1).bit_length())
-    i = np.rint(np.ldexp(x, n))
+    i = np.rint(np.ldexp(x, n := power(x, 52 - (hidden - 1).bit_length())))
     x = rounded(np.ldexp(i - i.sum(-1, keepdims=True) / hidden, -n))
   if bases[0] is not None:
-    n = power(x, k)
-    y = np.rint(np.ldexp(x, n)) @ bases[0]
+    y = np.rint(np.ldexp(x, n := power(x, k))) @ bases[0]
     x = np.ldexp(y, -(n[:, 0] if p['kind'] == 'bias' else n) - e)
   x = x + rounded(arrays[2]) if len(arrays) > 2 else x
   return narrow(np.float32(x.T if p['kind'] == 'reads' else x), name)

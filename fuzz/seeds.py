@@ -308,12 +308,14 @@ def containers_of_models() -> dict[str, bytes]:
 
 
 def stored_leaves() -> list[bytes]:
-  """Returns the settings and shapes of structured leaves, as JSON."""
+  """Returns the settings and shapes of structured leaves, as JSON, and their heads."""
   found = []
   beside_base = [leaf for leaf, _ in leaves_beside_base().values()]
   for leaf in (*leaves().values(), *beside_base):
     settings, arrays = leaf.stored()
     shapes = {n: [np.dtype(x.dtype).name, list(x.shape)] for n, x in arrays.items()}
+    if 'head' in arrays:  # bytes that are read when the leaf is made
+      shapes['head'].append(arrays['head'].tolist())
     found.append({'type': leaf.type_name, 'settings': settings, 'arrays': shapes})
   with rotbits_jax.file.Reader(container('exact')) as reader:
     for leaf, specs in reader.records['embed'].leaf_specs():

@@ -133,13 +133,12 @@ def _leaf(data: bytes) -> None:
   try:
     value = json.loads(data)
     type_name, settings, arrays = value['type'], value['settings'], value['arrays']
-    shapes = [shape for _, shape in arrays.values()]
+    shapes = [shape for _, shape, *_ in arrays.values()]
     if not all(type(n) is int for shape in shapes for n in shape):
       raise ValueError('no shapes')
     if sum(map(math.prod, shapes)) > _SMALL:
       raise ValueError('the file would be large')
-    dtypes = weights.DTYPES
-    named = {n: np.ones(shape, dtypes[d]) for n, (d, shape) in arrays.items()}
+    named = {name: _array(*own) for name, own in arrays.items()}
     cls = structured.TYPES[type_name]
   except Exception as error:  # no leaf: the manifest's own checks come before this
     raise ValueError(str(error)) from error
@@ -157,6 +156,10 @@ def _leaf(data: bytes) -> None:
     assert {n: x.shape for n, x in again[1].items()} == {
       n: x.shape for n, x in named.items()
     }
+
+
+def _array(dtype: str, shape: list[int], elements: Any = 1) -> np.ndarray:
+  return np.broadcast_to(np.array(elements, weights.DTYPES[dtype]), shape).copy()
 
 
 def _with_file(

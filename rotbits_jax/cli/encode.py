@@ -286,17 +286,17 @@ def read_choice(name: str, elements: int) -> PresetChoice:
   outputs.check(output, overwrite=_OVERWRITE.value)
   found: steps.SearchResult | steps.Calibration | None = None
   if text is not None:
-    given = checkpoints.open_checkpoint(_CHECKPOINT.value)
-    tokens = program.read_tokens(given.files, given.config, program.read_text(text))
+    opened = checkpoints.open_checkpoint(_CHECKPOINT.value)
+    tokens = program.read_tokens(opened.files, opened.config, program.read_text(text))
     settings: Any = {
       'max_tokens': _MAX_TOKENS.value,
       'folder': output.parent,
       'progress': True,
     }
     if max_kl is None:
-      found = steps.calibrate(given, tokens, **settings)
+      found = steps.calibrate(opened, tokens, **settings)
     else:
-      found = steps.search(given, tokens, max_kl=max_kl, **settings)
+      found = steps.search(opened, tokens, max_kl=max_kl, **settings)
     options |= {'offsets': found.offsets, 'inputs': found.inputs}
   if isinstance(found, steps.SearchResult):
     return PresetChoice(name, options | {'step': found.step}, found)

@@ -223,12 +223,12 @@ class _Sample(NamedTuple):
   """Rows of an array that stand for it, beside those of another array or alone.
 
   Attributes:
-    count: how many rows the array has.
+    rows: how many rows the array has.
     parts: some of them, and half as many; or all of them. Each part has the same rows
       of both arrays.
   """
 
-  count: int
+  rows: int
   parts: list[tuple[np.ndarray, ...]]
 
   @classmethod
@@ -240,7 +240,7 @@ class _Sample(NamedTuple):
     many = max(_ELEMENTS // max(columns, 1), 64)
     if many >= count:
       return cls(count, [tuple(map(np.ascontiguousarray, whole))])
-    places = [np.arange(rows) * count // rows for rows in (many, many // 2)]
+    places = [np.arange(n) * count // n for n in (many, many // 2)]
     return cls(count, [tuple(x[own] for x in whole) for own in places])
 
   def nbytes(self, size_of: Callable[..., float]) -> float:
@@ -253,7 +253,7 @@ class _Sample(NamedTuple):
     if len(sizes) == 1:
       return sizes[0]
     many, few = (len(part[0]) for part in self.parts)
-    return sizes[0] + (sizes[0] - sizes[1]) / (many - few) * (self.count - many)
+    return sizes[0] + (sizes[0] - sizes[1]) / (many - few) * (self.rows - many)
 
 
 def _sampled(params: Mapping[str, Any], base: base_lib.Base | None) -> list[Any]:
@@ -264,8 +264,10 @@ def _sampled(params: Mapping[str, Any], base: base_lib.Base | None) -> list[Any]
       found.append(leaf)
       continue
     known = None if base is None else base.array(path)
-    is_like = known is not None and known.shape == leaf.shape
-    found.append(_Sample.of(np.asarray(leaf), *([known] if is_like else [])))
+    arrays = [np.asarray(leaf)]
+    if known is not None and known.shape == leaf.shape:
+      arrays.append(known)
+    found.append(_Sample.of(*arrays))
   return found
 
 

@@ -73,7 +73,8 @@ def fisher_factors(
     for k, x in enumerate(xs if i < config.num_layers else ()):
       kept[i, k] = x
   outer = jax.device_put(model.outer())
-  gradients, total = [], None
+  gradients: list[jax.Array] = []
+  total: Any = None
   for k, x in enumerate(xs):
     gradient, *own = _predictions(outer, config, x, jax.random.key(seed + k))
     gradients.append(gradient)
@@ -118,7 +119,9 @@ def _predictions(
     p = jax.nn.softmax(logits)
     drawn = jax.random.categorical(key, logits)
     (gradient,) = pull((p - jax.nn.one_hot(drawn, p.shape[-1])) * slope)
-    moments = {('head/kernel',): transformer.second_moments(normed)}
+    moments: dict[tuple[str, ...], Any] = {
+      ('head/kernel',): transformer.second_moments(normed)
+    }
   # The mean over all tokens that may be drawn has no noise.
   squares = p * (1 - p) * jnp.square(slope)
   head = Factors(moments, {'head/kernel': squares.sum((0, 1))})

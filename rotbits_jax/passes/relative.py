@@ -221,7 +221,9 @@ def _coded(
   classes = head.classes(known, dtype, leaf.first, len(shifts)).reshape(-1)
   made = _symbols(bits, known.reshape(-1), classes, shifts, dtype)
   bands, of_bands = _bands(made.counts, shifts)
-  head = head._replace(bands=np.uint8(bands), shifts=np.uint8(of_bands))
+  head = head._replace(
+    bands=np.array(bands, np.uint8), shifts=np.array(of_bands, np.uint8)
+  )
   counts = np.add.reduceat(made.counts, np.cumsum([0, *bands[:-1]]))
   used, frequencies = counts.any(axis=1), np.zeros_like(counts)
   frequencies[:, 0] = tables.TOTAL

@@ -13,7 +13,7 @@ A head that is the embedding as well, or that a tied embedding is made of, cause
 errors. Then the sum of both is approximated by a product of the same form.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 import functools
 import os
 from typing import Any
@@ -85,6 +85,41 @@ def _sum(*pairs: tuple[np.ndarray, np.ndarray], axis: int) -> passes.Inputs:
   moments = sum(g.mean() * a for a, g in pairs)
   outputs = sum(np.trace(a) * g for a, g in pairs)
   return passes.Inputs(moments, axis, outputs / max(np.trace(moments), 1e-30))
+
+
+def fitted(
+  parts: Sequence[Mapping[str, passes.Inputs]], windows: Sequence[Sequence[np.ndarray]]
+) -> dict[str, passes.Inputs]:
+  """Returns A and g for rounding, given those on each of several texts.
+
+  A `[n, n]` of T tokens tells little about directions that these hardly have, and
+  feedback would put the errors there. Therefore (n / T)^2 times the mean of the
+  diagonal of A is added to it: as much as the mean if there are n tokens.
+
+  Args:
+    parts: A and g on each text, see `measure`. Matrices that share one A share one in
+      the result.
+    windows: the tokens of each text.
+  """
+  counts = [sum(tokens.size for tokens in own) for own in windows]
+  total = sum(counts)
+
+  def mean(arrays: Iterable[Any]) -> Any:
+    pairs = zip(arrays, counts, strict=True)
+    return sum(x * np.float32(count / total) for x, count in pairs)
+
+  shared: dict[int, Any] = {}
+  found = {}
+  for path, first in parts[0].items():
+    own = [part[path] for part in parts]
+    if id(first.moments) not in shared:
+      moments = mean(x.moments for x in own)
+      n = len(moments)
+      ridge = np.float32(np.trace(moments) * n / total**2)
+      shared[id(first.moments)] = moments + ridge * np.eye(n, dtype=np.float32)
+    outputs = mean(x.outputs for x in own)
+    found[path] = first._replace(moments=shared[id(first.moments)], outputs=outputs)
+  return found
 
 
 class OnDisk(Mapping[str, passes.Inputs]):

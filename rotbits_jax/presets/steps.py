@@ -18,7 +18,7 @@ the layers after the transforms, in float32; the moments of the inputs of kernel
 the residual stream in front of each layer.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import math
 import os
@@ -65,7 +65,7 @@ class Calibration(NamedTuple):
 
   offsets: dict[str, float]
   sensitivities: dict[str, float]
-  inputs: dict[str, passes.Inputs]
+  inputs: Mapping[str, passes.Inputs]
 
 
 class SearchResult(NamedTuple):
@@ -83,7 +83,7 @@ class SearchResult(NamedTuple):
   offsets: dict[str, float]
   curve: list[Point]
   sensitivities: dict[str, float]
-  inputs: dict[str, passes.Inputs]
+  inputs: Mapping[str, passes.Inputs]
 
   @property
   def kl(self) -> float:
@@ -273,14 +273,20 @@ def _calibrated(
   inputs = sensitivities.OnDisk(folder)
   counts, found = {}, {}
   parts: Any = context.source
-  kept = spool.Spool(folder)
-  for own in sensitivities.measure(_Arrays.of(parts), windows, kept):
-    inputs.add(own)
-    index = models.names.layer_index(next(iter(own)))
-    rounding = passes.to_steps(PROBE, {}, own)
+  # Feedback fits the text that it has seen. So errors are made with one half of it, and
+  # the other half tells what they cost.
+  halves = [half for half in (windows[::2], windows[1::2]) if half]
+  measured = (
+    sensitivities.measure(_Arrays.of(parts), half, spool.Spool(folder))
+    for half in halves
+  )
+  for seen, *unseen in zip(*measured, strict=True):
+    inputs.add(sensitivities.fitted([seen, *unseen], halves))
+    index = models.names.layer_index(next(iter(seen)))
+    rounding = passes.to_steps(PROBE, {}, sensitivities.fitted([seen], halves[:1]))
     exact = _arrays(parts.parts[index])
     rounded = _arrays(passes.round_part(context, index, rounding))
-    for path, own_inputs in own.items():
+    for path, own_inputs in (unseen or [seen])[0].items():
       inner = path.removeprefix(models.names.prefix(index))
       leaf = exact[inner]
       count = _count(leaf, rounded[inner])
