@@ -52,7 +52,7 @@ def fix_pair(u: jax.Array, v: jax.Array) -> structured.ReducedLowRank:
   1024
   >>> structured.count_elements(fixed)
   832
-  >>> bool(jnp.allclose(fixed.materialize(), u @ v, atol=1e-5))
+  >>> bool(jnp.allclose(fixed.materialize(), u @ v, atol=1e-3))
   True
 
   Args:
