@@ -253,13 +253,13 @@ def of_decode() -> str:
 
 
 def of_growth() -> str:
-  (header,) = rows_of(growth.TITLE, r'preset .*$')
+  (header,) = rows_of(growth.TITLE, r' +size .*$')
   end = header[0].index('load s') + len('load s')  # columns before it may be empty
   points = []
-  for row in rows_of(growth.TITLE, r'(\w+) +([\d,]+) +(\d+[.]\d{3}) .*$'):
-    size, load = int(number(row[2])), float(row[0][:end].split()[-1])
-    costs = [growth.Cost(seconds, 0) for seconds in (float(row[3]), load)]
-    points.append(growth.Point(row[1], '', size, 0, *costs))
+  for row in rows_of(growth.TITLE, r'(\w+) +(\d+x\d+) +([\d,]+) +[\d.]+ +([\d.]+) .*$'):
+    load = float(row[0][:end].split()[-1])
+    costs = [growth.Cost(seconds, 0) for seconds in (float(row[4]), load)]
+    points.append(growth.Point(row[1], row[2], int(number(row[3])), 0, *costs))
   return growth.picture(points)
 
 
