@@ -16,12 +16,10 @@ from rotbits_jax import models
 from rotbits_jax.checkpoints import attributes
 from rotbits_jax.checkpoints import errors
 from rotbits_jax.checkpoints import rope as rope_lib
+from rotbits_jax.checkpoints import shared_attributes as shared
 
 SHORTCUT_SUFFIX = '_Q'  # of the names of shortcuts
 SHORTCUT_NAME = f'attn_shortcut{SHORTCUT_SUFFIX}'  # a tensor of every sliced layer
-
-# The entries of a config are made before tensors bound how many layers there are.
-_MOST_LAYERS = 1 << 12
 
 # Constants that old versions of transformers stored as tensors.
 _BUFFERS = re.compile(
@@ -99,12 +97,12 @@ def _opt(config: attributes.Attributes) -> models.ModelConfig:
     _remove_final_layer_norm=False,
     word_embed_proj_dim=config.size('hidden_size'),
   )
-  return _decoder(
+  return shared.decoder(
     config,
     family='opt',
     intermediate_size=config.size('ffn_dim'),
     num_kv_heads=config.size('num_attention_heads'),
-    activation=_activation(config, 'activation_function', 'relu'),
+    activation=shared.activation(config, 'activation_function', 'relu'),
     qkv_bias=True,
     out_bias=True,
     mlp_bias=True,
@@ -119,7 +117,7 @@ def _opt(config: attributes.Attributes) -> models.ModelConfig:
 def _llama(config: attributes.Attributes) -> models.ModelConfig:
   config.require(rope_interleaved=False, partial_rotary_factor=1.0)
   attention_bias = config.boolean('attention_bias', False)
-  return _rotary_gated(
+  return shared.rotary_gated(
     config,
     family='llama',
     qkv_bias=attention_bias,
@@ -132,31 +130,31 @@ def _mistral(config: attributes.Attributes) -> models.ModelConfig:
   # These attributes have other defaults in Mistral's config than in Llama's.
   config.demand('max_position_embeddings', 'num_key_value_heads', 'sliding_window')
   config.require(partial_rotary_factor=1.0)
-  window = _sliding_window(config)
-  return _rotary_gated(config, family='mistral', sliding_window=window)
+  window = shared.sliding_window(config)
+  return shared.rotary_gated(config, family='mistral', sliding_window=window)
 
 
 def _qwen2(config: attributes.Attributes) -> models.ModelConfig:
-  _require_full_attention(config)
-  return _rotary_gated(config, family='qwen2', qkv_bias=True)
+  shared.require_full_attention(config)
+  return shared.rotary_gated(config, family='qwen2', qkv_bias=True)
 
 
 def _qwen3(config: attributes.Attributes) -> models.ModelConfig:
   config.demand('head_dim')
-  _require_full_attention(config)
+  shared.require_full_attention(config)
   attention_bias = config.boolean('attention_bias', False)
-  return _rotary_gated(
+  return shared.rotary_gated(
     config,
     family='qwen3',
     qkv_bias=attention_bias,
     out_bias=attention_bias,
-    qk_norm_eps=_norm_eps(config),
+    qk_norm_eps=shared.norm_eps(config),
   )
 
 
 def _smollm3(config: attributes.Attributes) -> models.ModelConfig:
-  _require_full_attention(config)
-  layers = config.size('num_hidden_layers', most=_MOST_LAYERS)
+  shared.require_full_attention(config)
+  layers = config.size('num_hidden_layers', most=shared.MOST_LAYERS)
   interval = config.size('no_rope_layer_interval', 4)
   rotary = config.take('no_rope_layers', None)  # 1 for a layer with RoPE
   if rotary is None:
@@ -169,7 +167,7 @@ def _smollm3(config: attributes.Attributes) -> models.ModelConfig:
     config.refuse('no_rope_layers', rotary, f'a list of {layers} numbers, 0 or 1')
   without = tuple(layer for layer in range(layers) if not rotary[layer])
   attention_bias = config.boolean('attention_bias', False)
-  return _rotary_gated(
+  return shared.rotary_gated(
     config,
     family='smollm3',
     rope_theta=2000000.0,
@@ -187,15 +185,15 @@ def _gemma2(config: attributes.Attributes) -> models.ModelConfig:
   for unused in ('hidden_act', 'sliding_window_size'):
     config.take(unused, None)
   rope = rope_lib.positions(config, 1.0)
-  window = models.Positions(**rope, sliding_window=_sliding_window(config))
+  window = models.Positions(**rope, sliding_window=shared.sliding_window(config))
   return _gemma(
     config,
     family='gemma2',
     rope=rope,
     alternate=window,
     interval=2,
-    attention_softcap=_softcap(config, 'attn_logit_softcapping', 50.0),
-    logit_softcap=_softcap(config, 'final_logit_softcapping', 30.0),
+    attention_softcap=shared.softcap(config, 'attn_logit_softcapping', 50.0),
+    logit_softcap=shared.softcap(config, 'final_logit_softcapping', 30.0),
   )
 
 
@@ -227,10 +225,10 @@ def _gemma3(config: attributes.Attributes) -> models.ModelConfig:
     config,
     family='gemma3_text',
     rope=full,
-    alternate=models.Positions(**local, sliding_window=_sliding_window(config)),
+    alternate=models.Positions(**local, sliding_window=shared.sliding_window(config)),
     interval=config.size('_sliding_window_pattern', interval),
-    qk_norm_eps=_norm_eps(config),
-    logit_softcap=_softcap(config, 'final_logit_softcapping', None),
+    qk_norm_eps=shared.norm_eps(config),
+    logit_softcap=shared.softcap(config, 'final_logit_softcapping', None),
   )
 
 
@@ -258,7 +256,7 @@ def _gemma(
   config.take('cache_implementation', None)
   if config.take('use_bidirectional_attention', None) is not None:
     config.require(use_bidirectional_attention=False)
-  layers = config.size('num_hidden_layers', most=_MOST_LAYERS)
+  layers = config.size('num_hidden_layers', most=shared.MOST_LAYERS)
   types = config.take('layer_types', None)
   names = ('full_attention', 'sliding_attention')
   if types is None:
@@ -270,14 +268,14 @@ def _gemma(
   ):
     config.refuse('layer_types', types, f'{layers} times {" or ".join(names)}')
   local = tuple(layer for layer, name in enumerate(types) if name == names[1])
-  return _decoder(
+  return shared.decoder(
     config,
     intermediate_size=config.size('intermediate_size'),
     num_kv_heads=config.size('num_key_value_heads'),
-    activation=_activation(config, 'hidden_activation', 'gelu_new'),
+    activation=shared.activation(config, 'hidden_activation', 'gelu_new'),
     gated_mlp=True,
     norm='rmsnorm',
-    norm_eps=_norm_eps(config),
+    norm_eps=shared.norm_eps(config),
     max_positions=config.size('max_position_embeddings'),
     alternate=alternate if local else None,
     alternate_layers=local,
@@ -294,30 +292,30 @@ def _gemma(
 def _mixtral(config: attributes.Attributes) -> models.ModelConfig:
   config.demand('max_position_embeddings', 'num_key_value_heads', 'rms_norm_eps')
   config.require(partial_rotary_factor=1.0)
-  return _rotary_gated(
+  return shared.rotary_gated(
     config,
     family='mixtral',
     rope_theta=1e6,
-    sliding_window=_sliding_window(config),
+    sliding_window=shared.sliding_window(config),
     unit_expert_weights=True,
     **_mixture(config),
   )
 
 
 def _qwen3_moe(config: attributes.Attributes) -> models.ModelConfig:
-  _require_full_attention(config)
+  shared.require_full_attention(config)
   if config.take('mlp_only_layers', None) is not None:
     config.require(mlp_only_layers=[])
   config.require(decoder_sparse_step=1)
   config.take('intermediate_size', None)  # of layers without experts
   attention_bias = config.boolean('attention_bias', False)
-  return _rotary_gated(
+  return shared.rotary_gated(
     config,
     family='qwen3_moe',
     width='moe_intermediate_size',
     qkv_bias=attention_bias,
     out_bias=attention_bias,
-    qk_norm_eps=_norm_eps(config),
+    qk_norm_eps=shared.norm_eps(config),
     unit_expert_weights=config.boolean('norm_topk_prob', False),
     **_mixture(config),
   )
@@ -342,16 +340,16 @@ def _mixture(config: attributes.Attributes) -> dict[str, Any]:
 def _phi3(config: attributes.Attributes) -> models.ModelConfig:
   config.demand('max_position_embeddings', 'rms_norm_eps')
   config.require(attention_bias=False, rope_scaling=None)
-  window = _sliding_window(config)
-  return _rotary_gated(config, family='phi3', sliding_window=window)
+  window = shared.sliding_window(config)
+  return shared.rotary_gated(config, family='phi3', sliding_window=window)
 
 
 def _phi(config: attributes.Attributes) -> models.ModelConfig:
   config.require(qk_layernorm=False, tie_word_embeddings=False)
-  return _rotary(
+  return shared.rotary(
     config,
     family='phi',
-    activation=_activation(config, 'hidden_act', 'gelu_new'),
+    activation=shared.activation(config, 'hidden_act', 'gelu_new'),
     parallel_block=True,
     qkv_bias=True,
     out_bias=True,
@@ -361,104 +359,6 @@ def _phi(config: attributes.Attributes) -> models.ModelConfig:
     norm_eps=config.number('layer_norm_eps', 1e-5),
     rotary_factor=0.5,
   )
-
-
-def _rotary_gated(
-  config: attributes.Attributes, *, tied_head: bool = False, **switches: Any
-) -> models.ModelConfig:
-  """Makes the config of a family that resembles Llama.
-
-  Args:
-    config: the attributes of `config.json`.
-    tied_head: whether the head is tied, if no attribute says so.
-    switches: see `_rotary`.
-  """
-  return _rotary(
-    config,
-    activation=_activation(config, 'hidden_act', 'silu'),
-    gated_mlp=True,
-    norm='rmsnorm',
-    norm_eps=_norm_eps(config),
-    tied_head=config.boolean('tie_word_embeddings', tied_head),
-    **switches,
-  )
-
-
-def _rotary(
-  config: attributes.Attributes,
-  rotary_factor: float = 1.0,
-  rope_theta: float = 10000.0,
-  width: str = 'intermediate_size',
-  **switches: Any,
-) -> models.ModelConfig:
-  """Makes the config of a family with rotary positions.
-
-  Args:
-    config: the attributes of `config.json`.
-    rotary_factor: the part of a head that RoPE rotates, if no attribute sets it.
-    rope_theta: the base of RoPE's wavelengths, if no attribute sets it.
-    width: the attribute that sets the width of an MLP.
-    switches: the fields in which the family differs from others.
-  """
-  heads = config.size('num_attention_heads')
-  return _decoder(
-    config,
-    intermediate_size=config.size(width),
-    num_kv_heads=config.size('num_key_value_heads', heads),
-    max_positions=config.size('max_position_embeddings', 2048),
-    **rope_lib.positions(config, rotary_factor, rope_theta),
-    **switches,
-  )
-
-
-def _decoder(config: attributes.Attributes, **fields: Any) -> models.ModelConfig:
-  """Makes a config from the attributes that all families have, and further fields."""
-  hidden = config.size('hidden_size')
-  layers = config.size('num_hidden_layers', most=_MOST_LAYERS)
-  segments = layers if fields.get('parallel_block') else 2 * layers
-  return models.ModelConfig(
-    hidden_size=hidden,
-    num_layers=layers,
-    num_heads=config.size('num_attention_heads'),
-    head_dim=rope_lib.head_dim(config),
-    vocab_size=config.size('vocab_size'),
-    segment_widths=(hidden,) * (segments + 1),
-    **fields,
-  )
-
-
-def _require_full_attention(config: attributes.Attributes) -> None:
-  """Refuses a Qwen or a SmolLM3 with a window in some layers."""
-  config.demand('max_position_embeddings', 'num_key_value_heads')
-  config.require(use_sliding_window=False, partial_rotary_factor=1.0)
-  for unused in ('sliding_window', 'max_window_layers'):
-    config.take(unused, None)
-  types = config.take('layer_types', None)
-  full = ['full_attention'] * config.size('num_hidden_layers', most=_MOST_LAYERS)
-  if types is not None and types != full:
-    config.refuse('layer_types', types, "'full_attention' for every layer")
-
-
-def _softcap(
-  config: attributes.Attributes, name: str, default: float | None
-) -> float | None:
-  return None if config.take(name, default) is None else config.number(name, default)
-
-
-def _norm_eps(config: attributes.Attributes) -> float:
-  return config.number('rms_norm_eps', 1e-6)
-
-
-def _sliding_window(config: attributes.Attributes) -> int | None:
-  if config.take('sliding_window', None) is None:
-    return None
-  return config.size('sliding_window')
-
-
-def _activation(config: attributes.Attributes, name: str, default: str) -> Any:
-  known = ('relu', 'gelu_new', 'gelu_pytorch_tanh', 'silu')
-  found = config.choice(name, known, default)
-  return 'gelu_new' if found == 'gelu_pytorch_tanh' else found  # two names of one
 
 
 _LLAMA = Family(
