@@ -36,11 +36,9 @@ if TYPE_CHECKING:  # the imports of `__getattr__`
   from rotbits_jax import slicing as slicing
   from rotbits_jax import structured as structured
   from rotbits_jax import symmetries as symmetries
-  from rotbits_jax.api import apply as apply
   from rotbits_jax.api import decode as decode
   from rotbits_jax.api import decode_checkpoint as decode_checkpoint
   from rotbits_jax.api import decode_to_directory as decode_to_directory
-  from rotbits_jax.api import delta as delta
   from rotbits_jax.api import encode as encode
   from rotbits_jax.api import encode_to_file as encode_to_file
   from rotbits_jax.api import inspect as inspect
@@ -54,6 +52,8 @@ if TYPE_CHECKING:  # the imports of `__getattr__`
   from rotbits_jax.checkpoints import load_checkpoint as load_checkpoint
   from rotbits_jax.checkpoints import open_checkpoint as open_checkpoint
   from rotbits_jax.checkpoints import save_checkpoint as save_checkpoint
+  from rotbits_jax.deltas import apply as apply
+  from rotbits_jax.deltas import delta as delta
   from rotbits_jax.file import ContainerError as ContainerError
   from rotbits_jax.models import Model as Model
   from rotbits_jax.models import ModelConfig as ModelConfig
@@ -87,12 +87,12 @@ _NAMES = {
   'ModelConfig': 'models',
   'PRESETS': 'presets',
   'Preset': 'presets',
-  'apply': 'api',
+  'apply': 'deltas',
   'canonicalise': 'symmetries',
   'decode': 'api',
   'decode_checkpoint': 'api',
   'decode_to_directory': 'api',
-  'delta': 'api',
+  'delta': 'deltas',
   'encode': 'api',
   'encode_to_file': 'api',
   'inspect': 'api',

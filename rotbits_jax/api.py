@@ -6,7 +6,6 @@ and `load` hold the whole model in memory; `encode_to_file`, `decode_to_director
 """
 
 from collections.abc import Mapping, Sequence
-import io
 import os
 from typing import Any, Literal, TypeAlias, TypeVar, overload
 
@@ -19,20 +18,17 @@ from rotbits_jax import models
 from rotbits_jax import passes
 from rotbits_jax import presets
 from rotbits_jax import structured
-from rotbits_jax.file import base as base_lib
 from rotbits_jax.file import directory as directory_lib
 from rotbits_jax.file import encode as encode_lib
 from rotbits_jax.file import job as job_lib
 from rotbits_jax.file import placement
 from rotbits_jax.file import reader as reader_lib
-from rotbits_jax.file import shards
 from rotbits_jax.file import sizing
 from rotbits_jax.file import sources
 from rotbits_jax.file import trees
 from rotbits_jax.file import verification
 from rotbits_jax.report import savings
 from rotbits_jax.system import host
-from rotbits_jax.system import progress as progress_lib
 
 T = TypeVar('T')
 
@@ -90,7 +86,7 @@ def encode(
       of the rotations back as published. The default is 'free' for a sliced model and
       'exact' for everything else.
     base: a model or PyTree that the receiver has and that differs little, such as the
-      base of a fine-tune. What it has is not stored again, and whoever decodes the file
+      base of a fine-tune. Its arrays are not stored again, and whoever decodes the file
       passes it, too. Arrays are found by their paths. It needs the preset 'exact',
       which is then the default; or 'free', for a sliced model beside its dense one, of
       which both presets find the subspaces that slicing kept.
@@ -114,7 +110,7 @@ def encode(
       if the base has none of its arrays, or if an adapter cannot be carried.
   """
   job = _job(source, preset, options, files, stem, mesh, base, adapters)
-  return _written(job, progress=progress)
+  return encode_lib.in_memory(job, progress=progress)
 
 
 @host.own_settings()
@@ -399,92 +395,6 @@ def read_tensor(source: file.Readable, path: str, *, base: Base | None = None) -
     return reader.tensor(path)
 
 
-@host.own_settings()
-def delta(new: PyTree, old: PyTree) -> bytes:
-  """Returns the bytes that turn one PyTree of arrays into another, bit for bit.
-
-  A trainer sends them to samplers after each step: most numbers in bfloat16 do not
-  change in a step of reinforcement learning.
-
-  >>> old = {'w': np.zeros((64, 64), np.float32)}
-  >>> new = {'w': np.eye(64, dtype=np.float32)}
-  >>> data = rotbits_jax.delta(new, old)
-  >>> bool((rotbits_jax.apply(data, old)['w'] == new['w']).all())
-  True
-
-  Args:
-    new: arrays in any containers, on the host or on devices.
-    old: the PyTree that the receiver has.
-
-  Returns:
-    The bytes of a file beside a base, see `encode`. They hold a checksum of every array
-    of `old` that they need.
-
-  Raises:
-    ValueError: if a leaf is no array, or if the PyTrees have no paths in common.
-  """
-  source = sources.Source(new)
-  base = base_lib.Base(sources.Source(old), plain=False)
-  job = job_lib.Job(source, presets.make('exact'), None, base)
-  return _written(job, progress=False)
-
-
-@host.own_settings()
-def apply(
-  data: file.Readable,
-  params: T,
-  *,
-  sharding: file.Place | None = None,
-  donate: bool = False,
-) -> T:
-  """Applies the bytes of `delta`: turns the old PyTree into the new one.
-
-  Args:
-    data: the bytes of `delta`, or the path of a file with them.
-    params: the old PyTree.
-    sharding: see `load`; by default a JAX array gets the sharding of the old one, and
-      a NumPy array stays one.
-    donate: whether the JAX arrays of `params` may be deleted, each when it is replaced,
-      so that devices never hold both PyTrees. After an error some may be gone.
-
-  Returns:
-    The new PyTree, in the containers of the old one. An array that did not change is
-    the old one itself, unless `sharding` is given.
-
-  Raises:
-    ContainerError: if `params` are not those that `delta` got, such as those of another
-      step, or if the data are damaged.
-    ValueError: if the new PyTree has other paths, shapes or dtypes.
-  """
-  old = structured.flatten(trees.to_dicts(params))
-  base = base_lib.Base(sources.Source(params), plain=False)
-  found: dict[str, Any] = {}
-  with file.Reader(data, base=base) as reader:
-    uses, same = reader.uses_of_base(), reader.unchanged()
-    for record, flat in reader.each():
-      for path, array in flat.items():
-        if path in same and sharding is None and path in old:
-          found[path] = old[path]
-        else:
-          found[path] = _like(old.get(path), path, array, sharding)
-      for path in [x for x, last in uses.items() if last == record]:
-        replaced = donate and old[path] is not found.get(path)
-        if replaced and isinstance(old[path], jax.Array):
-          old[path].delete()
-    if empty := [x for entry in reader.records.values() for x in entry.empty]:
-      found |= {path: {} for path in empty}
-  return trees.unflatten_like(params, structured.unflatten(found))
-
-
-def _like(old: Any, path: str, array: Any, sharding: file.Place | None) -> Any:
-  """Returns a new array where the old one is, or with the sharding that is given."""
-  if sharding is not None:
-    return placement.placed({path: array}, sharding)[path]
-  if isinstance(old, jax.Array):
-    return jax.device_put(array, old.sharding)
-  return array
-
-
 def inspect(source: file.Readable) -> savings.Report:
   """Reports the content of a file and the savings of each step, without decoding.
 
@@ -555,15 +465,6 @@ def verify(
       progress=progress,
     )
   return found._replace(kl=kl, kl_rerounded=floor)
-
-
-def _written(job: job_lib.Job, *, progress: bool) -> bytes:
-  """Does the work in memory."""
-  memory, shard = io.BytesIO(), shards.Shard('', tuple(job.counts))
-  total = sum(x.bytes for x in job.counts.values())
-  with progress_lib.Progress('encode', total, 'B', show=progress) as bar:
-    job.write([shard], lambda _: memory, bar)
-  return memory.getvalue()
 
 
 def _job(

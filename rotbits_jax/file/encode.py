@@ -1,7 +1,8 @@
-"""Encoding to files, which appear when they are complete: one file, or shards."""
+"""Encoding to memory, or to files that appear when they are complete."""
 
 import contextlib
 import copy
+import io
 import os
 import pathlib
 from typing import Any
@@ -16,6 +17,15 @@ from rotbits_jax.file import shards as shards_lib
 from rotbits_jax.file import verification
 from rotbits_jax.system import outputs
 from rotbits_jax.system import progress as progress_lib
+
+
+def in_memory(job: job_lib.Job, *, progress: bool) -> bytes:
+  """Does the work in memory; returns the bytes of the file."""
+  memory, shard = io.BytesIO(), shards_lib.Shard('', tuple(job.counts))
+  total = sum(x.bytes for x in job.counts.values())
+  with progress_lib.Progress('encode', total, 'B', show=progress) as bar:
+    job.write([shard], lambda _: memory, bar)
+  return memory.getvalue()
 
 
 class Output:

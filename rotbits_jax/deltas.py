@@ -1,0 +1,107 @@
+"""Steps of a training as bytes: from one PyTree of arrays to the next.
+
+A trainer sends the bytes of `delta` to samplers, which `apply` them.
+"""
+
+from typing import Any, TypeVar
+
+import jax
+
+from rotbits_jax import file
+from rotbits_jax import presets
+from rotbits_jax import structured
+from rotbits_jax.file import base as base_lib
+from rotbits_jax.file import encode as encode_lib
+from rotbits_jax.file import job as job_lib
+from rotbits_jax.file import placement
+from rotbits_jax.file import sources
+from rotbits_jax.file import trees
+from rotbits_jax.system import host
+
+T = TypeVar('T')
+
+
+@host.own_settings()
+def delta(new: Any, old: Any) -> bytes:
+  """Returns the bytes that turn one PyTree of arrays into another, bit for bit.
+
+  A trainer sends them to samplers after each step: most numbers in bfloat16 do not
+  change in a step of reinforcement learning.
+
+  >>> old = {'w': np.zeros((64, 64), np.float32)}
+  >>> new = {'w': np.eye(64, dtype=np.float32)}
+  >>> data = rotbits_jax.delta(new, old)
+  >>> bool((rotbits_jax.apply(data, old)['w'] == new['w']).all())
+  True
+
+  Args:
+    new: arrays in any containers, on the host or on devices.
+    old: the PyTree that the receiver has.
+
+  Returns:
+    The bytes of a file beside a base, see `encode`. They hold a checksum of every array
+    of `old` that they need.
+
+  Raises:
+    ValueError: if a leaf is no array, or if the PyTrees have no paths in common.
+  """
+  source = sources.Source(new)
+  base = base_lib.Base(sources.Source(old), plain=False)
+  job = job_lib.Job(source, presets.make('exact'), None, base)
+  return encode_lib.in_memory(job, progress=False)
+
+
+@host.own_settings()
+def apply(
+  data: file.Readable,
+  params: T,
+  *,
+  sharding: file.Place | None = None,
+  donate: bool = False,
+) -> T:
+  """Applies the bytes of `delta`: turns the old PyTree into the new one.
+
+  Args:
+    data: the bytes of `delta`, or the path of a file with them.
+    params: the old PyTree.
+    sharding: see `load`; by default a JAX array gets the sharding of the old one, and
+      a NumPy array stays one.
+    donate: whether the JAX arrays of `params` may be deleted, each when it is replaced,
+      so that devices never hold both PyTrees. After an error some may be gone.
+
+  Returns:
+    The new PyTree, in the containers of the old one. An array that did not change is
+    the old one itself, unless `sharding` is given.
+
+  Raises:
+    ContainerError: if `params` are not those that `delta` got, such as those of another
+      step, or if the data are damaged.
+    ValueError: if the new PyTree has other paths, shapes or dtypes.
+  """
+  old = structured.flatten(trees.to_dicts(params))
+  base = base_lib.Base(sources.Source(params), plain=False)
+  found: dict[str, Any] = {}
+  with file.Reader(data, base=base) as reader:
+    uses, same = reader.uses_of_base(), reader.unchanged()
+    for record, flat in reader.each():
+      for path, array in flat.items():
+        if path in same and sharding is None and path in old:
+          found[path] = old[path]
+        else:
+          found[path] = _like(old.get(path), path, array, sharding)
+      for path in [x for x, last in uses.items() if last == record]:
+        replaced = donate and old[path] is not found.get(path)
+        if replaced and isinstance(old[path], jax.Array):
+          old[path].delete()
+    if empty := [x for entry in reader.records.values() for x in entry.empty]:
+      found |= {path: {} for path in empty}
+  return trees.unflatten_like(params, structured.unflatten(found))
+
+
+def _like(old: Any, path: str, array: Any, sharding: file.Place | None) -> Any:
+  """Returns a new array where the old one is, or with the sharding that is given."""
+  if sharding is not None:
+    return placement.placed({path: array}, sharding)[path]
+  if isinstance(old, jax.Array):
+    return jax.device_put(array, old.sharding)
+  return array
