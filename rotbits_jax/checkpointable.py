@@ -29,9 +29,9 @@ class Checkpointable:
   in it, which any function of this package reads. The class does not import Orbax.
 
   Attributes:
-    value: what is saved. For loading, it gives the structure and the shardings of the
-      PyTree, whose arrays may be `jax.ShapeDtypeStruct`; None, or a `Model`, for what
-      is in the file. After loading, it is what was loaded.
+    value: the model or the PyTree to save. For loading, it gives the structure and the
+      shardings of the PyTree, whose arrays may be `jax.ShapeDtypeStruct`; None, or a
+      `Model`, for the content of the file. After loading, it is the loaded one.
   """
 
   def __init__(

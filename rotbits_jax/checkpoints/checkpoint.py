@@ -41,13 +41,13 @@ _MOST_SIDECAR = 1 << 28  # bytes; tokenizers have up to 40 MB
 _MOST_SIDECARS = 1 << 30  # bytes of all together
 _MOST_FILES = 1 << 12
 _MOST_LEVELS = 7  # of sub-folders
-# Sub-folders with the model in other formats, and with what a training leaves behind.
+# Sub-folders with the model in other formats, and with the leavings of a training.
 _OTHER_FOLDERS = re.compile(
   'onnx.*|openvino|coreml|tflite|tf|flax|gguf|runs|logs|wandb|mlruns|__pycache__|'
   'checkpoint-[0-9]+|global_step[0-9]+'
 )
 _TORCH_WEIGHTS = 'pytorch_model.bin'
-# What a Trainer of transformers leaves beside the weights.
+# Files that a Trainer of transformers leaves beside the weights.
 _TRAINING = frozenset(['optimizer.pt', 'scheduler.pt', 'scaler.pt'])
 # These list the parts of a model of diffusers, or of sentence-transformers.
 _PIPELINES = ('model_index.json', 'modules.json')
@@ -383,7 +383,7 @@ def _read_sidecars(
   Returns:
     The files by their relative paths, and the paths of the files and folders that are
     no sidecars: other weights and arrays, large files, links that leave the folder,
-    what is no regular file, names that cannot be printed, empty folders, and those
+    other than regular files, names that cannot be printed, empty folders, and those
     that `_OTHER_FOLDERS` lists. Hidden folders are left out without a word.
   """
   files: dict[str, bytes] = {}

@@ -223,7 +223,7 @@ _OPTIONS = _define_options()
 
 
 class PresetChoice(NamedTuple):
-  """What the flags choose.
+  """The choice of the flags.
 
   Attributes:
     name: name of the preset.
@@ -322,7 +322,7 @@ def last_line(
     report: the report on the file.
     given: bytes of the input.
     seconds: the time that it took.
-    choice: what the flags chose.
+    choice: the choice of the flags.
   """
   back = BACK[report.keeps]
   if choice.found is not None:

@@ -1,7 +1,7 @@
 """Shared parts of the commands: their flags, running one, its errors, reading a model.
 
 A command is a module with a docstring, which is its help, `FLAGS`, and `main`, which
-returns what it prints: the JSON object of --json, and the text for people.
+returns its output: the JSON object of --json, and the text for people.
 
 Exit codes: 0 success; 1 a fault of this program, with its traceback; 2 bad input, with
 one line on stderr and nothing written; 130 interrupted; 129 and 143 ended by SIGHUP and
@@ -238,8 +238,8 @@ def _is_bad_input(error: Exception) -> bool:
 def _keep_programs() -> None:
   """Lets JAX keep compiled programs in the user's cache directory.
 
-  A command then starts without compiling what an earlier one has compiled. What the
-  user told JAX, as by JAX_COMPILATION_CACHE_DIR, is not changed.
+  A command then starts with the programs of earlier ones. A folder that the user has
+  given to JAX, as by JAX_COMPILATION_CACHE_DIR, is not changed.
   """
   if jax.config.jax_compilation_cache_dir is not None:
     return
@@ -365,9 +365,9 @@ def _parse(values: flags.FlagValues) -> None:
     # absl says "Flag --x must have a value other than None."
     missing = re.search(r'flag (--\w+)=None: Flag', str(error))
     text = f'{missing[1]}=... is missing' if missing else str(error)
-    # What a config file raises comes with its traceback.
+    # An error of a config file comes with its traceback.
     raise flags.Error(re.sub(r'Traceback.*\n(?=\S)', '', text, flags=re.S)) from error
-  except Exception as error:  # what a config file raises: it is Python
+  except Exception as error:  # of a config file, because it is Python
     name = type(error).__name__
     raise ValueError(f'the config cannot be used: {name}: {error}') from error
   if unused:

@@ -26,7 +26,7 @@ ALPHABET = 256
 MOST_SHIFT = 24
 
 Write = Callable[[int, np.ndarray, np.ndarray, np.ndarray], None]
-"""Takes what is decoded of a block, see `decode`."""
+"""Takes the decoded elements of a block, see `decode`."""
 
 
 def encode(
@@ -77,7 +77,7 @@ def decode(
   """Decodes elements: the inverse of `encode`.
 
   Args:
-    data: uint8, what `encode` returns, one after the other.
+    data: uint8, the results of `encode`, one after the other.
     sizes: the number of bytes of the tables, and of each block.
     contexts: as in `encode`.
     shifts: as in `encode`.

@@ -21,7 +21,7 @@ recipe        makes the tensors of a sliced model from those of its dense base
 writer        codes records and appends them to one file
 journal       the hidden folder of a run, from which the next run resumes
 encode        writes files, which appear when they are complete
-estimation    estimates what presets take, from samples
+estimation    estimates the sizes of files, from samples
 sizing        finds the steps of `near` with which a file has a size
 
 Reading:

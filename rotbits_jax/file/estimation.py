@@ -2,8 +2,8 @@
 
 The coder's own plans give the bytes of a sample, `coding.weights.estimate`; nothing is
 coded. For the preset `exact` a sample is some rows of each tensor of a few layers. Two
-samples of different sizes tell what more rows cost, and what an array costs however
-many rows it has, such as its frequency tables.
+samples of different sizes tell the cost of a row, and that of an array however many
+rows it has, such as its frequency tables.
 
 `free` and `near` change coordinates. So they rewrite a small model that is cut out of
 the same layers: in each of them a few heads and neurons, and a few tokens. The bytes of
@@ -58,7 +58,7 @@ _TINY = float(np.finfo(np.float32).tiny)
 
 
 class Estimate(NamedTuple):
-  """What a preset would take of a checkpoint.
+  """The cost of a checkpoint that is stored by a preset.
 
   Attributes:
     preset: name of the preset.
@@ -141,7 +141,7 @@ def estimate(
 
 
 def _with_needs(opened: Opened, preset: str, size: float) -> Estimate:
-  """Adds about what it takes to write a file of this size."""
+  """Adds about the seconds and the memory that writing the file takes."""
   is_exact = preset.startswith('exact')
   seconds = tensor_bytes(opened) / _CODED
   if not is_exact and opened.config is not None:
@@ -323,7 +323,7 @@ class _Cutter:
     self._columns: dict[str, np.ndarray] = {}
 
   def add(self, record: str, given: models.Params) -> None:
-    """Takes what it needs of a record."""
+    """Takes the rows and columns of a record that the small model has."""
     cut = functools.partial(_cut, chosen=self._chosen, hidden=self._config.hidden_size)
     index = models.names.layer_index(record)
     if index in self.layers:

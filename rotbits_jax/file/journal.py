@@ -137,8 +137,8 @@ class Journal:
 
     Args:
       records: the name of the shard and the entry of each.
-      sources: see `Source.checksums`. What earlier records have in the journal is left
-        out.
+      sources: see `Source.checksums`. Those that earlier records have in the journal
+        are left out.
       state: the state of the transform after these records, a PyTree of arrays.
     """
     before, known = len(self.done), {x for entry in self.done for x in entry.sources}

@@ -1,4 +1,4 @@
-"""The entries of leaves in the manifest: how a parameter is stored, and what it needs.
+"""The entries of leaves in the manifest: how a parameter is stored, and its needs.
 
 A leaf is an array or a structured leaf, see `structured`. It is stored as one or more
 arrays of its record, see `manifest`.

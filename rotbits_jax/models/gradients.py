@@ -145,7 +145,7 @@ def _backward(
   }
 
   def apply(x: jax.Array, added: dict[str, jax.Array]) -> tuple[jax.Array, Any]:
-    # What is added to a bias of each token is added to its output.
+    # An array that is added to a bias of each token is added to its output.
     given = dict(flat)
     for path, own_zeros in added.items():
       bias = f'{path.removesuffix("kernel")}bias'

@@ -55,12 +55,12 @@ digest of each array notices that, and the file is refused there.
   It holds the arrays in the order in which they were pushed (see `segments.parts`), in
   C order. If they are entropy coded, the arrays of a segment are one stream of
   `coding.weights`. To sample a rotation, the encoder pops rows of words and makes a
-  message of them. What is left of the message goes back onto the stack as a block. The
+  message of them. The rest of the message goes back onto the stack as a block. The
   decoder makes a message of the block, pushes the integers of the recovered rotation
   onto it, and so gets back the words.
 * `corrections`, uint16: another stack, with a block for each sampled segment (see
-  `bits_back.rotation_codes`). It is apart from the message, because the words of the
-  message are what the next rotation is sampled from, and a threshold leaves errors in
+  `bits_back.rotation_codes`). It is apart from the message, because the next
+  rotation is sampled from the words of the message, and a threshold leaves errors in
   them.
 
 The modules:

@@ -81,7 +81,7 @@ def _layers(
     tolerance = 3.0 if valid.segments or valid.stream else 1.0
   paths = heads.VALUES if is_values else heads.KEYS
   kernel = f'attention/{"out" if is_values else "key"}/kernel'
-  places: dict[int | None, list[int]] = {}  # of the layers, by what RoPE rotates there
+  places: dict[int | None, list[int]] = {}  # of layers, by the rotary coordinates
   pairs = [_pair(layer, paths) for layer in layers]
   for i, pair in enumerate(pairs):
     rotary = None if is_values else config.positions(first + i).rotary_dim

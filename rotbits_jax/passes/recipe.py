@@ -27,7 +27,7 @@ _SMALL = 0.3  # share of the median norm of rows that smaller rows count as
 
 
 class Ingredients(NamedTuple):
-  """What a tensor of a sliced model is made of.
+  """The parts of which a tensor of a sliced model is made.
 
   Attributes:
     way: how it is made.
@@ -43,7 +43,7 @@ class Ingredients(NamedTuple):
 def ingredients(
   dense: models.ModelConfig, sliced: models.ModelConfig
 ) -> dict[str, Ingredients]:
-  """Returns what the parameters of a sliced model are made of, by path.
+  """Returns the ingredients of the parameters of a sliced model, by path.
 
   A parameter that slicing does not change is not there.
 
@@ -273,7 +273,7 @@ def turn(basis: np.ndarray, other: np.ndarray) -> np.ndarray:
 
 
 def follows(target: np.ndarray, made: np.ndarray, limit: float) -> bool:
-  """Returns whether a tensor is what a product makes of the base, up to rounding.
+  """Returns whether a tensor is a product made of the base, up to rounding.
 
   Args:
     target: the tensor, rounded.

@@ -248,7 +248,7 @@ def _coded(
 
 
 class _Symbols(NamedTuple):
-  """What is coded of n elements.
+  """The symbols and the raw bits of n elements.
 
   Attributes:
     symbols: uint8 `[n]`.

@@ -83,7 +83,7 @@ def with_minimum_exponent(offset: float = 0.0) -> Rounding:
 
   In dtypes with fewer than 10 bits of mantissa, the step of the head is a quarter of
   that: no layer averages the head's errors, and on OPT in bfloat16 they are most of
-  what a common step adds to the divergence (measured). The step of low-rank factors is
+  the divergence that a common step adds (measured). The step of low-rank factors is
   half of the usual one, see `apply`.
 
   Args:

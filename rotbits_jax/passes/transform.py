@@ -3,7 +3,7 @@
 A transform rewrites the parameters of a model so that they store fewer numbers. It
 replaces arrays by structured leaves, which store fewer numbers than the arrays that
 they stand for; see `structured`. It keeps the function of the model, or it states how
-it changes the function. A note says what a transform did to one tensor.
+it changes the function. A note describes the change of one tensor.
 
 Transforms are written like Optax's: a transform is a few pure functions and a state.
 The state carries information from layer to layer, for example the coordinates that were

@@ -13,8 +13,8 @@ the errors of one rounding and the sensitivities of the predictions, see
 `sensitivities`. By the same rule lines of a matrix have steps of their own, and it is
 rounded with error feedback, see `symmetries.steps`.
 
-The model is read layer by layer. What is needed several times is in a temporary file:
-the layers after the transforms, in float32; the moments of the inputs of kernels; and
+The model is read layer by layer. A temporary file has the data for several uses: the
+layers after the transforms, in float32; the moments of the inputs of kernels; and
 the residual stream in front of each layer.
 """
 
@@ -274,7 +274,7 @@ def _calibrated(
   counts, found = {}, {}
   parts: Any = context.source
   # Feedback fits the text that it has seen. So errors are made with one half of it, and
-  # the other half tells what they cost.
+  # the other half tells their cost.
   halves = [half for half in (windows[::2], windows[1::2]) if half]
   measured = (
     sensitivities.measure(_Arrays.of(parts), half, spool.Spool(folder))

@@ -26,7 +26,7 @@ class Report(NamedTuple):
 
   Attributes:
     preset: name of the preset with which the file was encoded.
-    keeps: what comes back, see `presets.Preset`.
+    keeps: 'bits', 'function' or 'approximation', see `presets.Preset`.
     family: family of the model; None for a PyTree of arrays.
     input_elements: number of elements of the tensors of the input.
     stored_elements: number of elements that the file stores.
@@ -34,8 +34,8 @@ class Report(NamedTuple):
     file_bytes: size of the file.
     lines: one for each cause of a difference between the sizes.
     needs: the arrays of a base that are needed to decode the file, by their paths.
-    notes: the notes of each transform, by its name. A note tells what the transform did
-      to a tensor.
+    notes: the notes of each transform, by its name. A note describes the change
+      of a tensor.
   """
 
   preset: str

@@ -1,4 +1,4 @@
-"""Fields of structured leaves: the annotations say what a file stores of each.
+"""Fields of structured leaves: the annotations describe their form in a file.
 
 A leaf is a `flax.struct` dataclass. Its fields are of two kinds:
 

@@ -191,7 +191,7 @@ class Way(NamedTuple):
     kind: see above.
     transposed: whether the kernel is the transpose of the tensor of the base, which is
       the embedding of a model with a tied head.
-    centred: whether the mean is subtracted from each row of what 'writes' takes.
+    centred: whether the mean is subtracted from each row of the tensor of 'writes'.
     rounded: whether tensors of the base are rounded to the dtype, and again after they
       are scaled or centred. SliceGPT does so.
   """

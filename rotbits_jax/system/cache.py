@@ -66,7 +66,8 @@ def made(
 def prune(limit: int, *, keep: pathlib.Path | None = None) -> list[pathlib.Path]:
   """Removes folders of the cache, those first that were not used for the longest time.
 
-  A folder that another process makes stays, and what a killed process left of one goes.
+  A folder that another process makes stays. The rest of one whose process was killed
+  goes.
 
   Args:
     limit: greatest number of bytes of the folders that stay.

@@ -26,7 +26,7 @@ def find(group: Group, name: str, known: Mapping[str, T]) -> T | None:
   """Returns the part of a name; None if no installed package has it.
 
   Args:
-    group: what kind of part.
+    group: the kind of part.
     name: name of the part.
     known: the parts that need no search, by name.
   """
@@ -49,7 +49,7 @@ def package(group: Group, name: str, part: Any) -> str | None:
   """Returns the distribution that has a part; None for a part of this package.
 
   Args:
-    group: what kind of part.
+    group: the kind of part.
     name: name of the part.
     part: the part: a class, a function or another object.
   """

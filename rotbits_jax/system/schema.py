@@ -1,6 +1,6 @@
 """Typed JSON: frozen dataclasses to JSON values and back, for untrusted input.
 
-The annotations of a dataclass say what its fields may hold:
+The annotations of a dataclass describe the values of its fields:
 
     @dataclasses.dataclass(frozen=True, kw_only=True)
     class Stream:

@@ -22,7 +22,7 @@ A correction repairs the errors of Q_hat, in one of two ways:
   weights that were pushed as uniform 16-bit symbols, the weights only lose precision.
   If they are anything else, such as an index or an entropy-coded symbol, everything
   below them is corrupted. Moreover, the corrections of rotations below were computed
-  from the numbers without errors. So only decoding shows what will be decoded.
+  from the numbers without errors. So only decoding shows the result of decoding.
 
 The paper (arXiv 2410.01309) does not specify the numbers. Here every 16-bit pattern
 stands for a finite number, because a message may hold any pattern: see `FLOAT16`, and

@@ -193,7 +193,7 @@ def sums(matrix: np.ndarray, weights: np.ndarray, exponent: int) -> scales.Sums:
   unsigned = np.dtype(f'u{matrix.dtype.itemsize}')
   padded = buffers.scratch('padded', _PADDED, unsigned)
   padded[: matrix.size] = matrix.reshape(-1).view(unsigned)
-  # What is beyond a row counts nothing.
+  # Elements beyond a row count nothing.
   of_columns = buffers.scratch('weights', _PADDED, np.float32)
   of_columns[:columns] = weights
   of_columns[columns : columns + _WIDTH] = 0
