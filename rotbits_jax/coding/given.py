@@ -151,9 +151,9 @@ def _blocks(count: int) -> Iterator[tuple[slice, int]]:
   """Yields the elements of each block, and its lanes."""
   if not count:
     return
-  elements = -(-count // -(-count // blocks.CAPACITY))
+  elements, lanes = blocks.divided(count)
   for start in range(0, count, elements):
-    yield slice(start, min(start + elements, count)), blocks.lanes_for(elements)
+    yield slice(start, min(start + elements, count)), lanes
 
 
 def _planes(shifts: np.ndarray) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:

@@ -101,6 +101,16 @@ def lanes_for(count: int) -> int:
   return min(max(count // 8192, 1), LANES)
 
 
+def divided(count: int) -> tuple[int, int]:
+  """Divides `count` elements, at least 1, into few blocks of similar sizes.
+
+  Returns:
+    The elements of each block but the last, which may have fewer; and its lanes.
+  """
+  elements = -(-count // -(-count // CAPACITY))
+  return elements, lanes_for(elements)
+
+
 # ---- programs ------------------------------------------------------------------------
 
 

@@ -173,9 +173,7 @@ class _Group(NamedTuple):
     arrays: list[np.ndarray],
   ) -> '_Group':
     """Divides the elements into as few blocks as possible, of similar sizes."""
-    total = sum(array.size for array in arrays)
-    elements = -(-total // -(-total // blocks.CAPACITY))
-    lanes = blocks.lanes_for(elements)
+    elements, lanes = blocks.divided(sum(array.size for array in arrays))
     return cls(layout, contexts, members, arrays, lanes, elements)
 
   @classmethod
