@@ -68,7 +68,7 @@ _CALIBRATION = flags.DEFINE_string(
   flag_values=FLAGS,
 )
 _CALIBRATION_TOKENS = flags.DEFINE_integer(
-  'calibration_tokens', 2048, 'Number of its tokens to use.', flag_values=FLAGS
+  'calibration_tokens', 4096, 'Number of its tokens to use.', flag_values=FLAGS
 )
 _STEPS = flags.DEFINE_list(
   'steps',
