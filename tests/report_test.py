@@ -107,9 +107,7 @@ def test_first_line_says_what_comes_back(encoded, tmp_path, rotbits):
   assert rotbits('report', *arguments)[0] == 0
   page = (tmp_path / 'a.html').read_text('utf-8')
   assert re.search('<title>phi.rotbits: [0-9.]+ MB to [0-9]+ kB</title>', page)
-  assert (
-    'Every bit of the weights comes back. Compared with the checkpoint: all' in page
-  )
+  assert 'Every bit comes back. Compared with the checkpoint: all' in page
   assert 'rotbits decode --input=phi.rotbits' in page
   page = report.report_page(seeds.container('paper'))
   assert 'The same function comes back, up to rounding, in other weights.' in page

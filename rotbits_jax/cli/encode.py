@@ -305,14 +305,6 @@ def read_choice(name: str, elements: int) -> PresetChoice:
   return PresetChoice(name, options, target_size=target)
 
 
-BACK = {
-  'bits': 'every bit comes back',
-  'function': 'the same function comes back, in other weights',
-  'approximation': 'nearly the same function comes back',
-}
-"""What a decoded file is, by what its preset keeps."""
-
-
 def last_line(
   report: savings.Report, given: int, seconds: float, choice: PresetChoice
 ) -> str:
@@ -324,7 +316,7 @@ def last_line(
     seconds: the time that it took.
     choice: the choice of the flags.
   """
-  back = BACK[report.keeps]
+  back = savings.BACK[report.keeps]
   if choice.found is not None:
     back += f': KL {choice.found.kl:.2g} nats, step 2^{choice.found.step}'
   elif report.keeps == 'approximation':

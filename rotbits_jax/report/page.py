@@ -52,14 +52,6 @@ _ROUNDING = 0.4
 """The relative error of rounding a matrix (Frobenius norm), in units of roundoff."""
 
 
-BACK = {
-  'bits': 'Every bit of the weights comes back.',
-  'function': 'The same function comes back, up to rounding, in other weights.',
-  'approximation': 'Nearly the same function comes back, in other weights.',
-}
-"""What a decoded file is, by what its preset keeps."""
-
-
 def report_page(
   source: file.Readable, *, verified: verification.Verification | None = None
 ) -> str:
@@ -99,6 +91,7 @@ def report_page(
   before, after = map(text.of_bytes, (report.input_bytes, report.file_bytes))
   share = report.file_bytes / max(report.input_bytes, 1)
   family = f', family {html.escape(report.family)}' if report.family else ''
+  back = savings.BACK[report.keeps]
   remarks = ''.join(f'<p>{html.escape(x)}</p>' for x in report.remarks())
   remarks = re.sub('`(.*?)`', r'<code>\1</code>', remarks)
   return (
@@ -107,7 +100,7 @@ def report_page(
     f'<title>{name}: {before} to {after}</title>'
     f'<style>{charts.STYLE}{_CSS}</style></head><body><main>'
     f'<h1>{name}: {before} &rarr; {after}, {share:.1%}</h1>'
-    f'<p class="lead">{BACK[report.keeps]}{_measured(verified)}</p>'
+    f'<p class="lead">{back[0].upper()}{back[1:]}.{_measured(verified)}</p>'
     f'<p>{report.file_bytes:,} bytes in the file for {report.input_bytes:,} bytes of '
     f'tensors. Preset {html.escape(report.preset)}{family}.</p>{remarks}{body}'
     f'<footer>rotbits_jax {rotbits_jax.__version__}, '

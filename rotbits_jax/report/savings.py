@@ -21,6 +21,14 @@ class ReportLine(NamedTuple):
   bytes_saved: int
 
 
+BACK: dict[presets.Keeps, str] = {
+  'bits': 'every bit comes back',
+  'function': 'the same function comes back, up to rounding, in other weights',
+  'approximation': 'nearly the same function comes back, in other weights',
+}
+"""What a decoded file is, by what its preset keeps."""
+
+
 class Report(NamedTuple):
   """The content of a file in figures.
 
