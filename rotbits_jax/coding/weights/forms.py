@@ -296,8 +296,9 @@ def halves(array: np.ndarray) -> Candidate:
 # Codes of few elements cost more than they save.
 _LEAST_ELEMENTS = 1 << 12
 
-# A value that occurs in this part of all elements has a code.
-_LEAST_SHARE = 0.01
+# A value that occurs in this part of all elements has a code, if such codes may save
+# this part of all bits. To save less is not worth the time that they take.
+_LEAST_SHARE, _LEAST_SAVED = 0.01, 0.006
 
 # Lines of a sample, and elements of each. A list is tried if it has few values in it.
 _LINES, _LENGTH = 64, 256
@@ -327,9 +328,11 @@ def codebooks(array: np.ndarray) -> Iterator[Candidate]:
       yield _codebook(array, 'all', every[None])
   if array.itemsize == 1:
     return
-  often = values[counts >= _LEAST_SHARE * counts.sum()]
-  if 0 < often.size < values.size:
-    yield _codebook(array, 'all', often[None])
+  is_often = counts >= _LEAST_SHARE * counts.sum()
+  of_codes = np.append(counts[is_often], counts[~is_often].sum())
+  bits_saved = 8 * array.itemsize * of_codes[:-1].sum() - tables.entropy_bits(of_codes)
+  if not is_often.all() and bits_saved > _LEAST_SAVED * 8 * sampled['row'].nbytes:
+    yield _codebook(array, 'all', values[is_often][None])
   if values.size <= _FEW_OF_LINE:
     return
   for lists, sample in sampled.items():

@@ -283,8 +283,15 @@ def _quantized(squares: np.ndarray, steps: Sequence[int]) -> list[_Quantized]:
   Returns:
     The rounded scales for each distance.
   """
-  if squares.size == 1 and not squares[0]:
-    return [_Quantized(ZERO, np.ones(1, np.uint8), 0.0, 1.0, 0.0)] * len(steps)
+  if squares.size == 1:
+    one, (square,) = np.ones(1, np.uint8), squares.tolist()
+    if not square:
+      return [_Quantized(ZERO, one, 0.0, 1.0, 0.0)] * len(steps)
+    log = STEPS / 2 * math.log2(square)
+    nearest = [round(log / step) * step for step in steps]
+    return [
+      _Quantized(x, one, x / STEPS, 2 ** (2 * (log - x) / STEPS), 0.0) for x in nearest
+    ]
   present = squares > 0
   least = squares.min(where=present, initial=2.0**256)
   exact = STEPS / 2 * np.log2(np.where(present, squares, least / 2.0**20))
