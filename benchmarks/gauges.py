@@ -83,7 +83,11 @@ def measure(
     for step in _STEPS.value:
       rounding = passes.to_steps(float(step), {}, inputs)
       own, places = context._replace(source=unrounded), range(context.config.num_layers)
-      outer, *layers = (passes.round_part(own, i, rounding) for i in (None, *places))
+      part = lambda name, own=own, rounding=rounding: passes.round_part(
+        own, name, rounding
+      )
+      layers = [models.read_layer(part, context.config, i) for i in places]
+      outer = part(None)
       rounded = models.from_layers(context.config, outer, layers)
       size = sum(estimation.of_leaf(leaf) for _, leaf in rounded.leaves())
       rounded = structured.astype(rounded, 'float32')

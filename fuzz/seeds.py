@@ -36,6 +36,13 @@ LLAMA: dict[str, Any] = {
   'vocab_size': 48,
   'max_position_embeddings': 32,
 }
+MIXTURE = LLAMA | {
+  'model_type': 'mixtral',
+  'rms_norm_eps': 1e-5,
+  'sliding_window': None,
+  'num_local_experts': 3,
+  'num_experts_per_tok': 2,
+}
 OPT: dict[str, Any] = {
   'model_type': 'opt',
   'hidden_size': 16,
@@ -304,6 +311,7 @@ def containers_of_models() -> dict[str, bytes]:
   for name in ('free', 'exact'):
     found[f'opt {name}'] = rotbits_jax.encode(model, preset=name)
     found[f'low rank {name}'] = rotbits_jax.encode(low_rank_model(), preset=name)
+  found['mixture'] = rotbits_jax.encode(dense_model(MIXTURE), preset='free')
   return found
 
 

@@ -90,7 +90,8 @@ def merged_logits(model, folder):
     if pair is not None:
       flat[path] = flat[path] + np.float32(pair.u) @ np.float32(pair.v)
   tree = structured.unflatten(flat)
-  layers = [tree.pop(f'layers.{i}') for i in range(model.config.num_layers)]
+  read, count = (lambda name: {name: tree.pop(name)}), model.config.num_layers
+  layers = [models.read_layer(read, model.config, i) for i in range(count)]
   return transform_checks.fast_logits(
     models.from_layers(model.config, tree, layers), TOKENS
   )

@@ -123,6 +123,7 @@ def cases():
     'free': (sliced, {'preset': 'free'}),
     'free-float32': (wide, {'preset': 'free'}),
     'free-dense-bfloat16': (bfloat16, {'preset': 'free'}),
+    'mixture': (seeds.dense_model(seeds.MIXTURE), {'preset': 'free'}),
     'near': (sliced, {'preset': 'near', 'step': -4.75}),
     'near-dense-bfloat16': (bfloat16, {'preset': 'near'}),
     'near-lines': (sliced, {'preset': lines}),

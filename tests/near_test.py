@@ -237,8 +237,8 @@ class _Watched:
     self.most = max(self.most, len(self._alive) + on_device)
     return tree
 
-  def layer(self, index):
-    return self.note(jax.tree.map(np.copy, self._model.layer(index)))
+  def read(self, record):
+    return self.note(jax.tree.map(np.copy, self._model.read(record)))
 
   def outer(self):
     return self._model.outer()

@@ -48,19 +48,14 @@ def load_decoder():
 
 def parameters(decoded):
   """Arrays of a model or of nested dicts by path, and whether each was structured."""
-  parts = [('', decoded, decoded)]
   if isinstance(decoded, rotbits_jax.Model):
-    plain = decoded.materialize()
-    parts = [('', decoded.outer(), plain.outer())]
-    layers = zip(decoded.layers(), plain.layers(), strict=True)
-    parts += [(f'layers.{i}/', *both) for i, both in enumerate(layers)]
-  found = {}
-  for prefix, leaves, arrays in parts:
-    leaves, arrays = structured.flatten(leaves), structured.flatten(arrays)
-    for path, array in arrays.items():
-      is_leaf = structured.is_structured(leaves[path])
-      found[prefix + path] = np.asarray(array), is_leaf
-  return found
+    leaves, arrays = dict(decoded.leaves()), dict(decoded.materialize().leaves())
+  else:
+    leaves = arrays = structured.flatten(decoded)
+  return {
+    path: (np.asarray(array), structured.is_structured(leaves[path]))
+    for path, array in arrays.items()
+  }
 
 
 def save_base(base, folder):

@@ -116,8 +116,9 @@ def read_adapter(path: str | os.PathLike[str], source: AdaptedModel) -> Adapter:
   parsed = attributes.parse_json(lazy.content(file, _MOST_CONFIG), str(file))
   _check_config(parsed, str(file))
   found = safetensors_files.open_file(folder / _WEIGHTS)
-  named = tensors_lib.entries(source.config).values()
-  known = {entry.name: entry for own in named for entry in own if not entry.experts}
+  records = tensors_lib.entries(source.config).items()
+  is_expert = lambda record: models.names.expert_index(record) is not None
+  known = {x.name: x for record, own in records if not is_expert(record) for x in own}
   entries: dict[str, tensors_lib.ExpectedTensor] = {}
   for name in [name for name in found if _COPY.fullmatch(name)]:
     _check_copy(known, source, name, found.pop(name), str(folder / _WEIGHTS))

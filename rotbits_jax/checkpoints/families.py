@@ -32,7 +32,7 @@ class TensorRow(NamedTuple):
 
   Attributes:
     name: name of the tensor, without the prefix of the layer if it belongs to a layer.
-      With '*' for the index of an expert, the tensors of all experts hold a parameter.
+      With '*' for the index of an expert, it is that of each expert.
     paths: paths of the parameters that the tensor holds, stacked along its first axis.
     transposed: whether the tensor is `[out, in]` and the parameters are `[in, out]`.
   """

@@ -29,8 +29,8 @@ class CheckpointReader:
   """A checkpoint whose parameters are read when they are requested.
 
   Opening a checkpoint reads its names, shapes, dtypes and config. A record is a layer,
-  or all parameters of a key outside the layers; see `models.names`. The parameters of a
-  record are in memory until the caller deletes them.
+  an expert, or all parameters of a key outside the layers; see `models.names`. The
+  parameters of a record are in memory until the caller deletes them.
 
   Attributes:
     config: sizes and switches. If the given config says that the head is tied, but the
@@ -150,8 +150,7 @@ class CheckpointReader:
     """
     if not 0 <= index < self.config.num_layers:
       raise IndexError(f'the model has {self.config.num_layers} layers, got {index=}')
-    name = models.names.layer(index)
-    return self.read(name)[name]
+    return models.read_layer(self.read, self.config, index)
 
   def outer(self) -> models.Params:
     """Reads the parameters outside the layers, see `read`."""
@@ -200,9 +199,9 @@ class CheckpointReader:
     arrays = functools.partial(models.materialize, keep_factors=True)
     params = arrays(self.outer())
 
-    def key(index: int) -> tuple[Any, ...]:
-      name = models.names.layer(index)
-      return models.stack_key(self.specs(name)[name])
+    def key(index: int) -> list[Any]:
+      names = models.names.of_layer(index, min(self.config.num_experts, 1))
+      return [models.stack_key(self.specs(name)[name]) for name in names]
 
     for layers in models.stack_ranges(range(self.config.num_layers), key):
       own = (arrays(self.layer(index)) for index in layers)
@@ -246,10 +245,11 @@ def _match(
     CheckpointError: if a tensor is missing or unknown, or has a wrong shape or dtype.
   """
   factored = {}
-  for entry in itertools.chain(*tensors_lib.entries(config).values()):
-    found = factors.find(tensors, entry.name) if len(entry.paths) == 1 else None
-    if found is not None:
-      factored[entry.paths[0]] = found
+  for record, own in tensors_lib.entries(config).items():
+    for entry in own if models.names.expert_index(record) is None else ():
+      found = factors.find(tensors, entry.name) if len(entry.paths) == 1 else None
+      if found is not None:
+        factored[entry.paths[0]] = found
   records = tensors_lib.entries(config, factored)
   expected: dict[str, tuple[int, ...]] = {}
   for entry in itertools.chain(*records.values()):
@@ -273,9 +273,11 @@ def _match(
       raise errors.CheckpointError(
         f'{name}: expected float16, bfloat16 or float32, got {tensor.dtype}'
       )
-  for entry in itertools.chain(*records.values()):
-    if entry.experts and len({tensors[name].dtype for name in entry.stored()}) > 1:
-      raise errors.CheckpointError(f'{entry.name}: the experts have several dtypes')
+  for record, own in records.items():
+    for k, entry in enumerate(own if models.names.expert_index(record) else ()):
+      of_first = records[record.rpartition('.')[0] + '.0'][k]
+      if tensors[entry.name].dtype != tensors[of_first.name].dtype:
+        raise errors.CheckpointError(f'{entry.name}: the experts have several dtypes')
   return records
 
 

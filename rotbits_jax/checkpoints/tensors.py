@@ -2,7 +2,7 @@
 
 A tensor may differ from the parameters that it holds: it may be transposed, and it may
 hold several parameters, stacked along its first axis. Two factors may stand for a
-weight, see `factors`. The kernels of experts are a tensor each, and one parameter.
+weight, see `factors`.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,21 +14,18 @@ from rotbits_jax import models
 from rotbits_jax import structured
 from rotbits_jax.checkpoints import factors
 from rotbits_jax.checkpoints import families
-from rotbits_jax.system import host
 
 
 class ExpectedTensor(NamedTuple):
-  """A tensor that a checkpoint with a given config must have, or one of each expert.
+  """A tensor that a checkpoint with a given config must have.
 
   Attributes:
-    name: name of the tensor in the checkpoint, with '*' for the index of an expert.
+    name: name of the tensor in the checkpoint.
     shape: shape of the tensor.
     paths: paths of the parameters that it holds, stacked along its first axis.
     lengths: length of each parameter's part along the first axis.
     transposed: whether the tensor is `[out, in]` and the parameters are `[in, out]`.
     factored: the factors that stand for the tensor; None if it is stored itself.
-    experts: how many tensors the parameter is divided among along a first axis of its
-      own; 0 if it is not divided.
   """
 
   name: str
@@ -37,12 +34,9 @@ class ExpectedTensor(NamedTuple):
   lengths: tuple[int, ...]
   transposed: bool
   factored: factors.Factored | None = None
-  experts: int = 0
 
   def stored(self) -> dict[str, tuple[int, ...]]:
-    """Returns the shapes of the tensor, of its factors or of all experts, by name."""
-    if self.experts:
-      return {self.name.replace('*', str(i)): self.shape for i in range(self.experts)}
+    """Returns the shapes of the tensor or of its factors, by name."""
     if self.factored is None:
       return {self.name: self.shape}
     names = self.factored.names_of(self.name)
@@ -53,25 +47,14 @@ class ExpectedTensor(NamedTuple):
     """Returns the shapes of the parameters by path."""
     parts = [(length, *self.shape[1:]) for length in self.lengths]
     shapes = [part[::-1] for part in parts] if self.transposed else parts
-    if self.experts:
-      shapes = [(self.experts, *shape) for shape in shapes]
     return dict(zip(self.paths, shapes, strict=True))
 
   def read(self, stored: Iterable[Any]) -> dict[str, Any]:
-    """Returns the parameters by path; they are views, unless they are of experts.
+    """Returns the parameters by path, as views.
 
     Args:
-      stored: the tensor, its two factors, or those of all experts.
+      stored: the tensor, or its two factors.
     """
-    if self.experts:
-      # One by one, and in the order in which they are coded: a layer may fill memory.
-      whole: Any = None
-      for place, tensor in enumerate(stored):
-        own = host.contiguous(tensor.T if self.transposed else tensor)
-        if whole is None:
-          whole = host.empty((self.experts, *own.shape), own.dtype)
-        whole[place] = own
-      return {self.paths[0]: whole}
     stored = list(stored)
     if self.factored is not None:
       u, v = [x.T for x in stored[::-1]] if self.transposed else stored
@@ -106,11 +89,7 @@ class ExpectedTensor(NamedTuple):
       stored = zip(self.stored(), (pair.u, pair.v), strict=True)
       return {name: [np.asarray(factor)] for name, factor in stored}
     arrays = [np.asarray(leaf) for leaf in structured.materialize(list(leaves))]
-    arrays = list(arrays[0]) if self.experts else arrays
-    arrays = [x.T for x in arrays] if self.transposed else arrays
-    if self.experts:
-      return {name: [x] for name, x in zip(self.stored(), arrays, strict=True)}
-    return {self.name: arrays}
+    return {self.name: [x.T for x in arrays] if self.transposed else arrays}
 
 
 def entries(
@@ -125,9 +104,11 @@ def entries(
   family = families.family(config.family)
   found = {}
   for index in range(config.num_layers):
-    name, shapes = models.names.layer(index), models.layer_shapes(config, index)
-    prefixes = f'{family.layer_prefix}{index}.', f'{name}/'
-    found[name] = _entries(family.layer, shapes, *prefixes, factored or {})
+    for name in models.names.of_layer(index, config.num_experts):
+      shapes, expert = models.record_shapes(config, name), name.rpartition('.')[-1]
+      rows = [x._replace(name=x.name.replace('*', expert)) for x in family.layer]
+      prefixes = f'{family.layer_prefix}{index}.', f'{name}/'
+      found[name] = _entries(rows, shapes, *prefixes, factored or {})
   outer = _entries(family.outer, models.outer_shapes(config), '', '', factored or {})
   for entry in outer:
     found.setdefault(entry.paths[0].split('/')[0], []).append(entry)
@@ -145,9 +126,7 @@ def _entries(
   for row in rows:
     if row.paths[0] not in flat:  # the model has no such tensor
       continue
-    parts, experts = [flat[path] for path in row.paths], 0
-    if '*' in row.name:
-      experts, parts = parts[0][0], [part[1:] for part in parts]
+    parts = [flat[path] for path in row.paths]
     parts = [part[::-1] for part in parts] if row.transposed else parts
     lengths = tuple(part[0] for part in parts)
     shape, name = (sum(lengths), *parts[0][1:]), prefix + row.name
@@ -156,9 +135,7 @@ def _entries(
     if pair is not None:
       renamed[f'{name.removesuffix(".weight")}.bias'] = pair.names_of(name).bias
     name = renamed.get(name, name)
-    found.append(
-      ExpectedTensor(name, shape, paths, lengths, row.transposed, pair, experts)
-    )
+    found.append(ExpectedTensor(name, shape, paths, lengths, row.transposed, pair))
   return found
 
 

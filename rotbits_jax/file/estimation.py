@@ -107,7 +107,7 @@ def estimate(
   cutter = None
   if why is None and isinstance(opened, checkpoints.CheckpointReader):
     cutter = _Cutter(opened)
-  groups = _groups(opened, {} if cutter is None else cutter.layers)
+  groups = _groups(opened, {} if cutter is None else cutter.records)
   count = sum(map(len, groups)) + (0 if cutter is None else 2)
   with (
     progress_lib.Progress('estimate', count, 'part', show=progress) as bar,
@@ -185,12 +185,12 @@ def overhead(opened: Opened | sources.Source) -> tuple[int, int]:
 # ---- exact ---------------------------------------------------------------------------
 
 
-def _groups(opened: Opened, layers: Mapping[int, float]) -> list[dict[str, float]]:
+def _groups(opened: Opened, records: Mapping[str, float]) -> list[dict[str, float]]:
   """Groups records with parameters of the same shapes, and chooses some of each group.
 
   Args:
     opened: the checkpoint.
-    layers: layers that are chosen in any case, and for how many each of them stands.
+    records: those that are chosen in any case, and for how many each of them stands.
 
   Returns:
     For each group, the records that are read, and how many each of them stands for.
@@ -203,10 +203,9 @@ def _groups(opened: Opened, layers: Mapping[int, float]) -> list[dict[str, float
       for path, x in specs.items()
     )
     groups.setdefault(key, []).append(record)
-  names = {models.names.layer(i): likes for i, likes in layers.items()}
   found = []
   for own in groups.values():
-    chosen = {x: names[x] for x in own if x in names}
+    chosen = {x: records[x] for x in own if x in records}
     chosen = chosen or dict.fromkeys(spread(own, _RECORDS), 1.0)
     total = sum(chosen.values())
     found.append({x: likes * len(own) / total for x, likes in chosen.items()})
@@ -309,15 +308,20 @@ class _Cutter:
   """Cuts a small model out of a checkpoint, whose records come in any order.
 
   Attributes:
-    layers: the layers that it takes, and for how many each of them stands.
+    records: the layers and experts that it takes, and for how many each of them stands.
   """
 
   def __init__(self, opened: checkpoints.CheckpointReader):
     self._config = opened.config
-    self.layers = dict(zip(*_layers(opened.config), strict=True))
+    self._layers, counts = _layers(opened.config)
     self._chosen = _chosen(opened.config)
+    chosen, self.records = self._chosen['expert'], dict[str, float]()
+    for index, likes in zip(self._layers, counts, strict=True):
+      name, *experts = models.names.of_layer(index, opened.config.num_experts)
+      self.records[name] = likes
+      self.records |= {experts[i]: likes * len(experts) / len(chosen) for i in chosen}
     self._axes = models.layout.outer_axes(opened.config)
-    self._pieces: dict[int, models.Params] = {}
+    self._pieces: dict[str, models.Params] = {}
     self._outer: models.Params = {}
     self._shapes = {x: tuple(y.shape) for x, y in _specs(opened).items()}
     self._columns: dict[str, np.ndarray] = {}
@@ -325,11 +329,12 @@ class _Cutter:
   def add(self, record: str, given: models.Params) -> None:
     """Takes the rows and columns of a record that the small model has."""
     cut = functools.partial(_cut, chosen=self._chosen, hidden=self._config.hidden_size)
-    index = models.names.layer_index(record)
-    if index in self.layers:
+    if record in self.records:
       axes = models.layout.layer_axes(self._config)
-      self._pieces[index] = cut(given[record], axes)
-    elif index is None and record != models.names.BUFFERS:
+      if models.names.expert_index(record) is not None:
+        axes = models.layout.expert_axes(self._config)
+      self._pieces[record] = cut(given[record], axes)
+    elif models.names.layer_index(record) is None and record != models.names.BUFFERS:
       self._outer |= cut(given, self._axes)
       if self._config.sliced and self._config.hidden_size > _WIDE:
         self._columns |= structured.flatten(given)
@@ -342,18 +347,20 @@ class _Cutter:
     """
     config = self._config
     lengths = {x: len(y) for x, y in self._chosen.items()}
-    part, shapes = _config(config, list(self.layers), lengths), {}
-    for path, shape in self._shapes.items():
-      index = models.names.layer_index(path)
-      if index is None:
-        shapes[path] = shape
-      elif index in self.layers:
-        place, inner = list(self.layers).index(index), path.split('/', 1)[1]
-        shapes[models.names.prefix(place) + inner] = shape
-    layers = [self._pieces[i] for i in self.layers]
+    part, places = _config(config, self._layers, lengths), range(len(self._layers))
+    names = (x for i in places for x in models.names.of_layer(i, part.num_experts))
+    given = dict(zip(names, self.records, strict=True))
+    shapes, index = dict[str, tuple[int, ...]](), models.names.layer_index
+    shapes |= {path: x for path, x in self._shapes.items() if index(path) is None}
+    for name, record in given.items():
+      for path in structured.flatten(self._pieces[record]):
+        shapes[f'{name}/{path}'] = self._shapes[f'{record}/{path}']
+    read = lambda name: {name: self._pieces[given[name]]}
+    layers = [models.read_layer(read, part, i) for i in places]
     model = models.from_layers(part, self._outer, layers, {})
     is_tied = start(functools.partial(_is_tied, self._columns))
-    return _CutOut(config, model, list(self.layers.values()), shapes, is_tied)
+    counts = {name: self.records[record] for name, record in given.items()}
+    return _CutOut(config, model, counts, shapes, is_tied)
 
 
 class _CutOut(NamedTuple):
@@ -362,7 +369,8 @@ class _CutOut(NamedTuple):
   Attributes:
     config: config of the checkpoint.
     model: the model.
-    counts: how many layers of the checkpoint each of its layers stands for.
+    counts: how many records of the checkpoint each of its layers and experts stands
+      for, by its name.
     shapes: the shapes in the checkpoint, by the path in the model.
     is_tied: whether the embedding follows from the head, but not that of the model,
       when that is known.
@@ -370,7 +378,7 @@ class _CutOut(NamedTuple):
 
   config: models.ModelConfig
   model: models.Model
-  counts: list[float]
+  counts: dict[str, float]
   shapes: dict[str, tuple[int, ...]]
   is_tied: futures.Future[bool]
 
@@ -427,8 +435,7 @@ class _CutOut(NamedTuple):
       path: the path in the model that is cut out.
       leaf: the parameter, as it is stored.
     """
-    index = models.names.layer_index(path)
-    likes = 1.0 if index is None else self.counts[index]
+    likes = self.counts.get(path.partition('/')[0], 1.0)
     whole, part = math.prod(self.shapes[path]), math.prod(leaf.shape)
     if not structured.is_structured(leaf):
       return likes * whole / part * weights.estimate([np.asarray(leaf)])

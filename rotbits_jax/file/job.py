@@ -168,7 +168,7 @@ class Job:
       for name, coded in batch.records:
         written.append((home[name], writers[home[name]].add(*coded.result())))
         bar.update(self.counts[name].bytes)
-      if journal is not None:
+      if journal is not None and written:
         journal.note(written, batch.sources, batch.state)
     for writer in writers.values():
       writer.finish()
@@ -296,6 +296,8 @@ class Job:
 
   def _with_bases(self, batch: list[passes.Record], bases: list[str]) -> Any:
     """Returns a batch with the bases that come before its layers; takes them away."""
+    if not bases:
+      return batch
     found, places = [], {name: i for i, name in enumerate(self.counts)}
     for record in batch:
       while bases and places[bases[0]] < places[record.name]:

@@ -71,6 +71,7 @@ class Journal:
     self._fingerprint = fingerprint
     self.done: list[JournalEntry] = []
     self.state: list[np.ndarray] | None = None
+    self._last: Any = object()  # the state in the file, if this run wrote it
 
   def __enter__(self) -> Self:
     """Makes the folder, or takes over the records in it.
@@ -146,8 +147,12 @@ class Journal:
     for shard, record in records:
       self.done.append(JournalEntry(shard=shard, record=record, sources=new))
       new = {}
-    with self._state_path(len(self.done)).open('wb') as file:
-      np.savez(file, *jax.device_get(jax.tree.leaves(state)))
+    if state is self._last:  # as after each expert of a layer
+      self._state_path(before).rename(self._state_path(len(self.done)))
+    else:
+      with self._state_path(len(self.done)).open('wb') as file:
+        np.savez(file, *jax.device_get(jax.tree.leaves(state)))
+      self._last = state
     with self._path.open('a') as journal:
       for entry in self.done[before:]:
         journal.write(f'{json.dumps(schema.dump(entry))}\n')

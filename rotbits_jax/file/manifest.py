@@ -1,10 +1,11 @@
 """The manifest: describes the content of a file, and is validated when it is read.
 
-A file is a list of *records*, which decode on their own. Each layer is a record. The
-parameters outside the layers form a record for each first key of their paths ('embed',
-'head', ...). A record is one stream of the container. It consists of *leaves*, which
-are arrays or structured leaves (see `structured`). A leaf is stored as one or more
-arrays. All paths are those of the whole model, like 'layers.3/mlp/up/kernel'.
+A file is a list of *records*, which decode on their own. Each layer is a record, and so
+is each expert of a layer, see `models.names`. The parameters outside the layers form a
+record for each first key of their paths ('embed', 'head', ...). A record is one stream
+of the container. It consists of *leaves*, which are arrays or structured leaves (see
+`structured`). A leaf is stored as one or more arrays. All paths are those of the whole
+model, like 'layers.3/mlp/up/kernel'.
 
 Some presets store one message for the whole model in place of records, see
 `MessageEntry`. A checkpoint of an unknown family is stored as records of plain tensors,
@@ -467,12 +468,8 @@ def check_shapes(
     if wrong := [x for x in shapes if x.split('/')[:-1] != [record]]:
       raise ValueError(f'{wrong[0]}: not the path of a buffer')
     return
-  index, outer = models.names.layer_index(record), models.outer_shapes(config)
-  if index is not None and index < config.num_layers:
-    tree = models.layer_shapes(config, index)
-  elif record in outer:
-    tree = outer[record]
-  else:
+  tree = models.record_shapes(config, record)
+  if not tree:
     raise ValueError(f'{record}: a model with this config has no such record')
   expected = structured.flatten({record: tree})
   if shapes != expected:

@@ -13,7 +13,7 @@ from rotbits_jax.file.container import ContainerError
 from rotbits_jax.system import host
 
 LARGE = 1 << 30
-"""Bytes of records beside which no others are held, as those of layers of experts."""
+"""Bytes of records beside which no others are held, as those of the widest layers."""
 
 
 def allocate(

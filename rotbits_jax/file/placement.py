@@ -57,20 +57,21 @@ def placed_stack(
 
 
 def local_layers(
-  place: Place, name: str, entry: manifest_lib.RecordEntry, count: int
+  place: Place, name: str, entry: manifest_lib.RecordEntry, lead: tuple[int, ...]
 ) -> range:
   """Returns the places in a stack of layers that devices of this process get.
 
   Args:
     place: the sharding.
     name: the name of the stack.
-    entry: the entry of one of its layers.
-    count: the number of its layers.
+    entry: the entry of one of its layers, or of one of their experts.
+    lead: the number of its layers, and that of their experts.
   """
+  count = lead[0]
   first, last = count, 0
   for leaf, specs in entry.leaf_specs():
     for spec in specs:
-      shape = (count, *(leaf.shape if leaf.is_array else spec.shape))
+      shape = (*lead, *(leaf.shape if leaf.is_array else spec.shape))
       sharding = _sharding(place, f'{name}/{entry.inner(leaf.path)}', shape)
       for index in sharding.addressable_devices_indices_map(shape).values():
         start, stop, _ = index[0].indices(count) if index else (0, count, 1)

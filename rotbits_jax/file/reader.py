@@ -158,8 +158,9 @@ class Reader:
     """Reads one record, and other records only if its leaves need them.
 
     Args:
-      name: 'layers.0', 'layers.1', ..., 'embed', 'final_norm', 'head' or 'buffers'. The
-        records of a PyTree are its top-level keys.
+      name: 'layers.0', 'layers.1', ..., 'embed', 'final_norm', 'head' or 'buffers';
+        'layers.0.experts.0' is an expert, which 'layers.0' does not have. The records
+        of a PyTree are its top-level keys.
 
     Returns:
       The parameters as NumPy arrays and structured leaves, in nested dicts of which the
@@ -279,13 +280,14 @@ class Reader:
       ValueError: if there are no such layers.
     """
     count = 0 if self.config is None else self.config.num_layers
+    experts = 0 if self.config is None else self.config.num_experts
     layers = range(count) if layers is None else layers
     if not 0 <= layers.start <= layers.stop <= count or layers.step != 1:
       raise ValueError(f'the file has {count} layers, got {layers}')
     if self._message is not None:
       return self._message_model(layers, place, show_progress)
     outer = self._outer()
-    names = [*outer, *map(models.names.layer, layers)]
+    names = [*outer, *(x for i in layers for x in models.names.of_layer(i, experts))]
     entries = [self._records.entry(name) for name in names]
     memory_lib.check(
       'the whole content', sum(x.memory_bytes(integers) for x in entries)
@@ -302,10 +304,12 @@ class Reader:
         memory = memory_lib.allocate([self._records.entry(name)], integers=integers)
         job = functools.partial(self._records.decode, name, memory, resolve)
         started[name] = start(job)
-      key = lambda i: self._records.entry(models.names.layer(i)).stack_key()
       stacks = [
-        stacks_lib.start_stack(self._records, run, place, start, resolve, integers)
-        for run in models.stack_ranges(layers, key)
+        stacks_lib.start_stack(
+          self._records, run, place, start, resolve, integers, each
+        )
+        for run in models.stack_ranges(layers, self._stack_key)
+        for each in dict.fromkeys((0, experts))
       ]
       for name, future in started.items():
         flat |= placement.placed(future.result(), place)
@@ -316,6 +320,19 @@ class Reader:
     if self.config is None:
       return self._tree(flat)
     return self._model(flat)
+
+  def _stack_key(self, index: int) -> tuple[Any, ...]:
+    """Returns a key that layers share if they can be stacked, with their experts.
+
+    Raises:
+      ContainerError: if the experts of the layer cannot be stacked.
+    """
+    assert self.config is not None
+    names = models.names.of_layer(index, self.config.num_experts)
+    own, *experts = (self._records.entry(name).stack_key() for name in names)
+    if any(key != experts[0] for key in experts):
+      raise ContainerError(f'{names[0]}: its experts are stored in different forms')
+    return own, *experts[:1]
 
   def _model(self, flat: Tree) -> models.Model:
     assert self.config is not None
@@ -387,7 +404,8 @@ class Reader:
     """Returns all records in an order in which they can be read one at a time."""
     if self._message is not None or self.config is None:
       return self._outer()
-    layers = map(models.names.layer, range(self.config.num_layers))
+    count, experts = self.config.num_layers, self.config.num_experts
+    layers = (x for i in range(count) for x in models.names.of_layer(i, experts))
     own = self._records.entries
     return [*layers, *self._outer(), *(x for x in own if x == models.names.BUFFERS)]
 

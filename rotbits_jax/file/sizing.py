@@ -137,7 +137,7 @@ class Sizes:
     transform = presets.near(**self._options).transform
     for records, _ in passes.rewrite(self._context.widened(), transform):
       parts.add(x for x in records if models.names.layer_index(x.name) in kept)
-      bar.update()
+      bar.update(models.names.expert_index(records[0].name) is None)
     self._likes = config.num_layers / max(len(kept) - 1, 1)
     self._context = self._context._replace(source=parts)
     self._kept = parts.parts
@@ -156,11 +156,11 @@ class Sizes:
     preset = presets.near(**self._options | {'step': step, 'offsets': offsets})
     rounding, found = preset.rounding, dict[str, float]()
     assert rounding is not None
-    for index in self._kept:
-      rounded = passes.round_part(self._context, index, rounding)
+    for name in self._kept:
+      rounded = passes.round_part(self._context, name, rounding)
       for path, leaf in structured.flatten(rounded).items():
-        kind = models.names.pattern(models.names.prefix(index) + path)
-        size = estimation.of_leaf(leaf) * (1 if index is None else self._likes)
+        kind = models.names.pattern(path)
+        size = estimation.of_leaf(leaf) * (1 if name is None else self._likes)
         found[kind] = found.get(kind, 0.0) + size
     return Steps(step, offsets, found)
 

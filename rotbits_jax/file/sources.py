@@ -93,11 +93,6 @@ class Source:
         raise checkpoints.CheckpointError(f'{record}: it changed after it was read')
     return params
 
-  def layer(self, index: int) -> models.Params:
-    """Returns the parameters of a layer, with paths within it."""
-    name = models.names.layer(index)
-    return self.read(name)[name]
-
   def outer(self) -> models.Params:
     """Returns the parameters outside the layers."""
     found: models.Params = {}

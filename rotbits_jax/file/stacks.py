@@ -4,6 +4,7 @@ from concurrent import futures
 import functools
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 from rotbits_jax import models
@@ -19,21 +20,23 @@ Memory = dict[str, list[np.ndarray]]
 
 
 class Stack(NamedTuple):
-  """Layers that are decoded straight into their places in a stack.
+  """Layers, or their experts, that are decoded straight into their places in a stack.
 
   Attributes:
     name: the name of the stack, see `models.names`.
     wanted: places of the layers that this process needs.
     total: number of layers of the whole stack.
-    entries: the manifest's entries of the layers that this process needs.
-    elsewhere: bytes of the layers that it does not need.
+    experts: number of experts of a layer, if this is the stack of these; else 0.
+    entries: the manifest's entries of the records that this process needs.
+    elsewhere: bytes of the records that it does not need.
     memory: see `memory.allocate`.
-    layers: the leaves of each of these layers, by path.
+    layers: the leaves of each of these records, by path.
   """
 
   name: str
   wanted: range
   total: int
+  experts: int
   entries: list[manifest_lib.RecordEntry]
   elsewhere: int
   memory: Memory
@@ -47,12 +50,16 @@ class Stack(NamedTuple):
         rows.setdefault(f'{self.name}/{entry.inner(path)}', []).append(leaf)
       bar.update(entry.input.bytes)
     bar.update(self.elsewhere)
-    return {
+    stacked = {
       path: type(leaves[0]).stack(leaves)
       if structured.is_structured(leaves[0])
       else self.memory[path.partition('/')[2]][0]
       for path, leaves in rows.items()
     }
+    if not self.experts:
+      return stacked
+    lead = len(self.wanted), self.experts
+    return jax.tree.map(lambda x: x.reshape(*lead, *x.shape[1:]), stacked)
 
 
 def start_stack(
@@ -62,31 +69,38 @@ def start_stack(
   start: weights.Start,
   resolve: records_lib.Resolve,
   integers: bool,
+  experts: int = 0,
 ) -> Stack:
-  """Starts to decode layers, into their places in the stack.
+  """Starts to decode layers, or their experts, into their places in the stack.
 
   Args:
     records: the records of the file.
-    layers: the layers, which have equal keys, see `manifest.RecordEntry.stack_key`.
+    layers: the layers, whose records have equal keys, see
+      `manifest.RecordEntry.stack_key`.
     place: the sharding of arrays; None if this process needs all layers.
     start: starts a job.
     resolve: returns the parameters that leaves of the layers need.
     integers: whether matrices on grids become `UniformlyQuantized`.
+    experts: number of experts of a layer, if these are to be decoded; else 0.
   """
-  entries = [records.entry(models.names.layer(i)) for i in layers]
-  name, wanted = models.names.stack(layers), range(len(entries))
+  own = slice(1, None) if experts else slice(1)
+  names = [x for i in layers for x in models.names.of_layer(i, experts)[own]]
+  entries, each = list(map(records.entry, names)), max(experts, 1)
+  name, wanted = models.names.stack(layers), range(len(layers))
   if place is not None:
-    wanted = placement.local_layers(place, name, entries[0], len(entries))
-  memory = memory_lib.allocate(entries, stacked=len(wanted), integers=integers)
+    lead = (len(layers), experts) if experts else (len(layers),)
+    wanted = placement.local_layers(place, name, entries[0], lead)
+  memory = memory_lib.allocate(entries, stacked=each * len(wanted), integers=integers)
   whole = sum(entry.input.bytes for entry in entries)
-  entries = [entries[k] for k in wanted]
+  entries = entries[each * wanted.start : each * wanted.stop]
   rows = [
     {path: [array[row, ...] for array in arrays] for path, arrays in memory.items()}
-    for row in range(len(wanted))
+    for row in range(len(entries))
   ]
   jobs = [
     start(functools.partial(records.decode, entry.name, row, resolve))
     for entry, row in zip(entries, rows, strict=True)
   ]
   elsewhere = whole - sum(entry.input.bytes for entry in entries)
-  return Stack(name, wanted, len(layers), entries, elsewhere, memory, jobs)
+  total = len(layers)
+  return Stack(name, wanted, total, experts, entries, elsewhere, memory, jobs)

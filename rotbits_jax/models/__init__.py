@@ -14,6 +14,7 @@ from rotbits_jax.models.model import Model
 from rotbits_jax.models.model import Params
 from rotbits_jax.models.model import from_layers
 from rotbits_jax.models.model import materialize
+from rotbits_jax.models.model import read_layer
 from rotbits_jax.models.model import stack_key
 from rotbits_jax.models.model import stack_layers
 from rotbits_jax.models.model import stack_ranges
@@ -21,6 +22,7 @@ from rotbits_jax.models.model import unstack_layer
 from rotbits_jax.models.shapes import count_elements
 from rotbits_jax.models.shapes import layer_shapes
 from rotbits_jax.models.shapes import outer_shapes
+from rotbits_jax.models.shapes import record_shapes
 from rotbits_jax.models.transformer import Cache
 from rotbits_jax.models.transformer import Outputs
 from rotbits_jax.models.transformer import forward
@@ -47,6 +49,8 @@ __all__ = [
   'materialize',
   'names',
   'outer_shapes',
+  'read_layer',
+  'record_shapes',
   'stack_key',
   'stack_layers',
   'stack_ranges',

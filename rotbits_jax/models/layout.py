@@ -76,6 +76,12 @@ def layer_axes(config: config_lib.ModelConfig) -> Axes:
   return axes
 
 
+def expert_axes(config: config_lib.ModelConfig) -> Axes:
+  """Returns the axes of the parameters of one expert, by path; none without experts."""
+  axes = layer_axes(config)
+  return {path: own[1:] for path, own in axes.items() if own[0] == 'expert'}
+
+
 def adapter_of(path: str) -> str:
   """Returns the path of the adapter beside a kernel or an embedding.
 

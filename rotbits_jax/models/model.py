@@ -7,6 +7,7 @@ materialize a leaf is to replace it by that array.
 
 from collections.abc import Callable, Iterable, Iterator
 import dataclasses
+import functools
 import itertools
 from typing import Any
 
@@ -17,6 +18,7 @@ import numpy as np
 
 from rotbits_jax import structured
 from rotbits_jax.models import config as config_lib
+from rotbits_jax.models import layout
 from rotbits_jax.models import names
 
 Params = dict[str, Any]
@@ -28,8 +30,8 @@ class Model:
 
   `params` has the keys `embed`, `head` (unless tied), `final_norm` (dense models only),
   and `layers.I:J` for each stack of the N layers I to J - 1, whose parameters have the
-  same shapes, dtypes and types. Kernels of a stack are `[N, in, out]`. A leaf is an
-  array or a structured leaf.
+  same shapes, dtypes and types. Kernels of a stack are `[N, in, out]`, and those of
+  experts `[N, E, in, out]`. A leaf is an array or a structured leaf.
 
   Attributes:
     params: the parameters.
@@ -76,6 +78,11 @@ class Model:
       IndexError: if there is no such layer.
       ValueError: if a leaf of its stack has not as many layers as the stack.
     """
+    stack, place = self._place(index)
+    return unstack_layer(stack, place)
+
+  def _place(self, index: int) -> tuple[Params, int]:
+    """Returns the stack of a layer, and the place of the layer in it; see `layer`."""
     for stack in self.stacks:
       if index in stack:
         name = names.stack(stack)
@@ -84,28 +91,36 @@ class Model:
             raise ValueError(
               f'{name}/{path} must have {len(stack)} layers, got {leaf.shape=}'
             )
-        return unstack_layer(self.params[name], index - stack.start)
+        return self.params[name], index - stack.start
     raise IndexError(f'the model has the layers {self.stacks}, got {index}')
 
   def leaves(self) -> Iterator[tuple[str, Any]]:
     """Yields each leaf, unstacked, with a path like 'layers.0/attention/out/kernel'."""
     yield from structured.flatten(self.outer()).items()
-    for index in itertools.chain(*self.stacks):
-      for path, leaf in structured.flatten(self.layer(index)).items():
-        yield names.prefix(index) + path, leaf
+    for record in self.records:
+      if names.layer_index(record) is not None:
+        yield from structured.flatten(self.read(record)).items()
 
   @property
   def records(self) -> tuple[str, ...]:
     """Names of the records: the layers, those outside the layers, and the buffers."""
-    layers = map(names.layer, itertools.chain(*self.stacks))
-    return (*layers, *self.outer(), *([names.BUFFERS] if self.buffers else []))
+    experts, layers = self.config.num_experts, itertools.chain(*self.stacks)
+    inner = itertools.chain(*(names.of_layer(i, experts) for i in layers))
+    return (*inner, *self.outer(), *([names.BUFFERS] if self.buffers else []))
 
   def read(self, record: str) -> Params:
     """Returns a record, unstacked: nested dicts with the record as their only key."""
     if record == names.BUFFERS:
       return {record: self.buffers}
-    index = names.layer_index(record)
-    return {record: self.params[record] if index is None else self.layer(index)}
+    index, expert = names.layer_index(record), names.expert_index(record)
+    if index is None:
+      return {record: self.params[record]}
+    stack, place = self._place(index)
+    of_experts, is_expert = layout.expert_axes(self.config), expert is not None
+    flat = structured.flatten(stack)
+    own = {x: leaf for x, leaf in flat.items() if (x in of_experts) == is_expert}
+    places = (place,) if expert is None else (place, expert)
+    return {record: unstack_layer(structured.unflatten(own), *places)}
 
   def specs(self, record: str) -> Params:
     """Returns leaves with the shapes and dtypes of a record: the record itself.
@@ -146,13 +161,36 @@ def materialize(params: Params, *, keep_factors: bool = False) -> Params:
   return structured.unflatten(flat)
 
 
-def unstack_layer(stack: Params, index: int) -> Params:
-  """Returns one layer of a stack, by its place in the stack."""
-  return jax.tree.map(
-    lambda x: x.layer(index) if structured.is_structured(x) else x[index],
-    stack,
-    is_leaf=structured.is_structured,
-  )
+def unstack_layer(stack: Params, *places: int) -> Params:
+  """Returns a layer of a stack by its place; or an expert, by that in the layer too."""
+
+  def unstacked(leaf: Any) -> Any:
+    if structured.is_structured(leaf):
+      return functools.reduce(lambda x, place: x.layer(place), places, leaf)
+    return leaf[places]
+
+  return jax.tree.map(unstacked, stack, is_leaf=structured.is_structured)
+
+
+def read_layer(
+  read: Callable[[str], Params], config: config_lib.ModelConfig, index: int
+) -> Params:
+  """Reads the records of a layer one by one, and stacks its experts.
+
+  Args:
+    read: takes the name of a record; returns it as `Model.read` does.
+    config: sizes and switches.
+    index: the layer.
+
+  Returns:
+    The parameters of the layer, as `Model.layer` returns them.
+  """
+  name, *experts = names.of_layer(index, config.num_experts)
+  layer = structured.flatten(read(name)[name])
+  if experts:
+    own = (read(expert)[expert] for expert in experts)
+    layer |= structured.flatten(stack_layers(own, len(experts)))
+  return structured.unflatten(layer)
 
 
 def from_layers(

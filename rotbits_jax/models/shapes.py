@@ -22,6 +22,21 @@ def outer_shapes(config: config_lib.ModelConfig) -> dict[str, Any]:
   return _shapes(config, layout.outer_axes(config), config.segment_widths)
 
 
+def record_shapes(config: config_lib.ModelConfig, record: str) -> dict[str, Any]:
+  """Returns the shapes of a record, see `names`; nothing if there is no such record."""
+  index, expert = names.layer_index(record), names.expert_index(record)
+  if index is None:
+    found: dict[str, Any] = outer_shapes(config).get(record, {})
+    return found
+  if index >= config.num_layers or (expert or 0) >= max(config.num_experts, 1):
+    return {}
+  flat = structured.flatten(layer_shapes(config, index))
+  of_experts = layout.expert_axes(config)
+  if expert is not None:
+    return structured.unflatten({path: flat[path][1:] for path in of_experts})
+  return structured.unflatten({x: y for x, y in flat.items() if x not in of_experts})
+
+
 def stacked_shapes(
   config: config_lib.ModelConfig, stacks: Iterable[range] | None = None
 ) -> dict[str, tuple[int, ...]]:

@@ -72,21 +72,18 @@ class _Adapted:
     self.config, self.records = source.config, source.records
 
   def read(self, record: str) -> models.Params:
-    return self._with_factors(self._source.read(record), '')
+    return self._with_factors(self._source.read(record))
 
   def specs(self, record: str) -> models.Params:
-    return self._with_factors(self._source.specs(record), '')
-
-  def layer(self, index: int) -> models.Params:
-    return self._with_factors(self._source.layer(index), models.names.prefix(index))
+    return self._with_factors(self._source.specs(record))
 
   def outer(self) -> models.Params:
-    return self._with_factors(self._source.outer(), '')
+    return self._with_factors(self._source.outer())
 
-  def _with_factors(self, params: models.Params, prefix: str) -> models.Params:
+  def _with_factors(self, params: models.Params) -> models.Params:
     flat: dict[str, Any] = structured.flatten(params)
     beside = {path: models.layout.adapter_of(path) for path in flat}
     for path, own in beside.items():
-      if (pair := self._factors.get(prefix + own)) is not None and path != own:
+      if (pair := self._factors.get(own)) is not None and path != own:
         flat[own] = pair
     return structured.unflatten(flat)

@@ -34,6 +34,7 @@ References:
   freedom, removed by bits-back coding.
 """
 
+from collections.abc import Iterator
 import functools
 import math
 from typing import Any, NamedTuple
@@ -157,8 +158,8 @@ def _layers(
     del arguments  # they would keep the memory of rotated arrays
     for layer, result in zip(layers, results, strict=True):
       layer[path] = result
-  if first == 0 and state.zeros[0]:
-    path = models.layout.upper_kernel(config)
+  path = models.layout.upper_kernel(config)
+  if first == 0 and state.zeros[0] and path in layers[0]:  # a part may lack it
     layers[0][path], error = _with_zeros(layers[0][path], rows=int(state.zeros[0]))
     upper = models.names.prefix(0) + path
     notes[0].append(transform.note(upper, layers[0][path], error=error))
@@ -310,18 +311,21 @@ def _shortcut_paths(config: models.ModelConfig) -> list[str]:
 # ---- the source ----------------------------------------------------------------------
 
 
-def _source(context: transform.Context, index: int | None) -> transform.Params:
-  """Returns the parameters of a layer of the source, or outside the layers, by path.
+def _source(given: models.Params) -> transform.Params:
+  """Returns parameters of the source by path.
 
   Structured leaves are replaced by the same float32 arrays as when their layer is
   rewritten. A source without structured leaves is not copied.
   """
-  return _wide(_given(context, index))
+  return _wide(structured.flatten(given))
 
 
-def _given(context: transform.Context, index: int | None) -> transform.Params:
-  source = context.source
-  return structured.flatten(source.outer() if index is None else source.layer(index))
+def _parts(context: transform.Context) -> Iterator[tuple[str, transform.Params]]:
+  """Yields the beginning of the paths of each part of the source, and the part."""
+  yield '', structured.flatten(context.source.outer())
+  for index in range(context.config.num_layers):
+    for name, part in transform.parts(context.source, index):
+      yield f'{name}/', structured.flatten(part)
 
 
 def _wide(params: transform.Params) -> transform.Params:
@@ -341,15 +345,15 @@ def _axes(config: models.ModelConfig, index: int | None) -> models.layout.Axes:
 
 def _obstacle(context: transform.Context) -> str:
   """Returns why the model cannot be rotated; '' if it can."""
-  for index in (None, *range(context.config.num_layers)):
-    prefix, given = models.names.prefix(index), _given(context, index)
+  for prefix, given in _parts(context):
     codes = [path for path, leaf in given.items() if structured.is_in_files(leaf)]
     if codes:
       return f'{prefix}{codes[0]} has quantised codes, and a rotation would keep none'
     params = _wide(given)
-    if _rough_norm(params) <= _RANGE * min(context.limit(prefix + x) for x in params):
+    own = [prefix + x for x in params if prefix + x in context.dtypes]
+    if _rough_norm(params) <= _RANGE * min(map(context.limit, own)):
       continue
-    bounds = _norms(params, config=context.config, is_outer=index is None)
+    bounds = _norms(params, config=context.config, is_outer=not prefix)
     for path, norm in jax.device_get(bounds).items():
       if not norm <= _RANGE * context.limit(prefix + path):  # also if it is NaN
         return f'{prefix}{path} has numbers that are not finite, or too large to rotate'
@@ -375,7 +379,8 @@ def _first_rotation(context: transform.Context) -> jax.Array | None:
   The kernel is `models.layout.upper_kernel`. It is None if that kernel is a pair of
   factors, or if the segment that it reads has another width.
   """
-  config, layer = context.config, _source(context, 0)
+  config, first = context.config, models.names.layer(0)
+  layer = _source(context.source.read(first)[first])
   path = models.layout.upper_kernel(config)
   if structured.pair(layer[path]) is not None:
     return None
@@ -406,7 +411,7 @@ def _last_rotation(
     step: O of the last shortcut, `[e, e]`.
     width: d, the width of the segment before.
   """
-  head = _source(context, None)[_HEAD]
+  head = _source(context.source.outer())[_HEAD]
   if structured.pair(head) is not None:
     return None
   columns = jax.device_put(head[:, : len(head) - width], step.device)

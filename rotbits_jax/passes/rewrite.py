@@ -1,14 +1,14 @@
 """Rewrites a model with a chain of transforms, a few layers at a time.
 
 The layers pass through each transform once, in order. `rewrite` reads one layer at a
-time from a source, or one for each device if there are several devices. It widens the
-numbers to float32, applies the transforms, and rounds the numbers once to the dtypes of
-the source. The parameters outside the layers come last, because the embedding may be
-stored in terms of the head.
+time from a source, or one for each device if there are several devices; and the experts
+of a mixture one by one after their layer. It widens the numbers to float32, applies the
+transforms, and rounds the numbers once to the dtypes of the source. The parameters
+outside the layers come last, because the embedding may be stored in terms of the head.
 
-A record is a part of the model that is stored and decoded on its own: a layer, the
-embedding, the final norm or the head. A saving is the count of elements and bytes that
-a transform removed from a record.
+A record is a part of the model that is stored and decoded on its own: a layer, an
+expert, the embedding, the final norm or the head. A saving is the count of elements and
+bytes that a transform removed from a record.
 """
 
 import collections
@@ -52,7 +52,8 @@ class Record(NamedTuple):
   """A part of a model that is stored and decoded on its own.
 
   Attributes:
-    name: 'layers.0', 'layers.1', ..., 'embed', 'final_norm' or 'head'.
+    name: 'layers.0', 'layers.1', ..., 'embed', 'final_norm' or 'head'; after a layer
+      'layers.0.experts.0' and so on.
     params: the parameters as they are stored: nested dicts of NumPy arrays and
       structured leaves. The name of the record is the only key of the outermost dict.
     savings: the saving of each transform. The first record outside the layers has the
@@ -119,7 +120,8 @@ def rewrite(
     outer: whether to rewrite the parameters outside the layers, too.
 
   Yields:
-    Complete records, and the state after them.
+    Complete records, and the state after them. Until the last expert of a layer, that
+    is the state before the layer.
 
   Raises:
     ValueError: if a transform takes other numbers than this rounding gives, or if it
@@ -139,8 +141,8 @@ def _rewrite(
   state: State | None,
   outer: bool,
 ) -> Iterator[tuple[list[Record], State]]:
-  widen = rounding is not None
-  step = 1 if context.mesh is None else context.mesh.size
+  widen, mixes = rounding is not None, context.config.num_experts > 0
+  step = 1 if context.mesh is None or mixes else context.mesh.size
   if state is None:
     state = chain.init(context)
     for first in range(0, layers.start, step):
@@ -148,23 +150,61 @@ def _rewrite(
       state = _skip(context, chain, state, first, _layers(context, before, widen))
   for first in range(layers.start, layers.stop, step):
     indices = range(first, min(first + step, layers.stop))
-    given, states = _layers(context, indices, widen), []
-    effects: list[list[_Effect]] = [[] for _ in given]
-    sizes = [_count(context, i, x) for i, x in zip(indices, given, strict=True)]
-    for transform, own in zip(chain.transforms, state, strict=True):
-      own, given, notes = transform.layers(context, own, first, given)
-      states.append(own)
-      for k, i in enumerate(indices):
-        size, sizes[k] = sizes[k], _count(context, i, given[k])
-        effects[k].append(_Effect(transform, size, sizes[k], notes[k]))
-    state, records = tuple(states), []
-    for i, found in zip(indices, effects, strict=True):
-      name, layer = models.names.layer(i), given.pop(0)
-      params = {f'{name}/{path}': layer.pop(path) for path in [*layer]}
-      records.append(_record(name, params, context, rounding, _savings(context, found)))
-    yield records, state
+    if not mixes:
+      names, given = map(models.names.layer, indices), _layers(context, indices, widen)
+      records, state = _rewritten(context, chain, rounding, state, names, given)
+      yield records, state
+      continue
+    given_state, count = state, context.config.num_experts
+    for k, (name, part) in enumerate(transform_lib.parts(context.source, first)):
+      given, part = [_given(part, widen)], {}
+      own = _rewritten(context, chain, rounding, given_state, [name], given)
+      state = own[1] if k == 0 else state
+      yield own[0], given_state if k < count else state
   if outer:
     yield _outer(context, chain, rounding, state), state
+
+
+def _rewritten(
+  context: Context,
+  chain: Chain,
+  rounding: rounding_lib.Rounding | None,
+  state: State,
+  names: Iterable[str],
+  given: list[Params],
+) -> tuple[list[Record], State]:
+  """Rewrites consecutive layers, or a part of one, see `transform.parts`.
+
+  Args:
+    context: the context.
+    chain: the transforms.
+    rounding: see `rewrite`.
+    state: the state before the layers.
+    names: the name of each record.
+    given: the parameters of each; the list is emptied.
+
+  Returns:
+    The records, and the state after the layers.
+  """
+  names, states = list(names), []
+  first = models.names.layer_index(names[0])
+  assert first is not None
+  effects: list[list[_Effect]] = [[] for _ in given]
+  sizes = [_count(context, f'{x}/', own) for x, own in zip(names, given, strict=True)]
+  for transform, own in zip(chain.transforms, state, strict=True):
+    own, given, notes = transform.layers(context, own, first, given)
+    states.append(own)
+    for k, name in enumerate(names):
+      size, sizes[k] = sizes[k], _count(context, f'{name}/', given[k])
+      effects[k].append(_Effect(transform, size, sizes[k], notes[k]))
+  records = []
+  for name, found in zip(names, effects, strict=True):
+    layer = given.pop(0)
+    if models.names.expert_index(name) is not None:  # without the norms beside it
+      layer = {path: layer[path] for path in models.layout.expert_axes(context.config)}
+    params = {f'{name}/{path}': layer.pop(path) for path in [*layer]}
+    records.append(_record(name, params, context, rounding, _savings(context, found)))
+  return records, tuple(states)
 
 
 def _skip(
@@ -197,10 +237,10 @@ def _outer(
   for name, tree in context.source.outer().items():
     # One by one, because both dtypes of a parameter are in memory meanwhile.
     params |= _given({name: tree}, rounding is not None)
-  effects, size = [], _count(context, None, params)
+  effects, size = [], _count(context, '', params)
   for transform, own in zip(chain.transforms, state, strict=True):
     params, notes = transform.outer(context, own, params)
-    before, size = size, _count(context, None, params)
+    before, size = size, _count(context, '', params)
     effects.append(_Effect(transform, before, size, notes))
   savings, records = _savings(context, effects), list[Record]()
   for name in dict.fromkeys(path.split('/')[0] for path in params):
@@ -216,7 +256,8 @@ class Parts(NamedTuple):
 
   Attributes:
     config: sizes and switches.
-    parts: the parameters of a layer by its index, and those outside the layers by None.
+    parts: the parameters of a layer or an expert by the name of its record, and those
+      outside the layers by None.
   """
 
   config: models.ModelConfig
@@ -226,17 +267,15 @@ class Parts(NamedTuple):
     """Adds layers, or all parameters outside the layers."""
     outer: models.Params = {}
     for record in records:
-      index = models.names.layer_index(record.name)
-      if index is None:
+      if models.names.layer_index(record.name) is None:
         outer |= record.params
       else:
-        self.parts[index] = record.params[record.name]
+        self.parts[record.name] = record.params[record.name]
     if outer:
       self.parts[None] = outer
 
-  def layer(self, index: int) -> models.Params:
-    found: models.Params = self.parts[index]
-    return found
+  def read(self, record: str) -> models.Params:
+    return {record: self.parts[record]}
 
   def outer(self) -> models.Params:
     found: models.Params = self.parts[None]
@@ -244,25 +283,24 @@ class Parts(NamedTuple):
 
 
 def round_part(
-  context: Context, index: int | None, rounding: rounding_lib.Rounding
+  context: Context, name: str | None, rounding: rounding_lib.Rounding
 ) -> models.Params:
   """Rounds a part of a model as `rewrite` does, without transforms.
 
   Args:
     context: its source has at least this part, see `Parts`.
-    index: the layer; None for the parameters outside the layers.
+    name: the record of a layer or an expert; None for the parameters outside the
+      layers.
     rounding: the rule.
 
   Returns:
-    The parameters as `Source.layer` and `Source.outer` give them, on the host.
+    The parameters, on the host: nested dicts whose keys are names of records.
   """
-  start = context.config.num_layers if index is None else index
-  layers = range(start, start + (index is not None))
-  chain, found = transform_lib.chain(), dict[str, Any]()
-  for records, _ in _rewrite(context, chain, rounding, layers, (), index is None):
-    for record in records:
-      found |= record.params
-  return found if index is None else found[models.names.layer(index)]
+  if name is not None:
+    params = _given(context.source.read(name), True)
+    return _record(name, params, context, rounding, []).params
+  records = _outer(context, transform_lib.chain(), rounding, ())
+  return {key: tree for record in records for key, tree in record.params.items()}
 
 
 def run_chain(
@@ -309,14 +347,12 @@ def to_model(
   buffers: dict[str, Any] | None = None,
 ) -> models.Model:
   """Makes a model from all records that `rewrite` yields."""
-  layers: list[models.Params] = []
-  outer: models.Params = {}
-  for record in records:
-    if models.names.layer_index(record.name) is not None:
-      layers.append(record.params[record.name])
-    else:
-      outer |= record.params
-  return models.from_layers(config, outer, layers, buffers)
+  found = {record.name: record.params for record in records}
+  outer = [x for x in found if models.names.layer_index(x) is None]
+  layers = [
+    models.read_layer(found.__getitem__, config, i) for i in range(config.num_layers)
+  ]
+  return models.from_layers(config, {x: found[x][x] for x in outer}, layers, buffers)
 
 
 def count_model(model: models.Model) -> tuple[int, int]:
@@ -327,7 +363,7 @@ def count_model(model: models.Model) -> tuple[int, int]:
   (512421, 1024842)
   """
   context = make_context(model, stored_as=model.stored_as)
-  elements, size = _count(context, None, dict(model.leaves()))
+  elements, size = _count(context, '', dict(model.leaves()))
   buffers = structured.count_elements(model.buffers)
   return elements + buffers, size + structured.count_bytes(model.buffers)
 
@@ -338,8 +374,8 @@ def count_model(model: models.Model) -> tuple[int, int]:
 def _layers(context: Context, indices: range, widen: bool) -> list[Params]:
   devices = [None] if context.mesh is None else list(context.mesh.devices.flat)
   return [
-    _given(context.source.layer(i), widen, devices[k % len(devices)])
-    for k, i in enumerate(indices)
+    _given(context.source.read(name)[name], widen, devices[k % len(devices)])
+    for k, name in enumerate(map(models.names.layer, indices))
   ]
 
 
@@ -372,15 +408,15 @@ def _widened(params: Params) -> Params:
   return structured.astype(plain, jnp.float32)
 
 
-def _count(context: Context, index: int | None, params: Params) -> tuple[int, int]:
-  """Counts the elements and bytes of a layer's parameters, rounded but not coded.
+def _count(context: Context, prefix: str, params: Params) -> tuple[int, int]:
+  """Counts the elements and bytes of parameters, rounded but not coded.
 
   Args:
     context: it has the dtypes to which the parameters are rounded.
-    index: the layer; None if the paths are those of the whole model.
+    prefix: the beginning of the paths in the whole model.
     params: unstacked parameters.
   """
-  elements, size, prefix = 0, 0, models.names.prefix(index)
+  elements = size = 0
   for path, leaf in params.items():
     dtype = context.dtypes.get(prefix + path, context.dtype)
     rounded = leaf

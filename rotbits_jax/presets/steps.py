@@ -20,6 +20,7 @@ the residual stream in front of each layer.
 
 from collections.abc import Callable, Mapping, Sequence
 import dataclasses
+import functools
 import math
 import os
 from typing import Any, NamedTuple
@@ -210,18 +211,22 @@ class _Arrays(NamedTuple):
   def of(cls, model: passes.ModelSource) -> '_Arrays':
     return cls(
       model.config,
-      lambda index: structured.unflatten(_arrays(model.layer(index))),
+      lambda index: structured.unflatten(
+        _arrays(models.read_layer(model.read, model.config, index))
+      ),
       lambda: structured.unflatten(_arrays(model.outer())),
     )
 
   @classmethod
   def rounded(cls, context: passes.Context, rounding: passes.Rounding) -> '_Arrays':
     """Returns a model that is rounded part by part, as the preset `near` does it."""
-    part = lambda index: structured.unflatten(
-      _arrays(passes.round_part(context, index, rounding))
-    )
+
+    def part(name: str | None) -> models.Params:
+      return structured.unflatten(_arrays(passes.round_part(context, name, rounding)))
+
     outer = part(None)  # it is needed before the layers and after them
-    return cls(context.config, part, lambda: outer)
+    layer = functools.partial(models.read_layer, part, context.config)
+    return cls(context.config, layer, lambda: outer)
 
 
 def _arrays(params: models.Params) -> dict[str, Any]:
@@ -258,7 +263,7 @@ def _rewritten(
   parts: Any = passes.Parts(context.config, spool.Spool(folder))
   for records, _ in passes.rewrite(context.widened(), near().transform):
     parts.add(records)
-    bar.update()
+    bar.update(models.names.expert_index(records[0].name) is None)
   return context._replace(source=parts)
 
 
@@ -283,16 +288,16 @@ def _calibrated(
   for seen, *unseen in zip(*measured, strict=True):
     inputs.add(sensitivities.fitted([seen, *unseen], halves))
     index = models.names.layer_index(next(iter(seen)))
+    name = None if index is None else models.names.layer(index)
     rounding = passes.to_steps(PROBE, {}, sensitivities.fitted([seen], halves[:1]))
-    exact = _arrays(parts.parts[index])
-    rounded = _arrays(passes.round_part(context, index, rounding))
+    exact = _arrays(parts.outer() if name is None else parts.read(name))
+    rounded = _arrays(passes.round_part(context, name, rounding))
     for path, own_inputs in (unseen or [seen])[0].items():
-      inner = path.removeprefix(models.names.prefix(index))
-      leaf = exact[inner]
-      count = _count(leaf, rounded[inner])
+      leaf = exact[path]
+      count = _count(leaf, rounded[path])
       if count:
         needed = [structured.materialize(exact[x]) for x in getattr(leaf, 'needs', ())]
-        error = _error(leaf, rounded[inner], *needed)
+        error = _error(leaf, rounded[path], *needed)
         counts[path] = count
         found[path] = sensitivities.divergence(own_inputs, error)
     bar.update()

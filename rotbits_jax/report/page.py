@@ -140,8 +140,11 @@ def _some_records(reader: file.Reader) -> dict[str, dict[str, Any]]:
   """Decodes some records: the leaves of each by path."""
   names = list(reader.records)
   layers = [x for x in names if models.names.layer_index(x) is not None]
-  places = np.linspace(0, len(layers) - 1, min(len(layers), _LAYERS))
-  wanted = {layers[round(place)] for place in places} | ({*names} - {*layers})
+  wanted = {*names} - {*layers}
+  experts = [x for x in layers if models.names.expert_index(x) is not None]
+  for like in ([x for x in layers if models.names.expert_index(x) is None], experts):
+    places = np.linspace(0, len(like) - 1, min(len(like), _LAYERS))
+    wanted |= {like[round(place)] for place in places}
   if reader.config is None:
     wanted = {*names[:_LAYERS]}
   wanted = {x for x in wanted if not any(y.base for y in reader.records[x].leaves)}
