@@ -376,7 +376,7 @@ def main(path, output, base=None):
   if streams.pop('__metadata__').get('version') != '4':
     raise ValueError('not a rotbits file of version 4')
   streams = {name: data[slice(*x['data_offsets'])] for name, x in streams.items()}
-  manifest = json.loads(streams['manifest'])
+  manifest = json.loads(zlib.decompress(streams['manifest']))
   # Records with leaves that need others come last.
   needy = lambda record: any('needs' in leaf for leaf in record['leaves'])
   for record in sorted(manifest['records'], key=needy):

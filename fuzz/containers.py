@@ -16,8 +16,8 @@ Json = dict[str, Any]
 def unpack(data: bytes) -> tuple[dict[str, bytes], Json]:
   """Returns the streams of a container without the manifest, and the manifest."""
   reader = container.StreamReader(data)
-  streams = {name: reader.read(name) for name in reader.names()}
-  return streams, json.loads(streams.pop(container.MANIFEST))
+  names = (name for name in reader.names() if name != container.MANIFEST)
+  return {name: reader.read(name) for name in names}, json.loads(reader.manifest())
 
 
 def pack(streams: Mapping[str, bytes], manifest: bytes) -> bytes:

@@ -19,14 +19,14 @@ STREAMS = {
 MANIFEST = b'{"units": []}'
 
 
-def packed():
+def packed(manifest=MANIFEST):
   file = io.BytesIO()
   writer = container.StreamWriter(file, list(STREAMS))
   for name, stream in STREAMS.items():
     half = len(stream) // 2
     nbytes, _ = writer.append(name, [stream[:half], stream[half:]])
     assert nbytes == stream.size
-  writer.finish(MANIFEST)
+  writer.finish(manifest)
   return file.getvalue()
 
 
@@ -83,6 +83,17 @@ class ContainerTest(parameterized.TestCase):
       # The reader of the streams compares their names with the manifest.
       renamed = set(reader.names()) != set(original.names())
       self.assertTrue(renamed or (same and checked) or not checked, position)
+
+  def test_the_manifest_is_inflated_to_a_size_that_is_bounded(self):
+    text = b' ' * (1 << 21)
+    data = packed(text)
+    self.assertEqual(container.StreamReader(data).manifest(), text)
+    self.assertGreater(len(data), len(text))  # it is not deflated so far
+    with absltest.mock.patch.object(container, '_MOST_RATIO', 1 << 20):
+      bomb = packed(text)
+    self.assertLess(len(bomb), 1 << 13)
+    with self.assertRaisesRegex(container.ContainerError, 'manifest: it must inflate'):
+      container.StreamReader(bomb).manifest()
 
   def test_headers_that_lie_are_refused(self):
     changes = (

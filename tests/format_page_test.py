@@ -116,7 +116,7 @@ def field_names(cls):
 
 def test_fields_of_objects(subtests):
   for introduction, written in (
-    ('The stream `manifest` is a JSON object.', whole_manifest()),
+    ('The stream `manifest` is a zlib stream of a JSON object.', whole_manifest()),
     ('A *record* decodes on its own', record()),
     ('A *leaf* is one parameter:', leaf()),
     ('The field `spec` of a record describes its stream:', stream_spec()),

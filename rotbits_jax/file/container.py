@@ -7,11 +7,11 @@
          "<stream>": {"dtype": "U8", "shape": [n], "data_offsets": [begin, end]}, ...}
     the streams, one after the other
 
-The stream `manifest` is the JSON object that the module `manifest` describes. It
-contains the length and the CRC-32 of every other stream. The writer appends each stream
-when it is ready. It writes the header last, into room that it reserves at the start,
-because the names of the streams bound the length of the header. Any safetensors library
-opens the file.
+The stream `manifest` is the JSON object that the module `manifest` describes, deflated.
+It contains the length and the CRC-32 of every other stream. The writer appends each
+stream when it is ready. It writes the header last, into room that it reserves at the
+start, because the names of the streams bound the length of the header. Any safetensors
+library opens the file.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -21,6 +21,7 @@ import os
 import struct
 import threading
 from typing import Any, BinaryIO
+import zlib
 
 import numpy as np
 from zlib_ng import zlib_ng
@@ -39,6 +40,8 @@ Readable = str | os.PathLike[str] | bytes | bytearray | memoryview | BinaryIO
 _MOST = 10**15  # greatest size of a file in bytes, from which the room follows
 _PIECE = 1 << 23  # bytes of a long stream that are read at a time
 _MOST_HEADER = 100_000_000  # bytes; the safetensors library's own limit
+_LEAST_TEXT = 1 << 20  # bytes that any manifest may inflate to
+_MOST_RATIO = 64  # of the bytes of a larger one, which come from it
 _SHOWN = 400  # characters of each end of an error's message
 
 
@@ -130,8 +133,11 @@ class StreamWriter:
     self._file.seek(self.start + self._end)
 
   def finish(self, manifest: bytes) -> None:
-    """Appends the manifest and writes the header."""
-    _, crc = self.append(MANIFEST, [np.frombuffer(manifest, np.uint8)])
+    """Appends the text of the manifest and writes the header."""
+    packed = zlib_ng.compress(manifest, 9)
+    if len(manifest) > _most_text(len(packed)):
+      packed = zlib_ng.compress(manifest, 0)
+    _, crc = self.append(MANIFEST, [np.frombuffer(packed, np.uint8)])
     header = _header(self._streams, crc)
     self._file.seek(0)
     self._file.write(struct.pack('<Q', self._room))
@@ -141,6 +147,11 @@ class StreamWriter:
   def start(self) -> int:
     """The offset of the first stream in the file."""
     return 8 + self._room
+
+
+def _most_text(nbytes: int) -> int:
+  """Returns the greatest length of a manifest whose stream has these bytes."""
+  return max(_LEAST_TEXT, _MOST_RATIO * nbytes)
 
 
 def _header(streams: dict[str, tuple[int, int]], manifest_crc32: int) -> bytes:
@@ -215,6 +226,31 @@ class StreamReader:
     """Returns the bytes of a stream, see `checked`."""
     with self.checked(name, crc32) as data:
       return data.tobytes()
+
+  def inflated(self, name: str, crc32: int, most: int) -> bytes:
+    """Inflates a stream of the format of zlib, see `checked`.
+
+    Args:
+      name: name of the stream.
+      crc32: the checksum that it must have.
+      most: the greatest number of bytes of its content.
+
+    Raises:
+      ContainerError: if it is damaged, or longer.
+    """
+    data, unpacker = self.read(name, crc32), zlib.decompressobj()
+    try:
+      content = unpacker.decompress(data, most + 1)
+    except zlib.error as error:
+      raise ContainerError(f'{name}: {error}') from error
+    if len(content) > most or not unpacker.eof or unpacker.unused_data:
+      raise ContainerError(f'{name}: it must inflate to {most} bytes at most')
+    return content
+
+  def manifest(self) -> bytes:
+    """Returns the text of the manifest, see `inflated`."""
+    most = _most_text(self.nbytes(MANIFEST))
+    return self.inflated(MANIFEST, self.manifest_crc32, most)
 
   def words(self, name: str, crc32: int) -> 'Words':
     """Returns a stream of 16-bit words that may be longer than memory, see `checked`.

@@ -595,8 +595,7 @@ def _array(leaf: Any, resolve: records_lib.Resolve) -> Any:
 def _manifest(file: container.StreamReader) -> manifest_lib.Manifest:
   """Reads the manifest of one file, and checks it against the header."""
   with file.errors():
-    data = file.read(container.MANIFEST, file.manifest_crc32)
-    own = manifest_lib.Manifest.from_bytes(data)
+    own = manifest_lib.Manifest.from_bytes(file.manifest())
     found = {n: file.nbytes(n) for n in file.names() if n != container.MANIFEST}
     named = own.sizes()
     for name in {**found, **named}:

@@ -1,7 +1,6 @@
 """The content of a file besides its records: the checkpoint's other files, and gaps."""
 
 from collections.abc import Mapping, Sequence
-import zlib
 
 from rotbits_jax.file import container
 from rotbits_jax.file import manifest as manifest_lib
@@ -63,11 +62,7 @@ def _inflate(
   file: container.StreamReader, name: str, entry: manifest_lib.Deflated
 ) -> bytes:
   """Inflates a stream, and checks the size of its content."""
-  data, unpacker = file.read(name, entry.crc32), zlib.decompressobj()
-  try:
-    content = unpacker.decompress(data, entry.size + 1)
-  except zlib.error as error:
-    raise ContainerError(f'{name}: {error}') from error
-  if len(content) != entry.size or not unpacker.eof or unpacker.unused_data:
+  content = file.inflated(name, entry.crc32, entry.size)
+  if len(content) != entry.size:
     raise ContainerError(f'{name}: it must inflate to {entry.size} bytes')
   return content

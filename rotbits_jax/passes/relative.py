@@ -27,7 +27,7 @@ _LOWEST = -6 * _OCTAVE  # differences of 2^-6 ULPs and less share a class
 _BITS = 3  # the octaves of a difference that symbols tell
 _PER_TABLE = 1 << 13  # elements for which a frequency table is worth its bytes
 _LEAST = 1 << 12  # elements of an array for which classes are worth their arrays
-_LEAF_BITS = 8 * 300  # of a leaf beside its arrays
+_LEAF_BITS = 8 * 60  # of a leaf beside its arrays
 
 
 def beside(target: np.ndarray, base: np.ndarray) -> Any:
