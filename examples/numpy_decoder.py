@@ -21,6 +21,7 @@ TOTAL, CEIL = 1 << 14, lambda a, b: -(-a // b)
 BITS = lambda dtype: np.dtype(
   f'u{int(dtype[-2:]) // 8}' if 'float' in dtype else dtype)
 INFLATE = lambda z, data: (np.frombuffer(z.decompress(data), np.uint8), z.unused_data)
+FLIP = lambda x: x ^ (x >> 8 * x.itemsize - 1 & np.iinfo(x.dtype).max)
 UNFOLD = lambda u, dtype: u if dtype[0] != 'i' else u >> 1 ^ 0 - (u & 1)
 PAD = lambda x, s: np.pad(x, ((0, 0), (0, s['columns'] - len(x))))
 TURN = lambda x, s: x.T if s.get('columns_first') else x
@@ -190,12 +191,8 @@ def read_record(coder, stream):  # returns the arrays of a record, with their dt
     if zlib.crc32(bits.tobytes()) != crc32:
       raise ValueError('an array is damaged')
     yield bits, dtype
-def unpack(values, mask):  # a matrix with values where the mask is not 0
-  mask[mask > 0] = values
-  return mask
 def corrected(bits, residuals, exceptions):
-  flip = lambda x: x ^ (x >> 8 * x.itemsize - 1 & np.iinfo(x.dtype).max)
-  bits = flip(flip(bits.view(f'i{bits.itemsize}')) + residuals).view(exceptions.dtype)
+  bits = FLIP(FLIP(bits.view(f'i{bits.itemsize}')) + residuals).view(exceptions.dtype)
   bits[residuals == -128] = exceptions
   return bits
 def tied_exactly(s, a):
@@ -227,14 +224,16 @@ def lines(a, *names):
   return rows[:, None] * columns
 def multiples(s, a):
   return a['integers'] * a['step'] * lines(a, 'row', 'column')
-FLIP = lambda x: x ^ (x >> 8 * x.itemsize - 1 & np.iinfo(x.dtype).max)
 SIGNED = lambda x: x.view(f'i{x.itemsize}')
 MANTISSA = {'float8_e4m3fn': 3, 'float8_e5m2': 2} | {k: x[2] for k, x in FLOATS.items()}
-def base_of(s):  # the bits of the base, and the ordinals of bits and back
+def base_of(s):  # the bits of the base, and what adds differences to bits
   (bits, dtype), n = s['base'], math.prod(s['lengths'])
   bits = bits if dtype == s['name'] else narrow(widen(bits, dtype), s['name'])
   bits = SIGNED(np.ravel(bits)[:n])
-  return np.pad(bits, (0, n - bits.size)), FLIP if 'float' in s['name'] else lambda x: x
+  h = np.iinfo(bits.dtype).min if 'float' in s['name'] else 0
+  flip = FLIP if h else np.array
+  moved = lambda b, d: flip((b ^ b & h) + d.astype(b.dtype)) ^ b & h
+  return np.pad(bits, (0, n - bits.size)), moved
 def read_given(a, s, contexts, shifts=(0, 0)):  # symbols with their raw bits
   table, *blocks = np.split(a['coded'], np.cumsum(s['parts'])[:-1])
   table = stored_tables(table.tobytes(), np.ones(len(shifts)), 256)
@@ -251,15 +250,15 @@ def read_given(a, s, contexts, shifts=(0, 0)):  # symbols with their raw bits
       found[-1][has] |= read_plane(plane, int(b), has.sum()) << low[has]
   return np.int64(np.concatenate(found))
 def patched(s, a):
-  bits, ordinal = base_of(s)
+  bits, moved = base_of(s)
   x = read_given(a, s, np.arange(2).repeat((n := CEIL(bits.size, 8), s['changes'])))
   x, mask = x[n:], np.unpackbits(np.uint8(x[:n]), count=bits.size, bitorder='little')
-  found = ordinal(ordinal(bits[mask > 0]) + (x - 128).astype(bits.dtype))
+  found = moved(bits[mask > 0], x - 128)
   found[x == 0] = SIGNED(a.get('values', found[:0]))
   bits[mask > 0] = found
   return bits.reshape(s['lengths'])
 def relative(s, a):
-  (bits, ordinal), name = base_of(s), s['name']
+  (bits, moved), name = base_of(s), s['name']
   head, whole = zlib.decompress(a['head']), bits.reshape(-1, s['width'])
   sizes, shifts = np.int64(list(head[1 : (n := 1 + 2 * head[0])])).reshape(2, -1)
   scales = np.frombuffer(head[n:], np.uint8).reshape(2, -1).T.copy().view('<i2').ravel()
@@ -269,15 +268,18 @@ def relative(s, a):
     product = np.float64(SIGNED(a['left'])[rows]) @ SIGNED(a['right'])
     found = narrow(np.float32(wide + np.ldexp(product, s['unit'])), name)
     b = np.where(np.isfinite(wide), SIGNED(found), b)
+  if 'drift' in a:
+    (_, e, m), top = FLOATS[name], b & np.iinfo(b.dtype).max
+    drift = SIGNED(a['drift'])[top >> max(m - 8, 0) & min((1 << m) - 1, 255)]
+    b = b + drift.astype(b.dtype) * ((top >> m) % ((1 << e) - 1) > 0)
   level = np.int64(scales[: len(whole)][rows])[:, None] + scales[len(whole) :]
   level -= 8 * np.maximum((b & np.iinfo(b.dtype).max) >> MANTISSA[name], 1
     ) if name in MANTISSA else 0
   own = np.arange(sizes.size).repeat(sizes)[
     np.clip((level >> 1) - s['first'], 0, sizes.sum() - 1).ravel()]
   x, b = read_given(a, s, own, shifts), b.ravel()
-  found = ordinal(ordinal(b) + (x - (128 << shifts[own])).astype(b.dtype))
-  far = own == sizes.size - 1
-  found[far] = (x[far] >> 1 | x[far] << 8 * b.itemsize - 1).astype(b.dtype)
+  alone = (x >> 1 | x << 8 * b.itemsize - 1).astype(b.dtype)
+  found = np.where(own == sizes.size - 1, alone, moved(b, x - (128 << shifts[own])))
   found[x >> shifts[own] == 0] = SIGNED(a.get('values', found[:0]))
   whole[rows] = found.reshape(-1, s['width'])
   return bits.reshape(s['lengths'])
@@ -350,7 +352,8 @@ def expand(kind, s, parts):  # the bit patterns that a leaf stands for
   for name in [x for x in a if f'{x}_corner' in a]:  # lower triangles
     corner, below = a.pop(f'{name}_corner'), a[name]
     n, columns = (math.isqrt(8 * corner.size + 1) - 1) // 2, below.shape[1]
-    a[name] = np.vstack([unpack(corner, np.tril(np.ones((n, columns)))), below])
+    (top := np.tril(np.ones((n, columns))))[top > 0] = corner
+    a[name] = np.vstack([top, below])
   array = LEAVES[kind](s, a)
   array = TURN(array.T if s.get('transposed') else array, s)
   return array if exact else narrow(array, s['dtype'])
@@ -362,8 +365,7 @@ def read_base(path):  # the bits and dtypes of a safetensors file
   found = {}
   for key, x in json.loads(data[8:start]).items():
     if key != '__metadata__':
-      dtype = x['dtype']
-      dtype = names.get(dtype, dtype.replace('U', 'uint').replace('I', 'int'))
+      dtype = names.get(d := x['dtype'], d.replace('U', 'uint').replace('I', 'int'))
       bits = 'uint8' if '8_' in dtype else BITS(dtype)
       part = data[start:][slice(*x['data_offsets'])]
       found[key] = np.frombuffer(part, bits).reshape(x['shape']), dtype
@@ -389,19 +391,17 @@ def main(path, output, base=None):
         s = {'dtype': dtype, 'head': tensors.get('head/kernel')}
         s |= {'unit': 0} | leaf.get('settings', {})
         p = leaf.get('product')
-        arrays_of_base = p.get('arrays', []) if p else [leaf[x] for x in ('base',)
-          if x in leaf]
-        for own, *_, crc32 in arrays_of_base:
+        given = p.get('arrays', []) if p else [leaf['base']] if 'base' in leaf else []
+        for own, *_, crc32 in given:
           s['base'] = TURN(base[own][0], s), base[own][1]
           if zlib.crc32(s['base'][0].tobytes()) != crc32:
             raise ValueError(f'{leaf["path"]} needs another base')
         if p:
-          bases = (f'subspaces.{i}/basis' for i in p.get('segments', []))
-          bases = [np.float64(SIGNED(tensors[x][0])) if x in tensors else None
-            for x in bases]
-          own = [widen(*base[x[0]]) for x in arrays_of_base]
-          hidden = manifest['config']['hidden_size']
-          s['base'] = product(p, own, bases, dtype, hidden), dtype
+          bases = [tensors.get(f'subspaces.{i}/basis') for i in p.get('segments', [])]
+          bases = [x and np.float64(SIGNED(x[0])) for x in bases]
+          own = [widen(*base[x[0]]) for x in given]
+          d = manifest['config']['hidden_size']
+          s['base'] = product(p, own, bases, dtype, d), dtype
         bits = expand(leaf['type_name'], s, parts).reshape(leaf['shape'])
         if leaf.get('crc32') not in (None, zlib.crc32(TURN(bits, s).tobytes())):
           raise ValueError(f'{leaf["path"]} is damaged')

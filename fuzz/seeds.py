@@ -257,7 +257,8 @@ def leaves_beside_base() -> dict[str, tuple[Any, np.ndarray]]:
   near[0, :3] = 100, -100, np.inf
   few = base.copy()
   few[3, :9] = near[3, :9]
-  arrays = {'relative': near, 'patched': few, 'same': base}
+  decayed = (0.98 * base.astype(np.float32)).astype(np.float16)
+  arrays = {'relative': near, 'decayed': decayed, 'patched': few, 'same': base}
   return {name: (relative.beside(x, base), base) for name, x in arrays.items()}
 
 

@@ -134,6 +134,8 @@ def test_reads_a_tree_beside_a_base(tmp_path, subtests):
       base['d'] = rng.normal(size=(90, 100))
       near['d'] = base['d'] + rng.normal(size=(90, 2)) @ rng.normal(size=(2, 100))
       near['c'] = np.vstack([base['c'], near['b']])
+      base['e'] = rng.normal(size=(90, 100))
+      near['e'] = 0.98 * base['e']
       as_type = lambda tree, name: {
         k: x.astype(jnp.dtype(name)) for k, x in tree.items()
       }

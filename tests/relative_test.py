@@ -157,6 +157,24 @@ def test_a_merged_adapter_takes_its_factors(dtype, monkeypatch):
     type(leaf).from_stored(settings, arrays)
 
 
+@pytest.mark.parametrize('dtype', FLOATS)
+def test_weight_decay_is_a_drift(dtype, monkeypatch):
+  target, base = pair(dtype, (1000, 96), scale=0.1)
+  base[0, :6] = [np.inf, -np.inf, np.nan, 0, -0.0, 1e-7]
+  unused = np.arange(1000) % 20 > 0
+  decayed = base[unused].astype(np.float32)
+  for step in np.linspace(2e-5, 1e-5, 1000, dtype=np.float32):
+    decayed -= step * decayed
+  target[unused] = decayed.astype(target.dtype)
+  leaf = assert_comes_back(target, base, 'relative')
+  settings, arrays = leaf.stored()
+  monkeypatch.setattr(passes, '_drift', lambda *_: None)
+  assert coded_bytes(leaf) < 0.65 * coded_bytes(related(target, base))
+  for damage in (lambda x: x[:-1], lambda x: x & -(2**31), lambda x: x ^ 2**30):
+    with pytest.raises(ValueError, match='cannot have this drift'):
+      type(leaf).from_stored(settings, arrays | {'drift': damage(arrays['drift'])})
+
+
 def test_a_step_takes_a_patch():
   rng = np.random.default_rng(0)
   base = rng.normal(size=(1000, 400)).astype(ml_dtypes.bfloat16)

@@ -2,7 +2,8 @@
 
 A fine-tune differs from its base by numbers whose scales depend on the row and the
 column. Many fine-tunes are the base plus a product of two small matrices, or nearly so:
-such a product is stored, where it saves more than it takes.
+such a product is stored, where it saves more than it takes. Weight decay moves the rows
+of tokens that no text has; a drift stores that.
 """
 
 from collections.abc import Sequence
@@ -25,7 +26,8 @@ _SPARSE = 1 / 16  # the greatest share of changed elements of a patch
 _OCTAVE = 4  # levels
 _LOWEST = -6 * _OCTAVE  # differences of 2^-6 ULPs and less share a class
 _BITS = 3  # the octaves of a difference that symbols tell
-_PER_TABLE = 1 << 13  # elements for which a frequency table is worth its bytes
+_DRIFTING = 1 << 14  # elements that tell a drift
+_LEAST_DRIFT = 1 / 4  # bits of each element that it must save
 _LEAST = 1 << 12  # elements of an array for which classes are worth their arrays
 _LEAF_BITS = 8 * 60  # of a leaf beside its arrays
 
@@ -109,6 +111,7 @@ def _relative(
     head=np.zeros(0, np.uint8),
     left=factors.left if factors else None,
     right=factors.right if factors else None,
+    drift=None,
     coded=np.zeros(0, np.uint8),
     values=None,
     lengths=target.shape,
@@ -119,12 +122,40 @@ def _relative(
     unit=factors.unit if factors else 0,
   )
   whole = own.size == len(wanted)
-  known = draft.predicted(base, None if whole else own)
+  some = None if whole else own
+  known = draft.predicted(base, some)
   wanted = wanted if whole else wanted[own]
+  if (drift := _drift(wanted.reshape(-1), known.reshape(-1), dtype)) is not None:
+    draft = dataclasses.replace(draft, drift=drift)
+    known = draft.predicted(base, some)
   rows = np.full(bits.size // width, relative.EQUAL, np.int16)
   rows[own], columns = _scales(wanted, known, dtype)
   head = relative.Head(rows, columns, *np.zeros((2, 0), np.uint8))
   return _coded(draft, head, wanted.reshape(-1), known, alone)
+
+
+def _drift(bits: np.ndarray, known: np.ndarray, dtype: np.dtype) -> np.ndarray | None:
+  """Returns the drift of elements, see `structured.Relative`; None if it saves little.
+
+  Args:
+    bits: bits of elements, `[n]`.
+    known: the bits that predict them.
+    dtype: their dtype.
+  """
+  mantissa = relative.mantissa_bits(dtype)
+  if mantissa is None or dtype.itemsize == 1:
+    return None
+  sample = slice(None, None, -(-bits.size // _DRIFTING))
+  far = relative.differences(bits[sample], known[sample], dtype).astype(np.int64)
+  places = relative.drift_places(known[sample], mantissa)
+  order = np.lexsort((far, places))
+  counts = np.bincount(places, minlength=relative.DRIFTS)
+  middle = np.minimum(np.cumsum(counts) - (counts + 1) // 2, far.size - 1)
+  drift = np.where(counts, far[order[middle]], 0)
+  saved = np.log2((1.0 + abs(far)) / (1 + abs(far - drift[places]))).mean()
+  if saved < _LEAST_DRIFT or abs(drift).max() >= 1 << mantissa:
+    return None
+  return drift.astype(np.int32)
 
 
 def _scales(
@@ -233,9 +264,8 @@ def _coded(
     values=made.values if made.values.size else None,
     head=head.to_bytes(),
   )
-  size = float(tables.cost_bits(counts, frequencies).sum())
-  size += float((counts.sum(axis=1) * np.array(of_bands)).sum())
-  size += 8.0 * np.count_nonzero(frequencies)  # a stored frequency takes about a byte
+  size = float((counts.sum(axis=1) * np.array(of_bands)).sum())
+  size += sum(map(_table_bits, counts))
   if size + _side_bits(leaf) > alone:
     return None
   contexts = given.looked_up(head.of_classes, classes)
@@ -279,7 +309,7 @@ def _symbols(
   values: list[np.ndarray] = [bits[:0]]
   for start in range(0, bits.size, _PART):
     part = slice(start, start + _PART)
-    far = relative.indices(bits[part], dtype) - relative.indices(known[part], dtype)
+    far = relative.differences(bits[part], known[part], dtype)
     far, own = far.astype(wide, copy=False), classes[part]
     (at,) = np.nonzero(own >= first)
     some, low = of_classes[own[at]], far[at].astype(np.int32)
@@ -306,7 +336,7 @@ def _symbols(
 
 
 def _bands(counts: np.ndarray, shifts: Sequence[int]) -> tuple[list[int], list[int]]:
-  """Puts neighbouring classes of one shift together until they have many elements.
+  """Puts neighbouring classes of one shift together where that saves bits.
 
   Args:
     counts: `[classes, 256]`.
@@ -315,18 +345,24 @@ def _bands(counts: np.ndarray, shifts: Sequence[int]) -> tuple[list[int], list[i
   Returns:
     The number of classes of each band, and its shift.
   """
-  sizes = counts.sum(axis=1).tolist()
-  bands, of_bands, size = [1], [shifts[0]], sizes[0]
-  last = len(sizes) - 1
-  for i in range(1, len(sizes)):
-    if shifts[i] == of_bands[-1] and size < _PER_TABLE and i < last:
+  own, last = [_table_bits(x) for x in counts], len(counts) - 1
+  bands, of_bands, band, bits = [1], [shifts[0]], counts[0], own[0]
+  for i in range(1, len(counts)):
+    both = band + counts[i]
+    size = _table_bits(both)
+    if shifts[i] == of_bands[-1] and size <= bits + own[i] and i < last:
       bands[-1] += 1
-      size += sizes[i]
+      band, bits = both, size
     else:
       bands.append(1)
       of_bands.append(shifts[i])
-      size = sizes[i]
+      band, bits = counts[i], own[i]
   return bands, of_bands
+
+
+def _table_bits(counts: np.ndarray) -> float:
+  """Returns the bits of symbols and their table, a byte for each frequency."""
+  return tables.entropy_bits(counts) + 8 * float(np.count_nonzero(counts))
 
 
 # ---- factors -------------------------------------------------------------------------

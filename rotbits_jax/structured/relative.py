@@ -10,8 +10,8 @@ the tensor of a kernel comes from PyTorch.
 
 * `Same`: the target is the base.
 * `Patched`: few elements differ. A mask tells which.
-* `Relative`: all elements may differ. Each is stored as the difference of ULP indices,
-  see `ulps`, and differences of one expected size share a frequency table.
+* `Relative`: all elements may differ. Each is stored as its difference in ULPs, see
+  `differences`, and differences of one expected size share a frequency table.
 
 `passes.relative` chooses among them. Everything here is exact: integers, and sums of
 floats that are rounded once. Shape letters: R rows and C columns of the array taken as
@@ -45,6 +45,9 @@ MOST_SCALE = 8000
 """Bound of the other scales, so that sums of them fit int16."""
 
 MOST_CLASSES = 254
+DRIFTS = 256
+"""The length of a drift."""
+
 _SINGLE = 1 << 18  # products of numbers for which BLAS takes no threads
 _BLOCK = 1 << 16  # elements that are taken together, so that they fit a cache
 
@@ -200,8 +203,8 @@ class Patched(_BesideBase):
 
   A mask has a bit for each element, 1 where it is changed, 8 to a byte from the lowest
   on. `coding.given` codes its bytes, with the context 0, and then a symbol for each
-  changed element, with the context 1: 128 plus the difference of ULP indices; or 0 for
-  an element of `values`.
+  changed element, with the context 1: 128 plus its difference, see `differences`; or 0
+  for an element of `values`.
 
   Attributes:
     coded: uint8, the bytes of `coding.given`.
@@ -235,7 +238,7 @@ class Patched(_BesideBase):
     changed = bits != base
     (places,) = np.nonzero(changed)
     own = bits[places]
-    far = indices(own, dtype) - indices(base[places], dtype)
+    far = differences(own, base[places], dtype)
     far = far.astype(np.promote_types(far.dtype, np.int16), copy=False)
     odd = (far <= -128) | (far > 127)
     numbers = np.where(odd, 0, far + 128).astype(np.uint8)
@@ -275,7 +278,7 @@ class Patched(_BesideBase):
         f'{numbers.size} changes and {values.size} values'
       )
     far = (numbers.astype(np.int16) - 128).astype(bits.dtype)
-    found = _bits(indices(bits[places], self.dtype) + far, self.dtype)
+    found = _moved(bits[places], far, self.dtype)
     found[odd] = values
     bits[places] = found
     return self._array(bits)
@@ -291,7 +294,7 @@ class Patched(_BesideBase):
 @register
 @struct.dataclass
 class Relative(_BesideBase):
-  """Differences of ULP indices, coded with a table for each expected size.
+  """Differences in ULPs, coded with a table for each expected size.
 
   The array is taken as a matrix of `width` columns. The expected size of a difference
   is the product of a scale of its row and a scale of its column. How many ULPs these
@@ -313,12 +316,15 @@ class Relative(_BesideBase):
 
   If there are factors, the base's number b is replaced by a prediction before all this:
   `b + (left @ right)[i, j] 2^unit`, in float64, where b is finite, rounded to float32
-  and then to the dtype.
+  and then to the dtype. If there is a drift, each normal number then moves away from
+  zero by the ULPs that the drift has for the top 8 bits of its mantissa. Weight decay
+  makes one: it moves all numbers of an octave by as many ULPs, or by few others.
 
   Attributes:
     head: uint8, the scales and the bands, see `Head`.
     left: int16 `[R, k]`, or None.
     right: int16 `[k, C]`, or None.
+    drift: int32 `[256]`, or None.
     coded: uint8, the bytes of `coding.given`.
     values: the elements of the symbol 0, signed integers with their bits. None if there
       are none.
@@ -335,6 +341,7 @@ class Relative(_BesideBase):
   head: Annotated[Any, Array(1, np.dtype(np.uint8))]
   left: Annotated[Any, Array(2, np.dtype(np.int16), optional=True)]
   right: Annotated[Any, Array(2, np.dtype(np.int16), optional=True)]
+  drift: Annotated[Any, Array(1, np.dtype(np.int32), optional=True)]
   coded: Annotated[Any, Array(1, np.dtype(np.uint8))]
   values: Annotated[Any, Array(1, optional=True)]
   lengths: tuple[Length, ...] = static()
@@ -355,6 +362,21 @@ class Relative(_BesideBase):
     matrix = base.reshape(-1, max(self.width, 1))
     if own is not None:
       matrix = matrix[own]
+    return self._drifted(self._with_factors(matrix, own))
+
+  def _drifted(self, matrix: np.ndarray) -> np.ndarray:
+    mantissa = mantissa_bits(self.dtype)
+    if self.drift is None or mantissa is None:
+      return matrix
+    found, drift = np.empty_like(matrix), self.drift.astype(matrix.dtype)
+    for part in _parts(matrix.shape):
+      bits = matrix[part]
+      is_normal = bits & np.iinfo(bits.dtype).max >= 1 << mantissa
+      is_normal &= _is_finite(bits, self.dtype)
+      found[part] = bits + drift[drift_places(bits, mantissa)] * is_normal
+    return found
+
+  def _with_factors(self, matrix: np.ndarray, own: np.ndarray | None) -> np.ndarray:
     if self.left is None or self.right is None:
       return matrix
     found, left = np.empty_like(matrix), self.left if own is None else self.left[own]
@@ -395,8 +417,7 @@ class Relative(_BesideBase):
         numbers -= 128
         numbers[where] -= beyond[of_part[where]]
         numbers = numbers.astype(known.dtype, copy=False)
-        numbers += indices(flat[own], dtype)
-        numbers = _bits(numbers, dtype)
+        numbers = _moved(flat[own], numbers, dtype)
         numbers[alone] = of_alone
         bits[own] = numbers
 
@@ -431,6 +452,11 @@ class Relative(_BesideBase):
         raise ValueError(f'factors of shapes {shapes} do not fit {self.lengths}')
       if dtype not in _ROUNDED:
         raise ValueError(f'{self.name} has no factors')
+    if self.drift is not None:
+      most = 1 << (mantissa_bits(dtype) or 0)
+      sizes = abs(self.drift.astype(np.int64))
+      if dtype not in _ROUNDED or sizes.size != DRIFTS or sizes.max() >= most:
+        raise ValueError(f'{self.name} cannot have this drift')
 
 
 def _row_parts(shape: tuple[int, ...]) -> Iterator[slice]:
@@ -566,14 +592,34 @@ def small_products(left: np.ndarray, right: np.ndarray) -> np.ndarray:
   return found
 
 
-def indices(bits: np.ndarray, dtype: np.dtype) -> np.ndarray:
-  """Returns the ULP indices of bits; integers stand for themselves."""
-  return bits if dtype.kind in 'iub' else ulps.index(bits)
+def differences(bits: np.ndarray, known: np.ndarray, dtype: np.dtype) -> np.ndarray:
+  """Returns the differences of integers, or those of floats in ULPs, see `ulps`.
+
+  Those of floats count away from zero, so that a weight that decays has the same ones
+  on both sides of zero.
+
+  Args:
+    bits: bits of elements.
+    known: bits of the elements from which these differ.
+    dtype: their dtype.
+  """
+  if dtype.kind in 'iub':
+    return bits - known
+  sign = known & np.iinfo(known.dtype).min
+  return ulps.index(bits ^ sign) - (known ^ sign)
 
 
-def _bits(found: np.ndarray, dtype: np.dtype) -> np.ndarray:
-  """Returns the bits of ULP indices: the inverse of `indices`."""
-  return found if dtype.kind in 'iub' else ulps.number(found, found.dtype)
+def _moved(known: np.ndarray, far: np.ndarray, dtype: np.dtype) -> np.ndarray:
+  """Returns the bits of elements: the inverse of `differences`."""
+  if dtype.kind in 'iub':
+    return known + far
+  sign = known & np.iinfo(known.dtype).min
+  return ulps.number(far + (known ^ sign), known.dtype) ^ sign
+
+
+def drift_places(bits: np.ndarray, mantissa: int) -> np.ndarray:
+  """Returns the places in a drift, see `Relative`: the mantissa's 8 bits or fewer."""
+  return bits >> max(mantissa - 8, 0) & min((1 << mantissa) - 1, DRIFTS - 1)
 
 
 def _is_finite(bits: np.ndarray, dtype: np.dtype) -> np.ndarray:
