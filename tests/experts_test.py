@@ -1,5 +1,6 @@
 """Experts of a mixture are records of their own."""
 
+import io
 import json
 import pathlib
 import tempfile
@@ -17,7 +18,11 @@ from rotbits_jax import passes
 from rotbits_jax import presets
 from rotbits_jax import structured
 from rotbits_jax.file import container
+from rotbits_jax.file import job
+from rotbits_jax.file import shards
+from rotbits_jax.file import sources
 from rotbits_jax.file import writer
+from rotbits_jax.system import progress
 
 CHECKPOINT = pathlib.Path(__file__).parent / 'testdata' / 'mixtral-tiny-dense'
 UP = 'layers.1.experts.2/mlp/up/kernel'
@@ -86,6 +91,20 @@ class ExpertsTest(absltest.TestCase):
     expected = rotbits_jax.decode(rotbits_jax.encode(self.source, preset='free'))
     for path, leaf in expected.leaves():
       self.assertTrue(structured.same_bits(dict(found.leaves())[path], leaf), path)
+
+  def test_a_process_may_begin_within_a_layer(self):
+    with file.Reader(rotbits_jax.encode(self.source, preset='free')) as reader:
+      checksums = {name: record.crc32 for name, record in reader.records.items()}
+      sizes = {name: record.input.bytes for name, record in reader.records.items()}
+    own = shards.plan(pathlib.Path('x'), sizes, None, 3)[1]
+    self.assertEqual(own.records[0], 'layers.0.experts.2')
+    data = io.BytesIO()
+    work = job.Job(sources.Source(self.source), presets.free())
+    with progress.Progress('encode', 1, 'B', show=False) as bar:
+      work.write([own], lambda _: data, bar)
+    with file.Reader(data.getvalue()) as reader:
+      for name, record in reader.records.items():
+        self.assertEqual(record.crc32, checksums[name], name)
 
   def test_missing_and_different_ones(self):
     streams, manifest = containers.unpack(rotbits_jax.encode(self.source))

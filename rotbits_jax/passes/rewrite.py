@@ -155,6 +155,7 @@ def _rewrite(
       records, state = _rewritten(context, chain, rounding, state, names, given)
       yield records, state
       continue
+    # A run that is continued within a layer needs the state before it.
     given_state, count = state, context.config.num_experts
     for k, (name, part) in enumerate(transform_lib.parts(context.source, first)):
       given, part = [_given(part, widen)], {}
