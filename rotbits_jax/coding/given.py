@@ -57,12 +57,13 @@ def encode(
     widened[: own.size] = symbols[part]
     fill = functools.partial(_copy, own)
     pieces = [blocks.push(widened, fill, own.size, lanes, made)]
-    some = of_contexts[own[own >= first]]
+    (at,) = np.nonzero(own >= first)
+    some = of_contexts[own[at]]
     bits = raw[taken : taken + some.size]
     taken += some.size
-    for width, at, low in _planes(some):
-      piece = (bits[at] >> low).astype(np.uint8) & np.uint8((1 << width) - 1)
-      pieces.append(blocks.packed(piece, width))
+    for width, select, low in _planes(some):
+      piece = (np.compress(select, bits) >> low).astype(np.uint8)
+      pieces.append(blocks.packed(piece & np.uint8((1 << width) - 1), width))
     found.append(np.concatenate(pieces))
   return found
 

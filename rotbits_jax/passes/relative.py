@@ -18,7 +18,7 @@ from rotbits_jax.coding import given
 from rotbits_jax.coding import tables
 from rotbits_jax.structured import relative
 
-_SAMPLE = 1 << 17  # elements by which leaves are compared
+_SAMPLE = 1 << 16  # elements by which leaves are compared
 _PART = 1 << 16  # elements that are divided together, so that they fit a cache
 _LINES = 1 << 9  # elements of a row, or of a column, that tell its scale
 _LEAST_LINES = 16  # rows or columns for which scales of columns or rows are kept
@@ -27,7 +27,7 @@ _OCTAVE = 4  # levels
 _LOWEST = -6 * _OCTAVE  # differences of 2^-6 ULPs and less share a class
 _BITS = 3  # the octaves of a difference that symbols tell
 _DRIFTING = 1 << 14  # elements that tell a drift
-_LEAST_DRIFT = 1 / 4  # bits of each element that it must save
+_LEAST_DRIFT = 1 / 4  # of the elements move one way more than the other; bits it saves
 _LEAST = 1 << 12  # elements of an array for which classes are worth their arrays
 _LEAF_BITS = 8 * 60  # of a leaf beside its arrays
 
@@ -147,6 +147,8 @@ def _drift(bits: np.ndarray, known: np.ndarray, dtype: np.dtype) -> np.ndarray |
     return None
   sample = slice(None, None, -(-bits.size // _DRIFTING))
   far = relative.differences(bits[sample], known[sample], dtype).astype(np.int64)
+  if abs(np.sign(far).mean()) < _LEAST_DRIFT:
+    return None
   places = relative.drift_places(known[sample], mantissa)
   order = np.lexsort((far, places))
   counts = np.bincount(places, minlength=relative.DRIFTS)
@@ -265,7 +267,7 @@ def _coded(
     head=head.to_bytes(),
   )
   size = float((counts.sum(axis=1) * np.array(of_bands)).sum())
-  size += sum(map(_table_bits, counts))
+  size += float(_table_bits(counts).sum())
   if size + _side_bits(leaf) > alone:
     return None
   contexts = given.looked_up(head.of_classes, classes)
@@ -345,11 +347,11 @@ def _bands(counts: np.ndarray, shifts: Sequence[int]) -> tuple[list[int], list[i
   Returns:
     The number of classes of each band, and its shift.
   """
-  own, last = [_table_bits(x) for x in counts], len(counts) - 1
+  own, last = _table_bits(counts).tolist(), len(counts) - 1
   bands, of_bands, band, bits = [1], [shifts[0]], counts[0], own[0]
   for i in range(1, len(counts)):
     both = band + counts[i]
-    size = _table_bits(both)
+    size = float(_table_bits(both)) if own[i] else bits
     if shifts[i] == of_bands[-1] and size <= bits + own[i] and i < last:
       bands[-1] += 1
       band, bits = both, size
@@ -360,9 +362,13 @@ def _bands(counts: np.ndarray, shifts: Sequence[int]) -> tuple[list[int], list[i
   return bands, of_bands
 
 
-def _table_bits(counts: np.ndarray) -> float:
-  """Returns the bits of symbols and their table, a byte for each frequency."""
-  return tables.entropy_bits(counts) + 8 * float(np.count_nonzero(counts))
+def _table_bits(counts: np.ndarray) -> np.ndarray:
+  """Returns the bits of symbols, counted `[..., 256]`, and of their tables: `[...]`."""
+  total = counts.sum(axis=-1)
+  alone = counts * np.log2(np.maximum(counts, 1))
+  # A stored frequency takes about a byte.
+  bits = total * np.log2(np.maximum(total, 1)) - alone.sum(axis=-1)
+  return np.asarray(bits + 8 * np.count_nonzero(counts, axis=-1))
 
 
 # ---- factors -------------------------------------------------------------------------
