@@ -174,9 +174,8 @@ class CanonicaliseTest(parameterized.TestCase):
         self.check_second_time(family, kind)
         self.check_streams(family, kind)
 
-  @parameterized.parameters('opt', 'llama')
-  def test_uncompiled_it_is_the_same(self, family):
-    model, (result, gauges) = _model(family, 'sliced'), _result(family, 'sliced')
+  def test_uncompiled_it_is_the_same(self):
+    model, (result, gauges) = _model('llama', 'sliced'), _result('llama', 'sliced')
     found = rotbits_jax.canonicalise(model.params, model.config)
     chex.assert_trees_all_close(found, (result.params, gauges), atol=3e-5)
 

@@ -11,11 +11,15 @@ from fuzz import faults
 
 
 class FaultsTest(parameterized.TestCase):
+  @classmethod
+  def setUpClass(cls):
+    super().setUpClass()
+    place = pathlib.Path(cls.enterClassContext(tempfile.TemporaryDirectory()))
+    cls.inputs = faults.Inputs.make(place)
+
   def setUp(self):
     super().setUp()
-    place = pathlib.Path(self.enterContext(tempfile.TemporaryDirectory()))
-    self.inputs, self.folder = faults.Inputs.make(place), place / 'work'
-    self.folder.mkdir()
+    self.folder = pathlib.Path(self.enterContext(tempfile.TemporaryDirectory()))
 
   @parameterized.parameters(*faults.SCENARIOS)
   def test_a_part_of_all_operations(self, name):

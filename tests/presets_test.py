@@ -112,23 +112,28 @@ def test_another_package_adds_a_preset(tmp_path):
   entry = '[rotbits_jax.presets]\nplain = plain_preset:plain\n'
   (metadata / 'entry_points.txt').write_text(entry)
 
-  def run(*args):
-    paths = os.pathsep.join([str(tmp_path), str(ROOT)])
-    return subprocess.run(
-      [sys.executable, '-m', 'rotbits_jax', *args],
-      capture_output=True,
-      check=True,
-      env=os.environ | {'PYTHONPATH': paths},
-      text=True,
-    ).stdout
-
-  help = ' '.join(run('encode', '--help').split())
+  flags = [f'--checkpoint={SLICED}', f'--output={tmp_path / "out"}', '--json']
+  flags += ['--preset=plain', '--gauge=free']
+  program = f"""
+import sys
+from rotbits_jax.cli import main
+for args in ['--help'], {flags!r}:
+  sys.argv = ['rotbits', 'encode', *args]
+  assert main.main() == 0
+"""
+  output = subprocess.run(
+    [sys.executable, '-c', program],
+    capture_output=True,
+    check=True,
+    env=os.environ | {'PYTHONPATH': os.pathsep.join([str(tmp_path), str(ROOT)])},
+    text=True,
+  ).stdout
+  help = ' '.join(output.split())
   own = (
     r'only with --preset=plain: --gauge=\S+ What becomes of the gauges; kept by default'
   )
   assert re.search(own, help)
-  flags = f'--checkpoint={SLICED}', f'--output={tmp_path / "out"}', '--json'
-  report = json.loads(run('encode', *flags, '--preset=plain', '--gauge=free'))
+  report = json.loads(output.splitlines()[-1])
   assert report['preset'] == 'plain'
   # Nothing is needed to read the file.
   assert rotbits_jax.decode(tmp_path / 'out').config.num_layers == 3
