@@ -18,6 +18,7 @@ from fuzz import seeds
 import rotbits_jax
 from rotbits_jax import report
 from rotbits_jax import structured
+from tests import golden
 
 ROOT = pathlib.Path(__file__).parents[1]
 BROWSERS = ('chromium', 'chromium-browser', 'google-chrome', 'google-chrome-stable')
@@ -109,7 +110,7 @@ def test_first_line_says_what_comes_back(encoded, tmp_path, rotbits):
   assert re.search('<title>phi.rotbits: [0-9.]+ MB to [0-9]+ kB</title>', page)
   assert 'Every bit comes back. Compared with the checkpoint: all' in page
   assert 'rotbits decode --input=phi.rotbits' in page
-  page = report.report_page(seeds.container('paper'))
+  page = report.report_page(golden.file_of('v4/paper'))
   assert 'The same function comes back, up to rounding, in other weights.' in page
 
 
