@@ -1,8 +1,9 @@
 """Settings of all tests.
 
 Tests compile many small programs and run each of them once. Therefore XLA optimises
-less, and compiles each program in one piece, which takes less time in total. Compiled
-programs are kept between runs, in the system's folder for temporary files.
+less, and compiles each program in one piece, which takes less time in total. The few
+programs of the coder are optimised, because they run in most tests. Compiled programs
+are kept between runs, in the system's folder for temporary files.
 
 Tests run side by side, so linear algebra has one thread in each process. OpenBLAS would
 have as many as there are cores, and they wait for each other in busy loops.
@@ -10,11 +11,13 @@ have as many as there are cores, and they wait for each other in busy loops.
 With ROTBITS_TEST_OPTIMISED set, XLA optimises as it does for users.
 """
 
+import functools
 import gc
 import os
 import pathlib
 import sys
 import tempfile
+from unittest import mock
 
 import pytest
 
@@ -35,6 +38,14 @@ _CACHE = pathlib.Path(tempfile.gettempdir(), 'rotbits_tests')
 os.environ['XDG_CACHE_HOME'] = str(_CACHE)
 os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', str(_CACHE / 'jax'))
 os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0')
+
+if 'ROTBITS_TEST_OPTIMISED' not in os.environ:
+  import jax  # after XLA_FLAGS are set
+
+  options = {'xla_backend_optimization_level': 1}
+  optimised = functools.partial(jax.jit, compiler_options=options)
+  with mock.patch.object(jax, 'jit', optimised):
+    import rotbits_jax.coding.weights  # noqa: F401
 
 
 # Linux gives a process 65,530 mappings, and each compiled program takes several.
