@@ -3,6 +3,7 @@
 # with pip.
 
 unset PYTHONPATH PYTHONHOME # another environment's packages
+unset PYTHONDONTWRITEBYTECODE # or every process compiles JAX's modules anew, for 3 s
 
 find_python() {
   local name

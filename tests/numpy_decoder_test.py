@@ -128,11 +128,11 @@ def test_reads_a_tree_beside_a_base(tmp_path, subtests):
   ):
     with subtests.test(own=own, dtype=dtype):
       rng = np.random.default_rng(0)
-      base = {name: 9 * rng.normal(size=(90, 100)) for name in 'abc'}
+      base = {name: 9 * rng.normal(size=(64, 80)) for name in 'abc'}
       near = {name: x + 0.1 * rng.normal(size=x.shape) for name, x in base.items()}
       near['b'][1:] = base['b'][1:]
-      base['d'] = rng.normal(size=(90, 100))
-      near['d'] = base['d'] + rng.normal(size=(90, 2)) @ rng.normal(size=(2, 100))
+      base['d'] = rng.normal(size=(64, 80))
+      near['d'] = base['d'] + rng.normal(size=(64, 2)) @ rng.normal(size=(2, 80))
       near['c'] = np.vstack([base['c'], near['b']])
       base['e'] = rng.normal(size=(90, 100))
       near['e'] = 0.98 * base['e']

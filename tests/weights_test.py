@@ -419,7 +419,7 @@ class DamageTest(absltest.TestCase):
   def test_flipped_bits(self):
     rng = np.random.default_rng(0)
     head = sum(group[3] for group in self.value['groups'])
-    positions = [*range(head), *rng.integers(head, self.data.size, 350)]
+    positions = [*range(head), *rng.integers(head, self.data.size, 100)]
     refused = 0
     for position in positions:
       damaged = self.data.copy()
