@@ -22,6 +22,8 @@ _SAMPLE = 1 << 16  # elements by which leaves are compared
 _PART = 1 << 16  # elements that are divided together, so that they fit a cache
 _LINES = 1 << 9  # elements of a row, or of a column, that tell its scale
 _LEAST_LINES = 16  # rows or columns for which scales of columns or rows are kept
+_SCALE_BITS = 9  # of a scale, and what its error in a short line seems to save
+_FAR = 24  # eighths of an octave from which scales of lines are equally wrong
 _SPARSE = 1 / 16  # the greatest share of changed elements of a patch
 _OCTAVE = 4  # levels
 _LOWEST = -6 * _OCTAVE  # differences of 2^-6 ULPs and less share a class
@@ -187,7 +189,27 @@ def _scales(
   if (mantissa := relative.mantissa_bits(dtype)) is not None:
     one = int(np.array(1, dtype).view(bits.dtype)) >> mantissa
     bias = 8.0 * (one + mantissa)
-  return _logs(of_rows, bias), _logs(of_columns, 0.0)
+  share = np.count_nonzero(bits != base) / bits.size
+  return (
+    _kept(_logs(of_rows, bias), share * columns),
+    _kept(_logs(of_columns, 0.0), share * rows),
+  )
+
+
+def _kept(logs: np.ndarray, size: float) -> np.ndarray:
+  """Returns the scales of lines, or one for all if they save less than they take.
+
+  Numbers of a scale that is wrong by a factor of e^x take x^2 / ln 2 bits more.
+
+  Args:
+    logs: the scales, in eighths of an octave.
+    size: the differences of a line that are not 0.
+  """
+  middle = float(np.median(logs))
+  far = np.clip(logs - middle, -_FAR, _FAR)
+  if size * float(np.square(far).mean()) * math.log(2) / 64 > _SCALE_BITS:
+    return logs
+  return np.full_like(logs, round(middle))
 
 
 def _shares(roots: np.ndarray, scales: np.ndarray, axis: int) -> np.ndarray:
