@@ -157,7 +157,7 @@ def _drift(bits: np.ndarray, known: np.ndarray, dtype: np.dtype) -> np.ndarray |
   middle = np.minimum(np.cumsum(counts) - (counts + 1) // 2, far.size - 1)
   drift = np.where(counts, far[order[middle]], 0)
   saved = np.log2((1.0 + abs(far)) / (1 + abs(far - drift[places]))).mean()
-  if saved < _LEAST_DRIFT or np.any(abs(drift) >= 1 << mantissa):
+  if saved < _LEAST_DRIFT or np.abs(drift).max() >= 1 << mantissa:
     return None
   return drift.astype(np.int32)
 
