@@ -226,7 +226,7 @@ def numbers(data: rotbits_jax.file.Readable) -> dict[str, tuple[str, bytes]]:
     decoded = decoded.materialize()
     outer, layers = decoded.outer(), list(decoded.layers())
     decoded = outer | {f'layers.{i}': layer for i, layer in enumerate(layers)}
-  for path, leaf in structured.flatten(decoded).items():
+  for path, leaf in structured.flatten(models.materialize(decoded)).items():
     array = np.asarray(leaf)
     found[path] = f'{array.dtype} {array.shape}', array.tobytes()
   return found

@@ -6,8 +6,10 @@ from absl.testing import absltest
 from absl.testing import parameterized
 import pytest
 
+from fuzz import containers
 from fuzz import seeds
 from fuzz import sweep
+import rotbits_jax
 from rotbits_jax import presets
 
 PRESETS = (*seeds.presets_of_sweep(), seeds.PLAIN)
@@ -63,6 +65,14 @@ class SweepTest(parameterized.TestCase):
       sum(x.failures for x in counts.values()), sum(x.cases for x in counts.values())
     )
     self.assertIn('other numbers, and no error', failures[0])
+
+
+def test_a_message_without_a_parameter():
+  streams, manifest = containers.unpack(seeds.container('paper'))
+  del manifest['message']['layout']['arrays']['head/kernel']
+  data = containers.pack(streams, containers.to_json(manifest))
+  with pytest.raises(rotbits_jax.ContainerError, match='other parameters'):
+    sweep.numbers(data)
 
 
 def test_decode_leaves_nothing_behind(tmp_path, rotbits):

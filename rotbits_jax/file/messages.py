@@ -58,7 +58,10 @@ class StoredMessage:
       ContainerError: if the layout of the message is damaged.
     """
     with self._file.errors(), _errors():
-      return dict(self._coder.dtypes(self._entry.layout))
+      found = dict(self._coder.dtypes(self._entry.layout))
+      if found.keys() != {path for x in self._records for path in self.shapes(x)}:
+        raise ContainerError('the message has other parameters than the config')
+    return found
 
   def nbytes(self) -> int:
     """Returns the bytes of all parameters."""
