@@ -372,9 +372,10 @@ def _bands(counts: np.ndarray, shifts: Sequence[int]) -> tuple[list[int], list[i
   own, last = _table_bits(counts).tolist(), len(counts) - 1
   bands, of_bands, band, bits = [1], [shifts[0]], counts[0], own[0]
   for i in range(1, len(counts)):
-    both = band + counts[i]
-    size = float(_table_bits(both)) if own[i] else bits
-    if shifts[i] == of_bands[-1] and size <= bits + own[i] and i < last:
+    both, size = band + counts[i], math.inf
+    if shifts[i] == of_bands[-1] and i < last:
+      size = float(_table_bits(both)) if own[i] else bits
+    if size <= bits + own[i]:
       bands[-1] += 1
       band, bits = both, size
     else:
