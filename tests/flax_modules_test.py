@@ -41,6 +41,7 @@ def _structured() -> models.Model:
   return models.from_layers(model.config, model.outer(), layers)
 
 
+_logits = jax.jit(models.logits)
 MODELS = {'plain': _plain, 'structured': _structured}
 
 
@@ -107,7 +108,7 @@ class LinenTest(parameterized.TestCase):
     model = MODELS[name]()
     module = linen_lib.Transformer.like(model)
     actual = jax.jit(module.apply)({'params': model.params}, TOKENS)
-    chex.assert_trees_all_close(actual, models.logits(model, TOKENS), atol=1e-5)
+    chex.assert_trees_all_close(actual, _logits(model, TOKENS), atol=1e-5)
 
   def test_init_gives_a_model_of_the_config(self):
     config = _plain().config
@@ -115,7 +116,7 @@ class LinenTest(parameterized.TestCase):
     params = module.init(jax.random.key(0), TOKENS)['params']
     model = models.Model(params, {}, config)
     self.assertEqual(model.stacks, (range(1), range(1, 2)))
-    logits = models.logits(model, TOKENS)
+    logits = _logits(model, TOKENS)
     self.assertTrue(np.isfinite(logits).all())
     kernel = params['layers.0:1']['mlp']['down']['kernel']
     self.assertAlmostEqual(float(kernel.std() * kernel.shape[-2] ** 0.5), 1, delta=0.2)
@@ -155,7 +156,7 @@ class NnxTest(parameterized.TestCase):
     model = MODELS[name]()
     module = nnx_lib.Transformer(model.config, model.params)
     actual = nnx.jit(lambda module: module(TOKENS))(module)
-    chex.assert_trees_all_close(actual, models.logits(model, TOKENS), atol=1e-5)
+    chex.assert_trees_all_close(actual, _logits(model, TOKENS), atol=1e-5)
 
   @parameterized.parameters(*MODELS)
   def test_the_state_comes_back(self, name):
@@ -183,7 +184,7 @@ class NnxTest(parameterized.TestCase):
     self.assertLess(step(module, optimizer), before)
     trained = dataclasses.replace(model, params=module.to_params())
     np.testing.assert_allclose(
-      _loss(models.logits(trained, TOKENS)), _loss(module(TOKENS)), rtol=1e-5
+      _loss(_logits(trained, TOKENS)), _loss(module(TOKENS)), rtol=1e-5
     )
 
   def test_a_file_becomes_a_module_and_its_state_a_file(self):
