@@ -1,7 +1,5 @@
 """Loops of the coder are one native function on the CPU, and as usual elsewhere."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,12 +15,13 @@ from rotbits_jax.coding.weights import statistics
 from rotbits_jax.system import native
 
 
-def loops_of_thunks(function, *arguments):
+def loops_of_thunks(function, *arguments, **options):
   """Returns the loops of a compiled program that an executor of thunks would run.
 
   They are those of the entry, and of the bodies of such loops.
   """
-  text = jax.jit(function).lower(*arguments).compile().as_text()
+  compiled = function if hasattr(function, 'lower') else jax.jit(function)
+  text = compiled.lower(*arguments, **options).compile().as_text()
   bodies = dict(part.split(' ', 1) for part in text.split('\n%') if ' ' in part)
   entry = text[text.index('\nENTRY') :]
   found, left = [], [entry]
@@ -113,8 +112,8 @@ def test_blocks():
   assert not loops_of_thunks(blocks._push, words, moved, words, bytes_, *numbers)
   stacks = np.zeros((blocks.LANES, blocks._STACK), np.uint16)
   empty = rans.empty(blocks.LANES, 1)._replace(words=stacks)
-  pop = functools.partial(blocks._pop, words, empty, bytes_, made.entries)
-  assert not loops_of_thunks(pop, made.slots, *numbers[1:])
+  coded = words, empty, bytes_, made.entries, made.slots
+  assert not loops_of_thunks(blocks._pop, *coded, *numbers[1:])
 
 
 def test_statistics():
@@ -124,6 +123,6 @@ def test_statistics():
   assert not loops_of_thunks(statistics._count, counts, words, bytes_, *sizes)
   sums = [np.zeros(statistics._PADDED, np.float32) for _ in range(3)]
   bits, one = np.zeros(statistics._PADDED, np.uint16), np.float32(1)
-  of_floats = functools.partial(statistics._sums, dtype=np.dtype(np.float16))
-  sizes = one, np.int32(2), np.int32(9)
-  assert not loops_of_thunks(of_floats, tuple(sums), bits, sums[0], *sizes)
+  floats = tuple(sums), bits, sums[0], one, np.int32(2), np.int32(9)
+  dtype = np.dtype(np.float16)
+  assert not loops_of_thunks(statistics._sums, *floats, dtype=dtype)
