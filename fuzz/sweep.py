@@ -223,7 +223,6 @@ def numbers(data: rotbits_jax.file.Readable) -> dict[str, tuple[str, bytes]]:
     decoded = reader.read()
     found = {name: ('', content) for name, content in reader.files().items()}
   if isinstance(decoded, models.Model):
-    decoded = decoded.materialize()
     outer, layers = decoded.outer(), list(decoded.layers())
     decoded = outer | {f'layers.{i}': layer for i, layer in enumerate(layers)}
   for path, leaf in structured.flatten(models.materialize(decoded)).items():

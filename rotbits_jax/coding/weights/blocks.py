@@ -39,7 +39,6 @@ CAPACITY = LANES * STEPS
 _ROOM = CAPACITY  # elements of the arrays that the programs are compiled for
 
 
-_TURNED = 128  # rows that are transposed at once, so that they fit the CPU's cache
 _SMALL = 1 << 14  # elements of small blocks, which are split and joined as quickly
 
 # The stacks are no multiple of a large power of two apart, because their tops would
@@ -241,22 +240,16 @@ def push(
     np.int32(steps),
   )
   # The stacks come lane after lane.
-  used, low = (_by_lane(np.asarray(x), steps, lanes) for x in (moved, words))
+  used, low = (
+    host.contiguous(np.asarray(x).reshape(-1, LANES)[:steps, :lanes].T)
+    for x in (moved, words)
+  )
   stacks = np.compress(used.reshape(-1), low.reshape(-1))
   sizes = np.array([np.count_nonzero(lane) for lane in used])
   coded = rans.join_words(np.asarray(state)[:lanes], sizes, stacks)
   buffers.keep('words', words)
   buffers.keep('moved', moved)
   return coded.view(np.uint8)
-
-
-def _by_lane(flat: np.ndarray, steps: int, lanes: int) -> np.ndarray:
-  """Returns the rows of 64 in use, lane after lane: `[N, T]`."""
-  rows = flat.reshape(-1, LANES)[:steps, :lanes]
-  found = np.empty((lanes, steps), flat.dtype)
-  for start in range(0, steps, _TURNED):
-    found[:, start : start + _TURNED] = rows[start : start + _TURNED].T
-  return found
 
 
 def decode(
