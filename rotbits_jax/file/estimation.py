@@ -348,7 +348,7 @@ class _Cutter:
     config = self._config
     lengths = {x: len(y) for x, y in self._chosen.items()}
     part, places = _config(config, self._layers, lengths), range(len(self._layers))
-    names = (x for i in places for x in models.names.of_layer(i, part.num_experts))
+    names = models.names.of_layers(places, part.num_experts)
     given = dict(zip(names, self.records, strict=True))
     shapes, index = dict[str, tuple[int, ...]](), models.names.layer_index
     shapes |= {path: x for path, x in self._shapes.items() if index(path) is None}

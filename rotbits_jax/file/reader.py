@@ -287,7 +287,7 @@ class Reader:
     if self._message is not None:
       return self._message_model(layers, place, show_progress)
     outer = self._outer()
-    names = [*outer, *(x for i in layers for x in models.names.of_layer(i, experts))]
+    names = [*outer, *models.names.of_layers(layers, experts)]
     entries = [self._records.entry(name) for name in names]
     memory_lib.check(
       'the whole content', sum(x.memory_bytes(integers) for x in entries)
@@ -304,13 +304,9 @@ class Reader:
         memory = memory_lib.allocate([self._records.entry(name)], integers=integers)
         job = functools.partial(self._records.decode, name, memory, resolve)
         started[name] = start(job)
-      stacks = [
-        stacks_lib.start_stack(
-          self._records, run, place, start, resolve, integers, each
-        )
-        for run in models.stack_ranges(layers, self._stack_key)
-        for each in dict.fromkeys((0, experts))
-      ]
+      stacks = stacks_lib.start_stacks(
+        self._records, layers, experts, place, start, resolve, integers
+      )
       for name, future in started.items():
         flat |= placement.placed(future.result(), place)
         bar.update(self._records.entry(name).input.bytes)
@@ -320,19 +316,6 @@ class Reader:
     if self.config is None:
       return self._tree(flat)
     return self._model(flat)
-
-  def _stack_key(self, index: int) -> tuple[Any, ...]:
-    """Returns a key that layers share if they can be stacked, with their experts.
-
-    Raises:
-      ContainerError: if the experts of the layer cannot be stacked.
-    """
-    assert self.config is not None
-    names = models.names.of_layer(index, self.config.num_experts)
-    own, *experts = (self._records.entry(name).stack_key() for name in names)
-    if any(key != experts[0] for key in experts):
-      raise ContainerError(f'{names[0]}: its experts are stored in different forms')
-    return own, *experts[:1]
 
   def _model(self, flat: Tree) -> models.Model:
     assert self.config is not None
@@ -405,7 +388,7 @@ class Reader:
     if self._message is not None or self.config is None:
       return self._outer()
     count, experts = self.config.num_layers, self.config.num_experts
-    layers = (x for i in range(count) for x in models.names.of_layer(i, experts))
+    layers = models.names.of_layers(range(count), experts)
     own = self._records.entries
     return [*layers, *self._outer(), *(x for x in own if x == models.names.BUFFERS)]
 

@@ -14,6 +14,7 @@ from rotbits_jax.file import manifest as manifest_lib
 from rotbits_jax.file import memory as memory_lib
 from rotbits_jax.file import placement
 from rotbits_jax.file import records as records_lib
+from rotbits_jax.file.container import ContainerError
 from rotbits_jax.system import progress
 
 Memory = dict[str, list[np.ndarray]]
@@ -62,26 +63,56 @@ class Stack(NamedTuple):
     return jax.tree.map(lambda x: x.reshape(*lead, *x.shape[1:]), stacked)
 
 
-def start_stack(
+def start_stacks(
   records: records_lib.Records,
   layers: range,
+  experts: int,
   place: placement.Place | None,
   start: weights.Start,
   resolve: records_lib.Resolve,
   integers: bool,
-  experts: int = 0,
-) -> Stack:
-  """Starts to decode layers, or their experts, into their places in the stack.
+) -> list[Stack]:
+  """Starts to decode layers and their experts, into their places in stacks.
 
   Args:
     records: the records of the file.
-    layers: the layers, whose records have equal keys, see
-      `manifest.RecordEntry.stack_key`.
+    layers: the layers.
+    experts: number of experts of a layer.
     place: the sharding of arrays; None if this process needs all layers.
     start: starts a job.
     resolve: returns the parameters that leaves of the layers need.
     integers: whether matrices on grids become `UniformlyQuantized`.
-    experts: number of experts of a layer, if these are to be decoded; else 0.
+
+  Raises:
+    ContainerError: if the experts of a layer cannot be stacked.
+  """
+
+  def key(index: int) -> tuple[Any, ...]:
+    names = models.names.of_layer(index, experts)
+    own, *others = (records.entry(name).stack_key() for name in names)
+    if any(other != others[0] for other in others):
+      raise ContainerError(f'{names[0]}: its experts are stored in different forms')
+    return own, *others[:1]
+
+  return [
+    _start(records, run, each, place, start, resolve, integers)
+    for run in models.stack_ranges(layers, key)
+    for each in dict.fromkeys((0, experts))
+  ]
+
+
+def _start(
+  records: records_lib.Records,
+  layers: range,
+  experts: int,
+  place: placement.Place | None,
+  start: weights.Start,
+  resolve: records_lib.Resolve,
+  integers: bool,
+) -> Stack:
+  """Starts a stack of layers, or that of their experts if `experts` is not 0.
+
+  The records have equal keys, see `manifest.RecordEntry.stack_key`.
   """
   own = slice(1, None) if experts else slice(1)
   names = [x for i in layers for x in models.names.of_layer(i, experts)[own]]

@@ -105,7 +105,7 @@ class Model:
   def records(self) -> tuple[str, ...]:
     """Names of the records: the layers, those outside the layers, and the buffers."""
     experts, layers = self.config.num_experts, itertools.chain(*self.stacks)
-    inner = itertools.chain(*(names.of_layer(i, experts) for i in layers))
+    inner = names.of_layers(layers, experts)
     return (*inner, *self.outer(), *([names.BUFFERS] if self.buffers else []))
 
   def read(self, record: str) -> Params:

@@ -50,6 +50,11 @@ def of_layer(index: int, experts: int) -> list[str]:
   return [own, *(f'{own}.experts.{expert}' for expert in range(experts))]
 
 
+def of_layers(indices: Iterable[int], experts: int) -> list[str]:
+  """Returns the names of the records of layers, see `of_layer`."""
+  return [name for index in indices for name in of_layer(index, experts)]
+
+
 def stack(layers: range) -> str:
   """Returns the name of a stack of consecutive layers."""
   return f'layers.{layers.start}:{layers.stop}'

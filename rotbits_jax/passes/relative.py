@@ -17,6 +17,7 @@ from rotbits_jax import structured
 from rotbits_jax.coding import given
 from rotbits_jax.coding import tables
 from rotbits_jax.structured import relative
+from rotbits_jax.structured import ulps
 
 _SAMPLE = 1 << 16  # elements by which leaves are compared
 _PART = 1 << 16  # elements that are divided together, so that they fit a cache
@@ -148,7 +149,7 @@ def _drift(bits: np.ndarray, known: np.ndarray, dtype: np.dtype) -> np.ndarray |
   if mantissa is None or dtype.itemsize == 1:
     return None
   sample = slice(None, None, -(-bits.size // _DRIFTING))
-  far = relative.differences(bits[sample], known[sample], dtype).astype(np.int64)
+  far = ulps.differences(bits[sample], known[sample], dtype).astype(np.int64)
   if abs(np.sign(far).mean()) < _LEAST_DRIFT:
     return None
   places = relative.drift_places(known[sample], mantissa)
@@ -333,12 +334,12 @@ def _symbols(
   values: list[np.ndarray] = [bits[:0]]
   for start in range(0, bits.size, _PART):
     part = slice(start, start + _PART)
-    far = relative.differences(bits[part], known[part], dtype)
+    far = ulps.differences(bits[part], known[part], dtype)
     far, own = far.astype(wide, copy=False), classes[part]
     (at,) = np.nonzero(own >= first)
     some, low = of_classes[own[at]], far[at].astype(np.int32)
     (alone,) = np.nonzero(own == last)
-    numbers = relative.sign_last(bits[part][alone])
+    numbers = ulps.sign_last(bits[part][alone])
     if shifts[-1]:
       low[np.searchsorted(at, alone)] = numbers.astype(np.uint32).view(np.int32)
     raw.append(low.view(np.uint32) & (np.uint32(1) << some) - np.uint32(1))

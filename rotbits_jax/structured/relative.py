@@ -11,7 +11,7 @@ the tensor of a kernel comes from PyTorch.
 * `Same`: the target is the base.
 * `Patched`: few elements differ. A mask tells which.
 * `Relative`: all elements may differ. Each is stored as its difference in ULPs, see
-  `differences`, and differences of one expected size share a frequency table.
+  `ulps.differences`, and differences of one expected size share a frequency table.
 
 `passes.relative` chooses among them. Everything here is exact: integers, and sums of
 floats that are rounded once. Shape letters: R rows and C columns of the array taken as
@@ -203,8 +203,8 @@ class Patched(_BesideBase):
 
   A mask has a bit for each element, 1 where it is changed, 8 to a byte from the lowest
   on. `coding.given` codes its bytes, with the context 0, and then a symbol for each
-  changed element, with the context 1: 128 plus its difference, see `differences`; or 0
-  for an element of `values`.
+  changed element, with the context 1: 128 plus its difference, see `ulps.differences`;
+  or 0 for an element of `values`.
 
   Attributes:
     coded: uint8, the bytes of `coding.given`.
@@ -238,7 +238,7 @@ class Patched(_BesideBase):
     changed = bits != base
     (places,) = np.nonzero(changed)
     own = bits[places]
-    far = differences(own, base[places], dtype)
+    far = ulps.differences(own, base[places], dtype)
     far = far.astype(np.promote_types(far.dtype, np.int16), copy=False)
     odd = (far <= -128) | (far > 127)
     numbers = np.where(odd, 0, far + 128).astype(np.uint8)
@@ -278,7 +278,7 @@ class Patched(_BesideBase):
         f'{numbers.size} changes and {values.size} values'
       )
     far = (numbers.astype(np.int16) - 128).astype(bits.dtype)
-    found = _moved(bits[places], far, self.dtype)
+    found = ulps.moved(bits[places], far, self.dtype)
     found[odd] = values
     bits[places] = found
     return self._array(bits)
@@ -372,7 +372,7 @@ class Relative(_BesideBase):
     for part in _parts(matrix.shape):
       bits = matrix[part]
       is_normal = bits & np.iinfo(bits.dtype).max >= 1 << mantissa
-      is_normal &= _is_finite(bits, self.dtype)
+      is_normal &= ulps.is_finite(bits, self.dtype)
       found[part] = bits + drift[drift_places(bits, mantissa)] * is_normal
     return found
 
@@ -388,7 +388,7 @@ class Relative(_BesideBase):
         numbers = bits.view(self.dtype).astype(np.float64)
         numbers += np.ldexp(product, self.unit)
         near = numbers.astype(np.float32).astype(self.dtype).view(bits.dtype)
-      found[rows] = np.where(_is_finite(bits, self.dtype), near, bits)
+      found[rows] = np.where(ulps.is_finite(bits, self.dtype), near, bits)
     return found
 
   def materialize(self, *needed: Any) -> np.ndarray:
@@ -413,11 +413,11 @@ class Relative(_BesideBase):
         where = at[some] - begin
         numbers[where] = far[some]
         (alone,) = np.nonzero(of_part == last)
-        of_alone = sign_first(numbers[alone], known.dtype)
+        of_alone = ulps.sign_first(numbers[alone], known.dtype)
         numbers -= 128
         numbers[where] -= beyond[of_part[where]]
         numbers = numbers.astype(known.dtype, copy=False)
-        numbers = _moved(flat[own], numbers, dtype)
+        numbers = ulps.moved(flat[own], numbers, dtype)
         numbers[alone] = of_alone
         bits[own] = numbers
 
@@ -566,18 +566,6 @@ class Head(NamedTuple):
     return cls(scales[:rows], scales[rows:], *of_bands)
 
 
-def sign_last(bits: np.ndarray) -> np.ndarray:
-  """Moves the sign of bits to the lowest place: unsigned integers."""
-  unsigned = bits.view(f'u{bits.itemsize}')
-  return unsigned << 1 | unsigned >> 8 * bits.itemsize - 1
-
-
-def sign_first(numbers: np.ndarray, dtype: np.dtype) -> np.ndarray:
-  """Returns bits of a signed dtype: the inverse of `sign_last`, of any integers."""
-  unsigned = numbers.astype(f'u{dtype.itemsize}')
-  return (unsigned >> 1 | unsigned << 8 * dtype.itemsize - 1).view(dtype)
-
-
 def small_products(left: np.ndarray, right: np.ndarray) -> np.ndarray:
   """Returns the product of matrices, a few rows at a time.
 
@@ -592,39 +580,9 @@ def small_products(left: np.ndarray, right: np.ndarray) -> np.ndarray:
   return found
 
 
-def differences(bits: np.ndarray, known: np.ndarray, dtype: np.dtype) -> np.ndarray:
-  """Returns the differences of integers, or those of floats in ULPs, see `ulps`.
-
-  Those of floats count away from zero, so that a weight that decays has the same ones
-  on both sides of zero.
-
-  Args:
-    bits: bits of elements.
-    known: bits of the elements from which these differ.
-    dtype: their dtype.
-  """
-  if dtype.kind in 'iub':
-    return bits - known
-  sign = known & np.iinfo(known.dtype).min
-  return ulps.index(bits ^ sign) - (known ^ sign)
-
-
-def _moved(known: np.ndarray, far: np.ndarray, dtype: np.dtype) -> np.ndarray:
-  """Returns the bits of elements: the inverse of `differences`."""
-  if dtype.kind in 'iub':
-    return known + far
-  sign = known & np.iinfo(known.dtype).min
-  return ulps.number(far + (known ^ sign), known.dtype) ^ sign
-
-
 def drift_places(bits: np.ndarray, mantissa: int) -> np.ndarray:
   """Returns the places in a drift, see `Relative`: the mantissa's 8 bits or fewer."""
   return bits >> max(mantissa - 8, 0) & min((1 << mantissa) - 1, DRIFTS - 1)
-
-
-def _is_finite(bits: np.ndarray, dtype: np.dtype) -> np.ndarray:
-  infinite = np.array(np.inf, dtype).view(bits.dtype)
-  return bits & np.iinfo(bits.dtype).max < infinite
 
 
 def _greatest(scales: Any) -> int:

@@ -1,7 +1,8 @@
-"""ULP indices: integers that count the numbers of a floating-point dtype upwards.
+"""Floats as integers: their ULP indices, differences of these, and their bits.
 
-The index of 0 is 0 and that of -0 is -1. Neighbouring numbers have neighbouring
-indices, so a difference of indices counts units in the last place.
+ULP indices count the numbers of a floating-point dtype upwards. The index of 0 is 0 and
+that of -0 is -1. Neighbouring numbers have neighbouring indices, so a difference of
+indices counts units in the last place.
 """
 
 from typing import Any
@@ -18,6 +19,49 @@ def index(numbers: np.ndarray) -> np.ndarray:
 def number(indices: np.ndarray, dtype: Any) -> np.ndarray:
   """Returns the numbers with these ULP indices: the inverse of `index`."""
   return _flipped(indices).view(dtype)
+
+
+def differences(bits: np.ndarray, known: np.ndarray, dtype: np.dtype) -> np.ndarray:
+  """Returns the differences of integers, or those of floats in ULPs.
+
+  Those of floats count away from zero, so that a weight that decays has the same ones
+  on both sides of zero.
+
+  Args:
+    bits: bits of elements.
+    known: bits of the elements from which these differ.
+    dtype: their dtype.
+  """
+  if dtype.kind in 'iub':
+    return bits - known
+  sign = known & np.iinfo(known.dtype).min
+  return index(bits ^ sign) - (known ^ sign)
+
+
+def moved(known: np.ndarray, far: np.ndarray, dtype: np.dtype) -> np.ndarray:
+  """Returns the bits of elements: the inverse of `differences`."""
+  if dtype.kind in 'iub':
+    return known + far
+  sign = known & np.iinfo(known.dtype).min
+  return number(far + (known ^ sign), known.dtype) ^ sign
+
+
+def sign_last(bits: np.ndarray) -> np.ndarray:
+  """Moves the sign of bits to the lowest place: unsigned integers."""
+  unsigned = bits.view(f'u{bits.itemsize}')
+  return unsigned << 1 | unsigned >> 8 * bits.itemsize - 1
+
+
+def sign_first(numbers: np.ndarray, dtype: np.dtype) -> np.ndarray:
+  """Returns bits of a signed dtype: the inverse of `sign_last`, of any integers."""
+  unsigned = numbers.astype(f'u{dtype.itemsize}')
+  return (unsigned >> 1 | unsigned << 8 * dtype.itemsize - 1).view(dtype)
+
+
+def is_finite(bits: np.ndarray, dtype: np.dtype) -> np.ndarray:
+  """Returns whether the bits of floats are those of finite numbers."""
+  infinite = np.array(np.inf, dtype).view(bits.dtype)
+  return bits & np.iinfo(bits.dtype).max < infinite
 
 
 def _flipped(bits: np.ndarray) -> np.ndarray:
