@@ -108,9 +108,8 @@ def test_blocks():
   made = blocks.tables_of(np.asarray(FREQUENCIES, np.int64), decoding=True)
   bytes_, words = (np.zeros(blocks.CAPACITY, x) for x in (np.uint8, np.uint16))
   numbers = made.entries, np.uint32(made.alphabet), np.int32(9)
-  moved = bytes_.astype(bool)
-  assert not loops_of_thunks(blocks._push, words, moved, words, bytes_, *numbers)
   stacks = np.zeros((blocks.LANES, blocks._STACK), np.uint16)
+  assert not loops_of_thunks(blocks._push, stacks.reshape(-1), words, bytes_, *numbers)
   empty = rans.empty(blocks.LANES, 1)._replace(words=stacks)
   coded = words, empty, bytes_, made.entries, made.slots
   assert not loops_of_thunks(blocks._pop, *coded, *numbers[1:])

@@ -291,51 +291,21 @@ def push_all(
   Returns:
     The message with the symbols on top.
   """
-  return _placed(message, *push_rows(message.state, symbols, interval, precision))
-
-
-def push_rows(
-  state: jax.Array,
-  symbols: Any,
-  interval: Callable[[Any], Interval],
-  precision: int,
-  *,
-  steps: jax.Array | None = None,
-  out: tuple[jax.Array, jax.Array] | None = None,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """Pushes T symbols onto each state, the last one first.
-
-  Args:
-    state: uint32 `[N]`.
-    symbols: as in `push_all`.
-    interval: as in `push_all`.
-    precision: as in `push_step`.
-    steps: int32, how many of the T rows are pushed, the first ones; all by default.
-    out: two arrays like the results, into which these are written, so that their memory
-      may be donated; zeros by default. Rows that are not pushed remain at its end.
-
-  Returns:
-    The states; and in each row, in the order of pushing, the results of `push_step`:
-    the low words, uint16 `[T, N]`, and whether they move to the stacks, bool `[T, N]`.
-  """
   _check_precision(precision)
   total = len(jax.tree.leaves(symbols)[0])
 
-  def rows(state: jax.Array, symbols: Any, steps: jax.Array, out: Any) -> Any:
+  def rows(state: jax.Array, symbols: Any, out: Any) -> Any:
     def step(i: jax.Array, carry: Any) -> Any:
       state, out = carry
-      start, frequency = interval(_row(symbols, steps - 1 - i))
+      start, frequency = interval(_row(symbols, total - 1 - i))
       state, *found = push_step(state, start, frequency, precision)
       return state, _with_row(out, i, tuple(found))
 
-    if out is None:
-      out = tuple(jnp.zeros((total, *state.shape), x) for x in (jnp.uint16, bool))
-    carry = state, out
-    state, out = jax.lax.fori_loop(0, steps, step, carry) if total else carry
-    return state, *out
+    return jax.lax.fori_loop(0, total, step, (state, out)) if total else (state, out)
 
-  steps = jnp.int32(total) if steps is None else steps
-  return native.loop(rows)(state, symbols, steps, out)
+  out = tuple(jnp.zeros((total, message.lanes), x) for x in (jnp.uint16, bool))
+  state, found = native.loop(rows)(message.state, symbols, out)
+  return _placed(message, state, *found)
 
 
 def pop_all(
@@ -406,7 +376,7 @@ def pop_all(
 def _placed(
   message: Message, state: jax.Array, words: jax.Array, moved: jax.Array
 ) -> Message:
-  """Returns the message after a push, given the results of `push_rows`."""
+  """Returns the message after the results of `push_step`, `[T, N]`, in their order."""
   # A word that does not move is put beyond the capacity, and dropped.
   counts = jnp.cumsum(moved, axis=0, dtype=jnp.int32)
   place = jnp.where(moved, message.size[None] + counts - 1, message.capacity)

@@ -26,6 +26,7 @@ from rotbits_jax.coding.weights import buffers
 from rotbits_jax.coding.weights import contexts as contexts_lib
 from rotbits_jax.coding.weights import layouts
 from rotbits_jax.system import host
+from rotbits_jax.system import native
 
 LANES = 64
 """The greatest N, and the number of lanes of the programs."""
@@ -122,28 +123,49 @@ def _interval(
   return entry & 0xFFFF, (entry >> 16) + 1
 
 
-@functools.partial(jax.jit, donate_argnums=(0, 1))
+_MOVED = 16  # words that one step moves to their stacks
+
+
+@functools.partial(jax.jit, donate_argnums=0)
 def _push(
-  words: jax.Array,  # uint16 [64 T]
-  moved: jax.Array,  # bool [64 T]
+  stacks: jax.Array,  # uint16 [64 _STACK]
   symbols: jax.Array,  # uint16 [64 T]
   contexts: jax.Array,  # uint8 [64 T]
   entries: jax.Array,
   alphabet: jax.Array,
   steps: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-  interval = lambda row: _interval(entries, row[0], row[1], alphabet)
-  state = jnp.full(LANES, 1 << 16, jnp.uint32)
-  deal = lambda x: x.reshape(-1, LANES)
-  state, *out = rans.push_rows(
-    state,
-    (deal(contexts), deal(symbols)),
-    interval,
-    tables.PRECISION,
-    steps=steps,
-    out=(deal(words), deal(moved)),
-  )
-  return state, out[0].reshape(-1), out[1].reshape(-1)
+  def loop(
+    stacks: jax.Array,
+    symbols: jax.Array,
+    contexts: jax.Array,
+    entries: jax.Array,
+    alphabet: jax.Array,
+    steps: jax.Array,
+  ) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def step(i: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+      state, size, stacks = carry
+      row = lambda x: jax.lax.dynamic_index_in_dim(x, steps - 1 - i, 0, False)
+      interval = _interval(entries, row(contexts), row(symbols), alphabet)
+      state, word, moved = rans.push_step(state, *interval, tables.PRECISION)
+      place = first + size
+
+      def put(j: jax.Array, stacks: jax.Array) -> jax.Array:
+        # A word that does not move is put there, too, and the next one replaces it.
+        part = lambda x: jax.lax.dynamic_slice(x, (j * _MOVED,), (_MOVED,))
+        for own, at in zip(part(word), part(place), strict=True):
+          stacks = jax.lax.dynamic_update_index_in_dim(stacks, own, at, 0)
+        return stacks
+
+      stacks = jax.lax.fori_loop(0, LANES // _MOVED, put, stacks)
+      return state, size + moved.astype(jnp.int32), stacks
+
+    first = jnp.arange(LANES, dtype=jnp.int32) * _STACK
+    state, size = jnp.full(LANES, 1 << 16, jnp.uint32), jnp.zeros(LANES, jnp.int32)
+    return jax.lax.fori_loop(0, steps, step, (state, size, stacks))
+
+  rows = symbols.reshape(-1, LANES), contexts.reshape(-1, LANES)
+  return native.loop(loop)(stacks, *rows, entries, alphabet, steps)
 
 
 @functools.partial(jax.jit, donate_argnums=0)
@@ -230,25 +252,18 @@ def push(
   """
   steps, places = -(-count // lanes), buffers.scratch('contexts', _ROOM, np.uint8)
   contexts(places[:count])
-  state, words, moved = _push(
-    buffers.taken('words', _ROOM, np.uint16),
-    buffers.taken('moved', _ROOM, np.bool_),
+  state, size, stacks = _push(
+    buffers.taken('pushed', LANES * _STACK, np.uint16),
     _dealt(symbols, count, lanes, 'symbols', 0),
     _dealt(places, count, lanes, 'rows of contexts', made.void),
     made.entries,
     np.uint32(made.alphabet),
     np.int32(steps),
   )
-  # The stacks come lane after lane.
-  used, low = (
-    host.contiguous(np.asarray(x).reshape(-1, LANES)[:steps, :lanes].T)
-    for x in (moved, words)
-  )
-  stacks = np.compress(used.reshape(-1), low.reshape(-1))
-  sizes = np.array([np.count_nonzero(lane) for lane in used])
-  coded = rans.join_words(np.asarray(state)[:lanes], sizes, stacks)
-  buffers.keep('words', words)
-  buffers.keep('moved', moved)
+  sizes, rows = np.asarray(size)[:lanes], np.asarray(stacks).reshape(LANES, _STACK)
+  words = [row[:n] for row, n in zip(rows[:lanes], sizes.tolist(), strict=True)]
+  coded = rans.join_words(np.asarray(state)[:lanes], sizes, np.concatenate(words))
+  buffers.keep('pushed', stacks)
   return coded.view(np.uint8)
 
 
