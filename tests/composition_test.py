@@ -89,6 +89,7 @@ def _some(rng, paths):
 # Functions, each with a function that makes its float32 arguments from a generator.
 FUNCTIONS = {
   'polar': (canonical.polar, lambda r: (_normal(r, 6, 8),)),
+  'polar_from_gram': (canonical.polar_from_gram, lambda r: (_normal(r, 6, 8),)),
   'lower_factor': (
     shortcuts.lower_factor,
     lambda r: (_orthogonal(r, 6), _normal(r, 6, 5)),

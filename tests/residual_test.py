@@ -65,6 +65,23 @@ class PureFunctionsTest(parameterized.TestCase):
           np.pad(psd, ((0, 0), (0, e - d))) @ o, matrix, atol=1e-5
         )
 
+  def test_polar_from_gram_agrees_with_numpy_for_small_and_no_singular_values(self):
+    rng = np.random.default_rng(0)
+    for d, e, least in ((64, 64, 0.0), (64, 80, 1e-3), (48, 48, 0.05), (3, 3, 1.0)):
+      with self.subTest(d=d, e=e, least=least):
+        left, right = (random_models.orthogonal(rng, n) for n in (d, e))
+        values = np.append(rng.uniform(0.1, 1, d - 3), [least] * 3)
+        matrix = (left * values) @ right[:d]
+        got, trusted = jax.jit(canonical.polar_from_gram)(jnp.float32(matrix))
+        self.assertGreater(trusted, 0.03)
+        u, o = np.float64(got.u), np.float64(got.rotation)
+        psd = (u * np.float64(got.values)) @ u.T
+        np.testing.assert_allclose(psd, (left * values) @ left.T, atol=1e-5)
+        np.testing.assert_allclose(o @ o.T, np.eye(e), atol=1e-5)
+        np.testing.assert_allclose(psd @ o[:d], matrix, atol=1e-5)
+    flat = jnp.diag(jnp.repeat(jnp.array([1.0, 1e-3]), 32))  # too many small ones
+    self.assertLess(canonical.polar_from_gram(flat)[1], 0.03)
+
   def test_next_rotation_is_the_product_of_its_definition(self):
     rng = np.random.default_rng(0)
     step, rotation = random_models.orthogonal(rng, 9), random_models.orthogonal(rng, 6)

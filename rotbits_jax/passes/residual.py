@@ -62,6 +62,8 @@ _RANGE = 0.99
 # shortcuts have 0.6 in this form.
 _MOST_ERROR = 2.0
 
+_LEAST = 0.03  # see `canonical.polar_from_gram`
+
 _HEAD = 'head/kernel'
 
 
@@ -235,7 +237,7 @@ def _find_gauges(
   config, paths = context.config, _shortcut_paths(context.config)
   kernels = [[layer[path] for path in paths] for layer in layers]
   if context.mesh is None and host.lapack_is_serial():
-    polars = [devices.side_by_side(_polar_if_wide, own) for own in kernels]
+    polars = [_polars_in_threads(own) for own in kernels]
   else:
     polars = context.map_layers(_polars, [(own,) for own in kernels])
   # The only wait for the devices.
@@ -394,7 +396,8 @@ def _first_rotation(context: transform.Context) -> jax.Array | None:
     if shortcut.shape[0] != shortcut.shape[1]:
       return None
     wide = [jnp.asarray(np.asarray(shortcut, np.float32))]
-    (polar,) = devices.side_by_side(_polar_if_wide, wide)
+    (polar,) = _polars_in_threads(wide)
+    assert polar is not None
     kernel = _product(polar.rotation, kernel)
   return _upper_rotation(kernel[:, : len(kernel)])
 
@@ -418,6 +421,21 @@ def _last_rotation(
   return _upper_rotation(_product(step[width:], columns.astype(jnp.float32)))
 
 
+def _polars_in_threads(kernels: list[jax.Array]) -> list[canonical.Polar | None]:
+  """Returns what `_polar_if_wide` does, of kernels that threads decompose."""
+  found: list[canonical.Polar | None] = [None] * len(kernels)
+  wide = [i for i, x in enumerate(kernels) if x.shape[0] <= x.shape[1]]
+  quick = devices.side_by_side(canonical.polar_from_gram, [kernels[i] for i in wide])
+  for i, (polar, least) in zip(wide, quick, strict=True):
+    if float(least) > _LEAST:
+      found[i] = polar
+  left = [i for i in wide if found[i] is None]
+  slow = devices.side_by_side(canonical.polar, [kernels[i] for i in left])
+  for i, polar in zip(left, slow, strict=True):
+    found[i] = polar
+  return found
+
+
 # ---- compiled functions ------------------------------------------------------------
 
 
@@ -438,14 +456,25 @@ def _polars(kernels: list[jax.Array]) -> list[canonical.Polar | None]:
   return found
 
 
+_PROBES = 64  # vectors by which an error is measured
+
+
 @functools.partial(jax.jit, static_argnames='dtype')
 def _error(
   leaf: Any, kernel: jax.Array, rows: jax.Array, columns: jax.Array, *, dtype: np.dtype
 ) -> jax.Array:
-  """Returns the relative error of a rounded leaf that stands for a rotated kernel."""
-  expected = rotations_lib.rotate(kernel, rows, columns)
+  """Estimates the relative error of a rounded leaf that stands for a rotated kernel.
+
+  For independent normal vectors x, the mean of |A x|^2 is the square of the Frobenius
+  norm of A; of so many it is within a few percent, or 20% if A has one singular value.
+  """
+  shape = columns.shape[1], _PROBES
+  probes = jax.random.normal(jax.random.key(0), shape, jnp.float32)
+  matmul = products.matmul
+  kernel = kernel.astype(jnp.float32)
+  expected = matmul(rows.T, matmul(kernel, matmul(columns, probes)))
   rounded = structured.astype(structured.astype(leaf, dtype), jnp.float32)
-  off = structured.materialize(rounded) - expected
+  off = matmul(structured.materialize(rounded), probes) - expected
   # Rounding errors do not get smaller below the least normal number.
   least = float(jnp.finfo(dtype).smallest_normal) * expected.size**0.5
   return jnp.linalg.norm(off) / jnp.maximum(jnp.linalg.norm(expected), least)

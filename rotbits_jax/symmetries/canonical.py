@@ -105,13 +105,53 @@ def polar(matrix: jax.Array) -> Polar:
   [[0.0, 2.0], [1.0, 0.0]]
   """
   chex.assert_rank(matrix, 2)
-  d, e = matrix.shape
   u, values, vt = jnp.linalg.svd(matrix.astype(jnp.float32), full_matrices=False)
-  frame = _matmul(u, vt)  # the first d rows of O
-  if e > d:
-    q, _ = jnp.linalg.qr(frame.T, mode='complete')
-    frame = jnp.concatenate([frame, q[:, d:].T])
-  return Polar(u, values, frame)
+  return Polar(u, values, _frame(_matmul(u, vt)))
+
+
+def polar_from_gram(matrix: jax.Array) -> tuple[Polar, jax.Array]:
+  """Returns the left polar decomposition in less time than `polar` does.
+
+  The eigenvectors of `M M^T` are those of P, and an SVD takes twice as long. But they
+  square the condition of M; so a small SVD decomposes what M does to the last sixteenth
+  of them. Of the blocks of orthogonal matrices that shortcuts are, that is enough.
+
+  >>> found, least = polar_from_gram(jnp.diag(jnp.array([1.0, 0.5, 0.0])))
+  >>> np.round(found.values, 3).tolist(), bool(least > 0.1)
+  ([1.0, 0.5, 0.0], True)
+
+  Args:
+    matrix: M `[d, e]`, d <= e.
+
+  Returns:
+    The decomposition; and the least singular value of those that are roots of
+    eigenvalues, float32. If it is above 0.03, the errors are those of `polar`.
+  """
+  chex.assert_rank(matrix, 2)
+  matrix = matrix.astype(jnp.float32)
+  d = len(matrix)
+  squares, u = jnp.linalg.eigh(_matmul(matrix, matrix.T))
+  few = -(-d // 16)
+  many, last = u[:, few:][:, ::-1], u[:, :few]
+  values = jnp.sqrt(jnp.maximum(squares[few:][::-1], jnp.finfo(jnp.float32).tiny))
+  rows = _matmul(many.T, matrix) / values[:, None]
+  rest = _matmul(last.T, matrix)
+  for _ in range(2):  # the first time leaves rounding errors
+    rest = rest - _matmul(_matmul(rest, rows.T), rows)
+  turn, least, ends = jnp.linalg.svd(rest, full_matrices=False)
+  u = jnp.concatenate([many, _matmul(last, turn)], axis=1)
+  frame = _frame(_matmul(u, jnp.concatenate([rows, ends])))
+  found = Polar(u, jnp.concatenate([values, least]), frame)
+  return found, values[-1] if few < d else jnp.float32(1)
+
+
+def _frame(rows: jax.Array) -> jax.Array:
+  """Returns an orthogonal matrix `[e, e]`, given its first rows `[d, e]`."""
+  d, e = rows.shape
+  if e == d:
+    return rows
+  q, _ = jnp.linalg.qr(rows.T, mode='complete')
+  return jnp.concatenate([rows, q[:, d:].T])
 
 
 def polar_shortcut(w: jax.Array) -> tuple[jax.Array, jax.Array]:
