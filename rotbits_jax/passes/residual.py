@@ -64,6 +64,8 @@ _MOST_ERROR = 2.0
 
 _LEAST = 0.03  # see `canonical.polar_from_gram`
 
+_PROBES = 64  # vectors by which an error is measured
+
 _HEAD = 'head/kernel'
 
 
@@ -167,8 +169,7 @@ def _layers(
     notes[0].append(transform.note(upper, layers[0][path], error=error))
   for i, gauge in enumerate(gauges):
     for s, (path, kernel) in enumerate(kernels[i].items()):
-      leaf = _shortcut(context, gauge, s, kernel, tolerance)
-      error = _error(leaf, kernel, *gauge.rotations[s : s + 2], dtype=context.dtype)
+      leaf, error = _shortcut(context, gauge, s, kernel, tolerance)
       rank = leaf.rank if structured.is_structured(leaf) else min(leaf.shape)
       layers[i][path] = leaf
       path = models.names.prefix(first + i) + path
@@ -267,8 +268,8 @@ def _shortcut(
   place: int,
   kernel: jax.Array,
   tolerance: float,
-) -> Any:
-  """Returns a shortcut in the gauge, float32.
+) -> tuple[Any, jax.Array]:
+  """Returns a shortcut in the gauge, float32, and its relative error when rounded.
 
   Args:
     context: the context of the transform.
@@ -279,8 +280,13 @@ def _shortcut(
   """
   rows, columns = gauge.rotations[place : place + 2]
   polar, values = gauge.polars[place], gauge.values[place]
+  probes = np.random.default_rng(0).standard_normal((len(columns), _PROBES), np.float32)
+  error_of = lambda leaf: _error(
+    leaf, kernel, rows, columns, probes, dtype=context.dtype
+  )
   if polar is None or values is None:
-    return jnp.tril(_rotate(kernel, rows, columns))
+    leaf = jnp.tril(_rotate(kernel, rows, columns))
+    return leaf, error_of(leaf)
   (d, width), unit = kernel.shape, context.roundoff
   off = np.abs(values.astype(np.float64) - 1)
   counted = off > tolerance * unit
@@ -289,10 +295,12 @@ def _shortcut(
   # whose square is w, about 0.6 w roundoffs.
   error = np.linalg.norm(off * np.where(counted, 0.6 * unit, 1))
   if not error <= _MOST_ERROR * unit * np.linalg.norm(values):
-    return _rotate(kernel, rows, columns)
+    leaf = _rotate(kernel, rows, columns)
+    return leaf, error_of(leaf)
   most = tuple(_padded(count, d) for count in (less, more))
   b, c = _factors(rows, polar, tolerance=tolerance * unit, columns=most)
-  return structured.IdentityMinusGram(b[:, :less], c[:, :more], columns=width)
+  made = functools.partial(structured.IdentityMinusGram, columns=width)
+  return made(b[:, :less], c[:, :more]), error_of(made(b, c))
 
 
 def _padded(rank: int, most: int) -> int:
@@ -456,22 +464,22 @@ def _polars(kernels: list[jax.Array]) -> list[canonical.Polar | None]:
   return found
 
 
-_PROBES = 64  # vectors by which an error is measured
-
-
 @functools.partial(jax.jit, static_argnames='dtype')
 def _error(
-  leaf: Any, kernel: jax.Array, rows: jax.Array, columns: jax.Array, *, dtype: np.dtype
+  leaf: Any,
+  kernel: jax.Array,
+  rows: jax.Array,
+  columns: jax.Array,
+  probes: np.ndarray,
+  *,
+  dtype: np.dtype,
 ) -> jax.Array:
   """Estimates the relative error of a rounded leaf that stands for a rotated kernel.
 
-  For independent normal vectors x, the mean of |A x|^2 is the square of the Frobenius
-  norm of A; of so many it is within a few percent, or 20% if A has one singular value.
+  For independent normal vectors x, the probes, the mean of |A x|^2 is the square of the
+  Frobenius norm of A. Of 64 it is within a few percent; within 20% if A has rank 1.
   """
-  shape = columns.shape[1], _PROBES
-  probes = jax.random.normal(jax.random.key(0), shape, jnp.float32)
-  matmul = products.matmul
-  kernel = kernel.astype(jnp.float32)
+  matmul, kernel = products.matmul, kernel.astype(jnp.float32)
   expected = matmul(rows.T, matmul(kernel, matmul(columns, probes)))
   rounded = structured.astype(structured.astype(leaf, dtype), jnp.float32)
   off = matmul(structured.materialize(rounded), probes) - expected

@@ -421,8 +421,10 @@ def _count(context: Context, prefix: str, params: Params) -> tuple[int, int]:
   for path, leaf in params.items():
     dtype = context.dtypes.get(prefix + path, context.dtype)
     rounded = leaf
-    if leaf.dtype != dtype:
-      # The rounded leaf is only described, and not computed.
+    # The rounded leaf is only described, and not computed.
+    if structured.is_plain(leaf):
+      rounded = jax.ShapeDtypeStruct(leaf.shape, dtype)
+    elif leaf.dtype != dtype:
       convert = functools.partial(structured.astype, dtype=dtype)
       rounded = jax.eval_shape(convert, leaf)
     elements += structured.count_elements(rounded)
