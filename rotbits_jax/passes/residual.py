@@ -280,7 +280,8 @@ def _shortcut(
   """
   rows, columns = gauge.rotations[place : place + 2]
   polar, values = gauge.polars[place], gauge.values[place]
-  probes = np.random.default_rng(0).standard_normal((len(columns), _PROBES), np.float32)
+  rng = np.random.default_rng(0)
+  probes = jnp.asarray(rng.standard_normal((len(columns), _PROBES), np.float32))
   error_of = lambda leaf: _error(
     leaf, kernel, rows, columns, probes, dtype=context.dtype
   )
@@ -470,7 +471,7 @@ def _error(
   kernel: jax.Array,
   rows: jax.Array,
   columns: jax.Array,
-  probes: np.ndarray,
+  probes: jax.Array,
   *,
   dtype: np.dtype,
 ) -> jax.Array:
