@@ -90,6 +90,10 @@ class Layout(abc.ABC):
     """Returns whether the type has a layout of these attributes."""
 
   @abc.abstractmethod
+  def symbols(self, bits: jax.Array, min_exponent: Any, raw_bits: Any) -> jax.Array:
+    """Returns the symbols of `split`, uint16; both attributes may be traced."""
+
+  @abc.abstractmethod
   def split(self, bits: jax.Array, min_exponent: Any) -> tuple[jax.Array, jax.Array]:
     """Divides elements into symbols and raw bits.
 
@@ -178,13 +182,19 @@ class Float(Layout):
       and 1 <= self.min_exponent < (1 << self.format.exponent) - 1
     )
 
+  def symbols(self, bits: jax.Array, min_exponent: Any, raw_bits: Any) -> jax.Array:
+    del raw_bits  # they leave out low bits, which no symbol has
+    bits = self._raised(bits, min_exponent)
+    return (bits >> self._low & bits.dtype.type(self.alphabet - 1)).astype(jnp.uint16)
+
   def split(self, bits: jax.Array, min_exponent: Any) -> tuple[jax.Array, jax.Array]:
-    if self.min_exponent > 1:
-      bits = raised(bits, self.format, min_exponent)
-    kind, low = self.unsigned.type, self._low
-    symbols = bits >> low & kind(self.alphabet - 1)
-    raw = bits >> self.format.width - 1 << low | bits & kind((1 << low) - 1)
-    return symbols.astype(jnp.uint16), raw >> self.most_raw_bits - self.raw_bits
+    symbols = self.symbols(bits, min_exponent, self.raw_bits)
+    bits, low = self._raised(bits, min_exponent), self._low
+    raw = bits >> self.format.width - 1 << low | bits & bits.dtype.type((1 << low) - 1)
+    return symbols, raw >> self.most_raw_bits - self.raw_bits
+
+  def _raised(self, bits: jax.Array, min_exponent: Any) -> jax.Array:
+    return raised(bits, self.format, min_exponent) if self.min_exponent > 1 else bits
 
   def join(self, symbols: jax.Array, raw: jax.Array, min_exponent: Any) -> jax.Array:
     kind, low = self.unsigned.type, self._low
@@ -268,13 +278,20 @@ class Int(Layout):
       known and 0 <= self.raw_bits < 8 * self.dtype.itemsize and self.min_exponent == 1
     )
 
+  def symbols(self, bits: jax.Array, min_exponent: Any, raw_bits: Any) -> jax.Array:
+    del min_exponent
+    # Wider elements are shifted by a traced number faster.
+    return (self._folded(bits).astype(jnp.uint32) >> raw_bits).astype(jnp.uint16)
+
   def split(self, bits: jax.Array, min_exponent: Any) -> tuple[jax.Array, jax.Array]:
-    kind = bits.dtype.type
-    if self.has_scale:
-      sign = bits >> (8 * bits.dtype.itemsize - 1)
-      bits = (bits << 1) ^ (kind(0) - sign)
-    symbols = (bits >> self.raw_bits).astype(jnp.uint16)
-    return symbols, bits & kind((1 << self.raw_bits) - 1)
+    raw = self._folded(bits) & bits.dtype.type((1 << self.raw_bits) - 1)
+    return self.symbols(bits, min_exponent, self.raw_bits), raw
+
+  def _folded(self, bits: jax.Array) -> jax.Array:
+    if not self.has_scale:
+      return bits
+    sign = bits >> (8 * bits.dtype.itemsize - 1)
+    return (bits << 1) ^ (bits.dtype.type(0) - sign)
 
   def join(self, symbols: jax.Array, raw: jax.Array, min_exponent: Any) -> jax.Array:
     folded = symbols.astype(self.unsigned) << self.raw_bits | raw
