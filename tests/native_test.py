@@ -121,15 +121,12 @@ def test_statistics():
   bytes_, words = (np.zeros(statistics._ROOM, x) for x in (np.uint8, np.uint16))
   counts = np.zeros(contexts.MAX_ENTRIES, np.int32)
   numbers = *map(np.int32, (4, 12, 8)), np.uint16(1), np.uint32(5)
-  raised, folded = (
-    layouts.Float(np.dtype(np.float16), 0, 2),
-    layouts.Int(words.dtype, 0),
-  )
-  for layout in (raised, folded):
+  floats = layouts.Float(np.dtype(np.float16), 0, 2)
+  for layout in (floats, layouts.Int(words.dtype, 0)):
     operands = counts, words, bytes_, *numbers
     assert not loops_of_thunks(statistics._count, *operands, layout=layout)
   sums = [np.zeros(statistics._PADDED, np.float32) for _ in range(3)]
   bits, one = np.zeros(statistics._PADDED, np.uint16), np.float32(1)
-  floats = tuple(sums), bits, sums[0], one, np.int32(2), np.int32(9)
+  of_sums = tuple(sums), bits, sums[0], one, np.int32(2), np.int32(9)
   dtype = np.dtype(np.float16)
-  assert not loops_of_thunks(statistics._sums, *floats, dtype=dtype)
+  assert not loops_of_thunks(statistics._sums, *of_sums, dtype=dtype)

@@ -145,7 +145,7 @@ def choose(
   if classes is None:
     frequencies[:, used] = stored
     return TableChoice(np.zeros(len(counts), bool), frequencies, float(cost.sum()))
-  weights = scales.normal_weights(layout, frequencies.shape[1], classes)[:, used]
+  weights = scales.normal_weights(layout, frequencies.shape[1], classes, used)
   chosen = tables.quantize(np.where(counts > 0, weights, 0))
   other = tables.cost_bits(counts, chosen) / 8 + scales.TABLE_BYTES
   normal = other < cost

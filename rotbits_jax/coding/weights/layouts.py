@@ -119,7 +119,8 @@ class Layout(abc.ABC):
 
     The three are centre, exponent and width. The magnitudes lie around
     centre * 2^exponent, in a cell of width 2^width times a factor that all symbols
-    share.
+    share. Of neighbours that share exponent and width, no centre is less than the one
+    before.
 
     Args:
       count: number of symbols.
@@ -319,7 +320,7 @@ _MOST_BELOW = 6
 _MOST_ABOVE = 2
 
 _CHUNK = 1 << 16  # elements that are looked at at once, so that they fit the cache
-_SAMPLES = 4  # chunks that are looked at first
+_RUNS = 4  # of elements, of which a sample consists
 
 
 class Survey(NamedTuple):
@@ -390,12 +391,14 @@ def of_floats(bits: np.ndarray, dtype: np.dtype) -> tuple[Float, Survey | None]:
   """
   form = FORMATS[dtype]
   # With more elements `used` only grows and `lowest` only falls.
-  starts = np.linspace(0, max(bits.size - _CHUNK, 0), _SAMPLES).astype(int)
-  sample = np.concatenate([bits[start : start + _CHUNK // 4] for start in starts])
-  for part in (sample, bits):
+  for run in (_CHUNK >> 4, _CHUNK >> 2, _CHUNK, bits.size):
+    part = bits
+    if _RUNS * run < bits.size:
+      starts = np.linspace(0, bits.size - run, _RUNS).astype(int)
+      part = np.concatenate([bits[start : start + run] for start in starts])
     found = survey(part, form)
     layout = _layout(found, _union(part), dtype)
-    if layout == Float(dtype, layout.most_raw_bits):
+    if part is bits or layout == Float(dtype, layout.most_raw_bits):
       break
   return layout, found
 
