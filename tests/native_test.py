@@ -120,7 +120,7 @@ def test_blocks():
 def test_statistics():
   bytes_, words = (np.zeros(statistics._ROOM, x) for x in (np.uint8, np.uint16))
   counts = np.zeros(contexts.MAX_ENTRIES, np.int32)
-  numbers = *map(np.int32, (4, 12, 8)), np.uint16(1), np.uint32(5)
+  numbers = np.uint32(4), np.int32(12), np.int32(8), np.uint16(1), np.uint32(5)
   floats = layouts.Float(np.dtype(np.float16), 0, 2)
   for layout in (floats, layouts.Int(words.dtype, 0)):
     operands = counts, words, bytes_, *numbers

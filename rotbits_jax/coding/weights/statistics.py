@@ -50,9 +50,11 @@ def _count(
     part = lambda x, i: jax.lax.dynamic_slice(x, (i * _UNROLLED,), (_UNROLLED,))
 
     def step(i: jax.Array, counts: jax.Array) -> jax.Array:
-      symbols = layout.symbols(part(bits, i), min_exponent, raw_bits).astype(jnp.int32)
-      for j in symbols + part(buckets, i).astype(jnp.int32) * alphabet:
-        counts = jax.lax.dynamic_update_index_in_dim(counts, counts[j] + 1, j, 0)
+      symbols = layout.symbols(part(bits, i), min_exponent, raw_bits)
+      # Unsigned, because signed indices are also looked at for whether they are below 0.
+      for j in symbols + part(buckets, i).astype(jnp.uint32) * alphabet:
+        found = jax.lax.dynamic_index_in_dim(counts, j, keepdims=False)
+        counts = jax.lax.dynamic_update_index_in_dim(counts, found + 1, j, 0)
       return counts
 
     return jax.lax.fori_loop(0, count // _UNROLLED, step, counts)
@@ -91,7 +93,7 @@ def histogram(
     buffers.taken('counts', contexts_lib.MAX_ENTRIES, np.int32),
     patterns,
     places,
-    np.int32(shape[1]),
+    np.uint32(shape[1]),
     np.int32(used + shape[1]),
     np.int32(whole),
     layout.unsigned.type(layout.min_exponent),
