@@ -8,7 +8,6 @@ is stored as it is. The plan is the choice with the fewest bytes.
 from collections.abc import Callable, Sequence
 import dataclasses
 import functools
-import math
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -333,17 +332,15 @@ def _choose(
 ) -> Part:
   """Returns the part with the fewest bytes, given the counts."""
   counts = counts[:, : np.flatnonzero(counts.any(axis=0))[-1] + 1]
-  total = counts.sum(axis=0)
-  cost, coded = math.inf, Coded(layout, buckets, counts)
+  total = counts.sum(axis=0, keepdims=True)
+  cost = contexts.choose(layout, None, total).cost
+  coded = Coded(layout, None, total)
   if buckets:
     (own,) = np.nonzero(counts.any(axis=1))
-    cost = contexts.choose(layout, buckets.classes(own), counts[own]).cost
+    other = contexts.choose(layout, buckets.classes(own), counts[own]).cost
     for lines in (buckets.rows, buckets.columns):
-      cost += tables.entropy_bits(np.bincount(lines)) / 8
-  # One table costs the entropy or more, which is found sooner; a byte is for rounding.
-  if cost + 1 > tables.entropy_bits(total) / 8 + np.count_nonzero(total):
-    one = contexts.choose(layout, None, total[None]).cost
-    if one <= cost:
-      cost, coded = one, Coded(layout, None, total[None])
+      other += tables.entropy_bits(np.bincount(lines)) / 8
+    if other < cost:
+      cost, coded = other, Coded(layout, buckets, counts)
   saved = array.nbytes - array.size * layout.raw_bits / 8 - cost
   return Part(array, coded, saved) if saved > 0 else Part(array)

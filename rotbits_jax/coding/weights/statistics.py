@@ -51,7 +51,7 @@ def _count(
 
     def step(i: jax.Array, counts: jax.Array) -> jax.Array:
       symbols = layout.symbols(part(bits, i), min_exponent, raw_bits)
-      # Unsigned, because signed indices are also looked at for whether they are below 0.
+      # Unsigned, because it takes time to see whether signed indices are below 0.
       for j in symbols + part(buckets, i).astype(jnp.uint32) * alphabet:
         found = jax.lax.dynamic_index_in_dim(counts, j, keepdims=False)
         counts = jax.lax.dynamic_update_index_in_dim(counts, found + 1, j, 0)
