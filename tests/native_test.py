@@ -115,6 +115,9 @@ def test_blocks():
   empty = rans.empty(blocks.LANES, 1)._replace(words=stacks)
   coded = words, empty, bytes_, made.entries, made.slots
   assert not loops_of_thunks(blocks._pop, *coded, *numbers[1:])
+  split = (words, bytes_), words, np.uint16(1), np.int32(9)
+  layout = layouts.Int(np.dtype(np.uint16), 8)
+  assert not loops_of_thunks(layouts.split, *split, layout=layout)
 
 
 def test_statistics():

@@ -441,20 +441,53 @@ def piece_widths(raw_bits: int) -> tuple[int, ...]:
   return (8,) * (raw_bits // 8) + tuple(b for b in (4, 2, 1) if raw_bits & b)
 
 
-@functools.partial(jax.jit, static_argnames='layout')
+_STEP = 1 << 12  # elements that one step splits or joins
+
+
+@functools.partial(jax.jit, static_argnames='layout', donate_argnums=0)
 def split(
-  bits: jax.Array, min_exponent: jax.Array, *, layout: Layout
-) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-  """Divides elements into symbols, uint16, and pieces of raw bits, uint8."""
-  symbols, raw = layout.split(bits, min_exponent)
-  pieces, shift = [], 0
-  for width in piece_widths(layout.raw_bits):
-    pieces.append((raw >> shift).astype(jnp.uint8) & jnp.uint8((1 << width) - 1))
-    shift += width
-  return symbols, tuple(pieces)
+  out: tuple[jax.Array, ...],
+  bits: jax.Array,
+  min_exponent: jax.Array,
+  count: jax.Array,
+  *,
+  layout: Layout,
+) -> tuple[jax.Array, ...]:
+  """Divides elements into symbols, uint16, and pieces of raw bits, uint8.
 
+  Args:
+    out: arrays `[n]` like the results, whose memory these get.
+    bits: the bit patterns, unsigned integers `[n]`.
+    min_exponent: that of the layout.
+    count: how many elements are wanted, the first ones; int32.
+    layout: the program of the layout.
 
-_JOINED = 1 << 12  # elements that one step joins
+  Returns:
+    The symbols, and each of the pieces.
+  """
+
+  def loop(
+    out: tuple[jax.Array, ...],
+    bits: jax.Array,
+    min_exponent: jax.Array,
+    count: jax.Array,
+  ) -> tuple[jax.Array, ...]:
+    size = math.gcd(bits.size, _STEP)
+
+    def step(i: jax.Array, out: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+      own = jax.lax.dynamic_slice(bits, (i * size,), (size,))
+      symbols, raw = layout.split(own, min_exponent)
+      found, shift = [symbols], 0
+      for width in piece_widths(layout.raw_bits):
+        found.append((raw >> shift).astype(jnp.uint8) & jnp.uint8((1 << width) - 1))
+        shift += width
+      put = lambda x, own: jax.lax.dynamic_update_slice(x, own, (i * size,))
+      return tuple(map(put, out, found))
+
+    return jax.lax.fori_loop(0, -(-count // size), step, out)
+
+  # On one thread, because the others have blocks of their own.
+  return native.loop(loop)(out, bits, min_exponent, count)
 
 
 @functools.partial(jax.jit, static_argnames='layout', donate_argnums=0)
@@ -482,7 +515,7 @@ def join(
     pieces: tuple[jax.Array, ...],
     min_exponent: jax.Array,
   ) -> jax.Array:
-    size = math.gcd(out.size, _JOINED)
+    size = math.gcd(out.size, _STEP)
     some = lambda x, i: jax.lax.dynamic_slice(x, (i * size,), (size,))
 
     def step(i: jax.Array, out: jax.Array) -> jax.Array:
@@ -495,5 +528,4 @@ def join(
 
     return jax.lax.fori_loop(0, out.size // size, step, out)
 
-  # On one thread, because the others have blocks of their own.
   return native.loop(loop)(out, symbols, pieces, min_exponent)
