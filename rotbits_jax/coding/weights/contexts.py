@@ -111,17 +111,17 @@ def fit(
       own = classes[members][0] == _OWN
       choice = choose(layout, None if own else classes[members], total[members])
       normal[members] = choice.normal
-      occurs = choice.weights.any(axis=0)
-      made = tables.quantize(choice.weights[:, occurs])
-      frequencies[np.ix_(members, occurs)] = made
+      places = np.ix_(members, choice.symbols)
+      frequencies[places] = tables.quantize(choice.weights)
   return Contexts(tuple(buckets), first, zero, normal, frequencies)
 
 
 class TableChoice(NamedTuple):
   """K tables and their cost."""
 
+  symbols: np.ndarray  # int64 [a], those that occur
   normal: np.ndarray  # bool [K], whether each is that of the normal distribution
-  weights: np.ndarray  # int64 [K, A], of which `tables.quantize` makes the frequencies
+  weights: np.ndarray  # int64 [K, a], of which `tables.quantize` makes the frequencies
   cost: float  # estimated bytes of the tables and of all symbols coded with them
 
 
@@ -139,20 +139,20 @@ def choose(
   Returns:
     The shorter choice for each table.
   """
-  weights = counts.copy()
-  (used,) = np.nonzero(counts.any(axis=0))
-  counts = counts[:, used]
+  alphabet = counts.shape[1]
+  (symbols,) = np.nonzero(counts.any(axis=0))
+  weights = counts = counts[:, symbols]
   # A stored frequency takes about a byte.
   cost = _coded_bytes(counts, counts) + np.count_nonzero(counts, axis=1)
   normal = np.zeros(len(counts), bool)
   if classes is not None:
-    own = scales.normal_weights(layout, weights.shape[1], classes, used)
+    own = scales.normal_weights(layout, alphabet, classes, symbols)
     own = np.where(counts > 0, own, 0)
     other = _coded_bytes(counts, own) + scales.TABLE_BYTES
     normal = other < cost
-    weights[:, used] = np.where(normal[:, None], own, counts)
+    weights = np.where(normal[:, None], own, counts)
     cost = np.where(normal, other, cost)
-  return TableChoice(normal, weights, float(cost.sum()))
+  return TableChoice(symbols, normal, weights, float(cost.sum()))
 
 
 def _coded_bytes(counts: np.ndarray, weights: np.ndarray) -> np.ndarray:
