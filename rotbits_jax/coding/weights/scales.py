@@ -300,9 +300,9 @@ def _quantized(squares: np.ndarray, steps: Sequence[int]) -> list[_Quantized]:
   found = []
   for step in steps:
     classes = np.rint(exact / step).astype(np.int64) * step
-    top = int(classes.max())
+    top = int(np.max(classes))
     classes = np.maximum(classes, top - _RANGE * step)
-    base = int(classes.min(where=present, initial=top))
+    base = int(np.min(classes, where=present, initial=top))
     buckets = np.where(present, 1 + (classes - base) // step, 0).astype(np.uint8)
     entropy = tables.entropy_bits(np.bincount(buckets))
     if (buckets == 1).all():
