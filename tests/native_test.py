@@ -11,6 +11,7 @@ from rotbits_jax.coding import permutation
 from rotbits_jax.coding import rans
 from rotbits_jax.coding.weights import blocks
 from rotbits_jax.coding.weights import contexts
+from rotbits_jax.coding.weights import layouts
 from rotbits_jax.coding.weights import statistics
 from rotbits_jax.system import native
 
@@ -113,15 +114,21 @@ def test_blocks():
   empty = rans.empty(blocks.LANES, 1)._replace(words=stacks)
   coded = words, empty, bytes_, made.entries, made.slots
   assert not loops_of_thunks(blocks._pop, *coded, *numbers[1:])
+  split = (words, bytes_), words, np.uint16(1), np.int32(9)
+  layout = layouts.Int(np.dtype(np.uint16), 8)
+  assert not loops_of_thunks(layouts.split, *split, layout=layout)
 
 
 def test_statistics():
   bytes_, words = (np.zeros(statistics._ROOM, x) for x in (np.uint8, np.uint16))
   counts = np.zeros(contexts.MAX_ENTRIES, np.int32)
-  sizes = np.int32(4), np.int32(12), np.int32(8)
-  assert not loops_of_thunks(statistics._count, counts, words, bytes_, *sizes)
+  numbers = np.uint32(4), np.int32(12), np.int32(8), np.uint16(1), np.uint32(5)
+  floats = layouts.Float(np.dtype(np.float16), 0, 2)
+  for layout in (floats, layouts.Int(words.dtype, 0)):
+    operands = counts, words, bytes_, *numbers
+    assert not loops_of_thunks(statistics._count, *operands, layout=layout)
   sums = [np.zeros(statistics._PADDED, np.float32) for _ in range(3)]
   bits, one = np.zeros(statistics._PADDED, np.uint16), np.float32(1)
-  floats = tuple(sums), bits, sums[0], one, np.int32(2), np.int32(9)
+  of_sums = tuple(sums), bits, sums[0], one, np.int32(2), np.int32(9)
   dtype = np.dtype(np.float16)
-  assert not loops_of_thunks(statistics._sums, *floats, dtype=dtype)
+  assert not loops_of_thunks(statistics._sums, *of_sums, dtype=dtype)

@@ -91,9 +91,13 @@ class NormalTest(absltest.TestCase):
   def test_any_class_gives_weights_that_make_tables(self):
     classes = np.array([-(1 << 15) - 255 * 32768, scales.ZERO, 1 << 15, 255 << 15])
     for dtype, low, _ in FORMATS:
-      weights = _weights(_layout(dtype, low), classes)
+      layout = _layout(dtype, low)
+      weights = _weights(layout, classes)
       self.assertGreaterEqual(weights.min(), 1)
-      self.assertLessEqual(weights.max(), 1 << 30)
+      np.testing.assert_array_equal(weights.max(axis=1), 1 << 30)
+      some = np.arange(3, layout.alphabet, 7)  # without the most frequent ones
+      found = scales.normal_weights(layout, layout.alphabet, classes, some)
+      np.testing.assert_array_equal(found, weights[:, some])
 
   def test_powers_are_exact(self):
     for i in (0, 37, 255):

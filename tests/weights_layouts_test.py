@@ -24,12 +24,15 @@ def _patterns(dtype):
 def _check_round_trip(layout, bits):
   assert layout.is_valid()
   least = layout.unsigned.type(layout.min_exponent)
-  symbols, pieces = layouts.split(bits, least, layout=layout.program)
+  widths = layouts.piece_widths(layout.raw_bits)
+  out = tuple(jnp.zeros(bits.size, x) for x in (np.uint16, *(np.uint8 for _ in widths)))
+  count = np.int32(bits.size)
+  symbols, *pieces = layouts.split(out, bits, least, count, layout=layout.program)
   assert int(symbols.max(initial=0)) < layout.alphabet
-  for piece, width in zip(pieces, layouts.piece_widths(layout.raw_bits), strict=True):
+  for piece, width in zip(pieces, widths, strict=True):
     assert int(piece.max(initial=0)) < 1 << width
-  out = jnp.zeros(bits.shape, bits.dtype)
-  joined = np.asarray(layouts.join(out, symbols, pieces, least, layout=layout.program))
+  parts = jnp.zeros(bits.shape, bits.dtype), symbols, tuple(pieces), least
+  joined = np.asarray(layouts.join(*parts, layout=layout.program))
   assert joined.dtype == bits.dtype
   np.testing.assert_array_equal(joined, bits)
 

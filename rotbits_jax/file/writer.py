@@ -205,7 +205,7 @@ class FileWriter:
     return manifest_lib.Stream(nbytes=nbytes, crc32=crc32)
 
   def _deflated(self, name: str, parts: Iterable[memoryview]) -> manifest_lib.Deflated:
-    packer, size = zlib_ng.compressobj(9), 0
+    packer, size = zlib_ng.compressobj(7), 0
     for part in parts:
       size += part.nbytes
       self.extend(name, np.frombuffer(packer.compress(part), np.uint8))

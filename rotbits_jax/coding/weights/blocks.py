@@ -40,7 +40,7 @@ CAPACITY = LANES * STEPS
 _ROOM = CAPACITY  # elements of the arrays that the programs are compiled for
 
 
-_SMALL = 1 << 14  # elements of small blocks, which are split and joined as quickly
+_SMALL = 1 << 14  # elements of small blocks, which are joined as quickly
 
 # The stacks are no multiple of a large power of two apart, because their tops would
 # then compete for the same places in the CPU's cache.
@@ -221,13 +221,27 @@ def encode(
   Returns:
     The words of the message, and the planes: uint8.
   """
-  symbols, pieces = split(bits, count, layout)
-  coded = push(symbols, contexts, count, lanes, made)
+  patterns = buffers.scratch('bits', _ROOM, layout.unsigned)
+  bits(patterns[:count])
+  patterns[count : count + LANES] = 0  # the symbols of a row's void places are 0
   widths = layouts.piece_widths(layout.raw_bits)
+  names = ['symbols', *(f'piece {i}' for i in range(len(widths)))]
+  kinds = [np.uint16, *(np.uint8 for _ in widths)]
+  pairs = zip(names, kinds, strict=True)
+  found = layouts.split(
+    tuple(buffers.taken(name, _ROOM, kind) for name, kind in pairs),
+    patterns,
+    layout.unsigned.type(layout.min_exponent),
+    np.int32(count),
+    layout=layout.program,
+  )
+  coded = push(found[0], contexts, count, lanes, made)
   planes = [
     packed(np.asarray(piece)[:count], width)
-    for piece, width in zip(pieces, widths, strict=True)
+    for piece, width in zip(found[1:], widths, strict=True)
   ]
+  for name, array in zip(names, found, strict=True):
+    buffers.keep(name, array)
   return coded, planes
 
 
@@ -360,28 +374,6 @@ def planes_size(count: int, layout: layouts.Layout) -> int:
   return sum(-(-count * b // 8) for b in layouts.piece_widths(layout.raw_bits))
 
 
-def split(
-  bits: Fill, count: int, layout: layouts.Layout
-) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-  """Returns the symbols and the pieces of the elements, and of some more.
-
-  Args:
-    bits: as in `encode`.
-    count: as in `encode`.
-    layout: as in `encode`.
-
-  Returns:
-    The symbols, uint16, and the pieces, uint8; of 2^20 elements, or of 2^14 if `count`
-    is not more.
-  """
-  room = _SMALL if count <= _SMALL else _ROOM
-  patterns = buffers.scratch('bits', _ROOM, layout.unsigned)[:room]
-  bits(patterns[:count])
-  patterns[count : count + LANES] = 0  # the symbols of a row's void places are 0
-  least = layout.unsigned.type(layout.min_exponent)
-  return layouts.split(patterns, least, layout=layout.program)
-
-
 def _join(
   symbols: np.ndarray, planes: np.ndarray, count: int, layout: layouts.Layout
 ) -> jax.Array:
@@ -405,13 +397,12 @@ def packed(pieces: np.ndarray, width: int) -> np.ndarray:
   The plane has `m = ceil(n width / 8)` bytes. Byte j holds, from its lowest bits on,
   the pieces of the elements j, j + m, j + 2 m, and so on.
   """
-  if width == 8:
-    return pieces
   size = -(-pieces.size * width // 8)
   plane = pieces[:size].copy()
   for k in range(1, 8 // width):
     part = pieces[k * size : (k + 1) * size]
-    plane[: part.size] |= part << np.uint8(k * width)
+    # NumPy multiplies bytes many times faster than it shifts them.
+    plane[: part.size] |= part * np.uint8(1 << k * width)
   return plane
 
 

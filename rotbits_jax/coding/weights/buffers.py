@@ -7,7 +7,6 @@ XLA then uses them without a copy.
 import threading
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from rotbits_jax.system import host
@@ -29,7 +28,8 @@ def taken(name: str, size: int, dtype: np.dtype | type) -> jax.Array:
   """Takes this thread's array of this name, size and dtype, to donate it."""
   arrays = _local.__dict__.setdefault('arrays', {})
   array: jax.Array | None = arrays.pop((name, size, np.dtype(dtype)), None)
-  return jnp.zeros(size, dtype) if array is None else array
+  # A program that makes zeros would have to be compiled.
+  return jax.device_put(np.zeros(size, dtype)) if array is None else array
 
 
 def keep(name: str, array: jax.Array) -> None:

@@ -110,15 +110,18 @@ def fit(
     if members.any():
       own = classes[members][0] == _OWN
       choice = choose(layout, None if own else classes[members], total[members])
-      normal[members], frequencies[members] = choice.normal, choice.frequencies
+      normal[members] = choice.normal
+      places = np.ix_(members, choice.symbols)
+      frequencies[places] = tables.quantize(choice.weights)
   return Contexts(tuple(buckets), first, zero, normal, frequencies)
 
 
 class TableChoice(NamedTuple):
   """K tables and their cost."""
 
+  symbols: np.ndarray  # int64 [a], those that occur
   normal: np.ndarray  # bool [K], whether each is that of the normal distribution
-  frequencies: np.ndarray  # int64 [K, A]
+  weights: np.ndarray  # int64 [K, a], of which `tables.quantize` makes the frequencies
   cost: float  # estimated bytes of the tables and of all symbols coded with them
 
 
@@ -136,21 +139,26 @@ def choose(
   Returns:
     The shorter choice for each table.
   """
-  frequencies = np.zeros_like(counts)
-  (used,) = np.nonzero(counts.any(axis=0))
-  counts = counts[:, used]
-  stored = tables.quantize(counts)
+  alphabet = counts.shape[1]
+  (symbols,) = np.nonzero(counts.any(axis=0))
+  weights = counts = counts[:, symbols]
   # A stored frequency takes about a byte.
-  cost = tables.cost_bits(counts, stored) / 8 + np.count_nonzero(stored, axis=1)
-  if classes is None:
-    frequencies[:, used] = stored
-    return TableChoice(np.zeros(len(counts), bool), frequencies, float(cost.sum()))
-  weights = scales.normal_weights(layout, frequencies.shape[1], classes)[:, used]
-  chosen = tables.quantize(np.where(counts > 0, weights, 0))
-  other = tables.cost_bits(counts, chosen) / 8 + scales.TABLE_BYTES
-  normal = other < cost
-  frequencies[:, used] = np.where(normal[:, None], chosen, stored)
-  return TableChoice(normal, frequencies, float(np.where(normal, other, cost).sum()))
+  cost = _coded_bytes(counts, counts) + np.count_nonzero(counts, axis=1)
+  normal = np.zeros(len(counts), bool)
+  if classes is not None:
+    own = scales.normal_weights(layout, alphabet, classes, symbols)
+    own = np.where(counts > 0, own, 0)
+    other = _coded_bytes(counts, own) + scales.TABLE_BYTES
+    normal = other < cost
+    weights = np.where(normal[:, None], own, counts)
+    cost = np.where(normal, other, cost)
+  return TableChoice(symbols, normal, weights, float(cost.sum()))
+
+
+def _coded_bytes(counts: np.ndarray, weights: np.ndarray) -> np.ndarray:
+  """Returns the bytes of symbols coded with frequencies that are not rounded."""
+  whole = weights.sum(axis=1, keepdims=True)
+  return tables.cost_bits(counts, weights * (tables.TOTAL / whole)) / 8
 
 
 def to_bytes(contexts: Contexts) -> bytes:

@@ -354,7 +354,8 @@ def _sample(lines: np.ndarray, most: int) -> np.ndarray:
   rows = np.linspace(0, count - 1, min(count, most)).astype(int)
   size = min(length, most * _LENGTH // rows.size)
   starts = np.arange(rows.size) * 7 * size % (length - size + 1)
-  return np.stack([lines[i, j : j + size] for i, j in zip(rows, starts, strict=True)])
+  runs = zip(rows.tolist(), starts.tolist(), strict=True)
+  return np.concatenate([lines[i, j : j + size] for i, j in runs]).reshape(-1, size)
 
 
 def _codebook(array: np.ndarray, lists: str, values: np.ndarray) -> Candidate:

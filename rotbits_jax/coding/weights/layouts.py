@@ -90,6 +90,10 @@ class Layout(abc.ABC):
     """Returns whether the type has a layout of these attributes."""
 
   @abc.abstractmethod
+  def symbols(self, bits: jax.Array, min_exponent: Any, raw_bits: Any) -> jax.Array:
+    """Returns the symbols of `split`, uint16; both attributes may be traced."""
+
+  @abc.abstractmethod
   def split(self, bits: jax.Array, min_exponent: Any) -> tuple[jax.Array, jax.Array]:
     """Divides elements into symbols and raw bits.
 
@@ -115,7 +119,8 @@ class Layout(abc.ABC):
 
     The three are centre, exponent and width. The magnitudes lie around
     centre * 2^exponent, in a cell of width 2^width times a factor that all symbols
-    share.
+    share. Of neighbours that share exponent and width, no centre is less than the one
+    before.
 
     Args:
       count: number of symbols.
@@ -178,13 +183,19 @@ class Float(Layout):
       and 1 <= self.min_exponent < (1 << self.format.exponent) - 1
     )
 
+  def symbols(self, bits: jax.Array, min_exponent: Any, raw_bits: Any) -> jax.Array:
+    del raw_bits  # they leave out low bits, which no symbol has
+    bits = self._raised(bits, min_exponent)
+    return (bits >> self._low & bits.dtype.type(self.alphabet - 1)).astype(jnp.uint16)
+
   def split(self, bits: jax.Array, min_exponent: Any) -> tuple[jax.Array, jax.Array]:
-    if self.min_exponent > 1:
-      bits = raised(bits, self.format, min_exponent)
-    kind, low = self.unsigned.type, self._low
-    symbols = bits >> low & kind(self.alphabet - 1)
-    raw = bits >> self.format.width - 1 << low | bits & kind((1 << low) - 1)
-    return symbols.astype(jnp.uint16), raw >> self.most_raw_bits - self.raw_bits
+    symbols = self.symbols(bits, min_exponent, self.raw_bits)
+    bits, low = self._raised(bits, min_exponent), self._low
+    raw = bits >> self.format.width - 1 << low | bits & bits.dtype.type((1 << low) - 1)
+    return symbols, raw >> self.most_raw_bits - self.raw_bits
+
+  def _raised(self, bits: jax.Array, min_exponent: Any) -> jax.Array:
+    return raised(bits, self.format, min_exponent) if self.min_exponent > 1 else bits
 
   def join(self, symbols: jax.Array, raw: jax.Array, min_exponent: Any) -> jax.Array:
     kind, low = self.unsigned.type, self._low
@@ -268,13 +279,20 @@ class Int(Layout):
       known and 0 <= self.raw_bits < 8 * self.dtype.itemsize and self.min_exponent == 1
     )
 
+  def symbols(self, bits: jax.Array, min_exponent: Any, raw_bits: Any) -> jax.Array:
+    del min_exponent
+    # Wider elements are shifted by a traced number faster.
+    return (self._folded(bits).astype(jnp.uint32) >> raw_bits).astype(jnp.uint16)
+
   def split(self, bits: jax.Array, min_exponent: Any) -> tuple[jax.Array, jax.Array]:
-    kind = bits.dtype.type
-    if self.has_scale:
-      sign = bits >> (8 * bits.dtype.itemsize - 1)
-      bits = (bits << 1) ^ (kind(0) - sign)
-    symbols = (bits >> self.raw_bits).astype(jnp.uint16)
-    return symbols, bits & kind((1 << self.raw_bits) - 1)
+    raw = self._folded(bits) & bits.dtype.type((1 << self.raw_bits) - 1)
+    return self.symbols(bits, min_exponent, self.raw_bits), raw
+
+  def _folded(self, bits: jax.Array) -> jax.Array:
+    if not self.has_scale:
+      return bits
+    sign = bits >> (8 * bits.dtype.itemsize - 1)
+    return (bits << 1) ^ (bits.dtype.type(0) - sign)
 
   def join(self, symbols: jax.Array, raw: jax.Array, min_exponent: Any) -> jax.Array:
     folded = symbols.astype(self.unsigned) << self.raw_bits | raw
@@ -302,7 +320,7 @@ _MOST_BELOW = 6
 _MOST_ABOVE = 2
 
 _CHUNK = 1 << 16  # elements that are looked at at once, so that they fit the cache
-_SAMPLES = 4  # chunks that are looked at first
+_RUNS = 4  # of elements, of which a sample consists
 
 
 class Survey(NamedTuple):
@@ -373,12 +391,14 @@ def of_floats(bits: np.ndarray, dtype: np.dtype) -> tuple[Float, Survey | None]:
   """
   form = FORMATS[dtype]
   # With more elements `used` only grows and `lowest` only falls.
-  starts = np.linspace(0, max(bits.size - _CHUNK, 0), _SAMPLES).astype(int)
-  sample = np.concatenate([bits[start : start + _CHUNK // 4] for start in starts])
-  for part in (sample, bits):
+  for run in (_CHUNK >> 4, _CHUNK >> 2, _CHUNK, bits.size):
+    part = bits
+    if _RUNS * run < bits.size:
+      starts = np.linspace(0, bits.size - run, _RUNS).astype(int)
+      part = np.concatenate([bits[start : start + run] for start in starts])
     found = survey(part, form)
     layout = _layout(found, _union(part), dtype)
-    if layout == Float(dtype, layout.most_raw_bits):
+    if part is bits or layout == Float(dtype, layout.most_raw_bits):
       break
   return layout, found
 
@@ -421,20 +441,53 @@ def piece_widths(raw_bits: int) -> tuple[int, ...]:
   return (8,) * (raw_bits // 8) + tuple(b for b in (4, 2, 1) if raw_bits & b)
 
 
-@functools.partial(jax.jit, static_argnames='layout')
+_STEP = 1 << 12  # elements that one step splits or joins
+
+
+@functools.partial(jax.jit, static_argnames='layout', donate_argnums=0)
 def split(
-  bits: jax.Array, min_exponent: jax.Array, *, layout: Layout
-) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-  """Divides elements into symbols, uint16, and pieces of raw bits, uint8."""
-  symbols, raw = layout.split(bits, min_exponent)
-  pieces, shift = [], 0
-  for width in piece_widths(layout.raw_bits):
-    pieces.append((raw >> shift).astype(jnp.uint8) & jnp.uint8((1 << width) - 1))
-    shift += width
-  return symbols, tuple(pieces)
+  out: tuple[jax.Array, ...],
+  bits: jax.Array,
+  min_exponent: jax.Array,
+  count: jax.Array,
+  *,
+  layout: Layout,
+) -> tuple[jax.Array, ...]:
+  """Divides elements into symbols, uint16, and pieces of raw bits, uint8.
 
+  Args:
+    out: arrays `[n]` like the results, whose memory these get.
+    bits: the bit patterns, unsigned integers `[n]`.
+    min_exponent: that of the layout.
+    count: how many elements are wanted, the first ones; int32.
+    layout: the program of the layout.
 
-_JOINED = 1 << 12  # elements that one step joins
+  Returns:
+    The symbols, and each of the pieces.
+  """
+
+  def loop(
+    out: tuple[jax.Array, ...],
+    bits: jax.Array,
+    min_exponent: jax.Array,
+    count: jax.Array,
+  ) -> tuple[jax.Array, ...]:
+    size = math.gcd(bits.size, _STEP)
+
+    def step(i: jax.Array, out: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+      own = jax.lax.dynamic_slice(bits, (i * size,), (size,))
+      symbols, raw = layout.split(own, min_exponent)
+      found, shift = [symbols], 0
+      for width in piece_widths(layout.raw_bits):
+        found.append((raw >> shift).astype(jnp.uint8) & jnp.uint8((1 << width) - 1))
+        shift += width
+      put = lambda x, own: jax.lax.dynamic_update_slice(x, own, (i * size,))
+      return tuple(map(put, out, found))
+
+    return jax.lax.fori_loop(0, -(-count // size), step, out)
+
+  # On one thread, because the others have blocks of their own.
+  return native.loop(loop)(out, bits, min_exponent, count)
 
 
 @functools.partial(jax.jit, static_argnames='layout', donate_argnums=0)
@@ -462,7 +515,7 @@ def join(
     pieces: tuple[jax.Array, ...],
     min_exponent: jax.Array,
   ) -> jax.Array:
-    size = math.gcd(out.size, _JOINED)
+    size = math.gcd(out.size, _STEP)
     some = lambda x, i: jax.lax.dynamic_slice(x, (i * size,), (size,))
 
     def step(i: jax.Array, out: jax.Array) -> jax.Array:
@@ -475,5 +528,4 @@ def join(
 
     return jax.lax.fori_loop(0, out.size // size, step, out)
 
-  # On one thread, because the others have blocks of their own.
   return native.loop(loop)(out, symbols, pieces, min_exponent)

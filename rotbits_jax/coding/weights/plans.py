@@ -234,7 +234,7 @@ def _planned(drafts: list[_Draft]) -> list[Part]:
     layout, shape = _fitted(draft.array, draft.layout, own)
     fitted.append(layout)
     jobs.append(_counting(draft.array, layout, own, shape))
-  counts = [np.sum(own, axis=0) for own in _run_all(jobs)]
+  counts = [functools.reduce(np.add, own) for own in _run_all(jobs)]
   arrays = [draft.array for draft in drafts]
   return pool.run(
     functools.partial(_choose, *args)
@@ -331,8 +331,9 @@ def _choose(
   counts: np.ndarray,
 ) -> Part:
   """Returns the part with the fewest bytes, given the counts."""
-  counts = counts[:, : np.flatnonzero(counts.any(axis=0))[-1] + 1]
   total = counts.sum(axis=0, keepdims=True)
+  alphabet = np.flatnonzero(total)[-1] + 1
+  counts, total = counts[:, :alphabet], total[:, :alphabet]
   cost = contexts.choose(layout, None, total).cost
   coded = Coded(layout, None, total)
   if buckets:

@@ -77,9 +77,11 @@ class Buckets(NamedTuple):
 
   def used(self) -> np.ndarray:
     """Returns the buckets of elements that occur, in ascending order."""
-    rows, columns = np.unique(self.rows)[:, None].astype(int), np.unique(self.columns)
-    both = (rows > 0) & (columns > 0)
-    return np.unique(np.where(both, rows + columns - 1, 0))
+    rows, columns = (
+      np.bincount(x, minlength=2)[1:] > 0 for x in (self.rows, self.columns)
+    )
+    both = np.convolve(rows, columns.astype(int))
+    return np.flatnonzero(np.append(self.has_zeros, both))
 
   @property
   def top(self) -> int:
@@ -297,13 +299,13 @@ def _quantized(squares: np.ndarray, steps: Sequence[int]) -> list[_Quantized]:
   exact = STEPS / 2 * np.log2(np.where(present, squares, least / 2.0**20))
   found = []
   for step in steps:
-    classes = np.round(exact / step).astype(np.int64) * step
+    classes = np.rint(exact / step).astype(np.int64) * step
     top = int(np.max(classes))
-    classes = np.clip(classes, top - _RANGE * step, top)
+    classes = np.maximum(classes, top - _RANGE * step)
     base = int(np.min(classes, where=present, initial=top))
     buckets = np.where(present, 1 + (classes - base) // step, 0).astype(np.uint8)
     entropy = tables.entropy_bits(np.bincount(buckets))
-    if np.all(buckets == 1):
+    if (buckets == 1).all():
       buckets = buckets[:1]
     error = float(np.exp2((exact - classes) / (STEPS / 2)).mean())
     mean_log = float(classes.mean()) / STEPS
@@ -329,7 +331,10 @@ _FRACTION = 8
 
 
 def normal_weights(
-  layout: layouts.Layout, alphabet: int, classes: np.ndarray
+  layout: layouts.Layout,
+  alphabet: int,
+  classes: np.ndarray,
+  symbols: np.ndarray | None = None,
 ) -> np.ndarray:
   """Returns the weights of symbols under the normal distribution.
 
@@ -337,20 +342,35 @@ def normal_weights(
     layout: layout of the elements; its `has_scale` must be true.
     alphabet: A, the number of symbols in use.
     classes: integers `[K]`.
+    symbols: the symbols whose weights are wanted, `[a]`; all by default.
 
   Returns:
-    int64 `[K, A]`, from 1 to 2^30. `tables.quantize` scales them to frequencies.
+    int64 `[K, A]`, or `[K, a]`, from 1 to 2^30. `tables.quantize` scales them to
+    frequencies.
   """
-  centre, exponent, width = layout.cells(alphabet)
+  cells = np.array(layout.cells(alphabet))
+  # The greatest weight is that of the first of some cells that differ in the centre.
+  firsts = np.diff(cells[1:], prepend=1 << 32).any(axis=0)
+  below = _log_weights(cells[:, firsts], classes).max(axis=-1, keepdims=True)
+  below = below - _log_weights(cells if symbols is None else cells[:, symbols], classes)
+  whole, part = below >> _FRACTION, below & ((1 << _FRACTION) - 1)
+  return np.maximum(_powers()[part] >> np.minimum(whole, 62), 1)
+
+
+def _log_weights(cells: np.ndarray, classes: np.ndarray) -> np.ndarray:
+  """Returns log2 of weights, up to a constant, times 2^8: int64 `[K, a]`.
+
+  Args:
+    cells: see `layouts.Layout.cells`, int64 `[3, a]`.
+    classes: as for `normal_weights`.
+  """
+  centre, exponent, width = cells
   # x^2 / s^2 = centre^2 * 2^(quarters / 4)
   quarters = STEPS * exponent - np.asarray(classes, np.int64)[:, None]
   mantissa = centre**2 * np.array(_HALF_LOG2_E, np.int64)[quarters & 3]
   shift = (quarters >> 2) + _FRACTION - _HALF_LOG2_E_BITS
   square = mantissa << np.clip(shift, 0, 12) >> np.clip(-shift, 0, 62)
-  bits = (width << _FRACTION) - square
-  below = bits.max(axis=-1, keepdims=True) - bits
-  whole, part = below >> _FRACTION, below & ((1 << _FRACTION) - 1)
-  return np.maximum(_powers()[part] >> np.minimum(whole, 62), 1)
+  return (width << _FRACTION) - square
 
 
 @functools.cache

@@ -3,6 +3,7 @@
 Shape letters: n elements, R rows, C columns, B buckets, A symbols.
 """
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -21,46 +22,44 @@ _ROOM = blocks.CAPACITY  # elements of the arrays that the programs are compiled
 
 # ---- symbols -------------------------------------------------------------------------
 
-_UNROLLED = 4  # elements that one step counts
-
-
+_UNROLLED = 8  # elements that one step counts
 _ZEROS = 1 << 12  # counts that one step clears
 
 
-@functools.partial(jax.jit, donate_argnums=0)
+@functools.partial(jax.jit, static_argnames='layout', donate_argnums=0)
 def _count(
   counts: jax.Array,  # int32 [2^20]
-  symbols: jax.Array,  # uint16 [2^20]
+  bits: jax.Array,  # unsigned integers [2^20]
   buckets: jax.Array,  # uint8 [2^20]
-  alphabet: jax.Array,
-  used: jax.Array,
-  count: jax.Array,
+  *numbers: jax.Array,
+  layout: layouts.Layout,
 ) -> jax.Array:
   def loop(
     counts: jax.Array,
-    symbols: jax.Array,
+    bits: jax.Array,
     buckets: jax.Array,
     alphabet: jax.Array,
     used: jax.Array,
     count: jax.Array,
+    min_exponent: jax.Array,
+    raw_bits: jax.Array,
   ) -> jax.Array:
     zeros = jnp.zeros(_ZEROS, counts.dtype)
     clear = lambda i, x: jax.lax.dynamic_update_slice(x, zeros, (i * _ZEROS,))
     counts = jax.lax.fori_loop(0, -(-used // _ZEROS), clear, counts)
+    part = lambda x, i: jax.lax.dynamic_slice(x, (i * _UNROLLED,), (_UNROLLED,))
 
     def step(i: jax.Array, counts: jax.Array) -> jax.Array:
-      own = (
-        jax.lax.dynamic_slice(x, (i * _UNROLLED,), (_UNROLLED,)).astype(jnp.int32)
-        for x in (symbols, buckets)
-      )
-      index = next(own) + next(own) * alphabet
-      for j in index:
-        counts = jax.lax.dynamic_update_index_in_dim(counts, counts[j] + 1, j, 0)
+      symbols = layout.symbols(part(bits, i), min_exponent, raw_bits)
+      # Unsigned, because it takes time to see whether signed indices are below 0.
+      for j in symbols + part(buckets, i).astype(jnp.uint32) * alphabet:
+        found = jax.lax.dynamic_index_in_dim(counts, j, keepdims=False)
+        counts = jax.lax.dynamic_update_index_in_dim(counts, found + 1, j, 0)
       return counts
 
     return jax.lax.fori_loop(0, count // _UNROLLED, step, counts)
 
-  return native.loop(loop)(counts, symbols, buckets, alphabet, used, count)
+  return native.loop(loop)(counts, bits, buckets, *numbers)
 
 
 def histogram(
@@ -83,25 +82,24 @@ def histogram(
   Returns:
     int64 `[*shape]`.
   """
-  symbols, _ = blocks.split(bits, count, layout)
-  places, whole = (
-    buffers.scratch('contexts', _ROOM, np.uint8),
-    -(-count // _UNROLLED) * _UNROLLED,
-  )
+  whole, used = -(-count // _UNROLLED) * _UNROLLED, shape[0] * shape[1]
+  patterns = buffers.scratch('bits', _ROOM, layout.unsigned)
+  places = buffers.scratch('contexts', _ROOM, np.uint8)
+  bits(patterns[:count])
   buckets(places[:count])
-  places[count:whole] = shape[0]
-  if symbols.size < _ROOM:
-    flat = buffers.scratch('symbols', _ROOM, np.uint16)
-    flat[:whole] = np.asarray(symbols)[:whole]
-    symbols = flat  # type: ignore[assignment]
-  used = shape[0] * shape[1]
+  # The others count in a bucket of their own.
+  patterns[count:whole], places[count:whole] = 0, shape[0]
   counts = _count(
     buffers.taken('counts', contexts_lib.MAX_ENTRIES, np.int32),
-    symbols,
+    patterns,
     places,
-    np.int32(shape[1]),
+    np.uint32(shape[1]),
     np.int32(used + shape[1]),
     np.int32(whole),
+    layout.unsigned.type(layout.min_exponent),
+    np.uint32(layout.raw_bits),
+    # The raw bits are an operand, so that layouts share programs.
+    layout=dataclasses.replace(layout.program, raw_bits=0),
   )
   found = np.asarray(counts)[:used].reshape(shape).astype(np.int64)
   buffers.keep('counts', counts)
