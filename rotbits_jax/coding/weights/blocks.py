@@ -158,10 +158,11 @@ def _push(
         return stacks
 
       stacks = jax.lax.fori_loop(0, LANES // _MOVED, put, stacks)
-      return state, size + moved.astype(jnp.int32), stacks
+      return state, size + moved.astype(jnp.uint32), stacks
 
-    first = jnp.arange(LANES, dtype=jnp.int32) * _STACK
-    state, size = jnp.full(LANES, 1 << 16, jnp.uint32), jnp.zeros(LANES, jnp.int32)
+    # Unsigned, because it takes time to see whether signed indices are below 0.
+    first = jnp.arange(LANES, dtype=jnp.uint32) * _STACK
+    state, size = jnp.full(LANES, 1 << 16, jnp.uint32), jnp.zeros(LANES, jnp.uint32)
     return jax.lax.fori_loop(0, steps, step, (state, size, stacks))
 
   rows = symbols.reshape(-1, LANES), contexts.reshape(-1, LANES)
