@@ -12,8 +12,9 @@ pieces of 4, of 2 and of 1 bits. `blocks.packed` packs a plane.
 Shape letters: n elements, m elements with raw bits, K contexts.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 import functools
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
@@ -25,14 +26,33 @@ from rotbits_jax.coding.weights import pool
 ALPHABET = 256
 MOST_SHIFT = 24
 
-Write = Callable[[int, np.ndarray, np.ndarray, np.ndarray], None]
-"""Takes the decoded elements of a block, see `decode`."""
+Pop = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray, np.ndarray]]
+"""Takes the contexts of a block, uint8 `[n]`; decodes its elements.
+
+Returns the symbols, uint16 `[2^20]`, the first n of them; the indices of the elements
+with raw bits; and the raw bits of these, uint32. The symbols are used again afterwards.
+"""
+
+_Result = TypeVar('_Result')
+
+
+class Raw(NamedTuple):
+  """The elements of a block that have raw bits, in order.
+
+  Attributes:
+    contexts: uint8 `[m]`.
+    bits: unsigned integers `[m]`, the raw bits.
+  """
+
+  contexts: np.ndarray
+  bits: np.ndarray
 
 
 def encode(
   symbols: np.ndarray,
-  raw: np.ndarray,
+  raw: Iterable[Raw],
   contexts: np.ndarray,
+  owners: np.ndarray,
   frequencies: np.ndarray,
   shifts: Sequence[int],
 ) -> list[np.ndarray]:
@@ -40,29 +60,27 @@ def encode(
 
   Args:
     symbols: uint8 `[n]`.
-    raw: uint32 `[m]`, the raw bits of the elements that have some, in their order.
+    raw: the raw bits, for each block of `parts`.
     contexts: uint8 `[n]`.
+    owners: the table of each context, uint8.
     frequencies: int64 `[K, 256]`, the tables.
-    shifts: the number of raw bits of an element of each context.
+    shifts: the number of raw bits of an element of each table.
 
   Returns:
-    The bytes of the tables, and those of each block: uint8.
+    The bytes of the tables, and those of each block: uint8. A decoder knows the tables
+    of elements by their order in `frequencies`, and not these contexts.
   """
-  made, taken = blocks.tables_of(frequencies, decoding=False), 0
+  made = blocks.tables_of(frequencies[owners], decoding=False)
   found = [np.frombuffer(tables.to_bytes(frequencies), np.uint8)]
-  of_contexts, first = np.array(shifts, np.uint8), _first(shifts)
-  for part, lanes in _blocks(symbols.size):
-    own = contexts[part]
+  of_contexts = np.array(shifts, np.uint8)[owners]
+  for (part, lanes), own in zip(parts(symbols.size), raw, strict=True):
+    count = part.stop - part.start
     widened = buffers.scratch('given', blocks.CAPACITY, np.uint16)
-    widened[: own.size] = symbols[part]
-    fill = functools.partial(_copy, own)
-    pieces = [blocks.push(widened, fill, own.size, lanes, made)]
-    (at,) = np.nonzero(own >= first)
-    some = of_contexts[own[at]]
-    bits = raw[taken : taken + some.size]
-    taken += some.size
-    for width, select, low in _planes(some):
-      piece = (np.compress(select, bits) >> low).astype(np.uint8)
+    widened[:count] = symbols[part]
+    fill = functools.partial(_copy, contexts[part])
+    pieces = [blocks.push(widened, fill, count, lanes, made)]
+    for width, select, low in _planes(of_contexts[own.contexts]):
+      piece = (np.compress(select, own.bits) >> low).astype(np.uint8)
       pieces.append(blocks.packed(piece & np.uint8((1 << width) - 1), width))
     found.append(np.concatenate(pieces))
   return found
@@ -71,61 +89,59 @@ def encode(
 def decode(
   data: np.ndarray,
   sizes: Sequence[int],
-  contexts: np.ndarray,
+  count: int,
   shifts: Sequence[int],
-  write: Write,
-) -> np.ndarray:
+  job: Callable[[slice, Pop], _Result],
+) -> list[_Result]:
   """Decodes elements: the inverse of `encode`.
 
   Args:
     data: uint8, the results of `encode`, one after the other.
     sizes: the number of bytes of the tables, and of each block.
-    contexts: as in `encode`.
+    count: n.
     shifts: as in `encode`.
-    write: takes the index of the first element of a block; its symbols, uint16; the
-      indices, within the block, of the elements with raw bits; and the bits of these,
-      the symbol above the raw ones, int32. The arrays are used again afterwards.
+    job: takes the places of the elements of a block, and a function that decodes them.
 
   Returns:
-    The indices of the elements of the symbol 0, in order.
+    The results of `job`, in order.
 
   Raises:
     ValueError: if the bytes do not have these elements.
   """
-  parts = list(_blocks(contexts.size))
-  if len(parts) + 1 != len(sizes) or sum(sizes) != data.size:
+  own = list(parts(count))
+  if len(own) + 1 != len(sizes) or sum(sizes) != data.size:
     raise ValueError(
-      f'{contexts.size} elements cannot be in {data.size} bytes of {len(sizes)} parts'
+      f'{count} elements cannot be in {data.size} bytes of {len(sizes)} parts'
     )
   frequencies = tables.from_bytes(data[: sizes[0]].tobytes(), len(shifts), ALPHABET)
   made = blocks.tables_of(frequencies, decoding=True)
   of_contexts, first = np.array(shifts, np.uint8), _first(shifts)
   ends = np.cumsum(sizes, dtype=np.int64).tolist()
 
-  def job(part: slice, lanes: int, own: np.ndarray) -> np.ndarray:
-    places = contexts[part]
-    (at,) = np.nonzero(places >= first)
-    some = of_contexts[places[at]]
+  def pop(
+    own: np.ndarray, lanes: int, contexts: np.ndarray
+  ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    (at,) = np.nonzero(contexts >= first)
+    some = of_contexts[contexts[at]]
     planes = [(*plane, -(-_count(plane[1]) * plane[0] // 8)) for plane in _planes(some)]
     words = own.size - sum(plane[-1] for plane in planes)
     if words < 0:
       raise ValueError(f'a block of {own.size} bytes has too few raw bits')
-    fill = functools.partial(_copy, places)
-    symbols = blocks.pop(own[:words], fill, places.size, lanes, made)[: places.size]
-    raw, end = symbols[at].astype(np.uint32) << some, words
+    fill = functools.partial(_copy, contexts)
+    symbols = blocks.pop(own[:words], fill, contexts.size, lanes, made)
+    raw, end = np.zeros(at.size, np.uint32), words
     for width, select, low, size in planes:
       piece = np.empty(_count(select), np.uint8)
       blocks.unpack(own[end : end + size], width, piece)
       raw[select] |= piece.astype(np.uint32) << low
       end += size
-    write(part.start, symbols, at, raw.view(np.int32))
-    return np.flatnonzero(symbols == 0) + part.start
+    return symbols, at, raw
 
   jobs = [
-    functools.partial(job, *pair, data[end - size : end])
-    for pair, size, end in zip(parts, sizes[1:], ends[1:], strict=True)
+    functools.partial(job, part, functools.partial(pop, data[end - size : end], lanes))
+    for (part, lanes), size, end in zip(own, sizes[1:], ends[1:], strict=True)
   ]
-  return np.concatenate([np.zeros(0, np.int64), *pool.run(jobs)])
+  return pool.run(jobs)
 
 
 def _first(shifts: Sequence[int]) -> int:
@@ -140,16 +156,8 @@ def _first(shifts: Sequence[int]) -> int:
   return first
 
 
-def looked_up(table: np.ndarray, indices: np.ndarray) -> np.ndarray:
-  """Returns the entries of a short table, uint8, at indices, uint8 `[n]`."""
-  # NumPy would make wide integers of the indices first.
-  whole = np.zeros(256, np.uint8)
-  whole[: table.size] = table
-  return np.frombuffer(indices.tobytes().translate(whole.tobytes()), np.uint8)
-
-
-def _blocks(count: int) -> Iterator[tuple[slice, int]]:
-  """Yields the elements of each block, and its lanes."""
+def parts(count: int) -> Iterator[tuple[slice, int]]:
+  """Yields the places of the elements of each block, and its lanes."""
   if not count:
     return
   elements, lanes = blocks.divided(count)

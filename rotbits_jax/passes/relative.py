@@ -8,6 +8,7 @@ of tokens that no text has; a drift stores that.
 
 from collections.abc import Sequence
 import dataclasses
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -16,11 +17,11 @@ import numpy as np
 from rotbits_jax import structured
 from rotbits_jax.coding import given
 from rotbits_jax.coding import tables
+from rotbits_jax.structured import division
 from rotbits_jax.structured import relative
 from rotbits_jax.structured import ulps
 
 _SAMPLE = 1 << 16  # elements by which leaves are compared
-_PART = 1 << 16  # elements that are divided together, so that they fit a cache
 _LINES = 1 << 9  # elements of a row, or of a column, that tell its scale
 _LEAST_LINES = 16  # rows or columns for which scales of columns or rows are kept
 _SCALE_BITS = 9  # of a scale, and what its error in a short line seems to save
@@ -28,7 +29,6 @@ _FAR = 24  # eighths of an octave from which scales of lines are equally wrong
 _SPARSE = 1 / 16  # the greatest share of changed elements of a patch
 _OCTAVE = 4  # levels
 _LOWEST = -6 * _OCTAVE  # differences of 2^-6 ULPs and less share a class
-_BITS = 3  # the octaves of a difference that symbols tell
 _DRIFTING = 1 << 14  # elements that tell a drift
 _LEAST_DRIFT = 1 / 4  # of the elements move one way more than the other; bits it saves
 _LEAST = 1 << 12  # elements of an array for which classes are worth their arrays
@@ -270,12 +270,12 @@ def _coded(
   """
   dtype, mantissa = leaf.dtype, relative.mantissa_bits(leaf.dtype)
   # Differences in the last class are more than half of a number.
-  highest = 8 * dtype.itemsize if mantissa is None else mantissa - 1
-  levels = range(leaf.first, highest * _OCTAVE)
-  shifts = [max(i // _OCTAVE - _BITS, 0) for i in levels] + [8 * dtype.itemsize - 8]
-  shifts = [min(x, 8 * dtype.itemsize - 8) for x in shifts]
-  classes = head.classes(known, dtype, leaf.first, len(shifts)).reshape(-1)
-  made = _symbols(bits, known.reshape(-1), classes, shifts, dtype)
+  width = 8 * dtype.itemsize
+  highest = width if mantissa is None else mantissa - 1
+  levels = np.arange(leaf.first, highest * _OCTAVE)
+  shifts = [*division.shifts_of(levels, width).tolist(), width - 8]
+  sums = head.sums(dtype, leaf.first)
+  made = _symbols(bits, known.reshape(-1), sums, leaf.first, shifts, dtype)
   bands, of_bands = _bands(made.counts, shifts)
   head = head._replace(
     bands=np.array(bands, np.uint8), shifts=np.array(of_bands, np.uint8)
@@ -293,8 +293,9 @@ def _coded(
   size += float(_table_bits(counts).sum())
   if size + _side_bits(leaf) > alone:
     return None
-  contexts = given.looked_up(head.of_classes, classes)
-  coded = given.encode(made.symbols, made.raw, contexts, frequencies, of_bands)
+  coded = given.encode(
+    made.symbols, made.raw, made.classes, head.of_classes, frequencies, of_bands
+  )
   return dataclasses.replace(
     leaf,
     coded=np.concatenate(coded),
@@ -306,14 +307,16 @@ class _Symbols(NamedTuple):
   """The symbols and the raw bits of n elements.
 
   Attributes:
+    classes: uint8 `[n]`.
     symbols: uint8 `[n]`.
-    raw: uint32, the raw bits of elements that have some.
+    raw: the raw bits of elements that have some, for each block.
     values: the bits of elements with the symbol 0.
     counts: int64 `[classes, 256]`, how often each symbol occurs.
   """
 
+  classes: np.ndarray
   symbols: np.ndarray
-  raw: np.ndarray
+  raw: list[given.Raw]
   values: np.ndarray
   counts: np.ndarray
 
@@ -321,43 +324,26 @@ class _Symbols(NamedTuple):
 def _symbols(
   bits: np.ndarray,
   known: np.ndarray,
-  classes: np.ndarray,
+  sums: division.Sums,
+  first: int,
   shifts: list[int],
   dtype: np.dtype,
 ) -> _Symbols:
   """Divides elements `[n]` into symbols and raw bits, see `structured.Relative`."""
-  wide, last = np.promote_types(bits.dtype, np.int16), len(shifts) - 1
-  of_classes, first = np.array(shifts, np.uint8), shifts.count(0)
-  found = np.empty(bits.size, np.uint8)
-  counts = np.zeros(len(shifts) << 8, np.int64)
-  raw: list[np.ndarray] = [np.zeros(0, np.uint32)]
-  values: list[np.ndarray] = [bits[:0]]
-  for start in range(0, bits.size, _PART):
-    part = slice(start, start + _PART)
-    far = ulps.differences(bits[part], known[part], dtype)
-    far, own = far.astype(wide, copy=False), classes[part]
-    (at,) = np.nonzero(own >= first)
-    some, low = of_classes[own[at]], far[at].astype(np.int32)
-    (alone,) = np.nonzero(own == last)
-    numbers = ulps.sign_last(bits[part][alone])
-    if shifts[-1]:
-      low[np.searchsorted(at, alone)] = numbers.astype(np.uint32).view(np.int32)
-    raw.append(low.view(np.uint32) & (np.uint32(1) << some) - np.uint32(1))
-    far[at] = low >> some
-    far += 128
-    odd = (far - 1).view(f'u{wide.itemsize}') >= 255
-    far[alone] = numbers >> shifts[-1]
-    odd[alone] = far[alone] == 0
-    (at,) = np.nonzero(odd)
-    far[at] = 0
-    values.append(bits[part][at])
-    found[part] = far
-    key = own.astype(np.uint16) << np.uint16(8)
-    key |= found[part]
-    counts += np.bincount(key, minlength=counts.size)
-  return _Symbols(
-    found, np.concatenate(raw), np.concatenate(values), counts.reshape(-1, 256)
-  )
+  kind = division.Kind.of(dtype, relative.mantissa_bits(dtype))
+  last, first_raw = len(shifts) - 1, shifts.count(0)
+  classes, symbols = np.empty((2, bits.size), np.uint8)
+  counts = np.zeros((len(shifts), given.ALPHABET), np.int64)
+  raw, values = [], [bits[:0]]
+  for part, _ in given.parts(bits.size):
+    fill = functools.partial(sums.write, part.start)
+    made = division.divide(bits[part], known[part], fill, kind, first, last)
+    classes[part], symbols[part] = made.classes, made.symbols
+    (at,) = np.nonzero(made.classes >= first_raw)
+    raw.append(given.Raw(made.classes[at], made.raw[at]))
+    values.append(bits[part][made.symbols == 0])
+    counts += made.counts[: len(shifts)]
+  return _Symbols(classes, symbols, raw, np.concatenate(values), counts)
 
 
 def _bands(counts: np.ndarray, shifts: Sequence[int]) -> tuple[list[int], list[int]]:

@@ -19,6 +19,7 @@ a matrix.
 """
 
 from collections.abc import Callable, Iterator
+import functools
 import math
 from typing import Annotated, Any, ClassVar, NamedTuple
 import zlib
@@ -29,6 +30,7 @@ import numpy as np
 
 from rotbits_jax.coding import given
 from rotbits_jax.coding import tables
+from rotbits_jax.structured import division
 from rotbits_jax.structured import ulps
 from rotbits_jax.structured.base import Structured
 from rotbits_jax.structured.base import register
@@ -245,9 +247,11 @@ class Patched(_BesideBase):
     mask = np.packbits(changed, bitorder='little')
     counts = [np.bincount(x, minlength=given.ALPHABET) for x in (mask, numbers)]
     frequencies = tables.quantize(np.stack(counts))
-    contexts = np.repeat(np.arange(2, dtype=np.uint8), (mask.size, numbers.size))
-    symbols, none = np.concatenate([mask, numbers]), np.zeros(0, np.uint32)
-    coded = given.encode(symbols, none, contexts, frequencies, (0, 0))
+    none = given.Raw(np.zeros(0, np.uint8), np.zeros(0, np.uint16))
+    owners, symbols = np.arange(2, dtype=np.uint8), np.concatenate([mask, numbers])
+    contexts = owners.repeat((mask.size, numbers.size))
+    raw = [none for _ in given.parts(symbols.size)]
+    coded = given.encode(symbols, raw, contexts, owners, frequencies, (0, 0))
     return cls(
       np.concatenate(coded),
       own[odd] if odd.any() else None,
@@ -263,10 +267,11 @@ class Patched(_BesideBase):
     contexts = np.repeat(np.arange(2, dtype=np.uint8), (size, self.changes))
     symbols = np.empty(contexts.size, np.uint8)
 
-    def write(start: int, own: np.ndarray, *_: np.ndarray) -> None:
-      symbols[start : start + own.size] = own
+    def job(part: slice, pop: given.Pop) -> None:
+      own = contexts[part]
+      symbols[part] = pop(own)[0][: own.size]
 
-    given.decode(np.asarray(self.coded), self.parts, contexts, (0, 0), write)
+    given.decode(np.asarray(self.coded), self.parts, contexts.size, (0, 0), job)
     mask = np.unpackbits(symbols[:size], count=bits.size, bitorder='little')
     (places,) = np.nonzero(mask.view(bool))
     numbers = symbols[size:]
@@ -396,34 +401,25 @@ class Relative(_BesideBase):
     head = Head.from_bytes(self.head, math.prod(self.lengths), self.width)
     own = head.own_rows
     known = self.predicted(base, own)
-    classes = head.classes(known, dtype, self.first, int(head.bands.sum()))
-    places = given.looked_up(head.of_classes, classes.reshape(-1))
     found, flat = np.empty_like(known), known.reshape(-1)
-    bits, wide = found.reshape(-1), np.promote_types(known.dtype, np.int16)
-    beyond = (128 << head.shifts.astype(np.int64)) - 128
-    beyond = beyond.astype(wide)
-    last = head.bands.size - 1
+    bits, kind = found.reshape(-1), division.Kind.of(dtype, mantissa_bits(dtype))
+    sums, of_classes = head.sums(dtype, self.first), head.of_classes
 
-    def write(start: int, symbols: np.ndarray, at: np.ndarray, far: np.ndarray) -> None:
-      for begin in range(0, symbols.size, _BLOCK):
-        part = slice(begin, begin + _BLOCK)
-        own = slice(start + begin, start + begin + symbols[part].size)
-        numbers, of_part = symbols[part].astype(wide), places[own]
-        some = slice(*np.searchsorted(at, (begin, begin + _BLOCK)))
-        where = at[some] - begin
-        numbers[where] = far[some]
-        (alone,) = np.nonzero(of_part == last)
-        of_alone = ulps.sign_first(numbers[alone], known.dtype)
-        numbers -= 128
-        numbers[where] -= beyond[of_part[where]]
-        numbers = numbers.astype(known.dtype, copy=False)
-        numbers = ulps.moved(flat[own], numbers, dtype)
-        numbers[alone] = of_alone
-        bits[own] = numbers
+    def job(part: slice, pop: given.Pop) -> np.ndarray:
+      bits[part], odd = division.join(
+        flat[part],
+        functools.partial(sums.write, part.start),
+        kind,
+        of_classes,
+        head.shifts,
+        pop,
+      )
+      return odd + part.start
 
-    coded = np.asarray(self.coded)
-    shifts = head.shifts.tolist()
-    odd = given.decode(coded, self.parts, places, shifts, write)
+    coded, shifts = np.asarray(self.coded), head.shifts.tolist()
+    odd = np.concatenate(
+      [np.zeros(0, np.int64), *given.decode(coded, self.parts, bits.size, shifts, job)]
+    )
     values = np.zeros(0, known.dtype) if self.values is None else self.values
     if odd.size != values.size:
       raise ValueError(f'{odd.size} elements have no symbol, got {values.size} values')
@@ -498,30 +494,12 @@ class Head(NamedTuple):
     (own,) = np.nonzero(self.rows != EQUAL)
     return None if own.size == self.rows.size else own
 
-  def classes(
-    self, known: np.ndarray, dtype: np.dtype, first: int, count: int
-  ) -> np.ndarray:
-    """Returns the classes of elements, uint8 `[r, C]`.
-
-    Args:
-      known: see `Relative.predicted`.
-      dtype: dtype of the numbers.
-      first: the level of class 0.
-      count: the number of classes.
-    """
+  def sums(self, dtype: np.dtype, first: int) -> division.Sums:
+    """Returns the sums of the scales of the rows that may differ, minus `2 first`."""
     rows = self.rows if self.own_rows is None else self.rows[self.own_rows]
-    found, mantissa = np.empty(known.shape, np.uint8), mantissa_bits(dtype)
-    for part in _parts(known.shape):
-      bits = known[part]
-      level = rows[part[0]][:, None] + (self.columns[part[1]] - np.int16(2 * first))
-      if mantissa is not None:
-        exponents = (bits & np.iinfo(bits.dtype).max) >> mantissa
-        exponents = np.maximum(exponents, 1, out=exponents).astype(np.int16, copy=False)
-        exponents <<= 3
-        level -= exponents
-      level >>= 1
-      found[part] = np.clip(level, 0, count - 1, out=level)
-    return found
+    # The least exponent is 1, which integers do not have.
+    more = 8 * (mantissa_bits(dtype) is None) - 2 * first
+    return division.Sums(rows, self.columns + np.int16(more))
 
   def to_bytes(self) -> np.ndarray:
     """Returns the bytes, uint8: the inverse of `from_bytes`."""
