@@ -22,7 +22,9 @@ from rotbits_jax.structured import relative
 from rotbits_jax.structured import ulps
 
 _SAMPLE = 1 << 16  # elements by which leaves are compared
+_PART = 1 << 15  # elements whose differences fit a cache
 _LINES = 1 << 9  # elements of a row, or of a column, that tell its scale
+_FIRST = 16  # columns that most often tell that a row differs
 _LEAST_LINES = 16  # rows or columns for which scales of columns or rows are kept
 _SCALE_BITS = 9  # of a scale, and what its error in a short line seems to save
 _FAR = 24  # eighths of an octave from which scales of lines are equally wrong
@@ -108,7 +110,7 @@ def _relative(
   if width < _LEAST_LINES:
     width = bits.size
   wanted, known = bits.reshape(-1, width), base.reshape(-1, width)
-  (own,) = np.nonzero((wanted != known).any(axis=1))
+  own = _differing(wanted, known)
   factors = _factors(wanted, known, dtype)
   draft = structured.Relative(
     head=np.zeros(0, np.uint8),
@@ -135,6 +137,16 @@ def _relative(
   rows[own], columns = _scales(wanted, known, dtype)
   head = relative.Head(rows, columns, *np.zeros((2, 0), np.uint8))
   return _coded(draft, head, wanted.reshape(-1), known, alone)
+
+
+def _differing(bits: np.ndarray, known: np.ndarray) -> np.ndarray:
+  """Returns the indices of the rows that differ."""
+  found = np.zeros(len(bits), bool)
+  for columns in (slice(_FIRST), slice(_FIRST, None)):  # most rows differ at once
+    (left,) = np.nonzero(~found)
+    if left.size:
+      found[left] = (bits[left, columns] != known[left, columns]).any(axis=1)
+  return np.flatnonzero(found)
 
 
 def _drift(bits: np.ndarray, known: np.ndarray, dtype: np.dtype) -> np.ndarray | None:
@@ -178,19 +190,20 @@ def _scales(
   rows, columns = bits.shape
   few = slice(None, None, -(-columns // _LINES))
   some = slice(None, None, -(-rows // _LINES))
+  sample = _roots(bits[some], base[some], dtype)
   if rows < _LEAST_LINES:
-    of_rows, of_columns = _roots(bits, base, dtype).mean(axis=1), np.ones(columns)
+    of_rows, of_columns = sample.mean(axis=1), np.ones(columns)
   else:
-    sample = _roots(bits[:, few], base[:, few], dtype)
-    of_rows = sample.mean(axis=1)
-    other = _roots(bits[some], base[some], dtype)
-    of_columns = _shares(other, of_rows[some], axis=0)
-    of_rows = _shares(sample, of_columns[few], axis=1)
+    of_columns = _shares(sample, sample.mean(axis=1), axis=0)
+    step = max(_PART // len(of_columns[few]), 1)
+    parts = (slice(i, i + step, None) for i in range(0, rows, step))
+    roots = (_roots(bits[x, few], base[x, few], dtype) for x in parts)
+    of_rows = np.concatenate([_shares(x, of_columns[few], axis=1) for x in roots])
   bias = 0.0
   if (mantissa := relative.mantissa_bits(dtype)) is not None:
     one = int(np.array(1, dtype).view(bits.dtype)) >> mantissa
     bias = 8.0 * (one + mantissa)
-  share = np.count_nonzero(bits != base) / bits.size
+  share = np.count_nonzero(sample) / sample.size
   return (
     _kept(_logs(of_rows, bias), share * columns),
     _kept(_logs(of_columns, 0.0), share * rows),
@@ -523,7 +536,11 @@ def _bits_alone(bits: np.ndarray, dtype: np.dtype) -> float:
   """Estimates the bits that an array takes alone."""
   sample = bits[:: -(-bits.size // _SAMPLE)]
   mantissa = relative.mantissa_bits(dtype)
-  found = np.unique(sample, return_counts=True)[1]
+  if bits.itemsize > 2:
+    found = np.unique(sample, return_counts=True)[1]
+  else:
+    counts = np.bincount(sample.view(f'u{bits.itemsize}'))
+    found = counts[counts > 0]
   cost = 8.0 * bits.dtype.itemsize
   if found.size <= sample.size // 16:  # more values than that are not seen in a sample
     cost = tables.entropy_bits(found) / sample.size
