@@ -25,6 +25,7 @@ from rotbits_jax.coding.weights import pool
 
 ALPHABET = 256
 MOST_SHIFT = 24
+LANE = blocks.STEPS // 2
 
 Pop = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray, np.ndarray]]
 """Takes the contexts of a block, uint8 `[n]`; decodes its elements.
@@ -55,6 +56,7 @@ def encode(
   owners: np.ndarray,
   frequencies: np.ndarray,
   shifts: Sequence[int],
+  lane: int = LANE,
 ) -> list[np.ndarray]:
   """Encodes elements on this thread.
 
@@ -65,6 +67,7 @@ def encode(
     owners: the table of each context, uint8.
     frequencies: int64 `[K, 256]`, the tables.
     shifts: the number of raw bits of an element of each table.
+    lane: see `parts`.
 
   Returns:
     The bytes of the tables, and those of each block: uint8. A decoder knows the tables
@@ -73,7 +76,7 @@ def encode(
   made = blocks.tables_of(frequencies[owners], decoding=False)
   found = [np.frombuffer(tables.to_bytes(frequencies), np.uint8)]
   of_contexts = np.array(shifts, np.uint8)[owners]
-  for (part, lanes), own in zip(parts(symbols.size), raw, strict=True):
+  for (part, lanes), own in zip(parts(symbols.size, lane), raw, strict=True):
     count = part.stop - part.start
     widened = buffers.scratch('given', blocks.CAPACITY, np.uint16)
     widened[:count] = symbols[part]
@@ -92,6 +95,7 @@ def decode(
   count: int,
   shifts: Sequence[int],
   job: Callable[[slice, Pop], _Result],
+  lane: int = LANE,
 ) -> list[_Result]:
   """Decodes elements: the inverse of `encode`.
 
@@ -101,6 +105,7 @@ def decode(
     count: n.
     shifts: as in `encode`.
     job: takes the places of the elements of a block, and a function that decodes them.
+    lane: see `parts`.
 
   Returns:
     The results of `job`, in order.
@@ -108,7 +113,7 @@ def decode(
   Raises:
     ValueError: if the bytes do not have these elements.
   """
-  own = list(parts(count))
+  own = list(parts(count, lane))
   if len(own) + 1 != len(sizes) or sum(sizes) != data.size:
     raise ValueError(
       f'{count} elements cannot be in {data.size} bytes of {len(sizes)} parts'
@@ -156,11 +161,18 @@ def _first(shifts: Sequence[int]) -> int:
   return first
 
 
-def parts(count: int) -> Iterator[tuple[slice, int]]:
-  """Yields the places of the elements of each block, and its lanes."""
+def parts(count: int, lane: int = LANE) -> Iterator[tuple[slice, int]]:
+  """Yields the places of the elements of each block, and its lanes.
+
+  Args:
+    count: n.
+    lane: the elements for which a block gets one more lane, at most `LANE`. A lane
+      takes about 4 bytes, and the time of a block is that of a lane.
+  """
   if not count:
     return
-  elements, lanes = blocks.divided(count)
+  elements, _ = blocks.divided(count)
+  lanes = min(max(elements // lane, 1), blocks.LANES)
   for start in range(0, count, elements):
     yield slice(start, min(start + elements, count)), lanes
 

@@ -31,7 +31,7 @@ _FAR = 24  # eighths of an octave from which scales of lines are equally wrong
 _SPARSE = 1 / 16  # the greatest share of changed elements of a patch
 _OCTAVE = 4  # levels
 _LOWEST = -6 * _OCTAVE  # differences of 2^-6 ULPs and less share a class
-_DRIFTING = 1 << 14  # elements that tell a drift
+_FEW = 1 << 14  # elements that tell a drift, or how often an exponent changes
 _LEAST_DRIFT = 1 / 4  # of the elements move one way more than the other; bits it saves
 _LEAST = 1 << 12  # elements of an array for which classes are worth their arrays
 _LEAF_BITS = 8 * 60  # of a leaf beside its arrays
@@ -53,33 +53,42 @@ def beside(target: np.ndarray, base: np.ndarray) -> Any:
     return None
   bits = relative.bits_of(target)
   known = relative.base_bits(base, target.shape, dtype)
-  changed = int(np.count_nonzero(bits != known))
-  if not changed:
-    return structured.Same(target.shape, dtype.name)
-  if dtype.itemsize > 4 or _is_sparse(bits, known, changed / bits.size, dtype):
-    if changed > _SPARSE * bits.size:
+  places = _changed(bits, known)
+  if places is None:
+    if dtype.itemsize > 4:
       return None
-    return structured.Patched.of(target, known)
+  elif not places.size:
+    return structured.Same(target.shape, dtype.name)
+  elif dtype.itemsize > 4 or _is_sparse(known, places, dtype):
+    return structured.Patched.of(target, known, places)
   if bits.size < _LEAST:
     return None
   return _relative(target, bits, known, _bits_alone(bits, dtype))
 
 
-def _is_sparse(
-  bits: np.ndarray, base: np.ndarray, share: float, dtype: np.dtype
-) -> bool:
-  """Returns whether a mask of the changed elements is about as short as classes."""
-  if share > _SPARSE:
-    return False
+def _changed(bits: np.ndarray, base: np.ndarray) -> np.ndarray | None:
+  """Returns the indices of changed elements; None if there are many."""
+  found, left = [np.zeros(0, np.int64)], _SPARSE * bits.size
+  for start in range(0, bits.size, _PART):
+    changed = bits[start : start + _PART] != base[start : start + _PART]
+    left -= int(np.count_nonzero(changed))
+    if left < 0:
+      return None
+    found.append(np.flatnonzero(changed) + start)
+  return np.concatenate(found)
+
+
+def _is_sparse(base: np.ndarray, places: np.ndarray, dtype: np.dtype) -> bool:
+  """Returns whether gaps between changed elements are about as short as classes."""
   mantissa = relative.mantissa_bits(dtype)
   if mantissa is None:
     return True
-  sample = slice(None, None, -(-bits.size // _SAMPLE))
-  known = base[sample]
-  changed = bits[sample] != known
-  exponents = (known & np.iinfo(known.dtype).max) >> mantissa
-  counts = np.bincount(exponents, minlength=1)
-  own = np.bincount(exponents[changed], minlength=counts.size)
+  every, some = -(-base.size // _FEW), -(-places.size // _FEW)
+  counts, own = (
+    step * np.bincount((x & np.iinfo(x.dtype).max) >> mantissa, minlength=1 << 8)
+    for x, step in ((base[::every], every), (base[places[::some]], some))
+  )
+  counts = np.maximum(counts, own)
   alone = _binary_entropy(own.sum(), counts.sum())
   return float(_binary_entropy(own, counts).sum()) > 0.9 * float(alone)
 
@@ -160,7 +169,7 @@ def _drift(bits: np.ndarray, known: np.ndarray, dtype: np.dtype) -> np.ndarray |
   mantissa = relative.mantissa_bits(dtype)
   if mantissa is None or dtype.itemsize == 1:
     return None
-  sample = slice(None, None, -(-bits.size // _DRIFTING))
+  sample = slice(None, None, -(-bits.size // _FEW))
   far = ulps.differences(bits[sample], known[sample], dtype).astype(np.int64)
   if abs(np.sign(far).mean()) < _LEAST_DRIFT:
     return None

@@ -9,7 +9,7 @@ All of a leaf, the base too, may be that of the transposed array, which is in C 
 the tensor of a kernel comes from PyTorch.
 
 * `Same`: the target is the base.
-* `Patched`: few elements differ. A mask tells which.
+* `Patched`: few elements differ. The gaps between them are stored.
 * `Relative`: all elements may differ. Each is stored as its difference in ULPs, see
   `ulps.differences`, and differences of one expected size share a frequency table.
 
@@ -50,6 +50,7 @@ MOST_CLASSES = 254
 DRIFTS = 256
 """The length of a drift."""
 
+_LANE = 1 << 10  # symbols for which a block of a patch gets one more lane
 _SINGLE = 1 << 18  # products of numbers for which BLAS takes no threads
 _BLOCK = 1 << 16  # elements that are taken together, so that they fit a cache
 
@@ -203,10 +204,11 @@ class Same(_BesideBase):
 class Patched(_BesideBase):
   """The base, of which few elements are changed.
 
-  A mask has a bit for each element, 1 where it is changed, 8 to a byte from the lowest
-  on. `coding.given` codes its bytes, with the context 0, and then a symbol for each
-  changed element, with the context 1: 128 plus its difference, see `ulps.differences`;
-  or 0 for an element of `values`.
+  `coding.given` codes a symbol for each changed element, with the context 0: 128 plus
+  its difference, see `ulps.differences`; or 0 for an element of `values`. Then it codes
+  how many unchanged elements come before each changed one, with the context 1, whose
+  shift is `shift`. The greatest number, `2^(shift + 8) - 1`, stands for as many
+  elements without a changed one behind them, and another number follows.
 
   Attributes:
     coded: uint8, the bytes of `coding.given`.
@@ -215,6 +217,8 @@ class Patched(_BesideBase):
     lengths: shape of the array, or of its transpose.
     name: name of its dtype.
     changes: the number of changed elements.
+    gaps: the number of numbers with the context 1.
+    shift: see above.
     parts: how many bytes the tables have, and each block.
   """
 
@@ -225,63 +229,87 @@ class Patched(_BesideBase):
   lengths: tuple[Length, ...] = static()
   name: Name = static()
   changes: schema.Size = static()
+  gaps: schema.Size = static()
+  shift: Annotated[schema.Integer, schema.between(0, given.MOST_SHIFT)] = static()
   parts: tuple[schema.Size, ...] = static()
   columns_first: bool = static(default=False)
 
   @classmethod
-  def of(cls, target: np.ndarray, base: np.ndarray) -> 'Patched':
+  def of(cls, target: np.ndarray, base: np.ndarray, places: np.ndarray) -> 'Patched':
     """Makes the leaf.
 
     Args:
-      target: the array; an element differs from the base.
+      target: the array.
       base: its base, see `base_bits`.
+      places: the indices of the elements that differ, at least one.
     """
-    bits, dtype = bits_of(target), target.dtype
-    changed = bits != base
-    (places,) = np.nonzero(changed)
-    own = bits[places]
+    own, dtype = bits_of(target)[places], target.dtype
     far = ulps.differences(own, base[places], dtype)
     far = far.astype(np.promote_types(far.dtype, np.int16), copy=False)
     odd = (far <= -128) | (far > 127)
     numbers = np.where(odd, 0, far + 128).astype(np.uint8)
-    mask = np.packbits(changed, bitorder='little')
-    counts = [np.bincount(x, minlength=given.ALPHABET) for x in (mask, numbers)]
-    frequencies = tables.quantize(np.stack(counts))
-    none = given.Raw(np.zeros(0, np.uint8), np.zeros(0, np.uint16))
-    owners, symbols = np.arange(2, dtype=np.uint8), np.concatenate([mask, numbers])
-    contexts = owners.repeat((mask.size, numbers.size))
-    raw = [none for _ in given.parts(symbols.size)]
-    coded = given.encode(symbols, raw, contexts, owners, frequencies, (0, 0))
+    gaps = np.diff(places, prepend=-1) - 1
+    # The mean of a gap gets a symbol from 4 to 8.
+    shift = min(max(int(gaps.mean()).bit_length() - 3, 0), given.MOST_SHIFT)
+    most = (given.ALPHABET << shift) - 1
+    ends = np.cumsum(gaps // most + 1)
+    gaps, left = np.full(ends[-1], most), gaps % most
+    gaps[ends - 1] = left
+    both = numbers, (gaps >> shift).astype(np.uint8)
+    symbols, owners = np.concatenate(both), np.arange(2, dtype=np.uint8)
+    counts = [np.bincount(x, minlength=given.ALPHABET) for x in both]
+    raw = []
+    for part, _ in given.parts(symbols.size):
+      some = (max(x - numbers.size, 0) for x in (part.start, part.stop))
+      low = gaps[slice(*some)] & (1 << shift) - 1
+      raw.append(given.Raw(np.ones(low.size, np.uint8), low.astype(np.uint32)))
+    coded = given.encode(
+      symbols,
+      raw,
+      owners.repeat([x.size for x in both]),
+      owners,
+      tables.quantize(np.stack(counts)),
+      (0, shift),
+      _LANE,
+    )
     return cls(
       np.concatenate(coded),
       own[odd] if odd.any() else None,
       target.shape,
       dtype.name,
       places.size,
+      gaps.size,
+      shift,
       tuple(x.size for x in coded),
     )
 
   def materialize(self, *needed: Any) -> np.ndarray:
-    bits = self._base(needed).copy()
-    size = -(-bits.size // 8)
-    contexts = np.repeat(np.arange(2, dtype=np.uint8), (size, self.changes))
-    symbols = np.empty(contexts.size, np.uint8)
+    base = self._base(needed)
+    contexts = np.repeat(np.arange(2, dtype=np.uint8), (self.changes, self.gaps))
+    both = np.empty(contexts.size, np.int64)
 
     def job(part: slice, pop: given.Pop) -> None:
-      own = contexts[part]
-      symbols[part] = pop(own)[0][: own.size]
+      symbols, at, raw = pop(contexts[part])
+      own = both[part]
+      own[:] = symbols[: own.size]
+      own[at] = own[at] << self.shift | raw
 
-    given.decode(np.asarray(self.coded), self.parts, contexts.size, (0, 0), job)
-    mask = np.unpackbits(symbols[:size], count=bits.size, bitorder='little')
-    (places,) = np.nonzero(mask.view(bool))
-    numbers = symbols[size:]
+    coded = np.asarray(self.coded)
+    given.decode(coded, self.parts, contexts.size, (0, self.shift), job, _LANE)
+    numbers, gaps = np.split(both, [self.changes])
+    is_last = gaps < (given.ALPHABET << self.shift) - 1
+    ends = np.cumsum(gaps + is_last)
+    places = ends[is_last] - 1
     (odd,) = np.nonzero(numbers == 0)
-    values = np.zeros(0, bits.dtype) if self.values is None else self.values
+    values = np.zeros(0, base.dtype) if self.values is None else self.values
     if (places.size, odd.size) != (numbers.size, values.size):
       raise ValueError(
         f'{places.size} changed elements, {odd.size} of them far, have '
         f'{numbers.size} changes and {values.size} values'
       )
+    if ends[-1:].max(initial=0) > base.size:
+      raise ValueError(f'an array of {self.lengths} has no element {ends[-1] - 1}')
+    bits = base.copy()
     far = (numbers.astype(np.int16) - 128).astype(bits.dtype)
     found = ulps.moved(bits[places], far, self.dtype)
     found[odd] = values
@@ -290,9 +318,11 @@ class Patched(_BesideBase):
 
   def check(self) -> None:
     super().check()
-    size = math.prod(self.lengths)
-    if self.changes > size:
-      raise ValueError(f'an array of {self.lengths} cannot have {self.changes} changes')
+    if max(self.changes, self.gaps) > math.prod(self.lengths):
+      raise ValueError(
+        f'an array of {self.lengths} cannot have {self.changes} changes and '
+        f'{self.gaps} gaps'
+      )
     self._check_values(self.values)
 
 
