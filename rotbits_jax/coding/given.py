@@ -3,11 +3,8 @@
 An element has a symbol below 256 and s raw bits; its context tells the table and the
 shift s. Contexts without raw bits come before the others. First come the tables, see
 `tables.to_bytes`, and then blocks of equally many elements, of which the last one has
-fewer. A block is a message of the symbols, see `weights.blocks`, and then the raw bits.
-Those of an element are cut into pieces from the lowest on, see `layouts.piece_widths`:
-of 8 bits and then of 4, 2 and 1, each at most once. Planes follow each other: the first
-pieces of 8 bits of all elements that have one, the second ones, the third ones, and the
-pieces of 4, of 2 and of 1 bits. `blocks.packed` packs a plane.
+fewer. A block is a message of the symbols, see `weights.blocks`, and then the planes of
+the raw bits, see `pieces`.
 
 Shape letters: n elements, m elements with raw bits, K contexts.
 """
@@ -18,6 +15,7 @@ from typing import NamedTuple, TypeVar
 
 import numpy as np
 
+from rotbits_jax.coding import pieces
 from rotbits_jax.coding import tables
 from rotbits_jax.coding.weights import blocks
 from rotbits_jax.coding.weights import buffers
@@ -81,11 +79,9 @@ def encode(
     widened = buffers.scratch('given', blocks.CAPACITY, np.uint16)
     widened[:count] = symbols[part]
     fill = functools.partial(_copy, contexts[part])
-    pieces = [blocks.push(widened, fill, count, lanes, made)]
-    for width, select, low in _planes(of_contexts[own.contexts]):
-      piece = (np.compress(select, own.bits) >> low).astype(np.uint8)
-      pieces.append(blocks.packed(piece & np.uint8((1 << width) - 1), width))
-    found.append(np.concatenate(pieces))
+    planes = [blocks.push(widened, fill, count, lanes, made)]
+    planes += pieces.cut(own.bits, of_contexts[own.contexts])
+    found.append(np.concatenate(planes))
   return found
 
 
@@ -128,19 +124,12 @@ def decode(
   ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     (at,) = np.nonzero(contexts >= first)
     some = of_contexts[contexts[at]]
-    planes = [(*plane, -(-_count(plane[1]) * plane[0] // 8)) for plane in _planes(some)]
-    words = own.size - sum(plane[-1] for plane in planes)
+    words = own.size - pieces.size(some)
     if words < 0:
       raise ValueError(f'a block of {own.size} bytes has too few raw bits')
     fill = functools.partial(_copy, contexts)
     symbols = blocks.pop(own[:words], fill, contexts.size, lanes, made)
-    raw, end = np.zeros(at.size, np.uint32), words
-    for width, select, low, size in planes:
-      piece = np.empty(_count(select), np.uint8)
-      blocks.unpack(own[end : end + size], width, piece)
-      raw[select] |= piece.astype(np.uint32) << low
-      end += size
-    return symbols, at, raw
+    return symbols, at, pieces.joined(own[words:], some)
 
   jobs = [
     functools.partial(job, part, functools.partial(pop, data[end - size : end], lanes))
@@ -175,29 +164,6 @@ def parts(count: int, lane: int = LANE) -> Iterator[tuple[slice, int]]:
   lanes = min(max(elements // lane, 1), blocks.LANES)
   for start in range(0, count, elements):
     yield slice(start, min(start + elements, count)), lanes
-
-
-def _planes(shifts: np.ndarray) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-  """Yields the planes that have a piece.
-
-  Args:
-    shifts: uint8 `[m]`.
-
-  Yields:
-    The width of pieces; bool `[m]`, the elements that have one; and how many bits of
-    each of these elements are below it.
-  """
-  for low in range(0, int(shifts.max(initial=0)) & ~7, 8):
-    select = shifts >= low + 8
-    yield 8, select, np.array(low, np.uint8)
-  for width in (4, 2, 1):
-    select = (shifts & np.uint8(width)) > 0
-    if select.any():
-      yield width, select, shifts[select] & np.uint8(256 - 2 * width)
-
-
-def _count(select: np.ndarray) -> int:
-  return int(np.count_nonzero(select))
 
 
 def _copy(array: np.ndarray, out: np.ndarray) -> None:

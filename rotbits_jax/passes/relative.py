@@ -365,6 +365,7 @@ def _symbols(
     raw.append(given.Raw(made.classes[at], made.raw[at]))
     values.append(bits[part][made.symbols == 0])
     counts += made.counts[: len(shifts)]
+    del made  # or the next call copies these arrays, because they are used
   return _Symbols(classes, symbols, raw, np.concatenate(values), counts)
 
 
