@@ -251,14 +251,11 @@ def read_given(a, s, contexts, shifts, lane=8192):  # symbols with their raw bit
   return np.int64(np.concatenate(found))
 def patched(s, a):
   bits, moved = base_of(s)
-  contexts = np.arange(2).repeat((m := s['changes'], s['gaps']))
-  x = read_given(a, s, contexts, (0, s['shift']), 1024)
-  x, gaps = x[:m], x[m:]
-  changed = gaps < (256 << s['shift']) - 1
-  places = np.cumsum(gaps + changed)[changed] - 1
-  found = moved(bits[places], x - 128)
-  found[x == 0] = SIGNED(a.get('values', found[:0]))
-  bits[places] = found
+  own = np.arange(2).repeat((m := s['changes'], s['gaps']))
+  x, gaps = np.split(read_given(a, s, own, (0, s['shift']), 1024), [m])
+  at = np.cumsum(gaps + (ends := gaps < (256 << s['shift']) - 1))[ends] - 1
+  bits[at] = moved(bits[at], x - 128)
+  bits[at[x == 0]] = SIGNED(a.get('values', bits[:0]))
   return bits.reshape(s['lengths'])
 def relative(s, a):
   (bits, moved), name = base_of(s), s['name']
