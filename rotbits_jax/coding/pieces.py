@@ -1,10 +1,13 @@
-"""Programs that cut raw bits into pieces, and join these, if numbers have their shifts.
+"""Cuts raw bits into pieces, and joins these, of numbers with shifts of their own.
 
 A number has s raw bits, from 0 to 24. They are cut from the lowest on: into pieces of 8
 bits, and then of 4, 2 and 1, each at most once, see `layouts.piece_widths`. Planes
 follow each other: the first pieces of 8 bits of all numbers that have one, the second
 ones, the third ones, and the pieces of 4, of 2 and of 1 bits. `blocks.packed` packs a
 plane.
+
+Programs move the pieces of some numbers. NumPy takes many times longer, because it
+branches for each number.
 
 Shape letter: m numbers, at most 2^20.
 """
@@ -22,9 +25,7 @@ from rotbits_jax.coding.weights import buffers
 from rotbits_jax.system import native
 
 _ROOM = blocks.CAPACITY
-_STEP = 1 << 12  # numbers that one step takes
-_UNROLLED = 4  # of a step
-_NAMES = tuple(f'plane {i}' for i in range(6))
+_UNROLLED = 8  # numbers that one step takes
 
 
 def cut(raw: np.ndarray, shifts: np.ndarray) -> list[np.ndarray]:
@@ -34,18 +35,13 @@ def cut(raw: np.ndarray, shifts: np.ndarray) -> list[np.ndarray]:
     raw: unsigned integers `[m]`.
     shifts: uint8 `[m]`, how many bits of each number count.
   """
-  planes = _cut(
-    tuple(buffers.taken(name, _ROOM, np.uint8) for name in _NAMES),
-    _copied('raw', raw, np.uint32),
-    _copied('shifts of raw bits', shifts, np.uint8),
-    np.int32(raw.size),
-  )
-  found = [
-    blocks.packed(np.asarray(plane)[: np.count_nonzero(has)].copy(), width)
-    for plane, (width, has, _) in zip(planes, _places(shifts), strict=True)
-  ]
-  for name, plane in zip(_NAMES, planes, strict=True):
-    buffers.keep(name, plane)
+  found = []
+  for width, has, low in _places(shifts):
+    count = int(np.count_nonzero(has))
+    if count:
+      piece = (raw >> low).astype(np.uint8) & np.uint8((1 << width) - 1)
+      piece = piece if count == raw.size else _moved(_some, piece, has, count)
+      found.append(blocks.packed(piece, width))
   return found
 
 
@@ -55,121 +51,96 @@ def size(shifts: np.ndarray) -> int:
 
 
 def joined(planes: np.ndarray, shifts: np.ndarray) -> np.ndarray:
-  """Joins the raw bits of numbers: the inverse of `cut`.
+  """Joins the raw bits of numbers, uint32 `[m]`: the inverse of `cut`.
 
   Args:
     planes: uint8 `[size(shifts)]`, the planes, one after the other.
     shifts: as in `cut`.
-
-  Returns:
-    uint32 `[m]`, which the next call on this thread uses again.
   """
-  pieces, end = [], 0
-  for name, (width, has, _) in zip(_NAMES, _places(shifts), strict=True):
+  raw, end = np.zeros(shifts.size, np.uint32), 0
+  for width, has, low in _places(shifts):
     count = int(np.count_nonzero(has))
-    piece, start = buffers.scratch(name, _ROOM, np.uint8), end
-    end += -(-count * width // 8)
-    blocks.unpack(planes[start:end], width, piece[:count])
-    pieces.append(piece)
-  raw = _join(
-    buffers.taken('raw', _ROOM, np.uint32),
-    tuple(pieces),
-    _copied('shifts of raw bits', shifts, np.uint8),
-    np.int32(shifts.size),
-  )
-  buffers.keep('raw', raw)
-  return np.asarray(raw)[: shifts.size]
+    if count:
+      piece, start = np.empty(count, np.uint8), end
+      end += -(-count * width // 8)
+      blocks.unpack(planes[start:end], width, piece)
+      if count < shifts.size:
+        piece = _moved(_all, piece, has, shifts.size)
+      raw |= piece.astype(np.uint32) << low
+  return raw
 
 
-def _copied(name: str, array: np.ndarray, dtype: type) -> np.ndarray:
-  found = buffers.scratch(name, _ROOM, dtype)
-  found[: array.size] = array
+def _places(shifts: np.ndarray) -> Iterator[tuple[int, np.ndarray, Any]]:
+  """Yields the width of each plane, which numbers have a piece, and the bits below."""
+  for low in (0, 8, 16):
+    yield 8, shifts >= low + 8, np.uint8(low)
+  for width in (4, 2, 1):
+    yield width, shifts & np.uint8(width) > 0, shifts & np.uint8(256 - 2 * width)
+
+
+def _moved(program: Any, pieces: np.ndarray, has: np.ndarray, count: int) -> np.ndarray:
+  """Returns `count` pieces, those of some numbers or of all."""
+  own, places = (buffers.scratch('moved', _ROOM, x) for x in (np.uint8, np.bool_))
+  own[: pieces.size], places[: has.size] = pieces, has
+  places[has.size : has.size + _UNROLLED] = False
+  out = buffers.taken('moved', _ROOM, np.uint8)
+  out = program(out, own, places, np.int32(has.size))
+  found = np.asarray(out)[:count].copy()
+  buffers.keep('moved', out)
   return found
 
 
-def _places(shifts: Any) -> Iterator[tuple[int, Any, Any]]:
-  """Yields the width of each plane, which numbers have a piece, and the bits below."""
-  for low in (0, 8, 16):
-    yield 8, shifts >= low + 8, low
-  for width in (4, 2, 1):
-    yield width, shifts & width > 0, shifts & 256 - 2 * width
+# ---- programs ------------------------------------------------------------------------
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-def _cut(
-  planes: tuple[jax.Array, ...], raw: jax.Array, shifts: jax.Array, count: jax.Array
-) -> tuple[jax.Array, ...]:
-  def loop(planes: Any, raw: Any, shifts: Any, count: Any) -> Any:
-    def body(i: jax.Array, carry: Any) -> Any:
-      bits, own = _part(raw, i), _valid(_part(shifts, i), i, count)
-      found = []
-      for (plane, end), (width, has, low) in zip(carry, _places(own), strict=True):
-        piece = (bits >> low).astype(jnp.uint8) & jnp.uint8((1 << width) - 1)
-
-        def write(j: jax.Array, carry: Any, has: Any = has, piece: Any = piece) -> Any:
-          plane, end = carry
-          plane = jax.lax.dynamic_update_slice(plane, _one(piece, j), (end,))
-          return plane, end + _one(has, j)[0]
-
-        found.append(_each(has, write, (plane, end)))
-      return found
-
-    carry = [(plane, jnp.int32(0)) for plane in planes]
-    carry = jax.lax.fori_loop(0, -(-count // _STEP), body, carry)
-    return tuple(plane for plane, _ in carry)
-
-  return native.loop(loop)(planes, raw, shifts, count)  # type: ignore[no-any-return]
-
-
-@functools.partial(jax.jit, donate_argnums=0)
-def _join(
-  raw: jax.Array, planes: tuple[jax.Array, ...], shifts: jax.Array, count: jax.Array
+def _some(
+  out: jax.Array, pieces: jax.Array, has: jax.Array, count: jax.Array
 ) -> jax.Array:
-  def loop(raw: Any, planes: Any, shifts: Any, count: Any) -> Any:
-    def body(i: jax.Array, carry: Any) -> Any:
-      raw, begins = carry
-      own, bits = _valid(_part(shifts, i), i, count), jnp.zeros(_STEP, raw.dtype)
-      found = []
-      for plane, begin, place in zip(planes, begins, _places(own), strict=True):
-        _, has, low = place
+  """Writes the pieces of the numbers that have one."""
 
-        def read(j: jax.Array, carry: Any, has: Any = has, plane: Any = plane) -> Any:
-          piece, end = carry
-          piece = jax.lax.dynamic_update_slice(piece, _one(plane, end), (j,))
-          return piece, end + _one(has, j)[0]
+  def step(out: Any, i: Any, end: Any, pieces: Any, has: Any) -> jax.Array:
+    return jax.lax.dynamic_update_slice(out, _one(pieces, i), (end,))
 
-        piece, end = _each(has, read, (jnp.zeros(_STEP, jnp.uint8), begin))
-        bits |= jnp.where(has, piece, 0).astype(raw.dtype) << low
-        found.append(end)
-      raw = jax.lax.dynamic_update_slice(raw, bits, (i * _STEP,))
-      return raw, tuple(found)
-
-    carry = raw, (jnp.int32(0),) * len(planes)
-    return jax.lax.fori_loop(0, -(-count // _STEP), body, carry)[0]
-
-  return native.loop(loop)(raw, planes, shifts, count)  # type: ignore[no-any-return]
+  return _each(step, out, pieces, has, count)
 
 
-def _each(has: jax.Array, step: Callable[[jax.Array, Any], Any], carry: Any) -> Any:
-  """Takes a step for each number, or none if no number has a piece."""
+@functools.partial(jax.jit, donate_argnums=0)
+def _all(
+  out: jax.Array, pieces: jax.Array, has: jax.Array, count: jax.Array
+) -> jax.Array:
+  """Writes the pieces of all numbers, 0 for those that have none."""
 
-  def steps(i: jax.Array, carry: Any) -> Any:
-    for j in range(_UNROLLED):
-      carry = step(i * _UNROLLED + j, carry)
-    return carry
+  def step(out: Any, i: Any, end: Any, pieces: Any, has: Any) -> jax.Array:
+    piece = jnp.where(_one(has, i), _one(pieces, end), 0)
+    return jax.lax.dynamic_update_slice(out, piece, (i,))
 
-  count = _STEP // _UNROLLED * has.any().astype(jnp.int32)
-  return jax.lax.fori_loop(0, count, steps, carry)
+  return _each(step, out, pieces, has, count)
 
 
-def _part(array: jax.Array, i: jax.Array) -> jax.Array:
-  return jax.lax.dynamic_slice(array, (i * _STEP,), (_STEP,))
+def _each(
+  step: Callable[..., jax.Array],
+  out: jax.Array,
+  pieces: jax.Array,
+  has: jax.Array,
+  count: jax.Array,
+) -> jax.Array:
+  """Takes a step for each number, and some beyond them that have no piece."""
+
+  def loop(out: Any, pieces: Any, has: Any, count: Any) -> jax.Array:
+    def steps(i: jax.Array, carry: Any) -> Any:
+      out, end = carry
+      for j in range(_UNROLLED):
+        place = i * _UNROLLED + j
+        out = step(out, place, end, pieces, has)
+        end += _one(has, place)[0]
+      return out, end
+
+    carry = out, jnp.int32(0)
+    return jax.lax.fori_loop(0, -(-count // _UNROLLED), steps, carry)[0]
+
+  return native.loop(loop)(out, pieces, has, count)  # type: ignore[no-any-return]
 
 
 def _one(array: jax.Array, i: jax.Array) -> jax.Array:
   return jax.lax.dynamic_slice(array, (i,), (1,))
-
-
-def _valid(shifts: jax.Array, i: jax.Array, count: jax.Array) -> jax.Array:
-  """Returns shifts that are 0 behind the numbers."""
-  return jnp.where(jnp.arange(_STEP) < count - i * _STEP, shifts, 0)
