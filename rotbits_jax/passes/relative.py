@@ -411,7 +411,7 @@ _LEAST_FACTORED = 64  # rows and columns of a matrix for which factors are tried
 _RANKS = (16, 64)  # the greatest rank that is tried first, and then
 _SKETCHED = 1 << 5  # rows for each rank that tell whether factors are worth it
 _BASIS = 1 << 10  # rows that tell the basis
-_TYPICAL = 1 << 14  # elements that tell the rounding error of the dtype
+_TYPICAL = 1 << 12  # elements that tell the rounding error of the dtype
 _MORE = 8  # columns of a sketch beyond the rank
 _FINER = 5  # the differences that are left, over the error of rounded factors
 _MOST = (1 << 15) - 1
@@ -527,6 +527,7 @@ def _product(
   return _Product(left, right, max(float(steps[best]), 2 * largest / _MOST))
 
 
+@functools.lru_cache(4)
 def _random(rows: int, columns: int) -> np.ndarray:
   signs = np.random.default_rng(0).integers(0, 2, (rows, columns), np.int8)
   return (2 * signs - 1).astype(np.float32)
