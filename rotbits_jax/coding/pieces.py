@@ -47,7 +47,8 @@ def cut(raw: np.ndarray, shifts: np.ndarray) -> list[np.ndarray]:
 
 def size(shifts: np.ndarray) -> int:
   """Returns the number of bytes of the planes of numbers."""
-  return sum(-(-np.count_nonzero(x) * width // 8) for width, x, _ in _places(shifts))
+  counts = ((width, int(np.count_nonzero(x))) for width, x, _ in _places(shifts))
+  return sum(-(-width * count // 8) for width, count in counts)
 
 
 def joined(planes: np.ndarray, shifts: np.ndarray) -> np.ndarray:
@@ -139,7 +140,7 @@ def _each(
     carry = out, jnp.int32(0)
     return jax.lax.fori_loop(0, -(-count // _UNROLLED), steps, carry)[0]
 
-  return native.loop(loop)(out, pieces, has, count)  # type: ignore[no-any-return]
+  return native.loop(loop)(out, pieces, has, count)
 
 
 def _one(array: jax.Array, i: jax.Array) -> jax.Array:

@@ -126,8 +126,8 @@ def divide(
   )
   _keep(('classes', 'symbols of bytes', 'raw'), out)
   buffers.keep('counts', counts)
-  arrays = (np.asarray(x)[: bits.size] for x in out)
-  return Divided(*arrays, np.asarray(counts).reshape(256, 256))
+  classes, symbols, own = (np.asarray(x)[: bits.size] for x in out)
+  return Divided(classes, symbols, own, np.asarray(counts).reshape(256, 256))
 
 
 def join(
@@ -313,7 +313,7 @@ def _looped(
         *(jax.lax.dynamic_slice(x, start, (_STEP,)) for x in elements), *others
       )
       if counts is not None:
-        counts = _counted(counts, *found[:2], count - i * _STEP)
+        counts = _counted(counts, found[0], found[1], count - i * _STEP)
       pairs = zip(out, found, strict=True)
       return [jax.lax.dynamic_update_slice(x, y, start) for x, y in pairs], counts
 

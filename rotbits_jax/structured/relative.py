@@ -307,8 +307,9 @@ class Patched(_BesideBase):
         f'{places.size} changed elements, {odd.size} of them far, have '
         f'{numbers.size} changes and {values.size} values'
       )
-    if ends[-1:].max(initial=0) > base.size:
-      raise ValueError(f'an array of {self.lengths} has no element {ends[-1] - 1}')
+    end = int(ends[-1]) if ends.size else 0
+    if end > base.size:
+      raise ValueError(f'an array of {self.lengths} has no element {end - 1}')
     bits = base.copy()
     far = (numbers.astype(np.int16) - 128).astype(bits.dtype)
     found = ulps.moved(bits[places], far, self.dtype)
