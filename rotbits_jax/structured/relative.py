@@ -286,7 +286,7 @@ class Patched(_BesideBase):
   def materialize(self, *needed: Any) -> np.ndarray:
     base = self._base(needed)
     contexts = np.repeat(np.arange(2, dtype=np.uint8), (self.changes, self.gaps))
-    both = np.empty(contexts.size, np.int64)
+    both = np.empty(contexts.size, np.uint32)
 
     def job(part: slice, pop: given.Pop) -> None:
       symbols, at, raw = pop(contexts[part])
@@ -298,7 +298,7 @@ class Patched(_BesideBase):
     given.decode(coded, self.parts, contexts.size, (0, self.shift), job, _LANE)
     numbers, gaps = np.split(both, [self.changes])
     is_last = gaps < (given.ALPHABET << self.shift) - 1
-    ends = np.cumsum(gaps + is_last)
+    ends = np.cumsum(gaps + is_last, dtype=np.int64)
     places = ends[is_last] - 1
     (odd,) = np.nonzero(numbers == 0)
     values = np.zeros(0, base.dtype) if self.values is None else self.values
@@ -319,7 +319,9 @@ class Patched(_BesideBase):
 
   def check(self) -> None:
     super().check()
-    if max(self.changes, self.gaps) > math.prod(self.lengths):
+    size = math.prod(self.lengths)
+    # The greatest number stands for at least 255 elements.
+    if self.changes > size or self.gaps > self.changes + size // 255:
       raise ValueError(
         f'an array of {self.lengths} cannot have {self.changes} changes and '
         f'{self.gaps} gaps'
