@@ -234,7 +234,7 @@ def base_of(s):  # the bits of the base, and what adds differences to bits
   flip = FLIP if h else np.array
   moved = lambda b, d: flip((b ^ b & h) + d.astype(b.dtype)) ^ b & h
   return np.pad(bits, (0, n - bits.size)), moved
-def read_given(a, s, contexts, shifts=(0, 0)):  # symbols with their raw bits
+def read_given(a, s, contexts, shifts, lane=8192):  # symbols with their raw bits
   table, *blocks = np.split(a['coded'], np.cumsum(s['parts'])[:-1])
   table = stored_tables(table.tobytes(), np.ones(len(shifts)), 256)
   n, found = max(CEIL(contexts.size, len(blocks) or 1), 1), [np.uint64([])]
@@ -244,18 +244,18 @@ def read_given(a, s, contexts, shifts=(0, 0)):  # symbols with their raw bits
     planes += [(b, s & b > 0, s & 256 - 2 * b) for b in np.uint64([4, 2, 1])]
     sizes = [CEIL(int(has.sum() * b), 8) for b, has, _ in planes]
     words, *raw = np.split(block, block.size - np.cumsum(sizes[::-1])[::-1])
-    lanes = min(max(n // 8192, 1), 64)
+    lanes = min(max(n // lane, 1), 64)
     found.append(read_symbols(words.tobytes(), lanes, own, table) << s)
     for (b, has, low), plane in zip(planes, raw, strict=True):
       found[-1][has] |= read_plane(plane, int(b), has.sum()) << low[has]
   return np.int64(np.concatenate(found))
 def patched(s, a):
   bits, moved = base_of(s)
-  x = read_given(a, s, np.arange(2).repeat((n := CEIL(bits.size, 8), s['changes'])))
-  x, mask = x[n:], np.unpackbits(np.uint8(x[:n]), count=bits.size, bitorder='little')
-  found = moved(bits[mask > 0], x - 128)
-  found[x == 0] = SIGNED(a.get('values', found[:0]))
-  bits[mask > 0] = found
+  own = np.arange(2).repeat((m := s['changes'], s['gaps']))
+  x, gaps = np.split(read_given(a, s, own, (0, s['shift']), 1024), [m])
+  at = np.cumsum(gaps + (ends := gaps < (256 << s['shift']) - 1))[ends] - 1
+  bits[at] = moved(bits[at], x - 128)
+  bits[at[x == 0]] = SIGNED(a.get('values', bits[:0]))
   return bits.reshape(s['lengths'])
 def relative(s, a):
   (bits, moved), name = base_of(s), s['name']

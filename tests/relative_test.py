@@ -50,6 +50,12 @@ def related(target, base):
   return leaf
 
 
+def patched(target, base):
+  """Stores the changed elements, however many they are."""
+  bits, known = relative.bits_of(target), relative.bits_of(base)
+  return structured.Patched.of(target, known, np.flatnonzero(bits != known))
+
+
 def coded_bytes(leaf):
   return weights.encode(list(leaf.stored()[1].values())).data.size
 
@@ -70,7 +76,7 @@ def test_any_dtype_and_shape_comes_back(subtests):
       leaf = related(target, base)
       found = leaf.from_stored(*leaf.stored()).materialize(base)
       assert structured.same_bits(found, target)
-      patch = structured.Patched.of(target, relative.bits_of(base))
+      patch = patched(target, base)
       found = patch.from_stored(*patch.stored()).materialize(base)
       assert structured.same_bits(found, target)
 
@@ -289,12 +295,15 @@ def test_damaged_settings_are_refused(subtests):
 
 def test_damaged_patches_are_refused():
   target, base = pair(shape=(30, 20))
-  target[1:] = base[1:]
-  leaf = structured.Patched.of(target, relative.bits_of(base))
+  target[0], target[2:] = base[0], base[2:]
+  leaf = patched(target, base)
   settings, arrays = leaf.stored()
   for damage, message in (
     ({'changes': leaf.changes - 1}, 'cannot be in|table|block|message'),
     ({'changes': 601}, 'cannot have 601 changes'),
+    ({'gaps': 601}, 'and 601 gaps'),
+    ({'lengths': [1, 20]}, 'has no element'),
+    ({'shift': 25}, 'shift'),
     ({'parts': leaf.parts[:-1]}, 'cannot be in'),
   ):
     with pytest.raises(ValueError, match=message):

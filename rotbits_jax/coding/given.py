@@ -3,20 +3,19 @@
 An element has a symbol below 256 and s raw bits; its context tells the table and the
 shift s. Contexts without raw bits come before the others. First come the tables, see
 `tables.to_bytes`, and then blocks of equally many elements, of which the last one has
-fewer. A block is a message of the symbols, see `weights.blocks`, and then the raw bits.
-Those of an element are cut into pieces from the lowest on, see `layouts.piece_widths`:
-of 8 bits and then of 4, 2 and 1, each at most once. Planes follow each other: the first
-pieces of 8 bits of all elements that have one, the second ones, the third ones, and the
-pieces of 4, of 2 and of 1 bits. `blocks.packed` packs a plane.
+fewer. A block is a message of the symbols, see `weights.blocks`, and then the planes of
+the raw bits, see `pieces`.
 
 Shape letters: n elements, m elements with raw bits, K contexts.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 import functools
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
+from rotbits_jax.coding import pieces
 from rotbits_jax.coding import tables
 from rotbits_jax.coding.weights import blocks
 from rotbits_jax.coding.weights import buffers
@@ -24,108 +23,119 @@ from rotbits_jax.coding.weights import pool
 
 ALPHABET = 256
 MOST_SHIFT = 24
+LANE = blocks.STEPS // 2
 
-Write = Callable[[int, np.ndarray, np.ndarray, np.ndarray], None]
-"""Takes the decoded elements of a block, see `decode`."""
+Pop = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray, np.ndarray]]
+"""Takes the contexts of a block, uint8 `[n]`; decodes its elements.
+
+Returns the symbols, uint16 `[2^20]`, the first n of them; the indices of the elements
+with raw bits; and the raw bits of these, uint32. The symbols are used again afterwards.
+"""
+
+_Result = TypeVar('_Result')
+
+
+class Raw(NamedTuple):
+  """The elements of a block that have raw bits, in order.
+
+  Attributes:
+    contexts: uint8 `[m]`.
+    bits: unsigned integers `[m]`, the raw bits.
+  """
+
+  contexts: np.ndarray
+  bits: np.ndarray
 
 
 def encode(
   symbols: np.ndarray,
-  raw: np.ndarray,
+  raw: Iterable[Raw],
   contexts: np.ndarray,
+  owners: np.ndarray,
   frequencies: np.ndarray,
   shifts: Sequence[int],
+  lane: int = LANE,
 ) -> list[np.ndarray]:
   """Encodes elements on this thread.
 
   Args:
     symbols: uint8 `[n]`.
-    raw: uint32 `[m]`, the raw bits of the elements that have some, in their order.
+    raw: the raw bits, for each block of `parts`.
     contexts: uint8 `[n]`.
+    owners: the table of each context, uint8.
     frequencies: int64 `[K, 256]`, the tables.
-    shifts: the number of raw bits of an element of each context.
+    shifts: the number of raw bits of an element of each table.
+    lane: see `parts`.
 
   Returns:
-    The bytes of the tables, and those of each block: uint8.
+    The bytes of the tables, and those of each block: uint8. A decoder knows the tables
+    of elements by their order in `frequencies`, and not these contexts.
   """
-  made, taken = blocks.tables_of(frequencies, decoding=False), 0
+  made = blocks.tables_of(frequencies[owners], decoding=False)
   found = [np.frombuffer(tables.to_bytes(frequencies), np.uint8)]
-  of_contexts, first = np.array(shifts, np.uint8), _first(shifts)
-  for part, lanes in _blocks(symbols.size):
-    own = contexts[part]
+  of_contexts = np.array(shifts, np.uint8)[owners]
+  for (part, lanes), own in zip(parts(symbols.size, lane), raw, strict=True):
+    count = part.stop - part.start
     widened = buffers.scratch('given', blocks.CAPACITY, np.uint16)
-    widened[: own.size] = symbols[part]
-    fill = functools.partial(_copy, own)
-    pieces = [blocks.push(widened, fill, own.size, lanes, made)]
-    (at,) = np.nonzero(own >= first)
-    some = of_contexts[own[at]]
-    bits = raw[taken : taken + some.size]
-    taken += some.size
-    for width, select, low in _planes(some):
-      piece = (np.compress(select, bits) >> low).astype(np.uint8)
-      pieces.append(blocks.packed(piece & np.uint8((1 << width) - 1), width))
-    found.append(np.concatenate(pieces))
+    widened[:count] = symbols[part]
+    fill = functools.partial(_copy, contexts[part])
+    planes = [blocks.push(widened, fill, count, lanes, made)]
+    planes += pieces.cut(own.bits, of_contexts[own.contexts])
+    found.append(np.concatenate(planes))
   return found
 
 
 def decode(
   data: np.ndarray,
   sizes: Sequence[int],
-  contexts: np.ndarray,
+  count: int,
   shifts: Sequence[int],
-  write: Write,
-) -> np.ndarray:
+  job: Callable[[slice, Pop], _Result],
+  lane: int = LANE,
+) -> list[_Result]:
   """Decodes elements: the inverse of `encode`.
 
   Args:
     data: uint8, the results of `encode`, one after the other.
     sizes: the number of bytes of the tables, and of each block.
-    contexts: as in `encode`.
+    count: n.
     shifts: as in `encode`.
-    write: takes the index of the first element of a block; its symbols, uint16; the
-      indices, within the block, of the elements with raw bits; and the bits of these,
-      the symbol above the raw ones, int32. The arrays are used again afterwards.
+    job: takes the places of the elements of a block, and a function that decodes them.
+    lane: see `parts`.
 
   Returns:
-    The indices of the elements of the symbol 0, in order.
+    The results of `job`, in order.
 
   Raises:
     ValueError: if the bytes do not have these elements.
   """
-  parts = list(_blocks(contexts.size))
-  if len(parts) + 1 != len(sizes) or sum(sizes) != data.size:
+  own = list(parts(count, lane))
+  if len(own) + 1 != len(sizes) or sum(sizes) != data.size:
     raise ValueError(
-      f'{contexts.size} elements cannot be in {data.size} bytes of {len(sizes)} parts'
+      f'{count} elements cannot be in {data.size} bytes of {len(sizes)} parts'
     )
   frequencies = tables.from_bytes(data[: sizes[0]].tobytes(), len(shifts), ALPHABET)
   made = blocks.tables_of(frequencies, decoding=True)
   of_contexts, first = np.array(shifts, np.uint8), _first(shifts)
   ends = np.cumsum(sizes, dtype=np.int64).tolist()
 
-  def job(part: slice, lanes: int, own: np.ndarray) -> np.ndarray:
-    places = contexts[part]
-    (at,) = np.nonzero(places >= first)
-    some = of_contexts[places[at]]
-    planes = [(*plane, -(-_count(plane[1]) * plane[0] // 8)) for plane in _planes(some)]
-    words = own.size - sum(plane[-1] for plane in planes)
+  def pop(
+    own: np.ndarray, lanes: int, contexts: np.ndarray
+  ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    (at,) = np.nonzero(contexts >= first)
+    some = of_contexts[contexts[at]]
+    words = own.size - pieces.size(some)
     if words < 0:
       raise ValueError(f'a block of {own.size} bytes has too few raw bits')
-    fill = functools.partial(_copy, places)
-    symbols = blocks.pop(own[:words], fill, places.size, lanes, made)[: places.size]
-    raw, end = symbols[at].astype(np.uint32) << some, words
-    for width, select, low, size in planes:
-      piece = np.empty(_count(select), np.uint8)
-      blocks.unpack(own[end : end + size], width, piece)
-      raw[select] |= piece.astype(np.uint32) << low
-      end += size
-    write(part.start, symbols, at, raw.view(np.int32))
-    return np.flatnonzero(symbols == 0) + part.start
+    fill = functools.partial(_copy, contexts)
+    symbols = blocks.pop(own[:words], fill, contexts.size, lanes, made)
+    return symbols, at, pieces.joined(own[words:], some)
 
   jobs = [
-    functools.partial(job, *pair, data[end - size : end])
-    for pair, size, end in zip(parts, sizes[1:], ends[1:], strict=True)
+    functools.partial(job, part, functools.partial(pop, data[end - size : end], lanes))
+    for (part, lanes), size, end in zip(own, sizes[1:], ends[1:], strict=True)
   ]
-  return np.concatenate([np.zeros(0, np.int64), *pool.run(jobs)])
+  return pool.run(jobs)
 
 
 def _first(shifts: Sequence[int]) -> int:
@@ -140,44 +150,20 @@ def _first(shifts: Sequence[int]) -> int:
   return first
 
 
-def looked_up(table: np.ndarray, indices: np.ndarray) -> np.ndarray:
-  """Returns the entries of a short table, uint8, at indices, uint8 `[n]`."""
-  # NumPy would make wide integers of the indices first.
-  whole = np.zeros(256, np.uint8)
-  whole[: table.size] = table
-  return np.frombuffer(indices.tobytes().translate(whole.tobytes()), np.uint8)
-
-
-def _blocks(count: int) -> Iterator[tuple[slice, int]]:
-  """Yields the elements of each block, and its lanes."""
-  if not count:
-    return
-  elements, lanes = blocks.divided(count)
-  for start in range(0, count, elements):
-    yield slice(start, min(start + elements, count)), lanes
-
-
-def _planes(shifts: np.ndarray) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-  """Yields the planes that have a piece.
+def parts(count: int, lane: int = LANE) -> Iterator[tuple[slice, int]]:
+  """Yields the places of the elements of each block, and its lanes.
 
   Args:
-    shifts: uint8 `[m]`.
-
-  Yields:
-    The width of pieces; bool `[m]`, the elements that have one; and how many bits of
-    each of these elements are below it.
+    count: n.
+    lane: the elements for which a block gets one more lane, at most `LANE`. A lane
+      takes about 4 bytes, and the time of a block is that of a lane.
   """
-  for low in range(0, int(shifts.max(initial=0)) & ~7, 8):
-    select = shifts >= low + 8
-    yield 8, select, np.array(low, np.uint8)
-  for width in (4, 2, 1):
-    select = (shifts & np.uint8(width)) > 0
-    if select.any():
-      yield width, select, shifts[select] & np.uint8(256 - 2 * width)
-
-
-def _count(select: np.ndarray) -> int:
-  return int(np.count_nonzero(select))
+  if not count:
+    return
+  elements, _ = blocks.divided(count)
+  lanes = min(max(elements // lane, 1), blocks.LANES)
+  for start in range(0, count, elements):
+    yield slice(start, min(start + elements, count)), lanes
 
 
 def _copy(array: np.ndarray, out: np.ndarray) -> None:

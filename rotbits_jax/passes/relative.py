@@ -8,6 +8,7 @@ of tokens that no text has; a drift stores that.
 
 from collections.abc import Sequence
 import dataclasses
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -16,20 +17,21 @@ import numpy as np
 from rotbits_jax import structured
 from rotbits_jax.coding import given
 from rotbits_jax.coding import tables
+from rotbits_jax.structured import division
 from rotbits_jax.structured import relative
 from rotbits_jax.structured import ulps
 
-_SAMPLE = 1 << 16  # elements by which leaves are compared
-_PART = 1 << 16  # elements that are divided together, so that they fit a cache
+_SAMPLE = 1 << 15  # elements by which leaves are compared
+_PART = 1 << 15  # elements whose differences fit a cache
 _LINES = 1 << 9  # elements of a row, or of a column, that tell its scale
+_FIRST = 16  # columns that most often tell that a row differs
 _LEAST_LINES = 16  # rows or columns for which scales of columns or rows are kept
 _SCALE_BITS = 9  # of a scale, and what its error in a short line seems to save
 _FAR = 24  # eighths of an octave from which scales of lines are equally wrong
 _SPARSE = 1 / 16  # the greatest share of changed elements of a patch
 _OCTAVE = 4  # levels
 _LOWEST = -6 * _OCTAVE  # differences of 2^-6 ULPs and less share a class
-_BITS = 3  # the octaves of a difference that symbols tell
-_DRIFTING = 1 << 14  # elements that tell a drift
+_FEW = 1 << 14  # elements that tell a drift, or how often an exponent changes
 _LEAST_DRIFT = 1 / 4  # of the elements move one way more than the other; bits it saves
 _LEAST = 1 << 12  # elements of an array for which classes are worth their arrays
 _LEAF_BITS = 8 * 60  # of a leaf beside its arrays
@@ -51,33 +53,42 @@ def beside(target: np.ndarray, base: np.ndarray) -> Any:
     return None
   bits = relative.bits_of(target)
   known = relative.base_bits(base, target.shape, dtype)
-  changed = int(np.count_nonzero(bits != known))
-  if not changed:
-    return structured.Same(target.shape, dtype.name)
-  if dtype.itemsize > 4 or _is_sparse(bits, known, changed / bits.size, dtype):
-    if changed > _SPARSE * bits.size:
+  places = _changed(bits, known)
+  if places is None:
+    if dtype.itemsize > 4:
       return None
-    return structured.Patched.of(target, known)
+  elif not places.size:
+    return structured.Same(target.shape, dtype.name)
+  elif dtype.itemsize > 4 or _is_sparse(known, places, dtype):
+    return structured.Patched.of(target, known, places)
   if bits.size < _LEAST:
     return None
   return _relative(target, bits, known, _bits_alone(bits, dtype))
 
 
-def _is_sparse(
-  bits: np.ndarray, base: np.ndarray, share: float, dtype: np.dtype
-) -> bool:
-  """Returns whether a mask of the changed elements is about as short as classes."""
-  if share > _SPARSE:
-    return False
+def _changed(bits: np.ndarray, base: np.ndarray) -> np.ndarray | None:
+  """Returns the indices of changed elements; None if there are many."""
+  found, left = [np.zeros(0, np.int64)], _SPARSE * bits.size
+  for start in range(0, bits.size, _PART):
+    changed = bits[start : start + _PART] != base[start : start + _PART]
+    left -= int(np.count_nonzero(changed))
+    if left < 0:
+      return None
+    found.append(np.flatnonzero(changed) + start)
+  return np.concatenate(found)
+
+
+def _is_sparse(base: np.ndarray, places: np.ndarray, dtype: np.dtype) -> bool:
+  """Returns whether gaps between changed elements are about as short as classes."""
   mantissa = relative.mantissa_bits(dtype)
   if mantissa is None:
     return True
-  sample = slice(None, None, -(-bits.size // _SAMPLE))
-  known = base[sample]
-  changed = bits[sample] != known
-  exponents = (known & np.iinfo(known.dtype).max) >> mantissa
-  counts = np.bincount(exponents, minlength=1)
-  own = np.bincount(exponents[changed], minlength=counts.size)
+  every, some = -(-base.size // _FEW), -(-places.size // _FEW)
+  counts, own = (
+    step * np.bincount((x & np.iinfo(x.dtype).max) >> mantissa, minlength=1 << 8)
+    for x, step in ((base[::every], every), (base[places[::some]], some))
+  )
+  counts = np.maximum(counts, own)
   alone = _binary_entropy(own.sum(), counts.sum())
   return float(_binary_entropy(own, counts).sum()) > 0.9 * float(alone)
 
@@ -108,7 +119,7 @@ def _relative(
   if width < _LEAST_LINES:
     width = bits.size
   wanted, known = bits.reshape(-1, width), base.reshape(-1, width)
-  (own,) = np.nonzero((wanted != known).any(axis=1))
+  own = _differing(wanted, known)
   factors = _factors(wanted, known, dtype)
   draft = structured.Relative(
     head=np.zeros(0, np.uint8),
@@ -137,6 +148,16 @@ def _relative(
   return _coded(draft, head, wanted.reshape(-1), known, alone)
 
 
+def _differing(bits: np.ndarray, known: np.ndarray) -> np.ndarray:
+  """Returns the indices of the rows that differ."""
+  found = np.zeros(len(bits), bool)
+  for columns in (slice(_FIRST), slice(_FIRST, None)):  # most rows differ at once
+    (left,) = np.nonzero(~found)
+    if left.size:
+      found[left] = (bits[left, columns] != known[left, columns]).any(axis=1)
+  return np.flatnonzero(found)
+
+
 def _drift(bits: np.ndarray, known: np.ndarray, dtype: np.dtype) -> np.ndarray | None:
   """Returns the drift of elements, see `structured.Relative`; None if it saves little.
 
@@ -148,7 +169,7 @@ def _drift(bits: np.ndarray, known: np.ndarray, dtype: np.dtype) -> np.ndarray |
   mantissa = relative.mantissa_bits(dtype)
   if mantissa is None or dtype.itemsize == 1:
     return None
-  sample = slice(None, None, -(-bits.size // _DRIFTING))
+  sample = slice(None, None, -(-bits.size // _FEW))
   far = ulps.differences(bits[sample], known[sample], dtype).astype(np.int64)
   if abs(np.sign(far).mean()) < _LEAST_DRIFT:
     return None
@@ -178,19 +199,20 @@ def _scales(
   rows, columns = bits.shape
   few = slice(None, None, -(-columns // _LINES))
   some = slice(None, None, -(-rows // _LINES))
+  sample = _roots(bits[some], base[some], dtype)
   if rows < _LEAST_LINES:
-    of_rows, of_columns = _roots(bits, base, dtype).mean(axis=1), np.ones(columns)
+    of_rows, of_columns = sample.mean(axis=1), np.ones(columns)
   else:
-    sample = _roots(bits[:, few], base[:, few], dtype)
-    of_rows = sample.mean(axis=1)
-    other = _roots(bits[some], base[some], dtype)
-    of_columns = _shares(other, of_rows[some], axis=0)
-    of_rows = _shares(sample, of_columns[few], axis=1)
+    of_columns = _shares(sample, sample.mean(axis=1), axis=0)
+    step = max(_PART // len(of_columns[few]), 1)
+    parts = (slice(i, i + step, None) for i in range(0, rows, step))
+    roots = (_roots(bits[x, few], base[x, few], dtype) for x in parts)
+    of_rows = np.concatenate([_shares(x, of_columns[few], axis=1) for x in roots])
   bias = 0.0
   if (mantissa := relative.mantissa_bits(dtype)) is not None:
     one = int(np.array(1, dtype).view(bits.dtype)) >> mantissa
     bias = 8.0 * (one + mantissa)
-  share = np.count_nonzero(bits != base) / bits.size
+  share = np.count_nonzero(sample) / sample.size
   return (
     _kept(_logs(of_rows, bias), share * columns),
     _kept(_logs(of_columns, 0.0), share * rows),
@@ -241,7 +263,8 @@ def _far(bits: np.ndarray, base: np.ndarray, dtype: np.dtype) -> np.ndarray:
       return (bits - base).astype(np.float32)
     far = _wide(bits, dtype)
     far -= _wide(base, dtype)
-    if not np.isfinite(far.sum()):
+    ends = far.max(initial=0), far.min(initial=0)
+    if not np.isfinite(ends).all():
       far[~np.isfinite(far)] = 0
   return far
 
@@ -270,12 +293,12 @@ def _coded(
   """
   dtype, mantissa = leaf.dtype, relative.mantissa_bits(leaf.dtype)
   # Differences in the last class are more than half of a number.
-  highest = 8 * dtype.itemsize if mantissa is None else mantissa - 1
-  levels = range(leaf.first, highest * _OCTAVE)
-  shifts = [max(i // _OCTAVE - _BITS, 0) for i in levels] + [8 * dtype.itemsize - 8]
-  shifts = [min(x, 8 * dtype.itemsize - 8) for x in shifts]
-  classes = head.classes(known, dtype, leaf.first, len(shifts)).reshape(-1)
-  made = _symbols(bits, known.reshape(-1), classes, shifts, dtype)
+  width = 8 * dtype.itemsize
+  highest = width if mantissa is None else mantissa - 1
+  levels = np.arange(leaf.first, highest * _OCTAVE)
+  shifts = [*division.shifts_of(levels, width).tolist(), width - 8]
+  sums = head.sums(dtype, leaf.first)
+  made = _symbols(bits, known.reshape(-1), sums, leaf.first, shifts, dtype)
   bands, of_bands = _bands(made.counts, shifts)
   head = head._replace(
     bands=np.array(bands, np.uint8), shifts=np.array(of_bands, np.uint8)
@@ -293,8 +316,9 @@ def _coded(
   size += float(_table_bits(counts).sum())
   if size + _side_bits(leaf) > alone:
     return None
-  contexts = given.looked_up(head.of_classes, classes)
-  coded = given.encode(made.symbols, made.raw, contexts, frequencies, of_bands)
+  coded = given.encode(
+    made.symbols, made.raw, made.classes, head.of_classes, frequencies, of_bands
+  )
   return dataclasses.replace(
     leaf,
     coded=np.concatenate(coded),
@@ -306,14 +330,16 @@ class _Symbols(NamedTuple):
   """The symbols and the raw bits of n elements.
 
   Attributes:
+    classes: uint8 `[n]`.
     symbols: uint8 `[n]`.
-    raw: uint32, the raw bits of elements that have some.
+    raw: the raw bits of elements that have some, for each block.
     values: the bits of elements with the symbol 0.
     counts: int64 `[classes, 256]`, how often each symbol occurs.
   """
 
+  classes: np.ndarray
   symbols: np.ndarray
-  raw: np.ndarray
+  raw: list[given.Raw]
   values: np.ndarray
   counts: np.ndarray
 
@@ -321,43 +347,27 @@ class _Symbols(NamedTuple):
 def _symbols(
   bits: np.ndarray,
   known: np.ndarray,
-  classes: np.ndarray,
+  sums: division.Sums,
+  first: int,
   shifts: list[int],
   dtype: np.dtype,
 ) -> _Symbols:
   """Divides elements `[n]` into symbols and raw bits, see `structured.Relative`."""
-  wide, last = np.promote_types(bits.dtype, np.int16), len(shifts) - 1
-  of_classes, first = np.array(shifts, np.uint8), shifts.count(0)
-  found = np.empty(bits.size, np.uint8)
-  counts = np.zeros(len(shifts) << 8, np.int64)
-  raw: list[np.ndarray] = [np.zeros(0, np.uint32)]
-  values: list[np.ndarray] = [bits[:0]]
-  for start in range(0, bits.size, _PART):
-    part = slice(start, start + _PART)
-    far = ulps.differences(bits[part], known[part], dtype)
-    far, own = far.astype(wide, copy=False), classes[part]
-    (at,) = np.nonzero(own >= first)
-    some, low = of_classes[own[at]], far[at].astype(np.int32)
-    (alone,) = np.nonzero(own == last)
-    numbers = ulps.sign_last(bits[part][alone])
-    if shifts[-1]:
-      low[np.searchsorted(at, alone)] = numbers.astype(np.uint32).view(np.int32)
-    raw.append(low.view(np.uint32) & (np.uint32(1) << some) - np.uint32(1))
-    far[at] = low >> some
-    far += 128
-    odd = (far - 1).view(f'u{wide.itemsize}') >= 255
-    far[alone] = numbers >> shifts[-1]
-    odd[alone] = far[alone] == 0
-    (at,) = np.nonzero(odd)
-    far[at] = 0
-    values.append(bits[part][at])
-    found[part] = far
-    key = own.astype(np.uint16) << np.uint16(8)
-    key |= found[part]
-    counts += np.bincount(key, minlength=counts.size)
-  return _Symbols(
-    found, np.concatenate(raw), np.concatenate(values), counts.reshape(-1, 256)
-  )
+  kind = division.Kind.of(dtype, relative.mantissa_bits(dtype))
+  last, first_raw = len(shifts) - 1, shifts.count(0)
+  classes, symbols = np.empty((2, bits.size), np.uint8)
+  counts = np.zeros((len(shifts), given.ALPHABET), np.int64)
+  raw, values = [], [bits[:0]]
+  for part, _ in given.parts(bits.size):
+    fill = functools.partial(sums.write, part.start)
+    made = division.divide(bits[part], known[part], fill, kind, first, last)
+    classes[part], symbols[part] = made.classes, made.symbols
+    (at,) = np.nonzero(made.classes >= first_raw)
+    raw.append(given.Raw(made.classes[at], made.raw[at]))
+    values.append(bits[part][made.symbols == 0])
+    counts += made.counts[: len(shifts)]
+    del made  # or the next call copies these arrays, because they are used
+  return _Symbols(classes, symbols, raw, np.concatenate(values), counts)
 
 
 def _bands(counts: np.ndarray, shifts: Sequence[int]) -> tuple[list[int], list[int]]:
@@ -401,7 +411,7 @@ _LEAST_FACTORED = 64  # rows and columns of a matrix for which factors are tried
 _RANKS = (16, 64)  # the greatest rank that is tried first, and then
 _SKETCHED = 1 << 5  # rows for each rank that tell whether factors are worth it
 _BASIS = 1 << 10  # rows that tell the basis
-_TYPICAL = 1 << 14  # elements that tell the rounding error of the dtype
+_TYPICAL = 1 << 12  # elements that tell the rounding error of the dtype
 _MORE = 8  # columns of a sketch beyond the rank
 _FINER = 5  # the differences that are left, over the error of rounded factors
 _MOST = (1 << 15) - 1
@@ -517,8 +527,10 @@ def _product(
   return _Product(left, right, max(float(steps[best]), 2 * largest / _MOST))
 
 
+@functools.lru_cache(4)
 def _random(rows: int, columns: int) -> np.ndarray:
-  return np.random.default_rng(0).standard_normal((rows, columns), np.float32)
+  signs = np.random.default_rng(0).integers(0, 2, (rows, columns), np.int8)
+  return (2 * signs - 1).astype(np.float32)
 
 
 # ---- the choice ----------------------------------------------------------------------
@@ -537,7 +549,11 @@ def _bits_alone(bits: np.ndarray, dtype: np.dtype) -> float:
   """Estimates the bits that an array takes alone."""
   sample = bits[:: -(-bits.size // _SAMPLE)]
   mantissa = relative.mantissa_bits(dtype)
-  found = np.unique(sample, return_counts=True)[1]
+  if bits.itemsize > 2:
+    found = np.unique(sample, return_counts=True)[1]
+  else:
+    counts = np.bincount(sample.view(f'u{bits.itemsize}'))
+    found = counts[counts > 0]
   cost = 8.0 * bits.dtype.itemsize
   if found.size <= sample.size // 16:  # more values than that are not seen in a sample
     cost = tables.entropy_bits(found) / sample.size

@@ -9,7 +9,7 @@ All of a leaf, the base too, may be that of the transposed array, which is in C 
 the tensor of a kernel comes from PyTorch.
 
 * `Same`: the target is the base.
-* `Patched`: few elements differ. A mask tells which.
+* `Patched`: few elements differ. The gaps between them are stored.
 * `Relative`: all elements may differ. Each is stored as its difference in ULPs, see
   `ulps.differences`, and differences of one expected size share a frequency table.
 
@@ -19,6 +19,7 @@ a matrix.
 """
 
 from collections.abc import Callable, Iterator
+import functools
 import math
 from typing import Annotated, Any, ClassVar, NamedTuple
 import zlib
@@ -29,6 +30,7 @@ import numpy as np
 
 from rotbits_jax.coding import given
 from rotbits_jax.coding import tables
+from rotbits_jax.structured import division
 from rotbits_jax.structured import ulps
 from rotbits_jax.structured.base import Structured
 from rotbits_jax.structured.base import register
@@ -48,6 +50,7 @@ MOST_CLASSES = 254
 DRIFTS = 256
 """The length of a drift."""
 
+_LANE = 1 << 10  # symbols for which a block of a patch gets one more lane
 _SINGLE = 1 << 18  # products of numbers for which BLAS takes no threads
 _BLOCK = 1 << 16  # elements that are taken together, so that they fit a cache
 
@@ -201,10 +204,11 @@ class Same(_BesideBase):
 class Patched(_BesideBase):
   """The base, of which few elements are changed.
 
-  A mask has a bit for each element, 1 where it is changed, 8 to a byte from the lowest
-  on. `coding.given` codes its bytes, with the context 0, and then a symbol for each
-  changed element, with the context 1: 128 plus its difference, see `ulps.differences`;
-  or 0 for an element of `values`.
+  `coding.given` codes a symbol for each changed element, with the context 0: 128 plus
+  its difference, see `ulps.differences`; or 0 for an element of `values`. Then it codes
+  how many unchanged elements come before each changed one, with the context 1, whose
+  shift is `shift`. The greatest number, `2^(shift + 8) - 1`, stands for as many
+  elements without a changed one behind them, and another number follows.
 
   Attributes:
     coded: uint8, the bytes of `coding.given`.
@@ -213,6 +217,8 @@ class Patched(_BesideBase):
     lengths: shape of the array, or of its transpose.
     name: name of its dtype.
     changes: the number of changed elements.
+    gaps: the number of numbers with the context 1.
+    shift: see above.
     parts: how many bytes the tables have, and each block.
   """
 
@@ -223,60 +229,88 @@ class Patched(_BesideBase):
   lengths: tuple[Length, ...] = static()
   name: Name = static()
   changes: schema.Size = static()
+  gaps: schema.Size = static()
+  shift: Annotated[schema.Integer, schema.between(0, given.MOST_SHIFT)] = static()
   parts: tuple[schema.Size, ...] = static()
   columns_first: bool = static(default=False)
 
   @classmethod
-  def of(cls, target: np.ndarray, base: np.ndarray) -> 'Patched':
+  def of(cls, target: np.ndarray, base: np.ndarray, places: np.ndarray) -> 'Patched':
     """Makes the leaf.
 
     Args:
-      target: the array; an element differs from the base.
+      target: the array.
       base: its base, see `base_bits`.
+      places: the indices of the elements that differ, at least one.
     """
-    bits, dtype = bits_of(target), target.dtype
-    changed = bits != base
-    (places,) = np.nonzero(changed)
-    own = bits[places]
+    own, dtype = bits_of(target)[places], target.dtype
     far = ulps.differences(own, base[places], dtype)
     far = far.astype(np.promote_types(far.dtype, np.int16), copy=False)
     odd = (far <= -128) | (far > 127)
     numbers = np.where(odd, 0, far + 128).astype(np.uint8)
-    mask = np.packbits(changed, bitorder='little')
-    counts = [np.bincount(x, minlength=given.ALPHABET) for x in (mask, numbers)]
-    frequencies = tables.quantize(np.stack(counts))
-    contexts = np.repeat(np.arange(2, dtype=np.uint8), (mask.size, numbers.size))
-    symbols, none = np.concatenate([mask, numbers]), np.zeros(0, np.uint32)
-    coded = given.encode(symbols, none, contexts, frequencies, (0, 0))
+    gaps = np.diff(places, prepend=-1) - 1
+    # The mean of a gap gets a symbol from 4 to 8.
+    shift = min(max(int(gaps.mean()).bit_length() - 3, 0), given.MOST_SHIFT)
+    most = (given.ALPHABET << shift) - 1
+    ends = np.cumsum(gaps // most + 1)
+    gaps, left = np.full(ends[-1], most), gaps % most
+    gaps[ends - 1] = left
+    both = numbers, (gaps >> shift).astype(np.uint8)
+    symbols, owners = np.concatenate(both), np.arange(2, dtype=np.uint8)
+    counts = [np.bincount(x, minlength=given.ALPHABET) for x in both]
+    raw = []
+    for part, _ in given.parts(symbols.size):
+      some = (max(x - numbers.size, 0) for x in (part.start, part.stop))
+      low = gaps[slice(*some)] & (1 << shift) - 1
+      raw.append(given.Raw(np.ones(low.size, np.uint8), low.astype(np.uint32)))
+    coded = given.encode(
+      symbols,
+      raw,
+      owners.repeat([x.size for x in both]),
+      owners,
+      tables.quantize(np.stack(counts)),
+      (0, shift),
+      _LANE,
+    )
     return cls(
       np.concatenate(coded),
       own[odd] if odd.any() else None,
       target.shape,
       dtype.name,
       places.size,
+      gaps.size,
+      shift,
       tuple(x.size for x in coded),
     )
 
   def materialize(self, *needed: Any) -> np.ndarray:
-    bits = self._base(needed).copy()
-    size = -(-bits.size // 8)
-    contexts = np.repeat(np.arange(2, dtype=np.uint8), (size, self.changes))
-    symbols = np.empty(contexts.size, np.uint8)
+    base = self._base(needed)
+    contexts = np.repeat(np.arange(2, dtype=np.uint8), (self.changes, self.gaps))
+    both = np.empty(contexts.size, np.uint32)
 
-    def write(start: int, own: np.ndarray, *_: np.ndarray) -> None:
-      symbols[start : start + own.size] = own
+    def job(part: slice, pop: given.Pop) -> None:
+      symbols, at, raw = pop(contexts[part])
+      own = both[part]
+      own[:] = symbols[: own.size]
+      own[at] = own[at] << self.shift | raw
 
-    given.decode(np.asarray(self.coded), self.parts, contexts, (0, 0), write)
-    mask = np.unpackbits(symbols[:size], count=bits.size, bitorder='little')
-    (places,) = np.nonzero(mask.view(bool))
-    numbers = symbols[size:]
+    coded = np.asarray(self.coded)
+    given.decode(coded, self.parts, contexts.size, (0, self.shift), job, _LANE)
+    numbers, gaps = np.split(both, [self.changes])
+    is_last = gaps < (given.ALPHABET << self.shift) - 1
+    ends = np.cumsum(gaps + is_last, dtype=np.int64)
+    places = ends[is_last] - 1
     (odd,) = np.nonzero(numbers == 0)
-    values = np.zeros(0, bits.dtype) if self.values is None else self.values
+    values = np.zeros(0, base.dtype) if self.values is None else self.values
     if (places.size, odd.size) != (numbers.size, values.size):
       raise ValueError(
         f'{places.size} changed elements, {odd.size} of them far, have '
         f'{numbers.size} changes and {values.size} values'
       )
+    end = int(ends[-1]) if ends.size else 0
+    if end > base.size:
+      raise ValueError(f'an array of {self.lengths} has no element {end - 1}')
+    bits = base.copy()
     far = (numbers.astype(np.int16) - 128).astype(bits.dtype)
     found = ulps.moved(bits[places], far, self.dtype)
     found[odd] = values
@@ -286,8 +320,12 @@ class Patched(_BesideBase):
   def check(self) -> None:
     super().check()
     size = math.prod(self.lengths)
-    if self.changes > size:
-      raise ValueError(f'an array of {self.lengths} cannot have {self.changes} changes')
+    # The greatest number stands for at least 255 elements.
+    if self.changes > size or self.gaps > self.changes + size // 255:
+      raise ValueError(
+        f'an array of {self.lengths} cannot have {self.changes} changes and '
+        f'{self.gaps} gaps'
+      )
     self._check_values(self.values)
 
 
@@ -396,34 +434,25 @@ class Relative(_BesideBase):
     head = Head.from_bytes(self.head, math.prod(self.lengths), self.width)
     own = head.own_rows
     known = self.predicted(base, own)
-    classes = head.classes(known, dtype, self.first, int(head.bands.sum()))
-    places = given.looked_up(head.of_classes, classes.reshape(-1))
     found, flat = np.empty_like(known), known.reshape(-1)
-    bits, wide = found.reshape(-1), np.promote_types(known.dtype, np.int16)
-    beyond = (128 << head.shifts.astype(np.int64)) - 128
-    beyond = beyond.astype(wide)
-    last = head.bands.size - 1
+    bits, kind = found.reshape(-1), division.Kind.of(dtype, mantissa_bits(dtype))
+    sums, of_classes = head.sums(dtype, self.first), head.of_classes
 
-    def write(start: int, symbols: np.ndarray, at: np.ndarray, far: np.ndarray) -> None:
-      for begin in range(0, symbols.size, _BLOCK):
-        part = slice(begin, begin + _BLOCK)
-        own = slice(start + begin, start + begin + symbols[part].size)
-        numbers, of_part = symbols[part].astype(wide), places[own]
-        some = slice(*np.searchsorted(at, (begin, begin + _BLOCK)))
-        where = at[some] - begin
-        numbers[where] = far[some]
-        (alone,) = np.nonzero(of_part == last)
-        of_alone = ulps.sign_first(numbers[alone], known.dtype)
-        numbers -= 128
-        numbers[where] -= beyond[of_part[where]]
-        numbers = numbers.astype(known.dtype, copy=False)
-        numbers = ulps.moved(flat[own], numbers, dtype)
-        numbers[alone] = of_alone
-        bits[own] = numbers
+    def job(part: slice, pop: given.Pop) -> np.ndarray:
+      bits[part], odd = division.join(
+        flat[part],
+        functools.partial(sums.write, part.start),
+        kind,
+        of_classes,
+        head.shifts,
+        pop,
+      )
+      return odd + part.start
 
-    coded = np.asarray(self.coded)
-    shifts = head.shifts.tolist()
-    odd = given.decode(coded, self.parts, places, shifts, write)
+    coded, shifts = np.asarray(self.coded), head.shifts.tolist()
+    odd = np.concatenate(
+      [np.zeros(0, np.int64), *given.decode(coded, self.parts, bits.size, shifts, job)]
+    )
     values = np.zeros(0, known.dtype) if self.values is None else self.values
     if odd.size != values.size:
       raise ValueError(f'{odd.size} elements have no symbol, got {values.size} values')
@@ -498,30 +527,12 @@ class Head(NamedTuple):
     (own,) = np.nonzero(self.rows != EQUAL)
     return None if own.size == self.rows.size else own
 
-  def classes(
-    self, known: np.ndarray, dtype: np.dtype, first: int, count: int
-  ) -> np.ndarray:
-    """Returns the classes of elements, uint8 `[r, C]`.
-
-    Args:
-      known: see `Relative.predicted`.
-      dtype: dtype of the numbers.
-      first: the level of class 0.
-      count: the number of classes.
-    """
+  def sums(self, dtype: np.dtype, first: int) -> division.Sums:
+    """Returns the sums of the scales of the rows that may differ, minus `2 first`."""
     rows = self.rows if self.own_rows is None else self.rows[self.own_rows]
-    found, mantissa = np.empty(known.shape, np.uint8), mantissa_bits(dtype)
-    for part in _parts(known.shape):
-      bits = known[part]
-      level = rows[part[0]][:, None] + (self.columns[part[1]] - np.int16(2 * first))
-      if mantissa is not None:
-        exponents = (bits & np.iinfo(bits.dtype).max) >> mantissa
-        exponents = np.maximum(exponents, 1, out=exponents).astype(np.int16, copy=False)
-        exponents <<= 3
-        level -= exponents
-      level >>= 1
-      found[part] = np.clip(level, 0, count - 1, out=level)
-    return found
+    # The least exponent is 1, which integers do not have.
+    more = 8 * (mantissa_bits(dtype) is None) - 2 * first
+    return division.Sums(rows, self.columns + np.int16(more))
 
   def to_bytes(self) -> np.ndarray:
     """Returns the bytes, uint8: the inverse of `from_bytes`."""

@@ -46,18 +46,6 @@ def moved(known: np.ndarray, far: np.ndarray, dtype: np.dtype) -> np.ndarray:
   return number(far + (known ^ sign), known.dtype) ^ sign
 
 
-def sign_last(bits: np.ndarray) -> np.ndarray:
-  """Moves the sign of bits to the lowest place: unsigned integers."""
-  unsigned = bits.view(f'u{bits.itemsize}')
-  return unsigned << 1 | unsigned >> 8 * bits.itemsize - 1
-
-
-def sign_first(numbers: np.ndarray, dtype: np.dtype) -> np.ndarray:
-  """Returns bits of a signed dtype: the inverse of `sign_last`, of any integers."""
-  unsigned = numbers.astype(f'u{dtype.itemsize}')
-  return (unsigned >> 1 | unsigned << 8 * dtype.itemsize - 1).view(dtype)
-
-
 def is_finite(bits: np.ndarray, dtype: np.dtype) -> np.ndarray:
   """Returns whether the bits of floats are those of finite numbers."""
   infinite = np.array(np.inf, dtype).view(bits.dtype)
