@@ -31,7 +31,7 @@ def _check_round_trip(layout, bits):
   assert int(symbols.max(initial=0)) < layout.alphabet
   for piece, width in zip(pieces, widths, strict=True):
     assert int(piece.max(initial=0)) < 1 << width
-  parts = jnp.zeros(bits.shape, bits.dtype), symbols, tuple(pieces), least
+  parts = jnp.zeros(bits.shape, bits.dtype), symbols, tuple(pieces), least, count
   joined = np.asarray(layouts.join(*parts, layout=layout.program))
   assert joined.dtype == bits.dtype
   np.testing.assert_array_equal(joined, bits)

@@ -40,8 +40,6 @@ CAPACITY = LANES * STEPS
 _ROOM = CAPACITY  # elements of the arrays that the programs are compiled for
 
 
-_SMALL = 1 << 14  # elements of small blocks, which are joined as quickly
-
 # The stacks are no multiple of a large power of two apart, because their tops would
 # then compete for the same places in the CPU's cache.
 _STACK = STEPS + 96
@@ -99,7 +97,7 @@ def lanes_for(count: int) -> int:
   A step of a program takes equally long for any number of lanes, so more lanes are
   faster. A lane costs about 4 bytes, so a block of few elements gets fewer lanes.
   """
-  return min(max(count // 8192, 1), LANES)
+  return min(max(count // 2048, 1), LANES)
 
 
 def divided(count: int) -> tuple[int, int]:
@@ -379,17 +377,21 @@ def _join(
   symbols: np.ndarray, planes: np.ndarray, count: int, layout: layouts.Layout
 ) -> jax.Array:
   """Returns the bit patterns of elements, given their symbols and the planes."""
-  room = _SMALL if count <= _SMALL else _ROOM
   pieces, position = [], 0
   for i, width in enumerate(layouts.piece_widths(layout.raw_bits)):
     size = -(-count * width // 8)
-    piece = buffers.scratch(f'piece {i}', _ROOM, np.uint8)[:room]
+    piece = buffers.scratch(f'piece {i}', _ROOM, np.uint8)
     unpack(planes[position : position + size], width, piece[:count])
     pieces.append(piece)
     position += size
-  least = layout.unsigned.type(layout.min_exponent)
-  out = buffers.taken('bits', room, layout.unsigned)
-  return layouts.join(out, symbols[:room], tuple(pieces), least, layout=layout.program)
+  return layouts.join(
+    buffers.taken('bits', _ROOM, layout.unsigned),
+    symbols,
+    tuple(pieces),
+    layout.unsigned.type(layout.min_exponent),
+    np.int32(count),
+    layout=layout.program,
+  )
 
 
 def packed(pieces: np.ndarray, width: int) -> np.ndarray:

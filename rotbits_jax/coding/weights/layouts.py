@@ -496,6 +496,7 @@ def join(
   symbols: jax.Array,
   pieces: tuple[jax.Array, ...],
   min_exponent: jax.Array,
+  count: jax.Array,
   *,
   layout: Layout,
 ) -> jax.Array:
@@ -506,6 +507,7 @@ def join(
     symbols: as `split` returns them.
     pieces: as `split` returns them.
     min_exponent: as for `split`.
+    count: as for `split`.
     layout: as for `split`.
   """
 
@@ -514,6 +516,7 @@ def join(
     symbols: jax.Array,
     pieces: tuple[jax.Array, ...],
     min_exponent: jax.Array,
+    count: jax.Array,
   ) -> jax.Array:
     size = math.gcd(out.size, _STEP)
     some = lambda x, i: jax.lax.dynamic_slice(x, (i * size,), (size,))
@@ -526,6 +529,6 @@ def join(
       bits = layout.join(some(symbols, i), raw, min_exponent)
       return jax.lax.dynamic_update_slice(out, bits, (i * size,))
 
-    return jax.lax.fori_loop(0, out.size // size, step, out)
+    return jax.lax.fori_loop(0, -(-count // size), step, out)
 
-  return native.loop(loop)(out, symbols, pieces, min_exponent)
+  return native.loop(loop)(out, symbols, pieces, min_exponent, count)
