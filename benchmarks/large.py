@@ -16,7 +16,6 @@ existing checkpoint instead.
 """
 
 from collections.abc import Iterator
-import os
 import pathlib
 import shutil
 import subprocess
@@ -86,15 +85,28 @@ with futures.ThreadPoolExecutor(len(parts)) as pool:
 """
 
 
+# The peak of a process counts from before it ran its program, when it was a copy of its
+# parent. So a small process starts it.
+_START = """
+import os
+import subprocess
+import sys
+process = subprocess.Popen(sys.argv[1:], stdout=subprocess.DEVNULL)
+_, status, usage = os.wait4(process.pid, 0)
+print(usage.ru_maxrss)
+sys.exit(os.waitstatus_to_exitcode(status) != 0)
+"""
+
+
 def run(*args: str) -> Run:
   """Runs Python with these arguments, and waits until it ends."""
   start = time.perf_counter()
-  process = subprocess.Popen([sys.executable, *args], stdout=subprocess.DEVNULL)
-  _, status, usage = os.wait4(process.pid, 0)
+  command = [sys.executable, '-S', '-c', _START, sys.executable, *args]
+  found = subprocess.run(command, stdout=subprocess.PIPE, check=False)
   seconds = time.perf_counter() - start
-  if os.waitstatus_to_exitcode(status):
+  if found.returncode:
     raise ValueError(f'{" ".join(args)} failed')
-  return Run(seconds, usage.ru_maxrss * RSS_UNIT / 1e9)
+  return Run(seconds, int(found.stdout) * RSS_UNIT / 1e9)
 
 
 RSS_UNIT = 1 if sys.platform == 'darwin' else 1024  # bytes per unit of ru_maxrss
