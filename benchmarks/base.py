@@ -400,9 +400,9 @@ def main() -> None:
   of_sliced = (
     'Sliced models beside their dense models: whole commands, with the peak resident '
     f'size of each process. Divergences are in nats, of SmolLM2 on {TOKENS:,} tokens '
-    'of a text, of the others for random tokens. The truth is the sliced model before it '
-    'was rounded; what the checkpoint that was given differs from it follows. `exact` '
-    'gives the bits of that checkpoint back.'
+    'of a text, of the others for random tokens. The truth is the sliced model before '
+    'it was rounded; what the checkpoint that was given differs from it follows. '
+    '`exact` gives the bits of that checkpoint back.'
   )
   body = '\n\n'.join([about, table(cases), of_sliced, recipes(subjects())])
   if _PICTURE.value is not None:
