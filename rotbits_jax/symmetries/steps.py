@@ -32,8 +32,9 @@ References:
   Lifar et al., WaterSIC, arXiv 2603.04956: steps of rows by the pivots.
 """
 
+from collections.abc import Callable
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import chex
 import jax
@@ -42,6 +43,7 @@ import jax.numpy as jnp
 from rotbits_jax import structured
 from rotbits_jax.symmetries import products
 
+_PART = 1 << 18  # numbers that are measured together
 _BLOCK = 128  # number of rows that are updated together
 _DAMPING = 0.01  # of the mean moment, so that no pivot is close to 0
 _ROUNDS = 8  # of removing outliers
@@ -77,17 +79,27 @@ def typical_size(array: jax.Array) -> Size:
   Args:
     array: float32.
   """
-  size = jnp.abs(array)
+  fold = functools.partial(_fold, array)
 
   def measure(limit: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    counted = (size > 0) & (size <= limit)
-    greatest = jnp.max(jnp.where(counted, size, 0), initial=0)
-    count = jnp.maximum(jnp.sum(counted), 1).astype(jnp.float32)
+    counted = lambda x: (x > 0) & (x <= limit)
+
+    def see(found: tuple[jax.Array, ...], x: jax.Array) -> tuple[jax.Array, ...]:
+      most = jnp.max(jnp.where(counted(x), x, 0), initial=0)
+      return jnp.maximum(found[0], most), found[1] + jnp.sum(counted(x))
+
+    greatest, number = fold(see, (jnp.float32(0), jnp.int32(0)))
+    count = jnp.maximum(number, 1).astype(jnp.float32)
     # The numbers are divided by the greatest, so that no square is infinite and not all
     # squares are zero.
     scale = jnp.where(greatest > 0, greatest, 1)
-    parts = jnp.where(counted, size, 0) / scale
-    rms, mean = jnp.sqrt(jnp.sum(jnp.square(parts)) / count), jnp.sum(parts) / count
+
+    def add(sums: tuple[jax.Array, ...], x: jax.Array) -> tuple[jax.Array, ...]:
+      parts = jnp.where(counted(x), x, 0) / scale
+      return sums[0] + jnp.sum(jnp.square(parts)), sums[1] + jnp.sum(parts)
+
+    squares, total = fold(add, (jnp.float32(0), jnp.float32(0)))
+    rms, mean = jnp.sqrt(squares / count), total / count
     bound = jnp.where(rms > 2 * mean, 8 * mean, 1) * scale
     return scale * rms, bound, greatest
 
@@ -104,7 +116,28 @@ def typical_size(array: jax.Array) -> Size:
   largest = jnp.float32(jnp.finfo(jnp.float32).max)
   start = largest, measure(largest), jnp.int32(0)
   limit, (rms, _, _), _ = jax.lax.while_loop(has_outliers, remove, start)
-  return Size(rms, jnp.sum(~(size <= limit), dtype=jnp.int32))
+  beyond = lambda count, x: count + jnp.sum(~(x <= limit), dtype=jnp.int32)
+  return Size(rms, fold(beyond, jnp.int32(0)))
+
+
+def _fold(
+  array: jax.Array, function: Callable[[Any, jax.Array], Any], start: Any
+) -> Any:
+  """Folds a function over magnitudes of parts of an array, and some zeros.
+
+  XLA would make several arrays of this size for a large array.
+  """
+  flat = array.reshape(-1)
+  size = min(flat.size, _PART)
+
+  def step(i: jax.Array, found: Any) -> Any:
+    begin = jnp.minimum(i * size, flat.size - size)
+    part = jax.lax.dynamic_slice(flat, (begin,), (size,))
+    # The last part begins in the one before it.
+    is_new = begin + jnp.arange(size) >= i * size
+    return function(found, jnp.where(is_new, jnp.abs(part), 0))
+
+  return jax.lax.fori_loop(0, -(-flat.size // max(size, 1)), step, start)
 
 
 def quarter_step(rms: jax.Array, log2_step: jax.Array) -> jax.Array:
