@@ -104,7 +104,7 @@ def of_blocks(
     )
     for start in range(0, symbols.size, blocks.CAPACITY)
   ]
-  lanes = blocks.lanes_for(parts[0][0].size)
+  lanes = blocks.lanes_for(parts[0][0].size, parts[0][0].nbytes)
 
   def encode() -> list[np.ndarray]:
     return [

@@ -62,9 +62,15 @@ class BlocksTest(parameterized.TestCase):
     self.assertLess((sizes[64] - sizes[2]) / 62, 4.5)
 
   def test_lanes_are_worth_their_bytes(self):
-    for count, lanes in ((1, 1), (2047, 1), (8192, 4), (1 << 20, 64)):
-      with self.subTest(count=count, lanes=lanes):
-        self.assertEqual(blocks.lanes_for(count), lanes)
+    for count, nbytes, lanes in (
+      (1, 9, 1),
+      (8191, 2047, 1),
+      (16_384, 0, 2),
+      (2000, 8192, 4),
+      (1 << 20, 0, 64),
+    ):
+      with self.subTest(count=count, nbytes=nbytes):
+        self.assertEqual(blocks.lanes_for(count, nbytes), lanes)
         self.assertLessEqual(-(-count // lanes), blocks.STEPS)
 
   def test_bytes_that_are_no_block_are_refused(self):

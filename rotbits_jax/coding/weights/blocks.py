@@ -91,23 +91,32 @@ def tables_of(frequencies: np.ndarray, *, decoding: bool) -> Tables:
   return Tables(count, alphabet, entries, slots)
 
 
-def lanes_for(count: int) -> int:
-  """Returns the number of lanes for blocks of `count` elements.
+def lanes_for(count: int, nbytes: float) -> int:
+  """Returns the number of lanes for blocks.
 
   A step of a program takes equally long for any number of lanes, so more lanes are
-  faster. A lane costs about 4 bytes, so a block of few elements gets fewer lanes.
+  faster. A lane costs about 4 bytes, so a block of few elements that take few bytes
+  gets fewer lanes.
+
+  Args:
+    count: the elements of a block.
+    nbytes: about how many bytes it takes.
   """
-  return min(max(count // 2048, 1), LANES)
+  return min(max(count // 8192, int(nbytes) // 2048, 1), LANES)
 
 
-def divided(count: int) -> tuple[int, int]:
-  """Divides `count` elements, at least 1, into few blocks of similar sizes.
+def divided(count: int, nbytes: float) -> tuple[int, int]:
+  """Divides elements into few blocks of similar sizes.
+
+  Args:
+    count: the number of elements, at least 1.
+    nbytes: about how many bytes they take.
 
   Returns:
     The elements of each block but the last, which may have fewer; and its lanes.
   """
   elements = -(-count // -(-count // CAPACITY))
-  return elements, lanes_for(elements)
+  return elements, lanes_for(elements, nbytes * elements / count)
 
 
 # ---- programs ------------------------------------------------------------------------

@@ -171,9 +171,10 @@ class _Group(NamedTuple):
     contexts: contexts_lib.Contexts,
     members: list[tuple[int, int]],
     arrays: list[np.ndarray],
+    nbytes: float,
   ) -> '_Group':
-    """Divides the elements into as few blocks as possible, of similar sizes."""
-    elements, lanes = blocks.divided(sum(array.size for array in arrays))
+    """Divides elements that take about so many bytes into blocks of similar sizes."""
+    elements, lanes = blocks.divided(sum(array.size for array in arrays), nbytes)
     return cls(layout, contexts, members, arrays, lanes, elements)
 
   @classmethod
@@ -318,8 +319,10 @@ def _grouped(planned: list[plans.Plan]) -> list[_Group]:
     contexts = contexts_lib.fit(
       layout, [x.buckets for x in coded], [x.counts for x in coded]
     )
-    arrays = [planned[i].parts[j].array for i, j in members]
-    groups.append(_Group.make(layout, contexts, list(members), arrays))
+    parts = [planned[i].parts[j] for i, j in members]
+    nbytes = sum(part.array.nbytes - part.saved for part in parts)
+    arrays = [part.array for part in parts]
+    groups.append(_Group.make(layout, contexts, list(members), arrays, nbytes))
   return groups
 
 
