@@ -52,7 +52,7 @@ def side_by_side(core: Core, arguments: Sequence[jax.Array]) -> list[Any]:
     with host.own_settings():
       return jax.block_until_ready(compiled(x))
 
-  with futures.ThreadPoolExecutor(max(len(arguments), 1)) as pool:
+  with futures.ThreadPoolExecutor(len(arguments)) as pool:
     return list(pool.map(call, arguments))
 
 

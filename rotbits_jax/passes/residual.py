@@ -237,11 +237,7 @@ def _find_gauges(
   """Returns the gauges of consecutive layers, and the state after these layers."""
   config, paths = context.config, _shortcut_paths(context.config)
   kernels = [[layer[path] for path in paths] for layer in layers]
-  if context.mesh is None and host.lapack_is_serial():
-    polars = [_polars_in_threads(own) for own in kernels]
-  else:
-    polars = context.map_layers(_polars, [(own,) for own in kernels])
-  # The only wait for the devices.
+  polars = _decomposed(context, kernels)
   values = jax.device_get([[x and x.values for x in own] for own in polars])
   gauges, rotation, zeros = [], state.rotation, state.zeros
   for i, own in enumerate(kernels):
@@ -404,8 +400,8 @@ def _first_rotation(context: transform.Context) -> jax.Array | None:
     shortcut = layer[_shortcut_paths(config)[0]]
     if shortcut.shape[0] != shortcut.shape[1]:
       return None
-    wide = [jnp.asarray(np.asarray(shortcut, np.float32))]
-    (polar,) = _polars_in_threads(wide)
+    wide = jnp.asarray(np.asarray(shortcut, np.float32))
+    ((polar,),) = _decomposed(context, [[wide]])
     assert polar is not None
     kernel = _product(polar.rotation, kernel)
   return _upper_rotation(kernel[:, : len(kernel)])
@@ -430,38 +426,55 @@ def _last_rotation(
   return _upper_rotation(_product(step[width:], columns.astype(jnp.float32)))
 
 
-def _polars_in_threads(kernels: list[jax.Array]) -> list[canonical.Polar | None]:
-  """Returns what `_polar_if_wide` does, of kernels that threads decompose."""
-  found: list[canonical.Polar | None] = [None] * len(kernels)
-  wide = [i for i, x in enumerate(kernels) if x.shape[0] <= x.shape[1]]
-  quick = devices.side_by_side(canonical.polar_from_gram, [kernels[i] for i in wide])
-  for i, (polar, least) in zip(wide, quick, strict=True):
-    if float(least) > _LEAST:
-      found[i] = polar
-  left = [i for i in wide if found[i] is None]
-  slow = devices.side_by_side(canonical.polar, [kernels[i] for i in left])
-  for i, polar in zip(left, slow, strict=True):
-    found[i] = polar
+def _decomposed(
+  context: transform.Context, kernels: list[list[jax.Array]]
+) -> list[list[canonical.Polar | None]]:
+  """Returns the polar decompositions of the shortcuts of layers, see `_Gauge`."""
+  quick = _mapped(context, _quick_polar, kernels)
+  least = jax.device_get([[x and x[1] for x in own] for own in quick])
+  found = [[x and x[0] for x in own] for own in quick]
+  poor = [
+    i
+    for i, own in enumerate(least)
+    if any(x is not None and not x > _LEAST for x in own)  # also if it is NaN
+  ]
+  again = _mapped(context, _polar, [kernels[i] for i in poor])
+  for i, own in zip(poor, again, strict=True):
+    found[i] = own
   return found
+
+
+def _mapped(
+  context: transform.Context, core: devices.Core, kernels: list[list[jax.Array]]
+) -> list[list[Any]]:
+  """Applies a function to each shortcut of layers."""
+  if context.mesh is None and host.lapack_is_serial():
+    return [devices.side_by_side(core, own) for own in kernels]
+  return context.map_layers(_one_by_one, [(own,) for own in kernels], function=core)
 
 
 # ---- compiled functions ------------------------------------------------------------
 
 
-def _polar_if_wide(kernel: jax.Array) -> canonical.Polar | None:
+def _polar(kernel: jax.Array) -> canonical.Polar | None:
   return canonical.polar(kernel) if kernel.shape[0] <= kernel.shape[1] else None
 
 
-def _polars(kernels: list[jax.Array]) -> list[canonical.Polar | None]:
-  found: list[canonical.Polar | None] = []
-  last: canonical.Polar | None = None
+def _quick_polar(kernel: jax.Array) -> tuple[canonical.Polar, jax.Array] | None:
+  d, e = kernel.shape
+  return canonical.polar_from_gram(kernel) if d <= e else None
+
+
+def _one_by_one(kernels: list[jax.Array], *, function: devices.Core) -> list[Any]:
+  found: list[Any] = []
+  done: list[jax.Array] = []
   for kernel in kernels:
-    if last is not None:
+    if done:
       # LAPACK uses all CPUs. Two decompositions at a time would take four times as long
       # as one, so that each waits for the one before it.
-      kernel, _ = jax.lax.optimization_barrier((kernel, last.values))
-    found.append(_polar_if_wide(kernel))
-    last = found[-1] or last
+      kernel, _ = jax.lax.optimization_barrier((kernel, done[-1]))
+    found.append(function(kernel))
+    done += jax.tree.leaves(found[-1])
   return found
 
 
