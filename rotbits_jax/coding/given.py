@@ -160,7 +160,7 @@ def parts(count: int, lane: int = LANE) -> Iterator[tuple[slice, int]]:
   """
   if not count:
     return
-  elements, _ = blocks.divided(count, 0)
+  elements = blocks.divided(count)
   lanes = min(max(elements // lane, 1), blocks.LANES)
   for start in range(0, count, elements):
     yield slice(start, min(start + elements, count)), lanes

@@ -105,18 +105,15 @@ def lanes_for(count: int, nbytes: float) -> int:
   return min(max(count // 8192, int(nbytes) // 2048, 1), LANES)
 
 
-def divided(count: int, nbytes: float) -> tuple[int, int]:
-  """Divides elements into few blocks of similar sizes.
+def divided(count: int) -> int:
+  """Returns the elements of each of few blocks of similar sizes.
+
+  The last one may have fewer.
 
   Args:
     count: the number of elements, at least 1.
-    nbytes: about how many bytes they take.
-
-  Returns:
-    The elements of each block but the last, which may have fewer; and its lanes.
   """
-  elements = -(-count // -(-count // CAPACITY))
-  return elements, lanes_for(elements, nbytes * elements / count)
+  return -(-count // -(-count // CAPACITY))
 
 
 # ---- programs ------------------------------------------------------------------------

@@ -174,7 +174,9 @@ class _Group(NamedTuple):
     nbytes: float,
   ) -> '_Group':
     """Divides elements that take about so many bytes into blocks of similar sizes."""
-    elements, lanes = blocks.divided(sum(array.size for array in arrays), nbytes)
+    total = sum(array.size for array in arrays)
+    elements = blocks.divided(total)
+    lanes = blocks.lanes_for(elements, nbytes * elements / total)
     return cls(layout, contexts, members, arrays, lanes, elements)
 
   @classmethod
