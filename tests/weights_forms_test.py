@@ -177,7 +177,7 @@ class DamageTest(absltest.TestCase):
         np.testing.assert_array_equal(_bits(out), _bits(array))
 
   def test_codes_beyond_the_codebook_are_refused(self):
-    array = np.arange(4096).reshape(64, 64).astype(np.uint16) % 20
+    array = np.arange(4096).reshape(64, 64).astype(np.uint16) % 20 * 99
     ((form, parts),) = forms.codebooks(array)
     form.join(parts, np.zeros_like(array))
     parts[0][3, 7] = 20

@@ -501,12 +501,11 @@ class DamageTest(absltest.TestCase):
 
   def test_arrays_of_many_layouts_are_stored(self):
     rng = np.random.default_rng(0)
-    normal = [rng.standard_normal(4096) * 2.0**i for i in range(24)]
-    arrays = [x.astype(np.float32) * np.float32(4) ** i for i, x in enumerate(normal)]
-    dtypes = np.int16, np.int32, np.int64, np.uint16, np.uint32
-    arrays += [np.abs(np.rint(x)).astype(d) for x in normal[:14:2] for d in dtypes]
+    # Smaller arrays of integers share their layouts.
+    normal = [rng.standard_normal(16_400) * 2.0**i for i in range(22)]
+    arrays = [np.rint(abs(x)).astype(d) for x in normal for d in (np.int32, np.uint32)]
     encoded = weights.encode(arrays)
-    self.assertBetween(len(encoded.spec.groups), 16, 17)  # of 32 layouts
+    self.assertBetween(len(encoded.spec.groups), 20, 21)  # of 32 layouts
     decoded = weights.decode(encoded.spec, encoded.data)
     for actual, expected in zip(decoded, arrays, strict=True):
       _assert_same_bits(actual, expected)

@@ -435,10 +435,12 @@ def _factors(bits: np.ndarray, base: np.ndarray, dtype: np.dtype) -> _Factors | 
     sizes = np.abs(_wide(base.reshape(-1)[:: -(-base.size // _TYPICAL)], dtype))
   # The rounding error of the dtype, at most numbers.
   least = float(np.nanmedian(sizes)) * 2.0 ** -(floats + 2)
+  far = bits[:0]
   for most in _RANKS:
     # Some rows tell a basis, and some others whether it saves anything.
     some = slice(None, None, -(-len(bits) // (_SKETCHED * most)))
-    far, scale = _differences(bits[some], base[some], dtype)
+    if len(far) < len(bits):
+      far, scale = _differences(bits[some], base[some], dtype)
     if not 1e-30 < scale < 1e30:
       return None
     basis = _basis(far[::2], most)
@@ -446,7 +448,8 @@ def _factors(bits: np.ndarray, base: np.ndarray, dtype: np.dtype) -> _Factors | 
     if found is None or len(found.right) < most:
       break
   if found is not None:
-    far, scale = _differences(bits, base, dtype)
+    if len(far) < len(bits):
+      far, scale = _differences(bits, base, dtype)
     basis = _basis(far[:: -(-len(far) // _BASIS)], most)
     found = _product(far, basis, most, least / scale, len(bits))
   if found is None or not scale < 1e30:

@@ -122,7 +122,7 @@ class TableChoice(NamedTuple):
   symbols: np.ndarray  # int64 [a], those that occur
   normal: np.ndarray  # bool [K], whether each is that of the normal distribution
   weights: np.ndarray  # int64 [K, a], of which `tables.quantize` makes the frequencies
-  cost: float  # estimated bytes of the tables and of all symbols coded with them
+  costs: np.ndarray  # [K], estimated bytes of each table and the symbols coded with it
 
 
 def choose(
@@ -152,7 +152,7 @@ def choose(
     normal = other < cost
     weights = np.where(normal[:, None], own, counts)
     cost = np.where(normal, other, cost)
-  return TableChoice(symbols, normal, weights, float(cost.sum()))
+  return TableChoice(symbols, normal, weights, cost)
 
 
 def _coded_bytes(counts: np.ndarray, weights: np.ndarray) -> np.ndarray:

@@ -305,6 +305,10 @@ _LINES, _LENGTH = 64, 256
 _FEW_VALUES, _FEW_OF_LINE = 1024, 64
 _MOST_LISTS = 1 << 14
 
+# Integers have no codebook if they take a part of all values between them that is not
+# smaller, and more values than codes that share a byte.
+_MOST_SPAN, _FEW_CODES = 4, 1 << 4
+
 # Indices into a long list take a byte each, as the elements themselves.
 _FEW_BYTES = 4
 
@@ -321,6 +325,8 @@ def codebooks(array: np.ndarray) -> Iterator[Candidate]:
   # Neighbours in a column are far apart in memory.
   sampled = {'row': _sample(bits, _LINES), 'column': _sample(bits.T, _LINES // 8)}
   values, counts = np.unique(sampled['row'], return_counts=True)
+  if array.dtype.kind in 'iu' and _is_dense(values.view(array.dtype)):
+    return
   few = _FEW_BYTES if array.itemsize == 1 else _FEW_VALUES
   if values.size <= few:
     every = np.unique(bits)
@@ -346,6 +352,12 @@ def codebooks(array: np.ndarray) -> Iterator[Candidate]:
       if width <= _MOST_VALUES:
         padded = np.stack([np.pad(x, (0, width - x.size), 'edge') for x in lines])
         yield _codebook(array, lists, padded)
+
+
+def _is_dense(integers: np.ndarray) -> bool:
+  """Returns whether codes of these values say no more than the values themselves."""
+  span = int(integers.max()) - int(integers.min()) + 1
+  return integers.size > _FEW_CODES and span <= _MOST_SPAN * integers.size
 
 
 def _sample(lines: np.ndarray, most: int) -> np.ndarray:

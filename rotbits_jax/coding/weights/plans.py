@@ -80,7 +80,11 @@ def plan(arrays: Sequence[np.ndarray]) -> list[Plan]:
   Returns:
     The plans.
   """
-  found = pool.run(functools.partial(_candidates, array) for array in arrays)
+  shared = _shared(arrays)
+  found = pool.run(
+    (functools.partial(_candidates, array, shared) for array in arrays),
+    [array.nbytes for array in arrays],
+  )
   drafts = [x for own in found for _, parts in own for x in parts if x.layout]
   planned = iter(_planned(_alike(drafts)))
   plans = []
@@ -109,8 +113,15 @@ class _Draft(NamedTuple):
   layout: layouts.Layout | None
 
 
-def _candidates(array: np.ndarray) -> list[tuple[forms.Form | None, list[_Draft]]]:
-  """Returns the forms that may suit an array, each with its parts."""
+def _candidates(
+  array: np.ndarray, shared: dict[np.dtype, layouts.Layout]
+) -> list[tuple[forms.Form | None, list[_Draft]]]:
+  """Returns the forms that may suit an array, each with its parts.
+
+  Args:
+    array: the array.
+    shared: the layouts of small arrays of integers.
+  """
   if not array.size:
     return [(None, [_Draft(array, None)])]
   found: list[tuple[forms.Form | None, list[_Draft]]] = [(None, [_Draft(array, None)])]
@@ -128,7 +139,8 @@ def _candidates(array: np.ndarray) -> list[tuple[forms.Form | None, list[_Draft]
   elif array.dtype == np.uint8 and _is_noise(array):
     return found
   elif array.dtype.kind in 'iu':
-    found = [(None, [_Draft(array, _of_integers(array))])]
+    own = shared[array.dtype] if _is_small(array) else _of_integers([array])
+    found = [(None, [_Draft(array, own)])]
   if is_uniform and np.count_nonzero(bits) > array.size // 2:
     return found
   return [*found, *(_drafted(*made) for made in forms.codebooks(array))]
@@ -143,32 +155,60 @@ def _drafted(
     if part.size and part.dtype in layouts.FORMATS:
       layout, _ = layouts.of_floats(forms.bit_patterns(part), part.dtype)
     elif part.size and part.dtype.kind in 'iu' and part.dtype.itemsize <= 4:
-      layout = _of_integers(part)
+      layout = _of_integers([part])
     drafts.append(_Draft(part, layout))
   return form, drafts
 
+
+_SMALL = 1 << 14  # elements of arrays that are looked at together
 
 # Elements by which the raw bits of integers are chosen; bytes have few values.
 _SAMPLE, _SAMPLE_OF_BYTES = 1 << 18, 1 << 14
 
 
-def _of_integers(array: np.ndarray) -> layouts.Int:
-  """Returns the layout of integers whose raw bits make them shortest."""
-  least, flat = layouts.least_raw_bits(array), array.reshape(-1)
-  stride = -(-flat.size // (_SAMPLE if array.itemsize > 1 else _SAMPLE_OF_BYTES))
-  numbers = flat[::stride].astype(np.int64)
-  if array.dtype.kind == 'i':
+def _is_small(array: np.ndarray) -> bool:
+  return 0 < array.size <= _SMALL
+
+
+def _shared(arrays: Sequence[np.ndarray]) -> dict[np.dtype, layouts.Layout]:
+  """Returns one layout for all small arrays of integers of each dtype."""
+  alike: dict[np.dtype, list[np.ndarray]] = {}
+  for array in arrays:
+    dtype = array.dtype
+    if not (_is_small(array) and dtype.kind in 'iu' and dtype.itemsize <= 4):
+      continue
+    if dtype != np.uint8 or not _is_noise(array):
+      alike.setdefault(dtype, []).append(array)
+  return {dtype: _of_integers(own) for dtype, own in alike.items()}
+
+
+def _of_integers(arrays: Sequence[np.ndarray]) -> layouts.Int:
+  """Returns the layout whose raw bits make arrays of integers of one dtype shortest."""
+  dtype, least = arrays[0].dtype, max(map(layouts.least_raw_bits, arrays))
+  most = _SAMPLE if dtype.itemsize > 1 else _SAMPLE_OF_BYTES
+  stride = -(-sum(x.size for x in arrays) // most)
+  flat = [x.reshape(-1)[::stride] for x in arrays]
+  numbers = np.concatenate(flat).astype(np.int64)
+  if dtype.kind == 'i':
     numbers = np.where(numbers < 0, -2 * numbers - 1, 2 * numbers)
-  counts, costs = np.bincount(numbers >> least), list[float]()
+  # A key is the array, above its symbol. More raw bits join the keys of two symbols.
+  sizes, width = np.array([x.size for x in flat]), 8 * dtype.itemsize - least
+  owners = np.repeat(np.arange(len(flat)) << width, sizes)
+  keys, counts = np.unique(owners | numbers >> least, return_counts=True)
+  costs = list[float]()
   while True:
-    raw, used = len(costs) * numbers.size, counts[counts > 0]
-    coded = float(tables.cost_bits(used, tables.quantize(used))) + raw
-    # A stored frequency takes about a byte.
-    costs.append(coded * stride + 8 * used.size)
+    rows, raw = keys >> width - len(costs), len(costs) * numbers.size
+    # A symbol owns a slot or more, and a stored frequency takes about a byte.
+    raised = np.maximum(counts, sizes[rows] / tables.TOTAL)
+    coded = sizes @ np.log2(np.bincount(rows, raised)) - counts @ np.log2(raised)
+    costs.append(float((coded + raw) * stride + 8 * keys.size))
+    least_coded = sizes @ np.log2(sizes) - counts @ np.log2(counts)
     # More raw bits save nothing but frequencies.
-    if counts.size == 1 or (tables.entropy_bits(used) + raw) * stride > min(costs):
-      return layouts.Int(array.dtype, least + int(np.argmin(costs)))
-    counts = np.append(counts, [0] * (counts.size % 2)).reshape(-1, 2).sum(axis=1)
+    if keys.size == len(flat) or (least_coded + raw) * stride > min(costs):
+      return layouts.Int(dtype, least + int(np.argmin(costs)))
+    keys >>= 1
+    firsts = np.flatnonzero(np.diff(keys, prepend=-1))
+    keys, counts = keys[firsts], np.add.reduceat(counts, firsts)
 
 
 _NOISE = 0.98  # bits of a bit, from which coding is not worth its time
@@ -181,14 +221,6 @@ def _is_noise(array: np.ndarray) -> bool:
   # A sample of n bytes has about 2^8 / (2 n ln 2) bits an element less than its source.
   missing = 185 * np.count_nonzero(counts) / 256
   return bool(tables.entropy_bits(counts) + missing > 8 * _NOISE * sample.size)
-
-
-def _copy_of(part: np.ndarray) -> blocks.Fill:
-  return lambda out: np.copyto(out, part)
-
-
-def _zeros(out: np.ndarray) -> None:
-  out[:] = 0
 
 
 # About how many bytes a layout and its blocks take.
@@ -222,46 +254,80 @@ def _alike(drafts: list[_Draft]) -> list[_Draft]:
 # ---- tables --------------------------------------------------------------------------
 
 
+class _Batch(NamedTuple):
+  """Parts of one layout whose symbols are counted at once.
+
+  Attributes:
+    places: their indices.
+    arrays: the parts: one, or several of at most 2^20 elements together.
+    layout: the layout.
+    buckets: scale buckets of the lines of the only part; None if each part gets one
+      table.
+    shape: the number of buckets, or of parts, and a bound for the symbols.
+  """
+
+  places: list[int]
+  arrays: list[np.ndarray]
+  layout: layouts.Layout
+  buckets: scales.Buckets | None
+  shape: tuple[int, int]
+
+
 def _planned(drafts: list[_Draft]) -> list[Part]:
   """Chooses the tables of parts with a layout."""
-  scaled = [i for i, x in enumerate(drafts) if x.layout and x.layout.has_scale]
-  found = _sorted([drafts[i].array for i in scaled])
-  of_parts = dict(zip(scaled, found, strict=True))
-  buckets = [of_parts.get(i) for i in range(len(drafts))]
-  jobs, fitted = [], []
-  for draft, own in zip(drafts, buckets, strict=True):
-    assert draft.layout
-    layout, shape = _fitted(draft.array, draft.layout, own)
-    fitted.append(layout)
-    jobs.append(_counting(draft.array, layout, own, shape))
-  counts = [functools.reduce(np.add, own) for own in _run_all(jobs)]
-  arrays = [draft.array for draft in drafts]
-  return pool.run(
-    functools.partial(_choose, *args)
-    for args in zip(arrays, fitted, buckets, counts, strict=True)
-  )
+  batches = _batches(drafts)
+  sizes = [sum(x.nbytes for x in batch.arrays) for batch in batches]
+  found = _run_all([_counting(batch) for batch in batches], sizes)
+  counts = [functools.reduce(np.add, own) for own in found]
+  pairs = zip(batches, counts, strict=True)
+  chosen = pool.run((functools.partial(_choose, *pair) for pair in pairs), sizes)
+  parts: dict[int, Part] = {}
+  for batch, own in zip(batches, chosen, strict=True):
+    parts |= zip(batch.places, own, strict=True)
+  return [parts[i] for i in range(len(drafts))]
 
 
-def _run_all(jobs: Sequence[Sequence[Callable[[], _Result]]]) -> list[list[_Result]]:
-  """Runs lists of jobs side by side; returns the results of each list."""
-  results = iter(pool.run(job for own in jobs for job in own))
+def _batches(drafts: list[_Draft]) -> list[_Batch]:
+  """Sorts the lines of parts, and puts small parts without lines together."""
+  lined, others = list[int](), dict[tuple[layouts.Layout, int], list[int]]()
+  for i, (array, layout) in enumerate(drafts):
+    assert layout
+    if layout.has_scale and scales.has_lines(array.shape):
+      lined.append(i)
+    else:
+      alone = -1 if _is_small(array) else i
+      others.setdefault((layout, alone), []).append(i)
+  found = []
+  buckets = _sorted([drafts[i].array for i in lined])
+  for i, own in zip(lined, buckets, strict=True):
+    array, layout = drafts[i]
+    assert layout
+    found.append(_Batch([i], [array], *_fitted(array, layout, own)))
+  for (layout, _), places in others.items():
+    arrays = [drafts[i].array for i in places]
+    alphabet = max(_alphabet(x, layout) for x in arrays)
+    most = min(contexts.MAX_TABLES, contexts.MAX_ENTRIES // alphabet - 1)
+    most = max(min(most, blocks.CAPACITY // _SMALL), 1)
+    for start in range(0, len(places), most):
+      part = slice(start, start + most)
+      shape = len(places[part]), alphabet
+      found.append(_Batch(places[part], arrays[part], layout, None, shape))
+  return found
+
+
+def _run_all(
+  jobs: Sequence[Sequence[Callable[[], _Result]]], sizes: Sequence[int]
+) -> list[list[_Result]]:
+  """Runs lists of jobs, each for so many bytes; returns the results of each list."""
+  each = [size // len(own) for own, size in zip(jobs, sizes, strict=True) for _ in own]
+  results = iter(pool.run((job for own in jobs for job in own), each))
   return [[next(results) for _ in own] for own in jobs]
 
 
-_VECTOR = 1 << 10  # columns of a matrix that stands for a vector
-
-
-def _sorted(arrays: Sequence[np.ndarray]) -> list[scales.Buckets]:
+def _sorted(matrices: Sequence[np.ndarray]) -> list[scales.Buckets]:
   """Sorts the rows and columns of each array into scale buckets."""
-  matrices = [x.reshape(scales.matrix_shape(x.shape)) for x in arrays]
-  # The sums of a row are made at once.
-  vectors = [min(x.shape) == 1 or x.shape[1] > blocks.CAPACITY for x in matrices]
-  for i, matrix in enumerate(matrices):
-    if vectors[i]:
-      # The scale of a vector is that of its rows, wherever it is cut.
-      width = min(matrix.size, _VECTOR)
-      whole = matrix.size // width * width
-      matrices[i] = matrix.reshape(-1)[:whole].reshape(-1, width)
+  matrices = [x.reshape(scales.matrix_shape(x.shape)) for x in matrices]
+  sizes = [x.nbytes for x in matrices]
   exponents = [scales.exponent_of(x) for x in matrices]
   weights = [np.full(x.shape[1], 1 / x.shape[1], np.float32) for x in matrices]
   found = []
@@ -270,16 +336,10 @@ def _sorted(arrays: Sequence[np.ndarray]) -> list[scales.Buckets]:
       [functools.partial(statistics.sums, rows, own, exponent) for rows in _cut(matrix)]
       for matrix, own, exponent in zip(matrices, weights, exponents, strict=True)
     ]
-    found.append([scales.joined(sums) for sums in _run_all(jobs)])
+    found.append([scales.joined(sums) for sums in _run_all(jobs, sizes)])
     weights = [scales.inverse_weights(x.weighted) for x in found[0]]
-  return pool.run(
-    functools.partial(scales.unsorted, first, exponent)
-    if is_vector
-    else functools.partial(scales.sort, first, second, exponent)
-    for first, second, exponent, is_vector in zip(
-      *found, exponents, vectors, strict=True
-    )
-  )
+  own = zip(*found, exponents, strict=True)
+  return pool.run((functools.partial(scales.sort, *x) for x in own), sizes)
 
 
 def _cut(matrix: np.ndarray) -> list[np.ndarray]:
@@ -288,60 +348,75 @@ def _cut(matrix: np.ndarray) -> list[np.ndarray]:
   return [matrix[start : start + step] for start in range(0, len(matrix), step)]
 
 
+def _alphabet(array: np.ndarray, layout: layouts.Layout) -> int:
+  """Returns a bound for the symbols of a part."""
+  if isinstance(layout, layouts.Int):
+    return (layouts.most_folded(array) >> layout.raw_bits) + 1
+  return layout.alphabet
+
+
 def _fitted(
-  array: np.ndarray, layout: layouts.Layout, buckets: scales.Buckets | None
-) -> tuple[layouts.Layout, tuple[int, int]]:
+  array: np.ndarray, layout: layouts.Layout, buckets: scales.Buckets
+) -> tuple[layouts.Layout, scales.Buckets, tuple[int, int]]:
   """Adds raw bits to a layout until the tables of all buckets have room.
 
   Returns:
-    The layout; and the number of buckets, and a bound for the symbols.
+    The layout, the buckets, and the shape of the counts.
   """
-  count = 1 if buckets is None else max(buckets.top, 1) + 1
-  alphabet = layout.alphabet
-  if isinstance(layout, layouts.Int):
-    alphabet = (layouts.most_folded(array) >> layout.raw_bits) + 1
+  count, alphabet = max(buckets.top, 1) + 1, _alphabet(array, layout)
   while (count + 1) * alphabet > contexts.MAX_ENTRIES:
     layout = dataclasses.replace(layout, raw_bits=layout.raw_bits + 1)
     alphabet = -(-alphabet // 2)
-  return layout, (count, alphabet)
+  return layout, buckets, (count, alphabet)
 
 
-def _counting(
-  array: np.ndarray,
-  layout: layouts.Layout,
-  buckets: scales.Buckets | None,
-  shape: tuple[int, int],
-) -> list[Callable[[], np.ndarray]]:
-  """Returns a job for each block of a part that counts its symbols in each bucket."""
-  bits, (_, columns) = forms.bit_patterns(array), scales.matrix_shape(array.shape)
+def _counting(batch: _Batch) -> list[Callable[[], np.ndarray]]:
+  """Returns jobs that count the symbols of a batch, whose results add up."""
+  bits = [forms.bit_patterns(x) for x in batch.arrays]
+  own, sizes = batch.buckets, [x.size for x in bits]
+  _, columns = scales.matrix_shape(batch.arrays[0].shape)
 
   def job(start: int) -> np.ndarray:
-    part, fill = bits[start : start + blocks.CAPACITY], _zeros
-    if buckets is not None:
-      fill = lambda out: buckets.write(out, start, columns, 1, 0)
-    return statistics.histogram(_copy_of(part), fill, part.size, shape, layout)
+    part = slice(start, start + blocks.CAPACITY)
+    count = min(sum(sizes) - start, blocks.CAPACITY)
+    if own is not None:
+      fill = lambda out: own.write(out, start, columns, 1, 0)
+    elif len(bits) == 1:
+      fill = lambda out: out.fill(0)
+    else:
+      fill = lambda out: np.copyto(
+        out, np.repeat(np.arange(len(bits)), sizes), 'unsafe'
+      )
+    copy = lambda out: np.concatenate([x[part] for x in bits], out=out)
+    return statistics.histogram(copy, fill, count, batch.shape, batch.layout)
 
-  return [functools.partial(job, x) for x in range(0, array.size, blocks.CAPACITY)]
+  return [functools.partial(job, x) for x in range(0, sum(sizes), blocks.CAPACITY)]
 
 
-def _choose(
-  array: np.ndarray,
-  layout: layouts.Layout,
-  buckets: scales.Buckets | None,
-  counts: np.ndarray,
-) -> Part:
-  """Returns the part with the fewest bytes, given the counts."""
-  total = counts.sum(axis=0, keepdims=True)
-  alphabet = np.flatnonzero(total)[-1] + 1
-  counts, total = counts[:, :alphabet], total[:, :alphabet]
-  cost = contexts.choose(layout, None, total).cost
-  coded = Coded(layout, None, total)
-  if buckets:
-    (own,) = np.nonzero(counts.any(axis=1))
-    other = contexts.choose(layout, buckets.classes(own), counts[own]).cost
-    for lines in (buckets.rows, buckets.columns):
-      other += tables.entropy_bits(np.bincount(lines)) / 8
-    if other < cost:
-      cost, coded = other, Coded(layout, buckets, counts)
-  saved = array.nbytes - array.size * layout.raw_bits / 8 - cost
-  return Part(array, coded, saved) if saved > 0 else Part(array)
+def _choose(batch: _Batch, counts: np.ndarray) -> list[Part]:
+  """Returns the parts with the fewest bytes, given the counts."""
+  own, layout = batch.buckets, batch.layout
+  alphabet = np.flatnonzero(counts.any(axis=0))[-1] + 1
+  counts = counts[:, :alphabet]
+  total = counts if own is None else counts.sum(axis=0, keepdims=True)
+  coded = [Coded(layout, None, row[None]) for row in total]
+  costs = contexts.choose(layout, None, total).costs
+  if own is not None:
+    (used,) = np.nonzero(counts.any(axis=1))
+    choice = contexts.choose(layout, own.classes(used), counts[used])
+    of_lines = sum(tables.entropy_bits(np.bincount(x)) for x in (own.rows, own.columns))
+    other = float(choice.costs.sum()) + of_lines / 8
+    if other < costs[0]:
+      costs, coded = np.array([other]), [Coded(layout, own, counts)]
+  elif layout.has_scale:
+    classes = scales.of_counts(layout, counts)
+    others = contexts.choose(layout, classes, counts).costs
+    for i in np.flatnonzero(others < costs).tolist():
+      row = np.stack([np.zeros_like(counts[i]), counts[i]])
+      coded[i] = Coded(layout, scales.unsorted(int(classes[i])), row)
+    costs = np.minimum(costs, others)
+  parts = []
+  for array, way, cost in zip(batch.arrays, coded, costs, strict=True):
+    saved = array.nbytes - array.size * layout.raw_bits / 8 - float(cost)
+    parts.append(Part(array, way, saved) if saved > 0 else Part(array))
+  return parts

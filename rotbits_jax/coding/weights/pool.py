@@ -19,6 +19,8 @@ from rotbits_jax.system import host
 
 _Result = TypeVar('_Result')
 
+_FEW = 1 << 18  # bytes
+
 _lock = threading.Lock()
 _pools: dict[str, futures.ThreadPoolExecutor] = {}
 _local = threading.local()
@@ -30,11 +32,15 @@ def threads() -> int:
   return count() or 1
 
 
-def run(jobs: Iterable[Callable[[], _Result]]) -> list[_Result]:
+def run(
+  jobs: Iterable[Callable[[], _Result]], sizes: Iterable[int] | None = None
+) -> list[_Result]:
   """Runs jobs side by side.
 
   Args:
     jobs: functions without arguments that do not call `run`.
+    sizes: about how many bytes each job is for. Neighbours with few bytes run one after
+      the other, because to start a job takes longer. By default none do.
 
   Returns:
     The results of the jobs, in order.
@@ -43,13 +49,33 @@ def run(jobs: Iterable[Callable[[], _Result]]) -> list[_Result]:
     Exception: the exception of the first job that failed, after all jobs have ended.
   """
   pool = _pool('blocks')
-  started = [pool.submit(job) for job in jobs]
+  started = [pool.submit(_all, own) for own in _together(list(jobs), sizes)]
   futures.wait(started)
   try:
-    return [job.result() for job in started]
+    return [result for job in started for result in job.result()]
   finally:
     # The exception of a job refers to this frame, which must not keep all results.
     started.clear()
+
+
+def _together(
+  jobs: list[Callable[[], _Result]], sizes: Iterable[int] | None
+) -> list[list[Callable[[], _Result]]]:
+  """Divides jobs into runs of neighbours with few bytes."""
+  if sizes is None:
+    return [[job] for job in jobs]
+  found, left = list[list[Callable[[], _Result]]](), -1
+  for job, size in zip(jobs, sizes, strict=True):
+    left -= size
+    if left < 0:
+      found.append([])
+      left = max(_FEW - size, 0)
+    found[-1].append(job)
+  return found
+
+
+def _all(jobs: list[Callable[[], _Result]]) -> list[_Result]:
+  return [job() for job in jobs]
 
 
 Start = Callable[[Callable[[], _Result]], 'futures.Future[_Result]']

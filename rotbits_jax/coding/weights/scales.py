@@ -132,6 +132,7 @@ class Buckets(NamedTuple):
 _MOST_EXPONENT = 32
 _MANY = 1 << 9
 _GREATEST = 2.0**60
+_MOST_COLUMNS = 1 << 20
 
 # The greatest number of steps between the classes of the lines of an axis. With this
 # bound for both axes, the buckets of elements are below `MAX_BUCKETS`.
@@ -174,15 +175,33 @@ def _inverse(squares: np.ndarray) -> np.ndarray:
   return np.divide(1, squares, where=squares > 0, out=np.zeros_like(squares))
 
 
-def unsorted(found: Sums, exponent: int) -> Buckets:
-  """Returns buckets of which all rows and columns are in one.
+def has_lines(shape: tuple[int, ...]) -> bool:
+  """Returns whether rows and columns of an array of this shape may be sorted."""
+  rows, columns = matrix_shape(shape)
+  # The sums of a row are made at once.
+  return min(rows, columns) > 1 and columns <= _MOST_COLUMNS
+
+
+def unsorted(of_all: int) -> Buckets:
+  """Returns buckets of which all rows and columns are in one, of this class."""
+  return Buckets(of_all, 1, np.ones(1, np.uint8), np.ones(1, np.uint8))
+
+
+def of_counts(layout: layouts.Layout, counts: np.ndarray) -> np.ndarray:
+  """Returns the classes of arrays of which each has one.
 
   Args:
-    found: sums over all rows with the weights 1 / C.
-    exponent: that of the sums.
+    layout: layout of the elements; its `has_scale` must be true.
+    counts: `[M, A]`, how often each symbol occurs in each array.
+
+  Returns:
+    int64 `[M]`.
   """
-  mean = 4.0**exponent * found.rows.mean(keepdims=True)
-  return _sorted(mean, np.ones(1), found.rows.size, (1,))[0][1]
+  centre, exponent, _ = layout.cells(counts.shape[1])
+  sizes = np.ldexp(centre.astype(np.float64), exponent)
+  squares = np.square(np.minimum(sizes, _GREATEST)) @ counts.T / counts.sum(axis=1)
+  logs = STEPS / 2 * np.log2(np.maximum(squares, np.finfo(np.float64).tiny))
+  return np.where(squares > 0, np.rint(logs).astype(np.int64), ZERO)
 
 
 def sort(first: Sums, second: Sums, exponent: int) -> Buckets:
@@ -208,16 +227,19 @@ def sort(first: Sums, second: Sums, exponent: int) -> Buckets:
   one, scale = np.ones(1), 4.0**exponent
   present = max(np.count_nonzero(second.rows), 1)
   pairs = (
+    (scale * first.rows.mean(keepdims=True), one),
     (scale * first.rows, one),
     (one, scale * first.columns / count),
     (scale * second.rows, second.weighted / present),
   )
-  mean, size = scale * first.rows.mean(keepdims=True), count * width
-  candidates = _sorted(mean, one, size, (1,))
-  # Fewer classes save less than they cost, if lines have many elements.
-  steps = (1,) if min(count, width) >= _MANY else (1, 2, 4, 8)
-  for rows, columns in pairs:
-    candidates += _sorted(rows, columns, size, steps)
+  size = count * width
+  own = [_sorted(x, y, size, (1,))[0] for x, y in pairs]
+  best = min(range(len(own)), key=lambda i: own[i][0])
+  candidates = own[best : best + 1]
+  if min(count, width) < _MANY:
+    # Fewer classes save less than they cost, if lines have many elements.
+    rows, columns = pairs[best]
+    candidates += _sorted(rows, columns, size, (2, 4, 8))
   return min(candidates, key=lambda candidate: candidate[0])[1]
 
 

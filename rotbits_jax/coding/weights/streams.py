@@ -5,7 +5,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -47,9 +47,12 @@ def encode(arrays: Sequence[np.ndarray]) -> Encoded:
   planned = _planned(arrays)
   groups = _allowed(planned, _grouped(planned))
   index = {(i, j): g for g, own in enumerate(groups) for i, j in own.members}
-  jobs: list[Callable[[], Any]] = [x for own in groups for x in own.encode_jobs()]
-  jobs += [functools.partial(checksums_lib.of_array, x.array) for x in planned]
+  jobs = [job for own in groups for job in own.encode_jobs()]
   results = iter(pool.run(jobs))
+  checksums = pool.run(
+    (functools.partial(checksums_lib.of_array, x.array) for x in planned),
+    [x.array.nbytes for x in planned],
+  )
   heads: list[np.ndarray] = []
   bodies: list[np.ndarray] = []
   of_groups = []
@@ -69,13 +72,13 @@ def encode(arrays: Sequence[np.ndarray]) -> Encoded:
       )
     )
   entries = []
-  for i, plan in enumerate(planned):
+  for i, (plan, crc32) in enumerate(zip(planned, checksums, strict=True)):
     form = plan.form
     entries.append(
       specs.ArraySpec(
         dtype=plan.array.dtype.name,
         shape=plan.array.shape,
-        crc32=next(results),
+        crc32=crc32,
         groups=tuple(index.get((i, j)) for j in range(len(plan.parts))),
         uniform=form if isinstance(form, forms.Uniform) else None,
         codebook=form if isinstance(form, forms.Codebook) else None,
@@ -136,8 +139,13 @@ def decode(
     )
   pool.run(jobs)
   pool.run(
-    functools.partial(_finish, i, array, own, out)
-    for i, (array, own, out) in enumerate(zip(spec.arrays, parts, arrays, strict=True))
+    (
+      functools.partial(_finish, i, array, own, out)
+      for i, (array, own, out) in enumerate(
+        zip(spec.arrays, parts, arrays, strict=True)
+      )
+    ),
+    [x.nbytes for x in arrays],
   )
   return arrays
 
@@ -282,7 +290,7 @@ def _planned(arrays: Sequence[np.ndarray]) -> list[plans.Plan]:
     if np.asarray(array).dtype.name not in specs.DTYPES:
       raise ValueError(f'arrays of this dtype cannot be stored, got {array.dtype=}')
   contiguous = (functools.partial(host.contiguous, np.asarray(x)) for x in arrays)
-  planned = plans.plan(pool.run(contiguous))
+  planned = plans.plan(pool.run(contiguous, [x.nbytes for x in arrays]))
   saved: dict[layouts.Layout, float] = {}
   for plan in planned:
     for part in plan.parts:
