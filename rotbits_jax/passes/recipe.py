@@ -14,7 +14,6 @@ import math
 from typing import NamedTuple
 
 import numpy as np
-import scipy.linalg
 
 from rotbits_jax import models
 from rotbits_jax import structured
@@ -241,8 +240,10 @@ def as_subspace(
     roundoff: see `as_basis`.
     growth: see `FoundBasis`.
   """
+  from scipy import linalg  # slow to import
+
   hidden, width = basis.shape
-  order = scipy.linalg.qr(basis.T, mode='r', pivoting=True)[1]
+  order = linalg.qr(basis.T, mode='r', pivoting=True)[1]
   rows = np.zeros(hidden, bool)
   rows[order[:width]] = True
   # The polar factor of these rows; `eigh` is several times faster than an SVD.
