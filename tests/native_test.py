@@ -127,7 +127,7 @@ def test_statistics():
   for layout in (floats, layouts.Int(words.dtype, 0)):
     operands = counts, words, bytes_, *numbers
     assert not loops_of_thunks(statistics._count, *operands, layout=layout)
-  sums = [np.zeros(statistics._PADDED, np.float32) for _ in range(3)]
+  sums = [np.zeros(statistics._PADDED, np.float32) for _ in range(4)]
   bits, one = np.zeros(statistics._PADDED, np.uint16), np.float32(1)
   of_sums = tuple(sums), bits, sums[0], one, np.int32(2), np.int32(9)
   dtype = np.dtype(np.float16)

@@ -322,9 +322,8 @@ def codebooks(array: np.ndarray) -> Iterator[Candidate]:
   if array.size < _LEAST_ELEMENTS:
     return
   bits = bit_patterns(array).reshape(scales.matrix_shape(array.shape))
-  # Neighbours in a column are far apart in memory.
-  sampled = {'row': _sample(bits, _LINES), 'column': _sample(bits.T, _LINES // 8)}
-  values, counts = np.unique(sampled['row'], return_counts=True)
+  sample = _sample(bits, _LINES)
+  values, counts = _counted(sample)
   if array.dtype.kind in 'iu' and _is_dense(values.view(array.dtype)):
     return
   few = _FEW_BYTES if array.itemsize == 1 else _FEW_VALUES
@@ -337,21 +336,31 @@ def codebooks(array: np.ndarray) -> Iterator[Candidate]:
   is_often = counts >= _LEAST_SHARE * counts.sum()
   of_codes = np.append(counts[is_often], counts[~is_often].sum())
   bits_saved = 8 * array.itemsize * of_codes[:-1].sum() - tables.entropy_bits(of_codes)
-  if not is_often.all() and bits_saved > _LEAST_SAVED * 8 * sampled['row'].nbytes:
+  if not is_often.all() and bits_saved > _LEAST_SAVED * 8 * sample.nbytes:
     yield _codebook(array, 'all', values[is_often][None])
   if values.size <= _FEW_OF_LINE:
     return
-  for lists, sample in sampled.items():
-    ordered = np.sort(sample, axis=1)
-    distinct = 1 + np.count_nonzero(ordered[:, 1:] != ordered[:, :-1], axis=1)
+  for lists in ('row', 'column'):
+    if lists == 'column':
+      # Neighbours in a column are far apart in memory.
+      sample = _sample(bits.T, _LINES // 8)
     count = len(bits) if lists == 'row' else bits.shape[1]
     few = min(_FEW_OF_LINE, sample.shape[1] // 4)
-    if distinct.max() <= few and count <= _MOST_LISTS:
+    if count <= _MOST_LISTS and all(np.unique(line).size <= few for line in sample):
       lines = [np.unique(x) for x in (bits if lists == 'row' else bits.T)]
       width = max(x.size for x in lines)
       if width <= _MOST_VALUES:
         padded = np.stack([np.pad(x, (0, width - x.size), 'edge') for x in lines])
         yield _codebook(array, lists, padded)
+
+
+def _counted(sample: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+  """Returns the values of unsigned integers in order, and how often each occurs."""
+  if sample.itemsize > 2:
+    return np.unique(sample, return_counts=True)
+  counts = np.bincount(sample.reshape(-1))
+  (values,) = np.nonzero(counts)
+  return values.astype(sample.dtype), counts[values]
 
 
 def _is_dense(integers: np.ndarray) -> bool:

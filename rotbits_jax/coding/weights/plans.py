@@ -324,22 +324,30 @@ def _run_all(
   return [[next(results) for _ in own] for own in jobs]
 
 
-def _sorted(matrices: Sequence[np.ndarray]) -> list[scales.Buckets]:
+_ROWS = 1 << 7  # of a matrix that tell the weights of its columns
+
+
+def _sorted(arrays: Sequence[np.ndarray]) -> list[scales.Buckets]:
   """Sorts the rows and columns of each array into scale buckets."""
-  matrices = [x.reshape(scales.matrix_shape(x.shape)) for x in matrices]
-  sizes = [x.nbytes for x in matrices]
-  exponents = [scales.exponent_of(x) for x in matrices]
-  weights = [np.full(x.shape[1], 1 / x.shape[1], np.float32) for x in matrices]
-  found = []
-  for _ in range(2):
-    jobs = [
-      [functools.partial(statistics.sums, rows, own, exponent) for rows in _cut(matrix)]
-      for matrix, own, exponent in zip(matrices, weights, exponents, strict=True)
-    ]
-    found.append([scales.joined(sums) for sums in _run_all(jobs, sizes)])
-    weights = [scales.inverse_weights(x.weighted) for x in found[0]]
-  own = zip(*found, exponents, strict=True)
+  matrices = [x.reshape(scales.matrix_shape(x.shape)) for x in arrays]
+  sizes, exponents = [x.nbytes for x in matrices], map(scales.exponent_of, matrices)
+  pairs = list(zip(matrices, exponents, strict=True))
+  weights = pool.run((functools.partial(_weights, *pair) for pair in pairs), sizes)
+  jobs = [
+    [functools.partial(statistics.sums, rows, own, exponent) for rows in _cut(matrix)]
+    for (matrix, exponent), own in zip(pairs, weights, strict=True)
+  ]
+  found = map(scales.joined, _run_all(jobs, sizes))
+  own = [(x, exponent) for x, (_, exponent) in zip(found, pairs, strict=True)]
   return pool.run((functools.partial(scales.sort, *x) for x in own), sizes)
+
+
+def _weights(matrix: np.ndarray, exponent: int) -> np.ndarray:
+  """Returns the weights of columns by some rows, see `scales.sort`."""
+  rows, columns = matrix.shape
+  some = matrix[:: -(-rows // min(_ROWS, blocks.CAPACITY // columns))]
+  equal = np.full(columns, 1 / columns, np.float32)
+  return scales.inverse_weights(statistics.sums(some, equal, exponent).weighted)
 
 
 def _cut(matrix: np.ndarray) -> list[np.ndarray]:

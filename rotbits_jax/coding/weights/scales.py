@@ -143,11 +143,13 @@ class Sums(NamedTuple):
   """Sums of the squares of elements of some rows.
 
   Attributes:
+    plain: the sum of each row, float64 `[r]`.
     rows: the sum of each row, weighted by columns, float64 `[r]`.
     columns: the sum of each column, float64 `[C]`.
     weighted: the sum of each column, weighted by the inverse of `rows`, float64 `[C]`.
   """
 
+  plain: np.ndarray
   rows: np.ndarray
   columns: np.ndarray
   weighted: np.ndarray
@@ -204,7 +206,7 @@ def of_counts(layout: layouts.Layout, counts: np.ndarray) -> np.ndarray:
   return np.where(squares > 0, np.rint(logs).astype(np.int64), ZERO)
 
 
-def sort(first: Sums, second: Sums, exponent: int) -> Buckets:
+def sort(found: Sums, exponent: int) -> Buckets:
   """Sorts the rows of an array, its columns, both or neither into buckets.
 
   The function takes the choice with the least cost. The cost is an estimate: the bits
@@ -216,21 +218,20 @@ def sort(first: Sums, second: Sums, exponent: int) -> Buckets:
   divided by the factor of its column; and vice versa.
 
   Args:
-    first: sums over all rows with the weights 1 / C.
-    second: sums over all rows with the weights that follow from `first.weighted`.
+    found: sums over all rows, with weights that follow from the columns of some rows.
     exponent: that of the sums.
 
   Returns:
     The buckets.
   """
-  count, width = first.rows.size, first.columns.size
+  count, width = found.rows.size, found.columns.size
   one, scale = np.ones(1), 4.0**exponent
-  present = max(np.count_nonzero(second.rows), 1)
+  present = max(np.count_nonzero(found.rows), 1)
   pairs = (
-    (scale * first.rows.mean(keepdims=True), one),
-    (scale * first.rows, one),
-    (one, scale * first.columns / count),
-    (scale * second.rows, second.weighted / present),
+    (scale * found.plain.mean(keepdims=True) / width, one),
+    (scale * found.plain / width, one),
+    (one, scale * found.columns / count),
+    (scale * found.rows, found.weighted / present),
   )
   size = count * width
   own = [_sorted(x, y, size, (1,))[0] for x, y in pairs]
@@ -337,10 +338,9 @@ def _quantized(squares: np.ndarray, steps: Sequence[int]) -> list[_Quantized]:
 
 def joined(parts: Sequence[Sums]) -> Sums:
   """Returns the sums over all rows, given those over parts of the rows, in order."""
-  return Sums(
-    np.concatenate([part.rows for part in parts]),
-    *(sum(x) for x in zip(*(part[1:] for part in parts), strict=True)),  # type: ignore[arg-type]
-  )
+  plain, rows, columns, weighted = zip(*parts, strict=True)
+  sums = (np.sum(x, axis=0) for x in (columns, weighted))
+  return Sums(np.concatenate(plain), np.concatenate(rows), *sums)
 
 
 # ---- the normal distribution ---------------------------------------------------------

@@ -117,7 +117,7 @@ _MOST_EXPONENT = 126
 
 @functools.partial(jax.jit, static_argnames='dtype', donate_argnums=0)
 def _sums(
-  out: tuple[jax.Array, jax.Array, jax.Array],  # float32 [2^20 + 128] each
+  out: tuple[jax.Array, ...],  # float32 [2^20 + 128] each
   bits: jax.Array,  # unsigned integers [2^20 + 128]
   weights: jax.Array,  # float32 [2^20 + 128], 0 from C on
   unit: jax.Array,
@@ -125,18 +125,18 @@ def _sums(
   columns: jax.Array,
   *,
   dtype: np.dtype,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+) -> tuple[jax.Array, ...]:
   part = lambda x, start: jax.lax.dynamic_slice(x, (start,), (_WIDTH,))
   put = lambda x, own, start: jax.lax.dynamic_update_slice(x, own, (start,))
 
   def loop(
-    out: tuple[jax.Array, jax.Array, jax.Array],
+    out: tuple[jax.Array, ...],
     bits: jax.Array,
     weights: jax.Array,
     unit: jax.Array,
     rows: jax.Array,
     columns: jax.Array,
-  ) -> tuple[jax.Array, jax.Array, jax.Array]:
+  ) -> tuple[jax.Array, ...]:
     steps = -(-columns // _WIDTH)
 
     def squares(start: jax.Array) -> jax.Array:
@@ -151,13 +151,20 @@ def _sums(
     def clear(j: jax.Array, sums: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
       return tuple(put(x, jnp.zeros(_WIDTH, x.dtype), j * _WIDTH) for x in sums)
 
-    def row(r: jax.Array, out: tuple[jax.Array, jax.Array, jax.Array]) -> Any:
-      of_rows, *of_columns = out
-      add = lambda j, x: (
-        x + squares(r * columns + j * _WIDTH) * part(weights, j * _WIDTH)
-      )
-      own = jax.lax.fori_loop(0, steps, add, jnp.zeros(_WIDTH, jnp.float32)).sum()
-      factors = jnp.float32(1), jnp.where(own > 0, 1 / own, 0)
+    def row(r: jax.Array, out: tuple[jax.Array, ...]) -> Any:
+      *of_rows, of_columns, weighted = out
+
+      def add(j: jax.Array, both: tuple[jax.Array, jax.Array]) -> Any:
+        found = squares(r * columns + j * _WIDTH)
+        is_own = jnp.arange(_WIDTH) < columns - j * _WIDTH
+        return (
+          both[0] + jnp.where(is_own, found, 0),
+          both[1] + found * part(weights, j * _WIDTH),
+        )
+
+      both = jax.lax.fori_loop(0, steps, add, (jnp.zeros(_WIDTH, jnp.float32),) * 2)
+      own = [x.sum() for x in both]
+      factors = jnp.float32(1), jnp.where(own[1] > 0, 1 / own[1], 0)
 
       def below(j: jax.Array, sums: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         start, found = j * _WIDTH, squares(r * columns + j * _WIDTH)
@@ -166,13 +173,14 @@ def _sums(
           for x, factor in zip(sums, factors, strict=True)
         )
 
-      of_columns = jax.lax.fori_loop(0, steps, below, tuple(of_columns))
-      own = jax.lax.dynamic_update_index_in_dim(of_rows, own, r, 0)
-      return own, *of_columns
+      of_columns, weighted = jax.lax.fori_loop(0, steps, below, (of_columns, weighted))
+      pairs = zip(of_rows, own, strict=True)
+      made = [jax.lax.dynamic_update_index_in_dim(x, y, r, 0) for x, y in pairs]
+      return *made, of_columns, weighted
 
-    of_rows, *of_columns = out
-    of_columns = jax.lax.fori_loop(0, steps, clear, tuple(of_columns))
-    return jax.lax.fori_loop(0, rows, row, (of_rows, *of_columns))
+    *of_rows, of_columns, weighted = out
+    cleared = jax.lax.fori_loop(0, steps, clear, (of_columns, weighted))
+    return jax.lax.fori_loop(0, rows, row, (*of_rows, *cleared))
 
   return native.loop(loop)(out, bits, weights, unit, rows, columns)
 
@@ -195,7 +203,7 @@ def sums(matrix: np.ndarray, weights: np.ndarray, exponent: int) -> scales.Sums:
   of_columns = buffers.scratch('weights', _PADDED, np.float32)
   of_columns[:columns] = weights
   of_columns[columns : columns + _WIDTH] = 0
-  names = 'rows', 'columns', 'weighted'
+  names = 'plain', 'rows', 'columns', 'weighted'
   exponent = int(np.clip(exponent, -_MOST_EXPONENT, _MOST_EXPONENT))
   found = _sums(
     tuple(buffers.taken(name, _PADDED, np.float32) for name in names),
@@ -206,7 +214,7 @@ def sums(matrix: np.ndarray, weights: np.ndarray, exponent: int) -> scales.Sums:
     np.int32(columns),
     dtype=matrix.dtype,
   )
-  sizes = rows, columns, columns
+  sizes = rows, rows, columns, columns
   made = [
     np.asarray(x)[:n].astype(np.float64) for x, n in zip(found, sizes, strict=True)
   ]
