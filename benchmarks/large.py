@@ -184,7 +184,8 @@ def title() -> str:
   """Returns the title of the section: the checkpoint, or model and slicing."""
   if _CHECKPOINT.value is not None:
     return f'How large may a model be? {pathlib.Path(_CHECKPOINT.value).name}'
-  return f'How large may a model be? {_MODEL.value} sliced by {_SLICING.value}'
+  sliced = f'How large may a model be? {_MODEL.value} sliced by {_SLICING.value}'
+  return sliced if _LAYERS.value[1:] else f'{sliced}, {_LAYERS.value[0]} layers'
 
 
 def main() -> None:
