@@ -146,6 +146,15 @@ class RecordsTest(absltest.TestCase):
         self.assertEqual(_round_trip([noise.view(dtype)]), noise.size)
         self.assertLessEqual(_round_trip([_normal(10, dtype)]), 10 * width)
 
+  def test_small_integers_beside_noise_cost_what_they_do_alone(self):
+    rng = np.random.default_rng(0)
+    noise = [rng.integers(-(1 << 15), 1 << 15, 5000, np.int16) for _ in range(6)]
+    few = [rng.integers(0, 40, 3000).astype(np.int16) for _ in range(3)]
+    alone = _round_trip(few)
+    self.assertLess(alone, 3 * 3000 * 6 / 8)
+    both = _round_trip([*noise, *few])
+    self.assertLess(both, sum(x.nbytes for x in noise) + 1.02 * alone + 200)
+
   def test_numbers_widened_from_a_shorter_format_cost_what_they_did(self):
     narrow = _normal(100_000, np.float16)
     size, wide = _round_trip([narrow]), _round_trip([narrow.astype('f4')])

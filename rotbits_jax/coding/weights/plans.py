@@ -80,9 +80,9 @@ def plan(arrays: Sequence[np.ndarray]) -> list[Plan]:
   Returns:
     The plans.
   """
-  shared = _shared(arrays)
+  of_small = _of_small(arrays)
   found = pool.run(
-    (functools.partial(_candidates, array, shared) for array in arrays),
+    (functools.partial(_candidates, x, of_small.get(i)) for i, x in enumerate(arrays)),
     [array.nbytes for array in arrays],
   )
   drafts = [x for own in found for _, parts in own for x in parts if x.layout]
@@ -114,13 +114,13 @@ class _Draft(NamedTuple):
 
 
 def _candidates(
-  array: np.ndarray, shared: dict[np.dtype, layouts.Layout]
+  array: np.ndarray, of_small: layouts.Int | None
 ) -> list[tuple[forms.Form | None, list[_Draft]]]:
   """Returns the forms that may suit an array, each with its parts.
 
   Args:
     array: the array.
-    shared: the layouts of small arrays of integers.
+    of_small: its layout, if it is a small array of integers.
   """
   if not array.size:
     return [(None, [_Draft(array, None)])]
@@ -139,7 +139,7 @@ def _candidates(
   elif array.dtype == np.uint8 and _is_noise(array):
     return found
   elif array.dtype.kind in 'iu':
-    own = shared[array.dtype] if _is_small(array) else _of_integers([array])
+    own = of_small or _of_integers([array])[0]
     found = [(None, [_Draft(array, own)])]
   if is_uniform and np.count_nonzero(bits) > array.size // 2:
     return found
@@ -155,11 +155,12 @@ def _drafted(
     if part.size and part.dtype in layouts.FORMATS:
       layout, _ = layouts.of_floats(forms.bit_patterns(part), part.dtype)
     elif part.size and part.dtype.kind in 'iu' and part.dtype.itemsize <= 4:
-      layout = _of_integers([part])
+      (layout,) = _of_integers([part])
     drafts.append(_Draft(part, layout))
   return form, drafts
 
 
+_LAYOUT_BYTES = 64  # of a layout and its blocks, about
 _SMALL = 1 << 14  # elements of arrays that are looked at together
 
 # Elements by which the raw bits of integers are chosen; bytes have few values.
@@ -170,21 +171,28 @@ def _is_small(array: np.ndarray) -> bool:
   return 0 < array.size <= _SMALL
 
 
-def _shared(arrays: Sequence[np.ndarray]) -> dict[np.dtype, layouts.Layout]:
-  """Returns one layout for all small arrays of integers of each dtype."""
-  alike: dict[np.dtype, list[np.ndarray]] = {}
-  for array in arrays:
-    dtype = array.dtype
-    if not (_is_small(array) and dtype.kind in 'iu' and dtype.itemsize <= 4):
-      continue
-    if dtype != np.uint8 or not _is_noise(array):
-      alike.setdefault(dtype, []).append(array)
-  return {dtype: _of_integers(own) for dtype, own in alike.items()}
+def _of_small(arrays: Sequence[np.ndarray]) -> dict[int, layouts.Int]:
+  """Returns the layouts of small arrays of integers, by their indices."""
+  alike: dict[tuple[np.dtype, int], list[int]] = {}
+  for i, array in enumerate(arrays):
+    if _is_small(array) and array.dtype.kind in 'iu' and array.dtype.itemsize <= 4:
+      own = array.dtype, layouts.least_raw_bits(array)
+      alike.setdefault(own, []).append(i)
+  found: dict[int, layouts.Int] = {}
+  for places in alike.values():
+    found |= zip(places, _of_integers([arrays[i] for i in places]), strict=True)
+  return found
 
 
-def _of_integers(arrays: Sequence[np.ndarray]) -> layouts.Int:
-  """Returns the layout whose raw bits make arrays of integers of one dtype shortest."""
-  dtype, least = arrays[0].dtype, max(map(layouts.least_raw_bits, arrays))
+def _of_integers(arrays: Sequence[np.ndarray]) -> list[layouts.Int]:
+  """Returns the layouts whose raw bits make arrays of integers shortest.
+
+  Arrays share a layout, unless one of their own saves more than it takes.
+
+  Args:
+    arrays: arrays of one dtype, whose layouts have equally many raw bits at least.
+  """
+  dtype, least = arrays[0].dtype, layouts.least_raw_bits(arrays[0])
   most = _SAMPLE if dtype.itemsize > 1 else _SAMPLE_OF_BYTES
   stride = -(-sum(x.size for x in arrays) // most)
   flat = [x.reshape(-1)[::stride] for x in arrays]
@@ -195,20 +203,28 @@ def _of_integers(arrays: Sequence[np.ndarray]) -> layouts.Int:
   sizes, width = np.array([x.size for x in flat]), 8 * dtype.itemsize - least
   owners = np.repeat(np.arange(len(flat)) << width, sizes)
   keys, counts = np.unique(owners | numbers >> least, return_counts=True)
-  costs = list[float]()
+  costs = list[np.ndarray]()
   while True:
-    rows, raw = keys >> width - len(costs), len(costs) * numbers.size
+    rows = keys >> width - len(costs)
     # A symbol owns a slot or more, and a stored frequency takes about a byte.
     raised = np.maximum(counts, sizes[rows] / tables.TOTAL)
-    coded = sizes @ np.log2(np.bincount(rows, raised)) - counts @ np.log2(raised)
-    costs.append(float((coded + raw) * stride + 8 * keys.size))
-    least_coded = sizes @ np.log2(sizes) - counts @ np.log2(counts)
-    # More raw bits save nothing but frequencies.
-    if keys.size == len(flat) or (least_coded + raw) * stride > min(costs):
-      return layouts.Int(dtype, least + int(np.argmin(costs)))
+    saved = np.bincount(rows, counts * np.log2(raised))
+    coded = sizes * (np.log2(np.bincount(rows, raised)) + len(costs)) - saved
+    costs.append(coded * stride + 8 * np.bincount(rows))
+    if keys.size == len(flat):
+      break
     keys >>= 1
     firsts = np.flatnonzero(np.diff(keys, prepend=-1))
     keys, counts = keys[firsts], np.add.reduceat(counts, firsts)
+  table = np.stack(costs)
+  raw, left = table.argmin(axis=0), np.arange(len(flat))
+  while left.size:
+    shared = np.argmin(table[:, left].sum(axis=1))
+    saved = table[shared, left] - table[raw[left], left]
+    stays = saved <= 8 * _LAYOUT_BYTES
+    raw[left[stays]] = shared
+    left = left[~stays] if stays.any() else left[:0]
+  return [layouts.Int(dtype, least + x) for x in raw.tolist()]
 
 
 _NOISE = 0.98  # bits of a bit, from which coding is not worth its time
@@ -221,10 +237,6 @@ def _is_noise(array: np.ndarray) -> bool:
   # A sample of n bytes has about 2^8 / (2 n ln 2) bits an element less than its source.
   missing = 185 * np.count_nonzero(counts) / 256
   return bool(tables.entropy_bits(counts) + missing > 8 * _NOISE * sample.size)
-
-
-# About how many bytes a layout and its blocks take.
-_LAYOUT_BYTES = 64
 
 
 def _alike(drafts: list[_Draft]) -> list[_Draft]:
