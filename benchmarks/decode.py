@@ -49,10 +49,13 @@ from benchmarks import sections
 import rotbits_jax
 from rotbits_jax import file
 from rotbits_jax.cli import program
+from rotbits_jax.coding import tables
 from rotbits_jax.coding import weights
+from rotbits_jax.coding.weights import blocks
 from rotbits_jax.coding.weights import pool
 from rotbits_jax.file import container
 from rotbits_jax.report import charts
+from rotbits_jax.system import native
 
 FLAGS = flags.FlagValues()
 _PEERS_PYTHON = flags.DEFINE_string(
@@ -268,6 +271,11 @@ def limits(
       f'{f"one block on each of {threads} threads":38}{seconds:7.3f}'
       f'{numbers / seconds / 1e6:9.0f} million numbers/s'
     )
+  seconds = _median(_lookups_alone(), runs)
+  rate = blocks.CAPACITY / seconds / 1e6
+  lines.append(
+    f'{"the lookups of one block":38}{seconds:7.3f}{rate:9.0f} million numbers/s'
+  )
   if exact:
     with file.Reader(exact) as reader:
       config = reader.config
@@ -339,6 +347,41 @@ def _block_on_each(threads: int) -> tuple[Callable[[], None], int]:
         future.result()
 
   return decode, threads * array.size
+
+
+def _lookups_alone() -> Callable[[], Any]:
+  """Prepares the lookups of a block: a symbol, its interval, and the next word.
+
+  As in the decoder, the interval depends on the symbol, and the next symbol on both
+  the interval and the word.
+  """
+  lanes, steps = blocks.LANES, blocks.STEPS
+  rng = np.random.default_rng(0)
+  symbols = rng.integers(0, 256, tables.TOTAL, np.uint8)
+  intervals = rng.integers(0, 1 << 32, 256, np.uint32)
+  words = rng.integers(0, 1 << 16, lanes * (steps + 96), np.uint16)
+  first = np.arange(lanes, dtype=np.uint32) * (steps + 96)
+
+  def loop(
+    state: jax.Array,
+    place: jax.Array,
+    symbols: jax.Array,
+    intervals: jax.Array,
+    words: jax.Array,
+  ) -> jax.Array:
+    found = lambda table, index: table.at[index].get(mode='promise_in_bounds')
+
+    def step(i: jax.Array, carry: tuple[jax.Array, jax.Array]) -> Any:
+      del i
+      state, place = carry
+      interval = found(intervals, found(symbols, state % tables.TOTAL))
+      return interval ^ found(words, place).astype(jnp.uint32), place + 1
+
+    return jax.lax.fori_loop(0, steps, step, (state, place))[0]
+
+  made = jax.jit(native.loop(loop))
+  operands = [jnp.asarray(x) for x in (first, first, symbols, intervals, words)]
+  return lambda: jax.block_until_ready(made(*operands))
 
 
 _START = """

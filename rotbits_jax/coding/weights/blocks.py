@@ -173,7 +173,11 @@ def _push(
   return native.loop(loop)(stacks, *rows, entries, alphabet, steps)
 
 
-@functools.partial(jax.jit, donate_argnums=0)
+# Where the CPU has registers of 512 bits, they save a tenth of the time.
+_WIDE = {'xla_cpu_prefer_vector_width': 512}
+
+
+@functools.partial(jax.jit, donate_argnums=0, compiler_options=_WIDE)
 def _pop(
   out: jax.Array,  # uint16 [64 T]
   message: rans.Message,
