@@ -13,6 +13,7 @@ from rotbits_jax.coding.weights import blocks
 from rotbits_jax.coding.weights import contexts
 from rotbits_jax.coding.weights import layouts
 from rotbits_jax.coding.weights import statistics
+from rotbits_jax.structured import tied
 from rotbits_jax.system import native
 
 
@@ -132,3 +133,9 @@ def test_statistics():
   of_sums = tuple(sums), bits, sums[0], one, np.int32(2), np.int32(9)
   dtype = np.dtype(np.float16)
   assert not loops_of_thunks(statistics._sums, *of_sums, dtype=dtype)
+
+
+def test_residuals_of_a_tied_embedding():
+  signed, unsigned = (np.zeros(tied._PIECE, x) for x in (np.int8, np.uint8))
+  starts, count = np.zeros(256, np.uint32), np.int32(9)
+  assert not loops_of_thunks(tied._merge, signed, unsigned, signed, starts, count)

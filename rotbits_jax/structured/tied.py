@@ -8,7 +8,7 @@ T, which has far fewer numbers. `passes.tied` finds T.
 Both leaves stand for the embedding only together with the head.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 import contextlib
 import functools
 import math
@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rotbits_jax.coding.weights import buffers
 from rotbits_jax.structured import ulps
 from rotbits_jax.structured.base import Structured
 from rotbits_jax.structured.base import register
@@ -27,6 +28,7 @@ from rotbits_jax.structured.fields import Length
 from rotbits_jax.structured.fields import Matrix
 from rotbits_jax.structured.fields import static
 from rotbits_jax.system import host
+from rotbits_jax.system import native
 from rotbits_jax.system import schema
 
 
@@ -190,13 +192,9 @@ class TiedExactly(_OfHead):
       for start in range(0, flat.size, _PIECE):
         piece = slice(start, start + _PIECE)
         own = np.clip(_exponents(whole[piece], self.dtype) - self.first, 0, last)
-        # A stable sort keeps the row-major order of the entries within each bucket.
-        order = np.argsort(own.astype(np.uint8), kind='stable')
         counts = np.bincount(own, minlength=last + 1).tolist()
-        off = np.empty(order.size, np.int8)
-        off[order] = np.concatenate(
-          [x.take(n) for x, n in zip(residuals, counts, strict=True)]
-        )
+        parts = [x.take(n) for x, n in zip(residuals, counts, strict=True)]
+        off = _merged(own, parts)
         flat[piece] = ulps.number(whole[piece] + off, self.dtype)
         (odd,) = np.nonzero(off == _EXCEPTION)
         flat[piece][odd] = exceptions.take(odd.size)
@@ -222,7 +220,8 @@ class TiedExactly(_OfHead):
 EXACT_DTYPES = (np.dtype(np.float16), np.dtype(jnp.bfloat16))
 _EXCEPTION = -128
 _TOKENS = 1024  # in a block of P
-_PIECE = 1 << 16  # entries that are looked at at once, so that they fit the cache
+_PIECE = 1 << 18  # entries that are looked at at once, so that they fit the cache
+_UNROLLED = 8  # entries that one step of a program takes
 
 
 def token_blocks(head: Any, numbers: int = 1 << 23) -> Iterator[slice]:
@@ -260,6 +259,68 @@ class _Stream:
     )
 
 
+def _merged(buckets: np.ndarray, parts: Sequence[np.ndarray]) -> np.ndarray:
+  """Merges residuals: the inverse of a stable sort by buckets.
+
+  Args:
+    buckets: the bucket of each entry, integers `[n]` below 256; n is at most `_PIECE`.
+    parts: int8, the residuals of each bucket, in the order of the entries.
+
+  Returns:
+    int8 `[n]`.
+  """
+  own = buffers.scratch('buckets', _PIECE, np.uint8)
+  own[: buckets.size] = buckets
+  values = buffers.scratch('residuals', _PIECE, np.int8)
+  np.concatenate(parts, out=values[: buckets.size])
+  starts = np.zeros(256, np.uint32)
+  starts[1 : len(parts)] = np.cumsum([x.size for x in parts[:-1]])
+  with host.own_settings(), jax.default_device(host.device()):
+    out = buffers.taken('merged', _PIECE, np.int8)
+    out = _merge(out, own, values, starts, np.int32(buckets.size))
+  found = np.asarray(out)[: buckets.size].copy()
+  buffers.keep('merged', out)
+  return found
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _merge(
+  out: jax.Array,
+  buckets: jax.Array,
+  values: jax.Array,
+  starts: jax.Array,
+  count: jax.Array,
+) -> jax.Array:
+  """Writes the next value of each entry's bucket.
+
+  Args:
+    out: int8 `[_PIECE]`.
+    buckets: uint8 `[_PIECE]`.
+    values: int8 `[_PIECE]`, those of each bucket together.
+    starts: uint32 `[256]`, where the values of each bucket begin.
+    count: how many entries are wanted, the first ones; int32.
+  """
+
+  def loop(out: Any, buckets: Any, values: Any, starts: Any, count: Any) -> jax.Array:
+    one = lambda x, i: jax.lax.dynamic_index_in_dim(x, i, keepdims=False)
+    put = lambda x, y, i: jax.lax.dynamic_update_index_in_dim(x, y, i, 0)
+
+    def step(i: jax.Array, carry: tuple[jax.Array, jax.Array]) -> Any:
+      out, starts = carry
+      for j in range(_UNROLLED):
+        entry = i.astype(jnp.uint32) * _UNROLLED + j
+        bucket = one(buckets, entry).astype(jnp.uint32)
+        # Otherwise XLA reads the place twice, and copies all of them in between.
+        place, starts = jax.lax.optimization_barrier((one(starts, bucket), starts))
+        out = put(out, one(values, place), entry)
+        starts = put(starts, place + 1, bucket)
+      return out, starts
+
+    return jax.lax.fori_loop(0, -(-count // _UNROLLED), step, (out, starts))[0]
+
+  return native.loop(loop)(out, buckets, values, starts, count)
+
+
 def _predict(
   head: np.ndarray, map: Any, shifts: Any, scale: int, dtype: np.dtype
 ) -> Iterator[tuple[slice, np.ndarray]]:
@@ -280,7 +341,7 @@ def _predict(
   """
   count = head.shape[1]
   step = max(min(_TOKENS, count), 1)
-  powers = np.ldexp(1.0, np.asarray(shifts, np.int32))
+  powers = np.ldexp(1.0, np.asarray(shifts, np.int32))[:, None]
   with _float64():
     constants = (
       jnp.asarray(map, jnp.float64),
@@ -293,8 +354,9 @@ def _predict(
     # block overlaps the block before it.
     first = min(start, count - step)
     # NumPy converts subnormal numbers, which XLA may replace by zeros.
-    given = head[:, first : first + step].T.astype(np.float64, order='C')
-    integers = np.rint(given * powers)
+    given = head[:, first : first + step].astype(np.float64, order='C')
+    given *= powers
+    integers = np.rint(given, out=given)
     with _float64():
       made = _block(integers, *constants, dtype=dtype)
     return slice(start, start + step), start - first, made
@@ -334,7 +396,7 @@ def _block(
   """Computes a block of P and a bound on its sums.
 
   Args:
-    integers: the integers of the head for n tokens, float64 `[n, D]`.
+    integers: the integers of the head for n tokens, float64 `[D, n]`.
     map: float64 `[D, d]`.
     greatest: the greatest absolute value in each row of the map, float64 `[D]`.
     unit: 2^-scale, float64.
@@ -346,8 +408,8 @@ def _block(
   # This bounds the absolute value of every partial sum of the product below. The
   # bound is a sum of integers that are not negative, so it is exact if it is below
   # 2^53.
-  bound = jnp.max(jnp.abs(integers) @ greatest, initial=0.0)
-  return _rounded((integers @ map) * unit, dtype), bound
+  bound = jnp.max(greatest @ jnp.abs(integers), initial=0.0)
+  return _rounded((integers.T @ map) * unit, dtype), bound
 
 
 def _greatest(map: Any) -> np.ndarray:
