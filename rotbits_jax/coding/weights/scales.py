@@ -131,6 +131,7 @@ class Buckets(NamedTuple):
 
 _MOST_EXPONENT = 32
 _MANY = 1 << 9
+_SMALL = 1 << 16
 _GREATEST = 2.0**60
 _MOST_COLUMNS = 1 << 20
 
@@ -227,21 +228,21 @@ def sort(found: Sums, exponent: int) -> Buckets:
   count, width = found.rows.size, found.columns.size
   one, scale = np.ones(1), 4.0**exponent
   present = max(np.count_nonzero(found.rows), 1)
-  pairs = (
+  pairs = [
     (scale * found.plain.mean(keepdims=True) / width, one),
     (scale * found.plain / width, one),
     (one, scale * found.columns / count),
     (scale * found.rows, found.weighted / present),
-  )
+  ]
   size = count * width
-  own = [_sorted(x, y, size, (1,))[0] for x, y in pairs]
-  best = min(range(len(own)), key=lambda i: own[i][0])
-  candidates = own[best : best + 1]
-  if min(count, width) < _MANY:
-    # Fewer classes save less than they cost, if lines have many elements.
-    rows, columns = pairs[best]
-    candidates += _sorted(rows, columns, size, (2, 4, 8))
-  return min(candidates, key=lambda candidate: candidate[0])[1]
+  if size <= _SMALL:
+    # More choices save less than the time that they take.
+    costs = [_sorted(x, y, size, (1,))[0][0] for x, y in pairs]
+    pairs = [pairs[int(np.argmin(costs))]]
+  # Fewer classes save less than they cost, if lines have many elements.
+  steps = (1,) if min(count, width) >= _MANY else (1, 2, 4, 8)
+  made = [own for x, y in pairs for own in _sorted(x, y, size, steps)]
+  return min(made, key=lambda candidate: candidate[0])[1]
 
 
 def _sorted(
