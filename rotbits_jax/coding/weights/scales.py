@@ -144,13 +144,13 @@ class Sums(NamedTuple):
   """Sums of the squares of elements of some rows.
 
   Attributes:
-    plain: the sum of each row, float64 `[r]`.
+    means: the mean of each row, float64 `[r]`.
     rows: the sum of each row, weighted by columns, float64 `[r]`.
     columns: the sum of each column, float64 `[C]`.
     weighted: the sum of each column, weighted by the inverse of `rows`, float64 `[C]`.
   """
 
-  plain: np.ndarray
+  means: np.ndarray
   rows: np.ndarray
   columns: np.ndarray
   weighted: np.ndarray
@@ -229,8 +229,8 @@ def sort(found: Sums, exponent: int) -> Buckets:
   one, scale = np.ones(1), 4.0**exponent
   present = max(np.count_nonzero(found.rows), 1)
   pairs = [
-    (scale * found.plain.mean(keepdims=True) / width, one),
-    (scale * found.plain / width, one),
+    (scale * found.means.mean(keepdims=True), one),
+    (scale * found.means, one),
     (one, scale * found.columns / count),
     (scale * found.rows, found.weighted / present),
   ]
@@ -339,9 +339,9 @@ def _quantized(squares: np.ndarray, steps: Sequence[int]) -> list[_Quantized]:
 
 def joined(parts: Sequence[Sums]) -> Sums:
   """Returns the sums over all rows, given those over parts of the rows, in order."""
-  plain, rows, columns, weighted = zip(*parts, strict=True)
+  means, rows, columns, weighted = zip(*parts, strict=True)
   sums = (np.sum(x, axis=0) for x in (columns, weighted))
-  return Sums(np.concatenate(plain), np.concatenate(rows), *sums)
+  return Sums(np.concatenate(means), np.concatenate(rows), *sums)
 
 
 # ---- the normal distribution ---------------------------------------------------------

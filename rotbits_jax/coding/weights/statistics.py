@@ -137,7 +137,7 @@ def _sums(
     rows: jax.Array,
     columns: jax.Array,
   ) -> tuple[jax.Array, ...]:
-    steps = -(-columns // _WIDTH)
+    steps, share = -(-columns // _WIDTH), 1 / columns.astype(jnp.float32)
 
     def squares(start: jax.Array) -> jax.Array:
       x = part(bits, start)
@@ -158,7 +158,7 @@ def _sums(
         found = squares(r * columns + j * _WIDTH)
         is_own = jnp.arange(_WIDTH) < columns - j * _WIDTH
         return (
-          both[0] + jnp.where(is_own, found, 0),
+          both[0] + jnp.where(is_own, found, 0) * share,
           both[1] + found * part(weights, j * _WIDTH),
         )
 
@@ -203,7 +203,7 @@ def sums(matrix: np.ndarray, weights: np.ndarray, exponent: int) -> scales.Sums:
   of_columns = buffers.scratch('weights', _PADDED, np.float32)
   of_columns[:columns] = weights
   of_columns[columns : columns + _WIDTH] = 0
-  names = 'plain', 'rows', 'columns', 'weighted'
+  names = 'means', 'rows', 'columns', 'weighted'
   exponent = int(np.clip(exponent, -_MOST_EXPONENT, _MOST_EXPONENT))
   found = _sums(
     tuple(buffers.taken(name, _PADDED, np.float32) for name in names),
@@ -215,9 +215,10 @@ def sums(matrix: np.ndarray, weights: np.ndarray, exponent: int) -> scales.Sums:
     dtype=matrix.dtype,
   )
   sizes = rows, rows, columns, columns
-  made = [
-    np.asarray(x)[:n].astype(np.float64) for x, n in zip(found, sizes, strict=True)
-  ]
+  # A sum is infinite where some rows gave a column of great elements a great weight.
+  most = np.finfo(np.float32).max
+  pairs = zip(found, sizes, strict=True)
+  made = [np.minimum(np.asarray(x)[:n], most).astype(np.float64) for x, n in pairs]
   for name, array in zip(names, found, strict=True):
     buffers.keep(name, array)
   return scales.Sums(*made)
