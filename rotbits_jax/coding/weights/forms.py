@@ -305,9 +305,9 @@ _LINES, _LENGTH = 64, 256
 _FEW_VALUES, _FEW_OF_LINE = 1024, 64
 _MOST_LISTS = 1 << 14
 
-# Integers have no codebook if they take a part of all values between them that is not
-# smaller, and more values than codes that share a byte.
-_MOST_SPAN, _FEW_CODES = 4, 1 << 4
+# Integers get no codebook if more values occur than there are codes that share a byte,
+# and at least this part of all values between the least and the greatest.
+_FEW_CODES, _DENSE_SHARE = 1 << 4, 1 / 4
 
 # Indices into a long list take a byte each, as the elements themselves.
 _FEW_BYTES = 4
@@ -340,17 +340,17 @@ def codebooks(array: np.ndarray) -> Iterator[Candidate]:
     yield _codebook(array, 'all', values[is_often][None])
   if values.size <= _FEW_OF_LINE:
     return
-  for lists in ('row', 'column'):
+  for lists, lines in (('row', bits), ('column', bits.T)):
     if lists == 'column':
       # Neighbours in a column are far apart in memory.
-      sample = _sample(bits.T, _LINES // 8)
-    count = len(bits) if lists == 'row' else bits.shape[1]
+      sample = _sample(lines, _LINES // 8)
     few = min(_FEW_OF_LINE, sample.shape[1] // 4)
-    if count <= _MOST_LISTS and all(np.unique(line).size <= few for line in sample):
-      lines = [np.unique(x) for x in (bits if lists == 'row' else bits.T)]
-      width = max(x.size for x in lines)
+    is_few = all(np.unique(line).size <= few for line in sample)
+    if is_few and len(lines) <= _MOST_LISTS:
+      known = [np.unique(line) for line in lines]
+      width = max(x.size for x in known)
       if width <= _MOST_VALUES:
-        padded = np.stack([np.pad(x, (0, width - x.size), 'edge') for x in lines])
+        padded = np.stack([np.pad(x, (0, width - x.size), 'edge') for x in known])
         yield _codebook(array, lists, padded)
 
 
@@ -366,7 +366,7 @@ def _counted(sample: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def _is_dense(integers: np.ndarray) -> bool:
   """Returns whether codes of these values say no more than the values themselves."""
   span = int(integers.max()) - int(integers.min()) + 1
-  return integers.size > _FEW_CODES and span <= _MOST_SPAN * integers.size
+  return integers.size > _FEW_CODES and integers.size >= _DENSE_SHARE * span
 
 
 def _sample(lines: np.ndarray, most: int) -> np.ndarray:

@@ -130,8 +130,8 @@ class Buckets(NamedTuple):
 # ---- the choice of buckets -----------------------------------------------------------
 
 _MOST_EXPONENT = 32
-_MANY = 1 << 9
-_SMALL = 1 << 16
+_MANY = 1 << 9  # elements of a line
+_FEW_ELEMENTS = 1 << 16  # of a matrix
 _GREATEST = 2.0**60
 _MOST_COLUMNS = 1 << 20
 
@@ -235,7 +235,7 @@ def sort(found: Sums, exponent: int) -> Buckets:
     (scale * found.rows, found.weighted / present),
   ]
   size = count * width
-  if size <= _SMALL:
+  if size <= _FEW_ELEMENTS:
     # More choices save less than the time that they take.
     costs = [_sorted(x, y, size, (1,))[0][0] for x, y in pairs]
     pairs = [pairs[int(np.argmin(costs))]]
