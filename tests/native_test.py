@@ -10,9 +10,12 @@ from rotbits_jax.coding import haar
 from rotbits_jax.coding import permutation
 from rotbits_jax.coding import rans
 from rotbits_jax.coding.weights import blocks
+from rotbits_jax.coding.weights import buffers
 from rotbits_jax.coding.weights import contexts
 from rotbits_jax.coding.weights import layouts
+from rotbits_jax.coding.weights import line_sums
 from rotbits_jax.coding.weights import statistics
+from rotbits_jax.passes import differences
 from rotbits_jax.structured import tied
 from rotbits_jax.system import native
 
@@ -121,18 +124,24 @@ def test_blocks():
 
 
 def test_statistics():
-  bytes_, words = (np.zeros(statistics._ROOM, x) for x in (np.uint8, np.uint16))
+  bytes_, words = (np.zeros(buffers.ROOM, x) for x in (np.uint8, np.uint16))
   counts = np.zeros(contexts.MAX_ENTRIES, np.int32)
   numbers = np.uint32(4), np.int32(12), np.int32(8), np.uint16(1), np.uint32(5)
   floats = layouts.Float(np.dtype(np.float16), 0, 2)
   for layout in (floats, layouts.Int(words.dtype, 0)):
     operands = counts, words, bytes_, *numbers
     assert not loops_of_thunks(statistics._count, *operands, layout=layout)
-  sums = [np.zeros(statistics._PADDED, np.float32) for _ in range(4)]
-  bits, one = np.zeros(statistics._PADDED, np.uint16), np.float32(1)
-  of_sums = tuple(sums), bits, sums[0], one, np.int32(2), np.int32(9)
-  dtype = np.dtype(np.float16)
-  assert not loops_of_thunks(statistics._sums, *of_sums, dtype=dtype)
+
+
+def test_sums_of_lines():
+  out = line_sums.Sums(*(np.zeros(line_sums.PADDED, np.float32) for _ in range(4)))
+  bits, dtype = np.zeros(line_sums.PADDED, np.int16), np.dtype(np.float16)
+  numbers = out.rows, np.int32(2), np.int32(9), np.int32(9)
+  squared = bits.view(np.uint16), np.float32(1)
+  assert not loops_of_thunks(statistics._sums, out, squared, *numbers, dtype=dtype)
+  assert not loops_of_thunks(
+    differences._sums, out, (bits, bits), *numbers, dtype=dtype
+  )
 
 
 def test_residuals_of_a_tied_embedding():

@@ -8,6 +8,8 @@ import pytest
 
 from rotbits_jax import structured
 from rotbits_jax.coding import weights
+from rotbits_jax.passes import difference_factors
+from rotbits_jax.passes import differences
 from rotbits_jax.passes import relative as passes
 from rotbits_jax.structured import relative
 
@@ -65,6 +67,34 @@ def test_a_fine_tune_takes_fewer_bytes_than_alone(dtype):
   target, base = pair(dtype)
   leaf = assert_comes_back(target, base, 'relative')
   assert coded_bytes(leaf) < 0.85 * weights.encode([target]).data.size
+
+
+@pytest.mark.parametrize('dtype', FLOATS)
+def test_scales_are_those_of_rows_and_columns(dtype):
+  rng = np.random.default_rng(0)
+  rows, columns = (2.0 ** rng.integers(-6, 6, n) for n in (3000, 500))
+  base = np.zeros((3000, 500))
+  target = rng.normal(size=base.shape) * rows[:, None] * columns
+  bits = [relative.bits_of(x.astype(relative.dtype_of(dtype))) for x in (target, base)]
+  of_rows, of_columns = differences.scales(
+    *(x.reshape(base.shape) for x in bits), relative.dtype_of(dtype), weights.in_turn
+  )
+  # In eighths of an octave; a factor may move from rows to columns.
+  for found, given in ((of_rows, rows), (of_columns, columns)):
+    error = found - 8 * np.log2(given)
+    assert np.abs(error - np.median(error)).max() < 3
+
+
+@pytest.mark.parametrize('adapted', [False, True])
+def test_jobs_side_by_side_give_the_same_leaf(adapted):
+  rng = np.random.default_rng(0)
+  base, own = rng.normal(size=(2, 9000, 256))
+  more = rng.normal(size=(9000, 4)) @ rng.normal(size=(4, 256))
+  target = base + 0.02 * (own + adapted * more)
+  target, base = (x.astype(relative.dtype_of('bfloat16')) for x in (target, base))
+  one, other = (passes.beside(target, base, x) for x in (weights.in_turn, weights.run))
+  assert (one.left is not None) == adapted
+  assert structured.same_bits(one, other)
 
 
 def test_any_dtype_and_shape_comes_back(subtests):
@@ -151,7 +181,7 @@ def test_a_merged_adapter_takes_its_factors(dtype, monkeypatch):
   base[0, :3], target[1, :3] = [np.inf, np.nan, 0], [np.inf, np.nan, 0]
   leaf = assert_comes_back(target, base, 'relative')
   assert 8 <= leaf.left.shape[1] < 12
-  monkeypatch.setattr(passes, '_factors', lambda *_: None)
+  monkeypatch.setattr(difference_factors, 'find', lambda *_: None)
   without = related(target, base)
   assert coded_bytes(leaf) < 0.75 * coded_bytes(without)
   settings, arrays = leaf.stored()

@@ -55,8 +55,9 @@ def encode(
   frequencies: np.ndarray,
   shifts: Sequence[int],
   lane: int = LANE,
+  run: pool.Run = pool.in_turn,
 ) -> list[np.ndarray]:
-  """Encodes elements on this thread.
+  """Encodes elements.
 
   Args:
     symbols: uint8 `[n]`.
@@ -66,23 +67,27 @@ def encode(
     frequencies: int64 `[K, 256]`, the tables.
     shifts: the number of raw bits of an element of each table.
     lane: see `parts`.
+    run: runs the jobs of blocks, such as `pool.run`.
 
   Returns:
     The bytes of the tables, and those of each block: uint8. A decoder knows the tables
     of elements by their order in `frequencies`, and not these contexts.
   """
   made = blocks.tables_of(frequencies[owners], decoding=False)
-  found = [np.frombuffer(tables.to_bytes(frequencies), np.uint8)]
   of_contexts = np.array(shifts, np.uint8)[owners]
-  for (part, lanes), own in zip(parts(symbols.size, lane), raw, strict=True):
+
+  def job(part: slice, lanes: int, own: Raw) -> np.ndarray:
     count = part.stop - part.start
-    widened = buffers.scratch('given', blocks.CAPACITY, np.uint16)
+    widened = buffers.scratch('given', buffers.ROOM, np.uint16)
     widened[:count] = symbols[part]
     fill = functools.partial(_copy, contexts[part])
     planes = [blocks.push(widened, fill, count, lanes, made)]
     planes += pieces.cut(own.bits, of_contexts[own.contexts])
-    found.append(np.concatenate(planes))
-  return found
+    return np.concatenate(planes)
+
+  pairs = zip(parts(symbols.size, lane), raw, strict=True)
+  jobs = [functools.partial(job, *part, own) for part, own in pairs]
+  return [np.frombuffer(tables.to_bytes(frequencies), np.uint8), *run(jobs)]
 
 
 def decode(

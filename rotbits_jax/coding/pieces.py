@@ -24,7 +24,6 @@ from rotbits_jax.coding.weights import blocks
 from rotbits_jax.coding.weights import buffers
 from rotbits_jax.system import native
 
-_ROOM = blocks.CAPACITY
 _UNROLLED = 8  # numbers that one step takes
 
 
@@ -81,10 +80,12 @@ def _places(shifts: np.ndarray) -> Iterator[tuple[int, np.ndarray, Any]]:
 
 def _moved(program: Any, pieces: np.ndarray, has: np.ndarray, count: int) -> np.ndarray:
   """Returns `count` pieces, those of some numbers or of all."""
-  own, places = (buffers.scratch('moved', _ROOM, x) for x in (np.uint8, np.bool_))
+  own, places = (
+    buffers.scratch('moved', buffers.ROOM, x) for x in (np.uint8, np.bool_)
+  )
   own[: pieces.size], places[: has.size] = pieces, has
   places[has.size : has.size + _UNROLLED] = False
-  out = buffers.taken('moved', _ROOM, np.uint8)
+  out = buffers.taken('moved', buffers.ROOM, np.uint8)
   out = program(out, own, places, np.int32(has.size))
   found = np.asarray(out)[:count].copy()
   buffers.keep('moved', out)

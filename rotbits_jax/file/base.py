@@ -28,6 +28,7 @@ from rotbits_jax.system import checksums
 from rotbits_jax.system import host
 
 _PREFIXES = ('base_model.', 'model.', 'module.', 'transformer.', '_orig_mod.')
+_LARGE = 1 << 22  # elements of an array whose parts are jobs of their own
 _MOST_RECORDS = 4  # that are held, because records are decoded side by side
 
 
@@ -162,16 +163,20 @@ class Base:
     Returns:
       How to store these arrays, by path.
     """
-    jobs = {}
+    jobs, found = {}, dict[str, Beside | None]()
     for path, leaf in params.items():
       own = None if structured.is_structured(leaf) else self.find(path)
       if own is not None:
         _, shape, dtype = self._specs[own]
         if structured.fits_base(leaf.shape, np.dtype(leaf.dtype), shape, dtype):
           # The base is read here, because an encoded file takes jobs of its own.
-          jobs[path] = functools.partial(_beside, leaf, self._array(own), own)
-    pairs = zip(jobs, weights.run(jobs.values()), strict=True)
-    return {path: own for path, own in pairs if own is not None}
+          given = leaf, self._array(own), own
+          if leaf.size > _LARGE:
+            found[path] = _beside(*given, weights.run)
+          else:
+            jobs[path] = functools.partial(_beside, *given, weights.in_turn)
+    found |= zip(jobs, weights.run(jobs.values()), strict=True)
+    return {path: own for path, own in found.items() if own is not None}
 
   def holds(self, entry: manifest_lib.RecordEntry) -> bool:
     """Returns whether the base has the arrays that a record was encoded beside."""
@@ -192,7 +197,7 @@ class Base:
     return hashlib.sha256(summary.encode()).hexdigest()
 
 
-def _beside(leaf: Any, given: np.ndarray, path: str) -> Beside | None:
+def _beside(leaf: Any, given: np.ndarray, path: str, run: weights.Run) -> Beside | None:
   """Returns how to store an array beside one of the base, whose path is given."""
   target, base = np.asarray(leaf), given
   # The tensors of kernels are transposed: nothing moves them.
@@ -203,7 +208,7 @@ def _beside(leaf: Any, given: np.ndarray, path: str) -> Beside | None:
   if transposed:
     target, base = target.T, base.T
   target, base = host.contiguous(target), host.contiguous(base)
-  made = relative.beside(target, base)
+  made = relative.beside(target, base, run)
   if made is None:
     return None
   made = dataclasses.replace(made, columns_first=transposed)

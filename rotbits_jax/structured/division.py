@@ -14,11 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from rotbits_jax.coding import given
-from rotbits_jax.coding.weights import blocks
 from rotbits_jax.coding.weights import buffers
 from rotbits_jax.system import native
 
-_ROOM = blocks.CAPACITY
 _STEP = 1 << 12  # elements that one step of a program takes
 _UNROLLED = 16  # elements that one step counts
 _LOG2_OCTAVE = 2  # of the levels of an octave
@@ -165,7 +163,7 @@ def join(
   )
   symbols, at, bits = pop(np.asarray(bands)[:size])
   raw = np.promote_types(f'u{known.itemsize}', np.uint16)
-  places = buffers.scratch('raw bits', _ROOM, raw)
+  places = buffers.scratch('raw bits', buffers.ROOM, raw)
   places[at] = bits
   (found,) = _join(
     _taken({'joined': known.dtype}),
@@ -175,11 +173,16 @@ def join(
     np.int32(size),
   )
   _keep(('bands', 'shifts', 'joined'), (bands, own, found))
-  return np.asarray(found)[:size], np.flatnonzero(symbols[:size] == 0)
+  odd = np.zeros(0, np.int64)
+  if np.count_nonzero(symbols[:size]) < size:
+    odd = np.flatnonzero(symbols[:size] == 0)
+  return np.asarray(found)[:size], odd
 
 
 def _taken(names: Mapping[str, Any]) -> tuple[jax.Array, ...]:
-  return tuple(buffers.taken(name, _ROOM, dtype) for name, dtype in names.items())
+  return tuple(
+    buffers.taken(name, buffers.ROOM, dtype) for name, dtype in names.items()
+  )
 
 
 def _keep(names: tuple[str, ...], arrays: tuple[jax.Array, ...]) -> None:
@@ -188,13 +191,13 @@ def _keep(names: tuple[str, ...], arrays: tuple[jax.Array, ...]) -> None:
 
 
 def _copied(name: str, array: np.ndarray) -> np.ndarray:
-  found = buffers.scratch(name, _ROOM, array.dtype)
+  found = buffers.scratch(name, buffers.ROOM, array.dtype)
   found[: array.size] = array
   return found
 
 
 def _filled(fill: Callable[[np.ndarray], None], size: int) -> np.ndarray:
-  found = buffers.scratch('sums', _ROOM, np.int16)
+  found = buffers.scratch('sums', buffers.ROOM, np.int16)
   fill(found[:size])
   return found
 

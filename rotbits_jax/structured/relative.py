@@ -30,6 +30,7 @@ import numpy as np
 
 from rotbits_jax.coding import given
 from rotbits_jax.coding import tables
+from rotbits_jax.coding.weights import pool
 from rotbits_jax.structured import division
 from rotbits_jax.structured import ulps
 from rotbits_jax.structured.base import Structured
@@ -390,17 +391,20 @@ class Relative(_BesideBase):
   columns_first: bool = static(default=False)
   unit: Annotated[schema.Integer, schema.between(-900, 900)] = static(default=0)
 
-  def predicted(self, base: np.ndarray, own: np.ndarray | None) -> np.ndarray:
+  def predicted(
+    self, base: np.ndarray, own: np.ndarray | None, run: pool.Run
+  ) -> np.ndarray:
     """Returns the bits that predict rows, `[r, C]`.
 
     Args:
       base: see `base_bits`.
       own: the indices of the rows; None for all.
+      run: runs jobs for some rows, such as `pool.run`.
     """
     matrix = base.reshape(-1, max(self.width, 1))
     if own is not None:
       matrix = matrix[own]
-    return self._drifted(self._with_factors(matrix, own))
+    return self._drifted(self._with_factors(matrix, own, run))
 
   def _drifted(self, matrix: np.ndarray) -> np.ndarray:
     mantissa = mantissa_bits(self.dtype)
@@ -414,12 +418,15 @@ class Relative(_BesideBase):
       found[part] = bits + drift[drift_places(bits, mantissa)] * is_normal
     return found
 
-  def _with_factors(self, matrix: np.ndarray, own: np.ndarray | None) -> np.ndarray:
+  def _with_factors(
+    self, matrix: np.ndarray, own: np.ndarray | None, run: pool.Run
+  ) -> np.ndarray:
     if self.left is None or self.right is None:
       return matrix
     found, left = np.empty_like(matrix), self.left if own is None else self.left[own]
     right = self.right.astype(np.float64)
-    for rows in _row_parts(matrix.shape):
+
+    def job(rows: slice) -> None:
       bits = matrix[rows]
       product = small_products(left[rows].astype(np.float64), right)
       with np.errstate(all='ignore'):
@@ -427,13 +434,15 @@ class Relative(_BesideBase):
         numbers += np.ldexp(product, self.unit)
         near = numbers.astype(np.float32).astype(self.dtype).view(bits.dtype)
       found[rows] = np.where(ulps.is_finite(bits, self.dtype), near, bits)
+
+    run([functools.partial(job, rows) for rows in _row_parts(matrix.shape)])
     return found
 
   def materialize(self, *needed: Any) -> np.ndarray:
     base, dtype = self._base(needed), self.dtype
     head = Head.from_bytes(self.head, math.prod(self.lengths), self.width)
     own = head.own_rows
-    known = self.predicted(base, own)
+    known = self.predicted(base, own, pool.run)
     found, flat = np.empty_like(known), known.reshape(-1)
     bits, kind = found.reshape(-1), division.Kind.of(dtype, mantissa_bits(dtype))
     sums, of_classes = head.sums(dtype, self.first), head.of_classes
@@ -578,11 +587,13 @@ class Head(NamedTuple):
 
 
 def small_products(left: np.ndarray, right: np.ndarray) -> np.ndarray:
-  """Returns the product of matrices, a few rows at a time.
+  """Returns the product of matrices, computed on this thread.
 
-  BLAS computes so small products on one thread. Its threads would wait for those that
-  code blocks.
+  BLAS computes products of few rows on one thread. Its threads would wait for those
+  that code blocks.
   """
+  if host.blas_is_serial():
+    return left @ right
   found = np.empty((len(left), right.shape[1]), left.dtype)
   step = max(_SINGLE // max(right.size, 1), 1)
   for start in range(0, len(left), step):

@@ -50,8 +50,12 @@ def lapack_is_serial() -> bool:
   The threads of OpenBLAS wait for each other in loops. Of two cores of which others use
   one, they make a small decomposition many times slower.
   """
-  is_one = os.environ.get('OPENBLAS_NUM_THREADS') == '1'
-  return is_one and jax.default_backend() == 'cpu'
+  return blas_is_serial() and jax.default_backend() == 'cpu'
+
+
+def blas_is_serial() -> bool:
+  """Returns whether the products of NumPy use one thread."""
+  return os.environ.get('OPENBLAS_NUM_THREADS') == '1'
 
 
 def empty(shape: tuple[int, ...], dtype: np.dtype | type | str) -> np.ndarray:

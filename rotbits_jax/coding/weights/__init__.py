@@ -21,6 +21,7 @@ modules, in the order of reading:
 
     layouts    divides elements into symbols and raw bits
     forms      arrays as other arrays: multiples of a unit, codebooks, halves
+    line_sums  sums of rows and columns
     scales     sorts rows and columns into scale buckets
     contexts   the frequency tables of a group of arrays
     blocks     codes up to 2^20 elements of a group
@@ -48,7 +49,9 @@ tables, they form several. The stream has, in this order:
 `specs.StreamSpec` has the numbers that are needed to read it.
 """
 
+from rotbits_jax.coding.weights.pool import Run
 from rotbits_jax.coding.weights.pool import Start
+from rotbits_jax.coding.weights.pool import in_turn
 from rotbits_jax.coding.weights.pool import record_jobs
 from rotbits_jax.coding.weights.pool import run
 from rotbits_jax.coding.weights.specs import DTYPES
@@ -65,11 +68,13 @@ __all__ = [
   'ArraySpec',
   'Encoded',
   'Grid',
+  'Run',
   'Start',
   'StreamSpec',
   'decode',
   'encode',
   'estimate',
+  'in_turn',
   'record_jobs',
   'run',
 ]

@@ -37,8 +37,6 @@ STEPS = 1 << 14
 CAPACITY = LANES * STEPS
 """The greatest n."""
 
-_ROOM = CAPACITY  # elements of the arrays that the programs are compiled for
-
 
 # The stacks are no multiple of a large power of two apart, because their tops would
 # then compete for the same places in the CPU's cache.
@@ -230,7 +228,7 @@ def encode(
   Returns:
     The words of the message, and the planes: uint8.
   """
-  patterns = buffers.scratch('bits', _ROOM, layout.unsigned)
+  patterns = buffers.scratch('bits', buffers.ROOM, layout.unsigned)
   bits(patterns[:count])
   patterns[count : count + LANES] = 0  # the symbols of a row's void places are 0
   widths = layouts.piece_widths(layout.raw_bits)
@@ -238,7 +236,7 @@ def encode(
   kinds = [np.uint16, *(np.uint8 for _ in widths)]
   pairs = zip(names, kinds, strict=True)
   found = layouts.split(
-    tuple(buffers.taken(name, _ROOM, kind) for name, kind in pairs),
+    tuple(buffers.taken(name, buffers.ROOM, kind) for name, kind in pairs),
     patterns,
     layout.unsigned.type(layout.min_exponent),
     np.int32(count),
@@ -273,7 +271,10 @@ def push(
   Returns:
     The words of the message: uint8.
   """
-  steps, places = -(-count // lanes), buffers.scratch('contexts', _ROOM, np.uint8)
+  steps, places = (
+    -(-count // lanes),
+    buffers.scratch('contexts', buffers.ROOM, np.uint8),
+  )
   contexts(places[:count])
   state, size, stacks = _push(
     buffers.taken('pushed', LANES * _STACK, np.uint16),
@@ -347,7 +348,7 @@ def pop(
   steps = -(-count // lanes)
   if int(size.max()) > steps:
     raise ValueError('a lane of a block has more words than elements')
-  places = buffers.scratch('contexts', _ROOM, np.uint8)
+  places = buffers.scratch('contexts', buffers.ROOM, np.uint8)
   stacks = buffers.scratch('stacks', LANES * _STACK, np.uint16).reshape(LANES, _STACK)
   contexts(places[:count])
   ends = np.cumsum(size).tolist()
@@ -359,7 +360,7 @@ def pop(
   sizes = np.zeros(LANES, np.int32)
   sizes[:lanes] = size
   *popped, symbols = _pop(
-    buffers.taken('symbols', _ROOM, np.uint16),
+    buffers.taken('symbols', buffers.ROOM, np.uint16),
     rans.Message(states, stacks, sizes, sizes, sizes),  # type: ignore[arg-type]
     _dealt(places, count, lanes, 'rows of contexts', made.void),
     made.entries,
@@ -372,7 +373,10 @@ def pop(
   rans.check_empty(rans.Message(state, stacks, left, left, sizes))  # type: ignore[arg-type]
   flat = np.asarray(symbols)
   if lanes < LANES:
-    rows, flat = flat.reshape(-1, LANES), buffers.scratch('symbols', _ROOM, np.uint16)
+    rows, flat = (
+      flat.reshape(-1, LANES),
+      buffers.scratch('symbols', buffers.ROOM, np.uint16),
+    )
     flat[: steps * lanes] = rows[:steps, :lanes].reshape(-1)
   buffers.keep('symbols', symbols)
   return flat
@@ -390,12 +394,12 @@ def _join(
   pieces, position = [], 0
   for i, width in enumerate(layouts.piece_widths(layout.raw_bits)):
     size = -(-count * width // 8)
-    piece = buffers.scratch(f'piece {i}', _ROOM, np.uint8)
+    piece = buffers.scratch(f'piece {i}', buffers.ROOM, np.uint8)
     unpack(planes[position : position + size], width, piece[:count])
     pieces.append(piece)
     position += size
   return layouts.join(
-    buffers.taken('bits', _ROOM, layout.unsigned),
+    buffers.taken('bits', buffers.ROOM, layout.unsigned),
     symbols,
     tuple(pieces),
     layout.unsigned.type(layout.min_exponent),
@@ -435,13 +439,13 @@ def _dealt(
 ) -> np.ndarray | jax.Array:
   """Deals elements `[n]` out to lanes: rows of 64, with `void` elsewhere, flat."""
   steps = -(-count // lanes)
-  if flat.size == _ROOM and lanes == LANES:
+  if flat.size == buffers.ROOM and lanes == LANES:
     if isinstance(flat, np.ndarray):
       flat[count : steps * lanes] = void
     return flat
   dealt = np.full(steps * lanes, void, flat.dtype)
   dealt[:count] = np.asarray(flat)[:count]
-  buffer = buffers.scratch(name, _ROOM, flat.dtype)
+  buffer = buffers.scratch(name, buffers.ROOM, flat.dtype)
   rows = buffer[: steps * LANES].reshape(steps, LANES)
   rows[:, :lanes] = dealt.reshape(steps, lanes)
   rows[:, lanes:] = void

@@ -11,6 +11,9 @@ import numpy as np
 
 from rotbits_jax.system import host
 
+ROOM = 1 << 20
+"""The elements of the arrays that most programs are compiled for."""
+
 _local = threading.local()
 
 

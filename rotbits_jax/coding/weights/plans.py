@@ -17,6 +17,7 @@ from rotbits_jax.coding.weights import blocks
 from rotbits_jax.coding.weights import contexts
 from rotbits_jax.coding.weights import forms
 from rotbits_jax.coding.weights import layouts
+from rotbits_jax.coding.weights import line_sums
 from rotbits_jax.coding.weights import pool
 from rotbits_jax.coding.weights import scales
 from rotbits_jax.coding.weights import statistics
@@ -349,7 +350,7 @@ def _sorted(arrays: Sequence[np.ndarray]) -> list[scales.Buckets]:
     [functools.partial(statistics.sums, rows, own, exponent) for rows in _cut(matrix)]
     for (matrix, exponent), own in zip(pairs, weights, strict=True)
   ]
-  found = map(scales.joined, _run_all(jobs, sizes))
+  found = map(line_sums.joined, _run_all(jobs, sizes))
   own = [(x, exponent) for x, (_, exponent) in zip(found, pairs, strict=True)]
   return pool.run((functools.partial(scales.sort, *x) for x in own), sizes)
 

@@ -49,7 +49,7 @@ def run(
     Exception: the exception of the first job that failed, after all jobs have ended.
   """
   pool = _pool('blocks')
-  started = [pool.submit(_all, own) for own in _together(list(jobs), sizes)]
+  started = [pool.submit(in_turn, own) for own in _together(list(jobs), sizes)]
   futures.wait(started)
   try:
     return [result for job in started for result in job.result()]
@@ -74,8 +74,13 @@ def _together(
   return found
 
 
-def _all(jobs: list[Callable[[], _Result]]) -> list[_Result]:
+def in_turn(jobs: Iterable[Callable[[], _Result]]) -> list[_Result]:
+  """Runs jobs one after the other on this thread, for a job of `run`."""
   return [job() for job in jobs]
+
+
+Run = Callable[[Iterable[Callable[[], Any]]], list[Any]]
+"""`run` or `in_turn`."""
 
 
 Start = Callable[[Callable[[], _Result]], 'futures.Future[_Result]']

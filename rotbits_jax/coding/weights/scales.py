@@ -30,7 +30,9 @@ from typing import NamedTuple
 import numpy as np
 
 from rotbits_jax.coding import tables
+from rotbits_jax.coding.weights import buffers
 from rotbits_jax.coding.weights import layouts
+from rotbits_jax.coding.weights import line_sums
 
 STEPS = 8
 """The number of classes for a factor of 2 in the standard deviation."""
@@ -133,27 +135,10 @@ _MOST_EXPONENT = 32
 _MANY = 1 << 9  # elements of a line
 _FEW_ELEMENTS = 1 << 16  # of a matrix
 _GREATEST = 2.0**60
-_MOST_COLUMNS = 1 << 20
 
 # The greatest number of steps between the classes of the lines of an axis. With this
 # bound for both axes, the buckets of elements are below `MAX_BUCKETS`.
 _RANGE = 125
-
-
-class Sums(NamedTuple):
-  """Sums of the squares of elements of some rows.
-
-  Attributes:
-    means: the mean of each row, float64 `[r]`.
-    rows: the sum of each row, weighted by columns, float64 `[r]`.
-    columns: the sum of each column, float64 `[C]`.
-    weighted: the sum of each column, weighted by the inverse of `rows`, float64 `[C]`.
-  """
-
-  means: np.ndarray
-  rows: np.ndarray
-  columns: np.ndarray
-  weighted: np.ndarray
 
 
 def exponent_of(matrix: np.ndarray) -> int:
@@ -182,7 +167,7 @@ def has_lines(shape: tuple[int, ...]) -> bool:
   """Returns whether rows and columns of an array of this shape may be sorted."""
   rows, columns = matrix_shape(shape)
   # The sums of a row are made at once.
-  return min(rows, columns) > 1 and columns <= _MOST_COLUMNS
+  return min(rows, columns) > 1 and columns <= buffers.ROOM
 
 
 def unsorted(of_all: int) -> Buckets:
@@ -207,7 +192,7 @@ def of_counts(layout: layouts.Layout, counts: np.ndarray) -> np.ndarray:
   return np.where(squares > 0, np.rint(logs).astype(np.int64), ZERO)
 
 
-def sort(found: Sums, exponent: int) -> Buckets:
+def sort(found: line_sums.Sums, exponent: int) -> Buckets:
   """Sorts the rows of an array, its columns, both or neither into buckets.
 
   The function takes the choice with the least cost. The cost is an estimate: the bits
@@ -335,13 +320,6 @@ def _quantized(squares: np.ndarray, steps: Sequence[int]) -> list[_Quantized]:
     mean_log = float(classes.mean()) / STEPS
     found.append(_Quantized(base, buckets, mean_log, error, entropy))
   return found
-
-
-def joined(parts: Sequence[Sums]) -> Sums:
-  """Returns the sums over all rows, given those over parts of the rows, in order."""
-  means, rows, columns, weighted = zip(*parts, strict=True)
-  sums = (np.sum(x, axis=0) for x in (columns, weighted))
-  return Sums(np.concatenate(means), np.concatenate(rows), *sums)
 
 
 # ---- the normal distribution ---------------------------------------------------------

@@ -5,7 +5,6 @@ Shape letters: n elements, R rows, C columns, B buckets, A symbols.
 
 import dataclasses
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,10 +14,8 @@ from rotbits_jax.coding.weights import blocks
 from rotbits_jax.coding.weights import buffers
 from rotbits_jax.coding.weights import contexts as contexts_lib
 from rotbits_jax.coding.weights import layouts
-from rotbits_jax.coding.weights import scales
+from rotbits_jax.coding.weights import line_sums
 from rotbits_jax.system import native
-
-_ROOM = blocks.CAPACITY  # elements of the arrays that the programs are compiled for
 
 # ---- symbols -------------------------------------------------------------------------
 
@@ -83,8 +80,8 @@ def histogram(
     int64 `[*shape]`.
   """
   whole, used = -(-count // _UNROLLED) * _UNROLLED, shape[0] * shape[1]
-  patterns = buffers.scratch('bits', _ROOM, layout.unsigned)
-  places = buffers.scratch('contexts', _ROOM, np.uint8)
+  patterns = buffers.scratch('bits', buffers.ROOM, layout.unsigned)
+  places = buffers.scratch('contexts', buffers.ROOM, np.uint8)
   bits(patterns[:count])
   buckets(places[:count])
   # The others count in a bucket of their own.
@@ -108,117 +105,39 @@ def histogram(
 
 # ---- squares -------------------------------------------------------------------------
 
-_WIDTH = 128  # elements of a row that one step squares
-_PADDED = _ROOM + _WIDTH  # because the last step of a row may go beyond it
-
 _GREATEST = 2.0**60  # elements are limited to it, so that their squares are finite
 _MOST_EXPONENT = 126
 
 
 @functools.partial(jax.jit, static_argnames='dtype', donate_argnums=0)
 def _sums(
-  out: tuple[jax.Array, ...],  # float32 [2^20 + 128] each
-  bits: jax.Array,  # unsigned integers [2^20 + 128]
-  weights: jax.Array,  # float32 [2^20 + 128], 0 from C on
-  unit: jax.Array,
-  rows: jax.Array,
-  columns: jax.Array,
-  *,
+  out: line_sums.Sums,
+  elements: tuple[jax.Array, jax.Array],  # unsigned integers, and a factor of all
+  *others: jax.Array,
   dtype: np.dtype,
-) -> tuple[jax.Array, ...]:
-  part = lambda x, start: jax.lax.dynamic_slice(x, (start,), (_WIDTH,))
-  put = lambda x, own, start: jax.lax.dynamic_update_slice(x, own, (start,))
+) -> line_sums.Sums:
+  def squares(elements: tuple[jax.Array, jax.Array], start: jax.Array) -> jax.Array:
+    bits, unit = elements
+    x = jax.lax.dynamic_slice(bits, (start,), (line_sums.WIDTH,))
+    x = jnp.abs(line_sums.floats(x, dtype) * unit)
+    return jnp.square(jnp.where(x < _GREATEST, x, jnp.float32(_GREATEST)))
 
-  def loop(
-    out: tuple[jax.Array, ...],
-    bits: jax.Array,
-    weights: jax.Array,
-    unit: jax.Array,
-    rows: jax.Array,
-    columns: jax.Array,
-  ) -> tuple[jax.Array, ...]:
-    steps, share = -(-columns // _WIDTH), 1 / columns.astype(jnp.float32)
-
-    def squares(start: jax.Array) -> jax.Array:
-      x = part(bits, start)
-      if dtype == jnp.bfloat16:  # which XLA converts slowly
-        x = jax.lax.bitcast_convert_type(x.astype(jnp.uint32) << 16, jnp.float32)
-      else:
-        x = jax.lax.bitcast_convert_type(x, dtype).astype(jnp.float32)
-      x = jnp.abs(x * unit)
-      return jnp.square(jnp.where(x < _GREATEST, x, jnp.float32(_GREATEST)))
-
-    def clear(j: jax.Array, sums: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-      return tuple(put(x, jnp.zeros(_WIDTH, x.dtype), j * _WIDTH) for x in sums)
-
-    def row(r: jax.Array, out: tuple[jax.Array, ...]) -> Any:
-      *of_rows, of_columns, weighted = out
-
-      def add(j: jax.Array, both: tuple[jax.Array, jax.Array]) -> Any:
-        found = squares(r * columns + j * _WIDTH)
-        is_own = jnp.arange(_WIDTH) < columns - j * _WIDTH
-        return (
-          both[0] + jnp.where(is_own, found, 0) * share,
-          both[1] + found * part(weights, j * _WIDTH),
-        )
-
-      both = jax.lax.fori_loop(0, steps, add, (jnp.zeros(_WIDTH, jnp.float32),) * 2)
-      own = [x.sum() for x in both]
-      factors = jnp.float32(1), jnp.where(own[1] > 0, 1 / own[1], 0)
-
-      def below(j: jax.Array, sums: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        start, found = j * _WIDTH, squares(r * columns + j * _WIDTH)
-        return tuple(
-          put(x, part(x, start) + found * factor, start)
-          for x, factor in zip(sums, factors, strict=True)
-        )
-
-      of_columns, weighted = jax.lax.fori_loop(0, steps, below, (of_columns, weighted))
-      pairs = zip(of_rows, own, strict=True)
-      made = [jax.lax.dynamic_update_index_in_dim(x, y, r, 0) for x, y in pairs]
-      return *made, of_columns, weighted
-
-    *of_rows, of_columns, weighted = out
-    cleared = jax.lax.fori_loop(0, steps, clear, (of_columns, weighted))
-    return jax.lax.fori_loop(0, rows, row, (*of_rows, *cleared))
-
-  return native.loop(loop)(out, bits, weights, unit, rows, columns)
+  return line_sums.loop(squares, out, elements, *others)
 
 
-def sums(matrix: np.ndarray, weights: np.ndarray, exponent: int) -> scales.Sums:
+def sums(matrix: np.ndarray, weights: np.ndarray, exponent: int) -> line_sums.Sums:
   """Sums squares of elements, divided by 4^exponent, on this thread.
-
-  The order of the additions depends on the shape of the matrix alone.
 
   Args:
     matrix: floats or integers `[R, C]`, contiguous, of at most 2^20 elements.
     weights: float32 `[C]`, of the columns.
     exponent: from `scales.exponent_of`.
   """
-  rows, columns = matrix.shape
-  unsigned = np.dtype(f'u{matrix.dtype.itemsize}')
-  padded = buffers.scratch('padded', _PADDED, unsigned)
-  padded[: matrix.size] = matrix.reshape(-1).view(unsigned)
-  # Elements beyond a row count nothing.
-  of_columns = buffers.scratch('weights', _PADDED, np.float32)
-  of_columns[:columns] = weights
-  of_columns[columns : columns + _WIDTH] = 0
-  names = 'means', 'rows', 'columns', 'weighted'
   exponent = int(np.clip(exponent, -_MOST_EXPONENT, _MOST_EXPONENT))
-  found = _sums(
-    tuple(buffers.taken(name, _PADDED, np.float32) for name in names),
-    padded,
-    of_columns,
-    np.float32(2.0**-exponent),
-    np.int32(rows),
-    np.int32(columns),
-    dtype=matrix.dtype,
+  bits = matrix.view(f'u{matrix.dtype.itemsize}')
+  return line_sums.run(
+    functools.partial(_sums, dtype=matrix.dtype),
+    lambda padded: (padded('padded', bits), np.float32(2.0**-exponent)),
+    matrix.shape,
+    weights,
   )
-  sizes = rows, rows, columns, columns
-  # A sum is infinite where some rows gave a column of great elements a great weight.
-  most = np.finfo(np.float32).max
-  pairs = zip(found, sizes, strict=True)
-  made = [np.minimum(np.asarray(x)[:n], most).astype(np.float64) for x, n in pairs]
-  for name, array in zip(names, found, strict=True):
-    buffers.keep(name, array)
-  return scales.Sums(*made)

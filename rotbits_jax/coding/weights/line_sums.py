@@ -1,0 +1,174 @@
+"""Sums of the rows and of the columns of a matrix, of what a program makes of elements.
+
+A matrix has at most 2^20 elements. The program is the same for all shapes, and takes a
+row a few elements at a time.
+
+Shape letters: R rows, C columns.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rotbits_jax.coding.weights import buffers
+from rotbits_jax.system import native
+
+WIDTH = 128  # elements of a row that one step takes
+PADDED = buffers.ROOM + WIDTH  # because the last step of a row may go beyond it
+
+_NAMES = 'means', 'rows', 'columns', 'weighted'
+
+
+class Sums(NamedTuple):
+  """Sums of one number of each element of some rows.
+
+  Attributes:
+    means: the mean of each row, `[R]`.
+    rows: the sum of each row, weighted by columns, `[R]`.
+    columns: the sum of each column, `[C]`.
+    weighted: the sum of each column, weighted by the inverse of `rows`, `[C]`.
+  """
+
+  means: Any
+  rows: Any
+  columns: Any
+  weighted: Any
+
+
+def loop(
+  numbers: Callable[[Any, jax.Array], jax.Array],
+  out: Sums,
+  elements: Any,
+  weights: jax.Array,
+  rows: jax.Array,
+  columns: jax.Array,
+  summed: jax.Array,
+) -> Sums:
+  """Sums numbers of elements, in a program.
+
+  Args:
+    numbers: takes `elements` and the index of the first of `WIDTH` of them, in C order;
+      returns their numbers, float32 `[WIDTH]`, at least 0.
+    out: float32 `[PADDED]` each, written.
+    elements: a PyTree of arrays.
+    weights: float32 `[PADDED]`, of the columns; 0 behind them.
+    rows: R.
+    columns: C.
+    summed: the columns that are summed: C, or 0 if their sums are not wanted.
+  """
+  part = lambda x, start: jax.lax.dynamic_slice(x, (start,), (WIDTH,))
+  put = lambda x, own, start: jax.lax.dynamic_update_slice(x, own, (start,))
+
+  def whole(
+    out: Sums,
+    elements: Any,
+    weights: jax.Array,
+    rows: jax.Array,
+    columns: jax.Array,
+    summed: jax.Array,
+  ) -> Sums:
+    steps, share = -(-columns // WIDTH), 1 / columns.astype(jnp.float32)
+    steps_below = -(-summed // WIDTH)
+
+    def clear(j: jax.Array, sums: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+      return tuple(put(x, jnp.zeros(WIDTH, x.dtype), j * WIDTH) for x in sums)
+
+    def row(r: jax.Array, out: tuple[jax.Array, ...]) -> Any:
+      *of_rows, of_columns, weighted = out
+
+      def add(j: jax.Array, both: tuple[jax.Array, jax.Array]) -> Any:
+        found = numbers(elements, r * columns + j * WIDTH)
+        is_own = jnp.arange(WIDTH) < columns - j * WIDTH
+        return (
+          both[0] + jnp.where(is_own, found, 0) * share,
+          both[1] + found * part(weights, j * WIDTH),
+        )
+
+      both = jax.lax.fori_loop(0, steps, add, (jnp.zeros(WIDTH, jnp.float32),) * 2)
+      own = [x.sum() for x in both]
+      factors = jnp.float32(1), jnp.where(own[1] > 0, 1 / own[1], 0)
+
+      def below(j: jax.Array, sums: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        start, found = j * WIDTH, numbers(elements, r * columns + j * WIDTH)
+        return tuple(
+          put(x, part(x, start) + found * factor, start)
+          for x, factor in zip(sums, factors, strict=True)
+        )
+
+      of_columns, weighted = jax.lax.fori_loop(
+        0, steps_below, below, (of_columns, weighted)
+      )
+      pairs = zip(of_rows, own, strict=True)
+      made = [jax.lax.dynamic_update_index_in_dim(x, y, r, 0) for x, y in pairs]
+      return *made, of_columns, weighted
+
+    *of_rows, of_columns, weighted = out
+    cleared = jax.lax.fori_loop(0, steps_below, clear, (of_columns, weighted))
+    return Sums(*jax.lax.fori_loop(0, rows, row, (*of_rows, *cleared)))
+
+  found: Sums = native.loop(whole)(out, elements, weights, rows, columns, summed)
+  return found
+
+
+def floats(bits: jax.Array, dtype: np.dtype) -> jax.Array:
+  """Returns elements of a dtype, given by integers with their bits, as float32."""
+  if dtype == jnp.bfloat16:  # which XLA converts slowly
+    wide = bits.astype(f'{bits.dtype.kind}4') << 16
+    return jax.lax.bitcast_convert_type(wide, jnp.float32)
+  return jax.lax.bitcast_convert_type(bits, dtype).astype(jnp.float32)
+
+
+def run(
+  program: Callable[..., Sums],
+  elements: Callable[[Callable[[str, np.ndarray], np.ndarray]], Any],
+  shape: tuple[int, int],
+  weights: np.ndarray,
+  *,
+  of_columns: bool = True,
+) -> Sums:
+  """Runs a program on this thread.
+
+  Args:
+    program: a compiled program that returns `loop`; it takes `out`, which is
+      donated, and what follows there.
+    elements: takes a function that copies an array, of a name, to where a program
+      reads; returns the program's `elements`.
+    shape: `[R, C]`, of at most 2^20 elements.
+    weights: float32 `[C]`, of the columns.
+    of_columns: whether the columns are summed. If not, nothing is returned for them.
+
+  Returns:
+    The sums, float64. They depend on the shape and the elements alone.
+  """
+  rows, columns = shape
+  padded = buffers.scratch('weights', PADDED, np.float32)
+  padded[:columns] = weights
+  padded[columns : columns + WIDTH] = 0
+  summed = columns if of_columns else 0
+  out = Sums(*(buffers.taken(name, PADDED, np.float32) for name in _NAMES))
+  numbers = map(np.int32, (rows, columns, summed))
+  found = program(out, elements(_padded), padded, *numbers)
+  sizes = rows, rows, summed, summed
+  # A sum is infinite where some rows gave a column of great elements a great weight.
+  most = np.finfo(np.float32).max
+  pairs = zip(found, sizes, strict=True)
+  made = [np.minimum(np.asarray(x)[:n], most).astype(np.float64) for x, n in pairs]
+  for name, array in zip(_NAMES, found, strict=True):
+    buffers.keep(name, array)
+  return Sums(*made)
+
+
+def joined(parts: Sequence[Sums]) -> Sums:
+  """Returns the sums over all rows, given those over parts of the rows, in order."""
+  means, rows, columns, weighted = zip(*parts, strict=True)
+  sums = (np.sum(x, axis=0) for x in (columns, weighted))
+  return Sums(np.concatenate(means), np.concatenate(rows), *sums)
+
+
+def _padded(name: str, array: np.ndarray) -> np.ndarray:
+  found = buffers.scratch(name, PADDED, array.dtype)
+  found[: array.size] = array.reshape(-1)
+  return found
