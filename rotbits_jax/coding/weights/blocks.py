@@ -25,6 +25,7 @@ from rotbits_jax.coding import tables
 from rotbits_jax.coding.weights import buffers
 from rotbits_jax.coding.weights import contexts as contexts_lib
 from rotbits_jax.coding.weights import layouts
+from rotbits_jax.coding.weights import pool
 from rotbits_jax.system import host
 from rotbits_jax.system import native
 
@@ -289,6 +290,17 @@ def push(
   coded = rans.join_words(np.asarray(state)[:lanes], sizes, np.concatenate(words))
   buffers.keep('pushed', stacks)
   return coded.view(np.uint8)
+
+
+@functools.cache
+def compile_push() -> None:
+  """Starts to compile the program of `push`, once in a process.
+
+  It takes as long as all that an encoder does before with its first few arrays.
+  """
+  made = tables_of(np.zeros((1, 1), np.int64), decoding=False)
+  fill = lambda out: out.fill(0)
+  pool.start(lambda: push(np.zeros(1, np.uint16), fill, 1, 1, made))
 
 
 def decode(

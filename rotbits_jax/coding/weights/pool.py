@@ -58,6 +58,11 @@ def run(
     started.clear()
 
 
+def start(job: Callable[[], object]) -> None:
+  """Starts a job for whose result nobody waits, such as to compile a program."""
+  _pool('blocks').submit(job)
+
+
 def _together(
   jobs: list[Callable[[], _Result]], sizes: Iterable[int] | None
 ) -> list[list[Callable[[], _Result]]]:

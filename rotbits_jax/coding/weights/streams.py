@@ -19,6 +19,8 @@ from rotbits_jax.coding.weights import specs
 from rotbits_jax.system import checksums as checksums_lib
 from rotbits_jax.system import host
 
+_FEW = 1 << 16  # bytes of arrays that are often stored as they are
+
 
 class Encoded(NamedTuple):
   """An encoded record.
@@ -44,6 +46,8 @@ def encode(arrays: Sequence[np.ndarray]) -> Encoded:
   Raises:
     ValueError: if a dtype cannot be stored.
   """
+  if sum(x.nbytes for x in arrays) > _FEW:
+    blocks.compile_push()
   planned = _planned(arrays)
   groups = _allowed(planned, _grouped(planned))
   index = {(i, j): g for g, own in enumerate(groups) for i, j in own.members}
