@@ -32,10 +32,10 @@ from rotbits_jax.system import native
 LANES = 64
 """The greatest N, and the number of lanes of the programs."""
 
-STEPS = 1 << 14
+STEPS = buffers.ROOM // LANES
 """The greatest T."""
 
-CAPACITY = LANES * STEPS
+CAPACITY = buffers.ROOM
 """The greatest n."""
 
 
