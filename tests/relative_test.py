@@ -55,7 +55,8 @@ def related(target, base):
 def patched(target, base):
   """Stores the changed elements, however many they are."""
   bits, known = relative.bits_of(target), relative.bits_of(base)
-  return structured.Patched.of(target, known, np.flatnonzero(bits != known))
+  places = np.flatnonzero(bits != known)
+  return structured.Patched.of(target, known, places, weights.in_turn)
 
 
 def coded_bytes(leaf):

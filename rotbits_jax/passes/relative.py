@@ -54,31 +54,37 @@ def beside(target: np.ndarray, base: np.ndarray, run: pool.Run = pool.in_turn) -
     return None
   bits = relative.bits_of(target)
   known = relative.base_bits(base, target.shape, dtype)
-  places = _changed(bits, known)
+  places = _changed(bits, known, run)
   if places is None:
     if dtype.itemsize > 4:
       return None
   elif not places.size:
     return structured.Same(target.shape, dtype.name)
   elif dtype.itemsize > 4 or _is_sparse(known, places, dtype):
-    return structured.Patched.of(target, known, places)
+    return structured.Patched.of(target, known, places, run)
   if bits.size < _LEAST:
     return None
   return _relative(target, bits, known, _bits_alone(bits, dtype), run)
 
 
-def _changed(bits: np.ndarray, base: np.ndarray) -> np.ndarray | None:
+def _changed(bits: np.ndarray, base: np.ndarray, run: pool.Run) -> np.ndarray | None:
   """Returns the indices of changed elements; None if there are many."""
-  found, left = [np.zeros(0, np.int64)], _SPARSE * bits.size
-  for start in range(0, bits.size, _PART):
-    changed = bits[start : start + _PART] != base[start : start + _PART]
-    count = int(np.count_nonzero(changed))
-    left -= count
-    if left < 0:
-      return None
-    if count:
-      found.append(np.flatnonzero(changed) + start)
-  return np.concatenate(found)
+  some = slice(None, None, -(-bits.size // _FEW) or 1)
+  if np.count_nonzero(bits[some] != base[some]) > 2 * _SPARSE * _FEW:
+    return None
+
+  def job(start: int) -> np.ndarray:
+    found = [np.zeros(0, np.int64)]
+    for i in range(start, min(start + buffers.ROOM, bits.size), _PART):
+      changed = bits[i : i + _PART] != base[i : i + _PART]
+      if changed.any():
+        found.append(np.flatnonzero(changed) + i)
+    return np.concatenate(found)
+
+  starts = range(0, bits.size, buffers.ROOM)
+  found = run([functools.partial(job, start) for start in starts])
+  places = np.concatenate([np.zeros(0, np.int64), *found])
+  return places if places.size <= _SPARSE * bits.size else None
 
 
 def _is_sparse(base: np.ndarray, places: np.ndarray, dtype: np.dtype) -> bool:

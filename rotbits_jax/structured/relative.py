@@ -236,13 +236,16 @@ class Patched(_BesideBase):
   columns_first: bool = static(default=False)
 
   @classmethod
-  def of(cls, target: np.ndarray, base: np.ndarray, places: np.ndarray) -> 'Patched':
+  def of(
+    cls, target: np.ndarray, base: np.ndarray, places: np.ndarray, run: pool.Run
+  ) -> 'Patched':
     """Makes the leaf.
 
     Args:
       target: the array.
       base: its base, see `base_bits`.
       places: the indices of the elements that differ, at least one.
+      run: runs the jobs of blocks, such as `pool.run`.
     """
     own, dtype = bits_of(target)[places], target.dtype
     far = ulps.differences(own, base[places], dtype)
@@ -272,6 +275,7 @@ class Patched(_BesideBase):
       tables.quantize(np.stack(counts)),
       (0, shift),
       _LANE,
+      run,
     )
     return cls(
       np.concatenate(coded),
