@@ -86,6 +86,16 @@ def test_scales_are_those_of_rows_and_columns(dtype):
     assert np.abs(error - np.median(error)).max() < 3
 
 
+def test_rows_that_no_sample_has_may_differ_by_any_factor():
+  rng = np.random.default_rng(0)
+  base, own = rng.normal(size=(2, 3000, 64)).astype(np.float32)
+  update = rng.normal(size=(3000, 2)) @ rng.normal(size=(2, 64))
+  target = base + (own / 500 + update).astype(np.float32)
+  target[1:3] *= np.array([[1e36], [1e-36]], np.float32)
+  leaf = assert_comes_back(target, base, 'relative')
+  assert leaf.left is None
+
+
 @pytest.mark.parametrize('adapted', [False, True])
 def test_jobs_side_by_side_give_the_same_leaf(adapted):
   rng = np.random.default_rng(0)

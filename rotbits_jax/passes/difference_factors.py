@@ -73,7 +73,8 @@ def find(
         return None
       far /= np.float32(scale)
     basis = _basis(far[::2], most)
-    found = _product(_Parts.of(far[1::2], basis), basis, most, least / scale, len(bits))
+    projected = _Projected.of(far[1::2], basis)
+    found = _product(projected, basis, most, least / scale, len(bits))
     if found is None or len(found.right) < most:
       break
   if found is None:
@@ -86,14 +87,14 @@ def find(
     far = far[some]
   basis = _basis(far, most)
 
-  def job(rows: slice) -> _Parts:
+  def job(rows: slice) -> _Projected:
     own = differences.floats(bits[rows], base[rows], dtype)
     own /= np.float32(scale)
-    return _Parts.of(own, basis)
+    return _Projected.of(own, basis)
 
   jobs = [functools.partial(job, rows) for rows in _row_parts(bits.shape)]
   made = run(jobs)
-  whole = _Parts(np.concatenate([x.tall for x in made]), sum(x.total for x in made))
+  whole = _Projected(np.concatenate([x.tall for x in made]), sum(x.total for x in made))
   found = _product(whole, basis, most, least / scale, len(bits))
   if found is None:
     return None
@@ -110,8 +111,8 @@ def _row_parts(shape: tuple[int, ...]) -> Iterator[slice]:
   return (slice(start, start + step) for start in range(0, shape[0], step))
 
 
-class _Parts(NamedTuple):
-  """What rows of differences have in a basis.
+class _Projected(NamedTuple):
+  """Rows of differences, projected onto a basis.
 
   Attributes:
     tall: their products with the basis, float32 `[r, k]`.
@@ -122,11 +123,11 @@ class _Parts(NamedTuple):
   total: float
 
   @classmethod
-  def of(cls, far: np.ndarray, basis: np.ndarray) -> '_Parts':
-    squares = np.einsum('rc,rc->r', far, far)
-    return cls(
-      relative.small_products(far, basis), float(squares.sum(dtype=np.float64))
-    )
+  def of(cls, far: np.ndarray, basis: np.ndarray) -> '_Projected':
+    with np.errstate(over='ignore', invalid='ignore'):
+      squares = np.einsum('rc,rc->r', far, far)
+      tall = relative.small_products(far, basis)
+    return cls(tall, float(squares.sum(dtype=np.float64)))
 
 
 class _Product(NamedTuple):
@@ -148,12 +149,12 @@ def _basis(far: np.ndarray, most: int) -> np.ndarray:
 
 
 def _product(
-  parts: _Parts, basis: np.ndarray, most: int, least: float, rows: int
+  projected: _Projected, basis: np.ndarray, most: int, least: float, rows: int
 ) -> _Product | None:
   """Finds the product of a rank that saves most.
 
   Args:
-    parts: of some rows of differences, `[r, C]`.
+    projected: of some rows of differences, `[r, C]`.
     basis: of their rows, `[C, k]`.
     most: the greatest rank.
     least: root mean square that no product removes.
@@ -163,8 +164,9 @@ def _product(
     The product; None if none saves more than it takes, or if the differences of some
     rows are far too large.
   """
-  tall, total = parts
-  squares = relative.small_products(tall.T, tall).astype(np.float64)
+  tall, total = projected
+  with np.errstate(over='ignore', invalid='ignore'):
+    squares = relative.small_products(tall.T, tall).astype(np.float64)
   if not (np.isfinite(squares).all() and math.isfinite(total)):
     return None
   shape = len(tall), len(basis)

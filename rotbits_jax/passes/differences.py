@@ -71,15 +71,14 @@ def scales(
     some = slice(None, None, -(-rows // min(_LINES, buffers.ROOM // columns)))
     sample = bits[some], base[some]
     share = np.count_nonzero(sample[0] != sample[1]) / sample[0].size
-    sums = _roots(*sample, np.full(columns, 1 / columns), dtype, True)
+    sums = _roots(*sample, np.full(columns, 1 / columns), dtype, of_columns=True)
     of_columns = sums.weighted / max(np.count_nonzero(sums.rows), 1)
     weights = 1 / np.maximum(of_columns, _LEAST)
     weights[of_columns == 0] = 0
     step = buffers.ROOM // columns
     parts = (slice(i, i + step) for i in range(0, rows, step))
-    jobs = [
-      functools.partial(_roots, bits[x], base[x], weights, dtype, False) for x in parts
-    ]
+    own = functools.partial(_roots, of_columns=False)
+    jobs = [functools.partial(own, bits[x], base[x], weights, dtype) for x in parts]
     sums_of_rows = np.concatenate([x.rows for x in run(jobs)])
     of_rows = sums_of_rows / max(np.count_nonzero(weights), 1)
   bias = 0.0
@@ -119,6 +118,7 @@ def _roots(
   base: np.ndarray,
   weights: np.ndarray,
   dtype: np.dtype,
+  *,
   of_columns: bool,
 ) -> line_sums.Sums:
   """Sums the square roots of the absolute differences; 0 for those not finite."""
