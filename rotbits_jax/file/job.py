@@ -31,9 +31,6 @@ from rotbits_jax.file import sources
 from rotbits_jax.file import writer as writer_lib
 from rotbits_jax.system import progress as progress_lib
 
-_BATCHES = 4  # of few bytes, that are coded side by side
-_SMALL = 1 << 26
-
 Batch = tuple[list[passes.Record], Any]
 
 
@@ -318,7 +315,7 @@ class Job:
       waiting: the records that are wanted, in order.
       known: the state of the transform before them; None if it is unknown.
     """
-    ahead, sizes = collections.deque[_Coded](), collections.deque[int]()
+    ahead = collections.deque[_Coded]()
     with weights.record_jobs() as start:
       for batch, state in self._batches(waiting, known):
         resolve, records = self._resolver(batch), []
@@ -331,10 +328,9 @@ class Job:
             records.append((record.name, start(job)))
             del record, own, job
         ahead.append(_Coded(records, dict(self.source.checksums), state))
-        sizes.append(sum(self.counts[name].bytes for name, _ in records))
+        size = sum(self.counts[name].bytes for name, _ in records)
         del records
-        while _is_full(sizes):
-          sizes.popleft()
+        while len(ahead) > (0 if size >= memory_lib.LARGE else 1):
           yield ahead.popleft()
       while ahead:
         yield ahead.popleft()
@@ -409,13 +405,6 @@ class Job:
       savings=(saving,),
     )
     bar.update(sum(x.bytes for x in own))
-
-
-def _is_full(sizes: Sequence[int]) -> bool:
-  """Returns whether batches of these bytes are enough to work on at one time."""
-  if len(sizes) > 1 and (len(sizes) > _BATCHES or sum(sizes) > _SMALL):
-    return True
-  return bool(sizes) and sizes[-1] >= memory_lib.LARGE
 
 
 def _counts(specs: models.Params, dtypes: Mapping[str, np.dtype]) -> Any:

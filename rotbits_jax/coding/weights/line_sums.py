@@ -62,14 +62,8 @@ def loop(
   part = lambda x, start: jax.lax.dynamic_slice(x, (start,), (WIDTH,))
   put = lambda x, own, start: jax.lax.dynamic_update_slice(x, own, (start,))
 
-  def whole(
-    out: Sums,
-    elements: Any,
-    weights: jax.Array,
-    rows: jax.Array,
-    columns: jax.Array,
-    summed: jax.Array,
-  ) -> Sums:
+  def whole(out: Sums, elements: Any, weights: jax.Array, *counts: jax.Array) -> Sums:
+    rows, columns, summed = counts
     steps, share = -(-columns // WIDTH), 1 / columns.astype(jnp.float32)
     steps_below = -(-summed // WIDTH)
 
