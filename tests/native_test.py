@@ -140,7 +140,7 @@ def test_sums_of_lines():
   squared = bits.view(np.uint16), np.float32(1)
   assert not loops_of_thunks(statistics._sums, out, squared, *numbers, dtype=dtype)
   assert not loops_of_thunks(
-    differences._sums, out, (bits, bits), *numbers, dtype=dtype
+    differences._roots, out, (bits, bits), *numbers, dtype=dtype
   )
 
 

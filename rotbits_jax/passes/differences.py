@@ -68,19 +68,17 @@ def scales(
     of_rows, of_columns = roots.mean(axis=1), np.ones(columns)
     share = np.count_nonzero(roots) / roots.size
   else:
-    some = slice(None, None, -(-rows // min(_LINES, buffers.ROOM // columns)))
-    sample = bits[some], base[some]
-    share = np.count_nonzero(sample[0] != sample[1]) / sample[0].size
-    sums = _roots(*sample, np.full(columns, 1 / columns), dtype, of_columns=True)
+    some = slice(None, None, -(-rows // _LINES))
+    bits_of_some, base_of_some = bits[some], base[some]
+    changed = np.count_nonzero(bits_of_some != base_of_some)
+    share = changed / bits_of_some.size
+    equal = np.full(columns, 1 / columns)
+    sums = _sums(bits_of_some, base_of_some, equal, dtype, run, of_columns=True)
     of_columns = sums.weighted / max(np.count_nonzero(sums.rows), 1)
     weights = 1 / np.maximum(of_columns, _LEAST)
     weights[of_columns == 0] = 0
-    step = buffers.ROOM // columns
-    parts = (slice(i, i + step) for i in range(0, rows, step))
-    own = functools.partial(_roots, of_columns=False)
-    jobs = [functools.partial(own, bits[x], base[x], weights, dtype) for x in parts]
-    sums_of_rows = np.concatenate([x.rows for x in run(jobs)])
-    of_rows = sums_of_rows / max(np.count_nonzero(weights), 1)
+    sums = _sums(bits, base, weights, dtype, run, of_columns=False)
+    of_rows = sums.rows / max(np.count_nonzero(weights), 1)
   bias = 0.0
   if (mantissa := relative.mantissa_bits(dtype)) is not None:
     one = int(np.array(1, dtype).view(bits.dtype)) >> mantissa
@@ -113,26 +111,30 @@ def _kept(logs: np.ndarray, size: float) -> np.ndarray:
   return np.full_like(logs, round(middle))
 
 
-def _roots(
+def _sums(
   bits: np.ndarray,
   base: np.ndarray,
   weights: np.ndarray,
   dtype: np.dtype,
+  run: pool.Run,
   *,
   of_columns: bool,
 ) -> line_sums.Sums:
   """Sums the square roots of the absolute differences; 0 for those not finite."""
-  return line_sums.run(
-    functools.partial(_sums, dtype=None if dtype.kind in 'iub' else dtype),
-    lambda padded: (padded('roots', bits), padded('roots of the base', base)),
-    bits.shape,
-    weights,
-    of_columns=of_columns,
-  )
+  program = functools.partial(_roots, dtype=None if dtype.kind in 'iub' else dtype)
+
+  def job(rows: slice) -> line_sums.Sums:
+    elements = lambda padded: (padded('roots', bits[rows]), padded('of', base[rows]))
+    shape = bits[rows].shape
+    return line_sums.run(program, elements, shape, weights, of_columns=of_columns)
+
+  step = buffers.ROOM // bits.shape[1]
+  parts = (slice(i, i + step) for i in range(0, len(bits), step))
+  return line_sums.joined(run([functools.partial(job, rows) for rows in parts]))
 
 
 @functools.partial(jax.jit, static_argnames='dtype', donate_argnums=0)
-def _sums(
+def _roots(
   out: line_sums.Sums,
   elements: tuple[jax.Array, jax.Array],  # signed integers
   *others: jax.Array,
