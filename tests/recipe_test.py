@@ -98,6 +98,23 @@ def test_widths_that_differ_biases_and_a_tied_head(dtype):
     np.testing.assert_allclose(*norms, rtol=8 * float(ml_dtypes.finfo(dtype).eps))
 
 
+@pytest.mark.parametrize('preset', ['exact', 'free'])
+def test_each_subspace_is_found_once(preset, monkeypatch):
+  layers = 10
+  dense = random_models.random_model(OPT | {'num_hidden_layers': layers}, np.float16)
+  widths = (*(40 + i % 3 for i in range(2 * layers)), 48)
+  model, fit, fits = seeds.sliced_from(dense, widths, np.float16), recipe.fit, []
+
+  def counted(*arguments, **options):
+    fits.append(arguments)
+    return fit(*arguments, **options)
+
+  monkeypatch.setattr(recipe, 'fit', counted)
+  rotbits_jax.encode(model, base=dense, preset=preset)
+  # The first one is tried with tensors that were rounded and with others.
+  assert len(fits) == len(widths) + 1
+
+
 def test_a_tensor_that_was_changed_after_slicing_is_a_difference():
   dense = rotbits_jax.load_checkpoint(TESTDATA / 'llama-tiny-dense').model
   model = rotbits_jax.load_checkpoint(TESTDATA / MICROSOFT['llama-tiny']).model

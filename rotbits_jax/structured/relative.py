@@ -30,6 +30,7 @@ import numpy as np
 
 from rotbits_jax.coding import given
 from rotbits_jax.coding import tables
+from rotbits_jax.coding.weights import buffers
 from rotbits_jax.coding.weights import pool
 from rotbits_jax.structured import division
 from rotbits_jax.structured import ulps
@@ -446,7 +447,8 @@ class Relative(_BesideBase):
     base, dtype = self._base(needed), self.dtype
     head = Head.from_bytes(self.head, math.prod(self.lengths), self.width)
     own = head.own_rows
-    known = self.predicted(base, own, pool.run)
+    run = pool.run if base.size > buffers.ROOM else pool.in_turn
+    known = self.predicted(base, own, run)
     found, flat = np.empty_like(known), known.reshape(-1)
     bits, kind = found.reshape(-1), division.Kind.of(dtype, mantissa_bits(dtype))
     sums, of_classes = head.sums(dtype, self.first), head.of_classes
