@@ -44,7 +44,7 @@ build/tools/bin/python -m pip install --quiet --disable-pip-version-check \
 build/tools/bin/cyclonedx-py environment "$venv" --output-file "build/sbom-$which.json"
 # Without a kernel, the language of the pages' code is unknown.
 "$venv/bin/python" -m sphinx -W -q -b dummy -D nb_execution_mode=off \
-  -D suppress_warnings=myst-nb.lexer docs build/site
+  -D suppress_warnings=myst-nb.lexer,myst.xref_missing,ref.python docs build/site
 "$venv/bin/python" -m benchmarks.coder --count=100000 --runs=1 --rotations=64
 "$venv/bin/python" -m pip install --quiet --disable-pip-version-check pytest pytest-xdist
 tests=(tests/{golden,generation,int8,native,near_benchmark}_test.py)
