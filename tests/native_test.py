@@ -102,6 +102,13 @@ def test_codecs(name):
   assert not loops_of_thunks(codec.push, rest, symbols)
 
 
+def test_a_codec_outside_a_program():
+  codec = CODECS['categorical']
+  rest, symbols = codec.pop(message())
+  again = codec.push(rest, symbols)
+  np.testing.assert_array_equal(rans.unstacked(again), rans.unstacked(message()))
+
+
 def test_recovery_of_a_rotation_steps_through_panels_only():
   cells = jnp.zeros(haar.num_cells(40, 40), jnp.uint16)
   q = haar.rotation(cells, 40, 40)

@@ -50,8 +50,9 @@ def loop(function: _Function) -> _Function:
       with xla_metadata.set_xla_metadata(**_ATTRIBUTES):
         return compiled(*operands)
 
-    operands = traced.consts, *jax.tree.leaves(arguments)
-    results = jax.lax.platform_dependent(*operands, cpu=on_cpu, default=compiled)
+    # Outside a program, the attribute would be that of a whole program, and XLA aborts.
+    chosen = functools.partial(jax.lax.platform_dependent, cpu=on_cpu, default=compiled)
+    results = jax.jit(chosen)(traced.consts, *jax.tree.leaves(arguments))
     return jax.tree.unflatten(jax.tree.structure(shapes), results)
 
   return call  # type: ignore[return-value]
