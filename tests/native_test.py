@@ -144,8 +144,8 @@ def test_sums_of_lines():
   out = line_sums.Sums(*(np.zeros(line_sums.PADDED, np.float32) for _ in range(4)))
   bits, dtype = np.zeros(line_sums.PADDED, np.int16), np.dtype(np.float16)
   numbers = out.rows, np.int32(2), np.int32(9), np.int32(9)
-  squared = bits.view(np.uint16), np.float32(1)
-  assert not loops_of_thunks(statistics._sums, out, squared, *numbers, dtype=dtype)
+  given, unit = (out, (bits.view(np.uint16),), *numbers), np.float32(1)
+  assert not loops_of_thunks(statistics._sums, *given, unit=unit, dtype=dtype)
   assert not loops_of_thunks(
     differences._roots, out, (bits, bits), *numbers, dtype=dtype
   )

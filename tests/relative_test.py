@@ -47,7 +47,8 @@ def assert_comes_back(target, base, kind=None):
 
 def related(target, base):
   """Stores the differences even if the array takes fewer bytes alone."""
-  leaf = passes._relative(target, relative.bits_of(target), relative.bits_of(base), 1e9)
+  bits = relative.bits_of(target), relative.bits_of(base)
+  leaf = passes._relative(target, *bits, 1e9, weights.in_turn)
   assert leaf is not None
   return leaf
 

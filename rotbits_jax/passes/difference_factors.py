@@ -5,16 +5,17 @@ there is one: half of them a basis, and the others whether it saves anything. Sh
 letters: R rows, C columns, k the rank.
 """
 
-from collections.abc import Iterator
 import functools
 import math
 from typing import NamedTuple
 
 import numpy as np
 
+from rotbits_jax.coding.weights import line_sums
 from rotbits_jax.coding.weights import pool
 from rotbits_jax.passes import differences
 from rotbits_jax.structured import relative
+from rotbits_jax.system import host
 
 _LEAST = 64  # rows and columns of a matrix for which factors are tried
 _RANKS = (16, 64)  # the greatest rank that is tried first, and then
@@ -92,7 +93,7 @@ def find(
     own /= np.float32(scale)
     return _Projected.of(own, basis)
 
-  jobs = [functools.partial(job, rows) for rows in _row_parts(bits.shape)]
+  jobs = [functools.partial(job, x) for x in line_sums.row_parts(bits.shape, _PART)]
   made = run(jobs)
   whole = _Projected(np.concatenate([x.tall for x in made]), sum(x.total for x in made))
   found = _product(whole, basis, most, least / scale, len(bits))
@@ -104,11 +105,6 @@ def find(
   root = math.sqrt(scale) * 2.0**-exponent
   rounded = lambda x: np.rint(x * root).clip(-_MOST, _MOST).astype(np.int16)
   return Factors(rounded(left), rounded(right), 2 * exponent)
-
-
-def _row_parts(shape: tuple[int, ...]) -> Iterator[slice]:
-  step = max(_PART // shape[1], 1)
-  return (slice(start, start + step) for start in range(0, shape[0], step))
 
 
 class _Projected(NamedTuple):
@@ -126,7 +122,7 @@ class _Projected(NamedTuple):
   def of(cls, far: np.ndarray, basis: np.ndarray) -> '_Projected':
     with np.errstate(over='ignore', invalid='ignore'):
       squares = np.einsum('rc,rc->r', far, far)
-      tall = relative.small_products(far, basis)
+      tall = host.small_products(far, basis)
     return cls(tall, float(squares.sum(dtype=np.float64)))
 
 
@@ -141,11 +137,11 @@ class _Product(NamedTuple):
 def _basis(far: np.ndarray, most: int) -> np.ndarray:
   """Returns an orthonormal basis `[C, k]` of most of the rows of differences."""
   width = min(most + _MORE, min(far.shape) // 2)
-  sketch = relative.small_products(far, _random(far.shape[1], width))
-  rows = relative.small_products(far.T, sketch).astype(np.float64)
-  energies, turn = np.linalg.eigh(relative.small_products(rows.T, rows))
+  sketch = host.small_products(far, _random(far.shape[1], width))
+  rows = host.small_products(far.T, sketch).astype(np.float64)
+  energies, turn = np.linalg.eigh(host.small_products(rows.T, rows))
   turn /= np.sqrt(np.maximum(energies, 1e-12 * energies[-1] + 1e-300))
-  return relative.small_products(rows, turn).astype(np.float32)
+  return host.small_products(rows, turn).astype(np.float32)
 
 
 def _product(
@@ -166,7 +162,7 @@ def _product(
   """
   tall, total = projected
   with np.errstate(over='ignore', invalid='ignore'):
-    squares = relative.small_products(tall.T, tall).astype(np.float64)
+    squares = host.small_products(tall.T, tall).astype(np.float64)
   if not (np.isfinite(squares).all() and math.isfinite(total)):
     return None
   shape = len(tall), len(basis)
@@ -187,8 +183,8 @@ def _product(
     return None
   turned = turn[:, : best + 1]
   halves = np.sqrt(roots[: best + 1])
-  left = relative.small_products(tall, turned.astype(np.float32)) / halves
-  right = halves[:, None] * relative.small_products(basis, turned.astype(np.float32)).T
+  left = host.small_products(tall, turned.astype(np.float32)) / halves
+  right = halves[:, None] * host.small_products(basis, turned.astype(np.float32)).T
   largest = max(float(np.abs(x).max()) for x in (left, right))
   return _Product(left, right, max(float(steps[best]), 2 * largest / _MOST))
 

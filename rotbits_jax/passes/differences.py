@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rotbits_jax.coding.weights import buffers
 from rotbits_jax.coding.weights import line_sums
 from rotbits_jax.coding.weights import pool
 from rotbits_jax.structured import relative
@@ -124,13 +123,11 @@ def _sums(
   program = functools.partial(_roots, dtype=None if dtype.kind in 'iub' else dtype)
 
   def job(rows: slice) -> line_sums.Sums:
-    elements = lambda padded: (padded('roots', bits[rows]), padded('of', base[rows]))
-    shape = bits[rows].shape
-    return line_sums.run(program, elements, shape, weights, of_columns=of_columns)
+    own = bits[rows], base[rows]
+    return line_sums.run(program, own, weights, of_columns=of_columns)
 
-  step = buffers.ROOM // bits.shape[1]
-  parts = (slice(i, i + step) for i in range(0, len(bits), step))
-  return line_sums.joined(run([functools.partial(job, rows) for rows in parts]))
+  jobs = [functools.partial(job, rows) for rows in line_sums.row_parts(bits.shape)]
+  return line_sums.joined(run(jobs))
 
 
 @functools.partial(jax.jit, static_argnames='dtype', donate_argnums=0)

@@ -18,6 +18,7 @@ from rotbits_jax import structured
 from rotbits_jax.coding import given
 from rotbits_jax.coding import tables
 from rotbits_jax.coding.weights import buffers
+from rotbits_jax.coding.weights import line_sums
 from rotbits_jax.coding.weights import pool
 from rotbits_jax.passes import difference_factors
 from rotbits_jax.passes import differences
@@ -116,7 +117,7 @@ def _relative(
   bits: np.ndarray,
   base: np.ndarray,
   alone: float,
-  run: pool.Run = pool.in_turn,
+  run: pool.Run,
 ) -> structured.Relative | None:
   """Returns the leaf of differences; None if it takes more bits than `alone`."""
   dtype = target.dtype
@@ -158,8 +159,7 @@ def _differing(bits: np.ndarray, known: np.ndarray) -> np.ndarray:
   # Most rows differ at once.
   found = (bits[:, :_FIRST] != known[:, :_FIRST]).any(axis=1)
   if not found.all():
-    step = max(_PART // bits.shape[1], 1)
-    parts = (slice(i, i + step) for i in range(0, len(bits), step))
+    parts = line_sums.row_parts(bits.shape, _PART)
     found = np.concatenate([(bits[x] != known[x]).any(axis=1) for x in parts])
   return np.flatnonzero(found)
 

@@ -173,10 +173,7 @@ def join(
     np.int32(size),
   )
   _keep(('bands', 'shifts', 'joined'), (bands, own, found))
-  odd = np.zeros(0, np.int64)
-  if np.count_nonzero(symbols[:size]) < size:
-    odd = np.flatnonzero(symbols[:size] == 0)
-  return np.asarray(found)[:size], odd
+  return np.asarray(found)[:size], np.flatnonzero(symbols[:size] == 0)
 
 
 def _taken(names: Mapping[str, Any]) -> tuple[jax.Array, ...]:

@@ -31,6 +31,7 @@ import numpy as np
 from rotbits_jax.coding import given
 from rotbits_jax.coding import tables
 from rotbits_jax.coding.weights import buffers
+from rotbits_jax.coding.weights import line_sums
 from rotbits_jax.coding.weights import pool
 from rotbits_jax.structured import division
 from rotbits_jax.structured import ulps
@@ -53,7 +54,6 @@ DRIFTS = 256
 """The length of a drift."""
 
 _LANE = 1 << 10  # symbols for which a block of a patch gets one more lane
-_SINGLE = 1 << 18  # products of numbers for which BLAS takes no threads
 _BLOCK = 1 << 16  # elements that are taken together, so that they fit a cache
 
 _FLOATS = {
@@ -433,14 +433,15 @@ class Relative(_BesideBase):
 
     def job(rows: slice) -> None:
       bits = matrix[rows]
-      product = small_products(left[rows].astype(np.float64), right)
+      product = host.small_products(left[rows].astype(np.float64), right)
       with np.errstate(all='ignore'):
         numbers = bits.view(self.dtype).astype(np.float64)
         numbers += np.ldexp(product, self.unit)
         near = numbers.astype(np.float32).astype(self.dtype).view(bits.dtype)
       found[rows] = np.where(ulps.is_finite(bits, self.dtype), near, bits)
 
-    run([functools.partial(job, rows) for rows in _row_parts(matrix.shape)])
+    parts = line_sums.row_parts(matrix.shape, _BLOCK)
+    run([functools.partial(job, rows) for rows in parts])
     return found
 
   def materialize(self, *needed: Any) -> np.ndarray:
@@ -503,15 +504,9 @@ class Relative(_BesideBase):
         raise ValueError(f'{self.name} cannot have this drift')
 
 
-def _row_parts(shape: tuple[int, ...]) -> Iterator[slice]:
-  """Yields parts of the rows of a matrix that fit a cache."""
-  step = max(_BLOCK // max(shape[1], 1), 1)
-  return (slice(start, start + step) for start in range(0, shape[0], step))
-
-
 def _parts(shape: tuple[int, ...]) -> Iterator[tuple[slice, slice]]:
   """Yields parts of a matrix that fit a cache."""
-  for rows in _row_parts(shape):
+  for rows in line_sums.row_parts(shape, _BLOCK):
     for left in range(0, shape[1], _BLOCK):
       yield rows, slice(left, left + _BLOCK)
 
@@ -585,33 +580,14 @@ class Head(NamedTuple):
       raise ValueError(f'{count} bands cannot have {of_bands[0].sum()} classes')
     both = np.frombuffer(plain, np.uint8, offset=1 + 2 * count).reshape(2, -1)
     scales = both.T.copy().view('<i2').reshape(-1).astype(np.int16)
-    if _greatest(scales[scales != EQUAL]) > MOST_SCALE:
+    sizes = np.abs(scales[scales != EQUAL].astype(np.int32))
+    if sizes.max(initial=0) > MOST_SCALE:
       raise ValueError(f'scales must be within {MOST_SCALE}')
     if (scales[rows:] == EQUAL).any():
       raise ValueError('columns cannot be marked')
     return cls(scales[:rows], scales[rows:], *of_bands)
 
 
-def small_products(left: np.ndarray, right: np.ndarray) -> np.ndarray:
-  """Returns the product of matrices, computed on this thread.
-
-  BLAS computes products of few rows on one thread. Its threads would wait for those
-  that code blocks.
-  """
-  if host.blas_is_serial():
-    return left @ right
-  found = np.empty((len(left), right.shape[1]), left.dtype)
-  step = max(_SINGLE // max(right.size, 1), 1)
-  for start in range(0, len(left), step):
-    rows = slice(start, start + step)
-    np.matmul(left[rows], right, out=found[rows])
-  return found
-
-
 def drift_places(bits: np.ndarray, mantissa: int) -> np.ndarray:
   """Returns the places in a drift, see `Relative`: the mantissa's 8 bits or fewer."""
   return bits >> max(mantissa - 8, 0) & min((1 << mantissa) - 1, DRIFTS - 1)
-
-
-def _greatest(scales: Any) -> int:
-  return int(np.abs(np.asarray(scales, np.int32)).max(initial=0))

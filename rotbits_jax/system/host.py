@@ -1,4 +1,4 @@
-"""The host as a JAX device, JAX's settings, and arrays that NumPy and XLA share."""
+"""The host: JAX's device and settings, BLAS, and arrays that NumPy and XLA share."""
 
 from collections.abc import Iterator
 import contextlib
@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 _ALIGNMENT = 64  # XLA uses an array without a copy if its address is a multiple of this
+_SINGLE = 1 << 18  # products of numbers for which BLAS takes no threads
 
 
 @functools.cache
@@ -56,6 +57,22 @@ def lapack_is_serial() -> bool:
 def blas_is_serial() -> bool:
   """Returns whether the products of NumPy use one thread."""
   return os.environ.get('OPENBLAS_NUM_THREADS') == '1'
+
+
+def small_products(left: np.ndarray, right: np.ndarray) -> np.ndarray:
+  """Returns the product of matrices, computed on this thread.
+
+  BLAS computes products of few rows on one thread. Its threads would wait for those
+  that code blocks.
+  """
+  if blas_is_serial():
+    return left @ right
+  found = np.empty((len(left), right.shape[1]), left.dtype)
+  step = max(_SINGLE // max(right.size, 1), 1)
+  for start in range(0, len(left), step):
+    rows = slice(start, start + step)
+    np.matmul(left[rows], right, out=found[rows])
+  return found
 
 
 def empty(shape: tuple[int, ...], dtype: np.dtype | type | str) -> np.ndarray:

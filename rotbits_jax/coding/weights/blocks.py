@@ -38,7 +38,6 @@ STEPS = buffers.ROOM // LANES
 CAPACITY = buffers.ROOM
 """The greatest n."""
 
-
 # The stacks are no multiple of a large power of two apart, because their tops would
 # then compete for the same places in the CPU's cache.
 _STACK = STEPS + 96
@@ -272,10 +271,8 @@ def push(
   Returns:
     The words of the message: uint8.
   """
-  steps, places = (
-    -(-count // lanes),
-    buffers.scratch('contexts', buffers.ROOM, np.uint8),
-  )
+  steps = -(-count // lanes)
+  places = buffers.scratch('contexts', buffers.ROOM, np.uint8)
   contexts(places[:count])
   state, size, stacks = _push(
     buffers.taken('pushed', LANES * _STACK, np.uint16),
@@ -385,10 +382,8 @@ def pop(
   rans.check_empty(rans.Message(state, stacks, left, left, sizes))  # type: ignore[arg-type]
   flat = np.asarray(symbols)
   if lanes < LANES:
-    rows, flat = (
-      flat.reshape(-1, LANES),
-      buffers.scratch('symbols', buffers.ROOM, np.uint16),
-    )
+    rows = flat.reshape(-1, LANES)
+    flat = buffers.scratch('symbols', buffers.ROOM, np.uint16)
     flat[: steps * lanes] = rows[:steps, :lanes].reshape(-1)
   buffers.keep('symbols', symbols)
   return flat

@@ -6,7 +6,7 @@ row a few elements at a time.
 Shape letters: R rows, C columns.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -117,8 +117,7 @@ def floats(bits: jax.Array, dtype: np.dtype) -> jax.Array:
 
 def run(
   program: Callable[..., Sums],
-  elements: Callable[[Callable[[str, np.ndarray], np.ndarray]], Any],
-  shape: tuple[int, int],
+  arrays: Sequence[np.ndarray],
   weights: np.ndarray,
   *,
   of_columns: bool = True,
@@ -128,23 +127,22 @@ def run(
   Args:
     program: a compiled program that returns `loop`; it takes `out`, which is
       donated, and what follows there.
-    elements: takes a function that copies an array, of a name, to where a program
-      reads; returns the program's `elements`.
-    shape: `[R, C]`, of at most 2^20 elements.
+    arrays: the program's `elements`, `[R, C]` each, of at most 2^20 elements.
     weights: float32 `[C]`, of the columns.
     of_columns: whether the columns are summed. If not, nothing is returned for them.
 
   Returns:
     The sums, float64. They depend on the shape and the elements alone.
   """
-  rows, columns = shape
+  rows, columns = arrays[0].shape
   padded = buffers.scratch('weights', PADDED, np.float32)
   padded[:columns] = weights
   padded[columns : columns + WIDTH] = 0
   summed = columns if of_columns else 0
+  elements = tuple(_padded(f'elements {i}', x) for i, x in enumerate(arrays))
   out = Sums(*(buffers.taken(name, PADDED, np.float32) for name in _NAMES))
   numbers = map(np.int32, (rows, columns, summed))
-  found = program(out, elements(_padded), padded, *numbers)
+  found = program(out, elements, padded, *numbers)
   sizes = rows, rows, summed, summed
   # A sum is infinite where some rows gave a column of great elements a great weight.
   most = np.finfo(np.float32).max
@@ -160,6 +158,12 @@ def joined(parts: Sequence[Sums]) -> Sums:
   means, rows, columns, weighted = zip(*parts, strict=True)
   sums = (np.sum(x, axis=0) for x in (columns, weighted))
   return Sums(np.concatenate(means), np.concatenate(rows), *sums)
+
+
+def row_parts(shape: tuple[int, ...], most: int = buffers.ROOM) -> Iterator[slice]:
+  """Yields parts of the rows of a matrix, of at most `most` elements or one row."""
+  step = max(most // max(shape[1], 1), 1)
+  return (slice(start, start + step) for start in range(0, shape[0], step))
 
 
 def _padded(name: str, array: np.ndarray) -> np.ndarray:

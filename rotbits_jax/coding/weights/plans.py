@@ -347,7 +347,10 @@ def _sorted(arrays: Sequence[np.ndarray]) -> list[scales.Buckets]:
   pairs = list(zip(matrices, exponents, strict=True))
   weights = pool.run((functools.partial(_weights, *pair) for pair in pairs), sizes)
   jobs = [
-    [functools.partial(statistics.sums, rows, own, exponent) for rows in _cut(matrix)]
+    [
+      functools.partial(statistics.sums, matrix[rows], own, exponent)
+      for rows in line_sums.row_parts(matrix.shape)
+    ]
     for (matrix, exponent), own in zip(pairs, weights, strict=True)
   ]
   found = map(line_sums.joined, _run_all(jobs, sizes))
@@ -361,12 +364,6 @@ def _weights(matrix: np.ndarray, exponent: int) -> np.ndarray:
   some = matrix[:: -(-rows // min(_ROWS, blocks.CAPACITY // columns))]
   equal = np.full(columns, 1 / columns, np.float32)
   return scales.inverse_weights(statistics.sums(some, equal, exponent).weighted)
-
-
-def _cut(matrix: np.ndarray) -> list[np.ndarray]:
-  """Cuts a matrix into parts of whole rows."""
-  step = max(blocks.CAPACITY // matrix.shape[1], 1)
-  return [matrix[start : start + step] for start in range(0, len(matrix), step)]
 
 
 def _alphabet(array: np.ndarray, layout: layouts.Layout) -> int:

@@ -112,8 +112,9 @@ _MOST_EXPONENT = 126
 @functools.partial(jax.jit, static_argnames='dtype', donate_argnums=0)
 def _sums(
   out: line_sums.Sums,
-  elements: tuple[jax.Array, jax.Array],  # unsigned integers, and a factor of all
+  elements: tuple[jax.Array],  # unsigned integers
   *others: jax.Array,
+  unit: jax.Array,
   dtype: np.dtype,
 ) -> line_sums.Sums:
   def squares(elements: tuple[jax.Array, jax.Array], start: jax.Array) -> jax.Array:
@@ -122,7 +123,7 @@ def _sums(
     x = jnp.abs(line_sums.floats(x, dtype) * unit)
     return jnp.square(jnp.where(x < _GREATEST, x, jnp.float32(_GREATEST)))
 
-  return line_sums.loop(squares, out, elements, *others)
+  return line_sums.loop(squares, out, (*elements, unit), *others)
 
 
 def sums(matrix: np.ndarray, weights: np.ndarray, exponent: int) -> line_sums.Sums:
@@ -134,10 +135,6 @@ def sums(matrix: np.ndarray, weights: np.ndarray, exponent: int) -> line_sums.Su
     exponent: from `scales.exponent_of`.
   """
   exponent = int(np.clip(exponent, -_MOST_EXPONENT, _MOST_EXPONENT))
-  bits = matrix.view(f'u{matrix.dtype.itemsize}')
-  return line_sums.run(
-    functools.partial(_sums, dtype=matrix.dtype),
-    lambda padded: (padded('padded', bits), np.float32(2.0**-exponent)),
-    matrix.shape,
-    weights,
-  )
+  unit, bits = np.float32(2.0**-exponent), matrix.view(f'u{matrix.dtype.itemsize}')
+  program = functools.partial(_sums, unit=unit, dtype=matrix.dtype)
+  return line_sums.run(program, (bits,), weights)
