@@ -16,10 +16,14 @@ as its size the entropy of the integers of features of like size, without any ta
 """
 
 from collections.abc import Callable, Mapping
+from concurrent import futures
+import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import gguf
+import jax
+import jax.numpy as jnp
 import numpy as np
 import zstandard
 
@@ -47,26 +51,27 @@ def stored(
     model: the model.
     rounded: takes a path and float32 rows, one for each output or each token.
   """
-  total = 0.0
 
-  def round_tree(tree: models.Params, prefix: str) -> models.Params:
-    nonlocal total
-    flat = structured.flatten(tree)
-    for path, leaf in flat.items():
-      array = np.asarray(leaf)
-      if array.ndim < 2:
-        total += array.nbytes
-        continue
-      # A kernel `[inputs, outputs]` has a row for each input.
-      turn = np.transpose if path.endswith('/kernel') else np.asarray
-      rows = np.ascontiguousarray(turn(array), np.float32)
-      rows, size = rounded(prefix + path, rows)
-      flat[path] = np.ascontiguousarray(turn(rows))
-      total += size
-    return structured.unflatten(flat)
+  def of_leaf(path: str, leaf: Any) -> Rounded:
+    array = np.asarray(leaf)
+    if array.ndim < 2:
+      return array, array.nbytes
+    # A kernel `[inputs, outputs]` has a row for each input.
+    turn = np.transpose if path.endswith('/kernel') else np.asarray
+    rows, size = rounded(path, np.ascontiguousarray(turn(array), np.float32))
+    return np.ascontiguousarray(turn(rows)), size
 
-  layers = [round_tree(x, models.names.prefix(i)) for i, x in enumerate(model.layers())]
-  outer = round_tree(model.outer(), '')
+  parts = [(models.names.prefix(i), x) for i, x in enumerate(model.layers())]
+  parts.append(('', model.outer()))
+  trees, total = [], 0.0
+  with futures.ThreadPoolExecutor() as executor:
+    for prefix, tree in parts:
+      flat = structured.flatten(tree)
+      found = list(executor.map(of_leaf, [prefix + x for x in flat], flat.values()))
+      arrays = dict(zip(flat, [array for array, _ in found], strict=True))
+      trees.append(structured.unflatten(arrays))
+      total += sum(size for _, size in found)
+  *layers, outer = trees
   return Stored(models.from_layers(model.config, outer, layers), round(total))
 
 
@@ -85,8 +90,8 @@ def in_blocks(model: models.Model, name: str) -> Stored:
   def rounded(path: str, rows: np.ndarray) -> Rounded:
     flat = np.pad(rows.reshape(-1), (0, -rows.size % length)).reshape(-1, length)
     if name in _SEARCHED:
-      # In parts, because a search has several arrays of the size of its blocks.
-      parts = np.array_split(flat, len(flat) // 4096 + 1)
+      # In parts of one shape, so that a search is compiled once.
+      parts = np.pad(flat, ((0, -len(flat) % _PART), (0, 0))).reshape(-1, _PART, length)
       numbers = np.concatenate([_SEARCHED[name](x) for x in parts])
     else:
       numbers = gguf.quants.dequantize(gguf.quants.quantize(flat, kind), kind)
@@ -95,94 +100,105 @@ def in_blocks(model: models.Model, name: str) -> Stored:
   return stored(model, rounded)
 
 
-def _half(x: np.ndarray) -> np.ndarray:
-  return x.astype(np.float16).astype(np.float32)
+_PART = 1024  # blocks that are searched at once
 
 
-def _ratio(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-  return np.divide(a, b, out=np.zeros_like(a), where=b != 0)
+Codes = range | tuple[float, ...]
+"""What a number may be besides its scale, ascending."""
 
 
-def _nearest(x: np.ndarray, values: np.ndarray) -> np.ndarray:
-  return values[np.searchsorted((values[1:] + values[:-1]) / 2, x)]
-
-
-def _scaled(
-  flat: np.ndarray, length: int, values: np.ndarray, scales: int
-) -> np.ndarray:
-  """Rounds blocks to multiples of values by a scale, as Q3_K, Q6_K and IQ4 do.
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def _scaled(x: jax.Array, codes: Codes, length: int, scales: int) -> jax.Array:
+  """Rounds blocks to multiples of codes by a scale, as Q3_K, Q6_K and IQ4 do.
 
   Args:
-    flat: `[N, 256]` or `[N, length]`.
+    x: `[N, 256]` or `[N, length]`.
+    codes: the codebook.
     length: of the blocks that have a scale.
-    values: the codebook, ascending.
     scales: the greatest integer of a scale, whose unit is a half of the whole row; 0 if
       each scale is a half.
   """
-  x = flat.reshape(len(flat), -1, length)
-  places = np.abs(x).argmax(-1)[..., None]
-  greatest = np.take_along_axis(x, places, -1)
-  best, scale = np.full(greatest.shape, np.inf, np.float32), np.zeros_like(greatest)
-  for shift in np.linspace(-0.12, 0.12, 13):
-    q = _nearest(_ratio(x, greatest) * (values[0] * (1 + shift)), values)
+  shape, x = x.shape, x.reshape(len(x), -1, length)
+  places = jnp.abs(x).argmax(-1, keepdims=True)
+  greatest = jnp.take_along_axis(x, places, -1)
+  best, scale = jnp.full(greatest.shape, jnp.inf), jnp.zeros_like(greatest)
+  for shift in np.linspace(-0.12, 0.12, 13).tolist():
+    q = _nearest(_ratio(x, greatest) * (codes[0] * (1 + shift)), codes)
     dot, square = (x * q).sum(-1, keepdims=True), (q * q).sum(-1, keepdims=True)
     found = _ratio(dot, square)
     error = -found * dot  # besides the squares of x
     is_better = error < best
-    best, scale = np.where(is_better, error, best), np.where(is_better, found, scale)
+    best, scale = jnp.where(is_better, error, best), jnp.where(is_better, found, scale)
   if scales:
     # The greatest scale is the least integer, which is one farther from 0.
-    most = np.take_along_axis(scale, np.abs(scale).argmax(1)[:, None], 1)
+    most = jnp.take_along_axis(scale, jnp.abs(scale).argmax(1, keepdims=True), 1)
     unit = _half(most / -(scales + 1))
-    scale = unit * np.clip(np.rint(_ratio(scale, unit)), -scales - 1, scales)
+    scale = unit * jnp.clip(jnp.rint(_ratio(scale, unit)), -scales - 1, scales)
   else:
     scale = _half(scale)
-  q = _nearest(_ratio(x, np.broadcast_to(scale, x.shape)), values)
-  return (scale * q).reshape(flat.shape)
+  return (scale * _nearest(_ratio(x, scale), codes)).reshape(shape)
 
 
-def _shifted(flat: np.ndarray, most: int) -> np.ndarray:
+@functools.partial(jax.jit, static_argnums=1)
+def _shifted(x: jax.Array, most: int) -> jax.Array:
   """Rounds blocks of 32 to multiples of a scale from a minimum, as Q4_K and Q5_K do.
 
   Args:
-    flat: `[N, 256]`.
+    x: `[N, 256]`.
     most: the greatest integer.
   """
-  x = flat.reshape(len(flat), 8, 32)
-  low = np.minimum(x.min(-1, keepdims=True), 0)
+  shape, x = x.shape, x.reshape(len(x), 8, 32)
+  low = jnp.minimum(x.min(-1, keepdims=True), 0)
   span = x.max(-1, keepdims=True) - low
-  best, scale, least = (np.full(low.shape, y, np.float32) for y in (np.inf, 0, 0))
+  best, scale, least = (jnp.full(low.shape, y) for y in (jnp.inf, 0.0, 0.0))
   mean = x.mean(-1, keepdims=True)
-  for part in np.linspace(0.9, 1.1, 11):
-    q = np.clip(np.rint(_ratio(x - low, span) * (most * part)), 0, most)
+  for part in np.linspace(0.9, 1.1, 11).tolist():
+    q = jnp.clip(jnp.rint(_ratio(x - low, span) * (most * part)), 0, most)
     centre = q.mean(-1, keepdims=True)
     slope = _ratio(
       ((x - mean) * (q - centre)).sum(-1, keepdims=True),
-      np.square(q - centre).sum(-1, keepdims=True),
+      jnp.square(q - centre).sum(-1, keepdims=True),
     )
-    base = np.minimum(mean - slope * centre, 0)
-    error = np.square(slope * q + base - x).sum(-1, keepdims=True)
+    base = jnp.minimum(mean - slope * centre, 0)
+    error = jnp.square(slope * q + base - x).sum(-1, keepdims=True)
     is_better = error < best
-    best = np.where(is_better, error, best)
-    scale, least = np.where(is_better, slope, scale), np.where(is_better, base, least)
+    best = jnp.where(is_better, error, best)
+    scale = jnp.where(is_better, slope, scale)
+    least = jnp.where(is_better, base, least)
   # Scales and minima are integers of 6 bits times a half of the whole row.
   units = [_half(y.max(1, keepdims=True) / 63) for y in (scale, -least)]
   scale, least = (
-    unit * np.clip(np.rint(_ratio(y, np.broadcast_to(unit, y.shape))), 0, 63)
+    unit * jnp.clip(jnp.rint(_ratio(y, unit)), 0, 63)
     for unit, y in zip(units, (scale, -least), strict=True)
   )
-  q = np.clip(np.rint(_ratio(x + least, np.broadcast_to(scale, x.shape))), 0, most)
-  return (scale * q - least).reshape(flat.shape)
+  q = jnp.clip(jnp.rint(_ratio(x + least, scale)), 0, most)
+  return (scale * q - least).reshape(shape)
 
 
-_CODEBOOK = np.array(gguf.quants.IQ4_NL.kvalues, np.float32)
-_SEARCHED: dict[str, Callable[[np.ndarray], np.ndarray]] = {
-  'Q6_K': lambda x: _scaled(x, 16, np.arange(-32, 32, dtype=np.float32), 127),
+def _half(x: jax.Array) -> jax.Array:
+  return x.astype(np.float16).astype(np.float32)
+
+
+def _ratio(a: jax.Array, b: jax.Array) -> jax.Array:
+  return jnp.where(b == 0, 0, a / jnp.where(b == 0, 1, b))
+
+
+def _nearest(x: jax.Array, codes: Codes) -> jax.Array:
+  if isinstance(codes, range):
+    return jnp.clip(jnp.rint(x), codes[0], codes[-1])
+  values = jnp.array(codes, jnp.float32)
+  middles = (values[1:] + values[:-1]) / 2
+  return values[jnp.searchsorted(middles, x, method='compare_all')]
+
+
+_CODEBOOK = tuple(float(x) for x in gguf.quants.IQ4_NL.kvalues)
+_SEARCHED: dict[str, Callable[[np.ndarray], jax.Array]] = {
+  'Q6_K': lambda x: _scaled(x, range(-32, 32), 16, 127),
   'Q5_K': lambda x: _shifted(x, 31),
   'Q4_K': lambda x: _shifted(x, 15),
-  'Q3_K': lambda x: _scaled(x, 16, np.arange(-4, 4, dtype=np.float32), 31),
-  'IQ4_NL': lambda x: _scaled(x, 32, _CODEBOOK, 0),
-  'IQ4_XS': lambda x: _scaled(x, 32, _CODEBOOK, 31),
+  'Q3_K': lambda x: _scaled(x, range(-4, 4), 16, 31),
+  'IQ4_NL': lambda x: _scaled(x, _CODEBOOK, 32, 0),
+  'IQ4_XS': lambda x: _scaled(x, _CODEBOOK, 32, 31),
 }
 """Quantisers that the package `gguf` lacks: rows of numbers to their rounded ones."""
 
@@ -195,8 +211,9 @@ def in_rows(model: models.Model, bits: int) -> Stored:
   most = 2 ** (bits - 1) - 1
 
   def rounded(path: str, rows: np.ndarray) -> Rounded:
-    scale = _half(np.abs(rows).max(1, keepdims=True) / most)
-    q = np.rint(_ratio(rows, np.broadcast_to(scale, rows.shape))).clip(-most, most)
+    scale = np.abs(rows).max(1, keepdims=True) / most
+    scale = scale.astype(np.float16).astype(np.float32)
+    q = np.rint(rows / np.where(scale == 0, 1, scale)).clip(-most, most)
     size = len(zstandard.compress(q.astype(np.int8).tobytes(), 19)) + 2 * len(rows)
     return q * scale, size
 
@@ -242,7 +259,8 @@ def _cancelled(
   damping = 0.01 * np.mean(np.diag(moments)) + 1e-30
   lower = np.linalg.cholesky(np.float64(moments) + damping * np.eye(count))
   own = np.diag(lower).copy()
-  alpha = _half(step * np.exp(np.log(own).mean()) / own)
+  alpha = step * np.exp(np.log(own).mean()) / own
+  alpha = alpha.astype(np.float16).astype(np.float32)
   unit = (lower / own).astype(np.float32)
   q, error = np.zeros_like(kernel), np.zeros_like(kernel)
   for i in range(count - 1, -1, -1):
