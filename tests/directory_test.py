@@ -1,9 +1,12 @@
 """Files become checkpoints again: every fixture, with every preset, in each format."""
 
 import itertools
+import json
 import pathlib
+import shutil
 
 import pytest
+import weights_files
 
 import rotbits_jax
 from rotbits_jax import checkpoints
@@ -54,3 +57,40 @@ def test_a_checkpoint_comes_back(tmp_path, name, preset):
     assert others <= opened.keys()
     assert all((opened[x].shape, opened[x].dtype) == specs[x] for x in others)
     assert list(folder.glob('modeling_*.py'))
+
+
+def test_a_tied_head_that_is_stored_too_is_the_models_own_once_it_is_rewritten(
+  tmp_path, subtests
+):
+  folder = tmp_path / 'tied'
+  shutil.copytree(TESTDATA / 'llama-tiny-dense', folder)
+  config, weights = folder / 'config.json', folder / 'model.safetensors'
+  given = json.loads(config.read_text()) | {'tie_word_embeddings': True}
+  config.write_text(json.dumps(given))
+  read = {name: x.copy() for name, x in weights_files.read_safetensors(weights).items()}
+  read['lm_head.weight'] = read['model.embed_tokens.weight']
+  weights_files.write_safetensors(weights, read)
+  for preset in ('exact', 'free', 'near'):
+    with subtests.test(preset):
+      data = rotbits_jax.encode(rotbits_jax.load_checkpoint(folder), preset=preset)
+      ways = [tmp_path / f'{preset}-{i}' for i in range(2)]
+      rotbits_jax.decode_to_directory(data, ways[0])
+      rotbits_jax.save_checkpoint(rotbits_jax.decode_checkpoint(data), ways[1])
+      for way in ways:
+        text = (way / 'config.json').read_text()
+        if preset == 'exact':
+          assert text == config.read_text()
+        else:
+          assert json.loads(text) == given | {'tie_word_embeddings': False}
+        assert not rotbits_jax.load_checkpoint(way).model.config.tied_head
+
+
+def test_the_config_names_the_dtype(tmp_path):
+  folder = TESTDATA / 'llama-tiny-dense'
+  data = rotbits_jax.encode(rotbits_jax.load_checkpoint(folder))
+  rotbits_jax.decode_to_directory(data, tmp_path / 'x', dtype='bfloat16')
+  given, config = (
+    json.loads((x / 'config.json').read_text()) for x in (folder, tmp_path / 'x')
+  )
+  name = 'dtype' if 'dtype' in given else 'torch_dtype'
+  assert config == given | {name: 'bfloat16'} != given

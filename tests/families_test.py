@@ -216,8 +216,18 @@ class ConfigTest(chex.TestCase):
     assert config.sliding_window is None
     assert checkpoints.parse_config(MISTRAL).sliding_window == 4
 
+  def test_part_of_a_head_is_refused(self):
+    rope = {'rope_type': 'default', 'partial_rotary_factor': 0.5}
+    for config in (LLAMA, MISTRAL, QWEN2, GEMMA2, MIXTRAL, SMOLLM3):
+      values = {k: v for k, v in config.items() if k != 'rope_scaling'}
+      with (
+        self.subTest(config['model_type']),
+        pytest.raises(checkpoints.CheckpointError, match='parameters: partial_rotary'),
+      ):
+        checkpoints.parse_config(values | {'rope_parameters': rope})
+
   def test_qwen2(self):
-    config = checkpoints.parse_config(QWEN2)
+    config = checkpoints.parse_config(QWEN2 | {'use_mrope': False})
     assert (config.qkv_bias, config.out_bias, config.mlp_bias) == (True, False, False)
     assert config.sliding_window is None
 

@@ -127,6 +127,21 @@ class GenerateTest(chex.TestCase):
     got = list(generation.generate(model, self.prompt, max_tokens=6))
     assert got == tokens[len(self.prompt) :]
 
+  def test_the_prompt_reaches_the_last_positions(self):
+    # More positions than one piece of the prompt has, and less than two pieces.
+    positions = np.asarray(self.opt.params['embed']['positions'])[:75]
+    outer = {
+      **self.opt.params,
+      'embed': self.opt.params['embed'] | {'positions': positions},
+    }
+    config = dataclasses.replace(
+      self.opt.config, max_positions=73, learned_positions=75
+    )
+    model = dataclasses.replace(self.opt, config=config, params=outer)
+    prompt = self.prompt[:70]
+    token = int(jnp.argmax(models.logits(model, prompt[None])[0, -1]))
+    assert next(generation.generate(model, prompt, max_tokens=3)) == token
+
   def test_draws_depend_on_the_key_alone(self):
     draw = lambda seed: self.generate(
       max_tokens=10, temperature=1.0, key=jax.random.key(seed)

@@ -374,6 +374,17 @@ class TestRefused:
     ):
       gguf_files.read_gguf(path)
 
+  def test_a_quantised_vector_needs_the_package(self, tmp_path):
+    tensors = gguf_tensors(hugging_face_tensors(tied=True))
+    blocks = random_blocks(8, 1, 1).reshape(-1)
+    tensors['blk.1.attn_norm.weight'] = blocks, gguf.GGMLQuantizationType.Q8_0
+    path = write(tmp_path / 'model.gguf', tensors)
+    with (
+      mock.patch.dict(sys.modules, {'gguf': None}),
+      pytest.raises(CheckpointError, match=r'blk.1.attn_norm.weight.*pip install gguf'),
+    ):
+      gguf_files.read_gguf(path)
+
   def test_a_type_that_is_not_known(self, tied, tmp_path):
     content = bytearray(tied.read_bytes())
     place = content.index(b'output_norm.weight') + len(b'output_norm.weight') + 4 + 8

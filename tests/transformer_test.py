@@ -159,9 +159,9 @@ class TransformerTest(chex.TestCase):
 
   def test_a_token_outside_the_vocabulary_gives_nan(self):
     model = random_model(parse(OPT, None))
-    logits = logits_of(model, np.array([[1, 31, 2], [1, 30, 2]]))
-    assert np.isnan(logits[0]).all()
-    assert not np.isnan(logits[1]).any()
+    logits = logits_of(model, np.array([[1, 31, 2], [1, -1, 2], [1, 30, 2]]))
+    assert np.isnan(logits[:2]).all()
+    assert not np.isnan(logits[2]).any()
 
   def test_more_tokens_than_learned_positions_are_refused(self):
     model = random_model(parse(OPT, None))

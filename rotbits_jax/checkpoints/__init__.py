@@ -16,6 +16,8 @@ from rotbits_jax.checkpoints.checkpoint import open_tensors
 from rotbits_jax.checkpoints.checkpoint import save_checkpoint
 from rotbits_jax.checkpoints.configs import parse_config
 from rotbits_jax.checkpoints.configs import slicing_json
+from rotbits_jax.checkpoints.configs import with_dtype
+from rotbits_jax.checkpoints.configs import with_own_head
 from rotbits_jax.checkpoints.contents import Checkpoint
 from rotbits_jax.checkpoints.errors import CheckpointError
 from rotbits_jax.checkpoints.errors import UnsupportedError
@@ -73,4 +75,6 @@ __all__ = [
   'save_checkpoint',
   'slicing_json',
   'to_tensors',
+  'with_dtype',
+  'with_own_head',
 ]

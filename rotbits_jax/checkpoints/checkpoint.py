@@ -5,7 +5,7 @@ sliced model, the slicing JSON with the segment widths. The stem is the name tha
 SliceGPT gives to the weights and the slicing JSON, as in `<stem>.pt` and `<stem>.json`.
 """
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 import os
 import pathlib
 import re
@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from rotbits_jax import structured
 from rotbits_jax.checkpoints import attributes
 from rotbits_jax.checkpoints import configs
 from rotbits_jax.checkpoints import errors
@@ -241,6 +242,9 @@ def save_checkpoint(
   """
   model, files, stem = checkpoint
   leaves = tensors_lib.leaves_of(model)
+  untied = configs.with_own_head(files, model.config)
+  if untied is not files and not _is_tied(leaves):
+    files = untied
   with writer_lib.CheckpointWriter(
     directory,
     model.config,
@@ -256,6 +260,13 @@ def save_checkpoint(
   ) as writer:
     for path in list(leaves):
       writer.add(path, leaves.pop(path))
+
+
+def _is_tied(leaves: Mapping[str, Any]) -> bool:
+  head, table = leaves['head/kernel'], leaves['embed/tokens']
+  if structured.is_structured(head) or structured.is_structured(table):
+    return False
+  return structured.same_bits(np.asarray(head).T, np.asarray(table))
 
 
 def _find_weights(path: pathlib.Path) -> pathlib.Path:

@@ -6,12 +6,16 @@ of a sliced model.
 
 from collections.abc import Mapping
 import dataclasses
+import json
 from typing import Any
+
+import numpy as np
 
 from rotbits_jax import models
 from rotbits_jax.checkpoints import attributes
 from rotbits_jax.checkpoints import errors
 from rotbits_jax.checkpoints import families
+from rotbits_jax.checkpoints.contents import CONFIG
 from rotbits_jax.system import schema
 
 SLICING_KEY = 'embedding_dimensions'  # distinguishes a slicing JSON from other files
@@ -119,6 +123,48 @@ def slicing_json(config: models.ModelConfig) -> dict[str, Any]:
     'head_dimension': last,
     'const_dimension': None,
   }
+
+
+def with_own_head(
+  files: dict[str, bytes], config: models.ModelConfig
+) -> dict[str, bytes]:
+  """Returns files whose `config.json` does not tie the head that a model has itself.
+
+  A checkpoint may store its tied head. Once the model was rewritten, its head and its
+  embedding may differ.
+
+  Args:
+    files: the checkpoint's sidecar files by name.
+    config: config of the model.
+
+  Raises:
+    CheckpointError: as for `parse_config`.
+  """
+  if config.sliced or config.tied_head or CONFIG not in files:
+    return files
+  parsed = attributes.parse_json(files[CONFIG], CONFIG)
+  if not parse_config(parsed).tied_head:
+    return files
+  return _changed(files, parsed | {'tie_word_embeddings': False})
+
+
+def with_dtype(files: dict[str, bytes], dtype: np.dtype) -> dict[str, bytes]:
+  """Returns files whose `config.json`, if it names a dtype, names this one.
+
+  Args:
+    files: the checkpoint's sidecar files by name.
+    dtype: the dtype of the weights.
+
+  Raises:
+    CheckpointError: if `config.json` is not JSON.
+  """
+  parsed = attributes.parse_json(files[CONFIG], CONFIG)
+  names = [name for name in ('dtype', 'torch_dtype') if name in parsed]
+  return _changed(files, parsed | dict.fromkeys(names, dtype.name))
+
+
+def _changed(files: dict[str, bytes], parsed: Any) -> dict[str, bytes]:
+  return {**files, CONFIG: f'{json.dumps(parsed, indent=2)}\n'.encode()}
 
 
 def stop_tokens(files: Mapping[str, bytes]) -> tuple[int, ...]:

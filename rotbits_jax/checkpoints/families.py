@@ -115,7 +115,7 @@ def _opt(config: attributes.Attributes) -> models.ModelConfig:
 
 
 def _llama(config: attributes.Attributes) -> models.ModelConfig:
-  config.require(rope_interleaved=False, partial_rotary_factor=1.0)
+  config.require(rope_interleaved=False)
   attention_bias = config.boolean('attention_bias', False)
   return shared.rotary_gated(
     config,
@@ -129,13 +129,13 @@ def _llama(config: attributes.Attributes) -> models.ModelConfig:
 def _mistral(config: attributes.Attributes) -> models.ModelConfig:
   # These attributes have other defaults in Mistral's config than in Llama's.
   config.demand('max_position_embeddings', 'num_key_value_heads', 'sliding_window')
-  config.require(partial_rotary_factor=1.0)
   window = shared.sliding_window(config)
   return shared.rotary_gated(config, family='mistral', sliding_window=window)
 
 
 def _qwen2(config: attributes.Attributes) -> models.ModelConfig:
   shared.require_full_attention(config)
+  config.require(use_mrope=False)
   return shared.rotary_gated(config, family='qwen2', qkv_bias=True)
 
 
@@ -184,7 +184,7 @@ def _gemma2(config: attributes.Attributes) -> models.ModelConfig:
   # transformers reads `hidden_activation` and `sliding_window` only.
   for unused in ('hidden_act', 'sliding_window_size'):
     config.take(unused, None)
-  rope = rope_lib.positions(config, 1.0)
+  rope = rope_lib.positions(config, None)
   window = models.Positions(**rope, sliding_window=shared.sliding_window(config))
   return _gemma(
     config,
@@ -213,11 +213,11 @@ def _gemma3(config: attributes.Attributes) -> models.ModelConfig:
     config.number('rope_local_base_freq', 1e4),
   )
   if settings is None:
-    full = rope_lib.positions(config, 1.0, thetas[0])
+    full = rope_lib.positions(config, None, thetas[0])
     local = full | {'rope_theta': thetas[1], 'rope_scaling': None}
   else:
     full, local = (
-      rope_lib.positions_of(own, config, 1.0, theta)
+      rope_lib.positions_of(own, config, None, theta)
       for own, theta in zip(settings, thetas, strict=True)
     )
   interval = config.size('sliding_window_pattern', 6)
@@ -252,7 +252,7 @@ def _gemma(
   """
   config.demand('head_dim', 'max_position_embeddings', 'num_key_value_heads')
   config.demand('sliding_window')
-  config.require(attention_bias=False, partial_rotary_factor=1.0)
+  config.require(attention_bias=False)
   config.take('cache_implementation', None)
   if config.take('use_bidirectional_attention', None) is not None:
     config.require(use_bidirectional_attention=False)
@@ -291,7 +291,6 @@ def _gemma(
 
 def _mixtral(config: attributes.Attributes) -> models.ModelConfig:
   config.demand('max_position_embeddings', 'num_key_value_heads', 'rms_norm_eps')
-  config.require(partial_rotary_factor=1.0)
   return shared.rotary_gated(
     config,
     family='mixtral',
@@ -341,7 +340,9 @@ def _phi3(config: attributes.Attributes) -> models.ModelConfig:
   config.demand('max_position_embeddings', 'rms_norm_eps')
   config.require(attention_bias=False, rope_scaling=None)
   window = shared.sliding_window(config)
-  return shared.rotary_gated(config, family='phi3', sliding_window=window)
+  return shared.rotary_gated(
+    config, family='phi3', rotary_factor=1.0, sliding_window=window
+  )
 
 
 def _phi(config: attributes.Attributes) -> models.ModelConfig:

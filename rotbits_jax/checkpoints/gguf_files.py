@@ -335,7 +335,7 @@ def _tensor(
       if not is_finite:  # the bound is a coarse one
         is_finite = np.isfinite(found.materialize()).all()
     else:
-      found = _array(found, number).reshape(shape)
+      found = _array(name, found, number).reshape(shape)
       found = found if heads is None else found[_order(shape[0], heads)]
       with np.errstate(over='ignore'):
         found = found.astype(dtype)
@@ -355,30 +355,33 @@ def _block_sizes(name: str, number: int) -> tuple[int, int]:
     return 1, _PLAIN[number].itemsize
   if number in gguf_blocks.TYPES:
     return gguf_blocks.TYPES[number].elements, gguf_blocks.TYPES[number].nbytes
+  gguf = _package(name, number)
   try:
-    import gguf
-
     elements, nbytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(number)]
     return int(elements), int(nbytes)
-  except ImportError as error:
-    raise errors.CheckpointError(
-      f'{name}: its type {number} requires the package gguf: pip install gguf'
-    ) from error
   except (ValueError, KeyError) as error:
     raise errors.CheckpointError(f'{name}: the type {number} is unknown') from error
 
 
-def _array(data: np.ndarray, number: int) -> np.ndarray:
+def _array(name: str, data: np.ndarray, number: int) -> np.ndarray:
   """Returns the elements of a tensor whose codes are not kept."""
   if number in _PLAIN:
     return data.view(_PLAIN[number])
-  import gguf
-  from gguf import quants
-
+  gguf = _package(name, number)
   try:
-    return quants.dequantize(data, gguf.GGMLQuantizationType(number))
+    return gguf.dequantize(data, gguf.GGMLQuantizationType(number))
   except (NotImplementedError, ValueError) as error:
-    raise errors.CheckpointError(f'type {number}: {error}') from error
+    raise errors.CheckpointError(f'{name}: type {number}: {error}') from error
+
+
+def _package(name: str, number: int) -> Any:
+  try:
+    import gguf
+  except ImportError as error:
+    raise errors.CheckpointError(
+      f'{name}: its type {number} requires the package gguf: pip install gguf'
+    ) from error
+  return gguf
 
 
 def _largest(dtype: np.dtype) -> float:

@@ -21,7 +21,7 @@ def head_dim(config: attributes.Attributes) -> int:
 
 
 def positions(
-  config: attributes.Attributes, factor: float, theta: float = 10000.0
+  config: attributes.Attributes, factor: float | None, theta: float = 10000.0
 ) -> dict[str, Any]:
   """Reads the settings of RoPE.
 
@@ -30,7 +30,8 @@ def positions(
 
   Args:
     config: the attributes of `config.json`.
-    factor: the part of a head that RoPE rotates, if no attribute sets it.
+    factor: the part of a head that RoPE rotates, if no attribute sets it; None if
+      transformers rotates the whole head whatever an attribute says.
     theta: the base of RoPE's wavelengths, if no attribute sets it.
 
   Returns:
@@ -44,15 +45,13 @@ def positions(
     name = 'rope_parameters' if gathered else 'rope_scaling'
     settings = attributes.Attributes(config.take(name), f'{config.where}: {name}')
   theta = config.take('rope_theta', theta)
-  return positions_of(
-    settings, config, config.take('partial_rotary_factor', factor), theta
-  )
+  return positions_of(settings, config, factor, theta)
 
 
 def positions_of(
   settings: attributes.Attributes,
   config: attributes.Attributes,
-  factor: float,
+  factor: float | None,
   theta: float,
 ) -> dict[str, Any]:
   """Reads the settings of RoPE from the object that has them, or from the config.
@@ -61,7 +60,13 @@ def positions_of(
   """
   scaling = None if settings is config else _scaling(settings)
   theta = settings.number('rope_theta', theta)
-  factor = settings.number('partial_rotary_factor', factor)
+  if factor is None:
+    for own in (config, settings):
+      own.require(partial_rotary_factor=1.0)
+    factor = 1.0
+  else:
+    beside = config.take('partial_rotary_factor', factor)
+    factor = settings.number('partial_rotary_factor', beside)
   if settings is not config:
     settings.finish()
   rotary_dim = int(head_dim(config) * min(factor, 1))

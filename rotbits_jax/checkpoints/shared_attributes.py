@@ -36,7 +36,7 @@ def rotary_gated(
 
 def rotary(
   config: attributes.Attributes,
-  rotary_factor: float = 1.0,
+  rotary_factor: float | None = None,
   rope_theta: float = 10000.0,
   width: str = 'intermediate_size',
   **switches: Any,
@@ -45,7 +45,7 @@ def rotary(
 
   Args:
     config: the attributes of `config.json`.
-    rotary_factor: the part of a head that RoPE rotates, if no attribute sets it.
+    rotary_factor: see `rope.positions`.
     rope_theta: the base of RoPE's wavelengths, if no attribute sets it.
     width: the attribute that sets the width of an MLP.
     switches: the fields in which the family differs from others.
@@ -80,7 +80,7 @@ def decoder(config: attributes.Attributes, **fields: Any) -> models.ModelConfig:
 def require_full_attention(config: attributes.Attributes) -> None:
   """Refuses a Qwen or a SmolLM3 with a window in some layers."""
   config.demand('max_position_embeddings', 'num_key_value_heads')
-  config.require(use_sliding_window=False, partial_rotary_factor=1.0)
+  config.require(use_sliding_window=False)
   for unused in ('sliding_window', 'max_window_layers'):
     config.take(unused, None)
   types = config.take('layer_types', None)

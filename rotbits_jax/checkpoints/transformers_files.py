@@ -154,6 +154,7 @@ def sidecars(
   dense = {'tokenizer_class': _CLASSES[config.family][1]} | dense
   if _TOKENIZER in files:
     named.setdefault(_TOKENIZER_CONFIG, _json(_TOKENIZER_SETTINGS))
+  dense.pop('dtype', None)  # transformers 5 prefers it to the name that 4 knows, too
   named[CONFIG] = _json(dense | _settings(config, ranks, dtype))
   for name in (*_SHARED_CODE, f'modeling_sliced_{config.family}.py'):
     named[name] = (_CODE / name).read_bytes()

@@ -59,6 +59,10 @@ def write(
     }
   factors, shortcuts = reader.factors(), reader.thin_shortcuts()
   with _errors_of_file():
+    if reader.keeps != 'bits':
+      files = checkpoints.with_own_head(files, config)
+    if dtype is not None:
+      files = checkpoints.with_dtype(files, np.dtype(jnp.dtype(dtype)))
     writer = checkpoints.CheckpointWriter(
       directory,
       config,

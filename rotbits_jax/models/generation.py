@@ -138,7 +138,9 @@ def _stream(
   cache = empty_cache(model, 1, room)
   for begin in range(0, prompt.size, step):
     piece = prompt[begin : begin + step].astype(np.int32)
-    padded = np.pad(piece, (0, step - piece.size))[None]
+    # Not beyond the last position: what has none is NaN.
+    width = min(step, model.config.max_positions - begin)
+    padded = np.pad(piece, (0, width - piece.size))[None]
     token, cache = _next_token(model, cache, padded, piece.size, **options)
   for count in range(max_tokens):
     if count:

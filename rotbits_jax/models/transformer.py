@@ -186,6 +186,8 @@ def embed(
   Raises:
     ValueError: if there are more tokens than positions.
   """
+  # A negative index would count from the end.
+  tokens = jnp.where(tokens < 0, config.vocab_size, tokens)
   x = _rows(params['embed']['tokens'], tokens, params)
   if config.scaled_embedding:
     x = x * config.hidden_size**0.5
