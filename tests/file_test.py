@@ -137,11 +137,17 @@ class ShardsTest(Base):
       '{"weight_map": {"a": "../x"}}',
       '{"weight_map": {"a": 1}}',
       '{"weight_map": {"a": "absent"}}',
+      '[' * (33 << 20),
     ):
-      with self.subTest(text=text):
+      with self.subTest(text=text[:40]):
         (self.folder / 'model.rotbits.index.json').write_text(text)
         with self.assertRaises(file.ContainerError):
           rotbits_jax.decode(self.output)
+
+  def test_an_index_that_is_a_pipe_is_refused(self):
+    os.mkfifo(self.folder / 'model.rotbits.index.json')
+    with self.assertRaisesRegex(OSError, 'not a regular file'):
+      rotbits_jax.decode(self.output)
 
   def test_a_shard_of_another_run_is_noticed(self):
     last = lambda: max(self.folder.glob('model-*'))

@@ -61,6 +61,15 @@ class TreeTest(parameterized.TestCase):
       self.assertEqual(got.dtype, expected.dtype)
       self.assertEqual(got.tobytes(), np.asarray(expected).tobytes())
 
+  def test_a_leaf_that_needs_one_of_its_own_record_is_refused(self):
+    head, table = np.zeros((5, 9), np.float16), np.zeros((9, 3), np.float16)
+    leaf = structured.TiedExactly.from_table(
+      table, head, np.zeros((5, 3), np.int32), np.zeros(5, np.int32)
+    )
+    tree = {'head': {'kernel': head, 'x': leaf}}
+    with self.assertRaisesRegex(ValueError, 'head/kernel, which is in its own record'):
+      rotbits_jax.encode(tree)
+
   def test_shapes(self):
     for shape in ((1,) * 9, (2,) * 12, (1,) * 32, (1 << 31, 0), (0, 1 << 40)):
       with self.subTest(shape=shape):

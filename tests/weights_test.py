@@ -10,6 +10,7 @@ import math
 import tempfile
 import tracemalloc
 from unittest import mock
+import weakref
 
 from absl.testing import absltest
 from absl.testing import parameterized
@@ -21,6 +22,7 @@ from rotbits_jax.coding import weights
 from rotbits_jax.coding.weights import blocks
 from rotbits_jax.coding.weights import layouts
 from rotbits_jax.coding.weights import pool
+from rotbits_jax.coding.weights import streams
 from rotbits_jax.system import schema
 
 DTYPES = (np.float16, ml_dtypes.bfloat16, np.float32)
@@ -378,6 +380,12 @@ class IntegersTest(parameterized.TestCase):
         size = _round_trip([values])
         self.assertLess(size, 300 + 4000 * (np.iinfo(dtype).bits - 8) // 32)
 
+  def test_as_many_symbols_as_a_table_has_slots(self):
+    # Half of the rows are zeros, so that nearly all others have symbols of their own.
+    values = np.zeros((512, 512), np.int16)
+    values[::2] = np.random.default_rng(0).integers(-(2**13), 2**13, (256, 512))
+    self.assertLess(_round_trip([values]), 0.5 * values.nbytes)
+
   @parameterized.parameters(2**8.2, 2**11.6)
   def test_multiples_of_a_fine_step_cost_their_entropy(self, deviation):
     whole = np.round(_normal((500, 1000), float, scale=deviation))
@@ -507,6 +515,40 @@ class DamageTest(absltest.TestCase):
     }
     with self.assertRaisesRegex(ValueError, '300 groups are too many'):
       _load(value)
+
+  def test_codebooks_are_bounded(self):
+    for others, values in ((1 << 26, 1), (0, 4096)):
+      codebook = ['all', values, False, others, False]
+      value = {
+        'arrays': [['uint8', [1], 0, [None, None, None, None], None, codebook]],
+        'groups': [],
+      }
+      with self.assertRaisesRegex(ValueError, 'more values than the array has'):
+        _load(value)
+
+  def test_the_tables_of_few_groups_are_in_memory_at_once(self):
+    values = np.round(_normal((200, 500), float, scale=25)).astype(np.int16)
+    arrays = [values, values + np.int16(1), values - np.int16(1)]
+    with mock.patch.object(streams, '_fits', return_value=False):
+      encoded = weights.encode(arrays)
+    self.assertLen(encoded.spec.groups, 3)
+    made, most = [], []
+    read = streams._Group.read
+
+    def counted(*args):
+      group = read(*args)
+      made.append(weakref.ref(group.contexts.frequencies))
+      most.append(sum(x() is not None for x in made))
+      return group
+
+    with (
+      mock.patch.object(streams, '_GROUPS', 1),
+      mock.patch.object(streams._Group, 'read', counted),
+    ):
+      decoded = weights.decode(encoded.spec, encoded.data)
+    self.assertLessEqual(max(most), 2)
+    for actual, expected in zip(decoded, arrays, strict=True):
+      _assert_same_bits(actual, expected)
 
   def test_arrays_of_many_layouts_are_stored(self):
     rng = np.random.default_rng(0)

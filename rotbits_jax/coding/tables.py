@@ -23,6 +23,9 @@ import numpy as np
 PRECISION = 14
 TOTAL = 1 << PRECISION
 
+# A sum whose product with TOTAL int64 can hold, and a half of itself.
+_MOST_RAISED = (2**63 - 1) // (TOTAL + 1)
+
 
 def quantize(counts: np.ndarray) -> np.ndarray:
   """Returns frequencies in proportion to counts.
@@ -45,9 +48,13 @@ def quantize(counts: np.ndarray) -> np.ndarray:
       f'a frequency table needs 1 to {TOTAL} symbols with a positive count, '
       f'got {np.min(present)} to {np.max(present)}'
     )
-  # Smaller counts are raised to this one. It gets a slot even if all counts are raised.
-  least = counts.sum(axis=-1, keepdims=True) // np.maximum(TOTAL - present, 1) + 1
-  ends = np.cumsum(np.where(counts > 0, np.maximum(counts, least), 0), axis=-1)
+  while True:
+    # Smaller counts are raised to this one. It gets a slot even if all are raised.
+    least = counts.sum(axis=-1, keepdims=True) // np.maximum(TOTAL - present, 1) + 1
+    ends = np.cumsum(np.where(counts > 0, np.maximum(counts, least), 0), axis=-1)
+    if ends.max(initial=0) <= _MOST_RAISED:
+      break
+    counts = (counts + 1) // 2
   whole = ends[..., -1:]
   return np.diff((ends * TOTAL + whole // 2) // whole, prepend=0, axis=-1)
 

@@ -196,6 +196,11 @@ class Leaf:
       raise ValueError(f'{self.path}: the leaf has not two factors: {error}') from error
 
   @property
+  def waits(self) -> bool:
+    """Whether the reader needs other parameters to decode the leaf's record."""
+    return bool(self.needs) and self.crc32 is not None
+
+  @property
   def is_array(self) -> bool:
     """Whether the parameter is an array for those who read the file."""
     return not self.type_name or self.crc32 is not None

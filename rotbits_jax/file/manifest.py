@@ -136,6 +136,9 @@ class RecordEntry:
       self.tree({leaf.path: None for leaf in self.leaves})
       if len({self.inner(leaf.path) for leaf in self.leaves}) < len(self.leaves):
         raise ValueError('two leaves have the same path within the record')
+      needed = {path for leaf in self.leaves if leaf.waits for path in leaf.needs}
+      if own := needed & {leaf.path for leaf in self.leaves}:
+        raise ValueError(f'a leaf needs {min(own)}, which is in its own record')
       if self.is_known:
         self._check_stream()
     except ValueError as error:

@@ -80,6 +80,10 @@ class Records:
       for other in leaf.needs:
         if other in self.leaves and self.leaves[other].needs:
           raise ContainerError(f'{path}: it needs {other}, which needs others')
+        if leaf.waits and self._waits(other):
+          raise ContainerError(
+            f'{path}: it needs {other}, whose record waits for others'
+          )
         if other not in self.leaves and other.split('/')[0] in self.entries:
           raise ContainerError(f'{path}: it needs {other}, which is missing')
       if base is not None:
@@ -87,6 +91,12 @@ class Records:
           base.check(path, array)
       if leaf.product is not None:
         self._check_segments(leaf, manifests[0].config)
+
+  def _waits(self, path: str) -> bool:
+    """Returns whether a leaf's record is decoded with the help of other leaves."""
+    holder = self.holders.get(path)
+    own = () if holder is None else self.entries[holder].leaves
+    return any(leaf.waits for leaf in own)
 
   def _check_segments(
     self, leaf: leaves_lib.Leaf, config: models.ModelConfig | None

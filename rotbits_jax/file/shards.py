@@ -18,18 +18,23 @@ import pathlib
 import re
 from typing import NamedTuple, Self
 
+import numpy as np
+
 from rotbits_jax.file import container
+from rotbits_jax.system import files
 from rotbits_jax.system import outputs
 from rotbits_jax.system import schema
 
 ContainerError = container.ContainerError
 
 INDEX = '.index.json'
+"""The end of the name of an index."""
+
+_MOST_INDEX = 1 << 25  # bytes
 
 # A file with such a suffix belongs to a checkpoint, even if it is damaged and cannot be
 # read as one.
 _CHECKPOINT_SUFFIXES = ('.bin', '.gguf', '.json', '.pt', '.safetensors')
-"""The end of the name of an index."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -77,7 +82,12 @@ class ShardIndex:
       ContainerError: if the file is not an index.
       OSError: if it cannot be read.
     """
-    value = container.parse_json(path.read_bytes(), 'index')
+    opened = files.File.of(path)
+    if opened.size > _MOST_INDEX:
+      raise ContainerError(f'{path}: an index has at most {_MOST_INDEX} bytes')
+    data = np.empty(opened.size, np.uint8)
+    opened.read(0, data)
+    value = container.parse_json(data.tobytes(), 'index')
     try:
       return schema.load(cls, value, str(path))
     except ValueError as error:

@@ -96,6 +96,10 @@ class ArraySpec:
       raise ValueError(f'an array of {self.dtype} cannot be uniform')
     if self.codebook and not self.size:
       raise ValueError('an array without elements has no codebook')
+    if self.codebook:
+      values = math.prod(self.parts[1][1])
+      if max(values, self.codebook.others) > self.size:
+        raise ValueError('a codebook has more values than the array has elements')
     if len(self.groups) != len(self.parts):
       raise ValueError(f'{len(self.parts)} parts in {len(self.groups)} groups')
     for group, (dtype, shape) in zip(self.groups, self.parts, strict=True):

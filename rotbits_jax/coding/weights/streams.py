@@ -132,11 +132,15 @@ def decode(
   pieces = iter(stream[end - n : end] for end, n in zip(ends, sizes, strict=True))
   parts = [_parts(*pair) for pair in zip(spec.arrays, arrays, strict=True)]
   *coded, whole = spec.members()
-  groups = [
-    _Group.read(group, own, [parts[x.array][x.part] for x in own], next(pieces))
-    for group, own in zip(spec.groups, coded, strict=True)
-  ]
-  jobs = [job for group in groups for job in group.decode_jobs(pieces)]
+  described = [(*x, next(pieces)) for x in zip(spec.groups, coded, strict=True)]
+  jobs: list[Callable[[], None]] = []
+  for i in range(0, len(described), _GROUPS):
+    pool.run(jobs)
+    groups = [
+      _Group.read(group, own, [parts[x.array][x.part] for x in own], data)
+      for group, own, data in described[i : i + _GROUPS]
+    ]
+    jobs = [job for group in groups for job in group.decode_jobs(pieces)]
   for member in whole:
     jobs.append(
       functools.partial(_read_bytes, parts[member.array][member.part], next(pieces))
@@ -283,6 +287,8 @@ class _Group(NamedTuple):
         yield i, low - start, high - low, low - begin
       begin += array.size
 
+
+_GROUPS = 16  # that are decoded at once, because their tables may be large
 
 # Estimated bytes of a group in the spec and in the stream.
 _GROUP_BYTES = 128
