@@ -101,7 +101,7 @@ WIDTHS = (8, 6, 5, 4)
 PLAIN, FEEDBACK, CALIBRATED = 'near', 'near, feedback', 'near, calibrated'
 GGUF, ROWS, WATERSIC = 'GGUF', 'rows, zstd', 'WaterSIC-style'
 
-_TOGETHER = 6
+_TOGETHER = 3
 """How many models are in memory at once, so that the reference predicts less often."""
 
 
