@@ -79,7 +79,8 @@ def encode(
   Args:
     source: a `Model`; a checkpoint, opened or loaded; or any PyTree of arrays. A PyTree
       needs a preset that keeps all bits, because its symmetries are not known. A model
-      with `stored_as` is not rounded yet; it is rounded at the end.
+      with `stored_as` is not rounded yet; it is rounded at the end. Arrays in the other
+      byte order come back in that of the machine.
     preset: a name, or a preset that a factory in `presets` made. 'exact' keeps every
       bit of the input; 'free' removes elements on which the function does not depend;
       'near' also rounds to coarser steps; 'paper' rotates the weights and gets the bits
