@@ -146,6 +146,24 @@ def test_a_base_that_the_model_was_not_sliced_from():
     rotbits_jax.decode(data)
 
 
+def test_what_cannot_be_rotated_keeps_its_bases():
+  dense, model = opt_pair()
+  for number in (np.inf, 6e4):
+    layers = list(model.layers())
+    kernel = layers[1]['mlp']['up']['kernel'].copy()
+    kernel[:9, 0] = number  # finite, but not as a rotation may make it
+    layers[1]['mlp']['up']['kernel'] = kernel
+    changed = models.from_layers(model.config, model.outer(), layers)
+    data = rotbits_jax.encode(changed, base=dense, preset='free')
+    assert stream_bytes(data) < 0.75 * size_of(model)
+    found = rotbits_jax.decode(data, base=dense)
+    assert structured.same_bits(found.params['embed'], model.params['embed'])
+    own = found.layer(1)['mlp']['up']['kernel']
+    np.testing.assert_array_equal(np.isfinite(own), np.isfinite(kernel))
+    (note,) = rotbits_jax.inspect(data).notes['residual gauge']
+    assert note['obstacle'].startswith('layers.1/mlp/up/kernel has numbers')
+
+
 def test_parts_and_shards(tmp_path):
   dense, model = opt_pair()
   data = rotbits_jax.encode(model, base=dense, preset='exact')

@@ -5,7 +5,8 @@ basis of a segment is a record of its own, before the layer that writes the segm
 that a layer is read without the layers before it. With a preset that keeps all bits,
 bases are those of the checkpoint, and a tensor is its difference from a product. Else
 the residual stream is rotated to the bases that subspaces tell, and a tensor that
-follows its product is that product.
+follows its product is that product. Where it cannot be rotated, as `passes.residual`
+says, bases are those of the checkpoint, too.
 """
 
 from collections.abc import Mapping
@@ -23,6 +24,7 @@ from rotbits_jax.file import base as base_lib
 from rotbits_jax.file import leaves as leaves_lib
 from rotbits_jax.file import sources
 from rotbits_jax.passes import recipe as recipe_lib
+from rotbits_jax.passes import residual
 from rotbits_jax.structured import subspaces
 from rotbits_jax.symmetries import rotations
 from rotbits_jax.system import host
@@ -100,6 +102,11 @@ class Recipe:
   def is_related(self) -> bool:
     """Whether the first tensors of the model are products with the base at all."""
     return min(x.error for x in self._first.values()) < _UNRELATED
+
+  @property
+  def obstacle(self) -> str:
+    """Why the residual stream cannot be rotated; '' if it can."""
+    return residual.obstacle(self._context)
 
   @functools.cached_property
   def _first(self) -> dict[bool, recipe_lib.FoundBasis]:
