@@ -14,6 +14,7 @@ from rotbits_jax import file
 from rotbits_jax import models
 from rotbits_jax import passes
 from rotbits_jax import structured
+from rotbits_jax.file import leaves
 from rotbits_jax.file import writer
 from rotbits_jax.passes import recipe
 from rotbits_jax.structured import subspaces
@@ -96,6 +97,34 @@ def test_widths_that_differ_biases_and_a_tied_head(dtype):
     own, other = (x.outer()['head']['kernel'] for x in (found, model))
     norms = [np.linalg.norm(np.float32(x), axis=0) for x in (own, other)]
     np.testing.assert_allclose(*norms, rtol=8 * float(ml_dtypes.finfo(dtype).eps))
+
+
+def test_segments_side_by_side_that_were_not_sliced(monkeypatch):
+  dense = random_models.random_model(OPT, np.float16)
+  for widths in ((48,) * 5, (40, 48, 48, 44, 48)):
+    model = seeds.sliced_from(dense, widths, np.float16)
+    data = rotbits_jax.encode(model, base=dense, preset='free')
+    assert forms(data)['layers.0/mlp_shortcut/kernel'] == ('same', 'shortcut')
+    found = rotbits_jax.decode(data, base=dense).layer(0)['mlp_shortcut']['kernel']
+    np.testing.assert_array_equal(found, np.eye(48))
+    exact = rotbits_jax.encode(model, base=dense, preset='exact')
+    found = rotbits_jax.decode(exact, base=dense)
+    assert structured.same_bits(found.params, model.params)
+  identity = leaves.Product(kind='shortcut', segments=(1, 2))
+  encode = writer.encode_record
+
+  def hostile(*args):
+    entry, data = encode(*args)
+    others = tuple(
+      dataclasses.replace(x, product=identity) if x.path == 'head/kernel' else x
+      for x in entry.leaves
+    )
+    return dataclasses.replace(entry, leaves=others), data
+
+  monkeypatch.setattr(writer, 'encode_record', hostile)
+  data = rotbits_jax.encode(model, base=dense, preset='free')
+  with pytest.raises(file.ContainerError, match='not the shape of the identity'):
+    rotbits_jax.decode(data, base=dense)
 
 
 @pytest.mark.parametrize('preset', ['exact', 'free'])
