@@ -284,7 +284,8 @@ def load(
     progress: whether to show the progress on stderr.
 
   Returns:
-    See `decode`.
+    See `decode`. Arrays with 64 bits a number stay NumPy arrays, because JAX would
+    narrow them; with `sharding` they keep these bits on the devices.
 
   Raises:
     ContainerError: as for `decode`.

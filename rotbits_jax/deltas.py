@@ -103,5 +103,5 @@ def _like(old: Any, path: str, array: Any, sharding: file.Place | None) -> Any:
   if sharding is not None:
     return placement.placed({path: array}, sharding)[path]
   if isinstance(old, jax.Array):
-    return jax.device_put(array, old.sharding)
+    return placement.put(array, old.sharding)
   return array
