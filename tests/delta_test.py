@@ -75,6 +75,14 @@ def test_donated_arrays_are_deleted():
   )
 
 
+def test_donated_arrays_that_are_there_twice_stay():
+  old = {'a': params()['layers'][0]['w']}
+  old['b'] = old['a']
+  new = jax.device_get(old | {'a': old['a'].at[0, 0].set(5)})
+  found = rotbits_jax.apply(rotbits_jax.delta(new, old), old, donate=True)
+  assert_same(found, new)
+
+
 def test_a_sharding_places_the_arrays():
   old = params()
   new = moved(old)
