@@ -193,6 +193,25 @@ def test_what_cannot_be_rotated_keeps_its_bases():
     assert note['obstacle'].startswith('layers.1/mlp/up/kernel has numbers')
 
 
+def test_a_base_with_numbers_too_large_for_a_product(subtests):
+  dense = rotbits_jax.load_checkpoint(TESTDATA / 'llama-tiny-dense').model
+  model = rotbits_jax.load_checkpoint(TESTDATA / MICROSOFT['llama-tiny']).model
+  for name in ('layers', 'scale', 'kernel'):
+    with subtests.test(name=name):
+      layers = [jax.tree.map(np.float32, x) for x in dense.layers()]
+      if name == 'layers':
+        layers = [jax.tree.map(lambda x: x * np.float32(1e30), x) for x in layers]
+      elif name == 'scale':  # that of the kernel is finite, and the product is not
+        layers[1]['mlp_norm']['scale'][3] = 6e4
+        layers[1]['mlp']['up']['kernel'][3] = 6e4
+      else:
+        layers[1]['mlp']['up']['kernel'][3] = 1e9
+      base = models.from_layers(dense.config, dense.outer(), layers)
+      data = rotbits_jax.encode(model, base=base, preset='exact')
+      found = rotbits_jax.decode(data, base=base)
+      assert structured.same_bits(found.params, model.params)
+
+
 def test_parts_and_shards(tmp_path):
   dense, model = opt_pair()
   data = rotbits_jax.encode(model, base=dense, preset='exact')
