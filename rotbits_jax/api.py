@@ -79,7 +79,8 @@ def encode(
   Args:
     source: a `Model`; a checkpoint, opened or loaded; or any PyTree of arrays. A PyTree
       needs a preset that keeps all bits, because its symmetries are not known. A model
-      with `stored_as` is not rounded yet; it is rounded at the end.
+      with `stored_as` is not rounded yet; it is rounded at the end. Arrays in the other
+      byte order come back in that of the machine.
     preset: a name, or a preset that a factory in `presets` made. 'exact' keeps every
       bit of the input; 'free' removes elements on which the function does not depend;
       'near' also rounds to coarser steps; 'paper' rotates the weights and gets the bits
@@ -283,7 +284,8 @@ def load(
     progress: whether to show the progress on stderr.
 
   Returns:
-    See `decode`.
+    See `decode`. Arrays with 64 bits a number stay NumPy arrays, because JAX would
+    narrow them; with `sharding` they keep these bits on the devices.
 
   Raises:
     ContainerError: as for `decode`.

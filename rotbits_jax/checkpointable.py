@@ -114,4 +114,4 @@ class Checkpointable:
 
 def _placed_like(old: Any, new: np.ndarray) -> Any:
   is_numpy = isinstance(old, np.ndarray | np.generic)
-  return new if is_numpy else jax.device_put(new, old.sharding)
+  return new if is_numpy else placement.put(new, old.sharding)

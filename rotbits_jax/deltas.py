@@ -3,6 +3,7 @@
 A trainer sends the bytes of `delta` to samplers, which `apply` them.
 """
 
+import collections
 from typing import Any, TypeVar
 
 import jax
@@ -67,7 +68,8 @@ def apply(
     sharding: see `load`; by default a JAX array gets the sharding of the old one, and
       a NumPy array stays one.
     donate: whether the JAX arrays of `params` may be deleted, each when it is replaced,
-      so that devices never hold both PyTrees. After an error some may be gone.
+      so that devices never hold both PyTrees. An array that is there twice stays. After
+      an error some may be gone.
 
   Returns:
     The new PyTree, in the containers of the old one. An array that did not change is
@@ -81,6 +83,7 @@ def apply(
   old = structured.flatten(trees.to_dicts(params))
   base = base_lib.Base(sources.Source(params), plain=False)
   found: dict[str, Any] = {}
+  counts = collections.Counter(map(id, old.values()))
   with file.Reader(data, base=base) as reader:
     uses, same = reader.uses_of_base(), reader.unchanged()
     for record, flat in reader.each():
@@ -90,7 +93,9 @@ def apply(
         else:
           found[path] = _like(old.get(path), path, array, sharding)
       for path in [x for x, last in uses.items() if last == record]:
-        replaced = donate and old[path] is not found.get(path)
+        # An array of several paths may stay at another one.
+        replaced = donate and counts[id(old[path])] == 1
+        replaced = replaced and old[path] is not found.get(path)
         if replaced and isinstance(old[path], jax.Array):
           old[path].delete()
     if empty := [x for entry in reader.records.values() for x in entry.empty]:
@@ -103,5 +108,5 @@ def _like(old: Any, path: str, array: Any, sharding: file.Place | None) -> Any:
   if sharding is not None:
     return placement.placed({path: array}, sharding)[path]
   if isinstance(old, jax.Array):
-    return jax.device_put(array, old.sharding)
+    return placement.put(array, old.sharding)
   return array

@@ -75,6 +75,14 @@ def test_donated_arrays_are_deleted():
   )
 
 
+def test_donated_arrays_that_are_there_twice_stay():
+  old = {'a': params()['layers'][0]['w']}
+  old['b'] = old['a']
+  new = jax.device_get(old | {'a': old['a'].at[0, 0].set(5)})
+  found = rotbits_jax.apply(rotbits_jax.delta(new, old), old, donate=True)
+  assert_same(found, new)
+
+
 def test_a_sharding_places_the_arrays():
   old = params()
   new = moved(old)
@@ -82,6 +90,23 @@ def test_a_sharding_places_the_arrays():
   found = rotbits_jax.apply(rotbits_jax.delta(new, old), old, sharding=place)
   assert_same(found, new)
   assert found['head'].sharding == place
+
+
+def test_numbers_of_64_bits_keep_them_on_devices():
+  place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  new = {'n': np.array([2**40 + 1, 3]), 'w': np.full(99, 1 + 1e-12)}
+  assert_same(rotbits_jax.load(rotbits_jax.encode(new), sharding=place), new)
+  with jax.enable_x64(True):
+    old = {'n': jnp.arange(2), 'w': jnp.ones(99)}
+    for sharding in (None, place):
+      data = rotbits_jax.delta(new, old)
+      found = rotbits_jax.apply(data, old, sharding=sharding)
+      assert_same(found, new)
+      assert isinstance(found['w'], jax.Array)
+  model = rotbits_jax.load_checkpoint(rotbits_jax.checkpoints.example()).model
+  params = jax.tree.map(lambda x: np.float64(x) + 1e-12, model.params)
+  data = rotbits_jax.encode(model.replace(params=params), preset='exact')
+  assert_same(rotbits_jax.load(data, sharding=place).params, params)
 
 
 def test_a_step_out_of_order_is_refused():

@@ -167,6 +167,19 @@ class KlDivergenceTest(chex.TestCase):
     got = evaluation.kl_divergence(p, q)
     np.testing.assert_allclose(got, 150, rtol=1e-2)
 
+  def test_tokens_without_probability_count_as_they_should(self):
+    p, q = np.float32([0, 1, -np.inf]), np.float32([0, 1, 2])
+    for own, other, expected in (
+      (p, p, 0),
+      (p, q, -np.log(1 - np.exp(2 - np.log(np.exp(q).sum())))),
+      (q, p, np.inf),
+      (q * np.nan, q, np.nan),
+      (q, q * np.nan, np.nan),
+    ):
+      with self.subTest(own=own, other=other):
+        got = evaluation.kl_divergence(own, other)
+        np.testing.assert_allclose(got, expected, rtol=1e-5)
+
 
 class EncodeTextTest(chex.TestCase):
   @classmethod

@@ -1,5 +1,6 @@
 """PyTrees and checkpoints of unknown families: stored bit for bit as plain arrays."""
 
+import dataclasses
 import json
 import pathlib
 import tempfile
@@ -166,6 +167,25 @@ class TreeTest(parameterized.TestCase):
         self.assertEqual(decoded.dtype.name, dtype)
         self.assertEqual(decoded.tobytes(), tree['x'].tobytes())
         self.assertEqual(rotbits_jax.load(data)['x'].dtype.name, dtype)
+
+  def test_arrays_in_the_other_byte_order(self):
+    for dtype in ('i8', 'f2', 'f4', 'u4'):
+      with self.subTest(dtype=dtype):
+        old, new = ({'x': np.arange(i, i + 99).astype(dtype)} for i in range(2))
+        swapped = [{'x': y['x'].astype(f'>{dtype}')} for y in (old, new)]
+        data = rotbits_jax.encode(swapped[1])
+        self.assertEqual(data, rotbits_jax.encode(new))
+        self.assertTrue(structured.same_bits(rotbits_jax.decode(data), new))
+        data = rotbits_jax.delta(*swapped[::-1])
+        found = rotbits_jax.apply(data, swapped[0])
+        self.assertTrue(structured.same_bits(found, new))
+        self.assertTrue(structured.same_bits(rotbits_jax.apply(data, old), new))
+    model = rotbits_jax.load_checkpoint(rotbits_jax.checkpoints.example()).model
+    params = jax.tree.map(lambda x: np.asarray(x).astype('>f2'), model.params)
+    swapped = dataclasses.replace(model, params=params)
+    for preset in ('exact', 'free'):
+      expected = rotbits_jax.encode(model, preset=preset)
+      self.assertEqual(rotbits_jax.encode(swapped, preset=preset), expected)
 
   def test_what_cannot_be_stored_is_named(self):
     for tree, words in (

@@ -14,6 +14,7 @@ from rotbits_jax import file
 from rotbits_jax import models
 from rotbits_jax import passes
 from rotbits_jax import structured
+from rotbits_jax.file import leaves
 from rotbits_jax.file import writer
 from rotbits_jax.passes import recipe
 from rotbits_jax.structured import subspaces
@@ -98,6 +99,34 @@ def test_widths_that_differ_biases_and_a_tied_head(dtype):
     np.testing.assert_allclose(*norms, rtol=8 * float(ml_dtypes.finfo(dtype).eps))
 
 
+def test_segments_side_by_side_that_were_not_sliced(monkeypatch):
+  dense = random_models.random_model(OPT, np.float16)
+  for widths in ((48,) * 5, (40, 48, 48, 44, 48)):
+    model = seeds.sliced_from(dense, widths, np.float16)
+    data = rotbits_jax.encode(model, base=dense, preset='free')
+    assert forms(data)['layers.0/mlp_shortcut/kernel'] == ('same', 'shortcut')
+    found = rotbits_jax.decode(data, base=dense).layer(0)['mlp_shortcut']['kernel']
+    np.testing.assert_array_equal(found, np.eye(48))
+    exact = rotbits_jax.encode(model, base=dense, preset='exact')
+    found = rotbits_jax.decode(exact, base=dense)
+    assert structured.same_bits(found.params, model.params)
+  identity = leaves.Product(kind='shortcut', segments=(1, 2))
+  encode = writer.encode_record
+
+  def hostile(*args):
+    entry, data = encode(*args)
+    others = tuple(
+      dataclasses.replace(x, product=identity) if x.path == 'head/kernel' else x
+      for x in entry.leaves
+    )
+    return dataclasses.replace(entry, leaves=others), data
+
+  monkeypatch.setattr(writer, 'encode_record', hostile)
+  data = rotbits_jax.encode(model, base=dense, preset='free')
+  with pytest.raises(file.ContainerError, match='not the shape of the identity'):
+    rotbits_jax.decode(data, base=dense)
+
+
 @pytest.mark.parametrize('preset', ['exact', 'free'])
 def test_each_subspace_is_found_once(preset, monkeypatch):
   layers = 10
@@ -144,6 +173,43 @@ def test_a_base_that_the_model_was_not_sliced_from():
     rotbits_jax.decode(data, base=other)
   with pytest.raises(file.ContainerError, match='give that model as the base'):
     rotbits_jax.decode(data)
+
+
+def test_what_cannot_be_rotated_keeps_its_bases():
+  dense, model = opt_pair()
+  for number in (np.inf, 6e4):
+    layers = list(model.layers())
+    kernel = layers[1]['mlp']['up']['kernel'].copy()
+    kernel[:9, 0] = number  # finite, but not as a rotation may make it
+    layers[1]['mlp']['up']['kernel'] = kernel
+    changed = models.from_layers(model.config, model.outer(), layers)
+    data = rotbits_jax.encode(changed, base=dense, preset='free')
+    assert stream_bytes(data) < 0.75 * size_of(model)
+    found = rotbits_jax.decode(data, base=dense)
+    assert structured.same_bits(found.params['embed'], model.params['embed'])
+    own = found.layer(1)['mlp']['up']['kernel']
+    np.testing.assert_array_equal(np.isfinite(own), np.isfinite(kernel))
+    (note,) = rotbits_jax.inspect(data).notes['residual gauge']
+    assert note['obstacle'].startswith('layers.1/mlp/up/kernel has numbers')
+
+
+def test_a_base_with_numbers_too_large_for_a_product(subtests):
+  dense = rotbits_jax.load_checkpoint(TESTDATA / 'llama-tiny-dense').model
+  model = rotbits_jax.load_checkpoint(TESTDATA / MICROSOFT['llama-tiny']).model
+  for name in ('layers', 'scale', 'kernel'):
+    with subtests.test(name=name):
+      layers = [jax.tree.map(np.float32, x) for x in dense.layers()]
+      if name == 'layers':
+        layers = [jax.tree.map(lambda x: x * np.float32(1e30), x) for x in layers]
+      elif name == 'scale':  # that of the kernel is finite, and the product is not
+        layers[1]['mlp_norm']['scale'][3] = 6e4
+        layers[1]['mlp']['up']['kernel'][3] = 6e4
+      else:
+        layers[1]['mlp']['up']['kernel'][3] = 1e9
+      base = models.from_layers(dense.config, dense.outer(), layers)
+      data = rotbits_jax.encode(model, base=base, preset='exact')
+      found = rotbits_jax.decode(data, base=base)
+      assert structured.same_bits(found.params, model.params)
 
 
 def test_parts_and_shards(tmp_path):

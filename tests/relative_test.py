@@ -15,6 +15,10 @@ from rotbits_jax.structured import relative
 
 FLOATS = ['float16', 'bfloat16', 'float32']
 OTHERS = ['float8_e4m3fn', 'float8_e5m2', 'int8', 'uint8', 'int16', 'int32', 'uint32']
+FEW_BITS = [
+  *('int2', 'uint2', 'int4', 'uint4'),
+  *('float4_e2m1fn', 'float6_e2m3fn', 'float6_e3m2fn'),
+]
 
 
 def pair(dtype='bfloat16', shape=(200, 96), *, scale=0.01, seed=0):
@@ -121,6 +125,22 @@ def test_any_dtype_and_shape_comes_back(subtests):
       patch = patched(target, base)
       found = patch.from_stored(*patch.stored()).materialize(base)
       assert structured.same_bits(found, target)
+
+
+def test_numbers_of_few_bits_come_back(subtests):
+  numbers = np.random.default_rng(0).integers(0, 2, (2, 72, 80))
+  for dtype in FEW_BITS:
+    with subtests.test(dtype=dtype):
+      target, base = numbers.astype(relative.dtype_of(dtype))
+      leaf = related(target, base)
+      found = leaf.from_stored(*leaf.stored()).materialize(base)
+      assert structured.same_bits(found, target)
+
+
+def test_numbers_of_more_than_8_bytes_do_not_fit():
+  for dtype in (np.complex128, np.longdouble):
+    array = np.ones((3, 4), dtype)
+    assert passes.beside(array, array) is None
 
 
 def test_special_numbers_come_back(subtests):

@@ -316,9 +316,10 @@ def kl_divergence(reference: jax.Array, model: jax.Array) -> jax.Array:
   0.1438
   """
   log_p, log_q = jax.nn.log_softmax(reference), jax.nn.log_softmax(model)
-  p, ratio = jnp.exp(log_p), log_q - log_p
-  excess = jnp.where(ratio < 1, p * jnp.expm1(ratio), jnp.exp(log_q) - p)
-  return jnp.sum(excess - p * ratio, axis=-1)
+  p, q = jnp.exp(log_p), jnp.exp(log_q)
+  ratio = jnp.where(p == 0, 0, log_q - log_p)  # logits may be -inf
+  excess = jnp.where(ratio < 1, p * jnp.expm1(ratio), q - p)
+  return jnp.sum(jnp.where(p == 0, q, excess - p * ratio), axis=-1)
 
 
 def agreement(reference: jax.Array, model: jax.Array) -> jax.Array:

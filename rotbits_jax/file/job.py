@@ -201,7 +201,11 @@ class Job:
     if not found.is_related:
       return None
     rounding = None if is_exact else passes.NEAREST
-    self.preset = preset._replace(transform=passes.chain(), rounding=rounding)
+    transform = passes.chain()
+    if not is_exact and found.obstacle:
+      found = recipe_lib.Recipe(self.source, base, keeps_bits=True)
+      transform = passes.chain(passes.remove_residual_gauge())  # notes why it does not
+    self.preset = preset._replace(transform=transform, rounding=rounding)
     return found
 
   def _check_base(self, base: base_lib.Base) -> None:

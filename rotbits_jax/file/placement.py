@@ -19,10 +19,16 @@ def placed(flat: Mapping[str, Any], place: Place | None) -> dict[str, Any]:
     return dict(flat)
   return {
     path: jax.tree.map(
-      lambda x, path=path: jax.device_put(x, _sharding(place, path, x.shape)), leaf
+      lambda x, path=path: put(x, _sharding(place, path, x.shape)), leaf
     )
     for path, leaf in flat.items()
   }
+
+
+def put(array: Any, sharding: jax.sharding.Sharding) -> jax.Array:
+  """Puts an array on devices; numbers of 64 bits keep them whatever JAX is set to."""
+  with jax.enable_x64(True):
+    return jax.device_put(array, sharding)
 
 
 def placed_stack(
@@ -39,7 +45,7 @@ def placed_stack(
   if place is None:
     return dict(flat)
 
-  def put(stack: np.ndarray, path: str) -> jax.Array:
+  def put_stack(stack: np.ndarray, path: str) -> jax.Array:
     shape = (total, *stack.shape[1:])
 
     def part(index: Any) -> Any:
@@ -48,10 +54,11 @@ def placed_stack(
       return stack[(rows, *index[1:])]
 
     sharding = _sharding(place, path, shape)
-    return jax.make_array_from_callback(shape, sharding, part)
+    with jax.enable_x64(True):  # see `put`
+      return jax.make_array_from_callback(shape, sharding, part)
 
   return {
-    path: jax.tree.map(lambda x, path=path: put(x, path), leaf)
+    path: jax.tree.map(lambda x, path=path: put_stack(x, path), leaf)
     for path, leaf in flat.items()
   }
 
@@ -110,11 +117,11 @@ def on_device(tree: Any) -> Any:
   A NumPy array whose dtype JAX would narrow stays.
   """
 
-  def put(x: Any) -> Any:
+  def move(x: Any) -> Any:
     if (
       not isinstance(x, np.ndarray) or jax.dtypes.canonicalize_dtype(x.dtype) != x.dtype
     ):
       return x
     return jax.device_put(x)
 
-  return jax.tree.map(put, tree)
+  return jax.tree.map(move, tree)

@@ -5,11 +5,13 @@ basis of a segment is a record of its own, before the layer that writes the segm
 that a layer is read without the layers before it. With a preset that keeps all bits,
 bases are those of the checkpoint, and a tensor is its difference from a product. Else
 the residual stream is rotated to the bases that subspaces tell, and a tensor that
-follows its product is that product.
+follows its product is that product. Where it cannot be rotated, as `passes.residual`
+says, bases are those of the checkpoint, too.
 """
 
 from collections.abc import Mapping
 import functools
+import math
 import threading
 from typing import Any, NamedTuple
 
@@ -23,6 +25,7 @@ from rotbits_jax.file import base as base_lib
 from rotbits_jax.file import leaves as leaves_lib
 from rotbits_jax.file import sources
 from rotbits_jax.passes import recipe as recipe_lib
+from rotbits_jax.passes import residual
 from rotbits_jax.structured import subspaces
 from rotbits_jax.symmetries import rotations
 from rotbits_jax.system import host
@@ -54,10 +57,11 @@ class _Segment(NamedTuple):
 
 
 class _Array(NamedTuple):
-  """An array of the base, and its entry in the manifest."""
+  """An array of the base, its entry in the manifest, and its greatest number."""
 
   array: np.ndarray
   entry: leaves_lib.BaseArray
+  greatest: float
 
 
 class Recipe:
@@ -83,6 +87,9 @@ class Recipe:
     self._made_of = recipe_lib.ingredients(base.config, self.config)
     given: Any = source
     self._context = passes.make_context(given, stored_as=source.stored_as)
+    # Arrays of the base may be rounded to these dtypes after they are centred.
+    dtypes = np.float32, self._context.dtype
+    self._most = min(float(jnp.finfo(x).max) for x in dtypes) / 2
     self._lock = threading.RLock()
     self._segments = functools.lru_cache(_MOST_SEGMENTS)(self._segment)
     self._array = functools.lru_cache(_MOST_ARRAYS)(self._find)
@@ -100,6 +107,11 @@ class Recipe:
   def is_related(self) -> bool:
     """Whether the first tensors of the model are products with the base at all."""
     return min(x.error for x in self._first.values()) < _UNRELATED
+
+  @property
+  def obstacle(self) -> str:
+    """Why the residual stream cannot be rotated; '' if it can."""
+    return residual.obstacle(self._context)
 
   @functools.cached_property
   def _first(self) -> dict[bool, recipe_lib.FoundBasis]:
@@ -193,14 +205,22 @@ class Recipe:
 
   def _arrays(self, made_of: recipe_lib.Ingredients) -> list[np.ndarray] | None:
     """Returns the arrays of the base; None if it lacks one that can be multiplied."""
-    found = [self._array(path) for path in made_of.paths]
-    return None if any(x is None for x in found) else [x.array for x in found if x]
+    found = [x for path in made_of.paths if (x := self._array(path)) is not None]
+    is_scaled = made_of.way.kind == 'reads'
+    if len(found) < len(made_of.paths) or (
+      is_scaled and math.prod(x.greatest for x in found) > self._most
+    ):
+      return None
+    return [x.array for x in found]
 
   def _find(self, path: str) -> _Array | None:
     array = self._base.array(path)
-    if array is None or not np.isfinite(array).all():
+    if array is None:
       return None
-    return _Array(array, base_lib.entry_of(path, array))
+    greatest = float(np.abs(array).max(initial=0))
+    if not greatest <= self._most:  # also if it is NaN
+      return None
+    return _Array(array, base_lib.entry_of(path, array), greatest)
 
   def _segment(self, segment: int) -> _Segment:
     if segment == 0:

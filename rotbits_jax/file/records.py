@@ -107,13 +107,18 @@ class Records:
       ContainerError: if one is not.
     """
     assert leaf.product is not None
-    identities = set()
+    identities, square = set(), (0, 0)
     if config is not None:
       widths = enumerate(config.segment_widths)
       identities = {i for i, width in widths if width == config.hidden_size}
-    for segment in leaf.product.segments:
-      if models.names.basis(segment) not in self.leaves and segment not in identities:
+      square = config.hidden_size, config.hidden_size
+    own = leaf.product.segments
+    missing = [x for x in own if models.names.basis(x) not in self.leaves]
+    for segment in missing:
+      if segment not in identities:
         raise ContainerError(f'{leaf.path}: the basis {segment} is missing')
+    if len(missing) == 2 and leaf.shape != square:
+      raise ContainerError(f'{leaf.path}: it has not the shape of the identity')
 
   def _read_basis(self, segment: int) -> np.ndarray | None:
     """Returns the basis of a segment; None for the identity."""

@@ -77,7 +77,7 @@ class Source:
 
   def specs(self, record: str) -> models.Params:
     """Returns the shapes and dtypes of a record; nothing is read from disk."""
-    found: models.Params = self._given.specs(record)
+    found: models.Params = _native(self._given.specs(record))
     return found
 
   def read(self, record: str) -> models.Params:
@@ -86,7 +86,7 @@ class Source:
     Raises:
       CheckpointError: if it cannot be read, or differs from an earlier reading.
     """
-    params: models.Params = self._given.read(record)
+    params: models.Params = _native(self._given.read(record))
     if self.is_on_disk:
       found = _checksum(params)
       if self.checksums.setdefault(record, found) != found:
@@ -130,6 +130,19 @@ class Source:
       if self.checksums[name] != checksum:
         return False
     return True
+
+
+def _native(tree: Any) -> Any:
+  """Returns nested dicts whose arrays have the byte order of this machine."""
+  if isinstance(tree, Mapping):  # JAX would sort the keys
+    return {key: _native(child) for key, child in tree.items()}
+  return jax.tree.map(
+    lambda x: x.astype(x.dtype.newbyteorder('=')) if _is_swapped(x) else x, tree
+  )
+
+
+def _is_swapped(array: Any) -> bool:
+  return isinstance(array, np.ndarray) and not array.dtype.isnative
 
 
 def _checksum(params: models.Params) -> int:

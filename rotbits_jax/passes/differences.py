@@ -27,7 +27,7 @@ _LEAST = 1e-18  # of the scales by which roots are divided
 def floats(bits: np.ndarray, base: np.ndarray, dtype: np.dtype) -> np.ndarray:
   """Returns the differences, float32; 0 for those not finite."""
   with np.errstate(all='ignore'):
-    if dtype.kind in 'iub':
+    if relative.mantissa_bits(dtype) is None:
       return (bits - base).astype(np.float32)
     far = widened(bits, dtype)
     far -= widened(base, dtype)
@@ -120,7 +120,8 @@ def _sums(
   of_columns: bool,
 ) -> line_sums.Sums:
   """Sums the square roots of the absolute differences; 0 for those not finite."""
-  program = functools.partial(_roots, dtype=None if dtype.kind in 'iub' else dtype)
+  is_float = relative.mantissa_bits(dtype) is not None
+  program = functools.partial(_roots, dtype=dtype if is_float else None)
 
   def job(rows: slice) -> line_sums.Sums:
     own = bits[rows], base[rows]

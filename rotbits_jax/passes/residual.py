@@ -121,7 +121,7 @@ def _is_valid(config: models.ModelConfig) -> bool:
 
 
 def _init(context: transform.Context) -> State | tuple[()]:
-  if not _is_valid(context.config) or _obstacle(context):
+  if not _is_valid(context.config) or obstacle(context):
     return ()
   rotation, width = _first_rotation(context), context.config.segment_widths[0]
   if rotation is None:
@@ -193,11 +193,9 @@ def _outer(
 ) -> tuple[transform.Params, list[transform.Note]]:
   config = context.config
   if not state:
-    table, obstacle = params['embed/tokens'], ''
-    if _is_valid(config):
-      obstacle = _obstacle(context)
-    note = transform.note('embed/tokens', table, obstacle=obstacle)
-    return params, [note] if obstacle else []
+    why = obstacle(context) if _is_valid(config) else ''
+    note = transform.note('embed/tokens', params['embed/tokens'], obstacle=why)
+    return params, [note] if why else []
   params, notes = structured.expand(params, keep_factors=True), []
   if not config.sliced:
     params = _fold(params, config=config, is_outer=True)
@@ -350,7 +348,7 @@ def _axes(config: models.ModelConfig, index: int | None) -> models.layout.Axes:
   return layout.with_adapters(axes)
 
 
-def _obstacle(context: transform.Context) -> str:
+def obstacle(context: transform.Context) -> str:
   """Returns why the model cannot be rotated; '' if it can."""
   for prefix, given in _parts(context):
     codes = [path for path, leaf in given.items() if structured.is_in_files(leaf)]

@@ -85,7 +85,7 @@ def fits(
     shape: shape of the base.
     own: dtype of the base.
   """
-  if not _fits_shape(lengths, shape):
+  if not _fits_shape(lengths, shape) or np.dtype(dtype).itemsize > 8:
     return False
   return dtype == own or (dtype in _ROUNDED and own in (*_ROUNDED, np.float64))
 

@@ -260,7 +260,7 @@ def tensor(
     ValueError: if the arrays do not fit together, or if numbers are not finite.
   """
   try:
-    found = _tensor(way, arrays, bases, dtype)
+    found = _tensor(way, arrays, bases, shape, dtype)
   except (IndexError, MemoryError) as error:
     raise ValueError(f'a product of these tensors cannot be made: {error}') from error
   if found.shape != shape:
@@ -272,10 +272,13 @@ def _tensor(
   way: Way,
   arrays: Sequence[np.ndarray],
   bases: Sequence[np.ndarray | None],
+  shape: tuple[int, ...],
   dtype: np.dtype,
 ) -> np.ndarray:
   if way.kind == 'shortcut':
     first, last = bases
+    if first is None and last is None:
+      return np.eye(shape[0], dtype=dtype)
     size = next(len(x) for x in bases if x is not None)
     left, right = (
       _identity(size) if x is None else x.astype(np.float64) for x in (first, last)
