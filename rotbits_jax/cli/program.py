@@ -32,6 +32,7 @@ from rotbits_jax.file import shards
 from rotbits_jax.report import savings
 from rotbits_jax.system import cache
 from rotbits_jax.system import config_files
+from rotbits_jax.system import host
 from rotbits_jax.system import interrupts
 from rotbits_jax.system import status
 from rotbits_jax.system.text import printable
@@ -203,7 +204,8 @@ def run(command: Callable[[], Result | None], own: Flags | flags.FlagValues) -> 
         _parse(values)
         if isinstance(own, Flags):
           own.check_paths()
-        result = command()
+        with host.own_settings():
+          result = command()
       finally:
         status.clear()
       if result is not None and values['json'].value:
