@@ -477,6 +477,10 @@ class TestBadInput:
       (['--output=OUT', '--preset=near', '--bits=4', '--max_kl=1'], '--max_kl finds'),
       (['--output=OUT', '--preset=near', '--text=x'], '--text is for'),
       (['--output=OUT', '--preset=near', '--target_size=4XB'], 'size like 2GB'),
+      (
+        ['--output=OUT\xa0', '--shard_size=1MB', '--preset=near', '--bits=4'],
+        'the name of shards must be printable',
+      ),
     ],
   )
   def test_flags(self, rotbits, tmp_path, flags, words):
