@@ -950,6 +950,15 @@ sys.exit(main.main())
     os.close(writer)
     assert (done.returncode, done.stderr) == (0, b'')
 
+  def test_streams_that_are_closed(self, tmp_path, encoded):
+    output = tmp_path / 'out'
+    command = [sys.executable, '-m', 'rotbits_jax', 'encode', '--preset=exact']
+    command += [f'--checkpoint={SLICED}', f'--output={output}']
+    closed = ['sh', '-c', 'exec "$@" <&- >&- 2>&-', 'sh']
+    done = subprocess.run([*closed, *command], cwd=ROOT, check=False)
+    assert done.returncode == 0
+    assert output.read_bytes() == (encoded / 'exact').read_bytes()
+
   def test_console_script(self):
     scripts = importlib.metadata.entry_points(group='console_scripts', name='rotbits')
     if not scripts:
