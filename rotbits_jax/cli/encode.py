@@ -283,6 +283,8 @@ def read_choice(name: str, elements: int) -> PresetChoice:
     raise ValueError('--max_kl and --text are needed together')
   if not goals:
     return PresetChoice(name, options)
+  if bits is not None and not bits <= 64:
+    raise ValueError(f'--bits must be at most 64, got {bits}')
   # Checks the path before the search.
   shard_size = program.parse_size('shard_size', _SHARD_SIZE.value)
   output = _OUTPUT.value

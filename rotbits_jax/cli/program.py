@@ -252,6 +252,8 @@ def _keep_programs() -> None:
     folder.mkdir(parents=True, exist_ok=True)
   except OSError:
     return
+  if not os.access(folder, os.W_OK | os.X_OK):  # JAX would warn of each program
+    return
   jax.config.update('jax_compilation_cache_dir', str(folder))
   # JAX keeps only programs that took a second to compile, unless told otherwise. Many
   # of these take less.
