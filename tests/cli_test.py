@@ -477,6 +477,11 @@ class TestBadInput:
       (['--output=OUT', '--preset=near', '--bits=4', '--max_kl=1'], '--max_kl finds'),
       (['--output=OUT', '--preset=near', '--text=x'], '--text is for'),
       (['--output=OUT', '--preset=near', '--target_size=4XB'], 'size like 2GB'),
+      (['--output=OUT', '--preset=near', '--bits=inf'], '--bits must be at most 64'),
+      (
+        ['--output=OUT\xa0', '--shard_size=1MB', '--preset=near', '--bits=4'],
+        'the name of shards must be printable',
+      ),
     ],
   )
   def test_flags(self, rotbits, tmp_path, flags, words):
@@ -742,6 +747,14 @@ class TestProgram:
     config.update.assert_not_called()
     assert list(tmp_path.iterdir()) == []
 
+  def test_a_cache_that_cannot_be_written_is_not_used(self, monkeypatch, tmp_path):
+    monkeypatch.setenv('ROTBITS_JAX_CACHE', str(tmp_path))
+    monkeypatch.setattr(os, 'access', lambda path, mode: False)
+    config = mock.Mock(jax_compilation_cache_dir=None)
+    monkeypatch.setattr(program, 'jax', mock.Mock(config=config))
+    program._keep_programs()
+    config.update.assert_not_called()
+
   def test_a_folder_of_programs_that_the_user_names_stays(self, monkeypatch, tmp_path):
     config = mock.Mock(jax_compilation_cache_dir=str(tmp_path))
     monkeypatch.setattr(program, 'jax', mock.Mock(config=config))
@@ -945,6 +958,15 @@ sys.exit(main.main())
     )
     os.close(writer)
     assert (done.returncode, done.stderr) == (0, b'')
+
+  def test_streams_that_are_closed(self, tmp_path, encoded):
+    output = tmp_path / 'out'
+    command = [sys.executable, '-m', 'rotbits_jax', 'encode', '--preset=exact']
+    command += [f'--checkpoint={SLICED}', f'--output={output}']
+    closed = ['sh', '-c', 'exec "$@" <&- >&- 2>&-', 'sh']
+    done = subprocess.run([*closed, *command], cwd=ROOT, check=False)
+    assert done.returncode == 0
+    assert output.read_bytes() == (encoded / 'exact').read_bytes()
 
   def test_console_script(self):
     scripts = importlib.metadata.entry_points(group='console_scripts', name='rotbits')

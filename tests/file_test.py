@@ -200,6 +200,14 @@ class ShardsTest(Base):
     rotbits_jax.encode_to_file({}, self.output, preset='exact', shard_size=1)
     self.assertEqual(rotbits_jax.decode(self.output), {})
 
+  def test_names_that_shards_cannot_have(self):
+    longest = 'ä' * 111 + '.rotbits'
+    for name in ('a\xa0b.rotbits', 'a\\b', f'x{longest}x'):
+      with self.subTest(name), self.assertRaisesRegex(ValueError, 'name of shards'):
+        rotbits_jax.encode_to_file({}, self.folder / name, preset='exact', shard_size=1)
+    self.assertEmpty(self.names())
+    rotbits_jax.encode_to_file({}, self.folder / f'x{longest}', shard_size=1)
+
   def test_plan(self):
     sizes = {'a': 5, 'b': 5, 'c': 20, 'd': 1}
     plan = lambda size, least=1: [

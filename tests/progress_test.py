@@ -14,6 +14,7 @@ import time
 import pytest
 
 from rotbits_jax.system import progress
+from rotbits_jax.system import status
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -39,6 +40,15 @@ def test_bytes_have_their_sizes(monkeypatch, capsys):
   with progress.Progress('encode', 4_000_000_000, 'B', show=True) as bar:
     bar.update(12_345_678)
   assert capsys.readouterr().err == 'encode: 12.3 MB of 4 GB, 0:00\n'
+
+
+def test_without_stderr_nothing_is_shown(monkeypatch, capsys):
+  monkeypatch.setattr(progress, '_SECONDS', 0)
+  monkeypatch.setattr(sys, 'stderr', None)
+  status.show('encode: reading ...')
+  with progress.Progress('encode', 2, 'B', show=True) as bar:
+    bar.update()
+  assert capsys.readouterr().out == ''
 
 
 @pytest.mark.parametrize(('term', 'drawn'), [('xterm', True), ('dumb', False)])

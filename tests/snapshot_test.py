@@ -15,6 +15,7 @@ import numpy as np
 import rotbits_jax
 from rotbits_jax.file import directory
 from rotbits_jax.system import cache
+from rotbits_jax.system import outputs
 
 ROOT = pathlib.Path(__file__).parents[1]
 DENSE = ROOT / 'tests/testdata/llama-tiny-dense'
@@ -145,6 +146,13 @@ class CacheTest(Base):
     with mock.patch.object(os, 'open', wraps=os.open, side_effect=found):
       cache.made('x', pathlib.Path.mkdir, show=False)
     self.assertEqual(self.names(), ['x'])
+
+  def test_a_file_of_its_name_is_an_error(self):
+    (self.cache / 'snapshots').mkdir(parents=True)
+    (self.cache / 'snapshots/x').touch()
+    self.enterContext(mock.patch.object(outputs, 'fresh', side_effect=AssertionError))
+    with self.assertRaisesRegex(NotADirectoryError, 'x'):
+      cache.made('x', pathlib.Path.mkdir, show=False)
 
   def test_one_that_is_being_made_stays_and_the_rest_of_a_killed_one_goes(self):
     process = self.start(60)

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import pathlib
 
 import jax
 import numpy as np
@@ -9,6 +10,9 @@ import pytest
 
 from fuzz import seeds
 import rotbits_jax
+from rotbits_jax.presets import steps
+
+DENSE = pathlib.Path(__file__).parent / 'testdata/llama-tiny-dense'
 
 SWITCHES = {
   'jax_enable_x64': True,
@@ -78,6 +82,15 @@ def check(given, switches, folder):
 @pytest.mark.parametrize('given', INPUTS)
 def test_switches_together(given, tmp_path):
   check(given, TOGETHER, tmp_path)
+
+
+def test_commands_and_searches(rotbits):
+  model, tokens = seeds.sliced_model(seeds.LLAMA), np.arange(16)
+  with switched(TOGETHER):
+    code, _, err = rotbits('estimate', DENSE)
+    assert (code, err) == (0, '')
+    steps.calibrate(model, tokens)
+    steps.search(model, tokens, max_kl=1e-3, calibrated=False)
 
 
 @pytest.mark.slow

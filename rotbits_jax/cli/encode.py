@@ -119,6 +119,7 @@ import rotbits_jax
 from rotbits_jax import checkpoints
 from rotbits_jax import presets
 from rotbits_jax.cli import program
+from rotbits_jax.file import encode as encode_lib
 from rotbits_jax.file import estimation
 from rotbits_jax.presets import steps
 from rotbits_jax.report import savings
@@ -282,15 +283,19 @@ def read_choice(name: str, elements: int) -> PresetChoice:
     raise ValueError('--max_kl and --text are needed together')
   if not goals:
     return PresetChoice(name, options)
-  output = outputs.resolved(_OUTPUT.value)
-  outputs.check(output, overwrite=_OVERWRITE.value)
+  if bits is not None and not bits <= 64:
+    raise ValueError(f'--bits must be at most 64, got {bits}')
+  # Checks the path before the search.
+  shard_size = program.parse_size('shard_size', _SHARD_SIZE.value)
+  output = _OUTPUT.value
+  encode_lib.Output(output, shard_size=shard_size, overwrite=_OVERWRITE.value)
   found: steps.SearchResult | steps.Calibration | None = None
   if text is not None:
     opened = checkpoints.open_checkpoint(_CHECKPOINT.value)
     tokens = program.read_tokens(opened.files, opened.config, program.read_text(text))
     settings: Any = {
       'max_tokens': _MAX_TOKENS.value,
-      'folder': output.parent,
+      'folder': outputs.resolved(output).parent,
       'progress': True,
     }
     if max_kl is None:

@@ -56,6 +56,11 @@ def main() -> int:
   Returns:
     The exit code.
   """
+  # In place of streams that the caller has closed. An output would get their numbers,
+  # and with them what native code prints.
+  for name, mode in {'stdin': 'r', 'stdout': 'w', 'stderr': 'w'}.items():
+    if getattr(sys, name) is None:
+      setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
   if isinstance(sys.stdout, io.TextIOWrapper):  # it may have fewer characters
     sys.stdout.reconfigure(errors='backslashreplace')
   try:

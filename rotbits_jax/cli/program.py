@@ -32,6 +32,7 @@ from rotbits_jax.file import shards
 from rotbits_jax.report import savings
 from rotbits_jax.system import cache
 from rotbits_jax.system import config_files
+from rotbits_jax.system import host
 from rotbits_jax.system import interrupts
 from rotbits_jax.system import status
 from rotbits_jax.system.text import printable
@@ -203,7 +204,8 @@ def run(command: Callable[[], Result | None], own: Flags | flags.FlagValues) -> 
         _parse(values)
         if isinstance(own, Flags):
           own.check_paths()
-        result = command()
+        with host.own_settings():
+          result = command()
       finally:
         status.clear()
       if result is not None and values['json'].value:
@@ -249,6 +251,8 @@ def _keep_programs() -> None:
   try:
     folder.mkdir(parents=True, exist_ok=True)
   except OSError:
+    return
+  if not os.access(folder, os.W_OK | os.X_OK):  # JAX would warn of each program
     return
   jax.config.update('jax_compilation_cache_dir', str(folder))
   # JAX keeps only programs that took a second to compile, unless told otherwise. Many

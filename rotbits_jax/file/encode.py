@@ -43,7 +43,7 @@ class Output:
       overwrite: whether existing files may be replaced.
 
     Raises:
-      ValueError: if the size is not positive.
+      ValueError: if the size is not positive, or if the files cannot have such names.
       OSError: if the output cannot be written or must not be replaced.
     """
     if shard_size is not None and shard_size < 1:
@@ -55,6 +55,8 @@ class Output:
     self._path = pathlib.Path(path).absolute() if self._is_sharded else resolved
     if self._path.name.endswith(shards_lib.INDEX):
       raise ValueError(f'{path}: {shards_lib.INDEX} is the end of names of indices')
+    if self._is_sharded:
+      shards_lib.check_name(self._path)
     self._index = self._path.with_name(shards_lib.index_name(self._path))
     self._older = [self._path, self._index]
     for target in self._older:

@@ -145,8 +145,25 @@ def published(path: pathlib.Path, shard: Shard, file: pathlib.Path) -> Shard:
     file: the current path of the shard's file.
   """
   checksum = container.StreamReader(file).manifest_crc32
-  stem = shard.name.removesuffix(path.suffix)
-  return shard._replace(name=f'{stem}-{checksum:08x}{path.suffix}')
+  return shard._replace(name=_with_checksum(path, shard.name, checksum))
+
+
+def check_name(path: pathlib.Path) -> None:
+  """Checks, before the work, that an index may have the names of an output's shards.
+
+  Raises:
+    ValueError: if it may not.
+  """
+  (name,) = outputs.numbered(path.stem, path.suffix, 1)
+  if not schema.is_file_name(_with_checksum(path, name, 0)):
+    raise ValueError(
+      f'{path}: the name of shards must be printable, without a backslash, and have at '
+      'most 231 bytes'
+    )
+
+
+def _with_checksum(path: pathlib.Path, name: str, checksum: int) -> str:
+  return f'{name.removesuffix(path.suffix)}-{checksum:08x}{path.suffix}'
 
 
 def existing(path: pathlib.Path) -> list[pathlib.Path]:

@@ -34,6 +34,7 @@ from rotbits_jax import structured
 from rotbits_jax.evaluation import perplexity
 from rotbits_jax.presets import sensitivities
 from rotbits_jax.presets.near import near
+from rotbits_jax.system import host
 from rotbits_jax.system import progress as progress_lib
 from rotbits_jax.system import spool
 
@@ -92,6 +93,7 @@ class SearchResult(NamedTuple):
     return next(point.kl for point in self.curve if point.step == self.step)
 
 
+@host.own_settings()
 def calibrate(
   model: passes.ModelSource,
   tokens: np.ndarray,
@@ -122,6 +124,7 @@ def calibrate(
     return _calibrated(_rewritten(model, folder, bar), windows, folder, bar)
 
 
+@host.own_settings()
 def search(
   model: passes.ModelSource,
   tokens: np.ndarray,

@@ -46,10 +46,11 @@ def made(
     show: whether to say on stderr that another process is waited for.
 
   Raises:
-    OSError: if there is no cache, or if it cannot be written.
+    OSError: if there is no cache, if it cannot be written, or if a file has the name.
   """
   target = _folders() / name
   while not _used(target):
+    outputs.check_folder(target)
     try:
       with outputs.fresh(outputs.staging(target)) as folder:
         if not target.exists():  # else another process has made it meanwhile

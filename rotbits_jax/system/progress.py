@@ -36,6 +36,7 @@ class Progress:
     self._done, self._stage = 0, ''
     self._started = self._told = time.monotonic()
     self._first = 0, self._started  # the count at the beginning, and its time
+    show = show and sys.stderr is not None  # as with pythonw
     terminal = status.is_terminal()
     self._show, self._lines = show, show and not terminal
     if show:

@@ -14,13 +14,17 @@ _shown = False
 
 def is_terminal() -> bool:
   """Returns whether stderr is a terminal whose lines can be overwritten."""
-  return sys.stderr.isatty() and os.environ.get('TERM') != 'dumb'
+  return _has_terminal() and os.environ.get('TERM') != 'dumb'
+
+
+def _has_terminal() -> bool:
+  return sys.stderr is not None and sys.stderr.isatty()
 
 
 def show(text: str) -> None:
   """Shows a line, in place of the one before if the terminal can."""
   global _shown
-  if not sys.stderr.isatty():
+  if not _has_terminal():
     return
   with contextlib.suppress(OSError):  # the terminal is gone; the work goes on
     if is_terminal():
