@@ -729,12 +729,15 @@ class TestDirectory:
 
   def test_links_of_the_cache_of_hugging_face_are_followed(self, tmp_path):
     snapshot, blobs = tmp_path / 'snapshots' / '0123', tmp_path / 'blobs'
-    snapshot.mkdir(parents=True)
+    (snapshot / 'instruct').mkdir(parents=True)
     shutil.copytree(TESTDATA / 'llama-tiny-dense', blobs)
     for file in blobs.iterdir():
       (snapshot / file.name).symlink_to(f'../../blobs/{file.name}')
-    source = checkpoints.open_checkpoint(snapshot)
-    assert source.files == checkpoints.open_checkpoint(blobs).files
+      (snapshot / 'instruct' / file.name).symlink_to(f'../../../blobs/{file.name}')
+    for folder in (snapshot, snapshot / 'instruct'):
+      source = checkpoints.open_checkpoint(folder)
+      own = {x: y for x, y in source.files.items() if '/' not in x}
+      assert own == checkpoints.open_checkpoint(blobs).files
     blobs.rename(tmp_path / 'private')
     blobs.symlink_to('private')
     assert not checkpoints.open_tensors(snapshot).files

@@ -191,6 +191,35 @@ class WriterTest(parameterized.TestCase):
     found = {file.name for file in self.target.glob('*.safetensors')}
     self.assertEqual(found, {*index['weight_map'].values(), 'mine.safetensors'})
 
+  def test_an_index_of_one_shard_stays(self):
+    source, shard = self.open(), 'model-00001-of-00001.safetensors'
+    names = checkpoints.to_tensors(source.load().model)
+    index = json.dumps({'metadata': {}, 'weight_map': dict.fromkeys(names, shard)})
+    files = {**source.files, 'model.safetensors.index.json': index.encode()}
+    with writer_of(source, self.target, files=files) as writer:
+      write_backwards(writer, source)
+    written = json.loads((self.target / 'model.safetensors.index.json').read_text())
+    self.assertEqual(set(written['weight_map'].values()), {shard})
+    self.assertTrue((self.target / shard).exists())
+
+  def test_older_weights_are_removed_only_if_they_may_be_replaced(self):
+    source = self.open()
+    self.target.mkdir()
+    weights = self.target / 'model.safetensors'
+    weights.write_bytes(b'of another model')
+    with self.assertRaisesRegex(OSError, 'model.safetensors'):
+      checkpoints.save_checkpoint(
+        source.load(), self.target, shard_size=100_000, overwrite=False
+      )
+    self.assertEqual(list(self.target.iterdir()), [weights])
+
+  def test_weights_of_other_names_leave_older_ones(self):
+    checkpoints.save_checkpoint(self.open().load(), self.target, shard_size=100_000)
+    before = sorted(self.target.iterdir())
+    sliced = self.open('llama-tiny-sliced-head-0.25').load()
+    checkpoints.save_checkpoint(sliced, self.target, 'slicegpt')
+    self.assertContainsSubset(before, sorted(self.target.iterdir()))
+
   def test_arrays_of_any_layout(self):
     source = self.open('phi3-tiny-sliced-0.25')
     with writer_of(source, self.target, dtypes='bfloat16') as writer:

@@ -479,6 +479,11 @@ class TestBadInput:
       (['--output=OUT', '--preset=near', '--target_size=4XB'], 'size like 2GB'),
       (['--output=OUT', '--preset=near', '--bits=inf'], '--bits must be at most 64'),
       (
+        ['--output=OUT', '--preset=near', '--bits=4', '--same_files'],
+        '--same_files is',
+      ),
+      (['--output=OUT', '--preset=near', '--bits=4', f'--base={SLICED}'], '--base is'),
+      (
         ['--output=OUT\xa0', '--shard_size=1MB', '--preset=near', '--bits=4'],
         'the name of shards must be printable',
       ),

@@ -440,12 +440,14 @@ def _is_inside(file: pathlib.Path, root: pathlib.Path) -> bool:
   """Returns whether a path is that of a regular file in a folder.
 
   An untrusted folder may have links to private files, which encoding would give away.
-  The links of Hugging Face's cache lead from `snapshots/<revision>` into `blobs`.
+  The links of Hugging Face's cache lead from `snapshots/<revision>`, and from folders
+  in it, into `blobs`.
   """
   folder = pathlib.Path(os.path.realpath(root))
   real = pathlib.Path(os.path.realpath(file))
-  blobs = folder.parent.parent / 'blobs'
-  return real.is_file() and (real.is_relative_to(folder) or real.parent == blobs)
+  revisions = (x for x in (folder, *folder.parents) if x.parent.name == 'snapshots')
+  blobs = {x.parent.parent / 'blobs' for x in revisions}
+  return real.is_file() and (real.is_relative_to(folder) or real.parent in blobs)
 
 
 def _parse(directory: pathlib.Path, files: dict[str, bytes], name: str) -> Any:

@@ -3,9 +3,9 @@
 The files are written to a hidden folder beside the target, `.<name>.partial`, and moved
 into the target when all are complete, see `outputs`. A target that does not exist
 appears at once. If the target exists, its config and weights are removed before
-anything is moved, and the new ones are moved last; the shards of older weights are
-removed, and other files stay. After an exception the hidden folder is removed. If the
-process was killed, the next writer of the same target removes it.
+anything is moved, and the new ones are moved last; older weights whose place the new
+ones take are removed, and other files stay. After an exception the hidden folder is
+removed. If the process was killed, the next writer of the same target removes it.
 """
 
 import abc
@@ -171,6 +171,8 @@ class StagedWriter(abc.ABC):
       for name in names:
         if (self._directory / name).parent.exists():
           outputs.check(self._directory / name, overwrite=self._overwrite)
+      for name in self._stale():
+        outputs.check(self._directory / name, overwrite=self._overwrite)
     with contextlib.ExitStack() as stack:
       stack.enter_context(outputs.named(self._path))
       self._folder = stack.enter_context(outputs.fresh(_staging(self._directory)))
@@ -203,6 +205,14 @@ class StagedWriter(abc.ABC):
       self._writer.close()
       self._move()
 
+  def _stale(self) -> set[str]:
+    """Returns names of older weights, which may not exist, that new ones replace."""
+    new = {*self._files, *self._weights}
+    if not new & {indices.INDEX, indices.WEIGHTS}:
+      return set()  # weights of another name stay beside these
+    index = self._directory / indices.INDEX
+    return {indices.INDEX, indices.WEIGHTS, *_shards(index)} - new
+
   def _add(self, name: str, parts: Iterable[np.ndarray]) -> None:
     """Writes a tensor from its parts along the first axis."""
     if self._stack is None:
@@ -226,9 +236,7 @@ class StagedWriter(abc.ABC):
     for folder in _folders(files):
       (directory / folder).mkdir(parents=True, exist_ok=True)
     last = [*self._weights, indices.INDEX, CONFIG]
-    stale = {indices.INDEX, *_shards(directory / indices.INDEX)} - files.keys()
-    if indices.INDEX in files:
-      stale.add(indices.WEIGHTS)
+    stale = self._stale()
     for name in (*(name for name in reversed(last) if name in files), *stale):
       old = directory / name
       if name in files and old.exists():

@@ -125,7 +125,7 @@ class CheckpointWriter(staging.StagedWriter):
     else:
       self._shards = self._divide(index, shard_size)
       weights = list(self._shards)
-      if len(weights) > 1:
+      if weights != [indices.WEIGHTS]:
         files[indices.INDEX] = indices.to_json(self._shards)
     super().__init__(
       directory,

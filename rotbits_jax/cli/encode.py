@@ -285,13 +285,18 @@ def read_choice(name: str, elements: int) -> PresetChoice:
     return PresetChoice(name, options)
   if bits is not None and not bits <= 64:
     raise ValueError(f'--bits must be at most 64, got {bits}')
-  # Checks the path before the search.
+  # Checks, before the search, what is refused after it.
+  for flag in (_BASE, _SAME_FILES):
+    if flag.value:
+      raise ValueError(f'--{flag.name} is not for --preset={name}')
   shard_size = program.parse_size('shard_size', _SHARD_SIZE.value)
   output = _OUTPUT.value
   encode_lib.Output(output, shard_size=shard_size, overwrite=_OVERWRITE.value)
   found: steps.SearchResult | steps.Calibration | None = None
   if text is not None:
     opened = checkpoints.open_checkpoint(_CHECKPOINT.value)
+    for path in _ADAPTER.value or ():
+      checkpoints.read_adapter(path, opened)
     tokens = program.read_tokens(opened.files, opened.config, program.read_text(text))
     settings: Any = {
       'max_tokens': _MAX_TOKENS.value,
