@@ -111,6 +111,28 @@ def test_what_the_base_lacks_is_stored_alone():
   assert needs['a/w'].dtype == 'bfloat16'
 
 
+def test_arrays_that_grew_by_zeros():
+  old = tree()['a']
+  grown = jax.tree.map(lambda x: np.pad(x, ((0, 90), *[(0, 0)] * (x.ndim - 1))), old)
+  for new in (
+    grown,
+    grown | {'w': np.where(grown['w'] == old['w'][3, 5], 1, grown['w'])},
+  ):
+    data = rotbits_jax.encode(new, base=old)
+    assert structured.same_bits(rotbits_jax.decode(data, base=old), new)
+
+
+def test_a_stack_whose_first_layer_is_that_of_the_base_on_devices():
+  base = rotbits_jax.load_checkpoint(DENSE).model
+  first = dataclasses.replace(base, params=jax.tree.map(np.array, base.params))
+  first.params['layers.0:3']['mlp']['up']['kernel'][1:] *= 2
+  place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  for model in (base, first):
+    data = rotbits_jax.encode(model, base=base, preset='exact')
+    found = rotbits_jax.load(data, base=base, sharding=place)
+    assert structured.same_bits(found.params, model.params)
+
+
 def test_an_optimizer_and_empty_arrays():
   base = {
     'm': (np.zeros((0, 3), np.float16), np.float32(3)),

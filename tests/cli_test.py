@@ -13,6 +13,7 @@ import sys
 from unittest import mock
 import zipfile
 
+import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -280,6 +281,11 @@ class TestEstimate:
     needs = {x['preset']: (x['seconds'], x['memory']) for x in result['presets']}
     assert 0 < needs['exact'][0] < needs['free'][0] < 60
     assert 1 << 28 < needs['exact'][1] < needs['free'][1] < 1 << 30
+
+  def test_any_dtype_and_no_columns(self):
+    arrays = {'a': np.ones((64, 64), ml_dtypes.float8_e4m3fn), 'b': np.zeros((3, 0))}
+    sampled = [estimation._Sample.of(x) for x in arrays.values()]
+    assert 0 < estimation._of_record(sampled)[0] < 500
 
   def test_rows_stand_for_an_array(self, monkeypatch):
     """Samples of two sizes tell the cost of more rows, and what all rows share."""

@@ -23,6 +23,7 @@ from fuzz import seeds
 import rotbits_jax
 from rotbits_jax import checkpoints
 from rotbits_jax import structured
+from rotbits_jax.file import container
 from rotbits_jax.file import manifest as manifest_lib
 from rotbits_jax.file import memory
 from rotbits_jax.file import writer
@@ -70,6 +71,21 @@ class TreeTest(parameterized.TestCase):
     tree = {'head': {'kernel': head, 'x': leaf}}
     with self.assertRaisesRegex(ValueError, 'head/kernel, which is in its own record'):
       rotbits_jax.encode(tree)
+
+  def test_what_cannot_be_stored_is_refused_before_the_work(self):
+    for last, words in (
+      (np.zeros(2, np.complex64), 'complex64'),
+      (np.zeros((1,) * 33), '32 axes'),
+    ):
+      with self.subTest(words), mock.patch.object(writer, 'encode_record') as work:
+        with self.assertRaisesRegex(ValueError, f'z/.*{words}'):
+          rotbits_jax.encode({'a': np.zeros(3), 'z': last})
+        work.assert_not_called()
+    with (
+      mock.patch.object(container, '_MOST_HEADER', 10_000),
+      self.assertRaisesRegex(ValueError, '200 streams are too many'),
+    ):
+      rotbits_jax.encode({f'key{i}': np.zeros(1) for i in range(200)})
 
   def test_shapes(self):
     for shape in ((1,) * 9, (2,) * 12, (1,) * 32, (1 << 31, 0), (0, 1 << 40)):
@@ -197,7 +213,7 @@ class TreeTest(parameterized.TestCase):
       ({'a/b': np.zeros(2)}, 'without a slash'),
       (np.zeros(2), 'at the top level'),
       ({'manifest': np.zeros(2)}, 'manifest: the file has another entry'),
-      ({'a': {'b': np.zeros((1,) * 33)}}, 'a: .* is too large'),
+      ({'a': {'b': np.zeros((1,) * 33)}}, 'a/b/shape: .* up to 32 axes'),
       ({'a': {'b\ud800': np.zeros(2)}}, 'a: .* lone surrogate'),
       ({'b': structured.Constant(np.float32(1), (1 << 31,))}, 'b: it cannot be stored'),
       ({'b': _tied_exactly()}, 'b: it cannot be stored'),

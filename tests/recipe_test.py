@@ -342,3 +342,14 @@ def test_a_run_that_was_interrupted_goes_on(tmp_path, monkeypatch):
   encode()
   assert calls.count('subspaces.0') == calls.count('layers.0') == 1  # they were kept
   assert target.read_bytes() == whole
+
+  # On another processor, bases have other bits: records beside these are not kept.
+  target.unlink()
+  calls.clear()
+  with pytest.raises(KeyboardInterrupt):
+    encode()
+  real = recipe.orthonormal
+  monkeypatch.setattr(recipe, 'orthonormal', lambda x: real(x) + np.float64(2e-5))
+  encode()
+  assert calls.count('subspaces.0') == calls.count('layers.0') == 2
+  rotbits_jax.verify(target, base=base)

@@ -1,11 +1,14 @@
 """Files of `near` with a given size."""
 
 import functools
+import types
 
 import numpy as np
 import pytest
 
 import rotbits_jax
+from rotbits_jax import presets
+from rotbits_jax.file import sizing
 from tests import random_models
 
 
@@ -13,6 +16,19 @@ from tests import random_models
 def _model():
   config = random_models.BASE | {'num_hidden_layers': 2, 'vocab_size': 600}
   return random_models.random_model(config, np.float16)
+
+
+def test_the_search_does_not_ask_for_steps_finer_than_the_finest(monkeypatch):
+  def at(step, held):
+    presets.near(step=step)  # which refuses them
+    jumps = 1000.0 if held.get('a', step) >= -11.985 else 1100.0
+    return sizing.Steps(step, {}, {'a': jumps, 'b': 100.0})
+
+  sizes = sizing.Sizes.__new__(sizing.Sizes)
+  sizes._context = types.SimpleNamespace(config=None)
+  sizes.at = at
+  monkeypatch.setattr(sizing.models, 'count_elements', lambda config: 200)
+  assert sizes.meet(1150, 1.0, 0.0, -5.0).sizes['a'] == 1000
 
 
 def test_the_file_is_within_a_percent_of_the_size(tmp_path):

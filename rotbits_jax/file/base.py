@@ -211,6 +211,8 @@ def _beside(leaf: Any, given: np.ndarray, path: str, run: weights.Run) -> Beside
   made = relative.beside(target, base, run)
   if made is None:
     return None
+  if target.size - base.size > 8 * sum(x.nbytes for x in made.stored()[1].values()):
+    return None  # the reader would refuse it, see `manifest.RecordEntry`
   made = dataclasses.replace(made, columns_first=transposed)
   entry = dataclasses.replace(entry_of(path, base), shape=given.shape)
   return Beside(made, entry, checksums.of_array(target))

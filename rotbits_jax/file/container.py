@@ -81,11 +81,13 @@ class StreamWriter:
       names: names of all streams that may be written, without the manifest.
 
     Raises:
-      ValueError: see `check_names`.
+      ValueError: see `check_names`, or if a reader would refuse so long a header.
     """
     check_names(names)
     most = dict.fromkeys((*names, MANIFEST), (_MOST, _MOST))
     self._room = len(_header(most, 0xFFFFFFFF))
+    if self._room > _MOST_HEADER:
+      raise ValueError(f'{len(names)} streams are too many for one file')
     self._names = {*names, MANIFEST}
     self._file = file
     self._streams: dict[str, tuple[int, int]] = {}

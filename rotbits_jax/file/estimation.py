@@ -34,6 +34,7 @@ from rotbits_jax import presets
 from rotbits_jax import structured
 from rotbits_jax.coding import weights
 from rotbits_jax.file import base as base_lib
+from rotbits_jax.file import leaves as leaves_lib
 from rotbits_jax.file import reader as reader_lib
 from rotbits_jax.file import sources
 from rotbits_jax.passes import relative
@@ -233,7 +234,7 @@ class _Sample(NamedTuple):
   @classmethod
   def of(cls, *arrays: np.ndarray) -> '_Sample':
     """Takes rows of arrays of one shape."""
-    columns = arrays[0].shape[-1] if arrays[0].ndim > 1 else 1
+    columns = (arrays[0].shape[-1] if arrays[0].ndim > 1 else 1) or 1
     whole = [x.reshape(-1, columns) for x in arrays]
     count = len(whole[0])
     many = max(_ELEMENTS // max(columns, 1), 64)
@@ -284,7 +285,7 @@ def _of_record(sampled: Sequence[Any]) -> np.ndarray:
 def _size_of(own: Any) -> float:
   """Returns about the bytes of a structured leaf or of a sampled array."""
   if isinstance(own, _Sample):
-    return own.nbytes(lambda array, *_: weights.estimate([array]))
+    return own.nbytes(lambda array, *_: weights.estimate([_stored(array)]))
   return weights.estimate(list(own.stored()[1].values()))
 
 
@@ -295,9 +296,13 @@ def of_leaf(leaf: Any) -> float:
   )
 
 
+def _stored(array: np.ndarray) -> np.ndarray:
+  return array.view(leaves_lib.stored_dtype(array.dtype.name))
+
+
 def _beside(array: np.ndarray, known: np.ndarray) -> float:
   leaf = relative.beside(array, known)
-  arrays = [array] if leaf is None else list(leaf.stored()[1].values())
+  arrays = [_stored(array)] if leaf is None else list(leaf.stored()[1].values())
   return weights.estimate(arrays)
 
 

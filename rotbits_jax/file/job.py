@@ -23,6 +23,7 @@ from rotbits_jax.coding import weights
 from rotbits_jax.file import base as base_lib
 from rotbits_jax.file import coders
 from rotbits_jax.file import journal as journal_lib
+from rotbits_jax.file import leaves as leaves_lib
 from rotbits_jax.file import manifest as manifest_lib
 from rotbits_jax.file import memory as memory_lib
 from rotbits_jax.file import recipe as recipe_lib
@@ -227,12 +228,15 @@ class Job:
       raise ValueError(f'the base has no {paths[0]}, nor any other array of the model')
 
   def _check_record(self, name: str) -> None:
-    """Checks, before the work, that parameters in memory would come back.
+    """Checks, before the work, that parameters would come back.
 
     Raises:
       ValueError: naming a parameter that would not.
     """
     source, specs = self.source, structured.flatten(self.source.specs(name))
+    for path, leaf in specs.items():
+      if not structured.is_structured(leaf):
+        leaves_lib.check_array(path, tuple(leaf.shape), np.dtype(leaf.dtype))
     if source.config is not None:
       shapes = {path: tuple(leaf.shape) for path, leaf in specs.items()}
       manifest_lib.check_shapes(name, shapes, source.config)
@@ -367,6 +371,8 @@ class Job:
     Returns:
       How many these are; and the state after them, or None if it is unknown.
     """
+    if self._recipe and not self._recipe.holds([x.record for x in journal.done]):
+      journal.forget(0)
     kept = len(journal.done)
     for i, (entry, name) in enumerate(zip(journal.done, names, strict=False)):
       is_same = entry.record.name == name and self.source.holds(entry.sources)

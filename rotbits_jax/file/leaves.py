@@ -237,6 +237,19 @@ _STORED_AS = {'int2': 'int8', 'int4': 'int8'} | {
 }
 
 
+def check_array(path: str, shape: tuple[int, ...], dtype: np.dtype) -> None:
+  """Checks that an array of this path, shape and dtype can be stored.
+
+  Raises:
+    ValueError: if it cannot.
+  """
+  try:
+    entry = Leaf(path=path, shape=shape, dtype=dtype.name)
+    schema.load(Leaf, schema.dump(entry), path)
+  except ValueError as error:
+    raise ValueError(f'it cannot be stored: {error}') from error
+
+
 def stored_dtype(dtype: str) -> str:
   """Returns the dtype of the array that stores a plain array.
 

@@ -77,8 +77,8 @@ def local_layers(
   count = lead[0]
   first, last = count, 0
   for leaf, specs in entry.leaf_specs():
-    for spec in specs:
-      shape = (*lead, *(leaf.shape if leaf.is_array else spec.shape))
+    for own in [leaf.shape] if leaf.is_array else [x.shape for x in specs]:
+      shape = (*lead, *own)
       sharding = _sharding(place, f'{name}/{entry.inner(leaf.path)}', shape)
       for index in sharding.addressable_devices_indices_map(shape).values():
         start, stop, _ = index[0].indices(count) if index else (0, count, 1)

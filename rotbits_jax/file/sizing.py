@@ -199,7 +199,8 @@ class Sizes:
       jumps = [x for x, n in small.sizes.items() if large.sizes[x] > n]
       held = dict.fromkeys(jumps, small.step) | held
       least = max(small.step - 1, passes.FINEST)
-      found, large = self._bracket(wanted, small.step - 2 * _PRECISION, least, held)
+      step = max(small.step - 2 * _PRECISION, least)
+      found, large = self._bracket(wanted, step, least, held)
       small = found or small
     return small
 

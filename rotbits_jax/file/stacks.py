@@ -121,9 +121,11 @@ def _start(
   if place is not None:
     lead = (len(layers), experts) if experts else (len(layers),)
     wanted = placement.local_layers(place, name, entries[0], lead)
+  own_entries = entries[each * wanted.start : each * wanted.stop]
+  memory_lib.check(name, sum(x.memory_bytes(integers) for x in own_entries))
   memory = memory_lib.allocate(entries, stacked=each * len(wanted), integers=integers)
   whole = sum(entry.input.bytes for entry in entries)
-  entries = entries[each * wanted.start : each * wanted.stop]
+  entries = own_entries
   rows = [
     {path: [array[row, ...] for array in arrays] for path, arrays in memory.items()}
     for row in range(len(entries))

@@ -124,6 +124,8 @@ def _relative(
   width = target.shape[-1] if target.ndim > 1 else bits.size
   if not differences.LEAST_LINES <= width <= buffers.ROOM:
     width = bits.size
+  if width > relative.LONGEST:
+    return None
   wanted, known = bits.reshape(-1, width), base.reshape(-1, width)
   own = _differing(wanted, known)
   factors = difference_factors.find(wanted, known, dtype, run)

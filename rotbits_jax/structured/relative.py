@@ -53,6 +53,9 @@ MOST_CLASSES = 254
 DRIFTS = 256
 """The length of a drift."""
 
+LONGEST = (1 << 31) - 1
+"""The greatest length of an axis."""
+
 _LANE = 1 << 10  # symbols for which a block of a patch gets one more lane
 _BLOCK = 1 << 16  # elements that are taken together, so that they fit a cache
 
@@ -86,6 +89,8 @@ def fits(
     own: dtype of the base.
   """
   if not _fits_shape(lengths, shape) or np.dtype(dtype).itemsize > 8:
+    return False
+  if max(lengths, default=0) > LONGEST:
     return False
   return dtype == own or (dtype in _ROUNDED and own in (*_ROUNDED, np.float64))
 
