@@ -38,8 +38,7 @@ _NO_SIDECARS = frozenset([
   '.onnx_data', '.ot', '.pb', '.pkl', '.pt', '.pth', '.rotbits', '.safetensors',
   '.tflite',
 ])  # fmt: skip
-_MOST_SIDECAR = 1 << 28  # bytes; tokenizers have up to 40 MB
-_MOST_SIDECARS = 1 << 30  # bytes of all together
+_MOST_SIDECARS = 1 << 28  # bytes of all together, as many as an encoded file may have
 _MOST_FILES = 1 << 12
 _MOST_LEVELS = 7  # of sub-folders
 # Sub-folders with the model in other formats, and with the leavings of a training.
@@ -104,9 +103,9 @@ def open_checkpoint(path: str | os.PathLike[str]) -> reader_lib.CheckpointReader
   else:
     tensors = open_file(weights)
 
-  files, left_out = _read_sidecars(weights.parent, {weights, *shards})
-  if weights.name == indices.INDEX:
-    files[weights.name] = content  # the writer divides the tensors in the same way
+  # The writer divides the tensors as the index does.
+  index = {weights.name: content} if weights.name == indices.INDEX else {}
+  files, left_out = _read_sidecars(weights.parent, {weights, *shards}, index)
   if CONFIG not in files:
     raise errors.UnsupportedError(
       f'{weights.parent}: there is no {CONFIG} other than a link that leaves the folder'
@@ -154,18 +153,17 @@ def open_tensors(
   """
   given = pathlib.Path(path)
   root = given if given.is_dir() else given.parent
-  nested, found, content = _nested_weights(root), [], b''
+  nested, found = _nested_weights(root), []
+  index: dict[str, bytes] = {}
   if _is_divided(given):
     weights = nested[0]
   else:
     weights = _find_weights(given)
     found = [weights]
   if weights.suffix == '.json':
-    content = indices.read(weights)
-    found = list(_shards(weights, content))
-  files, left_out = _read_sidecars(root, {weights, *found, *nested})
-  if weights.suffix == '.json':
-    files[weights.name] = content
+    index = {weights.name: indices.read(weights)}
+    found = list(_shards(weights, index[weights.name]))
+  files, left_out = _read_sidecars(root, {weights, *found, *nested}, index)
   return tensor_files.TensorFiles(
     weights,
     {
@@ -383,22 +381,24 @@ def _is_torch(weights: pathlib.Path) -> bool:
 
 
 def _read_sidecars(
-  root: pathlib.Path, own: Collection[pathlib.Path]
+  root: pathlib.Path, own: Collection[pathlib.Path], index: Mapping[str, bytes]
 ) -> tuple[dict[str, bytes], tuple[str, ...]]:
   """Reads the files beside the weights.
 
   Args:
     root: the folder of the checkpoint.
     own: the weights files and their index.
+    index: the content of the index by its name, if it is kept.
 
   Returns:
-    The files by their relative paths, and the paths of the files and folders that are
-    no sidecars: other weights and arrays, large files, links that leave the folder,
-    other than regular files, names that cannot be printed, empty folders, and those
-    that `_OTHER_FOLDERS` lists. Hidden folders are left out without a word.
+    The files and the index by their relative paths, and the paths of the files and
+    folders that are no sidecars: other weights and arrays, large files, links that
+    leave the folder, other than regular files, names that cannot be printed, empty
+    folders, and those that `_OTHER_FOLDERS` lists. Hidden folders are left out without
+    a word.
   """
   files: dict[str, bytes] = {}
-  left_out, room = [], _MOST_SIDECARS
+  left_out, room = [], _MOST_SIDECARS - sum(map(len, index.values()))
   for file in _walk(root):
     name = file.relative_to(root).as_posix()
     if file in own or (file.parent == root and name.endswith('.index.json')):
@@ -408,15 +408,15 @@ def _read_sidecars(
     elif (
       file.suffix in _NO_SIDECARS
       or not _is_inside(file, root)
-      or file.stat().st_size > min(_MOST_SIDECAR, room)
+      or file.stat().st_size > room
       or len(files) == _MOST_FILES
       or not schema.is_relative_path(name)
     ):
       left_out.append(name)
     else:
-      files[name] = lazy.content(file, _MOST_SIDECAR)
+      files[name] = lazy.content(file, room)
       room -= len(files[name])
-  return files, tuple(left_out)
+  return files | index, tuple(left_out)
 
 
 def _walk(folder: pathlib.Path, levels: int = _MOST_LEVELS) -> Iterator[pathlib.Path]:
