@@ -694,6 +694,16 @@ class TestDirectory:
     assert files['merges.txt'] == b'a\r\nb'
     assert files['tokenizer.model'] == b'\0\xff'
 
+  def test_what_is_not_kept_is_named(self, tmp_path):
+    shutil.copytree(TESTDATA / 'llama-tiny-dense', tmp_path, dirs_exist_ok=True)
+    (tmp_path / 'corpus.index.json').write_text('{}')
+    (tmp_path / 'retrieval.json').write_text('{"embedding_dimensions": 768}')
+    for name in ('broken.txt', 'broken.safetensors'):
+      (tmp_path / name).symlink_to('nowhere')
+    source = checkpoints.open_checkpoint(tmp_path / 'model.safetensors')
+    found = {*source.files, *source.left_out, 'model.safetensors'}
+    assert found == {file.name for file in tmp_path.iterdir()}
+
   def test_the_state_of_a_trainer_is_left_out(self, tmp_path):
     shutil.copytree(TESTDATA / 'llama-tiny-dense', tmp_path, dirs_exist_ok=True)
     state = ('optimizer.pt', 'rng_state.pth', 'scheduler.pt', 'training_args.bin')

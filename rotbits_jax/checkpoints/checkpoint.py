@@ -108,7 +108,8 @@ def open_checkpoint(path: str | os.PathLike[str]) -> reader_lib.CheckpointReader
   files, left_out = _read_sidecars(weights.parent, {weights, *shards}, index)
   if CONFIG not in files:
     raise errors.UnsupportedError(
-      f'{weights.parent}: there is no {CONFIG} other than a link that leaves the folder'
+      f'{weights.parent}: there is no {CONFIG} other than a link that leaves the folder '
+      'or leads nowhere'
       if CONFIG in left_out
       else f'{weights.parent}: there is no {CONFIG}'
     )
@@ -118,8 +119,8 @@ def open_checkpoint(path: str | os.PathLike[str]) -> reader_lib.CheckpointReader
   if tensors_lib.is_sliced(tensors):
     stem = _slicing_stem(weights, stems)
     slicing_json = _parse(weights.parent, files, f'{stem}.json')
-  for other in stems - {stem}:
-    del files[f'{other}.json']
+  others = [f'{other}.json' for other in sorted(stems - {stem})]  # of other models
+  files = {name: content for name, content in files.items() if name not in others}
   try:
     config = configs.parse_config(config_json, slicing_json)
   except errors.CheckpointError as e:
@@ -131,7 +132,7 @@ def open_checkpoint(path: str | os.PathLike[str]) -> reader_lib.CheckpointReader
     weights=shards,
     files=files,
     stem=stem,
-    left_out=left_out,
+    left_out=(*left_out, *others),
   )
 
 
@@ -392,21 +393,22 @@ def _read_sidecars(
 
   Returns:
     The files and the index by their relative paths, and the paths of the files and
-    folders that are no sidecars: other weights and arrays, large files, links that
-    leave the folder, other than regular files, names that cannot be printed, empty
-    folders, and those that `_OTHER_FOLDERS` lists. Hidden folders are left out without
-    a word.
+    folders that are no sidecars: other weights and arrays, other indices, large files,
+    links that leave the folder or lead nowhere, other than regular files, names that
+    cannot be printed, empty folders, and those that `_OTHER_FOLDERS` lists. Hidden
+    folders are left out without a word.
   """
   files: dict[str, bytes] = {}
   left_out, room = [], _MOST_SIDECARS - sum(map(len, index.values()))
   for file in _walk(root):
     name = file.relative_to(root).as_posix()
-    if file in own or (file.parent == root and name.endswith('.index.json')):
+    if file in own:
       continue
     if file.is_dir():
       left_out.append(f'{name}/')
     elif (
       file.suffix in _NO_SIDECARS
+      or (file.parent == root and name.endswith('.index.json'))
       or not _is_inside(file, root)
       or file.stat().st_size > room
       or len(files) == _MOST_FILES
@@ -426,8 +428,7 @@ def _walk(folder: pathlib.Path, levels: int = _MOST_LEVELS) -> Iterator[pathlib.
   """
   for file in sorted(folder.iterdir()):
     if not file.is_dir():
-      if os.path.exists(file):
-        yield file
+      yield file
     elif not file.name.startswith('.'):
       enters = levels and not _OTHER_FOLDERS.fullmatch(file.name)
       if enters and not file.is_symlink() and any(file.iterdir()):
