@@ -142,8 +142,8 @@ def open_tensors(
   """Opens the weights files of a checkpoint of any family.
 
   Args:
-    path: see `open_checkpoint`; a `config.json` is not needed. The weights may be in
-      sub-folders, too, as safetensors.
+    path: see `open_checkpoint`, but no GGUF file; a `config.json` is not needed. The
+      weights may be in sub-folders, too, as safetensors.
     reason: why the checkpoint is not opened as a model, if there is a reason.
 
   Returns:
@@ -189,11 +189,14 @@ def open_any(
     path: see `open_checkpoint`.
 
   Raises:
+    UnsupportedError: if a GGUF file is not a model of a known family.
     CheckpointError: if a file is missing or damaged.
   """
   try:
     return open_checkpoint(path)
   except errors.UnsupportedError as e:
+    if pathlib.Path(path).suffix == '.gguf':
+      raise
     return open_tensors(path, reason=str(e))
 
 
@@ -270,6 +273,11 @@ def _is_tied(leaves: Mapping[str, Any]) -> bool:
 
 def _find_weights(path: pathlib.Path) -> pathlib.Path:
   if path.is_file():
+    if path.suffix == '.gguf':
+      raise errors.CheckpointError(
+        f'{path}: a GGUF file is read as a model, which comes back as safetensors, and '
+        'not as plain tensors'
+      )
     if path.suffix in ('.bin', '.pt', '.safetensors') or path.name.endswith(
       (indices.SUFFIX, _TORCH_INDEX)
     ):
