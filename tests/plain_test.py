@@ -400,6 +400,9 @@ class CheckpointTest(parameterized.TestCase):
     self.assertEqual(sorted(self.source.glob('old-*')), shards)
     rotbits_jax.decode_to_directory(beside, self.output)
     self.assertFalse((self.output / 'old').exists())
+    rotbits_jax.verify(beside, against=self.source)
+    rotbits_jax.encode_to_file(self.source, self.source / 'single')
+    rotbits_jax.verify(self.source / 'single', against=self.source)
     weights = 'model.safetensors'
     self.assertEqual(
       (self.output / weights).read_bytes(), (self.source / weights).read_bytes()

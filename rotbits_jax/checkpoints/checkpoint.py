@@ -38,6 +38,8 @@ _NO_SIDECARS = frozenset([
   '.onnx_data', '.ot', '.pb', '.pkl', '.pt', '.pth', '.rotbits', '.safetensors',
   '.tflite',
 ])  # fmt: skip
+# How files that this package wrote begin, after the length of the header.
+_ENCODED = b'{"__metadata__":{"format":"rotbits",'
 _MOST_SIDECARS = 1 << 28  # bytes of all together, as many as an encoded file may have
 _MOST_FILES = 1 << 12
 _MOST_LEVELS = 7  # of sub-folders
@@ -423,9 +425,11 @@ def _read_sidecars(
       or not schema.is_relative_path(name)
     ):
       left_out.append(name)
+    elif (content := lazy.content(file, room)).startswith(_ENCODED, 8):
+      left_out.append(name)
     else:
-      files[name] = lazy.content(file, room)
-      room -= len(files[name])
+      files[name] = content
+      room -= len(content)
   return files | index, tuple(left_out)
 
 
