@@ -515,8 +515,12 @@ class CheckpointTest(parameterized.TestCase):
     rotbits_jax.encode_to_file(self.source, self.file)
     with self.assertRaisesRegex(rotbits_jax.ContainerError, 'known family'):
       rotbits_jax.decode_checkpoint(self.file)
-    with self.assertRaisesRegex(ValueError, 'come back in the files'):
-      rotbits_jax.decode_to_directory(self.file, self.output, format='slicegpt')
+    for option in ({'format': 'slicegpt'}, {'dtype': 'float16'}, {'shard_size': 1 << 20}):
+      with (
+        self.subTest(**option),
+        self.assertRaisesRegex(ValueError, 'come back in the files'),
+      ):
+        rotbits_jax.decode_to_directory(self.file, self.output, **option)
 
 
 if __name__ == '__main__':
