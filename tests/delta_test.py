@@ -161,10 +161,10 @@ def test_two_processes(tmp_path, capsys):
   assert done.returncode == 0, done.stderr
   assert 'step 4' in done.stdout
   assert 'the sampler has the weights of step 4' in done.stdout
-  # Another sampler begins from the first anchor, lacks a delta, and waits for an anchor.
+  # Another sampler begins from the first anchor, lacks a delta, and waits.
   (tmp_path / 'delta-2.rotbits').unlink()
   anchor = tmp_path / 'anchor-3.rotbits'
   later = anchor.rename(tmp_path / 'later')
-  with mock.patch('time.sleep', lambda _: later.rename(anchor)):
+  with mock.patch('time.sleep', side_effect=lambda _: later.rename(anchor)):
     runpy.run_path(str(path))['sample'](tmp_path, 4)
   assert 'the sampler has the weights of step 4' in capsys.readouterr().out

@@ -306,7 +306,6 @@ class TestTokenizer:
       evaluation.encode_text(files, text), tokenizer.encode(text).ids
     )
 
-
   def test_others_are_named_and_not_kept(self, tied, tmp_path, subtests):
     tensors = gguf_tensors(hugging_face_tensors(tied=True))
     for key, value in (('model', 'llama'), ('pre', 'llama-bpe')):

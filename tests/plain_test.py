@@ -515,7 +515,11 @@ class CheckpointTest(parameterized.TestCase):
     rotbits_jax.encode_to_file(self.source, self.file)
     with self.assertRaisesRegex(rotbits_jax.ContainerError, 'known family'):
       rotbits_jax.decode_checkpoint(self.file)
-    for option in ({'format': 'slicegpt'}, {'dtype': 'float16'}, {'shard_size': 1 << 20}):
+    for option in (
+      {'format': 'slicegpt'},
+      {'dtype': 'float16'},
+      {'shard_size': 1 << 20},
+    ):
       with (
         self.subTest(**option),
         self.assertRaisesRegex(ValueError, 'come back in the files'),

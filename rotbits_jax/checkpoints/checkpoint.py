@@ -110,8 +110,8 @@ def open_checkpoint(path: str | os.PathLike[str]) -> reader_lib.CheckpointReader
   files, left_out = _read_sidecars(weights.parent, {weights, *shards}, index)
   if CONFIG not in files:
     raise errors.UnsupportedError(
-      f'{weights.parent}: there is no {CONFIG} other than a link that leaves the folder '
-      'or leads nowhere'
+      f'{weights.parent}: there is no {CONFIG} other than a link that leaves the '
+      'folder or leads nowhere'
       if CONFIG in left_out
       else f'{weights.parent}: there is no {CONFIG}'
     )
@@ -392,7 +392,7 @@ def _is_torch(weights: pathlib.Path) -> bool:
 
 
 def _read_sidecars(
-  root: pathlib.Path, own: Collection[pathlib.Path], index: Mapping[str, bytes]
+  root: pathlib.Path, own: Collection[pathlib.Path], index: dict[str, bytes]
 ) -> tuple[dict[str, bytes], tuple[str, ...]]:
   """Reads the files beside the weights.
 
@@ -423,9 +423,8 @@ def _read_sidecars(
       or file.stat().st_size > room
       or len(files) == _MOST_FILES
       or not schema.is_relative_path(name)
+      or (content := lazy.content(file, room)).startswith(_ENCODED, 8)
     ):
-      left_out.append(name)
-    elif (content := lazy.content(file, room)).startswith(_ENCODED, 8):
       left_out.append(name)
     else:
       files[name] = content
