@@ -5,8 +5,8 @@
 After each step the trainer writes what changed since the step before, and sometimes all
 weights: an anchor, from which a sampler begins that came late or lost a step. The files
 of a folder stand for any channel: a queue, a bucket, a broadcast. Each delta carries
-checksums of the weights that it needs, so that a sampler which missed a step is told so
-and takes the next anchor.
+checksums of the weights that it needs, so that it is applied to no others. A sampler
+that misses a step takes the next anchor.
 """
 
 import argparse
@@ -65,16 +65,17 @@ def train(folder, steps, anchor_every):
 
 
 def sample(folder, steps):
-  weights, number = None, 0
+  weights, number = None, -1
   x = jax.random.normal(jax.random.key(2), (4, 256), jnp.bfloat16)
-  while weights is None or number < steps:
+  while number < steps:
     delta = folder / f'delta-{number + 1}.rotbits'
-    if weights is not None and delta.exists():
+    anchors = [int(x.stem.split('-')[1]) for x in folder.glob('anchor-*.rotbits')]
+    if delta.exists():
       # The old arrays are deleted, each when its successor is there.
       weights = rotbits_jax.apply(delta.read_bytes(), weights, donate=True)
       number += 1
-    elif weights is None and (anchors := list(folder.glob('anchor-*.rotbits'))):
-      number = max(int(path.stem.split('-')[1]) for path in anchors)
+    elif max(anchors, default=-1) > number:
+      number = max(anchors)
       weights = rotbits_jax.load(folder / f'anchor-{number}.rotbits')
     else:
       time.sleep(0.05)

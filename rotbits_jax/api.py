@@ -338,7 +338,7 @@ def decode_to_directory(
     directory: the directory for the checkpoint.
     base: see `decode`.
     format: see `checkpoints.save_checkpoint`. Plain tensors come back in the files that
-      they were encoded from.
+      they were encoded from: they take no format, shard_size or dtype.
     shard_size: greatest size of the tensors in a weights file, in bytes; None for one
       file.
     dtype: dtype for all floating-point elements, rounded to nearest. By default they
@@ -348,7 +348,7 @@ def decode_to_directory(
 
   Raises:
     ContainerError: as for `decode_checkpoint`.
-    ValueError: if the format does not suit the model.
+    ValueError: if the format, shard_size or dtype does not suit the model.
     OSError: if a path cannot be read or written, or a file must not be replaced.
   """
   with file.Reader(source, base=base) as reader:

@@ -1,10 +1,12 @@
 """Tests of the conversion between models and files, configs and tensors."""
 
 import dataclasses
+import importlib
 import json
 import os
 import pathlib
 import shutil
+from unittest import mock
 
 import chex
 import jax
@@ -21,6 +23,7 @@ from rotbits_jax import models
 from rotbits_jax import structured
 from rotbits_jax.checkpoints import CheckpointError
 from rotbits_jax.checkpoints import UnsupportedError
+from rotbits_jax.file import manifest
 
 TESTDATA = pathlib.Path(__file__).parent / 'testdata'
 FIXTURES = sorted(path.parent.name for path in TESTDATA.glob('*/config.json'))
@@ -691,6 +694,16 @@ class TestDirectory:
     assert files['merges.txt'] == b'a\r\nb'
     assert files['tokenizer.model'] == b'\0\xff'
 
+  def test_what_is_not_kept_is_named(self, tmp_path):
+    shutil.copytree(TESTDATA / 'llama-tiny-dense', tmp_path, dirs_exist_ok=True)
+    (tmp_path / 'corpus.index.json').write_text('{}')
+    (tmp_path / 'retrieval.json').write_text('{"embedding_dimensions": 768}')
+    for name in ('broken.txt', 'broken.safetensors'):
+      (tmp_path / name).symlink_to('nowhere')
+    source = checkpoints.open_checkpoint(tmp_path / 'model.safetensors')
+    found = {*source.files, *source.left_out, 'model.safetensors'}
+    assert found == {file.name for file in tmp_path.iterdir()}
+
   def test_the_state_of_a_trainer_is_left_out(self, tmp_path):
     shutil.copytree(TESTDATA / 'llama-tiny-dense', tmp_path, dirs_exist_ok=True)
     state = ('optimizer.pt', 'rng_state.pth', 'scheduler.pt', 'training_args.bin')
@@ -758,15 +771,30 @@ class TestDirectory:
         checkpoints.open_tensors(tmp_path / 'y')
       shutil.rmtree(tmp_path / 'y')
 
-  def test_sidecars_have_a_greatest_size_together(self, tmp_path, monkeypatch):
+  def test_sidecars_have_a_greatest_size_together(self, tmp_path):
     shutil.copytree(TESTDATA / 'llama-tiny-dense', tmp_path, dirs_exist_ok=True)
     for name in ('a.txt', 'b.txt', 'c.txt'):
       (tmp_path / name).write_bytes(bytes(600))
-    monkeypatch.setattr('rotbits_jax.checkpoints.checkpoint._MOST_SIDECARS', 1500)
-    source = checkpoints.open_tensors(tmp_path)
+    module = 'rotbits_jax.checkpoints.checkpoint'
+    assert importlib.import_module(module)._MOST_SIDECARS == manifest.MOST_FILES
+    with mock.patch(f'{module}._MOST_SIDECARS', 1500):
+      source = checkpoints.open_tensors(tmp_path)
     assert sum(map(len, source.files.values())) <= 1500
     assert {'a.txt', 'b.txt'} <= source.files.keys()
     assert 'c.txt' in source.left_out
+    # An index takes of the same room.
+    names = safetensors.numpy.load_file(tmp_path / 'model.safetensors')
+    index = tmp_path / 'model.safetensors.index.json'
+    index.write_text(
+      json.dumps({'weight_map': dict.fromkeys(names, 'model.safetensors')})
+    )
+    for opened in (checkpoints.open_checkpoint, checkpoints.open_tensors):
+      most = sum(map(len, opened(index).files.values()))
+      with mock.patch(f'{module}._MOST_SIDECARS', most):
+        assert sum(map(len, opened(index).files.values())) == most
+      with mock.patch(f'{module}._MOST_SIDECARS', most - 1):
+        assert index.name in opened(index).files
+        assert sum(map(len, opened(index).files.values())) < most
 
   def test_json_has_a_greatest_size(self, tmp_path):
     shutil.copytree(TESTDATA / 'llama-tiny-dense', tmp_path, dirs_exist_ok=True)

@@ -2,8 +2,10 @@
 
 import os
 import pathlib
+import runpy
 import subprocess
 import sys
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -151,7 +153,7 @@ def test_a_sampler_follows_a_training():
   assert sizes[-1] < len(rotbits_jax.encode(trained))
 
 
-def test_two_processes(tmp_path):
+def test_two_processes(tmp_path, capsys):
   path = ROOT / 'examples' / 'weight_sync.py'
   run = [sys.executable, str(path), str(tmp_path), '--steps=4', '--anchor_every=3']
   env = os.environ | {'PYTHONPATH': str(ROOT)}
@@ -159,3 +161,10 @@ def test_two_processes(tmp_path):
   assert done.returncode == 0, done.stderr
   assert 'step 4' in done.stdout
   assert 'the sampler has the weights of step 4' in done.stdout
+  # Another sampler begins from the first anchor, lacks a delta, and waits.
+  (tmp_path / 'delta-2.rotbits').unlink()
+  anchor = tmp_path / 'anchor-3.rotbits'
+  later = anchor.rename(tmp_path / 'later')
+  with mock.patch('time.sleep', side_effect=lambda _: later.rename(anchor)):
+    runpy.run_path(str(path))['sample'](tmp_path, 4)
+  assert 'the sampler has the weights of step 4' in capsys.readouterr().out

@@ -303,6 +303,7 @@ class TestCommand:
       (['--prompt=w1', '--max_tokens=100000'], 'positions, got 1 tokens'),
       (['--prompt=w1', '--temperature=-1'], 'temperature'),
       (['--prompt=w1', '--top_k=0'], 'top_k must be from 1 to 69'),
+      (['--prompt=w1', f'--seed={1 << 64}'], '--seed'),
       ([], 'prompt'),
     ):
       with subtests.test(arguments=arguments):

@@ -5,6 +5,7 @@ import pathlib
 import sys
 from unittest import mock
 
+import chex
 import jax
 import ml_dtypes
 import numpy as np
@@ -17,6 +18,7 @@ from rotbits_jax import evaluation
 from rotbits_jax import models
 from rotbits_jax import structured
 from rotbits_jax.checkpoints import CheckpointError
+from rotbits_jax.checkpoints import UnsupportedError
 from rotbits_jax.checkpoints import gguf_blocks
 from rotbits_jax.checkpoints import gguf_files
 
@@ -304,8 +306,30 @@ class TestTokenizer:
       evaluation.encode_text(files, text), tokenizer.encode(text).ids
     )
 
+  def test_others_are_named_and_not_kept(self, tied, tmp_path, subtests):
+    tensors = gguf_tensors(hugging_face_tensors(tied=True))
+    for key, value in (('model', 'llama'), ('pre', 'llama-bpe')):
+      with subtests.test(key=key):
+        path = write(tmp_path / 'model.gguf', tensors, tokenizer={key: value})
+        source = checkpoints.open_any(path)
+        reason = f"the tokenizer, because tokenizer.ggml.{key} is '{value}'"
+        assert source.left_out == (reason,)
+        whole = checkpoints.open_any(tied)
+        assert not whole.left_out
+        assert source.files == {'config.json': whole.files['config.json']}
+        chex.assert_trees_all_equal(source.layer(1), whole.layer(1))
+
 
 class TestRefused:
+  def test_the_reason_is_not_hidden(self, tied, tmp_path):
+    tensors = gguf_tensors(hugging_face_tensors(tied=True))
+    del tensors['blk.1.ffn_up.weight']
+    path = write(tmp_path / 'part.gguf', tensors)
+    with pytest.raises(UnsupportedError, match=r'part\.gguf: .*missing: model\.layers'):
+      checkpoints.open_any(path)
+    with pytest.raises(CheckpointError, match=r'tied\.gguf: a GGUF file is read as'):
+      checkpoints.open_tensors(tied)
+
   def test_what_would_be_read_wrongly(self, tmp_path, subtests):
     for arguments, match in (
       ({'architecture': 'qwen2'}, "general.architecture is 'qwen2'; supported: llama"),
@@ -313,8 +337,6 @@ class TestRefused:
       ({'settings': {'llama.rope.scaling.type': 'yarn'}}, 'rope.scaling.type is'),
       ({'settings': {'llama.rope.dimension_count': 4}}, 'rope.dimension_count is 4'),
       ({'settings': {'llama.block_count': 3}}, r'missing: model\.layers\.2'),
-      ({'tokenizer': {'model': 'llama'}}, "tokenizer.ggml.model is 'llama'"),
-      ({'tokenizer': {'pre': 'llama-bpe'}}, "tokenizer.ggml.pre is 'llama-bpe'"),
       ({'fields': {'tokens': 7}}, 'tokens is 7; supported: a list of strings'),
       ({'fields': {'tokens': [1, 2]}}, r'tokens is \[1, 2\]; supported'),
       ({'fields': {'token_type': 7}}, 'token_type is 7; supported: a list of integers'),

@@ -416,6 +416,9 @@ class CheckpointTest(parameterized.TestCase):
     self.assertEqual(sorted(self.source.glob('old-*')), shards)
     rotbits_jax.decode_to_directory(beside, self.output)
     self.assertFalse((self.output / 'old').exists())
+    rotbits_jax.verify(beside, against=self.source)
+    rotbits_jax.encode_to_file(self.source, self.source / 'single')
+    rotbits_jax.verify(self.source / 'single', against=self.source)
     weights = 'model.safetensors'
     self.assertEqual(
       (self.output / weights).read_bytes(), (self.source / weights).read_bytes()
@@ -528,8 +531,16 @@ class CheckpointTest(parameterized.TestCase):
     rotbits_jax.encode_to_file(self.source, self.file)
     with self.assertRaisesRegex(rotbits_jax.ContainerError, 'known family'):
       rotbits_jax.decode_checkpoint(self.file)
-    with self.assertRaisesRegex(ValueError, 'come back in the files'):
-      rotbits_jax.decode_to_directory(self.file, self.output, format='slicegpt')
+    for option in (
+      {'format': 'slicegpt'},
+      {'dtype': 'float16'},
+      {'shard_size': 1 << 20},
+    ):
+      with (
+        self.subTest(**option),
+        self.assertRaisesRegex(ValueError, 'come back in the files'),
+      ):
+        rotbits_jax.decode_to_directory(self.file, self.output, **option)
 
 
 if __name__ == '__main__':

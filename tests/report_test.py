@@ -114,6 +114,14 @@ def test_first_line_says_what_comes_back(encoded, tmp_path, rotbits):
   assert 'The same function comes back, up to rounding, in other weights.' in page
 
 
+def test_a_sliced_model_beside_its_dense_one_needs_no_base():
+  data = ROOT / 'tests' / 'testdata'
+  sliced = rotbits_jax.open_checkpoint(data / 'llama-tiny-sliced-head-0.25')
+  for preset in ('exact', 'free'):
+    file = rotbits_jax.encode(sliced, base=data / 'llama-tiny-dense', preset=preset)
+    assert 'base=BASE' in report.report_page(file)
+
+
 def test_escapes_what_a_stranger_wrote():
   data = rotbits_jax.encode({'<script>': {'a': np.ones(3)}}, preset='exact')
   assert '<script>' not in report.report_page(data)

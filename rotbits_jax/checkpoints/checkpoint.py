@@ -38,8 +38,9 @@ _NO_SIDECARS = frozenset([
   '.onnx_data', '.ot', '.pb', '.pkl', '.pt', '.pth', '.rotbits', '.safetensors',
   '.tflite',
 ])  # fmt: skip
-_MOST_SIDECAR = 1 << 28  # bytes; tokenizers have up to 40 MB
-_MOST_SIDECARS = 1 << 30  # bytes of all together
+# How files that this package wrote begin, after the length of the header.
+_ENCODED = b'{"__metadata__":{"format":"rotbits",'
+_MOST_SIDECARS = 1 << 28  # bytes of all together, as many as an encoded file may have
 _MOST_FILES = 1 << 12
 _MOST_LEVELS = 7  # of sub-folders
 # Sub-folders with the model in other formats, and with the leavings of a training.
@@ -104,12 +105,13 @@ def open_checkpoint(path: str | os.PathLike[str]) -> reader_lib.CheckpointReader
   else:
     tensors = open_file(weights)
 
-  files, left_out = _read_sidecars(weights.parent, {weights, *shards})
-  if weights.name == indices.INDEX:
-    files[weights.name] = content  # the writer divides the tensors in the same way
+  # The writer divides the tensors as the index does.
+  index = {weights.name: content} if weights.name == indices.INDEX else {}
+  files, left_out = _read_sidecars(weights.parent, {weights, *shards}, index)
   if CONFIG not in files:
     raise errors.UnsupportedError(
-      f'{weights.parent}: there is no {CONFIG} other than a link that leaves the folder'
+      f'{weights.parent}: there is no {CONFIG} other than a link that leaves the '
+      'folder or leads nowhere'
       if CONFIG in left_out
       else f'{weights.parent}: there is no {CONFIG}'
     )
@@ -119,8 +121,8 @@ def open_checkpoint(path: str | os.PathLike[str]) -> reader_lib.CheckpointReader
   if tensors_lib.is_sliced(tensors):
     stem = _slicing_stem(weights, stems)
     slicing_json = _parse(weights.parent, files, f'{stem}.json')
-  for other in stems - {stem}:
-    del files[f'{other}.json']
+  others = [f'{other}.json' for other in sorted(stems - {stem})]  # of other models
+  files = {name: content for name, content in files.items() if name not in others}
   try:
     config = configs.parse_config(config_json, slicing_json)
   except errors.CheckpointError as e:
@@ -132,7 +134,7 @@ def open_checkpoint(path: str | os.PathLike[str]) -> reader_lib.CheckpointReader
     weights=shards,
     files=files,
     stem=stem,
-    left_out=left_out,
+    left_out=(*left_out, *others),
   )
 
 
@@ -142,8 +144,8 @@ def open_tensors(
   """Opens the weights files of a checkpoint of any family.
 
   Args:
-    path: see `open_checkpoint`; a `config.json` is not needed. The weights may be in
-      sub-folders, too, as safetensors.
+    path: see `open_checkpoint`, but no GGUF file; a `config.json` is not needed. The
+      weights may be in sub-folders, too, as safetensors.
     reason: why the checkpoint is not opened as a model, if there is a reason.
 
   Returns:
@@ -154,18 +156,17 @@ def open_tensors(
   """
   given = pathlib.Path(path)
   root = given if given.is_dir() else given.parent
-  nested, found, content = _nested_weights(root), [], b''
+  nested, found = _nested_weights(root), []
+  index: dict[str, bytes] = {}
   if _is_divided(given):
     weights = nested[0]
   else:
     weights = _find_weights(given)
     found = [weights]
   if weights.suffix == '.json':
-    content = indices.read(weights)
-    found = list(_shards(weights, content))
-  files, left_out = _read_sidecars(root, {weights, *found, *nested})
-  if weights.suffix == '.json':
-    files[weights.name] = content
+    index = {weights.name: indices.read(weights)}
+    found = list(_shards(weights, index[weights.name]))
+  files, left_out = _read_sidecars(root, {weights, *found, *nested}, index)
   return tensor_files.TensorFiles(
     weights,
     {
@@ -190,11 +191,14 @@ def open_any(
     path: see `open_checkpoint`.
 
   Raises:
+    UnsupportedError: if a GGUF file is not a model of a known family.
     CheckpointError: if a file is missing or damaged.
   """
   try:
     return open_checkpoint(path)
   except errors.UnsupportedError as e:
+    if pathlib.Path(path).suffix == '.gguf':
+      raise
     return open_tensors(path, reason=str(e))
 
 
@@ -271,6 +275,11 @@ def _is_tied(leaves: Mapping[str, Any]) -> bool:
 
 def _find_weights(path: pathlib.Path) -> pathlib.Path:
   if path.is_file():
+    if path.suffix == '.gguf':
+      raise errors.CheckpointError(
+        f'{path}: a GGUF file is read as a model, which comes back as safetensors, and '
+        'not as plain tensors'
+      )
     if path.suffix in ('.bin', '.pt', '.safetensors') or path.name.endswith(
       (indices.SUFFIX, _TORCH_INDEX)
     ):
@@ -383,40 +392,44 @@ def _is_torch(weights: pathlib.Path) -> bool:
 
 
 def _read_sidecars(
-  root: pathlib.Path, own: Collection[pathlib.Path]
+  root: pathlib.Path, own: Collection[pathlib.Path], index: dict[str, bytes]
 ) -> tuple[dict[str, bytes], tuple[str, ...]]:
   """Reads the files beside the weights.
 
   Args:
     root: the folder of the checkpoint.
     own: the weights files and their index.
+    index: the content of the index by its name, if it is kept.
 
   Returns:
-    The files by their relative paths, and the paths of the files and folders that are
-    no sidecars: other weights and arrays, large files, links that leave the folder,
-    other than regular files, names that cannot be printed, empty folders, and those
-    that `_OTHER_FOLDERS` lists. Hidden folders are left out without a word.
+    The files and the index by their relative paths, and the paths of the files and
+    folders that are no sidecars: other weights and arrays, other indices, large files,
+    links that leave the folder or lead nowhere, other than regular files, names that
+    cannot be printed, empty folders, and those that `_OTHER_FOLDERS` lists. Hidden
+    folders are left out without a word.
   """
   files: dict[str, bytes] = {}
-  left_out, room = [], _MOST_SIDECARS
+  left_out, room = [], _MOST_SIDECARS - sum(map(len, index.values()))
   for file in _walk(root):
     name = file.relative_to(root).as_posix()
-    if file in own or (file.parent == root and name.endswith('.index.json')):
+    if file in own:
       continue
     if file.is_dir():
       left_out.append(f'{name}/')
     elif (
       file.suffix in _NO_SIDECARS
+      or (file.parent == root and name.endswith('.index.json'))
       or not _is_inside(file, root)
-      or file.stat().st_size > min(_MOST_SIDECAR, room)
+      or file.stat().st_size > room
       or len(files) == _MOST_FILES
       or not schema.is_relative_path(name)
+      or (content := lazy.content(file, room)).startswith(_ENCODED, 8)
     ):
       left_out.append(name)
     else:
-      files[name] = lazy.content(file, _MOST_SIDECAR)
-      room -= len(files[name])
-  return files, tuple(left_out)
+      files[name] = content
+      room -= len(content)
+  return files | index, tuple(left_out)
 
 
 def _walk(folder: pathlib.Path, levels: int = _MOST_LEVELS) -> Iterator[pathlib.Path]:
@@ -426,8 +439,7 @@ def _walk(folder: pathlib.Path, levels: int = _MOST_LEVELS) -> Iterator[pathlib.
   """
   for file in sorted(folder.iterdir()):
     if not file.is_dir():
-      if os.path.exists(file):
-        yield file
+      yield file
     elif not file.name.startswith('.'):
       enters = levels and not _OTHER_FOLDERS.fullmatch(file.name)
       if enters and not file.is_symlink() and any(file.iterdir()):

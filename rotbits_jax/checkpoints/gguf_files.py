@@ -56,6 +56,8 @@ _PLAIN = {
   for number, dtype in ((0, np.float32), (1, np.float16), (30, ml_dtypes.bfloat16))
 }
 _TYPES = {str: 'strings', int: 'integers'}
+# The tokenizers of which files are made.
+_TOKENIZER = {'tokenizer.ggml.model': 'gpt2', 'tokenizer.ggml.pre': 'smollm'}
 _CONTROL, _USER_DEFINED = 3, 4  # types of tokens that are neither split nor merged
 
 
@@ -89,18 +91,20 @@ def open_gguf(
 
   Returns:
     The checkpoint. Quantised tensors are `structured.Quantized` leaves, except those of
-    the IQ types, which are arrays.
+    the IQ types, which are arrays. Files beside it are not read.
   """
   path = pathlib.Path(path)
   file = lazy.opened(path)
   try:
     metadata, stored = gguf_header.read(file)
     config_json = _config_json(metadata, tied='output.weight' not in stored)
-    sidecars = {
-      CONFIG: _to_json(config_json),
-      'tokenizer.json': _to_json(_tokenizer_json(metadata)),
-      'tokenizer_config.json': _to_json(_tokenizer_config(metadata)),
-    }
+    sidecars = {CONFIG: _to_json(config_json)}
+    unknown = _unknown_tokenizer(metadata)
+    if not unknown:
+      sidecars |= {
+        'tokenizer.json': _to_json(_tokenizer_json(metadata)),
+        'tokenizer_config.json': _to_json(_tokenizer_config(metadata)),
+      }
     config = configs.parse_config(config_json)
     tensors = {}
     for name, tensor in stored.items():
@@ -109,7 +113,9 @@ def open_gguf(
       tensors[key] = _tensor(name, tensor, file, heads, np.dtype(dtype))
   except errors.CheckpointError as error:
     raise errors.CheckpointError(f'{path}: {error}') from error
-  return reader_lib.CheckpointReader(tensors, config, path=path, files=sidecars)
+  return reader_lib.CheckpointReader(
+    tensors, config, path=path, files=sidecars, left_out=unknown
+  )
 
 
 def read_gguf(
@@ -128,12 +134,12 @@ def read_gguf(
 
   Returns:
     The dense model. Its sidecar files are the `config.json`, the `tokenizer.json` and
-    the `tokenizer_config.json` of a Hugging Face checkpoint of the same model.
+    the `tokenizer_config.json` of a Hugging Face checkpoint of the same model; of
+    tokenizers other than SmolLM's there are no files.
 
   Raises:
-    CheckpointError: if the file is damaged, if the model is not a Llama with a known
-      type of tokenizer, or if it has weights of an IQ type and the package gguf is not
-      installed.
+    CheckpointError: if the file is damaged, if the model is not a Llama, or if it has
+      weights of an IQ type and the package gguf is not installed.
   """
   return open_gguf(path, dtype=dtype).load()
 
@@ -186,17 +192,19 @@ def _config_json(metadata: dict[str, Any], tied: bool) -> dict[str, Any]:
   return config_json
 
 
+def _unknown_tokenizer(metadata: dict[str, Any]) -> tuple[str, ...]:
+  """Returns the name of a tokenizer of which no files can be made; () for others."""
+  for key, known in _TOKENIZER.items():
+    if (value := metadata.get(key)) != known:
+      return (f'the tokenizer, because {key} is {errors.cut(repr(value))}',)
+  return ()
+
+
 def _tokenizer_json(metadata: dict[str, Any]) -> dict[str, Any]:
   """Makes the `tokenizer.json` of a byte-level BPE tokenizer.
 
   It is the file format of the package tokenizers.
   """
-  for key, known in (('model', 'gpt2'), ('pre', 'smollm')):
-    value = metadata.get(f'tokenizer.ggml.{key}')
-    if value != known:
-      raise errors.CheckpointError(
-        f'tokenizer.ggml.{key} is {errors.cut(repr(value))}; supported: {known}'
-      )
   tokens, types = _tokens(metadata), _entries(metadata, 'token_type', int)
   byte_level = {'type': 'ByteLevel', 'add_prefix_space': False, 'trim_offsets': True}
   return {

@@ -41,7 +41,8 @@ class CheckpointReader:
       weights, by name.
     stem: file name, without suffix, that SliceGPT gave to the weights and the slicing
       JSON; None if the model is dense.
-    left_out: names of files and folders beside the weights that are not kept.
+    left_out: names of files and folders beside the weights that are not kept, and the
+      tokenizer of a GGUF file if it is not.
     elements: how many elements all tensors have.
     nbytes: how many bytes all tensors have.
   """

@@ -15,7 +15,8 @@ time, and what comes back. `rotbits inspect` shows what is in the file, and
 `rotbits estimate` says beforehand what each preset would give.
 
 DIR is a checkpoint of Hugging Face (safetensors or pytorch_model.bin, sharded or not)
-or of Microsoft's SliceGPT, or the path of a GGUF file. The presets:
+or of Microsoft's SliceGPT, or the path of a GGUF file, which is taken alone: not the
+files beside it, and of its tokenizer only SmolLM's. The presets:
 
   exact  keeps every bit. The default for dense checkpoints. Checkpoints of unknown
          families are stored as plain tensors, and decode to the same files.
@@ -99,7 +100,8 @@ JSON:
                     of its path, shape, dtype and CRC-32
   notes             with --verbose: for each transform, a list of objects
   given_bytes       bytes of the weights files of the input; null if unknown
-  left_out          list of the files and folders beside the weights that are not kept
+  left_out          list of what is not kept: files and folders beside the weights, and
+                    a GGUF file's tokenizer
   plain_because     why the checkpoint is stored as plain tensors, or null
   curve             list of objects: step, kl; the points of --max_kl, or null
 """

@@ -43,7 +43,14 @@ _TEMPERATURE = FLAGS.add(
   lower_bound=0.0,
 )
 _TOP_K = FLAGS.add('top_k', 'Draw from this many of the most likely tokens.', int)
-_SEED = FLAGS.add('seed', 'The seed of the random draws.', int, 0)
+_SEED = FLAGS.add(
+  'seed',
+  'The seed of the random draws.',
+  int,
+  0,
+  lower_bound=0,
+  upper_bound=(1 << 32) - 1,  # JAX takes no more bits
+)
 
 
 def stream_text(

@@ -27,10 +27,10 @@ def write(
 ) -> None:
   """Writes a checkpoint, see `api.decode_to_directory`."""
   if reader.weights_files:
-    if format != 'safetensors' or dtype is not None:
+    if (format, shard_size, dtype) != ('safetensors', None, None):
       raise ValueError(
         'plain tensors come back in the files and dtypes that they were encoded from: '
-        'leave out format and dtype'
+        'leave out format, shard_size and dtype'
       )
     _write_tensors(reader, directory, overwrite=overwrite, progress=progress)
     return

@@ -147,7 +147,8 @@ def _some_records(reader: file.Reader) -> dict[str, dict[str, Any]]:
     wanted |= {like[round(place)] for place in places}
   if reader.config is None:
     wanted = {*names[:_LAYERS]}
-  wanted = {x for x in wanted if not any(y.base for y in reader.records[x].leaves)}
+  needs_base = lambda x: any(y.base_arrays for y in reader.records[x].leaves)
+  wanted = {x for x in wanted if not needs_base(x)}
   return {x: structured.flatten(reader.record(x)) for x in names if x in wanted}
 
 
