@@ -105,6 +105,15 @@ class RoundTest(parameterized.TestCase):
       differ = bool(np.any(np.asarray(plain) != np.asarray(fed_back)))
       self.assertEqual(differ, uniform)
 
+  def test_outliers_of_more_steps_than_integers_have_are_kept(self):
+    kernel = np.float32(0.02 * np.random.default_rng(7).standard_normal((64, 64)))
+    kernel[3, 4], kernel[5, 6] = -3e6, 3e6
+    inputs = rounding.Inputs(np.eye(64, dtype=np.float32), 0, np.ones(64, np.float32))
+    rule = passes.to_steps(-12.0, inputs={'a': inputs})
+    context = passes.Context(None, {}, np.dtype(np.float32))
+    found, *_ = rounding.apply(rule, {'a': jnp.asarray(kernel)}, context)
+    np.testing.assert_allclose(found['a'], kernel, rtol=1e-6, atol=1e-5)
+
   def test_vectors_are_rounded_to_the_nearest_number(self):
     values = _normal((500,))
     rounded, effect = _round(jnp.asarray(values), np.float16, -4.0)

@@ -196,7 +196,7 @@ def apply(
 
 
 def _in_files(leaf: structured.UniformlyQuantized) -> Any:
-  """Returns a leaf with int32 integers as in files; its array if it does not fit."""
+  """Returns a leaf with float32 integers as in files; its array if it does not fit."""
   if np.abs(leaf.integers).max(initial=0) < 1 << 15:
     narrow = dataclasses.replace(leaf, integers=leaf.integers.astype(np.int16))
     with contextlib.suppress(ValueError):
@@ -293,7 +293,7 @@ def _round_lines(
   step = steps.quarter_step(size.rms, log2_step)
   found = steps.with_lines(array, step, moments, outputs, axis=axis)
   leaf = structured.UniformlyQuantized(
-    found.integers.astype(jnp.int32),
+    found.integers,  # float32, because an outlier may have more than 2^31 steps
     step,
     'float32',
     found.row_exponents,
