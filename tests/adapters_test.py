@@ -160,6 +160,8 @@ class AdaptersTest(parameterized.TestCase):
       rotbits_jax.encode(model, preset='free', adapters=[self.folder])
     with self.assertRaisesRegex(ValueError, "'exact' carries no adapter"):
       rotbits_jax.encode(model, preset='exact', adapters=[given])
+    with self.assertRaisesRegex(ValueError, 'beside a base'):
+      rotbits_jax.encode(model, preset='free', adapters=[given], base=model)
     with self.assertRaisesRegex(ValueError, "folders of the name 'lora'"):
       rotbits_jax.encode(model, preset='free', adapters=[given, given])
 
