@@ -70,12 +70,14 @@ class Context(NamedTuple):
       path.
     dtype: the dtype to which most numbers are rounded.
     mesh: devices along one axis, 'layers', that share the layers; None for one device.
+    limits: the dtypes that must hold the numbers, by path; None for `dtypes`.
   """
 
   source: ModelSource
   dtypes: Mapping[str, np.dtype]
   dtype: np.dtype
   mesh: jax.sharding.Mesh | None = None
+  limits: Mapping[str, np.dtype] | None = None
 
   @property
   def config(self) -> models.ModelConfig:
@@ -92,16 +94,19 @@ class Context(NamedTuple):
     return max(float(jnp.finfo(self.dtype).eps) / 2, least)
 
   def widened(self) -> 'Context':
-    """Returns the context with which numbers stay float32 at the end."""
+    """Returns the context with which numbers stay float32 at the end.
+
+    The transforms see the same limits, so that they do the same.
+    """
     wide = {
       path: np.dtype(np.float32) if jnp.issubdtype(dtype, jnp.floating) else dtype
       for path, dtype in self.dtypes.items()
     }
-    return self._replace(dtypes=wide)
+    return self._replace(dtypes=wide, limits=self.limits or self.dtypes)
 
   def limit(self, path: str) -> float:
-    """Returns the greatest finite number of the dtype of a parameter."""
-    return float(jnp.finfo(self.dtypes[path]).max)
+    """Returns the greatest finite number of the dtype that must hold a parameter."""
+    return float(jnp.finfo((self.limits or self.dtypes)[path]).max)
 
   def map_layers(
     self, core: devices.Core, arguments: Sequence[tuple[Any, ...]], **static: Any
