@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from fuzz import seeds
 import rotbits_jax
 from rotbits_jax import checkpoints
 from rotbits_jax import evaluation
@@ -279,7 +280,11 @@ class SearchTest(parameterized.TestCase):
     config = random_models.BASE | {'num_hidden_layers': 1}
     large = random_models.random_model(config, np.float16)
     large.params['embed']['tokens'][3, 0] = 65504  # no rotation is possible
-    for name, model, tolerance in (('large', large, 0.7), ('coarse', _load().model, 9)):
+    for name, model, tolerance in (
+      ('large', large, 0.7),
+      ('coarse', _load().model, 9),
+      ('tied', seeds.sliced_model(seeds.OPT), 0.7),
+    ):
       with self.subTest(name):
         preset = presets.near(tolerance=tolerance)
         context = passes.make_context(model)
@@ -292,6 +297,7 @@ class SearchTest(parameterized.TestCase):
           for name, tree in passes.round_part(own, part, preset.rounding).items():
             (expected,) = (x.params[name] for x in records if x.name == name)
             chex.assert_trees_all_equal(tree, expected)
+            chex.assert_trees_all_equal_dtypes(tree, expected)
 
   def test_a_few_layers_are_in_memory(self):
     config = random_models.BASE | {'num_hidden_layers': 12, 'intermediate_size': 57}

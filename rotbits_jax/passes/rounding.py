@@ -155,7 +155,8 @@ def apply(
     is_on_device = any(isinstance(x, jax.Array) for x in jax.tree.leaves(leaf))
     is_vector = structured.is_plain(leaf) and not is_matrix(leaf)
     log2_step = rounding.log2_step(path, dtype)
-    if log2_step is None or is_vector or not is_on_device:
+    is_tied = isinstance(leaf, structured.Tied)  # fitted to a head, and small
+    if log2_step is None or is_vector or is_tied or not is_on_device:
       nearest[path] = dtype
       continue
     if isinstance(leaf, structured.FactorPair) and not rounding.uniform:

@@ -375,7 +375,9 @@ def rewritten(model: models.Model) -> models.Model:
 
 
 def _count(leaf: Any, rounded: Any) -> int:
-  """Returns the numbers of a leaf with a matrix that rounding changed, or 0."""
+  """Returns the numbers of a leaf with a matrix that a step changed, or 0."""
+  if isinstance(rounded, structured.Tied):
+    return 0
   if structured.is_plain(rounded) and not structured.is_plain(leaf):
     leaf = structured.materialize(leaf)
   pairs = zip(jax.tree.leaves(leaf), jax.tree.leaves(rounded), strict=True)
