@@ -92,8 +92,8 @@ def encode(
       which is then the default; or 'free', for a sliced model beside its dense one, of
       which both presets find the subspaces that slicing kept.
     adapters: folders of LoRA adapters in PEFT's layout that were trained on the source.
-      They are taken to the coordinates that 'free' or 'near' chooses without a base, and
-      come back in a sub-folder of the checkpoint with the name of their folder.
+      They are taken to the coordinates that 'free' or 'near' chooses, without a base,
+      and come back in a sub-folder of the checkpoint with the name of their folder.
     files: the other files of the checkpoint, which are kept whole; by default those of
       a checkpoint that is opened or loaded.
     stem: the name that SliceGPT gives to the weights and the slicing JSON; by default

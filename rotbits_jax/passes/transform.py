@@ -70,14 +70,14 @@ class Context(NamedTuple):
       path.
     dtype: the dtype to which most numbers are rounded.
     mesh: devices along one axis, 'layers', that share the layers; None for one device.
-    limits: the dtypes that must hold the numbers, by path; None for `dtypes`.
+    held: the dtypes that must hold the numbers, by path; None for `dtypes`.
   """
 
   source: ModelSource
   dtypes: Mapping[str, np.dtype]
   dtype: np.dtype
   mesh: jax.sharding.Mesh | None = None
-  limits: Mapping[str, np.dtype] | None = None
+  held: Mapping[str, np.dtype] | None = None
 
   @property
   def config(self) -> models.ModelConfig:
@@ -96,17 +96,22 @@ class Context(NamedTuple):
   def widened(self) -> 'Context':
     """Returns the context with which numbers stay float32 at the end.
 
-    The transforms see the same limits, so that they do the same.
+    By `held` the transforms see the same limits, so that they do the same.
     """
     wide = {
       path: np.dtype(np.float32) if jnp.issubdtype(dtype, jnp.floating) else dtype
       for path, dtype in self.dtypes.items()
     }
-    return self._replace(dtypes=wide, limits=self.limits or self.dtypes)
+    return self._replace(dtypes=wide, held=self.held or self.dtypes)
+
+  def holder(self, *paths: str) -> np.dtype:
+    """Returns the dtype that must hold parameters: the one with the smallest range."""
+    own = {path: (self.held or self.dtypes).get(path, self.dtype) for path in paths}
+    return min(own.values(), key=lambda dtype: float(jnp.finfo(dtype).max))
 
   def limit(self, path: str) -> float:
     """Returns the greatest finite number of the dtype that must hold a parameter."""
-    return float(jnp.finfo((self.limits or self.dtypes)[path]).max)
+    return float(jnp.finfo(self.holder(path)).max)
 
   def map_layers(
     self, core: devices.Core, arguments: Sequence[tuple[Any, ...]], **static: Any
