@@ -92,8 +92,8 @@ def encode(
       which is then the default; or 'free', for a sliced model beside its dense one, of
       which both presets find the subspaces that slicing kept.
     adapters: folders of LoRA adapters in PEFT's layout that were trained on the source.
-      They are taken to the coordinates that 'free' or 'near' chooses, and come back in
-      a sub-folder of the checkpoint with the name of their folder.
+      They are taken to the coordinates that 'free' or 'near' chooses, without a base,
+      and come back in a sub-folder of the checkpoint with the name of their folder.
     files: the other files of the checkpoint, which are kept whole; by default those of
       a checkpoint that is opened or loaded.
     stem: the name that SliceGPT gives to the weights and the slicing JSON; by default
@@ -485,6 +485,11 @@ def _job(
   made = presets.make(preset or default, **options)
   opened = None
   if base is not None:
+    if adapters and made.rounding is not None:
+      # A base may choose other coordinates than the preset.
+      raise ValueError(
+        'adapters cannot be carried beside a base: leave one of them out'
+      )
     opened = reader_lib.open_base(base, plain=found.config is None)
   found.files |= _carried(found, made, adapters)
   return job_lib.Job(found, made, mesh, opened)

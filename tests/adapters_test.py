@@ -13,6 +13,8 @@ import rotbits_jax
 from rotbits_jax import checkpoints
 from rotbits_jax import file
 from rotbits_jax import models
+from rotbits_jax import passes
+from rotbits_jax import presets
 from rotbits_jax import structured
 from rotbits_jax.checkpoints import safetensors_files
 from rotbits_jax.checkpoints import tensors as tensors_lib
@@ -128,6 +130,24 @@ class AdaptersTest(parameterized.TestCase):
       config, CONFIG | dict.fromkeys(('base_model_name_or_path', 'revision'))
     )
 
+  def test_large_numbers_are_carried_or_refused(self):
+    model, query = MODELS['dense'](), 'layers.0/attention/query/adapter'
+    model.params['layers.0:2']['mlp_norm']['scale'][:] = 1
+    given = write_adapter(self.folder / 'lora', model)
+    tensors = {name: x.astype(np.float16) for name, x in read(given / WEIGHTS).items()}
+    (name,) = (x for x in tensors if 'layers.1.mlp.up_proj.lora_A' in x)
+    context, transform = passes.make_context(model), presets.free().transform
+    tensors[name][0, :2] = 6e4
+    write(given, tensors, CONFIG)
+    factors = checkpoints.read_adapter(given, model).factors
+    carried = passes.carry(context, transform, factors)
+    self.assertFalse(np.allclose(carried[query].u, factors[query].u))
+    tensors[name][0] = 6e4
+    write(given, tensors, CONFIG)
+    factors = checkpoints.read_adapter(given, model).factors
+    with self.assertRaisesRegex(ValueError, 'would be too large'):
+      passes.carry(context, transform, factors)
+
   def test_others_are_refused_by_name(self):
     model = MODELS['dense']()
     given = write_adapter(self.folder / 'lora', model)
@@ -160,6 +180,8 @@ class AdaptersTest(parameterized.TestCase):
       rotbits_jax.encode(model, preset='free', adapters=[self.folder])
     with self.assertRaisesRegex(ValueError, "'exact' carries no adapter"):
       rotbits_jax.encode(model, preset='exact', adapters=[given])
+    with self.assertRaisesRegex(ValueError, 'beside a base'):
+      rotbits_jax.encode(model, preset='free', adapters=[given], base=model)
     with self.assertRaisesRegex(ValueError, "folders of the name 'lora'"):
       rotbits_jax.encode(model, preset='free', adapters=[given, given])
 

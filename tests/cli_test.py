@@ -26,6 +26,7 @@ from rotbits_jax.cli import main
 from rotbits_jax.cli import program
 from rotbits_jax.file import estimation
 from rotbits_jax.file import verification
+from rotbits_jax.presets import steps
 from tests import golden
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -522,6 +523,14 @@ class TestBadInput:
       '--preset=free',
     ]
     self.check(rotbits, tmp_path, args, words)
+
+  def test_the_search_has_the_tolerance(self, rotbits, tmp_path, readable):
+    flags = {'checkpoint': readable / SLICED.name, 'text': readable / 'text'}
+    flags |= {'preset': 'near', 'max_kl': 1, 'output': tmp_path / 'out'}
+    args = ['encode', '--tolerance=2', *(f'--{key}={x}' for key, x in flags.items())]
+    with mock.patch.object(steps, 'search', side_effect=ValueError('stop')) as search:
+      self.check(rotbits, tmp_path, args, 'stop')
+    assert search.call_args.kwargs['tolerance'] == 2
 
   def test_files_that_exist_need_overwrite(self, rotbits, tmp_path, encoded):
     output = tmp_path / 'output'

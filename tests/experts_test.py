@@ -106,6 +106,12 @@ class ExpertsTest(absltest.TestCase):
       for name, record in reader.records.items():
         self.assertEqual(record.crc32, checksums[name], name)
 
+  def test_savings_are_those_of_the_numbers_that_are_stored(self):
+    model = checkpoints.load_checkpoint(CHECKPOINT).model
+    rewritten, (saving,) = passes.run_chain((passes.remove_residual_gauge(),), model)
+    before, after = np.array([passes.count_model(x) for x in (model, rewritten)])
+    self.assertEqual((saving.elements, saving.bytes), tuple(before - after))
+
   def test_missing_and_different_ones(self):
     streams, manifest = containers.unpack(rotbits_jax.encode(self.source))
     name = manifest['records'].pop(4)['name']

@@ -402,12 +402,18 @@ class TransformsTest(parameterized.TestCase):
     with np.errstate(invalid='ignore', over='ignore'):
       broken = _with_first(model, 'out', lambda x: change(x).astype(np.float16))
       broken = _with_first(broken, 'value', lambda x: x * np.float16(8))
-    fixed, _ = passes.run_chain(CHAIN[:1], broken)
-    first, second = fixed.layers()
-    self.assertNotIsInstance(first['attention']['out']['kernel'], structured.HeadRows)
-    self.assertIsInstance(second['attention']['out']['kernel'], structured.HeadRows)
-    before = next(broken.layers())['attention']
-    chex.assert_trees_all_equal(first['attention'], before)
+    for dtype in (np.float16, np.float32):  # of all but the attention that changed
+      with self.subTest(dtype.__name__):
+        outer, *layers = structured.astype([broken.outer(), *broken.layers()], dtype)
+        layers[0]['attention'] = next(broken.layers())['attention']
+        mixed = models.from_layers(model.config, outer, layers)
+        self.assertEqual(passes.make_context(mixed).dtype, dtype)
+        fixed, _ = passes.run_chain(CHAIN[:1], mixed)
+        one, two = (x['attention']['out']['kernel'] for x in fixed.layers())
+        self.assertNotIsInstance(one, structured.HeadRows)
+        self.assertIsInstance(two, structured.HeadRows)
+        before, after = (next(x.layers())['attention'] for x in (broken, fixed))
+        chex.assert_trees_all_equal(after, before)
 
   @parameterized.named_parameters(
     ('a_zero_head', lambda x: x * (np.arange(x.shape[-1]) >= 6)),

@@ -231,9 +231,9 @@ class FixPairTest(absltest.TestCase):
 
 def _fix_pairs(params, **options):
   """Applies the transform to leaves outside the layers, by path, without rounding."""
-  dtype = next(iter(params.values())).dtype
+  dtypes = {path: np.dtype(leaf.dtype) for path, leaf in params.items()}
   source = types.SimpleNamespace(config=None)
-  context = passes.Context(source, {}, np.dtype(dtype))
+  context = passes.Context(source, dtypes, np.dtype(np.float32))  # of most numbers
   fix = passes.remove_low_rank_gauge(**options)
   return fix.outer(context, (), dict(params))
 

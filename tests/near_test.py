@@ -8,11 +8,13 @@ import weakref
 
 from absl.testing import absltest
 from absl.testing import parameterized
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from fuzz import seeds
 import rotbits_jax
 from rotbits_jax import checkpoints
 from rotbits_jax import evaluation
@@ -22,6 +24,7 @@ from rotbits_jax import presets
 from rotbits_jax import structured
 from rotbits_jax.passes import rounding
 from rotbits_jax.presets import steps as steps_lib
+from rotbits_jax.system import progress
 from rotbits_jax.system import spool
 from tests import random_models
 
@@ -272,6 +275,29 @@ class SearchTest(parameterized.TestCase):
     # The next step that was measured is too coarse.
     coarser = [point.kl for point in found.curve if point.step > found.step]
     self.assertTrue(all(kl > 1e-3 for kl in coarser))
+
+  def test_the_search_rounds_what_encode_rounds(self):
+    config = random_models.BASE | {'num_hidden_layers': 1}
+    large = random_models.random_model(config, np.float16)
+    large.params['embed']['tokens'][3, 0] = 65504  # no rotation is possible
+    for name, model, tolerance in (
+      ('large', large, 0.7),
+      ('coarse', _load().model, 9),
+      ('tied', seeds.sliced_model(seeds.OPT), 0.7),
+    ):
+      with self.subTest(name):
+        preset = presets.near(tolerance=tolerance)
+        context = passes.make_context(model)
+        rewritten = passes.rewrite(context, preset.transform, rounding=preset.rounding)
+        records = [record for some, _ in rewritten for record in some]
+        with progress.Progress('test', 9, 'record', show=False) as bar:
+          own = steps_lib._rewritten(model, tolerance, None, bar)
+        parts = [models.names.layer(i) for i in range(model.config.num_layers)]
+        for part in (*parts, None):
+          for name, tree in passes.round_part(own, part, preset.rounding).items():
+            (expected,) = (x.params[name] for x in records if x.name == name)
+            chex.assert_trees_all_equal(tree, expected)
+            chex.assert_trees_all_equal_dtypes(tree, expected)
 
   def test_a_few_layers_are_in_memory(self):
     config = random_models.BASE | {'num_hidden_layers': 12, 'intermediate_size': 57}

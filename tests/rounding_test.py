@@ -4,6 +4,7 @@ import itertools
 
 from absl.testing import absltest
 from absl.testing import parameterized
+import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -11,6 +12,7 @@ import numpy as np
 from rotbits_jax import passes
 from rotbits_jax import structured
 from rotbits_jax.passes import rounding
+from rotbits_jax.symmetries import steps
 
 DTYPES = (np.float16, ml_dtypes.bfloat16, np.float32)
 
@@ -104,6 +106,20 @@ class RoundTest(parameterized.TestCase):
       )
       differ = bool(np.any(np.asarray(plain) != np.asarray(fed_back)))
       self.assertEqual(differ, uniform)
+
+  def test_outliers_of_more_steps_than_integers_have_are_kept(self):
+    kernel = np.float32(0.02 * np.random.default_rng(7).standard_normal((64, 64)))
+    kernel[3, 4], kernel[5, 6] = -3e6, 3e6
+    inputs = rounding.Inputs(np.eye(64, dtype=np.float32), 0, np.ones(64, np.float32))
+    rule = passes.to_steps(-12.0, inputs={'a': inputs})
+    context = passes.Context(None, {}, np.dtype(np.float32))
+    found, *_ = rounding.apply(rule, {'a': jnp.asarray(kernel)}, context)
+    np.testing.assert_allclose(found['a'], kernel, rtol=1e-6, atol=1e-5)
+
+  def test_the_size_is_the_same_with_64_bits(self):
+    with jax.enable_x64(True):
+      found = steps.typical_size(jnp.ones((4, 4), jnp.float32))
+    self.assertEqual((found.rms, found.outliers.dtype), (1, np.int32))
 
   def test_vectors_are_rounded_to_the_nearest_number(self):
     values = _normal((500,))

@@ -300,7 +300,7 @@ def read_choice(name: str, elements: int) -> PresetChoice:
     for path in _ADAPTER.value or ():
       checkpoints.read_adapter(path, opened)
     tokens = program.read_tokens(opened.files, opened.config, program.read_text(text))
-    settings: Any = {
+    settings: Any = options | {
       'max_tokens': _MAX_TOKENS.value,
       'folder': outputs.resolved(output).parent,
       'progress': True,

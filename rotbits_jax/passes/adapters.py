@@ -58,7 +58,10 @@ def carry(
       found |= {path: x for path, x in flat.items() if path in factors}
   for path, pair in found.items():
     if not all(np.isfinite(np.float32(x)).all() for x in (pair.u, pair.v)):
-      raise ValueError(f'{path}: the adapter cannot be carried: a head has no inverse')
+      raise ValueError(
+        f'{path}: the adapter cannot be carried: a head has no inverse, or numbers of '
+        'the adapter would be too large'
+      )
   return found
 
 

@@ -81,22 +81,25 @@ def _layers(
     tolerance = 3.0 if valid.segments or valid.stream else 1.0
   paths = heads.VALUES if is_values else heads.KEYS
   kernel = f'attention/{"out" if is_values else "key"}/kernel'
-  places: dict[int | None, list[int]] = {}  # of layers, by the rotary coordinates
+  # The places of layers, by the rotary coordinates and the dtype.
+  places: dict[tuple[int | None, np.dtype], list[int]] = {}
   pairs = [_pair(layer, paths) for layer in layers]
   for i, pair in enumerate(pairs):
     rotary = None if is_values else config.positions(first + i).rotary_dim
     if (rotary or 0) < config.head_dim and (
       pair and min(pair[kernel].shape) >= config.head_dim
     ):
-      places.setdefault(rotary, []).append(i)
+      prefix = models.names.prefix(first + i)
+      dtype = context.holder(*(prefix + path for path in paths if path in pair))
+      places.setdefault((rotary, dtype), []).append(i)
   results: dict[int, tuple[models.Params, heads.Errors]] = {}
-  for rotary, found in places.items():
+  for (rotary, dtype), found in places.items():
     made = context.map_layers(
       _fix,
       [(pairs[i],) for i in found],
       kv_heads=config.num_kv_heads,
       rotary=rotary,
-      dtype=context.dtype,
+      dtype=dtype,
     )
     results |= dict(zip(found, made, strict=True))
   # The only wait for the devices.

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rotbits_jax import models
 from rotbits_jax import structured
 from rotbits_jax.passes import heads as heads_lib
 from rotbits_jax.passes import transform
@@ -62,7 +63,11 @@ def _fix_pairs(
     and 1 <= pair.rank <= min(pair.shape)
     and not path.endswith('/adapter')  # its factors stay two factors
   }
-  fixed = {path: _fix(pair, dtype=context.dtype) for path, pair in pairs.items()}
+  prefix = models.names.prefix(index)
+  fixed = {
+    path: _fix(pair, dtype=context.holder(prefix + path))
+    for path, pair in pairs.items()
+  }
   found = jax.device_get({path: others for path, (_, *others) in fixed.items()})
   notes = []
   for path, (errors, spread) in found.items():

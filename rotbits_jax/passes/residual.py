@@ -354,6 +354,8 @@ def obstacle(context: transform.Context) -> str:
     codes = [path for path, leaf in given.items() if structured.is_in_files(leaf)]
     if codes:
       return f'{prefix}{codes[0]} has quantised codes, and a rotation would keep none'
+    # An adapter does not decide: it is carried with the model, or it is refused.
+    given = {path: x for path, x in given.items() if not path.endswith('/adapter')}
     params = _wide(given)
     own = [prefix + x for x in params if prefix + x in context.dtypes]
     if _rough_norm(params) <= _RANGE * min(map(context.limit, own)):

@@ -191,21 +191,27 @@ def _rewritten(
   first = models.names.layer_index(names[0])
   assert first is not None
   effects: list[list[_Effect]] = [[] for _ in given]
-  sizes = [_count(context, f'{x}/', own) for x, own in zip(names, given, strict=True)]
+  size_of = lambda name, part: _count(context, f'{name}/', _own(context, name, part))
+  sizes = [*map(size_of, names, given)]
   for transform, own in zip(chain.transforms, state, strict=True):
     own, given, notes = transform.layers(context, own, first, given)
     states.append(own)
     for k, name in enumerate(names):
-      size, sizes[k] = sizes[k], _count(context, f'{name}/', given[k])
+      size, sizes[k] = sizes[k], size_of(name, given[k])
       effects[k].append(_Effect(transform, size, sizes[k], notes[k]))
   records = []
   for name, found in zip(names, effects, strict=True):
-    layer = given.pop(0)
-    if models.names.expert_index(name) is not None:  # without the norms beside it
-      layer = {path: layer[path] for path in models.layout.expert_axes(context.config)}
+    layer = _own(context, name, given.pop(0))
     params = {f'{name}/{path}': layer.pop(path) for path in [*layer]}
     records.append(_record(name, params, context, rounding, _savings(context, found)))
   return records, tuple(states)
+
+
+def _own(context: Context, name: str, part: Params) -> Params:
+  """Returns the parameters of a record: of an expert without the norms beside it."""
+  if models.names.expert_index(name) is None:
+    return part
+  return {path: part[path] for path in models.layout.expert_axes(context.config)}
 
 
 def _skip(

@@ -155,7 +155,8 @@ def apply(
     is_on_device = any(isinstance(x, jax.Array) for x in jax.tree.leaves(leaf))
     is_vector = structured.is_plain(leaf) and not is_matrix(leaf)
     log2_step = rounding.log2_step(path, dtype)
-    if log2_step is None or is_vector or not is_on_device:
+    is_tied = isinstance(leaf, structured.Tied)  # fitted to a head, and small
+    if log2_step is None or is_vector or is_tied or not is_on_device:
       nearest[path] = dtype
       continue
     if isinstance(leaf, structured.FactorPair) and not rounding.uniform:
@@ -196,7 +197,7 @@ def apply(
 
 
 def _in_files(leaf: structured.UniformlyQuantized) -> Any:
-  """Returns a leaf with int32 integers as in files; its array if it does not fit."""
+  """Returns a leaf with float32 integers as in files; its array if it does not fit."""
   if np.abs(leaf.integers).max(initial=0) < 1 << 15:
     narrow = dataclasses.replace(leaf, integers=leaf.integers.astype(np.int16))
     with contextlib.suppress(ValueError):
@@ -293,7 +294,7 @@ def _round_lines(
   step = steps.quarter_step(size.rms, log2_step)
   found = steps.with_lines(array, step, moments, outputs, axis=axis)
   leaf = structured.UniformlyQuantized(
-    found.integers.astype(jnp.int32),
+    found.integers,  # float32, because an outlier may have more than 2^31 steps
     step,
     'float32',
     found.row_exponents,

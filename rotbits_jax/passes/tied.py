@@ -28,7 +28,7 @@ def retie_embedding(*, tolerance: float = 1.5) -> transform.Transform:
 
   Args:
     tolerance: the greatest relative error of `head^T @ T` in the Frobenius norm, as a
-      multiple of `Context.roundoff`. Head and T are rounded to `Context.dtype` first.
+      multiple of `Context.roundoff`. Head and T are rounded to their dtypes first.
       The relative error of a single token may be four times as large. In SliceGPT's own
       files, embeddings have an error of 0.6 to 1, and tokens an error of up to 1.6.
 
@@ -59,8 +59,8 @@ def retie_exactly() -> transform.Transform:
 def _retie_embedding(
   context: transform.Context, state: Any, params: transform.Params, *, tolerance: float
 ) -> tuple[transform.Params, list[transform.Note]]:
-  dtype, unit = context.dtype, context.roundoff
-  found = _table_and_head(params, dtype)
+  dtype, unit = context.holder(_EMBED), context.roundoff
+  found = _table_and_head(params, context.holder(_HEAD))
   if not isinstance(found, tuple):
     return params, found
   table, head = found

@@ -70,12 +70,14 @@ class Context(NamedTuple):
       path.
     dtype: the dtype to which most numbers are rounded.
     mesh: devices along one axis, 'layers', that share the layers; None for one device.
+    held: the dtypes that must hold the numbers, by path; None for `dtypes`.
   """
 
   source: ModelSource
   dtypes: Mapping[str, np.dtype]
   dtype: np.dtype
   mesh: jax.sharding.Mesh | None = None
+  held: Mapping[str, np.dtype] | None = None
 
   @property
   def config(self) -> models.ModelConfig:
@@ -92,16 +94,24 @@ class Context(NamedTuple):
     return max(float(jnp.finfo(self.dtype).eps) / 2, least)
 
   def widened(self) -> 'Context':
-    """Returns the context with which numbers stay float32 at the end."""
+    """Returns the context with which numbers stay float32 at the end.
+
+    By `held` the transforms see the same limits, so that they do the same.
+    """
     wide = {
       path: np.dtype(np.float32) if jnp.issubdtype(dtype, jnp.floating) else dtype
       for path, dtype in self.dtypes.items()
     }
-    return self._replace(dtypes=wide)
+    return self._replace(dtypes=wide, held=self.held or self.dtypes)
+
+  def holder(self, *paths: str) -> np.dtype:
+    """Returns the dtype that must hold parameters: the one with the smallest range."""
+    own = {path: (self.held or self.dtypes).get(path, self.dtype) for path in paths}
+    return min(own.values(), key=lambda dtype: float(jnp.finfo(dtype).max))
 
   def limit(self, path: str) -> float:
-    """Returns the greatest finite number of the dtype of a parameter."""
-    return float(jnp.finfo(self.dtypes[path]).max)
+    """Returns the greatest finite number of the dtype that must hold a parameter."""
+    return float(jnp.finfo(self.holder(path)).max)
 
   def map_layers(
     self, core: devices.Core, arguments: Sequence[tuple[Any, ...]], **static: Any

@@ -99,6 +99,7 @@ def calibrate(
   tokens: np.ndarray,
   *,
   max_tokens: int | None = 4096,
+  tolerance: float = 0.7,
   folder: str | os.PathLike[str] | None = None,
   progress: bool = False,
 ) -> Calibration:
@@ -108,6 +109,7 @@ def calibrate(
     model: the model, in memory or on disk.
     tokens: `[N]` token ids of the text on which divergences are measured.
     max_tokens: number of tokens to use; None for all.
+    tolerance: see `near`.
     folder: where the temporary file is; None for the system's folder for such files.
     progress: whether to show the progress on stderr.
 
@@ -121,7 +123,8 @@ def calibrate(
   windows = perplexity.full_windows(tokens, model.config, max_tokens)
   count = 2 * (model.config.num_layers + 1)
   with progress_lib.Progress('calibrate', count, 'record', show=progress) as bar:
-    return _calibrated(_rewritten(model, folder, bar), windows, folder, bar)
+    context = _rewritten(model, tolerance, folder, bar)
+    return _calibrated(context, windows, folder, bar)
 
 
 @host.own_settings()
@@ -131,6 +134,7 @@ def search(
   *,
   max_kl: float,
   max_tokens: int | None = 4096,
+  tolerance: float = 0.7,
   calibrated: bool = True,
   folder: str | os.PathLike[str] | None = None,
   progress: bool = False,
@@ -142,6 +146,7 @@ def search(
     tokens: `[N]` token ids of the text.
     max_kl: bound of the mean KL(model || rounded model) over the tokens, in nats.
     max_tokens: number of tokens to use; None for all.
+    tolerance: see `near`.
     calibrated: whether each parameter gets its own offset, and matrices are rounded
       with error feedback, to a step for each line; else all offsets are zero, and
       numbers are rounded to the nearest multiples.
@@ -163,7 +168,7 @@ def search(
   full = perplexity.full_windows(tokens, config, max_tokens)
   count = (2 + calibrated + _EVALUATIONS) * (config.num_layers + 1)
   with progress_lib.Progress('search', count, 'record', show=progress) as bar:
-    context = _rewritten(model, folder, bar)
+    context = _rewritten(model, tolerance, folder, bar)
     found = Calibration({}, {}, {})
     if calibrated:
       found = _calibrated(context, full, folder, bar)
@@ -258,13 +263,17 @@ def _last_streams(
 
 
 def _rewritten(
-  model: Any, folder: str | os.PathLike[str] | None, bar: progress_lib.Progress
+  model: Any,
+  tolerance: float,
+  folder: str | os.PathLike[str] | None,
+  bar: progress_lib.Progress,
 ) -> passes.Context:
   """Applies the transforms of `near`; the result is the source of the context."""
+  transform = near(tolerance=tolerance).transform
   bar.stage('compiling, removing gauges')
   context = passes.make_context(model, stored_as=getattr(model, 'stored_as', None))
   parts: Any = passes.Parts(context.config, spool.Spool(folder))
-  for records, _ in passes.rewrite(context.widened(), near().transform):
+  for records, _ in passes.rewrite(context.widened(), transform):
     parts.add(records)
     bar.update(models.names.expert_index(records[0].name) is None)
   return context._replace(source=parts)
@@ -366,7 +375,9 @@ def rewritten(model: models.Model) -> models.Model:
 
 
 def _count(leaf: Any, rounded: Any) -> int:
-  """Returns the numbers of a leaf with a matrix that rounding changed, or 0."""
+  """Returns the numbers of a leaf with a matrix that a step changed, or 0."""
+  if isinstance(rounded, structured.Tied):
+    return 0
   if structured.is_plain(rounded) and not structured.is_plain(leaf):
     leaf = structured.materialize(leaf)
   pairs = zip(jax.tree.leaves(leaf), jax.tree.leaves(rounded), strict=True)
