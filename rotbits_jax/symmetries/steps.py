@@ -86,7 +86,8 @@ def typical_size(array: jax.Array) -> Size:
 
     def see(found: tuple[jax.Array, ...], x: jax.Array) -> tuple[jax.Array, ...]:
       most = jnp.max(jnp.where(counted(x), x, 0), initial=0)
-      return jnp.maximum(found[0], most), found[1] + jnp.sum(counted(x), dtype=jnp.int32)
+      count = jnp.sum(counted(x), dtype=jnp.int32)
+      return jnp.maximum(found[0], most), found[1] + count
 
     greatest, number = fold(see, (jnp.float32(0), jnp.int32(0)))
     count = jnp.maximum(number, 1).astype(jnp.float32)
