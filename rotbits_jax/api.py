@@ -291,12 +291,13 @@ def load(
     ContainerError: as for `decode`.
     OSError: if the path cannot be read.
   """
+  wanted = None if dtype is None else structured.floating(dtype)
   with file.Reader(source, base=base) as reader:
     found = reader.read(
       layers=layers, place=sharding, integers=integers, show_progress=progress
     )
-  if dtype is not None:
-    found = structured.astype(found, dtype)
+  if wanted is not None:
+    found = structured.astype(found, wanted)
   return placement.on_device(found)
 
 

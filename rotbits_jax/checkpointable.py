@@ -113,5 +113,9 @@ class Checkpointable:
 
 
 def _placed_like(old: Any, new: np.ndarray) -> Any:
-  is_numpy = isinstance(old, np.ndarray | np.generic)
-  return new if is_numpy else placement.put(new, old.sharding)
+  if isinstance(old, np.ndarray | np.generic):
+    return new
+  sharding = old.sharding
+  if isinstance(getattr(sharding, 'mesh', None), jax.sharding.AbstractMesh):
+    sharding = None  # `jax.eval_shape` on a mesh with explicit axes names no devices
+  return placement.put(new, sharding)

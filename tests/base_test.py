@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from safetensors import numpy as safetensors_numpy
 
+from fuzz import containers
 import rotbits_jax
 from rotbits_jax import file
 from rotbits_jax import models
@@ -131,6 +132,19 @@ def test_a_stack_whose_first_layer_is_that_of_the_base_on_devices():
     data = rotbits_jax.encode(model, base=base, preset='exact')
     found = rotbits_jax.load(data, base=base, sharding=place)
     assert structured.same_bits(found.params, model.params)
+
+
+def test_a_base_whose_embedding_has_no_head():
+  head, table = np.zeros((5, 9), np.float16), np.zeros((9, 3), np.float16)
+  leaf = structured.TiedExactly.from_table(
+    table, head, np.zeros((5, 3), np.int32), np.zeros(5, np.int32)
+  )
+  tied = {'embed': {'tokens': leaf}, 'head': {'kernel': head}}
+  streams, manifest = containers.unpack(rotbits_jax.encode(tied))
+  manifest['records'] = [x for x in manifest['records'] if x['name'] != 'head']
+  damaged = containers.pack({'embed': streams['embed']}, containers.to_json(manifest))
+  with pytest.raises(file.ContainerError, match='head/kernel: other'):
+    rotbits_jax.encode({'embed': {'tokens': table}}, base=damaged)
 
 
 def test_an_optimizer_and_empty_arrays():

@@ -75,6 +75,12 @@ class CheckpointableTest(absltest.TestCase):
     self.assertIsInstance(found['params']['w'], jax.Array)
     chex.assert_trees_all_equal(self.load(jax.eval_shape(lambda: state)), state)
     self.assertCountEqual(self.load(), ['params', 'opt'])
+    explicit = (jax.sharding.AxisType.Explicit,)
+    spread = jax.NamedSharding(
+      jax.make_mesh((1,), ('x',), axis_types=explicit), jax.P()
+    )
+    specs = jax.eval_shape(lambda: jax.device_put(state, spread))
+    chex.assert_trees_all_equal(self.load(specs), state)
 
   def test_a_sliced_model_keeps_its_coordinates(self):
     model = random_models.sliced_llama((20, 20, 20, 20, 24))

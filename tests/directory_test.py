@@ -92,5 +92,9 @@ def test_the_config_names_the_dtype(tmp_path):
   given, config = (
     json.loads((x / 'config.json').read_text()) for x in (folder, tmp_path / 'x')
   )
+  with pytest.raises(ValueError, match='of floating-point numbers, got int8'):
+    rotbits_jax.decode_to_directory(data, tmp_path / 'y', dtype='int8')
+  with pytest.raises(ValueError, match='of floating-point numbers, got bool'):
+    rotbits_jax.load(data, dtype=bool)
   name = 'dtype' if 'dtype' in given else 'torch_dtype'
   assert config == given | {name: 'bfloat16'} != given

@@ -25,7 +25,7 @@ def _log2_factorial(n: int) -> float:
 
 
 class UniformTest(parameterized.TestCase):
-  @parameterized.parameters(((), 1), ((30,), 4), ((1, 7, 2), 2))
+  @parameterized.parameters(((), 1), ((1,), 2), ((30,), 4), ((1, 7, 2), 2))
   def test_is_exact(self, sizes, lanes):
     starts = _starts(*sizes) if sizes else jnp.zeros(0, jnp.int32)
     rng = np.random.default_rng(len(sizes))

@@ -309,6 +309,17 @@ def test_products_with_numbers_that_cannot_be_added_exactly_are_refused():
     make(kernel, huge[:5] // 2**8)
 
 
+def test_a_product_with_an_identity_is_that_with_its_array():
+  basis = random_models.orthogonal(np.random.default_rng(0), 11)[:, :8]
+  made, one = recipe.as_subspace(basis, 2.0**-11).materialize(), np.eye(11)
+  identity = np.int32(np.ldexp(one, subspaces.UNIT))
+  way, dtype = subspaces.Way('shortcut'), np.dtype(np.float32)
+  make = lambda *bases, shape: subspaces.tensor(way, [], bases, shape, dtype)
+  for bases, shape in (((None, made), (11, 8)), ((made, None), (8, 11))):
+    full = [identity if x is None else x for x in bases]
+    assert structured.same_bits(make(*bases, shape=shape), make(*full, shape=shape))
+
+
 def test_a_basis_must_have_as_many_rows_as_it_says():
   leaf = recipe.as_subspace(
     random_models.orthogonal(np.random.default_rng(0), 11)[:, :8], 2.0**-11

@@ -1,6 +1,7 @@
 """Arrays beside a base come back, and damaged leaves are refused."""
 
 import itertools
+import zlib
 
 import ml_dtypes
 import numpy as np
@@ -353,6 +354,12 @@ def test_damaged_settings_are_refused(subtests):
       settings, arrays = leaf.stored()
       with pytest.raises(ValueError, match=r'cannot|must|not|too large|no differences'):
         type(leaf).from_stored(settings | damage, arrays)
+
+
+def test_an_array_without_elements_has_no_wide_rows():
+  head = zlib.compress(bytes([1, 1, 0]) + bytes(2000))
+  with pytest.raises(ValueError, match='cannot have rows of 1000'):
+    relative.Head.from_bytes(np.frombuffer(head, np.uint8), 0, 1000)
 
 
 def test_damaged_patches_are_refused():

@@ -15,6 +15,7 @@ import pytest
 import random_models
 import transform_checks
 
+import rotbits_jax
 from rotbits_jax import checkpoints
 from rotbits_jax import models
 from rotbits_jax import passes
@@ -81,6 +82,22 @@ class PureFunctionsTest(parameterized.TestCase):
         np.testing.assert_allclose(psd @ o[:d], matrix, atol=1e-5)
     flat = jnp.diag(jnp.repeat(jnp.array([1.0, 1e-3]), 32))  # too many small ones
     self.assertLess(canonical.polar_from_gram(flat)[1], 0.03)
+    # Where nothing is left for the last rows, they may be any.
+    dropped = jnp.diag(jnp.arange(64) != 3).astype(jnp.float32)
+    outlier = dropped.at[3, 3].set(1).at[5, 5].set(1000)
+    for matrix in (dropped, 0.15 * dropped, outlier):
+      got, trusted = canonical.polar_from_gram(matrix)
+      off = np.abs(np.float64(got.rotation) @ got.rotation.T - np.eye(64)).max()
+      self.assertTrue(trusted < 0.03 or off < 1e-5)
+
+  def test_shortcuts_without_some_coordinates(self):
+    tokens = np.arange(9)[None]
+    for scale in (0.15, 1.0):
+      cut = lambda rng, m, s=scale: s * np.diag(np.arange(12) != 3)
+      model = random_models.sliced_llama((12, 12, 12), np.float32, shortcut=cut)
+      again = rotbits_jax.decode(rotbits_jax.encode(model, preset='free'))
+      found, expected = (models.logits(x, tokens) for x in (again, model))
+      np.testing.assert_allclose(found, expected, atol=1e-4)
 
   def test_next_rotation_is_the_product_of_its_definition(self):
     rng = np.random.default_rng(0)

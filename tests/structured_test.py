@@ -237,6 +237,11 @@ class StructuredTest(absltest.TestCase):
     wide = np.zeros((0, 1 << 30), np.float16)
     with self.assertRaisesRegex(ValueError, '1 numbers are too few'):
       structured.TrapezoidalRows.from_stored({}, one | {'lower': wide})
+    gram = {f'{x}_corner': np.ones(1, np.float16) for x in 'bc'}
+    with self.assertRaisesRegex(ValueError, 'as many columns as rows'):
+      structured.IdentityMinusGram.from_stored(
+        {'columns': 1}, gram | {x: np.zeros((0, 1 << 20), np.float16) for x in 'bc'}
+      )
     with self.assertRaisesRegex(ValueError, 'too large'):
       structured.Constant.from_stored(
         {'tail': [1 << 30] * 2}, {'value': np.array(1, np.float16)}

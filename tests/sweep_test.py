@@ -75,6 +75,17 @@ def test_a_message_without_a_parameter():
     sweep.numbers(data)
 
 
+def test_a_message_beside_a_record():
+  streams, manifest = containers.unpack(seeds.container('paper'))
+  others, of_records = containers.unpack(seeds.container('exact', seed=1))
+  manifest['records'] = [x for x in of_records['records'] if x['name'] == 'head']
+  data = containers.pack(
+    streams | {'head': others['head']}, containers.to_json(manifest)
+  )
+  with pytest.raises(rotbits_jax.ContainerError, match='there are no other records'):
+    rotbits_jax.inspect(data)
+
+
 def test_decode_leaves_nothing_behind(tmp_path, rotbits):
   data = bytearray(seeds.container('free'))
   sections = {name: start for name, start, _ in sweep._sections(bytes(data))}

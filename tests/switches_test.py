@@ -84,6 +84,16 @@ def test_switches_together(given, tmp_path):
   check(given, TOGETHER, tmp_path)
 
 
+def test_a_mesh_with_explicit_axes():
+  mesh = jax.make_mesh((1,), ('x',), axis_types=(jax.sharding.AxisType.Explicit,))
+  for given in ('free', 'near'):
+    data, expected = encoded(given)
+    with jax.set_mesh(mesh):
+      assert encode(given) == data
+      assert bits(rotbits_jax.load(data)) == expected
+      assert jax.sharding.get_abstract_mesh() == mesh.abstract_mesh
+
+
 def test_commands_and_searches(rotbits):
   model, tokens = seeds.sliced_model(seeds.LLAMA), np.arange(16)
   with switched(TOGETHER):

@@ -98,6 +98,8 @@ class Base:
     return None if found is None else host.contiguous(self._array(found))
 
   def _array(self, path: str) -> np.ndarray:
+    if path not in self._specs:
+      raise ContainerError(f'{path}: other arrays of the base need it, but it lacks it')
     with self._lock:
       leaf = self._record(self._specs[path][0])[path]
     if not structured.is_structured(leaf):

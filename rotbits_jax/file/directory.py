@@ -5,7 +5,6 @@ import contextlib
 import os
 
 import jax.numpy as jnp
-import numpy as np
 from numpy.typing import DTypeLike
 
 from rotbits_jax import checkpoints
@@ -52,7 +51,7 @@ def write(
     )
   dtypes = reader.dtypes_on_disk()
   if dtype is not None:
-    wanted = np.dtype(jnp.dtype(dtype))
+    wanted = structured.floating(dtype)
     dtypes = {
       path: wanted if jnp.issubdtype(own, jnp.floating) else own
       for path, own in dtypes.items()
@@ -62,7 +61,7 @@ def write(
     if reader.keeps != 'bits':
       files = checkpoints.with_own_head(files, config)
     if dtype is not None:
-      files = checkpoints.with_dtype(files, np.dtype(jnp.dtype(dtype)))
+      files = checkpoints.with_dtype(files, wanted)
     writer = checkpoints.CheckpointWriter(
       directory,
       config,

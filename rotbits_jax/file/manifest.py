@@ -352,6 +352,9 @@ class Manifest:
         raise ValueError(f'{name!r:.100}: not the name of a file')
     if sum(file.size for file in self.files.values()) > MOST_FILES:
       raise ValueError(f'the other files have more than {MOST_FILES} bytes')
+    names = {record.name for record in self.records}
+    if self.message is not None and names - {models.names.BUFFERS}:
+      raise ValueError('a message is the whole model: there are no other records')
     if self.config is not None:
       self._check_model(self.config)
     elif self.message is not None:

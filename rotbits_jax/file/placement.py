@@ -25,7 +25,7 @@ def placed(flat: Mapping[str, Any], place: Place | None) -> dict[str, Any]:
   }
 
 
-def put(array: Any, sharding: jax.sharding.Sharding) -> jax.Array:
+def put(array: Any, sharding: jax.sharding.Sharding | None) -> jax.Array:
   """Puts an array on devices; numbers of 64 bits keep them whatever JAX is set to."""
   with jax.enable_x64(True):
     return jax.device_put(array, sharding)

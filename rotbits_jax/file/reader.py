@@ -79,6 +79,8 @@ class Reader:
       with file.errors():
         if (own.preset, own.config) != (first.preset, first.config):
           raise ContainerError('the shards belong to different models')
+        if own.message is not None and len(self._files) > 1:
+          raise ContainerError('a message is one file, and no shard')
     opened = None if base is None else open_base(base, plain=self.config is None)
     self._base = opened
     self._records = records_lib.Records(self._files, self.manifests, opened)
@@ -291,8 +293,8 @@ class Reader:
     entries = [self._records.entry(name) for name in names]
     # A process of several checks those layers that it needs, see `stacks`.
     is_whole = place is None or jax.process_count() == 1
-    own = entries if is_whole else entries[: len(outer)]
-    memory_lib.check('the whole content', sum(x.memory_bytes(integers) for x in own))
+    held = entries if is_whole else entries[: len(outer)]
+    memory_lib.check('the whole content', sum(x.memory_bytes(integers) for x in held))
     flat: Tree = {}
     total = sum(entry.input.bytes for entry in entries)
     with (

@@ -1,6 +1,6 @@
 """The records of a file: decodes them, into given memory or into new memory."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 import functools
 from typing import Any
 
@@ -76,6 +76,10 @@ class Records:
             if leaf.path in self.leaves:
               raise ContainerError(f'{leaf.path}: another record has this leaf, too')
             self.leaves[leaf.path], self.holders[leaf.path] = leaf, record.name
+    config = manifests[0].config
+    square = () if config is None else (config.hidden_size, config.hidden_size)
+    widths = () if config is None else config.segment_widths
+    identities = {i for i, width in enumerate(widths) if (width, width) == square}
     for path, leaf in self.leaves.items():
       for other in leaf.needs:
         if other in self.leaves and self.leaves[other].needs:
@@ -90,7 +94,7 @@ class Records:
         for array in leaf.base_arrays:
           base.check(path, array)
       if leaf.product is not None:
-        self._check_segments(leaf, manifests[0].config)
+        self._check_segments(leaf, leaf.product, identities, square)
 
   def _waits(self, path: str) -> bool:
     """Returns whether a leaf's record is decoded with the help of other leaves."""
@@ -99,21 +103,18 @@ class Records:
     return any(leaf.waits for leaf in own)
 
   def _check_segments(
-    self, leaf: leaves_lib.Leaf, config: models.ModelConfig | None
+    self,
+    leaf: leaves_lib.Leaf,
+    product: leaves_lib.Product,
+    identities: Collection[int],
+    square: tuple[int, ...],
   ) -> None:
     """Checks that the bases of a product are there; a missing one is the identity.
 
     Raises:
       ContainerError: if one is not.
     """
-    assert leaf.product is not None
-    identities, square = set(), (0, 0)
-    if config is not None:
-      widths = enumerate(config.segment_widths)
-      identities = {i for i, width in widths if width == config.hidden_size}
-      square = config.hidden_size, config.hidden_size
-    own = leaf.product.segments
-    missing = [x for x in own if models.names.basis(x) not in self.leaves]
+    missing = [x for x in product.segments if models.names.basis(x) not in self.leaves]
     for segment in missing:
       if segment not in identities:
         raise ContainerError(f'{leaf.path}: the basis {segment} is missing')

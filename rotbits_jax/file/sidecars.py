@@ -20,10 +20,15 @@ def files(streams: Streams, manifests: Manifests) -> dict[str, bytes]:
   Raises:
     ContainerError: if a file is damaged.
   """
-  found = {}
+  found, left = {}, manifest_lib.MOST_FILES
   for file, own in zip(streams, manifests, strict=True):
     for name, entry in own.files.items():
+      left -= entry.size
       with file.errors():
+        if left < 0:
+          raise ContainerError(
+            f'the other files have more than {manifest_lib.MOST_FILES} bytes'
+          )
         found[name] = _inflate(file, f'{manifest_lib.FILES}{name}', entry)
   return found
 

@@ -122,7 +122,9 @@ def _start(
     lead = (len(layers), experts) if experts else (len(layers),)
     wanted = placement.local_layers(place, name, entries[0], lead)
   own_entries = entries[each * wanted.start : each * wanted.stop]
-  memory_lib.check(name, sum(x.memory_bytes(integers) for x in own_entries))
+  # Where ranks differ, a stack has room for the greatest one in each layer.
+  largest = max((x.memory_bytes(integers) for x in own_entries), default=0)
+  memory_lib.check(name, largest * len(own_entries))
   memory = memory_lib.allocate(entries, stacked=each * len(wanted), integers=integers)
   whole = sum(entry.input.bytes for entry in entries)
   entries = own_entries

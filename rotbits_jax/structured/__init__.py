@@ -21,6 +21,7 @@ To add a leaf, write a dataclass with annotated fields, see `fields`, and `regis
 
 from rotbits_jax.structured.base import TYPES
 from rotbits_jax.structured.base import Structured
+from rotbits_jax.structured.base import floating
 from rotbits_jax.structured.base import register
 from rotbits_jax.structured.constant import Constant
 from rotbits_jax.structured.fields import Array
@@ -92,6 +93,7 @@ __all__ = [
   'expand',
   'fits_base',
   'flatten',
+  'floating',
   'for_writing',
   'is_in_files',
   'is_plain',

@@ -213,6 +213,18 @@ def register(cls: type[Any]) -> type[Any]:
   return cls
 
 
+def floating(dtype: Any) -> np.dtype:
+  """Returns a dtype of floating-point numbers.
+
+  Raises:
+    ValueError: if it is another one.
+  """
+  found = np.dtype(jnp.dtype(dtype))
+  if not jnp.issubdtype(found, jnp.floating):
+    raise ValueError(f'dtype must be of floating-point numbers, got {found.name}')
+  return found
+
+
 def convert(array: Any, dtype: Any) -> Any:
   """Rounds an array of floating-point numbers to the nearest numbers of a dtype.
 

@@ -569,7 +569,7 @@ class Head(NamedTuple):
       ValueError: if the bytes are not such a head.
     """
     rows = size // width if width else 0
-    if rows * width != size:
+    if rows * width != size or width > size:
       raise ValueError(f'{size} elements cannot have rows of {width}')
     unpacker, most = zlib.decompressobj(), 2 * (rows + width) + 512
     try:

@@ -9,7 +9,7 @@ the next segment is wider.
 
 from collections.abc import Callable, Mapping
 import dataclasses
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Self
 
 from flax import struct
 import jax
@@ -19,8 +19,10 @@ import numpy as np
 from rotbits_jax.structured.base import Structured
 from rotbits_jax.structured.base import register
 from rotbits_jax.structured.fields import Array
+from rotbits_jax.structured.fields import Arrays
 from rotbits_jax.structured.fields import Length
 from rotbits_jax.structured.fields import Lower
+from rotbits_jax.structured.fields import Settings
 from rotbits_jax.structured.fields import of_stacks
 from rotbits_jax.structured.fields import static
 from rotbits_jax.system import host
@@ -59,6 +61,17 @@ class IdentityMinusGram(Structured):
   c: Lower
   columns: Length = static()
   ranks: tuple[tuple[int, int], ...] | None = of_stacks()
+
+  @classmethod
+  def from_stored(cls, settings: Settings, arrays: Arrays) -> Self:
+    # Before they are joined: the columns are no part of the leaf's shape.
+    for name in ('b', 'c'):
+      below, corner = arrays.get(name), arrays.get(f'{name}_corner')
+      if below is None or corner is None or below.ndim != 2:
+        continue  # which is refused below
+      if corner.size != below.shape[1] * (below.shape[1] + 1) // 2:
+        raise ValueError('B and C have at most as many columns as rows')
+    return super().from_stored(settings, arrays)
 
   @property
   def shape(self) -> tuple[int, ...]:

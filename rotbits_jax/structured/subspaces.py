@@ -279,11 +279,11 @@ def _tensor(
     first, last = bases
     if first is None and last is None:
       return np.eye(shape[0], dtype=dtype)
-    size = next(len(x) for x in bases if x is not None)
-    left, right = (
-      _identity(size) if x is None else x.astype(np.float64) for x in (first, last)
-    )
-    return _as(np.ldexp(_product(left.T, right), -2 * UNIT), dtype)
+    if first is None or last is None:
+      only = last if first is None else first.T
+      return _as(np.ldexp(np.ascontiguousarray(only, np.float64), -UNIT), dtype)
+    product = _product(first.T.astype(np.float64), last.astype(np.float64))
+    return _as(np.ldexp(product, -2 * UNIT), dtype)
   if way.kind == 'bias':
     return _bias(way, arrays, dtype)
   (basis,) = bases

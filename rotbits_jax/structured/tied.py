@@ -226,7 +226,7 @@ _UNROLLED = 8  # entries that one step of a program takes
 
 def token_blocks(head: Any, numbers: int = 1 << 23) -> Iterator[slice]:
   """Yields the tokens of a head `[D, V]` as slices of about `numbers` numbers each."""
-  step = max(numbers // head.shape[0], 1)
+  step = max(numbers // max(head.shape[0], 1), 1)
   return (slice(i, i + step) for i in range(0, head.shape[1], step))
 
 

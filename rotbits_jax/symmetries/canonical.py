@@ -38,6 +38,8 @@ Canonicaliser = Callable[[jax.Array], tuple[jax.Array, jax.Array]]
 
 _matmul = products.matmul
 
+_MOST_SKEW = 1e-4  # products of unit vectors that count as orthogonal
+
 
 def svd(w: jax.Array) -> tuple[jax.Array, jax.Array]:
   """Canonicalises by the singular value decomposition `W = U S V^T`, with `Q = U`.
@@ -116,16 +118,17 @@ def polar_from_gram(matrix: jax.Array) -> tuple[Polar, jax.Array]:
   square the condition of M; so a small SVD decomposes what M does to the last sixteenth
   of them. Of the blocks of orthogonal matrices that shortcuts are, that is enough.
 
-  >>> found, least = polar_from_gram(jnp.diag(jnp.array([1.0, 0.5, 0.0])))
+  >>> found, least = polar_from_gram(jnp.diag(jnp.array([1.0, 0.5, 0.25])))
   >>> np.round(found.values, 3).tolist(), bool(least > 0.1)
-  ([1.0, 0.5, 0.0], True)
+  ([1.0, 0.5, 0.25], True)
 
   Args:
     matrix: M `[d, e]`, d <= e.
 
   Returns:
     The decomposition; and the least singular value of those that are roots of
-    eigenvalues, float32. If it is above 0.03, the errors are those of `polar`.
+    eigenvalues, divided by the greatest if that is above 1; 0 if the rotation is not
+    orthogonal. If it is above 0.03, float32, the errors are those of `polar`.
   """
   chex.assert_rank(matrix, 2)
   matrix = matrix.astype(jnp.float32)
@@ -142,7 +145,12 @@ def polar_from_gram(matrix: jax.Array) -> tuple[Polar, jax.Array]:
   u = jnp.concatenate([many, _matmul(last, turn)], axis=1)
   frame = _frame(_matmul(u, jnp.concatenate([rows, ends])))
   found = Polar(u, jnp.concatenate([values, least]), frame)
-  return found, values[-1] if few < d else jnp.float32(1)
+  if few == d:
+    return found, jnp.float32(1)
+  # Where M has no rest, the ends are any rows, and need not be orthogonal to others.
+  skew = jnp.max(jnp.abs(_matmul(ends, rows.T)))
+  relative = values[-1] / jnp.maximum(values[0], 1)
+  return found, jnp.where(skew < _MOST_SKEW, relative, 0)
 
 
 def _frame(rows: jax.Array) -> jax.Array:

@@ -52,8 +52,8 @@ def uniform(starts: jax.Array) -> codecs.Codec:
     A codec of int32 `[n]`.
   """
   starts = jnp.asarray(starts, jnp.int32)
-  if starts.size == 0:
-    return codecs.certain(starts)
+  if starts.size < 2:  # XLA cannot compile the loops over one place
+    return codecs.certain(jnp.zeros_like(starts))
   places = jnp.arange(starts.size, dtype=jnp.int32)
   sizes = (places - starts + 1).astype(jnp.uint32)
   one_digit = starts.size <= 1 << _DIGIT_BITS
