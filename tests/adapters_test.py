@@ -165,6 +165,7 @@ class AdaptersTest(parameterized.TestCase):
       ({'peft_type': 'IA3'}, {}, "peft_type is 'IA3'"),
       ({}, {f'{query}_magnitude_vector': wide}, 'magnitude_vector is no factor'),
       ({}, {f'{query}_A.weight': wide}, 'q_proj.lora_B.weight is missing, or is not'),
+      ({}, {f'{query}_A.weight': wide[0, 0]}, 'q_proj.lora_A.weight is missing, or is'),
       ({}, {f'{query}_A.weight': np.ones((2, 24), int)}, 'has the dtype int64'),
       ({}, {f'{prefix}.model.norm.lora_A.weight': wide}, 'norm.* is no factor'),
       (

@@ -376,6 +376,16 @@ class TestRefused:
       with pytest.raises(CheckpointError, match=rf'{length}\.gguf: '):
         gguf_files.read_gguf(path)
 
+  def test_tensors_that_overlap(self, tied, tmp_path):
+    content, path = tied.read_bytes(), tmp_path / 'model.gguf'
+    name = b'blk.1.ffn_norm.weight'
+    place = content.index(name) + len(name) + 16  # behind the axes and the type
+    for offset in (0, 32):  # that of another tensor, and within it
+      number = offset.to_bytes(8, 'little')
+      path.write_bytes(content[:place] + number + content[place + 8 :])
+      with pytest.raises(CheckpointError, match='the tensor overlaps another one'):
+        gguf_files.open_gguf(path)
+
   def test_missing_file(self, tmp_path):
     with pytest.raises(CheckpointError, match=r'none\.gguf: No such file'):
       gguf_files.read_gguf(tmp_path / 'none.gguf')

@@ -23,6 +23,7 @@ from fuzz import seeds
 import rotbits_jax
 from rotbits_jax import checkpoints
 from rotbits_jax import structured
+from rotbits_jax.checkpoints import lazy
 from rotbits_jax.file import container
 from rotbits_jax.file import manifest as manifest_lib
 from rotbits_jax.file import memory
@@ -491,6 +492,21 @@ class CheckpointTest(parameterized.TestCase):
       data = containers.pack(streams, containers.to_json(manifest))
       with self.assertRaisesRegex(rotbits_jax.ContainerError, words):
         rotbits_jax.decode_to_directory(data, self.output)
+
+  def test_the_work_to_open_shards_is_linear(self):
+    names = [f'h.{i}' for i in range(32)]
+    for name in names:
+      path = self.source / f'{name}.safetensors'
+      weights_files.write_safetensors(path, {name: np.ones(3)})
+    index = {'weight_map': {x: f'{x}.safetensors' for x in names}}
+    (self.source / 'model.safetensors.index.json').write_text(json.dumps(index))
+    real, asked = lazy.LazyTensor.nbytes.fget, []
+    counted = property(lambda x: (asked.append(x), real(x))[1])
+    with mock.patch.object(lazy.LazyTensor, 'nbytes', counted):
+      opened = checkpoints.open_tensors(self.source)
+      for file in opened.weights:
+        self.assertLen(list(opened.gaps(file)), 1)
+    self.assertLess(len(asked), 8 * len(names))
 
   def test_what_is_not_in_tensors_is_bounded_over_all_files(self):
     for name in ('one', 'two'):

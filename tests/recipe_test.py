@@ -333,6 +333,20 @@ def test_a_basis_must_have_as_many_rows_as_it_says():
     greater.materialize()
 
 
+def test_a_narrow_basis_is_stored_by_its_numbers(monkeypatch):
+  narrow = structured.Subspace.of(np.zeros((1025, 1)), np.arange(1026) == 0, 1)
+  with pytest.raises(ValueError, match='too narrow to be a subspace'):
+    structured.Subspace.from_stored(*narrow.stored())
+  path, base = TESTDATA / MICROSOFT['phi2-tiny'], TESTDATA / 'phi2-tiny-dense'
+  monkeypatch.setattr(subspaces, 'is_narrow', lambda shape: True)
+  data = rotbits_jax.encode(rotbits_jax.open_checkpoint(path), base=base, preset='free')
+  with file.Reader(data) as reader:
+    leaves_of = [x.leaves for x in reader.manifests[0].records if 'subspaces' in x.name]
+  assert {x.type_name for own in leaves_of for x in own} == {'basis'}
+  found = rotbits_jax.verify(data, against=path, base=base)
+  assert found.kl < 2 * found.kl_rerounded
+
+
 def test_a_run_that_was_interrupted_goes_on(tmp_path, monkeypatch):
   source, base = TESTDATA / MICROSOFT['phi2-tiny'], TESTDATA / 'phi2-tiny-dense'
   target, calls, own = tmp_path / 'x.rotbits', [], writer.encode_record

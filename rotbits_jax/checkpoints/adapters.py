@@ -139,7 +139,7 @@ def read_adapter(path: str | os.PathLike[str], source: AdaptedModel) -> Adapter:
   for module, entry in entries.items():
     names = [_name(module, side, entry) for side in 'AB']
     outputs, inputs = entry.shape if entry.transposed else entry.shape[::-1]
-    rank = found[names[0]].shape[0] if names[0] in found else 0
+    rank = next(iter(found[names[0]].shape), 0) if names[0] in found else 0
     for name, shape in zip(names, ((rank, inputs), (outputs, rank)), strict=True):
       if name not in found or found[name].shape != shape or not rank:
         raise errors.CheckpointError(

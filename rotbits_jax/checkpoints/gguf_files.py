@@ -5,6 +5,7 @@ weights is stored as small integers with a common scale. They are read as
 `structured.Quantized`, which stands for the plain weights.
 """
 
+from collections.abc import Iterable
 import importlib.util
 import json
 import math
@@ -106,11 +107,14 @@ def open_gguf(
         'tokenizer_config.json': _to_json(_tokenizer_config(metadata)),
       }
     config = configs.parse_config(config_json)
-    tensors = {}
+    tensors, places = {}, []
     for name, tensor in stored.items():
       key, setting = _hugging_face_name(name)
       heads = None if setting is None else config_json[setting]
-      tensors[key] = _tensor(name, tensor, file, heads, np.dtype(dtype))
+      nbytes = _nbytes(name, tensor)
+      places.append((tensor.offset, nbytes, name))
+      tensors[key] = _tensor(name, tensor, nbytes, file, heads, np.dtype(dtype))
+    _check_places(places)
   except errors.CheckpointError as error:
     raise errors.CheckpointError(f'{path}: {error}') from error
   return reader_lib.CheckpointReader(
@@ -314,6 +318,7 @@ def _hugging_face_name(name: str) -> tuple[str, str | None]:
 def _tensor(
   name: str,
   tensor: gguf_header.Tensor,
+  nbytes: int,
   file: files.File,
   heads: int | None,
   dtype: np.dtype,
@@ -323,15 +328,12 @@ def _tensor(
   Args:
     name: GGUF's name of the tensor.
     tensor: its entry in the header.
+    nbytes: see `_nbytes`.
     file: the file.
     heads: number of heads, if their rows are permuted; None if not.
     dtype: the dtype to which the elements are rounded.
   """
   number, shape = tensor.type_number, tensor.shape
-  elements, size = _block_sizes(name, number)
-  if not shape or shape[-1] % elements:
-    raise errors.CheckpointError(f'{name}: {shape=} does not fit its type {number}')
-  nbytes = math.prod(shape) // elements * size
 
   def read() -> Any:
     found: Any = lazy.read(file, tensor.offset, nbytes)
@@ -355,6 +357,28 @@ def _tensor(
     return found
 
   return lazy.LazyTensor(shape, dtype, read)
+
+
+def _nbytes(name: str, tensor: gguf_header.Tensor) -> int:
+  """Returns the bytes of a tensor in the file."""
+  number, shape = tensor.type_number, tensor.shape
+  elements, size = _block_sizes(name, number)
+  if not shape or shape[-1] % elements:
+    raise errors.CheckpointError(f'{name}: {shape=} does not fit its type {number}')
+  return math.prod(shape) // elements * size
+
+
+def _check_places(places: Iterable[tuple[int, int, str]]) -> None:
+  """Checks that tensors do not overlap, so that a small file has no large model.
+
+  Args:
+    places: offset, bytes and name of each tensor.
+  """
+  end = 0
+  for offset, nbytes, name in sorted(places):
+    if offset < end:
+      raise errors.CheckpointError(f'{name}: the tensor overlaps another one')
+    end = offset + nbytes
 
 
 def _block_sizes(name: str, number: int) -> tuple[int, int]:

@@ -85,9 +85,10 @@ class TensorFiles:
         WeightsFile(name=file, nbytes=self._opened[file].size, places=ordered)
       )
     self.weights = tuple(divided)
+    self._sizes = {name: tensor.nbytes for name, tensor in self.tensors.items()}
     try:
       for layout in self.weights:
-        layout.gaps(self.sizes())
+        layout.gaps(self._sizes)
     except ValueError as e:
       raise errors.CheckpointError(f'{path}: {e}') from e
     self._records: dict[str, list[str]] = {}
@@ -96,10 +97,6 @@ class TensorFiles:
         raise errors.CheckpointError(f'{path}: {name!r} cannot be the name of a tensor')
       self._records.setdefault(_record_of(name), []).append(name)
     self.records = tuple(self._records)
-
-  def sizes(self) -> dict[str, int]:
-    """Returns the bytes of each tensor by name."""
-    return {name: tensor.nbytes for name, tensor in self.tensors.items()}
 
   @property
   def input_bytes(self) -> int:
@@ -126,7 +123,7 @@ class TensorFiles:
     Raises:
       CheckpointError: if the file has changed.
     """
-    for begin, end in file.gaps(self.sizes()):
+    for begin, end in file.gaps(self._sizes):
       yield memoryview(lazy.read(self._opened[file.name], begin, end - begin))
 
   def fingerprint(self) -> str:

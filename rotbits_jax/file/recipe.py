@@ -237,7 +237,10 @@ class Recipe:
       return _Segment(leaf, leaf.materialize(), None, True)
     if basis.shape[0] == basis.shape[1]:
       return _Segment(None, None, basis.T, True)
-    leaf = recipe_lib.as_subspace(basis, roundoff, growth)
+    if subspaces.is_narrow(basis.shape):
+      leaf = recipe_lib.as_basis(basis, roundoff)
+    else:
+      leaf = recipe_lib.as_subspace(basis, roundoff, growth)
     found = leaf.materialize()
     turn = recipe_lib.turn(basis, np.ldexp(found.astype(np.float64), -subspaces.UNIT))
     return _Segment(leaf, found, turn, True)

@@ -45,6 +45,7 @@ UNIT = 25
 """The numbers of bases are multiples of 2^-UNIT."""
 
 _ONE = 1 << UNIT
+_LEAST_BOUND = 1 << 10  # of the rows S, whatever the width
 _NEWTON = 5  # steps, after which 3^-32 of the first error is left
 _BLOCK = 1 << 22  # numbers of a tensor that are taken together
 
@@ -142,6 +143,18 @@ class Subspace(_OfSubspace):
     size, width = self.shape
     if self.mask.size != -(-size // 8) or self._is_upper().sum() != width:
       raise ValueError(f'a basis of {self.shape} must have {width} rows of M')
+    if is_narrow(self.shape):
+      raise ValueError(f'a basis of {self.shape} is too narrow to be a subspace')
+
+
+def is_narrow(shape: tuple[int, ...]) -> bool:
+  """Returns whether a basis `[D, d]` is stored by its numbers only.
+
+  A subspace takes the inverse of a matrix `[D - d, D - d]`, which few numbers of a
+  hostile file could make huge.
+  """
+  size, width = shape
+  return size - width > max(16 * width, _LEAST_BOUND)
 
 
 def _identity(size: int) -> np.ndarray:
