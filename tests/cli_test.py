@@ -7,6 +7,7 @@ import json
 import os
 import pathlib
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -595,6 +596,36 @@ class TestBadInput:
       self.check(rotbits, tmp_path, args, 'not a regular file')
     args[-1] = '--output='
     self.check(rotbits, tmp_path, args, 'empty')
+
+  def test_no_file_of_an_input_is_replaced(self, rotbits, tmp_path):
+    source, base = tmp_path / 'source', tmp_path / 'base'
+    for folder in (source, base):
+      shutil.copytree(DENSE, folder)
+    encode = ['encode', f'--checkpoint={source}', '--overwrite']
+    files = base / 'one.rotbits', base / 'some.rotbits'
+    for file, options in zip(files, ([], ['--shard_size=10KB']), strict=True):
+      assert rotbits(*encode, f'--output={file}', *options)[0] == 0
+    index = base / 'some.rotbits.index.json'
+    (source / 'link').symlink_to('config.json')
+    for given, output in (
+      (base / 'one.rotbits', base / 'one.rotbits'),
+      (base / 'some.rotbits', base / 'some.rotbits'),
+      (index, base / 'some.rotbits'),
+      (base, base / 'model.safetensors'),
+      (base / 'model.safetensors', base / 'config.json'),
+      (None, source / 'config.json'),
+      (None, source / 'link'),
+      (None, source / 'model.safetensors'),
+    ):
+      args = [*encode, f'--output={output}', *([f'--base={given}'] if given else [])]
+      self.check(rotbits, tmp_path, args, 'is a file of an input')
+    args = ['report', f'--input={files[1]}', '--overwrite']
+    for output in (index, min(base.glob('some-*'))):
+      self.check(rotbits, tmp_path, [*args, f'--output={output}'], 'is a file of an')
+    # Results in the folder of an input do not belong to it.
+    (base / 'one.rotbits').write_bytes(b'damaged')
+    for output in files:
+      assert rotbits(*encode, f'--output={output}', f'--base={base}')[0] == 0
 
   @pytest.mark.parametrize(
     ('command', 'damage', 'words'),

@@ -72,8 +72,9 @@ factors (DoRA, biases, whole modules) are refused.
   rotbits encode --checkpoint=DIR --output=FILE --preset=free --adapter=LORA
 
 The file appears when it is complete. An existing file is replaced only with
---overwrite. With --verify the file is decoded before it appears; if the preset is
-`exact`, the result is compared with the checkpoint.
+--overwrite, and never one of the checkpoint, the base or an adapter. With --verify the
+file is decoded before it appears; if the preset is `exact`, the result is compared with
+the checkpoint.
 
 A few layers at a time are in memory. A run that was killed or interrupted leaves the
 folder `.FILE.partial`, and continues after the last complete layer when the same
@@ -291,9 +292,6 @@ def read_choice(name: str, elements: int) -> PresetChoice:
   for flag in (_BASE, _SAME_FILES):
     if flag.value:
       raise ValueError(f'--{flag.name} is not for --preset={name}')
-  shard_size = program.parse_size('shard_size', _SHARD_SIZE.value)
-  output = _OUTPUT.value
-  encode_lib.Output(output, shard_size=shard_size, overwrite=_OVERWRITE.value)
   found: steps.SearchResult | steps.Calibration | None = None
   if text is not None:
     opened = checkpoints.open_checkpoint(_CHECKPOINT.value)
@@ -302,7 +300,7 @@ def read_choice(name: str, elements: int) -> PresetChoice:
     tokens = program.read_tokens(opened.files, opened.config, program.read_text(text))
     settings: Any = options | {
       'max_tokens': _MAX_TOKENS.value,
-      'folder': outputs.resolved(output).parent,
+      'folder': outputs.resolved(_OUTPUT.value).parent,
       'progress': True,
     }
     if max_kl is None:
@@ -351,6 +349,12 @@ def main() -> program.Result | None:
   opened = checkpoints.open_tensors if _SAME_FILES.value else checkpoints.open_any
   status.show(f'encode: reading {text_lib.printable(_CHECKPOINT.value)} ...')
   source = opened(_CHECKPOINT.value)
+  encode_lib.Output(
+    _OUTPUT.value,
+    inputs=[_CHECKPOINT.value, *(_BASE.value or ()), *(_ADAPTER.value or ())],
+    shard_size=shard_size,
+    overwrite=_OVERWRITE.value,
+  )
   default = presets.default(getattr(source, 'config', None))
   choice = read_choice('exact' if _BASE.value else default, estimation.elements(source))
   name: Any = choice.name  # also those of other packages
