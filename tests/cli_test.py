@@ -484,6 +484,9 @@ class TestBadInput:
       (['--output=OUT', '--preset=near', '--bits=4', '--step=-5'], '--bits finds the'),
       (['--output=OUT', '--preset=near', '--bits=4', '--max_kl=1'], '--max_kl finds'),
       (['--output=OUT', '--preset=near', '--text=x'], '--text is for'),
+      (['--output=OUT', '--preset=near', '--max_tokens=9'], '--max_tokens is for'),
+      (['--output=OUT', '--preset=exact', '--max_tokens=9'], '--max_tokens is not for'),
+      (['--output=OUT', '--process_id=0'], '--process_id is for --distributed'),
       (['--output=OUT', '--preset=near', '--target_size=4XB'], 'size like 2GB'),
       (['--output=OUT', '--preset=near', '--bits=inf'], '--bits must be at most 64'),
       (
@@ -667,6 +670,11 @@ class TestBadInput:
       (tmp_path / 'text').write_bytes(content)
     args = ['evaluate', f'--model={SLICED}', f'--text={tmp_path / "text"}']
     self.check(rotbits, tmp_path, args, words)
+
+  def test_a_base_of_a_checkpoint(self, rotbits, tmp_path, readable):
+    args = ['evaluate', f'--model={DENSE}', f'--text={readable / "text"}']
+    args.append(f'--base={SLICED}')
+    self.check(rotbits, tmp_path, args, f'{DENSE}: a checkpoint needs no base')
 
   def test_tokenizer_of_another_model(self, rotbits, tmp_path, readable):
     for file in (*SLICED.iterdir(), TESTDATA / 'opt-small-sliced-0.2/tokenizer.json'):

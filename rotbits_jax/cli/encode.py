@@ -260,8 +260,8 @@ def read_choice(name: str, elements: int) -> PresetChoice:
   options = {key: x.value for key, x in _OPTIONS.items() if x.value is not None}
   max_kl, text, bits = _MAX_KL.value, _TEXT.value, _BITS.value
   target = program.parse_size('target_size', _TARGET_SIZE.value)
-  of_near = _MAX_KL, _TARGET_SIZE, _BITS, _TEXT
-  given = [x.name for x in of_near if x.value is not None]
+  of_near = _MAX_KL, _TARGET_SIZE, _BITS, _TEXT, _MAX_TOKENS
+  given = [x.name for x in of_near if x.present]
   if _CONFIG.value is not None:
     if options or given or _PRESET.value is not None:
       raise ValueError('--config cannot be combined with --preset or its options')
@@ -284,6 +284,8 @@ def read_choice(name: str, elements: int) -> PresetChoice:
     raise ValueError('--text is for --max_kl, --target_size or --bits')
   if max_kl is not None and text is None:
     raise ValueError('--max_kl and --text are needed together')
+  if text is None and _MAX_TOKENS.present:
+    raise ValueError('--max_tokens is for --text')
   if not goals:
     return PresetChoice(name, options)
   if bits is not None and not bits <= 64:
@@ -346,6 +348,10 @@ def main() -> program.Result | None:
     jax.distributed.initialize(
       _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value
     )
+  else:
+    for flag in (_COORDINATOR, _NUM_PROCESSES, _PROCESS_ID):
+      if flag.present:
+        raise ValueError(f'--{flag.name} is for --distributed')
   opened = checkpoints.open_tensors if _SAME_FILES.value else checkpoints.open_any
   status.show(f'encode: reading {text_lib.printable(_CHECKPOINT.value)} ...')
   source = opened(_CHECKPOINT.value)

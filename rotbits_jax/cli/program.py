@@ -290,9 +290,14 @@ def read_model(path: str, base: Any = None) -> rotbits_jax.Checkpoint:
   Args:
     path: the path.
     base: the base that a rotbits file needs, see `rotbits_jax.decode`.
+
+  Raises:
+    ValueError: if a checkpoint is given a base.
   """
   if shards.is_encoded(path):
     return rotbits_jax.decode_checkpoint(path, base=base, progress=True)
+  if base:
+    raise ValueError(f'{path}: a checkpoint needs no base')
   return rotbits_jax.load_checkpoint(path)
 
 
