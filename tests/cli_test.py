@@ -212,12 +212,15 @@ class TestEncode:
 
   def test_config_file(self, rotbits, tmp_path, encoded):
     reports = []
-    for override in ([], ['--config.tolerance=0.0']):
+    for config, override in (
+      (['--config=free'], []),
+      (['--config', 'free'], ['--config.tolerance=0.0']),
+    ):
       code, out, _ = rotbits(
         'encode',
         f'--checkpoint={SLICED}',
         f'--output={tmp_path / "out"}',
-        '--config=free',
+        *config,
         '--overwrite',
         *override,
         '--overwrite',

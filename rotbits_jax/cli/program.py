@@ -364,8 +364,13 @@ def read_text(path: str) -> str:
 
 def _parse(values: flags.FlagValues) -> None:
   values.unparse_flags()  # an earlier run in this process may have left values
+  given: list[str] = []
+  for x in sys.argv:
+    if given and given[-1] in ('-config', '--config'):
+      x = f'{given.pop()}={x}'
+    given.append(config_files.named('config', x))
   try:
-    unused = values([config_files.named('config', x) for x in sys.argv])[1:]
+    unused = values(given)[1:]
   except flags.UnrecognizedFlagError as error:
     near = difflib.get_close_matches(error.flagname, list(values), 1)
     meant = f'; did you mean --{near[0]}?' if near else ''
