@@ -156,7 +156,8 @@ def encode_to_file(
       the option `step` of 'near', which is found so that the file has at least 99% of
       them. The preset is given by its name.
     mesh: see `encode`.
-    overwrite: whether an existing file may be replaced.
+    overwrite: whether an existing file may be replaced. No file of the source, the base
+      or an adapter is.
     check: whether to decode everything that was written before a file is replaced, and
       to compare it with the source if the preset keeps all bits, see `verify`. It needs
       a single process.
@@ -169,24 +170,27 @@ def encode_to_file(
     ContainerError: if the check fails.
     OSError: if the file cannot be written or must not be replaced.
   """
+  bases = base if isinstance(base, list | tuple) else [base]
+  inputs = source, *bases, *adapters
   if isinstance(source, str | os.PathLike):
     source = checkpoints.open_any(source)
-  output = encode_lib.Output(path, shard_size=shard_size, overwrite=overwrite)
-  given = output.without(source)
+  output = encode_lib.Output(
+    path, inputs=inputs, shard_size=shard_size, overwrite=overwrite
+  )
   rest = files, stem, mesh, base, adapters
   if target_size is None:
-    output.write(_job(given, preset, options, *rest), check=check, progress=progress)
+    output.write(_job(source, preset, options, *rest), check=check, progress=progress)
     return
   if preset != 'near' or 'step' in options:
     raise ValueError(
       "target_size finds the step of the preset 'near', given by its name"
     )
-  found = sources.Source(given, files, stem)
+  found = sources.Source(source, files, stem)
   sizing.write(
     found,
     target_size,
     lambda made, accepted: output.write(
-      _job(given, made, {}, *rest), check=check, progress=progress, accepted=accepted
+      _job(source, made, {}, *rest), check=check, progress=progress, accepted=accepted
     ),
     progress=progress,
     **options,

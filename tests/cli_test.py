@@ -7,6 +7,7 @@ import json
 import os
 import pathlib
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -211,12 +212,15 @@ class TestEncode:
 
   def test_config_file(self, rotbits, tmp_path, encoded):
     reports = []
-    for override in ([], ['--config.tolerance=0.0']):
+    for config, override in (
+      (['--config=free'], []),
+      (['--config', 'free'], ['--config.tolerance=0.0']),
+    ):
       code, out, _ = rotbits(
         'encode',
         f'--checkpoint={SLICED}',
         f'--output={tmp_path / "out"}',
-        '--config=free',
+        *config,
         '--overwrite',
         *override,
         '--overwrite',
@@ -483,6 +487,9 @@ class TestBadInput:
       (['--output=OUT', '--preset=near', '--bits=4', '--step=-5'], '--bits finds the'),
       (['--output=OUT', '--preset=near', '--bits=4', '--max_kl=1'], '--max_kl finds'),
       (['--output=OUT', '--preset=near', '--text=x'], '--text is for'),
+      (['--output=OUT', '--preset=near', '--max_tokens=9'], '--max_tokens is for'),
+      (['--output=OUT', '--preset=exact', '--max_tokens=9'], '--max_tokens is not for'),
+      (['--output=OUT', '--process_id=0'], '--process_id is for --distributed'),
       (['--output=OUT', '--preset=near', '--target_size=4XB'], 'size like 2GB'),
       (['--output=OUT', '--preset=near', '--bits=inf'], '--bits must be at most 64'),
       (
@@ -596,6 +603,36 @@ class TestBadInput:
     args[-1] = '--output='
     self.check(rotbits, tmp_path, args, 'empty')
 
+  def test_no_file_of_an_input_is_replaced(self, rotbits, tmp_path):
+    source, base = tmp_path / 'source', tmp_path / 'base'
+    for folder in (source, base):
+      shutil.copytree(DENSE, folder)
+    encode = ['encode', f'--checkpoint={source}', '--overwrite']
+    files = base / 'one.rotbits', base / 'some.rotbits'
+    for file, options in zip(files, ([], ['--shard_size=10KB']), strict=True):
+      assert rotbits(*encode, f'--output={file}', *options)[0] == 0
+    index = base / 'some.rotbits.index.json'
+    (source / 'link').symlink_to('config.json')
+    for given, output in (
+      (base / 'one.rotbits', base / 'one.rotbits'),
+      (base / 'some.rotbits', base / 'some.rotbits'),
+      (index, base / 'some.rotbits'),
+      (base, base / 'model.safetensors'),
+      (base / 'model.safetensors', base / 'config.json'),
+      (None, source / 'config.json'),
+      (None, source / 'link'),
+      (None, source / 'model.safetensors'),
+    ):
+      args = [*encode, f'--output={output}', *([f'--base={given}'] if given else [])]
+      self.check(rotbits, tmp_path, args, 'is a file of an input')
+    args = ['report', f'--input={files[1]}', '--overwrite']
+    for output in (index, min(base.glob('some-*'))):
+      self.check(rotbits, tmp_path, [*args, f'--output={output}'], 'is a file of an')
+    # Results in the folder of an input do not belong to it.
+    (base / 'one.rotbits').write_bytes(b'damaged')
+    for output in files:
+      assert rotbits(*encode, f'--output={output}', f'--base={base}')[0] == 0
+
   @pytest.mark.parametrize(
     ('command', 'damage', 'words'),
     [
@@ -636,6 +673,11 @@ class TestBadInput:
       (tmp_path / 'text').write_bytes(content)
     args = ['evaluate', f'--model={SLICED}', f'--text={tmp_path / "text"}']
     self.check(rotbits, tmp_path, args, words)
+
+  def test_a_base_of_a_checkpoint(self, rotbits, tmp_path, readable):
+    args = ['evaluate', f'--model={DENSE}', f'--text={readable / "text"}']
+    args.append(f'--base={SLICED}')
+    self.check(rotbits, tmp_path, args, f'{DENSE}: a checkpoint needs no base')
 
   def test_tokenizer_of_another_model(self, rotbits, tmp_path, readable):
     for file in (*SLICED.iterdir(), TESTDATA / 'opt-small-sliced-0.2/tokenizer.json'):

@@ -21,6 +21,7 @@ from rotbits_jax.checkpoints import CheckpointError
 from rotbits_jax.checkpoints import UnsupportedError
 from rotbits_jax.checkpoints import gguf_blocks
 from rotbits_jax.checkpoints import gguf_files
+from rotbits_jax.file import estimation
 
 gguf = pytest.importorskip('gguf')
 
@@ -243,6 +244,15 @@ class TestModel:
       heads = {'attn_q': 4}.get(name)
       got = got if heads is None else interleaved(got, heads)
       np.testing.assert_array_equal(got, values)
+
+  def test_codes_are_estimated_with_each_preset(self, tmp_path):
+    tensors = gguf_tensors(hugging_face_tensors(tied=True))
+    tensors['blk.1.ffn_up.weight'] = (
+      random_blocks(8, 64, 1), gguf.GGMLQuantizationType.Q8_0
+    )  # fmt: skip
+    path = write(tmp_path / 'model.gguf', tensors)
+    found, why = estimation.estimate(checkpoints.open_any(path))
+    assert ([x.preset for x in found], why) == (['exact', 'free', 'near'], None)
 
   def test_it_saves_and_loads_as_a_hugging_face_checkpoint(self, tied, tmp_path):
     checkpoint = gguf_files.read_gguf(tied)

@@ -57,7 +57,9 @@ class TestMake:
     for name, options, words in (
       ('free', {'tolerance': -1.0}, 'tolerance .* at least 0, got -1.0'),
       ('free', {'tolerance': True}, 'tolerance must be a finite number'),
-      ('free', {'floor': float('nan')}, 'floor must be a finite number, got nan'),
+      ('free', {'floor': float('nan')}, 'floor must be .* at least -64, got nan'),
+      ('free', {'floor': -65}, 'floor must be .* at least -64, got -65'),
+      ('free', {'floor': 1.5}, 'floor must be at most 1, got 1.5: near rounds'),
       ('near', {'step': float('inf')}, 'step must be a finite number'),
       ('near', {'step': -30}, '`free` keeps more'),
       ('near', {'offsets': {'head/kernel': 'x'}}, 'head/kernel must be a finite'),

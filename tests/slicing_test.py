@@ -442,6 +442,11 @@ class TestSlice:
       ({'dtype': 'int8'}, 'dtype'),
       ({'final_orientation': 'qr'}, 'final_orientation'),
       ({'output': str(pathlib.Path(__file__))}, 'is a file, not a directory'),
+      ({'encoded': 'x', 'recipe': './x'}, '--encoded and --recipe are the same'),
+      (
+        {'recipe': paths[0] / 'config.json', 'overwrite': True},
+        'is a file of an input',
+      ),
     ):
       with subtests.test(changed=changed):
         source, text, output = paths

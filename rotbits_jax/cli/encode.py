@@ -72,8 +72,9 @@ factors (DoRA, biases, whole modules) are refused.
   rotbits encode --checkpoint=DIR --output=FILE --preset=free --adapter=LORA
 
 The file appears when it is complete. An existing file is replaced only with
---overwrite. With --verify the file is decoded before it appears; if the preset is
-`exact`, the result is compared with the checkpoint.
+--overwrite, and never one of the checkpoint, the base or an adapter. With --verify the
+file is decoded before it appears; if the preset is `exact`, the result is compared with
+the checkpoint.
 
 A few layers at a time are in memory. A run that was killed or interrupted leaves the
 folder `.FILE.partial`, and continues after the last complete layer when the same
@@ -259,8 +260,8 @@ def read_choice(name: str, elements: int) -> PresetChoice:
   options = {key: x.value for key, x in _OPTIONS.items() if x.value is not None}
   max_kl, text, bits = _MAX_KL.value, _TEXT.value, _BITS.value
   target = program.parse_size('target_size', _TARGET_SIZE.value)
-  of_near = _MAX_KL, _TARGET_SIZE, _BITS, _TEXT
-  given = [x.name for x in of_near if x.value is not None]
+  of_near = _MAX_KL, _TARGET_SIZE, _BITS, _TEXT, _MAX_TOKENS
+  given = [x.name for x in of_near if x.present]
   if _CONFIG.value is not None:
     if options or given or _PRESET.value is not None:
       raise ValueError('--config cannot be combined with --preset or its options')
@@ -283,6 +284,8 @@ def read_choice(name: str, elements: int) -> PresetChoice:
     raise ValueError('--text is for --max_kl, --target_size or --bits')
   if max_kl is not None and text is None:
     raise ValueError('--max_kl and --text are needed together')
+  if text is None and _MAX_TOKENS.present:
+    raise ValueError('--max_tokens is for --text')
   if not goals:
     return PresetChoice(name, options)
   if bits is not None and not bits <= 64:
@@ -291,9 +294,6 @@ def read_choice(name: str, elements: int) -> PresetChoice:
   for flag in (_BASE, _SAME_FILES):
     if flag.value:
       raise ValueError(f'--{flag.name} is not for --preset={name}')
-  shard_size = program.parse_size('shard_size', _SHARD_SIZE.value)
-  output = _OUTPUT.value
-  encode_lib.Output(output, shard_size=shard_size, overwrite=_OVERWRITE.value)
   found: steps.SearchResult | steps.Calibration | None = None
   if text is not None:
     opened = checkpoints.open_checkpoint(_CHECKPOINT.value)
@@ -302,7 +302,7 @@ def read_choice(name: str, elements: int) -> PresetChoice:
     tokens = program.read_tokens(opened.files, opened.config, program.read_text(text))
     settings: Any = options | {
       'max_tokens': _MAX_TOKENS.value,
-      'folder': outputs.resolved(output).parent,
+      'folder': outputs.resolved(_OUTPUT.value).parent,
       'progress': True,
     }
     if max_kl is None:
@@ -348,9 +348,19 @@ def main() -> program.Result | None:
     jax.distributed.initialize(
       _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value
     )
+  else:
+    for flag in (_COORDINATOR, _NUM_PROCESSES, _PROCESS_ID):
+      if flag.present:
+        raise ValueError(f'--{flag.name} is for --distributed')
   opened = checkpoints.open_tensors if _SAME_FILES.value else checkpoints.open_any
   status.show(f'encode: reading {text_lib.printable(_CHECKPOINT.value)} ...')
   source = opened(_CHECKPOINT.value)
+  encode_lib.Output(
+    _OUTPUT.value,
+    inputs=[_CHECKPOINT.value, *(_BASE.value or ()), *(_ADAPTER.value or ())],
+    shard_size=shard_size,
+    overwrite=_OVERWRITE.value,
+  )
   default = presets.default(getattr(source, 'config', None))
   choice = read_choice('exact' if _BASE.value else default, estimation.elements(source))
   name: Any = choice.name  # also those of other packages

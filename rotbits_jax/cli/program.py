@@ -290,9 +290,14 @@ def read_model(path: str, base: Any = None) -> rotbits_jax.Checkpoint:
   Args:
     path: the path.
     base: the base that a rotbits file needs, see `rotbits_jax.decode`.
+
+  Raises:
+    ValueError: if a checkpoint is given a base.
   """
   if shards.is_encoded(path):
     return rotbits_jax.decode_checkpoint(path, base=base, progress=True)
+  if base:
+    raise ValueError(f'{path}: a checkpoint needs no base')
   return rotbits_jax.load_checkpoint(path)
 
 
@@ -359,8 +364,13 @@ def read_text(path: str) -> str:
 
 def _parse(values: flags.FlagValues) -> None:
   values.unparse_flags()  # an earlier run in this process may have left values
+  given: list[str] = []
+  for x in sys.argv:
+    if given and given[-1] in ('-config', '--config'):
+      x = f'{given.pop()}={x}'
+    given.append(config_files.named('config', x))
   try:
-    unused = values([config_files.named('config', x) for x in sys.argv])[1:]
+    unused = values(given)[1:]
   except flags.UnrecognizedFlagError as error:
     near = difflib.get_close_matches(error.flagname, list(values), 1)
     meant = f'; did you mean --{near[0]}?' if near else ''

@@ -19,6 +19,7 @@ JSON:
 import rotbits_jax
 from rotbits_jax import report
 from rotbits_jax.cli import program
+from rotbits_jax.file import encode as encode_lib
 from rotbits_jax.system import outputs
 
 FLAGS = program.Flags()
@@ -31,6 +32,7 @@ _OVERWRITE = FLAGS.add('overwrite', 'Replace an existing file.', bool, False)
 def main() -> program.Result:
   target = outputs.resolved(_OUTPUT.value)
   outputs.check(target, overwrite=_OVERWRITE.value)
+  encode_lib.check_inputs([target], [_INPUT.value])
   verified = None
   if _AGAINST.value is not None:
     verified = rotbits_jax.verify(_INPUT.value, against=_AGAINST.value, progress=True)

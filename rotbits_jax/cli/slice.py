@@ -37,6 +37,7 @@ import pathlib
 import rotbits_jax
 from rotbits_jax import slicing
 from rotbits_jax.cli import program
+from rotbits_jax.file import encode as encode_lib
 from rotbits_jax.system import outputs
 
 MAX_SEQUENCE_LENGTH = 2048  # SliceGPT's default
@@ -159,11 +160,16 @@ def _check_outputs(names: list[str]) -> None:
   """Checks that all outputs can be written, before the work begins.
 
   Raises:
+    ValueError: if two are one file, or if one is a file of the model.
     OSError: if one cannot be written.
   """
   directory = outputs.directory_target(_OUTPUT.value)
   for name in names if directory.exists() else []:
     outputs.check(directory / name, overwrite=_OVERWRITE.value)
-  for encoded in (_ENCODED.value, _RECIPE.value):
-    if encoded is not None:
-      outputs.check(outputs.resolved(encoded), overwrite=_OVERWRITE.value)
+  given = _ENCODED.value, _RECIPE.value
+  files = [outputs.resolved(x) for x in given if x is not None]
+  if len({*files}) < len(files):
+    raise ValueError('--encoded and --recipe are the same file')
+  for file in files:
+    outputs.check(file, overwrite=_OVERWRITE.value)
+  encode_lib.check_inputs(files, [_MODEL.value])

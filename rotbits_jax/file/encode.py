@@ -1,7 +1,7 @@
 """Encoding to memory, or to files that appear when they are complete."""
 
+from collections.abc import Iterable
 import contextlib
-import copy
 import io
 import os
 import pathlib
@@ -32,18 +32,25 @@ class Output:
   """The files that a run writes, see `api.encode_to_file`."""
 
   def __init__(
-    self, path: str | os.PathLike[str], *, shard_size: int | None, overwrite: bool
+    self,
+    path: str | os.PathLike[str],
+    *,
+    inputs: Iterable[Any],
+    shard_size: int | None,
+    overwrite: bool,
   ):
     """Checks the path, before the work.
 
     Args:
       path: path of the output.
+      inputs: the checkpoint, its bases and adapters; those in memory are ignored.
       shard_size: greatest size of a shard in bytes; None for one file, or for as many
         shards as there are processes.
       overwrite: whether existing files may be replaced.
 
     Raises:
-      ValueError: if the size is not positive, or if the files cannot have such names.
+      ValueError: if the size is not positive, if the files cannot have such names, or
+        if they would replace a file of an input.
       OSError: if the output cannot be written or must not be replaced.
     """
     if shard_size is not None and shard_size < 1:
@@ -64,17 +71,8 @@ class Output:
     for target in shards_lib.existing(self._path):
       outputs.check(target, overwrite=overwrite)
       self._older.append(target)
-
-  def without(self, source: Any) -> Any:
-    """Returns a checkpoint that does not have its older output for one of its files."""
-    if not isinstance(source, checkpoints.CheckpointReader | checkpoints.TensorFiles):
-      return source
-    if source.path is None or source.path.absolute().parent != self._path.parent:
-      return source
-    older = {path.name for path in self._older}
-    found = copy.copy(source)
-    found.files = {name: x for name, x in source.files.items() if name not in older}
-    return found
+    # A link in a checkpoint's folder may lead to a file elsewhere.
+    check_inputs([pathlib.Path(path), *self._older], inputs)
 
   def write(
     self,
@@ -195,3 +193,48 @@ class Output:
       from jax.experimental import multihost_utils
 
       multihost_utils.sync_global_devices('rotbits_jax')
+
+
+def check_inputs(targets: Iterable[pathlib.Path], inputs: Iterable[Any]) -> None:
+  """Checks, before the work, that no file of an input is replaced.
+
+  Args:
+    targets: the files that are written, if they exist.
+    inputs: paths of checkpoints, adapters and encoded files, or opened checkpoints;
+      others are ignored.
+
+  Raises:
+    ValueError: if one would be replaced.
+  """
+  for target in filter(os.path.exists, targets):
+    named = os.path.join(os.path.realpath(target.parent), target.name)
+    places = {pathlib.Path(named), outputs.resolved(target)}
+    for given in inputs:
+      if any(_belongs(place, given) for place in places):
+        raise ValueError(f'{target}: it is a file of an input, {_path(given)}')
+
+
+def _path(given: Any) -> Any:
+  """Returns the path of an input; for one in memory that is None, or the input."""
+  is_opened = isinstance(given, checkpoints.CheckpointReader | checkpoints.TensorFiles)
+  return given.path if is_opened else given
+
+
+def _belongs(file: pathlib.Path, given: Any) -> bool:
+  """Returns whether a file that exists belongs to an input.
+
+  Results of earlier runs do not belong to the checkpoint in whose folder they are.
+  """
+  path = _path(given)
+  if not isinstance(path, str | os.PathLike):
+    return False
+  real = outputs.resolved(path)
+  if shards_lib.is_encoded(path):
+    index = outputs.resolved(f'{os.fspath(path)}{shards_lib.INDEX}')
+    files: Any = shards_lib.find(path)[0]
+    return file in {real, index, *map(outputs.resolved, files)}
+  is_alone = real.suffix == '.gguf' or not real.exists()
+  if file == real or is_alone:
+    return file == real
+  folder = os.path.realpath(path if real.is_dir() else os.path.dirname(path))
+  return file.is_relative_to(folder) and not shards_lib.is_result(file)

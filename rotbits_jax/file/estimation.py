@@ -104,7 +104,7 @@ def estimate(
   if isinstance(opened, checkpoints.TensorFiles):
     why = opened.reason or 'it is of no known family'
   elif any(map(structured.is_structured, _specs(opened).values())):
-    why = 'the weights are quantised, or products of factors'
+    why = 'the weights are products of factors'
   cutter = None
   if why is None and isinstance(opened, checkpoints.CheckpointReader):
     cutter = _Cutter(opened)
@@ -578,7 +578,7 @@ def _cut(
   """Cuts the axes of parameters."""
   found = {}
   for path, leaf in structured.flatten(tree).items():
-    array = np.asarray(leaf)
+    array = np.asarray(structured.materialize(leaf))
     for k, axis in enumerate(axes[path]):
       if isinstance(axis, str) and axis in chosen:
         places = chosen[axis]

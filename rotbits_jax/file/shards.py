@@ -245,6 +245,21 @@ def is_encoded(path: str | os.PathLike[str]) -> bool:
   return True
 
 
+def is_result(path: pathlib.Path) -> bool:
+  """Returns whether a file that exists is an encoded file or an index of shards.
+
+  One that is damaged counts by its suffixes.
+  """
+  try:
+    if path.name.endswith(INDEX):
+      ShardIndex.read(path)
+    else:
+      container.StreamReader(path)
+  except ContainerError:
+    return '.rotbits' in path.suffixes
+  return True
+
+
 def find(
   source: container.Readable,
 ) -> tuple[list[container.Readable], ShardIndex | None]:

@@ -26,10 +26,15 @@ def free(
     The preset.
 
   Raises:
-    ValueError: if the tolerance is negative, or a number is not finite.
+    ValueError: if the tolerance is negative, a number is not finite, or the floor is
+      below -64 or above 1, where the function would not stay the same.
   """
   tolerance = check_finite('tolerance', tolerance, least=0)
-  floor = None if floor is None else check_finite('floor', floor)
+  floor = None if floor is None else check_finite('floor', floor, least=-64)
+  if floor is not None and floor > 1:
+    raise ValueError(
+      f'floor must be at most 1, got {floor}: near rounds to coarser steps'
+    )
   return Preset(
     name='free',
     options={'tolerance': tolerance, 'floor': floor},
