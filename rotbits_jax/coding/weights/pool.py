@@ -52,9 +52,9 @@ def run(
   started = [pool.submit(in_turn, own) for own in _together(list(jobs), sizes)]
   futures.wait(started)
   try:
-    return [result for job in started for result in job.result()]
+    return [x for own in map(futures.Future.result, started) for x in own]
   finally:
-    # The exception of a job refers to this frame, which must not keep all results.
+    # The exception of a job refers to these frames, which must not refer to the job.
     started.clear()
 
 
