@@ -27,6 +27,7 @@ from rotbits_jax.cli import main
 from rotbits_jax.cli import program
 from rotbits_jax.file import estimation
 from rotbits_jax.file import verification
+from rotbits_jax.passes import tied
 from rotbits_jax.presets import steps
 from tests import golden
 
@@ -305,9 +306,9 @@ class TestEstimate:
     kernel, matrix = (rng.normal(size=x) for x in ((64, 600), (64, 48)))
     table = (kernel.T @ matrix).astype(np.float16)
     outer = {'embed/tokens': table, 'head/kernel': kernel.astype(np.float16)}
-    assert estimation._is_tied(outer)
-    assert not estimation._is_tied(outer | {'embed/tokens': table[::-1]})
-    assert not estimation._is_tied({})
+    assert tied.is_tied(outer)
+    assert not tied.is_tied(outer | {'embed/tokens': table[::-1]})
+    assert not tied.is_tied({})
 
   def test_files_of_other_families(self, rotbits, tmp_path):
     source = with_config(tmp_path, '{"model_type": "bert"}')

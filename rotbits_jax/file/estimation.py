@@ -38,6 +38,7 @@ from rotbits_jax.file import leaves as leaves_lib
 from rotbits_jax.file import reader as reader_lib
 from rotbits_jax.file import sources
 from rotbits_jax.passes import relative
+from rotbits_jax.passes import tied
 from rotbits_jax.presets import steps
 from rotbits_jax.system import progress as progress_lib
 
@@ -51,11 +52,8 @@ _TOKENS = 1024  # of its vocabulary
 _WIDE, _CUT = 768, 512  # a wider residual stream is cut to this width
 _ENTRY = 30  # bytes of a tensor's entry in the manifest, about
 _NOTE = 20  # bytes of the notes of a tensor that is rewritten
-_EMBED, _HEAD = 'embed/tokens', 'head/kernel'
-_COLUMNS, _UNSEEN, _STEPS = 4, 256, 20  # by which an embedding is found to be tied
-_LEFT = 1e-3  # of the squares of a gradient, at which the search for a matrix ends
+_EMBED = 'embed/tokens'
 _RESIDUAL, _INTEGER = 2.0, 13.2  # bits of a tied element, on OPT
-_TINY = float(np.finfo(np.float32).tiny)
 
 
 class Estimate(NamedTuple):
@@ -363,7 +361,7 @@ class _Cutter:
     read = lambda name: {name: self._pieces[given[name]]}
     layers = [models.read_layer(read, part, i) for i in places]
     model = models.from_layers(part, self._outer, layers, {})
-    is_tied = start(functools.partial(_is_tied, self._columns))
+    is_tied = start(functools.partial(tied.is_tied, self._columns))
     counts = {name: self.records[record] for name, record in given.items()}
     return _CutOut(config, model, counts, shapes, is_tied)
 
@@ -461,44 +459,6 @@ class _CutOut(NamedTuple):
       kept = sum(x.size for x in others)
       growth = (whole - (part - kept) / narrower**2) / kept
     return likes * (weights.estimate(fixed) + growth * weights.estimate(others))
-
-
-def _is_tied(outer: Mapping[str, np.ndarray]) -> bool:
-  """Returns whether an embedding is about the head times some matrix.
-
-  A few of its columns are predicted for some tokens from those of others, by conjugate
-  gradients; a decomposition of a wide head would take too long.
-
-  Args:
-    outer: the embedding, `[V, d]`, and the head, `[D, V]`, by path; or nothing.
-  """
-  if _HEAD not in outer:
-    return False
-  table, kernel = outer[_EMBED], outer[_HEAD]
-  rank, tokens = kernel.shape
-  if 3 * rank > tokens:
-    return False
-  few = min(rank, _UNSEEN)
-  chosen = np.sort(np.random.default_rng(0).permutation(tokens)[: 2 * rank + few])
-  is_seen = np.arange(len(chosen)) % (len(chosen) // few) > 0
-  (seen, fit), (unseen, test) = (
-    (np.asarray(x, np.float32) for x in (kernel.T[own], table[own][:, :_COLUMNS]))
-    for own in (chosen[is_seen], chosen[~is_seen])
-  )
-  with np.errstate(all='ignore'):  # numbers that are not finite are never tied
-    norms = np.maximum(np.linalg.norm(test, axis=1), _TINY)
-    matrix, left = np.zeros((rank, fit.shape[1]), np.float32), seen.T @ fit
-    direction, least = left, _LEFT * np.square(left).sum()
-    for _ in range(_STEPS):
-      squares, image = np.square(left).sum(0), seen.T @ (seen @ direction)
-      length = squares / np.maximum((direction * image).sum(0), _TINY)
-      matrix, left = matrix + length * direction, left - length * image
-      if np.median(np.linalg.norm(unseen @ matrix - test, axis=1) / norms) < 0.3:
-        return True
-      if np.square(left).sum() < least:
-        break
-      direction = left + np.square(left).sum(0) / np.maximum(squares, _TINY) * direction
-  return False
 
 
 def _layers(config: models.ModelConfig) -> tuple[list[int], list[float]]:
