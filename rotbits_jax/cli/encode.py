@@ -294,6 +294,12 @@ def read_choice(name: str, elements: int) -> PresetChoice:
   for flag in (_BASE, _SAME_FILES):
     if flag.value:
       raise ValueError(f'--{flag.name} is not for --preset={name}')
+  encode_lib.Output(
+    _OUTPUT.value,
+    inputs=[_CHECKPOINT.value, *(_ADAPTER.value or ())],
+    shard_size=program.parse_size('shard_size', _SHARD_SIZE.value),
+    overwrite=_OVERWRITE.value,
+  )
   found: steps.SearchResult | steps.Calibration | None = None
   if text is not None:
     opened = checkpoints.open_checkpoint(_CHECKPOINT.value)
@@ -355,12 +361,6 @@ def main() -> program.Result | None:
   opened = checkpoints.open_tensors if _SAME_FILES.value else checkpoints.open_any
   status.show(f'encode: reading {text_lib.printable(_CHECKPOINT.value)} ...')
   source = opened(_CHECKPOINT.value)
-  encode_lib.Output(
-    _OUTPUT.value,
-    inputs=[_CHECKPOINT.value, *(_BASE.value or ()), *(_ADAPTER.value or ())],
-    shard_size=shard_size,
-    overwrite=_OVERWRITE.value,
-  )
   default = presets.default(getattr(source, 'config', None))
   choice = read_choice('exact' if _BASE.value else default, estimation.elements(source))
   name: Any = choice.name  # also those of other packages
