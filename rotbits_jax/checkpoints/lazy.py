@@ -139,7 +139,8 @@ def content(path: str | os.PathLike[str], most: int) -> bytes:
     raise errors.CheckpointError(
       f'{path}: the file has {file.size} bytes, more than {most}'
     )
-  return read(file, 0, file.size).tobytes()
+  with _errors_name(path):
+    return file.content()
 
 
 def in_file(file: files.File, offset: int, spec: TensorSpec) -> LazyTensor:

@@ -213,8 +213,9 @@ def _beside(leaf: Any, given: np.ndarray, path: str, run: weights.Run) -> Beside
   made = relative.beside(target, base, run)
   if made is None:
     return None
-  if target.size - base.size > 8 * sum(x.nbytes for x in made.stored()[1].values()):
-    return None  # the reader would refuse it, see `manifest.RecordEntry`
+  nbytes = sum(x.nbytes for x in made.stored()[1].values())
+  if leaves_lib.is_too_short(target.size, base.size, nbytes):
+    return None
   made = dataclasses.replace(made, columns_first=transposed)
   entry = dataclasses.replace(entry_of(path, base), shape=given.shape)
   return Beside(made, entry, checksums.of_array(target))

@@ -237,6 +237,19 @@ _STORED_AS = {'int2': 'int8', 'int4': 'int8'} | {
 }
 
 
+def is_too_short(size: int, known: int, nbytes: int) -> bool:
+  """Returns whether so few bytes cannot stand for an array.
+
+  The reader allocates the array before it has decoded the leaf.
+
+  Args:
+    size: how many elements the array has.
+    known: how many of them the base gives.
+    nbytes: the bytes of the arrays that are stored.
+  """
+  return size - known > 8 * nbytes
+
+
 def check_array(path: str, shape: tuple[int, ...], dtype: np.dtype) -> None:
   """Checks that an array of this path, shape and dtype can be stored.
 

@@ -169,10 +169,9 @@ class RecordEntry:
           raise ValueError(
             f'{leaf.path}: the leaf and the coder differ in the shape or the dtype'
           )
-      elif is_expanded and leaf.size - leaf.base_size > 8 * sum(
-        array.nbytes for array in arrays
+      elif is_expanded and leaves_lib.is_too_short(
+        leaf.size, leaf.base_size, sum(array.nbytes for array in arrays)
       ):
-        # The reader allocates the array before it has decoded the leaf.
         raise ValueError(f'{leaf.path}: too few bytes stand for {leaf.size} elements')
 
   @property

@@ -80,11 +80,12 @@ class Records:
     square = () if config is None else (config.hidden_size, config.hidden_size)
     widths = () if config is None else config.segment_widths
     identities = {i for i, width in enumerate(widths) if (width, width) == square}
+    waiting = {self.holders[path] for path, leaf in self.leaves.items() if leaf.waits}
     for path, leaf in self.leaves.items():
       for other in leaf.needs:
         if other in self.leaves and self.leaves[other].needs:
           raise ContainerError(f'{path}: it needs {other}, which needs others')
-        if leaf.waits and self._waits(other):
+        if leaf.waits and self.holders.get(other) in waiting:
           raise ContainerError(
             f'{path}: it needs {other}, whose record waits for others'
           )
@@ -95,12 +96,6 @@ class Records:
           base.check(path, array)
       if leaf.product is not None:
         self._check_segments(leaf, leaf.product, identities, square)
-
-  def _waits(self, path: str) -> bool:
-    """Returns whether a leaf's record is decoded with the help of other leaves."""
-    holder = self.holders.get(path)
-    own = () if holder is None else self.entries[holder].leaves
-    return any(leaf.waits for leaf in own)
 
   def _check_segments(
     self,

@@ -18,8 +18,6 @@ import pathlib
 import re
 from typing import NamedTuple, Self
 
-import numpy as np
-
 from rotbits_jax.file import container
 from rotbits_jax.system import files
 from rotbits_jax.system import outputs
@@ -85,9 +83,7 @@ class ShardIndex:
     opened = files.File.of(path)
     if opened.size > _MOST_INDEX:
       raise ContainerError(f'{path}: an index has at most {_MOST_INDEX} bytes')
-    data = np.empty(opened.size, np.uint8)
-    opened.read(0, data)
-    value = container.parse_json(data.tobytes(), 'index')
+    value = container.parse_json(opened.content(), 'index')
     try:
       return schema.load(cls, value, str(path))
     except ValueError as error:

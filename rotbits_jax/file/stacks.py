@@ -121,21 +121,19 @@ def _start(
   if place is not None:
     lead = (len(layers), experts) if experts else (len(layers),)
     wanted = placement.local_layers(place, name, entries[0], lead)
-  own_entries = entries[each * wanted.start : each * wanted.stop]
+  local = entries[each * wanted.start : each * wanted.stop]
   # Where ranks differ, a stack has room for the greatest one in each layer.
-  largest = max((x.memory_bytes(integers) for x in own_entries), default=0)
-  memory_lib.check(name, largest * len(own_entries))
+  largest = max((x.memory_bytes(integers) for x in local), default=0)
+  memory_lib.check(name, largest * len(local))
   memory = memory_lib.allocate(entries, stacked=each * len(wanted), integers=integers)
-  whole = sum(entry.input.bytes for entry in entries)
-  entries = own_entries
   rows = [
     {path: [array[row, ...] for array in arrays] for path, arrays in memory.items()}
-    for row in range(len(entries))
+    for row in range(len(local))
   ]
   jobs = [
     start(functools.partial(records.decode, entry.name, row, resolve))
-    for entry, row in zip(entries, rows, strict=True)
+    for entry, row in zip(local, rows, strict=True)
   ]
-  elsewhere = whole - sum(entry.input.bytes for entry in entries)
-  total = len(layers)
-  return Stack(name, wanted, total, experts, entries, elsewhere, memory, jobs)
+  whole, own_bytes = (sum(x.input.bytes for x in some) for some in (entries, local))
+  elsewhere, total = whole - own_bytes, len(layers)
+  return Stack(name, wanted, total, experts, local, elsewhere, memory, jobs)

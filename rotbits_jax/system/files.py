@@ -78,6 +78,12 @@ class File:
         left = left[count:]
     return crc
 
+  def content(self) -> bytes:
+    """Reads the whole file, see `read`."""
+    found = np.empty(self.size, np.uint8)
+    self.read(0, found)
+    return found.tobytes()
+
   def _changed(self) -> ChangedError:
     return ChangedError(f'{self.path}: the file changed after it was opened')
 
