@@ -102,7 +102,6 @@ def in_blocks(model: models.Model, name: str) -> Stored:
 
 _PART = 1024  # blocks that are searched at once
 
-
 Codes = range | tuple[float, ...]
 """What a number may be besides its scale, ascending."""
 
@@ -175,7 +174,8 @@ def _shifted(x: jax.Array, most: int) -> jax.Array:
   return (scale * q - least).reshape(shape)
 
 
-def _half(x: jax.Array) -> jax.Array:
+def _half(x: Any) -> Any:
+  """Rounds an array of NumPy or JAX to halves; returns float32."""
   return x.astype(np.float16).astype(np.float32)
 
 
@@ -211,8 +211,7 @@ def in_rows(model: models.Model, bits: int) -> Stored:
   most = 2 ** (bits - 1) - 1
 
   def rounded(path: str, rows: np.ndarray) -> Rounded:
-    scale = np.abs(rows).max(1, keepdims=True) / most
-    scale = scale.astype(np.float16).astype(np.float32)
+    scale = _half(np.abs(rows).max(1, keepdims=True) / most)
     q = np.rint(rows / np.where(scale == 0, 1, scale)).clip(-most, most)
     size = len(zstandard.compress(q.astype(np.int8).tobytes(), 19)) + 2 * len(rows)
     return q * scale, size
@@ -259,8 +258,7 @@ def _cancelled(
   damping = 0.01 * np.mean(np.diag(moments)) + 1e-30
   lower = np.linalg.cholesky(np.float64(moments) + damping * np.eye(count))
   own = np.diag(lower).copy()
-  alpha = step * np.exp(np.log(own).mean()) / own
-  alpha = alpha.astype(np.float16).astype(np.float32)
+  alpha = _half(step * np.exp(np.log(own).mean()) / own)
   unit = (lower / own).astype(np.float32)
   q, error = np.zeros_like(kernel), np.zeros_like(kernel)
   for i in range(count - 1, -1, -1):
