@@ -211,7 +211,7 @@ def _plain(path: pathlib.Path) -> None:
 
 
 def _index(path: pathlib.Path) -> None:
-  indices.shards(indices.read(path), str(path))
+  indices.parse(indices.read(path), str(path)).shards()
   _plain(path)
 
 

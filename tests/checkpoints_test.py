@@ -399,6 +399,16 @@ class TestTensors:
         with pytest.raises(CheckpointError, match=match):
           self.from_tensors(tensors)
 
+  def test_factors_of_a_vector_are_unknown(self):
+    tensors = file_tensors(TESTDATA / 'llama-tiny-dense')
+    config = checkpoints.open_checkpoint(TESTDATA / 'llama-tiny-dense').config
+    size = tensors.pop('model.norm.weight').size
+    tensors['model.norm.U'] = np.zeros((size, 2), np.float16)
+    tensors['model.norm.V'] = np.zeros((2, size), np.float16)
+    match = r'missing: model\.norm\.weight; unknown: model\.norm\.U, model\.norm\.V'
+    with pytest.raises(UnsupportedError, match=match):
+      checkpoints.from_tensors(tensors, config)
+
   def test_buffers_come_back(self):
     tensors = random_tensors(tiny_shapes()) | {
       'model.layers.0.self_attn.rotary_emb.inv_freq': np.arange(2, dtype=np.float32),
@@ -704,6 +714,31 @@ class TestDirectory:
     found = {*source.files, *source.left_out, 'model.safetensors'}
     assert found == {file.name for file in tmp_path.iterdir()}
 
+  def test_metadata_that_is_not_kept_is_named(self, tmp_path, subtests):
+    shutil.copytree(TESTDATA / 'llama-tiny-dense', tmp_path, dirs_exist_ok=True)
+    path, tensors = tmp_path / 'model.safetensors', file_tensors(tmp_path)
+    for metadata, named in (
+      (None, False),
+      ({'format': 'pt'}, False),
+      ({'format': 'mlx'}, True),
+      ({'format': 'pt', 'step': '7'}, True),
+    ):
+      with subtests.test(metadata=metadata):
+        safetensors.numpy.save_file(tensors, path, metadata)
+        left_out = checkpoints.open_checkpoint(tmp_path).left_out
+        assert ('the metadata of model.safetensors' in left_out) == named
+    names = sorted(tensors)
+    files = [f'model-{i}-of-2.safetensors' for i in (1, 2)]
+    for file, part in zip(files, (names[::2], names[1::2]), strict=True):
+      own = {name: tensors[name] for name in part}
+      safetensors.numpy.save_file(own, tmp_path / file, {'step': '7'})
+    weight_map = {name: files[i % 2] for i, name in enumerate(names)}
+    path.unlink()
+    index = tmp_path / 'model.safetensors.index.json'
+    index.write_text(json.dumps({'weight_map': weight_map}))
+    left_out = checkpoints.open_checkpoint(tmp_path).left_out
+    assert f'the metadata of {files[0]} and 1 more' in left_out
+
   def test_the_state_of_a_trainer_is_left_out(self, tmp_path):
     shutil.copytree(TESTDATA / 'llama-tiny-dense', tmp_path, dirs_exist_ok=True)
     state = ('optimizer.pt', 'rng_state.pth', 'scheduler.pt', 'training_args.bin')
@@ -856,6 +891,20 @@ class TestDirectory:
     (tmp_path / 'x' / removed).unlink()
     with pytest.raises(CheckpointError, match=match):
       checkpoints.load_checkpoint(tmp_path / 'x')
+
+  def test_a_wrong_path_is_refused_before_its_folder_is_read(self, tmp_path, subtests):
+    (tmp_path / 'notes.txt').write_text('')
+    for name, match in (
+      ('typo', 'there is no such file or directory'),
+      ('notes.txt', 'weights are .safetensors'),
+    ):
+      with (
+        subtests.test(name=name),
+        mock.patch.object(pathlib.Path, 'iterdir') as listed,
+      ):
+        with pytest.raises(CheckpointError, match=f'{name}: {match}'):
+          checkpoints.open_tensors(tmp_path / name)
+        listed.assert_not_called()
 
   def test_sliced_safetensors_without_slicing_json(self, tmp_path):
     checkpoint = checkpoints.load_checkpoint(TESTDATA / 'phi2-tiny-sliced-0.25')

@@ -182,6 +182,18 @@ class WriterTest(parameterized.TestCase):
     checkpoints.save_checkpoint(again._replace(model=model), self.scratch / 'z')
     self.assertNotIn('model.safetensors.index.json', os.listdir(self.scratch / 'z'))
 
+  def test_the_metadata_of_an_index_stays(self):
+    source, name = self.open(), 'model.safetensors.index.json'
+    checkpoints.save_checkpoint(source.load(), self.target, shard_size=100_000)
+    index = json.loads((self.target / name).read_text())
+    index['metadata'] = {'total_parameters': 5, 'total_size': 1}
+    (self.target / name).write_text(json.dumps(index))
+    again = checkpoints.load_checkpoint(self.target)
+    checkpoints.save_checkpoint(again, self.scratch / 'y')
+    written = json.loads((self.scratch / 'y' / name).read_text())
+    expected = {'total_parameters': 5, 'total_size': source.nbytes}
+    self.assertEqual(written['metadata'], expected)
+
   def test_older_shards_are_removed(self):
     checkpoint = self.open().load()
     checkpoints.save_checkpoint(checkpoint, self.target, shard_size=100_000)

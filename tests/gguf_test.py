@@ -12,7 +12,9 @@ import numpy as np
 import pytest
 import reference_forward
 import tokenizers
+import weights_files
 
+import rotbits_jax
 from rotbits_jax import checkpoints
 from rotbits_jax import evaluation
 from rotbits_jax import models
@@ -22,6 +24,7 @@ from rotbits_jax.checkpoints import UnsupportedError
 from rotbits_jax.checkpoints import gguf_blocks
 from rotbits_jax.checkpoints import gguf_files
 from rotbits_jax.file import estimation
+from rotbits_jax.presets import steps
 
 gguf = pytest.importorskip('gguf')
 
@@ -145,6 +148,8 @@ def write(
     adders[type(value)](name, value)
   for name, tensor in tensors.items():
     array, kind = tensor if isinstance(tensor, tuple) else (tensor, None)
+    if array.dtype == ml_dtypes.bfloat16:
+      array, kind = array.view(np.uint8), gguf.GGMLQuantizationType.BF16
     writer.add_tensor(name, array, raw_dtype=kind)
   writer.write_header_to_file()
   writer.write_kv_data_to_file()
@@ -197,10 +202,59 @@ class TestModel:
     other = reference_forward.forward(wrong, CONFIG, tokens)
     assert np.abs(other - expected).max() > 0.1
 
-  def test_float16_is_the_default_and_rounds(self, tied):
-    tensors = checkpoints.to_tensors(gguf_files.read_gguf(tied).model)
-    for name, expected in hugging_face_tensors(tied=True).items():
-      np.testing.assert_array_equal(tensors[name], expected.astype(np.float16), name)
+  def test_nothing_is_rounded_that_is_not_quantised(self, tmp_path, subtests):
+    single = hugging_face_tensors(tied=True)
+    half, brain = (
+      {name: x.astype(dtype) for name, x in single.items()}
+      for dtype in (np.float16, ml_dtypes.bfloat16)
+    )
+    vectors = [name for name, x in single.items() if x.ndim == 1]
+    widened = {name: half[name].astype('f4') for name in vectors}
+    wide = {name: single[name] for name in vectors}
+    embedding = {'model.embed_tokens.weight': half['model.embed_tokens.weight']}
+    both = brain | embedding
+    for case, given, expected in (
+      ('float32', single, single),
+      ('float16', half, half),
+      ('bfloat16', brain, brain),
+      ('norms that float16 holds', half | widened, half),
+      ('norms that it does not hold', half | wide, half | wide),
+      ('several', both, {name: x.astype('f4') for name, x in both.items()}),
+    ):
+      with subtests.test(case=case):
+        path = write(tmp_path / 'model.gguf', gguf_tensors(given))
+        read = checkpoints.to_tensors(gguf_files.read_gguf(path).model)
+        assert read.keys() == expected.keys()
+        for name, tensor in expected.items():
+          assert structured.same_bits(read[name], tensor), name
+
+  @pytest.mark.parametrize('dtype', [np.float32, ml_dtypes.bfloat16])
+  def test_exact_gives_every_bit_back(self, tmp_path, dtype):
+    tensors = {
+      name: x.astype(dtype) for name, x in hugging_face_tensors(tied=True).items()
+    }
+    path = write(tmp_path / 'model.gguf', gguf_tensors(tensors))
+    rotbits_jax.encode_to_file(path, tmp_path / 'model.rotbits')
+    rotbits_jax.decode_to_directory(tmp_path / 'model.rotbits', tmp_path / 'out')
+    decoded = weights_files.read_safetensors(tmp_path / 'out' / 'model.safetensors')
+    assert decoded.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+      assert structured.same_bits(decoded[name], tensor), name
+
+  def test_quantised_matrices_make_it_float16(self, tmp_path):
+    tensors = gguf_tensors(hugging_face_tensors(tied=True))
+    for name, x in tensors.items():
+      if x.ndim == 2:
+        blocks = random_blocks(8, x.shape[0], x.shape[1] // 32)
+        tensors[name] = blocks, gguf.GGMLQuantizationType.Q8_0
+      else:
+        tensors[name] = x.astype(np.float16).astype(np.float32)
+    path = write(tmp_path / 'model.gguf', tensors)
+    source, half = gguf_files.open_gguf(path), gguf_files.open_gguf(path, dtype='f2')
+    assert source.records == half.records
+    for record in source.records:
+      assert source.specs(record) == half.specs(record)
+      chex.assert_trees_all_equal(source.read(record), half.read(record))
 
   def test_codes_stand_for_the_arrays_of_the_package(self, subtests):
     for number in gguf_blocks.TYPES:
@@ -254,6 +308,20 @@ class TestModel:
     found, why = estimation.estimate(checkpoints.open_any(path))
     assert ([x.preset for x in found], why) == (['exact', 'free', 'near'], None)
 
+  def test_codes_are_rounded_with_inputs(self, tmp_path):
+    tensors = gguf_tensors(hugging_face_tensors(tied=True))
+    tensors['blk.1.ffn_up.weight'] = (
+      random_blocks(8, 64, 1), gguf.GGMLQuantizationType.Q8_0
+    )  # fmt: skip
+    opened = checkpoints.open_any(write(tmp_path / 'model.gguf', tensors))
+    found = steps.calibrate(opened, np.arange(64))
+    path = 'layers.1/mlp/up/kernel'
+    assert path in found.inputs
+    coarse = rotbits_jax.encode(opened, preset='near', step=-2.0, inputs=found.inputs)
+    leaf = rotbits_jax.read_record(coarse, 'layers.1')
+    kernel = structured.flatten(leaf)[path]
+    assert isinstance(kernel, structured.UniformlyQuantized | np.ndarray)
+
   def test_it_saves_and_loads_as_a_hugging_face_checkpoint(self, tied, tmp_path):
     checkpoint = gguf_files.read_gguf(tied)
     checkpoints.save_checkpoint(checkpoint, tmp_path / 'saved')
@@ -273,7 +341,7 @@ class TestModel:
     tensors = gguf_tensors(hugging_face_tensors(tied=True))
     tensors['blk.1.ffn_norm.weight'] = np.full(32, 1e5, np.float32)
     path = write(tmp_path / 'model.gguf', tensors)
-    source = checkpoints.open_checkpoint(path)
+    source = gguf_files.open_gguf(path, dtype=np.float16)
     exact = gguf_files.read_gguf(path, dtype=np.float32)
     assert (source.config, source.files) == (exact.model.config, exact.files)
     assert source.specs('embed')['embed']['tokens'].dtype == np.float16
@@ -375,8 +443,8 @@ class TestRefused:
     tensors['output_norm.weight'] = np.full(32, 1e5, np.float32)
     path = write(tmp_path / 'model.gguf', tensors)
     with pytest.raises(CheckpointError, match=r'output_norm\.weight has elements that'):
-      gguf_files.read_gguf(path)
-    assert gguf_files.read_gguf(path, dtype=np.float32).model.config.num_layers == 2
+      gguf_files.read_gguf(path, dtype=np.float16)
+    assert gguf_files.read_gguf(path).model.config.num_layers == 2
 
   def test_damaged_files(self, tied, tmp_path):
     content = tied.read_bytes()

@@ -9,6 +9,8 @@ from rotbits_jax.checkpoints.adapters import ADAPTER_CONFIG
 from rotbits_jax.checkpoints.adapters import Adapter
 from rotbits_jax.checkpoints.adapters import read_adapter
 from rotbits_jax.checkpoints.checkpoint import example
+from rotbits_jax.checkpoints.checkpoint import fitting_files
+from rotbits_jax.checkpoints.checkpoint import is_divided
 from rotbits_jax.checkpoints.checkpoint import load_checkpoint
 from rotbits_jax.checkpoints.checkpoint import open_any
 from rotbits_jax.checkpoints.checkpoint import open_checkpoint
@@ -18,6 +20,7 @@ from rotbits_jax.checkpoints.configs import parse_config
 from rotbits_jax.checkpoints.configs import slicing_json
 from rotbits_jax.checkpoints.configs import with_dtype
 from rotbits_jax.checkpoints.configs import with_own_head
+from rotbits_jax.checkpoints.contents import CONFIG
 from rotbits_jax.checkpoints.contents import Checkpoint
 from rotbits_jax.checkpoints.errors import CheckpointError
 from rotbits_jax.checkpoints.errors import UnsupportedError
@@ -43,6 +46,7 @@ from rotbits_jax.checkpoints.writer import Format
 
 __all__ = [
   'ADAPTER_CONFIG',
+  'CONFIG',
   'FACTORS',
   'FAMILIES',
   'Adapter',
@@ -62,7 +66,9 @@ __all__ = [
   'UnsupportedError',
   'WeightsFile',
   'example',
+  'fitting_files',
   'from_tensors',
+  'is_divided',
   'load_checkpoint',
   'open_any',
   'open_checkpoint',

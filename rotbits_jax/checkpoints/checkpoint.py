@@ -5,7 +5,7 @@ sliced model, the slicing JSON with the segment widths. The stem is the name tha
 SliceGPT gives to the weights and the slicing JSON, as in `<stem>.pt` and `<stem>.json`.
 """
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator
 import os
 import pathlib
 import re
@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from rotbits_jax import models
 from rotbits_jax import structured
 from rotbits_jax.checkpoints import attributes
 from rotbits_jax.checkpoints import configs
@@ -48,12 +49,10 @@ _OTHER_FOLDERS = re.compile(
   'onnx.*|openvino|coreml|tflite|tf|flax|gguf|runs|logs|wandb|mlruns|__pycache__|'
   'checkpoint-[0-9]+|global_step[0-9]+'
 )
-_TORCH_WEIGHTS = 'pytorch_model.bin'
 # Files that a Trainer of transformers leaves beside the weights.
 _TRAINING = frozenset(['optimizer.pt', 'scheduler.pt', 'scaler.pt'])
 # These list the parts of a model of diffusers, or of sentence-transformers.
 _PIPELINES = ('model_index.json', 'modules.json')
-_TORCH_INDEX = 'pytorch_model.bin.index.json'
 
 
 def example(name: str = 'phi2-tiny-sliced-0.25') -> pathlib.Path:
@@ -123,6 +122,7 @@ def open_checkpoint(path: str | os.PathLike[str]) -> reader_lib.CheckpointReader
     slicing_json = _parse(weights.parent, files, f'{stem}.json')
   others = [f'{other}.json' for other in sorted(stems - {stem})]  # of other models
   files = {name: content for name, content in files.items() if name not in others}
+  metadata = () if is_torch else _own_metadata(shards or [weights])
   try:
     config = configs.parse_config(config_json, slicing_json)
   except errors.CheckpointError as e:
@@ -134,7 +134,7 @@ def open_checkpoint(path: str | os.PathLike[str]) -> reader_lib.CheckpointReader
     weights=shards,
     files=files,
     stem=stem,
-    left_out=(*left_out, *others),
+    left_out=(*left_out, *others, *metadata),
   )
 
 
@@ -156,13 +156,10 @@ def open_tensors(
   """
   given = pathlib.Path(path)
   root = given if given.is_dir() else given.parent
-  nested, found = _nested_weights(root), []
+  found = [] if is_divided(given) else [_find_weights(given)]
+  nested = _nested_weights(root)
+  weights = (*found, *nested)[0]
   index: dict[str, bytes] = {}
-  if _is_divided(given):
-    weights = nested[0]
-  else:
-    weights = _find_weights(given)
-    found = [weights]
   if weights.suffix == '.json':
     index = {weights.name: indices.read(weights)}
     found = list(_shards(weights, index[weights.name]))
@@ -176,6 +173,7 @@ def open_tensors(
       )
       for file in (*found, *nested)
     },
+    root=root,
     files=files,
     left_out=left_out,
     reason=reason,
@@ -229,8 +227,8 @@ def save_checkpoint(
 
   Structured leaves are materialized one layer at a time; a pair of low-rank factors
   stays a pair. The files are written beside the directory and moved into it when all
-  are complete. Other files in the directory stay, with one exception, see
-  `CheckpointWriter`.
+  are complete. Other files in the directory stay, except older weights that programs
+  would load in place of the new ones.
 
   Args:
     checkpoint: the model and its sidecar files.
@@ -246,9 +244,7 @@ def save_checkpoint(
   """
   model, files, stem = checkpoint
   leaves = tensors_lib.leaves_of(model)
-  untied = configs.with_own_head(files, model.config)
-  if untied is not files and not _is_tied(leaves):
-    files = untied
+  files = fitting_files(model, files)
   with writer_lib.CheckpointWriter(
     directory,
     model.config,
@@ -266,11 +262,31 @@ def save_checkpoint(
       writer.add(path, leaves.pop(path))
 
 
-def _is_tied(leaves: Mapping[str, Any]) -> bool:
-  head, table = leaves['head/kernel'], leaves['embed/tokens']
-  if structured.is_structured(head) or structured.is_structured(table):
-    return False
-  return structured.same_bits(np.asarray(head).T, np.asarray(table))
+def fitting_files(model: models.Model, files: dict[str, bytes]) -> dict[str, bytes]:
+  """Returns sidecar files that do not tie a head that differs from the embedding.
+
+  A checkpoint may store its tied head, and a training then changes both.
+
+  Args:
+    model: the model as it is stored.
+    files: the files by name, of the checkpoint that the model was.
+
+  Raises:
+    CheckpointError: as for `configs.parse_config`.
+  """
+  untied = configs.with_own_head(files, model.config)
+  if untied is files:
+    return files
+  flat = structured.flatten(model.outer())
+  pair = [flat.get('head/kernel'), flat.get('embed/tokens')]
+  # Parts of arrays on other hosts are not compared: a head of its own is never wrong.
+  known = all(
+    structured.is_plain(x) and getattr(x, 'is_fully_addressable', True) for x in pair
+  )
+  if known:
+    head, table = map(np.asarray, pair)
+    known = structured.same_bits(head.T, table)
+  return files if known else untied
 
 
 def _find_weights(path: pathlib.Path) -> pathlib.Path:
@@ -281,7 +297,7 @@ def _find_weights(path: pathlib.Path) -> pathlib.Path:
         'not as plain tensors'
       )
     if path.suffix in ('.bin', '.pt', '.safetensors') or path.name.endswith(
-      (indices.SUFFIX, _TORCH_INDEX)
+      (indices.SUFFIX, indices.TORCH_INDEX)
     ):
       return path
     raise errors.CheckpointError(
@@ -291,12 +307,12 @@ def _find_weights(path: pathlib.Path) -> pathlib.Path:
   if not path.is_dir():
     raise errors.CheckpointError(f'{path}: there is no such file or directory')
   candidates = _candidates(path)
-  if _is_divided(path):
+  if is_divided(path):
     raise errors.UnsupportedError(f'{path}: the weights are in sub-folders')
   if not candidates:
     raise errors.CheckpointError(
-      f'{path}: there are no .pt or .safetensors files and no {_TORCH_WEIGHTS}; a '
-      '.gguf file must be named itself'
+      f'{path}: there are no .pt or .safetensors files and no '
+      f'{indices.TORCH_WEIGHTS}; a .gguf file must be named itself'
     )
   if len(candidates) > 1:
     names = errors.cut(', '.join(file.name for file in candidates))
@@ -314,13 +330,13 @@ def _candidates(path: pathlib.Path) -> list[pathlib.Path]:
   else:
     listed = sorted(path.glob(f'*{indices.SUFFIX}'))
     candidates += listed or sorted(path.glob('*.safetensors'))
-  for name in (_TORCH_WEIGHTS, _TORCH_INDEX):
+  for name in (indices.TORCH_WEIGHTS, indices.TORCH_INDEX):
     if not candidates and (path / name).is_file():
       candidates.append(path / name)
   return candidates
 
 
-def _is_divided(path: pathlib.Path) -> bool:
+def is_divided(path: pathlib.Path) -> bool:
   """Returns whether a folder is that of a pipeline, with weights in sub-folders only.
 
   Other folders of folders may be collections of models, which nobody wants in one file.
@@ -348,7 +364,7 @@ def _shards(index: pathlib.Path, content: bytes) -> dict[pathlib.Path, list[str]
     CheckpointError: if the content is not that of an index, or a shard is missing.
   """
   found = {}
-  for name, tensors in indices.shards(content, str(index)).items():
+  for name, tensors in indices.parse(content, str(index)).shards().items():
     found[index.parent / name] = tensors
     if not os.path.isfile(index.parent / name):
       raise errors.CheckpointError(f'{index}: the shard {errors.cut(name)} is missing')
@@ -387,8 +403,15 @@ def _open_shards(
   return tensors, list(shards)
 
 
+def _own_metadata(weights: Iterable[pathlib.Path]) -> tuple[str, ...]:
+  """Names the metadata of safetensors files that is not kept."""
+  found = [file.name for file in weights if safetensors_files.has_own_metadata(file)]
+  more = f' and {len(found) - 1} more' if found[1:] else ''
+  return (f'the metadata of {found[0]}{more}',) if found else ()
+
+
 def _is_torch(weights: pathlib.Path) -> bool:
-  return weights.suffix in ('.pt', '.bin') or weights.name.endswith(_TORCH_INDEX)
+  return weights.suffix in ('.pt', '.bin') or weights.name.endswith(indices.TORCH_INDEX)
 
 
 def _read_sidecars(

@@ -5,7 +5,7 @@ weights is stored as small integers with a common scale. They are read as
 `structured.Quantized`, which stands for the plain weights.
 """
 
-from collections.abc import Iterable
+from collections.abc import Mapping
 import importlib.util
 import json
 import math
@@ -52,10 +52,8 @@ _PERMUTED = {
   'attn_q.weight': 'num_attention_heads',
   'attn_k.weight': 'num_key_value_heads',
 }
-_PLAIN = {
-  number: np.dtype(dtype)
-  for number, dtype in ((0, np.float32), (1, np.float16), (30, ml_dtypes.bfloat16))
-}
+_HALF, _SINGLE = np.dtype(np.float16), np.dtype(np.float32)
+_PLAIN = {0: _SINGLE, 1: _HALF, 30: np.dtype(ml_dtypes.bfloat16)}
 _TYPES = {str: 'strings', int: 'integers'}
 # The tokenizers of which files are made.
 _TOKENIZER = {'tokenizer.ggml.model': 'gpt2', 'tokenizer.ggml.pre': 'smollm'}
@@ -86,7 +84,7 @@ def packaged_smollm2() -> pathlib.Path:
 
 
 def open_gguf(
-  path: str | os.PathLike[str], *, dtype: DTypeLike = np.float16
+  path: str | os.PathLike[str], *, dtype: DTypeLike | None = None
 ) -> reader_lib.CheckpointReader:
   """Opens the GGUF file of a Llama; see `read_gguf`.
 
@@ -107,34 +105,40 @@ def open_gguf(
         'tokenizer_config.json': _to_json(_tokenizer_config(metadata)),
       }
     config = configs.parse_config(config_json)
-    tensors, places = {}, []
-    for name, tensor in stored.items():
-      key, setting = _hugging_face_name(name)
-      heads = None if setting is None else config_json[setting]
-      nbytes = _nbytes(name, tensor)
-      places.append((tensor.offset, nbytes, name))
-      tensors[key] = _tensor(name, tensor, nbytes, file, heads, np.dtype(dtype))
-    _check_places(places)
+    keys = {name: _hugging_face_name(name) for name in stored}
+    sizes = {name: _nbytes(name, tensor) for name, tensor in stored.items()}
+    _check_places(file, stored, sizes)
   except errors.CheckpointError as error:
     raise errors.CheckpointError(f'{path}: {error}') from error
+  if dtype is None:
+    dtypes = _exact_dtypes(file, stored, sizes)
+  else:
+    dtypes = dict.fromkeys(stored, np.dtype(dtype))
+  tensors = {}
+  for name, (key, setting) in keys.items():
+    heads = None if setting is None else config_json[setting]
+    tensors[key] = _tensor(name, stored[name], sizes[name], file, heads, dtypes[name])
   return reader_lib.CheckpointReader(
     tensors, config, path=path, files=sidecars, left_out=unknown
   )
 
 
 def read_gguf(
-  path: str | os.PathLike[str], *, dtype: DTypeLike = np.float16
+  path: str | os.PathLike[str], *, dtype: DTypeLike | None = None
 ) -> Checkpoint:
   """Reads a Llama from a GGUF file.
 
   Quantised weights `scale * code + offset` become plain arrays. float16 rounds them to
   11 bits, with a relative error of 2e-4. This is a few hundredths of the error that the
-  quantisation to 4 bits made. float16 is the default, because checkpoints that are
-  sliced or encoded are usually stored in it.
+  quantisation to 4 bits made. All other numbers stay as they are.
 
   Args:
     path: the file.
-    dtype: dtype of the parameters, float16 or float32.
+    dtype: dtype to which all parameters are rounded: float16, bfloat16 or float32. By
+      default nothing but quantised weights is rounded: the model has the dtype of the
+      matrices in the file, where quantised ones count as float16, or float32 if they
+      differ. Vectors, which llama.cpp stores as float32, have this dtype, too, if it
+      holds all of them exactly, and are float32 if not.
 
   Returns:
     The dense model. Its sidecar files are the `config.json`, the `tokenizer.json` and
@@ -142,8 +146,9 @@ def read_gguf(
     tokenizers other than SmolLM's there are no files.
 
   Raises:
-    CheckpointError: if the file is damaged, if the model is not a Llama, or if it has
-      weights of an IQ type and the package gguf is not installed.
+    CheckpointError: if the file is damaged, if the model is not a Llama, if it has
+      numbers that are not finite or beyond the dtype, or if it has weights of an IQ
+      type and the package gguf is not installed.
   """
   return open_gguf(path, dtype=dtype).load()
 
@@ -368,17 +373,48 @@ def _nbytes(name: str, tensor: gguf_header.Tensor) -> int:
   return math.prod(shape) // elements * size
 
 
-def _check_places(places: Iterable[tuple[int, int, str]]) -> None:
+def _check_places(
+  file: files.File, stored: Mapping[str, gguf_header.Tensor], sizes: Mapping[str, int]
+) -> None:
   """Checks that tensors do not overlap, so that a small file has no large model.
 
   Args:
-    places: offset, bytes and name of each tensor.
+    file: the file.
+    stored: the tensors by name.
+    sizes: bytes of each tensor.
   """
   end = 0
-  for offset, nbytes, name in sorted(places):
+  for name in sorted(stored, key=lambda name: (stored[name].offset, sizes[name])):
+    offset = stored[name].offset
     if offset < end:
       raise errors.CheckpointError(f'{name}: the tensor overlaps another one')
-    end = offset + nbytes
+    end = offset + sizes[name]
+    if end > file.size:
+      raise errors.CheckpointError(f'{name}: the file is truncated')
+
+
+def _exact_dtypes(
+  file: files.File, stored: Mapping[str, gguf_header.Tensor], sizes: Mapping[str, int]
+) -> dict[str, np.dtype]:
+  """Returns dtypes of the tensors that hold exactly what is not quantised.
+
+  See `read_gguf`. Vectors are read, because they are small.
+  """
+  kinds = {name: _PLAIN.get(x.type_number, _HALF) for name, x in stored.items()}
+  vectors = [
+    name for name, x in stored.items() if len(x.shape) == 1 and x.type_number in _PLAIN
+  ]
+  found = {kinds[name] for name in stored.keys() - vectors}
+  of_model = found.pop() if len(found) == 1 else _SINGLE
+
+  def is_exact(name: str) -> bool:
+    data = lazy.read(file, stored[name].offset, sizes[name])
+    array = data.view(kinds[name]).astype(_SINGLE)
+    with np.errstate(over='ignore'):
+      return np.array_equal(array.astype(of_model).astype(_SINGLE), array)
+
+  of_vectors = of_model if all(map(is_exact, vectors)) else _SINGLE
+  return dict.fromkeys(stored, of_model) | dict.fromkeys(vectors, of_vectors)
 
 
 def _block_sizes(name: str, number: int) -> tuple[int, int]:

@@ -18,6 +18,8 @@ from rotbits_jax.system import schema
 WEIGHTS = 'model.safetensors'
 SUFFIX = '.safetensors.index.json'
 INDEX = f'model{SUFFIX}'
+TORCH_WEIGHTS = 'pytorch_model.bin'
+TORCH_INDEX = f'{TORCH_WEIGHTS}.index.json'
 
 _MOST_BYTES = 1 << 25  # the largest checkpoints have an index of 14 MB
 
@@ -34,6 +36,13 @@ class WeightIndex:
   weight_map: dict[str, schema.FileName]
   metadata: Any = None
 
+  def shards(self) -> dict[str, list[str]]:
+    """Returns the names of the tensors in each shard."""
+    found: dict[str, list[str]] = {}
+    for name, shard in self.weight_map.items():
+      found.setdefault(shard, []).append(name)
+    return dict(sorted(found.items()))
+
 
 def read(path: pathlib.Path) -> bytes:
   """Returns the content of an index.
@@ -44,8 +53,8 @@ def read(path: pathlib.Path) -> bytes:
   return lazy.content(path, _MOST_BYTES)
 
 
-def shards(content: bytes, where: str) -> dict[str, list[str]]:
-  """Returns the names of the tensors in each shard that an index lists.
+def parse(content: bytes, where: str) -> WeightIndex:
+  """Parses the content of an index.
 
   Args:
     content: the content of the index.
@@ -56,22 +65,22 @@ def shards(content: bytes, where: str) -> dict[str, list[str]]:
   """
   value = attributes.parse_json(content, where, most=_MOST_BYTES)
   try:
-    index = schema.load(WeightIndex, value, where)
+    return schema.load(WeightIndex, value, where)
   except schema.SchemaError as e:
     raise errors.CheckpointError(str(e)) from e
-  found: dict[str, list[str]] = {}
-  for name, shard in index.weight_map.items():
-    found.setdefault(shard, []).append(name)
-  return dict(sorted(found.items()))
 
 
-def to_json(shards: Mapping[str, Mapping[str, lazy.TensorSpec]]) -> bytes:
+def to_json(
+  shards: Mapping[str, Mapping[str, lazy.TensorSpec]], metadata: Any = None
+) -> bytes:
   """Returns the content of an index.
 
   Args:
     shards: the tensors of each file, by the name of the file.
+    metadata: that of an index of these files, which stays, but for the size.
   """
   total = sum(spec.nbytes for shard in shards.values() for spec in shard.values())
   files = {name: file for file, shard in shards.items() for name in shard}
-  index = {'metadata': {'total_size': total}, 'weight_map': files}
+  kept = metadata if isinstance(metadata, dict) else {}
+  index = {'metadata': kept | {'total_size': total}, 'weight_map': files}
   return (json.dumps(index, indent=2, sort_keys=True) + '\n').encode()

@@ -41,8 +41,8 @@ class CheckpointReader:
       weights, by name.
     stem: file name, without suffix, that SliceGPT gave to the weights and the slicing
       JSON; None if the model is dense.
-    left_out: names of files and folders beside the weights that are not kept, and the
-      tokenizer of a GGUF file if it is not.
+    left_out: names of files and folders beside the weights that are not kept; and the
+      metadata of safetensors files and the tokenizer of a GGUF file, if they are not.
     elements: how many elements all tensors have.
     nbytes: how many bytes all tensors have.
   """
@@ -248,7 +248,8 @@ def _match(
   factored = {}
   for record, own in tensors_lib.entries(config).items():
     for entry in own if models.names.expert_index(record) is None else ():
-      found = factors.find(tensors, entry.name) if len(entry.paths) == 1 else None
+      is_matrix = len(entry.paths) == 1 and len(entry.shape) == 2
+      found = factors.find(tensors, entry.name) if is_matrix else None
       if found is not None:
         factored[entry.paths[0]] = found
   records = tensors_lib.entries(config, factored)

@@ -45,6 +45,8 @@ _DTYPES: dict[str, np.dtype] = {
 Specs = Mapping[str, lazy.TensorSpec]
 
 _MOST_HEADER = 1 << 25  # bytes
+_METADATA = '__metadata__'
+_WRITTEN = {'format': 'pt'}  # the metadata that Hugging Face expects
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,10 +104,20 @@ def open_places(
   return {name: (offset, tensor) for name, (_, offset, tensor) in _open(path).items()}
 
 
+def has_own_metadata(path: str | os.PathLike[str]) -> bool:
+  """Returns whether a file has metadata other than what `SafetensorsWriter` writes.
+
+  Raises:
+    CheckpointError: if the file is damaged.
+  """
+  values, _ = _header(lazy.opened(path))
+  return (values.get(_METADATA) or _WRITTEN) != _WRITTEN
+
+
 def _open(path: str | os.PathLike[str]) -> dict[str, tuple[str, int, lazy.LazyTensor]]:
   """Returns dtype code, place and tensor by name."""
   file = lazy.opened(path)
-  header, start = _header(file)
+  header, start = _entries(file)
   found: dict[str, tuple[str, int, lazy.LazyTensor]] = {}
   end = 0
   for name, entry in sorted(header.items(), key=lambda item: item[1].data_offsets):
@@ -126,8 +138,8 @@ def _open(path: str | os.PathLike[str]) -> dict[str, tuple[str, int, lazy.LazyTe
   return {name: found[name] for name in header}
 
 
-def _header(file: files.File) -> tuple[dict[str, _Entry], int]:
-  """Returns the entries of a header, and where it ends."""
+def _header(file: files.File) -> tuple[dict[str, Any], int]:
+  """Returns the values of a header, and where it ends."""
   (size,) = struct.unpack('<Q', lazy.read(file, 0, 8))
   where = f'{file.path}: header'
   if size > _MOST_HEADER:
@@ -136,11 +148,17 @@ def _header(file: files.File) -> tuple[dict[str, _Entry], int]:
   values = attributes.parse_json(content, where, most=_MOST_HEADER)
   if not isinstance(values, dict):
     raise errors.CheckpointError(f'{where}: expected an object')
-  values.pop('__metadata__', None)
+  return values, 8 + size
+
+
+def _entries(file: files.File) -> tuple[dict[str, _Entry], int]:
+  """Returns the entries of the tensors in a header, and where it ends."""
+  values, end = _header(file)
+  values.pop(_METADATA, None)
   try:
-    return {k: schema.load(_Entry, x, k[:40]) for k, x in values.items()}, 8 + size
+    return {k: schema.load(_Entry, x, k[:40]) for k, x in values.items()}, end
   except schema.SchemaError as e:
-    raise errors.CheckpointError(f'{where}: {errors.cut(str(e))}') from e
+    raise errors.CheckpointError(f'{file.path}: header: {errors.cut(str(e))}') from e
 
 
 def to_bytes(tensors: Mapping[str, np.ndarray]) -> bytes:
@@ -211,7 +229,7 @@ def _layout(name: str, specs: Specs) -> tuple[staging.WeightsFile, bytes]:
       )
   # If tensors of wider dtypes come first, every tensor is aligned.
   order = sorted(specs, key=lambda x: (-specs[x].dtype.itemsize, x))
-  header: dict[str, Any] = {'__metadata__': {'format': 'pt'}}
+  header: dict[str, Any] = {_METADATA: _WRITTEN}
   offsets, end = {}, 0
   for tensor in order:
     spec, begin = specs[tensor], end

@@ -3,13 +3,14 @@
 The files are written to a hidden folder beside the target, `.<name>.partial`, and moved
 into the target when all are complete, see `outputs`. A target that does not exist
 appears at once. If the target exists, its config and weights are removed before
-anything is moved, and the new ones are moved last; older weights whose place the new
-ones take are removed, and other files stay. After an exception the hidden folder is
-removed. If the process was killed, the next writer of the same target removes it.
+anything is moved, and the new ones are moved last; older weights that programs would
+load in place of the new ones are removed, and other files stay. After an exception the
+hidden folder is removed. If the process was killed, the next writer of the same target
+removes it.
 """
 
 import abc
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 import contextlib
 import dataclasses
 import itertools
@@ -165,14 +166,7 @@ class StagedWriter(abc.ABC):
     """
     self._directory = outputs.directory_target(self._path)
     if self._directory.exists():
-      names = (*self._files, *self._weights)
-      for folder in sorted(_folders(names)):
-        outputs.check_folder(self._directory / folder)
-      for name in names:
-        if (self._directory / name).parent.exists():
-          outputs.check(self._directory / name, overwrite=self._overwrite)
-      for name in self._stale():
-        outputs.check(self._directory / name, overwrite=self._overwrite)
+      check_files(self._directory, self.names(), overwrite=self._overwrite)
     with contextlib.ExitStack() as stack:
       stack.enter_context(outputs.named(self._path))
       self._folder = stack.enter_context(outputs.fresh(_staging(self._directory)))
@@ -205,13 +199,24 @@ class StagedWriter(abc.ABC):
       self._writer.close()
       self._move()
 
-  def _stale(self) -> set[str]:
-    """Returns names of older weights, which may not exist, that new ones replace."""
+  def names(self) -> set[str]:
+    """Returns the names of the files that are written to the directory, or removed."""
+    directory = outputs.directory_target(self._path)
+    return {*self._files, *self._weights, *self._stale(directory)}
+
+  def _stale(self, directory: pathlib.Path) -> set[str]:
+    """Returns names of older weights, which may not exist, that new ones replace.
+
+    Programs prefer safetensors to .bin files, which may stay beside them.
+    """
     new = {*self._files, *self._weights}
-    if not new & {indices.INDEX, indices.WEIGHTS}:
+    names = [(indices.INDEX, indices.WEIGHTS)]
+    if new & {indices.TORCH_INDEX, indices.TORCH_WEIGHTS}:
+      names.append((indices.TORCH_INDEX, indices.TORCH_WEIGHTS))
+    elif new.isdisjoint(names[0]):
       return set()  # weights of another name stay beside these
-    index = self._directory / indices.INDEX
-    return {indices.INDEX, indices.WEIGHTS, *_shards(index)} - new
+    shards = (_shards(directory / index) for index, _ in names)
+    return {*itertools.chain(*names, *shards)} - new
 
   def _add(self, name: str, parts: Iterable[np.ndarray]) -> None:
     """Writes a tensor from its parts along the first axis."""
@@ -235,8 +240,8 @@ class StagedWriter(abc.ABC):
     files = {file.relative_to(self._folder).as_posix(): file for file in found}
     for folder in _folders(files):
       (directory / folder).mkdir(parents=True, exist_ok=True)
-    last = [*self._weights, indices.INDEX, CONFIG]
-    stale = self._stale()
+    last = [*self._weights, indices.INDEX, indices.TORCH_INDEX, CONFIG]
+    stale = self._stale(directory)
     for name in (*(name for name in reversed(last) if name in files), *stale):
       old = directory / name
       if name in files and old.exists():
@@ -245,6 +250,26 @@ class StagedWriter(abc.ABC):
     for name in (*(name for name in files if name not in last), *last):
       if name in files:
         outputs.move(files[name], directory / name)
+
+
+def check_files(
+  directory: pathlib.Path, names: Collection[str], *, overwrite: bool
+) -> None:
+  """Checks, before the work, that files can be written into a directory.
+
+  Args:
+    directory: a directory that exists, see `outputs.directory_target`.
+    names: relative paths of the files, whose folders need not exist.
+    overwrite: whether existing files may be replaced.
+
+  Raises:
+    OSError: if one cannot be written, or must not be replaced.
+  """
+  for folder in sorted(_folders(names)):
+    outputs.check_folder(directory / folder)
+  for name in names:
+    if (directory / name).parent.exists():
+      outputs.check(directory / name, overwrite=overwrite)
 
 
 def _folders(names: Iterable[str]) -> set[str]:
@@ -256,10 +281,11 @@ def _folders(names: Iterable[str]) -> set[str]:
 def _shards(index: pathlib.Path) -> set[str]:
   """Returns the names of the shards of an older checkpoint; none without an index."""
   try:
-    names = indices.shards(indices.read(index), str(index))
+    names = indices.parse(indices.read(index), str(index)).shards()
   except errors.CheckpointError:
     return set()
-  return {name for name in names if name.endswith('.safetensors')}
+  suffix = '.bin' if index.name == indices.TORCH_INDEX else '.safetensors'
+  return {name for name in names if name.endswith(suffix)}
 
 
 def _staging(directory: pathlib.Path) -> pathlib.Path:

@@ -34,6 +34,7 @@ class TensorFiles:
   Attributes:
     path: the weights file, or the index of several; the first of those in sub-folders
       if there are no others.
+    root: the folder of the checkpoint, which also has the sub-folders.
     files: the files beside the weights, byte for byte. An index is one of them.
     left_out: names of files and folders beside the weights that are not kept.
     reason: why the checkpoint is not opened as a model; None if nobody tried.
@@ -50,6 +51,7 @@ class TensorFiles:
     path: pathlib.Path,
     weights: Mapping[str, tuple[pathlib.Path, Places]],
     *,
+    root: pathlib.Path,
     files: Mapping[str, bytes],
     left_out: tuple[str, ...] = (),
     reason: str | None = None,
@@ -60,6 +62,7 @@ class TensorFiles:
       path: see the class.
       weights: each file by its path in the folder; and its tensors by name, with their
         offsets.
+      root: see the class.
       files: see the class.
       left_out: see the class.
       reason: see the class.
@@ -68,7 +71,7 @@ class TensorFiles:
       CheckpointError: if a name occurs twice or cannot be a path, or if tensors
         overlap.
     """
-    self.path, self.files = path, dict(files)
+    self.path, self.root, self.files = path, root, dict(files)
     self.left_out, self.reason = left_out, reason
     self._opened = {file: lazy.opened(at) for file, (at, _) in weights.items()}
     self.tensors: dict[str, lazy.LazyTensor] = {}

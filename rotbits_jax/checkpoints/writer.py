@@ -123,10 +123,10 @@ class CheckpointWriter(staging.StagedWriter):
     if format == 'slicegpt':
       weights = [f'{stem}.pt']
     else:
-      self._shards = self._divide(index, shard_size)
+      self._shards, metadata = self._divide(index, shard_size)
       weights = list(self._shards)
       if weights != [indices.WEIGHTS]:
-        files[indices.INDEX] = indices.to_json(self._shards)
+        files[indices.INDEX] = indices.to_json(self._shards, metadata)
     super().__init__(
       directory,
       weights=weights,
@@ -184,16 +184,22 @@ class CheckpointWriter(staging.StagedWriter):
 
   def _divide(
     self, index: bytes | None, shard_size: int | None
-  ) -> dict[str, safetensors_files.Specs]:
-    """Divides the tensors among files: as an index says, if it is of these tensors."""
+  ) -> tuple[dict[str, safetensors_files.Specs], Any]:
+    """Divides the tensors among files: as an index says, if it is of these tensors.
+
+    Returns:
+      The tensors of each file, and the metadata of the index; None without it.
+    """
     if index is not None and shard_size is None:
-      shards = indices.shards(index, indices.INDEX)
+      parsed = indices.parse(index, indices.INDEX)
+      shards = parsed.shards()
       if set().union(*shards.values()) == self._specs.keys():
-        return {
+        divided: dict[str, safetensors_files.Specs] = {
           shard: {name: self._specs[name] for name in names}
           for shard, names in shards.items()
         }
-    return safetensors_files.plan_shards(self._specs, shard_size)
+        return divided, parsed.metadata
+    return safetensors_files.plan_shards(self._specs, shard_size), None
 
   def _open(self, folder: pathlib.Path) -> staging.TensorWriter:
     if self._format == 'slicegpt':

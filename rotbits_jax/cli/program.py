@@ -128,8 +128,8 @@ class Flags:
     return flags.DEFINE_multi_string(
       'adapter',
       None,
-      'A LoRA adapter in the layout of PEFT, to be carried into the coordinates of '
-      '--preset=free or near.',
+      'A LoRA adapter in the layout of PEFT, whose config and weights are carried into '
+      'the coordinates of --preset=free or near; other files in its folder are not.',
       flag_values=self.values,
     )
 

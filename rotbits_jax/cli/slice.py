@@ -36,6 +36,8 @@ import pathlib
 
 import rotbits_jax
 from rotbits_jax import slicing
+from rotbits_jax.checkpoints import indices
+from rotbits_jax.checkpoints import staging
 from rotbits_jax.cli import program
 from rotbits_jax.file import encode as encode_lib
 from rotbits_jax.system import outputs
@@ -98,7 +100,9 @@ def main() -> program.Result:
   dense = program.read_model(_MODEL.value)
   path = pathlib.Path(_MODEL.value).resolve()
   stem = f'{path.name if path.is_dir() else path.stem}_{_SPARSITY.value}'
-  _check_outputs([f'{stem}.pt', f'{stem}.json', *dense.files])
+  # There are no shards, and no index of them.
+  beside = [name for name in dense.files if name != indices.INDEX]
+  _check_outputs([f'{stem}.pt', f'{stem}.json', *beside])
   config = dense.model.config
   length = _SEQUENCE_LENGTH.value or min(config.max_positions, MAX_SEQUENCE_LENGTH)
   tokens = slicing.sample_sequences(
@@ -164,8 +168,8 @@ def _check_outputs(names: list[str]) -> None:
     OSError: if one cannot be written.
   """
   directory = outputs.directory_target(_OUTPUT.value)
-  for name in names if directory.exists() else []:
-    outputs.check(directory / name, overwrite=_OVERWRITE.value)
+  if directory.exists():
+    staging.check_files(directory, names, overwrite=_OVERWRITE.value)
   given = _ENCODED.value, _RECIPE.value
   files = [outputs.resolved(x) for x in given if x is not None]
   if len({*files}) < len(files):

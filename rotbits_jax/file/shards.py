@@ -232,7 +232,8 @@ def is_encoded(path: str | os.PathLike[str]) -> bool:
   name = os.fspath(path)
   if not os.path.isfile(name):
     return os.path.isfile(f'{name}{INDEX}')
-  if name.endswith(INDEX) and not name.endswith(f'.safetensors{INDEX}'):
+  others = f'.safetensors{INDEX}', f'.bin{INDEX}'  # of checkpoints
+  if name.endswith(INDEX) and not name.endswith(others):
     return True
   try:
     container.StreamReader(name)

@@ -86,8 +86,11 @@ def write(
   Raises:
     ValueError: if no step gives such a size. It names the sizes that there are.
   """
-  if source.config is None or jax.process_count() > 1:
-    raise ValueError('a target size needs a model of a known family, and one process')
+  if source.config is None:
+    why = f'{source.reason}; ' if source.reason else ''
+    raise ValueError(f'{why}a target size needs a model of a known family')
+  if jax.process_count() > 1:
+    raise ValueError('a target size needs one process')
   count = source.config.num_layers + 2
   with progress_lib.Progress('sizes', count, 'record', show=progress) as bar:
     bar.stage('compiling, removing gauges')

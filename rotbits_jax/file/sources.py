@@ -5,6 +5,7 @@ them one face, and remembers the checksums of records.
 """
 
 from collections.abc import Iterator, Mapping
+import contextlib
 from typing import Any
 import zlib
 
@@ -64,6 +65,9 @@ class Source:
     self.stored_as: str | None = own('stored_as')
     self.reason: str | None = own('reason')
     self.files: dict[str, bytes] = dict(own('files', {}) if files is None else files)
+    if isinstance(self._given, models.Model):
+      with contextlib.suppress(checkpoints.CheckpointError):  # of a family not known
+        self.files = checkpoints.fitting_files(self._given, self.files)
     self.stem: str | None = own('stem') if stem is None else stem
     self.weights: tuple[checkpoints.WeightsFile, ...] = own('weights', ())
     self.is_on_disk = hasattr(self._given, 'fingerprint')
