@@ -148,6 +148,29 @@ class AdaptersTest(parameterized.TestCase):
     with self.assertRaisesRegex(ValueError, 'would be too large'):
       passes.carry(context, transform, factors)
 
+  def test_a_head_that_is_almost_singular_is_refused(self):
+    model = MODELS['dense']()
+    out, h = (
+      model.params['layers.0:2']['attention']['out']['kernel'],
+      model.config.head_dim,
+    )
+    for last in range(h - 1, len(out[0]), h):  # the sum of the others
+      out[:, last] = out[:, last - h + 1 : last].sum(axis=1)
+    given = write_adapter(self.folder / 'lora', model)
+    with self.assertRaisesRegex(
+      ValueError, 'attention/out/adapter: .* accurate enough'
+    ):
+      rotbits_jax.encode(model, preset='free', adapters=[given])
+    other = write_adapter(self.folder / 'other', model, ('attention/out',))
+    rotbits_jax.encode(model, preset='free', adapters=[other])
+
+  def test_a_transform_that_carries_none_is_named(self):
+    model = MODELS['dense']()
+    given = write_adapter(self.folder / 'lora', model)
+    preset = presets.free(transforms=(passes.Transform('neuron scales'),))
+    with self.assertRaisesRegex(ValueError, "'neuron scales' carries none"):
+      rotbits_jax.encode(model, preset=preset, adapters=[given])
+
   def test_others_are_refused_by_name(self):
     model = MODELS['dense']()
     given = write_adapter(self.folder / 'lora', model)

@@ -23,9 +23,15 @@ from rotbits_jax import presets
 from rotbits_jax import structured
 from rotbits_jax.paper import rotations
 from rotbits_jax.system import schema
+from tests import transform_checks
 
 TESTDATA = pathlib.Path(__file__).parent / 'testdata'
 TRAINED = 'opt-small-sliced-0.2'
+QWEN3 = random_models.BASE | {
+  'model_type': 'qwen3',
+  'num_hidden_layers': 2,
+  'head_dim': 12,
+}
 TINY = (
   'llama-tiny-sliced-head-0.25',
   'phi2-tiny-sliced-0.25',
@@ -282,6 +288,18 @@ class FileTest(parameterized.TestCase):
     for note in notes:
       self.assertEqual(note['net'], round(note['net']))
       self.assertAlmostEqual(note['net'], note['popped'] - note['correction'], delta=1)
+
+  def test_norms_of_queries_and_keys_come_back(self):
+    model = random_models.sliced(QWEN3, [18, 18, 18, 18, 24], np.float16)
+    found = rotbits_jax.decode(_encode(model))
+    for norm in ('query_norm', 'key_norm'):
+      for i in range(2):
+        own = [x.layer(i)['attention'][norm]['scale'] for x in (model, found)]
+        np.testing.assert_array_equal(*own)
+    tokens = np.arange(8)[None]
+    expected = transform_checks.fast_logits(model, tokens)
+    actual = transform_checks.fast_logits(found, tokens)
+    self.assertLess(np.abs(actual - expected).max(), 0.02 * np.abs(expected).max())
 
   def test_damage_is_an_error(self):
     data = _encode(_load(TINY[0]))

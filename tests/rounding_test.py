@@ -1,6 +1,7 @@
 """Numbers are rounded once, small ones to one step, beside a reference in float64."""
 
 import itertools
+import types
 
 from absl.testing import absltest
 from absl.testing import parameterized
@@ -116,10 +117,42 @@ class RoundTest(parameterized.TestCase):
     found, *_ = rounding.apply(rule, {'a': jnp.asarray(kernel)}, context)
     np.testing.assert_allclose(found['a'], kernel, rtol=1e-6, atol=1e-5)
 
+  def test_a_multiple_that_would_become_infinite_is_the_one_below(self):
+    values = np.full((64, 64), 2.0**15, np.float32)
+    values[3, 4], values[5, 6] = 65504, -65504  # 15.99 steps
+    expected = np.clip(values, -15 * 2.0**12, 15 * 2.0**12)
+    moments, ones = np.eye(64, dtype=np.float32), np.ones(64, np.float32)
+    for given in (None, (moments, 0), (moments, 0, ones)):
+      inputs = None if given is None else rounding.Inputs(*given)
+      rounded, _ = rounding.round_leaf(
+        jnp.asarray(values), np.dtype(np.float16), -3.0, True, inputs
+      )
+      np.testing.assert_array_equal(structured.materialize(rounded), expected)
+
   def test_the_size_is_the_same_with_64_bits(self):
     with jax.enable_x64(True):
       found = steps.typical_size(jnp.ones((4, 4), jnp.float32))
     self.assertEqual((found.rms, found.outliers.dtype), (1, np.int32))
+
+  @parameterized.named_parameters(
+    ('a norm makes it large', {}, 1e-6, True),
+    ('it stays small', {}, 1.0, False),
+    ('positions are added', {'learned_positions': 9}, 1e-6, False),
+  )
+  def test_a_small_row_of_an_embedding(self, changes, epsilon, is_kept):
+    table, path = _normal((50, 40)), 'embed/tokens'
+    table[3] /= 100
+    fields = {'learned_positions': 0, 'scaled_embedding': False, 'hidden_size': 40}
+    config = types.SimpleNamespace(**fields | changes, norm_eps=epsilon)
+    half = np.dtype(np.float16)
+    source = types.SimpleNamespace(config=config)
+    context = passes.Context(source, {path: half}, half)
+    rule = passes.with_minimum_exponent()
+    found, _, _ = rounding.apply(rule, {path: jnp.asarray(table)}, context)
+    errors = np.linalg.norm(np.float32(found[path]) - table, axis=1)
+    relative = errors / np.linalg.norm(table, axis=1)
+    self.assertEqual(relative[3] < 8 * 2.0**-11, is_kept)
+    self.assertLess(np.delete(relative, 3).max(), 2 * 2.0**-11)
 
   def test_vectors_are_rounded_to_the_nearest_number(self):
     values = _normal((500,))

@@ -77,6 +77,15 @@ class VerifyTest(parameterized.TestCase):
     self.assertFalse(result.same_bits)
     self.assertLess(result.kl, 10 * result.kl_rerounded)
 
+  def test_numbers_that_cannot_be_rotated(self):
+    def change(layers):
+      layers[1]['mlp']['down']['kernel'][0] = 6e4  # finite in float16
+
+    path = self.changed(change)
+    data = rotbits_jax.encode(checkpoints.open_checkpoint(path), preset='free')
+    found = rotbits_jax.verify(data, against=path)
+    self.assertTrue(np.isfinite(found.kl_rerounded))
+
   def test_one_other_bit_is_named(self):
     def change(layers):
       kernel = np.array(layers[1]['mlp']['up']['kernel'])

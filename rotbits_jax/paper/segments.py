@@ -29,7 +29,7 @@ class SegmentParameters(NamedTuple):
   readers: dict[str, Any]  # [d, out]: kernels that are multiplied by the segment
   writers: dict[str, Any]  # [in, d] or [d]: kernels and biases that are added to it
   shortcut: dict[str, Any]  # [d', d]: the shortcut that leads into it, or nothing
-  biases: dict[str, Any]  # biases of the readers, which no rotation changes
+  biases: dict[str, Any]  # biases and head norms of the readers: no rotation moves them
   leaving: dict[str, Any]  # [d, d'']: the shortcut that leads out of it, or nothing
 
   @property
@@ -83,7 +83,9 @@ def _add(
   for path, own in axes.items():
     shape = {prefix + path: flat[path]}
     read, written = segment(own[0]), segment(own[-1])
-    if len(own) == 1:
+    if own == ('head',):  # the scale of the norm of each query or key
+      read = first
+    elif len(own) == 1:
       # A bias belongs to a kernel that writes a segment, or to one that reads it.
       kernel = axes[path.rsplit('/', 1)[0] + '/kernel']
       read = segment(kernel[0]) if written is None else None

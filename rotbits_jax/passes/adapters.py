@@ -35,8 +35,12 @@ def carry(
     The factors in their old dtypes.
 
   Raises:
-    ValueError: if an adapter has no counterpart there. It names the kernel.
+    ValueError: if an adapter has no counterpart there. It names the kernel, or the
+      transform that carries none.
   """
+  for one in chain.transforms:
+    if not one.carries_adapters:
+      raise ValueError(f'the adapter cannot be carried: {one.name!r} carries none')
   config = context.config
   if (
     config.qkv_bias and config.out_bias and any(path.endswith(_OUT) for path in factors)
@@ -59,8 +63,8 @@ def carry(
   for path, pair in found.items():
     if not all(np.isfinite(np.float32(x)).all() for x in (pair.u, pair.v)):
       raise ValueError(
-        f'{path}: the adapter cannot be carried: a head has no inverse, or numbers of '
-        'the adapter would be too large'
+        f'{path}: the adapter cannot be carried: a head has no inverse that is '
+        'accurate enough, or numbers of the adapter would be too large'
       )
   return found
 

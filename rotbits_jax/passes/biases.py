@@ -23,7 +23,9 @@ def remove_biases() -> transform.Transform:
     A transform. Its notes name the biases that became zero, and those that did not
     because numbers are not finite or would be too large.
   """
-  return transform.Transform('biases', layers=_layers, takes='float32')
+  return transform.Transform(
+    'biases', layers=_layers, takes='float32', carries_adapters=True
+  )
 
 
 def _layers(

@@ -12,6 +12,11 @@ from rotbits_jax import structured
 from rotbits_jax.passes import transform
 from rotbits_jax.symmetries import heads
 
+# The greatest error of an adapter's product, as a multiple of that of plain rounding,
+# and that of float32 arithmetic if this is more.
+_MOST_ADAPTER_ERROR = 32.0
+_MOST_ARITHMETIC_ERROR = 1e-3
+
 
 def remove_value_gauge(*, tolerance: float | None = None) -> transform.Transform:
   """Makes the transform that fixes the gauge between value and output of every layer.
@@ -28,7 +33,9 @@ def remove_value_gauge(*, tolerance: float | None = None) -> transform.Transform
     form and as plain arrays.
   """
   layers = functools.partial(_layers, is_values=True, tolerance=tolerance)
-  return transform.Transform('value gauge', layers=layers, takes='float32')
+  return transform.Transform(
+    'value gauge', layers=layers, takes='float32', carries_adapters=True
+  )
 
 
 def remove_query_key_gauge(*, tolerance: float | None = None) -> transform.Transform:
@@ -45,7 +52,9 @@ def remove_query_key_gauge(*, tolerance: float | None = None) -> transform.Trans
     figures as those of `remove_value_gauge`.
   """
   layers = functools.partial(_layers, is_values=False, tolerance=tolerance)
-  return transform.Transform('query-key gauge', layers=layers, takes='float32')
+  return transform.Transform(
+    'query-key gauge', layers=layers, takes='float32', carries_adapters=True
+  )
 
 
 def _fix(
@@ -59,9 +68,30 @@ def _fix(
   else:
     fixed, gauge = heads.fix_keys(params, kv_heads=kv_heads, rotary=rotary)
   rounded = structured.astype(structured.astype(fixed, dtype), jnp.float32)
-  sides = [heads.sides(x, kv_heads=kv_heads) for x in (params, fixed, rounded)]
+  forms = params, fixed, rounded
+  sides = [heads.sides(x, kv_heads=kv_heads) for x in forms]
   errors = heads.rounding_errors(*sides, dtype=dtype)
-  return fixed | heads.in_gauge(pairs, gauge, rotary=rotary or 0), errors
+  carried = heads.in_gauge(pairs, gauge, rotary=rotary or 0)
+  path = heads.OUT if rotary is None else heads.KEY
+  if (own := models.layout.adapter_of(path)) in pairs:
+    # The kernel on the other side meets these factors, too: where the gauge is almost
+    # singular, its rounding errors would be multiplied by a large inverse.
+    factors = [x[own].u if path == heads.OUT else x[own].v for x in (pairs, carried)]
+    factors.append(factors[1].astype(dtype).astype(jnp.float32))
+    sides = [
+      heads.sides(
+        {x: leaf for x, leaf in form.items() if x != heads.KEY_BIAS} | {path: factor},
+        kv_heads=kv_heads,
+      )
+      for form, factor in zip(forms, factors, strict=True)
+    ]
+    found = heads.rounding_errors(*sides, dtype=dtype)
+    most = _MOST_ADAPTER_ERROR * found.plain
+    arithmetic = heads.growth(*sides[:2]) * float(jnp.finfo(jnp.float32).eps)
+    is_kept = found.fixed <= most
+    is_kept &= arithmetic <= jnp.maximum(most, _MOST_ARITHMETIC_ERROR)
+    carried = jax.tree.map(lambda x: jnp.where(is_kept, x, jnp.nan), carried)
+  return fixed | carried, errors
 
 
 def _layers(

@@ -44,7 +44,11 @@ def remove_low_rank_gauge(*, tolerance: float = 2.0) -> transform.Transform:
     return given, fix(context, None, given)
 
   return transform.Transform(
-    'low-rank gauge', layers=layers, outer=outer, takes='float32'
+    'low-rank gauge',
+    layers=layers,
+    outer=outer,
+    takes='float32',
+    carries_adapters=True,
   )
 
 

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from rotbits_jax import models
 from rotbits_jax import structured
+from rotbits_jax.passes import residual
 from rotbits_jax.passes import rewrite
 from rotbits_jax.passes import transform
 from rotbits_jax.symmetries import heads
@@ -26,9 +27,9 @@ def randomly_rotated(model: models.Model, *, key: jax.Array) -> models.Model:
   The rotations are uniform under the Haar measure. In a sliced model, every segment of
   the residual stream gets its own rotation. In a dense model with RMSNorm, all segments
   get the same rotation. The residual stream of other dense models (with LayerNorm, or
-  with a head that is the embedding) cannot be rotated. In these models, the attention
-  heads are rotated: the values, and queries and keys in the coordinates that RoPE does
-  not rotate.
+  with a head that is the embedding, or with numbers that would then be too large)
+  cannot be rotated. In these models, the attention heads are rotated: the values, and
+  queries and keys in the coordinates that RoPE does not rotate.
 
   Args:
     model: the model; structured leaves are materialized.
@@ -37,15 +38,25 @@ def randomly_rotated(model: models.Model, *, key: jax.Array) -> models.Model:
   Returns:
     The rotated model in its old dtypes, with NumPy arrays.
   """
-  return rewrite.run_chain((random_rotation(key=key),), model)[0]
+  valid = models.layout.symmetries(model.config)
+  only_heads = (valid.segments or valid.stream) and not residual.is_in_range(
+    rewrite.make_context(model, stored_as=model.stored_as)
+  )
+  rotation = random_rotation(key=key, only_heads=only_heads)
+  return rewrite.run_chain((rotation,), model)[0]
 
 
-def random_rotation(*, key: jax.Array) -> transform.Transform:
-  """Makes the transform that `randomly_rotated` applies."""
+def random_rotation(*, key: jax.Array, only_heads: bool = False) -> transform.Transform:
+  """Makes the transform that `randomly_rotated` applies.
+
+  Args:
+    key: a key from `jax.random.key`.
+    only_heads: whether the residual stream stays as it is.
+  """
   return transform.Transform(
     'rotation',
-    layers=functools.partial(_layers, key=key),
-    outer=functools.partial(_outer, key=key),
+    layers=functools.partial(_layers, key=key, only_heads=only_heads),
+    outer=functools.partial(_outer, key=key, only_heads=only_heads),
     takes='float32',
   )
 
@@ -57,12 +68,13 @@ def _layers(
   layers: list[transform.Params],
   *,
   key: jax.Array,
+  only_heads: bool,
 ) -> transform.Noted:
   config = context.config
   valid, steps = models.layout.symmetries(config), config.segments_per_layer
   axes = models.layout.layer_axes(config)
   for k, i in enumerate(range(first, first + len(layers))):
-    if valid.segments or valid.stream:
+    if (valid.segments or valid.stream) and not only_heads:
       segments = range(i * steps, (i + 1) * steps + 1)
       rotations = tuple(_rotation(config, s, key) for s in segments)
       layers[k] = _rotated(layers[k], rotations, valid.stream, config, axes)
@@ -84,11 +96,16 @@ def _layers(
 
 
 def _outer(
-  context: transform.Context, state: Any, params: transform.Params, *, key: jax.Array
+  context: transform.Context,
+  state: Any,
+  params: transform.Params,
+  *,
+  key: jax.Array,
+  only_heads: bool,
 ) -> tuple[transform.Params, list[transform.Note]]:
   config = context.config
   valid = models.layout.symmetries(config)
-  if not (valid.segments or valid.stream):
+  if only_heads or not (valid.segments or valid.stream):
     return params, []
   last = len(config.segment_widths) - 1
   rotations = _rotation(config, 0, key), _rotation(config, last, key)

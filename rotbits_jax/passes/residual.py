@@ -97,6 +97,7 @@ def remove_residual_gauge(*, tolerance: float = 0.7) -> transform.Transform:
     skip=_skip,
     reads_source=True,
     takes='float32',
+    carries_adapters=True,
   )
 
 
@@ -354,17 +355,31 @@ def obstacle(context: transform.Context) -> str:
     codes = [path for path, leaf in given.items() if structured.is_in_files(leaf)]
     if codes:
       return f'{prefix}{codes[0]} has quantised codes, and a rotation would keep none'
-    # An adapter does not decide: it is carried with the model, or it is refused.
-    given = {path: x for path, x in given.items() if not path.endswith('/adapter')}
-    params = _wide(given)
-    own = [prefix + x for x in params if prefix + x in context.dtypes]
-    if _rough_norm(params) <= _RANGE * min(map(context.limit, own)):
-      continue
-    bounds = _norms(params, config=context.config, is_outer=not prefix)
-    for path, norm in jax.device_get(bounds).items():
-      if not norm <= _RANGE * context.limit(prefix + path):  # also if it is NaN
-        return f'{prefix}{path} has numbers that are not finite, or too large to rotate'
+    if path := _too_large(context, prefix, given):
+      return f'{path} has numbers that are not finite, or too large to rotate'
   return ''
+
+
+def is_in_range(context: transform.Context) -> bool:
+  """Returns whether the numbers of a model are small enough to be rotated."""
+  return not any(_too_large(context, *part) for part in _parts(context))
+
+
+def _too_large(
+  context: transform.Context, prefix: str, given: transform.Params
+) -> str | None:
+  """Returns the path of a parameter in a part that is too large to rotate, if any."""
+  # An adapter does not decide: it is carried with the model, or it is refused.
+  given = {path: x for path, x in given.items() if not path.endswith('/adapter')}
+  params = _wide(given)
+  own = [prefix + x for x in params if prefix + x in context.dtypes]
+  if _rough_norm(params) <= _RANGE * min(map(context.limit, own)):
+    return None
+  bounds = _norms(params, config=context.config, is_outer=not prefix)
+  for path, norm in jax.device_get(bounds).items():
+    if not norm <= _RANGE * context.limit(prefix + path):  # also if it is NaN
+      return prefix + path
+  return None
 
 
 def _rough_norm(params: transform.Params) -> float:

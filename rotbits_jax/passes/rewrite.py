@@ -402,6 +402,9 @@ def widened(tree: models.Params, device: Any = None) -> Params:
   params = structured.flatten(tree)
   kept = {path: x for path, x in params.items() if structured.is_in_files(x)}
   others = {path: x for path, x in params.items() if path not in kept}
+  # Programs take whole arrays, which are on one device.
+  divided = lambda x: isinstance(x, jax.Array) and len(x.devices()) > 1
+  others = jax.tree.map(lambda x: jax.device_get(x) if divided(x) else x, others)
   return _widened(jax.device_put(others, device)) | kept
 
 

@@ -34,6 +34,8 @@ from rotbits_jax.passes import transform
 from rotbits_jax.symmetries import steps
 from rotbits_jax.system import host
 
+_SMALL_ROW = 8.0  # how many times smaller than others a row is that shares their step
+
 
 class Inputs(NamedTuple):
   """The inputs of a matrix on a text, and how much its outputs count.
@@ -163,6 +165,8 @@ def apply(
       # The usual one would make twice the divergence that rounding other factors makes,
       # because the errors of two factors add up and a basis has errors of its own.
       log2_step -= 1
+    if path == 'embed/tokens' and structured.is_plain(leaf) and not rounding.uniform:
+      log2_step += _for_small_rows(leaf, context.config)
     inputs = rounding.inputs.get(path)
     if inputs is not None and path == 'head/kernel':
       # Steps of its columns save more than the zeros of a structured leaf.
@@ -180,8 +184,13 @@ def apply(
     params[path] = structured.astype(params[path], dtype)
   # Codes have no error, so they remain if they take no more bytes.
   for path, leaf in codes.items():
-    size = weights.estimate(list(leaf.stored()[1].values()))
-    if size <= weights.estimate([params[path]]):
+    rounded = params[path]
+    arrays = (
+      [*x.stored()[1].values()] if structured.is_structured(x) else [x]
+      for x in (leaf, rounded)
+    )
+    size, size_rounded = map(weights.estimate, arrays)
+    if size <= size_rounded:
       params[path] = leaf
       effects.pop(path, None)
   notes, bits = [], 0.0
@@ -194,6 +203,33 @@ def apply(
       notes.append({'tensor': path, **note})
       bits += float(effect.bits)
   return params, notes, bits
+
+
+def _for_small_rows(table: Any, config: models.ModelConfig) -> float:
+  """Returns what to add to log2 of an embedding's step for its small rows, at most 0.
+
+  A token uses one row alone, and the first norm makes it as large as any other. So the
+  step must be small beside each row, but for those that are small beside the norm's
+  epsilon, and where positions are added.
+  """
+  if config.learned_positions:
+    return 0.0
+  width = 1 if config.scaled_embedding else config.hidden_size
+  ratio = _least_row(table, config.norm_eps * width)
+  return min(math.log2(_SMALL_ROW * float(ratio)), 0.0)
+
+
+@jax.jit
+def _least_row(table: jax.Array, least: jax.Array) -> jax.Array:
+  """Returns the least norm of a row over the root of the mean square of all norms.
+
+  Rows whose square is not above `least` do not count.
+  """
+  squares = jnp.square(table).sum(axis=1)
+  counted = (squares > least) & jnp.isfinite(squares)
+  mean = jnp.where(counted, squares, 0).sum() / jnp.maximum(counted.sum(), 1)
+  smallest = jnp.where(counted, squares, jnp.inf).min()
+  return jnp.where(counted.any(), jnp.sqrt(smallest / mean), 1)
 
 
 def _in_files(leaf: structured.UniformlyQuantized) -> Any:
@@ -253,6 +289,7 @@ def round_leaf(
 
   Returns:
     The leaf and the effect. Numbers that are too large for the dtype become infinite.
+    Those of which only the nearest multiple is too large get the largest one.
   """
   traced = np.float32(log2_step)  # of one type, so that one program serves all
   moments, axis, outputs = inputs or (None, 0, None)
@@ -300,6 +337,11 @@ def _round_lines(
     found.row_exponents,
     found.column_exponents,
   )
+  values = leaf.materialize()
+  # Where an integer is 0 the step is NaN, but nothing is too large.
+  overflows, count = _overflows(values, values / found.integers, array, dtype)
+  integers = jnp.where(overflows, jnp.copysign(count, values), found.integers)
+  leaf = dataclasses.replace(leaf, integers=integers)
   return leaf, _effect(array, leaf.materialize(), step, dtype, size.outliers)
 
 
@@ -332,6 +374,8 @@ def _round(
       result = steps.multiples(array, step)
     else:
       result = steps.with_feedback(array, step, moments, axis=axis)
+    overflows, count = _overflows(result, step, array, dtype)
+    result = jnp.where(overflows, jnp.copysign(count * step, result), result)
   else:
     step = _power_step(size.rms, log2_step, dtype)
     # Beyond, the dtype itself is coarser.
@@ -340,6 +384,25 @@ def _round(
     same = jnp.all((nearest.astype(jnp.float32) == array) | jnp.isnan(array))
     result, step = jnp.where(same, nearest, result), jnp.where(same, 0, step)
   return result, _effect(array, result, step, dtype, size.outliers)
+
+
+def _overflows(
+  multiples: jax.Array, step: jax.Array, array: jax.Array, dtype: np.dtype
+) -> tuple[jax.Array, jax.Array]:
+  """Finds the multiples that are too large for a dtype, although the numbers are not.
+
+  Args:
+    multiples: the multiples of a step.
+    step: the step, or that of each multiple.
+    array: the numbers that were rounded to them.
+    dtype: the dtype.
+
+  Returns:
+    Where they are; and how many steps the largest multiple has that is not too large.
+  """
+  most = min(float(jnp.finfo(x).max) for x in (np.float32, dtype))
+  overflows = (jnp.abs(multiples) > most) & (jnp.abs(array) <= most)
+  return overflows, jnp.floor(most / step)
 
 
 def _effect(

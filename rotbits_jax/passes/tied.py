@@ -42,7 +42,9 @@ def retie_embedding(*, tolerance: float = 1.5) -> transform.Transform:
     `misfit` is the error that it would have.
   """
   outer = functools.partial(_retie_embedding, tolerance=tolerance)
-  return transform.Transform('tied embedding', outer=outer, takes='float32')
+  return transform.Transform(
+    'tied embedding', outer=outer, takes='float32', carries_adapters=True
+  )
 
 
 def retie_exactly() -> transform.Transform:

@@ -166,6 +166,9 @@ class Transform(NamedTuple):
       dtypes.
     most_error: the greatest relative error that its notes may state, if it changes the
       function; by default `MOST_ERROR` limits them. A greater error ends the work.
+    carries_adapters: whether it takes the factors of an adapter, which are beside their
+      kernel at `models.layout.adapter_of`, to the coordinates of the rewritten kernel.
+      Without it, a chain is refused where a model has adapters.
   """
 
   name: str
@@ -180,6 +183,7 @@ class Transform(NamedTuple):
   reads_source: bool = False
   takes: Literal['any', 'float32', 'stored'] = 'any'
   most_error: float | None = None
+  carries_adapters: bool = False
 
 
 class Chain(NamedTuple):

@@ -93,7 +93,7 @@ def multiply(array: jax.Array, matrices: jax.Array) -> jax.Array:
 
 VALUE, OUT = 'attention/value/kernel', 'attention/out/kernel'
 QUERY, KEY = 'attention/query/kernel', 'attention/key/kernel'
-_QUERY_BIAS, _KEY_BIAS = 'attention/query/bias', 'attention/key/bias'
+_QUERY_BIAS, KEY_BIAS = 'attention/query/bias', 'attention/key/bias'
 
 _OUT_ADAPTER = models.layout.adapter_of(OUT)
 # Adapters of kernels that are multiplied by A, not by its inverse.
@@ -102,7 +102,7 @@ _DIRECT = tuple(map(models.layout.adapter_of, (VALUE, QUERY)))
 VALUES = (VALUE, 'attention/value/bias', OUT)
 """The parameters that share the gauge of values; the bias may be missing."""
 
-KEYS = (QUERY, _QUERY_BIAS, KEY, _KEY_BIAS)
+KEYS = (QUERY, _QUERY_BIAS, KEY, KEY_BIAS)
 """The parameters that share the gauge of keys; the biases may be missing."""
 
 
@@ -215,9 +215,9 @@ def fix_keys(params: models.Params, *, kv_heads: int, rotary: int) -> Fixed:
     below=jnp.swapaxes(below, 0, 1).reshape(d - h + rotary, kv_heads * (h - rotary)),
     heads=kv_heads,
   )
-  if _KEY_BIAS in params:
-    bias = params[_KEY_BIAS].astype(jnp.float32).reshape(kv_heads, h)
-    fixed[_KEY_BIAS] = bias.at[:, rotary:].set(0).reshape(-1)
+  if KEY_BIAS in params:
+    bias = params[KEY_BIAS].astype(jnp.float32).reshape(kv_heads, h)
+    fixed[KEY_BIAS] = bias.at[:, rotary:].set(0).reshape(-1)
   return Fixed(fixed, gauge)
 
 
@@ -323,6 +323,16 @@ def rounding_errors(
 
 
 _SQRT2 = 2**0.5
+
+
+def growth(plain: Sides, fixed: Sides) -> jax.Array:
+  """Returns how much larger the norms of the sides are than those of their products.
+
+  Errors of float32 arithmetic in the products grow by as much.
+  """
+  of_heads = [jnp.linalg.norm(side, axis=(1, 2)) for side in fixed]
+  product = jnp.maximum(_product_norm(*plain), jnp.finfo(jnp.float32).tiny)
+  return jnp.linalg.norm(of_heads[0] * of_heads[1]) / product
 
 
 def product_error(sides: Sides, near: Sides) -> jax.Array:
