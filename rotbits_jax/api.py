@@ -136,9 +136,10 @@ def encode_to_file(
 
   The file appears when it is complete; shards do so with their index, and then those of
   an older result are removed. If a run was killed or interrupted, the next run with the
-  same input and settings resumes it, except with 'paper' and with transforms besides
-  those of the preset. If several processes of `jax.distributed` call the function, each
-  process writes shards of the layers that it owns.
+  same input and settings resumes it, if the input is on disk; except with 'paper', with
+  `inputs`, and with transforms besides those of the preset. If several processes of
+  `jax.distributed` call the function, each process writes shards of the layers that it
+  owns.
 
   Args:
     source: the path of a checkpoint, or a source of `encode`. A checkpoint at a path
@@ -170,8 +171,7 @@ def encode_to_file(
     ContainerError: if the check fails.
     OSError: if the file cannot be written or must not be replaced.
   """
-  bases = base if isinstance(base, list | tuple) else [base]
-  inputs = source, *bases, *adapters
+  inputs = source, base, *adapters
   if isinstance(source, str | os.PathLike):
     source = checkpoints.open_any(source)
   output = encode_lib.Output(
@@ -277,7 +277,7 @@ def load(
     sharding: a `jax.sharding.Sharding` for all arrays, or a function that takes the
       path and the shape of a parameter and returns one. Layers are stacked along the
       first axis, and have paths like 'layers.0:12/mlp/up/kernel'. Where an axis of a
-      mesh does not divide the length of an axis, the array is replicated. Axes of a
+      mesh does not divide the length of an axis, that is not divided. Axes of a
       mesh become `Auto`. Layers that no device of this process gets are not read.
     dtype: dtype for all floating-point elements, rounded to nearest; None for the dtype
       of each array in the file. Arrays that `near` has rounded are float32 there.
@@ -301,7 +301,8 @@ def load(
       layers=layers, place=sharding, integers=integers, show_progress=progress
     )
   if wanted is not None:
-    found = structured.astype(found, wanted)
+    with jax.enable_x64(True):  # see `placement.put`
+      found = structured.astype(found, wanted)
   return placement.on_device(found)
 
 
@@ -348,12 +349,14 @@ def decode_to_directory(
       file.
     dtype: dtype for all floating-point elements, rounded to nearest. By default they
       keep the dtype of the encoded checkpoint.
-    overwrite: whether existing files may be replaced.
+    overwrite: whether existing files may be replaced. No file of the source or the base
+      is.
     progress: whether to show the progress on stderr.
 
   Raises:
     ContainerError: as for `decode_checkpoint`.
-    ValueError: if the format, shard_size or dtype does not suit the model.
+    ValueError: if the format, shard_size or dtype does not suit the model, if numbers
+      are too large for the dtype, or if a file of the source or the base would be lost.
     OSError: if a path cannot be read or written, or a file must not be replaced.
   """
   with file.Reader(source, base=base) as reader:

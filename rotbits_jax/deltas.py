@@ -7,6 +7,7 @@ import collections
 from typing import Any, TypeVar
 
 import jax
+import numpy as np
 
 from rotbits_jax import file
 from rotbits_jax import presets
@@ -46,8 +47,9 @@ def delta(new: Any, old: Any) -> bytes:
   Raises:
     ValueError: if a leaf is no array, or if the PyTrees have no paths in common.
   """
-  source = sources.Source(new)
-  base = base_lib.Base(sources.Source(old), plain=False)
+  # As dicts, because a `Model` would be read as a checkpoint, by other paths.
+  source = sources.Source(trees.to_dicts(new))
+  base = base_lib.Base(sources.Source(trees.to_dicts(old)), plain=False)
   job = job_lib.Job(source, presets.make('exact'), None, base)
   return encode_lib.in_memory(job, progress=False)
 
@@ -80,8 +82,9 @@ def apply(
       step, or if the data are damaged.
     ValueError: if the new PyTree has other paths, shapes or dtypes.
   """
-  old = structured.flatten(trees.to_dicts(params))
-  base = base_lib.Base(sources.Source(params), plain=False)
+  nested = trees.to_dicts(params)
+  old = structured.flatten(nested)
+  base = base_lib.Base(sources.Source(nested), plain=False)
   found: dict[str, Any] = {}
   counts = collections.Counter(map(id, old.values()))
   with file.Reader(data, base=base) as reader:
@@ -106,6 +109,8 @@ def apply(
 def _like(old: Any, path: str, array: Any, sharding: file.Place | None) -> Any:
   """Returns a new array where the old one is, or with the sharding that is given."""
   if sharding is not None:
+    if isinstance(old, np.ndarray) and np.may_share_memory(array, old):
+      array = np.array(array)  # on CPUs, JAX would take the memory of the caller
     return placement.placed({path: array}, sharding)[path]
   if isinstance(old, jax.Array):
     return placement.put(array, old.sharding)

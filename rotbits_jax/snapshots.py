@@ -16,8 +16,6 @@ from rotbits_jax.file import directory
 from rotbits_jax.system import cache
 from rotbits_jax.system import host
 
-_DIGITS = 40  # of the name of a snapshot, as in Hugging Face's cache
-
 
 @host.own_settings()
 def snapshot(
@@ -71,7 +69,7 @@ def snapshot(
     def write(folder: pathlib.Path) -> None:
       directory.write(reader, folder, format=format, dtype=dtype, progress=progress)
 
-    name = hashlib.sha256(key.encode()).hexdigest()[:_DIGITS]
+    name = hashlib.sha256(key.encode()).hexdigest()[: cache.DIGITS]
     found = cache.made(name, write, show=progress)
   if limit is not None:
     cache.prune(limit, keep=found)

@@ -21,6 +21,7 @@ from tests import golden
 
 TESTDATA = pathlib.Path(__file__).parent / 'testdata'
 DENSE = TESTDATA / 'llama-tiny-dense'
+SLICED = TESTDATA / 'phi2-tiny-sliced-0.25'
 
 
 def near(array, *, seed=0, scale=2.0**-8):
@@ -147,6 +148,42 @@ def test_a_base_whose_embedding_has_no_head():
     rotbits_jax.encode({'embed': {'tokens': table}}, base=damaged)
 
 
+def test_arrays_that_each_machine_sums_are_no_base():
+  model = rotbits_jax.load_checkpoint(SLICED).model
+  base = rotbits_jax.encode(model, preset='free')
+  params = jax.device_get(rotbits_jax.decode(base).materialize().params)
+  new = model.replace(params=tuned(params))
+  data = rotbits_jax.encode(new, preset='exact', base=base)
+  found = rotbits_jax.decode(data, base=base)
+  assert structured.same_bits(dict(found.leaves()), dict(new.leaves()))
+  with file.Reader(data, base=base) as reader, file.Reader(base) as below:
+    needed = reader.needed_arrays()
+    summed = {
+      path
+      for record in below.records
+      for path, leaf in structured.flatten(below.record(record)).items()
+      if isinstance(leaf, structured.IdentityMinusGram | structured.HeadRows)
+    }
+  assert needed
+  assert summed
+  assert not summed & needed.keys()
+
+
+def test_results_in_the_folder_of_the_base_are_replaced(rotbits, tmp_path):
+  dense = tmp_path / 'dense'
+  shutil.copytree(DENSE, dense)
+  encoded = tmp_path / 'tuned.rotbits'
+  rotbits_jax.encode_to_file(tuned_checkpoint(tmp_path / 'tuned'), encoded, base=dense)
+  for _ in range(2):
+    rotbits_jax.decode_to_directory(encoded, dense / 'tuned', base=dense)
+    given = f'--input={encoded}', f'--base={dense}', f'--against={tmp_path / "tuned"}'
+    page = f'--output={dense / "page.html"}'
+    code, _, err = rotbits('report', *given, page, '--overwrite')
+    assert (code, err) == (0, '')
+  with pytest.raises(ValueError, match='it is a file of an input'):
+    rotbits_jax.decode_to_directory(encoded, dense, base=dense)
+
+
 def test_an_optimizer_and_empty_arrays():
   base = {
     'm': (np.zeros((0, 3), np.float16), np.float32(3)),
@@ -255,6 +292,55 @@ def test_a_chain_of_bases(tmp_path):
     )
 
 
+def test_an_opened_base_is_not_replaced(tmp_path):
+  first, second, shards = (tmp_path / f'{x}.rotbits' for x in ('a', 'b', 'c'))
+  base = tree()
+  rotbits_jax.encode_to_file(base, first)
+  rotbits_jax.encode_to_file(tuned(base), second, base=first)
+  rotbits_jax.encode_to_file(base, shards, shard_size=1000)
+  found = {x: x.read_bytes() for x in tmp_path.iterdir()}
+  for output, given in (
+    (first, file.Reader(first)),
+    (first, [second, file.Reader(first)]),
+    (first, file.Reader(second, base=first)),
+    (second, file.Reader(second, base=file.Reader(first))),
+    (shards, file.Reader(shards)),
+  ):
+    with pytest.raises(ValueError, match='it is a file of an input'):
+      rotbits_jax.encode_to_file(tuned(base), output, base=given)
+  assert {x: x.read_bytes() for x in tmp_path.iterdir()} == found
+
+
+def test_decoding_over_the_base_is_refused(tmp_path):
+  folders = {x: tmp_path / x for x in ('model', 'plain', 'encoded')}
+  new = {x: tmp_path / f'new-{x}' for x in ('model', 'plain')}
+  files = {x: tmp_path / f'{x}.rotbits' for x in new}
+  tensors = tree()['a']
+  shutil.copytree(DENSE, folders['model'])
+  tuned_checkpoint(new['model'])
+  plain_checkpoint(folders['plain'], tensors)
+  plain_checkpoint(new['plain'], tuned(tensors))
+  for name, path in files.items():
+    rotbits_jax.encode_to_file(new[name], path, base=folders[name])
+  folders['encoded'].mkdir()
+  base = folders['encoded'] / 'model.safetensors'  # older weights, by its name
+  rotbits_jax.encode_to_file(DENSE, base, preset='exact')
+  for name, source, given in (
+    ('model', files['model'], folders['model']),
+    ('plain', files['plain'], folders['plain'] / 'model.safetensors'),
+    ('encoded', files['model'], base),
+  ):
+    found = {x: x.read_bytes() for x in folders[name].iterdir() if x.is_file()}
+    with pytest.raises(ValueError, match='it is a file of an input'):
+      rotbits_jax.decode_to_directory(source, folders[name], base=given)
+    assert {x: x.read_bytes() for x in folders[name].iterdir() if x.is_file()} == found
+  base.rename(folders['encoded'] / 'base.rotbits')
+  for _ in range(2):  # beside the base, and over an older result
+    given = folders['encoded'] / 'base.rotbits'
+    rotbits_jax.decode_to_directory(files['model'], folders['encoded'], base=given)
+  assert given.exists()
+
+
 def test_a_file_of_a_message_is_no_base():
   data = golden.file_of('v4/paper').read_bytes()
   with pytest.raises(ValueError, match='cannot be a base'):
@@ -344,6 +430,13 @@ def test_commands(rotbits, tmp_path):
   code, out, _ = rotbits('verify', source, f'--against={path}', f'--base={DENSE}')
   assert code == 0
   assert 'all bits are those' in out
+  page = f'--output={tmp_path / "page.html"}'
+  code, _, err = rotbits('report', source, page, f'--against={path}', f'--base={DENSE}')
+  assert code == 0, err
+  assert 'Compared with the checkpoint: all' in (tmp_path / 'page.html').read_text()
+  code, _, err = rotbits('report', source, page, '--overwrite', f'--base={DENSE}')
+  assert code == 2
+  assert '--base is for --against' in err
   code, _, err = rotbits('verify', source, '--base=http://x/y')
   assert code == 2
   assert 'not a local path' in err

@@ -23,6 +23,7 @@ import word_checkpoints
 
 import rotbits_jax
 from rotbits_jax import checkpoints
+from rotbits_jax import models
 from rotbits_jax.cli import main
 from rotbits_jax.cli import program
 from rotbits_jax.file import estimation
@@ -233,6 +234,18 @@ class TestEncode:
     # Without a tolerance no singular value counts as 1, and fewer bytes are saved.
     assert reports[1]['elements']['stored'] > reports[0]['elements']['stored']
 
+  def test_a_field_of_a_config_file_that_is_no_option(self, rotbits, tmp_path):
+    config = tmp_path / 'small.py'
+    config.write_text(
+      'import ml_collections\n'
+      'def get_config():\n'
+      "  return ml_collections.ConfigDict({'preset': 'near', 'target_size': 300_000})\n"
+    )
+    given = f'--checkpoint={SLICED}', f'--output={tmp_path / "out"}'
+    code, _, err = rotbits('encode', *given, f'--config={config}')
+    assert code == 2
+    assert "the preset 'near' has no option 'target_size'" in err
+
 
 class TestDecode:
   def test_safetensors_of_exact_are_the_input(self, rotbits, tmp_path, encoded):
@@ -246,6 +259,18 @@ class TestDecode:
     assert_same_tensors(actual, tensors_of(expected.model))
     for name, content in expected.files.items():
       assert (output / name).read_bytes() == content
+
+  def test_json_has_the_files_in_sub_folders(self, rotbits, tmp_path):
+    checkpoint = rotbits_jax.load_checkpoint(DENSE)
+    files = checkpoint.files | {'1_Pooling/config.json': b'{}'}
+    (tmp_path / 'x').write_bytes(rotbits_jax.encode(checkpoint, files=files))
+    args = f'--input={tmp_path / "x"}', f'--output={tmp_path / "out"}', '--json'
+    code, out, _ = rotbits('decode', *args)
+    assert code == 0
+    found = json.loads(out)
+    assert found['files'] == sorted([*files, 'model.safetensors'])
+    written = [tmp_path / 'out' / name for name in found['files']]
+    assert found['bytes'] == sum(path.stat().st_size for path in written)
 
   def test_slicegpt_of_exact_is_the_input(self, rotbits, tmp_path, encoded):
     output = tmp_path / 'out'
@@ -316,6 +341,28 @@ class TestEstimate:
     assert (code, err) == (0, '')
     assert 'no free and near: ' in out
     assert "model_type is 'bert'" in out
+
+  def test_a_sliced_model_beside_its_dense_one(self, rotbits):
+    sliced, dense = (TESTDATA / f'phi2-tiny-{x}' for x in ('sliced-0.25', 'dense'))
+    code, out, err = rotbits('estimate', sliced, f'--base={dense}')
+    assert (code, err) == (0, '')
+    assert 'no exact --base: the model was sliced from the base' in out
+
+  def test_layers_with_positions_of_their_own(self, rotbits, tmp_path):
+    source = TESTDATA / 'gemma2-tiny-dense'
+    given = checkpoints.load_checkpoint(source)
+    config = json.loads(given.files['config.json'])
+    config |= {'num_hidden_layers': 2 * given.model.config.num_layers}
+    config['layer_types'] *= 2
+    model = models.from_layers(
+      checkpoints.parse_config(config), given.model.outer(), 2 * [*given.model.layers()]
+    )
+    files = given.files | {'config.json': json.dumps(config).encode()}
+    saved = checkpoints.Checkpoint(model, files, None)
+    checkpoints.save_checkpoint(saved, tmp_path / 'deep')
+    code, out, err = rotbits('estimate', tmp_path / 'deep')
+    assert (code, err) == (0, '')
+    assert 'free' in out
 
 
 class TestInspect:
@@ -629,10 +676,24 @@ class TestBadInput:
     args = ['report', f'--input={files[1]}', '--overwrite']
     for output in (index, min(base.glob('some-*'))):
       self.check(rotbits, tmp_path, [*args, f'--output={output}'], 'is a file of an')
+    args.append(f'--against={source}')
+    for options, output in (([], source), ([f'--base={base}'], base)):
+      path = f'--output={output / "config.json"}'
+      self.check(rotbits, tmp_path, [*args, *options, path], 'is a file of an input')
     # Results in the folder of an input do not belong to it.
     (base / 'one.rotbits').write_bytes(b'damaged')
     for output in files:
       assert rotbits(*encode, f'--output={output}', f'--base={base}')[0] == 0
+
+  def test_no_file_of_a_pipeline_is_replaced(self, rotbits, tmp_path):
+    (tmp_path / 'model_index.json').write_text('{}')
+    for name in ('unet', 'vae'):
+      (tmp_path / name).mkdir()
+      shutil.copy(DENSE / 'model.safetensors', tmp_path / name)
+    args = ['encode', f'--checkpoint={tmp_path}', '--overwrite', '--output=OUT']
+    for name in ('unet/model.safetensors', 'vae/model.safetensors', 'model_index.json'):
+      args[-1] = f'--output={tmp_path / name}'
+      self.check(rotbits, tmp_path, args, 'is a file of an input')
 
   @pytest.mark.parametrize(
     ('command', 'damage', 'words'),

@@ -268,6 +268,8 @@ class RoundTripTest(Checks):
     _assert_same_bits(model.outer(), whole.outer())
     with self.assertRaisesRegex(ValueError, 'layers'):
       rotbits_jax.load(data, layers=range(3, 9))
+    with self.assertRaisesRegex(ValueError, 'layers.0: the model lacks it'):
+      rotbits_jax.encode(model, preset=preset)
 
   def test_paths_bytes_and_open_files_are_read_alike(self):
     path = pathlib.Path(self.enterContext(tempfile.TemporaryDirectory())) / 'x.rotbits'

@@ -201,6 +201,23 @@ class CompositionTest(absltest.TestCase):
       with self.subTest(name=name):
         check_sharded(name)
 
+  def test_a_model_that_is_divided_over_devices_is_encoded(self):
+    devices.run(
+      'import jax, numpy as np, rotbits_jax\n'
+      'from jax.sharding import NamedSharding, PartitionSpec as P\n'
+      'auto = (jax.sharding.AxisType.Auto,)\n'
+      'mesh = jax.make_mesh((2,), ("model",), axis_types=auto)\n'
+      'place = NamedSharding(mesh, P(None, None, "model"))\n'
+      'for name in ("phi2-tiny-sliced-0.25", "llama-tiny-dense"):\n'
+      '  model = rotbits_jax.load_checkpoint(f"tests/testdata/{name}").model\n'
+      '  data = rotbits_jax.encode(model, preset="exact")\n'
+      '  divided = rotbits_jax.load(data, sharding=place)\n'
+      '  for preset in ("free", "near"):\n'
+      '    own = rotbits_jax.encode(model, preset=preset)\n'
+      '    assert rotbits_jax.encode(divided, preset=preset) == own, (name, preset)\n',
+      devices=2,
+    )
+
   @pytest.mark.slow
   def test_eight_devices_do_what_one_does(self):
     devices.run(

@@ -2,7 +2,9 @@
 
 import io
 import json
+import pathlib
 import struct
+import tempfile
 
 from absl.testing import absltest
 from absl.testing import parameterized
@@ -56,6 +58,26 @@ class ContainerTest(parameterized.TestCase):
     writer.extend('a', b'x')
     with self.assertRaisesRegex(ValueError, 'still open'):
       writer.extend('b', b'x')
+
+  def test_records_of_gigabytes(self):
+    path = pathlib.Path(self.enterContext(tempfile.TemporaryDirectory()), 'x')
+    names, nbytes = [f'layers.{i}' for i in range(126)], 4_300_000_000
+
+    def write(given):
+      with path.open('wb') as file:
+        writer = container.StreamWriter(file, ['files/x', *names], given)
+        writer.append('files/x', [np.frombuffer(b'first', np.uint8)])
+        for name in names:
+          writer.keep(name, nbytes)  # the file has holes there
+        writer.finish(MANIFEST)
+
+    write(nbytes * len(names))
+    reader = container.StreamReader(path)
+    self.assertEqual(reader.names(), ['files/x', *names, container.MANIFEST])
+    self.assertEqual({reader.nbytes(name) for name in names}, {nbytes})
+    self.assertEqual((reader.read('files/x'), reader.manifest()), (b'first', MANIFEST))
+    with self.assertRaisesRegex(ValueError, 'the header does not fit'):
+      write(0)
 
   def test_every_truncation_is_noticed(self):
     data = packed()

@@ -14,6 +14,7 @@ import optax
 import pytest
 
 import rotbits_jax
+from rotbits_jax import checkpoints
 from rotbits_jax import structured
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -53,6 +54,26 @@ def test_a_delta_turns_one_tree_into_another():
   assert_same(found, new)
   assert isinstance(found['head'], jax.Array)
   assert_same(rotbits_jax.apply(data, jax.device_get(old)), jax.device_get(new))
+
+
+@pytest.mark.parametrize('donate', [False, True])
+def test_a_model_is_a_pytree_too(donate):
+  old = rotbits_jax.load_checkpoint(checkpoints.example('llama-tiny-dense')).model
+  new = old.replace(params=jax.tree.map(lambda x: x * 2, old.params))
+  data = rotbits_jax.delta(new, old)
+  found = rotbits_jax.apply(data, jax.device_put(old), donate=donate)
+  assert found.config == new.config
+  assert_same(found.params, new.params)
+
+
+def test_placed_arrays_do_not_share_memory_with_the_old_ones():
+  given = {'a': np.ones((512, 512), np.float32), 'b': np.zeros(9, np.float32)}
+  old = rotbits_jax.decode(rotbits_jax.encode(given))  # JAX takes its memory as it is
+  data = rotbits_jax.delta({'a': old['a'], 'b': old['b'] + 1}, old)
+  place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  new = rotbits_jax.apply(data, old, sharding=place)
+  old['a'][:] = 7
+  assert float(new['a'][0, 0]) == 1
 
 
 def test_arrays_that_do_not_change_are_not_moved():
@@ -109,6 +130,13 @@ def test_numbers_of_64_bits_keep_them_on_devices():
   params = jax.tree.map(lambda x: np.float64(x) + 1e-12, model.params)
   data = rotbits_jax.encode(model.replace(params=params), preset='exact')
   assert_same(rotbits_jax.load(data, sharding=place).params, params)
+
+
+def test_numbers_become_64_bits_on_devices():
+  place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  tree = {'w': np.array([1e300, 1 / 3]), 'x': np.linspace(0, 1, 9, dtype=np.float32)}
+  found = rotbits_jax.load(rotbits_jax.encode(tree), sharding=place, dtype=np.float64)
+  assert_same(found, jax.tree.map(np.float64, tree))
 
 
 def test_a_step_out_of_order_is_refused():

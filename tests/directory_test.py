@@ -4,13 +4,19 @@ import itertools
 import json
 import pathlib
 import shutil
+from unittest import mock
 
+import numpy as np
 import pytest
 import weights_files
 
 import rotbits_jax
 from rotbits_jax import checkpoints
+from rotbits_jax import models
+from rotbits_jax import passes
 from rotbits_jax import presets
+from rotbits_jax import structured
+from rotbits_jax.file import directory
 
 TESTDATA = pathlib.Path(__file__).parent / 'testdata'
 FIXTURES = sorted(x.parent.name for x in TESTDATA.glob('*/config.json'))
@@ -85,6 +91,19 @@ def test_a_tied_head_that_is_stored_too_is_the_models_own_once_it_is_rewritten(
         assert not rotbits_jax.load_checkpoint(way).model.config.tied_head
 
 
+def test_a_tied_head_that_is_stored_too_is_the_models_own_once_it_is_trained(tmp_path):
+  given = rotbits_jax.load_checkpoint(TESTDATA / 'llama-tiny-dense')
+  config = json.loads(given.files['config.json']) | {'tie_word_embeddings': True}
+  files = given.files | {'config.json': json.dumps(config).encode()}
+  head = {'kernel': given.model.params['embed']['tokens'].T * 2}
+  trained = given.model.replace(params=given.model.params | {'head': head})
+  data = rotbits_jax.encode(checkpoints.Checkpoint(trained, files, None))
+  rotbits_jax.decode_to_directory(data, tmp_path / 'x')
+  found = json.loads((tmp_path / 'x' / 'config.json').read_text())
+  assert found == config | {'tie_word_embeddings': False}
+  rotbits_jax.load_checkpoint(tmp_path / 'x')
+
+
 def test_the_config_names_the_dtype(tmp_path):
   folder = TESTDATA / 'llama-tiny-dense'
   data = rotbits_jax.encode(rotbits_jax.load_checkpoint(folder))
@@ -98,3 +117,38 @@ def test_the_config_names_the_dtype(tmp_path):
     rotbits_jax.load(data, dtype=bool)
   name = 'dtype' if 'dtype' in given else 'torch_dtype'
   assert config == given | {name: 'bfloat16'} != given
+
+
+@pytest.mark.parametrize('factored', [False, True])
+def test_numbers_that_are_too_large_for_a_dtype(tmp_path, factored):
+  checkpoint = rotbits_jax.load_checkpoint(TESTDATA / 'llama-tiny-dense')
+  model = structured.astype(checkpoint.model, np.float32)
+  layers = list(model.layers())
+  kernel = np.array(layers[1]['mlp']['up']['kernel'])
+  kernel[3, 4] = 65520  # which float16 rounds to infinity
+  if factored:
+    kernel = structured.LowRank(kernel[:, :5], np.eye(5, kernel.shape[1], dtype='f4'))
+  layers[1]['mlp']['up']['kernel'] = kernel
+  model = models.from_layers(model.config, model.outer(), layers)
+  data = rotbits_jax.encode(checkpoint._replace(model=model), preset='exact')
+  words = r'layers\.1/mlp/up/kernel: .* too large for float16; .* --dtype=float32'
+  with pytest.raises(ValueError, match=words):
+    rotbits_jax.decode_to_directory(data, tmp_path / 'x', dtype='float16')
+  assert not list(tmp_path.iterdir())
+  # Other dtypes take no look at the numbers.
+  with mock.patch.object(directory, '_numbers', side_effect=AssertionError):
+    for dtype in (None, 'float32', 'bfloat16'):
+      rotbits_jax.decode_to_directory(data, tmp_path / 'x', dtype=dtype)
+
+
+def test_near_gives_no_infinite_numbers(tmp_path):
+  checkpoint = rotbits_jax.load_checkpoint(TESTDATA / 'llama-tiny-dense')
+  model = structured.astype(checkpoint.model, np.float16)
+  kernel = model.params['layers.0:3']['mlp']['up']['kernel']
+  kernel[...], kernel[:, 3, 4] = 2.0**15, 65504
+  preset = presets.near(step=-3.0)._replace(transform=passes.chain())
+  data = rotbits_jax.encode(checkpoint._replace(model=model), preset=preset)
+  rotbits_jax.decode_to_directory(data, tmp_path)
+  found = rotbits_jax.load_checkpoint(tmp_path).model.params['layers.0:3']
+  assert found['mlp']['up']['kernel'].dtype == np.float16
+  assert found['mlp']['up']['kernel'].max() == 15 * 2.0**12

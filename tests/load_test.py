@@ -5,6 +5,7 @@ import gc
 import pathlib
 import tempfile
 import tracemalloc
+from unittest import mock
 import weakref
 
 from absl.testing import absltest
@@ -15,6 +16,11 @@ import pytest
 import random_models
 
 import rotbits_jax
+from rotbits_jax import models
+from rotbits_jax import structured
+from rotbits_jax.coding import weights
+from rotbits_jax.file import stacks
+from rotbits_jax.system import progress
 
 TREE = {
   f'record {i}': {
@@ -88,6 +94,38 @@ class LoadTest(parameterized.TestCase):
     grown = rounds(count) - before
     # A round that kept its arrays would keep 10 kB.
     self.assertLess(grown, count * 4_000)
+
+  @parameterized.parameters((range(0, 2),), (range(2, 3),))
+  def test_a_process_with_a_part_of_a_stack_has_the_shapes_of_the_whole(self, wanted):
+    model, rng = random_models.sliced_llama((16,) * 7), np.random.default_rng(0)
+    normal = lambda *shape: rng.normal(size=shape).astype(np.float32)
+    layers = list(model.layers())
+    for rank, layer in zip((3, 1, 4), layers, strict=True):
+      b, c = np.tril(normal(16, rank)), np.tril(normal(16, 5 - rank))
+      layer['mlp_shortcut']['kernel'] = structured.IdentityMinusGram(b, c, 16)
+      layer['mlp']['up']['kernel'] = structured.LowRank(
+        normal(16, rank), normal(rank, 32)
+      )
+      layer['mlp']['gate']['kernel'] = structured.ReducedLowRank(
+        normal(16 - rank, rank), normal(rank, 32), 16, False
+      )
+    model = models.from_layers(model.config, model.outer(), layers)
+    with (
+      rotbits_jax.file.Reader(rotbits_jax.encode(model, preset='exact')) as reader,
+      mock.patch.object(stacks.placement, 'local_layers', return_value=wanted),
+      weights.record_jobs() as start,
+      progress.Progress('test', 1, 'B', show=False) as bar,
+    ):
+      place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+      (stack,) = stacks.start_stacks(
+        reader._records, range(3), 0, place, start, None, False
+      )
+      found = stack.result(bar)
+    whole = structured.flatten({'layers.0:3': model.params['layers.0:3']})
+    self.assertEqual(found.keys(), whole.keys())
+    for path, leaf in whole.items():
+      part = jax.tree.map(lambda x: x[wanted.start : wanted.stop], leaf)
+      self.assertTrue(structured.same_bits(found[path], part), path)
 
   def test_layers_are_freed_as_soon_as_they_are_used(self):
     model = random_models.random_model(random_models.BASE | {'num_hidden_layers': 12})

@@ -170,6 +170,14 @@ class LeavesTest(absltest.TestCase):
           np.testing.assert_allclose(matrices[i], expected, atol=1e-5)
           np.testing.assert_allclose(applied[i], x @ np.asarray(expected), atol=1e-4)
 
+  def test_padding_that_has_moved_is_refused(self):
+    for name in ('low_rank_of_ranks', 'reduced_of_ranks'):
+      with self.subTest(name=name):
+        leaves = [LEAVES[name](seed) for seed in range(3)]
+        stack = jax.tree.map(lambda x: x + 1, type(leaves[0]).stack(leaves))
+        with self.assertRaisesRegex(ValueError, 'not zero where they are padded'):
+          stack.check_layer(int(np.argmin(stack.ranks)))
+
   def test_reduced_leaf_stores_the_square_of_the_rank_fewer_and_exponents(self):
     for m, n, r in ((7, 9, 3), (9, 7, 3), (7, 9, 7), (7, 9, 1)):
       self.assertEqual(

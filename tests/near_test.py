@@ -155,6 +155,12 @@ class IntegersTest(parameterized.TestCase):
     loaded = rotbits_jax.load(data, integers=True)
     self.assert_same_bits(rotbits_jax.load(data), loaded)
 
+  def test_their_params_are_encoded_as_numbers(self):
+    head = rotbits_jax.load(_file(-3.0), integers=True).params['head']
+    self.assertIsInstance(head['kernel'], structured.UniformlyQuantized)
+    found = rotbits_jax.decode(rotbits_jax.encode({'head': head}))['head']['kernel']
+    np.testing.assert_array_equal(found, head['kernel'].materialize())
+
   def test_memory_is_halved(self):
     plain, loaded = (rotbits_jax.load(_file(-3.0), integers=x) for x in (False, True))
     self.assertLess(_nbytes(loaded.params), _nbytes(plain.params) / 2)

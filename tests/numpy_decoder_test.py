@@ -123,7 +123,7 @@ def test_reads_quantized_leaves(transposed, units):
 
 def test_reads_a_tree_beside_a_base(tmp_path, subtests):
   for own, dtype in itertools.product(
-    ('float16', 'bfloat16', 'float32', 'int16'),
+    ('float16', 'bfloat16', 'float32', 'float64', 'int16'),
     ('float16', 'bfloat16', 'float32', 'int16'),
   ):
     with subtests.test(own=own, dtype=dtype):
@@ -174,6 +174,16 @@ def test_reads_trees_with_names_of_a_model_and_empty_dicts(tmp_path):
   assert_reads_the_same(file, output)
   with safetensors.safe_open(output, 'np') as opened:
     assert sorted(json.loads(opened.metadata()['empty'])) == ['e', 'layers.0/y']
+
+
+@pytest.mark.parametrize('dtype', ['int2', 'int4'])
+def test_reads_negative_numbers_of_few_bits(dtype, tmp_path):
+  file, output = tmp_path / 'tree.rotbits', tmp_path / 'tree.safetensors'
+  numbers = np.tile(np.array([-2, -1, 0, 1], np.int8), 64)
+  rotbits_jax.encode_to_file({'x': numbers.astype(jnp.dtype(dtype))}, file)
+  load_decoder().main(file, output)
+  found = safetensors_numpy.load_file(output)['x']
+  np.testing.assert_array_equal(found, numbers)
 
 
 def test_is_short():

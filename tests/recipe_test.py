@@ -8,6 +8,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from fuzz import containers
 from fuzz import seeds
 import rotbits_jax
 from rotbits_jax import file
@@ -318,6 +319,45 @@ def test_a_product_with_an_identity_is_that_with_its_array():
   for bases, shape in (((None, made), (11, 8)), ((made, None), (8, 11))):
     full = [identity if x is None else x for x in bases]
     assert structured.same_bits(make(*bases, shape=shape), make(*full, shape=shape))
+
+
+def test_records_that_are_no_bases_are_refused():
+  dense, model = opt_pair()
+  encoded = rotbits_jax.encode(model, base=dense, preset='free')
+  streams, manifest = containers.unpack(encoded)
+  numbers = np.random.default_rng(0).integers(0, 99, (48, WIDTHS[1]), np.int32)
+  tree = {'subspaces.1': {'basis': numbers}}
+  leaf = recipe.as_subspace(np.eye(96)[:, :72], 2.0**-11)
+  for name in ('subspaces.1', 'a'):
+    with pytest.raises(ValueError, match='a basis needs a recipe'):
+      rotbits_jax.encode({name: {'basis': leaf}})
+  constant = {'subspaces.1': {'basis': structured.Constant.like(numbers, 1)}}
+  for given, base in ((constant, None), (tree, tree)):
+    own, found = containers.unpack(rotbits_jax.encode(given, base=base))
+    (record,) = found['records']
+    if base is not None:  # the basis needs itself
+      (leaf,) = record['leaves']
+      assert leaf.pop('base')
+      leaf['product'] = {'kind': 'shortcut', 'segments': [1, 1]}
+      data = containers.pack(own, containers.to_json(found))
+      with pytest.raises(file.ContainerError, match='basis: a product needs a config'):
+        rotbits_jax.decode(data)
+    others = [x for x in manifest['records'] if x['name'] != record['name']]
+    changed = containers.to_json(manifest | {'records': [record, *others]})
+    with pytest.raises(file.ContainerError, match='it is not the basis of a segment'):
+      rotbits_jax.decode(containers.pack(streams | own, changed), base=dense)
+
+
+def test_a_basis_in_a_file_of_arrays_is_refused():
+  numbers = np.random.default_rng(0).integers(0, 99, (48, 36), np.int32)
+  for name in ('a', 'subspaces.1'):
+    own, found = containers.unpack(rotbits_jax.encode({name: {'basis': numbers}}))
+    (leaf,) = found['records'][0]['leaves']
+    leaf |= {'type_name': 'basis', 'settings': {'step': 1}, 'arrays': ['numbers']}
+    leaf['crc32'] = 0
+    data = containers.pack(own, containers.to_json(found))
+    with pytest.raises(file.ContainerError, match='a basis needs a segment of a model'):
+      rotbits_jax.inspect(data)
 
 
 def test_a_basis_must_have_as_many_rows_as_it_says():

@@ -7,6 +7,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+import rotbits_jax
 from rotbits_jax import structured
 from rotbits_jax.coding import weights
 from rotbits_jax.passes import difference_factors
@@ -136,6 +137,18 @@ def test_numbers_of_few_bits_come_back(subtests):
       leaf = related(target, base)
       found = leaf.from_stored(*leaf.stored()).materialize(base)
       assert structured.same_bits(found, target)
+
+
+@pytest.mark.parametrize('dtype', FEW_BITS)
+def test_numbers_of_few_bits_in_another_order_come_back(dtype, subtests):
+  target, base = np.random.default_rng(0).integers(0, 2, (2, 72, 80)).astype(dtype)
+  transposed = np.asfortranarray
+  for orders in ((transposed, transposed), (transposed, np.asarray)):
+    with subtests.test(orders=orders):
+      tree, old = ({'x': f(x)} for f, x in zip(orders, (target, base), strict=True))
+      data = rotbits_jax.encode(tree, base=old)
+      found = rotbits_jax.decode(data, base=old)['x']
+      np.testing.assert_array_equal(found.view(np.uint8), target.view(np.uint8))
 
 
 def test_numbers_of_more_than_8_bytes_do_not_fit():

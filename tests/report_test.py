@@ -161,6 +161,12 @@ def test_shortcuts_that_are_not_finite_are_left_out(encoded):
   report.report_page(containers.pack(streams, containers.to_json(manifest)))
 
 
+def test_arrays_of_others_may_be_named_like_a_shortcut():
+  shortcut = {'kernel': np.ones((4, 4), np.float32), 'bias': np.ones(4, np.float32)}
+  page = report.report_page(rotbits_jax.encode({'block': {'shortcut': shortcut}}))
+  assert 'The shortcuts' not in page
+
+
 def test_command_writes_the_page(encoded, tmp_path, rotbits):
   (tmp_path / 'model.rotbits').write_bytes(encoded['exact'])
   arguments = f'--input={tmp_path}/model.rotbits', f'--output={tmp_path}/a.html'

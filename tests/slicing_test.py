@@ -468,6 +468,28 @@ class TestSlice:
           'text',
         ]
 
+  def test_a_folder_that_exists(self, sliced, paths, subtests):
+    source, text, output = paths
+    dense = checkpoints.load_checkpoint(source)
+    checkpoints.save_checkpoint(dense, source, shard_size=100_000)
+    (source / 'original').mkdir()
+    (source / 'original' / 'params.json').write_text('{}')
+    output.mkdir()
+    (output / 'model.safetensors.index.json').write_text('that of another model')
+    flags = [f'--model={source}', f'--output={output}', f'--calibration={text}']
+    # Too few tokens end it when the outputs have been checked.
+    flags += ['--sparsity=0.25', '--sequence_length=48', '--sequences=1']
+    for make, message in (
+      (lambda: None, 'as many tokens as the hidden size'),
+      ((output / 'original').mkdir, 'as many tokens as the hidden size'),
+      ((output / 'original' / 'params.json').touch, 'original/params.json'),
+    ):
+      with subtests.test(message=message):
+        make()
+        code, out, err = sliced(*flags)
+        assert (code, out) == (2, '')
+        assert message in err
+
 
 if __name__ == '__main__':
   absltest.main()

@@ -34,9 +34,10 @@ def make(folder):
   time.sleep(float(sys.argv[2]))
   (folder / 'second').write_text('2')
 
-found = cache.made('x', make, show=False)
+found = cache.made('0' * 40, make, show=False)
 assert {path.name for path in found.iterdir()} == {'first', 'second'}
 """
+NAME = '0' * cache.DIGITS
 
 
 class Base(absltest.TestCase):
@@ -139,26 +140,26 @@ class CacheTest(Base):
     processes = [self.start(0.5) for _ in range(4)]
     self.assertEqual([process.wait() for process in processes], [0] * 4)
     self.assertEqual((self.scratch / 'log').read_text(), 'made\n')
-    self.assertEqual(self.names(), ['x'])
+    self.assertEqual(self.names(), [NAME])
 
   def test_another_process_removes_its_folder_before_the_lock(self):
     found = [FileNotFoundError, *[mock.DEFAULT] * 20]
     with mock.patch.object(os, 'open', wraps=os.open, side_effect=found):
-      cache.made('x', pathlib.Path.mkdir, show=False)
-    self.assertEqual(self.names(), ['x'])
+      cache.made(NAME, pathlib.Path.mkdir, show=False)
+    self.assertEqual(self.names(), [NAME])
 
   def test_a_file_of_its_name_is_an_error(self):
     (self.cache / 'snapshots').mkdir(parents=True)
-    (self.cache / 'snapshots/x').touch()
+    (self.cache / 'snapshots' / NAME).touch()
     self.enterContext(mock.patch.object(outputs, 'fresh', side_effect=AssertionError))
-    with self.assertRaisesRegex(NotADirectoryError, 'x'):
-      cache.made('x', pathlib.Path.mkdir, show=False)
+    with self.assertRaisesRegex(NotADirectoryError, NAME):
+      cache.made(NAME, pathlib.Path.mkdir, show=False)
 
   def test_one_that_is_being_made_stays_and_the_rest_of_a_killed_one_goes(self):
     process = self.start(60)
     self.wait_for_line(process)
     self.assertEqual(cache.prune(0), [])
-    self.assertEqual(self.names(), ['.x.partial'])
+    self.assertEqual(self.names(), [f'.{NAME}.partial'])
     process.kill()
     process.wait()
     self.assertEqual(cache.prune(0), [])
@@ -170,14 +171,31 @@ class CacheTest(Base):
       (folder / 'sub').mkdir(parents=True)
       (folder / 'sub/file').write_bytes(bytes(100))
 
-    found = [cache.made(name, make, show=False) for name in 'abc']
+    names = [letter * cache.DIGITS for letter in 'abc']
+    found = [cache.made(name, make, show=False) for name in names]
     for i, folder in enumerate(found):
       os.utime(folder, (i, i))
-    cache.made('a', make, show=False)
+    cache.made(names[0], make, show=False)
     self.assertEqual(cache.prune(300), [])
     self.assertEqual(cache.prune(299), [found[1]])
     self.assertEqual(cache.prune(0, keep=found[2]), [found[0]])
-    self.assertEqual(self.names(), ['c'])
+    self.assertEqual(self.names(), [names[2]])
+
+  def test_what_is_no_snapshot_stays(self):
+    folders = self.cache / 'snapshots'
+    (folders / 'thesis').mkdir(parents=True)
+    (folders / 'thesis/text').write_text('years of work')
+    (folders / '.thesis.partial').mkdir()
+    (folders / NAME[1:]).touch()
+    names = self.names()
+
+    def make(folder):
+      folder.mkdir()
+      (folder / 'file').write_bytes(bytes(9))
+
+    cache.made(NAME, make, show=False)
+    self.assertEqual(cache.prune(0), [folders / NAME])
+    self.assertEqual(self.names(), names)
 
 
 if __name__ == '__main__':

@@ -6,6 +6,7 @@ from absl.testing import absltest
 import chex
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 
 from rotbits_jax import structured
@@ -124,6 +125,14 @@ class StructuredTest(absltest.TestCase):
       chex.assert_trees_all_equal(stack.layer(i), leaf)
     inside = jax.jit(lambda leaf: leaf.layer(0))(stack)
     self.assertEqual(inside.b.shape, (6, 4))
+
+  def test_factors_of_one_column_may_have_another_dtype(self):
+    b, c = np.ones((4, 2), ml_dtypes.bfloat16), np.full((4, 2), 1.001, np.float32)
+    leaves = [
+      structured.IdentityMinusGram(b, x, 4) for x in (c[:, :0].astype(b.dtype), c)
+    ]
+    stack = structured.IdentityMinusGram.stack(leaves)
+    np.testing.assert_array_equal(stack.layer(1).c, c)
 
   def test_trapezoids_store_nothing_above_the_diagonal(self):
     matrix = np.arange(1, 13).reshape(4, 3)

@@ -10,6 +10,7 @@ from fuzz import containers
 from fuzz import seeds
 from fuzz import sweep
 import rotbits_jax
+from rotbits_jax import models
 from rotbits_jax import presets
 
 PRESETS = (*seeds.presets_of_sweep(), seeds.PLAIN)
@@ -73,6 +74,23 @@ def test_a_message_without_a_parameter():
   data = containers.pack(streams, containers.to_json(manifest))
   with pytest.raises(rotbits_jax.ContainerError, match='other parameters'):
     sweep.numbers(data)
+
+
+def test_a_message_of_fewer_arrays_than_layers_is_refused_at_once():
+  streams, manifest = containers.unpack(seeds.container('paper'))
+  layers = 100_000
+  manifest['config'] |= {
+    'num_layers': layers,
+    'parallel_block': True,
+    'segment_widths': [1] * (layers + 1),
+  }
+  data = containers.pack(streams, containers.to_json(manifest))
+  with (
+    absltest.mock.patch.object(models, 'layer_shapes') as shapes,
+    pytest.raises(rotbits_jax.ContainerError, match='other parameters'),
+  ):
+    rotbits_jax.inspect(data)
+  shapes.assert_not_called()
 
 
 def test_a_message_beside_a_record():

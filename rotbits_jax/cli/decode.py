@@ -16,7 +16,7 @@ license, model card, code. `slicegpt` writes the .pt and .json that Microsoft's 
 reads. Plain tensors (a checkpoint of an unknown family) come back in the files that
 they were in, byte for byte. FILE may be the path that shards were written to, or their
 index. One layer at a time is in memory. Files in DIR that exist are replaced with
---overwrite only; other files stay.
+--overwrite only, and never those of FILE or of the base; other files stay.
 
 A dense checkpoint loads in transformers. A sliced one does after --format=transformers,
 which writes the code of the model, too:
@@ -32,7 +32,7 @@ Microsoft's SliceGPT:
 JSON:
 
   output  the directory
-  files   list of the names of the files in it
+  files   list of the files in it and in its sub-folders, by their paths in it
   bytes   bytes of these files
   sliced  whether the model is sliced; null for plain tensors
 """
@@ -85,10 +85,11 @@ def main() -> program.Result:
   )
   with file.Reader(_INPUT.value) as reader:
     sliced = None if reader.config is None else reader.config.sliced
-  written = [path for path in pathlib.Path(_OUTPUT.value).iterdir() if path.is_file()]
+  folder = pathlib.Path(_OUTPUT.value)
+  written = [path for path in folder.rglob('*') if path.is_file()]
   result = {
     'output': _OUTPUT.value,
-    'files': sorted(path.name for path in written),
+    'files': sorted(path.relative_to(folder).as_posix() for path in written),
     'bytes': sum(path.stat().st_size for path in written),
     'sliced': sliced,
   }

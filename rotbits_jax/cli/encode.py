@@ -78,9 +78,10 @@ the checkpoint.
 
 A few layers at a time are in memory. A run that was killed or interrupted leaves the
 folder `.FILE.partial`, and continues after the last complete layer when the same
-command is given again. The devices of this process share the layers. On several hosts
-that see one file system, run the command on each with --distributed: each host writes
-shards of its own layers. Outside of TPU VMs, say which process this is:
+command is given again, but for --preset=paper and runs with --text. The devices of this
+process share the layers. On several hosts that see one file system, run the command on
+each with --distributed: each host writes shards of its own layers. Outside of TPU VMs,
+say which process this is:
 
   rotbits encode --checkpoint=DIR --output=FILE --distributed \
     --coordinator=HOST:PORT --num_processes=2 --process_id=0
@@ -101,8 +102,8 @@ JSON:
                     of its path, shape, dtype and CRC-32
   notes             with --verbose: for each transform, a list of objects
   given_bytes       bytes of the weights files of the input; null if unknown
-  left_out          list of what is not kept: files and folders beside the weights, and
-                    a GGUF file's tokenizer
+  left_out          list of what is not kept: files and folders beside the weights,
+                    metadata of safetensors files, and a GGUF file's tokenizer
   plain_because     why the checkpoint is stored as plain tensors, or null
   curve             list of objects: step, kl; the points of --max_kl, or null
 """
@@ -269,7 +270,9 @@ def read_choice(name: str, elements: int) -> PresetChoice:
     fields.pop('experiment', None)  # `rotbits accounting` takes it
     if 'preset' not in fields:
       raise ValueError('--config has no field preset')
-    return PresetChoice(fields.pop('preset'), fields)
+    choice = PresetChoice(fields.pop('preset'), fields)
+    presets.make(choice.name, **fields)  # a field that is no option is an error
+    return choice
   name = _PRESET.value or name
   own = {*inspect.signature(presets.known()[name]).parameters}
   own |= {x.name for x in of_near} if name == 'near' else set()

@@ -66,6 +66,11 @@ def main() -> program.Result:
       f'{own.nbytes / max(given, 1):7.1%}{text_lib.of_seconds(own.seconds):>8}'
       f'{text_lib.of_bytes(own.memory):>9}  {_KEPT[own.preset]}'
     )
+  if _BASE.value is not None and not any('base' in x.preset for x in found):
+    lines.append(
+      'no exact --base: the model was sliced from the base, and only encode tells what '
+      'that saves'
+    )
   if without is not None:
     lines.append(f'no free and near: {text_lib.printable(without)}')
   return result, '\n'.join(lines)

@@ -93,15 +93,25 @@ class Base:
     return found[0] if len(found) == 1 else None
 
   def array(self, path: str) -> np.ndarray | None:
-    """Returns the base's array for a path; None if it has none."""
+    """Returns the base's array for a path to encode beside; None if it has none."""
     found = self.find(path)
-    return None if found is None else host.contiguous(self._array(found))
+    if found is None or not self._has_fixed_bits(found):
+      return None
+    return host.contiguous(self._array(found))
 
-  def _array(self, path: str) -> np.ndarray:
+  def _leaf(self, path: str) -> Any:
     if path not in self._specs:
       raise ContainerError(f'{path}: other arrays of the base need it, but it lacks it')
     with self._lock:
-      leaf = self._record(self._specs[path][0])[path]
+      return self._record(self._specs[path][0])[path]
+
+  def _has_fixed_bits(self, path: str) -> bool:
+    """Returns whether each machine finds the same bits in the array of a path."""
+    leaf = self._leaf(path)
+    return not structured.is_structured(leaf) or leaf.has_fixed_bits
+
+  def _array(self, path: str) -> np.ndarray:
+    leaf = self._leaf(path)
     if not structured.is_structured(leaf):
       return np.asarray(leaf)
     if leaf.needs:
@@ -170,7 +180,8 @@ class Base:
       own = None if structured.is_structured(leaf) else self.find(path)
       if own is not None:
         _, shape, dtype = self._specs[own]
-        if structured.fits_base(leaf.shape, np.dtype(leaf.dtype), shape, dtype):
+        fits = structured.fits_base(leaf.shape, np.dtype(leaf.dtype), shape, dtype)
+        if fits and self._has_fixed_bits(own):
           # The base is read here, because an encoded file takes jobs of its own.
           given = leaf, self._array(own), own
           if leaf.size > _LARGE:

@@ -1,15 +1,20 @@
 """Decoding of a file to a checkpoint on disk, one record at a time."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 import contextlib
 import os
+import pathlib
+from typing import Any
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from numpy.typing import DTypeLike
 
 from rotbits_jax import checkpoints
 from rotbits_jax import models
 from rotbits_jax import structured
+from rotbits_jax.file import encode as encode_lib
 from rotbits_jax.file import reader as reader_lib
 from rotbits_jax.file.container import ContainerError
 
@@ -75,13 +80,38 @@ def write(
       buffers=reader.buffers(),
       overwrite=overwrite,
     )
+  _check_inputs(reader, directory, writer.names())
   keep = shortcuts if format == 'transformers' else factors
   with writer:
     for name, flat in reader.each(keep=keep.keys(), show_progress=progress):
       if name == models.names.BUFFERS:
         continue
       for path, leaf in flat.items():
-        writer.add(path, structured.astype(leaf, dtypes[path]))
+        writer.add(path, _converted(path, leaf, dtypes[path]))
+
+
+def _converted(path: str, leaf: Any, dtype: np.dtype) -> Any:
+  """Returns a parameter in the dtype of the checkpoint.
+
+  Raises:
+    ValueError: if a number is too large for it. It names the parameter.
+  """
+  found = structured.astype(leaf, dtype)
+  are_floats = all(jnp.issubdtype(x, jnp.floating) for x in (leaf.dtype, dtype))
+  if are_floats and jnp.finfo(dtype).maxexp < jnp.finfo(leaf.dtype).maxexp:
+    for x, y in zip(_numbers(leaf), _numbers(found), strict=True):
+      if not np.array_equal(np.isfinite(x), np.isfinite(y)):
+        raise ValueError(
+          f'{path}: its numbers are too large for {dtype.name}; decode with '
+          '--dtype=float32'
+        )
+  return found
+
+
+def _numbers(leaf: Any) -> list[np.ndarray]:
+  """Returns the arrays of a parameter that a checkpoint has."""
+  pair = structured.pair(leaf)
+  return [np.asarray(x) for x in jax.tree.leaves(leaf if pair is None else pair)]
 
 
 def _write_tensors(
@@ -101,10 +131,28 @@ def _write_tensors(
       files=reader.files(),
       overwrite=overwrite,
     )
+  _check_inputs(reader, directory, writer.names())
   with writer:
     for _, flat in reader.each(show_progress=progress):
       for name, tensor in flat.items():
         writer.add(name, tensor)
+
+
+def _check_inputs(
+  reader: reader_lib.Reader, directory: str | os.PathLike[str], names: Iterable[str]
+) -> None:
+  """Checks, before anything is written, that no file of the base or the file is lost.
+
+  Args:
+    reader: the file.
+    directory: the directory for the checkpoint.
+    names: names of the files there that are written or removed.
+
+  Raises:
+    ValueError: if one is a file of an input.
+  """
+  folder = pathlib.Path(directory)
+  encode_lib.check_inputs([folder / name for name in sorted(names)], [reader])
 
 
 @contextlib.contextmanager

@@ -43,7 +43,7 @@ class Output:
 
     Args:
       path: path of the output.
-      inputs: the checkpoint, its bases and adapters; those in memory are ignored.
+      inputs: the checkpoint, its base and adapters, see `check_inputs`.
       shard_size: greatest size of a shard in bytes; None for one file, or for as many
         shards as there are processes.
       overwrite: whether existing files may be replaced.
@@ -200,34 +200,40 @@ def check_inputs(targets: Iterable[pathlib.Path], inputs: Iterable[Any]) -> None
 
   Args:
     targets: the files that are written, if they exist.
-    inputs: paths of checkpoints, adapters and encoded files, or opened checkpoints;
-      others are ignored.
+    inputs: paths of checkpoints, adapters and encoded files; opened checkpoints and
+      files, with the bases of these; or lists of inputs. Those in memory are ignored.
 
   Raises:
     ValueError: if one would be replaced.
   """
+  paths = _paths([*inputs])
   for target in filter(os.path.exists, targets):
     named = os.path.join(os.path.realpath(target.parent), target.name)
     places = {pathlib.Path(named), outputs.resolved(target)}
-    for given in inputs:
-      if any(_belongs(place, given) for place in places):
-        raise ValueError(f'{target}: it is a file of an input, {_path(given)}')
+    for path in paths:
+      if any(_belongs(place, path) for place in places):
+        raise ValueError(f'{target}: it is a file of an input, {path}')
 
 
-def _path(given: Any) -> Any:
-  """Returns the path of an input; for one in memory that is None, or the input."""
-  is_opened = isinstance(given, checkpoints.CheckpointReader | checkpoints.TensorFiles)
-  return given.path if is_opened else given
+def _paths(given: Any) -> list[str | os.PathLike[str]]:
+  """Returns the paths of an input and of its bases; those in memory have none."""
+  if isinstance(given, reader_lib.Reader):
+    given = given.inputs
+  if type(given) in (list, tuple):  # but no Checkpoint, whose stem is no path
+    return [path for part in given for path in _paths(part)]
+  if isinstance(given, checkpoints.TensorFiles):
+    return [given.root, given.path]
+  if isinstance(given, checkpoints.CheckpointReader):
+    given = given.path
+  return [given] if isinstance(given, str | os.PathLike) else []
 
 
-def _belongs(file: pathlib.Path, given: Any) -> bool:
-  """Returns whether a file that exists belongs to an input.
+def _belongs(file: pathlib.Path, path: str | os.PathLike[str]) -> bool:
+  """Returns whether a file that exists belongs to the input at a path.
 
-  Results of earlier runs do not belong to the checkpoint in whose folder they are.
+  Results of earlier runs (encoded files, pages, and decoded checkpoints in sub-folders)
+  do not belong to the checkpoint in whose folder they are.
   """
-  path = _path(given)
-  if not isinstance(path, str | os.PathLike):
-    return False
   real = outputs.resolved(path)
   if shards_lib.is_encoded(path):
     index = outputs.resolved(f'{os.fspath(path)}{shards_lib.INDEX}')
@@ -236,5 +242,16 @@ def _belongs(file: pathlib.Path, given: Any) -> bool:
   is_alone = real.suffix == '.gguf' or not real.exists()
   if file == real or is_alone:
     return file == real
-  folder = os.path.realpath(path if real.is_dir() else os.path.dirname(path))
-  return file.is_relative_to(folder) and not shards_lib.is_result(file)
+  folder = pathlib.Path(
+    os.path.realpath(path if real.is_dir() else os.path.dirname(path))
+  )
+  if not file.is_relative_to(folder) or shards_lib.is_result(file):
+    return False
+  if file.suffix == '.html':
+    return False
+  if file.parent == folder:
+    return True
+  if not real.is_dir():
+    return False
+  is_other = (file.parent / checkpoints.CONFIG).exists()
+  return checkpoints.is_divided(folder) or not is_other

@@ -36,6 +36,7 @@ from rotbits_jax.coding import weights
 from rotbits_jax.file import base as base_lib
 from rotbits_jax.file import leaves as leaves_lib
 from rotbits_jax.file import reader as reader_lib
+from rotbits_jax.file import recipe
 from rotbits_jax.file import sources
 from rotbits_jax.passes import relative
 from rotbits_jax.passes import tied
@@ -87,6 +88,8 @@ def estimate(
   Args:
     opened: the checkpoint, as `checkpoints.open_any` opens it.
     base: see `api.encode`; with it there is one more estimate, of `exact` beside it.
+      There is none for a sliced model beside its dense one, where only the work itself
+      tells.
     progress: whether to show the progress on stderr.
 
   Returns:
@@ -135,7 +138,9 @@ def estimate(
     if cutter is not None:
       alone -= cut.predictable()
       bar.update()
-  exact = {'exact': alone} if found is None else {'exact': alone, 'exact --base': both}
+  exact = {'exact': alone}
+  if found is not None and not recipe.suits(sources.Source(opened), found):
+    exact['exact --base'] = both
   return [_with_needs(opened, *x) for x in (exact | sized).items()], why
 
 
@@ -510,10 +515,13 @@ def _config(
   for i in layers:
     widths += config.layer_widths(i)[1:]
   hidden = config.hidden_size
+  alternate = tuple(k for k, i in enumerate(layers) if i in config.alternate_layers)
   return dataclasses.replace(
     config,
     hidden_size=_narrow(hidden, hidden),
     num_layers=len(layers),
+    alternate=config.alternate if alternate else None,
+    alternate_layers=alternate,
     num_heads=lengths['query'] // config.head_dim,
     num_kv_heads=lengths['key'] // config.head_dim,
     intermediate_size=lengths['neuron'],

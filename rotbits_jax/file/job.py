@@ -91,6 +91,12 @@ class Job:
       self._check_base(base)
     self._records: Any = self._recipe or source
     writer_lib.check_source(source, self._streams(self._records.records))
+    if source.config is not None:
+      config, outer = source.config, models.outer_shapes(source.config)
+      layers = models.names.of_layers(range(config.num_layers), config.num_experts)
+      given = {*source.records}
+      if missing := [x for x in (*outer, *layers) if x not in given]:
+        raise ValueError(f'{missing[0]}: the model lacks it')
     for name in source.records:
       self._check_record(name)
     self._context = self._made_context(mesh)
@@ -152,6 +158,7 @@ class Job:
         open_shard(shard),
         self._summary(),
         self._streams(shard.records),
+        sum(self.counts[name].bytes for name in shard.records),
         self.source if is_last else None,
       )
       home |= dict.fromkeys(shard.records, shard.name)
@@ -246,6 +253,8 @@ class Job:
       if not structured.is_structured(leaf) or leaf.expands_on_writing:
         continue
       writer_lib.entry_of(path, leaf, self.source.resolve)
+      if isinstance(leaf, structured.Basis | structured.Subspace):
+        raise ValueError(f'{path}: it cannot be stored: a basis needs a recipe')
       if source.config is not None and leaf.needs:
         try:
           leaf.check_needed(*(self.source.resolve(x).shape for x in leaf.needs))
@@ -314,7 +323,8 @@ class Job:
     return found
 
   def _record(self, name: str) -> passes.Record:
-    return passes.Record(name, self._records.read(name), [])
+    given = structured.for_writing(self._records.read(name))
+    return passes.Record(name, given, [])
 
   def _coded(self, waiting: Sequence[str], known: Any) -> Iterator[_Coded]:
     """Codes records while the next ones are rewritten.

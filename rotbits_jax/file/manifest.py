@@ -200,7 +200,13 @@ class RecordEntry:
   def decoded_bytes(self) -> int:
     """The bytes of the decoded record, as it is stored or materialized."""
     stored = sum(array.nbytes for array in self.stream_spec.arrays)
-    return max(stored, sum(leaf.nbytes for leaf in self.leaves))
+    # A subspace becomes a basis by the inverse of a matrix, in six such matrices.
+    inverses = sum(
+      6 * 8 * (leaf.shape[0] - leaf.shape[1]) ** 2
+      for leaf in self.leaves
+      if leaf.leaf_class is structured.Subspace
+    )
+    return max(stored, sum(leaf.nbytes for leaf in self.leaves)) + inverses
 
   def memory_bytes(self, integers: bool) -> int:
     """Returns these bytes; matrices on grids may be decoded to integers."""
@@ -358,6 +364,14 @@ class Manifest:
       self._check_model(self.config)
     elif self.message is not None:
       raise ValueError('a message needs a config')
+    elif products := [y.path for x in self.records for y in x.leaves if y.product]:
+      raise ValueError(f'{products[0]}: a product needs a config')
+    bases = structured.Basis, structured.Subspace
+    for record in self.records:
+      is_of_segment = models.names.subspace_index(record.name) is not None
+      for leaf in record.leaves:
+        if leaf.leaf_class in bases and (self.config is None or not is_of_segment):
+          raise ValueError(f'{leaf.path}: a basis needs a segment of a model')
 
   def _check_model(self, config: models.ModelConfig) -> None:
     """Checks that the records belong to a model with this config.
@@ -426,7 +440,9 @@ def _check_basis(record: RecordEntry, config: models.ModelConfig) -> None:
   shape = (config.hidden_size, config.segment_widths[segment]) if known else ()
   found = [(x.path, x.shape, x.dtype) for x in record.leaves]
   own = models.names.basis(segment), shape, 'int32'
-  if not known or found not in ([], [own]):
+  kinds = {x.leaf_class for x in record.leaves}
+  others = kinds - {structured.Basis, structured.Subspace}
+  if not known or found not in ([], [own]) or others:
     raise ValueError(f'{record.name}: it is not the basis of a segment')
 
 

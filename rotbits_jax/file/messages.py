@@ -19,14 +19,15 @@ class StoredMessage:
   """The message of a file."""
 
   def __init__(self, file: container.StreamReader, own: manifest_lib.Manifest):
-    """Finds the coder.
+    """Finds the coder, and reads the layout of the message.
 
     Args:
       file: the file.
       own: its manifest, which has a message.
 
     Raises:
-      ContainerError: if the coder is not installed.
+      ContainerError: if the coder is not installed, or if the layout of the message is
+        damaged or has fewer arrays than the config has layers.
     """
     assert own.message is not None
     assert own.config is not None
@@ -36,32 +37,32 @@ class StoredMessage:
     if not isinstance(coder, coders.ModelCoder):
       raise ContainerError(f'the coder {own.message.coder!r:.100} is not installed')
     self._coder = coder
-    names = [models.names.layer(i) for i in range(own.config.num_layers)]
-    self._records = {
-      **{x: models.layer_shapes(own.config, i) for i, x in enumerate(names)},
-      **models.outer_shapes(own.config),
-    }
-
-  @property
-  def records(self) -> tuple[str, ...]:
-    """The names of the records of the model."""
-    return tuple(self._records)
+    with file.errors(), _errors():
+      self._dtypes = dict(coder.dtypes(own.message.layout))
+      if len(self._dtypes) < own.config.num_layers:  # a small file may name millions
+        raise ContainerError('the message has other parameters than the config')
+    layers = map(models.names.layer, range(own.config.num_layers))
+    self._outer = models.outer_shapes(own.config)
+    self._records = *layers, *self._outer
 
   def shapes(self, record: str) -> dict[str, tuple[int, ...]]:
     """Returns the shape of each parameter of a record, by path."""
-    return structured.flatten({record: self._records[record]})
+    index = models.names.layer_index(record)
+    if index is None:
+      return structured.flatten({record: self._outer[record]})
+    return structured.flatten({record: models.layer_shapes(self._config, index)})
 
   def dtypes(self) -> dict[str, np.dtype]:
     """Returns the dtype of every parameter, by path.
 
     Raises:
-      ContainerError: if the layout of the message is damaged.
+      ContainerError: if the message has other parameters than the config.
     """
-    with self._file.errors(), _errors():
-      found = dict(self._coder.dtypes(self._entry.layout))
-      if found.keys() != {path for x in self._records for path in self.shapes(x)}:
+    paths = {path for x in self._records for path in self.shapes(x)}
+    with self._file.errors():
+      if self._dtypes.keys() != paths:
         raise ContainerError('the message has other parameters than the config')
-    return found
+    return self._dtypes
 
   def nbytes(self) -> int:
     """Returns the bytes of all parameters."""

@@ -89,8 +89,8 @@ def local_layers(
 def _sharding(place: Place, path: str, shape: tuple[int, ...]) -> jax.sharding.Sharding:
   """Returns the sharding of an array.
 
-  Where a named axis of devices does not divide the length of an axis of the array, the
-  array is replicated. A vector beside a matrix, such as the steps of a stack, has the
+  Where a named axis of devices does not divide the length of an axis of the array, that
+  is not divided. A vector beside a matrix, such as the steps of a stack, has the
   first axes of the sharding only. The axes of the mesh become `Auto`: forward passes
   leave it to the compiler where intermediate arrays are, and `scan` refuses stacks that
   are divided along an `Explicit` axis.

@@ -52,6 +52,7 @@ class Reader:
     stem: name of the weights and of the slicing JSON in a checkpoint of SliceGPT.
     manifests: the manifest of the file, or of each shard.
     size: size of all files in bytes.
+    inputs: the source and the base, as they were given.
   """
 
   def __init__(self, source: container.Readable, base: Any = None):
@@ -68,6 +69,7 @@ class Reader:
       CheckpointError: if the base cannot be read.
       OSError: if a path cannot be read.
     """
+    self.inputs = source, base
     files, index = shards.find(source)
     self._files = [container.StreamReader(file) for file in files]
     self.size = sum(file.size for file in self._files)

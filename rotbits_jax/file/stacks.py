@@ -1,5 +1,6 @@
 """Parts of a model while they are decoded: a record, or several layers in a stack."""
 
+from collections.abc import Sequence
 from concurrent import futures
 import functools
 from typing import Any, NamedTuple
@@ -29,9 +30,9 @@ class Stack(NamedTuple):
     total: number of layers of the whole stack.
     experts: number of experts of a layer, if this is the stack of these; else 0.
     entries: the manifest's entries of the records that this process needs.
-    elsewhere: bytes of the records that it does not need.
+    whole: those of all records of the stack.
     memory: see `memory.allocate`.
-    layers: the leaves of each of these records, by path.
+    layers: the leaves of each of the entries, by path.
   """
 
   name: str
@@ -39,7 +40,7 @@ class Stack(NamedTuple):
   total: int
   experts: int
   entries: list[manifest_lib.RecordEntry]
-  elsewhere: int
+  whole: list[manifest_lib.RecordEntry]
   memory: Memory
   layers: 'list[futures.Future[records_lib.Flat]]'
 
@@ -50,17 +51,45 @@ class Stack(NamedTuple):
       for path, leaf in layer.result().items():
         rows.setdefault(f'{self.name}/{entry.inner(path)}', []).append(leaf)
       bar.update(entry.input.bytes)
-    bar.update(self.elsewhere)
+    bar.update(_input_bytes(self.whole) - _input_bytes(self.entries))
     stacked = {
-      path: type(leaves[0]).stack(leaves)
-      if structured.is_structured(leaves[0])
-      else self.memory[path.partition('/')[2]][0]
+      path: self._stacked(path.partition('/')[2], leaves)
       for path, leaves in rows.items()
     }
     if not self.experts:
       return stacked
     lead = len(self.wanted), self.experts
     return jax.tree.map(lambda x: x.reshape(*lead, *x.shape[1:]), stacked)
+
+  def _stacked(self, path: str, leaves: list[Any]) -> Any:
+    """Stacks the leaves of one path within the records."""
+    if not structured.is_structured(leaves[0]):
+      return self.memory[path][0]
+    cls = type(leaves[0])
+    ranks = [_rank(entry, path) for entry in self.whole]
+    # The arrays of all processes have one shape.
+    return cls.stack(leaves) if None in ranks else cls.stack(leaves, ranks)
+
+
+def _rank(entry: manifest_lib.RecordEntry, path: str) -> Any:
+  """Returns the rank of a leaf of a record, see `Structured.stored_rank`.
+
+  Raises:
+    ContainerError: if the leaf lacks the arrays that tell it.
+  """
+  for leaf, specs in entry.leaf_specs():
+    cls = leaf.leaf_class
+    if cls is not None and entry.inner(leaf.path) == path:
+      shapes = dict(zip(leaf.arrays, (x.shape for x in specs), strict=True))
+      try:
+        return cls.stored_rank(leaf.settings, shapes)
+      except LookupError:
+        raise ContainerError(f'{leaf.path}: the leaf has not two factors') from None
+  return None
+
+
+def _input_bytes(entries: Sequence[manifest_lib.RecordEntry]) -> int:
+  return sum(entry.input.bytes for entry in entries)
 
 
 def start_stacks(
@@ -123,7 +152,7 @@ def _start(
     wanted = placement.local_layers(place, name, entries[0], lead)
   local = entries[each * wanted.start : each * wanted.stop]
   # Where ranks differ, a stack has room for the greatest one in each layer.
-  largest = max((x.memory_bytes(integers) for x in local), default=0)
+  largest = max(x.memory_bytes(integers) for x in entries)
   memory_lib.check(name, largest * len(local))
   memory = memory_lib.allocate(entries, stacked=each * len(wanted), integers=integers)
   rows = [
@@ -134,6 +163,4 @@ def _start(
     start(functools.partial(records.decode, entry.name, row, resolve))
     for entry, row in zip(local, rows, strict=True)
   ]
-  whole, own_bytes = (sum(x.input.bytes for x in some) for some in (entries, local))
-  elsewhere, total = whole - own_bytes, len(layers)
-  return Stack(name, wanted, total, experts, local, elsewhere, memory, jobs)
+  return Stack(name, wanted, len(layers), experts, local, entries, memory, jobs)

@@ -80,6 +80,8 @@ def _array(leaf: Any, path: str) -> Any:
       'numbers. Leave out functions and text: of a TrainState, encode the params and '
       'the opt_state'
     )
+  if isinstance(leaf, np.ma.MaskedArray):
+    raise ValueError(f'{path}: a masked array; give its data and its mask')
   if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
     raise ValueError(f'{path}: a key; jax.random.key_data gives its numbers')
   if leaf.dtype.kind in 'OSUMm':

@@ -99,6 +99,7 @@ class FileWriter:
     file: BinaryIO,
     summary: Summary,
     streams: Sequence[str],
+    nbytes: int,
     source: sources.Source | None,
   ):
     """Reserves room for the header.
@@ -108,11 +109,12 @@ class FileWriter:
       summary: of all records.
       streams: names of the records that will come, in order, or of the streams of a
         message.
+      nbytes: how many bytes the records have before they are coded.
       source: has the other files and the gaps of weights files, which the container
         keeps; None if another shard does.
     """
     others = [] if source is None else _other_streams(source)
-    self._streams = container.StreamWriter(file, [*streams, *others])
+    self._streams = container.StreamWriter(file, [*streams, *others], nbytes)
     self._file, self._summary, self._source = file, summary, source
     self._records: list[manifest_lib.RecordEntry] = []
     self._message: manifest_lib.MessageEntry | None = None

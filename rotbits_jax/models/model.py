@@ -120,6 +120,12 @@ class Model:
     flat = structured.flatten(stack)
     own = {x: leaf for x, leaf in flat.items() if (x in of_experts) == is_expert}
     places = (place,) if expert is None else (place, expert)
+    for path, leaf in own.items():
+      if structured.is_structured(leaf) and expert is None:
+        try:
+          leaf.check_layer(place)
+        except ValueError as error:
+          raise ValueError(f'{record}/{path}: {error}') from error
     return {record: unstack_layer(structured.unflatten(own), *places)}
 
   def specs(self, record: str) -> Params:

@@ -245,8 +245,10 @@ class _Spectrum(NamedTuple):
 def shortcuts(records: dict[str, dict[str, Any]], report: savings.Report) -> str:
   """Draws the spectra of some shortcuts, and the ranks of all; '' if there are none."""
   notes = [x for x in _notes(report) if x.rank is not None and 'shortcut' in x.name]
+  if not notes:
+    return ''
   found = [x for name, own in records.items() for x in _spectra(name, own)]
-  if not notes or not found:
+  if not found:
     return ''
   most = max(x.values.size for x in found)
   kinds = list(dict.fromkeys(x.kind for x in found))
@@ -296,7 +298,7 @@ def _spectra(name: str, leaves: dict[str, Any]) -> list[_Spectrum]:
   """Computes the spectra of one layer's shortcuts."""
   found = []
   for path, leaf in leaves.items():
-    if 'shortcut' not in path:
+    if 'shortcut' not in path or len(leaf.shape) != 2:
       continue
     numbers = [np.asarray(x, np.float32) for x in jax.tree.leaves(leaf)]
     if not all(np.isfinite(x).all() for x in numbers):

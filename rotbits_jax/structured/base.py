@@ -37,6 +37,8 @@ class Structured(abc.ABC):
       of their transposes.
     expands_on_reading: whether the file reader puts the array in the place of the leaf.
       It is then computed on the host, and transforms do not change the leaf.
+    has_fixed_bits: whether each machine computes the array to the same bits. Those of
+      sums in float32 depend on it.
     expands_on_writing: whether the encoder puts the array in the place of the leaf,
       because only memory holds such leaves.
     config_fields: the field of `ModelConfig` that a setting must equal, by the name of
@@ -48,6 +50,7 @@ class Structured(abc.ABC):
   needs_base: ClassVar[bool] = False
   columns_first: bool = False
   expands_on_reading: ClassVar[bool] = False
+  has_fixed_bits: ClassVar[bool] = False
   expands_on_writing: ClassVar[bool] = False
   config_fields: ClassVar[Mapping[str, str]] = types.MappingProxyType({})
 
@@ -119,6 +122,13 @@ class Structured(abc.ABC):
     """Returns one layer of a stacked leaf, unstacked."""
     return jax.tree.map(lambda x: x[index], self)
 
+  def check_layer(self, index: int) -> None:  # noqa: B027
+    """Checks that nothing of a stacked leaf is lost if a layer is taken out.
+
+    Raises:
+      ValueError: if numbers would be, which a training has put where layers are padded.
+    """
+
   @classmethod
   def stack(cls, leaves: list[Self]) -> Self:
     """Stacks unstacked leaves with equal `structured.stack_key`: inverse of `layer`."""
@@ -189,6 +199,17 @@ class Structured(abc.ABC):
     Raises:
       ValueError: if `materialize` cannot take arrays of these shapes.
     """
+
+  @classmethod
+  def stored_rank(
+    cls, settings: Settings, shapes: Mapping[str, tuple[int, ...]]
+  ) -> Any:
+    """Returns the rank of a leaf in a file, if those in a stack may differ; else None.
+
+    Ranks determine the shapes of a stack. So a process that has some of its layers only
+    gives the ranks of all of them to `stack`, as a second argument.
+    """
+    return None
 
   @classmethod
   def stored_factored(

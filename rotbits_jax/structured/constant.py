@@ -37,6 +37,7 @@ class Constant(Structured):
   """
 
   type_name: ClassVar[str] = 'constant'
+  has_fixed_bits: ClassVar[bool] = True
 
   value: Annotated[Any, Array(0)]
   tail: tuple[Length, ...] = static()

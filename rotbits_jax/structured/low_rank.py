@@ -5,7 +5,7 @@ V `[r, n]`. The smaller of m and n is s, and the larger is l.
 """
 
 import abc
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 import dataclasses
 from typing import Annotated, Any, ClassVar, Self
 
@@ -81,6 +81,12 @@ class FactorPair(Structured):
   ) -> tuple[int, str]:
     return shapes[cls._factor][0], settings['names']
 
+  @classmethod
+  def stored_rank(
+    cls, settings: Settings, shapes: Mapping[str, tuple[int, ...]]
+  ) -> int:
+    return cls.stored_factored(settings, shapes)[0]
+
   def stack_key(self) -> tuple[str, ...]:
     return (self.names,)
 
@@ -101,11 +107,20 @@ class FactorPair(Structured):
       return leaf
     return dataclasses.replace(leaf, ranks=None)._cut(self.ranks[index])
 
+  def check_layer(self, index: int) -> None:
+    if self.ranks is not None and (
+      _nonzeros(super().layer(index)) != _nonzeros(self.layer(index))
+    ):
+      raise ValueError(
+        f'low-rank factors of rank {self.ranks[index]} in a stack of rank {self.rank} '
+        'are not zero where they are padded: materialize them before they are trained'
+      )
+
   @classmethod
-  def stack(cls, leaves: list[Self]) -> Self:
-    ranks = tuple(leaf.rank for leaf in leaves)
-    stacked = super().stack([leaf._padded(max(ranks)) for leaf in leaves])
-    return dataclasses.replace(stacked, ranks=ranks if len(set(ranks)) > 1 else None)
+  def stack(cls, leaves: list[Self], ranks: Sequence[int] | None = None) -> Self:
+    found = tuple(ranks or (leaf.rank for leaf in leaves))
+    stacked = super().stack([leaf._padded(max(found)) for leaf in leaves])
+    return dataclasses.replace(stacked, ranks=found if len(set(found)) > 1 else None)
 
 
 @register
@@ -286,12 +301,13 @@ class ReducedLowRank(FactorPair):
     return dataclasses.replace(self, below=below, other=self.other[first:])
 
   @classmethod
-  def stack(cls, leaves: list['ReducedLowRank']) -> 'ReducedLowRank':
-    rows = max(len(leaf.below) for leaf in leaves)
+  def stack(
+    cls, leaves: list['ReducedLowRank'], ranks: Sequence[int] | None = None
+  ) -> 'ReducedLowRank':
+    rows = leaves[0].size - min(ranks or (leaf.rank for leaf in leaves))
     pad = lambda x: _pad(x, ((0, rows - len(x)), (0, 0)))
-    return super().stack(
-      [dataclasses.replace(leaf, below=pad(leaf.below)) for leaf in leaves]
-    )
+    padded = [dataclasses.replace(leaf, below=pad(leaf.below)) for leaf in leaves]
+    return super().stack(padded, ranks)
 
   def check(self) -> None:
     rows, rank = self.below.shape
@@ -306,6 +322,12 @@ class ReducedLowRank(FactorPair):
       raise ValueError(f'the exponents of lines must be {lengths}')
     if any(np.abs(x.astype(np.int16)).max(initial=0) > MOST_EXPONENT for x in found):
       raise ValueError(f'exponents of lines must be at most {MOST_EXPONENT}')
+
+
+def _nonzeros(leaf: FactorPair) -> int:
+  """Counts the numbers of a leaf that are not zero."""
+  of = lambda x: (np if isinstance(x, np.ndarray) else jnp).count_nonzero(x)
+  return sum(int(of(x)) for x in jax.tree.leaves(leaf))
 
 
 def _pad(matrix: Any, widths: tuple[tuple[int, int], tuple[int, int]]) -> Any:

@@ -47,6 +47,7 @@ class Quantized(Structured):
 
   type_name: ClassVar[str] = 'quantized'
   expands_on_reading: ClassVar[bool] = True
+  has_fixed_bits: ClassVar[bool] = True
 
   codes: Annotated[Any, Array(2)]
   scales: Annotated[Any, Array(2)]

@@ -103,6 +103,7 @@ class _BesideBase(Structured):
   """An array that is made from one of the base."""
 
   expands_on_reading: ClassVar[bool] = True
+  has_fixed_bits: ClassVar[bool] = True
   needs_base: ClassVar[bool] = True
   lengths: tuple[int, ...]
   name: str

@@ -7,7 +7,7 @@ coordinates so that the shortcuts become symmetric, with zeros in the further co
 the next segment is wider.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 from typing import Annotated, Any, ClassVar, Self
 
@@ -134,23 +134,38 @@ class IdentityMinusGram(Structured):
     return dataclasses.replace(self, b=b[:, :k], c=c[:, :j], ranks=None)
 
   @classmethod
-  def stack(cls, leaves: list['IdentityMinusGram']) -> 'IdentityMinusGram':
-    def padded(factors: list[Any]) -> Any:
-      (rows, _), width = factors[0].shape, max(1, *(f.shape[-1] for f in factors))
+  def stack(
+    cls,
+    leaves: list['IdentityMinusGram'],
+    ranks: Sequence[tuple[int, int]] | None = None,
+  ) -> 'IdentityMinusGram':
+    found = tuple(ranks or ((x.b.shape[-1], x.c.shape[-1]) for x in leaves))
+
+    def padded(factors: list[Any], width: int, dtype: Any) -> Any:
+      rows = factors[0].shape[0]
       if not isinstance(factors[0], np.ndarray):
         pad = lambda f: jnp.pad(f, ((0, 0), (0, width - f.shape[-1])))
         return jnp.stack([pad(f) for f in factors])
-      stack = host.empty((len(factors), rows, width), factors[0].dtype)
+      stack = host.empty((len(factors), rows, width), dtype)
       for out, factor in zip(stack, factors, strict=True):
         out[:, : factor.shape[-1]], out[:, factor.shape[-1] :] = factor, 0
       return stack
 
+    b, c = [leaf.b for leaf in leaves], [leaf.c for leaf in leaves]
+    # C may have a narrower dtype than B, if it has few columns.
+    dtypes = jnp.result_type(*b), jnp.result_type(*b, *c)
     return cls(
-      b=padded([leaf.b for leaf in leaves]),
-      c=padded([leaf.c for leaf in leaves]),
+      b=padded(b, max(1, *(k for k, _ in found)), dtypes[0]),
+      c=padded(c, max(1, *(j for _, j in found)), dtypes[1]),
       columns=leaves[0].columns,
-      ranks=tuple((x.b.shape[-1], x.c.shape[-1]) for x in leaves),
+      ranks=found,
     )
+
+  @classmethod
+  def stored_rank(
+    cls, settings: Settings, shapes: Mapping[str, tuple[int, ...]]
+  ) -> tuple[int, int]:
+    return shapes['b'][1], shapes['c'][1]
 
   @classmethod
   def stored_ranks(
@@ -162,7 +177,7 @@ class IdentityMinusGram(Structured):
       shapes: shapes of the stored arrays.
       columns: width of the shortcut.
     """
-    ranks = shapes['b'][1], shapes['c'][1]
+    ranks = cls.stored_rank({}, shapes)
     return ranks if _is_thin(ranks, columns) else None
 
   def check(self) -> None:
@@ -184,6 +199,7 @@ class TrapezoidalRows(Structured):
   """
 
   type_name: ClassVar[str] = 'trapezoidal_rows'
+  has_fixed_bits: ClassVar[bool] = True
 
   full: Annotated[Any, Array(2, optional=True)]
   lower: Lower

@@ -56,6 +56,7 @@ class _OfSubspace(Structured):
   """A basis `[D, d]` in units of 2^-UNIT, which readers need to compute tensors."""
 
   expands_on_reading: ClassVar[bool] = True
+  has_fixed_bits: ClassVar[bool] = True
   step: int
 
   @property

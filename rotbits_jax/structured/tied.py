@@ -120,6 +120,7 @@ class TiedExactly(_OfHead):
 
   type_name: ClassVar[str] = 'tied_exactly'
   expands_on_reading: ClassVar[bool] = True
+  has_fixed_bits: ClassVar[bool] = True
 
   map: Annotated[Any, Array(2, np.dtype(np.int32))]
   shifts: Annotated[Any, Array(1, np.dtype(np.int16))]

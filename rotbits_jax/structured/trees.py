@@ -75,12 +75,10 @@ def _materialize(leaf: Structured) -> jax.Array:
 
 
 def for_writing(tree: Any) -> Any:
-  """Replaces the leaves that only memory holds by their arrays."""
-  return jax.tree.map(
-    lambda x: x.materialize() if is_structured(x) and x.expands_on_writing else x,
-    tree,
-    is_leaf=is_structured,
-  )
+  """Replaces the leaves that only memory holds, in nested dicts, by their arrays."""
+  if isinstance(tree, Mapping):  # JAX would sort the keys
+    return {key: for_writing(child) for key, child in tree.items()}
+  return tree.materialize() if is_structured(tree) and tree.expands_on_writing else tree
 
 
 def pair(leaf: Any) -> Any:

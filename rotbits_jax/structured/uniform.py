@@ -47,6 +47,7 @@ class UniformlyQuantized(Structured):
   """
 
   type_name: ClassVar[str] = 'uniformly_quantized'
+  has_fixed_bits: ClassVar[bool] = True
 
   integers: Annotated[Any, Array(2, np.int16)]
   step: Annotated[Any, Array(0, np.float32)]

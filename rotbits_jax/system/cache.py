@@ -9,6 +9,7 @@ from collections.abc import Callable
 import contextlib
 import os
 import pathlib
+import re
 import sys
 import time
 
@@ -17,7 +18,11 @@ from rotbits_jax.system import outputs
 VARIABLE = 'ROTBITS_JAX_CACHE'
 """The environment variable that names the folder of the cache."""
 
+DIGITS = 40
+"""How many hexadecimal digits a name has, as in Hugging Face's cache."""
+
 _FOLDERS = 'snapshots'
+_NAME = f'[0-9a-f]{{{DIGITS}}}'
 _CONTENT = 'content'
 _SECONDS = 0.2  # between two looks at a folder that another process makes
 
@@ -41,7 +46,7 @@ def made(
   If another process makes it, this one waits.
 
   Args:
-    name: name of the folder. It must say all that determines the content.
+    name: name of the folder, `DIGITS` of a digest of all that determines the content.
     make: makes the folder at the path that it gets.
     show: whether to say on stderr that another process is waited for.
 
@@ -68,7 +73,7 @@ def prune(limit: int, *, keep: pathlib.Path | None = None) -> list[pathlib.Path]
   """Removes folders of the cache, those first that were not used for the longest time.
 
   A folder that another process makes stays. The rest of one whose process was killed
-  goes.
+  goes. Whatever else is there is not looked at: the variable may name any folder.
 
   Args:
     limit: greatest number of bytes of the folders that stay.
@@ -81,10 +86,12 @@ def prune(limit: int, *, keep: pathlib.Path | None = None) -> list[pathlib.Path]
     OSError: if there is no cache, or if a folder cannot be removed.
   """
   folders, uses = _folders(), {}
-  for hidden in list(folders.glob('.*.partial')):
-    with contextlib.suppress(BlockingIOError), outputs.fresh(hidden):
-      pass
-  for folder in folders.glob('[!.]*'):
+  names = {path.name: path for path in folders.glob('*')}
+  for name, hidden in names.items():
+    if re.fullmatch(rf'\.{_NAME}\.partial', name):
+      with contextlib.suppress(BlockingIOError), outputs.fresh(hidden):
+        pass
+  for folder in [x for name, x in names.items() if re.fullmatch(_NAME, name)]:
     with contextlib.suppress(FileNotFoundError):  # another process removes it, too
       uses[folder] = folder.stat().st_mtime_ns, nbytes(folder)
   total, removed = sum(nbytes for _, nbytes in uses.values()), []

@@ -108,6 +108,8 @@ def contiguous(array: np.ndarray) -> np.ndarray:
   if array.flags.c_contiguous:
     return array
   if array.ndim > 1 and array.dtype.itemsize <= 4:
-    # JAX transposes small elements many times faster than NumPy does.
-    return np.asarray(jax.device_put(array, device())).reshape(array.shape)
+    # JAX transposes small elements many times faster than NumPy does. It gets their
+    # bits, because it does not know every dtype.
+    bits = jax.device_put(array.view(f'u{array.dtype.itemsize}'), device())
+    return np.asarray(bits).view(array.dtype).reshape(array.shape)
   return np.ascontiguousarray(array)
