@@ -359,13 +359,12 @@ def expand(kind, s, parts):  # the bit patterns that a leaf stands for
   return array if exact else narrow(array, s['dtype'])
 def read_base(path):  # the bits and dtypes of a safetensors file
   data = pathlib.Path(path).read_bytes()
-  start, names = 8 + int.from_bytes(data[:8], 'little'), {
-    'F16': 'float16', 'BF16': 'bfloat16', 'F32': 'float32', 'F8_E4M3': 'float8_e4m3fn',
-    'F8_E5M2': 'float8_e5m2', 'BOOL': 'bool'}
-  found = {}
+  start, found, names = 8 + int.from_bytes(data[:8], 'little'), {}, {
+    'BF16': 'bfloat16', 'F8_E4M3': 'float8_e4m3fn', 'F8_E5M2': 'float8_e5m2',
+    'BOOL': 'bool', 'F': 'float', 'U': 'uint', 'I': 'int'}
   for key, x in json.loads(data[8:start]).items():
     if key != '__metadata__':
-      dtype = names.get(d := x['dtype'], d.replace('U', 'uint').replace('I', 'int'))
+      dtype = names.get(d := x['dtype']) or names[d[0]] + d[1:]
       bits = 'uint8' if '8_' in dtype else BITS(dtype)
       part = data[start:][slice(*x['data_offsets'])]
       found[key] = np.frombuffer(part, bits).reshape(x['shape']), dtype
@@ -387,9 +386,10 @@ def main(path, output, base=None):
     for leaf in record['leaves']:
       parts = {name: next(arrays) for name in leaf.get('arrays', [''])}
       bits, dtype = parts.get('', (None, leaf['dtype']))
+      if shift := {'int2': 6, 'int4': 4}.get(leaf['dtype']) if '' in parts else 0:
+        bits = (bits.view('i1') << shift >> shift).view('u1')  # extends the sign
       if 'type_name' in leaf:
-        s = {'dtype': dtype, 'head': tensors.get('head/kernel')}
-        s |= {'unit': 0} | leaf.get('settings', {})
+        s = dict(leaf.get('settings', {}), dtype=dtype, head=tensors.get('head/kernel'))
         p = leaf.get('product')
         given = p.get('arrays', []) if p else [leaf['base']] if 'base' in leaf else []
         for own, *_, crc32 in given:
