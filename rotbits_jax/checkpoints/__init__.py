@@ -20,7 +20,6 @@ from rotbits_jax.checkpoints.configs import parse_config
 from rotbits_jax.checkpoints.configs import slicing_json
 from rotbits_jax.checkpoints.configs import with_dtype
 from rotbits_jax.checkpoints.configs import with_own_head
-from rotbits_jax.checkpoints.contents import CONFIG
 from rotbits_jax.checkpoints.contents import Checkpoint
 from rotbits_jax.checkpoints.errors import CheckpointError
 from rotbits_jax.checkpoints.errors import UnsupportedError
@@ -46,7 +45,6 @@ from rotbits_jax.checkpoints.writer import Format
 
 __all__ = [
   'ADAPTER_CONFIG',
-  'CONFIG',
   'FACTORS',
   'FAMILIES',
   'Adapter',

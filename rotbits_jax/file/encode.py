@@ -253,5 +253,5 @@ def _belongs(file: pathlib.Path, path: str | os.PathLike[str]) -> bool:
     return True
   if not real.is_dir():
     return False
-  is_other = (file.parent / checkpoints.CONFIG).exists()
+  is_other = (file.parent / 'config.json').exists()
   return checkpoints.is_divided(folder) or not is_other
