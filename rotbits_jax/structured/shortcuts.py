@@ -141,22 +141,20 @@ class IdentityMinusGram(Structured):
   ) -> 'IdentityMinusGram':
     found = tuple(ranks or ((x.b.shape[-1], x.c.shape[-1]) for x in leaves))
 
-    def padded(factors: list[Any], width: int, dtype: Any) -> Any:
+    def padded(factors: list[Any], width: int) -> Any:
       rows = factors[0].shape[0]
       if not isinstance(factors[0], np.ndarray):
         pad = lambda f: jnp.pad(f, ((0, 0), (0, width - f.shape[-1])))
         return jnp.stack([pad(f) for f in factors])
+      dtype = jnp.result_type(*factors)  # those of C with few columns may differ
       stack = host.empty((len(factors), rows, width), dtype)
       for out, factor in zip(stack, factors, strict=True):
         out[:, : factor.shape[-1]], out[:, factor.shape[-1] :] = factor, 0
       return stack
 
-    b, c = [leaf.b for leaf in leaves], [leaf.c for leaf in leaves]
-    # C may have a narrower dtype than B, if it has few columns.
-    dtypes = jnp.result_type(*b), jnp.result_type(*b, *c)
     return cls(
-      b=padded(b, max(1, *(k for k, _ in found)), dtypes[0]),
-      c=padded(c, max(1, *(j for _, j in found)), dtypes[1]),
+      b=padded([leaf.b for leaf in leaves], max(1, *(k for k, _ in found))),
+      c=padded([leaf.c for leaf in leaves], max(1, *(j for _, j in found))),
       columns=leaves[0].columns,
       ranks=found,
     )
