@@ -20,7 +20,7 @@ JSON:
 import rotbits_jax
 from rotbits_jax import report
 from rotbits_jax.cli import program
-from rotbits_jax.file import encode as encode_lib
+from rotbits_jax.file import inputs
 from rotbits_jax.system import outputs
 
 FLAGS = program.Flags()
@@ -35,7 +35,7 @@ def main() -> program.Result:
   against, base = _AGAINST.value, _BASE.value
   target = outputs.resolved(_OUTPUT.value)
   outputs.check(target, overwrite=_OVERWRITE.value)
-  encode_lib.check_inputs([target], [_INPUT.value, base, against])
+  inputs.check([target], [_INPUT.value, base, against])
   if base and against is None:
     raise ValueError('--base is for --against')
   verified = None

@@ -39,7 +39,7 @@ from rotbits_jax import slicing
 from rotbits_jax.checkpoints import indices
 from rotbits_jax.checkpoints import staging
 from rotbits_jax.cli import program
-from rotbits_jax.file import encode as encode_lib
+from rotbits_jax.file import inputs
 from rotbits_jax.system import outputs
 
 MAX_SEQUENCE_LENGTH = 2048  # SliceGPT's default
@@ -176,4 +176,4 @@ def _check_outputs(names: list[str]) -> None:
     raise ValueError('--encoded and --recipe are the same file')
   for file in files:
     outputs.check(file, overwrite=_OVERWRITE.value)
-  encode_lib.check_inputs(files, [_MODEL.value])
+  inputs.check(files, [_MODEL.value])

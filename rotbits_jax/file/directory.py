@@ -14,7 +14,7 @@ from numpy.typing import DTypeLike
 from rotbits_jax import checkpoints
 from rotbits_jax import models
 from rotbits_jax import structured
-from rotbits_jax.file import encode as encode_lib
+from rotbits_jax.file import inputs
 from rotbits_jax.file import reader as reader_lib
 from rotbits_jax.file.container import ContainerError
 
@@ -152,7 +152,7 @@ def _check_inputs(
     ValueError: if one is a file of an input.
   """
   folder = pathlib.Path(directory)
-  encode_lib.check_inputs([folder / name for name in sorted(names)], [reader])
+  inputs.check([folder / name for name in sorted(names)], [reader])
 
 
 @contextlib.contextmanager

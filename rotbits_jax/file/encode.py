@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from rotbits_jax import checkpoints
+from rotbits_jax.file import inputs as inputs_lib
 from rotbits_jax.file import job as job_lib
 from rotbits_jax.file import journal as journal_lib
 from rotbits_jax.file import reader as reader_lib
@@ -43,7 +43,7 @@ class Output:
 
     Args:
       path: path of the output.
-      inputs: the checkpoint, its base and adapters, see `check_inputs`.
+      inputs: the checkpoint, its base and adapters, see `inputs.check`.
       shard_size: greatest size of a shard in bytes; None for one file, or for as many
         shards as there are processes.
       overwrite: whether existing files may be replaced.
@@ -72,7 +72,7 @@ class Output:
       outputs.check(target, overwrite=overwrite)
       self._older.append(target)
     # A link in a checkpoint's folder may lead to a file elsewhere.
-    check_inputs([pathlib.Path(path), *self._older], inputs)
+    inputs_lib.check([pathlib.Path(path), *self._older], inputs)
 
   def write(
     self,
@@ -193,65 +193,3 @@ class Output:
       from jax.experimental import multihost_utils
 
       multihost_utils.sync_global_devices('rotbits_jax')
-
-
-def check_inputs(targets: Iterable[pathlib.Path], inputs: Iterable[Any]) -> None:
-  """Checks, before the work, that no file of an input is replaced.
-
-  Args:
-    targets: the files that are written, if they exist.
-    inputs: paths of checkpoints, adapters and encoded files; opened checkpoints and
-      files, with the bases of these; or lists of inputs. Those in memory are ignored.
-
-  Raises:
-    ValueError: if one would be replaced.
-  """
-  paths = _paths([*inputs])
-  for target in filter(os.path.exists, targets):
-    named = os.path.join(os.path.realpath(target.parent), target.name)
-    places = {pathlib.Path(named), outputs.resolved(target)}
-    for path in paths:
-      if any(_belongs(place, path) for place in places):
-        raise ValueError(f'{target}: it is a file of an input, {path}')
-
-
-def _paths(given: Any) -> list[str | os.PathLike[str]]:
-  """Returns the paths of an input and of its bases; those in memory have none."""
-  if isinstance(given, reader_lib.Reader):
-    given = given.inputs
-  if type(given) in (list, tuple):  # but no Checkpoint, whose stem is no path
-    return [path for part in given for path in _paths(part)]
-  if isinstance(given, checkpoints.TensorFiles):
-    return [given.root, given.path]
-  if isinstance(given, checkpoints.CheckpointReader):
-    given = given.path
-  return [given] if isinstance(given, str | os.PathLike) else []
-
-
-def _belongs(file: pathlib.Path, path: str | os.PathLike[str]) -> bool:
-  """Returns whether a file that exists belongs to the input at a path.
-
-  Results of earlier runs (encoded files, pages, and decoded checkpoints in sub-folders)
-  do not belong to the checkpoint in whose folder they are.
-  """
-  real = outputs.resolved(path)
-  if shards_lib.is_encoded(path):
-    index = outputs.resolved(f'{os.fspath(path)}{shards_lib.INDEX}')
-    files: Any = shards_lib.find(path)[0]
-    return file in {real, index, *map(outputs.resolved, files)}
-  is_alone = real.suffix == '.gguf' or not real.exists()
-  if file == real or is_alone:
-    return file == real
-  folder = pathlib.Path(
-    os.path.realpath(path if real.is_dir() else os.path.dirname(path))
-  )
-  if not file.is_relative_to(folder) or shards_lib.is_result(file):
-    return False
-  if file.suffix == '.html':
-    return False
-  if file.parent == folder:
-    return True
-  if not real.is_dir():
-    return False
-  is_other = (file.parent / 'config.json').exists()
-  return checkpoints.is_divided(folder) or not is_other
