@@ -109,7 +109,14 @@ class Model:
     return (*inner, *self.outer(), *([names.BUFFERS] if self.buffers else []))
 
   def read(self, record: str) -> Params:
-    """Returns a record, unstacked: nested dicts with the record as their only key."""
+    """Returns a record, unstacked: nested dicts with the record as their only key.
+
+    Raises:
+      ValueError: if numbers would be lost, see `Structured.check_layer`.
+    """
+    return self._record(record, checked=True)
+
+  def _record(self, record: str, *, checked: bool) -> Params:
     if record == names.BUFFERS:
       return {record: self.buffers}
     index, expert = names.layer_index(record), names.expert_index(record)
@@ -120,8 +127,8 @@ class Model:
     flat = structured.flatten(stack)
     own = {x: leaf for x, leaf in flat.items() if (x in of_experts) == is_expert}
     places = (place,) if expert is None else (place, expert)
-    for path, leaf in own.items():
-      if structured.is_structured(leaf) and expert is None:
+    for path, leaf in own.items() if checked and expert is None else ():
+      if structured.is_structured(leaf):
         try:
           leaf.check_layer(place)
         except ValueError as error:
@@ -133,7 +140,7 @@ class Model:
 
     `checkpoints.CheckpointReader.specs` is its counterpart for a checkpoint on disk.
     """
-    return self.read(record)
+    return self._record(record, checked=False)
 
   def rounded(self) -> 'Model':
     """Rounds the parameters to `stored_as`, if it is set.
