@@ -138,11 +138,8 @@ class Source:
 
 def _native(tree: Any) -> Any:
   """Returns nested dicts whose arrays have the byte order of this machine."""
-  if isinstance(tree, Mapping):  # JAX would sort the keys
-    return {key: _native(child) for key, child in tree.items()}
-  return jax.tree.map(
-    lambda x: x.astype(x.dtype.newbyteorder('=')) if _is_swapped(x) else x, tree
-  )
+  swapped = lambda x: x.astype(x.dtype.newbyteorder('=')) if _is_swapped(x) else x
+  return structured.map_leaves(lambda leaf: jax.tree.map(swapped, leaf), tree)
 
 
 def _is_swapped(array: Any) -> bool:

@@ -55,6 +55,7 @@ from rotbits_jax.structured.trees import for_writing
 from rotbits_jax.structured.trees import is_in_files
 from rotbits_jax.structured.trees import is_plain
 from rotbits_jax.structured.trees import is_structured
+from rotbits_jax.structured.trees import map_leaves
 from rotbits_jax.structured.trees import materialize
 from rotbits_jax.structured.trees import pair
 from rotbits_jax.structured.trees import same_bits
@@ -99,6 +100,7 @@ __all__ = [
   'is_plain',
   'is_structured',
   'line_factors',
+  'map_leaves',
   'materialize',
   'of_stacks',
   'pair',

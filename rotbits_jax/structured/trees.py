@@ -1,6 +1,6 @@
 """Functions of PyTrees whose leaves are arrays and structured leaves."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -74,11 +74,22 @@ def _materialize(leaf: Structured) -> jax.Array:
   return leaf.materialize()
 
 
+def map_leaves(function: Callable[[Any], Any], tree: Any) -> Any:
+  """Applies a function to the leaves of nested dicts, whose keys keep their order.
+
+  >>> map_leaves(lambda x: x + 1, {'b': 1, 'a': {'c': 2}})
+  {'b': 2, 'a': {'c': 3}}
+  """
+  if isinstance(tree, Mapping):  # JAX would sort the keys
+    return {key: map_leaves(function, child) for key, child in tree.items()}
+  return function(tree)
+
+
 def for_writing(tree: Any) -> Any:
   """Replaces the leaves that only memory holds, in nested dicts, by their arrays."""
-  if isinstance(tree, Mapping):  # JAX would sort the keys
-    return {key: for_writing(child) for key, child in tree.items()}
-  return tree.materialize() if is_structured(tree) and tree.expands_on_writing else tree
+  return map_leaves(
+    lambda x: x.materialize() if is_structured(x) and x.expands_on_writing else x, tree
+  )
 
 
 def pair(leaf: Any) -> Any:
