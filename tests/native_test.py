@@ -117,13 +117,13 @@ def test_recovery_of_a_rotation_steps_through_panels_only():
 
 
 def test_blocks():
-  made = blocks.tables_of(np.asarray(FREQUENCIES, np.int64), decoding=True)
+  made = blocks.tables_of(np.asarray(FREQUENCIES, np.int64))
   bytes_, words = (np.zeros(blocks.CAPACITY, x) for x in (np.uint8, np.uint16))
-  numbers = made.entries, np.uint32(made.alphabet), np.int32(9)
+  numbers = made.entries(), made.alphabet, np.int32(9)
   stacks = np.zeros((blocks.LANES, blocks._STACK), np.uint16)
   assert not loops_of_thunks(blocks._push, stacks.reshape(-1), words, bytes_, *numbers)
   empty = rans.empty(blocks.LANES, 1)._replace(words=stacks)
-  coded = words, empty, bytes_, made.entries, made.slots
+  coded = words, empty, bytes_, made.entries(), made.slots()
   assert not loops_of_thunks(blocks._pop, *coded, *numbers[1:])
   split = (words, bytes_), words, np.uint16(1), np.int32(9)
   layout = layouts.Int(np.dtype(np.uint16), 8)
@@ -154,4 +154,8 @@ def test_sums_of_lines():
 def test_residuals_of_a_tied_embedding():
   signed, unsigned = (np.zeros(tied._PIECE, x) for x in (np.int8, np.uint8))
   starts, count = np.zeros(256, np.uint32), np.int32(9)
-  assert not loops_of_thunks(tied._merge, signed, unsigned, signed, starts, count)
+  arguments = signed, unsigned, signed, starts, count
+  assert not loops_of_thunks(tied._merge, *arguments)
+  # One copy, before the loop. A copy for each entry would take ten times as long.
+  text = tied._merge.lower(*arguments).compile().as_text()
+  assert text.count('u32[256]{0} copy(') <= 1

@@ -222,7 +222,6 @@ EXACT_DTYPES = (np.dtype(np.float16), np.dtype(jnp.bfloat16))
 _EXCEPTION = -128
 _TOKENS = 1024  # in a block of P
 _PIECE = 1 << 18  # entries that are looked at at once, so that they fit the cache
-_UNROLLED = 8  # entries that one step of a program takes
 
 
 def token_blocks(head: Any, numbers: int = 1 << 23) -> Iterator[slice]:
@@ -308,16 +307,14 @@ def _merge(
 
     def step(i: jax.Array, carry: tuple[jax.Array, jax.Array]) -> Any:
       out, starts = carry
-      for j in range(_UNROLLED):
-        entry = i.astype(jnp.uint32) * _UNROLLED + j
-        bucket = one(buckets, entry).astype(jnp.uint32)
-        # Otherwise XLA reads the place twice, and copies all of them in between.
-        place, starts = jax.lax.optimization_barrier((one(starts, bucket), starts))
-        out = put(out, one(values, place), entry)
-        starts = put(starts, place + 1, bucket)
-      return out, starts
+      bucket = one(buckets, i).astype(jnp.uint32)
+      starts = put(starts, one(starts, bucket) + 1, bucket)
+      # The place is that before the update. If it were read before, XLA would copy all
+      # of them for each entry.
+      place = one(starts, bucket) - 1
+      return jax.lax.optimization_barrier((put(out, one(values, place), i), starts))
 
-    return jax.lax.fori_loop(0, -(-count // _UNROLLED), step, (out, starts))[0]
+    return jax.lax.fori_loop(0, count, step, (out, starts))[0]
 
   return native.loop(loop)(out, buckets, values, starts, count)
 
