@@ -14,6 +14,7 @@ from rotbits_jax.passes import difference_factors
 from rotbits_jax.passes import differences
 from rotbits_jax.passes import relative as passes
 from rotbits_jax.structured import relative
+from rotbits_jax.system import host
 
 FLOATS = ['float16', 'bfloat16', 'float32']
 OTHERS = ['float8_e4m3fn', 'float8_e5m2', 'int8', 'uint8', 'int16', 'int32', 'uint32']
@@ -404,3 +405,15 @@ def test_rounding_and_functions_leave_the_leaf_as_it_is():
   assert leaf.astype(np.float32) is leaf
   with pytest.raises(ValueError, match='cannot be made'):
     leaf.check_needed((3, 96, 1))
+
+
+@pytest.mark.parametrize(
+  'shape', [(7, 3, 600_000), (2, 300_000, 4), (0, 3, 5), (3, 0, 5)]
+)
+def test_products_of_factors_are_exact_however_they_are_divided(shape):
+  rows, rank, columns = shape
+  rng = np.random.default_rng(0)
+  make = lambda shape: rng.integers(-(1 << 15), 1 << 15, shape)
+  left, right = make((rows, rank)), make((rank, columns))
+  found = host.small_products(left.astype(np.float64), right.astype(np.float64))
+  np.testing.assert_array_equal(found, left @ right)

@@ -11,6 +11,7 @@ import numpy as np
 
 _ALIGNMENT = 64  # XLA uses an array without a copy if its address is a multiple of this
 _SINGLE = 1 << 18  # products of numbers for which BLAS takes no threads
+_TILE = 1 << 8  # rows and columns of a matrix of which BLAS takes at least four rows
 
 
 @functools.cache
@@ -73,12 +74,18 @@ def blas_is_serial() -> bool:
 def small_products(left: np.ndarray, right: np.ndarray) -> np.ndarray:
   """Returns the product of matrices, computed on this thread.
 
-  BLAS computes products of few rows on one thread. Its threads would wait for those
+  BLAS computes products of few numbers on one thread. Its threads would wait for those
   that code blocks.
   """
   if blas_is_serial():
     return left @ right
-  found = np.empty((len(left), right.shape[1]), left.dtype)
+  found = np.zeros((len(left), right.shape[1]), left.dtype)
+  if right.size > _SINGLE:  # too many for one row
+    for i in range(0, len(right), _TILE):
+      for j in range(0, right.shape[1], _TILE):
+        tile = slice(i, i + _TILE), slice(j, j + _TILE)
+        found[:, tile[1]] += small_products(left[:, tile[0]], right[tile])
+    return found
   step = max(_SINGLE // max(right.size, 1), 1)
   for start in range(0, len(left), step):
     rows = slice(start, start + step)
