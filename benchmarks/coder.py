@@ -95,7 +95,7 @@ def of_blocks(
 ) -> Measured:
   """Measures the blocks of files on one thread."""
   layout = layouts.Int(np.dtype(np.uint16), 0)
-  made = blocks.tables_of(frequencies, decoding=True)
+  made = blocks.tables_of(frequencies)
   fill = lambda x: lambda out: np.copyto(out, x)
   parts = [
     (

@@ -28,7 +28,7 @@ def _example(dtype, count, seed=0):
 
 class BlocksTest(parameterized.TestCase):
   def _encode(self, bits, contexts, layout, frequencies, lanes):
-    made = blocks.tables_of(frequencies, decoding=True)
+    made = blocks.tables_of(frequencies)
     fills = (lambda out, x=x: np.copyto(out, x, 'unsafe') for x in (bits, contexts))
     coded, planes = blocks.encode(*fills, bits.size, lanes, layout, made)
     return coded, np.concatenate(planes), made

@@ -73,7 +73,7 @@ def encode(
     The bytes of the tables, and those of each block: uint8. A decoder knows the tables
     of elements by their order in `frequencies`, and not these contexts.
   """
-  made = blocks.tables_of(frequencies[owners], decoding=False)
+  made = blocks.tables_of(frequencies[owners])
   of_contexts = np.array(shifts, np.uint8)[owners]
 
   def job(part: slice, lanes: int, own: Raw) -> np.ndarray:
@@ -120,7 +120,7 @@ def decode(
       f'{count} elements cannot be in {data.size} bytes of {len(sizes)} parts'
     )
   frequencies = tables.from_bytes(data[: sizes[0]].tobytes(), len(shifts), ALPHABET)
-  made = blocks.tables_of(frequencies, decoding=True)
+  made = blocks.tables_of(frequencies)
   of_contexts, first = np.array(shifts, np.uint8), _first(shifts)
   ends = np.cumsum(sizes, dtype=np.int64).tolist()
 

@@ -83,12 +83,17 @@ def pack_intervals(frequencies: np.ndarray) -> np.ndarray:
 def slots(frequencies: np.ndarray) -> np.ndarray:
   """Returns the symbol whose interval contains each slot.
 
-  The result is `[K, 2^14]`, uint8 if A <= 256 and else uint16.
+  The result is `[K, 2^14]`, of `slots_dtype(A)`.
   """
   tables, symbols = np.nonzero(frequencies)
-  kind = np.uint8 if frequencies.shape[1] <= 256 else np.uint16
+  kind = slots_dtype(frequencies.shape[1])
   owners = np.repeat(symbols.astype(kind), frequencies[tables, symbols])
   return owners.reshape(frequencies.shape[0], TOTAL)
+
+
+def slots_dtype(alphabet: int) -> type[np.uint8] | type[np.uint16]:
+  """Returns the least dtype of symbols below A."""
+  return np.uint8 if alphabet <= 256 else np.uint16
 
 
 def to_bytes(frequencies: np.ndarray) -> bytes:

@@ -26,7 +26,6 @@ from rotbits_jax.coding.weights import buffers
 from rotbits_jax.coding.weights import contexts as contexts_lib
 from rotbits_jax.coding.weights import layouts
 from rotbits_jax.coding.weights import pool
-from rotbits_jax.system import host
 from rotbits_jax.system import native
 
 LANES = 64
@@ -47,46 +46,53 @@ Fill = Callable[[np.ndarray], None]
 
 
 class Tables(NamedTuple):
-  """Frequency tables in the form that the programs use.
-
-  The last one, table K, is that of places without an element: its first symbol owns the
-  whole interval, so that coding it changes nothing. The arrays always have the sizes
-  that the programs are compiled for.
+  """Frequency tables.
 
   Attributes:
-    void: K.
-    alphabet: A.
-    entries: uint32 `[2^20]`; the first are `tables.pack_intervals` `[K + 1, A]`.
-    slots: uint8 or uint16 `[2^22]`; the first are `tables.slots` `[K + 1, 2^14]`. None
-      if only the encoder uses the tables.
+    frequencies: int64 `[K + 1, A]`. The last table is that of places without an
+      element: its first symbol owns the whole interval, so that coding it changes
+      nothing.
   """
 
-  void: int
-  alphabet: int
-  entries: np.ndarray
-  slots: np.ndarray | None
+  frequencies: np.ndarray
+
+  @property
+  def void(self) -> int:
+    """The index of the last table, K."""
+    return len(self.frequencies) - 1
+
+  @property
+  def alphabet(self) -> np.uint32:
+    return np.uint32(self.frequencies.shape[1])
+
+  def entries(self) -> np.ndarray:
+    """Returns `tables.pack_intervals`, flat, the first of uint32 `[2^20]`."""
+    return buffers.filled(
+      'entries',
+      contexts_lib.MAX_ENTRIES,
+      np.uint32,
+      self.frequencies,
+      tables.pack_intervals,
+    )
+
+  def slots(self) -> np.ndarray:
+    """Returns `tables.slots`, flat, the first of uint8 or uint16 `[2^22]`."""
+    size = (contexts_lib.MAX_TABLES + 1) * tables.TOTAL
+    kind = tables.slots_dtype(int(self.alphabet))
+    return buffers.filled('slots', size, kind, self.frequencies, tables.slots)
 
 
-def tables_of(frequencies: np.ndarray, *, decoding: bool) -> Tables:
+def tables_of(frequencies: np.ndarray) -> Tables:
   """Makes the tables of frequencies.
 
   Args:
     frequencies: int64 `[K, A]`. A row of zeros is a table that is not used.
-    decoding: whether to compute the slots, which only the decoder needs.
   """
-  count, alphabet = frequencies.shape
-  void = np.zeros((1, alphabet), np.int64)
+  void = np.zeros((1, frequencies.shape[1]), np.int64)
   void[0, 0] = tables.TOTAL
   rows = np.concatenate([frequencies, void])
   rows[~rows.any(axis=1)] = void
-  entries = host.empty((contexts_lib.MAX_ENTRIES,), np.uint32)
-  entries[: rows.size] = tables.pack_intervals(rows).reshape(-1)
-  if not decoding:
-    return Tables(count, alphabet, entries, None)
-  owners = tables.slots(rows).reshape(-1)
-  slots = host.empty(((contexts_lib.MAX_TABLES + 1) * tables.TOTAL,), owners.dtype)
-  slots[: owners.size] = owners
-  return Tables(count, alphabet, entries, slots)
+  return Tables(rows)
 
 
 def lanes_for(count: int, nbytes: float) -> int:
@@ -278,8 +284,8 @@ def push(
     buffers.taken('pushed', LANES * _STACK, np.uint16),
     _dealt(symbols, count, lanes, 'symbols', 0),
     _dealt(places, count, lanes, 'rows of contexts', made.void),
-    made.entries,
-    np.uint32(made.alphabet),
+    made.entries(),
+    made.alphabet,
     np.int32(steps),
   )
   sizes, rows = np.asarray(size)[:lanes], np.asarray(stacks).reshape(LANES, _STACK)
@@ -295,7 +301,7 @@ def compile_push() -> None:
 
   It takes as long as all that an encoder does before with its first few arrays.
   """
-  made = tables_of(np.zeros((1, 1), np.int64), decoding=False)
+  made = tables_of(np.zeros((1, 1), np.int64))
   fill = lambda out: out.fill(0)
   pool.start(lambda: push(np.zeros(1, np.uint16), fill, 1, 1, made))
 
@@ -372,9 +378,9 @@ def pop(
     buffers.taken('symbols', buffers.ROOM, np.uint16),
     rans.Message(states, stacks, sizes, sizes, sizes),  # type: ignore[arg-type]
     _dealt(places, count, lanes, 'rows of contexts', made.void),
-    made.entries,
-    made.slots,
-    np.uint32(made.alphabet),
+    made.entries(),
+    made.slots(),
+    made.alphabet,
     np.int32(steps),
   )
   # The sizes only fall, so the last ones are the least.

@@ -220,7 +220,7 @@ class _Group(NamedTuple):
 
   def encode_jobs(self) -> list[Callable[[], tuple[np.ndarray, list[np.ndarray]]]]:
     """Returns a job for each block; it returns the coded bytes and the planes."""
-    made = blocks.tables_of(self.contexts.frequencies, decoding=False)
+    made = blocks.tables_of(self.contexts.frequencies)
 
     def job(start: int) -> tuple[np.ndarray, list[np.ndarray]]:
       return blocks.encode(
@@ -240,7 +240,7 @@ class _Group(NamedTuple):
     Args:
       pieces: the coded bytes and the planes of each block in turn.
     """
-    made = blocks.tables_of(self.contexts.frequencies, decoding=True)
+    made = blocks.tables_of(self.contexts.frequencies)
 
     def job(start: int, coded: np.ndarray, planes: np.ndarray) -> None:
       count = min(self.elements, self.total - start)
