@@ -206,6 +206,11 @@ class Leaf:
     return not self.type_name or self.crc32 is not None
 
   @property
+  def is_made_anew(self) -> bool:
+    """Whether the reader makes a new array, which shares no memory with a base."""
+    return self.crc32 is not None and not (self.base or self.product)
+
+  @property
   def base_size(self) -> int:
     """The number of elements that the base and bases of subspaces give."""
     if self.product is not None and self.product.kind == 'shortcut':

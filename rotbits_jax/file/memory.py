@@ -31,7 +31,8 @@ def allocate(
 
   Returns:
     The arrays for each leaf, by its path within a record. A leaf that is stored as
-    arrays of different shapes in different records has none.
+    arrays of different shapes in different records has none, and neither has one that
+    the reader makes a new array of, unless it is in a stack.
 
   Raises:
     ContainerError: if memory cannot hold them.
@@ -42,6 +43,8 @@ def allocate(
   found: dict[str, list[np.ndarray]] = {}
   for leaf in entries[0].leaves:
     path = entries[0].inner(leaf.path)
+    if stacked is None and leaf.is_made_anew:
+      continue
     widths = [own[path].integer_dtype for own in grids if integers and path in own]
     wanted = [(x.shape, x.dtype) for x in specs[0][path]]
     if len(widths) == len(entries):
