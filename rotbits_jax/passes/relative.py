@@ -285,12 +285,14 @@ def _symbols(
 
   def job(part: slice) -> tuple[given.Raw, np.ndarray, np.ndarray]:
     fill = functools.partial(sums.write, part.start)
-    made = division.divide(bits[part], known[part], fill, kind, first, last)
+    own = bits[part]
+    made = division.divide(own, known[part], fill, kind, first, last)
     classes[part], symbols[part] = made.classes, made.symbols
     (at,) = np.nonzero(made.classes >= first_raw)
     raw = given.Raw(made.classes[at], made.raw[at])
-    values = bits[part][made.symbols == 0]
-    return raw, values, made.counts[: len(shifts)].astype(np.int64)
+    counts = made.counts[: len(shifts)].astype(np.int64)
+    values = own[made.symbols == 0] if counts[:, 0].any() else own[:0]
+    return raw, values, counts
 
   jobs = [functools.partial(job, part) for part, _ in given.parts(bits.size)]
   raw, values, counts = zip(*run(jobs), strict=True)
