@@ -17,6 +17,9 @@ their commands is a process of its own. Divergences are of the predictions for a
 or for random tokens where there is no tokenizer, and the floor is that of a random
 rotation that is rounded again. The truth is the sliced model before it was rounded.
 
+A large pair, and passes over numbers alone, tell what bounds the rates, see
+`benchmarks.base_parts`.
+
 Beside them are the methods of others: XOR with the base, then byte planes, then zstd
 (BitX of ZipLLM); zstd with the base as its dictionary (`zstd --patch-from`); and the
 places and values of the numbers that changed, int32 and the dtype (sparse safetensors,
@@ -38,6 +41,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks import base_parts
 from benchmarks import demo
 from benchmarks import large
 from benchmarks import packages
@@ -397,6 +401,15 @@ def main() -> None:
     'of those of the tensors. Rates are megabytes of the model a second, from a file '
     'to a file for rotbits and in memory for the others, the best of a few runs.'
   )
+  of_large = (
+    'A pair of random numbers, whose matrices are those of a model with a width of '
+    '2,048. Encoding and decoding are from files to a file, as above; loading is from '
+    'files to arrays.'
+  )
+  of_passes = (
+    'Passes over the numbers of a block, 2^20 of bfloat16 beside a base, each alone '
+    'and on one thread; the median of some runs.'
+  )
   of_sliced = (
     'Sliced models beside their dense models: whole commands, with the peak resident '
     f'size of each process. Divergences are in nats, of SmolLM2 on {TOKENS:,} tokens '
@@ -404,7 +417,9 @@ def main() -> None:
     'it was rounded; what the checkpoint that was given differs from it follows. '
     '`exact` gives the bits of that checkpoint back.'
   )
-  body = '\n\n'.join([about, table(cases), of_sliced, recipes(subjects())])
+  parts = [about, table(cases), of_large, base_parts.large_pair(step)]
+  parts += [of_passes, base_parts.passes(), of_sliced, recipes(subjects())]
+  body = '\n\n'.join(parts)
   if _PICTURE.value is not None:
     pathlib.Path(_PICTURE.value).write_text(picture(body))
     body += f'\n\n![The part of the bytes that a model takes]({_PICTURE.value})'
