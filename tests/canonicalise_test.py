@@ -220,6 +220,25 @@ class CanonicaliseTest(parameterized.TestCase):
     found = transform_checks.fast_logits(model.replace(params=params), TOKENS)
     np.testing.assert_allclose(found, logits, atol=1e-4)
 
+  def test_segments_that_get_wider_twice(self):
+    model = random_models.sliced_llama([16, 16, 18, 18, 18, 18, 24])
+    params, _ = rotbits_jax.canonicalise(model.params, model.config)
+    logits = transform_checks.fast_logits(model, TOKENS)
+    found = transform_checks.fast_logits(model.replace(params=params), TOKENS)
+    np.testing.assert_allclose(found, logits, atol=3e-5 * np.abs(logits).max())
+
+  def test_factors_of_a_kernel_remain(self):
+    model = _model('llama', 'dense')
+    params = jax.tree.map(np.asarray, model.params)
+    kernel = params['layers.0:4']['attention']['key']['kernel']
+    pair = structured.LowRank(kernel[:, :, :4].copy(), kernel[:, :4].copy())
+    params['layers.0:4']['attention']['key']['kernel'] = pair
+    model = model.replace(params=params)
+    params, _ = rotbits_jax.canonicalise(params, model.config)
+    logits = transform_checks.fast_logits(model, TOKENS)
+    found = transform_checks.fast_logits(model.replace(params=params), TOKENS)
+    np.testing.assert_allclose(found, logits, atol=3e-5 * np.abs(logits).max())
+
   def test_not_a_number_spreads_and_ends(self):
     model = random_models.sliced_llama([18] * 9)
     params = jax.tree.map(np.array, model.params)

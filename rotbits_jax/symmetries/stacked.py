@@ -105,10 +105,11 @@ def canonicalise(
     gauges = _rotate_segments(outer, stacks, config, tolerance, max_rank)
   elif valid.stream:
     gauges = gauges._replace(first=_rotate_stream(outer, stacks, config))
-  for (start, key), stack in zip(keys, stacks.values(), strict=True):
+  for key, stack in stacks.items():
     # The layers of a stack keep leaves of one shape. If RoPE is not in all of them, the
     # coordinates that it rotates in some are not changed in the others.
-    layers = range(start, start + len(next(iter(stack.values()))))
+    layers = ranges[key]
+    assert layers is not None
     rotary = max(config.positions(layer).rotary_dim for layer in layers)
     fix = functools.partial(_fix_heads, config=config, rotary=rotary)
     stacks[key], gauges.heads[key] = jax.vmap(fix)(stack)
@@ -161,8 +162,10 @@ def _rotate_segments(
   rotate = functools.partial(
     _rotate_layer, config=config, tolerance=tolerance, max_rank=max_rank
   )
+  *_, last = stacks
   for key, stack in stacks.items():
-    found = _walk([x.rotation for x in polars[key]], rotation, free)
+    own = free if key == last else None
+    found = _walk([x.rotation for x in polars[key]], rotation, own)
     stacks[key] = jax.vmap(rotate)(stack, found, polars[key])
     gauges.segments[key] = tuple(found[1:])
     gauges.singular_values[key] = tuple(polar.values for polar in polars[key])
