@@ -163,6 +163,17 @@ def test_a_tensor_that_was_changed_after_slicing_is_a_difference():
   assert structured.same_bits(rotbits_jax.decode(data, base=dense).params, tuned.params)
 
 
+def test_a_model_of_a_file_of_free_can_be_encoded():
+  dense = rotbits_jax.load_checkpoint(TESTDATA / 'llama-tiny-dense').model
+  model = rotbits_jax.load_checkpoint(TESTDATA / MICROSOFT['llama-tiny']).model
+  given = rotbits_jax.decode(rotbits_jax.encode(model, preset='free'))
+  data = rotbits_jax.encode(given, base=dense, preset='free')
+  assert stream_bytes(data) < 0.25 * size_of(model)
+  found = rotbits_jax.decode(data, base=dense)
+  logits = [np.asarray(models.logits(x, np.arange(9)[None])) for x in (model, found)]
+  np.testing.assert_allclose(*logits, atol=0.01 * np.abs(logits[0]).max())
+
+
 def test_a_base_that_the_model_was_not_sliced_from():
   dense, model = opt_pair()
   flipped = jax.tree.map(lambda x: x[..., ::-1].copy(), dense.params)

@@ -407,6 +407,20 @@ def test_rounding_and_functions_leave_the_leaf_as_it_is():
     leaf.check_needed((3, 96, 1))
 
 
+@pytest.mark.parametrize('number', [-np.inf, np.nan])
+def test_a_column_without_finite_numbers(number):
+  target, base = pair('float32', (4096, 64))
+  target[:, 0] = base[:, 0] = number
+  assert_comes_back(target, base, 'relative')
+
+
+def test_float64_is_rounded_to_the_dtype_of_the_target():
+  base = np.random.default_rng(0).normal(size=(100, 100))
+  data = rotbits_jax.encode({'w': base.astype(np.float32)}, base={'w': base})
+  assert list(rotbits_jax.inspect(data).needs) == ['w']
+  assert len(data) < 2000
+
+
 @pytest.mark.parametrize(
   'shape', [(7, 3, 600_000), (2, 300_000, 4), (0, 3, 5), (3, 0, 5)]
 )

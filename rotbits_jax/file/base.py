@@ -242,7 +242,8 @@ def beside_product(
     made: the array of the product.
     product: the product.
   """
-  leaf = relative.beside(target, host.contiguous(made))
+  # The programs of `run` are those of the processor, also beside an accelerator.
+  leaf = relative.beside(target, host.contiguous(made), weights.run)
   return None if leaf is None else Beside(leaf, product, checksums.of_array(target))
 
 

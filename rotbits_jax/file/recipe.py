@@ -155,7 +155,14 @@ class Recipe:
     return found
 
   def _read(self, record: str) -> dict[str, Any]:
-    return structured.flatten(self._source.read(record))
+    """Returns the leaves of a record; those that `free` made become arrays again."""
+    found = structured.flatten(self._source.read(record))
+    for path, leaf in found.items():
+      if structured.is_structured(leaf) and leaf.needs:
+        found[path] = leaf.materialize(*map(self._source.resolve, leaf.needs))
+      else:
+        found[path] = structured.materialize(leaf, keep_factors=True)
+    return found
 
   def _turned(self, record: str, params: dict[str, Any]) -> dict[str, Any]:
     """Returns the leaves of a record in the coordinates of the subspaces."""

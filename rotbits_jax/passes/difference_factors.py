@@ -62,8 +62,11 @@ def find(
   with np.errstate(all='ignore'):
     typical = base.reshape(-1)[:: -(-base.size // _TYPICAL)]
     sizes = np.abs(differences.widened(typical, dtype))
+  sizes = sizes[np.isfinite(sizes)]
+  if not sizes.size:
+    return None
   # The rounding error of the dtype, at most numbers.
-  least = float(np.nanmedian(sizes)) * 2.0 ** -(mantissa + 2)
+  least = float(np.median(sizes)) * 2.0 ** -(mantissa + 2)
   far, scale = np.zeros((0, bits.shape[1]), np.float32), 1.0
   for most in _RANKS:
     some = slice(None, None, -(-len(bits) // (_SKETCHED * most)))
@@ -179,7 +182,7 @@ def _product(
   saved = np.log2((total / size + least**2) / rest) / 2 * rows * shape[1]
   saved -= numbers * ranks * (rows + shape[1])
   best = int(np.argmax(saved[:most]))
-  if saved[best] <= 0:
+  if not saved[best] > 0:  # also if it is NaN
     return None
   turned = turn[:, : best + 1]
   halves = np.sqrt(roots[: best + 1])

@@ -69,7 +69,7 @@ _FLOATS = {
     'float8_e5m2': 2,
   }.items()
 }
-_ROUNDED = tuple(_FLOATS)[:3]
+_ROUNDED, _FLOAT64 = tuple(_FLOATS)[:3], np.dtype(np.float64)
 
 
 def mantissa_bits(dtype: np.dtype) -> int | None:
@@ -88,11 +88,12 @@ def fits(
     shape: shape of the base.
     own: dtype of the base.
   """
-  if not _fits_shape(lengths, shape) or np.dtype(dtype).itemsize > 8:
+  dtype, own = np.dtype(dtype), np.dtype(own)
+  if not _fits_shape(lengths, shape) or dtype.itemsize > 8:
     return False
   if max(lengths, default=0) > LONGEST:
     return False
-  return dtype == own or (dtype in _ROUNDED and own in (*_ROUNDED, np.float64))
+  return dtype == own or (dtype in _ROUNDED and own in (*_ROUNDED, _FLOAT64))
 
 
 def _fits_shape(lengths: tuple[int, ...], shape: tuple[int, ...]) -> bool:
