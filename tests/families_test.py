@@ -171,6 +171,7 @@ class RopeFrequenciesTest(chex.TestCase):
     config = dataclasses.replace(
       checkpoints.parse_config(LLAMA),
       rope_theta=theta,
+      head_dim=head_dim,
       rotary_dim=head_dim,
       rope_scaling=scaling,
     )
@@ -198,6 +199,26 @@ class ConfigTest(chex.TestCase):
       high_freq_factor=3.0,
       original_positions=24,
     )
+
+  def test_positions_beside_rope_settings_must_be_the_same(self):
+    values = LLAMA | {'rope_scaling': LLAMA3}
+    same = values | {'original_max_position_embeddings': 24}
+    assert checkpoints.parse_config(same) == checkpoints.parse_config(values)
+    with pytest.raises(CheckpointError, match='embeddings is 8; supported: 24'):
+      checkpoints.parse_config(values | {'original_max_position_embeddings': 8})
+
+  @parameterized.parameters(
+    ({'rotary_dim': 14}, 'rotary_dim must be even and at most head_dim'),
+    ({'rotary_dim': 3}, 'rotary_dim must be even'),
+    ({'head_dim': 0, 'rotary_dim': 0}, 'at most head_dim, got 0 and 0'),
+    ({'num_heads': 0}, 'num_heads must be a multiple'),
+    ({'query_scalar': 0.0}, 'query_scalar must be positive'),
+    ({'logit_softcap': -1.0}, 'logit_softcap must be positive'),
+    ({'rope_theta': float('nan')}, 'rope_theta must be positive'),
+  )
+  def test_numbers_with_which_nothing_can_be_computed(self, fields, message):
+    with pytest.raises(ValueError, match=message):
+      dataclasses.replace(checkpoints.parse_config(LLAMA), **fields)
 
   def test_default_is_no_scaling(self):
     for scaling in (None, {'rope_type': 'default'}, {'type': 'default'}):
@@ -288,6 +309,9 @@ class ConfigTest(chex.TestCase):
     fields = json.loads(json.dumps(schema.dump(older)))
     assert schema.load(models.ModelConfig, fields) == older
     assert checkpoints.parse_config(GEMMA3).alternate.rope_theta == 1e4
+    # transformers writes this field, and does not read it.
+    written = checkpoints.parse_config(GEMMA3 | {'_sliding_window_pattern': 2})
+    assert written == checkpoints.parse_config(GEMMA3)
 
   def test_mixtures_of_experts(self):
     trained = {'output_router_logits': True, 'router_aux_loss_coef': 0.1}
@@ -353,7 +377,7 @@ class ConfigTest(chex.TestCase):
       (LLAMA, {'rope_scaling': LLAMA3 | {'attention_factor': 1.5}},
        'rope_scaling: attention_factor is 1.5'),
       (LLAMA, {'rope_scaling': LLAMA3 | {'high_freq_factor': 1.0}},
-       'low_freq_factor must be less than high_freq_factor, got 1.0 and 1.0'),
+       'low_freq_factor must be positive and less than high_freq_factor'),
       (LLAMA, {'rope_scaling': LLAMA3, 'rope_parameters': LLAMA3},
        'config.json: rope_scaling is'),
       (LLAMA, {'rope_scaling': {'rope_type': 'linear'}}, 'factor is missing'),

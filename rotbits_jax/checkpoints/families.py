@@ -220,13 +220,13 @@ def _gemma3(config: attributes.Attributes) -> models.ModelConfig:
       rope_lib.positions_of(own, config, None, theta)
       for own, theta in zip(settings, thetas, strict=True)
     )
-  interval = config.size('sliding_window_pattern', 6)
+  config.take('_sliding_window_pattern', None)  # transformers writes it, and reads none
   return _gemma(
     config,
     family='gemma3_text',
     rope=full,
     alternate=models.Positions(**local, sliding_window=shared.sliding_window(config)),
-    interval=config.size('_sliding_window_pattern', interval),
+    interval=config.size('sliding_window_pattern', 6),
     qk_norm_eps=shared.norm_eps(config),
     logit_softcap=shared.softcap(config, 'final_logit_softcapping', None),
   )

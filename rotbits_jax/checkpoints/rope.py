@@ -58,7 +58,7 @@ def positions_of(
 
   The arguments and the result are those of `positions`.
   """
-  scaling = None if settings is config else _scaling(settings)
+  scaling = None if settings is config else _scaling(settings, config)
   theta = settings.number('rope_theta', theta)
   if factor is None:
     for own in (config, settings):
@@ -78,7 +78,7 @@ def positions_of(
 
 
 def _scaling(
-  settings: attributes.Attributes,
+  settings: attributes.Attributes, config: attributes.Attributes
 ) -> models.RopeScaling | None:
   older = settings.take('type', 'default')
   found = settings.choice('rope_type', ('default', 'linear', 'llama3'), older)
@@ -87,10 +87,14 @@ def _scaling(
   factor = settings.number('factor')
   if found == 'linear':
     return models.RopeScaling(type_name='linear', factor=factor)
+  original = settings.size('original_max_position_embeddings')
+  if config.take('original_max_position_embeddings', None) is not None:
+    # Versions of transformers differ in which of two they take.
+    config.require(original_max_position_embeddings=original)
   return models.RopeScaling(
     type_name='llama3',
     factor=factor,
     low_freq_factor=settings.number('low_freq_factor'),
     high_freq_factor=settings.number('high_freq_factor'),
-    original_positions=settings.size('original_max_position_embeddings'),
+    original_positions=original,
   )

@@ -58,11 +58,20 @@ class RopeScaling:
   original_positions: Count = 0
 
   def __post_init__(self) -> None:
-    if self.type_name == 'llama3' and not self.low_freq_factor < self.high_freq_factor:
+    low, high = self.low_freq_factor, self.high_freq_factor
+    if self.type_name == 'llama3' and not 0 < low < high:
       raise ValueError(
-        'low_freq_factor must be less than high_freq_factor, '
-        f'got {self.low_freq_factor} and {self.high_freq_factor}'
+        'low_freq_factor must be positive and less than high_freq_factor, '
+        f'got {low} and {high}'
       )
+    _check_positive(factor=self.factor)
+
+
+def _check_positive(**numbers: float | None) -> None:
+  """Raises ValueError if one of these numbers is not above 0."""
+  for name, number in numbers.items():
+    if number is not None and not number > 0:
+      raise ValueError(f'{name} must be positive, got {number}')
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -80,6 +89,9 @@ class Positions:
   rope_theta: float = 10000.0
   rope_scaling: RopeScaling | None = None
   sliding_window: Count | None = None
+
+  def __post_init__(self) -> None:
+    _check_positive(rope_theta=self.rope_theta)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -169,16 +181,27 @@ class ModelConfig(Positions):
   segment_widths: tuple[Count, ...]
 
   def __post_init__(self) -> None:
+    super().__post_init__()
+    _check_positive(
+      query_scalar=self.query_scalar,
+      attention_softcap=self.attention_softcap,
+      logit_softcap=self.logit_softcap,
+    )
     expected = self.segments_per_layer * self.num_layers + 1
     if len(self.segment_widths) != expected:
       raise ValueError(
         f'segment_widths must have {expected} entries for {self.num_layers} layers, '
         f'got {len(self.segment_widths)}'
       )
-    if self.num_kv_heads < 1 or self.num_heads % self.num_kv_heads:
+    heads, kv_heads = self.num_heads, self.num_kv_heads
+    if not 0 < kv_heads <= heads or heads % kv_heads:
       raise ValueError(
-        f'num_heads must be a multiple of num_kv_heads, '
-        f'got {self.num_heads} and {self.num_kv_heads}'
+        f'num_heads must be a multiple of num_kv_heads, got {heads} and {kv_heads}'
+      )
+    if not self.rotary_dim <= self.head_dim > 0 or self.rotary_dim % 2:
+      raise ValueError(
+        f'rotary_dim must be even and at most head_dim, got {self.rotary_dim} and '
+        f'{self.head_dim}'
       )
     if not all(0 < width <= self.hidden_size for width in self.segment_widths):
       raise ValueError(
