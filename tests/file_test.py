@@ -1,6 +1,7 @@
 """Files that are written one record at a time: shards, interrupted runs, damage."""
 
 import contextlib
+import dataclasses
 import itertools
 import json
 import os
@@ -21,6 +22,7 @@ import pytest
 from fuzz import containers
 from fuzz import seeds
 import rotbits_jax
+from rotbits_jax import checkpoints
 from rotbits_jax import file
 from rotbits_jax import models
 from rotbits_jax import structured
@@ -647,6 +649,7 @@ class ReaderTest(Base):
       {'error': 'x'},
       {'error': []},
       {'tensor': 3},
+      {f'field {i}': 0 for i in range(33)},  # a report has a column for each
     ):
       with self.subTest(note=note):
         data = rotbits_jax.encode({'a': np.arange(3)})
@@ -659,9 +662,60 @@ class ReaderTest(Base):
     data = rotbits_jax.encode({'a': np.arange(3)})
     _, manifest = containers.unpack(data)
     notes = [{'tensor': 'a', 'error': None}, {'tensor': 'a', 'error': 0.5}]
+    notes.append({'tensor': 'a', 'shape': None})
     manifest['records'][0]['savings'] = [['x', 1, 1, notes]]
     report = rotbits_jax.inspect(self.repacked(data, manifest))
-    self.assertRegex(report.to_text(), r'a +2 +0\.5')
+    self.assertRegex(report.to_text(), r'a +3 +0\.5')
+
+  def test_nothing_waits_for_a_record_that_is_decoded_later(self):
+    head, table = np.ones((4, 300), np.float16), np.ones((300, 2), np.float16)
+    numbers = np.zeros((4, 2), np.int32), np.zeros(4, np.int32)
+    leaf = structured.TiedExactly.from_table(table, head, *numbers)
+    tied = structured.Tied(np.zeros((4, 2), np.float16), 300)
+    tree = {'x': {'a': leaf}, 'head': {'kernel': head, 'tied': tied}}
+    data = rotbits_jax.encode(tree)
+    self.assertEqual(file.Reader(data)._outer(), ['head', 'x'])
+    np.testing.assert_array_equal(rotbits_jax.decode(data)['x']['a'], table)
+
+  def test_a_parameter_that_the_model_lacks_is_not_needed(self):
+    dense = rotbits_jax.load_checkpoint(checkpoints.example('llama-tiny-dense')).model
+    map_ = np.eye(dense.config.hidden_size, dtype=np.float16)
+    tied = structured.Tied(map_, dense.config.vocab_size)
+    model = dataclasses.replace(
+      dense, params=dense.params | {'embed': {'tokens': tied}}
+    )
+    streams, manifest = containers.unpack(rotbits_jax.encode(model, preset='exact'))
+    manifest['config']['tied_head'] = True
+    manifest['records'] = [x for x in manifest['records'] if x['name'] != 'head']
+    del streams['head']
+    data = containers.pack(streams, json.dumps(manifest).encode())
+    with self.assertRaisesRegex(file.ContainerError, 'embed/tokens: it needs head/ker'):
+      file.Reader(data)
+
+  def test_a_config_that_is_no_object_is_named(self):
+    dense, sliced = (
+      rotbits_jax.load_checkpoint(checkpoints.example(name))
+      for name in ('llama-tiny-dense', 'phi2-tiny-sliced-0.25')
+    )
+    cases = (dense, {'dtype': 'float32'}), (sliced, {'format': 'transformers'})
+    for given, options in cases:
+      with self.subTest(options=options):
+        files = {**given.files, 'config.json': b'[]'}
+        data = rotbits_jax.encode(given, preset='exact', files=files)
+        with self.assertRaisesRegex(
+          file.ContainerError, 'config.json: expected an obj'
+        ):
+          rotbits_jax.decode_to_directory(data, self.folder / 'out', **options)
+
+  def test_a_config_with_a_note_can_be_decoded(self):
+    dense = rotbits_jax.load_checkpoint(checkpoints.example('llama-tiny-dense'))
+    values = json.loads(dense.files['config.json']) | {'my_note': 'tuned in May'}
+    del values['tie_word_embeddings']
+    files = dense.files | {'config.json': json.dumps(values).encode()}
+    data = rotbits_jax.encode(dense, preset='free', files=files)
+    rotbits_jax.decode_to_directory(data, self.folder / 'out')
+    found = json.loads((self.folder / 'out' / 'config.json').read_text())
+    self.assertEqual(found, values | {'tie_word_embeddings': False})
 
   def test_other_files_have_names_that_lead_nowhere(self):
     tree = {'a': {'b': np.arange(3)}}

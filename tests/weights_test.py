@@ -20,8 +20,10 @@ import numpy as np
 from rotbits_jax.coding import tables
 from rotbits_jax.coding import weights
 from rotbits_jax.coding.weights import blocks
+from rotbits_jax.coding.weights import contexts
 from rotbits_jax.coding.weights import layouts
 from rotbits_jax.coding.weights import pool
+from rotbits_jax.coding.weights import scales
 from rotbits_jax.coding.weights import streams
 from rotbits_jax.system import schema
 
@@ -130,6 +132,21 @@ class RecordsTest(absltest.TestCase):
       encoded = weights.encode(given)
       self.assertLen(encoded.spec.groups[0].blocks, 3)
       _round_trip(given)
+
+  def test_few_bytes_cannot_ask_for_much_work(self):
+    encoded = weights.encode([_normal((600, 1000), np.float16)])
+    (group,) = encoded.spec.groups
+    parts = dataclasses.replace(group, elements=1000, blocks=(8,) * 600)
+    with self.assertRaisesRegex(ValueError, '600 blocks for 600000 elements'):
+      dataclasses.replace(encoded.spec, groups=(parts,))
+    own = scales.Buckets(0, 1, np.ones(2, np.uint8), np.ones(1, np.uint8))
+    table = np.full((1, 1), 1 << 14)
+    found = contexts.Contexts((own,), (0,), 1, np.zeros(1, bool), table)
+    layout = layouts.Int(np.dtype(np.int8), 0)
+    data = contexts.to_bytes(found)
+    self.assertEqual(contexts.from_bytes(data, layout, [(2, 1 << 20)]).first, (0,))
+    with self.assertRaisesRegex(ValueError, 'rows of 1048577 elements'):
+      contexts.from_bytes(data, layout, [(2, (1 << 20) + 1)])
 
   def test_modelled_part_is_within_03_percent_of_its_entropy(self):
     for dtype in DTYPES:

@@ -44,6 +44,18 @@ def parse_json(content: bytes, where: str, *, most: int = _MOST_CONFIG) -> Any:
     raise errors.CheckpointError(f'{where}: {e}') from e
 
 
+def parse_object(content: bytes, where: str) -> dict[str, Any]:
+  """Parses a JSON file of a checkpoint, which must be an object; see `parse_json`.
+
+  Raises:
+    CheckpointError: as `parse_json`, or if the value is no object.
+  """
+  parsed = parse_json(content, where)
+  if not isinstance(parsed, dict):
+    raise errors.CheckpointError(f'{where}: expected an object')
+  return parsed
+
+
 class Attributes:
   """A JSON object that remembers which attributes have been read.
 

@@ -5,6 +5,7 @@ of a sliced model.
 """
 
 from collections.abc import Mapping
+import contextlib
 import dataclasses
 import json
 from typing import Any
@@ -131,19 +132,23 @@ def with_own_head(
   """Returns files whose `config.json` does not tie the head that a model has itself.
 
   A checkpoint may store its tied head. Once the model was rewritten, its head and its
-  embedding may differ.
+  embedding may differ. A config with settings that are not known may tie the head by
+  default, so it gets the word that it does not.
 
   Args:
     files: the checkpoint's sidecar files by name.
     config: config of the model.
 
   Raises:
-    CheckpointError: as for `parse_config`.
+    CheckpointError: if `config.json` is not a JSON object.
   """
   if config.sliced or config.tied_head or CONFIG not in files:
     return files
-  parsed = attributes.parse_json(files[CONFIG], CONFIG)
-  if not parse_config(parsed).tied_head:
+  parsed = attributes.parse_object(files[CONFIG], CONFIG)
+  is_tied = parsed.get('tie_word_embeddings') is not False
+  with contextlib.suppress(errors.CheckpointError):
+    is_tied = is_tied and parse_config(parsed).tied_head
+  if not is_tied:
     return files
   return _changed(files, parsed | {'tie_word_embeddings': False})
 
@@ -156,9 +161,9 @@ def with_dtype(files: dict[str, bytes], dtype: np.dtype) -> dict[str, bytes]:
     dtype: the dtype of the weights.
 
   Raises:
-    CheckpointError: if `config.json` is not JSON.
+    CheckpointError: if `config.json` is not a JSON object.
   """
-  parsed = attributes.parse_json(files[CONFIG], CONFIG)
+  parsed = attributes.parse_object(files[CONFIG], CONFIG)
   names = [name for name in ('dtype', 'torch_dtype') if name in parsed]
   return _changed(files, parsed | dict.fromkeys(names, dtype.name))
 

@@ -289,9 +289,9 @@ def _tokens(metadata: dict[str, Any]) -> list[str]:
 
 def _token(metadata: dict[str, Any], key: str) -> int:
   value = metadata[key]
-  if type(value) is not int:
+  if type(value) is not int or not -1 <= value < 1 << 32:
     raise errors.CheckpointError(
-      f'{key} is {errors.cut(repr(value))}; supported: an integer'
+      f'{key} is {errors.cut(repr(value))}; supported: an integer from -1 to 2^32 - 1'
     )
   return value
 

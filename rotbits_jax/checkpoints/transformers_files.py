@@ -143,12 +143,12 @@ def sidecars(
     dtype: dtype that the model gets when it is loaded.
 
   Raises:
-    ValueError: if there is no code for the family.
+    ValueError: if there is no code for the family, or `config.json` is no object.
   """
   if config.family not in _CLASSES:
     raise ValueError(f'there is no code for transformers of the family {config.family}')
   named = {name: content for name, content in files.items() if name != f'{stem}.json'}
-  dense = attributes.parse_json(files[CONFIG], CONFIG)
+  dense = attributes.parse_object(files[CONFIG], CONFIG)
   # `AutoTokenizer` knows the tokenizer of a dense model by the model's type, and of a
   # type that it does not know by the class that one of these files names.
   dense = {'tokenizer_class': _CLASSES[config.family][1]} | dense

@@ -402,9 +402,13 @@ class Reader:
     names = list(self._records.entries)
     if self.config is not None and self._message is None:
       names = list(models.outer_shapes(self.config))
-    return sorted(
-      names, key=lambda x: any(y.needs for y in self._records.entry(x).leaves)
-    )
+
+    def order(name: str) -> tuple[bool, bool]:
+      leaves = self._records.entry(name).leaves
+      # Nothing waits for a record that waits, or all threads could wait for it.
+      return any(x.waits for x in leaves), any(x.needs for x in leaves)
+
+    return sorted(names, key=order)
 
   def _tree(self, flat: Tree) -> Tree:
     """Returns a PyTree, or the tensors by name."""

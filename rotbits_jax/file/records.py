@@ -89,7 +89,9 @@ class Records:
           raise ContainerError(
             f'{path}: it needs {other}, whose record waits for others'
           )
-        if other not in self.leaves and other.split('/')[0] in self.entries:
+        name = other.split('/')[0]
+        is_known = config is None or name in models.outer_shapes(config)
+        if other not in self.leaves and (name in self.entries or not is_known):
           raise ContainerError(f'{path}: it needs {other}, which is missing')
       if base is not None:
         for array in leaf.base_arrays:

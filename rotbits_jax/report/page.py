@@ -279,12 +279,13 @@ def shortcuts(records: dict[str, dict[str, Any]], report: savings.Report) -> str
 
 
 def _ranks(notes: list['_TensorNote'], most: int) -> str:
-  series = []
-  for name in dict.fromkeys(note.name for note in notes):
-    own = [note for note in notes if note.name == name]
-    series.append(
-      charts.Series(name, [x.layer for x in own], [float(x.rank or 0) for x in own])
-    )
+  named: dict[str, list[_TensorNote]] = {}
+  for note in notes:
+    named.setdefault(note.name, []).append(note)
+  series = [
+    charts.Series(name, [x.layer for x in own], [float(x.rank or 0) for x in own])
+    for name, own in named.items()
+  ]
   last = max(note.layer for note in notes)
   return charts.chart(
     series,

@@ -22,6 +22,7 @@ import numpy as np
 from zlib_ng import zlib_ng
 
 from rotbits_jax.coding import tables
+from rotbits_jax.coding.weights import buffers
 from rotbits_jax.coding.weights import layouts
 from rotbits_jax.coding.weights import scales
 
@@ -213,6 +214,10 @@ def from_bytes(
   if not 0 < alphabet <= layout.alphabet:
     raise ValueError(f'{alphabet} symbols of {layout.alphabet} cannot be in use')
   buckets = _buckets(part[2:], sizes)
+  for own, (_, columns) in zip(buckets, sizes, strict=True):
+    # A block of few elements makes the tables of whole rows.
+    if own and own.rows.size + own.columns.size > 2 and columns > buffers.ROOM:
+      raise ValueError(f'rows of {columns} elements cannot be sorted')
   first, zero, classes = _arrange(buckets)
   count, width = classes.size, -(-alphabet // 8) * 8
   if count > MAX_TABLES or (count + 1) * alphabet > MAX_ENTRIES:

@@ -30,6 +30,7 @@ DTYPES = {
 
 _MAX_AXES = 32
 _MAX_SIZE = 1 << 48  # elements of an array
+_MOST_DIVIDED = 4  # a block has at least so small a part of `blocks.CAPACITY`
 _MAX_GROUPS = 16  # of few elements
 _ELEMENTS_PER_GROUP = 1 << 17
 
@@ -209,7 +210,9 @@ class StreamSpec:
         raise ValueError('a group must have parts of one dtype')
       group.layout(own[0].dtype)
       total = sum(member.size for member in own)
-      if group.elements > total or len(group.blocks) != -(-total // group.elements):
+      least = min(blocks.CAPACITY // _MOST_DIVIDED, total)
+      is_block = least <= group.elements <= total
+      if not is_block or len(group.blocks) != -(-total // group.elements):
         raise ValueError(f'{len(group.blocks)} blocks for {total} elements')
       coded += total
     if len(self.groups) > most_groups(coded):
