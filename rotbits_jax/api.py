@@ -151,11 +151,12 @@ def encode_to_file(
     adapters: see `encode`.
     files: see `encode`.
     stem: see `encode`.
-    shard_size: greatest size of a shard in bytes; None for one file, or for as many
-      shards as there are processes.
+    shard_size: greatest size of the records of a shard before they are coded, in bytes;
+      a larger record has a shard to itself. None for one file, or for as many shards as
+      there are processes.
     target_size: the greatest number of bytes of the file, or of all shards, in place of
       the option `step` of 'near', which is found so that the file has at least 99% of
-      them. The preset is given by its name.
+      them, where steps between exist. The preset is given by its name.
     mesh: see `encode`.
     overwrite: whether an existing file may be replaced. No file of the source, the base
       or an adapter is.
@@ -293,6 +294,8 @@ def load(
 
   Raises:
     ContainerError: as for `decode`.
+    CheckpointError: if the base cannot be read.
+    ValueError: if there are no such layers, or the dtype is not one of floats.
     OSError: if the path cannot be read.
   """
   wanted = None if dtype is None else structured.floating(dtype)
@@ -345,8 +348,8 @@ def decode_to_directory(
     base: see `decode`.
     format: see `checkpoints.save_checkpoint`. Plain tensors come back in the files that
       they were encoded from: they take no format, shard_size or dtype.
-    shard_size: greatest size of the tensors in a weights file, in bytes; None for one
-      file.
+    shard_size: greatest size of the tensors in a weights file, in bytes; None for the
+      shards that the checkpoint had, or else one file.
     dtype: dtype for all floating-point elements, rounded to nearest. By default they
       keep the dtype of the encoded checkpoint.
     overwrite: whether existing files may be replaced. No file of the source or the base

@@ -245,6 +245,16 @@ class FileTest(absltest.TestCase):
       with self.assertRaisesRegex(CheckpointError, 'No such file'):
         read()
 
+  def test_a_pointer_that_git_left_is_named(self):
+    folder = pathlib.Path(self.enterContext(tempfile.TemporaryDirectory()))
+    pointer = 'version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n'
+    for name in ('model.safetensors', 'pytorch_model.bin', 'model.gguf'):
+      with self.subTest(name=name):
+        (folder / name).write_text(pointer)
+        with self.assertRaisesRegex(CheckpointError, f'{name}: a pointer of Git LFS'):
+          checkpoints.open_any(folder / name)
+        (folder / name).unlink()
+
   def test_a_file_that_shrinks_while_it_is_read_is_an_error(self):
     path = pathlib.Path(self.enterContext(tempfile.TemporaryDirectory()), 'x')
     path.write_bytes(bytes(1 << 22))

@@ -178,6 +178,20 @@ def _tied(tmp_path_factory):
   return write(path, gguf_tensors(hugging_face_tensors(tied=True)))
 
 
+def test_encode_says_that_safetensors_come_back(rotbits, tied, tmp_path):
+  args = f'--checkpoint={tied}', f'--output={tmp_path / "model.rotbits"}'
+  code, out, _ = rotbits('encode', *args)
+  assert code == 0
+  assert 'keep it for llama.cpp' in out
+  assert out.splitlines()[-1].endswith('quantised ones rounded to float16')
+
+
+@pytest.mark.parametrize('token', [1 << 40, -2, '0'])
+def test_a_token_has_32_bits(token):
+  with pytest.raises(CheckpointError, match='from -1 to 2\\^32 - 1'):
+    gguf_files._token({'eos': token}, 'eos')
+
+
 @pytest.fixture(scope='module', name='tokenizer')
 def _tokenizer(tied):
   files = gguf_files.read_gguf(tied).files

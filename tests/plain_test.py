@@ -218,6 +218,8 @@ class TreeTest(parameterized.TestCase):
       ({'a': np.ma.array([1.0, 2.0], mask=[0, 1])}, 'a: a masked array'),
       ({'a/b': np.zeros(2)}, 'without a slash'),
       (np.zeros(2), 'at the top level'),
+      ('MODEL', 'MODEL: a path is no model; encode_to_file takes one'),
+      (pathlib.Path('MODEL'), 'MODEL: a path is no model'),
       ({'manifest': np.zeros(2)}, 'manifest: the file has another entry'),
       ({'a': {'b': np.zeros((1,) * 33)}}, 'a/b/shape: .* up to 32 axes'),
       ({'a': {'b\ud800': np.zeros(2)}}, 'a: .* lone surrogate'),

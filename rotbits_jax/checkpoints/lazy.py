@@ -19,6 +19,7 @@ from rotbits_jax.system import host
 _PIECE = 1 << 23  # bytes that are made contiguous at a time
 MAX_AXES = 32  # of a tensor, because NumPy supports no more on all versions
 _MOST_NAME = 500  # characters
+_POINTER, _MOST_POINTER = b'version https://git-lfs', 1 << 10  # bytes
 _TILE = 64  # rows and columns that are transposed at a time
 
 
@@ -96,13 +97,20 @@ def _errors_name(path: str | os.PathLike[str]) -> Iterator[None]:
 
 
 def opened(path: str | os.PathLike[str]) -> files.File:
-  """Records the present state of a file.
+  """Records the present state of a weights file.
 
   Raises:
-    CheckpointError: if there is no such file, or it is a pipe or the like.
+    CheckpointError: if there is no such file, if it is a pipe or the like, or if Git
+      left a pointer in its place.
   """
   with _errors_name(path):
-    return files.File.of(path)
+    found = files.File.of(path)
+    is_pointer = found.size < _MOST_POINTER and found.content().startswith(_POINTER)
+  if is_pointer:
+    raise errors.CheckpointError(
+      f'{path}: a pointer of Git LFS, not the weights; `git lfs pull` gets them'
+    )
+  return found
 
 
 def read(file: files.File, offset: int, size: int) -> np.ndarray:
@@ -134,12 +142,12 @@ def content(path: str | os.PathLike[str], most: int) -> bytes:
   Raises:
     CheckpointError: if there is no such file, or it is larger.
   """
-  file = opened(path)
-  if file.size > most:
-    raise errors.CheckpointError(
-      f'{path}: the file has {file.size} bytes, more than {most}'
-    )
   with _errors_name(path):
+    file = files.File.of(path)
+    if file.size > most:
+      raise errors.CheckpointError(
+        f'{path}: the file has {file.size} bytes, more than {most}'
+      )
     return file.content()
 
 

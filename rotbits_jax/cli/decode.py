@@ -11,7 +11,8 @@ Example:
 The weights get the tensor names, shapes and dtypes of the checkpoint that was encoded,
 in DIR/model.safetensors; in the shards that it had, if they were safetensors; or, with
 --shard_size, in shards of that size. Weights from .bin files come back as safetensors,
-see `rotbits encode --same_files`. The other files come back too: configs, tokenizer,
+see `rotbits encode --same_files`; so do those of a GGUF file, quantised ones rounded to
+float16. The other files come back too: configs, tokenizer,
 license, model card, code. `slicegpt` writes the .pt and .json that Microsoft's SliceGPT
 reads. Plain tensors (a checkpoint of an unknown family) come back in the files that
 they were in, byte for byte. FILE may be the path that shards were written to, or their
@@ -57,7 +58,8 @@ _FORMAT = FLAGS.add(
 )
 _SHARD_SIZE = FLAGS.add(
   'shard_size',
-  'Greatest size of a weights file, like 2GB. By default there is one file.',
+  'Greatest size of a weights file, like 2GB. By default there are the shards that the '
+  'checkpoint had, or one file.',
 )
 _DTYPE = FLAGS.add(
   'dtype',

@@ -61,13 +61,14 @@ def to_text(result: evaluation.Evaluation) -> str:
 def main() -> program.Result:
   text = program.read_text(_TEXT.value)
   checkpoint = program.read_model(_MODEL.value, _BASE.value)
+  tokens = program.read_tokens(checkpoint.files, checkpoint.model.config, text)
   reference = rerounded = None
   if _REFERENCE.value is not None:
     reference = program.read_model(_REFERENCE.value).model
     rerounded = passes.randomly_rotated(reference, key=jax.random.key(0))
   result = evaluation.evaluate(
     checkpoint.model,
-    program.read_tokens(checkpoint.files, checkpoint.model.config, text),
+    tokens,
     reference=reference,
     rerounded=rerounded,
     max_tokens=_MAX_TOKENS.value,

@@ -74,10 +74,10 @@ class Estimate(NamedTuple):
 
 
 # By "How large may a model be?" and "How cost grows with size" in RESULTS.md.
-_CODED = 84e6  # bytes that are coded in a second
+_CODED = 1.5e8  # bytes that are coded in a second
 _ROTATED = 4e10  # elements times width that are rewritten in a second
 _LEAST_MEMORY = 1 << 28
-_MOST_RECORDS = {True: 5, False: 12}  # in memory, as bytes: exact, or rewritten
+_MOST_RECORDS = {True: 8, False: 16}  # in memory, as bytes: exact, or rewritten
 
 
 def estimate(

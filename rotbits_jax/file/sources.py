@@ -6,6 +6,7 @@ them one face, and remembers the checksums of records.
 
 from collections.abc import Iterator, Mapping
 import contextlib
+import os
 from typing import Any
 import zlib
 
@@ -51,12 +52,17 @@ class Source:
       stem: see the class; None for that of the checkpoint.
 
     Raises:
-      ValueError: if a leaf of a PyTree is no array, or if it has no name.
+      ValueError: if it is a path, or if a leaf of a PyTree is no array or has no name.
     """
     if isinstance(given, checkpoints.Checkpoint):
       files = given.files if files is None else files
       stem = given.stem if stem is None else stem
       given = given.model
+    if isinstance(given, str | os.PathLike):
+      raise ValueError(
+        f'{os.fspath(given)}: a path is no model; encode_to_file takes one, and '
+        'open_checkpoint opens one for encode'
+      )
     known = models.Model, checkpoints.CheckpointReader, checkpoints.TensorFiles
     self._given: Any = given if isinstance(given, known) else trees.TreeRecords(given)
     own: Any = lambda name, default=None: getattr(self._given, name, default)

@@ -76,7 +76,7 @@ def default(config: models.ModelConfig | None) -> str:
   Returns:
     'free' for a sliced model, in which a fifth of the elements and more is redundant;
     else 'exact', because on a dense model `free` changes elements to save about a bit
-    of each.
+    of each, or next to nothing.
   """
   return 'free' if config is not None and config.sliced else 'exact'
 

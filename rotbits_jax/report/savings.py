@@ -119,12 +119,14 @@ class Report(NamedTuple):
       return base
     same = 'the same' if self.keeps == 'function' else 'nearly the same'
     up_to = 'up to rounding, ' if self.keeps == 'function' else ''
+    carries = self.preset in ('free', 'near') and not self.needs
+    cure = 'Merge them first, give them to encode with --adapter, or '
     remarks = [
       *base,
       f'The decoded model computes {same} function {up_to}in other coordinates: its '
       'weights are not those of the input. Adapters (LoRA) that were trained on the '
-      'input do not fit it. Merge them first, give them to encode with --adapter, or '
-      'use the preset exact.',
+      f'input do not fit it. {cure if carries else "Merge them first or "}use the '
+      'preset exact.',
     ]
     if self.keeps == 'approximation':
       remarks.append('Measure how much it differs with `rotbits evaluate`.')
@@ -151,7 +153,7 @@ def summary(notes: list[dict[str, Any]]) -> list[dict[str, Any]]:
   rows = []
   for kind, own in kinds.items():
     row: dict[str, Any] = dict(kind) | {'count': len(own)}
-    if all('shape' in note for note in own):
+    if all(note.get('shape') is not None for note in own):
       whole = sum(math.prod(note['shape']) for note in own)
       row['saved'] = whole - sum(note['elements'] for note in own)
     else:
