@@ -277,6 +277,7 @@ def fitting_files(model: models.Model, files: dict[str, bytes]) -> dict[str, byt
   untied = configs.with_own_head(files, model.config)
   if untied is files:
     return files
+  configs.parse_config(attributes.parse_object(files[CONFIG], CONFIG))  # or leave it
   flat = structured.flatten(model.outer())
   pair = [flat.get('head/kernel'), flat.get('embed/tokens')]
   # Parts of arrays on other hosts are not compared: a head of its own is never wrong.

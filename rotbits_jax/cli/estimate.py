@@ -21,6 +21,8 @@ JSON:
   without  why there are no estimates of free and near, or null
 """
 
+import pathlib
+
 from rotbits_jax import checkpoints
 from rotbits_jax.cli import program
 from rotbits_jax.file import estimation
@@ -60,11 +62,13 @@ def main() -> program.Result:
   lines = [
     f'{"":13}{text_lib.of_bytes(given):>8}{"time":>15}{"memory":>9}  what comes back'
   ]
+  is_gguf = pathlib.Path(_CHECKPOINT.value).suffix == '.gguf'
+  kept = _KEPT | ({'exact': 'safetensors, rounded to float16'} if is_gguf else {})
   for own in found:
     lines.append(
       f'{own.preset:13}{text_lib.of_bytes(own.nbytes):>8}'
       f'{own.nbytes / max(given, 1):7.1%}{text_lib.of_seconds(own.seconds):>8}'
-      f'{text_lib.of_bytes(own.memory):>9}  {_KEPT[own.preset]}'
+      f'{text_lib.of_bytes(own.memory):>9}  {kept[own.preset]}'
     )
   if _BASE.value is not None and not any('base' in x.preset for x in found):
     lines.append(

@@ -44,8 +44,7 @@ class Output:
     Args:
       path: path of the output.
       inputs: the checkpoint, its base and adapters, see `inputs.check`.
-      shard_size: greatest size of a shard in bytes; None for one file, or for as many
-        shards as there are processes.
+      shard_size: see `api.encode_to_file`.
       overwrite: whether existing files may be replaced.
 
     Raises:

@@ -36,6 +36,7 @@ from rotbits_jax.file import sidecars
 from rotbits_jax.file import sources
 from rotbits_jax.file import stacks as stacks_lib
 from rotbits_jax.file.container import ContainerError
+from rotbits_jax.system import host
 from rotbits_jax.system import progress
 
 Tree = dict[str, Any]
@@ -313,7 +314,9 @@ class Reader:
         self._records, layers, experts, place, start, resolve, integers
       )
       for name, future in started.items():
-        flat |= placement.placed(future.result(), place)
+        for path, leaf in future.result().items():
+          own = host.contiguous(leaf) if isinstance(leaf, np.ndarray) else leaf
+          flat |= placement.placed({path: own}, place)
         bar.update(self._records.entry(name).input.bytes)
       for stack in stacks:
         own = stack.result(bar)
@@ -403,10 +406,11 @@ class Reader:
     if self.config is not None and self._message is None:
       names = list(models.outer_shapes(self.config))
 
+
     def order(name: str) -> tuple[bool, bool]:
-      leaves = self._records.entry(name).leaves
+      own = self._records.entry(name).leaves
       # Nothing waits for a record that waits, or all threads could wait for it.
-      return any(x.waits for x in leaves), any(x.needs for x in leaves)
+      return any(x.waits for x in own), any(x.needs for x in own)
 
     return sorted(names, key=order)
 

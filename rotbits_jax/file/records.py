@@ -81,6 +81,8 @@ class Records:
     widths = () if config is None else config.segment_widths
     identities = {i for i, width in enumerate(widths) if (width, width) == square}
     waiting = {self.holders[path] for path, leaf in self.leaves.items() if leaf.waits}
+    # Other shards may have these.
+    outer = {} if config is None else models.outer_shapes(config)
     for path, leaf in self.leaves.items():
       for other in leaf.needs:
         if other in self.leaves and self.leaves[other].needs:
@@ -90,7 +92,8 @@ class Records:
             f'{path}: it needs {other}, whose record waits for others'
           )
         name = other.split('/')[0]
-        is_known = config is None or name in models.outer_shapes(config)
+        is_layer = models.names.layer_index(name) is not None
+        is_known = config is None or is_layer or name in outer
         if other not in self.leaves and (name in self.entries or not is_known):
           raise ContainerError(f'{path}: it needs {other}, which is missing')
       if base is not None:

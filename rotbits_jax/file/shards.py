@@ -105,13 +105,13 @@ def plan(
 ) -> list[Shard]:
   """Divides records among files.
 
-  The plan depends only on the sizes before coding, so it is known from the start. No
-  file exceeds `shard_size`, unless a single record does.
+  The plan depends only on the sizes before coding, so it is known from the start. The
+  records of no file exceed `shard_size` then, unless a single one does.
 
   Args:
     path: path of the output.
     sizes: bytes of each record before coding, in order.
-    shard_size: greatest size of a shard in bytes; None for no limit.
+    shard_size: greatest size of the records of a shard; None for no limit.
     least: the least number of shards, if there are enough records.
 
   Returns:
