@@ -51,14 +51,6 @@ class ContainerTest(parameterized.TestCase):
   def test_same_input_gives_same_bytes(self):
     self.assertLen({packed() for _ in range(3)}, 1)
 
-  def test_only_the_streams_that_were_announced_are_written(self):
-    writer = container.StreamWriter(io.BytesIO(), ['a', 'b'])
-    with self.assertRaisesRegex(ValueError, 'c: no room'):
-      writer.append('c', [b'x'])
-    writer.extend('a', b'x')
-    with self.assertRaisesRegex(ValueError, 'still open'):
-      writer.extend('b', b'x')
-
   def test_records_of_gigabytes(self):
     path = pathlib.Path(self.enterContext(tempfile.TemporaryDirectory()), 'x')
     names, nbytes = [f'layers.{i}' for i in range(126)], 4_300_000_000

@@ -94,51 +94,40 @@ class StreamWriter:
     self._room = len(_header(most, 0xFFFFFFFF))
     if self._room > _MOST_HEADER:
       raise ValueError(f'{len(names)} streams are too many for one file')
-    self._names = {*names, MANIFEST}
     self._file = file
     self._streams: dict[str, tuple[int, int]] = {}
     self._end = self._next = self._crc = 0
-    self._open: str | None = None
     file.write(bytes(8 + self._room))
 
   def append(self, name: str, parts: Iterable[Any]) -> tuple[int, int]:
-    """Writes one stream.
+    """Writes one stream, or the rest of it after `extend`.
 
     Args:
       name: name of the stream.
-      parts: the bytes of the stream, in pieces that support the buffer protocol.
+      parts: the bytes, in pieces that support the buffer protocol.
 
     Returns:
       The length of the stream, and its CRC-32.
     """
     for part in parts:
-      self.extend(name, part)
-    return self.close(name)
+      self.extend(part)
+    self._streams[name] = self._end, self._next
+    nbytes, crc = self._next - self._end, self._crc
+    self._end, self._crc = self._next, 0
+    return nbytes, crc
 
-  def extend(self, name: str, part: Any) -> None:
-    """Writes a piece of the open stream, or opens a stream with its first piece."""
-    if name not in self._names or name in self._streams:
-      raise ValueError(f'{name}: no room was reserved for this stream')
-    if self._open not in (None, name):
-      raise ValueError(f'{name}: the stream {self._open} is still open')
-    self._open = name
+  def extend(self, part: Any) -> None:
+    """Writes a piece of the next stream, which `append` ends."""
     view = memoryview(np.ascontiguousarray(part)).cast('B')
     self._crc = zlib_ng.crc32(view, self._crc)
     self._file.write(view)
     self._next += view.nbytes
 
-  def close(self, name: str) -> tuple[int, int]:
-    """Ends a stream, which may be empty; `append` describes the result."""
-    self._streams[name] = self._end, self._next
-    nbytes, crc = self._next - self._end, self._crc
-    self._open, self._end, self._crc = None, self._next, 0
-    return nbytes, crc
-
   def keep(self, name: str, nbytes: int) -> None:
-    """Takes over a stream that an earlier run appended to the file."""
+    """Takes over a stream of an earlier run that begins at the file's position."""
     self._streams[name] = self._end, self._end + nbytes
     self._end = self._next = self._end + nbytes
-    self._file.seek(self.start + self._end)
+    self._file.seek(nbytes, os.SEEK_CUR)
 
   def finish(self, manifest: bytes) -> None:
     """Appends the text of the manifest and writes the header.
@@ -159,11 +148,6 @@ class StreamWriter:
     self._file.seek(0)
     self._file.write(struct.pack('<Q', self._room))
     self._file.write(header + b' ' * (self._room - len(header)))
-
-  @property
-  def start(self) -> int:
-    """The offset of the first stream in the file."""
-    return 8 + self._room
 
 
 def _most_text(nbytes: int) -> int:

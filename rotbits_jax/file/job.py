@@ -410,7 +410,7 @@ class Job:
     encoded = coder.encode(
       self.source,
       coder.load(self.preset.options),
-      lambda words: writer.extend(first, words),
+      writer.extend,
       progress=bar.shown,
     )
     saving = manifest_lib.SavingEntry(**encoded.saving._asdict())

@@ -137,18 +137,18 @@ class FileWriter:
 
     If the record is damaged, returns False; it is written over.
     """
-    begin = self._streams.start + sum(record.nbytes for record in self._records)
+    begin = self._file.tell()
+    data = self._file.read(entry.nbytes)
     self._file.seek(begin)
-    if zlib_ng.crc32(self._file.read(entry.nbytes)) != entry.crc32:
-      self._file.seek(begin)
+    if zlib_ng.crc32(data) != entry.crc32:
       return False
     self._streams.keep(entry.name, entry.nbytes)
     self._records.append(entry)
     return True
 
-  def extend(self, name: str, part: np.ndarray) -> None:
-    """Appends a piece to a stream of a message."""
-    self._streams.extend(name, part)
+  def extend(self, part: np.ndarray) -> None:
+    """Appends a piece of the first stream of a message."""
+    self._streams.extend(part)
 
   def add_message(self, streams: Mapping[str, np.ndarray | None], **facts: Any) -> None:
     """Ends a message.
@@ -210,7 +210,7 @@ class FileWriter:
     packer, size = zlib_ng.compressobj(7), 0
     for part in parts:
       size += part.nbytes
-      self.extend(name, np.frombuffer(packer.compress(part), np.uint8))
+      self.extend(np.frombuffer(packer.compress(part), np.uint8))
     stream = self._append(name, [np.frombuffer(packer.flush(), np.uint8)])
     return manifest_lib.Deflated(nbytes=stream.nbytes, crc32=stream.crc32, size=size)
 
