@@ -210,9 +210,15 @@ class StreamReader:
     with self.errors():
       self._streams, self._start, self.manifest_crc32 = self._read_header()
 
-  def errors(self) -> '_Named':
-    """Returns a context that puts the name of the file before a `ContainerError`."""
-    return _Named(self.name)
+  @contextlib.contextmanager
+  def errors(self) -> Iterator[None]:
+    """Puts the name of the file before a `ContainerError`."""
+    try:
+      yield
+    except ContainerError as error:
+      if not self.name or str(error).startswith(self.name):
+        raise
+      raise ContainerError(f'{self.name}: {error}') from error
 
   def names(self) -> list[str]:
     """Returns the names of the streams, in the order of the file."""
@@ -373,19 +379,6 @@ def _size(entry: Any, begin: int) -> int | None:
   if type(size) is not int or not 0 <= size < _MOST:
     return None
   return size if offsets == [begin, begin + size] else None
-
-
-class _Named:
-  def __init__(self, name: str):
-    self._name = name
-
-  def __enter__(self) -> None:
-    return None
-
-  def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
-    named = self._name and isinstance(error, ContainerError)
-    if named and not str(error).startswith(self._name):
-      raise ContainerError(f'{self._name}: {error}') from error
 
 
 def parse_json(data: bytes, where: str) -> Any:
