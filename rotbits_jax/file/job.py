@@ -156,10 +156,10 @@ class Job:
       is_last = shard.records[-1:] == tuple(self.counts)[-1:]
       writers[shard.name] = writer_lib.FileWriter(
         open_shard(shard),
-        self._summary(),
         self._streams(shard.records),
         sum(self.counts[name].bytes for name in shard.records),
         self.source if is_last else None,
+        **self._facts(),
       )
       home |= dict.fromkeys(shard.records, shard.name)
     kept, known = self._keep(writers, list(home), journal) if journal else (0, None)
@@ -261,10 +261,11 @@ class Job:
         except ValueError as error:
           raise ValueError(f'{path}: {error}') from error
 
-  def _summary(self) -> writer_lib.Summary:
-    source, context = self.source, self._context
+  def _facts(self) -> dict[str, Any]:
+    """Returns the fields of the manifest that all shards share."""
+    preset, context = self.preset, self._context
     dtypes: dict[str, str] = {}
-    rounding = self.preset.rounding
+    rounding = preset.rounding
     if context is not None and rounding is not None and rounding.uniform:
       # The parameters are float32 in the file.
       dtypes = {
@@ -273,7 +274,14 @@ class Job:
         if dtype != context.dtype and jnp.issubdtype(dtype, jnp.floating)
       }
       dtypes[''] = context.dtype.name
-    return writer_lib.Summary(self.preset, source.config, source.stem, dtypes)
+    return {
+      'preset': preset.name,
+      'options': preset.options,
+      'keeps': preset.keeps,
+      'config': self.source.config,
+      'stem': self.source.stem,
+      'dtypes': dtypes,
+    }
 
   def _streams(self, records: Sequence[str]) -> list[str]:
     """Returns the names of the streams of records."""

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Mapping, Sequence
 import dataclasses
 import json
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO
 
 import jax
 import numpy as np
@@ -11,7 +11,6 @@ from zlib_ng import zlib_ng
 
 from rotbits_jax import models
 from rotbits_jax import passes
-from rotbits_jax import presets
 from rotbits_jax import structured
 from rotbits_jax.file import base as base_lib
 from rotbits_jax.file import coders
@@ -34,22 +33,6 @@ EncodedRecord = tuple[manifest_lib.RecordEntry, np.ndarray]
 
 BESIDE = 'beside a base'
 """The name of the saving of a base."""
-
-
-class Summary(NamedTuple):
-  """Facts about all records, which every file or shard contains.
-
-  Attributes:
-    preset: the preset with which they are coded.
-    config: config of the model; None for plain arrays.
-    stem: name of the weights and of the slicing JSON in a checkpoint of SliceGPT.
-    dtypes: see `manifest.Manifest`.
-  """
-
-  preset: presets.Preset
-  config: models.ModelConfig | None = None
-  stem: str | None = None
-  dtypes: Mapping[str, str] = {}
 
 
 def check_source(source: sources.Source, streams: Iterable[str]) -> None:
@@ -97,25 +80,25 @@ class FileWriter:
   def __init__(
     self,
     file: BinaryIO,
-    summary: Summary,
     streams: Sequence[str],
     nbytes: int,
     source: sources.Source | None,
+    **facts: Any,
   ):
     """Reserves room for the header.
 
     Args:
       file: empty, or with the records of an earlier run; open for reading and writing.
-      summary: of all records.
       streams: names of the records that will come, in order, or of the streams of a
         message.
       nbytes: how many bytes the records have before they are coded.
       source: has the other files and the gaps of weights files, which the container
         keeps; None if another shard does.
+      facts: the fields of `manifest.Manifest` that all shards share.
     """
     others = [] if source is None else _other_streams(source)
     self._streams = container.StreamWriter(file, [*streams, *others], nbytes)
-    self._file, self._summary, self._source = file, summary, source
+    self._file, self._source, self._facts = file, source, facts
     self._records: list[manifest_lib.RecordEntry] = []
     self._message: manifest_lib.MessageEntry | None = None
 
@@ -179,15 +162,9 @@ class FileWriter:
       for name, data in self._source.files.items():
         parts = [memoryview(data)]
         files[name] = self._deflated(f'{manifest_lib.FILES}{name}', parts)
-    preset = self._summary.preset
     try:
       manifest = manifest_lib.Manifest(
-        preset=preset.name,
-        options=preset.options,
-        keeps=preset.keeps,
-        config=self._summary.config,
-        stem=self._summary.stem,
-        dtypes=dict(self._summary.dtypes),
+        **self._facts,
         records=tuple(self._records),
         message=self._message,
         files=files,
