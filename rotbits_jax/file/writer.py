@@ -268,27 +268,21 @@ def entry_of(
     ValueError: if it would not come back as it is. It names the parameter.
   """
   try:
-    return _entry_of(path, leaf, resolve)
+    type_name, shape, dtype, _ = structured.stack_key(leaf)
+    if not type_name:
+      stored = np.asarray(leaf).view(leaves_lib.stored_dtype(dtype))
+      return leaves_lib.Leaf(path=path, shape=shape, dtype=dtype), [stored]
+    settings, arrays = leaf.stored()
+    if not structured.same_bits(type(leaf).from_stored(settings, arrays), leaf):
+      raise ValueError(f'a leaf of type {type_name!r} cannot store all of this value')
+    crc32 = None
+    if leaf.expands_on_reading:
+      array = leaf.materialize(*map(resolve, leaf.needs))
+      crc32 = checksums.of_array(jax.device_get(array))
+    return _entry_of_leaf(path, leaf, (settings, arrays), crc32)
   # A leaf that is stacked, or should be, raises any of these.
   except (*leaves_lib.UNTRUSTED, ValueError) as error:
     raise ValueError(f'{path}: it cannot be stored: {error}') from error
-
-
-def _entry_of(
-  path: str, leaf: Any, resolve: Resolve
-) -> tuple[leaves_lib.Leaf, list[np.ndarray]]:
-  type_name, shape, dtype, _ = structured.stack_key(leaf)
-  if not type_name:
-    stored = np.asarray(leaf).view(leaves_lib.stored_dtype(dtype))
-    return leaves_lib.Leaf(path=path, shape=shape, dtype=dtype), [stored]
-  settings, arrays = leaf.stored()
-  if not structured.same_bits(type(leaf).from_stored(settings, arrays), leaf):
-    raise ValueError(f'a leaf of type {type_name!r} cannot store all of this value')
-  crc32 = None
-  if leaf.expands_on_reading:
-    array = leaf.materialize(*map(resolve, leaf.needs))
-    crc32 = checksums.of_array(jax.device_get(array))
-  return _entry_of_leaf(path, leaf, (settings, arrays), crc32)
 
 
 def _entry_of_leaf(
