@@ -123,44 +123,35 @@ def start_stacks(
       raise ContainerError(f'{names[0]}: its experts are stored in different forms')
     return own, *others[:1]
 
+  def stack(run: range, count: int) -> Stack:
+    """Starts a stack of layers, or that of their experts if `count` is not 0.
+
+    The records have equal keys, see `manifest.RecordEntry.stack_key`.
+    """
+    own = slice(1, None) if count else slice(1)
+    names = [x for i in run for x in models.names.of_layer(i, count)[own]]
+    entries, each = list(map(records.entry, names)), max(count, 1)
+    name, wanted = models.names.stack(run), range(len(run))
+    if place is not None:
+      lead = (len(run), count) if count else (len(run),)
+      wanted = placement.local_layers(place, name, entries[0], lead)
+    local = entries[each * wanted.start : each * wanted.stop]
+    # Where ranks differ, a stack has room for the greatest one in each layer.
+    largest = max(x.memory_bytes(integers) for x in entries)
+    memory_lib.check(name, largest * len(local))
+    memory = memory_lib.allocate(entries, stacked=len(local), integers=integers)
+    rows = [
+      {path: [array[row, ...] for array in arrays] for path, arrays in memory.items()}
+      for row in range(len(local))
+    ]
+    jobs = [
+      start(functools.partial(records.decode, entry.name, row, resolve))
+      for entry, row in zip(local, rows, strict=True)
+    ]
+    return Stack(name, wanted, len(run), count, local, entries, memory, jobs)
+
   return [
-    _start(records, run, each, place, start, resolve, integers)
+    stack(run, count)
     for run in models.stack_ranges(layers, key)
-    for each in dict.fromkeys((0, experts))
+    for count in dict.fromkeys((0, experts))
   ]
-
-
-def _start(
-  records: records_lib.Records,
-  layers: range,
-  experts: int,
-  place: placement.Place | None,
-  start: weights.Start,
-  resolve: records_lib.Resolve,
-  integers: bool,
-) -> Stack:
-  """Starts a stack of layers, or that of their experts if `experts` is not 0.
-
-  The records have equal keys, see `manifest.RecordEntry.stack_key`.
-  """
-  own = slice(1, None) if experts else slice(1)
-  names = [x for i in layers for x in models.names.of_layer(i, experts)[own]]
-  entries, each = list(map(records.entry, names)), max(experts, 1)
-  name, wanted = models.names.stack(layers), range(len(layers))
-  if place is not None:
-    lead = (len(layers), experts) if experts else (len(layers),)
-    wanted = placement.local_layers(place, name, entries[0], lead)
-  local = entries[each * wanted.start : each * wanted.stop]
-  # Where ranks differ, a stack has room for the greatest one in each layer.
-  largest = max(x.memory_bytes(integers) for x in entries)
-  memory_lib.check(name, largest * len(local))
-  memory = memory_lib.allocate(entries, stacked=each * len(wanted), integers=integers)
-  rows = [
-    {path: [array[row, ...] for array in arrays] for path, arrays in memory.items()}
-    for row in range(len(local))
-  ]
-  jobs = [
-    start(functools.partial(records.decode, entry.name, row, resolve))
-    for entry, row in zip(local, rows, strict=True)
-  ]
-  return Stack(name, wanted, len(layers), experts, local, entries, memory, jobs)
