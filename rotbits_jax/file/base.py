@@ -12,7 +12,7 @@ import functools
 import hashlib
 import json
 import threading
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -30,19 +30,6 @@ from rotbits_jax.system import host
 _PREFIXES = ('base_model.', 'model.', 'module.', 'transformer.', '_orig_mod.')
 _LARGE = 1 << 22  # elements of an array whose parts are jobs of their own
 _MOST_RECORDS = 4  # that are held, because records are decoded side by side
-
-
-class BaseSource(Protocol):
-  """The source of a base, see `sources.Source`."""
-
-  @property
-  def records(self) -> Any: ...
-
-  def specs(self, record: str) -> Any: ...
-
-  def read(self, record: str) -> Any: ...
-
-  def fingerprint(self) -> str | None: ...
 
 
 class Beside(NamedTuple):
@@ -66,11 +53,12 @@ class Base:
     config: config of the model; None for plain arrays.
   """
 
-  def __init__(self, source: BaseSource, *, plain: bool):
+  def __init__(self, source: Any, *, plain: bool):
     """Reads names, shapes and dtypes.
 
     Args:
-      source: has the arrays.
+      source: has the arrays; its `records`, `specs`, `read` and `fingerprint` are those
+        of a `sources.Source`.
       plain: whether names that differ by a prefix are the same.
     """
     self._source, self._plain = source, plain
