@@ -12,28 +12,22 @@ Tree = dict[str, Any]
 
 
 class TreeRecords:
-  """A PyTree as records; see `sources.Source`.
+  """A PyTree as records, see `sources.Source`.
 
   Attributes:
     records: the keys of the outermost level.
   """
 
   def __init__(self, tree: Any):
-    """Names the leaves.
-
-    Raises:
-      ValueError: if a leaf is no array, or if it has no name.
-    """
+    """Names the leaves, see `to_dicts`."""
     self._tree = to_dicts(tree)
     self.records = tuple(self._tree)
-
-  def specs(self, record: str) -> Tree:
-    """Returns the leaves themselves."""
-    return self.read(record)
 
   def read(self, record: str) -> Tree:
     """Returns the leaves of a record."""
     return {record: self._tree[record]}
+
+  specs = read  # the arrays tell their shapes and dtypes
 
 
 def to_dicts(tree: Any) -> Tree:
