@@ -143,11 +143,6 @@ class Recipe:
     params = structured.astype(self._given(record), np.float32)
     return structured.unflatten(self._turned(record, params))
 
-  def layer(self, index: int) -> models.Params:
-    name = models.names.layer(index)
-    found: models.Params = self.read(name)[name]
-    return found
-
   def outer(self) -> models.Params:
     found: models.Params = {}
     for name in models.outer_shapes(self.config):
