@@ -3,60 +3,17 @@
 The coder of records is `coding.weights`. A package adds another one as an entry point
 of the group `rotbits_jax.coders`, see `system.plugins`, or registers it:
 
-    @dataclasses.dataclass(frozen=True, kw_only=True)
-    class Spec(coders.Spec):
-      level: int
-
     coders.register(coders.RecordCoder('zstd', Spec, encode, decode))
     rotbits_jax.encode(model, preset=presets.exact()._replace(coder='zstd'))
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from rotbits_jax.coding import weights
 from rotbits_jax.system import plugins
-from rotbits_jax.system import schema
-
-
-class ArraySpec(Protocol):
-  """One array of a record."""
-
-  @property
-  def shape(self) -> tuple[int, ...]: ...
-
-  @property
-  def dtype(self) -> str: ...
-
-  @property
-  def nbytes(self) -> int: ...
-
-
-class StreamSpec(Protocol):
-  """Describes the stream of a record; a schema dataclass, see `system.schema`."""
-
-  @property
-  def arrays(self) -> Sequence[ArraySpec]:
-    """The arrays, in order."""
-
-  @property
-  def nbytes(self) -> int:
-    """Length of the stream in bytes."""
-
-  def grid(self, array: Any) -> weights.Grid | None:
-    """The step of which an array holds integer multiples; None if there is none."""
-
-
-class Encoded(Protocol):
-  """An encoded record."""
-
-  @property
-  def spec(self) -> StreamSpec: ...
-
-  @property
-  def data(self) -> np.ndarray: ...
 
 
 class RecordCoder(NamedTuple):
@@ -64,24 +21,20 @@ class RecordCoder(NamedTuple):
 
   Attributes:
     name: name of the coder in files.
-    spec: class of the spec of a stream.
-    encode: takes arrays, contiguous; returns the spec and the stream, uint8 `[n]`.
+    spec: class of the spec of a stream: a schema dataclass, see `system.schema`. Like
+      `weights.StreamSpec` it has `arrays`, each with its `shape`, `dtype` (a name) and
+      `nbytes`; `nbytes`, the length of the stream; and the method `grid` of one of
+      `arrays`, which may always return None.
+    encode: takes arrays, contiguous; returns an object with the attributes `spec` and
+      `data`, the stream, uint8 `[n]`.
     decode: takes a spec, a stream, and as `out` the arrays to decode into. It raises a
       ValueError if the stream or an array is damaged.
   """
 
   name: str
   spec: type[Any]
-  encode: Callable[[Sequence[np.ndarray]], Encoded]
+  encode: Callable[[Sequence[np.ndarray]], Any]
   decode: Callable[..., Any]
-
-  def load(self, value: Any) -> StreamSpec:
-    """Makes a spec from a JSON value.
-
-    Raises:
-      ValueError: if the value is not a spec.
-    """
-    return schema.load(self.spec, value)
 
 
 class ModelCoder(NamedTuple):
@@ -108,14 +61,6 @@ class ModelCoder(NamedTuple):
   encode: Callable[..., Any]
   decode: Callable[..., Iterator[tuple[str, np.ndarray]]]
   dtypes: Callable[[Any], Mapping[str, np.dtype]]
-
-  def load(self, options: Mapping[str, Any]) -> Any:
-    """Makes the options from those of a preset.
-
-    Raises:
-      ValueError: if they are not options of the coder.
-    """
-    return schema.load(self.options, dict(options), 'options')
 
 
 Coder = RecordCoder | ModelCoder

@@ -31,6 +31,7 @@ from rotbits_jax.file import shards as shards_lib
 from rotbits_jax.file import sources
 from rotbits_jax.file import writer as writer_lib
 from rotbits_jax.system import progress as progress_lib
+from rotbits_jax.system import schema
 
 Batch = tuple[list[passes.Record], Any]
 
@@ -417,7 +418,7 @@ class Job:
     first, *others = coder.streams
     encoded = coder.encode(
       self.source,
-      coder.load(self.preset.options),
+      schema.load(coder.options, self.preset.options, 'options'),
       writer.extend,
       progress=bar.shown,
     )

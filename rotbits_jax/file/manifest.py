@@ -197,9 +197,9 @@ class RecordEntry:
     return coder
 
   @functools.cached_property
-  def stream_spec(self) -> coders.StreamSpec:
+  def stream_spec(self) -> weights.StreamSpec:
     """The description of the stream."""
-    return self.record_coder.load(self.spec)
+    return schema.load(self.record_coder.spec, self.spec)
 
   @property
   def decoded_bytes(self) -> int:
@@ -223,7 +223,7 @@ class RecordEntry:
     ]
     return self.decoded_bytes - sum(saved)
 
-  def leaf_specs(self) -> list[tuple[leaves_lib.Leaf, list[coders.ArraySpec]]]:
+  def leaf_specs(self) -> list[tuple[leaves_lib.Leaf, list[weights.ArraySpec]]]:
     """Returns each leaf with the specs of its arrays."""
     specs = iter(self.stream_spec.arrays)
     return [(leaf, [next(specs) for _ in leaf.arrays]) for leaf in self.leaves]

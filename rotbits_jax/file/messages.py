@@ -13,6 +13,7 @@ from rotbits_jax.file import container
 from rotbits_jax.file import manifest as manifest_lib
 from rotbits_jax.file import memory
 from rotbits_jax.file.container import ContainerError
+from rotbits_jax.system import schema
 
 
 class StoredMessage:
@@ -88,7 +89,7 @@ class StoredMessage:
     streams = {first: words(first), **{name: words(name)[:] for name in others}}
     found: dict[str, dict[str, Any]] = {}
     with self._file.errors(), _errors():
-      options = self._coder.load(self._options)
+      options = schema.load(self._coder.options, self._options, 'options')
       arrays = self._coder.decode(
         options, self._entry.layout, streams, self._config, progress=show_progress
       )
