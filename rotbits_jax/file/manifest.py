@@ -217,7 +217,7 @@ class RecordEntry:
     """Returns these bytes; matrices on grids may be decoded to integers."""
     grids = self.grids() if integers else {}
     saved = [
-      (grid.dtype.itemsize - grid.integer_dtype.itemsize) * leaf.size
+      leaf.nbytes - grid.nbytes * leaf.size
       for leaf in self.leaves
       if (grid := grids.get(leaf.path)) is not None
     ]
@@ -228,7 +228,7 @@ class RecordEntry:
     specs = iter(self.stream_spec.arrays)
     return [(leaf, [next(specs) for _ in leaf.arrays]) for leaf in self.leaves]
 
-  def grids(self) -> dict[str, weights.Grid]:
+  def grids(self) -> dict[str, weights.Uniform]:
     """Returns the grids of the plain matrices that are stored on one, by path."""
     return {
       leaf.path: grid

@@ -49,6 +49,7 @@ tables, they form several. The stream has, in this order:
 `specs.StreamSpec` has the numbers that are needed to read it.
 """
 
+from rotbits_jax.coding.weights.forms import Uniform
 from rotbits_jax.coding.weights.pool import Run
 from rotbits_jax.coding.weights.pool import Start
 from rotbits_jax.coding.weights.pool import in_turn
@@ -56,7 +57,6 @@ from rotbits_jax.coding.weights.pool import record_jobs
 from rotbits_jax.coding.weights.pool import run
 from rotbits_jax.coding.weights.specs import DTYPES
 from rotbits_jax.coding.weights.specs import ArraySpec
-from rotbits_jax.coding.weights.specs import Grid
 from rotbits_jax.coding.weights.specs import StreamSpec
 from rotbits_jax.coding.weights.streams import Encoded
 from rotbits_jax.coding.weights.streams import decode
@@ -67,10 +67,10 @@ __all__ = [
   'DTYPES',
   'ArraySpec',
   'Encoded',
-  'Grid',
   'Run',
   'Start',
   'StreamSpec',
+  'Uniform',
   'decode',
   'encode',
   'estimate',

@@ -51,20 +51,6 @@ def _known_type(name: Any) -> str | None:
   return None if name in layouts.TYPES else f'must be one of {", ".join(layouts.TYPES)}'
 
 
-class Grid(NamedTuple):
-  """The integers that an array of multiples of a unit is coded as.
-
-  Attributes:
-    unit: float32, the unit.
-    dtype: dtype of the array.
-    integer_dtype: dtype of the integers, int8 or int16.
-  """
-
-  unit: np.float32
-  dtype: np.dtype
-  integer_dtype: np.dtype
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ArraySpec:
   """An array of a stream.
@@ -250,9 +236,6 @@ class StreamSpec:
     """Length of the stream in bytes."""
     return sum(self.sizes())
 
-  def grid(self, array: ArraySpec) -> Grid | None:
-    """Returns the grid of an array of multiples of a unit; None for other arrays."""
-    form = array.uniform
-    if form is None:
-      return None
-    return Grid(form.unit, array.numpy_dtype, form.integer_dtype)
+  def grid(self, array: ArraySpec) -> forms.Uniform | None:
+    """Returns the form of an array of multiples of a unit; None for other arrays."""
+    return array.uniform
