@@ -580,8 +580,8 @@ class ReaderTest(Base):
     for change, words in (
       (lambda: record.update(nbytes=record['nbytes'] + 1), 'needs a stream of'),
       (lambda: record.update(leaves=[]), 'needs a stream of'),
-      (lambda: record['spec']['arrays'][0].__setitem__(1, [1 << 62]), 'an integer'),
-      (lambda: streams.update({name: streams[name][:-1] + b'x'}), 'an integer'),
+      (lambda: record['spec']['arrays'][0].__setitem__(1, [1 << 62]), 'must be from 0'),
+      (lambda: streams.update({name: streams[name][:-1] + b'x'}), 'must be from 0'),
     ):
       change()
       data = containers.pack(streams, json.dumps(manifest).encode())

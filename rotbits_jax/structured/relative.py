@@ -239,7 +239,7 @@ class Patched(_BesideBase):
   name: Name = static()
   changes: schema.Size = static()
   gaps: schema.Size = static()
-  shift: Annotated[schema.Integer, schema.between(0, given.MOST_SHIFT)] = static()
+  shift: Annotated[int, schema.between(0, given.MOST_SHIFT)] = static()
   parts: tuple[schema.Size, ...] = static()
   columns_first: bool = static(default=False)
 
@@ -398,10 +398,10 @@ class Relative(_BesideBase):
   lengths: tuple[Length, ...] = static()
   name: Name = static()
   width: Length = static()
-  first: Annotated[schema.Integer, schema.between(-10000, 10000)] = static()
+  first: Annotated[int, schema.between(-10000, 10000)] = static()
   parts: tuple[schema.Size, ...] = static()
   columns_first: bool = static(default=False)
-  unit: Annotated[schema.Integer, schema.between(-900, 900)] = static(default=0)
+  unit: Annotated[int, schema.between(-900, 900)] = static(default=0)
 
   def predicted(
     self, base: np.ndarray, own: np.ndarray | None, run: pool.Run

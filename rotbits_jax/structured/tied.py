@@ -127,7 +127,7 @@ class TiedExactly(_OfHead):
   residuals: Annotated[Any, Array(1, np.dtype(np.int8), several=True)]
   exceptions: Annotated[Any, Array(1)]
   tokens: Length = static()
-  scale: Annotated[schema.Integer, schema.between(-1000, 2000)] = static()
+  scale: Annotated[int, schema.between(-1000, 2000)] = static()
   first: int = static()
 
   @classmethod

@@ -16,13 +16,13 @@ fields, wrong types, numbers out of range. It allocates nothing in proportion to
 number that it reads. A dataclass checks how its fields fit together in `__post_init__`,
 which raises a ValueError.
 
-Annotations may be `bool`, `int` (from 0 to 2^53, which every JSON parser reads
-exactly), `float` (finite), `str`, `Literal`, `T | None`, `tuple[T, ...]`,
-`tuple[A, B]`, `dict[str, T]`, a dataclass, and `Any` for a JSON value. An annotation
-`Annotated[T, check]` adds a check: a function that takes the value and returns what it
-must be, or None if it is right. A field that equals its default is left out. A
-dataclass with the attribute `as_list = True` becomes the list of its fields, all of
-them, because many records of one kind are short that way.
+Annotations may be `bool`, `int` (from 0 to 2^53, which every JSON parser reads exactly;
+any integer if it has a check), `float` (finite), `str`, `Literal`, `T | None`,
+`tuple[T, ...]`, `tuple[A, B]`, `dict[str, T]`, a dataclass, and `Any` for a JSON value.
+An annotation `Annotated[T, check]` adds a check: a function that takes the value and
+returns what it must be, or None if it is right. A field that equals its default is left
+out. A dataclass with the attribute `as_list = True` becomes the list of its fields, all
+of them, because many records of one kind are short that way.
 """
 
 from collections.abc import Callable
@@ -85,10 +85,6 @@ def _path(value: Any) -> str | None:
   return None if is_path else 'must be up to 64 keys joined by slashes'
 
 
-class Signed:
-  """Marks an integer that may be negative, as in `Annotated[int, Signed()]`."""
-
-
 Size = Annotated[int, between(0, 1 << 48)]
 """The length of an axis, a count of elements, or a number of bytes."""
 
@@ -98,7 +94,7 @@ RelativePath = Annotated[str, _relative_path]
 Path = Annotated[str, _path]
 """The path of a parameter: keys joined by slashes."""
 
-Integer = Annotated[int, Signed()]
+Integer = Annotated[int, between(-_GREATEST, _GREATEST)]
 """An integer from -2^53 to 2^53."""
 
 
@@ -198,9 +194,7 @@ _PLAIN: dict[Any, _Parser] = {
     (int,), 'must be an integer from 0 to 2^53', lambda x: 0 <= x <= _GREATEST
   ),
 }
-_SIGNED = _plain(
-  (int,), 'must be an integer from -2^53 to 2^53', lambda x: abs(x) <= _GREATEST
-)
+_INTEGER = _plain((int,), 'must be an integer', lambda x: True)
 
 
 def _float(value: Any, where: str) -> float:
@@ -213,13 +207,11 @@ _PLAIN[float] = _float
 
 
 def _checked(kind: Any, checks: tuple[Any, ...]) -> _Parser:
-  signed = any(isinstance(check, Signed) for check in checks)
-  parse = _SIGNED if signed else _parser(kind)
-  functions = [check for check in checks if not isinstance(check, Signed)]
+  parse = _INTEGER if kind is int else _parser(kind)
 
   def parse_checked(value: Any, where: str) -> Any:
     found = parse(value, where)
-    for check in functions:
+    for check in checks:
       if (expected := check(found)) is not None:
         _refuse(where, expected, value)
     return found
