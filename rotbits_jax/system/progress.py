@@ -21,6 +21,9 @@ class Progress:
   """A context manager that shows the progress of a task whose size is known.
 
   Units of the name 'B' are bytes.
+
+  Attributes:
+    shown: whether anything is shown.
   """
 
   def __init__(self, task: str, total: int, unit: str, *, show: bool):
@@ -38,7 +41,7 @@ class Progress:
     self._first = 0, self._started  # the count at the beginning, and its time
     show = show and sys.stderr is not None  # as with pythonw
     terminal = status.is_terminal()
-    self._show, self._lines = show, show and not terminal
+    self.shown, self._lines = show, show and not terminal
     if show:
       status.clear()
     self._bar = tqdm.tqdm(
@@ -54,11 +57,6 @@ class Progress:
 
   def __exit__(self, *unused: object) -> None:
     self._bar.close()
-
-  @property
-  def shown(self) -> bool:
-    """Whether anything is shown."""
-    return self._show
 
   def stage(self, name: str) -> None:
     """Sets the name of the current step, which is shown beside the progress."""
@@ -87,7 +85,7 @@ class Progress:
 
   def say(self, text: str) -> None:
     """Shows a line at once."""
-    if not self._show:
+    if not self.shown:
       return
     if self._lines:
       with contextlib.suppress(OSError):  # whoever read it is gone; the work goes on
@@ -116,15 +114,7 @@ class Progress:
 def track(
   items: Iterable[T], task: str, unit: str, *, total: int, show: bool
 ) -> Iterator[T]:
-  """Yields items and shows the progress.
-
-  Args:
-    items: the items, which are the units of the task.
-    task: see `Progress`.
-    unit: see `Progress`.
-    total: the number of items.
-    show: see `Progress`.
-  """
+  """Yields the units of a task, `total` of them, and shows its `Progress`."""
   with Progress(task, total, unit, show=show) as progress:
     for item in items:
       yield item
