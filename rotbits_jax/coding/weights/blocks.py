@@ -265,14 +265,9 @@ def push(
   lanes: int,
   made: Tables,
 ) -> np.ndarray:
-  """Encodes symbols on this thread.
+  """Encodes symbols on this thread, with the other arguments of `encode`.
 
-  Args:
-    symbols: uint16, at least n, of which a jax.Array has 0 in a row's void places.
-    contexts: as in `encode`.
-    count: as in `encode`.
-    lanes: as in `encode`.
-    made: as in `encode`.
+  The symbols are uint16, at least n; a jax.Array has 0 in a row's void places.
 
   Returns:
     The words of the message: uint8.
@@ -316,18 +311,11 @@ def decode(
   made: Tables,
   write: Callable[[np.ndarray], None],
 ) -> None:
-  """Decodes a block on this thread: the inverse of `encode`.
+  """Decodes a block on this thread: the inverse of `encode`, with its arguments.
 
-  Args:
-    coded: uint8, the words of the message.
-    planes: uint8 `[planes_size(n, layout)]`, the planes.
-    contexts: as in `encode`.
-    count: as in `encode`.
-    lanes: as in `encode`.
-    layout: as in `encode`.
-    made: the tables.
-    write: takes the bit patterns of the elements, unsigned integers `[n]`, and copies
-      them; the array is used again afterwards.
+  The planes are uint8 `[planes_size(n, layout)]`, one after the other. `write` takes
+  the bit patterns of the elements, unsigned integers `[n]`, and copies them; the array
+  is used again afterwards.
 
   Raises:
     ValueError: if the bytes are not a block of n elements.
@@ -341,14 +329,7 @@ def decode(
 def pop(
   coded: np.ndarray, contexts: Fill, count: int, lanes: int, made: Tables
 ) -> np.ndarray:
-  """Decodes symbols on this thread: the inverse of `push`.
-
-  Args:
-    coded: uint8, the words of the message.
-    contexts: as in `encode`.
-    count: as in `encode`.
-    lanes: as in `encode`.
-    made: as in `encode`.
+  """Decodes symbols on this thread: the inverse of `push`, with its arguments.
 
   Returns:
     uint16 `[2^20]`, of which the first n are the symbols. The next call on this thread

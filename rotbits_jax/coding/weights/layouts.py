@@ -500,15 +500,9 @@ def join(
   *,
   layout: Layout,
 ) -> jax.Array:
-  """Returns the bit patterns of elements: the inverse of `split`.
+  """Returns the bit patterns of elements: the inverse of `split`, with its arguments.
 
-  Args:
-    out: unsigned integers `[n]`, whose memory the result gets.
-    symbols: as `split` returns them.
-    pieces: as `split` returns them.
-    min_exponent: as for `split`.
-    count: as for `split`.
-    layout: as for `split`.
+  The result gets the memory of `out`, unsigned integers `[n]`.
   """
 
   def loop(
