@@ -307,7 +307,14 @@ class _Encoder:
       return None
     shape = self._frame(t)
     code = frames.code(shape, self.options)
-    rotation = rotations.sampled_rotation(shape, segment, neutral, self.before, q)
+    if shape.from_shortcut:
+      (shortcut,) = segment.shortcut.values()
+      before = self.before
+      if before is None:
+        before = jnp.eye(shape.k, dtype=jnp.float32)
+      rotation = rotations.chained(shortcut, before, q)
+    else:
+      rotation = rotations.counter_rotated(neutral, q)
     arrays = rotations.rotated(segment, self.before, rotation)
     recovered, other = (
       rotations.recovered(

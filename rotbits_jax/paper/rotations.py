@@ -100,33 +100,6 @@ def reader_rotation(
   return _qr(_disturbed(jnp.asarray(folded), disturb))
 
 
-def sampled_rotation(
-  frame: frames.Frame,
-  segment: segments.SegmentParameters,
-  neutral: jax.Array | None,
-  before: jax.Array | None,
-  q: jax.Array,
-) -> jax.Array:
-  """Returns the rotation T of a segment, given its sampled frame.
-
-  Args:
-    frame: shape and source of the frame.
-    segment: the parameters.
-    neutral: the canonical rotation C of the readers; None if the frame will be
-      recovered from the shortcut.
-    before: the rotation T of the previous segment; None for none.
-    q: float32 `[n, k]`, the sampled frame.
-
-  Returns:
-    float32 `[d, d]`.
-  """
-  if frame.from_shortcut:
-    (shortcut,) = segment.shortcut.values()
-    before = jnp.eye(frame.k, dtype=jnp.float32) if before is None else before
-    return _chained(shortcut, before, q)
-  return _counter_rotated(neutral, q)
-
-
 def recovered(
   frame: frames.Frame,
   parts: segments.SegmentParameters,
@@ -193,8 +166,12 @@ def _shortcut_frame(shortcut: jax.Array) -> jax.Array:
 
 
 @jax.jit
-def _chained(shortcut: jax.Array, before: jax.Array, q: jax.Array) -> jax.Array:
-  """Returns `O^T (T + I) Z`, where q is the transpose of Z's first rows."""
+def chained(shortcut: jax.Array, before: jax.Array, q: jax.Array) -> jax.Array:
+  """Returns the rotation of a segment whose frame q is recovered from its shortcut.
+
+  It is `O^T (T + I) Z`, where T is the rotation of the segment before, and q is the
+  transpose of Z's first rows.
+  """
   n, k = q.shape
   step = canonical.polar(shortcut).rotation
   embedded = jnp.eye(n, dtype=jnp.float32).at[:k, :k].set(before)
@@ -205,8 +182,12 @@ def _chained(shortcut: jax.Array, before: jax.Array, q: jax.Array) -> jax.Array:
 
 
 @jax.jit
-def _counter_rotated(neutral: jax.Array, q: jax.Array) -> jax.Array:
-  """Returns `C (I + Q)^T`, where I + Q is block diagonal."""
+def counter_rotated(neutral: jax.Array, q: jax.Array) -> jax.Array:
+  """Returns the rotation of a segment whose frame q is recovered from its readers.
+
+  It is `C (I + Q)^T`, where C is the canonical rotation of the readers, and I + Q is
+  block diagonal.
+  """
   width, n = neutral.shape[0], q.shape[0]
   whole = jnp.eye(width, dtype=jnp.float32).at[width - n :, width - n :].set(q)
   return canonical.reorthogonalize(_matmul(neutral, whole.T))
