@@ -121,7 +121,10 @@ def decode(
     )
   frequencies = tables.from_bytes(data[: sizes[0]].tobytes(), len(shifts), ALPHABET)
   made = blocks.tables_of(frequencies)
-  of_contexts, first = np.array(shifts, np.uint8), _first(shifts)
+  of_contexts = np.array(shifts, np.uint8)
+  first = sum(x == 0 for x in shifts)  # the first context with raw bits
+  if any(shifts[:first]):
+    raise ValueError('contexts without raw bits come last')
   ends = np.cumsum(sizes, dtype=np.int64).tolist()
 
   def pop(
@@ -141,18 +144,6 @@ def decode(
     for (part, lanes), size, end in zip(own, sizes[1:], ends[1:], strict=True)
   ]
   return pool.run(jobs)
-
-
-def _first(shifts: Sequence[int]) -> int:
-  """Returns the first context with raw bits.
-
-  Raises:
-    ValueError: if one without raw bits comes later.
-  """
-  first = sum(x == 0 for x in shifts)
-  if any(shifts[:first]):
-    raise ValueError('contexts without raw bits come last')
-  return first
 
 
 def parts(count: int, lane: int = LANE) -> Iterator[tuple[slice, int]]:

@@ -92,7 +92,12 @@ def _decode(
   def pop(shapes: segments.Shapes) -> segments.Arrays:
     """Pops arrays that the encoder pushed together."""
     if options.entropy:
-      return _pop_coded(stack, coders.pop(), shapes, layout)
+      coder = coders.pop()
+      found = [(array.dtype, array.shape) for array in coder.arrays]
+      if found != [(layout.arrays[path].dtype, x) for path, x in shapes.items()]:
+        raise ValueError('a coder and the config list different arrays')
+      data = stack.pop(-(-coder.nbytes // 2)).view(np.uint8)[: coder.nbytes]
+      return dict(zip(shapes, weights.decode(coder, data), strict=True))
     words = {
       path: stack.pop(layout.arrays[path].num_words(shape))
       for path, shape in reversed(shapes.items())
@@ -129,16 +134,3 @@ def _decode(
     yield path, np.concatenate([array, arrays[path]], axis=1)
   if stack.size or corrections.size:
     raise ValueError('the streams hold more data than the model')
-
-
-def _pop_coded(
-  stack: word_stack.WordStack,
-  coder: weights.StreamSpec,
-  shapes: segments.Shapes,
-  layout: layout_lib.MessageLayout,
-) -> segments.Arrays:
-  found = [(array.dtype, array.shape) for array in coder.arrays]
-  if found != [(layout.arrays[path].dtype, x) for path, x in shapes.items()]:
-    raise ValueError('a coder and the config list different arrays')
-  data = stack.pop(-(-coder.nbytes // 2)).view(np.uint8)[: coder.nbytes]
-  return dict(zip(shapes, weights.decode(coder, data), strict=True))

@@ -1,7 +1,5 @@
 """The checksum of an array that files keep."""
 
-from collections.abc import Iterable
-
 import numpy as np
 from zlib_ng import zlib_ng
 
@@ -14,11 +12,3 @@ def of_array(array: np.ndarray, crc: int = 0) -> int:
     crc: the checksum of the bytes before.
   """
   return zlib_ng.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8), crc)
-
-
-def of_parts(parts: Iterable[np.ndarray]) -> int:
-  """Returns the checksum of an array that comes in parts, one after the other."""
-  crc = 0
-  for part in parts:
-    crc = of_array(part, crc)
-  return crc

@@ -413,9 +413,10 @@ def _finish(
     found = checksums_lib.of_array(array)
   else:
     assert spec.uniform
-    found = checksums_lib.of_parts(
-      spec.uniform.numbers(part, spec.numpy_dtype) for part in forms.chunks(array)
-    )
+    found = 0
+    for part in forms.chunks(array):
+      numbers = spec.uniform.numbers(part, spec.numpy_dtype)
+      found = checksums_lib.of_array(numbers, found)
   if found != spec.crc32:
     raise ValueError(f'array {index} of the record is damaged: its checksum differs')
 
