@@ -101,8 +101,7 @@ def apply(
         replaced = replaced and old[path] is not found.get(path)
         if replaced and isinstance(old[path], jax.Array):
           old[path].delete()
-    if empty := [x for entry in reader.records.values() for x in entry.empty]:
-      found |= {path: {} for path in empty}
+    found |= {x: {} for entry in reader.records.values() for x in entry.empty}
   return trees.unflatten_like(params, structured.unflatten(found))
 
 

@@ -22,6 +22,7 @@ variables using bits back coding, ICLR 2019.
 """
 
 from collections.abc import Callable
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -237,7 +238,4 @@ def _deal(x: jax.Array, lanes: int, fill: int) -> jax.Array:
 
 def _collect(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
   """Returns the array of this shape that was dealt out: the inverse of `_deal`."""
-  size = 1
-  for n in shape:
-    size *= n
-  return x.reshape(-1)[:size].reshape(shape)
+  return x.reshape(-1)[: math.prod(shape)].reshape(shape)

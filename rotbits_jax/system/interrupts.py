@@ -34,6 +34,7 @@ def raised() -> Iterator[None]:
   A signal that the process ignores, as nohup ignores SIGHUP, stays ignored. An error
   after a signal counts as the signal.
   """
+  global _pending
   once = [signal.SIGTERM, getattr(signal, 'SIGHUP', signal.SIGTERM)]
 
   def stop(number: int, frame: Any) -> None:
@@ -53,7 +54,7 @@ def raised() -> Iterator[None]:
     check()  # an import that a signal interrupts may end in an ImportError
     raise
   finally:
-    _forget()
+    _pending = None
     for each, handler in found.items():
       if handler is not None:
         signal.signal(each, handler)
@@ -72,8 +73,3 @@ def check() -> None:
 def exit_code(error: KeyboardInterrupt) -> int:
   """Returns the exit code of a process that a signal ended, as shells give it."""
   return 128 + getattr(error, 'signal', signal.SIGINT)
-
-
-def _forget() -> None:
-  global _pending
-  _pending = None

@@ -429,9 +429,10 @@ def _choose(batch: _Batch, counts: np.ndarray) -> list[Part]:
   elif layout.has_scale:
     classes = scales.of_counts(layout, counts)
     others = contexts.choose(layout, classes, counts).costs
+    one = np.ones(1, np.uint8)  # neither rows nor columns are sorted
     for i in np.flatnonzero(others < costs).tolist():
       row = np.stack([np.zeros_like(counts[i]), counts[i]])
-      coded[i] = Coded(layout, scales.unsorted(int(classes[i])), row)
+      coded[i] = Coded(layout, scales.Buckets(int(classes[i]), 1, one, one), row)
     costs = np.minimum(costs, others)
   parts = []
   for array, way, cost in zip(batch.arrays, coded, costs, strict=True):

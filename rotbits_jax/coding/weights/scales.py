@@ -170,11 +170,6 @@ def has_lines(shape: tuple[int, ...]) -> bool:
   return min(rows, columns) > 1 and columns <= buffers.ROOM
 
 
-def unsorted(of_all: int) -> Buckets:
-  """Returns buckets of which all rows and columns are in one, of this class."""
-  return Buckets(of_all, 1, np.ones(1, np.uint8), np.ones(1, np.uint8))
-
-
 def of_counts(layout: layouts.Layout, counts: np.ndarray) -> np.ndarray:
   """Returns the classes of arrays of which each has one.
 

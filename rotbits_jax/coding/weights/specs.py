@@ -6,6 +6,7 @@ for a coded array by the list of its blocks, and for frequency tables by the cod
 elements.
 """
 
+from collections.abc import Callable, Collection
 import dataclasses
 import math
 from typing import Annotated, Any, ClassVar, NamedTuple
@@ -43,12 +44,8 @@ def most_groups(elements: int) -> int:
   return _MAX_GROUPS + elements // _ELEMENTS_PER_GROUP
 
 
-def _known_dtype(name: Any) -> str | None:
-  return None if name in DTYPES else f'must be one of {", ".join(DTYPES)}'
-
-
-def _known_type(name: Any) -> str | None:
-  return None if name in layouts.TYPES else f'must be one of {", ".join(layouts.TYPES)}'
+def _one_of(known: Collection[str]) -> Callable[[Any], str | None]:
+  return lambda name: None if name in known else f'must be one of {", ".join(known)}'
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -68,7 +65,7 @@ class ArraySpec:
 
   as_list: ClassVar[bool] = True
 
-  dtype: Annotated[str, _known_dtype]
+  dtype: Annotated[str, _one_of(DTYPES)]
   shape: tuple[schema.Size, ...]
   crc32: schema.Crc32
   groups: tuple[schema.Size | None, ...]
@@ -107,11 +104,8 @@ class ArraySpec:
 
   @property
   def form(self) -> forms.Form | None:
-    return self.uniform or self.codebook or (forms.Halves() if self._halved else None)
-
-  @property
-  def _halved(self) -> bool:
-    return len(self.groups) == 2 and self.numpy_dtype.itemsize == 8
+    are_halves = len(self.groups) == 2 and self.numpy_dtype.itemsize == 8
+    return self.uniform or self.codebook or (forms.Halves() if are_halves else None)
 
   @property
   def parts(self) -> forms.Parts:
@@ -137,7 +131,7 @@ class GroupSpec:
 
   as_list: ClassVar[bool] = True
 
-  type_name: Annotated[str, _known_type]
+  type_name: Annotated[str, _one_of(layouts.TYPES)]
   raw_bits: schema.Size
   min_exponent: schema.Size
   contexts: schema.Size
