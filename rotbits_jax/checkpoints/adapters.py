@@ -92,14 +92,7 @@ class Adapter(NamedTuple):
 
 
 def read_adapter(path: str | os.PathLike[str], source: AdaptedModel) -> Adapter:
-  """Reads an adapter.
-
-  Args:
-    path: its folder.
-    source: the model that it was trained on.
-
-  Returns:
-    The adapter.
+  """Reads the adapter in a folder; `source` is the model that it was trained on.
 
   Raises:
     CheckpointError: if a file is missing or damaged, or if the adapter does more than

@@ -96,9 +96,6 @@ def parse_config(
 def slicing_json(config: models.ModelConfig) -> dict[str, Any]:
   """Makes SliceGPT's JSON for a sliced model: the inverse of `parse_config`.
 
-  Args:
-    config: config of a sliced model.
-
   Returns:
     The content of the slicing JSON; its `json.dumps` equals SliceGPT's file.
 
@@ -135,10 +132,6 @@ def with_own_head(
   embedding may differ. A config with settings that are not known may tie the head by
   default, so it gets the word that it does not.
 
-  Args:
-    files: the checkpoint's sidecar files by name.
-    config: config of the model.
-
   Raises:
     CheckpointError: if `config.json` is not a JSON object.
   """
@@ -156,10 +149,6 @@ def with_own_head(
 def with_dtype(files: dict[str, bytes], dtype: np.dtype) -> dict[str, bytes]:
   """Returns files whose `config.json`, if it names a dtype, names this one.
 
-  Args:
-    files: the checkpoint's sidecar files by name.
-    dtype: the dtype of the weights.
-
   Raises:
     CheckpointError: if `config.json` is not a JSON object.
   """
@@ -173,10 +162,7 @@ def _changed(files: dict[str, bytes], parsed: Any) -> dict[str, bytes]:
 
 
 def stop_tokens(files: Mapping[str, bytes]) -> tuple[int, ...]:
-  """Returns the tokens that end a text.
-
-  Args:
-    files: the checkpoint's sidecar files by name.
+  """Returns the tokens that end a text, from the sidecar files of a checkpoint.
 
   Returns:
     The `eos_token_id` of `generation_config.json` or, if it has none, of `config.json`.

@@ -376,13 +376,7 @@ def _nbytes(name: str, tensor: gguf_header.Tensor) -> int:
 def _check_places(
   file: files.File, stored: Mapping[str, gguf_header.Tensor], sizes: Mapping[str, int]
 ) -> None:
-  """Checks that tensors do not overlap, so that a small file has no large model.
-
-  Args:
-    file: the file.
-    stored: the tensors by name.
-    sizes: bytes of each tensor.
-  """
+  """Checks that tensors do not overlap, so that a small file has no large model."""
   end = 0
   for name in sorted(stored, key=lambda name: (stored[name].offset, sizes[name])):
     offset = stored[name].offset

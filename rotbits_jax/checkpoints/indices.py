@@ -54,11 +54,7 @@ def read(path: pathlib.Path) -> bytes:
 
 
 def parse(content: bytes, where: str) -> WeightIndex:
-  """Parses the content of an index.
-
-  Args:
-    content: the content of the index.
-    where: name of the index, for error messages.
+  """Parses the content of an index, which errors call `where`.
 
   Raises:
     CheckpointError: if this is not the content of an index.

@@ -60,14 +60,8 @@ class CheckpointReader:
   ):
     """Matches the tensors with the parameters that a model with this config has.
 
-    Args:
-      tensors: the tensors by their names in the checkpoint.
-      config: sizes and switches.
-      path: see the class; None for tensors in memory.
-      weights: the files that hold the tensors, besides `path`.
-      files: see the class.
-      stem: see the class.
-      left_out: see the class.
+    The tensors have their names in the checkpoint. The files that hold them are `path`,
+    which is None for tensors in memory, and `weights`.
 
     Raises:
       UnsupportedError: if a tensor is missing or unknown, or has a wrong shape or
@@ -98,10 +92,7 @@ class CheckpointReader:
     return sum(sizes.values())
 
   def read(self, record: str) -> models.Params:
-    """Reads a record.
-
-    Args:
-      record: one of `records`.
+    """Reads one of `records`.
 
     Returns:
       Nested dicts, with the record as their only key. Leaves are NumPy arrays, or
@@ -119,13 +110,9 @@ class CheckpointReader:
     return structured.unflatten(found)
 
   def specs(self, record: str) -> models.Params:
-    """Returns the shapes and dtypes of a record; nothing is read.
+    """Returns the shapes and dtypes of one of `records`; nothing is read.
 
-    Args:
-      record: one of `records`.
-
-    Returns:
-      The result of `read` with a `TensorSpec` in place of each array.
+    That is the result of `read` with a `TensorSpec` in place of each array.
     """
     if record == models.names.BUFFERS:
       return {record: {name: self._tensors[name].spec for name in self._buffers}}
@@ -215,16 +202,12 @@ class CheckpointReader:
 def from_tensors(
   tensors: Mapping[str, np.ndarray], config: models.ModelConfig
 ) -> models.Model:
-  """Makes a model from the tensors of a checkpoint.
+  """Makes a model from the tensors of a checkpoint, by their names there.
 
   If the config says that the head is tied, but there is a tensor for the head, it must
   equal the embedding. The model then has the head as a parameter, and its config says
   that the head is not tied. Two factors of a weight, see `factors`, become a
   `structured.LowRank`.
-
-  Args:
-    tensors: the tensors by their names in the checkpoint.
-    config: sizes and switches.
 
   Returns:
     The model; its leaves are NumPy arrays of the tensors' dtypes.

@@ -65,13 +65,7 @@ class _Entry:
 
 
 def open_file(path: str | os.PathLike[str]) -> dict[str, lazy.LazyTensor]:
-  """Opens a safetensors file. Only its header is read.
-
-  Args:
-    path: the file.
-
-  Returns:
-    The tensors by name.
+  """Opens a safetensors file; returns the tensors by name. Only its header is read.
 
   Raises:
     CheckpointError: if the file is damaged or has a dtype that NumPy lacks.
@@ -90,9 +84,6 @@ def open_places(
   path: str | os.PathLike[str],
 ) -> dict[str, tuple[int, lazy.LazyTensor]]:
   """Opens a safetensors file with tensors of any dtype.
-
-  Args:
-    path: the file.
 
   Returns:
     Where each tensor begins in the file, and the tensor, by name. A tensor whose dtype

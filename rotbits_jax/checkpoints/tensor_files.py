@@ -58,14 +58,8 @@ class TensorFiles:
   ):
     """Checks that names are unique and that tensors do not overlap.
 
-    Args:
-      path: see the class.
-      weights: each file by its path in the folder; and its tensors by name, with their
-        offsets.
-      root: see the class.
-      files: see the class.
-      left_out: see the class.
-      reason: see the class.
+    `weights` has each file by its path in the folder; and its tensors by name, with
+    their offsets.
 
     Raises:
       CheckpointError: if a name occurs twice or cannot be a path, or if tensors

@@ -54,9 +54,6 @@ _MOST_SHARED = 2  # how many times its size a file may hold: tied tensors share 
 def open_file(path: str | os.PathLike[str]) -> dict[str, lazy.LazyTensor]:
   """Opens a file that `torch.save(state_dict)` wrote. No storage is read.
 
-  Args:
-    path: the file.
-
   Returns:
     The tensors by name, in the order of the file. Their arrays have the same strides as
     in the file. If a storage has a checksum, it is verified when the storage is first
@@ -86,9 +83,6 @@ def open_places(
   path: str | os.PathLike[str],
 ) -> dict[str, tuple[int, lazy.LazyTensor]]:
   """Opens the storages of a file that `torch.save` wrote.
-
-  Args:
-    path: the file.
 
   Returns:
     Where each storage begins in the file, and its elements, by the name of the first
@@ -463,12 +457,7 @@ class TorchZipWriter:
     self._add_text('byteorder', b'little')
 
   def add(self, name: str, pieces: Iterable[memoryview]) -> None:
-    """Appends a tensor.
-
-    Args:
-      name: name of the tensor.
-      pieces: bytes of the tensor in row-major order.
-    """
+    """Appends a tensor from its bytes in row-major order."""
     self._add(f'data/{self._keys[name]}', pieces, self._specs[name].nbytes)
 
   def close(self) -> None:

@@ -187,13 +187,7 @@ def windows(
   max_tokens: int | None = None,
   window: int | None = None,
 ) -> list[tuple[np.ndarray, int]]:
-  """Cuts tokens into windows as `evaluate` does.
-
-  Args:
-    tokens: see `evaluate`.
-    config: of the model.
-    max_tokens: see `evaluate`.
-    window: see `evaluate`.
+  """Cuts tokens into windows as `evaluate` does, which describes the arguments.
 
   Returns:
     For each window its tokens, int32 `[1, window]`, and how many are not padding. Only

@@ -230,15 +230,10 @@ def as_basis(basis: np.ndarray, roundoff: float) -> structured.Basis:
 def as_subspace(
   basis: np.ndarray, roundoff: float, growth: float = 1.0
 ) -> structured.Subspace:
-  """Returns the leaf of the subspace of a basis; see `as_basis`.
+  """Returns the leaf of the subspace of a basis; see `as_basis` and `FoundBasis`.
 
   The rows J are chosen so that the matrix M is not singular: the error of A, and its
   numbers, are smaller then.
-
-  Args:
-    basis: see `as_basis`.
-    roundoff: see `as_basis`.
-    growth: see `FoundBasis`.
   """
   from scipy import linalg  # slow to import
 

@@ -176,16 +176,8 @@ def _rewritten(
 ) -> tuple[list[Record], State]:
   """Rewrites consecutive layers, or a part of one, see `transform.parts`.
 
-  Args:
-    context: the context.
-    chain: the transforms.
-    rounding: see `rewrite`.
-    state: the state before the layers.
-    names: the name of each record.
-    given: the parameters of each; the list is emptied.
-
-  Returns:
-    The records, and the state after the layers.
+  `given` has the parameters of each record in `names`, and is emptied. The state is
+  that before the layers; the one after them is returned.
   """
   names, states = list(names), []
   first = models.names.layer_index(names[0])

@@ -73,12 +73,7 @@ def fold_norm_scales(
 def with_constant_scales(
   params: dict[str, Any], axes: models.layout.Axes
 ) -> dict[str, Any]:
-  """Replaces the scales that `fold_norm_scales` made 1 by leaves that store one number.
-
-  Args:
-    params: as for `fold_norm_scales`.
-    axes: as for `fold_norm_scales`.
-  """
+  """Replaces the scales that `fold_norm_scales` made 1 by leaves of one number."""
   return {
     path: structured.Constant.like(leaf, 1.0) if axes[path] == ('norm',) else leaf
     for path, leaf in params.items()
