@@ -200,13 +200,6 @@ class TestAccounting:
     assert counts.slicegpt == counts.dense + 64 * 4096 * 4096
     assert counts.gauge_fixed == counts.dense - 4096 * 4095 // 2
 
-  def test_round_interval(self):
-    for interval, width in ((1, 1638), (8, 1632), (128, 1536)):
-      counts = accounting.accounting(
-        config_of('opt-1.3b'), 0.2, round_interval=interval
-      )
-      assert counts.width == width
-
   def test_sparsity_out_of_range(self, subtests):
     for sparsity in (-0.1, 1.0, math.nan):
       with (
@@ -218,10 +211,6 @@ class TestAccounting:
   def test_nothing_left(self):
     with pytest.raises(ValueError, match='leaves nothing of the hidden size 2048'):
       accounting.accounting(config_of('opt-1.3b'), 0.999)
-
-  def test_round_interval_out_of_range(self):
-    with pytest.raises(ValueError, match='round_interval must be positive, got 0'):
-      accounting.accounting(config_of('opt-1.3b'), 0.2, round_interval=0)
 
   def test_sliced_config(self):
     config = checkpoints.load_checkpoint(TESTDATA / 'opt-small-sliced-0.2').model.config

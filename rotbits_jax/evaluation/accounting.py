@@ -72,27 +72,24 @@ class Accounting(NamedTuple):
     return {name: percent(n) for name, n in self.elements().items() if name != 'dense'}
 
 
-def accounting(
-  config: models.ModelConfig, sparsity: float, *, round_interval: int = 8
-) -> Accounting:
+def accounting(config: models.ModelConfig, sparsity: float) -> Accounting:
   """Counts the elements that each scheme stores for a model after slicing.
 
   Args:
     config: config of the dense model.
     sparsity: the part of the hidden size that slicing removes, in [0, 1).
-    round_interval: the sliced width is rounded down to a multiple of it.
 
   Returns:
     The counts.
 
   Raises:
-    ValueError: if the config is that of a sliced model, if a setting is out of range,
-      or if the sliced width is 0.
+    ValueError: if the config is that of a sliced model, if the sparsity is out of
+      range, or if the sliced width is 0.
   """
   if config.sliced:
     raise ValueError(f'the accounting needs a dense model, got {config.norm=}')
   hidden = config.hidden_size
-  width = slicing.sliced_width(hidden, sparsity, round_interval)
+  width = slicing.sliced_width(hidden, sparsity)
   segments = len(config.segment_widths) - 1
   sliced = config.sliced_to((width,) * segments + (hidden,))
   rotation = width * (width - 1) // 2

@@ -157,9 +157,9 @@ class Model:
         raise ValueError(f'{path} has elements that {dtype} cannot hold')
     return dataclasses.replace(self, params=params, stored_as=None)
 
-  def materialize(self, *, keep_factors: bool = False) -> 'Model':
+  def materialize(self) -> 'Model':
     """Replaces structured leaves by their arrays, see the function `materialize`."""
-    params = materialize(self.params, keep_factors=keep_factors)
+    params = materialize(self.params)
     return dataclasses.replace(self, params=params)
 
 
@@ -211,28 +211,17 @@ def from_layers(
   outer: Params,
   layers: list[Params],
   buffers: dict[str, Any] | None = None,
-  stored_as: str | None = None,
 ) -> Model:
-  """Makes a model from separate layers: the inverse of `outer` and `layers`.
+  """Makes a model from its layers in order: the inverse of `outer` and `layers`.
 
   Consecutive layers with equal `stack_key` become a stack.
-
-  Args:
-    config: sizes and switches.
-    outer: the parameters outside the layers.
-    layers: the L layers' parameters in order.
-    buffers: see `Model.buffers`.
-    stored_as: see `Model.stored_as`.
-
-  Returns:
-    The model.
   """
   params = dict(outer)
   key = lambda index: stack_key(layers[index])
   for stack in stack_ranges(range(len(layers)), key):
     run = layers[stack.start : stack.stop]
     params[names.stack(stack)] = stack_layers(run, len(run))
-  return Model(params, buffers or {}, config, stored_as)
+  return Model(params, buffers or {}, config)
 
 
 def stack_layers(layers: Iterable[Params], count: int) -> Params:

@@ -491,7 +491,6 @@ ul { list-style: none; margin: 16px 0; padding: 0; }
 .number { text-align: right; }
 .figures { display: grid; gap: 20px;
   grid-template-columns: repeat(auto-fill, minmax(300px, 1fr)); }
-.figures.one { max-width: 420px; grid-template-columns: 1fr; }
 figure { margin: 0; min-width: 0; }
 figcaption { color: var(--soft); font-size: .875rem; overflow-wrap: anywhere; }
 svg { display: block; width: 100%; height: auto; }

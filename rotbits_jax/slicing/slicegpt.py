@@ -17,7 +17,6 @@ import json
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from rotbits_jax import checkpoints
@@ -66,7 +65,6 @@ def slice_model(
   slice_head: bool = False,
   final_orientation: str = ORIENTATIONS[0],
   seed: int = 42,
-  dtype: Any = None,
   progress: bool = False,
 ) -> models.Model:
   """Slices a dense model.
@@ -84,17 +82,15 @@ def slice_model(
       first. 'random' multiplies the kept components by a random rotation (Haar), so
       that the numbers of a matrix have similar sizes. The function is the same.
     seed: seed of the random rotations.
-    dtype: dtype of the parameters: float16, bfloat16 or float32. None means float32,
-      which keeps the precision of the computation.
     progress: whether to show the progress on stderr.
 
   Returns:
-    The sliced model. Its leaves are NumPy arrays.
+    The sliced model. Its leaves are float32 NumPy arrays.
 
   Raises:
     ValueError: if the model is already sliced, if a setting is out of range, if the
       tokens do not suit the model or are fewer than D, if the activations are not
-      finite, or if a parameter is too large for the dtype.
+      finite, or if a parameter is too large for float32.
   """
   config = norm_fusion.fused(model.config)
   hidden = config.hidden_size
@@ -107,7 +103,6 @@ def slice_model(
   segments = len(config.segment_widths)
   widths = (width,) * (segments - 1) + (width if slice_head else hidden,)
   rng = np.random.default_rng(seed) if final_orientation == 'random' else None
-  dtype = jnp.dtype(np.float32 if dtype is None else dtype)
   remaining = iter(widths)
 
   def next_basis() -> calibration.PrincipalComponents:
@@ -121,7 +116,7 @@ def slice_model(
   activations = calibration.embed(embeddings, tokens, config)
   bases, layers = [next_basis()], []
   embeddings = {name: table @ bases[0].kept for name, table in embeddings.items()}
-  outer = {'embed': _rounded(embeddings, dtype, 'embed')}
+  outer = {'embed': _float32(embeddings, 'embed')}
   count = config.num_layers
   tracked = track(dense.layers(), 'slice', 'layer', total=count, show=progress)
   for i, layer in enumerate(tracked):
@@ -131,11 +126,11 @@ def slice_model(
       calibration.advance(activations, sublayers, bases[-1], config, i)
       bases.append(next_basis())
     sliced = slice_layer(fused, tuple(basis.kept for basis in bases), config)
-    layers.append(_rounded(sliced, dtype, models.names.layer(i)))
+    layers.append(_float32(sliced, models.names.layer(i)))
     bases = bases[-1:]
   head = norm_fusion.fuse_head(dense.outer(), dense.config)
   head['kernel'] = bases[-1].kept.T @ head['kernel']
-  outer['head'] = _rounded(head, dtype, 'head')
+  outer['head'] = _float32(head, 'head')
   return models.from_layers(config.sliced_to(widths), outer, layers, dense.buffers)
 
 
@@ -218,24 +213,19 @@ def _haar(n: int, rng: np.random.Generator) -> np.ndarray:
   return q * np.sign(np.diag(r))
 
 
-def _rounded(tree: models.Params, dtype: np.dtype, where: str) -> models.Params:
-  """Rounds the arrays of a tree to a dtype.
-
-  Args:
-    tree: the parameters.
-    dtype: the dtype.
-    where: name of the tree in error messages.
+def _float32(tree: models.Params, where: str) -> models.Params:
+  """Rounds the arrays of a tree to float32; `where` names the tree in errors.
 
   Raises:
-    ValueError: if a number is too large for the dtype.
+    ValueError: if a number is too large.
   """
 
   def rounded(path: Any, array: np.ndarray) -> np.ndarray:
     with np.errstate(over='ignore'):  # the error below names the parameter
-      result = array.astype(dtype)
+      result = array.astype(np.float32)
     if not np.isfinite(result).all():
       name = jax.tree_util.keystr(path, simple=True, separator='/')
-      raise ValueError(f'{where}/{name} has numbers that {dtype} cannot hold')
+      raise ValueError(f'{where}/{name} has numbers that float32 cannot hold')
     return result
 
   return jax.tree_util.tree_map_with_path(rounded, tree)
