@@ -5,6 +5,7 @@
 
 import ast
 import dataclasses
+import hashlib
 import json
 import pathlib
 
@@ -18,6 +19,7 @@ import rotbits_jax
 from rotbits_jax import checkpoints
 from rotbits_jax import models
 from rotbits_jax import structured
+from rotbits_jax.checkpoints import transformers_files
 
 TESTDATA = pathlib.Path(__file__).parent / 'testdata'
 SLICED = sorted(path.parent.name for path in TESTDATA.glob('*sliced*/config.json'))
@@ -149,14 +151,41 @@ def test_tokenizers_have_a_class(given, expected, tmp_path):
 
 
 def test_every_family_has_code():
+  model = random_models.sliced_llama((20, 20, 20))
   for family in checkpoints.FAMILIES:
     if family.startswith(('gemma', 'mixtral', 'qwen3_moe')):  # these cannot be sliced
       continue
-    assert (CODE / f'modeling_sliced_{family}.py').is_file()
-    assert (
-      f"model_type = 'sliced_{family}'"
-      in (CODE / 'configuration_sliced.py').read_text()
-    )
+    written = written_for(model, family)
+    config = json.loads(written['config.json'])
+    model_type = f"model_type = 'sliced_{family}'".encode()
+    assert model_type in written['configuration_sliced.py']
+    for path in config['auto_map'].values():
+      module, cls = path.split('.')
+      assert f'class {cls}('.encode() in written[f'{module}.py']
+
+
+@pytest.mark.parametrize(
+  ('family', 'sha256'),
+  [
+    ('llama', 'b81d725ebd02674f'),
+    ('mistral', 'e0e2c5f72403f568'),
+    ('qwen2', 'b0cd9836126ef2cf'),
+    ('qwen3', '35781d645c4f4cba'),
+    ('smollm3', 'd51337f45cad095a'),
+  ],
+)
+def test_code_that_is_made_of_that_of_llama(family, sha256):
+  written = written_for(random_models.sliced_llama((20, 20, 20)), family)
+  code = written[f'modeling_sliced_{family}.py']
+  assert hashlib.sha256(code).hexdigest().startswith(sha256)
+
+
+def written_for(model, family):
+  """Returns the files beside the weights of a model, as if it were of this family."""
+  config = dataclasses.replace(model.config, family=family)
+  return transformers_files.sidecars(
+    config, checkpoint_of(model).files, stem='x_0.25', ranks={}, dtype=np.dtype('f')
+  )
 
 
 def test_code_needs_pytorch_and_transformers_only():

@@ -2,8 +2,9 @@
 
 transformers has no sliced models. A folder may bring the code of its model, though, and
 `AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)` runs it. The code
-is in `remote_code`. The package copies these files and never imports them, because they
-need PyTorch.
+is in `remote_code`. A family without a file there has that of Llama, with its own name
+in place of Llama's. The package copies these files and never imports them, because
+they need PyTorch.
 
 The tensors have the names that transformers gives them. A shortcut is one of
 
@@ -156,9 +157,19 @@ def sidecars(
     named.setdefault(_TOKENIZER_CONFIG, _json(_TOKENIZER_SETTINGS))
   dense.pop('dtype', None)  # transformers 5 prefers it to the name that 4 knows, too
   named[CONFIG] = _json(dense | _settings(config, ranks, dtype))
-  for name in (*_SHARED_CODE, f'modeling_sliced_{config.family}.py'):
+  for name in _SHARED_CODE:
     named[name] = (_CODE / name).read_bytes()
+  named[f'modeling_sliced_{config.family}.py'] = _modeling(config.family)
   return named
+
+
+def _modeling(family: str) -> bytes:
+  """Returns the code of a family's model."""
+  own, llama = (_CODE / f'modeling_sliced_{x}.py' for x in (family, 'llama'))
+  if own.is_file():
+    return own.read_bytes()
+  code = llama.read_text('utf-8').replace('Llama', _CLASSES[family][0])
+  return code.replace('llama', family).encode()
 
 
 def _settings(
