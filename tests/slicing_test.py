@@ -21,6 +21,7 @@ from rotbits_jax import models
 from rotbits_jax import slicing
 from rotbits_jax.models import transformer
 from rotbits_jax.slicing import calibration
+from rotbits_jax.slicing import norm_fusion
 from rotbits_jax.slicing import slicegpt
 
 TESTDATA = pathlib.Path(__file__).parent / 'testdata'
@@ -105,6 +106,24 @@ def dense(name):
 
 
 @functools.cache
+def fused(name):
+  """Returns a sliced model that lacks nothing: each shortcut is the identity."""
+  model, config = dense(name), dense(name).config
+  identity = {'kernel': np.eye(config.hidden_size)}
+  shortcuts = ('attention_shortcut', 'mlp_shortcut')[: config.segments_per_layer]
+  layers = [
+    norm_fusion.fuse_layer(layer, config) | dict.fromkeys(shortcuts, identity)
+    for layer in model.layers()
+  ]
+  outer = {
+    'embed': norm_fusion.fuse_embeddings(model.outer(), config),
+    'head': norm_fusion.fuse_head(model.outer(), config),
+  }
+  outer, layers = jax.tree.map(lambda x: x.astype(np.float32), (outer, layers))
+  return models.from_layers(norm_fusion.fused(config), outer, layers)
+
+
+@functools.cache
 def sliced(name, **settings):
   settings = {'sparsity': 0.25, 'slice_head': name in SLICED_HEADS} | settings
   return slicing.slice_model(dense(name), CALIBRATION, **settings)
@@ -144,25 +163,23 @@ def _segments(model, tokens):
 class NormFusionTest(parameterized.TestCase):
   @parameterized.parameters(*DENSE)
   def test_keeps_the_function(self, name):
-    fused = slicing.fuse_norms(dense(name))
-    self.assertTrue(fused.config.sliced)
-    self.assertNotIn('final_norm', fused.params)
-    assert_same_logits(logits_of(fused, EVALUATION), dense_logits(name))
+    self.assertTrue(fused(name).config.sliced)
+    assert_same_logits(logits_of(fused(name), EVALUATION), dense_logits(name))
 
   def test_layer_norm_leaves_a_stream_without_mean(self):
-    fused = slicing.fuse_norms(dense('opt-random'))
-    for x in segments(fused, EVALUATION):
+    for x in segments(fused('opt-random'), EVALUATION):
       self.assertLess(np.abs(x.mean(-1)).max(), 1e-5 * np.abs(x).max())
 
   def test_embeddings_of_rms_norm_models_stay(self):
-    fused = slicing.fuse_norms(dense('llama-random'))
     chex.assert_trees_all_equal(
-      fused.params['embed'], dense('llama-random').params['embed']
+      fused('llama-random').params['embed'], dense('llama-random').params['embed']
     )
 
   def test_refuses_sliced_models(self):
     with self.assertRaisesRegex(ValueError, 'only a dense model'):
-      slicing.fuse_norms(slicing.fuse_norms(dense('opt-random')))
+      norm_fusion.fused(fused('opt-random').config)
+    with self.assertRaisesRegex(ValueError, 'only a dense model'):
+      slicing.slice_model(fused('opt-random'), CALIBRATION, sparsity=0.25)
 
 
 class PrincipalComponentsTest(parameterized.TestCase):

@@ -118,28 +118,6 @@ def _norm(name: str, config: config_lib.ModelConfig) -> Axes:
   return {f'{name}/{parameter}': ('norm',) for parameter in parameters}
 
 
-class Linear(NamedTuple):
-  """The segments that a linear layer of a sublayer reads and writes.
-
-  Attributes:
-    reads: the segment it reads; None if its input is not a segment.
-    writes: the segment it writes; None if its output is not a segment.
-  """
-
-  reads: int | None
-  writes: int | None
-
-
-def linears(config: config_lib.ModelConfig) -> dict[str, Linear]:
-  """Returns the linear layers of both sublayers, by paths like 'attention/query'."""
-  segment = lambda axis: axis if isinstance(axis, int) else None
-  return {
-    path.removesuffix('/kernel'): Linear(segment(axes[-2]), segment(axes[-1]))
-    for path, axes in layer_axes(config).items()
-    if path.endswith('/kernel') and path.split('/')[0] in SUBLAYERS
-  }
-
-
 def neuron_axes(config: config_lib.ModelConfig) -> dict[str, int]:
   """Returns the axis of the MLP neurons for each parameter of a layer that has one."""
   return {

@@ -1,7 +1,6 @@
 """SliceGPT in JAX: makes a sliced model from a dense one."""
 
 from rotbits_jax.slicing.calibration import sample_sequences
-from rotbits_jax.slicing.norm_fusion import fuse_norms
 from rotbits_jax.slicing.slicegpt import ORIENTATIONS
 from rotbits_jax.slicing.slicegpt import slice_model
 from rotbits_jax.slicing.slicegpt import sliced_checkpoint
@@ -9,7 +8,6 @@ from rotbits_jax.slicing.slicegpt import sliced_width
 
 __all__ = [
   'ORIENTATIONS',
-  'fuse_norms',
   'sample_sequences',
   'slice_model',
   'sliced_checkpoint',

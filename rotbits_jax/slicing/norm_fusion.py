@@ -19,38 +19,6 @@ import numpy as np
 from rotbits_jax import models
 
 
-def fuse_norms(model: models.Model) -> models.Model:
-  """Fuses the norms of a model without slicing it.
-
-  The result is a sliced model from which nothing is removed: every segment has the
-  width D, every shortcut is the identity, and the head is not tied. Its function is the
-  same, except that the epsilon of its norms is 1e-5.
-
-  Args:
-    model: a dense model.
-
-  Returns:
-    The fused model. Its leaves are float32 NumPy arrays.
-
-  Raises:
-    ValueError: if the model is already sliced.
-  """
-  model, config = model.materialize(), model.config
-  fused_config = fused(config)
-  identity = {'kernel': np.eye(config.hidden_size)}
-  shortcuts = ('attention_shortcut', 'mlp_shortcut')[: config.segments_per_layer]
-  layers = [
-    fuse_layer(layer, config) | dict.fromkeys(shortcuts, identity)
-    for layer in model.layers()
-  ]
-  outer = {
-    'embed': fuse_embeddings(model.outer(), config),
-    'head': fuse_head(model.outer(), config),
-  }
-  outer, layers = jax.tree.map(lambda x: x.astype(np.float32), (outer, layers))
-  return models.from_layers(fused_config, outer, layers, model.buffers)
-
-
 def fused(config: models.ModelConfig) -> models.ModelConfig:
   """Returns the config of a dense model after norm fusion.
 
@@ -64,55 +32,32 @@ def fused(config: models.ModelConfig) -> models.ModelConfig:
 
 
 def fuse_layer(layer: models.Params, config: models.ModelConfig) -> models.Params:
-  """Fuses the norms of one layer into its sublayers.
-
-  Args:
-    layer: parameters of a layer of a dense model.
-    config: config of the dense model.
-
-  Returns:
-    The parameters of the sublayers, float64, without norms and shortcuts.
-  """
+  """Returns the sublayers of a dense layer, float64, with its norms fused into them."""
   layer = _float64(layer)
   fused_layer: models.Params = {name: {} for name in models.layout.SUBLAYERS}
   for path in models.layout.QK_NORMS:
     sublayer, name, _ = path.split('/')
     if name in layer[sublayer]:
       fused_layer[sublayer][name] = layer[sublayer][name]
-  for path, ends in models.layout.linears(config).items():
-    sublayer, name = path.split('/')
-    linear = layer[sublayer][name]
-    if ends.reads is None:
-      linear = _centred(linear, config)
-    else:
-      linear = _read(layer[models.layout.norm_of(config, sublayer)], linear)
-    fused_layer[sublayer][name] = linear
+  for path, axes in models.layout.layer_axes(config).items():
+    if path.endswith('/kernel'):
+      sublayer, name, _ = path.split('/')
+      linear = layer[sublayer][name]
+      if isinstance(axes[0], int):  # it reads a segment, or else it writes one
+        linear = _read(layer[models.layout.norm_of(config, sublayer)], linear)
+      else:
+        linear = _centred(linear, config)
+      fused_layer[sublayer][name] = linear
   return fused_layer
 
 
 def fuse_embeddings(outer: models.Params, config: models.ModelConfig) -> models.Params:
-  """Subtracts from the embeddings the mean that LayerNorm would subtract.
-
-  Args:
-    outer: the parameters outside the layers of a dense model.
-    config: config of the dense model.
-
-  Returns:
-    The tables, float64.
-  """
+  """Returns the embeddings, float64, without the mean that LayerNorm would subtract."""
   return _centred(_float64(outer['embed']), config)
 
 
 def fuse_head(outer: models.Params, config: models.ModelConfig) -> models.Params:
-  """Fuses the final norm into the head, and unties the head from the embedding.
-
-  Args:
-    outer: the parameters outside the layers of a dense model.
-    config: config of the dense model.
-
-  Returns:
-    The parameters of the head, float64.
-  """
+  """Returns the head, float64, untied, with the final norm fused into it."""
   tied = config.tied_head
   head = {'kernel': outer['embed']['tokens'].T} if tied else outer['head']
   return _read(_float64(outer['final_norm']), _float64(head))
