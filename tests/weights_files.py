@@ -24,22 +24,12 @@ def read_safetensors(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
 
 def write_torch(path: pathlib.Path, tensors: Tensors, stem: str) -> None:
   """Writes a file whose top folder in the zip is the stem."""
-  _write(torch_zip.TorchZipWriter(path, _specs(tensors), stem), tensors)
-
-
-def write_safetensors(path: pathlib.Path, tensors: Tensors) -> None:
-  shards = {path.name: _specs(tensors)}
-  _write(safetensors_files.SafetensorsWriter(path.parent, shards), tensors)
-
-
-def _specs(tensors: Tensors) -> dict[str, lazy.TensorSpec]:
-  return {name: lazy.TensorSpec(x.shape, x.dtype) for name, x in tensors.items()}
-
-
-def _write(
-  writer: torch_zip.TorchZipWriter | safetensors_files.SafetensorsWriter,
-  tensors: Tensors,
-) -> None:
+  specs = {name: lazy.TensorSpec(x.shape, x.dtype) for name, x in tensors.items()}
+  writer = torch_zip.TorchZipWriter(path, specs, stem)
   for name, tensor in tensors.items():
     writer.add(name, lazy.row_major(tensor))
   writer.close()
+
+
+def write_safetensors(path: pathlib.Path, tensors: Tensors) -> None:
+  path.write_bytes(safetensors_files.to_bytes(tensors))

@@ -8,7 +8,6 @@ from collections.abc import Mapping
 import dataclasses
 import json
 import os
-import pathlib
 import struct
 from typing import Any
 
@@ -96,7 +95,7 @@ def open_places(
 
 
 def has_own_metadata(path: str | os.PathLike[str]) -> bool:
-  """Returns whether a file has metadata other than what `SafetensorsWriter` writes.
+  """Returns whether a file has metadata other than what `layout` puts into a header.
 
   Raises:
     CheckpointError: if the file is damaged.
@@ -159,8 +158,8 @@ def to_bytes(tensors: Mapping[str, np.ndarray]) -> bytes:
     CheckpointError: if safetensors does not support a dtype.
   """
   specs = {name: lazy.TensorSpec(x.shape, x.dtype) for name, x in tensors.items()}
-  layout, header = _layout(indices.WEIGHTS, specs)
-  parts = [np.ascontiguousarray(tensors[name]).tobytes() for name, _ in layout.places]
+  file, header = layout(indices.WEIGHTS, specs)
+  parts = [np.ascontiguousarray(tensors[name]).tobytes() for name, _ in file.places]
   return b''.join([header, *parts])
 
 
@@ -188,30 +187,12 @@ def plan_shards(specs: Specs, shard_size: int | None) -> dict[str, Specs]:
   }
 
 
-class SafetensorsWriter(staging.PlacedWriter):
-  """Writes safetensors files. Tensors are added one at a time, in any order.
+def layout(name: str, specs: Specs) -> tuple[staging.WeightsFile, bytes]:
+  """Returns the layout of a file, and its header with Hugging Face's metadata.
 
-  The constructor writes the headers, with the metadata that Hugging Face expects.
+  Raises:
+    CheckpointError: if safetensors does not support a dtype.
   """
-
-  def __init__(self, folder: pathlib.Path, shards: Mapping[str, Specs]):
-    """Makes the files.
-
-    Args:
-      folder: the folder of the files.
-      shards: the tensors of each file by the name of the file.
-
-    Raises:
-      CheckpointError: if safetensors does not support a dtype.
-    """
-    super().__init__(folder)
-    for name, specs in shards.items():
-      layout, header = _layout(name, specs)
-      self.make(layout, [(0, len(header))], header)
-
-
-def _layout(name: str, specs: Specs) -> tuple[staging.WeightsFile, bytes]:
-  """Returns the layout of a file, and its header."""
   codes = {dtype: code for code, dtype in _DTYPES.items()}
   for tensor, spec in specs.items():
     if spec.dtype not in codes:

@@ -17,7 +17,7 @@ import itertools
 import os
 import pathlib
 import shutil
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
 import numpy as np
 
@@ -66,21 +66,22 @@ class WeightsFile:
     return [(begin, end) for begin, end in parts if begin < end]
 
 
-class TensorWriter(Protocol):
+class TensorWriter(abc.ABC):
   """Writes the tensors of open weights files, in any order."""
 
+  @abc.abstractmethod
   def add(self, name: str, pieces: Iterable[memoryview]) -> None:
     """Writes a tensor from its bytes in row-major order."""
 
-  def close(self) -> None:
+  def close(self) -> None:  # noqa: B027
     """Completes the files, after all tensors have been added."""
 
-  def abandon(self) -> None:
+  def abandon(self) -> None:  # noqa: B027
     """Closes files that are not complete; does nothing after `close`."""
 
 
-class PlacedWriter:
-  """Writes weights files whose layouts are known; a `TensorWriter`."""
+class PlacedWriter(TensorWriter):
+  """Writes weights files whose layouts are known. None is open between two tensors."""
 
   def __init__(self, folder: pathlib.Path):
     """Stores the folder of the files."""
@@ -106,12 +107,6 @@ class PlacedWriter:
       file.seek(offset)
       for piece in pieces:
         file.write(piece)
-
-  def close(self) -> None:
-    """Does nothing, because no file is open between two tensors."""
-
-  def abandon(self) -> None:
-    """Does nothing, because no file is open between two tensors."""
 
 
 class StagedWriter(abc.ABC):

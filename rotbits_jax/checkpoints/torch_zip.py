@@ -26,6 +26,7 @@ import numpy as np
 
 from rotbits_jax.checkpoints import errors
 from rotbits_jax.checkpoints import lazy
+from rotbits_jax.checkpoints import staging
 from rotbits_jax.system import files
 
 STORAGE_DTYPES: dict[str, np.dtype] = {
@@ -423,7 +424,7 @@ def _tensor(name: str, view: Any, members: _Members) -> lazy.LazyTensor:
   return lazy.LazyTensor(shape, dtype, read)
 
 
-class TorchZipWriter:
+class TorchZipWriter(staging.TensorWriter):
   """Writes a file as `torch.save` would. Tensors are added one at a time, in any order.
 
   `torch.load(path, weights_only=True)` reads the file. Each tensor is contiguous and
@@ -457,16 +458,13 @@ class TorchZipWriter:
     self._add_text('byteorder', b'little')
 
   def add(self, name: str, pieces: Iterable[memoryview]) -> None:
-    """Appends a tensor from its bytes in row-major order."""
     self._add(f'data/{self._keys[name]}', pieces, self._specs[name].nbytes)
 
   def close(self) -> None:
-    """Closes the file, which is complete if every tensor has been added."""
     self._add_text('version', b'3\n')
     self._archive.close()
 
   def abandon(self) -> None:
-    """Closes a file that is not complete; does nothing after `close`."""
     with contextlib.suppress(OSError, ValueError):
       self._archive.close()
 

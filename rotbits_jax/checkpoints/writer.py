@@ -205,7 +205,11 @@ class CheckpointWriter(staging.StagedWriter):
     if self._format == 'slicegpt':
       path = folder / f'{self._stem}.pt'
       return torch_zip.TorchZipWriter(path, self._specs, str(self._stem))
-    return safetensors_files.SafetensorsWriter(folder, self._shards)
+    writer = staging.PlacedWriter(folder)
+    for name, specs in self._shards.items():
+      layout, header = safetensors_files.layout(name, specs)
+      writer.make(layout, [(0, len(header))], header)
+    return writer
 
   def _check(self, entry: _Entry, path: str, leaf: Any) -> None:
     """Checks that a parameter is as planned.
