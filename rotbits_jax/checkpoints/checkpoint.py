@@ -18,6 +18,7 @@ from rotbits_jax import structured
 from rotbits_jax.checkpoints import attributes
 from rotbits_jax.checkpoints import configs
 from rotbits_jax.checkpoints import errors
+from rotbits_jax.checkpoints import families
 from rotbits_jax.checkpoints import gguf_files
 from rotbits_jax.checkpoints import indices
 from rotbits_jax.checkpoints import lazy
@@ -117,7 +118,7 @@ def open_checkpoint(path: str | os.PathLike[str]) -> reader_lib.CheckpointReader
   config_json = _parse(weights.parent, files, CONFIG)
   stems = _slicing_stems(weights.parent, files)
   stem, slicing_json = None, None
-  if tensors_lib.is_sliced(tensors):
+  if any(name.endswith(f'.{families.SHORTCUT_NAME}') for name in tensors):
     stem = _slicing_stem(weights, stems)
     slicing_json = _parse(weights.parent, files, f'{stem}.json')
   others = [f'{other}.json' for other in sorted(stems - {stem})]  # of other models

@@ -346,7 +346,7 @@ def _tensor(
       found = gguf_blocks.quantized(gguf_blocks.TYPES[number], found, shape, dtype)
       if heads is not None:
         found = found.take_rows(_order(shape[0], heads))
-      is_finite = found.largest() <= _largest(dtype)
+      is_finite = found.largest() <= float(ml_dtypes.finfo(dtype).max)
       if not is_finite:  # the bound is a coarse one
         is_finite = np.isfinite(found.materialize()).all()
     else:
@@ -444,10 +444,6 @@ def _package(name: str, number: int) -> Any:
       f'{name}: its type {number} requires the package gguf: pip install gguf'
     ) from error
   return gguf
-
-
-def _largest(dtype: np.dtype) -> float:
-  return float(ml_dtypes.finfo(dtype).max)
 
 
 def _order(rows: int, heads: int) -> np.ndarray:

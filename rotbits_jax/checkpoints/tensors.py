@@ -175,8 +175,3 @@ def to_tensors(model: models.Model) -> dict[str, np.ndarray]:
       for name, parts in found.items():
         tensors[name] = np.concatenate(parts) if len(parts) > 1 else parts[0]
   return tensors
-
-
-def is_sliced(tensors: Mapping[str, Any]) -> bool:
-  """Returns whether tensors with these names belong to a sliced model."""
-  return any(name.endswith(f'.{families.SHORTCUT_NAME}') for name in tensors)
