@@ -66,22 +66,16 @@ def of_stacks() -> Any:
   return struct.field(pytree_node=False, default=None, metadata={'stored': False})
 
 
-class _Field(typing.NamedTuple):
-  """A stored field: its name, and an `Array` or the annotation of a setting."""
-
-  name: str
-  annotation: Any
-
-
 @functools.cache
-def _fields(cls: Any) -> tuple[_Field, ...]:
+def _fields(cls: Any) -> tuple[tuple[str, Any], ...]:
+  """Returns the names of stored fields, and an `Array` or the setting's annotation."""
   hints = typing.get_type_hints(cls, include_extras=True)
   found = []
   for field in dataclasses.fields(cls):
     if field.metadata.get('stored', True):
       marks = typing.get_args(hints[field.name])[1:]
       array = next((x for x in marks if isinstance(x, Array)), None)
-      found.append(_Field(field.name, array or hints[field.name]))
+      found.append((field.name, array or hints[field.name]))
   return tuple(found)
 
 
