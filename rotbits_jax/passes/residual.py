@@ -317,15 +317,6 @@ def _shortcut_paths(config: models.ModelConfig) -> list[str]:
 # ---- the source ----------------------------------------------------------------------
 
 
-def _source(given: models.Params) -> transform.Params:
-  """Returns parameters of the source by path.
-
-  Structured leaves are replaced by the same float32 arrays as when their layer is
-  rewritten. A source without structured leaves is not copied.
-  """
-  return _wide(structured.flatten(given))
-
-
 def _parts(context: transform.Context) -> Iterator[tuple[str, transform.Params]]:
   """Yields the beginning of the paths of each part of the source, and the part."""
   yield '', structured.flatten(context.source.outer())
@@ -335,6 +326,10 @@ def _parts(context: transform.Context) -> Iterator[tuple[str, transform.Params]]
 
 
 def _wide(params: transform.Params) -> transform.Params:
+  """Replaces structured leaves by the float32 arrays that a rewriting has for them.
+
+  Other leaves stay as they are, and are not copied.
+  """
   wide = {
     path: leaf.astype(jnp.float32) if structured.is_structured(leaf) else leaf
     for path, leaf in params.items()
@@ -402,7 +397,7 @@ def _first_rotation(context: transform.Context) -> jax.Array | None:
   factors, or if the segment that it reads has another width.
   """
   config, first = context.config, models.names.layer(0)
-  layer = _source(context.source.read(first)[first])
+  layer = _wide(structured.flatten(context.source.read(first)[first]))
   path = models.layout.upper_kernel(config)
   if structured.pair(layer[path]) is not None:
     return None
@@ -434,7 +429,7 @@ def _last_rotation(
     step: O of the last shortcut, `[e, e]`.
     width: d, the width of the segment before.
   """
-  head = _source(context.source.outer())[_HEAD]
+  head = _wide(structured.flatten(context.source.outer()))[_HEAD]
   if structured.pair(head) is not None:
     return None
   columns = jax.device_put(head[:, : len(head) - width], step.device)
