@@ -36,6 +36,7 @@ from rotbits_jax.file import sidecars
 from rotbits_jax.file import sources
 from rotbits_jax.file import stacks as stacks_lib
 from rotbits_jax.file.container import ContainerError
+from rotbits_jax.structured import shortcuts
 from rotbits_jax.system import host
 from rotbits_jax.system import progress
 
@@ -228,10 +229,11 @@ class Reader:
       if leaf.leaf_class is not gram:
         continue
       try:
-        ranks = gram.stored_ranks(shapes, leaf.shape[-1])
+        ranks = gram.stored_rank(leaf.settings, shapes)
+        is_thin = shortcuts.is_thin(ranks, leaf.shape[-1])
       except LookupError:
         raise ContainerError(f'{leaf.path}: the leaf has not two factors') from None
-      if ranks is not None:
+      if is_thin:
         found[leaf.path] = ranks
     return found
 

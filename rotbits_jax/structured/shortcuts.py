@@ -88,7 +88,7 @@ class IdentityMinusGram(Structured):
   @property
   def is_thin(self) -> bool:
     """Whether `apply` takes fewer multiplications than the materialized matrix."""
-    return _is_thin(self._widths(), self.columns)
+    return is_thin(self._widths(), self.columns)
 
   def materialize(self, *needed: Any) -> jax.Array:
     b, c = jnp.asarray(self.b, jnp.float32), jnp.asarray(self.c, jnp.float32)
@@ -165,19 +165,6 @@ class IdentityMinusGram(Structured):
   ) -> tuple[int, int]:
     return shapes['b'][1], shapes['c'][1]
 
-  @classmethod
-  def stored_ranks(
-    cls, shapes: Mapping[str, tuple[int, ...]], columns: int
-  ) -> tuple[int, int] | None:
-    """Returns the columns of B and of C of a leaf in a file; None if it is not thin.
-
-    Args:
-      shapes: shapes of the stored arrays.
-      columns: width of the shortcut.
-    """
-    ranks = cls.stored_rank({}, shapes)
-    return ranks if _is_thin(ranks, columns) else None
-
   def check(self) -> None:
     if len(self.b) != len(self.c) or self.columns < len(self.b):
       raise ValueError(
@@ -243,7 +230,8 @@ class TrapezoidalRows(Structured):
       )
 
 
-def _is_thin(ranks: tuple[int, int], columns: int) -> bool:
+def is_thin(ranks: tuple[int, int], columns: int) -> bool:
+  """Returns `IdentityMinusGram.is_thin` for a leaf with so many columns in B and C."""
   return 2 * sum(ranks) < columns
 
 
