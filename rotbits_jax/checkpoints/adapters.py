@@ -14,7 +14,7 @@ import json
 import os
 import pathlib
 import re
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -44,16 +44,6 @@ _IGNORED = frozenset([
   'lora_dropout', 'megatron_core', 'peft_version', 'qalora_group_size', 'r',
   'rank_pattern', 'revision', 'target_modules', 'task_type', 'use_rslora',
 ])  # fmt: skip
-
-
-class AdaptedModel(Protocol):
-  """The model of an adapter."""
-
-  @property
-  def config(self) -> models.ModelConfig: ...
-
-  def outer(self) -> models.Params:
-    """The parameters outside the layers."""
 
 
 class Adapter(NamedTuple):
@@ -91,7 +81,7 @@ class Adapter(NamedTuple):
     }
 
 
-def read_adapter(path: str | os.PathLike[str], source: AdaptedModel) -> Adapter:
+def read_adapter(path: str | os.PathLike[str], source: models.Layers) -> Adapter:
   """Reads the adapter in a folder; `source` is the model that it was trained on.
 
   Raises:
@@ -170,7 +160,7 @@ def _check_config(parsed: Any, where: str) -> None:
 
 def _check_copy(
   known: Mapping[str, tensors_lib.ExpectedTensor],
-  source: AdaptedModel,
+  source: models.Layers,
   name: str,
   tensor: lazy.LazyTensor,
   where: str,
