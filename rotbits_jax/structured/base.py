@@ -106,11 +106,6 @@ class Structured(abc.ABC):
     """Returns the matrix as a `LowRank` of two factors; None if there are none."""
     return None
 
-  @property
-  def rank(self) -> int:
-    """An upper bound of the rank of the difference from a multiple of the identity."""
-    return int(min(self.shape[-2:]))
-
   def singular_values(self) -> np.ndarray:
     """Returns the singular values of an unstacked matrix, float64, ascending."""
     matrix = np.asarray(self.astype(np.float32).materialize(), np.float64)

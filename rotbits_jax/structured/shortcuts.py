@@ -83,6 +83,7 @@ class IdentityMinusGram(Structured):
 
   @property
   def rank(self) -> int:
+    """An upper bound of the rank of the difference from the identity."""
     return sum(self._widths())
 
   @property
