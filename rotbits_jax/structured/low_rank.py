@@ -46,11 +46,6 @@ class FactorPair(Structured):
 
   _factor: ClassVar[str]  # field of a factor with r rows
 
-  @property
-  @abc.abstractmethod
-  def T(self) -> 'FactorPair':  # noqa: N802
-    """The transposed matrix."""
-
   @abc.abstractmethod
   def factors(self) -> tuple[jax.Array, jax.Array]:
     """Returns U `[..., m, r]` and V `[..., r, n]` in float32, not rounded."""
@@ -232,10 +227,6 @@ class ReducedLowRank(FactorPair):
   @property
   def dtype(self) -> Any:
     return self.other.dtype
-
-  @property
-  def T(self) -> 'ReducedLowRank':  # noqa: N802
-    return dataclasses.replace(self, transposed=not self.transposed)
 
   def factors(self) -> tuple[jax.Array, jax.Array]:
     below = jnp.asarray(self.below, jnp.float32)
