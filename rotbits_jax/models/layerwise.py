@@ -51,11 +51,7 @@ def streams(model: Layers, windows: Sequence[np.ndarray]) -> Iterator[list[jax.A
     yield list(xs)
 
 
-@functools.partial(jax.jit, static_argnums=1)
-def _embed(
-  outer: transformer.Params, config: config_lib.ModelConfig, tokens: jax.Array
-) -> jax.Array:
-  return transformer.embed(outer, config, tokens)
+_embed = jax.jit(transformer.embed, static_argnums=1)
 
 
 @functools.partial(jax.jit, static_argnums=1)

@@ -86,10 +86,10 @@ def embed(
   Returns:
     X_0, float32 `[S, T, D]`.
   """
-  params = _device_float32(embeddings)
+  params = {'embed': _device_float32(embeddings)}
   activations = np.empty((*tokens.shape, config.hidden_size), np.float32)
   for i, sequence in enumerate(tokens):
-    activations[i] = _embed(params, sequence, config=config)
+    activations[i : i + 1] = _embed(params, config, sequence[None])
   return activations
 
 
@@ -141,12 +141,7 @@ def principal_components(activations: np.ndarray, width: int) -> PrincipalCompon
   )
 
 
-@functools.partial(jax.jit, static_argnames='config')
-def _embed(
-  params: models.Params, tokens: jax.Array, *, config: models.ModelConfig
-) -> jax.Array:
-  """Computes the activations `[T, D]` of tokens `[T]`."""
-  return transformer.embed({'embed': params}, config, tokens[None])[0]
+_embed = jax.jit(transformer.embed, static_argnums=1)
 
 
 @functools.partial(jax.jit, static_argnames='config')
