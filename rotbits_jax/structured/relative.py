@@ -18,7 +18,7 @@ floats that are rounded once. Shape letters: R rows and C columns of the array t
 a matrix.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 import functools
 import math
 from typing import Annotated, Any, ClassVar, NamedTuple
@@ -101,7 +101,7 @@ def _fits_shape(lengths: tuple[int, ...], shape: tuple[int, ...]) -> bool:
 
 
 class _BesideBase(Structured):
-  """An array that is made from one of the base."""
+  """An array that is made from one of the base. No rounding changes its integers."""
 
   expands_on_reading: ClassVar[bool] = True
   has_fixed_bits: ClassVar[bool] = True
@@ -116,10 +116,6 @@ class _BesideBase(Structured):
   @property
   def dtype(self) -> Any:
     return dtype_of(self.name)
-
-  def map_arrays(self, function: Callable[[Any], Any]) -> Any:
-    """Returns the leaf unchanged, because it stands for bits of one dtype."""
-    return self
 
   def check_needed(self, *shapes: tuple[int, ...]) -> None:
     if self.columns_first:

@@ -26,7 +26,7 @@ dense model are rounded to integers of so many bits that their norms are below 2
 Shape letters: D hidden size, d width of a segment, n any other length.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 import math
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
@@ -62,10 +62,6 @@ class _OfSubspace(Structured):
   @property
   def dtype(self) -> Any:
     return np.dtype(np.int32)
-
-  def map_arrays(self, function: Callable[[Any], Any]) -> Any:
-    """Returns the leaf unchanged, because its arrays are integers."""
-    return self
 
 
 @register
