@@ -450,13 +450,8 @@ FAMILIES: dict[str, Family] = {
     ),
     parse=_phi,
   ),
-  'phi3': Family(
-    layer_prefix='model.layers.',
-    outer=(
-      *_table('model.embed_tokens', 'embed/tokens'),
-      *_norm('model.norm', 'final_norm'),
-      *_linear('lm_head', 'head'),
-    ),
+  'phi3': dataclasses.replace(
+    _LLAMA,
     layer=(
       *_SHORTCUTS,
       *_linear('self_attn.o_proj', 'attention/out'),
