@@ -311,7 +311,7 @@ class RoundTripTest(Checks):
     report = rotbits_jax.inspect(data)
     self.assertEqual(
       [line.name for line in report.lines[:-3]],
-      [*preset.names, 'rounding'],
+      [*preset.transform.names, 'rounding'],
     )
     model = rotbits_jax.decode(data)
     kernel = model.layer(1)['mlp']['down']['kernel']

@@ -34,11 +34,6 @@ class Preset(NamedTuple):
   resumable: bool = False
   coder: str = 'weights'
 
-  @property
-  def names(self) -> tuple[str, ...]:
-    """The names of the savings, in order. The report has a line for each."""
-    return self.transform.names
-
 
 def check_finite(name: str, value: Any, *, least: float = -math.inf) -> float:
   """Returns the value of an option as a float.
