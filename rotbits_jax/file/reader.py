@@ -407,14 +407,10 @@ class Reader:
     names = list(self._records.entries)
     if self.config is not None and self._message is None:
       names = list(models.outer_shapes(self.config))
-
-
-    def order(name: str) -> tuple[bool, bool]:
-      own = self._records.entry(name).leaves
-      # Nothing waits for a record that waits, or all threads could wait for it.
-      return any(x.waits for x in own), any(x.needs for x in own)
-
-    return sorted(names, key=order)
+    # Nothing waits for a record that waits, or all threads could wait for it.
+    rank = lambda leaf: leaf.waits + bool(leaf.needs)
+    leaves = lambda name: self._records.entry(name).leaves
+    return sorted(names, key=lambda name: max(map(rank, leaves(name)), default=0))
 
   def _tree(self, flat: Tree) -> Tree:
     """Returns a PyTree, or the tensors by name."""
