@@ -111,7 +111,7 @@ BENCHMARKS: dict[str, Benchmark] = {
   ),
   'coder': Benchmark('benchmarks.coder'),
   'large_llama': _large('llama-2-7b', 0.25, '--layers=4,32'),
-  'large_opt': _large('opt-6.7b', 0.2, '--layers=4,8'),
+  'large_opt': _large('opt-6.7b', 0.2, '--layers=4'),
   'large_paper': _large('opt-1.3b', 0.2, '--layers=24', '--presets=paper'),
   'near_sliced': _near(
     'SmolLM2-135M, sliced by 25%', _SMOLLM2, 'near-smollm2.svg', _FEW_STEPS
