@@ -127,6 +127,7 @@ def forward(
   tokens: jax.Array,
   *,
   cache: Cache | None = None,
+  precision: str = 'highest',
 ) -> Outputs:
   """Computes the logits of a model from its parameters.
 
@@ -136,6 +137,8 @@ def forward(
     tokens: `[B, T]` integers. A token outside the vocabulary makes its sequence NaN.
     cache: keys and values of earlier tokens. It must have room for T more tokens,
       otherwise the result is undefined.
+    precision: precision of the products with arrays, see `jax.lax.Precision`. Those
+      with structured leaves have the highest.
 
   Returns:
     The logits; and the cache if there is one.
@@ -148,7 +151,7 @@ def forward(
     raise ValueError(f'tokens must be [B, T], got {tokens.shape=}')
   start = 0 if cache is None else cache.length
   layers: dict[str, Any] = {}
-  with jax.default_matmul_precision('highest'):
+  with jax.default_matmul_precision(precision):
     x = embed(params, config, tokens, start=start)
     for stack in stacks:
       name = names.stack(stack)
