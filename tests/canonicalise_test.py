@@ -168,7 +168,9 @@ class CanonicaliseTest(parameterized.TestCase):
   @parameterized.parameters(*FAMILIES)
   @pytest.mark.slow
   def test_every_kind(self, family):
-    for kind in {'dense', 'sliced', 'sliced head'} - {*_KINDS[family]}:
+    # SliceGPT slices no mixtures of experts.
+    kinds = {'dense'} if family == 'mixtral' else {'dense', 'sliced', 'sliced head'}
+    for kind in kinds - {*_KINDS[family]}:
       with self.subTest(kind=kind):
         self.check_function(family, kind)
         self.check_second_time(family, kind)
