@@ -44,13 +44,15 @@ def parse_json(content: bytes, where: str, *, most: int = _MOST_CONFIG) -> Any:
     raise errors.CheckpointError(f'{where}: {e}') from e
 
 
-def parse_object(content: bytes, where: str) -> dict[str, Any]:
+def parse_object(
+  content: bytes, where: str, *, most: int = _MOST_CONFIG
+) -> dict[str, Any]:
   """Parses a JSON file of a checkpoint, which must be an object; see `parse_json`.
 
   Raises:
     CheckpointError: as `parse_json`, or if the value is no object.
   """
-  parsed = parse_json(content, where)
+  parsed = parse_json(content, where, most=most)
   if not isinstance(parsed, dict):
     raise errors.CheckpointError(f'{where}: expected an object')
   return parsed

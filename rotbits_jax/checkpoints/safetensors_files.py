@@ -135,10 +135,7 @@ def _header(file: files.File) -> tuple[dict[str, Any], int]:
   if size > _MOST_HEADER:
     raise errors.CheckpointError(f'{where}: {size} bytes are more than {_MOST_HEADER}')
   content = lazy.read(file, 8, size).tobytes()
-  values = attributes.parse_json(content, where, most=_MOST_HEADER)
-  if not isinstance(values, dict):
-    raise errors.CheckpointError(f'{where}: expected an object')
-  return values, 8 + size
+  return attributes.parse_object(content, where, most=_MOST_HEADER), 8 + size
 
 
 def _entries(file: files.File) -> tuple[dict[str, _Entry], int]:

@@ -152,12 +152,10 @@ class Recipe:
   def _read(self, record: str) -> dict[str, Any]:
     """Returns the leaves of a record; those that `free` made become arrays again."""
     found = structured.flatten(self._source.read(record))
-    for path, leaf in found.items():
-      if structured.is_structured(leaf) and leaf.needs:
-        found[path] = leaf.materialize(*map(self._source.resolve, leaf.needs))
-      else:
-        found[path] = structured.materialize(leaf, keep_factors=True)
-    return found
+    given = [x for x in found.values() if structured.is_structured(x)]
+    needed = {name: self._source.resolve(name) for x in given for name in x.needs}
+    wide = structured.expand(needed | found, keep_factors=True)
+    return {path: wide[path] for path in found}
 
   def _turned(self, record: str, params: dict[str, Any]) -> dict[str, Any]:
     """Returns the leaves of a record in the coordinates of the subspaces."""
