@@ -112,7 +112,6 @@ JSON:
 """
 
 import inspect
-import pathlib
 import re
 import time
 import types
@@ -343,7 +342,7 @@ def last_line(
     choice: the choice of the flags.
   """
   back = savings.BACK[report.keeps]
-  if report.keeps == 'bits' and _is_gguf():
+  if report.keeps == 'bits' and program.is_gguf(_CHECKPOINT.value):
     back = 'the weights come back as safetensors, quantised ones rounded to float16'
   if choice.found is not None:
     back += f': KL {choice.found.kl:.2g} nats, step 2^{choice.found.step}'
@@ -355,10 +354,6 @@ def last_line(
   name = text_lib.printable(_OUTPUT.value)
   share = report.file_bytes / max(given, 1)
   return f'{share:.2%} ({sizes}, {name}) in {seconds:.0f} s; {back}'
-
-
-def _is_gguf() -> bool:
-  return pathlib.Path(_CHECKPOINT.value).suffix == '.gguf'
 
 
 def main() -> program.Result | None:
@@ -405,7 +400,7 @@ def main() -> program.Result | None:
   parts = [program.report_text(report, True), ''] if FLAGS.verbose.value else []
   if source.left_out:
     parts.append(program.printable(f'not kept: {", ".join(source.left_out)}'))
-  if _is_gguf():
+  if program.is_gguf(_CHECKPOINT.value):
     parts.append('the GGUF file itself does not come back: keep it for llama.cpp')
   elif choice.keeps == 'bits' and isinstance(source, checkpoints.CheckpointReader):
     assert source.path

@@ -21,8 +21,6 @@ JSON:
   without  why there are no estimates of free and near, or null
 """
 
-import pathlib
-
 from rotbits_jax import checkpoints
 from rotbits_jax.cli import program
 from rotbits_jax.file import estimation
@@ -62,7 +60,7 @@ def main() -> program.Result:
   lines = [
     f'{"":13}{text_lib.of_bytes(given):>8}{"time":>15}{"memory":>9}  what comes back'
   ]
-  is_gguf = pathlib.Path(_CHECKPOINT.value).suffix == '.gguf'
+  is_gguf = program.is_gguf(_CHECKPOINT.value)
   kept = _KEPT | ({'exact': 'safetensors, rounded to float16'} if is_gguf else {})
   for own in found:
     lines.append(

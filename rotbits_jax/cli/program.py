@@ -347,6 +347,11 @@ def parse_size(name: str, text: str | None) -> int | None:
   return size
 
 
+def is_gguf(path: str) -> bool:
+  """Returns whether a checkpoint is a GGUF file, which comes back as safetensors."""
+  return pathlib.Path(path).suffix == '.gguf'
+
+
 def read_text(path: str) -> str:
   """Reads a text file.
 
