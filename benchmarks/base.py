@@ -33,7 +33,6 @@ import pathlib
 import re
 import sys
 import tempfile
-import time
 from typing import Any, NamedTuple
 
 from absl import flags
@@ -130,30 +129,10 @@ def step(tensors: Tensors, share: float = CHANGED) -> Tensors:
   return found
 
 
-def same_bits(a: Tensors, b: Tensors) -> bool:
-  bits = lambda x: np.ascontiguousarray(x).reshape(-1).view(np.uint8)
-  return a.keys() == b.keys() and all(
-    np.array_equal(bits(a[name]), bits(b[name])) for name in a
-  )
-
-
 def ours(new: Tensors, old: Tensors) -> Row:
   """Encodes one checkpoint beside another, and decodes it."""
-  from safetensors import numpy as safetensors_numpy
-
-  with tempfile.TemporaryDirectory() as name:
-    folder = pathlib.Path(name)
-    for part, tensors in (('new', new), ('old', old)):
-      (folder / part).mkdir()
-      safetensors_numpy.save_file(tensors, folder / part / 'model.safetensors')
-    file, base = folder / 'x.rotbits', folder / 'old'
-    encode = lambda: rotbits_jax.encode_to_file(folder / 'new', file, base=base)
-    decode = lambda: rotbits_jax.decode_to_directory(file, folder / 'again', base=base)
-    seconds = timed(encode), timed(decode)
-    found = safetensors_numpy.load_file(folder / 'again' / 'model.safetensors')
-    if not same_bits(found, new):
-      raise ValueError('other bits came back')
-    return Row('rotbits', file.stat().st_size, *seconds)
+  times = base_parts.whole_files(new, old, RUNS)
+  return Row('rotbits', times.nbytes, times.encode, times.decode)
 
 
 def bitx(new: Tensors, old: Tensors, zstd: Any) -> Row:
@@ -213,12 +192,7 @@ def _bits(array: np.ndarray) -> np.ndarray:
 
 def timed(function: Callable[[], Any]) -> float:
   """Returns the least seconds of a few runs; the first one compiles."""
-  seconds = []
-  for _ in range(RUNS):
-    start = time.perf_counter()
-    function()
-    seconds.append(time.perf_counter() - start)
-  return min(seconds)
+  return min(base_parts.seconds(function, RUNS))
 
 
 def rows(new: Tensors, old: Tensors) -> list[Row]:

@@ -1,4 +1,4 @@
-"""Measures what bounds the speed of files beside a base, for benchmarks/base.py.
+"""Times files beside a base, and what bounds their speed, for benchmarks/base.py.
 
 A large pair of models, in which each tensor has so many numbers that what a tensor
 takes beside them counts for little; and the passes over the numbers of one block, each
@@ -10,7 +10,7 @@ import pathlib
 import statistics
 import tempfile
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -69,32 +69,46 @@ def large_pair(step: Callable[[Tensors], Tensors]) -> str:
   ]
   cases = {'a fine-tune': lambda: tuned, 'a step: 1% of the numbers': lambda: step(old)}
   for case, make in cases.items():
-    with tempfile.TemporaryDirectory() as name:
-      size, seconds = _whole_files(make(), old, pathlib.Path(name))
-    rates = ' | '.join(f'{whole / x / 1e6:,.0f}' for x in seconds)
+    size, *times = whole_files(make(), old, _RUNS)
+    rates = ' | '.join(f'{whole / x / 1e6:,.0f}' for x in times)
     lines.append(f'| {case} | {size:,} | {size / whole:.4f} | {rates} |')
   return '\n'.join(lines)
 
 
-def _whole_files(
-  new: Tensors, old: Tensors, folder: pathlib.Path
-) -> tuple[int, list[float]]:
-  """Returns the bytes of the file, and the seconds to encode, to decode and to load."""
+class Times(NamedTuple):
+  """The bytes of a file, and the least seconds to encode, decode and load it."""
+
+  nbytes: int
+  encode: float
+  decode: float
+  load: float
+
+
+def whole_files(new: Tensors, old: Tensors, runs: int) -> Times:
+  """Encodes a checkpoint beside another, decodes it and checks its bits."""
   from safetensors import numpy as safetensors_numpy
 
-  for part, tensors in (('new', new), ('old', old)):
-    (folder / part).mkdir()
-    safetensors_numpy.save_file(tensors, folder / part / 'model.safetensors')
-  file, base = folder / 'x.rotbits', folder / 'old'
-  encode = lambda: rotbits_jax.encode_to_file(
-    folder / 'new', file, base=base, overwrite=True
+  with tempfile.TemporaryDirectory() as name:
+    folder = pathlib.Path(name)
+    for part, tensors in (('new', new), ('old', old)):
+      (folder / part).mkdir()
+      safetensors_numpy.save_file(tensors, folder / part / 'model.safetensors')
+    file, base, again = folder / 'x.rotbits', folder / 'old', folder / 'again'
+    options: Any = {'base': base, 'overwrite': True}
+    encode = lambda: rotbits_jax.encode_to_file(folder / 'new', file, **options)
+    decode = lambda: rotbits_jax.decode_to_directory(file, again, **options)
+    load = lambda: rotbits_jax.load(file, base=base)
+    times = [min(seconds(x, runs)) for x in (encode, decode, load)]
+    if not same_bits(safetensors_numpy.load_file(again / 'model.safetensors'), new):
+      raise ValueError('other bits came back')
+    return Times(file.stat().st_size, *times)
+
+
+def same_bits(a: Tensors, b: Tensors) -> bool:
+  bits = lambda x: np.ascontiguousarray(x).reshape(-1).view(np.uint8)
+  return a.keys() == b.keys() and all(
+    np.array_equal(bits(a[name]), bits(b[name])) for name in a
   )
-  decode = lambda: rotbits_jax.decode_to_directory(
-    file, folder / 'again', base=base, overwrite=True
-  )
-  load = lambda: rotbits_jax.load(file, base=base)
-  seconds = [min(_seconds(x, _RUNS)) for x in (encode, decode, load)]
-  return file.stat().st_size, seconds
 
 
 def passes() -> str:
@@ -140,16 +154,16 @@ def passes() -> str:
   }
   lines = ['| | ms | MB/s |', '|---|---|---|']
   totals = dict.fromkeys(('encoding', 'decoding'), 0.0)
-  rate = lambda seconds: f'{1e3 * seconds:.1f} | {bits.nbytes / seconds / 1e6:,.0f}'
+  rate = lambda x: f'{1e3 * x:.1f} | {bits.nbytes / x / 1e6:,.0f}'
   for name, function in groups.items():
-    seconds = statistics.median(_seconds(function, _BLOCK_RUNS))
-    totals[name.partition(':')[0]] += seconds
-    lines.append(f'| {name} | {rate(seconds)} |')
+    median = statistics.median(seconds(function, _BLOCK_RUNS))
+    totals[name.partition(':')[0]] += median
+    lines.append(f'| {name} | {rate(median)} |')
   lines += [f'| {name}: all of these | {rate(x)} |' for name, x in totals.items()]
   return '\n'.join(lines)
 
 
-def _seconds(function: Callable[[], Any], runs: int) -> list[float]:
+def seconds(function: Callable[[], Any], runs: int) -> list[float]:
   """Returns the seconds of some runs."""
   found = []
   for _ in range(runs):

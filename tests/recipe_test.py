@@ -163,6 +163,49 @@ def test_a_tensor_that_was_changed_after_slicing_is_a_difference():
   assert structured.same_bits(rotbits_jax.decode(data, base=dense).params, tuned.params)
 
 
+@pytest.mark.parametrize('rank', [1, 8])
+def test_a_change_below_the_rounding_errors_is_kept_if_it_has_few_directions(rank):
+  dense = rotbits_jax.load_checkpoint(TESTDATA / 'llama-tiny-dense').model
+  model = rotbits_jax.load_checkpoint(TESTDATA / MICROSOFT['llama-tiny']).model
+  rng = np.random.default_rng(0)
+  left, right = rng.normal(size=(96, rank)), rng.normal(size=(rank, 256))
+  update, layers = left @ right, list(model.layers())
+  kernel = layers[1]['mlp']['up']['kernel']
+  update *= 0.6 * 2.0**-11 * np.linalg.norm(kernel) / np.linalg.norm(update)
+  layers[1]['mlp']['up']['kernel'] = (kernel + update).astype(kernel.dtype)
+  tuned = models.from_layers(model.config, model.outer(), layers)
+  found = []
+  for own in (model, tuned):
+    data = rotbits_jax.encode(own, base=dense, preset='free')
+    found.append(rotbits_jax.decode(data, base=dense).layer(1)['mlp']['up']['kernel'])
+  assert forms(data)['layers.1/mlp/up/kernel'][0] == 'relative'
+  assert forms(data)['layers.1/mlp/gate/kernel'] == ('same', 'reads')
+  # The rows are in other coordinates. These of the columns are those of the update.
+  onto = np.linalg.pinv(right)
+  change = np.float64(found[1] @ onto) - np.float64(found[0] @ onto)
+  assert np.linalg.norm(change) == pytest.approx(np.linalg.norm(update @ onto), rel=0.3)
+
+
+@pytest.mark.parametrize('shape', [(1, 300), (40, 30), (700, 96), (96, 700)])
+def test_rounding_errors_are_told_from_changes(shape, subtests):
+  rng, roundoff = np.random.default_rng(0), 2.0**-11
+  # Rows and columns of any sizes, as embeddings of rare and frequent tokens have.
+  sizes = np.exp(rng.normal(size=(shape[0], 1)) + 0.5 * rng.normal(size=(1, shape[1])))
+  made = rng.normal(size=shape) * sizes
+  given = made.astype(np.float16)
+  assert recipe.follows(given, made, roundoff)
+  assert not recipe.follows(given, made, roundoff / 4)
+  assert not recipe.follows(given, np.where(made > 0, made, np.nan), roundoff)
+  assert recipe.follows(np.float32(1e30) * given, np.float32(1e30) * made, roundoff)
+  for rank in (1, 8) if min(shape) > 1 else ():
+    with subtests.test(rank=rank):
+      change = rng.normal(size=(shape[0], rank)) @ rng.normal(size=(rank, shape[1]))
+      change *= 0.6 * roundoff * np.linalg.norm(made) / np.linalg.norm(change)
+      changed = (made + change).astype(np.float16)
+      assert np.linalg.norm(changed - made) < roundoff * np.linalg.norm(made)
+      assert not recipe.follows(changed, made, roundoff)
+
+
 def test_a_model_of_a_file_of_free_can_be_encoded():
   dense = rotbits_jax.load_checkpoint(TESTDATA / 'llama-tiny-dense').model
   model = rotbits_jax.load_checkpoint(TESTDATA / MICROSOFT['llama-tiny']).model

@@ -140,7 +140,7 @@ class _Product(NamedTuple):
 def _basis(far: np.ndarray, most: int) -> np.ndarray:
   """Returns an orthonormal basis `[C, k]` of most of the rows of differences."""
   width = min(most + _MORE, min(far.shape) // 2)
-  sketch = host.small_products(far, _random(far.shape[1], width))
+  sketch = host.small_products(far, random_signs(far.shape[1], width))
   rows = host.small_products(far.T, sketch).astype(np.float64)
   energies, turn = np.linalg.eigh(host.small_products(rows.T, rows))
   turn /= np.sqrt(np.maximum(energies, 1e-12 * energies[-1] + 1e-300))
@@ -193,6 +193,7 @@ def _product(
 
 
 @functools.lru_cache(4)
-def _random(rows: int, columns: int) -> np.ndarray:
+def random_signs(rows: int, columns: int) -> np.ndarray:
+  """Returns a matrix of 1 and -1, float32, that is the same each time."""
   signs = np.random.default_rng(0).integers(0, 2, (rows, columns), np.int8)
   return (2 * signs - 1).astype(np.float32)
