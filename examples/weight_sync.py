@@ -96,7 +96,11 @@ def main():
     sample(options.folder, options.steps)
     return 0
   sampler = subprocess.Popen([sys.executable, *sys.argv, '--sampler'])
-  train(options.folder, options.steps, options.anchor_every)
+  try:
+    train(options.folder, options.steps, options.anchor_every)
+  except BaseException:
+    sampler.terminate()  # it would wait for the next step
+    raise
   return sampler.wait()
 
 

@@ -260,8 +260,9 @@ def _lock(folder: pathlib.Path) -> int | None:
 def _sync(path: pathlib.Path) -> None:
   """Waits until the content of a file or a folder is on the disk."""
   try:
-    handle = os.open(path, os.O_RDONLY)
-  except PermissionError:  # Windows cannot open a folder
+    # Windows waits only for a file that may be written, and cannot open a folder.
+    handle = os.open(path, os.O_RDWR if os.name == 'nt' else os.O_RDONLY)
+  except PermissionError:
     return
   try:
     os.fsync(handle)
