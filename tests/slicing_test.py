@@ -465,6 +465,9 @@ class TestSlice:
         {'recipe': paths[0] / 'config.json', 'overwrite': True},
         'is a file of an input',
       ),
+      ({'recipe': paths[1], 'overwrite': True}, '--calibration is the same'),
+      ({'encoded': paths[2]}, '--output, a file in it'),
+      ({'recipe': paths[2] / 'config.json'}, '--output, a file in it'),
     ):
       with subtests.test(changed=changed):
         source, text, output = paths

@@ -164,7 +164,7 @@ def _check_outputs(names: list[str]) -> None:
   """Checks that all outputs can be written, before the work begins.
 
   Raises:
-    ValueError: if two are one file, or if one is a file of the model.
+    ValueError: if two are one file, or if one is an input.
     OSError: if one cannot be written.
   """
   directory = outputs.directory_target(_OUTPUT.value)
@@ -174,6 +174,10 @@ def _check_outputs(names: list[str]) -> None:
   files = [outputs.resolved(x) for x in given if x is not None]
   if len({*files}) < len(files):
     raise ValueError('--encoded and --recipe are the same file')
+  others = {directory, *(directory / name for name in names)}
+  others.add(outputs.resolved(_CALIBRATION.value))
   for file in files:
+    if file in others:
+      raise ValueError(f'{file}: --output, a file in it, or --calibration is the same')
     outputs.check(file, overwrite=_OVERWRITE.value)
   inputs.check(files, [_MODEL.value])

@@ -27,6 +27,7 @@ from rotbits_jax.file import manifest as manifest_lib
 from rotbits_jax.file import sources
 from rotbits_jax.passes import recipe as recipe_lib
 from rotbits_jax.passes import residual
+from rotbits_jax.passes import rounding_errors
 from rotbits_jax.structured import subspaces
 from rotbits_jax.symmetries import rotations
 from rotbits_jax.system import checksums
@@ -302,7 +303,7 @@ class Recipe:
     )
     if not self._keeps_bits:
       limit = _SHORTCUT if way.kind == 'shortcut' else 1.0
-      if recipe_lib.follows(target, made, limit * self._context.roundoff):
+      if rounding_errors.explain(target, made, limit * self._context.roundoff):
         target = made
     return base_lib.beside_product(target, made, product)
 

@@ -17,16 +17,12 @@ import numpy as np
 
 from rotbits_jax import models
 from rotbits_jax import structured
-from rotbits_jax.passes import difference_factors
 from rotbits_jax.structured import subspaces
-from rotbits_jax.system import host
 
 _ROOTS = 8  # steps of the Newton-Schulz iteration, which is quadratic
 _SAMPLE = 1 << 9  # vectors of a tensor by which its error is measured
 _MOST_ERROR = 2  # roundoffs; SliceGPT's tensors have errors of up to 1
-_SIGNS = 64  # vectors of random signs that tell whether errors are independent
-_MOST_COHERENT = 1.5  # over what independent errors have; SliceGPT's have up to 1.1
-_SMALL = 0.3  # share of the typical norm of rows that smaller rows count as
+_SMALL = 0.3  # share of the median norm of rows that smaller rows count as
 
 
 class Ingredients(NamedTuple):
@@ -169,7 +165,9 @@ def _sample(pair: Pair) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _count(pair: Pair) -> int:
-  return pair.target.shape[-1] if pair.way.kind == 'reads' else pair.target.size
+  if pair.way.kind == 'reads':
+    return pair.target.shape[-1]
+  return len(np.atleast_2d(pair.target))
 
 
 def _blocks(pair: Pair) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -270,51 +268,3 @@ def turn(basis: np.ndarray, other: np.ndarray) -> np.ndarray:
   found = orthonormal(basis.T @ other)
   assert found is not None
   return found
-
-
-def follows(target: np.ndarray, made: np.ndarray, limit: float) -> bool:
-  """Returns whether a tensor is a product made of the base, up to rounding.
-
-  Rounding errors are small and independent of each other. What a training adds may be
-  as small, but few directions have most of it.
-
-  Args:
-    target: the tensor, rounded.
-    made: the product, rounded.
-    limit: the greatest relative error in the Frobenius norm. That of a row or column
-      of a matrix may be four times as large: most of it may lie beside the subspace.
-  """
-  given, found = (np.atleast_2d(x).astype(np.float32) for x in (target, made))
-  scale = np.float32(max(float(np.abs(given).max(initial=0)), 1e-30))
-  errors = (given - found) / scale
-  off, sizes = np.square(errors), np.square(given / scale)
-  if not float(off.sum()) <= limit**2 * float(sizes.sum()):
-    return False
-  for axis in (0, 1) if len(errors) > 1 else ():
-    lines = sizes.sum(axis)
-    most = (4 * limit) ** 2 * np.maximum(lines, _SMALL**2 * lines.mean())
-    if (off.sum(axis) > most).any():
-      return False
-  return _are_independent(errors)
-
-
-def _are_independent(errors: np.ndarray) -> bool:
-  """Returns whether errors `[R, C]` of any sizes are independent of each other.
-
-  If they are, and have the mean 0, the sum of the fourth powers of the singular values
-  of the matrix E is, on average, that of the squares of `sum_j E_ij^2` for all i and of
-  `sum_i E_ij^2` for all j, less that of `E_ij^4`. A change in few directions adds the
-  fourth powers of its own singular values. The first sum is `|E^T E|^2`, estimated with
-  random signs (Hutchinson).
-  """
-  largest = float(np.abs(errors).max(initial=0))
-  if not largest:
-    return True
-  tall = (errors if len(errors) >= errors.shape[1] else errors.T) / largest
-  squares = np.square(tall)
-  sums = [squares.sum(axis, dtype=np.float64) for axis in (0, 1)]
-  expected = sum(float(x @ x) for x in sums) - float(np.square(squares).sum())
-  signs = difference_factors.random_signs(tall.shape[1], _SIGNS)
-  turned = host.small_products(tall.T, host.small_products(tall, signs))
-  found = float(np.square(turned, dtype=np.float64).sum()) / _SIGNS
-  return found <= _MOST_COHERENT * expected
