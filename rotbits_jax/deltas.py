@@ -89,18 +89,28 @@ def apply(
   counts = collections.Counter(map(id, old.values()))
   with file.Reader(data, base=base) as reader:
     uses, same = reader.uses_of_base(), reader.unchanged()
+    # Records before the first one that needs the base do not tell that it is wrong.
+    first = reader.records.get(next(iter(uses.values()), ''))
+    donate = donate and (first is None or base.holds(first))
+
+    def release(path: str, record: str) -> None:
+      """Deletes an old array, unless a later record or the new PyTree needs it."""
+      array = old.get(path)
+      is_kept = array is found.get(path) or uses.get(path, record) != record
+      # An array of several paths may stay at another one.
+      if isinstance(array, jax.Array) and not is_kept and counts[id(array)] == 1:
+        array.delete()
+
     for record, flat in reader.each():
       for path, array in flat.items():
         if path in same and sharding is None and path in old:
           found[path] = old[path]
         else:
           found[path] = _like(old.get(path), path, array, sharding)
-      for path in [x for x, last in uses.items() if last == record]:
-        # An array of several paths may stay at another one.
-        replaced = donate and counts[id(old[path])] == 1
-        replaced = replaced and old[path] is not found.get(path)
-        if replaced and isinstance(old[path], jax.Array):
-          old[path].delete()
+        if donate:
+          release(path, record)
+      for path in uses if donate else ():  # those without a successor, too
+        release(path, record)
     found |= {x: {} for entry in reader.records.values() for x in entry.empty}
   return trees.unflatten_like(params, structured.unflatten(found))
 

@@ -98,6 +98,34 @@ def test_donated_arrays_are_deleted():
   )
 
 
+def test_each_array_is_donated_when_it_is_replaced():
+  old = {'params': [params()['head'] + i for i in range(8)], 'b': jnp.zeros(2048)}
+  new = {'params': moved(old['params']), 'b': jnp.ones(2048)}
+  host = jax.device_get(new)
+  data = rotbits_jax.delta(new, old)
+  leaves, alive = jax.tree.leaves(old), []
+  place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+
+  def where(path, shape):
+    alive.append(sum(not x.is_deleted() for x in leaves))
+    return place
+
+  found = rotbits_jax.apply(data, old, sharding=where, donate=True)
+  assert_same(found, host)
+  assert alive == [*range(9, 0, -1)]
+  # The file stores one alone: it does not need the old one.
+  assert all(x.is_deleted() for x in leaves)
+
+
+def test_a_wrong_base_deletes_nothing():
+  old = {'alone': jnp.zeros(2048), 'w': params()['layers'][0]['w']}
+  data = rotbits_jax.delta({'alone': jnp.ones(2048), 'w': moved(old['w'])}, old)
+  wrong = old | {'w': old['w'] + 1}
+  with pytest.raises(rotbits_jax.ContainerError, match='w: w of this base has other'):
+    rotbits_jax.apply(data, wrong, donate=True)
+  assert not any(x.is_deleted() for x in jax.tree.leaves(wrong))
+
+
 def test_donated_arrays_that_are_there_twice_stay():
   old = {'a': params()['layers'][0]['w']}
   old['b'] = old['a']
@@ -145,7 +173,8 @@ def test_a_step_out_of_order_is_refused():
     steps.append(moved(steps[-1], seed))
   second = rotbits_jax.delta(steps[2], steps[1])
   with pytest.raises(rotbits_jax.ContainerError, match='has other elements'):
-    rotbits_jax.apply(second, steps[0])
+    rotbits_jax.apply(second, steps[0], donate=True)
+  assert not any(x.is_deleted() for x in jax.tree.leaves(steps[0]))
   with pytest.raises(rotbits_jax.ContainerError, match='the base has no'):
     rotbits_jax.apply(second, {'x': steps[1]})
   with pytest.raises(ValueError, match='only one of the file and'):
