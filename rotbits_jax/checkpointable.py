@@ -49,7 +49,7 @@ class Checkpointable:
       value: see the class.
       base: see `encode`; the weights before a fine-tune, for example. Loading needs it,
         too.
-      sharding: see `load`; by default arrays are where those of `value` are.
+      sharding: see `load`; by default arrays are where those of `value` are committed.
       preset: see `encode`. It is 'exact' also for a sliced model, because the state of
         an optimizer has the coordinates of the weights.
       options: further options of `encode`. With `files` and `stem` the file decodes to
@@ -115,7 +115,12 @@ class Checkpointable:
 def _placed_like(old: Any, new: np.ndarray) -> Any:
   if isinstance(old, np.ndarray | np.generic):
     return new
-  sharding = old.sharding
+  return placement.put(new, _committed(old))
+
+
+def _committed(old: Any) -> jax.sharding.Sharding | None:
+  """Returns the sharding to which an array is committed; None if JAX may move it."""
+  sharding: jax.sharding.Sharding | None = old.sharding
   if isinstance(getattr(sharding, 'mesh', None), jax.sharding.AbstractMesh):
-    sharding = None  # `jax.eval_shape` on a mesh with explicit axes names no devices
-  return placement.put(new, sharding)
+    return None  # `jax.eval_shape` on a mesh with explicit axes names no devices
+  return sharding if getattr(old, 'committed', True) else None

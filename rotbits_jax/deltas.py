@@ -67,8 +67,8 @@ def apply(
   Args:
     data: the bytes of `delta`, or the path of a file with them.
     params: the old PyTree.
-    sharding: see `load`; by default a JAX array gets the sharding of the old one, and
-      a NumPy array stays one.
+    sharding: see `load`; by default a JAX array gets the sharding of the old one if
+      that is committed to it, and a NumPy array stays one.
     donate: whether the JAX arrays of `params` may be deleted, each when it is replaced,
       so that devices never hold both PyTrees. An array that is there twice stays. After
       an error some may be gone.
@@ -122,5 +122,6 @@ def _like(old: Any, path: str, array: Any, sharding: file.Place | None) -> Any:
       array = np.array(array)  # on CPUs, JAX would take the memory of the caller
     return placement.placed({path: array}, sharding)[path]
   if isinstance(old, jax.Array):
-    return placement.put(array, old.sharding)
+    # JAX may move arrays that are not committed to their devices.
+    return placement.put(array, old.sharding if old.committed else None)
   return array

@@ -82,6 +82,13 @@ class CheckpointableTest(absltest.TestCase):
     specs = jax.eval_shape(lambda: jax.device_put(state, spread))
     chex.assert_trees_all_equal(self.load(specs), state)
 
+  def test_arrays_stay_committed_or_uncommitted(self):
+    state = {'free': jnp.ones(3), 'bound': jax.device_put(1.0, jax.devices()[0])}
+    self.save(state)
+    found = self.load(state)
+    self.assertFalse(found['free'].committed)
+    self.assertTrue(found['bound'].committed)
+
   def test_a_sliced_model_keeps_its_coordinates(self):
     model = random_models.sliced_llama((20, 20, 20, 20, 24))
     self.save(model)

@@ -143,6 +143,14 @@ def test_a_sharding_places_the_arrays():
   assert found['head'].sharding == place
 
 
+def test_arrays_stay_committed_or_uncommitted():
+  where = jax.devices()[0]
+  old = {'free': jnp.zeros(64), 'bound': jax.device_put(jnp.zeros(64), where)}
+  data = rotbits_jax.delta(jax.tree.map(lambda x: x + 1, old), old)
+  found = rotbits_jax.apply(data, old)
+  assert (found['free'].committed, found['bound'].committed) == (False, True)
+
+
 def test_numbers_of_64_bits_keep_them_on_devices():
   place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
   new = {'n': np.array([2**40 + 1, 3]), 'w': np.full(99, 1 + 1e-12)}
