@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from rotbits_jax import file
+from rotbits_jax import models
 from rotbits_jax import presets
 from rotbits_jax import structured
 from rotbits_jax.file import base as base_lib
@@ -67,8 +68,9 @@ def apply(
   Args:
     data: the bytes of `delta`, or the path of a file with them.
     params: the old PyTree.
-    sharding: see `load`; by default a JAX array gets the sharding of the old one if
-      that is committed to it, and a NumPy array stays one.
+    sharding: see `load`, also for the paths of a `Model`. By default, and for its
+      buffers, a JAX array gets the sharding of the old one if that is committed to it,
+      and a NumPy array stays one.
     donate: whether the JAX arrays of `params` may be deleted, each when it is replaced,
       so that devices never hold both PyTrees. An array that is there twice stays. After
       an error some may be gone.
@@ -87,6 +89,8 @@ def apply(
   base = base_lib.Base(sources.Source(nested), plain=False)
   found: dict[str, Any] = {}
   counts = collections.Counter(map(id, old.values()))
+  # As `load` does, which places no buffers.
+  prefix = 'params/' if isinstance(params, models.Model) else ''
   with file.Reader(data, base=base) as reader:
     uses, same = reader.uses_of_base(), reader.unchanged()
     # Records before the first one that needs the base do not tell that it is wrong.
@@ -103,10 +107,11 @@ def apply(
 
     for record, flat in reader.each():
       for path, array in flat.items():
-        if path in same and sharding is None and path in old:
+        place = sharding if path.startswith(prefix) else None
+        if path in same and place is None and path in old:
           found[path] = old[path]
         else:
-          found[path] = _like(old.get(path), path, array, sharding)
+          found[path] = _like(old.get(path), path.removeprefix(prefix), array, place)
         if donate:
           release(path, record)
       for path in uses if donate else ():  # those without a successor, too

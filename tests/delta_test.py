@@ -143,6 +143,20 @@ def test_a_sharding_places_the_arrays():
   assert found['head'].sharding == place
 
 
+def test_the_sharding_of_a_model_gets_the_paths_of_load():
+  old = rotbits_jax.load_checkpoint(checkpoints.example('llama-tiny-dense')).model
+  old = old.replace(buffers={'inv_freq': np.ones(64, np.float32)})
+  new = old.replace(params=jax.tree.map(lambda x: x * 2, old.params))
+  place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  loaded, applied = [], []
+  where = lambda paths: lambda path, shape: paths.append(path) or place
+  rotbits_jax.load(rotbits_jax.encode(new, preset='exact'), sharding=where(loaded))
+  data = rotbits_jax.delta(new, old)
+  found = rotbits_jax.apply(data, old, sharding=where(applied))
+  assert set(applied) == set(loaded)
+  assert found.buffers['inv_freq'] is old.buffers['inv_freq']
+
+
 def test_arrays_stay_committed_or_uncommitted():
   where = jax.devices()[0]
   old = {'free': jnp.zeros(64), 'bound': jax.device_put(jnp.zeros(64), where)}
