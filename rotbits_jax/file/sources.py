@@ -19,6 +19,8 @@ from rotbits_jax import structured
 from rotbits_jax.file import trees
 from rotbits_jax.system import checksums
 
+_SHORT = {'int2': 3, 'uint2': 3, 'int4': 15, 'uint4': 15}  # the bits that are used
+
 
 class Source:
   """The input of encoding: records, and the files that are kept besides them.
@@ -143,13 +145,23 @@ class Source:
 
 
 def _native(tree: Any) -> Any:
-  """Returns nested dicts whose arrays have the byte order of this machine."""
-  swapped = lambda x: x.astype(x.dtype.newbyteorder('=')) if _is_swapped(x) else x
-  return structured.map_leaves(lambda leaf: jax.tree.map(swapped, leaf), tree)
+  """Returns nested dicts whose arrays have the bits that those of JAX would have.
+
+  Their bytes are in the order of this machine, and those of short integers have zeros
+  for the bits that say nothing. NumPy keeps what others have put there.
+  """
+  return structured.map_leaves(lambda leaf: jax.tree.map(_native_array, leaf), tree)
 
 
-def _is_swapped(array: Any) -> bool:
-  return isinstance(array, np.ndarray) and not array.dtype.isnative
+def _native_array(array: Any) -> Any:
+  if not isinstance(array, np.ndarray):
+    return array
+  if not array.dtype.isnative:
+    return array.astype(array.dtype.newbyteorder('='))
+  largest = _SHORT.get(array.dtype.name)
+  if largest is None or (array.view(np.uint8) <= largest).all():
+    return array
+  return (array.view(np.uint8) & largest).view(array.dtype)
 
 
 def _checksum(params: models.Params) -> int:
