@@ -230,7 +230,8 @@ def decode(
     source: a path, bytes, or a binary file.
     like: a PyTree whose structure the PyTree in the file gets: lists, tuples, Optax
       states. Its arrays, or each `jax.ShapeDtypeStruct` in place of one, give shapes
-      and dtypes, which must be those in the file.
+      and dtypes, which must be those in the file. A leaf of integers, see `load`,
+      becomes its array.
     base: the base of `encode`.
     progress: whether to show the progress on stderr.
 

@@ -107,12 +107,18 @@ class Checkpointable:
         return api.load(opened, base=self._base, sharding=self._sharding)
       found: Any = api.decode(opened, base=self._base, like=self.value)
     if self._sharding is None:
-      return jax.tree.map(_placed_like, self.value, found)
+      is_leaf = structured.is_structured
+      return jax.tree.map(_placed_like, self.value, found, is_leaf=is_leaf)
     flat = placement.placed(structured.flatten(trees.to_dicts(found)), self._sharding)
     return trees.unflatten_like(self.value, structured.unflatten(flat))
 
 
-def _placed_like(old: Any, new: np.ndarray) -> Any:
+def _placed_like(old: Any, new: Any) -> Any:
+  """Returns an array, or a structured leaf, where another one is."""
+  if structured.is_structured(new):
+    return jax.tree.map(_placed_like, old, new)
+  if structured.is_structured(old):  # the file has its array
+    old = next((x for x in jax.tree.leaves(old) if x.shape == new.shape), new)
   if isinstance(old, np.ndarray | np.generic):
     return new
   return placement.put(new, _committed(old))

@@ -77,7 +77,8 @@ def apply(
 
   Returns:
     The new PyTree, in the containers of the old one. An array that did not change is
-    the old one itself, unless `sharding` is given.
+    the old one itself, unless `sharding` is given. A leaf of integers that changed, see
+    `load`, becomes its array.
 
   Raises:
     ContainerError: if `params` are not those that `delta` got, such as those of another

@@ -18,6 +18,7 @@ import random_models
 
 import rotbits_jax
 from rotbits_jax import checkpointable
+from rotbits_jax import structured
 
 DENSE = pathlib.Path(__file__).parent / 'testdata/llama-tiny-dense'
 FILE = pathlib.Path('state', 'model.rotbits')
@@ -88,6 +89,17 @@ class CheckpointableTest(absltest.TestCase):
     found = self.load(state)
     self.assertFalse(found['free'].committed)
     self.assertTrue(found['bound'].committed)
+
+  def test_leaves_of_integers_come_back_as_arrays(self):
+    numbers, step = jnp.arange(12, dtype=jnp.int8).reshape(3, 4), jnp.float32(0.5)
+    pair = structured.LowRank(jnp.ones((4, 2)), jnp.ones((2, 3)))
+    state = {'w': structured.UniformlyQuantized(numbers, step, 'float32'), 'x': pair}
+    self.save(state)
+    found = self.load(state)
+    chex.assert_trees_all_equal(found, state | {'w': numbers * step})
+    self.assertIsInstance(found['w'], jax.Array)
+    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    chex.assert_trees_all_equal(self.load(state, sharding=place), found)
 
   def test_a_sliced_model_keeps_its_coordinates(self):
     model = random_models.sliced_llama((20, 20, 20, 20, 24))

@@ -169,6 +169,18 @@ def test_the_upper_bits_of_short_integers_say_nothing(dtype):
   assert_same(rotbits_jax.apply(rotbits_jax.delta(new, given), plain), new)
 
 
+def test_leaves_of_integers_come_back_as_arrays():
+  numbers = np.arange(-32, 32, dtype=np.int8).reshape(8, 8)
+  leaf = structured.UniformlyQuantized(numbers, np.float32(0.5), 'float32')
+  old, new = {'w': leaf}, {'w': leaf.replace(integers=numbers + 1)}
+  expected = {'w': np.asarray(new['w'].materialize())}
+  assert_same(rotbits_jax.decode(rotbits_jax.encode(new), like=old), expected)
+  assert_same(rotbits_jax.apply(rotbits_jax.delta(new, old), old), expected)
+  assert rotbits_jax.apply(rotbits_jax.delta(old, old), old)['w'] is leaf
+  with pytest.raises(ValueError, match='w: `like` has'):
+    rotbits_jax.decode(rotbits_jax.encode({'w': np.ones((8, 9))}), like=old)
+
+
 def test_arrays_stay_committed_or_uncommitted():
   where = jax.devices()[0]
   old = {'free': jnp.zeros(64), 'bound': jax.device_put(jnp.zeros(64), where)}

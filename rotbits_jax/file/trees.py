@@ -102,7 +102,8 @@ def unflatten_like(like: Any, found: Tree) -> Any:
   """Returns a PyTree with the structure of another and the leaves of `to_dicts`.
 
   Args:
-    like: the other one; its leaves may be `jax.ShapeDtypeStruct`.
+    like: the other one; its leaves may be `jax.ShapeDtypeStruct`. A structured leaf for
+      which files have an array becomes that array.
     found: the leaves.
 
   Raises:
@@ -115,7 +116,7 @@ def unflatten_like(like: Any, found: Tree) -> Any:
   if wrong := sorted(expected.keys() ^ flat.keys()):
     raise ValueError(f'{wrong[0]}: only one of the file and `like` has it')
   for path, leaf in expected.items():
-    kinds = [structured.stack_key(x) for x in (leaf, flat[path])]
+    kinds = [structured.stack_key(_in_file(x)) for x in (leaf, flat[path])]
     if kinds[0] != kinds[1]:
       raise ValueError(f'{path}: `like` has {kinds[0][1:3]}, the file {kinds[1][1:3]}')
   treedef = jax.tree.structure(like, is_leaf=structured.is_structured)
@@ -123,3 +124,11 @@ def unflatten_like(like: Any, found: Tree) -> Any:
   numbers = structured.flatten(_to_dicts(numbered, '', lambda leaf, _: leaf))
   paths = sorted(numbers, key=lambda path: numbers[path])
   return jax.tree.unflatten(treedef, [flat[path] for path in paths])
+
+
+def _in_file(leaf: Any) -> Any:
+  """Returns the spec of an array for a structured leaf that files do not give back."""
+  is_leaf = structured.is_structured(leaf)
+  if is_leaf and (leaf.expands_on_writing or leaf.expands_on_reading):
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+  return leaf
