@@ -29,9 +29,9 @@ class Checkpointable:
   in it, which any function of this package reads. The class does not import Orbax.
 
   Attributes:
-    value: the model or the PyTree to save. For loading, it gives the structure and the
-      shardings of the PyTree, whose arrays may be `jax.ShapeDtypeStruct`; None, or a
-      `Model`, for the content of the file. After loading, it is the loaded one.
+    value: the model or the PyTree to save. For loading, it gives the shardings, and the
+      structure of a PyTree; its arrays may be `jax.ShapeDtypeStruct`. With None, or a
+      `Model`, the file gives the structure. After loading, it is the loaded one.
   """
 
   def __init__(
@@ -104,13 +104,26 @@ class Checkpointable:
   def _read(self, path: pathlib.Path) -> Any:
     with path.open('rb') as opened:
       if self.value is None or isinstance(self.value, models.Model):
-        return api.load(opened, base=self._base, sharding=self._sharding)
+        place = self._sharding or _place_like(self.value)
+        return api.load(opened, base=self._base, sharding=place)
       found: Any = api.decode(opened, base=self._base, like=self.value)
     if self._sharding is None:
       is_leaf = structured.is_structured
       return jax.tree.map(_placed_like, self.value, found, is_leaf=is_leaf)
     flat = placement.placed(structured.flatten(trees.to_dicts(found)), self._sharding)
     return trees.unflatten_like(self.value, structured.unflatten(flat))
+
+
+def _place_like(model: models.Model | None) -> file.Place | None:
+  """Returns where the parameters of a model are; None if JAX may move all of them."""
+  flat = {} if model is None else structured.flatten(model.params)
+  found = {
+    path: place
+    for path, leaf in flat.items()
+    for array in jax.tree.leaves(leaf)[:1]
+    if (place := _committed(array)) is not None
+  }
+  return (lambda path, _: found.get(path)) if found else None
 
 
 def _placed_like(old: Any, new: Any) -> Any:
@@ -126,7 +139,7 @@ def _placed_like(old: Any, new: Any) -> Any:
 
 def _committed(old: Any) -> jax.sharding.Sharding | None:
   """Returns the sharding to which an array is committed; None if JAX may move it."""
-  sharding: jax.sharding.Sharding | None = old.sharding
+  sharding: jax.sharding.Sharding | None = getattr(old, 'sharding', None)
   if isinstance(getattr(sharding, 'mesh', None), jax.sharding.AbstractMesh):
     return None  # `jax.eval_shape` on a mesh with explicit axes names no devices
   return sharding if getattr(old, 'committed', True) else None

@@ -29,6 +29,7 @@ import sys
 import jax, numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 import orbax.checkpoint.experimental.v1 as ocp
+import rotbits_jax
 from rotbits_jax import Checkpointable
 
 mesh = jax.make_mesh((8,), ('x',))
@@ -47,6 +48,19 @@ assert load(state) == rows
 assert load({'w': spec}) == columns
 assert load(state, sharding=columns).is_equivalent_to(columns, 2)
 assert load(None, sharding=columns).is_equivalent_to(columns, 2)
+
+# Without a sharding, a model is where the committed arrays of the value are.
+folder = rotbits_jax.checkpoints.example('llama-tiny-dense')
+model = rotbits_jax.load_checkpoint(folder).model
+spread = lambda x: jax.device_put(x, columns if x.ndim == 3 else None)
+model = model.replace(params=jax.tree.map(spread, model.params))
+path = sys.argv[1] + '-model'
+ocp.save_checkpointables(path, {'model': Checkpointable(model)})
+found = ocp.load_checkpointables(path, {'model': Checkpointable(model)})['model'].value
+for x, y in zip(*map(jax.tree.leaves, (found.params, model.params)), strict=True):
+  np.testing.assert_array_equal(x, y)
+  assert x.committed == y.committed
+  assert x.sharding.is_equivalent_to(y.sharding, x.ndim)
 """
 
 

@@ -9,8 +9,11 @@ import numpy as np
 
 from rotbits_jax.file import manifest as manifest_lib
 
-Place = jax.sharding.Sharding | Callable[[str, tuple[int, ...]], jax.sharding.Sharding]
-"""The sharding of all arrays, or a function of a path and a shape that returns one."""
+Place = (
+  jax.sharding.Sharding | Callable[[str, tuple[int, ...]], jax.sharding.Sharding | None]
+)
+"""The sharding of all arrays, or a function of a path and a shape that returns one, or
+None for an array that is committed to no device."""
 
 
 def placed(flat: Mapping[str, Any], place: Place | None) -> dict[str, Any]:
@@ -47,13 +50,15 @@ def placed_stack(
 
   def put_stack(stack: np.ndarray, path: str) -> jax.Array:
     shape = (total, *stack.shape[1:])
+    sharding = _sharding(place, path, shape)
+    if sharding is None:
+      return put(stack, None)  # `local_layers` are all of them
 
     def part(index: Any) -> Any:
       start, stop, _ = index[0].indices(total)
       rows = slice(start - wanted.start, stop - wanted.start)
       return stack[(rows, *index[1:])]
 
-    sharding = _sharding(place, path, shape)
     with jax.enable_x64(True):  # see `put`
       return jax.make_array_from_callback(shape, sharding, part)
 
@@ -80,14 +85,18 @@ def local_layers(
     for own in [leaf.shape] if leaf.is_array else [x.shape for x in specs]:
       shape = (*lead, *own)
       sharding = _sharding(place, f'{name}/{entry.inner(leaf.path)}', shape)
+      if sharding is None:
+        return range(count)
       for index in sharding.addressable_devices_indices_map(shape).values():
         start, stop, _ = index[0].indices(count) if index else (0, count, 1)
         first, last = min(first, start), max(last, stop)
   return range(min(first, last), last)
 
 
-def _sharding(place: Place, path: str, shape: tuple[int, ...]) -> jax.sharding.Sharding:
-  """Returns the sharding of an array.
+def _sharding(
+  place: Place, path: str, shape: tuple[int, ...]
+) -> jax.sharding.Sharding | None:
+  """Returns the sharding of an array; None if it is committed to no device.
 
   Where a named axis of devices does not divide the length of an axis of the array, that
   is not divided. A vector beside a matrix, such as the steps of a stack, has the
