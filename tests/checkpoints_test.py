@@ -506,7 +506,8 @@ class TestConfig:
     rope = {'rope_theta': 5e5, 'rope_type': 'default'}
     config = checkpoints.parse_config(values | {'rope_parameters': rope})
     assert config.rope_theta == 5e5
-    values = {k: v for k, v in PHI2.items() if k != 'partial_rotary_factor'}
+    known = 'partial_rotary_factor', 'rope_theta'
+    values = {k: v for k, v in PHI2.items() if k not in known}
     rope = rope | {'partial_rotary_factor': 0.4}
     config = checkpoints.parse_config(values | {'rope_parameters': rope})
     assert config.rotary_dim == 32

@@ -192,6 +192,8 @@ class ConfigTest(chex.TestCase):
     values = {k: v for k, v in LLAMA.items() if k != 'rope_theta'}
     newer = values | {'rope_parameters': LLAMA3 | {'rope_theta': 60.0}}
     assert checkpoints.parse_config(newer) == older
+    both = newer | {'rope_theta': 60}
+    assert checkpoints.parse_config(both) == older
     assert older.rope_scaling == models_config.RopeScaling(
       type_name='llama3',
       factor=4.0,
@@ -206,6 +208,15 @@ class ConfigTest(chex.TestCase):
     assert checkpoints.parse_config(same) == checkpoints.parse_config(values)
     with pytest.raises(CheckpointError, match='embeddings is 8; supported: 24'):
       checkpoints.parse_config(values | {'original_max_position_embeddings': 8})
+
+  def test_settings_in_two_places_may_be_the_same(self):
+    values = LLAMA | {'model_type': 'phi3'}
+    half = {'partial_rotary_factor': 0.5}
+    for both in (half, half | {'rope_parameters': half}):
+      assert checkpoints.parse_config(values | both).rotary_dim == 6
+    linear = LLAMA | {'rope_scaling': {'type': 'linear', 'factor': 2.0}}
+    both = LLAMA | {'rope_scaling': linear['rope_scaling'] | {'rope_type': 'linear'}}
+    assert checkpoints.parse_config(both) == checkpoints.parse_config(linear)
 
   @parameterized.parameters(
     ({'rotary_dim': 14}, 'rotary_dim must be even and at most head_dim'),
@@ -306,6 +317,8 @@ class ConfigTest(chex.TestCase):
       },
     }
     assert checkpoints.parse_config(newer) == older
+    both = newer | {'rope_theta': 60.0, 'rope_local_base_freq': 20.0}
+    assert checkpoints.parse_config(both) == older
     fields = json.loads(json.dumps(schema.dump(older)))
     assert schema.load(models.ModelConfig, fields) == older
     assert checkpoints.parse_config(GEMMA3).alternate.rope_theta == 1e4
@@ -381,6 +394,13 @@ class ConfigTest(chex.TestCase):
       (LLAMA, {'rope_scaling': LLAMA3, 'rope_parameters': LLAMA3},
        'config.json: rope_scaling is'),
       (LLAMA, {'rope_scaling': {'rope_type': 'linear'}}, 'factor is missing'),
+      (LLAMA, {'rope_parameters': {'rope_theta': 50.0}},
+       'config.json: rope_theta is 60.0; supported: 50.0'),
+      (LLAMA, {'rope_scaling': LLAMA3 | {'type': 'linear'}},
+       "rope_scaling: type is 'linear'; supported: 'llama3'"),
+      (LLAMA | {'model_type': 'phi3', 'partial_rotary_factor': 1.0},
+       {'rope_parameters': {'partial_rotary_factor': 0.5}},
+       'config.json: partial_rotary_factor is 1.0; supported: 0.5'),
       (MISTRAL, {'num_key_value_heads': ...}, 'num_key_value_heads is missing'),
       (MISTRAL, {'sliding_window': ...}, 'sliding_window is missing'),
       (MISTRAL, {'attention_bias': True}, 'attention_bias is True'),
@@ -405,6 +425,13 @@ class ConfigTest(chex.TestCase):
       (GEMMA3, {'query_pre_attn_scalar': None}, 'query_pre_attn_scalar is None'),
       (GEMMA3, {'rope_parameters': {'full_attention': {'rope_type': 'default'}}},
        'rope_parameters: sliding_attention is missing'),
+      (GEMMA3, {'rope_parameters':
+                {'full_attention': {'rope_theta': 50.0}, 'sliding_attention': {}}},
+       'config.json: rope_theta is 60.0; supported: 50.0'),
+      (GEMMA3 | {'rope_local_base_freq': 10.0},
+       {'rope_parameters':
+        {'full_attention': {}, 'sliding_attention': {'rope_theta': 20.0}}},
+       'config.json: rope_local_base_freq is 10.0; supported: 20.0'),
       (GEMMA3, {'final_norm_bias': True}, 'final_norm_bias is True'),
       (MIXTRAL, {'num_local_experts': ...}, 'num_local_experts is missing'),
       (MIXTRAL, {'num_local_experts': 1}, 'experts_per_token must be from 1 to'),

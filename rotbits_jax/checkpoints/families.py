@@ -200,26 +200,25 @@ def _gemma2(config: attributes.Attributes) -> models.ModelConfig:
 def _gemma3(config: attributes.Attributes) -> models.ModelConfig:
   # transformers does not apply this cap to Gemma 3.
   config.require(attn_logit_softcapping=None)
-  names, settings = ('full_attention', 'sliding_attention'), None
   parameters = config.take('rope_parameters', None)
   if parameters is not None:
     config.require(rope_scaling=None)
     where = f'{config.where}: rope_parameters'
     both = attributes.Attributes(parameters, where)
+    names = ('full_attention', 'sliding_attention')
     settings = [attributes.Attributes(both.take(x), f'{where}: {x}') for x in names]
     both.finish()
-  thetas = (
-    config.number('rope_theta', 1e6),
-    config.number('rope_local_base_freq', 1e4),
-  )
-  if settings is None:
-    full = rope_lib.positions(config, None, thetas[0])
-    local = full | {'rope_theta': thetas[1], 'rope_scaling': None}
-  else:
+    bases = (('rope_theta', 1e6), ('rope_local_base_freq', 1e4))
     full, local = (
-      rope_lib.positions_of(own, config, None, theta)
-      for own, theta in zip(settings, thetas, strict=True)
+      rope_lib.positions_of(own, config, None, theta, beside)
+      for own, (beside, theta) in zip(settings, bases, strict=True)
     )
+  else:
+    full = rope_lib.positions(config, None, 1e6)
+    local = full | {
+      'rope_theta': config.number('rope_local_base_freq', 1e4),
+      'rope_scaling': None,
+    }
   config.take('_sliding_window_pattern', None)  # transformers writes it, and reads none
   return _gemma(
     config,

@@ -44,7 +44,6 @@ def positions(
   if gathered or config.take('rope_scaling', None) is not None:
     name = 'rope_parameters' if gathered else 'rope_scaling'
     settings = attributes.Attributes(config.take(name), f'{config.where}: {name}')
-  theta = config.take('rope_theta', theta)
   return positions_of(settings, config, factor, theta)
 
 
@@ -53,20 +52,34 @@ def positions_of(
   config: attributes.Attributes,
   factor: float | None,
   theta: float,
+  beside: str = 'rope_theta',
 ) -> dict[str, Any]:
   """Reads the settings of RoPE from the object that has them, or from the config.
 
-  The arguments and the result are those of `positions`.
+  If both have one, it must be the same: versions of transformers differ in which of two
+  they take.
+
+  Args:
+    settings: the attributes of the object, or those of the config.
+    config: see `positions`.
+    factor: see `positions`.
+    theta: see `positions`.
+    beside: the attribute of the config that sets the base of the wavelengths.
+
+  Returns:
+    See `positions`.
   """
   scaling = None if settings is config else _scaling(settings, config)
-  theta = settings.number('rope_theta', theta)
+  theta = settings.number('rope_theta', config.take(beside, theta))
+  config.require(**{beside: theta})
   if factor is None:
     for own in (config, settings):
       own.require(partial_rotary_factor=1.0)
     factor = 1.0
   else:
-    beside = config.take('partial_rotary_factor', factor)
-    factor = settings.number('partial_rotary_factor', beside)
+    factor = config.take('partial_rotary_factor', factor)
+    factor = settings.number('partial_rotary_factor', factor)
+    config.require(partial_rotary_factor=factor)
   if settings is not config:
     settings.finish()
   rotary_dim = int(head_dim(config) * min(factor, 1))
@@ -82,6 +95,7 @@ def _scaling(
 ) -> models.RopeScaling | None:
   older = settings.take('type', 'default')
   found = settings.choice('rope_type', ('default', 'linear', 'llama3'), older)
+  settings.require(type=found)
   if found == 'default':
     return None
   factor = settings.number('factor')
