@@ -8,6 +8,7 @@ import dataclasses
 import hashlib
 import json
 import pathlib
+import shutil
 
 import jax
 import numpy as np
@@ -29,6 +30,13 @@ CHANGED = {
   'architectures', 'auto_map', 'model_type', 'segment_widths', 'shortcut_ranks',
   'tie_word_embeddings', 'torch_dtype',
 }  # fmt: skip
+LLAMA3 = {
+  'rope_type': 'llama3',
+  'factor': 8.0,
+  'low_freq_factor': 1.0,
+  'high_freq_factor': 4.0,
+  'original_max_position_embeddings': 256,
+}
 
 
 def read(folder):
@@ -126,6 +134,35 @@ def test_files(name, tmp_path):
     module, cls = path.split('.')
     tree = ast.parse(written[f'{module}.py'])
     assert cls in {x.name for x in tree.body if isinstance(x, ast.ClassDef)}
+
+
+@pytest.mark.parametrize(
+  ('name', 'beside', 'scaling'),
+  [
+    ('llama-tiny-sliced-head-0.25', {'rope_theta': 500000.0}, None),
+    ('llama-tiny-sliced-head-0.25', {'rope_theta': 500000.0}, LLAMA3),
+    ('llama-tiny-sliced-head-0.25', {}, {'type': 'linear', 'factor': 2.0}),
+    ('phi2-tiny-sliced-0.25', {'rope_theta': 50.0, 'partial_rotary_factor': 0.5}, None),
+  ],
+)
+def test_rope_is_where_transformers_4_reads_it(name, beside, scaling, tmp_path):
+  shutil.copytree(TESTDATA / name, tmp_path / 'x')
+  path = tmp_path / 'x' / 'config.json'
+  dense = json.loads(path.read_text())
+  for key in ('rope_theta', 'rope_scaling', 'partial_rotary_factor'):
+    dense.pop(key, None)
+  newer = dense | {'rope_parameters': (scaling or {'rope_type': 'default'}) | beside}
+  path.write_text(json.dumps(newer))
+  source = rotbits_jax.load_checkpoint(tmp_path / 'x')
+  encoded = rotbits_jax.encode(source, preset='exact')
+  rotbits_jax.decode_to_directory(encoded, tmp_path / 'y', format='transformers')
+  _, config = read(tmp_path / 'y')
+  older = dense | beside | ({'rope_scaling': scaling} if scaling else {})
+  kept = older.keys() - CHANGED
+  assert {key: config[key] for key in kept} == {key: older[key] for key in kept}
+  assert config.keys() == older.keys() | CHANGED | {'tokenizer_class'}
+  # The two forms are the same for our parser, too.
+  assert checkpoints.parse_config(older) == checkpoints.parse_config(newer)
 
 
 @pytest.mark.parametrize(

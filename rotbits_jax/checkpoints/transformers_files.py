@@ -149,7 +149,7 @@ def sidecars(
   if config.family not in _CLASSES:
     raise ValueError(f'there is no code for transformers of the family {config.family}')
   named = {name: content for name, content in files.items() if name != f'{stem}.json'}
-  dense = attributes.parse_object(files[CONFIG], CONFIG)
+  dense = _older_rope(attributes.parse_object(files[CONFIG], CONFIG), config)
   # `AutoTokenizer` knows the tokenizer of a dense model by the model's type, and of a
   # type that it does not know by the class that one of these files names.
   dense = {'tokenizer_class': _CLASSES[config.family][1]} | dense
@@ -170,6 +170,28 @@ def _modeling(family: str) -> bytes:
     return own.read_bytes()
   code = llama.read_text('utf-8').replace('Llama', _CLASSES[family][0])
   return code.replace('llama', family).encode()
+
+
+def _older_rope(dense: dict[str, Any], config: models.ModelConfig) -> dict[str, Any]:
+  """Returns a `config.json` with the settings of RoPE where transformers 4 reads them.
+
+  transformers 5 gathers them in `rope_parameters`, and reads them at both places.
+
+  Args:
+    dense: the `config.json` of the model before slicing.
+    config: config of the sliced model.
+  """
+  gathered = dense.get('rope_parameters')
+  if not isinstance(gathered, dict):
+    return dense
+  scaling = dict(gathered)
+  older = {name: value for name, value in dense.items() if name != 'rope_parameters'}
+  for name in ('rope_theta', 'partial_rotary_factor'):
+    if name in scaling:
+      older[name] = scaling.pop(name)
+  if config.rope_scaling is not None:
+    older['rope_scaling'] = scaling
+  return older
 
 
 def _settings(
