@@ -108,7 +108,8 @@ def encode(
 
   Raises:
     ValueError: if the preset or an option is unknown, if the source cannot be stored,
-      if the base has none of its arrays, or if an adapter cannot be carried.
+      if the `config.json` of a model is that of another one, if the base has none of
+      its arrays, or if an adapter cannot be carried.
   """
   job = _job(source, preset, options, files, stem, mesh, base, adapters)
   return encode_lib.in_memory(job, progress=progress)

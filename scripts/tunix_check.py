@@ -8,6 +8,7 @@ It stands beside the suite because of all that Tunix depends on.
 import json
 import os
 import pathlib
+import shutil
 import sys
 import tempfile
 
@@ -25,12 +26,12 @@ MOST_ERROR = 1e-2  # relative to the greatest logit; Tunix computes in float16
 def main() -> int:
   with tempfile.TemporaryDirectory() as folder:
     os.environ['ROTBITS_JAX_CACHE'] = folder
-    file = pathlib.Path(folder, 'x')
-    checkpoint = rotbits_jax.load_checkpoint(CHECKPOINT)
-    settings = json.loads(checkpoint.files['config.json']) | {'rope_theta': ROPE_THETA}
-    checkpoint.files['config.json'] = json.dumps(settings).encode()
-    rotbits_jax.save_checkpoint(checkpoint, pathlib.Path(folder, 'given'))
-    rotbits_jax.encode_to_file(pathlib.Path(folder, 'given'), file)
+    file, given = (pathlib.Path(folder, name) for name in ('x', 'given'))
+    shutil.copytree(CHECKPOINT, given)
+    path = given / 'config.json'
+    settings = json.loads(path.read_text()) | {'rope_theta': ROPE_THETA}
+    path.write_text(json.dumps(settings))
+    rotbits_jax.encode_to_file(given, file)
     own = rotbits_jax.load(file)
     config = own.config
     theirs = params.create_model_from_safe_tensors(

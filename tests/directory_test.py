@@ -1,5 +1,6 @@
 """Files become checkpoints again: every fixture, with every preset, in each format."""
 
+import dataclasses
 import itertools
 import json
 import pathlib
@@ -102,6 +103,51 @@ def test_a_tied_head_that_is_stored_too_is_the_models_own_once_it_is_trained(tmp
   found = json.loads((tmp_path / 'x' / 'config.json').read_text())
   assert found == config | {'tie_word_embeddings': False}
   rotbits_jax.load_checkpoint(tmp_path / 'x')
+
+
+def with_config(model, **changes):
+  """Returns the first layers of a model, with another config."""
+  config = dataclasses.replace(model.config, **changes)
+  layers = [model.layer(i) for i in range(config.num_layers)]
+  return models.from_layers(config, model.outer(), layers)
+
+
+@pytest.mark.parametrize(
+  ('name', 'changes', 'message'),
+  [
+    ('llama-tiny-dense', {'rope_theta': 1e6}, '^config.json: .* another rope_theta; '),
+    ('llama-tiny-dense', {'tied_head': True}, '^config.json: .* another tied_head; '),
+    (
+      'llama-tiny-dense',
+      {'num_layers': 1, 'segment_widths': (128,) * 3},
+      'another num_layers, segment_widths; change config.json in `files`, too',
+    ),
+    (
+      'llama-tiny-sliced-head-0.25',
+      {'num_layers': 1, 'segment_widths': (96,) * 3},
+      '^config.json, Llama-2-tiny_0.25.json: .* another num_layers, segment_widths; ',
+    ),
+  ],
+)
+def test_files_of_another_model_are_refused(tmp_path, name, changes, message):
+  given = rotbits_jax.load_checkpoint(TESTDATA / name)
+  other = given._replace(model=with_config(given.model, **changes))
+  with pytest.raises(ValueError, match=message):
+    rotbits_jax.encode(other, preset='exact')
+  with pytest.raises(ValueError, match=message):
+    rotbits_jax.save_checkpoint(other, tmp_path / 'x')
+  assert not list(tmp_path.iterdir())
+
+
+def test_a_config_that_is_changed_in_the_files_too(tmp_path):
+  given = rotbits_jax.load_checkpoint(TESTDATA / 'llama-tiny-dense')
+  model = with_config(given.model, rope_theta=1e6)
+  settings = json.loads(given.files['config.json']) | {'rope_theta': 1e6}
+  files = given.files | {'config.json': json.dumps(settings).encode()}
+  rotbits_jax.save_checkpoint(checkpoints.Checkpoint(model, files, None), tmp_path)
+  assert rotbits_jax.load_checkpoint(tmp_path).model.config == model.config
+  # The files of a base are not kept.
+  rotbits_jax.encode(given, base=given._replace(model=model))
 
 
 def test_the_config_names_the_dtype(tmp_path):

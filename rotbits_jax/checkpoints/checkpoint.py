@@ -240,12 +240,13 @@ def save_checkpoint(
 
   Raises:
     CheckpointError: if the format does not support the dtype of a tensor.
-    ValueError: if the format does not suit the model, or a file name is not valid.
+    ValueError: if the format does not suit the model, if a file name is not valid, or
+      if the `config.json` is that of another model.
     OSError: if the directory cannot be written, or a file must not be replaced.
   """
   model, files, stem = checkpoint
   leaves = tensors_lib.leaves_of(model)
-  files = fitting_files(model, files)
+  files = fitting_files(model, files, stem)
   with writer_lib.CheckpointWriter(
     directory,
     model.config,
@@ -263,7 +264,9 @@ def save_checkpoint(
       writer.add(path, leaves.pop(path))
 
 
-def fitting_files(model: models.Model, files: dict[str, bytes]) -> dict[str, bytes]:
+def fitting_files(
+  model: models.Model, files: dict[str, bytes], stem: str | None
+) -> dict[str, bytes]:
   """Returns sidecar files that do not tie a head that differs from the embedding.
 
   A checkpoint may store its tied head, and a training then changes both.
@@ -271,10 +274,13 @@ def fitting_files(model: models.Model, files: dict[str, bytes]) -> dict[str, byt
   Args:
     model: the model as it is stored.
     files: the files by name, of the checkpoint that the model was.
+    stem: name of the slicing JSON among them.
 
   Raises:
     CheckpointError: as for `configs.parse_config`.
+    ValueError: if the files tell another config than that of the model.
   """
+  configs.check_files(files, model.config, stem)
   untied = configs.with_own_head(files, model.config)
   if untied is files:
     return files

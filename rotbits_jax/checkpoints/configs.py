@@ -123,6 +123,39 @@ def slicing_json(config: models.ModelConfig) -> dict[str, Any]:
   }
 
 
+def check_files(
+  files: Mapping[str, bytes], config: models.ModelConfig, stem: str | None
+) -> None:
+  """Checks that the config in the files of a model is that of the model.
+
+  The files may tie a head that the model has itself, see `with_own_head`. Files that
+  are missing, or cannot be parsed, are not compared.
+
+  Args:
+    files: the sidecar files by name.
+    config: config of the model.
+    stem: name of the slicing JSON.
+
+  Raises:
+    ValueError: if it is another one. The message names the fields that differ.
+  """
+  names = [CONFIG, f'{stem}.json'] if config.sliced else [CONFIG]
+  if not files.keys() >= {*names}:
+    return
+  try:
+    found = parse_config(*(attributes.parse_object(files[x], x) for x in names))
+  except errors.CheckpointError:
+    return
+  found = dataclasses.replace(found, tied_head=found.tied_head and config.tied_head)
+  fields = [field.name for field in dataclasses.fields(config)]
+  if other := [x for x in fields if getattr(found, x) != getattr(config, x)]:
+    given = ', '.join(names)
+    raise ValueError(
+      f'{given}: the config of the model has another {", ".join(other)}; '
+      f'change {given} in `files`, too'
+    )
+
+
 def with_own_head(
   files: dict[str, bytes], config: models.ModelConfig
 ) -> dict[str, bytes]:

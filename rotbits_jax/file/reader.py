@@ -573,7 +573,7 @@ def open_base(given: Any, *, plain: bool) -> base_lib.Base:
   if isinstance(first, Reader):
     first = _OfFile(first)
   elif not isinstance(first, checkpoints.CheckpointReader | checkpoints.TensorFiles):
-    first = sources.Source(first).rounded()
+    first = sources.Source(first, files={}).rounded()
   return base_lib.Base(first, plain=plain)
 
 

@@ -54,7 +54,8 @@ class Source:
       stem: see the class; None for that of the checkpoint.
 
     Raises:
-      ValueError: if it is a path, or if a leaf of a PyTree is no array or has no name.
+      ValueError: if it is a path, if a leaf of a PyTree is no array or has no name, or
+        if the `config.json` of a model is that of another one.
     """
     if isinstance(given, checkpoints.Checkpoint):
       files = given.files if files is None else files
@@ -73,10 +74,10 @@ class Source:
     self.stored_as: str | None = own('stored_as')
     self.reason: str | None = own('reason')
     self.files: dict[str, bytes] = dict(own('files', {}) if files is None else files)
+    self.stem: str | None = own('stem') if stem is None else stem
     if isinstance(self._given, models.Model):
       with contextlib.suppress(checkpoints.CheckpointError):  # of a family not known
-        self.files = checkpoints.fitting_files(self._given, self.files)
-    self.stem: str | None = own('stem') if stem is None else stem
+        self.files = checkpoints.fitting_files(self._given, self.files, self.stem)
     self.weights: tuple[checkpoints.WeightsFile, ...] = own('weights', ())
     self.is_on_disk = hasattr(self._given, 'fingerprint')
     self.checksums: dict[str, int] = {}
