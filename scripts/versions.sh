@@ -38,7 +38,7 @@ else
 fi
 "$venv/bin/python" -m pip install --quiet --disable-pip-version-check \
   --constraint "$venv/constraints.txt" ".[$extras]"
-"$python" -m venv build/tools
+"$python" -m venv --clear build/tools
 build/tools/bin/python -m pip install --quiet --disable-pip-version-check \
   'cyclonedx-bom>=7,<8'
 build/tools/bin/cyclonedx-py environment "$venv" --output-file "build/sbom-$which.json"
