@@ -89,7 +89,9 @@ def apply(
   old = structured.flatten(nested)
   base = base_lib.Base(sources.Source(nested), plain=False)
   found: dict[str, Any] = {}
-  counts = collections.Counter(map(id, old.values()))
+  counts = collections.Counter(
+    own for leaf in jax.tree.leaves(params) for own in _buffers(leaf)
+  )
   # As `load` does, which places no buffers.
   prefix = 'params/' if isinstance(params, models.Model) else ''
   with file.Reader(data, base=base) as reader:
@@ -97,13 +99,17 @@ def apply(
     # Records before the first one that needs the base do not tell that it is wrong.
     first = reader.records.get(next(iter(uses.values()), ''))
     donate = donate and (first is None or base.holds(first))
+    last_used = collections.defaultdict(list)
+    for path, record in uses.items():
+      last_used[record].append(path)
 
     def release(path: str, record: str) -> None:
       """Deletes an old array, unless a later record or the new PyTree needs it."""
       array = old.get(path)
       is_kept = array is found.get(path) or uses.get(path, record) != record
       # An array of several paths may stay at another one.
-      if isinstance(array, jax.Array) and not is_kept and counts[id(array)] == 1:
+      is_kept |= any(counts[x] > 1 for x in _buffers(array))
+      if isinstance(array, jax.Array) and not is_kept:
         array.delete()
 
     for record, flat in reader.each():
@@ -115,10 +121,20 @@ def apply(
           found[path] = _like(old.get(path), path.removeprefix(prefix), array, place)
         if donate:
           release(path, record)
-      for path in uses if donate else ():  # those without a successor, too
+      for path in last_used[record] if donate else ():  # also without a successor
         release(path, record)
     found |= {x: {} for entry in reader.records.values() for x in entry.empty}
   return trees.unflatten_like(params, structured.unflatten(found))
+
+
+def _buffers(leaf: Any) -> list[int]:
+  """Returns what tells the memory of a JAX array; arrays that share it are deleted."""
+  if not isinstance(leaf, jax.Array) or leaf.is_deleted():
+    return []
+  try:
+    return [x.data.unsafe_buffer_pointer() for x in leaf.addressable_shards]
+  except NotImplementedError:  # a backend that tells no addresses
+    return [id(leaf)]
 
 
 def _like(old: Any, path: str, array: Any, sharding: file.Place | None) -> Any:

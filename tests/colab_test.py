@@ -147,7 +147,7 @@ def test_the_address_of_the_repository_is_written_everywhere(tmp_path):
 @pytest.mark.parametrize('directory', ['colabs', '.'], ids=['colabs', 'root'])
 def test_notebooks_run_in_a_clone_on_a_fresh_runtime(directory, tmp_path):
   clone = tmp_path / 'clone'
-  for name in ('colabs', 'rotbits_jax', 'tests/testdata'):
+  for name in ('colabs', 'configs', 'rotbits_jax', 'tests/testdata'):
     ignored = shutil.ignore_patterns('__pycache__')
     shutil.copytree(ROOT / name, clone / name, ignore=ignored)
   for name in ('LICENSE', 'README.md', 'pyproject.toml', 'setup.py'):

@@ -271,3 +271,12 @@ def test_two_processes(tmp_path, capsys):
   with mock.patch('time.sleep', side_effect=lambda _: later.rename(anchor)):
     runpy.run_path(str(path))['sample'](tmp_path, 4)
   assert 'the sampler has the weights of step 4' in capsys.readouterr().out
+
+
+def test_donated_arrays_that_share_a_buffer_stay():
+  place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  x = jnp.ones((128, 256))
+  old = jax.device_put({'a': x, 'b': x}, place)
+  data = rotbits_jax.delta({'a': old['a'].at[0, 0].set(5), 'b': old['b']}, old)
+  found = rotbits_jax.apply(data, old, donate=True)
+  np.testing.assert_array_equal(found['b'], np.ones((128, 256)))

@@ -303,7 +303,10 @@ class Recipe:
     )
     if not self._keeps_bits:
       limit = _SHORTCUT if way.kind == 'shortcut' else 1.0
-      if rounding_errors.explain(target, made, limit * self._context.roundoff):
+      limit *= self._context._replace(dtype=target.dtype).roundoff
+      norms = recipe_lib.vector_norms(way, arrays, target.dtype)
+      both = (target.T, made.T) if way.kind == 'reads' else (target, made)
+      if rounding_errors.explain(*both, limit, norms):
         target = made
     return base_lib.beside_product(target, made, product)
 

@@ -182,6 +182,28 @@ def _blocks(pair: Pair) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     yield rows * weights, wanted * weights
 
 
+def vector_norms(
+  way: subspaces.Way, arrays: list[np.ndarray], dtype: np.dtype
+) -> np.ndarray | None:
+  """Returns the norms of the vectors of the base that a tensor is made of.
+
+  Args:
+    way: how it is made.
+    arrays: the tensors of the base.
+    dtype: dtype of the tensor.
+
+  Returns:
+    Float64 `[n]`; None for shortcuts and biases, which are made of no vectors.
+  """
+  if way.kind not in ('reads', 'writes'):
+    return None
+  found = [
+    np.linalg.norm(subspaces.fused(way, arrays, dtype, block), axis=1)
+    for block in subspaces.blocks(way, arrays)
+  ]
+  return np.concatenate(found)
+
+
 def _add(gram: np.ndarray, moments: np.ndarray, pair: Pair, sign: int) -> None:
   """Adds the normal equations of a tensor, or subtracts them."""
   for rows, wanted in _blocks(pair):

@@ -21,31 +21,43 @@ _MOST_RELATED = 0.05  # share of the errors that factors of rows or columns expl
 _SIGNS = 64  # vectors of random signs that tell whether errors are independent
 _MOST_COHERENT = 1.5  # over what independent errors have; SliceGPT's have up to 1.1
 _PART = 1 << 22  # numbers that are compared at once
-_SMALL = 0.3  # share of the median norm of rows that smaller rows count as
+_SMALL = 0.3  # share of the median norm of lines that smaller ones count as
+_BESIDE = 0.1  # share of the norm of the base's vector that a smaller row counts as
 
 
-def explain(target: np.ndarray, made: np.ndarray, limit: float) -> bool:
+def explain(
+  target: np.ndarray, made: np.ndarray, limit: float, norms: np.ndarray | None = None
+) -> bool:
   """Returns whether rounding errors explain how a tensor differs from a product.
 
   Args:
-    target: the tensor, rounded.
+    target: the tensor, rounded: `[R, C]`, or `[C]`.
     made: the product, rounded.
     limit: the greatest relative error in the Frobenius norm. Where a row lies mostly
       beside the subspace, its error may be four times as large.
+    norms: those of the vectors of the base whose products are the rows, `[R]`, if so.
   """
   given, found = map(np.atleast_2d, (target, made))
-  if len(given) < given.shape[1]:
-    given, found = given.T, found.T
   parts = max(-(-given.size // _PART), 1)
+  step = max(-(-len(given) // parts), 1)
   return all(
-    _explain_part(*(x.astype(np.float32) for x in both), limit)
-    for both in zip(*(np.array_split(x, parts) for x in (given, found)), strict=True)
+    _explain_part(
+      given[rows].astype(np.float32),
+      found[rows].astype(np.float32),
+      limit,
+      None if norms is None else norms[rows],
+    )
+    for rows in (slice(i, i + step) for i in range(0, len(given), step))
   )
 
 
-def _explain_part(given: np.ndarray, found: np.ndarray, limit: float) -> bool:
-  """Does it for some rows, or some columns: float32 `[R, C]`."""
-  scale = np.float32(max(float(np.abs(given).max(initial=0)), 1e-30))
+def _explain_part(
+  given: np.ndarray, found: np.ndarray, limit: float, norms: np.ndarray | None
+) -> bool:
+  """Does it for some rows: float32 `[R, C]`."""
+  scale = np.float32(np.abs(given).max(initial=0))
+  if not scale:
+    return not found.any()
   if not np.isfinite(scale):
     return False
   errors, given = (given - found) / scale, given / scale
@@ -56,9 +68,13 @@ def _explain_part(given: np.ndarray, found: np.ndarray, limit: float) -> bool:
   # Rows of all sizes count alike, and so do columns.
   for axis in (1, 0):
     if given.shape[axis] > 1:
-      norms = np.sqrt(np.square(given).mean(axis, keepdims=True))
-      norms = np.maximum(norms, _SMALL * (np.median(norms) or norms.max()))
-      errors, given = errors / norms, given / norms
+      sizes = np.sqrt(np.square(given).mean(axis, keepdims=True))
+      least = _SMALL * (np.median(sizes) or sizes.max())
+      if norms is not None and axis == 1:
+        least = _BESIDE * norms[:, None] / (float(scale) * math.sqrt(given.shape[1]))
+      sizes = np.maximum(sizes, least).astype(np.float32)
+      sizes[sizes == 0] = 1
+      errors, given = errors / sizes, given / sizes
   off, mean = np.square(errors), float(np.square(given).mean())
   greatest = [(float(off.mean()), _MOST_WHOLE)]
   for axis, length in enumerate(off.shape):
@@ -69,9 +85,23 @@ def _explain_part(given: np.ndarray, found: np.ndarray, limit: float) -> bool:
   return (
     all(own <= (most * limit) ** 2 * mean for own, most in greatest)
     and bool((np.abs(errors) <= elements).all())
-    and _are_unrelated(errors, given)
-    and _are_independent(errors)
+    and (_are_random(errors, given) or _are_random(*_distinct(found, errors, given)))
   )
+
+
+def _distinct(found: np.ndarray, *matrices: np.ndarray) -> list[np.ndarray]:
+  """Returns matrices without rows and columns in which the product repeats others."""
+  both = [found, *matrices]
+  for _ in range(2):
+    both = [np.ascontiguousarray(x.T) for x in both]
+    lines = both[0].view(np.dtype((np.void, both[0][0].nbytes))).reshape(-1)
+    kept = np.unique(lines, return_index=True)[1]
+    both = [x[kept] for x in both]
+  return both[1:]
+
+
+def _are_random(errors: np.ndarray, given: np.ndarray) -> bool:
+  return _are_unrelated(errors, given) and _are_independent(errors)
 
 
 def _are_unrelated(errors: np.ndarray, given: np.ndarray) -> bool:
