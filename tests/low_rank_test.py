@@ -407,7 +407,9 @@ class RemoveLowRankGaugeTest(parameterized.TestCase):
     params = jax.tree.map(lambda x: x.astype(ml_dtypes.bfloat16), params)
     model = model.replace(params=params)
     tokens = np.random.default_rng(0).integers(3, 69, 2048)
-    moments = jax.jit(models.input_moments)(model, tokens.reshape(8, -1))
+    moments = {}
+    for _, factors in models.fisher_factors(model, [tokens.reshape(8, -1)]):
+      moments |= factors.by_path()
     pairs = benchmark.decompose(model, moments, 0.8)
     given, _ = benchmark.compress(model, pairs, 0.8)
     chain = (passes.remove_low_rank_gauge(),)
