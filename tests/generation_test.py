@@ -255,6 +255,19 @@ class TestStreamText:
     pieces = list(generate_command.stream_text(files, tokens[:1], tokens[1:]))
     assert pieces == ['漢', 'b']
 
+  def test_bytes_that_are_no_character_change_what_was_yielded(self):
+    names = [f'<0x{i:02X}>' for i in range(256)]
+    vocabulary = {name: i for i, name in enumerate((*names, 'a', '<unk>'))}
+    model = tokenizers.models.BPE(vocabulary, [], byte_fallback=True, unk_token='<unk>')
+    tokenizer = tokenizers.Tokenizer(model)
+    steps = tokenizers.decoders.ByteFallback(), tokenizers.decoders.Fuse()
+    tokenizer.decoder = tokenizers.decoders.Sequence([*steps])
+    files = {'tokenizer.json': tokenizer.to_str().encode()}
+    tokens = [0x0A, 0xE2, vocabulary['a'], vocabulary['a']]
+    text = ''.join(generate_command.stream_text(files, [vocabulary['a']], tokens))
+    assert text.startswith('\n')
+    assert text.endswith('aa')
+
 
 @pytest.fixture(scope='module', name='directory')
 def _directory(tmp_path_factory):

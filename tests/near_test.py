@@ -315,6 +315,18 @@ class SearchTest(parameterized.TestCase):
     self.assertGreater(source.reads, 4 * 12)
     self.assertLessEqual(source.most, 6)
 
+  def test_numbers_that_are_not_finite_have_no_errors(self):
+    config = random_models.BASE | {'num_hidden_layers': 1}
+    model = random_models.random_model(config, np.float16)
+    embed = {'tokens': model.params['embed']['tokens'].copy()}
+    embed['tokens'][-1] = np.nan
+    model = model.replace(params=model.params | {'embed': embed})
+    self.assertFalse(model.config.tied_head)
+    tokens = np.random.default_rng(0).integers(0, model.config.vocab_size - 1, 256)
+    found = steps_lib.calibrate(model, tokens)
+    self.assertIn('embed/tokens', found.offsets)
+    self.assertTrue(np.isfinite(list(found.offsets.values())).all())
+
   def test_a_bound_that_cannot_be_kept(self):
     for wrong in (0.0, -1.0, np.inf, np.nan):
       with self.assertRaisesRegex(ValueError, 'max_kl'):

@@ -129,6 +129,27 @@ class StagingTest(Base):
       self.assertEmpty(list(folder.iterdir()))
     self.assertEmpty(self.names())
 
+  def test_a_folder_that_another_process_made_stays(self):
+    staging = outputs.staging(self.target)
+    with outputs.fresh(staging) as folder:
+      folder.rename(self.folder / 'moved')
+      staging.mkdir()
+      (staging / 'file').touch()
+    self.assertTrue((staging / 'file').exists())
+
+  def test_mounts(self):
+    self.assertTrue(outputs.is_mount(pathlib.Path('/proc')))
+    self.assertFalse(outputs.is_mount(self.folder))
+    bound = self.folder / 'a b'
+    bound.mkdir()
+    mount = ['mount', '--bind', str(self.folder), str(bound)]
+    if subprocess.run(mount, check=False, capture_output=True).returncode:
+      self.skipTest('only root may mount')
+    try:
+      self.assertTrue(outputs.is_mount(bound))  # of the same file system
+    finally:
+      subprocess.run(['umount', str(bound)], check=True)
+
   def test_folders_above_go_with_an_exception(self):
     staging = outputs.staging(self.folder / 'a' / 'b' / 'x')
     with self.assertRaises(KeyboardInterrupt), outputs.fresh(staging):

@@ -286,6 +286,5 @@ def _shards(index: pathlib.Path) -> set[str]:
 def _staging(directory: pathlib.Path) -> pathlib.Path:
   """Returns the hidden folder from which files can be moved into a directory."""
   beside = outputs.staging(directory)
-  if directory.exists() and directory.stat().st_dev != directory.parent.stat().st_dev:
-    return directory / beside.name  # because files move only within a file system
-  return beside
+  # Files move only within a mount.
+  return directory / beside.name if outputs.is_mount(directory) else beside

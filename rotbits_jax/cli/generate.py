@@ -20,6 +20,7 @@ JSON:
 """
 
 from collections.abc import Iterable, Iterator, Mapping
+import itertools
 
 import jax
 
@@ -73,12 +74,18 @@ def stream_text(
   tokenizer = evaluation.read_tokenizer(files)
   import tokenizers  # `read_tokenizer` has checked that it is installed
 
-  stream = tokenizers.decoders.DecodeStream(skip_special_tokens=True)
-  for token in prompt:
-    stream.step(tokenizer, int(token))
-  for token in tokens:
-    piece = stream.step(tokenizer, int(token))
-    if piece:
+  start = lambda: tokenizers.decoders.DecodeStream(skip_special_tokens=True)
+  stream, before = start(), [*prompt]
+  for i, token in enumerate(itertools.chain(before, tokens)):
+    try:
+      piece = stream.step(tokenizer, int(token))
+    except Exception as error:
+      # A character that stays incomplete changes what was yielded before it.
+      if 'Invalid prefix' not in str(error):
+        raise
+      stream = start()
+      piece = stream.step(tokenizer, int(token))
+    if piece and i >= len(before):
       yield piece
 
 

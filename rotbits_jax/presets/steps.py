@@ -26,6 +26,7 @@ import os
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from rotbits_jax import models
@@ -319,7 +320,9 @@ def _calibrated(
 @jax.jit
 def _error(leaf: Any, rounded: Any, *needed: jax.Array) -> jax.Array:
   array = lambda x: x.materialize(*needed) if structured.is_structured(x) else x
-  return array(leaf) - array(rounded)
+  given = array(leaf)
+  # Tokens that no text has may have other numbers, which are kept.
+  return jnp.where(jnp.isfinite(given), given - array(rounded), 0)
 
 
 def _next_step(curve: dict[float, float], max_kl: float) -> float:

@@ -69,7 +69,9 @@ def report_page(
     ContainerError: if the source is not of this format or is damaged.
     OSError: if the path cannot be read.
   """
-  path = os.path.basename(source) if isinstance(source, str | os.PathLike) else ''
+  path = ''
+  if isinstance(source, str | os.PathLike):
+    path = text.printable(os.path.basename(os.fsdecode(source)))
   name = html.escape(path or 'a rotbits file')
   with file.Reader(source) as reader:
     report = savings.from_reader(reader)

@@ -17,6 +17,7 @@ import contextlib
 import errno
 import os
 import pathlib
+import re
 import shutil
 import stat
 
@@ -103,6 +104,20 @@ def staging(target: pathlib.Path) -> pathlib.Path:
   return target.parent / f'.{target.name}.partial'
 
 
+def is_mount(folder: pathlib.Path) -> bool:
+  """Returns whether a folder is a mount, also of another folder of its file system."""
+  if os.path.ismount(folder):
+    return True
+  try:
+    lines = pathlib.Path('/proc/self/mountinfo').read_bytes().splitlines()
+  except OSError:  # not on Linux
+    return False
+  # The fifth word is the folder; spaces in it are octal numbers.
+  octal = lambda match: bytes([int(match[1], 8)])
+  mounts = {re.sub(rb'\\(\d{3})', octal, line.split()[4]) for line in lines}
+  return os.fsencode(resolved(folder)) in mounts
+
+
 @contextlib.contextmanager
 def locked(folder: pathlib.Path) -> Iterator[pathlib.Path]:
   """Makes a folder and holds its lock.
@@ -138,10 +153,13 @@ def fresh(folder: pathlib.Path) -> Iterator[pathlib.Path]:
     folder.parent.mkdir(parents=True, exist_ok=True)
     with locked(folder):
       clear(folder)
+      own = folder.lstat()
       try:
         yield folder
       finally:
-        _remove(folder)
+        # Once it is moved, another process may have made one of this name.
+        if folder.exists() and os.path.samestat(own, folder.lstat()):
+          _remove(folder)
   except BaseException:
     for parent in made:
       with contextlib.suppress(OSError):
