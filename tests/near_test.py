@@ -11,6 +11,7 @@ from absl.testing import parameterized
 import chex
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -314,6 +315,16 @@ class SearchTest(parameterized.TestCase):
       steps_lib.search(source, np.arange(32), max_kl=1e-2)
     self.assertGreater(source.reads, 4 * 12)
     self.assertLessEqual(source.most, 6)
+
+  def test_a_decoded_checkpoint_keeps_the_bound(self):
+    model = structured.astype(_load().model, ml_dtypes.bfloat16)
+    tokens, bound = self._tokens(), 6e-5  # rounding to bfloat16 causes about half of it
+    found = steps_lib.search(model, tokens, max_kl=bound, calibrated=False)
+    data = rotbits_jax.encode(model, preset='near', step=found.step)
+    decoded = rotbits_jax.decode(data)
+    stored = structured.astype(decoded.materialize(), ml_dtypes.bfloat16)
+    measured = evaluation.compare({'near': stored}, tokens, {'model': model})
+    self.assertLessEqual(measured['near'].kl['model'], bound)
 
   def test_numbers_that_are_not_finite_have_no_errors(self):
     config = random_models.BASE | {'num_hidden_layers': 1}

@@ -228,10 +228,18 @@ class _Arrays(NamedTuple):
 
   @classmethod
   def rounded(cls, context: passes.Context, rounding: passes.Rounding) -> '_Arrays':
-    """Returns a model that is rounded part by part, as the preset `near` does it."""
+    """Returns a model that is rounded part by part, as the preset `near` does it.
+
+    Its numbers are rounded to the dtype of the checkpoint, too, as `decode` does it.
+    """
 
     def part(name: str | None) -> models.Params:
-      return structured.unflatten(_arrays(passes.round_part(context, name, rounding)))
+      arrays = _arrays(passes.round_part(context, name, rounding))
+      stored = {
+        path: structured.astype(leaf, context.dtypes.get(path, context.dtype))
+        for path, leaf in arrays.items()
+      }
+      return structured.unflatten(structured.astype(stored, np.float32))
 
     outer = part(None)  # it is needed before the layers and after them
     layer = functools.partial(models.read_layer, part, context.config)
