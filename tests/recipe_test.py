@@ -18,6 +18,7 @@ from rotbits_jax import structured
 from rotbits_jax.file import leaves
 from rotbits_jax.file import writer
 from rotbits_jax.passes import recipe
+from rotbits_jax.passes import rounding_errors
 from rotbits_jax.structured import subspaces
 from tests import random_models
 
@@ -340,6 +341,19 @@ def test_a_subspace_is_finer_where_a_kernel_lies_mostly_beside_it():
   made = subspaces.tensor(way, arrays, [made_of], (48, 300), np.dtype(np.float32))
   wanted = turn.T @ target
   assert np.linalg.norm(made - wanted) < 0.6 * roundoff * np.linalg.norm(wanted)
+
+
+def test_products_of_wide_models_in_float32_follow():
+  rng, way = np.random.default_rng(0), subspaces.Way('writes')
+  basis = np.linalg.qr(rng.normal(size=(4096, 64)))[0]
+  numbers = np.rint(np.ldexp(basis, subspaces.UNIT)).astype(np.int32)
+  kernel = rng.standard_t(5, size=(256, 4096)).astype(np.float32)
+  made = subspaces.tensor(way, [kernel], [numbers], (256, 64), np.dtype(np.float32))
+  target = np.float32(np.float64(kernel) @ np.ldexp(np.float64(numbers), -25))
+  norms = recipe.vector_norms(way, [kernel], np.dtype(np.float32))
+  limit = recipe.error_limit(way, 4096, 2.0**-19)
+  assert rounding_errors.explain(target, made, limit, norms)
+  assert not rounding_errors.explain(target, made, 2.0**-19, norms)
 
 
 def test_products_with_numbers_that_cannot_be_added_exactly_are_refused():

@@ -38,11 +38,6 @@ _MOST_ARRAYS = 32  # of the base, that are held
 _UNRELATED = 0.3  # the relative error of equations from which there is no subspace
 
 
-# The errors of shortcuts add up along the residual stream. SliceGPT multiplies rounded
-# bases, and such a product has errors of 0.8 roundoffs; one that was rounded once, 0.6.
-_SHORTCUT = 0.7
-
-
 class _Segment(NamedTuple):
   """A segment of the sliced model.
 
@@ -302,8 +297,8 @@ class Recipe:
       rounded=way.rounded,
     )
     if not self._keeps_bits:
-      limit = _SHORTCUT if way.kind == 'shortcut' else 1.0
-      limit *= self._context._replace(dtype=target.dtype).roundoff
+      roundoff = self._context._replace(dtype=target.dtype).roundoff
+      limit = recipe_lib.error_limit(way, self.config.hidden_size, roundoff)
       norms = recipe_lib.vector_norms(way, arrays, target.dtype)
       both = (target.T, made.T) if way.kind == 'reads' else (target, made)
       if rounding_errors.explain(*both, limit, norms):

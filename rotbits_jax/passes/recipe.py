@@ -20,6 +20,9 @@ from rotbits_jax import structured
 from rotbits_jax.structured import subspaces
 
 _ROOTS = 8  # steps of the Newton-Schulz iteration, which is quadratic
+# The errors of shortcuts add up along the residual stream. SliceGPT multiplies rounded
+# bases, and such a product has errors of 0.8 roundoffs; one that was rounded once, 0.6.
+_SHORTCUT = 0.7
 _SAMPLE = 1 << 9  # vectors of a tensor by which its error is measured
 _MOST_ERROR = 2  # roundoffs; SliceGPT's tensors have errors of up to 1
 _SMALL = 0.3  # share of the median norm of rows that smaller rows count as
@@ -180,6 +183,21 @@ def _blocks(pair: Pair) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     norms = np.linalg.norm(wanted, axis=1)
     weights = 1 / np.maximum(norms, _SMALL * (np.median(norms) or 1))[:, None]
     yield rows * weights, wanted * weights
+
+
+def error_limit(way: subspaces.Way, hidden: int, roundoff: float) -> float:
+  """Returns the greatest relative error that is rounding, see `rounding_errors`.
+
+  Args:
+    way: how the tensor is made.
+    hidden: D.
+    roundoff: unit roundoff of the tensor.
+  """
+  if way.kind == 'shortcut':
+    return _SHORTCUT * roundoff
+  # Products are made of integers, whose errors are greater than those of float32 where
+  # D is large and some numbers are far larger than others.
+  return max(roundoff, 2.0 ** (3 - subspaces.integer_bits(hidden)))
 
 
 def vector_norms(

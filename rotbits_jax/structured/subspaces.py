@@ -310,7 +310,7 @@ def _tensor(
 def _bias(way: Way, arrays: Sequence[np.ndarray], dtype: np.dtype) -> np.ndarray:
   kernel, offset, *own = arrays
   offset = _rounded(offset, way, dtype)
-  powers = _powers(offset[None], _bits(offset.size))
+  powers = _powers(offset[None], integer_bits(offset.size))
   integers = np.rint(np.ldexp(offset, powers))[:, None]
   columns = kernel if way.transposed else kernel.T
   found = [
@@ -326,12 +326,12 @@ def _times(rows: np.ndarray, basis: np.ndarray | None, unit: int = UNIT) -> np.n
     return rows
   if rows.shape[1] != len(basis):
     raise ValueError(f'a basis of {basis.shape} cannot take rows of {rows.shape[1]}')
-  powers = _powers(rows, _bits(rows.shape[1]))[:, None]
+  powers = _powers(rows, integer_bits(rows.shape[1]))[:, None]
   integers = np.rint(np.ldexp(rows, powers))
   return np.ldexp(_product(integers, basis.astype(np.float64)), -powers - unit)
 
 
-def _bits(size: int) -> int:
+def integer_bits(size: int) -> int:
   """Returns the bits of integers for which the norm of so many is at most 2^26."""
   return 26 - (size.bit_length() + 1) // 2
 

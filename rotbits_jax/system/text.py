@@ -1,12 +1,15 @@
 """Text for terminals."""
 
+import unicodedata
+
 
 def printable(text: str) -> str:
   """Returns text on one line, with escapes for characters that steer a terminal."""
   if text.isprintable():
     return text
   escape = lambda c: c.encode('unicode_escape').decode()
-  return ''.join(c if c.isprintable() else escape(c) for c in text)
+  is_plain = lambda c: c.isprintable() or unicodedata.category(c) == 'Zs'  # a space
+  return ''.join(c if is_plain(c) else escape(c) for c in text)
 
 
 def of_bytes(count: float) -> str:
