@@ -166,7 +166,8 @@ class TestRead:
     storage = numbers(10_000, np.dtype(np.float32))
     state = {f'x{i}': Tensor(storage, (10_000,), (1,)) for i in range(20)}
     path = make_zip(tmp_path / 'x.pt', dump(state), [storage])
-    with pytest.raises(CheckpointError, match='the tensors overlap'):
+    # A model whose embedding is tied several times is stored as plain tensors.
+    with pytest.raises(UnsupportedError, match='the tensors overlap'):
       weights_files.read_torch(path)
 
   def test_a_shape_of_shapes_is_refused_at_once(self, tmp_path):

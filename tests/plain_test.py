@@ -376,6 +376,15 @@ class CheckpointTest(parameterized.TestCase):
     weights_files.write_torch(path, _tensors(), 'archive')
     self.check_round_trip()
 
+  def test_pytorch_beside_an_adapter(self):
+    weights_files.write_torch(self.source / 'pytorch_model.bin', _tensors(), 'archive')
+    adapter = {'lora_A.weight': np.ones((4, 4), np.float32)}
+    weights_files.write_safetensors(self.source / 'adapter_model.safetensors', adapter)
+    for opened in (checkpoints.open_any(self.source), None):
+      opened = opened or checkpoints.open_tensors(self.source)
+      self.assertEqual(opened.path.name, 'pytorch_model.bin')
+      self.assertEqual(opened.left_out, ('adapter_model.safetensors',))
+
   def test_pytorch_takes_the_place_of_an_older_result(self):
     dense = TESTDATA / 'llama-tiny-dense'
     tensors = weights_files.read_safetensors(dense / 'model.safetensors')

@@ -337,10 +337,11 @@ def _candidates(path: pathlib.Path) -> list[pathlib.Path]:
     candidates.append(path / indices.WEIGHTS)
   else:
     listed = sorted(path.glob(f'*{indices.SUFFIX}'))
+    # Programs prefer these to safetensors of other names, such as an adapter's.
+    torch = [path / x for x in (indices.TORCH_WEIGHTS, indices.TORCH_INDEX)]
+    if not candidates and not listed:
+      listed = [x for x in torch if x.is_file()][:1]
     candidates += listed or sorted(path.glob('*.safetensors'))
-  for name in (indices.TORCH_WEIGHTS, indices.TORCH_INDEX):
-    if not candidates and (path / name).is_file():
-      candidates.append(path / name)
   return candidates
 
 

@@ -61,7 +61,8 @@ def open_file(path: str | os.PathLike[str]) -> dict[str, lazy.LazyTensor]:
     read.
 
   Raises:
-    UnsupportedError: if the state dict holds other values than tensors, such as dicts.
+    UnsupportedError: if the state dict holds other values than tensors, such as dicts,
+      or if several tensors share most of the storages.
     CheckpointError: if the file is damaged or refers to code other than PyTorch's
       tensors, or if a tensor reaches outside its storage. The `read` of a tensor also
       raises it, if the storage is damaged.
@@ -74,7 +75,7 @@ def open_file(path: str | os.PathLike[str]) -> dict[str, lazy.LazyTensor]:
     }
     held = sum(tensor.nbytes for tensor in tensors.values())
     if held > _MOST_SHARED * file.size:
-      raise errors.CheckpointError(
+      raise errors.UnsupportedError(
         f'the tensors overlap: {held} bytes in a file of {file.size}'
       )
     return tensors
