@@ -243,6 +243,10 @@ class StructuredTest(absltest.TestCase):
   def test_few_numbers_do_not_ask_for_a_large_matrix(self):
     one = {'lower_corner': np.ones(1, np.float16)}
     wide = np.zeros((0, 1 << 30), np.float16)
+    # The first kernel of a stream of 8,448 may have so many.
+    kernel = structured.TrapezoidalRows(None, np.tri(4224, 8448, dtype=np.float16))
+    again = structured.TrapezoidalRows.from_stored(*kernel.stored())
+    self.assertEqual(again.shape, kernel.shape)
     with self.assertRaisesRegex(ValueError, '1 numbers are too few'):
       structured.TrapezoidalRows.from_stored({}, one | {'lower': wide})
     gram = {f'{x}_corner': np.ones(1, np.float16) for x in 'bc'}
