@@ -121,7 +121,7 @@ def _place_like(model: models.Model | None) -> file.Place | None:
     path: place
     for path, leaf in flat.items()
     for array in jax.tree.leaves(leaf)[:1]
-    if (place := _committed(array)) is not None
+    if (place := placement.committed(array)) is not None
   }
   return (lambda path, _: found.get(path)) if found else None
 
@@ -134,12 +134,4 @@ def _placed_like(old: Any, new: Any) -> Any:
     old = next((x for x in jax.tree.leaves(old) if x.shape == new.shape), new)
   if isinstance(old, np.ndarray | np.generic):
     return new
-  return placement.put(new, _committed(old))
-
-
-def _committed(old: Any) -> jax.sharding.Sharding | None:
-  """Returns the sharding to which an array is committed; None if JAX may move it."""
-  sharding: jax.sharding.Sharding | None = getattr(old, 'sharding', None)
-  if isinstance(getattr(sharding, 'mesh', None), jax.sharding.AbstractMesh):
-    return None  # `jax.eval_shape` on a mesh with explicit axes names no devices
-  return sharding if getattr(old, 'committed', True) else None
+  return placement.put(new, placement.committed(old))

@@ -144,6 +144,5 @@ def _like(old: Any, path: str, array: Any, sharding: file.Place | None) -> Any:
       array = np.array(array)  # on CPUs, JAX would take the memory of the caller
     return placement.placed({path: array}, sharding)[path]
   if isinstance(old, jax.Array):
-    # JAX may move arrays that are not committed to their devices.
-    return placement.put(array, old.sharding if old.committed else None)
+    return placement.put(array, placement.committed(old))
   return array

@@ -28,6 +28,18 @@ def placed(flat: Mapping[str, Any], place: Place | None) -> dict[str, Any]:
   }
 
 
+def committed(array: Any) -> jax.sharding.Sharding | None:
+  """Returns the sharding to which an array is committed; None if JAX may move it.
+
+  Args:
+    array: a JAX array or a `jax.ShapeDtypeStruct`; others have none.
+  """
+  sharding: jax.sharding.Sharding | None = getattr(array, 'sharding', None)
+  if isinstance(getattr(sharding, 'mesh', None), jax.sharding.AbstractMesh):
+    return None  # `jax.eval_shape` on a mesh with explicit axes names no devices
+  return sharding if getattr(array, 'committed', True) else None
+
+
 def put(array: Any, sharding: jax.sharding.Sharding | None) -> jax.Array:
   """Puts an array on devices; numbers of 64 bits keep them whatever JAX is set to."""
   with jax.enable_x64(True):
