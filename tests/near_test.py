@@ -326,6 +326,24 @@ class SearchTest(parameterized.TestCase):
     measured = evaluation.compare({'near': stored}, tokens, {'model': model})
     self.assertLessEqual(measured['near'].kl['model'], bound)
 
+  def test_the_search_measures_what_decode_writes(self):
+    widths = (48,) * 32 + (64,)  # many shortcuts, whose diagonals are near 1
+    config = random_models.BASE | {
+      'hidden_size': 64,
+      'intermediate_size': 96,
+      'num_key_value_heads': 2,
+      'num_hidden_layers': 16,
+    }
+    model = random_models.sliced(config, widths, ml_dtypes.bfloat16)
+    tokens = np.random.default_rng(0).integers(0, model.config.vocab_size, 512)
+    found = steps_lib.search(model, tokens, max_kl=1e-3, calibrated=False)
+    decoded = rotbits_jax.decode(
+      rotbits_jax.encode(model, preset='near', step=found.step)
+    )
+    stored = structured.astype(decoded.materialize(), ml_dtypes.bfloat16)
+    measured = evaluation.compare({'near': stored}, tokens, {'model': model})
+    np.testing.assert_allclose(measured['near'].kl['model'], found.kl, rtol=0.02)
+
   def test_numbers_that_are_not_finite_have_no_errors(self):
     config = random_models.BASE | {'num_hidden_layers': 1}
     model = random_models.random_model(config, np.float16)

@@ -230,11 +230,13 @@ class _Arrays(NamedTuple):
   def rounded(cls, context: passes.Context, rounding: passes.Rounding) -> '_Arrays':
     """Returns a model that is rounded part by part, as the preset `near` does it.
 
-    Its numbers are rounded to the dtype of the checkpoint, too, as `decode` does it.
+    Its leaves become arrays whose numbers are rounded to the dtype of the checkpoint,
+    too, as `decode` does it.
     """
 
     def part(name: str | None) -> models.Params:
-      arrays = _arrays(passes.round_part(context, name, rounding))
+      leaves = _arrays(passes.round_part(context, name, rounding))
+      arrays = structured.expand(leaves, keep_factors=True)
       stored = {
         path: structured.astype(leaf, context.dtypes.get(path, context.dtype))
         for path, leaf in arrays.items()
