@@ -71,12 +71,12 @@ class Checkpointable:
     if not isinstance(self.value, models.Model):
       trees.to_dicts(self.value)
     # The program may donate or change its arrays when this returns.
-    value = jax.tree.map(np.array, jax.device_get(self.value))
+    value, base = jax.tree.map(_copied, jax.device_get((self.value, self._base)))
 
     async def write() -> None:
       folder = await directory.await_creation()
       if jax.process_index() == 0:
-        await asyncio.to_thread(self._write, folder / _NAME, value)
+        await asyncio.to_thread(self._write, folder / _NAME, value, base)
 
     return write()
 
@@ -97,8 +97,8 @@ class Checkpointable:
 
   # Orbax's paths may be those of a bucket, so that they open and write their files.
 
-  def _write(self, path: pathlib.Path, value: Any) -> None:
-    data = api.encode(value, preset=self._preset, base=self._base, **self._options)
+  def _write(self, path: pathlib.Path, value: Any, base: api.Base | None) -> None:
+    data = api.encode(value, preset=self._preset, base=base, **self._options)
     path.write_bytes(data)
 
   def _read(self, path: pathlib.Path) -> Any:
@@ -109,29 +109,32 @@ class Checkpointable:
       found: Any = api.decode(opened, base=self._base, like=self.value)
     if self._sharding is None:
       is_leaf = structured.is_structured
-      return jax.tree.map(_placed_like, self.value, found, is_leaf=is_leaf)
+      return jax.tree.map(placement.placed_like, self.value, found, is_leaf=is_leaf)
     flat = placement.placed(structured.flatten(trees.to_dicts(found)), self._sharding)
     return trees.unflatten_like(self.value, structured.unflatten(flat))
+
+
+def _copied(leaf: Any) -> Any:
+  """Returns a copy of an array; a base may be something else, such as a path."""
+  return np.array(leaf) if isinstance(leaf, np.ndarray | np.generic) else leaf
 
 
 def _place_like(model: models.Model | None) -> file.Place | None:
   """Returns where the parameters of a model are; None if JAX may move all of them."""
   flat = {} if model is None else structured.flatten(model.params)
   found = {
-    path: place
+    key: place
     for path, leaf in flat.items()
     for array in jax.tree.leaves(leaf)[:1]
     if (place := placement.committed(array)) is not None
+    for key in _layered(path)
   }
-  return (lambda path, _: found.get(path)) if found else None
+  return (lambda path, _: found.get(_layered(path)[0])) if found else None
 
 
-def _placed_like(old: Any, new: Any) -> Any:
-  """Returns an array, or a structured leaf, where another one is."""
-  if structured.is_structured(new):
-    return jax.tree.map(_placed_like, old, new)
-  if structured.is_structured(old):  # the file has its array
-    old = next((x for x in jax.tree.leaves(old) if x.shape == new.shape), new)
-  if isinstance(old, np.ndarray | np.generic):
-    return new
-  return placement.put(new, placement.committed(old))
+def _layered(path: str) -> list[str]:
+  """Returns the path in each layer, because the file may have other stacks."""
+  layers = models.names.stacked_layers(path)
+  if layers is None:
+    return [path]
+  return [models.names.prefix(x) + path.partition('/')[2] for x in layers]

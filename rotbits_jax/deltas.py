@@ -89,9 +89,6 @@ def apply(
   old = structured.flatten(nested)
   base = base_lib.Base(sources.Source(nested), plain=False)
   found: dict[str, Any] = {}
-  counts = collections.Counter(
-    own for leaf in jax.tree.leaves(params) for own in _buffers(leaf)
-  )
   # As `load` does, which places no buffers.
   prefix = 'params/' if isinstance(params, models.Model) else ''
   with file.Reader(data, base=base) as reader:
@@ -99,6 +96,7 @@ def apply(
     # Records before the first one that needs the base do not tell that it is wrong.
     first = reader.records.get(next(iter(uses.values()), ''))
     donate = donate and (first is None or base.holds(first))
+    counts = collections.Counter(_buffers(params) if donate else ())
     last_used = collections.defaultdict(list)
     for path, record in uses.items():
       last_used[record].append(path)
@@ -108,9 +106,11 @@ def apply(
       array = old.get(path)
       is_kept = array is found.get(path) or uses.get(path, record) != record
       # An array of several paths may stay at another one.
-      is_kept |= any(counts[x] > 1 for x in _buffers(array))
-      if isinstance(array, jax.Array) and not is_kept:
-        array.delete()
+      if is_kept or any(counts[x] > 1 for x in _buffers(array)):
+        return
+      for own in jax.tree.leaves(array):
+        if isinstance(own, jax.Array):
+          own.delete()
 
     for record, flat in reader.each():
       for path, array in flat.items():
@@ -127,14 +127,18 @@ def apply(
   return trees.unflatten_like(params, structured.unflatten(found))
 
 
-def _buffers(leaf: Any) -> list[int]:
-  """Returns what tells the memory of a JAX array; arrays that share it are deleted."""
-  if not isinstance(leaf, jax.Array) or leaf.is_deleted():
-    return []
-  try:
-    return [x.data.unsafe_buffer_pointer() for x in leaf.addressable_shards]
-  except NotImplementedError:  # a backend that tells no addresses
-    return [id(leaf)]
+def _buffers(tree: Any) -> list[tuple[Any, int]]:
+  """Returns what tells the memory of JAX arrays; arrays that share it are deleted."""
+  found: list[tuple[Any, int]] = []
+  for leaf in jax.tree.leaves(tree):
+    if not isinstance(leaf, jax.Array) or leaf.is_deleted():
+      continue
+    shards = leaf.addressable_shards
+    try:  # devices may have addresses of their own
+      found += [(x.device, x.data.unsafe_buffer_pointer()) for x in shards]
+    except RuntimeError:  # a backend that tells no addresses
+      found.append((None, id(leaf)))
+  return found
 
 
 def _like(old: Any, path: str, array: Any, sharding: file.Place | None) -> Any:
@@ -143,6 +147,7 @@ def _like(old: Any, path: str, array: Any, sharding: file.Place | None) -> Any:
     if isinstance(old, np.ndarray) and np.may_share_memory(array, old):
       array = np.array(array)  # on CPUs, JAX would take the memory of the caller
     return placement.placed({path: array}, sharding)[path]
-  if isinstance(old, jax.Array):
-    return placement.put(array, placement.committed(old))
-  return array
+  is_other = jax.tree.structure(old) != jax.tree.structure(array)
+  if structured.is_structured(array) and is_other:
+    return array  # `unflatten_like` refuses it
+  return placement.placed_like(old, array)

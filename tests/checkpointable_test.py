@@ -1,5 +1,6 @@
 """Orbax saves and loads files of this package, and loads snapshots."""
 
+import asyncio
 import os
 import pathlib
 import tempfile
@@ -61,6 +62,15 @@ for x, y in zip(*map(jax.tree.leaves, (found.params, model.params)), strict=True
   np.testing.assert_array_equal(x, y)
   assert x.committed == y.committed
   assert x.sharding.is_equivalent_to(y.sharding, x.ndim)
+
+# Also where the file has other stacks: in that of `free` the first layer is alone.
+path = sys.argv[1] + '-free'
+ocp.save_checkpointables(path, {'model': Checkpointable(model, preset='free')})
+found = ocp.load_checkpointables(path, {'model': Checkpointable(model)})['model'].value
+assert len(found.params) > len(model.params)
+for name, record in found.params.items():
+  for x in jax.tree.leaves(record) if name.startswith('layers') else ():
+    assert x.committed == (x.ndim == 3)
 """
 
 
@@ -137,6 +147,21 @@ class CheckpointableTest(absltest.TestCase):
     chex.assert_trees_all_equal(
       self.load(), {'jax': np.zeros(64), 'numpy': np.zeros(64)}
     )
+
+  def test_the_base_is_that_of_the_call(self):
+    base = {'w': np.random.default_rng(0).normal(size=(64, 64)).astype(np.float16)}
+    anchor, tuned = {'w': base['w'].copy()}, {'w': base['w'] * np.float16(1.01)}
+    self.path.mkdir()
+    created = mock.Mock(await_creation=mock.AsyncMock(return_value=self.path))
+
+    async def save():
+      write = await rotbits_jax.Checkpointable(tuned, base=base).save(created)
+      base['w'][:] = tuned['w']  # the training goes on
+      await write
+
+    asyncio.run(save())
+    found = rotbits_jax.decode(self.path / FILE.name, base=anchor)
+    chex.assert_trees_all_equal(found, tuned)
 
   def test_beside_a_base(self):
     base = {'w': np.random.default_rng(0).normal(size=(64, 64)).astype(np.float16)}

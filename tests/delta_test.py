@@ -280,3 +280,29 @@ def test_donated_arrays_that_share_a_buffer_stay():
   data = rotbits_jax.delta({'a': old['a'].at[0, 0].set(5), 'b': old['b']}, old)
   found = rotbits_jax.apply(data, old, donate=True)
   np.testing.assert_array_equal(found['b'], np.ones((128, 256)))
+
+
+def test_structured_leaves_stay_on_their_devices():
+  place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  pair = structured.LowRank(jnp.ones((64, 2)), jnp.ones((2, 64)))
+  old = jax.device_put({'x': pair, 'y': jnp.zeros(64)}, place)
+  new = jax.tree.map(lambda x: x + 1, old)
+  host = jax.device_get(new)
+  found = rotbits_jax.apply(rotbits_jax.delta(new, old), old, donate=True)
+  assert_same(found, host)
+  assert all(x.committed for x in jax.tree.leaves(found))
+  assert all(x.is_deleted() for x in jax.tree.leaves(old))
+
+
+@pytest.mark.parametrize(
+  'address', [{'return_value': 64}, {'side_effect': jax.errors.JaxRuntimeError('no')}]
+)
+def test_backends_whose_addresses_tell_less(address):
+  mesh = jax.make_mesh((1,), ('x',))
+  place = jax.NamedSharding(mesh, jax.P())
+  old = jax.device_put({'w': jnp.zeros((64, 64))}, place)
+  data = rotbits_jax.delta({'w': old['w'] + 1}, old)
+  with mock.patch.object(type(old['w']), 'unsafe_buffer_pointer', **address):
+    found = rotbits_jax.apply(data, old, donate=True)
+  np.testing.assert_array_equal(found['w'], np.ones((64, 64)))
+  assert old['w'].is_deleted()

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from rotbits_jax import structured
 from rotbits_jax.file import manifest as manifest_lib
 
 Place = (
@@ -44,6 +45,22 @@ def put(array: Any, sharding: jax.sharding.Sharding | None) -> jax.Array:
   """Puts an array on devices; numbers of 64 bits keep them whatever JAX is set to."""
   with jax.enable_x64(True):
     return jax.device_put(array, sharding)
+
+
+def placed_like(old: Any, new: Any) -> Any:
+  """Returns an array, or a structured leaf, where another one is.
+
+  Args:
+    old: a leaf; with a NumPy array or None, the new arrays remain where they are.
+    new: a structured leaf if the old one is of such a class, or an array.
+  """
+  if structured.is_structured(new):
+    return jax.tree.map(placed_like, old, new)
+  if structured.is_structured(old):  # the file has its array
+    old = next((x for x in jax.tree.leaves(old) if x.shape == new.shape), new)
+  if old is None or isinstance(old, np.ndarray | np.generic):
+    return new
+  return put(new, committed(old))
 
 
 def placed_stack(

@@ -178,9 +178,10 @@ def _product(
   roots = np.sqrt(np.maximum(energies, 1e-30))
   square = np.cumsum(roots) * (1 / shape[0] + 1 / shape[1])
   steps = np.sqrt(12 * rest / np.maximum(square, 1e-30)) / _FINER
-  numbers = np.log2(1 + np.sqrt(np.cumsum(roots) / ranks / min(shape)) / steps) + 2
-  saved = np.log2((total / size + least**2) / rest) / 2 * rows * shape[1]
-  saved -= numbers * ranks * (rows + shape[1])
+  with np.errstate(divide='ignore', invalid='ignore'):  # NaN where there is no rest
+    numbers = np.log2(1 + np.sqrt(np.cumsum(roots) / ranks / min(shape)) / steps) + 2
+    saved = np.log2((total / size + least**2) / rest) / 2 * rows * shape[1]
+    saved -= numbers * ranks * (rows + shape[1])
   best = int(np.argmax(saved[:most]))
   if not saved[best] > 0:  # also if it is NaN
     return None
