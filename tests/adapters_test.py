@@ -130,6 +130,18 @@ class AdaptersTest(parameterized.TestCase):
       config, CONFIG | dict.fromkeys(('base_model_name_or_path', 'revision'))
     )
 
+  def test_factors_of_two_dtypes_keep_their_numbers(self):
+    model = MODELS['dense']()
+    given = write_adapter(self.folder / 'lora', model)
+    tensors = read(given / WEIGHTS)
+    for name, x in tensors.items():
+      tensors[name] = x.astype(np.float16) if 'lora_A' in name else x * np.float32(1e-9)
+    write(given, tensors, CONFIG)
+    adapter = checkpoints.read_adapter(given, model)
+    (given / WEIGHTS).write_bytes(adapter.files(adapter.factors)[WEIGHTS])
+    for name, x in read(given / WEIGHTS).items():
+      np.testing.assert_array_equal(x, tensors[name])
+
   def test_large_numbers_are_carried_or_refused(self):
     model, query = MODELS['dense'](), 'layers.0/attention/query/adapter'
     model.params['layers.0:2']['mlp_norm']['scale'][:] = 1

@@ -1,5 +1,6 @@
 """Tests of checkpoints that are read one layer at a time."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -19,6 +20,7 @@ from rotbits_jax import models
 from rotbits_jax import structured
 from rotbits_jax.checkpoints import CheckpointError
 from rotbits_jax.checkpoints import lazy
+from rotbits_jax.checkpoints import tensors as tensors_lib
 from rotbits_jax.system import files
 
 TESTDATA = pathlib.Path(__file__).parent / 'testdata'
@@ -206,6 +208,17 @@ class SourceTest(parameterized.TestCase):
     ):
       with self.subTest(match), self.assertRaisesRegex(CheckpointError, match):
         checkpoints.from_tensors(changed, model.config)
+
+  def test_a_config_of_more_records_than_tensors_makes_no_table(self):
+    model = checkpoints.load_checkpoint(TESTDATA / 'mixtral-tiny-dense').model
+    config = dataclasses.replace(model.config, num_experts=32768)
+    tensors = checkpoints.to_tensors(model)
+    with (
+      mock.patch.object(tensors_lib, 'entries') as entries,
+      self.assertRaisesRegex(CheckpointError, 'the config has 65536 experts'),
+    ):
+      checkpoints.from_tensors(tensors, config)
+    entries.assert_not_called()
 
   def test_buffers_are_read_when_they_are_asked_for(self):
     directory = self.copy('llama-tiny-dense')

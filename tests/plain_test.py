@@ -342,6 +342,10 @@ class CheckpointTest(parameterized.TestCase):
     source = checkpoints.open_tensors(self.source)
     self.assertEqual(source.left_out, ('vae/x.safetensors',))
     self.assertLen(source.weights, 3)
+    # A file that is named is one model of a collection.
+    source = checkpoints.open_tensors(self.source / 'model.safetensors')
+    self.assertLen(source.weights, 1)
+    self.assertContainsSubset(['unet/x.safetensors'], source.left_out)
 
   def test_experts_are_records(self):
     prefix = 'model.layers.0.mlp'

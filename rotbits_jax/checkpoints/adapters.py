@@ -132,10 +132,11 @@ def read_adapter(path: str | os.PathLike[str], source: models.Layers) -> Adapter
         raise errors.CheckpointError(
           f'{folder / _WEIGHTS}: {name} has the dtype {found[name].dtype}'
         )
-    first, second = (np.asarray(found[name].read()) for name in names)
+    dtype = jnp.promote_types(*(found[name].dtype for name in names))
+    first, second = (np.asarray(found[name].read()).astype(dtype) for name in names)
     parts = np.split(second, np.cumsum(entry.lengths)[:-1])
     for own, part in zip(entry.paths, parts, strict=True):
-      pair = structured.LowRank(first.T, part.astype(first.dtype).T)
+      pair = structured.LowRank(first.T, part.T)
       factors[models.layout.adapter_of(own)] = pair
   return Adapter(folder.name, parsed, entries, factors)
 

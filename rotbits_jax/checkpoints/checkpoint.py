@@ -158,7 +158,7 @@ def open_tensors(
   given = pathlib.Path(path)
   root = given if given.is_dir() else given.parent
   found = [] if is_divided(given) else [_find_weights(given)]
-  nested = _nested_weights(root)
+  nested = _nested_weights(root) if given.is_dir() else []
   weights = (*found, *nested)[0]
   index: dict[str, bytes] = {}
   if weights.suffix == '.json':

@@ -228,6 +228,12 @@ def _match(
   Raises:
     CheckpointError: if a tensor is missing or unknown, or has a wrong shape or dtype.
   """
+  records = config.num_layers * max(config.num_experts, 1)
+  if records > len(tensors):  # before a table is made of what the config says
+    raise errors.CheckpointError(
+      f'tensors of the checkpoint: most are missing: there are {len(tensors)}, and the '
+      f'config has {records} {"experts" if config.num_experts else "layers"}'
+    )
   factored = {}
   for record, own in tensors_lib.entries(config).items():
     for entry in own if models.names.expert_index(record) is None else ():
@@ -275,7 +281,7 @@ def _untied(
     CheckpointError: if the head differs from the embedding.
   """
   untied = dataclasses.replace(config, tied_head=False)
-  known = tensors_lib.entries(untied)
+  known = tensors_lib.outer_entries(untied)
   head, embedding = known['head'][0].name, known['embed'][0].name
   if not config.tied_head or head not in tensors:
     return config

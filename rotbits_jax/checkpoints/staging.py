@@ -213,10 +213,13 @@ class StagedWriter(abc.ABC):
     shards = (_shards(directory / index) for index, _ in names)
     return {*itertools.chain(*names, *shards)} - new
 
-  def _add(self, name: str, parts: Iterable[np.ndarray]) -> None:
-    """Writes a tensor from its parts along the first axis."""
+  def _check_open(self) -> None:
     if self._stack is None:
       raise ValueError('the writer is not open; it is a context manager')
+
+  def _add(self, name: str, parts: Iterable[np.ndarray]) -> None:
+    """Writes a tensor from its parts along the first axis."""
+    self._check_open()
     if name not in self._missing:
       raise ValueError(f'{name} was written before')
     self._writer.add(name, itertools.chain.from_iterable(map(lazy.row_major, parts)))

@@ -101,16 +101,29 @@ def entries(
     config: sizes and switches.
     factored: the weights that are stored as factors, by path.
   """
-  family = families.family(config.family)
+  family, factored = families.family(config.family), factored or {}
   found = {}
   for index in range(config.num_layers):
-    for name in models.names.of_layer(index, config.num_experts):
-      shapes, expert = models.record_shapes(config, name), name.rpartition('.')[-1]
-      rows = [x._replace(name=x.name.replace('*', expert)) for x in family.layer]
-      prefixes = f'{family.layer_prefix}{index}.', f'{name}/'
-      found[name] = _entries(rows, shapes, *prefixes, factored or {})
-  outer = _entries(family.outer, models.outer_shapes(config), '', '', factored or {})
-  for entry in outer:
+    own, *experts = models.names.of_layer(index, config.num_experts)
+    prefix, shapes = f'{family.layer_prefix}{index}.', models.record_shapes(config, own)
+    found[own] = _entries(family.layer, shapes, prefix, f'{own}/', factored)
+    # All experts of a layer have the same shapes, and there may be thousands.
+    shapes = models.record_shapes(config, experts[0]) if experts else {}
+    flat = structured.flatten(shapes)
+    rows = [x for x in family.layer if x.paths[0] in flat]
+    for k, name in enumerate(experts):
+      numbered = [x._replace(name=x.name.replace('*', str(k))) for x in rows]
+      found[name] = _entries(numbered, shapes, prefix, f'{name}/', factored)
+  return found | outer_entries(config, factored)
+
+
+def outer_entries(
+  config: models.ModelConfig, factored: Mapping[str, factors.Factored] | None = None
+) -> dict[str, list[ExpectedTensor]]:
+  """Returns the tensors outside the layers by record, see `entries`."""
+  rows, shapes = families.family(config.family).outer, models.outer_shapes(config)
+  found: dict[str, list[ExpectedTensor]] = {}
+  for entry in _entries(rows, shapes, '', '', factored or {}):
     found.setdefault(entry.paths[0].split('/')[0], []).append(entry)
   return found
 

@@ -151,12 +151,16 @@ class CheckpointWriter(staging.StagedWriter):
 
     Raises:
       ValueError: if the parameter is unknown, was added before, or does not have the
-        planned shape and dtype.
+        planned shape and dtype; or if the writer is not open.
     """
     entry = self._entries.get(path)
     if entry is None:
       raise ValueError(f'{path}: the model has no such parameter')
+    self._check_open()
+    if path in self._added:  # a tensor of several parameters waits for the others
+      raise ValueError(f'{path} was added before')
     self._check(entry, path, leaf)
+    self._added.add(path)
     self._waiting[path] = leaf
     if all(own in self._waiting for own in entry.paths):
       leaves = [self._waiting.pop(own) for own in entry.paths]
@@ -167,6 +171,7 @@ class CheckpointWriter(staging.StagedWriter):
     """Plans the tensors of the files."""
     self._dtypes: dict[str, np.dtype] = {}
     self._entries: dict[str, _Entry] = {}
+    self._added: set[str] = set()
     self._waiting: dict[str, Any] = {}
     self._specs: dict[str, lazy.TensorSpec] = {}
     for entry in entries:
