@@ -348,6 +348,13 @@ class TestEstimate:
     assert (code, err) == (0, '')
     assert 'no exact --base: the model was sliced from the base' in out
 
+  def test_a_base_without_any_of_the_arrays(self, rotbits, tmp_path):
+    base = tmp_path / 'x.safetensors'
+    safetensors.numpy.save_file({'x': np.ones(3, np.float32)}, base)
+    code, _, err = rotbits('estimate', SLICED, f'--base={base}')
+    assert code == 2
+    assert re.search(r'the base has no .*, nor any other array of the model', err)
+
   def test_layers_with_positions_of_their_own(self, rotbits, tmp_path):
     source = TESTDATA / 'gemma2-tiny-dense'
     given = checkpoints.load_checkpoint(source)

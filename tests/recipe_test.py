@@ -87,6 +87,19 @@ def test_checkpoints_that_microsoft_sliced(name, exact, free):
   assert stored == {'relative', 'same'}
 
 
+@pytest.mark.parametrize('preset', ['exact', 'free'])
+def test_the_dense_model_may_be_an_encoded_file(preset):
+  sliced, folder = TESTDATA / MICROSOFT['llama-tiny'], TESTDATA / 'llama-tiny-dense'
+  bases = folder, rotbits_jax.encode(rotbits_jax.open_checkpoint(folder))
+  opened = rotbits_jax.open_checkpoint(sliced)
+  first, second = (
+    rotbits_jax.encode(opened, base=base, preset=preset) for base in bases
+  )
+  assert forms(first) == forms(second)
+  decoded = [rotbits_jax.decode(first, base=base) for base in bases]
+  assert structured.same_bits(decoded[0].params, decoded[1].params)
+
+
 @pytest.mark.parametrize('dtype', [np.float16, ml_dtypes.bfloat16, np.float32])
 def test_widths_that_differ_biases_and_a_tied_head(dtype):
   dense, model = opt_pair(dtype)

@@ -6,7 +6,7 @@ by their paths. Tensors of unknown families are also found if their names differ
 prefix such as 'model.'.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 import dataclasses
 import functools
 import hashlib
@@ -79,6 +79,16 @@ class Base:
       return path
     found = self._short.get(_short(path), ())
     return found[0] if len(found) == 1 else None
+
+  def check_shares(self, paths: Collection[str]) -> None:
+    """Checks that the base has some array of a model, given the paths of all of them.
+
+    Raises:
+      ValueError: naming a path, if it has none.
+    """
+    if paths and not any(self.find(path) is not None for path in paths):
+      first = next(iter(paths))
+      raise ValueError(f'the base has no {first}, nor any other array of the model')
 
   def array(self, path: str) -> np.ndarray | None:
     """Returns the base's array for a path to encode beside; None if it has none."""

@@ -102,6 +102,7 @@ def estimate(
   found, why = None, None
   if base is not None:
     found = reader_lib.open_base(base, plain=opened.config is None)
+    found.check_shares(_specs(opened))
   if isinstance(opened, checkpoints.TensorFiles):
     why = opened.reason or 'it is of no known family'
   elif any(map(structured.is_structured, _specs(opened).values())):

@@ -231,9 +231,7 @@ class Job:
         'the preset exact does'
       )
     specs = map(self.source.specs, self.source.records)
-    paths = [path for own in specs for path in structured.flatten(own)]
-    if paths and not any(base.find(path) is not None for path in paths):
-      raise ValueError(f'the base has no {paths[0]}, nor any other array of the model')
+    base.check_shares([path for own in specs for path in structured.flatten(own)])
 
   def _check_record(self, name: str) -> None:
     """Checks, before the work, that parameters would come back.
