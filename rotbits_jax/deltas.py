@@ -147,7 +147,7 @@ def _like(old: Any, path: str, array: Any, sharding: file.Place | None) -> Any:
     if isinstance(old, np.ndarray) and np.may_share_memory(array, old):
       array = np.array(array)  # on CPUs, JAX would take the memory of the caller
     return placement.placed({path: array}, sharding)[path]
-  is_other = jax.tree.structure(old) != jax.tree.structure(array)
-  if structured.is_structured(array) and is_other:
+  kinds: list[Any] = [jax.tree.structure(x) for x in (old, array)]
+  if structured.is_structured(array) and kinds[0] != kinds[1]:
     return array  # `unflatten_like` refuses it
   return placement.placed_like(old, array)

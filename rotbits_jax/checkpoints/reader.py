@@ -228,11 +228,11 @@ def _match(
   Raises:
     CheckpointError: if a tensor is missing or unknown, or has a wrong shape or dtype.
   """
-  records = config.num_layers * max(config.num_experts, 1)
-  if records > len(tensors):  # before a table is made of what the config says
+  parts = config.num_layers * max(config.num_experts, 1)
+  if parts > len(tensors):  # before a table is made of what the config says
     raise errors.CheckpointError(
       f'tensors of the checkpoint: most are missing: there are {len(tensors)}, and the '
-      f'config has {records} {"experts" if config.num_experts else "layers"}'
+      f'config has {parts} {"experts" if config.num_experts else "layers"}'
     )
   factored = {}
   for record, own in tensors_lib.entries(config).items():
