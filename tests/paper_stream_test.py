@@ -1,6 +1,7 @@
 """The message of the preset `paper` is streamed, and malformed messages are refused."""
 
 import copy
+import dataclasses
 import functools
 import os
 import pathlib
@@ -18,6 +19,7 @@ from rotbits_jax import paper
 from rotbits_jax.coding import rans
 from rotbits_jax.coding.bits_back import haar
 from rotbits_jax.coding.bits_back import word_stack
+from rotbits_jax.paper import segments
 from tests import codec_checks
 from tests import paper_test
 from tests import random_models
@@ -216,6 +218,23 @@ class MalformedTest(parameterized.TestCase):
     _, encoded, _ = _encoded()
     layout = change(copy.deepcopy(encoded.layout))
     self._assert_refused(layout=layout, at_once=True)
+
+  def test_a_rotation_that_the_arrays_cannot_give_is_refused_at_once(self):
+    model, encoded, message = _encoded()
+    config = dataclasses.replace(
+      model.config,
+      hidden_size=40_000,
+      num_layers=1,
+      vocab_size=1,
+      parallel_block=True,
+      segment_widths=(40_000, 1),
+    )
+    paths = (path for part in segments.parts(config) for path in part.all)
+    arrays = {path: ['float16', 0] for path in paths}
+    layout = {'fixed': 0, 'sampled': [True, False], 'arrays': arrays}
+    streams = {'message': message, **encoded.streams}
+    with self.assertRaisesRegex(ValueError, 'segment 0: a rotation of 799980001 int'):
+      paper.decode(paper_test.options(), layout, streams, config)
 
   def test_other_configs_are_refused(self):
     other = random_models.sliced_llama([14, 14, 14, 14, 13], np.float16).config

@@ -4,6 +4,7 @@ import contextlib
 import functools
 import json
 import pathlib
+from unittest import mock
 import zlib
 
 from absl.testing import absltest
@@ -21,6 +22,7 @@ from rotbits_jax import paper
 from rotbits_jax import passes
 from rotbits_jax import presets
 from rotbits_jax import structured
+from rotbits_jax.paper import decoder
 from rotbits_jax.paper import rotations
 from rotbits_jax.system import schema
 from tests import transform_checks
@@ -308,6 +310,14 @@ class FileTest(parameterized.TestCase):
       damaged[position] ^= 16
       with self.assertRaises(rotbits_jax.ContainerError):
         rotbits_jax.decode(bytes(damaged))
+
+  def test_a_lack_of_memory_is_an_error(self):
+    data = _encode(random_models.sliced_llama([3, 3, 3], np.float16))
+    with (
+      mock.patch.object(decoder, '_decode', side_effect=MemoryError),
+      self.assertRaisesRegex(rotbits_jax.ContainerError, 'more than memory holds'),
+    ):
+      rotbits_jax.decode(data)
 
   def test_what_cannot_be_coded_is_refused(self):
     model = random_models.sliced_llama([18] * 5, np.float16)

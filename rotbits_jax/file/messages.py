@@ -104,11 +104,13 @@ class StoredMessage:
 
 
 class _errors:  # noqa: N801
-  """A context that turns a ValueError of the coder into a `ContainerError`."""
+  """A context that turns errors of the coder into a `ContainerError`."""
 
   def __enter__(self) -> None:
     return None
 
   def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+    if isinstance(error, MemoryError):
+      raise ContainerError('message: it takes more than memory holds') from error
     if isinstance(error, ValueError) and not isinstance(error, ContainerError):
       raise ContainerError(f'message: {error}') from error

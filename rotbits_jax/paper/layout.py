@@ -1,6 +1,7 @@
 """The values that a decoder needs beside config and options, and their validation."""
 
 import dataclasses
+import itertools
 import math
 from typing import Any, Literal
 
@@ -15,6 +16,10 @@ from rotbits_jax.paper import segments
 from rotbits_jax.system import schema
 
 Dtype = Literal['float16', 'bfloat16', 'float32']
+
+# Integers of a rotation beyond those that arrays give, because the coder may make small
+# arrays longer.
+_SPARE = 1 << 16
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -70,7 +75,8 @@ def load(
     raise ValueError('a dense model has no segments that can be rotated')
   layout = schema.load(MessageLayout, value, 'layout')
   widths = config.segment_widths
-  shapes = {k: x for part in segments.parts(config) for k, x in part.all.items()}
+  parts = segments.parts(config)
+  shapes = {k: x for part in parts for k, x in part.all.items()}
   if layout.fixed > widths[0] or len(layout.sampled) != len(widths):
     raise ValueError('the layout has other segments than the config')
   if layout.arrays.keys() != shapes.keys():
@@ -81,15 +87,37 @@ def load(
   held = sum(-(-coder.nbytes // 2) for coder in layout.coders)
   if not options.entropy:
     held = sum(x.num_words(shapes[path]) for path, x in layout.arrays.items())
+  pushed = _pushed(layout, parts)
   for t in [t for t, sampled in enumerate(layout.sampled) if sampled]:
     shape = frames.frame(widths, t, layout.fixed, options)
     if not shape.n:
       raise ValueError(f'segment {t} has no rotation to sample')
     lanes = frames.lanes(widths)
-    held -= lanes * frames.code(shape, options).max_rows(lanes)
+    code = frames.code(shape, options)
+    # An integer takes 10 bits of these words or more, and 9 where the coder rounds.
+    if code.num_integers > 2 * pushed[t] + _SPARE:
+      raise ValueError(
+        f'segment {t}: a rotation of {code.num_integers} integers cannot be sampled '
+        f'from arrays of {pushed[t]} words'
+      )
+    held -= lanes * code.max_rows(lanes)
   if words < held:
     raise ValueError(f'the message must have {held} words or more, got {words}')
   return layout
+
+
+def _pushed(
+  layout: MessageLayout, parts: list[segments.SegmentParameters]
+) -> list[int]:
+  """Returns the words of the arrays that are pushed before each segment's rotation."""
+  words = lambda shapes: sum(layout.arrays[path].num_words(x) for path, x in shapes)
+  first = [
+    (path, (shape[0], layout.fixed))
+    for path, shape in parts[0].all.items()
+    if path.startswith('embed/')
+  ]
+  wholes = [words(part.all.items()) for part in parts[:-1]]
+  return [words(first), *itertools.accumulate(wholes)]
 
 
 def dtypes(value: Any) -> dict[str, np.dtype]:
