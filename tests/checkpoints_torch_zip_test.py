@@ -231,6 +231,7 @@ class TestRefusals:
       ({'shape': (2,), 'strides': (1,), 'key': '7'}, 'data/7 is missing'),
       ({'shape': (2,), 'strides': (1,), 'key': '../byteorder'}, 'is missing'),
       ({'shape': (2,), 'strides': (1,), 'flags': ({'neg': True},)}, 'arguments'),
+      ({'shape': (2,), 'strides': (1,), 'flags': (False,) * 4}, 'arguments'),
       (
         {'shape': (2,), 'strides': (1,), 'dtype': 'ComplexFloatStorage'},
         'torch.ComplexFloatStorage: refused',

@@ -49,6 +49,7 @@ _CHUNK = 1 << 24  # bytes written at a time
 _ZIP64_FROM = 1 << 30  # members of at least this size get 64-bit sizes in the zip file
 # Bytes; a tensor takes about 200, and 70 times as many when it has been read.
 _MOST_PICKLE = 1 << 22
+_MOST_ARGUMENTS = 9  # of a function; PyTorch's takes 7
 _MOST_SHARED = 2  # how many times its size a file may hold: tied tensors share storages
 
 
@@ -317,7 +318,8 @@ def _set_items(target: Any, keys: list[Any], values: list[Any]) -> None:
 
 
 def _call(function: Any, args: tuple[Any, ...]) -> Any:
-  match (function, *args):
+  # Each call would go through all of a long tuple, which the memo holds once.
+  match (function, *args) if len(args) <= _MOST_ARGUMENTS else ():
     case (_Global('collections.OrderedDict'),):
       return {}
     case (_Global('torch._utils._rebuild_parameter'), _View() as view, bool(), dict()):
