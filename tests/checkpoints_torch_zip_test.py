@@ -1,6 +1,7 @@
 """Tests of reading and writing PyTorch's zip files without PyTorch."""
 
 import collections
+import copy
 import io
 import os
 import pathlib
@@ -306,6 +307,20 @@ class TestRefusals:
   def test_two_archives_in_one(self, tmp_path):
     extra = {'c/data.pkl': dump({})}
     self.refuse(tmp_path, {}, 'expected one data.pkl, got 2', extra=extra)
+
+  def test_members_that_overlap(self, tmp_path):
+    storage = numbers(10_000, np.dtype(np.float32))
+    state = {f'x{i}': Tensor(storage, (1,), (1,), key=str(i)) for i in range(9)}
+    path = make_zip(tmp_path / 'x.pt', dump(state), [storage])
+    with zipfile.ZipFile(path, 'a') as archive:
+      for i in range(1, 9):
+        info = copy.copy(archive.getinfo('a.b/data/0'))
+        info.filename = f'a.b/data/{i}'
+        archive.filelist.append(info)
+      archive.writestr('a.b/version', '3')
+    for read in (torch_zip.open_file, torch_zip.open_places):
+      with pytest.raises(CheckpointError, match='the members overlap'):
+        read(path)
 
   def test_not_a_zip(self, tmp_path, subtests):
     for content in (b'', b'\x80\x02}.', b'PK\3\4' * 10):

@@ -134,7 +134,11 @@ class _Members:
 
   def __init__(self, file: files.File):
     with zipfile.ZipFile(file.path) as archive:
-      self._infos = {info.filename: info for info in archive.infolist()}
+      infos = archive.infolist()
+    stored = [x.file_size for x in infos if x.compress_type == zipfile.ZIP_STORED]
+    if sum(stored) > file.size:  # each is read whole for its checksum
+      raise errors.CheckpointError('the members overlap, or the file is truncated')
+    self._infos = {info.filename: info for info in infos}
     suffix = '/data.pkl'
     roots = [name for name in self._infos if name.endswith(suffix)]
     if len(roots) != 1:
