@@ -219,6 +219,20 @@ def test_a_wrong_base_is_refused_by_name():
     rotbits_jax.encode(tree(), base={'x': base['c']})
 
 
+def test_small_leaves_that_need_one_large_array_over_and_over_are_refused():
+  rows = np.random.default_rng(0).normal(size=(5000, 32)).astype(np.float16)
+  names = [f'x{i}' for i in range(40)]
+  base = dict.fromkeys(names, rows)
+  data = rotbits_jax.encode(dict.fromkeys(names, rows[:20]), base=base)
+  rotbits_jax.decode(data, base=base)
+  streams, manifest = containers.unpack(data)
+  for record in manifest['records']:
+    record['leaves'][0]['base'][0] = 'x0'
+  data = containers.pack(streams, json.dumps(manifest).encode())
+  with pytest.raises(file.ContainerError, match='x0: 40 leaves need it'):
+    rotbits_jax.decode(data, base=base)
+
+
 def test_only_exact_takes_any_base():
   model = rotbits_jax.load_checkpoint(DENSE).model
   for preset in ('free', 'near', 'paper'):

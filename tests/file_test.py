@@ -677,6 +677,15 @@ class ReaderTest(Base):
     self.assertEqual(file.Reader(data)._outer(), ['head', 'x'])
     np.testing.assert_array_equal(rotbits_jax.decode(data)['x']['a'], table)
 
+  def test_small_leaves_that_need_one_large_array_over_and_over_are_refused(self):
+    leaf = structured.Tied(np.zeros((64, 1), np.float16), 300)
+    tree = {'head': {'kernel': np.ones((64, 300), np.float16)}}
+    with file.Reader(rotbits_jax.encode(tree | {'x': [leaf] * 9})) as reader:
+      self.assertLen(reader.record('x')['x'], 9)
+    data = rotbits_jax.encode(tree | {'x': [leaf] * 40})
+    with self.assertRaisesRegex(file.ContainerError, 'head/kernel: 40 leaves need it'):
+      file.Reader(data)
+
   def test_a_parameter_that_the_model_lacks_is_not_needed(self):
     dense = rotbits_jax.load_checkpoint(checkpoints.example('llama-tiny-dense')).model
     map_ = np.eye(dense.config.hidden_size, dtype=np.float16)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 import functools
+import math
 from typing import Any
 
 import jax
@@ -21,6 +22,7 @@ from rotbits_jax.system import host
 from rotbits_jax.system import plugins
 
 _MOST_BASES = 8  # that are held, because several parameters need one
+_MOST_USES = 16  # of an array by leaves that are small beside it
 
 Flat = dict[str, Any]
 """Leaves by path."""
@@ -54,8 +56,8 @@ class Records:
 
     Raises:
       ContainerError: if two records have one name, two leaves have one path, or a leaf
-        needs another one that needs others itself; or if the base is not the one that
-        the files need.
+        needs another one that needs others itself; if many small leaves need one large
+        array; or if the base is not the one that the files need.
     """
     self._base = base
     self._basis = functools.lru_cache(_MOST_BASES)(self._read_basis)
@@ -101,6 +103,31 @@ class Records:
           base.check(path, array)
       if leaf.product is not None:
         self._check_segments(leaf, leaf.product, identities, square)
+    self._check_uses()
+
+  def _check_uses(self) -> None:
+    """Checks that small leaves do not need one large array over and over.
+
+    A leaf takes the time to go through all that it needs, however small it is.
+
+    Raises:
+      ContainerError: if they do. It names the array.
+    """
+    uses: dict[str | None, list[tuple[int, int]]] = {}
+    for leaf in self.leaves.values():
+      for path in leaf.needs:
+        if path in self.leaves:
+          uses.setdefault(path, []).append((self.leaves[path].size, leaf.size))
+      for array in leaf.base_arrays:
+        if self._base is not None:
+          found = self._base.find(array.path)
+          uses.setdefault(found, []).append((math.prod(array.shape), leaf.size))
+    for name, pairs in uses.items():
+      sizes, own = zip(*pairs, strict=True)
+      if sum(sizes) > _MOST_USES * (max(sizes) + sum(own)):
+        raise ContainerError(
+          f'{name}: {len(pairs)} leaves need it, which are small beside it'
+        )
 
   def _check_segments(
     self,
