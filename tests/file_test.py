@@ -658,6 +658,20 @@ class ReaderTest(Base):
         with self.assertRaisesRegex(file.ContainerError, 'records/0/savings/0/notes'):
           rotbits_jax.inspect(self.repacked(data, manifest))
 
+  def test_notes_of_one_name_are_one_table(self):
+    data = rotbits_jax.encode({'a': np.arange(3), 'b': np.arange(3)})
+    _, manifest = containers.unpack(data)
+
+    def with_fields(count):
+      for i, record in enumerate(manifest['records']):
+        fields = {f'field {i} {j}': 0 for j in range(count)}
+        record['savings'] = [['x', 1, 1, [fields]]]
+      return self.repacked(data, manifest)
+
+    rotbits_jax.inspect(with_fields(16)).to_text()
+    with self.assertRaisesRegex(file.ContainerError, "'x' must have at most 32 differ"):
+      rotbits_jax.inspect(with_fields(17))
+
   def test_notes_may_lack_an_error(self):
     data = rotbits_jax.encode({'a': np.arange(3)})
     _, manifest = containers.unpack(data)

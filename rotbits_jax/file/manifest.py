@@ -40,14 +40,14 @@ GAPS = 'gaps/'
 MOST_FILES = 1 << 28
 """The greatest number of bytes of all other files before they are compressed."""
 
-
-_MOST_FIELDS = 32  # of the notes of a saving
+MOST_FIELDS = 32
+"""The greatest number of different fields of the notes of a saving."""
 
 
 def _notes(value: tuple[dict[str, Any], ...]) -> str | None:
   """Checks the fields with which reports compute; others may be any JSON values."""
-  if len(set().union(*value)) > _MOST_FIELDS:  # reports have a column for each
-    return f'must have at most {_MOST_FIELDS} different fields'
+  if len(set().union(*value)) > MOST_FIELDS:  # reports have a column for each
+    return f'must have at most {MOST_FIELDS} different fields'
   try:
     for note in value:
       names = [field.name for field in dataclasses.fields(_Note)]

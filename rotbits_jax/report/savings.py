@@ -7,8 +7,10 @@ from typing import Any, NamedTuple
 from rotbits_jax import models
 from rotbits_jax import presets
 from rotbits_jax.file import leaves as leaves_lib
+from rotbits_jax.file import manifest as manifest_lib
 from rotbits_jax.file import reader as reader_lib
 from rotbits_jax.file import writer as writer_lib
+from rotbits_jax.file.container import ContainerError
 from rotbits_jax.system import schema
 from rotbits_jax.system import text
 
@@ -171,7 +173,12 @@ def summary(notes: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def from_reader(reader: reader_lib.Reader) -> Report:
-  """Makes the report on an opened file, or on all its shards."""
+  """Makes the report on an opened file, or on all its shards.
+
+  Raises:
+    ContainerError: if all notes of one name have more different fields than those of a
+      saving may have.
+  """
   holders: list[Any] = list(reader.records.values())
   holders += [own.message for own in reader.manifests if own.message is not None]
   lines: dict[str, ReportLine] = {}
@@ -183,6 +190,13 @@ def from_reader(reader: reader_lib.Reader) -> Report:
     )
     if saving.notes:
       notes.setdefault(saving.name, []).extend(saving.notes)
+  for name, own in notes.items():
+    # A table has a column for each.
+    if len(set().union(*own)) > manifest_lib.MOST_FIELDS:
+      raise ContainerError(
+        f'savings: the notes of {name!r:.100} must have at most '
+        f'{manifest_lib.MOST_FIELDS} different fields'
+      )
   input_elements = sum(holder.input.elements for holder in holders)
   input_bytes = sum(holder.input.bytes for holder in holders)
   uncoded_bytes = input_bytes - sum(line.bytes_saved for line in lines.values())
