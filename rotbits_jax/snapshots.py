@@ -57,7 +57,7 @@ def snapshot(
     OSError: if a path cannot be read, or if the cache cannot be written.
   """
   with file.Reader(path, base=base) as reader:
-    reader.check_base()
+    reader.check_records()
     content = reader.fingerprint()
     if content is None:
       raise ValueError('the base of a snapshot must be on disk: give its path')

@@ -62,6 +62,7 @@ def write(
       for path, own in dtypes.items()
     }
   factors, shortcuts = reader.factors(), reader.thin_shortcuts()
+  reader.check_records()  # the writer plans all layers of the config, however many
   with _errors_of_file():
     if reader.keeps != 'bits':
       files = checkpoints.with_own_head(files, config)

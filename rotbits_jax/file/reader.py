@@ -139,13 +139,13 @@ class Reader:
       and (leaf.base.shape, leaf.base.dtype) == (leaf.shape, leaf.dtype)
     }
 
-  def check_base(self) -> None:
-    """Checks that a base is given if the file needs one.
+  def check_records(self) -> None:
+    """Checks that every record is there, and a base if one is needed.
 
     Raises:
-      ContainerError: naming the first array that needs it.
+      ContainerError: naming the first record that is missing, or array of a base.
     """
-    for name in self._records.entries:
+    for name in (*self._records.entries, *self._names()):
       self._records.entry(name)
 
   def fingerprint(self) -> str | None:
