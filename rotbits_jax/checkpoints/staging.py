@@ -91,9 +91,9 @@ class PlacedWriter(TensorWriter):
   def make(
     self, layout: WeightsFile, gaps: Iterable[tuple[int, int]], content: bytes
   ) -> None:
-    """Makes a file, with the content of all gaps."""
+    """Makes a file, which must not exist, with the content of all gaps."""
     path, rest = self._folder / layout.name, memoryview(content)
-    with path.open('wb') as file:
+    with path.open('xb') as file:
       file.truncate(layout.nbytes)
       for begin, end in gaps:
         file.seek(begin)
@@ -157,7 +157,7 @@ class StagedWriter(abc.ABC):
     Raises:
       CheckpointError: if the format does not support the dtype of a tensor.
       OSError: if the directory cannot be written, if a file in it must not be replaced,
-        or if another process writes to it.
+        if the file system takes two names for one, or if another process writes to it.
     """
     self._directory = outputs.directory_target(self._path)
     if self._directory.exists():
@@ -168,7 +168,9 @@ class StagedWriter(abc.ABC):
       for folder in _folders((*self._files, *self._weights)):
         (self._folder / folder).mkdir(parents=True, exist_ok=True)
       for name, content in self._files.items():
-        (self._folder / name).write_bytes(content)
+        # Where the file system ignores case, it may have another file of this name.
+        with (self._folder / name).open('xb') as file:
+          file.write(content)
       self._writer = self._open(self._folder)
       stack.callback(self._writer.abandon)
       self._stack = stack.pop_all()

@@ -443,7 +443,7 @@ class TorchZipWriter(staging.TensorWriter):
     """Makes the file.
 
     Args:
-      path: the file.
+      path: the file, which must not exist.
       specs: the tensors by name.
       stem: name of the top folder in the zip file; PyTorch uses the name of the file.
 
@@ -458,7 +458,7 @@ class TorchZipWriter(staging.TensorWriter):
         )
     self._specs, self._stem = specs, stem
     self._keys = {name: str(index) for index, name in enumerate(specs)}
-    self._archive = zipfile.ZipFile(path, 'w', allowZip64=True)
+    self._archive = zipfile.ZipFile(path, 'x', allowZip64=True)
     self._add_text('data.pkl', b''.join(_pickle(specs, names)))
     self._add_text('.format_version', b'1')
     self._add_text('.storage_alignment', str(_ALIGNMENT).encode())
