@@ -350,6 +350,7 @@ SETTINGS = [
   {'name': 'object'},
   {'name': 'no such dtype'},
   {'name': 'datetime64[s]'},
+  {'name': '(01,2)f4'},
   {'name': 'float64'},
   {'name': 'U3'},
   {'name': 'int8'},

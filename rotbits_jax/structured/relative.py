@@ -181,7 +181,9 @@ def base_bits(
   return np.concatenate([bits, np.zeros(size - bits.size, bits.dtype)])
 
 
-Name = Annotated[str, lambda x: None if len(x) < 32 else 'must be the name of a dtype']
+# NumPy evaluates a part of other texts, such as '(1,2)f4'.
+_is_name = lambda x: x.isidentifier() and len(x) < 32
+Name = Annotated[str, lambda x: None if _is_name(x) else 'must be the name of a dtype']
 
 
 @register
