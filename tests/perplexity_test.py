@@ -223,6 +223,13 @@ class EncodeTextTest(chex.TestCase):
     with pytest.raises(ValueError, match=r'tokenizer\.json'):
       evaluation.encode_text({'tokenizer.json': content}, TEXT)
 
+  def test_a_text_that_cannot_be_encoded_is_refused(self):
+    for words in ({'x': 0}, {TEXT: 3_000_000_000}):
+      tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, '?'))
+      files = {'tokenizer.json': tokenizer.to_str().encode()}
+      with pytest.raises(ValueError, match=r'tokenizer\.json cannot encode the text'):
+        evaluation.encode_text(files, TEXT)
+
   def test_a_missing_tokenizer_is_refused(self):
     with pytest.raises(ValueError, match=r'no tokenizer\.json'):
       evaluation.encode_text({}, TEXT)

@@ -41,11 +41,16 @@ def encode_text(files: Mapping[str, bytes], text: str) -> np.ndarray:
     int32 `[N]`.
 
   Raises:
-    ValueError: if the text has no words; see also `read_tokenizer`.
+    ValueError: if the text has no words, or if the tokenizer cannot encode it; see also
+      `read_tokenizer`.
   """
   if not text.strip():
     raise ValueError('the text has no words')
   tokenizer = read_tokenizer(files)
   tokenizer.no_truncation()
   tokenizer.no_padding()
-  return np.asarray(tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
+  try:
+    ids = tokenizer.encode(text, add_special_tokens=False).ids
+    return np.array(ids, np.int32)
+  except Exception as error:  # the package raises nothing more specific
+    raise ValueError(f'tokenizer.json cannot encode the text: {error}') from error
