@@ -309,6 +309,13 @@ class ContextsTest(absltest.TestCase):
             data + tables.to_bytes(np.zeros((0, 256), int)), self.LAYOUT, ((1, 2),)
           )
 
+  def test_more_symbols_than_elements_are_refused(self):
+    lined = np.array([256, 4, 0, 1], '<i2').tobytes() + bytes([127, 127])
+    data = contexts._deflate(lined) + contexts._deflate(b'\xff' * (32 + 253 * 32))
+    data += tables.to_bytes(np.zeros((0, 256), int))
+    with self.assertRaisesRegex(ValueError, '64768 symbols cannot occur in 1 elements'):
+      contexts.from_bytes(data, self.LAYOUT, ((1, 1),))
+
   def test_what_is_inflated_is_bounded(self):
     bomb = contexts._deflate(bytes(1 << 24))
     for data in (bomb, contexts._deflate(b'\0\1' + bytes(6)) + bomb):

@@ -231,6 +231,11 @@ def from_bytes(
       f'{normal.sum() * width} bits, got {present.size}'
     )
   present = present.reshape(-1, width)[:, :alphabet]
+  # An element has each symbol of a normal table, and one of each stored table.
+  occurring = int(present.sum() + count - normal.sum())
+  elements = sum(rows * columns for rows, columns in sizes)
+  if occurring > elements:
+    raise ValueError(f'{occurring} symbols cannot occur in {elements} elements')
   frequencies = np.zeros((count, alphabet), np.int64)
   frequencies[~normal] = tables.from_bytes(data, count - len(present), alphabet)
   chosen, used = np.flatnonzero(normal), present.any(axis=1)
