@@ -13,6 +13,7 @@ import pytest
 from safetensors import numpy as safetensors_numpy
 
 from fuzz import containers
+from fuzz import seeds
 import rotbits_jax
 from rotbits_jax import file
 from rotbits_jax import models
@@ -146,6 +147,22 @@ def test_a_base_whose_embedding_has_no_head():
   damaged = containers.pack({'embed': streams['embed']}, containers.to_json(manifest))
   with pytest.raises(file.ContainerError, match='head/kernel: other'):
     rotbits_jax.encode({'embed': {'tokens': table}}, base=damaged)
+
+
+def test_an_embedding_that_is_predicted_from_its_head():
+  model = seeds.sliced_model(seeds.LLAMA | {'vocab_size': 2000})
+  outer = model.outer()
+  table, kernel = outer['embed']['tokens'], outer['head']['kernel']
+  outer |= {'embed': {'tokens': near(table, scale=2)}, 'head': {'kernel': near(kernel)}}
+  other = models.from_layers(model.config, outer, list(model.layers()))
+  alone = rotbits_jax.encode(model, preset='exact')
+  for base, form, share in ((model, 'same', 0.2), (other, 'tied_exactly', 0.9)):
+    data = rotbits_jax.encode(model, preset='exact', base=base)
+    assert len(data) < share * len(alone)
+    notes = rotbits_jax.inspect(data).notes['beside a base']
+    assert {'tensor': 'embed/tokens', 'form': form} in notes
+    found = rotbits_jax.decode(data, base=base)
+    assert structured.same_bits(found.params, model.params)
 
 
 def test_arrays_that_each_machine_sums_are_no_base():

@@ -122,6 +122,15 @@ def test_a_sliced_model_beside_its_dense_one_needs_no_base():
     assert 'base=BASE' in report.report_page(file)
 
 
+def test_an_embedding_that_is_predicted_from_a_head_beside_a_base():
+  model = seeds.sliced_model(seeds.LLAMA | {'vocab_size': 2000})
+  kernel = np.ascontiguousarray(model.params['head']['kernel'])
+  changed = (kernel.view(np.uint16) + np.uint16(1)).view(kernel.dtype)
+  base = {'head': {'kernel': changed}}
+  data = rotbits_jax.encode(model, base=base, preset='exact')
+  assert 'base=BASE' in report.report_page(data)
+
+
 def test_escapes_what_a_stranger_wrote():
   data = rotbits_jax.encode({'<script>': {'a': np.ones(3)}}, preset='exact')
   assert '<script>' not in report.report_page(data)

@@ -6,7 +6,7 @@ by their paths. Tensors of unknown families are also found if their names differ
 prefix such as 'model.'.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 import dataclasses
 import functools
 import hashlib
@@ -164,22 +164,32 @@ class Base:
       )
     return array.T if transposed else array
 
-  def beside(self, params: Mapping[str, Any]) -> dict[str, Beside]:
+  def beside(
+    self, params: Mapping[str, Any], resolve: Callable[[str], Any]
+  ) -> dict[str, Beside]:
     """Finds the arrays that take fewer bytes beside the base.
+
+    An embedding that is predicted from the head counts as an array, too.
 
     Args:
       params: leaves by path.
+      resolve: returns the parameters that leaves need.
 
     Returns:
       How to store these arrays, by path.
     """
     jobs, found = {}, dict[str, Beside | None]()
     for path, leaf in params.items():
-      own = None if structured.is_structured(leaf) else self.find(path)
+      is_predicted = structured.is_in_files(leaf) and bool(leaf.needs)
+      own = None
+      if is_predicted or not structured.is_structured(leaf):
+        own = self.find(path)
       if own is not None:
         _, shape, dtype = self._specs[own]
         fits = structured.fits_base(leaf.shape, np.dtype(leaf.dtype), shape, dtype)
         if fits and self._has_fixed_bits(own):
+          if is_predicted:
+            leaf = leaf.materialize(*map(resolve, leaf.needs))
           # The base is read here, because an encoded file takes jobs of its own.
           given = leaf, self._array(own), own
           if leaf.size > _LARGE:
@@ -187,7 +197,11 @@ class Base:
           else:
             jobs[path] = functools.partial(_beside, *given, weights.in_turn)
     found |= zip(jobs, weights.run(jobs.values()), strict=True)
-    return {path: own for path, own in found.items() if own is not None}
+    return {
+      path: own
+      for path, own in found.items()
+      if own is not None and _is_smaller(own.leaf, params[path])
+    }
 
   def holds(self, entry: manifest_lib.RecordEntry) -> bool:
     """Returns whether the base has the arrays that a record was encoded beside."""
@@ -228,6 +242,12 @@ def _beside(leaf: Any, given: np.ndarray, path: str, run: weights.Run) -> Beside
   made = dataclasses.replace(made, columns_first=transposed)
   entry = dataclasses.replace(entry_of(path, base), shape=given.shape)
   return Beside(made, entry, checksums.of_array(target))
+
+
+def _is_smaller(own: structured.Structured, leaf: Any) -> bool:
+  """Returns whether a leaf beside the base takes fewer bytes than the given one."""
+  size = lambda x: weights.estimate([*x.stored()[1].values()])
+  return not structured.is_structured(leaf) or bool(size(own) < size(leaf))
 
 
 def beside_product(

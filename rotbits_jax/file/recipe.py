@@ -9,7 +9,7 @@ follows its product is that product. Where it cannot be rotated, as `passes.resi
 says, bases are those of the checkpoint, too.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 import functools
 import math
 import threading
@@ -257,11 +257,14 @@ class Recipe:
 
   # ---- the tensors
 
-  def beside(self, params: Mapping[str, Any]) -> dict[str, base_lib.Beside]:
+  def beside(
+    self, params: Mapping[str, Any], resolve: Callable[[str], Any]
+  ) -> dict[str, base_lib.Beside]:
     """Finds the arrays that take fewer bytes beside products or the base.
 
     Args:
       params: leaves of a record by path, as they are stored without a base.
+      resolve: returns the parameters that leaves need.
 
     Returns:
       How to store these arrays, by path.
@@ -273,7 +276,7 @@ class Recipe:
         found[path] = made
       if path in self._made_of:
         del others[path]
-    return found | self._base.beside(others)
+    return found | self._base.beside(others, resolve)
 
   def _product(self, path: str, leaf: Any) -> base_lib.Beside | None:
     own = self._made_of.get(path)

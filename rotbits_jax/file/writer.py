@@ -214,7 +214,7 @@ def encode_record(
   leaves: list[leaves_lib.Leaf] = []
   arrays: list[np.ndarray] = []
   params = structured.flatten(record.params)
-  beside = {} if base is None else base.beside(params)
+  beside = {} if base is None else base.beside(params, resolve)
   savings = [manifest_lib.SavingEntry(**x._asdict()) for x in record.savings]
   if base is not None:
     savings.append(_saving(params, beside))

@@ -139,8 +139,9 @@ def loading(name: str, reader: file.Reader, report: savings.Report) -> str:
 
 
 def _some_records(reader: file.Reader) -> dict[str, dict[str, Any]]:
-  """Decodes some records: the leaves of each by path."""
-  names = list(reader.records)
+  """Decodes some records that need no base: the leaves of each by path."""
+  entries = reader.records
+  names = list(entries)
   layers = [x for x in names if models.names.layer_index(x) is not None]
   wanted = {*names} - {*layers}
   experts = [x for x in layers if models.names.expert_index(x) is not None]
@@ -149,8 +150,11 @@ def _some_records(reader: file.Reader) -> dict[str, dict[str, Any]]:
     wanted |= {like[round(place)] for place in places}
   if reader.config is None:
     wanted = {*names[:_LAYERS]}
-  needs_base = lambda x: any(y.base_arrays for y in reader.records[x].leaves)
-  wanted = {x for x in wanted if not needs_base(x)}
+  beside = {x for x, own in entries.items() if any(y.base_arrays for y in own.leaves)}
+  known = {leaf.path for x in beside for leaf in entries[x].leaves}
+  # An embedding may be predicted from a head that needs the base.
+  waits = lambda x: any(not known.isdisjoint(leaf.needs) for leaf in entries[x].leaves)
+  wanted = {x for x in wanted - beside if not waits(x)}
   return {x: structured.flatten(reader.record(x)) for x in names if x in wanted}
 
 
