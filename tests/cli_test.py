@@ -24,6 +24,7 @@ import word_checkpoints
 import rotbits_jax
 from rotbits_jax import checkpoints
 from rotbits_jax import models
+from rotbits_jax import structured
 from rotbits_jax.cli import main
 from rotbits_jax.cli import program
 from rotbits_jax.file import estimation
@@ -31,6 +32,7 @@ from rotbits_jax.file import verification
 from rotbits_jax.passes import tied
 from rotbits_jax.presets import steps
 from tests import golden
+from tests import random_models
 
 ROOT = pathlib.Path(__file__).parents[1]
 LICENSE = ROOT / 'LICENSE'
@@ -370,6 +372,28 @@ class TestEstimate:
     code, out, err = rotbits('estimate', tmp_path / 'deep')
     assert (code, err) == (0, '')
     assert 'free' in out
+
+  @pytest.mark.parametrize(
+    'widths',
+    [
+      [20, 20, 20, 18, 18, 16, 16, 16, 14, 14, 14, 14, 24],
+      [14, 18, 16, 20, 14, 20, 16, 16, 22, 18, 20],
+    ],
+  )
+  def test_layers_of_any_widths_are_cut_to_fit(self, widths):
+    model = random_models.sliced_llama(widths, np.float16)
+    cutter = estimation._Cutter(model)
+    for record in model.records:
+      cutter.add(record, model.read(record))
+    part = cutter.made(lambda job: None).model
+    assert part.config.num_layers == 4
+    expected = [models.outer_shapes(part.config)]
+    expected += [models.layer_shapes(part.config, i) for i in range(4)]
+    found = [
+      {path: x.shape for path, x in structured.flatten(tree).items()}
+      for tree in (part.outer(), *part.layers())
+    ]
+    assert found == [*map(structured.flatten, expected)]
 
 
 class TestInspect:

@@ -322,10 +322,11 @@ class _Cutter:
 
   def __init__(self, opened: checkpoints.CheckpointReader):
     self._config = opened.config
-    self._layers, counts = _layers(opened.config)
+    layers, counts = _layers(opened.config)
+    self._widths = _widths(opened.config, layers)
     self._chosen = _chosen(opened.config)
     chosen, self.records = self._chosen['expert'], dict[str, float]()
-    for index, likes in zip(self._layers, counts, strict=True):
+    for index, likes in zip(layers, counts, strict=True):
       name, *experts = models.names.of_layer(index, opened.config.num_experts)
       self.records[name] = likes
       self.records |= {experts[i]: likes * len(experts) / len(chosen) for i in chosen}
@@ -337,14 +338,15 @@ class _Cutter:
 
   def add(self, record: str, given: models.Params) -> None:
     """Takes the rows and columns of a record that the small model has."""
-    cut = functools.partial(_cut, chosen=self._chosen, hidden=self._config.hidden_size)
-    if record in self.records:
+    index, widths = models.names.layer_index(record), self._widths
+    if record in self.records and index is not None:
       axes = models.layout.layer_axes(self._config)
       if models.names.expert_index(record) is not None:
         axes = models.layout.expert_axes(self._config)
-      self._pieces[record] = cut(given[record], axes)
-    elif models.names.layer_index(record) is None and record != models.names.BUFFERS:
-      self._outer |= cut(given, self._axes)
+      self._pieces[record] = _cut(given[record], axes, self._chosen, widths[index])
+    elif index is None and record != models.names.BUFFERS:
+      ends = widths[0][0], widths[max(widths)][-1]
+      self._outer |= _cut(given, self._axes, self._chosen, ends)
       if self._config.sliced and self._config.hidden_size > _WIDE:
         self._columns |= structured.flatten(given)
 
@@ -356,7 +358,7 @@ class _Cutter:
     """
     config = self._config
     lengths = {x: len(y) for x, y in self._chosen.items()}
-    part, places = _config(config, self._layers, lengths), range(len(self._layers))
+    part, places = _config(config, self._widths, lengths), range(len(self._widths))
     names = models.names.of_layers(places, part.num_experts)
     given = dict(zip(names, self.records, strict=True))
     shapes, index = dict[str, tuple[int, ...]](), models.names.layer_index
@@ -473,11 +475,20 @@ def _layers(config: models.ModelConfig) -> tuple[list[int], list[float]]:
   if count <= _LAYERS:
     return list(range(count)), [1.0] * count
   between = spread(range(1, count - 1), _LAYERS - 2)
-  found = [0, *between, count - 1]
-  widths = [config.layer_widths(i) for i in found]
-  if all(a[-1] == b[0] for a, b in itertools.pairwise(widths)):
-    return found, [1.0, *[(count - 2) / len(between)] * len(between), 1.0]
-  return list(range(_LAYERS)), [count / _LAYERS] * _LAYERS
+  likes = [(count - 2) / len(between)] * len(between)
+  return [0, *between, count - 1], [1.0, *likes, 1.0]
+
+
+def _widths(config: models.ModelConfig, layers: list[int]) -> dict[int, list[int]]:
+  """Returns the widths of the segments that layers have in the model that is cut out.
+
+  Where a layer does not fit the one before it, the wider one of the two is cut.
+  """
+  hidden = config.hidden_size
+  found = {i: [_narrow(x, hidden) for x in config.layer_widths(i)] for i in layers}
+  for before, after in itertools.pairwise(found.values()):
+    before[-1] = after[0] = min(before[-1], after[0])
+  return found
 
 
 def _chosen(config: models.ModelConfig) -> dict[str, np.ndarray]:
@@ -509,18 +520,24 @@ def _chosen(config: models.ModelConfig) -> dict[str, np.ndarray]:
 
 
 def _config(
-  config: models.ModelConfig, layers: list[int], lengths: dict[str, int]
+  config: models.ModelConfig,
+  widths: Mapping[int, Sequence[int]],
+  lengths: Mapping[str, int],
 ) -> models.ModelConfig:
-  """Returns the config of the model that is cut out."""
-  widths = list(config.layer_widths(layers[0])[:1])
-  for i in layers:
-    widths += config.layer_widths(i)[1:]
+  """Returns the config of the model that is cut out.
+
+  Args:
+    config: that of the checkpoint.
+    widths: see `_widths`.
+    lengths: how long the axes are that are cut.
+  """
   hidden = config.hidden_size
-  alternate = tuple(k for k, i in enumerate(layers) if i in config.alternate_layers)
+  first, *others = widths.values()
+  alternate = tuple(k for k, i in enumerate(widths) if i in config.alternate_layers)
   return dataclasses.replace(
     config,
     hidden_size=_narrow(hidden, hidden),
-    num_layers=len(layers),
+    num_layers=len(widths),
     alternate=config.alternate if alternate else None,
     alternate_layers=alternate,
     num_heads=lengths['query'] // config.head_dim,
@@ -529,7 +546,7 @@ def _config(
     num_experts=lengths['expert'],
     vocab_size=lengths['vocabulary'],
     learned_positions=lengths['position'],
-    segment_widths=tuple(_narrow(width, hidden) for width in widths),
+    segment_widths=(*first, *(x for own in others for x in own[1:])),
   )
 
 
@@ -541,18 +558,26 @@ def _narrow(width: int, hidden: int) -> int:
 def _cut(
   tree: models.Params,
   axes: models.layout.Axes,
-  chosen: dict[str, np.ndarray],
-  hidden: int,
+  chosen: Mapping[str, np.ndarray],
+  widths: Sequence[int],
 ) -> models.Params:
-  """Cuts the axes of parameters."""
+  """Cuts the axes of parameters.
+
+  Args:
+    tree: the parameters.
+    axes: their axes by path.
+    chosen: the places of each axis but the residual segments.
+    widths: the widths of those, by the numbers that axes have.
+  """
   found = {}
   for path, leaf in structured.flatten(tree).items():
     array = np.asarray(structured.materialize(leaf))
     for k, axis in enumerate(axes[path]):
+      places = np.arange(array.shape[k])
       if isinstance(axis, str) and axis in chosen:
         places = chosen[axis]
-      else:
-        count = _narrow(array.shape[k], hidden)
+      elif axis != 'head':
+        count = widths[axis] if isinstance(axis, int) else widths[0]  # of a norm
         places = np.arange(count) * array.shape[k] // count
       if len(places) < array.shape[k]:
         if array.flags.f_contiguous:  # a transposed kernel: its columns are in order
