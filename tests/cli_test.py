@@ -395,6 +395,14 @@ class TestEstimate:
     ]
     assert found == [*map(structured.flatten, expected)]
 
+  def test_a_wide_shortcut_without_numbers(self):
+    sizes = {'num_hidden_layers': 1, 'hidden_size': 1024, 'num_attention_heads': 16}
+    config = checkpoints.parse_config(random_models.BASE | sizes, None)
+    none, path = np.zeros((384, 0), np.float16), 'layers.0/attention_shortcut/kernel'
+    leaf = structured.IdentityMinusGram(none, none, 384)
+    cut = estimation._CutOut(config, None, {}, {path: (768, 768)}, None)
+    assert cut._size(path, leaf) == 0
+
 
 class TestInspect:
   def test_json_is_that_of_encode(self, rotbits, encoded):

@@ -457,12 +457,11 @@ class _CutOut(NamedTuple):
     growth, hidden = whole / part, self.config.hidden_size
     narrower = _narrow(hidden, hidden) / hidden
     if 'shortcut' in path and narrower < 1:
-      bits = weights.estimate(list(stored.values())) / sum(
-        x.size for x in stored.values()
-      )
-      rows, columns = self.shapes[path]
-      rank = min(hidden - rows, rows) if rows == columns else 0
-      return likes * bits * (rows * rank - rank * (rank - 1) / 2)
+      (rows, columns), count = self.shapes[path], sum(x.size for x in stored.values())
+      # A cut shortcut without numbers, [I 0], tells that the whole has none, either.
+      rank = min(hidden - rows, rows) if rows == columns and count else 0
+      numbers = rows * rank - rank * (rank - 1) / 2
+      return likes * numbers * weights.estimate([*stored.values()]) / max(count, 1)
     if leaf.type_name == 'trapezoidal_rows':  # its triangle does not grow
       kept = sum(x.size for x in others)
       growth = (whole - (part - kept) / narrower**2) / kept
