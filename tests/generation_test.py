@@ -173,6 +173,15 @@ class GenerateTest(chex.TestCase):
     with pytest.raises(ValueError, match='not finite'):
       next(generation.generate(model, self.prompt, max_tokens=6))
 
+  def test_unused_tokens_may_be_nan(self):
+    params = jax.tree.map(np.array, self.llama.params)
+    params['embed']['tokens'][0] = np.nan
+    unused, prompt = self.llama.replace(params=params), np.maximum(self.prompt, 1)
+    got, expected = (
+      list(generation.generate(x, prompt, max_tokens=2)) for x in (unused, self.llama)
+    )
+    assert got == expected
+
   def test_refused_before_the_first_token(self):
     for options, match in (
       ({'tokens': np.zeros((1, 3), int)}, r'tokens must be \[T\] integers.*\(1, 3\)'),

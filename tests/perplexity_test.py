@@ -103,6 +103,15 @@ class EvaluateTest(chex.TestCase):
     assert got == cut
     assert got.tokens == 58
 
+  def test_unused_tokens_may_be_nan(self):
+    params = jax.tree.map(np.array, self.dense.params)
+    params['embed']['tokens'][0] = np.nan
+    unused, tokens = self.dense.replace(params=params), np.maximum(self.tokens, 1)
+    got, expected = (
+      evaluation.evaluate(x, tokens, window=49) for x in (unused, self.dense)
+    )
+    assert got == expected
+
   @parameterized.parameters((512, 4), (4096, 2))
   def test_default_window(self, max_positions, windows):
     config = dataclasses.replace(self.dense.config, max_positions=max_positions)

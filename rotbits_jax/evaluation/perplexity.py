@@ -212,7 +212,8 @@ def windows(
   config.check_tokens(tokens)
   tokens, window = tokens.astype(np.int32), min(window, len(tokens))
   pieces = [tokens[i : i + window] for i in range(0, len(tokens) - 1, window)]
-  return [(np.pad(x, (0, window - len(x)))[None], len(x)) for x in pieces]
+  # The padding is a token of the text, because those that no text has may be NaN.
+  return [(np.pad(x, (0, window - len(x)), 'edge')[None], len(x)) for x in pieces]
 
 
 def full_windows(

@@ -140,7 +140,8 @@ def _stream(
     piece = prompt[begin : begin + step].astype(np.int32)
     # Not beyond the last position: what has none is NaN.
     width = min(step, model.config.max_positions - begin)
-    padded = np.pad(piece, (0, width - piece.size))[None]
+    # The padding is a token of the prompt, because those that no text has may be NaN.
+    padded = np.pad(piece, (0, width - piece.size), 'edge')[None]
     token, cache = _next_token(model, cache, padded, piece.size, **options)
   for count in range(max_tokens):
     if count:
