@@ -315,6 +315,36 @@ class RewriteTest(parameterized.TestCase):
       for (records, _), (expected, _) in zip(rest, yielded[k:], strict=True):
         transform_checks.assert_same_records(records, expected)
 
+  def test_a_state_that_depends_on_an_earlier_transform(self):
+    path = 'mlp/up/kernel'
+    double = passes.Transform(
+      'double',
+      layers=lambda context, state, first, layers: (
+        state,
+        [layer | {path: 2 * layer[path]} for layer in layers],
+        [[] for _ in layers],
+      ),
+    )
+    total = passes.Transform(
+      'total',
+      init=lambda context: jnp.float32(0),
+      layers=lambda context, state, first, layers: (
+        state + sum(jnp.abs(layer[path]).sum() for layer in layers),
+        layers,
+        [[] for _ in layers],
+      ),
+    )
+    context = passes.make_context(_load('llama-tiny-dense'))
+    found = []
+    for layers in (range(3), range(1, 3), range(2, 3)):
+      rewritten = passes.rewrite(
+        context, passes.chain(double, total), layers=layers, outer=False
+      )
+      *_, (_, (_, state)) = rewritten
+      found.append(float(state))
+    self.assertGreater(found[0], 0)
+    self.assertEqual(found, [found[0]] * 3)
+
   def test_some_layers_alone(self):
     context, yielded = _whole('wide')
     some = passes.rewrite(

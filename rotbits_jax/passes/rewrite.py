@@ -209,13 +209,22 @@ def _own(context: Context, name: str, part: Params) -> Params:
 def _skip(
   context: Context, chain: Chain, state: State, first: int, layers: list[Params]
 ) -> State:
+  """Returns the state after layers that are not wanted.
+
+  The states of later transforms depend on what earlier ones make of the layers.
+  """
+  stateless = Transform._field_defaults['init']
+  has_state = [transform.init is not stateless for transform in chain.transforms]
   found = []
-  for transform, own in zip(chain.transforms, state, strict=True):
+  for i, (transform, own) in enumerate(zip(chain.transforms, state, strict=True)):
     given = [dict(layer) for layer in layers]
-    if transform.skip is not None:
-      found.append(transform.skip(context, own, first, given))
+    if any(has_state[i + 1 :]):
+      own, layers, _ = transform.layers(context, own, first, given)
+    elif transform.skip is not None:
+      own = transform.skip(context, own, first, given)
     else:
-      found.append(transform.layers(context, own, first, given)[0])
+      own = transform.layers(context, own, first, given)[0]
+    found.append(own)
   return tuple(found)
 
 

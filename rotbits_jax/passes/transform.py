@@ -158,7 +158,7 @@ class Transform(NamedTuple):
     outer: takes the context, the state after the last layer and the parameters outside
       the layers. It returns the rewritten parameters and the notes.
     skip: takes the arguments of `layers` and returns the next state only. By default it
-      is `layers`.
+      is `layers`, as it is before transforms that have a state, too.
     reads_source: whether it reads parts of the source before they are rewritten, and so
       must be the first of a chain.
     takes: the numbers that it takes: 'float32' if they must be float32 and are rounded
