@@ -1,14 +1,20 @@
 """Parts of other packages: a distribution that is only a folder on the path."""
 
+import pathlib
 import sys
 
 import numpy as np
 import pytest
 
 import rotbits_jax
+from rotbits_jax import cli
 from rotbits_jax import presets
 from rotbits_jax import structured
+from rotbits_jax.cli import encode
 from rotbits_jax.file import coders
+
+TESTDATA = pathlib.Path(__file__).parent / 'testdata'
+SLICED = TESTDATA / 'llama-tiny-sliced-head-0.25'
 
 LEAF = '''
 from typing import Annotated, Any, ClassVar
@@ -98,7 +104,7 @@ PRESET = """
 from rotbits_jax import presets
 
 
-def tidy(*, tolerance: float = 0.5):
+def tidy(*, tolerance: float = 0.5, floor: str = 'x', bits: int = 3, folds: int = 1):
   return presets.free(tolerance=tolerance)._replace(name='acme.tidy')
 """
 
@@ -189,6 +195,25 @@ def test_a_preset_is_found_by_its_name():
   assert made.options['tolerance'] == 0.25
   with pytest.raises(ValueError, match=r'acme\.tidy'):
     presets.make('unknown')
+
+
+@pytest.mark.usefixtures('distribution')
+def test_options_that_cannot_be_flags(rotbits, monkeypatch, tmp_path):
+  monkeypatch.setattr(cli, 'encode', encode)  # as it was before the test
+  monkeypatch.delitem(sys.modules, encode.__name__)
+  code, out, err = rotbits('completion', '--shell=bash')
+  assert (code, err) == (0, '')
+  assert '--folds=' in out
+  args = ['encode', f'--checkpoint={SLICED}', f'--output={tmp_path / "x"}']
+  for flag in ('--bits=4', '--floor=1'):
+    code, _, err = rotbits(*args, '--preset=acme.tidy', flag)
+    name = flag.partition('=')[0]
+    assert (code, err) == (
+      2,
+      f'rotbits encode: {name} is not for --preset=acme.tidy\n',
+    )
+  code, _, err = rotbits(*args, '--preset=exact')
+  assert (code, err) == (0, '')
 
 
 def test_what_is_not_installed_is_named_with_its_package(distribution, monkeypatch):

@@ -200,32 +200,54 @@ _NUM_PROCESSES = FLAGS.add('num_processes', 'Number of processes.', int, lower_b
 _PROCESS_ID = FLAGS.add('process_id', 'Number of this process.', int, lower_bound=0)
 
 
-def _define_options() -> dict[str, flags.FlagHolder[Any]]:
+class _Option(NamedTuple):
+  """The flag for an option, and the names of the presets that have the option."""
+
+  flag: flags.FlagHolder[Any]
+  presets: list[str]
+
+
+def _define_options() -> dict[str, _Option]:
   """Defines flags for the options of presets that are numbers, switches or names.
 
-  Their types, defaults and help are those of the functions that make the presets.
+  Their types, defaults and help are those of the functions that make the presets. An
+  option has none if another flag has its name, or if it has another type in an earlier
+  preset.
   """
-  owners: dict[str, list[str]] = {}
-  for preset, factory in presets.known().items():
-    for name in inspect.signature(factory).parameters:
-      owners.setdefault(name, []).append(preset)
+  known, others = presets.known(), {*FLAGS.values}
+  kinds, owners = dict[str, Any](), dict[str, list[str]]()
+  for preset, factory in known.items():
+    try:
+      signature = inspect.signature(factory, eval_str=True)
+    except NameError:  # some types have names for type checkers only
+      signature = inspect.signature(factory)
+    for name, option in signature.parameters.items():
+      kind = _kind(option.annotation)
+      if name not in others and kinds.setdefault(name, kind) == kind:
+        owners.setdefault(name, []).append(preset)
   options = {}
   for name, own in owners.items():
-    factory = presets.known()[own[0]]
-    option = inspect.signature(factory, eval_str=True).parameters[name]
-    kind: Any = option.annotation
-    if isinstance(kind, types.UnionType):
-      kind = next(x for x in typing.get_args(kind) if x is not type(None))
-    elif typing.get_origin(kind) is Literal:
-      kind = typing.get_args(kind)
-    if not isinstance(kind, tuple) and kind not in (bool, float, int, str):
+    if kinds[name] is None:
       continue
+    factory = known[own[0]]
+    default = inspect.signature(factory).parameters[name].default
     doc = inspect.getdoc(factory) or ''
     purpose = re.search(rf'^  {name}: (.*?)[.;](?!\S)', doc, re.M | re.S)
     help = f'Only for --preset={"|".join(own)}: '
     help += f'{" ".join(purpose[1].split())}; ' if purpose else ''
-    options[name] = FLAGS.add(name, f'{help}{option.default} by default.', kind)
+    flag = FLAGS.add(name, f'{help}{default} by default.', kinds[name])
+    options[name] = _Option(flag, own)
   return options
+
+
+def _kind(annotation: Any) -> Any:
+  """Returns the type of the flag for an option, or its words; None for no flag."""
+  if isinstance(annotation, types.UnionType):
+    annotation = next(x for x in typing.get_args(annotation) if x is not type(None))
+  elif typing.get_origin(annotation) is Literal:
+    annotation = typing.get_args(annotation)
+  is_flag = isinstance(annotation, tuple) or annotation in (bool, float, int, str)
+  return annotation if is_flag else None
 
 
 _OPTIONS = _define_options()
@@ -262,7 +284,8 @@ def read_choice(name: str, elements: int) -> PresetChoice:
     ValueError: if two flags cannot be combined, if the config has an unknown field, or
       if a flag is for another preset.
   """
-  options = {key: x.value for key, x in _OPTIONS.items() if x.value is not None}
+  values = {key: x.flag.value for key, x in _OPTIONS.items()}
+  options = {key: x for key, x in values.items() if x is not None}
   max_kl, text, bits = _MAX_KL.value, _TEXT.value, _BITS.value
   target = program.parse_size('target_size', _TARGET_SIZE.value)
   of_near = _MAX_KL, _TARGET_SIZE, _BITS, _TEXT, _MAX_TOKENS
@@ -278,7 +301,7 @@ def read_choice(name: str, elements: int) -> PresetChoice:
     presets.make(choice.name, **fields)  # a field that is no option is an error
     return choice
   name = _PRESET.value or name
-  own = {*inspect.signature(presets.known()[name]).parameters}
+  own = {key for key, x in _OPTIONS.items() if name in x.presets}
   own |= {x.name for x in of_near} if name == 'near' else set()
   for key in (*options, *given):
     if key not in own:

@@ -17,7 +17,8 @@ its name:
     entry_points={'rotbits_jax.presets': ['mine = my_package:mine']}
 
 The parameters of the function that are numbers, switches or names (`Literal`) become
-flags of `rotbits encode`, with the help of the docstring.
+flags of `rotbits encode`, with the help of the docstring, unless another flag has the
+name.
 """
 
 from collections.abc import Callable
