@@ -233,9 +233,11 @@ class EncodeTextTest(chex.TestCase):
       evaluation.encode_text({'tokenizer.json': content}, TEXT)
 
   def test_a_text_that_cannot_be_encoded_is_refused(self):
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel({'x': 0}, '?'))
+    content = json.loads(tokenizer.to_str())
     for words in ({'x': 0}, {TEXT: 3_000_000_000}):
-      tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, '?'))
-      files = {'tokenizer.json': tokenizer.to_str().encode()}
+      content['model']['vocab'] = words
+      files = {'tokenizer.json': json.dumps(content).encode()}
       with pytest.raises(ValueError, match=r'tokenizer\.json cannot encode the text'):
         evaluation.encode_text(files, TEXT)
 
