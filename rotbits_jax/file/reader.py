@@ -526,8 +526,7 @@ class _OfFile:
     if any(own.message is not None for own in reader.manifests):
       raise ValueError(f'a file of the preset {reader.preset!r} cannot be a base')
     self._reader = reader
-    self.config = reader.config
-    self.records = tuple(reader.records)
+    self.config, self.records = reader.config, tuple(reader.records)
     self.specs, self.read = reader.specs, reader.record
     self.fingerprint = reader.fingerprint
 
