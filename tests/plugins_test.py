@@ -216,6 +216,26 @@ def test_options_that_cannot_be_flags(rotbits, monkeypatch, tmp_path):
   assert (code, err) == (0, '')
 
 
+@pytest.mark.filterwarnings('ignore:rotbits_jax.presets')
+def test_a_part_that_cannot_be_imported_is_named_with_its_package(
+  distribution, rotbits, monkeypatch, tmp_path
+):
+  leaf = encoded_leaf()
+  forget()
+  for name in ('leaf', 'preset'):
+    (distribution / 'acme_parts' / f'{name}.py').write_text('import missing_module\n')
+  cause = "of the package 'acme-parts' cannot be imported: ModuleNotFoundError: No"
+  with pytest.raises(ValueError, match=f"leaves 'acme.doubled' {cause}"):
+    rotbits_jax.decode(leaf)
+  with pytest.warns(UserWarning, match=f"presets 'acme.tidy' {cause}"):
+    assert 'acme.tidy' not in presets.known()
+  # Other presets are not touched by it.
+  monkeypatch.setattr(cli, 'encode', encode)
+  monkeypatch.delitem(sys.modules, encode.__name__)
+  args = f'--checkpoint={SLICED}', f'--output={tmp_path / "x"}', '--preset=exact'
+  assert rotbits('encode', *args)[0] == 0
+
+
 def test_what_is_not_installed_is_named_with_its_package(distribution, monkeypatch):
   leaf = encoded_leaf()
   preset = presets.exact()._replace(coder='acme.zlib')

@@ -15,6 +15,7 @@ import functools
 import importlib.metadata
 import sys
 from typing import Any, Literal, TypeVar
+import warnings
 
 Group = Literal['leaves', 'presets', 'coders']
 T = TypeVar('T')
@@ -29,20 +30,32 @@ def find(group: Group, name: str, known: Mapping[str, T]) -> T | None:
     group: the kind of part.
     name: name of the part.
     known: the parts that need no search, by name.
+
+  Raises:
+    ValueError: if the package cannot be imported.
   """
   if name in known:
     return known[name]
   for point in _points(group, tuple(sys.path)):
     if point.name == name:
-      return point.load()
+      return _part(point)
   return None
 
 
 def load(group: Group, known: Mapping[str, Any]) -> dict[str, Any]:
-  """Returns the parts of other packages by name, without those of names in `known`."""
-  return {
-    x.name: x.load() for x in _points(group, tuple(sys.path)) if x.name not in known
-  }
+  """Returns the parts of other packages by name, without those of names in `known`.
+
+  A part that cannot be imported is left out with a warning: who needs another one need
+  not repair its package.
+  """
+  parts = {}
+  for point in _points(group, tuple(sys.path)):
+    if point.name not in known:
+      try:
+        parts[point.name] = _part(point)
+      except ValueError as error:
+        warnings.warn(str(error), stacklevel=2)
+  return parts
 
 
 def package(group: Group, name: str, part: Any) -> str | None:
@@ -60,6 +73,17 @@ def package(group: Group, name: str, part: Any) -> str | None:
     if point.name == name and point.dist is not None:
       return point.dist.name
   return importlib.metadata.packages_distributions().get(module, [module])[0]
+
+
+def _part(point: importlib.metadata.EntryPoint) -> Any:
+  """Imports the part of an entry point; a ValueError names the package."""
+  try:
+    return point.load()
+  except Exception as error:  # whatever its module does
+    owner = point.value if point.dist is None else point.dist.name
+    what = f'{point.group} {point.name!r} of the package {owner!r}'
+    cause = f'{type(error).__name__}: {error}'
+    raise ValueError(f'{what} cannot be imported: {cause}') from error
 
 
 @functools.cache
