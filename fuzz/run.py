@@ -70,7 +70,8 @@ Written by `python -m fuzz.run --results=RESULTS.md`. Atheris makes the inputs, 
 by coverage. The checksums of streams are made right, and those of arrays are
 taken for right. An input is refused if it ends in the error that the reader promises. A
 failure is any other error, the end of the process, an input that takes {memory_mb} MB
-more memory, or an input that takes longer than {input_seconds} s."""
+more memory, an input that takes longer than {input_seconds} s, or a target that refuses
+each input."""
 
 _PLACE = '/dev/shm' if os.path.isdir('/dev/shm') else None  # where files are made
 _RESTARTS = 50  # of a process that inputs end
@@ -156,6 +157,8 @@ def fuzz(
       (failures / f'{target}.log').write_text(text[-20_000:])
     total.add(part)
     notes.unlink()
+  if total.refused == total.executions:
+    total.failures['each input was refused, the seeds too'] += 1
   return total
 
 
@@ -170,7 +173,8 @@ def _child(order: dict[str, Any]) -> None:
   warnings.simplefilter('ignore')
   target = targets.TARGETS[order['target']]
   inputs = list(target.seeds())
-  targets.accept_checksums()
+  if not target.encodes:
+    targets.accept_checksums()
   folder, notes = pathlib.Path(order['failures']), pathlib.Path(order['notes'])
   result = Result()
 

@@ -61,12 +61,14 @@ class Target(NamedTuple):
     mutate: makes another input of one.
     run: reads an input.
     expected: the errors that it may end in.
+    encodes: whether it makes files, too, which needs true checksums.
   """
 
   seeds: Callable[[], Iterable[bytes]]
   mutate: Mutate
   run: Callable[[bytes], None]
   expected: tuple[type[Exception], ...]
+  encodes: bool = False
 
 
 class _Anything:
@@ -237,9 +239,10 @@ def _config(data: bytes) -> None:
 def _pops() -> list[tuple[codecs.Codec, int]]:
   """Returns codecs, each with the number of integers in its symbol."""
   haar_table, eig_table = np.zeros((3, 17), np.int64), np.zeros((2, 17), np.int64)
-  haar_table[:, :4] = eig_table[:, :4] = 4096
+  haar_table[:2, :4] = eig_table[:, :4] = 4096
+  haar_table[2, :2] = 8192  # signs
   sizes = jnp.asarray([1, 2, 3, 1000, 1 << 16], jnp.uint32)
-  starts = jnp.asarray([1, 0, 0, 1, 0, 0, 0], bool)
+  starts = jnp.asarray([0, 0, 0, 3, 3, 3, 3])
   return [
     (codecs.uniform(sizes), 5),
     (permutation.uniform(starts), 7),
@@ -251,6 +254,16 @@ def _pops() -> list[tuple[codecs.Codec, int]]:
     (haar.correction_codec(5, 5, jnp.asarray(haar_table)), 20),
     (symmetric_eig.correction_codec(4, jnp.asarray(eig_table)), 20),
   ]
+
+
+def _message(words: np.ndarray, lanes: int) -> np.ndarray:
+  """Returns the words of a message whose states and stacks have any words."""
+  if words.size < 2 * lanes:
+    raise ValueError('no states')
+  low, high, stacks = np.split(words, [lanes, 2 * lanes])
+  state = low.astype(np.uint32) | np.maximum(high, 1).astype(np.uint32) << 16
+  lane = np.arange(stacks.size) * lanes // max(stacks.size, 1)
+  return rans.join_words(state, np.bincount(lane, minlength=lanes), stacks)
 
 
 class _Codecs:
@@ -268,7 +281,10 @@ class _Codecs:
       raise ValueError('no input')
     choice = data[0]
     words = np.frombuffer(data[1 : 1 + (len(data) - 1) // 2 * 2], '<u2')
-    if choice % 8 == 1:
+    is_correction = choice % 8 == 1
+    if choice % 16 > 1:  # few of any words are a message
+      words = _message(words, 1 if is_correction else 2)
+    if is_correction:
       self._correction(choice, words)
     else:
       self._codec(choice, words)
@@ -482,6 +498,7 @@ TARGETS: dict[str, Target] = {
     lambda data, rng, mutate: mutate(data),
     _resume,
     (ValueError,),
+    encodes=True,
   ),
   'chains': Target(
     lambda: [bytes([kind, 0, *rest]) for kind in range(2) for rest in _CHAINS],
@@ -494,6 +511,7 @@ TARGETS: dict[str, Target] = {
     lambda data, rng, mutate: mutate(data),
     _special_numbers,
     (ValueError,),
+    encodes=True,
   ),
   'config': Target(
     seeds.configs, mutations.mutate_json, _config, (checkpoints.CheckpointError,)
