@@ -521,6 +521,7 @@ def _carried(
         'of known families, and an adapter fits the weights that exact keeps as it is'
       )
     adapter = checkpoints.read_adapter(path, given)
+    adapter.check_place(source.files)
     context = passes.make_context(given, stored_as=source.stored_as)
     factors = passes.carry(context, preset.transform, adapter.factors)
     for name, content in adapter.files(factors).items():

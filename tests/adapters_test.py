@@ -221,6 +221,18 @@ class AdaptersTest(parameterized.TestCase):
     with self.assertRaisesRegex(ValueError, "folders of the name 'lora'"):
       rotbits_jax.encode(model, preset='free', adapters=[given, given])
 
+  def test_folders_that_the_checkpoint_has(self):
+    model = MODELS['dense']()
+    config = json.dumps(CONFIG).encode()
+    files = {'notes.txt': b'', 'a/adapter_config.json': config}
+    files['b/adapter_config.json'] = config.replace(b'3', b'4')
+    for name in ('notes.txt', 'b', 'model.safetensors', 'config.json'):
+      given = write_adapter(self.folder / name, model)
+      with self.assertRaisesRegex(checkpoints.CheckpointError, f'^{name}: the folder'):
+        rotbits_jax.encode(model, preset='free', adapters=[given], files=files)
+    given = write_adapter(self.folder / 'a', model)  # the same adapter
+    rotbits_jax.encode(model, preset='free', adapters=[given], files=files)
+
   def test_experts_have_no_adapters(self):
     model = MODELS['mixture']()
     given = write_adapter(self.folder / 'lora', model)  # also of '*', every expert

@@ -401,6 +401,12 @@ class TestPlaces:
     (tmp_path / 'config.json').write_text('{}')
     assert checkpoints.open_any(tmp_path).reason.endswith('got dict')
 
+  def test_joined_names_that_are_the_same(self, tmp_path):
+    storages = [numbers(4, np.dtype(np.float32), seed) for seed in (0, 1)]
+    a, b = (Tensor(x, (4,), (1,), key=str(i)) for i, x in enumerate(storages))
+    with pytest.raises(UnsupportedError, match=r'model\.a: two tensors have this name'):
+      self.places(tmp_path, dump({'model': {'a': a}, 'model.a': b}), storages)
+
   def test_dicts_that_are_shared_are_visited_once(self, tmp_path):
     storage = numbers(4, np.dtype(np.float32))
     state = {'a': Tensor(storage, (4,), (1,))}

@@ -301,7 +301,7 @@ class TestDecode:
 
 class TestEstimate:
   def test_it_is_close_to_the_files(self, rotbits, encoded):
-    code, out, err = rotbits('estimate', SLICED, f'--base={SLICED}', '--json')
+    code, out, err = rotbits('estimate', '--json', f'--base={SLICED}', SLICED)
     assert (code, err) == (0, '')
     result = json.loads(out)
     assert set(result) == documented('estimate')
@@ -564,6 +564,7 @@ class TestBadInput:
       (['--output=OUT.index.json'], 'names of indices'),
       (['--output=OUT', '--preset=free', '--config=free'], 'cannot be combined'),
       (['--output=OUT', '--config=no_such.py'], 'no_such.py'),
+      (['--output=OUT', '--config=frei'], "'frei' is no file and none of "),
       (['--output=OUT', f'--config={LICENSE}'], 'config'),
       (['--output=OUT', '--config=free', '--config.nothing=1'], 'nothing'),
       (['--output=OUT', '--config=free', '--config.tolerance=x'], 'tolerance'),
@@ -577,6 +578,11 @@ class TestBadInput:
       (['--output=OUT', '--preset=near', '--max_tokens=9'], '--max_tokens is for'),
       (['--output=OUT', '--preset=exact', '--max_tokens=9'], '--max_tokens is not for'),
       (['--output=OUT', '--process_id=0'], '--process_id is for --distributed'),
+      (
+        ['--output=OUT', '--distributed', '--coordinator=here', '--num_processes=2'],
+        "--coordinator must be HOST:PORT, got 'here'",
+      ),
+      (['--output=OUT', '--preset=near', '--step=4'], 'step must be at most 1'),
       (['--output=OUT', '--preset=near', '--target_size=4XB'], 'size like 2GB'),
       (['--output=OUT', '--preset=near', '--bits=inf'], '--bits must be at most 64'),
       (
@@ -594,6 +600,29 @@ class TestBadInput:
     flags = [f.replace('OUT', f'{tmp_path}/out') for f in flags]
     args = ['encode', f'--checkpoint={SLICED}', *flags]
     self.check(rotbits, tmp_path, args, words)
+
+  @pytest.mark.parametrize(
+    ('result', 'words'),
+    [
+      ('None', 'get_config() of --config returns NoneType'),
+      ("{'preset': 'free'}", 'returns dict'),
+      ("ConfigDict({'preset': ['free']})", "got ['free']"),
+      ("ConfigDict({'preset': 'exact', 'transforms': 5})", 'must be an iterable'),
+    ],
+  )
+  def test_configs(self, rotbits, tmp_path, result, words):
+    config = tmp_path / 'config.py'
+    config.write_text(
+      'from ml_collections import ConfigDict\n\n\n'
+      f'def get_config():\n  return {result}\n'
+    )
+    args = ['encode', f'--checkpoint={SLICED}', f'--output={tmp_path / "out"}']
+    self.check(rotbits, tmp_path, [*args, f'--config={config}'], words)
+
+  def test_paths_that_look_like_names_of_the_hub(self, rotbits, tmp_path):
+    args = ['--checkpoint=../nope', f'--output={tmp_path / "out"}']
+    code, _, err = rotbits('encode', *args)
+    assert (code, 'hf download' in err) == (2, False)
 
   @pytest.mark.parametrize(
     ('make', 'words'),
@@ -723,6 +752,24 @@ class TestBadInput:
     (base / 'one.rotbits').write_bytes(b'damaged')
     for output in files:
       assert rotbits(*encode, f'--output={output}', f'--base={base}')[0] == 0
+
+  def test_no_file_to_which_an_input_links_is_replaced(self, rotbits, tmp_path):
+    source = tmp_path / 'snapshots'
+    source.mkdir()
+    shutil.copytree(DENSE, tmp_path / 'blobs')
+    for file in (tmp_path / 'blobs').iterdir():
+      (source / file.name).symlink_to(file)
+    args = ['encode', f'--checkpoint={source}', '--overwrite', '--output=OUT']
+    for name in ('model.safetensors', 'config.json'):
+      args[-1] = f'--output={tmp_path / "blobs" / name}'
+      self.check(rotbits, tmp_path, args, 'is a file of an input')
+
+  def test_no_file_of_an_input_is_replaced_by_slices(self, rotbits, tmp_path):
+    shutil.copytree(DENSE, tmp_path / 'dense')
+    (tmp_path / 'text').write_text('some words')
+    args = [f'--{name}={tmp_path / "dense"}' for name in ('model', 'output')]
+    args += [f'--calibration={tmp_path / "text"}', '--sparsity=0.25', '--overwrite']
+    self.check(rotbits, tmp_path, ['slice', *args], 'is a file of an input')
 
   def test_no_file_of_a_pipeline_is_replaced(self, rotbits, tmp_path):
     (tmp_path / 'model_index.json').write_text('{}')

@@ -226,6 +226,15 @@ class RecoveryTest(parameterized.TestCase):
     chex.assert_shape(haar.recover(nothing, correction), (0,))
     chex.assert_shape(haar.rotation(jnp.zeros(0, jnp.uint16), 3, 0), (3, 0))
 
+  def test_wide_frames_compile(self):
+    n, k = 4096, 64
+    count = haar.num_cells(n, k)
+    shape = jax.ShapeDtypeStruct
+    integers = shape((k,), np.uint8), shape((count,), np.uint8)
+    cells = correction_lib.Correction(*integers, shape((count,), np.uint16))
+    correction = haar.FrameCorrection(shape((k,), bool), cells)
+    jax.jit(haar.recover).lower(shape((n, k), np.float32), correction).compile()
+
   def test_columns_of_the_other_sign_are_turned(self):
     cells = _sample(40, 40)
     signs = np.where(np.arange(40) % 3 == 0, -1, 1).astype(np.float32)

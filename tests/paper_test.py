@@ -22,6 +22,7 @@ from rotbits_jax import paper
 from rotbits_jax import passes
 from rotbits_jax import presets
 from rotbits_jax import structured
+from rotbits_jax.file import memory
 from rotbits_jax.paper import decoder
 from rotbits_jax.paper import rotations
 from rotbits_jax.system import schema
@@ -313,11 +314,21 @@ class FileTest(parameterized.TestCase):
 
   def test_a_lack_of_memory_is_an_error(self):
     data = _encode(random_models.sliced_llama([3, 3, 3], np.float16))
-    with (
-      mock.patch.object(decoder, '_decode', side_effect=MemoryError),
-      self.assertRaisesRegex(rotbits_jax.ContainerError, 'more than memory holds'),
-    ):
-      rotbits_jax.decode(data)
+    of_jax = jax.errors.JaxRuntimeError('RESOURCE_EXHAUSTED: Out of memory')
+    for error in (MemoryError, of_jax):
+      with (
+        mock.patch.object(decoder, '_decode', side_effect=error),
+        self.assertRaisesRegex(rotbits_jax.ContainerError, 'more than memory holds'),
+      ):
+        rotbits_jax.decode(data)
+
+  def test_rotations_count_as_memory(self):
+    data = _encode(random_models.sliced_llama([3, 3, 3], np.float16))
+    with mock.patch.object(memory, 'check') as check:
+      model = rotbits_jax.decode(data)
+    largest = max(sum(x.size for x in jax.tree.leaves(y)) for y in model.layers())
+    (nbytes,) = [x.args[1] for x in check.call_args_list if x.args[0] == 'message']
+    self.assertGreater(nbytes, 4 * largest + 3 * 3 * 4)
 
   def test_what_cannot_be_coded_is_refused(self):
     model = random_models.sliced_llama([18] * 5, np.float16)

@@ -31,7 +31,8 @@ def _layout(dtype, raw_bits):
 
 
 def _weights(layout, classes):
-  return scales.normal_weights(layout, layout.alphabet, classes)
+  every = np.arange(layout.alphabet)
+  return scales.normal_weights(layout, layout.alphabet, classes, every)
 
 
 def _sort(matrix):

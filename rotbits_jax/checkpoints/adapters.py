@@ -30,6 +30,7 @@ from rotbits_jax.system import schema
 
 ADAPTER_CONFIG = 'adapter_config.json'
 _WEIGHTS = 'adapter_model.safetensors'
+_OF_FILES = '.bin', '.json', '.pt', '.py', '.safetensors'
 _MOST_CONFIG = 1 << 20  # bytes
 # The factors are `[r, in]` and `[out, r]`; those of an embedding `[r, V]` and `[D, r]`.
 _NAME = re.compile(
@@ -79,6 +80,22 @@ class Adapter(NamedTuple):
       ADAPTER_CONFIG: (json.dumps(config, indent=2, sort_keys=True) + '\n').encode(),
       _WEIGHTS: safetensors_files.to_bytes(tensors),
     }
+
+  def check_place(self, files: Mapping[str, bytes]) -> None:
+    """Checks that the adapter can be put beside the files of a checkpoint.
+
+    Raises:
+      CheckpointError: if the folder has the name of a file, or another adapter.
+    """
+    file = f'{self.name}/{ADAPTER_CONFIG}'
+    own = files.get(file)
+    if pathlib.Path(self.name).suffix in _OF_FILES or self.name in files:
+      text = 'has the name of a file of the checkpoint'
+    elif own is not None and attributes.parse_json(own, file) != self.config:
+      text = 'has the name of one that the checkpoint has in it'
+    else:
+      return
+    raise errors.CheckpointError(f'{self.name}: the folder of the adapter {text}')
 
 
 def read_adapter(path: str | os.PathLike[str], source: models.Layers) -> Adapter:
@@ -132,7 +149,14 @@ def read_adapter(path: str | os.PathLike[str], source: models.Layers) -> Adapter
         raise errors.CheckpointError(
           f'{folder / _WEIGHTS}: {name} has the dtype {found[name].dtype}'
         )
-    dtype = jnp.promote_types(*(found[name].dtype for name in names))
+    dtypes = [found[name].dtype for name in names]
+    try:
+      dtype = jnp.promote_types(*dtypes)
+    except ValueError as error:  # JAX widens no float8 by itself
+      raise errors.CheckpointError(
+        f'{folder / _WEIGHTS}: {names[0]} has the dtype {dtypes[0]}, and {names[1]} '
+        f'{dtypes[1]}'
+      ) from error
     first, second = (np.asarray(found[name].read()).astype(dtype) for name in names)
     parts = np.split(second, np.cumsum(entry.lengths)[:-1])
     for own, part in zip(entry.paths, parts, strict=True):

@@ -106,6 +106,8 @@ def open_places(
       if key in seen:
         continue
       seen.add(key)
+      if name in found:  # {'a': {'b': x}, 'a.b': y}
+        raise errors.UnsupportedError(f'{name}: two tensors have this name')
       whole = tensor.size == size and view.strides == _row_major_strides(view.shape)
       shape = tensor.shape if whole else (size,)
       storage = _View(view.storage, 0, shape, _row_major_strides(shape))

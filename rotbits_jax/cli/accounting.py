@@ -95,10 +95,10 @@ def read_experiment() -> published.Experiment:
     ValueError: if the model is not known, or a config has another form.
   """
   model, slicing = _MODEL.value, _SLICING.value
-  if _CONFIG.value is not None:
+  fields = FLAGS.fields(_CONFIG)
+  if fields is not None:
     if model is not None or slicing is not None:
       raise flags.Error('--config cannot be combined with --model and --slicing')
-    fields = _CONFIG.value.to_dict()
     if 'experiment' not in fields:
       raise ValueError('--config has no field experiment')
     return published.experiment(fields['experiment'])

@@ -38,13 +38,13 @@ JSON:
   sliced  whether the model is sliced; null for plain tensors
 """
 
-import pathlib
 import typing
 
 import rotbits_jax
 from rotbits_jax import checkpoints
 from rotbits_jax import file
 from rotbits_jax.cli import program
+from rotbits_jax.system import outputs
 
 FLAGS = program.Flags()
 _INPUT = FLAGS.add('input', 'The file to decode.', source=True, required=True)
@@ -87,7 +87,7 @@ def main() -> program.Result:
   )
   with file.Reader(_INPUT.value) as reader:
     sliced = None if reader.config is None else reader.config.sliced
-  folder = pathlib.Path(_OUTPUT.value)
+  folder = outputs.resolved(_OUTPUT.value)
   written = [path for path in folder.rglob('*') if path.is_file()]
   result = {
     'output': _OUTPUT.value,

@@ -290,15 +290,18 @@ def read_choice(name: str, elements: int) -> PresetChoice:
   target = program.parse_size('target_size', _TARGET_SIZE.value)
   of_near = _MAX_KL, _TARGET_SIZE, _BITS, _TEXT, _MAX_TOKENS
   given = [x.name for x in of_near if x.present]
-  if _CONFIG.value is not None:
+  fields = FLAGS.fields(_CONFIG)
+  if fields is not None:
     if options or given or _PRESET.value is not None:
       raise ValueError('--config cannot be combined with --preset or its options')
-    fields = _CONFIG.value.to_dict()
     fields.pop('experiment', None)  # `rotbits accounting` takes it
     if 'preset' not in fields:
       raise ValueError('--config has no field preset')
     choice = PresetChoice(fields.pop('preset'), fields)
-    presets.make(choice.name, **fields)  # a field that is no option is an error
+    try:
+      presets.make(choice.name, **fields)  # a field that is no option is an error
+    except TypeError as error:  # a value of another type
+      raise ValueError(f'--config: {error}') from error
     return choice
   name = _PRESET.value or name
   own = {key for key, x in _OPTIONS.items() if name in x.presets}
@@ -383,6 +386,8 @@ def main() -> program.Result | None:
   start = time.monotonic()
   shard_size = program.parse_size('shard_size', _SHARD_SIZE.value)
   if _DISTRIBUTED.value:
+    if _COORDINATOR.present:
+      check_address('coordinator', _COORDINATOR.value)
     jax.distributed.initialize(
       _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value
     )
@@ -412,7 +417,7 @@ def main() -> program.Result | None:
   )
   if jax.process_index():
     return None
-  report = rotbits_jax.inspect(_OUTPUT.value)
+  report = rotbits_jax.inspect(outputs.resolved(_OUTPUT.value))
   reason = getattr(source, 'reason', None)
   result = report.to_json(verbose=FLAGS.verbose.value) | {
     'given_bytes': source.input_bytes,
@@ -452,6 +457,13 @@ def main() -> program.Result | None:
   given = min(source.input_bytes or report.input_bytes, report.input_bytes)
   parts.append(last_line(report, given, time.monotonic() - start, choice))
   return result, '\n'.join(parts)
+
+
+def check_address(name: str, address: str) -> None:
+  """Raises a ValueError if the value of a flag is not HOST:PORT."""
+  port = re.fullmatch(r'.+:([0-9]{1,5})', address)
+  if port is None or not 0 < int(port[1]) < 1 << 16:
+    raise ValueError(f'--{name} must be HOST:PORT, got {address!r}')
 
 
 def local_mesh() -> jax.sharding.Mesh | None:

@@ -99,8 +99,12 @@ def _run(name: str) -> int:
   os.environ.setdefault('OPENBLAS_NUM_THREADS', '1')
   status.show(f'{name}: starting ...')
   # Only this command is imported, because importing all of them would take seconds.
-  command = importlib.import_module(f'rotbits_jax.cli.{name}')
   program = importlib.import_module('rotbits_jax.cli.program')
+  try:
+    command = importlib.import_module(f'rotbits_jax.cli.{name}')
+  except program.flags.Error as error:  # a --flagfile, in which --config is looked for
+    print(f'rotbits {name}: {program.one_line(error)}', file=sys.stderr)
+    return 2
   interrupts.check()
   code: int = program.run(command.main, command.FLAGS)
   return code

@@ -141,6 +141,20 @@ class Flags:
       'config', None, help, flag_values=self.values
     )
 
+  def fields(self, config: flags.FlagHolder[Any]) -> dict[str, Any] | None:
+    """Returns the fields of --config; None if it is not given.
+
+    Raises:
+      ValueError: if its function returns something else than a config.
+    """
+    if not config.present:
+      return None
+    if not hasattr(config.value, 'to_dict'):  # it raises if the file was not read
+      kind = type(config.value).__name__
+      raise ValueError(f'get_config() of --config returns {kind}, and no ConfigDict')
+    fields: dict[str, Any] = config.value.to_dict()
+    return fields
+
   def check_paths(self) -> None:
     """Checks that sources are paths, and not addresses or names of models.
 
@@ -162,7 +176,7 @@ class Flags:
       return
     if re.match(r'\w+://', path):
       raise ValueError(f'{path}: not a local path; copy the files to a folder first')
-    is_name = name != 'input' and re.fullmatch(r'[\w.-]+/[\w.-]+', path)
+    is_name = name != 'input' and re.fullmatch(r'[\w-][\w.-]*/[\w.-]+', path)
     if is_name and not os.path.exists(path):
       raise ValueError(
         f'{path}: No such file or directory; a model of the Hugging Face Hub is '
@@ -198,10 +212,7 @@ def run(command: Callable[[], Result | None], own: Flags | flags.FlagValues) -> 
   try:
     with interrupts.raised():
       try:
-        first = own.first if isinstance(own, Flags) else None
-        if first and arguments and not arguments[0].startswith('-'):
-          sys.argv[1] = f'--{first}={arguments[0]}'
-        _parse(values)
+        _parse(values, own.first if isinstance(own, Flags) else None)
         if isinstance(own, Flags):
           own.check_paths()
         with host.own_settings():
@@ -367,12 +378,18 @@ def read_text(path: str) -> str:
   return text
 
 
-def _parse(values: flags.FlagValues) -> None:
+def _parse(values: flags.FlagValues, first: str | None) -> None:
+  """Parses `sys.argv`; the first argument without a flag belongs to flag `first`."""
   values.unparse_flags()  # an earlier run in this process may have left values
   given: list[str] = []
   for x in sys.argv:
-    if given and given[-1] in ('-config', '--config'):
+    before = given[-1] if len(given) > 1 else ''
+    name = before.lstrip('-')
+    is_value = before != name and name in values and not values[name].boolean
+    if before in ('-config', '--config'):
       x = f'{given.pop()}={x}'
+    elif first and given and not x.startswith('-') and not is_value:
+      x, first = f'--{first}={x}', None
     given.append(config_files.named('config', x))
   try:
     unused = values(given)[1:]

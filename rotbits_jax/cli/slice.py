@@ -168,6 +168,7 @@ def _check_outputs(names: list[str]) -> None:
     OSError: if one cannot be written.
   """
   directory = outputs.directory_target(_OUTPUT.value)
+  inputs.check([directory / name for name in names], [_MODEL.value])
   if directory.exists():
     staging.check_files(directory, names, overwrite=_OVERWRITE.value)
   given = _ENCODED.value, _RECIPE.value

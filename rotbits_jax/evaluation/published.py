@@ -33,7 +33,7 @@ def experiment(fields: Mapping[str, Any]) -> Experiment:
 
   Raises:
     CheckpointError: if its `model` is not the config.json of a known family.
-    ValueError: if a field is missing.
+    ValueError: if a field is missing, or has a wrong type.
   """
   try:
     return Experiment(
@@ -44,6 +44,8 @@ def experiment(fields: Mapping[str, Any]) -> Experiment:
     )
   except KeyError as error:
     raise ValueError(f'the experiment has no field {error}') from error
+  except TypeError as error:
+    raise ValueError(f'the experiment has a field of a wrong type: {error}') from error
 
 
 @functools.cache

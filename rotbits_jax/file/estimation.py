@@ -135,7 +135,8 @@ def estimate(
       for preset, size in zip(others, cut.sizes(others, start), strict=True):
         sized[preset.name] = sum(rest.result()) + size
       bar.update()
-    alone, both = rest.result()[0] + sum(x.result() * likes for x, likes in planned)
+    sizes = (x.result() * likes for x, likes in planned)
+    alone, both = rest.result()[0] + sum(sizes, np.zeros(2))
     if cutter is not None:
       alone -= cut.predictable()
       bar.update()

@@ -83,7 +83,9 @@ class StoredMessage:
       ContainerError: if the message is damaged.
     """
     sizes = [sum(map(math.prod, self.shapes(x).values())) for x in self._records]
-    memory.check('message', 4 * max(sizes))
+    # Beside the largest record there are a rotation and its integers.
+    rotation = 16 * max(self._config.segment_widths) ** 2
+    memory.check('message', 4 * max(sizes) + rotation)
     words = lambda name: self._file.words(name, self._entry.streams[name].crc32)
     first, *others = self._coder.streams
     streams = {first: words(first), **{name: words(name)[:] for name in others}}
@@ -110,7 +112,8 @@ class _errors:  # noqa: N801
     return None
 
   def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-    if isinstance(error, MemoryError):
+    # JAX says that memory is short by an error of its own.
+    if isinstance(error, MemoryError) or 'RESOURCE_EXHAUSTED' in f'{error}'[:99]:
       raise ContainerError('message: it takes more than memory holds') from error
     if isinstance(error, ValueError) and not isinstance(error, ContainerError):
       raise ContainerError(f'message: {error}') from error

@@ -31,9 +31,6 @@ from rotbits_jax.system import text as text_lib
 WITHIN = 0.01
 """The file has at most the target's bytes, and at least this part fewer."""
 
-COARSEST = 1.0
-"""The coarsest step: log2 of the step over the rms, as for `near`."""
-
 _AIMS = 0.996, 0.994, 0.99  # of the target, in each file that is written
 _START = -5.0
 _ELEMENTS = 1 << 26  # of the layers that are kept in memory
@@ -229,7 +226,7 @@ class Sizes:
       if small is None or large is None:
         change = 8 * (own.nbytes - wanted) / elements
         following = step + change + math.copysign(_PRECISION, change)
-        following = min(max(following, finest), COARSEST)
+        following = min(max(following, finest), passes.COARSEST)
         if following == step:
           return small, large
         step = following
@@ -244,7 +241,7 @@ class Sizes:
     """Returns the message about a target that no step meets."""
     least, most = (
       text_lib.of_bytes(self.at(step, {}).nbytes + rest)
-      for step in (COARSEST, passes.FINEST)
+      for step in (passes.COARSEST, passes.FINEST)
     )
     return (
       f'near makes files of about {least} to {most} of this model, '

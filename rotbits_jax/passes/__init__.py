@@ -43,6 +43,7 @@ from rotbits_jax.passes.rewrite import round_part
 from rotbits_jax.passes.rewrite import run_chain
 from rotbits_jax.passes.rewrite import to_model
 from rotbits_jax.passes.rewrite import widened
+from rotbits_jax.passes.rounding import COARSEST
 from rotbits_jax.passes.rounding import FINEST
 from rotbits_jax.passes.rounding import NEAREST
 from rotbits_jax.passes.rounding import Inputs
@@ -65,6 +66,7 @@ from rotbits_jax.passes.transform import chain
 from rotbits_jax.passes.transform import note
 
 __all__ = [
+  'COARSEST',
   'FINEST',
   'MOST_ERROR',
   'NEAREST',

@@ -107,6 +107,9 @@ A normally distributed number then takes 14 bits, fewer than a number of any sto
 dtype but those of 8 bits.
 """
 
+COARSEST = 1.0
+"""The coarsest uniform step, as `FINEST`; two thirds of normal numbers become 0."""
+
 
 def to_steps(
   step: float,

@@ -102,7 +102,7 @@ def make(preset: str | Preset, **options: Any) -> Preset:
     if options:
       raise ValueError('options can be given only with the name of a preset')
     return preset
-  if preset not in known():
+  if not isinstance(preset, str) or preset not in known():
     raise ValueError(f'the presets are {", ".join(known())}, got {preset!r}')
   factory = known()[preset]
   if unknown := sorted(options.keys() - inspect.signature(factory).parameters.keys()):

@@ -39,12 +39,16 @@ def near(
 
   Raises:
     ValueError: if the tolerance is negative, if a number is not finite, or if the step
-      is too fine to save bytes.
+      is too fine to save bytes, or too coarse to keep anything.
   """
   step = check_finite('step', step)
   if step < passes.FINEST:
     raise ValueError(
       f'step must be at least {passes.FINEST:g}, got {step}: `free` keeps more'
+    )
+  if step > passes.COARSEST:
+    raise ValueError(
+      f'step must be at most {passes.COARSEST:g}, got {step}: nearly all would be 0'
     )
   offsets = {key: check_finite(key, value) for key, value in (offsets or {}).items()}
   tolerance = check_finite('tolerance', tolerance, least=0)

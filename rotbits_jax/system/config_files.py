@@ -3,7 +3,9 @@
 A clone has the folder beside the package. setup.py maps it into an installed package.
 """
 
+import os
 import pathlib
+import re
 import runpy
 from typing import Any
 
@@ -32,9 +34,17 @@ def named(flag: str, argument: str) -> str:
   Returns:
     The argument with the path, if it gives the flag the name of a config file; else
     the argument itself.
+
+  Raises:
+    ValueError: if it gives the flag another name, and no path.
   """
   start, _, value = argument.partition('=')
   name, colon, rest = value.partition(':')
-  if start.lstrip('-') != flag or name not in (known := paths()):
+  if start.lstrip('-') != flag:
     return argument
-  return f'{start}={known[name]}{colon}{rest}'
+  known = paths()
+  if name in known:
+    return f'{start}={known[name]}{colon}{rest}'
+  if re.fullmatch(r'\w+', value) and not os.path.exists(value):
+    raise ValueError(f'--{flag}: {value!r} is no file and none of {", ".join(known)}')
+  return argument

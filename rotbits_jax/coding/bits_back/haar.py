@@ -256,7 +256,9 @@ def _recover_columns(
     cell = correction_lib.nearest(position, levels[:, j], residues[:, j])
     vector, _ = _reflectors(cell[:, None], j[None])
     vector = jnp.where(j < k, vector[:, 0], 0)
-    scale = 2 / jnp.maximum(_matmul(vector, vector), 1)
+    # Two columns: XLA's native functions have no product of two vectors this long.
+    square = _matmul(vector, jnp.stack([vector, vector], 1))[0]
+    scale = 2 / jnp.maximum(square, 1)
     panel = panel - jnp.outer(scale * vector, _matmul(vector, panel))
     put = lambda x, column: jax.lax.dynamic_update_index_in_dim(x, column, c, 1)
     return panel, put(vectors, vector), put(cells, cell)

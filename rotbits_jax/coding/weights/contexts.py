@@ -242,9 +242,10 @@ def from_bytes(
   if np.any(classes[chosen[used]] == _OWN):
     raise ValueError('a normal table belongs to an array without classes')
   if used.any():
-    weights = scales.normal_weights(layout, alphabet, classes[chosen[used]])
-    weights = np.where(present[used], weights, 0)
-    frequencies[chosen[used]] = tables.quantize(weights)
+    symbols = np.flatnonzero(present.any(axis=0))
+    weights = scales.normal_weights(layout, alphabet, classes[chosen[used]], symbols)
+    weights = np.where(present[used][:, symbols], weights, 0)
+    frequencies[np.ix_(chosen[used], symbols)] = tables.quantize(weights)
   return Contexts(tuple(buckets), first, zero, normal, frequencies)
 
 

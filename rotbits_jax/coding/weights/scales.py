@@ -327,10 +327,7 @@ _FRACTION = 8
 
 
 def normal_weights(
-  layout: layouts.Layout,
-  alphabet: int,
-  classes: np.ndarray,
-  symbols: np.ndarray | None = None,
+  layout: layouts.Layout, alphabet: int, classes: np.ndarray, symbols: np.ndarray
 ) -> np.ndarray:
   """Returns the weights of symbols under the normal distribution.
 
@@ -338,17 +335,17 @@ def normal_weights(
     layout: layout of the elements; its `has_scale` must be true.
     alphabet: A, the number of symbols in use.
     classes: integers `[K]`.
-    symbols: the symbols whose weights are wanted, `[a]`; all by default.
+    symbols: the symbols whose weights are wanted, `[a]`.
 
   Returns:
-    int64 `[K, A]`, or `[K, a]`, from 1 to 2^30. `tables.quantize` scales them to
+    int64 `[K, a]`, from 1 to 2^30. `tables.quantize` scales them to
     frequencies.
   """
   cells = np.array(layout.cells(alphabet))
   # The greatest weight is that of the first of some cells that differ in the centre.
   firsts = np.diff(cells[1:], prepend=1 << 32).any(axis=0)
   below = _log_weights(cells[:, firsts], classes).max(axis=-1, keepdims=True)
-  below = below - _log_weights(cells if symbols is None else cells[:, symbols], classes)
+  below = below - _log_weights(cells[:, symbols], classes)
   whole, part = below >> _FRACTION, below & ((1 << _FRACTION) - 1)
   return np.maximum(_powers()[part] >> np.minimum(whole, 62), 1)
 
