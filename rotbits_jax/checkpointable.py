@@ -70,12 +70,14 @@ class Checkpointable:
     """
     if not isinstance(self.value, models.Model):
       trees.to_dicts(self.value)
-    # The program may donate or change its arrays when this returns.
-    value, base = jax.tree.map(_copied, jax.device_get((self.value, self._base)))
+    is_first = jax.process_index() == 0
+    if is_first:
+      # The program may donate or change its arrays when this returns.
+      value, base = jax.tree.map(_copied, jax.device_get((self.value, self._base)))
 
     async def write() -> None:
       folder = await directory.await_creation()
-      if jax.process_index() == 0:
+      if is_first:
         await asyncio.to_thread(self._write, folder / _NAME, value, base)
 
     return write()

@@ -125,6 +125,20 @@ def test_arrays_that_grew_by_zeros():
     assert structured.same_bits(rotbits_jax.decode(data, base=old), new)
 
 
+@pytest.mark.parametrize('tokens', [140, 120])
+def test_a_head_of_another_vocabulary(tokens):
+  old = {'head': {'kernel': tree()['c']}}  # of 128 tokens
+  kernel = near(np.pad(tree()['c'], ((0, 0), (0, 12)))[:, :tokens])
+  kernel[:, 128:] += tree()['c'][:, :12][:, : tokens - 128] if tokens > 128 else 0
+  for order in 'CF':
+    new = {'head': {'kernel': np.array(kernel, order=order)}}
+    data = rotbits_jax.encode(new, base=old)
+    assert len(data) < 0.6 * len(rotbits_jax.encode(new))
+    notes = rotbits_jax.inspect(data).notes['beside a base']
+    assert [x['form'] for x in notes] == ['relative']
+    assert structured.same_bits(rotbits_jax.decode(data, base=old), new)
+
+
 def test_a_stack_whose_first_layer_is_that_of_the_base_on_devices():
   base = rotbits_jax.load_checkpoint(DENSE).model
   first = dataclasses.replace(base, params=jax.tree.map(np.array, base.params))
@@ -471,6 +485,10 @@ def test_commands(rotbits, tmp_path):
   code, _, err = rotbits('verify', source, '--base=http://x/y')
   assert code == 2
   assert 'not a local path' in err
+  other = f'--checkpoint={SLICED}', f'--base={DENSE}', f'--output={tmp_path / "z"}'
+  code, _, err = rotbits('encode', *other)
+  assert code == 0
+  assert 'does not need the base' in err
   # A chain: the file of a second fine-tune needs the first file, and that its base.
   second = tuned_checkpoint(tmp_path / 'second', source=path, seed=2)
   chain = f'--base={encoded}', f'--base={DENSE}'

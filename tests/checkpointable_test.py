@@ -148,6 +148,19 @@ class CheckpointableTest(absltest.TestCase):
       self.load(), {'jax': np.zeros(64), 'numpy': np.zeros(64)}
     )
 
+  def test_other_processes_copy_nothing(self):
+    with (
+      mock.patch.object(jax, 'process_index', return_value=1),
+      mock.patch.object(jax, 'device_get', side_effect=RuntimeError('far away')),
+    ):
+      created = mock.Mock(await_creation=mock.AsyncMock(return_value=self.path))
+
+      async def save():
+        await (await rotbits_jax.Checkpointable({'w': jnp.ones(3)}).save(created))
+
+      asyncio.run(save())
+    self.assertFalse(self.path.exists())
+
   def test_the_base_is_that_of_the_call(self):
     base = {'w': np.random.default_rng(0).normal(size=(64, 64)).astype(np.float16)}
     anchor, tuned = {'w': base['w'].copy()}, {'w': base['w'] * np.float16(1.01)}

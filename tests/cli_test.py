@@ -498,6 +498,15 @@ class TestEvaluate:
     assert 0 < result['kl'] < 1e-4
     assert 0 < result['kl_rerounded'] < 1e-4
 
+  def test_a_reference_that_needs_a_base(self, rotbits, readable, tmp_path):
+    reference, base = readable / DENSE.name, readable / SLICED.name
+    file = tmp_path / 'file'
+    args = f'--checkpoint={reference}', f'--base={reference}', f'--output={file}'
+    assert rotbits('encode', *args)[0] == 0
+    flags = f'--reference={file}', f'--base={reference}'
+    assert self.evaluate(rotbits, readable, base, *flags)['kl'] > 0
+    assert self.evaluate(rotbits, readable, file, *flags)['kl'] == 0
+
   def test_a_dense_reference_has_a_noise_floor(self, rotbits, readable):
     result = self.evaluate(
       rotbits,

@@ -361,6 +361,26 @@ class SearchTest(parameterized.TestCase):
       with self.assertRaisesRegex(ValueError, 'max_kl'):
         steps_lib.search(_load().model, self._tokens(), max_kl=wrong)
 
+  def test_experts_count_beside_other_matrices(self):
+    model = rotbits_jax.load_checkpoint(TESTDATA / 'mixtral-tiny-dense').model
+    tokens = np.random.default_rng(0).integers(0, model.config.vocab_size, 600)
+    found = steps_lib.calibrate(model, tokens[:300])
+    experts = [f'layers.*/mlp/{x}/kernel' for x in ('down', 'gate', 'up')]
+    self.assertEqual([x for x in found.offsets if 'layers.*' in x], experts)
+    with mock.patch.object(steps_lib, '_of_experts', return_value={}):
+      bare = steps_lib.calibrate(model, tokens[:300])
+    self.assertFalse({*experts} & {*bare.offsets})
+    sizes, losses = [], []
+    for x in (found, bare):
+      data = rotbits_jax.encode(
+        model, preset='near', step=-4.5, offsets=x.offsets, inputs=x.inputs
+      )
+      sizes.append(len(data))
+      decoded = rotbits_jax.decode(data)
+      losses.append(evaluation.evaluate(decoded, tokens[300:], reference=model).kl)
+    self.assertLess(sizes[0], 1.02 * sizes[1])
+    self.assertLess(losses[0], 0.6 * losses[1])
+
   def test_tokens_are_checked(self):
     model = _load().model
     for wrong, words in (
@@ -382,6 +402,17 @@ class SearchTest(parameterized.TestCase):
     coarse = [s for s, kl in curve.items() if kl > max_kl]
     self.assertTrue(not fine or step >= max(fine))
     self.assertTrue(not coarse or step < min(coarse))
+
+  @parameterized.parameters((1.02, True), (0.98, False))
+  def test_a_divergence_that_hardly_falls_is_searched_to_the_finest_step(
+    self, share, is_found
+  ):
+    floor, curve, step = 1e-4, {}, -5.0
+    while len(curve) < steps_lib._EVALUATIONS and step not in curve:
+      curve[step] = floor + 1e-3 * 4.0**step  # as where the dtype makes most of it
+      step = steps_lib._next_step(curve, share * floor)
+    self.assertEqual(min(curve.values()) <= share * floor, is_found)
+    self.assertEqual(min(curve) == passes.FINEST, not is_found)
 
 
 if __name__ == '__main__':

@@ -260,12 +260,14 @@ class PresetChoice(NamedTuple):
     name: name of the preset.
     options: its options.
     found: with --max_kl the result of the search.
+    tokens: how many tokens of the text it used.
     target_size: greatest number of bytes of the file, in place of a step.
   """
 
   name: str
   options: dict[str, Any]
   found: steps.SearchResult | None = None
+  tokens: int = 0
   target_size: int | None = None
 
   @property
@@ -350,7 +352,8 @@ def read_choice(name: str, elements: int) -> PresetChoice:
       found = steps.search(opened, tokens, max_kl=max_kl, **settings)
     options |= {'offsets': found.offsets, 'inputs': found.inputs}
   if isinstance(found, steps.SearchResult):
-    return PresetChoice(name, options | {'step': found.step}, found)
+    used = min(tokens.size, _MAX_TOKENS.value)
+    return PresetChoice(name, options | {'step': found.step}, found, used)
   if bits is not None:
     target = int(bits * elements / 8)
   return PresetChoice(name, options, target_size=target)
@@ -371,7 +374,8 @@ def last_line(
   if report.keeps == 'bits' and program.is_gguf(_CHECKPOINT.value):
     back = 'the weights come back as safetensors, quantised ones rounded to float16'
   if choice.found is not None:
-    back += f': KL {choice.found.kl:.2g} nats, step 2^{choice.found.step}'
+    kl, step = f'{choice.found.kl:.2g}', choice.found.step
+    back += f': KL {kl} nats on {choice.tokens:,} tokens, step 2^{step}'
   elif report.keeps == 'approximation':
     back += '; measure it with rotbits evaluate'
   elif report.needs:
@@ -448,6 +452,8 @@ def main() -> program.Result | None:
     )
   if reason is not None:
     parts.append(program.printable(f'stored as plain tensors, because {reason}'))
+  if _BASE.value and not report.needs:
+    program.warn(f'{_OUTPUT.value} does not need the base: too little of it is alike')
   if report.file_bytes >= source.input_bytes:
     program.warn(
       f'{_OUTPUT.value} has {report.file_bytes:,} bytes, and the weights that were '

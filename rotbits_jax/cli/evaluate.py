@@ -30,6 +30,7 @@ import jax
 from rotbits_jax import evaluation
 from rotbits_jax import passes
 from rotbits_jax.cli import program
+from rotbits_jax.file import shards
 
 FLAGS = program.Flags()
 _MODEL = FLAGS.add('model', 'The model to measure.', source=True, required=True)
@@ -60,11 +61,15 @@ def to_text(result: evaluation.Evaluation) -> str:
 
 def main() -> program.Result:
   text = program.read_text(_TEXT.value)
-  checkpoint = program.read_model(_MODEL.value, _BASE.value)
+  # A base is for the file of the two that may need one.
+  needs = _REFERENCE.value is not None and shards.is_encoded(_REFERENCE.value)
+  own = None if needs and not shards.is_encoded(_MODEL.value) else _BASE.value
+  checkpoint = program.read_model(_MODEL.value, own)
   tokens = program.read_tokens(checkpoint.files, checkpoint.model.config, text)
   reference = rerounded = None
   if _REFERENCE.value is not None:
-    reference = program.read_model(_REFERENCE.value).model
+    base = _BASE.value if needs else None
+    reference = program.read_model(_REFERENCE.value, base).model
     rerounded = passes.randomly_rotated(reference, key=jax.random.key(0))
   result = evaluation.evaluate(
     checkpoint.model,

@@ -370,7 +370,7 @@ def read_text(path: str) -> str:
     ValueError: if the text is not UTF-8 or has no words.
   """
   try:
-    text = pathlib.Path(path).read_text(encoding='utf-8')
+    text = pathlib.Path(path).read_text(encoding='utf-8-sig')
   except UnicodeDecodeError as error:
     raise ValueError(f'{path}: not a text in UTF-8: {error.reason}') from error
   if not text.strip():

@@ -186,8 +186,7 @@ class Base:
         own = self.find(path)
       if own is not None:
         _, shape, dtype = self._specs[own]
-        fits = structured.fits_base(leaf.shape, np.dtype(leaf.dtype), shape, dtype)
-        if fits and self._has_fixed_bits(own):
+        if _fits(leaf, shape, dtype) and self._has_fixed_bits(own):
           if is_predicted:
             leaf = leaf.materialize(*map(resolve, leaf.needs))
           # The base is read here, because an encoded file takes jobs of its own.
@@ -222,14 +221,23 @@ class Base:
     return hashlib.sha256(summary.encode()).hexdigest()
 
 
+def _fits(leaf: Any, shape: tuple[int, ...], dtype: str) -> bool:
+  """Returns whether an array or its transpose can be stored beside one of the base."""
+  turned = len(shape) == 2 and structured.fits_base(
+    leaf.shape[::-1], leaf.dtype, shape[::-1], dtype
+  )
+  return turned or structured.fits_base(leaf.shape, leaf.dtype, shape, dtype)
+
+
 def _beside(leaf: Any, given: np.ndarray, path: str, run: weights.Run) -> Beside | None:
   """Returns how to store an array beside one of the base, whose path is given."""
   target, base = np.asarray(leaf), given
-  # The tensors of kernels are transposed: nothing moves them.
-  transposed = target.shape == base.shape and all(
-    x.ndim == 2 and x.flags.f_contiguous and not x.flags.c_contiguous
-    for x in (target, base)
-  )
+  transposed = target.shape[1:] != base.shape[1:]  # more tokens or fewer
+  if target.shape == base.shape:  # nothing moves the kernels of transposed tensors
+    transposed = all(
+      x.ndim == 2 and x.flags.f_contiguous and not x.flags.c_contiguous
+      for x in (target, base)
+    )
   if transposed:
     target, base = target.T, base.T
   target, base = host.contiguous(target), host.contiguous(base)

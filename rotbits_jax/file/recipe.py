@@ -327,4 +327,7 @@ def suits(source: sources.Source, base: base_lib.Base) -> bool:
   own, dense = source.config, base.config
   if own is None or dense is None or not own.sliced or dense.sliced:
     return False
-  return dense.sliced_to(own.segment_widths) == own
+  try:
+    return dense.sliced_to(own.segment_widths) == own
+  except ValueError:  # another number of segments
+    return False

@@ -47,6 +47,7 @@ MOST_OFFSET = 4.0
 
 _PRECISION = 0.125  # octaves
 _EVALUATIONS = 8
+_PASSES = 1, 3  # over the layers to calibrate: of a model without and with experts
 
 
 class Point(NamedTuple):
@@ -60,8 +61,9 @@ class Calibration(NamedTuple):
   """The result of `calibrate`.
 
   Attributes:
-    offsets: octaves to add to the step, by the path of a parameter. Their mean over the
-      numbers that rounding changes is about zero.
+    offsets: octaves to add to the step, by the path of a parameter, and by pattern for
+      all experts of a mixture. Their mean over the numbers that rounding changes is
+      about zero.
     sensitivities: about the mean KL in nats that each causes alone at the step `PROBE`.
     inputs: the inputs of matrices, see `passes.Rounding`.
   """
@@ -75,7 +77,7 @@ class SearchResult(NamedTuple):
   """The result of `search`.
 
   Attributes:
-    step: the coarsest step whose measured divergence is below the bound.
+    step: the coarsest one of the measured steps whose divergence is below the bound.
     offsets: octaves to add to it, by the path of a parameter.
     curve: all measurements at such offsets, from the finest step on.
     sensitivities: about the divergence that each causes alone at the step `PROBE`.
@@ -122,7 +124,7 @@ def calibrate(
     OSError: if the file cannot be written.
   """
   windows = perplexity.full_windows(tokens, model.config, max_tokens)
-  count = 2 * (model.config.num_layers + 1)
+  count = (1 + _PASSES[model.config.num_experts > 0]) * (model.config.num_layers + 1)
   with progress_lib.Progress('calibrate', count, 'record', show=progress) as bar:
     context = _rewritten(model, tolerance, folder, bar)
     return _calibrated(context, windows, folder, bar)
@@ -167,7 +169,8 @@ def search(
   config = model.config
   cut = perplexity.windows(tokens, config, max_tokens=max_tokens)
   full = perplexity.full_windows(tokens, config, max_tokens)
-  count = (2 + calibrated + _EVALUATIONS) * (config.num_layers + 1)
+  count = 2 + calibrated * _PASSES[config.num_experts > 0] + _EVALUATIONS
+  count *= config.num_layers + 1
   with progress_lib.Progress('search', count, 'record', show=progress) as bar:
     context = _rewritten(model, tolerance, folder, bar)
     found = Calibration({}, {}, {})
@@ -199,9 +202,10 @@ def search(
     bar.finish()
   below = [step for step, kl in curve.items() if kl <= max_kl]
   if not below:
+    step = min(curve)
     raise ValueError(
-      f'no step from 2^{min(curve)} on keeps the divergence below {max_kl}: it is '
-      f'{min(curve.values()):.3g}; a preset that keeps more is `free`'
+      f'the finest step, 2^{step:g}, has a divergence of {curve[step]:.3g}, above '
+      f'{max_kl}; a preset that keeps more is `free`'
     )
   points = [Point(step, curve[step]) for step in sorted(curve)]
   return SearchResult(
@@ -324,7 +328,40 @@ def _calibrated(
         counts[path] = count
         found[path] = sensitivities.divergence(own_inputs, error)
     bar.update()
+  for path, (count, kl) in _of_experts(context, windows, bar).items():
+    counts[path], found[path] = count, kl
   return Calibration(_offsets(counts, found), found, inputs)
+
+
+def _of_experts(
+  context: passes.Context, windows: Sequence[np.ndarray], bar: progress_lib.Progress
+) -> dict[str, tuple[int, float]]:
+  """Returns how many numbers the experts have, and the divergence, by pattern.
+
+  Gradients do not reach them, because a token has few experts. So the predictions are
+  measured with all of them at the step `PROBE`.
+  """
+  config = context.config
+  paths = models.layout.expert_axes(config)
+  if not paths:
+    return {}
+  bar.stage('experts')
+
+  def log2_step(path: str, dtype: np.dtype) -> float:
+    del dtype
+    return passes.FINEST if models.names.expert_index(path) is None else PROBE
+
+  rounding = passes.Rounding(log2_step, uniform=True)
+  both = _Arrays.of(context.source), _Arrays.rounded(context, rounding)
+  exact, rounded = ((x.outer(), _last_streams(x, windows, bar)) for x in both)
+  kl = perplexity.mean_divergence(config, exact, rounded, [x.size for x in windows])
+  layers = [models.layer_shapes(config, i) for i in range(config.num_layers)]
+  counts = {
+    path: sum(math.prod(structured.flatten(shapes)[path]) for shapes in layers)
+    for path in paths
+  }
+  whole = sum(counts.values())
+  return {f'layers.*/{path}': (n, kl * n / whole) for path, n in counts.items()}
 
 
 @jax.jit
@@ -348,8 +385,13 @@ def _next_step(curve: dict[float, float], max_kl: float) -> float:
     step = math.floor(middle / _PRECISION) * _PRECISION
   elif fine and not coarse and step == last:
     step = last + _PRECISION
-  elif coarse and not fine and step >= min(coarse):
-    step = min(coarse) - 2 * _PRECISION
+  elif coarse and not fine:
+    if step >= min(coarse):
+      step = min(coarse) - 2 * _PRECISION
+    # Another cause, such as the dtype, may make most of the divergence.
+    step = min(step, min(coarse) - _PRECISION * 2 ** max(len(coarse) - 2, 0))
+    if len(coarse) == _EVALUATIONS - 1:
+      step = passes.FINEST
   return float(min(max(step, passes.FINEST), 0.0))
 
 
