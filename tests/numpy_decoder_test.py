@@ -136,6 +136,8 @@ def test_reads_a_tree_beside_a_base(tmp_path, subtests):
       near['c'] = np.vstack([base['c'], near['b']])
       base['e'] = rng.normal(size=(90, 100))
       near['e'] = 0.98 * base['e']
+      base['f'] = base['a'][:, :70]  # a head of fewer tokens, and then of more
+      near['f'], near['a'] = near['a'], near['a'][:, :70]
       as_type = lambda tree, name: {
         k: x.astype(jnp.dtype(name)) for k, x in tree.items()
       }
