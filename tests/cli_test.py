@@ -619,7 +619,8 @@ class TestBadInput:
       ("ConfigDict({'preset': 'exact', 'transforms': 5})", 'must be an iterable'),
     ],
   )
-  def test_configs(self, rotbits, tmp_path, result, words):
+  def test_configs(self, rotbits, tmp_path, monkeypatch, result, words):
+    monkeypatch.setattr(sys, 'dont_write_bytecode', True)
     config = tmp_path / 'config.py'
     config.write_text(
       'from ml_collections import ConfigDict\n\n\n'
