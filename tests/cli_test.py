@@ -760,7 +760,10 @@ class TestBadInput:
       self.check(rotbits, tmp_path, [*args, *options, path], 'is a file of an input')
     # Results in the folder of an input do not belong to it.
     (base / 'one.rotbits').write_bytes(b'damaged')
-    for output in files:
+    linked = tmp_path / 'elsewhere.rotbits'
+    assert rotbits(*encode, f'--output={linked}')[0] == 0
+    (base / 'linked.rotbits').symlink_to(linked)
+    for output in (*files, base / 'linked.rotbits'):
       assert rotbits(*encode, f'--output={output}', f'--base={base}')[0] == 0
 
   def test_no_file_to_which_an_input_links_is_replaced(self, rotbits, tmp_path):

@@ -61,13 +61,13 @@ def _belongs(file: pathlib.Path, path: str | os.PathLike[str]) -> bool:
   folder = pathlib.Path(
     os.path.realpath(path if real.is_dir() else os.path.dirname(path))
   )
+  if shards_lib.is_result(file) or file.suffix == '.html':
+    return False
   if os.access(folder, os.R_OK) and any(
     x.is_symlink() and outputs.resolved(x) == file for x in folder.iterdir()
   ):  # as in the cache of the Hugging Face Hub
     return True
-  if not file.is_relative_to(folder) or shards_lib.is_result(file):
-    return False
-  if file.suffix == '.html':
+  if not file.is_relative_to(folder):
     return False
   if file.parent == folder:
     return True
