@@ -157,7 +157,7 @@ def fuzz(
       (failures / f'{target}.log').write_text(text[-20_000:])
     total.add(part)
     notes.unlink()
-  if total.refused == total.executions:
+  if 0 < total.executions == total.refused:
     total.failures['each input was refused, the seeds too'] += 1
   return total
 

@@ -390,8 +390,7 @@ def main() -> program.Result | None:
   start = time.monotonic()
   shard_size = program.parse_size('shard_size', _SHARD_SIZE.value)
   if _DISTRIBUTED.value:
-    if _COORDINATOR.present:
-      check_address('coordinator', _COORDINATOR.value)
+    _check_coordinator()
     jax.distributed.initialize(
       _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value
     )
@@ -465,11 +464,14 @@ def main() -> program.Result | None:
   return result, '\n'.join(parts)
 
 
-def check_address(name: str, address: str) -> None:
-  """Raises a ValueError if the value of a flag is not HOST:PORT."""
+def _check_coordinator() -> None:
+  """Raises a ValueError if --coordinator is given and is not HOST:PORT."""
+  address = _COORDINATOR.value
+  if address is None:
+    return
   port = re.fullmatch(r'.+:([0-9]{1,5})', address)
   if port is None or not 0 < int(port[1]) < 1 << 16:
-    raise ValueError(f'--{name} must be HOST:PORT, got {address!r}')
+    raise ValueError(f'--coordinator must be HOST:PORT, got {address!r}')
 
 
 def local_mesh() -> jax.sharding.Mesh | None:

@@ -113,7 +113,7 @@ class _errors:  # noqa: N801
 
   def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
     # JAX says that memory is short by an error of its own.
-    if isinstance(error, MemoryError) or 'RESOURCE_EXHAUSTED' in f'{error}'[:99]:
+    if isinstance(error, MemoryError) or str(error).startswith('RESOURCE_EXHAUSTED'):
       raise ContainerError('message: it takes more than memory holds') from error
     if isinstance(error, ValueError) and not isinstance(error, ContainerError):
       raise ContainerError(f'message: {error}') from error

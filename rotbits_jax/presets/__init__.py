@@ -102,9 +102,10 @@ def make(preset: str | Preset, **options: Any) -> Preset:
     if options:
       raise ValueError('options can be given only with the name of a preset')
     return preset
-  if not isinstance(preset, str) or preset not in known():
-    raise ValueError(f'the presets are {", ".join(known())}, got {preset!r}')
-  factory = known()[preset]
+  found = known()
+  if not isinstance(preset, str) or preset not in found:
+    raise ValueError(f'the presets are {", ".join(found)}, got {preset!r}')
+  factory = found[preset]
   if unknown := sorted(options.keys() - inspect.signature(factory).parameters.keys()):
     raise ValueError(f'the preset {preset!r} has no option {unknown[0]!r}')
   return factory(**options)
