@@ -93,7 +93,7 @@ BENCHMARKS: dict[str, Benchmark] = {
   'base': Benchmark('benchmarks.base', (f'--picture={_PICTURES}/base.svg',)),
   'quantised': Benchmark('benchmarks.quantised'),
   'low_rank': Benchmark('benchmarks.low_rank'),
-  'canonicalise': Benchmark('benchmarks.canonicalise'),
+  'canonicalize': Benchmark('benchmarks.canonicalize'),
   'rounding': Benchmark(
     'benchmarks.rounding',
     (f'--checkpoint={_OPT}', '--text=rotbits_jax/data/evaluation.txt'),

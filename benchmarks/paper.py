@@ -1,7 +1,7 @@
 r"""Measures the preset `paper` on a checkpoint of a published size.
 
   python -m benchmarks.paper [--model=opt-1.3b] [--slicing=0.2] [--layers=N] \
-      [--canonicaliser=svd|qr|polar_shortcut] [--rotation_codec=haar|symmetric_eig] \
+      [--canonicalizer=svd|qr|polar_shortcut] [--rotation_codec=haar|symmetric_eig] \
       [--entropy] [--directory=DIR]
 
 The program writes a synthetic checkpoint with a few layers (see
@@ -47,8 +47,8 @@ _SLICING = flags.DEFINE_float(
 _LAYERS = flags.DEFINE_integer(
   'layers', 3, 'Number of layers.', lower_bound=1, flag_values=FLAGS
 )
-_CANONICALISER = flags.DEFINE_string(
-  'canonicaliser', 'polar_shortcut', 'How to recover rotations.', flag_values=FLAGS
+_CANONICALIZER = flags.DEFINE_string(
+  'canonicalizer', 'polar_shortcut', 'How to recover rotations.', flag_values=FLAGS
 )
 _ROTATION_CODEC = flags.DEFINE_string(
   'rotation_codec', 'haar', 'How to sample rotations.', flag_values=FLAGS
@@ -171,7 +171,7 @@ def run(directory: pathlib.Path, options: paper.Options) -> None:
 
 def main() -> None:
   options: dict[str, Any] = {
-    'canonicaliser': _CANONICALISER.value,
+    'canonicalizer': _CANONICALIZER.value,
     'rotation_codec': _ROTATION_CODEC.value,
     'entropy': _ENTROPY.value,
   }

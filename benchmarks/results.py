@@ -60,13 +60,13 @@ _OUTPUT = flags.DEFINE_string(
 
 SCHEMES: dict[str, dict[str, Any]] = {
   'published': {
-    'canonicaliser': 'svd',
+    'canonicalizer': 'svd',
     'rotation_codec': 'symmetric_eig',
     'correction': 'threshold',
   },
-  'published, exact': {'canonicaliser': 'svd', 'rotation_codec': 'symmetric_eig'},
-  'svd, haar': {'canonicaliser': 'svd'},
-  'qr, haar': {'canonicaliser': 'qr'},
+  'published, exact': {'canonicalizer': 'svd', 'rotation_codec': 'symmetric_eig'},
+  'svd, haar': {'canonicalizer': 'svd'},
+  'qr, haar': {'canonicalizer': 'qr'},
   'polar_shortcut, haar': {},
   'the same, entropy coded': {'entropy': True},
 }

@@ -18,7 +18,7 @@ def get_config(slicing: str = '0.25') -> ml_collections.ConfigDict:
   return ml_collections.ConfigDict(
     {
       'preset': 'paper',
-      'canonicaliser': 'svd',
+      'canonicalizer': 'svd',
       'rotation_codec': 'symmetric_eig',
       'correction': 'threshold',
       'experiment': {

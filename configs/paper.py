@@ -2,7 +2,7 @@
 
   rotbits encode --config=paper --checkpoint=DIR --output=FILE
 
-As published: `--config.canonicaliser=svd --config.rotation_codec=symmetric_eig
+As published: `--config.canonicalizer=svd --config.rotation_codec=symmetric_eig
 --config.correction=threshold`, with `threshold` the error left in.
 """
 
@@ -13,7 +13,7 @@ def get_config() -> ml_collections.ConfigDict:
   return ml_collections.ConfigDict(
     {
       'preset': 'paper',
-      'canonicaliser': 'polar_shortcut',
+      'canonicalizer': 'polar_shortcut',
       'rotation_codec': 'haar',
       'correction': 'exact',
       'threshold': 1e-3,

@@ -163,11 +163,11 @@ def presets_of_sweep() -> dict[str, presets.Preset]:
   """Returns every preset, and variants whose files other code reads."""
   found = {name: presets.make(name) for name in presets.PRESETS}
   published: dict[str, Any] = {
-    'canonicaliser': 'svd',
+    'canonicalizer': 'svd',
     'rotation_codec': 'symmetric_eig',
   }
   found['paper-published'] = presets.paper(**published, correction='threshold')
-  found['paper-entropy'] = presets.paper(canonicaliser='qr', entropy=True)
+  found['paper-entropy'] = presets.paper(canonicalizer='qr', entropy=True)
   return found
 
 

@@ -61,7 +61,7 @@ if TYPE_CHECKING:  # the imports of `__getattr__`
   from rotbits_jax.presets import Preset as Preset
   from rotbits_jax.snapshots import prune_snapshots as prune_snapshots
   from rotbits_jax.snapshots import snapshot as snapshot
-  from rotbits_jax.symmetries import canonicalise as canonicalise
+  from rotbits_jax.symmetries import canonicalize as canonicalize
 
 # Names are imported when they are first used, because decoding a file does not need the
 # modules of evaluation, slicing and encoding.
@@ -88,7 +88,7 @@ _NAMES = {
   'PRESETS': 'presets',
   'Preset': 'presets',
   'apply': 'deltas',
-  'canonicalise': 'symmetries',
+  'canonicalize': 'symmetries',
   'decode': 'api',
   'decode_checkpoint': 'api',
   'decode_to_directory': 'api',

@@ -86,7 +86,7 @@ def _rotated_weights(batch: int, n: int, m: int) -> codecs.Codec:
   The symbol is the canonical matrices, float32 `[batch, n, m]`; the latent variable is
   the rotated float16 weights as they are stored, with the correction of the rotation.
   """
-  canonicalise = jax.vmap(canonical.polar_shortcut)
+  canonicalize = jax.vmap(canonical.polar_shortcut)
   anything = np.stack([tables.quantize(1 << np.arange(17)[::-1])] * 3)
   weights_codec = codecs.uniform(jnp.full((batch, n, m), 1 << 16))
   corrections = haar.correction_codec(n, n, jnp.asarray(anything), (batch,))
@@ -102,19 +102,19 @@ def _rotated_weights(batch: int, n: int, m: int) -> codecs.Codec:
       q = jax.vmap(lambda x: haar.rotation(x, n, n))(cells)
       half = jnp.matmul(q, reference, precision='highest').astype(jnp.float16)
       bits = jax.lax.bitcast_convert_type(half, jnp.uint16).astype(jnp.uint32)
-      _, recovered = canonicalise(unpack(bits))
+      _, recovered = canonicalize(unpack(bits))
       return message, (bits, jax.vmap(haar.correct)(recovered, cells))
 
     def push(message: rans.Message, latent) -> rans.Message:
       bits, correction = latent
-      _, recovered = canonicalise(unpack(bits))
+      _, recovered = canonicalize(unpack(bits))
       return rotations.push(message, jax.vmap(haar.recover)(recovered, correction))
 
     return codecs.Codec(push, pop)
 
   return codecs.bits_back(
     prior=codecs.serial(weights_codec, corrections),
-    likelihood=lambda latent: codecs.certain(canonicalise(unpack(latent[0]))[0]),
+    likelihood=lambda latent: codecs.certain(canonicalize(unpack(latent[0]))[0]),
     posterior=posterior,
   )
 

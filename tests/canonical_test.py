@@ -1,4 +1,4 @@
-"""Canonicalisers split off a rotation, and find it again in the rotated matrix."""
+"""Canonicalizers split off a rotation, and find it again in the rotated matrix."""
 
 from absl.testing import absltest
 from absl.testing import parameterized
@@ -9,7 +9,7 @@ import numpy as np
 from rotbits_jax import symmetries
 from rotbits_jax.symmetries import canonical
 
-NAMES = tuple(canonical.CANONICALISERS)
+NAMES = tuple(canonical.CANONICALIZERS)
 
 
 def _orthogonal(n: int, seed: int) -> np.ndarray:
@@ -26,19 +26,19 @@ def _spread(n: int, m: int, seed: int = 0) -> np.ndarray:
 class CanonicalTest(parameterized.TestCase):
   @parameterized.parameters(*NAMES)
   def test_all_are_public_by_their_names(self, name):
-    self.assertIs(getattr(symmetries, name), canonical.CANONICALISERS[name])
+    self.assertIs(getattr(symmetries, name), canonical.CANONICALIZERS[name])
 
   @parameterized.parameters(*NAMES)
   def test_rotation_of_the_reference_is_found(self, name):
-    canonicalise = jax.jit(canonical.CANONICALISERS[name])
+    canonicalize = jax.jit(canonical.CANONICALIZERS[name])
     for shape in ((1, 1), (6, 6), (6, 11)):
       w = _spread(*shape)
-      reference, q = canonicalise(w)
+      reference, q = canonicalize(w)
       np.testing.assert_allclose(q @ reference, w, atol=1e-5)
       np.testing.assert_allclose(q.T @ q, np.eye(shape[0]), atol=2e-6)
       for seed in range(3):
         turn = _orthogonal(shape[0], seed)
-        again, found = canonicalise(turn @ np.asarray(reference, np.float64))
+        again, found = canonicalize(turn @ np.asarray(reference, np.float64))
         np.testing.assert_allclose(found, turn, atol=2e-5)
         np.testing.assert_allclose(again, reference, atol=1e-4)
 
@@ -70,18 +70,18 @@ class CanonicalTest(parameterized.TestCase):
       'narrow': _spread(4, 4)[[0, 1, 2, 3, 0, 1]],
     }
     for case, w in cases.items():
-      reference, q = canonical.CANONICALISERS[name](w)
+      reference, q = canonical.CANONICALIZERS[name](w)
       self.assertEqual((reference.dtype, q.dtype), (jnp.float32, jnp.float32))
       np.testing.assert_allclose(q.T @ q, np.eye(6), atol=1e-5, err_msg=case)
       np.testing.assert_allclose(q @ reference, w, atol=1e-5, err_msg=case)
 
   @parameterized.parameters(*NAMES)
   def test_stacks(self, name):
-    canonicalise = canonical.CANONICALISERS[name]
+    canonicalize = canonical.CANONICALIZERS[name]
     stack = jnp.asarray([_spread(6, 11, seed) for seed in range(3)], jnp.float32)
-    references, rotations = jax.jit(jax.vmap(canonicalise))(stack)
+    references, rotations = jax.jit(jax.vmap(canonicalize))(stack)
     for w, reference, q in zip(stack, references, rotations, strict=True):
-      alone = canonicalise(w)
+      alone = canonicalize(w)
       np.testing.assert_allclose(reference, alone[0], atol=2e-5)
       np.testing.assert_allclose(q, alone[1], atol=2e-5)
 
@@ -92,9 +92,9 @@ class CanonicalTest(parameterized.TestCase):
     w = rng.standard_normal((n, 2 * n))
     w[:, :n] = _orthogonal(n, 0) * np.sort(rng.uniform(0.2, 1, n))
     errors = {}
-    for name, canonicalise in canonical.CANONICALISERS.items():
-      reference, _ = canonicalise(w)
-      _, found = canonicalise(np.asarray(reference) + noise)
+    for name, canonicalize in canonical.CANONICALIZERS.items():
+      reference, _ = canonicalize(w)
+      _, found = canonicalize(np.asarray(reference) + noise)
       found *= np.sign(np.diag(found))
       errors[name] = np.linalg.norm(found - np.eye(n))
     self.assertLess(errors['polar_shortcut'], errors['qr'])

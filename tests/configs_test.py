@@ -31,7 +31,7 @@ def test_makes_a_preset(subtests):
       else:
         # As in the paper.
         expected = {
-          'canonicaliser': 'svd',
+          'canonicalizer': 'svd',
           'rotation_codec': 'symmetric_eig',
           'correction': 'threshold',
         }

@@ -132,12 +132,12 @@ def cases():
     'few-values': (few_values(), {'preset': 'exact'}),
     'paper': (sliced, {'preset': 'paper'}),
     'paper-entropy': (sliced, {'preset': 'paper', 'entropy': True}),
-    'paper-qr': (sliced, {'preset': 'paper', 'canonicaliser': 'qr'}),
+    'paper-qr': (sliced, {'preset': 'paper', 'canonicalizer': 'qr'}),
     'paper-published': (
       sliced,
       {
         'preset': 'paper',
-        'canonicaliser': 'svd',
+        'canonicalizer': 'svd',
         'rotation_codec': 'symmetric_eig',
         'correction': 'exact',
       },

@@ -313,7 +313,7 @@ class TransformsTest(parameterized.TestCase):
       atol=1e-4,
     )
     # Both layers of a stack have leaves of one shape.
-    params, gauges = rotbits_jax.canonicalise(model.params, model.config)
+    params, gauges = rotbits_jax.canonicalize(model.params, model.config)
     self.assertEqual(gauges.heads['layers.0:2'].keys(), {'values'})
     np.testing.assert_allclose(
       transform_checks.fast_logits(model.replace(params=params), tokens),

@@ -112,9 +112,9 @@ class SchemeTestCase(parameterized.TestCase):
     error = np.abs(_logits(rotbits_jax.decode(data), tokens) - reference).mean()
     self.assertLess(error, 2 * noise)
 
-  def check_decodes_exactly_and_gains(self, canonicaliser):
+  def check_decodes_exactly_and_gains(self, canonicalizer):
     model = _load(TINY[0])
-    encoded, message, _ = self._assert_exact(model, canonicaliser=canonicaliser)
+    encoded, message, _ = self._assert_exact(model, canonicalizer=canonicalizer)
     self.assertTrue(all(encoded.layout['sampled']))
     whole = sum(x.nbytes for x in jax.tree.leaves(model.params))
     saved = whole - _size(encoded, message)
@@ -129,9 +129,9 @@ class SchemeTest(SchemeTestCase):
 class MarginTest(SchemeTestCase):
   """Another machine's factorisation differs by a backward error, drawn at random."""
 
-  def decode_elsewhere(self, model, canonicaliser, error):
+  def decode_elsewhere(self, model, canonicalizer, error):
     """Encodes here, and decodes with a backward error of this many roundoffs."""
-    encoded, message = encode(model, canonicaliser=canonicaliser)
+    encoded, message = encode(model, canonicalizer=canonicalizer)
     self.assertTrue(any(encoded.layout['sampled']))
     real = rotations.recovered
 
@@ -146,7 +146,7 @@ class MarginTest(SchemeTestCase):
     with contextlib.ExitStack() as stack:
       for patch in elsewhere:
         stack.enter_context(patch)
-      decoded = decode(encoded, message, model.config, canonicaliser=canonicaliser)
+      decoded = decode(encoded, message, model.config, canonicalizer=canonicalizer)
     for path, array in decoded.items():
       self.assertEqual(zlib.crc32(array.tobytes()), digests(encoded)[path], path)
 
@@ -160,8 +160,8 @@ class MarginTest(SchemeTestCase):
     return random_models.sliced_llama((24,) * 5, dtype, shortcut=shortcut)
 
   @parameterized.parameters('polar_shortcut', 'qr', 'svd')
-  def test_other_rounding_errors_are_within_the_margin(self, canonicaliser):
-    self.decode_elsewhere(self.model(np.float32), canonicaliser, error=8)
+  def test_other_rounding_errors_are_within_the_margin(self, canonicalizer):
+    self.decode_elsewhere(self.model(np.float32), canonicalizer, error=8)
 
   def test_errors_beyond_the_margin_are_noticed(self):
     with self.assertRaisesRegex(ValueError, 'beyond the margin'):
@@ -171,8 +171,8 @@ class MarginTest(SchemeTestCase):
 @pytest.mark.slow
 class SlowSchemeTest(SchemeTestCase):
   @parameterized.parameters('svd', 'qr')
-  def test_other_canonicalisers_decode_exactly_and_gain(self, canonicaliser):
-    self.check_decodes_exactly_and_gains(canonicaliser)
+  def test_other_canonicalizers_decode_exactly_and_gain(self, canonicalizer):
+    self.check_decodes_exactly_and_gains(canonicalizer)
 
   def test_rotations_that_cannot_be_recovered_are_not_sampled(self):
     zero = lambda rng, m: 0 * m
@@ -189,7 +189,7 @@ class SlowSchemeTest(SchemeTestCase):
   @pytest.mark.daily
   def test_published_threshold_leaves_errors_below_it_in(self):
     model = _load(TINY[0])
-    published = {'canonicaliser': 'svd', 'rotation_codec': 'symmetric_eig'}
+    published = {'canonicalizer': 'svd', 'rotation_codec': 'symmetric_eig'}
     exact, message, rotated = self._assert_exact(model, **published)
     lossy, shorter, decoded = self._assert_exact(
       model, **published, correction='threshold'
@@ -251,9 +251,9 @@ class SlowSchemeTest(SchemeTestCase):
     self._assert_same_function(data, _load(name))
 
   @parameterized.parameters('svd', 'polar_shortcut')
-  def test_published_rotation_code_decodes_exactly(self, canonicaliser):
+  def test_published_rotation_code_decodes_exactly(self, canonicalizer):
     encoded, _, _ = self._assert_exact(
-      _load(TINY[0]), canonicaliser=canonicaliser, rotation_codec='symmetric_eig'
+      _load(TINY[0]), canonicalizer=canonicalizer, rotation_codec='symmetric_eig'
     )
     self.assertGreater(encoded.saving.bytes, 0)
 
@@ -350,7 +350,7 @@ class FileTest(parameterized.TestCase):
 
   def test_options_that_do_not_go_together_are_refused(self):
     for changes in (
-      {'canonicaliser': 'lu'},
+      {'canonicalizer': 'lu'},
       {'rotation_codec': ['haar']},
       {'entropy': 2},
       {'correction': 'threshold'},

@@ -63,7 +63,7 @@ class TestMake:
       ('near', {'step': float('inf')}, 'step must be a finite number'),
       ('near', {'step': -30}, '`free` keeps more'),
       ('near', {'offsets': {'head/kernel': 'x'}}, 'head/kernel must be a finite'),
-      ('paper', {'canonicaliser': 'best'}, 'canonicaliser: .*polar_shortcut, qr, svd'),
+      ('paper', {'canonicalizer': 'best'}, 'canonicalizer: .*polar_shortcut, qr, svd'),
       ('paper', {'threshold': -1.0}, 'threshold: must not be negative'),
       ('paper', {'correction': 'threshold'}, 'needs symmetric_eig'),
     ):

@@ -31,7 +31,7 @@ safetensors, quantised ones rounded to float16. The presets:
          rounded to coarse steps. Measure the cost with `rotbits evaluate`.
   paper  rotates the weights at random and gets the bits of the rotations back, as in
          arXiv 2410.01309. The function stays, the elements change. Dense models are
-         refused. --canonicaliser, --rotation_codec and --correction choose its parts:
+         refused. --canonicalizer, --rotation_codec and --correction choose its parts:
          svd, symmetric_eig and threshold are as published.
 
 A dense checkpoint comes back in safetensors files, in the shards that it had. With

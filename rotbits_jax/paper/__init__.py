@@ -21,8 +21,8 @@ rotation from them, and pushes it back. With segments 0 .. S, the encoder does t
 The decoder does the inverse, from the end. Neither holds more of the model than the
 parameters of a few layers.
 
-There are three canonicalisers (`symmetries.canonical`), which recover T from different
-parameters. The sampled matrix, the frame, depends on the canonicaliser:
+There are three canonicalizers (`symmetries.canonical`), which recover T from different
+parameters. The sampled matrix, the frame, depends on the canonicalizer:
 
 * `svd` and `qr` recover T from a matrix W that reads the segment. Let W = C W_ref with
   the canonical rotation C. A rotation Q is sampled, and T = C Q^T. The stored matrix is
@@ -83,14 +83,14 @@ from rotbits_jax.paper.encoder import EncodedModel
 from rotbits_jax.paper.encoder import encode
 from rotbits_jax.paper.encoder import refuse
 from rotbits_jax.paper.layout import dtypes
-from rotbits_jax.paper.options import Canonicaliser
+from rotbits_jax.paper.options import Canonicalizer
 from rotbits_jax.paper.options import CorrectionMethod
 from rotbits_jax.paper.options import Options
 from rotbits_jax.paper.options import RotationCodec
 
 __all__ = [
   'STREAMS',
-  'Canonicaliser',
+  'Canonicalizer',
   'CorrectionMethod',
   'EncodedModel',
   'Options',

@@ -122,7 +122,7 @@ def _decode(
       shape = frames.frame(widths, t, layout.fixed, options)
       code = frames.code(shape, options)
       correction = code.unpack(corrections.pop_block())
-      recovered = rotations.recovered(shape, parts[t], arrays, options.canonicaliser)
+      recovered = rotations.recovered(shape, parts[t], arrays, options.canonicalizer)
       left = rans.from_words(stack.pop_block(), lanes, code.max_rows(lanes))
       message, _ = code.restore(left, recovered, correction)
       try:

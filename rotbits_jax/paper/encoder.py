@@ -183,7 +183,7 @@ class _Encoder:
     neutral = None  # the canonical rotation of the readers
     if can_rotate and not self._frame(t).from_shortcut:
       neutral = rotations.reader_rotation(
-        segment.readers.values(), self.options.canonicaliser
+        segment.readers.values(), self.options.canonicalizer
       )
     first = {} if t else self._push_first(segment, neutral)
     sample = self._sample(t, segment, neutral) if can_rotate else None
@@ -318,7 +318,7 @@ class _Encoder:
     arrays = rotations.rotated(segment, self.before, rotation)
     recovered, other = (
       rotations.recovered(
-        shape, self.parts[t], arrays, self.options.canonicaliser, disturb=disturb
+        shape, self.parts[t], arrays, self.options.canonicalizer, disturb=disturb
       )
       for disturb in (False, True)
     )

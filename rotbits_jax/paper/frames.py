@@ -31,7 +31,7 @@ def frame(
     options: the options of the scheme.
   """
   width = widths[segment]
-  if options.canonicaliser == 'polar_shortcut' and segment:
+  if options.canonicalizer == 'polar_shortcut' and segment:
     before = widths[segment - 1]
     # `symmetric_eig` samples whole rotations only, no narrower frames.
     if before == width or (before < width and options.rotation_codec == 'haar'):

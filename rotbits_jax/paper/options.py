@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Annotated, Literal
 
-Canonicaliser = Literal['polar_shortcut', 'qr', 'svd']
+Canonicalizer = Literal['polar_shortcut', 'qr', 'svd']
 RotationCodec = Literal['haar', 'symmetric_eig']
 CorrectionMethod = Literal['exact', 'threshold']
 
@@ -17,7 +17,7 @@ class Options:
   """The options of the scheme, as the file has them; see `presets.paper`.
 
   Attributes:
-    canonicaliser: how a rotation is recovered.
+    canonicalizer: how a rotation is recovered.
     rotation_codec: how a rotation is sampled.
     correction: whether all errors of the elements from which rotations were sampled are
       corrected, or those above the threshold.
@@ -25,7 +25,7 @@ class Options:
     entropy: whether elements are entropy coded.
   """
 
-  canonicaliser: Canonicaliser
+  canonicalizer: Canonicalizer
   rotation_codec: RotationCodec
   correction: CorrectionMethod
   threshold: Annotated[float, _not_negative]

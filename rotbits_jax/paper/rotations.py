@@ -76,7 +76,7 @@ def rotate(matrix: np.ndarray, rotation: jax.Array | None) -> np.ndarray:
 
 
 def reader_rotation(
-  readers: Iterable[np.ndarray], canonicaliser: str, *, disturb: bool = False
+  readers: Iterable[np.ndarray], canonicalizer: str, *, disturb: bool = False
 ) -> jax.Array:
   """Returns the canonical rotation of the readers of a segment: float32 `[d, d]`.
 
@@ -86,7 +86,7 @@ def reader_rotation(
   occur. `qr` also serves the segments for which `polar_shortcut` cannot use a shortcut.
   """
   parts = list(readers)
-  if canonicaliser == 'svd':
+  if canonicalizer == 'svd':
     matrix = np.concatenate([np.asarray(x, np.float32) for x in parts], axis=1)
     return _svd(_disturbed(jnp.asarray(matrix), disturb))
   width = parts[0].shape[0]
@@ -104,7 +104,7 @@ def recovered(
   frame: frames.Frame,
   parts: segments.SegmentParameters,
   arrays: segments.Arrays,
-  canonicaliser: str,
+  canonicalizer: str,
   *,
   disturb: bool = False,
 ) -> jax.Array:
@@ -114,7 +114,7 @@ def recovered(
     frame: shape and source of the frame.
     parts: the paths of the parameters around the segment.
     arrays: the stored parameters by path.
-    canonicaliser: see `options.Options`.
+    canonicalizer: see `options.Options`.
     disturb: whether to recover it as another machine may, whose factorisation has other
       errors.
 
@@ -125,7 +125,7 @@ def recovered(
     (shortcut,) = (arrays[path] for path in parts.shortcut)
     return _shortcut_frame(_disturbed(jnp.asarray(shortcut, jnp.float32), disturb))
   readers = (arrays[path] for path in parts.readers)
-  q = reader_rotation(readers, canonicaliser, disturb=disturb)
+  q = reader_rotation(readers, canonicalizer, disturb=disturb)
   return q[frame.fixed :, frame.fixed :]
 
 

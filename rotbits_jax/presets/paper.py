@@ -8,7 +8,7 @@ from rotbits_jax.system import schema
 
 def paper(
   *,
-  canonicaliser: scheme.Canonicaliser = 'polar_shortcut',
+  canonicalizer: scheme.Canonicalizer = 'polar_shortcut',
   rotation_codec: scheme.RotationCodec = 'haar',
   correction: scheme.CorrectionMethod = 'exact',
   threshold: float = 1e-3,
@@ -21,7 +21,7 @@ def paper(
   Dense models are refused, because they have no shortcuts.
 
   Args:
-    canonicaliser: how the decoder recovers a rotation; svd as published.
+    canonicalizer: how the decoder recovers a rotation; svd as published.
     rotation_codec: how a rotation is sampled; symmetric_eig as published.
     correction: which errors of the elements from which rotations were sampled are
       corrected: all, or as published those above the threshold.
@@ -37,7 +37,7 @@ def paper(
   options = schema.load(
     scheme.Options,
     {
-      'canonicaliser': canonicaliser,
+      'canonicalizer': canonicalizer,
       'rotation_codec': rotation_codec,
       'correction': correction,
       'threshold': threshold,

@@ -3,7 +3,7 @@
 A symmetry is a change of the weights that does not change the function of the model. A
 gauge is one choice among the weights that a symmetry connects. These functions take and
 return arrays. They work under `jit` and `vmap`, and they do not wait for the device.
-`passes` applies them to models that do not fit the device, and `canonicalise` to one
+`passes` applies them to models that do not fit the device, and `canonicalize` to one
 that does.
 
 The modules, in the order of reading:
@@ -22,8 +22,8 @@ The modules, in the order of reading:
 """
 
 from rotbits_jax.symmetries.biases import with_value_bias
-from rotbits_jax.symmetries.canonical import CANONICALISERS
-from rotbits_jax.symmetries.canonical import Canonicaliser
+from rotbits_jax.symmetries.canonical import CANONICALIZERS
+from rotbits_jax.symmetries.canonical import Canonicalizer
 from rotbits_jax.symmetries.canonical import Polar
 from rotbits_jax.symmetries.canonical import polar
 from rotbits_jax.symmetries.canonical import polar_shortcut
@@ -42,18 +42,18 @@ from rotbits_jax.symmetries.rotations import rotate_parameters
 from rotbits_jax.symmetries.rotations import running_rotations
 from rotbits_jax.symmetries.rotations import upper_rotation
 from rotbits_jax.symmetries.stacked import Gauges
-from rotbits_jax.symmetries.stacked import canonicalise
+from rotbits_jax.symmetries.stacked import canonicalize
 from rotbits_jax.symmetries.steps import typical_size
 from rotbits_jax.symmetries.steps import with_feedback
 
 __all__ = [
-  'CANONICALISERS',
+  'CANONICALIZERS',
   'BasisAndFactor',
-  'Canonicaliser',
+  'Canonicalizer',
   'Gauges',
   'Polar',
   'basis',
-  'canonicalise',
+  'canonicalize',
   'fix_keys',
   'fix_pair',
   'fix_values',

@@ -1,15 +1,15 @@
 r"""Canonical forms of a matrix under rotations from the left.
 
-A canonicaliser splits a matrix W into a rotation Q and a canonical matrix W_ref, the
+A canonicalizer splits a matrix W into a rotation Q and a canonical matrix W_ref, the
 reference:
 
-    W = Q W_ref,    Q orthogonal,    with canonicalise(R W) = (W_ref, R Q)
+    W = Q W_ref,    Q orthogonal,    with canonicalize(R W) = (W_ref, R Q)
 
 for every orthogonal R, as far as W determines Q. Bits-back coding uses it as follows.
 The encoder chooses a rotation R and stores W' = R W_ref, rounded. The decoder
-canonicalises W' and obtains R as the rotation, up to an error that is due to rounding.
+canonicalizes W' and obtains R as the rotation, up to an error that is due to rounding.
 Let e be the relative rounding error of W', and s_i the singular values. The error of
-the rotation depends on the canonicaliser:
+the rotation depends on the canonicalizer:
 
     svd             e / (s_i - s_j): singular vectors mix if their values are close
     qr              e times the condition number of the leading columns
@@ -34,7 +34,7 @@ import jax.numpy as jnp
 
 from rotbits_jax.symmetries import products
 
-Canonicaliser = Callable[[jax.Array], tuple[jax.Array, jax.Array]]
+Canonicalizer = Callable[[jax.Array], tuple[jax.Array, jax.Array]]
 
 _matmul = products.matmul
 
@@ -42,7 +42,7 @@ _MOST_SKEW = 1e-4  # products of unit vectors that count as orthogonal
 
 
 def svd(w: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """Canonicalises by the singular value decomposition `W = U S V^T`, with `Q = U`.
+  """Canonicalizes by the singular value decomposition `W = U S V^T`, with `Q = U`.
 
   The rows of `W_ref = S V^T` are orthogonal, and their norms descend. Signs are chosen
   so that no row of W_ref has a negative sum. If a sum is near 0, rounding may change
@@ -62,7 +62,7 @@ def svd(w: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def qr(w: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """Canonicalises by a QR factorisation of the leading n columns.
+  """Canonicalizes by a QR factorisation of the leading n columns.
 
   These columns of W_ref are upper triangular, and their diagonal is not negative.
 
@@ -163,7 +163,7 @@ def _frame(rows: jax.Array) -> jax.Array:
 
 
 def polar_shortcut(w: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """Canonicalises by a polar decomposition of the leading n columns.
+  """Canonicalizes by a polar decomposition of the leading n columns.
 
   These columns of W_ref are symmetric and positive semidefinite. In practice they are a
   shortcut. Q is the polar factor, which is the rotation nearest to the columns and has
@@ -193,7 +193,7 @@ def reorthogonalize(q: jax.Array) -> jax.Array:
   return 1.5 * q - 0.5 * _matmul(q, _matmul(q.T, q))
 
 
-CANONICALISERS: dict[str, Canonicaliser] = {
+CANONICALIZERS: dict[str, Canonicalizer] = {
   'svd': svd,
   'qr': qr,
   'polar_shortcut': polar_shortcut,

@@ -1,6 +1,6 @@
 r"""Canonical weights of a whole model in one call, its layers stacked.
 
-    jax.jit(canonicalise, static_argnums=1)(params, config)
+    jax.jit(canonicalize, static_argnums=1)(params, config)
 
 The layers are stacked `[N, ...]`, so there is no loop over layers. Per segment of the
 residual stream, and independent of the others, the polar decompositions of the
@@ -36,7 +36,7 @@ _HEAD = 'head/kernel'
 
 
 class Gauges(NamedTuple):
-  """The coordinates that `canonicalise` chose, float32.
+  """The coordinates that `canonicalize` chose, float32.
 
   The keys of the dicts are those of the stacks, like 'layers.0:16'.
 
@@ -57,7 +57,7 @@ class Gauges(NamedTuple):
   heads: dict[str, dict[str, jax.Array]]
 
 
-def canonicalise(
+def canonicalize(
   params: models.Params,
   config: models.ModelConfig,
   *,
@@ -140,7 +140,7 @@ def _rotate_segments(
   widths = config.segment_widths
   if any(e < d for d, e in itertools.pairwise(widths)):
     raise ValueError(
-      'canonicalise takes segments that do not get narrower, got '
+      'canonicalize takes segments that do not get narrower, got '
       f'{config.segment_widths=}; passes.remove_residual_gauge takes any widths'
     )
   polars = {key: _polars(stack, config) for key, stack in stacks.items()}

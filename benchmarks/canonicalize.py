@@ -1,10 +1,10 @@
 """Times canonical weights in one call beside the way of the encoder, layer by layer.
 
-    python -m benchmarks.canonicalise [--width=256] [--layers=16] [--results=RESULTS.md]
+    python -m benchmarks.canonicalize [--width=256] [--layers=16] [--results=RESULTS.md]
 
 The model is a sliced Llama of random weights: all segments have three quarters of the
 width, and shortcuts are blocks of orthogonal matrices. *One call* is
-`jax.jit(canonicalise)` on the stacked layers. *Layer by layer* is a chain of the same
+`jax.jit(canonicalize)` on the stacked layers. *Layer by layer* is a chain of the same
 transforms, which are `passes`; it also rounds the weights to float16 and measures the
 error of each. The first run compiles. The second column is the median of later runs.
 """
@@ -74,7 +74,7 @@ def _seconds(run: Any, runs: int) -> tuple[float, float]:
 
 def main() -> None:
   model = sliced_llama(_WIDTH.value, _LAYERS.value)
-  function = jax.jit(rotbits_jax.canonicalise, static_argnums=1)
+  function = jax.jit(rotbits_jax.canonicalize, static_argnums=1)
   chain = passes.chain(
     passes.remove_residual_gauge(),
     passes.remove_biases(),
@@ -93,7 +93,7 @@ def main() -> None:
   print('\n'.join(lines))
   if _RESULTS.value is not None:
     about = (
-      f'`python -m benchmarks.canonicalise --width={_WIDTH.value} '
+      f'`python -m benchmarks.canonicalize --width={_WIDTH.value} '
       f'--layers={_LAYERS.value}`, {sections.machine()}.'
     )
     body = sections.with_table(about, '\n'.join(lines))

@@ -45,7 +45,7 @@ FAMILIES = {
   'phi2': PHI,
 }
 TOKENS = np.arange(12)[None]
-_canonicalise = jax.jit(rotbits_jax.canonicalise, static_argnums=1)
+_canonicalize = jax.jit(rotbits_jax.canonicalize, static_argnums=1)
 
 
 @functools.cache
@@ -81,7 +81,7 @@ CASES = [
 @functools.cache
 def _result(family, kind):
   model = _model(family, kind)
-  params, gauges = _canonicalise(model.params, model.config)
+  params, gauges = _canonicalize(model.params, model.config)
   return model.replace(params=params), gauges
 
 
@@ -103,7 +103,7 @@ def check_sharded():
     return jax.device_put(tree, jax.sharding.NamedSharding(mesh, spec))
 
   params = {key: put(key, tree) for key, tree in model.params.items()}
-  compiled = _canonicalise.lower(params, model.config).compile()
+  compiled = _canonicalize.lower(params, model.config).compile()
   found, _ = compiled(params)
   for leaf in jax.tree.leaves(found['layers.0:16']):
     assert len(leaf.sharding.device_set) == 8
@@ -113,11 +113,11 @@ def check_sharded():
   shapes = re.findall(sent, compiled.as_text())
   assert shapes
   assert all('18,18]' in shape for shape in shapes), shapes
-  expected, _ = _canonicalise(model.params, model.config)
+  expected, _ = _canonicalize(model.params, model.config)
   chex.assert_trees_all_close(jax.device_get(found), expected, atol=3e-5)
 
 
-class CanonicaliseTest(parameterized.TestCase):
+class CanonicalizeTest(parameterized.TestCase):
   @parameterized.named_parameters(*CASES)
   def test_the_function_is_kept_with_fewer_numbers(self, family, kind):
     self.check_function(family, kind)
@@ -140,7 +140,7 @@ class CanonicaliseTest(parameterized.TestCase):
 
   def check_second_time(self, family, kind):
     once, _ = _result(family, kind)
-    params, gauges = _canonicalise(once.params, once.config)
+    params, gauges = _canonicalize(once.params, once.config)
     chex.assert_trees_all_close(_arrays(params), _arrays(once.params), atol=5e-5)
     if gauges.first is not None:
       eye = np.eye(len(gauges.first))
@@ -178,17 +178,17 @@ class CanonicaliseTest(parameterized.TestCase):
 
   def test_uncompiled_it_is_the_same(self):
     model, (result, gauges) = _model('llama', 'sliced'), _result('llama', 'sliced')
-    found = rotbits_jax.canonicalise(model.params, model.config)
+    found = rotbits_jax.canonicalize(model.params, model.config)
     chex.assert_trees_all_close(found, (result.params, gauges), atol=3e-5)
 
   def test_an_outer_vmap_maps_over_models(self):
     pair = [random_models.sliced_llama([18] * 9, seed=seed) for seed in range(2)]
     config = pair[0].config
     stack = jax.tree.map(lambda *x: np.stack(x), *(model.params for model in pair))
-    function = functools.partial(rotbits_jax.canonicalise, config=config)
+    function = functools.partial(rotbits_jax.canonicalize, config=config)
     both = jax.jit(jax.vmap(function))(stack)
     for i, model in enumerate(pair):
-      expected = _canonicalise(model.params, config)
+      expected = _canonicalize(model.params, config)
       own = jax.tree.map(lambda x, i=i: x[i], both)
       chex.assert_trees_all_close(own, expected, atol=3e-5)
 
@@ -196,9 +196,9 @@ class CanonicaliseTest(parameterized.TestCase):
     model = _model('llama', 'sliced head')
     narrow = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), model)
     wide = jax.tree.map(lambda x: np.asarray(x, np.float32), narrow)
-    found, gauges = _canonicalise(narrow.params, model.config)
+    found, gauges = _canonicalize(narrow.params, model.config)
     tolerance = 0.7 * 2**-8
-    function = functools.partial(rotbits_jax.canonicalise, tolerance=tolerance)
+    function = functools.partial(rotbits_jax.canonicalize, tolerance=tolerance)
     expected, _ = jax.jit(function, static_argnums=1)(wide.params, model.config)
     chex.assert_trees_all_close(found, expected, atol=3e-5)
     # The columns that are left are those of the values that differ from 1.
@@ -215,7 +215,7 @@ class CanonicaliseTest(parameterized.TestCase):
 
   def test_columns_are_at_most_max_rank(self):
     model = random_models.sliced_llama([18] * 9)  # D - d = 6
-    function = functools.partial(rotbits_jax.canonicalise, max_rank=6)
+    function = functools.partial(rotbits_jax.canonicalize, max_rank=6)
     params, _ = jax.jit(function, static_argnums=1)(model.params, model.config)
     self.assertEqual(params['layers.0:4']['mlp_shortcut']['kernel'].b.shape, (4, 18, 6))
     logits = transform_checks.fast_logits(model, TOKENS)
@@ -224,7 +224,7 @@ class CanonicaliseTest(parameterized.TestCase):
 
   def test_segments_that_get_wider_twice(self):
     model = random_models.sliced_llama([16, 16, 18, 18, 18, 18, 24])
-    params, _ = rotbits_jax.canonicalise(model.params, model.config)
+    params, _ = rotbits_jax.canonicalize(model.params, model.config)
     logits = transform_checks.fast_logits(model, TOKENS)
     found = transform_checks.fast_logits(model.replace(params=params), TOKENS)
     np.testing.assert_allclose(found, logits, atol=3e-5 * np.abs(logits).max())
@@ -236,7 +236,7 @@ class CanonicaliseTest(parameterized.TestCase):
     pair = structured.LowRank(kernel[:, :, :4].copy(), kernel[:, :4].copy())
     params['layers.0:4']['attention']['key']['kernel'] = pair
     model = model.replace(params=params)
-    params, _ = rotbits_jax.canonicalise(params, model.config)
+    params, _ = rotbits_jax.canonicalize(params, model.config)
     logits = transform_checks.fast_logits(model, TOKENS)
     found = transform_checks.fast_logits(model.replace(params=params), TOKENS)
     np.testing.assert_allclose(found, logits, atol=3e-5 * np.abs(logits).max())
@@ -245,7 +245,7 @@ class CanonicaliseTest(parameterized.TestCase):
     model = random_models.sliced_llama([18] * 9)
     params = jax.tree.map(np.array, model.params)
     params['layers.0:4']['attention_shortcut']['kernel'][1, 2, 3] = np.nan
-    found, _ = _canonicalise(params, model.config)
+    found, _ = _canonicalize(params, model.config)
     query = found['layers.0:4']['attention']['query']['kernel']
     finite = np.isfinite(query).all(axis=(1, 2))
     self.assertEqual(finite.tolist(), [True, True, False, False])
@@ -253,12 +253,12 @@ class CanonicaliseTest(parameterized.TestCase):
   def test_segments_that_get_narrower_are_refused(self):
     model = random_models.sliced_llama([18, 18, 16, 16, 24])
     with self.assertRaisesRegex(ValueError, 'do not get narrower'):
-      rotbits_jax.canonicalise(model.params, model.config)
+      rotbits_jax.canonicalize(model.params, model.config)
 
   @pytest.mark.slow
   @pytest.mark.daily
   def test_a_sharded_layer_axis_stays_sharded(self):
-    devices.run('from tests import canonicalise_test as t; t.check_sharded()')
+    devices.run('from tests import canonicalize_test as t; t.check_sharded()')
 
 
 if __name__ == '__main__':
