@@ -5,7 +5,7 @@ and `load` hold the whole model in memory; `encode_to_file`, `decode_to_director
 `verify` hold a few layers.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 import os
 from typing import Any, Literal, TypeAlias, TypeVar, overload
 
@@ -15,7 +15,6 @@ from numpy.typing import DTypeLike
 from rotbits_jax import checkpoints
 from rotbits_jax import file
 from rotbits_jax import models
-from rotbits_jax import passes
 from rotbits_jax import presets
 from rotbits_jax import structured
 from rotbits_jax.file import directory as directory_lib
@@ -63,10 +62,8 @@ def encode(
   *,
   preset: PresetName | presets.Preset | None = None,
   base: Base | None = None,
-  adapters: Sequence[Path] = (),
   files: Mapping[str, bytes] | None = None,
   stem: str | None = None,
-  mesh: jax.sharding.Mesh | None = None,
   progress: bool = False,
   **options: Any,
 ) -> bytes:
@@ -91,15 +88,10 @@ def encode(
       passes it, too. Arrays are found by their paths. It needs the preset 'exact',
       which is then the default; or 'free', for a sliced model beside its dense one, of
       which both presets find the subspaces that slicing kept.
-    adapters: folders of LoRA adapters in PEFT's layout that were trained on the source.
-      They are taken to the coordinates that 'free' or 'near' chooses, without a base,
-      and come back in a sub-folder of the checkpoint with the name of their folder.
     files: the other files of the checkpoint, which are kept whole; by default those of
       a checkpoint that is opened or loaded.
     stem: the name that SliceGPT gives to the weights and the slicing JSON; by default
       that of the checkpoint.
-    mesh: devices along one axis, 'layers', that share the layers. The bytes are the
-      same for any number of devices.
     progress: whether to show the progress on stderr.
     options: options of the preset, if it is given by its name.
 
@@ -108,10 +100,10 @@ def encode(
 
   Raises:
     ValueError: if the preset or an option is unknown, if the source cannot be stored,
-      if the `config.json` of a model is that of another one, if the base has none of
-      its arrays, or if an adapter cannot be carried.
+      if the `config.json` of a model is that of another one, or if the base has none
+      of its arrays.
   """
-  job = _job(source, preset, options, files, stem, mesh, base, adapters)
+  job = _job(source, preset, options, files, stem, base)
   return encode_lib.in_memory(job, progress=progress)
 
 
@@ -122,12 +114,10 @@ def encode_to_file(
   *,
   preset: PresetName | presets.Preset | None = None,
   base: Base | None = None,
-  adapters: Sequence[Path] = (),
   files: Mapping[str, bytes] | None = None,
   stem: str | None = None,
   shard_size: int | None = None,
   target_size: int | None = None,
-  mesh: jax.sharding.Mesh | None = None,
   overwrite: bool = True,
   check: bool = False,
   progress: bool = False,
@@ -149,7 +139,6 @@ def encode_to_file(
       and their index in Hugging Face's format is written beside them.
     preset: see `encode`.
     base: see `encode`.
-    adapters: see `encode`.
     files: see `encode`.
     stem: see `encode`.
     shard_size: greatest size of the records of a shard before they are coded, in bytes;
@@ -158,9 +147,8 @@ def encode_to_file(
     target_size: the greatest number of bytes of the file, or of all shards, in place of
       the option `step` of 'near', which is found so that the file has at least 99% of
       them, where steps between exist. The preset is given by its name.
-    mesh: see `encode`.
-    overwrite: whether an existing file may be replaced. No file of the source, the base
-      or an adapter is.
+    overwrite: whether an existing file may be replaced. No file of the source or
+      the base is.
     check: whether to decode everything that was written before a file is replaced, and
       to compare it with the source if the preset keeps all bits, see `verify`. It needs
       a single process.
@@ -173,13 +161,13 @@ def encode_to_file(
     ContainerError: if the check fails.
     OSError: if the file cannot be written or must not be replaced.
   """
-  inputs = source, base, *adapters
+  inputs = source, base
   if isinstance(source, str | os.PathLike):
     source = checkpoints.open_any(source)
   output = encode_lib.Output(
     path, inputs=inputs, shard_size=shard_size, overwrite=overwrite
   )
-  rest = files, stem, mesh, base, adapters
+  rest = files, stem, base
   if target_size is None:
     output.write(_job(source, preset, options, *rest), check=check, progress=progress)
     return
@@ -354,8 +342,8 @@ def decode_to_directory(
       shards that the checkpoint had, or else one file.
     dtype: dtype for all floating-point elements, rounded to nearest. By default they
       keep the dtype of the encoded checkpoint.
-    overwrite: whether existing files may be replaced. No file of the source or the base
-      is.
+    overwrite: whether existing files may be replaced. No file of the source or
+      the base is.
     progress: whether to show the progress on stderr.
 
   Raises:
@@ -488,9 +476,7 @@ def _job(
   options: dict[str, Any],
   files: Mapping[str, bytes] | None,
   stem: str | None,
-  mesh: jax.sharding.Mesh | None,
   base: Base | None,
-  adapters: Sequence[Path],
 ) -> job_lib.Job:
   """Returns the work of encoding a source."""
   found = sources.Source(source, files, stem)
@@ -498,33 +484,5 @@ def _job(
   made = presets.make(preset or default, **options)
   opened = None
   if base is not None:
-    if adapters and made.rounding is not None:
-      # A base may choose other coordinates than the preset.
-      raise ValueError(
-        'adapters cannot be carried beside a base: leave one of them out'
-      )
     opened = reader_lib.open_base(base, plain=found.config is None)
-  found.files |= _carried(found, made, adapters)
-  return job_lib.Job(found, made, mesh, opened)
-
-
-def _carried(
-  source: sources.Source, preset: presets.Preset, adapters: Sequence[Path]
-) -> dict[str, bytes]:
-  """Returns the files of adapters in the coordinates that a preset chooses."""
-  files: dict[str, bytes] = {}
-  given: Any = source
-  for path in adapters:
-    if source.config is None or preset.rounding is None:
-      raise ValueError(
-        f'the preset {preset.name!r} carries no adapter: free and near do, for models '
-        'of known families, and an adapter fits the weights that exact keeps as it is'
-      )
-    adapter = checkpoints.read_adapter(path, given)
-    adapter.check_place(source.files)
-    context = passes.make_context(given, stored_as=source.stored_as)
-    factors = passes.carry(context, preset.transform, adapter.factors)
-    for name, content in adapter.files(factors).items():
-      if files.setdefault(f'{adapter.name}/{name}', content) is not content:
-        raise ValueError(f'two adapters have folders of the name {adapter.name!r}')
-  return files
+  return job_lib.Job(found, made, opened)

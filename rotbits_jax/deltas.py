@@ -51,7 +51,7 @@ def delta(new: Any, old: Any) -> bytes:
   # As dicts, because a `Model` would be read as a checkpoint, by other paths.
   source = sources.Source(trees.to_dicts(new))
   base = base_lib.Base(sources.Source(trees.to_dicts(old)), plain=False)
-  job = job_lib.Job(source, presets.make('exact'), None, base)
+  job = job_lib.Job(source, presets.make('exact'), base)
   return encode_lib.in_memory(job, progress=False)
 
 

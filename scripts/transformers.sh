@@ -13,5 +13,4 @@ if [[ ! -x $venv/bin/python ]]; then
     --editable . torch "transformers${version:+==$version}" accelerate peft
 fi
 "$venv/bin/python" -m scripts.transformers_check
-"$venv/bin/python" -m scripts.adapters_check
 exec "$venv/bin/python" -m scripts.transformers_sliced_check

@@ -366,26 +366,6 @@ class DevicesTest(Base):
     self.assertEqual(process.returncode, 0, errors[-2000:])
 
   @pytest.mark.slow
-  def test_eight_devices_write_the_bytes_of_one(self):
-    program = """
-      import jax, numpy as np, rotbits_jax
-      devices = jax.devices()
-      mesh = jax.sharding.Mesh(np.array(devices), ('layers',))
-      mesh = mesh if mesh.size > 1 else None
-      assert len(devices) == {devices}
-      rotbits_jax.encode_to_file({source!r}, {output!r}, preset='free', mesh=mesh)
-    """
-    written = []
-    for devices in (1, 8):
-      output = str(self.folder / f'{devices}.rotbits')
-      self.run_python(
-        program.format(devices=devices, source=str(TESTDATA / NAME), output=output),
-        devices=devices,
-      )
-      written.append(pathlib.Path(output).read_bytes())
-    self.assertEqual(*written)
-
-  @pytest.mark.slow
   def test_two_processes_write_the_streams_of_one(self):
     tuned = base_test.tuned_checkpoint(self.folder / 'tuned')
     cases = {

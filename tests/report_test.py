@@ -207,11 +207,3 @@ def test_fits_a_browser(encoded, tmp_path, width, dark):
   assert sizes['least'] >= 9  # pixels: text in charts stays legible
   assert sizes['bars'] > 4
   assert sizes['color'] == ('rgb(230, 237, 243)' if dark else 'rgb(28, 33, 40)')
-
-
-def test_adapters_are_promised_only_where_they_are_carried():
-  found = rotbits_jax.inspect(golden.file_of('v4/free'))
-  assert 'with --adapter' in ' '.join(found.remarks())
-  remarks = ' '.join(found._replace(preset='paper').remarks())
-  assert '--adapter' not in remarks
-  assert 'Merge them first or use the preset exact.' in remarks

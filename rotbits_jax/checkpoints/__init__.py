@@ -5,9 +5,6 @@ files. The checkpoint of a sliced model also has a slicing JSON, in which SliceG
 the width of every residual segment.
 """
 
-from rotbits_jax.checkpoints.adapters import ADAPTER_CONFIG
-from rotbits_jax.checkpoints.adapters import Adapter
-from rotbits_jax.checkpoints.adapters import read_adapter
 from rotbits_jax.checkpoints.checkpoint import example
 from rotbits_jax.checkpoints.checkpoint import fitting_files
 from rotbits_jax.checkpoints.checkpoint import is_divided
@@ -20,6 +17,7 @@ from rotbits_jax.checkpoints.configs import parse_config
 from rotbits_jax.checkpoints.configs import slicing_json
 from rotbits_jax.checkpoints.configs import with_dtype
 from rotbits_jax.checkpoints.configs import with_own_head
+from rotbits_jax.checkpoints.contents import ADAPTER_CONFIG
 from rotbits_jax.checkpoints.contents import Checkpoint
 from rotbits_jax.checkpoints.errors import CheckpointError
 from rotbits_jax.checkpoints.errors import UnsupportedError
@@ -47,7 +45,6 @@ __all__ = [
   'ADAPTER_CONFIG',
   'FACTORS',
   'FAMILIES',
-  'Adapter',
   'Checkpoint',
   'CheckpointError',
   'CheckpointReader',
@@ -74,7 +71,6 @@ __all__ = [
   'open_tensors',
   'packaged_smollm2',
   'parse_config',
-  'read_adapter',
   'read_gguf',
   'save_checkpoint',
   'slicing_json',

@@ -6,6 +6,9 @@ from rotbits_jax import models
 
 CONFIG = 'config.json'
 
+ADAPTER_CONFIG = 'adapter_config.json'
+"""The name of the config of an adapter in PEFT's layout."""
+
 
 class Checkpoint(NamedTuple):
   """A model and the other files of its checkpoint directory.

@@ -2,7 +2,7 @@ r"""Encodes a checkpoint as one smaller file, or as several (shards).
 
   rotbits encode --checkpoint=DIR --output=FILE [--preset=free|exact|near|paper]
     [--max_kl=KL|--target_size=90MB|--bits=B] [--text=FILE]
-    [--base=DIR|FILE] [--adapter=DIR] [--same_files] [--shard_size=2GB]
+    [--base=DIR|FILE] [--same_files] [--shard_size=2GB]
     [--overwrite] [--verify] [--config=NAME|FILE] [--distributed] [--json] [--verbose]
 
 Example:
@@ -25,8 +25,7 @@ safetensors, quantised ones rounded to float16. The presets:
          coordinates. The default for sliced checkpoints, which it makes two fifths
          smaller. On dense ones with RMSNorm and an untied head it saves about a bit
          an element more than exact, on others next to nothing.
-         Adapters that were trained on the input do not fit the decoded model,
-         unless --adapter carries them into its coordinates.
+         Adapters that were trained on the input do not fit the decoded model.
   near   changes the function a little and makes the file much smaller: elements are
          rounded to coarse steps. Measure the cost with `rotbits evaluate`.
   paper  rotates the weights at random and gets the bits of the rotations back, as in
@@ -67,24 +66,16 @@ base itself, which then follows by another --base:
   rotbits encode --checkpoint=TUNED --base=BASE --output=tuned.rotbits
   rotbits decode --input=tuned.rotbits --base=BASE --output=TUNED-again
 
-With --adapter, which may be given several times, `free` and `near` carry a LoRA adapter
-in PEFT's layout into the coordinates that they choose. `decode` writes it beside the
-weights, in a folder of the same name. Adapters that are more than products of two
-factors (DoRA, biases, whole modules) are refused.
-
-  rotbits encode --checkpoint=DIR --output=FILE --preset=free --adapter=LORA
-
 The file appears when it is complete. An existing file is replaced only with
---overwrite, and never one of the checkpoint, the base or an adapter. With --verify the
+--overwrite, and never one of the checkpoint or the base. With --verify the
 file is decoded before it appears; if the preset is `exact`, the result is compared with
 the checkpoint.
 
 A few layers at a time are in memory. A run that was killed or interrupted leaves the
 folder `.FILE.partial`, and continues after the last complete layer when the same
-command is given again, but for --preset=paper and runs with --text. The devices of this
-process share the layers. On several hosts that see one file system, run the command on
-each with --distributed: each host writes shards of its own layers. Outside of TPU VMs,
-say which process this is:
+command is given again, but for --preset=paper and runs with --text. On
+several hosts that see one file system, run the command on each with --distributed: each
+host writes shards of its own layers. Outside of TPU VMs, say which process this is:
 
   rotbits encode --checkpoint=DIR --output=FILE --distributed \
     --coordinator=HOST:PORT --num_processes=2 --process_id=0
@@ -120,7 +111,6 @@ from typing import Any, Literal, NamedTuple
 
 from absl import flags
 import jax
-import numpy as np
 
 import rotbits_jax
 from rotbits_jax import checkpoints
@@ -148,7 +138,6 @@ _PRESET = FLAGS.add(
   tuple(presets.known()),
 )
 _BASE = FLAGS.bases()
-_ADAPTER = FLAGS.adapters()
 _CONFIG = FLAGS.config('A preset with its options: a name or a file.')
 _MAX_KL = FLAGS.add(
   'max_kl',
@@ -331,15 +320,13 @@ def read_choice(name: str, elements: int) -> PresetChoice:
       raise ValueError(f'--{flag.name} is not for --preset={name}')
   encode_lib.Output(
     _OUTPUT.value,
-    inputs=[_CHECKPOINT.value, *(_ADAPTER.value or ())],
+    inputs=[_CHECKPOINT.value],
     shard_size=program.parse_size('shard_size', _SHARD_SIZE.value),
     overwrite=_OVERWRITE.value,
   )
   found: steps.SearchResult | steps.Calibration | None = None
   if text is not None:
     opened = checkpoints.open_checkpoint(_CHECKPOINT.value)
-    for path in _ADAPTER.value or ():
-      checkpoints.read_adapter(path, opened)
     tokens = program.read_tokens(opened.files, opened.config, program.read_text(text))
     settings: Any = options | {
       'max_tokens': _MAX_TOKENS.value,
@@ -410,9 +397,7 @@ def main() -> program.Result | None:
     preset=name,
     target_size=choice.target_size,
     base=_BASE.value,
-    adapters=_ADAPTER.value or (),
     shard_size=shard_size,
-    mesh=local_mesh(),
     overwrite=_OVERWRITE.value,
     check=_VERIFY.value,
     progress=True,
@@ -440,14 +425,11 @@ def main() -> program.Result | None:
         'the weights come back as safetensors; with --same_files they come back in the '
         'files that they are in'
       )
-  if _ADAPTER.value:
-    paths = ', '.join(_ADAPTER.value)
-    parts.append(program.printable(f'carried into the new coordinates: {paths}'))
-  elif checkpoints.ADAPTER_CONFIG in source.files:
+  if checkpoints.ADAPTER_CONFIG in source.files:
     fits = 'fits' if choice.keeps == 'bits' else 'does not fit'
     parts.append(
       f'the folder holds an adapter ({checkpoints.ADAPTER_CONFIG}), which {fits} the '
-      'decoded weights of its model: free and near carry it with --adapter=DIR'
+      'decoded weights of its model'
     )
   if reason is not None:
     parts.append(program.printable(f'stored as plain tensors, because {reason}'))
@@ -472,11 +454,3 @@ def _check_coordinator() -> None:
   port = re.fullmatch(r'.+:([0-9]{1,5})', address)
   if port is None or not 0 < int(port[1]) < 1 << 16:
     raise ValueError(f'--coordinator must be HOST:PORT, got {address!r}')
-
-
-def local_mesh() -> jax.sharding.Mesh | None:
-  """Returns a mesh of the devices of this process; None if there is only one."""
-  devices = jax.local_devices()
-  if len(devices) == 1:
-    return None
-  return jax.sharding.Mesh(np.array(devices), ('layers',))

@@ -122,17 +122,6 @@ class Flags:
       flag_values=self.values,
     )
 
-  def adapters(self) -> flags.FlagHolder[Any]:
-    """Defines the flag --adapter, which may be given several times."""
-    self._sources.append('adapter')
-    return flags.DEFINE_multi_string(
-      'adapter',
-      None,
-      'A LoRA adapter in the layout of PEFT, whose config and weights are carried into '
-      'the coordinates of --preset=free or near; other files in its folder are not.',
-      flag_values=self.values,
-    )
-
   def config(self, help: str) -> flags.FlagHolder[Any]:
     """Defines the flag --config: the path or the name of a config file."""
     from ml_collections import config_flags  # slow to import

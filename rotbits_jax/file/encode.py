@@ -43,7 +43,7 @@ class Output:
 
     Args:
       path: path of the output.
-      inputs: the checkpoint, its base and adapters, see `inputs.check`.
+      inputs: the checkpoint and its base, see `inputs.check`.
       shard_size: see `api.encode_to_file`.
       overwrite: whether existing files may be replaced.
 

@@ -16,8 +16,8 @@ def check(targets: Iterable[pathlib.Path], inputs: Iterable[Any]) -> None:
 
   Args:
     targets: the files that are written, if they exist.
-    inputs: paths of checkpoints, adapters and encoded files; opened checkpoints and
-      files, with the bases of these; or lists of inputs. Those in memory are ignored.
+    inputs: paths of checkpoints and encoded files; opened checkpoints and files, with
+      the bases of these; or lists of inputs. Those in memory are ignored.
 
   Raises:
     ValueError: if one would be replaced.

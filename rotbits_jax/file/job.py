@@ -65,7 +65,6 @@ class Job:
     self,
     source: sources.Source,
     preset: presets.Preset,
-    mesh: jax.sharding.Mesh | None = None,
     base: base_lib.Base | None = None,
   ):
     """Checks the source, before the work.
@@ -73,7 +72,6 @@ class Job:
     Args:
       source: the input.
       preset: how to encode it.
-      mesh: devices along one axis, 'layers', that share the layers.
       base: see the class.
 
     Raises:
@@ -100,7 +98,7 @@ class Job:
         raise ValueError(f'{missing[0]}: the model lacks it')
     for name in source.records:
       self._check_record(name)
-    self._context = self._made_context(mesh)
+    self._context = self._made_context()
     if isinstance(coder, coders.ModelCoder):
       coder.refuse(self.source)
     dtypes = self._context.dtypes if self._context else {}
@@ -182,7 +180,7 @@ class Job:
     for writer in writers.values():
       writer.finish()
 
-  def _made_context(self, mesh: jax.sharding.Mesh | None) -> passes.Context | None:
+  def _made_context(self) -> passes.Context | None:
     """Returns the context of the transform; None for arrays of no known family."""
     source: Any = self.source
     preset = self.preset
@@ -194,7 +192,7 @@ class Job:
           'known family; the preset exact stores plain arrays'
         )
       return None
-    return passes.make_context(self._records, stored_as=source.stored_as, mesh=mesh)
+    return passes.make_context(self._records, stored_as=source.stored_as)
 
   def _find_recipe(self, base: base_lib.Base) -> recipe_lib.Recipe | None:
     """Returns the model as products with the base; None if it was not sliced from it.

@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from rotbits_jax import checkpoints
 from rotbits_jax import models
 from rotbits_jax import passes
 from rotbits_jax import structured
@@ -90,15 +89,10 @@ def compare_files(reader: reader_lib.Reader, expected: sources.Source) -> None:
   """Compares the other files of a checkpoint.
 
   Raises:
-    ContainerError: naming a file that differs, unless it is that of an adapter.
+    ContainerError: naming a file that differs.
   """
   own = reader.files()
-  # An adapter that `free` carried fits other coordinates than that of the checkpoint.
-  end, keeps_bits = f'/{checkpoints.ADAPTER_CONFIG}', reader.keeps == 'bits'
-  folders = [x.removesuffix(end) for x in own if x.endswith(end) and not keeps_bits]
   for name in sorted(own.keys() | expected.files.keys()):
-    if name.rpartition('/')[0] in folders:
-      continue
     if own.get(name) != expected.files.get(name):
       raise ContainerError(f'{name}: differs from that of the checkpoint')
 

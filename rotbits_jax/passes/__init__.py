@@ -24,7 +24,6 @@ The modules, in the order of reading:
     noise       the change that rounding alone makes, as a yardstick
 """
 
-from rotbits_jax.passes.adapters import carry
 from rotbits_jax.passes.biases import remove_biases
 from rotbits_jax.passes.heads import remove_query_key_gauge
 from rotbits_jax.passes.heads import remove_value_gauge
@@ -83,7 +82,6 @@ __all__ = [
   'Saving',
   'State',
   'Transform',
-  'carry',
   'chain',
   'count_model',
   'is_matrix',

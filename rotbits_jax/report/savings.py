@@ -121,14 +121,11 @@ class Report(NamedTuple):
       return base
     same = 'the same' if self.keeps == 'function' else 'nearly the same'
     up_to = 'up to rounding, ' if self.keeps == 'function' else ''
-    carries = self.preset in ('free', 'near') and not self.needs
-    cure = 'Merge them first, give them to encode with --adapter, or '
     remarks = [
       *base,
       f'The decoded model computes {same} function {up_to}in other coordinates: its '
       'weights are not those of the input. Adapters (LoRA) that were trained on the '
-      f'input do not fit it. {cure if carries else "Merge them first or "}use the '
-      'preset exact.',
+      f'input do not fit it. Merge them first or use the preset exact.',
     ]
     if self.keeps == 'approximation':
       remarks.append('Measure how much it differs with `rotbits evaluate`.')
