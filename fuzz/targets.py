@@ -117,7 +117,11 @@ def _decode(path: pathlib.Path) -> None:
 
 def _is_small(leaf: Any) -> bool:
   """Returns whether a leaf can be materialized here."""
-  if not structured.is_structured(leaf) or leaf.needs or leaf.needs_base:
+  if (
+    not structured.is_structured(leaf)
+    or leaf.needs
+    or leaf.origin is structured.Origin.KNOWN
+  ):
     return False
   return math.prod(leaf.shape) <= _SMALL
 
@@ -149,7 +153,11 @@ def _leaf(data: bytes) -> None:
   leaf = cls.from_stored(settings, named)
   structured.stack_key(leaf)
   leaf.stored_sizes()
-  if leaf.needs_base and math.prod(leaf.shape) <= _SMALL:
+  if (
+    leaf.origin is structured.Origin.KNOWN
+    and not leaf.needs
+    and math.prod(leaf.shape) <= _SMALL
+  ):
     with contextlib.suppress(ValueError):  # the elements are those of another base
       leaf.materialize(np.ones(leaf.shape, leaf.dtype))
   if _is_small(leaf):

@@ -117,7 +117,7 @@ class TreeTest(parameterized.TestCase):
             rotbits_jax.encode({'a': {'b': leaf}})
           continue
         decoded = rotbits_jax.decode(rotbits_jax.encode({'a': {'b': leaf}}))
-        if leaf.expands_on_reading:
+        if leaf.origin.is_in_files:
           leaf = np.asarray(leaf.materialize())
         else:
           with self.assertRaisesRegex(ValueError, r'^a/b: it cannot be stored: '):

@@ -106,7 +106,9 @@ class Base:
   def _has_fixed_bits(self, path: str) -> bool:
     """Returns whether each machine finds the same bits in the array of a path."""
     leaf = self._leaf(path)
-    return not structured.is_structured(leaf) or leaf.has_fixed_bits
+    return (
+      not structured.is_structured(leaf) or leaf.origin is not structured.Origin.SUMMED
+    )
 
   def _array(self, path: str) -> np.ndarray:
     leaf = self._leaf(path)

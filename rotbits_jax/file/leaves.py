@@ -135,10 +135,11 @@ class Leaf:
     ):
       raise ValueError(f'{self.path}: an array has fields of a structured leaf')
     cls = self.leaf_class
-    if cls is not None and cls.expands_on_reading != (self.crc32 is not None):
+    if cls is not None and cls.origin.is_in_files != (self.crc32 is not None):
       raise ValueError(f'{self.path}: leaves of its type have a checksum, or have none')
-    bases = (self.base is not None) + (self.product is not None)
-    if cls is not None and bases != cls.needs_base:
+    known = (self.base is not None) + (self.product is not None) + bool(self.needs)
+    is_known = cls is not None and cls.origin is structured.Origin.KNOWN
+    if cls is not None and (known != 1 if is_known else self.base or self.product):
       raise ValueError(f'{self.path}: leaves of its type need a base, or need none')
     is_of_layer = models.names.layer_index(self.path) is not None
     if self.needs and not self.is_array and is_of_layer:
@@ -171,7 +172,7 @@ class Leaf:
       raise ValueError('the leaf differs from the manifest')
     if leaf.needs != self.needs:
       raise ValueError('the leaf needs other parameters than the manifest says')
-    if cls.needs_base:
+    if cls.origin is structured.Origin.KNOWN and not self.needs:
       leaf.check_needed(self.shape if self.base is None else self.base.shape)
     return leaf
 

@@ -129,6 +129,6 @@ def unflatten_like(like: Any, found: Tree) -> Any:
 def _in_file(leaf: Any) -> Any:
   """Returns the spec of an array for a structured leaf that files do not give back."""
   is_leaf = structured.is_structured(leaf)
-  if is_leaf and (leaf.expands_on_writing or leaf.expands_on_reading):
+  if is_leaf and (leaf.expands_on_writing or leaf.origin.is_in_files):
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
   return leaf

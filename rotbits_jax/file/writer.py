@@ -276,7 +276,7 @@ def entry_of(
     if not structured.same_bits(type(leaf).from_stored(settings, arrays), leaf):
       raise ValueError(f'a leaf of type {type_name!r} cannot store all of this value')
     crc32 = None
-    if leaf.expands_on_reading:
+    if leaf.origin.is_in_files:
       array = leaf.materialize(*map(resolve, leaf.needs))
       crc32 = checksums.of_array(jax.device_get(array))
     return _entry_of_leaf(path, leaf, (settings, arrays), crc32)

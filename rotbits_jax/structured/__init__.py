@@ -20,6 +20,7 @@ To add a leaf, write a dataclass with annotated fields, see `fields`, and `regis
 """
 
 from rotbits_jax.structured.base import TYPES
+from rotbits_jax.structured.base import Origin
 from rotbits_jax.structured.base import Structured
 from rotbits_jax.structured.base import floating
 from rotbits_jax.structured.base import register
@@ -76,6 +77,7 @@ __all__ = [
   'LowRank',
   'Lower',
   'Matrix',
+  'Origin',
   'Patched',
   'Quantized',
   'ReducedLowRank',

@@ -6,6 +6,7 @@ array but stores fewer numbers; `structured` gives an overview.
 
 import abc
 from collections.abc import Callable, Mapping
+import enum
 import types
 from typing import Any, ClassVar, Self
 
@@ -17,6 +18,31 @@ from rotbits_jax.structured import fields
 from rotbits_jax.structured.fields import Arrays
 from rotbits_jax.structured.fields import Settings
 from rotbits_jax.system import host
+
+
+class Origin(enum.Enum):
+  """Where the array of a leaf comes from, and when it takes the place of the leaf.
+
+  Attributes:
+    SUMMED: The leaf is a parameter of the model. `materialize` sums products in
+      float32, so the last bits of the array depend on the machine.
+    COPIED: The leaf is a parameter of the model. Each machine computes the same bits.
+    FILE: Only files hold the leaf. The reader puts the array in its place, and each
+      machine computes the same bits.
+    KNOWN: Like `FILE`, but the array is computed from another one that the reader
+      knows: an array of a base, a product of such arrays, or a parameter that `needs`
+      names.
+  """
+
+  SUMMED = enum.auto()
+  COPIED = enum.auto()
+  FILE = enum.auto()
+  KNOWN = enum.auto()
+
+  @property
+  def is_in_files(self) -> bool:
+    """Whether only files hold such leaves."""
+    return self in (Origin.FILE, Origin.KNOWN)
 
 
 class Structured(abc.ABC):
@@ -32,13 +58,9 @@ class Structured(abc.ABC):
   Attributes:
     type_name: name of the class in the file format.
     needs: paths of the parameters that `materialize` takes, as in 'head/kernel'.
-    needs_base: whether `materialize` takes an array of a base, see `relative`.
+    origin: where the array comes from, and when it takes the place of the leaf.
     columns_first: whether the checksums of the array and of that of the base are those
       of their transposes.
-    expands_on_reading: whether the file reader puts the array in the place of the leaf.
-      It is then computed on the host, and transforms do not change the leaf.
-    has_fixed_bits: whether each machine computes the array to the same bits. Those of
-      sums in float32 depend on it.
     expands_on_writing: whether the encoder puts the array in the place of the leaf,
       because only memory holds such leaves.
     config_fields: the field of `ModelConfig` that a setting must equal, by the name of
@@ -47,10 +69,8 @@ class Structured(abc.ABC):
 
   type_name: ClassVar[str]
   needs: ClassVar[tuple[str, ...]] = ()
-  needs_base: ClassVar[bool] = False
+  origin: ClassVar[Origin] = Origin.SUMMED
   columns_first: bool = False
-  expands_on_reading: ClassVar[bool] = False
-  has_fixed_bits: ClassVar[bool] = False
   expands_on_writing: ClassVar[bool] = False
   config_fields: ClassVar[Mapping[str, str]] = types.MappingProxyType({})
 

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rotbits_jax.structured.base import Origin
 from rotbits_jax.structured.base import Structured
 from rotbits_jax.structured.base import register
 from rotbits_jax.structured.fields import Array
@@ -37,7 +38,7 @@ class Constant(Structured):
   """
 
   type_name: ClassVar[str] = 'constant'
-  has_fixed_bits: ClassVar[bool] = True
+  origin: ClassVar[Origin] = Origin.COPIED
 
   value: Annotated[Any, Array(0)]
   tail: tuple[Length, ...] = static()

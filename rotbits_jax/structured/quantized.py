@@ -12,6 +12,7 @@ from flax import struct
 import jax.numpy as jnp
 import numpy as np
 
+from rotbits_jax.structured.base import Origin
 from rotbits_jax.structured.base import Structured
 from rotbits_jax.structured.base import register
 from rotbits_jax.structured.fields import Array
@@ -46,8 +47,7 @@ class Quantized(Structured):
   """
 
   type_name: ClassVar[str] = 'quantized'
-  expands_on_reading: ClassVar[bool] = True
-  has_fixed_bits: ClassVar[bool] = True
+  origin: ClassVar[Origin] = Origin.FILE
 
   codes: Annotated[Any, Array(2)]
   scales: Annotated[Any, Array(2)]

@@ -35,6 +35,7 @@ from rotbits_jax.coding.weights import line_sums
 from rotbits_jax.coding.weights import pool
 from rotbits_jax.structured import division
 from rotbits_jax.structured import ulps
+from rotbits_jax.structured.base import Origin
 from rotbits_jax.structured.base import Structured
 from rotbits_jax.structured.base import register
 from rotbits_jax.structured.fields import Array
@@ -103,9 +104,7 @@ def _fits_shape(lengths: tuple[int, ...], shape: tuple[int, ...]) -> bool:
 class _BesideBase(Structured):
   """An array that is made from one of the base. No rounding changes its integers."""
 
-  expands_on_reading: ClassVar[bool] = True
-  has_fixed_bits: ClassVar[bool] = True
-  needs_base: ClassVar[bool] = True
+  origin: ClassVar[Origin] = Origin.KNOWN
   lengths: tuple[int, ...]
   name: str
 

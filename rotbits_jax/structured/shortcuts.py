@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rotbits_jax.structured.base import Origin
 from rotbits_jax.structured.base import Structured
 from rotbits_jax.structured.base import register
 from rotbits_jax.structured.fields import Array
@@ -185,7 +186,7 @@ class TrapezoidalRows(Structured):
   """
 
   type_name: ClassVar[str] = 'trapezoidal_rows'
-  has_fixed_bits: ClassVar[bool] = True
+  origin: ClassVar[Origin] = Origin.COPIED
 
   full: Annotated[Any, Array(2, optional=True)]
   lower: Lower

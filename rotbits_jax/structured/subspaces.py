@@ -33,6 +33,7 @@ from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 from flax import struct
 import numpy as np
 
+from rotbits_jax.structured.base import Origin
 from rotbits_jax.structured.base import Structured
 from rotbits_jax.structured.base import register
 from rotbits_jax.structured.fields import Array
@@ -55,8 +56,7 @@ Step = Annotated[int, schema.between(1, _ONE)]
 class _OfSubspace(Structured):
   """A basis `[D, d]` in units of 2^-UNIT, which readers need to compute tensors."""
 
-  expands_on_reading: ClassVar[bool] = True
-  has_fixed_bits: ClassVar[bool] = True
+  origin: ClassVar[Origin] = Origin.FILE
   step: int
 
   @property

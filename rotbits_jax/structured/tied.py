@@ -21,6 +21,7 @@ import numpy as np
 
 from rotbits_jax.coding.weights import buffers
 from rotbits_jax.structured import ulps
+from rotbits_jax.structured.base import Origin
 from rotbits_jax.structured.base import Structured
 from rotbits_jax.structured.base import register
 from rotbits_jax.structured.fields import Array
@@ -119,8 +120,7 @@ class TiedExactly(_OfHead):
   """
 
   type_name: ClassVar[str] = 'tied_exactly'
-  expands_on_reading: ClassVar[bool] = True
-  has_fixed_bits: ClassVar[bool] = True
+  origin: ClassVar[Origin] = Origin.KNOWN
 
   map: Annotated[Any, Array(2, np.dtype(np.int32))]
   shifts: Annotated[Any, Array(1, np.dtype(np.int16))]

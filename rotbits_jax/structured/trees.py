@@ -17,7 +17,7 @@ def is_structured(leaf: Any) -> bool:
 
 def is_in_files(leaf: Any) -> bool:
   """Returns whether a leaf stands for an array in files only."""
-  return is_structured(leaf) and leaf.expands_on_reading
+  return is_structured(leaf) and leaf.origin.is_in_files
 
 
 def is_plain(leaf: Any) -> bool:
@@ -47,7 +47,7 @@ def materialize(tree: Any, *, keep_factors: bool = False) -> Any:
     if not is_structured(leaf) or (keep_factors and leaf.factored is not None):
       return leaf
     # Bits of leaves that stand for arrays in files do not depend on a compiler.
-    return leaf.materialize() if leaf.expands_on_reading else _materialize(leaf)
+    return leaf.materialize() if leaf.origin.is_in_files else _materialize(leaf)
 
   return jax.tree.map(array, tree, is_leaf=is_structured)
 

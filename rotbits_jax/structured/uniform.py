@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rotbits_jax.structured.base import Origin
 from rotbits_jax.structured.base import Structured
 from rotbits_jax.structured.base import register
 from rotbits_jax.structured.fields import Array
@@ -47,7 +48,7 @@ class UniformlyQuantized(Structured):
   """
 
   type_name: ClassVar[str] = 'uniformly_quantized'
-  has_fixed_bits: ClassVar[bool] = True
+  origin: ClassVar[Origin] = Origin.COPIED
 
   integers: Annotated[Any, Array(2, np.int16)]
   step: Annotated[Any, Array(0, np.float32)]
