@@ -41,6 +41,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import base_parts
+from benchmarks import charts
 from benchmarks import demo
 from benchmarks import large
 from benchmarks import packages
@@ -50,7 +51,6 @@ from rotbits_jax import checkpoints
 from rotbits_jax import evaluation
 from rotbits_jax import passes
 from rotbits_jax.cli import program
-from rotbits_jax.report import charts
 
 FLAGS = flags.FlagValues()
 _BASE = flags.DEFINE_string('base', None, 'The base.', flag_values=FLAGS)

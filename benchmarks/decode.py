@@ -44,6 +44,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks import charts
 from benchmarks import demo
 from benchmarks import sections
 import rotbits_jax
@@ -54,7 +55,6 @@ from rotbits_jax.coding import weights
 from rotbits_jax.coding.weights import blocks
 from rotbits_jax.coding.weights import pool
 from rotbits_jax.file import container
-from rotbits_jax.report import charts
 from rotbits_jax.system import native
 
 FLAGS = flags.FlagValues()

@@ -31,13 +31,13 @@ from typing import NamedTuple
 
 from absl import flags
 
+from benchmarks import charts
 from benchmarks import sections
 from benchmarks import synthetic
 import rotbits_jax
 from rotbits_jax import checkpoints
 from rotbits_jax import models
 from rotbits_jax.cli import program
-from rotbits_jax.report import charts
 
 FLAGS = flags.FlagValues()
 _SIZES = flags.DEFINE_list(

@@ -34,6 +34,7 @@ from absl import flags
 import jax
 import numpy as np
 
+from benchmarks import charts
 from benchmarks import demo
 from benchmarks import formats
 from benchmarks import sections
@@ -45,7 +46,6 @@ from rotbits_jax import presets
 from rotbits_jax.cli import program
 from rotbits_jax.evaluation import perplexity
 from rotbits_jax.presets import steps as steps_lib
-from rotbits_jax.report import charts
 from rotbits_jax.system import outputs
 
 FLAGS = flags.FlagValues()

@@ -25,6 +25,7 @@ import numpy as np
 import safetensors.numpy
 
 from benchmarks import base
+from benchmarks import charts
 from benchmarks import decode
 from benchmarks import demo
 from benchmarks import formats
@@ -36,7 +37,6 @@ from rotbits_jax import evaluation
 from rotbits_jax import passes
 from rotbits_jax import presets
 from rotbits_jax.cli import program
-from rotbits_jax.report import charts
 
 FLAGS = flags.FlagValues()
 _CHECKPOINT = flags.DEFINE_string(

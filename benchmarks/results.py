@@ -25,7 +25,7 @@ from benchmarks import sections
 import rotbits_jax
 from rotbits_jax import evaluation
 from rotbits_jax.cli import program
-from rotbits_jax.report import savings
+from rotbits_jax.file import savings
 from rotbits_jax.system import outputs
 
 FLAGS = flags.FlagValues()
@@ -126,7 +126,7 @@ def small_section(rows: list[demo.Row], tokens: str) -> str:
 
 def where_section(report: savings.Report, name: str) -> str:
   """Returns what each transform saves of one checkpoint."""
-  lines = report._replace(notes={}).to_text(width=88).split('\n\n')[0]
+  lines = report._replace(notes={}).to_text().split('\n\n')[0]
   return f'`free` on {name}:\n\n```\n{lines}\n```\n'
 
 

@@ -28,7 +28,6 @@ import rotbits_jax
 from rotbits_jax import checkpoints
 from rotbits_jax import models
 from rotbits_jax import passes
-from rotbits_jax import report as report_lib
 from rotbits_jax import structured
 from rotbits_jax.checkpoints import attributes
 from rotbits_jax.checkpoints import configs
@@ -44,6 +43,7 @@ from rotbits_jax.coding.bits_back import haar
 from rotbits_jax.coding.bits_back import permutation
 from rotbits_jax.coding.bits_back import rotation_codes
 from rotbits_jax.coding.bits_back import symmetric_eig
+from rotbits_jax.file import report as report_lib
 from rotbits_jax.file import writer
 from rotbits_jax.system import checksums
 from rotbits_jax.system import schema

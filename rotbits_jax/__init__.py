@@ -32,7 +32,6 @@ if TYPE_CHECKING:  # the imports of `__getattr__`
   from rotbits_jax import models as models
   from rotbits_jax import passes as passes
   from rotbits_jax import presets as presets
-  from rotbits_jax import report as report
   from rotbits_jax import slicing as slicing
   from rotbits_jax import structured as structured
   from rotbits_jax import symmetries as symmetries
@@ -59,7 +58,6 @@ if TYPE_CHECKING:  # the imports of `__getattr__`
   from rotbits_jax.models import ModelConfig as ModelConfig
   from rotbits_jax.presets import PRESETS as PRESETS
   from rotbits_jax.presets import Preset as Preset
-  from rotbits_jax.snapshots import prune_snapshots as prune_snapshots
   from rotbits_jax.snapshots import snapshot as snapshot
   from rotbits_jax.symmetries import canonicalize as canonicalize
 
@@ -73,7 +71,6 @@ _MODULES = (
   'models',
   'passes',
   'presets',
-  'report',
   'slicing',
   'structured',
   'symmetries',
@@ -99,7 +96,6 @@ _NAMES = {
   'load': 'api',
   'load_checkpoint': 'checkpoints',
   'open_checkpoint': 'checkpoints',
-  'prune_snapshots': 'snapshots',
   'read_tensor': 'api',
   'read_record': 'api',
   'save_checkpoint': 'checkpoints',

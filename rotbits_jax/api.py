@@ -22,11 +22,11 @@ from rotbits_jax.file import encode as encode_lib
 from rotbits_jax.file import job as job_lib
 from rotbits_jax.file import placement
 from rotbits_jax.file import reader as reader_lib
+from rotbits_jax.file import savings
 from rotbits_jax.file import sizing
 from rotbits_jax.file import sources
 from rotbits_jax.file import trees
 from rotbits_jax.file import verification
-from rotbits_jax.report import savings
 from rotbits_jax.system import host
 
 T = TypeVar('T')

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 import hashlib
 import json
 import pathlib
+import tempfile
 
 import jax.numpy as jnp
 from numpy.typing import DTypeLike
@@ -15,6 +16,7 @@ from rotbits_jax import file
 from rotbits_jax.file import directory
 from rotbits_jax.system import cache
 from rotbits_jax.system import host
+from rotbits_jax.system import outputs
 
 
 @host.own_settings()
@@ -24,18 +26,16 @@ def snapshot(
   *,
   format: checkpoints.Format | None = None,
   dtype: DTypeLike | None = None,
-  limit: int | None = None,
   progress: bool = False,
 ) -> pathlib.Path:
-  """Decodes a file to a folder of the user's cache, once.
+  """Decodes a file to a folder of the user's cache, unless it is there already.
 
-  The folder is for programs that load a checkpoint: transformers, vLLM, MaxText, Tunix,
-  Keras. It appears when it is complete, and processes that need the same one at the
-  same time decode it once. Do not write into it. The cache is the folder that the
-  variable ROTBITS_JAX_CACHE names, or `rotbits_jax` in XDG_CACHE_HOME or in ~/.cache.
+      AutoModel.from_pretrained(rotbits_jax.snapshot('model.rotbits'))
 
-  A folder is found by the checksums in the file, the base, the format, the dtype and
-  the version of this package, so that finding one reads the manifest and no weights.
+  The name of the folder is a digest of the checksums in the file and of the arguments.
+  The folder appears when it is complete. Do not write into it. It is in `snapshots` of
+  the folder that the variable ROTBITS_JAX_CACHE names, or of `rotbits_jax` in
+  XDG_CACHE_HOME or in ~/.cache.
 
   Args:
     path: the path of a file, or of shards.
@@ -44,8 +44,6 @@ def snapshot(
     format: see `checkpoints.save_checkpoint`. The default is 'transformers' for a
       sliced model, and the checkpoint's own layout for everything else.
     dtype: see `decode_to_directory`.
-    limit: greatest number of bytes of all snapshots, see `prune_snapshots`. The new one
-      stays in any case. By default none is removed.
     progress: whether to show the progress on stderr.
 
   Returns:
@@ -63,32 +61,17 @@ def snapshot(
       raise ValueError('the base of a snapshot must be on disk: give its path')
     sliced = reader.config is not None and reader.config.sliced
     format = format or ('transformers' if sliced else 'safetensors')
-    wanted = None if dtype is None else jnp.dtype(dtype).name
-    key = json.dumps([content, format, wanted, rotbits_jax.__version__])
-
-    def write(folder: pathlib.Path) -> None:
-      directory.write(reader, folder, format=format, dtype=dtype, progress=progress)
-
-    name = hashlib.sha256(key.encode()).hexdigest()[: cache.DIGITS]
-    found = cache.made(name, write, show=progress)
-  if limit is not None:
-    cache.prune(limit, keep=found)
-  return found
-
-
-def prune_snapshots(limit: int = 0) -> list[pathlib.Path]:
-  """Removes the folders of `snapshot` that were not used for the longest time.
-
-  A folder is used when `snapshot` returns it. One that is being written stays, and the
-  rest of one whose process was killed goes.
-
-  Args:
-    limit: greatest number of bytes of the folders that stay.
-
-  Returns:
-    The folders that were removed.
-
-  Raises:
-    OSError: if a folder cannot be removed.
-  """
-  return cache.prune(limit)
+    dtype_name = None if dtype is None else jnp.dtype(dtype).name
+    key = json.dumps([content, format, dtype_name, rotbits_jax.__version__])
+    folder = cache.root() / 'snapshots' / hashlib.sha256(key.encode()).hexdigest()
+    if not folder.is_dir():
+      folder.parent.mkdir(parents=True, exist_ok=True)
+      with tempfile.TemporaryDirectory(prefix='.', dir=folder.parent) as scratch:
+        written = pathlib.Path(scratch) / folder.name
+        directory.write(reader, written, format=format, dtype=dtype, progress=progress)
+        try:
+          outputs.move(written, folder)
+        except OSError:
+          if not folder.is_dir():  # else another process was faster
+            raise
+  return folder

@@ -857,20 +857,12 @@ class TestBadInput:
 
 
 class TestSnapshot:
-  def test_it_prints_the_folder_and_removes_others(
-    self, rotbits, tmp_path, monkeypatch, encoded
-  ):
+  def test_it_prints_the_folder(self, rotbits, tmp_path, monkeypatch, encoded):
     monkeypatch.setenv('ROTBITS_JAX_CACHE', str(tmp_path / 'cache'))
-    args = 'snapshot', f'--input={encoded / "exact"}'
-    code, out, _ = rotbits(*args)
+    code, out, _ = rotbits('snapshot', f'--input={encoded / "exact"}')
     folder = pathlib.Path(out.removesuffix('\n'))
     assert (code, folder.parent) == (0, tmp_path / 'cache/snapshots')
-    code, out, _ = rotbits(*args, '--dtype=float32', '--limit=1KB', '--json')
-    found = json.loads(out)
-    assert (code, found['removed']) == (0, [str(folder)])
-    weights = pathlib.Path(found['folder'], 'model.safetensors')
-    assert found['bytes'] > weights.stat().st_size > 0
-    assert rotbits('snapshot', '--limit=1KB') == (0, 'removed 1 snapshots\n', '')
+    assert (folder / 'config.json').exists()
 
 
 class TestProgram:

@@ -118,8 +118,8 @@ from rotbits_jax import presets
 from rotbits_jax.cli import program
 from rotbits_jax.file import encode as encode_lib
 from rotbits_jax.file import estimation
+from rotbits_jax.file import savings
 from rotbits_jax.presets import steps
-from rotbits_jax.report import savings
 from rotbits_jax.system import outputs
 from rotbits_jax.system import status
 from rotbits_jax.system import text as text_lib

@@ -16,7 +16,6 @@ import logging
 import os
 import pathlib
 import re
-import shutil
 import sys
 import traceback
 from typing import Any
@@ -28,8 +27,8 @@ import numpy as np
 import rotbits_jax
 from rotbits_jax import evaluation
 from rotbits_jax.cli import help as help_lib
+from rotbits_jax.file import savings
 from rotbits_jax.file import shards
-from rotbits_jax.report import savings
 from rotbits_jax.system import cache
 from rotbits_jax.system import config_files
 from rotbits_jax.system import host
@@ -245,10 +244,8 @@ def _keep_programs() -> None:
   """
   if jax.config.jax_compilation_cache_dir is not None:
     return
-  folder = cache.root()
-  if folder is None:
-    return
   try:
+    folder = cache.root()
     folder.mkdir(parents=True, exist_ok=True)
   except OSError:
     return
@@ -274,14 +271,9 @@ def warn(text: str) -> None:
   print(f'warning: {printable(text)}', file=sys.stderr)
 
 
-def terminal_width() -> int | None:
-  """Returns the columns of the terminal; None if stdout is a pipe or a file."""
-  return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
-
-
 def report_text(report: savings.Report, verbose: bool) -> str:
-  """Returns a report as text that fits the terminal, or all of it if `verbose`."""
-  return report.to_text(verbose=verbose, width=None if verbose else terminal_width())
+  """Returns a report as text."""
+  return report.to_text(verbose=verbose)
 
 
 def read_model(path: str, base: Any = None) -> rotbits_jax.Checkpoint:

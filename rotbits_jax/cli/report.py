@@ -18,9 +18,9 @@ JSON:
 """
 
 import rotbits_jax
-from rotbits_jax import report
 from rotbits_jax.cli import program
 from rotbits_jax.file import inputs
+from rotbits_jax.file import report
 from rotbits_jax.system import outputs
 
 FLAGS = program.Flags()

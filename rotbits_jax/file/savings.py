@@ -7,12 +7,14 @@ from typing import Any, NamedTuple
 from rotbits_jax import models
 from rotbits_jax import presets
 from rotbits_jax.file import leaves as leaves_lib
-from rotbits_jax.file import manifest as manifest_lib
 from rotbits_jax.file import reader as reader_lib
 from rotbits_jax.file import writer as writer_lib
-from rotbits_jax.file.container import ContainerError
 from rotbits_jax.system import schema
 from rotbits_jax.system import text
+
+_COLUMNS = 32  # of a table of notes, whose fields a stranger may have written
+_BAR = 18  # characters
+_WIDTH = 88
 
 
 class ReportLine(NamedTuple):
@@ -21,6 +23,24 @@ class ReportLine(NamedTuple):
   name: str
   elements_saved: int
   bytes_saved: int
+
+
+class Bar(NamedTuple):
+  """A bar of the waterfall from the bytes of the tensors to those of the file.
+
+  Attributes:
+    name: name of the step, 'tensors' or 'file'.
+    sign: '' for a whole size, '-' for saved bytes, '+' for added ones.
+    elements: number of elements.
+    nbytes: number of bytes, which is the length of the bar.
+    begin: where the bar begins, in bytes.
+  """
+
+  name: str
+  sign: str
+  elements: int
+  nbytes: int
+  begin: int
 
 
 BACK: dict[presets.Keeps, str] = {
@@ -73,60 +93,69 @@ class Report(NamedTuple):
     }
     return value | {'notes': self.notes} if verbose else value
 
-  def to_text(self, *, verbose: bool = False, width: int | None = None) -> str:
+  def bars(self) -> list[Bar]:
+    """Returns the bars from the tensors to the file; each begins where one ended."""
+    bytes_left = self.input_bytes
+    bars = [Bar('tensors', '', self.input_elements, bytes_left, 0)]
+    for line in self.lines:
+      after = bytes_left - line.bytes_saved
+      if line.bytes_saved or line.elements_saved:
+        bars.append(
+          Bar(
+            line.name,
+            '-' if line.bytes_saved >= 0 else '+',
+            -line.elements_saved,
+            abs(line.bytes_saved),
+            min(bytes_left, after),
+          )
+        )
+      bytes_left = after
+    return [*bars, Bar('file', '', self.stored_elements, self.file_bytes, 0)]
+
+  def to_text(self, *, verbose: bool = False) -> str:
     """Returns the report as tables for people.
 
     Args:
-      verbose: whether every note has a line, rather than layers of one kind.
-      width: the longest line, in characters; None for no limit.
+      verbose: whether every note has a line, rather than layers of one type.
     """
-
-    def row(name: str, elements: int, size: int, sign: str = '') -> str:
-      share = f'{100 * size / whole:{sign}8.2f}%' if (whole := self.input_bytes) else ''
-      count = f'{elements:{sign},}' if elements or not sign else ''
-      return f'{name:24}{count:>16}{size:{sign}18,}{share}'
-
-    lines = [
-      f'preset {self.preset}, '
-      + (f'family {self.family}' if self.family else 'plain tensors'),
-      f'{"":24}{"elements":>16}{"bytes":>18}',
-      row('tensors', self.input_elements, self.input_bytes),
-      *(
-        row(f'  {x.name}', -x.elements_saved, -x.bytes_saved, '+')
-        for x in self.lines
-        if x.elements_saved or x.bytes_saved
-      ),
-      row('file', self.stored_elements, self.file_bytes),
-    ]
+    family = f'family {self.family}' if self.family else 'plain tensors'
+    lines = [f'preset {self.preset}, {family}', f'{"":24}{"elements":>16}{"bytes":>18}']
+    bars = self.bars()
+    longest = max(1, *(bar.begin + bar.nbytes for bar in bars))
+    for bar in bars:
+      indent = '  ' if bar.sign else ''
+      elements = f'{bar.elements:{"+" if bar.sign else ""},}' if bar.elements else ''
+      size = f'{bar.sign}{bar.nbytes:,}'
+      share = f'{bar.sign}{100 * bar.nbytes / max(self.input_bytes, 1):.2f}%'
+      begin, end = (
+        round(_BAR * x / longest) for x in (bar.begin, bar.begin + bar.nbytes)
+      )
+      drawn = f'{"":{begin}}' + (bar.sign or '#') * max(end - begin, 1)
+      lines.append(f'{indent + bar.name:24}{elements:>16}{size:>18}{share:>9}  {drawn}')
     for name, notes in self.notes.items():
-      rows = _rows(notes) if verbose else summary(notes)
-      lines += ['', *_table(name, rows)]
+      lines += ['', *_table(name, notes if verbose else summary(notes))]
     lines = [text.printable(line) for line in lines]
-    if width is not None:
-      lines = [x if len(x) <= width else f'{x[: width - 3]}...' for x in lines]
     for remark in self.remarks():
-      lines += ['', *textwrap.wrap(remark, width or 88)]
+      lines += ['', *textwrap.wrap(remark, _WIDTH)]
     return '\n'.join(lines)
 
   def remarks(self) -> list[str]:
     """Returns remarks for users of the decoded weights, a sentence or two each."""
-    base = []
+    remarks = []
     if self.needs:
-      size, first = sum(_size(x) for x in self.needs.values()), next(iter(self.needs))
-      base.append(
+      size = sum(math.prod(array.shape) for array in self.needs.values())
+      remarks.append(
         f'The file needs {len(self.needs)} tensors of a base, {size:,} numbers, such '
-        f'as {first}: whoever decodes it passes that model with --base.'
+        f'as {next(iter(self.needs))}: whoever decodes it passes that model with '
+        '--base.'
       )
-    if self.keeps == 'bits':
-      return base
-    same = 'the same' if self.keeps == 'function' else 'nearly the same'
-    up_to = 'up to rounding, ' if self.keeps == 'function' else ''
-    remarks = [
-      *base,
-      f'The decoded model computes {same} function {up_to}in other coordinates: its '
-      'weights are not those of the input. Adapters (LoRA) that were trained on the '
-      f'input do not fit it. Merge them first or use the preset exact.',
-    ]
+    if self.keeps != 'bits':
+      same = 'the same' if self.keeps == 'function' else 'nearly the same'
+      remarks.append(
+        f'The decoded model computes {same} function in other weights. Adapters (LoRA) '
+        'that were trained on the input do not fit it: merge them first, or use the '
+        'preset exact.'
+      )
     if self.keeps == 'approximation':
       remarks.append('Measure how much it differs with `rotbits evaluate`.')
     return remarks
@@ -141,28 +170,27 @@ def summary(notes: list[dict[str, Any]]) -> list[dict[str, Any]]:
   Returns:
     Rows with `tensor` (an asterisk stands for the layer's number) and `form`; the count
     of tensors, the elements saved and the greatest error. Notes without a tensor get a
-    row for each kind, with the range of each number.
+    row for each type, with the range of each number.
   """
-  kinds: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+  groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
   for note in notes:
     words = {key: x for key, x in note.items() if isinstance(x, str)}
     if 'tensor' in words:
       words['tensor'] = models.names.pattern(words['tensor']).removesuffix('/kernel')
-    kinds.setdefault(tuple(words.items()), []).append(note)
+    groups.setdefault(tuple(words.items()), []).append(note)
   rows = []
-  for kind, own in kinds.items():
-    row: dict[str, Any] = dict(kind) | {'count': len(own)}
-    if all(note.get('shape') is not None for note in own):
-      whole = sum(math.prod(note['shape']) for note in own)
-      row['saved'] = whole - sum(note['elements'] for note in own)
+  for words_of_group, group in groups.items():
+    row: dict[str, Any] = dict(words_of_group) | {'count': len(group)}
+    if all(note.get('shape') is not None for note in group):
+      whole = sum(math.prod(note['shape']) for note in group)
+      row['saved'] = whole - sum(note['elements'] for note in group)
     else:
-      numbers = [key for key, x in own[0].items() if not isinstance(x, str)]
-      for key in numbers:
-        found = [note[key] for note in own if note.get(key) is not None]
-        if all(isinstance(x, (int, float)) for x in found) and found:
-          least, most = min(found), max(found)
+      for key in [key for key, x in group[0].items() if not isinstance(x, str)]:
+        values = [note[key] for note in group if note.get(key) is not None]
+        if values and all(isinstance(x, int | float) for x in values):
+          least, most = min(values), max(values)
           row[key] = least if least == most else f'{_cell(least)} to {_cell(most)}'
-    errors = [note['error'] for note in own if note.get('error') is not None]
+    errors = [note['error'] for note in group if note.get('error') is not None]
     if errors:
       row['error'] = max(errors)
     rows.append(row)
@@ -170,34 +198,22 @@ def summary(notes: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def from_reader(reader: reader_lib.Reader) -> Report:
-  """Makes the report on an opened file, or on all its shards.
-
-  Raises:
-    ContainerError: if all notes of one name have more different fields than those of a
-      saving may have.
-  """
-  holders: list[Any] = list(reader.records.values())
-  holders += [own.message for own in reader.manifests if own.message is not None]
+  """Makes the report on an opened file, or on all its shards."""
+  entries: list[Any] = list(reader.records.values())
+  entries += [x.message for x in reader.manifests if x.message is not None]
   lines: dict[str, ReportLine] = {}
   notes: dict[str, list[dict[str, Any]]] = {}
-  for saving in (saving for holder in holders for saving in holder.savings):
+  for saving in (saving for entry in entries for saving in entry.savings):
     _, elements, size = lines.get(saving.name, ReportLine(saving.name, 0, 0))
     lines[saving.name] = ReportLine(
       saving.name, elements + saving.elements, size + saving.bytes
     )
     if saving.notes:
       notes.setdefault(saving.name, []).extend(saving.notes)
-  for name, own in notes.items():
-    # A table has a column for each.
-    if len(set().union(*own)) > manifest_lib.MOST_FIELDS:
-      raise ContainerError(
-        f'savings: the notes of {name!r:.100} must have at most '
-        f'{manifest_lib.MOST_FIELDS} different fields'
-      )
-  input_elements = sum(holder.input.elements for holder in holders)
-  input_bytes = sum(holder.input.bytes for holder in holders)
+  input_elements = sum(entry.input.elements for entry in entries)
+  input_bytes = sum(entry.input.bytes for entry in entries)
   uncoded_bytes = input_bytes - sum(line.bytes_saved for line in lines.values())
-  other_bytes = sum(x.nbytes for own in reader.manifests for x in own.files.values())
+  other_bytes = sum(x.nbytes for y in reader.manifests for x in y.files.values())
   coded_bytes = reader.stream_bytes() - other_bytes
   return Report(
     preset=reader.preset,
@@ -234,18 +250,9 @@ def _beside_base(reader: reader_lib.Reader) -> dict[str, list[dict[str, Any]]]:
   return {writer_lib.BESIDE: notes}
 
 
-def _size(array: leaves_lib.BaseArray) -> int:
-  return math.prod(array.shape)
-
-
-def _rows(notes: list[dict[str, Any]]) -> list[dict[str, Any]]:
-  """Returns the notes with their first one's keys."""
-  return [{key: note.get(key) for key in notes[0]} for note in notes]
-
-
 def _table(name: str, rows: list[dict[str, Any]]) -> list[str]:
   """Returns the lines of a table with a column for every key of a row."""
-  header = list(dict.fromkeys(key for row in rows for key in row))
+  header = list(dict.fromkeys(key for row in rows for key in row))[:_COLUMNS]
   cells = [header] + [[_cell(row.get(key)) for key in header] for row in rows]
   widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
   lines = [
@@ -256,6 +263,7 @@ def _table(name: str, rows: list[dict[str, Any]]) -> list[str]:
 
 
 def _cell(value: Any) -> str:
+  """Returns a value of a note as text."""
   if isinstance(value, list):
     return ' x '.join(str(v) for v in value)
   if isinstance(value, int):
