@@ -31,7 +31,6 @@ from rotbits_jax.file import estimation
 from rotbits_jax.file import verification
 from rotbits_jax.passes import tied
 from rotbits_jax.presets import steps
-from tests import golden
 from tests import random_models
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -423,13 +422,6 @@ class TestInspect:
     assert [int(row[2]) for row in rows] == [config.num_layers] * 2
     assert 'layers.0' not in out
     assert 'Adapters' in out
-
-  def test_it_fits_the_terminal(self, rotbits, encoded, monkeypatch):
-    monkeypatch.setattr(program, 'terminal_width', lambda: 60)
-    paths = [golden.file_of('v4/paper'), *encoded.iterdir()]
-    for path in paths:
-      _, out, _ = rotbits('inspect', f'--input={path}')
-      assert max(map(len, out.splitlines())) <= 60
 
   def test_verbose_reports_every_shortcut(self, rotbits, encoded):
     code, out, _ = rotbits('inspect', f'--input={encoded / "free"}', '-v')

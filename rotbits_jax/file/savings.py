@@ -131,7 +131,9 @@ class Report(NamedTuple):
         round(_BAR * x / longest) for x in (bar.begin, bar.begin + bar.nbytes)
       )
       drawn = f'{"":{begin}}' + (bar.sign or '#') * max(end - begin, 1)
-      lines.append(f'{indent + bar.name:24}{elements:>16}{size:>18}{share:>9}  {drawn}')
+      lines.append(
+        f'{indent + bar.name:24}{elements:>16}{size:>18} {share:>8}  {drawn}'
+      )
     for name, notes in self.notes.items():
       lines += ['', *_table(name, notes if verbose else summary(notes))]
     lines = [text.printable(line) for line in lines]
