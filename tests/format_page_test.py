@@ -99,7 +99,6 @@ def whole_manifest():
     'files': {'x': DEFLATED},
     'weights': (weights_file(),),
     'dtypes': {'': 'float16'},
-    'plugins': (manifest.Plugin(group='leaves', name='x', package='x'),),
   }
   written = without_defaults(manifest.Manifest, **fields)
   # A file has a config, and perhaps a message, or weights files.

@@ -1,7 +1,6 @@
 """Presets by name, their options, and presets of other packages."""
 
 import json
-import os
 import pathlib
 import re
 import subprocess
@@ -17,27 +16,6 @@ from rotbits_jax import presets
 ROOT = pathlib.Path(__file__).parents[1]
 SLICED = ROOT / 'tests' / 'testdata' / 'llama-tiny-sliced-head-0.25'
 # What another package needs for a preset: this file and an entry point.
-PACKAGE = '''
-from typing import Literal
-
-from rotbits_jax import passes
-from rotbits_jax import presets
-
-
-def plain(*, gauge: Literal['free', 'kept'] = 'kept') -> presets.Preset:
-  """Makes a preset that rounds once.
-
-  Args:
-    gauge: what becomes of the gauges.
-  """
-  made = presets.free()
-  kept = presets.exact().transform
-  return made._replace(
-    name='plain',
-    options={'gauge': gauge},
-    transform=made.transform if gauge == 'free' else kept,
-  )
-'''
 
 
 class TestMake:
@@ -104,38 +82,3 @@ def test_every_name_of_the_package_is_known_to_type_checkers():
   source = pathlib.Path(rotbits_jax.__file__).read_text()
   names = set(re.findall(r'^  from [\w.]+ import (\w+) as \1', source, re.M))
   assert names == set(rotbits_jax.__all__)
-
-
-def test_another_package_adds_a_preset(tmp_path):
-  (tmp_path / 'plain_preset.py').write_text(PACKAGE)
-  metadata = tmp_path / 'plain_preset-1.0.dist-info'
-  metadata.mkdir()
-  (metadata / 'METADATA').write_text('Name: plain-preset\nVersion: 1.0\n')
-  entry = '[rotbits_jax.presets]\nplain = plain_preset:plain\n'
-  (metadata / 'entry_points.txt').write_text(entry)
-
-  flags = [f'--checkpoint={SLICED}', f'--output={tmp_path / "out"}', '--json']
-  flags += ['--preset=plain', '--gauge=free']
-  program = f"""
-import sys
-from rotbits_jax.cli import main
-for args in ['--help'], {flags!r}:
-  sys.argv = ['rotbits', 'encode', *args]
-  assert main.main() == 0
-"""
-  output = subprocess.run(
-    [sys.executable, '-c', program],
-    capture_output=True,
-    check=True,
-    env=os.environ | {'PYTHONPATH': os.pathsep.join([str(tmp_path), str(ROOT)])},
-    text=True,
-  ).stdout
-  help = ' '.join(output.split())
-  own = (
-    r'only with --preset=plain: --gauge=\S+ What becomes of the gauges; kept by default'
-  )
-  assert re.search(own, help)
-  report = json.loads(output.splitlines()[-1])
-  assert report['preset'] == 'plain'
-  # Nothing is needed to read the file.
-  assert rotbits_jax.decode(tmp_path / 'out').config.num_layers == 3

@@ -135,7 +135,7 @@ _OUTPUT = FLAGS.add('output', 'The file to write.', required=True)
 _PRESET = FLAGS.add(
   'preset',
   'What to remove; by default free for sliced checkpoints and exact for others.',
-  tuple(presets.known()),
+  tuple(presets.PRESETS),
 )
 _BASE = FLAGS.bases()
 _CONFIG = FLAGS.config('A preset with its options: a name or a file.')
@@ -203,7 +203,7 @@ def _define_options() -> dict[str, _Option]:
   option has none if another flag has its name, or if it has another type in an earlier
   preset.
   """
-  known, others = presets.known(), {*FLAGS.values}
+  known, others = presets.PRESETS, {*FLAGS.values}
   kinds, owners = dict[str, Any](), dict[str, list[str]]()
   for preset, factory in known.items():
     try:

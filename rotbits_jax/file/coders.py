@@ -1,7 +1,6 @@
 """Coders by their names in files: of the arrays of a record, or of a whole model.
 
-The coder of records is `coding.weights`. A package adds another one as an entry point
-of the group `rotbits_jax.coders`, see `system.plugins`, or registers it:
+The coder of records is `coding.weights`. Another package registers its own:
 
     coders.register(coders.RecordCoder('zstd', Spec, encode, decode))
     rotbits_jax.encode(model, preset=presets.exact()._replace(coder='zstd'))
@@ -13,7 +12,6 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from rotbits_jax.coding import weights
-from rotbits_jax.system import plugins
 
 
 class RecordCoder(NamedTuple):
@@ -79,10 +77,10 @@ def register(coder: Coder) -> Coder:
 
 
 def find(name: str) -> Coder | None:
-  """Returns the coder of a name; None if no installed package has it."""
+  """Returns the coder of a name; None if there is none."""
   if name == 'paper' and name not in _KNOWN:
     register(_paper())  # its linear algebra is slow to import
-  return plugins.find('coders', name, _KNOWN)
+  return _KNOWN.get(name)
 
 
 _KNOWN: dict[str, Coder] = {

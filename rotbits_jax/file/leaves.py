@@ -16,7 +16,6 @@ from rotbits_jax import models
 from rotbits_jax import structured
 from rotbits_jax.coding import weights
 from rotbits_jax.structured import subspaces
-from rotbits_jax.system import plugins
 from rotbits_jax.system import schema
 
 _MOST_ELEMENTS = 1 << 48  # of an array
@@ -148,9 +147,7 @@ class Leaf:
   @property
   def leaf_class(self) -> type[structured.Structured] | None:
     """The class of the structured leaf; None for an array, or if it is unknown."""
-    if not self.type_name:
-      return None
-    return plugins.find('leaves', self.type_name, structured.TYPES)
+    return structured.TYPES.get(self.type_name)
 
   def make(self, arrays: Sequence[np.ndarray]) -> structured.Structured:
     """Makes the structured leaf from the arrays as which it is stored.

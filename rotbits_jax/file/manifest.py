@@ -26,7 +26,6 @@ from rotbits_jax.coding import weights
 from rotbits_jax.file import coders
 from rotbits_jax.file import container
 from rotbits_jax.file import leaves as leaves_lib
-from rotbits_jax.system import plugins
 from rotbits_jax.system import schema
 
 ContainerError = container.ContainerError
@@ -304,23 +303,6 @@ class WeightsFileEntry:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Plugin:
-  """A part of another package that is needed to decode the file.
-
-  Attributes:
-    group: see `plugins`.
-    name: name of the part.
-    package: the package to install.
-  """
-
-  as_list = True
-
-  group: plugins.Group
-  name: str
-  package: str
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class Manifest:
   """The description of a file, or of one shard of a model.
 
@@ -338,7 +320,6 @@ class Manifest:
     dtypes: for parameters that had another dtype in the checkpoint than they have in
       the file, that dtype by path; the empty path stands for all other parameters that
       are float32 in the file.
-    plugins: parts of other packages that are needed.
   """
 
   preset: str
@@ -351,7 +332,6 @@ class Manifest:
   files: dict[str, Deflated] = dataclasses.field(default_factory=dict)
   weights: tuple[WeightsFileEntry, ...] = ()
   dtypes: dict[str, leaves_lib.Dtype] = dataclasses.field(default_factory=dict)
-  plugins: tuple[Plugin, ...] = ()
 
   def __post_init__(self) -> None:
     found = [*(x.name for x in self.records), *self.other_streams()]

@@ -19,7 +19,6 @@ from rotbits_jax.file.container import ContainerError
 from rotbits_jax.structured import subspaces
 from rotbits_jax.system import checksums
 from rotbits_jax.system import host
-from rotbits_jax.system import plugins
 
 _MOST_BASES = 8  # that are held, because several parameters need one
 _MOST_USES = 16  # of an array by leaves that are small beside it
@@ -65,9 +64,6 @@ class Records:
     self.entries: dict[str, manifest_lib.RecordEntry] = {}
     self.leaves: dict[str, leaves_lib.Leaf] = {}
     self.holders: dict[str, str] = {}
-    self._packages = {
-      (x.group, x.name): x.package for own in manifests for x in own.plugins
-    }
     for file, own in zip(files, manifests, strict=True):
       with file.errors():
         for record in own.records:
@@ -167,10 +163,10 @@ class Records:
       raise ContainerError(f'{name}: no such record')
     entry = self.entries[name]
     if not entry.is_known:
-      raise self._unknown('coders', 'coder', entry.coder)
+      raise _unknown('coder', entry.coder)
     for leaf in entry.leaves:
       if leaf.type_name and leaf.leaf_class is None:
-        raise self._unknown('leaves', 'leaf type', leaf.type_name)
+        raise _unknown('leaf type', leaf.type_name)
       if leaf.base_arrays and self._base is None:
         raise ContainerError(
           f'{leaf.path}: it is stored beside {leaf.base_arrays[0].path} of another '
@@ -301,11 +297,12 @@ class Records:
     dtype = np.dtype(entry.dtype)
     return subspaces.tensor(product.way, arrays, bases, entry.shape, dtype)
 
-  def _unknown(self, group: plugins.Group, noun: str, name: str) -> ContainerError:
-    """Returns the error for a part of another package that is not installed."""
-    package = self._packages.get((group, name))
-    cure = 'import its module' if package is None else f'install {package!r:.100}'
-    return ContainerError(f'the {noun} {name!r:.100} is not known: {cure}')
+
+def _unknown(noun: str, name: str) -> ContainerError:
+  """Returns the error for a part that another package must register."""
+  return ContainerError(
+    f'the {noun} {name!r:.100} is not known: import the module that registers it'
+  )
 
 
 def _target(

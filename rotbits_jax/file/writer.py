@@ -21,7 +21,6 @@ from rotbits_jax.file import recipe as recipe_lib
 from rotbits_jax.file import sources
 from rotbits_jax.system import checksums
 from rotbits_jax.system import host
-from rotbits_jax.system import plugins
 from rotbits_jax.system import schema
 from rotbits_jax.system import strict_json
 
@@ -169,7 +168,6 @@ class FileWriter:
         message=self._message,
         files=files,
         weights=tuple(weights),
-        plugins=_plugins(self._records, self._message),
       )
       data = manifest.to_bytes()
       manifest_lib.Manifest.from_bytes(data)
@@ -334,23 +332,3 @@ def _saving(
     bytes=size(arrays) - size(leaves),
     notes=(),
   )
-
-
-def _plugins(
-  records: Sequence[manifest_lib.RecordEntry], message: manifest_lib.MessageEntry | None
-) -> tuple[manifest_lib.Plugin, ...]:
-  """Returns the parts of other packages that are needed to decode a file."""
-  used: dict[tuple[plugins.Group, str], Any] = {}
-  for record in records:
-    used['coders', record.coder] = record.record_coder.encode
-    for leaf in record.leaves:
-      used['leaves', leaf.type_name] = leaf.leaf_class
-  if message is not None:
-    coder = coders.find(message.coder)
-    used['coders', message.coder] = None if coder is None else coder.encode
-  found = []
-  for (group, name), part in used.items():
-    package = None if part is None else plugins.package(group, name, part)
-    if package is not None:
-      found.append(manifest_lib.Plugin(group=group, name=name, package=package))
-  return tuple(found)

@@ -32,7 +32,6 @@ from rotbits_jax.presets.near import near
 from rotbits_jax.presets.paper import paper
 from rotbits_jax.presets.preset import Keeps
 from rotbits_jax.presets.preset import Preset
-from rotbits_jax.system import plugins
 
 __all__ = [
   'PRESETS',
@@ -41,7 +40,6 @@ __all__ = [
   'default',
   'exact',
   'free',
-  'known',
   'make',
   'near',
   'paper',
@@ -54,15 +52,6 @@ PRESETS: dict[str, Callable[..., Preset]] = {
   'paper': paper,
 }
 """Functions that take options and make a preset, by the name of the preset."""
-
-
-def known() -> dict[str, Callable[..., Preset]]:
-  """Returns `PRESETS` with those of other packages, which have entry points.
-
-  >>> sorted(known())
-  ['exact', 'free', 'near', 'paper']
-  """
-  return PRESETS | plugins.load('presets', PRESETS)
 
 
 def default(config: models.ModelConfig | None) -> str:
@@ -89,7 +78,7 @@ def make(preset: str | Preset, **options: Any) -> Preset:
   'function'
 
   Args:
-    preset: a name in `known()`, or a preset.
+    preset: a name in `PRESETS`, or a preset.
     options: the options of the preset; must be empty if `preset` is a preset.
 
   Returns:
@@ -102,10 +91,9 @@ def make(preset: str | Preset, **options: Any) -> Preset:
     if options:
       raise ValueError('options can be given only with the name of a preset')
     return preset
-  found = known()
-  if not isinstance(preset, str) or preset not in found:
-    raise ValueError(f'the presets are {", ".join(found)}, got {preset!r}')
-  factory = found[preset]
+  if not isinstance(preset, str) or preset not in PRESETS:
+    raise ValueError(f'the presets are {", ".join(PRESETS)}, got {preset!r}')
+  factory = PRESETS[preset]
   if unknown := sorted(options.keys() - inspect.signature(factory).parameters.keys()):
     raise ValueError(f'the preset {preset!r} has no option {unknown[0]!r}')
   return factory(**options)
