@@ -25,19 +25,19 @@ from absl import flags
 import numpy as np
 
 from benchmarks import synthetic
+from configs import published
 from rotbits_jax import checkpoints
 from rotbits_jax import models
 from rotbits_jax import paper
 from rotbits_jax import presets
 from rotbits_jax.cli import program
-from rotbits_jax.evaluation import published
 from rotbits_jax.system import schema
 
 FLAGS = flags.FlagValues()
 _MODEL = flags.DEFINE_enum(
   'model',
   'opt-1.3b',
-  list(published.experiments()),
+  list(published.MODELS),
   'The model whose sizes to take.',
   flag_values=FLAGS,
 )
@@ -123,7 +123,7 @@ def _peak() -> float:
 
 def run(directory: pathlib.Path, options: paper.Options) -> None:
   """Writes, encodes and decodes a checkpoint, and prints the measurements."""
-  dense = published.experiments()[_MODEL.value].config
+  dense = checkpoints.parse_config(published.MODELS[_MODEL.value])
   step, layers = dense.segments_per_layer, dense.num_layers
   count = min(_LAYERS.value, layers)
   checkpoint, path = directory / 'checkpoint', directory / 'message'

@@ -45,12 +45,12 @@ import numpy as np
 from numpy.typing import DTypeLike
 import tqdm
 
+from configs import published
 from rotbits_jax import checkpoints
 from rotbits_jax import models
 from rotbits_jax import slicing
 from rotbits_jax import structured
 from rotbits_jax.cli import program
-from rotbits_jax.evaluation import published
 
 BLOCK = 64  # width of the dense blocks of a rotation
 STAGES = 2  # number of sparse rotations in a product
@@ -69,7 +69,7 @@ FLAGS = flags.FlagValues()
 _MODEL = flags.DEFINE_enum(
   'model',
   'llama-2-7b',
-  list(published.experiments()),
+  list(published.MODELS),
   'The model whose sizes to take.',
   flag_values=FLAGS,
 )
@@ -449,7 +449,7 @@ def _outer(
 
 
 def main() -> None:
-  dense = published.experiments()[_MODEL.value].config
+  dense = checkpoints.parse_config(published.MODELS[_MODEL.value])
   if _LAYERS.value is not None:
     segments = dense.segments_per_layer * _LAYERS.value + 1
     dense = dataclasses.replace(

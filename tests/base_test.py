@@ -482,9 +482,6 @@ def test_commands(rotbits, tmp_path):
   code, _, err = rotbits('report', source, page, '--overwrite', f'--base={DENSE}')
   assert code == 2
   assert '--base is for --against' in err
-  code, _, err = rotbits('verify', source, '--base=http://x/y')
-  assert code == 2
-  assert 'not a local path' in err
   other = f'--checkpoint={SLICED}', f'--base={DENSE}', f'--output={tmp_path / "z"}'
   code, _, err = rotbits('encode', *other)
   assert code == 0

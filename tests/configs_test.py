@@ -1,57 +1,32 @@
 """The config files of the folder `configs`, in a clone and in an installed package."""
 
+import pathlib
+import runpy
 import subprocess
 import venv
 
 import pytest
 
-import rotbits_jax
 from rotbits_jax import presets
-from rotbits_jax.system import config_files
+from rotbits_jax.cli import program
 
-ROOT = config_files.paths()['free'].parents[1]
-NAMES = """
-import pathlib
-from rotbits_jax.system import config_files
-print(*config_files.paths())
-print(pathlib.Path(config_files.__file__).parents[2])
-"""
+ROOT = pathlib.Path(__file__).parents[1]
+CONFIGS = sorted(path.stem for path in program.config_folder().glob('[!_]*.py'))
 
 
-def test_makes_a_preset(subtests):
-  for name in config_files.paths():
-    with subtests.test(name=name):
-      fields = config_files.load(config_files.paths()[name])
-      experiment = fields.pop('experiment', None)
-      made = presets.make(fields.pop('preset'), **fields)
-      if experiment is None:
-        # The file states every option and its default.
-        assert made.name == name
-        assert made.options == presets.make(name).options
-      else:
-        # As in the paper.
-        expected = {
-          'canonicalizer': 'svd',
-          'rotation_codec': 'symmetric_eig',
-          'correction': 'threshold',
-        }
-        assert expected.items() <= made.options.items()
+@pytest.mark.parametrize('name', CONFIGS)
+def test_makes_a_preset(name):
+  get_config = runpy.run_path(program.config_folder() / f'{name}.py')['get_config']
+  fields = get_config().to_dict()
+  fields.pop('experiment', None)
+  made = presets.make(fields.pop('preset'), **fields)
+  if name in presets.PRESETS:  # the file states every option and its default
+    assert made.name == name
+    assert made.options == presets.make(name).options
 
 
 def test_every_preset_has_one():
-  assert set(rotbits_jax.PRESETS) <= set(config_files.paths())
-
-
-def test_only_names_are_replaced():
-  free = config_files.paths()['free']
-  for given, expected in (
-    ('--config=free', f'--config={free}'),
-    ('-config=free:1=2', f'-config={free}:1=2'),
-    ('--config=other/free.py', '--config=other/free.py'),
-    ('--output=free', '--output=free'),
-    ('free', 'free'),
-  ):
-    assert config_files.named('config', given) == expected
+  assert set(presets.PRESETS) <= set(CONFIGS)
 
 
 @pytest.mark.slow
@@ -68,7 +43,8 @@ def test_installed_package_has_them(tmp_path, editable):
   pip = [python, '-m', 'pip', 'install', '--quiet', '--no-deps']
   pip += ['--disable-pip-version-check', *(['-e'] if editable else []), clone]
   subprocess.run(pip, check=True, cwd=tmp_path)
+  code = 'import rotbits_jax; print(rotbits_jax.__path__[0])'
   run = {'cwd': tmp_path, 'capture_output': True, 'check': True, 'text': True}
-  found = subprocess.run([python, '-I', '-c', NAMES], **run).stdout.splitlines()
-  assert found[0].split() == list(config_files.paths())
-  assert (found[1] == str(clone)) == editable
+  package = subprocess.run([python, '-I', '-c', code], **run).stdout.strip()
+  folder = clone / 'configs' if editable else pathlib.Path(package, 'configs')
+  assert sorted(path.stem for path in folder.glob('[!_]*.py')) == CONFIGS

@@ -75,12 +75,21 @@ def _few_compiled_programs():
 @pytest.fixture(name='rotbits')
 def _rotbits(monkeypatch, capsys):
   """Runs `rotbits ARGS` in this process; returns exit code, stdout and stderr."""
+  from absl import flags
+
   from rotbits_jax.cli import main  # after XLA_FLAGS are set
+  from rotbits_jax.cli import program  # noqa: F401  defines flags of all commands
 
   def run(*args):
     monkeypatch.setattr(sys, 'argv', ['rotbits', *map(str, args)])
     capsys.readouterr()
-    code = main.main()
+    shared = {*flags.FLAGS}
+    try:
+      code = main.main()
+    finally:  # several commands define flags of one name
+      for name in {*flags.FLAGS} - shared:
+        delattr(flags.FLAGS, name)
+      sys.modules.pop(f'rotbits_jax.cli.{args[0]}' if args else '', None)
     return code, *capsys.readouterr()
 
   return run

@@ -97,7 +97,7 @@ def test_a_mesh_with_explicit_axes():
 def test_commands_and_searches(rotbits):
   model, tokens = seeds.sliced_model(seeds.LLAMA), np.arange(16)
   with switched(TOGETHER):
-    code, _, err = rotbits('estimate', DENSE)
+    code, _, err = rotbits('estimate', f'--checkpoint={DENSE}')
     assert (code, err) == (0, '')
     steps.calibrate(model, tokens)
     steps.search(model, tokens, max_kl=1e-3, calibrated=False)

@@ -10,14 +10,14 @@ import jax
 import numpy as np
 
 from benchmarks import synthetic
+from configs import published
 from rotbits_jax import checkpoints
 from rotbits_jax import models
-from rotbits_jax.evaluation import published
 
 
 def dense(name):
   """Makes a tiny model of the same family as a published model."""
-  config = published.experiments()[name].config
+  config = checkpoints.parse_config(published.MODELS[name])
   hidden, layers = 96, 2
   return dataclasses.replace(
     config,

@@ -1,15 +1,10 @@
 """Writes a web page about a file: its content and the bytes that each step saved.
 
-  rotbits report --input=FILE --output=report.html [--against=DIR] [--base=DIR|FILE]
-    [--overwrite] [--json] [--verbose]
-
-Example:
-
   rotbits report --input=smollm2.rotbits --output=report.html
 
 The page stands alone: it loads nothing from a network. With --against it says how much
 the decoded model differs from the checkpoint, as `rotbits verify` measures it; a file
-beside a base needs --base for that.
+that was encoded with --base needs the base for that.
 
 JSON:
 
@@ -17,18 +12,19 @@ JSON:
   bytes   bytes of the page
 """
 
+from absl import flags
+
 import rotbits_jax
 from rotbits_jax.cli import program
 from rotbits_jax.file import inputs
 from rotbits_jax.file import report
 from rotbits_jax.system import outputs
 
-FLAGS = program.Flags()
-_INPUT = FLAGS.add('input', 'The file to report on.', source=True, required=True)
-_BASE = FLAGS.bases()
-_OUTPUT = FLAGS.add('output', 'The page to write.', required=True)
-_AGAINST = FLAGS.add('against', 'The checkpoint that was encoded.', source=True)
-_OVERWRITE = FLAGS.add('overwrite', 'Replace an existing file.', bool, False)
+_INPUT = flags.DEFINE_string('input', None, 'The file to report on.', required=True)
+_BASE = program.define_base()
+_OUTPUT = flags.DEFINE_string('output', None, 'The page to write.', required=True)
+_AGAINST = flags.DEFINE_string('against', None, 'The checkpoint that was encoded.')
+_OVERWRITE = flags.DEFINE_bool('overwrite', False, 'Replace an existing file.')
 
 
 def main() -> program.Result:
@@ -45,7 +41,7 @@ def main() -> program.Result:
     )
   page = report.report_page(_INPUT.value, verified=verified)
   with outputs.fresh(outputs.staging(target)) as folder:
-    written = folder / target.name
-    written.write_text(page, encoding='utf-8')
-    outputs.move(written, target)
-  return {'output': str(target), 'bytes': target.stat().st_size}, None
+    (folder / target.name).write_text(page, encoding='utf-8')
+    outputs.move(folder / target.name, target)
+  result = {'output': str(target), 'bytes': target.stat().st_size}
+  return result, f'wrote {_OUTPUT.value}'

@@ -1,56 +1,26 @@
-"""Decodes a file once, into a cache, and prints the folder.
-
-  rotbits snapshot --input=FILE [--base=DIR|FILE]
-    [--format=safetensors|slicegpt|transformers] [--dtype=float32|bfloat16|float16]
-    [--json] [--verbose]
-
-Example:
+"""Decodes a file to a folder that other programs load, once, and prints the folder.
 
   vllm serve "$(rotbits snapshot --input=smollm2.rotbits)"
 
-The folder is for programs that load a checkpoint: transformers, vLLM, MaxText, Tunix,
-Keras. It is decoded when it is first asked for; afterwards the command only finds it.
-Its name is a digest of the checksums in the file, the base, the format, the dtype and
-the version of this program. Do not write into it.
-
-A sliced model gets the format `transformers`, see `rotbits decode --help`; a dense one
-is as it was encoded.
-
-The cache is the folder that the variable ROTBITS_JAX_CACHE names, or `rotbits_jax` in
-XDG_CACHE_HOME or in ~/.cache.
+The folder is for transformers, vLLM, MaxText, Tunix and Keras; do not write into it. It
+is in ROTBITS_JAX_CACHE, or in ~/.cache/rotbits_jax, and named by the checksums of the
+file, so a second call only finds it. Remove folders that you no longer need. A sliced
+model gets the format `transformers`, see `rotbits decode --help`.
 
 JSON:
 
-  folder   the folder
+  folder  the folder
 """
 
-import typing
+from absl import flags
 
 import rotbits_jax
-from rotbits_jax import checkpoints
 from rotbits_jax.cli import program
 
-FLAGS = program.Flags()
-_INPUT = FLAGS.add('input', 'The file to decode.', source=True, required=True)
-_BASE = FLAGS.bases()
-_FORMAT = FLAGS.add(
-  'format',
-  'Format of the weights. By default a sliced model gets that of transformers.',
-  typing.get_args(checkpoints.Format),
-)
-_DTYPE = FLAGS.add(
-  'dtype',
-  'Dtype of the weights. By default they have that of the encoded checkpoint.',
-  program.DTYPES,
-)
+_INPUT = flags.DEFINE_string('input', None, 'The file to decode.', required=True)
+_BASE = program.define_base()
 
 
 def main() -> program.Result:
-  folder = rotbits_jax.snapshot(
-    _INPUT.value,
-    _BASE.value,
-    format=_FORMAT.value,
-    dtype=_DTYPE.value,
-    progress=True,
-  )
-  return {'folder': str(folder)}, program.printable(str(folder))
+  folder = rotbits_jax.snapshot(_INPUT.value, _BASE.value, progress=True)
+  return {'folder': str(folder)}, str(folder)

@@ -1,9 +1,5 @@
 """Decodes and checks everything in a file, and compares it with a checkpoint.
 
-  rotbits verify --input=FILE [--against=DIR] [--base=DIR|FILE] [--json] [--verbose]
-
-Example:
-
   rotbits verify --input=smollm2.rotbits --against=SmolLM2-135M
 
 Every checksum must hold, and every array must decode to the elements that were encoded.
@@ -11,8 +7,7 @@ With --against a file of the preset `exact` must have the checkpoint's bits. One
 `free` or `paper` must have its function: the predictions for random tokens differ from
 the checkpoint's by no more than a few times what a random rotation and rounding make.
 For `near` the difference is measured, and any is accepted. For that both models are in
-memory; everything else takes one layer at a time. `rotbits inspect` reads the header
-only.
+memory; everything else takes one layer at a time.
 
 JSON:
 
@@ -24,28 +19,27 @@ JSON:
   kl_rerounded  the noise floor in nats, or null
 """
 
+from absl import flags
+
 import rotbits_jax
 from rotbits_jax.cli import program
 
-FLAGS = program.Flags()
-_INPUT = FLAGS.add('input', 'The file to verify.', source=True, required=True)
-_BASE = FLAGS.bases()
-_AGAINST = FLAGS.add('against', 'The checkpoint that was encoded.', source=True)
+_INPUT = flags.DEFINE_string('input', None, 'The file to verify.', required=True)
+_BASE = program.define_base()
+_AGAINST = flags.DEFINE_string('against', None, 'The checkpoint that was encoded.')
 
 
 def main() -> program.Result:
-  result = rotbits_jax.verify(
+  verified = rotbits_jax.verify(
     _INPUT.value, against=_AGAINST.value, base=_BASE.value, progress=True
   )
-  lines = [
-    f'{_INPUT.value}: {result.tensors} tensors and {result.files} other files are '
-    'undamaged'
-  ]
-  if result.same_bits:
+  counts = f'{verified.tensors} tensors and {verified.files} other files'
+  lines = [f'{_INPUT.value}: {counts} are undamaged']
+  if verified.same_bits:
     lines.append(f'all bits are those of {_AGAINST.value}')
-  if result.kl is not None:
+  if verified.kl is not None:
     lines.append(
-      f'KL divergence from {_AGAINST.value}: {result.kl:.3g}, '
-      f'noise floor {result.kl_rerounded:.3g}'
+      f'KL divergence from {_AGAINST.value}: {verified.kl:.3g}, '
+      f'noise floor {verified.kl_rerounded:.3g}'
     )
-  return result._asdict(), '\n'.join(map(program.printable, lines))
+  return verified._asdict(), '\n'.join(lines)

@@ -123,7 +123,9 @@ class Output:
       if self._process == 0:
         shards_lib.remove_unnamed(self._path)  # a killed run may have left them
       if journal.done:
-        bar.say(f'finds {len(journal.done)} of {len(names)} records of an earlier run')
+        bar.write(
+          f'found {len(journal.done)} of {len(names)} records of an earlier run'
+        )
       with contextlib.ExitStack() as stack:
         open_shard = lambda shard: stack.enter_context(journal.open(shard))
         job.write(own, open_shard, bar, journal)

@@ -416,7 +416,7 @@ class Job:
       self.source,
       schema.load(coder.options, self.preset.options, 'options'),
       writer.extend,
-      progress=bar.shown,
+      progress=not bar.disable,
     )
     saving = manifest_lib.SavingEntry(**encoded.saving._asdict())
     own = [x for name, x in self.counts.items() if name != models.names.BUFFERS]

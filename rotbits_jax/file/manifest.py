@@ -180,7 +180,7 @@ class RecordEntry:
 
   @property
   def is_known(self) -> bool:
-    """Whether an installed package has the coder."""
+    """Whether the coder is registered."""
     return coders.find(self.coder) is not None
 
   @functools.cached_property

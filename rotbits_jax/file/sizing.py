@@ -25,7 +25,6 @@ from rotbits_jax import structured
 from rotbits_jax.file import estimation
 from rotbits_jax.file import sources
 from rotbits_jax.system import progress as progress_lib
-from rotbits_jax.system import status
 from rotbits_jax.system import text as text_lib
 
 WITHIN = 0.01
@@ -99,8 +98,6 @@ def write(
   size = 0
   for k, aim in enumerate(_AIMS):
     if k:
-      if progress:
-        status.show(f'sizes: it has {size:,} bytes; finding another step ...')
       found = sizes.meet(target, aim, rest, found.step)
     given = options | {'step': found.step, 'offsets': found.offsets}
     least = min((1 - WITHIN) * target, (aim - WITHIN / 2) / aim * (found.nbytes + rest))

@@ -10,15 +10,8 @@ paper   keeps the function up to rounding, and saves bits by rotating the model,
 A gauge is a choice of coordinates that does not change the function of a model. A
 transform rewrites a model so that fewer elements need to be stored; see `passes`.
 
-Everything that others ask of a preset is in its `Preset`. Another package adds a preset
-by a function that makes one, and an entry point of the group `rotbits_jax.presets` with
-its name:
-
-    entry_points={'rotbits_jax.presets': ['mine = my_package:mine']}
-
-The parameters of the function that are numbers, switches or names (`Literal`) become
-flags of `rotbits encode`, with the help of the docstring, unless another flag has the
-name.
+Everything that others ask of a preset is in its `Preset`. Another one is added by a
+function that makes it: `presets.PRESETS['mine'] = my_package.mine`.
 """
 
 from collections.abc import Callable

@@ -1,1 +1,1 @@
-"""The machine: files, memory, checksums, signals, progress, typed JSON."""
+"""The machine: files, memory, checksums, progress, typed JSON."""
