@@ -19,7 +19,7 @@ import rotbits_jax
 from rotbits_jax.coding import tables
 from rotbits_jax.coding.weights import blocks
 from rotbits_jax.coding.weights import pool
-from rotbits_jax.passes import differences
+from rotbits_jax.relative import scales as differences
 from rotbits_jax.structured import division
 
 LAYERS = 12

@@ -22,7 +22,7 @@ from rotbits_jax import presets
 from rotbits_jax import structured
 from rotbits_jax.checkpoints import lazy
 from rotbits_jax.checkpoints import torch_zip
-from rotbits_jax.passes import relative
+from rotbits_jax.relative import measure as relative
 from rotbits_jax.slicing import norm_fusion
 from rotbits_jax.slicing import slicegpt
 

@@ -13,12 +13,12 @@ from rotbits_jax import file
 from rotbits_jax import models
 from rotbits_jax import presets
 from rotbits_jax import structured
-from rotbits_jax.file import base as base_lib
 from rotbits_jax.file import encode as encode_lib
 from rotbits_jax.file import job as job_lib
 from rotbits_jax.file import placement
 from rotbits_jax.file import sources
 from rotbits_jax.file import trees
+from rotbits_jax.relative import base as base_lib
 from rotbits_jax.system import host
 
 T = TypeVar('T')

@@ -15,7 +15,7 @@ from rotbits_jax.coding.weights import contexts
 from rotbits_jax.coding.weights import layouts
 from rotbits_jax.coding.weights import line_sums
 from rotbits_jax.coding.weights import statistics
-from rotbits_jax.passes import differences
+from rotbits_jax.relative import scales as differences
 from rotbits_jax.structured import tied
 from rotbits_jax.system import native
 

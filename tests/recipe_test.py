@@ -15,10 +15,10 @@ from rotbits_jax import file
 from rotbits_jax import models
 from rotbits_jax import passes
 from rotbits_jax import structured
-from rotbits_jax.file import leaves
 from rotbits_jax.file import writer
-from rotbits_jax.passes import recipe
-from rotbits_jax.passes import rounding_errors
+from rotbits_jax.relative import entries
+from rotbits_jax.relative import fit as recipe
+from rotbits_jax.relative import rounding_errors
 from rotbits_jax.structured import subspaces
 from tests import random_models
 
@@ -125,7 +125,7 @@ def test_segments_side_by_side_that_were_not_sliced(monkeypatch):
     exact = rotbits_jax.encode(model, base=dense, preset='exact')
     found = rotbits_jax.decode(exact, base=dense)
     assert structured.same_bits(found.params, model.params)
-  identity = leaves.Product(kind='shortcut', segments=(1, 2))
+  identity = entries.Product(kind='shortcut', segments=(1, 2))
   encode = writer.encode_record
 
   def hostile(*args):

@@ -10,9 +10,9 @@ import pytest
 import rotbits_jax
 from rotbits_jax import structured
 from rotbits_jax.coding import weights
-from rotbits_jax.passes import difference_factors
-from rotbits_jax.passes import differences
-from rotbits_jax.passes import relative as passes
+from rotbits_jax.relative import factors as difference_factors
+from rotbits_jax.relative import measure as passes
+from rotbits_jax.relative import scales as differences
 from rotbits_jax.structured import relative
 from rotbits_jax.system import host
 

@@ -4,7 +4,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from rotbits_jax.passes import rounding_errors
+from rotbits_jax.relative import rounding_errors
 
 # A vector, a small matrix, and rows and columns of any sizes, as tokens have.
 SHAPES = [(1, 300), (8, 12), (40, 30), (700, 96), (96, 700)]

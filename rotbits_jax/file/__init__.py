@@ -16,8 +16,6 @@ Writing:
 sources       gives models, checkpoints and PyTrees one face: records
 trees         turns PyTrees into nested dicts and back
 job           the work of encoding a source: rewrites records, and writes them
-base          finds the arrays of another model beside which arrays are stored
-recipe        makes the tensors of a sliced model from those of its dense base
 writer        codes records and appends them to one file
 journal       the hidden folder of a run, from which the next run resumes
 encode        writes files, which appear when they are complete

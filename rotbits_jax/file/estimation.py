@@ -33,14 +33,14 @@ from rotbits_jax import passes
 from rotbits_jax import presets
 from rotbits_jax import structured
 from rotbits_jax.coding import weights
-from rotbits_jax.file import base as base_lib
-from rotbits_jax.file import leaves as leaves_lib
 from rotbits_jax.file import reader as reader_lib
-from rotbits_jax.file import recipe
 from rotbits_jax.file import sources
-from rotbits_jax.passes import relative
 from rotbits_jax.passes import tied
 from rotbits_jax.presets import steps
+from rotbits_jax.relative import base as base_lib
+from rotbits_jax.relative import entries
+from rotbits_jax.relative import measure as relative
+from rotbits_jax.relative import recipe
 from rotbits_jax.system import progress as progress_lib
 
 Opened = checkpoints.CheckpointReader | checkpoints.TensorFiles
@@ -302,7 +302,7 @@ def of_leaf(leaf: Any) -> float:
 
 
 def _stored(array: np.ndarray) -> np.ndarray:
-  return array.view(leaves_lib.stored_dtype(array.dtype.name))
+  return array.view(entries.stored_dtype(array.dtype.name))
 
 
 def _beside(array: np.ndarray, known: np.ndarray) -> float:

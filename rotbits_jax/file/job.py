@@ -20,16 +20,16 @@ from rotbits_jax import passes
 from rotbits_jax import presets
 from rotbits_jax import structured
 from rotbits_jax.coding import weights
-from rotbits_jax.file import base as base_lib
 from rotbits_jax.file import coders
 from rotbits_jax.file import journal as journal_lib
 from rotbits_jax.file import leaves as leaves_lib
 from rotbits_jax.file import manifest as manifest_lib
 from rotbits_jax.file import memory as memory_lib
-from rotbits_jax.file import recipe as recipe_lib
 from rotbits_jax.file import shards as shards_lib
 from rotbits_jax.file import sources
 from rotbits_jax.file import writer as writer_lib
+from rotbits_jax.relative import base as base_lib
+from rotbits_jax.relative import recipe as recipe_lib
 from rotbits_jax.system import progress as progress_lib
 from rotbits_jax.system import schema
 

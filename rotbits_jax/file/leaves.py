@@ -7,90 +7,17 @@ arrays of its record, see `manifest`.
 from collections.abc import Sequence
 import dataclasses
 import math
-from typing import Annotated, Any
+from typing import Any
 
-import ml_dtypes
 import numpy as np
 
 from rotbits_jax import models
 from rotbits_jax import structured
-from rotbits_jax.coding import weights
-from rotbits_jax.structured import subspaces
+from rotbits_jax.relative import entries
 from rotbits_jax.system import schema
-
-_MOST_ELEMENTS = 1 << 48  # of an array
 
 UNTRUSTED = ArithmeticError, AttributeError, LookupError, TypeError
 """The errors, besides ValueError, of a leaf whose settings and arrays do not fit."""
-
-
-def _shape(value: tuple[int, ...]) -> str | None:
-  # NumPy multiplies the lengths of the other axes, even if one of them is 0.
-  fits = len(value) <= 32 and math.prod(n for n in value if n) <= _MOST_ELEMENTS
-  return None if fits else 'must be the shape of an array of up to 32 axes'
-
-
-def _dtype(value: str) -> str | None:
-  known = stored_dtype(value) in weights.DTYPES
-  return None if known else 'must be the name of a dtype'
-
-
-Shape = Annotated[tuple[int, ...], _shape]
-Dtype = Annotated[str, _dtype]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class BaseArray:
-  """An array of another model or PyTree that a leaf needs, see `base`.
-
-  Attributes:
-    path: its path there.
-    shape: its shape.
-    dtype: its dtype.
-    crc32: CRC-32 of its bytes in C order.
-  """
-
-  as_list = True
-
-  path: schema.Path
-  shape: Shape
-  dtype: Dtype
-  crc32: schema.Crc32
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Product:
-  """A tensor of a sliced model as a product, see `structured.subspaces`.
-
-  Attributes:
-    kind: see `subspaces.Way`, as `transposed`, `centred` and `rounded`.
-    arrays: the arrays of the base that are needed.
-    segments: the segments of the sliced model whose bases are needed.
-  """
-
-  kind: subspaces.Kind
-  arrays: tuple[BaseArray, ...] = ()
-  segments: tuple[models.config.Count, ...] = ()
-  transposed: bool = False
-  centred: bool = False
-  rounded: bool = False
-
-  def __post_init__(self) -> None:
-    arrays, segments = {
-      'reads': ((2,), 1),
-      'writes': ((1,), 1),
-      'shortcut': ((0,), 2),
-      'bias': ((2, 3), 0),
-    }[self.kind]
-    if len(self.arrays) not in arrays or len(self.segments) != segments:
-      raise ValueError(
-        f'a product of kind {self.kind!r} cannot take {len(self.arrays)} arrays and '
-        f'{len(self.segments)} bases'
-      )
-
-  @property
-  def way(self) -> subspaces.Way:
-    return subspaces.Way(self.kind, self.transposed, self.centred, self.rounded)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -114,15 +41,15 @@ class Leaf:
   """
 
   path: schema.Path
-  shape: Shape
-  dtype: Dtype
+  shape: entries.Shape
+  dtype: entries.Dtype
   type_name: str = ''
   stack_key: tuple[str, ...] = ()
   settings: dict[str, Any] = dataclasses.field(default_factory=dict)
   arrays: tuple[str, ...] = ('',)
   needs: tuple[schema.Path, ...] = ()
-  base: BaseArray | None = None
-  product: Product | None = None
+  base: entries.BaseArray | None = None
+  product: entries.Product | None = None
   crc32: schema.Crc32 | None = None
 
   def __post_init__(self) -> None:
@@ -136,9 +63,9 @@ class Leaf:
     cls = self.leaf_class
     if cls is not None and cls.origin.is_in_files != (self.crc32 is not None):
       raise ValueError(f'{self.path}: leaves of its type have a checksum, or have none')
-    known = (self.base is not None) + (self.product is not None) + bool(self.needs)
+    count = (self.base is not None) + (self.product is not None) + bool(self.needs)
     is_known = cls is not None and cls.origin is structured.Origin.KNOWN
-    if cls is not None and (known != 1 if is_known else self.base or self.product):
+    if cls is not None and (count != 1 if is_known else self.base or self.product):
       raise ValueError(f'{self.path}: leaves of its type need a base, or need none')
     is_of_layer = models.names.layer_index(self.path) is not None
     if self.needs and not self.is_array and is_of_layer:
@@ -216,7 +143,7 @@ class Leaf:
     return sum(math.prod(x.shape) for x in self.base_arrays)
 
   @property
-  def base_arrays(self) -> tuple[BaseArray, ...]:
+  def base_arrays(self) -> tuple[entries.BaseArray, ...]:
     """The arrays of a base that are needed."""
     if self.product is not None:
       return self.product.arrays
@@ -230,27 +157,7 @@ class Leaf:
   @property
   def nbytes(self) -> int:
     """The bytes of that array."""
-    return self.size * np.dtype(stored_dtype(self.dtype)).itemsize
-
-
-_STORED_AS = {'int2': 'int8', 'int4': 'int8'} | {
-  name: 'uint8'
-  for name in dir(ml_dtypes)
-  if name.startswith(('uint2', 'uint4', 'float4_', 'float6_', 'float8_'))
-}
-
-
-def is_too_short(size: int, known: int, nbytes: int) -> bool:
-  """Returns whether so few bytes cannot stand for an array.
-
-  The reader allocates the array before it has decoded the leaf.
-
-  Args:
-    size: how many elements the array has.
-    known: how many of them the base gives.
-    nbytes: the bytes of the arrays that are stored.
-  """
-  return size - known > 8 * nbytes
+    return self.size * np.dtype(entries.stored_dtype(self.dtype)).itemsize
 
 
 def check_array(path: str, shape: tuple[int, ...], dtype: np.dtype) -> None:
@@ -264,12 +171,3 @@ def check_array(path: str, shape: tuple[int, ...], dtype: np.dtype) -> None:
     schema.load(Leaf, schema.dump(entry), path)
   except ValueError as error:
     raise ValueError(f'it cannot be stored: {error}') from error
-
-
-def stored_dtype(dtype: str) -> str:
-  """Returns the dtype of the array that stores a plain array.
-
-  The coder models no floats of 8 bits or fewer and no integers of 4. It gets their bit
-  patterns as NumPy keeps them, one a byte.
-  """
-  return _STORED_AS.get(dtype, dtype)

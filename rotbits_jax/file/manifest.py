@@ -26,6 +26,7 @@ from rotbits_jax.coding import weights
 from rotbits_jax.file import coders
 from rotbits_jax.file import container
 from rotbits_jax.file import leaves as leaves_lib
+from rotbits_jax.relative import entries
 from rotbits_jax.system import schema
 
 ContainerError = container.ContainerError
@@ -60,7 +61,7 @@ def _notes(value: tuple[dict[str, Any], ...]) -> str | None:
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Note:
   tensor: str = ''
-  shape: leaves_lib.Shape | None = None
+  shape: entries.Shape | None = None
   elements: schema.Integer | None = None
   error: float | None = None
 
@@ -168,12 +169,12 @@ class RecordEntry:
       if not leaf.type_name:
         if (arrays[0].shape, arrays[0].dtype) != (
           leaf.shape,
-          leaves_lib.stored_dtype(leaf.dtype),
+          entries.stored_dtype(leaf.dtype),
         ):
           raise ValueError(
             f'{leaf.path}: the leaf and the coder differ in the shape or the dtype'
           )
-      elif is_expanded and leaves_lib.is_too_short(
+      elif is_expanded and entries.is_too_short(
         leaf.size, leaf.base_size, sum(array.nbytes for array in arrays)
       ):
         raise ValueError(f'{leaf.path}: too few bytes stand for {leaf.size} elements')
@@ -331,7 +332,7 @@ class Manifest:
   message: MessageEntry | None = None
   files: dict[str, Deflated] = dataclasses.field(default_factory=dict)
   weights: tuple[WeightsFileEntry, ...] = ()
-  dtypes: dict[str, leaves_lib.Dtype] = dataclasses.field(default_factory=dict)
+  dtypes: dict[str, entries.Dtype] = dataclasses.field(default_factory=dict)
 
   def __post_init__(self) -> None:
     found = [*(x.name for x in self.records), *self.other_streams()]

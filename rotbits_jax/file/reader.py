@@ -23,7 +23,6 @@ from rotbits_jax import checkpoints
 from rotbits_jax import models
 from rotbits_jax import structured
 from rotbits_jax.coding import weights
-from rotbits_jax.file import base as base_lib
 from rotbits_jax.file import container
 from rotbits_jax.file import leaves as leaves_lib
 from rotbits_jax.file import manifest as manifest_lib
@@ -36,6 +35,8 @@ from rotbits_jax.file import sidecars
 from rotbits_jax.file import sources
 from rotbits_jax.file import stacks as stacks_lib
 from rotbits_jax.file.container import ContainerError
+from rotbits_jax.relative import base as base_lib
+from rotbits_jax.relative import entries
 from rotbits_jax.structured import shortcuts
 from rotbits_jax.system import host
 from rotbits_jax.system import progress
@@ -115,7 +116,7 @@ class Reader:
     spec = lambda leaf: checkpoints.TensorSpec(leaf.shape, np.dtype(leaf.dtype))
     return structured.unflatten({leaf.path: spec(leaf) for leaf in leaves})
 
-  def needed_arrays(self) -> dict[str, leaves_lib.BaseArray]:
+  def needed_arrays(self) -> dict[str, entries.BaseArray]:
     """Returns the arrays of a base that the file needs, by their paths in the base."""
     leaves = self._records.leaves.values()
     return {array.path: array for leaf in leaves for array in leaf.base_arrays}

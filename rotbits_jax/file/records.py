@@ -10,12 +10,13 @@ import numpy as np
 
 from rotbits_jax import models
 from rotbits_jax import structured
-from rotbits_jax.file import base as base_lib
 from rotbits_jax.file import container
 from rotbits_jax.file import leaves as leaves_lib
 from rotbits_jax.file import manifest as manifest_lib
 from rotbits_jax.file import memory as memory_lib
 from rotbits_jax.file.container import ContainerError
+from rotbits_jax.relative import base as base_lib
+from rotbits_jax.relative import entries
 from rotbits_jax.structured import subspaces
 from rotbits_jax.system import checksums
 from rotbits_jax.system import host
@@ -96,7 +97,10 @@ class Records:
           raise ContainerError(f'{path}: it needs {other}, which is missing')
       if base is not None:
         for array in leaf.base_arrays:
-          base.check(path, array)
+          try:
+            base.check(array)
+          except ValueError as error:
+            raise ContainerError(f'{path}: {error}') from error
       if leaf.product is not None:
         self._check_segments(leaf, leaf.product, identities, square)
     self._check_uses()
@@ -128,7 +132,7 @@ class Records:
   def _check_segments(
     self,
     leaf: leaves_lib.Leaf,
-    product: leaves_lib.Product,
+    product: entries.Product,
     identities: Collection[int],
     square: tuple[int, ...],
   ) -> None:
@@ -258,7 +262,7 @@ class Records:
     """
     if not entry.type_name:
       (part,) = parts
-      if part.dtype == leaves_lib.stored_dtype(entry.dtype):
+      if part.dtype == entries.stored_dtype(entry.dtype):
         return part.view(np.dtype(entry.dtype))
       step = np.asarray(record.grids()[entry.path].unit)
       dtype: Any = entry.dtype
@@ -273,7 +277,7 @@ class Records:
       needed = list(map(resolve, entry.needs))
       if entry.base is not None:
         assert self._base is not None
-        needed.append(self._base.get(entry.path, entry.base, leaf.columns_first))
+        needed.append(self._base.get(entry.base, leaf.columns_first))
       if entry.product is not None:
         needed.append(self._product(entry, entry.product))
       array = np.asarray(leaf.materialize(*needed))
@@ -287,12 +291,12 @@ class Records:
       )
     return array
 
-  def _product(self, entry: leaves_lib.Leaf, product: leaves_lib.Product) -> np.ndarray:
+  def _product(self, entry: leaves_lib.Leaf, product: entries.Product) -> np.ndarray:
     """Returns the product that an array is stored beside."""
     arrays = []
     for array in product.arrays:
       assert self._base is not None
-      arrays.append(self._base.get(entry.path, array))
+      arrays.append(self._base.get(array))
     bases = [self._basis(segment) for segment in product.segments]
     dtype = np.dtype(entry.dtype)
     return subspaces.tensor(product.way, arrays, bases, entry.shape, dtype)

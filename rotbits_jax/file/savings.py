@@ -6,9 +6,9 @@ from typing import Any, NamedTuple
 
 from rotbits_jax import models
 from rotbits_jax import presets
-from rotbits_jax.file import leaves as leaves_lib
 from rotbits_jax.file import reader as reader_lib
 from rotbits_jax.file import writer as writer_lib
+from rotbits_jax.relative import entries
 from rotbits_jax.system import schema
 from rotbits_jax.system import text
 
@@ -76,7 +76,7 @@ class Report(NamedTuple):
   input_bytes: int
   file_bytes: int
   lines: list[ReportLine]
-  needs: dict[str, leaves_lib.BaseArray]
+  needs: dict[str, entries.BaseArray]
   notes: dict[str, list[dict[str, Any]]]
 
   def to_json(self, *, verbose: bool = False) -> dict[str, Any]:

@@ -12,13 +12,14 @@ from zlib_ng import zlib_ng
 from rotbits_jax import models
 from rotbits_jax import passes
 from rotbits_jax import structured
-from rotbits_jax.file import base as base_lib
 from rotbits_jax.file import coders
 from rotbits_jax.file import container
 from rotbits_jax.file import leaves as leaves_lib
 from rotbits_jax.file import manifest as manifest_lib
-from rotbits_jax.file import recipe as recipe_lib
 from rotbits_jax.file import sources
+from rotbits_jax.relative import base as base_lib
+from rotbits_jax.relative import entries
+from rotbits_jax.relative import recipe as recipe_lib
 from rotbits_jax.system import checksums
 from rotbits_jax.system import host
 from rotbits_jax.system import schema
@@ -268,7 +269,7 @@ def entry_of(
   try:
     type_name, shape, dtype, _ = structured.stack_key(leaf)
     if not type_name:
-      stored = np.asarray(leaf).view(leaves_lib.stored_dtype(dtype))
+      stored = np.asarray(leaf).view(entries.stored_dtype(dtype))
       return leaves_lib.Leaf(path=path, shape=shape, dtype=dtype), [stored]
     settings, arrays = leaf.stored()
     if not structured.same_bits(type(leaf).from_stored(settings, arrays), leaf):
@@ -288,7 +289,7 @@ def _entry_of_leaf(
   leaf: structured.Structured,
   stored: tuple[dict[str, Any], dict[str, np.ndarray]],
   crc32: int | None,
-  base: leaves_lib.BaseArray | leaves_lib.Product | None = None,
+  base: entries.BaseArray | entries.Product | None = None,
 ) -> tuple[leaves_lib.Leaf, list[np.ndarray]]:
   """Makes the entry of a structured leaf.
 
@@ -310,8 +311,8 @@ def _entry_of_leaf(
     settings=settings,
     arrays=tuple(arrays),
     needs=leaf.needs,
-    base=base if isinstance(base, leaves_lib.BaseArray) else None,
-    product=base if isinstance(base, leaves_lib.Product) else None,
+    base=base if isinstance(base, entries.BaseArray) else None,
+    product=base if isinstance(base, entries.Product) else None,
     crc32=crc32,
   )
   return entry, [np.asarray(array) for array in arrays.values()]

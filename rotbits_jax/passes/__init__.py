@@ -17,10 +17,6 @@ The modules, in the order of reading:
     biases      biases that the output does not need
     tied        an embedding that is a linear image of the head
     low_rank    the basis between two factors
-    relative    an array beside one of a base: which leaf stores it
-    differences          how it differs from that one
-    difference_factors   a product of two matrices that predicts the differences
-    recipe      the subspaces of a sliced model, from its dense base
     noise       the change that rounding alone makes, as a yardstick
 """
 

@@ -1,6 +1,6 @@
 """Tells rounding errors from changes that are as small.
 
-A tensor of a sliced model is a product made of its base, see `passes.recipe`, up to
+A tensor of a sliced model is a product made of its base, see `fit`, up to
 rounding errors, which need not be stored. These are small, and independent of each
 other and of the numbers. What a training adds may be as small, but few directions have
 most of it, or it scales rows, columns or the whole tensor.
@@ -12,7 +12,7 @@ import math
 
 import numpy as np
 
-from rotbits_jax.passes import difference_factors
+from rotbits_jax.relative import factors
 from rotbits_jax.system import host
 
 _MOST_WHOLE = 1.5  # roundoffs of a tensor whose rows and columns count alike
@@ -134,7 +134,7 @@ def _are_independent(errors: np.ndarray) -> bool:
   squares = np.square(tall)
   sums = [squares.sum(axis, dtype=np.float64) for axis in (0, 1)]
   expected = sum(float(x @ x) for x in sums) - float(np.square(squares).sum())
-  signs = difference_factors.random_signs(tall.shape[1], _SIGNS)
+  signs = factors.random_signs(tall.shape[1], _SIGNS)
   turned = host.small_products(tall.T, host.small_products(tall, signs))
   found = float(np.square(turned, dtype=np.float64).sum()) / _SIGNS
   return found <= _MOST_COHERENT * expected

@@ -1,6 +1,6 @@
 """A sliced model beside its dense base: products with the bases of its subspaces.
 
-`structured.subspaces` has the mathematics, and `passes.recipe` finds the bases. The
+`structured.subspaces` has the mathematics, and `fit` finds the bases. The
 basis of a segment is a record of its own, before the layer that writes the segment, so
 that a layer is read without the layers before it. With a preset that keeps all bits,
 bases are those of the checkpoint, and a tensor is its difference from a product. Else
@@ -21,13 +21,11 @@ import numpy as np
 from rotbits_jax import models
 from rotbits_jax import passes
 from rotbits_jax import structured
-from rotbits_jax.file import base as base_lib
-from rotbits_jax.file import leaves as leaves_lib
-from rotbits_jax.file import manifest as manifest_lib
-from rotbits_jax.file import sources
-from rotbits_jax.passes import recipe as recipe_lib
 from rotbits_jax.passes import residual
-from rotbits_jax.passes import rounding_errors
+from rotbits_jax.relative import base as base_lib
+from rotbits_jax.relative import entries
+from rotbits_jax.relative import fit
+from rotbits_jax.relative import rounding_errors
 from rotbits_jax.structured import subspaces
 from rotbits_jax.symmetries import rotations
 from rotbits_jax.system import checksums
@@ -58,7 +56,7 @@ class _Array(NamedTuple):
   """An array of the base, its entry in the manifest, and its greatest number."""
 
   array: np.ndarray
-  entry: leaves_lib.BaseArray
+  entry: entries.BaseArray
   greatest: float
 
 
@@ -70,7 +68,7 @@ class Recipe:
     records: those of the model, and those of the bases.
   """
 
-  def __init__(self, source: sources.Source, base: base_lib.Base, *, keeps_bits: bool):
+  def __init__(self, source: Any, base: base_lib.Base, *, keeps_bits: bool):
     """Takes a model that suits the base, see `suits`.
 
     Args:
@@ -82,7 +80,7 @@ class Recipe:
     assert base.config is not None
     self.config = source.config
     self._source, self._base, self._keeps_bits = source, base, keeps_bits
-    self._made_of = recipe_lib.ingredients(base.config, self.config)
+    self._made_of = fit.ingredients(base.config, self.config)
     given: Any = source
     self._context = passes.make_context(given, stored_as=source.stored_as)
     # Arrays of the base may be rounded to these dtypes after they are centred.
@@ -112,7 +110,7 @@ class Recipe:
     return residual.obstacle(self._context)
 
   @functools.cached_property
-  def _first(self) -> dict[bool, recipe_lib.FoundBasis]:
+  def _first(self) -> dict[bool, fit.FoundBasis]:
     return {x: self._fit(0, x) for x in (False, True)}
 
   @functools.cached_property
@@ -178,7 +176,7 @@ class Recipe:
     with self._lock:
       return self._segments(segment)
 
-  def _fit(self, segment: int, rounded: bool) -> recipe_lib.FoundBasis:
+  def _fit(self, segment: int, rounded: bool) -> fit.FoundBasis:
     """Finds the basis of a segment from the tensors that read or write it."""
     config = self.config
     step = config.segments_per_layer
@@ -196,12 +194,12 @@ class Recipe:
         continue
       arrays = self._arrays(own)
       if arrays is not None and np.isfinite(np.asarray(leaf, np.float32)).all():
-        pairs.append(recipe_lib.Pair(own.way, arrays, np.asarray(leaf)))
+        pairs.append(fit.Pair(own.way, arrays, np.asarray(leaf)))
     shape = config.hidden_size, config.segment_widths[segment]
     roundoff = self._context.roundoff
-    return recipe_lib.fit(pairs, shape, rounded=rounded, roundoff=roundoff)
+    return fit.fit(pairs, shape, rounded=rounded, roundoff=roundoff)
 
-  def _arrays(self, made_of: recipe_lib.Ingredients) -> list[np.ndarray] | None:
+  def _arrays(self, made_of: fit.Ingredients) -> list[np.ndarray] | None:
     """Returns the arrays of the base; None if it lacks one that can be multiplied."""
     found = [x for path in made_of.paths if (x := self._array(path)) is not None]
     is_scaled = made_of.way.kind == 'reads'
@@ -218,7 +216,7 @@ class Recipe:
     greatest = float(np.abs(array).max(initial=0))
     if not greatest <= self._most:  # also if it is NaN
       return None
-    return _Array(array, base_lib.entry_of(path, array), greatest)
+    return _Array(array, entries.BaseArray.of(path, array), greatest)
 
   def _segment(self, segment: int) -> _Segment:
     if segment == 0:
@@ -229,19 +227,19 @@ class Recipe:
       return _Segment(None, None, None, False)
     roundoff = self._context.roundoff
     if self._keeps_bits:
-      leaf: Any = recipe_lib.as_basis(basis, roundoff)
+      leaf: Any = fit.as_basis(basis, roundoff)
       return _Segment(leaf, leaf.materialize(), None, True)
     if basis.shape[0] == basis.shape[1]:
       return _Segment(None, None, basis.T, True)
     if subspaces.is_narrow(basis.shape):
-      leaf = recipe_lib.as_basis(basis, roundoff)
+      leaf = fit.as_basis(basis, roundoff)
     else:
-      leaf = recipe_lib.as_subspace(basis, roundoff, growth)
+      leaf = fit.as_subspace(basis, roundoff, growth)
     found = leaf.materialize()
-    turn = recipe_lib.turn(basis, np.ldexp(found.astype(np.float64), -subspaces.UNIT))
+    turn = fit.turn(basis, np.ldexp(found.astype(np.float64), -subspaces.UNIT))
     return _Segment(leaf, found, turn, True)
 
-  def holds(self, records: Sequence[manifest_lib.RecordEntry]) -> bool:
+  def holds(self, records: Sequence[Any]) -> bool:
     """Returns whether records of an earlier run have the bases that this one finds.
 
     Another processor or library rounds them in another way. The first basis and the
@@ -291,7 +289,7 @@ class Recipe:
     made = subspaces.tensor(
       way, arrays, [x.basis for x in segments], target.shape, target.dtype
     )
-    product = leaves_lib.Product(
+    product = entries.Product(
       kind=way.kind,
       arrays=tuple(x.entry for x in map(self._array, own.paths) if x),
       segments=own.segments,
@@ -301,8 +299,8 @@ class Recipe:
     )
     if not self._keeps_bits:
       roundoff = self._context._replace(dtype=target.dtype).roundoff
-      limit = recipe_lib.error_limit(way, self.config.hidden_size, roundoff)
-      norms = recipe_lib.vector_norms(way, arrays, target.dtype)
+      limit = fit.error_limit(way, self.config.hidden_size, roundoff)
+      norms = fit.vector_norms(way, arrays, target.dtype)
       both = (target.T, made.T) if way.kind == 'reads' else (target, made)
       if rounding_errors.explain(*both, limit, norms):
         target = made
@@ -322,7 +320,7 @@ def _rotated(leaf: Any, rows: np.ndarray | None, columns: np.ndarray | None) -> 
   return found if columns is None else found @ columns.astype(np.float32)
 
 
-def suits(source: sources.Source, base: base_lib.Base) -> bool:
+def suits(source: Any, base: base_lib.Base) -> bool:
   """Returns whether a model may be sliced from a base, by their configs."""
   own, dense = source.config, base.config
   if own is None or dense is None or not own.sliced or dense.sliced:

@@ -13,7 +13,7 @@ import numpy as np
 
 from rotbits_jax.coding.weights import line_sums
 from rotbits_jax.coding.weights import pool
-from rotbits_jax.passes import differences
+from rotbits_jax.relative import scales
 from rotbits_jax.structured import relative
 from rotbits_jax.system import host
 
@@ -61,7 +61,7 @@ def find(
     return None
   with np.errstate(all='ignore'):
     typical = base.reshape(-1)[:: -(-base.size // _TYPICAL)]
-    sizes = np.abs(differences.widened(typical, dtype))
+    sizes = np.abs(scales.widened(typical, dtype))
   sizes = sizes[np.isfinite(sizes)]
   if not sizes.size:
     return None
@@ -71,7 +71,7 @@ def find(
   for most in _RANKS:
     some = slice(None, None, -(-len(bits) // (_SKETCHED * most)))
     if len(far) < len(bits):
-      far = differences.floats(bits[some], base[some], dtype)
+      far = scales.floats(bits[some], base[some], dtype)
       scale = float(np.abs(far).max(initial=0))
       if not 1e-30 < scale < 1e30:
         return None
@@ -85,14 +85,14 @@ def find(
     return None
   some = slice(None, None, -(-len(bits) // _BASIS))
   if len(far) < len(bits):
-    far = differences.floats(bits[some], base[some], dtype)
+    far = scales.floats(bits[some], base[some], dtype)
     far /= np.float32(scale)
   else:
     far = far[some]
   basis = _basis(far, most)
 
   def job(rows: slice) -> _Projected:
-    own = differences.floats(bits[rows], base[rows], dtype)
+    own = scales.floats(bits[rows], base[rows], dtype)
     own /= np.float32(scale)
     return _Projected.of(own, basis)
 

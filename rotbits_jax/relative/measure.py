@@ -20,8 +20,8 @@ from rotbits_jax.coding import tables
 from rotbits_jax.coding.weights import buffers
 from rotbits_jax.coding.weights import line_sums
 from rotbits_jax.coding.weights import pool
-from rotbits_jax.passes import difference_factors
-from rotbits_jax.passes import differences
+from rotbits_jax.relative import factors as factors_lib
+from rotbits_jax.relative import scales as scales_lib
 from rotbits_jax.structured import division
 from rotbits_jax.structured import relative
 from rotbits_jax.structured import ulps
@@ -122,13 +122,13 @@ def _relative(
   """Returns the leaf of differences; None if it takes more bits than `alone`."""
   dtype = target.dtype
   width = target.shape[-1] if target.ndim > 1 else bits.size
-  if not differences.LEAST_LINES <= width <= buffers.ROOM:
+  if not scales_lib.LEAST_LINES <= width <= buffers.ROOM:
     width = bits.size
   if width > relative.LONGEST:
     return None
   wanted, known = bits.reshape(-1, width), base.reshape(-1, width)
   own = _differing(wanted, known)
-  factors = difference_factors.find(wanted, known, dtype, run)
+  factors = factors_lib.find(wanted, known, dtype, run)
   draft = structured.Relative(
     head=np.zeros(0, np.uint8),
     left=factors.left if factors else None,
@@ -151,7 +151,7 @@ def _relative(
     draft = dataclasses.replace(draft, drift=drift)
     known = draft.predicted(base, some, run)
   rows = np.full(bits.size // width, relative.EQUAL, np.int16)
-  rows[own], columns = differences.scales(wanted, known, dtype, run)
+  rows[own], columns = scales_lib.scales(wanted, known, dtype, run)
   head = relative.Head(rows, columns, *np.zeros((2, 0), np.uint8))
   return _coded(draft, head, wanted.reshape(-1), known, alone, run)
 

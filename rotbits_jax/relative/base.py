@@ -20,10 +20,8 @@ import numpy as np
 from rotbits_jax import models
 from rotbits_jax import structured
 from rotbits_jax.coding import weights
-from rotbits_jax.file import leaves as leaves_lib
-from rotbits_jax.file import manifest as manifest_lib
-from rotbits_jax.file.container import ContainerError
-from rotbits_jax.passes import relative
+from rotbits_jax.relative import entries
+from rotbits_jax.relative import measure
 from rotbits_jax.system import checksums
 from rotbits_jax.system import host
 
@@ -42,7 +40,7 @@ class Beside(NamedTuple):
   """
 
   leaf: structured.Structured
-  base: leaves_lib.BaseArray | leaves_lib.Product
+  base: entries.BaseArray | entries.Product
   crc32: int
 
 
@@ -99,7 +97,7 @@ class Base:
 
   def _leaf(self, path: str) -> Any:
     if path not in self._specs:
-      raise ContainerError(f'{path}: other arrays of the base need it, but it lacks it')
+      raise ValueError(f'{path}: other arrays of the base need it, but it lacks it')
     with self._lock:
       return self._record(self._specs[path][0])[path]
 
@@ -121,48 +119,41 @@ class Base:
   def _read(self, record: str) -> dict[str, Any]:
     return structured.flatten(self._source.read(record))
 
-  def check(self, path: str, wanted: leaves_lib.BaseArray) -> None:
-    """Checks that the base has the array of a leaf; its elements are not read.
-
-    Args:
-      path: path of the leaf.
-      wanted: the array that it needs.
+  def check(self, wanted: entries.BaseArray) -> None:
+    """Checks that the base has the array of an entry; its elements are not read.
 
     Raises:
-      ContainerError: naming the array, if it is missing or another one.
+      ValueError: naming the array, if it is missing or another one.
     """
     found = self.find(wanted.path)
     if found is None:
-      raise ContainerError(f'{path}: the base has no {wanted.path}, which it needs')
+      raise ValueError(f'the base has no {wanted.path}, which it needs')
     _, shape, dtype = self._specs[found]
     if (shape, dtype) != (wanted.shape, wanted.dtype):
-      raise ContainerError(
-        f'{path}: it needs {wanted.path} of the base as {wanted.dtype} '
-        f'{list(wanted.shape)}, and that of this base is {dtype} {list(shape)}'
+      raise ValueError(
+        f'it needs {wanted.path} of the base as {wanted.dtype} {list(wanted.shape)}, '
+        f'and that of this base is {dtype} {list(shape)}'
       )
 
-  def get(
-    self, path: str, wanted: leaves_lib.BaseArray, transposed: bool = False
-  ) -> np.ndarray:
-    """Returns the array that a leaf needs.
+  def get(self, wanted: entries.BaseArray, transposed: bool = False) -> np.ndarray:
+    """Returns the array of an entry.
 
     Args:
-      path: path of the leaf.
-      wanted: the array.
+      wanted: the entry.
       transposed: whether its checksum is that of the transpose.
 
     Raises:
-      ContainerError: naming the array, if it is missing or another one.
+      ValueError: naming the array, if it is missing or another one.
     """
-    self.check(path, wanted)
+    self.check(wanted)
     found = self.find(wanted.path)
     assert found is not None
     array = self._array(found)
     array = host.contiguous(array.T if transposed else array)
     if checksums.of_array(array) != wanted.crc32:
-      raise ContainerError(
-        f'{path}: {found} of this base has other elements than that of the base beside '
-        'which the file was encoded'
+      raise ValueError(
+        f'{found} of this base has other elements than that of the base beside which '
+        'the file was encoded'
       )
     return array.T if transposed else array
 
@@ -204,13 +195,13 @@ class Base:
       if own is not None and _is_smaller(own.leaf, params[path])
     }
 
-  def holds(self, entry: manifest_lib.RecordEntry) -> bool:
+  def holds(self, entry: Any) -> bool:
     """Returns whether the base has the arrays that a record was encoded beside."""
     try:
       for leaf in entry.leaves:
         for array in leaf.base_arrays:
-          self.get(leaf.path, array, bool(leaf.settings.get('columns_first')))
-    except ContainerError:
+          self.get(array, bool(leaf.settings.get('columns_first')))
+    except ValueError:
       return False
     return True
 
@@ -243,14 +234,14 @@ def _beside(leaf: Any, given: np.ndarray, path: str, run: weights.Run) -> Beside
   if transposed:
     target, base = target.T, base.T
   target, base = host.contiguous(target), host.contiguous(base)
-  made = relative.beside(target, base, run)
+  made = measure.beside(target, base, run)
   if made is None:
     return None
   nbytes = sum(x.nbytes for x in made.stored()[1].values())
-  if leaves_lib.is_too_short(target.size, base.size, nbytes):
+  if entries.is_too_short(target.size, base.size, nbytes):
     return None
   made = dataclasses.replace(made, columns_first=transposed)
-  entry = dataclasses.replace(entry_of(path, base), shape=given.shape)
+  entry = dataclasses.replace(entries.BaseArray.of(path, base), shape=given.shape)
   return Beside(made, entry, checksums.of_array(target))
 
 
@@ -261,7 +252,7 @@ def _is_smaller(own: structured.Structured, leaf: Any) -> bool:
 
 
 def beside_product(
-  target: np.ndarray, made: np.ndarray, product: leaves_lib.Product
+  target: np.ndarray, made: np.ndarray, product: entries.Product
 ) -> Beside | None:
   """Returns how to store an array beside a product; None if it is smaller alone.
 
@@ -271,16 +262,8 @@ def beside_product(
     product: the product.
   """
   # The programs of `run` are those of the processor, also beside an accelerator.
-  leaf = relative.beside(target, host.contiguous(made), weights.run)
+  leaf = measure.beside(target, host.contiguous(made), weights.run)
   return None if leaf is None else Beside(leaf, product, checksums.of_array(target))
-
-
-def entry_of(path: str, array: np.ndarray) -> leaves_lib.BaseArray:
-  """Returns the manifest's entry of an array of a base."""
-  crc32 = checksums.of_array(array)
-  return leaves_lib.BaseArray(
-    path=path, shape=array.shape, dtype=array.dtype.name, crc32=crc32
-  )
 
 
 def _short(path: str) -> str:

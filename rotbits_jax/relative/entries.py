@@ -1,0 +1,123 @@
+"""Entries of the manifest: the known array beside which a leaf is stored.
+
+It is an array of a base, or a product of arrays of a base with the bases of subspaces,
+see `structured.subspaces`.
+"""
+
+import dataclasses
+import math
+from typing import Annotated
+
+import ml_dtypes
+import numpy as np
+
+from rotbits_jax import models
+from rotbits_jax.coding import weights
+from rotbits_jax.structured import subspaces
+from rotbits_jax.system import checksums
+from rotbits_jax.system import schema
+
+_MOST_ELEMENTS = 1 << 48  # of an array
+
+_STORED_AS = {'int2': 'int8', 'int4': 'int8'} | {
+  name: 'uint8'
+  for name in dir(ml_dtypes)
+  if name.startswith(('uint2', 'uint4', 'float4_', 'float6_', 'float8_'))
+}
+
+
+def stored_dtype(dtype: str) -> str:
+  """Returns the dtype of the array that stores a plain array.
+
+  The coder models no floats of 8 bits or fewer and no integers of 4. It gets their bit
+  patterns as NumPy keeps them, one a byte.
+  """
+  return _STORED_AS.get(dtype, dtype)
+
+
+def _check_shape(value: tuple[int, ...]) -> str | None:
+  # NumPy multiplies the lengths of the other axes, even if one of them is 0.
+  fits = len(value) <= 32 and math.prod(n for n in value if n) <= _MOST_ELEMENTS
+  return None if fits else 'must be the shape of an array of up to 32 axes'
+
+
+def _check_dtype(value: str) -> str | None:
+  is_stored = stored_dtype(value) in weights.DTYPES
+  return None if is_stored else 'must be the name of a dtype'
+
+
+Shape = Annotated[tuple[int, ...], _check_shape]
+Dtype = Annotated[str, _check_dtype]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BaseArray:
+  """An array of another model or PyTree that a leaf needs, see `base`.
+
+  Attributes:
+    path: its path there.
+    shape: its shape.
+    dtype: its dtype.
+    crc32: CRC-32 of its bytes in C order.
+  """
+
+  as_list = True
+
+  path: schema.Path
+  shape: Shape
+  dtype: Dtype
+  crc32: schema.Crc32
+
+  @classmethod
+  def of(cls, path: str, array: np.ndarray) -> 'BaseArray':
+    """Returns the entry of an array."""
+    crc32 = checksums.of_array(array)
+    return cls(path=path, shape=array.shape, dtype=array.dtype.name, crc32=crc32)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Product:
+  """A tensor of a sliced model as a product, see `structured.subspaces`.
+
+  Attributes:
+    kind: see `subspaces.Way`, as `transposed`, `centred` and `rounded`.
+    arrays: the arrays of the base that are needed.
+    segments: the segments of the sliced model whose bases are needed.
+  """
+
+  kind: subspaces.Kind
+  arrays: tuple[BaseArray, ...] = ()
+  segments: tuple[models.config.Count, ...] = ()
+  transposed: bool = False
+  centred: bool = False
+  rounded: bool = False
+
+  def __post_init__(self) -> None:
+    arrays, segments = {
+      'reads': ((2,), 1),
+      'writes': ((1,), 1),
+      'shortcut': ((0,), 2),
+      'bias': ((2, 3), 0),
+    }[self.kind]
+    if len(self.arrays) not in arrays or len(self.segments) != segments:
+      raise ValueError(
+        f'a product of kind {self.kind!r} cannot take {len(self.arrays)} arrays and '
+        f'{len(self.segments)} bases'
+      )
+
+  @property
+  def way(self) -> subspaces.Way:
+    return subspaces.Way(self.kind, self.transposed, self.centred, self.rounded)
+
+
+def is_too_short(size: int, base_size: int, nbytes: int) -> bool:
+  """Returns whether so few bytes cannot stand for an array.
+
+  The reader allocates the array before it has decoded the leaf.
+
+  Args:
+    size: how many elements the array has.
+    base_size: how many of them the base gives.
+    nbytes: the bytes of the arrays that are stored.
+  """
+  return size - base_size > 8 * nbytes
