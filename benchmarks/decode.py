@@ -399,7 +399,7 @@ def _start(cache: str | None) -> None:
   """
   kept = {} if cache is None else {'JAX_COMPILATION_CACHE_DIR': cache}
   kept |= {'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0', 'PYTHONPATH': str(ROOT)}
-  path = ROOT / 'tests' / 'testdata' / 'golden' / 'v4' / 'free.rotbits'
+  path = ROOT / 'tests' / 'testdata' / 'golden' / 'v1' / 'free.rotbits'
   given = {k: v for k, v in os.environ.items() if k != 'JAX_COMPILATION_CACHE_DIR'}
   command = [sys.executable, '-c', _START, str(path)]
   subprocess.run(command, env=given | kept, check=True)

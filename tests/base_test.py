@@ -387,7 +387,7 @@ def test_decoding_over_the_base_is_refused(tmp_path):
 
 
 def test_a_file_of_a_message_is_no_base():
-  data = golden.file_of('v4/paper').read_bytes()
+  data = golden.file_of('paper').read_bytes()
   with pytest.raises(ValueError, match='cannot be a base'):
     rotbits_jax.encode(tree(), base=data)
 

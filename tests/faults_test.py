@@ -1,86 +1,133 @@
 """A fault at any operation on files leaves the older output or the new one."""
 
+import contextlib
+import errno
+import functools
+import os
 import pathlib
-import tempfile
+import signal
+import subprocess
+import sys
 
-from absl.testing import absltest
-from absl.testing import parameterized
+import numpy as np
 import pytest
 
-from fuzz import faults
+import rotbits_jax
+
+ROOT = pathlib.Path(__file__).parents[1]
+DENSE = ROOT / 'tests/testdata/llama-tiny-dense'
+CHANGES = {
+  *('open', 'os.rename', 'os.remove', 'os.mkdir', 'os.rmdir', 'os.truncate'),
+  *('os.chmod', 'shutil.rmtree', 'os.link', 'os.symlink'),
+}
+TREES = [{name: np.full(500, i) for name in 'abc'} for i in range(2)]
+SCENARIOS = {
+  'file': lambda out, i: rotbits_jax.encode_to_file(TREES[i], out),
+  'shards': lambda out, i: rotbits_jax.encode_to_file(TREES[i], out, shard_size=5000),
+  'directory': lambda out, i: rotbits_jax.decode_to_directory(
+    checkpoint(), out, shard_size=200_000 * (i + 1)
+  ),
+}
 
 
-class FaultsTest(parameterized.TestCase):
-  @classmethod
-  def setUpClass(cls):
-    super().setUpClass()
-    place = pathlib.Path(cls.enterClassContext(tempfile.TemporaryDirectory()))
-    cls.inputs = faults.Inputs.make(place)
+@functools.cache
+def checkpoint():
+  return rotbits_jax.encode(rotbits_jax.load_checkpoint(DENSE), preset='exact')
 
-  def setUp(self):
-    super().setUp()
-    self.folder = pathlib.Path(self.enterContext(tempfile.TemporaryDirectory()))
 
-  @parameterized.parameters(*faults.SCENARIOS)
-  def test_a_part_of_all_operations(self, name):
-    scenario = faults.SCENARIOS[name]
-    known = faults.expected(scenario, self.inputs, self.folder)
-    self.assertGreater(known.operations, 4)
-    for fault in ('disk full', 'interrupted'):
-      for at in {1, known.operations // 2, known.operations}:
-        with self.subTest(fault=fault, at=at):
-          wrong = faults.problem(scenario, self.inputs, self.folder, known, fault, at)
-          self.assertIsNone(wrong)
+class Trap:
+  """Counts operations on files in a folder, and lets one of them go wrong."""
 
-  @parameterized.parameters(
-    ('encode over a file', lambda operations: operations // 2),
-    ('encode over shards', lambda operations: operations - 10),
-  )
-  def test_a_run_that_is_killed(self, name, at):
-    scenario = faults.SCENARIOS[name]
-    known = faults.expected(scenario, self.inputs, self.folder)
-    wrong = faults.problem(
-      scenario, self.inputs, self.folder, known, 'killed', at(known.operations)
-    )
-    self.assertIsNone(wrong)
+  def __init__(self):
+    self.set('')
+    sys.addaudithook(self.hook)
 
-  def test_shards_must_be_readable_at_any_time(self):
-    scenario = faults.SCENARIOS['encode over shards']
-    known = faults.expected(scenario, self.inputs, self.folder)
-    min(self.folder.glob('out-*')).unlink()
-    wrong = faults.left(scenario, self.inputs, self.folder, known, may_leave=True)
-    self.assertIn('neither', wrong)
+  def set(self, folder, at=0, fault=None):
+    self.folder, self.at, self.seen, self.fault = str(folder), at, 0, fault
 
-  def test_what_is_left_behind_is_found(self):
-    scenario = faults.SCENARIOS['encode, new file']
-    known = faults.expected(scenario, self.inputs, self.folder)
-    (self.folder / 'out').write_bytes(b'half a file')
-    arguments = scenario, self.inputs, self.folder, known
-    self.assertIn('neither', faults.left(*arguments, may_leave=True))
-    (self.folder / 'out').unlink()
-    (self.folder / '.out.partial').mkdir()
-    self.assertIn('left behind', faults.left(*arguments, may_leave=False))
+  def hook(self, event, args):
+    if (
+      not self.folder
+      or event not in CHANGES
+      or not str(args[0]).startswith(self.folder)
+    ):
+      return
+    if event == 'open' and args[2] & os.O_ACCMODE == os.O_RDONLY:
+      return
+    self.seen += 1
+    if self.seen == self.at:
+      self.fault()
 
-  def test_a_mixture_of_two_outputs_is_found(self):
-    scenario = faults.SCENARIOS['decode over a directory']
-    known = faults.expected(scenario, self.inputs, self.folder)
-    shard = min((self.folder / 'out').glob('*.safetensors'))
-    new = shard.read_bytes()
-    faults.prepare(known.files, self.folder)
-    arguments = scenario, self.inputs, self.folder, known
-    shard.write_bytes(new)  # which reads well beside the older shards
-    self.assertIn('neither', faults.left(*arguments, may_leave=False))
-    shard.write_bytes(new[:-1])
-    self.assertIsNone(faults.left(*arguments, may_leave=False))
+
+trap = functools.cache(Trap)  # a hook cannot be removed
+
+
+def fill():
+  raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def interrupt():
+  raise KeyboardInterrupt
+
+
+def kill():
+  os.kill(os.getpid(), signal.SIGKILL)
+
+
+def content(out):
+  """Returns what reading the output gives; None if there is none."""
+  if out.is_dir() and any(out.glob('*.safetensors')):
+    model = rotbits_jax.load_checkpoint(out).model
+    return len(list(out.glob('*.safetensors'))), model.params['embed']['tokens'].sum()
+  if not out.exists() and not list(out.parent.glob('out*')):
+    return None
+  return {name: x.tolist() for name, x in rotbits_jax.decode(out).items()}
+
+
+def files(folder):
+  paths = folder.rglob('*')
+  return {x.relative_to(folder): x.read_bytes() for x in paths if x.is_file()}
+
+
+@pytest.mark.parametrize('fault', [fill, interrupt])
+@pytest.mark.parametrize('name', SCENARIOS)
+def test_every_operation(name, fault, tmp_path, subtests):
+  write, out = SCENARIOS[name], tmp_path / 'out'
+  write(out, 0)
+  old = content(out)
+  trap().set(tmp_path)
+  write(out, 1)
+  operations, new, expected = trap().seen, content(out), files(tmp_path)
+  assert operations > 4
+  for at in range(1, operations + 1, max(operations // 12, 1)):
+    with subtests.test(at=at):
+      trap().set('')
+      write(out, 0)
+      trap().set(tmp_path, at, fault)
+      with contextlib.suppress(OSError, KeyboardInterrupt):
+        write(out, 1)
+      trap().set('')
+      assert content(out) in (old, new)
+      write(out, 1)
+      assert files(tmp_path) == expected
 
 
 @pytest.mark.slow
-def test_all_operations():
-  failures = []
-  counts = faults.sweep(1, failures.append)
-  assert not failures
-  assert {name for name, _ in counts} == set(faults.SCENARIOS)
-
-
-if __name__ == '__main__':
-  absltest.main()
+@pytest.mark.parametrize('name', ['file', 'shards'])
+def test_a_run_that_is_killed(name, tmp_path):
+  write, out = SCENARIOS[name], tmp_path / 'out'
+  write(out, 1)
+  expected, new = files(tmp_path), content(out)
+  for at in (3, 8):
+    write(out, 0)
+    old = content(out)
+    program = (
+      f'from tests import faults_test as f; import pathlib; '
+      f'f.trap().set({str(tmp_path)!r}, {at}, f.kill); '
+      f'f.SCENARIOS[{name!r}](pathlib.Path({str(out)!r}), 1)'
+    )
+    done = subprocess.run([sys.executable, '-c', program], cwd=ROOT, check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert content(out) in (old, new)
+    write(out, 1)
+    assert files(tmp_path) == expected

@@ -1,8 +1,7 @@
-"""Golden files decode to the same bits under every setting of JAX, and stay."""
+"""Golden files decode to the same bits under every setting of JAX."""
 
 import os
 import pathlib
-import re
 import subprocess
 import sys
 
@@ -65,53 +64,17 @@ def test_the_files_are_small():
     assert golden.file_of(name).stat().st_size < 100_000
 
 
-def test_every_file_has_its_writer_and_digests():
+def test_every_file_has_its_digests():
   entries = golden.recorded()
   assert golden.names() == sorted(entries)
-  assert all(re.match(r'\d+\.\d+', x['written by']) for x in entries.values())
-  assert all(x['arrays'] for x in entries.values())
+  assert all(entries.values())
 
 
-@pytest.fixture
-def empty_folder(tmp_path, monkeypatch):
+def test_another_file_is_found(tmp_path, monkeypatch):
   monkeypatch.setattr(golden, 'FOLDER', tmp_path)
   monkeypatch.setattr(golden, 'DIGESTS', tmp_path / 'digests.json')
-  golden.DIGESTS.write_text('{}')
-
-
-def set_cases(monkeypatch, **numbers):
-  found = {name: ({'x': np.arange(n)}, {}) for name, n in numbers.items()}
-  monkeypatch.setattr(golden, 'cases', lambda: found)
-
-
-@pytest.mark.usefixtures('empty_folder')
-def test_write_adds_files_and_keeps_those_that_exist(monkeypatch):
-  set_cases(monkeypatch, first=2)
+  monkeypatch.setattr(golden, 'cases', lambda: {'x': ({'x': np.arange(2)}, {})})
   golden.write()
-  old = golden.file_of('v4/first').read_bytes()
-  set_cases(monkeypatch, first=3, second=4)
-  golden.write()
-  assert golden.names() == ['v4/first', 'v4/second'] == sorted(golden.recorded())
-  assert golden.file_of('v4/first').read_bytes() == old
-  assert golden.check() == ([], 2)
-  assert golden.recorded()['v4/second']['written by'] == rotbits_jax.__version__
-
-
-@pytest.mark.usefixtures('empty_folder')
-def test_a_new_version_of_the_format_adds_a_folder(monkeypatch):
-  set_cases(monkeypatch, first=2)
-  golden.write()
-  monkeypatch.setattr(golden.container, 'VERSION', 5)
-  golden.write()
-  assert golden.names() == ['v4/first', 'v5/first']
-
-
-@pytest.mark.usefixtures('empty_folder')
-def test_write_refuses_a_file_without_digests(monkeypatch):
-  set_cases(monkeypatch, first=2)
-  golden.file_of('v4/first').parent.mkdir()
-  golden.file_of('v4/first').write_bytes(b'')
-  with pytest.raises(FileExistsError, match='first'):
-    golden.write()
-  assert not golden.file_of('v4/first').read_bytes()
-  assert golden.check() == (['v4/first'], 0)
+  assert golden.check() == ([], 1)
+  golden.file_of('x').write_bytes(rotbits_jax.encode({'x': np.arange(3)}))
+  assert golden.check() == (['x/x:'], 1)

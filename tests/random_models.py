@@ -5,6 +5,8 @@ import numpy as np
 
 from rotbits_jax import checkpoints
 from rotbits_jax import models
+from rotbits_jax.slicing import norm_fusion
+from rotbits_jax.slicing import slicegpt
 from tests import reference_forward
 
 BASE = {
@@ -78,3 +80,25 @@ def sliced(config_json, widths, dtype=np.float32, seed=0, shortcut=None):
   outer = fill(models.outer_shapes(config))
   stack = [fill(models.layer_shapes(config, i)) for i in range(config.num_layers)]
   return models.from_layers(config, outer, stack)
+
+
+def sliced_from(dense, widths, dtype=np.float16, seed=0):
+  """Slices a model with random subspaces, without a text."""
+  rng, config = np.random.default_rng(seed), norm_fusion.fused(dense.config)
+  hidden, step = config.hidden_size, config.segments_per_layer
+  whole = (np.linalg.qr(rng.standard_normal((hidden, hidden)))[0] for _ in widths)
+  bases = [x[:, :n] for x, n in zip(whole, widths, strict=True)]
+  embed = norm_fusion.fuse_embeddings(dense.outer(), dense.config)
+  head = norm_fusion.fuse_head(dense.outer(), dense.config)
+  head['kernel'] = bases[-1].T @ head['kernel']
+  outer = {'embed': {k: x @ bases[0] for k, x in embed.items()}, 'head': head}
+  layers = [
+    slicegpt.slice_layer(
+      norm_fusion.fuse_layer(layer, dense.config),
+      tuple(bases[i * step : (i + 1) * step + 1]),
+      config,
+    )
+    for i, layer in enumerate(dense.layers())
+  ]
+  outer, layers = jax.tree.map(lambda x: x.astype(dtype), (outer, layers))
+  return models.from_layers(config.sliced_to(widths), outer, layers)

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from fuzz import containers
-from fuzz import seeds
 import rotbits_jax
 from rotbits_jax import file
 from rotbits_jax import models
@@ -43,7 +42,7 @@ WIDTHS = (40, 36, 36, 44, 48)
 
 def opt_pair(dtype=np.float16):
   dense = random_models.random_model(OPT, dtype)
-  return dense, seeds.sliced_from(dense, WIDTHS, dtype)
+  return dense, random_models.sliced_from(dense, WIDTHS, dtype)
 
 
 def size_of(model):
@@ -117,7 +116,7 @@ def test_widths_that_differ_biases_and_a_tied_head(dtype):
 def test_segments_side_by_side_that_were_not_sliced(monkeypatch):
   dense = random_models.random_model(OPT, np.float16)
   for widths in ((48,) * 5, (40, 48, 48, 44, 48)):
-    model = seeds.sliced_from(dense, widths, np.float16)
+    model = random_models.sliced_from(dense, widths, np.float16)
     data = rotbits_jax.encode(model, base=dense, preset='free')
     assert forms(data)['layers.0/mlp_shortcut/kernel'] == ('same', 'shortcut')
     found = rotbits_jax.decode(data, base=dense).layer(0)['mlp_shortcut']['kernel']
@@ -147,7 +146,11 @@ def test_each_subspace_is_found_once(preset, monkeypatch):
   layers = 10
   dense = random_models.random_model(OPT | {'num_hidden_layers': layers}, np.float16)
   widths = (*(40 + i % 3 for i in range(2 * layers)), 48)
-  model, fit, fits = seeds.sliced_from(dense, widths, np.float16), recipe.fit, []
+  model, fit, fits = (
+    random_models.sliced_from(dense, widths, np.float16),
+    recipe.fit,
+    [],
+  )
 
   def counted(*arguments, **options):
     fits.append(arguments)

@@ -2,7 +2,7 @@
 
     8 bytes, little-endian: length of the header
     header, JSON, padded with spaces:
-        {"__metadata__": {"format": "rotbits", "version": "4",
+        {"__metadata__": {"format": "rotbits", "version": "1",
                           "manifest_crc32": "..."},
          "<stream>": {"dtype": "U8", "shape": [n], "data_offsets": [begin, end]}, ...}
     the streams, one after the other
@@ -30,7 +30,7 @@ from rotbits_jax.system import files
 from rotbits_jax.system import strict_json
 
 FORMAT = 'rotbits'
-VERSION = 4
+VERSION = 1
 MANIFEST = 'manifest'
 _METADATA = '__metadata__'  # the header's one entry that is no stream
 

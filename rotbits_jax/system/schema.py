@@ -22,7 +22,7 @@ any integer if it has a check), `float` (finite), `str`, `Literal`, `T | None`,
 An annotation `Annotated[T, check]` adds a check: a function that takes the value and
 returns what it must be, or None if it is right. A field that equals its default is left
 out. A dataclass with the attribute `as_list = True` becomes the list of its fields, all
-of them, because many records of one kind are short that way.
+of them, because many records of one type are short that way.
 """
 
 from collections.abc import Callable
@@ -34,7 +34,6 @@ import typing
 from typing import Annotated, Any, Literal, TypeVar, Union
 
 T = TypeVar('T')
-_Parser = Callable[[Any, str], Any]
 
 _GREATEST = 1 << 53
 _MOST_LEVELS = 8  # of folders
@@ -67,21 +66,24 @@ def is_relative_path(name: str) -> bool:
   >>> is_relative_path('1_Pooling/config.json'), is_relative_path('../config.json')
   (True, False)
   """
-  parts = name.split('/')
-  return len(parts) <= _MOST_LEVELS and all(map(is_file_name, parts))
+  names = name.split('/')
+  return len(names) <= _MOST_LEVELS and all(map(is_file_name, names))
 
 
 def _file_name(value: Any) -> str | None:
+  """Checks the name of a file."""
   return None if is_file_name(value) else 'must be the name of a file'
 
 
 def _relative_path(value: Any) -> str | None:
+  """Checks the path of a file."""
   return None if is_relative_path(value) else 'must be the path of a file in a folder'
 
 
 def _path(value: Any) -> str | None:
-  parts = value.split('/')
-  is_path = all(parts) and len(parts) <= 64  # trees are walked recursively
+  """Checks the path of a parameter."""
+  keys = value.split('/')
+  is_path = all(keys) and len(keys) <= 64  # trees are walked recursively
   return None if is_path else 'must be up to 64 keys joined by slashes'
 
 
@@ -113,21 +115,18 @@ def load(cls: type[T], value: Any, where: str = '') -> T:
     SchemaError: if the value does not fit. The message begins with `where` and the
       field.
   """
-  kind: Any = cls
-  return typing.cast(T, _parser(kind)(value, where))
+  return typing.cast(T, _load(cls, value, where))
 
 
 def dump(record: Any) -> Any:
   """Returns a dataclass, or a value that one may hold, as a JSON value."""
   if dataclasses.is_dataclass(record):
-    fields = dataclasses.fields(record)
+    values = {x.name: getattr(record, x.name) for x in dataclasses.fields(record)}
     if getattr(record, 'as_list', False):
-      return [dump(getattr(record, field.name)) for field in fields]
-    found = {field.name: getattr(record, field.name) for field in fields}
+      return [dump(x) for x in values.values()]
+    defaults = _fields(type(record))
     return {
-      field.name: dump(found[field.name])
-      for field in fields
-      if found[field.name] != _default(field)
+      name: dump(x) for name, x in values.items() if x != _default(defaults[name][0])
     }
   if isinstance(record, list | tuple):
     return [dump(x) for x in record]
@@ -136,170 +135,119 @@ def dump(record: Any) -> Any:
   return record
 
 
-_NONE: Any = object()
+_MISSING = dataclasses.MISSING
 
 
-def _default(field: dataclasses.Field[Any]) -> Any:
-  if field.default_factory is not dataclasses.MISSING:
-    return field.default_factory()
-  return _NONE if field.default is dataclasses.MISSING else field.default
-
-
-def _refuse(where: str, expected: str, value: Any = _NONE) -> typing.NoReturn:
-  got = '' if value is _NONE else f', got {value!r:.{_SHOWN}}'
-  raise SchemaError(f'{where}: {expected}{got}' if where else f'{expected}{got}')
-
-
-def _within(where: str, name: Any) -> str:
-  return f'{where}/{name}' if where else str(name)
+def _default(field: 'dataclasses.Field[Any]') -> Any:
+  """Returns the default of a field, or `_MISSING`."""
+  factory = field.default_factory
+  return field.default if factory is _MISSING else factory()
 
 
 @functools.cache
-def _parser(kind: Any) -> _Parser:
-  """Returns the function that checks and converts a value of an annotation."""
-  origin, args = typing.get_origin(kind), typing.get_args(kind)
-  if kind is Any:
-    return lambda value, where: value
+def _fields(cls: Any) -> dict[str, tuple['dataclasses.Field[Any]', Any]]:
+  """Returns the fields of a dataclass, with their annotations, by name."""
+  hints = typing.get_type_hints(cls, include_extras=True)
+  return {x.name: (x, hints[x.name]) for x in dataclasses.fields(cls)}
+
+
+@functools.cache
+def _split(annotation: Any) -> tuple[Any, tuple[Any, ...]]:
+  """Returns an annotation without its arguments, and these."""
+  origin = typing.get_origin(annotation)
+  if origin is types.UnionType:
+    origin = Union
+  return origin or annotation, typing.get_args(annotation)
+
+
+def _error(where: str, expected: str, value: Any = _MISSING) -> SchemaError:
+  """Returns the error of a value."""
+  got = '' if value is _MISSING else f', got {value!r:.{_SHOWN}}'
+  return SchemaError(f'{where}: {expected}{got}' if where else f'{expected}{got}')
+
+
+def _within(where: str, name: Any) -> str:
+  """Returns the name of a value within another one."""
+  return f'{where}/{name}' if where else str(name)
+
+
+def _load(annotation: Any, value: Any, where: str) -> Any:
+  """Returns a JSON value as a value of an annotation."""
+  origin, args = _split(annotation)
   if origin is Annotated:
-    return _checked(args[0], args[1:])
-  if origin is Literal:
-    return _literal(args)
-  if origin in (Union, types.UnionType):
-    return _optional(args)
+    # A number with a check may be any integer.
+    is_number = args[0] is int and type(value) is int
+    loaded = value if is_number else _load(args[0], value, where)
+    for check in args[1:]:
+      if (expected := check(loaded)) is not None:
+        raise _error(where, expected, value)
+    return loaded
+  if origin in _SCALARS:
+    expected, of_type = _SCALARS[origin]
+    if not of_type(value):
+      raise _error(where, expected, value)
+    return float(value) if origin is float else value
   if origin is tuple:
-    return _variadic(args[0]) if args[-1] is ... else _fixed(args)
+    return _load_tuple(args, value, where)
   if origin is dict:
-    return _mapping(args[1])
-  if dataclasses.is_dataclass(kind):
-    return _dataclass(kind)
-  return _PLAIN[kind]
-
-
-def _plain(
-  types_: tuple[type, ...], expected: str, fits: Callable[[Any], bool]
-) -> _Parser:
-  def parse(value: Any, where: str) -> Any:
-    # The type itself, because True is an int for isinstance.
-    if type(value) not in types_ or not fits(value):
-      _refuse(where, expected, value)
+    if not isinstance(value, dict):
+      raise _error(where, 'must be an object', value)
+    return {key: _load(args[1], x, _within(where, key)) for key, x in value.items()}
+  if origin is Union:
+    return None if value is None else _load(args[0], value, where)
+  if origin is Literal:
+    if not any(type(value) is type(x) and value == x for x in args):
+      raise _error(where, f'must be one of {", ".join(map(str, args))}', value)
     return value
+  return value if origin is Any else _load_dataclass(origin, value, where)
 
-  return parse
 
-
-_PLAIN: dict[Any, _Parser] = {
-  bool: _plain((bool,), 'must be true or false', lambda x: True),
-  str: _plain((str,), 'must be a string', lambda x: True),
-  int: _plain(
-    (int,), 'must be an integer from 0 to 2^53', lambda x: 0 <= x <= _GREATEST
+# What a value must be, and whether it is. True is an int for isinstance.
+_SCALARS: dict[Any, tuple[str, Callable[[Any], bool]]] = {
+  bool: ('must be true or false', lambda x: type(x) is bool),
+  str: ('must be a string', lambda x: type(x) is str),
+  int: (
+    'must be an integer from 0 to 2^53',
+    lambda x: type(x) is int and 0 <= x <= _GREATEST,
+  ),
+  float: (
+    'must be a finite number',
+    lambda x: type(x) in (int, float) and math.isfinite(x),
   ),
 }
-_INTEGER = _plain((int,), 'must be an integer', lambda x: True)
 
 
-def _float(value: Any, where: str) -> float:
-  if type(value) not in (int, float) or not math.isfinite(value):
-    _refuse(where, 'must be a finite number', value)
-  return float(value)
+def _load_tuple(args: tuple[Any, ...], value: Any, where: str) -> tuple[Any, ...]:
+  """Returns a JSON list as a tuple."""
+  if not isinstance(value, list | tuple):
+    raise _error(where, 'must be a list', value)
+  annotations = args[:1] * len(value) if args[-1] is ... else args
+  if len(annotations) != len(value):
+    raise _error(where, f'must be a list of {len(annotations)} values', value)
+  pairs = enumerate(zip(annotations, value, strict=True))
+  return tuple(_load(each, x, _within(where, i)) for i, (each, x) in pairs)
 
 
-_PLAIN[float] = _float
-
-
-def _checked(kind: Any, checks: tuple[Any, ...]) -> _Parser:
-  parse = _INTEGER if kind is int else _parser(kind)
-
-  def parse_checked(value: Any, where: str) -> Any:
-    found = parse(value, where)
-    for check in checks:
-      if (expected := check(found)) is not None:
-        _refuse(where, expected, value)
-    return found
-
-  return parse_checked
-
-
-def _literal(choices: tuple[Any, ...]) -> _Parser:
-  def parse(value: Any, where: str) -> Any:
-    if not any(type(value) is type(x) and value == x for x in choices):
-      _refuse(where, f'must be one of {", ".join(map(str, choices))}', value)
-    return value
-
-  return parse
-
-
-def _optional(kinds: tuple[Any, ...]) -> _Parser:
-  (kind,) = (x for x in kinds if x is not type(None))
-  parse = _parser(kind)
-  return lambda value, where: None if value is None else parse(value, where)
-
-
-def _variadic(kind: Any) -> _Parser:
-  parse = _parser(kind)
-
-  def parse_all(value: Any, where: str) -> tuple[Any, ...]:
-    if not isinstance(value, list | tuple):
-      _refuse(where, 'must be a list', value)
-    return tuple(parse(x, _within(where, i)) for i, x in enumerate(value))
-
-  return parse_all
-
-
-def _fixed(kinds: tuple[Any, ...]) -> _Parser:
-  parsers = [_parser(kind) for kind in kinds]
-
-  def parse_each(value: Any, where: str) -> tuple[Any, ...]:
-    if not isinstance(value, list | tuple) or len(value) != len(parsers):
-      _refuse(where, f'must be a list of {len(parsers)} values', value)
-    pairs = enumerate(zip(parsers, value, strict=True))
-    return tuple(parse(x, _within(where, i)) for i, (parse, x) in pairs)
-
-  return parse_each
-
-
-def _mapping(kind: Any) -> _Parser:
-  parse = _parser(kind)
-
-  def parse_values(value: Any, where: str) -> dict[str, Any]:
-    if not isinstance(value, dict):
-      _refuse(where, 'must be an object', value)
-    return {key: parse(x, _within(where, key)) for key, x in value.items()}
-
-  return parse_values
-
-
-def _dataclass(cls: Any) -> _Parser:
-  fields = {field.name: field for field in dataclasses.fields(cls)}
-  hints = typing.get_type_hints(cls, include_extras=True)
-  as_list = getattr(cls, 'as_list', False)
-
-  @functools.cache  # at the first value, because classes may refer to each other
-  def parsers() -> dict[str, _Parser]:
-    return {name: _parser(hints[name]) for name in fields}
-
-  def parse(value: Any, where: str) -> Any:
-    if as_list:
-      if not isinstance(value, list | tuple) or len(value) != len(fields):
-        _refuse(where, f'must be a list of {len(fields)} values', value)
-      value = dict(zip(fields, value, strict=True))
-    if not isinstance(value, dict):
-      _refuse(where, 'must be an object', value)
-    for name in value:
-      if name not in fields:
-        _refuse(_within(where, f'{name:.40}'), 'is not known')
-    found = {}
-    for name, field in fields.items():
-      if name in value:
-        found[name] = parsers()[name](value[name], _within(where, name))
-      elif (default := _default(field)) is _NONE:
-        _refuse(_within(where, name), 'is missing')
-      else:
-        found[name] = default
-    try:
-      return cls(**found)
-    except SchemaError:
-      raise
-    except ValueError as error:
-      raise SchemaError(f'{where}: {error}' if where else str(error)) from error
-
-  return parse
+def _load_dataclass(cls: Any, value: Any, where: str) -> Any:
+  """Returns a JSON object, or a list, as a dataclass."""
+  fields = _fields(cls)
+  if getattr(cls, 'as_list', False):
+    if not isinstance(value, list | tuple) or len(value) != len(fields):
+      raise _error(where, f'must be a list of {len(fields)} values', value)
+    value = dict(zip(fields, value, strict=True))
+  if not isinstance(value, dict):
+    raise _error(where, 'must be an object', value)
+  if unknown := value.keys() - fields.keys():
+    raise _error(_within(where, f'{min(unknown):.40}'), 'is not known')
+  loaded = {}
+  for name, (field, annotation) in fields.items():
+    if name in value:
+      loaded[name] = _load(annotation, value[name], _within(where, name))
+    elif _default(field) is _MISSING:
+      raise _error(_within(where, name), 'is missing')
+  try:
+    return cls(**loaded)
+  except SchemaError:
+    raise
+  except ValueError as error:
+    raise _error(where, str(error)) from error

@@ -5,6 +5,7 @@ overflow to infinity, repeated keys, lone surrogates, integers of any size, and 
 nesting, which makes recursive functions fail. Here all of these are errors.
 """
 
+import collections
 import json
 import math
 from typing import Any, NoReturn
@@ -19,43 +20,52 @@ class LimitError(ValueError):
   """The text is JSON for `json.loads`, but not within the limits of this module."""
 
 
-def loads(data: bytes | str) -> Any:
-  """Parses a JSON text.
-
-  Args:
-    data: the text; bytes are UTF-8.
-
-  Returns:
-    The value. Numbers are finite, and lists and objects nest at most `MAX_DEPTH` deep.
+def loads(data: bytes) -> Any:
+  """Parses a JSON text in UTF-8.
 
   Raises:
-    LimitError: if the text is JSON, but not within these limits.
+    LimitError: if the text is JSON for `json.loads`, but not within the limits.
     ValueError: if the text is not JSON.
   """
   try:
-    text = data if isinstance(data, str) else data.decode()
     value = json.loads(
-      text,
+      data.decode(),
       parse_constant=_refuse_constant,
       parse_float=_finite,
       parse_int=_integer,
       object_pairs_hook=_object,
     )
+    if b'\\u' in data:  # else a surrogate is none of UTF-8
+      json.dumps(value, ensure_ascii=False).encode()
   except RecursionError:
     raise LimitError('not JSON: it is nested too deeply') from None
   except UnicodeDecodeError as error:
     raise ValueError(f'not JSON: {error.reason}') from None
+  except UnicodeEncodeError:
+    raise LimitError('not JSON: a lone surrogate') from None
   except json.JSONDecodeError as error:
     raise ValueError(f'not JSON: {error}') from None
-  _check(value)
+  level = [value]
+  for _ in range(MAX_DEPTH):
+    nodes = [x.values() if isinstance(x, dict) else x for x in level if _nests(x)]
+    level = [child for node in nodes for child in node]
+  if any(map(_nests, level)):
+    raise LimitError('not JSON: it is nested too deeply')
   return value
 
 
+def _nests(value: Any) -> bool:
+  """Returns whether a value is a list or an object."""
+  return isinstance(value, list | dict)
+
+
 def _refuse_constant(constant: str) -> NoReturn:
+  """Refuses NaN and infinity."""
   raise LimitError(f'the number {constant} is not JSON')
 
 
 def _finite(text: str) -> float:
+  """Returns a number, unless it overflows."""
   number = float(text)
   if not math.isfinite(number):
     raise LimitError(f'the number {text[:20]} is too large')
@@ -63,35 +73,16 @@ def _finite(text: str) -> float:
 
 
 def _integer(text: str) -> int:
+  """Returns an integer of few digits; `int` takes long for many."""
   if len(text.lstrip('-')) > _MOST_DIGITS:
     raise LimitError(f'the integer {text[:20]}... is too large')
   return int(text)
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-  found: dict[str, Any] = {}
-  for key, value in pairs:
-    if key in found:
-      raise LimitError(f'the key {key[:40]!r} is repeated')
-    found[key] = value
-  return found
-
-
-def _check(value: Any) -> None:
-  """Refuses nesting beyond `MAX_DEPTH` and lone surrogates, without recursion."""
-  level = [value]
-  for _ in range(MAX_DEPTH + 1):
-    texts = [x for x in level if isinstance(x, str)]
-    lists = [x for x in level if isinstance(x, list)]
-    objects = [x for x in level if isinstance(x, dict)]
-    for text in texts:
-      try:
-        text.encode()
-      except UnicodeEncodeError:
-        raise LimitError('not JSON: a lone surrogate') from None
-    level = [item for x in lists for item in x]
-    level += [item for x in objects for item in x.values()]
-    level += [key for x in objects for key in x]
-    if not lists and not objects:
-      return
-  raise LimitError('not JSON: it is nested too deeply')
+  """Returns an object whose keys differ."""
+  value = dict(pairs)
+  if len(value) < len(pairs):
+    (key, _), *_ = collections.Counter(key for key, _ in pairs).most_common(1)
+    raise LimitError(f'the key {key[:40]!r} is repeated')
+  return value
