@@ -45,7 +45,6 @@ if TYPE_CHECKING:  # the imports of `__getattr__`
   from rotbits_jax.api import read_record as read_record
   from rotbits_jax.api import read_tensor as read_tensor
   from rotbits_jax.api import verify as verify
-  from rotbits_jax.checkpointable import Checkpointable as Checkpointable
   from rotbits_jax.checkpoints import Checkpoint as Checkpoint
   from rotbits_jax.checkpoints import CheckpointError as CheckpointError
   from rotbits_jax.checkpoints import load_checkpoint as load_checkpoint
@@ -78,7 +77,6 @@ _MODULES = (
 _NAMES = {
   'Checkpoint': 'checkpoints',
   'CheckpointError': 'checkpoints',
-  'Checkpointable': 'checkpointable',
   'ContainerError': 'file',
   'Model': 'models',
   'ModelConfig': 'models',

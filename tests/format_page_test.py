@@ -11,6 +11,7 @@ from fuzz import seeds
 import rotbits_jax
 from rotbits_jax import checkpoints
 from rotbits_jax import models
+from rotbits_jax import paper
 from rotbits_jax import structured
 from rotbits_jax.coding import weights
 from rotbits_jax.file import leaves
@@ -84,8 +85,10 @@ def weights_file():
 
 
 def message():
+  layout = paper.MessageLayout(fixed=0, sampled=(), arrays={})
+  streams = dict.fromkeys(paper.STREAMS, manifest.Stream(nbytes=0, crc32=0))
   return manifest.MessageEntry(
-    coder='other', layout={}, streams={}, input=COUNTS, savings=(SAVING,)
+    layout=layout, streams=streams, input=COUNTS, savings=(SAVING,)
   )
 
 

@@ -79,12 +79,8 @@ def accounting(config: models.ModelConfig, sparsity: float) -> Accounting:
     config: config of the dense model.
     sparsity: the part of the hidden size that slicing removes, in [0, 1).
 
-  Returns:
-    The counts.
-
   Raises:
-    ValueError: if the config is that of a sliced model, if the sparsity is out of
-      range, or if the sliced width is 0.
+    ValueError: if the model is sliced, or the sliced width is not in range.
   """
   if config.sliced:
     raise ValueError(f'the accounting needs a dense model, got {config.norm=}')
@@ -118,15 +114,12 @@ def accounting(config: models.ModelConfig, sparsity: float) -> Accounting:
 
 
 def dense_elements(config: models.ModelConfig) -> int:
-  """Counts the elements of a dense model with an untied head, as SliceGPT does.
-
-  Args:
-    config: of the dense model, or of a sliced one that was made of it.
-  """
+  """Counts the elements of a dense model with an untied head, as SliceGPT does."""
   widths = (config.hidden_size,) * len(config.segment_widths)
   unsliced = config.sliced_to(widths)
   return models.count_elements(unsliced) - _shortcut_elements(unsliced)
 
 
 def _shortcut_elements(config: models.ModelConfig) -> int:
+  """Counts the elements of all shortcuts."""
   return sum(a * b for a, b in itertools.pairwise(config.segment_widths))

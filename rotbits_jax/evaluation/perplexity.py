@@ -27,8 +27,7 @@ class Evaluation(NamedTuple):
     tokens: number of predicted tokens.
     kl: mean of KL(reference || model) over the predicted tokens, in nats; None without
       a reference.
-    kl_rerounded: mean of KL(reference || rerounded), in nats; None without a rerounded
-      model.
+    kl_rerounded: mean of KL(reference || rerounded); None without a rerounded model.
     ear: mean of the expected agreement rate with the reference, see `agreement`; None
       without a reference.
   """
@@ -41,14 +40,7 @@ class Evaluation(NamedTuple):
 
 
 class Comparison(NamedTuple):
-  """The result of `compare` for one model.
-
-  Attributes:
-    perplexity: `exp` of the mean negative log-likelihood of a token.
-    kl: mean of KL(reference || model) in nats, by the name of the reference.
-    ear: mean of the expected agreement rate, see `agreement`, by the same name.
-    tokens: number of predicted tokens.
-  """
+  """The result of `compare` for one model; `kl` and `ear` are by reference."""
 
   perplexity: float
   kl: dict[str, float]
@@ -73,8 +65,7 @@ def evaluate(
 
   >>> path = rotbits_jax.checkpoints.example('llama-tiny-dense')
   >>> model = rotbits_jax.load_checkpoint(path).model
-  >>> found = evaluate(model, np.arange(33) % 7)
-  >>> found.tokens
+  >>> evaluate(model, np.arange(33) % 7).tokens
   32
 
   Args:
@@ -88,25 +79,22 @@ def evaluate(
       was trained for, but at most 1024.
     progress: whether to show the progress on stderr.
 
-  Returns:
-    The measurements.
-
   Raises:
     ValueError: if there are fewer than two tokens, if a token is outside the
       vocabulary, or if the vocabularies of the models differ.
   """
   if rerounded is not None and reference is None:
     raise ValueError('a rerounded model needs a reference to be compared with')
-  others = {} if rerounded is None else {'rerounded model': rerounded}
+  compared = {'model': model, 'rerounded model': rerounded}
   measured = compare(
-    {'model': model} | others,
+    {name: x for name, x in compared.items() if x is not None},
     tokens,
     {} if reference is None else {'reference': reference},
     max_tokens=max_tokens,
     window=window,
     progress=progress,
   )
-  kl = {name: found.kl.get('reference') for name, found in measured.items()}
+  kl = {name: comparison.kl.get('reference') for name, comparison in measured.items()}
   return Evaluation(
     perplexity=measured['model'].perplexity,
     tokens=measured['model'].tokens,
@@ -130,14 +118,10 @@ def compare(
   Args:
     compared: the models to measure, by name.
     tokens: `[N]` token ids, which are cut into windows as in `evaluate`.
-    references: models with the same vocabulary, whose predictions are compared, by
-      name.
+    references: models with the same vocabulary, by name.
     max_tokens: see `evaluate`.
     window: see `evaluate`.
-    progress: whether to show the progress on stderr.
-
-  Returns:
-    A `Comparison` for each model.
+    progress: see `evaluate`.
 
   Raises:
     ValueError: as for `evaluate`.
@@ -150,32 +134,31 @@ def compare(
         f'of {config.vocab_size} tokens like the model, got {model.config.vocab_size}'
       )
   cut = windows(tokens, config, max_tokens=max_tokens, window=window)
-
   # Each model is put on the device once. Buffers are left out, because JAX does not
   # support every dtype that they may have.
-  by_id = {id(m): m for m in (*compared.values(), *references.values())}
-  by_id = {
-    key: jax.device_put(dataclasses.replace(m, buffers={})) for key, m in by_id.items()
+  on_device = {
+    id(model): jax.device_put(dataclasses.replace(model, buffers={}))
+    for model in {id(x): x for x in (*compared.values(), *references.values())}.values()
   }
   totals = {name: np.zeros(1 + 2 * len(references)) for name in compared}
-  count = 0
-  tracked = track(cut, 'evaluate', 'window', total=len(cut), show=progress)
-  for padded, length in tracked:
-    expected = {id(m): _predictions(by_id[id(m)], padded) for m in references.values()}
+  for padded, length in track(cut, 'evaluate', 'window', total=len(cut), show=progress):
+    logits = {
+      id(x): _predictions(on_device[id(x)], padded) for x in references.values()
+    }
+    expected = [logits[id(x)] for x in references.values()]
     for name, model in compared.items():
       # A model that is its own reference does not predict twice.
-      predicted = expected.get(id(model))
+      predicted = logits.get(id(model))
       if predicted is None:
-        predicted = _predictions(by_id[id(model)], padded)
-      stacked = [expected[id(m)] for m in references.values()]
-      measured = np.asarray(_measure(predicted, stacked, padded), np.float64)
+        predicted = _predictions(on_device[id(model)], padded)
+      measured = np.asarray(_measure(predicted, expected, padded), np.float64)
       totals[name] += measured[:, : length - 1].sum(axis=1)
-    count += length - 1
+  count = sum(length - 1 for _, length in cut)
   results = {}
   for name, total in totals.items():
-    loss, *others = (total / count).tolist()
-    kl = dict(zip(references, others[: len(references)], strict=True))
-    ear = dict(zip(references, others[len(references) :], strict=True))
+    loss, *means = (total / count).tolist()
+    kl = dict(zip(references, means[: len(references)], strict=True))
+    ear = dict(zip(references, means[len(references) :], strict=True))
     results[name] = Comparison(float(np.exp(loss)), kl, ear, count)
   return results
 
@@ -192,9 +175,6 @@ def windows(
   Returns:
     For each window its tokens, int32 `[1, window]`, and how many are not padding. Only
     the last window may have padding.
-
-  Raises:
-    ValueError: as for `evaluate`.
   """
   if window is None:
     window = min(config.max_positions, DEFAULT_WINDOW)
@@ -224,7 +204,7 @@ def full_windows(
   Padding is no input whose statistics are of interest.
   """
   cut = windows(tokens, config, max_tokens=max_tokens)
-  return [own for own, length in cut if length == own.size]
+  return [window for window, length in cut if length == window.size]
 
 
 @jax.jit
@@ -246,10 +226,10 @@ def _measure(
   """
 
   def of_token(i: jax.Array) -> jax.Array:
-    own, others = predicted[i], [logits[i] for logits in expected]
-    loss = -jax.nn.log_softmax(own)[tokens[0, i + 1]]
-    kl = [kl_divergence(other, own) for other in others]
-    return jnp.stack([loss, *kl, *(agreement(other, own) for other in others)])
+    loss = -jax.nn.log_softmax(predicted[i])[tokens[0, i + 1]]
+    kl = [kl_divergence(logits[i], predicted[i]) for logits in expected]
+    ear = [agreement(logits[i], predicted[i]) for logits in expected]
+    return jnp.stack([loss, *kl, *ear])
 
   # A few tokens at a time, because each has several arrays as long as the vocabulary.
   return jax.lax.map(of_token, jnp.arange(len(predicted)), batch_size=_TOKENS).T
@@ -271,10 +251,10 @@ def mean_divergence(
     lengths: how many tokens of each window are not padding, see `windows`.
   """
   total, count = 0.0, sum(lengths) - len(lengths)
-  (outer, others), (own_outer, own) = reference, model
-  for other, x, length in zip(others, own, lengths, strict=True):
-    found = _divergences(config, (outer, other), (own_outer, x))
-    total += np.asarray(found, np.float64)[: length - 1].sum()
+  (outer, streams), (model_outer, model_streams) = reference, model
+  for x, y, length in zip(streams, model_streams, lengths, strict=True):
+    kl = _divergences(config, (outer, x), (model_outer, y))
+    total += np.asarray(kl, np.float64)[: length - 1].sum()
   return float(total / count)
 
 

@@ -7,14 +7,11 @@ import numpy as np
 
 
 def read_tokenizer(files: Mapping[str, bytes]) -> Any:
-  """Returns the tokenizer of a checkpoint, a `tokenizers.Tokenizer`.
-
-  Args:
-    files: the checkpoint's sidecar files by name; must contain `tokenizer.json`.
+  """Returns the tokenizer among a checkpoint's files, a `tokenizers.Tokenizer`.
 
   Raises:
-    ValueError: if the tokenizer is missing or cannot be read, or if the package
-      `tokenizers` is not installed.
+    ValueError: if it is missing or cannot be read, or if the package `tokenizers` is
+      not installed.
   """
   if 'tokenizer.json' not in files:
     raise ValueError('the checkpoint has no tokenizer.json, which reading text needs')
@@ -31,14 +28,7 @@ def read_tokenizer(files: Mapping[str, bytes]) -> Any:
 
 
 def encode_text(files: Mapping[str, bytes], text: str) -> np.ndarray:
-  """Converts a text to tokens. It adds no special tokens and truncates nothing.
-
-  Args:
-    files: see `read_tokenizer`.
-    text: the text, with at least one word.
-
-  Returns:
-    int32 `[N]`.
+  """Converts a text to tokens, int32 `[N]`, without special tokens or truncation.
 
   Raises:
     ValueError: if the text has no words, or if the tokenizer cannot encode it; see also

@@ -27,7 +27,6 @@ Reading:
 reader        reads a record without the others, or the whole content
 records       decodes one record, into given memory or into new memory
 stacks        decodes layers straight into their places in a stack
-messages      decodes a message that holds a whole model
 sidecars      reads the other files of a checkpoint
 memory        allocates memory for records, and refuses more than it can hold
 placement     places decoded arrays on devices

@@ -1,4 +1,4 @@
-"""Coders by their names in files: of the arrays of a record, or of a whole model.
+"""Coders of the arrays of a record, by their names in files.
 
 The coder of records is `coding.weights`. Another package registers its own:
 
@@ -6,7 +6,7 @@ The coder of records is `coding.weights`. Another package registers its own:
     rotbits_jax.encode(model, preset=presets.exact()._replace(coder='zstd'))
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -35,36 +35,7 @@ class RecordCoder(NamedTuple):
   decode: Callable[..., Any]
 
 
-class ModelCoder(NamedTuple):
-  """Codes a whole model as one message: several streams of 16-bit words.
-
-  Attributes:
-    name: name of the coder in files.
-    streams: names of the streams. The first may be longer than memory.
-    options: class of the coder's options, which are those of the preset; a schema
-      dataclass.
-    refuse: takes a source; raises a ValueError if its model cannot be coded.
-    encode: takes a source, the options, and a function that takes the words of the
-      first stream, piece after piece; returns the layout (JSON values), the other
-      streams by name, and the saving, see `paper.EncodedModel`.
-    decode: takes the options, the layout, the streams by name and the config; yields
-      the parameters as pairs (path, array).
-    dtypes: takes the layout; returns the dtype of each parameter by path.
-  """
-
-  name: str
-  streams: tuple[str, ...]
-  options: type[Any]
-  refuse: Callable[[Any], None]
-  encode: Callable[..., Any]
-  decode: Callable[..., Iterator[tuple[str, np.ndarray]]]
-  dtypes: Callable[[Any], Mapping[str, np.dtype]]
-
-
-Coder = RecordCoder | ModelCoder
-
-
-def register(coder: Coder) -> Coder:
+def register(coder: RecordCoder) -> RecordCoder:
   """Registers a coder under its name.
 
   Raises:
@@ -76,27 +47,11 @@ def register(coder: Coder) -> Coder:
   return coder
 
 
-def find(name: str) -> Coder | None:
-  """Returns the coder of a name; None if there is none."""
-  if name == 'paper' and name not in _KNOWN:
-    register(_paper())  # its linear algebra is slow to import
+def find(name: str) -> RecordCoder | None:
+  """Returns the coder of a name; None if none was registered."""
   return _KNOWN.get(name)
 
 
-_KNOWN: dict[str, Coder] = {
+_KNOWN: dict[str, RecordCoder] = {
   'weights': RecordCoder('weights', weights.StreamSpec, weights.encode, weights.decode)
 }
-
-
-def _paper() -> ModelCoder:
-  from rotbits_jax import paper
-
-  return ModelCoder(
-    'paper',
-    paper.STREAMS,
-    paper.Options,
-    paper.refuse,
-    paper.encode,
-    paper.decode,
-    paper.dtypes,
-  )

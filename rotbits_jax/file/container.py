@@ -14,7 +14,7 @@ start: the names of the streams, and about how long they are, bound the length o
 header. Any safetensors library opens the file.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 import contextlib
 import json
 import os
@@ -172,20 +172,6 @@ def _header(streams: dict[str, tuple[int, int]], manifest_crc32: int) -> bytes:
   return text + b' ' * (-len(text) % 8)
 
 
-class Words:
-  """16-bit words in a file, `[size]`, which are read where they are sliced."""
-
-  dtype, ndim = np.dtype(np.uint16), 1
-
-  def __init__(self, size: int, read: Callable[[int, int], np.ndarray]):
-    """Stores the number of words, and the function of a place and a number of words."""
-    self.size, self._read = size, read
-
-  def __getitem__(self, part: slice) -> np.ndarray:
-    start, stop, _ = part.indices(self.size)
-    return self._read(start, max(stop - start, 0))
-
-
 class StreamReader:
   """Reads the streams of a container."""
 
@@ -258,26 +244,6 @@ class StreamReader:
     """Returns the text of the manifest, see `inflated`."""
     most = _most_text(self.nbytes(MANIFEST))
     return self.inflated(MANIFEST, self.manifest_crc32, most)
-
-  def words(self, name: str, crc32: int) -> 'Words':
-    """Returns a stream of 16-bit words that may be longer than memory, see `checked`.
-
-    Raises:
-      ContainerError: if it is damaged, or has an odd number of bytes.
-    """
-    size, crc = self.nbytes(name), 0
-    begin = self._start + self._streams[name][0]
-
-    def read(place: int, count: int) -> np.ndarray:
-      with self._bytes(begin + 2 * place, 2 * count) as (data, _):
-        return np.frombuffer(data.tobytes(), '<u2')
-
-    for start in range(0, size, _PIECE):
-      with self._bytes(begin + start, min(_PIECE, size - start)) as (data, _):
-        crc = zlib_ng.crc32(data, crc)
-    if crc != crc32 or size % 2:
-      raise ContainerError(f'{name}: the stream is damaged: its checksum differs')
-    return Words(size // 2, read)
 
   @contextlib.contextmanager
   def checked(self, name: str, crc32: int | None = None) -> Iterator[np.ndarray]:

@@ -16,6 +16,7 @@ import numpy as np
 import rotbits_jax
 from rotbits_jax import checkpoints
 from rotbits_jax import models
+from rotbits_jax import paper
 from rotbits_jax import passes
 from rotbits_jax import presets
 from rotbits_jax import structured
@@ -78,13 +79,11 @@ class Job:
       ValueError: if the preset does not suit the source or the base, if the source
         cannot be stored, or if the base has none of its arrays.
     """
-    coder = coders.find(preset.coder)
-    if coder is None:
+    if preset.coder != paper.CODER and coders.find(preset.coder) is None:
       raise ValueError(f'there is no coder of the name {preset.coder!r}')
     if preset.rounding is None:
       source = source.rounded()  # other presets round at the end
     self.preset, self.source, self.base = preset, source, base
-    self._coder = coder
     self._recipe = None if base is None else self._find_recipe(base)
     if base is not None and self._recipe is None:
       self._check_base(base)
@@ -99,8 +98,8 @@ class Job:
     for name in source.records:
       self._check_record(name)
     self._context = self._made_context()
-    if isinstance(coder, coders.ModelCoder):
-      coder.refuse(self.source)
+    if preset.coder == paper.CODER:
+      paper.refuse(source)
     dtypes = self._context.dtypes if self._context else {}
     specs, names = self._records.specs, self._records.records
     self.counts = {name: _counts(specs(name), dtypes) for name in names}
@@ -108,7 +107,7 @@ class Job:
   @property
   def divides(self) -> bool:
     """Whether the records may be divided among several files."""
-    return isinstance(self._coder, coders.RecordCoder)
+    return self.preset.coder != paper.CODER
 
   @property
   def is_fitted(self) -> bool:
@@ -164,9 +163,9 @@ class Job:
     kept, known = self._keep(writers, list(home), journal) if journal else (0, None)
     bar.update(sum(self.counts[name].bytes for name in list(home)[:kept]))
     waiting = list(home)[kept:]
-    if isinstance(self._coder, coders.ModelCoder):
+    if not self.divides:
       (writer,) = writers.values()
-      self._write_message(self._coder, writer, bar)
+      self._write_message(writer, bar)
       waiting = [name for name in waiting if name == models.names.BUFFERS]
     bar.stage('reading, compiling')
     for batch in self._coded(waiting, known):
@@ -221,7 +220,7 @@ class Job:
     Raises:
       ValueError: if the preset changes elements, or if the base has none of the arrays.
     """
-    if self.preset.keeps != 'bits' or not isinstance(self._coder, coders.RecordCoder):
+    if self.preset.keeps != 'bits' or not self.divides:
       free = self.preset.name == 'free'
       why = ', because the model was not sliced from it' if free else ''
       raise ValueError(
@@ -282,9 +281,9 @@ class Job:
 
   def _streams(self, records: Sequence[str]) -> list[str]:
     """Returns the names of the streams of records."""
-    if isinstance(self._coder, coders.RecordCoder):
+    if self.divides:
       return list(records)
-    return [*self._coder.streams, *(x for x in records if x == models.names.BUFFERS)]
+    return [*paper.STREAMS, *(x for x in records if x == models.names.BUFFERS)]
 
   def _batches(self, names: Sequence[str], state: Any) -> Iterator[Batch]:
     """Yields records, and the state of the transform after them.
@@ -406,23 +405,16 @@ class Job:
     return kept, jax.tree.unflatten(structure, jax.device_put(journal.state))
 
   def _write_message(
-    self,
-    coder: coders.ModelCoder,
-    writer: writer_lib.FileWriter,
-    bar: progress_lib.Progress,
+    self, writer: writer_lib.FileWriter, bar: progress_lib.Progress
   ) -> None:
-    first, *others = coder.streams
-    encoded = coder.encode(
-      self.source,
-      schema.load(coder.options, self.preset.options, 'options'),
-      writer.extend,
-      progress=not bar.disable,
-    )
+    """Writes the whole model as one message."""
+    source: Any = self.source
+    options = schema.load(paper.Options, self.preset.options, 'options')
+    encoded = paper.encode(source, options, progress=not bar.disable)
     saving = manifest_lib.SavingEntry(**encoded.saving._asdict())
     own = [x for name, x in self.counts.items() if name != models.names.BUFFERS]
     writer.add_message(
-      {first: None, **{name: encoded.streams[name] for name in others}},
-      coder=coder.name,
+      encoded.streams,
       layout=encoded.layout,
       input=manifest_lib.Counts(
         elements=sum(x.elements for x in own), bytes=sum(x.bytes for x in own)

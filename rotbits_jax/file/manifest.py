@@ -7,7 +7,7 @@ of the container. It consists of *leaves*, which are arrays or structured leaves
 `structured`). A leaf is stored as one or more arrays. All paths are those of the whole
 model, like 'layers.3/mlp/up/kernel'.
 
-Some presets store one message for the whole model in place of records, see
+The preset `paper` stores one message for the whole model in place of records, see
 `MessageEntry`. A checkpoint of an unknown family is stored as records of plain tensors,
 and a `WeightsFileEntry` says how its weights files are made of them.
 """
@@ -20,6 +20,7 @@ from typing import Annotated, Any, Self
 
 from rotbits_jax import checkpoints
 from rotbits_jax import models
+from rotbits_jax import paper
 from rotbits_jax import presets
 from rotbits_jax import structured
 from rotbits_jax.coding import weights
@@ -192,7 +193,7 @@ class RecordEntry:
       ValueError: if there is no such coder of records.
     """
     coder = coders.find(self.coder)
-    if not isinstance(coder, coders.RecordCoder):
+    if coder is None:
       raise ValueError(f'there is no coder of records of the name {self.coder!r:.100}')
     return coder
 
@@ -265,28 +266,23 @@ class RecordEntry:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MessageEntry:
-  """A whole model as one message.
+  """A whole model as one message, see `paper`.
 
   Attributes:
-    coder: name of the coder, see `coders.ModelCoder`.
-    layout: the values that the coder needs.
+    layout: the layout of the message.
     streams: the parts of the message, by their names.
     input: elements and bytes of the model.
-    savings: the savings of the coder.
+    savings: the saving of the rotations.
   """
 
-  coder: str
-  layout: dict[str, Any]
+  layout: paper.MessageLayout
   streams: dict[str, Stream]
   input: Counts
   savings: tuple[SavingEntry, ...]
 
   def __post_init__(self) -> None:
-    coder = coders.find(self.coder)
-    if isinstance(coder, coders.RecordCoder):
-      raise ValueError(f'the coder {self.coder!r} codes no whole models')
-    if coder is not None and sorted(self.streams) != sorted(coder.streams):
-      raise ValueError(f'the streams must be {", ".join(coder.streams)}')
+    if sorted(self.streams) != sorted(paper.STREAMS):
+      raise ValueError(f'the streams must be {", ".join(paper.STREAMS)}')
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

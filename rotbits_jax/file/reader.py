@@ -21,13 +21,13 @@ import numpy as np
 
 from rotbits_jax import checkpoints
 from rotbits_jax import models
+from rotbits_jax import paper
 from rotbits_jax import structured
 from rotbits_jax.coding import weights
 from rotbits_jax.file import container
 from rotbits_jax.file import leaves as leaves_lib
 from rotbits_jax.file import manifest as manifest_lib
 from rotbits_jax.file import memory as memory_lib
-from rotbits_jax.file import messages
 from rotbits_jax.file import placement
 from rotbits_jax.file import records as records_lib
 from rotbits_jax.file import shards
@@ -40,6 +40,7 @@ from rotbits_jax.relative import entries
 from rotbits_jax.structured import shortcuts
 from rotbits_jax.system import host
 from rotbits_jax.system import progress
+from rotbits_jax.system import schema
 
 Tree = dict[str, Any]
 
@@ -89,9 +90,7 @@ class Reader:
     opened = None if base is None else open_base(base, plain=self.config is None)
     self._base = opened
     self._records = records_lib.Records(self._files, self.manifests, opened)
-    self._message: messages.StoredMessage | None = None
-    if first.message is not None:
-      self._message = messages.StoredMessage(self._files[0], first)
+    self._message = first.message
     if index is not None:
       self._check_index(index)
     if self.config is None:
@@ -195,7 +194,7 @@ class Reader:
   def dtypes(self) -> dict[str, np.dtype]:
     """Returns the dtype of every parameter, by path."""
     found = {path: np.dtype(x.dtype) for path, x in self._records.leaves.items()}
-    return found if self._message is None else found | self._message.dtypes()
+    return found if self._message is None else found | self._message.layout.dtypes()
 
   def dtypes_on_disk(self) -> dict[str, np.dtype]:
     """Returns the dtype of every parameter in the checkpoint that was encoded."""
@@ -351,7 +350,7 @@ class Reader:
       ContainerError: if the file is damaged or incomplete.
     """
     if self._message is not None:
-      yield from self._message.decode(show_progress=show_progress)
+      yield from self._decode_message(show_progress)
     names = self._names()
     sizes = {name: self._records.entry(name).input.bytes for name in names}
     total = sum(sizes.values())
@@ -420,14 +419,36 @@ class Reader:
     empty = [x for entry in self.records.values() for x in entry.empty]
     return structured.unflatten([*flat.items(), *((x, {}) for x in empty)])
 
+  def _decode_message(self, show_progress: bool) -> Iterator[tuple[str, Tree]]:
+    """Yields the records of a message, the last layer first; see `paper.decode`."""
+    assert self._message is not None
+    assert self.config is not None
+    entry, config, (file,) = self._message, self.config, self._files
+    with file.errors():
+      try:
+        options = schema.load(paper.Options, self.options, 'options')
+        sizes = entry.layout.record_bytes(config)
+        rotation = 16 * max(config.segment_widths) ** 2  # with its integers
+        memory_lib.check('the message', 2 * sum(sizes.values()) + rotation)
+        streams = {}
+        for name, stream in entry.streams.items():
+          with file.checked(name, stream.crc32) as data:
+            if data.size % 2:
+              raise ValueError(f'{name}: an odd number of bytes')
+            streams[name] = data.view('<u2').copy()
+        yield from paper.decode(
+          options, entry.layout, streams, config, progress=show_progress
+        )
+      except (ValueError, MemoryError) as error:
+        raise ContainerError(f'message: {error}') from error
+
   def _message_model(
     self, layers: range, place: placement.Place | None, show_progress: bool
   ) -> models.Model:
     assert self._message is not None
     assert self.config is not None
-    memory_lib.check('the model', self._message.nbytes())
     flat: Tree = {}
-    for name, own in self._message.decode(show_progress=show_progress):
+    for name, own in self._decode_message(show_progress):
       index = models.names.layer_index(name)
       if index is None or index in layers:
         flat |= own

@@ -129,21 +129,14 @@ class FileWriter:
     self._records.append(entry)
     return True
 
-  def extend(self, part: np.ndarray) -> None:
-    """Appends a piece of the first stream of a message."""
-    self._streams.extend(part)
-
-  def add_message(self, streams: Mapping[str, np.ndarray | None], **facts: Any) -> None:
-    """Ends a message.
+  def add_message(self, streams: Mapping[str, np.ndarray], **facts: Any) -> None:
+    """Writes a whole model as one message.
 
     Args:
-      streams: the streams by name; None for one that is appended already.
+      streams: the streams by name.
       facts: the other fields of `manifest.MessageEntry`.
     """
-    entries = {
-      name: self._append(name, [] if data is None else [data])
-      for name, data in streams.items()
-    }
+    entries = {name: self._append(name, [words]) for name, words in streams.items()}
     self._message = manifest_lib.MessageEntry(streams=entries, **facts)
 
   def finish(self) -> None:
@@ -186,7 +179,7 @@ class FileWriter:
     packer, size = zlib_ng.compressobj(7), 0
     for part in parts:
       size += part.nbytes
-      self.extend(np.frombuffer(packer.compress(part), np.uint8))
+      self._streams.extend(np.frombuffer(packer.compress(part), np.uint8))
     stream = self._append(name, [np.frombuffer(packer.flush(), np.uint8)])
     return manifest_lib.Deflated(nbytes=stream.nbytes, crc32=stream.crc32, size=size)
 
@@ -228,7 +221,7 @@ def encode_record(
     leaves.append(entry)
     arrays += map(host.contiguous, parts)
   coder = coders.find(coder_name)
-  if not isinstance(coder, coders.RecordCoder):
+  if coder is None:
     raise ValueError(f'there is no coder of records of the name {coder_name!r}')
   try:
     encoded = coder.encode(arrays)

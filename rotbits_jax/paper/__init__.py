@@ -18,8 +18,8 @@ rotation from them, and pushes it back. With segments 0 .. S, the encoder does t
         it, and the parameters that write it (without the columns above)
       store the correction of T_t
 
-The decoder does the inverse, from the end. Neither holds more of the model than the
-parameters of a few layers.
+The decoder does the inverse, from the end. Both hold the message in memory, and of the
+model the parameters of a few layers.
 
 There are three canonicalizers (`symmetries.canonical`), which recover T from different
 parameters. The sampled matrix, the frame, depends on the canonicalizer:
@@ -51,7 +51,7 @@ digest of each array notices that, and the file is refused there.
 
 **The streams.**
 
-* `message`, uint16: the words of a stack (`bits_back.word_stack`) from the bottom up.
+* `message`, uint16: the words of a stack (`stack.WordStack`) from the bottom up.
   It holds the arrays in the order in which they were pushed (see `segments.parts`), in
   C order. If they are entropy coded, the arrays of a segment are one stream of
   `coding.weights`. To sample a rotation, the encoder pops rows of words and makes a
@@ -66,6 +66,7 @@ digest of each array notices that, and the file is refused there.
 The modules:
 
     options    the options of the scheme
+    stack      the message in memory
     frames     the frame of each segment
     segments   the parameters around each segment
     rotations  rotates these parameters, and recovers the rotation
@@ -82,21 +83,25 @@ from rotbits_jax.paper.decoder import decode
 from rotbits_jax.paper.encoder import EncodedModel
 from rotbits_jax.paper.encoder import encode
 from rotbits_jax.paper.encoder import refuse
-from rotbits_jax.paper.layout import dtypes
+from rotbits_jax.paper.layout import MessageLayout
 from rotbits_jax.paper.options import Canonicalizer
 from rotbits_jax.paper.options import CorrectionMethod
 from rotbits_jax.paper.options import Options
 from rotbits_jax.paper.options import RotationCodec
 
+CODER = 'paper'
+"""The coder of a preset that stores a model by the scheme, in place of records."""
+
 __all__ = [
+  'CODER',
   'STREAMS',
   'Canonicalizer',
   'CorrectionMethod',
   'EncodedModel',
+  'MessageLayout',
   'Options',
   'RotationCodec',
   'decode',
-  'dtypes',
   'encode',
   'refuse',
 ]

@@ -1,11 +1,6 @@
-"""The encoder of the published scheme.
-
-It reads a few layers at a time from a source. It hands out the words of the message as
-soon as no rotation can be sampled from them.
-"""
+"""The encoder of the published scheme, which reads a few layers at a time."""
 
 from collections.abc import Iterable
-import tempfile
 import typing
 from typing import Any, NamedTuple
 
@@ -17,29 +12,28 @@ from rotbits_jax import passes
 from rotbits_jax import structured
 from rotbits_jax.coding import rans
 from rotbits_jax.coding import weights
-from rotbits_jax.coding.bits_back import word_stack
 from rotbits_jax.paper import decoder
 from rotbits_jax.paper import frames
 from rotbits_jax.paper import layout as layout_lib
 from rotbits_jax.paper import options as options_lib
 from rotbits_jax.paper import rotations
 from rotbits_jax.paper import segments
-from rotbits_jax.system import checksums as checksums_lib
-from rotbits_jax.system import schema
+from rotbits_jax.paper import stack
+from rotbits_jax.system import checksums
 from rotbits_jax.system.progress import track
 
 
 class EncodedModel(NamedTuple):
-  """An encoded model without the words of its message.
+  """An encoded model.
 
   Attributes:
-    layout: JSON values that `decode` needs.
-    streams: the other streams that `decode` needs, uint16 `[n]`, by name.
+    layout: the layout of the message.
+    streams: uint16 `[n]` by name, see `decoder.STREAMS`.
     saving: the bytes that all rotations saved. It has a note for each segment: the
       popped bits, the bits of the correction, and the difference.
   """
 
-  layout: dict[str, Any]
+  layout: layout_lib.MessageLayout
   streams: dict[str, np.ndarray]
   saving: passes.Saving
 
@@ -69,51 +63,38 @@ def refuse(source: passes.ModelSource) -> None:
 
 
 def encode(
-  source: passes.ModelSource,
-  options: options_lib.Options,
-  spill: word_stack.Spill,
-  *,
-  progress: bool = False,
+  source: passes.ModelSource, options: options_lib.Options, *, progress: bool = False
 ) -> EncodedModel:
   """Encodes a sliced model by the published scheme.
 
   Args:
     source: the model. A layer is read once or twice, in order.
     options: the options of the scheme.
-    spill: takes the words of the message, uint16, piece by piece in the order of the
-      stream. It must not keep an array after it returns. With a threshold, the words
-      are also written to a temporary file, because only decoding shows which errors
-      the elements keep.
     progress: whether to show the progress on stderr.
 
   Returns:
-    The encoded model without the message.
+    The encoded model.
 
   Raises:
     ValueError: see `refuse`.
   """
   refuse(source)
+  encoded = _Encoder(source, options).run(progress)
   if options.exact:
-    return _Encoder(source, options, spill).run(progress)
-  with tempfile.TemporaryFile() as file:
-
-    def tee(words: np.ndarray) -> None:
-      spill(words)
-      file.write(np.ascontiguousarray(words).tobytes())
-
-    encoded = _Encoder(source, options, tee).run(progress)
-    file.flush()
-    streams = {'message': np.memmap(file, np.uint16, mode='r'), **encoded.streams}
-    decoded = decoder.decode(
-      options, encoded.layout, streams, source.config, check=False
-    )
-    arrays = {path: schema.dump(_stored(array)) for path, array in decoded}
-  return encoded._replace(layout=encoded.layout | {'arrays': arrays})
+    return encoded
+  # Only decoding shows which errors a threshold leaves in the elements.
+  decoded = decoder.arrays(options, encoded.layout, encoded.streams, source.config)
+  stored = {path: _stored(array) for path, array in decoded}
+  layout = layout_lib.MessageLayout(
+    fixed=encoded.layout.fixed, sampled=encoded.layout.sampled, arrays=stored
+  )
+  return encoded._replace(layout=layout)
 
 
 def _stored(array: np.ndarray) -> layout_lib.Stored:
+  """Returns the dtype and the digest of an array."""
   dtype: Any = array.dtype.name
-  return layout_lib.Stored(dtype=dtype, digest=checksums_lib.of_array(array))
+  return layout_lib.Stored(dtype=dtype, digest=checksums.of_array(array))
 
 
 class _Sample(NamedTuple):
@@ -140,16 +121,11 @@ class _Sample(NamedTuple):
 class _Encoder:
   """The state of one call of `encode`."""
 
-  def __init__(
-    self,
-    source: passes.ModelSource,
-    options: options_lib.Options,
-    spill: word_stack.Spill,
-  ):
+  def __init__(self, source: passes.ModelSource, options: options_lib.Options):
     self.options, self.widths = options, source.config.segment_widths
     self.read, self.parts = segments.reader(source), segments.parts(source.config)
-    self.stack = word_stack.WordStack(spill=spill)
-    self.corrections = word_stack.WordStack()
+    self.stack = stack.WordStack()
+    self.corrections = stack.WordStack()
     self.lanes = frames.lanes(self.widths)
     self.fixed = 0
     self.before: jax.Array | None = None  # the rotation of the previous segment
@@ -164,7 +140,6 @@ class _Encoder:
     count = len(self.parts)
     for t in track(range(count), 'encode', 'segment', total=count, show=progress):
       self._encode(t, self.read(self.parts[t]))
-    self.stack.settle(0)
     layout = layout_lib.MessageLayout(
       fixed=self.fixed,
       sampled=tuple(self.samples),
@@ -172,8 +147,11 @@ class _Encoder:
       coders=tuple(self.coders),
     )
     return EncodedModel(
-      layout=schema.dump(layout),
-      streams={'corrections': self.corrections.pop(self.corrections.size)},
+      layout=layout,
+      streams={
+        'message': self.stack.pop(self.stack.size),
+        'corrections': self.corrections.pop(self.corrections.size),
+      },
       saving=passes.Saving('rotations', 0, 2 * self.saved, tuple(self.notes)),
     )
 
@@ -223,14 +201,13 @@ class _Encoder:
     return frames.frame(self.widths, t, self.fixed, self.options)
 
   def _push(self, arrays: Iterable[np.ndarray]) -> None:
-    """Pushes arrays, and spills the words from which no rotation will be sampled."""
+    """Pushes arrays onto the message."""
     if self.options.entropy:
       encoded = weights.encode(list(arrays))
       self.coders.append(encoded.spec)
       arrays = [np.pad(encoded.data, (0, encoded.data.size % 2))]
     for array in arrays:
       self.stack.push(np.ascontiguousarray(array).reshape(-1).view(np.uint16))
-    self.stack.settle(frames.max_words(self.widths, self.options))
 
   def _push_first(
     self, segment: segments.SegmentParameters, neutral: jax.Array | None

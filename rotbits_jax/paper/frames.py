@@ -52,10 +52,3 @@ def lanes(widths: tuple[int, ...]) -> int:
   """Returns the number of lanes of the messages that rotations are sampled from."""
   # A message costs about 2 bytes a lane.
   return 1 << min(max(max(widths) ** 2 >> 11, 1), 1024).bit_length() - 1
-
-
-def max_words(widths: tuple[int, ...], options: options_lib.Options) -> int:
-  """Returns how many words the greatest rotation of a model is sampled from."""
-  shapes = {frame(widths, t, 0, options) for t in range(len(widths))}
-  rows = (code(shape, options).max_rows(lanes(widths)) for shape in shapes)
-  return lanes(widths) * max(rows)

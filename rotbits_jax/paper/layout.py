@@ -1,9 +1,10 @@
-"""The values that a decoder needs beside config and options, and their validation."""
+"""The values that a decoder needs besides config and options, and their validation."""
 
+import collections
 import dataclasses
 import itertools
 import math
-from typing import Any, Literal
+from typing import Literal
 
 import jax.numpy as jnp
 import numpy as np
@@ -38,7 +39,7 @@ class Stored:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MessageLayout:
-  """The values that a decoder needs beside config and options.
+  """The values that a decoder needs besides config and options.
 
   Attributes:
     fixed: number of columns of the embeddings that are pushed first.
@@ -53,46 +54,69 @@ class MessageLayout:
   arrays: dict[str, Stored]
   coders: tuple[weights.StreamSpec, ...] = ()
 
+  def dtypes(self) -> dict[str, np.dtype]:
+    """Returns the dtype of each parameter, by path."""
+    return {path: jnp.dtype(x.dtype) for path, x in self.arrays.items()}
 
-def load(
-  value: Any, options: options_lib.Options, config: models.ModelConfig, words: int
-) -> MessageLayout:
-  """Makes a layout from JSON values.
+  def record_bytes(self, config: models.ModelConfig) -> dict[str, int]:
+    """Returns the bytes of each record, by its name.
+
+    Raises:
+      ValueError: if the layout has other parameters than the config.
+    """
+    # A small file may name millions of layers.
+    if len(self.arrays) < config.num_layers:
+      raise ValueError('the layout has other parameters than the config')
+    shapes = {k: x for part in segments.parts(config) for k, x in part.all.items()}
+    if self.arrays.keys() != shapes.keys():
+      raise ValueError('the layout has other parameters than the config')
+    sizes: collections.Counter[str] = collections.Counter()
+    for path, shape in shapes.items():
+      sizes[path.partition('/')[0]] += 2 * self.arrays[path].num_words(shape)
+    return sizes
+
+
+def check(
+  layout: MessageLayout,
+  options: options_lib.Options,
+  config: models.ModelConfig,
+  words: int,
+) -> None:
+  """Checks a layout that may come from an untrusted file.
 
   Args:
-    value: the JSON values, which may come from an untrusted file.
+    layout: the layout.
     options: the options of the scheme.
     config: config of the model.
     words: number of words of the message.
 
-  Returns:
-    The layout.
-
   Raises:
-    ValueError: if the values are not a layout that fits the config and the message.
+    ValueError: if the layout does not fit the config and the message.
   """
   if not config.sliced:
     raise ValueError('a dense model has no segments that can be rotated')
-  layout = schema.load(MessageLayout, value, 'layout')
+  layout.record_bytes(config)
   widths = config.segment_widths
   parts = segments.parts(config)
-  shapes = {k: x for part in parts for k, x in part.all.items()}
   if layout.fixed > widths[0] or len(layout.sampled) != len(widths):
     raise ValueError('the layout has other segments than the config')
-  if layout.arrays.keys() != shapes.keys():
-    raise ValueError('the layout has other parameters than the config')
   if len(layout.coders) != options.entropy * (len(widths) + 1):
     raise ValueError(f'the layout has {len(layout.coders)} coders')
   # The message holds the words of all arrays without those that rotations are made of.
-  held = sum(-(-coder.nbytes // 2) for coder in layout.coders)
-  if not options.entropy:
-    held = sum(x.num_words(shapes[path]) for path, x in layout.arrays.items())
-  pushed = _pushed(layout, parts)
+  if options.entropy:
+    held = sum(-(-coder.nbytes // 2) for coder in layout.coders)
+  else:
+    held = sum(
+      layout.arrays[path].num_words(shape)
+      for part in parts
+      for path, shape in part.all.items()
+    )
+  pushed = _pushed_words(layout, parts)
+  lanes = frames.lanes(widths)
   for t in [t for t, sampled in enumerate(layout.sampled) if sampled]:
     shape = frames.frame(widths, t, layout.fixed, options)
     if not shape.n:
       raise ValueError(f'segment {t} has no rotation to sample')
-    lanes = frames.lanes(widths)
     code = frames.code(shape, options)
     # An integer takes 10 bits of these words or more, and 9 where the coder rounds.
     if code.num_integers > 2 * pushed[t] + _SPARE:
@@ -103,10 +127,9 @@ def load(
     held -= lanes * code.max_rows(lanes)
   if words < held:
     raise ValueError(f'the message must have {held} words or more, got {words}')
-  return layout
 
 
-def _pushed(
+def _pushed_words(
   layout: MessageLayout, parts: list[segments.SegmentParameters]
 ) -> list[int]:
   """Returns the words of the arrays that are pushed before each segment's rotation."""
@@ -118,13 +141,3 @@ def _pushed(
   ]
   wholes = [words(part.all.items()) for part in parts[:-1]]
   return [words(first), *itertools.accumulate(wholes)]
-
-
-def dtypes(value: Any) -> dict[str, np.dtype]:
-  """Returns the dtypes of the parameters, by path, from the JSON values of a layout.
-
-  Raises:
-    ValueError: if the values are not a layout.
-  """
-  layout = schema.load(MessageLayout, value, 'layout')
-  return {path: jnp.dtype(x.dtype) for path, x in layout.arrays.items()}

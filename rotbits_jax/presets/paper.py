@@ -49,5 +49,5 @@ def paper(
     options=schema.dump(options),
     transform=passes.chain(),  # the scheme rotates and rounds by itself
     rounding=None,
-    coder='paper',
+    coder=scheme.CODER,
   )

@@ -22,8 +22,8 @@ class Preset(NamedTuple):
       tensors need a preset that keeps bits.
     resumable: whether name and options determine everything else, so that a run can
       continue the work of an interrupted run with the same options.
-    coder: name of the coder of records, or of a coder that codes a whole model as one
-      message, see `file.coders`.
+    coder: name of the coder of records, see `file.coders`; or `paper.CODER`, which
+      codes a whole model as one message.
   """
 
   name: str

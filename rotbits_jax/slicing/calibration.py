@@ -31,16 +31,10 @@ from rotbits_jax.models import transformer
 
 
 class PrincipalComponents(NamedTuple):
-  """The principal components of a segment; all columns form an orthogonal matrix.
+  """The principal components of a segment; all columns form an orthogonal matrix."""
 
-  Attributes:
-    kept: float64 `[D, d]`, V_s, the components that slicing keeps.
-    cut: float64 `[D, D - d]`, the components that slicing removes. P_s is
-      I - cut cut^T.
-  """
-
-  kept: np.ndarray
-  cut: np.ndarray
+  kept: np.ndarray  # float64 [D, d]: V_s, the components that slicing keeps
+  cut: np.ndarray  # float64 [D, D - d]: the others; P_s is I - cut cut^T
 
 
 def sample_sequences(
@@ -76,16 +70,7 @@ def sample_sequences(
 def embed(
   embeddings: models.Params, tokens: np.ndarray, config: models.ModelConfig
 ) -> np.ndarray:
-  """Computes the activations of the first segment.
-
-  Args:
-    embeddings: embeddings of the fused model.
-    tokens: `[S, T]`.
-    config: config of the fused model.
-
-  Returns:
-    X_0, float32 `[S, T, D]`.
-  """
+  """Returns X_0, float32 `[S, T, D]`, given embeddings of the fused model."""
   params = {'embed': _device_float32(embeddings)}
   activations = np.empty((*tokens.shape, config.hidden_size), np.float32)
   for i, sequence in enumerate(tokens):
@@ -116,14 +101,11 @@ def advance(
 
 
 def principal_components(activations: np.ndarray, width: int) -> PrincipalComponents:
-  """Computes the principal components of a segment.
+  """Returns the principal components of a segment, the largest of the kept ones first.
 
   Args:
     activations: float32 `[S, T, D]`.
     width: d, the number of components to keep.
-
-  Returns:
-    The components. Of those that are kept, the largest comes first.
 
   Raises:
     ValueError: if the activations are not finite.
@@ -166,4 +148,5 @@ def _advance(
 
 
 def _device_float32(tree: Any) -> Any:
+  """Puts the arrays of a tree on the device, as float32."""
   return jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), tree)

@@ -20,12 +20,7 @@ from rotbits_jax import models
 
 
 def fused(config: models.ModelConfig) -> models.ModelConfig:
-  """Returns the config of a dense model after norm fusion.
-
-  Raises:
-    ValueError: if the config is that of a sliced model, or of a model with norms that
-      cannot be fused.
-  """
+  """Returns the config of a dense model after norm fusion; a ValueError if sliced."""
   if config.sliced:
     raise ValueError(f'only a dense model can be sliced, got {config.norm=}')
   return config.sliced_to(config.segment_widths)
@@ -80,4 +75,5 @@ def _centred(arrays: models.Params, config: models.ModelConfig) -> models.Params
 
 
 def _float64(tree: Any) -> Any:
+  """Returns the arrays of a tree as float64."""
   return jax.tree.map(lambda x: np.asarray(x, np.float64), tree)

@@ -137,16 +137,13 @@ def slice_model(
 def slice_layer(
   layer: models.Params, bases: tuple[np.ndarray, ...], config: models.ModelConfig
 ) -> models.Params:
-  """Slices the segments that one fused layer reads or writes.
+  """Slices the segments that one fused layer reads or writes, float64.
 
   Args:
-    layer: parameters of the fused sublayers, float64.
-    bases: V_s, float64 `[D, d]`, for each segment of the layer: its input, the segment
-      between attention and MLP unless the blocks are parallel, and its output.
+    layer: parameters of the fused sublayers.
+    bases: V_s `[D, d]` for each segment of the layer: its input, the segment between
+      attention and MLP unless the blocks are parallel, and its output.
     config: config of the fused model.
-
-  Returns:
-    The parameters of the sliced layer with shortcuts, float64.
   """
   flat, sliced = structured.flatten(layer), {}
   for path, axes in models.layout.layer_axes(config).items():
@@ -167,27 +164,20 @@ def slice_layer(
 def sliced_checkpoint(
   dense: checkpoints.Checkpoint, model: models.Model, stem: str
 ) -> checkpoints.Checkpoint:
-  """Makes the checkpoint that SliceGPT saves.
-
-  It consists of the sliced model, its slicing JSON with the widths of the segments, and
-  the sidecar files of the dense checkpoint.
+  """Returns the checkpoint that SliceGPT saves, with a slicing JSON beside the weights.
 
   Args:
-    dense: the dense checkpoint.
+    dense: the dense checkpoint, whose other files are kept.
     model: the sliced model.
     stem: name of the weights and of the slicing JSON, without suffix. SliceGPT uses
       `<name>_<sparsity>`.
-
-  Returns:
-    A checkpoint for `checkpoints.save_checkpoint`.
   """
-  slicing_json = json.dumps(checkpoints.slicing_json(model.config)).encode()
-  return checkpoints.Checkpoint(
-    model, dense.files | {f'{stem}.json': slicing_json}, stem
-  )
+  widths = json.dumps(checkpoints.slicing_json(model.config)).encode()
+  return checkpoints.Checkpoint(model, dense.files | {f'{stem}.json': widths}, stem)
 
 
 def _checked(tokens: np.ndarray, config: models.ModelConfig) -> np.ndarray:
+  """Returns tokens as int32; a ValueError if they do not suit the model."""
   tokens = np.asarray(tokens)
   if tokens.ndim != 2 or not np.issubdtype(tokens.dtype, np.integer):
     raise ValueError(
@@ -214,11 +204,7 @@ def _haar(n: int, rng: np.random.Generator) -> np.ndarray:
 
 
 def _float32(tree: models.Params, where: str) -> models.Params:
-  """Rounds the arrays of a tree to float32; `where` names the tree in errors.
-
-  Raises:
-    ValueError: if a number is too large.
-  """
+  """Rounds the arrays of a tree to float32; a ValueError if a number is too large."""
 
   def rounded(path: Any, array: np.ndarray) -> np.ndarray:
     with np.errstate(over='ignore'):  # the error below names the parameter

@@ -38,7 +38,8 @@ class Progress(tqdm.tqdm):  # type: ignore[type-arg]
 
   def stage(self, name: str) -> None:
     """Sets the name of the current step, which is shown beside the progress."""
-    self.set_postfix_str(name, refresh=self.mininterval < 1)
+    if not self.disable:
+      self.set_postfix_str(name, refresh=self.mininterval < 1)
 
   def finish(self) -> None:
     """Counts the rest as done, if a search ends before its greatest length."""
