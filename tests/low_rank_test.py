@@ -18,10 +18,8 @@ import reference_forward
 import transform_checks
 import weights_files
 
-from benchmarks import low_rank as benchmark
 import rotbits_jax
 from rotbits_jax import checkpoints
-from rotbits_jax import evaluation
 from rotbits_jax import models
 from rotbits_jax import passes
 from rotbits_jax import structured
@@ -388,36 +386,6 @@ class RemoveLowRankGaugeTest(parameterized.TestCase):
     tokens = np.load(DENSE / 'ref_logits.npz')['input_ids'][:, :12]
     expected = _logits(_compressed(), tokens)
     self.assertLess(np.abs(_logits(decoded, tokens) - expected).mean(), 0.01)
-
-  @pytest.mark.slow
-  def test_moves_the_function_as_little_as_other_bases_of_whitened_pairs_do(self):
-    model = checkpoints.load_checkpoint(DENSE).model
-    (stack,) = model.stacks
-    layers = dict(structured.flatten(model.params[models.names.stack(stack)]))
-    # Inputs of several sizes, for which SVD-LLM makes rows of U of several sizes.
-    sizes = np.float32(2.0) ** np.linspace(-2, 2, 128)
-    for norm, readers in (
-      ('attention_norm', [f'attention/{x}' for x in ('query', 'key', 'value')]),
-      ('mlp_norm', ['mlp/gate', 'mlp/up']),
-    ):
-      layers[f'{norm}/scale'] = layers[f'{norm}/scale'] * sizes
-      for path in readers:
-        layers[f'{path}/kernel'] = layers[f'{path}/kernel'] / sizes[:, None]
-    params = model.params | {models.names.stack(stack): structured.unflatten(layers)}
-    params = jax.tree.map(lambda x: x.astype(ml_dtypes.bfloat16), params)
-    model = model.replace(params=params)
-    tokens = np.random.default_rng(0).integers(3, 69, 2048)
-    moments = {}
-    for _, factors in models.fisher_factors(model, [tokens.reshape(8, -1)]):
-      moments |= factors.by_path()
-    pairs = benchmark.decompose(model, moments, 0.8)
-    given, _ = benchmark.compress(model, pairs, 0.8)
-    chain = (passes.remove_low_rank_gauge(),)
-    fixed, _ = passes.run_chain(chain, given, rounding=passes.with_minimum_exponent())
-    found = {'fixed': fixed, 'rotated': benchmark.in_other_bases(given)}
-    measured = evaluation.compare(found, tokens, {'given': given}, max_tokens=512)
-    kls = {name: x.kl['given'] for name, x in measured.items()}
-    self.assertLess(kls['fixed'], 2 * kls['rotated'], kls)
 
   def test_a_model_without_pairs_stays(self):
     model = checkpoints.load_checkpoint(DENSE).model

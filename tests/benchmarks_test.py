@@ -1,0 +1,49 @@
+"""The benchmarks run on small subjects, and RESULTS.md is what they write."""
+
+import pathlib
+import re
+
+import pytest
+
+from benchmarks import __main__ as runner
+from benchmarks import common
+from benchmarks import demo
+
+RESULTS = common.ROOT / 'RESULTS.md'
+
+
+def test_a_section_is_replaced_and_others_stay(tmp_path):
+  path = tmp_path / 'RESULTS.md'
+  path.write_text('# Results\n\nA head.\n')
+  for title, body in (('One', 'first'), ('Two', 'other'), ('One', 'second')):
+    common.write(path, 'kinds', common.Section(title, body))
+  text = path.read_text()
+  assert text.startswith('# Results\n\nA head.\n')
+  assert re.findall('^## (.*)$', text, re.M) == ['One', 'Two']
+  assert 'second' in text
+  assert 'first' not in text
+
+
+def test_tables_are_markdown():
+  lines = common.table(('a', 'bytes'), [('x', 1), ('long', None)]).splitlines()
+  assert lines == [
+    '| a    | bytes |',
+    '| ---- | ----: |',
+    '| x    |     1 |',
+    '| long |       |',
+  ]
+
+
+def test_every_benchmark_is_there():
+  folder = pathlib.Path(runner.__file__).parent
+  for name in runner.BENCHMARKS:
+    assert '\ndef run(' in (folder / f'{name}.py').read_text('utf-8')
+
+
+@pytest.mark.slow
+@pytest.mark.daily
+def test_demo(tmp_path):
+  (section,) = demo.run(common.Settings(output=tmp_path), full=False)
+  for preset in ('exact', 'free', 'near'):
+    assert f'`{preset}`' in section.body
+  assert 'every bit' in section.body
