@@ -20,22 +20,23 @@ class LimitError(ValueError):
   """The text is JSON for `json.loads`, but not within the limits of this module."""
 
 
-def loads(data: bytes) -> Any:
-  """Parses a JSON text in UTF-8.
+def loads(data: bytes | str) -> Any:
+  """Parses a JSON text; bytes are UTF-8.
 
   Raises:
     LimitError: if the text is JSON for `json.loads`, but not within the limits.
     ValueError: if the text is not JSON.
   """
   try:
+    text = data if isinstance(data, str) else data.decode()
     value = json.loads(
-      data.decode(),
+      text,
       parse_constant=_refuse_constant,
       parse_float=_finite,
       parse_int=_integer,
       object_pairs_hook=_object,
     )
-    if b'\\u' in data:  # else a surrogate is none of UTF-8
+    if '\\u' in text:  # else a surrogate is none of UTF-8
       json.dumps(value, ensure_ascii=False).encode()
   except RecursionError:
     raise LimitError('not JSON: it is nested too deeply') from None
