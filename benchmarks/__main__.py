@@ -32,6 +32,7 @@ BENCHMARKS = {
   'demo': 'sliced and dense models with every preset: bytes, perplexity, KL',
   'kinds': 'bytes by kind of weights',
   'canonicalize': 'canonical weights of a whole model in one call',
+  'accounting': 'elements that each scheme removes, from shapes alone',
 }
 """The modules, and what they measure: `run(settings)` yields sections."""
 

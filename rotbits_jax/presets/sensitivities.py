@@ -46,15 +46,15 @@ def measure(
   count = sum(tokens.size for tokens in windows)
   head: Any = None
   for name, factors in models.fisher_factors(model, windows, kept=kept):
-    found = jax.tree.map(lambda x: np.asarray(x) / count, factors)
+    means = jax.tree.map(lambda x: np.asarray(x) / count, factors)
     if name == 'head':
-      head = found
+      head = means
     elif name == 'embed':
-      yield _outer(model, head, found)
+      yield _outer(model, head, means)
     else:
       yield {
-        path: passes.Inputs(moments, 0, found.squares[path])
-        for path, moments in found.by_path().items()
+        path: passes.Inputs(moments, 0, means.squares[path])
+        for path, moments in means.by_path().items()
       }
 
 
@@ -62,22 +62,24 @@ def _outer(
   model: models.Layers, of_head: models.Factors, of_embedding: models.Factors
 ) -> dict[str, passes.Inputs]:
   """Returns A and g of the head and of embeddings."""
-  (own,), head = of_head.moments.values(), of_head.squares['head/kernel']
-  (met,), seen = of_embedding.moments.values(), of_embedding.squares['embed/tokens']
-  embed, found = model.outer()['embed'], {}
+  (moments,), outputs = of_head.moments.values(), of_head.squares['head/kernel']
+  (gradients,) = of_embedding.moments.values()
+  tokens = of_embedding.squares['embed/tokens']
+  embed, inputs = model.outer()['embed'], {}
   if model.config.tied_head:
-    found['embed/tokens'] = _sum((own, head), (met, seen), axis=1)
+    inputs['embed/tokens'] = _sum((moments, outputs), (gradients, tokens), axis=1)
   else:
-    found['embed/tokens'] = passes.Inputs(met, 1, seen)
-    found['head/kernel'] = passes.Inputs(own, 0, head)
+    inputs['embed/tokens'] = passes.Inputs(gradients, 1, tokens)
+    inputs['head/kernel'] = passes.Inputs(moments, 0, outputs)
     if isinstance(embed['tokens'], structured.Tied):
-      map = np.asarray(embed['tokens'].map)
-      found['head/kernel'] = _sum((own, head), (map @ met @ map.T, seen), axis=0)
+      factor = np.asarray(embed['tokens'].map)
+      through_head = factor @ gradients @ factor.T
+      inputs['head/kernel'] = _sum((moments, outputs), (through_head, tokens), axis=0)
   if 'positions' in embed:
     count = len(embed['positions'])
-    every = np.full(count, 1 / count, np.float32)
-    found['embed/positions'] = passes.Inputs(met, 1, every)
-  return found
+    uniform = np.full(count, 1 / count, np.float32)
+    inputs['embed/positions'] = passes.Inputs(gradients, 1, uniform)
+  return inputs
 
 
 def _sum(*pairs: tuple[np.ndarray, np.ndarray], axis: int) -> passes.Inputs:
@@ -88,7 +90,8 @@ def _sum(*pairs: tuple[np.ndarray, np.ndarray], axis: int) -> passes.Inputs:
 
 
 def fitted(
-  parts: Sequence[Mapping[str, passes.Inputs]], windows: Sequence[Sequence[np.ndarray]]
+  measured: Sequence[Mapping[str, passes.Inputs]],
+  windows: Sequence[Sequence[np.ndarray]],
 ) -> dict[str, passes.Inputs]:
   """Returns A and g for rounding, given those on each of several texts.
 
@@ -97,11 +100,11 @@ def fitted(
   diagonal of A is added to it: as much as the mean if there are n tokens.
 
   Args:
-    parts: A and g on each text, see `measure`. Matrices that share one A share one in
-      the result.
+    measured: A and g on each text, see `measure`. Matrices that share one A share one
+      in the result.
     windows: the tokens of each text.
   """
-  counts = [sum(tokens.size for tokens in own) for own in windows]
+  counts = [sum(tokens.size for tokens in text) for text in windows]
   total = sum(counts)
 
   def mean(arrays: Iterable[Any]) -> Any:
@@ -109,17 +112,17 @@ def fitted(
     return sum(x * np.float32(count / total) for x, count in pairs)
 
   shared: dict[int, Any] = {}
-  found = {}
-  for path, first in parts[0].items():
-    own = [part[path] for part in parts]
+  inputs = {}
+  for path, first in measured[0].items():
+    of_texts = [of_text[path] for of_text in measured]
     if id(first.moments) not in shared:
-      moments = mean(x.moments for x in own)
+      moments = mean(x.moments for x in of_texts)
       n = len(moments)
       ridge = np.float32(np.trace(moments) * n / total**2)
       shared[id(first.moments)] = moments + ridge * np.eye(n, dtype=np.float32)
-    outputs = mean(x.outputs for x in own)
-    found[path] = first._replace(moments=shared[id(first.moments)], outputs=outputs)
-  return found
+    outputs = mean(x.outputs for x in of_texts)
+    inputs[path] = first._replace(moments=shared[id(first.moments)], outputs=outputs)
+  return inputs
 
 
 class OnDisk(Mapping[str, passes.Inputs]):
@@ -133,15 +136,15 @@ class OnDisk(Mapping[str, passes.Inputs]):
   def add(self, inputs: Mapping[str, passes.Inputs]) -> None:
     """Adds the inputs of the matrices of a record."""
     shared: dict[int, str] = {}
-    for path, own in inputs.items():
-      first = shared.setdefault(id(own.moments), path)
+    for path, matrix_inputs in inputs.items():
+      first = shared.setdefault(id(matrix_inputs.moments), path)
       if first == path:
-        self._moments[path] = own.moments
-      self._inputs[path] = own._replace(moments=first)
+        self._moments[path] = matrix_inputs.moments
+      self._inputs[path] = matrix_inputs._replace(moments=first)
 
   def __getitem__(self, path: str) -> passes.Inputs:
-    found = self._inputs[path]
-    return found._replace(moments=self._moments[found.moments])
+    inputs = self._inputs[path]
+    return inputs._replace(moments=self._moments[inputs.moments])
 
   def __iter__(self) -> Iterator[str]:
     return iter(self._inputs)
@@ -154,6 +157,7 @@ class OnDisk(Mapping[str, passes.Inputs]):
 def _divergence(
   error: jax.Array, moments: jax.Array, outputs: jax.Array, axis: int
 ) -> jax.Array:
+  """Returns the divergence of an error, see above."""
   rows = error if axis == 0 else error.T
   product = jnp.matmul(moments, rows, precision='highest')
   return outputs @ (rows * product).sum(axis=0) / 2

@@ -21,7 +21,6 @@ elements in the orbit. In the order of reading:
     symmetric_eig    rotations as eigenvectors of popped numbers, as published
     correction       exact integers from floats that were recovered inexactly
     rotation_codes   haar and symmetric_eig with corrections, behind one interface
-    word_stack       a stack of words that may be longer than memory
 
 `permutation`, `haar`, `symmetric_eig` and `correction` make codecs (see
 `coding.codecs`) and can be used by themselves. `rotbits_jax.paper` needs the other
