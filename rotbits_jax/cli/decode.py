@@ -31,7 +31,7 @@ from rotbits_jax import checkpoints
 from rotbits_jax import file
 from rotbits_jax.cli import program
 
-_INPUT = flags.DEFINE_string('input', None, 'The file to decode.', required=True)
+_INPUT = program.define_input()
 _BASE = program.define_base()
 _OUTPUT = flags.DEFINE_string(
   'output', None, 'The directory to write to.', required=True

@@ -32,24 +32,12 @@ The file appears when it is complete. A few layers at a time are in memory. With
 --shard_size a run that was killed finds its complete shards again, and with
 --distributed process i of `jax.distributed` encodes every n-th shard.
 
-JSON:
+JSON: that of `rotbits inspect`, and
 
-  preset            name of the preset
-  keeps             what comes back: bits, function or approximation
-  family            model family; null for plain tensors
-  elements.input    count of the elements of the input's tensors
-  elements.stored   count of the elements that the file keeps
-  bytes.input       bytes of the input's tensors
-  bytes.file        bytes of the file, or of all shards
-  lines             list of objects: name, elements_saved, bytes_saved; they add up to
-                    the differences above
-  remarks           list of sentences on the decoded weights
-  base              list of the tensors of a base that the file needs, each as the list
-                    of its path, shape, dtype and CRC-32
-  given_bytes       bytes of the weights files of the input; null if unknown
-  left_out          list of the files and folders that are not kept
-  plain_because     why the checkpoint is stored as plain tensors, or null
-  curve             list of objects: step, kl; the points of --max_kl, or null
+  given_bytes    bytes of the weights files of the input; null if unknown
+  left_out       list of the files and folders that are not kept
+  plain_because  why the checkpoint is stored as plain tensors, or null
+  curve          list of objects: step, kl; the points of --max_kl, or null
 """
 
 import time

@@ -8,13 +8,7 @@ predictions is measured, and the expected agreement rate (EAR): the share of tok
 can be the same if both models draw them. The noise floor is the divergence after the
 reference is merely rotated at random and rounded to its dtype again.
 
-JSON:
-
-  perplexity    exp of the mean cross entropy in nats
-  tokens        count of the tokens that were predicted
-  kl            mean KL divergence from the reference in nats, or null
-  kl_rerounded  the noise floor in nats, or null
-  ear           mean expected agreement rate, from 0 to 1, or null
+JSON: the fields of `rotbits_jax.evaluation.Evaluation`.
 """
 
 import math

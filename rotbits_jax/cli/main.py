@@ -53,5 +53,5 @@ def main() -> int:
   # Imports only one command, because importing all would take seconds.
   command = importlib.import_module(f'rotbits_jax.cli.{name}')
   program = importlib.import_module('rotbits_jax.cli.program')
-  code: int = program.run(command.main)
+  code: int = program.run(command)
   return code

@@ -1,13 +1,13 @@
 """Shared parts of the commands: running one, its errors, reading a model.
 
-A command is a module with a docstring, which is its help; `FLAGS`; and `main`, which
-returns its output: the JSON object of --json, and the text for people.
+A command is a module with a docstring, which is its help; flags; and `main`, which
+returns its output: the JSON object of --json, and the text for people; or None.
 
 Exit codes: 0 success; 2 bad input, with one line on stderr and nothing written; 130
 interrupted. Any other exception is a fault of this program, raised with its traceback.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 import decimal
 import inspect
 import json
@@ -16,6 +16,7 @@ import pathlib
 import re
 import sys
 import traceback
+import types
 from typing import Any
 
 from absl import flags
@@ -29,7 +30,7 @@ from rotbits_jax.system import cache
 from rotbits_jax.system import host
 from rotbits_jax.system.text import printable
 
-Result = tuple[dict[str, Any], str | None]
+Result = tuple[dict[str, Any], str]
 """The JSON object and the text that a command prints."""
 
 BAD_INPUT = 2
@@ -42,6 +43,11 @@ JSON = flags.DEFINE_bool('json', False, 'Print one JSON object.')
 VERBOSE = flags.DEFINE_bool('verbose', False, 'Print more, and tracebacks of errors.')
 
 
+def define_input() -> flags.FlagHolder[Any]:
+  """Defines the flag --input."""
+  return flags.DEFINE_string('input', None, 'A file of `encode`.', required=True)
+
+
 def define_base() -> flags.FlagHolder[Any]:
   """Defines the flag --base, which may be repeated."""
   return flags.DEFINE_multi_string(
@@ -52,38 +58,30 @@ def define_base() -> flags.FlagHolder[Any]:
   )
 
 
-def run(
-  command: Callable[[], Result | None], values: flags.FlagValues = flags.FLAGS
-) -> int:
-  """Parses `sys.argv`, runs a command, prints its result and returns the exit code.
-
-  Args:
-    command: the function to run. The docstring of its module is the help text. It may
-      print by itself and return None.
-    values: its flags.
-  """
-  module = sys.modules[command.__module__]
-  name = f'rotbits {pathlib.Path(str(module.__file__)).stem}'
+def run(command: types.ModuleType) -> int:
+  """Parses `sys.argv`, runs a command, prints its result and returns the exit code."""
   if '--help' in sys.argv or '-h' in sys.argv:
-    print(inspect.getdoc(module), values.module_help(module), sep='\n\n')
+    print(inspect.getdoc(command), flags.FLAGS.module_help(command), sep='\n\n')
     return 0
   try:
-    _parse(values)
+    _parse()
+    logging.getLogger('jax').setLevel(logging.ERROR)  # hides "no GPU found"
     _keep_compiled_programs()
     with host.own_settings():
-      result = command()
+      result = command.main()
   except KeyboardInterrupt:
     return INTERRUPTED
   except Exception as error:
     if not _is_bad_input(error):
       raise
-    if 'verbose' in values and values['verbose'].value:
+    if flags.FLAGS['verbose'].value:
       traceback.print_exc()
-    print(f'{name}: {_one_line(error)}', file=sys.stderr)
+    name = command.__name__.rpartition('.')[2]
+    print(f'rotbits {name}: {_one_line(error)}', file=sys.stderr)
     return BAD_INPUT
-  if result is not None and values['json'].value:
+  if result is not None and JSON.value:
     print(json.dumps(result[0], allow_nan=False))
-  elif result is not None and result[1] is not None:
+  elif result is not None:
     print('\n'.join(map(printable, result[1].split('\n'))))
   return 0
 
@@ -140,11 +138,11 @@ def parse_size(flag: flags.FlagHolder[Any]) -> int | None:
   return size
 
 
-def _parse(values: flags.FlagValues) -> None:
+def _parse() -> None:
   """Parses `sys.argv`; all errors, also those of a config file, are flags.Error."""
-  values.unparse_flags()  # an earlier run in this process may have left values
+  flags.FLAGS.unparse_flags()  # an earlier run in this process may have left values
   try:
-    unused = values([_with_path_of_config(x) for x in sys.argv])[1:]
+    unused = flags.FLAGS([_with_path_of_config(x) for x in sys.argv])[1:]
   except flags.Error as error:
     # An error of a config file comes with its traceback.
     text = re.sub(r'Traceback.*\n(?=\S)', '', str(error), flags=re.DOTALL)
@@ -182,7 +180,6 @@ def _keep_compiled_programs() -> None:
     return
   jax.config.update('jax_compilation_cache_dir', str(folder))
   jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)
-  logging.getLogger('jax').setLevel(logging.ERROR)  # hides messages like "no GPU found"
 
 
 def _is_bad_input(error: Exception) -> bool:

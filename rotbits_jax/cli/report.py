@@ -20,7 +20,7 @@ from rotbits_jax.file import inputs
 from rotbits_jax.file import report
 from rotbits_jax.system import outputs
 
-_INPUT = flags.DEFINE_string('input', None, 'The file to report on.', required=True)
+_INPUT = program.define_input()
 _BASE = program.define_base()
 _OUTPUT = flags.DEFINE_string('output', None, 'The page to write.', required=True)
 _AGAINST = flags.DEFINE_string('against', None, 'The checkpoint that was encoded.')

@@ -12,12 +12,10 @@ JSON:
   folder  the folder
 """
 
-from absl import flags
-
 import rotbits_jax
 from rotbits_jax.cli import program
 
-_INPUT = flags.DEFINE_string('input', None, 'The file to decode.', required=True)
+_INPUT = program.define_input()
 _BASE = program.define_base()
 
 

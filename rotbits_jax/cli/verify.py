@@ -9,14 +9,7 @@ the checkpoint's by no more than a few times what a random rotation and rounding
 For `near` the difference is measured, and any is accepted. For that both models are in
 memory; everything else takes one layer at a time.
 
-JSON:
-
-  records       count of the records that were decoded: layers, embedding, head
-  tensors       count of the parameters that were decoded
-  files         count of the other files that were read
-  same_bits     whether all bits were compared with the checkpoint's, and are the same
-  kl            mean KL divergence from the checkpoint in nats, or null
-  kl_rerounded  the noise floor in nats, or null
+JSON: the fields of `rotbits_jax.file.verification.Verification`.
 """
 
 from absl import flags
@@ -24,7 +17,7 @@ from absl import flags
 import rotbits_jax
 from rotbits_jax.cli import program
 
-_INPUT = flags.DEFINE_string('input', None, 'The file to verify.', required=True)
+_INPUT = program.define_input()
 _BASE = program.define_base()
 _AGAINST = flags.DEFINE_string('against', None, 'The checkpoint that was encoded.')
 
