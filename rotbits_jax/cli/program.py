@@ -61,7 +61,9 @@ def define_base() -> flags.FlagHolder[Any]:
 def run(command: types.ModuleType) -> int:
   """Parses `sys.argv`, runs a command, prints its result and returns the exit code."""
   if '--help' in sys.argv or '-h' in sys.argv:
-    print(inspect.getdoc(command), flags.FLAGS.module_help(command), sep='\n\n')
+    modules = command, sys.modules[__name__]  # flags that commands share
+    helps = map(flags.FLAGS.module_help, modules)
+    print(inspect.getdoc(command), *helps, sep='\n\n')
     return 0
   try:
     _parse()
