@@ -7,7 +7,7 @@ symbol of an alphabet is. In the order of reading:
     rans         the coder: pushes symbols onto a message and pops them
     tables       integer frequency tables
     codecs       codecs, which are pairs (push, pop), and functions that combine them
-    bits_back/   bits-back coding: rotations and row orders that cost no bits
+    bits_back/   bits-back coding: rotations that cost no bits
     weights/     arrays of weights to a stream of bytes and back
     given        numbers whose contexts the decoder knows from elsewhere
 """
@@ -18,6 +18,5 @@ from rotbits_jax.coding import rans
 from rotbits_jax.coding import tables
 from rotbits_jax.coding import weights
 from rotbits_jax.coding.bits_back import haar
-from rotbits_jax.coding.bits_back import permutation
 
-__all__ = ['bits_back', 'codecs', 'haar', 'permutation', 'rans', 'tables', 'weights']
+__all__ = ['bits_back', 'codecs', 'haar', 'rans', 'tables', 'weights']

@@ -1,7 +1,7 @@
-"""Bits-back coding of rotations and of row orders.
+"""Bits-back coding of rotations.
 
-If a choice does not matter, such as the order of rows or the rotation of a residual
-stream, the encoder makes it by popping bits from the message. The decoder finds out the
+If a choice does not matter, such as the rotation of a residual stream, the encoder
+makes it by popping bits from the message. The decoder finds out the
 choice and pushes the same bits back. So the choice costs no bits. `codecs.bits_back`
 does this for any latent variable model.
 
@@ -16,13 +16,12 @@ the encoder may choose:
 The message grows by the bits that y costs under the prior, minus log2 of the number of
 elements in the orbit. In the order of reading:
 
-    permutation      the order of rows, which the decoder finds by sorting
     haar             rotations under the Haar measure, the uniform distribution
     symmetric_eig    rotations as eigenvectors of popped numbers, as published
     correction       exact integers from floats that were recovered inexactly
     rotation_codes   haar and symmetric_eig with corrections, behind one interface
 
-`permutation`, `haar`, `symmetric_eig` and `correction` make codecs (see
+`haar`, `symmetric_eig` and `correction` make codecs (see
 `coding.codecs`) and can be used by themselves. `rotbits_jax.paper` needs the other
 modules to code a whole checkpoint.
 
