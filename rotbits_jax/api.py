@@ -273,9 +273,8 @@ def load(
     dtype: dtype for all floating-point elements, rounded to nearest; None for the dtype
       of each array in the file. Arrays that `near` has rounded are float32 there.
     integers: whether a matrix that the file stores as multiples of one step, as `near`
-      does, stays integers with a step, see `structured.UniformlyQuantized`. It takes a
-      quarter of the memory of float32 in int8, and half of it in int16, which a matrix
-      gets if int8 is too short. The elements are the same, bit for bit.
+      does, stays integers with a step, see `structured.UniformlyQuantized`. It takes
+      half of the memory of float32. The elements are the same, bit for bit.
     progress: whether to show the progress on stderr.
 
   Returns:

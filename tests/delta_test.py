@@ -170,7 +170,7 @@ def test_the_upper_bits_of_short_integers_say_nothing(dtype):
 
 
 def test_leaves_of_integers_come_back_as_arrays():
-  numbers = np.arange(-32, 32, dtype=np.int8).reshape(8, 8)
+  numbers = np.arange(-32, 32, dtype=np.int16).reshape(8, 8)
   leaf = structured.UniformlyQuantized(numbers, np.float32(0.5), 'float32')
   old, new = {'w': leaf}, {'w': leaf.replace(integers=numbers + 1)}
   expected = {'w': np.asarray(new['w'].materialize())}

@@ -181,7 +181,6 @@ class StructuredTest(absltest.TestCase):
     rows = np.asarray(layers[1].rows(jnp.asarray([[2, 0], [1, 3]])))
     chex.assert_trees_all_equal(rows[0], expected[1, [2, 0]])
     self.assertTrue(np.isnan(rows[1, 1]).all())
-    self.assertEqual(structured.count_bytes(layers[0]), expected[0].nbytes)
 
   def test_multiples_of_steps_of_lines(self):
     leaf = LEAVES['multiples'](1).astype(np.float32)

@@ -246,7 +246,7 @@ class Job:
     if source.is_on_disk or not any(map(structured.is_structured, specs.values())):
       return
     for path, leaf in structured.flatten(source.read(name)).items():
-      if not structured.is_structured(leaf) or leaf.expands_on_writing:
+      if not structured.is_structured(leaf):
         continue
       writer_lib.entry_of(path, leaf, self.source.resolve)
       if isinstance(leaf, structured.Basis | structured.Subspace):
@@ -327,7 +327,7 @@ class Job:
     return found
 
   def _record(self, name: str) -> passes.Record:
-    given = structured.for_writing(self._records.read(name))
+    given = self._records.read(name)
     return passes.Record(name, given, [])
 
   def _coded(self, waiting: Sequence[str], known: Any) -> Iterator[_Coded]:

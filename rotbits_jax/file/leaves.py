@@ -131,6 +131,12 @@ class Leaf:
     return not self.type_name or self.crc32 is not None
 
   @property
+  def is_multiples(self) -> bool:
+    """Whether the leaf is a `UniformlyQuantized` whose lines have no exponents."""
+    multiples = structured.UniformlyQuantized.type_name
+    return self.type_name == multiples and 'row_exponents' not in self.arrays
+
+  @property
   def is_made_anew(self) -> bool:
     """Whether the reader makes a new array, which shares no memory with a base."""
     return self.crc32 is not None and not (self.base or self.product)

@@ -215,12 +215,11 @@ class RecordEntry:
     return max(stored, sum(leaf.nbytes for leaf in self.leaves)) + inverses
 
   def memory_bytes(self, integers: bool) -> int:
-    """Returns these bytes; matrices on grids may be decoded to integers."""
-    grids = self.grids() if integers else {}
+    """Returns these bytes; multiples of one step may stay integers."""
     saved = [
-      leaf.nbytes - grid.nbytes * leaf.size
-      for leaf in self.leaves
-      if (grid := grids.get(leaf.path)) is not None
+      leaf.nbytes - sum(x.nbytes for x in specs)
+      for leaf, specs in self.leaf_specs()
+      if integers and leaf.is_multiples
     ]
     return self.decoded_bytes - sum(saved)
 
@@ -228,16 +227,6 @@ class RecordEntry:
     """Returns each leaf with the specs of its arrays."""
     specs = iter(self.stream_spec.arrays)
     return [(leaf, [next(specs) for _ in leaf.arrays]) for leaf in self.leaves]
-
-  def grids(self) -> dict[str, weights.Uniform]:
-    """Returns the grids of the plain matrices that are stored on one, by path."""
-    return {
-      leaf.path: grid
-      for leaf, specs in self.leaf_specs()
-      if not leaf.type_name
-      and len(leaf.shape) > 1
-      and (grid := self.stream_spec.grid(specs[0])) is not None
-    }
 
   def tree(self, flat: dict[str, Any]) -> dict[str, Any]:
     """Returns the nested dicts of these leaves by path, with the empty dicts."""

@@ -27,7 +27,7 @@ def allocate(
   Args:
     entries: the manifest's entries of the records, which have equal stack keys.
     stacked: the length of the leading axis of the arrays; None if there is none.
-    integers: whether matrices that are multiples of one step get memory for integers.
+    integers: whether multiples of one step get memory for integers.
 
   Returns:
     The arrays for each leaf, by its path within a record. A leaf that is stored as
@@ -39,17 +39,13 @@ def allocate(
   """
   lead = () if stacked is None else (stacked,)
   specs = [{x.inner(leaf.path): y for leaf, y in x.leaf_specs()} for x in entries]
-  grids = [{x.inner(path): y for path, y in x.grids().items()} for x in entries]
   found: dict[str, list[np.ndarray]] = {}
   for leaf in entries[0].leaves:
     path = entries[0].inner(leaf.path)
     if stacked is None and leaf.is_made_anew:
       continue
-    widths = [own[path].integer_dtype for own in grids if integers and path in own]
     wanted = [(x.shape, x.dtype) for x in specs[0][path]]
-    if len(widths) == len(entries):
-      wanted = [(leaf.shape, max(widths, key=lambda x: x.itemsize).name)]
-    elif leaf.is_array:
+    if leaf.is_array or (leaf.is_multiples and not integers):
       wanted = [(leaf.shape, leaf.dtype)]
     elif any([(x.shape, x.dtype) for x in own[path]] != wanted for own in specs):
       continue

@@ -273,7 +273,7 @@ class Reader:
         model.
       place: the sharding of arrays; by default they are NumPy arrays.
         Layers that no device of this process gets are not decoded.
-      integers: whether matrices that the file stores as multiples of one step become
+      integers: whether matrices that are multiples of one step stay
         `structured.UniformlyQuantized`, so that their elements are never floats.
       show_progress: whether to show the progress on stderr.
 

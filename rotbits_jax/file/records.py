@@ -232,13 +232,18 @@ class Records:
           arrays = [array for own in targets for array in own]
           entry.record_coder.decode(entry.stream_spec, data, out=arrays)
         flat = {
-          leaf.path: self._leaf(leaf, parts, entry, resolve)
+          leaf.path: self._leaf(leaf, parts, resolve)
           for leaf, parts in zip(entry.leaves, targets, strict=True)
         }
         for path, leaf in flat.items():
           own = memory.get(entry.inner(path))
-          if self.leaves[path].crc32 is not None and own is not None:
+          if own is None:
+            continue
+          if self.leaves[path].crc32 is not None:
             own[0][...] = host.contiguous(leaf)
+            flat[path] = own[0]
+          elif self.leaves[path].is_multiples and len(own) == 1:
+            leaf.write(own[0])
             flat[path] = own[0]
       except MemoryError:
         raise memory_lib.too_large(name, entry.decoded_bytes) from None
@@ -252,7 +257,6 @@ class Records:
     self,
     entry: leaves_lib.Leaf,
     parts: list[np.ndarray],
-    record: manifest_lib.RecordEntry,
     resolve: Resolve,
   ) -> Any:
     """Returns the array or the leaf of an entry.
@@ -262,11 +266,7 @@ class Records:
     """
     if not entry.type_name:
       (part,) = parts
-      if part.dtype == entries.stored_dtype(entry.dtype):
-        return part.view(np.dtype(entry.dtype))
-      step = np.asarray(record.grids()[entry.path].unit)
-      dtype: Any = entry.dtype
-      return structured.UniformlyQuantized(part, step, dtype)
+      return part.view(np.dtype(entry.dtype))
     try:
       leaf = entry.make(parts)
       known = [self.leaves[x].shape for x in entry.needs if x in self.leaves]
@@ -319,9 +319,6 @@ def _target(
     specs: the specs of its arrays.
     own: its memory; None for new memory.
   """
-  if own is None or leaf.crc32 is not None:
+  if own is None or leaf.crc32 is not None or len(own) != len(specs):
     return [host.empty(x.shape, x.dtype) for x in specs]
-  uniform = not leaf.type_name and own[0].dtype != np.dtype(leaf.dtype)
-  if uniform:
-    return own
   return [array.view(x.dtype) for array, x in zip(own, specs, strict=True)]

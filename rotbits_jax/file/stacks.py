@@ -110,7 +110,7 @@ def start_stacks(
     place: the sharding of arrays; None if this process needs all layers.
     start: starts a job.
     resolve: returns the parameters that leaves of the layers need.
-    integers: whether matrices on grids become `UniformlyQuantized`.
+    integers: whether multiples of one step stay integers.
 
   Raises:
     ContainerError: if the experts of a layer cannot be stacked.

@@ -128,7 +128,8 @@ def unflatten_like(like: Any, found: Tree) -> Any:
 
 def _in_file(leaf: Any) -> Any:
   """Returns the spec of an array for a structured leaf that files do not give back."""
-  is_leaf = structured.is_structured(leaf)
-  if is_leaf and (leaf.expands_on_writing or leaf.origin.is_in_files):
+  if structured.is_structured(leaf) and (
+    leaf.origin.is_in_files or isinstance(leaf, structured.UniformlyQuantized)
+  ):
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
   return leaf

@@ -390,7 +390,7 @@ def _layers(context: Context, indices: range, widen: bool) -> list[Params]:
 def _given(tree: models.Params, widen: bool, device: Any = None) -> Params:
   """Returns the parameters for a transform: float32 on a device, or as stored."""
   if not widen:
-    return structured.for_writing(structured.flatten(tree))
+    return structured.flatten(tree)
   return widened(tree, device)
 
 

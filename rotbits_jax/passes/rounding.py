@@ -181,6 +181,8 @@ def apply(
   for path, leaf in params.items():
     if isinstance(leaf, structured.UniformlyQuantized):
       params[path] = _in_files(leaf)
+    elif rounding.uniform and structured.is_plain(leaf) and is_matrix(leaf):
+      params[path] = structured.UniformlyQuantized.of(np.asarray(leaf)) or leaf
   # On the host, because these are vectors as a rule, and a program for so few numbers
   # takes longer to compile.
   for path, dtype in nearest.items():

@@ -52,7 +52,6 @@ from rotbits_jax.structured.trees import count_elements
 from rotbits_jax.structured.trees import empty_dicts
 from rotbits_jax.structured.trees import expand
 from rotbits_jax.structured.trees import flatten
-from rotbits_jax.structured.trees import for_writing
 from rotbits_jax.structured.trees import is_in_files
 from rotbits_jax.structured.trees import is_plain
 from rotbits_jax.structured.trees import is_structured
@@ -97,7 +96,6 @@ __all__ = [
   'fits_base',
   'flatten',
   'floating',
-  'for_writing',
   'is_in_files',
   'is_plain',
   'is_structured',

@@ -61,8 +61,6 @@ class Structured(abc.ABC):
     origin: where the array comes from, and when it takes the place of the leaf.
     columns_first: whether the checksums of the array and of that of the base are those
       of their transposes.
-    expands_on_writing: whether the encoder puts the array in the place of the leaf,
-      because only memory holds such leaves.
     config_fields: the field of `ModelConfig` that a setting must equal, by the name of
       the setting. The arrays of a leaf may not tell how many heads there are.
   """
@@ -71,7 +69,6 @@ class Structured(abc.ABC):
   needs: ClassVar[tuple[str, ...]] = ()
   origin: ClassVar[Origin] = Origin.SUMMED
   columns_first: bool = False
-  expands_on_writing: ClassVar[bool] = False
   config_fields: ClassVar[Mapping[str, str]] = types.MappingProxyType({})
 
   # ---- the array that the leaf stands for

@@ -21,6 +21,7 @@ from typing import Annotated, Any
 from flax import struct
 import numpy as np
 
+from rotbits_jax.structured import steps
 from rotbits_jax.structured import triangles
 from rotbits_jax.system import schema
 
@@ -33,7 +34,7 @@ class Array:
   """Annotates an array of a leaf, as in `Annotated[Any, Array(2)]`.
 
   Attributes:
-    axes: number of axes, if the leaf is unstacked.
+    axes: number of axes, if the leaf is unstacked; None for any.
     dtype: dtype of the array; None for any.
     lower: whether the entries above the diagonal of a matrix are zero and not stored.
     optional: whether None stands for an array without elements, which Orbax cannot
@@ -41,7 +42,7 @@ class Array:
     several: whether the field is a tuple of such arrays.
   """
 
-  axes: int
+  axes: int | None
   dtype: Any = None
   lower: bool = False
   optional: bool = False
@@ -104,6 +105,9 @@ def store(leaf: Any) -> tuple[Settings, Arrays]:
     arrays[name] = np.asarray(array)
     if annotation.lower:
       arrays[f'{name}{_CORNER}'], arrays[name] = triangles.split_lower(array)
+  for name, array in list(arrays.items()):
+    if (divided := steps.divide(array)) is not None:
+      arrays[name], arrays[f'{name}{_STEP}'] = divided
   return settings, arrays
 
 
@@ -154,7 +158,12 @@ def _take(given: dict[str, Any], name: str) -> Any:
 
 def _take_array(annotation: Array, name: str, arrays: dict[str, Any]) -> np.ndarray:
   array: np.ndarray = _take(arrays, name)
-  if array.ndim != annotation.axes or annotation.dtype not in (None, array.dtype):
+  if f'{name}{_STEP}' in arrays:
+    step = _take_array(_STEPS, f'{name}{_STEP}', arrays)
+    with np.errstate(over='ignore'):  # in a damaged file
+      array = array * step
+  axes = annotation.axes if annotation.axes is not None else array.ndim
+  if array.ndim != axes or annotation.dtype not in (None, array.dtype):
     raise ValueError(
       f'the array {name!r} must have {annotation.axes} axes and the dtype '
       f'{annotation.dtype or "of the leaf"}, got {array.dtype} {array.shape}'
@@ -169,3 +178,5 @@ def _take_array(annotation: Array, name: str, arrays: dict[str, Any]) -> np.ndar
 
 _CORNER = '_corner'  # of the name of an array
 _CORNERS = Array(1)
+_STEP = '_step'
+_STEPS = Array(0, np.float32)

@@ -85,13 +85,6 @@ def map_leaves(function: Callable[[Any], Any], tree: Any) -> Any:
   return function(tree)
 
 
-def for_writing(tree: Any) -> Any:
-  """Replaces the leaves that only memory holds, in nested dicts, by their arrays."""
-  return map_leaves(
-    lambda x: x.materialize() if is_structured(x) and x.expands_on_writing else x, tree
-  )
-
-
 def pair(leaf: Any) -> Any:
   """Returns a low-rank leaf as a `LowRank`, see `Structured.pair`; None for others."""
   return leaf.pair() if is_structured(leaf) else None

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rotbits_jax.structured import steps
 from rotbits_jax.structured.base import Origin
 from rotbits_jax.structured.base import Structured
 from rotbits_jax.structured.base import register
@@ -20,6 +21,8 @@ from rotbits_jax.structured.fields import static
 
 MOST_EXPONENT = 64
 """Bound of the magnitude of a line's exponent."""
+
+_CHUNK = 1 << 16  # elements that fit the cache
 
 _MOST_OCTAVES = 60  # of a step with lines, so that every element is a normal float32
 
@@ -34,13 +37,8 @@ class UniformlyQuantized(Structured):
   The factor of a line is (4 + i) 2^(q - 2) for its exponent e = 4 q + i, i < 4. Every
   product is exact in float32, so that the leaf stands for the array bit for bit.
 
-  A file holds the leaf of a matrix whose lines have exponents. One without them is in
-  memory only: the file reader makes it of an array that the coder stores so, and the
-  encoder stores the array.
-
   Attributes:
-    integers: int16 `[R, C]`; int8 or int16 in the shape of the array if lines have no
-      exponents.
+    integers: int16 `[R, C]`; in the shape of the array if lines have no exponents.
     step: float32 `[]`; `[N]` if the leaf is stacked.
     name: name of the dtype of the array.
     row_exponents: int8 `[R]`, or None.
@@ -50,15 +48,17 @@ class UniformlyQuantized(Structured):
   type_name: ClassVar[str] = 'uniformly_quantized'
   origin: ClassVar[Origin] = Origin.COPIED
 
-  integers: Annotated[Any, Array(2, np.int16)]
+  integers: Annotated[Any, Array(None, np.int16)]
   step: Annotated[Any, Array(0, np.float32)]
   name: Literal['float16', 'bfloat16', 'float32'] = static()
-  row_exponents: Annotated[Any, Array(1, np.int8)] = None
-  column_exponents: Annotated[Any, Array(1, np.int8)] = None
+  row_exponents: Annotated[Any, Array(1, np.int8, optional=True)] = None
+  column_exponents: Annotated[Any, Array(1, np.int8, optional=True)] = None
 
-  @property
-  def expands_on_writing(self) -> bool:  # type: ignore[override]
-    return self.row_exponents is None
+  @classmethod
+  def of(cls, array: np.ndarray) -> 'UniformlyQuantized | None':
+    """Returns the leaf of a float32 array of few multiples of its least number."""
+    divided = steps.divide(array)
+    return None if divided is None else cls(*divided, 'float32')
 
   @property
   def shape(self) -> tuple[int, ...]:
@@ -97,15 +97,21 @@ class UniformlyQuantized(Structured):
   def astype(self, dtype: Any) -> 'UniformlyQuantized':
     return dataclasses.replace(self, name=np.dtype(jnp.dtype(dtype)).name)
 
-  def stack_key(self) -> tuple[str, ...]:
-    return (np.dtype(self.integers.dtype).name,) if self.expands_on_writing else ()
-
-  def stored_sizes(self) -> list[tuple[np.dtype, int]]:
-    if self.expands_on_writing:
-      return [(self.dtype, int(np.prod(self.shape)))]
-    return super().stored_sizes()
+  def write(self, out: np.ndarray) -> None:
+    """Writes the array of a leaf whose lines have no exponents, on the host."""
+    integers, out = self.integers.reshape(-1), out.reshape(-1)
+    with np.errstate(over='ignore'):
+      for start in range(0, out.size, _CHUNK):
+        part = slice(start, start + _CHUNK)
+        out[part] = np.multiply(integers[part], self.step, dtype=np.float32)
 
   def check(self) -> None:
+    if (self.row_exponents is None) != (self.column_exponents is None):
+      raise ValueError('rows and columns have exponents, or neither do')
+    if self.row_exponents is None:
+      if not 0 < self.step < np.inf:  # also if it is NaN
+        raise ValueError(f'{self.step!r} is no step')
+      return
     lines = self.row_exponents.shape + self.column_exponents.shape
     if lines != self.integers.shape:
       raise ValueError(f'integers {self.integers.shape} cannot have {lines} exponents')
