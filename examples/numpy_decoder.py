@@ -349,6 +349,8 @@ def expand(kind, s, parts):  # the bit patterns that a leaf stands for
   exact = kind in ('tied_exactly', 'same', 'patched', 'relative', 'basis', 'subspace')
   a = {name: SIGNED(x) if dtype == 'int32' and kind in ('basis', 'subspace')
     else x if exact else widen(x, dtype) for name, (x, dtype) in parts.items()}
+  for name in [x for x in a if f'{x}_step' in a]:  # multiples of a step
+    a[name] = a[name] * a.pop(f'{name}_step')
   for name in [x for x in a if f'{x}_corner' in a]:  # lower triangles
     corner, below = a.pop(f'{name}_corner'), a[name]
     n, columns = (math.isqrt(8 * corner.size + 1) - 1) // 2, below.shape[1]
