@@ -172,7 +172,7 @@ def test_published_threshold_leaves_errors_below_it_in():
   # Both sample the same rotations, except perhaps for the last segment, because its
   # rotation may save nothing.
   assert exact.layout.sampled[:-1] == lossy.layout.sampled[:-1]
-  last = segments.parts(model.config)[-1].all
+  last = segments.shapes(model.config)[-1].all
   errors = [
     np.abs(np.float32(array) - np.float32(rotated[path])).max()
     for path, array in decoded.items()
@@ -355,7 +355,7 @@ def test_a_rotation_that_the_arrays_cannot_give_is_refused_at_once():
     parallel_block=True,
     segment_widths=(40_000, 1),
   )
-  paths = [path for part in segments.parts(config) for path in part.all]
+  paths = [path for part in segments.shapes(config) for path in part.all]
   layout = dataclasses.replace(
     encoded.layout,
     fixed=0,

@@ -79,7 +79,7 @@ def arrays(
 ) -> Iterator[tuple[str, np.ndarray]]:
   """Yields the parameters by path, unchecked, those of the last segment first."""
   message, corrections = (stack.WordStack(streams[name]) for name in STREAMS)
-  coders, parts = list(layout.coders), segments.parts(config)
+  coders, segment_shapes = list(layout.coders), segments.shapes(config)
   widths, lanes = config.segment_widths, frames.lanes(config.segment_widths)
 
   def pop(shapes: segments.Shapes) -> segments.Arrays:
@@ -102,21 +102,23 @@ def arrays(
 
   embeddings: segments.Shapes = {}
   popped: segments.Arrays = {}
-  order = range(len(parts))[::-1]
-  for t in track(order, 'decode', 'segment', total=len(parts), show=progress):
+  order = range(len(segment_shapes))[::-1]
+  for t in track(order, 'decode', 'segment', total=len(segment_shapes), show=progress):
     embeddings = {
       path: (shape[0], shape[1] - layout.fixed)
-      for path, shape in parts[t].all.items()
+      for path, shape in segment_shapes[t].all.items()
       if path.startswith('embed/')
     }
-    popped = pop(parts[t].all | embeddings)
+    popped = pop(segment_shapes[t].all | embeddings)
     yield from ((path, x) for path, x in popped.items() if path not in embeddings)
     if layout.sampled[t]:
       # The words from which the rotation was sampled come back with it.
       shape = frames.frame(widths, t, layout.fixed, options)
       code = frames.code(shape, options)
       correction = code.unpack(corrections.pop_block())
-      recovered = rotations.recovered(shape, parts[t], popped, options.canonicalizer)
+      recovered = rotations.recovered(
+        shape, segment_shapes[t], popped, options.canonicalizer
+      )
       left = rans.from_words(message.pop_block(), lanes, code.max_rows(lanes))
       restored, _ = code.restore(left, recovered, correction)
       try:

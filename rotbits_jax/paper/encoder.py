@@ -51,8 +51,8 @@ def refuse(source: passes.ModelSource) -> None:
     )
   trees = map(source.specs, source.records)
   specs = {path: x for tree in trees for path, x in structured.flatten(tree).items()}
-  for part in segments.parts(source.config):
-    for path, shape in part.all.items():
+  for segment in segments.shapes(source.config):
+    for path, shape in segment.all.items():
       leaf = specs.get(path)
       if leaf is None or structured.is_structured(leaf):
         raise ValueError(f'{path}: expected an array, got {type(leaf).__name__}')
@@ -123,7 +123,7 @@ class _Encoder:
 
   def __init__(self, source: passes.ModelSource, options: options_lib.Options):
     self.options, self.widths = options, source.config.segment_widths
-    self.read, self.parts = segments.reader(source), segments.parts(source.config)
+    self.read, self.shapes = segments.reader(source), segments.shapes(source.config)
     self.stack = stack.WordStack()
     self.corrections = stack.WordStack()
     self.lanes = frames.lanes(self.widths)
@@ -137,9 +137,9 @@ class _Encoder:
 
   def run(self, progress: bool) -> EncodedModel:
     """Encodes the whole model."""
-    count = len(self.parts)
+    count = len(self.shapes)
     for t in track(range(count), 'encode', 'segment', total=count, show=progress):
-      self._encode(t, self.read(self.parts[t]))
+      self._encode(t, self.read(self.shapes[t]))
     layout = layout_lib.MessageLayout(
       fixed=self.fixed,
       sampled=tuple(self.samples),
@@ -174,7 +174,7 @@ class _Encoder:
       self.stack.push_block(sample.left)
       self.corrections.push_block(sample.correction)
       self.saved += sample.net
-    arrays = {path: arrays[path] for path in self.parts[t].all}
+    arrays = {path: arrays[path] for path in self.shapes[t].all}
     pushed = arrays | {path: arrays[path][:, self.fixed :] for path in first}
     self._push(pushed.values())
     for path, array in first.items():
@@ -295,7 +295,7 @@ class _Encoder:
     arrays = rotations.rotated(segment, self.before, rotation)
     recovered, other = (
       rotations.recovered(
-        shape, self.parts[t], arrays, self.options.canonicalizer, disturb=disturb
+        shape, self.shapes[t], arrays, self.options.canonicalizer, disturb=disturb
       )
       for disturb in (False, True)
     )

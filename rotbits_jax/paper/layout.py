@@ -67,7 +67,9 @@ class MessageLayout:
     # A small file may name millions of layers.
     if len(self.arrays) < config.num_layers:
       raise ValueError('the layout has other parameters than the config')
-    shapes = {k: x for part in segments.parts(config) for k, x in part.all.items()}
+    shapes = {
+      k: x for segment in segments.shapes(config) for k, x in segment.all.items()
+    }
     if self.arrays.keys() != shapes.keys():
       raise ValueError('the layout has other parameters than the config')
     sizes: collections.Counter[str] = collections.Counter()
@@ -97,7 +99,7 @@ def check(
     raise ValueError('a dense model has no segments that can be rotated')
   layout.record_bytes(config)
   widths = config.segment_widths
-  parts = segments.parts(config)
+  segment_shapes = segments.shapes(config)
   if layout.fixed > widths[0] or len(layout.sampled) != len(widths):
     raise ValueError('the layout has other segments than the config')
   if len(layout.coders) != options.entropy * (len(widths) + 1):
@@ -108,10 +110,10 @@ def check(
   else:
     held = sum(
       layout.arrays[path].num_words(shape)
-      for part in parts
-      for path, shape in part.all.items()
+      for segment in segment_shapes
+      for path, shape in segment.all.items()
     )
-  pushed = _pushed_words(layout, parts)
+  pushed = _pushed_words(layout, segment_shapes)
   lanes = frames.lanes(widths)
   for t in [t for t, sampled in enumerate(layout.sampled) if sampled]:
     shape = frames.frame(widths, t, layout.fixed, options)
@@ -130,14 +132,14 @@ def check(
 
 
 def _pushed_words(
-  layout: MessageLayout, parts: list[segments.SegmentParameters]
+  layout: MessageLayout, segment_shapes: list[segments.SegmentParameters]
 ) -> list[int]:
   """Returns the words of the arrays that are pushed before each segment's rotation."""
   words = lambda shapes: sum(layout.arrays[path].num_words(x) for path, x in shapes)
   first = [
     (path, (shape[0], layout.fixed))
-    for path, shape in parts[0].all.items()
+    for path, shape in segment_shapes[0].all.items()
     if path.startswith('embed/')
   ]
-  wholes = [words(part.all.items()) for part in parts[:-1]]
+  wholes = [words(segment.all.items()) for segment in segment_shapes[:-1]]
   return [words(first), *itertools.accumulate(wholes)]

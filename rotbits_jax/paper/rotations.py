@@ -85,13 +85,13 @@ def reader_rotation(
   a block of W may be, such as the first columns of a head whose first tokens never
   occur. `qr` also serves the segments for which `polar_shortcut` cannot use a shortcut.
   """
-  parts = list(readers)
+  kernels = list(readers)
   if canonicalizer == 'svd':
-    matrix = np.concatenate([np.asarray(x, np.float32) for x in parts], axis=1)
+    matrix = np.concatenate([np.asarray(x, np.float32) for x in kernels], axis=1)
     return _svd(_disturbed(jnp.asarray(matrix), disturb))
-  width = parts[0].shape[0]
+  width = kernels[0].shape[0]
   folded, place = np.zeros((width, width), np.float32), 0
-  for matrix in parts:
+  for matrix in kernels:
     start = 0
     while start < matrix.shape[1]:
       count = min(width - place, matrix.shape[1] - start)
@@ -102,7 +102,7 @@ def reader_rotation(
 
 def recovered(
   frame: frames.Frame,
-  parts: segments.SegmentParameters,
+  shapes: segments.SegmentParameters,
   arrays: segments.Arrays,
   canonicalizer: str,
   *,
@@ -112,7 +112,7 @@ def recovered(
 
   Args:
     frame: shape and source of the frame.
-    parts: the paths of the parameters around the segment.
+    shapes: the paths of the parameters around the segment.
     arrays: the stored parameters by path.
     canonicalizer: see `options.Options`.
     disturb: whether to recover it as another machine may, whose factorisation has other
@@ -122,9 +122,9 @@ def recovered(
     float32 `[n, k]`.
   """
   if frame.from_shortcut:
-    (shortcut,) = (arrays[path] for path in parts.shortcut)
+    (shortcut,) = (arrays[path] for path in shapes.shortcut)
     return _shortcut_frame(_disturbed(jnp.asarray(shortcut, jnp.float32), disturb))
-  readers = (arrays[path] for path in parts.readers)
+  readers = (arrays[path] for path in shapes.readers)
   q = reader_rotation(readers, canonicalizer, disturb=disturb)
   return q[frame.fixed :, frame.fixed :]
 

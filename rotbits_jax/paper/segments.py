@@ -43,20 +43,20 @@ class SegmentParameters(NamedTuple):
     return self.shortcut | self.biases | self.readers | self.writers
 
 
-def parts(config: models.ModelConfig) -> list[SegmentParameters]:
+def shapes(config: models.ModelConfig) -> list[SegmentParameters]:
   """Returns the shapes around each segment of a sliced model, in order."""
-  found = [SegmentParameters({}, {}, {}, {}, {}) for _ in config.segment_widths]
+  segments = [SegmentParameters({}, {}, {}, {}, {}) for _ in config.segment_widths]
   outer = models.layout.outer_axes(config), models.outer_shapes(config)
-  _add(found, '', *outer, 0, len(found) - 1)
+  _add(segments, '', *outer, 0, len(segments) - 1)
   axes, step = models.layout.layer_axes(config), config.segments_per_layer
   for i in range(config.num_layers):
-    shapes = models.layer_shapes(config, i)
-    _add(found, models.names.prefix(i), axes, shapes, i * step, (i + 1) * step)
-  return found
+    layer = models.layer_shapes(config, i)
+    _add(segments, models.names.prefix(i), axes, layer, i * step, (i + 1) * step)
+  return segments
 
 
 def _add(
-  found: list[SegmentParameters],
+  segments: list[SegmentParameters],
   prefix: str,
   axes: models.layout.Axes,
   shapes: dict[str, Any],
@@ -66,7 +66,7 @@ def _add(
   """Adds the parameters of a layer, or those outside the layers, to their segments.
 
   Args:
-    found: the segments; changed in place.
+    segments: the segments; changed in place.
     prefix: prefix of the parameters' paths.
     axes: the axes of each parameter.
     shapes: the shapes of the parameters.
@@ -80,22 +80,24 @@ def _add(
     return last if axis == -1 else first + axis
 
   flat = structured.flatten(shapes)
-  for path, own in axes.items():
+  for path, parameter_axes in axes.items():
     shape = {prefix + path: flat[path]}
-    read, written = segment(own[0]), segment(own[-1])
-    if own == ('head',):  # the scale of the norm of each query or key
+    read, written = segment(parameter_axes[0]), segment(parameter_axes[-1])
+    if parameter_axes == ('head',):  # the scale of the norm of each query or key
       read = first
-    elif len(own) == 1:
+    elif len(parameter_axes) == 1:
       # A bias belongs to a kernel that writes a segment, or to one that reads it.
       kernel = axes[path.rsplit('/', 1)[0] + '/kernel']
       read = segment(kernel[0]) if written is None else None
     if read is not None and written is not None:
-      found[read].leaving.update(shape)
-      found[written].shortcut.update(shape)
+      segments[read].leaving.update(shape)
+      segments[written].shortcut.update(shape)
     elif written is not None:
-      found[written].writers.update(shape)
+      segments[written].writers.update(shape)
     elif read is not None:
-      (found[read].biases if len(own) == 1 else found[read].readers).update(shape)
+      (
+        segments[read].biases if len(parameter_axes) == 1 else segments[read].readers
+      ).update(shape)
 
 
 def reader(

@@ -260,11 +260,11 @@ def _rewritten(
   transform = near(tolerance=tolerance).transform
   bar.stage('compiling, removing gauges')
   context = passes.make_context(model, stored_as=getattr(model, 'stored_as', None))
-  parts: Any = passes.Parts(context.config, spool.Spool(folder))
+  rewritten_model: Any = passes.Parts(context.config, spool.Spool(folder))
   for records, _ in passes.rewrite(context.widened(), transform):
-    parts.add(records)
+    rewritten_model.add(records)
     bar.update()
-  return context._replace(source=parts)
+  return context._replace(source=rewritten_model)
 
 
 def _calibrated(

@@ -44,10 +44,10 @@ class File:
     Raises:
       OSError: if there is no such file, or if it is a folder, a pipe or a device.
     """
-    found = os.stat(path)
-    if not stat.S_ISREG(found.st_mode):  # a pipe waits, and a device may have no end
+    state = os.stat(path)
+    if not stat.S_ISREG(state.st_mode):  # a pipe waits, and a device may have no end
       raise OSError(f'{path}: not a regular file')
-    return cls(pathlib.Path(path), found.st_size, found.st_mtime_ns)
+    return cls(pathlib.Path(path), state.st_size, state.st_mtime_ns)
 
   def read(self, offset: int, out: np.ndarray) -> int:
     """Fills an array with the bytes at an offset.
@@ -64,8 +64,8 @@ class File:
       OSError: if it cannot be read.
     """
     with open(self.path, 'rb', buffering=0) as file:
-      found = os.fstat(file.fileno())
-      if (found.st_size, found.st_mtime_ns) != (self.size, self.modified):
+      state = os.fstat(file.fileno())
+      if (state.st_size, state.st_mtime_ns) != (self.size, self.modified):
         raise self._changed()
       file.seek(offset)
       left, crc = memoryview(out), 0
@@ -80,9 +80,9 @@ class File:
 
   def content(self) -> bytes:
     """Reads the whole file, see `read`."""
-    found = np.empty(self.size, np.uint8)
-    self.read(0, found)
-    return found.tobytes()
+    data = np.empty(self.size, np.uint8)
+    self.read(0, data)
+    return data.tobytes()
 
   def _changed(self) -> ChangedError:
     return ChangedError(f'{self.path}: the file changed after it was opened')

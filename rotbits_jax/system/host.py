@@ -79,18 +79,18 @@ def small_products(left: np.ndarray, right: np.ndarray) -> np.ndarray:
   """
   if blas_is_serial():
     return left @ right
-  found = np.zeros((len(left), right.shape[1]), left.dtype)
+  product = np.zeros((len(left), right.shape[1]), left.dtype)
   if right.size > _SINGLE:  # too many for one row
     for i in range(0, len(right), _TILE):
       for j in range(0, right.shape[1], _TILE):
         tile = slice(i, i + _TILE), slice(j, j + _TILE)
-        found[:, tile[1]] += small_products(left[:, tile[0]], right[tile])
-    return found
+        product[:, tile[1]] += small_products(left[:, tile[0]], right[tile])
+    return product
   step = max(_SINGLE // max(right.size, 1), 1)
   for start in range(0, len(left), step):
     rows = slice(start, start + step)
-    np.matmul(left[rows], right, out=found[rows])
-  return found
+    np.matmul(left[rows], right, out=product[rows])
+  return product
 
 
 def empty(shape: tuple[int, ...], dtype: np.dtype | type | str) -> np.ndarray:
@@ -103,11 +103,11 @@ def empty(shape: tuple[int, ...], dtype: np.dtype | type | str) -> np.ndarray:
   Returns:
     The array, contiguous.
   """
-  kind = np.dtype(dtype)
-  size = math.prod(shape) * kind.itemsize
+  item = np.dtype(dtype)
+  size = math.prod(shape) * item.itemsize
   buffer = np.empty(size + _ALIGNMENT, np.uint8)
   start = -buffer.ctypes.data % _ALIGNMENT
-  return buffer[start : start + size].view(kind).reshape(shape)
+  return buffer[start : start + size].view(item).reshape(shape)
 
 
 def contiguous(array: np.ndarray) -> np.ndarray:
