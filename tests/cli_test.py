@@ -320,7 +320,7 @@ class TestBadInput:
     [
       (None, 'No such file'),
       (b' \n', 'no words'),
-      (b'\xff', 'UTF'),
+      (b'\xff', 'utf'),
       (b'a', 'tokenizer'),
     ],
   )

@@ -13,12 +13,8 @@ code of the model, and in Microsoft's SliceGPT after --format=slicegpt:
   AutoModelForCausalLM.from_pretrained(DIR, trust_remote_code=True)
   hf_utils.load_sliced_model(NAME, DIR, sparsity=0.25)
 
-JSON:
-
-  output  the directory
-  files   list of the files in it and in its sub-folders, by their paths in it
-  bytes   bytes of these files
-  sliced  whether the model is sliced; null for plain tensors
+JSON: output, the directory; files, their paths in it; bytes of these; sliced, whether
+the model is sliced, null for plain tensors.
 """
 
 import pathlib
@@ -33,23 +29,14 @@ from rotbits_jax.cli import program
 
 _INPUT = program.define_input()
 _BASE = program.define_base()
-_OUTPUT = flags.DEFINE_string(
-  'output', None, 'The directory to write to.', required=True
-)
+_OUTPUT = flags.DEFINE_string('output', None, 'A directory.', required=True)
 _FORMAT = flags.DEFINE_enum(
   'format', 'safetensors', typing.get_args(checkpoints.Format), 'Format of the weights.'
 )
 _SHARD_SIZE = flags.DEFINE_string(
-  'shard_size',
-  None,
-  'Greatest size of a weights file, like 2GB; by default the shards of the checkpoint.',
+  'shard_size', None, 'Most bytes of a weights file, like 2GB; default: as encoded.'
 )
-_DTYPE = flags.DEFINE_enum(
-  'dtype',
-  None,
-  program.DTYPES,
-  'Dtype of the weights; by default that of the checkpoint.',
-)
+_DTYPE = flags.DEFINE_enum('dtype', None, program.DTYPES, 'Default: as encoded.')
 _OVERWRITE = flags.DEFINE_bool('overwrite', False, 'Replace existing files.')
 
 

@@ -40,6 +40,7 @@ JSON: that of `rotbits inspect`, and
   curve          list of objects: step, kl; the points of --max_kl, or null
 """
 
+import pathlib
 import time
 from typing import Any, NamedTuple
 
@@ -49,6 +50,7 @@ from ml_collections import config_flags
 
 import rotbits_jax
 from rotbits_jax import checkpoints
+from rotbits_jax import evaluation
 from rotbits_jax import presets
 from rotbits_jax.cli import program
 from rotbits_jax.file import estimation
@@ -58,56 +60,26 @@ from rotbits_jax.system import outputs
 from rotbits_jax.system import text as text_lib
 
 _CHECKPOINT = flags.DEFINE_string(
-  'checkpoint',
-  None,
-  'A directory with weights and their config.json, or the weights file in it.',
-  required=True,
+  'checkpoint', None, 'A directory with weights, or the weights file.', required=True
 )
 _OUTPUT = flags.DEFINE_string('output', None, 'The file to write.', required=True)
-_PRESET = flags.DEFINE_enum(
-  'preset',
-  None,
-  list(presets.PRESETS),
-  'What to remove; by default free for sliced checkpoints and exact for others.',
-)
+_PRESET = flags.DEFINE_enum('preset', None, list(presets.PRESETS), 'What to remove.')
 _CONFIG = config_flags.DEFINE_config_file(
   'config', None, 'A preset with its options: a name or a file.'
 )
 _BASE = program.define_base()
-_SHARD_SIZE = flags.DEFINE_string(
-  'shard_size', None, 'Greatest size of a shard, like 2GB.'
-)
+_SHARD_SIZE = flags.DEFINE_string('shard_size', None, 'Most bytes of a shard: 2GB.')
 _OVERWRITE = flags.DEFINE_bool('overwrite', False, 'Replace an existing file.')
 _VERIFY = flags.DEFINE_bool('verify', False, 'Decode the file before it appears.')
-_DISTRIBUTED = flags.DEFINE_bool(
-  'distributed', False, 'Share the work with other processes.'
-)
+_DISTRIBUTED = flags.DEFINE_bool('distributed', False, 'Share the work of shards.')
 
-_MAX_KL = flags.DEFINE_float(
-  'max_kl', None, 'near: greatest mean KL divergence in nats.'
-)
-_TARGET_SIZE = flags.DEFINE_string(
-  'target_size', None, 'near: greatest size of the file, like 90MB.'
-)
-_BITS = flags.DEFINE_float(
-  'bits',
-  None,
-  'near: greatest number of bits of the file for each element of the input.',
-  lower_bound=0.0,
-  upper_bound=64.0,
-)
-_TEXT = flags.DEFINE_string(
-  'text',
-  None,
-  'near: the text that --max_kl is measured on, or that divides the bits of a size.',
-)
-_MAX_TOKENS = flags.DEFINE_integer(
-  'max_tokens', 4096, 'near: how many tokens of the text to use.', lower_bound=2
-)
-
-_STEP = flags.DEFINE_float(
-  'step', None, 'near: log2 of the step over the root mean square; -5 by default.'
-)
+# Options of the preset `near`.
+_STEP = flags.DEFINE_float('step', None, 'near: log2 of the step over the rms.')
+_MAX_KL = flags.DEFINE_float('max_kl', None, 'near: greatest mean KL in nats.')
+_TARGET_SIZE = flags.DEFINE_string('target_size', None, 'near: most bytes, like 90MB.')
+_BITS = flags.DEFINE_float('bits', None, 'near: most bits per element.', 0.0, 64.0)
+_TEXT = flags.DEFINE_string('text', None, 'near: a text that KL is measured on.')
+_MAX_TOKENS = flags.DEFINE_integer('max_tokens', 4096, 'near: tokens of it to use.', 2)
 
 
 class _Choice(NamedTuple):
@@ -203,8 +175,8 @@ def _read_choice(source: Any) -> _Choice:
     options = {'step': _STEP.value} if _STEP.present else {}
     return _Choice(preset, options, target_size)
   opened = checkpoints.open_checkpoint(_CHECKPOINT.value)
-  text = program.read_text(_TEXT.value)
-  tokens = program.read_tokens(opened.files, opened.config, text)
+  text = pathlib.Path(_TEXT.value).read_text('utf-8-sig')
+  tokens = evaluation.encode_text(opened.files, text)
   settings: Any = {
     'max_tokens': _MAX_TOKENS.value,
     'folder': outputs.resolved(_OUTPUT.value).parent,

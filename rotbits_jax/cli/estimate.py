@@ -6,12 +6,8 @@
 Only samples are read, and nothing is written. `near` is that of its default step. Times
 are those of two cores at the rates of RESULTS.md.
 
-JSON:
-
-  bytes    bytes of the weights files, or of the tensors if these are fewer
-  presets  list of objects: preset; bytes of the file that encode would write; about
-           how many seconds that takes, and how many bytes of memory
-  without  why there are no estimates of free and near, or null
+JSON: bytes of the weights; presets, a list of objects: preset, bytes of the file, and
+about how many seconds and bytes of memory that takes; without, why free and near lack.
 """
 
 from absl import flags
@@ -22,10 +18,7 @@ from rotbits_jax.file import estimation
 from rotbits_jax.system import text as text_lib
 
 _CHECKPOINT = flags.DEFINE_string(
-  'checkpoint',
-  None,
-  'A directory with weights, or the weights file in it.',
-  required=True,
+  'checkpoint', None, 'A directory with weights, or the weights file.', required=True
 )
 _BASE = program.define_base()
 

@@ -12,6 +12,7 @@ JSON: the fields of `rotbits_jax.evaluation.Evaluation`.
 """
 
 import math
+import pathlib
 
 from absl import flags
 import jax
@@ -24,25 +25,18 @@ from rotbits_jax.file import shards
 _MODEL = flags.DEFINE_string('model', None, 'The model to measure.', required=True)
 _BASE = program.define_base()
 _TEXT = flags.DEFINE_string('text', None, 'A text file in UTF-8.', required=True)
-_REFERENCE = flags.DEFINE_string(
-  'reference', None, 'The model to compare predictions with.'
-)
-_MAX_TOKENS = flags.DEFINE_integer(
-  'max_tokens',
-  None,
-  'Number of tokens of the text to use; all by default.',
-  lower_bound=2,
-)
+_REFERENCE = flags.DEFINE_string('reference', None, 'A model to compare with.')
+_MAX_TOKENS = flags.DEFINE_integer('max_tokens', None, 'Tokens to use.', 2)
 
 
 def main() -> program.Result:
-  text = program.read_text(_TEXT.value)
+  text = pathlib.Path(_TEXT.value).read_text('utf-8-sig')
   # A base is for the file of the two that may need one.
   reference_is_file = bool(_REFERENCE.value) and shards.is_encoded(_REFERENCE.value)
   model_is_file = shards.is_encoded(_MODEL.value)
   model_base = _BASE.value if model_is_file or not reference_is_file else None
   checkpoint = program.read_model(_MODEL.value, model_base)
-  tokens = program.read_tokens(checkpoint.files, checkpoint.model.config, text)
+  tokens = evaluation.encode_text(checkpoint.files, text)
   reference = rerounded = None
   if _REFERENCE.value is not None:
     reference_base = _BASE.value if reference_is_file else None

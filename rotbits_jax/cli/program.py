@@ -7,7 +7,6 @@ Exit codes: 0 success; 2 bad input, with one line on stderr and nothing written;
 interrupted. Any other exception is a fault of this program, raised with its traceback.
 """
 
-from collections.abc import Mapping
 import decimal
 import inspect
 import json
@@ -21,10 +20,8 @@ from typing import Any
 
 from absl import flags
 import jax
-import numpy as np
 
 import rotbits_jax
-from rotbits_jax import evaluation
 from rotbits_jax.file import shards
 from rotbits_jax.system import cache
 from rotbits_jax.system import host
@@ -100,30 +97,6 @@ def read_model(path: str, base: Any = None) -> rotbits_jax.Checkpoint:
   if base:
     raise ValueError(f'{path}: a checkpoint needs no base')
   return rotbits_jax.load_checkpoint(path)
-
-
-def read_tokens(
-  files: Mapping[str, bytes], config: rotbits_jax.ModelConfig, text: str
-) -> np.ndarray:
-  """Converts a text to tokens, int32 `[N]`, by the tokenizer among the files."""
-  tokens = evaluation.encode_text(files, text)
-  if tokens.max(initial=0) >= config.vocab_size:
-    raise ValueError(
-      f'the tokenizer.json beside the model is that of another model: it makes token '
-      f'{tokens.max()}, and the model has {config.vocab_size} tokens'
-    )
-  return tokens
-
-
-def read_text(path: str) -> str:
-  """Reads a text file in UTF-8; a ValueError if it is none, or has no words."""
-  try:
-    text = pathlib.Path(path).read_text(encoding='utf-8-sig')
-  except UnicodeDecodeError as error:
-    raise ValueError(f'{path}: not a text in UTF-8: {error.reason}') from error
-  if not text.strip():
-    raise ValueError(f'{path}: the text has no words')
-  return text
 
 
 def parse_size(flag: flags.FlagHolder[Any]) -> int | None:

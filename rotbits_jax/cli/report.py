@@ -6,10 +6,7 @@ The page stands alone: it loads nothing from a network. With --against it says h
 the decoded model differs from the checkpoint, as `rotbits verify` measures it; a file
 that was encoded with --base needs the base for that.
 
-JSON:
-
-  output  path of the page
-  bytes   bytes of the page
+JSON: output, the path of the page, and its bytes.
 """
 
 from absl import flags

@@ -11,14 +11,8 @@ from the elements before they are rounded; --recipe the same relative to the den
 model, which decoding then needs as --base. Slicing costs quality, most of all in small
 models: measure it with `rotbits evaluate`.
 
-JSON:
-
-  weights      path of the .pt file
-  encoded      path of the encoded file, or null
-  recipe       path of the encoded file that needs the dense model, or null
-  hidden_size  width of the dense model
-  width        width of the first segment of the sliced model
-  tokens       count of the tokens that calibrated the slicing
+JSON: the paths weights, encoded and recipe; hidden_size of the dense model; width of
+the first segment of the sliced model; count of the tokens that calibrated it.
 """
 
 import dataclasses
@@ -27,6 +21,7 @@ import pathlib
 from absl import flags
 
 import rotbits_jax
+from rotbits_jax import evaluation
 from rotbits_jax import slicing
 from rotbits_jax.cli import program
 from rotbits_jax.file import inputs
@@ -34,25 +29,13 @@ from rotbits_jax.system import outputs
 
 MAX_SEQUENCE_LENGTH = 2048  # SliceGPT's default
 
-_MODEL = flags.DEFINE_string('model', None, 'The dense model to slice.', required=True)
-_OUTPUT = flags.DEFINE_string(
-  'output', None, 'The directory to write to.', required=True
-)
+_MODEL = flags.DEFINE_string('model', None, 'The dense model.', required=True)
+_OUTPUT = flags.DEFINE_string('output', None, 'A directory.', required=True)
 _SPARSITY = flags.DEFINE_float(
-  'sparsity',
-  None,
-  'The part of the hidden size to remove: at least 0, less than 1.',
-  required=True,
+  'sparsity', None, 'The part of the hidden size to remove.', 0, 1, required=True
 )
-_CALIBRATION = flags.DEFINE_string(
-  'calibration', None, 'A text file in UTF-8.', required=True
-)
-_DTYPE = flags.DEFINE_enum(
-  'dtype',
-  None,
-  program.DTYPES,
-  'Dtype of the sliced model; by default that of the dense model.',
-)
+_CALIBRATION = flags.DEFINE_string('calibration', None, 'A UTF-8 text.', required=True)
+_DTYPE = flags.DEFINE_enum('dtype', None, program.DTYPES, 'Default: as the model.')
 _FINAL_ORIENTATION = flags.DEFINE_enum(
   'final_orientation',
   slicing.ORIENTATIONS[0],
@@ -60,38 +43,23 @@ _FINAL_ORIENTATION = flags.DEFINE_enum(
   'Coordinates of the residual stream: rotated at random, or principal components.',
 )
 _ROUND_INTERVAL = flags.DEFINE_integer(
-  'round_interval', 8, 'Widths are multiples of it.', lower_bound=1
+  'round_interval', 8, 'Widths are multiples of it.', 1
 )
-_SLICE_HEAD = flags.DEFINE_bool(
-  'slice_head', False, 'Slice the input of the head, too.'
-)
+_SLICE_HEAD = flags.DEFINE_bool('slice_head', False, "Slice the head's input, too.")
 _SEQUENCES = flags.DEFINE_integer(
-  'sequences',
-  128,
-  'Number of sequences of the text to calibrate with, drawn at random.',
-  lower_bound=1,
+  'sequences', 128, 'Sequences of the text to calibrate with, drawn at random.', 1
 )
 _SEQUENCE_LENGTH = flags.DEFINE_integer(
-  'sequence_length',
-  None,
-  'Number of tokens in a sequence; by default the number of positions of the model, '
-  f'but at most {MAX_SEQUENCE_LENGTH}.',
-  lower_bound=1,
+  'sequence_length', None, 'Tokens in a sequence; default: all positions, to 2048.', 1
 )
-_SEED = flags.DEFINE_integer(
-  'seed', 42, 'The seed of all that is random.', lower_bound=0
-)
-_ENCODED = flags.DEFINE_string(
-  'encoded', None, 'A file for the sliced model, preset free.'
-)
-_RECIPE = flags.DEFINE_string(
-  'recipe', None, 'A file for it that needs the dense model.'
-)
+_SEED = flags.DEFINE_integer('seed', 42, 'The seed of all that is random.', 0)
+_ENCODED = flags.DEFINE_string('encoded', None, 'A file for the sliced model.')
+_RECIPE = flags.DEFINE_string('recipe', None, 'One that needs the dense model.')
 _OVERWRITE = flags.DEFINE_bool('overwrite', False, 'Replace existing files.')
 
 
 def main() -> program.Result:
-  text = program.read_text(_CALIBRATION.value)
+  text = pathlib.Path(_CALIBRATION.value).read_text('utf-8-sig')
   dense = program.read_model(_MODEL.value)
   path = pathlib.Path(_MODEL.value).resolve()
   stem = f'{path.name if path.is_dir() else path.stem}_{_SPARSITY.value}'
@@ -107,7 +75,7 @@ def main() -> program.Result:
   config = dense.model.config
   length = _SEQUENCE_LENGTH.value or min(config.max_positions, MAX_SEQUENCE_LENGTH)
   tokens = slicing.sample_sequences(
-    program.read_tokens(dense.files, config, text),
+    evaluation.encode_text(dense.files, text),
     sequences=_SEQUENCES.value,
     length=length,
     seed=_SEED.value,

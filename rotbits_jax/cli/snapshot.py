@@ -7,9 +7,7 @@ is in ROTBITS_JAX_CACHE, or in ~/.cache/rotbits_jax, and named by the checksums 
 file, so a second call only finds it. Remove folders that you no longer need. A sliced
 model gets the format `transformers`, see `rotbits decode --help`.
 
-JSON:
-
-  folder  the folder
+JSON: folder.
 """
 
 import rotbits_jax

@@ -185,6 +185,7 @@ class _Encoder:
     self.notes.append(self._note(t, sample))
 
   def _note(self, t: int, sample: _Sample | None) -> dict[str, Any]:
+    """Returns the note on a segment in the report."""
     width = self.widths[t]
     note: dict[str, Any] = {'segment': t, 'width': width, 'found in': None}
     if sample is None:
@@ -198,6 +199,7 @@ class _Encoder:
     }
 
   def _frame(self, t: int) -> frames.Frame:
+    """Returns the frame of a segment."""
     return frames.frame(self.widths, t, self.fixed, self.options)
 
   def _push(self, arrays: Iterable[np.ndarray]) -> None:
@@ -212,14 +214,7 @@ class _Encoder:
   def _push_first(
     self, segment: segments.SegmentParameters, neutral: jax.Array | None
   ) -> segments.Arrays:
-    """Pushes the first columns of the embeddings, from which a rotation is sampled.
-
-    The rotation acts on the other columns. If the first columns are too few, the first
-    segment is not rotated.
-
-    Returns:
-      The pushed columns, by path.
-    """
+    """Pushes and returns first columns of the embeddings: they pay for the rotation."""
     tables = {k: x for k, x in segment.writers.items() if k.startswith('embed/')}
     bits = min(8 * x.itemsize for x in tables.values())
     bits *= sum(x.shape[0] for x in tables.values())  # bits of a column
@@ -266,20 +261,7 @@ class _Encoder:
     latent: Any,
     q: jax.Array,
   ) -> _Sample | None:
-    """Rotates a segment by a sampled frame, and recovers it as the decoder will.
-
-    Args:
-      t: index of the segment.
-      segment: the parameters.
-      neutral: the canonical rotation of the readers.
-      popped: the number of words that the message was made of.
-      message: the message after the frame was popped.
-      latent: the integers of the frame.
-      q: the frame.
-
-    Returns:
-      The result; None if the decoder could not recover the rotation.
-    """
+    """Rotates a segment by the frame q; None if the decoder could not recover it."""
     if int(np.min(message.lowest)) < 0:
       return None
     shape = self._frame(t)

@@ -146,11 +146,13 @@ def _disturbed(matrix: jax.Array, disturb: bool) -> jax.Array:
 
 @jax.jit
 def _greatest_square(rows: jax.Array) -> jax.Array:
+  """Returns the square of the greatest norm of a row."""
   return jnp.square(rows.astype(jnp.float32)).sum(axis=1).max(initial=0)
 
 
 @jax.jit
 def _product(matrix: jax.Array, rotation: jax.Array) -> jax.Array:
+  """Returns `matrix @ rotation` in float32."""
   return _matmul(matrix.astype(jnp.float32), rotation)
 
 

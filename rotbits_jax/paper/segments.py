@@ -63,16 +63,7 @@ def _add(
   first: int,
   last: int,
 ) -> None:
-  """Adds the parameters of a layer, or those outside the layers, to their segments.
-
-  Args:
-    segments: the segments; changed in place.
-    prefix: prefix of the parameters' paths.
-    axes: the axes of each parameter.
-    shapes: the shapes of the parameters.
-    first: the segment that axis 0 stands for.
-    last: the segment that axis -1 stands for.
-  """
+  """Adds parameters to their segments: axis 0 is the first one, axis -1 the last."""
 
   def segment(axis: models.layout.Axis) -> int | None:
     if not isinstance(axis, int):
