@@ -290,8 +290,9 @@ def _calibrated(
     index = models.names.layer_index(next(iter(seen)))
     name = None if index is None else models.names.layer(index)
     rounding = passes.to_steps(PROBE, {}, sensitivities.fitted([seen], halves[:1]))
-    tree = rewritten_model.outer() if name is None else rewritten_model.read(name)
-    exact = _arrays(tree)
+    exact = _arrays(
+      rewritten_model.outer() if name is None else rewritten_model.read(name)
+    )
     rounded = _arrays(passes.round_part(context, name, rounding))
     for path, matrix_inputs in (unseen or [seen])[0].items():
       leaf = exact[path]
