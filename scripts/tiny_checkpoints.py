@@ -27,43 +27,8 @@ SIZES = {
   'bos_token_id': 1,
   'eos_token_id': 2,
 }
-WINDOWS = {'head_dim': 12, 'query_pre_attn_scalar': 10, 'sliding_window': 5}
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
   'qwen3-tiny-dense': ('qwen3', {'head_dim': 12}),
-  'mixtral-tiny-dense': (
-    'mixtral',
-    {'num_hidden_layers': 2, 'num_local_experts': 4, 'sliding_window': 5},
-  ),
-  'qwen3-moe-tiny-dense': (
-    'qwen3_moe',
-    {
-      'num_hidden_layers': 2,
-      'head_dim': 12,
-      'num_experts': 6,
-      'num_experts_per_tok': 3,
-      'moe_intermediate_size': 20,
-    },
-  ),
-  'smollm3-tiny-dense': ('smollm3', {}),
-  'gemma2-tiny-dense': (
-    'gemma2',
-    WINDOWS | {'attn_logit_softcapping': 2.0, 'final_logit_softcapping': 3.0},
-  ),
-  'gemma3-tiny-dense': (
-    'gemma3_text',
-    WINDOWS
-    | {
-      'layer_types': [
-        *['sliding_attention'] * 2,
-        'full_attention',
-        'sliding_attention',
-      ],
-      'rope_parameters': {
-        'full_attention': {'rope_type': 'linear', 'factor': 8.0, 'rope_theta': 1e4},
-        'sliding_attention': {'rope_type': 'default', 'rope_theta': 50.0},
-      },
-    },
-  ),
 }
 
 
@@ -74,11 +39,8 @@ def make(name: str, folder: pathlib.Path) -> None:
   config = transformers.AutoConfig.for_model(family, **SIZES | settings)
   model = transformers.AutoModelForCausalLM.from_config(config)
   with torch.no_grad():
-    for path, parameter in model.named_parameters():
-      # Sharp routers: where rounding swaps the last expert of a token for another, the
-      # weight of both is small.
-      scale = 12 if path.endswith('mlp.gate.weight') else 1.5
-      deviation = 0.3 if parameter.ndim == 1 else scale * parameter.shape[-1] ** -0.5
+    for parameter in model.parameters():
+      deviation = 0.3 if parameter.ndim == 1 else 1.5 * parameter.shape[-1] ** -0.5
       parameter.normal_(0, deviation).add_(parameter.ndim == 1)
   model.to(torch.bfloat16).save_pretrained(folder / name)
   (folder / name / 'model.safetensors').chmod(0o644)
@@ -86,7 +48,7 @@ def make(name: str, folder: pathlib.Path) -> None:
   model = transformers.AutoModelForCausalLM.from_pretrained(
     folder / name,
     dtype='float32',
-    attn_implementation='eager',  # the only one with soft caps
+    attn_implementation='eager',
   )
   tokens = torch.randint(3, SIZES['vocab_size'], (2, 24))
   with torch.no_grad():

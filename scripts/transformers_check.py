@@ -34,14 +34,6 @@ KNOWN = {
   'mistral': GROUPS | {'sliding_window': 32},
   'qwen2': GROUPS,
   'qwen3': GROUPS | {'head_dim': 8},
-  'smollm3': GROUPS | {'no_rope_layer_interval': 2, 'pad_token_id': 0},
-  'gemma2': GROUPS | {'head_dim': 8, 'sliding_window': 16},
-  'gemma3_text': GROUPS | {'head_dim': 8, 'sliding_window': 16},
-  # Every token takes all experts: rounding would choose others for some tokens.
-  'mixtral': GROUPS | {'num_local_experts': 2},
-  'qwen3_moe': GROUPS
-  | {'head_dim': 8, 'moe_intermediate_size': 24}
-  | {'num_experts': 3, 'num_experts_per_tok': 3, 'norm_topk_prob': True},
   'phi': SIZES,
   'phi3': GROUPS | {'pad_token_id': 0},
   'opt': {

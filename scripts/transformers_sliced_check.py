@@ -357,8 +357,6 @@ def cases() -> dict[str, Callable[[pathlib.Path], Case]]:
         name, preset, folder
       )
   for family in transformers_check.KNOWN:
-    if family.startswith(('gemma', 'mixtral', 'qwen3_moe')):  # these cannot be sliced
-      continue
     found[f'random {family}'] = lambda folder, family=family: random_case(
       family, folder
     )

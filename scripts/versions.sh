@@ -47,5 +47,5 @@ build/tools/bin/cyclonedx-py environment "$venv" --output-file "build/sbom-$whic
   -D suppress_warnings=myst-nb.lexer,myst.xref_missing,ref.python docs build/site
 "$venv/bin/python" -m benchmarks.coder --count=100000 --runs=1 --rotations=64
 "$venv/bin/python" -m pip install --quiet --disable-pip-version-check pytest pytest-xdist
-tests=(tests/{golden,generation,int8,native,near_benchmark}_test.py)
+tests=(tests/{golden,int8,native,near_benchmark}_test.py)
 exec "$venv/bin/python" -m pytest "${@:-${tests[@]}}" -m ''

@@ -36,9 +36,6 @@ FAMILIES = {
   'mistral': GROUPS | {'model_type': 'mistral', 'sliding_window': 5},
   'qwen2': GROUPS | {'model_type': 'qwen2'},
   'qwen3': GROUPS | {'model_type': 'qwen3'},
-  'mixtral': GROUPS
-  | {'model_type': 'mixtral', 'sliding_window': 5, 'rms_norm_eps': 1e-5}
-  | {'num_local_experts': 4, 'num_experts_per_tok': 2},
   'phi3': LLAMA
   | {'model_type': 'phi3', 'num_key_value_heads': 2, 'rms_norm_eps': 1e-5},
   'opt': OPT,
@@ -66,7 +63,6 @@ _KINDS = {  # of each family; `test_every_kind` has the others
   'mistral': ('dense',),
   'qwen2': ('sliced',),
   'qwen3': ('dense', 'sliced'),
-  'mixtral': ('dense',),
   'phi3': ('sliced head',),
   'opt': ('dense', 'sliced'),
   'phi2': ('sliced head',),
@@ -168,9 +164,7 @@ class CanonicalizeTest(parameterized.TestCase):
   @parameterized.parameters(*FAMILIES)
   @pytest.mark.slow
   def test_every_kind(self, family):
-    # SliceGPT slices no mixtures of experts.
-    kinds = {'dense'} if family == 'mixtral' else {'dense', 'sliced', 'sliced head'}
-    for kind in kinds - {*_KINDS[family]}:
+    for kind in {'dense', 'sliced', 'sliced head'} - {*_KINDS[family]}:
       with self.subTest(kind=kind):
         self.check_function(family, kind)
         self.check_second_time(family, kind)

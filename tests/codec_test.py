@@ -60,7 +60,6 @@ def _tokens(name):
   checkpoint = _load(name)
   if 'tokenizer.json' not in checkpoint.files:
     config = checkpoint.model.config
-    # So many that the tokens whose experts change by rounding do not decide.
     count = 16 * min(256, config.max_positions)
     return np.random.default_rng(0).integers(0, config.vocab_size, count)
   text = importlib.resources.files('rotbits_jax') / 'data' / 'evaluation.txt'
@@ -75,8 +74,6 @@ def _with_sorted_neurons(layer):
   """Sorts the neurons of a layer, so that layers in different orders become equal."""
   mlp = layer['mlp']
   if any(structured.is_structured(linear['kernel']) for linear in mlp.values()):
-    return layer
-  if 'router' in mlp:  # a mixture of experts: they have neurons of their own
     return layer
   axes = {name: 0 if name == 'down' else -1 for name in mlp}
   rows = np.concatenate(

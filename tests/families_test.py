@@ -2,7 +2,7 @@
 
 The tensors are random and have Hugging Face's names. The expected logits are those of a
 second forward pass in NumPy. `transformer_test` compares the logits of the checkpoints
-in `testdata`, among them Qwen3, SmolLM3 and Gemma, with those of transformers.
+in `testdata`, among them Qwen3, with those of transformers.
 """
 
 import dataclasses
@@ -51,20 +51,6 @@ QWEN2 = LLAMA | {
   'layer_types': ['full_attention'] * 2,
 }
 QWEN3 = QWEN2 | {'model_type': 'qwen3'}
-SMOLLM3 = LLAMA | {'model_type': 'smollm3', 'num_hidden_layers': 4}
-GEMMA2 = LLAMA | {'model_type': 'gemma2', 'sliding_window': 4}
-MIXTRAL = MISTRAL | {
-  'model_type': 'mixtral',
-  'num_local_experts': 8,
-  'num_experts_per_tok': 2,
-}
-QWEN3_MOE = QWEN3 | {
-  'model_type': 'qwen3_moe',
-  'moe_intermediate_size': 16,
-  'num_experts': 8,
-  'num_experts_per_tok': 3,
-}
-GEMMA3 = GEMMA2 | {'model_type': 'gemma3_text', 'num_hidden_layers': 6}
 TIED = {'tie_word_embeddings': True}
 
 # Name, config.json, differences in the reference's config, widths (None if dense).
@@ -223,8 +209,6 @@ class ConfigTest(chex.TestCase):
     ({'rotary_dim': 3}, 'rotary_dim must be even'),
     ({'head_dim': 0, 'rotary_dim': 0}, 'at most head_dim, got 0 and 0'),
     ({'num_heads': 0}, 'num_heads must be a multiple'),
-    ({'query_scalar': 0.0}, 'query_scalar must be positive'),
-    ({'logit_softcap': -1.0}, 'logit_softcap must be positive'),
     ({'rope_theta': float('nan')}, 'rope_theta must be positive'),
   )
   def test_numbers_with_which_nothing_can_be_computed(self, fields, message):
@@ -250,7 +234,7 @@ class ConfigTest(chex.TestCase):
 
   def test_part_of_a_head_is_refused(self):
     rope = {'rope_type': 'default', 'partial_rotary_factor': 0.5}
-    for config in (LLAMA, MISTRAL, QWEN2, GEMMA2, MIXTRAL, SMOLLM3):
+    for config in (LLAMA, MISTRAL, QWEN2):
       values = {k: v for k, v in config.items() if k != 'rope_scaling'}
       with (
         self.subTest(config['model_type']),
@@ -268,82 +252,6 @@ class ConfigTest(chex.TestCase):
     assert (config.qkv_bias, config.out_bias, config.tied_head) == (True, True, False)
     # The norms of queries and keys keep their epsilon in a sliced model.
     assert config.sliced_to(config.segment_widths).qk_norm_eps == 1e-3
-
-  def test_smollm3(self):
-    config = checkpoints.parse_config(SMOLLM3)
-    assert (config.alternate_layers, config.alternate) == ((3,), models.Positions())
-    assert config.tied_head
-    for change, layers in (
-      ({'no_rope_layer_interval': 2}, (1, 3)),
-      ({'no_rope_layers': [0, 1, 1, 0, 0]}, (0, 3)),
-      ({'no_rope_layers': [1, 1, 1, 1]}, ()),
-    ):
-      assert checkpoints.parse_config(SMOLLM3 | change).alternate_layers == layers
-    newer = {k: v for k, v in SMOLLM3.items() if k != 'rope_theta'}
-    newer |= {'rope_parameters': {'rope_type': 'default', 'rope_theta': 60.0}}
-    assert checkpoints.parse_config(newer) == config
-    absent = {k: v for k, v in SMOLLM3.items() if k != 'rope_theta'}
-    assert checkpoints.parse_config(absent).rope_theta == 2e6
-
-  def test_gemma2(self):
-    config = checkpoints.parse_config(GEMMA2 | {'hidden_act': 'gelu'})
-    assert config.activation == 'gelu_new'
-    assert (config.alternate_layers, config.alternate.sliding_window) == ((0,), 4)
-    assert (config.attention_softcap, config.logit_softcap) == (50, 30)
-    none = {'attn_logit_softcapping': None, 'final_logit_softcapping': None}
-    config = checkpoints.parse_config(GEMMA2 | none)
-    assert (config.attention_softcap, config.logit_softcap) == (None, None)
-    with pytest.raises(ValueError, match='slicing cannot move'):
-      config.sliced_to(config.segment_widths)
-
-  def test_gemma3(self):
-    scaling = {'rope_type': 'linear', 'factor': 8.0}
-    older = checkpoints.parse_config(
-      GEMMA3
-      | {'rope_local_base_freq': 20.0, 'sliding_window_pattern': 3}
-      | {'rope_scaling': scaling, 'torch_dtype': 'bfloat16'}
-    )
-    assert older.alternate_layers == (0, 1, 3, 4)
-    assert (older.rope_theta, older.rope_scaling.factor) == (60.0, 8.0)
-    local = models.Positions(rotary_dim=12, rope_theta=20.0, sliding_window=4)
-    assert older.alternate == local
-    types = [*['sliding_attention'] * 2, 'full_attention'] * 2
-    newer = {k: v for k, v in GEMMA3.items() if k != 'rope_theta'} | {
-      'layer_types': types,
-      'dtype': 'bfloat16',
-      'rope_parameters': {
-        'full_attention': scaling | {'rope_theta': 60.0},
-        'sliding_attention': {'rope_type': 'default', 'rope_theta': 20.0},
-      },
-    }
-    assert checkpoints.parse_config(newer) == older
-    both = newer | {'rope_theta': 60.0, 'rope_local_base_freq': 20.0}
-    assert checkpoints.parse_config(both) == older
-    fields = json.loads(json.dumps(schema.dump(older)))
-    assert schema.load(models.ModelConfig, fields) == older
-    assert checkpoints.parse_config(GEMMA3).alternate.rope_theta == 1e4
-    # transformers writes this field, and does not read it.
-    written = checkpoints.parse_config(GEMMA3 | {'_sliding_window_pattern': 2})
-    assert written == checkpoints.parse_config(GEMMA3)
-
-  def test_mixtures_of_experts(self):
-    trained = {'output_router_logits': True, 'router_aux_loss_coef': 0.1}
-    config = checkpoints.parse_config(MIXTRAL | trained | {'router_jitter_noise': 0.1})
-    assert (config.num_experts, config.experts_per_token) == (8, 2)
-    assert config.unit_expert_weights
-    assert config.sliding_window == 4
-    absent = {k: v for k, v in MIXTRAL.items() if k != 'rope_theta'}
-    assert checkpoints.parse_config(absent).rope_theta == 1e6
-    config = checkpoints.parse_config(QWEN3_MOE | {'mlp_only_layers': None})
-    assert (config.intermediate_size, config.unit_expert_weights) == (16, False)
-    # transformers 5 writes the other name.
-    newer = {k: v for k, v in QWEN3_MOE.items() if k != 'num_experts'}
-    newer |= {'num_local_experts': 8, 'mlp_only_layers': [], 'decoder_sparse_step': 1}
-    assert checkpoints.parse_config(newer) == config
-    normed = checkpoints.parse_config(QWEN3_MOE | {'norm_topk_prob': True})
-    assert normed.unit_expert_weights
-    with pytest.raises(ValueError, match='neither sliced nor parallel'):
-      config.sliced_to(config.segment_widths)
 
   def test_published_sizes(self):
     qwen = QWEN2 | {
@@ -364,15 +272,6 @@ class ConfigTest(chex.TestCase):
     )  # fmt: skip
     for base, sizes, elements in (
       (QWEN3 | TIED, (1024, 3072, 28, 16, 8, 128, 151936), 596049920),
-      (SMOLLM3, (2048, 11008, 36, 16, 4, 128, 128256), 3075098624),
-      (GEMMA2, (2304, 9216, 26, 8, 4, 256, 256000), 2614341888),
-      (GEMMA3, (1152, 6912, 26, 4, 1, 256, 262144), 999885952),
-      (MIXTRAL, (4096, 14336, 32, 32, 8, 128, 32000), 46702792704),
-      (
-        QWEN3_MOE | {'num_experts': 128, 'moe_intermediate_size': 768},
-        (2048, 6144, 48, 32, 4, 128, 151936),
-        30532122624,
-      ),
     ):
       given = base | dict(zip(names, sizes, strict=True))
       given.pop('layer_types', None)  # it lists two layers
@@ -412,37 +311,6 @@ class ConfigTest(chex.TestCase):
       (QWEN3, {'head_dim': ...}, 'head_dim is missing'),
       (QWEN3, {'use_sliding_window': True}, 'use_sliding_window is True'),
       (QWEN3, {'use_qk_norm': False}, 'use_qk_norm is False; supported: no attribute'),
-      (SMOLLM3, {'no_rope_layers': [1, 1, 0]}, 'no_rope_layers is'),
-      (SMOLLM3, {'no_rope_layers': [1, 1, 0, 2]}, 'no_rope_layers is'),
-      (SMOLLM3, {'use_sliding_window': True}, 'use_sliding_window is True'),
-      (GEMMA2, {'sliding_window': ...}, 'sliding_window is missing'),
-      (GEMMA2, {'use_bidirectional_attention': True}, 'use_bidirectional_attention is'),
-      (GEMMA2, {'layer_types': ['full_attention']}, 'layer_types is'),
-      (GEMMA2, {'layer_types': ['full_attention', 'linear_attention']},
-       'layer_types is'),
-      (GEMMA2, {'attn_logit_softcapping': 0.0}, 'attn_logit_softcapping is 0.0'),
-      (GEMMA3, {'attn_logit_softcapping': 50.0}, 'attn_logit_softcapping is 50.0'),
-      (GEMMA3, {'query_pre_attn_scalar': None}, 'query_pre_attn_scalar is None'),
-      (GEMMA3, {'rope_parameters': {'full_attention': {'rope_type': 'default'}}},
-       'rope_parameters: sliding_attention is missing'),
-      (GEMMA3, {'rope_parameters':
-                {'full_attention': {'rope_theta': 50.0}, 'sliding_attention': {}}},
-       'config.json: rope_theta is 60.0; supported: 50.0'),
-      (GEMMA3 | {'rope_local_base_freq': 10.0},
-       {'rope_parameters':
-        {'full_attention': {}, 'sliding_attention': {'rope_theta': 20.0}}},
-       'config.json: rope_local_base_freq is 10.0; supported: 20.0'),
-      (GEMMA3, {'final_norm_bias': True}, 'final_norm_bias is True'),
-      (MIXTRAL, {'num_local_experts': ...}, 'num_local_experts is missing'),
-      (MIXTRAL, {'num_local_experts': 1}, 'experts_per_token must be from 1 to'),
-      (MIXTRAL, {'num_local_experts': 1 << 20}, 'all layers may have 65536 experts'),
-      (MIXTRAL, {'num_experts_per_tok': 0}, 'num_experts_per_tok is 0'),
-      (MIXTRAL, {'num_experts': 4}, 'num_local_experts is 8; supported: 4'),
-      (MIXTRAL, {'router_bias': True}, 'router_bias is True'),
-      (QWEN3_MOE, {'mlp_only_layers': [0]}, 'mlp_only_layers is'),
-      (QWEN3_MOE, {'decoder_sparse_step': 2}, 'decoder_sparse_step is 2'),
-      (QWEN3_MOE, {'norm_topk_prob': 1}, 'norm_topk_prob is 1'),
-      (QWEN3_MOE, {'moe_intermediate_size': ...}, 'moe_intermediate_size is missing'),
     )  # fmt: skip
     for values, change, match in cases:
       given = {k: v for k, v in (values | change).items() if v is not ...}

@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-import rotbits_jax
 from rotbits_jax import checkpoints
 from rotbits_jax import models
 from rotbits_jax import passes
@@ -301,31 +300,8 @@ class TransformsTest(parameterized.TestCase):
       [layers * groups * h**2, layers * groups * m**2],
     )
 
-  def test_layers_without_rope_have_the_gauge_of_keys(self):
-    config_json = LLAMA | {'model_type': 'smollm3', 'no_rope_layers': [0, 1]}
-    model = random_models.random_model(config_json)
-    fixed, savings = passes.run_chain(CHAIN, model)
-    self.assertEqual([s.elements for s in savings], [2 * 2 * 6**2, 2 * 6**2])
-    tokens = np.arange(9)[None]
-    np.testing.assert_allclose(
-      transform_checks.fast_logits(fixed, tokens),
-      transform_checks.fast_logits(model, tokens),
-      atol=1e-4,
-    )
-    # Both layers of a stack have leaves of one shape.
-    params, gauges = rotbits_jax.canonicalize(model.params, model.config)
-    self.assertEqual(gauges.heads['layers.0:2'].keys(), {'values'})
-    np.testing.assert_allclose(
-      transform_checks.fast_logits(model.replace(params=params), tokens),
-      transform_checks.fast_logits(model, tokens),
-      atol=1e-4,
-    )
-
   def test_normed_queries_and_keys_have_no_gauge(self):
-    for config_json in (
-      LLAMA | {'model_type': 'qwen3', 'attention_bias': True},
-      LLAMA | {'model_type': 'gemma3_text', 'sliding_window': 4},
-    ):
+    for config_json in (LLAMA | {'model_type': 'qwen3', 'attention_bias': True},):
       model = random_models.random_model(config_json)
       fixed, (values, keys) = passes.run_chain(CHAIN, model)
       self.assertEqual((values.elements, keys.elements), (2 * 2 * 6**2, 0))

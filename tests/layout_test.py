@@ -42,17 +42,6 @@ CONFIGS = {
   'phi3': LLAMA | {'model_type': 'phi3', 'sliding_window': 5},
   'qwen2': LLAMA | {'model_type': 'qwen2'},
   'qwen3': LLAMA | {'model_type': 'qwen3', 'head_dim': 6},
-  'smollm3': LLAMA | {'model_type': 'smollm3', 'no_rope_layers': [1, 0]},
-  'gemma3': LLAMA | {'model_type': 'gemma3_text', 'head_dim': 6, 'sliding_window': 5},
-  'gemma3_untied': LLAMA
-  | {'model_type': 'gemma3_text', 'head_dim': 6, 'sliding_window': 5}
-  | {'tie_word_embeddings': False},
-  'mixtral': LLAMA
-  | {'model_type': 'mixtral', 'sliding_window': 5}
-  | {'num_local_experts': 5, 'num_experts_per_tok': 2},
-  'qwen3_moe': LLAMA
-  | {'model_type': 'qwen3_moe', 'head_dim': 6, 'moe_intermediate_size': 20}
-  | {'num_experts': 5, 'num_experts_per_tok': 2},
   'opt': OPT,
   'phi': PHI,
 }
@@ -84,17 +73,9 @@ GATED_MLP = {
   'mlp/up/kernel': (1, 'neuron'),
   'mlp/down/kernel': ('neuron', -1),
 }
-EXPERTS = {
-  'mlp/router/kernel': (1, 'expert'),
-  **{path: ('expert', *own) for path, own in GATED_MLP.items()},
-}
 QK_NORMS = {
   'attention/query_norm/scale': ('head',),
   'attention/key_norm/scale': ('head',),
-}
-POST_NORMS = {
-  'attention_post_norm/scale': ('norm',),
-  'mlp_post_norm/scale': ('norm',),
 }
 RMS_NORMS = {'attention_norm/scale': ('norm',), 'mlp_norm/scale': ('norm',)}
 SHORTCUTS = {'attention_shortcut/kernel': (0, 1), 'mlp_shortcut/kernel': (1, -1)}
@@ -130,20 +111,6 @@ TABLE = (
   ('qwen2', False, LLAMA_LAYER | QKV_BIASES | RMS_NORMS, EMBED | FINAL | HEAD),
   ('qwen3', False, LLAMA_LAYER | QK_NORMS | RMS_NORMS, EMBED | FINAL | HEAD),
   ('qwen3', True, LLAMA_LAYER | QK_NORMS | SHORTCUTS, EMBED | HEAD),
-  ('smollm3', False, LLAMA_LAYER | RMS_NORMS, EMBED | FINAL),
-  (
-    'gemma3',
-    False,
-    LLAMA_LAYER | QK_NORMS | RMS_NORMS | POST_NORMS,
-    EMBED | FINAL,
-  ),
-  ('mixtral', False, ROTARY_ATTENTION | EXPERTS | RMS_NORMS, EMBED | FINAL | HEAD),
-  (
-    'qwen3_moe',
-    False,
-    ROTARY_ATTENTION | EXPERTS | QK_NORMS | RMS_NORMS,
-    EMBED | FINAL | HEAD,
-  ),
   (
     'opt',
     False,
@@ -182,12 +149,6 @@ SYMMETRIES = {
   ('qwen2', False): EVERY._replace(segments=False, stream=True),
   ('qwen3', False): EVERY._replace(segments=False, stream=True, queries=False),
   ('qwen3', True): EVERY._replace(queries=False),
-  ('smollm3', False): EVERY._replace(segments=False),
-  ('smollm3', True): EVERY,
-  ('gemma3', False): EVERY._replace(segments=False, queries=False),
-  ('gemma3_untied', False): EVERY._replace(segments=False, queries=False),
-  ('mixtral', False): EVERY._replace(segments=False, stream=True),
-  ('qwen3_moe', False): EVERY._replace(segments=False, stream=True, queries=False),
   ('opt', False): EVERY._replace(segments=False, key_bias=True),
   ('opt', True): EVERY._replace(key_bias=True),
   ('phi', False): EVERY._replace(segments=False),
@@ -226,7 +187,6 @@ class LayoutTest(absltest.TestCase):
       'query': 24,
       'key': config.num_kv_heads * 6,
       'neuron': 20,
-      'expert': 5,
       'vocabulary': 31,
       'position': 22,
       'norm': 24,
@@ -263,15 +223,6 @@ class SymmetriesTest(absltest.TestCase):
       fields = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
       self.assertEqual(layout.symmetries(_NewConfig(**fields)), layout.Symmetries())
     self.assertFalse(any(layout.Symmetries()))
-
-  def test_a_soft_cap_makes_the_bias_of_the_key_matter(self):
-    capped = dataclasses.replace(_config('opt'), attention_softcap=1.0)
-    valid = layout.symmetries(capped)
-    self.assertEqual(
-      (valid.key_bias, valid.queries, valid.values), (False, False, True)
-    )
-    no_bias = dataclasses.replace(capped, qkv_bias=False)
-    self.assertTrue(layout.symmetries(no_bias).queries)
 
   def test_a_norm_or_an_activation_that_is_not_known_has_none(self):
     config = _config('llama')

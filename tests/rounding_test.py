@@ -142,7 +142,7 @@ class RoundTest(parameterized.TestCase):
   def test_a_small_row_of_an_embedding(self, changes, epsilon, is_kept):
     table, path = _normal((50, 40)), 'embed/tokens'
     table[3] /= 100
-    fields = {'learned_positions': 0, 'scaled_embedding': False, 'hidden_size': 40}
+    fields = {'learned_positions': 0, 'hidden_size': 40}
     config = types.SimpleNamespace(**fields | changes, norm_eps=epsilon)
     half = np.dtype(np.float16)
     source = types.SimpleNamespace(config=config)

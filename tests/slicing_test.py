@@ -53,8 +53,6 @@ RANDOM = {
   'llama-random': LLAMA,
   'qwen3-random': LLAMA
   | {'model_type': 'qwen3', 'head_dim': 6, 'max_position_embeddings': 48},
-  'smollm3-random': LLAMA
-  | {'model_type': 'smollm3', 'no_rope_layers': [1, 0], 'max_position_embeddings': 48},
 }
 # A dense model, the result of Microsoft's SliceGPT, and whether its head is sliced.
 FIXTURES = (
@@ -150,13 +148,12 @@ def _segments(model, tokens):
   with jax.default_matmul_precision('highest'):
     x = transformer.embed(model.params, config, tokens)
     yield x
-    for index, layer in enumerate(model.layers()):
-      reach = transformer.reach(config, index)
+    for layer in model.layers():
       if not config.parallel_block:
         normed = transformer.norm(None, config, x)
-        attended = transformer.attention(layer['attention'], config, normed, reach).x
+        attended = transformer.attention(layer['attention'], config, normed).x
         yield x @ layer['attention_shortcut']['kernel'] + attended
-      x = transformer.layer(layer, config, x, reach).x
+      x = transformer.layer(layer, config, x).x
       yield x
 
 
@@ -220,7 +217,6 @@ class SliceModelTest(parameterized.TestCase):
   @parameterized.parameters(
     ('llama-random', 0.0, 8, 32),
     ('qwen3-random', 0.0, 8, 32),
-    ('smollm3-random', 0.0, 8, 32),
     ('phi2-tiny-dense', 0.0, 8, 128),
     ('opt-random', 1 / 32, 31, 31),  # LayerNorm removes the direction of the mean
   )

@@ -27,9 +27,6 @@ from rotbits_jax.checkpoints.factors import FactorNames
 from rotbits_jax.checkpoints.families import FAMILIES
 from rotbits_jax.checkpoints.families import Family
 from rotbits_jax.checkpoints.families import TensorRow
-from rotbits_jax.checkpoints.gguf_files import open_gguf
-from rotbits_jax.checkpoints.gguf_files import packaged_smollm2
-from rotbits_jax.checkpoints.gguf_files import read_gguf
 from rotbits_jax.checkpoints.lazy import LazyTensor
 from rotbits_jax.checkpoints.lazy import TensorSpec
 from rotbits_jax.checkpoints.reader import CheckpointReader
@@ -67,11 +64,8 @@ __all__ = [
   'load_checkpoint',
   'open_any',
   'open_checkpoint',
-  'open_gguf',
   'open_tensors',
-  'packaged_smollm2',
   'parse_config',
-  'read_gguf',
   'save_checkpoint',
   'slicing_json',
   'to_tensors',

@@ -19,7 +19,6 @@ from rotbits_jax.checkpoints import attributes
 from rotbits_jax.checkpoints import configs
 from rotbits_jax.checkpoints import errors
 from rotbits_jax.checkpoints import families
-from rotbits_jax.checkpoints import gguf_files
 from rotbits_jax.checkpoints import indices
 from rotbits_jax.checkpoints import lazy
 from rotbits_jax.checkpoints import reader as reader_lib
@@ -79,11 +78,10 @@ def open_checkpoint(path: str | os.PathLike[str]) -> reader_lib.CheckpointReader
   Three types of directories are supported: Hugging Face's (`model.safetensors`,
   `pytorch_model.bin`, or shards and their index), SliceGPT's (`<name>_<sparsity>.pt`
   and `.json`), and the directories of `save_checkpoint`. Weights with shortcuts are
-  taken as a sliced model. `gguf_files.open_gguf` opens a `.gguf` file.
+  taken as a sliced model.
 
   Args:
-    path: the directory; or a weights file or index in it, if it has several; or a
-      `.gguf` file.
+    path: the directory; or a weights file or index in it, if it has several.
 
   Returns:
     The checkpoint. It reads parameters only when they are requested.
@@ -92,8 +90,6 @@ def open_checkpoint(path: str | os.PathLike[str]) -> reader_lib.CheckpointReader
     UnsupportedError: if the files are not a checkpoint of a known family.
     CheckpointError: if a file is missing or damaged.
   """
-  if pathlib.Path(path).suffix == '.gguf':
-    return gguf_files.open_gguf(path)
   weights = _find_weights(pathlib.Path(path))
   is_torch = _is_torch(weights)
   open_file = torch_zip.open_file if is_torch else safetensors_files.open_file
@@ -145,8 +141,8 @@ def open_tensors(
   """Opens the weights files of a checkpoint of any family.
 
   Args:
-    path: see `open_checkpoint`, but no GGUF file; a `config.json` is not needed. The
-      weights may be in sub-folders, too, as safetensors.
+    path: see `open_checkpoint`; a `config.json` is not needed. The weights may be in
+      sub-folders, too, as safetensors.
     reason: why the checkpoint is not opened as a model, if there is a reason.
 
   Returns:
@@ -190,14 +186,11 @@ def open_any(
     path: see `open_checkpoint`.
 
   Raises:
-    UnsupportedError: if a GGUF file is not a model of a known family.
     CheckpointError: if a file is missing or damaged.
   """
   try:
     return open_checkpoint(path)
   except errors.UnsupportedError as e:
-    if pathlib.Path(path).suffix == '.gguf':
-      raise
     return open_tensors(path, reason=str(e))
 
 
@@ -299,18 +292,13 @@ def fitting_files(
 
 def _find_weights(path: pathlib.Path) -> pathlib.Path:
   if path.is_file():
-    if path.suffix == '.gguf':
-      raise errors.CheckpointError(
-        f'{path}: a GGUF file is read as a model, which comes back as safetensors, and '
-        'not as plain tensors'
-      )
     if path.suffix in ('.bin', '.pt', '.safetensors') or path.name.endswith(
       (indices.SUFFIX, indices.TORCH_INDEX)
     ):
       return path
     raise errors.CheckpointError(
-      f'{path}: weights are .safetensors, .bin, .pt or .gguf files, or the index of '
-      f'several, as in *{indices.SUFFIX}'
+      f'{path}: weights are .safetensors, .bin or .pt files, or the index of several, '
+      f', as in *{indices.SUFFIX}'
     )
   if not path.is_dir():
     raise errors.CheckpointError(f'{path}: there is no such file or directory')
@@ -319,8 +307,7 @@ def _find_weights(path: pathlib.Path) -> pathlib.Path:
     raise errors.UnsupportedError(f'{path}: the weights are in sub-folders')
   if not candidates:
     raise errors.CheckpointError(
-      f'{path}: there are no .pt or .safetensors files and no '
-      f'{indices.TORCH_WEIGHTS}; a .gguf file must be named itself'
+      f'{path}: there are no .pt or .safetensors files and no {indices.TORCH_WEIGHTS}'
     )
   if len(candidates) > 1:
     names = errors.cut(', '.join(file.name for file in candidates))

@@ -194,30 +194,6 @@ def _changed(files: dict[str, bytes], parsed: Any) -> dict[str, bytes]:
   return {**files, CONFIG: f'{json.dumps(parsed, indent=2)}\n'.encode()}
 
 
-def stop_tokens(files: Mapping[str, bytes]) -> tuple[int, ...]:
-  """Returns the tokens that end a text, from the sidecar files of a checkpoint.
-
-  Returns:
-    The `eos_token_id` of `generation_config.json` or, if it has none, of `config.json`.
-    Empty if neither has one.
-
-  Raises:
-    CheckpointError: if a file is not JSON, or if `eos_token_id` is neither a token nor
-      a list of tokens.
-  """
-  for name in ('generation_config.json', 'config.json'):
-    parsed = attributes.parse_json(files.get(name, b'{}'), name)
-    values = attributes.Attributes(parsed, name)
-    stops = values.take('eos_token_id', None)
-    if stops is None:
-      continue
-    stops = stops if isinstance(stops, list) else [stops]
-    if not all(type(stop) is int for stop in stops):
-      values.refuse('eos_token_id', stops, 'a token, or a list of tokens')
-    return tuple(stops)
-  return ()
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Slicing:
   """The slicing JSON: widths by the index of the layer, as a string."""

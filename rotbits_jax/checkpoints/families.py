@@ -10,12 +10,11 @@ Parameters are named by paths, see `structured.flatten`.
 from collections.abc import Callable
 import dataclasses
 import re
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from rotbits_jax import models
 from rotbits_jax.checkpoints import attributes
 from rotbits_jax.checkpoints import errors
-from rotbits_jax.checkpoints import rope as rope_lib
 from rotbits_jax.checkpoints import shared_attributes as shared
 
 SHORTCUT_SUFFIX = '_Q'  # of the names of shortcuts
@@ -32,7 +31,6 @@ class TensorRow(NamedTuple):
 
   Attributes:
     name: name of the tensor, without the prefix of the layer if it belongs to a layer.
-      With '*' for the index of an expert, it is that of each expert.
     paths: paths of the parameters that the tensor holds, stacked along its first axis.
     transposed: whether the tensor is `[out, in]` and the parameters are `[in, out]`.
   """
@@ -152,189 +150,6 @@ def _qwen3(config: attributes.Attributes) -> models.ModelConfig:
   )
 
 
-def _smollm3(config: attributes.Attributes) -> models.ModelConfig:
-  shared.require_full_attention(config)
-  layers = config.size('num_hidden_layers', most=shared.MOST_LAYERS)
-  interval = config.size('no_rope_layer_interval', 4)
-  rotary = config.take('no_rope_layers', None)  # 1 for a layer with RoPE
-  if rotary is None:
-    rotary = [int((layer + 1) % interval > 0) for layer in range(layers)]
-  if (
-    not isinstance(rotary, list)
-    or len(rotary) < layers
-    or [x for x in rotary if x not in (0, 1)]
-  ):
-    config.refuse('no_rope_layers', rotary, f'a list of {layers} numbers, 0 or 1')
-  without = tuple(layer for layer in range(layers) if not rotary[layer])
-  attention_bias = config.boolean('attention_bias', False)
-  return shared.rotary_gated(
-    config,
-    family='smollm3',
-    rope_theta=2000000.0,
-    tied_head=True,
-    qkv_bias=attention_bias,
-    out_bias=attention_bias,
-    mlp_bias=config.boolean('mlp_bias', False),
-    alternate=models.Positions() if without else None,
-    alternate_layers=without,
-  )
-
-
-def _gemma2(config: attributes.Attributes) -> models.ModelConfig:
-  # transformers reads `hidden_activation` and `sliding_window` only.
-  for unused in ('hidden_act', 'sliding_window_size'):
-    config.take(unused, None)
-  rope = rope_lib.positions(config, None)
-  window = models.Positions(**rope, sliding_window=shared.sliding_window(config))
-  return _gemma(
-    config,
-    family='gemma2',
-    rope=rope,
-    alternate=window,
-    interval=2,
-    attention_softcap=shared.softcap(config, 'attn_logit_softcapping', 50.0),
-    logit_softcap=shared.softcap(config, 'final_logit_softcapping', 30.0),
-  )
-
-
-def _gemma3(config: attributes.Attributes) -> models.ModelConfig:
-  # transformers does not apply this cap to Gemma 3.
-  config.require(attn_logit_softcapping=None)
-  parameters = config.take('rope_parameters', None)
-  if parameters is not None:
-    config.require(rope_scaling=None)
-    where = f'{config.where}: rope_parameters'
-    both = attributes.Attributes(parameters, where)
-    names = ('full_attention', 'sliding_attention')
-    settings = [attributes.Attributes(both.take(x), f'{where}: {x}') for x in names]
-    both.finish()
-    bases = (('rope_theta', 1e6), ('rope_local_base_freq', 1e4))
-    full, local = (
-      rope_lib.positions_of(own, config, None, theta, beside)
-      for own, (beside, theta) in zip(settings, bases, strict=True)
-    )
-  else:
-    full = rope_lib.positions(config, None, 1e6)
-    local = full | {
-      'rope_theta': config.number('rope_local_base_freq', 1e4),
-      'rope_scaling': None,
-    }
-  config.take('_sliding_window_pattern', None)  # transformers writes it, and reads none
-  return _gemma(
-    config,
-    family='gemma3_text',
-    rope=full,
-    alternate=models.Positions(**local, sliding_window=shared.sliding_window(config)),
-    interval=config.size('sliding_window_pattern', 6),
-    qk_norm_eps=shared.norm_eps(config),
-    logit_softcap=shared.softcap(config, 'final_logit_softcapping', None),
-  )
-
-
-def _gemma(
-  config: attributes.Attributes,
-  *,
-  rope: dict[str, Any],
-  alternate: models.Positions,
-  interval: int,
-  **switches: Any,
-) -> models.ModelConfig:
-  """Makes the config of Gemma 2 or 3.
-
-  Args:
-    config: the attributes of `config.json`.
-    rope: the settings of RoPE in the layers without a window, see `rope.positions`.
-    alternate: the positions of the layers with a window.
-    interval: every layer has a window, but for one of so many, unless the config lists
-      the layers.
-    switches: the fields in which the two differ.
-  """
-  config.demand('head_dim', 'max_position_embeddings', 'num_key_value_heads')
-  config.demand('sliding_window')
-  config.require(attention_bias=False)
-  config.take('cache_implementation', None)
-  if config.take('use_bidirectional_attention', None) is not None:
-    config.require(use_bidirectional_attention=False)
-  layers = config.size('num_hidden_layers', most=shared.MOST_LAYERS)
-  types = config.take('layer_types', None)
-  names = ('full_attention', 'sliding_attention')
-  if types is None:
-    types = [names[(layer + 1) % interval > 0] for layer in range(layers)]
-  if (
-    not isinstance(types, list)
-    or len(types) != layers
-    or [x for x in types if x not in names]
-  ):
-    config.refuse('layer_types', types, f'{layers} times {" or ".join(names)}')
-  local = tuple(layer for layer, name in enumerate(types) if name == names[1])
-  return shared.decoder(
-    config,
-    intermediate_size=config.size('intermediate_size'),
-    num_kv_heads=config.size('num_key_value_heads'),
-    activation=shared.activation(config, 'hidden_activation', 'gelu_new'),
-    gated_mlp=True,
-    norm='rmsnorm',
-    norm_eps=shared.norm_eps(config),
-    max_positions=config.size('max_position_embeddings'),
-    alternate=alternate if local else None,
-    alternate_layers=local,
-    query_scalar=config.number('query_pre_attn_scalar', 256.0),
-    post_norms=True,
-    zero_centred_scales=True,
-    scaled_embedding=True,
-    tied_head=config.boolean('tie_word_embeddings', True),
-    **rope,
-    **switches,
-  )
-
-
-def _mixtral(config: attributes.Attributes) -> models.ModelConfig:
-  config.demand('max_position_embeddings', 'num_key_value_heads', 'rms_norm_eps')
-  return shared.rotary_gated(
-    config,
-    family='mixtral',
-    rope_theta=1e6,
-    sliding_window=shared.sliding_window(config),
-    unit_expert_weights=True,
-    **_mixture(config),
-  )
-
-
-def _qwen3_moe(config: attributes.Attributes) -> models.ModelConfig:
-  shared.require_full_attention(config)
-  if config.take('mlp_only_layers', None) is not None:
-    config.require(mlp_only_layers=[])
-  config.require(decoder_sparse_step=1)
-  config.take('intermediate_size', None)  # of layers without experts
-  attention_bias = config.boolean('attention_bias', False)
-  return shared.rotary_gated(
-    config,
-    family='qwen3_moe',
-    width='moe_intermediate_size',
-    qkv_bias=attention_bias,
-    out_bias=attention_bias,
-    qk_norm_eps=shared.norm_eps(config),
-    unit_expert_weights=config.boolean('norm_topk_prob', False),
-    **_mixture(config),
-  )
-
-
-def _mixture(config: attributes.Attributes) -> dict[str, Any]:
-  """Reads the numbers of experts. transformers has two names for one of them."""
-  first, second = ('num_experts', 'num_local_experts')
-  if first not in config:
-    first, second = second, first
-  experts = config.size(first)
-  config.require(**{second: experts})
-  # These matter in training only.
-  for unused in ('output_router_logits', 'router_aux_loss_coef', 'router_jitter_noise'):
-    config.take(unused, None)
-  return {
-    'num_experts': experts,
-    'experts_per_token': config.size('num_experts_per_tok'),
-  }
-
-
 def _phi3(config: attributes.Attributes) -> models.ModelConfig:
   config.demand('max_position_embeddings', 'rms_norm_eps')
   config.require(attention_bias=False, rope_scaling=None)
@@ -384,27 +199,9 @@ _LLAMA = Family(
 )
 
 
-def _mixture_layer(router: str, gate: str, up: str, down: str) -> tuple[TensorRow, ...]:
-  """Returns the tensors of a layer of a Llama whose MLP is a mixture of experts."""
-  return (
-    *(row for row in _LLAMA.layer if not row.paths[0].startswith('mlp/')),
-    *_linear(router, 'mlp/router'),
-    *_linear(gate, 'mlp/gate'),
-    *_linear(up, 'mlp/up'),
-    *_linear(down, 'mlp/down'),
-  )
-
-
 _QK_NORMS = (
   *_norm('self_attn.q_norm', 'attention/query_norm'),
   *_norm('self_attn.k_norm', 'attention/key_norm'),
-)
-
-_GEMMA_LAYER = (
-  *(row for row in _LLAMA.layer if not row.paths[0].startswith('mlp_norm/')),
-  *_norm('post_attention_layernorm', 'attention_post_norm'),
-  *_norm('pre_feedforward_layernorm', 'mlp_norm'),
-  *_norm('post_feedforward_layernorm', 'mlp_post_norm'),
 )
 
 FAMILIES: dict[str, Family] = {
@@ -467,29 +264,6 @@ FAMILIES: dict[str, Family] = {
   'mistral': dataclasses.replace(_LLAMA, parse=_mistral),
   'qwen2': dataclasses.replace(_LLAMA, parse=_qwen2),
   'qwen3': dataclasses.replace(_LLAMA, layer=(*_LLAMA.layer, *_QK_NORMS), parse=_qwen3),
-  'smollm3': dataclasses.replace(_LLAMA, parse=_smollm3),
-  'gemma2': dataclasses.replace(_LLAMA, layer=_GEMMA_LAYER, parse=_gemma2),
-  'gemma3_text': dataclasses.replace(
-    _LLAMA, layer=(*_GEMMA_LAYER, *_QK_NORMS), parse=_gemma3
-  ),
-  'mixtral': dataclasses.replace(
-    _LLAMA,
-    layer=_mixture_layer(
-      'block_sparse_moe.gate',
-      *(f'block_sparse_moe.experts.*.{name}' for name in ('w1', 'w3', 'w2')),
-    ),
-    parse=_mixtral,
-  ),
-  'qwen3_moe': dataclasses.replace(
-    _LLAMA,
-    layer=(
-      *_mixture_layer(
-        'mlp.gate', *(f'mlp.experts.*.{x}_proj' for x in ('gate', 'up', 'down'))
-      ),
-      *_QK_NORMS,
-    ),
-    parse=_qwen3_moe,
-  ),
 }
 
 

@@ -29,7 +29,7 @@ class CheckpointReader:
   """A checkpoint whose parameters are read when they are requested.
 
   Opening a checkpoint reads its names, shapes, dtypes and config. A record is a layer,
-  an expert, or all parameters of a key outside the layers; see `models.names`. The
+  or all parameters of a key outside the layers; see `models.names`. The
   parameters of a record are in memory until the caller deletes them.
 
   Attributes:
@@ -42,7 +42,7 @@ class CheckpointReader:
     stem: file name, without suffix, that SliceGPT gave to the weights and the slicing
       JSON; None if the model is dense.
     left_out: names of files and folders beside the weights that are not kept; and the
-      metadata of safetensors files and the tokenizer of a GGUF file, if they are not.
+      metadata of safetensors files, if it is not.
     elements: how many elements all tensors have.
     nbytes: how many bytes all tensors have.
   """
@@ -138,7 +138,9 @@ class CheckpointReader:
     """
     if not 0 <= index < self.config.num_layers:
       raise IndexError(f'the model has {self.config.num_layers} layers, got {index=}')
-    return models.read_layer(self.read, self.config, index)
+    name = models.names.layer(index)
+    layer: models.Params = self.read(name)[name]
+    return layer
 
   def outer(self) -> models.Params:
     """Reads the parameters outside the layers, see `read`."""
@@ -187,9 +189,9 @@ class CheckpointReader:
     arrays = functools.partial(models.materialize, keep_factors=True)
     params = arrays(self.outer())
 
-    def key(index: int) -> list[Any]:
-      names = models.names.of_layer(index, min(self.config.num_experts, 1))
-      return [models.stack_key(self.specs(name)[name]) for name in names]
+    def key(index: int) -> tuple[Any, ...]:
+      name = models.names.layer(index)
+      return models.stack_key(self.specs(name)[name])
 
     for layers in models.stack_ranges(range(self.config.num_layers), key):
       own = (arrays(self.layer(index)) for index in layers)
@@ -228,15 +230,14 @@ def _match(
   Raises:
     CheckpointError: if a tensor is missing or unknown, or has a wrong shape or dtype.
   """
-  parts = config.num_layers * max(config.num_experts, 1)
-  if parts > len(tensors):  # before a table is made of what the config says
+  if config.num_layers > len(tensors):  # before a table is made of what the config says
     raise errors.CheckpointError(
       f'tensors of the checkpoint: most are missing: there are {len(tensors)}, and the '
-      f'config has {parts} {"experts" if config.num_experts else "layers"}'
+      f'config has {config.num_layers} layers'
     )
   factored = {}
-  for record, own in tensors_lib.entries(config).items():
-    for entry in own if models.names.expert_index(record) is None else ():
+  for own in tensors_lib.entries(config).values():
+    for entry in own:
       is_matrix = len(entry.paths) == 1 and len(entry.shape) == 2
       found = factors.find(tensors, entry.name) if is_matrix else None
       if found is not None:
@@ -264,11 +265,6 @@ def _match(
       raise errors.CheckpointError(
         f'{name}: expected float16, bfloat16 or float32, got {tensor.dtype}'
       )
-  for record, own in records.items():
-    for k, entry in enumerate(own if models.names.expert_index(record) else ()):
-      of_first = records[record.rpartition('.')[0] + '.0'][k]
-      if tensors[entry.name].dtype != tensors[of_first.name].dtype:
-        raise errors.CheckpointError(f'{entry.name}: the experts have several dtypes')
   return records
 
 

@@ -20,22 +20,21 @@ def head_dim(config: attributes.Attributes) -> int:
   return hidden // heads
 
 
-def positions(
-  config: attributes.Attributes, factor: float | None, theta: float = 10000.0
-) -> dict[str, Any]:
+def positions(config: attributes.Attributes, factor: float | None) -> dict[str, Any]:
   """Reads the settings of RoPE.
 
   transformers 5 has all settings in `rope_parameters`. Earlier versions have the
-  settings of the scaling in `rope_scaling`, and the other settings beside it.
+  settings of the scaling in `rope_scaling`, and the other settings beside it. If both
+  have one, it must be the same: versions of transformers differ in which of two they
+  take.
 
   Args:
     config: the attributes of `config.json`.
     factor: the part of a head that RoPE rotates, if no attribute sets it; None if
       transformers rotates the whole head whatever an attribute says.
-    theta: the base of RoPE's wavelengths, if no attribute sets it.
 
   Returns:
-    The fields of `models.Positions` that are RoPE's.
+    The fields of `models.ModelConfig` that are RoPE's.
   """
   settings = config
   gathered = config.take('rope_parameters', None) is not None
@@ -44,37 +43,12 @@ def positions(
   if gathered or config.take('rope_scaling', None) is not None:
     name = 'rope_parameters' if gathered else 'rope_scaling'
     settings = attributes.Attributes(config.take(name), f'{config.where}: {name}')
-  return positions_of(settings, config, factor, theta)
-
-
-def positions_of(
-  settings: attributes.Attributes,
-  config: attributes.Attributes,
-  factor: float | None,
-  theta: float,
-  beside: str = 'rope_theta',
-) -> dict[str, Any]:
-  """Reads the settings of RoPE from the object that has them, or from the config.
-
-  If both have one, it must be the same: versions of transformers differ in which of two
-  they take.
-
-  Args:
-    settings: the attributes of the object, or those of the config.
-    config: see `positions`.
-    factor: see `positions`.
-    theta: see `positions`.
-    beside: the attribute of the config that sets the base of the wavelengths.
-
-  Returns:
-    See `positions`.
-  """
   scaling = None if settings is config else _scaling(settings, config)
-  theta = settings.number('rope_theta', config.take(beside, theta))
-  config.require(**{beside: theta})
+  theta = settings.number('rope_theta', config.take('rope_theta', 10000.0))
+  config.require(rope_theta=theta)
   if factor is None:
-    for own in (config, settings):
-      own.require(partial_rotary_factor=1.0)
+    for attributes_with_factor in (config, settings):
+      attributes_with_factor.require(partial_rotary_factor=1.0)
     factor = 1.0
   else:
     factor = config.take('partial_rotary_factor', factor)

@@ -13,14 +13,11 @@ MOST_LAYERS = 1 << 12
 """A bound for layers, because a config is read before tensors bound their number."""
 
 
-def rotary_gated(
-  config: attributes.Attributes, *, tied_head: bool = False, **switches: Any
-) -> models.ModelConfig:
+def rotary_gated(config: attributes.Attributes, **switches: Any) -> models.ModelConfig:
   """Makes the config of a family that resembles Llama.
 
   Args:
     config: the attributes of `config.json`.
-    tied_head: whether the head is tied, if no attribute says so.
     switches: see `rotary`.
   """
   return rotary(
@@ -29,7 +26,7 @@ def rotary_gated(
     gated_mlp=True,
     norm='rmsnorm',
     norm_eps=norm_eps(config),
-    tied_head=config.boolean('tie_word_embeddings', tied_head),
+    tied_head=config.boolean('tie_word_embeddings', False),
     **switches,
   )
 
@@ -37,8 +34,6 @@ def rotary_gated(
 def rotary(
   config: attributes.Attributes,
   rotary_factor: float | None = None,
-  rope_theta: float = 10000.0,
-  width: str = 'intermediate_size',
   **switches: Any,
 ) -> models.ModelConfig:
   """Makes the config of a family with rotary positions.
@@ -46,17 +41,15 @@ def rotary(
   Args:
     config: the attributes of `config.json`.
     rotary_factor: see `rope.positions`.
-    rope_theta: the base of RoPE's wavelengths, if no attribute sets it.
-    width: the attribute that sets the width of an MLP.
     switches: the fields in which the family differs from others.
   """
   heads = config.size('num_attention_heads')
   return decoder(
     config,
-    intermediate_size=config.size(width),
+    intermediate_size=config.size('intermediate_size'),
     num_kv_heads=config.size('num_key_value_heads', heads),
     max_positions=config.size('max_position_embeddings', 2048),
-    **rope_lib.positions(config, rotary_factor, rope_theta),
+    **rope_lib.positions(config, rotary_factor),
     **switches,
   )
 
@@ -78,7 +71,7 @@ def decoder(config: attributes.Attributes, **fields: Any) -> models.ModelConfig:
 
 
 def require_full_attention(config: attributes.Attributes) -> None:
-  """Refuses a Qwen or a SmolLM3 with a window in some layers."""
+  """Refuses a Qwen with a window in some layers."""
   config.demand('max_position_embeddings', 'num_key_value_heads')
   config.require(use_sliding_window=False)
   for unused in ('sliding_window', 'max_window_layers'):
@@ -87,12 +80,6 @@ def require_full_attention(config: attributes.Attributes) -> None:
   full = ['full_attention'] * config.size('num_hidden_layers', most=MOST_LAYERS)
   if types is not None and types != full:
     config.refuse('layer_types', types, "'full_attention' for every layer")
-
-
-def softcap(
-  config: attributes.Attributes, name: str, default: float | None
-) -> float | None:
-  return None if config.take(name, default) is None else config.number(name, default)
 
 
 def norm_eps(config: attributes.Attributes) -> float:

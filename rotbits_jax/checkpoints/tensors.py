@@ -104,16 +104,10 @@ def entries(
   family, factored = families.family(config.family), factored or {}
   found = {}
   for index in range(config.num_layers):
-    own, *experts = models.names.of_layer(index, config.num_experts)
-    prefix, shapes = f'{family.layer_prefix}{index}.', models.record_shapes(config, own)
-    found[own] = _entries(family.layer, shapes, prefix, f'{own}/', factored)
-    # All experts of a layer have the same shapes, and there may be thousands.
-    shapes = models.record_shapes(config, experts[0]) if experts else {}
-    flat = structured.flatten(shapes)
-    rows = [x for x in family.layer if x.paths[0] in flat]
-    for k, name in enumerate(experts):
-      numbered = [x._replace(name=x.name.replace('*', str(k))) for x in rows]
-      found[name] = _entries(numbered, shapes, prefix, f'{name}/', factored)
+    name = models.names.layer(index)
+    prefix = f'{family.layer_prefix}{index}.'
+    shapes = models.layer_shapes(config, index)
+    found[name] = _entries(family.layer, shapes, prefix, f'{name}/', factored)
   return found | outer_entries(config, factored)
 
 

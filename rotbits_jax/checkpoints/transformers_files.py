@@ -50,7 +50,6 @@ _CLASSES = {
   'phi3': ('Phi3', 'LlamaTokenizer'),
   'qwen2': ('Qwen2', 'Qwen2Tokenizer'),
   'qwen3': ('Qwen3', 'Qwen2Tokenizer'),
-  'smollm3': ('SmolLM3', 'PreTrainedTokenizerFast'),
 }
 
 

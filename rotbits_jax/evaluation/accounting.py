@@ -95,11 +95,9 @@ def accounting(config: models.ModelConfig, sparsity: float) -> Accounting:
   factors = (segments - 1) * (width * rank - rank * (rank - 1) // 2)
   gauge_fixed = slicegpt - _shortcut_elements(sliced) + factors - rotation
 
-  valid, head_gauge = models.layout.symmetries(sliced), 0
-  for layer in range(config.num_layers):
-    turned = config.positions(layer).rotary_dim
-    queries = turned + (config.head_dim - turned) ** 2
-    head_gauge += config.head_dim**2 + valid.queries * queries
+  valid, turned = models.layout.symmetries(sliced), config.rotary_dim
+  queries = turned + (config.head_dim - turned) ** 2
+  head_gauge = config.num_layers * (config.head_dim**2 + valid.queries * queries)
   heads = gauge_fixed - config.num_kv_heads * head_gauge
   retied = heads - (config.vocab_size - hidden) * width
   return Accounting(

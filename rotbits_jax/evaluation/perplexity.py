@@ -272,8 +272,9 @@ def _divergences(
   ]
 
   def of_token(i: jax.Array) -> jax.Array:
-    raw = [transformer.unembed(outer, config, x[i])[1] for outer, x in ends]
-    return kl_divergence(*(transformer.softcap(y, config.logit_softcap) for y in raw))
+    return kl_divergence(
+      *(transformer.unembed(outer, config, x[i])[1] for outer, x in ends)
+    )
 
   with jax.default_matmul_precision('highest'):
     return jax.lax.map(of_token, jnp.arange(len(ends[0][1])), batch_size=_TOKENS)

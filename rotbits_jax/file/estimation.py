@@ -318,7 +318,7 @@ class _Cutter:
   """Cuts a small model out of a checkpoint, whose records come in any order.
 
   Attributes:
-    records: the layers and experts that it takes, and for how many each of them stands.
+    records: the layers that it takes, and for how many each of them stands.
   """
 
   def __init__(self, opened: checkpoints.CheckpointReader):
@@ -326,11 +326,8 @@ class _Cutter:
     layers, counts = _layers(opened.config)
     self._widths = _widths(opened.config, layers)
     self._chosen = _chosen(opened.config)
-    chosen, self.records = self._chosen['expert'], dict[str, float]()
-    for index, likes in zip(layers, counts, strict=True):
-      name, *experts = models.names.of_layer(index, opened.config.num_experts)
-      self.records[name] = likes
-      self.records |= {experts[i]: likes * len(experts) / len(chosen) for i in chosen}
+    names = map(models.names.layer, layers)
+    self.records = dict(zip(names, counts, strict=True))
     self._axes = models.layout.outer_axes(opened.config)
     self._pieces: dict[str, models.Params] = {}
     self._outer: models.Params = {}
@@ -342,8 +339,6 @@ class _Cutter:
     index, widths = models.names.layer_index(record), self._widths
     if record in self.records and index is not None:
       axes = models.layout.layer_axes(self._config)
-      if models.names.expert_index(record) is not None:
-        axes = models.layout.expert_axes(self._config)
       self._pieces[record] = _cut(given[record], axes, self._chosen, widths[index])
     elif index is None and record != models.names.BUFFERS:
       ends = widths[0][0], widths[max(widths)][-1]
@@ -360,15 +355,14 @@ class _Cutter:
     config = self._config
     lengths = {x: len(y) for x, y in self._chosen.items()}
     part, places = _config(config, self._widths, lengths), range(len(self._widths))
-    names = models.names.of_layers(places, part.num_experts)
+    names = list(map(models.names.layer, places))
     given = dict(zip(names, self.records, strict=True))
     shapes, index = dict[str, tuple[int, ...]](), models.names.layer_index
     shapes |= {path: x for path, x in self._shapes.items() if index(path) is None}
     for name, record in given.items():
       for path in structured.flatten(self._pieces[record]):
         shapes[f'{name}/{path}'] = self._shapes[f'{record}/{path}']
-    read = lambda name: {name: self._pieces[given[name]]}
-    layers = [models.read_layer(read, part, i) for i in places]
+    layers = [self._pieces[given[name]] for name in names]
     model = models.from_layers(part, self._outer, layers, {})
     is_tied = start(functools.partial(tied.is_tied, self._columns))
     counts = {name: self.records[record] for name, record in given.items()}
@@ -381,7 +375,7 @@ class _CutOut(NamedTuple):
   Attributes:
     config: config of the checkpoint.
     model: the model.
-    counts: how many records of the checkpoint each of its layers and experts stands
+    counts: how many records of the checkpoint each of its layers stands
       for, by its name.
     shapes: the shapes in the checkpoint, by the path in the model.
     is_tied: whether the embedding follows from the head, but not that of the model,
@@ -493,7 +487,6 @@ def _widths(config: models.ModelConfig, layers: list[int]) -> dict[int, list[int
 
 def _chosen(config: models.ModelConfig) -> dict[str, np.ndarray]:
   """Chooses the places of each axis that is cut."""
-  experts = min(config.num_experts, config.experts_per_token)
   narrow = _narrow(config.hidden_size, config.hidden_size)
   most = max(_PART // narrow, 64)
   spread = lambda length, count: np.arange(count) * length // max(count, 1)
@@ -512,8 +505,7 @@ def _chosen(config: models.ModelConfig) -> dict[str, np.ndarray]:
     'query': queries,
     'key': columns(heads),
     # As many as columns of queries, so that kernels have few shapes.
-    'neuron': spread(neurons, min(neurons, max(len(queries) // max(experts, 1), 64))),
-    'expert': spread(config.num_experts, experts),
+    'neuron': spread(neurons, min(neurons, max(len(queries), 64))),
     'vocabulary': spread(config.vocab_size, min(config.vocab_size, tokens)),
     'position': spread(positions, min(positions, _TOKENS)),
   }
@@ -533,17 +525,13 @@ def _config(
   """
   hidden = config.hidden_size
   first, *others = widths.values()
-  alternate = tuple(k for k, i in enumerate(widths) if i in config.alternate_layers)
   return dataclasses.replace(
     config,
     hidden_size=_narrow(hidden, hidden),
     num_layers=len(widths),
-    alternate=config.alternate if alternate else None,
-    alternate_layers=alternate,
     num_heads=lengths['query'] // config.head_dim,
     num_kv_heads=lengths['key'] // config.head_dim,
     intermediate_size=lengths['neuron'],
-    num_experts=lengths['expert'],
     vocab_size=lengths['vocabulary'],
     learned_positions=lengths['position'],
     segment_widths=(*first, *(x for own in others for x in own[1:])),

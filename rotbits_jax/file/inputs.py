@@ -55,7 +55,7 @@ def _belongs(file: pathlib.Path, path: str | os.PathLike[str]) -> bool:
     index = outputs.resolved(f'{os.fspath(path)}{shards_lib.INDEX}')
     files: Any = shards_lib.find(path)[0]
     return file in {real, index, *map(outputs.resolved, files)}
-  is_alone = real.suffix == '.gguf' or not real.exists()
+  is_alone = not real.exists()
   if file == real or is_alone:
     return file == real
   folder = pathlib.Path(

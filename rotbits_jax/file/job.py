@@ -91,7 +91,7 @@ class Job:
     writer_lib.check_source(source, self._streams(self._records.records))
     if source.config is not None:
       config, outer = source.config, models.outer_shapes(source.config)
-      layers = models.names.of_layers(range(config.num_layers), config.num_experts)
+      layers = map(models.names.layer, range(config.num_layers))
       given = {*source.records}
       if missing := [x for x in (*outer, *layers) if x not in given]:
         raise ValueError(f'{missing[0]}: the model lacks it')

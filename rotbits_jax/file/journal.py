@@ -147,7 +147,7 @@ class Journal:
     for shard, record in records:
       self.done.append(JournalEntry(shard=shard, record=record, sources=new))
       new = {}
-    if state is self._last:  # as after each expert of a layer
+    if state is self._last:
       self._state_path(before).rename(self._state_path(len(self.done)))
     else:
       with self._state_path(len(self.done)).open('wb') as file:

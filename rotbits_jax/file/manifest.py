@@ -1,11 +1,11 @@
 """The manifest: describes the content of a file, and is validated when it is read.
 
-A file is a list of *records*, which decode on their own. Each layer is a record, and so
-is each expert of a layer, see `models.names`. The parameters outside the layers form a
-record for each first key of their paths ('embed', 'head', ...). A record is one stream
-of the container. It consists of *leaves*, which are arrays or structured leaves (see
-`structured`). A leaf is stored as one or more arrays. All paths are those of the whole
-model, like 'layers.3/mlp/up/kernel'.
+A file is a list of *records*, which decode on their own. Each layer is a record, see
+`models.names`. The parameters outside the layers form a record for each first key of
+their paths ('embed', 'head', ...). A record is one stream of the container. It consists
+of *leaves*, which are arrays or structured leaves (see `structured`). A leaf is stored
+as one or more arrays. All paths are those of the whole model, like
+'layers.3/mlp/up/kernel'.
 
 The preset `paper` stores one message for the whole model in place of records, see
 `MessageEntry`. A checkpoint of an unknown family is stored as records of plain tensors,

@@ -98,21 +98,20 @@ def placed_stack(
 
 
 def local_layers(
-  place: Place, name: str, entry: manifest_lib.RecordEntry, lead: tuple[int, ...]
+  place: Place, name: str, entry: manifest_lib.RecordEntry, count: int
 ) -> range:
   """Returns the places in a stack of layers that devices of this process get.
 
   Args:
     place: the sharding.
     name: the name of the stack.
-    entry: the entry of one of its layers, or of one of their experts.
-    lead: the number of its layers, and that of their experts.
+    entry: the entry of one of its layers.
+    count: the number of its layers.
   """
-  count = lead[0]
   first, last = count, 0
   for leaf, specs in entry.leaf_specs():
     for own in [leaf.shape] if leaf.is_array else [x.shape for x in specs]:
-      shape = (*lead, *own)
+      shape = (count, *own)
       sharding = _sharding(place, f'{name}/{entry.inner(leaf.path)}', shape)
       if sharding is None:
         return range(count)

@@ -164,9 +164,8 @@ class Reader:
     """Reads one record, and other records only if its leaves need them.
 
     Args:
-      name: 'layers.0', 'layers.1', ..., 'embed', 'final_norm', 'head' or 'buffers';
-        'layers.0.experts.0' is an expert, which 'layers.0' does not have. The records
-        of a PyTree are its top-level keys.
+      name: 'layers.0', 'layers.1', ..., 'embed', 'final_norm', 'head' or 'buffers'.
+        The records of a PyTree are its top-level keys.
 
     Returns:
       The parameters as NumPy arrays and structured leaves, in nested dicts of which the
@@ -287,14 +286,13 @@ class Reader:
       ValueError: if there are no such layers.
     """
     count = 0 if self.config is None else self.config.num_layers
-    experts = 0 if self.config is None else self.config.num_experts
     layers = range(count) if layers is None else layers
     if not 0 <= layers.start <= layers.stop <= count or layers.step != 1:
       raise ValueError(f'the file has {count} layers, got {layers}')
     if self._message is not None:
       return self._message_model(layers, place, show_progress)
     outer = self._outer()
-    names = [*outer, *models.names.of_layers(layers, experts)]
+    names = [*outer, *map(models.names.layer, layers)]
     entries = [self._records.entry(name) for name in names]
     # A process of several checks those layers that it needs, see `stacks`.
     is_whole = place is None or jax.process_count() == 1
@@ -313,7 +311,7 @@ class Reader:
         job = functools.partial(self._records.decode, name, memory, resolve)
         started[name] = start(job)
       stacks = stacks_lib.start_stacks(
-        self._records, layers, experts, place, start, resolve, integers
+        self._records, layers, place, start, resolve, integers
       )
       for name, future in started.items():
         for path, leaf in future.result().items():
@@ -397,8 +395,7 @@ class Reader:
     """Returns all records in an order in which they can be read one at a time."""
     if self._message is not None or self.config is None:
       return self._outer()
-    count, experts = self.config.num_layers, self.config.num_experts
-    layers = models.names.of_layers(range(count), experts)
+    layers = map(models.names.layer, range(self.config.num_layers))
     own = self._records.entries
     return [*layers, *self._outer(), *(x for x in own if x == models.names.BUFFERS)]
 
@@ -587,8 +584,7 @@ def open_base(given: Any, *, plain: bool) -> base_lib.Base:
   ):
     first, rest = Reader(first, base=rest), None
   elif is_path:
-    is_gguf = os.fspath(first).endswith('.gguf')
-    opened = checkpoints.open_tensors if plain and not is_gguf else checkpoints.open_any
+    opened = checkpoints.open_tensors if plain else checkpoints.open_any
     first = opened(first)
   if rest is not None:
     raise ValueError('a base that is no encoded file needs no base itself')

@@ -32,7 +32,7 @@ _MOST_INDEX = 1 << 25  # bytes
 
 # A file with such a suffix belongs to a checkpoint, even if it is damaged and cannot be
 # read as one.
-_CHECKPOINT_SUFFIXES = ('.bin', '.gguf', '.json', '.pt', '.safetensors')
+_CHECKPOINT_SUFFIXES = ('.bin', '.json', '.pt', '.safetensors')
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -136,7 +136,7 @@ class Sizes:
     transform = presets.near(**self._options).transform
     for records, _ in passes.rewrite(self._context.widened(), transform):
       parts.add(x for x in records if models.names.layer_index(x.name) in kept)
-      bar.update(models.names.expert_index(records[0].name) is None)
+      bar.update()
     self._likes = config.num_layers / max(len(kept) - 1, 1)
     self._context = self._context._replace(source=parts)
     self._kept = parts.parts

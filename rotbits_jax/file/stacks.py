@@ -5,7 +5,6 @@ from concurrent import futures
 import functools
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 
 from rotbits_jax import models
@@ -22,13 +21,12 @@ Memory = dict[str, list[np.ndarray]]
 
 
 class Stack(NamedTuple):
-  """Layers, or their experts, that are decoded straight into their places in a stack.
+  """Layers that are decoded straight into their places in a stack.
 
   Attributes:
     name: the name of the stack, see `models.names`.
     wanted: places of the layers that this process needs.
     total: number of layers of the whole stack.
-    experts: number of experts of a layer, if this is the stack of these; else 0.
     entries: the manifest's entries of the records that this process needs.
     whole: those of all records of the stack.
     memory: see `memory.allocate`.
@@ -38,7 +36,6 @@ class Stack(NamedTuple):
   name: str
   wanted: range
   total: int
-  experts: int
   entries: list[manifest_lib.RecordEntry]
   whole: list[manifest_lib.RecordEntry]
   memory: Memory
@@ -52,14 +49,10 @@ class Stack(NamedTuple):
         rows.setdefault(f'{self.name}/{entry.inner(path)}', []).append(leaf)
       bar.update(entry.input.bytes)
     bar.update(_input_bytes(self.whole) - _input_bytes(self.entries))
-    stacked = {
+    return {
       path: self._stacked(path.partition('/')[2], leaves)
       for path, leaves in rows.items()
     }
-    if not self.experts:
-      return stacked
-    lead = len(self.wanted), self.experts
-    return jax.tree.map(lambda x: x.reshape(*lead, *x.shape[1:]), stacked)
 
   def _stacked(self, path: str, leaves: list[Any]) -> Any:
     """Stacks the leaves of one path within the records."""
@@ -95,47 +88,32 @@ def _input_bytes(entries: Sequence[manifest_lib.RecordEntry]) -> int:
 def start_stacks(
   records: records_lib.Records,
   layers: range,
-  experts: int,
   place: placement.Place | None,
   start: weights.Start,
   resolve: records_lib.Resolve,
   integers: bool,
 ) -> list[Stack]:
-  """Starts to decode layers and their experts, into their places in stacks.
+  """Starts to decode layers into their places in stacks.
 
   Args:
     records: the records of the file.
     layers: the layers.
-    experts: number of experts of a layer.
     place: the sharding of arrays; None if this process needs all layers.
     start: starts a job.
     resolve: returns the parameters that leaves of the layers need.
     integers: whether multiples of one step stay integers.
-
-  Raises:
-    ContainerError: if the experts of a layer cannot be stacked.
   """
 
   def key(index: int) -> tuple[Any, ...]:
-    names = models.names.of_layer(index, experts)
-    own, *others = (records.entry(name).stack_key() for name in names)
-    if any(other != others[0] for other in others):
-      raise ContainerError(f'{names[0]}: its experts are stored in different forms')
-    return own, *others[:1]
+    return records.entry(models.names.layer(index)).stack_key()
 
-  def stack(run: range, count: int) -> Stack:
-    """Starts a stack of layers, or that of their experts if `count` is not 0.
-
-    The records have equal keys, see `manifest.RecordEntry.stack_key`.
-    """
-    own = slice(1, None) if count else slice(1)
-    names = [x for i in run for x in models.names.of_layer(i, count)[own]]
-    entries, each = list(map(records.entry, names)), max(count, 1)
+  def stack(run: range) -> Stack:
+    """Starts a stack of layers of equal keys, see `manifest.RecordEntry.stack_key`."""
+    entries = [records.entry(models.names.layer(index)) for index in run]
     name, wanted = models.names.stack(run), range(len(run))
     if place is not None:
-      lead = (len(run), count) if count else (len(run),)
-      wanted = placement.local_layers(place, name, entries[0], lead)
-    local = entries[each * wanted.start : each * wanted.stop]
+      wanted = placement.local_layers(place, name, entries[0], len(run))
+    local = entries[wanted.start : wanted.stop]
     # Where ranks differ, a stack has room for the greatest one in each layer.
     largest = max(x.memory_bytes(integers) for x in entries)
     memory_lib.check(name, largest * len(local))
@@ -148,10 +126,6 @@ def start_stacks(
       start(functools.partial(records.decode, entry.name, row, resolve))
       for entry, row in zip(local, rows, strict=True)
     ]
-    return Stack(name, wanted, len(run), count, local, entries, memory, jobs)
+    return Stack(name, wanted, len(run), local, entries, memory, jobs)
 
-  return [
-    stack(run, count)
-    for run in models.stack_ranges(layers, key)
-    for count in dict.fromkeys((0, experts))
-  ]
+  return [stack(run) for run in models.stack_ranges(layers, key)]

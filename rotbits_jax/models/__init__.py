@@ -1,10 +1,8 @@
 """Configs, parameters and forward passes of dense and sliced transformers."""
 
-from rotbits_jax.models import generation
 from rotbits_jax.models import layout
 from rotbits_jax.models import names
 from rotbits_jax.models.config import ModelConfig
-from rotbits_jax.models.config import Positions
 from rotbits_jax.models.config import RopeScaling
 from rotbits_jax.models.gradients import Factors
 from rotbits_jax.models.gradients import fisher_factors
@@ -14,7 +12,6 @@ from rotbits_jax.models.model import Model
 from rotbits_jax.models.model import Params
 from rotbits_jax.models.model import from_layers
 from rotbits_jax.models.model import materialize
-from rotbits_jax.models.model import read_layer
 from rotbits_jax.models.model import stack_key
 from rotbits_jax.models.model import stack_layers
 from rotbits_jax.models.model import stack_ranges
@@ -23,33 +20,26 @@ from rotbits_jax.models.shapes import count_elements
 from rotbits_jax.models.shapes import layer_shapes
 from rotbits_jax.models.shapes import outer_shapes
 from rotbits_jax.models.shapes import record_shapes
-from rotbits_jax.models.transformer import Cache
-from rotbits_jax.models.transformer import Outputs
 from rotbits_jax.models.transformer import forward
 from rotbits_jax.models.transformer import logits
 
 __all__ = [
-  'Cache',
   'Factors',
   'Layers',
   'Model',
   'ModelConfig',
-  'Outputs',
   'Params',
-  'Positions',
   'RopeScaling',
   'count_elements',
   'fisher_factors',
   'forward',
   'from_layers',
-  'generation',
   'layer_shapes',
   'layout',
   'logits',
   'materialize',
   'names',
   'outer_shapes',
-  'read_layer',
   'record_shapes',
   'stack_key',
   'stack_layers',

@@ -9,9 +9,8 @@ SliceGPT makes segments narrower.
 Shape letters used throughout the package:
   D  hidden size of the dense model      d  width of a residual segment (d <= D)
   L  layers                              S  residual segments, minus one
-  F  MLP width, of one expert            E  experts of an MLP
+  F  MLP width                           V  vocabulary
   H  query heads, K key-value heads      h  width of one head
-                                         V  vocabulary
 """
 
 import dataclasses
@@ -26,9 +25,6 @@ Norm = Literal['layernorm', 'rmsnorm', 'rmsn']
 
 Count = Annotated[int, schema.between(0, (1 << 31) - 1)]
 """The length of an axis, or a number of layers or heads."""
-
-MOST_EXPERTS = 1 << 16
-"""The greatest number of experts of all layers: a checkpoint names each of them."""
 
 SLICED_NORM_EPS = 1e-5  # SliceGPT's RMSN ignores the epsilon of the dense config
 
@@ -75,33 +71,12 @@ def _check_positive(**numbers: float | None) -> None:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Positions:
-  """How the attention of a layer depends on the positions of tokens.
-
-  Attributes:
-    rotary_dim: how many leading coordinates of a head RoPE rotates; 0 for no RoPE.
-    rope_theta: base of RoPE's wavelengths.
-    rope_scaling: how RoPE's frequencies are lowered; None if they are not.
-    sliding_window: how many tokens a token attends to, itself included; None for all.
-  """
-
-  rotary_dim: Count = 0
-  rope_theta: float = 10000.0
-  rope_scaling: RopeScaling | None = None
-  sliding_window: Count | None = None
-
-  def __post_init__(self) -> None:
-    _check_positive(rope_theta=self.rope_theta)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ModelConfig(Positions):
+class ModelConfig:
   """Sizes and switches of one dense or sliced decoder-only transformer.
 
   A switch stands for one thing that a family does otherwise, so that another family is
   another combination of them. `schema.load` and `schema.dump` convert a config from and
-  to JSON. The attributes of `Positions` are those of the layers that are not among
-  `alternate_layers`.
+  to JSON.
 
   Attributes:
     family: key of `checkpoints.FAMILIES`, whose row names the tensors.
@@ -115,9 +90,6 @@ class ModelConfig(Positions):
     activation: activation function of the MLP.
     gated_mlp: whether the MLP is `down(act(gate(x)) * up(x))` and not
       `down(act(up(x)))`.
-    num_experts: E, if the MLP of every layer is a mixture of experts; 0 if it is not.
-    experts_per_token: how many experts a token takes, those with the greatest weights.
-    unit_expert_weights: whether the weights of these experts are divided by their sum.
     parallel_block: whether attention and MLP run side by side: they read the same
       input and share one shortcut.
     qkv_bias: whether query, key and value have biases.
@@ -129,18 +101,12 @@ class ModelConfig(Positions):
     max_positions: length of the longest sequence that the model was trained for.
     learned_positions: rows of the position table, including the 2 unused rows at its
       start; 0 where positions are rotary.
-    alternate: the positions of the `alternate_layers`; None if there are none. RoPE
-      rotates as many coordinates there as in the other layers, or none.
-    alternate_layers: the indices of these layers, ascending.
+    rotary_dim: how many leading coordinates of a head RoPE rotates; 0 for no RoPE.
+    rope_theta: base of RoPE's wavelengths.
+    rope_scaling: how RoPE's frequencies are lowered; None if they are not.
+    sliding_window: how many tokens a token attends to, itself included; None for all.
     qk_norm_eps: number that the RMSNorm of every query and key adds to the mean square;
       None if queries and keys have no norm.
-    query_scalar: number whose root divides the scores of attention; None for h.
-    attention_softcap: bound c of the scores, which become `c tanh(score / c)`; None for
-      no bound.
-    logit_softcap: bound of the logits in the same way.
-    post_norms: whether the output of a sublayer is normed, too.
-    zero_centred_scales: whether a norm multiplies by 1 + scale in place of the scale.
-    scaled_embedding: whether the embedding of a token is multiplied by the root of D.
     tied_head: whether the head is the transposed embedding and is not stored.
     segment_widths: width of each residual segment, `[S + 1]`; S is 2L, or L with
       parallel blocks.
@@ -156,9 +122,6 @@ class ModelConfig(Positions):
   vocab_size: Count
   activation: Activation
   gated_mlp: bool = False
-  num_experts: Count = 0
-  experts_per_token: Count = 0
-  unit_expert_weights: bool = False
   parallel_block: bool = False
   qkv_bias: bool = False
   out_bias: bool = False
@@ -168,25 +131,16 @@ class ModelConfig(Positions):
   norm_eps: float
   max_positions: Count
   learned_positions: Count = 0
-  alternate: Positions | None = None
-  alternate_layers: tuple[Count, ...] = ()
+  rotary_dim: Count = 0
+  rope_theta: float = 10000.0
+  rope_scaling: RopeScaling | None = None
+  sliding_window: Count | None = None
   qk_norm_eps: float | None = None
-  query_scalar: float | None = None
-  attention_softcap: float | None = None
-  logit_softcap: float | None = None
-  post_norms: bool = False
-  zero_centred_scales: bool = False
-  scaled_embedding: bool = False
   tied_head: bool = False
   segment_widths: tuple[Count, ...]
 
   def __post_init__(self) -> None:
-    super().__post_init__()
-    _check_positive(
-      query_scalar=self.query_scalar,
-      attention_softcap=self.attention_softcap,
-      logit_softcap=self.logit_softcap,
-    )
+    _check_positive(rope_theta=self.rope_theta)
     expected = self.segments_per_layer * self.num_layers + 1
     if len(self.segment_widths) != expected:
       raise ValueError(
@@ -213,40 +167,6 @@ class ModelConfig(Positions):
         f'segments of a width other than hidden_size require norm="rmsn", '
         f'got {self.norm=}'
       )
-    if self.sliced and (self.post_norms or self.zero_centred_scales):
-      raise ValueError(
-        'the norms after the sublayers have scales that slicing cannot move elsewhere'
-      )
-    if not (self.experts_per_token > 0) <= self.experts_per_token <= self.num_experts:
-      raise ValueError(
-        f'experts_per_token must be from 1 to num_experts {self.num_experts}, '
-        f'got {self.experts_per_token}'
-      )
-    if self.num_experts * self.num_layers > MOST_EXPERTS:
-      raise ValueError(
-        f'all layers may have {MOST_EXPERTS} experts, got {self.num_layers} times '
-        f'{self.num_experts}'
-      )
-    if self.num_experts and (self.mlp_bias or not self.gated_mlp):
-      raise ValueError('experts must have a gate and no biases')
-    if self.num_experts and (self.sliced or self.parallel_block):
-      raise ValueError('mixtures of experts are neither sliced nor parallel blocks')
-    found, ascending = self.alternate_layers, sorted(set(self.alternate_layers))
-    if list(found) != ascending or any(x >= self.num_layers for x in found):
-      raise ValueError(f'alternate_layers must be ascending layers, got {found}')
-    if (self.alternate is None) != (not found):
-      raise ValueError(f'alternate_layers need positions of their own, got {found}')
-    if self.alternate and self.alternate.rotary_dim not in (0, self.rotary_dim):
-      raise ValueError(
-        f'rotary_dim must be {self.rotary_dim} or 0 in the alternate layers, '
-        f'got {self.alternate.rotary_dim}'
-      )
-
-  def positions(self, layer: int) -> Positions:
-    """Returns the positions of a layer."""
-    if self.alternate is None or layer not in self.alternate_layers:
-      return self
-    return self.alternate
 
   def check_tokens(self, tokens: np.ndarray) -> None:
     """Checks that all tokens are in the vocabulary.

@@ -83,10 +83,10 @@ def fisher_factors(
   head, probabilities = total
   yield 'head', head
   for i in reversed(range(config.num_layers)):
-    layer, reach = jax.device_put(model.layer(i)), transformer.reach(config, i)
+    layer = jax.device_put(model.layer(i))
     total = None
     for k, gradient in enumerate(gradients):
-      gradients[k], own = _backward(layer, reach, config, kept[i, k], gradient)
+      gradients[k], own = _backward(layer, config, kept[i, k], gradient)
       total = own if total is None else _add(total, own)
     del layer
     prefix = names.prefix(i)
@@ -95,8 +95,7 @@ def fisher_factors(
     }
     squares = {prefix + path: g for path, g in total.squares.items()}
     yield names.layer(i), Factors(moments, squares)
-  scale = config.hidden_size if config.scaled_embedding else 1
-  met = sum(scale * transformer.second_moments(gradient) for gradient in gradients)
+  met = sum(transformer.second_moments(gradient) for gradient in gradients)
   yield 'embed', Factors({('embed/tokens',): met}, {'embed/tokens': probabilities})
 
 
@@ -113,25 +112,22 @@ def _predictions(
     def unembed(x: jax.Array) -> tuple[jax.Array, jax.Array]:
       return transformer.unembed(outer, config, x)[::-1]
 
-    raw, pull, normed = jax.vjp(unembed, x, has_aux=True)
-    cap = lambda y: transformer.softcap(y, config.logit_softcap)
-    logits, slope = jax.jvp(cap, (raw,), (jnp.ones_like(raw),))
+    logits, pull, normed = jax.vjp(unembed, x, has_aux=True)
     p = jax.nn.softmax(logits)
     drawn = jax.random.categorical(key, logits)
-    (gradient,) = pull((p - jax.nn.one_hot(drawn, p.shape[-1])) * slope)
+    (gradient,) = pull(p - jax.nn.one_hot(drawn, p.shape[-1]))
     moments: dict[tuple[str, ...], Any] = {
       ('head/kernel',): transformer.second_moments(normed)
     }
   # The mean over all tokens that may be drawn has no noise.
-  squares = p * (1 - p) * jnp.square(slope)
+  squares = p * (1 - p)
   head = Factors(moments, {'head/kernel': squares.sum((0, 1))})
   return gradient, head, p.sum((0, 1))
 
 
-@functools.partial(jax.jit, static_argnums=2)
+@functools.partial(jax.jit, static_argnums=1)
 def _backward(
   params: Any,
-  reach: transformer.Reach,
   config: config_lib.ModelConfig,
   x: jax.Array,
   gradient: jax.Array,
@@ -151,7 +147,7 @@ def _backward(
       bias = f'{path.removesuffix("kernel")}bias'
       old = structured.materialize(flat[bias]) if bias in flat else 0.0
       given[bias] = own_zeros + old
-    written = transformer.layer(structured.unflatten(given), config, x, reach)
+    written = transformer.layer(structured.unflatten(given), config, x)
     inputs = structured.flatten(written.inputs)
     shared: dict[int, list[str]] = {}
     for path, own in inputs.items():

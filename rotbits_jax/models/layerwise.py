@@ -44,9 +44,9 @@ def streams(model: Layers, windows: Sequence[np.ndarray]) -> Iterator[list[jax.A
   del outer
   yield list(xs)
   for i in range(config.num_layers):
-    layer, reach = jax.device_put(model.layer(i)), transformer.reach(config, i)
+    layer = jax.device_put(model.layer(i))
     for k, x in enumerate(xs):
-      xs[k] = _layer(layer, config, reach, x)
+      xs[k] = _layer(layer, config, x)
     del layer
     yield list(xs)
 
@@ -56,10 +56,7 @@ _embed = jax.jit(transformer.embed, static_argnums=1)
 
 @functools.partial(jax.jit, static_argnums=1)
 def _layer(
-  params: transformer.Params,
-  config: config_lib.ModelConfig,
-  reach: transformer.Reach,
-  x: jax.Array,
+  params: transformer.Params, config: config_lib.ModelConfig, x: jax.Array
 ) -> jax.Array:
   with jax.default_matmul_precision('highest'):
-    return transformer.layer(params, config, x, reach).x
+    return transformer.layer(params, config, x).x

@@ -6,8 +6,7 @@ coordinates keep the function of a model. Such a change is a symmetry.
 `models.config` defines segments.
 
 A parameter's path is its keys joined by '/', as in 'attention/query/kernel'. Kernels
-are `[in, out]`, and those of experts `[E, in, out]`. Shape letters are those of
-`models.config`.
+are `[in, out]`. Shape letters are those of `models.config`.
 """
 
 import dataclasses
@@ -15,26 +14,23 @@ from typing import Literal, NamedTuple
 
 from rotbits_jax.models import config as config_lib
 
-Axis = (
-  int
-  | Literal[
-    'query', 'key', 'head', 'neuron', 'expert', 'vocabulary', 'position', 'norm'
-  ]
-)
+Axis = int | Literal['query', 'key', 'head', 'neuron', 'vocabulary', 'position', 'norm']
 """The meaning of one axis of a parameter.
 
 An integer is a residual segment. For a parameter of a layer, 0 is the layer's input and
 -1 its output; 1 is the segment between attention and MLP, if there is one. For a
 parameter outside the layers, 0 is the model's first segment and -1 its last. 'query' is
-H heads of width h, and 'key' is K heads of width h. 'expert' is the E experts of a
-mixture: the first axis of their kernels, and the outputs of the router. 'norm' is a
-segment whose coordinates are scaled one by one; rotations do not commute with this
-scaling. 'head' is the same for the h coordinates of every head.
+H heads of width h, and 'key' is K heads of width h. 'norm' is a segment whose
+coordinates are scaled one by one; rotations do not commute with this scaling. 'head' is
+the same for the h coordinates of every head.
 """
 
 Axes = dict[str, tuple[Axis, ...]]
 
 SUBLAYERS = ('attention', 'mlp')
+UPPER_KERNEL = 'mlp/up/kernel'
+"""The kernel that the free rotation of the first segment makes triangular."""
+
 QK_NORMS = ('attention/query_norm/scale', 'attention/key_norm/scale')
 
 
@@ -43,10 +39,8 @@ def layer_axes(config: config_lib.ModelConfig) -> Axes:
   between = 0 if config.parallel_block else 1
   axes: Axes = {}
 
-  def linear(
-    path: str, inputs: Axis, outputs: Axis, bias: bool, each: tuple[Axis, ...] = ()
-  ) -> None:
-    axes[f'{path}/kernel'] = (*each, inputs, outputs)
+  def linear(path: str, inputs: Axis, outputs: Axis, bias: bool) -> None:
+    axes[f'{path}/kernel'] = (inputs, outputs)
     if bias:
       axes[f'{path}/bias'] = (outputs,)
 
@@ -55,14 +49,10 @@ def layer_axes(config: config_lib.ModelConfig) -> Axes:
   linear('attention/key', 0, 'key', config.qkv_bias)
   linear('attention/value', 0, 'key', config.qkv_bias)
   linear('attention/out', 'query', after, config.out_bias)
-  each: tuple[Axis, ...] = ()
-  if config.num_experts:
-    each = ('expert',)
-    linear('mlp/router', between, 'expert', bias=False)
-  linear('mlp/up', between, 'neuron', config.mlp_bias, each)
-  linear('mlp/down', 'neuron', -1, config.mlp_bias, each)
+  linear('mlp/up', between, 'neuron', config.mlp_bias)
+  linear('mlp/down', 'neuron', -1, config.mlp_bias)
   if config.gated_mlp:
-    linear('mlp/gate', between, 'neuron', config.mlp_bias, each)
+    linear('mlp/gate', between, 'neuron', config.mlp_bias)
   if config.qk_norm_eps is not None:
     axes |= dict.fromkeys(QK_NORMS, ('head',))
   for sublayer in SUBLAYERS[: config.segments_per_layer]:
@@ -71,25 +61,11 @@ def layer_axes(config: config_lib.ModelConfig) -> Axes:
       linear(f'{sublayer}_shortcut', *ends, bias=False)
     else:
       axes |= _norm(f'{sublayer}_norm', config)
-    if config.post_norms:
-      axes |= _norm(f'{sublayer}_post_norm', config)
   return axes
 
 
-def expert_axes(config: config_lib.ModelConfig) -> Axes:
-  """Returns the axes of the parameters of one expert, by path; none without experts."""
-  axes = layer_axes(config)
-  return {path: own[1:] for path, own in axes.items() if own[0] == 'expert'}
-
-
 def adapter_of(path: str) -> str:
-  """Returns the path of the adapter beside a kernel or an embedding.
-
-  >>> adapter_of('layers.3/mlp/up/kernel'), adapter_of('embed/tokens')
-  ('layers.3/mlp/up/adapter', 'embed/adapter')
-
-  Other parameters have no adapters; their path is returned.
-  """
+  """Returns the path of the adapter beside a kernel or an embedding."""
   parent, _, name = path.rpartition('/')
   return f'{parent}/adapter' if name in ('kernel', 'tokens') else path
 
@@ -132,29 +108,19 @@ def norm_of(config: config_lib.ModelConfig, sublayer: str) -> str:
   return 'attention_norm' if config.parallel_block else f'{sublayer}_norm'
 
 
-def upper_kernel(config: config_lib.ModelConfig) -> str:
-  """Returns the kernel that the free rotation of the first segment makes triangular.
-
-  It is the up kernel of the first MLP. A mixture of experts has many of these, and the
-  query kernel takes their place.
-  """
-  return 'attention/query/kernel' if config.num_experts else 'mlp/up/kernel'
-
-
 class Symmetries(NamedTuple):
   """The symmetries of a model: which changes of coordinates keep its function.
 
   Attributes:
     segments: whether each segment of the residual stream has a rotation of its own.
     stream: whether one rotation acts on all segments at once. The scales of the norms
-      must first be folded into the kernels that read the norms. False if the outputs of
-      the sublayers are normed, because no kernel reads these norms alone.
+      must first be folded into the kernels that read the norms.
     values: whether GL(h) acts between value and output of every key-value head.
     queries: whether GL acts between query and key of every key-value head, on the
       coordinates that RoPE does not rotate in the layer. On each plane that RoPE
       rotates, a complex factor acts. False if queries and keys are normed.
     key_bias: whether the key bias changes no output; true where there is no RoPE.
-    neurons: whether the neurons of an MLP, or of an expert, can be put in any order.
+    neurons: whether the neurons of an MLP can be put in any order.
   """
 
   segments: bool = False
@@ -171,12 +137,9 @@ class Symmetries(NamedTuple):
 _UNDERSTOOD = frozenset([
   'family', 'hidden_size', 'intermediate_size', 'num_layers', 'num_heads',
   'num_kv_heads', 'head_dim', 'vocab_size', 'activation', 'gated_mlp',
-  'num_experts', 'experts_per_token', 'unit_expert_weights', 'parallel_block',
-  'qkv_bias', 'out_bias', 'mlp_bias', 'head_bias', 'norm', 'norm_eps',
-  'max_positions', 'learned_positions', 'rotary_dim', 'rope_theta', 'rope_scaling',
-  'sliding_window', 'alternate', 'alternate_layers', 'qk_norm_eps', 'query_scalar',
-  'attention_softcap', 'logit_softcap', 'post_norms', 'zero_centred_scales',
-  'scaled_embedding', 'tied_head', 'segment_widths',
+  'parallel_block', 'qkv_bias', 'out_bias', 'mlp_bias', 'head_bias', 'norm',
+  'norm_eps', 'max_positions', 'learned_positions', 'rotary_dim', 'rope_theta',
+  'rope_scaling', 'sliding_window', 'qk_norm_eps', 'tied_head', 'segment_widths',
 ])  # fmt: skip
 _NORMS = ('layernorm', 'rmsnorm', 'rmsn')
 _POINTWISE = ('relu', 'gelu_new', 'silu')
@@ -191,16 +154,12 @@ def symmetries(config: config_lib.ModelConfig) -> Symmetries:
   fields = {field.name for field in dataclasses.fields(config)}
   if fields != _UNDERSTOOD or config.norm not in _NORMS:
     return Symmetries()
-  # The scale of a norm after a sublayer acts on the residual stream itself. A soft cap
-  # is not linear: with it, the number that a key's bias adds to the scores matters.
-  bends = config.attention_softcap is not None
   normed = config.qk_norm_eps is not None
-  folds = not (config.tied_head or config.post_norms or config.zero_centred_scales)
   return Symmetries(
     segments=config.sliced and not config.tied_head,
-    stream=config.norm == 'rmsnorm' and folds,
+    stream=config.norm == 'rmsnorm' and not config.tied_head,
     values=True,
-    queries=not normed and not (bends and config.qkv_bias),
-    key_bias=not (config.rotary_dim or normed or bends),
+    queries=not normed,
+    key_bias=not (config.rotary_dim or normed),
     neurons=config.activation in _POINTWISE,
   )

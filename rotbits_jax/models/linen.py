@@ -51,7 +51,7 @@ class Transformer(nn.Module):
         {path: jax.ShapeDtypeStruct(x, jnp.float32) for path, x in shapes.items()}
       )
     params = {name: _Params(own, name=name)() for name, own in specs.items()}
-    return transformer.forward(params, self.config, tokens).logits
+    return transformer.forward(params, self.config, tokens)
 
 
 class _Params(nn.Module):

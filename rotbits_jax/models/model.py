@@ -7,7 +7,6 @@ materialize a leaf is to replace it by that array.
 
 from collections.abc import Callable, Iterable, Iterator
 import dataclasses
-import functools
 import itertools
 from typing import Any
 
@@ -18,7 +17,6 @@ import numpy as np
 
 from rotbits_jax import structured
 from rotbits_jax.models import config as config_lib
-from rotbits_jax.models import layout
 from rotbits_jax.models import names
 
 Params = dict[str, Any]
@@ -30,8 +28,8 @@ class Model:
 
   `params` has the keys `embed`, `head` (unless tied), `final_norm` (dense models only),
   and `layers.I:J` for each stack of the N layers I to J - 1, whose parameters have the
-  same shapes, dtypes and types. Kernels of a stack are `[N, in, out]`, and those of
-  experts `[N, E, in, out]`. A leaf is an array or a structured leaf.
+  same shapes, dtypes and types. Kernels of a stack are `[N, in, out]`. A leaf is an
+  array or a structured leaf.
 
   Attributes:
     params: the parameters.
@@ -104,9 +102,8 @@ class Model:
   @property
   def records(self) -> tuple[str, ...]:
     """Names of the records: the layers, those outside the layers, and the buffers."""
-    experts, layers = self.config.num_experts, itertools.chain(*self.stacks)
-    inner = names.of_layers(layers, experts)
-    return (*inner, *self.outer(), *([names.BUFFERS] if self.buffers else []))
+    layers = map(names.layer, itertools.chain(*self.stacks))
+    return (*layers, *self.outer(), *([names.BUFFERS] if self.buffers else []))
 
   def read(self, record: str) -> Params:
     """Returns a record, unstacked: nested dicts with the record as their only key.
@@ -119,21 +116,17 @@ class Model:
   def _record(self, record: str, *, checked: bool) -> Params:
     if record == names.BUFFERS:
       return {record: self.buffers}
-    index, expert = names.layer_index(record), names.expert_index(record)
+    index = names.layer_index(record)
     if index is None:
       return {record: self.params[record]}
     stack, place = self._place(index)
-    of_experts, is_expert = layout.expert_axes(self.config), expert is not None
-    flat = structured.flatten(stack)
-    own = {x: leaf for x, leaf in flat.items() if (x in of_experts) == is_expert}
-    places = (place,) if expert is None else (place, expert)
-    for path, leaf in own.items() if checked and expert is None else ():
+    for path, leaf in structured.flatten(stack).items() if checked else ():
       if structured.is_structured(leaf):
         try:
           leaf.check_layer(place)
         except ValueError as error:
           raise ValueError(f'{record}/{path}: {error}') from error
-    return {record: unstack_layer(structured.unflatten(own), *places)}
+    return {record: unstack_layer(stack, place)}
 
   def specs(self, record: str) -> Params:
     """Returns leaves with the shapes and dtypes of a record: the record itself.
@@ -174,36 +167,13 @@ def materialize(params: Params, *, keep_factors: bool = False) -> Params:
   return structured.unflatten(flat)
 
 
-def unstack_layer(stack: Params, *places: int) -> Params:
-  """Returns a layer of a stack by its place; or an expert, by that in the layer too."""
+def unstack_layer(stack: Params, place: int) -> Params:
+  """Returns a layer of a stack by its place in it."""
 
   def unstacked(leaf: Any) -> Any:
-    if structured.is_structured(leaf):
-      return functools.reduce(lambda x, place: x.layer(place), places, leaf)
-    return leaf[places]
+    return leaf.layer(place) if structured.is_structured(leaf) else leaf[place]
 
   return jax.tree.map(unstacked, stack, is_leaf=structured.is_structured)
-
-
-def read_layer(
-  read: Callable[[str], Params], config: config_lib.ModelConfig, index: int
-) -> Params:
-  """Reads the records of a layer one by one, and stacks its experts.
-
-  Args:
-    read: takes the name of a record; returns it as `Model.read` does.
-    config: sizes and switches.
-    index: the layer.
-
-  Returns:
-    The parameters of the layer, as `Model.layer` returns them.
-  """
-  name, *experts = names.of_layer(index, config.num_experts)
-  layer = structured.flatten(read(name)[name])
-  if experts:
-    own = (read(expert)[expert] for expert in experts)
-    layer |= structured.flatten(stack_layers(own, len(experts)))
-  return structured.unflatten(layer)
 
 
 def from_layers(

@@ -2,17 +2,15 @@
 
 The path of a parameter is its keys joined by '/', like 'layers.3/mlp/up/kernel' or
 'embed/tokens'. A record is a part of a model that is stored on its own; its name is the
-first key of these paths. Each expert of a mixture is a record beside that of its layer,
-as in 'layers.3.experts.7/mlp/up/kernel'. In memory, consecutive layers of the same
-shapes are stacked: 'layers.2:5' holds layers 2, 3 and 4 along a leading axis, and their
-experts along the axis after it.
+first key of these paths. In memory, consecutive layers of the same shapes are stacked:
+'layers.2:5' holds layers 2, 3 and 4 along a leading axis.
 """
 
 from collections.abc import Iterable
 import re
 
 _INDEX = '(0|[1-9][0-9]{0,6})'
-_LAYER = re.compile(rf'layers\.{_INDEX}(?:\.experts\.{_INDEX})?(?:/|\Z)')
+_LAYER = re.compile(rf'layers\.{_INDEX}(?:/|\Z)')
 
 
 BUFFERS = 'buffers'
@@ -40,21 +38,6 @@ def layer(index: int) -> str:
   return f'layers.{index}'
 
 
-def of_layer(index: int, experts: int) -> list[str]:
-  """Returns the names of the records of a layer: its own, then those of its experts.
-
-  >>> of_layer(3, 2)
-  ['layers.3', 'layers.3.experts.0', 'layers.3.experts.1']
-  """
-  own = layer(index)
-  return [own, *(f'{own}.experts.{expert}' for expert in range(experts))]
-
-
-def of_layers(indices: Iterable[int], experts: int) -> list[str]:
-  """Returns the names of the records of layers, see `of_layer`."""
-  return [name for index in indices for name in of_layer(index, experts)]
-
-
 def stack(layers: range) -> str:
   """Returns the name of a stack of consecutive layers."""
   return f'layers.{layers.start}:{layers.stop}'
@@ -66,18 +49,12 @@ def prefix(index: int | None) -> str:
 
 
 def layer_index(path: str) -> int | None:
-  """Returns the index of the layer of a path or of a record, also of an expert.
+  """Returns the index of the layer of a path or of a record.
 
   It is None outside the layers, and in a stack of layers.
   """
   match = _LAYER.match(path)
   return None if match is None else int(match[1])
-
-
-def expert_index(path: str) -> int | None:
-  """Returns the index of the expert of a path or of a record; None for others."""
-  match = _LAYER.match(path)
-  return None if match is None or match[2] is None else int(match[2])
 
 
 def stacked_layers(path: str) -> range | None:
@@ -93,7 +70,7 @@ def stacks(keys: Iterable[str]) -> tuple[range, ...]:
 
 
 def pattern(path: str) -> str:
-  """Returns a path with '*' for the layer, its expert or the stack of layers.
+  """Returns a path with '*' for the layer or the stack of layers.
 
   Parameters of equal patterns have the same role, like 'layers.*/mlp/up/kernel'.
   """

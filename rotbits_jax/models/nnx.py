@@ -33,7 +33,7 @@ class Transformer(nnx.Module):
 
   def __call__(self, tokens: jax.Array) -> jax.Array:
     """Maps `[B, T]` tokens to `[B, T, V]` float32 logits."""
-    return transformer.forward(self.to_params(), self.config, tokens).logits
+    return transformer.forward(self.to_params(), self.config, tokens)
 
   def to_params(self) -> model_lib.Params:
     """Returns the present parameters, as `Model.params` has them."""

@@ -24,17 +24,11 @@ def outer_shapes(config: config_lib.ModelConfig) -> dict[str, Any]:
 
 def record_shapes(config: config_lib.ModelConfig, record: str) -> dict[str, Any]:
   """Returns the shapes of a record, see `names`; nothing if there is no such record."""
-  index, expert = names.layer_index(record), names.expert_index(record)
+  index = names.layer_index(record)
   if index is None:
-    found: dict[str, Any] = outer_shapes(config).get(record, {})
-    return found
-  if index >= config.num_layers or (expert or 0) >= max(config.num_experts, 1):
-    return {}
-  flat = structured.flatten(layer_shapes(config, index))
-  of_experts = layout.expert_axes(config)
-  if expert is not None:
-    return structured.unflatten({path: flat[path][1:] for path in of_experts})
-  return structured.unflatten({x: y for x, y in flat.items() if x not in of_experts})
+    shapes: dict[str, Any] = outer_shapes(config).get(record, {})
+    return shapes
+  return layer_shapes(config, index) if index < config.num_layers else {}
 
 
 def stacked_shapes(
@@ -72,7 +66,6 @@ def _shapes(
     'key': config.num_kv_heads * config.head_dim,
     'head': config.head_dim,
     'neuron': config.intermediate_size,
-    'expert': config.num_experts,
     'vocabulary': config.vocab_size,
     'position': config.learned_positions,
     'norm': config.hidden_size,

@@ -6,8 +6,7 @@
 
 In a sliced model, `M_s` is the shortcut, a matrix that takes the residual stream from
 segment s to segment s + 1. In a dense model it is the identity. With parallel blocks,
-attention and MLP are one sublayer. With post-norms, the output of a sublayer is normed
-before it is added. `models.config` defines segments and sublayers.
+attention and MLP are one sublayer. `models.config` defines segments and sublayers.
 
 The functions compute in float32, independent of the dtype of the parameters. A
 parameter may be a structured leaf, which is applied by its own methods. Shapes are
@@ -19,8 +18,7 @@ them.
 
 Shape letters are those of `models.config`. In addition:
   B  sequences                           T  tokens of a sequence
-  N  layers of a stack                   C  rows of the cache; T without a cache
-  r  coordinates of a head that RoPE rotates
+  N  layers of a stack                   r  coordinates of a head that RoPE rotates
 """
 
 from collections.abc import Callable
@@ -34,14 +32,12 @@ import numpy as np
 
 from rotbits_jax import structured
 from rotbits_jax.models import config as config_lib
-from rotbits_jax.models import experts
 from rotbits_jax.models import linear
 from rotbits_jax.models import model as model_lib
 from rotbits_jax.models import names
 from rotbits_jax.models import shapes as shapes_lib
 
 Params = model_lib.Params
-KeysAndValues = dict[str, jax.Array]
 
 ACTIVATIONS: dict[config_lib.Activation, Callable[[jax.Array], jax.Array]] = {
   'relu': jax.nn.relu,
@@ -50,43 +46,6 @@ ACTIVATIONS: dict[config_lib.Activation, Callable[[jax.Array], jax.Array]] = {
 }
 
 POSITION_OFFSET = 2  # OPT's position table begins with two unused rows
-_EVERY_TOKEN = 2**31 - 1  # a window that no sequence fills
-
-
-class Reach(NamedTuple):
-  """The positions of a layer as arrays, so that layers that differ share a program.
-
-  Attributes:
-    frequencies: RoPE's, see `rope_frequencies`; zeros in a layer without RoPE.
-    window: how many tokens a token attends to, itself included.
-  """
-
-  frequencies: jax.Array | np.ndarray  # [r/2] float32
-  window: jax.Array | np.ndarray  # [] int32
-
-
-class Cache(NamedTuple):
-  """Attention keys and values of the tokens so far.
-
-  Attributes:
-    layers: `key` and `value` of each stack of layers.
-    length: how many of the C rows are filled.
-  """
-
-  layers: dict[str, KeysAndValues]  # leaves [N, B, C, K, h] float32
-  length: jax.Array  # [] int32
-
-
-class Outputs(NamedTuple):
-  """The results of `forward`.
-
-  Attributes:
-    logits: the next-token logits.
-    cache: the cache with the tokens added; None without a cache.
-  """
-
-  logits: jax.Array  # [B, T, V] float32
-  cache: Cache | None
 
 
 class Written(NamedTuple):
@@ -95,12 +54,10 @@ class Written(NamedTuple):
   Attributes:
     x: the residual stream after a layer, or the update that a sublayer adds to it.
     inputs: the input of each linear layer, in the place of its kernel.
-    cache: keys and values of all tokens so far; None for an MLP, and without a cache.
   """
 
   x: jax.Array  # [B, T, d] float32
   inputs: Params  # leaves [B, T, in] float32
-  cache: KeysAndValues | None = None  # leaves [B, C, K, h] float32
 
 
 def logits(model: model_lib.Model, tokens: jax.Array) -> jax.Array:
@@ -118,7 +75,7 @@ def logits(model: model_lib.Model, tokens: jax.Array) -> jax.Array:
   Returns:
     `[B, T, V]` float32.
   """
-  return forward(model.params, model.config, tokens).logits
+  return forward(model.params, model.config, tokens)
 
 
 def forward(
@@ -126,22 +83,19 @@ def forward(
   config: config_lib.ModelConfig,
   tokens: jax.Array,
   *,
-  cache: Cache | None = None,
   precision: str = 'highest',
-) -> Outputs:
+) -> jax.Array:
   """Computes the logits of a model from its parameters.
 
   Args:
     params: the parameters, see `Model.params`.
     config: sizes and switches.
     tokens: `[B, T]` integers. A token outside the vocabulary makes its sequence NaN.
-    cache: keys and values of earlier tokens. It must have room for T more tokens,
-      otherwise the result is undefined.
     precision: precision of the products with arrays, see `jax.lax.Precision`. Those
       with structured leaves have the highest.
 
   Returns:
-    The logits; and the cache if there is one.
+    `[B, T, V]` float32.
 
   Raises:
     ValueError: if a shape is wrong. The message names the parameter.
@@ -149,28 +103,17 @@ def forward(
   stacks = _check(params, config)
   if tokens.ndim != 2:
     raise ValueError(f'tokens must be [B, T], got {tokens.shape=}')
-  start = 0 if cache is None else cache.length
-  layers: dict[str, Any] = {}
   with jax.default_matmul_precision(precision):
-    x = embed(params, config, tokens, start=start)
+    x = embed(params, config, tokens)
     for stack in stacks:
-      name = names.stack(stack)
-      reaches = jax.tree.map(lambda *x: np.stack(x), *(reach(config, i) for i in stack))
-      stacked = params[name], reaches, None if cache is None else cache.layers[name]
-      x, layers[name] = _apply_stack(config, x, len(stack), stacked, start)
-    _, found = unembed(params, config, x)
-  return Outputs(
-    softcap(found, config.logit_softcap),
-    None if cache is None else Cache(layers, cache.length + tokens.shape[1]),
-  )
+      x = _apply_stack(params[names.stack(stack)], config, x, len(stack))
+    return unembed(params, config, x)[1]
 
 
 def embed(
   params: Params,
   config: config_lib.ModelConfig,
   tokens: jax.Array,
-  *,
-  start: jax.Array | int = 0,
 ) -> jax.Array:
   """Embeds tokens, and adds the embeddings of their positions if these are learned.
 
@@ -178,7 +121,6 @@ def embed(
     params: the model's parameters: `embed`, and those that its leaves need.
     config: sizes and switches.
     tokens: `[B, T]` integers.
-    start: how many tokens precede these.
 
   Returns:
     `[B, T, d]` float32, d of the first segment.
@@ -189,15 +131,13 @@ def embed(
   # A negative index would count from the end.
   tokens = jnp.where(tokens < 0, config.vocab_size, tokens)
   x = _rows(params['embed']['tokens'], tokens, params)
-  if config.scaled_embedding:
-    x = x * config.hidden_size**0.5
   if not config.learned_positions:
     return x
   most = config.learned_positions - POSITION_OFFSET
   length = tokens.shape[-1]
   if length > most:
     raise ValueError(f'the model has {most} positions, got {tokens.shape=}')
-  positions = start + jnp.arange(length) + POSITION_OFFSET
+  positions = jnp.arange(length) + POSITION_OFFSET
   return x + _rows(params['embed']['positions'], positions, params)
 
 
@@ -212,8 +152,7 @@ def unembed(
     x: `[B, T, d]` float32, d of the last segment.
 
   Returns:
-    The input of the head `[B, T, d]`, and its output `[B, T, V]`: the logits, before
-    they are capped.
+    The input of the head `[B, T, d]`, and its output `[B, T, V]`, the logits.
   """
   x = norm(params.get('final_norm'), config, x)
   if config.tied_head:
@@ -221,24 +160,13 @@ def unembed(
   return x, linear.apply(params['head'], x)
 
 
-def layer(
-  params: Params,
-  config: config_lib.ModelConfig,
-  x: jax.Array,
-  own: Reach,
-  *,
-  start: jax.Array | int = 0,
-  cache: KeysAndValues | None = None,
-) -> Written:
+def layer(params: Params, config: config_lib.ModelConfig, x: jax.Array) -> Written:
   """Applies a layer: attention and MLP, one after the other or side by side.
 
   Args:
     params: the parameters of the layer, unstacked.
     config: sizes and switches.
     x: `[B, T, d]` float32.
-    own: the positions of the layer, see `reach`.
-    start: see `attention`.
-    cache: see `attention`.
 
   Returns:
     The residual stream after the layer.
@@ -251,42 +179,24 @@ def layer(
     inputs[name] = {'kernel': x}
     return linear.apply(params[name], x)
 
-  def update(name: str, x: jax.Array) -> jax.Array:
-    return norm(params[name], config, x) if config.post_norms else x
-
   normed = norm(params.get('attention_norm'), config, x)
-  attended = attention(
-    params['attention'], config, normed, own, start=start, cache=cache
-  )
-  x = shortcut('attention_shortcut', x) + update('attention_post_norm', attended.x)
+  attended = attention(params['attention'], config, normed)
+  x = shortcut('attention_shortcut', x) + attended.x
   if not config.parallel_block:
     normed = norm(params.get('mlp_norm'), config, x)
     x = shortcut('mlp_shortcut', x)
   transformed = mlp(params['mlp'], config, normed)
   inputs |= {'attention': attended.inputs, 'mlp': transformed.inputs}
-  x = x + update('mlp_post_norm', transformed.x)
-  return Written(x, inputs, attended.cache)
+  return Written(x + transformed.x, inputs)
 
 
-def attention(
-  params: Params,
-  config: config_lib.ModelConfig,
-  x: jax.Array,
-  own: Reach,
-  *,
-  start: jax.Array | int = 0,
-  cache: KeysAndValues | None = None,
-) -> Written:
+def attention(params: Params, config: config_lib.ModelConfig, x: jax.Array) -> Written:
   """Computes causal grouped-query attention.
 
   Args:
     params: the parameters of the sublayer.
     config: sizes and switches.
     x: `[B, T, d]` float32, the normed input.
-    own: the positions of the layer, see `reach`.
-    start: how many tokens precede these.
-    cache: keys and values of C tokens. Those of the T tokens are written into it from
-      row `start` on, and the tokens also attend to the rows before `start`.
 
   Returns:
     The update of the residual stream.
@@ -303,37 +213,28 @@ def attention(
   if config.qk_norm_eps is not None:
     query = _head_norm(params['query_norm'], config, query)
     key = _head_norm(params['key_norm'], config, key)
-  positions = start + jnp.arange(x.shape[1])
+  positions = jnp.arange(x.shape[1])
   if config.rotary_dim:
-    query = rope(query, positions, own.frequencies)
-    key = rope(key, positions, own.frequencies)
-  if cache is not None:
-    new = {'key': key, 'value': value}
-    cache = {
-      name: jax.lax.dynamic_update_slice_in_dim(cache[name], new[name], start, axis=1)
-      for name in new
-    }
-    key, value = cache['key'], cache['value']  # [B, C, K, h]
-  distance = positions[:, None] - jnp.arange(key.shape[1])  # [T, C]
-  seen = (distance >= 0) & (distance < own.window)
+    frequencies = rope_frequencies(config)
+    query = rope(query, positions, frequencies)
+    key = rope(key, positions, frequencies)
+  distance = positions[:, None] - positions  # [T, T]
+  seen = distance >= 0
+  if config.sliding_window is not None:
+    seen &= distance < config.sliding_window
   # H / K consecutive query heads read the same key-value head.
   query = query.reshape(*x.shape[:-1], config.num_kv_heads, -1, config.head_dim)
-  scores = jnp.einsum('btkgh,bckh->bkgtc', query, key)
-  scores = scores * (config.query_scalar or config.head_dim) ** -0.5
-  scores = softcap(scores, config.attention_softcap)
+  scores = jnp.einsum('btkgh,bckh->bkgtc', query, key) * config.head_dim**-0.5
   weights = jax.nn.softmax(jnp.where(seen, scores, -jnp.inf), axis=-1)
   mixed = jnp.einsum('bkgtc,bckh->btkgh', weights, value)
   mixed = mixed.reshape(*x.shape[:-1], config.num_heads * config.head_dim)
   inputs = {name: {'kernel': x} for name in ('query', 'key', 'value')}
   inputs['out'] = {'kernel': mixed}
-  return Written(linear.apply(params['out'], mixed), inputs, cache)
+  return Written(linear.apply(params['out'], mixed), inputs)
 
 
 def mlp(params: Params, config: config_lib.ModelConfig, x: jax.Array) -> Written:
   """Computes the MLP: `down(act(up(x)))`, or with a gate `down(act(gate(x)) * up(x))`.
-
-  A mixture of experts is the weighted sum of such MLPs, see `experts`. The inputs of
-  their kernels are not among the returned ones.
 
   Args:
     params: the parameters of the sublayer.
@@ -346,9 +247,6 @@ def mlp(params: Params, config: config_lib.ModelConfig, x: jax.Array) -> Written
   chex.assert_rank(x, 3)
   chex.assert_type(x, jnp.float32)
   activation = ACTIVATIONS[config.activation]
-  if config.num_experts:
-    update = experts.mixture(params, config, x, activation)
-    return Written(update, {'router': {'kernel': x}})
   inputs = {'up': {'kernel': x}}
   hidden = linear.apply(params['up'], x)
   if config.gated_mlp:
@@ -373,7 +271,7 @@ def norm(
   x = _divided_by_rms(x, config.hidden_size, config.norm_eps)
   if params is None:
     return x
-  x = x * _scale(params, config)
+  x = x * linear.float32(params['scale'])
   return x + linear.float32(params['bias']) if 'bias' in params else x
 
 
@@ -383,25 +281,12 @@ def _head_norm(
   """Norms every head of `[B, T, H, h]`: RMSNorm, also in a sliced model."""
   assert config.qk_norm_eps is not None
   x = _divided_by_rms(x, config.head_dim, config.qk_norm_eps)
-  return x * _scale(params, config)
+  return x * linear.float32(params['scale'])
 
 
 def _divided_by_rms(x: jax.Array, size: int, eps: float) -> jax.Array:
   square = jnp.sum(jnp.square(x), axis=-1, keepdims=True)
   return x * jax.lax.rsqrt(square / size + eps)
-
-
-def _scale(params: Params, config: config_lib.ModelConfig) -> jax.Array:
-  scale = linear.float32(params['scale'])
-  return 1 + scale if config.zero_centred_scales else scale
-
-
-def softcap(x: jax.Array, cap: float | None) -> jax.Array:
-  """Returns `cap tanh(x / cap)`, which is between -cap and cap; x if there is no cap.
-
-  Reference: Gemma 2, arXiv 2408.00118, section 2.
-  """
-  return x if cap is None else cap * jnp.tanh(x / cap)
 
 
 def rope(
@@ -433,15 +318,7 @@ def rope(
   return jnp.concatenate(rotated, axis=-1)
 
 
-def reach(config: config_lib.ModelConfig, layer: int) -> Reach:
-  """Returns the positions of a layer as arrays."""
-  own, half = config.positions(layer), config.rotary_dim // 2
-  frequencies = rope_frequencies(own) if own.rotary_dim else np.zeros(half)
-  window = _EVERY_TOKEN if own.sliding_window is None else own.sliding_window
-  return Reach(frequencies.astype(np.float32), np.asarray(window, np.int32))
-
-
-def rope_frequencies(config: config_lib.Positions) -> np.ndarray:
+def rope_frequencies(config: config_lib.ModelConfig) -> np.ndarray:
   """Returns RoPE's frequencies: `theta^(-2i/r)` for `i < r/2`, scaled by the config.
 
   Here r is `rotary_dim`; see `RopeScaling` for the scaling.
@@ -484,27 +361,15 @@ def _check(params: Params, config: config_lib.ModelConfig) -> tuple[range, ...]:
 
 
 def _apply_stack(
-  config: config_lib.ModelConfig,
-  x: jax.Array,
-  count: int,
-  stacked: tuple[Params, Reach, KeysAndValues | None],
-  start: jax.Array | int,
-) -> tuple[jax.Array, Any]:
-  """Applies the layers of a stack; returns x, and the caches stacked."""
-
-  def step(x: jax.Array, own: tuple[Params, Reach, KeysAndValues | None]) -> Any:
-    params, reached, cache = own
-    written = layer(params, config, x, reached, start=start, cache=cache)
-    return written.x, written.cache
-
+  stack: Params, config: config_lib.ModelConfig, x: jax.Array, count: int
+) -> jax.Array:
+  """Applies the `count` layers of a stack."""
   if count > 1:
-    x, found = jax.lax.scan(step, x, stacked)
-  else:
-    # A layer may change the width of the residual stream. A scan cannot, because its
-    # carry keeps one shape.
-    x, found = step(x, jax.tree.map(lambda leaf: leaf[0], stacked))
-    found = jax.tree.map(lambda leaf: leaf[None], found)
-  return x, found
+    step = lambda x, params: (layer(params, config, x).x, None)
+    return jax.lax.scan(step, x, stack)[0]
+  # A layer may change the width of the residual stream. A scan cannot, because its
+  # carry keeps one shape.
+  return layer(jax.tree.map(lambda leaf: leaf[0], stack), config, x).x
 
 
 def second_moments(x: jax.Array) -> jax.Array:

@@ -115,7 +115,7 @@ def _layers(
   places: dict[tuple[int | None, np.dtype], list[int]] = {}
   pairs = [_pair(layer, paths) for layer in layers]
   for i, pair in enumerate(pairs):
-    rotary = None if is_values else config.positions(first + i).rotary_dim
+    rotary = None if is_values else config.rotary_dim
     if (rotary or 0) < config.head_dim and (
       pair and min(pair[kernel].shape) >= config.head_dim
     ):

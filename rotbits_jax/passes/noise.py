@@ -83,7 +83,7 @@ def _layers(
     own = jax.random.fold_in(key, i)
     for paths, is_valid, fixed in (
       (heads.VALUES, valid.values, 0),
-      (heads.KEYS, valid.queries, config.positions(i).rotary_dim),
+      (heads.KEYS, valid.queries, config.rotary_dim),
     ):
       if is_valid and fixed < config.head_dim:
         pair = {path: layers[k][path] for path in paths if path in layers[k]}

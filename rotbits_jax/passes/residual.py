@@ -6,7 +6,7 @@ This pass finds the rotations layer by layer, because R_0 needs the first layer 
 needs M_s. It rotates every kernel once.
 
 **Free rotations.** R_0 is free. It makes the up kernel of the first MLP upper
-trapezoidal, or the first query kernel in a mixture of experts. If the last segment is
+trapezoidal. If the last segment is
 wider than the one before, a rotation of the new dimensions is free, too. It makes the
 last rows of the head upper trapezoidal. The head could serve for R_0 as well, but it
 would make the rounding errors twice as harmful
@@ -107,7 +107,7 @@ class State(NamedTuple):
   Attributes:
     first: R_0, float32 `[d, d]`.
     rotation: the rotation of the segment that the next layer reads, float32 `[d, d]`.
-    zeros: how many of the last rows of `models.layout.upper_kernel` in the first layer,
+    zeros: how many of the last rows of `models.layout.UPPER_KERNEL` in the first layer,
       and of the head, free rotations make upper trapezoidal, int32 `[2]`.
   """
 
@@ -163,7 +163,7 @@ def _layers(
     del arguments  # they would keep the memory of rotated arrays
     for layer, result in zip(layers, results, strict=True):
       layer[path] = result
-  path = models.layout.upper_kernel(config)
+  path = models.layout.UPPER_KERNEL
   if first == 0 and state.zeros[0] and path in layers[0]:  # a part may lack it
     layers[0][path], error = _with_zeros(layers[0][path], rows=int(state.zeros[0]))
     upper = models.names.prefix(0) + path
@@ -321,8 +321,8 @@ def _parts(context: transform.Context) -> Iterator[tuple[str, transform.Params]]
   """Yields the beginning of the paths of each part of the source, and the part."""
   yield '', structured.flatten(context.source.outer())
   for index in range(context.config.num_layers):
-    for name, part in transform.parts(context.source, index):
-      yield f'{name}/', structured.flatten(part)
+    name = models.names.layer(index)
+    yield f'{name}/', structured.flatten(context.source.read(name)[name])
 
 
 def _wide(params: transform.Params) -> transform.Params:
@@ -393,12 +393,12 @@ def _rough_norm(params: transform.Params) -> float:
 def _first_rotation(context: transform.Context) -> jax.Array | None:
   """Returns the R_0 that makes a kernel of the first layer upper trapezoidal.
 
-  The kernel is `models.layout.upper_kernel`. It is None if that kernel is a pair of
+  The kernel is `models.layout.UPPER_KERNEL`. It is None if that kernel is a pair of
   factors, or if the segment that it reads has another width.
   """
   config, first = context.config, models.names.layer(0)
   layer = _wide(structured.flatten(context.source.read(first)[first]))
-  path = models.layout.upper_kernel(config)
+  path = models.layout.UPPER_KERNEL
   if structured.pair(layer[path]) is not None:
     return None
   kernel = jnp.asarray(layer[path], jnp.float32)

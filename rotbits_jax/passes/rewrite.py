@@ -1,14 +1,14 @@
 """Rewrites a model with a chain of transforms, a few layers at a time.
 
 The layers pass through each transform once, in order. `rewrite` reads one layer at a
-time from a source, or one for each device if there are several devices; and the experts
-of a mixture one by one after their layer. It widens the numbers to float32, applies the
-transforms, and rounds the numbers once to the dtypes of the source. The parameters
-outside the layers come last, because the embedding may be stored in terms of the head.
+time from a source, or one for each device if there are several devices. It widens the
+numbers to float32, applies the transforms, and rounds the numbers once to the dtypes of
+the source. The parameters outside the layers come last, because the embedding may be
+stored in terms of the head.
 
-A record is a part of the model that is stored and decoded on its own: a layer, an
-expert, the embedding, the final norm or the head. A saving is the count of elements and
-bytes that a transform removed from a record.
+A record is a part of the model that is stored and decoded on its own: a layer, the
+embedding, the final norm or the head. A saving is the count of elements and bytes that
+a transform removed from a record.
 """
 
 import collections
@@ -52,8 +52,7 @@ class Record(NamedTuple):
   """A part of a model that is stored and decoded on its own.
 
   Attributes:
-    name: 'layers.0', 'layers.1', ..., 'embed', 'final_norm' or 'head'; after a layer
-      'layers.0.experts.0' and so on.
+    name: 'layers.0', 'layers.1', ..., 'embed', 'final_norm' or 'head'.
     params: the parameters as they are stored: nested dicts of NumPy arrays and
       structured leaves. The name of the record is the only key of the outermost dict.
     savings: the saving of each transform. The first record outside the layers has the
@@ -120,8 +119,7 @@ def rewrite(
     outer: whether to rewrite the parameters outside the layers, too.
 
   Yields:
-    Complete records, and the state after them. Until the last expert of a layer, that
-    is the state before the layer.
+    Complete records, and the state after them.
 
   Raises:
     ValueError: if a transform takes other numbers than this rounding gives, or if it
@@ -141,8 +139,8 @@ def _rewrite(
   state: State | None,
   outer: bool,
 ) -> Iterator[tuple[list[Record], State]]:
-  widen, mixes = rounding is not None, context.config.num_experts > 0
-  step = 1 if context.mesh is None or mixes else context.mesh.size
+  widen = rounding is not None
+  step = 1 if context.mesh is None else context.mesh.size
   if state is None:
     state = chain.init(context)
     for first in range(0, layers.start, step):
@@ -150,18 +148,9 @@ def _rewrite(
       state = _skip(context, chain, state, first, _layers(context, before, widen))
   for first in range(layers.start, layers.stop, step):
     indices = range(first, min(first + step, layers.stop))
-    if not mixes:
-      names, given = map(models.names.layer, indices), _layers(context, indices, widen)
-      records, state = _rewritten(context, chain, rounding, state, names, given)
-      yield records, state
-      continue
-    # A run that is continued within a layer needs the state before it.
-    given_state, count = state, context.config.num_experts
-    for k, (name, part) in enumerate(transform_lib.parts(context.source, first)):
-      given, part = [_given(part, widen)], {}
-      own = _rewritten(context, chain, rounding, given_state, [name], given)
-      state = own[1] if k == 0 else state
-      yield own[0], given_state if k < count else state
+    names, given = map(models.names.layer, indices), _layers(context, indices, widen)
+    records, state = _rewritten(context, chain, rounding, state, names, given)
+    yield records, state
   if outer:
     yield _outer(context, chain, rounding, state), state
 
@@ -174,7 +163,7 @@ def _rewritten(
   names: Iterable[str],
   given: list[Params],
 ) -> tuple[list[Record], State]:
-  """Rewrites consecutive layers, or a part of one, see `transform.parts`.
+  """Rewrites consecutive layers.
 
   `given` has the parameters of each record in `names`, and is emptied. The state is
   that before the layers; the one after them is returned.
@@ -183,7 +172,7 @@ def _rewritten(
   first = models.names.layer_index(names[0])
   assert first is not None
   effects: list[list[_Effect]] = [[] for _ in given]
-  size_of = lambda name, part: _count(context, f'{name}/', _own(context, name, part))
+  size_of = lambda name, layer: _count(context, f'{name}/', layer)
   sizes = [*map(size_of, names, given)]
   for transform, own in zip(chain.transforms, state, strict=True):
     own, given, notes = transform.layers(context, own, first, given)
@@ -193,17 +182,10 @@ def _rewritten(
       effects[k].append(_Effect(transform, size, sizes[k], notes[k]))
   records = []
   for name, found in zip(names, effects, strict=True):
-    layer = _own(context, name, given.pop(0))
+    layer = given.pop(0)
     params = {f'{name}/{path}': layer.pop(path) for path in [*layer]}
     records.append(_record(name, params, context, rounding, _savings(context, found)))
   return records, tuple(states)
-
-
-def _own(context: Context, name: str, part: Params) -> Params:
-  """Returns the parameters of a record: of an expert without the norms beside it."""
-  if models.names.expert_index(name) is None:
-    return part
-  return {path: part[path] for path in models.layout.expert_axes(context.config)}
 
 
 def _skip(
@@ -264,7 +246,7 @@ class Parts(NamedTuple):
 
   Attributes:
     config: sizes and switches.
-    parts: the parameters of a layer or an expert by the name of its record, and those
+    parts: the parameters of a layer by the name of its record, and those
       outside the layers by None.
   """
 
@@ -297,7 +279,7 @@ def round_part(
 
   Args:
     context: its source has at least this part, see `Parts`.
-    name: the record of a layer or an expert; None for the parameters outside the
+    name: the record of a layer; None for the parameters outside the
       layers.
     rounding: the rule.
 
@@ -357,9 +339,8 @@ def to_model(
   """Makes a model from all records that `rewrite` yields."""
   found = {record.name: record.params for record in records}
   outer = [x for x in found if models.names.layer_index(x) is None]
-  layers = [
-    models.read_layer(found.__getitem__, config, i) for i in range(config.num_layers)
-  ]
+  names = map(models.names.layer, range(config.num_layers))
+  layers = [found[name][name] for name in names]
   return models.from_layers(config, {x: found[x][x] for x in outer}, layers, buffers)
 
 

@@ -219,8 +219,7 @@ def _for_small_rows(table: Any, config: models.ModelConfig) -> float:
   """
   if config.learned_positions:
     return 0.0
-  width = 1 if config.scaled_embedding else config.hidden_size
-  ratio = _least_row(table, config.norm_eps * width)
+  ratio = _least_row(table, config.norm_eps * config.hidden_size)
   return min(math.log2(_SMALL_ROW * float(ratio)), 0.0)
 
 

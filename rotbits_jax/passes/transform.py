@@ -15,7 +15,7 @@ out of a dict, put others in, and return the same dict. So the memory of a leaf 
 as soon as it is rewritten.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 import itertools
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -120,26 +120,6 @@ class Context(NamedTuple):
     return devices.map_layers(self.mesh, core, arguments, **static)
 
 
-def parts(source: ModelSource, index: int) -> Iterator[tuple[str, models.Params]]:
-  """Reads a layer part by part: an expert of a mixture is a part of its own.
-
-  Args:
-    source: the model.
-    index: the layer.
-
-  Yields:
-    The name of the record of each part, see `models.names`; and its parameters, by
-    keys within the layer. Beside an expert are the norms of its layer.
-  """
-  axes = models.layout.layer_axes(source.config)
-  norms: Params = {}
-  for name in models.names.of_layer(index, source.config.num_experts):
-    part = structured.flatten(source.read(name)[name]) | norms
-    if not norms:
-      norms = {path: leaf for path, leaf in part.items() if axes.get(path) == ('norm',)}
-    yield name, structured.unflatten(part)
-
-
 class Transform(NamedTuple):
   """A pass over a model, as functions that return notes, see `note`.
 
@@ -152,9 +132,7 @@ class Transform(NamedTuple):
       any part of the source. By default the state is empty.
     layers: takes the context, the state, the index of the first layer and consecutive
       layers. It returns the next state, the rewritten layers, and the notes on each
-      layer. By default nothing changes. In a mixture, it gets a layer without experts,
-      and then each expert as another part of the same layer, see `parts`; the state
-      after these is dropped.
+      layer. By default nothing changes.
     outer: takes the context, the state after the last layer and the parameters outside
       the layers. It returns the rewritten parameters and the notes.
     skip: takes the arguments of `layers` and returns the next state only. By default it

@@ -20,7 +20,6 @@ the residual stream in front of each layer.
 
 from collections.abc import Callable, Mapping, Sequence
 import dataclasses
-import functools
 import math
 import os
 from typing import Any, NamedTuple
@@ -203,7 +202,7 @@ class _Arrays(NamedTuple):
     return cls(
       model.config,
       lambda index: structured.unflatten(
-        _arrays(models.read_layer(model.read, model.config, index))
+        _arrays(model.read(models.names.layer(index))[models.names.layer(index)])
       ),
       lambda: structured.unflatten(_arrays(model.outer())),
     )
@@ -226,8 +225,8 @@ class _Arrays(NamedTuple):
       return structured.unflatten(structured.astype(stored, np.float32))
 
     outer = part(None)  # it is needed before the layers and after them
-    layer = functools.partial(models.read_layer, part, context.config)
-    return cls(context.config, layer, lambda: outer)
+    layer = lambda name: part(name)[name]
+    return cls(context.config, lambda i: layer(models.names.layer(i)), lambda: outer)
 
 
 def _arrays(params: models.Params) -> dict[str, Any]:

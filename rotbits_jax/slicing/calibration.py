@@ -83,7 +83,6 @@ def advance(
   sublayers: models.Params,
   basis: PrincipalComponents,
   config: models.ModelConfig,
-  layer: int,
 ) -> None:
   """Replaces the activations of a segment by those of the next segment.
 
@@ -92,12 +91,10 @@ def advance(
     sublayers: parameters of the fused sublayers between the two segments, by name.
     basis: principal components of segment s.
     config: config of the fused model.
-    layer: index of the layer of the sublayers.
   """
   params, cut = _device_float32((sublayers, basis.cut))
-  reach = transformer.reach(config, layer)
   for i, sequence in enumerate(activations):
-    activations[i] = _advance(params, cut, sequence, reach, config=config)
+    activations[i] = _advance(params, cut, sequence, config=config)
 
 
 def principal_components(activations: np.ndarray, width: int) -> PrincipalComponents:
@@ -131,7 +128,6 @@ def _advance(
   params: models.Params,
   cut: jax.Array,
   x: jax.Array,
-  reach: transformer.Reach,
   *,
   config: models.ModelConfig,
 ) -> jax.Array:
@@ -140,8 +136,7 @@ def _advance(
     x = x - (x @ cut) @ cut.T
     normed = transformer.norm(None, config, x)[None]
     if 'attention' in params:
-      attended = transformer.attention(params['attention'], config, normed, reach)
-      x = x + attended.x[0]
+      x = x + transformer.attention(params['attention'], config, normed).x[0]
     if 'mlp' in params:
       x = x + transformer.mlp(params['mlp'], config, normed).x[0]
     return x

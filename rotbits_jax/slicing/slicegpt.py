@@ -123,7 +123,7 @@ def slice_model(
     fused = norm_fusion.fuse_layer(layer, dense.config)
     steps = [fused] if config.parallel_block else [{k: v} for k, v in fused.items()]
     for sublayers in steps:
-      calibration.advance(activations, sublayers, bases[-1], config, i)
+      calibration.advance(activations, sublayers, bases[-1], config)
       bases.append(next_basis())
     sliced = slice_layer(fused, tuple(basis.kept for basis in bases), config)
     layers.append(_float32(sliced, models.names.layer(i)))

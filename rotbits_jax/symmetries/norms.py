@@ -55,10 +55,10 @@ def fold_norm_scales(
     The parameters in their old dtypes; the scales are 1.
 
   Raises:
-    ValueError: if the norms of the model are no RMSNorms, or have scales beside 1.
+    ValueError: if the norms of the model are no RMSNorms.
   """
-  if config.norm != 'rmsnorm' or config.zero_centred_scales:
-    raise ValueError(f'{config.family}: only plain scales of RMSNorms can be folded')
+  if config.norm != 'rmsnorm':
+    raise ValueError(f'{config.family}: only the scales of RMSNorms can be folded')
   folded = dict(params)
   for path, own in axes.items():
     if path in params and len(own) > 1 and isinstance(own[-2], int):  # it reads one

@@ -105,13 +105,8 @@ def canonicalize(
     gauges = _rotate_segments(outer, stacks, config, tolerance, max_rank)
   elif valid.stream:
     gauges = gauges._replace(first=_rotate_stream(outer, stacks, config))
+  fix = functools.partial(_fix_heads, config=config, rotary=config.rotary_dim)
   for key, stack in stacks.items():
-    # The layers of a stack keep leaves of one shape. If RoPE is not in all of them, the
-    # coordinates that it rotates in some are not changed in the others.
-    layers = ranges[key]
-    assert layers is not None
-    rotary = max(config.positions(layer).rotary_dim for layer in layers)
-    fix = functools.partial(_fix_heads, config=config, rotary=rotary)
     stacks[key], gauges.heads[key] = jax.vmap(fix)(stack)
   result = {key: structured.unflatten(stack) for key, stack in stacks.items()}
   return structured.unflatten(outer) | result, gauges
@@ -145,7 +140,7 @@ def _rotate_segments(
     )
   polars = {key: _polars(stack, config) for key, stack in stacks.items()}
   (first_stack, *_), last_polars = stacks.values(), list(polars.values())[-1]
-  path = models.layout.upper_kernel(config)
+  path = models.layout.UPPER_KERNEL
   rotation, up = jnp.eye(widths[0], dtype=jnp.float32), first_stack[path]
   is_upper = _is_array(first_stack, path) and (
     config.parallel_block or widths[0] == widths[1]
@@ -254,7 +249,7 @@ def _rotate_stream(
   for key, stack in stacks.items():
     stacks[key] = jax.vmap(fold)(stack)
   first_stack, rotation = next(iter(stacks.values())), None
-  path = models.layout.upper_kernel(config)
+  path = models.layout.UPPER_KERNEL
   if _is_array(first_stack, path):
     rotation = rotations.upper_rotation(first_stack[path][0])
 
