@@ -9,7 +9,7 @@ import tqdm
 T = TypeVar('T')
 
 
-class Progress(tqdm.tqdm):  # type: ignore[type-arg]
+class Progress(tqdm.tqdm):
   """A progress bar of a task whose size is known; a context manager.
 
   In a pipe or a log, which keep each state on a line of its own, it is shown once a
