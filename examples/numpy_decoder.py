@@ -376,8 +376,8 @@ def main(path, output, base=None):
   data, tensors, empty = pathlib.Path(path).read_bytes(), {}, []
   start = 8 + int.from_bytes(data[:8], 'little')
   streams, data = json.loads(data[8:start]), data[start:]
-  if streams.pop('__metadata__').get('version') != '4':
-    raise ValueError('not a rotbits file of version 4')
+  if streams.pop('__metadata__').get('version') != '1':
+    raise ValueError('not a rotbits file of version 1')
   streams = {name: data[slice(*x['data_offsets'])] for name, x in streams.items()}
   manifest = json.loads(zlib.decompress(streams['manifest']))
   # Records with leaves that need others come last.

@@ -290,7 +290,11 @@ def load(
   wanted = None if dtype is None else structured.floating(dtype)
   with file.Reader(source, base=base) as reader:
     found = reader.read(
-      layers=layers, place=sharding, integers=integers, show_progress=progress
+      layers=layers,
+      place=sharding,
+      integers=integers,
+      as_model=True,
+      show_progress=progress,
     )
   if wanted is not None:
     with jax.enable_x64(True):  # see `placement.put`
@@ -309,7 +313,7 @@ def decode_checkpoint(
     OSError: if the path cannot be read.
   """
   with file.Reader(source, base=base) as reader:
-    model = reader.read(show_progress=progress)
+    model = reader.read(as_model=True, show_progress=progress)
     if not isinstance(model, models.Model):
       raise file.ContainerError(
         'the file holds plain tensors, not a model of a known family'

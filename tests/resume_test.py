@@ -53,7 +53,7 @@ def streams(path):
   """Returns the stream and the entry of each record of a file."""
   with file.Reader(path) as reader:
     return {
-      name: (reader._records.files[name].read(name), entry)
+      name: (reader._decoder.files[name].read(name), entry)
       for name, entry in reader.records.items()
     }
 

@@ -22,10 +22,10 @@ from rotbits_jax import presets
 from rotbits_jax import structured
 from rotbits_jax.coding import weights
 from rotbits_jax.file import coders
+from rotbits_jax.file import decode as decode_lib
 from rotbits_jax.file import journal as journal_lib
 from rotbits_jax.file import leaves as leaves_lib
 from rotbits_jax.file import manifest as manifest_lib
-from rotbits_jax.file import memory as memory_lib
 from rotbits_jax.file import shards as shards_lib
 from rotbits_jax.file import sources
 from rotbits_jax.file import writer as writer_lib
@@ -352,7 +352,7 @@ class Job:
         ahead.append(_Coded(records, dict(self.source.checksums), state))
         size = sum(self.counts[name].bytes for name, _ in records)
         del records
-        while len(ahead) > (0 if size >= memory_lib.LARGE else 1):
+        while len(ahead) > (0 if size >= decode_lib.LARGE else 1):
           yield ahead.popleft()
       while ahead:
         yield ahead.popleft()

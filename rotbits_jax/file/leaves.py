@@ -4,7 +4,7 @@ A leaf is an array or a structured leaf, see `structured`. It is stored as one o
 arrays of its record, see `manifest`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 import dataclasses
 import math
 from typing import Any
@@ -18,6 +18,8 @@ from rotbits_jax.system import schema
 
 UNTRUSTED = ArithmeticError, AttributeError, LookupError, TypeError
 """The errors, besides ValueError, of a leaf whose settings and arrays do not fit."""
+
+Shape = tuple[int, ...]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -36,8 +38,8 @@ class Leaf:
     needs: paths of the parameters that are needed to compute the array.
     base: the array of a base that is needed to compute the array; None for none.
     product: a product that is needed in its place; None for none.
-    crc32: CRC-32 of the array that the leaf stands for, if the reader puts that array
-      in the leaf's place; else None.
+    crc32: CRC-32 of the materialized array, for leaves that the reader replaces by it;
+      else None.
   """
 
   path: schema.Path
@@ -55,20 +57,20 @@ class Leaf:
   def __post_init__(self) -> None:
     if len(set(self.arrays)) != len(self.arrays):
       raise ValueError(f'{self.path}: the names of the arrays must differ')
-    own = self.stack_key, self.settings, self.arrays, self.needs, self.crc32
-    if not self.type_name and (
-      own != ((), {}, ('',), (), None) or self.base is not None or self.product
-    ):
-      raise ValueError(f'{self.path}: an array has fields of a structured leaf')
+    known = [x for x in (self.base, self.product, self.needs) if x]
     cls = self.leaf_class
-    if cls is not None and cls.origin.is_in_files != (self.crc32 is not None):
-      raise ValueError(f'{self.path}: leaves of its type have a checksum, or have none')
-    count = (self.base is not None) + (self.product is not None) + bool(self.needs)
-    is_known = cls is not None and cls.origin is structured.Origin.KNOWN
-    if cls is not None and (count != 1 if is_known else self.base or self.product):
-      raise ValueError(f'{self.path}: leaves of its type need a base, or need none')
+    if not self.type_name:
+      others = self.stack_key, self.settings, self.arrays, self.crc32
+      if known or others != ((), {}, ('',), None):
+        raise ValueError(f'{self.path}: an array has fields of a structured leaf')
+    elif cls is not None:
+      is_known = cls.origin is structured.Origin.KNOWN
+      if cls.origin.is_in_files != (self.crc32 is not None):
+        raise ValueError(f'{self.path}: leaves of its type have a checksum, or none')
+      if len(known) != 1 if is_known else self.base or self.product:
+        raise ValueError(f'{self.path}: leaves of its type need a base, or need none')
     is_of_layer = models.names.layer_index(self.path) is not None
-    if self.needs and not self.is_array and is_of_layer:
+    if self.needs and self.crc32 is None and is_of_layer:
       raise ValueError(f'{self.path}: a leaf of a stack cannot need other parameters')
 
   @property
@@ -80,66 +82,74 @@ class Leaf:
     """Makes the structured leaf from the arrays as which it is stored.
 
     Raises:
-      ValueError: if the arrays, the settings and this entry do not fit together, or if
-        the type is unknown.
+      ValueError: if the arrays, the settings and this entry do not fit together.
     """
-    cls = self.leaf_class
-    if cls is None:
-      raise ValueError(f'leaves of type {self.type_name!r:.100} are unknown')
+    cls = structured.TYPES[self.type_name]
     try:
       named = dict(zip(self.arrays, arrays, strict=True))
       leaf = cls.from_stored(self.settings, named)
       key = structured.stack_key(leaf)
     except UNTRUSTED as error:
       raise ValueError(str(error)) from error
-    if key != (self.type_name, self.shape, self.dtype, self.stack_key):
+    if (*key, leaf.needs) != (
+      *(self.type_name, self.shape, self.dtype, self.stack_key),
+      self.needs,
+    ):
       raise ValueError('the leaf differs from the manifest')
-    if leaf.needs != self.needs:
-      raise ValueError('the leaf needs other parameters than the manifest says')
     if cls.origin is structured.Origin.KNOWN and not self.needs:
       leaf.check_needed(self.shape if self.base is None else self.base.shape)
     return leaf
 
-  def check_shapes(self, shapes: Sequence[tuple[int, ...]]) -> None:
-    """Checks that the leaf has the settings and arrays that tell of two factors.
+  def factored(self, shapes: Sequence[Shape]) -> tuple[int, str] | None:
+    """Returns rank and naming of a leaf of two factors; None for others.
 
     Args:
-      shapes: shapes of the arrays as which it is stored.
+      shapes: shapes of the arrays as which the leaf is stored.
 
     Raises:
-      ValueError: if one is missing.
+      ValueError: if the settings or the arrays that tell it are missing.
     """
+    factored: tuple[int, str] | None = self._told(
+      lambda cls, named: cls.stored_factored(self.settings, named), shapes
+    )
+    if factored is not None and not isinstance(factored[1], str):
+      raise ValueError(f'{self.path}: the naming of its factors is no text')
+    return factored
+
+  def rank(self, shapes: Sequence[Shape]) -> Any:
+    """Returns the rank of the leaf, see `Structured.stored_rank` and `factored`."""
+    return self._told(lambda cls, named: cls.stored_rank(self.settings, named), shapes)
+
+  def _told(
+    self,
+    tell: Callable[[type[structured.Structured], dict[str, Shape]], Any],
+    shapes: Sequence[Shape],
+  ) -> Any:
+    """Returns what the class tells of the stored arrays; None without a class."""
     if (cls := self.leaf_class) is None:
-      return
+      return None
     try:
-      found = cls.stored_factored(
-        self.settings, dict(zip(self.arrays, shapes, strict=True))
-      )
-      if found is not None and not isinstance(found[1], str):
-        raise TypeError('their name is no text')
+      return tell(cls, dict(zip(self.arrays, shapes, strict=True)))
     except UNTRUSTED as error:
-      raise ValueError(f'{self.path}: the leaf has not two factors: {error}') from error
-
-  @property
-  def waits(self) -> bool:
-    """Whether the reader needs other parameters to decode the leaf's record."""
-    return bool(self.needs) and self.crc32 is not None
-
-  @property
-  def is_array(self) -> bool:
-    """Whether the parameter is an array for those who read the file."""
-    return not self.type_name or self.crc32 is not None
+      raise ValueError(f'{self.path}: expected a leaf with two factors') from error
 
   @property
   def is_multiples(self) -> bool:
-    """Whether the leaf is a `UniformlyQuantized` whose lines have no exponents."""
+    """Whether the leaf is an array of integers times one step."""
     multiples = structured.UniformlyQuantized.type_name
     return self.type_name == multiples and 'row_exponents' not in self.arrays
 
-  @property
-  def is_made_anew(self) -> bool:
-    """Whether the reader makes a new array, which shares no memory with a base."""
-    return self.crc32 is not None and not (self.base or self.product)
+  def is_expanded(self, integers: bool = False) -> bool:
+    """Returns whether the reader puts the array in the place of the structured leaf.
+
+    Args:
+      integers: whether multiples of one step stay integers.
+    """
+    return self.crc32 is not None or (self.is_multiples and not integers)
+
+  def is_array(self, integers: bool = False) -> bool:
+    """Returns whether the parameter is an array for those who read the file."""
+    return not self.type_name or self.is_expanded(integers)
 
   @property
   def base_size(self) -> int:
@@ -166,14 +176,14 @@ class Leaf:
     return self.size * np.dtype(entries.stored_dtype(self.dtype)).itemsize
 
 
-def check_array(path: str, shape: tuple[int, ...], dtype: np.dtype) -> None:
+def check_array(path: str, shape: Shape, dtype: np.dtype) -> None:
   """Checks that an array of this path, shape and dtype can be stored.
 
   Raises:
     ValueError: if it cannot.
   """
+  entry = Leaf(path=path, shape=shape, dtype=dtype.name)
   try:
-    entry = Leaf(path=path, shape=shape, dtype=dtype.name)
     schema.load(Leaf, schema.dump(entry), path)
   except ValueError as error:
     raise ValueError(f'it cannot be stored: {error}') from error

@@ -1,18 +1,17 @@
 """The manifest: describes the content of a file, and is validated when it is read.
 
-A file is a list of *records*, which decode on their own. Each layer is a record, see
-`models.names`. The parameters outside the layers form a record for each first key of
-their paths ('embed', 'head', ...). A record is one stream of the container. It consists
-of *leaves*, which are arrays or structured leaves (see `structured`). A leaf is stored
-as one or more arrays. All paths are those of the whole model, like
-'layers.3/mlp/up/kernel'.
+A file is a list of *records*, which decode on their own. Each layer is a record; the
+parameters outside the layers form one for each first key of their paths ('embed',
+'head', ...). A record is one stream of the container. It consists of *leaves*, which
+are arrays or structured leaves (see `structured`). A leaf is stored as one or more
+arrays. All paths are those of the whole model, like 'layers.3/mlp/up/kernel'.
 
 The preset `paper` stores one message for the whole model in place of records, see
 `MessageEntry`. A checkpoint of an unknown family is stored as records of plain tensors,
 and a `WeightsFileEntry` says how its weights files are made of them.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 import dataclasses
 import functools
 import json
@@ -30,8 +29,6 @@ from rotbits_jax.file import leaves as leaves_lib
 from rotbits_jax.relative import entries
 from rotbits_jax.system import schema
 
-ContainerError = container.ContainerError
-
 FILES = 'files/'
 """The beginning of the names of the streams of other files."""
 
@@ -41,26 +38,11 @@ GAPS = 'gaps/'
 MOST_FILES = 1 << 28
 """The greatest number of bytes of all other files before they are compressed."""
 
-MOST_FIELDS = 32
-"""The greatest number of different fields of the notes of a saving."""
-
-
-def _notes(value: tuple[dict[str, Any], ...]) -> str | None:
-  """Checks the fields with which reports compute; others may be any JSON values."""
-  if len(set().union(*value)) > MOST_FIELDS:  # reports have a column for each
-    return f'must have at most {MOST_FIELDS} different fields'
-  try:
-    for note in value:
-      names = [field.name for field in dataclasses.fields(_Note)]
-      known = {name: note[name] for name in names if name in note}
-      schema.load(_Note, known)
-  except schema.SchemaError as error:
-    return f'must be notes: {error}'
-  return None
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Note:
+  """The fields of a note with which reports compute; others may be any JSON values."""
+
   tensor: str = ''
   shape: entries.Shape | None = None
   elements: schema.Integer | None = None
@@ -69,6 +51,19 @@ class _Note:
   def __post_init__(self) -> None:
     if self.shape is not None and self.elements is None:
       raise ValueError('a shape needs the number of elements')
+
+
+_FIELDS = tuple(field.name for field in dataclasses.fields(_Note))
+
+
+def _notes(value: tuple[dict[str, Any], ...]) -> str | None:
+  """Checks the notes of a saving."""
+  try:
+    for note in value:
+      schema.load(_Note, {name: note[name] for name in _FIELDS if name in note})
+  except schema.SchemaError as error:
+    return f'must be notes: {error}'
+  return None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -142,9 +137,6 @@ class RecordEntry:
       self.tree({leaf.path: None for leaf in self.leaves})
       if len({self.inner(leaf.path) for leaf in self.leaves}) < len(self.leaves):
         raise ValueError('two leaves have the same path within the record')
-      needed = {path for leaf in self.leaves if leaf.waits for path in leaf.needs}
-      if own := needed & {leaf.path for leaf in self.leaves}:
-        raise ValueError(f'a leaf needs {min(own)}, which is in its own record')
       if self.is_known:
         self._check_stream()
     except ValueError as error:
@@ -163,22 +155,19 @@ class RecordEntry:
       )
     if sum(len(leaf.arrays) for leaf in self.leaves) != len(spec.arrays):
       raise ValueError('the leaves and the coder list different arrays')
-    for leaf, arrays in self.leaf_specs():
-      leaf.check_shapes([array.shape for array in arrays])
-      # The config of the model bounds the size of a basis.
-      is_expanded = leaf.is_array and leaf.leaf_class is not structured.Subspace
+    for leaf, specs in self.leaf_specs():
+      leaf.factored([x.shape for x in specs])
       if not leaf.type_name:
-        if (arrays[0].shape, arrays[0].dtype) != (
-          leaf.shape,
-          entries.stored_dtype(leaf.dtype),
-        ):
+        stored = leaf.shape, entries.stored_dtype(leaf.dtype)
+        if (specs[0].shape, specs[0].dtype) != stored:
           raise ValueError(
             f'{leaf.path}: the leaf and the coder differ in the shape or the dtype'
           )
-      elif is_expanded and entries.is_too_short(
-        leaf.size, leaf.base_size, sum(array.nbytes for array in arrays)
-      ):
-        raise ValueError(f'{leaf.path}: too few bytes stand for {leaf.size} elements')
+      # The config of the model bounds the size of a basis.
+      elif leaf.is_expanded() and leaf.leaf_class is not structured.Subspace:
+        nbytes = sum(x.nbytes for x in specs)
+        if entries.is_too_short(leaf.size, leaf.base_size, nbytes):
+          raise ValueError(f'{leaf.path}: too few bytes stand for {leaf.size} elements')
 
   @property
   def is_known(self) -> bool:
@@ -228,6 +217,13 @@ class RecordEntry:
     specs = iter(self.stream_spec.arrays)
     return [(leaf, [next(specs) for _ in leaf.arrays]) for leaf in self.leaves]
 
+  def rank(self, inner_path: str) -> Any:
+    """Returns the rank of a leaf by its path within the record, see `Leaf.rank`."""
+    for leaf, specs in self.leaf_specs():
+      if self.inner(leaf.path) == inner_path:
+        return leaf.rank([x.shape for x in specs])
+    return None
+
   def tree(self, flat: dict[str, Any]) -> dict[str, Any]:
     """Returns the nested dicts of these leaves by path, with the empty dicts."""
     empty: dict[str, Any] = {path: {} for path in self.empty}
@@ -237,13 +233,17 @@ class RecordEntry:
     """Returns the path of a leaf within the record."""
     return path.removeprefix(f'{self.name}/')
 
-  def stack_key(self) -> tuple[Any, ...]:
-    """Returns a key that layers share if they can be stacked."""
+  def stack_key(self, integers: bool) -> tuple[Any, ...]:
+    """Returns a key that layers share if they can be stacked.
+
+    Args:
+      integers: whether multiples of one step stay integers.
+    """
     return tuple(
       sorted(
         (
           self.inner(x.path),
-          '' if x.is_array else x.type_name,
+          '' if x.is_array(integers) else x.type_name,
           x.shape,
           x.dtype,
           x.stack_key,
@@ -328,44 +328,61 @@ class Manifest:
         raise ValueError(f'{name!r:.100}: not the name of a file')
     if sum(file.size for file in self.files.values()) > MOST_FILES:
       raise ValueError(f'the other files have more than {MOST_FILES} bytes')
-    names = {record.name for record in self.records}
-    if self.message is not None and names - {models.names.BUFFERS}:
-      raise ValueError('a message is the whole model: there are no other records')
-    if self.config is not None:
-      self._check_model(self.config)
-    elif self.message is not None:
+    if self.config is None and self.message is not None:
       raise ValueError('a message needs a config')
-    elif products := [y.path for x in self.records for y in x.leaves if y.product]:
-      raise ValueError(f'{products[0]}: a product needs a config')
-    bases = structured.Basis, structured.Subspace
-    for record in self.records:
-      is_of_segment = models.names.subspace_index(record.name) is not None
-      for leaf in record.leaves:
-        if leaf.leaf_class in bases and (self.config is None or not is_of_segment):
-          raise ValueError(f'{leaf.path}: a basis needs a segment of a model')
-
-  def _check_model(self, config: models.ModelConfig) -> None:
-    """Checks that the records belong to a model with this config.
-
-    Raises:
-      ValueError: if they do not. It names the record or the parameter.
-    """
-    if self.weights:
+    if self.config is not None and self.weights:
       raise ValueError('a model has no weights files of its own')
     for record in self.records:
-      if record.empty:
-        raise ValueError(f'{record.name}: a model has no empty dicts')
-      shapes = {leaf.path: leaf.shape for leaf in record.leaves}
-      if models.names.subspace_index(record.name) is not None:
-        _check_basis(record, config)
-        continue
-      check_shapes(record.name, shapes, config)
-      if record.name == models.names.BUFFERS and any(
-        leaf.type_name for leaf in record.leaves
-      ):
-        raise ValueError(f'{record.name}: buffers are arrays')
-      for leaf, arrays in record.leaf_specs() if record.is_known else ():
-        _check_leaf(leaf, [x.shape for x in arrays], config)
+      if self.message is not None and record.name != models.names.BUFFERS:
+        raise ValueError('a message is the whole model: there are no other records')
+      self._check_record(record, models.names.subspace_index(record.name))
+
+  def _check_record(self, record: RecordEntry, segment: int | None) -> None:
+    """Checks that a record belongs to a model with the config.
+
+    Args:
+      record: the record.
+      segment: the segment whose basis it is, see `structured.subspaces`.
+
+    Raises:
+      ValueError: if it does not. It names the record or the parameter.
+    """
+    bases = structured.Basis, structured.Subspace
+    for leaf in record.leaves:
+      if leaf.product is not None and self.config is None:
+        raise ValueError(f'{leaf.path}: a product needs a config')
+      if leaf.leaf_class in bases and (self.config is None or segment is None):
+        raise ValueError(f'{leaf.path}: a basis needs a segment of a model')
+    if self.config is None:
+      return
+    if record.empty:
+      raise ValueError(f'{record.name}: a model has no empty dicts')
+    if segment is not None:
+      widths = dict(enumerate(self.config.segment_widths))
+      basis = models.names.basis(segment)
+      shape = self.config.hidden_size, widths.get(segment)
+      for leaf in record.leaves:
+        fields = leaf.path, leaf.shape, leaf.dtype
+        if fields != (basis, shape, 'int32') or leaf.leaf_class not in bases:
+          raise ValueError(f'{record.name}: it is not the basis of a segment')
+      return
+    shapes = {leaf.path: leaf.shape for leaf in record.leaves}
+    check_shapes(record.name, shapes, self.config)
+    is_of_arrays = not any(leaf.type_name for leaf in record.leaves)
+    if record.name == models.names.BUFFERS and not is_of_arrays:
+      raise ValueError(f'{record.name}: buffers are arrays')
+    for leaf, specs in record.leaf_specs() if record.is_known else ():
+      fields_of_config = (
+        {} if leaf.leaf_class is None else leaf.leaf_class.config_fields
+      )
+      for setting, field in fields_of_config.items():
+        if leaf.settings.get(setting) != getattr(self.config, field):
+          raise ValueError(
+            f'{leaf.path}: the config and the setting {setting!r} disagree'
+          )
+      factored = leaf.factored([x.shape for x in specs])
+      if factored is not None and factored[1] not in checkpoints.FACTORS:
+        raise ValueError(f'{leaf.path}: its factors have no known names')
 
   def other_streams(self) -> dict[str, Stream]:
     """Returns the streams that are not those of records, by name."""
@@ -396,51 +413,7 @@ class Manifest:
     try:
       return schema.load(cls, value, container.MANIFEST)
     except ValueError as error:
-      raise ContainerError(str(error)) from error
-
-
-def _check_basis(record: RecordEntry, config: models.ModelConfig) -> None:
-  """Checks the record of a basis, see `structured.subspaces`.
-
-  Raises:
-    ValueError: if the model has no such segment, or the record is none of a basis.
-  """
-  segment = models.names.subspace_index(record.name)
-  assert segment is not None
-  known = segment < len(config.segment_widths)
-  shape = (config.hidden_size, config.segment_widths[segment]) if known else ()
-  found = [(x.path, x.shape, x.dtype) for x in record.leaves]
-  own = models.names.basis(segment), shape, 'int32'
-  kinds = {x.leaf_class for x in record.leaves}
-  others = kinds - {structured.Basis, structured.Subspace}
-  if not known or found not in ([], [own]) or others:
-    raise ValueError(f'{record.name}: it is not the basis of a segment')
-
-
-def _check_leaf(
-  leaf: leaves_lib.Leaf, shapes: Sequence[tuple[int, ...]], config: models.ModelConfig
-) -> None:
-  """Checks a structured leaf of a model.
-
-  Args:
-    leaf: the leaf.
-    shapes: shapes of its arrays.
-    config: config of the model.
-
-  Raises:
-    ValueError: if the leaf does not fit the config, or is a pair of factors whose names
-      no checkpoint has.
-  """
-  own = leaf.leaf_class
-  if own is None:
-    return
-  for setting, field in own.config_fields.items():
-    if leaf.settings.get(setting) != getattr(config, field):
-      raise ValueError(f'{leaf.path}: the config and the setting {setting!r} disagree')
-  named = dict(zip(leaf.arrays, shapes, strict=True))
-  factored = own.stored_factored(leaf.settings, named)
-  if factored is not None and factored[1] not in checkpoints.FACTORS:
-    raise ValueError(f'{leaf.path}: its factors have no known names')
+      raise container.ContainerError(str(error)) from error
 
 
 def check_shapes(

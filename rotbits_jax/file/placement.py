@@ -1,6 +1,6 @@
 """Places decoded arrays on devices, by a sharding or a function that returns one."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 import math
 from typing import Any
 
@@ -8,7 +8,6 @@ import jax
 import numpy as np
 
 from rotbits_jax import structured
-from rotbits_jax.file import manifest as manifest_lib
 
 Place = (
   jax.sharding.Sharding | Callable[[str, tuple[int, ...]], jax.sharding.Sharding | None]
@@ -98,26 +97,24 @@ def placed_stack(
 
 
 def local_layers(
-  place: Place, name: str, entry: manifest_lib.RecordEntry, count: int
+  place: Place, name: str, shapes: Iterable[tuple[str, tuple[int, ...]]], count: int
 ) -> range:
   """Returns the places in a stack of layers that devices of this process get.
 
   Args:
     place: the sharding.
     name: the name of the stack.
-    entry: the entry of one of its layers.
+    shapes: path and shape of the arrays of one of its layers.
     count: the number of its layers.
   """
   first, last = count, 0
-  for leaf, specs in entry.leaf_specs():
-    for own in [leaf.shape] if leaf.is_array else [x.shape for x in specs]:
-      shape = (count, *own)
-      sharding = _sharding(place, f'{name}/{entry.inner(leaf.path)}', shape)
-      if sharding is None:
-        return range(count)
-      for index in sharding.addressable_devices_indices_map(shape).values():
-        start, stop, _ = index[0].indices(count) if index else (0, count, 1)
-        first, last = min(first, start), max(last, stop)
+  for path, shape in shapes:
+    sharding = _sharding(place, f'{name}/{path}', (count, *shape))
+    if sharding is None:
+      return range(count)
+    for index in sharding.addressable_devices_indices_map((count, *shape)).values():
+      start, stop, _ = index[0].indices(count) if index else (0, count, 1)
+      first, last = min(first, start), max(last, stop)
   return range(min(first, last), last)
 
 

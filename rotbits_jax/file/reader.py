@@ -25,20 +25,18 @@ from rotbits_jax import paper
 from rotbits_jax import structured
 from rotbits_jax.coding import weights
 from rotbits_jax.file import container
+from rotbits_jax.file import decode as decode_lib
 from rotbits_jax.file import leaves as leaves_lib
 from rotbits_jax.file import manifest as manifest_lib
-from rotbits_jax.file import memory as memory_lib
 from rotbits_jax.file import placement
-from rotbits_jax.file import records as records_lib
+from rotbits_jax.file import plain_model
 from rotbits_jax.file import shards
 from rotbits_jax.file import sidecars
 from rotbits_jax.file import sources
-from rotbits_jax.file import stacks as stacks_lib
 from rotbits_jax.file.container import ContainerError
 from rotbits_jax.relative import base as base_lib
 from rotbits_jax.relative import entries
 from rotbits_jax.structured import shortcuts
-from rotbits_jax.system import host
 from rotbits_jax.system import progress
 from rotbits_jax.system import schema
 
@@ -89,7 +87,7 @@ class Reader:
           raise ContainerError('a message is one file, and no shard')
     opened = None if base is None else open_base(base, plain=self.config is None)
     self._base = opened
-    self._records = records_lib.Records(self._files, self.manifests, opened)
+    self._decoder = decode_lib.Decoder(self._files, self.manifests, opened)
     self._message = first.message
     if index is not None:
       self._check_index(index)
@@ -107,24 +105,24 @@ class Reader:
   @property
   def records(self) -> dict[str, manifest_lib.RecordEntry]:
     """The manifest's entries of all records, by name; those of a message have none."""
-    return dict(self._records.entries)
+    return dict(self._decoder.entries)
 
   def specs(self, name: str) -> Tree:
     """Returns the shapes and dtypes of a record, without reading it."""
-    leaves = self._records.entries[name].leaves
+    leaves = self._decoder.entries[name].leaves
     spec = lambda leaf: checkpoints.TensorSpec(leaf.shape, np.dtype(leaf.dtype))
     return structured.unflatten({leaf.path: spec(leaf) for leaf in leaves})
 
   def needed_arrays(self) -> dict[str, entries.BaseArray]:
     """Returns the arrays of a base that the file needs, by their paths in the base."""
-    leaves = self._records.leaves.values()
+    leaves = self._decoder.leaves.values()
     return {array.path: array for leaf in leaves for array in leaf.base_arrays}
 
   def uses_of_base(self) -> dict[str, str]:
     """Returns the last record that needs each array of a base, by the array's path."""
     last: dict[str, str] = {}
     for name in self._names():
-      for leaf in self._records.entries[name].leaves:
+      for leaf in self._decoder.entries[name].leaves:
         last |= dict.fromkeys((array.path for array in leaf.base_arrays), name)
     return last
 
@@ -132,7 +130,7 @@ class Reader:
     """Returns the paths of the arrays that are those of the base."""
     return {
       path
-      for path, leaf in self._records.leaves.items()
+      for path, leaf in self._decoder.leaves.items()
       if leaf.leaf_class is structured.Same
       and leaf.base is not None
       and (leaf.base.path, leaf.base.crc32) == (path, leaf.crc32)
@@ -145,8 +143,8 @@ class Reader:
     Raises:
       ContainerError: naming the first record that is missing, or array of a base.
     """
-    for name in (*self._records.entries, *self._names()):
-      self._records.entry(name)
+    for name in (*self._decoder.entries, *self._names()):
+      self._decoder.entry(name)
 
   def fingerprint(self) -> str | None:
     """Returns a digest of the content; None if it needs a base that is in memory."""
@@ -174,25 +172,25 @@ class Reader:
     Raises:
       ContainerError: if there is no such record, or if it is damaged.
     """
-    entry = self._records.entry(name)
-    return entry.tree(self._records.decode(name))
+    entry = self._decoder.entry(name)
+    return entry.tree(self._decoder.decode(name))
 
   def tensor(self, path: str) -> Any:
     """Reads one parameter, such as 'layers.3/attention/query/kernel'; see `record`."""
-    if path not in self._records.holders:
+    if path not in self._decoder.holders:
       raise ContainerError(f'{path}: no such parameter')
-    return self._records.decode(self._records.holders[path])[path]
+    return self._decoder.decode(self._decoder.holders[path])[path]
 
   def buffers(self) -> Tree:
     """Reads the tensors that the forward pass does not use; returns them by name."""
     name = models.names.BUFFERS
-    if self.config is None or name not in self._records.entries:
+    if self.config is None or name not in self._decoder.entries:
       return {}
     return self.record(name)[name]
 
   def dtypes(self) -> dict[str, np.dtype]:
     """Returns the dtype of every parameter, by path."""
-    found = {path: np.dtype(x.dtype) for path, x in self._records.leaves.items()}
+    found = {path: np.dtype(x.dtype) for path, x in self._decoder.leaves.items()}
     return found if self._message is None else found | self._message.layout.dtypes()
 
   def dtypes_on_disk(self) -> dict[str, np.dtype]:
@@ -209,38 +207,29 @@ class Reader:
 
   def factors(self) -> dict[str, tuple[int, str]]:
     """Returns rank and naming of the parameters stored as two factors, by path."""
-    found: dict[str, tuple[int, str]] = {}
-    for leaf, shapes in self._leaves():
-      cls = leaf.leaf_class
-      pair = None if cls is None else cls.stored_factored(leaf.settings, shapes)
-      if pair is not None:
-        found[leaf.path] = pair
-    return found
+    return {
+      leaf.path: factored
+      for leaf, shapes in self._leaves()
+      if (factored := leaf.factored(shapes)) is not None
+    }
 
   def thin_shortcuts(self) -> dict[str, tuple[int, int]]:
     """Returns the columns of B and of C of thin shortcuts, by path.
 
     See `structured.IdentityMinusGram.is_thin`.
     """
-    gram = structured.IdentityMinusGram
-    found: dict[str, tuple[int, int]] = {}
-    for leaf, shapes in self._leaves():
-      if leaf.leaf_class is not gram:
-        continue
-      try:
-        ranks = gram.stored_rank(leaf.settings, shapes)
-        is_thin = shortcuts.is_thin(ranks, leaf.shape[-1])
-      except LookupError:
-        raise ContainerError(f'{leaf.path}: the leaf has not two factors') from None
-      if is_thin:
-        found[leaf.path] = ranks
-    return found
+    return {
+      leaf.path: leaf.rank(shapes)
+      for leaf, shapes in self._leaves()
+      if leaf.leaf_class is structured.IdentityMinusGram
+      and shortcuts.is_thin(leaf.rank(shapes), leaf.shape[-1])
+    }
 
-  def _leaves(self) -> Iterator[tuple[leaves_lib.Leaf, dict[str, tuple[int, ...]]]]:
+  def _leaves(self) -> Iterator[tuple[leaves_lib.Leaf, list[tuple[int, ...]]]]:
     """Yields the manifest's entry of each leaf, and the shapes of its stored arrays."""
-    for name in self._records.entries:
-      for leaf, specs in self._records.entry(name).leaf_specs():
-        yield leaf, dict(zip(leaf.arrays, (x.shape for x in specs), strict=True))
+    for name in self._decoder.entries:
+      for leaf, specs in self._decoder.entry(name).leaf_specs():
+        yield leaf, [x.shape for x in specs]
 
   def streams(self) -> list[tuple[str, int]]:
     """Returns the names and the bytes of all streams but the manifests, in order."""
@@ -263,6 +252,7 @@ class Reader:
     layers: range | None = None,
     place: placement.Place | None = None,
     integers: bool = False,
+    as_model: bool = False,
     show_progress: bool = False,
   ) -> models.Model | Tree:
     """Reads the model, with stacked layers, or the PyTree of arrays.
@@ -274,6 +264,7 @@ class Reader:
         Layers that no device of this process gets are not decoded.
       integers: whether matrices that are multiples of one step stay
         `structured.UniformlyQuantized`, so that their elements are never floats.
+      as_model: whether plain tensors of a known family become the model.
       show_progress: whether to show the progress on stderr.
 
     Returns:
@@ -285,42 +276,42 @@ class Reader:
       ContainerError: if the file is damaged or incomplete.
       ValueError: if there are no such layers.
     """
-    count = 0 if self.config is None else self.config.num_layers
+    source = None
+    if as_model and self.weights_files:
+      source = plain_model.open_model(self._decoder, self.files())
+    config = self.config if source is None else source.config
+    count = 0 if config is None else config.num_layers
     layers = range(count) if layers is None else layers
     if not 0 <= layers.start <= layers.stop <= count or layers.step != 1:
       raise ValueError(f'the file has {count} layers, got {layers}')
+    if source is not None:
+      return plain_model.read_model(source, layers, place, show_progress)
     if self._message is not None:
       return self._message_model(layers, place, show_progress)
     outer = self._outer()
     names = [*outer, *map(models.names.layer, layers)]
-    entries = [self._records.entry(name) for name in names]
+    entries = [self._decoder.entry(name) for name in names]
     # A process of several checks those layers that it needs, see `stacks`.
     is_whole = place is None or jax.process_count() == 1
     held = entries if is_whole else entries[: len(outer)]
-    memory_lib.check('the whole content', sum(x.memory_bytes(integers) for x in held))
-    flat: Tree = {}
+    nbytes = sum(entry.memory_bytes(integers) for entry in held)
+    decode_lib.check_memory('the whole content', nbytes)
     total = sum(entry.input.bytes for entry in entries)
+    decode = functools.partial(self._decoder.decode, integers=integers)
     with (
       progress.Progress('decode', total, 'B', show=show_progress) as bar,
       weights.record_jobs() as start,
     ):
-      started: dict[str, Any] = {}
-      resolve = self._resolver(started)
+      jobs: dict[str, Any] = {}
+      resolve = self._resolver(jobs)
       for name in outer:
-        memory = memory_lib.allocate([self._records.entry(name)], integers=integers)
-        job = functools.partial(self._records.decode, name, memory, resolve)
-        started[name] = start(job)
-      stacks = stacks_lib.start_stacks(
-        self._records, layers, place, start, resolve, integers
+        jobs[name] = start(functools.partial(decode, name, resolve))
+      stacks = decode_lib.start_stacks(
+        self._decoder, layers, place, start, resolve, integers
       )
-      for name, future in started.items():
-        for path, leaf in future.result().items():
-          own = host.contiguous(leaf) if isinstance(leaf, np.ndarray) else leaf
-          flat |= placement.placed({path: own}, place)
-        bar.update(self._records.entry(name).input.bytes)
-      for stack in stacks:
-        own = stack.result(bar)
-        flat |= placement.placed_stack(own, place, stack.wanted, stack.total)
+      sizes = [self._decoder.entry(name).input.bytes for name in jobs]
+      pairs = zip(sizes, jobs.values(), strict=True)
+      flat = decode_lib.placed(pairs, stacks, place, bar)
     if self.config is None:
       return self._tree(flat)
     return self._model(flat)
@@ -350,10 +341,10 @@ class Reader:
     if self._message is not None:
       yield from self._decode_message(show_progress)
     names = self._names()
-    sizes = {name: self._records.entry(name).input.bytes for name in names}
+    sizes = {name: self._decoder.entry(name).input.bytes for name in names}
     total = sum(sizes.values())
-    needed = {path for leaf in self._records.leaves.values() for path in leaf.needs}
-    held = {self._records.holders.get(path) for path in needed}
+    needed = {path for leaf in self._decoder.leaves.values() for path in leaf.needs}
+    held = {self._decoder.holders.get(path) for path in needed}
     kept: dict[str, Any] = {}
     resolve = self._resolver(kept)
     with (
@@ -363,11 +354,12 @@ class Reader:
       ahead: collections.deque[Any] = collections.deque()
       for i, name in enumerate(names):
         # One record is decoded while the caller works on the one before it.
-        wanted = 1 if sizes[name] >= memory_lib.LARGE else 2
+        wanted = 1 if sizes[name] >= decode_lib.LARGE else 2
         for other in names[i + len(ahead) : i + wanted]:
-          ahead.append(
-            start(functools.partial(self._records.decode, other, {}, resolve))
+          decode = functools.partial(
+            self._decoder.decode, integers=keep is None, shared=True
           )
+          ahead.append(start(functools.partial(decode, other, resolve)))
           if other in held:
             kept[other] = ahead[-1]
         flat = ahead.popleft().result()
@@ -380,14 +372,14 @@ class Reader:
         del flat
         bar.update(sizes[name])
 
-  def _resolver(self, started: Mapping[str, Any]) -> records_lib.Resolve:
+  def _resolver(self, started: Mapping[str, Any]) -> decode_lib.Resolve:
     """Returns a function of the path of a parameter, which returns its array.
 
     Args:
       started: futures of records. Other records are decoded when they are needed.
     """
-    decode = self._records.decode
-    return self._records.resolver(
+    decode = self._decoder.decode
+    return self._decoder.resolver(
       lambda name: started[name].result() if name in started else decode(name)
     )
 
@@ -396,18 +388,17 @@ class Reader:
     if self._message is not None or self.config is None:
       return self._outer()
     layers = map(models.names.layer, range(self.config.num_layers))
-    own = self._records.entries
+    own = self._decoder.entries
     return [*layers, *self._outer(), *(x for x in own if x == models.names.BUFFERS)]
 
   def _outer(self) -> list[str]:
     """Returns the records outside the layers. Those that need others come last."""
-    names = list(self._records.entries)
+    names = list(self._decoder.entries)
     if self.config is not None and self._message is None:
       names = list(models.outer_shapes(self.config))
-    # Nothing waits for a record that waits, or all threads could wait for it.
-    rank = lambda leaf: leaf.waits + bool(leaf.needs)
-    leaves = lambda name: self._records.entry(name).leaves
-    return sorted(names, key=lambda name: max(map(rank, leaves(name)), default=0))
+    # Nothing waits for a record that needs others, or all threads could wait for it.
+    needs = lambda name: any(x.needs for x in self._decoder.entry(name).leaves)
+    return sorted(names, key=needs)
 
   def _tree(self, flat: Tree) -> Tree:
     """Returns a PyTree, or the tensors by name."""
@@ -426,7 +417,7 @@ class Reader:
         options = schema.load(paper.Options, self.options, 'options')
         sizes = entry.layout.record_bytes(config)
         rotation = 16 * max(config.segment_widths) ** 2  # with its integers
-        memory_lib.check('the message', 2 * sum(sizes.values()) + rotation)
+        decode_lib.check_memory('the message', 2 * sum(sizes.values()) + rotation)
         streams = {}
         for name, stream in entry.streams.items():
           with file.checked(name, stream.crc32) as data:
@@ -466,8 +457,8 @@ class Reader:
 
   def tensor_sizes(self) -> dict[str, int]:
     """Returns the bytes of every array, by its path."""
-    leaves = self._records.leaves
-    return {path: leaf.nbytes for path, leaf in leaves.items() if leaf.is_array}
+    leaves = self._decoder.leaves
+    return {path: leaf.nbytes for path, leaf in leaves.items() if leaf.is_array()}
 
   def gaps(self) -> dict[str, bytes]:
     """Reads the bytes between the tensors of each weights file, joined.
@@ -498,7 +489,7 @@ class Reader:
       if metadata.manifest_crc32[os.path.basename(file.name)] != file.manifest_crc32:
         raise ContainerError(f'{file.name}: the index names another shard of this name')
     found = {
-      name: os.path.basename(own.name) for name, own in self._records.files.items()
+      name: os.path.basename(own.name) for name, own in self._decoder.files.items()
     }
     if wrong := sorted(found.items() ^ index.weight_map.items()):
       raise ContainerError(
@@ -532,7 +523,7 @@ class Reader:
       if wrong := sorted(arrays ^ set(places)) or sorted(self.dtypes().keys() - arrays):
         raise ContainerError(f'{wrong[0]}: not a tensor with a place in a weights file')
       return
-    for name, entry in self._records.entries.items():
+    for name, entry in self._decoder.entries.items():
       keys = {x.split('/')[0] for x in (*entry.empty, *(y.path for y in entry.leaves))}
       if keys != {name}:
         raise ContainerError(f'{name}: a leaf of the record is not under its name')
@@ -595,7 +586,7 @@ def open_base(given: Any, *, plain: bool) -> base_lib.Base:
   return base_lib.Base(first, plain=plain)
 
 
-def _array(leaf: Any, resolve: records_lib.Resolve) -> Any:
+def _array(leaf: Any, resolve: decode_lib.Resolve) -> Any:
   """Returns the array of a leaf."""
   if not structured.is_structured(leaf):
     return leaf
