@@ -44,7 +44,7 @@ class Case(NamedTuple):
   """A damaged container.
 
   Attributes:
-    damage: type of the damage: 'flip', 'truncation', 'exchange' or 'field'.
+    damage: 'flip', 'truncation', 'exchange' or 'field'.
     where: what was damaged.
     named: what the error has to name; empty for anything.
     make: makes the container.
@@ -68,7 +68,7 @@ def cases(data: bytes, other: bytes) -> Iterator[Case]:
       where = f'byte {place} of {name or "the header"}'
       yield Case('flip', where, name, functools.partial(_flipped, data, place))
   for size in range(len(data)):
-    yield Case('truncation', f'{size} bytes', '', functools.partial(_cut, data, size))
+    yield Case('truncation', f'{size} bytes', '', lambda size=size: data[:size])
   streams, manifest = containers.unpack(data)
   their_streams, _ = containers.unpack(other)
   for name, stream in streams.items():
@@ -90,20 +90,14 @@ def cases(data: bytes, other: bytes) -> Iterator[Case]:
 
 
 def sections(data: bytes) -> list[tuple[str, int, int]]:
-  """Returns the sections of a container: names, starts and stops."""
-  (length,) = struct.unpack('<Q', data[:8])
+  """Returns name, start and stop of the header and of each stream of a container."""
+  start = 8 + struct.unpack('<Q', data[:8])[0]
   reader = container.StreamReader(data)
-  ends = list(itertools.accumulate(map(reader.nbytes, reader.names()), initial=0))
-  starts = [8 + length + x for x in ends]
-  return [
-    ('', 0, 8 + length),
-    *zip(reader.names(), starts, starts[1:], strict=False),
-  ]
-
-
-def _cut(data: bytes, size: int) -> bytes:
-  """Returns the beginning of a container."""
-  return data[:size]
+  places = [('', 0, start)]
+  for name in reader.names():
+    places.append((name, start, start + reader.nbytes(name)))
+    start += reader.nbytes(name)
+  return places
 
 
 def _flipped(data: bytes, place: int) -> bytes:
@@ -117,12 +111,11 @@ def _exchanges(
   streams: dict[str, bytes], manifest: containers.Json, where: str, named: str
 ) -> Iterator[Case]:
   """Yields a container of other streams, without and with the right checksums."""
-  text = containers.to_json(manifest)
-  make = functools.partial(containers.pack, streams, text)
-  yield Case('exchange', where, named, make)
   sealed = containers.sealed(streams, copy.deepcopy(manifest))
-  make = functools.partial(containers.pack, streams, containers.to_json(sealed))
-  yield Case('exchange', f'{where}, sealed', named, make)
+  for value in (manifest, sealed):
+    text = containers.to_json(value)
+    make = functools.partial(containers.pack, streams, text)
+    yield Case('exchange', where, named, make)
 
 
 def _edited(
