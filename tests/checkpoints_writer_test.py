@@ -391,14 +391,6 @@ class WriterTest(parameterized.TestCase):
         checkpoints.load_checkpoint(self.target).model, new.model
       )
 
-  def test_two_writers_do_not_meet(self):
-    source = self.open()
-    with writer_of(source, self.target) as writer:
-      with self.assertRaisesRegex(BlockingIOError, 'another process writes here'):
-        writer_of(source, self.target).__enter__()
-      write_backwards(writer, source)
-    self.assertEqual(list(self.scratch.iterdir()), [self.target])
-
   def test_a_target_that_cannot_be_written_is_told_before_the_work(self):
     source = self.open()
     self.target.write_text('a file')

@@ -4,210 +4,111 @@ import errno
 import os
 import pathlib
 import stat
-import subprocess
-import sys
-import tempfile
 
-from absl.testing import absltest
-from absl.testing import parameterized
+import pytest
 
 from rotbits_jax.system import outputs
 
-ROOT = pathlib.Path(__file__).parents[1]
+
+def test_a_new_file_or_an_old_one_with_overwrite(tmp_path):
+  target = outputs.resolved(tmp_path / 'x')
+  outputs.check(target, overwrite=False)
+  target.write_text('old')
+  outputs.check(target, overwrite=True)
+  with pytest.raises(FileExistsError, match='overwrite'):
+    outputs.check(target, overwrite=False)
 
 
-class Base(parameterized.TestCase):
-  def setUp(self):
-    super().setUp()
-    scratch = self.enterContext(tempfile.TemporaryDirectory())
-    self.folder = pathlib.Path(os.path.realpath(scratch))
-    self.target = self.folder / 'x'
-
-  def names(self):
-    return sorted(path.name for path in self.folder.iterdir())
+def circle(folder):
+  (folder / 'x').symlink_to('x')
+  return folder / 'x'
 
 
-class CheckTest(Base):
-  def check(self, overwrite=True):
-    outputs.check(outputs.resolved(self.target), overwrite=overwrite)
+def fifo(folder):
+  os.mkfifo(folder / 'x')
+  return folder / 'x'
 
-  def test_a_new_file(self):
-    self.check(overwrite=False)
 
-  def test_a_file_that_exists_needs_overwrite(self):
-    self.target.write_text('old')
-    self.check()
-    with self.assertRaisesRegex(FileExistsError, 'overwrite'):
-      self.check(overwrite=False)
+def read_only(folder):
+  (folder / 'x').write_text('old')
+  (folder / 'x').chmod(0o444)
+  return folder / 'x'
 
-  def test_only_regular_files_are_replaced(self):
-    os.mkfifo(self.target)
-    with self.assertRaisesRegex(OSError, 'not a regular file'):
-      self.check()
-    self.target = pathlib.Path(os.devnull)
-    with self.assertRaisesRegex(OSError, 'not a regular file'):
-      self.check()
-    self.target = self.folder
-    with self.assertRaises(IsADirectoryError):
-      self.check()
 
-  def test_a_read_only_file_stays(self):
-    self.target.write_text('old')
-    self.target.chmod(0o444)
-    with self.assertRaisesRegex(PermissionError, 'read-only'):
-      self.check()
+def link_to_folder(folder):
+  (folder / 'link').symlink_to('.')
+  return folder / 'link'
 
-  def test_links_are_followed(self):
-    link = self.folder / 'link'
-    link.symlink_to('x')
-    self.assertEqual(outputs.resolved(link), self.target)
-    self.target.mkdir()
-    self.target = link
-    with self.assertRaises(IsADirectoryError):
-      self.check()
 
-  def test_a_circle_of_links(self):
-    self.target.symlink_to('x')
-    with self.assertRaises(OSError):
-      self.check()
+@pytest.mark.parametrize(
+  ('make', 'words'),
+  [
+    (circle, 'not a regular file'),
+    (fifo, 'not a regular file'),
+    (read_only, 'read-only'),
+    (link_to_folder, 'is a directory'),
+    (lambda folder: os.devnull, 'not a regular file'),
+    (lambda folder: folder / 'missing' / 'x', 'no such directory'),
+    (lambda folder: '', 'empty'),
+  ],
+)
+def test_what_is_not_written(tmp_path, make, words):
+  with pytest.raises(OSError, match=words):
+    outputs.check(outputs.resolved(make(tmp_path)), overwrite=True)
 
-  def test_an_empty_path_and_a_missing_folder(self):
-    with self.assertRaisesRegex(OSError, 'empty'):
-      outputs.resolved('')
-    self.target = self.folder / 'missing' / 'x'
-    with self.assertRaisesRegex(NotADirectoryError, 'no such directory'):
-      self.check()
 
-  def test_a_folder_that_cannot_be_written(self):
-    program = f"""
-import os, pathlib
-from rotbits_jax.system import outputs
-target = pathlib.Path({str(self.target)!r})
-for check in (
-  lambda: outputs.check(target, overwrite=True),
-  lambda: outputs.directory_target(target / 'a' / 'b'),
-):
-  try:
-    check()
-  except PermissionError as error:
-    assert 'cannot be written' in str(error), error
-  else:
+def test_a_directory(tmp_path):
+  (tmp_path / 'link').symlink_to('x')
+  assert outputs.directory_target(tmp_path / 'link' / 'y') == tmp_path / 'x' / 'y'
+  (tmp_path / 'x').write_text('a file')
+  with pytest.raises(NotADirectoryError, match="is a file.*/x'$"):
+    outputs.directory_target(tmp_path / 'link' / 'below')
+
+
+def test_what_a_killed_run_left_is_removed(tmp_path):
+  staging = outputs.staging(tmp_path / 'x')
+  (staging / 'folder').mkdir(parents=True)
+  (staging / 'folder' / 'file').write_text('half')
+  (staging / 'link').symlink_to(tmp_path)
+  with outputs.fresh(staging) as folder:
+    assert list(folder.iterdir()) == []
+  assert list(tmp_path.iterdir()) == []
+
+
+def test_folders_above_go_with_an_exception(tmp_path):
+  staging = outputs.staging(tmp_path / 'a' / 'b' / 'x')
+  with pytest.raises(ZeroDivisionError), outputs.fresh(staging):
+    raise ZeroDivisionError
+  assert list(tmp_path.iterdir()) == []
+  with outputs.fresh(staging) as folder:
+    (folder / 'x').write_text('whole')
+    outputs.move(folder / 'x', folder.parent / 'x')
+  assert [x.name for x in (tmp_path / 'a' / 'b').iterdir()] == ['x']
+
+
+def test_a_link_is_no_staging_folder(tmp_path):
+  outside = tmp_path / 'outside'
+  outside.mkdir()
+  (outside / 'file').write_text('stays')
+  staging = outputs.staging(tmp_path / 'x')
+  staging.symlink_to(outside)
+  with pytest.raises(OSError, match='not a folder'), outputs.fresh(staging):
     raise AssertionError
-"""
-    self.folder.chmod(0o555)
-    own = {} if os.geteuid() else {'user': 65534}  # root may write anywhere
-    done = subprocess.run(
-      [sys.executable, '-c', program],
-      cwd=ROOT,
-      check=False,
-      capture_output=True,
-      text=True,
-      **own,
-    )
-    self.folder.chmod(0o755)
-    self.assertEqual((done.returncode, done.stderr), (0, ''))
+  assert (outside / 'file').exists()
 
 
-class DirectoryTest(Base):
-  def test_links_are_followed_and_files_refused(self):
-    (self.folder / 'link').symlink_to('x')
-    self.assertEqual(outputs.directory_target(self.folder / 'link'), self.target)
-    self.target.write_text('a file')
-    with self.assertRaisesRegex(NotADirectoryError, 'is a file'):
-      outputs.directory_target(self.folder / 'link')
-    with self.assertRaisesRegex(NotADirectoryError, "is a file.*/x'$"):
-      outputs.directory_target(self.target / 'below')
+def test_a_replaced_file_keeps_its_mode(tmp_path):
+  source, target = tmp_path / 'new', tmp_path / 'x'
+  target.write_text('old')
+  target.chmod(0o640)
+  source.write_text('new')
+  outputs.move(source, target)
+  assert target.read_text() == 'new'
+  assert stat.S_IMODE(target.stat().st_mode) == 0o640
 
 
-class StagingTest(Base):
-  def test_what_a_killed_run_left_is_removed(self):
-    staging = outputs.staging(self.target)
-    (staging / 'folder').mkdir(parents=True)
-    (staging / 'folder' / 'file').write_text('half')
-    (staging / 'link').symlink_to(self.folder)
-    with outputs.fresh(staging) as folder:
-      self.assertEmpty(list(folder.iterdir()))
-    self.assertEmpty(self.names())
-
-  def test_a_folder_that_another_process_made_stays(self):
-    staging = outputs.staging(self.target)
-    with outputs.fresh(staging) as folder:
-      folder.rename(self.folder / 'moved')
-      staging.mkdir()
-      (staging / 'file').touch()
-    self.assertTrue((staging / 'file').exists())
-
-  def test_mounts(self):
-    self.assertTrue(outputs.is_mount(pathlib.Path('/proc')))
-    self.assertFalse(outputs.is_mount(self.folder))
-    bound = self.folder / 'a b'
-    bound.mkdir()
-    mount = ['mount', '--bind', str(self.folder), str(bound)]
-    if subprocess.run(mount, check=False, capture_output=True).returncode:
-      self.skipTest('only root may mount')
-    try:
-      self.assertTrue(outputs.is_mount(bound))  # of the same file system
-    finally:
-      subprocess.run(['umount', str(bound)], check=True)
-
-  def test_folders_above_go_with_an_exception(self):
-    staging = outputs.staging(self.folder / 'a' / 'b' / 'x')
-    with self.assertRaises(KeyboardInterrupt), outputs.fresh(staging):
-      raise KeyboardInterrupt
-    self.assertEmpty(self.names())
-    with outputs.fresh(staging) as folder:
-      outputs.move(folder, folder.parent / 'x')
-    self.assertEqual(self.names(), ['a'])
-
-  def test_one_run_at_a_time(self):
-    staging = outputs.staging(self.target)
-    with outputs.fresh(staging):
-      with (
-        self.assertRaisesRegex(BlockingIOError, 'another process'),
-        outputs.fresh(staging),
-      ):
-        self.fail('two runs hold one lock')
-      self.assertTrue(staging.exists())
-    with outputs.fresh(staging):
-      pass
-
-  def test_a_link_is_no_staging_folder(self):
-    outside = self.folder / 'outside'
-    outside.mkdir()
-    (outside / 'file').write_text('stays')
-    outputs.staging(self.target).symlink_to(outside)
-    with self.assertRaises(OSError), outputs.fresh(outputs.staging(self.target)):
-      self.fail('a link was followed')
-    self.assertTrue((outside / 'file').exists())
-
-  def test_a_replaced_file_keeps_its_mode(self):
-    source = self.folder / 'new'
-    self.target.write_text('old')
-    self.target.chmod(0o640)
-    source.write_text('new')
-    outputs.move(source, self.target)
-    self.assertEqual(self.target.read_text(), 'new')
-    self.assertEqual(stat.S_IMODE(self.target.stat().st_mode), 0o640)
-    self.assertEqual(self.names(), ['x'])
-
-
-class RemoveTest(Base):
-  def test_a_file_and_one_that_is_not_there(self):
-    self.target.write_text('old')
-    for _ in range(2):
-      outputs.remove(self.target)
-      self.assertEmpty(self.names())
-
-
-class NamedTest(Base):
-  def test_errors_without_a_path_get_one(self):
-    with self.assertRaises(OSError) as caught, outputs.named(self.target):
-      raise OSError(errno.ENOSPC, 'No space left on device')
-    self.assertEqual(caught.exception.filename, str(self.target))
-    with self.assertRaises(FileNotFoundError) as caught, outputs.named(self.target):
-      (self.folder / 'other').read_bytes()
-    self.assertEqual(caught.exception.filename, str(self.folder / 'other'))
-
-
-if __name__ == '__main__':
-  absltest.main()
+def test_errors_without_a_path_get_one(tmp_path):
+  with pytest.raises(OSError, match=str(tmp_path)), outputs.named(tmp_path):
+    raise OSError(errno.ENOSPC, 'No space left on device')
+  with pytest.raises(FileNotFoundError, match='other'), outputs.named(tmp_path):
+    pathlib.Path(tmp_path, 'other').read_bytes()

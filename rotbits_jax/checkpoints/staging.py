@@ -292,4 +292,4 @@ def _staging(directory: pathlib.Path) -> pathlib.Path:
   """Returns the hidden folder from which files can be moved into a directory."""
   beside = outputs.staging(directory)
   # Files move only within a mount.
-  return directory / beside.name if outputs.is_mount(directory) else beside
+  return directory / beside.name if os.path.ismount(directory) else beside

@@ -7,9 +7,11 @@
       outputs.move(folder / name, target)          # syncs, then renames
 
 The target is the path of a result; it is a regular file or does not exist yet. The
-result is prepared in a staging folder beside the target, `.<name>.partial`. Its name
-depends only on the target, so the next run finds the files of a killed run. The folder
-is locked, so two runs cannot write the same target.
+result is prepared in a staging folder beside the target, `.<name>.partial`, which the
+next run removes if this one is killed.
+
+Raises:
+  OSError: if something cannot be written. It names the path.
 """
 
 from collections.abc import Iterator, Mapping
@@ -17,7 +19,6 @@ import contextlib
 import errno
 import os
 import pathlib
-import re
 import shutil
 import stat
 
@@ -30,11 +31,7 @@ Path = str | os.PathLike[str]
 
 
 def resolved(path: Path) -> pathlib.Path:
-  """Returns the target of a path, after following symbolic links.
-
-  Raises:
-    OSError: if the path is empty.
-  """
+  """Returns the target of a path, after following symbolic links."""
   if not os.fspath(path):
     raise _error(errno.ENOENT, 'the path to write to is empty', "''")
   return pathlib.Path(os.path.realpath(path))
@@ -46,10 +43,6 @@ def check(target: pathlib.Path, *, overwrite: bool) -> None:
   Args:
     target: the target; it must not be a symbolic link, see `resolved`.
     overwrite: whether an existing file may be replaced.
-
-  Raises:
-    OSError: if the target is not a regular file, if it is read-only or must not be
-      replaced, or if its directory does not exist or cannot be written.
   """
   if not target.parent.is_dir():
     folder = target.parent
@@ -69,33 +62,18 @@ def check(target: pathlib.Path, *, overwrite: bool) -> None:
 
 
 def check_folder(folder: pathlib.Path) -> None:
-  """Checks, before the work, that files can be written into a sub-folder of a result.
-
-  Raises:
-    OSError: if it exists and is a link, which may lead elsewhere, or no folder.
-  """
+  """Checks that files can be written into a sub-folder: no link may lead elsewhere."""
   if os.path.lexists(folder) and (folder.is_symlink() or not folder.is_dir()):
     raise _error(errno.ENOTDIR, 'is not a folder, and is not replaced', folder)
 
 
 def directory_target(path: Path) -> pathlib.Path:
-  """Returns the directory of a path, after following symbolic links.
-
-  Args:
-    path: the directory to write to; it need not exist.
-
-  Raises:
-    OSError: if the path is a file, or if the directory cannot be written. If it does
-      not exist, the first directory above it that exists must be writable.
-  """
+  """Returns the directory of a path, which need not exist but can be written."""
   target = resolved(path)
-  for folder in (target, *target.parents):
-    if os.path.lexists(folder):
-      if not folder.is_dir():
-        text = 'is a file, not a directory to write to'
-        raise _error(errno.ENOTDIR, text, folder)
-      _check_writable(folder, target)
-      break
+  folder = next(x for x in (target, *target.parents) if os.path.lexists(x))
+  if not folder.is_dir():
+    raise _error(errno.ENOTDIR, 'is a file, not a directory to write to', folder)
+  _check_writable(folder, target)
   return target
 
 
@@ -104,18 +82,41 @@ def staging(target: pathlib.Path) -> pathlib.Path:
   return target.parent / f'.{target.name}.partial'
 
 
-def is_mount(folder: pathlib.Path) -> bool:
-  """Returns whether a folder is a mount, also of another folder of its file system."""
-  if os.path.ismount(folder):
-    return True
+@contextlib.contextmanager
+def fresh(folder: pathlib.Path) -> Iterator[pathlib.Path]:
+  """Makes an empty folder, and removes it at the end.
+
+  The folders above it are made if they do not exist. If an exception leaves the
+  context, they are removed again.
+  """
+  made = [parent for parent in folder.parents if not parent.exists()]
   try:
-    lines = pathlib.Path('/proc/self/mountinfo').read_bytes().splitlines()
-  except OSError:  # not on Linux
-    return False
-  # The fifth word is the folder; spaces in it are octal numbers.
-  octal = lambda match: bytes([int(match[1], 8)])
-  mounts = {re.sub(rb'\\(\d{3})', octal, line.split()[4]) for line in lines}
-  return os.fsencode(resolved(folder)) in mounts
+    check_folder(folder)
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    try:
+      yield folder
+    finally:
+      shutil.rmtree(folder, ignore_errors=True)
+  except BaseException:
+    for parent in made:
+      with contextlib.suppress(OSError):
+        parent.rmdir()
+    raise
+
+
+def move(source: pathlib.Path, target: pathlib.Path) -> None:
+  """Renames a complete file, or a folder of complete files, to its target.
+
+  The content is on the disk before the name, and the name is on the disk when the
+  function returns. The new file takes the mode of the file that it replaces.
+  """
+  for path in [source, *source.rglob('*')]:
+    _sync(path)
+  if target.is_file():
+    os.chmod(source, stat.S_IMODE(target.stat().st_mode))
+  os.replace(source, target)
+  _sync(target.parent)
 
 
 @contextlib.contextmanager
@@ -141,40 +142,6 @@ def locked(folder: pathlib.Path) -> Iterator[pathlib.Path]:
       os.close(handle)
 
 
-@contextlib.contextmanager
-def fresh(folder: pathlib.Path) -> Iterator[pathlib.Path]:
-  """Makes an empty, locked folder, and removes it at the end.
-
-  The folders above it are made if they do not exist. If an exception leaves the
-  context, they are removed again.
-  """
-  made = [parent for parent in folder.parents if not parent.exists()]
-  try:
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with locked(folder):
-      clear(folder)
-      own = folder.lstat()
-      try:
-        yield folder
-      finally:
-        # Once it is moved, another process may have made one of this name.
-        if folder.exists() and os.path.samestat(own, folder.lstat()):
-          _remove(folder)
-  except BaseException:
-    for parent in made:
-      with contextlib.suppress(OSError):
-        parent.rmdir()
-    raise
-
-
-def _remove(folder: pathlib.Path) -> None:
-  try:
-    shutil.rmtree(folder, ignore_errors=True)
-  except KeyboardInterrupt:  # the interruption waits until nothing is left
-    shutil.rmtree(folder, ignore_errors=True)
-    raise
-
-
 def clear(folder: pathlib.Path) -> None:
   """Removes the content of a folder."""
   for path in folder.iterdir():
@@ -184,26 +151,32 @@ def clear(folder: pathlib.Path) -> None:
       path.unlink()
 
 
-def move(source: pathlib.Path, target: pathlib.Path) -> None:
-  """Renames a complete file, or a folder of complete files, to its target.
-
-  The content is on the disk before the name, and the name is on the disk when the
-  function returns. The new file takes the mode of the file that it replaces.
-  """
-  for path in source.rglob('*') if source.is_dir() else [source]:
-    _sync(path)
-  if source.is_dir():
-    _sync(source)
-  if target.is_file():
-    os.chmod(source, stat.S_IMODE(target.stat().st_mode))
-  os.replace(source, target)
-  _sync(target.parent)
-
-
 def remove(target: pathlib.Path) -> None:
   """Removes a file if it exists. Its name is off the disk when the function returns."""
   target.unlink(missing_ok=True)
   _sync(target.parent)
+
+
+def _lock(folder: pathlib.Path) -> int | None:
+  folder.mkdir(parents=True, exist_ok=True)
+  if fcntl is None:
+    return None
+  try:
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+  except FileNotFoundError as error:  # the process that held the lock has removed it
+    raise _error(errno.EAGAIN, 'another process writes here', folder) from error
+  try:
+    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    # It may have been removed after it was opened, too.
+    if not folder.exists() or not os.path.samestat(os.fstat(handle), folder.lstat()):
+      raise BlockingIOError
+  except BlockingIOError as error:
+    os.close(handle)
+    raise _error(errno.EAGAIN, 'another process writes here', folder) from error
+  except BaseException:
+    os.close(handle)
+    raise
+  return handle
 
 
 def divided(sizes: Mapping[str, int], most: int | None) -> list[tuple[str, ...]]:
@@ -245,41 +218,20 @@ def named(path: Path) -> Iterator[None]:
 
 
 def _check_writable(folder: pathlib.Path, target: pathlib.Path) -> None:
+  """Checks that names in a folder can be written."""
   if not os.access(folder, os.W_OK | os.X_OK):
     raise _error(errno.EACCES, f'the directory {folder} cannot be written', target)
 
 
 def _error(number: int, text: str | None, path: Path) -> OSError:
+  """Returns a system error that names a path."""
   return OSError(number, text, os.fspath(path))
-
-
-def _lock(folder: pathlib.Path) -> int | None:
-  folder.mkdir(parents=True, exist_ok=True)
-  if fcntl is None:
-    return None
-  try:
-    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-  except FileNotFoundError as error:  # the process that held the lock has removed it
-    raise _error(errno.EAGAIN, 'another process writes here', folder) from error
-  try:
-    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    # It may have been removed after it was opened, too.
-    if not folder.exists() or not os.path.samestat(os.fstat(handle), folder.lstat()):
-      raise BlockingIOError
-  except BlockingIOError as error:
-    os.close(handle)
-    raise _error(errno.EAGAIN, 'another process writes here', folder) from error
-  except BaseException:
-    os.close(handle)
-    raise
-  return handle
 
 
 def _sync(path: pathlib.Path) -> None:
   """Waits until the content of a file or a folder is on the disk."""
   try:
-    # Windows waits only for a file that may be written, and cannot open a folder.
-    handle = os.open(path, os.O_RDWR if os.name == 'nt' else os.O_RDONLY)
+    handle = os.open(path, os.O_RDONLY)
   except PermissionError:
     return
   try:
