@@ -42,6 +42,7 @@ if TYPE_CHECKING:  # the imports of `__getattr__`
   from rotbits_jax.api import encode_to_file as encode_to_file
   from rotbits_jax.api import inspect as inspect
   from rotbits_jax.api import load as load
+  from rotbits_jax.api import plan_shards as plan_shards
   from rotbits_jax.api import read_record as read_record
   from rotbits_jax.api import read_tensor as read_tensor
   from rotbits_jax.api import verify as verify
@@ -94,6 +95,7 @@ _NAMES = {
   'load': 'api',
   'load_checkpoint': 'checkpoints',
   'open_checkpoint': 'checkpoints',
+  'plan_shards': 'api',
   'read_tensor': 'api',
   'read_record': 'api',
   'save_checkpoint': 'checkpoints',

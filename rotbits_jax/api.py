@@ -6,6 +6,7 @@ and `load` hold the whole model in memory; `encode_to_file`, `decode_to_director
 """
 
 from collections.abc import Mapping
+import contextlib
 import os
 from typing import Any, Literal, TypeAlias, TypeVar, overload
 
@@ -19,11 +20,11 @@ from rotbits_jax import presets
 from rotbits_jax import structured
 from rotbits_jax.file import directory as directory_lib
 from rotbits_jax.file import encode as encode_lib
-from rotbits_jax.file import job as job_lib
+from rotbits_jax.file import estimate
+from rotbits_jax.file import output
 from rotbits_jax.file import placement
 from rotbits_jax.file import reader as reader_lib
 from rotbits_jax.file import savings
-from rotbits_jax.file import sizing
 from rotbits_jax.file import sources
 from rotbits_jax.file import trees
 from rotbits_jax.file import verification
@@ -103,8 +104,8 @@ def encode(
       if the `config.json` of a model is that of another one, or if the base has none
       of its arrays.
   """
-  job = _job(source, preset, options, files, stem, base)
-  return encode_lib.in_memory(job, progress=progress)
+  encoder = _encoder(source, preset, options, files, stem, base)
+  return encoder.in_memory(progress=progress)
 
 
 @host.own_settings()
@@ -125,25 +126,23 @@ def encode_to_file(
 ) -> None:
   """Encodes a checkpoint to a file, or to shards, a few layers at a time.
 
-  The file appears when it is complete; shards do so with their index, and then those of
-  an older result are removed. If a run was killed or interrupted, the next run with the
-  same input and settings resumes it, if the input is on disk; except with 'paper', with
-  `inputs`, and with transforms besides those of the preset. If several processes of
-  `jax.distributed` call the function, each process writes shards of the layers that it
-  owns.
+  The file appears when it is complete, and so does the folder of shards. If a run that
+  writes shards is killed, the next one with the same source and settings finds those
+  that it had written; except with `inputs`, and with transforms besides those of the
+  preset. If n processes of `jax.distributed` call the function, process i writes every
+  n-th shard.
 
   Args:
     source: the path of a checkpoint, or a source of `encode`. A checkpoint at a path
       that is not of a known family is stored as plain tensors, with 'exact'.
-    path: path of the file. Shards have their number and a checksum before the suffix,
-      and their index in Hugging Face's format is written beside them.
+    path: path of the file, or of the folder of shards, which also gets their index in
+      Hugging Face's format.
     preset: see `encode`.
     base: see `encode`.
     files: see `encode`.
     stem: see `encode`.
     shard_size: greatest size of the records of a shard before they are coded, in bytes;
-      a larger record has a shard to itself. None for one file, or for as many shards as
-      there are processes.
+      a larger record has a shard to itself. None for one file.
     target_size: the greatest number of bytes of the file, or of all shards, in place of
       the option `step` of 'near', which is found so that the file has at least 99% of
       them, where steps between exist. The preset is given by its name.
@@ -162,29 +161,57 @@ def encode_to_file(
     OSError: if the file cannot be written or must not be replaced.
   """
   inputs = source, base
+  check_path = {'inputs': inputs, 'overwrite': overwrite}
+  output.check_path(path, shard_size, **check_path)
   if isinstance(source, str | os.PathLike):
     source = checkpoints.open_any(source)
-  output = encode_lib.Output(
-    path, inputs=inputs, shard_size=shard_size, overwrite=overwrite
-  )
-  rest = files, stem, base
+  content = files, stem, base
+
+  def write(encoder: encode_lib.Encoder, accepted: range | None = None) -> int:
+    settings = {'check': check, 'progress': progress, 'accepted': accepted}
+    if shard_size is None:
+      return output.write_file(encoder, path, **check_path, **settings)
+    plan = output.ShardPlan(encoder, path, shard_size, **check_path)
+    return plan.write(**settings)
+
   if target_size is None:
-    output.write(_job(source, preset, options, *rest), check=check, progress=progress)
+    write(_encoder(source, preset, options, *content))
     return
   if preset != 'near' or 'step' in options:
     raise ValueError(
       "target_size finds the step of the preset 'near', given by its name"
     )
-  found = sources.Source(source, files, stem)
-  sizing.write(
-    found,
-    target_size,
-    lambda made, accepted: output.write(
-      _job(source, made, {}, *rest), check=check, progress=progress, accepted=accepted
-    ),
-    progress=progress,
-    **options,
-  )
+
+  def write_at(step: float, accepted: range) -> int:
+    stepped = options | {'step': step}
+    return write(_encoder(source, preset, stepped, *content), accepted)
+
+  estimate.write_within(target_size, estimate.elements(sources.of(source)), write_at)
+
+
+@host.own_settings()
+def plan_shards(
+  source: Path | Encodable,
+  path: Path,
+  *,
+  shard_size: int,
+  preset: PresetName | presets.Preset | None = None,
+  base: Base | None = None,
+  files: Mapping[str, bytes] | None = None,
+  stem: str | None = None,
+  overwrite: bool = True,
+  **options: Any,
+) -> output.ShardPlan:
+  """Plans a folder of shards, so that processes encode them side by side.
+
+  Every process makes the same plan; the arguments are those of `encode_to_file`. See
+  `file.ShardPlan`, and `examples/encode_on_ray.py`.
+  """
+  inputs = source, base
+  if isinstance(source, str | os.PathLike):
+    source = checkpoints.open_any(source)
+  encoder = _encoder(source, preset, options, files, stem, base)
+  return output.ShardPlan(encoder, path, shard_size, inputs=inputs, overwrite=overwrite)
 
 
 @overload
@@ -454,12 +481,12 @@ def verify(
     if against is not None:
       is_plain = bool(reader.weights_files)
       opened = checkpoints.open_tensors if is_plain else checkpoints.open_checkpoint
-      expected = sources.Source(opened(against))
+      expected = opened(against)
       if reader.config != expected.config:
         raise file.ContainerError(
           f'the file is of another model: its config is not that of {against}'
         )
-      verification.compare_files(reader, expected)
+      verification.compare_files(reader, expected.files)
     bits = expected if reader.keeps == 'bits' else None
     found = verification.read_all(reader, bits, progress=progress)
     if against is None or bits is not None:
@@ -473,19 +500,24 @@ def verify(
   return found._replace(kl=kl, kl_rerounded=floor)
 
 
-def _job(
+def _encoder(
   source: Encodable,
   preset: PresetName | presets.Preset | None,
   options: dict[str, Any],
   files: Mapping[str, bytes] | None,
   stem: str | None,
   base: Base | None,
-) -> job_lib.Job:
-  """Returns the work of encoding a source."""
-  found = sources.Source(source, files, stem)
-  default = presets.default(found.config) if base is None else 'exact'
+) -> encode_lib.Encoder:
+  """Returns the encoder of a source."""
+  files = getattr(source, 'files', {}) if files is None else files
+  stem = getattr(source, 'stem', None) if stem is None else stem
+  opened = sources.of(source)
+  if isinstance(opened, models.Model):
+    with contextlib.suppress(checkpoints.CheckpointError):  # of a family not known
+      files = checkpoints.fitting_files(opened, dict(files), stem)
+  default = presets.default(opened.config) if base is None else 'exact'
   made = presets.make(preset or default, **options)
-  opened = None
+  opened_base = None
   if base is not None:
-    opened = reader_lib.open_base(base, plain=found.config is None)
-  return job_lib.Job(found, made, opened)
+    opened_base = reader_lib.open_base(base, plain=opened.config is None)
+  return encode_lib.Encoder(opened, made, base=opened_base, files=files, stem=stem)

@@ -14,7 +14,6 @@ from rotbits_jax import models
 from rotbits_jax import presets
 from rotbits_jax import structured
 from rotbits_jax.file import encode as encode_lib
-from rotbits_jax.file import job as job_lib
 from rotbits_jax.file import placement
 from rotbits_jax.file import sources
 from rotbits_jax.file import trees
@@ -49,10 +48,10 @@ def delta(new: Any, old: Any) -> bytes:
     ValueError: if a leaf is no array, or if the PyTrees have no paths in common.
   """
   # As dicts, because a `Model` would be read as a checkpoint, by other paths.
-  source = sources.Source(trees.to_dicts(new))
-  base = base_lib.Base(sources.Source(trees.to_dicts(old)), plain=False)
-  job = job_lib.Job(source, presets.make('exact'), base)
-  return encode_lib.in_memory(job, progress=False)
+  source, old_source = (sources.of(trees.to_dicts(tree)) for tree in (new, old))
+  base = base_lib.Base(old_source, plain=False)
+  encoder = encode_lib.Encoder(source, presets.make('exact'), base=base)
+  return encoder.in_memory(progress=False)
 
 
 @host.own_settings()
@@ -87,7 +86,7 @@ def apply(
   """
   nested = trees.to_dicts(params)
   old = structured.flatten(nested)
-  base = base_lib.Base(sources.Source(nested), plain=False)
+  base = base_lib.Base(sources.of(nested), plain=False)
   found: dict[str, Any] = {}
   # As `load` does, which places no buffers.
   prefix = 'params/' if isinstance(params, models.Model) else ''

@@ -51,14 +51,12 @@ def snapshot(
 
   Raises:
     ContainerError: as for `decode_to_directory`, also if the folder is there.
-    ValueError: if the format does not suit the model, or the base is not on disk.
+    ValueError: if the format does not suit the model.
     OSError: if a path cannot be read, or if the cache cannot be written.
   """
   with file.Reader(path, base=base) as reader:
     reader.check_records()
     content = reader.fingerprint()
-    if content is None:
-      raise ValueError('the base of a snapshot must be on disk: give its path')
     sliced = reader.config is not None and reader.config.sliced
     format = format or ('transformers' if sliced else 'safetensors')
     dtype_name = None if dtype is None else jnp.dtype(dtype).name

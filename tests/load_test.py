@@ -16,11 +16,13 @@ import pytest
 import random_models
 
 import rotbits_jax
+from rotbits_jax import checkpoints
 from rotbits_jax import models
 from rotbits_jax import structured
 from rotbits_jax.coding import weights
 from rotbits_jax.file import decode
 from rotbits_jax.system import progress
+from tests import devices
 
 TREE = {
   f'record {i}': {
@@ -136,6 +138,31 @@ class LoadTest(parameterized.TestCase):
         self.assertLessEqual(len(alive), 3, name)
         alive.append(weakref.ref(next(iter(flat.values()))))
         del flat
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('kind', ['Auto', 'Explicit'])
+def test_layers_go_where_a_sharding_says(tmp_path, kind):
+  path, source = str(tmp_path / 'x'), checkpoints.example('opt-small-sliced-0.2')
+  rotbits_jax.encode_to_file(source, path, preset='free')
+  devices.run(
+    'import jax, numpy as np, rotbits_jax\n'
+    'from jax.sharding import NamedSharding, PartitionSpec as P\n'
+    f'kinds = (jax.sharding.AxisType.{kind},)\n'
+    'mesh = jax.make_mesh((2,), ("layers",), axis_types=kinds)\n'
+    'spread, everywhere = NamedSharding(mesh, P("layers")), NamedSharding(mesh, P())\n'
+    f'model = rotbits_jax.load({path!r}, sharding=spread)\n'
+    'for stack, expected in (("layers.0:1", everywhere), ("layers.1:3", spread)):\n'
+    '  kernel = model.params[stack]["attention"]["query"]["kernel"]\n'
+    '  assert kernel.sharding.is_equivalent_to(expected, kernel.ndim)\n'
+    f'plain, tokens = rotbits_jax.load({path!r}), np.arange(6)[None]\n'
+    'logits = jax.jit(rotbits_jax.models.logits)\n'
+    'expected = logits(plain, tokens)\n'
+    'with jax.set_mesh(mesh):\n'
+    '  actual = logits(jax.device_put(model, everywhere), tokens)\n'
+    'np.testing.assert_allclose(np.asarray(actual), np.asarray(expected), atol=1e-4)\n',
+    devices=2,
+  )
 
 
 if __name__ == '__main__':

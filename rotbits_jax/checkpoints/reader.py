@@ -83,6 +83,8 @@ class CheckpointReader:
     self.elements = sum(tensor.size for tensor in tensors.values())
     self.nbytes = sum(tensor.nbytes for tensor in tensors.values())
 
+  stored_as = None  # the parameters are rounded
+
   @property
   def input_bytes(self) -> int:
     """Size of the files that hold the tensors."""

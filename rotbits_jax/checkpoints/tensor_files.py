@@ -43,8 +43,7 @@ class TensorFiles:
     records: names of the records.
   """
 
-  config = None
-  stem = None
+  config = stem = stored_as = None
 
   def __init__(
     self,

@@ -53,7 +53,8 @@ from rotbits_jax import checkpoints
 from rotbits_jax import evaluation
 from rotbits_jax import presets
 from rotbits_jax.cli import program
-from rotbits_jax.file import estimation
+from rotbits_jax.file import estimate as estimate_lib
+from rotbits_jax.file import output
 from rotbits_jax.file import savings
 from rotbits_jax.presets import steps
 from rotbits_jax.system import outputs
@@ -102,7 +103,12 @@ def main() -> program.Result | None:
   start = time.monotonic()
   if _DISTRIBUTED.value:
     jax.distributed.initialize()
-  outputs.check(outputs.resolved(_OUTPUT.value), overwrite=_OVERWRITE.value)
+  output.check_path(
+    _OUTPUT.value,
+    program.parse_size(_SHARD_SIZE),
+    inputs=[_CHECKPOINT.value],
+    overwrite=_OVERWRITE.value,
+  )
   source = checkpoints.open_any(_CHECKPOINT.value)
   choice = _read_choice(source)
   preset: Any = choice.preset
@@ -170,7 +176,7 @@ def _read_choice(source: Any) -> _Choice:
     raise ValueError('--text is for --max_kl, --target_size or --bits')
   target_size = program.parse_size(_TARGET_SIZE)
   if _BITS.present:
-    target_size = int(_BITS.value * estimation.elements(source) / 8)
+    target_size = int(_BITS.value * estimate_lib.elements(source) / 8)
   if not _TEXT.present:
     options = {'step': _STEP.value} if _STEP.present else {}
     return _Choice(preset, options, target_size)

@@ -14,7 +14,7 @@ from absl import flags
 
 from rotbits_jax import checkpoints
 from rotbits_jax.cli import program
-from rotbits_jax.file import estimation
+from rotbits_jax.file import estimate as estimate_lib
 from rotbits_jax.system import text as text_lib
 
 _CHECKPOINT = flags.DEFINE_string(
@@ -32,8 +32,8 @@ _KEPT = {
 
 def main() -> program.Result:
   source = checkpoints.open_any(_CHECKPOINT.value)
-  input_bytes = min(source.input_bytes, estimation.tensor_bytes(source))
-  estimates, without = estimation.estimate(source, base=_BASE.value, progress=True)
+  input_bytes = min(source.input_bytes, estimate_lib.tensor_bytes(source))
+  estimates, without = estimate_lib.estimate(source, base=_BASE.value, progress=True)
   result = {
     'bytes': input_bytes,
     'presets': [

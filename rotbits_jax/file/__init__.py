@@ -13,22 +13,20 @@ coders        finds the coder of records, or of a whole model, by its name
 
 Writing:
 
-sources       gives models, checkpoints and PyTrees one face: records
+sources       models, opened checkpoints and PyTrees: records that are read one by one
 trees         turns PyTrees into nested dicts and back
-job           the work of encoding a source: rewrites records, and writes them
-writer        codes records and appends them to one file
-journal       the hidden folder of a run, from which the next run resumes
-encode        writes files, which appear when they are complete
-estimation    estimates the sizes of files, from samples
-sizing        finds the steps of `near` with which a file has a size
+encode        rewrites records, and codes them
+writer        codes a record, and appends records to one file
+output        a file, or a folder of shards, that appears at once
+inputs        the files that no output may replace
+estimate      sizes of files before they are written
 
 Reading:
 
 reader        reads a record without the others, or the whole content
-records       decodes one record, into given memory or into new memory
-stacks        decodes layers straight into their places in a stack
+decode        decodes records, into given memory or into new memory
+plain_model   makes a model of plain tensors
 sidecars      reads the other files of a checkpoint
-memory        allocates memory for records, and refuses more than it can hold
 placement     places decoded arrays on devices
 directory     writes the checkpoint that a file holds
 verification  compares a file with a source

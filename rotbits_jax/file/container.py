@@ -123,12 +123,6 @@ class StreamWriter:
     self._file.write(view)
     self._next += view.nbytes
 
-  def keep(self, name: str, nbytes: int) -> None:
-    """Takes over a stream of an earlier run that begins at the file's position."""
-    self._streams[name] = self._end, self._end + nbytes
-    self._end = self._next = self._end + nbytes
-    self._file.seek(nbytes, os.SEEK_CUR)
-
   def finish(self, manifest: bytes) -> None:
     """Appends the text of the manifest and writes the header.
 

@@ -1,196 +1,412 @@
-"""Encoding to memory, or to files that appear when they are complete."""
+"""Encodes a source: rewrites its records with a preset, codes them, and writes them.
 
-from collections.abc import Iterable
-import contextlib
+    source -> transforms of the preset -> writer -> container
+
+Records are rewritten while those before them are coded. A range of records can be
+encoded without the others, so that a shard is a job of its own, see `output`.
+"""
+
+import collections
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent import futures
+import functools
+import hashlib
 import io
-import os
-import pathlib
-from typing import Any
+import json
+import platform
+from typing import Any, BinaryIO, NamedTuple
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
-from rotbits_jax.file import inputs as inputs_lib
-from rotbits_jax.file import job as job_lib
-from rotbits_jax.file import journal as journal_lib
-from rotbits_jax.file import reader as reader_lib
-from rotbits_jax.file import shards as shards_lib
-from rotbits_jax.file import verification
-from rotbits_jax.system import outputs
+import rotbits_jax
+from rotbits_jax import checkpoints
+from rotbits_jax import models
+from rotbits_jax import passes
+from rotbits_jax import presets
+from rotbits_jax import structured
+from rotbits_jax.coding import weights
+from rotbits_jax.file import coders
+from rotbits_jax.file import decode as decode_lib
+from rotbits_jax.file import manifest as manifest_lib
+from rotbits_jax.file import sources
+from rotbits_jax.file import writer as writer_lib
+from rotbits_jax.relative import base as base_lib
+from rotbits_jax.relative import recipe as recipe_lib
 from rotbits_jax.system import progress as progress_lib
+from rotbits_jax.system import schema
+
+Batch = tuple[list[passes.Record], Any]
+"""Records, and the state of the transform after them."""
 
 
-def in_memory(job: job_lib.Job, *, progress: bool) -> bytes:
-  """Does the work in memory; returns the bytes of the file."""
-  memory, shard = io.BytesIO(), shards_lib.Shard('', tuple(job.counts))
-  total = sum(x.bytes for x in job.counts.values())
-  with progress_lib.Progress('encode', total, 'B', show=progress) as bar:
-    job.write([shard], lambda _: memory, bar)
-  return memory.getvalue()
+class _Coded(NamedTuple):
+  """A batch that is being coded.
+
+  Attributes:
+    records: the name of each record, and the future of its entry and its stream.
+    state: the state of the transform after the batch.
+  """
+
+  records: 'list[tuple[str, futures.Future[writer_lib.EncodedRecord]]]'
+  state: Any
 
 
-class Output:
-  """The files that a run writes, see `api.encode_to_file`."""
+class Encoder:
+  """Encodes a source with a preset.
+
+  Attributes:
+    source: the source.
+    preset: the preset.
+    base: the base beside which arrays are stored; None for none.
+    counts: elements and bytes of each record before it is rewritten, by its name, in
+      the order of the file.
+  """
 
   def __init__(
     self,
-    path: str | os.PathLike[str],
+    source: sources.Source,
+    preset: presets.Preset,
     *,
-    inputs: Iterable[Any],
-    shard_size: int | None,
-    overwrite: bool,
+    base: base_lib.Base | None = None,
+    files: Mapping[str, bytes] | None = None,
+    stem: str | None = None,
   ):
-    """Checks the path, before the work.
+    """Checks the source, before the work.
 
     Args:
-      path: path of the output.
-      inputs: the checkpoint and its base, see `inputs.check`.
-      shard_size: see `api.encode_to_file`.
-      overwrite: whether existing files may be replaced.
+      source: see the class.
+      preset: see the class.
+      base: see the class.
+      files: bytes of the other files of the checkpoint, by name.
+      stem: name of the weights and of the slicing JSON in a checkpoint of SliceGPT.
 
     Raises:
-      ValueError: if the size is not positive, if the files cannot have such names, or
-        if they would replace a file of an input.
-      OSError: if the output cannot be written or must not be replaced.
+      ValueError: if the preset does not suit the source or the base, if the source
+        cannot be stored, or if the base has none of its arrays.
     """
-    if shard_size is not None and shard_size < 1:
-      raise ValueError(f'shard_size must be positive, got {shard_size}')
-    self._process, self._processes = jax.process_index(), jax.process_count()
-    self._shard_size = shard_size
-    self._is_sharded = shard_size is not None or self._processes > 1
-    resolved = outputs.resolved(path)
-    self._path = pathlib.Path(path).absolute() if self._is_sharded else resolved
-    if self._path.name.endswith(shards_lib.INDEX):
-      raise ValueError(f'{path}: {shards_lib.INDEX} is the end of names of indices')
-    if self._is_sharded:
-      shards_lib.check_name(self._path)
-    self._index = self._path.with_name(shards_lib.index_name(self._path))
-    self._older = [self._path, self._index]
-    for target in self._older:
-      outputs.check(target, overwrite=overwrite)
-    for target in shards_lib.existing(self._path):
-      outputs.check(target, overwrite=overwrite)
-      self._older.append(target)
-    # A link in a checkpoint's folder may lead to a file elsewhere.
-    inputs_lib.check([pathlib.Path(path), *self._older], inputs)
+    coder = coders.find(preset.coder)
+    if coder is None:
+      raise ValueError(f'there is no coder of the name {preset.coder!r}')
+    if preset.rounding is None and isinstance(source, models.Model):
+      source = source.rounded()  # other presets round at the end
+    self.source, self.preset, self.base = source, preset, base
+    self._coder, self._files, self._stem = coder, dict(files or {}), stem
+    self._recipe = None if base is None else self._find_recipe(base)
+    if base is not None and self._recipe is None:
+      self._check_base(base)
+    self._records: Any = self._recipe or source
+    streams = self._streams(self._records.records)
+    writer_lib.check_names(streams, self._files, source, stem)
+    self._check_records()
+    self._context = self._made_context()
+    if isinstance(coder, coders.ModelCoder):
+      coder.refuse(source)
+    dtypes = self._context.dtypes if self._context else {}
+    specs, names = self._records.specs, self._records.records
+    self.counts = {name: _counts(specs(name), dtypes) for name in names}
+
+  @property
+  def can_be_divided(self) -> bool:
+    """Whether records may be divided among several files."""
+    return isinstance(self._coder, coders.RecordCoder)
+
+  def nbytes(self, records: Sequence[str]) -> int:
+    """Returns the bytes of records before they are coded."""
+    return sum(self.counts[name].bytes for name in records)
+
+  def fingerprint(self) -> str:
+    """Returns a digest of the source and of everything else that decides the bytes."""
+    preset, base = self.preset, self.base
+    parts: list[Any] = [preset.name, preset.options, preset.keeps, preset.coder]
+    inputs = [self.source, *([] if base is None else [base.source])]
+    parts += map(sources.fingerprint, inputs)
+    files = {x: hashlib.sha256(y).hexdigest() for x, y in self._files.items()}
+    parts += [self._stem, files]
+    parts += [rotbits_jax.__version__, jax.__version__]
+    if self._recipe is not None:  # another processor rounds bases in another way
+      parts.append(platform.node())
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+  def in_memory(self, *, progress: bool) -> bytes:
+    """Encodes the whole source; returns the bytes of the file."""
+    buffer, records = io.BytesIO(), tuple(self.counts)
+    size = self.nbytes(records)
+    with progress_lib.Progress('encode', size, 'B', show=progress) as bar:
+      self.write(buffer, records, bar)
+    return buffer.getvalue()
 
   def write(
     self,
-    job: job_lib.Job,
-    *,
-    check: bool,
-    progress: bool,
-    accepted: range | None = None,
-  ) -> int:
-    """Does the work, and moves the files into place.
+    file: BinaryIO,
+    records: Sequence[str],
+    bar: progress_lib.Progress,
+    state: Any = None,
+  ) -> Any:
+    """Writes records that follow each other to a file.
 
     Args:
-      job: the work.
-      check: whether to decode everything that was written before a file is replaced,
-        and to compare it with the source if the preset keeps all bits.
-      progress: whether to show the progress on stderr.
-      accepted: the sizes to accept: files of another size are removed, and nothing
-        changes. None for all.
+      file: the file, empty.
+      records: names of the records, in order.
+      bar: shows the progress.
+      state: the state of the transform before the records; None if it is unknown, and
+        then the layers before them are gone through.
 
     Returns:
-      The bytes of all files that this process wrote.
+      The state after them.
+    """
+    is_last = records[-1:] == tuple(self.counts)[-1:]
+    writer = writer_lib.FileWriter(
+      file,
+      self._streams(records),
+      self.nbytes(records),
+      files=self._files if is_last else {},
+      source=self.source if is_last else None,
+      **self._facts(),
+    )
+    bar.stage('reading, compiling')
+    if isinstance(self._coder, coders.ModelCoder):
+      self._write_message(self._coder, writer, bar)
+      records = [name for name in records if name == models.names.BUFFERS]
+    for batch in self._coded(records, state):
+      bar.stage('encoding')
+      for name, encoded in batch.records:
+        writer.add(*encoded.result())
+        bar.update(self.counts[name].bytes)
+      state = batch.state
+    writer.finish()
+    return state
+
+  # ---- checks ------------------------------------------------------------------------
+
+  def _made_context(self) -> passes.Context | None:
+    """Returns the context of the transform; None for arrays of no known family."""
+    source: Any = self.source
+    if source.config is not None:
+      return passes.make_context(self._records, stored_as=source.stored_as)
+    if self.preset.keeps != 'bits':
+      reason = getattr(source, 'reason', None)
+      raise checkpoints.UnsupportedError(
+        f'{f"{reason}; " if reason else ""}the preset {self.preset.name!r} needs a '
+        'model of a known family; the preset exact stores plain arrays'
+      )
+    return None
+
+  def _find_recipe(self, base: base_lib.Base) -> recipe_lib.Recipe | None:
+    """Returns the model as products with the base; None if it was not sliced from it.
+
+    The transforms of the preset are left out then, because they would choose other
+    coordinates.
+    """
+    preset, is_exact = self.preset, self.preset.keeps == 'bits'
+    takes = preset.resumable and (is_exact or preset.name == 'free')
+    if not takes or not recipe_lib.suits(self.source, base):
+      return None
+    recipe = recipe_lib.Recipe(self.source, base, keeps_bits=is_exact)
+    if not recipe.is_related:
+      return None
+    rounding = None if is_exact else passes.NEAREST
+    transform = passes.chain()
+    if not is_exact and recipe.obstacle:
+      recipe = recipe_lib.Recipe(self.source, base, keeps_bits=True)
+      transform = passes.chain(passes.remove_residual_gauge())  # notes why it does not
+    self.preset = preset._replace(transform=transform, rounding=rounding)
+    return recipe
+
+  def _check_base(self, base: base_lib.Base) -> None:
+    """Checks that arrays can be stored beside a base.
 
     Raises:
-      ValueError: if the job cannot be divided among files or processes, or if the
-        source cannot be stored.
-      ContainerError: if the check fails.
-      OSError: if a file cannot be written.
+      ValueError: if the preset changes elements, or if the base has none of the arrays.
     """
-    if self._is_sharded and not job.divides:
+    if self.preset.keeps != 'bits' or not self.can_be_divided:
+      free = self.preset.name == 'free'
+      why = ', because the model was not sliced from it' if free else ''
       raise ValueError(
-        f'the preset {job.preset.name!r} writes one message, which cannot be in shards'
+        f'the preset {self.preset.name!r} takes no {"such " if free else ""}base{why}; '
+        'the preset exact does'
       )
-    if check and self._processes > 1:
-      raise ValueError('check needs one process; verify the file when all are done')
-    if job.is_fitted and self._processes > 1:
-      raise ValueError('a sliced model beside its dense model needs one process')
-    sizes = {name: counts.bytes for name, counts in job.counts.items()}
-    shards = shards_lib.plan(self._path, sizes, self._shard_size, self._processes)
-    owners = {x: i * self._processes // len(shards) for i, x in enumerate(shards)}
-    own = [shard for shard, owner in owners.items() if owner == self._process]
-    names = [name for shard in own for name in shard.records]
-    total = sum(sizes[name] for name in names)
-    fingerprint = job.fingerprint(shards)
-    with (
-      outputs.named(self._path),
-      journal_lib.Journal(self._path, self._process, fingerprint) as journal,
-      progress_lib.Progress('encode', total, 'B', show=progress) as bar,
-    ):
-      if self._process == 0:
-        shards_lib.remove_unnamed(self._path)  # a killed run may have left them
-      if journal.done:
-        bar.write(
-          f'found {len(journal.done)} of {len(names)} records of an earlier run'
-        )
-      with contextlib.ExitStack() as stack:
-        open_shard = lambda shard: stack.enter_context(journal.open(shard))
-        job.write(own, open_shard, bar, journal)
-      self._barrier()
-      paths = {x: journal.path(x.name, process=i) for x, i in owners.items()}
-      size = sum(paths[shard].stat().st_size for shard in own)
-      if accepted is not None and size not in accepted:
-        return size
-      if check:
-        bar.stage('checking')
-        self._check(job, journal, paths)
-      self._publish(own, journal, paths)
-    return size
+    specs = map(self.source.specs, self.source.records)
+    base.check_shares([path for record in specs for path in structured.flatten(record)])
 
-  def _check(
-    self,
-    job: job_lib.Job,
-    journal: journal_lib.Journal,
-    paths: dict[shards_lib.Shard, pathlib.Path],
-  ) -> None:
-    first = journal.path(self._path.name)
-    if self._is_sharded:
-      first = journal.path(self._index.name)
-      shards_lib.write_index(first, paths)
-    expected = job.source if job.preset.keeps == 'bits' else None
-    with reader_lib.Reader(first, base=job.base) as reader:
-      verification.read_all(reader, expected)
+  def _check_records(self) -> None:
+    """Checks, before the work, that the records are those of the model, if it is one.
 
-  def _publish(
-    self,
-    own: list[shards_lib.Shard],
-    journal: journal_lib.Journal,
-    paths: dict[shards_lib.Shard, pathlib.Path],
-  ) -> None:
-    """Moves complete files into place, and removes those of an older result.
-
-    Readers get an older result until the index is moved, because the shards of that
-    result have other names or the same bytes.
+    Raises:
+      ValueError: naming a parameter or a record.
     """
-    if not self._is_sharded:
-      for shard in own:
-        outputs.move(paths[shard], self._path)
-      outputs.remove(self._index)
-    else:
-      published = {
-        shard: shards_lib.published(self._path, shard, place)
-        for shard, place in paths.items()
+    source, config = self.source, self.source.config
+    if config is None:
+      return
+    layers = map(models.names.layer, range(config.num_layers))
+    expected = *models.outer_shapes(config), *layers
+    if missing := [x for x in expected if x not in source.records]:
+      raise ValueError(f'{missing[0]}: the model lacks it')
+    for name in source.records:
+      specs = structured.flatten(source.specs(name))
+      shapes = {path: tuple(leaf.shape) for path, leaf in specs.items()}
+      manifest_lib.check_shapes(name, shapes, config)
+
+  # ---- records -----------------------------------------------------------------------
+
+  def _facts(self) -> dict[str, Any]:
+    """Returns the fields of the manifest that all shards share."""
+    preset, context = self.preset, self._context
+    dtypes: dict[str, str] = {}
+    rounding = preset.rounding
+    if context is not None and rounding is not None and rounding.uniform:
+      # The parameters are float32 in the file.
+      dtypes = {
+        path: dtype.name
+        for path, dtype in context.dtypes.items()
+        if dtype != context.dtype and jnp.issubdtype(dtype, jnp.floating)
       }
-      index = journal.path(self._index.name)
-      if self._process == 0:
-        named = {published[shard]: place for shard, place in paths.items()}
-        shards_lib.write_index(index, named)
-      self._barrier()
-      for shard in own:
-        target = self._path.with_name(published[shard].name)
-        outputs.move(paths[shard], target)
-      self._barrier()
-      if self._process == 0:
-        outputs.move(index, self._index)
-        outputs.remove(self._path)  # an older file, which readers would prefer
-    if self._process == 0:
-      shards_lib.remove_unnamed(self._path)
+      dtypes[''] = context.dtype.name
+    return {
+      'preset': preset.name,
+      'options': preset.options,
+      'keeps': preset.keeps,
+      'config': self.source.config,
+      'stem': self._stem,
+      'dtypes': dtypes,
+    }
 
-  def _barrier(self) -> None:
-    if self._processes > 1:
-      from jax.experimental import multihost_utils
+  def _streams(self, records: Sequence[str]) -> list[str]:
+    """Returns the names of the streams of records."""
+    if isinstance(self._coder, coders.RecordCoder):
+      return list(records)
+    return [*self._coder.streams, *(x for x in records if x == models.names.BUFFERS)]
 
-      multihost_utils.sync_global_devices('rotbits_jax')
+  def _batches(self, names: Sequence[str], state: Any) -> Iterator[Batch]:
+    """Yields records; others than those in `names` may come, too."""
+    bases: list[str] = []
+    if self._context is not None:
+      layers = [i for x in names if (i := models.names.layer_index(x)) is not None]
+      outer = any(x in models.outer_shapes(self._context.config) for x in names)
+      bases = [x for x in names if models.names.subspace_index(x) is not None]
+      end = self._context.config.num_layers
+      if layers or outer:
+        for batch, reached in passes.rewrite(
+          self._context,
+          self.preset.transform,
+          rounding=self.preset.rounding,
+          layers=range(layers[0], layers[-1] + 1) if layers else range(end, end),
+          state=state,
+          outer=outer,
+        ):
+          state = reached
+          yield self._with_bases(batch, bases), state
+      names = [name for name in names if name == models.names.BUFFERS]
+    for name in (*bases, *names):
+      yield [self._record(name)], state
+
+  def _with_bases(
+    self, batch: list[passes.Record], bases: list[str]
+  ) -> list[passes.Record]:
+    """Returns a batch with the bases that come before its layers; takes them away."""
+    places = {name: i for i, name in enumerate(self.counts)}
+    records = []
+    for record in batch:
+      while bases and places[bases[0]] < places[record.name]:
+        records.append(self._record(bases.pop(0)))
+      records.append(record)
+    return records
+
+  def _record(self, name: str) -> passes.Record:
+    """Returns a record that no transform rewrites."""
+    params = structured.for_writing(self._records.read(name))
+    return passes.Record(name, params, [])
+
+  def _coded(self, names: Sequence[str], state: Any) -> Iterator[_Coded]:
+    """Codes records while the next ones are rewritten.
+
+    Args:
+      names: the records that are wanted, in order.
+      state: the state of the transform before them; None if it is unknown.
+    """
+    ahead = collections.deque[_Coded]()
+    with weights.record_jobs() as start:
+      for batch, reached in self._batches(names, state):
+        resolve, records = self._resolver(batch), []
+        while batch:
+          record = batch.pop(0)  # its memory is freed when it is coded
+          if record.name in names:
+            job = functools.partial(
+              writer_lib.encode_record,
+              record,
+              self.counts[record.name],
+              resolve,
+              self.preset.coder,
+              self._recipe or self.base,
+            )
+            records.append((record.name, start(job)))
+            del job
+          del record
+        ahead.append(_Coded(records, reached))
+        size = self.nbytes([name for name, _ in records])
+        del records
+        while len(ahead) > (0 if size >= decode_lib.LARGE else 1):
+          yield ahead.popleft()
+      while ahead:
+        yield ahead.popleft()
+
+  def _resolver(self, batch: Sequence[passes.Record]) -> writer_lib.Resolve:
+    """Returns the function that finds the parameters that leaves of a batch need."""
+    flat: dict[str, Any] = {}
+    for record in batch:
+      flat |= structured.flatten(record.params)
+    needs = {x for leaf in flat.values() for x in getattr(leaf, 'needs', ())}
+    needed = {path: leaf for path, leaf in flat.items() if path in needs}
+
+    def resolve(path: str) -> Any:
+      if path in needed:
+        return structured.materialize(needed[path])
+      if self._context is not None:
+        raise ValueError(f'the leaf needs {path}, which is not beside it')
+      return sources.array_of(self.source, path)
+
+    return resolve
+
+  def _write_message(
+    self,
+    coder: coders.ModelCoder,
+    writer: writer_lib.FileWriter,
+    bar: progress_lib.Progress,
+  ) -> None:
+    """Writes the whole model as one message."""
+    first, *others = coder.streams
+    encoded = coder.encode(
+      self.source,
+      schema.load(coder.options, self.preset.options, 'options'),
+      writer.extend,
+      progress=not bar.disable,
+    )
+    saving = manifest_lib.SavingEntry(**encoded.saving._asdict())
+    counts = [x for name, x in self.counts.items() if name != models.names.BUFFERS]
+    writer.add_message(
+      {first: None, **{name: encoded.streams[name] for name in others}},
+      coder=coder.name,
+      layout=encoded.layout,
+      input=manifest_lib.Counts(
+        elements=sum(x.elements for x in counts), bytes=sum(x.bytes for x in counts)
+      ),
+      savings=(saving,),
+    )
+    bar.update(sum(x.bytes for x in counts))
+
+
+def _counts(specs: models.Params, dtypes: Mapping[str, np.dtype]) -> Any:
+  """Returns the elements and bytes of a record before it is rewritten.
+
+  Args:
+    specs: shapes and dtypes of its parameters.
+    dtypes: dtypes to which parameters are rounded at the end, by path.
+  """
+  elements = nbytes = 0
+  for path, leaf in structured.flatten(specs).items():
+    count = structured.count_elements(leaf)
+    dtype = dtypes.get(path)
+    elements += count
+    nbytes += structured.count_bytes(leaf) if dtype is None else count * dtype.itemsize
+  return manifest_lib.Counts(elements=elements, bytes=nbytes)

@@ -52,9 +52,8 @@ def _belongs(file: pathlib.Path, path: str | os.PathLike[str]) -> bool:
   """
   real = outputs.resolved(path)
   if shards_lib.is_encoded(path):
-    index = outputs.resolved(f'{os.fspath(path)}{shards_lib.INDEX}')
-    files: Any = shards_lib.find(path)[0]
-    return file in {real, index, *map(outputs.resolved, files)}
+    folder = real.parent if real.name == shards_lib.INDEX else real
+    return file == real or file.parent == folder
   is_alone = not real.exists()
   if file == real or is_alone:
     return file == real

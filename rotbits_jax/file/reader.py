@@ -146,16 +146,13 @@ class Reader:
     for name in (*self._decoder.entries, *self._names()):
       self._decoder.entry(name)
 
-  def fingerprint(self) -> str | None:
-    """Returns a digest of the content; None if it needs a base that is in memory."""
+  def fingerprint(self) -> str:
+    """Returns a digest of the content."""
     digest = hashlib.sha256()
     for own in self.manifests:  # they have the checksums of all that they describe
       digest.update(own.to_bytes())
     if self._base is not None:
-      below = self._base.fingerprint()
-      if below is None:
-        return None
-      digest.update(below.encode())
+      digest.update(sources.fingerprint(self._base.source).encode())
     return digest.hexdigest()
 
   def record(self, name: str) -> Tree:
@@ -582,7 +579,9 @@ def open_base(given: Any, *, plain: bool) -> base_lib.Base:
   if isinstance(first, Reader):
     first = _OfFile(first)
   elif not isinstance(first, checkpoints.CheckpointReader | checkpoints.TensorFiles):
-    first = sources.Source(first, files={}).rounded()
+    first = sources.of(first)
+    if isinstance(first, models.Model):
+      first = first.rounded()
   return base_lib.Base(first, plain=plain)
 
 

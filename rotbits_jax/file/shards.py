@@ -1,22 +1,16 @@
-"""Shards: a model in several files, with an index beside them.
+"""Shards: a model in a folder of several files, with their index.
 
 The index is a JSON file in the format of Hugging Face. It names the shard of each
 record, and holds the checksum of each shard's manifest, so that shards of different
 runs are not taken for one model.
-
-The name of a shard has this checksum, too. So the shards of a new result lie beside
-those of an older one, and the result is replaced when its index is, at once. The shards
-that no index names are removed afterwards.
 """
 
 from collections.abc import Mapping
-import contextlib
 import dataclasses
 import json
 import os
 import pathlib
-import re
-from typing import NamedTuple, Self
+from typing import Self
 
 from rotbits_jax.file import container
 from rotbits_jax.system import files
@@ -25,8 +19,8 @@ from rotbits_jax.system import schema
 
 ContainerError = container.ContainerError
 
-INDEX = '.index.json'
-"""The end of the name of an index."""
+INDEX = 'model.rotbits.index.json'
+"""The name of the index in a folder of shards."""
 
 _MOST_INDEX = 1 << 25  # bytes
 
@@ -90,155 +84,53 @@ class ShardIndex:
       raise ContainerError(str(error)) from error
 
 
-class Shard(NamedTuple):
-  """A file of the output: its name, and the names of the records in it.
+def plan(sizes: Mapping[str, int], shard_size: int) -> dict[str, tuple[str, ...]]:
+  """Divides records among shards.
 
-  `plan` gives it a name before the file is there, and `published` the final one.
-  """
-
-  name: str
-  records: tuple[str, ...]
-
-
-def plan(
-  path: pathlib.Path, sizes: Mapping[str, int], shard_size: int | None, least: int
-) -> list[Shard]:
-  """Divides records among files.
-
-  The plan depends only on the sizes before coding, so it is known from the start. The
-  records of no file exceed `shard_size` then, unless a single one does.
+  The plan depends only on the sizes before coding, so it is known from the start.
 
   Args:
-    path: path of the output.
     sizes: bytes of each record before coding, in order.
-    shard_size: greatest size of the records of a shard; None for no limit.
-    least: the least number of shards, if there are enough records.
+    shard_size: greatest size of the records of a shard; a larger record has a shard to
+      itself.
 
   Returns:
-    The shards, in order.
+    The records of each shard, by the name of its file, in order.
   """
-  if least > 1:
-    even = -(-sum(sizes.values()) // least)
-    shard_size = even if shard_size is None else min(shard_size, even)
   groups = outputs.divided(sizes, shard_size)
-  if len(groups) == 1 and shard_size is None:
-    return [Shard(path.name, groups[0])]
-  names = outputs.numbered(path.stem, path.suffix, len(groups))
-  return [Shard(*pair) for pair in zip(names, groups, strict=True)]
+  names = outputs.numbered('model', '.rotbits', len(groups))
+  return dict(zip(names, groups, strict=True))
 
 
-def index_name(path: pathlib.Path) -> str:
-  """Returns the name of the index that is written beside the shards of an output."""
-  return f'{path.name}{INDEX}'
-
-
-def published(path: pathlib.Path, shard: Shard, file: pathlib.Path) -> Shard:
-  """Returns a complete shard with its final name, which has its checksum.
-
-  Args:
-    path: path of the output.
-    shard: the shard, as `plan` named it.
-    file: the current path of the shard's file.
-  """
-  checksum = container.StreamReader(file).manifest_crc32
-  return shard._replace(name=_with_checksum(path, shard.name, checksum))
-
-
-def check_name(path: pathlib.Path) -> None:
-  """Checks, before the work, that an index may have the names of an output's shards.
+def write_index(folder: pathlib.Path, shards: Mapping[str, tuple[str, ...]]) -> None:
+  """Writes the index of a folder with all shards of a `plan`.
 
   Raises:
-    ValueError: if it may not.
+    ContainerError: if a shard is damaged.
+    OSError: if one is missing, or the index cannot be written.
   """
-  (name,) = outputs.numbered(path.stem, path.suffix, 1)
-  if not schema.is_file_name(_with_checksum(path, name, 0)):
-    raise ValueError(
-      f'{path}: the name of shards must be printable, without a backslash, and have at '
-      'most 231 bytes'
-    )
-
-
-def _with_checksum(path: pathlib.Path, name: str, checksum: int) -> str:
-  return f'{name.removesuffix(path.suffix)}-{checksum:08x}{path.suffix}'
-
-
-def existing(path: pathlib.Path) -> list[pathlib.Path]:
-  """Returns the shards of an output that lie beside it, even if no index names them.
-
-  A file is a shard if it has the name of one and is a container, and if the checksum in
-  the name is its own.
-
-  Args:
-    path: path of the output.
-  """
-  stem, suffix = re.escape(path.stem), re.escape(path.suffix)
-  name = re.compile(f'{stem}-[0-9]{{5,}}-of-[0-9]{{5,}}-([0-9a-f]{{8}}){suffix}')
-  found = []
-  for file in sorted(path.parent.iterdir()):
-    match = name.fullmatch(file.name)
-    if match is None or file.is_symlink():
-      continue
-    with contextlib.suppress(ContainerError, OSError):
-      checksum = container.StreamReader(file).manifest_crc32
-      if match[1] == f'{checksum:08x}':
-        found.append(file)
-  return found
-
-
-def remove_unnamed(path: pathlib.Path) -> None:
-  """Removes the shards of an output that its index does not name.
-
-  An older result left them, or a run that was killed. If the index is damaged, all
-  shards stay.
-
-  Args:
-    path: path of the output.
-  """
-  index = path.with_name(index_name(path))
-  named: Mapping[str, int] = {}
-  if index.exists():
-    try:
-      named = ShardIndex.read(index).metadata.manifest_crc32
-    except ContainerError:
-      return
-  for file in existing(path):
-    if file.name not in named:
-      file.unlink()
-
-
-def write_index(path: pathlib.Path, shards: Mapping[Shard, pathlib.Path]) -> None:
-  """Writes the index of shards, with the checksum of each shard's manifest.
-
-  The checksums show whether all shards were written by one run.
-
-  Args:
-    path: path of the index.
-    shards: the current path of each shard's file.
-  """
-  metadata = Metadata(
-    total_size=sum(file.stat().st_size for file in shards.values()),
-    manifest_crc32={
-      shard.name: container.StreamReader(file).manifest_crc32
-      for shard, file in shards.items()
-    },
+  found = {name: container.StreamReader(folder / name) for name in shards}
+  index = ShardIndex(
+    metadata=Metadata(
+      total_size=sum(shard.size for shard in found.values()),
+      manifest_crc32={name: shard.manifest_crc32 for name, shard in found.items()},
+    ),
+    weight_map={record: name for name, own in shards.items() for record in own},
   )
-  names = {record: shard.name for shard in shards for record in shard.records}
-  index = ShardIndex(metadata=metadata, weight_map=names)
-  path.write_text(f'{json.dumps(schema.dump(index), indent=2)}\n')
+  (folder / INDEX).write_text(f'{json.dumps(schema.dump(index), indent=2)}\n')
 
 
 def is_encoded(path: str | os.PathLike[str]) -> bool:
-  """Returns whether a path names an encoded file, its shards, or their index."""
-  name = os.fspath(path)
-  if not os.path.isfile(name):
-    return os.path.isfile(f'{name}{INDEX}')
-  others = f'.safetensors{INDEX}', f'.bin{INDEX}'  # of checkpoints
-  if name.endswith(INDEX) and not name.endswith(others):
+  """Returns whether a path names an encoded file, a folder of shards, or an index."""
+  place = pathlib.Path(path)
+  if not place.is_file():
+    return (place / INDEX).is_file()
+  if place.name == INDEX:
     return True
   try:
-    container.StreamReader(name)
+    container.StreamReader(place)
   except ContainerError:  # the file is damaged or has another format
-    return pathlib.Path(name).suffix not in _CHECKPOINT_SUFFIXES
+    return place.suffix not in _CHECKPOINT_SUFFIXES
   return True
 
 
@@ -248,7 +140,7 @@ def is_result(path: pathlib.Path) -> bool:
   One that is damaged counts by its suffixes.
   """
   try:
-    if path.name.endswith(INDEX):
+    if path.name == INDEX:
       ShardIndex.read(path)
     else:
       container.StreamReader(path)
@@ -263,7 +155,7 @@ def find(
   """Finds the files of a source.
 
   Args:
-    source: a file; or the path of an index, or of the output without the numbers.
+    source: a file; or the folder of shards, or their index.
 
   Returns:
     The files; and their index, if they are shards. The files of an index are in its
@@ -275,14 +167,12 @@ def find(
   if not isinstance(source, (str, os.PathLike)):
     return [source], None
   path = pathlib.Path(source)
-  index = path.with_name(index_name(path))
-  if path.name.endswith(INDEX):
-    index = path
-  elif path.exists() or not index.exists():
+  folder = path.parent if path.name == INDEX else path
+  if not (folder / INDEX).is_file():
     return [path], None
-  found = ShardIndex.read(index)
-  names = list(found.metadata.manifest_crc32)
+  index = ShardIndex.read(folder / INDEX)
+  names = list(index.metadata.manifest_crc32)
   for name in names:
-    if not (index.parent / name).is_file():
-      raise ContainerError(f'{index}: the shard {name} is missing')
-  return [index.parent / name for name in names], found
+    if not (folder / name).is_file():
+      raise ContainerError(f'{folder / INDEX}: the shard {name} is missing')
+  return [folder / name for name in names], index

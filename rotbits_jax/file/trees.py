@@ -12,16 +12,17 @@ Tree = dict[str, Any]
 
 
 class TreeRecords:
-  """A PyTree as records, see `sources.Source`.
+  """Nested dicts, see `to_dicts`, as records: a `sources.Source`.
 
   Attributes:
     records: the keys of the outermost level.
   """
 
-  def __init__(self, tree: Any):
-    """Names the leaves, see `to_dicts`."""
-    self._tree = to_dicts(tree)
-    self.records = tuple(self._tree)
+  config = stored_as = None
+
+  def __init__(self, tree: Tree):
+    self._tree = tree
+    self.records = tuple(tree)
 
   def read(self, record: str) -> Tree:
     """Returns the leaves of a record."""

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 from zlib_ng import zlib_ng
 
+from rotbits_jax import checkpoints
 from rotbits_jax import models
 from rotbits_jax import passes
 from rotbits_jax import structured
@@ -35,43 +36,57 @@ BESIDE = 'beside a base'
 """The name of the saving of a base."""
 
 
-def check_source(source: sources.Source, streams: Iterable[str]) -> None:
+def check_names(
+  streams: Iterable[str],
+  files: Mapping[str, bytes],
+  source: sources.Source,
+  stem: str | None,
+) -> None:
   """Checks the content of a container besides records, before the work.
 
   Args:
-    source: has the other files and the layouts of weights files.
     streams: names of the streams of records, or of a message.
+    files: bytes of the other files, by name.
+    source: has the layouts of weights files.
+    stem: see `manifest.Manifest`.
 
   Raises:
     ValueError: if a name is not that of a file in a folder, if two streams would have
       one name, or if the files are too large.
   """
-  stem = [] if source.stem is None else [source.stem]
-  weights = [layout.name for layout in source.weights]
-  for name in stem:
-    if not schema.is_file_name(name):
-      raise ValueError(f'{name!r} is not the name of a file')
-  for name in (*source.files, *weights):
+  layouts = _layouts(source)
+  if stem is not None and not schema.is_file_name(stem):
+    raise ValueError(f'{stem!r} is not the name of a file')
+  for name in (*files, *(layout.name for layout in layouts)):
     if not schema.is_relative_path(name):
       raise ValueError(f'{name!r} is not the name of a file in a folder')
-  container.check_names([*streams, *_other_streams(source)])
-  if sum(map(len, source.files.values())) > manifest_lib.MOST_FILES:
+  container.check_names([*streams, *_other_streams(files, source)])
+  if sum(map(len, files.values())) > manifest_lib.MOST_FILES:
     raise ValueError(
       f'the files beside the weights have more than {manifest_lib.MOST_FILES} bytes'
     )
   sizes = {
     path: leaf.nbytes
-    for name in (source.records if source.weights else ())
+    for name in (source.records if layouts else ())
     for path, leaf in structured.flatten(source.specs(name)).items()
   }
-  gaps = sum(end - begin for x in source.weights for begin, end in x.gaps(sizes))
+  gaps = sum(end - begin for x in layouts for begin, end in x.gaps(sizes))
   if gaps > manifest_lib.MOST_FILES:
     raise ValueError(f'{gaps} bytes of the weights files are not in tensors')
 
 
-def _other_streams(source: sources.Source) -> list[str]:
-  files = [f'{manifest_lib.FILES}{name}' for name in source.files]
-  return [*files, *(f'{manifest_lib.GAPS}{layout.name}' for layout in source.weights)]
+def _layouts(source: Any) -> tuple[checkpoints.WeightsFile, ...]:
+  """Returns the layouts of the weights files of plain tensors."""
+  return getattr(source, 'weights', ())
+
+
+def _other_streams(files: Iterable[str], source: Any) -> list[str]:
+  """Returns the names of the streams that are not those of records."""
+  layouts = _layouts(source)
+  return [
+    *(f'{manifest_lib.FILES}{name}' for name in files),
+    *(f'{manifest_lib.GAPS}{layout.name}' for layout in layouts),
+  ]
 
 
 class FileWriter:
@@ -82,52 +97,33 @@ class FileWriter:
     file: BinaryIO,
     streams: Sequence[str],
     nbytes: int,
-    source: sources.Source | None,
+    *,
+    files: Mapping[str, bytes],
+    source: Any,
     **facts: Any,
   ):
     """Reserves room for the header.
 
     Args:
-      file: empty, or with the records of an earlier run; open for reading and writing.
+      file: empty, open for writing.
       streams: names of the records that will come, in order, or of the streams of a
         message.
       nbytes: how many bytes the records have before they are coded.
-      source: has the other files and the gaps of weights files, which the container
-        keeps; None if another shard does.
+      files: bytes of the other files, by name, which the container keeps.
+      source: has the gaps of weights files, which the container keeps; None if another
+        shard does.
       facts: the fields of `manifest.Manifest` that all shards share.
     """
-    others = [] if source is None else _other_streams(source)
-    self._streams = container.StreamWriter(file, [*streams, *others], nbytes)
-    self._file, self._source, self._facts = file, source, facts
+    names = [*streams, *_other_streams(files, source)]
+    self._streams = container.StreamWriter(file, names, nbytes)
+    self._file, self._files, self._source, self._facts = file, files, source, facts
     self._records: list[manifest_lib.RecordEntry] = []
     self._message: manifest_lib.MessageEntry | None = None
 
-  def add(
-    self, entry: manifest_lib.RecordEntry, data: np.ndarray
-  ) -> manifest_lib.RecordEntry:
-    """Appends a record that `encode_record` coded.
-
-    Returns:
-      The entry of the record, with the checksum of its stream.
-    """
+  def add(self, entry: manifest_lib.RecordEntry, data: np.ndarray) -> None:
+    """Appends a record that `encode_record` coded."""
     stream = self._append(entry.name, [data])
-    entry = dataclasses.replace(entry, crc32=stream.crc32)
-    self._records.append(entry)
-    return entry
-
-  def keep(self, entry: manifest_lib.RecordEntry) -> bool:
-    """Takes over a record that an earlier run wrote, and returns True.
-
-    If the record is damaged, returns False; it is written over.
-    """
-    begin = self._file.tell()
-    data = self._file.read(entry.nbytes)
-    self._file.seek(begin)
-    if zlib_ng.crc32(data) != entry.crc32:
-      return False
-    self._streams.keep(entry.name, entry.nbytes)
-    self._records.append(entry)
-    return True
+    self._records.append(dataclasses.replace(entry, crc32=stream.crc32))
 
   def add_message(self, streams: Mapping[str, np.ndarray], **facts: Any) -> None:
     """Writes a whole model as one message.
@@ -147,14 +143,13 @@ class FileWriter:
     """
     files: dict[str, manifest_lib.Deflated] = {}
     weights: list[manifest_lib.WeightsFileEntry] = []
-    if self._source is not None:
-      for layout in self._source.weights:
-        gaps = self._source.gaps(layout)
-        packed = self._deflated(f'{manifest_lib.GAPS}{layout.name}', gaps)
-        weights.append(manifest_lib.WeightsFileEntry(layout=layout, gaps=packed))
-      for name, data in self._source.files.items():
-        parts = [memoryview(data)]
-        files[name] = self._deflated(f'{manifest_lib.FILES}{name}', parts)
+    for layout in _layouts(self._source):
+      gaps = self._source.gaps(layout)
+      packed = self._deflated(f'{manifest_lib.GAPS}{layout.name}', gaps)
+      weights.append(manifest_lib.WeightsFileEntry(layout=layout, gaps=packed))
+    for name, data in self._files.items():
+      stream = f'{manifest_lib.FILES}{name}'
+      files[name] = self._deflated(stream, [memoryview(data)])
     try:
       manifest = manifest_lib.Manifest(
         **self._facts,
@@ -167,7 +162,6 @@ class FileWriter:
       manifest_lib.Manifest.from_bytes(data)
     except ValueError as error:
       raise ValueError(f'the model cannot be stored: {error}') from error
-    self._file.truncate()
     self._streams.finish(data)
     self._file.flush()
 

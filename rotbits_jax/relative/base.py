@@ -9,8 +9,6 @@ prefix such as 'model.'.
 from collections.abc import Callable, Collection, Mapping
 import dataclasses
 import functools
-import hashlib
-import json
 import threading
 from typing import Any, NamedTuple
 
@@ -55,11 +53,10 @@ class Base:
     """Reads names, shapes and dtypes.
 
     Args:
-      source: has the arrays; its `records`, `specs`, `read` and `fingerprint` are those
-        of a `sources.Source`.
+      source: has the arrays, a `file.sources.Source`.
       plain: whether names that differ by a prefix are the same.
     """
-    self._source, self._plain = source, plain
+    self.source, self._plain = source, plain
     self.config: models.ModelConfig | None = getattr(source, 'config', None)
     self._specs: dict[str, tuple[str, tuple[int, ...], str]] = {}
     for record in source.records:
@@ -117,7 +114,7 @@ class Base:
     return np.asarray(jax.device_get(structured.materialize(leaf)))
 
   def _read(self, record: str) -> dict[str, Any]:
-    return structured.flatten(self._source.read(record))
+    return structured.flatten(self.source.read(record))
 
   def check(self, wanted: entries.BaseArray) -> None:
     """Checks that the base has the array of an entry; its elements are not read.
@@ -204,14 +201,6 @@ class Base:
     except ValueError:
       return False
     return True
-
-  def fingerprint(self) -> str | None:
-    """Returns a digest of the base, but for its elements; None if it is in memory."""
-    own = self._source.fingerprint()
-    if own is None:
-      return None
-    summary = json.dumps([own, self._plain, list(self._specs.items())])
-    return hashlib.sha256(summary.encode()).hexdigest()
 
 
 def _fits(leaf: Any, shape: tuple[int, ...], dtype: str) -> bool:

@@ -1,0 +1,277 @@
+"""Files and folders of shards: they appear at once, whoever writes them."""
+
+import contextlib
+import json
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+from unittest import mock
+
+import numpy as np
+import pytest
+
+import rotbits_jax
+from rotbits_jax import checkpoints
+from rotbits_jax import file
+from rotbits_jax.file import shards
+from rotbits_jax.file import writer
+from tests import random_models
+
+ROOT = pathlib.Path(__file__).parents[1]
+SLICED = checkpoints.example()
+TREE = {'a': {'b': np.arange(3)}, 'c': np.ones(4, np.float32), 'd': np.zeros((9, 9))}
+OTHER = {'a': {'b': np.arange(3) + 1}, 'c': np.zeros(4, np.float32)}
+
+
+def streams(path):
+  """Returns the bytes and the manifest entry of each record of a file or of shards."""
+  with file.Reader(path) as reader:
+    return {
+      name: (reader._records.files[name].read(name), record)
+      for name, record in reader.records.items()
+    }
+
+
+def contents(folder):
+  return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def write(path, source=TREE, **options):
+  rotbits_jax.encode_to_file(source, path, **({'shard_size': 1} | options))
+
+
+@contextlib.contextmanager
+def killed_at(record):
+  """Ends the process, as it were, when a record is coded."""
+  encode_record = writer.encode_record
+
+  def mortal(given, *args):
+    if given.name == record:
+      raise KeyboardInterrupt
+    return encode_record(given, *args)
+
+  with (
+    mock.patch.object(writer, 'encode_record', mortal),
+    pytest.raises(KeyboardInterrupt),
+  ):
+    yield
+
+
+@contextlib.contextmanager
+def coded():
+  """Yields a list that gets the names of the records that are coded."""
+  names, encode_record = [], writer.encode_record
+
+  def noted(record, *args):
+    names.append(record.name)
+    return encode_record(record, *args)
+
+  with mock.patch.object(writer, 'encode_record', noted):
+    yield names
+
+
+def test_plan():
+  sizes = {'a': 5, 'b': 5, 'c': 20, 'd': 1}
+  plan = lambda size: list(shards.plan(sizes, size).values())
+  assert plan(10) == [('a', 'b'), ('c',), ('d',)]
+  assert plan(21) == [('a', 'b'), ('c', 'd')]
+  assert list(shards.plan(sizes, 100)) == ['model-00001-of-00001.rotbits']
+
+
+@pytest.mark.parametrize('source', [TREE, {}, SLICED])
+def test_shards_hold_the_streams_of_one_file(tmp_path, source):
+  write(tmp_path / 'one', source, shard_size=None)
+  write(tmp_path / 'many', source, shard_size=250_000 if source is SLICED else 1)
+  assert streams(tmp_path / 'many') == streams(tmp_path / 'one')
+  assert streams(tmp_path / 'many' / shards.INDEX) == streams(tmp_path / 'one')
+  files = contents(tmp_path / 'many')
+  index = json.loads(files.pop(shards.INDEX))
+  assert index['metadata']['total_size'] == sum(map(len, files.values()))
+  assert sorted(index['metadata']['manifest_crc32']) == sorted(files)
+  assert rotbits_jax.inspect(tmp_path / 'many').file_bytes == sum(
+    map(len, files.values())
+  )
+
+
+def test_shards_are_decoded_as_one_checkpoint(tmp_path):
+  write(tmp_path / 'many', SLICED, shard_size=250_000, check=True)
+  assert not rotbits_jax.verify(tmp_path / 'many', against=SLICED).same_bits
+  rotbits_jax.decode_to_directory(tmp_path / 'many', tmp_path / 'out')
+  assert (tmp_path / 'out' / 'config.json').exists()
+
+
+@pytest.mark.parametrize(
+  ('preset', 'source'), [('exact', TREE), ('free', SLICED), ('near', SLICED)]
+)
+def test_shards_are_jobs_that_run_in_any_order(tmp_path, preset, source):
+  options = {'preset': preset, 'shard_size': 250_000 if source is SLICED else 1}
+  if source is TREE and preset == 'exact':
+    source = checkpoints.load_checkpoint(SLICED).model
+    options['shard_size'] = 250_000
+  write(tmp_path / 'at_once', source, **options)
+  plan = rotbits_jax.plan_shards(source, tmp_path / 'alone', **options)
+  assert len(plan) > 2
+  for index in reversed(range(len(plan))):
+    rotbits_jax.plan_shards(source, tmp_path / 'alone', **options).encode(index)
+    assert not (tmp_path / 'alone').exists()
+  plan.publish()
+  assert contents(tmp_path / 'alone') == contents(tmp_path / 'at_once')
+  assert sorted(x.name for x in tmp_path.iterdir()) == ['alone', 'at_once']
+
+
+def test_a_set_that_is_not_whole_is_not_published(tmp_path):
+  plan = rotbits_jax.plan_shards(TREE, tmp_path / 'x', shard_size=1)
+  plan.encode(1)
+  with pytest.raises(FileNotFoundError):
+    plan.publish()
+  assert not (tmp_path / 'x').exists()
+
+
+def test_a_killed_run_finds_its_shards_again(tmp_path):
+  source, path = {name: np.arange(i + 3) for i, name in enumerate('abcde')}, tmp_path
+  write(path / 'expected', source)
+  with killed_at('c'):
+    write(path / 'x', source)
+  with killed_at('d'), coded() as names:
+    write(path / 'x', source)
+  assert names == ['c']
+  with coded() as names:  # another source, and another preset
+    write(path / 'y', source | {'a': np.ones(3)})
+    write(path / 'z', source, files={'note': b''})
+  assert len(names) == 10
+  with coded() as names:
+    write(path / 'x', source, check=True)
+  assert names == ['d', 'e']
+  assert contents(path / 'x') == contents(path / 'expected')
+  assert len([*path.iterdir()]) == 4
+
+
+def test_a_killed_run_leaves_no_file(tmp_path):
+  write(tmp_path / 'x', OTHER, shard_size=None)
+  old = contents(tmp_path)
+  with killed_at('c'):
+    write(tmp_path / 'x', shard_size=None)
+  assert contents(tmp_path) == old
+  write(tmp_path / 'x', shard_size=None)
+  assert streams(tmp_path / 'x').keys() == TREE.keys()
+
+
+def test_which_folders_are_replaced(tmp_path):
+  path = tmp_path / 'x'
+  write(path, OTHER)
+  with pytest.raises(FileExistsError, match='overwrite'):
+    write(path, overwrite=False)
+  write(path)
+  assert len(contents(path)) == 4
+  (path / shards.INDEX).unlink()
+  with pytest.raises(FileExistsError, match='no shards'):
+    write(path)
+  with pytest.raises(IsADirectoryError):
+    write(path, shard_size=None)
+  shutil.rmtree(path)
+  path.write_bytes(b'x')
+  with pytest.raises(NotADirectoryError):
+    write(path)
+
+
+def test_no_file_of_an_input_is_replaced(tmp_path):
+  source = tmp_path / 'in'
+  shutil.copytree(SLICED, source)
+  write(tmp_path / 'base')
+  kept = {**contents(source), **contents(tmp_path / 'base')}
+  for path, options in (
+    (source / 'config.json', {'shard_size': None}),
+    (source, {'shard_size': 250_000}),
+    (tmp_path / 'base', {'source': TREE, 'base': tmp_path / 'base'}),
+  ):
+    with pytest.raises((ValueError, FileExistsError)):
+      write(path, **({'source': source} | options))
+  assert {**contents(source), **contents(tmp_path / 'base')} == kept
+  write(source / 'x.rotbits', source, shard_size=None)
+  write(source / 'x.rotbits', source, shard_size=None)  # a result is no input
+
+
+@pytest.mark.parametrize(
+  ('change', 'words'),
+  [
+    (lambda x: x['weight_map'].pop('a'), 'a: the index and the shards differ'),
+    (lambda x: x['weight_map'].update(e=x['weight_map']['a']), 'e: the index and'),
+    (lambda x: x['weight_map'].update(a=x['weight_map']['c']), 'a: the index and'),
+    (lambda x: x['weight_map'].update(a='../x'), 'not the name of a shard'),
+    (lambda x: x['metadata'].pop('manifest_crc32'), 'manifest_crc32: is missing'),
+    (lambda x: x['metadata'].update(total_size=1), 'must have 1 bytes'),
+    (lambda x: x.update(more=1), 'more: is not known'),
+    (lambda x: x['metadata']['manifest_crc32'].popitem(), 'not the name of a shard'),
+  ],
+)
+def test_an_index_must_fit_its_shards(tmp_path, change, words):
+  write(tmp_path / 'x')
+  index = tmp_path / 'x' / shards.INDEX
+  value = json.loads(index.read_text())
+  change(value)
+  index.write_text(json.dumps(value))
+  with pytest.raises(file.ContainerError, match=words):
+    file.Reader(tmp_path / 'x')
+
+
+def test_an_index_with_a_changed_byte_is_refused_or_says_the_same(tmp_path):
+  write(tmp_path / 'x', OTHER)
+  index = tmp_path / 'x' / shards.INDEX
+  data, expected = index.read_bytes(), streams(tmp_path / 'x')
+  for position in range(len(data)):
+    damaged = bytearray(data)
+    damaged[position] ^= 1 << position % 7
+    index.write_bytes(damaged)
+    with contextlib.suppress(file.ContainerError):
+      assert streams(tmp_path / 'x') == expected, position
+
+
+def test_shards_of_other_runs_are_noticed(tmp_path):
+  write(tmp_path / 'x')
+  write(tmp_path / 'y', files={'note': b''})
+  last = max(tmp_path.glob('x/model-*'))
+  data = last.read_bytes()
+  shutil.copy(tmp_path / 'y' / last.name, last)
+  with pytest.raises(file.ContainerError, match='another shard'):
+    file.Reader(tmp_path / 'x')
+  last.write_bytes(data)
+  file.Reader(tmp_path / 'x')
+  last.unlink()
+  with pytest.raises(file.ContainerError, match='missing'):
+    file.Reader(tmp_path / 'x')
+
+
+def test_the_file_is_within_a_percent_of_the_size(tmp_path):
+  config = random_models.BASE | {'num_hidden_layers': 2, 'vocab_size': 600}
+  model, target = random_models.random_model(config, np.float16), 45_000
+  path = tmp_path / 'near.rotbits'
+  options = {'preset': 'near', 'shard_size': None}
+  write(path, model, target_size=target, offsets={'head/kernel': -1.0}, **options)
+  assert 0.99 * target <= path.stat().st_size <= target
+  for size in (5_000, 10**9):
+    with pytest.raises(ValueError, match='near has steps'):
+      write(tmp_path / 'x', model, target_size=size, **options)
+  with pytest.raises(ValueError, match='finds the step'):
+    write(tmp_path / 'x', model, target_size=target, step=-5.0, **options)
+  assert not (tmp_path / 'x').exists()
+
+
+@pytest.mark.slow
+def test_processes_write_the_bytes_of_one(tmp_path):
+  write(tmp_path / 'one', SLICED, preset='free', shard_size=200_000)
+  program = (
+    'import jax, sys\n'
+    f'jax.distributed.initialize("localhost:{20000 + os.getpid() % 20000}", 4, '
+    'int(sys.argv[1]))\n'
+    'import rotbits_jax\n'
+    f'rotbits_jax.encode_to_file({str(SLICED)!r}, {str(tmp_path / "four")!r}, '
+    'preset="free", shard_size=200_000)\n'
+  )
+  processes = [
+    subprocess.Popen([sys.executable, '-c', program, str(i)], cwd=ROOT)
+    for i in range(4)
+  ]
+  assert [process.wait(timeout=500) for process in processes] == [0] * 4
+  assert contents(tmp_path / 'four') == contents(tmp_path / 'one')
