@@ -136,7 +136,7 @@ def test_a_killed_run_finds_its_shards_again(tmp_path):
     write(path / 'x', source)
   with killed_at('d'), coded() as names:
     write(path / 'x', source)
-  assert names == ['c']
+  assert names == ['c', 'd']
   with coded() as names:  # another source, and another preset
     write(path / 'y', source | {'a': np.ones(3)})
     write(path / 'z', source, files={'note': b''})

@@ -231,12 +231,18 @@ class Encoder:
     base.check_shares([path for record in specs for path in structured.flatten(record)])
 
   def _check_records(self) -> None:
-    """Checks, before the work, that the records are those of the model, if it is one.
+    """Checks, before the work, that leaves in memory can be stored, and the shapes.
 
     Raises:
       ValueError: naming a parameter or a record.
     """
     source, config = self.source, self.source.config
+    resolve = functools.partial(sources.array_of, source)
+    is_on_disk = hasattr(source, 'fingerprint')
+    for name in () if is_on_disk else source.records:
+      for path, leaf in structured.flatten(source.read(name)).items():
+        if structured.is_structured(leaf) and not leaf.expands_on_writing:
+          writer_lib.entry_of(path, leaf, resolve)
     if config is None:
       return
     layers = map(models.names.layer, range(config.num_layers))
