@@ -23,6 +23,7 @@ import numpy as np
 import rotbits_jax
 from rotbits_jax import checkpoints
 from rotbits_jax import models
+from rotbits_jax import paper
 from rotbits_jax import passes
 from rotbits_jax import presets
 from rotbits_jax import structured
@@ -86,13 +87,12 @@ class Encoder:
       ValueError: if the preset does not suit the source or the base, if the source
         cannot be stored, or if the base has none of its arrays.
     """
-    coder = coders.find(preset.coder)
-    if coder is None:
+    if preset.coder != paper.CODER and coders.find(preset.coder) is None:
       raise ValueError(f'there is no coder of the name {preset.coder!r}')
     if preset.rounding is None and isinstance(source, models.Model):
       source = source.rounded()  # other presets round at the end
     self.source, self.preset, self.base = source, preset, base
-    self._coder, self._files, self._stem = coder, dict(files or {}), stem
+    self._files, self._stem = dict(files or {}), stem
     self._recipe = None if base is None else self._find_recipe(base)
     if base is not None and self._recipe is None:
       self._check_base(base)
@@ -101,8 +101,8 @@ class Encoder:
     writer_lib.check_names(streams, self._files, source, stem)
     self._check_records()
     self._context = self._made_context()
-    if isinstance(coder, coders.ModelCoder):
-      coder.refuse(source)
+    if not self.can_be_divided:
+      paper.refuse(self._records)
     dtypes = self._context.dtypes if self._context else {}
     specs, names = self._records.specs, self._records.records
     self.counts = {name: _counts(specs(name), dtypes) for name in names}
@@ -110,7 +110,7 @@ class Encoder:
   @property
   def can_be_divided(self) -> bool:
     """Whether records may be divided among several files."""
-    return isinstance(self._coder, coders.RecordCoder)
+    return self.preset.coder != paper.CODER
 
   def nbytes(self, records: Sequence[str]) -> int:
     """Returns the bytes of records before they are coded."""
@@ -166,8 +166,8 @@ class Encoder:
       **self._facts(),
     )
     bar.stage('reading, compiling')
-    if isinstance(self._coder, coders.ModelCoder):
-      self._write_message(self._coder, writer, bar)
+    if not self.can_be_divided:
+      self._write_message(writer, bar)
       records = [name for name in records if name == models.names.BUFFERS]
     for batch in self._coded(records, state):
       bar.stage('encoding')
@@ -280,9 +280,9 @@ class Encoder:
 
   def _streams(self, records: Sequence[str]) -> list[str]:
     """Returns the names of the streams of records."""
-    if isinstance(self._coder, coders.RecordCoder):
+    if self.can_be_divided:
       return list(records)
-    return [*self._coder.streams, *(x for x in records if x == models.names.BUFFERS)]
+    return [*paper.STREAMS, *(x for x in records if x == models.names.BUFFERS)]
 
   def _batches(self, names: Sequence[str], state: Any) -> Iterator[Batch]:
     """Yields records; others than those in `names` may come, too."""
@@ -375,24 +375,15 @@ class Encoder:
     return resolve
 
   def _write_message(
-    self,
-    coder: coders.ModelCoder,
-    writer: writer_lib.FileWriter,
-    bar: progress_lib.Progress,
+    self, writer: writer_lib.FileWriter, bar: progress_lib.Progress
   ) -> None:
     """Writes the whole model as one message."""
-    first, *others = coder.streams
-    encoded = coder.encode(
-      self.source,
-      schema.load(coder.options, self.preset.options, 'options'),
-      writer.extend,
-      progress=not bar.disable,
-    )
+    options = schema.load(paper.Options, self.preset.options, 'options')
+    encoded = paper.encode(self._records, options, progress=not bar.disable)
     saving = manifest_lib.SavingEntry(**encoded.saving._asdict())
     counts = [x for name, x in self.counts.items() if name != models.names.BUFFERS]
     writer.add_message(
-      {first: None, **{name: encoded.streams[name] for name in others}},
-      coder=coder.name,
+      encoded.streams,
       layout=encoded.layout,
       input=manifest_lib.Counts(
         elements=sum(x.elements for x in counts), bytes=sum(x.bytes for x in counts)
