@@ -241,7 +241,7 @@ class Encoder:
     is_on_disk = hasattr(source, 'fingerprint')
     for name in () if is_on_disk else source.records:
       for path, leaf in structured.flatten(source.read(name)).items():
-        if structured.is_structured(leaf) and not leaf.expands_on_writing:
+        if structured.is_structured(leaf):
           writer_lib.entry_of(path, leaf, resolve)
     if config is None:
       return
@@ -321,8 +321,7 @@ class Encoder:
 
   def _record(self, name: str) -> passes.Record:
     """Returns a record that no transform rewrites."""
-    params = structured.for_writing(self._records.read(name))
-    return passes.Record(name, params, [])
+    return passes.Record(name, self._records.read(name), [])
 
   def _coded(self, names: Sequence[str], state: Any) -> Iterator[_Coded]:
     """Codes records while the next ones are rewritten.
