@@ -10,10 +10,11 @@ decode side by side: one stream is read while the blocks of another are decoded.
 """
 
 import collections
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 import functools
 import hashlib
 import os
+import types
 from typing import Any, Self
 
 import jax
@@ -103,6 +104,11 @@ class Reader:
   # ---- the parts of a file -----------------------------------------------------------
 
   @property
+  def is_message(self) -> bool:
+    """Whether the file holds the model as one message."""
+    return self._message is not None
+
+  @property
   def records(self) -> dict[str, manifest_lib.RecordEntry]:
     """The manifest's entries of all records, by name; those of a message have none."""
     return dict(self._decoder.entries)
@@ -149,8 +155,8 @@ class Reader:
   def fingerprint(self) -> str:
     """Returns a digest of the content."""
     digest = hashlib.sha256()
-    for own in self.manifests:  # they have the checksums of all that they describe
-      digest.update(own.to_bytes())
+    for manifest in self.manifests:  # they have the checksums of all that they describe
+      digest.update(manifest.to_bytes())
     if self._base is not None:
       digest.update(sources.fingerprint(self._base.source).encode())
     return digest.hexdigest()
@@ -430,20 +436,16 @@ class Reader:
   def _message_model(
     self, layers: range, place: placement.Place | None, show_progress: bool
   ) -> models.Model:
-    assert self._message is not None
+    """Decodes the model in a message, or some of its layers."""
     assert self.config is not None
-    flat: Tree = {}
-    for name, own in self._decode_message(show_progress):
-      index = models.names.layer_index(name)
-      if index is None or index in layers:
-        flat |= own
-    params = structured.unflatten(flat)
-    key = lambda i: models.stack_key(params[models.names.layer(i)])
-    for run in models.stack_ranges(layers, key):
-      layer = [params.pop(models.names.layer(i)) for i in run]
-      params[models.names.stack(run)] = models.stack_layers(layer, len(run))
-    flat = placement.placed(structured.flatten(params), place)
-    return self._model(flat)
+    records = dict(self._decode_message(show_progress))
+    trees = {x: structured.unflatten(flat)[x] for x, flat in records.items()}
+    params = {x: y for x, y in trees.items() if models.names.layer_index(x) is None}
+    layer = lambda i: trees[models.names.layer(i)]
+    for run in models.stack_ranges(layers, lambda i: models.stack_key(layer(i))):
+      stack = models.stack_layers(map(layer, run), len(run))
+      params[models.names.stack(run)] = stack
+    return self._model(placement.placed(structured.flatten(params), place))
 
   # ---- the other files of a checkpoint -----------------------------------------------
 
@@ -526,30 +528,15 @@ class Reader:
         raise ContainerError(f'{name}: a leaf of the record is not under its name')
 
 
-class _OfFile:
-  """A file as the source of a base."""
-
-  def __init__(self, reader: Reader):
-    if any(own.message is not None for own in reader.manifests):
-      raise ValueError(f'a file of the preset {reader.preset!r} cannot be a base')
-    self._reader = reader
-    self.config, self.records = reader.config, tuple(reader.records)
-    self.specs, self.read = reader.specs, reader.record
-    self.fingerprint = reader.fingerprint
-
-
-def open_base(given: Any, *, plain: bool) -> base_lib.Base:
+def open_base(base: Any, *, plain: bool) -> base_lib.Base:
   """Opens the base beside which a file is encoded or decoded.
 
   Args:
-    given: a source of `api.encode`; the path of a checkpoint or of an encoded file; the
+    base: a source of `api.encode`; the path of a checkpoint or of an encoded file; the
       bytes of an encoded file; or a `Reader`. An encoded file may need a base itself: a
       list of such a file, its base, the base of that, and so on.
     plain: whether the model is stored as plain tensors, or is a PyTree; a checkpoint at
       a path is then opened in this way.
-
-  Returns:
-    The base.
 
   Raises:
     CheckpointError: if a checkpoint cannot be read.
@@ -557,32 +544,35 @@ def open_base(given: Any, *, plain: bool) -> base_lib.Base:
     ValueError: if more bases are given than are needed.
     OSError: if a path cannot be read.
   """
-  if isinstance(given, base_lib.Base):
-    return given
-  kinds = str, os.PathLike, bytes, bytearray, memoryview, Reader
-  chain: Sequence[Any] = [given]
-  if isinstance(given, list | tuple) and given and isinstance(given[0], kinds):
-    chain = given
-  first, rest = chain[0], list(chain[1:]) or None
-  if rest is not None and len(rest) == 1 and not isinstance(rest[0], kinds):
-    rest = rest[0]
-  is_path = isinstance(first, str | os.PathLike)
-  if isinstance(first, bytes | bytearray | memoryview) or (
-    is_path and shards.is_encoded(first)
-  ):
-    first, rest = Reader(first, base=rest), None
-  elif is_path:
-    opened = checkpoints.open_tensors if plain else checkpoints.open_any
-    first = opened(first)
-  if rest is not None:
+  if isinstance(base, base_lib.Base):
+    return base
+  of_file = str, os.PathLike, bytes, bytearray, memoryview, Reader
+  is_chain = isinstance(base, list | tuple) and base and isinstance(base[0], of_file)
+  source, *below = base if is_chain else [base]
+  is_path = isinstance(source, str | os.PathLike)
+  if is_path and not shards.is_encoded(source):
+    source = checkpoints.open_tensors(source) if plain else checkpoints.open_any(source)
+  elif isinstance(source, of_file) and not isinstance(source, Reader):
+    source = Reader(source, base=(below[0] if len(below) == 1 else below) or None)
+    below = []
+  if below:
     raise ValueError('a base that is no encoded file needs no base itself')
-  if isinstance(first, Reader):
-    first = _OfFile(first)
-  elif not isinstance(first, checkpoints.CheckpointReader | checkpoints.TensorFiles):
-    first = sources.of(first)
-    if isinstance(first, models.Model):
-      first = first.rounded()
-  return base_lib.Base(first, plain=plain)
+  if isinstance(source, Reader):
+    if source.is_message:
+      raise ValueError(f'a file of the preset {source.preset!r} cannot be a base')
+    source = types.SimpleNamespace(
+      config=source.config,
+      stored_as=None,
+      records=tuple(source.records),
+      specs=source.specs,
+      read=source.record,
+      fingerprint=source.fingerprint,
+    )
+  elif not isinstance(source, checkpoints.CheckpointReader | checkpoints.TensorFiles):
+    source = sources.of(source)
+    if isinstance(source, models.Model):
+      source = source.rounded()
+  return base_lib.Base(source, plain=plain)
 
 
 def _array(leaf: Any, resolve: decode_lib.Resolve) -> Any:
@@ -597,12 +587,10 @@ def _array(leaf: Any, resolve: decode_lib.Resolve) -> Any:
 def _manifest(file: container.StreamReader) -> manifest_lib.Manifest:
   """Reads the manifest of one file, and checks it against the header."""
   with file.errors():
-    own = manifest_lib.Manifest.from_bytes(file.manifest())
-    found = {n: file.nbytes(n) for n in file.names() if n != container.MANIFEST}
-    named = own.sizes()
-    for name in {**found, **named}:
-      if found.get(name) != named.get(name):
-        raise ContainerError(
-          f'{name}: the header and the manifest differ in this stream'
-        )
-    return own
+    manifest = manifest_lib.Manifest.from_bytes(file.manifest())
+    in_header = {x: file.nbytes(x) for x in file.names() if x != container.MANIFEST}
+    if wrong := dict(in_header.items() ^ manifest.sizes().items()):
+      raise ContainerError(
+        f'{min(wrong)}: the header and the manifest differ in this stream'
+      )
+    return manifest
