@@ -25,7 +25,7 @@ def pack(streams: Mapping[str, bytes], manifest: bytes) -> bytes:
   file = io.BytesIO()
   writer = container.StreamWriter(file, list(streams))
   for name, data in streams.items():
-    writer.append(name, [np.frombuffer(data, np.uint8)])
+    writer.append(name, np.frombuffer(data, np.uint8))
   writer.finish(manifest)
   return file.getvalue()
 

@@ -56,11 +56,12 @@ def snapshot(
   """
   with file.Reader(path, base=base) as reader:
     reader.check_records()
-    content = reader.fingerprint()
     sliced = reader.config is not None and reader.config.sliced
     format = format or ('transformers' if sliced else 'safetensors')
     dtype_name = None if dtype is None else jnp.dtype(dtype).name
-    key = json.dumps([content, format, dtype_name, rotbits_jax.__version__])
+    key = json.dumps(
+      [reader.fingerprint(), format, dtype_name, rotbits_jax.__version__]
+    )
     folder = cache.root() / 'snapshots' / hashlib.sha256(key.encode()).hexdigest()
     if not folder.is_dir():
       folder.parent.mkdir(parents=True, exist_ok=True)

@@ -55,7 +55,7 @@ TREES = {
   'no leaves': (lambda s, m: m['records'][0].update(leaves=[]), 'a: .*list different'),
   'two leaves of a path': (
     lambda s, m: m['records'][0]['leaves'].append(m['records'][0]['leaves'][0]),
-    'a/b',
+    'a: two leaves have the same path',
   ),
   'a leaf of another record': (
     lambda s, m: m['records'][0]['leaves'][0].update(path='c/b'),

@@ -10,11 +10,11 @@
 The stream `manifest` is the JSON object that the module `manifest` describes, deflated.
 It contains the length and the CRC-32 of every other stream. The writer appends each
 stream when it is ready. It writes the header last, into room that it reserves at the
-start: the names of the streams, and about how long they are, bound the length of the
-header. Any safetensors library opens the file.
+start: the names of the streams bound its length. Any safetensors library opens the
+file.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 import contextlib
 import json
 import os
@@ -38,8 +38,6 @@ Readable = str | os.PathLike[str] | bytes | bytearray | memoryview | BinaryIO
 """The path of a file, its bytes, or an open binary file."""
 
 _MOST = 10**15  # greatest size of a file in bytes, from which the room follows
-_LARGE = 5 * 10**10  # bytes before coding, from which a file may have 10^11
-_PIECE = 1 << 23  # bytes of a long stream that are read at a time
 _MOST_HEADER = 100_000_000  # bytes; the safetensors library's own limit
 _LEAST_TEXT = 1 << 20  # bytes that any manifest may inflate to
 _MOST_RATIO = 64  # of the bytes of a larger one, which come from it
@@ -74,71 +72,49 @@ def check_names(names: Sequence[str]) -> None:
 class StreamWriter:
   """Writes streams to a file, one after the other, and the header last."""
 
-  def __init__(self, file: BinaryIO, names: Sequence[str], nbytes: int = 0):
+  def __init__(self, file: BinaryIO, names: Sequence[str]):
     """Reserves room for the header.
 
     Args:
       file: an empty file, open for writing and seekable.
       names: names of all streams that may be written, without the manifest.
-      nbytes: about how many bytes the streams have before they are coded.
 
     Raises:
       ValueError: see `check_names`, or if a reader would refuse so long a header.
     """
     check_names(names)
-    # The header has the length of a stream and both offsets. With both at `_MOST` the
-    # length is 0, and the three have 33 digits: enough for 11 digits each. In a large
-    # file they have up to 16 digits each.
-    end = 2 * _MOST if nbytes >= _LARGE else _MOST
-    most = dict.fromkeys((*names, MANIFEST), (_MOST, end))
-    self._room = len(_header(most, 0xFFFFFFFF))
+    longest = dict.fromkeys((*names, MANIFEST), (_MOST, 2 * _MOST))
+    self._room = len(_header(longest, 0xFFFFFFFF))
     if self._room > _MOST_HEADER:
       raise ValueError(f'{len(names)} streams are too many for one file')
     self._file = file
     self._streams: dict[str, tuple[int, int]] = {}
-    self._end = self._next = self._crc = 0
+    self._end = 0
     file.write(bytes(8 + self._room))
 
-  def append(self, name: str, parts: Iterable[Any]) -> tuple[int, int]:
-    """Writes one stream, or the rest of it after `extend`.
+  def append(self, name: str, data: Any) -> tuple[int, int]:
+    """Writes a stream.
 
     Args:
       name: name of the stream.
-      parts: the bytes, in pieces that support the buffer protocol.
+      data: the bytes, which support the buffer protocol.
 
     Returns:
       The length of the stream, and its CRC-32.
     """
-    for part in parts:
-      self.extend(part)
-    self._streams[name] = self._end, self._next
-    nbytes, crc = self._next - self._end, self._crc
-    self._end, self._crc = self._next, 0
-    return nbytes, crc
-
-  def extend(self, part: Any) -> None:
-    """Writes a piece of the next stream, which `append` ends."""
-    view = memoryview(np.ascontiguousarray(part)).cast('B')
-    self._crc = zlib_ng.crc32(view, self._crc)
+    view = memoryview(np.ascontiguousarray(data)).cast('B')
     self._file.write(view)
-    self._next += view.nbytes
+    self._streams[name] = self._end, self._end + view.nbytes
+    self._end += view.nbytes
+    return view.nbytes, zlib_ng.crc32(view)
 
   def finish(self, manifest: bytes) -> None:
-    """Appends the text of the manifest and writes the header.
-
-    Raises:
-      ValueError: if the header does not fit into its room.
-    """
+    """Appends the text of the manifest, and writes the header."""
     packed = zlib_ng.compress(manifest, 9)
     if len(manifest) > _most_text(len(packed)):
       packed = zlib_ng.compress(manifest, 0)
-    _, crc = self.append(MANIFEST, [np.frombuffer(packed, np.uint8)])
+    _, crc = self.append(MANIFEST, np.frombuffer(packed, np.uint8))
     header = _header(self._streams, crc)
-    if len(header) > self._room:
-      raise ValueError(
-        f'the header does not fit before {self._end} bytes of streams: they are far '
-        'longer than before they were coded'
-      )
     self._file.seek(0)
     self._file.write(struct.pack('<Q', self._room))
     self._file.write(header + b' ' * (self._room - len(header)))

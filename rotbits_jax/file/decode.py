@@ -109,8 +109,11 @@ class Decoder:
       if holder is not None:
         if any(x.needs for x in self.entries[holder].leaves):
           raise ValueError(f'it needs {path}, whose record needs others')
-      elif config is None or path.split('/')[0] in self.entries:
-        raise ValueError(f'it needs {path}, which is missing')
+      else:  # it may be in another shard
+        record = path.split('/')[0]
+        is_known = config is None or record in models.outer_shapes(config)
+        if record in self.entries or not is_known:
+          raise ValueError(f'it needs {path}, which is missing')
     if self._base is not None:
       for array in leaf.base_arrays:
         self._base.check(array)

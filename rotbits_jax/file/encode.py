@@ -160,7 +160,6 @@ class Encoder:
     writer = writer_lib.FileWriter(
       file,
       self._streams(records),
-      self.nbytes(records),
       files=self._files if is_last else {},
       source=self.source if is_last else None,
       **self._facts(),

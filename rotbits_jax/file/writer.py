@@ -96,7 +96,6 @@ class FileWriter:
     self,
     file: BinaryIO,
     streams: Sequence[str],
-    nbytes: int,
     *,
     files: Mapping[str, bytes],
     source: Any,
@@ -108,21 +107,20 @@ class FileWriter:
       file: empty, open for writing.
       streams: names of the records that will come, in order, or of the streams of a
         message.
-      nbytes: how many bytes the records have before they are coded.
       files: bytes of the other files, by name, which the container keeps.
       source: has the gaps of weights files, which the container keeps; None if another
         shard does.
       facts: the fields of `manifest.Manifest` that all shards share.
     """
     names = [*streams, *_other_streams(files, source)]
-    self._streams = container.StreamWriter(file, names, nbytes)
+    self._streams = container.StreamWriter(file, names)
     self._file, self._files, self._source, self._facts = file, files, source, facts
     self._records: list[manifest_lib.RecordEntry] = []
     self._message: manifest_lib.MessageEntry | None = None
 
   def add(self, entry: manifest_lib.RecordEntry, data: np.ndarray) -> None:
     """Appends a record that `encode_record` coded."""
-    stream = self._append(entry.name, [data])
+    stream = self._append(entry.name, data)
     self._records.append(dataclasses.replace(entry, crc32=stream.crc32))
 
   def add_message(self, streams: Mapping[str, np.ndarray], **facts: Any) -> None:
@@ -132,7 +130,7 @@ class FileWriter:
       streams: the streams by name.
       facts: the other fields of `manifest.MessageEntry`.
     """
-    entries = {name: self._append(name, [words]) for name, words in streams.items()}
+    entries = {name: self._append(name, words) for name, words in streams.items()}
     self._message = manifest_lib.MessageEntry(streams=entries, **facts)
 
   def finish(self) -> None:
@@ -144,12 +142,12 @@ class FileWriter:
     files: dict[str, manifest_lib.Deflated] = {}
     weights: list[manifest_lib.WeightsFileEntry] = []
     for layout in _layouts(self._source):
-      gaps = self._source.gaps(layout)
+      gaps = b''.join(self._source.gaps(layout))
       packed = self._deflated(f'{manifest_lib.GAPS}{layout.name}', gaps)
       weights.append(manifest_lib.WeightsFileEntry(layout=layout, gaps=packed))
     for name, data in self._files.items():
       stream = f'{manifest_lib.FILES}{name}'
-      files[name] = self._deflated(stream, [memoryview(data)])
+      files[name] = self._deflated(stream, data)
     try:
       manifest = manifest_lib.Manifest(
         **self._facts,
@@ -165,17 +163,16 @@ class FileWriter:
     self._streams.finish(data)
     self._file.flush()
 
-  def _append(self, name: str, parts: Iterable[Any]) -> manifest_lib.Stream:
-    nbytes, crc32 = self._streams.append(name, parts)
+  def _append(self, name: str, data: Any) -> manifest_lib.Stream:
+    """Writes a stream."""
+    nbytes, crc32 = self._streams.append(name, data)
     return manifest_lib.Stream(nbytes=nbytes, crc32=crc32)
 
-  def _deflated(self, name: str, parts: Iterable[memoryview]) -> manifest_lib.Deflated:
-    packer, size = zlib_ng.compressobj(7), 0
-    for part in parts:
-      size += part.nbytes
-      self._streams.extend(np.frombuffer(packer.compress(part), np.uint8))
-    stream = self._append(name, [np.frombuffer(packer.flush(), np.uint8)])
-    return manifest_lib.Deflated(nbytes=stream.nbytes, crc32=stream.crc32, size=size)
+  def _deflated(self, name: str, data: bytes) -> manifest_lib.Deflated:
+    """Writes a stream of the format of zlib."""
+    packed = np.frombuffer(zlib_ng.compress(data, 7), np.uint8)
+    nbytes, crc32 = self._streams.append(name, packed)
+    return manifest_lib.Deflated(nbytes=nbytes, crc32=crc32, size=len(data))
 
 
 def encode_record(
