@@ -11,7 +11,7 @@ The stream `manifest` is the JSON object that the module `manifest` describes, d
 It contains the length and the CRC-32 of every other stream. The writer appends each
 stream when it is ready. It writes the header last, into room that it reserves at the
 start: the names of the streams bound its length. Any safetensors library opens the
-file.
+file. A damaged file raises `ContainerError`.
 """
 
 from collections.abc import Iterator, Sequence
@@ -197,9 +197,6 @@ class StreamReader:
       name: name of the stream.
       crc32: the checksum that it must have.
       most: the greatest number of bytes of its content.
-
-    Raises:
-      ContainerError: if it is damaged, or longer.
     """
     data, unpacker = self.read(name, crc32), zlib.decompressobj()
     try:
@@ -225,9 +222,6 @@ class StreamReader:
 
     Yields:
       The bytes: uint8 `[n]`. They are valid until the context ends.
-
-    Raises:
-      ContainerError: if there is no such stream, or if it is damaged.
     """
     if name not in self._streams:
       raise ContainerError(f'{name}: no such stream')
@@ -318,11 +312,7 @@ def _size(entry: Any, begin: int) -> int | None:
 
 
 def parse_json(data: bytes, where: str) -> Any:
-  """Parses JSON that may be untrusted.
-
-  Raises:
-    ContainerError: if it is not JSON as `strict_json` has it.
-  """
+  """Parses JSON that may be untrusted."""
   try:
     return strict_json.loads(data)
   except ValueError as error:

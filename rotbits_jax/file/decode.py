@@ -1,4 +1,7 @@
-"""Decodes the records of a file: leaves by path, and layers straight into stacks."""
+"""Decodes the records of a file: leaves by path, and layers straight into stacks.
+
+A damaged or incomplete file raises `ContainerError`.
+"""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent import futures
@@ -66,11 +69,6 @@ class Decoder:
       files: the files.
       manifests: the manifest of each file.
       base: has the arrays that leaves need and the files do not hold.
-
-    Raises:
-      ContainerError: if two records have one name, two leaves have one path, or a leaf
-        needs another one that needs others itself; if many small leaves need one large
-        array; or if the base is not the one that the files need.
     """
     self._base = base
     self._basis = functools.lru_cache(_MOST_BASES)(self._read_basis)
@@ -131,9 +129,6 @@ class Decoder:
     """Checks that small leaves do not need one large array over and over.
 
     A leaf takes the time to go through all that it needs, however small it is.
-
-    Raises:
-      ContainerError: if they do. It names the array.
     """
     uses: dict[str | None, list[tuple[int, int]]] = {}
     for leaf in self.leaves.values():
@@ -151,12 +146,7 @@ class Decoder:
         )
 
   def entry(self, name: str) -> manifest_lib.RecordEntry:
-    """Returns the entry of a record.
-
-    Raises:
-      ContainerError: if there is no such record, if its coder or the type of a leaf is
-        unknown, or if it needs a base and none is given.
-    """
+    """Returns the entry of a record."""
     if name not in self.entries:
       raise ContainerError(f'{name}: no such record')
     entry = self.entries[name]
@@ -211,9 +201,6 @@ class Decoder:
 
     Returns:
       The leaves by path: NumPy arrays and structured leaves.
-
-    Raises:
-      ContainerError: if there is no such record, or if it is damaged.
     """
     entry = self.entry(name)
     if resolve is None:
@@ -255,11 +242,7 @@ class Decoder:
     resolve: Resolve,
     integers: bool,
   ) -> Any:
-    """Returns the array or the leaf of an entry, made of its stored arrays.
-
-    Raises:
-      ContainerError: if they do not make it up.
-    """
+    """Returns the array or the leaf of an entry, made of its stored arrays."""
     if not entry.type_name:
       return arrays[0].view(np.dtype(entry.dtype))
     try:
@@ -473,9 +456,6 @@ def allocate(
   Returns:
     The arrays for each leaf, by its path within a record. A leaf that is stored as
     arrays of different shapes in different records has none.
-
-  Raises:
-    ContainerError: if memory cannot hold them.
   """
   specs_of_records = [
     {
@@ -507,9 +487,6 @@ def check_memory(name: str, nbytes: int) -> None:
   Args:
     name: name of the content, for the error.
     nbytes: the bytes that it takes in memory.
-
-  Raises:
-    ContainerError: if memory cannot hold them.
   """
   if nbytes > (_available() or nbytes):
     raise _too_large(name, nbytes)

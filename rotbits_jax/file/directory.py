@@ -92,11 +92,7 @@ def write(
 
 
 def _converted(path: str, leaf: Any, dtype: np.dtype) -> Any:
-  """Returns a parameter in the dtype of the checkpoint.
-
-  Raises:
-    ValueError: if a number is too large for it. It names the parameter.
-  """
+  """Returns a parameter in the dtype of the checkpoint."""
   found = structured.astype(leaf, dtype)
   are_floats = all(jnp.issubdtype(x, jnp.floating) for x in (leaf.dtype, dtype))
   if are_floats and jnp.finfo(dtype).maxexp < jnp.finfo(leaf.dtype).maxexp:
@@ -148,9 +144,6 @@ def _check_inputs(
     reader: the file.
     directory: the directory for the checkpoint.
     names: names of the files there that are written or removed.
-
-  Raises:
-    ValueError: if one is a file of an input.
   """
   folder = pathlib.Path(directory)
   inputs.check([folder / name for name in sorted(names)], [reader])

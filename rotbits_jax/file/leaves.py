@@ -1,7 +1,7 @@
 """The entries of leaves in the manifest: how a parameter is stored, and its needs.
 
 A leaf is an array or a structured leaf, see `structured`. It is stored as one or more
-arrays of its record, see `manifest`.
+arrays of its record, see `manifest`. What does not fit raises a ValueError.
 """
 
 from collections.abc import Callable, Sequence
@@ -79,11 +79,7 @@ class Leaf:
     return structured.TYPES.get(self.type_name)
 
   def make(self, arrays: Sequence[np.ndarray]) -> structured.Structured:
-    """Makes the structured leaf from the arrays as which it is stored.
-
-    Raises:
-      ValueError: if the arrays, the settings and this entry do not fit together.
-    """
+    """Makes the structured leaf from the arrays as which it is stored."""
     cls = structured.TYPES[self.type_name]
     try:
       named = dict(zip(self.arrays, arrays, strict=True))
@@ -105,9 +101,6 @@ class Leaf:
 
     Args:
       shapes: shapes of the arrays as which the leaf is stored.
-
-    Raises:
-      ValueError: if the settings or the arrays that tell it are missing.
     """
     factored: tuple[int, str] | None = self._told(
       lambda cls, named: cls.stored_factored(self.settings, named), shapes
@@ -177,11 +170,7 @@ class Leaf:
 
 
 def check_array(path: str, shape: Shape, dtype: np.dtype) -> None:
-  """Checks that an array of this path, shape and dtype can be stored.
-
-  Raises:
-    ValueError: if it cannot.
-  """
+  """Checks that an array of this path, shape and dtype can be stored."""
   entry = Leaf(path=path, shape=shape, dtype=dtype.name)
   try:
     schema.load(Leaf, schema.dump(entry), path)

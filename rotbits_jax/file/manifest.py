@@ -9,6 +9,8 @@ arrays. All paths are those of the whole model, like 'layers.3/mlp/up/kernel'.
 The preset `paper` stores one message for the whole model in place of records, see
 `MessageEntry`. A checkpoint of an unknown family is stored as records of plain tensors,
 and a `WeightsFileEntry` says how its weights files are made of them.
+
+What an entry must not say raises a ValueError that names the record or the parameter.
 """
 
 from collections.abc import Mapping
@@ -143,11 +145,7 @@ class RecordEntry:
       raise ValueError(f'{self.name}: {error}') from error
 
   def _check_stream(self) -> None:
-    """Checks that the stream can hold the leaves.
-
-    Raises:
-      ValueError: if it cannot.
-    """
+    """Checks that the stream can hold the leaves."""
     spec = self.stream_spec
     if self.nbytes != spec.nbytes:
       raise ValueError(
@@ -176,11 +174,7 @@ class RecordEntry:
 
   @functools.cached_property
   def record_coder(self) -> coders.RecordCoder:
-    """The coder.
-
-    Raises:
-      ValueError: if there is no such coder of records.
-    """
+    """The coder."""
     coder = coders.find(self.coder)
     if coder is None:
       raise ValueError(f'there is no coder of records of the name {self.coder!r:.100}')
@@ -343,9 +337,6 @@ class Manifest:
     Args:
       record: the record.
       segment: the segment whose basis it is, see `structured.subspaces`.
-
-    Raises:
-      ValueError: if it does not. It names the record or the parameter.
     """
     bases = structured.Basis, structured.Subspace
     for leaf in record.leaves:
@@ -425,9 +416,6 @@ def check_shapes(
     record: name of the record.
     shapes: the shapes by path.
     config: config of the model.
-
-  Raises:
-    ValueError: if a model with this config has no such record or other parameters.
   """
   if record == models.names.BUFFERS:
     if wrong := [x for x in shapes if x.split('/')[:-1] != [record]]:

@@ -65,11 +65,7 @@ def read_model(
   place: placement.Place | None,
   show_progress: bool,
 ) -> models.Model:
-  """Reads the model that `open_model` found, see `Reader.read`.
-
-  Raises:
-    ContainerError: if the file is damaged.
-  """
+  """Reads the model that `open_model` found, see `Reader.read`."""
   names = {i: models.names.layer(i) for i in layers}
   is_outer = lambda x: models.names.layer_index(x) is None and x != models.names.BUFFERS
   outer = list(filter(is_outer, source.records))

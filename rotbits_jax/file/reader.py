@@ -6,7 +6,8 @@
 
 A record is a part of a model that decodes on its own; `manifest` describes records and
 leaves. The reader checks the whole manifest before it allocates memory. Several records
-decode side by side: one stream is read while the blocks of another are decoded.
+decode side by side: one stream is read while the blocks of another are decoded. A
+damaged or incomplete file raises `ContainerError`.
 """
 
 import collections
@@ -80,11 +81,11 @@ class Reader:
     first = self.manifests[0]
     self.preset, self.options, self.keeps = first.preset, first.options, first.keeps
     self.config, self.stem = first.config, first.stem
-    for file, own in zip(self._files, self.manifests, strict=True):
+    for file, manifest in zip(self._files, self.manifests, strict=True):
       with file.errors():
-        if (own.preset, own.config) != (first.preset, first.config):
+        if (manifest.preset, manifest.config) != (first.preset, first.config):
           raise ContainerError('the shards belong to different models')
-        if own.message is not None and len(self._files) > 1:
+        if manifest.message is not None and len(self._files) > 1:
           raise ContainerError('a message is one file, and no shard')
     opened = None if base is None else open_base(base, plain=self.config is None)
     self._base = opened
@@ -92,8 +93,13 @@ class Reader:
     self._message = first.message
     if index is not None:
       self._check_index(index)
-    if self.config is None:
-      self._check_paths()
+    if self.weights_files:
+      self._check_places()
+    elif self.config is None:
+      for name, record in self._decoder.entries.items():
+        paths = *record.empty, *(leaf.path for leaf in record.leaves)
+        if {path.split('/')[0] for path in paths} != {name}:
+          raise ContainerError(f'{name}: a leaf of the record is not under its name')
 
   def __enter__(self) -> Self:
     return self
@@ -144,11 +150,7 @@ class Reader:
     }
 
   def check_records(self) -> None:
-    """Checks that every record is there, and a base if one is needed.
-
-    Raises:
-      ContainerError: naming the first record that is missing, or array of a base.
-    """
+    """Checks that every record is there, and a base if one is needed."""
     for name in (*self._decoder.entries, *self._names()):
       self._decoder.entry(name)
 
@@ -171,9 +173,6 @@ class Reader:
     Returns:
       The parameters as NumPy arrays and structured leaves, in nested dicts of which the
       first key is the name. A layer is not stacked.
-
-    Raises:
-      ContainerError: if there is no such record, or if it is damaged.
     """
     entry = self._decoder.entry(name)
     return entry.tree(self._decoder.decode(name))
@@ -337,9 +336,6 @@ class Reader:
     Yields:
       The name of each record, and its leaves by path, which may share the memory of
       the base. Layers come first; those of a message come in reverse.
-
-    Raises:
-      ContainerError: if the file is damaged or incomplete.
     """
     if self._message is not None:
       yield from self._decode_message(show_progress)
@@ -460,29 +456,17 @@ class Reader:
     return {path: leaf.nbytes for path, leaf in leaves.items() if leaf.is_array()}
 
   def gaps(self) -> dict[str, bytes]:
-    """Reads the bytes between the tensors of each weights file, joined.
-
-    Raises:
-      ContainerError: if a part is damaged, or the tensors do not fit their file.
-    """
+    """Reads the bytes between the tensors of each weights file, joined."""
     return sidecars.gaps(self._files, self.manifests, self.tensor_sizes())
 
   def files(self) -> dict[str, bytes]:
-    """Reads the other files of the checkpoint; returns their bytes by name.
-
-    Raises:
-      ContainerError: if a file is damaged.
-    """
+    """Reads the other files of the checkpoint; returns their bytes by name."""
     return sidecars.files(self._files, self.manifests)
 
   # ---- checks ------------------------------------------------------------------------
 
   def _check_index(self, index: shards.ShardIndex) -> None:
-    """Checks that the index of the shards names each record and its shard.
-
-    Raises:
-      ContainerError: if it does not.
-    """
+    """Checks that the index of the shards names each record and its shard."""
     metadata = index.metadata
     for file in self._files:
       if metadata.manifest_crc32[os.path.basename(file.name)] != file.manifest_crc32:
@@ -500,32 +484,17 @@ class Reader:
         f'got {self.size}'
       )
 
-  def _check_paths(self) -> None:
-    """Checks the paths of leaves, if there is no model to check them by.
-
-    The leaves of a record of a PyTree have its name for their first key. Tensors of a
-    checkpoint are not in a tree; each has one place in one of the weights files.
-
-    Raises:
-      ContainerError: naming a leaf or a file.
-    """
-    names = [name for own in self.manifests for name in own.files]
-    names += [x.layout.name for own in self.manifests for x in own.weights]
-    places = [
-      path for own in self.manifests for x in own.weights for path, _ in x.layout.places
-    ]
+  def _check_places(self) -> None:
+    """Checks that each tensor has one place in one of the weights files."""
+    layouts = [x.layout for manifest in self.manifests for x in manifest.weights]
+    names = [name for manifest in self.manifests for name in manifest.files]
+    names += [layout.name for layout in layouts]
+    places = [path for layout in layouts for path, _ in layout.places]
     for listed in (names, places):
       if twice := [x for x, n in collections.Counter(listed).items() if n > 1]:
         raise ContainerError(f'{twice[0]}: the weights files have it twice')
-    if self.weights_files:
-      arrays = self.tensor_sizes().keys()
-      if wrong := sorted(arrays ^ set(places)) or sorted(self.dtypes().keys() - arrays):
-        raise ContainerError(f'{wrong[0]}: not a tensor with a place in a weights file')
-      return
-    for name, entry in self._decoder.entries.items():
-      keys = {x.split('/')[0] for x in (*entry.empty, *(y.path for y in entry.leaves))}
-      if keys != {name}:
-        raise ContainerError(f'{name}: a leaf of the record is not under its name')
+    if wrong := sorted(self.tensor_sizes().keys() ^ set(places)):
+      raise ContainerError(f'{wrong[0]}: not a tensor with a place in a weights file')
 
 
 def open_base(base: Any, *, plain: bool) -> base_lib.Base:

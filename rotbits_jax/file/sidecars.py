@@ -16,9 +16,6 @@ def files(streams: Streams, manifests: Manifests) -> dict[str, bytes]:
   Args:
     streams: the file, or its shards.
     manifests: the manifest of each.
-
-  Raises:
-    ContainerError: if a file is damaged.
   """
   found, left = {}, manifest_lib.MOST_FILES
   for file, own in zip(streams, manifests, strict=True):
@@ -42,9 +39,6 @@ def gaps(
     streams: see `files`.
     manifests: see `files`.
     sizes: the bytes of each tensor.
-
-  Raises:
-    ContainerError: if a part is damaged, or the tensors do not fit their file.
   """
   found, left = {}, manifest_lib.MOST_FILES
   for file, own in zip(streams, manifests, strict=True):
