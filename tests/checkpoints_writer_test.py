@@ -341,25 +341,6 @@ class WriterTest(parameterized.TestCase):
     self.assertEqual(list(self.scratch.iterdir()), [self.target])
     self.assertLen(list(self.target.iterdir()), 1 + len(source.files))
 
-  @parameterized.parameters(
-    ('safetensors', 'config.json'),
-    ('safetensors', 'model.safetensors'),
-    ('slicegpt', 'Llama-2-tiny_0.25.pt'),
-  )
-  def test_two_names_of_one_file_are_an_error(self, format, name):
-    """As README.md and readme.md are where the file system ignores case."""
-    source = self.open('llama-tiny-sliced-head-0.25')
-    folder = self.scratch / '.x.partial'
-    folder.mkdir()
-    (folder / name).write_text('the other one')
-    with (
-      mock.patch.object(outputs, 'clear'),
-      self.assertRaisesRegex(FileExistsError, name),
-      writer_of(source, self.target, format=format),
-    ):
-      self.fail('one file replaces the other')
-    self.assert_nothing_is_left()
-
   def test_files_that_are_replaced_in_part_are_no_checkpoint(self):
     old = self.open().load()
     doubled = jax.tree.map(lambda x: x * 2, old.model.params)

@@ -61,7 +61,7 @@ def test_a_directory(tmp_path):
   (tmp_path / 'link').symlink_to('x')
   assert outputs.directory_target(tmp_path / 'link' / 'y') == tmp_path / 'x' / 'y'
   (tmp_path / 'x').write_text('a file')
-  with pytest.raises(NotADirectoryError, match="is a file.*/x'$"):
+  with pytest.raises(NotADirectoryError, match=r"is a file.*/x'$"):
     outputs.directory_target(tmp_path / 'link' / 'below')
 
 
