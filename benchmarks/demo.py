@@ -112,12 +112,11 @@ def measure(
   compared[rerounded] = passes.randomly_rotated(model, key=jax.random.key(0))
   stored[rerounded] = Row(name, rerounded)
   text = evaluation.encode_text(checkpoint.files, common.read_data('evaluation.txt'))
-  measured = evaluation.compare(
-    compared, text, {'tensors': model}, max_tokens=TOKENS, progress=True
-  )
   for key, row in stored.items():
-    measures = measured[key]
-    yield row._replace(perplexity=measures.perplexity, kl=measures.kl['tensors'])
+    measures = evaluation.evaluate(
+      compared[key], text, reference=model, max_tokens=TOKENS, progress=True
+    )
+    yield row._replace(perplexity=measures.perplexity, kl=measures.kl)
 
 
 def to_table(rows: list[Row]) -> str:

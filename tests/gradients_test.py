@@ -80,6 +80,6 @@ def test_sensitivities_foretell_the_divergence():
       flat[path.partition('/')[2]] = array + error
       layers[index] = structured.unflatten(flat)
     changed = models.from_layers(model.config, outer, layers)
-    measured = evaluation.compare({'x': changed}, tokens, {'model': model})['x']
+    measured = evaluation.evaluate(changed, tokens, reference=model)
     expected = sensitivities.divergence(inputs[path], error)
-    assert 0.6 < measured.kl['model'] / expected < 1.7, path
+    assert 0.6 < measured.kl / expected < 1.7, path

@@ -167,8 +167,7 @@ def divergence_of(search, model, tokens):
   decoded = rotbits_jax.decode(rotbits_jax.encode(model, preset='near', **options))
   dtype = model.params['embed']['tokens'].dtype
   stored = structured.astype(decoded.materialize(), dtype)
-  measured = evaluation.compare({'near': stored}, tokens, {'model': model})
-  return measured['near'].kl['model']
+  return evaluation.evaluate(stored, tokens, reference=model).kl
 
 
 @pytest.mark.parametrize(

@@ -1,19 +1,15 @@
 """Measurement of models on a text."""
 
-from rotbits_jax.evaluation.perplexity import Comparison
 from rotbits_jax.evaluation.perplexity import Evaluation
 from rotbits_jax.evaluation.perplexity import agreement
-from rotbits_jax.evaluation.perplexity import compare
 from rotbits_jax.evaluation.perplexity import evaluate
 from rotbits_jax.evaluation.perplexity import kl_divergence
 from rotbits_jax.evaluation.text import encode_text
 from rotbits_jax.evaluation.text import read_tokenizer
 
 __all__ = [
-  'Comparison',
   'Evaluation',
   'agreement',
-  'compare',
   'encode_text',
   'evaluate',
   'kl_divergence',

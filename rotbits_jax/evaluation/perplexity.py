@@ -1,6 +1,6 @@
 """Perplexity of a model, and how far its predictions are from another model's."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 import dataclasses
 import functools
 from typing import NamedTuple
@@ -17,6 +17,7 @@ from rotbits_jax.system.progress import track
 DEFAULT_WINDOW = 1024
 
 _TOKENS = 64  # whose predictions are compared at once
+_MEASURES = 'loss', 'kl', 'ear', 'kl_rerounded'
 
 
 class Evaluation(NamedTuple):
@@ -37,15 +38,6 @@ class Evaluation(NamedTuple):
   kl: float | None
   kl_rerounded: float | None
   ear: float | None
-
-
-class Comparison(NamedTuple):
-  """The result of `compare` for one model; `kl` and `ear` are by reference."""
-
-  perplexity: float
-  kl: dict[str, float]
-  ear: dict[str, float]
-  tokens: int
 
 
 def evaluate(
@@ -85,82 +77,32 @@ def evaluate(
   """
   if rerounded is not None and reference is None:
     raise ValueError('a rerounded model needs a reference to be compared with')
-  compared = {'model': model, 'rerounded model': rerounded}
-  measured = compare(
-    {name: x for name, x in compared.items() if x is not None},
-    tokens,
-    {} if reference is None else {'reference': reference},
-    max_tokens=max_tokens,
-    window=window,
-    progress=progress,
-  )
-  kl = {name: comparison.kl.get('reference') for name, comparison in measured.items()}
-  return Evaluation(
-    perplexity=measured['model'].perplexity,
-    tokens=measured['model'].tokens,
-    kl=kl['model'],
-    kl_rerounded=kl.get('rerounded model'),
-    ear=measured['model'].ear.get('reference'),
-  )
-
-
-def compare(
-  compared: Mapping[str, models.Model],
-  tokens: np.ndarray,
-  references: Mapping[str, models.Model],
-  *,
-  max_tokens: int | None = None,
-  window: int | None = None,
-  progress: bool = False,
-) -> dict[str, Comparison]:
-  """Measures the perplexity of models, and the divergence of each from each reference.
-
-  Args:
-    compared: the models to measure, by name.
-    tokens: `[N]` token ids, which are cut into windows as in `evaluate`.
-    references: models with the same vocabulary, by name.
-    max_tokens: see `evaluate`.
-    window: see `evaluate`.
-    progress: see `evaluate`.
-
-  Raises:
-    ValueError: as for `evaluate`.
-  """
-  config = next(iter(compared.values())).config
-  for name, model in (*compared.items(), *references.items()):
-    if model.config.vocab_size != config.vocab_size:
+  compared = [x for x in (model, reference, rerounded) if x is not None]
+  vocabulary = model.config.vocab_size
+  for other in compared:
+    if other.config.vocab_size != vocabulary:
       raise ValueError(
-        f'predictions are compared token by token: the {name} must have a vocabulary '
-        f'of {config.vocab_size} tokens like the model, got {model.config.vocab_size}'
+        'predictions are compared token by token: the reference must have a vocabulary '
+        f'of {vocabulary} tokens like the model, got {other.config.vocab_size}'
       )
-  cut = windows(tokens, config, max_tokens=max_tokens, window=window)
-  # Each model is put on the device once. Buffers are left out, because JAX does not
-  # support every dtype that they may have.
-  on_device = {
-    id(model): jax.device_put(dataclasses.replace(model, buffers={}))
-    for model in {id(x): x for x in (*compared.values(), *references.values())}.values()
-  }
-  totals = {name: np.zeros(1 + 2 * len(references)) for name in compared}
-  for padded, length in track(cut, 'evaluate', 'window', total=len(cut), show=progress):
-    logits = {
-      id(x): _predictions(on_device[id(x)], padded) for x in references.values()
-    }
-    expected = [logits[id(x)] for x in references.values()]
-    for name, model in compared.items():
-      # A model that is its own reference does not predict twice.
-      predicted = logits.get(id(model))
-      if predicted is None:
-        predicted = _predictions(on_device[id(model)], padded)
-      measured = np.asarray(_measure(predicted, expected, padded), np.float64)
-      totals[name] += measured[:, : length - 1].sum(axis=1)
+  cut = windows(tokens, model.config, max_tokens=max_tokens, window=window)
+  # Buffers are left out, because JAX does not support every dtype that they may have.
+  on_device = [jax.device_put(dataclasses.replace(x, buffers={})) for x in compared]
+  totals = np.zeros(len(_MEASURES))
+  tracked = track(cut, 'evaluate', 'window', total=len(cut), show=progress)
+  for padded, length in tracked:
+    logits = [_predictions(x, padded) for x in on_device]
+    measured = np.asarray(_measure(logits, padded), np.float64)
+    totals[: len(measured)] += measured[:, : length - 1].sum(axis=1)
   count = sum(length - 1 for _, length in cut)
-  results = {}
-  for name, total in totals.items():
-    loss, *means = (total / count).tolist()
-    kl = dict(zip(references, means[: len(references)], strict=True))
-    ear = dict(zip(references, means[len(references) :], strict=True))
-    results[name] = Comparison(float(np.exp(loss)), kl, ear, count)
-  return results
+  means = dict(zip(_MEASURES, (totals / count).tolist(), strict=True))
+  return Evaluation(
+    perplexity=float(np.exp(means['loss'])),
+    tokens=count,
+    kl=None if reference is None else means['kl'],
+    kl_rerounded=None if rerounded is None else means['kl_rerounded'],
+    ear=None if reference is None else means['ear'],
+  )
 
 
 def windows(
@@ -214,25 +156,24 @@ def _predictions(model: models.Model, tokens: jax.Array) -> jax.Array:
 
 
 @jax.jit
-def _measure(
-  predicted: jax.Array, expected: list[jax.Array], tokens: jax.Array
-) -> jax.Array:
-  """Returns losses, divergences from R references, agreement: `[1 + 2 R, T - 1]`.
+def _measure(logits: list[jax.Array], tokens: jax.Array) -> jax.Array:
+  """Returns `_MEASURES`, as far as there are models for them: `[K, T - 1]`.
 
   Args:
-    predicted: logits `[T - 1, V]` of the model.
-    expected: logits `[T - 1, V]` of each reference.
+    logits: `[T - 1, V]` of the model, the reference and the rerounded model.
     tokens: `[1, T]`.
   """
 
   def of_token(i: jax.Array) -> jax.Array:
-    loss = -jax.nn.log_softmax(predicted[i])[tokens[0, i + 1]]
-    kl = [kl_divergence(logits[i], predicted[i]) for logits in expected]
-    ear = [agreement(logits[i], predicted[i]) for logits in expected]
-    return jnp.stack([loss, *kl, *ear])
+    model, *others = (x[i] for x in logits)
+    measures = [-jax.nn.log_softmax(model)[tokens[0, i + 1]]]
+    for reference in others[:1]:
+      measures += [kl_divergence(reference, model), agreement(reference, model)]
+      measures += [kl_divergence(reference, x) for x in others[1:]]
+    return jnp.stack(measures)
 
   # A few tokens at a time, because each has several arrays as long as the vocabulary.
-  return jax.lax.map(of_token, jnp.arange(len(predicted)), batch_size=_TOKENS).T
+  return jax.lax.map(of_token, jnp.arange(len(logits[0])), batch_size=_TOKENS).T
 
 
 def mean_divergence(
