@@ -19,7 +19,6 @@ the residual stream in front of each layer.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-import dataclasses
 import math
 import os
 from typing import Any, NamedTuple
@@ -361,12 +360,3 @@ def _count(leaf: Any, rounded: Any) -> int:
   pairs = zip(jax.tree.leaves(leaf), jax.tree.leaves(rounded), strict=True)
   changed = any(passes.is_matrix(x) and bool((x != y).any()) for x, y in pairs)
   return structured.count_elements(leaf) if changed else 0
-
-
-def rewritten(model: models.Model) -> models.Model:
-  """Applies the transforms of `near`; the parameters stay float32."""
-  context = passes.make_context(model, stored_as=model.stored_as)
-  batches = passes.rewrite(context.widened(), near().transform)
-  records = [record for batch, _ in batches for record in batch]
-  result = passes.to_model(context.config, records)
-  return dataclasses.replace(result, stored_as=context.dtype.name)

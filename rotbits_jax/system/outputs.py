@@ -22,11 +22,6 @@ import pathlib
 import shutil
 import stat
 
-try:
-  import fcntl
-except ImportError:  # Windows: two processes are not kept apart
-  fcntl = None  # type: ignore[assignment]
-
 Path = str | os.PathLike[str]
 
 
@@ -117,66 +112,6 @@ def move(source: pathlib.Path, target: pathlib.Path) -> None:
     os.chmod(source, stat.S_IMODE(target.stat().st_mode))
   os.replace(source, target)
   _sync(target.parent)
-
-
-@contextlib.contextmanager
-def locked(folder: pathlib.Path) -> Iterator[pathlib.Path]:
-  """Makes a folder and holds its lock.
-
-  The system releases the lock if the process is killed. The caller removes the folder.
-
-  Raises:
-    OSError: if the folder cannot be made, is a symbolic link, or if another process
-      holds the lock.
-  """
-  try:
-    handle = _lock(folder)
-  except KeyboardInterrupt:
-    with contextlib.suppress(OSError):  # it stays if it is not empty
-      folder.rmdir()
-    raise
-  try:
-    yield folder
-  finally:
-    if handle is not None:
-      os.close(handle)
-
-
-def clear(folder: pathlib.Path) -> None:
-  """Removes the content of a folder."""
-  for path in folder.iterdir():
-    if path.is_dir() and not path.is_symlink():
-      shutil.rmtree(path)
-    else:
-      path.unlink()
-
-
-def remove(target: pathlib.Path) -> None:
-  """Removes a file if it exists. Its name is off the disk when the function returns."""
-  target.unlink(missing_ok=True)
-  _sync(target.parent)
-
-
-def _lock(folder: pathlib.Path) -> int | None:
-  folder.mkdir(parents=True, exist_ok=True)
-  if fcntl is None:
-    return None
-  try:
-    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-  except FileNotFoundError as error:  # the process that held the lock has removed it
-    raise _error(errno.EAGAIN, 'another process writes here', folder) from error
-  try:
-    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    # It may have been removed after it was opened, too.
-    if not folder.exists() or not os.path.samestat(os.fstat(handle), folder.lstat()):
-      raise BlockingIOError
-  except BlockingIOError as error:
-    os.close(handle)
-    raise _error(errno.EAGAIN, 'another process writes here', folder) from error
-  except BaseException:
-    os.close(handle)
-    raise
-  return handle
 
 
 def divided(sizes: Mapping[str, int], most: int | None) -> list[tuple[str, ...]]:
