@@ -45,7 +45,7 @@ if 'ROTBITS_TEST_OPTIMISED' not in os.environ:
   options = {'xla_backend_optimization_level': 1}
   optimised = functools.partial(jax.jit, compiler_options=options)
   with mock.patch.object(jax, 'jit', optimised):
-    import rotbits_jax.coding.weights  # noqa: F401
+    import rotbits_jax.coding.coder  # noqa: F401
 
 
 # They come first, so that no worker waits at the end until the other is done with one.

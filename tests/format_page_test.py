@@ -13,7 +13,7 @@ from rotbits_jax import checkpoints
 from rotbits_jax import models
 from rotbits_jax import paper
 from rotbits_jax import structured
-from rotbits_jax.coding import weights
+from rotbits_jax.coding import specs
 from rotbits_jax.file import leaves
 from rotbits_jax.file import manifest
 from rotbits_jax.file import shards
@@ -109,7 +109,7 @@ def whole_manifest():
 
 
 def stream_spec():
-  return field_names(weights.StreamSpec)
+  return field_names(specs.StreamSpec)
 
 
 def field_names(cls):

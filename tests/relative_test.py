@@ -9,7 +9,8 @@ import pytest
 
 import rotbits_jax
 from rotbits_jax import structured
-from rotbits_jax.coding import weights
+from rotbits_jax.coding import coder
+from rotbits_jax.coding import pool
 from rotbits_jax.relative import factors as difference_factors
 from rotbits_jax.relative import measure as passes
 from rotbits_jax.relative import scales as differences
@@ -43,8 +44,8 @@ def assert_comes_back(target, base, kind=None):
   assert leaf is not None
   assert kind in (None, leaf.type_name)
   settings, arrays = leaf.stored()
-  encoded = weights.encode(list(arrays.values()))
-  decoded = weights.decode(encoded.spec, encoded.data)
+  encoded = coder.encode(list(arrays.values()))
+  decoded = coder.decode(encoded.spec, encoded.data)
   again = type(leaf).from_stored(settings, dict(zip(arrays, decoded, strict=True)))
   assert structured.same_bits(again, leaf)
   assert structured.same_bits(again.materialize(base), target)
@@ -55,7 +56,7 @@ def assert_comes_back(target, base, kind=None):
 def related(target, base):
   """Stores the differences even if the array takes fewer bytes alone."""
   bits = relative.bits_of(target), relative.bits_of(base)
-  leaf = passes._relative(target, *bits, 1e9, weights.in_turn)
+  leaf = passes._relative(target, *bits, 1e9, pool.in_turn)
   assert leaf is not None
   return leaf
 
@@ -64,18 +65,18 @@ def patched(target, base):
   """Stores the changed elements, however many they are."""
   bits, known = relative.bits_of(target), relative.bits_of(base)
   places = np.flatnonzero(bits != known)
-  return structured.Patched.of(target, known, places, weights.in_turn)
+  return structured.Patched.of(target, known, places, pool.in_turn)
 
 
 def coded_bytes(leaf):
-  return weights.encode(list(leaf.stored()[1].values())).data.size
+  return coder.encode(list(leaf.stored()[1].values())).data.size
 
 
 @pytest.mark.parametrize('dtype', FLOATS)
 def test_a_fine_tune_takes_fewer_bytes_than_alone(dtype):
   target, base = pair(dtype)
   leaf = assert_comes_back(target, base, 'relative')
-  assert coded_bytes(leaf) < 0.85 * weights.encode([target]).data.size
+  assert coded_bytes(leaf) < 0.85 * coder.encode([target]).data.size
 
 
 @pytest.mark.parametrize('dtype', FLOATS)
@@ -86,7 +87,7 @@ def test_scales_are_those_of_rows_and_columns(dtype):
   target = rng.normal(size=base.shape) * rows[:, None] * columns
   bits = [relative.bits_of(x.astype(relative.dtype_of(dtype))) for x in (target, base)]
   of_rows, of_columns = differences.scales(
-    *(x.reshape(base.shape) for x in bits), relative.dtype_of(dtype), weights.in_turn
+    *(x.reshape(base.shape) for x in bits), relative.dtype_of(dtype), pool.in_turn
   )
   # In eighths of an octave; a factor may move from rows to columns.
   for found, given in ((of_rows, rows), (of_columns, columns)):
@@ -111,7 +112,7 @@ def test_jobs_side_by_side_give_the_same_leaf(adapted):
   more = rng.normal(size=(9000, 4)) @ rng.normal(size=(4, 256))
   target = base + 0.02 * (own + adapted * more)
   target, base = (x.astype(relative.dtype_of('bfloat16')) for x in (target, base))
-  one, other = (passes.beside(target, base, x) for x in (weights.in_turn, weights.run))
+  one, other = (passes.beside(target, base, x) for x in (pool.in_turn, pool.run))
   assert (one.left is not None) == adapted
   assert structured.same_bits(one, other)
 
@@ -212,7 +213,7 @@ def test_another_number_of_rows(rows):
   far = 1e-3 * rng.normal(size=(common, 96))
   target[:common] = (base[:common].astype(np.float32) + far).astype(base.dtype)
   leaf = assert_comes_back(target, base, 'relative')
-  alone = weights.encode([target]).data.size
+  alone = coder.encode([target]).data.size
   assert coded_bytes(leaf) < 0.7 * alone
   assert passes.beside(target[:, :95], base) is None
 

@@ -8,10 +8,10 @@ import ml_dtypes
 import numpy as np
 
 from rotbits_jax.coding import tables
-from rotbits_jax.coding.weights import contexts
-from rotbits_jax.coding.weights import layouts
-from rotbits_jax.coding.weights import plans
-from rotbits_jax.coding.weights import scales
+from rotbits_jax.coding import contexts
+from rotbits_jax.coding import layouts
+from rotbits_jax.coding import plans
+from rotbits_jax.coding import scales
 
 # Dtype, number of bits besides the symbol, and a common class.
 FORMATS = (

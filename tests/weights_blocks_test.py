@@ -8,9 +8,9 @@ import ml_dtypes
 import numpy as np
 
 from rotbits_jax.coding import tables
-from rotbits_jax.coding.weights import blocks
-from rotbits_jax.coding.weights import layouts
-from rotbits_jax.coding.weights import statistics
+from rotbits_jax.coding import blocks
+from rotbits_jax.coding import layouts
+from rotbits_jax.coding import statistics
 
 
 def _example(dtype, count, seed=0):

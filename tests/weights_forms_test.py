@@ -10,8 +10,9 @@ import ml_dtypes
 import numpy as np
 
 from rotbits_jax.coding import tables
-from rotbits_jax.coding import weights
-from rotbits_jax.coding.weights import forms
+from rotbits_jax.coding import coder
+from rotbits_jax.coding import specs
+from rotbits_jax.coding import forms
 from rotbits_jax.system import schema
 
 FLOATS = (np.float16, ml_dtypes.bfloat16, np.float32)
@@ -49,11 +50,11 @@ def _bits(array):
 
 def _size(array):
   """Encodes and decodes an array, and returns its form and the bytes of the stream."""
-  encoded = weights.encode([array])
+  encoded = coder.encode([array])
   spec = schema.load(
-    weights.StreamSpec, json.loads(json.dumps(schema.dump(encoded.spec)))
+    specs.StreamSpec, json.loads(json.dumps(schema.dump(encoded.spec)))
   )
-  (decoded,) = weights.decode(spec, encoded.data)
+  (decoded,) = coder.decode(spec, encoded.data)
   assert (decoded.dtype, decoded.shape) == (array.dtype, array.shape)
   np.testing.assert_array_equal(_bits(decoded), _bits(array))
   return spec.arrays[0].form, encoded.data.size

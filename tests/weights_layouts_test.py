@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from rotbits_jax.coding.weights import layouts
+from rotbits_jax.coding import layouts
 
 FLOATS = (np.float16, ml_dtypes.bfloat16, np.float32)
 INTEGERS = (np.int8, np.uint8, np.int16, np.uint16, np.int32, np.uint32)

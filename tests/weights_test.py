@@ -18,13 +18,14 @@ import ml_dtypes
 import numpy as np
 
 from rotbits_jax.coding import tables
-from rotbits_jax.coding import weights
-from rotbits_jax.coding.weights import blocks
-from rotbits_jax.coding.weights import contexts
-from rotbits_jax.coding.weights import layouts
-from rotbits_jax.coding.weights import pool
-from rotbits_jax.coding.weights import scales
-from rotbits_jax.coding.weights import streams
+from rotbits_jax.coding import coder
+from rotbits_jax.coding import specs
+from rotbits_jax.coding import blocks
+from rotbits_jax.coding import contexts
+from rotbits_jax.coding import layouts
+from rotbits_jax.coding import pool
+from rotbits_jax.coding import scales
+from rotbits_jax.coding import streams
 from rotbits_jax.system import schema
 
 DTYPES = (np.float16, ml_dtypes.bfloat16, np.float32)
@@ -42,7 +43,7 @@ def _assert_same_bits(actual, expected):
 
 
 def _load(value):
-  return schema.load(weights.StreamSpec, value)
+  return schema.load(specs.StreamSpec, value)
 
 
 def _dump(spec):
@@ -51,11 +52,11 @@ def _dump(spec):
 
 def _round_trip(given):
   """Encodes and decodes arrays, checks the result, and returns the stream's length."""
-  encoded = weights.encode(given)
+  encoded = coder.encode(given)
   assert _load(_dump(encoded.spec)) == encoded.spec
   assert encoded.data.dtype == np.uint8
   assert encoded.data.shape == (encoded.spec.nbytes,)
-  decoded = weights.decode(encoded.spec, encoded.data)
+  decoded = coder.decode(encoded.spec, encoded.data)
   for actual, expected in zip(decoded, given, strict=True):
     _assert_same_bits(actual, np.asarray(expected))
   return encoded.data.size
@@ -112,7 +113,7 @@ class RecordsTest(absltest.TestCase):
     given = [np.arange(20), np.array([True, False]), np.zeros(3), np.int8([1, -1])]
     self.assertEqual(_round_trip(given), sum(x.nbytes for x in given))
     with self.assertRaisesRegex(ValueError, 'complex64'):
-      weights.encode([np.zeros(3, np.complex64)])
+      coder.encode([np.zeros(3, np.complex64)])
 
   def test_all_dtypes_in_one_record(self):
     given = [_normal((60, 100), dtype) for dtype in DTYPES]
@@ -129,12 +130,12 @@ class RecordsTest(absltest.TestCase):
     with mock.patch.object(blocks, 'CAPACITY', 3000):
       given = [_normal((70, 100), np.float16), _normal((31, 41), np.float16, 1)]
       given += [np.repeat(np.float16([2, 3]), 1500)]
-      encoded = weights.encode(given)
+      encoded = coder.encode(given)
       self.assertLen(encoded.spec.groups[0].blocks, 3)
       _round_trip(given)
 
   def test_few_bytes_cannot_ask_for_much_work(self):
-    encoded = weights.encode([_normal((600, 1000), np.float16)])
+    encoded = coder.encode([_normal((600, 1000), np.float16)])
     (group,) = encoded.spec.groups
     parts = dataclasses.replace(group, elements=1000, blocks=(8,) * 600)
     with self.assertRaisesRegex(ValueError, '600 blocks for 600000 elements'):
@@ -194,13 +195,13 @@ class DecodeTest(parameterized.TestCase):
   given = _normal((70, 90), np.float16), np.arange(7), _normal(9000, np.float32)
 
   def _encoded(self):
-    return weights.encode(self.given)
+    return coder.encode(self.given)
 
   def test_into_given_arrays(self):
     encoded = self._encoded()
     stacks = [np.zeros((3, *x.shape), x.dtype) for x in self.given]
     out = [stack[1] for stack in stacks]
-    decoded = weights.decode(encoded.spec, encoded.data, out=out)
+    decoded = coder.decode(encoded.spec, encoded.data, out=out)
     for stack, actual, expected in zip(stacks, decoded, self.given, strict=True):
       self.assertTrue(np.shares_memory(actual, stack))
       _assert_same_bits(stack[1], expected)
@@ -219,18 +220,18 @@ class DecodeTest(parameterized.TestCase):
       [good[0], frozen, good[2]],
     ):
       with self.assertRaises(ValueError):
-        weights.decode(encoded.spec, encoded.data, out=wrong)
+        coder.decode(encoded.spec, encoded.data, out=wrong)
 
   def test_numbers_on_a_grid_decode_to_integers(self):
     rng, step = np.random.default_rng(0), np.float32(5 * 2**-10)
     integers = [rng.normal(0, 20, x).astype(np.int8) for x in ((90, 64), (64, 90))]
     integers.append(rng.normal(0, 400, (50, 60)).astype(np.int16))
     given = [x * step for x in integers]
-    encoded = weights.encode(given)
+    encoded = coder.encode(given)
     # The first two arrays share a group, and one of them gets numbers.
     dtypes = np.int8, np.float32, np.int16
     out = [np.empty(x.shape, d) for x, d in zip(given, dtypes, strict=True)]
-    decoded = weights.decode(encoded.spec, encoded.data, out=out)
+    decoded = coder.decode(encoded.spec, encoded.data, out=out)
     for i, expected in enumerate(given):
       found = decoded[i] * step if i != 1 else decoded[i]
       _assert_same_bits(found, expected)
@@ -241,10 +242,10 @@ class DecodeTest(parameterized.TestCase):
     arrays[2] = dataclasses.replace(arrays[2], crc32=1)
     wrong = dataclasses.replace(encoded.spec, arrays=tuple(arrays))
     with self.assertRaisesRegex(ValueError, 'array 2 .* checksum differs'):
-      weights.decode(wrong, encoded.data, out=out)
+      coder.decode(wrong, encoded.data, out=out)
     out[2] = np.empty(out[2].shape, np.int8)  # it does not hold the integers
     with self.assertRaisesRegex(ValueError, 'array 2'):
-      weights.decode(encoded.spec, encoded.data, out=out)
+      coder.decode(encoded.spec, encoded.data, out=out)
 
   def test_from_memory_of_any_kind(self):
     encoded = self._encoded()
@@ -255,7 +256,7 @@ class DecodeTest(parameterized.TestCase):
     shifted.tofile(path)
     mapped = np.memmap(path, np.uint8, 'r', offset=1)
     for data in (memoryview(encoded.data.tobytes()), shifted[1:], mapped):
-      decoded = weights.decode(encoded.spec, data)
+      decoded = coder.decode(encoded.spec, data)
       for actual, expected in zip(decoded, self.given, strict=True):
         _assert_same_bits(actual, expected)
         self.assertFalse(np.shares_memory(actual, np.asarray(data)))
@@ -270,16 +271,16 @@ class DecodeTest(parameterized.TestCase):
         mock.patch.object(pool, '_pools', {}),
         mock.patch.object(blocks, 'CAPACITY', 4000),
       ):
-        encoded = weights.encode(given)
+        encoded = coder.encode(given)
         streams.add((encoded.data.tobytes(), encoded.spec))
-        weights.decode(encoded.spec, encoded.data)
+        coder.decode(encoded.spec, encoded.data)
     self.assertLen(streams, 1)
 
   def test_records_side_by_side(self):
     given = [_normal((40, 200), np.float16, i) for i in range(4)]
-    records = [weights.encode([array] * 3) for array in given]
+    records = [coder.encode([array] * 3) for array in given]
     with concurrent.futures.ThreadPoolExecutor(4) as callers:
-      results = callers.map(lambda x: weights.decode(x.spec, x.data), records * 4)
+      results = callers.map(lambda x: coder.decode(x.spec, x.data), records * 4)
       for expected, decoded in zip(given * 4, results, strict=True):
         for actual in decoded:
           _assert_same_bits(actual, expected)
@@ -319,7 +320,7 @@ class ScalesTest(parameterized.TestCase):
     )
 
   def test_arrays_of_one_scale_share_a_table(self):
-    encoded = weights.encode([_normal((40, 50), np.float16, i) for i in range(50)])
+    encoded = coder.encode([_normal((40, 50), np.float16, i) for i in range(50)])
     self.assertLess(sum(x.contexts for x in encoded.spec.groups), 100)
 
   def test_rows_of_zeros_cost_nothing(self):
@@ -344,7 +345,7 @@ class ScalesTest(parameterized.TestCase):
     given = [rng.permutation(256)[:4][rng.integers(0, 4, 300)] for _ in range(count)]
     given = [x.astype(np.uint8) for x in given]
     self.assertLess(_round_trip(given), count * (300 / 4 + 30) + 300)
-    self.assertLen(weights.encode(given).spec.groups, -(-count // 255))
+    self.assertLen(coder.encode(given).spec.groups, -(-count // 255))
 
 
 class IntegersTest(parameterized.TestCase):
@@ -435,7 +436,7 @@ class DamageTest(absltest.TestCase):
       pruned,
       np.float32(np.round(_normal((40, 40), float, scale=30)) + 0.0),
     ]
-    encoded = weights.encode(cls.given)
+    encoded = coder.encode(cls.given)
     forms = {type(x.form).__name__ for x in encoded.spec.arrays}
     assert forms == {'NoneType', 'Halves', 'Codebook', 'Uniform'}
     cls.value, cls.data = _dump(encoded.spec), encoded.data
@@ -444,7 +445,7 @@ class DamageTest(absltest.TestCase):
   def _check(self, value, data):
     """Returns whether a file is refused; if it is not, its arrays must be right."""
     try:
-      decoded = weights.decode(_load(value), data)
+      decoded = coder.decode(_load(value), data)
     except ValueError:
       return True
     self.assertEqual([x.tobytes() for x in decoded], self.expected)
@@ -466,11 +467,11 @@ class DamageTest(absltest.TestCase):
   def test_missing_bytes(self):
     for size in (0, 1, self.data.size // 2, self.data.size - 1):
       with self.assertRaisesRegex(ValueError, 'stream'):
-        weights.decode(_load(self.value), self.data[:size])
+        coder.decode(_load(self.value), self.data[:size])
     longer = np.append(self.data, np.uint8(0))
     for wrong in (longer, self.data[None], self.data.view(np.int8), self.data > 0):
       with self.assertRaisesRegex(ValueError, 'stream'):
-        weights.decode(_load(self.value), wrong)
+        coder.decode(_load(self.value), wrong)
 
   def test_other_numbers_under_right_sizes(self):
     for data in (np.zeros_like(self.data), ~self.data, self.data[::-1].copy()):
@@ -481,7 +482,7 @@ class DamageTest(absltest.TestCase):
       value = copy.deepcopy(self.value)
       value['arrays'][i][2] = array[2] ^ 1
       with self.assertRaisesRegex(ValueError, f'array {i} '):
-        weights.decode(_load(value), self.data)
+        coder.decode(_load(value), self.data)
 
   def _paths(self, value, path=()):
     yield path
@@ -547,7 +548,7 @@ class DamageTest(absltest.TestCase):
     values = np.round(_normal((200, 500), float, scale=25)).astype(np.int16)
     arrays = [values, values + np.int16(1), values - np.int16(1)]
     with mock.patch.object(streams, '_fits', return_value=False):
-      encoded = weights.encode(arrays)
+      encoded = coder.encode(arrays)
     self.assertLen(encoded.spec.groups, 3)
     made, most = [], []
     read = streams._Group.read
@@ -562,7 +563,7 @@ class DamageTest(absltest.TestCase):
       mock.patch.object(streams, '_GROUPS', 1),
       mock.patch.object(streams._Group, 'read', counted),
     ):
-      decoded = weights.decode(encoded.spec, encoded.data)
+      decoded = coder.decode(encoded.spec, encoded.data)
     self.assertLessEqual(max(most), 2)
     for actual, expected in zip(decoded, arrays, strict=True):
       _assert_same_bits(actual, expected)
@@ -572,9 +573,9 @@ class DamageTest(absltest.TestCase):
     # Smaller arrays of integers share their layouts.
     normal = [rng.standard_normal(16_400) * 2.0**i for i in range(22)]
     arrays = [np.rint(abs(x)).astype(d) for x in normal for d in (np.int32, np.uint32)]
-    encoded = weights.encode(arrays)
+    encoded = coder.encode(arrays)
     self.assertBetween(len(encoded.spec.groups), 20, 21)  # of 32 layouts
-    decoded = weights.decode(encoded.spec, encoded.data)
+    decoded = coder.decode(encoded.spec, encoded.data)
     for actual, expected in zip(decoded, arrays, strict=True):
       _assert_same_bits(actual, expected)
 
@@ -591,7 +592,7 @@ class DamageTest(absltest.TestCase):
           'groups': [['float', 8, 1, 20, 1, 10, [20]]] if group == 0 else [],
         }
         with self.assertRaises(ValueError):
-          weights.decode(_load(value), np.zeros(40, np.uint8))
+          coder.decode(_load(value), np.zeros(40, np.uint8))
 
 
 class FormatTest(parameterized.TestCase):
@@ -603,7 +604,7 @@ class FormatTest(parameterized.TestCase):
     given = [whole, powers.astype(np.float16).reshape(40, 30)]
     spec = _load(json.loads(GOLDEN_SPEC))
     data = np.frombuffer(base64.b85decode(GOLDEN_STREAM), np.uint8)
-    for actual, expected in zip(weights.decode(spec, data), given, strict=True):
+    for actual, expected in zip(coder.decode(spec, data), given, strict=True):
       _assert_same_bits(actual, expected)
 
 

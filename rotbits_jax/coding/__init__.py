@@ -1,22 +1,45 @@
-"""The coder: turns arrays of numbers into bits and back, in JAX.
+r"""The coder: turns arrays of numbers into bits and back, in JAX.
 
-The modules know neither models nor files. A message is a stack of coded symbols,
-divided into lanes that are coded side by side. A frequency table says how probable each
-symbol of an alphabet is. In the order of reading:
+The modules know neither models nor files. A *record* is a list of arrays that decodes
+on its own, such as the arrays of one layer. Its *stream* is the bytes that stand for it
+in a file.
+
+    >>> import numpy as np
+    >>> from rotbits_jax.coding import coder
+    >>> array = np.random.default_rng(0).normal(size=(64, 64)).astype(np.float16)
+    >>> encoded = coder.encode([array])
+    >>> encoded.data.size < array.nbytes
+    True
+    >>> (decoded,) = coder.decode(encoded.spec, encoded.data)
+    >>> np.array_equal(decoded, array)
+    True
+
+The bits of an element are divided into a *symbol*, the bits that are worth modelling,
+and *raw bits*, which are noise. A *layout* is a rule for this division; it belongs to
+one dtype. A frequency table says how probable each symbol is, and how many raw bits its
+elements have. Which table codes an element, its *context*, encoder and decoder know
+before: it follows from the scales of the element's row and column, or from what both
+know of it. Symbols become a *message*, a stack that is divided into lanes, which are
+coded side by side. In the order of reading:
 
     rans         the coder: pushes symbols onto a message and pops them
     tables       integer frequency tables
     codecs       codecs, which are pairs (push, pop), and functions that combine them
     bits_back/   bits-back coding: rotations that cost no bits
-    weights/     arrays of weights to a stream of bytes and back
-    given        numbers whose contexts the decoder knows from elsewhere
+    layouts      divides elements into symbols and raw bits
+    blocks       codes up to 2^20 elements
+    contexts     the tables of arrays, and which of them codes an element
+    known        the same for integers of which the decoder knows something
+    formats      chooses layouts
+    line_sums    sums of rows and columns
+    scales       chooses the scales of rows and columns
+    sparse       arrays without their zeros
+    plans        chooses how each array is stored
+    specs        describes a stream
+    coder        codes a record
+    buffers      arrays that are used again
+    pool         the threads
+
+Another layout is another class in `layouts`: it has to split elements, to join them,
+and to say which magnitudes a symbol stands for.
 """
-
-from rotbits_jax.coding import bits_back
-from rotbits_jax.coding import codecs
-from rotbits_jax.coding import rans
-from rotbits_jax.coding import tables
-from rotbits_jax.coding import weights
-from rotbits_jax.coding.bits_back import haar
-
-__all__ = ['bits_back', 'codecs', 'haar', 'rans', 'tables', 'weights']

@@ -177,7 +177,7 @@ def categorical(contexts: jax.Array, frequencies: jax.Array | np.ndarray) -> Cod
   """Returns the codec of symbols from a small alphabet, each under one of K tables.
 
   `pop` searches the tables by bisection, so it needs no list of slots for each table.
-  For few tables and many symbols `coding.weights.blocks` is faster.
+  For few tables and many symbols `coding.blocks` is faster.
 
   Args:
     contexts: unsigned integers, the index of each symbol's table.

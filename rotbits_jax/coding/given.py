@@ -17,9 +17,9 @@ import numpy as np
 
 from rotbits_jax.coding import pieces
 from rotbits_jax.coding import tables
-from rotbits_jax.coding.weights import blocks
-from rotbits_jax.coding.weights import buffers
-from rotbits_jax.coding.weights import pool
+from rotbits_jax.coding import blocks
+from rotbits_jax.coding import buffers
+from rotbits_jax.coding import pool
 
 ALPHABET = 256
 MOST_SHIFT = 24
@@ -73,15 +73,15 @@ def encode(
     The bytes of the tables, and those of each block: uint8. A decoder knows the tables
     of elements by their order in `frequencies`, and not these contexts.
   """
-  made = blocks.tables_of(frequencies[owners])
+  made = blocks.Tables.make(frequencies[owners], 0)
   of_contexts = np.array(shifts, np.uint8)[owners]
 
   def job(part: slice, lanes: int, own: Raw) -> np.ndarray:
     count = part.stop - part.start
     widened = buffers.scratch('given', buffers.ROOM, np.uint16)
     widened[:count] = symbols[part]
-    fill = functools.partial(_copy, contexts[part])
-    planes = [blocks.push(widened, fill, count, lanes, made)]
+    places = _places(contexts[part])
+    planes = [blocks.push(widened, places, count, lanes, made)]
     planes += pieces.cut(own.bits, of_contexts[own.contexts])
     return np.concatenate(planes)
 
@@ -120,7 +120,7 @@ def decode(
       f'{count} elements cannot be in {data.size} bytes of {len(sizes)} parts'
     )
   frequencies = tables.from_bytes(data[: sizes[0]].tobytes(), len(shifts), ALPHABET)
-  made = blocks.tables_of(frequencies)
+  made = blocks.Tables.make(frequencies, 0)
   of_contexts = np.array(shifts, np.uint8)
   first = sum(x == 0 for x in shifts)  # the first context with raw bits
   if any(shifts[:first]):
@@ -135,8 +135,8 @@ def decode(
     words = own.size - pieces.size(some)
     if words < 0:
       raise ValueError(f'a block of {own.size} bytes has too few raw bits')
-    fill = functools.partial(_copy, contexts)
-    symbols = blocks.pop(own[:words], fill, contexts.size, lanes, made)
+    places = _places(contexts)
+    symbols = blocks.pop(own[:words], places, contexts.size, lanes, made)
     return symbols, at, pieces.joined(own[words:], some)
 
   jobs = [
@@ -162,5 +162,8 @@ def parts(count: int, lane: int = LANE) -> Iterator[tuple[slice, int]]:
     yield slice(start, min(start + elements, count)), lanes
 
 
-def _copy(array: np.ndarray, out: np.ndarray) -> None:
-  out[:] = array
+def _places(contexts: np.ndarray) -> np.ndarray:
+  """Returns contexts in an array of this thread."""
+  found = buffers.scratch('contexts', buffers.ROOM, np.uint8)
+  found[: contexts.size] = contexts
+  return found

@@ -20,8 +20,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rotbits_jax.coding.weights import blocks
-from rotbits_jax.coding.weights import buffers
+from rotbits_jax.coding import blocks
+from rotbits_jax.coding import buffers
 from rotbits_jax.system import native
 
 _UNROLLED = 8  # numbers that one step takes

@@ -1,6 +1,6 @@
 """Coders of the arrays of a record, by their names in files.
 
-The coder of records is `coding.weights`. Another package registers its own:
+The coder of records is `coding.coder`. Another package registers its own:
 
     coders.register(coders.RecordCoder('zstd', Spec, encode, decode))
     rotbits_jax.encode(model, preset=presets.exact()._replace(coder='zstd'))
@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from rotbits_jax.coding import weights
+from rotbits_jax.coding import coder
+from rotbits_jax.coding import specs
 
 
 class RecordCoder(NamedTuple):
@@ -20,7 +21,7 @@ class RecordCoder(NamedTuple):
   Attributes:
     name: name of the coder in files.
     spec: class of the spec of a stream: a schema dataclass, see `system.schema`. Like
-      `weights.StreamSpec` it has `arrays`, each with its `shape`, `dtype` (a name) and
+      `specs.StreamSpec` it has `arrays`, each with its `shape`, `dtype` (a name) and
       `nbytes`; `nbytes`, the length of the stream; and the method `grid` of one of
       `arrays`, which may always return None.
     encode: takes arrays, contiguous; returns an object with the attributes `spec` and
@@ -53,5 +54,5 @@ def find(name: str) -> RecordCoder | None:
 
 
 _KNOWN: dict[str, RecordCoder] = {
-  'weights': RecordCoder('weights', weights.StreamSpec, weights.encode, weights.decode)
+  'weights': RecordCoder('weights', specs.StreamSpec, coder.encode, coder.decode)
 }

@@ -24,7 +24,7 @@ from rotbits_jax import models
 from rotbits_jax import paper
 from rotbits_jax import presets
 from rotbits_jax import structured
-from rotbits_jax.coding import weights
+from rotbits_jax.coding import specs
 from rotbits_jax.file import coders
 from rotbits_jax.file import container
 from rotbits_jax.file import leaves as leaves_lib
@@ -181,7 +181,7 @@ class RecordEntry:
     return coder
 
   @functools.cached_property
-  def stream_spec(self) -> weights.StreamSpec:
+  def stream_spec(self) -> specs.StreamSpec:
     """The description of the stream."""
     return schema.load(self.record_coder.spec, self.spec)
 
@@ -206,7 +206,7 @@ class RecordEntry:
     ]
     return self.decoded_bytes - sum(saved)
 
-  def leaf_specs(self) -> list[tuple[leaves_lib.Leaf, list[weights.ArraySpec]]]:
+  def leaf_specs(self) -> list[tuple[leaves_lib.Leaf, list[specs.ArraySpec]]]:
     """Returns each leaf with the specs of its arrays."""
     specs = iter(self.stream_spec.arrays)
     return [(leaf, [next(specs) for _ in leaf.arrays]) for leaf in self.leaves]

@@ -25,7 +25,7 @@ from rotbits_jax import checkpoints
 from rotbits_jax import models
 from rotbits_jax import paper
 from rotbits_jax import structured
-from rotbits_jax.coding import weights
+from rotbits_jax.coding import pool
 from rotbits_jax.file import container
 from rotbits_jax.file import decode as decode_lib
 from rotbits_jax.file import leaves as leaves_lib
@@ -302,7 +302,7 @@ class Reader:
     decode = functools.partial(self._decoder.decode, integers=integers)
     with (
       progress.Progress('decode', total, 'B', show=show_progress) as bar,
-      weights.record_jobs() as start,
+      pool.record_jobs() as start,
     ):
       jobs: dict[str, Any] = {}
       resolve = self._resolver(jobs)
@@ -348,7 +348,7 @@ class Reader:
     resolve = self._resolver(kept)
     with (
       progress.Progress('decode', total, 'B', show=show_progress) as bar,
-      weights.record_jobs() as start,
+      pool.record_jobs() as start,
     ):
       ahead: collections.deque[Any] = collections.deque()
       for i, name in enumerate(names):

@@ -15,7 +15,8 @@ import numpy as np
 
 from rotbits_jax import models
 from rotbits_jax import structured
-from rotbits_jax.coding import weights
+from rotbits_jax.coding import coder
+from rotbits_jax.coding import specs
 from rotbits_jax.file import container
 from rotbits_jax.file import reader as reader_lib
 from rotbits_jax.file import savings
@@ -128,9 +129,9 @@ def _tensors(reader: reader_lib.Reader) -> str:
   rows = []
   for pattern, arrays in arrays_of_type.items():
     count = sum(x.size for x in arrays)
-    if not count or any(x.dtype.name not in weights.DTYPES for x in arrays):
+    if not count or any(x.dtype.name not in specs.DTYPES for x in arrays):
       continue
-    nbytes = weights.encode(arrays).data.size
+    nbytes = coder.encode(arrays).data.size
     before = 8 * sum(x.nbytes for x in arrays) / count
     rows.append(
       (nbytes, pattern, f'{count:,}', f'{before:.0f}', f'{8 * nbytes / count:.2f}')

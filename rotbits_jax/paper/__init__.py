@@ -54,7 +54,7 @@ digest of each array notices that, and the file is refused there.
 * `message`, uint16: the words of a stack (`stack.WordStack`) from the bottom up.
   It holds the arrays in the order in which they were pushed (see `segments.shapes`), in
   C order. If they are entropy coded, the arrays of a segment are one stream of
-  `coding.weights`. To sample a rotation, the encoder pops rows of words and makes a
+  `coding.coder`. To sample a rotation, the encoder pops rows of words and makes a
   message of them. The rest of the message goes back onto the stack as a block. The
   decoder makes a message of the block, pushes the integers of the recovered rotation
   onto it, and so gets back the words.

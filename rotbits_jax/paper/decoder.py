@@ -10,7 +10,7 @@ import numpy as np
 
 from rotbits_jax import models
 from rotbits_jax.coding import rans
-from rotbits_jax.coding import weights
+from rotbits_jax.coding import coder
 from rotbits_jax.paper import frames
 from rotbits_jax.paper import layout as layout_lib
 from rotbits_jax.paper import options as options_lib
@@ -90,7 +90,7 @@ def arrays(
       if listed != [(layout.arrays[path].dtype, x) for path, x in shapes.items()]:
         raise ValueError('a coder and the config list different arrays')
       data = message.pop(-(-coder.nbytes // 2)).view(np.uint8)[: coder.nbytes]
-      return dict(zip(shapes, weights.decode(coder, data), strict=True))
+      return dict(zip(shapes, coder.decode(coder, data), strict=True))
     words = {
       path: message.pop(layout.arrays[path].num_words(shape))
       for path, shape in reversed(shapes.items())

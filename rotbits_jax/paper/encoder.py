@@ -11,7 +11,8 @@ import numpy as np
 from rotbits_jax import passes
 from rotbits_jax import structured
 from rotbits_jax.coding import rans
-from rotbits_jax.coding import weights
+from rotbits_jax.coding import coder
+from rotbits_jax.coding import specs
 from rotbits_jax.paper import decoder
 from rotbits_jax.paper import frames
 from rotbits_jax.paper import layout as layout_lib
@@ -129,7 +130,7 @@ class _Encoder:
     self.lanes = frames.lanes(self.widths)
     self.fixed = 0
     self.before: jax.Array | None = None  # the rotation of the previous segment
-    self.coders: list[weights.StreamSpec] = []
+    self.coders: list[specs.StreamSpec] = []
     self.stored: dict[str, layout_lib.Stored] = {}
     self.samples: list[bool] = []
     self.notes: list[dict[str, Any]] = []
@@ -205,7 +206,7 @@ class _Encoder:
   def _push(self, arrays: Iterable[np.ndarray]) -> None:
     """Pushes arrays onto the message."""
     if self.options.entropy:
-      encoded = weights.encode(list(arrays))
+      encoded = coder.encode(list(arrays))
       self.coders.append(encoded.spec)
       arrays = [np.pad(encoded.data, (0, encoded.data.size % 2))]
     for array in arrays:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rotbits_jax import models
-from rotbits_jax.coding import weights
+from rotbits_jax.coding import specs
 from rotbits_jax.paper import frames
 from rotbits_jax.paper import options as options_lib
 from rotbits_jax.paper import segments
@@ -52,7 +52,7 @@ class MessageLayout:
   fixed: int
   sampled: tuple[bool, ...]
   arrays: dict[str, Stored]
-  coders: tuple[weights.StreamSpec, ...] = ()
+  coders: tuple[specs.StreamSpec, ...] = ()
 
   def dtypes(self) -> dict[str, np.dtype]:
     """Returns the dtype of each parameter, by path."""

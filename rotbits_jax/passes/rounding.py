@@ -11,7 +11,7 @@ and then to the nearest number of the dtype, which is coarser only for large num
 Here rms is the typical size of the array's numbers, see `symmetries.typical_size`. If
 the mantissa has m bits and log2_step is -m, 2^q is the step of the dtype at the rms,
 and the numbers below 2 rms share it. They take about one bit less, see
-`coding.weights.floats`. The greatest error in the array does not change. The mean
+`coding.layouts`. The greatest error in the array does not change. The mean
 square of the errors grows by less than a factor of 2.
 """
 
@@ -29,7 +29,7 @@ import numpy as np
 
 from rotbits_jax import models
 from rotbits_jax import structured
-from rotbits_jax.coding import weights
+from rotbits_jax.coding import coder
 from rotbits_jax.passes import transform
 from rotbits_jax.symmetries import steps
 from rotbits_jax.system import host
@@ -194,7 +194,7 @@ def apply(
       [*x.stored()[1].values()] if structured.is_structured(x) else [x]
       for x in (leaf, rounded)
     )
-    size, size_rounded = map(weights.estimate, arrays)
+    size, size_rounded = map(coder.estimate, arrays)
     if size <= size_rounded:
       params[path] = leaf
       effects.pop(path, None)

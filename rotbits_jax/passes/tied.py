@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rotbits_jax import structured
-from rotbits_jax.coding import weights
+from rotbits_jax.coding import coder
 from rotbits_jax.passes import transform
 from rotbits_jax.structured import tied as leaves
 from rotbits_jax.symmetries import tied
@@ -100,7 +100,7 @@ def _retie_exactly(
     return params, []
   if _error_of_unseen_tokens(table, head) <= _UNTIED:
     leaf = _exact_leaf(table, head)
-    if weights.estimate([*leaf.stored()[1].values()]) < weights.estimate([table]):
+    if coder.estimate([*leaf.stored()[1].values()]) < coder.estimate([table]):
       params[_EMBED] = leaf
       count = leaf.exceptions.size
       return params, [transform.note(_EMBED, leaf, exceptions=count)]

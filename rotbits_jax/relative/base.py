@@ -17,7 +17,8 @@ import numpy as np
 
 from rotbits_jax import models
 from rotbits_jax import structured
-from rotbits_jax.coding import weights
+from rotbits_jax.coding import coder
+from rotbits_jax.coding import pool
 from rotbits_jax.relative import entries
 from rotbits_jax.relative import measure
 from rotbits_jax.system import checksums
@@ -182,10 +183,10 @@ class Base:
           # The base is read here, because an encoded file takes jobs of its own.
           given = leaf, self._array(own), own
           if leaf.size > _LARGE:
-            found[path] = _beside(*given, weights.run)
+            found[path] = _beside(*given, pool.run)
           else:
-            jobs[path] = functools.partial(_beside, *given, weights.in_turn)
-    found |= zip(jobs, weights.run(jobs.values()), strict=True)
+            jobs[path] = functools.partial(_beside, *given, pool.in_turn)
+    found |= zip(jobs, pool.run(jobs.values()), strict=True)
     return {
       path: own
       for path, own in found.items()
@@ -211,7 +212,7 @@ def _fits(leaf: Any, shape: tuple[int, ...], dtype: str) -> bool:
   return turned or structured.fits_base(leaf.shape, leaf.dtype, shape, dtype)
 
 
-def _beside(leaf: Any, given: np.ndarray, path: str, run: weights.Run) -> Beside | None:
+def _beside(leaf: Any, given: np.ndarray, path: str, run: pool.Run) -> Beside | None:
   """Returns how to store an array beside one of the base, whose path is given."""
   target, base = np.asarray(leaf), given
   transposed = target.shape[1:] != base.shape[1:]  # more tokens or fewer
@@ -236,7 +237,7 @@ def _beside(leaf: Any, given: np.ndarray, path: str, run: weights.Run) -> Beside
 
 def _is_smaller(own: structured.Structured, leaf: Any) -> bool:
   """Returns whether a leaf beside the base takes fewer bytes than the given one."""
-  size = lambda x: weights.estimate([*x.stored()[1].values()])
+  size = lambda x: coder.estimate([*x.stored()[1].values()])
   return not structured.is_structured(leaf) or bool(size(own) < size(leaf))
 
 
@@ -251,7 +252,7 @@ def beside_product(
     product: the product.
   """
   # The programs of `run` are those of the processor, also beside an accelerator.
-  leaf = measure.beside(target, host.contiguous(made), weights.run)
+  leaf = measure.beside(target, host.contiguous(made), pool.run)
   return None if leaf is None else Beside(leaf, product, checksums.of_array(target))
 
 

@@ -12,7 +12,7 @@ import ml_dtypes
 import numpy as np
 
 from rotbits_jax import models
-from rotbits_jax.coding import weights
+from rotbits_jax.coding import specs
 from rotbits_jax.structured import subspaces
 from rotbits_jax.system import checksums
 from rotbits_jax.system import schema
@@ -42,7 +42,7 @@ def _check_shape(value: tuple[int, ...]) -> str | None:
 
 
 def _check_dtype(value: str) -> str | None:
-  is_stored = stored_dtype(value) in weights.DTYPES
+  is_stored = stored_dtype(value) in specs.DTYPES
   return None if is_stored else 'must be the name of a dtype'
 
 

@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from rotbits_jax.coding.weights import line_sums
-from rotbits_jax.coding.weights import pool
+from rotbits_jax.coding import line_sums
+from rotbits_jax.coding import pool
 from rotbits_jax.relative import scales
 from rotbits_jax.structured import relative
 from rotbits_jax.system import host

@@ -17,9 +17,9 @@ import numpy as np
 from rotbits_jax import structured
 from rotbits_jax.coding import given
 from rotbits_jax.coding import tables
-from rotbits_jax.coding.weights import buffers
-from rotbits_jax.coding.weights import line_sums
-from rotbits_jax.coding.weights import pool
+from rotbits_jax.coding import buffers
+from rotbits_jax.coding import line_sums
+from rotbits_jax.coding import pool
 from rotbits_jax.relative import factors as factors_lib
 from rotbits_jax.relative import scales as scales_lib
 from rotbits_jax.structured import division

@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rotbits_jax.coding.weights import line_sums
-from rotbits_jax.coding.weights import pool
+from rotbits_jax.coding import line_sums
+from rotbits_jax.coding import pool
 from rotbits_jax.structured import relative
 
 LEAST_LINES = 16

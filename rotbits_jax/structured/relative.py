@@ -30,9 +30,9 @@ import numpy as np
 
 from rotbits_jax.coding import given
 from rotbits_jax.coding import tables
-from rotbits_jax.coding.weights import buffers
-from rotbits_jax.coding.weights import line_sums
-from rotbits_jax.coding.weights import pool
+from rotbits_jax.coding import buffers
+from rotbits_jax.coding import line_sums
+from rotbits_jax.coding import pool
 from rotbits_jax.structured import division
 from rotbits_jax.structured import ulps
 from rotbits_jax.structured.base import Origin

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rotbits_jax.coding.weights import buffers
+from rotbits_jax.coding import buffers
 from rotbits_jax.structured import ulps
 from rotbits_jax.structured.base import Origin
 from rotbits_jax.structured.base import Structured

@@ -1,7 +1,7 @@
 r"""Layouts: how the bits of an element divide into a symbol and raw bits.
 
 The symbol is worth modelling and is coded; the raw bits are noise and are stored as
-they are. A layout belongs to one dtype; it is one of two types.
+they are. A layout belongs to one dtype; it is one of three types.
 
 **Floats.** The bits of a float, from the top, are its sign, its exponent and its
 mantissa. In trained weights only the exponent and the first bits of the mantissa are
@@ -31,6 +31,14 @@ Then small magnitudes have small symbols. For the folded integer n and r raw bit
 
     symbol = n >> r          raw bits = n & (2^r - 1)
 
+**Differences.** The frequency table of an element tells how many raw bits it has, its
+shift s. For an integer x with -2^(s + 7) <= x < 2^(s + 7),
+
+    n = x + 2^(s + 7)        symbol = n >> s         raw bits = n & (2^s - 1)
+
+The raw bits of an element are cut into *pieces*, from the lowest bit on: as many of 8
+bits as there are, then one of 4, of 2 and of 1 where they are needed.
+
 To add a type, write a subclass of `Layout` and add it to `TYPES`. Shape letters: A
 symbols in the alphabet.
 """
@@ -48,6 +56,29 @@ import numpy as np
 
 from rotbits_jax.system import native
 
+MOST_SHIFT = 24
+"""The greatest shift of a table."""
+
+
+class Piece(NamedTuple):
+  """Raw bits that elements have in the same place, or behind their pieces of 8 bits.
+
+  Attributes:
+    width: 8, 4, 2 or 1 bits.
+    place: the lowest bit of a piece of 8 bits; that of others depends on the shift.
+  """
+
+  width: int
+  place: int = 0
+
+  def is_in(self, shift: Any) -> Any:
+    """Returns whether elements with so many raw bits have the piece."""
+    return shift >= self.place + 8 if self.width == 8 else shift & self.width > 0
+
+  def low(self, shift: Any) -> Any:
+    """Returns the lowest bit of the piece in elements with so many raw bits."""
+    return self.place if self.width == 8 else shift & (256 - 2 * self.width)
+
 
 @dataclasses.dataclass(frozen=True)
 class Layout(abc.ABC):
@@ -55,8 +86,8 @@ class Layout(abc.ABC):
 
   Attributes:
     dtype: dtype of the elements.
-    raw_bits: number of raw bits of an element.
-    min_exponent: the minimum exponent of floats; 1 for integers.
+    raw_bits: number of raw bits of an element; the greatest one of differences.
+    min_exponent: the minimum exponent of floats; 1 for others.
   """
 
   dtype: np.dtype
@@ -76,6 +107,12 @@ class Layout(abc.ABC):
     return dataclasses.replace(self, min_exponent=min(self.min_exponent, 2))
 
   @property
+  def pieces(self) -> tuple[Piece, ...]:
+    """The pieces of raw bits that an element has or may have."""
+    whole = tuple(Piece(8, place) for place in range(0, self.raw_bits & ~7, 8))
+    return whole + tuple(Piece(width) for width in (4, 2, 1) if self.raw_bits & width)
+
+  @property
   @abc.abstractmethod
   def alphabet(self) -> int:
     """A, the number of symbols; at most 2^14."""
@@ -90,30 +127,34 @@ class Layout(abc.ABC):
     """Returns whether the type has a layout of these attributes."""
 
   @abc.abstractmethod
-  def symbols(self, bits: jax.Array, min_exponent: Any, raw_bits: Any) -> jax.Array:
-    """Returns the symbols of `split`, uint16; both attributes may be traced."""
+  def symbols(self, bits: jax.Array, min_exponent: Any, shift: Any) -> jax.Array:
+    """Returns the symbols of `split`, uint16."""
 
   @abc.abstractmethod
-  def split(self, bits: jax.Array, min_exponent: Any) -> tuple[jax.Array, jax.Array]:
+  def split(
+    self, bits: jax.Array, min_exponent: Any, shift: Any
+  ) -> tuple[jax.Array, jax.Array]:
     """Divides elements into symbols and raw bits.
 
     Args:
       bits: bit patterns of the elements.
       min_exponent: the attribute, which may be traced, so that layouts share programs.
         Then that of `self` only tells whether it is 1.
+      shift: the number of raw bits; an array for differences.
 
     Returns:
-      The symbols, uint16, and the raw bits, which are as wide as the patterns.
+      The symbols, uint16, and the raw bits.
     """
 
   @abc.abstractmethod
-  def join(self, symbols: jax.Array, raw: jax.Array, min_exponent: Any) -> jax.Array:
+  def join(
+    self, symbols: jax.Array, raw: jax.Array, min_exponent: Any, shift: Any
+  ) -> jax.Array:
     """Returns the bit patterns: the inverse of `split`.
 
     Symbols and raw bits that no element has give any bits, but no error.
     """
 
-  @abc.abstractmethod
   def cells(self, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Returns the magnitudes for which the first symbols stand, as three int64 arrays.
 
@@ -125,6 +166,7 @@ class Layout(abc.ABC):
     Args:
       count: number of symbols.
     """
+    raise NotImplementedError
 
 
 class Format(NamedTuple):
@@ -183,23 +225,27 @@ class Float(Layout):
       and 1 <= self.min_exponent < (1 << self.format.exponent) - 1
     )
 
-  def symbols(self, bits: jax.Array, min_exponent: Any, raw_bits: Any) -> jax.Array:
-    del raw_bits  # they leave out low bits, which no symbol has
+  def symbols(self, bits: jax.Array, min_exponent: Any, shift: Any) -> jax.Array:
+    del shift  # leaves out low bits, which no symbol has
     bits = self._raised(bits, min_exponent)
     return (bits >> self._low & bits.dtype.type(self.alphabet - 1)).astype(jnp.uint16)
 
-  def split(self, bits: jax.Array, min_exponent: Any) -> tuple[jax.Array, jax.Array]:
-    symbols = self.symbols(bits, min_exponent, self.raw_bits)
+  def split(
+    self, bits: jax.Array, min_exponent: Any, shift: Any
+  ) -> tuple[jax.Array, jax.Array]:
+    symbols = self.symbols(bits, min_exponent, shift)
     bits, low = self._raised(bits, min_exponent), self._low
     raw = bits >> self.format.width - 1 << low | bits & bits.dtype.type((1 << low) - 1)
-    return symbols, raw >> self.most_raw_bits - self.raw_bits
+    return symbols, raw >> self.most_raw_bits - shift
 
   def _raised(self, bits: jax.Array, min_exponent: Any) -> jax.Array:
     return raised(bits, self.format, min_exponent) if self.min_exponent > 1 else bits
 
-  def join(self, symbols: jax.Array, raw: jax.Array, min_exponent: Any) -> jax.Array:
+  def join(
+    self, symbols: jax.Array, raw: jax.Array, min_exponent: Any, shift: Any
+  ) -> jax.Array:
     kind, low = self.unsigned.type, self._low
-    raw = raw << self.most_raw_bits - self.raw_bits
+    raw = raw << self.most_raw_bits - shift
     sign = raw >> low << self.format.width - 1
     bits = sign | symbols.astype(self.unsigned) << low | raw & kind((1 << low) - 1)
     if self.min_exponent > 1:
@@ -256,7 +302,7 @@ def lowered(bits: jax.Array, form: Format, min_exponent: Any) -> jax.Array:
   return bits - magnitude | jnp.where(magnitude >> top > 0, large, small)
 
 
-_MOST_SYMBOL_BITS = 14  # a frequency table has as many slots
+MOST_SYMBOL_BITS = 14  # a frequency table has as many slots
 
 
 @dataclasses.dataclass(frozen=True)
@@ -267,7 +313,7 @@ class Int(Layout):
 
   @property
   def alphabet(self) -> int:
-    return 1 << min(8 * self.dtype.itemsize - self.raw_bits, _MOST_SYMBOL_BITS)
+    return 1 << min(8 * self.dtype.itemsize - self.raw_bits, MOST_SYMBOL_BITS)
 
   @property
   def has_scale(self) -> bool:
@@ -279,14 +325,16 @@ class Int(Layout):
       known and 0 <= self.raw_bits < 8 * self.dtype.itemsize and self.min_exponent == 1
     )
 
-  def symbols(self, bits: jax.Array, min_exponent: Any, raw_bits: Any) -> jax.Array:
+  def symbols(self, bits: jax.Array, min_exponent: Any, shift: Any) -> jax.Array:
     del min_exponent
     # Wider elements are shifted by a traced number faster.
-    return (self._folded(bits).astype(jnp.uint32) >> raw_bits).astype(jnp.uint16)
+    return (self._folded(bits).astype(jnp.uint32) >> shift).astype(jnp.uint16)
 
-  def split(self, bits: jax.Array, min_exponent: Any) -> tuple[jax.Array, jax.Array]:
-    raw = self._folded(bits) & bits.dtype.type((1 << self.raw_bits) - 1)
-    return self.symbols(bits, min_exponent, self.raw_bits), raw
+  def split(
+    self, bits: jax.Array, min_exponent: Any, shift: Any
+  ) -> tuple[jax.Array, jax.Array]:
+    raw = self._folded(bits) & bits.dtype.type((1 << shift) - 1)
+    return self.symbols(bits, min_exponent, shift), raw
 
   def _folded(self, bits: jax.Array) -> jax.Array:
     if not self.has_scale:
@@ -294,8 +342,10 @@ class Int(Layout):
     sign = bits >> (8 * bits.dtype.itemsize - 1)
     return (bits << 1) ^ (bits.dtype.type(0) - sign)
 
-  def join(self, symbols: jax.Array, raw: jax.Array, min_exponent: Any) -> jax.Array:
-    folded = symbols.astype(self.unsigned) << self.raw_bits | raw
+  def join(
+    self, symbols: jax.Array, raw: jax.Array, min_exponent: Any, shift: Any
+  ) -> jax.Array:
+    folded = symbols.astype(self.unsigned) << shift | raw
     if not self.has_scale:
       return folded
     kind = self.unsigned.type
@@ -309,145 +359,86 @@ class Int(Layout):
     return (symbols + 1) // 2, zeros, zeros
 
 
-TYPES: dict[str, type[Layout]] = {cls.type_name: cls for cls in (Float, Int)}
+@dataclasses.dataclass(frozen=True)
+class Difference(Layout):
+  """The symbol is the top of a signed integer that each table shifts differently."""
+
+  type_name: ClassVar[str] = 'difference'
+
+  @property
+  def program(self) -> Self:
+    return dataclasses.replace(self, raw_bits=self.raw_bits | 7)
+
+  @property
+  def pieces(self) -> tuple[Piece, ...]:
+    whole = tuple(Piece(8, place) for place in range(0, self.raw_bits & ~7, 8))
+    return (*whole, Piece(4), Piece(2), Piece(1))
+
+  @property
+  def alphabet(self) -> int:
+    return 256
+
+  @property
+  def has_scale(self) -> bool:
+    return False
+
+  def is_valid(self) -> bool:
+    known = self.dtype.kind == 'i' and self.dtype.itemsize <= 4
+    return known and 0 <= self.raw_bits <= MOST_SHIFT and self.min_exponent == 1
+
+  def symbols(self, bits: jax.Array, min_exponent: Any, shift: Any) -> jax.Array:
+    return self.split(bits, min_exponent, shift)[0]
+
+  def split(
+    self, bits: jax.Array, min_exponent: Any, shift: Any
+  ) -> tuple[jax.Array, jax.Array]:
+    del min_exponent
+    shift = jnp.asarray(shift, jnp.uint32)
+    signed = bits.view(self.dtype).astype(jnp.int32).view(jnp.uint32)
+    numbers = signed + (jnp.uint32(1 << 7) << shift)
+    raw = numbers & (jnp.uint32(1) << shift) - jnp.uint32(1)
+    return (numbers >> shift & jnp.uint32(255)).astype(jnp.uint16), raw
+
+  def join(
+    self, symbols: jax.Array, raw: jax.Array, min_exponent: Any, shift: Any
+  ) -> jax.Array:
+    del min_exponent
+    shift = jnp.asarray(shift, jnp.uint32)
+    numbers = symbols.astype(jnp.uint32) << shift | raw.astype(jnp.uint32)
+    return (numbers - (jnp.uint32(1 << 7) << shift)).astype(self.unsigned)
+
+
+TYPES: dict[str, type[Layout]] = {x.type_name: x for x in (Float, Int, Difference)}
 """The types of layouts, by their names in a file."""
-
-
-# ---- the choice of a layout ----------------------------------------------------------
-
-# A minimum exponent that is further below the scale saves less than 0.03 bits.
-_MOST_BELOW = 6
-_MOST_ABOVE = 2
-
-_CHUNK = 1 << 16  # elements that are looked at at once, so that they fit the cache
-_RUNS = 4  # of elements, of which a sample consists
-
-
-class Survey(NamedTuple):
-  """Properties of some floats.
-
-  Attributes:
-    used: the union of their bit patterns.
-    greatest: the greatest of their magnitudes.
-    lowest: an exponent. All elements are multiples of the step that the minimum
-      exponent `lowest + 1` has, and not of a coarser one; it may be negative or large.
-    scale: about log2 of their standard deviation, biased as exponents are.
-    negative_zeros: whether an element is -0.
-  """
-
-  used: int
-  greatest: int
-  lowest: int
-  scale: int
-  negative_zeros: bool
-
-
-def survey(bits: np.ndarray, form: Format) -> Survey | None:
-  """Looks at the bit patterns of elements, not empty; None if all elements are 0."""
-  used = greatest = exponents = count = 0
-  lowest, negative_zeros = 1 << 30, False
-  for start in range(0, bits.size, _CHUNK):
-    part = bits[start : start + _CHUNK]
-    used |= _union(part)
-    magnitude = part & part.dtype.type((1 << form.width - 1) - 1)
-    present = magnitude > 0
-    if not present.all():
-      negative_zeros = negative_zeros or bool(part[~present].any())
-      magnitude = magnitude[present]
-    if not magnitude.size:
-      continue
-    greatest = max(greatest, int(magnitude.max()))
-    exponent = np.maximum(magnitude >> form.mantissa, 1).astype(np.int32)
-    significand = magnitude & magnitude.dtype.type((1 << form.mantissa) - 1)
-    significand |= (magnitude >> form.mantissa > 0).astype(part.dtype) << form.mantissa
-    # A float32 holds a power of two exactly, and its bits tell the exponent.
-    lowest_bit = (significand & -significand).astype(np.float32).view(np.int32) >> 23
-    lowest = min(lowest, int((exponent + lowest_bit).min()) - 128)
-    exponents += int(exponent.sum())
-    count += magnitude.size
-  if not count:
-    return None
-  # For a normal distribution the mean of log2 |x| is 0.92 less than log2 of the
-  # standard deviation, and the exponent is on average 0.5 less than log2.
-  scale = int(exponents / count + 1.42)
-  return Survey(used, greatest, lowest, scale, negative_zeros)
-
-
-def _union(bits: np.ndarray) -> int:
-  return int(np.bitwise_or.reduce(bits))  # type: ignore[call-overload]
-
-
-def of_floats(bits: np.ndarray, dtype: np.dtype) -> tuple[Float, Survey | None]:
-  """Chooses the layout of floats by the bits that they use.
-
-  Args:
-    bits: the bit patterns, unsigned integers `[n]`.
-    dtype: dtype of the elements, in `FORMATS`.
-
-  Returns:
-    The layout, with the highest minimum exponent that the elements allow and without
-    low bits that are zero in all of them; and a survey of the elements. If the layout
-    has no such property, the survey is one of a sample.
-  """
-  form = FORMATS[dtype]
-  # With more elements `used` only grows and `lowest` only falls.
-  for run in (_CHUNK >> 4, _CHUNK >> 2, _CHUNK, bits.size):
-    part = bits
-    if _RUNS * run < bits.size:
-      starts = np.linspace(0, bits.size - run, _RUNS).astype(int)
-      part = np.concatenate([bits[start : start + run] for start in starts])
-    found = survey(part, form)
-    layout = _layout(found, _union(part), dtype)
-    if part is bits or layout == Float(dtype, layout.most_raw_bits):
-      break
-  return layout, found
-
-
-def _layout(found: Survey | None, used: int, dtype: np.dtype) -> Float:
-  if found is None:
-    return Float(dtype, int(used > 0))
-  form, most = FORMATS[dtype], Float(dtype, 0).most_raw_bits
-  # The raw bits are the sign and the low bits of the mantissa.
-  low = found.used >> (form.width - 1) << most - 1 | found.used & ((1 << most - 1) - 1)
-  zeros = (low & -low).bit_length() - 1 if low else most
-  # Elements above the minimum exponent end in this many zeros, so those below must.
-  least = found.lowest + 1 - min(zeros, form.mantissa)
-  # With a higher one too few symbols would be left for the elements below it.
-  least = min(least, found.scale + _MOST_ABOVE)
-  least = min(least, (1 << form.exponent) - 2)  # NaN must stay above it
-  least = least if least > max(found.scale - _MOST_BELOW, 1) else 1
-  return Float(dtype, most - zeros, least)
-
-
-def most_folded(array: np.ndarray) -> int:
-  """Returns the greatest of some integers, not empty, after folding."""
-  largest, least = int(array.max()), int(array.min())
-  return max(2 * largest, -2 * least - 1) if array.dtype.kind == 'i' else largest
-
-
-def least_raw_bits(array: np.ndarray) -> int:
-  """Returns the fewest raw bits that a layout of some integers, not empty, can have."""
-  return max(most_folded(array).bit_length() - _MOST_SYMBOL_BITS, 0)
 
 
 # ---- programs ------------------------------------------------------------------------
 
-
-def piece_widths(raw_bits: int) -> tuple[int, ...]:
-  """Returns the widths of the pieces into which raw bits are cut, from the lowest on.
-
-  All are 8 but the last ones, which are 4, 2 and 1, each at most once.
-  """
-  return (8,) * (raw_bits // 8) + tuple(b for b in (4, 2, 1) if raw_bits & b)
-
-
 _STEP = 1 << 12  # elements that one step splits or joins
+
+
+class Shifts(NamedTuple):
+  """The shifts of elements whose tables have different ones.
+
+  Attributes:
+    contexts: uint8 `[n]`, the table of each element.
+    of_tables: uint8 `[256]`.
+  """
+
+  contexts: Any
+  of_tables: Any
+
+  def at(self, start: jax.Array, size: int) -> jax.Array:
+    own = jax.lax.dynamic_slice(self.contexts, (start,), (size,))
+    found = self.of_tables.at[own].get(mode='promise_in_bounds')
+    return found.astype(jnp.uint32)
 
 
 @functools.partial(jax.jit, static_argnames='layout', donate_argnums=0)
 def split(
   out: tuple[jax.Array, ...],
   bits: jax.Array,
+  shifts: Shifts | None,
   min_exponent: jax.Array,
   count: jax.Array,
   *,
@@ -458,36 +449,36 @@ def split(
   Args:
     out: arrays `[n]` like the results, whose memory these get.
     bits: the bit patterns, unsigned integers `[n]`.
+    shifts: those of differences; None if all have `layout.raw_bits`.
     min_exponent: that of the layout.
     count: how many elements are wanted, the first ones; int32.
     layout: the program of the layout.
 
   Returns:
-    The symbols, and each of the pieces.
+    The symbols, and each of `layout.pieces`.
   """
 
-  def loop(
-    out: tuple[jax.Array, ...],
-    bits: jax.Array,
-    min_exponent: jax.Array,
-    count: jax.Array,
-  ) -> tuple[jax.Array, ...]:
+  def loop(out: Any, bits: Any, shifts: Any, min_exponent: Any, count: Any) -> Any:
     size = math.gcd(bits.size, _STEP)
 
     def step(i: jax.Array, out: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+      shift = layout.raw_bits if shifts is None else shifts.at(i * size, size)
       own = jax.lax.dynamic_slice(bits, (i * size,), (size,))
-      symbols, raw = layout.split(own, min_exponent)
-      found, shift = [symbols], 0
-      for width in piece_widths(layout.raw_bits):
-        found.append((raw >> shift).astype(jnp.uint8) & jnp.uint8((1 << width) - 1))
-        shift += width
+      symbols, raw = layout.split(own, min_exponent, shift)
+      pieces = [
+        (raw >> x.low(shift)).astype(jnp.uint8) & jnp.uint8((1 << x.width) - 1)
+        for x in layout.pieces
+      ]
       put = lambda x, own: jax.lax.dynamic_update_slice(x, own, (i * size,))
-      return tuple(map(put, out, found))
+      return tuple(map(put, out, (symbols, *pieces)))
 
     return jax.lax.fori_loop(0, -(-count // size), step, out)
 
   # On one thread, because the others have blocks of their own.
-  return native.loop(loop)(out, bits, min_exponent, count)
+  found: tuple[jax.Array, ...] = native.loop(loop)(
+    out, bits, shifts, min_exponent, count
+  )
+  return found
 
 
 @functools.partial(jax.jit, static_argnames='layout', donate_argnums=0)
@@ -495,6 +486,7 @@ def join(
   out: jax.Array,
   symbols: jax.Array,
   pieces: tuple[jax.Array, ...],
+  shifts: Shifts | None,
   min_exponent: jax.Array,
   count: jax.Array,
   *,
@@ -502,27 +494,28 @@ def join(
 ) -> jax.Array:
   """Returns the bit patterns of elements: the inverse of `split`, with its arguments.
 
-  The result gets the memory of `out`, unsigned integers `[n]`.
+  The result gets the memory of `out`, unsigned integers `[n]`. A piece that an element
+  does not have is 0.
   """
 
   def loop(
-    out: jax.Array,
-    symbols: jax.Array,
-    pieces: tuple[jax.Array, ...],
-    min_exponent: jax.Array,
-    count: jax.Array,
-  ) -> jax.Array:
+    out: Any, symbols: Any, pieces: Any, shifts: Any, min_exponent: Any, count: Any
+  ) -> Any:
     size = math.gcd(out.size, _STEP)
     some = lambda x, i: jax.lax.dynamic_slice(x, (i * size,), (size,))
+    wide = layout.unsigned if shifts is None else jnp.uint32
 
     def step(i: jax.Array, out: jax.Array) -> jax.Array:
-      raw, shift = jnp.zeros(size, layout.unsigned), 0
-      for width, piece in zip(piece_widths(layout.raw_bits), pieces, strict=True):
-        raw = raw | some(piece, i).astype(layout.unsigned) << shift
-        shift += width
-      bits = layout.join(some(symbols, i), raw, min_exponent)
+      shift = layout.raw_bits if shifts is None else shifts.at(i * size, size)
+      raw = jnp.zeros(size, wide)
+      for x, piece in zip(layout.pieces, pieces, strict=True):
+        raw = raw | some(piece, i).astype(wide) << x.low(shift)
+      bits = layout.join(some(symbols, i), raw, min_exponent, shift)
       return jax.lax.dynamic_update_slice(out, bits, (i * size,))
 
     return jax.lax.fori_loop(0, -(-count // size), step, out)
 
-  return native.loop(loop)(out, symbols, pieces, min_exponent, count)
+  found: jax.Array = native.loop(loop)(
+    out, symbols, pieces, shifts, min_exponent, count
+  )
+  return found

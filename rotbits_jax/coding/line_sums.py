@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rotbits_jax.coding.weights import buffers
+from rotbits_jax.coding import buffers
 from rotbits_jax.system import native
 
 WIDTH = 128  # elements of a row that one step takes

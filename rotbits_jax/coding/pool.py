@@ -6,7 +6,7 @@ them run side by side, because one of them does not always have work for all thr
 The JAX programs of `run` run on the CPU, because their data is in its memory.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent import futures
 import contextlib
 import os
@@ -56,6 +56,15 @@ def run(
   finally:
     # The exception of a job refers to these frames, which must not refer to the job.
     started.clear()
+
+
+def run_lists(
+  lists: Sequence[Sequence[Callable[[], _Result]]], sizes: Iterable[int]
+) -> list[list[_Result]]:
+  """Runs lists of jobs, each list for so many bytes; returns the results of each."""
+  each = [n // len(jobs) for jobs, n in zip(lists, sizes, strict=True) for _ in jobs]
+  results = iter(run((job for jobs in lists for job in jobs), each))
+  return [[next(results) for _ in jobs] for jobs in lists]
 
 
 def start(job: Callable[[], object]) -> None:

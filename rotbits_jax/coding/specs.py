@@ -4,19 +4,22 @@ The JSON is untrusted input; `system.schema` reads it. The memory for the arrays
 valid spec is bounded: for an array that is stored as it is by the length of the stream,
 for a coded array by the list of its blocks, and for frequency tables by the coded
 elements.
+
+Raises a ValueError for values that are not a spec.
 """
 
 from collections.abc import Callable, Collection
 import dataclasses
+import functools
 import math
 from typing import Annotated, Any, ClassVar, NamedTuple
 
 import ml_dtypes
 import numpy as np
 
-from rotbits_jax.coding.weights import blocks
-from rotbits_jax.coding.weights import forms
-from rotbits_jax.coding.weights import layouts
+from rotbits_jax.coding import blocks
+from rotbits_jax.coding import layouts
+from rotbits_jax.coding import sparse
 from rotbits_jax.system import schema
 
 DTYPES = {
@@ -57,10 +60,9 @@ class ArraySpec:
     shape: shape of the array.
     crc32: CRC-32 of the bytes of the array in C order.
     groups: for each part of the array, the index of its group; None if the part is
-      stored as it is. An array without a form has one part, which is the array. An
-      array of elements of 64 bits without another form may have two, which are halves.
-    uniform: the form of multiples of a unit, or None.
-    codebook: the form of few distinct values, or None.
+      stored as it is. The only part of an array is the array. An array of elements of
+      64 bits may have two, its halves.
+    zeros: where its zeros are, if it is stored without them; then it has three parts.
   """
 
   as_list: ClassVar[bool] = True
@@ -69,21 +71,14 @@ class ArraySpec:
   shape: tuple[schema.Size, ...]
   crc32: schema.Crc32
   groups: tuple[schema.Size | None, ...]
-  uniform: forms.Uniform | None
-  codebook: forms.Codebook | None
+  zeros: sparse.Sparse | None
 
   def __post_init__(self) -> None:
     sizes = [size for size in self.shape if size]
     if len(self.shape) > _MAX_AXES or math.prod(sizes) > _MAX_SIZE:
       raise ValueError(f'an array of shape {self.shape!r:.100} is too large')
-    if self.uniform and (self.codebook or self.numpy_dtype not in layouts.FORMATS):
-      raise ValueError(f'an array of {self.dtype} cannot be uniform')
-    if self.codebook and not self.size:
-      raise ValueError('an array without elements has no codebook')
-    if self.codebook:
-      values = math.prod(self.parts[1][1])
-      if max(values, self.codebook.others) > self.size:
-        raise ValueError('a codebook has more values than the array has elements')
+    if self.zeros and self.zeros.values > self.size:
+      raise ValueError(f'{self.size} elements cannot have {self.zeros.values=}')
     if len(self.groups) != len(self.parts):
       raise ValueError(f'{len(self.parts)} parts in {len(self.groups)} groups')
     for group, (dtype, shape) in zip(self.groups, self.parts, strict=True):
@@ -103,16 +98,13 @@ class ArraySpec:
     return self.size * self.numpy_dtype.itemsize
 
   @property
-  def form(self) -> forms.Form | None:
-    are_halves = len(self.groups) == 2 and self.numpy_dtype.itemsize == 8
-    return self.uniform or self.codebook or (forms.Halves() if are_halves else None)
-
-  @property
-  def parts(self) -> forms.Parts:
+  def parts(self) -> sparse.Parts:
     """The dtype and the shape of each part."""
-    if self.form is None:
-      return [(self.numpy_dtype, self.shape)]
-    return self.form.parts(self.numpy_dtype, self.shape)
+    if self.zeros:
+      return self.zeros.parts(self.numpy_dtype, self.shape)
+    if len(self.groups) == 2 and self.numpy_dtype.itemsize == 8:
+      return [(np.dtype(np.uint32), self.shape)] * 2
+    return [(self.numpy_dtype, self.shape)]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -121,12 +113,12 @@ class GroupSpec:
 
   Attributes:
     type_name: type of the layout, one of `layouts.TYPES`.
-    raw_bits: number of raw bits of an element.
-    min_exponent: the minimum exponent; 1 for integers.
+    raw_bits: number of raw bits of an element; of differences, the greatest one.
+    min_exponent: the minimum exponent; 1 for others than floats.
     contexts: number of bytes of the contexts in the stream.
     lanes: number of lanes of each block.
     elements: how many elements each block has. The last block has fewer.
-    blocks: number of bytes of the coded symbols of each block.
+    blocks: number of bytes of each block.
   """
 
   as_list: ClassVar[bool] = True
@@ -142,6 +134,11 @@ class GroupSpec:
   def __post_init__(self) -> None:
     if -(-self.elements // self.lanes) > blocks.STEPS:
       raise ValueError(f'{self.elements} elements in {self.lanes} lanes are too many')
+
+  @property
+  def is_known(self) -> bool:
+    """Whether the classes of elements are known from elsewhere, see `known`."""
+    return self.type_name == layouts.Difference.type_name
 
   def layout(self, dtype: np.dtype) -> layouts.Layout:
     """Returns the layout of the group, whose parts have this dtype.
@@ -185,11 +182,13 @@ class StreamSpec:
 
   def __post_init__(self) -> None:
     coded = 0
-    for group, own in zip(self.groups, self.members()[:-1], strict=True):
-      if len({member.dtype for member in own}) != 1:
+    for group, members in zip(self.groups, self.members[:-1], strict=True):
+      if len({member.dtype for member in members}) != 1:
         raise ValueError('a group must have parts of one dtype')
-      group.layout(own[0].dtype)
-      total = sum(member.size for member in own)
+      if group.is_known and (len(members) > 1 or self.arrays[members[0].array].zeros):
+        raise ValueError('a group of known classes must be one array')
+      group.layout(members[0].dtype)
+      total = sum(member.size for member in members)
       least = min(blocks.CAPACITY // _MOST_DIVIDED, total)
       is_block = least <= group.elements <= total
       if not is_block or len(group.blocks) != -(-total // group.elements):
@@ -198,8 +197,9 @@ class StreamSpec:
     if len(self.groups) > most_groups(coded):
       raise ValueError(f'{len(self.groups)} groups are too many for {coded} elements')
 
+  @functools.cached_property
   def members(self) -> list[list[Member]]:
-    """Returns the parts of each group, and last those that are stored as they are."""
+    """The parts of each group, and last those that are stored as they are."""
     found: list[list[Member]] = [[] for _ in range(len(self.groups) + 1)]
     for i, array in enumerate(self.arrays):
       pairs = zip(array.groups, array.parts, strict=True)
@@ -209,27 +209,18 @@ class StreamSpec:
         found[-1 if group is None else group].append(Member(i, j, dtype, shape))
     return found
 
+  @functools.cached_property
   def sizes(self) -> list[int]:
-    """Returns the lengths in bytes of the pieces of the stream.
+    """The lengths in bytes of the pieces of the stream.
 
-    They are the contexts of each group, the words and the planes of each block, and the
-    parts that are stored as they are.
+    They are the contexts of each group, its blocks, and the parts that are stored as
+    they are.
     """
-    *coded, whole = self.members()
     found = [group.contexts for group in self.groups]
-    for group, own in zip(self.groups, coded, strict=True):
-      layout = group.layout(own[0].dtype)
-      total = sum(member.size for member in own)
-      for i, nbytes in enumerate(group.blocks):
-        count = min(group.elements, total - i * group.elements)
-        found += [nbytes, blocks.planes_size(count, layout)]
-    return found + [x.size * x.dtype.itemsize for x in whole]
+    found += [nbytes for group in self.groups for nbytes in group.blocks]
+    return found + [x.size * x.dtype.itemsize for x in self.members[-1]]
 
   @property
   def nbytes(self) -> int:
     """Length of the stream in bytes."""
-    return sum(self.sizes())
-
-  def grid(self, array: ArraySpec) -> forms.Uniform | None:
-    """Returns the form of an array of multiples of a unit; None for other arrays."""
-    return array.uniform
+    return sum(self.sizes)

@@ -1,25 +1,44 @@
 """Encoding and decoding of a record: a list of arrays that decodes on its own.
 
-`coding.weights` describes the stream of a record.
+**The stream.** The parts of one layout form a *group*; if they need too many frequency
+tables, they form several. An array of known classes is a group of its own. The stream
+has, in this order:
+
+1.  For each group, its contexts, see `contexts.from_bytes` and `known.from_bytes`.
+2.  For each group, its blocks. The elements of a group are those of its parts, one part
+    after the other in C order. All its blocks but the last have equally many elements.
+    A block is a message, see `rans.split_words`, and then the planes of the raw bits,
+    see `blocks`.
+3.  The parts that are stored as they are, in C order.
+
+`specs.StreamSpec` has the numbers that are needed to read it. The decoder decides by
+integers only. Blocks are coded side by side in threads, and the bytes do not depend on
+the number of threads.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 import functools
+import types
 from typing import NamedTuple
 
 import numpy as np
 
-from rotbits_jax.coding.weights import blocks
-from rotbits_jax.coding.weights import contexts as contexts_lib
-from rotbits_jax.coding.weights import forms
-from rotbits_jax.coding.weights import layouts
-from rotbits_jax.coding.weights import plans
-from rotbits_jax.coding.weights import pool
-from rotbits_jax.coding.weights import specs
+from rotbits_jax.coding import blocks
+from rotbits_jax.coding import contexts as contexts_lib
+from rotbits_jax.coding import known as known_lib
+from rotbits_jax.coding import layouts
+from rotbits_jax.coding import plans
+from rotbits_jax.coding import pool
+from rotbits_jax.coding import sparse
+from rotbits_jax.coding import specs
 from rotbits_jax.system import checksums as checksums_lib
 from rotbits_jax.system import host
 
 _FEW = 1 << 16  # bytes of arrays that are often stored as they are
+_GROUP_BYTES = 128  # of a group in the spec and in the stream, about
+_GROUPS = 16  # that are decoded at once, because their tables may be large
+
+_NONE: Mapping[int, known_lib.Known] = types.MappingProxyType({})
 
 
 class Encoded(NamedTuple):
@@ -34,11 +53,15 @@ class Encoded(NamedTuple):
   data: np.ndarray
 
 
-def encode(arrays: Sequence[np.ndarray]) -> Encoded:
+def encode(
+  arrays: Sequence[np.ndarray], known: Mapping[int, known_lib.Known] = _NONE
+) -> Encoded:
   """Encodes arrays as one record.
 
   Args:
     arrays: arrays of dtypes in `specs.DTYPES`, with any strides.
+    known: what the decoder will know of the integers of some arrays, by their indices.
+      These are signed, of at most 32 bits, and have elements.
 
   Returns:
     The encoded record.
@@ -48,10 +71,14 @@ def encode(arrays: Sequence[np.ndarray]) -> Encoded:
   """
   if sum(x.nbytes for x in arrays) > _FEW:
     blocks.compile_push()
-  planned = _planned(arrays)
+  planned = _planned(arrays, known)
   groups = _allowed(planned, _grouped(planned))
-  index = {(i, j): g for g, own in enumerate(groups) for i, j in own.members}
-  jobs = [job for own in groups for job in own.encode_jobs()]
+  groups += [
+    _known_group(i, planned[i].array, x.check(planned[i].array.size))[0]
+    for i, x in known.items()
+  ]
+  index = {place: g for g, group in enumerate(groups) for place in group.members}
+  jobs = [job for group in groups for job in group.encode_jobs()]
   results = iter(pool.run(jobs))
   checksums = pool.run(
     (functools.partial(checksums_lib.of_array, x.array) for x in planned),
@@ -62,8 +89,8 @@ def encode(arrays: Sequence[np.ndarray]) -> Encoded:
   of_groups = []
   for group in groups:
     coded = [next(results) for _ in range(group.num_blocks)]
-    heads.append(np.frombuffer(contexts_lib.to_bytes(group.contexts), np.uint8))
-    bodies += [x for words, planes in coded for x in (words, *planes)]
+    heads.append(np.frombuffer(group.head(), np.uint8))
+    bodies += coded
     of_groups.append(
       specs.GroupSpec(
         type_name=group.layout.type_name,
@@ -72,30 +99,34 @@ def encode(arrays: Sequence[np.ndarray]) -> Encoded:
         contexts=heads[-1].size,
         lanes=group.lanes,
         elements=group.elements,
-        blocks=tuple(words.size for words, _ in coded),
+        blocks=tuple(x.size for x in coded),
       )
     )
   entries = []
   for i, (plan, crc32) in enumerate(zip(planned, checksums, strict=True)):
-    form = plan.form
+    own = tuple(index.get((i, j)) for j in range(len(plan.parts)))
     entries.append(
       specs.ArraySpec(
         dtype=plan.array.dtype.name,
         shape=plan.array.shape,
         crc32=crc32,
-        groups=tuple(index.get((i, j)) for j in range(len(plan.parts))),
-        uniform=form if isinstance(form, forms.Uniform) else None,
-        codebook=form if isinstance(form, forms.Codebook) else None,
+        groups=own,
+        zeros=plan.zeros,
       )
     )
-    bodies += [_bytes(part.array) for part in plan.parts if not part.coded]
+    pairs = zip(plan.parts, own, strict=True)
+    bodies += [_bytes(part.array) for part, group in pairs if group is None]
   spec = specs.StreamSpec(arrays=tuple(entries), groups=tuple(of_groups))
   return Encoded(spec, np.concatenate([np.zeros(0, np.uint8), *heads, *bodies]))
 
 
-def estimate(arrays: Sequence[np.ndarray]) -> float:
+def estimate(
+  arrays: Sequence[np.ndarray], known: Mapping[int, known_lib.Known] = _NONE
+) -> float:
   """Estimates how many bytes arrays take in a record, without coding them."""
-  return sum(plan.nbytes for plan in _planned(arrays))
+  planned = _planned(arrays, known)
+  others = sum(plan.nbytes for i, plan in enumerate(planned) if i not in known)
+  return others + sum(_known_group(i, planned[i].array, x)[1] for i, x in known.items())
 
 
 def decode(
@@ -103,6 +134,7 @@ def decode(
   data: np.ndarray | memoryview,
   *,
   out: Sequence[np.ndarray] | None = None,
+  known: Mapping[int, Callable[[], known_lib.Known]] = types.MappingProxyType({}),
 ) -> list[np.ndarray]:
   """Decodes a record: the inverse of `encode`.
 
@@ -110,8 +142,9 @@ def decode(
     spec: the spec of the record.
     data: uint8 `[spec.nbytes]`, the stream; it may be a memory map.
     out: arrays to decode into, in C order, with the shapes and dtypes of the spec. By
-      default the function makes new arrays. An array with a `StreamSpec.grid` may be of
-      its `integer_dtype`, or of int16: it gets the integers in place of the multiples.
+      default the function makes new arrays.
+    known: for the arrays of known classes, by their indices, functions that return
+      what is known. They are called when all other arrays are decoded.
 
   Returns:
     The arrays, bit for bit. They do not share memory with `data`.
@@ -121,7 +154,7 @@ def decode(
       differs from the spec's.
   """
   # A view as a plain array, because a memory map is slow to slice.
-  stream, sizes = np.asarray(data).view(np.ndarray), spec.sizes()
+  stream, sizes = np.asarray(data).view(np.ndarray), spec.sizes
   if stream.dtype != np.uint8 or stream.shape != (sum(sizes),):
     raise ValueError(
       f'the stream must be uint8 [{sum(sizes)}], got {stream.dtype} '
@@ -131,34 +164,51 @@ def decode(
   ends = np.cumsum(sizes).tolist()
   pieces = iter(stream[end - n : end] for end, n in zip(ends, sizes, strict=True))
   parts = [_parts(*pair) for pair in zip(spec.arrays, arrays, strict=True)]
-  *coded, whole = spec.members()
-  described = [(*x, next(pieces)) for x in zip(spec.groups, coded, strict=True)]
-  jobs: list[Callable[[], None]] = []
-  for i in range(0, len(described), _GROUPS):
+  *coded, whole = spec.members
+  heads = [next(pieces) for _ in spec.groups]
+  bodies = [[next(pieces) for _ in group.blocks] for group in spec.groups]
+  numbers = {coded[g][0].array: g for g, x in enumerate(spec.groups) if x.is_known}
+  if numbers.keys() != known.keys():
+    raise ValueError(f'the arrays {[*numbers]} have known classes, got {[*known]}')
+
+  def group(g: int, contexts: '_Contexts') -> _Group:
+    members = [(x.array, x.part) for x in coded[g]]
+    own, layout = spec.groups[g], spec.groups[g].layout(coded[g][0].dtype)
+    arrays = [parts[i][j] for i, j in members]
+    return _Group(layout, contexts, members, arrays, own.lanes, own.elements)
+
+  def finish(indices: Sequence[int]) -> None:
+    jobs = (functools.partial(_finish, i, spec.arrays[i], parts[i]) for i in indices)
+    pool.run(jobs, [spec.arrays[i].nbytes for i in indices])
+
+  plain = [g for g, x in enumerate(spec.groups) if not x.is_known]
+  jobs = [
+    functools.partial(_read_bytes, parts[x.array][x.part], next(pieces)) for x in whole
+  ]
+  for i in range(0, len(plain), _GROUPS):
     pool.run(jobs)
-    groups = [
-      _Group.read(group, own, [parts[x.array][x.part] for x in own], data)
-      for group, own, data in described[i : i + _GROUPS]
-    ]
-    jobs = [job for group in groups for job in group.decode_jobs(pieces)]
-  for member in whole:
-    jobs.append(
-      functools.partial(_read_bytes, parts[member.array][member.part], next(pieces))
-    )
-  pool.run(jobs)
-  pool.run(
-    (
-      functools.partial(_finish, i, array, own, out)
-      for i, (array, own, out) in enumerate(
-        zip(spec.arrays, parts, arrays, strict=True)
+    jobs = []
+    for g in plain[i : i + _GROUPS]:
+      layout, shapes = spec.groups[g].layout(coded[g][0].dtype), coded[g]
+      contexts = contexts_lib.from_bytes(
+        heads[g].tobytes(), layout, [x.shape for x in shapes]
       )
-    ),
-    [x.nbytes for x in arrays],
-  )
+      jobs += group(g, contexts).decode_jobs(bodies[g])
+  pool.run(jobs)
+  finish([i for i in range(len(arrays)) if i not in numbers])
+  for i, g in numbers.items():
+    own = known[i]().check(arrays[i].size)
+    if max(own.shifts) != spec.groups[g].raw_bits:
+      raise ValueError(f'array {i} cannot have shifts up to {max(own.shifts)}')
+    bands = known_lib.from_bytes(heads[g].tobytes(), own)
+    pool.run(group(g, bands).decode_jobs(bodies[g]))
+  finish([*numbers])
   return arrays
 
 
 # ---- groups --------------------------------------------------------------------------
+
+_Contexts = contexts_lib.Contexts | known_lib.Bands
 
 
 class _Group(NamedTuple):
@@ -174,7 +224,7 @@ class _Group(NamedTuple):
   """
 
   layout: layouts.Layout
-  contexts: contexts_lib.Contexts
+  contexts: _Contexts
   members: list[tuple[int, int]]
   arrays: list[np.ndarray]
   lanes: int
@@ -184,7 +234,7 @@ class _Group(NamedTuple):
   def make(
     cls,
     layout: layouts.Layout,
-    contexts: contexts_lib.Contexts,
+    contexts: _Contexts,
     members: list[tuple[int, int]],
     arrays: list[np.ndarray],
     nbytes: float,
@@ -195,21 +245,6 @@ class _Group(NamedTuple):
     lanes = blocks.lanes_for(elements, nbytes * elements / total)
     return cls(layout, contexts, members, arrays, lanes, elements)
 
-  @classmethod
-  def read(
-    cls,
-    spec: specs.GroupSpec,
-    own: list[specs.Member],
-    arrays: list[np.ndarray],
-    data: np.ndarray,
-  ) -> '_Group':
-    """Reads the contexts of a group."""
-    layout = spec.layout(own[0].dtype)
-    shapes = [member.shape for member in own]
-    contexts = contexts_lib.from_bytes(data.tobytes(), layout, shapes)
-    members = [(member.array, member.part) for member in own]
-    return cls(layout, contexts, members, arrays, spec.lanes, spec.elements)
-
   @property
   def total(self) -> int:
     return sum(array.size for array in self.arrays)
@@ -218,41 +253,45 @@ class _Group(NamedTuple):
   def num_blocks(self) -> int:
     return -(-self.total // self.elements)
 
-  def encode_jobs(self) -> list[Callable[[], tuple[np.ndarray, list[np.ndarray]]]]:
-    """Returns a job for each block; it returns the coded bytes and the planes."""
-    made = blocks.tables_of(self.contexts.frequencies)
+  def head(self) -> bytes:
+    """Returns the bytes of the contexts."""
+    if isinstance(self.contexts, known_lib.Bands):
+      return known_lib.to_bytes(self.contexts)
+    return contexts_lib.to_bytes(self.contexts)
 
-    def job(start: int) -> tuple[np.ndarray, list[np.ndarray]]:
+  def encode_jobs(self) -> list[Callable[[], np.ndarray]]:
+    """Returns a job for each block; it returns the bytes of the block."""
+    tables = self.contexts.tables(self.layout)
+
+    def job(start: int) -> np.ndarray:
       return blocks.encode(
         functools.partial(self._read, start),
         functools.partial(self._write_contexts, start),
         min(self.elements, self.total - start),
         self.lanes,
         self.layout,
-        made,
+        tables,
       )
 
     return [functools.partial(job, i * self.elements) for i in range(self.num_blocks)]
 
-  def decode_jobs(self, pieces: Iterator[np.ndarray]) -> list[Callable[[], None]]:
-    """Returns a job for each block, which decodes it into the arrays.
+  def decode_jobs(self, data: Sequence[np.ndarray]) -> list[Callable[[], None]]:
+    """Returns a job for each block, which decodes its bytes into the arrays."""
+    tables = self.contexts.tables(self.layout)
 
-    Args:
-      pieces: the coded bytes and the planes of each block in turn.
-    """
-    made = blocks.tables_of(self.contexts.frequencies)
-
-    def job(start: int, coded: np.ndarray, planes: np.ndarray) -> None:
-      count = min(self.elements, self.total - start)
-      contexts = functools.partial(self._write_contexts, start)
-      write = functools.partial(self._write, start)
+    def job(start: int, own: np.ndarray) -> None:
       blocks.decode(
-        coded, planes, contexts, count, self.lanes, self.layout, made, write
+        own,
+        functools.partial(self._write_contexts, start),
+        min(self.elements, self.total - start),
+        self.lanes,
+        self.layout,
+        tables,
+        functools.partial(self._write, start),
       )
 
     return [
-      functools.partial(job, i * self.elements, next(pieces), next(pieces))
-      for i in range(self.num_blocks)
+      functools.partial(job, i * self.elements, own) for i, own in enumerate(data)
     ]
 
   def _write_contexts(self, start: int, out: np.ndarray) -> None:
@@ -264,13 +303,13 @@ class _Group(NamedTuple):
   def _read(self, start: int, out: np.ndarray) -> None:
     """Copies the bit patterns of the elements from `start` on."""
     for i, place, size, first in self._spans(start, out.size):
-      own = forms.bit_patterns(self.arrays[i])
+      own = sparse.bit_patterns(self.arrays[i])
       out[place : place + size] = own[first : first + size]
 
   def _write(self, start: int, bits: np.ndarray) -> None:
     """Copies bit patterns to the elements from `start` on."""
     for i, place, size, first in self._spans(start, bits.size):
-      own = forms.bit_patterns(self.arrays[i])
+      own = sparse.bit_patterns(self.arrays[i])
       own[first : first + size] = bits[place : place + size]
 
   def _spans(self, start: int, count: int) -> Iterator[tuple[int, int, int, int]]:
@@ -288,19 +327,50 @@ class _Group(NamedTuple):
       begin += array.size
 
 
-_GROUPS = 16  # that are decoded at once, because their tables may be large
+def _known_group(
+  index: int, array: np.ndarray, known: known_lib.Known
+) -> tuple[_Group, float]:
+  """Returns the group of an array of known classes, and about how many bytes it takes."""
+  layout = layouts.Difference(array.dtype, max(known.shifts))
+  bits = sparse.bit_patterns(array)
+  of_classes = np.zeros(blocks.MAX_TABLES + 1, np.uint8)
+  of_classes[: len(known.shifts)] = known.shifts
 
-# Estimated bytes of a group in the spec and in the stream.
-_GROUP_BYTES = 128
+  def job(start: int) -> np.ndarray:
+    part = slice(start, start + blocks.CAPACITY)
+    copy = lambda array, out: np.copyto(out, array)
+    return plans.histogram(
+      functools.partial(copy, bits[part]),
+      functools.partial(copy, known.classes[part]),
+      bits[part].size,
+      (len(known.shifts), known_lib.ALPHABET),
+      layout,
+      of_classes,
+    )
+
+  starts = range(0, bits.size, blocks.CAPACITY)
+  counts = sum(pool.run(functools.partial(job, start) for start in starts))
+  bands, nbytes = known_lib.fit(known, counts)
+  return _Group.make(layout, bands, [(index, 0)], [array], nbytes), nbytes
 
 
-def _planned(arrays: Sequence[np.ndarray]) -> list[plans.Plan]:
-  """Returns plans in which every layout saves more than it takes."""
+def _planned(
+  arrays: Sequence[np.ndarray], known: Mapping[int, known_lib.Known]
+) -> list[plans.Plan]:
+  """Returns plans in which every layout saves more than it takes.
+
+  Arrays of known classes have no layout yet.
+  """
   for array in arrays:
     if np.asarray(array).dtype.name not in specs.DTYPES:
       raise ValueError(f'arrays of this dtype cannot be stored, got {array.dtype=}')
   contiguous = (functools.partial(host.contiguous, np.asarray(x)) for x in arrays)
-  planned = plans.plan(pool.run(contiguous, [x.nbytes for x in arrays]))
+  whole = pool.run(contiguous, [x.nbytes for x in arrays])
+  made = iter(plans.plan([x for i, x in enumerate(whole) if i not in known]))
+  planned = [
+    plans.Plan(x, None, (plans.Part(x),)) if i in known else next(made)
+    for i, x in enumerate(whole)
+  ]
   saved: dict[layouts.Layout, float] = {}
   for plan in planned:
     for part in plan.parts:
@@ -337,7 +407,7 @@ def _grouped(planned: list[plans.Plan]) -> list[_Group]:
     members, coded = zip(*own, strict=True)
     layout = coded[0].layout
     contexts = contexts_lib.fit(
-      layout, [x.buckets for x in coded], [x.counts for x in coded]
+      layout, [x.scales for x in coded], [x.counts for x in coded]
     )
     parts = [planned[i].parts[j] for i, j in members]
     nbytes = sum(part.array.nbytes - part.saved for part in parts)
@@ -349,8 +419,7 @@ def _grouped(planned: list[plans.Plan]) -> list[_Group]:
 def _allowed(planned: list[plans.Plan], groups: list[_Group]) -> list[_Group]:
   """Returns as many groups as a record may have; the parts of others get no coding."""
   saving = lambda own: sum(planned[i].parts[j].saved for i, j in own.members)
-  size = lambda own: sum(array.size for array in own.arrays)
-  while len(groups) > specs.most_groups(sum(map(size, groups))):
+  while len(groups) > specs.most_groups(sum(group.total for group in groups)):
     least = min(range(len(groups)), key=lambda g: saving(groups[g]))
     for i, j in groups.pop(least).members:
       parts = list(planned[i].parts)
@@ -361,7 +430,7 @@ def _allowed(planned: list[plans.Plan], groups: list[_Group]) -> list[_Group]:
 
 def _fits(coded: Sequence[plans.Coded]) -> bool:
   alphabet = max(x.counts.shape[1] for x in coded)
-  return contexts_lib.fits([x.buckets for x in coded], alphabet)
+  return contexts_lib.fits([x.scales for x in coded], alphabet)
 
 
 # ---- arrays --------------------------------------------------------------------------
@@ -370,20 +439,14 @@ def _fits(coded: Sequence[plans.Coded]) -> bool:
 def _outputs(
   spec: specs.StreamSpec, out: Sequence[np.ndarray] | None
 ) -> list[np.ndarray]:
-  """Returns the given arrays if they fit the spec; makes new ones if `out` is None.
-
-  Raises:
-    ValueError: if the arrays do not fit.
-  """
+  """Returns the given arrays if they fit the spec; makes new ones if `out` is None."""
   wanted = [(array.shape, array.numpy_dtype) for array in spec.arrays]
   if out is None:
     return [host.empty(shape, dtype) for shape, dtype in wanted]
   if len(out) != len(wanted):
     raise ValueError(f'the record has {len(wanted)} arrays, got {len(out)} in `out`')
   for i, (array, (shape, dtype)) in enumerate(zip(out, wanted, strict=True)):
-    grid = spec.grid(spec.arrays[i])
-    known = (dtype, grid.integer_dtype, np.dtype(np.int16)) if grid else (dtype,)
-    if array.shape != shape or array.dtype not in known:
+    if array.shape != shape or array.dtype != dtype:
       raise ValueError(
         f'array {i} of the record is {dtype} {shape}, got {array.dtype=} {array.shape=}'
       )
@@ -393,31 +456,20 @@ def _outputs(
 
 
 def _parts(spec: specs.ArraySpec, array: np.ndarray) -> list[np.ndarray]:
-  """Returns arrays to decode the parts of an array into."""
-  is_part = array.dtype != spec.numpy_dtype and array.dtype == spec.parts[0][0]
-  if spec.form is None or is_part:
+  """Returns arrays to decode the parts of an array into, and the array last."""
+  if len(spec.parts) == 1:
     return [array]
-  return [host.empty(shape, dtype) for dtype, shape in spec.parts]
+  return [*(host.empty(shape, dtype) for dtype, shape in spec.parts), array]
 
 
-def _finish(
-  index: int, spec: specs.ArraySpec, parts: list[np.ndarray], array: np.ndarray
-) -> None:
+def _finish(index: int, spec: specs.ArraySpec, parts: list[np.ndarray]) -> None:
   """Makes an array of its parts, and checks it."""
-  if parts[0] is not array and array.dtype == spec.numpy_dtype:
-    assert spec.form
-    spec.form.join(parts, array)
-  elif parts[0] is not array:
-    array[...] = parts[0]  # integers, in a wider dtype
-  if array.dtype == spec.numpy_dtype:
-    found = checksums_lib.of_array(array)
-  else:
-    assert spec.uniform
-    found = 0
-    for part in forms.chunks(array):
-      numbers = spec.uniform.numbers(part, spec.numpy_dtype)
-      found = checksums_lib.of_array(numbers, found)
-  if found != spec.crc32:
+  *own, array = parts
+  if spec.zeros:
+    spec.zeros.join(own, array)
+  elif own:
+    sparse.join_halves(own, array)
+  if checksums_lib.of_array(array) != spec.crc32:
     raise ValueError(f'array {index} of the record is damaged: its checksum differs')
 
 

@@ -1,0 +1,117 @@
+"""Arrays as others that take fewer bytes: without their zeros, or as two halves.
+
+Shape letters: an array is taken as a matrix of R rows and C columns, n of whose
+elements are not zero.
+"""
+
+from collections.abc import Sequence
+import dataclasses
+from typing import ClassVar
+
+import numpy as np
+
+from rotbits_jax.coding import contexts
+from rotbits_jax.coding import tables
+from rotbits_jax.system import schema
+
+Parts = list[tuple[np.dtype, tuple[int, ...]]]
+"""The dtypes and shapes of the arrays as which an array is coded."""
+
+_WIDTH = 128  # of the rows in which elements are stored, because rows have scales
+_LEAST_ELEMENTS = 1 << 12  # masks of fewer cost more than they save
+_LEAST_SAVED = 0.004  # of the bits of all elements; less is not worth the time
+_RUNS, _LENGTH = 64, 256  # of a sample
+
+
+@dataclasses.dataclass(frozen=True)
+class Sparse:
+  """An array without its zeros.
+
+  The parts are a mask; and the elements that are not zero, in the order of the matrix
+  or of its transpose, as rows `[n // 128, 128]` and a last row `[n % 128]`. A byte of
+  the mask holds eight successive elements of a line of the matrix or of its transpose,
+  the first one in the highest bit, which is set if the element is not zero. So the
+  coder sees patterns, such as two zeros in every four.
+
+  Attributes:
+    values: n.
+    transposed: whether mask and elements are those of the transpose.
+  """
+
+  as_list: ClassVar[bool] = True
+
+  values: schema.Size
+  transposed: bool
+
+  def parts(self, dtype: np.dtype, shape: tuple[int, ...]) -> Parts:
+    """Returns the dtype and the shape of each part of an array."""
+    lines, length = contexts.matrix_shape(shape)[:: -1 if self.transposed else 1]
+    rows = (self.values // _WIDTH, _WIDTH), (self.values % _WIDTH,)
+    mask = np.dtype(np.uint8), (lines, -(-length // 8))
+    return [mask, *((dtype, row) for row in rows)]
+
+  def join(self, parts: Sequence[np.ndarray], out: np.ndarray) -> None:
+    """Makes an array of its parts, which may be damaged.
+
+    Raises:
+      ValueError: if the mask has another number of elements.
+    """
+    mask, *rows = parts
+    bits = bit_patterns(out).reshape(contexts.matrix_shape(out.shape))
+    bits[...] = 0
+    bits = bits.T if self.transposed else bits
+    is_set = np.unpackbits(mask, axis=1, count=bits.shape[1]).view(bool)
+    if np.count_nonzero(is_set) != self.values:
+      raise ValueError(f'the mask does not have {self.values} elements')
+    bits[is_set] = np.concatenate([bit_patterns(x) for x in rows])
+
+
+def bit_patterns(array: np.ndarray) -> np.ndarray:
+  """Returns the bit patterns of a contiguous array: a view, unsigned integers `[n]`."""
+  return array.reshape(-1).view(f'u{array.dtype.itemsize}')
+
+
+def without_zeros(array: np.ndarray) -> tuple[Sparse, list[np.ndarray]] | None:
+  """Returns the form of an array with many zeros, and its parts; None for others.
+
+  Args:
+    array: any elements, contiguous.
+  """
+  if array.size < _LEAST_ELEMENTS or array.itemsize == 1:
+    return None
+  bits = bit_patterns(array).reshape(contexts.matrix_shape(array.shape))
+  sample = _sample(bits.reshape(-1)) != 0
+  zeros = sample.size - int(np.count_nonzero(sample))
+  counts = np.array([zeros, sample.size - zeros])
+  saved = 8 * array.itemsize * zeros - tables.entropy_bits(counts)
+  if not zeros or saved <= _LEAST_SAVED * 8 * array.itemsize * sample.size:
+    return None
+  masks = [np.packbits(x != 0, axis=1) for x in (bits, bits.T)]
+  costs = [tables.entropy_bits(np.bincount(x.reshape(-1))) for x in masks]
+  transposed = costs[1] < costs[0]
+  ordered = bits.T if transposed else bits
+  values = ordered[ordered != 0]
+  whole = values.size - values.size % _WIDTH
+  rows = values[:whole].reshape(-1, _WIDTH), values[whole:]
+  form = Sparse(values.size, transposed)
+  return form, [masks[transposed], *(x.view(array.dtype) for x in rows)]
+
+
+def _sample(flat: np.ndarray) -> np.ndarray:
+  """Returns runs of neighbours from all over an array."""
+  size = min(_LENGTH, flat.size // _RUNS)
+  starts = np.linspace(0, flat.size - size, _RUNS).astype(int)
+  return np.concatenate([flat[start : start + size] for start in starts.tolist()])
+
+
+def halves(array: np.ndarray) -> list[np.ndarray]:
+  """Returns the low and the high 32 bits of elements of 64 bits."""
+  pairs = bit_patterns(array).view(np.uint32).reshape(-1, 2)
+  return [np.ascontiguousarray(x).reshape(array.shape) for x in pairs.T]
+
+
+def join_halves(parts: Sequence[np.ndarray], out: np.ndarray) -> None:
+  """Makes elements of 64 bits: the inverse of `halves`."""
+  pairs = bit_patterns(out).view(np.uint32).reshape(-1, 2)
+  for i, part in enumerate(parts):
+    pairs[:, i] = part.reshape(-1)
