@@ -55,28 +55,20 @@ def normal_table(k, present, kind, dtype, r, f):  # frequencies [A], class k
   return np.diff((ends * TOTAL + ends[-1] // 2) // ends[-1], prepend=0)
 def read_tables(data, shapes, layout):  # each element's table; frequencies [K + 1, A]
   part, data = INFLATE(zlib.decompressobj(-15), data)
-  take, lines, runs, lattice, end = io.BytesIO(part).read, [], [], None, 0
-  read = lambda n, has: np.int64(np.frombuffer(take(n) if has else b'\1' * n, np.uint8))
+  take, lines, runs, first, classes, contexts = io.BytesIO(part).read, [], [], {}, [], []
+  read = lambda n, has: np.int64(np.frombuffer(take(n) if has else bytes(n), np.uint8))
   size = int.from_bytes(take(2), 'little')
-  heads = np.frombuffer(take(6 * len(shapes)), '<i2').reshape(-1, 3).tolist()
-  for i, ((mode, base, step), shape) in enumerate(zip(heads, shapes, strict=True)):
-    r = read(math.prod(shape[:-1]), mode in (2, 4))[:, None]
-    c = read(math.prod(shape[-1:]), mode in (3, 4))
-    top = max(r.max() + c.max() - 1, 1)
-    runs += [(step, base % step, base, top, i)] if mode else []
-    lines.append((mode, np.where((r > 0) & (c > 0), r + c - 1, 0).reshape(-1)))
-  first, classes, contexts = {}, [], []
-  for step, phase, base, top, i in sorted(runs):
-    if (step, phase) != lattice or base > end:
-      lattice, start, end, origin = (step, phase), base, base, len(classes)
-    first[i] = origin + (base - start) // step
-    classes += range(end, base + top * step, step)
-    end = max(end, base + top * step)
-  zero = len(classes)
-  classes += [-16384] * any(mode and not bucket.all() for mode, bucket in lines)
-  for i, (mode, bucket) in enumerate(lines):
-    place = np.where(bucket > 0, first.get(i, 0) + bucket - 1, zero)
-    contexts.append(place if mode else 0 * bucket + len(classes))
+  heads = np.frombuffer(take(4 * len(shapes)), '<i2').reshape(-1, 2).tolist()
+  for i, ((mode, base), shape) in enumerate(zip(heads, shapes, strict=True)):
+    line = read(math.prod(shape[:-1]), mode in (2, 4))[:, None]
+    line = line + read(math.prod(shape[-1:]), mode in (3, 4))
+    runs += [(base, line.max() + 1, i)] if mode else []
+    lines.append((mode, line.reshape(-1)))
+  for base, count, i in sorted(runs):
+    classes += range(max([base, *(k + 1 for k in classes[-1:])]), base + count)
+    first[i] = classes.index(base)
+  for i, (mode, line) in enumerate(lines):
+    contexts.append(line + (first[i] if mode else len(classes)))
     classes += [] if mode else [None]
   part, data = INFLATE(zlib.decompressobj(-15), data)
   count = len(classes)
@@ -116,11 +108,14 @@ def read_symbols(message, lanes, contexts, table):  # the symbols of a block
 def read_plane(data, b, n):  # n pieces of b bits
   planes = np.frombuffer(data, np.uint8) >> np.arange(0, 8, b, dtype=np.uint8)[:, None]
   return (planes & (1 << b) - 1).reshape(-1)[:n].astype(np.uint64)
-def with_raw_bits(symbols, take, kind, dtype, r, f):  # the bit patterns of a block
-  raw, shift = np.zeros(symbols.size, np.uint64), 0
-  for b in (8,) * (r // 8) + tuple(b for b in (4, 2, 1) if r & b):
-    raw |= read_plane(take(CEIL(symbols.size * b, 8)), b, symbols.size) << shift
-    shift += b
+def read_block(data, lanes, contexts, table, kind, dtype, r, f):  # bit patterns
+  n, pieces = contexts.size, (8,) * (r // 8) + tuple(b for b in (4, 2, 1) if r & b)
+  end = len(data) - sum(CEIL(n * b, 8) for b in pieces)
+  symbols = read_symbols(data[:end], lanes, contexts, table)
+  raw, shift = np.zeros(n, np.uint64), 0
+  for b in pieces:
+    raw |= read_plane(data[end : end + CEIL(n * b, 8)], b, n) << shift
+    end, shift = end + CEIL(n * b, 8), shift + b
   if kind == 'float':
     width, e, m = FLOATS[dtype]
     raw = raw << m - 2 - r
@@ -129,39 +124,25 @@ def with_raw_bits(symbols, take, kind, dtype, r, f):  # the bit patterns of a bl
     large = np.where(large >> m, large + (f - 1 << m), 0)
     return raw >> m - 3 << width - 1 | large | narrow(small, dtype)
   return UNFOLD(symbols << r | raw, dtype)
-def parts_of(dtype, shape, groups, uniform, codebook):  # dtypes and shapes of the parts
-  if uniform or (not codebook and len(groups) == 2):
-    return [(f'int{8 * uniform[1]}' if uniform else 'uint32', shape)] * len(groups)
-  if not codebook:
-    return [(dtype, shape)]
-  lists, count, transposed, others, _ = codebook
-  rows, columns = math.prod(shape[:-1]), math.prod(shape[-1:])
-  number, length = (columns, rows) if transposed else (rows, columns)
-  b = next(b for b in (1, 2, 4, 8, 16) if count + (others > 0) <= 1 << b)
-  codes = ('uint16', length) if b == 16 else ('uint8', CEIL(length * b, 8))
-  return [(codes[0], [number, codes[1]]), (dtype, [{'all': 1, 'row': rows,
-    'column': columns}[lists], count]), (dtype, [others // 128, 128]),
-    (dtype, [others % 128])]
-def joined(parts, dtype, shape, uniform, codebook):  # the bit patterns of an array
-  if uniform:
-    unit = np.ldexp(4.0 + uniform[0] % 4, uniform[0] // 4 - 152)
-    return narrow(parts[0].view(f'i{uniform[1]}') * unit, dtype)
-  if not codebook:
-    whole = parts[0] if len(parts) == 1 else parts[0] | parts[1].astype('u8') << 32
-    return UNFOLD(whole, dtype) if len(parts) == 2 else whole
-  codes, values, *others = parts
-  lists, count, transposed, n, across = codebook
-  b = next(b for b in (1, 2, 4, 8, 16) if count + (n > 0) <= 1 << b)
-  matrix = math.prod(shape[:-1]), math.prod(shape[-1:])
-  if b < 8:
-    codes = codes[:, :, None] >> np.arange(0, 8, b, dtype=np.uint8) & (1 << b) - 1
-    codes = codes.reshape(len(codes), -1)[:, : matrix[not transposed]]
-  codes = codes.T if transposed else codes
-  row, column = np.arange(matrix[0])[:, None], np.arange(matrix[1])
-  line = {'all': 0, 'row': row, 'column': column}[lists]
-  bits = np.pad(values, ((0, 0), (0, 1)))[line, codes]
-  target, other = (bits.T, count == codes.T) if across else (bits, codes == count)
-  target[other] = np.concatenate([x.reshape(-1) for x in others])
+def parts_of(dtype, shape, groups, zeros):  # dtypes and shapes of the parts
+  if not zeros:
+    return [('uint32' if len(groups) == 2 else dtype, shape)] * len(groups)
+  (n, negative, transposed), matrix = zeros, [math.prod(shape[:-1]), shape[-1]]
+  lines, length = matrix[::-1] if transposed else matrix
+  signs = CEIL(math.prod(shape) - n, 8) if negative else 0
+  return [('uint8', [lines, CEIL(length, 8)]), ('uint8', [signs]),
+    (dtype, [n // 128, 128]), (dtype, [n % 128])]
+def joined(parts, dtype, shape, zeros):  # the bit patterns of an array
+  if not zeros:
+    return parts[0] if len(parts) == 1 else parts[0] | parts[1].astype('u8') << 32
+  mask, signs, *values = parts
+  bits = np.zeros([math.prod(shape[:-1]), shape[-1]], BITS(dtype))
+  target = bits.T if zeros[2] else bits
+  has = np.unpackbits(mask, axis=1, count=target.shape[1]) > 0
+  target[has] = np.concatenate([x.reshape(-1) for x in values])
+  if zeros[1]:
+    negative = np.unpackbits(signs, count=bits.size - zeros[0]).astype(bits.dtype)
+    target[~has] = negative << 8 * bits.itemsize - 1
   return bits
 def read_record(coder, stream):  # returns the arrays of a record, with their dtypes
   take, specs, found = io.BytesIO(stream).read, coder['arrays'], {}
@@ -175,8 +156,7 @@ def read_record(coder, stream):  # returns the arrays of a record, with their dt
     groups.append((own, layout, tables, *blocks))
   for own, layout, (contexts, table), lanes, n, sizes in groups:
     own_contexts = np.split(contexts, range(n, contexts.size, n))
-    bits = np.concatenate([
-      with_raw_bits(read_symbols(take(size), lanes, x, table), take, *layout)
+    bits = np.concatenate([read_block(take(size), lanes, x, table, *layout)
       for size, x in zip(sizes, own_contexts, strict=True)])
     for dtype, shape, _, key in own:
       size = math.prod(shape)

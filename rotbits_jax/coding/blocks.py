@@ -155,9 +155,11 @@ def encode(
   """
   patterns = buffers.scratch('bits', buffers.ROOM, layout.unsigned)
   bits(patterns[:count])
-  patterns[count : count + LANES] = 0  # the symbols of a row's void places are 0
   places = buffers.scratch('contexts', buffers.ROOM, np.uint8)
   contexts(places[:count])
+  # The symbols of a row's void places are 0.
+  patterns[count : count + LANES] = layout.first
+  places[count : count + LANES] = tables.void
   program = layout.program
   names = ['symbols', *(f'piece {i}' for i in range(len(program.pieces)))]
   dtypes = [np.uint16, *(np.uint8 for _ in program.pieces)]

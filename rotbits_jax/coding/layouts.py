@@ -102,6 +102,11 @@ class Layout(abc.ABC):
     return np.dtype(f'u{self.dtype.itemsize}')
 
   @property
+  def first(self) -> int:
+    """The bit pattern of an element without raw bits whose symbol is 0."""
+    return 0
+
+  @property
   def program(self) -> Self:
     """The layout with which the programs that this layout uses are compiled."""
     return dataclasses.replace(self, min_exponent=min(self.min_exponent, 2))
@@ -364,6 +369,10 @@ class Difference(Layout):
   """The symbol is the top of a signed integer that each table shifts differently."""
 
   type_name: ClassVar[str] = 'difference'
+
+  @property
+  def first(self) -> int:
+    return (1 << 8 * self.dtype.itemsize) - (1 << 7)
 
   @property
   def program(self) -> Self:

@@ -1,7 +1,7 @@
 """Arrays as others that take fewer bytes: without their zeros, or as two halves.
 
 Shape letters: an array is taken as a matrix of R rows and C columns, n of whose
-elements are not zero.
+elements are not zero and z of whose elements are.
 """
 
 from collections.abc import Sequence
@@ -11,6 +11,7 @@ from typing import ClassVar
 import numpy as np
 
 from rotbits_jax.coding import contexts
+from rotbits_jax.coding import layouts
 from rotbits_jax.coding import tables
 from rotbits_jax.system import schema
 
@@ -27,28 +28,32 @@ _RUNS, _LENGTH = 64, 256  # of a sample
 class Sparse:
   """An array without its zeros.
 
-  The parts are a mask; and the elements that are not zero, in the order of the matrix
-  or of its transpose, as rows `[n // 128, 128]` and a last row `[n % 128]`. A byte of
-  the mask holds eight successive elements of a line of the matrix or of its transpose,
-  the first one in the highest bit, which is set if the element is not zero. So the
-  coder sees patterns, such as two zeros in every four.
+  The parts are a mask; the signs of the zeros, if one is -0; and the elements that are
+  not zero, as rows `[n // 128, 128]` and a last row `[n % 128]`. Signs and elements are
+  in the order of the matrix or of its transpose. A byte of the mask holds eight
+  successive elements of a line of the matrix or of its transpose, the first one in the
+  highest bit, which is set if the element is not zero. So the coder sees patterns, such
+  as two zeros in every four. The signs are bits in bytes, too, `[ceil(z / 8)]`.
 
   Attributes:
     values: n.
-    transposed: whether mask and elements are those of the transpose.
+    negative: whether a zero is -0.
+    transposed: whether the order is that of the transpose.
   """
 
   as_list: ClassVar[bool] = True
 
   values: schema.Size
+  negative: bool
   transposed: bool
 
   def parts(self, dtype: np.dtype, shape: tuple[int, ...]) -> Parts:
     """Returns the dtype and the shape of each part of an array."""
     lines, length = contexts.matrix_shape(shape)[:: -1 if self.transposed else 1]
     rows = (self.values // _WIDTH, _WIDTH), (self.values % _WIDTH,)
-    mask = np.dtype(np.uint8), (lines, -(-length // 8))
-    return [mask, *((dtype, row) for row in rows)]
+    signs = -(-(lines * length - self.values) // 8) if self.negative else 0
+    masks = [(np.dtype(np.uint8), x) for x in ((lines, -(-length // 8)), (signs,))]
+    return masks + [(dtype, row) for row in rows]
 
   def join(self, parts: Sequence[np.ndarray], out: np.ndarray) -> None:
     """Makes an array of its parts, which may be damaged.
@@ -56,7 +61,7 @@ class Sparse:
     Raises:
       ValueError: if the mask has another number of elements.
     """
-    mask, *rows = parts
+    mask, signs, *rows = parts
     bits = bit_patterns(out).reshape(contexts.matrix_shape(out.shape))
     bits[...] = 0
     bits = bits.T if self.transposed else bits
@@ -64,6 +69,9 @@ class Sparse:
     if np.count_nonzero(is_set) != self.values:
       raise ValueError(f'the mask does not have {self.values} elements')
     bits[is_set] = np.concatenate([bit_patterns(x) for x in rows])
+    if self.negative:
+      negative = np.unpackbits(signs, count=bits.size - self.values)
+      bits[~is_set] = negative.astype(bits.dtype) << 8 * bits.itemsize - 1
 
 
 def bit_patterns(array: np.ndarray) -> np.ndarray:
@@ -80,21 +88,27 @@ def without_zeros(array: np.ndarray) -> tuple[Sparse, list[np.ndarray]] | None:
   if array.size < _LEAST_ELEMENTS or array.itemsize == 1:
     return None
   bits = bit_patterns(array).reshape(contexts.matrix_shape(array.shape))
-  sample = _sample(bits.reshape(-1)) != 0
+  top = 8 * array.itemsize - 1
+  # The signs of integers are no bits of their own.
+  magnitudes = (1 << top) - 1 if array.dtype in layouts.FORMATS else -1 % (2 << top)
+  least = bits.dtype.type(magnitudes)
+  sample = _sample(bits.reshape(-1)) & least > 0
   zeros = sample.size - int(np.count_nonzero(sample))
   counts = np.array([zeros, sample.size - zeros])
   saved = 8 * array.itemsize * zeros - tables.entropy_bits(counts)
   if not zeros or saved <= _LEAST_SAVED * 8 * array.itemsize * sample.size:
     return None
-  masks = [np.packbits(x != 0, axis=1) for x in (bits, bits.T)]
+  is_set = bits & least > 0
+  masks = [np.packbits(x, axis=1) for x in (is_set, is_set.T)]
   costs = [tables.entropy_bits(np.bincount(x.reshape(-1))) for x in masks]
   transposed = costs[1] < costs[0]
-  ordered = bits.T if transposed else bits
-  values = ordered[ordered != 0]
+  ordered, is_set = (bits.T, is_set.T) if transposed else (bits, is_set)
+  values, negative = ordered[is_set], ordered[~is_set] > 0
   whole = values.size - values.size % _WIDTH
   rows = values[:whole].reshape(-1, _WIDTH), values[whole:]
-  form = Sparse(values.size, transposed)
-  return form, [masks[transposed], *(x.view(array.dtype) for x in rows)]
+  form = Sparse(values.size, bool(negative.any()), transposed)
+  signs = np.packbits(negative[: negative.size if form.negative else 0])
+  return form, [masks[transposed], signs, *(x.view(array.dtype) for x in rows)]
 
 
 def _sample(flat: np.ndarray) -> np.ndarray:

@@ -62,7 +62,7 @@ class ArraySpec:
     groups: for each part of the array, the index of its group; None if the part is
       stored as it is. The only part of an array is the array. An array of elements of
       64 bits may have two, its halves.
-    zeros: where its zeros are, if it is stored without them; then it has three parts.
+    zeros: where its zeros are, if it is stored without them; then it has four parts.
   """
 
   as_list: ClassVar[bool] = True

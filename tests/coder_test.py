@@ -1,0 +1,454 @@
+"""Records of arrays come back bit for bit, in about as many bytes as their entropy."""
+
+import copy
+import json
+import math
+import tracemalloc
+from unittest import mock
+import zlib
+
+from absl.testing import absltest
+from absl.testing import parameterized
+import ml_dtypes
+import numpy as np
+
+from rotbits_jax.coding import blocks
+from rotbits_jax.coding import coder
+from rotbits_jax.coding import known as known_lib
+from rotbits_jax.coding import layouts
+from rotbits_jax.coding import pool
+from rotbits_jax.coding import specs
+from rotbits_jax.coding import tables
+from rotbits_jax.system import schema
+
+FLOATS = (np.float16, ml_dtypes.bfloat16, np.float32)
+INTEGERS = (np.int8, np.uint8, np.int16, np.uint16)
+
+
+def normal(shape, dtype, seed=0, scale=0.05):
+  return (np.random.default_rng(seed).standard_normal(shape) * scale).astype(dtype)
+
+
+def integers(shape, dtype, scale, seed=0):
+  return np.round(normal(shape, float, seed, scale)).astype(dtype)
+
+
+def noise(size, dtype):
+  width = np.dtype(dtype).itemsize
+  return np.frombuffer(np.random.default_rng(0).bytes(size * width), dtype)
+
+
+def pruned(share, dtype=ml_dtypes.bfloat16, shape=(400, 500)):
+  array = normal(shape, dtype)
+  array[np.random.default_rng(1).random(shape) < share] = 0
+  return array
+
+
+def widened(array):
+  return array.astype(np.float32)
+
+
+def same_bits(actual, expected):
+  assert (actual.dtype, actual.shape) == (expected.dtype, expected.shape)
+  assert actual.tobytes() == expected.tobytes()
+
+
+def load(value):
+  return schema.load(specs.StreamSpec, value)
+
+
+def dump(spec):
+  return json.loads(json.dumps(schema.dump(spec)))
+
+
+def round_trip(arrays, known=None):
+  """Encodes and decodes arrays, and returns the length of the stream."""
+  known = known or {}
+  encoded = coder.encode(arrays, known)
+  assert load(dump(encoded.spec)) == encoded.spec
+  assert encoded.data.shape == (encoded.spec.nbytes,)
+  later = {i: lambda x=x: x for i, x in known.items()}
+  decoded = coder.decode(encoded.spec, encoded.data, known=later)
+  for actual, expected in zip(decoded, arrays, strict=True):
+    same_bits(actual, np.asarray(expected))
+  return encoded.data.size
+
+
+def entropy(values):
+  """Returns the bytes of the entropy of integers."""
+  return tables.entropy_bits(np.unique(values, return_counts=True)[1]) / 8
+
+
+def modelled(values):
+  """Returns the bytes of the entropy of floats' symbols, and of their raw bits."""
+  layout = layouts.Float(values.dtype, 0)
+  bits = values.reshape(-1).view(layout.unsigned)
+  symbols = layout.split(bits, 1, 0)[0]
+  return entropy(np.asarray(symbols)) + values.size * layout.most_raw_bits / 8
+
+
+def gaussian(deviation):
+  """Returns the bytes of the entropy of a rounded normal number."""
+  return math.log2(deviation * math.sqrt(2 * math.pi * math.e)) / 8
+
+
+SPECIAL = [np.nan, np.inf, -np.inf, -0.0, 1e-8, 6e4]
+RECORDS = {
+  'nothing': [],
+  'nothing in an array': [np.zeros((0, 3), np.float16)],
+  'few elements': [np.arange(20), np.array([True, False]), np.zeros(3), np.int8([1])],
+  'all dtypes': [
+    *(normal((60, 100), x) for x in FLOATS),
+    *(integers((60, 100), x, 20) for x in (np.int8, np.int16, np.int32)),
+    *(np.abs(integers((60, 100), x, 20)) for x in (np.uint8, np.uint16, np.uint32)),
+    *(normal((60, 100), np.float64), np.arange(9000), -np.arange(9000)),
+  ],
+  'any order': [
+    *(normal((90, 110), x, scale=25)[::2, :2:-1] for x in (*FLOATS, *INTEGERS)),
+    normal((90, 110), np.float16).T,
+    np.broadcast_to(normal(110, np.float16), (9, 110)),
+  ],
+  'extremes': [
+    np.array([[np.iinfo(x).min, np.iinfo(x).max] * 40, [0] * 80], x)
+    for x in (*INTEGERS, np.int32, np.uint32)
+  ],
+  'a wide alphabet': [
+    integers((512, 512), np.int16, 4000) * (np.arange(512) % 2).astype(np.int16)[:, None]
+  ],
+  'a lane longer than others': [
+    normal((4096, 64), np.float16) * (np.arange(64) % 2).astype(np.float16)
+  ],
+  'zeros': [pruned(x) for x in (0.01, 0.5, 0.99)]
+  + [pruned(0.5, np.int16), pruned(0.5, np.float32, (5000,))],
+} | {
+  f'{np.dtype(x).name} {name}': arrays
+  for x in FLOATS
+  for name, arrays in {
+    'of many shapes': [
+      normal(shape, x, i)
+      for i, shape in enumerate([(100, 300), (7,), (0, 3), (), (1, 1), (2, 3, 4)])
+    ],
+    'special': [np.array([SPECIAL * 3000]).astype(x), np.array(SPECIAL, x)],
+    'every pattern': [
+      (np.arange(1 << 16) << 8 * (np.dtype(x).itemsize - 2))
+      .astype(f'u{np.dtype(x).itemsize}')
+      .view(x)
+    ],
+  }.items()
+}
+
+ROWS = 2.0 ** normal((200, 1), float, 1, scale=1)
+COLUMNS = 2.0 ** normal(500, float, 2, scale=1)
+_WHOLE = normal((200, 500), float)
+
+# Arrays, and a bound of the bytes of their stream.
+RATES = {
+  **{
+    f'{np.dtype(x).name}': ([normal(500_000, x)], 1.002 * modelled(normal(500_000, x)))
+    for x in FLOATS
+  },
+  **{
+    f'scales of {name}, {np.dtype(x).name}': (
+      [(_WHOLE * scale).astype(x)],
+      # The scales, a few tables, and the loss of rounded scales.
+      modelled(_WHOLE.astype(x)) + lines + 800,
+    )
+    for x in (ml_dtypes.bfloat16, np.float32)
+    for name, scale, lines in (
+      ('rows', ROWS, 200),
+      ('columns', COLUMNS, 500),
+      ('both', ROWS * COLUMNS, 700),
+    )
+  },
+  'widened floats': (
+    [widened(normal(100_000, np.float16))],
+    1.01 * modelled(normal(100_000, np.float16)),
+  ),
+  'one value': ([np.full(100_000, 0.125, np.float16)], 300),
+  'few values': (
+    [np.random.default_rng(0).integers(1, 9, (200, 500)).astype(np.float16)],
+    1.01 * 3 / 8 * 100_000 + 300,
+  ),
+  'heavy tails': (
+    [np.random.default_rng(0).standard_t(2, (200, 500)).astype(np.float32)],
+    1.002
+    * modelled(np.random.default_rng(0).standard_t(2, (200, 500)).astype(np.float32))
+    + 500,
+  ),
+  'noise': ([noise(50_000, np.float16), noise(50_000, np.int8)], 150_000),
+  'tiny': ([normal(10, np.float32)], 40),
+  'half of the elements': ([pruned(0.5)], 200_000 / 8 + 100_000 * 1.32 + 500),
+  'two of every four': (
+    [normal((400, 500), np.float16) * np.float16([1, 0, 0, 1] * 125)],
+    200_000 / 8 / 2 + 100_000 * 1.7 + 500,  # half of the zeros are -0
+  ),
+  'rows of zeros': (
+    [abs(normal((1000, 200), np.float16)) * np.float16([[1], [0]] * 500)],
+    100_000 * 1.7 + 500,
+  ),
+  'wide integers': ([integers((200, 500), np.int16, 2000)], 1.005e5 * gaussian(2000)),
+  'integers of columns': (
+    [integers((500, 200), np.int8, 2.0 ** np.linspace(1, 5, 200))],
+    1.02e5 * np.mean([gaussian(2.0**x) for x in np.linspace(1, 5, 200)]),
+  ),
+  'bytes': (
+    [np.uint8(120 + integers((200, 500), int, 25))],
+    1.005 * entropy(integers((200, 500), int, 25)) + 250,
+  ),
+  'rare outliers': (
+    [np.where(noise(100_000, np.uint16) < 4, 8000, integers(100_000, np.int16, 2))],
+    1e5 * gaussian(2) + 600,
+  ),
+  'arrays of one scale': (
+    [normal((40, 50), np.float16, i) for i in range(50)],
+    1.01 * modelled(normal((2000, 50), np.float16)),
+  ),
+  'more tables than a byte counts': (
+    [np.uint8(x % 7 * 40 + noise(300, np.uint8) % 4) for x in range(300)],
+    300 * (300 / 4 + 30) + 300,
+  ),
+}
+
+
+def differences(size=300_000, seed=0):
+  """Returns integers of several classes, what is known, and their entropy."""
+  rng = np.random.default_rng(seed)
+  shifts = (0, 0, 0, 1, 2, 4, 5, 9)
+  deviations = np.array([0.1, 1, 8, 40, 100, 400, 700, 5000])
+  classes = rng.integers(0, 8, size).astype(np.uint8)
+  bound = 2.0 ** (np.array(shifts)[classes] + 7)
+  array = rng.normal(size=size) * deviations[classes]
+  array = np.clip(np.rint(array), -bound, bound - 1).astype(np.int32)
+  ideal = sum(entropy(array[classes == i]) for i in range(4))
+  ideal += sum(np.sum(classes == i) * gaussian(deviations[i]) for i in range(4, 8))
+  return array, known_lib.Known(classes, shifts), ideal
+
+
+class RecordsTest(parameterized.TestCase):
+  @parameterized.named_parameters((x, RECORDS[x]) for x in RECORDS)
+  def test_comes_back(self, arrays):
+    round_trip(arrays)
+
+  @parameterized.named_parameters((x, *RATES[x]) for x in RATES)
+  def test_rate(self, arrays, bound):
+    size = round_trip(arrays)
+    self.assertLess(size, bound + 1)
+    nbytes = sum(x.nbytes for x in arrays)
+    self.assertLessEqual(size, nbytes)
+    self.assertLess(abs(coder.estimate(arrays) - size), 0.01 * nbytes + 500)
+
+  def test_several_blocks_of_several_arrays(self):
+    # The capacity is small, because large arrays are slow without XLA's optimisations.
+    with mock.patch.object(blocks, 'CAPACITY', 3000):
+      arrays = [normal((70, 100), np.float16), normal((31, 41), np.float16, 1)]
+      encoded = coder.encode(arrays)
+      self.assertLen(encoded.spec.groups[0].blocks, 3)
+      round_trip(arrays)
+
+  def test_known_classes(self):
+    array, known, ideal = differences()
+    for dtype in (np.int16, np.int32):
+      size = round_trip([array.astype(dtype)], {0: known})
+      self.assertLess(size, 1.003 * ideal + 1500)
+    both = [normal((70, 90), np.float16), array, array[:9].astype(np.int8)]
+    few = known_lib.Known(known.classes[:9], known.shifts)
+    encoded = coder.encode(both, {1: known, 2: few})
+    seen = []
+
+    def later():
+      seen.append(out[0].copy())
+      return known
+
+    out = [np.zeros_like(x) for x in both]
+    wrong = {1: lambda: few, 2: lambda: few}, {1: later}, {}
+    coder.decode(encoded.spec, encoded.data, out=out, known={1: later, 2: lambda: few})
+    for actual, expected in zip(out, both, strict=True):
+      same_bits(actual, expected)
+    same_bits(seen[0], both[0])  # others are decoded before
+    for functions in wrong:
+      with self.assertRaises(ValueError):
+        coder.decode(encoded.spec, encoded.data, known=functions)
+
+  def test_into_given_arrays(self):
+    arrays = [normal((70, 90), np.float16), np.arange(7), normal(9000, np.float32)]
+    encoded = coder.encode(arrays)
+    stacks = [np.zeros((3, *x.shape), x.dtype) for x in arrays]
+    coder.decode(encoded.spec, encoded.data, out=[stack[1] for stack in stacks])
+    for stack, expected in zip(stacks, arrays, strict=True):
+      same_bits(stack[1], expected)
+      self.assertFalse(stack[::2].any())
+    frozen = np.zeros(7, int)
+    frozen.flags.writeable = False
+    first, second, third = (np.zeros_like(x) for x in arrays)
+    for wrong in (
+      [first, second],
+      [first.T.copy(), second, third],
+      [np.empty((90, 70), np.float16).T, second, third],
+      [first.view(np.int16), second, third],
+      [first, frozen, third],
+    ):
+      with self.assertRaises(ValueError):
+        coder.decode(encoded.spec, encoded.data, out=wrong)
+    with self.assertRaisesRegex(ValueError, 'complex64'):
+      coder.encode([np.zeros(3, np.complex64)])
+
+  def test_threads_do_not_matter(self):
+    arrays, streams = [normal((40, 300), np.float16, i) for i in range(3)], set()
+    for count in (1, 2, 5):
+      with (
+        mock.patch.object(pool, 'threads', lambda count=count: count),
+        mock.patch.object(pool, '_pools', {}),
+        mock.patch.object(blocks, 'CAPACITY', 4000),
+      ):
+        encoded = coder.encode(arrays)
+        streams.add((encoded.data.tobytes(), encoded.spec))
+        coder.decode(encoded.spec, encoded.data)
+    self.assertLen(streams, 1)
+
+
+class DamageTest(parameterized.TestCase):
+  """A damaged stream is decoded correctly or raises ValueError, in little memory."""
+
+  @classmethod
+  def setUpClass(cls):
+    super().setUpClass()
+    scaled = normal((200, 200), np.float32) * 2 ** np.linspace(0, 4, 200)[:, None]
+    array, cls.known, _ = differences(3000)
+    cls.arrays = [
+      scaled.astype(np.float16),
+      np.ones(300, np.float16),
+      normal((50, 40), np.float32),
+      np.arange(5000),
+      integers((40, 40), np.int8, 9),
+      pruned(0.8, np.float32, (90, 60)),
+      array,
+    ]
+    encoded = coder.encode(cls.arrays, {6: cls.known})
+    assert [len(x.parts) for x in encoded.spec.arrays] == [1, 1, 1, 2, 1, 4, 1]
+    cls.value, cls.data = dump(encoded.spec), encoded.data
+    cls.expected = [x.tobytes() for x in cls.arrays]
+
+  def test_undamaged(self):
+    self.assertFalse(self.check(self.value, self.data))
+
+  def check(self, value, data):
+    """Returns whether a stream is refused; if it is not, its arrays must be right."""
+    try:
+      decoded = coder.decode(load(value), data, known={6: lambda: self.known})
+    except ValueError:
+      return True
+    self.assertEqual([x.tobytes() for x in decoded], self.expected)
+    return False
+
+  def test_flipped_bits(self):
+    rng = np.random.default_rng(0)
+    head = sum(group[3] for group in self.value['groups'])
+    places = [*range(0, head, 3), *rng.integers(head, self.data.size, 100)]
+    refused = 0
+    for place in places:
+      damaged = self.data.copy()
+      damaged[place] ^= 1 << rng.integers(0, 8)
+      refused += self.check(self.value, damaged)
+    # Some bits have no meaning: at the ends of streams, and where two classes share a
+    # table.
+    self.assertGreater(refused, 0.96 * len(places))
+
+  def test_other_bytes(self):
+    for data in (np.zeros_like(self.data), ~self.data, self.data[::-1].copy()):
+      self.assertTrue(self.check(self.value, data))
+    longer = np.append(self.data, np.uint8(0))
+    for wrong in (self.data[:-1], longer, self.data[None], self.data.view(np.int8)):
+      with self.assertRaisesRegex(ValueError, 'stream'):
+        coder.decode(load(self.value), wrong)
+
+  def test_a_checksum_names_its_array(self):
+    for i in range(len(self.arrays)):
+      value = copy.deepcopy(self.value)
+      value['arrays'][i][2] ^= 1
+      with self.assertRaisesRegex(ValueError, f'array {i} '):
+        coder.decode(load(value), self.data, known={6: lambda: self.known})
+
+  def _paths(self, value, path=()):
+    yield path
+    for key, part in value.items() if isinstance(value, dict) else enumerate(value):
+      if isinstance(part, list | dict):
+        yield from self._paths(part, (*path, key))
+      else:
+        yield (*path, key)
+
+  def _changed(self, value, path, new):
+    if not path:
+      return new
+    value = copy.copy(value)
+    value[path[0]] = self._changed(value[path[0]], path[1:], new)
+    return value
+
+  def test_every_field_changed(self):
+    tracemalloc.start()
+    self.addCleanup(tracemalloc.stop)
+    for path in self._paths(self.value):
+      old = self.value
+      for key in path:
+        old = old[key]
+      others = [-1, 0, 1 << 20, 1 << 62, 1 << 70, 1.5, True, None, 'x', 'float64', {}]
+      others += [[[]], [0] * 5, [1 << 40]]
+      if isinstance(old, list):
+        others += [old[:-1], old + old[-1:], [None, *old]]
+      elif type(old) is int:
+        others += [old + 1, old - 1]
+      for new in others:
+        if new != old or type(new) is not type(old):
+          self.check(self._changed(self.value, path, new), self.data)
+    self.assertLess(tracemalloc.get_traced_memory()[1], 100e6)
+
+  @parameterized.parameters(
+    ('float16', [1 << 20, 1 << 20], 0, None),
+    ('float64', [1 << 40], None, None),
+    ('float64', [0, 1 << 70], None, None),
+    ('float64', [1] * 65, None, None),
+    ('float16', [4], None, [5, False, False]),
+  )
+  def test_huge_arrays_are_refused_before_they_are_allocated(
+    self, dtype, shape, group, zeros
+  ):
+    groups = [group] * (4 if zeros else 1)
+    value = {
+      'arrays': [[dtype, shape, 0, groups, zeros]],
+      'groups': [['float', 8, 1, 20, 1, 10, [20]]] if group == 0 else [],
+    }
+    with self.assertRaises(ValueError):
+      coder.decode(load(value), np.zeros(40, np.uint8))
+
+  def test_groups_and_blocks_are_bounded(self):
+    value = {
+      'arrays': [['float16', [16], 0, [i], None] for i in range(300)],
+      'groups': [['float', 8, 1, 20, 1, 16, [20]]] * 300,
+    }
+    with self.assertRaisesRegex(ValueError, '300 groups are too many'):
+      load(value)
+    value = dump(coder.encode([normal((600, 1000), np.float16)]).spec)
+    value['groups'][0][5:] = 1000, [8] * 600
+    with self.assertRaisesRegex(ValueError, '600 blocks for 600000 elements'):
+      load(value)
+
+
+def test_golden_record():
+  """This record must stay readable, unless the version of the format changes."""
+  i = np.arange(4800)
+  whole = (i * i % 1009 % 5 * (i % 7 < 3)).astype(np.int8).reshape(40, 120)
+  powers = np.where(i * i % 7 > 2, -1, 1) * 2.0 ** (i // 30 % 4 - i % 3)
+  given = [whole, powers.astype(np.float16).reshape(80, 60), powers * (i % 3 > 0)]
+  given[2] = given[2].astype(np.float32)
+  known = known_lib.Known((i % 3).astype(np.uint8), (0, 1, 9))
+  given.append(((i * i % 101 - 50) * (i % 3 * 20)).astype(np.int16))
+  encoded = coder.encode(given, {3: known})
+  spec = json.dumps(dump(encoded.spec), separators=(',', ':'))
+  assert zlib.crc32(encoded.data) == GOLDEN[0], zlib.crc32(encoded.data)
+  assert zlib.crc32(spec.encode()) == GOLDEN[1], zlib.crc32(spec.encode())
+
+
+GOLDEN = 0, 0
+
+
+if __name__ == '__main__':
+  absltest.main()
