@@ -55,7 +55,8 @@ def normal_table(k, present, kind, dtype, r, f):  # frequencies [A], class k
   return np.diff((ends * TOTAL + ends[-1] // 2) // ends[-1], prepend=0)
 def read_tables(data, shapes, layout):  # each element's table; frequencies [K + 1, A]
   part, data = INFLATE(zlib.decompressobj(-15), data)
-  take, lines, runs, first, classes, contexts = io.BytesIO(part).read, [], [], {}, [], []
+  take, lines, runs = io.BytesIO(part).read, [], []
+  first, classes, contexts = {}, [], []
   read = lambda n, has: np.int64(np.frombuffer(take(n) if has else bytes(n), np.uint8))
   size = int.from_bytes(take(2), 'little')
   heads = np.frombuffer(take(4 * len(shapes)), '<i2').reshape(-1, 2).tolist()

@@ -406,7 +406,7 @@ def _spread(pieces: np.ndarray, has: np.ndarray) -> np.ndarray:
 
 
 def _moved(program: Any, pieces: np.ndarray, has: np.ndarray, count: int) -> np.ndarray:
-  """Returns `count` pieces; NumPy takes longer, because it branches for each element."""
+  """Returns `count` pieces. NumPy takes longer, because it branches for each one."""
   own, places = (
     buffers.scratch('moved', buffers.ROOM + _UNROLLED, x) for x in (np.uint8, np.bool_)
   )

@@ -330,7 +330,7 @@ class _Group(NamedTuple):
 def _known_group(
   index: int, array: np.ndarray, known: known_lib.Known
 ) -> tuple[_Group, float]:
-  """Returns the group of an array of known classes, and about how many bytes it takes."""
+  """Returns the group of an array of known classes, and about its bytes."""
   layout = layouts.Difference(array.dtype, max(known.shifts))
   bits = sparse.bit_patterns(array)
   of_classes = np.zeros(blocks.MAX_TABLES + 1, np.uint8)

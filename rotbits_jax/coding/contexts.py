@@ -326,7 +326,7 @@ def from_bytes(
 
 
 def _scales(part: np.ndarray, sizes: Sequence[tuple[int, int]]) -> list[Scales | None]:
-  """Reads the scales of arrays, whose sizes are R and C, from their part of the bytes."""
+  """Reads the scales of arrays, whose sizes are R and C, from the first part."""
   position = 4 * len(sizes)
   if part.size < position:
     raise ValueError('the scales of the arrays are cut short')

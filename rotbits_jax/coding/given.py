@@ -15,11 +15,11 @@ from typing import NamedTuple, TypeVar
 
 import numpy as np
 
-from rotbits_jax.coding import pieces
-from rotbits_jax.coding import tables
 from rotbits_jax.coding import blocks
 from rotbits_jax.coding import buffers
+from rotbits_jax.coding import pieces
 from rotbits_jax.coding import pool
+from rotbits_jax.coding import tables
 
 ALPHABET = 256
 MOST_SHIFT = 24

@@ -148,7 +148,9 @@ def _with_layouts(parts: Sequence[np.ndarray]) -> list[_Draft]:
       groups.setdefault(key, []).append(i)
   for members in groups.values():
     jobs[members[0]] = functools.partial(_of_integers, [parts[i] for i in members])
-  found = zip(jobs, pool.run(jobs.values(), [parts[i].nbytes for i in jobs]), strict=True)
+  found = zip(
+    jobs, pool.run(jobs.values(), [parts[i].nbytes for i in jobs]), strict=True
+  )
   chosen = dict(found)
   for members in groups.values():
     chosen |= dict.fromkeys(members, chosen[members[0]])
@@ -171,7 +173,7 @@ def _of_integers(arrays: Sequence[np.ndarray]) -> layouts.Int | None:
     numbers = np.where(numbers < 0, -2 * numbers - 1, 2 * numbers)
   symbols, counts = np.unique(numbers >> least, return_counts=True)
   if dtype == np.uint8:
-    # A sample of n bytes has about 2^8 / (2 n ln 2) bits an element less than its source.
+    # A sample of n bytes has about 2^8 / (2 n ln 2) bits per element too few.
     missing = 185 * symbols.size / 256
     if tables.entropy_bits(counts) + missing > 8 * _NOISE * numbers.size:
       return None

@@ -10,7 +10,6 @@ import numpy as np
 
 from rotbits_jax import models
 from rotbits_jax.coding import rans
-from rotbits_jax.coding import coder
 from rotbits_jax.paper import frames
 from rotbits_jax.paper import layout as layout_lib
 from rotbits_jax.paper import options as options_lib

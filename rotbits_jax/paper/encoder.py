@@ -10,8 +10,8 @@ import numpy as np
 
 from rotbits_jax import passes
 from rotbits_jax import structured
-from rotbits_jax.coding import rans
 from rotbits_jax.coding import coder
+from rotbits_jax.coding import rans
 from rotbits_jax.coding import specs
 from rotbits_jax.paper import decoder
 from rotbits_jax.paper import frames

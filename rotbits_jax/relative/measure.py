@@ -15,11 +15,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from rotbits_jax import structured
-from rotbits_jax.coding import given
-from rotbits_jax.coding import tables
 from rotbits_jax.coding import buffers
+from rotbits_jax.coding import given
 from rotbits_jax.coding import line_sums
 from rotbits_jax.coding import pool
+from rotbits_jax.coding import tables
 from rotbits_jax.relative import factors as factors_lib
 from rotbits_jax.relative import scales as scales_lib
 from rotbits_jax.structured import division

@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rotbits_jax.coding import given
 from rotbits_jax.coding import buffers
+from rotbits_jax.coding import given
 from rotbits_jax.system import native
 
 _STEP = 1 << 12  # elements that one step of a program takes

@@ -28,11 +28,11 @@ from flax import struct
 import ml_dtypes
 import numpy as np
 
-from rotbits_jax.coding import given
-from rotbits_jax.coding import tables
 from rotbits_jax.coding import buffers
+from rotbits_jax.coding import given
 from rotbits_jax.coding import line_sums
 from rotbits_jax.coding import pool
+from rotbits_jax.coding import tables
 from rotbits_jax.structured import division
 from rotbits_jax.structured import ulps
 from rotbits_jax.structured.base import Origin
