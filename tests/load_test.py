@@ -19,7 +19,7 @@ import rotbits_jax
 from rotbits_jax import checkpoints
 from rotbits_jax import models
 from rotbits_jax import structured
-from rotbits_jax.coding import weights
+from rotbits_jax.coding import pool
 from rotbits_jax.file import decode
 from rotbits_jax.system import progress
 from tests import devices
@@ -115,7 +115,7 @@ class LoadTest(parameterized.TestCase):
     with (
       rotbits_jax.file.Reader(rotbits_jax.encode(model, preset='exact')) as reader,
       mock.patch.object(decode.placement, 'local_layers', return_value=wanted),
-      weights.record_jobs() as start,
+      pool.record_jobs() as start,
       progress.Progress('test', 1, 'B', show=False) as bar,
     ):
       place = jax.sharding.SingleDeviceSharding(jax.devices()[0])

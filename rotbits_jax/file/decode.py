@@ -18,7 +18,8 @@ import numpy as np
 
 from rotbits_jax import models
 from rotbits_jax import structured
-from rotbits_jax.coding import weights
+from rotbits_jax.coding import pool
+from rotbits_jax.coding import specs
 from rotbits_jax.file import container
 from rotbits_jax.file import leaves as leaves_lib
 from rotbits_jax.file import manifest as manifest_lib
@@ -306,7 +307,7 @@ class Decoder:
 
 def _targets(
   leaf: leaves_lib.Leaf,
-  specs: Sequence[weights.ArraySpec],
+  specs: Sequence[specs.ArraySpec],
   place: list[np.ndarray] | None,
   integers: bool,
 ) -> list[np.ndarray]:
@@ -374,7 +375,7 @@ def start_stacks(
   decoder: Decoder,
   layers: range,
   place: placement.Place | None,
-  start: weights.Start,
+  start: pool.Start,
   resolve: Resolve,
   integers: bool,
 ) -> list[Stack]:

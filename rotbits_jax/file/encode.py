@@ -27,7 +27,7 @@ from rotbits_jax import paper
 from rotbits_jax import passes
 from rotbits_jax import presets
 from rotbits_jax import structured
-from rotbits_jax.coding import weights
+from rotbits_jax.coding import pool
 from rotbits_jax.file import coders
 from rotbits_jax.file import decode as decode_lib
 from rotbits_jax.file import manifest as manifest_lib
@@ -330,7 +330,7 @@ class Encoder:
       state: the state of the transform before them; None if it is unknown.
     """
     ahead = collections.deque[_Coded]()
-    with weights.record_jobs() as start:
+    with pool.record_jobs() as start:
       for batch, reached in self._batches(names, state):
         resolve, records = self._resolver(batch), []
         while batch:

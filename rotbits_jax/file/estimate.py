@@ -18,7 +18,7 @@ import numpy as np
 from rotbits_jax import models
 from rotbits_jax import presets
 from rotbits_jax import structured
-from rotbits_jax.coding import weights
+from rotbits_jax.coding import coder
 from rotbits_jax.file import reader as reader_lib
 from rotbits_jax.passes import rounding as rounding_lib
 from rotbits_jax.passes import tied
@@ -149,7 +149,7 @@ def _groups(source: Any) -> list[tuple[list[str], float]]:
 def _leaf_bytes(path: str, leaf: Any, rounding: Any, is_plain: bool) -> float:
   """Returns about the bytes of a leaf, from some rows of it, rounded."""
   if structured.is_structured(leaf):
-    return weights.estimate([*leaf.stored()[1].values()])
+    return coder.estimate([*leaf.stored()[1].values()])
   (rows,), times = _sampled(leaf)
   is_float = jnp.issubdtype(rows.dtype, jnp.floating)
   if rounding is not None and is_float and rounding_lib.is_matrix(rows):
@@ -163,9 +163,9 @@ def _leaf_bytes(path: str, leaf: Any, rounding: Any, is_plain: bool) -> float:
 def coded_bytes(leaf: Any) -> float:
   """Returns about the bytes of an array or a structured leaf."""
   if structured.is_structured(leaf):
-    return weights.estimate([np.asarray(x) for x in leaf.stored()[1].values()])
+    return coder.estimate([np.asarray(x) for x in leaf.stored()[1].values()])
   array = np.asarray(leaf)
-  return weights.estimate([array.view(entries.stored_dtype(array.dtype.name))])
+  return coder.estimate([array.view(entries.stored_dtype(array.dtype.name))])
 
 
 def _bytes_beside(leaf: Any, known: np.ndarray | None) -> float:

@@ -153,17 +153,17 @@ class RecordEntry:
       )
     if sum(len(leaf.arrays) for leaf in self.leaves) != len(spec.arrays):
       raise ValueError('the leaves and the coder list different arrays')
-    for leaf, specs in self.leaf_specs():
-      leaf.factored([x.shape for x in specs])
+    for leaf, array_specs in self.leaf_specs():
+      leaf.factored([x.shape for x in array_specs])
       if not leaf.type_name:
         stored = leaf.shape, entries.stored_dtype(leaf.dtype)
-        if (specs[0].shape, specs[0].dtype) != stored:
+        if (array_specs[0].shape, array_specs[0].dtype) != stored:
           raise ValueError(
             f'{leaf.path}: the leaf and the coder differ in the shape or the dtype'
           )
       # The config of the model bounds the size of a basis.
       elif leaf.is_expanded() and leaf.leaf_class is not structured.Subspace:
-        nbytes = sum(x.nbytes for x in specs)
+        nbytes = sum(x.nbytes for x in array_specs)
         if entries.is_too_short(leaf.size, leaf.base_size, nbytes):
           raise ValueError(f'{leaf.path}: too few bytes stand for {leaf.size} elements')
 
@@ -200,22 +200,22 @@ class RecordEntry:
   def memory_bytes(self, integers: bool) -> int:
     """Returns these bytes; multiples of one step may stay integers."""
     saved = [
-      leaf.nbytes - sum(x.nbytes for x in specs)
-      for leaf, specs in self.leaf_specs()
+      leaf.nbytes - sum(x.nbytes for x in array_specs)
+      for leaf, array_specs in self.leaf_specs()
       if integers and leaf.is_multiples
     ]
     return self.decoded_bytes - sum(saved)
 
   def leaf_specs(self) -> list[tuple[leaves_lib.Leaf, list[specs.ArraySpec]]]:
     """Returns each leaf with the specs of its arrays."""
-    specs = iter(self.stream_spec.arrays)
-    return [(leaf, [next(specs) for _ in leaf.arrays]) for leaf in self.leaves]
+    array_specs = iter(self.stream_spec.arrays)
+    return [(leaf, [next(array_specs) for _ in leaf.arrays]) for leaf in self.leaves]
 
   def rank(self, inner_path: str) -> Any:
     """Returns the rank of a leaf by its path within the record, see `Leaf.rank`."""
-    for leaf, specs in self.leaf_specs():
+    for leaf, array_specs in self.leaf_specs():
       if self.inner(leaf.path) == inner_path:
-        return leaf.rank([x.shape for x in specs])
+        return leaf.rank([x.shape for x in array_specs])
     return None
 
   def tree(self, flat: dict[str, Any]) -> dict[str, Any]:
@@ -362,7 +362,7 @@ class Manifest:
     is_of_arrays = not any(leaf.type_name for leaf in record.leaves)
     if record.name == models.names.BUFFERS and not is_of_arrays:
       raise ValueError(f'{record.name}: buffers are arrays')
-    for leaf, specs in record.leaf_specs() if record.is_known else ():
+    for leaf, array_specs in record.leaf_specs() if record.is_known else ():
       fields_of_config = (
         {} if leaf.leaf_class is None else leaf.leaf_class.config_fields
       )
@@ -371,7 +371,7 @@ class Manifest:
           raise ValueError(
             f'{leaf.path}: the config and the setting {setting!r} disagree'
           )
-      factored = leaf.factored([x.shape for x in specs])
+      factored = leaf.factored([x.shape for x in array_specs])
       if factored is not None and factored[1] not in checkpoints.FACTORS:
         raise ValueError(f'{leaf.path}: its factors have no known names')
 

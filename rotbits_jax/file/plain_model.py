@@ -14,7 +14,7 @@ from rotbits_jax import checkpoints
 from rotbits_jax import models
 from rotbits_jax import structured
 from rotbits_jax.checkpoints import attributes
-from rotbits_jax.coding import weights
+from rotbits_jax.coding import pool
 from rotbits_jax.file import decode
 from rotbits_jax.file import placement
 from rotbits_jax.system import host
@@ -103,7 +103,7 @@ def read_model(
   read = lambda name: structured.flatten(source.read(name))
   with (
     progress.Progress('decode', sum(sizes.values()), 'B', show=show_progress) as bar,
-    weights.record_jobs() as start,
+    pool.record_jobs() as start,
   ):
     jobs = [(sizes[name], start(functools.partial(read, name))) for name in outer]
     runs = models.stack_ranges(layers, lambda i: specs[names[i]])
