@@ -9,6 +9,7 @@ CorrectionMethod = Literal['exact', 'threshold']
 
 
 def _not_negative(value: float) -> str | None:
+  """Says what is wrong with a threshold."""
   return None if value >= 0 else 'must not be negative'
 
 

@@ -74,9 +74,6 @@ def make(preset: str | Preset, **options: Any) -> Preset:
     preset: a name in `PRESETS`, or a preset.
     options: the options of the preset; must be empty if `preset` is a preset.
 
-  Returns:
-    The preset.
-
   Raises:
     ValueError: if the name or an option is unknown.
   """

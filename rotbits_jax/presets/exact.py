@@ -14,9 +14,6 @@ def exact(*, transforms: tuple[passes.Transform, ...] = ()) -> Preset:
     transforms: further transforms, applied before that of the preset. They see the
       elements in their stored dtype. With them, the preset promises no more than the
       function.
-
-  Returns:
-    The preset.
   """
   return Preset(
     name='exact',

@@ -22,9 +22,6 @@ def free(
       None rounds every element to its own step. See `passes.with_minimum_exponent`.
     transforms: further transforms, applied after those of the preset.
 
-  Returns:
-    The preset.
-
   Raises:
     ValueError: if the tolerance is negative, a number is not finite, or the floor is
       below -64 or above 1, where the function would not stay the same.

@@ -34,9 +34,6 @@ def near(
       units of the storage format's roundoff.
     transforms: further transforms, applied after those of the preset.
 
-  Returns:
-    The preset.
-
   Raises:
     ValueError: if the tolerance is negative, if a number is not finite, or if the step
       is too fine to save bytes, or too coarse to keep anything.

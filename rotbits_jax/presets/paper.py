@@ -20,16 +20,8 @@ def paper(
   rounding. Bits of the message choose the rotations, and the decoder gets them back.
   Dense models are refused, because they have no shortcuts.
 
-  Args:
-    canonicalizer: how the decoder recovers a rotation; svd as published.
-    rotation_codec: how a rotation is sampled; symmetric_eig as published.
-    correction: which errors of the elements from which rotations were sampled are
-      corrected: all, or as published those above the threshold.
-    threshold: the greatest error that is left in with `correction='threshold'`.
-    entropy: whether elements are entropy coded.
-
-  Returns:
-    The preset.
+  The arguments are those of `rotbits_jax.paper.Options`. As published: svd,
+  symmetric_eig and threshold.
 
   Raises:
     ValueError: if an option is unknown, or if two options cannot be combined.

@@ -85,6 +85,7 @@ class File:
     return data.tobytes()
 
   def _changed(self) -> ChangedError:
+    """Returns the error about a file that changed."""
     return ChangedError(f'{self.path}: the file changed after it was opened')
 
 
