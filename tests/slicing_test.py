@@ -1,6 +1,5 @@
 """SliceGPT: fusing of norms, slicing, and the written files."""
 
-import dataclasses
 import functools
 import json
 import pathlib
@@ -163,15 +162,6 @@ class NormFusionTest(parameterized.TestCase):
     self.assertTrue(fused(name).config.sliced)
     assert_same_logits(logits_of(fused(name), EVALUATION), dense_logits(name))
 
-  def test_layer_norm_leaves_a_stream_without_mean(self):
-    for x in segments(fused('opt-random'), EVALUATION):
-      self.assertLess(np.abs(x.mean(-1)).max(), 1e-5 * np.abs(x).max())
-
-  def test_embeddings_of_rms_norm_models_stay(self):
-    chex.assert_trees_all_equal(
-      fused('llama-random').params['embed'], dense('llama-random').params['embed']
-    )
-
   def test_refuses_sliced_models(self):
     with self.assertRaisesRegex(ValueError, 'only a dense model'):
       norm_fusion.fused(fused('opt-random').config)
@@ -193,16 +183,6 @@ class PrincipalComponentsTest(parameterized.TestCase):
     np.testing.assert_allclose(basis.cut @ basis.cut.T, vt[12:].T @ vt[12:], atol=1e-9)
     energies = np.square(x.reshape(-1, 20).astype(np.float64) @ basis.kept).sum(axis=0)
     np.testing.assert_allclose(energies, values[:12] ** 2, rtol=1e-9)
-
-  def test_float64_sums(self):
-    # In float32, rounding errors of the large direction would hide the order of the
-    # small ones.
-    rng = np.random.default_rng(4)
-    x = rng.standard_normal((4, 64, 8)) * [3e4, 1.1, 1, 0.9, 0.8, 0.7, 0.6, 0.5]
-    x = (x @ slicegpt._haar(8, rng)).astype(np.float32)
-    _, _, vt = np.linalg.svd(x.reshape(-1, 8).astype(np.float64))
-    kept = calibration.principal_components(x, 5).kept
-    np.testing.assert_allclose(kept @ kept.T, vt[:5].T @ vt[:5], atol=1e-4)
 
   def test_non_finite_activations(self):
     x = np.full((1, 9, 4), np.inf, np.float32)
@@ -294,12 +274,6 @@ class SliceModelTest(parameterized.TestCase):
     with self.assertRaisesRegex(ValueError, 'head/kernel has .* float32'):
       slicing.slice_model(model, CALIBRATION, sparsity=0.25)
 
-  def test_numbers_too_large_for_the_dtype(self):
-    model = jax.tree.map(lambda x: 1e6 * x, sliced('llama-random'))
-    model = dataclasses.replace(model, stored_as='float16')
-    with self.assertRaisesRegex(ValueError, 'embed/tokens has .* float16'):
-      model.rounded()
-
   def test_refuses(self):
     for settings, tokens, message in (
       ({}, CALIBRATION[0], r'tokens must be \[S, T\] integers'),
@@ -327,10 +301,6 @@ class WidthTest(parameterized.TestCase):
       (768, 0.0, 8, 768),
     ):
       self.assertEqual(slicing.sliced_width(hidden, sparsity, interval), width)
-
-  def test_refuses_an_interval_of_0(self):
-    with self.assertRaisesRegex(ValueError, 'round_interval must be positive, got 0'):
-      slicing.sliced_width(2048, 0.2, 0)
 
   @parameterized.parameters(('opt-random', False), ('llama-tiny-dense', True))
   def test_the_last_segment_is_sliced_with_the_head_only(self, name, slice_head):

@@ -138,17 +138,6 @@ def windows(
   return [(np.pad(x, (0, window - len(x)), 'edge')[None], len(x)) for x in pieces]
 
 
-def full_windows(
-  tokens: np.ndarray, config: models.ModelConfig, max_tokens: int | None = None
-) -> list[np.ndarray]:
-  """Returns the windows without padding, int32 `[1, window]`; see `windows`.
-
-  Padding is no input whose statistics are of interest.
-  """
-  cut = windows(tokens, config, max_tokens=max_tokens)
-  return [window for window, length in cut if length == window.size]
-
-
 @jax.jit
 def _predictions(model: models.Model, tokens: jax.Array) -> jax.Array:
   """Returns the logits `[T - 1, V]` for all tokens `[1, T]` but the first."""

@@ -115,11 +115,11 @@ def calibrate(
     ValueError: if the tokens are not those of a text for this model.
     OSError: if a file cannot be written.
   """
-  windows = perplexity.full_windows(tokens, model.config, max_tokens)
+  cut = perplexity.windows(tokens, model.config, max_tokens=max_tokens)
   count = 2 * (model.config.num_layers + 1)
   with progress_lib.Progress('calibrate', count, 'record', show=progress) as bar:
     context = _rewritten(model, tolerance, folder, bar)
-    return _calibrated(context, windows, folder, bar)
+    return _calibrated(context, cut, folder, bar)
 
 
 @host.own_settings()
@@ -156,8 +156,7 @@ def search(
   count = (3 + _EVALUATIONS) * (config.num_layers + 1)
   with progress_lib.Progress('search', count, 'record', show=progress) as bar:
     context = _rewritten(model, tolerance, folder, bar)
-    full_windows = perplexity.full_windows(tokens, config, max_tokens)
-    calibration = _calibrated(context, full_windows, folder, bar)
+    calibration = _calibrated(context, cut, folder, bar)
     offsets, inputs = calibration.offsets, calibration.inputs
     bar.stage('predictions')
     stored: Any = model
@@ -267,11 +266,13 @@ def _rewritten(
 
 def _calibrated(
   context: passes.Context,
-  windows: Sequence[np.ndarray],
+  cut: Sequence[tuple[np.ndarray, int]],
   folder: str | os.PathLike[str] | None,
   bar: progress_lib.Progress,
 ) -> Calibration:
   """Estimates the divergence of each parameter, and divides the bits."""
+  # Padding is no input whose statistics are of interest.
+  windows = [window for window, length in cut if length == window.size]
   bar.stage('gradients')
   inputs = sensitivities.OnDisk(folder)
   counts, divergences = {}, {}
