@@ -143,7 +143,7 @@ def packaged_weights(name: str) -> pathlib.Path:
 
 def read_tensors(path: pathlib.Path, dtype: str) -> Tensors:
   """Reads the tensors of floats of a file, rounded to a dtype."""
-  tensors = checkpoints.open_tensors(path).tensors
+  tensors = checkpoints.open_plain(path).tensors
   return {
     name: np.asarray(x.read()).astype(jnp.dtype(dtype))
     for name, x in tensors.items()

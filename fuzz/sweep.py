@@ -164,7 +164,7 @@ def _other_values(old: Any) -> Iterator[Any]:
 def numbers(data: rotbits_jax.file.Readable) -> dict[str, tuple[str, bytes]]:
   """Returns the content of a container: the bits of all arrays, and the files."""
   with rotbits_jax.file.Reader(data) as reader:
-    if reader.weights_files:  # as the command writes them
+    if reader.is_plain:  # as the command writes them
       with tempfile.TemporaryDirectory() as folder:
         rotbits_jax.decode_to_directory(data, folder)
     decoded = reader.read()

@@ -71,7 +71,7 @@ def _read_container(data: bytes) -> None:
   """Decodes a container to memory, or to a directory."""
   with rotbits_jax.file.Reader(data) as reader:
     is_model = reader.config is not None and 'config.json' in reader.files()
-    if len(data) % 2 and (is_model or reader.weights_files):
+    if len(data) % 2 and (is_model or reader.is_plain):
       with tempfile.TemporaryDirectory() as folder:
         rotbits_jax.decode_to_directory(data, folder)
       return
@@ -154,7 +154,7 @@ def _read_tensors(tensors: dict[str, Any]) -> None:
 
 def _read_plain(path: pathlib.Path) -> None:
   """Reads a checkpoint as plain tensors."""
-  _read_tensors(checkpoints.open_tensors(path).tensors)
+  _read_tensors(checkpoints.open_plain(path).tensors)
 
 
 def _of_file(read: Callable[[pathlib.Path], Any], name: str) -> Callable[[bytes], None]:

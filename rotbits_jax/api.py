@@ -44,7 +44,7 @@ Encodable: TypeAlias = (
   models.Model
   | checkpoints.Checkpoint
   | checkpoints.CheckpointReader
-  | checkpoints.TensorFiles
+  | checkpoints.PlainFiles
   | PyTree
 )
 """A model, a checkpoint that is loaded or opened, or a PyTree."""
@@ -163,8 +163,6 @@ def encode_to_file(
   inputs = source, base
   check_path = {'inputs': inputs, 'overwrite': overwrite}
   output.check_path(path, shard_size, **check_path)
-  if isinstance(source, str | os.PathLike):
-    source = checkpoints.open_any(source)
   content = files, stem, base
 
   def write(encoder: encode_lib.Encoder, accepted: range | None = None) -> int:
@@ -186,7 +184,8 @@ def encode_to_file(
     stepped = options | {'step': step}
     return write(_encoder(source, preset, stepped, *content), accepted)
 
-  estimate.write_within(target_size, estimate.elements(sources.of(source)), write_at)
+  encoder = _encoder(source, preset, options, *content)
+  estimate.write_within(target_size, encoder.elements, write_at)
 
 
 @host.own_settings()
@@ -208,8 +207,6 @@ def plan_shards(
   `file.ShardPlan`, and `examples/encode_on_ray.py`.
   """
   inputs = source, base
-  if isinstance(source, str | os.PathLike):
-    source = checkpoints.open_any(source)
   encoder = _encoder(source, preset, options, files, stem, base)
   return output.ShardPlan(encoder, path, shard_size, inputs=inputs, overwrite=overwrite)
 
@@ -479,8 +476,8 @@ def verify(
   with file.Reader(source, base=base) as reader:
     expected = None
     if against is not None:
-      is_plain = bool(reader.weights_files)
-      opened = checkpoints.open_tensors if is_plain else checkpoints.open_checkpoint
+      is_plain = reader.is_plain
+      opened = checkpoints.open_plain if is_plain else checkpoints.open_checkpoint
       expected = opened(against)
       if reader.config != expected.config:
         raise file.ContainerError(
@@ -501,23 +498,28 @@ def verify(
 
 
 def _encoder(
-  source: Encodable,
+  source: Path | Encodable,
   preset: PresetName | presets.Preset | None,
   options: dict[str, Any],
   files: Mapping[str, bytes] | None,
   stem: str | None,
   base: Base | None,
 ) -> encode_lib.Encoder:
-  """Returns the encoder of a source."""
-  files = getattr(source, 'files', {}) if files is None else files
-  stem = getattr(source, 'stem', None) if stem is None else stem
-  opened = sources.of(source)
+  """Returns the encoder of a source, or of the checkpoint at a path."""
+  is_path = isinstance(source, str | os.PathLike)
+  opened: Any = checkpoints.open_any(source) if is_path else sources.of(source)
+  default = presets.default(opened.config) if base is None else 'exact'
+  made = presets.make(preset or default, **options)
+  as_plain = sources.plain(opened, source) if made.keeps == 'bits' else opened
+  opened_base = None
+  if base is not None:
+    opened_base = reader_lib.open_base(base, plain=as_plain.config is None)
+  if opened_base is None or opened_base.config is None:
+    opened = as_plain
+  content = source if isinstance(source, checkpoints.Checkpoint) else opened
+  files = getattr(content, 'files', {}) if files is None else files
+  stem = getattr(content, 'stem', None) if stem is None else stem
   if isinstance(opened, models.Model):
     with contextlib.suppress(checkpoints.CheckpointError):  # of a family not known
       files = checkpoints.fitting_files(opened, dict(files), stem)
-  default = presets.default(opened.config) if base is None else 'exact'
-  made = presets.make(preset or default, **options)
-  opened_base = None
-  if base is not None:
-    opened_base = reader_lib.open_base(base, plain=opened.config is None)
   return encode_lib.Encoder(opened, made, base=opened_base, files=files, stem=stem)

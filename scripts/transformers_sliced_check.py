@@ -271,7 +271,7 @@ def check_dtypes(case: Case) -> str:
     error = difference(run(model, case.tokens), case.expected['ours'])
     assert error <= most, f'{dtype}: logits are off by {error:.2g}'
     found.append(f'{str(dtype).removeprefix("torch.")} {error:.1e}')
-  file = checkpoints.open_tensors(case.folder)
+  file = checkpoints.open_plain(case.folder)
   stored = {tensor.dtype.name for tensor in file.tensors.values()}
   automatic = {str(x.dtype) for x in load(case.folder, dtype='auto').parameters()}
   assert automatic == {f'torch.{name}' for name in stored}

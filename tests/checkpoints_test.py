@@ -747,7 +747,7 @@ class TestDirectory:
       (tmp_path / name).write_text('not kept')
     for source in (
       checkpoints.open_checkpoint(tmp_path),
-      checkpoints.open_tensors(tmp_path),
+      checkpoints.open_plain(tmp_path),
     ):
       assert source.path == tmp_path / 'model.safetensors'
       assert set(state) < set(source.left_out)
@@ -789,7 +789,7 @@ class TestDirectory:
       assert own == checkpoints.open_checkpoint(blobs).files
     blobs.rename(tmp_path / 'private')
     blobs.symlink_to('private')
-    assert not checkpoints.open_tensors(snapshot).files
+    assert not checkpoints.open_plain(snapshot).files
 
   def test_what_is_no_regular_file_is_not_read(self, tmp_path):
     shutil.copytree(TESTDATA / 'llama-tiny-dense', tmp_path, dirs_exist_ok=True)
@@ -804,7 +804,7 @@ class TestDirectory:
       (tmp_path / 'y').mkdir()
       (tmp_path / name).rename(tmp_path / 'y' / name)
       with pytest.raises(CheckpointError, match=f'{name}: not a regular file'):
-        checkpoints.open_tensors(tmp_path / 'y')
+        checkpoints.open_plain(tmp_path / 'y')
       shutil.rmtree(tmp_path / 'y')
 
   def test_sidecars_have_a_greatest_size_together(self, tmp_path):
@@ -814,7 +814,7 @@ class TestDirectory:
     module = 'rotbits_jax.checkpoints.checkpoint'
     assert importlib.import_module(module)._MOST_SIDECARS == manifest.MOST_FILES
     with mock.patch(f'{module}._MOST_SIDECARS', 1500):
-      source = checkpoints.open_tensors(tmp_path)
+      source = checkpoints.open_plain(tmp_path)
     assert sum(map(len, source.files.values())) <= 1500
     assert {'a.txt', 'b.txt'} <= source.files.keys()
     assert 'c.txt' in source.left_out
@@ -824,7 +824,7 @@ class TestDirectory:
     index.write_text(
       json.dumps({'weight_map': dict.fromkeys(names, 'model.safetensors')})
     )
-    for opened in (checkpoints.open_checkpoint, checkpoints.open_tensors):
+    for opened in (checkpoints.open_checkpoint, checkpoints.open_plain):
       most = sum(map(len, opened(index).files.values()))
       with mock.patch(f'{module}._MOST_SIDECARS', most):
         assert sum(map(len, opened(index).files.values())) == most
@@ -838,7 +838,7 @@ class TestDirectory:
       file.write(' ' * (1 << 20))
     with pytest.raises(UnsupportedError, match=r'config\.json: the JSON has \d+ bytes'):
       checkpoints.open_checkpoint(tmp_path)
-    assert checkpoints.open_tensors(tmp_path).files
+    assert checkpoints.open_plain(tmp_path).files
     index = tmp_path / 'model.safetensors.index.json'
     with index.open('wb') as file:
       file.truncate(1 << 40)
@@ -904,7 +904,7 @@ class TestDirectory:
         mock.patch.object(pathlib.Path, 'iterdir') as listed,
       ):
         with pytest.raises(CheckpointError, match=f'{name}: {match}'):
-          checkpoints.open_tensors(tmp_path / name)
+          checkpoints.open_plain(tmp_path / name)
         listed.assert_not_called()
 
   def test_sliced_safetensors_without_slicing_json(self, tmp_path):

@@ -79,11 +79,6 @@ def record():
   )
 
 
-def weights_file():
-  layout = checkpoints.WeightsFile(name='x', nbytes=0, places=())
-  return manifest.WeightsFileEntry(layout=layout, gaps=DEFLATED)
-
-
 def message():
   layout = paper.MessageLayout(fixed=0, sampled=(), arrays={})
   streams = dict.fromkeys(paper.STREAMS, manifest.Stream(nbytes=0, crc32=0))
@@ -100,7 +95,7 @@ def whole_manifest():
     'records': (),
     'stem': 'x',
     'files': {'x': DEFLATED},
-    'weights': (weights_file(),),
+    'headers': {'y': DEFLATED},
     'dtypes': {'': 'float16'},
   }
   written = without_defaults(manifest.Manifest, **fields)
@@ -126,7 +121,6 @@ def test_fields_of_objects(subtests):
     ('The object `product` has', field_names(leaves.Product)),
     ('The object `rope_scaling` has', field_names(models.RopeScaling)),
     ('A file with a message has no records', schema.dump(message())),
-    ('says how a weights file', schema.dump(weights_file())),
   ):
     with subtests.test(introduction=introduction):
       assert documented(introduction) == set(written)

@@ -339,11 +339,11 @@ class CheckpointTest(parameterized.TestCase):
     self.check_round_trip()
     (self.source / 'vae' / 'x.safetensors').rename(self.source.parent / 'private')
     (self.source / 'vae' / 'x.safetensors').symlink_to('../../private')
-    source = checkpoints.open_tensors(self.source)
+    source = checkpoints.open_plain(self.source)
     self.assertEqual(source.left_out, ('vae/x.safetensors',))
     self.assertLen(source.weights, 3)
     # A file that is named is one model of a collection.
-    source = checkpoints.open_tensors(self.source / 'model.safetensors')
+    source = checkpoints.open_plain(self.source / 'model.safetensors')
     self.assertLen(source.weights, 1)
     self.assertContainsSubset(['unet/x.safetensors'], source.left_out)
 
@@ -385,7 +385,7 @@ class CheckpointTest(parameterized.TestCase):
     adapter = {'lora_A.weight': np.ones((4, 4), np.float32)}
     weights_files.write_safetensors(self.source / 'adapter_model.safetensors', adapter)
     for opened in (checkpoints.open_any(self.source), None):
-      opened = opened or checkpoints.open_tensors(self.source)
+      opened = opened or checkpoints.open_plain(self.source)
       self.assertEqual(opened.path.name, 'pytorch_model.bin')
       self.assertEqual(opened.left_out, ('adapter_model.safetensors',))
 
@@ -410,7 +410,7 @@ class CheckpointTest(parameterized.TestCase):
       if names == shards:
         text = json.dumps({'weight_map': weight_map})
         (self.source / f'{single}.index.json').write_text(text)
-      rotbits_jax.encode_to_file(checkpoints.open_tensors(self.source), self.file)
+      rotbits_jax.encode_to_file(checkpoints.open_plain(self.source), self.file)
       rotbits_jax.decode_to_directory(self.file, self.output)
       suffixes = ('.bin', '.safetensors')
       self.assertEqual(
@@ -425,7 +425,7 @@ class CheckpointTest(parameterized.TestCase):
     (weights,) = (TESTDATA / 'llama-tiny-sliced-head-0.25').glob('*.pt')
     path = self.source / 'pytorch_model.bin'
     path.write_bytes(weights.read_bytes())
-    self.check_round_trip(checkpoints.open_tensors(path))
+    self.check_round_trip(checkpoints.open_plain(path))
 
   def test_pytorch_with_compressed_members_is_refused(self):
     path = self.source / 'pytorch_model.bin'
@@ -436,7 +436,7 @@ class CheckpointTest(parameterized.TestCase):
       for name, data in members.items():
         archive.writestr(name, data)
     with self.assertRaisesRegex(checkpoints.CheckpointError, 'compressed'):
-      checkpoints.open_tensors(path)
+      checkpoints.open_plain(path)
 
   def test_without_a_config(self):
     (self.source / 'config.json').unlink()
@@ -560,7 +560,7 @@ class CheckpointTest(parameterized.TestCase):
     real, asked = lazy.LazyTensor.nbytes.fget, []
     counted = property(lambda x: (asked.append(x), real(x))[1])
     with mock.patch.object(lazy.LazyTensor, 'nbytes', counted):
-      opened = checkpoints.open_tensors(self.source)
+      opened = checkpoints.open_plain(self.source)
       for file in opened.weights:
         self.assertLen(list(opened.gaps(file)), 1)
     self.assertLess(len(asked), 8 * len(names))

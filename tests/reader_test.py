@@ -208,7 +208,7 @@ def test_a_model_of_which_no_checkpoint_can_be_made(tmp_path, options, message):
 def test_plain_tensors_of_a_known_family_load_as_the_model(tmp_path):
   source = checkpoints.example('llama-tiny-dense')
   expected = rotbits_jax.load_checkpoint(source).model
-  rotbits_jax.encode_to_file(checkpoints.open_tensors(source), tmp_path / 'x')
+  rotbits_jax.encode_to_file(checkpoints.open_plain(source), tmp_path / 'x')
   model = rotbits_jax.load(tmp_path / 'x')
   assert model.config == expected.config
   jax.tree.map(np.testing.assert_array_equal, model.params, expected.params)

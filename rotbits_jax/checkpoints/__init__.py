@@ -11,7 +11,7 @@ from rotbits_jax.checkpoints.checkpoint import is_divided
 from rotbits_jax.checkpoints.checkpoint import load_checkpoint
 from rotbits_jax.checkpoints.checkpoint import open_any
 from rotbits_jax.checkpoints.checkpoint import open_checkpoint
-from rotbits_jax.checkpoints.checkpoint import open_tensors
+from rotbits_jax.checkpoints.checkpoint import open_plain
 from rotbits_jax.checkpoints.checkpoint import save_checkpoint
 from rotbits_jax.checkpoints.configs import parse_config
 from rotbits_jax.checkpoints.configs import slicing_json
@@ -29,11 +29,10 @@ from rotbits_jax.checkpoints.families import Family
 from rotbits_jax.checkpoints.families import TensorRow
 from rotbits_jax.checkpoints.lazy import LazyTensor
 from rotbits_jax.checkpoints.lazy import TensorSpec
+from rotbits_jax.checkpoints.plain import PlainFiles
+from rotbits_jax.checkpoints.plain import PlainWriter
 from rotbits_jax.checkpoints.reader import CheckpointReader
 from rotbits_jax.checkpoints.reader import from_tensors
-from rotbits_jax.checkpoints.staging import WeightsFile
-from rotbits_jax.checkpoints.tensor_files import TensorFiles
-from rotbits_jax.checkpoints.tensor_files import TensorFilesWriter
 from rotbits_jax.checkpoints.tensors import to_tensors
 from rotbits_jax.checkpoints.writer import CheckpointWriter
 from rotbits_jax.checkpoints.writer import Format
@@ -51,12 +50,11 @@ __all__ = [
   'Family',
   'Format',
   'LazyTensor',
-  'TensorFiles',
-  'TensorFilesWriter',
+  'PlainFiles',
+  'PlainWriter',
   'TensorRow',
   'TensorSpec',
   'UnsupportedError',
-  'WeightsFile',
   'example',
   'fitting_files',
   'from_tensors',
@@ -64,7 +62,7 @@ __all__ = [
   'load_checkpoint',
   'open_any',
   'open_checkpoint',
-  'open_tensors',
+  'open_plain',
   'parse_config',
   'save_checkpoint',
   'slicing_json',

@@ -21,9 +21,9 @@ from rotbits_jax.checkpoints import errors
 from rotbits_jax.checkpoints import families
 from rotbits_jax.checkpoints import indices
 from rotbits_jax.checkpoints import lazy
+from rotbits_jax.checkpoints import plain
 from rotbits_jax.checkpoints import reader as reader_lib
 from rotbits_jax.checkpoints import safetensors_files
-from rotbits_jax.checkpoints import tensor_files
 from rotbits_jax.checkpoints import tensors as tensors_lib
 from rotbits_jax.checkpoints import torch_zip
 from rotbits_jax.checkpoints import transformers_files
@@ -135,43 +135,41 @@ def open_checkpoint(path: str | os.PathLike[str]) -> reader_lib.CheckpointReader
   )
 
 
-def open_tensors(
+def open_plain(
   path: str | os.PathLike[str], *, reason: str | None = None
-) -> tensor_files.TensorFiles:
-  """Opens the weights files of a checkpoint of any family.
+) -> plain.PlainFiles:
+  """Opens the safetensors files of a checkpoint of any family.
 
   Args:
     path: see `open_checkpoint`; a `config.json` is not needed. The weights may be in
-      sub-folders, too, as safetensors.
+      sub-folders, too.
     reason: why the checkpoint is not opened as a model, if there is a reason.
 
   Returns:
-    The tensors, the bytes between them, and the other files.
+    The tensors, the headers of their files, and the other files.
 
   Raises:
-    CheckpointError: if a file is missing or damaged.
+    CheckpointError: if a file is missing or damaged, or is not safetensors.
   """
-  given = pathlib.Path(path)
-  root = given if given.is_dir() else given.parent
-  found = [] if is_divided(given) else [_find_weights(given)]
-  nested = _nested_weights(root) if given.is_dir() else []
-  weights = (*found, *nested)[0]
-  index: dict[str, bytes] = {}
-  if weights.suffix == '.json':
-    index = {weights.name: indices.read(weights)}
-    found = list(_shards(weights, index[weights.name]))
-  files, left_out = _read_sidecars(root, {weights, *found, *nested}, index)
-  return tensor_files.TensorFiles(
-    weights,
-    {
-      file.relative_to(root).as_posix(): (
-        file,
-        (torch_zip if _is_torch(file) else safetensors_files).open_places(file),
-      )
-      for file in (*found, *nested)
-    },
+  place = pathlib.Path(path)
+  root = place if place.is_dir() else place.parent
+  weights = [] if is_divided(place) else [_find_weights(place)]
+  nested = _nested_weights(root) if place.is_dir() else []
+  first, index = (*weights, *nested)[0], dict[str, bytes]()
+  if first.suffix == '.json':
+    index = {first.name: indices.read(first)}
+    weights = list(_shards(first, index[first.name]))
+  if torch_files := [file for file in weights if _is_torch(file)]:
+    why = f'{reason}, and ' if reason else ''
+    raise errors.UnsupportedError(
+      f'{why}{torch_files[0]} is not safetensors, in which any family is stored'
+    )
+  sidecars, left_out = _read_sidecars(root, {first, *weights, *nested}, index)
+  return plain.PlainFiles(
+    first,
+    {file.relative_to(root).as_posix(): file for file in (*weights, *nested)},
     root=root,
-    files=files,
+    files=sidecars,
     left_out=left_out,
     reason=reason,
   )
@@ -179,7 +177,7 @@ def open_tensors(
 
 def open_any(
   path: str | os.PathLike[str],
-) -> reader_lib.CheckpointReader | tensor_files.TensorFiles:
+) -> reader_lib.CheckpointReader | plain.PlainFiles:
   """Opens a checkpoint, as plain tensors if it is not of a known family.
 
   Args:
@@ -191,7 +189,7 @@ def open_any(
   try:
     return open_checkpoint(path)
   except errors.UnsupportedError as e:
-    return open_tensors(path, reason=str(e))
+    return open_plain(path, reason=str(e))
 
 
 def load_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:

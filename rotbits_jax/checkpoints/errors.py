@@ -10,7 +10,7 @@ class CheckpointError(ValueError):
 class UnsupportedError(CheckpointError):
   """A checkpoint is not of a known family, or has a setting or tensor of its own.
 
-  The files need not be damaged. `open_tensors` opens such a checkpoint.
+  The files need not be damaged. `open_plain` opens such a checkpoint.
   """
 
 

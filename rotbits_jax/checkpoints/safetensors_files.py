@@ -9,7 +9,7 @@ import dataclasses
 import json
 import os
 import struct
-from typing import Any
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -63,35 +63,35 @@ class _Entry:
   data_offsets: tuple[schema.Size, schema.Size]
 
 
+class Place(NamedTuple):
+  """Where a tensor is in its file.
+
+  Attributes:
+    code: the dtype code of the header.
+    offset: where the tensor begins in the file.
+    spec: shape and dtype; those of its bytes if NumPy lacks the dtype.
+  """
+
+  code: str
+  offset: int
+  spec: lazy.TensorSpec
+
+
 def open_file(path: str | os.PathLike[str]) -> dict[str, lazy.LazyTensor]:
   """Opens a safetensors file; returns the tensors by name. Only its header is read.
 
   Raises:
     CheckpointError: if the file is damaged or has a dtype that NumPy lacks.
   """
+  file = lazy.opened(path)
   found = {}
-  for name, (code, _, tensor) in _open(path).items():
-    if code not in _DTYPES:
+  for name, place in places(read_header(file), file.size, str(path)).items():
+    if place.code not in _DTYPES:
       raise errors.UnsupportedError(
-        f'{path}: {name} has the dtype {errors.cut(code)}, which is not supported'
+        f'{path}: {name} has the dtype {errors.cut(place.code)}, which is not supported'
       )
-    found[name] = tensor
+    found[name] = lazy.in_file(file, place.offset, place.spec)
   return found
-
-
-def open_places(
-  path: str | os.PathLike[str],
-) -> dict[str, tuple[int, lazy.LazyTensor]]:
-  """Opens a safetensors file with tensors of any dtype.
-
-  Returns:
-    Where each tensor begins in the file, and the tensor, by name. A tensor whose dtype
-    NumPy lacks is given as its bytes.
-
-  Raises:
-    CheckpointError: if the file is damaged.
-  """
-  return {name: (offset, tensor) for name, (_, offset, tensor) in _open(path).items()}
 
 
 def has_own_metadata(path: str | os.PathLike[str]) -> bool:
@@ -100,17 +100,46 @@ def has_own_metadata(path: str | os.PathLike[str]) -> bool:
   Raises:
     CheckpointError: if the file is damaged.
   """
-  values, _ = _header(lazy.opened(path))
+  values = _parse(read_header(lazy.opened(path)), str(path))
   return (values.get(_METADATA) or _WRITTEN) != _WRITTEN
 
 
-def _open(path: str | os.PathLike[str]) -> dict[str, tuple[str, int, lazy.LazyTensor]]:
-  """Returns dtype code, place and tensor by name."""
-  file = lazy.opened(path)
-  header, start = _entries(file)
-  found: dict[str, tuple[str, int, lazy.LazyTensor]] = {}
-  end = 0
-  for name, entry in sorted(header.items(), key=lambda item: item[1].data_offsets):
+def read_header(file: files.File) -> bytes:
+  """Reads the bytes of a file before its tensors: the length of the header, and it.
+
+  Raises:
+    CheckpointError: if the file is damaged.
+  """
+  (size,) = struct.unpack('<Q', lazy.read(file, 0, 8))
+  if size > _MOST_HEADER:
+    raise errors.CheckpointError(
+      f'{file.path}: header: {size} bytes are more than {_MOST_HEADER}'
+    )
+  return lazy.read(file, 0, 8 + size).tobytes()
+
+
+def places(header: bytes, size: int | None, where: str) -> dict[str, Place]:
+  """Finds the tensors of a file, which follow each other without holes.
+
+  Args:
+    header: see `read_header`.
+    size: size of the file; None if it follows from the header.
+    where: name of the file, for errors.
+
+  Returns:
+    The places by name, in the order of the header.
+
+  Raises:
+    CheckpointError: if the header is damaged.
+  """
+  values = _parse(header, where)
+  values.pop(_METADATA, None)
+  try:
+    entries = {k: schema.load(_Entry, x, k[:40]) for k, x in values.items()}
+  except schema.SchemaError as e:
+    raise errors.CheckpointError(f'{where}: header: {errors.cut(str(e))}') from e
+  found, end = {}, 0
+  for name, entry in sorted(entries.items(), key=lambda item: item[1].data_offsets):
     lazy.check_name(name)
     (begin, stop), shape = entry.data_offsets, entry.shape
     dtype = _DTYPES.get(entry.dtype)
@@ -118,34 +147,24 @@ def _open(path: str | os.PathLike[str]) -> dict[str, tuple[str, int, lazy.LazyTe
     if dtype is not None:
       spec = lazy.TensorSpec(shape, dtype)
     if not lazy.numpy_holds(spec.shape, spec.dtype):
-      raise errors.CheckpointError(f'{path}: {name} has shape {errors.cut(str(shape))}')
+      raise errors.CheckpointError(
+        f'{where}: {name} has shape {errors.cut(str(shape))}'
+      )
     if begin != end or stop < begin or spec.nbytes != stop - begin:
-      raise errors.CheckpointError(f'{path}: {name} has wrong offsets')
-    found[name] = entry.dtype, start + begin, lazy.in_file(file, start + begin, spec)
+      raise errors.CheckpointError(f'{where}: {name} has wrong offsets')
+    found[name] = Place(entry.dtype, len(header) + begin, spec)
     end = stop
-  if start + end != file.size:
-    raise errors.CheckpointError(f'{path}: the tensors do not fill the file')
-  return {name: found[name] for name in header}
+  if size not in (None, len(header) + end):
+    raise errors.CheckpointError(f'{where}: the tensors do not fill the file')
+  return {name: found[name] for name in entries}
 
 
-def _header(file: files.File) -> tuple[dict[str, Any], int]:
-  """Returns the values of a header, and where it ends."""
-  (size,) = struct.unpack('<Q', lazy.read(file, 0, 8))
-  where = f'{file.path}: header'
-  if size > _MOST_HEADER:
-    raise errors.CheckpointError(f'{where}: {size} bytes are more than {_MOST_HEADER}')
-  content = lazy.read(file, 8, size).tobytes()
-  return attributes.parse_object(content, where, most=_MOST_HEADER), 8 + size
-
-
-def _entries(file: files.File) -> tuple[dict[str, _Entry], int]:
-  """Returns the entries of the tensors in a header, and where it ends."""
-  values, end = _header(file)
-  values.pop(_METADATA, None)
-  try:
-    return {k: schema.load(_Entry, x, k[:40]) for k, x in values.items()}, end
-  except schema.SchemaError as e:
-    raise errors.CheckpointError(f'{file.path}: header: {errors.cut(str(e))}') from e
+def _parse(header: bytes, where: str) -> dict[str, Any]:
+  """Returns the values of a header, see `read_header`."""
+  if header[:8] != struct.pack('<Q', len(header) - 8):
+    raise errors.CheckpointError(f'{where}: header: its length is wrong')
+  content = header[8:]
+  return attributes.parse_object(content, f'{where}: header', most=_MOST_HEADER)
 
 
 def to_bytes(tensors: Mapping[str, np.ndarray]) -> bytes:
@@ -155,9 +174,9 @@ def to_bytes(tensors: Mapping[str, np.ndarray]) -> bytes:
     CheckpointError: if safetensors does not support a dtype.
   """
   specs = {name: lazy.TensorSpec(x.shape, x.dtype) for name, x in tensors.items()}
-  file, header = layout(indices.WEIGHTS, specs)
-  parts = [np.ascontiguousarray(tensors[name]).tobytes() for name, _ in file.places]
-  return b''.join([header, *parts])
+  file = layout(indices.WEIGHTS, specs)
+  parts = [np.ascontiguousarray(tensors[name]).tobytes() for name in file.places]
+  return b''.join([file.header, *parts])
 
 
 def plan_shards(specs: Specs, shard_size: int | None) -> dict[str, Specs]:
@@ -184,8 +203,8 @@ def plan_shards(specs: Specs, shard_size: int | None) -> dict[str, Specs]:
   }
 
 
-def layout(name: str, specs: Specs) -> tuple[staging.WeightsFile, bytes]:
-  """Returns the layout of a file, and its header with Hugging Face's metadata.
+def layout(name: str, specs: Specs) -> staging.WeightsFile:
+  """Returns the layout of a file, whose header has Hugging Face's metadata.
 
   Raises:
     CheckpointError: if safetensors does not support a dtype.
@@ -207,7 +226,7 @@ def layout(name: str, specs: Specs) -> tuple[staging.WeightsFile, bytes]:
     header[tensor] = schema.dump(entry)
   encoded = json.dumps(header, separators=(',', ':'), ensure_ascii=False).encode()
   encoded += b' ' * (-len(encoded) % 8)
-  start = 8 + len(encoded)
-  places = tuple((tensor, start + offset) for tensor, offset in offsets.items())
-  content = struct.pack('<Q', len(encoded)) + encoded
-  return staging.WeightsFile(name=name, nbytes=start + end, places=places), content
+  encoded = struct.pack('<Q', len(encoded)) + encoded
+  start = len(encoded)
+  offsets = {tensor: start + offset for tensor, offset in offsets.items()}
+  return staging.WeightsFile(name, encoded, offsets, start + end)

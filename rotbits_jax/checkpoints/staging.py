@@ -12,12 +12,11 @@ removes it.
 import abc
 from collections.abc import Collection, Iterable, Mapping
 import contextlib
-import dataclasses
 import itertools
 import os
 import pathlib
 import shutil
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 
@@ -31,39 +30,20 @@ from rotbits_jax.system import schema
 _SHOWN = 8  # names listed in an error
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class WeightsFile:
-  """How a weights file divides into tensors and the gaps between them.
-
-  The header of a safetensors file is a gap, and so are the directory and the pickle of
-  a PyTorch zip.
+class WeightsFile(NamedTuple):
+  """The layout of a safetensors file.
 
   Attributes:
     name: path of the file in the folder of the checkpoint.
+    header: the bytes before the tensors.
+    places: the offset of each tensor in the file, by its name.
     nbytes: size of the file.
-    places: the name of each tensor and its offset in bytes, by rising offset.
   """
 
-  name: schema.RelativePath
-  nbytes: schema.Size
-  places: tuple[tuple[str, schema.Size], ...]
-
-  def gaps(self, sizes: Mapping[str, int]) -> list[tuple[int, int]]:
-    """Returns begin and end of each gap.
-
-    Args:
-      sizes: bytes of each tensor.
-
-    Raises:
-      ValueError: if tensors overlap or reach beyond the end of the file.
-    """
-    parts, end = [], 0
-    for name, offset in (*self.places, (self.name, self.nbytes)):
-      if offset < end:
-        raise ValueError(f'{self.name}: tensors overlap, or the file is too short')
-      parts.append((end, offset))
-      end = offset + sizes.get(name, 0)
-    return [(begin, end) for begin, end in parts if begin < end]
+  name: str
+  header: bytes
+  places: Mapping[str, int]
+  nbytes: int
 
 
 class TensorWriter(abc.ABC):
@@ -88,18 +68,13 @@ class PlacedWriter(TensorWriter):
     self._folder = folder
     self._places: dict[str, tuple[pathlib.Path, int]] = {}
 
-  def make(
-    self, layout: WeightsFile, gaps: Iterable[tuple[int, int]], content: bytes
-  ) -> None:
-    """Makes a file, which must not exist, with the content of all gaps."""
-    path, rest = self._folder / layout.name, memoryview(content)
+  def make(self, layout: WeightsFile) -> None:
+    """Makes a file, which must not exist, with its header."""
+    path = self._folder / layout.name
     with path.open('xb') as file:
+      file.write(layout.header)
       file.truncate(layout.nbytes)
-      for begin, end in gaps:
-        file.seek(begin)
-        file.write(rest[: end - begin])
-        rest = rest[end - begin :]
-    self._places |= {name: (path, offset) for name, offset in layout.places}
+    self._places |= {name: (path, at) for name, at in layout.places.items()}
 
   def add(self, name: str, pieces: Iterable[memoryview]) -> None:
     path, offset = self._places[name]

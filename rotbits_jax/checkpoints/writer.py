@@ -212,8 +212,7 @@ class CheckpointWriter(staging.StagedWriter):
       return torch_zip.TorchZipWriter(path, self._specs, str(self._stem))
     writer = staging.PlacedWriter(folder)
     for name, specs in self._shards.items():
-      layout, header = safetensors_files.layout(name, specs)
-      writer.make(layout, [(0, len(header))], header)
+      writer.make(safetensors_files.layout(name, specs))
     return writer
 
   def _check(self, entry: _Entry, path: str, leaf: Any) -> None:

@@ -30,7 +30,7 @@ def write(
   progress: bool = False,
 ) -> None:
   """Writes a checkpoint, see `api.decode_to_directory`."""
-  if reader.weights_files:
+  if reader.is_plain:
     if (format, shard_size, dtype) != ('safetensors', None, None):
       raise ValueError(
         'plain tensors come back in the files and dtypes that they were encoded from: '
@@ -120,14 +120,15 @@ def _write_tensors(
 ) -> None:
   """Writes the weights files of a checkpoint that is stored as plain tensors."""
   with _errors_of_file():
-    writer = checkpoints.TensorFilesWriter(
-      directory,
-      tuple(reader.weights_files.values()),
-      sizes=reader.tensor_sizes(),
-      gaps=reader.gaps(),
-      files=reader.files(),
-      overwrite=overwrite,
+    writer = checkpoints.PlainWriter(
+      directory, reader.headers(), files=reader.files(), overwrite=overwrite
     )
+    specs: dict[str, Any] = {}
+    for record in reader.records:
+      specs |= structured.flatten(reader.specs(record))
+    for name in {**specs, **writer.specs}:
+      if specs.get(name) != writer.specs.get(name):
+        raise ContainerError(f'{name}: the headers and the records differ')
   _check_inputs(reader, directory, writer.names())
   with writer:
     for _, flat in reader.each(show_progress=progress):

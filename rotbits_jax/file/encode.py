@@ -93,12 +93,13 @@ class Encoder:
       source = source.rounded()  # other presets round at the end
     self.source, self.preset, self.base = source, preset, base
     self._files, self._stem = dict(files or {}), stem
+    self._headers = source.headers if isinstance(source, checkpoints.PlainFiles) else {}
     self._recipe = None if base is None else self._find_recipe(base)
     if base is not None and self._recipe is None:
       self._check_base(base)
     self._records: Any = self._recipe or source
     streams = self._streams(self._records.records)
-    writer_lib.check_names(streams, self._files, source, stem)
+    writer_lib.check_names(streams, self._files, self._headers, stem)
     self._check_records()
     self._context = self._made_context()
     if not self.can_be_divided:
@@ -111,6 +112,11 @@ class Encoder:
   def can_be_divided(self) -> bool:
     """Whether records may be divided among several files."""
     return self.preset.coder != paper.CODER
+
+  @property
+  def elements(self) -> int:
+    """How many elements the source has."""
+    return sum(counts.elements for counts in self.counts.values())
 
   def nbytes(self, records: Sequence[str]) -> int:
     """Returns the bytes of records before they are coded."""
@@ -161,7 +167,7 @@ class Encoder:
       file,
       self._streams(records),
       files=self._files if is_last else {},
-      source=self.source if is_last else None,
+      headers=self._headers if is_last else {},
       **self._facts(),
     )
     bar.stage('reading, compiling')

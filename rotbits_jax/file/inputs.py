@@ -37,7 +37,7 @@ def _paths(given: Any) -> list[str | os.PathLike[str]]:
     given = given.inputs
   if type(given) in (list, tuple):  # but no Checkpoint, whose stem is no path
     return [path for part in given for path in _paths(part)]
-  if isinstance(given, checkpoints.TensorFiles):
+  if isinstance(given, checkpoints.PlainFiles):
     return [given.root, given.path]
   if isinstance(given, checkpoints.CheckpointReader):
     given = given.path

@@ -8,7 +8,7 @@ arrays. All paths are those of the whole model, like 'layers.3/mlp/up/kernel'.
 
 The preset `paper` stores one message for the whole model in place of records, see
 `MessageEntry`. A checkpoint of an unknown family is stored as records of plain tensors,
-and a `WeightsFileEntry` says how its weights files are made of them.
+and the headers of its weights files say how these are made of them.
 
 What an entry must not say raises a ValueError that names the record or the parameter.
 """
@@ -34,8 +34,8 @@ from rotbits_jax.system import schema
 FILES = 'files/'
 """The beginning of the names of the streams of other files."""
 
-GAPS = 'gaps/'
-"""The beginning of the names of streams that hold the gaps of a weights file."""
+HEADERS = 'headers/'
+"""The beginning of the names of streams that hold the header of a weights file."""
 
 MOST_FILES = 1 << 28
 """The greatest number of bytes of all other files before they are compressed."""
@@ -269,20 +269,6 @@ class MessageEntry:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class WeightsFileEntry:
-  """A weights file that is stored as tensors and the gaps between them.
-
-  Attributes:
-    layout: its name, its size, and where each tensor begins. The names of tensors are
-      the paths of leaves.
-    gaps: the stream of the bytes between the tensors, joined.
-  """
-
-  layout: checkpoints.WeightsFile
-  gaps: Deflated
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class Manifest:
   """The description of a file, or of one shard of a model.
 
@@ -295,8 +281,9 @@ class Manifest:
     records: the records in the file.
     message: the model as one message; None if the model is stored in records.
     files: the streams of the checkpoint's other files, by the names of the files.
-    weights: the weights files whose tensors are the records; empty for a model and for
-      a PyTree.
+    headers: the streams of the bytes before the tensors of weights files, by the names
+      of these; empty for a model and for a PyTree. The paths of leaves are the names of
+      tensors.
     dtypes: for parameters that had another dtype in the checkpoint than they have in
       the file, that dtype by path; the empty path stands for all other parameters that
       are float32 in the file.
@@ -310,22 +297,23 @@ class Manifest:
   records: tuple[RecordEntry, ...]
   message: MessageEntry | None = None
   files: dict[str, Deflated] = dataclasses.field(default_factory=dict)
-  weights: tuple[WeightsFileEntry, ...] = ()
+  headers: dict[str, Deflated] = dataclasses.field(default_factory=dict)
   dtypes: dict[str, entries.Dtype] = dataclasses.field(default_factory=dict)
 
   def __post_init__(self) -> None:
     found = [*(x.name for x in self.records), *self.other_streams()]
     if len(set(found)) != len(found):
       raise ValueError('two streams have the same name')
-    for name in self.files:
+    for name in (*self.files, *self.headers):
       if not schema.is_relative_path(name):
         raise ValueError(f'{name!r:.100}: not the name of a file')
-    if sum(file.size for file in self.files.values()) > MOST_FILES:
-      raise ValueError(f'the other files have more than {MOST_FILES} bytes')
+    for others in (self.files, self.headers):
+      if sum(file.size for file in others.values()) > MOST_FILES:
+        raise ValueError(f'the other files have more than {MOST_FILES} bytes')
+    if self.headers and self.config is not None:
+      raise ValueError('a model has no weights files of its own')
     if self.config is None and self.message is not None:
       raise ValueError('a message needs a config')
-    if self.config is not None and self.weights:
-      raise ValueError('a model has no weights files of its own')
     for record in self.records:
       if self.message is not None and record.name != models.names.BUFFERS:
         raise ValueError('a message is the whole model: there are no other records')
@@ -380,7 +368,7 @@ class Manifest:
     return {
       **{f'{FILES}{name}': file for name, file in self.files.items()},
       **(self.message.streams if self.message else {}),
-      **{f'{GAPS}{file.layout.name}': file.gaps for file in self.weights},
+      **{f'{HEADERS}{name}': header for name, header in self.headers.items()},
     }
 
   def sizes(self) -> dict[str, int]:

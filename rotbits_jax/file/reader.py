@@ -93,9 +93,8 @@ class Reader:
     self._message = first.message
     if index is not None:
       self._check_index(index)
-    if self.weights_files:
-      self._check_places()
-    elif self.config is None:
+    self._check_names()
+    if self.config is None and not self.is_plain:
       for name, record in self._decoder.entries.items():
         paths = *record.empty, *(leaf.path for leaf in record.leaves)
         if {path.split('/')[0] for path in paths} != {name}:
@@ -279,7 +278,7 @@ class Reader:
       ValueError: if there are no such layers.
     """
     source = None
-    if as_model and self.weights_files:
+    if as_model and self.is_plain:
       source = plain_model.open_model(self._decoder, self.files())
     config = self.config if source is None else source.config
     count = 0 if config is None else config.num_layers
@@ -401,7 +400,7 @@ class Reader:
 
   def _tree(self, flat: Tree) -> Tree:
     """Returns a PyTree, or the tensors by name."""
-    if self.weights_files:
+    if self.is_plain:
       return flat
     empty = [x for entry in self.records.values() for x in entry.empty]
     return structured.unflatten([*flat.items(), *((x, {}) for x in empty)])
@@ -446,18 +445,13 @@ class Reader:
   # ---- the other files of a checkpoint -----------------------------------------------
 
   @property
-  def weights_files(self) -> dict[str, checkpoints.WeightsFile]:
-    """The weights files whose tensors are the records, by name; empty for a model."""
-    return {x.layout.name: x.layout for own in self.manifests for x in own.weights}
+  def is_plain(self) -> bool:
+    """Whether the records are the tensors of weights files of any family."""
+    return any(manifest.headers for manifest in self.manifests)
 
-  def tensor_sizes(self) -> dict[str, int]:
-    """Returns the bytes of every array, by its path."""
-    leaves = self._decoder.leaves
-    return {path: leaf.nbytes for path, leaf in leaves.items() if leaf.is_array()}
-
-  def gaps(self) -> dict[str, bytes]:
-    """Reads the bytes between the tensors of each weights file, joined."""
-    return sidecars.gaps(self._files, self.manifests, self.tensor_sizes())
+  def headers(self) -> dict[str, bytes]:
+    """Reads the bytes before the tensors of each weights file, by its name."""
+    return sidecars.headers(self._files, self.manifests)
 
   def files(self) -> dict[str, bytes]:
     """Reads the other files of the checkpoint; returns their bytes by name."""
@@ -484,17 +478,11 @@ class Reader:
         f'got {self.size}'
       )
 
-  def _check_places(self) -> None:
-    """Checks that each tensor has one place in one of the weights files."""
-    layouts = [x.layout for manifest in self.manifests for x in manifest.weights]
-    names = [name for manifest in self.manifests for name in manifest.files]
-    names += [layout.name for layout in layouts]
-    places = [path for layout in layouts for path, _ in layout.places]
-    for listed in (names, places):
-      if twice := [x for x, n in collections.Counter(listed).items() if n > 1]:
-        raise ContainerError(f'{twice[0]}: the weights files have it twice')
-    if wrong := sorted(self.tensor_sizes().keys() ^ set(places)):
-      raise ContainerError(f'{wrong[0]}: not a tensor with a place in a weights file')
+  def _check_names(self) -> None:
+    """Checks that files have different names."""
+    names = [x for own in self.manifests for x in (*own.files, *own.headers)]
+    if twice := [x for x, count in collections.Counter(names).items() if count > 1]:
+      raise ContainerError(f'{twice[0]}: two files have this name')
 
 
 def open_base(base: Any, *, plain: bool) -> base_lib.Base:
@@ -520,7 +508,7 @@ def open_base(base: Any, *, plain: bool) -> base_lib.Base:
   source, *below = base if is_chain else [base]
   is_path = isinstance(source, str | os.PathLike)
   if is_path and not shards.is_encoded(source):
-    source = checkpoints.open_tensors(source) if plain else checkpoints.open_any(source)
+    source = checkpoints.open_plain(source) if plain else checkpoints.open_any(source)
   elif isinstance(source, of_file) and not isinstance(source, Reader):
     source = Reader(source, base=(below[0] if len(below) == 1 else below) or None)
     below = []
@@ -537,7 +525,7 @@ def open_base(base: Any, *, plain: bool) -> base_lib.Base:
       read=source.record,
       fingerprint=source.fingerprint,
     )
-  elif not isinstance(source, checkpoints.CheckpointReader | checkpoints.TensorFiles):
+  elif not isinstance(source, checkpoints.CheckpointReader | checkpoints.PlainFiles):
     source = sources.of(source)
     if isinstance(source, models.Model):
       source = source.rounded()

@@ -1,6 +1,6 @@
-"""The content of a file besides its records: the checkpoint's other files, and gaps."""
+"""What a file has besides records: other files, and headers of weights files."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from rotbits_jax.file import container
 from rotbits_jax.file import manifest as manifest_lib
@@ -17,44 +17,31 @@ def files(streams: Streams, manifests: Manifests) -> dict[str, bytes]:
     streams: the file, or its shards.
     manifests: the manifest of each.
   """
-  found, left = {}, manifest_lib.MOST_FILES
-  for file, own in zip(streams, manifests, strict=True):
-    for name, entry in own.files.items():
+  entries = [manifest.files for manifest in manifests]
+  return _inflated(streams, manifest_lib.FILES, entries)
+
+
+def headers(streams: Streams, manifests: Manifests) -> dict[str, bytes]:
+  """Reads the headers of weights files by the names of these, see `files`."""
+  entries = [manifest.headers for manifest in manifests]
+  return _inflated(streams, manifest_lib.HEADERS, entries)
+
+
+def _inflated(
+  streams: Streams, prefix: str, entries: Sequence[dict[str, manifest_lib.Deflated]]
+) -> dict[str, bytes]:
+  """Inflates the streams of each file whose names begin with a prefix."""
+  contents, left = dict[str, bytes](), manifest_lib.MOST_FILES
+  for file, entries_of_file in zip(streams, entries, strict=True):
+    for name, entry in entries_of_file.items():
       left -= entry.size
       with file.errors():
         if left < 0:
           raise ContainerError(
             f'the other files have more than {manifest_lib.MOST_FILES} bytes'
           )
-        found[name] = _inflate(file, f'{manifest_lib.FILES}{name}', entry)
-  return found
-
-
-def gaps(
-  streams: Streams, manifests: Manifests, sizes: Mapping[str, int]
-) -> dict[str, bytes]:
-  """Reads the bytes between the tensors of each weights file, joined.
-
-  Args:
-    streams: see `files`.
-    manifests: see `files`.
-    sizes: the bytes of each tensor.
-  """
-  found, left = {}, manifest_lib.MOST_FILES
-  for file, own in zip(streams, manifests, strict=True):
-    for entry in own.weights:
-      with file.errors():
-        name = entry.layout.name
-        try:
-          parts = entry.layout.gaps(sizes)
-        except ValueError as error:
-          raise ContainerError(str(error)) from error
-        size = sum(end - begin for begin, end in parts)
-        left -= entry.gaps.size
-        if size != entry.gaps.size or left < 0:
-          raise ContainerError(f'{name}: it has {size} bytes between its tensors')
-        found[name] = _inflate(file, f'{manifest_lib.GAPS}{name}', entry.gaps)
-  return found
+        contents[name] = _inflate(file, f'{prefix}{name}', entry)
+  return contents
 
 
 def _inflate(

@@ -63,9 +63,26 @@ def of(value: Any) -> Source:
     return dataclasses.replace(
       source, params=native(source.params), buffers=native(source.buffers)
     )
-  if isinstance(source, checkpoints.CheckpointReader | checkpoints.TensorFiles):
+  if isinstance(source, checkpoints.CheckpointReader | checkpoints.PlainFiles):
     return source
   return trees.TreeRecords(native(trees.to_dicts(source)))
+
+
+def plain(source: Source, path: Any) -> Source:
+  """Returns a dense checkpoint of safetensors files as tensors under their names.
+
+  Its files come back byte for byte then. Other sources are returned as they are.
+
+  Args:
+    source: the source.
+    path: the path at which it was opened, a folder or a file; or anything else.
+  """
+  if not isinstance(source, checkpoints.CheckpointReader) or source.config.sliced:
+    return source
+  if source.path is None or '.safetensors' not in source.path.suffixes:
+    return source
+  is_path = isinstance(path, str | os.PathLike)
+  return checkpoints.open_plain(path if is_path else source.path)
 
 
 def native(tree: Any) -> Any:

@@ -9,7 +9,6 @@ import jax
 import numpy as np
 from zlib_ng import zlib_ng
 
-from rotbits_jax import checkpoints
 from rotbits_jax import models
 from rotbits_jax import passes
 from rotbits_jax import structured
@@ -17,7 +16,6 @@ from rotbits_jax.file import coders
 from rotbits_jax.file import container
 from rotbits_jax.file import leaves as leaves_lib
 from rotbits_jax.file import manifest as manifest_lib
-from rotbits_jax.file import sources
 from rotbits_jax.relative import base as base_lib
 from rotbits_jax.relative import entries
 from rotbits_jax.relative import recipe as recipe_lib
@@ -39,7 +37,7 @@ BESIDE = 'beside a base'
 def check_names(
   streams: Iterable[str],
   files: Mapping[str, bytes],
-  source: sources.Source,
+  headers: Mapping[str, bytes],
   stem: str | None,
 ) -> None:
   """Checks the content of a container besides records, before the work.
@@ -47,45 +45,31 @@ def check_names(
   Args:
     streams: names of the streams of records, or of a message.
     files: bytes of the other files, by name.
-    source: has the layouts of weights files.
+    headers: bytes before the tensors of weights files, by name.
     stem: see `manifest.Manifest`.
 
   Raises:
     ValueError: if a name is not that of a file in a folder, if two streams would have
       one name, or if the files are too large.
   """
-  layouts = _layouts(source)
   if stem is not None and not schema.is_file_name(stem):
     raise ValueError(f'{stem!r} is not the name of a file')
-  for name in (*files, *(layout.name for layout in layouts)):
+  for name in (*files, *headers):
     if not schema.is_relative_path(name):
       raise ValueError(f'{name!r} is not the name of a file in a folder')
-  container.check_names([*streams, *_other_streams(files, source)])
-  if sum(map(len, files.values())) > manifest_lib.MOST_FILES:
-    raise ValueError(
-      f'the files beside the weights have more than {manifest_lib.MOST_FILES} bytes'
-    )
-  sizes = {
-    path: leaf.nbytes
-    for name in (source.records if layouts else ())
-    for path, leaf in structured.flatten(source.specs(name)).items()
-  }
-  gaps = sum(end - begin for x in layouts for begin, end in x.gaps(sizes))
-  if gaps > manifest_lib.MOST_FILES:
-    raise ValueError(f'{gaps} bytes of the weights files are not in tensors')
+  container.check_names([*streams, *_other_streams(files, headers)])
+  for contents in (files, headers):
+    if sum(map(len, contents.values())) > manifest_lib.MOST_FILES:
+      raise ValueError(
+        f'the files beside the weights have more than {manifest_lib.MOST_FILES} bytes'
+      )
 
 
-def _layouts(source: Any) -> tuple[checkpoints.WeightsFile, ...]:
-  """Returns the layouts of the weights files of plain tensors."""
-  return getattr(source, 'weights', ())
-
-
-def _other_streams(files: Iterable[str], source: Any) -> list[str]:
+def _other_streams(files: Iterable[str], headers: Iterable[str]) -> list[str]:
   """Returns the names of the streams that are not those of records."""
-  layouts = _layouts(source)
   return [
     *(f'{manifest_lib.FILES}{name}' for name in files),
-    *(f'{manifest_lib.GAPS}{layout.name}' for layout in layouts),
+    *(f'{manifest_lib.HEADERS}{name}' for name in headers),
   ]
 
 
@@ -98,7 +82,7 @@ class FileWriter:
     streams: Sequence[str],
     *,
     files: Mapping[str, bytes],
-    source: Any,
+    headers: Mapping[str, bytes],
     **facts: Any,
   ):
     """Reserves room for the header.
@@ -108,13 +92,13 @@ class FileWriter:
       streams: names of the records that will come, in order, or of the streams of a
         message.
       files: bytes of the other files, by name, which the container keeps.
-      source: has the gaps of weights files, which the container keeps; None if another
-        shard does.
+      headers: bytes before the tensors of weights files, by name.
       facts: the fields of `manifest.Manifest` that all shards share.
     """
-    names = [*streams, *_other_streams(files, source)]
+    names = [*streams, *_other_streams(files, headers)]
     self._streams = container.StreamWriter(file, names)
-    self._file, self._files, self._source, self._facts = file, files, source, facts
+    self._file, self._facts = file, facts
+    self._files, self._headers = files, headers
     self._records: list[manifest_lib.RecordEntry] = []
     self._message: manifest_lib.MessageEntry | None = None
 
@@ -134,27 +118,18 @@ class FileWriter:
     self._message = manifest_lib.MessageEntry(streams=entries, **facts)
 
   def finish(self) -> None:
-    """Appends the other files, the gaps and the manifest, and writes the header.
+    """Appends the other files, the headers and the manifest, and writes the header.
 
     Raises:
       ValueError: if a reader would refuse the manifest.
     """
-    files: dict[str, manifest_lib.Deflated] = {}
-    weights: list[manifest_lib.WeightsFileEntry] = []
-    for layout in _layouts(self._source):
-      gaps = b''.join(self._source.gaps(layout))
-      packed = self._deflated(f'{manifest_lib.GAPS}{layout.name}', gaps)
-      weights.append(manifest_lib.WeightsFileEntry(layout=layout, gaps=packed))
-    for name, data in self._files.items():
-      stream = f'{manifest_lib.FILES}{name}'
-      files[name] = self._deflated(stream, data)
     try:
       manifest = manifest_lib.Manifest(
         **self._facts,
         records=tuple(self._records),
         message=self._message,
-        files=files,
-        weights=tuple(weights),
+        files=self._deflated(manifest_lib.FILES, self._files),
+        headers=self._deflated(manifest_lib.HEADERS, self._headers),
       )
       data = manifest.to_bytes()
       manifest_lib.Manifest.from_bytes(data)
@@ -168,11 +143,16 @@ class FileWriter:
     nbytes, crc32 = self._streams.append(name, data)
     return manifest_lib.Stream(nbytes=nbytes, crc32=crc32)
 
-  def _deflated(self, name: str, data: bytes) -> manifest_lib.Deflated:
-    """Writes a stream of the format of zlib."""
-    packed = np.frombuffer(zlib_ng.compress(data, 7), np.uint8)
-    nbytes, crc32 = self._streams.append(name, packed)
-    return manifest_lib.Deflated(nbytes=nbytes, crc32=crc32, size=len(data))
+  def _deflated(
+    self, prefix: str, contents: Mapping[str, bytes]
+  ) -> dict[str, manifest_lib.Deflated]:
+    """Writes files as streams of the format of zlib, whose names begin with a prefix."""
+    entries = {}
+    for name, data in contents.items():
+      packed = np.frombuffer(zlib_ng.compress(data, 7), np.uint8)
+      nbytes, crc32 = self._streams.append(f'{prefix}{name}', packed)
+      entries[name] = manifest_lib.Deflated(nbytes=nbytes, crc32=crc32, size=len(data))
+    return entries
 
 
 def encode_record(
