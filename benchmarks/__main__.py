@@ -31,8 +31,16 @@ from benchmarks import common
 BENCHMARKS = {
   'demo': 'sliced and dense models with every preset: bytes, perplexity, KL',
   'kinds': 'bytes by kind of weights',
+  'base': 'a model beside its base',
+  'near': '`near` beside other lossy formats',
+  'speed': 'encoding and decoding, beside zstd, ZipNN, lmzip and OpenZL',
+  'large': 'time and memory for the shape of Llama-2-7B',
+  'coder': 'the entropy coder, and rotations by bits-back',
   'canonicalize': 'canonical weights of a whole model in one call',
-  'accounting': 'elements that each scheme removes, from shapes alone',
+  'paper': 'the parts of the published scheme',
+  'accounting': 'sizes of sliced models, from their shapes alone',
+  'damage': 'damaged and fuzzed files',
+  'pictures': 'no section: the pictures, and the table of README.md',
 }
 """The modules, and what they measure: `run(settings)` yields sections."""
 

@@ -1,6 +1,6 @@
 """What all benchmarks share: settings, sections of RESULTS.md, models, processes."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 import datetime
 import functools
 import importlib.resources
@@ -220,12 +220,6 @@ def run_peer(python: str, *args: object) -> Any:
   command = [python, str(ROOT / 'benchmarks' / 'peers.py'), *map(str, args)]
   printed = subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout
   return json.loads(printed) if printed else None
-
-
-def batched(items: Sequence[Any], count: int) -> Iterator[Sequence[Any]]:
-  """Yields some items at a time."""
-  for start in range(0, len(items), count):
-    yield items[start : start + count]
 
 
 def load_model(path: pathlib.Path, **options: Any) -> rotbits_jax.Model:

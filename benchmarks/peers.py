@@ -1,30 +1,23 @@
-"""Runs the decoder of this project or of another package in a process.
+"""Times this project or another compressor in a process of its own.
 
   python benchmarks/peers.py NAME compress FILE OUTPUT
-  python benchmarks/peers.py NAME decompress FILE OUTPUT
-  python benchmarks/peers.py NAME serve FILE
-  python benchmarks/peers.py NAME time compress FILE OUTPUT
-  python benchmarks/peers.py NAME time decode FILE
+  python benchmarks/peers.py NAME decode FILE
 
-`compress` compresses a safetensors file with NAME, and `decompress` makes it again, for
-benchmarks/dense.py. `serve` decodes FILE to arrays once for each line on stdin. It
-prints the seconds, and the CRC-32 of the bytes of all arrays from the first time, for
-benchmarks/decode.py. `time` does its work twice and prints the seconds of the second
-time, for benchmarks/growth.py. The module imports nothing of this project at its top,
+FILE is a safetensors file, or what `compress` made of one. The work is done twice. The
+program prints the seconds of the second time, the peak of memory in bytes, and for
+`decode` a checksum of all arrays. It imports nothing of this project at its top,
 because it must run in a Python that has only the packages of the peers.
 
-`zstd` is the program; it decompresses into a file in memory, which is then mapped.
-`zstandard` is its Python library. Both compress at level 3. ZipNN and lmzip run with
-one thread for each CPU. OpenZL separates exponents, and takes the best of its entropy
-coders for each stream; it has one thread.
+`zstd` is the library at level 3. ZipNN and lmzip run with one thread for each CPU.
+OpenZL separates exponents, and takes the best of its entropy coders for each stream; it
+has one thread. `exact` and `free` are this project; `free` takes a checkpoint.
 """
 
 from collections.abc import Callable
+import functools
 import json
 import os
 import pathlib
-import struct
-import subprocess
 import sys
 import tempfile
 import time
@@ -48,50 +41,23 @@ def split(data: Any) -> Arrays:
 
 def is_bfloat16(data: bytes) -> bool:
   """Returns whether most tensors of a safetensors file are bfloat16."""
-  (length,) = struct.unpack('<Q', data[:8])
-  header = json.loads(data[8 : 8 + length])
+  header = json.loads(data[8 : 8 + int.from_bytes(data[:8], 'little')])
   header.pop('__metadata__', None)
   dtypes = [entry['dtype'] for entry in header.values()]
   return 2 * dtypes.count('BF16') > len(dtypes)
 
 
-def _memory_file() -> str:
-  """Returns the path of a file in memory, if the system supports that."""
-  shared = pathlib.Path('/dev/shm')
-  folder = shared if shared.is_dir() else pathlib.Path(tempfile.gettempdir())
-  return str(folder / f'rotbits-benchmark-{os.getpid()}')
-
-
-def _mapped(path: str) -> Arrays:
-  """Maps the tensors of a file, and removes the file."""
-  arrays = split(np.memmap(path, np.uint8, 'r'))
-  os.unlink(path)
-  return arrays
-
-
 class Raw:
   """The safetensors file without compression."""
+
+  def compress(self, source: str, output: str) -> None:
+    pathlib.Path(output).write_bytes(pathlib.Path(source).read_bytes())
 
   def decode(self, path: str) -> Arrays:
     return split(pathlib.Path(path).read_bytes())
 
 
 class Zstd:
-  """The program `zstd`."""
-
-  def compress(self, source: str, output: str) -> None:
-    subprocess.run(['zstd', '-3', '-q', '-f', source, '-o', output], check=True)
-
-  def decompress(self, path: str, output: str) -> None:
-    subprocess.run(['zstd', '-d', '-q', '-f', path, '-o', output], check=True)
-
-  def decode(self, path: str) -> Arrays:
-    output = _memory_file()
-    self.decompress(path, output)
-    return _mapped(output)
-
-
-class Zstandard:
   """The library of zstd."""
 
   def __init__(self) -> None:
@@ -117,15 +83,9 @@ class Zipnn:
     coder = self._coder('bfloat16' if is_bfloat16(data) else 'float16')
     pathlib.Path(output).write_bytes(coder.compress(data))
 
-  def decompress(self, path: str, output: str) -> None:
-    pathlib.Path(output).write_bytes(self._data(path))
-
   def decode(self, path: str) -> Arrays:
-    return split(self._data(path))
-
-  def _data(self, path: str) -> Any:
     # The compressed file says which dtype it has.
-    return self._coder('float16').decompress(pathlib.Path(path).read_bytes())
+    return split(self._coder('float16').decompress(pathlib.Path(path).read_bytes()))
 
   def _coder(self, dtype: str) -> Any:
     import zipnn
@@ -134,7 +94,7 @@ class Zipnn:
 
 
 class Lmzip:
-  """lmzip, which decodes from file to file."""
+  """lmzip, which decodes from file to file; the file is in memory."""
 
   def __init__(self) -> None:
     import lmz
@@ -144,13 +104,14 @@ class Lmzip:
   def compress(self, source: str, output: str) -> None:
     self._module.compress(source, output)
 
-  def decompress(self, path: str, output: str) -> None:
-    self._module.decompress(path, output, workers=os.cpu_count(), overwrite=True)
-
   def decode(self, path: str) -> Arrays:
-    output = _memory_file()
-    self.decompress(path, output)
-    return _mapped(output)
+    shared = pathlib.Path('/dev/shm')
+    folder = shared if shared.is_dir() else pathlib.Path(tempfile.gettempdir())
+    output = str(folder / f'rotbits-benchmark-{os.getpid()}')
+    self._module.decompress(path, output, workers=os.cpu_count(), overwrite=True)
+    arrays = split(np.memmap(output, np.uint8, 'r'))
+    os.unlink(output)
+    return arrays
 
 
 class Openzl:
@@ -165,8 +126,8 @@ class Openzl:
     ext, data = self._module, pathlib.Path(source).read_bytes()
     compressor = ext.Compressor()
     compressor.set_parameter(ext.CParam.FormatVersion, ext.MAX_FORMAT_VERSION)
-    kinds = ext.graphs.Store, ext.graphs.Huffman, ext.graphs.Fse
-    best = ext.graphs.BruteForce([kind()(compressor) for kind in kinds])(compressor)
+    coders = ext.graphs.Store, ext.graphs.Huffman, ext.graphs.Fse
+    best = ext.graphs.BruteForce([x()(compressor) for x in coders])(compressor)
     names = ext.nodes.Float16Deconstruct, ext.nodes.BFloat16Deconstruct
     node = names[is_bfloat16(data)]()
     compressor.select_starting_graph(node(compressor, best, best))
@@ -180,76 +141,56 @@ class Openzl:
   def decode(self, path: str) -> Arrays:
     data = pathlib.Path(path).read_bytes()
     start = 8 + int.from_bytes(data[:8], 'little')
-    (found,) = self._module.DCtx().decompress(data[start:])
-    numbers = found.content.as_nparray().view(np.uint8)
-    header = np.frombuffer(data[:start], np.uint8)
-    return split(np.concatenate([header, numbers]))
+    (output,) = self._module.DCtx().decompress(data[start:])
+    numbers = output.content.as_nparray().view(np.uint8)
+    return split(np.concatenate([np.frombuffer(data[:start], np.uint8), numbers]))
 
 
 class Rotbits:
-  """This project: `rotbits_jax.load`, which returns JAX arrays."""
+  """This project: `encode_to_file`, and `load`, which returns JAX arrays."""
+
+  def __init__(self, preset: str) -> None:
+    self._preset = preset
+
+  def compress(self, source: str, output: str) -> None:
+    import rotbits_jax
+
+    rotbits_jax.encode_to_file(source, output, preset=self._preset, overwrite=True)
 
   def decode(self, path: str) -> Arrays:
     import jax
 
     import rotbits_jax
 
-    model = rotbits_jax.load(path)
-    assert isinstance(model, rotbits_jax.Model)
-    return jax.block_until_ready(jax.tree.leaves(model.params))
+    return jax.block_until_ready(jax.tree.leaves(rotbits_jax.load(path)))
 
 
 PEERS: dict[str, Callable[[], Any]] = {
   'safetensors': Raw,
   'zstd': Zstd,
-  'zstandard': Zstandard,
   'zipnn': Zipnn,
   'lmzip': Lmzip,
   'openzl': Openzl,
-  'rotbits': Rotbits,
+  'exact': functools.partial(Rotbits, 'exact'),
+  'free': functools.partial(Rotbits, 'free'),
 }
 
 
-def serve(peer: Any, path: str) -> None:
-  """Decodes once for each line on stdin, and prints the seconds and the checksum."""
-  checksum: int | None = None
-  for _ in sys.stdin:
-    start = time.perf_counter()
-    arrays = peer.decode(path)
-    seconds = time.perf_counter() - start
-    if checksum is None:
-      checksum = 0
-      for array in arrays:
-        checksum = zlib.crc32(np.ascontiguousarray(array).view(np.uint8), checksum)
-    del arrays  # frees the memory now, so that the next run's time does not include it
-    print(json.dumps([seconds, checksum]), flush=True)
-
-
-def print_cost(work: Callable[[], Any]) -> None:
-  """Prints the seconds of a second time, and the process's peak of memory in bytes.
-
-  For the second time caches are warm. The system's own count of the peak has that of
-  the process that started this one in it, so the peak is that of Linux's `/proc`.
-  """
-  for _ in range(2):
-    start = time.perf_counter()
-    work()
-    seconds = time.perf_counter() - start
-  status = pathlib.Path('/proc/self/status').read_text()
-  print(json.dumps([seconds, 1024 * int(status.split('VmHWM:')[1].split()[0])]))
-
-
 def main() -> None:
-  name, command, source, *output = sys.argv[1:]
-  peer = PEERS[name]()
-  if command == 'time':
-    print_cost(lambda: getattr(peer, source)(*output))
-  elif command == 'compress':
-    peer.compress(source, *output)
-  elif command == 'decompress':
-    peer.decompress(source, *output)
-  else:
-    serve(peer, source)
+  name, task, *paths = sys.argv[1:]
+  work = getattr(PEERS[name](), task)
+  for _ in range(2):  # the second time caches are warm, and programs compiled
+    arrays = None  # frees the memory of the first time
+    start = time.perf_counter()
+    arrays = work(*paths)
+    seconds = time.perf_counter() - start
+  # The system's own count has the peak of the process that started this one in it.
+  status = pathlib.Path('/proc/self/status').read_text()
+  peak = 1024 * int(status.split('VmHWM:')[1].split()[0])
+  checksum = 0
+  for array in arrays or []:
+    checksum = zlib.crc32(np.ascontiguousarray(array).view(np.uint8).data, checksum)
+  print(json.dumps([seconds, peak, checksum]))
 
 
 if __name__ == '__main__':

@@ -3,7 +3,8 @@
   python -m benchmarks pictures
 
 `canonical.png` and `waterfall.svg` are measured here. Every other picture is drawn from
-the tables in RESULTS.md, so that it shows what was written there.
+the tables in RESULTS.md, so that it shows what was written there. README.md gets its
+table from there, too.
 """
 
 from collections.abc import Iterator
@@ -16,7 +17,9 @@ from matplotlib import pyplot as plt
 import numpy as np
 
 from benchmarks import common
+from benchmarks import kinds
 from benchmarks import near
+from benchmarks import speed
 import rotbits_jax
 
 mpl.use('svg')
@@ -96,13 +99,12 @@ def tables(title: str) -> list[list[Row]]:
   """Returns the tables of a section, each row a dict; empty if it is not there."""
   text = (common.ROOT / 'RESULTS.md').read_text('utf-8')
   section = re.search(rf'^## {re.escape(title)}\n(.*?)(?=^## |\Z)', text, re.M | re.S)
-  found = []
+  parsed = []
   for lines in re.findall(r'(?:^\|.*\n)+', section[1] if section else '', re.M):
-    header, _, *rows = (
-      [x.strip() for x in y.split('|')[1:-1]] for y in lines.split('\n')[:-1]
-    )
-    found.append([dict(zip(header, row, strict=True)) for row in rows])
-  return found
+    cells = [line.strip('|').split('|') for line in lines.splitlines()]
+    header, _, *rows = [[cell.strip() for cell in row] for row in cells]
+    parsed.append([dict(zip(header, row, strict=True)) for row in rows])
+  return parsed
 
 
 def number(cell: str) -> float:
@@ -111,28 +113,59 @@ def number(cell: str) -> float:
 
 
 def near_picture(model: str, file: str) -> None:
-  """Draws bits a weight against KL, for `near` and for other formats."""
-  found = tables(near.title(model))
-  if not found:
-    return
-  figure, ax = plt.subplots(figsize=(6.4, 4))
-  for method in dict.fromkeys(row['method'] for row in found[0]):
-    rows = [row for row in found[0] if row['method'] == method]
-    bits, kl = ([number(row[x]) for row in rows] for x in ('bits', 'KL'))
-    ax.plot(bits, kl, '.-' if 'near' in method else '.', label=method.replace('`', ''))
-    if 'near' not in method:
-      for row, x, y in zip(rows, bits, kl, strict=True):
-        ax.annotate(row['format'], (x, y), textcoords='offset points', xytext=(3, 2))
-  ax.set(yscale='log', xlabel='bits per weight', ylabel='KL, nats a token')
-  ax.legend()
-  save(figure, file)
+  """Draws bits per weight against KL, for `near` and for other formats."""
+  for rows in tables(near.title(model))[:1]:
+    figure, ax = plt.subplots(figsize=(6.4, 4))
+    for method in dict.fromkeys(row['method'] for row in rows):
+      points = [row for row in rows if row['method'] == method]
+      bits, kl = ([number(row[x]) for row in points] for x in ('bits', 'KL'))
+      is_near = method.startswith('near')
+      ax.plot(bits, kl, '.-' if is_near else '.', label=method)
+      for row, x, y in zip(points, bits, kl, strict=True):
+        if not is_near:
+          ax.annotate(row['format'], (x, y), (3, 2), textcoords='offset points')
+    ax.set(yscale='log', xlabel='bits per weight', ylabel='KL, nats a token')
+    ax.set_title(model)
+    ax.legend()
+    save(figure, file)
+
+
+def time_to_weights() -> None:
+  """Draws the time to read a file over a link and to decode it, over the speed."""
+  for rows in tables(speed.TITLE)[:1]:
+    sliced = [row for row in rows if 'sliced' in row['model']]
+    last = max(sliced, key=lambda row: number(row['bytes']))['model']
+    links = np.geomspace(10, 3000, 100)
+    figure, ax = plt.subplots(figsize=(6.4, 4))
+    for row in rows:
+      if row['model'] == last:
+        seconds = number(row['bytes']) / links / 1e6 + number(row['decode s'])
+        ax.plot(links, seconds, label=row['method'].strip('`'))
+    ax.set(xscale='log', yscale='log', xlabel='link, MB/s', ylabel='seconds to weights')
+    ax.set_title(last)
+    ax.legend()
+    save(figure, 'time-to-weights.svg')
+
+
+def table_of_readme() -> None:
+  """Copies the table of `benchmarks.kinds` into README.md."""
+  results, readme = common.ROOT / 'RESULTS.md', common.ROOT / 'README.md'
+  section = results.read_text('utf-8').partition(f'## {kinds.TITLE}\n')[2]
+  lines = re.search(r'(?:^\|.*\n)+', section, re.M)
+  if lines is not None:
+    marked = r'(<!-- sizes: start -->\n).*?(<!-- sizes: end -->)'
+    text = readme.read_text('utf-8')
+    text = re.sub(marked, lambda x: x[1] + lines[0] + x[2], text, flags=re.S)
+    readme.write_text(text, 'utf-8')
 
 
 def run(settings: common.Settings) -> Iterator[common.Section]:
-  """Draws all; there is no section."""
+  """Draws all pictures; there is no section."""
   del settings
   canonical()
   waterfall()
   for model, file in near.PICTURES.items():
     near_picture(model, file)
+  time_to_weights()
+  table_of_readme()
   yield from ()

@@ -1,10 +1,15 @@
 """Builds the documentation: sphinx-build -W -b html docs build/docs."""
 
 import os
+import pathlib
+import pkgutil
 import re
+import shutil
 
 import rotbits_jax
 from rotbits_jax import structured
+
+HERE = pathlib.Path(__file__).parent
 
 project = 'rotbits_jax'
 author = 'the rotbits_jax authors'
@@ -28,15 +33,12 @@ if 'CI' in os.environ:  # the inventories of others need a network
   }
 exclude_patterns = ['build']
 highlight_language = 'text'  # blocks that name none are tables and outputs
-mathjax_path = 'mathjax/tex-chtml.js'  # of MathJax 3.2.2, beside its fonts
 html_theme = 'sphinx_book_theme'
 html_title = f'rotbits_jax {version}'
 html_favicon = 'static/favicon.svg'
 html_static_path = ['static']
 html_css_files = ['site.css']
-html_js_files = [('gauge.js', {'defer': 'defer'})]
 html_show_sourcelink = False
-html_search_scorer = os.path.join(os.path.dirname(__file__), 'static', 'scorer.js')
 html_theme_options = {
   'show_toc_level': 2,
   'home_page_in_toc': True,
@@ -61,10 +63,12 @@ suppress_warnings = [
 # Pages with code run when the site is built, and an error in them is the build's.
 nb_execution_mode = 'force'
 nb_execution_raise_on_error = True
-# These have stored outputs, see scripts/notebooks.py.
+# These have stored outputs, see scripts/notebooks.py, and stand in colabs/.
 nb_execution_excludepatterns = ['notebooks/*.ipynb']
 nb_execution_timeout = 600
 nb_merge_streams = True
+
+shutil.copytree(HERE.parent / 'colabs', HERE / 'notebooks', dirs_exist_ok=True)
 
 autodoc_default_options = {'member-order': 'bysource'}
 autodoc_typehints = 'signature'
@@ -73,6 +77,40 @@ autodoc_preserve_defaults = True
 napoleon_use_rtype = False
 # NamedTuples and dataclasses describe their fields in the class.
 napoleon_use_ivar = True
+
+_MODULE = """## {name}
+
+```{{eval-rst}}
+.. automodule:: {name}
+   :members:
+   :show-inheritance:
+   :exclude-members: name, parent, scope
+```
+"""
+
+
+def _write_reference():
+  """Writes a page for each package, with its modules, from their docstrings."""
+  folder = HERE / 'reference'
+  shutil.rmtree(folder, ignore_errors=True)
+  folder.mkdir()
+  pages = {}
+  for module in pkgutil.walk_packages(rotbits_jax.__path__, 'rotbits_jax.'):
+    package, *rest = module.name.removeprefix('rotbits_jax.').split('.')
+    hidden = package in ('cli', 'testdata', 'configs') or 'remote_code' in rest
+    if not hidden and not rest and not module.ispkg:
+      package = 'rotbits_jax'
+    if not hidden and '__main__' not in module.name:
+      pages.setdefault(package, []).append(module.name)
+  for package, modules in pages.items():
+    sections = '\n'.join(_MODULE.format(name=name) for name in modules)
+    (folder / f'{package}.md').write_text(f'# {package}\n\n{sections}', 'utf-8')
+  names = '\n'.join(sorted(pages))
+  index = f'# Reference\n\n```{{toctree}}\n:maxdepth: 2\n\n{names}\n```\n'
+  (folder / 'index.md').write_text(index, 'utf-8')
+
+
+_write_reference()
 
 _SECTION = re.compile(r'(Args|Attributes|Raises|Returns|Yields|References?|Example):$')
 _BULLET = re.compile(r'\s*([*-]|\d+\.) ')

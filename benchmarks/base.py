@@ -1,0 +1,205 @@
+"""Measures a model beside its base, and a sliced model beside its dense one.
+
+The fine-tune, its base and dtypes are those of `common`. A step moves 1% of the weights
+by one unit in the last place. Beside `exact` are the methods of others: XOR with the
+base, then byte planes, then zstd (BitX of ZipLLM); zstd with the base as its dictionary
+(`zstd --patch-from`); and the places and values of the weights that changed, int32 and
+the dtype (sparse safetensors, as TRL sends weights).
+"""
+
+from collections.abc import Callable, Iterator
+import pathlib
+import tempfile
+from typing import Any, NamedTuple
+
+import numpy as np
+import safetensors.numpy
+import zstandard
+
+from benchmarks import common
+from benchmarks import demo
+import rotbits_jax
+
+TITLE = 'Beside a base'
+CHANGED = 0.01  # the share of the weights that the step changes
+RUNS = 3
+SLICED = {
+  'llama-tiny-sliced-head-0.25': 'llama-tiny-dense',
+  'phi2-tiny-sliced-0.25': 'phi2-tiny-dense',
+  'phi3-tiny-sliced-0.25': 'phi3-tiny-dense',
+}
+"""Models of tests/testdata that Microsoft's code sliced, and their dense models."""
+
+
+class Row(NamedTuple):
+  """What a method takes for a model: bytes, and seconds there and back."""
+
+  method: str
+  bytes: int
+  encode: float
+  decode: float
+
+
+def step(tensors: common.Tensors) -> common.Tensors:
+  """Moves a share of all weights by one unit in the last place, up or down."""
+  rng = np.random.default_rng(0)
+  moved = {}
+  for name, array in tensors.items():
+    bits = array.view(f'i{array.itemsize}').copy()
+    places = rng.random(bits.shape, np.float32) < CHANGED
+    bits[places] += rng.choice([-1, 1], np.count_nonzero(places)).astype(bits.dtype)
+    moved[name] = bits.view(array.dtype)
+  return moved
+
+
+def ours(new: common.Tensors, old: common.Tensors) -> Row:
+  """Encodes a file of safetensors beside another, and decodes it, from file to file."""
+  with tempfile.TemporaryDirectory() as folder:
+    paths = [pathlib.Path(folder, name, 'model.safetensors') for name in ('new', 'old')]
+    for path, tensors in zip(paths, (new, old), strict=True):
+      path.parent.mkdir()
+      safetensors.numpy.save_file(tensors, path)
+    tuned, base = paths
+    file, again = (pathlib.Path(folder, name) for name in ('x.rotbits', 'again'))
+    encode = lambda: rotbits_jax.encode_to_file(tuned, file, base=base, overwrite=True)
+    decode = lambda: rotbits_jax.decode_to_directory(
+      file, again, base=base, overwrite=True
+    )
+    seconds = [common.median_seconds(work, RUNS) for work in (encode, decode)]
+    return Row('`exact`', file.stat().st_size, *seconds)
+
+
+def bitx(new: common.Tensors, old: common.Tensors) -> Row:
+  """XOR with the base, byte planes, zstd."""
+
+  def encode() -> list[bytes]:
+    coded = []
+    for name, array in new.items():
+      planes = (_bits(array) ^ _bits(old[name])).view(np.uint8)
+      for plane in planes.reshape(-1, array.itemsize).T:
+        coded.append(zstandard.compress(np.ascontiguousarray(plane), 3))
+    return coded
+
+  coded = encode()
+  decode = lambda: [zstandard.decompress(x) for x in coded]
+  return _timed('XOR, byte planes, zstd -3', sum(map(len, coded)), encode, decode)
+
+
+def patch_from(new: common.Tensors, old: common.Tensors) -> Row:
+  """Zstd with the base as its dictionary and a window that holds both."""
+  data, known = (b''.join(x.tobytes() for x in y.values()) for y in (new, old))
+  prefix = zstandard.ZstdCompressionDict(
+    known, dict_type=zstandard.DICT_TYPE_RAWCONTENT
+  )
+  window = min((len(data) + len(known)).bit_length(), 31)
+  parameters = zstandard.ZstdCompressionParameters.from_level(
+    3, window_log=window, enable_ldm=True
+  )
+  coder = zstandard.ZstdCompressor(dict_data=prefix, compression_params=parameters)
+  decoder = zstandard.ZstdDecompressor(dict_data=prefix, max_window_size=1 << window)
+  coded = coder.compress(data)
+  encode, decode = lambda: coder.compress(data), lambda: decoder.decompress(coded)
+  return _timed('zstd -3 --patch-from', len(coded), encode, decode)
+
+
+def sparse(new: common.Tensors, old: common.Tensors) -> Row:
+  """Places, int32, and values of the weights that changed."""
+
+  def encode() -> list[tuple[np.ndarray, np.ndarray]]:
+    coded = []
+    for name, array in new.items():
+      (places,) = np.nonzero(_bits(array) != _bits(old[name]))
+      coded.append((places.astype(np.int32), _bits(array)[places]))
+    return coded
+
+  def decode() -> None:
+    for (places, values), array in zip(coded, old.values(), strict=True):
+      copy = _bits(array).copy()
+      copy[places] = values
+
+  coded = encode()
+  size = sum(x.nbytes for pair in coded for x in pair)
+  return _timed('indices and values', size, encode, decode)
+
+
+def _timed(
+  method: str, size: int, encode: Callable[[], Any], decode: Callable[[], Any]
+) -> Row:
+  """Times a method in memory."""
+  seconds = (common.median_seconds(work, RUNS) for work in (encode, decode))
+  return Row(method, size, *seconds)
+
+
+def _bits(array: np.ndarray) -> np.ndarray:
+  """Returns the bits of an array, flat."""
+  return array.reshape(-1).view(f'u{array.itemsize}')
+
+
+def pairs() -> Iterator[tuple[str, common.Tensors, common.Tensors]]:
+  """Yields what to store: the name, the model, and its base."""
+  base, tuned = map(common.packaged_weights, (common.BASE, common.TUNED))
+  for dtype in ('bfloat16', 'float16', 'float32'):
+    new, old = (common.read_tensors(path, dtype) for path in (tuned, base))
+    yield f'fine-tune, {dtype}', new, old
+  old = common.read_tensors(base, 'bfloat16')
+  yield 'a step of 1%, bfloat16', step(old), old
+  yield 'an equal model, bfloat16', old, old
+
+
+def fine_tunes() -> str:
+  """Returns the table of fine-tunes."""
+  lines = []
+  for name, new, old in pairs():
+    size = sum(x.nbytes for x in new.values())
+    for row in (method(new, old) for method in (ours, bitx, patch_from, sparse)):
+      rates = (f'{size / x / 1e6:,.0f}' for x in (row.encode, row.decode))
+      share = f'{row.bytes / size:.4f}'
+      lines.append((name, row.method, f'{row.bytes:,}', share, *rates))
+  header = ('model', 'method', 'bytes', 'of the model', 'encode MB/s', 'decode MB/s')
+  return common.table(header, lines, texts=2)
+
+
+def sliced_models(settings: common.Settings) -> str:
+  """Returns the table of sliced models beside their dense models."""
+  subjects = {common.TESTDATA / x: common.TESTDATA / y for x, y in SLICED.items()}
+  if not settings.quick:
+    sliced = demo.sliced_smollm2(settings, demo.SPARSITY)
+    subjects[sliced] = common.smollm2(settings)
+  lines = []
+  for path, dense in subjects.items():
+    for preset in ('exact', 'free'):
+      with tempfile.TemporaryDirectory() as folder:
+        file, again = pathlib.Path(folder, 'x.rotbits'), pathlib.Path(folder, 'again')
+        rotbits, base = ('-m', 'rotbits_jax'), f'--base={dense}'
+        paths = f'--checkpoint={path}', f'--output={file}'
+        encode = common.run(*rotbits, 'encode', f'--preset={preset}', base, *paths)
+        paths = f'--input={file}', f'--output={again}'
+        decode = common.run(*rotbits, 'decode', base, *paths)
+        report = rotbits_jax.inspect(file)
+        checked = rotbits_jax.verify(file, against=path, base=dense)
+      divergences = checked.kl, checked.kl_rerounded
+      lines.append(
+        (
+          *(path.name, f'`{preset}`', f'{report.file_bytes:,}'),
+          f'{report.file_bytes / report.input_bytes:.4f}',
+          *(None if x is None else f'{x:.2g}' for x in divergences),
+          *(f'{x:.2f}' for cost in (encode, decode) for x in cost),
+        )
+      )
+  header = ('model', 'preset', 'bytes', 'of the tensors', 'KL', 'floor')
+  costs = ('encode s', 'GB', 'decode s', 'GB')
+  return common.table([*header, *costs], lines, texts=2)
+
+
+def run(settings: common.Settings) -> Iterator[common.Section]:
+  about = (
+    f'{common.TUNED} beside {common.BASE}. Rates are megabytes of the model a second, '
+    f'the median of {RUNS} runs, from file to file for `exact` and in memory for the '
+    'others.'
+  )
+  of_sliced = (
+    'Sliced models beside their dense models, by whole commands with the peak resident '
+    'size of each process. KL is that of `verify`, in nats a token for random tokens.'
+  )
+  parts = [about, fine_tunes(), of_sliced, sliced_models(settings)]
+  yield common.Section(TITLE, '\n\n'.join(parts))

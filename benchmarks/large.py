@@ -1,0 +1,59 @@
+"""Measures time and memory for a checkpoint of the shape of Llama-2-7B, sliced by 25%.
+
+`rotbits encode`, `decode` and `rotbits_jax.load` run in processes of their own, and
+seconds include imports and compilation. The resident size includes the pages of mapped
+files. Weights are random, so the ratio is that of the gauge and the coder alone.
+"""
+
+from collections.abc import Iterator
+import pathlib
+import shutil
+import tempfile
+
+from benchmarks import common
+from benchmarks import synthetic
+from configs import published
+import rotbits_jax
+
+TITLE = 'A model of the shape of Llama-2-7B'
+LOAD = """
+import sys, jax, rotbits_jax
+jax.block_until_ready(jax.tree.leaves(rotbits_jax.load(sys.argv[1]).params))
+"""
+
+
+def measure(checkpoint: pathlib.Path, preset: str, work: pathlib.Path) -> tuple:
+  """Encodes, decodes and loads a checkpoint; returns a row."""
+  source = rotbits_jax.open_checkpoint(checkpoint)
+  file, decoded = work / f'{preset}.rotbits', work / 'decoded'
+  rotbits, choice = ('-m', 'rotbits_jax'), f'--preset={preset}'
+  paths = f'--checkpoint={checkpoint}', f'--output={file}'
+  costs = [common.run(*rotbits, 'encode', choice, *paths)]
+  paths = f'--input={file}', f'--output={decoded}'
+  costs.append(common.run(*rotbits, 'decode', *paths))
+  shutil.rmtree(decoded)
+  costs.append(common.run('-c', LOAD, file))
+  size = file.stat().st_size
+  file.unlink()
+  cells = [f'{source.nbytes:,}', f'{size:,}', f'{size / source.nbytes:.4f}']
+  for cost in costs:
+    cells += [f'{cost.seconds:.1f}', f'{cost.peak:.2f}']
+  return (source.config.num_layers, f'`{preset}`', *cells)
+
+
+def run(settings: common.Settings) -> Iterator[common.Section]:
+  rows = []
+  for layers in (4,) if settings.quick else (4, 32):
+    with tempfile.TemporaryDirectory(dir=settings.output.parent) as folder:
+      work = pathlib.Path(folder)
+      shape = published.MODELS['llama-2-7b'] | {'num_hidden_layers': layers}
+      synthetic.write(work / 'llama', shape)
+      rows += [measure(work / 'llama', preset, work) for preset in ('exact', 'free')]
+  header = ['layers', 'preset', 'tensors', 'file', 'share']
+  for task in ('encode', 'decode', 'load'):
+    header += [f'{task} s', 'GB']
+  about = (
+    'Sliced by 25%, with random weights in float16. Each command is a process of its '
+    'own, and GB are its peak resident size. Memory does not grow with depth.'
+  )
+  yield common.Section(TITLE, f'{about}\n\n{common.table(header, rows, texts=2)}')

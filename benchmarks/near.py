@@ -1,0 +1,182 @@
+"""Measures `near` beside other lossy formats: bytes, perplexity, KL and agreement.
+
+The same code measures all ways to store the same matrices, on the same text:
+
+  near              one step for all matrices, rounded with error feedback
+  near, calibrated  a step for each matrix, row and column, by the Fisher information
+  GGUF              blocks of 32 or 256 numbers with scales of their own
+  rows, zstd        integers with one scale for each output, compressed by zstd
+
+Bytes are those of the whole file for `near`, without a tokenizer, and of the numbers
+alone for the others; `benchmarks.formats` says how these are made.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+import functools
+import itertools
+import math
+from typing import NamedTuple
+
+import jax
+
+from benchmarks import common
+from benchmarks import demo
+from benchmarks import formats
+import rotbits_jax
+from rotbits_jax import evaluation
+from rotbits_jax import models
+from rotbits_jax import passes
+from rotbits_jax import presets
+from rotbits_jax.presets import steps as steps_lib
+
+TOKENS, CALIBRATION_TOKENS = 2048, 4096
+STEPS = (-5, -4, -3, -2)
+BLOCKS = ('Q8_0', 'Q6_K', 'Q5_K', 'Q4_K', 'Q3_K')
+WIDTHS = (8, 6, 4)
+PLAIN, CALIBRATED, GGUF, ROWS = 'near', 'near, calibrated', 'GGUF', 'rows, zstd'
+PICTURES = {
+  'opt-small, sliced by 20%': 'near-opt-small.svg',
+  'SmolLM2-135M, sliced by 25%': 'near-smollm2.svg',
+  'SmolLM2-135M, dense': 'near-smollm2-dense.svg',
+}
+"""The models, and the pictures of their tables."""
+
+_TOGETHER = 3  # models in memory at once, so that the reference predicts less often
+
+
+class Row(NamedTuple):
+  """A line of the table.
+
+  Attributes:
+    method: one of `PLAIN`, `CALIBRATED`, `GGUF` and `ROWS`.
+    format: the step or the format.
+    bytes: the bytes that the model takes.
+    perplexity: perplexity on the text.
+    kl: mean KL divergence from the model's own predictions, in nats.
+    agreement: mean expected agreement rate with these predictions.
+  """
+
+  method: str
+  format: str
+  bytes: int
+  perplexity: float
+  kl: float
+  agreement: float
+
+
+def title(model: str) -> str:
+  """Returns the title of a section."""
+  return f'`near` beside other formats: {model}'
+
+
+def stored_by_near(
+  rewritten: models.Model,
+  step: float,
+  offsets: Mapping[str, float],
+  inputs: Mapping[str, passes.Inputs],
+) -> formats.Stored:
+  """Encodes with `near` and decodes.
+
+  Args:
+    rewritten: the model after the transforms of `near`, which are the same for every
+      step; see `steps_lib.rewritten`.
+    step: see `presets.near`.
+    offsets: see `presets.near`.
+    inputs: see `presets.near`.
+  """
+  preset = presets.near(step=step, offsets=offsets, inputs=inputs)
+  preset = preset._replace(transform=passes.chain())
+  data = rotbits_jax.encode(rewritten, preset=preset)
+  loaded = rotbits_jax.load(data)
+  assert isinstance(loaded, rotbits_jax.Model)
+  return formats.Stored(loaded, len(data))
+
+
+def measure(checkpoint: rotbits_jax.Checkpoint) -> list[Row]:
+  """Measures each way to store a model."""
+  model = checkpoint.model
+  tokens, calibration = (
+    evaluation.encode_text(checkpoint.files, common.read_data(name))[:count]
+    for name, count in (
+      ('evaluation.txt', TOKENS),
+      ('calibration.txt', CALIBRATION_TOKENS),
+    )
+  )
+  calibrated = steps_lib.calibrate(model, calibration, progress=True)
+  rewritten = steps_lib.rewritten(model)
+  model = jax.device_put(model)
+  ways: list[tuple[str, str, Callable[[], formats.Stored]]] = []
+  for method, offsets in ((PLAIN, {}), (CALIBRATED, calibrated.offsets)):
+    for step in STEPS:
+      make = functools.partial(
+        stored_by_near, rewritten, step, offsets, calibrated.inputs
+      )
+      ways.append((method, f'2^{step}', make))
+  for name in BLOCKS:
+    ways.append((GGUF, name, functools.partial(formats.in_blocks, model, name)))
+  for bits in WIDTHS:
+    ways.append((ROWS, f'int{bits}', functools.partial(formats.in_rows, model, bits)))
+  rows = []
+  for start in range(0, len(ways), _TOGETHER):
+    some = ways[start : start + _TOGETHER]
+    stored = {(method, name): make() for method, name, make in some}
+    measured = evaluation.compare(
+      {' '.join(key): x.model for key, x in stored.items()},
+      tokens,
+      {'model': model},
+      progress=True,
+    )
+    for key, x in stored.items():
+      found = measured[' '.join(key)]
+      rows.append(
+        Row(*key, x.bytes, found.perplexity, found.kl['model'], found.ear['model'])
+      )
+  return rows
+
+
+def bytes_at(rows: Sequence[Row], kl: float) -> float | None:
+  """Returns the bytes of calibrated `near` at a divergence; None outside its range.
+
+  Bytes are interpolated linearly in log KL.
+  """
+  curve = sorted((row.kl, row.bytes) for row in rows if row.method == CALIBRATED)
+  for (low, more), (high, less) in itertools.pairwise(curve):
+    if low <= kl <= high:
+      share = math.log(kl / low) / math.log(high / low)
+      return more + share * (less - more)
+  return None
+
+
+def to_table(rows: Sequence[Row], elements: int) -> str:
+  """Formats the rows. Bits are those of the bytes for each weight of the model."""
+  lines = []
+  for row in rows:
+    near = None if 'near' in row.method else bytes_at(rows, row.kl)
+    lines.append(
+      (
+        *(row.method, row.format, f'{row.bytes:,}', f'{8 * row.bytes / elements:.3f}'),
+        *(f'{row.perplexity:.3f}', f'{row.kl:.2e}', f'{row.agreement:.2%}'),
+        None if near is None else f'{near / row.bytes:.3f}',
+      )
+    )
+  header = ['method', 'format', 'bytes', 'bits', 'perplexity', 'KL', 'agreement']
+  return common.table([*header, '`near` takes'], lines, texts=2)
+
+
+def run(settings: common.Settings) -> Iterator[common.Section]:
+  folders = [common.SLICED]
+  if not settings.quick:
+    sliced = demo.sliced_smollm2(settings, demo.SPARSITY)
+    folders += [sliced, common.smollm2(settings)]
+  for name, folder in zip(PICTURES, folders, strict=False):
+    checkpoint = rotbits_jax.load_checkpoint(folder)
+    rows = measure(checkpoint)
+    elements = passes.count_model(checkpoint.model)[0]
+    about = (
+      f'Perplexity, KL in nats a token and agreement on {TOKENS:,} tokens; calibrated '
+      f'on {CALIBRATION_TOKENS:,} others. Bits are per weight. The last column is the '
+      'share of the bytes at which calibrated `near` has the same KL.'
+    )
+    picture = f'![Bits per weight against KL](docs/pictures/{PICTURES[name]})'
+    body = f'{about}\n\n{to_table(rows, elements)}\n\n{picture}'
+    yield common.Section(title(name), body)

@@ -1,0 +1,124 @@
+"""Times encoding and decoding beside other compressors, over the size of a model.
+
+Every task is a process of its own that does its work twice; the second time is taken,
+with caches warm and programs compiled (`benchmarks.peers`). Files are in the page
+cache. Decoding is from the file to arrays in memory. A peer must return the tensors of
+the safetensors file, bit for bit.
+"""
+
+from collections.abc import Iterator
+import pathlib
+import sys
+import tempfile
+from typing import NamedTuple
+
+import numpy as np
+import safetensors.numpy
+
+from benchmarks import common
+from benchmarks import demo
+from benchmarks import synthetic
+import rotbits_jax
+
+TITLE = 'Speed and memory, beside other compressors'
+OTHERS = ('safetensors', 'zstd', 'zipnn', 'lmzip', 'openzl')
+OURS = ('exact', 'free')
+
+
+class Subject(NamedTuple):
+  """A model to compress.
+
+  Attributes:
+    name: in the table.
+    tensors: its weights as one safetensors file.
+    checkpoint: its folder, for `free`; None if the family is not known.
+  """
+
+  name: str
+  tensors: pathlib.Path
+  checkpoint: pathlib.Path | None = None
+
+
+def subjects(settings: common.Settings, work: pathlib.Path) -> Iterator[Subject]:
+  """Yields the models, and makes their files."""
+  weights = common.read_tensors(common.packaged_weights(common.BASE), 'bfloat16')
+  path = work / 'minilm' / 'model.safetensors'
+  yield Subject('all-MiniLM-L6-v2, bfloat16', _saved(weights, path))
+  if not settings.quick:
+    folder = common.smollm2(settings)
+    (path,) = folder.glob('*.safetensors')
+    yield Subject('SmolLM2-135M, bfloat16', path, folder)
+    folder = demo.sliced_smollm2(settings, demo.SPARSITY)
+    yield Subject('SmolLM2-135M, sliced, float16', *_plain(folder, work))
+  sizes = [(512, 5), (1024, 12)] + ([] if settings.quick else [(2048, 36)])
+  for width, layers in sizes:
+    folder = work / f'{width}x{layers}'
+    synthetic.write(folder, synthetic.llama(width, layers))
+    name = f'random sliced Llama, {width} x {layers} layers'
+    yield Subject(name, *_plain(folder, work))
+
+
+def _plain(
+  folder: pathlib.Path, work: pathlib.Path
+) -> tuple[pathlib.Path, pathlib.Path]:
+  """Returns a sliced checkpoint as one safetensors file, and its folder."""
+  model = rotbits_jax.load_checkpoint(folder).model
+  tensors = rotbits_jax.checkpoints.to_tensors(model)
+  arrays = {name: np.asarray(x) for name, x in tensors.items()}
+  path = work / f'{folder.name}-plain' / 'model.safetensors'
+  return _saved(arrays, path), folder
+
+
+def _saved(tensors: common.Tensors, path: pathlib.Path) -> pathlib.Path:
+  """Saves tensors to a safetensors file in a new folder."""
+  path.parent.mkdir(parents=True)
+  contiguous = {name: np.ascontiguousarray(x) for name, x in tensors.items()}
+  safetensors.numpy.save_file(contiguous, path)
+  return path
+
+
+def measure(subject: Subject, settings: common.Settings, work: pathlib.Path) -> list:
+  """Returns the rows of a model."""
+  size, expected, rows = subject.tensors.stat().st_size, None, []
+  packed = work / 'packed'
+  others = OTHERS if settings.peers_python else ()
+  ours = OURS if subject.checkpoint else OURS[:1]
+  for name in (*others, *ours):
+    python = settings.peers_python if name in others else sys.executable
+    source = subject.tensors if name != 'free' else subject.checkpoint
+    encode = common.run_peer(str(python), name, 'compress', source, packed)
+    decode = common.run_peer(str(python), name, 'decode', packed)
+    if name == 'safetensors':
+      expected = decode[2]
+    elif name in others and decode[2] != expected:
+      raise ValueError(f'{name} returned other tensors')
+    costs = []
+    for seconds, peak, _ in (encode, decode):
+      costs += [f'{seconds:.3f}', f'{size / seconds / 1e6:,.0f}', f'{peak / 1e9:.2f}']
+    coded = packed.stat().st_size
+    label = f'`{name}`' if name in ours else name
+    cells = f'{coded:,}', f'{coded / size:.4f}', *costs
+    rows.append((subject.name, label, *cells))
+    packed.unlink()
+  return rows
+
+
+def run(settings: common.Settings) -> Iterator[common.Section]:
+  rows = []
+  with tempfile.TemporaryDirectory() as folder:
+    work = pathlib.Path(folder)
+    for subject in subjects(settings, work):
+      rows += measure(subject, settings, work)
+  header = ['model', 'method', 'bytes', 'share']
+  for task in ('encode', 'decode'):
+    header += [f'{task} s', 'MB/s', 'GB']
+  about = (
+    'The second of two times in a process of its own, from a file to a file and from a '
+    'file to arrays; GB are the peak resident size of the process. Random weights have '
+    'nothing to find besides their distribution and their symmetries.'
+  )
+  picture = (
+    '![Time to weights over the speed of a link](docs/pictures/time-to-weights.svg)'
+  )
+  body = f'{about}\n\n{common.table(header, rows, texts=2)}\n\n{picture}'
+  yield common.Section(TITLE, body)
