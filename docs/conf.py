@@ -83,6 +83,7 @@ _MODULE = """## {name}
 ```{{eval-rst}}
 .. automodule:: {name}
    :members:
+   :ignore-module-all:
    :show-inheritance:
    :exclude-members: name, parent, scope
 ```

@@ -24,7 +24,7 @@ for version in 3.11 3.13; do
     "${package[0]}"
   (
     cd "$folder"
-    export PATH=$folder/venv/bin:$PATH ROTBITS_JAX_CACHE=$folder/cache
+    export PATH=$folder/venv/bin:$PATH XDG_CACHE_HOME=$folder/cache
     unset PYTHONPATH PYTHONHOME
     rotbits --version
     example=$(python -c 'import rotbits_jax; print(rotbits_jax.checkpoints.example())')
@@ -34,7 +34,7 @@ for version in 3.11 3.13; do
     snapshot=$(rotbits snapshot --input=x.rotbits)
     [[ -f $snapshot/modeling_sliced_phi.py ]]
     if [[ $version == 3.11 ]]; then
-      python -m pip install --quiet --disable-pip-version-check ipykernel nbclient
+      python -m pip install --quiet --disable-pip-version-check ipykernel nbclient matplotlib
       cp "$root"/colabs/0[1246]_*.ipynb .
       jupyter execute 0*.ipynb
     fi

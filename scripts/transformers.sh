@@ -10,7 +10,6 @@ if [[ ! -x $venv/bin/python ]]; then
   python3 -m venv "$venv"
   "$venv/bin/python" -m pip install --quiet --disable-pip-version-check \
     --extra-index-url https://download.pytorch.org/whl/cpu \
-    --editable . torch "transformers${version:+==$version}" accelerate peft
+    --editable . torch "transformers${version:+==$version}"
 fi
-"$venv/bin/python" -m scripts.transformers_check
-exec "$venv/bin/python" -m scripts.transformers_sliced_check
+exec "$venv/bin/python" -m scripts.transformers_check

@@ -1,8 +1,7 @@
 #!/usr/bin/env bash
 # Tests the oldest versions of the dependencies that setup.py allows, or the newest, or
 # the newest with a JAX between them, whose XLA compiles loops in another way. Each has a
-# virtual environment of its own; build/sbom-*.json is its bill of materials. Of the
-# extras, the benchmarks' packages run in tests and in a short benchmark, and the site is
+# virtual environment of its own; build/sbom-*.json is its bill of materials. The site is
 # built without running its pages.
 #   bash scripts/versions.sh oldest|middle|newest [ARGS]   ARGS go to pytest
 set -euo pipefail
@@ -11,7 +10,7 @@ source scripts/venv.sh
 which=${1:?oldest, middle or newest}
 shift
 venv=.venv-$which
-extras=benchmark,docs,int8,text
+extras=benchmark,docs,text
 python=$(find_python)
 if [[ "$which" == oldest ]]; then
   # The oldest versions of some packages have no wheels for later versions of Python.
@@ -45,7 +44,6 @@ build/tools/bin/cyclonedx-py environment "$venv" --output-file "build/sbom-$whic
 # Without a kernel, the language of the pages' code is unknown.
 "$venv/bin/python" -m sphinx -W -q -b dummy -D nb_execution_mode=off \
   -D suppress_warnings=myst-nb.lexer,myst.xref_missing,ref.python docs build/site
-"$venv/bin/python" -m benchmarks.coder --count=100000 --runs=1 --rotations=64
 "$venv/bin/python" -m pip install --quiet --disable-pip-version-check pytest pytest-xdist
-tests=(tests/{golden,int8,native,near_benchmark}_test.py)
+tests=(tests/{golden,native,codec}_test.py)
 exec "$venv/bin/python" -m pytest "${@:-${tests[@]}}" -m ''
