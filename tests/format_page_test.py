@@ -127,7 +127,7 @@ def test_fields_of_objects(subtests):
 
 
 def test_fields_of_the_index():
-  assert documented('index, a JSON object in a file') == field_names(shards.ShardIndex)
+  assert documented('The folder has an index, a JSON object in the file') == field_names(shards.ShardIndex)
   (row,) = re.findall(r'^\| `metadata` \| object: (.*)', PAGES, re.M)
   assert field_names(shards.Metadata) == names(row) - {'manifest'}
 
